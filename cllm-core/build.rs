@@ -1,0 +1,41 @@
+//! Compiles the C++ beside tch and links libtorch.
+
+use std::path::PathBuf;
+
+#[path = "link/libtorch.rs"]
+mod libtorch;
+
+fn main() {
+    libtorch::link();
+    let torch = std::fs::canonicalize(libtorch::folder()).expect("LIBTORCH is a folder");
+    let site_packages = torch.parent().expect("torch lies in site-packages");
+    println!("cargo:rerun-if-changed=csrc");
+    println!("cargo:rerun-if-changed=link");
+    cc::Build::new()
+        .cpp(true)
+        .std("c++17")
+        .flag("-isystem")
+        .flag(torch.join("include").display().to_string())
+        .flag("-isystem")
+        .flag(torch.join("include/torch/csrc/api/include").display().to_string())
+        .flag("-isystem")
+        .flag(site_packages.join("nvidia/cu13/include").display().to_string())
+        .flag("-isystem")
+        .flag(site_packages.join("nvidia/cu13/include/cccl").display().to_string())
+        .define("_GLIBCXX_USE_CXX11_ABI", "1")
+        .file("csrc/torch_ext.cpp")
+        .compile("cllm_torch_ext");
+    for library in ["torch_cuda", "c10_cuda", "torch_cpu", "c10"] {
+        println!("cargo:rustc-link-lib={library}");
+    }
+    doctest_search_path(&torch.join("lib"));
+}
+
+/// Doc tests do not see the run path; cargo puts search paths inside OUT_DIR into their library path.
+fn doctest_search_path(lib: &std::path::Path) {
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let link = out.join("libtorch");
+    let _ = std::fs::remove_file(&link);
+    std::os::unix::fs::symlink(lib, &link).expect("OUT_DIR is writable");
+    println!("cargo:rustc-link-search=native={}", link.display());
+}

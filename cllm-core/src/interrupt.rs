@@ -1,0 +1,42 @@
+//! Signals: the first SIGINT or SIGTERM asks to stop after the work in hand is saved, the second stops at once.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use signal_hook::consts::{SIGINT, SIGTERM};
+
+use crate::{Error, Result};
+
+static REQUESTED: std::sync::LazyLock<Arc<AtomicUsize>> = std::sync::LazyLock::new(Default::default);
+
+/// Installs the handlers; call once, first thing in `main`.
+///
+/// # Errors
+/// When the system refuses a handler.
+pub fn install() -> Result<()> {
+    for signal in [SIGINT, SIGTERM] {
+        let second = Arc::new(AtomicBool::new(false));
+        let code = 128 + signal;
+        signal_hook::flag::register_conditional_shutdown(signal, code, Arc::clone(&second))
+            .and_then(|_| signal_hook::flag::register(signal, second))
+            .and_then(|_| signal_hook::flag::register_usize(signal, Arc::clone(&REQUESTED), signal as usize))
+            .map_err(|error| Error::environment(format!("cannot handle signal {signal}: {error}")))?;
+    }
+    Ok(())
+}
+
+/// The signal that asked to stop, if one did.
+pub fn requested() -> Option<i32> {
+    match REQUESTED.load(Ordering::Relaxed) {
+        0 => None,
+        signal => i32::try_from(signal).ok(),
+    }
+}
+
+/// Ends the work with [`Error::Interrupted`] once a signal asked to stop.
+///
+/// # Errors
+/// [`Error::Interrupted`].
+pub fn check() -> Result<()> {
+    requested().map_or(Ok(()), |signal| Err(Error::Interrupted(signal)))
+}

@@ -1,0 +1,24 @@
+//! What `cllm-data`, `cllm-train` and `cllm-eval` share: a prompt, a forward pass and a score are defined once, here.
+
+pub mod atomic_file;
+pub mod chat_template;
+pub mod decode;
+pub mod device;
+mod error;
+pub mod fingerprint;
+pub mod gguf;
+pub mod hub;
+pub mod interrupt;
+pub mod model;
+pub mod progress;
+pub mod prompt_set;
+pub mod settings;
+pub mod task;
+pub mod tokenizer;
+pub mod torch_ext;
+pub mod trajectory;
+
+pub use error::{Error, Result};
+
+/// Version of this toolkit, recorded in every file it writes.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");

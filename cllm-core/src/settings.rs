@@ -1,0 +1,198 @@
+//! Typed configuration: default < YAML file < environment < `section.key=value`.
+//!
+//! A settings struct derives `Serialize`, `Deserialize` (with `#[serde(default, deny_unknown_fields)]`), `Default` and
+//! `garde::Validate`. The file is parsed straight into the struct, so that errors show its line; the other layers are
+//! laid over the resulting value.
+
+use std::path::Path;
+
+use garde::Validate;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::{Error, Result};
+
+/// Prefix of environment variables: `CLLM_SET_OPTIMIZER__LR=1e-4` sets `optimizer.lr`.
+pub const ENVIRONMENT_PREFIX: &str = "CLLM_SET_";
+
+/// Loads settings from an optional file, the environment and `overrides`.
+///
+/// # Errors
+/// [`Error::Usage`] naming file and line, variable or override, with the nearest key where one is unknown.
+pub fn load<T>(file: Option<&Path>, overrides: &[String]) -> Result<T>
+where
+    T: Serialize + DeserializeOwned + Default + Validate<Context = ()>,
+{
+    let base: T = match file {
+        None => T::default(),
+        Some(path) => {
+            let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+            parse(&text, &path.display().to_string())?
+        }
+    };
+    let mut layers = from_environment();
+    layers.extend(overrides.iter().map(|text| (format!("override `{text}`"), text.clone())));
+    let mut value = to_value(&base)?;
+    for (origin, assignment) in &layers {
+        set(&mut value, assignment).map_err(|message| Error::usage(format!("{origin}: {message}")))?;
+        check::<T>(&value).map_err(|message| Error::usage(format!("{origin}: {message}")))?;
+    }
+    let settings: T = serde_path_to_error::deserialize(&value)
+        .map_err(|error| Error::usage(format!("{}: {}", error.path(), error.inner())))?;
+    settings.validate().map_err(|report| Error::usage(in_lines(&report)))?;
+    Ok(settings)
+}
+
+/// The settings as YAML, to be saved with a run.
+///
+/// # Errors
+/// When they cannot be written as YAML.
+pub fn to_yaml(settings: &impl Serialize) -> Result<String> {
+    serde_saphyr::to_string(settings).map_err(|error| Error::usage(format!("settings as YAML: {error}")))
+}
+
+fn parse<T: Serialize + DeserializeOwned + Default>(text: &str, name: &str) -> Result<T> {
+    serde_saphyr::from_str(text).map_err(|error| {
+        let message = error.to_string();
+        let hint = unknown_field(&message)
+            .and_then(|key| nearest(&key, &all_keys(&to_value(&T::default()).ok()?)))
+            .map(|key| format!("\ndid you mean `{key}`?"))
+            .unwrap_or_default();
+        Error::usage(format!("{name}: {message}{hint}"))
+    })
+}
+
+fn unknown_field(message: &str) -> Option<String> {
+    let rest = message.split_once("unknown field `")?.1;
+    Some(rest.split_once('`')?.0.to_owned())
+}
+
+fn from_environment() -> Vec<(String, String)> {
+    let mut found: Vec<_> = std::env::vars()
+        .filter_map(|(name, value)| {
+            let path = name.strip_prefix(ENVIRONMENT_PREFIX)?.to_lowercase().replace("__", ".");
+            Some((format!("environment variable {name}"), format!("{path}={value}")))
+        })
+        .collect();
+    found.sort();
+    found
+}
+
+fn to_value(settings: &impl Serialize) -> Result<Value> {
+    serde_json::to_value(settings).map_err(|error| Error::usage(format!("settings: {error}")))
+}
+
+/// Lays one `a.b=value` over `root`; the value is read as YAML.
+fn set(root: &mut Value, assignment: &str) -> std::result::Result<(), String> {
+    let (path, text) =
+        assignment.split_once('=').ok_or("expected section.key=value; flags start with --".to_owned())?;
+    let value: Value = serde_saphyr::from_str(text).map_err(|error| format!("`{text}`: {error}"))?;
+    let keys = all_keys(root);
+    let mut place = root;
+    for key in path.split('.') {
+        place = place.as_object_mut().and_then(|object| object.get_mut(key)).ok_or_else(|| {
+            let hint = nearest(path, &keys).map(|key| format!("; did you mean `{key}`?")).unwrap_or_default();
+            format!("unknown key `{path}`{hint}")
+        })?;
+    }
+    *place = value;
+    Ok(())
+}
+
+fn check<T: DeserializeOwned>(value: &Value) -> std::result::Result<(), String> {
+    serde_path_to_error::deserialize::<_, T>(value)
+        .map(drop)
+        .map_err(|error| format!("{}: {}", error.path(), error.inner()))
+}
+
+/// Every key with its full path.
+fn all_keys(value: &Value) -> Vec<String> {
+    let mut keys = Vec::new();
+    if let Value::Object(object) = value {
+        for (key, inner) in object {
+            keys.push(key.clone());
+            keys.extend(all_keys(inner).into_iter().map(|rest| format!("{key}.{rest}")));
+        }
+    }
+    keys
+}
+
+/// The key most like `wanted`, by its full path or by its last part.
+fn nearest(wanted: &str, keys: &[String]) -> Option<String> {
+    let likeness = |key: &String| {
+        let last = key.rsplit('.').next().unwrap_or(key);
+        let full = strsim::jaro_winkler(wanted, key);
+        if wanted.contains('.') { full } else { full.max(strsim::jaro_winkler(wanted, last)) }
+    };
+    let best = keys.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
+    (likeness(best) > 0.75).then(|| best.clone())
+}
+
+fn in_lines(report: &garde::Report) -> String {
+    let lines: Vec<_> = report.iter().map(|(path, error)| format!("{path}: {error}")).collect();
+    lines.join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug, serde::Serialize, serde::Deserialize, Validate, Default, PartialEq)]
+    #[serde(default, deny_unknown_fields)]
+    struct Top {
+        #[garde(dive)]
+        optimizer: Optimizer,
+        #[garde(skip)]
+        output: Option<String>,
+    }
+
+    #[derive(Debug, serde::Serialize, serde::Deserialize, Validate, PartialEq)]
+    #[serde(default, deny_unknown_fields)]
+    struct Optimizer {
+        #[garde(range(min = 0.0, max = 1.0))]
+        lr: f64,
+    }
+
+    impl Default for Optimizer {
+        fn default() -> Self {
+            Optimizer { lr: 0.1 }
+        }
+    }
+
+    fn with_file(text: &str, overrides: &[&str]) -> Result<Top> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run.yaml");
+        std::fs::write(&path, text).unwrap();
+        let overrides: Vec<_> = overrides.iter().map(|&text| text.to_owned()).collect();
+        load(Some(&path), &overrides)
+    }
+
+    #[test]
+    fn overrides_win_over_the_file() {
+        let top = with_file("optimizer:\n  lr: 0.2\n", &["optimizer.lr=0.3", "output=x"]).unwrap();
+        assert_eq!(top.optimizer.lr, 0.3);
+        assert_eq!(top.output.as_deref(), Some("x"));
+    }
+
+    #[test]
+    fn a_misspelt_key_in_a_file_shows_its_line_and_the_nearest() {
+        let message = with_file("optimizer:\n  lrr: 0.2\n", &[]).unwrap_err().to_string();
+        assert!(message.contains("run.yaml") && message.contains('2'), "{message}");
+        assert!(message.contains("did you mean `optimizer.lr`"), "{message}");
+    }
+
+    #[test]
+    fn a_misspelt_override_names_the_nearest_key() {
+        let message = with_file("", &["optimiser.lr=1"]).unwrap_err().to_string();
+        assert!(message.contains("did you mean `optimizer.lr`"), "{message}");
+    }
+
+    #[test]
+    fn wrong_types_and_ranges_are_refused() {
+        let wrong = with_file("", &["optimizer.lr=fast"]).unwrap_err().to_string();
+        assert!(wrong.contains("optimizer.lr"), "{wrong}");
+        let range = with_file("optimizer:\n  lr: 3\n", &[]).unwrap_err().to_string();
+        assert!(range.contains("optimizer.lr"), "{range}");
+    }
+}

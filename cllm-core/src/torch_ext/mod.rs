@@ -1,0 +1,168 @@
+//! The safe face of `csrc/`, and memory maps: the only room with `unsafe`.
+#![allow(unsafe_code)]
+
+use std::ffi::{CStr, c_char, c_int, c_void};
+use std::fs::File;
+use std::path::Path;
+
+use tch::{Device, Kind, Tensor};
+
+use crate::{Error, Result};
+
+unsafe extern "C" {
+    fn cllm_last_error() -> *const c_char;
+    fn cllm_fused_adamw(
+        parameters: *const *mut c_void,
+        gradients: *const *mut c_void,
+        first: *const *mut c_void,
+        second: *const *mut c_void,
+        steps: *const *mut c_void,
+        count: usize,
+        lr: f64,
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        eps: f64,
+    ) -> c_int;
+    fn cllm_global_norm(tensors: *const *mut c_void, count: usize, norm: *mut *mut c_void) -> c_int;
+    fn cllm_cuda_memory(device: c_int, current: *mut i64, peak: *mut i64) -> c_int;
+    fn cllm_cuda_reset_peak(device: c_int) -> c_int;
+}
+
+fn checked(status: c_int) -> Result<()> {
+    if status == 0 {
+        return Ok(());
+    }
+    // SAFETY: the message is a NUL-terminated string of this thread, valid until its next failing call.
+    let message = unsafe { CStr::from_ptr(cllm_last_error()) }.to_string_lossy().into_owned();
+    Err(Error::Torch(tch::TchError::Torch(message)))
+}
+
+fn pointers(tensors: &[Tensor]) -> Vec<*mut c_void> {
+    tensors.iter().map(|tensor| tensor.as_ptr().cast_mut().cast()).collect()
+}
+
+/// Numbers of one AdamW step (Loshchilov & Hutter, arXiv 1711.05101).
+#[derive(Debug, Clone, Copy)]
+pub struct AdamW {
+    /// Learning rate.
+    pub lr: f64,
+    /// Decay of the first moment.
+    pub beta1: f64,
+    /// Decay of the second moment.
+    pub beta2: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Added to the denominator.
+    pub eps: f64,
+}
+
+/// One fused AdamW step in place. All tensors are float32 and the slices run in parallel; `steps` are float32
+/// scalars on the same device that hold the number of this step, counted from 1.
+///
+/// # Errors
+/// [`Error::Torch`] when shapes, types or devices differ.
+pub fn fused_adamw(
+    numbers: AdamW,
+    parameters: &[Tensor],
+    gradients: &[Tensor],
+    first: &[Tensor],
+    second: &[Tensor],
+    steps: &[Tensor],
+) -> Result<()> {
+    let count = parameters.len();
+    assert!([gradients.len(), first.len(), second.len(), steps.len()].iter().all(|&length| length == count));
+    // SAFETY: each array holds `count` valid tensors for the length of the call.
+    checked(unsafe {
+        cllm_fused_adamw(
+            pointers(parameters).as_ptr(),
+            pointers(gradients).as_ptr(),
+            pointers(first).as_ptr(),
+            pointers(second).as_ptr(),
+            pointers(steps).as_ptr(),
+            count,
+            numbers.lr,
+            numbers.beta1,
+            numbers.beta2,
+            numbers.weight_decay,
+            numbers.eps,
+        )
+    })
+}
+
+/// The 2-norm over all tensors, a float32 scalar on their device.
+///
+/// # Errors
+/// [`Error::Torch`] when the list is empty or the devices differ.
+pub fn global_norm(tensors: &[Tensor]) -> Result<Tensor> {
+    let mut norm = std::ptr::null_mut();
+    // SAFETY: the array holds valid tensors; on success `norm` is a tensor that this side owns.
+    unsafe {
+        checked(cllm_global_norm(pointers(tensors).as_ptr(), tensors.len(), &mut norm))?;
+        Ok(Tensor::from_ptr(norm.cast()))
+    }
+}
+
+/// Bytes of GPU memory in use and their peak since [`reset_peak_memory`]; `None` on the CPU.
+pub fn memory(device: Device) -> Option<(u64, u64)> {
+    let Device::Cuda(index) = device else { return None };
+    let (mut current, mut peak) = (0i64, 0i64);
+    // SAFETY: both pointers are valid for the call.
+    checked(unsafe { cllm_cuda_memory(c_int::try_from(index).ok()?, &mut current, &mut peak) }).ok()?;
+    Some((u64::try_from(current).ok()?, u64::try_from(peak).ok()?))
+}
+
+/// Starts a new measurement of peak memory; does nothing on the CPU.
+pub fn reset_peak_memory(device: Device) {
+    if let Device::Cuda(index) = device {
+        // SAFETY: no pointers are passed. A failure only leaves the old peak.
+        let _ = unsafe { cllm_cuda_reset_peak(index as c_int) };
+    }
+}
+
+/// `left [.., k] x right [n, k] transposed -> [.., n]` in float32: the product is accumulated *and returned* in float32, also
+/// for bf16 inputs on a GPU, where a bf16 result would make ties of different logits. No gradient flows through it.
+///
+/// # Errors
+/// [`Error::Torch`] when the shapes do not fit.
+pub fn matmul_float32(left: &Tensor, right: &Tensor) -> Result<Tensor> {
+    let mut shape = left.size();
+    let width = shape.pop().unwrap_or(1);
+    let flat = left.f_reshape([-1, width])?;
+    let product = if left.device().is_cuda() && left.kind() != Kind::Float {
+        flat.f_mm_dtype(&right.f_tr()?, Kind::Float)?
+    } else {
+        flat.f_to_kind(Kind::Float)?.f_mm(&right.f_to_kind(Kind::Float)?.f_tr()?)?
+    };
+    shape.push(right.size()[0]);
+    Ok(product.f_reshape(shape)?)
+}
+
+/// A file mapped into memory, read-only.
+///
+/// # Errors
+/// When it cannot be opened or mapped.
+pub fn map_file(path: &Path) -> Result<memmap2::Mmap> {
+    let file = File::open(path).map_err(Error::io(path))?;
+    // SAFETY: model files are not changed while they are read; a concurrent truncation would end the process.
+    unsafe { memmap2::Mmap::map(&file) }.map_err(Error::io(path))
+}
+
+/// A CPU tensor copied from raw little-endian bytes.
+///
+/// # Errors
+/// When the number of bytes does not fit the shape.
+pub fn tensor_from_bytes(bytes: &[u8], shape: &[i64], kind: Kind) -> Result<Tensor> {
+    Ok(Tensor::f_from_data_size(bytes, shape, kind)?)
+}
+
+/// The raw little-endian bytes of a tensor, copied to the host in its own type.
+///
+/// # Errors
+/// [`Error::Torch`] when the copy fails.
+pub fn tensor_to_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
+    let tensor = tensor.f_detach()?.f_to(Device::Cpu)?.f_contiguous()?;
+    let mut bytes = vec![0u8; tensor.numel() * tensor.kind().elt_size_in_bytes()];
+    tensor.f_copy_data_u8(&mut bytes, tensor.numel())?;
+    Ok(bytes)
+}

@@ -1,0 +1,1 @@
+//! Prepares prompts, collects Jacobi trajectories, augments and cleans them.

@@ -1,0 +1,3 @@
+//! Command line of `cllm-data`.
+
+fn main() {}

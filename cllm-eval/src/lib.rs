@@ -1,0 +1,1 @@
+//! Measures speed-up and accuracy of checkpoints and draws reports.
