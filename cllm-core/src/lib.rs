@@ -15,6 +15,7 @@ pub mod prompt_set;
 pub mod settings;
 pub mod task;
 pub mod tokenizer;
+pub mod tokenizer_training;
 pub mod torch_ext;
 pub mod trajectory;
 
