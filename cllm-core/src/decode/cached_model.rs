@@ -73,7 +73,7 @@ impl Greedy for CachedModel<'_> {
         let rows: Vec<_> = starts.into_iter().zip(live.iter().map(Vec::as_slice)).collect();
         let (tokens, positions) = self.batch(&rows, width);
         let hidden = self.model.hidden_cached(&tokens, &positions, &mut self.cache, attended);
-        let predicted = self.model.logits(&hidden).argmax(-1, false).to_kind(Kind::Int64);
+        let predicted = self.model.logits(&hidden)?.argmax(-1, false).to_kind(Kind::Int64);
         let predicted: Vec<i64> = Vec::try_from(predicted.view([-1]))?;
         let of_slot = |slot: usize, length: usize| {
             predicted[slot * width..slot * width + length].iter().map(|&token| token as i32).collect()

@@ -1,0 +1,238 @@
+//! The forward pass. Shapes: `b` batch, `s` sequence, `h` heads, `d` width of a head.
+
+use std::path::Path;
+
+use tch::{Device, Kind, Tensor};
+
+use super::config::{Family, ModelConfig};
+use super::kv_cache::KvCache;
+use super::rope::{Rope, Rotation};
+use super::weights;
+use crate::{Result, torch_ext};
+
+struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+struct Layer {
+    attention_norm: Tensor,
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    /// Norms of queries and keys (Qwen3).
+    query_key_norm: Option<(Tensor, Tensor)>,
+    output: Linear,
+    feed_forward_norm: Tensor,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+/// A transformer with its weights on one device.
+pub struct Transformer {
+    config: ModelConfig,
+    device: Device,
+    kind: Kind,
+    rope: Rope,
+    embedding: Tensor,
+    layers: Vec<Layer>,
+    norm: Tensor,
+    /// `None` where the embedding is the output projection.
+    head: Option<Tensor>,
+    parameters: Vec<(String, Tensor)>,
+}
+
+/// What a query may attend to.
+enum Context<'c> {
+    /// Everything before it in the same sequence, or what a mask `[b, 1, s, s]` allows.
+    Sequence(Option<&'c Tensor>),
+    /// The leading slots of a cache, written at these positions first.
+    Cache { cache: &'c mut KvCache, slots: &'c Tensor, attended: usize, mask: Tensor },
+}
+
+impl Transformer {
+    /// Loads a Hugging Face folder.
+    ///
+    /// # Errors
+    /// Names a file that is missing, cut off, or of an unsupported family or feature.
+    pub fn load(folder: &Path, device: Device, kind: Kind) -> Result<Self> {
+        let config = ModelConfig::load(folder)?;
+        let parameters = weights::read(folder, &config, device, kind)?;
+        Ok(Self::assemble(config, parameters, device, kind))
+    }
+
+    /// Random weights (normal, 0.02; norms 1, biases 0), drawn on the CPU: the same for the same seed on every device.
+    pub fn random(config: ModelConfig, seed: u64, device: Device, kind: Kind) -> Self {
+        let parameters = weights::random(&config, seed, device, kind);
+        Self::assemble(config, parameters, device, kind)
+    }
+
+    /// Writes config.json and safetensors in `kind` into an existing folder (sharded past 5 GB, `format: pt`).
+    ///
+    /// # Errors
+    /// File-system errors.
+    pub fn save(&self, folder: &Path, kind: Kind) -> Result<()> {
+        weights::write(folder, &self.config, &self.parameters, kind)
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// Where the weights are.
+    pub fn device(&self) -> Device {
+        self.device
+    }
+
+    /// Type of weights and activations.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Every weight under its Hugging Face name, in a fixed order; tied weights once. They share storage with the model.
+    pub fn parameters(&self) -> Vec<(String, Tensor)> {
+        self.parameters.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
+    }
+
+    /// Makes every weight a leaf that collects gradients, or none.
+    pub fn set_requires_grad(&self, on: bool) {
+        for (_, tensor) in &self.parameters {
+            let _ = tensor.set_requires_grad(on);
+        }
+    }
+
+    /// Final hidden states `[b, s, hidden]` (after the last norm) without a cache, with gradients.
+    /// `tokens`, `positions`: int64 `[b, s]`; `mask`: bool `[b, 1, s, s]`, true where attention is
+    /// allowed (every row needs at least one), or `None` for plain causal attention.
+    pub fn hidden(&self, tokens: &Tensor, positions: &Tensor, mask: Option<&Tensor>) -> Tensor {
+        self.forward(tokens, positions, Context::Sequence(mask))
+    }
+
+    /// Final hidden states `[rows, width, hidden]` with a cache: keys and values are written at slots `positions`
+    /// (int64 `[rows, width]`), then each query attends to every slot at or before its own position.
+    /// `attended`: number of leading slots that any row needs.
+    pub fn hidden_cached(&self, tokens: &Tensor, positions: &Tensor, cache: &mut KvCache, attended: usize) -> Tensor {
+        let slots = Tensor::arange(attended as i64, (Kind::Int64, self.device));
+        let mask = slots.view([1, 1, 1, -1]).le_tensor(&positions.unsqueeze(1).unsqueeze(-1));
+        self.forward(tokens, positions, Context::Cache { cache, slots: positions, attended, mask })
+    }
+
+    /// Logits in float32 `[.., vocab]` of hidden states, computed in float32 (no gradient); for choosing tokens.
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`], such as memory that ran out.
+    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        torch_ext::matmul_float32(hidden, self.projection())
+    }
+
+    /// Logits in float32 `[.., vocab]` with gradients; for losses.
+    pub fn train_logits(&self, hidden: &Tensor) -> Tensor {
+        hidden.linear::<&Tensor>(self.projection(), None).to_kind(Kind::Float)
+    }
+
+    fn projection(&self) -> &Tensor {
+        self.head.as_ref().unwrap_or(&self.embedding)
+    }
+
+    fn forward(&self, tokens: &Tensor, positions: &Tensor, mut context: Context<'_>) -> Tensor {
+        let rotation = self.rope.rotation(positions, self.kind);
+        let mut x = Tensor::embedding(&self.embedding, tokens, -1, false, false);
+        for (index, layer) in self.layers.iter().enumerate() {
+            let attended =
+                self.attention(index, layer, &self.rms_norm(&x, &layer.attention_norm), &rotation, &mut context);
+            x = x + attended;
+            let normed = self.rms_norm(&x, &layer.feed_forward_norm);
+            x = x + layer.down.apply(&(layer.gate.apply(&normed).silu() * layer.up.apply(&normed)));
+        }
+        self.rms_norm(&x, &self.norm)
+    }
+
+    fn attention(
+        &self,
+        index: usize,
+        layer: &Layer,
+        x: &Tensor,
+        rotation: &Rotation,
+        context: &mut Context<'_>,
+    ) -> Tensor {
+        let (batch, length, _) = x.size3().unwrap_or_default();
+        let heads = |projected: Tensor| projected.view([batch, length, -1, self.config.head_dim]);
+        let (mut queries, mut keys) = (heads(layer.query.apply(x)), heads(layer.key.apply(x)));
+        if let Some((query_norm, key_norm)) = &layer.query_key_norm {
+            queries = self.rms_norm(&queries, query_norm);
+            keys = self.rms_norm(&keys, key_norm);
+        }
+        let queries = rotation.apply(&queries.transpose(1, 2));
+        let keys = rotation.apply(&keys.transpose(1, 2));
+        let values = heads(layer.value.apply(x)).transpose(1, 2);
+        let grouped = self.config.num_heads != self.config.num_kv_heads;
+        let attend = |keys: &Tensor, values: &Tensor, mask: Option<&Tensor>| {
+            Tensor::scaled_dot_product_attention(&queries, keys, values, mask, 0.0, mask.is_none(), None, grouped)
+        };
+        let mixed = match context {
+            Context::Sequence(mask) => attend(&keys, &values, *mask),
+            Context::Cache { cache, slots, attended, mask } => {
+                let (keys, values) = cache.update(index, &keys, &values, slots, *attended);
+                attend(&keys, &values, Some(mask))
+            }
+        };
+        layer.output.apply(&mixed.transpose(1, 2).reshape([batch, length, -1]))
+    }
+
+    /// Root-mean-square norm over the last dimension, computed in float32.
+    fn rms_norm(&self, x: &Tensor, weight: &Tensor) -> Tensor {
+        let wide = x.to_kind(Kind::Float);
+        let variance = wide.square().mean_dim(&[-1i64][..], true, Kind::Float);
+        let normed = wide * (variance + self.config.rms_norm_eps).rsqrt();
+        normed.to_kind(self.kind) * weight
+    }
+
+    fn assemble(config: ModelConfig, parameters: Vec<(String, Tensor)>, device: Device, kind: Kind) -> Self {
+        let find =
+            |name: &str| parameters.iter().find(|(other, _)| other == name).map(|(_, tensor)| tensor.shallow_clone());
+        let all =
+            |name: &str| find(name).unwrap_or_else(|| unreachable!("weights::read gives every name of the config"));
+        let layers = (0..config.num_layers)
+            .map(|layer| {
+                let name = |part: &str| format!("model.layers.{layer}.{part}");
+                let linear = |part: &str| Linear {
+                    weight: all(&name(&format!("{part}.weight"))),
+                    bias: find(&name(&format!("{part}.bias"))),
+                };
+                let norm = |part: &str| all(&name(&format!("{part}.weight")));
+                Layer {
+                    attention_norm: norm("input_layernorm"),
+                    query: linear("self_attn.q_proj"),
+                    key: linear("self_attn.k_proj"),
+                    value: linear("self_attn.v_proj"),
+                    query_key_norm: (config.family == Family::Qwen3)
+                        .then(|| (norm("self_attn.q_norm"), norm("self_attn.k_norm"))),
+                    output: linear("self_attn.o_proj"),
+                    feed_forward_norm: norm("post_attention_layernorm"),
+                    gate: linear("mlp.gate_proj"),
+                    up: linear("mlp.up_proj"),
+                    down: linear("mlp.down_proj"),
+                }
+            })
+            .collect();
+        Transformer {
+            rope: Rope::new(&config, device),
+            embedding: all("model.embed_tokens.weight"),
+            layers,
+            norm: all("model.norm.weight"),
+            head: find("lm_head.weight"),
+            config,
+            device,
+            kind,
+            parameters,
+        }
+    }
+}
+
+impl Linear {
+    fn apply(&self, x: &Tensor) -> Tensor {
+        x.linear(&self.weight, self.bias.as_ref())
+    }
+}

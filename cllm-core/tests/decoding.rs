@@ -1,0 +1,43 @@
+//! The fixed point is the greedy answer, on every family.
+
+use cllm_core::decode::{DecodeOptions, Limits, Request, Strategy, decode};
+
+use crate::models::{random_model, shapes};
+
+#[test]
+fn fixed_point_equals_greedy_on_every_family_and_in_every_batch() {
+    let requests: Vec<Request> = (0..5)
+        .map(|index| Request {
+            sample_id: format!("s{index}"),
+            prompt_ids: (1..2 + index * 3).map(|i| i * 5 % 61).collect(),
+        })
+        .collect();
+    let limits = Limits { max_new_tokens: 40, eos_ids: vec![3, 9] };
+    for (name, config) in shapes() {
+        let model = random_model(&config);
+        let run = |strategy, requests: &[Request]| {
+            let options = DecodeOptions { strategy, seed: 5, record: true };
+            decode(&model, requests, &limits, options, None).unwrap().0
+        };
+        let greedy = run(Strategy::Ar, &requests);
+        assert!(greedy.iter().any(|answer| answer.response_ids.len() > 20), "{name}: nothing to compare");
+        for n in [2, 5, 16] {
+            for (index, answer) in run(Strategy::Jacobi { n }, &requests).iter().enumerate() {
+                assert_eq!(answer.response_ids, greedy[index].response_ids, "{name}, n = {n}, row {index}");
+                let alone = &run(Strategy::Jacobi { n }, &requests[index..=index])[0];
+                assert_eq!(alone.blocks, answer.blocks, "{name}, n = {n}, row {index} alone");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_prompt_longer_than_the_context_is_refused_by_name() {
+    let (_, config) = shapes().remove(0);
+    let model = random_model(&config);
+    let request = Request { sample_id: "long".into(), prompt_ids: vec![1; 250] };
+    let limits = Limits { max_new_tokens: 40, eos_ids: vec![] };
+    let options = DecodeOptions { strategy: Strategy::Ar, seed: 0, record: false };
+    let message = decode(&model, &[request], &limits, options, None).err().unwrap().to_string();
+    assert!(message.contains("`long`") && message.contains("256"), "{message}");
+}

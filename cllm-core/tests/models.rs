@@ -1,0 +1,110 @@
+//! Every family: cached equals uncached, saved equals loaded, bad files are refused.
+
+use cllm_core::model::{KvCache, ModelConfig, Transformer};
+use serde_json::{Value, json};
+use tch::{Device, IndexOp, Kind, Tensor};
+
+pub fn shapes() -> Vec<(&'static str, Value)> {
+    let base = json!({
+        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    });
+    let with = |extra: Value| {
+        let mut config = base.clone();
+        config.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        config
+    };
+    vec![
+        ("llama", with(json!({"model_type": "llama", "tie_word_embeddings": true}))),
+        ("mistral", with(json!({"model_type": "mistral", "head_dim": 16}))),
+        ("qwen2", with(json!({"model_type": "qwen2"}))),
+        ("qwen3", with(json!({"model_type": "qwen3", "head_dim": 16, "num_key_value_heads": 4}))),
+        ("linear", with(json!({"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.0}}))),
+        (
+            "llama3",
+            with(json!({"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 8.0,
+            "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}})),
+        ),
+        (
+            "yarn",
+            with(json!({"model_type": "qwen2", "rope_scaling": {"rope_type": "yarn", "factor": 4.0,
+            "original_max_position_embeddings": 64}})),
+        ),
+    ]
+}
+
+/// A random model whose logits are far enough apart to have clear winners.
+pub fn random_model(config: &Value) -> Transformer {
+    let model = Transformer::random(ModelConfig::from_json(config).unwrap(), 7, Device::Cpu, Kind::Float);
+    let _no_grad = tch::no_grad_guard();
+    for (name, mut tensor) in model.parameters() {
+        if name.ends_with("bias") {
+            let _ = tensor.normal_(0.0, 0.5);
+        } else if !name.ends_with("norm.weight") {
+            tensor *= 12.0;
+        }
+    }
+    model
+}
+
+fn difference(a: &Tensor, b: &Tensor) -> f64 {
+    (a - b).abs().max().double_value(&[])
+}
+
+#[test]
+fn cached_equals_uncached_with_each_row_at_its_own_position() {
+    let _no_grad = tch::no_grad_guard();
+    for (name, config) in shapes() {
+        let model = random_model(&config);
+        let tokens = Tensor::randint(61, [2, 20], (Kind::Int64, Device::Cpu));
+        let positions = Tensor::arange(20, (Kind::Int64, Device::Cpu)).expand([2, 20], false);
+        let whole = model.logits(&model.hidden(&tokens, &positions, None)).unwrap();
+        let mut cache = KvCache::new(model.config(), 2, 32, Device::Cpu, Kind::Float);
+        // Row 0 has seen 9 tokens, row 1 only 5; then both go on for 6.
+        let _ = model.hidden_cached(&tokens.i((.., ..9)), &positions.i((.., ..9)), &mut cache, 9);
+        let starts = [9, 5];
+        let pick = |from: &Tensor| {
+            Tensor::stack(&[from.i((0, starts[0]..starts[0] + 6)), from.i((1, starts[1]..starts[1] + 6))], 0)
+        };
+        let hidden = model.hidden_cached(&pick(&tokens), &pick(&positions), &mut cache, 15);
+        let apart = difference(&model.logits(&hidden).unwrap(), &pick(&whole));
+        assert!(apart < 1e-3, "{name}: {apart}");
+    }
+}
+
+#[test]
+fn saved_equals_loaded_and_a_cut_file_is_refused() {
+    let _no_grad = tch::no_grad_guard();
+    for (name, config) in shapes() {
+        let dir = tempfile::tempdir().unwrap();
+        let model = random_model(&config);
+        model.save(dir.path(), Kind::Float).unwrap();
+        let loaded = Transformer::load(dir.path(), Device::Cpu, Kind::Float).unwrap();
+        assert_eq!(loaded.parameters().len(), model.parameters().len(), "{name}");
+        for ((name, a), (_, b)) in model.parameters().iter().zip(loaded.parameters()) {
+            assert_eq!(difference(a, &b), 0.0, "{name}");
+        }
+        let weights = dir.path().join("model.safetensors");
+        let bytes = std::fs::read(&weights).unwrap();
+        std::fs::write(&weights, &bytes[..bytes.len() / 2]).unwrap();
+        let error = Transformer::load(dir.path(), Device::Cpu, Kind::Float).err().unwrap().to_string();
+        assert!(error.contains("model.safetensors"), "{error}");
+    }
+}
+
+#[test]
+fn what_is_not_supported_is_refused_by_name() {
+    let (_, base) = shapes().remove(0);
+    for (key, value) in [
+        ("model_type", json!("gemma")),
+        ("hidden_act", json!("gelu")),
+        ("rope_scaling", json!({"rope_type": "dynamic", "factor": 2.0})),
+        ("quantization_config", json!({"bits": 4})),
+        ("hidden_size", json!("wide")),
+    ] {
+        let mut config = base.clone();
+        config[key] = value;
+        let message = ModelConfig::from_json(&config).unwrap_err();
+        assert!(message.contains(key), "{key}: {message}");
+    }
+}
