@@ -112,10 +112,13 @@ impl Transformer {
 
     /// Final hidden states `[rows, width, hidden]` with a cache: keys and values are written at slots `positions`
     /// (int64 `[rows, width]`), then each query attends to every slot at or before its own position.
-    /// `attended`: number of leading slots that any row needs.
+    /// `attended`: number of leading slots that any row needs. No gradient flows.
     pub fn hidden_cached(&self, tokens: &Tensor, positions: &Tensor, cache: &mut KvCache, attended: usize) -> Tensor {
+        let _no_grad = tch::no_grad_guard();
         let slots = Tensor::arange(attended as i64, (Kind::Int64, self.device));
-        let mask = slots.view([1, 1, 1, -1]).le_tensor(&positions.unsqueeze(1).unsqueeze(-1));
+        // The query heads that share a key head stand behind one another in the sequence of queries (see `attention`).
+        let group = self.config.num_heads / self.config.num_kv_heads;
+        let mask = slots.view([1, 1, 1, -1]).le_tensor(&positions.repeat([1, group]).unsqueeze(1).unsqueeze(-1));
         self.forward(tokens, positions, Context::Cache { cache, slots: positions, attended, mask })
     }
 
@@ -124,6 +127,7 @@ impl Transformer {
     /// # Errors
     /// [`crate::Error::Torch`], such as memory that ran out.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        let _no_grad = tch::no_grad_guard();
         torch_ext::matmul_float32(hidden, self.projection())
     }
 
@@ -167,15 +171,22 @@ impl Transformer {
         let queries = rotation.apply(&queries.transpose(1, 2));
         let keys = rotation.apply(&keys.transpose(1, 2));
         let values = heads(layer.value.apply(x)).transpose(1, 2);
-        let grouped = self.config.num_heads != self.config.num_kv_heads;
-        let attend = |keys: &Tensor, values: &Tensor, mask: Option<&Tensor>| {
-            Tensor::scaled_dot_product_attention(&queries, keys, values, mask, 0.0, mask.is_none(), None, grouped)
-        };
+        let (key_heads, width) = (self.config.num_kv_heads, self.config.head_dim);
+        let group = self.config.num_heads / key_heads;
+        // `enable_gqa` leaves only the slow kernel that holds every score when there is a mask, so groups are laid out here.
         let mixed = match context {
-            Context::Sequence(mask) => attend(&keys, &values, *mask),
+            Context::Sequence(mask) => {
+                let widened = |x: &Tensor| {
+                    let shape = [batch, key_heads, group, length, width];
+                    if group == 1 { x.shallow_clone() } else { x.unsqueeze(2).expand(shape, false).flatten(1, 2) }
+                };
+                attend(&queries, &widened(&keys), &widened(&values), *mask)
+            }
             Context::Cache { cache, slots, attended, mask } => {
                 let (keys, values) = cache.update(index, &keys, &values, slots, *attended);
-                attend(&keys, &values, Some(mask))
+                // No copy of the cache: a group's heads become more queries of the same key head.
+                let folded = queries.reshape([batch, key_heads, group * length, width]);
+                attend(&folded, &keys, &values, Some(mask)).reshape([batch, key_heads * group, length, width])
             }
         };
         layer.output.apply(&mixed.transpose(1, 2).reshape([batch, length, -1]))
@@ -229,6 +240,11 @@ impl Transformer {
             parameters,
         }
     }
+}
+
+/// Attention with a mask, or plainly causal without one.
+fn attend(queries: &Tensor, keys: &Tensor, values: &Tensor, mask: Option<&Tensor>) -> Tensor {
+    Tensor::scaled_dot_product_attention(queries, keys, values, mask, 0.0, mask.is_none(), None, false)
 }
 
 impl Linear {

@@ -3,6 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use rand_chacha::ChaCha8Rng;
+use rand_chacha::rand_core::{Rng, SeedableRng};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
@@ -91,19 +93,36 @@ fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
 /// Random weights, drawn on the CPU in float32 whatever the device.
 pub(super) fn random(config: &ModelConfig, seed: u64, device: Device, kind: Kind) -> Vec<(String, Tensor)> {
     let _no_grad = tch::no_grad_guard();
-    tch::manual_seed(seed as i64);
-    let draw = |name: &str, shape: &[i64]| {
+    let draw = |index: usize, name: &str, shape: &[i64]| {
         let options = (Kind::Float, Device::Cpu);
         let tensor = if name.ends_with("norm.weight") {
             Tensor::ones(shape, options)
         } else if name.ends_with(".bias") {
             Tensor::zeros(shape, options)
         } else {
-            Tensor::randn(shape, options) * 0.02
+            // Not libtorch's generator: it is shared by all threads of the process.
+            let mut random = ChaCha8Rng::seed_from_u64(seed);
+            random.set_stream(index as u64);
+            let count = shape.iter().product::<i64>() as usize;
+            Tensor::from_slice(&normals(&mut random, count, 0.02)).view(shape)
         };
         tensor.to_kind(kind).to_device(device)
     };
-    config.shapes().into_iter().map(|(name, shape)| (name.clone(), draw(&name, &shape))).collect()
+    let shapes = config.shapes().into_iter().enumerate();
+    shapes.map(|(index, (name, shape))| (name.clone(), draw(index, &name, &shape))).collect()
+}
+
+/// Normal numbers by Box and Muller's method.
+fn normals(random: &mut ChaCha8Rng, count: usize, deviation: f64) -> Vec<f32> {
+    let mut unit = || ((random.next_u32() as f64) + 0.5) / 2f64.powi(32);
+    let mut numbers = Vec::with_capacity(count + 1);
+    while numbers.len() < count {
+        let radius = deviation * (-2.0 * unit().ln()).sqrt();
+        let (sine, cosine) = (std::f64::consts::TAU * unit()).sin_cos();
+        numbers.extend([(radius * cosine) as f32, (radius * sine) as f32]);
+    }
+    numbers.truncate(count);
+    numbers
 }
 
 /// Writes config.json and the weights as `kind` into an existing folder.
