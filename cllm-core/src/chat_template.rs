@@ -1,8 +1,11 @@
 //! Chat templates (Jinja, as `transformers` renders them).
 
+use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Kwargs, Serde};
+use minijinja::{Environment, ErrorKind, Value, context};
 use serde::{Deserialize, Serialize};
 
-use crate::Result;
+use crate::{Error, Result};
 
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -14,15 +17,121 @@ pub struct Message {
 }
 
 /// A compiled chat template with the special tokens that it may name.
-pub struct ChatTemplate {}
+pub struct ChatTemplate {
+    environment: Environment<'static>,
+    bos_token: String,
+    eos_token: String,
+}
 
 impl ChatTemplate {
+    /// Compiles a template.
+    ///
+    /// # Errors
+    /// When it is no Jinja that this engine reads.
+    pub fn new(source: &str, bos_token: &str, eos_token: &str) -> Result<Self> {
+        let syntax = SyntaxConfig::builder()
+            .trim_blocks(true)
+            .lstrip_blocks(true)
+            .build()
+            .map_err(|error| Error::usage(format!("chat template: {error}")))?;
+        let mut environment = Environment::new();
+        environment.set_syntax(syntax);
+        environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function("raise_exception", |message: String| -> std::result::Result<String, _> {
+            Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+        });
+        environment
+            .add_function("strftime_now", |format: String| jiff::ZonedDateTime::now().strftime(&format).to_string());
+        // minijinja's own filter escapes `<` and the like for HTML, which transformers does not.
+        environment.add_filter("tojson", to_json);
+        // transformers marks the assistant's text with a tag that changes nothing of the rendering.
+        let marker = regex::Regex::new(r"\{%-?\s*(end)?generation\s*-?%\}")
+            .map_err(|error| Error::usage(format!("chat template: {error}")))?;
+        let source = marker.replace_all(source, "").into_owned();
+        environment
+            .add_template_owned("chat", source)
+            .map_err(|error| Error::usage(format!("the chat template cannot be read: {error:#}")))?;
+        Ok(ChatTemplate { environment, bos_token: bos_token.to_owned(), eos_token: eos_token.to_owned() })
+    }
+
     /// The conversation as the model's prompt; `add_generation_prompt` opens the assistant's turn.
     ///
     /// # Errors
     /// When the template refuses the conversation (`raise_exception`).
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
-        let _ = (messages, add_generation_prompt);
-        todo!()
+        let values = context! {
+            messages => Value::from(Serde(messages)),
+            add_generation_prompt => add_generation_prompt,
+            bos_token => self.bos_token.as_str(),
+            eos_token => self.eos_token.as_str(),
+        };
+        self.environment
+            .get_template("chat")
+            .and_then(|template| template.render(values))
+            .map_err(|error| Error::usage(format!("the chat template refuses the conversation: {error:#}")))
+    }
+}
+
+fn to_json(value: Value, options: Kwargs) -> std::result::Result<String, minijinja::Error> {
+    let indent: Option<usize> = options.get("indent")?;
+    let failed = |error: serde_json::Error| minijinja::Error::new(ErrorKind::BadSerialization, error.to_string());
+    let mut bytes = Vec::new();
+    let spaces = " ".repeat(indent.unwrap_or(0));
+    if indent.is_some() {
+        let format = serde_json::ser::PrettyFormatter::with_indent(spaces.as_bytes());
+        value.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, format)).map_err(failed)?;
+    } else {
+        value.serialize(&mut serde_json::Serializer::with_formatter(&mut bytes, Spaced)).map_err(failed)?;
+    }
+    String::from_utf8(bytes).map_err(|error| minijinja::Error::new(ErrorKind::BadSerialization, error.to_string()))
+}
+
+/// Python's default separators: `, ` and `: `.
+struct Spaced;
+
+impl serde_json::ser::Formatter for Spaced {
+    fn begin_array_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+
+    fn begin_object_key<W: ?Sized + std::io::Write>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()> {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+
+    fn begin_object_value<W: ?Sized + std::io::Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
+        writer.write_all(b": ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn message(role: &str, content: &str) -> Message {
+        Message { role: role.into(), content: content.into() }
+    }
+
+    #[test]
+    fn chatml_renders_as_transformers_does() {
+        let source = "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}";
+        let template = ChatTemplate::new(source, "", "<|im_end|>").unwrap();
+        let text = template.render(&[message("user", "a < b"), message("assistant", "yes")], true).unwrap();
+        assert_eq!(
+            text,
+            "<|im_start|>user\na < b<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n<|im_start|>assistant\n"
+        );
+    }
+
+    #[test]
+    fn exceptions_json_and_python_methods() {
+        let template = ChatTemplate::new(
+            "{% if messages|length > 1 %}{{ raise_exception('one only') }}{% endif %}{{ messages[0].content.strip() }} {{ {'a': '<'} | tojson }}",
+            "",
+            "",
+        )
+        .unwrap();
+        assert_eq!(template.render(&[message("user", " x ")], true).unwrap(), "x {\"a\": \"<\"}");
+        let refused = template.render(&[message("user", "x"), message("user", "y")], true).unwrap_err();
+        assert!(refused.to_string().contains("one only"));
     }
 }

@@ -146,9 +146,9 @@ impl Transformer {
         for (index, layer) in self.layers.iter().enumerate() {
             let attended =
                 self.attention(index, layer, &self.rms_norm(&x, &layer.attention_norm), &rotation, &mut context);
-            x = x + attended;
+            x = attended + x;
             let normed = self.rms_norm(&x, &layer.feed_forward_norm);
-            x = x + layer.down.apply(&(layer.gate.apply(&normed).silu() * layer.up.apply(&normed)));
+            x = layer.down.apply(&(layer.gate.apply(&normed).silu() * layer.up.apply(&normed))) + x;
         }
         self.rms_norm(&x, &self.norm)
     }

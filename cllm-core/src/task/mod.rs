@@ -1,6 +1,10 @@
 //! Benchmarks, one file each: load, prompt, score; used for prompts, cleaning and evaluation alike.
 
-use std::path::{Path, PathBuf};
+mod gsm8k;
+mod jsonl;
+pub mod synthetic;
+
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
@@ -13,15 +17,9 @@ use crate::prompt_set::Sample;
 pub enum Task {
     /// Grade-school maths (Cobbe et al., arXiv 2110.14168).
     Gsm8k,
-    /// Text to SQL (Yu et al., arXiv 1809.08887), scored by execution.
-    Spider,
-    /// Python functions (Chen et al., arXiv 2107.03374).
-    Humaneval,
-    /// Python functions (Austin et al., arXiv 2108.07732).
-    Mbpp,
-    /// Any JSONL.
+    /// Any prompts with an exact answer.
     Jsonl,
-    /// Made by this project from a seed.
+    /// Word problems and SQL made by this project from a seed.
     Synthetic,
 }
 
@@ -33,45 +31,58 @@ pub enum Verdict {
     Right,
     /// Wrong, or no answer found.
     Wrong,
-    /// This task has no score for it here.
+    /// The sample has nothing to score against.
     Unscored,
 }
 
-/// Scores answers of one task; holds what that needs (the folder of Spider's databases, say).
-pub struct Scorer {
-    task: Task,
-    data: Option<PathBuf>,
-}
-
 impl Task {
-    /// The task of a prompt's `source` (`gsm8k/test`), by its first part.
-    pub fn of_source(source: &str) -> Option<Task> {
-        let _ = source;
-        todo!()
+    /// Every task.
+    pub const ALL: [Task; 3] = [Task::Gsm8k, Task::Jsonl, Task::Synthetic];
+
+    /// Its name in prompts' sources and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Task::Gsm8k => "gsm8k",
+            Task::Jsonl => "jsonl",
+            Task::Synthetic => "synthetic",
+        }
     }
 
-    /// Reads one split of the benchmark's files in `data`, in the original or the Hugging Face form.
+    /// What it needs, in one line.
+    pub fn needs(self) -> &'static str {
+        match self {
+            Task::Gsm8k => "a folder with train.jsonl and test.jsonl of grade-school-math",
+            Task::Jsonl => "a JSONL file of prompts; the answer is compared with `reference`",
+            Task::Synthetic => "nothing: it is made from a seed",
+        }
+    }
+
+    /// The task of a prompt's `source` (`gsm8k/test`), by its first part; [`Task::Jsonl`] for what is none of ours.
+    pub fn of_source(source: &str) -> Task {
+        let name = source.split('/').next().unwrap_or_default();
+        Task::ALL.into_iter().find(|task| task.name() == name).unwrap_or(Task::Jsonl)
+    }
+
+    /// Reads one split of the benchmark's files in `data`.
     ///
     /// # Errors
     /// When a file is missing or a row is not as expected.
     pub fn load(self, data: &Path, split: &str) -> Result<Vec<Sample>> {
-        let _ = (data, split);
-        todo!()
-    }
-}
-
-impl Scorer {
-    /// A scorer; `data` is the benchmark's folder, needed by tasks that score by files of it.
-    pub fn new(task: Task, data: Option<&Path>) -> Self {
-        Scorer { task, data: data.map(Path::to_owned) }
+        match self {
+            Task::Gsm8k => gsm8k::load(data, split),
+            Task::Jsonl => crate::prompt_set::read(data),
+            Task::Synthetic => Ok(synthetic::generate(0, split, synthetic::DEFAULT_COUNT)),
+        }
     }
 
-    /// Scores an answer to `sample`.
-    ///
-    /// # Errors
-    /// Only when scoring itself is impossible (a database is missing); a broken answer is [`Verdict::Wrong`].
-    pub fn score(&self, sample: &Sample, answer: &str) -> Result<Verdict> {
-        let _ = (sample, answer, &self.task, &self.data);
-        todo!()
+    /// Scores an answer to `sample`; a broken answer is [`Verdict::Wrong`].
+    pub fn score(self, sample: &Sample, answer: &str) -> Verdict {
+        let Some(reference) = &sample.reference else { return Verdict::Unscored };
+        let right = match self {
+            Task::Gsm8k => gsm8k::is_right(reference, answer),
+            Task::Jsonl => jsonl::is_right(reference, answer),
+            Task::Synthetic => synthetic::is_right(sample, reference, answer),
+        };
+        if right { Verdict::Right } else { Verdict::Wrong }
     }
 }

@@ -1,0 +1,142 @@
+//! Reads a data set row by row in constant memory.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
+
+use super::schema::{PROVENANCE_KEY, VERSION_KEY, from_batch, schema};
+use super::writer::{parquet_error, read_manifest};
+use super::{Provenance, SCHEMA_VERSION, Trajectory};
+use crate::{Error, Result};
+
+/// Rows that are decoded at once.
+const BATCH_ROWS: usize = 64;
+
+/// A data set opened for reading.
+pub struct Reader {
+    shards: Vec<PathBuf>,
+    rows: usize,
+    provenance: Provenance,
+}
+
+impl Reader {
+    /// Opens a data set's folder, or one shard.
+    ///
+    /// # Errors
+    /// [`Error::File`] for a folder without a manifest, a shard that is missing or cut off, of another schema or version.
+    pub fn open(path: &Path) -> Result<Self> {
+        let shards = if path.is_dir() {
+            let manifest = read_manifest(path)?
+                .ok_or_else(|| Error::file(path, "holds no manifest.json: it is no trajectory data set"))?;
+            manifest.shards.iter().map(|(name, _)| path.join(name)).collect()
+        } else {
+            vec![path.to_owned()]
+        };
+        let mut rows = 0;
+        let mut provenance = None;
+        for shard in &shards {
+            let (builder, found) = open_shard(shard)?;
+            rows += builder.metadata().file_metadata().num_rows() as usize;
+            provenance.get_or_insert(found);
+        }
+        let provenance = provenance.ok_or_else(|| Error::file(path, "holds no rows yet"))?;
+        Ok(Reader { shards, rows, provenance })
+    }
+
+    /// Number of rows.
+    pub fn len(&self) -> usize {
+        self.rows
+    }
+
+    /// Whether there are no rows.
+    pub fn is_empty(&self) -> bool {
+        self.rows == 0
+    }
+
+    /// How the data set came to be.
+    pub fn provenance(&self) -> &Provenance {
+        &self.provenance
+    }
+
+    /// The rows in order.
+    pub fn rows(&self) -> Rows {
+        let mut waiting = self.shards.clone();
+        waiting.reverse();
+        Rows { waiting, shard: None, ready: Vec::new().into_iter() }
+    }
+}
+
+/// Iterator over the rows of a data set.
+pub struct Rows {
+    waiting: Vec<PathBuf>,
+    shard: Option<(PathBuf, ParquetRecordBatchReader)>,
+    ready: std::vec::IntoIter<Trajectory>,
+}
+
+impl Rows {
+    /// Decodes the next batch; false at the end.
+    fn fill(&mut self) -> Result<bool> {
+        loop {
+            if let Some((path, batches)) = &mut self.shard {
+                if let Some(batch) = batches.next() {
+                    let batch = batch.map_err(|error| Error::file(&*path, format!("cannot be read: {error}")))?;
+                    self.ready = from_batch(&batch).map_err(|message| Error::file(&*path, message))?.into_iter();
+                    return Ok(true);
+                }
+                self.shard = None;
+            }
+            let Some(path) = self.waiting.pop() else { return Ok(false) };
+            let (builder, _) = open_shard(&path)?;
+            let batches = builder.with_batch_size(BATCH_ROWS).build().map_err(|error| parquet_error(&path, error))?;
+            self.shard = Some((path, batches));
+        }
+    }
+}
+
+impl Iterator for Rows {
+    type Item = Result<Trajectory>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            if let Some(row) = self.ready.next() {
+                return Some(Ok(row));
+            }
+            match self.fill() {
+                Ok(true) => {}
+                Ok(false) => return None,
+                Err(error) => {
+                    self.waiting.clear();
+                    self.shard = None;
+                    return Some(Err(error));
+                }
+            }
+        }
+    }
+}
+
+fn open_shard(path: &Path) -> Result<(ParquetRecordBatchReaderBuilder<File>, Provenance)> {
+    let file = File::open(path).map_err(Error::io(path))?;
+    let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| {
+        Error::file(path, format!("is no whole Parquet file ({error}); delete the data set's folder and collect again"))
+    })?;
+    let metadata = builder.metadata().file_metadata().key_value_metadata().cloned().unwrap_or_default();
+    let value = |key: &str| metadata.iter().find(|entry| entry.key == key).and_then(|entry| entry.value.clone());
+    let version =
+        value(VERSION_KEY).ok_or_else(|| Error::file(path, "is no trajectory shard: it has no schema version"))?;
+    if version != SCHEMA_VERSION.to_string() {
+        return Err(Error::file(
+            path,
+            format!("has schema version {version}, this toolkit ({}) reads {SCHEMA_VERSION}", crate::VERSION),
+        ));
+    }
+    let columns = |schema: &arrow::datatypes::Schema| -> Vec<_> {
+        schema.fields().iter().map(|field| (field.name().clone(), field.data_type().clone())).collect()
+    };
+    if columns(builder.schema()) != columns(&schema()) {
+        return Err(Error::file(path, "has other columns than a trajectory shard (see docs/data-format.md)"));
+    }
+    let provenance = serde_json::from_str(&value(PROVENANCE_KEY).unwrap_or_default())
+        .map_err(|error| Error::file(path, format!("has no readable provenance: {error}")))?;
+    Ok((builder, provenance))
+}

@@ -1,0 +1,158 @@
+//! Rows as Arrow columns and back.
+
+use std::sync::Arc;
+
+use arrow::array::{
+    Array, ArrayRef, AsArray, BooleanBuilder, Int32Array, Int32Builder, ListArray, ListBuilder, RecordBatch,
+    StringArray, StructArray,
+};
+use arrow::buffer::OffsetBuffer;
+use arrow::datatypes::{DataType, Field, Fields, Int32Type, Schema, SchemaRef};
+use arrow::error::ArrowError;
+
+use super::{Block, FinishReason, Trajectory};
+
+/// Version of the schema; a reader refuses any other.
+pub const SCHEMA_VERSION: u32 = 1;
+/// Metadata key of the schema version.
+pub(super) const VERSION_KEY: &str = "cllm.schema_version";
+/// Metadata key of the provenance (JSON).
+pub(super) const PROVENANCE_KEY: &str = "cllm.provenance";
+
+fn list(item: DataType) -> DataType {
+    DataType::List(Arc::new(Field::new("item", item, true)))
+}
+
+fn block_fields() -> Fields {
+    let states = list(list(DataType::Int32));
+    vec![Field::new("start", DataType::Int32, false), Field::new("states", states, false)].into()
+}
+
+/// The columns, without metadata.
+pub(super) fn schema() -> SchemaRef {
+    let ids = || list(DataType::Int32);
+    Arc::new(Schema::new(vec![
+        Field::new("sample_id", DataType::Utf8, false),
+        Field::new("source", DataType::Utf8, false),
+        Field::new("prompt", DataType::Utf8, false),
+        Field::new("prompt_ids", ids(), false),
+        Field::new("response_ids", ids(), false),
+        Field::new("reference", DataType::Utf8, true),
+        Field::new("blocks", list(DataType::Struct(block_fields())), false),
+        Field::new("augmented", list(list(DataType::Boolean)), true),
+        Field::new("finish_reason", DataType::Utf8, false),
+        Field::new("meta", DataType::Utf8, true),
+    ]))
+}
+
+/// Rows as one record batch.
+pub(super) fn to_batch(rows: &[Trajectory]) -> Result<RecordBatch, ArrowError> {
+    let text =
+        |get: fn(&Trajectory) -> &str| -> ArrayRef { Arc::new(StringArray::from_iter_values(rows.iter().map(get))) };
+    let optional =
+        |get: fn(&Trajectory) -> Option<&str>| -> ArrayRef { Arc::new(StringArray::from_iter(rows.iter().map(get))) };
+    let ids = |get: fn(&Trajectory) -> &[i32]| -> ArrayRef {
+        let mut builder = ListBuilder::new(Int32Builder::new());
+        for row in rows {
+            builder.values().append_slice(get(row));
+            builder.append(true);
+        }
+        Arc::new(builder.finish())
+    };
+    RecordBatch::try_new(
+        schema(),
+        vec![
+            text(|row| &row.sample_id),
+            text(|row| &row.source),
+            text(|row| &row.prompt),
+            ids(|row| &row.prompt_ids),
+            ids(|row| &row.response_ids),
+            optional(|row| row.reference.as_deref()),
+            Arc::new(blocks_to_array(rows)?),
+            Arc::new(flags_to_array(rows)),
+            text(|row| match row.finish_reason {
+                FinishReason::Eos => "eos",
+                FinishReason::Length => "length",
+            }),
+            optional(|row| row.meta.as_deref()),
+        ],
+    )
+}
+
+fn blocks_to_array(rows: &[Trajectory]) -> Result<ListArray, ArrowError> {
+    let blocks = || rows.iter().flat_map(|row| &row.blocks);
+    let starts = Int32Array::from_iter_values(blocks().map(|block| block.start as i32));
+    let mut states = ListBuilder::new(ListBuilder::new(Int32Builder::new()));
+    for block in blocks() {
+        for state in &block.states {
+            states.values().values().append_slice(state);
+            states.values().append(true);
+        }
+        states.append(true);
+    }
+    let structs = StructArray::try_new(block_fields(), vec![Arc::new(starts), Arc::new(states.finish())], None)?;
+    let offsets = OffsetBuffer::from_lengths(rows.iter().map(|row| row.blocks.len()));
+    let item = Arc::new(Field::new("item", DataType::Struct(block_fields()), true));
+    ListArray::try_new(item, offsets, Arc::new(structs), None)
+}
+
+fn flags_to_array(rows: &[Trajectory]) -> ListArray {
+    let mut builder = ListBuilder::new(ListBuilder::new(BooleanBuilder::new()));
+    for row in rows {
+        for flags in row.augmented.iter().flatten() {
+            builder.values().values().append_slice(flags);
+            builder.values().append(true);
+        }
+        builder.append(row.augmented.is_some());
+    }
+    builder.finish()
+}
+
+/// The rows of a record batch whose schema was checked.
+pub(super) fn from_batch(batch: &RecordBatch) -> Result<Vec<Trajectory>, String> {
+    (0..batch.num_rows()).map(|row| trajectory(batch, row)).collect()
+}
+
+fn trajectory(batch: &RecordBatch, row: usize) -> Result<Trajectory, String> {
+    let column = |name: &str| batch.column_by_name(name).ok_or_else(|| format!("column `{name}` is missing"));
+    let optional = |name: &str| -> Result<Option<String>, String> {
+        let values = column(name)?.as_string::<i32>();
+        Ok(values.is_valid(row).then(|| values.value(row).to_owned()))
+    };
+    let text = |name: &str| optional(name)?.ok_or_else(|| format!("row {row}: `{name}` is null"));
+    let ids = |name: &str| Ok::<_, String>(numbers(&column(name)?.as_list::<i32>().value(row)));
+    let blocks = column("blocks")?.as_list::<i32>().value(row);
+    let blocks = blocks.as_struct();
+    let (starts, states) = (blocks.column(0).as_primitive::<Int32Type>(), blocks.column(1).as_list::<i32>());
+    let block = |index: usize| Block {
+        start: starts.value(index) as u32,
+        states: lists(&states.value(index), |state| numbers(state)),
+    };
+    let flags = column("augmented")?.as_list::<i32>();
+    let booleans = |values: &ArrayRef| values.as_boolean().iter().map(|flag| flag.unwrap_or(false)).collect();
+    Ok(Trajectory {
+        sample_id: text("sample_id")?,
+        source: text("source")?,
+        prompt: text("prompt")?,
+        prompt_ids: ids("prompt_ids")?,
+        response_ids: ids("response_ids")?,
+        reference: optional("reference")?,
+        blocks: (0..blocks.len()).map(block).collect(),
+        augmented: flags.is_valid(row).then(|| lists(&flags.value(row), booleans)),
+        finish_reason: match text("finish_reason")?.as_str() {
+            "eos" => FinishReason::Eos,
+            "length" => FinishReason::Length,
+            other => return Err(format!("row {row}: finish_reason is `{other}`, expected eos or length")),
+        },
+        meta: optional("meta")?,
+    })
+}
+
+fn numbers(values: &ArrayRef) -> Vec<i32> {
+    values.as_primitive::<Int32Type>().values().to_vec()
+}
+
+fn lists<T>(values: &ArrayRef, read: impl Fn(&ArrayRef) -> T) -> Vec<T> {
+    let values = values.as_list::<i32>();
+    (0..values.len()).map(|index| read(&values.value(index))).collect()
+}

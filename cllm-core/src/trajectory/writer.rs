@@ -1,0 +1,138 @@
+//! Shards that appear whole or not at all, and the manifest over them.
+
+use std::path::{Path, PathBuf};
+
+use parquet::arrow::ArrowWriter;
+use parquet::basic::Compression;
+use parquet::file::metadata::KeyValue;
+use parquet::file::properties::WriterProperties;
+use serde::{Deserialize, Serialize};
+
+use super::schema::{PROVENANCE_KEY, VERSION_KEY, schema, to_batch};
+use super::{Provenance, SCHEMA_VERSION, Trajectory};
+use crate::{Error, Result, atomic_file};
+
+/// Rows of a row group: bounds what a reader holds in memory.
+const ROW_GROUP_ROWS: usize = 256;
+
+/// The shards of a data set.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    /// Version of the schema.
+    pub schema_version: u32,
+    /// How the data set came to be.
+    pub provenance: Provenance,
+    /// Name and rows of each shard, in order.
+    pub shards: Vec<(String, usize)>,
+    /// Whether the run that writes it has ended.
+    pub complete: bool,
+}
+
+/// Writes a data set shard by shard; after each, the manifest names it.
+pub struct Writer {
+    folder: PathBuf,
+    manifest: Manifest,
+}
+
+impl Writer {
+    /// Opens `folder` for writing, going on after the shards that an earlier run of the same provenance left there.
+    ///
+    /// # Errors
+    /// [`Error::File`] when the folder holds a data set of another provenance, naming the field that differs.
+    pub fn open(folder: &Path, provenance: Provenance) -> Result<Self> {
+        let manifest = match read_manifest(folder)? {
+            None => Manifest { schema_version: SCHEMA_VERSION, provenance, shards: Vec::new(), complete: false },
+            Some(found) => {
+                if let Some(difference) = difference(&found.provenance, &provenance) {
+                    return Err(Error::file(
+                        folder,
+                        format!(
+                            "holds a data set made otherwise ({difference}); choose another output folder, or delete it"
+                        ),
+                    ));
+                }
+                found
+            }
+        };
+        std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+        Ok(Writer { folder: folder.to_owned(), manifest })
+    }
+
+    /// Number of shards that are there.
+    pub fn shards(&self) -> usize {
+        self.manifest.shards.len()
+    }
+
+    /// Writes the next shard.
+    ///
+    /// # Errors
+    /// File-system errors.
+    pub fn write_shard(&mut self, rows: &[Trajectory]) -> Result<()> {
+        let name = format!("part-{:05}.parquet", self.manifest.shards.len());
+        let path = self.folder.join(&name);
+        let failed = |error: parquet::errors::ParquetError| parquet_error(&path, error);
+        let provenance =
+            serde_json::to_string(&self.manifest.provenance).map_err(|error| Error::file(&path, error.to_string()))?;
+        let properties = WriterProperties::builder()
+            .set_compression(Compression::ZSTD(Default::default()))
+            .set_created_by(format!("cllm {}", crate::VERSION))
+            .set_key_value_metadata(Some(vec![
+                KeyValue::new(VERSION_KEY.to_owned(), SCHEMA_VERSION.to_string()),
+                KeyValue::new(PROVENANCE_KEY.to_owned(), provenance),
+            ]))
+            .build();
+        atomic_file::write_with(&path, |file| {
+            let mut writer = ArrowWriter::try_new(file, schema(), Some(properties)).map_err(failed)?;
+            for group in rows.chunks(ROW_GROUP_ROWS) {
+                let batch = to_batch(group).map_err(|error| Error::file(&path, error.to_string()))?;
+                writer.write(&batch).and_then(|()| writer.flush()).map_err(failed)?;
+            }
+            writer.close().map_err(failed)?;
+            Ok(())
+        })?;
+        self.manifest.shards.push((name, rows.len()));
+        self.write_manifest()
+    }
+
+    /// Marks the data set as complete.
+    ///
+    /// # Errors
+    /// File-system errors.
+    pub fn finish(mut self) -> Result<Manifest> {
+        self.manifest.complete = true;
+        self.write_manifest()?;
+        Ok(self.manifest)
+    }
+
+    fn write_manifest(&self) -> Result<()> {
+        atomic_file::write_json(&self.folder.join("manifest.json"), &self.manifest)
+    }
+}
+
+/// The manifest of a data set, if the folder holds one.
+pub(super) fn read_manifest(folder: &Path) -> Result<Option<Manifest>> {
+    let path = folder.join("manifest.json");
+    if !path.exists() {
+        return Ok(None);
+    }
+    let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+    serde_json::from_str(&text).map(Some).map_err(|error| Error::file(&path, format!("is no manifest: {error}")))
+}
+
+fn difference(found: &Provenance, wanted: &Provenance) -> Option<String> {
+    let (found, wanted) = (serde_json::to_value(found).ok()?, serde_json::to_value(wanted).ok()?);
+    let wanted = wanted.as_object()?;
+    let (key, value) = wanted.iter().find(|(key, value)| found[key.as_str()] != **value)?;
+    Some(format!("{key} is {} there and {value} here", found[key.as_str()]))
+}
+
+/// A Parquet error as what it is underneath: a full disk stays a full disk.
+pub(super) fn parquet_error(path: &Path, error: parquet::errors::ParquetError) -> Error {
+    match error {
+        parquet::errors::ParquetError::External(inner) => match inner.downcast::<std::io::Error>() {
+            Ok(source) => Error::Io { path: path.to_owned(), source: *source },
+            Err(inner) => Error::file(path, inner.to_string()),
+        },
+        other => Error::file(path, other.to_string()),
+    }
+}

@@ -1,0 +1,100 @@
+//! The data set: round trips, same rows same bytes, bad files.
+
+use std::path::Path;
+
+use cllm_core::trajectory::{Block, FinishReason, Provenance, Reader, Trajectory, Writer};
+
+fn provenance() -> Provenance {
+    Provenance {
+        teacher: "t".into(),
+        tokenizer: "k".into(),
+        vocab_size: 100,
+        n: 3,
+        max_new_tokens: 8,
+        eos_ids: vec![9],
+        seed: 1,
+        prompts: "p".into(),
+        toolkit: "0".into(),
+        steps: vec![],
+    }
+}
+
+fn row(index: i32) -> Trajectory {
+    Trajectory {
+        sample_id: format!("s{index}"),
+        source: "synthetic/train".into(),
+        prompt: "2+2?".into(),
+        prompt_ids: vec![index % 90, 2],
+        response_ids: vec![4, 5, 6, 9],
+        reference: (index % 2 == 0).then(|| "4".into()),
+        blocks: vec![
+            Block { start: 0, states: vec![vec![4, 1, 2], vec![4, 5, 1], vec![4, 5, 6]] },
+            Block { start: 3, states: vec![vec![9, 2, 2]] },
+        ],
+        augmented: (index % 3 == 0).then(|| vec![vec![false, true, false], vec![false]]),
+        finish_reason: FinishReason::Eos,
+        meta: None,
+    }
+}
+
+fn write(folder: &Path, rows: std::ops::Range<i32>) {
+    let mut writer = Writer::open(folder, provenance()).unwrap();
+    for start in rows.clone().step_by(300) {
+        writer.write_shard(&(start..(start + 300).min(rows.end)).map(row).collect::<Vec<_>>()).unwrap();
+    }
+    writer.finish().unwrap();
+}
+
+#[test]
+fn rows_survive_in_order_and_keep_their_promises() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), 0..700);
+    let reader = Reader::open(dir.path()).unwrap();
+    assert_eq!((reader.len(), reader.provenance()), (700, &provenance()));
+    for (index, found) in reader.rows().enumerate() {
+        let found = found.unwrap();
+        assert_eq!(found, row(index as i32));
+        found.check(&provenance()).unwrap();
+    }
+    assert_eq!(reader.rows().count(), 700);
+}
+
+#[test]
+fn the_same_rows_give_the_same_bytes() {
+    let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    write(a.path(), 0..50);
+    write(b.path(), 0..50);
+    let bytes = |dir: &Path| std::fs::read(dir.join("part-00000.parquet")).unwrap();
+    assert_eq!(bytes(a.path()), bytes(b.path()));
+}
+
+#[test]
+fn another_provenance_a_cut_shard_and_another_schema_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), 0..50);
+    let other = Provenance { seed: 2, ..provenance() };
+    let message = Writer::open(dir.path(), other).err().unwrap().to_string();
+    assert!(message.contains("seed is 1 there and 2 here"), "{message}");
+    let shard = dir.path().join("part-00000.parquet");
+    let bytes = std::fs::read(&shard).unwrap();
+    std::fs::write(&shard, &bytes[..bytes.len() / 2]).unwrap();
+    let message = Reader::open(dir.path()).err().unwrap().to_string();
+    assert!(message.contains("part-00000.parquet") && message.contains("no whole Parquet file"), "{message}");
+    let text = dir.path().join("rows.parquet");
+    std::fs::write(&text, "id,text\n").unwrap();
+    assert!(Reader::open(&text).is_err());
+}
+
+#[test]
+fn broken_promises_are_named() {
+    let check = |change: fn(&mut Trajectory)| {
+        let mut broken = row(0);
+        change(&mut broken);
+        broken.check(&provenance()).unwrap_err()
+    };
+    assert!(check(|row| row.blocks[0].states[1][0] = 1000).contains("outside the vocabulary"));
+    assert!(check(|row| row.blocks[0].states[2][1] = 7).contains("not the response"));
+    assert!(check(|row| row.blocks[1].start = 4).contains("block 1 starts at 4"));
+    assert!(check(|row| row.finish_reason = FinishReason::Length).contains("finish_reason"));
+    assert!(check(|row| row.augmented = Some(vec![])).contains("augmented"));
+}
