@@ -9,6 +9,7 @@ pub mod fingerprint;
 pub mod hub;
 pub mod interrupt;
 pub mod model;
+pub mod program;
 pub mod progress;
 pub mod prompt_set;
 pub mod settings;

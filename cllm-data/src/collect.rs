@@ -1,0 +1,252 @@
+//! `collect`: decodes prompts with a teacher and records every Jacobi state.
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use cllm_core::decode::{DecodeOptions, Limits, Request, Strategy, decode};
+use cllm_core::model::{Transformer, fingerprint};
+use cllm_core::program::{Outcome, print_json};
+use cllm_core::progress::Progress;
+use cllm_core::prompt_set::{self, Sample};
+use cllm_core::task::{Task, Verdict};
+use cllm_core::tokenizer::Tokenizer;
+use cllm_core::trajectory::{FinishReason, Provenance, Trajectory, Writer};
+use cllm_core::{Result, atomic_file, device, hub, progress};
+use garde::Validate;
+use serde::{Deserialize, Serialize};
+
+/// Settings of `collect`.
+#[derive(Debug, Clone, Serialize, Deserialize, Validate)]
+#[serde(default, deny_unknown_fields)]
+pub struct Settings {
+    /// The teacher: a folder, or an id in the Hugging Face cache.
+    #[garde(length(min = 1))]
+    pub model: String,
+    /// The prompt set.
+    #[garde(skip)]
+    pub prompts: PathBuf,
+    /// Folder of the data set.
+    #[garde(length(min = 1))]
+    pub output: String,
+    /// Tokens of a block.
+    #[garde(range(min = 2, max = 1024))]
+    pub n: usize,
+    /// Most tokens of a response.
+    #[garde(range(min = 1))]
+    pub max_new_tokens: usize,
+    /// Seed of the first guesses.
+    #[garde(skip)]
+    pub seed: u64,
+    /// auto, cpu, cuda or cuda:N.
+    #[garde(skip)]
+    pub device: String,
+    /// Responses decoded at once.
+    #[garde(range(min = 1))]
+    pub batch_rows: usize,
+    /// Responses of a shard; what a stopped run loses at most.
+    #[garde(range(min = 1))]
+    pub shard_rows: usize,
+    /// Only the first so many prompts; 0 for all.
+    #[garde(skip)]
+    pub limit: usize,
+    /// Ids that end a response, instead of the model's own.
+    #[garde(skip)]
+    pub eos_ids: Vec<i32>,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings {
+            model: String::new(),
+            prompts: PathBuf::new(),
+            output: String::new(),
+            n: 16,
+            max_new_tokens: 256,
+            seed: 0,
+            device: "auto".to_owned(),
+            batch_rows: 64,
+            shard_rows: 1024,
+            limit: 0,
+            eos_ids: Vec::new(),
+        }
+    }
+}
+
+/// What a run did.
+#[derive(Debug, Default, Serialize)]
+pub struct Summary {
+    /// Version of this document.
+    pub schema_version: u32,
+    /// Responses in the data set.
+    pub samples: usize,
+    /// Prompts set aside because they and their answer do not fit the context.
+    pub skipped: usize,
+    /// Responses that an earlier run had left.
+    pub resumed: usize,
+    /// Tokens of this run's responses.
+    pub response_tokens: usize,
+    /// Forwards of this run.
+    pub forwards: usize,
+    /// Tokens over forwards.
+    pub tokens_per_forward: f64,
+    /// Blocks of this run.
+    pub blocks: usize,
+    /// This run's responses that hit the length limit.
+    pub unfinished: usize,
+    /// Share of this run's scored responses that are right.
+    pub accuracy: Option<f64>,
+    /// Seconds of decoding and writing.
+    pub seconds: f64,
+    /// Tokens over seconds.
+    pub response_tokens_per_second: f64,
+    #[serde(skip)]
+    right: usize,
+    #[serde(skip)]
+    scored: usize,
+}
+
+struct Prepared {
+    sample: Sample,
+    prompt: String,
+    ids: Vec<i32>,
+}
+
+/// Collects a data set.
+///
+/// # Errors
+/// Bad models, prompts and folders; interruption after the last whole shard.
+pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
+    let place = device::parse(&settings.device)?;
+    let folder = hub::locate(&settings.model)?;
+    let tokenizer = Tokenizer::load(&folder)?.with_eos_ids(&settings.eos_ids);
+    let model = Transformer::load(&folder, place, device::default_kind(place))?;
+    let mut samples = prompt_set::read(&settings.prompts)?;
+    if settings.limit > 0 {
+        samples.truncate(settings.limit);
+    }
+    let output = Path::new(&settings.output);
+    let provenance = Provenance {
+        teacher: fingerprint(&folder)?,
+        tokenizer: tokenizer.fingerprint().to_owned(),
+        vocab_size: model.config().vocab_size as usize,
+        n: settings.n,
+        max_new_tokens: settings.max_new_tokens,
+        eos_ids: tokenizer.eos_ids().to_vec(),
+        seed: settings.seed,
+        prompts: cllm_core::fingerprint::of_files(&[&settings.prompts])?,
+        toolkit: cllm_core::VERSION.to_owned(),
+        steps: vec![format!("collect: {} prompts, shards of {}", samples.len(), settings.shard_rows)],
+    };
+    let mut writer = Writer::open(output, provenance)?;
+    let (prepared, skipped) = fit(samples, &tokenizer, model.config().max_positions, settings.max_new_tokens)?;
+    if !skipped.is_empty() {
+        progress::say(format!("{} prompts are too long for the context: see skipped.jsonl", skipped.len()));
+        prompt_set::write(&output.join("skipped.jsonl"), &skipped)?;
+    }
+    let resumed = (writer.shards() * settings.shard_rows).min(prepared.len());
+    let mut summary =
+        Summary { schema_version: 1, skipped: skipped.len(), resumed, samples: resumed, ..Default::default() };
+    let mut bar = Progress::new("collect", resumed as u64, prepared.len() as u64);
+    let started = Instant::now();
+    for shard in prepared[resumed..].chunks(settings.shard_rows) {
+        let rows = collect_shard(&model, &tokenizer, shard, settings, &mut summary, &mut bar)?;
+        writer.write_shard(&rows)?;
+        summary.samples += rows.len();
+    }
+    let manifest = writer.finish()?;
+    bar.finish();
+    summary.seconds = started.elapsed().as_secs_f64();
+    summary.response_tokens_per_second = summary.response_tokens as f64 / summary.seconds;
+    summary.tokens_per_forward = summary.response_tokens as f64 / (summary.forwards as f64).max(1.0);
+    summary.accuracy = (summary.scored > 0).then(|| summary.right as f64 / summary.scored as f64);
+    atomic_file::write(&output.join("README.md"), crate::copying::card(&manifest).as_bytes())?;
+    if json {
+        print_json(&summary)?;
+    } else {
+        progress::say(format!(
+            "{} responses, {:.2} tokens per forward, {} unfinished, in {output}",
+            summary.samples,
+            summary.tokens_per_forward,
+            summary.unfinished,
+            output = output.display()
+        ));
+    }
+    Ok(Outcome::Done)
+}
+
+/// Renders the prompts and sets those aside that do not fit the context.
+fn fit(
+    samples: Vec<Sample>,
+    tokenizer: &Tokenizer,
+    max_positions: usize,
+    max_new_tokens: usize,
+) -> Result<(Vec<Prepared>, Vec<Sample>)> {
+    let mut prepared = Vec::new();
+    let mut skipped = Vec::new();
+    for sample in samples {
+        let (prompt, ids) = tokenizer.prompt(&sample.prompt)?;
+        if ids.is_empty() || ids.len() + max_new_tokens > max_positions {
+            skipped.push(sample);
+        } else {
+            prepared.push(Prepared { sample, prompt, ids });
+        }
+    }
+    Ok((prepared, skipped))
+}
+
+/// Decodes a shard in batches of about equal prompt lengths; the rows come back in the order of the prompts.
+fn collect_shard(
+    model: &Transformer,
+    tokenizer: &Tokenizer,
+    shard: &[Prepared],
+    settings: &Settings,
+    summary: &mut Summary,
+    bar: &mut Progress,
+) -> Result<Vec<Trajectory>> {
+    let limits = Limits { max_new_tokens: settings.max_new_tokens, eos_ids: tokenizer.eos_ids().to_vec() };
+    let options = DecodeOptions { strategy: Strategy::Jacobi { n: settings.n }, seed: settings.seed, record: true };
+    let mut order: Vec<usize> = (0..shard.len()).collect();
+    order.sort_by_key(|&index| shard[index].ids.len());
+    let mut rows: Vec<(usize, Trajectory)> = Vec::with_capacity(shard.len());
+    for batch in order.chunks(settings.batch_rows) {
+        let request = |&index: &usize| Request {
+            sample_id: shard[index].sample.id.clone(),
+            prompt_ids: shard[index].ids.clone(),
+        };
+        let requests: Vec<_> = batch.iter().map(request).collect();
+        let (answers, _) = decode(model, &requests, &limits, options, None)?;
+        for (&index, answer) in batch.iter().zip(answers) {
+            let Prepared { sample, prompt, ids } = &shard[index];
+            summary.response_tokens += answer.response_ids.len();
+            summary.forwards += answer.forwards;
+            summary.blocks += answer.blocks.len();
+            summary.unfinished += usize::from(answer.finish_reason == FinishReason::Length);
+            match Task::of_source(&sample.source).score(sample, &tokenizer.decode(&answer.response_ids)?) {
+                Verdict::Unscored => {}
+                verdict => {
+                    summary.scored += 1;
+                    summary.right += usize::from(verdict == Verdict::Right);
+                }
+            }
+            rows.push((
+                index,
+                Trajectory {
+                    sample_id: sample.id.clone(),
+                    source: sample.source.clone(),
+                    prompt: prompt.clone(),
+                    prompt_ids: ids.clone(),
+                    response_ids: answer.response_ids,
+                    reference: sample.reference.clone(),
+                    blocks: answer.blocks,
+                    augmented: None,
+                    finish_reason: answer.finish_reason,
+                    meta: sample.meta.as_ref().map(ToString::to_string),
+                },
+            ));
+        }
+        bar.message(format!("{} tokens", summary.response_tokens));
+        bar.advance(batch.len() as u64);
+    }
+    rows.sort_by_key(|(index, _)| *index);
+    Ok(rows.into_iter().map(|(_, row)| row).collect())
+}
