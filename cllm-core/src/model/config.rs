@@ -1,11 +1,15 @@
-//! config.json as it is written (`RawConfig`) and as the model uses it ([`ModelConfig`]: nothing optional).
+//! config.json as the model uses it: nothing optional.
 
 use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::raw_config::{RawConfig, positive, rope_json};
 use crate::{Error, Result};
+
+/// Larger sizes are mistakes; below it no product of two overflows.
+const LARGEST_SIZE: i64 = 1 << 31;
 
 /// Families that are supported; they differ in biases and in the norm of queries and keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -90,59 +94,12 @@ pub struct ModelConfig {
     pub output_bias: bool,
     /// Whether the output projection is the embedding.
     pub tied_embeddings: bool,
-    /// config.json as it was read; what is written back.
+    /// The token before every text, where the model has one.
+    pub bos_id: Option<i64>,
+    /// The tokens that end a text, as far as config.json knows them.
+    pub eos_ids: Vec<i64>,
+    /// config.json as it was read; what is written back keeps its other fields.
     raw: Value,
-}
-
-#[derive(Deserialize)]
-struct RawConfig {
-    model_type: String,
-    vocab_size: i64,
-    hidden_size: i64,
-    intermediate_size: i64,
-    num_hidden_layers: i64,
-    num_attention_heads: i64,
-    num_key_value_heads: Option<i64>,
-    head_dim: Option<i64>,
-    #[serde(default = "default_max_positions")]
-    max_position_embeddings: usize,
-    #[serde(default = "default_eps")]
-    rms_norm_eps: f64,
-    rope_theta: Option<f64>,
-    #[serde(alias = "rope_parameters")]
-    rope_scaling: Option<RawRope>,
-    hidden_act: Option<String>,
-    attention_bias: Option<bool>,
-    #[serde(default)]
-    mlp_bias: bool,
-    tie_word_embeddings: Option<bool>,
-    sliding_window: Option<i64>,
-    use_sliding_window: Option<bool>,
-    quantization_config: Option<Value>,
-}
-
-#[derive(Deserialize)]
-struct RawRope {
-    #[serde(alias = "type")]
-    rope_type: Option<String>,
-    rope_theta: Option<f64>,
-    factor: Option<f64>,
-    low_freq_factor: Option<f64>,
-    high_freq_factor: Option<f64>,
-    original_max_position_embeddings: Option<f64>,
-    beta_fast: Option<f64>,
-    beta_slow: Option<f64>,
-    attention_factor: Option<f64>,
-    mscale: Option<f64>,
-    mscale_all_dim: Option<f64>,
-}
-
-fn default_max_positions() -> usize {
-    2048
-}
-
-fn default_eps() -> f64 {
-    1e-6
 }
 
 impl ModelConfig {
@@ -175,7 +132,14 @@ impl ModelConfig {
                 return Err(format!("model_type `{other}` is not supported: use llama, mistral, qwen2 or qwen3"));
             }
         };
-        refuse_unsupported(&raw, family)?;
+        let max_positions = raw.max_position_embeddings.unwrap_or(2048);
+        raw.refuse_unsupported(family, max_positions)?;
+        let head_dim = raw.head_dim.unwrap_or(match family {
+            // What `transformers` takes for a Qwen3 that does not say.
+            Family::Qwen3 => 128,
+            _ => raw.hidden_size / raw.num_attention_heads.max(1),
+        });
+        let attention_bias = raw.attention_bias.unwrap_or(false);
         let config = ModelConfig {
             family,
             vocab_size: raw.vocab_size,
@@ -184,17 +148,21 @@ impl ModelConfig {
             num_layers: raw.num_hidden_layers,
             num_heads: raw.num_attention_heads,
             num_kv_heads: raw.num_key_value_heads.unwrap_or(raw.num_attention_heads),
-            head_dim: raw.head_dim.unwrap_or(raw.hidden_size / raw.num_attention_heads.max(1)),
-            max_positions: raw.max_position_embeddings,
-            rms_norm_eps: raw.rms_norm_eps,
-            rope_theta: raw
-                .rope_theta
-                .or(raw.rope_scaling.as_ref().and_then(|rope| rope.rope_theta))
-                .unwrap_or(10_000.0),
-            rope_scaling: rope_scaling(raw.rope_scaling.as_ref(), raw.max_position_embeddings)?,
-            qkv_bias: raw.attention_bias.unwrap_or(family == Family::Qwen2),
-            output_bias: matches!(family, Family::Llama | Family::Qwen3) && raw.attention_bias.unwrap_or(false),
+            head_dim,
+            max_positions,
+            rms_norm_eps: positive(raw.rms_norm_eps.unwrap_or(1e-6), "rms_norm_eps")?,
+            rope_theta: positive(raw.rope_theta(), "rope_theta")?,
+            rope_scaling: raw.rope_scaling(max_positions)?,
+            // Qwen2 always has it and Mistral never, whatever the file says.
+            qkv_bias: match family {
+                Family::Qwen2 => true,
+                Family::Mistral => false,
+                Family::Llama | Family::Qwen3 => attention_bias,
+            },
+            output_bias: matches!(family, Family::Llama | Family::Qwen3) && attention_bias,
             tied_embeddings: raw.tie_word_embeddings.unwrap_or(false),
+            bos_id: raw.bos_token_id,
+            eos_ids: raw.eos_ids(),
             raw: value.clone(),
         };
         config.check_sizes()?;
@@ -217,9 +185,25 @@ impl ModelConfig {
                 Family::Qwen3 => "Qwen3ForCausalLM",
             };
             object.entry("architectures").or_insert_with(|| json!([architecture]));
-            object.entry("hidden_act").or_insert_with(|| json!("silu"));
-            object.insert("torch_dtype".into(), json!(dtype));
-            object.shift_remove("dtype");
+            // Every default is written out: those of `transformers` differ between families and versions.
+            for (key, value) in [
+                ("hidden_act", json!("silu")),
+                ("num_key_value_heads", json!(self.num_kv_heads)),
+                ("head_dim", json!(self.head_dim)),
+                ("max_position_embeddings", json!(self.max_positions)),
+                ("rms_norm_eps", json!(self.rms_norm_eps)),
+                ("rope_theta", json!(self.rope_theta)),
+                ("rope_scaling", rope_json(&self.rope_scaling)),
+                ("attention_bias", json!(self.output_bias)),
+                ("tie_word_embeddings", json!(self.tied_embeddings)),
+                ("sliding_window", Value::Null),
+                ("torch_dtype", json!(dtype)),
+            ] {
+                object.insert(key.to_owned(), value);
+            }
+            for newer_name in ["dtype", "rope_parameters"] {
+                object.shift_remove(newer_name);
+            }
         }
         raw
     }
@@ -261,8 +245,12 @@ impl ModelConfig {
 
     fn check_sizes(&self) -> std::result::Result<(), String> {
         let sizes = [self.vocab_size, self.hidden_size, self.intermediate_size, self.num_layers, self.num_heads];
-        if sizes.iter().chain([&self.num_kv_heads, &self.head_dim]).any(|&size| size < 1) {
-            return Err("every size must be at least 1".to_owned());
+        if let Some(size) = sizes
+            .iter()
+            .chain([&self.num_kv_heads, &self.head_dim, &(self.max_positions as i64)])
+            .find(|size| !(1..LARGEST_SIZE).contains(*size))
+        {
+            return Err(format!("every size must lie between 1 and 2^31, found {size}"));
         }
         if self.num_heads % self.num_kv_heads != 0 {
             return Err(format!(
@@ -274,63 +262,5 @@ impl ModelConfig {
             return Err(format!("head_dim ({}) must be even for rotary positions", self.head_dim));
         }
         Ok(())
-    }
-}
-
-fn refuse_unsupported(raw: &RawConfig, family: Family) -> std::result::Result<(), String> {
-    if let Some(activation) = raw.hidden_act.as_deref().filter(|&name| name != "silu" && name != "swish") {
-        return Err(format!("hidden_act `{activation}` is not supported: only silu"));
-    }
-    if raw.quantization_config.is_some() {
-        return Err("quantization_config: quantised weights are not supported; use the bf16 checkpoint".to_owned());
-    }
-    if raw.mlp_bias {
-        return Err("mlp_bias is not supported".to_owned());
-    }
-    let window_in_use = match family {
-        Family::Mistral => raw.sliding_window.is_some_and(|window| (window as usize) < raw.max_position_embeddings),
-        _ => raw.use_sliding_window == Some(true),
-    };
-    if window_in_use {
-        return Err("sliding-window attention is not supported; set sliding_window to null if the context you need \
-                    is shorter than the window, and max_position_embeddings to that context"
-            .to_owned());
-    }
-    Ok(())
-}
-
-fn rope_scaling(raw: Option<&RawRope>, max_positions: usize) -> std::result::Result<RopeScaling, String> {
-    let Some(raw) = raw else { return Ok(RopeScaling::None) };
-    let kind = raw.rope_type.as_deref().unwrap_or("default");
-    let need =
-        |value: Option<f64>, name: &str| value.ok_or_else(|| format!("rope_scaling of type {kind} needs `{name}`"));
-    let original = raw.original_max_position_embeddings.unwrap_or(max_positions as f64);
-    match kind {
-        "default" => Ok(RopeScaling::None),
-        "linear" => Ok(RopeScaling::Linear { factor: need(raw.factor, "factor")? }),
-        "llama3" => Ok(RopeScaling::Llama3 {
-            factor: need(raw.factor, "factor")?,
-            low_freq_factor: need(raw.low_freq_factor, "low_freq_factor")?,
-            high_freq_factor: need(raw.high_freq_factor, "high_freq_factor")?,
-            original_max_positions: original,
-        }),
-        "yarn" => {
-            if raw.mscale.is_some() || raw.mscale_all_dim.is_some() {
-                return Err("rope_scaling of type yarn with mscale is not supported".to_owned());
-            }
-            let factor = need(raw.factor, "factor")?;
-            Ok(RopeScaling::Yarn {
-                factor,
-                beta_fast: raw.beta_fast.unwrap_or(32.0),
-                beta_slow: raw.beta_slow.unwrap_or(1.0),
-                original_max_positions: original,
-                attention_factor: raw.attention_factor.unwrap_or(if factor <= 1.0 {
-                    1.0
-                } else {
-                    0.1 * factor.ln() + 1.0
-                }),
-            })
-        }
-        other => Err(format!("rope_scaling of type `{other}` is not supported: use linear, llama3 or yarn")),
     }
 }

@@ -2,6 +2,7 @@
 
 mod config;
 mod kv_cache;
+mod raw_config;
 mod rope;
 mod transformer;
 mod weights;

@@ -73,7 +73,7 @@ impl Transformer {
     /// # Errors
     /// File-system errors.
     pub fn save(&self, folder: &Path, kind: Kind) -> Result<()> {
-        weights::write(folder, &self.config, &self.parameters, kind)
+        weights::write(folder, &self.config, &self.parameters, kind, weights::SHARD_BYTES)
     }
 
     /// The configuration.

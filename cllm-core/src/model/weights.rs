@@ -1,12 +1,13 @@
 //! Weights in and out: safetensors, single or sharded, mapped into memory.
 
 use std::collections::BTreeMap;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
 use super::ModelConfig;
@@ -14,7 +15,8 @@ use crate::{Error, Result, atomic_file, torch_ext};
 
 const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
-const SHARD_BYTES: usize = 5_000_000_000;
+/// Most bytes of one file, as in `transformers`.
+pub(super) const SHARD_BYTES: usize = 5_000_000_000;
 
 /// Fingerprint of a model folder: its config.json and weights.
 ///
@@ -31,14 +33,18 @@ pub(super) fn read(folder: &Path, config: &ModelConfig, device: Device, kind: Ki
     let _no_grad = tch::no_grad_guard();
     let mut found = BTreeMap::new();
     let wanted: BTreeMap<_, _> = config.shapes().into_iter().collect();
-    for file in weight_files(folder)? {
-        let map = torch_ext::map_file(&file)?;
+    let files = weight_files(folder)?;
+    for file in &files {
+        let map = torch_ext::map_file(file)?;
         let tensors = SafeTensors::deserialize(&map).map_err(|error| {
-            Error::file(&file, format!("is no whole safetensors file ({error}); copy or download it again"))
+            Error::file(file, format!("is no whole safetensors file ({error}); copy or download it again"))
         })?;
         for (name, view) in tensors.iter() {
             if let Some(shape) = wanted.get(name) {
-                found.insert(name.to_owned(), tensor(&file, name, &view, shape)?.f_to_device(device)?.f_to_kind(kind)?);
+                found.insert(name.to_owned(), tensor(file, name, &view, shape)?.f_to_device(device)?.f_to_kind(kind)?);
+            } else if !is_redundant(name, config) {
+                let message = format!("`{name}` has no place in the model that config.json describes");
+                return Err(Error::file(file, message));
             }
         }
     }
@@ -47,9 +53,17 @@ pub(super) fn read(folder: &Path, config: &ModelConfig, device: Device, kind: Ki
         .into_iter()
         .map(|(name, _)| match found.remove(&name) {
             Some(tensor) => Ok((name, tensor)),
-            None => Err(Error::file(folder, format!("the weights lack `{name}`, which config.json calls for"))),
+            None => {
+                let file = if files.len() == 1 { files[0].clone() } else { folder.join(INDEX) };
+                Err(Error::file(file, format!("the weights lack `{name}`, which config.json calls for")))
+            }
         })
         .collect()
+}
+
+/// What older files store beside the weights: tables that are computed, and a second copy of tied embeddings.
+fn is_redundant(name: &str, config: &ModelConfig) -> bool {
+    name.ends_with(".rotary_emb.inv_freq") || (config.tied_embeddings && name == "lm_head.weight")
 }
 
 fn tensor(file: &Path, name: &str, view: &TensorView<'_>, shape: &[i64]) -> Result<Tensor> {
@@ -70,12 +84,15 @@ fn tensor(file: &Path, name: &str, view: &TensorView<'_>, shape: &[i64]) -> Resu
 
 /// The safetensors files of a folder, in order.
 fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
-    let index = folder.join(INDEX);
+    // As in `transformers`, the single file wins where both exist.
+    let (single, index) = (folder.join(SINGLE), folder.join(INDEX));
+    if single.exists() {
+        return Ok(vec![single]);
+    }
+    if !folder.is_dir() {
+        return Err(Error::file(folder, "there is no such model folder"));
+    }
     if !index.exists() {
-        let single = folder.join(SINGLE);
-        if single.exists() {
-            return Ok(vec![single]);
-        }
         return Err(Error::file(folder, format!("holds neither {SINGLE} nor {INDEX}")));
     }
     let text = std::fs::read_to_string(&index).map_err(Error::io(&index))?;
@@ -125,36 +142,28 @@ fn normals(random: &mut ChaCha8Rng, count: usize, deviation: f64) -> Vec<f32> {
     numbers
 }
 
-/// Writes config.json and the weights as `kind` into an existing folder.
-pub(super) fn write(folder: &Path, config: &ModelConfig, parameters: &[(String, Tensor)], kind: Kind) -> Result<()> {
-    let (dtype, name) = match kind {
-        Kind::Float => (Dtype::F32, "float32"),
-        Kind::Half => (Dtype::F16, "float16"),
-        Kind::BFloat16 => (Dtype::BF16, "bfloat16"),
+/// Writes config.json and the weights as `kind` into an existing folder, in shards of at most `shard_bytes`.
+pub(super) fn write(
+    folder: &Path,
+    config: &ModelConfig,
+    parameters: &[(String, Tensor)],
+    kind: Kind,
+    shard_bytes: usize,
+) -> Result<()> {
+    let (code, dtype) = match kind {
+        Kind::Float => ("F32", "float32"),
+        Kind::Half => ("F16", "float16"),
+        Kind::BFloat16 => ("BF16", "bfloat16"),
         other => return Err(Error::usage(format!("weights cannot be saved as {other:?}"))),
     };
-    let shards = shards(parameters, kind.elt_size_in_bytes());
-    let mut weight_map = serde_json::Map::new();
+    let shards = shards(parameters, kind.elt_size_in_bytes(), shard_bytes);
+    let mut weight_map = Map::new();
     for (number, shard) in shards.iter().enumerate() {
         let file = match shards.len() {
             1 => SINGLE.to_owned(),
             count => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
         };
-        let bytes: Vec<(&str, Vec<usize>, Vec<u8>)> = shard
-            .iter()
-            .map(|(name, tensor)| {
-                let shape = tensor.size().iter().map(|&size| size as usize).collect();
-                Ok((name.as_str(), shape, torch_ext::tensor_to_bytes(&tensor.f_detach()?.f_to_kind(kind)?)?))
-            })
-            .collect::<Result<_>>()?;
-        let broken = |error| Error::file(folder.join(&file), format!("{error}"));
-        let views = bytes
-            .iter()
-            .map(|(name, shape, bytes)| Ok((*name, TensorView::new(dtype, shape.clone(), bytes).map_err(broken)?)))
-            .collect::<Result<Vec<_>>>()?;
-        let metadata = [("format".to_owned(), "pt".to_owned())].into();
-        let content = safetensors::serialize(views, Some(metadata)).map_err(broken)?;
-        atomic_file::write(&folder.join(&file), &content)?;
+        write_shard(&folder.join(&file), shard, kind, code)?;
         weight_map.extend(shard.iter().map(|(name, _)| (name.clone(), json!(file))));
     }
     if shards.len() > 1 {
@@ -162,15 +171,44 @@ pub(super) fn write(folder: &Path, config: &ModelConfig, parameters: &[(String, 
         let index = json!({ "metadata": { "total_size": total }, "weight_map": weight_map });
         atomic_file::write_json(&folder.join(INDEX), &index)?;
     }
-    atomic_file::write_json(&folder.join("config.json"), &config.to_json(name))
+    // Of an earlier save in the other form; a reader would have to guess which one counts.
+    let stale = folder.join(if shards.len() > 1 { SINGLE } else { INDEX });
+    if stale.exists() {
+        std::fs::remove_file(&stale).map_err(Error::io(&stale))?;
+    }
+    atomic_file::write_json(&folder.join("config.json"), &config.to_json(dtype))
 }
 
-fn shards(parameters: &[(String, Tensor)], element_bytes: usize) -> Vec<&[(String, Tensor)]> {
+/// One safetensors file, a tensor at a time, so that memory never holds a second copy of the model.
+fn write_shard(path: &Path, shard: &[(String, Tensor)], kind: Kind, code: &str) -> Result<()> {
+    let mut header = Map::from_iter([("__metadata__".to_owned(), json!({ "format": "pt" }))]);
+    let mut end = 0;
+    for (name, tensor) in shard {
+        let start = end;
+        end += tensor.numel() * kind.elt_size_in_bytes();
+        let entry = json!({ "dtype": code, "shape": tensor.size(), "data_offsets": [start, end] });
+        header.insert(name.clone(), entry);
+    }
+    let mut header = Value::Object(header).to_string();
+    // The data that follows is aligned to 8 bytes, as the format asks.
+    header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
+    atomic_file::write_with(path, |file| {
+        file.write_all(&(header.len() as u64).to_le_bytes()).map_err(Error::io(path))?;
+        file.write_all(header.as_bytes()).map_err(Error::io(path))?;
+        for (_, tensor) in shard {
+            let bytes = torch_ext::tensor_to_bytes(&tensor.f_detach()?.f_to_kind(kind)?)?;
+            file.write_all(&bytes).map_err(Error::io(path))?;
+        }
+        Ok(())
+    })
+}
+
+fn shards(parameters: &[(String, Tensor)], element_bytes: usize, shard_bytes: usize) -> Vec<&[(String, Tensor)]> {
     let mut shards = Vec::new();
     let (mut start, mut bytes) = (0, 0);
     for (index, (_, tensor)) in parameters.iter().enumerate() {
         let size = tensor.numel() * element_bytes;
-        if bytes + size > SHARD_BYTES && index > start {
+        if bytes + size > shard_bytes && index > start {
             shards.push(&parameters[start..index]);
             (start, bytes) = (index, 0);
         }
@@ -178,4 +216,33 @@ fn shards(parameters: &[(String, Tensor)], element_bytes: usize) -> Vec<&[(Strin
     }
     shards.push(&parameters[start..]);
     shards
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shards_are_read_back_and_a_missing_one_is_named() {
+        let json = json!({
+            "model_type": "qwen3", "vocab_size": 20, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "head_dim": 4, "tie_word_embeddings": true,
+        });
+        let config = ModelConfig::from_json(&json).unwrap();
+        let parameters = random(&config, 3, Device::Cpu, Kind::Float);
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), &config, &parameters, Kind::Float, SHARD_BYTES).unwrap();
+        write(dir.path(), &config, &parameters, Kind::Float, 1500).unwrap();
+        let files = weight_files(dir.path()).unwrap();
+        assert!(files.len() > 2, "{files:?}");
+        let read_back = read(dir.path(), &config, Device::Cpu, Kind::Float).unwrap();
+        for ((name, written), (_, read)) in parameters.iter().zip(&read_back) {
+            assert_eq!(written, read, "{name}");
+        }
+        std::fs::remove_file(&files[1]).unwrap();
+        let error = read(dir.path(), &config, Device::Cpu, Kind::Float).unwrap_err().to_string();
+        assert!(error.contains("model-00002-of-"), "{error}");
+        write(dir.path(), &config, &parameters, Kind::BFloat16, SHARD_BYTES).unwrap();
+        assert_eq!(weight_files(dir.path()).unwrap(), [dir.path().join(SINGLE)]);
+    }
 }

@@ -1,5 +1,8 @@
 //! Tests across modules, in one binary.
+#![allow(clippy::unwrap_used)] // A test that cannot go on fails.
 
+mod bad_models;
 mod decoding;
 mod models;
+mod parity;
 mod trajectories;

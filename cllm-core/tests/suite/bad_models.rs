@@ -1,0 +1,170 @@
+//! Broken model folders: each error names the file, and the tensor or key, that is wrong.
+
+use std::path::Path;
+
+use cllm_core::Error;
+use cllm_core::model::{ModelConfig, Transformer};
+use serde_json::{Value, json};
+use tch::{Device, Kind};
+
+use crate::parity::fixture_folder;
+
+/// A copy of a recorded model, changed by `damage`, and the message of loading it.
+fn refusal(name: &str, damage: impl FnOnce(&Path)) -> String {
+    let dir = tempfile::tempdir().unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(fixture_folder(name).join(file), dir.path().join(file)).unwrap();
+    }
+    damage(dir.path());
+    let error = Transformer::load(dir.path(), Device::Cpu, Kind::Float).err().expect("it must be refused");
+    assert_eq!(error.exit_code(), 2, "{error}");
+    error.to_string()
+}
+
+fn edit_config(folder: &Path, edit: impl FnOnce(&mut Value)) {
+    let path = folder.join("config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    edit(&mut config);
+    std::fs::write(&path, config.to_string()).unwrap();
+}
+
+#[track_caller]
+fn mentions(message: &str, parts: &[&str]) {
+    for part in parts {
+        assert!(message.contains(part), "`{part}` is not in: {message}");
+    }
+}
+
+#[test]
+fn a_missing_folder_or_file_is_named() {
+    let error = Transformer::load(Path::new("no/such/model"), Device::Cpu, Kind::Float).err().unwrap();
+    assert!(matches!(error, Error::File { .. }));
+    mentions(&error.to_string(), &["no/such/model", "no such model folder"]);
+    mentions(&refusal("llama", |folder| std::fs::remove_file(folder.join("config.json")).unwrap()), &["config.json"]);
+    let no_weights = refusal("llama", |folder| std::fs::remove_file(folder.join("model.safetensors")).unwrap());
+    mentions(&no_weights, &["model.safetensors", "model.safetensors.index.json"]);
+}
+
+#[test]
+fn a_file_cut_anywhere_is_named() {
+    let whole = std::fs::read(fixture_folder("llama").join("model.safetensors")).unwrap();
+    for length in [0, 5, 100, whole.len() / 2, whole.len() - 1] {
+        let message = refusal("llama", |folder| {
+            std::fs::write(folder.join("model.safetensors"), &whole[..length]).unwrap();
+        });
+        mentions(&message, &["model.safetensors", "no whole safetensors file"]);
+    }
+    let config =
+        refusal("llama", |folder| std::fs::write(folder.join("config.json"), "{\"model_type\": \"lla").unwrap());
+    mentions(&config, &["config.json"]);
+}
+
+#[test]
+fn a_tensor_that_is_missing_misshaped_or_out_of_place_is_named() {
+    let deeper = refusal("llama", |folder| edit_config(folder, |config| config["num_hidden_layers"] = json!(3)));
+    mentions(&deeper, &["model.safetensors", "`model.layers.2.input_layernorm.weight`"]);
+    let wider = refusal("llama", |folder| edit_config(folder, |config| config["intermediate_size"] = json!(40)));
+    mentions(&wider, &["model.safetensors", "`model.layers.", "has shape", "48", "config.json calls for", "40"]);
+    let untied = refusal("llama", |folder| edit_config(folder, |config| config["tie_word_embeddings"] = json!(false)));
+    mentions(&untied, &["`lm_head.weight`"]);
+    let no_bias = refusal("llama-bias", |folder| edit_config(folder, |config| config["attention_bias"] = json!(false)));
+    mentions(&no_bias, &["_proj.bias` has no place"]);
+    let other = refusal("qwen3", |folder| edit_config(folder, |config| config["model_type"] = json!("llama")));
+    mentions(&other, &["_norm.weight` has no place"]);
+}
+
+#[test]
+fn an_index_that_names_a_missing_shard_is_refused() {
+    let message = refusal("llama", |folder| {
+        std::fs::remove_file(folder.join("model.safetensors")).unwrap();
+        let index = json!({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}});
+        std::fs::write(folder.join("model.safetensors.index.json"), index.to_string()).unwrap();
+    });
+    mentions(&message, &["model-00001-of-00002.safetensors", "missing"]);
+}
+
+#[test]
+fn features_that_would_change_the_result_are_refused_by_name() {
+    let base: Value =
+        serde_json::from_slice(&std::fs::read(fixture_folder("mistral").join("config.json")).unwrap()).unwrap();
+    for (key, value) in [
+        ("model_type", json!("mixtral")),
+        ("hidden_act", json!("gelu")),
+        ("sliding_window", json!(128)),
+        ("layer_types", json!(["full_attention", "sliding_attention"])),
+        ("quantization_config", json!({"quant_method": "gptq"})),
+        ("partial_rotary_factor", json!(0.5)),
+        ("mlp_bias", json!(true)),
+        ("rope_parameters", json!({"rope_type": "longrope", "factor": 2.0})),
+        ("num_key_value_heads", json!(3)),
+        ("hidden_size", json!("wide")),
+        ("vocab_size", json!(0)),
+        ("rms_norm_eps", json!(-1.0)),
+        ("head_dim", json!(7)),
+    ] {
+        let mut config = base.clone();
+        config[key] = value;
+        let message = ModelConfig::from_json(&config).unwrap_err();
+        let named = match key {
+            "rope_parameters" => "longrope",
+            "sliding_window" => "sliding-window",
+            "vocab_size" => "between 1",
+            key => key,
+        };
+        mentions(&message, &[named]);
+    }
+    // A window that no context reaches changes nothing.
+    let mut config = base.clone();
+    config["sliding_window"] = json!(4096);
+    ModelConfig::from_json(&config).unwrap();
+}
+
+#[test]
+fn both_spellings_of_the_rotary_settings_mean_the_same() {
+    let shape = json!({"model_type": "llama", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8,
+        "num_hidden_layers": 1, "num_attention_heads": 2});
+    let with = |extra: Value| {
+        let mut config = shape.clone();
+        config.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        ModelConfig::from_json(&config).unwrap()
+    };
+    let old =
+        with(json!({"rope_theta": 5000.0, "rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 2}}));
+    let new = with(json!({"rope_scaling": null, "dtype": "float32",
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0}}));
+    assert_eq!((old.rope_theta, &old.rope_scaling), (new.rope_theta, &new.rope_scaling));
+    assert_eq!(old.to_json("float32"), new.to_json("float32"));
+}
+
+#[test]
+fn random_weights_depend_on_the_seed_alone() {
+    let config = ModelConfig::load(&fixture_folder("qwen2")).unwrap();
+    let draw = |seed, kind| Transformer::random(config.clone(), seed, Device::Cpu, kind).parameters();
+    tch::manual_seed(1);
+    let first = draw(5, Kind::Float);
+    tch::manual_seed(2);
+    for ((name, a), ((_, b), (_, narrow))) in first.iter().zip(draw(5, Kind::Float).iter().zip(draw(5, Kind::BFloat16)))
+    {
+        assert_eq!(a, b, "{name}");
+        assert_eq!(a.to_kind(Kind::BFloat16), narrow, "{name}");
+    }
+    let find = |set: &[(String, tch::Tensor)], name: &str| {
+        set.iter().find(|(other, _)| other == name).map(|(_, tensor)| tensor.shallow_clone()).unwrap()
+    };
+    let (embedding, head) = (find(&first, "model.embed_tokens.weight"), find(&first, "lm_head.weight"));
+    assert_ne!(embedding, head);
+    assert_ne!(embedding, find(&draw(6, Kind::Float), "model.embed_tokens.weight"));
+    let deviation = embedding.std(true).double_value(&[]);
+    assert!((deviation - 0.02).abs() < 0.002 && embedding.mean(Kind::Float).double_value(&[]).abs() < 0.002);
+    assert_eq!(find(&first, "model.norm.weight").sum(Kind::Float).double_value(&[]), 32.0);
+    assert_eq!(find(&first, "model.layers.0.self_attn.k_proj.bias").abs().sum(Kind::Float).double_value(&[]), 0.0);
+}
+
+#[test]
+fn raw_bytes_that_do_not_fill_a_shape_are_refused() {
+    let bytes = |shape: &[i64]| cllm_core::torch_ext::tensor_from_bytes(&[0; 16], shape, Kind::Float);
+    assert_eq!(bytes(&[2, 2]).unwrap().size(), [2, 2]);
+    for shape in [&[5][..], &[3], &[-4], &[i64::MAX, 4]] {
+        assert!(bytes(shape).is_err(), "{shape:?}");
+    }
+}

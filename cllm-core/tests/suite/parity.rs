@@ -1,0 +1,163 @@
+//! Agreement with `transformers` on recorded tiny models: one per family and RoPE variant (scripts/record-fixtures).
+
+use std::path::{Path, PathBuf};
+
+use cllm_core::model::{KvCache, Transformer};
+use serde_json::Value;
+use tch::{Device, IndexOp, Kind, Tensor};
+
+const TOLERANCE: f64 = 1e-4;
+
+struct Fixture {
+    folder: PathBuf,
+    model: Transformer,
+    tokens: Tensor,
+    positions: Tensor,
+    /// The positions whose logits were recorded.
+    kept: Tensor,
+    logits: Tensor,
+    loss: f64,
+}
+
+fn numbers(value: &Value) -> Vec<f64> {
+    match value {
+        Value::Array(values) => values.iter().flat_map(numbers).collect(),
+        value => vec![value.as_f64().unwrap()],
+    }
+}
+
+pub fn fixture_folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/models").join(name)
+}
+
+fn fixtures() -> Vec<(String, Fixture)> {
+    let mut names: Vec<String> = std::fs::read_dir(fixture_folder(""))
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    assert!(names.len() >= 10, "fixtures are missing: {names:?}");
+    names.into_iter().map(|name| (name.clone(), fixture(&name))).collect()
+}
+
+fn fixture(name: &str) -> Fixture {
+    let folder = fixture_folder(name);
+    let expected: Value = serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
+    let model = Transformer::load(&folder, Device::Cpu, Kind::Float).unwrap();
+    let tensor = |key: &str| Tensor::from_slice(&numbers(&expected[key]));
+    let kept = tensor("positions").to_kind(Kind::Int64);
+    let tokens = tensor("input_ids").to_kind(Kind::Int64).view([2, -1]);
+    let positions = Tensor::arange(tokens.size()[1], (Kind::Int64, Device::Cpu)).expand_as(&tokens);
+    let logits = tensor("logits").to_kind(Kind::Float).view([2, kept.size()[0], -1]);
+    Fixture { folder, model, tokens, positions, kept, logits, loss: expected["loss"].as_f64().unwrap() }
+}
+
+fn apart(a: &Tensor, b: &Tensor) -> f64 {
+    assert_eq!(a.size(), b.size());
+    (a - b).abs().max().double_value(&[])
+}
+
+impl Fixture {
+    fn check(&self, what: &str, logits: &Tensor) {
+        let difference = apart(&logits.index_select(1, &self.kept), &self.logits);
+        assert!(difference < TOLERANCE, "{what}: logits differ by {difference}");
+    }
+}
+
+#[test]
+fn logits_and_loss_agree_with_transformers() {
+    for (name, fixture) in fixtures() {
+        let Fixture { model, tokens, positions, .. } = &fixture;
+        let hidden = model.hidden(tokens, positions, None);
+        fixture.check(&name, &model.logits(&hidden).unwrap());
+        let logits = model.train_logits(&hidden);
+        fixture.check(&format!("{name}, for losses"), &logits);
+        let length = tokens.size()[1];
+        let loss = logits
+            .i((.., ..length - 1))
+            .flatten(0, 1)
+            .cross_entropy_for_logits(&tokens.i((.., 1..)).flatten(0, 1))
+            .double_value(&[]);
+        assert!((loss - fixture.loss).abs() < TOLERANCE, "{name}: loss {loss}, expected {}", fixture.loss);
+    }
+}
+
+#[test]
+fn a_mask_of_causal_form_changes_nothing() {
+    for (name, fixture) in fixtures() {
+        let Fixture { model, tokens, positions, .. } = &fixture;
+        let length = tokens.size()[1];
+        let mask =
+            Tensor::ones([length, length], (Kind::Bool, Device::Cpu)).tril(0).expand([2, 1, length, length], false);
+        fixture.check(&name, &model.logits(&model.hidden(tokens, positions, Some(&mask))).unwrap());
+    }
+}
+
+#[test]
+fn cached_forwards_in_uneven_pieces_agree_with_transformers() {
+    for (name, fixture) in fixtures() {
+        let Fixture { model, tokens, positions, .. } = &fixture;
+        let mut cache = KvCache::new(model.config(), 2, 96, Device::Cpu, Kind::Float);
+        let mut pieces = Vec::new();
+        let mut start = 0;
+        for width in [30, 1, 16, 1, 32] {
+            // Guesses that are wrong are written first, as Jacobi decoding does; the next forward writes over them.
+            let wrong = (tokens.narrow(1, start, width) + 7).remainder(60);
+            let (slots, end) = (positions.narrow(1, start, width), (start + width) as usize);
+            let _ = model.hidden_cached(&wrong, &slots, &mut cache, end);
+            pieces.push(model.hidden_cached(&tokens.narrow(1, start, width), &slots, &mut cache, end));
+            start += width;
+        }
+        fixture.check(&name, &model.logits(&Tensor::cat(&pieces, 1)).unwrap());
+    }
+}
+
+#[test]
+fn a_saved_model_reloads_to_the_same_logits() {
+    for (name, fixture) in fixtures() {
+        let dir = tempfile::tempdir().unwrap();
+        fixture.model.save(dir.path(), Kind::Float).unwrap();
+        let again = Transformer::load(dir.path(), Device::Cpu, Kind::Float).unwrap();
+        fixture.check(&name, &again.logits(&again.hidden(&fixture.tokens, &fixture.positions, None)).unwrap());
+        // What is written once more is the same file: nothing of the configuration is lost or added on the way.
+        let twice = tempfile::tempdir().unwrap();
+        again.save(twice.path(), Kind::Float).unwrap();
+        for file in ["config.json", "model.safetensors"] {
+            let read = |folder: &Path| std::fs::read(folder.join(file)).unwrap();
+            assert_eq!(read(dir.path()), read(twice.path()), "{name}: {file}");
+        }
+    }
+}
+
+#[test]
+fn gradients_reach_every_weight_and_updates_are_seen_by_the_model() {
+    for (name, fixture) in fixtures() {
+        let Fixture { model, tokens, positions, .. } = &fixture;
+        model.set_requires_grad(true);
+        let length = tokens.size()[1];
+        let loss = || {
+            let logits = model.train_logits(&model.hidden(tokens, positions, None));
+            logits.i((.., ..length - 1)).flatten(0, 1).cross_entropy_for_logits(&tokens.i((.., 1..)).flatten(0, 1))
+        };
+        let before = loss();
+        before.backward();
+        for (weight, mut tensor) in model.parameters() {
+            let gradient = tensor.grad();
+            assert!(gradient.defined() && tensor.is_leaf(), "{name}: {weight}");
+            assert!(gradient.abs().max().double_value(&[]) > 0.0, "{name}: no gradient of {weight}");
+            tch::no_grad(|| tensor -= gradient * 0.001);
+        }
+        let after = loss().double_value(&[]);
+        assert!(after < before.double_value(&[]), "{name}: {after} after {before}");
+    }
+}
+
+#[test]
+fn fingerprints_follow_the_files() {
+    let folder = |name: &str| cllm_core::model::fingerprint(&fixture_folder(name)).unwrap();
+    assert_eq!(folder("llama"), folder("llama"));
+    assert_ne!(folder("llama"), folder("llama-linear"));
+    let fixture = fixture("qwen2");
+    let weights: usize = fixture.model.parameters().iter().map(|(_, tensor)| tensor.numel()).sum();
+    assert_eq!(fixture.model.config().parameter_count(), weights as i64, "{}", fixture.folder.display());
+}
