@@ -1,1 +1,17 @@
-//! Measures speed-up and accuracy of checkpoints and draws reports.
+//! Measures what a checkpoint gained and lost: accuracy, forwards, speed; draws reports from what was measured.
+
+pub mod charts;
+pub mod cli;
+pub mod config;
+pub mod doctor;
+pub mod generate;
+pub mod hardware;
+pub mod measure;
+pub mod pieces;
+pub mod records;
+pub mod report;
+pub mod results;
+pub mod run;
+pub mod score;
+pub mod statistics;
+pub mod table;

@@ -1,0 +1,196 @@
+//! The command line.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use clap::{CommandFactory, Parser, Subcommand};
+use cllm_core::{Error, Result, progress, settings};
+use serde_json::json;
+
+use crate::config::RunSettings;
+use crate::generate::Question;
+use crate::{doctor, generate, report, run, score, table};
+
+/// Measures what consistency training gained and what it cost.
+#[derive(Debug, Parser)]
+#[command(name = "cllm-eval", version, after_help = "Example:\n  cllm-eval run teacher=models/teacher \
+    student=models/student benchmark=synthetic output=runs/eval")]
+pub struct Cli {
+    /// Shows no progress.
+    #[arg(long, short, global = true)]
+    quiet: bool,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Measures accuracy and speed of a teacher and a student; goes on where an interrupted run stopped.
+    #[command(after_help = "Example:\n  cllm-eval run student=models/student benchmark=synthetic count=100 \
+        'strategies=[ar, {jacobi: {n: 16}}]' output=runs/eval")]
+    Run {
+        /// Settings file.
+        #[arg(long, short)]
+        config: Option<PathBuf>,
+        /// Settings over the file's: key=value.
+        overrides: Vec<String>,
+        /// Prints results.json on stdout.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Scores the saved answers of a run again; needs no model and no GPU.
+    #[command(after_help = "Example:\n  cllm-eval score runs/eval --json")]
+    Score {
+        /// Folder of a run, with samples.jsonl.
+        folder: PathBuf,
+        /// The benchmark's data folder, where it has moved.
+        #[arg(long)]
+        data: Option<PathBuf>,
+        /// Prints results.json on stdout.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Draws report.md and report.html from one or several runs.
+    #[command(after_help = "Example:\n  cllm-eval report runs/eval --output runs/report")]
+    Report {
+        /// results.json files, or the folders that hold them.
+        #[arg(required = true)]
+        results: Vec<PathBuf>,
+        /// Folder for the report; without it, the folder of the first results.
+        #[arg(long, short)]
+        output: Option<PathBuf>,
+        /// Prints the paths of what was written as JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Answers one prompt autoregressively and by Jacobi decoding, showing tokens as they become final.
+    #[command(after_help = "Example:\n  cllm-eval generate --model models/student --n 16 \"What is 12 times 7?\"")]
+    Generate {
+        /// The prompt.
+        prompt: String,
+        /// Model folder or id.
+        #[arg(long, short)]
+        model: String,
+        /// Takes the prompt as it is, without the model's chat template.
+        #[arg(long)]
+        raw: bool,
+        /// Tokens of a Jacobi block.
+        #[arg(long, default_value_t = 16)]
+        n: usize,
+        /// Most tokens of the answer.
+        #[arg(long, default_value_t = 256)]
+        max_new_tokens: usize,
+        /// auto, cpu, cuda or cuda:N.
+        #[arg(long, default_value = "auto")]
+        device: String,
+        /// Seed of the first guesses.
+        #[arg(long, default_value_t = 0)]
+        seed: u64,
+        /// Prints one JSON document on stdout.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Lists the benchmarks and what each needs.
+    #[command(after_help = "Example:\n  cllm-eval ls")]
+    Ls {
+        /// Prints one JSON document.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Says what works on this machine and why the rest does not.
+    #[command(after_help = "Example:\n  cllm-eval doctor --json")]
+    Doctor {
+        /// Prints one JSON document.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Prints a shell's completions.
+    #[command(after_help = "Example:\n  cllm-eval completions bash > cllm-eval.bash")]
+    Completions {
+        /// Which shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+/// Benchmarks: name, what it is, what it needs.
+const BENCHMARKS: [(&str, &str, &str); 6] = [
+    ("gsm8k", "grade-school maths, the number after ####", "data: folder with SPLIT.jsonl, or the Parquet files"),
+    ("spider", "text to SQL, by execution", "data: folder with dev.json, tables.json and database/"),
+    ("humaneval", "Python functions", "data: folder with HumanEval.jsonl"),
+    ("mbpp", "Python functions", "data: folder with mbpp.jsonl"),
+    ("synthetic", "word problems and SQL made from a seed", "nothing: seed and count"),
+    ("jsonl", "any prompts", "data: a JSONL file, or prompts: a prompt set"),
+];
+
+impl Cli {
+    /// Does what was asked.
+    ///
+    /// # Errors
+    /// What the verb fails with.
+    pub fn execute(self) -> Result<u8> {
+        progress::set_quiet(self.quiet);
+        match self.verb {
+            Verb::Run { config, overrides, json } => {
+                let settings: RunSettings = settings::load(config.as_deref(), &overrides)?;
+                results(&run::run(&settings)?, json)
+            }
+            Verb::Score { folder, data, json } => results(&score::score(&folder, data.as_deref())?, json),
+            Verb::Report { results, output, json } => draw(&results, output.as_deref(), json),
+            Verb::Generate { prompt, model, raw, n, max_new_tokens, device, seed, json } => {
+                let question = Question { model, prompt, raw, n, max_new_tokens, device, seed };
+                let found = generate::generate(&question, !self.quiet)?;
+                if json { print_json(&found) } else { print(found["strategies"][1]["text"].as_str().unwrap_or("")) }
+            }
+            Verb::Ls { json } => list(json),
+            Verb::Doctor { json } => {
+                let findings = doctor::examine();
+                if json { print_json(&findings) } else { print(&findings.text()) }
+            }
+            Verb::Completions { shell } => {
+                let mut script = Vec::new();
+                clap_complete::generate(shell, &mut Cli::command(), "cllm-eval", &mut script);
+                print(&String::from_utf8_lossy(&script))
+            }
+        }
+    }
+}
+
+fn results(results: &crate::results::Results, json: bool) -> Result<u8> {
+    if json { print_json(results) } else { print(&table::summary(results)) }
+}
+
+fn draw(results: &[PathBuf], output: Option<&Path>, json: bool) -> Result<u8> {
+    let written = report::report(results, output)?;
+    if json {
+        return print_json(&json!({ "schema_version": 1, "written": written }));
+    }
+    print(&written.iter().map(|path| format!("{}\n", path.display())).collect::<String>())
+}
+
+fn list(json: bool) -> Result<u8> {
+    if json {
+        let benchmarks: Vec<_> = BENCHMARKS
+            .iter()
+            .map(|(name, about, needs)| json!({ "name": name, "about": about, "needs": needs }))
+            .collect();
+        return print_json(&json!({ "schema_version": 1, "benchmarks": benchmarks }));
+    }
+    let lines: String =
+        BENCHMARKS.iter().map(|(name, about, needs)| format!("{name:<10} {about}; needs {needs}\n")).collect();
+    print(&lines)
+}
+
+fn print_json(value: &impl serde::Serialize) -> Result<u8> {
+    let text = serde_json::to_string_pretty(value).map_err(|error| Error::usage(format!("as JSON: {error}")))?;
+    print(&text)
+}
+
+/// Writes data to stdout; a reader that stops early is no error.
+fn print(text: &str) -> Result<u8> {
+    let mut out = std::io::stdout().lock();
+    let end = if text.ends_with('\n') { "" } else { "\n" };
+    match write!(out, "{text}{end}").and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::io("stdout")(error)),
+        _ => Ok(0),
+    }
+}

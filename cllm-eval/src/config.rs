@@ -1,0 +1,97 @@
+//! Settings of `cllm-eval run`.
+
+use std::path::PathBuf;
+
+use cllm_core::decode::Strategy;
+use cllm_core::task::Task;
+use garde::Validate;
+use serde::{Deserialize, Serialize};
+
+/// Settings of an evaluation.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Validate)]
+#[serde(default, deny_unknown_fields)]
+pub struct RunSettings {
+    /// Folder or id of the model before consistency training.
+    #[garde(skip)]
+    pub teacher: Option<String>,
+    /// Folder or id of the model after it.
+    #[garde(skip)]
+    pub student: Option<String>,
+    /// What to answer: gsm8k, spider, humaneval, mbpp, synthetic or jsonl.
+    #[garde(skip)]
+    pub benchmark: Task,
+    /// Folder (for jsonl: file) with the benchmark's data; synthetic needs none.
+    #[garde(skip)]
+    pub data: Option<PathBuf>,
+    /// Which split.
+    #[garde(length(min = 1))]
+    pub split: String,
+    /// A prompt-set file to take instead of a benchmark's files.
+    #[garde(skip)]
+    pub prompts: Option<PathBuf>,
+    /// Seed of the synthetic problems and of the first guesses.
+    #[garde(skip)]
+    pub seed: u64,
+    /// Number of synthetic problems.
+    #[garde(range(min = 1))]
+    pub count: usize,
+    /// Takes only the first examples.
+    #[garde(inner(range(min = 1)))]
+    pub limit: Option<usize>,
+    /// How many examples (the first) are timed at batch 1; 0 measures accuracy alone.
+    #[garde(skip)]
+    pub speed_examples: usize,
+    /// How to decode: `ar`, `jacobi: {n: 16}`.
+    #[garde(length(min = 1), custom(valid_strategies))]
+    pub strategies: Vec<Strategy>,
+    /// Most tokens of an answer.
+    #[garde(range(min = 1))]
+    pub max_new_tokens: usize,
+    /// Answers generated together when accuracy is measured.
+    #[garde(range(min = 1))]
+    pub batch_rows: usize,
+    /// auto, cpu, cuda or cuda:N.
+    #[garde(skip)]
+    pub device: String,
+    /// Folder for results.json, samples.jsonl and settings.yaml.
+    #[garde(skip)]
+    pub output: PathBuf,
+    /// Ids that end an answer, in place of the model's own.
+    #[garde(skip)]
+    pub eos_ids: Option<Vec<i32>>,
+}
+
+impl Default for RunSettings {
+    fn default() -> Self {
+        RunSettings {
+            teacher: None,
+            student: None,
+            benchmark: Task::Synthetic,
+            data: None,
+            split: "test".to_owned(),
+            prompts: None,
+            seed: 0,
+            count: 500,
+            limit: None,
+            speed_examples: 50,
+            strategies: vec![Strategy::Ar, Strategy::Jacobi { n: 16 }],
+            max_new_tokens: 256,
+            batch_rows: 32,
+            device: "auto".to_owned(),
+            output: PathBuf::from("runs/eval"),
+            eos_ids: None,
+        }
+    }
+}
+
+fn valid_strategies(strategies: &[Strategy], _: &()) -> garde::Result {
+    for (index, strategy) in strategies.iter().enumerate() {
+        if matches!(strategy, Strategy::Jacobi { n } if !(2..=1024).contains(n)) {
+            return Err(garde::Error::new("n of jacobi must be from 2 to 1024"));
+        }
+        if strategies[..index].contains(strategy) {
+            return Err(garde::Error::new("a strategy stands twice"));
+        }
+    }
+    Ok(())
+}

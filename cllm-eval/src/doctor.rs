@@ -1,0 +1,125 @@
+//! `doctor`: what works on this machine, and why the rest does not.
+
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+use crate::hardware::{self, Gpu};
+
+/// What was found.
+#[derive(Debug, Clone, Serialize)]
+pub struct Findings {
+    /// Version of this form.
+    pub schema_version: u32,
+    /// Version of this toolkit.
+    pub version: &'static str,
+    /// Built with.
+    pub features: Vec<&'static str>,
+    /// libtorch's version.
+    pub libtorch: Option<String>,
+    /// Where it was loaded from.
+    pub libtorch_folder: Option<PathBuf>,
+    /// Whether libtorch can use a GPU.
+    pub cuda_available: bool,
+    /// Why not.
+    pub cuda_problem: Option<String>,
+    /// GPUs that the driver names.
+    pub gpus: Vec<Gpu>,
+    /// The processor.
+    pub cpu: String,
+    /// Processors that this process may use.
+    pub cores: usize,
+    /// The Hugging Face cache.
+    pub hub_cache: PathBuf,
+    /// Models in it.
+    pub cached_models: Vec<String>,
+}
+
+/// Looks at this machine.
+pub fn examine() -> Findings {
+    let folder = hardware::libtorch_folder();
+    let available = tch::Cuda::is_available();
+    let gpus = hardware::gpus();
+    let hub_cache = hub_cache();
+    Findings {
+        schema_version: 1,
+        version: cllm_core::VERSION,
+        features: if cfg!(feature = "hub") { vec!["hub"] } else { vec![] },
+        libtorch: hardware::libtorch_version(),
+        cuda_problem: (!available).then(|| cuda_problem(folder.as_deref(), !gpus.is_empty())),
+        libtorch_folder: folder,
+        cuda_available: available,
+        gpus,
+        cpu: hardware::cpu_name(),
+        cores: hardware::cores(),
+        cached_models: cached_models(&hub_cache),
+        hub_cache,
+    }
+}
+
+fn cuda_problem(libtorch: Option<&Path>, driver_works: bool) -> String {
+    let loaded = std::fs::read_to_string("/proc/self/maps").is_ok_and(|maps| maps.contains("libtorch_cuda.so"));
+    let beside = libtorch.is_some_and(|folder| folder.join("libtorch_cuda.so").exists());
+    let device = Path::new("/dev/nvidiactl").exists();
+    if !beside {
+        "this libtorch was built for CPUs: libtorch_cuda.so is not beside it; run scripts/setup on the GPU machine"
+            .to_owned()
+    } else if !loaded {
+        "libtorch_cuda.so is beside libtorch but this program did not load it: the linker dropped it; build again with \
+         `cargo build` in the repository, whose build.rs keeps it"
+            .to_owned()
+    } else if !device {
+        "libtorch has its CUDA libraries, but this machine shows no NVIDIA GPU (/dev/nvidiactl is missing)".to_owned()
+    } else if !driver_works {
+        "there is an NVIDIA device, but nvidia-smi does not answer: install or repair the driver".to_owned()
+    } else {
+        "the driver works, but libtorch sees no GPU: CUDA_VISIBLE_DEVICES may hide it, or the driver may be older than \
+         CUDA 13.0 (580 or newer is needed)"
+            .to_owned()
+    }
+}
+
+fn hub_cache() -> PathBuf {
+    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
+    variable("HF_HUB_CACHE")
+        .or_else(|| Some(variable("HF_HOME")?.join("hub")))
+        .or_else(|| Some(variable("XDG_CACHE_HOME")?.join("huggingface/hub")))
+        .unwrap_or_else(|| variable("HOME").unwrap_or_default().join(".cache/huggingface/hub"))
+}
+
+fn cached_models(cache: &Path) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(cache) else { return Vec::new() };
+    let mut models: Vec<String> = entries
+        .flatten()
+        .filter_map(|entry| Some(entry.file_name().to_str()?.strip_prefix("models--")?.replace("--", "/")))
+        .collect();
+    models.sort();
+    models
+}
+
+impl Findings {
+    /// In lines.
+    pub fn text(&self) -> String {
+        let or_none = |list: &[String]| if list.is_empty() { "none".to_owned() } else { list.join(", ") };
+        let cuda = match &self.cuda_problem {
+            None => "yes".to_owned(),
+            Some(problem) => format!("no: {problem}"),
+        };
+        let gpus: Vec<_> = self.gpus.iter().map(|gpu| format!("{} ({})", gpu.name, gpu.memory)).collect();
+        let features: Vec<_> = self.features.iter().map(|&feature| feature.to_owned()).collect();
+        let folder = self.libtorch_folder.as_ref().map(|path| path.display().to_string());
+        format!(
+            "toolkit    {}\nfeatures   {}\nlibtorch   {} in {}\nCUDA       {cuda}\nGPUs       {}\nCPU        {}, {} \
+             cores\nhub cache  {}: {}\n",
+            self.version,
+            or_none(&features),
+            self.libtorch.as_deref().unwrap_or("of unknown version"),
+            folder.as_deref().unwrap_or("an unknown folder"),
+            or_none(&gpus),
+            self.cpu,
+            self.cores,
+            self.hub_cache.display(),
+            or_none(&self.cached_models),
+        )
+    }
+}

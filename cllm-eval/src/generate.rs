@@ -1,0 +1,151 @@
+//! `generate`: one prompt, autoregressive beside Jacobi decoding.
+
+use std::io::{IsTerminal, Write};
+
+use cllm_core::chat_template::Message;
+use cllm_core::decode::{Answer, DecodeOptions, Limits, Request, Strategy, Timing, decode};
+use cllm_core::model::Transformer;
+use cllm_core::prompt_set::Prompt;
+use cllm_core::tokenizer::Tokenizer;
+use cllm_core::{Error, Result, device, hub, progress};
+use serde_json::{Value, json};
+
+use crate::pieces::PieceWriter;
+use crate::results::label;
+use crate::statistics::ratio;
+
+/// Colours that neighbouring forwards take in turn.
+const COLOURS: [&str; 4] = ["\x1b[36m", "\x1b[33m", "\x1b[32m", "\x1b[35m"];
+
+/// What to generate.
+#[derive(Debug, Clone)]
+pub struct Question {
+    /// Folder or id.
+    pub model: String,
+    /// The prompt's text.
+    pub prompt: String,
+    /// Take the text as it is, without the chat template.
+    pub raw: bool,
+    /// Tokens of a Jacobi block.
+    pub n: usize,
+    /// Most tokens.
+    pub max_new_tokens: usize,
+    /// Where.
+    pub device: String,
+    /// Of the first guesses.
+    pub seed: u64,
+}
+
+/// Answers the prompt both ways; what becomes final is shown on stderr as it does, unless quiet. Each answer is made
+/// twice: watched, which also warms up, and then timed without a watcher.
+///
+/// # Errors
+/// When the model cannot be loaded or the prompt does not fit.
+pub fn generate(what: &Question, show: bool) -> Result<Value> {
+    if what.n < 2 {
+        return Err(Error::usage("--n must be at least 2"));
+    }
+    let device = device::parse(&what.device)?;
+    let folder = hub::locate(&what.model)?;
+    let tokenizer = Tokenizer::load(&folder)?;
+    let prompt = if what.raw {
+        Prompt::Text(what.prompt.clone())
+    } else {
+        Prompt::Messages(vec![Message { role: "user".to_owned(), content: what.prompt.clone() }])
+    };
+    let (_, prompt_ids) = tokenizer.prompt(&prompt)?;
+    let model = Transformer::load(&folder, device, device::default_kind(device))?;
+    let limits = Limits { max_new_tokens: what.max_new_tokens, eos_ids: tokenizer.eos_ids().to_vec() };
+    let requests = [Request { sample_id: "generate".to_owned(), prompt_ids }];
+    let mut runs = Vec::new();
+    for strategy in [Strategy::Ar, Strategy::Jacobi { n: what.n }] {
+        let options = DecodeOptions { strategy, seed: what.seed, record: false };
+        if show {
+            progress::say(format!("{}:", label(strategy)));
+        }
+        let mut screen = Screen::new(&tokenizer, show);
+        let mut watch = |_: usize, ids: &[i32]| screen.add(ids);
+        decode(&model, &requests, &limits, options, Some(&mut watch))?;
+        screen.end()?;
+        let (mut answers, timing) = decode(&model, &requests, &limits, options, None)?;
+        let answer = answers.pop().ok_or_else(|| Error::usage("decoding gave no answer"))?;
+        let run = describe(&tokenizer, strategy, &answer, timing)?;
+        if show {
+            progress::say(line(&run));
+        }
+        runs.push((answer, run));
+    }
+    let equal = runs[0].0.response_ids == runs[1].0.response_ids;
+    let speed = |index: usize| runs[index].1["tokens_per_second"].as_f64();
+    let speedup = ratio(speed(1), speed(0));
+    if show {
+        let verdict = if equal { "the same" } else { "not the same" };
+        progress::say(format!("Jacobi gives {verdict} tokens, {:.2} times as fast", speedup.unwrap_or(0.0)));
+    }
+    let runs: Vec<Value> = runs.into_iter().map(|(_, run)| run).collect();
+    Ok(json!({ "schema_version": 1, "prompt": what.prompt, "equal": equal, "speedup": speedup, "strategies": runs }))
+}
+
+fn describe(tokenizer: &Tokenizer, strategy: Strategy, answer: &Answer, timing: Timing) -> Result<Value> {
+    let tokens = answer.response_ids.len();
+    Ok(json!({
+        "name": crate::results::name(strategy),
+        "n": (strategy != Strategy::Ar).then(|| strategy.block_size()),
+        "text": tokenizer.decode(&answer.response_ids)?,
+        "response_ids": answer.response_ids,
+        "finish_reason": answer.finish_reason,
+        "tokens": tokens,
+        "forwards": answer.forwards,
+        "accepted": answer.accepted,
+        "prefill_seconds": timing.prefill_seconds,
+        "seconds": timing.decode_seconds,
+        "tokens_per_second": ratio(tokens as f64, timing.decode_seconds),
+    }))
+}
+
+fn line(run: &Value) -> String {
+    format!(
+        "{} tokens in {} forwards, {:.1} tokens/s without prefill ({:.3} s)",
+        run["tokens"],
+        run["forwards"],
+        run["tokens_per_second"].as_f64().unwrap_or(0.0),
+        run["prefill_seconds"].as_f64().unwrap_or(0.0)
+    )
+}
+
+/// Text that appears as it becomes final, each forward in another colour.
+struct Screen<'t> {
+    writer: PieceWriter<'t>,
+    show: bool,
+    colour: bool,
+    forwards: usize,
+    failure: Option<Error>,
+}
+
+impl<'t> Screen<'t> {
+    fn new(tokenizer: &'t Tokenizer, show: bool) -> Self {
+        let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+        Screen { writer: PieceWriter::new(tokenizer), show, colour, forwards: 0, failure: None }
+    }
+
+    fn add(&mut self, ids: &[i32]) {
+        if !self.show || self.failure.is_some() {
+            return;
+        }
+        match self.writer.push(ids) {
+            Ok(piece) if self.colour => eprint!("{}{piece}\x1b[0m", COLOURS[self.forwards % COLOURS.len()]),
+            Ok(piece) => eprint!("{piece}"),
+            Err(error) => self.failure = Some(error),
+        }
+        // A terminal that is gone must not end the work.
+        let _ = std::io::stderr().flush();
+        self.forwards += 1;
+    }
+
+    fn end(self) -> Result<()> {
+        if self.show {
+            eprintln!();
+        }
+        self.failure.map_or(Ok(()), Err)
+    }
+}

@@ -1,0 +1,249 @@
+//! Runs models on examples: batched for accuracy, one by one for speed.
+
+use cllm_core::decode::{DecodeOptions, Limits, Request, Strategy, decode};
+use cllm_core::model::Transformer;
+use cllm_core::progress::Progress;
+use cllm_core::prompt_set::Sample;
+use cllm_core::task::{Scorer, Verdict};
+use cllm_core::tokenizer::Tokenizer;
+use cllm_core::{Error, Result, device, hub, interrupt, model, torch_ext};
+use rayon::prelude::*;
+use std::path::PathBuf;
+use tch::Device;
+
+use crate::config::RunSettings;
+use crate::pieces::pieces;
+use crate::records::{AnswerRecord, Journal, Line, ModelEntry, Records, Role, SpeedRecord};
+use crate::results::label;
+
+/// So many first examples keep the text of each forward, for reports.
+const EXAMPLES_WITH_PIECES: usize = 5;
+
+/// A model on its device, with its prompts.
+pub struct Subject {
+    /// Which.
+    pub role: Role,
+    /// The weights.
+    pub model: Transformer,
+    /// Its tokenizer.
+    pub tokenizer: Tokenizer,
+    limits: Limits,
+    /// Rendered prompt and request of each example.
+    prompts: Vec<(String, Request)>,
+}
+
+/// Finds a model and says what it is, without loading its weights.
+///
+/// # Errors
+/// When there is no such model.
+pub fn identify(role: Role, name: &str) -> Result<(PathBuf, ModelEntry)> {
+    let folder = hub::locate(name)?;
+    let config = model::ModelConfig::load(&folder)?;
+    let entry = ModelEntry {
+        role,
+        path: folder.display().to_string(),
+        fingerprint: model::fingerprint(&folder)?,
+        parameters: config.parameter_count(),
+    };
+    Ok((folder, entry))
+}
+
+impl Subject {
+    /// Loads a model and renders the prompts.
+    ///
+    /// # Errors
+    /// When a file of the model is missing or broken, or its template refuses a prompt.
+    pub fn load(
+        role: Role,
+        folder: &std::path::Path,
+        samples: &[Sample],
+        settings: &RunSettings,
+        device: Device,
+    ) -> Result<Self> {
+        let tokenizer = Tokenizer::load(folder)?;
+        let prompts = samples
+            .iter()
+            .map(|sample| {
+                let (text, prompt_ids) = tokenizer.prompt(&sample.prompt)?;
+                Ok((text, Request { sample_id: sample.id.clone(), prompt_ids }))
+            })
+            .collect::<Result<_>>()?;
+        let model = Transformer::load(folder, device, device::default_kind(device))?;
+        let eos_ids = settings.eos_ids.clone().unwrap_or_else(|| tokenizer.eos_ids().to_vec());
+        if let Some(id) = eos_ids.iter().find(|&&id| i64::from(id) >= model.config().vocab_size || id < 0) {
+            return Err(Error::usage(format!(
+                "eos_ids: {id} is no token of {}, which has {}",
+                folder.display(),
+                model.config().vocab_size
+            )));
+        }
+        let limits = Limits { max_new_tokens: settings.max_new_tokens, eos_ids };
+        Ok(Subject { role, model, tokenizer, limits, prompts })
+    }
+
+    /// Answers all examples in batches; those that `records` has already are left.
+    ///
+    /// # Errors
+    /// What decoding, scoring or writing fails with; what was finished is kept.
+    pub fn answer_all(
+        &self,
+        samples: &[Sample],
+        strategy: Strategy,
+        settings: &RunSettings,
+        scorer: &Scorer,
+        records: &mut Records,
+        journal: &mut Journal,
+    ) -> Result<()> {
+        let mut done = vec![false; samples.len()];
+        let mine = |answer: &&AnswerRecord| answer.role == self.role && answer.strategy == strategy;
+        records.answers.iter().filter(mine).for_each(|answer| done[answer.index] = true);
+        let mut open: Vec<usize> = (0..samples.len()).filter(|&index| !done[index]).collect();
+        if open.is_empty() {
+            return Ok(());
+        }
+        // Rows of like length waste least padding; the longest first, so that memory that does not suffice shows at once.
+        open.sort_by_key(|&index| (std::cmp::Reverse(self.prompts[index].1.prompt_ids.len()), index));
+        let title = format!("{} {}", role_name(self.role), label(strategy));
+        let finished = samples.len() - open.len();
+        let mut progress = Progress::new(&title, finished as u64, samples.len() as u64);
+        for batch in open.chunks(settings.batch_rows) {
+            interrupt::check()?;
+            let answers = self.answer_batch(samples, batch, strategy, settings.seed, scorer)?;
+            let lines: Vec<_> = answers.iter().cloned().map(|answer| Line::Answer(Box::new(answer))).collect();
+            journal.append(&lines)?;
+            records.answers.extend(answers);
+            progress.advance(batch.len() as u64);
+        }
+        progress.finish();
+        Ok(())
+    }
+
+    fn answer_batch(
+        &self,
+        samples: &[Sample],
+        batch: &[usize],
+        strategy: Strategy,
+        seed: u64,
+        scorer: &Scorer,
+    ) -> Result<Vec<AnswerRecord>> {
+        let device = self.model.device();
+        torch_ext::reset_peak_memory(device);
+        let requests: Vec<_> = batch.iter().map(|&index| self.prompts[index].1.clone()).collect();
+        let options = DecodeOptions { strategy, seed, record: false };
+        let (answers, timing) = decode(&self.model, &requests, &self.limits, options, None)?;
+        let peak_memory_bytes = torch_ext::memory(device).map(|(_, peak)| peak);
+        let share = 1.0 / batch.len() as f64;
+        let mut found = Vec::with_capacity(batch.len());
+        for ((&index, request), answer) in batch.iter().zip(&requests).zip(answers) {
+            let sample = &samples[index];
+            let shown = index < EXAMPLES_WITH_PIECES;
+            found.push(AnswerRecord {
+                role: self.role,
+                strategy,
+                index,
+                id: sample.id.clone(),
+                source: sample.source.clone(),
+                prompt: self.prompts[index].0.clone(),
+                prompt_tokens: request.prompt_ids.len(),
+                reference: sample.reference.clone(),
+                meta: sample.meta.clone(),
+                text: self.tokenizer.decode(&answer.response_ids)?,
+                verdict: Verdict::Unscored,
+                finish_reason: answer.finish_reason,
+                forwards: answer.forwards,
+                pieces: shown
+                    .then(|| pieces(&self.tokenizer, &answer.response_ids, &answer.accepted))
+                    .transpose()?,
+                response_ids: answer.response_ids,
+                accepted: answer.accepted,
+                batch_prefill_seconds: timing.prefill_seconds * share,
+                batch_seconds: timing.decode_seconds * share,
+                peak_memory_bytes,
+            });
+        }
+        let verdicts: Vec<Verdict> = found
+            .par_iter()
+            .map(|answer| scorer.score(&samples[answer.index], &answer.text))
+            .collect::<Result<_>>()?;
+        for (answer, verdict) in found.iter_mut().zip(verdicts) {
+            answer.verdict = verdict;
+        }
+        Ok(found)
+    }
+
+    fn time_one(&self, index: usize, strategy: Strategy, seed: u64) -> Result<SpeedRecord> {
+        let request = std::slice::from_ref(&self.prompts[index].1);
+        let options = DecodeOptions { strategy, seed, record: false };
+        let (answers, timing) = decode(&self.model, request, &self.limits, options, None)?;
+        let answer = answers.first().ok_or_else(|| Error::usage("decoding gave no answer"))?;
+        Ok(SpeedRecord {
+            role: self.role,
+            strategy,
+            index,
+            id: request[0].sample_id.clone(),
+            tokens: answer.response_ids.len(),
+            forwards: answer.forwards,
+            finish_reason: answer.finish_reason,
+            prefill_seconds: timing.prefill_seconds,
+            seconds: timing.decode_seconds,
+        })
+    }
+}
+
+/// Times the first examples at batch 1. Models and strategies take turns on each example, so that a machine that slows
+/// down slows all of them.
+///
+/// # Errors
+/// What decoding or writing fails with; what was timed is kept.
+pub fn time_all(
+    subjects: &[Subject],
+    settings: &RunSettings,
+    examples: usize,
+    records: &mut Records,
+    journal: &mut Journal,
+) -> Result<()> {
+    let turns: Vec<(&Subject, Strategy)> = subjects
+        .iter()
+        .flat_map(|subject| settings.strategies.iter().map(move |&strategy| (subject, strategy)))
+        .collect();
+    let has = |records: &Records, subject: &Subject, strategy: Strategy, index: usize| {
+        let same = |speed: &SpeedRecord| {
+            speed.role == subject.role && speed.strategy == strategy && speed.index == index
+        };
+        records.speeds.iter().any(same)
+    };
+    let done = records.speeds.len();
+    let total = turns.len() * examples;
+    if done >= total {
+        return Ok(());
+    }
+    let mut progress = Progress::new("speed at batch 1", done as u64, total as u64);
+    for &(subject, strategy) in &turns {
+        interrupt::check()?;
+        subject.time_one(0, strategy, settings.seed)?;
+    }
+    for index in 0..examples {
+        for turn in 0..turns.len() {
+            interrupt::check()?;
+            // Another one begins each time: none is always the first after a change of example.
+            let (subject, strategy) = turns[(index + turn) % turns.len()];
+            if has(records, subject, strategy, index) {
+                continue;
+            }
+            let speed = subject.time_one(index, strategy, settings.seed)?;
+            journal.append(&[Line::Speed(speed.clone())])?;
+            records.speeds.push(speed);
+            progress.advance(1);
+        }
+    }
+    progress.finish();
+    Ok(())
+}
+
+/// As people read it.
+pub fn role_name(role: Role) -> &'static str {
+    match role {
+        Role::Teacher => "teacher",
+        Role::Student => "student",
+    }
+}

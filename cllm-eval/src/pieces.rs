@@ -1,0 +1,47 @@
+//! The text that each forward made final.
+
+use cllm_core::Result;
+use cllm_core::tokenizer::Tokenizer;
+
+/// Turns tokens that come in parts into text in parts; a character whose bytes are not all there waits for the rest.
+pub struct PieceWriter<'t> {
+    tokenizer: &'t Tokenizer,
+    ids: Vec<i32>,
+    shown: usize,
+}
+
+impl<'t> PieceWriter<'t> {
+    /// Nothing so far.
+    pub fn new(tokenizer: &'t Tokenizer) -> Self {
+        PieceWriter { tokenizer, ids: Vec::new(), shown: 0 }
+    }
+
+    /// The text that `ids` add.
+    ///
+    /// # Errors
+    /// When an id is none of the tokenizer's.
+    pub fn push(&mut self, ids: &[i32]) -> Result<String> {
+        self.ids.extend(ids);
+        let text = self.tokenizer.decode(&self.ids)?;
+        let whole = text.trim_end_matches('\u{fffd}');
+        let piece = whole.get(self.shown..).unwrap_or_default().to_owned();
+        self.shown = self.shown.max(whole.len());
+        Ok(piece)
+    }
+}
+
+/// The text of each forward's tokens.
+///
+/// # Errors
+/// When an id is none of the tokenizer's.
+pub fn pieces(tokenizer: &Tokenizer, ids: &[i32], accepted: &[u32]) -> Result<Vec<String>> {
+    let mut writer = PieceWriter::new(tokenizer);
+    let mut rest = ids;
+    let mut found = Vec::with_capacity(accepted.len());
+    for &count in accepted {
+        let (now, later) = rest.split_at((count as usize).min(rest.len()));
+        found.push(writer.push(now)?);
+        rest = later;
+    }
+    Ok(found)
+}

@@ -1,0 +1,286 @@
+//! `samples.jsonl`: a header, then every answer and every timing as it comes. It alone is enough to go on after a kill,
+//! to score again and to draw a report.
+
+use std::fs::{File, OpenOptions};
+use std::io::{BufRead, BufReader, Seek, Write};
+use std::path::{Path, PathBuf};
+
+use cllm_core::decode::Strategy;
+use cllm_core::prompt_set::{Prompt, Sample};
+use cllm_core::task::{Task, Verdict};
+use cllm_core::trajectory::FinishReason;
+use cllm_core::{Error, Result, atomic_file};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::config::RunSettings;
+use crate::hardware::Hardware;
+
+/// Version of `samples.jsonl` and `results.json`.
+pub const SCHEMA_VERSION: u32 = 1;
+/// Name of the file of answers.
+pub const SAMPLES: &str = "samples.jsonl";
+
+/// Which of the two models.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Role {
+    /// Before consistency training.
+    Teacher,
+    /// After it.
+    Student,
+}
+
+/// A model under test.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ModelEntry {
+    /// Which.
+    pub role: Role,
+    /// Its folder.
+    pub path: String,
+    /// Of config and weights.
+    pub fingerprint: String,
+    /// Number of weights.
+    pub parameters: i64,
+}
+
+/// Versions that the figures come from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Toolkit {
+    /// Of this toolkit.
+    pub version: String,
+    /// Of libtorch.
+    pub libtorch: Option<String>,
+}
+
+/// What was run; the first line of the file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Header {
+    /// [`SCHEMA_VERSION`].
+    pub schema_version: u32,
+    /// Fingerprint of settings, models and prompts: a run goes on only where it is the same.
+    pub identity: String,
+    /// The benchmark, which also says how answers are scored.
+    pub benchmark: Task,
+    /// Its split.
+    pub split: String,
+    /// Number of examples.
+    pub examples: usize,
+    /// Where.
+    pub hardware: Hardware,
+    /// With what.
+    pub toolkit: Toolkit,
+    /// The models.
+    pub models: Vec<ModelEntry>,
+    /// The resolved configuration.
+    pub settings: RunSettings,
+}
+
+/// One answer of the accuracy run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AnswerRecord {
+    /// Whose.
+    pub role: Role,
+    /// How decoded.
+    pub strategy: Strategy,
+    /// Place in the prompt set.
+    pub index: usize,
+    /// Id in the prompt set.
+    pub id: String,
+    /// Benchmark and split.
+    pub source: String,
+    /// The rendered prompt.
+    pub prompt: String,
+    /// Its number of tokens.
+    pub prompt_tokens: usize,
+    /// The data set's answer.
+    pub reference: Option<String>,
+    /// What the task needs to score.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub meta: Option<Value>,
+    /// Tokens of the answer.
+    pub response_ids: Vec<i32>,
+    /// Text of the answer.
+    pub text: String,
+    /// Score.
+    pub verdict: Verdict,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// Forwards of this row.
+    pub forwards: usize,
+    /// Tokens that each forward made final.
+    pub accepted: Vec<u32>,
+    /// This row's share of the batch's prefill.
+    pub batch_prefill_seconds: f64,
+    /// This row's share of the batch's decoding.
+    pub batch_seconds: f64,
+    /// Peak of GPU memory of its batch.
+    pub peak_memory_bytes: Option<u64>,
+    /// Text of each forward's tokens, for the first few examples: reports show them.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pieces: Option<Vec<String>>,
+}
+
+/// One timing at batch 1.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct SpeedRecord {
+    /// Whose.
+    pub role: Role,
+    /// How decoded.
+    pub strategy: Strategy,
+    /// Place in the prompt set.
+    pub index: usize,
+    /// Id in the prompt set.
+    pub id: String,
+    /// Tokens of the answer.
+    pub tokens: usize,
+    /// Forwards after prefill.
+    pub forwards: usize,
+    /// Why it ended.
+    pub finish_reason: FinishReason,
+    /// Seconds of the prompt's forward.
+    pub prefill_seconds: f64,
+    /// Seconds of everything after it.
+    pub seconds: f64,
+}
+
+/// A line of the file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub enum Line {
+    /// The first.
+    Header(Box<Header>),
+    /// An answer.
+    Answer(Box<AnswerRecord>),
+    /// A timing.
+    Speed(SpeedRecord),
+}
+
+/// All of a file.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Records {
+    /// What was run.
+    pub header: Header,
+    /// The answers, as they came.
+    pub answers: Vec<AnswerRecord>,
+    /// The timings, as they came.
+    pub speeds: Vec<SpeedRecord>,
+}
+
+impl AnswerRecord {
+    /// The sample, as far as scoring needs it.
+    pub fn sample(&self) -> Sample {
+        Sample {
+            id: self.id.clone(),
+            source: self.source.clone(),
+            prompt: Prompt::Text(self.prompt.clone()),
+            reference: self.reference.clone(),
+            meta: self.meta.clone(),
+        }
+    }
+}
+
+impl Records {
+    /// Reads a whole file.
+    ///
+    /// # Errors
+    /// Names file and line of what is not as expected.
+    pub fn read(path: &Path) -> Result<Self> {
+        Ok(Self::read_prefix(path, false)?.0)
+    }
+
+    /// Reads what is whole, and how many bytes that is: a kill may have cut the last line.
+    fn read_prefix(path: &Path, may_be_cut: bool) -> Result<(Self, u64)> {
+        let mut reader = BufReader::new(File::open(path).map_err(Error::io(path))?);
+        let (mut header, mut answers, mut speeds) = (None, Vec::new(), Vec::new());
+        let (mut text, mut whole) = (String::new(), 0);
+        for number in 1.. {
+            text.clear();
+            let read = reader.read_line(&mut text).map_err(Error::io(path))?;
+            if read == 0 || (may_be_cut && !text.ends_with('\n')) {
+                break;
+            }
+            whole += read as u64;
+            let line: Line = serde_json::from_str(&text)
+                .map_err(|error| Error::file(path, format!("line {number} is not a record of cllm-eval: {error}")))?;
+            match line {
+                Line::Header(found) => header = Some(*found),
+                Line::Answer(record) => answers.push(*record),
+                Line::Speed(record) => speeds.push(record),
+            }
+        }
+        let header = header.ok_or_else(|| Error::file(path, "has no header line: run `cllm-eval run` again"))?;
+        if header.schema_version != SCHEMA_VERSION {
+            return Err(Error::file(
+                path,
+                format!("has schema version {}; this build reads {SCHEMA_VERSION}", header.schema_version),
+            ));
+        }
+        Ok((Records { header, answers, speeds }, whole))
+    }
+
+    /// Writes a whole file.
+    ///
+    /// # Errors
+    /// File-system errors.
+    pub fn write(&self, path: &Path) -> Result<()> {
+        let lines = std::iter::once(Line::Header(Box::new(self.header.clone())))
+            .chain(self.answers.iter().cloned().map(|record| Line::Answer(Box::new(record))))
+            .chain(self.speeds.iter().cloned().map(Line::Speed));
+        atomic_file::write_with(path, |file| {
+            for line in lines {
+                file.write_all(to_line(path, &line)?.as_bytes()).map_err(Error::io(path))?;
+            }
+            Ok(())
+        })
+    }
+}
+
+/// The file while a run adds to it.
+pub struct Journal {
+    path: PathBuf,
+    file: File,
+}
+
+impl Journal {
+    /// Opens the file of a run: a new one, or what an interrupted run of the same identity left.
+    ///
+    /// # Errors
+    /// When another run's file is in the way; file-system errors.
+    pub fn open(path: &Path, header: Header) -> Result<(Self, Records)> {
+        if path.exists() {
+            let (records, whole) = Records::read_prefix(path, true)?;
+            if records.header.identity != header.identity {
+                return Err(Error::file(
+                    path,
+                    "belongs to a run with other settings, models or prompts; choose another `output` or remove it",
+                ));
+            }
+            let mut file = OpenOptions::new().write(true).open(path).map_err(Error::io(path))?;
+            file.set_len(whole).and_then(|()| file.seek(std::io::SeekFrom::End(0))).map_err(Error::io(path))?;
+            return Ok((Journal { path: path.to_owned(), file }, records));
+        }
+        let records = Records { header, answers: Vec::new(), speeds: Vec::new() };
+        records.write(path)?;
+        let file = OpenOptions::new().append(true).open(path).map_err(Error::io(path))?;
+        Ok((Journal { path: path.to_owned(), file }, records))
+    }
+
+    /// Adds lines, on disk when this returns.
+    ///
+    /// # Errors
+    /// File-system errors.
+    pub fn append(&mut self, lines: &[Line]) -> Result<()> {
+        let mut text = String::new();
+        for line in lines {
+            text.push_str(&to_line(&self.path, line)?);
+        }
+        self.file.write_all(text.as_bytes()).and_then(|()| self.file.sync_data()).map_err(Error::io(&self.path))
+    }
+}
+
+fn to_line(path: &Path, line: &Line) -> Result<String> {
+    let mut text = serde_json::to_string(line).map_err(|error| Error::file(path, error.to_string()))?;
+    text.push('\n');
+    Ok(text)
+}

@@ -1,0 +1,311 @@
+//! `results.json`: every figure, computed from the records alone.
+
+use std::collections::HashMap;
+
+use cllm_core::decode::Strategy;
+use cllm_core::task::{Task, Verdict};
+use cllm_core::trajectory::FinishReason;
+use serde::{Deserialize, Serialize};
+
+use crate::config::RunSettings;
+use crate::hardware::Hardware;
+use crate::records::{AnswerRecord, ModelEntry, Records, Role, SpeedRecord, Toolkit};
+use crate::statistics::{paired, ratio, wilson};
+
+/// Name of the file.
+pub const RESULTS: &str = "results.json";
+
+/// All figures of a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Results {
+    /// Version of this file's form.
+    pub schema_version: u32,
+    /// What was answered.
+    pub benchmark: Task,
+    /// Which split.
+    pub split: String,
+    /// How many examples.
+    pub examples: usize,
+    /// How many of them were timed at batch 1.
+    pub speed_examples: usize,
+    /// Where.
+    pub hardware: Hardware,
+    /// With what.
+    pub toolkit: Toolkit,
+    /// Per model.
+    pub models: Vec<ModelResults>,
+    /// Student against teacher on the same examples.
+    pub paired: Vec<PairedDifference>,
+    /// The resolved configuration.
+    pub settings: RunSettings,
+}
+
+/// Figures of a model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ModelResults {
+    /// The model.
+    #[serde(flatten)]
+    pub model: ModelEntry,
+    /// Per strategy.
+    pub strategies: Vec<StrategyResults>,
+}
+
+/// Figures of a model and a strategy.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct StrategyResults {
+    /// `ar` or `jacobi`.
+    pub name: String,
+    /// Tokens of a block; none for `ar`.
+    pub n: Option<usize>,
+    /// Answers.
+    pub examples: usize,
+    /// Answers that have a score.
+    pub scored: usize,
+    /// Right answers.
+    pub right: usize,
+    /// Right of scored.
+    pub accuracy: Option<f64>,
+    /// Wilson's 95 % interval of it.
+    pub ci95: Option<[f64; 2]>,
+    /// Answers that reached the length limit.
+    pub unfinished: usize,
+    /// Tokens of all answers.
+    pub tokens: usize,
+    /// Forwards of all answers.
+    pub forwards: usize,
+    /// The ratio of the two.
+    pub tokens_per_forward: Option<f64>,
+    /// The same over the answers that ended by themselves.
+    pub tokens_per_forward_finished: Option<f64>,
+    /// Answers timed at batch 1; the figures from here to `end_to_end_…` are theirs, null where there are none.
+    pub speed_examples: usize,
+    /// Their tokens.
+    pub speed_tokens: Option<usize>,
+    /// Their forwards.
+    pub speed_forwards: Option<usize>,
+    /// Those that reached the length limit.
+    pub speed_unfinished: Option<usize>,
+    /// Seconds of prefill.
+    pub prefill_seconds: Option<f64>,
+    /// Seconds of decoding, without prefill.
+    pub seconds: Option<f64>,
+    /// `speed_tokens` over `seconds`.
+    pub tokens_per_second: Option<f64>,
+    /// The same over the answers that ended by themselves.
+    pub tokens_per_second_finished: Option<f64>,
+    /// Tokens per second against the teacher's autoregressive ones on the same examples.
+    pub speedup_vs_teacher_ar: Option<f64>,
+    /// Tokens per second against the student's autoregressive ones on the same examples.
+    pub speedup_vs_student_ar: Option<f64>,
+    /// `seconds` and `prefill_seconds` together.
+    pub end_to_end_seconds: Option<f64>,
+    /// `speed_tokens` over `end_to_end_seconds`.
+    pub end_to_end_tokens_per_second: Option<f64>,
+    /// Of end-to-end tokens per second.
+    pub end_to_end_speedup_vs_teacher_ar: Option<f64>,
+    /// Of end-to-end tokens per second.
+    pub end_to_end_speedup_vs_student_ar: Option<f64>,
+    /// Share of answers equal, token for token, to the same model's autoregressive ones.
+    pub exact_match_vs_ar: Option<f64>,
+    /// Tokens per second of the batched accuracy run, with prefill.
+    pub batched_tokens_per_second: Option<f64>,
+    /// Most GPU memory in use in the batched accuracy run.
+    pub peak_memory_bytes: Option<u64>,
+}
+
+/// Student against teacher, example by example.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct PairedDifference {
+    /// The student's strategy.
+    pub student: String,
+    /// The teacher's strategy.
+    pub teacher: String,
+    /// Examples that both have a score for.
+    pub examples: usize,
+    /// Right by the student alone.
+    pub student_only: usize,
+    /// Right by the teacher alone.
+    pub teacher_only: usize,
+    /// Student's accuracy less teacher's.
+    pub difference: Option<f64>,
+    /// Its 95 % interval.
+    pub ci95: Option<[f64; 2]>,
+}
+
+/// `ar` or `jacobi`.
+pub fn name(strategy: Strategy) -> &'static str {
+    match strategy {
+        Strategy::Ar => "ar",
+        Strategy::Jacobi { .. } => "jacobi",
+    }
+}
+
+/// A strategy as people read it.
+pub fn label(strategy: Strategy) -> String {
+    match strategy {
+        Strategy::Ar => "ar".to_owned(),
+        Strategy::Jacobi { n } => format!("jacobi n={n}"),
+    }
+}
+
+impl StrategyResults {
+    /// As people read it.
+    pub fn label(&self) -> String {
+        label(self.n.map_or(Strategy::Ar, |n| Strategy::Jacobi { n }))
+    }
+}
+
+impl Results {
+    /// Computes every figure.
+    pub fn of(records: &Records) -> Self {
+        let header = &records.header;
+        let strategies = &header.settings.strategies;
+        let mut models: Vec<_> = header
+            .models
+            .iter()
+            .map(|model| ModelResults {
+                model: model.clone(),
+                strategies: strategies.iter().map(|&strategy| figures(records, model.role, strategy)).collect(),
+            })
+            .collect();
+        add_speedups(&mut models);
+        Results {
+            schema_version: header.schema_version,
+            benchmark: header.benchmark,
+            split: header.split.clone(),
+            examples: header.examples,
+            speed_examples: header.settings.speed_examples.min(header.examples),
+            hardware: header.hardware.clone(),
+            toolkit: header.toolkit.clone(),
+            models,
+            paired: paired_differences(records),
+            settings: header.settings.clone(),
+        }
+    }
+}
+
+fn figures(records: &Records, role: Role, strategy: Strategy) -> StrategyResults {
+    let of = |strategy: Strategy| {
+        records.answers.iter().filter(move |answer| answer.role == role && answer.strategy == strategy)
+    };
+    let answers: Vec<&AnswerRecord> = of(strategy).collect();
+    let finished = |answer: &&&AnswerRecord| answer.finish_reason == FinishReason::Eos;
+    let scored = answers.iter().filter(|answer| answer.verdict != Verdict::Unscored).count();
+    let right = answers.iter().filter(|answer| answer.verdict == Verdict::Right).count();
+    let tokens: usize = answers.iter().map(|answer| answer.response_ids.len()).sum();
+    let forwards: usize = answers.iter().map(|answer| answer.forwards).sum();
+    let ended_tokens: usize = answers.iter().filter(finished).map(|answer| answer.response_ids.len()).sum();
+    let ended_forwards: usize = answers.iter().filter(finished).map(|answer| answer.forwards).sum();
+    let greedy: HashMap<usize, &[i32]> =
+        of(Strategy::Ar).map(|answer| (answer.index, answer.response_ids.as_slice())).collect();
+    let pairs: Vec<bool> = answers
+        .iter()
+        .filter_map(|answer| greedy.get(&answer.index).map(|ids| *ids == answer.response_ids.as_slice()))
+        .collect();
+    let equal = pairs.iter().filter(|&&equal| equal).count();
+    let batch_seconds: f64 = answers.iter().map(|answer| answer.batch_prefill_seconds + answer.batch_seconds).sum();
+    let found = StrategyResults {
+        name: name(strategy).to_owned(),
+        n: (strategy != Strategy::Ar).then(|| strategy.block_size()),
+        examples: answers.len(),
+        scored,
+        right,
+        accuracy: ratio(right as f64, scored as f64),
+        ci95: wilson(right, scored),
+        unfinished: answers.iter().filter(|answer| answer.finish_reason == FinishReason::Length).count(),
+        tokens,
+        forwards,
+        tokens_per_forward: ratio(tokens as f64, forwards as f64),
+        tokens_per_forward_finished: ratio(ended_tokens as f64, ended_forwards as f64),
+        exact_match_vs_ar: ratio(equal as f64, pairs.len() as f64),
+        batched_tokens_per_second: ratio(tokens as f64, batch_seconds),
+        peak_memory_bytes: answers.iter().filter_map(|answer| answer.peak_memory_bytes).max(),
+        ..StrategyResults::default()
+    };
+    let speeds: Vec<_> =
+        records.speeds.iter().filter(|speed| speed.role == role && speed.strategy == strategy).collect();
+    with_speed(found, &speeds)
+}
+
+fn with_speed(mut found: StrategyResults, speeds: &[&SpeedRecord]) -> StrategyResults {
+    if speeds.is_empty() {
+        return found;
+    }
+    let tokens: usize = speeds.iter().map(|speed| speed.tokens).sum();
+    let seconds: f64 = speeds.iter().map(|speed| speed.seconds).sum();
+    let prefill: f64 = speeds.iter().map(|speed| speed.prefill_seconds).sum();
+    let ended = || speeds.iter().filter(|speed| speed.finish_reason == FinishReason::Eos);
+    let ended_tokens: usize = ended().map(|speed| speed.tokens).sum();
+    let ended_seconds: f64 = ended().map(|speed| speed.seconds).sum();
+    found.speed_examples = speeds.len();
+    found.speed_tokens = Some(tokens);
+    found.speed_forwards = Some(speeds.iter().map(|speed| speed.forwards).sum());
+    found.speed_unfinished = Some(speeds.len() - ended().count());
+    found.prefill_seconds = Some(prefill);
+    found.seconds = Some(seconds);
+    found.tokens_per_second = ratio(tokens as f64, seconds);
+    found.tokens_per_second_finished = ratio(ended_tokens as f64, ended_seconds);
+    found.end_to_end_seconds = Some(seconds + prefill);
+    found.end_to_end_tokens_per_second = ratio(tokens as f64, seconds + prefill);
+    found
+}
+
+/// Speed-ups are ratios of tokens per second, so they do not reward a model for short answers.
+fn add_speedups(models: &mut [ModelResults]) {
+    let baseline = |models: &[ModelResults], role: Role| {
+        let model = models.iter().find(|results| results.model.role == role)?;
+        let ar = model.strategies.iter().find(|strategy| strategy.n.is_none())?;
+        Some((ar.tokens_per_second?, ar.end_to_end_tokens_per_second?))
+    };
+    let teacher = baseline(models, Role::Teacher);
+    let student = baseline(models, Role::Student);
+    for found in models.iter_mut().flat_map(|model| &mut model.strategies) {
+        let (decode, whole) = (found.tokens_per_second, found.end_to_end_tokens_per_second);
+        found.speedup_vs_teacher_ar = ratio(decode, teacher.map(|(decode, _)| decode));
+        found.speedup_vs_student_ar = ratio(decode, student.map(|(decode, _)| decode));
+        found.end_to_end_speedup_vs_teacher_ar = ratio(whole, teacher.map(|(_, whole)| whole));
+        found.end_to_end_speedup_vs_student_ar = ratio(whole, student.map(|(_, whole)| whole));
+    }
+}
+
+/// Each strategy of the student against the teacher's autoregressive answers, or the same strategy's where the teacher
+/// has none.
+fn paired_differences(records: &Records) -> Vec<PairedDifference> {
+    let header = &records.header;
+    let has = |role: Role| header.models.iter().any(|model| model.role == role);
+    if !has(Role::Teacher) || !has(Role::Student) {
+        return Vec::new();
+    }
+    let verdicts = |role: Role, strategy: Strategy| -> HashMap<usize, bool> {
+        records
+            .answers
+            .iter()
+            .filter(|answer| answer.role == role && answer.strategy == strategy)
+            .filter(|answer| answer.verdict != Verdict::Unscored)
+            .map(|answer| (answer.index, answer.verdict == Verdict::Right))
+            .collect()
+    };
+    let strategies = &header.settings.strategies;
+    strategies
+        .iter()
+        .map(|&strategy| {
+            let other = if strategies.contains(&Strategy::Ar) { Strategy::Ar } else { strategy };
+            let teacher = verdicts(Role::Teacher, other);
+            let pairs: Vec<(bool, bool)> = verdicts(Role::Student, strategy)
+                .into_iter()
+                .filter_map(|(index, right)| Some((right, *teacher.get(&index)?)))
+                .collect();
+            let student_only = pairs.iter().filter(|&&pair| pair == (true, false)).count();
+            let teacher_only = pairs.iter().filter(|&&pair| pair == (false, true)).count();
+            PairedDifference {
+                student: label(strategy),
+                teacher: label(other),
+                examples: pairs.len(),
+                student_only,
+                teacher_only,
+                difference: ratio(student_only as f64 - teacher_only as f64, pairs.len() as f64),
+                ci95: paired(student_only, teacher_only, pairs.len()),
+            }
+        })
+        .collect()
+}

@@ -1,0 +1,35 @@
+//! `score`: scores saved answers again, with no model and no GPU.
+
+use std::path::Path;
+
+use cllm_core::task::{Scorer, Verdict};
+use cllm_core::{Result, atomic_file, interrupt};
+use rayon::prelude::*;
+
+use crate::records::{Records, SAMPLES};
+use crate::results::{RESULTS, Results};
+
+/// Scores the answers in a run's folder and rewrites its files; `data` stands in for the run's own data folder.
+///
+/// # Errors
+/// When the folder holds no run, or scoring is impossible.
+pub fn score(folder: &Path, data: Option<&Path>) -> Result<Results> {
+    let path = folder.join(SAMPLES);
+    let mut records = Records::read(&path)?;
+    let scorer = Scorer::new(records.header.benchmark, data.or(records.header.settings.data.as_deref()));
+    let verdicts: Vec<Verdict> = records
+        .answers
+        .par_iter()
+        .map(|answer| {
+            interrupt::check()?;
+            scorer.score(&answer.sample(), &answer.text)
+        })
+        .collect::<Result<_>>()?;
+    for (answer, verdict) in records.answers.iter_mut().zip(verdicts) {
+        answer.verdict = verdict;
+    }
+    records.write(&path)?;
+    let results = Results::of(&records);
+    atomic_file::write_json(&folder.join(RESULTS), &results)?;
+    Ok(results)
+}
