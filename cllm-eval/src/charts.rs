@@ -1,1 +1,1 @@
-//! Placeholder.
+//! Charts of reports, drawn as SVG.

@@ -4,6 +4,7 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use clap::{CommandFactory, Parser, Subcommand};
+use cllm_core::task::Task;
 use cllm_core::{Error, Result, progress, settings};
 use serde_json::json;
 
@@ -13,8 +14,12 @@ use crate::{doctor, generate, report, run, score, table};
 
 /// Measures what consistency training gained and what it cost.
 #[derive(Debug, Parser)]
-#[command(name = "cllm-eval", version, after_help = "Example:\n  cllm-eval run teacher=models/teacher \
-    student=models/student benchmark=synthetic output=runs/eval")]
+#[command(
+    name = "cllm-eval",
+    version,
+    after_help = "Example:\n  cllm-eval run teacher=models/teacher \
+    student=models/student benchmark=synthetic output=runs/eval"
+)]
 pub struct Cli {
     /// Shows no progress.
     #[arg(long, short, global = true)]
@@ -43,9 +48,6 @@ enum Verb {
     Score {
         /// Folder of a run, with samples.jsonl.
         folder: PathBuf,
-        /// The benchmark's data folder, where it has moved.
-        #[arg(long)]
-        data: Option<PathBuf>,
         /// Prints results.json on stdout.
         #[arg(long)]
         json: bool,
@@ -112,16 +114,6 @@ enum Verb {
     },
 }
 
-/// Benchmarks: name, what it is, what it needs.
-const BENCHMARKS: [(&str, &str, &str); 6] = [
-    ("gsm8k", "grade-school maths, the number after ####", "data: folder with SPLIT.jsonl, or the Parquet files"),
-    ("spider", "text to SQL, by execution", "data: folder with dev.json, tables.json and database/"),
-    ("humaneval", "Python functions", "data: folder with HumanEval.jsonl"),
-    ("mbpp", "Python functions", "data: folder with mbpp.jsonl"),
-    ("synthetic", "word problems and SQL made from a seed", "nothing: seed and count"),
-    ("jsonl", "any prompts", "data: a JSONL file, or prompts: a prompt set"),
-];
-
 impl Cli {
     /// Does what was asked.
     ///
@@ -134,7 +126,7 @@ impl Cli {
                 let settings: RunSettings = settings::load(config.as_deref(), &overrides)?;
                 results(&run::run(&settings)?, json)
             }
-            Verb::Score { folder, data, json } => results(&score::score(&folder, data.as_deref())?, json),
+            Verb::Score { folder, json } => results(&score::score(&folder)?, json),
             Verb::Report { results, output, json } => draw(&results, output.as_deref(), json),
             Verb::Generate { prompt, model, raw, n, max_new_tokens, device, seed, json } => {
                 let question = Question { model, prompt, raw, n, max_new_tokens, device, seed };
@@ -169,14 +161,11 @@ fn draw(results: &[PathBuf], output: Option<&Path>, json: bool) -> Result<u8> {
 
 fn list(json: bool) -> Result<u8> {
     if json {
-        let benchmarks: Vec<_> = BENCHMARKS
-            .iter()
-            .map(|(name, about, needs)| json!({ "name": name, "about": about, "needs": needs }))
-            .collect();
+        let benchmarks: Vec<_> =
+            Task::ALL.iter().map(|task| json!({ "name": task.name(), "needs": task.needs() })).collect();
         return print_json(&json!({ "schema_version": 1, "benchmarks": benchmarks }));
     }
-    let lines: String =
-        BENCHMARKS.iter().map(|(name, about, needs)| format!("{name:<10} {about}; needs {needs}\n")).collect();
+    let lines: String = Task::ALL.iter().map(|task| format!("{:<10} needs {}\n", task.name(), task.needs())).collect();
     print(&lines)
 }
 

@@ -17,7 +17,7 @@ pub struct RunSettings {
     /// Folder or id of the model after it.
     #[garde(skip)]
     pub student: Option<String>,
-    /// What to answer: gsm8k, spider, humaneval, mbpp, synthetic or jsonl.
+    /// What to answer: one of `cllm-eval ls`.
     #[garde(skip)]
     pub benchmark: Task,
     /// Folder (for jsonl: file) with the benchmark's data; synthetic needs none.

@@ -4,7 +4,7 @@ use cllm_core::decode::{DecodeOptions, Limits, Request, Strategy, decode};
 use cllm_core::model::Transformer;
 use cllm_core::progress::Progress;
 use cllm_core::prompt_set::Sample;
-use cllm_core::task::{Scorer, Verdict};
+use cllm_core::task::{Task, Verdict};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Error, Result, device, hub, interrupt, model, torch_ext};
 use rayon::prelude::*;
@@ -90,7 +90,7 @@ impl Subject {
         samples: &[Sample],
         strategy: Strategy,
         settings: &RunSettings,
-        scorer: &Scorer,
+        task: Task,
         records: &mut Records,
         journal: &mut Journal,
     ) -> Result<()> {
@@ -108,7 +108,7 @@ impl Subject {
         let mut progress = Progress::new(&title, finished as u64, samples.len() as u64);
         for batch in open.chunks(settings.batch_rows) {
             interrupt::check()?;
-            let answers = self.answer_batch(samples, batch, strategy, settings.seed, scorer)?;
+            let answers = self.answer_batch(samples, batch, strategy, settings.seed, task)?;
             let lines: Vec<_> = answers.iter().cloned().map(|answer| Line::Answer(Box::new(answer))).collect();
             journal.append(&lines)?;
             records.answers.extend(answers);
@@ -124,7 +124,7 @@ impl Subject {
         batch: &[usize],
         strategy: Strategy,
         seed: u64,
-        scorer: &Scorer,
+        task: Task,
     ) -> Result<Vec<AnswerRecord>> {
         let device = self.model.device();
         torch_ext::reset_peak_memory(device);
@@ -151,9 +151,7 @@ impl Subject {
                 verdict: Verdict::Unscored,
                 finish_reason: answer.finish_reason,
                 forwards: answer.forwards,
-                pieces: shown
-                    .then(|| pieces(&self.tokenizer, &answer.response_ids, &answer.accepted))
-                    .transpose()?,
+                pieces: shown.then(|| pieces(&self.tokenizer, &answer.response_ids, &answer.accepted)).transpose()?,
                 response_ids: answer.response_ids,
                 accepted: answer.accepted,
                 batch_prefill_seconds: timing.prefill_seconds * share,
@@ -161,10 +159,8 @@ impl Subject {
                 peak_memory_bytes,
             });
         }
-        let verdicts: Vec<Verdict> = found
-            .par_iter()
-            .map(|answer| scorer.score(&samples[answer.index], &answer.text))
-            .collect::<Result<_>>()?;
+        let verdicts: Vec<Verdict> =
+            found.par_iter().map(|answer| task.score(&samples[answer.index], &answer.text)).collect();
         for (answer, verdict) in found.iter_mut().zip(verdicts) {
             answer.verdict = verdict;
         }
@@ -207,9 +203,8 @@ pub fn time_all(
         .flat_map(|subject| settings.strategies.iter().map(move |&strategy| (subject, strategy)))
         .collect();
     let has = |records: &Records, subject: &Subject, strategy: Strategy, index: usize| {
-        let same = |speed: &SpeedRecord| {
-            speed.role == subject.role && speed.strategy == strategy && speed.index == index
-        };
+        let same =
+            |speed: &SpeedRecord| speed.role == subject.role && speed.strategy == strategy && speed.index == index;
         records.speeds.iter().any(same)
     };
     let done = records.speeds.len();

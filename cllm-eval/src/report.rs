@@ -1,5 +1,5 @@
 //! Draws `report.md` and `report.html` from results and their samples.
-use cllm_core::{Result, Error};
+use cllm_core::{Error, Result};
 use std::path::{Path, PathBuf};
 /// Draws the reports.
 ///

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use cllm_core::prompt_set::{self, Sample};
-use cllm_core::task::{Scorer, Task};
+use cllm_core::task::{Task, synthetic};
 use cllm_core::{Error, Result, VERSION, atomic_file, device, fingerprint, progress, settings};
 
 use crate::config::RunSettings;
@@ -44,12 +44,11 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
     std::fs::create_dir_all(output).map_err(Error::io(output))?;
     let (mut journal, mut records) = Journal::open(&output.join(SAMPLES), header)?;
     atomic_file::write(&output.join("settings.yaml"), settings::to_yaml(settings)?.as_bytes())?;
-    let scorer = Scorer::new(task, settings.data.as_deref());
     let mut subjects = Vec::new();
     for (&(role, _), folder) in named.iter().zip(&folders) {
         let subject = Subject::load(role, folder, &samples, settings, device)?;
         for &strategy in &settings.strategies {
-            subject.answer_all(&samples, strategy, settings, &scorer, &mut records, &mut journal)?;
+            subject.answer_all(&samples, strategy, settings, task, &mut records, &mut journal)?;
         }
         if settings.speed_examples > 0 {
             subjects.push(subject);
@@ -57,9 +56,8 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
     }
     time_all(&subjects, settings, settings.speed_examples.min(samples.len()), &mut records, &mut journal)?;
     // Batches ran by length; the file ends up in the order of the prompt set.
-    let order = |role: Role, strategy| {
-        (role == Role::Student, settings.strategies.iter().position(|&other| other == strategy))
-    };
+    let order =
+        |role: Role, strategy| (role == Role::Student, settings.strategies.iter().position(|&other| other == strategy));
     records.answers.sort_by_key(|answer| (order(answer.role, answer.strategy), answer.index));
     records.speeds.sort_by_key(|speed| (order(speed.role, speed.strategy), speed.index));
     records.write(&output.join(SAMPLES))?;
@@ -73,10 +71,10 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
 fn examples(settings: &RunSettings) -> Result<(Task, Vec<Sample>)> {
     let (task, mut samples) = if let Some(path) = &settings.prompts {
         let samples = prompt_set::read(path)?;
-        let task = samples.first().and_then(|sample| Task::of_source(&sample.source)).unwrap_or(Task::Jsonl);
+        let task = samples.first().map_or(Task::Jsonl, |sample| Task::of_source(&sample.source));
         (task, samples)
     } else if settings.benchmark == Task::Synthetic {
-        (Task::Synthetic, synthetic(settings)?)
+        (Task::Synthetic, synthetic::generate(settings.seed, &settings.split, settings.count))
     } else {
         let data = settings.data.as_deref().ok_or_else(|| {
             Error::usage("this benchmark needs `data`, the folder of its files; `cllm-eval ls` says which")
@@ -88,11 +86,6 @@ fn examples(settings: &RunSettings) -> Result<(Task, Vec<Sample>)> {
         return Err(Error::usage(format!("split `{}` has no examples", settings.split)));
     }
     Ok((task, samples))
-}
-
-fn synthetic(settings: &RunSettings) -> Result<Vec<Sample>> {
-    let _ = settings;
-    Err(Error::usage("synthetic is not built in yet: name a prompt set with `prompts`"))
 }
 
 /// What must be the same for a run to go on; where it writes is not part of it.

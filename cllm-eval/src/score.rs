@@ -2,29 +2,24 @@
 
 use std::path::Path;
 
-use cllm_core::task::{Scorer, Verdict};
+use cllm_core::task::Verdict;
 use cllm_core::{Result, atomic_file, interrupt};
 use rayon::prelude::*;
 
 use crate::records::{Records, SAMPLES};
 use crate::results::{RESULTS, Results};
 
-/// Scores the answers in a run's folder and rewrites its files; `data` stands in for the run's own data folder.
+/// Scores the answers in a run's folder and rewrites its files.
 ///
 /// # Errors
-/// When the folder holds no run, or scoring is impossible.
-pub fn score(folder: &Path, data: Option<&Path>) -> Result<Results> {
+/// When the folder holds no run.
+pub fn score(folder: &Path) -> Result<Results> {
     let path = folder.join(SAMPLES);
     let mut records = Records::read(&path)?;
-    let scorer = Scorer::new(records.header.benchmark, data.or(records.header.settings.data.as_deref()));
-    let verdicts: Vec<Verdict> = records
-        .answers
-        .par_iter()
-        .map(|answer| {
-            interrupt::check()?;
-            scorer.score(&answer.sample(), &answer.text)
-        })
-        .collect::<Result<_>>()?;
+    let task = records.header.benchmark;
+    let verdicts: Vec<Verdict> =
+        records.answers.par_iter().map(|answer| task.score(&answer.sample(), &answer.text)).collect();
+    interrupt::check()?;
     for (answer, verdict) in records.answers.iter_mut().zip(verdicts) {
         answer.verdict = verdict;
     }

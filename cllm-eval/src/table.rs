@@ -47,9 +47,8 @@ pub fn number(value: Option<f64>, digits: usize, unit: &str) -> String {
 /// A paired difference in a sentence.
 pub fn sentence(difference: &PairedDifference) -> String {
     let points = |value: f64| format!("{:+.1}", 100.0 * value);
-    let interval = difference.ci95.map_or_else(String::new, |[low, high]| {
-        format!(" (95 %: {} to {})", points(low), points(high))
-    });
+    let interval =
+        difference.ci95.map_or_else(String::new, |[low, high]| format!(" (95 %: {} to {})", points(low), points(high)));
     format!(
         "accuracy of student {} less teacher {}: {} points{interval} on {} examples",
         difference.student,

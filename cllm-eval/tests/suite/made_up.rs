@@ -1,0 +1,108 @@
+//! Records and models made up for tests.
+
+use std::path::Path;
+
+use cllm_core::decode::Strategy;
+use cllm_core::model::{ModelConfig, Transformer};
+use cllm_core::task::{Task, Verdict, synthetic};
+use cllm_core::tokenizer_training;
+use cllm_core::trajectory::FinishReason;
+use cllm_eval::config::RunSettings;
+use cllm_eval::hardware::Hardware;
+use cllm_eval::records::{AnswerRecord, Header, ModelEntry, Records, Role, SCHEMA_VERSION, SpeedRecord, Toolkit};
+use serde_json::json;
+use tch::{Device, Kind};
+
+pub const JACOBI: Strategy = Strategy::Jacobi { n: 4 };
+
+/// Four examples. Teacher AR: 3 right, one of them unfinished. Student Jacobi: 2 right, half the forwards.
+pub fn records() -> Records {
+    let model = |role, path: &str| ModelEntry { role, path: path.into(), fingerprint: "f".into(), parameters: 10 };
+    let settings = RunSettings {
+        teacher: Some("t".into()),
+        student: Some("s".into()),
+        strategies: vec![Strategy::Ar, JACOBI],
+        speed_examples: 2,
+        ..RunSettings::default()
+    };
+    let header = Header {
+        schema_version: SCHEMA_VERSION,
+        identity: "i".into(),
+        benchmark: Task::Jsonl,
+        split: "test".into(),
+        examples: 4,
+        hardware: Hardware::of(Device::Cpu),
+        toolkit: Toolkit { version: "0".into(), libtorch: None },
+        models: vec![model(Role::Teacher, "t"), model(Role::Student, "s")],
+        settings,
+    };
+    let mut records = Records { header, answers: vec![], speeds: vec![] };
+    for (role, strategy, rights, forwards) in [
+        (Role::Teacher, Strategy::Ar, [true, true, true, false], 8),
+        (Role::Teacher, JACOBI, [true, true, true, false], 4),
+        (Role::Student, Strategy::Ar, [true, true, false, false], 8),
+        (Role::Student, JACOBI, [true, false, false, true], 2),
+    ] {
+        for (index, right) in rights.into_iter().enumerate() {
+            records.answers.push(answer(role, strategy, index, right, forwards));
+        }
+        for index in 0..2 {
+            records.speeds.push(SpeedRecord {
+                role,
+                strategy,
+                index,
+                id: format!("e{index}"),
+                tokens: 8,
+                forwards,
+                finish_reason: FinishReason::Eos,
+                prefill_seconds: 1.0,
+                seconds: forwards as f64,
+            });
+        }
+    }
+    records
+}
+
+fn answer(role: Role, strategy: Strategy, index: usize, right: bool, forwards: usize) -> AnswerRecord {
+    let mut response_ids: Vec<i32> = (0..8).collect();
+    // The student's Jacobi answers differ from its autoregressive ones in one example.
+    if role == Role::Student && strategy == JACOBI && index == 1 {
+        response_ids[3] = 99;
+    }
+    let text = if right { "4" } else { "<script>alert(1)</script>" };
+    AnswerRecord {
+        role,
+        strategy,
+        index,
+        id: format!("e{index}"),
+        source: "jsonl/test".into(),
+        prompt: "2 & 2 <b>?".into(),
+        prompt_tokens: 5,
+        reference: Some("4".into()),
+        meta: None,
+        response_ids,
+        text: text.into(),
+        verdict: if right { Verdict::Right } else { Verdict::Wrong },
+        finish_reason: if index == 2 { FinishReason::Length } else { FinishReason::Eos },
+        forwards,
+        accepted: vec![(8 / forwards) as u32; forwards],
+        batch_prefill_seconds: 0.5,
+        batch_seconds: 0.5,
+        peak_memory_bytes: None,
+        pieces: (index < 2).then(|| text.chars().map(String::from).collect()),
+    }
+}
+
+/// A random model with a tokenizer of its own.
+pub fn model(folder: &Path, seed: u64) {
+    std::fs::create_dir_all(folder).unwrap();
+    let texts: Vec<String> =
+        synthetic::generate(1, "train", 40).into_iter().filter_map(|sample| sample.reference).collect();
+    tokenizer_training::train(&texts, 300, folder).unwrap();
+    let config = json!({
+        "model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": true,
+    });
+    let config = ModelConfig::from_json(&config).unwrap();
+    Transformer::random(config, seed, Device::Cpu, Kind::Float).save(folder, Kind::Float).unwrap();
+}

@@ -1,0 +1,5 @@
+//! Tests of `cllm-eval`: its arithmetic on made-up records, its files, its exit codes.
+
+mod made_up;
+mod program;
+mod results;

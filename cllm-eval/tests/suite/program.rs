@@ -1,0 +1,83 @@
+//! The program as a user runs it.
+
+use std::path::Path;
+
+use assert_cmd::Command;
+use serde_json::Value;
+
+use crate::made_up::model;
+
+fn program() -> Command {
+    Command::cargo_bin("cllm-eval").unwrap()
+}
+
+fn run(folder: &Path) -> Value {
+    let output = program()
+        .current_dir(folder)
+        .args(["run", "--quiet", "--json", "teacher=teacher", "student=student", "count=6", "max_new_tokens=12"])
+        .args(["speed_examples=2", "batch_rows=4", "strategies=[ar, {jacobi: {n: 4}}]", "device=cpu", "output=out"])
+        .output()
+        .unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn a_run_goes_on_after_a_kill_and_score_gives_the_same_numbers() {
+    let dir = tempfile::tempdir().unwrap();
+    model(&dir.path().join("teacher"), 1);
+    model(&dir.path().join("student"), 2);
+    let first = run(dir.path());
+    let strategy = &first["models"][1]["strategies"][1];
+    assert_eq!((&strategy["examples"], &strategy["speed_examples"]), (&6.into(), &2.into()));
+    assert_eq!(strategy["exact_match_vs_ar"], 1.0);
+    let samples = dir.path().join("out/samples.jsonl");
+    let text = std::fs::read_to_string(&samples).unwrap();
+    assert_eq!(text.lines().count(), 1 + 4 * 6 + 4 * 2);
+
+    // A kill in the middle of line 12: what was whole before it is kept, byte for byte.
+    let lines: Vec<&str> = text.lines().collect();
+    let cut = format!("{}\n{}", lines[..11].join("\n"), &lines[11][..20]);
+    std::fs::write(&samples, cut).unwrap();
+    let second = run(dir.path());
+    let again = std::fs::read_to_string(&samples).unwrap();
+    assert_eq!(again.lines().take(11).collect::<Vec<_>>(), lines[..11]);
+    assert_eq!(again.lines().count(), lines.len());
+    assert_eq!(second["models"][1]["strategies"][1]["tokens"], strategy["tokens"]);
+
+    let output = program().current_dir(dir.path()).args(["score", "out", "--json"]).output().unwrap();
+    assert_eq!(serde_json::from_slice::<Value>(&output.stdout).unwrap(), second);
+
+    // Other settings must not mix into the same folder.
+    let arguments = ["run", "teacher=teacher", "count=5", "device=cpu", "output=out"];
+    let output = program().current_dir(dir.path()).args(arguments).output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("other settings"));
+}
+
+#[test]
+fn bad_settings_and_missing_devices_have_their_exit_codes() {
+    let exit = |arguments: &[&str]| {
+        let output = program().args(arguments).output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (code, message) = exit(&["run", "studnet=x"]);
+    assert_eq!(code, Some(2));
+    assert!(message.contains("did you mean `student`"), "{message}");
+    let (code, message) = exit(&["run", "strategies=[{jacobi: {n: 1}}]"]);
+    assert_eq!(code, Some(2));
+    assert!(message.contains("n of jacobi"), "{message}");
+    let (code, message) = exit(&["run", "student=x", "device=cuda:4096"]);
+    assert_eq!(code, Some(3));
+    assert!(message.contains("cuda:4096"), "{message}");
+    assert_eq!(exit(&["run"]).0, Some(2));
+}
+
+#[test]
+fn doctor_runs_on_any_machine() {
+    let output = program().args(["doctor", "--json"]).output().unwrap();
+    assert!(output.status.success());
+    let value: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(value["libtorch"].as_str().unwrap().starts_with("2.11.0"), "{value}");
+    assert_eq!(value["cuda_available"].as_bool().unwrap(), value["cuda_problem"].is_null());
+}

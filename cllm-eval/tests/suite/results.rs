@@ -1,0 +1,65 @@
+//! `results.json` on made-up records.
+
+use cllm_eval::results::Results;
+use serde_json::Value;
+
+use crate::made_up::records;
+
+fn value() -> Value {
+    serde_json::to_value(Results::of(&records())).unwrap()
+}
+
+#[test]
+fn the_file_has_the_fields_of_the_contract() {
+    let value = value();
+    for key in ["schema_version", "benchmark", "split", "examples", "hardware", "toolkit", "models", "settings"] {
+        assert!(!value[key].is_null(), "{key}");
+    }
+    let model = &value["models"][1];
+    assert_eq!((model["role"].as_str(), model["path"].as_str()), (Some("student"), Some("s")));
+    let strategy = &model["strategies"][1];
+    for key in "name accuracy ci95 unfinished tokens forwards tokens_per_forward tokens_per_forward_finished \
+        prefill_seconds seconds tokens_per_second speedup_vs_teacher_ar speedup_vs_student_ar exact_match_vs_ar"
+        .split_whitespace()
+    {
+        assert!(!strategy[key].is_null(), "{key}");
+    }
+    assert!(strategy.as_object().unwrap().contains_key("peak_memory_bytes"));
+}
+
+#[test]
+fn figures_are_what_the_records_say() {
+    let value = value();
+    let teacher = &value["models"][0]["strategies"][0];
+    assert_eq!(teacher["accuracy"], 0.75);
+    assert_eq!(teacher["unfinished"], 1);
+    assert_eq!(teacher["tokens_per_forward"], 1.0);
+    assert_eq!(teacher["speedup_vs_teacher_ar"], 1.0);
+    let student = &value["models"][1]["strategies"][1];
+    assert_eq!(student["name"], "jacobi");
+    assert_eq!(student["n"], 4);
+    assert_eq!(student["tokens"], 32);
+    assert_eq!(student["forwards"], 8);
+    assert_eq!(student["tokens_per_forward"], 4.0);
+    assert_eq!(student["exact_match_vs_ar"], 0.75);
+    // 16 tokens in 4 s, against 16 in 16 s; with prefill 6 s against 18 s.
+    assert_eq!(student["tokens_per_second"], 4.0);
+    assert_eq!(student["speedup_vs_teacher_ar"], 4.0);
+    assert_eq!(student["speedup_vs_student_ar"], 4.0);
+    assert!((student["end_to_end_speedup_vs_teacher_ar"].as_f64().unwrap() - 3.0).abs() < 1e-12);
+    let paired = &value["paired"][1];
+    assert_eq!((&paired["student_only"], &paired["teacher_only"]), (&1.into(), &2.into()));
+    assert_eq!(paired["difference"], -0.25);
+}
+
+#[test]
+fn without_timings_speeds_are_null() {
+    let mut records = records();
+    records.speeds.clear();
+    let value = serde_json::to_value(Results::of(&records)).unwrap();
+    let strategy = &value["models"][1]["strategies"][1];
+    for key in ["prefill_seconds", "seconds", "tokens_per_second", "speedup_vs_teacher_ar", "speedup_vs_student_ar"] {
+        assert!(strategy[key].is_null(), "{key}");
+    }
+    assert_eq!(strategy["tokens_per_forward"], 4.0);
+}
