@@ -1,0 +1,122 @@
+//! Checkpoints of a run: a Hugging Face folder with the training state beside it; whole or not at all.
+
+use std::path::{Path, PathBuf};
+
+use cllm_core::model::Transformer;
+use cllm_core::{Error, Result, atomic_file, fingerprint, tokenizer, torch_ext};
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use crate::optimizer::State;
+use crate::settings::Settings;
+
+/// Where a run stands.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Position {
+    /// Steps done.
+    pub step: usize,
+    /// Tokens seen, padding aside.
+    pub tokens: usize,
+    /// Noisy blocks seen.
+    pub blocks: usize,
+    /// Steps skipped because a gradient was not finite.
+    pub skipped: usize,
+    /// Seconds of training.
+    pub seconds: f64,
+    /// Step and tokens per forward of the best probe.
+    pub best: Option<(usize, f64)>,
+    /// Fingerprint of what the course of the run depends on.
+    pub settings: String,
+}
+
+/// Fingerprint of the settings that the course of a run depends on.
+pub fn settings_fingerprint(settings: &Settings) -> String {
+    let course = Settings { log_every: 1, save_every: 0, keep: 1, output: String::new(), ..settings.clone() };
+    fingerprint::of_bytes(serde_json::to_string(&course).unwrap_or_default().as_bytes())
+}
+
+/// Writes checkpoints/step-NNNNNN, moves `latest`, and removes old ones.
+pub fn save(
+    run: &Path,
+    model: &Transformer,
+    tokenizer_of: &Path,
+    state: &State,
+    position: &Position,
+    keep: usize,
+) -> Result<()> {
+    let all = run.join("checkpoints");
+    let name = format!("step-{:06}", position.step);
+    atomic_file::folder_with(&all.join(&name), |folder| {
+        model.save(folder, model.kind())?;
+        tokenizer::copy_files(tokenizer_of, folder)?;
+        write_tensors(&folder.join("optimizer.safetensors"), &state.tensors())?;
+        atomic_file::write_json(&folder.join("state.json"), position)
+    })?;
+    point(&all, "latest", &name)?;
+    if position.best.is_some_and(|(step, _)| step == position.step) {
+        point(&all, "best", &name)?;
+    }
+    rotate(&all, keep, position.best.map(|(step, _)| step))
+}
+
+/// Restores the newest checkpoint of a run, if it has one.
+pub fn resume(run: &Path, state: &mut State, settings: &Settings) -> Result<Option<Position>> {
+    let folder = run.join("checkpoints/latest");
+    if !folder.exists() {
+        return Ok(None);
+    }
+    let path = folder.join("state.json");
+    let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+    let position: Position =
+        serde_json::from_str(&text).map_err(|error| Error::file(&path, format!("is no training state: {error}")))?;
+    if position.settings != settings_fingerprint(settings) {
+        return Err(Error::file(
+            run,
+            "holds a run with other settings; choose another output folder, or delete it to start anew",
+        ));
+    }
+    let path = folder.join("optimizer.safetensors");
+    let map = torch_ext::map_file(&path)?;
+    let tensors = SafeTensors::deserialize(&map)
+        .map_err(|error| Error::file(&path, format!("is cut off or broken ({error}); delete this checkpoint")))?;
+    state.restore(|name, like| {
+        let view = tensors.tensor(name).ok()?;
+        torch_ext::tensor_from_bytes(view.data(), &like.size(), Kind::Float).ok()
+    })?;
+    Ok(Some(position))
+}
+
+fn write_tensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
+    let broken = |error| Error::file(path, format!("{error}"));
+    let bytes = tensors.iter().map(|(_, tensor)| torch_ext::tensor_to_bytes(tensor)).collect::<Result<Vec<_>>>()?;
+    let views = tensors
+        .iter()
+        .zip(&bytes)
+        .map(|((name, tensor), bytes)| {
+            let shape = tensor.size().iter().map(|&size| size as usize).collect();
+            Ok((name.as_str(), TensorView::new(Dtype::F32, shape, bytes).map_err(broken)?))
+        })
+        .collect::<Result<Vec<_>>>()?;
+    atomic_file::write(path, &safetensors::serialize(views, None).map_err(broken)?)
+}
+
+/// Makes the link `name` point to `target`, at once.
+fn point(folder: &Path, name: &str, target: &str) -> Result<()> {
+    let new = folder.join(format!(".{name}"));
+    let _ = std::fs::remove_file(&new);
+    std::os::unix::fs::symlink(target, &new).map_err(Error::io(&new))?;
+    std::fs::rename(&new, folder.join(name)).map_err(Error::io(folder))
+}
+
+fn rotate(folder: &Path, keep: usize, best: Option<usize>) -> Result<()> {
+    let mut steps: Vec<(usize, PathBuf)> = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
+        let path = entry.map_err(Error::io(folder))?.path();
+        let step = path.file_name().and_then(|name| name.to_str()?.strip_prefix("step-")?.parse().ok());
+        steps.extend(step.filter(|&step| Some(step) != best).map(|step| (step, path)));
+    }
+    steps.sort();
+    let old = steps.len().saturating_sub(keep);
+    steps[..old].iter().try_for_each(|(_, path)| std::fs::remove_dir_all(path).map_err(Error::io(path)))
+}

@@ -1,0 +1,119 @@
+//! What a run learns from, in memory: references of prompt sets or trajectories.
+
+use std::path::Path;
+
+use cllm_core::prompt_set;
+use cllm_core::tokenizer::Tokenizer;
+use cllm_core::trajectory::Reader;
+use cllm_core::{Error, Result};
+use rand::RngExt;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
+
+use crate::packing::{NoisyBlock, Packed};
+use crate::settings::{Consistency, Context, Objective, Settings};
+
+/// One response to learn from.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Example {
+    /// Names the randomness.
+    pub id: String,
+    /// Token ids of the prompt.
+    pub prompt: Vec<i32>,
+    /// Token ids of the response, EOS included.
+    pub response: Vec<i32>,
+    /// Start and states of each block that has a noisy state; the last state is the fixed point.
+    pub blocks: Vec<(usize, Vec<Vec<i32>>)>,
+}
+
+/// Reads every data set of a run.
+///
+/// # Errors
+/// Bad files, a data set of another tokenizer, no rows.
+pub fn read(settings: &Settings, tokenizer: &Tokenizer) -> Result<Vec<Example>> {
+    let mut examples = Vec::new();
+    for path in &settings.data {
+        match settings.objective {
+            Objective::Sft => examples.extend(references(path, tokenizer)?),
+            Objective::Consistency => examples.extend(trajectories(path, tokenizer)?),
+        }
+    }
+    if examples.is_empty() {
+        return Err(Error::usage(format!("data: no responses to learn from in {:?}", settings.data)));
+    }
+    Ok(examples)
+}
+
+fn references(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Example>> {
+    let with_reference = prompt_set::read(path)?.into_iter().filter_map(|sample| {
+        let reference = sample.reference.clone()?;
+        Some((sample, reference))
+    });
+    with_reference
+        .map(|(sample, reference)| {
+            let (_, prompt) = tokenizer.prompt(&sample.prompt)?;
+            Ok(Example { id: sample.id, prompt, response: tokenizer.target(&reference)?, blocks: Vec::new() })
+        })
+        .collect()
+}
+
+fn trajectories(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Example>> {
+    let reader = Reader::open(path)?;
+    if reader.provenance().tokenizer != tokenizer.fingerprint() {
+        return Err(Error::file(
+            path,
+            format!(
+                "was collected with tokenizer {}, the model has {}: collect with a model of the same tokenizer",
+                reader.provenance().tokenizer,
+                tokenizer.fingerprint()
+            ),
+        ));
+    }
+    reader
+        .rows()
+        .map(|row| {
+            let row = row?;
+            let blocks = row.blocks.into_iter().filter(|block| block.states.len() > 1);
+            Ok(Example {
+                id: row.sample_id,
+                prompt: row.prompt_ids,
+                response: row.response_ids,
+                blocks: blocks.map(|block| (block.start as usize, block.states)).collect(),
+            })
+        })
+        .collect()
+}
+
+impl Example {
+    /// Tokens of its packed sequence, at most.
+    pub fn packed_len(&self, consistency: &Consistency) -> usize {
+        let chosen = match consistency.blocks {
+            0 => self.blocks.len(),
+            most => most.min(self.blocks.len()),
+        };
+        let n = self.blocks.first().map_or(0, |(_, states)| states[0].len());
+        self.prompt.len() + self.response.len() + chosen * n
+    }
+
+    /// The packed sequence of one pass: blocks and, for each, one of its noisy states drawn with `rng`.
+    pub fn pack(&self, consistency: &Consistency, rng: &mut ChaCha8Rng) -> Packed {
+        let mut chosen: Vec<usize> = (0..self.blocks.len()).collect();
+        if consistency.blocks > 0 {
+            chosen.shuffle(rng);
+            chosen.truncate(consistency.blocks);
+            chosen.sort_unstable();
+        }
+        let noisy = chosen.into_iter().map(|index| {
+            let (start, states) = &self.blocks[index];
+            let state = &states[rng.random_range(0..states.len() - 1)];
+            let n = state.len();
+            let window = match consistency.context {
+                Context::Clean => *start,
+                Context::NoisyWindow => start / (n * consistency.window) * (n * consistency.window),
+            };
+            let inside = n.min(self.response.len() - start);
+            NoisyBlock { start: *start, window, tokens: state[..inside].to_vec() }
+        });
+        Packed::new(&self.prompt, &self.response, noisy.collect())
+    }
+}

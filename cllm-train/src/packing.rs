@@ -1,0 +1,192 @@
+//! One sequence that yields both losses: prompt, clean response, and noisy blocks that share the response's positions.
+//!
+//! The idea of packing both streams is Jacobi Forcing's (arXiv 2512.14681).
+
+use tch::{Device, Kind, Tensor};
+
+/// One noisy state of a block.
+#[derive(Debug, Clone, PartialEq)]
+pub struct NoisyBlock {
+    /// Position of its first token in the response.
+    pub start: usize,
+    /// The block sees clean tokens before this position of the response, and from there on the noisy blocks before it.
+    pub window: usize,
+    /// Its tokens, cut at the end of the response.
+    pub tokens: Vec<i32>,
+}
+
+/// A packed sequence.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Packed {
+    prompt_len: usize,
+    response: Vec<i32>,
+    /// Prompt, response, noisy blocks.
+    tokens: Vec<i32>,
+    positions: Vec<usize>,
+    noisy: Vec<NoisyBlock>,
+}
+
+impl Packed {
+    /// Packs a response and noisy states of its blocks, which are in the order of their starts.
+    pub fn new(prompt: &[i32], response: &[i32], noisy: Vec<NoisyBlock>) -> Self {
+        let mut tokens = [prompt, response].concat();
+        let mut positions: Vec<usize> = (0..tokens.len()).collect();
+        for block in &noisy {
+            tokens.extend(&block.tokens);
+            positions.extend((0..block.tokens.len()).map(|offset| prompt.len() + block.start + offset));
+        }
+        Packed { prompt_len: prompt.len(), response: response.to_vec(), tokens, positions, noisy }
+    }
+
+    /// Number of tokens.
+    pub fn len(&self) -> usize {
+        self.tokens.len()
+    }
+
+    /// Whether there are no tokens.
+    pub fn is_empty(&self) -> bool {
+        self.tokens.is_empty()
+    }
+
+    /// Number of noisy blocks.
+    pub fn blocks(&self) -> usize {
+        self.noisy.len()
+    }
+
+    /// Place of each noisy block's first token in the sequence.
+    fn places(&self) -> impl Iterator<Item = (usize, &NoisyBlock)> {
+        let mut place = self.prompt_len + self.response.len();
+        self.noisy.iter().map(move |block| {
+            let here = place;
+            place += block.tokens.len();
+            (here, block)
+        })
+    }
+
+    /// Writes true into the row-major `width x width` mask wherever a token of this sequence may look.
+    fn mark(&self, mask: &mut [bool], width: usize) {
+        let clean = self.prompt_len + self.response.len();
+        for query in 0..clean {
+            mask[query * width..][..=query].fill(true);
+        }
+        let places: Vec<_> = self.places().collect();
+        for (index, &(place, block)) in places.iter().enumerate() {
+            for query in place..place + block.tokens.len() {
+                let row = &mut mask[query * width..][..width];
+                row[..self.prompt_len + block.window.min(block.start)].fill(true);
+                for &(earlier, other) in &places[..index] {
+                    if other.start >= block.window {
+                        row[earlier..earlier + other.tokens.len()].fill(true);
+                    }
+                }
+                row[place..=query].fill(true);
+            }
+        }
+        // Padding looks at itself, since a row of the mask must not be empty.
+        for query in self.len()..width {
+            mask[query * width + query] = true;
+        }
+    }
+
+    /// For each noisy token that the loss keeps: its place, and the index of the response token that it predicts. Kept is
+    /// what comes at or after the first difference from the clean response in all that the block sees, as long as
+    /// the predicted token exists.
+    fn noisy_targets(&self) -> Vec<(usize, usize)> {
+        let differs = |block: &NoisyBlock| {
+            let clean = &self.response[block.start..block.start + block.tokens.len()];
+            block.tokens.iter().zip(clean).position(|(noisy, clean)| noisy != clean)
+        };
+        let mut targets = Vec::new();
+        let all: Vec<_> = self.places().collect();
+        for (index, &(place, block)) in all.iter().enumerate() {
+            let before = all[..index].iter().any(|(_, other)| other.start >= block.window && differs(other).is_some());
+            let Some(first) = (if before { Some(0) } else { differs(block) }) else { continue };
+            for offset in first..block.tokens.len() {
+                let predicted = block.start + offset + 1;
+                if predicted < self.response.len() {
+                    targets.push((place + offset, predicted));
+                }
+            }
+        }
+        targets
+    }
+}
+
+/// Packed sequences as tensors, padded to the longest.
+pub struct Batch {
+    /// int64 `[rows, width]`.
+    pub tokens: Tensor,
+    /// int64 `[rows, width]`.
+    pub positions: Tensor,
+    /// bool `[rows, 1, width, width]`.
+    pub mask: Tensor,
+    /// Places (in `[rows * width]`) whose next clean token is a response token: int64 `[clean]`.
+    pub clean_places: Tensor,
+    /// Those response tokens: int64 `[clean]`.
+    pub labels: Tensor,
+    /// Places of the noisy tokens that are kept: int64 `[noisy]`.
+    pub noisy_places: Tensor,
+    /// For each of them, the clean place (an index into `clean_places`) that predicts the same token: int64 `[noisy]`.
+    pub noisy_targets: Tensor,
+    /// Counts on the host.
+    pub counts: Counts,
+}
+
+/// What a batch holds.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Counts {
+    /// Tokens without padding.
+    pub tokens: usize,
+    /// Tokens of the autoregressive loss.
+    pub clean: usize,
+    /// Tokens of the consistency loss.
+    pub noisy: usize,
+    /// Noisy blocks.
+    pub blocks: usize,
+}
+
+impl Batch {
+    /// Lays sequences side by side.
+    pub fn new(rows: &[Packed], device: Device) -> Self {
+        let width = rows.iter().map(Packed::len).max().unwrap_or(0);
+        let mut tokens = vec![0i64; rows.len() * width];
+        let mut positions = vec![0i64; rows.len() * width];
+        let mut mask = vec![false; rows.len() * width * width];
+        let (mut clean_places, mut labels, mut noisy_places, mut noisy_targets) = (vec![], vec![], vec![], vec![]);
+        let mut counts = Counts::default();
+        for (index, row) in rows.iter().enumerate() {
+            let base = index * width;
+            for (place, (&token, &position)) in row.tokens.iter().zip(&row.positions).enumerate() {
+                tokens[base + place] = i64::from(token);
+                positions[base + place] = position as i64;
+            }
+            row.mark(&mut mask[index * width * width..][..width * width], width);
+            let first_clean = clean_places.len();
+            // A response token at 0 has no token before it where the prompt is empty.
+            for (offset, &token) in row.response.iter().enumerate() {
+                clean_places.push((base + (row.prompt_len + offset).saturating_sub(1)) as i64);
+                labels.push(i64::from(token));
+            }
+            for (place, predicted) in row.noisy_targets() {
+                noisy_places.push((base + place) as i64);
+                noisy_targets.push((first_clean + predicted) as i64);
+            }
+            counts.tokens += row.len();
+            counts.blocks += row.blocks();
+        }
+        counts.clean = clean_places.len();
+        counts.noisy = noisy_places.len();
+        let (count, width) = (rows.len() as i64, width as i64);
+        let to = |values: Vec<i64>| Tensor::from_slice(&values).to_device(device);
+        Batch {
+            tokens: to(tokens).view([count, width]),
+            positions: to(positions).view([count, width]),
+            mask: Tensor::from_slice(&mask).to_kind(Kind::Bool).view([count, 1, width, width]).to_device(device),
+            clean_places: to(clean_places),
+            labels: to(labels),
+            noisy_places: to(noisy_places),
+            noisy_targets: to(noisy_targets),
+            counts,
+        }
+    }
+}

@@ -1,0 +1,302 @@
+//! Settings of a training run; `cllm-train validate` prints them in full.
+
+use std::path::PathBuf;
+
+use cllm_core::{Error, Result};
+use garde::Validate;
+use serde::{Deserialize, Serialize};
+
+/// What is learnt.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Objective {
+    /// The references of prompt sets: makes a teacher.
+    Sft,
+    /// To jump to the fixed points of trajectories: makes a student.
+    Consistency,
+}
+
+/// Which divergence the consistency loss takes, with the detached clean distribution first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Divergence {
+    /// KL(clean || noisy).
+    Forward,
+    /// KL(noisy || clean).
+    Reverse,
+    /// Jensen-Shannon.
+    Jsd,
+}
+
+/// What a noisy block sees before it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Context {
+    /// The clean response (CLLM).
+    Clean,
+    /// The noisy blocks of its window, and the clean response before the window (Jacobi Forcing).
+    NoisyWindow,
+}
+
+/// A training run.
+#[derive(Debug, Clone, Serialize, Deserialize, Validate)]
+#[serde(default, deny_unknown_fields)]
+pub struct Settings {
+    /// The model to start from: a folder, or an id in the Hugging Face cache. Empty with `init`.
+    #[garde(skip)]
+    pub model: String,
+    /// Start from random weights of this shape instead.
+    #[garde(dive)]
+    pub init: Option<Init>,
+    /// What is learnt.
+    #[garde(skip)]
+    pub objective: Objective,
+    /// Prompt sets (sft) or trajectory data sets (consistency).
+    #[garde(length(min = 1))]
+    pub data: Vec<PathBuf>,
+    /// Folder of the run.
+    #[garde(length(min = 1))]
+    pub output: String,
+    /// Seed of order, states and random weights.
+    #[garde(skip)]
+    pub seed: u64,
+    /// Passes over the data.
+    #[garde(range(min = 1))]
+    pub epochs: usize,
+    /// Stop after so many steps; 0 for the epochs alone. The learning rate's schedule ends there too.
+    #[garde(skip)]
+    pub max_steps: usize,
+    /// Most tokens of one forward, padding included.
+    #[garde(range(min = 1))]
+    pub tokens_per_batch: usize,
+    /// Forwards whose gradients make one step.
+    #[garde(range(min = 1))]
+    pub accumulation: usize,
+    /// Responses of more packed tokens are left out, and counted.
+    #[garde(range(min = 1))]
+    pub max_tokens: usize,
+    /// The optimizer.
+    #[garde(dive)]
+    pub optimizer: Optimizer,
+    /// The consistency objective.
+    #[garde(dive)]
+    pub consistency: Consistency,
+    /// Tokens per forward on held-out prompts.
+    #[garde(dive)]
+    pub probe: Probe,
+    /// Steps between lines of metrics.jsonl.
+    #[garde(range(min = 1))]
+    pub log_every: usize,
+    /// Steps between checkpoints; 0 for none but the last.
+    #[garde(skip)]
+    pub save_every: usize,
+    /// Checkpoints that are kept, the best aside.
+    #[garde(range(min = 1))]
+    pub keep: usize,
+    /// auto, cpu, cuda or cuda:N.
+    #[garde(skip)]
+    pub device: String,
+}
+
+/// A Llama of random weights.
+#[derive(Debug, Clone, Serialize, Deserialize, Validate)]
+#[serde(default, deny_unknown_fields)]
+pub struct Init {
+    /// Folder of its tokenizer (see `cllm-train tokenizer`).
+    #[garde(length(min = 1))]
+    pub tokenizer: String,
+    /// Width of the residual stream.
+    #[garde(range(min = 2))]
+    pub hidden_size: i64,
+    /// Width of the feed-forward layer.
+    #[garde(range(min = 2))]
+    pub intermediate_size: i64,
+    /// Layers.
+    #[garde(range(min = 1))]
+    pub num_layers: i64,
+    /// Query heads.
+    #[garde(range(min = 1))]
+    pub num_heads: i64,
+    /// Key and value heads.
+    #[garde(range(min = 1))]
+    pub num_kv_heads: i64,
+    /// Most positions.
+    #[garde(range(min = 16))]
+    pub max_positions: i64,
+}
+
+/// AdamW with warm-up and cosine decay.
+#[derive(Debug, Clone, Serialize, Deserialize, Validate)]
+#[serde(default, deny_unknown_fields)]
+pub struct Optimizer {
+    /// Highest learning rate.
+    #[garde(range(min = 0.0, max = 1.0))]
+    pub lr: f64,
+    /// Decay of the first moment.
+    #[garde(range(min = 0.0, max = 1.0))]
+    pub beta1: f64,
+    /// Decay of the second moment.
+    #[garde(range(min = 0.0, max = 1.0))]
+    pub beta2: f64,
+    /// Added to the denominator.
+    #[garde(range(min = 0.0, max = 1.0))]
+    pub eps: f64,
+    /// Decoupled weight decay, of matrices alone.
+    #[garde(range(min = 0.0, max = 1.0))]
+    pub weight_decay: f64,
+    /// Share of the steps in which the rate rises.
+    #[garde(range(min = 0.0, max = 1.0))]
+    pub warmup: f64,
+    /// The last rate, as a share of the highest.
+    #[garde(range(min = 0.0, max = 1.0))]
+    pub min_lr: f64,
+    /// Largest norm of the gradient.
+    #[garde(range(min = 0.0))]
+    pub clip: f64,
+}
+
+/// The consistency objective.
+#[derive(Debug, Clone, Serialize, Deserialize, Validate)]
+#[serde(default, deny_unknown_fields)]
+pub struct Consistency {
+    /// Weight of the consistency loss, a mean over noisy tokens.
+    #[garde(range(min = 0.0))]
+    pub weight: f64,
+    /// Weight of the autoregressive loss, a mean over response tokens.
+    #[garde(range(min = 0.0))]
+    pub ar_weight: f64,
+    /// The divergence.
+    #[garde(skip)]
+    pub divergence: Divergence,
+    /// What a noisy block sees.
+    #[garde(skip)]
+    pub context: Context,
+    /// Blocks of a window (`noisy_window`).
+    #[garde(range(min = 1))]
+    pub window: usize,
+    /// Blocks of a response that are trained in a pass, drawn anew each epoch; 0 for all.
+    #[garde(skip)]
+    pub blocks: usize,
+}
+
+/// Tokens per forward on held-out prompts during training.
+#[derive(Debug, Clone, Serialize, Deserialize, Validate)]
+#[serde(default, deny_unknown_fields)]
+pub struct Probe {
+    /// The prompt set; empty for no probe.
+    #[garde(skip)]
+    pub prompts: PathBuf,
+    /// Prompts that are decoded.
+    #[garde(range(min = 1))]
+    pub count: usize,
+    /// Steps between probes.
+    #[garde(range(min = 1))]
+    pub every: usize,
+    /// Tokens of a block.
+    #[garde(range(min = 2))]
+    pub n: usize,
+    /// Most tokens of an answer.
+    #[garde(range(min = 1))]
+    pub max_new_tokens: usize,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings {
+            model: String::new(),
+            init: None,
+            objective: Objective::Consistency,
+            data: Vec::new(),
+            output: String::new(),
+            seed: 0,
+            epochs: 1,
+            max_steps: 0,
+            tokens_per_batch: 8192,
+            accumulation: 1,
+            max_tokens: 4096,
+            optimizer: Optimizer::default(),
+            consistency: Consistency::default(),
+            probe: Probe::default(),
+            log_every: 10,
+            save_every: 200,
+            keep: 2,
+            device: "auto".to_owned(),
+        }
+    }
+}
+
+impl Default for Init {
+    fn default() -> Self {
+        Init {
+            tokenizer: String::new(),
+            hidden_size: 128,
+            intermediate_size: 384,
+            num_layers: 4,
+            num_heads: 4,
+            num_kv_heads: 4,
+            max_positions: 512,
+        }
+    }
+}
+
+impl Default for Optimizer {
+    fn default() -> Self {
+        Optimizer {
+            lr: 3e-4,
+            beta1: 0.9,
+            beta2: 0.98,
+            eps: 1e-8,
+            weight_decay: 0.0,
+            warmup: 0.05,
+            min_lr: 0.1,
+            clip: 1.0,
+        }
+    }
+}
+
+impl Default for Consistency {
+    fn default() -> Self {
+        Consistency {
+            weight: 1.0,
+            ar_weight: 10.0,
+            divergence: Divergence::Forward,
+            context: Context::Clean,
+            window: 4,
+            blocks: 0,
+        }
+    }
+}
+
+impl Default for Probe {
+    fn default() -> Self {
+        Probe { prompts: PathBuf::new(), count: 32, every: 200, n: 16, max_new_tokens: 256 }
+    }
+}
+
+impl Settings {
+    /// Rules over several keys.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] naming both keys.
+    pub fn check(&self) -> Result<()> {
+        match (&self.init, self.model.is_empty()) {
+            (None, true) => {
+                return Err(Error::usage("model: expected a folder or an id (or `init`, for random weights)"));
+            }
+            (Some(_), false) => return Err(Error::usage("model and init are both set: give the one to start from")),
+            _ => {}
+        }
+        if self.consistency.context == Context::NoisyWindow && self.consistency.blocks != 0 {
+            return Err(Error::usage(
+                "consistency.blocks must be 0 with consistency.context=noisy_window: a window needs all",
+            ));
+        }
+        if self.max_tokens > self.tokens_per_batch {
+            return Err(Error::usage(format!(
+                "max_tokens ({}) is more than tokens_per_batch ({}): such a response fits no batch",
+                self.max_tokens, self.tokens_per_batch
+            )));
+        }
+        Ok(())
+    }
+}

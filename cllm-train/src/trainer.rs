@@ -1,0 +1,350 @@
+//! The training loop. Order, blocks and states are drawn from (seed, epoch, response), so that a resumed run goes on as if
+//! it had never stopped.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use cllm_core::decode::{DecodeOptions, Limits, Request, Strategy, decode};
+use cllm_core::model::{ModelConfig, Transformer};
+use cllm_core::progress::Progress;
+use cllm_core::tokenizer::{self, Tokenizer};
+use cllm_core::{Error, Result, atomic_file, device, fingerprint, hub, interrupt, progress, prompt_set, torch_ext};
+use rand::seq::SliceRandom;
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use crate::checkpoint::{self, Position};
+use crate::examples::{self, Example};
+use crate::loss::losses;
+use crate::optimizer::{State, learning_rate};
+use crate::packing::{Batch, Counts};
+use crate::settings::{Init, Objective, Settings};
+
+/// Batches whose responses are sorted by length together: little padding, and still a random order.
+const POOL_BATCHES: usize = 16;
+/// Steps in a row without a finite gradient after which a run stops.
+const MOST_SKIPPED: usize = 20;
+
+/// What a run did.
+#[derive(Debug, Serialize)]
+struct Summary {
+    schema_version: u32,
+    objective: Objective,
+    parameters: i64,
+    steps: usize,
+    skipped_steps: usize,
+    tokens: usize,
+    blocks: usize,
+    seconds: f64,
+    tokens_per_second: f64,
+    blocks_per_second: f64,
+    final_losses: Value,
+    tokens_per_forward: Option<f64>,
+    peak_memory_bytes: Option<u64>,
+    model: PathBuf,
+}
+
+struct Run {
+    settings: Settings,
+    folder: PathBuf,
+    /// Folder whose tokenizer files go with every checkpoint.
+    tokenizer_folder: PathBuf,
+    tokenizer: Tokenizer,
+    model: Transformer,
+    state: State,
+    position: Position,
+}
+
+/// Trains, or goes on with what the output folder holds.
+pub fn run(settings: Settings) -> Result<()> {
+    let place = device::parse(&settings.device)?;
+    let folder = PathBuf::from(&settings.output);
+    let (tokenizer, tokenizer_folder) = tokenizer(&settings)?;
+    let kind = device::default_kind(place);
+    let model = match &settings.init {
+        None => Transformer::load(&tokenizer_folder, place, kind)?,
+        Some(init) => Transformer::random(random_config(init, &tokenizer)?, settings.seed, place, kind),
+    };
+    let examples = examples::read(&settings, &tokenizer)?;
+    std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
+    let mut state = State::new(&model);
+    let position = match checkpoint::resume(&folder, &mut state, &settings)? {
+        Some(position) => {
+            progress::say(format!("going on after step {}", position.step));
+            position
+        }
+        None => Position {
+            step: 0,
+            tokens: 0,
+            blocks: 0,
+            skipped: 0,
+            seconds: 0.0,
+            best: None,
+            settings: checkpoint::settings_fingerprint(&settings),
+        },
+    };
+    atomic_file::write(&folder.join("config.yaml"), cllm_core::settings::to_yaml(&settings)?.as_bytes())?;
+    model.set_requires_grad(true);
+    torch_ext::reset_peak_memory(place);
+    Run { settings, folder, tokenizer_folder, tokenizer, model, state, position }.train(&examples)
+}
+
+impl Run {
+    fn train(mut self, examples: &[Example]) -> Result<()> {
+        let (first, left_out) = schedule(examples, &self.settings, 0);
+        if first.is_empty() {
+            return Err(Error::usage("max_tokens leaves out every response: raise it"));
+        }
+        if left_out > 0 {
+            progress::say(format!(
+                "{left_out} responses of more than {} packed tokens are left out",
+                self.settings.max_tokens
+            ));
+        }
+        let total = total_steps(&self.settings, first.len());
+        let per_epoch = first.len().div_ceil(self.settings.accumulation);
+        let mut metrics = Metrics::open(&self.folder, self.position.step)?;
+        let mut bar = Progress::new("train", self.position.step as u64, total as u64);
+        let mut last = Value::Null;
+        let mut skipped_in_a_row = 0;
+        let mut epoch_batches = (usize::MAX, Vec::new());
+        let before = self.position.seconds;
+        let started = Instant::now();
+        while self.position.step < total {
+            if interrupt::requested().is_some() {
+                self.save()?;
+                interrupt::check()?;
+            }
+            let (epoch, within) = (self.position.step / per_epoch, self.position.step % per_epoch);
+            if epoch_batches.0 != epoch {
+                epoch_batches = (epoch, schedule(examples, &self.settings, epoch).0);
+            }
+            let first = within * self.settings.accumulation;
+            let group = &epoch_batches.1[first..(first + self.settings.accumulation).min(epoch_batches.1.len())];
+            let number = self.position.step + 1;
+            let rate = learning_rate(&self.settings.optimizer, number, total);
+            let (counts, sums) = self.gradients(examples, group, epoch);
+            let norm = self.state.step(&self.settings.optimizer, rate, number)?;
+            skipped_in_a_row = if norm.is_finite() { 0 } else { skipped_in_a_row + 1 };
+            self.position.skipped += usize::from(!norm.is_finite());
+            self.position.step = number;
+            self.position.tokens += counts.tokens;
+            self.position.blocks += counts.blocks;
+            self.position.seconds = before + started.elapsed().as_secs_f64();
+            bar.advance(1);
+            if number % self.settings.log_every == 0 || number == total {
+                last = line(&sums, counts, &self.settings, &self.position, rate, norm);
+                bar.message(format!("loss {:.4}", last["loss"].as_f64().unwrap_or(f64::NAN)));
+                metrics.write(&last)?;
+            }
+            if skipped_in_a_row >= MOST_SKIPPED {
+                return Err(Error::environment(format!(
+                    "the gradient was not finite {MOST_SKIPPED} steps in a row; the last checkpoint is kept: lower optimizer.lr"
+                )));
+            }
+            if !self.settings.probe.prompts.as_os_str().is_empty()
+                && (number % self.settings.probe.every == 0 || number == total)
+            {
+                let rate = self.probe()?;
+                metrics.write(&json!({ "step": number, "probe_tokens_per_forward": rate }))?;
+                if self.position.best.is_none_or(|(_, best)| rate > best) {
+                    self.position.best = Some((number, rate));
+                }
+            }
+            if self.settings.save_every > 0 && number % self.settings.save_every == 0 && number < total {
+                self.save()?;
+            }
+        }
+        bar.finish();
+        self.save()?;
+        self.finish(last)
+    }
+
+    /// Adds up the gradients of some batches, each loss a mean over its tokens in all of them. Returns what they held and the
+    /// sums of both losses.
+    fn gradients(&self, examples: &[Example], group: &[Vec<usize>], epoch: usize) -> (Counts, [f64; 2]) {
+        let settings = &self.settings.consistency;
+        let consistency_weight = match self.settings.objective {
+            Objective::Sft => 0.0,
+            Objective::Consistency => settings.weight,
+        };
+        let ar_weight = match self.settings.objective {
+            Objective::Sft => 1.0,
+            Objective::Consistency => settings.ar_weight,
+        };
+        let pack = |&index: &usize| {
+            let mut rng = fingerprint::rng(self.settings.seed, &examples[index].id, epoch as u64);
+            examples[index].pack(settings, &mut rng)
+        };
+        let batches: Vec<Batch> = group
+            .iter()
+            .map(|rows| Batch::new(&rows.iter().map(pack).collect::<Vec<_>>(), self.model.device()))
+            .collect();
+        let mut counts = Counts::default();
+        for batch in &batches {
+            counts.tokens += batch.counts.tokens;
+            counts.clean += batch.counts.clean;
+            counts.noisy += batch.counts.noisy;
+            counts.blocks += batch.counts.blocks;
+        }
+        let mut sums = [0.0; 2];
+        for batch in &batches {
+            let losses = losses(&self.model, batch, settings);
+            let ar = &losses.ar / (counts.clean as f64).max(1.0);
+            let consistency = &losses.consistency / (counts.noisy as f64).max(1.0);
+            (&ar * ar_weight + &consistency * consistency_weight).backward();
+            sums[0] += ar.double_value(&[]);
+            sums[1] += consistency.double_value(&[]);
+        }
+        (counts, sums)
+    }
+
+    /// Tokens per forward on held-out prompts.
+    fn probe(&self) -> Result<f64> {
+        let probe = &self.settings.probe;
+        let mut requests = Vec::new();
+        for sample in prompt_set::read(&probe.prompts)?.into_iter().take(probe.count) {
+            let prompt_ids = self.tokenizer.prompt(&sample.prompt)?.1;
+            requests.push(Request { sample_id: sample.id, prompt_ids });
+        }
+        let limits = Limits { max_new_tokens: probe.max_new_tokens, eos_ids: self.tokenizer.eos_ids().to_vec() };
+        let options =
+            DecodeOptions { strategy: Strategy::Jacobi { n: probe.n }, seed: self.settings.seed, record: false };
+        let (answers, _) = decode(&self.model, &requests, &limits, options, None)?;
+        let tokens: usize = answers.iter().map(|answer| answer.response_ids.len()).sum();
+        let forwards: usize = answers.iter().map(|answer| answer.forwards).sum();
+        Ok(tokens as f64 / (forwards as f64).max(1.0))
+    }
+
+    fn save(&self) -> Result<()> {
+        let Run { folder, model, tokenizer_folder, state, position, settings, .. } = self;
+        checkpoint::save(folder, model, tokenizer_folder, state, position, settings.keep)
+    }
+
+    /// Writes the final model and the summary.
+    fn finish(self, last: Value) -> Result<()> {
+        let target = self.folder.join("final");
+        atomic_file::folder_with(&target, |folder| {
+            self.model.save(folder, self.model.kind())?;
+            tokenizer::copy_files(&self.tokenizer_folder, folder)
+        })?;
+        let position = &self.position;
+        let summary = Summary {
+            schema_version: 1,
+            objective: self.settings.objective,
+            parameters: self.model.config().parameter_count(),
+            steps: position.step,
+            skipped_steps: position.skipped,
+            tokens: position.tokens,
+            blocks: position.blocks,
+            seconds: position.seconds,
+            tokens_per_second: position.tokens as f64 / position.seconds,
+            blocks_per_second: position.blocks as f64 / position.seconds,
+            final_losses: last,
+            tokens_per_forward: position.best.map(|(_, rate)| rate),
+            peak_memory_bytes: torch_ext::memory(self.model.device()).map(|(_, peak)| peak),
+            model: target.clone(),
+        };
+        atomic_file::write_json(&self.folder.join("summary.json"), &summary)?;
+        progress::say(format!(
+            "{} steps in {:.0} s; the model is in {}",
+            position.step,
+            position.seconds,
+            target.display()
+        ));
+        Ok(())
+    }
+}
+
+fn line(sums: &[f64; 2], counts: Counts, settings: &Settings, position: &Position, rate: f64, norm: f64) -> Value {
+    let loss = match settings.objective {
+        Objective::Sft => sums[0],
+        Objective::Consistency => sums[0] * settings.consistency.ar_weight + sums[1] * settings.consistency.weight,
+    };
+    json!({
+        "step": position.step, "loss": loss, "ar_loss": sums[0], "consistency_loss": sums[1], "lr": rate,
+        "grad_norm": norm, "tokens": position.tokens, "step_tokens": counts.tokens, "noisy_tokens": counts.noisy,
+        "seconds": position.seconds, "tokens_per_second": position.tokens as f64 / position.seconds,
+    })
+}
+
+/// Steps of a run whose epochs have so many batches.
+pub fn total_steps(settings: &Settings, batches: usize) -> usize {
+    let all = batches.div_ceil(settings.accumulation) * settings.epochs;
+    if settings.max_steps > 0 { all.min(settings.max_steps) } else { all }
+}
+
+/// The batches of an epoch (indices of responses), and how many responses are too long. Every epoch has the same number.
+pub fn schedule(examples: &[Example], settings: &Settings, epoch: usize) -> (Vec<Vec<usize>>, usize) {
+    let length = |index: usize| examples[index].packed_len(&settings.consistency);
+    let mut order: Vec<usize> = (0..examples.len()).filter(|&index| length(index) <= settings.max_tokens).collect();
+    let left_out = examples.len() - order.len();
+    let mut rng = fingerprint::rng(settings.seed, "order", epoch as u64);
+    // The pools, and so the number of batches, are those of the first epoch; what changes is the order.
+    let mut pool_rng = fingerprint::rng(settings.seed, "pools", 0);
+    order.shuffle(&mut pool_rng);
+    let mean = order.iter().map(|&index| length(index)).sum::<usize>() / order.len().max(1);
+    let pool = (settings.tokens_per_batch / mean.max(1)).max(1) * POOL_BATCHES;
+    let mut batches: Vec<Vec<usize>> = Vec::new();
+    for pool in order.chunks_mut(pool) {
+        pool.sort_by_key(|&index| length(index));
+        let mut batch: Vec<usize> = Vec::new();
+        for &index in pool.iter() {
+            if (batch.len() + 1) * length(index) > settings.tokens_per_batch {
+                batches.push(std::mem::take(&mut batch));
+            }
+            batch.push(index);
+        }
+        batches.push(batch);
+    }
+    batches.shuffle(&mut rng);
+    (batches, left_out)
+}
+
+/// The tokenizer of a run, and the folder of its files (which is the model's, unless the weights are random).
+pub fn tokenizer(settings: &Settings) -> Result<(Tokenizer, PathBuf)> {
+    let folder = match &settings.init {
+        None => hub::locate(&settings.model)?,
+        Some(init) => PathBuf::from(&init.tokenizer),
+    };
+    Ok((Tokenizer::load(&folder)?, folder))
+}
+
+/// A Llama of the shape asked for.
+pub fn random_config(init: &Init, tokenizer: &Tokenizer) -> Result<ModelConfig> {
+    let config = json!({
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
+        "vocab_size": tokenizer.vocab_size(), "hidden_size": init.hidden_size,
+        "intermediate_size": init.intermediate_size, "num_hidden_layers": init.num_layers,
+        "num_attention_heads": init.num_heads, "num_key_value_heads": init.num_kv_heads,
+        "max_position_embeddings": init.max_positions, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "tie_word_embeddings": true, "eos_token_id": tokenizer.eos_ids(), "bos_token_id": null,
+    });
+    ModelConfig::from_json(&config).map_err(|message| Error::usage(format!("init: {message}")))
+}
+
+/// metrics.jsonl; a resumed run drops the lines after its checkpoint.
+struct Metrics {
+    path: PathBuf,
+    file: std::fs::File,
+}
+
+impl Metrics {
+    fn open(run: &Path, step: usize) -> Result<Self> {
+        let path = run.join("metrics.jsonl");
+        let old = std::fs::read_to_string(&path).unwrap_or_default();
+        let kept = |line: &&str| {
+            serde_json::from_str::<Value>(line)
+                .is_ok_and(|value| value["step"].as_u64().is_some_and(|at| at <= step as u64))
+        };
+        let kept: String = old.lines().filter(kept).flat_map(|line| [line, "\n"]).collect();
+        atomic_file::write(&path, kept.as_bytes())?;
+        let file = std::fs::OpenOptions::new().append(true).open(&path).map_err(Error::io(&path))?;
+        Ok(Metrics { path, file })
+    }
+
+    fn write(&mut self, line: &Value) -> Result<()> {
+        writeln!(self.file, "{line}").map_err(Error::io(&self.path))
+    }
+}
