@@ -54,26 +54,31 @@ impl State {
             })
             .collect();
         let norm = torch_ext::global_norm(&gradients)?.double_value(&[]);
+        if norm.is_finite() {
+            self.apply(settings, lr, number, norm, &gradients)?;
+        }
+        // Only now: in float32 the gradients above are the weights' own.
         for weight in &mut self.weights {
             weight.zero_grad();
         }
-        if !norm.is_finite() {
-            return Ok(norm);
-        }
+        Ok(norm)
+    }
+
+    fn apply(&mut self, settings: &Optimizer, lr: f64, number: usize, norm: f64, gradients: &[Tensor]) -> Result<()> {
         if settings.clip > 0.0 && norm > settings.clip {
             for mut gradient in gradients.iter().map(Tensor::shallow_clone) {
                 let _ = gradient.g_mul_scalar_(settings.clip / norm);
             }
         }
         for decay in [true, false] {
-            self.update(settings, lr, number, decay, &gradients)?;
+            self.update(settings, lr, number, decay, gradients)?;
         }
         for (weight, master) in self.weights.iter_mut().zip(&self.masters) {
             if weight.kind() != Kind::Float {
                 weight.copy_(master);
             }
         }
-        Ok(norm)
+        Ok(())
     }
 
     fn update(&self, settings: &Optimizer, lr: f64, number: usize, decay: bool, gradients: &[Tensor]) -> Result<()> {
