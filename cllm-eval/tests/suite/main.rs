@@ -2,4 +2,5 @@
 
 mod made_up;
 mod program;
+mod reports;
 mod results;
