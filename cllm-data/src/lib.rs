@@ -4,7 +4,11 @@ pub mod augment;
 pub mod clean;
 pub mod collect;
 mod copying;
+pub mod export;
+pub mod import;
+pub mod inspect;
 pub mod prepare;
+mod reference_format;
 pub mod repetition;
 pub mod stats;
 pub mod validate;
@@ -82,6 +86,17 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
+    /// Show one response's trajectory in colour: final, right early, wrong.
+    #[command(after_help = "Example:\n  cllm-data inspect runs/trajectories --model models/tiny-teacher")]
+    Inspect(inspect::Arguments),
+    /// Read a JSON trajectory file of the CLLM reference implementation.
+    #[command(
+        after_help = "Example:\n  cllm-data import cleaned_gsm8k.json --model models/teacher --output runs/trajectories"
+    )]
+    Import(import::Arguments),
+    /// Write a JSON trajectory file for the CLLM reference implementation.
+    #[command(after_help = "Example:\n  cllm-data export runs/trajectories --output trajectories.json")]
+    Export(export::Arguments),
     /// Print the completions of a shell.
     #[command(
         after_help = "Example:\n  cllm-data completions bash > ~/.local/share/bash-completion/completions/cllm-data"
@@ -105,6 +120,9 @@ pub fn run(arguments: Arguments) -> Result<Outcome> {
         Verb::Clean(given) => clean::run(&settings::load(given.config.as_deref(), &given.overrides)?, given.json),
         Verb::Validate { data, json } => validate::run(&data, json),
         Verb::Stats { data, json } => stats::run(&data, json),
+        Verb::Inspect(arguments) => inspect::run(&arguments),
+        Verb::Import(arguments) => import::run(&arguments),
+        Verb::Export(arguments) => export::run(&arguments),
         Verb::Completions { shell } => {
             clap_complete::generate(shell, &mut Arguments::command(), "cllm-data", &mut std::io::stdout());
             Ok(Outcome::Done)

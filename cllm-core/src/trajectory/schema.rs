@@ -124,10 +124,8 @@ fn trajectory(batch: &RecordBatch, row: usize) -> Result<Trajectory, String> {
     let blocks = column("blocks")?.as_list::<i32>().value(row);
     let blocks = blocks.as_struct();
     let (starts, states) = (blocks.column(0).as_primitive::<Int32Type>(), blocks.column(1).as_list::<i32>());
-    let block = |index: usize| Block {
-        start: starts.value(index) as u32,
-        states: lists(&states.value(index), |state| numbers(state)),
-    };
+    let block =
+        |index: usize| Block { start: starts.value(index) as u32, states: lists(&states.value(index), numbers) };
     let flags = column("augmented")?.as_list::<i32>();
     let booleans = |values: &ArrayRef| values.as_boolean().iter().map(|flag| flag.unwrap_or(false)).collect();
     Ok(Trajectory {
