@@ -75,6 +75,9 @@ pub fn augment(mut row: Trajectory, fraction: f64, seed: u64) -> Trajectory {
                 *changed = !wrong.is_empty();
             }
         }
+        // What an earlier augment changed stays marked.
+        let before = row.augmented.as_ref().and_then(|before| before.get(index));
+        changed.iter_mut().zip(before.into_iter().flatten()).for_each(|(changed, before)| *changed |= before);
         flags.push(changed);
     }
     row.augmented = Some(flags);

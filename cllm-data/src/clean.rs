@@ -138,7 +138,11 @@ fn broken_rule(
     evaluation: &HashSet<Vec<i32>>,
 ) -> Option<&'static str> {
     let text = tokenizer.decode(&row.response_ids).unwrap_or_default();
-    let ids = &row.response_ids;
+    // A loop that finds its end is a loop all the same: the EOS is no part of the tail.
+    let ids = match row.finish_reason {
+        FinishReason::Eos => &row.response_ids[..row.response_ids.len().saturating_sub(1)],
+        FinishReason::Length => &row.response_ids,
+    };
     let rules: [(&'static str, &dyn Fn() -> bool); 8] = [
         ("empty", &|| text.trim().is_empty()),
         ("evaluation_prompt", &|| evaluation.contains(&row.prompt_ids)),

@@ -65,7 +65,6 @@ pub fn standings(block: &Block) -> Vec<Vec<Standing>> {
 pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let reader = Reader::open(&arguments.data)?;
     let row = find(&reader, arguments)?;
-    row.check(reader.provenance()).map_err(|message| Error::file(&arguments.data, message))?;
     let tokenizer = match &arguments.model {
         Some(model) => Some(Tokenizer::load(&hub::locate(model)?)?),
         None => None,

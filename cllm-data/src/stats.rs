@@ -4,7 +4,7 @@ use std::path::Path;
 
 use cllm_core::Result;
 use cllm_core::program::{Outcome, print, print_json};
-use cllm_core::trajectory::{Block, FinishReason, Reader};
+use cllm_core::trajectory::{Block, FinishReason, Reader, Trajectory};
 use serde::Serialize;
 
 /// Figures of a data set.
@@ -24,6 +24,8 @@ pub struct Stats {
     pub blocks: usize,
     /// Mean number of states of a block, first guess and fixed point counted.
     pub states_per_block: f64,
+    /// Response tokens over forwards, as the states tell them; none where augment changed states.
+    pub tokens_per_forward: Option<f64>,
     /// Mean number of tokens that an iteration adds to the right prefix.
     pub fast_forwarded: f64,
     /// Mean number of tokens of a block that were right before their turn and stayed right.
@@ -39,6 +41,23 @@ pub struct Profile {
     pub fast_forwarded: usize,
     /// Tokens right before their turn that stayed right.
     pub stationary: usize,
+}
+
+/// Forwards that a response took: one for its first token; in a block one for each state after the first, and one more
+/// that finds the last state to be a fixed point and opens the next block, or ends the answer.
+fn forwards_of(row: &Trajectory) -> usize {
+    let in_block = |block: &Block| {
+        let last = block.states.len() - 1;
+        let answer = block.states[last].len().min(row.response_ids.len() - block.start as usize);
+        // Tokens known once the last state stands: a forward knows the guesses that it confirms and one more.
+        let mut known = 1;
+        for pair in block.states.windows(2) {
+            known += (known..pair[0].len()).take_while(|&at| pair[0][at] == pair[1][at]).count() + 1;
+        }
+        let opens_next = (block.start as usize + block.states[last].len()) < row.response_ids.len();
+        last + usize::from(known < answer || opens_next)
+    };
+    usize::from(!row.response_ids.is_empty()) + row.blocks.iter().map(in_block).sum::<usize>()
 }
 
 /// The profile of a block, by the definitions of the reference implementation.
@@ -69,6 +88,7 @@ pub fn profile(block: &Block) -> Profile {
 pub fn run(data: &Path, as_json: bool) -> Result<Outcome> {
     let reader = Reader::open(data)?;
     let mut stats = Stats { schema_version: 1, ..Default::default() };
+    let mut forwards = Some(0);
     let (mut states, mut iterations, mut fast_forwarded, mut stationary) = (0, 0, 0, 0);
     for row in reader.rows() {
         let row = row?;
@@ -82,6 +102,7 @@ pub fn run(data: &Path, as_json: bool) -> Result<Outcome> {
             row.augmented.is_none() && block.start as usize + reader.provenance().n <= row.response_ids.len()
         };
         states += row.blocks.iter().map(|block| block.states.len()).sum::<usize>();
+        forwards = forwards.filter(|_| row.augmented.is_none()).map(|sum| sum + forwards_of(&row));
         for profile in row.blocks.iter().filter(whole).map(profile) {
             iterations += profile.iterations;
             fast_forwarded += profile.fast_forwarded;
@@ -90,6 +111,7 @@ pub fn run(data: &Path, as_json: bool) -> Result<Outcome> {
     }
     let ratio = |a: usize, b: usize| a as f64 / (b as f64).max(1.0);
     stats.states_per_block = ratio(states, stats.blocks);
+    stats.tokens_per_forward = forwards.map(|forwards| ratio(stats.response_tokens, forwards));
     stats.fast_forwarded = ratio(fast_forwarded, iterations);
     stats.stationary = ratio(stationary, stats.blocks);
     if as_json {

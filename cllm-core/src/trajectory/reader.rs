@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
 
 use super::schema::{PROVENANCE_KEY, VERSION_KEY, from_batch, schema};
-use super::writer::{parquet_error, read_manifest};
+use super::writer::{difference, parquet_error, read_manifest};
 use super::{Provenance, SCHEMA_VERSION, Trajectory};
 use crate::{Error, Result};
 
@@ -38,6 +38,10 @@ impl Reader {
         for shard in &shards {
             let (builder, found) = open_shard(shard)?;
             rows += builder.metadata().file_metadata().num_rows() as usize;
+            if let Some(difference) = provenance.as_ref().and_then(|first| difference(first, &found)) {
+                let message = format!("is of another data set than the shards before it ({difference})");
+                return Err(Error::file(shard, message));
+            }
             provenance.get_or_insert(found);
         }
         let provenance = provenance.ok_or_else(|| Error::file(path, "holds no rows yet"))?;
@@ -59,11 +63,16 @@ impl Reader {
         &self.provenance
     }
 
-    /// The rows in order.
+    /// The rows in order; one that breaks its promises ends them with an error.
     pub fn rows(&self) -> Rows {
+        Rows { promised: Some(self.provenance.clone()), ..self.unchecked_rows() }
+    }
+
+    /// The rows in order, as they are; for those who count what is wrong with them.
+    pub fn unchecked_rows(&self) -> Rows {
         let mut waiting = self.shards.clone();
         waiting.reverse();
-        Rows { waiting, shard: None, ready: Vec::new().into_iter() }
+        Rows { waiting, shard: None, ready: Vec::new().into_iter(), promised: None }
     }
 }
 
@@ -72,6 +81,8 @@ pub struct Rows {
     waiting: Vec<PathBuf>,
     shard: Option<(PathBuf, ParquetRecordBatchReader)>,
     ready: std::vec::IntoIter<Trajectory>,
+    /// What each row is checked against.
+    promised: Option<Provenance>,
 }
 
 impl Rows {
@@ -81,7 +92,12 @@ impl Rows {
             if let Some((path, batches)) = &mut self.shard {
                 if let Some(batch) = batches.next() {
                     let batch = batch.map_err(|error| Error::file(&*path, format!("cannot be read: {error}")))?;
-                    self.ready = from_batch(&batch).map_err(|message| Error::file(&*path, message))?.into_iter();
+                    let rows = from_batch(&batch).map_err(|message| Error::file(&*path, message))?;
+                    for row in &rows {
+                        let checked = self.promised.as_ref().map_or(Ok(()), |provenance| row.check(provenance));
+                        checked.map_err(|message| Error::file(&*path, format!("`{}`: {message}", row.sample_id)))?;
+                    }
+                    self.ready = rows.into_iter();
                     return Ok(true);
                 }
                 self.shard = None;
@@ -115,7 +131,7 @@ impl Iterator for Rows {
     }
 }
 
-fn open_shard(path: &Path) -> Result<(ParquetRecordBatchReaderBuilder<File>, Provenance)> {
+pub(super) fn open_shard(path: &Path) -> Result<(ParquetRecordBatchReaderBuilder<File>, Provenance)> {
     let file = File::open(path).map_err(Error::io(path))?;
     let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| {
         Error::file(path, format!("is no whole Parquet file ({error}); delete the data set's folder and collect again"))

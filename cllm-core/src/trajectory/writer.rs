@@ -8,6 +8,7 @@ use parquet::file::metadata::KeyValue;
 use parquet::file::properties::WriterProperties;
 use serde::{Deserialize, Serialize};
 
+use super::reader::open_shard;
 use super::schema::{PROVENANCE_KEY, VERSION_KEY, schema, to_batch};
 use super::{Provenance, SCHEMA_VERSION, Trajectory};
 use crate::{Error, Result, atomic_file};
@@ -42,7 +43,7 @@ impl Writer {
     pub fn open(folder: &Path, provenance: Provenance) -> Result<Self> {
         let manifest = match read_manifest(folder)? {
             None => Manifest { schema_version: SCHEMA_VERSION, provenance, shards: Vec::new(), complete: false },
-            Some(found) => {
+            Some(mut found) => {
                 if let Some(difference) = difference(&found.provenance, &provenance) {
                     return Err(Error::file(
                         folder,
@@ -51,6 +52,9 @@ impl Writer {
                         ),
                     ));
                 }
+                let whole = found.shards.iter().take_while(|(name, rows)| holds(&folder.join(name), *rows)).count();
+                found.shards.truncate(whole);
+                found.complete = false;
                 found
             }
         };
@@ -99,6 +103,10 @@ impl Writer {
     /// # Errors
     /// File-system errors.
     pub fn finish(mut self) -> Result<Manifest> {
+        // Without rows there still is a shard, so that columns and provenance can be read.
+        if self.manifest.shards.is_empty() {
+            self.write_shard(&[])?;
+        }
         self.manifest.complete = true;
         self.write_manifest()?;
         Ok(self.manifest)
@@ -107,6 +115,11 @@ impl Writer {
     fn write_manifest(&self) -> Result<()> {
         atomic_file::write_json(&self.folder.join("manifest.json"), &self.manifest)
     }
+}
+
+/// Whether a shard is there, whole as far as its footer tells, with so many rows.
+fn holds(path: &Path, rows: usize) -> bool {
+    open_shard(path).is_ok_and(|(builder, _)| builder.metadata().file_metadata().num_rows() == rows as i64)
 }
 
 /// The manifest of a data set, if the folder holds one.
@@ -119,7 +132,7 @@ pub(super) fn read_manifest(folder: &Path) -> Result<Option<Manifest>> {
     serde_json::from_str(&text).map(Some).map_err(|error| Error::file(&path, format!("is no manifest: {error}")))
 }
 
-fn difference(found: &Provenance, wanted: &Provenance) -> Option<String> {
+pub(super) fn difference(found: &Provenance, wanted: &Provenance) -> Option<String> {
     let (found, wanted) = (serde_json::to_value(found).ok()?, serde_json::to_value(wanted).ok()?);
     let wanted = wanted.as_object()?;
     let (key, value) = wanted.iter().find(|(key, value)| found[key.as_str()] != **value)?;
