@@ -94,7 +94,14 @@ pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
         }
     };
     let mut seen = HashSet::new();
-    let step = format!("clean: {}", serde_json::to_string(settings).unwrap_or_default());
+    // Where the files lie does not change the rows: the same data cleaned elsewhere is the same file.
+    let mut rules = json!(settings);
+    if let Some(rules) = rules.as_object_mut() {
+        for place in ["input", "output", "model"] {
+            rules.shift_remove(place);
+        }
+    }
+    let step = format!("clean: {rules}");
     let manifest = crate::copying::copy(&settings.input, &settings.output, step, keep, |rows| {
         let (new, again): (Vec<_>, Vec<_>) = rows.into_iter().partition(|row| seen.insert(row.prompt_ids.clone()));
         again.into_iter().for_each(|row| drop_row("duplicate", row));
