@@ -143,9 +143,12 @@ impl<'t> Screen<'t> {
     }
 
     fn end(self) -> Result<()> {
-        if self.show {
-            eprintln!();
+        if let Some(error) = self.failure {
+            return Err(error);
         }
-        self.failure.map_or(Ok(()), Err)
+        if self.show {
+            eprintln!("{}", self.writer.finish()?);
+        }
+        Ok(())
     }
 }

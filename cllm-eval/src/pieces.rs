@@ -28,6 +28,14 @@ impl<'t> PieceWriter<'t> {
         self.shown = self.shown.max(whole.len());
         Ok(piece)
     }
+
+    /// What was still waiting when the answer ended.
+    ///
+    /// # Errors
+    /// When an id is none of the tokenizer's.
+    pub fn finish(self) -> Result<String> {
+        Ok(self.tokenizer.decode(&self.ids)?.get(self.shown..).unwrap_or_default().to_owned())
+    }
 }
 
 /// The text of each forward's tokens.
@@ -42,6 +50,9 @@ pub fn pieces(tokenizer: &Tokenizer, ids: &[i32], accepted: &[u32]) -> Result<Ve
         let (now, later) = rest.split_at((count as usize).min(rest.len()));
         found.push(writer.push(now)?);
         rest = later;
+    }
+    if let Some(last) = found.last_mut() {
+        last.push_str(&writer.finish()?);
     }
     Ok(found)
 }

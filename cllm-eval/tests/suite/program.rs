@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use assert_cmd::Command;
+use cllm_eval::records::Records;
 use serde_json::Value;
 
 use crate::made_up::model;
@@ -48,11 +49,38 @@ fn a_run_goes_on_after_a_kill_and_score_gives_the_same_numbers() {
     let output = program().current_dir(dir.path()).args(["score", "out", "--json"]).output().unwrap();
     assert_eq!(serde_json::from_slice::<Value>(&output.stdout).unwrap(), second);
 
+    let records = Records::read(&samples).unwrap();
+    let shown: Vec<_> = records.answers.iter().filter(|answer| answer.pieces.is_some()).collect();
+    assert_eq!(shown.len(), 4 * 5);
+    for answer in shown {
+        assert_eq!(answer.pieces.as_ref().unwrap().concat(), answer.text);
+    }
+    assert!(program().current_dir(dir.path()).args(["report", "out"]).output().unwrap().status.success());
+    assert!(dir.path().join("out/report.html").exists());
+
     // Other settings must not mix into the same folder.
     let arguments = ["run", "teacher=teacher", "count=5", "device=cpu", "output=out"];
     let output = program().current_dir(dir.path()).args(arguments).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&output.stderr).contains("other settings"));
+}
+
+#[test]
+fn generate_answers_both_ways_alike() {
+    let dir = tempfile::tempdir().unwrap();
+    model(dir.path(), 3);
+    let output = program()
+        .args(["generate", "What is 2 and 2?", "--n", "5", "--max-new-tokens", "20", "--device", "cpu", "--json"])
+        .arg("--model")
+        .arg(dir.path())
+        .output()
+        .unwrap();
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{message}");
+    assert!(message.contains("jacobi n=5") && message.contains("gives the same tokens"), "{message}");
+    let value: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(value["equal"], true);
+    assert_eq!(value["strategies"][0]["tokens"], value["strategies"][0]["forwards"]);
 }
 
 #[test]
