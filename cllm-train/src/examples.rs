@@ -22,7 +22,7 @@ pub struct Example {
     pub prompt: Vec<i32>,
     /// Token ids of the response, EOS included.
     pub response: Vec<i32>,
-    /// Start and states of each block that has a noisy state; the last state is the fixed point.
+    /// Start and states of each block; the last state is the fixed point.
     pub blocks: Vec<(usize, Vec<Vec<i32>>)>,
 }
 
@@ -73,12 +73,14 @@ fn trajectories(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Example>> {
         .rows()
         .map(|row| {
             let row = row?;
-            let blocks = row.blocks.into_iter().filter(|block| block.states.len() > 1);
+            row.check(reader.provenance())
+                .map_err(|message| Error::file(path, format!("row `{}`: {message}", row.sample_id)))?;
+            let blocks = row.blocks.into_iter().map(|block| (block.start as usize, block.states));
             Ok(Example {
+                blocks: blocks.filter(|(start, _)| *start < row.response_ids.len()).collect(),
                 id: row.sample_id,
                 prompt: row.prompt_ids,
                 response: row.response_ids,
-                blocks: blocks.map(|block| (block.start as usize, block.states)).collect(),
             })
         })
         .collect()
@@ -87,17 +89,22 @@ fn trajectories(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Example>> {
 impl Example {
     /// Tokens of its packed sequence, at most.
     pub fn packed_len(&self, consistency: &Consistency) -> usize {
-        let chosen = match consistency.blocks {
-            0 => self.blocks.len(),
-            most => most.min(self.blocks.len()),
-        };
+        let candidates = self.candidates(consistency).len();
+        let chosen = if consistency.blocks == 0 { candidates } else { candidates.min(consistency.blocks) };
         let n = self.blocks.first().map_or(0, |(_, states)| states[0].len());
         self.prompt.len() + self.response.len() + chosen * n
     }
 
+    /// The blocks that a pass may hold. One that was right at once has nothing to learn, but in a window the blocks
+    /// after it see it.
+    fn candidates(&self, consistency: &Consistency) -> Vec<usize> {
+        let all = consistency.context == Context::NoisyWindow;
+        (0..self.blocks.len()).filter(|&index| all || self.blocks[index].1.len() > 1).collect()
+    }
+
     /// The packed sequence of one pass: blocks and, for each, one of its noisy states drawn with `rng`.
     pub fn pack(&self, consistency: &Consistency, rng: &mut ChaCha8Rng) -> Packed {
-        let mut chosen: Vec<usize> = (0..self.blocks.len()).collect();
+        let mut chosen = self.candidates(consistency);
         if consistency.blocks > 0 {
             chosen.shuffle(rng);
             chosen.truncate(consistency.blocks);
@@ -105,7 +112,7 @@ impl Example {
         }
         let noisy = chosen.into_iter().map(|index| {
             let (start, states) = &self.blocks[index];
-            let state = &states[rng.random_range(0..states.len() - 1)];
+            let state = &states[rng.random_range(0..(states.len() - 1).max(1))];
             let n = state.len();
             let window = match consistency.context {
                 Context::Clean => *start,

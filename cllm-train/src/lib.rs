@@ -7,7 +7,7 @@ pub mod optimizer;
 pub mod packing;
 mod plan;
 pub mod settings;
-mod trainer;
+pub mod trainer;
 
 use std::path::PathBuf;
 

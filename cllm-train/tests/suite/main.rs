@@ -1,0 +1,5 @@
+//! Tests of cllm-train.
+
+mod packed;
+mod program;
+mod runs;

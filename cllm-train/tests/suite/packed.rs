@@ -1,0 +1,180 @@
+//! One packed pass gives what plain causal passes give, token by token and loss by loss.
+
+use cllm_core::fingerprint;
+use cllm_core::model::{ModelConfig, Transformer};
+use cllm_train::examples::Example;
+use cllm_train::loss::{divergence, losses};
+use cllm_train::packing::{Batch, NoisyBlock, Packed};
+use cllm_train::settings::{Consistency, Context, Divergence};
+use serde_json::json;
+use tch::{Device, IndexOp, Kind, Tensor};
+
+const N: usize = 4;
+
+fn model() -> Transformer {
+    let config = json!({
+        "model_type": "llama", "vocab_size": 37, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": true,
+    });
+    let model = Transformer::random(ModelConfig::from_json(&config).unwrap(), 3, Device::Cpu, Kind::Float);
+    let _no_grad = tch::no_grad_guard();
+    for (name, mut tensor) in model.parameters() {
+        if !name.ends_with("norm.weight") {
+            tensor *= 8.0;
+        }
+    }
+    model
+}
+
+fn ids(from: i32, count: usize) -> Vec<i32> {
+    (0..count as i32).map(|index| (from + index * 7) % 37).collect()
+}
+
+/// A response of `length` tokens, each of whose blocks has two noisy states (the later one right at its first token), but
+/// for block 1, which was right at once.
+fn example(name: &str, prompt: usize, length: usize) -> Example {
+    let response = ids(2, length);
+    let mut whole = response.clone();
+    whole.resize(length.div_ceil(N) * N, 0);
+    let blocks = whole.chunks(N).enumerate().map(|(index, fixed)| {
+        let noisy = ids(11 + index as i32, N);
+        let later = [&fixed[..1], &noisy[1..]].concat();
+        let states = if index == 1 { vec![fixed.to_vec()] } else { vec![noisy, later, fixed.to_vec()] };
+        (index * N, states)
+    });
+    Example { id: name.to_owned(), prompt: ids(5, prompt), response: response.clone(), blocks: blocks.collect() }
+}
+
+/// Logits of a plain causal pass.
+fn plain(model: &Transformer, tokens: &[i32]) -> Tensor {
+    let tokens = Tensor::from_slice(tokens).to_kind(Kind::Int64).unsqueeze(0);
+    let positions = Tensor::arange(tokens.size()[1], (Kind::Int64, Device::Cpu)).unsqueeze(0);
+    model.train_logits(&model.hidden(&tokens, &positions, None)).squeeze_dim(0)
+}
+
+fn difference(a: &Tensor, b: &Tensor) -> f64 {
+    (a - b).abs().max().double_value(&[])
+}
+
+#[test]
+fn every_token_sees_what_its_own_causal_pass_would_show_it() {
+    let _no_grad = tch::no_grad_guard();
+    let model = model();
+    let (prompt, response) = (ids(5, 6), ids(2, 18));
+    // One window of three blocks after the first two blocks, then a block cut by the end of the response.
+    let starts = [(8, 8), (12, 8), (16, 16)];
+    let state = |start: usize| ids(13 + start as i32, N.min(response.len() - start));
+    let noisy = |&(start, window): &(usize, usize)| NoisyBlock { start, window, tokens: state(start) };
+    let packed = Packed::new(&prompt, &response, starts.iter().map(noisy).collect());
+    // A longer row beside it, so that this one is padded.
+    let batch = Batch::new(&[packed, Packed::new(&ids(9, 50), &[1], Vec::new())], Device::Cpu);
+    let logits = model.train_logits(&model.hidden(&batch.tokens, &batch.positions, Some(&batch.mask)));
+
+    let clean = plain(&model, &[prompt.clone(), response.clone()].concat());
+    assert!(difference(&logits.i((0, ..24)), &clean) < 1e-4);
+    let contexts = [response[..8].to_vec(), [&response[..8], &state(8)].concat(), response[..16].to_vec()];
+    let mut place = 24;
+    for ((start, _), context) in starts.iter().zip(contexts) {
+        let before = [prompt.as_slice(), &context].concat();
+        let own = state(*start);
+        let expected = plain(&model, &[before.as_slice(), &own].concat()).i(before.len() as i64..);
+        let found = logits.i((0, place..place + own.len() as i64));
+        assert!(difference(&found, &expected) < 1e-4, "block at {start}");
+        place += own.len() as i64;
+    }
+}
+
+#[test]
+fn responses_packed_together_give_the_sums_of_each_alone() {
+    let _no_grad = tch::no_grad_guard();
+    let model = model();
+    for context in [Context::Clean, Context::NoisyWindow] {
+        let settings = Consistency { context, window: 2, ..Consistency::default() };
+        let rows: Vec<Packed> = [("a", 3, 9), ("b", 12, 14), ("c", 7, 30)]
+            .map(|(name, prompt, length)| {
+                example(name, prompt, length).pack(&settings, &mut fingerprint::rng(1, name, 0))
+            })
+            .into();
+        let sums = |rows: &[Packed]| {
+            let batch = Batch::new(rows, Device::Cpu);
+            let losses = losses(&model, &batch, &settings);
+            (losses.ar.double_value(&[]), losses.consistency.double_value(&[]), batch.counts)
+        };
+        let together = sums(&rows);
+        let alone: Vec<_> = rows.iter().map(|row| sums(std::slice::from_ref(row))).collect();
+        let ar: f64 = alone.iter().map(|sum| sum.0).sum();
+        let consistency: f64 = alone.iter().map(|sum| sum.1).sum();
+        assert!((together.0 - ar).abs() < 1e-3 * ar, "{} {ar}", together.0);
+        assert!((together.1 - consistency).abs() < 1e-3 * consistency, "{} {consistency}", together.1);
+        assert_eq!(together.2.clean, 9 + 14 + 30);
+        assert_eq!(together.2.noisy, alone.iter().map(|sum| sum.2.noisy).sum::<usize>());
+    }
+}
+
+#[test]
+fn the_losses_are_those_of_a_naive_loop() {
+    let _no_grad = tch::no_grad_guard();
+    let model = model();
+    let (prompt, response) = (ids(5, 6), ids(2, 10));
+    let clean = plain(&model, &[prompt.clone(), response.clone()].concat()).log_softmax(-1, Kind::Float);
+    // Right at its first two tokens; the last block is cut by the end of the response, whose last token predicts nothing.
+    let first = vec![response[4], response[5], 0, 1];
+    let last = vec![3, response[9]];
+    let block = |start: usize, tokens: &[i32]| NoisyBlock { start, window: start, tokens: tokens.to_vec() };
+    let packed = Packed::new(&prompt, &response, vec![block(4, &first), block(8, &last)]);
+    let settings = Consistency::default();
+    let batch = Batch::new(&[packed], Device::Cpu);
+    let found = losses(&model, &batch, &settings);
+
+    let mut consistency = 0.0;
+    for (start, tokens, kept) in [(4, &first, 2..4), (8, &last, 0..1)] {
+        let noisy = plain(&model, &[prompt.as_slice(), &response[..start], tokens].concat());
+        for offset in kept {
+            let place = (prompt.len() + start + offset) as i64;
+            let rows = (clean.i(place..=place), noisy.i(place..=place).log_softmax(-1, Kind::Float));
+            consistency += divergence(&rows.0, &rows.1, Divergence::Forward).double_value(&[]);
+        }
+    }
+    assert_eq!((batch.counts.noisy, batch.counts.clean), (3, 10));
+    assert!((found.consistency.double_value(&[]) - consistency).abs() < 1e-3, "{consistency}");
+    let ar: f64 = (0..10)
+        .map(|offset| -clean.double_value(&[(prompt.len() + offset) as i64 - 1, i64::from(response[offset])]))
+        .sum();
+    assert!((found.ar.double_value(&[]) - ar).abs() < 1e-3, "{ar}");
+}
+
+#[test]
+fn a_block_that_was_right_at_once_still_stands_in_the_window_of_the_next() {
+    let example = example("a", 3, 12);
+    let settings = Consistency { context: Context::NoisyWindow, window: 3, ..Consistency::default() };
+    let packed = example.pack(&settings, &mut fingerprint::rng(1, "a", 0));
+    assert_eq!(packed.len(), 3 + 12 + 12, "all three blocks are there");
+    // The other context needs only the blocks that can learn something.
+    let settings = Consistency { context: Context::Clean, ..settings };
+    assert_eq!(example.pack(&settings, &mut fingerprint::rng(1, "a", 0)).len(), 3 + 12 + 8);
+}
+
+#[test]
+fn states_are_drawn_anew_each_epoch_and_never_the_fixed_point() {
+    let example = example("a", 3, 4);
+    let settings = Consistency::default();
+    let draw = |epoch| example.pack(&settings, &mut fingerprint::rng(1, &example.id, epoch));
+    assert!((1..20).any(|epoch| draw(epoch) != draw(0)));
+    assert_eq!(draw(3), draw(3));
+    for epoch in 0..20 {
+        assert!(Batch::new(&[draw(epoch)], Device::Cpu).counts.noisy > 0, "a fixed point teaches nothing");
+    }
+}
+
+#[test]
+fn divergences_vanish_for_equal_distributions_and_jsd_is_symmetric() {
+    let log = |values: [f32; 3]| Tensor::from_slice(&values).view([1, 3]).log_softmax(-1, Kind::Float);
+    let (p, q) = (log([0.0, 1.0, 3.0]), log([2.0, 0.5, 0.0]));
+    for kind in [Divergence::Forward, Divergence::Reverse, Divergence::Jsd] {
+        assert!(divergence(&p, &p, kind).double_value(&[]).abs() < 1e-6);
+        assert!(divergence(&p, &q, kind).double_value(&[]) > 0.1);
+    }
+    let value = |a, b, kind| divergence(a, b, kind).double_value(&[]);
+    assert!((value(&p, &q, Divergence::Jsd) - value(&q, &p, Divergence::Jsd)).abs() < 1e-6);
+    assert!((value(&p, &q, Divergence::Reverse) - value(&q, &p, Divergence::Forward)).abs() < 1e-6);
+}

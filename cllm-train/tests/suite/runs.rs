@@ -1,0 +1,216 @@
+//! Whole runs on a tiny random model: the loss falls, and a run that was stopped goes on as if it had not been.
+
+use std::path::{Path, PathBuf};
+
+use cllm_core::decode::{DecodeOptions, Limits, Request, Strategy, decode};
+use cllm_core::model::Transformer;
+use cllm_core::prompt_set::{self, Prompt, Sample};
+use cllm_core::tokenizer::Tokenizer;
+use cllm_core::trajectory::{Provenance, Trajectory, Writer};
+use cllm_core::{tokenizer_training, trajectory};
+use cllm_train::settings::{Context, Init, Objective, Optimizer, Settings};
+use cllm_train::trainer;
+use serde_json::Value;
+use tch::{Device, Kind, Tensor};
+
+const N: usize = 4;
+
+/// A folder with a prompt set and a tokenizer.
+pub fn prepare(folder: &Path) {
+    let samples: Vec<Sample> = (0..12)
+        .map(|index| Sample {
+            id: format!("s{index}"),
+            source: "jsonl/train".to_owned(),
+            prompt: Prompt::question(format!("What is {index} and one?")),
+            reference: Some(format!("It is {}.", index + 1)),
+            meta: None,
+        })
+        .collect();
+    prompt_set::write(&folder.join("prompts.jsonl"), &samples).unwrap();
+    let texts: Vec<String> = samples.iter().flat_map(|sample| sample.reference.clone()).collect();
+    tokenizer_training::train(&texts, 270, &folder.join("tokenizer")).unwrap();
+}
+
+pub fn sft(folder: &Path, output: &str) -> Settings {
+    Settings {
+        init: Some(Init {
+            tokenizer: folder.join("tokenizer").display().to_string(),
+            hidden_size: 32,
+            intermediate_size: 48,
+            num_layers: 2,
+            num_heads: 2,
+            num_kv_heads: 1,
+            max_positions: 128,
+        }),
+        objective: Objective::Sft,
+        data: vec![folder.join("prompts.jsonl")],
+        output: folder.join(output).display().to_string(),
+        epochs: 4,
+        tokens_per_batch: 128,
+        max_tokens: 128,
+        accumulation: 2,
+        keep: 100,
+        optimizer: Optimizer { lr: 3e-3, ..Optimizer::default() },
+        log_every: 1,
+        save_every: 3,
+        device: "cpu".to_owned(),
+        ..Settings::default()
+    }
+}
+
+/// Step and losses of each line of metrics.jsonl.
+fn curve(run: &Path) -> Vec<(u64, Value, Value)> {
+    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let losses = lines.filter(|line| line["loss"].is_number());
+    losses
+        .map(|line| (line["step"].as_u64().unwrap(), line["ar_loss"].clone(), line["consistency_loss"].clone()))
+        .collect()
+}
+
+fn summary(run: &Path) -> Value {
+    serde_json::from_str(&std::fs::read_to_string(run.join("summary.json")).unwrap()).unwrap()
+}
+
+fn same_weights(a: &Path, b: &Path) -> bool {
+    let load = |folder: &Path| Transformer::load(folder, Device::Cpu, Kind::Float).unwrap().parameters();
+    load(a).iter().zip(load(b)).all(|((_, a), (_, b))| a.equal(&b))
+}
+
+/// Leaves a run as a kill after `step` would have.
+fn cut_back(run: &Path, step: usize) {
+    let checkpoints = run.join("checkpoints");
+    std::fs::remove_file(checkpoints.join("latest")).unwrap();
+    std::os::unix::fs::symlink(format!("step-{step:06}"), checkpoints.join("latest")).unwrap();
+    std::fs::remove_dir_all(run.join("final")).unwrap();
+    std::fs::remove_file(run.join("summary.json")).unwrap();
+}
+
+/// Trajectories of a model's own answers.
+fn collect(model_folder: &Path, folder: &Path) -> PathBuf {
+    let model = Transformer::load(model_folder, Device::Cpu, Kind::Float).unwrap();
+    let tokenizer = Tokenizer::load(model_folder).unwrap();
+    let samples = prompt_set::read(&folder.join("prompts.jsonl")).unwrap();
+    let requests: Vec<Request> = samples
+        .iter()
+        .map(|sample| Request { sample_id: sample.id.clone(), prompt_ids: tokenizer.prompt(&sample.prompt).unwrap().1 })
+        .collect();
+    let limits = Limits { max_new_tokens: 14, eos_ids: tokenizer.eos_ids().to_vec() };
+    let options = DecodeOptions { strategy: Strategy::Jacobi { n: N }, seed: 1, record: true };
+    let (answers, _) = decode(&model, &requests, &limits, options, None).unwrap();
+    let provenance = Provenance {
+        teacher: "t".to_owned(),
+        tokenizer: tokenizer.fingerprint().to_owned(),
+        vocab_size: tokenizer.vocab_size(),
+        n: N,
+        max_new_tokens: 14,
+        eos_ids: tokenizer.eos_ids().to_vec(),
+        seed: 1,
+        prompts: "p".to_owned(),
+        toolkit: cllm_core::VERSION.to_owned(),
+        steps: Vec::new(),
+    };
+    let rows: Vec<Trajectory> = requests
+        .into_iter()
+        .zip(answers)
+        .map(|(request, answer)| Trajectory {
+            sample_id: request.sample_id,
+            source: "jsonl/train".to_owned(),
+            prompt: String::new(),
+            prompt_ids: request.prompt_ids,
+            response_ids: answer.response_ids,
+            reference: None,
+            blocks: answer.blocks,
+            augmented: None,
+            finish_reason: answer.finish_reason,
+            meta: None,
+        })
+        .collect();
+    let data = folder.join("trajectories");
+    let mut writer = Writer::open(&data, provenance).unwrap();
+    writer.write_shard(&rows).unwrap();
+    writer.finish().unwrap();
+    assert!(trajectory::Reader::open(&data).unwrap().len() == 12);
+    data
+}
+
+#[test]
+fn a_teacher_and_its_student_learn_and_resume_exactly() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let mut teacher = Settings { epochs: 60, ..sft(dir.path(), "teacher") };
+    teacher.optimizer.lr = 1e-2;
+    trainer::run(teacher.clone()).unwrap();
+    let losses = curve(dir.path().join("teacher").as_path());
+    let (first, last) = (losses[0].1.as_f64().unwrap(), losses[losses.len() - 1].1.as_f64().unwrap());
+    assert!(last < first * 0.6, "{first} -> {last}");
+    let found = summary(&dir.path().join("teacher"));
+    assert_eq!(found["steps"].as_u64().unwrap(), losses.len() as u64);
+    for field in ["tokens_per_second", "parameters", "seconds", "final_losses"] {
+        assert!(!found[field].is_null(), "{field}");
+    }
+
+    let teacher_folder = dir.path().join("teacher/final");
+    let data = collect(&teacher_folder, dir.path());
+    for context in [Context::Clean, Context::NoisyWindow] {
+        let mut student = Settings {
+            init: None,
+            model: teacher_folder.display().to_string(),
+            objective: Objective::Consistency,
+            data: vec![data.clone()],
+            output: dir.path().join(format!("student-{context:?}")).display().to_string(),
+            epochs: 8,
+            ..teacher.clone()
+        };
+        student.consistency.context = context;
+        student.consistency.window = 2;
+        student.consistency.ar_weight = 1.0;
+        let run = PathBuf::from(&student.output);
+        trainer::run(student.clone()).unwrap();
+        let whole = curve(&run);
+        let mean = |part: &[(u64, Value, Value)]| part.iter().filter_map(|line| line.2.as_f64()).sum::<f64>() / 4.0;
+        let (first, last) = (mean(&whole[..4]), mean(&whole[whole.len() - 4..]));
+        assert!(last < first * 0.9, "{context:?}: {first} -> {last}");
+
+        let kept = dir.path().join("kept");
+        std::fs::rename(run.join("final"), &kept).unwrap();
+        std::fs::create_dir(run.join("final")).unwrap();
+        cut_back(&run, 6);
+        trainer::run(student).unwrap();
+        assert_eq!(curve(&run), whole, "{context:?}: the curve of the resumed run");
+        assert!(same_weights(&kept, &run.join("final")), "{context:?}");
+        std::fs::remove_dir_all(&kept).unwrap();
+    }
+}
+
+#[test]
+fn a_run_with_other_settings_in_the_same_folder_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let settings = Settings { max_steps: 2, ..sft(dir.path(), "run") };
+    trainer::run(settings.clone()).unwrap();
+    let message = trainer::run(Settings { seed: 9, ..settings }).unwrap_err().to_string();
+    assert!(message.contains("other settings"), "{message}");
+}
+
+#[test]
+fn a_step_without_a_finite_gradient_changes_nothing_and_is_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let folder = dir.path().join("broken");
+    trainer::run(Settings { max_steps: 1, ..sft(dir.path(), "start") }).unwrap();
+    std::fs::rename(dir.path().join("start/final"), &folder).unwrap();
+    let model = Transformer::load(&folder, Device::Cpu, Kind::Float).unwrap();
+    let (_, mut norm) = model.parameters().pop().unwrap();
+    let _ = tch::no_grad(|| norm.fill_(f64::NAN));
+    model.save(&folder, Kind::Float).unwrap();
+    let settings = Settings { init: None, model: folder.display().to_string(), max_steps: 3, ..sft(dir.path(), "run") };
+    trainer::run(settings).unwrap();
+    assert_eq!(summary(&dir.path().join("run"))["skipped_steps"], 3);
+    let find = |folder: &Path| {
+        let model = Transformer::load(folder, Device::Cpu, Kind::Float).unwrap();
+        model.parameters().remove(0).1
+    };
+    let (before, after): (Tensor, Tensor) = (find(&folder), find(&dir.path().join("run/final")));
+    assert!(before.equal(&after));
+}
