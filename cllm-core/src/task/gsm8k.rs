@@ -6,8 +6,9 @@ use std::sync::LazyLock;
 use regex::Regex;
 use serde::Deserialize;
 
-use crate::prompt_set::{Prompt, Sample, read_rows};
-use crate::{Error, Result};
+use super::rows;
+use crate::Result;
+use crate::prompt_set::{Prompt, Sample};
 
 #[derive(Deserialize)]
 struct Row {
@@ -19,11 +20,7 @@ static CALCULATION: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"<<[^
 static NUMBER: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+").ok());
 
 pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
-    let path = data.join(format!("{split}.jsonl"));
-    if !path.exists() {
-        return Err(Error::file(&path, "is missing: gsm8k needs train.jsonl and test.jsonl of grade-school-math"));
-    }
-    let rows: Vec<Row> = read_rows(&path)?;
+    let rows: Vec<Row> = rows::read(data, &[split, &format!("main/{split}"), &format!("data/{split}")])?;
     Ok(rows.into_iter().enumerate().map(|(index, row)| sample(index, split, row)).collect())
 }
 

@@ -1,7 +1,12 @@
 //! Benchmarks, one file each: load, prompt, score; used for prompts, cleaning and evaluation alike.
 
 mod gsm8k;
+mod humaneval;
 mod jsonl;
+mod mbpp;
+mod rows;
+mod spider;
+mod sql;
 pub mod synthetic;
 
 use std::path::Path;
@@ -17,6 +22,12 @@ use crate::prompt_set::Sample;
 pub enum Task {
     /// Grade-school maths (Cobbe et al., arXiv 2110.14168).
     Gsm8k,
+    /// Text to SQL (Yu et al., arXiv 1809.08887), scored by execution.
+    Spider,
+    /// Python functions (Chen et al., arXiv 2107.03374); loaded, not scored.
+    Humaneval,
+    /// Python functions (Austin et al., arXiv 2108.07732); loaded, not scored.
+    Mbpp,
     /// Any prompts with an exact answer.
     Jsonl,
     /// Word problems and SQL made by this project from a seed.
@@ -37,12 +48,15 @@ pub enum Verdict {
 
 impl Task {
     /// Every task.
-    pub const ALL: [Task; 3] = [Task::Gsm8k, Task::Jsonl, Task::Synthetic];
+    pub const ALL: [Task; 6] = [Task::Gsm8k, Task::Spider, Task::Humaneval, Task::Mbpp, Task::Jsonl, Task::Synthetic];
 
     /// Its name in prompts' sources and on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Task::Gsm8k => "gsm8k",
+            Task::Spider => "spider",
+            Task::Humaneval => "humaneval",
+            Task::Mbpp => "mbpp",
             Task::Jsonl => "jsonl",
             Task::Synthetic => "synthetic",
         }
@@ -52,6 +66,9 @@ impl Task {
     pub fn needs(self) -> &'static str {
         match self {
             Task::Gsm8k => "a folder with train.jsonl and test.jsonl of grade-school-math",
+            Task::Spider => "a folder with train_spider.json, dev.json, tables.json and database/ of Spider",
+            Task::Humaneval => "a folder with HumanEval.jsonl",
+            Task::Mbpp => "a folder with mbpp.jsonl or sanitized-mbpp.json",
             Task::Jsonl => "a JSONL file of prompts; the answer is compared with `reference`",
             Task::Synthetic => "nothing: it is made from a seed",
         }
@@ -70,19 +87,35 @@ impl Task {
     pub fn load(self, data: &Path, split: &str) -> Result<Vec<Sample>> {
         match self {
             Task::Gsm8k => gsm8k::load(data, split),
+            Task::Spider => spider::load(data, split),
+            Task::Humaneval => humaneval::load(data, split),
+            Task::Mbpp => mbpp::load(data, split),
             Task::Jsonl => crate::prompt_set::read(data),
             Task::Synthetic => Ok(synthetic::generate(0, split, synthetic::DEFAULT_COUNT)),
         }
     }
 
-    /// Scores an answer to `sample`; a broken answer is [`Verdict::Wrong`].
+    /// Scores an answer to `sample`; a broken answer is [`Verdict::Wrong`]. What can be scored only with the benchmark's
+    /// files is [`Verdict::Unscored`]: see [`Task::score_in`].
     pub fn score(self, sample: &Sample, answer: &str) -> Verdict {
         let Some(reference) = &sample.reference else { return Verdict::Unscored };
         let right = match self {
             Task::Gsm8k => gsm8k::is_right(reference, answer),
             Task::Jsonl => jsonl::is_right(reference, answer),
             Task::Synthetic => synthetic::is_right(sample, reference, answer),
+            Task::Spider | Task::Humaneval | Task::Mbpp => return Verdict::Unscored,
         };
         if right { Verdict::Right } else { Verdict::Wrong }
+    }
+
+    /// As [`Task::score`], with the benchmark's folder, in which Spider has its databases.
+    ///
+    /// # Errors
+    /// Only when scoring itself is impossible: a database is missing.
+    pub fn score_in(self, data: Option<&Path>, sample: &Sample, answer: &str) -> Result<Verdict> {
+        match (self, data, &sample.reference) {
+            (Task::Spider, Some(data), Some(gold)) => spider::score(data, sample, gold, answer),
+            _ => Ok(self.score(sample, answer)),
+        }
     }
 }

@@ -1,0 +1,157 @@
+//! Spider: a question and a database's schema, answered by a query, scored by executing it.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use serde::Deserialize;
+use serde_json::json;
+
+use super::{Verdict, rows, sql};
+use crate::prompt_set::{Prompt, Sample};
+use crate::{Error, Result};
+
+#[derive(Deserialize)]
+struct Row {
+    db_id: String,
+    question: String,
+    query: String,
+}
+
+/// A database as `tables.json` describes it.
+#[derive(Deserialize)]
+struct Schema {
+    db_id: String,
+    table_names_original: Vec<String>,
+    /// Index of the table (-1 for `*`) and name.
+    column_names_original: Vec<(i64, String)>,
+    /// Pairs of column indices.
+    foreign_keys: Vec<(usize, usize)>,
+}
+
+impl Schema {
+    fn text(&self) -> String {
+        let mut text = String::new();
+        for (index, table) in self.table_names_original.iter().enumerate() {
+            let columns: Vec<&str> = self
+                .column_names_original
+                .iter()
+                .filter(|(owner, _)| usize::try_from(*owner) == Ok(index))
+                .map(|(_, name)| name.as_str())
+                .collect();
+            text.push_str(&format!("{table}({})\n", columns.join(", ")));
+        }
+        let keys: Vec<String> = self
+            .foreign_keys
+            .iter()
+            .filter_map(|&(from, to)| Some(format!("{} = {}", self.column(from)?, self.column(to)?)))
+            .collect();
+        if !keys.is_empty() {
+            text.push_str(&format!("foreign keys: {}\n", keys.join(", ")));
+        }
+        text
+    }
+
+    fn column(&self, index: usize) -> Option<String> {
+        let (table, name) = self.column_names_original.get(index)?;
+        Some(format!("{}.{name}", self.table_names_original.get(usize::try_from(*table).ok()?)?))
+    }
+}
+
+pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
+    let stems: &[&str] = match split {
+        "train" => &["train_spider", "train", "spider/train", "data/train"],
+        "dev" | "validation" => &["dev", "validation", "spider/validation", "data/validation"],
+        "test" => &["test"],
+        other => return Err(Error::usage(format!("spider has the splits train, dev and test, not `{other}`"))),
+    };
+    let questions: Vec<Row> = rows::read(data, stems)?;
+    let tables = data.join("tables.json");
+    if !tables.is_file() {
+        return Err(Error::file(
+            &tables,
+            "is missing: the prompts are made from the schemas in it; it comes with Spider",
+        ));
+    }
+    let schemas: Vec<Schema> = rows::read(&tables, &[])?;
+    let schemas: HashMap<&str, String> = schemas.iter().map(|schema| (schema.db_id.as_str(), schema.text())).collect();
+    let sample = |(index, row): (usize, Row)| {
+        let schema = schemas.get(row.db_id.as_str()).ok_or_else(|| {
+            Error::file(&tables, format!("has no database `{}`, which row {} of {split} asks", row.db_id, index + 1))
+        })?;
+        let question = row.question.trim();
+        Ok(Sample {
+            id: format!("spider-{split}-{index}"),
+            source: format!("spider/{split}"),
+            prompt: Prompt::question(format!("{schema}\n{question}\nAnswer with one SQLite query only.")),
+            reference: Some(row.query.trim().to_owned()),
+            meta: Some(json!({ "db_id": row.db_id })),
+        })
+    };
+    questions.into_iter().enumerate().map(sample).collect()
+}
+
+/// Runs both queries on `DATA/database/ID/ID.sqlite`; a gold query that does not run leaves the answer unscored.
+pub(super) fn score(data: &Path, sample: &Sample, gold: &str, answer: &str) -> Result<Verdict> {
+    let name = sample.meta.as_ref().and_then(|meta| meta["db_id"].as_str());
+    // The name becomes a path: nothing that leads out of the folder.
+    let Some(name) = name.filter(|name| !name.is_empty() && !name.contains(['/', '\\']) && !name.starts_with('.'))
+    else {
+        return Err(Error::usage(format!("prompt `{}`: meta has no usable `db_id`; prepare Spider again", sample.id)));
+    };
+    let path = data.join("database").join(name).join(format!("{name}.sqlite"));
+    Ok(match sql::same_result(&path, gold, answer)? {
+        Some(true) => Verdict::Right,
+        Some(false) => Verdict::Wrong,
+        None => Verdict::Unscored,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::task::Task;
+
+    #[test]
+    fn prompts_show_the_schema_and_answers_are_executed() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path().join("database/zoo");
+        std::fs::create_dir_all(&folder).unwrap();
+        let database = rusqlite::Connection::open(folder.join("zoo.sqlite")).unwrap();
+        database.execute_batch("CREATE TABLE pen (id, size); INSERT INTO pen VALUES (1, 5), (2, 9);").unwrap();
+        let row = r#"{"db_id": "zoo", "question": "How many pens?", "query": "SELECT count(*) FROM pen"}"#;
+        std::fs::write(dir.path().join("dev.json"), format!("[{row}]")).unwrap();
+        assert!(load(dir.path(), "dev").unwrap_err().to_string().contains("tables.json"));
+        let schema = r#"[{"db_id": "zoo", "table_names_original": ["pen", "cat"], "foreign_keys": [[4, 1]],
+            "column_names_original": [[-1, "*"], [0, "id"], [0, "size"], [1, "name"], [1, "pen"]]}]"#;
+        std::fs::write(dir.path().join("tables.json"), schema).unwrap();
+        let samples = load(dir.path(), "dev").unwrap();
+        let Prompt::Messages(messages) = &samples[0].prompt else { panic!("messages expected") };
+        assert!(
+            messages[0]
+                .content
+                .starts_with("pen(id, size)\ncat(name, pen)\nforeign keys: cat.pen = pen.id\n\nHow many pens?")
+        );
+        let score = |answer: &str| Task::Spider.score_in(Some(dir.path()), &samples[0], answer);
+        assert_eq!(score("SELECT 2").unwrap(), Verdict::Right);
+        assert_eq!(score("SELECT 3").unwrap(), Verdict::Wrong);
+        let mut astray = samples[0].clone();
+        astray.meta = Some(json!({ "db_id": "../zoo" }));
+        assert!(Task::Spider.score_in(Some(dir.path()), &astray, "SELECT 2").is_err());
+        assert!(load(dir.path(), "nosuch").is_err());
+    }
+
+    #[test]
+    fn every_real_gold_query_matches_itself() {
+        let Some(data) = std::env::var_os("CLLM_DATA") else {
+            println!("skipped: CLLM_DATA is not set");
+            return;
+        };
+        let data = Path::new(&data).join("spider");
+        let samples = load(&data, "dev").unwrap();
+        assert_eq!(samples.len(), 1034);
+        for sample in &samples {
+            let gold = sample.reference.as_deref().unwrap();
+            assert_eq!(Task::Spider.score_in(Some(&data), sample, gold).unwrap(), Verdict::Right, "{gold}");
+        }
+    }
+}

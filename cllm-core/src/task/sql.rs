@@ -1,0 +1,181 @@
+//! Runs queries of unknown origin on a SQLite file without harm to it, and compares what they give.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use rusqlite::hooks::{AuthAction, Authorization};
+use rusqlite::limits::Limit;
+use rusqlite::types::ValueRef;
+use rusqlite::{Connection, OpenFlags};
+
+use crate::{Error, Result};
+
+const TIME_LIMIT: Duration = Duration::from_secs(10);
+/// A result beyond these is taken for a runaway join.
+const MAX_ROWS: usize = 200_000;
+const MAX_BYTES: usize = 64 << 20;
+
+/// The first statement of an answer, out of its code fence if it has one.
+pub(super) fn extract(answer: &str) -> &str {
+    let body = match answer.split_once("```") {
+        Some((_, fenced)) => {
+            let inside = fenced.split("```").next().unwrap_or(fenced);
+            let tagged = inside.get(..3).is_some_and(|tag| tag.eq_ignore_ascii_case("sql"));
+            if tagged { inside[3..].trim_start_matches(|c: char| c.is_alphanumeric()) } else { inside }
+        }
+        None => answer,
+    };
+    let mut quote = None;
+    let end = body.char_indices().find(|&(_, c)| {
+        match quote {
+            Some(open) if c == open => quote = None,
+            None if matches!(c, '\'' | '"' | '`') => quote = Some(c),
+            _ => {}
+        }
+        quote.is_none() && c == ';'
+    });
+    body[..end.map_or(body.len(), |(at, _)| at)].trim()
+}
+
+/// Whether `answer` gives what `gold` gives; `None` when the gold query itself does not run.
+///
+/// # Errors
+/// When the database cannot be opened.
+pub(super) fn same_result(path: &Path, gold: &str, answer: &str) -> Result<Option<bool>> {
+    let mut database = open(path)?;
+    let Ok(mut wanted) = rows(&mut database, extract(gold)) else { return Ok(None) };
+    let Ok(mut found) = rows(&mut database, extract(answer)) else { return Ok(Some(false)) };
+    let words: Vec<String> = gold.split_whitespace().map(str::to_lowercase).collect();
+    if !words.windows(2).any(|pair| pair[0].ends_with("order") && pair[1].starts_with("by")) {
+        wanted.sort();
+        found.sort();
+    }
+    Ok(Some(wanted == found))
+}
+
+/// Opens a file so that nothing is written, not even a journal beside it, and only plain reading is allowed.
+fn open(path: &Path) -> Result<Connection> {
+    if !path.is_file() {
+        return Err(Error::file(
+            path,
+            "the database of this question is missing: point the data folder at all of them",
+        ));
+    }
+    let bad = |error: rusqlite::Error| Error::file(path, format!("is not a readable SQLite database: {error}"));
+    let name = path.to_string_lossy().replace('%', "%25").replace('?', "%3f").replace('#', "%23");
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let mut database = Connection::open_with_flags(format!("file:{name}?mode=ro&immutable=1"), flags).map_err(bad)?;
+    database.query_row("SELECT COUNT(*) FROM sqlite_master", [], |_| Ok(())).map_err(bad)?;
+    for (limit, most) in [
+        (Limit::SQLITE_LIMIT_ATTACHED, 0),
+        (Limit::SQLITE_LIMIT_LENGTH, 16 << 20),
+        (Limit::SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 1000),
+    ] {
+        database.set_limit(limit, most).map_err(bad)?;
+    }
+    let judge = |context: rusqlite::hooks::AuthContext<'_>| match context.action {
+        AuthAction::Select | AuthAction::Read { .. } | AuthAction::Function { .. } | AuthAction::Recursive => {
+            Authorization::Allow
+        }
+        _ => Authorization::Deny,
+    };
+    database.authorizer(Some(judge)).map_err(bad)?;
+    Ok(database)
+}
+
+/// The rows of a query, each value as a text by which equal values are equal.
+fn rows(database: &mut Connection, query: &str) -> rusqlite::Result<Vec<Vec<String>>> {
+    let deadline = Instant::now() + TIME_LIMIT;
+    database.progress_handler(10_000, Some(move || Instant::now() > deadline))?;
+    let mut statement = database.prepare(query)?;
+    let columns = statement.column_count();
+    if columns == 0 || !statement.readonly() {
+        return Err(rusqlite::Error::InvalidQuery);
+    }
+    let mut found = statement.query([])?;
+    let (mut rows, mut bytes) = (Vec::new(), 0);
+    while let Some(row) = found.next()? {
+        let values = (0..columns).map(|at| row.get_ref(at).map(key)).collect::<rusqlite::Result<Vec<String>>>()?;
+        bytes += values.iter().map(String::len).sum::<usize>();
+        rows.push(values);
+        if rows.len() > MAX_ROWS || bytes > MAX_BYTES {
+            return Err(rusqlite::Error::InvalidQuery);
+        }
+    }
+    Ok(rows)
+}
+
+/// 1 and 1.0 are the same; so are averages that differ by rounding; text need not be UTF-8.
+fn key(value: ValueRef<'_>) -> String {
+    match value {
+        ValueRef::Null => "null".to_owned(),
+        ValueRef::Integer(number) => format!("n{number}"),
+        ValueRef::Real(number) if number.fract() == 0.0 && number.abs() < 1e15 => format!("n{}", number as i64),
+        ValueRef::Real(number) => {
+            let rounded: f64 = format!("{number:.9e}").parse().unwrap_or(number);
+            if rounded.fract() == 0.0 && rounded.abs() < 1e15 {
+                format!("n{}", rounded as i64)
+            } else {
+                format!("n{rounded}")
+            }
+        }
+        ValueRef::Text(bytes) => format!("t{}", String::from_utf8_lossy(bytes)),
+        ValueRef::Blob(bytes) => format!("b{bytes:?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shop() -> (tempfile::TempDir, std::path::PathBuf) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("shop.sqlite");
+        let database = Connection::open(&path).unwrap();
+        database
+            .execute_batch(
+                "CREATE TABLE item (name TEXT, price REAL);
+                 INSERT INTO item VALUES ('a', 1.0), ('b', 2.5), (CAST(x'ff41' AS TEXT), 3);",
+            )
+            .unwrap();
+        (dir, path)
+    }
+
+    #[test]
+    fn results_are_compared_not_queries() {
+        let (_dir, path) = shop();
+        let same = |gold: &str, answer: &str| same_result(&path, gold, answer).unwrap();
+        let all = "SELECT name FROM item";
+        assert_eq!(same(all, "```sql\nselect name from item order by price desc;\n```"), Some(true));
+        assert_eq!(
+            same("SELECT name FROM item ORDER  BY price", "SELECT name FROM item ORDER BY price DESC"),
+            Some(false)
+        );
+        assert_eq!(same("SELECT 1", "SELECT 1.0"), Some(true));
+        assert_eq!(same("SELECT 1", "SELECT '1'"), Some(false));
+        assert_eq!(same(all, "SELECT DISTINCT name FROM item UNION ALL SELECT 'a'"), Some(false), "a multiset");
+        assert_eq!(same("SELECT nothing FROM item", all), None);
+    }
+
+    #[test]
+    fn harm_and_nonsense_are_wrong_and_change_nothing() {
+        let (dir, path) = shop();
+        let before = std::fs::read(&path).unwrap();
+        let attach = format!("ATTACH '{}' AS other", dir.path().join("other").display());
+        let many = "SELECT a.name FROM item a, item b, item c, item d, item e, item f, item g, item h, item i, item j, \
+                    item k, item l";
+        for answer in ["", "DROP TABLE item", "DELETE FROM item", &attach, "PRAGMA journal_mode = wal", "hello", many] {
+            assert_eq!(same_result(&path, "SELECT name FROM item", answer).unwrap(), Some(false), "{answer}");
+        }
+        assert_eq!(std::fs::read(&path).unwrap(), before);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
+        assert!(same_result(&dir.path().join("none.sqlite"), "SELECT 1", "SELECT 1").is_err());
+    }
+
+    #[test]
+    fn the_first_statement_is_found() {
+        assert_eq!(extract("SELECT ';' FROM t; DROP TABLE t"), "SELECT ';' FROM t");
+        assert_eq!(extract("Here it is:\n```sqlite\nSELECT 1;\n```\nDone."), "SELECT 1");
+        assert_eq!(extract("```\nSELECT 2\n```"), "SELECT 2");
+    }
+}
