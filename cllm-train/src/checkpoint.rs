@@ -24,6 +24,8 @@ pub struct Position {
     pub skipped: usize,
     /// Seconds of training.
     pub seconds: f64,
+    /// Tokens per forward of the last probe.
+    pub probe: Option<f64>,
     /// Step and tokens per forward of the best probe.
     pub best: Option<(usize, f64)>,
     /// Fingerprint of what the course of the run depends on.

@@ -3,10 +3,13 @@
 mod checkpoint;
 pub mod examples;
 pub mod loss;
+mod metrics;
 pub mod optimizer;
 pub mod packing;
 mod plan;
+pub mod schedule;
 pub mod settings;
+pub mod tensorboard;
 pub mod trainer;
 
 use std::path::PathBuf;

@@ -37,7 +37,7 @@ pub fn divergence(target: &Tensor, student: &Tensor, kind: Divergence) -> Tensor
         Divergence::Forward => kl(target, student),
         Divergence::Reverse => kl(student, target),
         Divergence::Jsd => {
-            let middle = ((target.exp() + student.exp()) * 0.5).log();
+            let middle = target.logaddexp(student) - std::f64::consts::LN_2;
             (kl(target, &middle) + kl(student, &middle)) * 0.5
         }
     }

@@ -5,8 +5,9 @@ use cllm_core::program::print;
 use cllm_core::{Result, device};
 use tch::Kind;
 
+use crate::schedule::Schedule;
 use crate::settings::Settings;
-use crate::trainer::{self, schedule};
+use crate::trainer;
 
 /// Prints parameters, memory of the weights and optimizer, steps and tokens.
 pub fn run(settings: &Settings) -> Result<()> {
@@ -17,12 +18,12 @@ pub fn run(settings: &Settings) -> Result<()> {
         Some(init) => trainer::random_config(init, &tokenizer)?,
     };
     let examples = crate::examples::read(settings, &tokenizer)?;
-    let (batches, left_out) = schedule(&examples, settings, 0);
-    let steps = trainer::total_steps(settings, batches.len());
+    let schedule = Schedule::new(&examples, settings)?;
+    let (steps, left_out) = (schedule.steps(), schedule.left_out);
     let tokens: usize = examples.iter().map(|example| example.packed_len(&settings.consistency)).sum();
     let parameters = config.parameter_count() as f64;
-    // Weights and gradients in their type; masters (where they differ) and two moments in float32.
-    let per_parameter = if device::default_kind(place) == Kind::Float { 4.0 * 4.0 } else { 2.0 + 2.0 + 12.0 };
+    // Weights, gradients and two moments; in bf16 also masters, and the gradients in float32 during the update.
+    let per_parameter = if device::default_kind(place) == Kind::Float { 4.0 * 4.0 } else { 2.0 + 2.0 + 4.0 * 4.0 };
     print(&format!(
         "parameters            {:.2} M\nresponses             {} ({left_out} too long, left out)\npacked tokens         {tokens} an \
          epoch, {} epochs\nsteps                 {steps} of {} batches of up to {} tokens\nweights and optimizer {:.1} MB on {}",

@@ -1,8 +1,7 @@
 //! The training loop. Order, blocks and states are drawn from (seed, epoch, response), so that a resumed run goes on as if
 //! it had never stopped.
 
-use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Instant;
 
 use cllm_core::decode::{DecodeOptions, Limits, Request, Strategy, decode};
@@ -10,19 +9,19 @@ use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::progress::Progress;
 use cllm_core::tokenizer::{self, Tokenizer};
 use cllm_core::{Error, Result, atomic_file, device, fingerprint, hub, interrupt, progress, prompt_set, torch_ext};
-use rand::seq::SliceRandom;
 use serde::Serialize;
 use serde_json::{Value, json};
+use tch::Tensor;
 
 use crate::checkpoint::{self, Position};
 use crate::examples::{self, Example};
 use crate::loss::losses;
+use crate::metrics::Metrics;
 use crate::optimizer::{State, learning_rate};
 use crate::packing::{Batch, Counts};
+use crate::schedule::Schedule;
 use crate::settings::{Init, Objective, Settings};
 
-/// Batches whose responses are sorted by length together: little padding, and still a random order.
-const POOL_BATCHES: usize = 16;
 /// Steps in a row without a finite gradient after which a run stops.
 const MOST_SKIPPED: usize = 20;
 
@@ -40,7 +39,10 @@ struct Summary {
     tokens_per_second: f64,
     blocks_per_second: f64,
     final_losses: Value,
+    /// Of the last probe.
     tokens_per_forward: Option<f64>,
+    /// Step and tokens per forward of the best probe.
+    best_probe: Option<(usize, f64)>,
     peak_memory_bytes: Option<u64>,
     model: PathBuf,
 }
@@ -80,6 +82,7 @@ pub fn run(settings: Settings) -> Result<()> {
             blocks: 0,
             skipped: 0,
             seconds: 0.0,
+            probe: None,
             best: None,
             settings: checkpoint::settings_fingerprint(&settings),
         },
@@ -92,23 +95,25 @@ pub fn run(settings: Settings) -> Result<()> {
 
 impl Run {
     fn train(mut self, examples: &[Example]) -> Result<()> {
-        let (first, left_out) = schedule(examples, &self.settings, 0);
-        if first.is_empty() {
-            return Err(Error::usage("max_tokens leaves out every response: raise it"));
-        }
-        if left_out > 0 {
+        let schedule = Schedule::new(examples, &self.settings)?;
+        let total = schedule.steps();
+        if self.position.step >= total && self.folder.join("summary.json").exists() {
             progress::say(format!(
-                "{left_out} responses of more than {} packed tokens are left out",
-                self.settings.max_tokens
+                "all {total} steps are done; the model is in {}",
+                self.folder.join("final").display()
+            ));
+            return Ok(());
+        }
+        if schedule.left_out > 0 {
+            progress::say(format!(
+                "{} responses of more than {} packed tokens are left out",
+                schedule.left_out, self.settings.max_tokens
             ));
         }
-        let total = total_steps(&self.settings, first.len());
-        let per_epoch = first.len().div_ceil(self.settings.accumulation);
         let mut metrics = Metrics::open(&self.folder, self.position.step)?;
         let mut bar = Progress::new("train", self.position.step as u64, total as u64);
-        let mut last = Value::Null;
         let mut skipped_in_a_row = 0;
-        let mut epoch_batches = (usize::MAX, Vec::new());
+        let mut batches = (usize::MAX, Vec::new());
         let before = self.position.seconds;
         let started = Instant::now();
         while self.position.step < total {
@@ -116,12 +121,12 @@ impl Run {
                 self.save()?;
                 interrupt::check()?;
             }
-            let (epoch, within) = (self.position.step / per_epoch, self.position.step % per_epoch);
-            if epoch_batches.0 != epoch {
-                epoch_batches = (epoch, schedule(examples, &self.settings, epoch).0);
+            let (epoch, within) = schedule.place(self.position.step);
+            if batches.0 != epoch {
+                batches = (epoch, schedule.batches(epoch));
             }
             let first = within * self.settings.accumulation;
-            let group = &epoch_batches.1[first..(first + self.settings.accumulation).min(epoch_batches.1.len())];
+            let group = &batches.1[first..(first + self.settings.accumulation).min(batches.1.len())];
             let number = self.position.step + 1;
             let rate = learning_rate(&self.settings.optimizer, number, total);
             let (counts, sums) = self.gradients(examples, group, epoch);
@@ -133,37 +138,30 @@ impl Run {
             self.position.blocks += counts.blocks;
             self.position.seconds = before + started.elapsed().as_secs_f64();
             bar.advance(1);
-            if number % self.settings.log_every == 0 || number == total {
-                last = line(&sums, counts, &self.settings, &self.position, rate, norm);
-                bar.message(format!("loss {:.4}", last["loss"].as_f64().unwrap_or(f64::NAN)));
-                metrics.write(&last)?;
+            if number.is_multiple_of(self.settings.log_every) || number == total {
+                let line = line(&sums, counts, &self.settings, &self.position, rate, norm);
+                bar.message(format!("loss {:.4}", line["loss"].as_f64().unwrap_or(f64::NAN)));
+                metrics.write(&line)?;
             }
             if skipped_in_a_row >= MOST_SKIPPED {
                 return Err(Error::environment(format!(
                     "the gradient was not finite {MOST_SKIPPED} steps in a row; the last checkpoint is kept: lower optimizer.lr"
                 )));
             }
-            if !self.settings.probe.prompts.as_os_str().is_empty()
-                && (number % self.settings.probe.every == 0 || number == total)
-            {
-                let rate = self.probe()?;
-                metrics.write(&json!({ "step": number, "probe_tokens_per_forward": rate }))?;
-                if self.position.best.is_none_or(|(_, best)| rate > best) {
-                    self.position.best = Some((number, rate));
-                }
-            }
-            if self.settings.save_every > 0 && number % self.settings.save_every == 0 && number < total {
+            let best = self.probe_at(number, total, &mut metrics)?;
+            let due = self.settings.save_every > 0 && number.is_multiple_of(self.settings.save_every);
+            if number < total && (best || due) {
                 self.save()?;
             }
         }
         bar.finish();
         self.save()?;
-        self.finish(last)
+        self.finish(metrics.last_losses())
     }
 
-    /// Adds up the gradients of some batches, each loss a mean over its tokens in all of them. Returns what they held and the
-    /// sums of both losses.
-    fn gradients(&self, examples: &[Example], group: &[Vec<usize>], epoch: usize) -> (Counts, [f64; 2]) {
+    /// Adds up the gradients of some batches, each loss a mean over its tokens in all of them. Returns what they held and
+    /// the losses, still on the device: nothing here waits for it.
+    fn gradients(&self, examples: &[Example], group: &[Vec<usize>], epoch: usize) -> (Counts, [Tensor; 2]) {
         let settings = &self.settings.consistency;
         let consistency_weight = match self.settings.objective {
             Objective::Sft => 0.0,
@@ -188,16 +186,39 @@ impl Run {
             counts.noisy += batch.counts.noisy;
             counts.blocks += batch.counts.blocks;
         }
-        let mut sums = [0.0; 2];
+        let zero = || Tensor::zeros([], (tch::Kind::Float, self.model.device()));
+        let mut sums = [zero(), zero()];
         for batch in &batches {
             let losses = losses(&self.model, batch, settings);
             let ar = &losses.ar / (counts.clean as f64).max(1.0);
             let consistency = &losses.consistency / (counts.noisy as f64).max(1.0);
             (&ar * ar_weight + &consistency * consistency_weight).backward();
-            sums[0] += ar.double_value(&[]);
-            sums[1] += consistency.double_value(&[]);
+            sums[0] += ar.detach();
+            sums[1] += consistency.detach();
         }
         (counts, sums)
+    }
+
+    /// Probes when step `number` is one to probe at; whether it is the best so far.
+    fn probe_at(&mut self, number: usize, total: usize, metrics: &mut Metrics) -> Result<bool> {
+        let probe = &self.settings.probe;
+        if probe.prompts.as_os_str().is_empty() || !(number.is_multiple_of(probe.every) || number == total) {
+            return Ok(false);
+        }
+        let rate = match self.probe() {
+            Err(stopped @ Error::Interrupted(_)) => {
+                self.save()?;
+                return Err(stopped);
+            }
+            other => other?,
+        };
+        metrics.write(&json!({ "step": number, "probe_tokens_per_forward": rate }))?;
+        self.position.probe = Some(rate);
+        let best = self.position.best.is_none_or(|(_, best)| rate > best);
+        if best {
+            self.position.best = Some((number, rate));
+        }
+        Ok(best)
     }
 
     /// Tokens per forward on held-out prompts.
@@ -242,7 +263,8 @@ impl Run {
             tokens_per_second: position.tokens as f64 / position.seconds,
             blocks_per_second: position.blocks as f64 / position.seconds,
             final_losses: last,
-            tokens_per_forward: position.best.map(|(_, rate)| rate),
+            tokens_per_forward: position.probe,
+            best_probe: position.best,
             peak_memory_bytes: torch_ext::memory(self.model.device()).map(|(_, peak)| peak),
             model: target.clone(),
         };
@@ -257,7 +279,8 @@ impl Run {
     }
 }
 
-fn line(sums: &[f64; 2], counts: Counts, settings: &Settings, position: &Position, rate: f64, norm: f64) -> Value {
+fn line(sums: &[Tensor; 2], counts: Counts, settings: &Settings, position: &Position, rate: f64, norm: f64) -> Value {
+    let sums = [sums[0].double_value(&[]), sums[1].double_value(&[])];
     let loss = match settings.objective {
         Objective::Sft => sums[0],
         Objective::Consistency => sums[0] * settings.consistency.ar_weight + sums[1] * settings.consistency.weight,
@@ -267,39 +290,6 @@ fn line(sums: &[f64; 2], counts: Counts, settings: &Settings, position: &Positio
         "grad_norm": norm, "tokens": position.tokens, "step_tokens": counts.tokens, "noisy_tokens": counts.noisy,
         "seconds": position.seconds, "tokens_per_second": position.tokens as f64 / position.seconds,
     })
-}
-
-/// Steps of a run whose epochs have so many batches.
-pub fn total_steps(settings: &Settings, batches: usize) -> usize {
-    let all = batches.div_ceil(settings.accumulation) * settings.epochs;
-    if settings.max_steps > 0 { all.min(settings.max_steps) } else { all }
-}
-
-/// The batches of an epoch (indices of responses), and how many responses are too long. Every epoch has the same number.
-pub fn schedule(examples: &[Example], settings: &Settings, epoch: usize) -> (Vec<Vec<usize>>, usize) {
-    let length = |index: usize| examples[index].packed_len(&settings.consistency);
-    let mut order: Vec<usize> = (0..examples.len()).filter(|&index| length(index) <= settings.max_tokens).collect();
-    let left_out = examples.len() - order.len();
-    let mut rng = fingerprint::rng(settings.seed, "order", epoch as u64);
-    // The pools, and so the number of batches, are those of the first epoch; what changes is the order.
-    let mut pool_rng = fingerprint::rng(settings.seed, "pools", 0);
-    order.shuffle(&mut pool_rng);
-    let mean = order.iter().map(|&index| length(index)).sum::<usize>() / order.len().max(1);
-    let pool = (settings.tokens_per_batch / mean.max(1)).max(1) * POOL_BATCHES;
-    let mut batches: Vec<Vec<usize>> = Vec::new();
-    for pool in order.chunks_mut(pool) {
-        pool.sort_by_key(|&index| length(index));
-        let mut batch: Vec<usize> = Vec::new();
-        for &index in pool.iter() {
-            if (batch.len() + 1) * length(index) > settings.tokens_per_batch {
-                batches.push(std::mem::take(&mut batch));
-            }
-            batch.push(index);
-        }
-        batches.push(batch);
-    }
-    batches.shuffle(&mut rng);
-    (batches, left_out)
 }
 
 /// The tokenizer of a run, and the folder of its files (which is the model's, unless the weights are random).
@@ -322,29 +312,4 @@ pub fn random_config(init: &Init, tokenizer: &Tokenizer) -> Result<ModelConfig> 
         "tie_word_embeddings": true, "eos_token_id": tokenizer.eos_ids(), "bos_token_id": null,
     });
     ModelConfig::from_json(&config).map_err(|message| Error::usage(format!("init: {message}")))
-}
-
-/// metrics.jsonl; a resumed run drops the lines after its checkpoint.
-struct Metrics {
-    path: PathBuf,
-    file: std::fs::File,
-}
-
-impl Metrics {
-    fn open(run: &Path, step: usize) -> Result<Self> {
-        let path = run.join("metrics.jsonl");
-        let old = std::fs::read_to_string(&path).unwrap_or_default();
-        let kept = |line: &&str| {
-            serde_json::from_str::<Value>(line)
-                .is_ok_and(|value| value["step"].as_u64().is_some_and(|at| at <= step as u64))
-        };
-        let kept: String = old.lines().filter(kept).flat_map(|line| [line, "\n"]).collect();
-        atomic_file::write(&path, kept.as_bytes())?;
-        let file = std::fs::OpenOptions::new().append(true).open(&path).map_err(Error::io(&path))?;
-        Ok(Metrics { path, file })
-    }
-
-    fn write(&mut self, line: &Value) -> Result<()> {
-        writeln!(self.file, "{line}").map_err(Error::io(&self.path))
-    }
 }

@@ -1,4 +1,5 @@
 //! Tests of cllm-train.
+#![allow(clippy::unwrap_used)]
 
 mod packed;
 mod program;
