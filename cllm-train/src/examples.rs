@@ -92,7 +92,8 @@ impl Example {
         let candidates = self.candidates(consistency).len();
         let chosen = if consistency.blocks == 0 { candidates } else { candidates.min(consistency.blocks) };
         let n = self.blocks.first().map_or(0, |(_, states)| states[0].len());
-        self.prompt.len() + self.response.len() + chosen * n
+        let streams = if consistency.local_weight > 0.0 { 2 } else { 1 };
+        self.prompt.len() + self.response.len() + chosen * n * streams
     }
 
     /// The blocks that a pass may hold. One that was right at once has nothing to learn, but in a window the blocks
@@ -112,14 +113,19 @@ impl Example {
         }
         let noisy = chosen.into_iter().map(|index| {
             let (start, states) = &self.blocks[index];
-            let state = &states[rng.random_range(0..(states.len() - 1).max(1))];
+            let drawn = rng.random_range(0..(states.len() - 1).max(1));
+            let state = &states[drawn];
             let n = state.len();
             let window = match consistency.context {
                 Context::Clean => *start,
                 Context::NoisyWindow => start / (n * consistency.window) * (n * consistency.window),
             };
             let inside = n.min(self.response.len() - start);
-            NoisyBlock { start: *start, window, tokens: state[..inside].to_vec() }
+            let next = match states.get(drawn + 1) {
+                Some(next) if consistency.local_weight > 0.0 => next[..inside].to_vec(),
+                _ => Vec::new(),
+            };
+            NoisyBlock { start: *start, window, tokens: state[..inside].to_vec(), next }
         });
         Packed::new(&self.prompt, &self.response, noisy.collect())
     }

@@ -2,6 +2,7 @@
 
 mod checkpoint;
 pub mod examples;
+mod export;
 pub mod loss;
 mod metrics;
 pub mod optimizer;
@@ -72,6 +73,11 @@ enum Verb {
         #[arg(long, short)]
         output: PathBuf,
     },
+    /// Write a checkpoint as a model folder with weights of another type.
+    #[command(
+        after_help = "Example:\n  cllm-train export runs/student/checkpoints/best --dtype bf16 --output runs/best"
+    )]
+    Export(export::Arguments),
     /// Print the completions of a shell.
     #[command(
         after_help = "Example:\n  cllm-train completions bash > ~/.local/share/bash-completion/completions/cllm-train"
@@ -93,6 +99,7 @@ pub fn run(arguments: Arguments) -> Result<Outcome> {
         Verb::Plan(given) => plan::run(&load(&given)?)?,
         Verb::Validate(given) => cllm_core::program::print(&cllm_core::settings::to_yaml(&load(&given)?)?)?,
         Verb::Tokenizer { prompts, vocab_size, output } => train_tokenizer(&prompts, vocab_size, &output)?,
+        Verb::Export(arguments) => export::run(&arguments)?,
         Verb::Completions { shell } => {
             clap_complete::generate(shell, &mut Arguments::command(), "cllm-train", &mut std::io::stdout());
         }

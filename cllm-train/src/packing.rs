@@ -13,6 +13,8 @@ pub struct NoisyBlock {
     pub window: usize,
     /// Its tokens, cut at the end of the response.
     pub tokens: Vec<i32>,
+    /// The state after it, cut likewise; empty without local consistency.
+    pub next: Vec<i32>,
 }
 
 /// A packed sequence.
@@ -20,7 +22,7 @@ pub struct NoisyBlock {
 pub struct Packed {
     prompt_len: usize,
     response: Vec<i32>,
-    /// Prompt, response, noisy blocks.
+    /// Prompt, response, noisy blocks, their next states.
     tokens: Vec<i32>,
     positions: Vec<usize>,
     noisy: Vec<NoisyBlock>,
@@ -31,9 +33,11 @@ impl Packed {
     pub fn new(prompt: &[i32], response: &[i32], noisy: Vec<NoisyBlock>) -> Self {
         let mut tokens = [prompt, response].concat();
         let mut positions: Vec<usize> = (0..tokens.len()).collect();
-        for block in &noisy {
-            tokens.extend(&block.tokens);
-            positions.extend((0..block.tokens.len()).map(|offset| prompt.len() + block.start + offset));
+        let streams =
+            noisy.iter().map(|block| (block, &block.tokens)).chain(noisy.iter().map(|block| (block, &block.next)));
+        for (block, state) in streams {
+            tokens.extend(state);
+            positions.extend((0..state.len()).map(|offset| prompt.len() + block.start + offset));
         }
         Packed { prompt_len: prompt.len(), response: response.to_vec(), tokens, positions, noisy }
     }
@@ -63,6 +67,17 @@ impl Packed {
         })
     }
 
+    /// Place of each block's next state.
+    fn next_places(&self) -> impl Iterator<Item = (usize, &NoisyBlock)> {
+        let noisy: usize = self.noisy.iter().map(|block| block.tokens.len()).sum();
+        let mut place = self.prompt_len + self.response.len() + noisy;
+        self.noisy.iter().map(move |block| {
+            let here = place;
+            place += block.next.len();
+            (here, block)
+        })
+    }
+
     /// Writes true into the row-major `width x width` mask wherever a token of this sequence may look.
     fn mark(&self, mask: &mut [bool], width: usize) {
         let clean = self.prompt_len + self.response.len();
@@ -70,8 +85,12 @@ impl Packed {
             mask[query * width..][..=query].fill(true);
         }
         let places: Vec<_> = self.places().collect();
-        for (index, &(place, block)) in places.iter().enumerate() {
-            for query in place..place + block.tokens.len() {
+        // A next state sees what its block sees: only the states of the blocks before it.
+        let noisy = places.iter().enumerate().map(|(index, &(place, block))| (index, place, block, block.tokens.len()));
+        let next =
+            self.next_places().enumerate().map(|(index, (place, block))| (index, place, block, block.next.len()));
+        for (index, place, block, length) in noisy.chain(next) {
+            for query in place..place + length {
                 let row = &mut mask[query * width..][..width];
                 row[..self.prompt_len + block.window.min(block.start)].fill(true);
                 for &(earlier, other) in &places[..index] {
@@ -110,6 +129,19 @@ impl Packed {
         }
         targets
     }
+
+    /// For each noisy token of the local loss: its place, and that of the token beside it in the next state. Kept is what
+    /// comes at or after the first difference of the two, as long as the predicted token exists.
+    fn next_targets(&self) -> Vec<(usize, usize)> {
+        let mut targets = Vec::new();
+        for ((place, block), (next, _)) in self.places().zip(self.next_places()) {
+            let pairs = block.tokens.iter().zip(&block.next);
+            let first = pairs.clone().position(|(now, then)| now != then).unwrap_or(block.tokens.len());
+            let predicted = self.response.len().saturating_sub(block.start + 1);
+            targets.extend((first..pairs.len().min(predicted)).map(|offset| (place + offset, next + offset)));
+        }
+        targets
+    }
 }
 
 /// Packed sequences as tensors, padded to the longest.
@@ -128,6 +160,10 @@ pub struct Batch {
     pub noisy_places: Tensor,
     /// For each of them, the clean place (an index into `clean_places`) that predicts the same token: int64 `[noisy]`.
     pub noisy_targets: Tensor,
+    /// Places of the noisy tokens of the local loss: int64 `[local]`.
+    pub local_places: Tensor,
+    /// For each of them, the place beside it in the next state: int64 `[local]`.
+    pub local_targets: Tensor,
     /// Counts on the host.
     pub counts: Counts,
 }
@@ -141,8 +177,21 @@ pub struct Counts {
     pub clean: usize,
     /// Tokens of the consistency loss.
     pub noisy: usize,
+    /// Tokens of the local consistency loss.
+    pub local: usize,
     /// Noisy blocks.
     pub blocks: usize,
+}
+
+impl Counts {
+    /// Counts of several batches together.
+    pub fn add(&mut self, other: Counts) {
+        self.tokens += other.tokens;
+        self.clean += other.clean;
+        self.noisy += other.noisy;
+        self.local += other.local;
+        self.blocks += other.blocks;
+    }
 }
 
 impl Batch {
@@ -153,6 +202,7 @@ impl Batch {
         let mut positions = vec![0i64; rows.len() * width];
         let mut mask = vec![false; rows.len() * width * width];
         let (mut clean_places, mut labels, mut noisy_places, mut noisy_targets) = (vec![], vec![], vec![], vec![]);
+        let (mut local_places, mut local_targets) = (vec![], vec![]);
         let mut counts = Counts::default();
         for (index, row) in rows.iter().enumerate() {
             let base = index * width;
@@ -171,11 +221,16 @@ impl Batch {
                 noisy_places.push((base + place) as i64);
                 noisy_targets.push((first_clean + predicted) as i64);
             }
+            for (place, next) in row.next_targets() {
+                local_places.push((base + place) as i64);
+                local_targets.push((base + next) as i64);
+            }
             counts.tokens += row.len();
             counts.blocks += row.blocks();
         }
         counts.clean = clean_places.len();
         counts.noisy = noisy_places.len();
+        counts.local = local_places.len();
         let (count, width) = (rows.len() as i64, width as i64);
         let to = |values: Vec<i64>| Tensor::from_slice(&values).to_device(device);
         Batch {
@@ -186,6 +241,8 @@ impl Batch {
             labels: to(labels),
             noisy_places: to(noisy_places),
             noisy_targets: to(noisy_targets),
+            local_places: to(local_places),
+            local_targets: to(local_targets),
             counts,
         }
     }

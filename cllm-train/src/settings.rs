@@ -159,9 +159,12 @@ pub struct Optimizer {
 #[derive(Debug, Clone, Serialize, Deserialize, Validate)]
 #[serde(default, deny_unknown_fields)]
 pub struct Consistency {
-    /// Weight of the consistency loss, a mean over noisy tokens.
+    /// Weight of the global consistency loss (a state towards the fixed point), a mean over noisy tokens.
     #[garde(range(min = 0.0))]
     pub weight: f64,
+    /// Weight of the local consistency loss (a state towards the next one), a mean over its tokens; 0 leaves it out.
+    #[garde(range(min = 0.0))]
+    pub local_weight: f64,
     /// Weight of the autoregressive loss, a mean over response tokens.
     #[garde(range(min = 0.0))]
     pub ar_weight: f64,
@@ -258,6 +261,7 @@ impl Default for Consistency {
     fn default() -> Self {
         Consistency {
             weight: 1.0,
+            local_weight: 0.0,
             ar_weight: 10.0,
             divergence: Divergence::Forward,
             context: Context::Clean,

@@ -129,7 +129,7 @@ impl Run {
             let group = &batches.1[first..(first + self.settings.accumulation).min(batches.1.len())];
             let number = self.position.step + 1;
             let rate = learning_rate(&self.settings.optimizer, number, total);
-            let (counts, sums) = self.gradients(examples, group, epoch);
+            let (counts, means) = self.gradients(examples, group, epoch);
             let norm = self.state.step(&self.settings.optimizer, rate, number)?;
             skipped_in_a_row = if norm.is_finite() { 0 } else { skipped_in_a_row + 1 };
             self.position.skipped += usize::from(!norm.is_finite());
@@ -139,7 +139,7 @@ impl Run {
             self.position.seconds = before + started.elapsed().as_secs_f64();
             bar.advance(1);
             if number.is_multiple_of(self.settings.log_every) || number == total {
-                let line = line(&sums, counts, &self.settings, &self.position, rate, norm);
+                let line = line(&means, counts, &self.settings, &self.position, rate, norm);
                 bar.message(format!("loss {:.4}", line["loss"].as_f64().unwrap_or(f64::NAN)));
                 metrics.write(&line)?;
             }
@@ -161,16 +161,8 @@ impl Run {
 
     /// Adds up the gradients of some batches, each loss a mean over its tokens in all of them. Returns what they held and
     /// the losses, still on the device: nothing here waits for it.
-    fn gradients(&self, examples: &[Example], group: &[Vec<usize>], epoch: usize) -> (Counts, [Tensor; 2]) {
+    fn gradients(&self, examples: &[Example], group: &[Vec<usize>], epoch: usize) -> (Counts, Means) {
         let settings = &self.settings.consistency;
-        let consistency_weight = match self.settings.objective {
-            Objective::Sft => 0.0,
-            Objective::Consistency => settings.weight,
-        };
-        let ar_weight = match self.settings.objective {
-            Objective::Sft => 1.0,
-            Objective::Consistency => settings.ar_weight,
-        };
         let pack = |&index: &usize| {
             let mut rng = fingerprint::rng(self.settings.seed, &examples[index].id, epoch as u64);
             examples[index].pack(settings, &mut rng)
@@ -180,23 +172,21 @@ impl Run {
             .map(|rows| Batch::new(&rows.iter().map(pack).collect::<Vec<_>>(), self.model.device()))
             .collect();
         let mut counts = Counts::default();
+        batches.iter().for_each(|batch| counts.add(batch.counts));
+        let tokens = [counts.clean, counts.noisy, counts.local];
+        let weights = weights(&self.settings);
+        let mut means = Means::default();
         for batch in &batches {
-            counts.tokens += batch.counts.tokens;
-            counts.clean += batch.counts.clean;
-            counts.noisy += batch.counts.noisy;
-            counts.blocks += batch.counts.blocks;
+            let sums = losses(&self.model, batch, settings);
+            let mut total = Tensor::zeros([], (tch::Kind::Float, self.model.device()));
+            for (index, sum) in [sums.ar, sums.global, sums.local].into_iter().enumerate() {
+                let mean = sum / (tokens[index] as f64).max(1.0);
+                means.0[index].push(mean.detach());
+                total += mean * weights[index];
+            }
+            total.backward();
         }
-        let zero = || Tensor::zeros([], (tch::Kind::Float, self.model.device()));
-        let mut sums = [zero(), zero()];
-        for batch in &batches {
-            let losses = losses(&self.model, batch, settings);
-            let ar = &losses.ar / (counts.clean as f64).max(1.0);
-            let consistency = &losses.consistency / (counts.noisy as f64).max(1.0);
-            (&ar * ar_weight + &consistency * consistency_weight).backward();
-            sums[0] += ar.detach();
-            sums[1] += consistency.detach();
-        }
-        (counts, sums)
+        (counts, means)
     }
 
     /// Probes when step `number` is one to probe at; whether it is the best so far.
@@ -279,16 +269,28 @@ impl Run {
     }
 }
 
-fn line(sums: &[Tensor; 2], counts: Counts, settings: &Settings, position: &Position, rate: f64, norm: f64) -> Value {
-    let sums = [sums[0].double_value(&[]), sums[1].double_value(&[])];
-    let loss = match settings.objective {
-        Objective::Sft => sums[0],
-        Objective::Consistency => sums[0] * settings.consistency.ar_weight + sums[1] * settings.consistency.weight,
-    };
+/// Losses of a step on the device, a term for each of its batches: autoregressive, global, local.
+#[derive(Default)]
+struct Means([Vec<Tensor>; 3]);
+
+/// Weights of the autoregressive, global and local losses.
+fn weights(settings: &Settings) -> [f64; 3] {
+    let consistency = &settings.consistency;
+    match settings.objective {
+        Objective::Sft => [1.0, 0.0, 0.0],
+        Objective::Consistency => [consistency.ar_weight, consistency.weight, consistency.local_weight],
+    }
+}
+
+/// A line of metrics; here the losses are read from the device.
+fn line(means: &Means, counts: Counts, settings: &Settings, position: &Position, rate: f64, norm: f64) -> Value {
+    let values = means.0.each_ref().map(|terms| terms.iter().map(|term| term.double_value(&[])).sum::<f64>());
+    let loss: f64 = values.iter().zip(weights(settings)).map(|(value, weight)| value * weight).sum();
     json!({
-        "step": position.step, "loss": loss, "ar_loss": sums[0], "consistency_loss": sums[1], "lr": rate,
-        "grad_norm": norm, "tokens": position.tokens, "step_tokens": counts.tokens, "noisy_tokens": counts.noisy,
-        "seconds": position.seconds, "tokens_per_second": position.tokens as f64 / position.seconds,
+        "step": position.step, "loss": loss, "ar_loss": values[0], "consistency_loss": values[1],
+        "local_loss": values[2], "lr": rate, "grad_norm": norm, "tokens": position.tokens,
+        "step_tokens": counts.tokens, "noisy_tokens": counts.noisy, "seconds": position.seconds,
+        "tokens_per_second": position.tokens as f64 / position.seconds,
     })
 }
 

@@ -64,7 +64,9 @@ fn every_token_sees_what_its_own_causal_pass_would_show_it() {
     // One window of three blocks after the first two blocks, then a block cut by the end of the response.
     let starts = [(8, 8), (12, 8), (16, 16)];
     let state = |start: usize| ids(13 + start as i32, N.min(response.len() - start));
-    let noisy = |&(start, window): &(usize, usize)| NoisyBlock { start, window, tokens: state(start) };
+    let next = |start: usize| ids(29 + start as i32, N.min(response.len() - start));
+    let noisy =
+        |&(start, window): &(usize, usize)| NoisyBlock { start, window, tokens: state(start), next: next(start) };
     let packed = Packed::new(&prompt, &response, starts.iter().map(noisy).collect());
     // A longer row beside it, so that this one is padded.
     let batch = Batch::new(&[packed, Packed::new(&ids(9, 50), &[1], Vec::new())], Device::Cpu);
@@ -74,13 +76,15 @@ fn every_token_sees_what_its_own_causal_pass_would_show_it() {
     assert!(difference(&logits.i((0, ..24)), &clean) < 1e-4);
     let contexts = [response[..8].to_vec(), [&response[..8], &state(8)].concat(), response[..16].to_vec()];
     let mut place = 24;
-    for ((start, _), context) in starts.iter().zip(contexts) {
-        let before = [prompt.as_slice(), &context].concat();
-        let own = state(*start);
-        let expected = plain(&model, &[before.as_slice(), &own].concat()).i(before.len() as i64..);
-        let found = logits.i((0, place..place + own.len() as i64));
-        assert!(difference(&found, &expected) < 1e-4, "block at {start}");
-        place += own.len() as i64;
+    for stream in [&state as &dyn Fn(usize) -> Vec<i32>, &next] {
+        for ((start, _), context) in starts.iter().zip(&contexts) {
+            let before = [prompt.as_slice(), context].concat();
+            let own = stream(*start);
+            let expected = plain(&model, &[before.as_slice(), &own].concat()).i(before.len() as i64..);
+            let found = logits.i((0, place..place + own.len() as i64));
+            assert!(difference(&found, &expected) < 1e-4, "block at {start}");
+            place += own.len() as i64;
+        }
     }
 }
 
@@ -89,7 +93,7 @@ fn responses_packed_together_give_the_sums_of_each_alone() {
     let _no_grad = tch::no_grad_guard();
     let model = model();
     for context in [Context::Clean, Context::NoisyWindow] {
-        let settings = Consistency { context, window: 2, ..Consistency::default() };
+        let settings = Consistency { context, window: 2, local_weight: 1.0, ..Consistency::default() };
         let rows: Vec<Packed> = [("a", 3, 9), ("b", 12, 14), ("c", 7, 30)]
             .map(|(name, prompt, length)| {
                 example(name, prompt, length).pack(&settings, &mut fingerprint::rng(1, name, 0))
@@ -98,16 +102,17 @@ fn responses_packed_together_give_the_sums_of_each_alone() {
         let sums = |rows: &[Packed]| {
             let batch = Batch::new(rows, Device::Cpu);
             let losses = losses(&model, &batch, &settings);
-            (losses.ar.double_value(&[]), losses.consistency.double_value(&[]), batch.counts)
+            ([losses.ar, losses.global, losses.local].map(|sum| sum.double_value(&[])), batch.counts)
         };
         let together = sums(&rows);
         let alone: Vec<_> = rows.iter().map(|row| sums(std::slice::from_ref(row))).collect();
-        let ar: f64 = alone.iter().map(|sum| sum.0).sum();
-        let consistency: f64 = alone.iter().map(|sum| sum.1).sum();
-        assert!((together.0 - ar).abs() < 1e-3 * ar, "{} {ar}", together.0);
-        assert!((together.1 - consistency).abs() < 1e-3 * consistency, "{} {consistency}", together.1);
-        assert_eq!(together.2.clean, 9 + 14 + 30);
-        assert_eq!(together.2.noisy, alone.iter().map(|sum| sum.2.noisy).sum::<usize>());
+        for index in 0..3 {
+            let expected: f64 = alone.iter().map(|sum| sum.0[index]).sum();
+            assert!(expected > 0.0, "{context:?}: loss {index} is empty");
+            assert!((together.0[index] - expected).abs() < 1e-3 * expected, "{} {expected}", together.0[index]);
+        }
+        assert_eq!(together.1.clean, 9 + 14 + 30);
+        assert_eq!(together.1.noisy, alone.iter().map(|sum| sum.1.noisy).sum::<usize>());
     }
 }
 
@@ -120,9 +125,15 @@ fn the_losses_are_those_of_a_naive_loop() {
     // Right at its first two tokens; the last block is cut by the end of the response, whose last token predicts nothing.
     let first = vec![response[4], response[5], 0, 1];
     let last = vec![3, response[9]];
-    let block = |start: usize, tokens: &[i32]| NoisyBlock { start, window: start, tokens: tokens.to_vec() };
-    let packed = Packed::new(&prompt, &response, vec![block(4, &first), block(8, &last)]);
-    let settings = Consistency::default();
+    let next = vec![response[4], response[5], 0, 9];
+    let block = |start: usize, tokens: &[i32], next: &[i32]| NoisyBlock {
+        start,
+        window: start,
+        tokens: tokens.to_vec(),
+        next: next.to_vec(),
+    };
+    let packed = Packed::new(&prompt, &response, vec![block(4, &first, &next), block(8, &last, &response[8..])]);
+    let settings = Consistency { local_weight: 1.0, ..Consistency::default() };
     let batch = Batch::new(&[packed], Device::Cpu);
     let found = losses(&model, &batch, &settings);
 
@@ -136,7 +147,18 @@ fn the_losses_are_those_of_a_naive_loop() {
         }
     }
     assert_eq!((batch.counts.noisy, batch.counts.clean), (3, 10));
-    assert!((found.consistency.double_value(&[]) - consistency).abs() < 1e-3, "{consistency}");
+    assert!((found.global.double_value(&[]) - consistency).abs() < 1e-3, "{consistency}");
+    // The local loss starts where a state and the next differ: the last offset of the first block.
+    let log = |tokens: &[i32]| {
+        let whole = [prompt.as_slice(), &response[..4], tokens].concat();
+        plain(&model, &whole).i(whole.len() as i64 - 1..).log_softmax(-1, Kind::Float)
+    };
+    let last_offset = divergence(&log(&next), &log(&first), Divergence::Forward).double_value(&[]);
+    let at = (prompt.len() + 8) as i64;
+    let noisy = plain(&model, &[prompt.as_slice(), &response[..8], &last].concat()).log_softmax(-1, Kind::Float);
+    let cut = divergence(&clean.i(at..=at), &noisy.i(at..=at), Divergence::Forward).double_value(&[]);
+    assert_eq!(batch.counts.local, 2);
+    assert!((found.local.double_value(&[]) - last_offset - cut).abs() < 1e-3, "{last_offset} {cut}");
     let ar: f64 = (0..10)
         .map(|offset| -clean.double_value(&[(prompt.len() + offset) as i64 - 1, i64::from(response[offset])]))
         .sum();

@@ -1,6 +1,7 @@
 //! The command line: exit codes and what they say.
 
-use std::process::Output;
+use std::process::{Output, Stdio};
+use std::time::Duration;
 
 use assert_cmd::Command;
 
@@ -57,4 +58,46 @@ fn a_missing_model_and_a_missing_data_set_end_with_2() {
     let missing = run(&["run", "-c", &file.display().to_string()]);
     assert_eq!(missing.status.code(), Some(2), "{}", errors(&missing));
     assert!(errors(&missing).contains("none.jsonl"), "{}", errors(&missing));
+}
+
+#[test]
+fn a_run_that_is_told_to_stop_saves_and_ends_with_143() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let settings = cllm_train::settings::Settings { epochs: 100_000, save_every: 0, ..sft(dir.path(), "run") };
+    let file = dir.path().join("run.yaml");
+    std::fs::write(&file, cllm_core::settings::to_yaml(&settings).unwrap()).unwrap();
+    let arguments = ["run", "-c", &file.display().to_string(), "max_steps=100000"];
+    let mut child = std::process::Command::new(assert_cmd::cargo::cargo_bin("cllm-train"))
+        .args(arguments)
+        .env("OMP_NUM_THREADS", "1")
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let metrics = dir.path().join("run/metrics.jsonl");
+    while std::fs::read_to_string(&metrics).unwrap_or_default().lines().count() < 3 {
+        assert!(child.try_wait().unwrap().is_none(), "it ended by itself");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let kill = std::process::Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+    assert!(kill.success());
+    assert_eq!(child.wait().unwrap().code(), Some(143));
+    let state = std::fs::read_to_string(dir.path().join("run/checkpoints/latest/state.json")).unwrap();
+    let steps = std::fs::read_to_string(&metrics).unwrap().lines().count();
+    assert!(state.contains(&format!("\"step\": {steps},")), "{steps}: {state}");
+}
+
+#[test]
+fn export_casts_the_weights_and_keeps_the_tokenizer() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    cllm_train::trainer::run(cllm_train::settings::Settings { max_steps: 1, ..sft(dir.path(), "run") }).unwrap();
+    let (from, to) = (dir.path().join("run/final"), dir.path().join("exported"));
+    let arguments = ["export", &from.display().to_string(), "--output", &to.display().to_string()];
+    let output = run(&arguments);
+    assert_eq!(output.status.code(), Some(0), "{}", errors(&output));
+    let size = |folder: &std::path::Path| std::fs::metadata(folder.join("model.safetensors")).unwrap().len() as f64;
+    assert!((0.4..0.6).contains(&(size(&to) / size(&from))), "half the bytes");
+    assert!(to.join("tokenizer.json").exists());
+    assert_eq!(run(&arguments).status.code(), Some(2), "nothing is overwritten");
 }
