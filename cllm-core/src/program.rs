@@ -52,7 +52,7 @@ pub fn print(text: &str) -> Result<()> {
 /// Prints one JSON document on stdout.
 ///
 /// # Errors
-/// As [`print`].
+/// As [`print()`].
 pub fn print_json(value: &impl serde::Serialize) -> Result<()> {
     print(&serde_json::to_string_pretty(value).map_err(|error| Error::usage(format!("as JSON: {error}")))?)
 }
