@@ -44,10 +44,15 @@ impl ChatTemplate {
             .add_function("strftime_now", |format: String| jiff::ZonedDateTime::now().strftime(&format).to_string());
         // minijinja's own filter escapes `<` and the like for HTML, which transformers does not.
         environment.add_filter("tojson", to_json);
-        // transformers marks the assistant's text with a tag that changes nothing of the rendering.
-        let marker = regex::Regex::new(r"\{%-?\s*(end)?generation\s*-?%\}")
+        // transformers marks the assistant's text with a tag of its own. An `if` in its place renders the same text, and
+        // keeps what the tag's dashes and line end do to the white space around it.
+        let marker = regex::Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
             .map_err(|error| Error::usage(format!("chat template: {error}")))?;
-        let source = marker.replace_all(source, "").into_owned();
+        let source = marker.replace_all(source, |tag: &regex::Captures<'_>| {
+            let word = if tag.get(2).is_some() { "endif" } else { "if true" };
+            format!("{{%{} {word} {}%}}", &tag[1], &tag[3])
+        });
+        let source = source.into_owned();
         environment
             .add_template_owned("chat", source)
             .map_err(|error| Error::usage(format!("the chat template cannot be read: {error:#}")))?;

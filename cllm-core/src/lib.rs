@@ -6,6 +6,7 @@ pub mod decode;
 pub mod device;
 mod error;
 pub mod fingerprint;
+pub mod gguf;
 pub mod hub;
 pub mod interrupt;
 pub mod model;

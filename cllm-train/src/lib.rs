@@ -78,6 +78,16 @@ enum Verb {
         after_help = "Example:\n  cllm-train export runs/student/checkpoints/best --dtype bf16 --output runs/best"
     )]
     Export(export::Arguments),
+    /// Write the model of a GGUF file as a Hugging Face folder: bf16 weights, config and tokenizer.
+    #[command(
+        after_help = "Example:\n  cllm-train convert SmolLM2-135M-Instruct.Q4_1.gguf models/SmolLM2-135M-Instruct"
+    )]
+    Convert {
+        /// The file: architecture llama or qwen2.
+        gguf: PathBuf,
+        /// Folder to write.
+        folder: PathBuf,
+    },
     /// Print the completions of a shell.
     #[command(
         after_help = "Example:\n  cllm-train completions bash > ~/.local/share/bash-completion/completions/cllm-train"
@@ -100,6 +110,10 @@ pub fn run(arguments: Arguments) -> Result<Outcome> {
         Verb::Validate(given) => cllm_core::program::print(&cllm_core::settings::to_yaml(&load(&given)?)?)?,
         Verb::Tokenizer { prompts, vocab_size, output } => train_tokenizer(&prompts, vocab_size, &output)?,
         Verb::Export(arguments) => export::run(&arguments)?,
+        Verb::Convert { gguf, folder } => {
+            cllm_core::gguf::convert(&gguf, &folder)?;
+            progress::say(format!("model in {}", folder.display()));
+        }
         Verb::Completions { shell } => {
             clap_complete::generate(shell, &mut Arguments::command(), "cllm-train", &mut std::io::stdout());
         }

@@ -11,3 +11,4 @@ pub use config::{Family, ModelConfig, RopeScaling};
 pub use kv_cache::KvCache;
 pub use transformer::Transformer;
 pub use weights::fingerprint;
+pub(crate) use weights::write_safetensors;

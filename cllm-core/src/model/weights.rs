@@ -163,7 +163,10 @@ pub(super) fn write(
             1 => SINGLE.to_owned(),
             count => format!("model-{:05}-of-{count:05}.safetensors", number + 1),
         };
-        write_shard(&folder.join(&file), shard, kind, code)?;
+        let shapes: Vec<_> = shard.iter().map(|(name, tensor)| (name.clone(), tensor.size())).collect();
+        write_safetensors(&folder.join(&file), code, kind.elt_size_in_bytes(), &shapes, |index| {
+            torch_ext::tensor_to_bytes(&shard[index].1.f_detach()?.f_to_kind(kind)?)
+        })?;
         weight_map.extend(shard.iter().map(|(name, _)| (name.clone(), json!(file))));
     }
     if shards.len() > 1 {
@@ -179,14 +182,21 @@ pub(super) fn write(
     atomic_file::write_json(&folder.join("config.json"), &config.to_json(dtype))
 }
 
-/// One safetensors file, a tensor at a time, so that memory never holds a second copy of the model.
-fn write_shard(path: &Path, shard: &[(String, Tensor)], kind: Kind, code: &str) -> Result<()> {
+/// One safetensors file of tensors of one type, a tensor at a time, so that memory never holds a second copy of the
+/// model; `data` gives the bytes of the tensor of that index.
+pub(crate) fn write_safetensors(
+    path: &Path,
+    code: &str,
+    element_bytes: usize,
+    tensors: &[(String, Vec<i64>)],
+    mut data: impl FnMut(usize) -> Result<Vec<u8>>,
+) -> Result<()> {
     let mut header = Map::from_iter([("__metadata__".to_owned(), json!({ "format": "pt" }))]);
     let mut end = 0;
-    for (name, tensor) in shard {
+    for (name, shape) in tensors {
         let start = end;
-        end += tensor.numel() * kind.elt_size_in_bytes();
-        let entry = json!({ "dtype": code, "shape": tensor.size(), "data_offsets": [start, end] });
+        end += shape.iter().product::<i64>() as usize * element_bytes;
+        let entry = json!({ "dtype": code, "shape": shape, "data_offsets": [start, end] });
         header.insert(name.clone(), entry);
     }
     let mut header = Value::Object(header).to_string();
@@ -195,9 +205,8 @@ fn write_shard(path: &Path, shard: &[(String, Tensor)], kind: Kind, code: &str) 
     atomic_file::write_with(path, |file| {
         file.write_all(&(header.len() as u64).to_le_bytes()).map_err(Error::io(path))?;
         file.write_all(header.as_bytes()).map_err(Error::io(path))?;
-        for (_, tensor) in shard {
-            let bytes = torch_ext::tensor_to_bytes(&tensor.f_detach()?.f_to_kind(kind)?)?;
-            file.write_all(&bytes).map_err(Error::io(path))?;
+        for index in 0..tensors.len() {
+            file.write_all(&data(index)?).map_err(Error::io(path))?;
         }
         Ok(())
     })

@@ -2,7 +2,9 @@
 #![allow(clippy::unwrap_used)] // A test that cannot go on fails.
 
 mod bad_models;
+mod chat_templates;
 mod decoding;
+mod gguf;
 mod models;
 mod parity;
 mod trajectories;
