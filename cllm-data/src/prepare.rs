@@ -11,6 +11,9 @@ use cllm_core::{Error, Result, progress, prompt_set};
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum TaskName {
     Gsm8k,
+    Spider,
+    Humaneval,
+    Mbpp,
     Jsonl,
     Synthetic,
 }
@@ -47,6 +50,9 @@ pub struct Arguments {
 pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let task = match arguments.task {
         TaskName::Gsm8k => Task::Gsm8k,
+        TaskName::Spider => Task::Spider,
+        TaskName::Humaneval => Task::Humaneval,
+        TaskName::Mbpp => Task::Mbpp,
         TaskName::Jsonl => Task::Jsonl,
         TaskName::Synthetic => Task::Synthetic,
     };

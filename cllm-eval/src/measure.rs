@@ -108,7 +108,7 @@ impl Subject {
         let mut progress = Progress::new(&title, finished as u64, samples.len() as u64);
         for batch in open.chunks(settings.batch_rows) {
             interrupt::check()?;
-            let answers = self.answer_batch(samples, batch, strategy, settings.seed, task)?;
+            let answers = self.answer_batch(samples, batch, strategy, settings, task)?;
             let lines: Vec<_> = answers.iter().cloned().map(|answer| Line::Answer(Box::new(answer))).collect();
             journal.append(&lines)?;
             records.answers.extend(answers);
@@ -123,13 +123,13 @@ impl Subject {
         samples: &[Sample],
         batch: &[usize],
         strategy: Strategy,
-        seed: u64,
+        settings: &RunSettings,
         task: Task,
     ) -> Result<Vec<AnswerRecord>> {
         let device = self.model.device();
         torch_ext::reset_peak_memory(device);
         let requests: Vec<_> = batch.iter().map(|&index| self.prompts[index].1.clone()).collect();
-        let options = DecodeOptions { strategy, seed, record: false };
+        let options = DecodeOptions { strategy, seed: settings.seed, record: false };
         let (answers, timing) = decode(&self.model, &requests, &self.limits, options, None)?;
         let peak_memory_bytes = torch_ext::memory(device).map(|(_, peak)| peak);
         let share = 1.0 / batch.len() as f64;
@@ -159,8 +159,9 @@ impl Subject {
                 peak_memory_bytes,
             });
         }
-        let verdicts: Vec<Verdict> =
-            found.par_iter().map(|answer| task.score(&samples[answer.index], &answer.text)).collect();
+        let data = settings.data.as_deref();
+        let score = |answer: &AnswerRecord| task.score_in(data, &samples[answer.index], &answer.text);
+        let verdicts: Vec<Verdict> = found.par_iter().map(score).collect::<Result<_>>()?;
         for (answer, verdict) in found.iter_mut().zip(verdicts) {
             answer.verdict = verdict;
         }

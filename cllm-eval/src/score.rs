@@ -6,7 +6,7 @@ use cllm_core::task::Verdict;
 use cllm_core::{Result, atomic_file, interrupt};
 use rayon::prelude::*;
 
-use crate::records::{Records, SAMPLES};
+use crate::records::{AnswerRecord, Records, SAMPLES};
 use crate::results::{RESULTS, Results};
 
 /// Scores the answers in a run's folder and rewrites its files.
@@ -17,8 +17,9 @@ pub fn score(folder: &Path) -> Result<Results> {
     let path = folder.join(SAMPLES);
     let mut records = Records::read(&path)?;
     let task = records.header.benchmark;
-    let verdicts: Vec<Verdict> =
-        records.answers.par_iter().map(|answer| task.score(&answer.sample(), &answer.text)).collect();
+    let data = records.header.settings.data.clone();
+    let score = |answer: &AnswerRecord| task.score_in(data.as_deref(), &answer.sample(), &answer.text);
+    let verdicts: Vec<Verdict> = records.answers.par_iter().map(score).collect::<Result<_>>()?;
     interrupt::check()?;
     for (answer, verdict) in records.answers.iter_mut().zip(verdicts) {
         answer.verdict = verdict;
