@@ -85,7 +85,7 @@ enum Verb {
     Convert {
         /// The file: architecture llama or qwen2.
         gguf: PathBuf,
-        /// Folder to write.
+        /// Folder to write; must not exist yet.
         folder: PathBuf,
     },
     /// Print the completions of a shell.

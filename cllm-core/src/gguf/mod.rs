@@ -11,12 +11,15 @@ use std::path::Path;
 use crate::{Error, Result, atomic_file, torch_ext};
 
 /// Writes the model of a GGUF file as a Hugging Face folder (bf16 safetensors, config, generation_config, tokenizer).
-/// The folder appears whole or not at all; one of that name is replaced if it holds a model or nothing.
+/// The folder appears whole or not at all.
 ///
 /// # Errors
-/// When the file is cut off, of an unsupported type or architecture.
+/// When the file is cut off, of an unsupported type or architecture, or the folder holds something already.
 pub fn convert(gguf: &Path, folder: &Path) -> Result<()> {
-    refuse_foreign(folder)?;
+    refuse_full(folder)?;
+    if gguf.is_dir() {
+        return Err(Error::file(gguf, "is a folder: name the .gguf file in it"));
+    }
     let map = torch_ext::map_file(gguf)?;
     let bad = |message: String| Error::file(gguf, message);
     let file = file::Gguf::parse(&map).map_err(bad)?;
@@ -30,11 +33,11 @@ pub fn convert(gguf: &Path, folder: &Path) -> Result<()> {
     })
 }
 
-/// The output replaces a folder whole, so it must not be one that holds something else.
-fn refuse_foreign(folder: &Path) -> Result<()> {
-    if !folder.exists() || folder.join("config.json").exists() {
+/// The output takes the place of the whole folder, so there must be nothing in it to lose.
+fn refuse_full(folder: &Path) -> Result<()> {
+    let empty = folder.is_dir() && std::fs::read_dir(folder).map_err(Error::io(folder))?.next().is_none();
+    if empty || !folder.exists() {
         return Ok(());
     }
-    let empty = folder.is_dir() && std::fs::read_dir(folder).map_err(Error::io(folder))?.next().is_none();
-    if empty { Ok(()) } else { Err(Error::file(folder, "exists and holds no model: name a new folder")) }
+    Err(Error::file(folder, "exists already: choose another output folder, or delete it"))
 }

@@ -281,7 +281,7 @@ fn what_is_not_supported_is_named() {
 }
 
 #[test]
-fn a_folder_that_holds_something_else_is_not_replaced() {
+fn a_folder_that_holds_something_is_not_replaced() {
     let dir = tempfile::tempdir().unwrap();
     let model = Transformer::random(config("llama", true), 5, Device::Cpu, Kind::Float);
     let gguf = dir.path().join("model.gguf");
@@ -289,9 +289,10 @@ fn a_folder_that_holds_something_else_is_not_replaced() {
     let folder = dir.path().join("letters");
     std::fs::create_dir(&folder).unwrap();
     std::fs::write(folder.join("letter.txt"), "dear").unwrap();
-    assert!(convert(&gguf, &folder).unwrap_err().to_string().contains("holds no model"));
+    assert!(convert(&gguf, &folder).unwrap_err().to_string().contains("exists already"));
     assert_eq!(std::fs::read(folder.join("letter.txt")).unwrap(), b"dear");
     std::fs::remove_file(folder.join("letter.txt")).unwrap();
     convert(&gguf, &folder).unwrap();
-    convert(&gguf, &folder).unwrap();
+    let error = convert(dir.path(), &dir.path().join("new")).unwrap_err();
+    assert!(error.exit_code() == 2 && error.to_string().contains("is a folder"), "{error}");
 }
