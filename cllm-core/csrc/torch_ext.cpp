@@ -3,7 +3,6 @@
 #include <ATen/ops/_foreach_norm.h>
 #include <ATen/ops/_fused_adamw.h>
 #include <c10/cuda/CUDACachingAllocator.h>
-#include <c10/cuda/CUDAFunctions.h>
 
 #include <exception>
 #include <string>
@@ -69,13 +68,5 @@ int cllm_cuda_memory(int device, int64_t *current, int64_t *peak) {
 
 int cllm_cuda_reset_peak(int device) {
   return guarded([&] { c10::cuda::CUDACachingAllocator::resetPeakStats(static_cast<c10::DeviceIndex>(device)); });
-}
-
-int cllm_cuda_empty_cache() {
-  return guarded([&] { c10::cuda::CUDACachingAllocator::emptyCache(); });
-}
-
-int cllm_cuda_synchronize() {
-  return guarded([&] { c10::cuda::device_synchronize(); });
 }
 }

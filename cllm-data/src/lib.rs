@@ -27,7 +27,7 @@ use cllm_core::{Result, progress, settings};
     about,
     after_help = "Example:
   cllm-data prepare synthetic --split train --count 500 --output runs/prompts.jsonl
-  cllm-data collect model=models/tiny-teacher prompts=runs/prompts.jsonl output=runs/trajectories"
+  cllm-data collect model=configs/tiny-teacher prompts=runs/prompts.jsonl output=runs/trajectories"
 )]
 pub struct Arguments {
     #[command(subcommand)]
@@ -59,14 +59,16 @@ enum Verb {
     Prepare(prepare::Arguments),
     /// Record how Jacobi decoding converges on a teacher's answers; goes on where it was stopped.
     #[command(
-        after_help = "Example:\n  cllm-data collect model=models/tiny-teacher prompts=runs/prompts.jsonl output=runs/trajectories n=16"
+        after_help = "Example:\n  cllm-data collect model=configs/tiny-teacher prompts=runs/prompts.jsonl output=runs/trajectories n=16"
     )]
     Collect(Configured),
     /// Correct a random part of the wrong tokens of the states.
     #[command(after_help = "Example:\n  cllm-data augment input=runs/trajectories output=runs/augmented")]
     Augment(Configured),
     /// Drop responses that would teach loops, with counts per rule.
-    #[command(after_help = "Example:\n  cllm-data clean input=runs/augmented output=runs/clean")]
+    #[command(
+        after_help = "Example:\n  cllm-data clean input=runs/augmented output=runs/clean model=configs/tiny-teacher"
+    )]
     Clean(Configured),
     /// Check a data set against its contract; exit code 1 when a row breaks it.
     #[command(after_help = "Example:\n  cllm-data validate runs/trajectories")]
@@ -87,7 +89,7 @@ enum Verb {
         json: bool,
     },
     /// Show one response's trajectory in colour: final, right early, wrong.
-    #[command(after_help = "Example:\n  cllm-data inspect runs/trajectories --model models/tiny-teacher")]
+    #[command(after_help = "Example:\n  cllm-data inspect runs/trajectories --model configs/tiny-teacher")]
     Inspect(inspect::Arguments),
     /// Read a JSON trajectory file of the CLLM reference implementation.
     #[command(

@@ -2,27 +2,18 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, ValueEnum};
+use clap::Args;
+use clap::builder::{PossibleValuesParser, TypedValueParser};
 use cllm_core::program::Outcome;
 use cllm_core::task::{Task, synthetic};
 use cllm_core::{Error, Result, progress, prompt_set};
-
-/// Tasks by their names on the command line.
-#[derive(Debug, Clone, Copy, ValueEnum)]
-enum TaskName {
-    Gsm8k,
-    Spider,
-    Humaneval,
-    Mbpp,
-    Jsonl,
-    Synthetic,
-}
 
 /// Command line of `prepare`.
 #[derive(Args)]
 pub struct Arguments {
     /// The benchmark.
-    task: TaskName,
+    #[arg(value_parser = PossibleValuesParser::new(Task::ALL.map(Task::name)).map(|name| Task::of_source(&name)))]
+    task: Task,
     /// Its folder (for jsonl: the file).
     #[arg(long)]
     data: Option<PathBuf>,
@@ -48,14 +39,7 @@ pub struct Arguments {
 /// # Errors
 /// Missing or broken files.
 pub fn run(arguments: &Arguments) -> Result<Outcome> {
-    let task = match arguments.task {
-        TaskName::Gsm8k => Task::Gsm8k,
-        TaskName::Spider => Task::Spider,
-        TaskName::Humaneval => Task::Humaneval,
-        TaskName::Mbpp => Task::Mbpp,
-        TaskName::Jsonl => Task::Jsonl,
-        TaskName::Synthetic => Task::Synthetic,
-    };
+    let task = arguments.task;
     let mut samples = if task == Task::Synthetic {
         synthetic::generate(arguments.seed, &arguments.split, arguments.count)
     } else {
