@@ -11,19 +11,26 @@ use crate::{Error, Result};
 /// # Errors
 /// What `fill` returns, and file-system errors with the path.
 pub fn write_with(path: &Path, fill: impl FnOnce(&mut BufWriter<&mut File>) -> Result<()>) -> Result<()> {
+    // A device or a pipe is written through: a file in its place would break it for everyone.
+    if fs::metadata(path).is_ok_and(|found| !found.is_file() && !found.is_dir()) {
+        let mut device = fs::OpenOptions::new().write(true).open(path).map_err(Error::write(path))?;
+        let mut buffer = BufWriter::new(&mut device);
+        fill(&mut buffer)?;
+        return buffer.flush().map_err(Error::write(path));
+    }
     let folder = parent(path);
-    fs::create_dir_all(folder).map_err(Error::io(folder))?;
+    fs::create_dir_all(folder).map_err(Error::write(folder))?;
     let mut file = tempfile::Builder::new()
         .prefix(".writing-")
         .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
         .tempfile_in(folder)
-        .map_err(Error::io(folder))?;
+        .map_err(Error::write(folder))?;
     let mut buffer = BufWriter::new(file.as_file_mut());
     fill(&mut buffer)?;
-    buffer.flush().map_err(Error::io(path))?;
+    buffer.flush().map_err(Error::write(path))?;
     drop(buffer);
-    file.as_file().sync_all().map_err(Error::io(path))?;
-    file.persist(path).map_err(|error| Error::Io { path: path.to_owned(), source: error.error })?;
+    file.as_file().sync_all().map_err(Error::write(path))?;
+    file.persist(path).map_err(|error| Error::Write { path: path.to_owned(), source: error.error })?;
     sync_folder(folder)
 }
 
@@ -32,7 +39,7 @@ pub fn write_with(path: &Path, fill: impl FnOnce(&mut BufWriter<&mut File>) -> R
 /// # Errors
 /// File-system errors with the path.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    write_with(path, |file| file.write_all(bytes).map_err(Error::io(path)))
+    write_with(path, |file| file.write_all(bytes).map_err(Error::write(path)))
 }
 
 /// Writes a value as indented JSON with a final newline.
@@ -52,24 +59,29 @@ pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
 /// What `fill` returns, and file-system errors with the path.
 pub fn folder_with(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let beside = parent(path);
-    fs::create_dir_all(beside).map_err(Error::io(beside))?;
-    let work = tempfile::Builder::new().prefix(".writing-").tempdir_in(beside).map_err(Error::io(beside))?;
+    fs::create_dir_all(beside).map_err(Error::write(beside))?;
+    let work = tempfile::Builder::new().prefix(".writing-").tempdir_in(beside).map_err(Error::write(beside))?;
     fill(work.path())?;
-    for entry in fs::read_dir(work.path()).map_err(Error::io(work.path()))? {
-        let entry = entry.map_err(Error::io(work.path()))?.path();
-        File::open(&entry).and_then(|file| file.sync_all()).map_err(Error::io(&entry))?;
+    for entry in fs::read_dir(work.path()).map_err(Error::write(work.path()))? {
+        let entry = entry.map_err(Error::write(work.path()))?.path();
+        File::open(&entry).and_then(|file| file.sync_all()).map_err(Error::write(&entry))?;
     }
     sync_folder(work.path())?;
     fs::set_permissions(work.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
-        .map_err(Error::io(work.path()))?;
+        .map_err(Error::write(work.path()))?;
     let old = path.exists().then(|| hidden_beside(path));
     if let Some(old) = &old {
-        fs::rename(path, old).map_err(Error::io(path))?;
+        fs::rename(path, old).map_err(Error::write(path))?;
     }
-    let work = work.keep();
-    fs::rename(&work, path).map_err(Error::io(path))?;
+    if let Err(error) = fs::rename(work.path(), path) {
+        // What was there stays there.
+        old.iter().try_for_each(|old| fs::rename(old, path)).map_err(Error::write(path))?;
+        return Err(Error::write(path)(error));
+    }
+    // It has another name now: there is nothing left to remove under the old one.
+    let _ = work.keep();
     if let Some(old) = old {
-        fs::remove_dir_all(&old).map_err(Error::io(&old))?;
+        fs::remove_dir_all(&old).map_err(Error::write(&old))?;
     }
     sync_folder(beside)
 }
@@ -87,7 +99,7 @@ fn parent(path: &Path) -> &Path {
 }
 
 fn sync_folder(folder: &Path) -> Result<()> {
-    File::open(folder).and_then(|handle| handle.sync_all()).map_err(Error::io(folder))
+    File::open(folder).and_then(|handle| handle.sync_all()).map_err(Error::write(folder))
 }
 
 #[cfg(test)]
@@ -106,6 +118,34 @@ mod tests {
         assert!(failed.is_err());
         assert_eq!(fs::read(&path).unwrap(), b"old");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_device_is_written_through_and_stays_a_device() {
+        let dir = tempfile::tempdir().unwrap();
+        // Through links of ours, so that a test that fails replaces no device.
+        let link = |device: &str| {
+            let link = dir.path().join(device);
+            std::os::unix::fs::symlink(Path::new("/dev").join(device), &link).unwrap();
+            link
+        };
+        let null = link("null");
+        write(&null, b"x").unwrap();
+        assert!(null.is_symlink());
+        let full = write(&link("full"), b"x").unwrap_err();
+        assert!(full.exit_code() == 3 && full.to_string().contains("make room"), "{full}");
+    }
+
+    #[test]
+    fn a_place_that_cannot_be_written_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("file"), "").unwrap();
+        let path = dir.path().join("file/run/numbers.json");
+        for error in [write(&path, b"x").unwrap_err(), folder_with(&path, |_| Ok(())).unwrap_err()] {
+            assert!(error.exit_code() == 3 && error.to_string().contains("file/run: cannot be written"), "{error}");
+        }
+        let folder = write(dir.path(), b"x").unwrap_err();
+        assert!(folder.exit_code() == 2 && folder.to_string().contains("name a file"), "{folder}");
     }
 
     #[test]

@@ -19,9 +19,17 @@ pub enum Error {
         /// What was expected, what was found, what to do.
         message: String,
     },
-    /// The operating system refused a file operation.
-    #[error("{}: {source}{}", path.display(), advice(source))]
+    /// The operating system refused to open or read something.
+    #[error("{}: {source}{}", path.display(), read_advice(source))]
     Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+    /// The operating system refused to make or write something.
+    #[error("{}: cannot be written: {source}{}", path.display(), write_advice(source))]
+    Write {
         /// The file or folder.
         path: PathBuf,
         /// The system's reason.
@@ -54,10 +62,16 @@ impl Error {
         Error::Environment(message.into())
     }
 
-    /// For `map_err`: an operating-system error about `path`.
+    /// For `map_err`: an operating-system error in reading `path`.
     pub fn io(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.as_ref().to_owned();
         move |source| Error::Io { path, source }
+    }
+
+    /// For `map_err`: an operating-system error in writing `path`.
+    pub fn write(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.as_ref().to_owned();
+        move |source| Error::Write { path, source }
     }
 
     /// Exit code of a program that ends with this error: 2 usage, configuration or bad input, 3 environment,
@@ -70,17 +84,30 @@ impl Error {
                 NotFound | InvalidInput | IsADirectory | NotADirectory => 2,
                 _ => 3,
             },
-            Error::Environment(_) | Error::Torch(_) => 3,
+            Error::Write { source, .. } if source.kind() == IsADirectory => 2,
+            Error::Write { .. } | Error::Environment(_) | Error::Torch(_) => 3,
             Error::Interrupted(signal) => 128 + u8::try_from(*signal).unwrap_or(2),
         }
     }
 }
 
-fn advice(source: &std::io::Error) -> &'static str {
+fn read_advice(source: &std::io::Error) -> &'static str {
     match source.kind() {
-        std::io::ErrorKind::StorageFull => ": free some space and run the same command again; finished parts are kept",
-        std::io::ErrorKind::PermissionDenied => ": choose another folder or change its permissions",
+        std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory => ": check the path",
+        std::io::ErrorKind::PermissionDenied => ": change its permissions",
+        std::io::ErrorKind::IsADirectory => ": name a file in it",
         _ => "",
+    }
+}
+
+fn write_advice(source: &std::io::Error) -> &'static str {
+    use std::io::ErrorKind::{FileTooLarge, IsADirectory, QuotaExceeded, StorageFull};
+    match source.kind() {
+        StorageFull | QuotaExceeded | FileTooLarge => {
+            ": make room, then run the same command again; what was finished is kept"
+        }
+        IsADirectory => ": name a file in it",
+        _ => ": choose another place, or change its permissions",
     }
 }
 

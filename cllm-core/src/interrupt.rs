@@ -3,26 +3,28 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
 
 use crate::{Error, Result};
 
 static REQUESTED: std::sync::LazyLock<Arc<AtomicUsize>> = std::sync::LazyLock::new(Default::default);
 
-/// Installs the handlers; call once, first thing in `main`.
+/// Installs the handlers; call once, first thing in `main`. A file that grows past the limit of the process is an error
+/// of the write then, and no longer kills the process without a word.
 ///
 /// # Errors
 /// When the system refuses a handler.
 pub fn install() -> Result<()> {
+    let refused = |signal| move |error| Error::environment(format!("cannot handle signal {signal}: {error}"));
     for signal in [SIGINT, SIGTERM] {
         let second = Arc::new(AtomicBool::new(false));
         let code = 128 + signal;
         signal_hook::flag::register_conditional_shutdown(signal, code, Arc::clone(&second))
             .and_then(|_| signal_hook::flag::register(signal, second))
             .and_then(|_| signal_hook::flag::register_usize(signal, Arc::clone(&REQUESTED), signal as usize))
-            .map_err(|error| Error::environment(format!("cannot handle signal {signal}: {error}")))?;
+            .map_err(refused(signal))?;
     }
-    Ok(())
+    signal_hook::flag::register(SIGXFSZ, Arc::default()).map(drop).map_err(refused(SIGXFSZ))
 }
 
 /// The signal that asked to stop, if one did.

@@ -1,6 +1,6 @@
 //! Progress on stderr with rate and time left: a bar in a terminal, a plain line every ten seconds elsewhere.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -17,8 +17,14 @@ pub fn set_quiet(quiet: bool) {
 /// Says one line on stderr, unless quiet.
 pub fn say(line: impl AsRef<str>) {
     if !QUIET.load(Ordering::Relaxed) {
-        eprintln!("{}", line.as_ref());
+        show(&format!("{}\n", line.as_ref()));
     }
+}
+
+/// Puts text on stderr as it is. A terminal or a pipe that is gone does not end the work.
+pub fn show(text: &str) {
+    let mut stderr = std::io::stderr().lock();
+    let _ = stderr.write_all(text.as_bytes()).and_then(|()| stderr.flush());
 }
 
 /// Progress of one piece of work.

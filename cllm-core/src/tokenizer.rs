@@ -169,7 +169,7 @@ pub fn copy_files(from: &Path, to: &Path) -> Result<()> {
     for name in FILES {
         let (from, to) = (from.join(name), to.join(name));
         if from.exists() {
-            std::fs::copy(&from, &to).map_err(Error::io(&to))?;
+            std::fs::copy(&from, &to).map_err(Error::write(&to))?;
         }
     }
     Ok(())

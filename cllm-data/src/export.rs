@@ -31,13 +31,13 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let mut bar = Progress::new("rows", 0, reader.len() as u64);
     let mut records = 0;
     atomic_file::write_with(path, |file| {
-        let io = |result: std::io::Result<()>| result.map_err(Error::io(path));
+        let io = |result: std::io::Result<()>| result.map_err(Error::write(path));
         io(file.write_all(b"["))?;
         for row in reader.rows() {
             interrupt::check()?;
             for record in records_of(row?) {
                 io(file.write_all(if records == 0 { b"\n" } else { b",\n" }))?;
-                serde_json::to_writer(&mut *file, &record).map_err(|error| Error::io(path)(error.into()))?;
+                serde_json::to_writer(&mut *file, &record).map_err(|error| Error::write(path)(error.into()))?;
                 records += 1;
             }
             bar.advance(1);

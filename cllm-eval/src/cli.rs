@@ -1,11 +1,12 @@
 //! The command line.
 
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
+use clap::builder::TypedValueParser;
 use clap::{CommandFactory, Parser, Subcommand};
+use cllm_core::program::{Outcome, print, print_json};
 use cllm_core::task::Task;
-use cllm_core::{Error, Result, progress, settings};
+use cllm_core::{Result, progress, settings};
 use serde_json::json;
 
 use crate::config::RunSettings;
@@ -77,10 +78,10 @@ enum Verb {
         #[arg(long)]
         raw: bool,
         /// Tokens of a Jacobi block.
-        #[arg(long, default_value_t = 16)]
+        #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u64).range(2..=1024).map(|n| n as usize))]
         n: usize,
         /// Most tokens of the answer.
-        #[arg(long, default_value_t = 256)]
+        #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..).map(|n| n as usize))]
         max_new_tokens: usize,
         /// auto, cpu, cuda or cuda:N.
         #[arg(long, default_value = "auto")]
@@ -119,9 +120,9 @@ impl Cli {
     ///
     /// # Errors
     /// What the verb fails with.
-    pub fn execute(self) -> Result<u8> {
+    pub fn execute(self) -> Result<Outcome> {
         progress::set_quiet(self.quiet);
-        match self.verb {
+        let done = match self.verb {
             Verb::Run { config, overrides, json } => {
                 let settings: RunSettings = settings::load(config.as_deref(), &overrides)?;
                 results(&run::run(&settings)?, json)
@@ -143,15 +144,16 @@ impl Cli {
                 clap_complete::generate(shell, &mut Cli::command(), "cllm-eval", &mut script);
                 print(&String::from_utf8_lossy(&script))
             }
-        }
+        };
+        done.map(|()| Outcome::Done)
     }
 }
 
-fn results(results: &crate::results::Results, json: bool) -> Result<u8> {
+fn results(results: &crate::results::Results, json: bool) -> Result<()> {
     if json { print_json(results) } else { print(&table::summary(results)) }
 }
 
-fn draw(results: &[PathBuf], output: Option<&Path>, json: bool) -> Result<u8> {
+fn draw(results: &[PathBuf], output: Option<&Path>, json: bool) -> Result<()> {
     let written = report::report(results, output)?;
     if json {
         return print_json(&json!({ "schema_version": 1, "written": written }));
@@ -159,7 +161,7 @@ fn draw(results: &[PathBuf], output: Option<&Path>, json: bool) -> Result<u8> {
     print(&written.iter().map(|path| format!("{}\n", path.display())).collect::<String>())
 }
 
-fn list(json: bool) -> Result<u8> {
+fn list(json: bool) -> Result<()> {
     if json {
         let benchmarks: Vec<_> =
             Task::ALL.iter().map(|task| json!({ "name": task.name(), "needs": task.needs() })).collect();
@@ -167,19 +169,4 @@ fn list(json: bool) -> Result<u8> {
     }
     let lines: String = Task::ALL.iter().map(|task| format!("{:<10} needs {}\n", task.name(), task.needs())).collect();
     print(&lines)
-}
-
-fn print_json(value: &impl serde::Serialize) -> Result<u8> {
-    let text = serde_json::to_string_pretty(value).map_err(|error| Error::usage(format!("as JSON: {error}")))?;
-    print(&text)
-}
-
-/// Writes data to stdout; a reader that stops early is no error.
-fn print(text: &str) -> Result<u8> {
-    let mut out = std::io::stdout().lock();
-    let end = if text.ends_with('\n') { "" } else { "\n" };
-    match write!(out, "{text}{end}").and_then(|()| out.flush()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(Error::io("stdout")(error)),
-        _ => Ok(0),
-    }
 }

@@ -1,6 +1,6 @@
 //! `generate`: one prompt, autoregressive beside Jacobi decoding.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 
 use cllm_core::chat_template::Message;
 use cllm_core::decode::{Answer, DecodeOptions, Limits, Request, Strategy, Timing, decode};
@@ -42,9 +42,6 @@ pub struct Question {
 /// # Errors
 /// When the model cannot be loaded or the prompt does not fit.
 pub fn generate(what: &Question, show: bool) -> Result<Value> {
-    if what.n < 2 {
-        return Err(Error::usage("--n must be at least 2"));
-    }
     let device = device::parse(&what.device)?;
     let folder = hub::locate(&what.model)?;
     let tokenizer = Tokenizer::load(&folder)?;
@@ -133,12 +130,12 @@ impl<'t> Screen<'t> {
             return;
         }
         match self.writer.push(ids) {
-            Ok(piece) if self.colour => eprint!("{}{piece}\x1b[0m", COLOURS[self.forwards % COLOURS.len()]),
-            Ok(piece) => eprint!("{piece}"),
+            Ok(piece) if self.colour => {
+                progress::show(&format!("{}{piece}\x1b[0m", COLOURS[self.forwards % COLOURS.len()]));
+            }
+            Ok(piece) => progress::show(&piece),
             Err(error) => self.failure = Some(error),
         }
-        // A terminal that is gone must not end the work.
-        let _ = std::io::stderr().flush();
         self.forwards += 1;
     }
 
@@ -147,7 +144,7 @@ impl<'t> Screen<'t> {
             return Err(error);
         }
         if self.show {
-            eprintln!("{}", self.writer.finish()?);
+            progress::show(&format!("{}\n", self.writer.finish()?));
         }
         Ok(())
     }

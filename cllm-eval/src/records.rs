@@ -229,7 +229,7 @@ impl Records {
             .chain(self.speeds.iter().cloned().map(Line::Speed));
         atomic_file::write_with(path, |file| {
             for line in lines {
-                file.write_all(to_line(path, &line)?.as_bytes()).map_err(Error::io(path))?;
+                file.write_all(to_line(path, &line)?.as_bytes()).map_err(Error::write(path))?;
             }
             Ok(())
         })
@@ -250,19 +250,28 @@ impl Journal {
     pub fn open(path: &Path, header: Header) -> Result<(Self, Records)> {
         if path.exists() {
             let (records, whole) = Records::read_prefix(path, true)?;
+            // A run that ended before its first answer is nothing to lose.
+            let empty = records.answers.is_empty() && records.speeds.is_empty();
+            if empty && records.header.identity != header.identity {
+                return Self::create(path, header);
+            }
             if records.header.identity != header.identity {
                 return Err(Error::file(
                     path,
                     "belongs to a run with other settings, models or prompts; choose another `output` or remove it",
                 ));
             }
-            let mut file = OpenOptions::new().write(true).open(path).map_err(Error::io(path))?;
-            file.set_len(whole).and_then(|()| file.seek(std::io::SeekFrom::End(0))).map_err(Error::io(path))?;
+            let mut file = OpenOptions::new().write(true).open(path).map_err(Error::write(path))?;
+            file.set_len(whole).and_then(|()| file.seek(std::io::SeekFrom::End(0))).map_err(Error::write(path))?;
             return Ok((Journal { path: path.to_owned(), file }, records));
         }
+        Self::create(path, header)
+    }
+
+    fn create(path: &Path, header: Header) -> Result<(Self, Records)> {
         let records = Records { header, answers: Vec::new(), speeds: Vec::new() };
         records.write(path)?;
-        let file = OpenOptions::new().append(true).open(path).map_err(Error::io(path))?;
+        let file = OpenOptions::new().append(true).open(path).map_err(Error::write(path))?;
         Ok((Journal { path: path.to_owned(), file }, records))
     }
 
@@ -275,7 +284,7 @@ impl Journal {
         for line in lines {
             text.push_str(&to_line(&self.path, line)?);
         }
-        self.file.write_all(text.as_bytes()).and_then(|()| self.file.sync_data()).map_err(Error::io(&self.path))
+        self.file.write_all(text.as_bytes()).and_then(|()| self.file.sync_data()).map_err(Error::write(&self.path))
     }
 }
 

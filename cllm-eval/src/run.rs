@@ -41,7 +41,7 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
         settings: settings.clone(),
     };
     let output = &settings.output;
-    std::fs::create_dir_all(output).map_err(Error::io(output))?;
+    std::fs::create_dir_all(output).map_err(Error::write(output))?;
     let (mut journal, mut records) = Journal::open(&output.join(SAMPLES), header)?;
     atomic_file::write(&output.join("settings.yaml"), settings::to_yaml(settings)?.as_bytes())?;
     let mut subjects = Vec::new();

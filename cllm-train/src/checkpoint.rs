@@ -107,18 +107,18 @@ fn write_tensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
 fn point(folder: &Path, name: &str, target: &str) -> Result<()> {
     let new = folder.join(format!(".{name}"));
     let _ = std::fs::remove_file(&new);
-    std::os::unix::fs::symlink(target, &new).map_err(Error::io(&new))?;
-    std::fs::rename(&new, folder.join(name)).map_err(Error::io(folder))
+    std::os::unix::fs::symlink(target, &new).map_err(Error::write(&new))?;
+    std::fs::rename(&new, folder.join(name)).map_err(Error::write(folder))
 }
 
 fn rotate(folder: &Path, keep: usize, best: Option<usize>) -> Result<()> {
     let mut steps: Vec<(usize, PathBuf)> = Vec::new();
-    for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
-        let path = entry.map_err(Error::io(folder))?.path();
+    for entry in std::fs::read_dir(folder).map_err(Error::write(folder))? {
+        let path = entry.map_err(Error::write(folder))?.path();
         let step = path.file_name().and_then(|name| name.to_str()?.strip_prefix("step-")?.parse().ok());
         steps.extend(step.filter(|&step| Some(step) != best).map(|step| (step, path)));
     }
     steps.sort();
     let old = steps.len().saturating_sub(keep);
-    steps[..old].iter().try_for_each(|(_, path)| std::fs::remove_dir_all(path).map_err(Error::io(path)))
+    steps[..old].iter().try_for_each(|(_, path)| std::fs::remove_dir_all(path).map_err(Error::write(path)))
 }

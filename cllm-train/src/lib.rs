@@ -115,7 +115,9 @@ pub fn run(arguments: Arguments) -> Result<Outcome> {
             progress::say(format!("model in {}", folder.display()));
         }
         Verb::Completions { shell } => {
-            clap_complete::generate(shell, &mut Arguments::command(), "cllm-train", &mut std::io::stdout());
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Arguments::command(), "cllm-train", &mut script);
+            cllm_core::program::print(&String::from_utf8_lossy(&script))?;
         }
     }
     Ok(Outcome::Done)

@@ -21,12 +21,16 @@ impl Metrics {
     /// Opens the files; what an earlier run wrote after its checkpoint at `step` is dropped, since it comes again.
     pub fn open(run: &Path, step: usize) -> Result<Self> {
         let path = run.join("metrics.jsonl");
-        let old = std::fs::read_to_string(&path).unwrap_or_default();
+        let old = match std::fs::read(&path) {
+            Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
+            Err(error) => return Err(Error::io(&path)(error)),
+        };
         let lines = old.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
         let kept: Vec<Value> = lines.filter(|line| line["step"].as_u64().is_some_and(|at| at <= step as u64)).collect();
         let text: String = kept.iter().map(|line| format!("{line}\n")).collect();
         atomic_file::write(&path, text.as_bytes())?;
-        let file = std::fs::OpenOptions::new().append(true).open(&path).map_err(Error::io(&path))?;
+        let file = std::fs::OpenOptions::new().append(true).open(&path).map_err(Error::write(&path))?;
         let mut events = Events::create(&run.join("tensorboard"))?;
         for line in &kept {
             write_events(&mut events, line)?;
@@ -37,7 +41,7 @@ impl Metrics {
 
     /// Writes one line: an object of numbers with its `step`.
     pub fn write(&mut self, line: &Value) -> Result<()> {
-        writeln!(self.file, "{line}").map_err(Error::io(&self.path))?;
+        writeln!(self.file, "{line}").map_err(Error::write(&self.path))?;
         if !line["loss"].is_null() {
             self.last_losses = line.clone();
         }

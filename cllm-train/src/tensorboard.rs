@@ -21,15 +21,15 @@ impl Events {
     /// # Errors
     /// File-system errors.
     pub fn create(folder: &Path) -> Result<Self> {
-        std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
-        for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
-            let path = entry.map_err(Error::io(folder))?.path();
+        std::fs::create_dir_all(folder).map_err(Error::write(folder))?;
+        for entry in std::fs::read_dir(folder).map_err(Error::write(folder))? {
+            let path = entry.map_err(Error::write(folder))?.path();
             if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("events.out.tfevents.")) {
-                std::fs::remove_file(&path).map_err(Error::io(&path))?;
+                std::fs::remove_file(&path).map_err(Error::write(&path))?;
             }
         }
         let path = folder.join(format!("events.out.tfevents.{}.cllm", now().as_secs()));
-        let file = File::create(&path).map_err(Error::io(&path))?;
+        let file = File::create(&path).map_err(Error::write(&path))?;
         let mut events = Events { path, file };
         let mut event = time();
         bytes(&mut event, 3, VERSION.as_bytes());
@@ -61,7 +61,7 @@ impl Events {
     fn record(&mut self, message: &[u8]) -> Result<()> {
         let length = (message.len() as u64).to_le_bytes();
         let parts = [&length[..], &checksum(&length), message, &checksum(message)];
-        self.file.write_all(&parts.concat()).map_err(Error::io(&self.path))
+        self.file.write_all(&parts.concat()).map_err(Error::write(&self.path))
     }
 }
 

@@ -69,7 +69,7 @@ pub fn run(settings: Settings) -> Result<()> {
         Some(init) => Transformer::random(random_config(init, &tokenizer)?, settings.seed, place, kind),
     };
     let examples = examples::read(&settings, &tokenizer)?;
-    std::fs::create_dir_all(&folder).map_err(Error::io(&folder))?;
+    std::fs::create_dir_all(&folder).map_err(Error::write(&folder))?;
     let mut state = State::new(&model);
     let position = match checkpoint::resume(&folder, &mut state, &settings)? {
         Some(position) => {

@@ -129,7 +129,7 @@ fn check_length(request: &Request, limits: &Limits, max_positions: usize) -> Res
     if prompt == 0 {
         return Err(Error::usage(format!("sample `{}` has an empty prompt: nothing to continue", request.sample_id)));
     }
-    if prompt + new > max_positions {
+    if prompt.saturating_add(new) > max_positions {
         return Err(Error::usage(format!(
             "sample `{}`: {prompt} prompt tokens and up to {new} new ones do not fit the model's context of \
              {max_positions}; lower max_new_tokens or leave the sample out",

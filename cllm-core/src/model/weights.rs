@@ -177,7 +177,7 @@ pub(super) fn write(
     // Of an earlier save in the other form; a reader would have to guess which one counts.
     let stale = folder.join(if shards.len() > 1 { SINGLE } else { INDEX });
     if stale.exists() {
-        std::fs::remove_file(&stale).map_err(Error::io(&stale))?;
+        std::fs::remove_file(&stale).map_err(Error::write(&stale))?;
     }
     atomic_file::write_json(&folder.join("config.json"), &config.to_json(dtype))
 }
@@ -203,10 +203,10 @@ pub(crate) fn write_safetensors(
     // The data that follows is aligned to 8 bytes, as the format asks.
     header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
     atomic_file::write_with(path, |file| {
-        file.write_all(&(header.len() as u64).to_le_bytes()).map_err(Error::io(path))?;
-        file.write_all(header.as_bytes()).map_err(Error::io(path))?;
+        file.write_all(&(header.len() as u64).to_le_bytes()).map_err(Error::write(path))?;
+        file.write_all(header.as_bytes()).map_err(Error::write(path))?;
         for index in 0..tensors.len() {
-            file.write_all(&data(index)?).map_err(Error::io(path))?;
+            file.write_all(&data(index)?).map_err(Error::write(path))?;
         }
         Ok(())
     })
