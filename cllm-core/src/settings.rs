@@ -4,6 +4,7 @@
 //! `garde::Validate`. The file is parsed straight into the struct, so that errors show its line; the other layers are
 //! laid over the resulting value.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use garde::Validate;
@@ -24,12 +25,10 @@ pub fn load<T>(file: Option<&Path>, overrides: &[String]) -> Result<T>
 where
     T: Serialize + DeserializeOwned + Default + Validate<Context = ()>,
 {
-    let base: T = match file {
-        None => T::default(),
-        Some(path) => {
-            let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-            parse(&text, &path.display().to_string())?
-        }
+    let text = file.map(|path| std::fs::read_to_string(path).map_err(Error::io(path))).transpose()?;
+    let base: T = match (file, &text) {
+        (Some(path), Some(text)) => parse(text, &path.display().to_string())?,
+        _ => T::default(),
     };
     let mut layers = from_environment();
     layers.extend(overrides.iter().map(|text| (format!("override `{text}`"), text.clone())));
@@ -40,8 +39,23 @@ where
     }
     let settings: T = serde_path_to_error::deserialize(&value)
         .map_err(|error| Error::usage(format!("{}: {}", error.path(), error.inner())))?;
-    settings.validate().map_err(|report| Error::usage(in_lines(&report)))?;
+    settings.validate().map_err(|report| {
+        let in_file = file.zip(text.as_deref()).map(|(path, text)| (path, lines_of_invalid::<T>(text)));
+        let lines = report.iter().map(|(path, error)| {
+            let origin = origin(&path.to_string(), &layers, in_file.as_ref());
+            origin + &out_of_range(&value, &path.to_string(), &error.to_string())
+        });
+        Error::usage(lines.collect::<Vec<_>>().join("\n"))
+    })?;
     Ok(settings)
+}
+
+/// A rule of paths that must be given.
+///
+/// # Errors
+/// For an empty path.
+pub fn given(path: &Path, _: &()) -> garde::Result {
+    if path.as_os_str().is_empty() { Err(garde::Error::new("is not set")) } else { Ok(()) }
 }
 
 /// The settings as YAML, to be saved with a run.
@@ -129,22 +143,54 @@ fn nearest(wanted: &str, keys: &[String]) -> Option<String> {
     (likeness(best) > 0.75).then(|| best.clone())
 }
 
-fn in_lines(report: &garde::Report) -> String {
-    let lines: Vec<_> = report.iter().map(|(path, error)| format!("{path}: {error}")).collect();
-    lines.join("\n")
+/// A value that is not allowed, or not there: `optimizer.lr=3: greater than 1`.
+fn out_of_range(settings: &Value, path: &str, error: &str) -> String {
+    let value = path.split('.').fold(settings, |value, key| &value[key]);
+    if value.as_str() == Some("") || value.as_array().is_some_and(Vec::is_empty) {
+        return format!("{path} is not set: add `{path}=...` to the command, or `{path}:` to the settings file");
+    }
+    format!("{path}={value}: {error}")
+}
+
+/// Where the value of `path` was given, as the beginning of a message.
+fn origin(path: &str, layers: &[(String, String)], file: Option<&(&Path, BTreeMap<String, String>)>) -> String {
+    let sets = |assignment: &str| assignment.split_once('=').is_some_and(|(key, _)| path.starts_with(key));
+    if let Some((origin, _)) = layers.iter().rfind(|(_, assignment)| sets(assignment)) {
+        return format!("{origin}: ");
+    }
+    let line = |(file, lines): &(&Path, BTreeMap<String, String>)| {
+        lines.get(path).map(|line| format!("{}, line {line}: ", file.display()))
+    };
+    file.and_then(line).unwrap_or_default()
+}
+
+/// The line in the file of each value that is not allowed. The parser alone knows it, and tells it in words:
+/// `validation error at optimizer.lr: greater than 1 at line 2, column 7`.
+fn lines_of_invalid<T: DeserializeOwned + Validate<Context = ()>>(text: &str) -> BTreeMap<String, String> {
+    let options = serde_saphyr::options! { with_snippet: false };
+    let Err(error) = serde_saphyr::from_str_with_options_valid::<T>(text, options) else { return BTreeMap::new() };
+    let message = error.to_string();
+    let issue = |line: &str| {
+        let (path, rest) = line.strip_prefix("validation error at ")?.split_once(": ")?;
+        let (line, _) = rest.rsplit_once(" at line ")?.1.split_once(',')?;
+        Some((path.to_owned(), line.to_owned()))
+    };
+    message.lines().filter_map(issue).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    #[derive(Debug, serde::Serialize, serde::Deserialize, Validate, Default, PartialEq)]
+    #[derive(Debug, serde::Serialize, serde::Deserialize, Validate, PartialEq)]
     #[serde(default, deny_unknown_fields)]
     struct Top {
         #[garde(dive)]
         optimizer: Optimizer,
         #[garde(skip)]
         output: Option<String>,
+        #[garde(length(min = 1))]
+        name: String,
     }
 
     #[derive(Debug, serde::Serialize, serde::Deserialize, Validate, PartialEq)]
@@ -152,6 +198,12 @@ mod tests {
     struct Optimizer {
         #[garde(range(min = 0.0, max = 1.0))]
         lr: f64,
+    }
+
+    impl Default for Top {
+        fn default() -> Self {
+            Top { optimizer: Optimizer::default(), output: None, name: "run".to_owned() }
+        }
     }
 
     impl Default for Optimizer {
@@ -192,7 +244,15 @@ mod tests {
     fn wrong_types_and_ranges_are_refused() {
         let wrong = with_file("", &["optimizer.lr=fast"]).unwrap_err().to_string();
         assert!(wrong.contains("optimizer.lr"), "{wrong}");
-        let range = with_file("optimizer:\n  lr: 3\n", &[]).unwrap_err().to_string();
-        assert!(range.contains("optimizer.lr"), "{range}");
+        let range = with_file("output: x\noptimizer:\n  lr: 3\n", &[]).unwrap_err().to_string();
+        assert!(range.ends_with("run.yaml, line 3: optimizer.lr=3.0: greater than 1"), "{range}");
+        let range = with_file("optimizer:\n  lr: 3\n", &["optimizer.lr=-1"]).unwrap_err().to_string();
+        assert_eq!(range, "override `optimizer.lr=-1`: optimizer.lr=-1: lower than 0");
+    }
+
+    #[test]
+    fn what_must_be_given_is_asked_for() {
+        let missing = with_file("", &["name=''"]).unwrap_err().to_string();
+        assert!(missing.contains("name is not set: add `name=...`"), "{missing}");
     }
 }
