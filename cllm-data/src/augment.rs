@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use cllm_core::program::{Outcome, print_json};
 use cllm_core::trajectory::Trajectory;
-use cllm_core::{Result, fingerprint, progress};
+use cllm_core::{Result, fingerprint, progress, settings};
 use garde::Validate;
 use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
@@ -17,10 +17,10 @@ use serde_json::json;
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
     /// The data set.
-    #[garde(skip)]
+    #[garde(custom(settings::given))]
     pub input: PathBuf,
     /// The folder to write.
-    #[garde(skip)]
+    #[garde(custom(settings::given))]
     pub output: PathBuf,
     /// Share of a state's wrong tokens, its first aside, that is corrected.
     #[garde(range(min = 0.0, max = 1.0))]

@@ -8,8 +8,8 @@ use cllm_core::program::{Outcome, print_json};
 use cllm_core::prompt_set::{self, Prompt, Sample};
 use cllm_core::task::{Task, Verdict};
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::trajectory::{FinishReason, Trajectory};
-use cllm_core::{Error, Result, atomic_file, hub, progress};
+use cllm_core::trajectory::{FinishReason, Reader, Trajectory};
+use cllm_core::{Error, Result, atomic_file, hub, progress, settings};
 use garde::Validate;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -21,10 +21,10 @@ use crate::repetition;
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
     /// The data set.
-    #[garde(skip)]
+    #[garde(custom(settings::given))]
     pub input: PathBuf,
     /// The folder to write.
-    #[garde(skip)]
+    #[garde(custom(settings::given))]
     pub output: PathBuf,
     /// The model whose tokenizer reads the answers: a folder or an id.
     #[garde(length(min = 1))]
@@ -79,6 +79,8 @@ impl Default for Settings {
 /// Bad data sets, models and folders.
 pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
     let tokenizer = Tokenizer::load(&hub::locate(&settings.model)?)?;
+    // Text that another tokenizer makes of the ids is noise, and would be judged as if it were the answer.
+    Reader::open(&settings.input)?.expect_tokenizer(tokenizer.fingerprint())?;
     let evaluation = evaluation_prompts(settings, &tokenizer)?;
     let dropped: Mutex<Vec<(&'static str, Trajectory)>> = Mutex::default();
     let drop_row = |rule, row| {

@@ -11,7 +11,7 @@ use cllm_core::prompt_set::{self, Sample};
 use cllm_core::task::{Task, Verdict};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{FinishReason, Provenance, Trajectory, Writer};
-use cllm_core::{Result, atomic_file, device, hub, progress};
+use cllm_core::{Error, Result, atomic_file, device, hub, progress, settings};
 use garde::Validate;
 use serde::{Deserialize, Serialize};
 
@@ -23,7 +23,7 @@ pub struct Settings {
     #[garde(length(min = 1))]
     pub model: String,
     /// The prompt set.
-    #[garde(skip)]
+    #[garde(custom(settings::given))]
     pub prompts: PathBuf,
     /// Folder of the data set.
     #[garde(length(min = 1))]
@@ -120,7 +120,14 @@ pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
     let folder = hub::locate(&settings.model)?;
     let tokenizer = Tokenizer::load(&folder)?.with_eos_ids(&settings.eos_ids);
     let model = Transformer::load(&folder, place, device::default_kind(place))?;
+    let vocab_size = model.config().vocab_size as usize;
+    if let Some(id) = settings.eos_ids.iter().find(|&&id| id < 0 || id as usize >= vocab_size) {
+        return Err(Error::usage(format!("eos_ids: {id} is no token of {}, which has {vocab_size}", settings.model)));
+    }
     let mut samples = prompt_set::read(&settings.prompts)?;
+    if samples.is_empty() {
+        return Err(Error::file(&settings.prompts, "holds no prompts: make it anew with `cllm-data prepare`"));
+    }
     if settings.limit > 0 {
         samples.truncate(settings.limit);
     }
@@ -128,7 +135,7 @@ pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
     let provenance = Provenance {
         teacher: fingerprint(&folder)?,
         tokenizer: tokenizer.fingerprint().to_owned(),
-        vocab_size: model.config().vocab_size as usize,
+        vocab_size,
         n: settings.n,
         max_new_tokens: settings.max_new_tokens,
         eos_ids: tokenizer.eos_ids().to_vec(),
@@ -140,8 +147,16 @@ pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
     let mut writer = Writer::open(output, provenance)?;
     let (prepared, skipped) = fit(samples, &tokenizer, model.config().max_positions, settings.max_new_tokens)?;
     if !skipped.is_empty() {
-        progress::say(format!("{} prompts are too long for the context: see skipped.jsonl", skipped.len()));
+        progress::say(format!("{} prompts are empty or too long for the context: see skipped.jsonl", skipped.len()));
         prompt_set::write(&output.join("skipped.jsonl"), &skipped)?;
+    }
+    if prepared.is_empty() {
+        return Err(Error::usage(format!(
+            "no prompt of {} fits the context: with max_new_tokens={} it may have at most {} tokens; lower max_new_tokens",
+            settings.prompts.display(),
+            settings.max_new_tokens,
+            model.config().max_positions.saturating_sub(settings.max_new_tokens)
+        )));
     }
     let resumed = (writer.shards() * settings.shard_rows).min(prepared.len());
     let mut summary =
@@ -185,7 +200,7 @@ fn fit(
     let mut skipped = Vec::new();
     for sample in samples {
         let (prompt, ids) = tokenizer.prompt(&sample.prompt)?;
-        if ids.is_empty() || ids.len() + max_new_tokens > max_positions {
+        if ids.is_empty() || ids.len().saturating_add(max_new_tokens) > max_positions {
             skipped.push(sample);
         } else {
             prepared.push(Prepared { sample, prompt, ids });

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use cllm_core::progress::Progress;
 use cllm_core::trajectory::{Manifest, Reader, Trajectory, Writer};
-use cllm_core::{Error, Result, atomic_file, interrupt};
+use cllm_core::{Result, atomic_file, interrupt};
 use rayon::prelude::*;
 
 /// Rows in memory at once.
@@ -19,13 +19,10 @@ pub(crate) fn copy(
     change: impl Fn(Trajectory) -> Option<Trajectory> + Sync,
     mut sort_out: impl FnMut(Vec<Trajectory>) -> Vec<Trajectory>,
 ) -> Result<Manifest> {
-    if output.join("manifest.json").exists() {
-        return Err(Error::file(output, "holds a data set already; choose another output folder, or delete it"));
-    }
     let reader = Reader::open(input)?;
     let mut provenance = reader.provenance().clone();
     provenance.steps.push(step);
-    let mut writer = Writer::open(output, provenance)?;
+    let mut writer = Writer::create(output, provenance)?;
     let mut bar = Progress::new("rows", 0, reader.len() as u64);
     let mut rows = reader.rows();
     loop {

@@ -39,9 +39,6 @@ pub struct Arguments {
 /// Files of another form, and rows that break the contract.
 pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let (path, output) = (&arguments.file, &arguments.output);
-    if output.join("manifest.json").exists() {
-        return Err(Error::file(output, "holds a data set already; choose another output folder, or delete it"));
-    }
     let folder = hub::locate(&arguments.model)?;
     let tokenizer = Tokenizer::load(&folder)?;
     let provenance = Provenance {
@@ -56,7 +53,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         toolkit: cllm_core::VERSION.to_owned(),
         steps: vec!["import: a file of the reference implementation".to_owned()],
     };
-    let mut writer = Writer::open(output, provenance.clone())?;
+    let mut writer = Writer::create(output, provenance.clone())?;
     let mut import = Import { arguments, tokenizer, provenance, records: Vec::new(), cut: 0, dropped: 0 };
     let mut rows = Vec::new();
     reference_format::read(path, |record| {

@@ -66,7 +66,11 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let reader = Reader::open(&arguments.data)?;
     let row = find(&reader, arguments)?;
     let tokenizer = match &arguments.model {
-        Some(model) => Some(Tokenizer::load(&hub::locate(model)?)?),
+        Some(model) => {
+            let tokenizer = Tokenizer::load(&hub::locate(model)?)?;
+            reader.expect_tokenizer(tokenizer.fingerprint())?;
+            Some(tokenizer)
+        }
         None => None,
     };
     let text = |id: i32| match &tokenizer {

@@ -71,14 +71,8 @@ enum Verb {
     )]
     Clean(Configured),
     /// Check a data set against its contract; exit code 1 when a row breaks it.
-    #[command(after_help = "Example:\n  cllm-data validate runs/trajectories")]
-    Validate {
-        /// The data set.
-        data: PathBuf,
-        /// Print the report as JSON on stdout.
-        #[arg(long)]
-        json: bool,
-    },
+    #[command(after_help = "Example:\n  cllm-data validate runs/trajectories --model configs/tiny-teacher")]
+    Validate(validate::Arguments),
     /// Tokens, blocks, states, fast-forwarded and stationary tokens.
     #[command(after_help = "Example:\n  cllm-data stats runs/trajectories --json")]
     Stats {
@@ -120,13 +114,15 @@ pub fn run(arguments: Arguments) -> Result<Outcome> {
         Verb::Collect(given) => collect::run(&settings::load(given.config.as_deref(), &given.overrides)?, given.json),
         Verb::Augment(given) => augment::run(&settings::load(given.config.as_deref(), &given.overrides)?, given.json),
         Verb::Clean(given) => clean::run(&settings::load(given.config.as_deref(), &given.overrides)?, given.json),
-        Verb::Validate { data, json } => validate::run(&data, json),
+        Verb::Validate(arguments) => validate::run(&arguments),
         Verb::Stats { data, json } => stats::run(&data, json),
         Verb::Inspect(arguments) => inspect::run(&arguments),
         Verb::Import(arguments) => import::run(&arguments),
         Verb::Export(arguments) => export::run(&arguments),
         Verb::Completions { shell } => {
-            clap_complete::generate(shell, &mut Arguments::command(), "cllm-data", &mut std::io::stdout());
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Arguments::command(), "cllm-data", &mut script);
+            cllm_core::program::print(&String::from_utf8_lossy(&script))?;
             Ok(Outcome::Done)
         }
     }

@@ -1,30 +1,50 @@
-//! `validate`: every row against what the data format promises.
+//! `validate`: every row against what the data format promises, and against a model.
 
-use std::path::Path;
+use std::path::PathBuf;
 
-use cllm_core::Result;
+use clap::Args;
+use cllm_core::model::{ModelConfig, fingerprint};
 use cllm_core::program::{Outcome, print, print_json};
-use cllm_core::trajectory::Reader;
+use cllm_core::tokenizer::Tokenizer;
+use cllm_core::trajectory::{Provenance, Reader};
+use cllm_core::{Result, hub};
 use serde_json::json;
 
 /// Violations that are listed; all are counted.
 const LISTED: usize = 20;
 
+/// Command line of `validate`.
+#[derive(Args)]
+pub struct Arguments {
+    /// The data set.
+    data: PathBuf,
+    /// The model that it should be of: teacher, tokenizer and vocabulary are compared. A folder or an id.
+    #[arg(long)]
+    model: Option<String>,
+    /// Print the report as JSON on stdout.
+    #[arg(long)]
+    json: bool,
+}
+
 /// Checks a data set.
 ///
 /// # Errors
-/// When it cannot be read at all.
-pub fn run(data: &Path, as_json: bool) -> Result<Outcome> {
-    let reader = Reader::open(data)?;
-    let mut violations = Vec::new();
+/// When it, or the model, cannot be read at all.
+pub fn run(arguments: &Arguments) -> Result<Outcome> {
+    let reader = Reader::open(&arguments.data)?;
+    let mut promised = reader.provenance().clone();
+    let mut violations = match &arguments.model {
+        Some(model) => foreign_model(model, &mut promised)?,
+        None => Vec::new(),
+    };
     for row in reader.unchecked_rows() {
         let row = row?;
-        if let Err(message) = row.check(reader.provenance()) {
+        if let Err(message) = row.check(&promised) {
             violations.push(format!("{}: {message}", row.sample_id));
         }
     }
     let listed = &violations[..violations.len().min(LISTED)];
-    if as_json {
+    if arguments.json {
         let count = violations.len();
         print_json(&json!({ "schema_version": 1, "rows": reader.len(), "violations": count, "first": listed }))?;
     } else {
@@ -32,4 +52,18 @@ pub fn run(data: &Path, as_json: bool) -> Result<Outcome> {
         print(&format!("{} rows, {} violations", reader.len(), violations.len()))?;
     }
     Ok(if violations.is_empty() { Outcome::Done } else { Outcome::Negative })
+}
+
+/// In what the data set is not of this model. Rows are then held to the smaller of the two vocabularies.
+fn foreign_model(name: &str, promised: &mut Provenance) -> Result<Vec<String>> {
+    let folder = hub::locate(name)?;
+    let vocab_size = ModelConfig::load(&folder)?.vocab_size as usize;
+    let compared = [
+        ("teacher", promised.teacher.clone(), fingerprint(&folder)?),
+        ("tokenizer", promised.tokenizer.clone(), Tokenizer::load(&folder)?.fingerprint().to_owned()),
+        ("vocabulary", promised.vocab_size.to_string(), vocab_size.to_string()),
+    ];
+    promised.vocab_size = promised.vocab_size.min(vocab_size);
+    let different = compared.into_iter().filter(|(_, there, here)| there != here);
+    Ok(different.map(|(what, there, here)| format!("{what}: {there} in the data set, {here} in {name}")).collect())
 }

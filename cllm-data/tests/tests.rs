@@ -7,6 +7,7 @@ use std::sync::LazyLock;
 
 use assert_cmd::Command;
 use cllm_core::model::{ModelConfig, Transformer};
+use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{Block, FinishReason, Provenance, Reader, Trajectory, Writer};
 use serde_json::{Value, json};
 
@@ -134,10 +135,14 @@ fn a_cut_shard_and_other_parquet_are_refused() {
 
 const N: usize = 4;
 
+fn tokenizer() -> Tokenizer {
+    Tokenizer::load(&WORLD.path().join("model")).unwrap()
+}
+
 fn provenance() -> Provenance {
     Provenance {
         teacher: "t".into(),
-        tokenizer: "k".into(),
+        tokenizer: tokenizer().fingerprint().to_owned(),
         vocab_size: 300,
         n: N,
         max_new_tokens: 400,
@@ -221,9 +226,8 @@ fn every_clean_rule_drops_its_row_and_a_good_one_stays() {
     let eval = path(WORLD.path(), "eval.jsonl");
     let sample = json!({ "id": "e", "source": "jsonl/test", "prompt": "known" });
     fs::write(&eval, sample.to_string()).unwrap();
-    let tokenizer = cllm_core::tokenizer::Tokenizer::load(&WORLD.path().join("model")).unwrap();
     let mut known = row("known", &ended(good.clone()));
-    known.prompt_ids = tokenizer.prompt(&cllm_core::prompt_set::Prompt::Text("known".into())).unwrap().1;
+    known.prompt_ids = tokenizer().prompt(&cllm_core::prompt_set::Prompt::Text("known".into())).unwrap().1;
     let mut again = row("again", &ended(good.clone()));
     again.prompt_ids = row("good", &[0]).prompt_ids;
     let loops: Vec<i32> = (0..8).flat_map(|turn| (40..55).chain([60 + turn]).collect::<Vec<_>>()).collect();

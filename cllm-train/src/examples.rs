@@ -59,16 +59,7 @@ fn references(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Example>> {
 
 fn trajectories(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Example>> {
     let reader = Reader::open(path)?;
-    if reader.provenance().tokenizer != tokenizer.fingerprint() {
-        return Err(Error::file(
-            path,
-            format!(
-                "was collected with tokenizer {}, the model has {}: collect with a model of the same tokenizer",
-                reader.provenance().tokenizer,
-                tokenizer.fingerprint()
-            ),
-        ));
-    }
+    reader.expect_tokenizer(tokenizer.fingerprint())?;
     reader
         .rows()
         .map(|row| {

@@ -3,10 +3,11 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use arrow::datatypes::Schema;
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
 
 use super::schema::{PROVENANCE_KEY, VERSION_KEY, from_batch, schema};
-use super::writer::{difference, parquet_error, read_manifest};
+use super::writer::{difference, read_manifest};
 use super::{Provenance, SCHEMA_VERSION, Trajectory};
 use crate::{Error, Result};
 
@@ -15,6 +16,7 @@ const BATCH_ROWS: usize = 64;
 
 /// A data set opened for reading.
 pub struct Reader {
+    path: PathBuf,
     shards: Vec<PathBuf>,
     rows: usize,
     provenance: Provenance,
@@ -26,18 +28,23 @@ impl Reader {
     /// # Errors
     /// [`Error::File`] for a folder without a manifest, a shard that is missing or cut off, of another schema or version.
     pub fn open(path: &Path) -> Result<Self> {
-        let shards = if path.is_dir() {
+        let shards: Vec<(PathBuf, Option<usize>)> = if path.is_dir() {
             let manifest = read_manifest(path)?
                 .ok_or_else(|| Error::file(path, "holds no manifest.json: it is no trajectory data set"))?;
-            manifest.shards.iter().map(|(name, _)| path.join(name)).collect()
+            manifest.shards.into_iter().map(|(name, rows)| (path.join(name), Some(rows))).collect()
         } else {
-            vec![path.to_owned()]
+            vec![(path.to_owned(), None)]
         };
         let mut rows = 0;
         let mut provenance = None;
-        for shard in &shards {
+        for (shard, promised) in &shards {
             let (builder, found) = open_shard(shard)?;
-            rows += builder.metadata().file_metadata().num_rows() as usize;
+            let count = builder.metadata().file_metadata().num_rows() as usize;
+            if let Some(promised) = promised.filter(|&promised| promised != count) {
+                let message = format!("has {count} rows, manifest.json says {promised}: copy the whole folder again");
+                return Err(Error::file(shard, message));
+            }
+            rows += count;
             if let Some(difference) = provenance.as_ref().and_then(|first| difference(first, &found)) {
                 let message = format!("is of another data set than the shards before it ({difference})");
                 return Err(Error::file(shard, message));
@@ -45,7 +52,12 @@ impl Reader {
             provenance.get_or_insert(found);
         }
         let provenance = provenance.ok_or_else(|| Error::file(path, "holds no rows yet"))?;
-        Ok(Reader { shards, rows, provenance })
+        Ok(Reader {
+            path: path.to_owned(),
+            shards: shards.into_iter().map(|(shard, _)| shard).collect(),
+            rows,
+            provenance,
+        })
     }
 
     /// Number of rows.
@@ -61,6 +73,22 @@ impl Reader {
     /// How the data set came to be.
     pub fn provenance(&self) -> &Provenance {
         &self.provenance
+    }
+
+    /// Refuses a tokenizer that is not the one of the data set, by its fingerprint.
+    ///
+    /// # Errors
+    /// [`Error::File`] with both fingerprints.
+    pub fn expect_tokenizer(&self, fingerprint: &str) -> Result<()> {
+        let collected_with = &self.provenance.tokenizer;
+        if collected_with == fingerprint {
+            return Ok(());
+        }
+        let message = format!(
+            "was collected with tokenizer {collected_with}, the model given has {fingerprint}: give the model that it was \
+             collected with, or one of the same tokenizer"
+        );
+        Err(Error::file(&self.path, message))
     }
 
     /// The rows in order; one that breaks its promises ends them with an error.
@@ -91,7 +119,7 @@ impl Rows {
         loop {
             if let Some((path, batches)) = &mut self.shard {
                 if let Some(batch) = batches.next() {
-                    let batch = batch.map_err(|error| Error::file(&*path, format!("cannot be read: {error}")))?;
+                    let batch = batch.map_err(|error| damaged(path, error))?;
                     let rows = from_batch(&batch).map_err(|message| Error::file(&*path, message))?;
                     for row in &rows {
                         let checked = self.promised.as_ref().map_or(Ok(()), |provenance| row.check(provenance));
@@ -104,7 +132,7 @@ impl Rows {
             }
             let Some(path) = self.waiting.pop() else { return Ok(false) };
             let (builder, _) = open_shard(&path)?;
-            let batches = builder.with_batch_size(BATCH_ROWS).build().map_err(|error| parquet_error(&path, error))?;
+            let batches = builder.with_batch_size(BATCH_ROWS).build().map_err(|error| damaged(&path, error))?;
             self.shard = Some((path, batches));
         }
     }
@@ -131,10 +159,15 @@ impl Iterator for Rows {
     }
 }
 
+fn damaged(path: &Path, error: impl std::fmt::Display) -> Error {
+    Error::file(path, format!("is damaged ({error}); copy it again, or delete the data set's folder and collect again"))
+}
+
 pub(super) fn open_shard(path: &Path) -> Result<(ParquetRecordBatchReaderBuilder<File>, Provenance)> {
     let file = File::open(path).map_err(Error::io(path))?;
     let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| {
-        Error::file(path, format!("is no whole Parquet file ({error}); delete the data set's folder and collect again"))
+        let advice = "copy it again, or delete the data set's folder and collect again";
+        Error::file(path, format!("is no whole Parquet file ({error}); {advice}"))
     })?;
     let metadata = builder.metadata().file_metadata().key_value_metadata().cloned().unwrap_or_default();
     let value = |key: &str| metadata.iter().find(|entry| entry.key == key).and_then(|entry| entry.value.clone());
@@ -146,13 +179,27 @@ pub(super) fn open_shard(path: &Path) -> Result<(ParquetRecordBatchReaderBuilder
             format!("has schema version {version}, this toolkit ({}) reads {SCHEMA_VERSION}", crate::VERSION),
         ));
     }
-    let columns = |schema: &arrow::datatypes::Schema| -> Vec<_> {
-        schema.fields().iter().map(|field| (field.name().clone(), field.data_type().clone())).collect()
-    };
-    if columns(builder.schema()) != columns(&schema()) {
-        return Err(Error::file(path, "has other columns than a trajectory shard (see docs/data-format.md)"));
+    if let Some(message) = other_columns(builder.schema()) {
+        return Err(Error::file(path, format!("is no trajectory shard: {message} (see docs/data-format.md)")));
     }
     let provenance = serde_json::from_str(&value(PROVENANCE_KEY).unwrap_or_default())
         .map_err(|error| Error::file(path, format!("has no readable provenance: {error}")))?;
     Ok((builder, provenance))
+}
+
+/// The first column that is not as it should be.
+fn other_columns(found: &Schema) -> Option<String> {
+    let wanted = schema();
+    for field in wanted.fields() {
+        match found.field_with_name(field.name()) {
+            Err(_) => return Some(format!("it has no column `{}`", field.name())),
+            Ok(other) if other.data_type() != field.data_type() => {
+                let (name, found, wanted) = (field.name(), other.data_type(), field.data_type());
+                return Some(format!("its column `{name}` is {found}, expected {wanted}"));
+            }
+            Ok(_) => {}
+        }
+    }
+    let extra = found.fields().iter().find(|field| wanted.field_with_name(field.name()).is_err())?;
+    Some(format!("it has a column `{}`, which none should", extra.name()))
 }

@@ -58,8 +58,28 @@ impl Writer {
                 found
             }
         };
-        std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
-        Ok(Writer { folder: folder.to_owned(), manifest })
+        let writer = Writer { folder: folder.to_owned(), manifest };
+        // At once, so that a folder that cannot be written is found before there are rows to lose.
+        writer.write_manifest()?;
+        Ok(writer)
+    }
+
+    /// Opens `folder` for a data set that is made in one go: what a stopped run of the same provenance left is made again.
+    ///
+    /// # Errors
+    /// As [`Writer::open`], and when the folder holds a whole data set.
+    pub fn create(folder: &Path, provenance: Provenance) -> Result<Self> {
+        if read_manifest(folder)?.is_some_and(|found| found.complete) {
+            return Err(Error::file(folder, "holds a data set already; choose another output folder, or delete it"));
+        }
+        let mut writer = Writer::open(folder, provenance)?;
+        let left = std::mem::take(&mut writer.manifest.shards);
+        writer.write_manifest()?;
+        for (name, _) in left {
+            let path = folder.join(name);
+            std::fs::remove_file(&path).map_err(Error::write(&path))?;
+        }
+        Ok(writer)
     }
 
     /// Number of shards that are there.
@@ -139,11 +159,11 @@ pub(super) fn difference(found: &Provenance, wanted: &Provenance) -> Option<Stri
     Some(format!("{key} is {} there and {value} here", found[key.as_str()]))
 }
 
-/// A Parquet error as what it is underneath: a full disk stays a full disk.
-pub(super) fn parquet_error(path: &Path, error: parquet::errors::ParquetError) -> Error {
+/// An error in writing Parquet as what it is underneath: a full disk stays a full disk.
+fn parquet_error(path: &Path, error: parquet::errors::ParquetError) -> Error {
     match error {
         parquet::errors::ParquetError::External(inner) => match inner.downcast::<std::io::Error>() {
-            Ok(source) => Error::Io { path: path.to_owned(), source: *source },
+            Ok(source) => Error::Write { path: path.to_owned(), source: *source },
             Err(inner) => Error::file(path, inner.to_string()),
         },
         other => Error::file(path, other.to_string()),
