@@ -215,10 +215,7 @@ fn augment_keeps_the_first_wrong_token_and_the_fixed_point() {
 
 #[test]
 fn every_clean_rule_drops_its_row_and_a_good_one_stays() {
-    let text = |text: &str| {
-        let tokenizer = cllm_core::tokenizer::Tokenizer::load(&WORLD.path().join("model")).unwrap();
-        [tokenizer.encode(text).unwrap(), vec![0]].concat()
-    };
+    let text = |text: &str| [tokenizer().encode(text).unwrap(), vec![0]].concat();
     let ended = |ids: Vec<i32>| [ids, vec![0]].concat();
     let good: Vec<i32> = (40..80).collect();
     let mut wrong = row("wrong", &text("It is 5. #### 5"));
