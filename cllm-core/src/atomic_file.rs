@@ -61,7 +61,7 @@ pub fn folder_with(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Resul
     let beside = parent(path);
     fs::create_dir_all(beside).map_err(Error::write(beside))?;
     let work = tempfile::Builder::new().prefix(".writing-").tempdir_in(beside).map_err(Error::write(beside))?;
-    fill(work.path())?;
+    fill(work.path()).map_err(|error| renamed(error, work.path(), path))?;
     for entry in fs::read_dir(work.path()).map_err(Error::write(work.path()))? {
         let entry = entry.map_err(Error::write(work.path()))?.path();
         File::open(&entry).and_then(|file| file.sync_all()).map_err(Error::write(&entry))?;
@@ -84,6 +84,17 @@ pub fn folder_with(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Resul
         fs::remove_dir_all(&old).map_err(Error::write(&old))?;
     }
     sync_folder(beside)
+}
+
+/// The error with the name that the user knows in place of the temporary one.
+fn renamed(error: Error, work: &Path, path: &Path) -> Error {
+    match error {
+        Error::Write { path: failed, source } => {
+            let known = failed.strip_prefix(work).map(|inside| path.join(inside)).ok();
+            Error::Write { path: known.unwrap_or(failed), source }
+        }
+        other => other,
+    }
 }
 
 fn hidden_beside(path: &Path) -> PathBuf {
@@ -146,6 +157,16 @@ mod tests {
         }
         let folder = write(dir.path(), b"x").unwrap_err();
         assert!(folder.exit_code() == 2 && folder.to_string().contains("name a file"), "{folder}");
+    }
+
+    #[test]
+    fn a_folder_that_fails_is_named_as_the_user_knows_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("step-1");
+        let full = |work: &Path| Err(Error::write(work.join("weights"))(std::io::ErrorKind::StorageFull.into()));
+        let error = folder_with(&path, full).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("{}: cannot be written", path.join("weights").display())), "{error}");
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]

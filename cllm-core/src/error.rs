@@ -103,8 +103,9 @@ fn read_advice(source: &std::io::Error) -> &'static str {
 fn write_advice(source: &std::io::Error) -> &'static str {
     use std::io::ErrorKind::{FileTooLarge, IsADirectory, QuotaExceeded, StorageFull};
     match source.kind() {
-        StorageFull | QuotaExceeded | FileTooLarge => {
-            ": make room, then run the same command again; what was finished is kept"
+        StorageFull | QuotaExceeded => ": make room, then run the same command again; what was finished is kept",
+        FileTooLarge => {
+            ": raise the limit of file sizes (`ulimit -f`), then run the same command again; what was finished is kept"
         }
         IsADirectory => ": name a file in it",
         _ => ": choose another place, or change its permissions",

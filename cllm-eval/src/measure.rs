@@ -1,6 +1,6 @@
 //! Runs models on examples: batched for accuracy, one by one for speed.
 
-use cllm_core::decode::{DecodeOptions, Limits, Request, Strategy, decode};
+use cllm_core::decode::{DecodeOptions, Limits, Request, Strategy, check_length, decode};
 use cllm_core::model::Transformer;
 use cllm_core::progress::Progress;
 use cllm_core::prompt_set::Sample;
@@ -8,7 +8,7 @@ use cllm_core::task::{Task, Verdict};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Error, Result, device, hub, interrupt, model, torch_ext};
 use rayon::prelude::*;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use tch::Device;
 
 use crate::config::RunSettings;
@@ -25,11 +25,42 @@ pub struct Subject {
     pub role: Role,
     /// The weights.
     pub model: Transformer,
-    /// Its tokenizer.
-    pub tokenizer: Tokenizer,
+    prompts: Prompts,
+}
+
+/// The examples as a model reads them.
+pub struct Prompts {
+    tokenizer: Tokenizer,
     limits: Limits,
     /// Rendered prompt and request of each example.
-    prompts: Vec<(String, Request)>,
+    each: Vec<(String, Request)>,
+}
+
+impl Prompts {
+    /// Renders the examples for a model, before any of its weights are loaded: what does not fit is found before hours of work.
+    ///
+    /// # Errors
+    /// When a file of the tokenizer is missing or broken, its template refuses a prompt, or a prompt does not fit the context.
+    pub fn render(folder: &Path, samples: &[Sample], settings: &RunSettings) -> Result<Self> {
+        let tokenizer = Tokenizer::load(folder)?;
+        let config = model::ModelConfig::load(folder)?;
+        let eos_ids = settings.eos_ids.clone().unwrap_or_else(|| tokenizer.eos_ids().to_vec());
+        if let Some(id) = eos_ids.iter().find(|&&id| i64::from(id) >= config.vocab_size || id < 0) {
+            let (folder, vocab_size) = (folder.display(), config.vocab_size);
+            return Err(Error::usage(format!("eos_ids: {id} is no token of {folder}, which has {vocab_size}")));
+        }
+        let limits = Limits { max_new_tokens: settings.max_new_tokens, eos_ids };
+        let each = samples
+            .iter()
+            .map(|sample| {
+                let (text, prompt_ids) = tokenizer.prompt(&sample.prompt)?;
+                let request = Request { sample_id: sample.id.clone(), prompt_ids };
+                check_length(&request, &limits, config.max_positions)?;
+                Ok((text, request))
+            })
+            .collect::<Result<_>>()?;
+        Ok(Prompts { tokenizer, limits, each })
+    }
 }
 
 /// Finds a model and says what it is, without loading its weights.
@@ -39,6 +70,7 @@ pub struct Subject {
 pub fn identify(role: Role, name: &str) -> Result<(PathBuf, ModelEntry)> {
     let folder = hub::locate(name)?;
     let config = model::ModelConfig::load(&folder)?;
+    model::check(&folder)?;
     let entry = ModelEntry {
         role,
         path: folder.display().to_string(),
@@ -49,36 +81,13 @@ pub fn identify(role: Role, name: &str) -> Result<(PathBuf, ModelEntry)> {
 }
 
 impl Subject {
-    /// Loads a model and renders the prompts.
+    /// Loads a model.
     ///
     /// # Errors
-    /// When a file of the model is missing or broken, or its template refuses a prompt.
-    pub fn load(
-        role: Role,
-        folder: &std::path::Path,
-        samples: &[Sample],
-        settings: &RunSettings,
-        device: Device,
-    ) -> Result<Self> {
-        let tokenizer = Tokenizer::load(folder)?;
-        let prompts = samples
-            .iter()
-            .map(|sample| {
-                let (text, prompt_ids) = tokenizer.prompt(&sample.prompt)?;
-                Ok((text, Request { sample_id: sample.id.clone(), prompt_ids }))
-            })
-            .collect::<Result<_>>()?;
+    /// When a file of the model is missing or broken.
+    pub fn load(role: Role, folder: &Path, prompts: Prompts, device: Device) -> Result<Self> {
         let model = Transformer::load(folder, device, device::default_kind(device))?;
-        let eos_ids = settings.eos_ids.clone().unwrap_or_else(|| tokenizer.eos_ids().to_vec());
-        if let Some(id) = eos_ids.iter().find(|&&id| i64::from(id) >= model.config().vocab_size || id < 0) {
-            return Err(Error::usage(format!(
-                "eos_ids: {id} is no token of {}, which has {}",
-                folder.display(),
-                model.config().vocab_size
-            )));
-        }
-        let limits = Limits { max_new_tokens: settings.max_new_tokens, eos_ids };
-        Ok(Subject { role, model, tokenizer, limits, prompts })
+        Ok(Subject { role, model, prompts })
     }
 
     /// Answers all examples in batches; those that `records` has already are left.
@@ -102,7 +111,7 @@ impl Subject {
             return Ok(());
         }
         // Rows of like length waste least padding; the longest first, so that memory that does not suffice shows at once.
-        open.sort_by_key(|&index| (std::cmp::Reverse(self.prompts[index].1.prompt_ids.len()), index));
+        open.sort_by_key(|&index| (std::cmp::Reverse(self.prompts.each[index].1.prompt_ids.len()), index));
         let title = format!("{} {}", role_name(self.role), label(strategy));
         let finished = samples.len() - open.len();
         let mut progress = Progress::new(&title, finished as u64, samples.len() as u64);
@@ -128,9 +137,9 @@ impl Subject {
     ) -> Result<Vec<AnswerRecord>> {
         let device = self.model.device();
         torch_ext::reset_peak_memory(device);
-        let requests: Vec<_> = batch.iter().map(|&index| self.prompts[index].1.clone()).collect();
+        let requests: Vec<_> = batch.iter().map(|&index| self.prompts.each[index].1.clone()).collect();
         let options = DecodeOptions { strategy, seed: settings.seed, record: false };
-        let (answers, timing) = decode(&self.model, &requests, &self.limits, options, None)?;
+        let (answers, timing) = decode(&self.model, &requests, &self.prompts.limits, options, None)?;
         let peak_memory_bytes = torch_ext::memory(device).map(|(_, peak)| peak);
         let share = 1.0 / batch.len() as f64;
         let mut found = Vec::with_capacity(batch.len());
@@ -143,15 +152,17 @@ impl Subject {
                 index,
                 id: sample.id.clone(),
                 source: sample.source.clone(),
-                prompt: self.prompts[index].0.clone(),
+                prompt: self.prompts.each[index].0.clone(),
                 prompt_tokens: request.prompt_ids.len(),
                 reference: sample.reference.clone(),
                 meta: sample.meta.clone(),
-                text: self.tokenizer.decode(&answer.response_ids)?,
+                text: self.prompts.tokenizer.decode(&answer.response_ids)?,
                 verdict: Verdict::Unscored,
                 finish_reason: answer.finish_reason,
                 forwards: answer.forwards,
-                pieces: shown.then(|| pieces(&self.tokenizer, &answer.response_ids, &answer.accepted)).transpose()?,
+                pieces: shown
+                    .then(|| pieces(&self.prompts.tokenizer, &answer.response_ids, &answer.accepted))
+                    .transpose()?,
                 response_ids: answer.response_ids,
                 accepted: answer.accepted,
                 batch_prefill_seconds: timing.prefill_seconds * share,
@@ -169,9 +180,9 @@ impl Subject {
     }
 
     fn time_one(&self, index: usize, strategy: Strategy, seed: u64) -> Result<SpeedRecord> {
-        let request = std::slice::from_ref(&self.prompts[index].1);
+        let request = std::slice::from_ref(&self.prompts.each[index].1);
         let options = DecodeOptions { strategy, seed, record: false };
-        let (answers, timing) = decode(&self.model, request, &self.limits, options, None)?;
+        let (answers, timing) = decode(&self.model, request, &self.prompts.limits, options, None)?;
         let answer = answers.first().ok_or_else(|| Error::usage("decoding gave no answer"))?;
         Ok(SpeedRecord {
             role: self.role,

@@ -8,7 +8,7 @@ use cllm_core::{Error, Result, VERSION, atomic_file, device, fingerprint, progre
 
 use crate::config::RunSettings;
 use crate::hardware::{Hardware, libtorch_version};
-use crate::measure::{Subject, identify, time_all};
+use crate::measure::{Prompts, Subject, identify, time_all};
 use crate::records::{Header, Journal, ModelEntry, Role, SAMPLES, SCHEMA_VERSION, Toolkit};
 use crate::results::{RESULTS, Results};
 
@@ -29,6 +29,8 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
     let found: Vec<(PathBuf, ModelEntry)> =
         named.iter().map(|&(role, name)| identify(role, name)).collect::<Result<_>>()?;
     let (folders, models): (Vec<_>, Vec<_>) = found.into_iter().unzip();
+    let prompts: Vec<Prompts> =
+        folders.iter().map(|folder| Prompts::render(folder, &samples, settings)).collect::<Result<_>>()?;
     let header = Header {
         schema_version: SCHEMA_VERSION,
         identity: identity(settings, &models, &samples)?,
@@ -45,8 +47,8 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
     let (mut journal, mut records) = Journal::open(&output.join(SAMPLES), header)?;
     atomic_file::write(&output.join("settings.yaml"), settings::to_yaml(settings)?.as_bytes())?;
     let mut subjects = Vec::new();
-    for (&(role, _), folder) in named.iter().zip(&folders) {
-        let subject = Subject::load(role, folder, &samples, settings, device)?;
+    for ((&(role, _), folder), prompts) in named.iter().zip(&folders).zip(prompts) {
+        let subject = Subject::load(role, folder, prompts, device)?;
         for &strategy in &settings.strategies {
             subject.answer_all(&samples, strategy, settings, task, &mut records, &mut journal)?;
         }

@@ -64,14 +64,20 @@ pub fn save(
 
 /// Restores the newest checkpoint of a run, if it has one.
 pub fn resume(run: &Path, state: &mut State, settings: &Settings) -> Result<Option<Position>> {
-    let folder = run.join("checkpoints/latest");
+    let all = run.join("checkpoints");
+    let mut folder = all.join("latest");
     if !folder.exists() {
-        return Ok(None);
+        // Someone may have deleted the newest: the one before it is nearer than the start.
+        let Some((_, newest)) = steps(&all)?.pop() else { return Ok(None) };
+        folder = newest;
     }
+    let damaged = |path: &Path, what: &dyn std::fmt::Display| {
+        let advice = format!("delete {} to go on from the checkpoint before it", real_path(&folder).display());
+        Error::file(path, format!("is no whole training state ({what}): {advice}"))
+    };
     let path = folder.join("state.json");
     let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
-    let position: Position =
-        serde_json::from_str(&text).map_err(|error| Error::file(&path, format!("is no training state: {error}")))?;
+    let position: Position = serde_json::from_str(&text).map_err(|error| damaged(&path, &error))?;
     if position.settings != settings_fingerprint(settings) {
         return Err(Error::file(
             run,
@@ -80,8 +86,7 @@ pub fn resume(run: &Path, state: &mut State, settings: &Settings) -> Result<Opti
     }
     let path = folder.join("optimizer.safetensors");
     let map = torch_ext::map_file(&path)?;
-    let tensors = SafeTensors::deserialize(&map)
-        .map_err(|error| Error::file(&path, format!("is cut off or broken ({error}); delete this checkpoint")))?;
+    let tensors = SafeTensors::deserialize(&map).map_err(|error| damaged(&path, &error))?;
     state.restore(|name, like| {
         let view = tensors.tensor(name).ok()?;
         torch_ext::tensor_from_bytes(view.data(), &like.size(), Kind::Float).ok()
@@ -112,13 +117,28 @@ fn point(folder: &Path, name: &str, target: &str) -> Result<()> {
 }
 
 fn rotate(folder: &Path, keep: usize, best: Option<usize>) -> Result<()> {
-    let mut steps: Vec<(usize, PathBuf)> = Vec::new();
-    for entry in std::fs::read_dir(folder).map_err(Error::write(folder))? {
-        let path = entry.map_err(Error::write(folder))?.path();
-        let step = path.file_name().and_then(|name| name.to_str()?.strip_prefix("step-")?.parse().ok());
-        steps.extend(step.filter(|&step| Some(step) != best).map(|step| (step, path)));
-    }
-    steps.sort();
+    let mut steps = steps(folder)?;
+    steps.retain(|(step, _)| Some(*step) != best);
     let old = steps.len().saturating_sub(keep);
     steps[..old].iter().try_for_each(|(_, path)| std::fs::remove_dir_all(path).map_err(Error::write(path)))
+}
+
+/// The checkpoints of a folder, oldest first.
+fn steps(folder: &Path) -> Result<Vec<(usize, PathBuf)>> {
+    let mut steps = Vec::new();
+    if !folder.exists() {
+        return Ok(steps);
+    }
+    for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
+        let path = entry.map_err(Error::io(folder))?.path();
+        let step = path.file_name().and_then(|name| name.to_str()?.strip_prefix("step-")?.parse().ok());
+        steps.extend(step.map(|step| (step, path)));
+    }
+    steps.sort();
+    Ok(steps)
+}
+
+/// Where a link leads.
+fn real_path(path: &Path) -> PathBuf {
+    path.canonicalize().unwrap_or_else(|_| path.to_owned())
 }

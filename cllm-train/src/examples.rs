@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use cllm_core::prompt_set;
+use cllm_core::model::ModelConfig;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::Reader;
-use cllm_core::{Error, Result};
+use cllm_core::{Error, Result, progress, prompt_set};
 use rand::RngExt;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -26,20 +26,28 @@ pub struct Example {
     pub blocks: Vec<(usize, Vec<Vec<i32>>)>,
 }
 
-/// Reads every data set of a run.
+/// Reads every data set of a run. What is longer than the model's context is left out, and counted on stderr.
 ///
 /// # Errors
-/// Bad files, a data set of another tokenizer, no rows.
-pub fn read(settings: &Settings, tokenizer: &Tokenizer) -> Result<Vec<Example>> {
+/// Bad files, a data set of another tokenizer or of a larger vocabulary, no rows that fit.
+pub fn read(settings: &Settings, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Vec<Example>> {
     let mut examples = Vec::new();
     for path in &settings.data {
         match settings.objective {
             Objective::Sft => examples.extend(references(path, tokenizer)?),
-            Objective::Consistency => examples.extend(trajectories(path, tokenizer)?),
+            Objective::Consistency => examples.extend(trajectories(path, tokenizer, config)?),
         }
     }
+    let all = examples.len();
+    examples.retain(|example: &Example| example.prompt.len() + example.response.len() <= config.max_positions);
+    let too_long = all - examples.len();
+    let of_context = format!("longer, with their prompts, than the model's context of {}", config.max_positions);
     if examples.is_empty() {
-        return Err(Error::usage(format!("data: no responses to learn from in {:?}", settings.data)));
+        let why = if all == 0 { String::new() } else { format!(": all {all} are {of_context}") };
+        return Err(Error::usage(format!("data: no responses to learn from in {:?}{why}", settings.data)));
+    }
+    if too_long > 0 {
+        progress::say(format!("{too_long} responses are {of_context}: they are left out"));
     }
     Ok(examples)
 }
@@ -57,15 +65,17 @@ fn references(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Example>> {
         .collect()
 }
 
-fn trajectories(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Example>> {
+fn trajectories(path: &Path, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Vec<Example>> {
     let reader = Reader::open(path)?;
     reader.expect_tokenizer(tokenizer.fingerprint())?;
+    // The teacher may have had ids that this model has not.
+    let mut promised = reader.provenance().clone();
+    promised.vocab_size = promised.vocab_size.min(config.vocab_size as usize);
     reader
-        .rows()
+        .unchecked_rows()
         .map(|row| {
             let row = row?;
-            row.check(reader.provenance())
-                .map_err(|message| Error::file(path, format!("row `{}`: {message}", row.sample_id)))?;
+            row.check(&promised).map_err(|message| Error::file(path, format!("row `{}`: {message}", row.sample_id)))?;
             let blocks = row.blocks.into_iter().map(|block| (block.start as usize, block.states));
             Ok(Example {
                 blocks: blocks.filter(|(start, _)| *start < row.response_ids.len()).collect(),

@@ -17,7 +17,7 @@ pub fn run(settings: &Settings) -> Result<()> {
         None => ModelConfig::load(&folder)?,
         Some(init) => trainer::random_config(init, &tokenizer)?,
     };
-    let examples = crate::examples::read(settings, &tokenizer)?;
+    let examples = crate::examples::read(settings, &tokenizer, &config)?;
     let schedule = Schedule::new(&examples, settings)?;
     let (steps, left_out) = (schedule.steps(), schedule.left_out);
     let tokens: usize = examples.iter().map(|example| example.packed_len(&settings.consistency)).sum();

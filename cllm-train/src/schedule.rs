@@ -1,6 +1,6 @@
 //! Which responses make which step: a function of (seed, epoch), so that no order is ever saved.
 
-use cllm_core::{Error, Result, fingerprint};
+use cllm_core::{Error, Result, fingerprint, interrupt};
 use rand::seq::SliceRandom;
 
 use crate::examples::Example;
@@ -48,6 +48,7 @@ impl Schedule {
         let most = if settings.max_steps > 0 { settings.max_steps } else { usize::MAX };
         let mut steps = 0;
         for epoch in 0..settings.epochs {
+            interrupt::check()?;
             steps += schedule.batches(epoch).len().div_ceil(settings.accumulation);
             schedule.ends.push(steps.min(most));
             if steps >= most {

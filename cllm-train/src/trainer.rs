@@ -4,7 +4,7 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use cllm_core::decode::{DecodeOptions, Limits, Request, Strategy, decode};
+use cllm_core::decode::{DecodeOptions, Limits, Request, Strategy, check_length, decode};
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::progress::Progress;
 use cllm_core::tokenizer::{self, Tokenizer};
@@ -56,6 +56,8 @@ struct Run {
     model: Transformer,
     state: State,
     position: Position,
+    /// Held-out prompts; none without a probe.
+    probe: Vec<Request>,
 }
 
 /// Trains, or goes on with what the output folder holds.
@@ -68,7 +70,8 @@ pub fn run(settings: Settings) -> Result<()> {
         None => Transformer::load(&tokenizer_folder, place, kind)?,
         Some(init) => Transformer::random(random_config(init, &tokenizer)?, settings.seed, place, kind),
     };
-    let examples = examples::read(&settings, &tokenizer)?;
+    let examples = examples::read(&settings, &tokenizer, model.config())?;
+    let probe = probe_requests(&settings, &tokenizer, model.config())?;
     std::fs::create_dir_all(&folder).map_err(Error::write(&folder))?;
     let mut state = State::new(&model);
     let position = match checkpoint::resume(&folder, &mut state, &settings)? {
@@ -90,7 +93,7 @@ pub fn run(settings: Settings) -> Result<()> {
     atomic_file::write(&folder.join("config.yaml"), cllm_core::settings::to_yaml(&settings)?.as_bytes())?;
     model.set_requires_grad(true);
     torch_ext::reset_peak_memory(place);
-    Run { settings, folder, tokenizer_folder, tokenizer, model, state, position }.train(&examples)
+    Run { settings, folder, tokenizer_folder, tokenizer, model, state, position, probe }.train(&examples)
 }
 
 impl Run {
@@ -192,7 +195,7 @@ impl Run {
     /// Probes when step `number` is one to probe at; whether it is the best so far.
     fn probe_at(&mut self, number: usize, total: usize, metrics: &mut Metrics) -> Result<bool> {
         let probe = &self.settings.probe;
-        if probe.prompts.as_os_str().is_empty() || !(number.is_multiple_of(probe.every) || number == total) {
+        if self.probe.is_empty() || !(number.is_multiple_of(probe.every) || number == total) {
             return Ok(false);
         }
         let rate = match self.probe() {
@@ -214,15 +217,10 @@ impl Run {
     /// Tokens per forward on held-out prompts.
     fn probe(&self) -> Result<f64> {
         let probe = &self.settings.probe;
-        let mut requests = Vec::new();
-        for sample in prompt_set::read(&probe.prompts)?.into_iter().take(probe.count) {
-            let prompt_ids = self.tokenizer.prompt(&sample.prompt)?.1;
-            requests.push(Request { sample_id: sample.id, prompt_ids });
-        }
-        let limits = Limits { max_new_tokens: probe.max_new_tokens, eos_ids: self.tokenizer.eos_ids().to_vec() };
+        let limits = probe_limits(&self.settings, &self.tokenizer);
         let options =
             DecodeOptions { strategy: Strategy::Jacobi { n: probe.n }, seed: self.settings.seed, record: false };
-        let (answers, _) = decode(&self.model, &requests, &limits, options, None)?;
+        let (answers, _) = decode(&self.model, &self.probe, &limits, options, None)?;
         let tokens: usize = answers.iter().map(|answer| answer.response_ids.len()).sum();
         let forwards: usize = answers.iter().map(|answer| answer.forwards).sum();
         Ok(tokens as f64 / (forwards as f64).max(1.0))
@@ -267,6 +265,31 @@ impl Run {
         ));
         Ok(())
     }
+}
+
+/// The prompts of the probe. They are read and measured before the first step: one that does not fit ends no run midway.
+fn probe_requests(settings: &Settings, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Vec<Request>> {
+    let probe = &settings.probe;
+    if probe.prompts.as_os_str().is_empty() {
+        return Ok(Vec::new());
+    }
+    let limits = probe_limits(settings, tokenizer);
+    let samples = prompt_set::read(&probe.prompts)?.into_iter().take(probe.count);
+    let requests: Vec<Request> = samples
+        .map(|sample| {
+            let request = Request { prompt_ids: tokenizer.prompt(&sample.prompt)?.1, sample_id: sample.id };
+            check_length(&request, &limits, config.max_positions)?;
+            Ok(request)
+        })
+        .collect::<Result<_>>()?;
+    if requests.is_empty() {
+        return Err(Error::file(&probe.prompts, "holds no prompts to probe with: leave probe.prompts out, or fill it"));
+    }
+    Ok(requests)
+}
+
+fn probe_limits(settings: &Settings, tokenizer: &Tokenizer) -> Limits {
+    Limits { max_new_tokens: settings.probe.max_new_tokens, eos_ids: tokenizer.eos_ids().to_vec() }
 }
 
 /// Losses of a step on the device, a term for each of its batches: autoregressive, global, local.

@@ -123,7 +123,11 @@ impl Strategy {
     }
 }
 
-fn check_length(request: &Request, limits: &Limits, max_positions: usize) -> Result<()> {
+/// Checks that a prompt is not empty and fits the model's context with its answer; for those who ask before a long run.
+///
+/// # Errors
+/// [`Error::Usage`] naming the sample.
+pub fn check_length(request: &Request, limits: &Limits, max_positions: usize) -> Result<()> {
     let prompt = request.prompt_ids.len();
     let new = limits.max_new_tokens;
     if prompt == 0 {

@@ -10,5 +10,5 @@ mod weights;
 pub use config::{Family, ModelConfig, RopeScaling};
 pub use kv_cache::KvCache;
 pub use transformer::Transformer;
-pub use weights::fingerprint;
 pub(crate) use weights::write_safetensors;
+pub use weights::{check, fingerprint};

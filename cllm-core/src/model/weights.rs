@@ -31,6 +31,23 @@ pub fn fingerprint(folder: &Path) -> Result<String> {
 /// Every weight of `config`, in its order, on `device` as `kind`.
 pub(super) fn read(folder: &Path, config: &ModelConfig, device: Device, kind: Kind) -> Result<Vec<(String, Tensor)>> {
     let _no_grad = tch::no_grad_guard();
+    visit(folder, config, |file, name, view| Ok(tensor(file, name, view)?.f_to_device(device)?.f_to_kind(kind)?))
+}
+
+/// Checks that a folder holds every weight that its config.json calls for, whole and of its shape, without loading them.
+///
+/// # Errors
+/// Names a file that is missing, cut off, or of an unsupported family or feature.
+pub fn check(folder: &Path) -> Result<()> {
+    visit(folder, &ModelConfig::load(folder)?, kind_of).map(drop)
+}
+
+/// What `take` makes of every weight of `config`, in its order; names and shapes are checked.
+fn visit<T>(
+    folder: &Path,
+    config: &ModelConfig,
+    take: impl Fn(&Path, &str, &TensorView<'_>) -> Result<T>,
+) -> Result<Vec<(String, T)>> {
     let mut found = BTreeMap::new();
     let wanted: BTreeMap<_, _> = config.shapes().into_iter().collect();
     let files = weight_files(folder)?;
@@ -41,7 +58,12 @@ pub(super) fn read(folder: &Path, config: &ModelConfig, device: Device, kind: Ki
         })?;
         for (name, view) in tensors.iter() {
             if let Some(shape) = wanted.get(name) {
-                found.insert(name.to_owned(), tensor(file, name, &view, shape)?.f_to_device(device)?.f_to_kind(kind)?);
+                let size: Vec<i64> = view.shape().iter().map(|&size| size as i64).collect();
+                if size != *shape {
+                    let message = format!("`{name}` has shape {size:?}, config.json calls for {shape:?}");
+                    return Err(Error::file(file, message));
+                }
+                found.insert(name.to_owned(), take(file, name, &view)?);
             } else if !is_redundant(name, config) {
                 let message = format!("`{name}` has no place in the model that config.json describes");
                 return Err(Error::file(file, message));
@@ -52,7 +74,7 @@ pub(super) fn read(folder: &Path, config: &ModelConfig, device: Device, kind: Ki
         .shapes()
         .into_iter()
         .map(|(name, _)| match found.remove(&name) {
-            Some(tensor) => Ok((name, tensor)),
+            Some(taken) => Ok((name, taken)),
             None => {
                 let file = if files.len() == 1 { files[0].clone() } else { folder.join(INDEX) };
                 Err(Error::file(file, format!("the weights lack `{name}`, which config.json calls for")))
@@ -66,20 +88,18 @@ fn is_redundant(name: &str, config: &ModelConfig) -> bool {
     name.ends_with(".rotary_emb.inv_freq") || (config.tied_embeddings && name == "lm_head.weight")
 }
 
-fn tensor(file: &Path, name: &str, view: &TensorView<'_>, shape: &[i64]) -> Result<Tensor> {
-    let found: Vec<i64> = view.shape().iter().map(|&size| size as i64).collect();
-    if found != shape {
-        return Err(Error::file(file, format!("`{name}` has shape {found:?}, config.json calls for {shape:?}")));
+fn kind_of(file: &Path, name: &str, view: &TensorView<'_>) -> Result<Kind> {
+    match view.dtype() {
+        Dtype::F32 => Ok(Kind::Float),
+        Dtype::F16 => Ok(Kind::Half),
+        Dtype::BF16 => Ok(Kind::BFloat16),
+        other => Err(Error::file(file, format!("`{name}` is {other:?}: only F32, F16 and BF16 are supported"))),
     }
-    let kind = match view.dtype() {
-        Dtype::F32 => Kind::Float,
-        Dtype::F16 => Kind::Half,
-        Dtype::BF16 => Kind::BFloat16,
-        other => {
-            return Err(Error::file(file, format!("`{name}` is {other:?}: only F32, F16 and BF16 are supported")));
-        }
-    };
-    torch_ext::tensor_from_bytes(view.data(), shape, kind)
+}
+
+fn tensor(file: &Path, name: &str, view: &TensorView<'_>) -> Result<Tensor> {
+    let shape: Vec<i64> = view.shape().iter().map(|&size| size as i64).collect();
+    torch_ext::tensor_from_bytes(view.data(), &shape, kind_of(file, name, view)?)
 }
 
 /// The safetensors files of a folder, in order.
