@@ -1,6 +1,12 @@
 //! Tests of cllm-train.
 #![allow(clippy::unwrap_used)]
 
+mod bad_input;
+#[path = "../../../cllm-core/tests/shared/foreign_parquet.rs"]
+mod foreign_parquet;
+mod interrupted;
 mod packed;
 mod program;
+#[path = "../../../cllm-core/tests/shared/programs.rs"]
+mod programs;
 mod runs;

@@ -1,7 +1,6 @@
 //! The command line: exit codes and what they say.
 
-use std::process::{Output, Stdio};
-use std::time::Duration;
+use std::process::Output;
 
 use assert_cmd::Command;
 
@@ -58,33 +57,6 @@ fn a_missing_model_and_a_missing_data_set_end_with_2() {
     let missing = run(&["run", "-c", &file.display().to_string()]);
     assert_eq!(missing.status.code(), Some(2), "{}", errors(&missing));
     assert!(errors(&missing).contains("none.jsonl"), "{}", errors(&missing));
-}
-
-#[test]
-fn a_run_that_is_told_to_stop_saves_and_ends_with_143() {
-    let dir = tempfile::tempdir().unwrap();
-    prepare(dir.path());
-    let settings = cllm_train::settings::Settings { epochs: 100_000, save_every: 0, ..sft(dir.path(), "run") };
-    let file = dir.path().join("run.yaml");
-    std::fs::write(&file, cllm_core::settings::to_yaml(&settings).unwrap()).unwrap();
-    let arguments = ["run", "-c", &file.display().to_string(), "max_steps=100000"];
-    let mut child = std::process::Command::new(assert_cmd::cargo::cargo_bin("cllm-train"))
-        .args(arguments)
-        .env("OMP_NUM_THREADS", "1")
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let metrics = dir.path().join("run/metrics.jsonl");
-    while std::fs::read_to_string(&metrics).unwrap_or_default().lines().count() < 3 {
-        assert!(child.try_wait().unwrap().is_none(), "it ended by itself");
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    let kill = std::process::Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
-    assert!(kill.success());
-    assert_eq!(child.wait().unwrap().code(), Some(143));
-    let state = std::fs::read_to_string(dir.path().join("run/checkpoints/latest/state.json")).unwrap();
-    let steps = std::fs::read_to_string(&metrics).unwrap().lines().count();
-    assert!(state.contains(&format!("\"step\": {steps},")), "{steps}: {state}");
 }
 
 #[test]

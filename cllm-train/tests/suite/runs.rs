@@ -87,7 +87,7 @@ fn cut_back(run: &Path, step: usize) {
 }
 
 /// Trajectories of a model's own answers.
-fn collect(model_folder: &Path, folder: &Path) -> PathBuf {
+pub fn collect(model_folder: &Path, folder: &Path) -> PathBuf {
     let model = Transformer::load(model_folder, Device::Cpu, Kind::Float).unwrap();
     let tokenizer = Tokenizer::load(model_folder).unwrap();
     let samples = prompt_set::read(&folder.join("prompts.jsonl")).unwrap();

@@ -1,8 +1,15 @@
 //! `cllm-data` from the outside: the verbs on a tiny random teacher.
 #![allow(clippy::unwrap_used)]
 
+mod bad_input;
+#[path = "../../../cllm-core/tests/shared/foreign_parquet.rs"]
+mod foreign_parquet;
+mod interrupted;
+#[path = "../../../cllm-core/tests/shared/programs.rs"]
+mod programs;
+
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use assert_cmd::Command;
@@ -58,8 +65,12 @@ fn collect(output: &str, more: &[&str]) -> Value {
     json_of(&arguments)
 }
 
+fn shard(folder: &str, index: usize) -> PathBuf {
+    Path::new(folder).join(format!("part-{index:05}.parquet"))
+}
+
 fn shards(folder: &str) -> Vec<Vec<u8>> {
-    (0..3).map(|index| fs::read(Path::new(folder).join(format!("part-{index:05}.parquet"))).unwrap()).collect()
+    (0..3).map(|index| fs::read(shard(folder, index)).unwrap()).collect()
 }
 
 fn rows(folder: &str) -> Vec<Trajectory> {

@@ -1,0 +1,179 @@
+//! Runs the built programs as a user does, on bad input and into bad places; shared by the tests of all three.
+
+use std::ffi::OsStr;
+use std::fmt::Debug;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+/// A word of a command line.
+pub trait Word: AsRef<OsStr> + Debug {}
+impl<W: AsRef<OsStr> + Debug> Word for W {}
+
+/// One of the built programs.
+pub struct Program(pub &'static str);
+
+/// How a run ended.
+pub struct Ended {
+    /// Exit code; none when a signal killed it.
+    pub code: Option<i32>,
+    pub stdout: Vec<u8>,
+    pub stderr: String,
+}
+
+impl Program {
+    pub fn run(&self, arguments: &[impl Word]) -> Ended {
+        ended(self.command(&[]).args(arguments).output().unwrap())
+    }
+
+    /// Runs it to its end, which must be a good one.
+    #[track_caller]
+    pub fn succeed(&self, arguments: &[impl Word]) -> Ended {
+        let found = self.run(arguments);
+        assert_eq!(found.code, Some(0), "{arguments:?}: {}", found.stderr);
+        found
+    }
+
+    /// Runs it to an error, whose message must be one of ours and hold these parts.
+    #[track_caller]
+    pub fn refuse(&self, arguments: &[impl Word], code: i32, parts: &[&str]) {
+        self.run(arguments).must_say(arguments, code, parts);
+    }
+
+    /// Runs it where no file may grow past so many blocks of 512 bytes: as on a full disk, a write fails midway.
+    #[track_caller]
+    pub fn fill_up(&self, blocks: usize, arguments: &[impl Word], parts: &[&str]) {
+        let limit = format!("ulimit -f {blocks}; exec \"$@\"");
+        let found = ended(self.command(&["sh", "-c", &limit, "sh"]).args(arguments).output().unwrap());
+        found.must_say(arguments, 3, &[parts, &["cannot be written", "run the same command again"]].concat());
+    }
+
+    /// Runs it with a stdout that takes nothing.
+    #[track_caller]
+    pub fn fill_stdout(&self, arguments: &[impl Word]) {
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+        let found = ended(self.command(&[]).args(arguments).stdout(full).output().unwrap());
+        found.must_say(arguments, 3, &["stdout: cannot be written"]);
+    }
+
+    /// Runs it until it is `ready`, then sends `signal` ("INT", "TERM"); it must end with `code` by itself.
+    #[track_caller]
+    pub fn stop(&self, arguments: &[impl Word], signal: &str, code: i32, ready: impl Fn() -> bool) {
+        let mut command = self.command(&[]);
+        let mut child = command.args(arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        while !ready() {
+            assert!(child.try_wait().unwrap().is_none(), "{arguments:?} ended before it could be stopped");
+            std::thread::yield_now();
+        }
+        let sent = Command::new("kill").args([&format!("-{signal}"), &child.id().to_string()]).status().unwrap();
+        assert!(sent.success());
+        ended(child.wait_with_output().unwrap()).must_say(
+            arguments,
+            code,
+            &["interrupted", "run the same command again"],
+        );
+    }
+
+    /// The program behind a `prefix`. One thread: sums come out the same each time, and tests share the machine.
+    fn command(&self, prefix: &[&str]) -> Command {
+        let program = assert_cmd::cargo::cargo_bin(self.0).display().to_string();
+        let words = [prefix, &[&program]].concat();
+        let mut command = Command::new(words[0]);
+        command.args(&words[1..]).env("OMP_NUM_THREADS", "1").stdin(Stdio::null());
+        command
+    }
+}
+
+impl Ended {
+    #[track_caller]
+    fn must_say(&self, arguments: &[impl Word], code: i32, parts: &[&str]) {
+        let message = &self.stderr;
+        assert_eq!(self.code, Some(code), "{arguments:?}: {message}");
+        assert!(self.stdout.is_empty(), "{arguments:?}: stdout is for data");
+        assert!(message.contains("error: ") && !message.contains("a fault of"), "{arguments:?}: {message}");
+        for part in parts {
+            assert!(message.contains(part), "{arguments:?}: `{part}` is not in: {message}");
+        }
+    }
+}
+
+fn ended(output: Output) -> Ended {
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    Ended { code: output.status.code(), stdout: output.stdout, stderr }
+}
+
+pub fn path(folder: &Path, name: &str) -> String {
+    folder.join(name).display().to_string()
+}
+
+/// Copies of a good model, each damaged in one way, with what an error must say of it.
+pub fn damaged_models(good: &Path, into: &Path) -> Vec<(String, Vec<&'static str>)> {
+    let cut = |file: PathBuf| {
+        let bytes = std::fs::read(&file).unwrap();
+        std::fs::write(&file, &bytes[..bytes.len() / 2]).unwrap();
+    };
+    let edit = |file: PathBuf, change: &dyn Fn(&mut Value)| {
+        let mut value: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+        change(&mut value);
+        std::fs::write(&file, value.to_string()).unwrap();
+    };
+    let remove = |file: PathBuf| std::fs::remove_file(file).unwrap();
+    type Damage<'d> = (&'d str, Box<dyn Fn(&Path) + 'd>, Vec<&'static str>);
+    let damages: Vec<Damage<'_>> = vec![
+        (
+            "no-weights",
+            Box::new(|model| remove(model.join("model.safetensors"))),
+            vec!["no-weights", "holds neither model.safetensors nor"],
+        ),
+        (
+            "cut-weights",
+            Box::new(|model| cut(model.join("model.safetensors"))),
+            vec!["cut-weights/model.safetensors", "no whole safetensors file", "download it again"],
+        ),
+        (
+            "other-family",
+            Box::new(|model| edit(model.join("config.json"), &|config| config["model_type"] = "gpt2".into())),
+            vec!["other-family/config.json", "`gpt2` is not supported", "use llama"],
+        ),
+        (
+            "no-tokenizer",
+            Box::new(|model| remove(model.join("tokenizer.json"))),
+            vec!["no-tokenizer", "holds no tokenizer.json"],
+        ),
+        (
+            "cut-tokenizer",
+            Box::new(|model| cut(model.join("tokenizer.json"))),
+            vec!["cut-tokenizer/tokenizer.json", "is no tokenizer that can be read"],
+        ),
+        (
+            "foreign-tokenizer",
+            Box::new(|model| {
+                edit(model.join("tokenizer.json"), &|file| file["model"]["vocab"]["foreign"] = 9999.into())
+            }),
+            vec!["foreign-tokenizer/tokenizer.json", "ids up to 9999", "belongs to another model"],
+        ),
+    ];
+    let damaged = damages.into_iter().map(|(name, damage, parts)| {
+        let model = into.join(name);
+        copy_folder(good, &model);
+        damage(&model);
+        (model.display().to_string(), parts)
+    });
+    damaged.collect()
+}
+
+/// Copies the files of a folder.
+pub fn copy_folder(from: &Path, to: &Path) {
+    std::fs::create_dir(to).unwrap();
+    for entry in std::fs::read_dir(from).unwrap() {
+        let file = entry.unwrap().path();
+        std::fs::copy(&file, to.join(file.file_name().unwrap())).unwrap();
+    }
+}
+
+/// A path below a regular file: nobody can write there, not even root.
+pub fn unwritable(folder: &Path) -> String {
+    std::fs::write(folder.join("file"), "").unwrap();
+    path(folder, "file/output")
+}

@@ -1,0 +1,37 @@
+//! Signals: a collection that is told to stop keeps its shards, and the same command goes on.
+
+use std::fs;
+use std::path::Path;
+
+use crate::programs::{Program, path};
+use crate::{WORLD, rows, shard};
+
+const DATA: Program = Program("cllm-data");
+
+#[test]
+fn a_collection_that_was_stopped_twice_equals_one_that_was_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let prompts = path(dir.path(), "prompts.jsonl");
+    DATA.succeed(&["prepare", "synthetic", "--count", "60", "--output", &prompts]);
+    let (whole, stopped) = (path(dir.path(), "whole"), path(dir.path(), "stopped"));
+    let (model, prompts) = (format!("model={}", path(WORLD.path(), "model")), format!("prompts={prompts}"));
+    let (into_whole, into_stopped) = (format!("output={whole}"), format!("output={stopped}"));
+    let arguments = ["collect", "n=8", "max_new_tokens=40", "device=cpu", "shard_rows=2", &model, &prompts];
+    let once = [&arguments[..], &[&into_whole]].concat();
+    let again = [&arguments[..], &[&into_stopped]].concat();
+    let shard = |index| shard(&stopped, index);
+    DATA.stop(&again, "INT", 130, || shard(1).exists());
+    let kept = fs::read(shard(0)).unwrap();
+    DATA.stop(&again, "TERM", 143, || shard(6).exists());
+    assert!(!shard(29).exists(), "it was stopped midway");
+    DATA.succeed(&again);
+    assert_eq!(fs::read(shard(0)).unwrap(), kept);
+    DATA.succeed(&once);
+    assert_eq!(rows(&stopped), rows(&whole));
+    for entry in fs::read_dir(&whole).unwrap() {
+        let name = entry.unwrap().file_name();
+        let read = |folder: &str| fs::read(Path::new(folder).join(&name)).unwrap();
+        assert!(read(&whole) == read(&stopped), "{name:?}");
+    }
+    assert_eq!(fs::read_dir(&whole).unwrap().count(), fs::read_dir(&stopped).unwrap().count());
+}

@@ -1,0 +1,117 @@
+//! What each verb says of bad input, of places that cannot be written, and of devices that are not there.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::json;
+
+use crate::made_up::{model, records};
+use crate::programs::{Program, damaged_models, path, unwritable};
+
+const EVAL: Program = Program("cllm-eval");
+
+/// A short run of these models.
+fn short(teacher: &str, student: &str, output: &str) -> Vec<String> {
+    let mut arguments =
+        ["run", "count=3", "max_new_tokens=6", "speed_examples=1", "device=cpu"].map(str::to_owned).to_vec();
+    arguments.extend([format!("teacher={teacher}"), format!("student={student}"), format!("output={output}")]);
+    arguments
+}
+
+#[test]
+fn every_damaged_model_is_named_before_anything_is_answered() {
+    let dir = tempfile::tempdir().unwrap();
+    let (good, output) = (dir.path().join("good"), path(dir.path(), "output"));
+    model(&good, 1);
+    let whole = good.display().to_string();
+    for (damaged, parts) in damaged_models(&good, dir.path()) {
+        EVAL.refuse(&short(&damaged, &whole, &output), 2, &parts);
+        // A student that cannot be read ends the run before the teacher has worked for hours.
+        EVAL.refuse(&short(&whole, &damaged, &output), 2, &parts);
+        EVAL.refuse(&["generate", "2 + 2?", "--device", "cpu", "--model", &damaged], 2, &parts);
+        assert!(!Path::new(&output).exists(), "{damaged}");
+    }
+    EVAL.refuse(&short("no/such/model", &whole, &output), 2, &["no/such/model", "no such"]);
+}
+
+#[test]
+fn a_prompt_longer_than_the_context_is_named_before_anything_is_answered() {
+    let dir = tempfile::tempdir().unwrap();
+    let (good, output, prompts) = (path(dir.path(), "good"), path(dir.path(), "output"), path(dir.path(), "p.jsonl"));
+    model(Path::new(&good), 1);
+    let row = |id: &str, text: &str| json!({ "id": id, "source": "jsonl/test", "prompt": text }).to_string() + "\n";
+    fs::write(&prompts, row("short", "3+4") + &row("long", &"apples ".repeat(400))).unwrap();
+    let arguments = [&short(&good, &good, &output)[..], &[format!("prompts={prompts}")]].concat();
+    EVAL.refuse(&arguments, 2, &["sample `long`", "context of 1024", "leave the sample out"]);
+    let given = |key: &str| [&short(&good, &good, &output)[..], &[key.to_owned()]].concat();
+    EVAL.refuse(&given("max_new_tokens=18446744073709551615"), 2, &["context of 1024", "lower max_new_tokens"]);
+    EVAL.refuse(&given("eos_ids=[999]"), 2, &["eos_ids: 999", "300"]);
+    EVAL.refuse(&given("prompts=no/such.jsonl"), 2, &["no/such.jsonl", "check the path"]);
+    EVAL.refuse(&given("benchmark=gsm8k"), 2, &["needs `data`"]);
+    assert!(!Path::new(&output).exists());
+    let long = "apples ".repeat(400);
+    EVAL.refuse(&["generate", &long, "--device", "cpu", "--model", &good], 2, &["context of 1024"]);
+    for bad in [["--n", "1"], ["--n", "1000000000000"], ["--max-new-tokens", "0"]] {
+        EVAL.refuse(&["generate", "2 + 2?", "--model", &good, bad[0], bad[1]], 2, &[bad[0]]);
+    }
+    EVAL.refuse(
+        &["generate", "2 + 2?", "--device", "cpu", "--model", &good, "--max-new-tokens", "18446744073709551615"],
+        2,
+        &["context of 1024"],
+    );
+}
+
+#[test]
+fn bad_settings_are_named_with_file_line_and_value() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = path(dir.path(), "run.yaml");
+    fs::write(&file, "teacher: x\nstudnet: y\n").unwrap();
+    EVAL.refuse(&["run", "-c", &file], 2, &["run.yaml", "line 2", "did you mean `student`"]);
+    fs::write(&file, "teacher: x\ncount: 0\n").unwrap();
+    EVAL.refuse(&["run", "-c", &file], 2, &["run.yaml, line 2: count=0: lower than 1"]);
+    EVAL.refuse(&["run", "teacher=x", "batch_rows=0"], 2, &["override `batch_rows=0`: batch_rows=0: lower than 1"]);
+    EVAL.refuse(&["run"], 2, &["nothing to evaluate", "`teacher`"]);
+}
+
+#[test]
+fn devices_and_places_that_are_not_there_are_3() {
+    let dir = tempfile::tempdir().unwrap();
+    let (good, output) = (path(dir.path(), "good"), unwritable(dir.path()));
+    model(Path::new(&good), 1);
+    let said = ["/file", "cannot be written", "choose another place"];
+    EVAL.refuse(&short(&good, &good, &output), 3, &said);
+    EVAL.refuse(&[&short(&good, &good, &output)[..], &["device=cuda:4096".to_owned()]].concat(), 3, &["`cuda:4096`"]);
+    EVAL.refuse(&[&short(&good, &good, &output)[..], &["device=gpu".to_owned()]].concat(), 2, &["`gpu` is unknown"]);
+    EVAL.refuse(&["generate", "x", "--model", &good, "--device", "cuda:4096"], 3, &["`cuda:4096`"]);
+    let run = dir.path().join("run");
+    fs::create_dir(&run).unwrap();
+    records().write(&run.join("samples.jsonl")).unwrap();
+    let run = run.display().to_string();
+    EVAL.succeed(&["score", &run]);
+    EVAL.refuse(&["report", &run, "--output", &output], 3, &said);
+    for arguments in [&["ls"][..], &["doctor", "--json"], &["completions", "bash"], &["score", &run, "--json"]] {
+        EVAL.fill_stdout(arguments);
+    }
+}
+
+#[test]
+fn records_that_are_missing_or_cut_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = dir.path().display().to_string();
+    let samples = dir.path().join("samples.jsonl");
+    EVAL.refuse(&["score", &run], 2, &["samples.jsonl", "check the path"]);
+    EVAL.refuse(&["report", &run], 2, &["results.json", "check the path"]);
+    records().write(&samples).unwrap();
+    EVAL.succeed(&["score", &run]);
+    for name in ["samples.jsonl", "results.json"] {
+        let file = dir.path().join(name);
+        let whole = fs::read(&file).unwrap();
+        fs::write(&file, &whole[..whole.len() / 2]).unwrap();
+        EVAL.refuse(&["report", &run], 2, &[name]);
+        if name == "samples.jsonl" {
+            EVAL.refuse(&["score", &run], 2, &["samples.jsonl", "line ", "is not a record"]);
+        }
+        assert_eq!(fs::read(&file).unwrap(), &whole[..whole.len() / 2], "{name} is left as it was");
+        fs::write(&file, &whole).unwrap();
+    }
+}

@@ -1,0 +1,74 @@
+//! Signals and full disks: a run that was stopped keeps its answers, and the same command goes on to the same results.
+
+use std::fs;
+use std::path::Path;
+
+use cllm_eval::records::Records;
+
+use crate::made_up::model;
+use crate::programs::{Program, path};
+
+const EVAL: Program = Program("cllm-eval");
+
+fn lines(output: &str) -> usize {
+    fs::read_to_string(Path::new(output).join("samples.jsonl")).unwrap_or_default().lines().count()
+}
+
+/// The answers and what was timed, without the times.
+fn answers(output: &str) -> Vec<String> {
+    let records = Records::read(&Path::new(output).join("samples.jsonl")).unwrap();
+    let answers = records.answers.iter().map(|answer| {
+        format!(
+            "{:?}",
+            (answer.role, answer.strategy, &answer.id, &answer.response_ids, answer.verdict, &answer.accepted)
+        )
+    });
+    let speeds = records.speeds.iter();
+    answers.chain(speeds.map(|speed| format!("{:?}", (speed.role, speed.strategy, &speed.id, speed.tokens)))).collect()
+}
+
+#[test]
+fn a_run_that_was_stopped_and_met_a_full_disk_equals_one_that_was_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let (teacher, student) = (path(dir.path(), "teacher"), path(dir.path(), "student"));
+    model(Path::new(&teacher), 1);
+    model(Path::new(&student), 2);
+    let (whole, stopped) = (path(dir.path(), "whole"), path(dir.path(), "stopped"));
+    let run = |output: &str| {
+        let fixed = ["run", "count=30", "max_new_tokens=24", "batch_rows=2", "speed_examples=4", "device=cpu"];
+        let given = [format!("teacher={teacher}"), format!("student={student}"), format!("output={output}")];
+        [&fixed.map(str::to_owned)[..], &given].concat()
+    };
+    EVAL.stop(&run(&stopped), "INT", 130, || lines(&stopped) >= 4);
+    let first = fs::read_to_string(Path::new(&stopped).join("samples.jsonl")).unwrap();
+    let kept = lines(&stopped);
+    EVAL.stop(&run(&stopped), "TERM", 143, || lines(&stopped) >= kept + 4);
+    let size = fs::metadata(Path::new(&stopped).join("samples.jsonl")).unwrap().len();
+    assert!(lines(&stopped) < 1 + 4 * 30, "it was stopped midway");
+    assert!(!Path::new(&stopped).join("results.json").exists());
+    EVAL.fill_up(size as usize / 512 + 8, &run(&stopped), &["stopped/samples.jsonl"]);
+    EVAL.succeed(&run(&stopped));
+    EVAL.succeed(&run(&whole));
+    assert_eq!(answers(&stopped), answers(&whole));
+    let text = fs::read_to_string(Path::new(&stopped).join("samples.jsonl")).unwrap();
+    assert!(first.lines().all(|line| text.contains(line)), "answers are made once");
+    assert!(Path::new(&stopped).join("results.json").exists());
+}
+
+#[test]
+fn a_run_that_ended_before_its_first_answer_blocks_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (teacher, output) = (path(dir.path(), "teacher"), path(dir.path(), "output"));
+    model(Path::new(&teacher), 1);
+    let run = |seed: &str| {
+        let given = [format!("teacher={teacher}"), format!("output={output}"), seed.to_owned()];
+        [&["run", "count=2", "max_new_tokens=4", "speed_examples=0", "device=cpu"].map(str::to_owned)[..], &given]
+            .concat()
+    };
+    EVAL.succeed(&run("seed=1"));
+    let samples = Path::new(&output).join("samples.jsonl");
+    EVAL.refuse(&run("seed=2"), 2, &["samples.jsonl", "other settings"]);
+    let header = fs::read_to_string(&samples).unwrap().lines().next().unwrap().to_owned() + "\n";
+    fs::write(&samples, header).unwrap();
+    EVAL.succeed(&run("seed=2"));
+}

@@ -1,0 +1,183 @@
+//! What a run says of bad input, of places that cannot be written, and of devices that are not there.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use cllm_train::settings::{Objective, Settings};
+use cllm_train::trainer;
+
+use crate::foreign_parquet;
+use crate::programs::{Program, copy_folder, damaged_models, path, unwritable};
+use crate::runs::{collect, prepare, sft};
+
+const TRAIN: Program = Program("cllm-train");
+
+/// A settings file; its path.
+fn file(settings: &Settings) -> String {
+    let folder = Path::new(&settings.output).parent().unwrap();
+    let file = path(folder, "run.yaml");
+    fs::write(&file, cllm_core::settings::to_yaml(settings).unwrap()).unwrap();
+    file
+}
+
+/// A folder with prompts, a trained model and its trajectories, and the settings of a student.
+fn student(folder: &Path) -> Settings {
+    prepare(folder);
+    trainer::run(Settings { max_steps: 1, ..sft(folder, "teacher") }).unwrap();
+    let model = folder.join("teacher/final");
+    let data = vec![collect(&model, folder)];
+    let model = model.display().to_string();
+    Settings { init: None, model, objective: Objective::Consistency, data, max_steps: 2, ..sft(folder, "run") }
+}
+
+#[test]
+fn every_damaged_model_is_named_and_nothing_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let settings = student(dir.path());
+    for (model, parts) in damaged_models(Path::new(&settings.model), dir.path()) {
+        for (objective, data) in
+            [(Objective::Consistency, &settings.data[0]), (Objective::Sft, &dir.path().join("prompts.jsonl"))]
+        {
+            let settings = Settings { model: model.clone(), objective, data: vec![data.clone()], ..settings.clone() };
+            TRAIN.refuse(&["run", "-c", &file(&settings)], 2, &parts);
+        }
+        assert!(!Path::new(&settings.output).exists(), "{model}");
+    }
+    // A whole tokenizer that is not the one of the data.
+    let model = dir.path().join("other-tokenizer");
+    copy_folder(Path::new(&settings.model), &model);
+    cllm_core::tokenizer_training::train(&["Other words make other ids.".to_owned()], 261, &model).unwrap();
+    let other = Settings { model: model.display().to_string(), ..settings.clone() };
+    TRAIN.refuse(&["run", "-c", &file(&other)], 2, &["trajectories", "was collected with tokenizer"]);
+    TRAIN.refuse(&["export", "no/such/model", "--output", &settings.output], 2, &["no/such/model"]);
+    let cut = path(dir.path(), "cut-weights");
+    TRAIN.refuse(&["export", &cut, "--output", &settings.output], 2, &["cut-weights/model.safetensors"]);
+    assert!(!Path::new(&settings.output).exists());
+}
+
+#[test]
+fn a_gguf_file_that_is_missing_cut_or_none_is_named_and_nothing_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let (gguf, output) = (path(dir.path(), "model.gguf"), path(dir.path(), "output"));
+    let arguments = ["convert", &gguf, &output];
+    TRAIN.refuse(&arguments, 2, &["model.gguf", "No such file", "check the path"]);
+    // A header that promises one tensor and ends there; a file of another kind; nothing.
+    let header = [&b"GGUF"[..], &3u32.to_le_bytes(), &1u64.to_le_bytes(), &0u64.to_le_bytes()].concat();
+    for bytes in [&header[..], &header[..10], b"PK\x03\x04 is a zip", b""] {
+        fs::write(&gguf, bytes).unwrap();
+        TRAIN.refuse(&arguments, 2, &["model.gguf"]);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "{bytes:?}");
+    }
+}
+
+#[test]
+fn every_bad_shard_is_named_and_nothing_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    let settings = student(dir.path());
+    let shard = settings.data[0].join("part-00000.parquet");
+    let good = fs::read(&shard).unwrap();
+    type Damage<'d> = Box<dyn Fn() + 'd>;
+    let damages: [(Damage<'_>, &[&str]); 4] = [
+        (Box::new(|| fs::write(&shard, &good[..good.len() / 2]).unwrap()), &["no whole Parquet file", "collect again"]),
+        (Box::new(|| foreign_parquet::write(&shard, "text", None)), &["no trajectory shard"]),
+        (Box::new(|| foreign_parquet::write(&shard, "text", Some("1"))), &["no column `sample_id`"]),
+        (Box::new(|| fs::remove_file(&shard).unwrap()), &["No such file"]),
+    ];
+    for (damage, parts) in damages {
+        damage();
+        let parts = [parts, &["part-00000.parquet"]].concat();
+        for verb in ["run", "plan"] {
+            TRAIN.refuse(&[verb, "-c", &file(&settings)], 2, &parts);
+        }
+    }
+    assert!(!Path::new(&settings.output).exists());
+    let empty = Settings { data: vec![dir.path().join("nothing")], ..settings };
+    TRAIN.refuse(&["run", "-c", &file(&empty)], 2, &["nothing"]);
+}
+
+#[test]
+fn bad_settings_are_named_with_file_line_and_value() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = path(dir.path(), "run.yaml");
+    for verb in ["run", "plan", "validate"] {
+        fs::write(&file, "output: x\noptimiser:\n  lr: 1\n").unwrap();
+        TRAIN.refuse(&[verb, "-c", &file], 2, &["run.yaml", "line 2", "did you mean `optimizer`"]);
+        fs::write(&file, "output: x\noptimizer:\n  lr: 7\n").unwrap();
+        TRAIN.refuse(
+            &[verb, "-c", &file],
+            2,
+            &["run.yaml, line 3: optimizer.lr=7.0: greater than 1", "data is not set"],
+        );
+    }
+    TRAIN.refuse(&["run", "output=x", "data=[x]"], 2, &["model: expected a folder or an id"]);
+}
+
+#[test]
+fn what_is_longer_than_the_context_is_left_out_and_said() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let mut settings = Settings { max_steps: 1, max_tokens: 4096, tokens_per_batch: 4096, ..sft(dir.path(), "run") };
+    let prompts = dir.path().join("prompts.jsonl");
+    let long = |id: &str| {
+        let text = "long ".repeat(100);
+        serde_json::json!({ "id": id, "source": "jsonl/train", "prompt": text, "reference": "x" }).to_string() + "\n"
+    };
+    let short = fs::read_to_string(&prompts).unwrap();
+    fs::write(&prompts, short.clone() + &long("a") + &long("b")).unwrap();
+    let found = TRAIN.succeed(&["run", "-c", &file(&settings)]);
+    assert!(found.stderr.contains("2 responses are longer, with their prompts, than the model's context of 128"));
+    let only_long = dir.path().join("long.jsonl");
+    fs::write(&only_long, long("a")).unwrap();
+    settings.output = path(dir.path(), "other");
+    let all_too_long = Settings { data: vec![only_long.clone()], ..settings.clone() };
+    TRAIN.refuse(&["run", "-c", &file(&all_too_long)], 2, &["no responses to learn from", "context of 128"]);
+    // A probe that cannot run is found before the first step, not at the two hundredth.
+    settings.probe.prompts = only_long;
+    TRAIN.refuse(&["run", "-c", &file(&settings)], 2, &["sample `a`", "context of 128"]);
+    settings.probe.prompts = PathBuf::from("no/such.jsonl");
+    TRAIN.refuse(&["run", "-c", &file(&settings)], 2, &["no/such.jsonl"]);
+    assert!(!Path::new(&settings.output).exists());
+}
+
+#[test]
+fn ids_that_the_student_has_not_are_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut settings = student(dir.path());
+    // The same tokenizer, but a teacher that had more ids, one of which stands in a state.
+    let reader = cllm_core::trajectory::Reader::open(&settings.data[0]).unwrap();
+    let mut rows: Vec<_> = reader.rows().map(Result::unwrap).collect();
+    let mut provenance = reader.provenance().clone();
+    let vocab_size = provenance.vocab_size;
+    provenance.vocab_size += 5;
+    let block = rows[3].blocks.iter_mut().find(|block| block.states.len() > 1).unwrap();
+    block.states[0][1] = provenance.vocab_size as i32 - 1;
+    let padded = dir.path().join("padded");
+    let mut writer = cllm_core::trajectory::Writer::open(&padded, provenance).unwrap();
+    writer.write_shard(&rows).unwrap();
+    writer.finish().unwrap();
+    settings.data = vec![padded];
+    TRAIN.refuse(
+        &["run", "-c", &file(&settings)],
+        2,
+        &["padded", "row `s3`", &format!("outside the vocabulary of {vocab_size}")],
+    );
+}
+
+#[test]
+fn devices_and_places_that_are_not_there_are_3() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let settings = sft(dir.path(), "run");
+    let file = file(&settings);
+    TRAIN.refuse(&["run", "-c", &file, "device=cuda:4096"], 3, &["`cuda:4096`"]);
+    TRAIN.refuse(&["run", "-c", &file, "device=gpu"], 2, &["`gpu` is unknown"]);
+    assert!(!Path::new(&settings.output).exists());
+    let output = unwritable(dir.path());
+    let said = ["/file", "cannot be written", "choose another place"];
+    TRAIN.refuse(&["run", "-c", &file, &format!("output={output}")], 3, &said);
+    let prompts = path(dir.path(), "prompts.jsonl");
+    TRAIN.refuse(&["tokenizer", &prompts, "--output", &output], 3, &said);
+    TRAIN.fill_stdout(&["validate", "-c", &file]);
+    TRAIN.fill_stdout(&["plan", "-c", &file]);
+    TRAIN.fill_stdout(&["completions", "bash"]);
+}
