@@ -1,5 +1,6 @@
 //! `collect`: decodes prompts with a teacher and records every Jacobi state.
 
+use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -40,10 +41,10 @@ pub struct Settings {
     /// auto, cpu, cuda or cuda:N.
     #[garde(skip)]
     pub device: String,
-    /// Responses decoded at once.
+    /// Responses decoded at once; what a stopped run loses at most.
     #[garde(range(min = 1))]
     pub batch_rows: usize,
-    /// Responses of a shard; what a stopped run loses at most.
+    /// Responses of a shard.
     #[garde(range(min = 1))]
     pub shard_rows: usize,
     /// Only the first so many prompts; 0 for all.
@@ -159,12 +160,27 @@ pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
         )));
     }
     let resumed = (writer.shards() * settings.shard_rows).min(prepared.len());
-    let mut summary =
-        Summary { schema_version: 1, skipped: skipped.len(), resumed, samples: resumed, ..Default::default() };
-    let mut bar = Progress::new("collect", resumed as u64, prepared.len() as u64);
+    let mut stopped: HashMap<String, Trajectory> =
+        writer.stopped().into_iter().map(|row| (row.sample_id.clone(), row)).collect();
+    let mut summary = Summary {
+        schema_version: 1,
+        skipped: skipped.len(),
+        resumed: resumed + stopped.len(),
+        samples: resumed,
+        ..Default::default()
+    };
+    let mut bar = Progress::new("collect", summary.resumed as u64, prepared.len() as u64);
     let started = Instant::now();
     for shard in prepared[resumed..].chunks(settings.shard_rows) {
-        let rows = collect_shard(&model, &tokenizer, shard, settings, &mut summary, &mut bar)?;
+        let found = |(index, prepared): (usize, &Prepared)| Some((index, stopped.remove(&prepared.sample.id)?));
+        let mut rows: Vec<(usize, Trajectory)> = shard.iter().enumerate().filter_map(found).collect();
+        let done = collect_shard(&model, &tokenizer, shard, settings, &mut rows, &mut summary, &mut bar);
+        rows.sort_by_key(|(index, _)| *index);
+        let rows: Vec<Trajectory> = rows.into_iter().map(|(_, row)| row).collect();
+        if done.is_err() {
+            writer.keep_stopped(&rows)?;
+        }
+        done?;
         writer.write_shard(&rows)?;
         summary.samples += rows.len();
     }
@@ -209,20 +225,22 @@ fn fit(
     Ok((prepared, skipped))
 }
 
-/// Decodes a shard in batches of about equal prompt lengths; the rows come back in the order of the prompts.
+/// Decodes a shard in batches of about equal prompt lengths. `rows`, each with its place in the shard, gets what it lacks,
+/// in any order.
 fn collect_shard(
     model: &Transformer,
     tokenizer: &Tokenizer,
     shard: &[Prepared],
     settings: &Settings,
+    rows: &mut Vec<(usize, Trajectory)>,
     summary: &mut Summary,
     bar: &mut Progress,
-) -> Result<Vec<Trajectory>> {
+) -> Result<()> {
     let limits = Limits { max_new_tokens: settings.max_new_tokens, eos_ids: tokenizer.eos_ids().to_vec() };
     let options = DecodeOptions { strategy: Strategy::Jacobi { n: settings.n }, seed: settings.seed, record: true };
-    let mut order: Vec<usize> = (0..shard.len()).collect();
+    let done: HashSet<usize> = rows.iter().map(|(index, _)| *index).collect();
+    let mut order: Vec<usize> = (0..shard.len()).filter(|index| !done.contains(index)).collect();
     order.sort_by_key(|&index| shard[index].ids.len());
-    let mut rows: Vec<(usize, Trajectory)> = Vec::with_capacity(shard.len());
     for batch in order.chunks(settings.batch_rows) {
         let request = |&index: &usize| Request {
             sample_id: shard[index].sample.id.clone(),
@@ -262,6 +280,5 @@ fn collect_shard(
         bar.message(format!("{} tokens", summary.response_tokens));
         bar.advance(batch.len() as u64);
     }
-    rows.sort_by_key(|(index, _)| *index);
-    Ok(rows.into_iter().map(|(_, row)| row).collect())
+    Ok(())
 }

@@ -8,13 +8,16 @@ use parquet::file::metadata::KeyValue;
 use parquet::file::properties::WriterProperties;
 use serde::{Deserialize, Serialize};
 
-use super::reader::open_shard;
+use super::reader::{Reader, open_shard};
 use super::schema::{PROVENANCE_KEY, VERSION_KEY, schema, to_batch};
 use super::{Provenance, SCHEMA_VERSION, Trajectory};
 use crate::{Error, Result, atomic_file};
 
 /// Rows of a row group: bounds what a reader holds in memory.
 const ROW_GROUP_ROWS: usize = 256;
+
+/// File of the rows that a stopped run kept of a shard.
+const STOPPED: &str = "stopped.parquet";
 
 /// The shards of a data set.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -93,7 +96,37 @@ impl Writer {
     /// File-system errors.
     pub fn write_shard(&mut self, rows: &[Trajectory]) -> Result<()> {
         let name = format!("part-{:05}.parquet", self.manifest.shards.len());
-        let path = self.folder.join(&name);
+        self.write_rows(&name, rows)?;
+        self.manifest.shards.push((name, rows.len()));
+        self.write_manifest()?;
+        self.remove_stopped()
+    }
+
+    /// Keeps the rows of a shard that a stopped run had begun. They are no part of the data set yet.
+    ///
+    /// # Errors
+    /// File-system errors.
+    pub fn keep_stopped(&self, rows: &[Trajectory]) -> Result<()> {
+        self.write_rows(STOPPED, rows)
+    }
+
+    /// The rows that a stopped run kept of the next shard; they stay there until that is written.
+    pub fn stopped(&self) -> Vec<Trajectory> {
+        // What cannot be read is made again.
+        let rows = || Reader::open(&self.folder.join(STOPPED)).ok()?.rows().collect::<Result<Vec<_>>>().ok();
+        rows().unwrap_or_default()
+    }
+
+    fn remove_stopped(&self) -> Result<()> {
+        let path = self.folder.join(STOPPED);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::write(path)(error)),
+            _ => Ok(()),
+        }
+    }
+
+    fn write_rows(&self, name: &str, rows: &[Trajectory]) -> Result<()> {
+        let path = self.folder.join(name);
         let failed = |error: parquet::errors::ParquetError| parquet_error(&path, error);
         let provenance =
             serde_json::to_string(&self.manifest.provenance).map_err(|error| Error::file(&path, error.to_string()))?;
@@ -113,9 +146,7 @@ impl Writer {
             }
             writer.close().map_err(failed)?;
             Ok(())
-        })?;
-        self.manifest.shards.push((name, rows.len()));
-        self.write_manifest()
+        })
     }
 
     /// Marks the data set as complete.

@@ -3,10 +3,32 @@
 use std::fs;
 use std::path::Path;
 
+use cllm_core::trajectory::{Reader, Writer};
+
 use crate::programs::{Program, path};
-use crate::{WORLD, rows, shard};
+use crate::{WORLD, collect, rows, shard};
 
 const DATA: Program = Program("cllm-data");
+
+#[test]
+fn a_collection_stopped_within_a_shard_keeps_what_it_had_answered() {
+    let dir = tempfile::tempdir().unwrap();
+    let (whole, stopped) = (path(dir.path(), "whole"), path(dir.path(), "stopped"));
+    collect(&whole, &[]);
+    collect(&stopped, &["shard_rows=24"]);
+    // As a signal leaves it: no shard, and seven of its rows beside.
+    let mut kept = rows(&stopped);
+    kept.rotate_left(10);
+    kept.truncate(7);
+    let provenance = Reader::open(Path::new(&stopped)).unwrap().provenance().clone();
+    for name in ["manifest.json", "part-00000.parquet"] {
+        fs::remove_file(Path::new(&stopped).join(name)).unwrap();
+    }
+    Writer::open(Path::new(&stopped), provenance).unwrap().keep_stopped(&kept).unwrap();
+    assert_eq!(collect(&stopped, &["shard_rows=24", "batch_rows=5"])["resumed"], 7);
+    assert_eq!(rows(&stopped), rows(&whole));
+    assert!(!Path::new(&stopped).join("stopped.parquet").exists());
+}
 
 #[test]
 fn a_collection_that_was_stopped_twice_equals_one_that_was_not() {
@@ -23,6 +45,7 @@ fn a_collection_that_was_stopped_twice_equals_one_that_was_not() {
     DATA.stop(&again, "INT", 130, || shard(1).exists());
     let kept = fs::read(shard(0)).unwrap();
     DATA.stop(&again, "TERM", 143, || shard(6).exists());
+    assert!(Path::new(&stopped).join("stopped.parquet").exists());
     assert!(!shard(29).exists(), "it was stopped midway");
     DATA.succeed(&again);
     assert_eq!(fs::read(shard(0)).unwrap(), kept);
