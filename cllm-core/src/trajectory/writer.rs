@@ -16,8 +16,8 @@ use crate::{Error, Result, atomic_file};
 /// Rows of a row group: bounds what a reader holds in memory.
 const ROW_GROUP_ROWS: usize = 256;
 
-/// File of the rows that a stopped run kept of a shard.
-const STOPPED: &str = "stopped.parquet";
+/// File of the rows that a stopped run kept of a shard; not `*.parquet`, which readers of the data set ask for.
+const STOPPED: &str = "stopped.partial";
 
 /// The shards of a data set.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -27,7 +27,7 @@ fn a_collection_stopped_within_a_shard_keeps_what_it_had_answered() {
     Writer::open(Path::new(&stopped), provenance).unwrap().keep_stopped(&kept).unwrap();
     assert_eq!(collect(&stopped, &["shard_rows=24", "batch_rows=5"])["resumed"], 7);
     assert_eq!(rows(&stopped), rows(&whole));
-    assert!(!Path::new(&stopped).join("stopped.parquet").exists());
+    assert!(!Path::new(&stopped).join("stopped.partial").exists());
 }
 
 #[test]
@@ -45,7 +45,7 @@ fn a_collection_that_was_stopped_twice_equals_one_that_was_not() {
     DATA.stop(&again, "INT", 130, || shard(1).exists());
     let kept = fs::read(shard(0)).unwrap();
     DATA.stop(&again, "TERM", 143, || shard(6).exists());
-    assert!(Path::new(&stopped).join("stopped.parquet").exists());
+    assert!(Path::new(&stopped).join("stopped.partial").exists());
     assert!(!shard(29).exists(), "it was stopped midway");
     DATA.succeed(&again);
     assert_eq!(fs::read(shard(0)).unwrap(), kept);
