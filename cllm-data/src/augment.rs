@@ -42,7 +42,7 @@ impl Default for Settings {
 /// Bad data sets and folders.
 pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
     let step = format!("augment: fraction {}, seed {}", settings.fraction, settings.seed);
-    let change = |row| Some(augment(row, settings.fraction, settings.seed));
+    let change = |row| Ok(Some(augment(row, settings.fraction, settings.seed)));
     let mut changed = 0;
     let manifest = crate::copying::copy(&settings.input, &settings.output, step, change, |rows| {
         let flags = rows.iter().flat_map(|row| row.augmented.iter().flatten().flatten());

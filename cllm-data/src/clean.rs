@@ -29,6 +29,9 @@ pub struct Settings {
     /// The model whose tokenizer reads the answers: a folder or an id.
     #[garde(length(min = 1))]
     pub model: String,
+    /// Folder of the benchmark's files, to score answers that need them: Spider's databases.
+    #[garde(skip)]
+    pub data: Option<PathBuf>,
     /// Drop an answer in which one token occurs so many times in a row.
     #[garde(range(min = 2))]
     pub token_run: usize,
@@ -61,6 +64,7 @@ impl Default for Settings {
             input: PathBuf::new(),
             output: PathBuf::new(),
             model: String::new(),
+            data: None,
             token_run: 10,
             repeated_4grams: 0.6,
             periodic_tail: 3,
@@ -88,18 +92,18 @@ pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
             dropped.push((rule, row));
         }
     };
-    let keep = |row: Trajectory| match broken_rule(&row, settings, &tokenizer, &evaluation) {
-        None => Some(row),
+    let keep = |row: Trajectory| match broken_rule(&row, settings, &tokenizer, &evaluation)? {
+        None => Ok(Some(row)),
         Some(rule) => {
             drop_row(rule, row);
-            None
+            Ok(None)
         }
     };
     let mut seen = HashSet::new();
     // Where the files lie does not change the rows: the same data cleaned elsewhere is the same file.
     let mut rules = json!(settings);
     if let Some(rules) = rules.as_object_mut() {
-        for place in ["input", "output", "model"] {
+        for place in ["input", "output", "model", "data"] {
             rules.shift_remove(place);
         }
     }
@@ -145,14 +149,14 @@ fn broken_rule(
     settings: &Settings,
     tokenizer: &Tokenizer,
     evaluation: &HashSet<Vec<i32>>,
-) -> Option<&'static str> {
-    let text = tokenizer.decode(&row.response_ids).unwrap_or_default();
+) -> Result<Option<&'static str>> {
+    let text = tokenizer.decode(&row.response_ids)?;
     // A loop that finds its end is a loop all the same: the EOS is no part of the tail.
     let ids = match row.finish_reason {
         FinishReason::Eos => &row.response_ids[..row.response_ids.len().saturating_sub(1)],
         FinishReason::Length => &row.response_ids,
     };
-    let rules: [(&'static str, &dyn Fn() -> bool); 8] = [
+    let rules: [(&'static str, &dyn Fn() -> bool); 7] = [
         ("empty", &|| text.trim().is_empty()),
         ("evaluation_prompt", &|| evaluation.contains(&row.prompt_ids)),
         ("unfinished", &|| settings.drop_unfinished && row.finish_reason == FinishReason::Length),
@@ -160,19 +164,22 @@ fn broken_rule(
         ("repeated_4grams", &|| repetition::repeated_share(ids, 4) > settings.repeated_4grams),
         ("periodic_tail", &|| repetition::periodic_tail(ids, 64, settings.periodic_tail)),
         ("repeated_sentence", &|| repetition::repeated_sentence(&text, 12, settings.repeated_sentence)),
-        ("wrong_answer", &|| settings.drop_wrong && verdict(row, &text).is_ok_and(|verdict| verdict == Verdict::Wrong)),
     ];
-    rules.into_iter().find(|(_, broken)| broken()).map(|(name, _)| name)
+    if let Some((name, _)) = rules.into_iter().find(|(_, broken)| broken()) {
+        return Ok(Some(name));
+    }
+    let wrong = settings.drop_wrong && verdict(row, settings, &text)? == Verdict::Wrong;
+    Ok(wrong.then_some("wrong_answer"))
 }
 
-fn verdict(row: &Trajectory, answer: &str) -> Result<Verdict> {
-    let meta = row.meta.as_deref().map(serde_json::from_str).transpose();
+fn verdict(row: &Trajectory, settings: &Settings, answer: &str) -> Result<Verdict> {
+    let bad_meta = |error| Error::file(&settings.input, format!("row `{}`: meta is no JSON: {error}", row.sample_id));
     let sample = Sample {
         id: row.sample_id.clone(),
         source: row.source.clone(),
         prompt: Prompt::Text(row.prompt.clone()),
         reference: row.reference.clone(),
-        meta: meta.map_err(|error| Error::usage(format!("row `{}`: meta is no JSON: {error}", row.sample_id)))?,
+        meta: row.meta.as_deref().map(serde_json::from_str).transpose().map_err(bad_meta)?,
     };
-    Ok(Task::of_source(&row.source).score(&sample, answer))
+    Task::of_source(&row.source).score(settings.data.as_deref(), &sample, answer)
 }

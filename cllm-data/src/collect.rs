@@ -29,6 +29,9 @@ pub struct Settings {
     /// Folder of the data set.
     #[garde(length(min = 1))]
     pub output: String,
+    /// Folder of the benchmark's files, to score answers that need them: Spider's databases.
+    #[garde(skip)]
+    pub data: Option<PathBuf>,
     /// Tokens of a block.
     #[garde(range(min = 2, max = 1024))]
     pub n: usize,
@@ -61,6 +64,7 @@ impl Default for Settings {
             model: String::new(),
             prompts: PathBuf::new(),
             output: String::new(),
+            data: None,
             n: 16,
             max_new_tokens: 256,
             seed: 0,
@@ -132,6 +136,8 @@ pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
     if settings.limit > 0 {
         samples.truncate(settings.limit);
     }
+    let scorable = |sample: &Sample| Task::of_source(&sample.source).expect_data(settings.data.as_deref(), sample);
+    samples.iter().try_for_each(scorable)?;
     let output = Path::new(&settings.output);
     let provenance = Provenance {
         teacher: fingerprint(&folder)?,
@@ -254,7 +260,8 @@ fn collect_shard(
             summary.forwards += answer.forwards;
             summary.blocks += answer.blocks.len();
             summary.unfinished += usize::from(answer.finish_reason == FinishReason::Length);
-            match Task::of_source(&sample.source).score(sample, &tokenizer.decode(&answer.response_ids)?) {
+            let text = tokenizer.decode(&answer.response_ids)?;
+            match Task::of_source(&sample.source).score(settings.data.as_deref(), sample, &text)? {
                 Verdict::Unscored => {}
                 verdict => {
                     summary.scored += 1;

@@ -16,7 +16,7 @@ pub(crate) fn copy(
     input: &Path,
     output: &Path,
     step: String,
-    change: impl Fn(Trajectory) -> Option<Trajectory> + Sync,
+    change: impl Fn(Trajectory) -> Result<Option<Trajectory>> + Sync,
     mut sort_out: impl FnMut(Vec<Trajectory>) -> Vec<Trajectory>,
 ) -> Result<Manifest> {
     let reader = Reader::open(input)?;
@@ -32,7 +32,7 @@ pub(crate) fn copy(
             break;
         }
         bar.advance(chunk.len() as u64);
-        let changed: Vec<Trajectory> = chunk.into_par_iter().filter_map(&change).collect();
+        let changed = chunk.into_par_iter().filter_map(|row| change(row).transpose()).collect::<Result<Vec<_>>>()?;
         let kept = sort_out(changed);
         if !kept.is_empty() {
             writer.write_shard(&kept)?;

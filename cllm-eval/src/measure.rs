@@ -171,7 +171,7 @@ impl Subject {
             });
         }
         let data = settings.data.as_deref();
-        let score = |answer: &AnswerRecord| task.score_in(data, &samples[answer.index], &answer.text);
+        let score = |answer: &AnswerRecord| task.score(data, &samples[answer.index], &answer.text);
         let verdicts: Vec<Verdict> = found.par_iter().map(score).collect::<Result<_>>()?;
         for (answer, verdict) in found.iter_mut().zip(verdicts) {
             answer.verdict = verdict;

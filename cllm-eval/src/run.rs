@@ -87,6 +87,7 @@ fn examples(settings: &RunSettings) -> Result<(Task, Vec<Sample>)> {
     if samples.is_empty() {
         return Err(Error::usage(format!("split `{}` has no examples", settings.split)));
     }
+    samples.iter().try_for_each(|sample| task.expect_data(settings.data.as_deref(), sample))?;
     Ok((task, samples))
 }
 

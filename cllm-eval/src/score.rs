@@ -18,7 +18,7 @@ pub fn score(folder: &Path) -> Result<Results> {
     let mut records = Records::read(&path)?;
     let task = records.header.benchmark;
     let data = records.header.settings.data.clone();
-    let score = |answer: &AnswerRecord| task.score_in(data.as_deref(), &answer.sample(), &answer.text);
+    let score = |answer: &AnswerRecord| task.score(data.as_deref(), &answer.sample(), &answer.text);
     let verdicts: Vec<Verdict> = records.answers.par_iter().map(score).collect::<Result<_>>()?;
     interrupt::check()?;
     for (answer, verdict) in records.answers.iter_mut().zip(verdicts) {

@@ -46,6 +46,12 @@ pub enum Verdict {
     Unscored,
 }
 
+impl Verdict {
+    fn of(right: bool) -> Self {
+        if right { Verdict::Right } else { Verdict::Wrong }
+    }
+}
+
 impl Task {
     /// Every task.
     pub const ALL: [Task; 6] = [Task::Gsm8k, Task::Spider, Task::Humaneval, Task::Mbpp, Task::Jsonl, Task::Synthetic];
@@ -95,27 +101,30 @@ impl Task {
         }
     }
 
-    /// Scores an answer to `sample`; a broken answer is [`Verdict::Wrong`]. What can be scored only with the benchmark's
-    /// files is [`Verdict::Unscored`]: see [`Task::score_in`].
-    pub fn score(self, sample: &Sample, answer: &str) -> Verdict {
-        let Some(reference) = &sample.reference else { return Verdict::Unscored };
-        let right = match self {
-            Task::Gsm8k => gsm8k::is_right(reference, answer),
-            Task::Jsonl => jsonl::is_right(reference, answer),
-            Task::Synthetic => synthetic::is_right(sample, reference, answer),
-            Task::Spider | Task::Humaneval | Task::Mbpp => return Verdict::Unscored,
-        };
-        if right { Verdict::Right } else { Verdict::Wrong }
-    }
-
-    /// As [`Task::score`], with the benchmark's folder, in which Spider has its databases.
+    /// Refuses a sample that [`Task::score`] could not score for want of a file: for use before there are answers to lose.
     ///
     /// # Errors
-    /// Only when scoring itself is impossible: a database is missing.
-    pub fn score_in(self, data: Option<&Path>, sample: &Sample, answer: &str) -> Result<Verdict> {
-        match (self, data, &sample.reference) {
-            (Task::Spider, Some(data), Some(gold)) => spider::score(data, sample, gold, answer),
-            _ => Ok(self.score(sample, answer)),
+    /// As [`Task::score`].
+    pub fn expect_data(self, data: Option<&Path>, sample: &Sample) -> Result<()> {
+        match (self, data) {
+            (Task::Spider, Some(data)) => spider::database(data, sample).map(drop),
+            _ => Ok(()),
+        }
+    }
+
+    /// Scores an answer to `sample`; a broken answer is [`Verdict::Wrong`]. `data` is the benchmark's folder, in which Spider
+    /// has its databases: without it Spider is [`Verdict::Unscored`].
+    ///
+    /// # Errors
+    /// Only when scoring itself is impossible: a database is missing, or the sample's `meta` names none.
+    pub fn score(self, data: Option<&Path>, sample: &Sample, answer: &str) -> Result<Verdict> {
+        let Some(reference) = &sample.reference else { return Ok(Verdict::Unscored) };
+        match (self, data) {
+            (Task::Gsm8k, _) => Ok(Verdict::of(gsm8k::is_right(reference, answer))),
+            (Task::Jsonl, _) => Ok(Verdict::of(jsonl::is_right(reference, answer))),
+            (Task::Synthetic, _) => synthetic::score(sample, reference, answer),
+            (Task::Spider, Some(data)) => spider::score(data, sample, reference, answer),
+            (Task::Spider, None) | (Task::Humaneval | Task::Mbpp, _) => Ok(Verdict::Unscored),
         }
     }
 }

@@ -1,12 +1,13 @@
 //! Spider: a question and a database's schema, answered by a query, scored by executing it.
 
 use std::collections::HashMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 use serde_json::json;
 
-use super::{Verdict, rows, sql};
+use super::sql::Database;
+use super::{Verdict, rows};
 use crate::prompt_set::{Prompt, Sample};
 use crate::{Error, Result};
 
@@ -90,8 +91,11 @@ pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
     questions.into_iter().enumerate().map(sample).collect()
 }
 
-/// Runs both queries on `DATA/database/ID/ID.sqlite`; a gold query that does not run leaves the answer unscored.
-pub(super) fn score(data: &Path, sample: &Sample, gold: &str, answer: &str) -> Result<Verdict> {
+/// The file of a sample's database: `DATA/database/ID/ID.sqlite`.
+///
+/// # Errors
+/// When `meta` names none, or it is missing.
+pub(super) fn database(data: &Path, sample: &Sample) -> Result<PathBuf> {
     let name = sample.meta.as_ref().and_then(|meta| meta["db_id"].as_str());
     // The name becomes a path: nothing that leads out of the folder.
     let Some(name) = name.filter(|name| !name.is_empty() && !name.contains(['/', '\\']) && !name.starts_with('.'))
@@ -99,11 +103,17 @@ pub(super) fn score(data: &Path, sample: &Sample, gold: &str, answer: &str) -> R
         return Err(Error::usage(format!("prompt `{}`: meta has no usable `db_id`; prepare Spider again", sample.id)));
     };
     let path = data.join("database").join(name).join(format!("{name}.sqlite"));
-    Ok(match sql::same_result(&path, gold, answer)? {
-        Some(true) => Verdict::Right,
-        Some(false) => Verdict::Wrong,
-        None => Verdict::Unscored,
-    })
+    if !path.is_file() {
+        let advice = "point the data folder at all databases of Spider, or leave its questions out";
+        return Err(Error::file(path, format!("prompt `{}`: its database is missing: {advice}", sample.id)));
+    }
+    Ok(path)
+}
+
+/// Runs both queries; a gold query that does not run leaves the answer unscored.
+pub(super) fn score(data: &Path, sample: &Sample, gold: &str, answer: &str) -> Result<Verdict> {
+    let mut database = Database::open(&database(data, sample)?)?;
+    Ok(database.same_result(gold, answer).map_or(Verdict::Unscored, Verdict::of))
 }
 
 #[cfg(test)]
@@ -131,12 +141,17 @@ mod tests {
                 .content
                 .starts_with("pen(id, size)\ncat(name, pen)\nforeign keys: cat.pen = pen.id\n\nHow many pens?")
         );
-        let score = |answer: &str| Task::Spider.score_in(Some(dir.path()), &samples[0], answer);
+        let score = |answer: &str| Task::Spider.score(Some(dir.path()), &samples[0], answer);
         assert_eq!(score("SELECT 2").unwrap(), Verdict::Right);
         assert_eq!(score("SELECT 3").unwrap(), Verdict::Wrong);
+        assert_eq!(Task::Spider.score(None, &samples[0], "SELECT 2").unwrap(), Verdict::Unscored);
         let mut astray = samples[0].clone();
         astray.meta = Some(json!({ "db_id": "../zoo" }));
-        assert!(Task::Spider.score_in(Some(dir.path()), &astray, "SELECT 2").is_err());
+        assert!(Task::Spider.score(Some(dir.path()), &astray, "SELECT 2").is_err());
+        astray.meta = Some(json!({ "db_id": "aquarium" }));
+        let error = Task::Spider.expect_data(Some(dir.path()), &astray).unwrap_err().to_string();
+        assert!(error.contains("aquarium.sqlite") && error.contains("spider-dev-0"), "{error}");
+        Task::Spider.expect_data(Some(dir.path()), &samples[0]).unwrap();
         assert!(load(dir.path(), "nosuch").is_err());
     }
 
@@ -151,7 +166,7 @@ mod tests {
         assert_eq!(samples.len(), 1034);
         for sample in &samples {
             let gold = sample.reference.as_deref().unwrap();
-            assert_eq!(Task::Spider.score_in(Some(&data), sample, gold).unwrap(), Verdict::Right, "{gold}");
+            assert_eq!(Task::Spider.score(Some(&data), sample, gold).unwrap(), Verdict::Right, "{gold}");
         }
     }
 }

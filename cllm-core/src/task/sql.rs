@@ -1,16 +1,17 @@
-//! Runs queries of unknown origin on a SQLite file without harm to it, and compares what they give.
+//! Runs queries of unknown origin on a SQLite database without harm to it, and compares what they give.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use rusqlite::hooks::{AuthAction, Authorization};
+use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
 use rusqlite::limits::Limit;
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, OpenFlags};
 
 use crate::{Error, Result};
 
-const TIME_LIMIT: Duration = Duration::from_secs(10);
+/// A query on a benchmark's own file may take so long.
+const FILE_TIME_LIMIT: Duration = Duration::from_secs(10);
 /// A result beyond these is taken for a runaway join.
 const MAX_ROWS: usize = 200_000;
 const MAX_BYTES: usize = 64 << 20;
@@ -37,72 +38,78 @@ pub(super) fn extract(answer: &str) -> &str {
     body[..end.map_or(body.len(), |(at, _)| at)].trim()
 }
 
-/// Whether `answer` gives what `gold` gives; `None` when the gold query itself does not run.
-///
-/// # Errors
-/// When the database cannot be opened.
-pub(super) fn same_result(path: &Path, gold: &str, answer: &str) -> Result<Option<bool>> {
-    let mut database = open(path)?;
-    let Ok(mut wanted) = rows(&mut database, extract(gold)) else { return Ok(None) };
-    let Ok(mut found) = rows(&mut database, extract(answer)) else { return Ok(Some(false)) };
-    let words: Vec<String> = gold.split_whitespace().map(str::to_lowercase).collect();
-    if !words.windows(2).any(|pair| pair[0].ends_with("order") && pair[1].starts_with("by")) {
-        wanted.sort();
-        found.sort();
-    }
-    Ok(Some(wanted == found))
+/// A database on which queries of unknown origin do no harm: they can only read, and neither run nor return without end.
+pub(super) struct Database {
+    connection: Connection,
+    time_limit: Duration,
 }
 
-/// Opens a file so that nothing is written, not even a journal beside it, and only plain reading is allowed.
-fn open(path: &Path) -> Result<Connection> {
-    if !path.is_file() {
-        return Err(Error::file(
-            path,
-            "the database of this question is missing: point the data folder at all of them",
-        ));
+impl Database {
+    /// Opens a file so that nothing is written, not even a journal beside it.
+    ///
+    /// # Errors
+    /// When it is no database.
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let bad = |error: rusqlite::Error| Error::file(path, format!("is not a readable SQLite database: {error}"));
+        let name = path.to_string_lossy().replace('%', "%25").replace('?', "%3f").replace('#', "%23");
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = Connection::open_with_flags(format!("file:{name}?mode=ro&immutable=1"), flags).map_err(bad)?;
+        connection.query_row("SELECT COUNT(*) FROM sqlite_master", [], |_| Ok(())).map_err(bad)?;
+        Self::guard(connection, FILE_TIME_LIMIT).map_err(bad)
     }
-    let bad = |error: rusqlite::Error| Error::file(path, format!("is not a readable SQLite database: {error}"));
-    let name = path.to_string_lossy().replace('%', "%25").replace('?', "%3f").replace('#', "%23");
-    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let mut database = Connection::open_with_flags(format!("file:{name}?mode=ro&immutable=1"), flags).map_err(bad)?;
-    database.query_row("SELECT COUNT(*) FROM sqlite_master", [], |_| Ok(())).map_err(bad)?;
-    for (limit, most) in [
-        (Limit::SQLITE_LIMIT_ATTACHED, 0),
-        (Limit::SQLITE_LIMIT_LENGTH, 16 << 20),
-        (Limit::SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 1000),
-    ] {
-        database.set_limit(limit, most).map_err(bad)?;
-    }
-    let judge = |context: rusqlite::hooks::AuthContext<'_>| match context.action {
-        AuthAction::Select | AuthAction::Read { .. } | AuthAction::Function { .. } | AuthAction::Recursive => {
-            Authorization::Allow
+
+    /// Puts the guards on a connection; `time_limit` is that of one query.
+    pub(super) fn guard(mut connection: Connection, time_limit: Duration) -> rusqlite::Result<Self> {
+        for (limit, most) in [
+            (Limit::SQLITE_LIMIT_ATTACHED, 0),
+            (Limit::SQLITE_LIMIT_LENGTH, 16 << 20),
+            (Limit::SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 1000),
+        ] {
+            connection.set_limit(limit, most)?;
         }
-        _ => Authorization::Deny,
-    };
-    database.authorizer(Some(judge)).map_err(bad)?;
-    Ok(database)
-}
-
-/// The rows of a query, each value as a text by which equal values are equal.
-fn rows(database: &mut Connection, query: &str) -> rusqlite::Result<Vec<Vec<String>>> {
-    let deadline = Instant::now() + TIME_LIMIT;
-    database.progress_handler(10_000, Some(move || Instant::now() > deadline))?;
-    let mut statement = database.prepare(query)?;
-    let columns = statement.column_count();
-    if columns == 0 || !statement.readonly() {
-        return Err(rusqlite::Error::InvalidQuery);
+        let judge = |context: AuthContext<'_>| match context.action {
+            AuthAction::Select | AuthAction::Read { .. } | AuthAction::Function { .. } | AuthAction::Recursive => {
+                Authorization::Allow
+            }
+            _ => Authorization::Deny,
+        };
+        connection.authorizer(Some(judge))?;
+        Ok(Database { connection, time_limit })
     }
-    let mut found = statement.query([])?;
-    let (mut rows, mut bytes) = (Vec::new(), 0);
-    while let Some(row) = found.next()? {
-        let values = (0..columns).map(|at| row.get_ref(at).map(key)).collect::<rusqlite::Result<Vec<String>>>()?;
-        bytes += values.iter().map(String::len).sum::<usize>();
-        rows.push(values);
-        if rows.len() > MAX_ROWS || bytes > MAX_BYTES {
+
+    /// Whether `answer` gives what `gold` gives; `None` when the gold query itself does not run.
+    pub(super) fn same_result(&mut self, gold: &str, answer: &str) -> Option<bool> {
+        let mut wanted = self.rows(extract(gold)).ok()?;
+        let Ok(mut found) = self.rows(extract(answer)) else { return Some(false) };
+        let words: Vec<String> = gold.split_whitespace().map(str::to_lowercase).collect();
+        if !words.windows(2).any(|pair| pair[0].ends_with("order") && pair[1].starts_with("by")) {
+            wanted.sort();
+            found.sort();
+        }
+        Some(wanted == found)
+    }
+
+    /// The rows of a query, each value as a text by which equal values are equal.
+    fn rows(&mut self, query: &str) -> rusqlite::Result<Vec<Vec<String>>> {
+        let deadline = Instant::now() + self.time_limit;
+        self.connection.progress_handler(10_000, Some(move || Instant::now() > deadline))?;
+        let mut statement = self.connection.prepare(query)?;
+        let columns = statement.column_count();
+        if columns == 0 || !statement.readonly() {
             return Err(rusqlite::Error::InvalidQuery);
         }
+        let mut found = statement.query([])?;
+        let (mut rows, mut bytes) = (Vec::new(), 0);
+        while let Some(row) = found.next()? {
+            let values = (0..columns).map(|at| row.get_ref(at).map(key)).collect::<rusqlite::Result<Vec<String>>>()?;
+            bytes += values.iter().map(String::len).sum::<usize>();
+            rows.push(values);
+            if rows.len() > MAX_ROWS || bytes > MAX_BYTES {
+                return Err(rusqlite::Error::InvalidQuery);
+            }
+        }
+        Ok(rows)
     }
-    Ok(rows)
 }
 
 /// 1 and 1.0 are the same; so are averages that differ by rounding; text need not be UTF-8.
@@ -144,7 +151,8 @@ mod tests {
     #[test]
     fn results_are_compared_not_queries() {
         let (_dir, path) = shop();
-        let same = |gold: &str, answer: &str| same_result(&path, gold, answer).unwrap();
+        let mut database = Database::open(&path).unwrap();
+        let mut same = |gold: &str, answer: &str| database.same_result(gold, answer);
         let all = "SELECT name FROM item";
         assert_eq!(same(all, "```sql\nselect name from item order by price desc;\n```"), Some(true));
         assert_eq!(
@@ -165,11 +173,12 @@ mod tests {
         let many = "SELECT a.name FROM item a, item b, item c, item d, item e, item f, item g, item h, item i, item j, \
                     item k, item l";
         for answer in ["", "DROP TABLE item", "DELETE FROM item", &attach, "PRAGMA journal_mode = wal", "hello", many] {
-            assert_eq!(same_result(&path, "SELECT name FROM item", answer).unwrap(), Some(false), "{answer}");
+            let mut database = Database::open(&path).unwrap();
+            assert_eq!(database.same_result("SELECT name FROM item", answer), Some(false), "{answer}");
         }
         assert_eq!(std::fs::read(&path).unwrap(), before);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
-        assert!(same_result(&dir.path().join("none.sqlite"), "SELECT 1", "SELECT 1").is_err());
+        assert!(Database::open(&dir.path().join("none.sqlite")).is_err());
     }
 
     #[test]

@@ -1,18 +1,23 @@
 //! Problems made from a seed, in GSM8K's form and as text to SQL: small enough for a model of a few million parameters,
 //! checkable, and shipped with the toolkit so that nothing has to be downloaded.
 
+use std::time::Duration;
+
 use rand::RngExt;
 use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
 use rusqlite::Connection;
 use serde_json::json;
 
-use super::gsm8k;
-use crate::fingerprint;
+use super::sql::Database;
+use super::{Verdict, gsm8k};
 use crate::prompt_set::{Prompt, Sample};
+use crate::{Error, Result, fingerprint};
 
 /// Samples of a split where no count is given.
 pub const DEFAULT_COUNT: usize = 2000;
+/// A query on so small a table that takes longer has no end.
+const TIME_LIMIT: Duration = Duration::from_secs(1);
 
 const NAMES: [&str; 12] = ["Tom", "Ann", "Ben", "Eva", "Sam", "Mia", "Leo", "Zoe", "Max", "Ida", "Jim", "Amy"];
 const THINGS: [&str; 10] =
@@ -187,67 +192,35 @@ fn pick<'a>(rng: &mut ChaCha8Rng, choices: &[&'a str]) -> &'a str {
 }
 
 /// A word problem by its number, SQL by what it gives on the table.
-pub(super) fn is_right(sample: &Sample, reference: &str, answer: &str) -> bool {
-    match sample.meta.as_ref().and_then(|meta| meta["table"].as_str()) {
-        None => gsm8k::is_right(reference, answer),
-        Some(table) => same_result(table, reference, answer).unwrap_or(false),
-    }
-}
-
-fn same_result(table: &str, gold: &str, answer: &str) -> rusqlite::Result<bool> {
-    let database = database(table)?;
-    let (mut wanted, mut found) = (rows(&database, gold)?, rows(&database, answer)?);
-    if !gold.contains("ORDER BY") {
-        wanted.sort();
-        found.sort();
-    }
-    Ok(wanted == found)
-}
-
-/// The rows of a query as text; only one reading statement is run, and only so many steps of it.
-fn rows(database: &Connection, query: &str) -> rusqlite::Result<Vec<Vec<String>>> {
-    let mut statement = database.prepare(query.trim().trim_end_matches(';'))?;
-    if !statement.readonly() {
-        return Err(rusqlite::Error::InvalidQuery);
-    }
-    let columns = statement.column_count();
-    let mut found = statement.query([])?;
-    let mut rows = Vec::new();
-    while let Some(row) = found.next()? {
-        let value = |index| row.get::<_, rusqlite::types::Value>(index).map(|value| format!("{value:?}"));
-        rows.push((0..columns).map(value).collect::<rusqlite::Result<_>>()?);
-    }
-    Ok(rows)
+pub(super) fn score(sample: &Sample, reference: &str, answer: &str) -> Result<Verdict> {
+    let Some(table) = sample.meta.as_ref().and_then(|meta| meta["table"].as_str()) else {
+        return Ok(Verdict::of(gsm8k::is_right(reference, answer)));
+    };
+    let Some(columns) = TABLES.into_iter().find(|entry| entry.0 == table) else {
+        let known = TABLES.map(|entry| entry.0).join(", ");
+        return Err(Error::usage(format!("prompt `{}`: meta names the table `{table}`; there are {known}", sample.id)));
+    };
+    let mut database = database(columns).map_err(|error| Error::environment(format!("SQLite: {error}")))?;
+    Ok(database.same_result(reference, answer).map_or(Verdict::Unscored, Verdict::of))
 }
 
 /// A table of 60 rows, the same on every machine.
-fn database(table: &str) -> rusqlite::Result<Connection> {
-    let (table, text, values, number) =
-        TABLES.into_iter().find(|entry| entry.0 == table).ok_or(rusqlite::Error::InvalidQuery)?;
-    let mut database = Connection::open_in_memory()?;
-    database.execute_batch(&format!("CREATE TABLE {table} (name TEXT, {text} TEXT, {number} INTEGER)"))?;
+fn database((table, text, values, number): (&str, &str, [&str; 4], &str)) -> rusqlite::Result<Database> {
+    let connection = Connection::open_in_memory()?;
+    connection.execute_batch(&format!("CREATE TABLE {table} (name TEXT, {text} TEXT, {number} INTEGER)"))?;
     let mut rng = fingerprint::rng(0, table, 0);
     for row in 0..60 {
         let (value, amount) = (pick(&mut rng, &values), rng.random_range(1..100));
-        database
+        connection
             .execute(&format!("INSERT INTO {table} VALUES (?1, ?2, ?3)"), (format!("{table}{row}"), value, amount))?;
     }
-    // An endless query ends after a million steps of SQLite's machine.
-    let mut steps = 0;
-    database.progress_handler(
-        1000,
-        Some(move || {
-            steps += 1;
-            steps > 1000
-        }),
-    )?;
-    Ok(database)
+    Database::guard(connection, TIME_LIMIT)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::task::{Task, Verdict};
+    use crate::task::Task;
 
     #[test]
     fn every_reference_is_right_and_splits_are_disjoint() {
@@ -255,8 +228,8 @@ mod tests {
         assert_eq!((train.len(), test.len()), (500, 300));
         for sample in train.iter().chain(&test) {
             let reference = sample.reference.as_deref().unwrap();
-            assert_eq!(Task::Synthetic.score(sample, reference), Verdict::Right, "{sample:?}");
-            assert_eq!(Task::Synthetic.score(sample, "no idea"), Verdict::Wrong);
+            assert_eq!(Task::Synthetic.score(None, sample, reference).unwrap(), Verdict::Right, "{sample:?}");
+            assert_eq!(Task::Synthetic.score(None, sample, "no idea").unwrap(), Verdict::Wrong);
         }
         let many = generate(2, "train", 3000);
         assert!(test.iter().all(|a| many.iter().all(|b| a.prompt != b.prompt)));
@@ -273,13 +246,23 @@ mod tests {
             meta: Some(json!({ "table": "pets" })),
         };
         let count = sample("SELECT COUNT(*) FROM pets WHERE kind = 'cat'");
-        let score = |sample: &Sample, answer: &str| Task::Synthetic.score(sample, answer);
+        let score = |sample: &Sample, answer: &str| Task::Synthetic.score(None, sample, answer).unwrap();
         assert_eq!(score(&count, "select count(name) from pets where kind='cat';"), Verdict::Right);
         assert_eq!(score(&count, "SELECT COUNT(*) FROM pets WHERE kind = 'dog'"), Verdict::Wrong);
         assert_eq!(score(&count, "DROP TABLE pets"), Verdict::Wrong);
         let endless = "WITH RECURSIVE t(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM t) SELECT COUNT(*) FROM t";
         assert_eq!(score(&count, endless), Verdict::Wrong);
+        assert_eq!(score(&count, "ATTACH 'x' AS y"), Verdict::Wrong);
+        let table = sample("PRAGMA table_info(pets)");
+        assert_eq!(
+            score(&table, "PRAGMA table_info(pets)"),
+            Verdict::Unscored,
+            "the authorizer allows plain reading only"
+        );
         let ordered = sample("SELECT name FROM pets ORDER BY age DESC LIMIT 3");
         assert_eq!(score(&ordered, "SELECT name FROM pets ORDER BY age ASC LIMIT 3"), Verdict::Wrong);
+        let astray = Sample { meta: Some(json!({ "table": "cats" })), ..count };
+        let error = Task::Synthetic.score(None, &astray, "SELECT 1").unwrap_err().to_string();
+        assert!(error.contains("`a`") && error.contains("`cats`"), "{error}");
     }
 }
