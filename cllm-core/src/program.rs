@@ -1,4 +1,5 @@
-//! How each program starts and ends: signals, one error line, exit codes.
+//! The frame that the three programs share: what their command lines have in common, signals, one error line, exit codes.
+//! Nothing else in this crate knows a command line.
 
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -6,6 +7,10 @@ use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 
 use crate::{Error, Result, interrupt, progress};
+
+mod command_line;
+
+pub use command_line::{Configured, print_completions};
 
 /// Where the last panic came from.
 static PANIC_PLACE: Mutex<String> = Mutex::new(String::new());

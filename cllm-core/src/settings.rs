@@ -1,7 +1,7 @@
 //! Typed configuration: default < YAML file < environment < `section.key=value`.
 //!
-//! A settings struct derives `Serialize`, `Deserialize` (with `#[serde(default, deny_unknown_fields)]`), `Default` and
-//! `garde::Validate`. The file is parsed straight into the struct, so that errors show its line; the other layers are
+//! A settings struct derives `Serialize`, `Deserialize` (with `#[serde(default, deny_unknown_fields)]`), `Default`,
+//! `garde::Validate` and, for its reference, `schemars::JsonSchema`. The file is parsed straight into the struct, so that errors show its line; the other layers are
 //! laid over the resulting value.
 
 use std::collections::BTreeMap;
@@ -13,6 +13,10 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::{Error, Result};
+
+mod reference;
+
+pub use reference::reference;
 
 /// Prefix of environment variables: `CLLM_SET_OPTIMIZER__LR=1e-4` sets `optimizer.lr`.
 pub const ENVIRONMENT_PREFIX: &str = "CLLM_SET_";

@@ -9,11 +9,12 @@ use cllm_core::trajectory::Trajectory;
 use cllm_core::{Result, fingerprint, progress, settings};
 use garde::Validate;
 use rand::seq::SliceRandom;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 /// Settings of `augment`.
-#[derive(Debug, Clone, Serialize, Deserialize, Validate)]
+#[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
     /// The data set.

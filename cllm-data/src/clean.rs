@@ -11,13 +11,14 @@ use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{FinishReason, Reader, Trajectory};
 use cllm_core::{Error, Result, atomic_file, hub, progress, settings};
 use garde::Validate;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use crate::repetition;
 
 /// Settings of `clean`.
-#[derive(Debug, Clone, Serialize, Deserialize, Validate)]
+#[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
     /// The data set.

@@ -14,10 +14,11 @@ use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{FinishReason, Provenance, Trajectory, Writer};
 use cllm_core::{Error, Result, atomic_file, device, hub, progress, settings};
 use garde::Validate;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Settings of `collect`.
-#[derive(Debug, Clone, Serialize, Deserialize, Validate)]
+#[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
     /// The teacher: a folder, or an id in the Hugging Face cache.

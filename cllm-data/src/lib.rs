@@ -15,9 +15,10 @@ pub mod validate;
 
 use std::path::PathBuf;
 
-use clap::{Args, CommandFactory, Parser, Subcommand};
-use cllm_core::program::Outcome;
-use cllm_core::{Result, progress, settings};
+use clap::{CommandFactory, Parser, Subcommand};
+use cllm_core::program::{Configured, Outcome, print, print_completions};
+use cllm_core::settings::reference;
+use cllm_core::{Result, progress};
 
 /// Prepares prompts and trajectories for consistency training.
 #[derive(Parser)]
@@ -35,19 +36,6 @@ pub struct Arguments {
     /// No progress on stderr.
     #[arg(long, short, global = true)]
     quiet: bool,
-}
-
-/// A YAML file and `section.key=value` over it.
-#[derive(Args)]
-struct Configured {
-    /// Settings in YAML.
-    #[arg(long, short)]
-    config: Option<PathBuf>,
-    /// Settings that win over the file: `key=value`.
-    overrides: Vec<String>,
-    /// Print the summary as one JSON document on stdout.
-    #[arg(long)]
-    json: bool,
 }
 
 #[derive(Subcommand)]
@@ -85,18 +73,19 @@ enum Verb {
     /// Show one response's trajectory in colour: final, right early, wrong.
     #[command(after_help = "Example:\n  cllm-data inspect runs/trajectories --model configs/tiny-teacher")]
     Inspect(inspect::Arguments),
+    /// Write a JSON trajectory file for the CLLM reference implementation.
+    #[command(after_help = "Example:\n  cllm-data export runs/trajectories --output runs/trajectories.json")]
+    Export(export::Arguments),
     /// Read a JSON trajectory file of the CLLM reference implementation.
     #[command(
-        after_help = "Example:\n  cllm-data import cleaned_gsm8k.json --model models/teacher --output runs/trajectories"
+        after_help = "Example:\n  cllm-data import runs/trajectories.json --model configs/tiny-teacher --output runs/imported"
     )]
     Import(import::Arguments),
-    /// Write a JSON trajectory file for the CLLM reference implementation.
-    #[command(after_help = "Example:\n  cllm-data export runs/trajectories --output trajectories.json")]
-    Export(export::Arguments),
+    /// Print every setting of every verb as Markdown: type, default, what is allowed, what it does.
+    #[command(after_help = "Example:\n  cllm-data settings")]
+    Settings,
     /// Print the completions of a shell.
-    #[command(
-        after_help = "Example:\n  cllm-data completions bash > ~/.local/share/bash-completion/completions/cllm-data"
-    )]
+    #[command(after_help = "Example:\n  cllm-data completions bash > cllm-data.bash")]
     Completions {
         /// The shell.
         shell: clap_complete::Shell,
@@ -111,19 +100,52 @@ pub fn run(arguments: Arguments) -> Result<Outcome> {
     progress::set_quiet(arguments.quiet);
     match arguments.verb {
         Verb::Prepare(arguments) => prepare::run(&arguments),
-        Verb::Collect(given) => collect::run(&settings::load(given.config.as_deref(), &given.overrides)?, given.json),
-        Verb::Augment(given) => augment::run(&settings::load(given.config.as_deref(), &given.overrides)?, given.json),
-        Verb::Clean(given) => clean::run(&settings::load(given.config.as_deref(), &given.overrides)?, given.json),
+        Verb::Collect(given) => collect::run(&given.load()?, given.json),
+        Verb::Augment(given) => augment::run(&given.load()?, given.json),
+        Verb::Clean(given) => clean::run(&given.load()?, given.json),
         Verb::Validate(arguments) => validate::run(&arguments),
         Verb::Stats { data, json } => stats::run(&data, json),
         Verb::Inspect(arguments) => inspect::run(&arguments),
         Verb::Import(arguments) => import::run(&arguments),
         Verb::Export(arguments) => export::run(&arguments),
-        Verb::Completions { shell } => {
-            let mut script = Vec::new();
-            clap_complete::generate(shell, &mut Arguments::command(), "cllm-data", &mut script);
-            cllm_core::program::print(&String::from_utf8_lossy(&script))?;
-            Ok(Outcome::Done)
+        Verb::Settings => print(&all_settings()).map(|()| Outcome::Done),
+        Verb::Completions { shell } => print_completions(shell, Arguments::command()).map(|()| Outcome::Done),
+    }
+}
+
+/// The settings of every verb that has some, as docs/configuration.md holds them.
+fn all_settings() -> String {
+    let verbs = [
+        reference::<collect::Settings>("cllm-data collect"),
+        reference::<augment::Settings>("cllm-data augment"),
+        reference::<clean::Settings>("cllm-data clean"),
+    ];
+    verbs.join("\n")
+}
+
+#[cfg(test)]
+#[path = "../../cllm-core/tests/shared/help.rs"]
+mod help;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_example_of_the_help_is_a_command_line() {
+        for words in help::examples(Arguments::command()) {
+            let settings = match Arguments::try_parse_from(&words).unwrap().verb {
+                Verb::Collect(given) => given.load::<collect::Settings>().map(drop),
+                Verb::Augment(given) => given.load::<augment::Settings>().map(drop),
+                Verb::Clean(given) => given.load::<clean::Settings>().map(drop),
+                _ => Ok(()),
+            };
+            settings.unwrap_or_else(|error| panic!("{words:?}: {error}"));
         }
+    }
+
+    #[test]
+    fn the_configuration_reference_is_up_to_date() {
+        help::must_be_documented(&all_settings());
     }
 }

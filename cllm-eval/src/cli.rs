@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use clap::builder::TypedValueParser;
 use clap::{CommandFactory, Parser, Subcommand};
-use cllm_core::program::{Outcome, print, print_json};
+use cllm_core::program::{Configured, Outcome, print, print_completions, print_json};
 use cllm_core::task::Task;
-use cllm_core::{Result, progress, settings};
+use cllm_core::{Result, progress};
 use serde_json::json;
 
 use crate::config::RunSettings;
@@ -18,8 +18,8 @@ use crate::{doctor, generate, report, run, score, table};
 #[command(
     name = "cllm-eval",
     version,
-    after_help = "Example:\n  cllm-eval run teacher=models/teacher \
-    student=models/student benchmark=synthetic output=runs/eval"
+    after_help = "Example:\n  cllm-eval run teacher=configs/tiny-teacher \
+    student=runs/student/final benchmark=synthetic output=runs/eval\n  cllm-eval report runs/eval"
 )]
 pub struct Cli {
     /// Shows no progress.
@@ -32,18 +32,9 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Verb {
     /// Measures accuracy and speed of a teacher and a student; goes on where an interrupted run stopped.
-    #[command(after_help = "Example:\n  cllm-eval run student=models/student benchmark=synthetic count=100 \
-        'strategies=[ar, {jacobi: {n: 16}}]' output=runs/eval")]
-    Run {
-        /// Settings file.
-        #[arg(long, short)]
-        config: Option<PathBuf>,
-        /// Settings over the file's: key=value.
-        overrides: Vec<String>,
-        /// Prints results.json on stdout.
-        #[arg(long)]
-        json: bool,
-    },
+    #[command(after_help = "Example:\n  cllm-eval run teacher=configs/tiny-teacher \
+        student=runs/student/final count=100 'strategies=[ar, {jacobi: {n: 16}}]' output=runs/first-100")]
+    Run(Configured),
     /// Scores the saved answers of a run again; needs no model and no GPU.
     #[command(after_help = "Example:\n  cllm-eval score runs/eval --json")]
     Score {
@@ -67,7 +58,7 @@ enum Verb {
         json: bool,
     },
     /// Answers one prompt autoregressively and by Jacobi decoding, showing tokens as they become final.
-    #[command(after_help = "Example:\n  cllm-eval generate --model models/student --n 16 \"What is 12 times 7?\"")]
+    #[command(after_help = "Example:\n  cllm-eval generate --model runs/student/final --n 16 \"What is 12 times 7?\"")]
     Generate {
         /// The prompt.
         prompt: String,
@@ -107,6 +98,9 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
+    /// Prints every setting of every verb as Markdown: type, default, what is allowed, what it does.
+    #[command(after_help = "Example:\n  cllm-eval settings")]
+    Settings,
     /// Prints a shell's completions.
     #[command(after_help = "Example:\n  cllm-eval completions bash > cllm-eval.bash")]
     Completions {
@@ -123,10 +117,7 @@ impl Cli {
     pub fn execute(self) -> Result<Outcome> {
         progress::set_quiet(self.quiet);
         let done = match self.verb {
-            Verb::Run { config, overrides, json } => {
-                let settings: RunSettings = settings::load(config.as_deref(), &overrides)?;
-                results(&run::run(&settings)?, json)
-            }
+            Verb::Run(given) => results(&run::run(&given.load()?)?, given.json),
             Verb::Score { folder, json } => results(&score::score(&folder)?, json),
             Verb::Report { results, output, json } => draw(&results, output.as_deref(), json),
             Verb::Generate { prompt, model, raw, n, max_new_tokens, device, seed, json } => {
@@ -139,14 +130,16 @@ impl Cli {
                 let findings = doctor::examine();
                 if json { print_json(&findings) } else { print(&findings.text()) }
             }
-            Verb::Completions { shell } => {
-                let mut script = Vec::new();
-                clap_complete::generate(shell, &mut Cli::command(), "cllm-eval", &mut script);
-                print(&String::from_utf8_lossy(&script))
-            }
+            Verb::Settings => print(&all_settings()),
+            Verb::Completions { shell } => print_completions(shell, Cli::command()),
         };
         done.map(|()| Outcome::Done)
     }
+}
+
+/// The settings of a run, as docs/configuration.md holds them.
+fn all_settings() -> String {
+    cllm_core::settings::reference::<RunSettings>("cllm-eval run")
 }
 
 fn results(results: &crate::results::Results, json: bool) -> Result<()> {
@@ -169,4 +162,27 @@ fn list(json: bool) -> Result<()> {
     }
     let lines: String = Task::ALL.iter().map(|task| format!("{:<10} needs {}\n", task.name(), task.needs())).collect();
     print(&lines)
+}
+
+#[cfg(test)]
+#[path = "../../cllm-core/tests/shared/help.rs"]
+mod help;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_example_of_the_help_is_a_command_line() {
+        for words in help::examples(Cli::command()) {
+            if let Verb::Run(given) = Cli::try_parse_from(&words).unwrap().verb {
+                given.load::<RunSettings>().unwrap_or_else(|error| panic!("{words:?}: {error}"));
+            }
+        }
+    }
+
+    #[test]
+    fn the_configuration_reference_is_up_to_date() {
+        help::must_be_documented(&all_settings());
+    }
 }

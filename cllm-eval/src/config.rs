@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use cllm_core::decode::Strategy;
 use cllm_core::task::Task;
 use garde::Validate;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// Settings of an evaluation.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Validate)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RunSettings {
     /// Folder or id of the model before consistency training.
@@ -36,7 +37,7 @@ pub struct RunSettings {
     #[garde(range(min = 1))]
     pub count: usize,
     /// Takes only the first examples.
-    #[garde(inner(range(min = 1)))]
+    #[garde(range(min = 1))]
     pub limit: Option<usize>,
     /// How many examples (the first) are timed at batch 1; 0 measures accuracy alone.
     #[garde(skip)]

@@ -15,10 +15,11 @@ pub mod trainer;
 
 use std::path::PathBuf;
 
-use clap::{Args, CommandFactory, Parser, Subcommand};
-use cllm_core::program::Outcome;
+use clap::{CommandFactory, Parser, Subcommand};
+use cllm_core::program::{Configured, Outcome, print, print_completions, print_json};
 use cllm_core::{Error, Result, progress, prompt_set, tokenizer_training};
 
+use serde_json::json;
 use settings::Settings;
 
 /// Trains teachers and consistency models.
@@ -28,7 +29,7 @@ use settings::Settings;
     version,
     about,
     after_help = "Example:
-  cllm-train run -c configs/quickstart-student.yaml output=runs/student"
+  cllm-train run -c configs/quickstart-student.yaml 'data=[runs/clean]' output=runs/student"
 )]
 pub struct Arguments {
     #[command(subcommand)]
@@ -38,23 +39,15 @@ pub struct Arguments {
     quiet: bool,
 }
 
-/// A YAML file and `section.key=value` over it.
-#[derive(Args)]
-struct Configured {
-    /// Settings in YAML.
-    #[arg(long, short)]
-    config: Option<PathBuf>,
-    /// Settings that win over the file: `section.key=value`.
-    overrides: Vec<String>,
-}
-
 #[derive(Subcommand)]
 enum Verb {
     /// Train; the same command again goes on where it was stopped.
-    #[command(after_help = "Example:\n  cllm-train run -c configs/quickstart-student.yaml output=runs/student")]
+    #[command(
+        after_help = "Example:\n  cllm-train run -c configs/quickstart-student.yaml 'data=[runs/clean]' output=runs/student"
+    )]
     Run(Configured),
     /// Show parameters, steps, tokens and memory before anything starts.
-    #[command(after_help = "Example:\n  cllm-train plan -c configs/quickstart-student.yaml")]
+    #[command(after_help = "Example:\n  cllm-train plan -c configs/quickstart-student.yaml 'data=[runs/clean]'")]
     Plan(Configured),
     /// Check a settings file and print the settings in full.
     #[command(after_help = "Example:\n  cllm-train validate -c configs/quickstart-student.yaml")]
@@ -75,7 +68,7 @@ enum Verb {
     },
     /// Write a checkpoint as a model folder with weights of another type.
     #[command(
-        after_help = "Example:\n  cllm-train export runs/student/checkpoints/best --dtype bf16 --output runs/best"
+        after_help = "Example:\n  cllm-train export runs/student/checkpoints/latest --dtype bf16 --output runs/student-bf16"
     )]
     Export(export::Arguments),
     /// Write the model of a GGUF file as a Hugging Face folder: bf16 weights, config and tokenizer.
@@ -88,10 +81,11 @@ enum Verb {
         /// Folder to write; must not exist yet.
         folder: PathBuf,
     },
+    /// Print every setting of every verb as Markdown: type, default, what is allowed, what it does.
+    #[command(after_help = "Example:\n  cllm-train settings")]
+    Settings,
     /// Print the completions of a shell.
-    #[command(
-        after_help = "Example:\n  cllm-train completions bash > ~/.local/share/bash-completion/completions/cllm-train"
-    )]
+    #[command(after_help = "Example:\n  cllm-train completions bash > cllm-train.bash")]
     Completions {
         /// The shell.
         shell: clap_complete::Shell,
@@ -105,28 +99,44 @@ enum Verb {
 pub fn run(arguments: Arguments) -> Result<Outcome> {
     progress::set_quiet(arguments.quiet);
     match arguments.verb {
-        Verb::Run(given) => trainer::run(load(&given)?)?,
+        Verb::Run(given) => {
+            let settings = load(&given)?;
+            let summary = std::path::Path::new(&settings.output).join("summary.json");
+            trainer::run(settings)?;
+            if given.json {
+                print(&std::fs::read_to_string(&summary).map_err(Error::io(&summary))?)?;
+            }
+        }
         Verb::Plan(given) => plan::run(&load(&given)?)?,
-        Verb::Validate(given) => cllm_core::program::print(&cllm_core::settings::to_yaml(&load(&given)?)?)?,
+        Verb::Validate(given) => {
+            let settings = load(&given)?;
+            if given.json {
+                print_json(&json!({ "schema_version": 1, "settings": settings }))?;
+            } else {
+                print(&cllm_core::settings::to_yaml(&settings)?)?;
+            }
+        }
         Verb::Tokenizer { prompts, vocab_size, output } => train_tokenizer(&prompts, vocab_size, &output)?,
         Verb::Export(arguments) => export::run(&arguments)?,
         Verb::Convert { gguf, folder } => {
             cllm_core::gguf::convert(&gguf, &folder)?;
             progress::say(format!("model in {}", folder.display()));
         }
-        Verb::Completions { shell } => {
-            let mut script = Vec::new();
-            clap_complete::generate(shell, &mut Arguments::command(), "cllm-train", &mut script);
-            cllm_core::program::print(&String::from_utf8_lossy(&script))?;
-        }
+        Verb::Settings => print(&all_settings())?,
+        Verb::Completions { shell } => print_completions(shell, Arguments::command())?,
     }
     Ok(Outcome::Done)
 }
 
 fn load(given: &Configured) -> Result<Settings> {
-    let settings: Settings = cllm_core::settings::load(given.config.as_deref(), &given.overrides)?;
+    let settings: Settings = given.load()?;
     settings.check()?;
     Ok(settings)
+}
+
+/// The settings of a run, as docs/configuration.md holds them.
+fn all_settings() -> String {
+    cllm_core::settings::reference::<Settings>("cllm-train run, plan, validate")
 }
 
 fn train_tokenizer(prompts: &std::path::Path, vocab_size: usize, output: &std::path::Path) -> Result<()> {
@@ -144,4 +154,29 @@ fn train_tokenizer(prompts: &std::path::Path, vocab_size: usize, output: &std::p
     tokenizer_training::train(&texts, vocab_size, output)?;
     progress::say(format!("tokenizer in {}", output.display()));
     Ok(())
+}
+
+#[cfg(test)]
+#[path = "../../cllm-core/tests/shared/help.rs"]
+mod help;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_example_of_the_help_is_a_command_line() {
+        for words in help::examples(Arguments::command()) {
+            let settings = match Arguments::try_parse_from(&words).unwrap().verb {
+                Verb::Run(given) | Verb::Plan(given) | Verb::Validate(given) => load(&given).map(drop),
+                _ => Ok(()),
+            };
+            settings.unwrap_or_else(|error| panic!("{words:?}: {error}"));
+        }
+    }
+
+    #[test]
+    fn the_configuration_reference_is_up_to_date() {
+        help::must_be_documented(&all_settings());
+    }
 }

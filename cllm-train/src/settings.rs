@@ -4,10 +4,11 @@ use std::path::PathBuf;
 
 use cllm_core::{Error, Result};
 use garde::Validate;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// What is learnt.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Objective {
     /// The references of prompt sets: makes a teacher.
@@ -17,7 +18,7 @@ pub enum Objective {
 }
 
 /// Which divergence the consistency loss takes, with the detached clean distribution first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Divergence {
     /// KL(clean || noisy).
@@ -29,7 +30,7 @@ pub enum Divergence {
 }
 
 /// What a noisy block sees before it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Context {
     /// The clean response (CLLM).
@@ -39,7 +40,7 @@ pub enum Context {
 }
 
 /// A training run.
-#[derive(Debug, Clone, Serialize, Deserialize, Validate)]
+#[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
     /// The model to start from: a folder, or an id in the Hugging Face cache. Empty with `init`.
@@ -99,7 +100,7 @@ pub struct Settings {
 }
 
 /// A Llama of random weights.
-#[derive(Debug, Clone, Serialize, Deserialize, Validate)]
+#[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Init {
     /// Folder of its tokenizer (see `cllm-train tokenizer`).
@@ -126,7 +127,7 @@ pub struct Init {
 }
 
 /// AdamW with warm-up and cosine decay.
-#[derive(Debug, Clone, Serialize, Deserialize, Validate)]
+#[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Optimizer {
     /// Highest learning rate.
@@ -150,13 +151,13 @@ pub struct Optimizer {
     /// The last rate, as a share of the highest.
     #[garde(range(min = 0.0, max = 1.0))]
     pub min_lr: f64,
-    /// Largest norm of the gradient.
+    /// Largest norm of the gradient; 0 for no clipping.
     #[garde(range(min = 0.0))]
     pub clip: f64,
 }
 
 /// The consistency objective.
-#[derive(Debug, Clone, Serialize, Deserialize, Validate)]
+#[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Consistency {
     /// Weight of the global consistency loss (a state towards the fixed point), a mean over noisy tokens.
@@ -183,7 +184,7 @@ pub struct Consistency {
 }
 
 /// Tokens per forward on held-out prompts during training.
-#[derive(Debug, Clone, Serialize, Deserialize, Validate)]
+#[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Probe {
     /// The prompt set; empty for no probe.

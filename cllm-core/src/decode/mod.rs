@@ -1,5 +1,6 @@
 //! Decoding: autoregressive and Jacobi behind one engine. Autoregressive decoding is Jacobi decoding with n = 1.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 mod cached_model;
@@ -15,7 +16,7 @@ use cached_model::CachedModel;
 use row::Row;
 
 /// How tokens are chosen and verified.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Strategy {
     /// One token a forward.

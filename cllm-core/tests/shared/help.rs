@@ -1,0 +1,31 @@
+//! What the help and the documents say, held against a program; shared by the tests of all three.
+
+use std::path::Path;
+
+/// The words of every example in the help of a program and its verbs, each of which must have one.
+pub fn examples(program: clap::Command) -> Vec<Vec<String>> {
+    let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/").display().to_string();
+    let mut found = Vec::new();
+    for command in std::iter::once(&program).chain(program.get_subcommands()) {
+        let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+        let lines: Vec<&str> =
+            help.lines().map(str::trim).filter(|line| line.starts_with(program.get_name())).collect();
+        assert!(!lines.is_empty(), "the help of `{}` has no example", command.get_name());
+        for line in lines {
+            // A test runs in the folder of its crate, and redirection is the shell's.
+            let words = shlex::split(line).unwrap().into_iter().take_while(|word| word != ">");
+            found.push(words.map(|word| word.replace("configs/", &configs)).collect());
+        }
+    }
+    found
+}
+
+/// Asserts that docs/configuration.md holds a program's settings as they are now.
+pub fn must_be_documented(settings: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/configuration.md");
+    let there = std::fs::read_to_string(path).unwrap();
+    assert!(
+        there.split("\n## ").any(|program| program.trim_end().ends_with(settings.trim_end())),
+        "docs/configuration.md is out of date: run scripts/write-reference"
+    );
+}
