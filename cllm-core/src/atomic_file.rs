@@ -6,6 +6,9 @@ use std::path::{Path, PathBuf};
 
 use crate::{Error, Result};
 
+/// How the names of files begin that are not complete yet; a killed process leaves them.
+pub const UNFINISHED: &str = ".writing-";
+
 /// Writes a file through `fill`; it appears under `path` only once it is complete and on disk.
 ///
 /// # Errors
@@ -21,7 +24,7 @@ pub fn write_with(path: &Path, fill: impl FnOnce(&mut BufWriter<&mut File>) -> R
     let folder = parent(path);
     fs::create_dir_all(folder).map_err(Error::write(folder))?;
     let mut file = tempfile::Builder::new()
-        .prefix(".writing-")
+        .prefix(UNFINISHED)
         .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
         .tempfile_in(folder)
         .map_err(Error::write(folder))?;
@@ -60,7 +63,7 @@ pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
 pub fn folder_with(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let beside = parent(path);
     fs::create_dir_all(beside).map_err(Error::write(beside))?;
-    let work = tempfile::Builder::new().prefix(".writing-").tempdir_in(beside).map_err(Error::write(beside))?;
+    let work = tempfile::Builder::new().prefix(UNFINISHED).tempdir_in(beside).map_err(Error::write(beside))?;
     fill(work.path()).map_err(|error| renamed(error, work.path(), path))?;
     for entry in fs::read_dir(work.path()).map_err(Error::write(work.path()))? {
         let entry = entry.map_err(Error::write(work.path()))?.path();

@@ -13,6 +13,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use crate::copying::{self, Copying};
+
 /// Settings of `augment`.
 #[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -43,14 +45,15 @@ impl Default for Settings {
 /// Bad data sets and folders.
 pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
     let step = format!("augment: fraction {}, seed {}", settings.fraction, settings.seed);
-    let change = |row| Ok(Some(augment(row, settings.fraction, settings.seed)));
+    let mut copying = Copying::open(&settings.input, &settings.output, step)?;
     let mut changed = 0;
-    let manifest = crate::copying::copy(&settings.input, &settings.output, step, change, |rows| {
+    let change = |row| Ok(augment(row, settings.fraction, settings.seed));
+    copying.run(change, |rows| {
         let flags = rows.iter().flat_map(|row| row.augmented.iter().flatten().flatten());
         changed += flags.filter(|&&flag| flag).count();
-        rows
+        Ok(rows)
     })?;
-    let rows: usize = manifest.shards.iter().map(|(_, rows)| rows).sum();
+    let rows = copying::finish(copying.writer, &settings.output)?;
     if json {
         print_json(&json!({ "schema_version": 1, "rows": rows, "states_changed": changed }))?;
     }

@@ -1,8 +1,8 @@
 //! `clean`: drops responses that would teach loops or wrong answers, with counts per rule.
 
 use std::collections::{BTreeMap, HashSet};
+use std::io::Write;
 use std::path::PathBuf;
-use std::sync::Mutex;
 
 use cllm_core::program::{Outcome, print_json};
 use cllm_core::prompt_set::{self, Prompt, Sample};
@@ -13,8 +13,9 @@ use cllm_core::{Error, Result, atomic_file, hub, progress, settings};
 use garde::Validate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 
+use crate::copying::{self, Copying};
 use crate::repetition;
 
 /// Settings of `clean`.
@@ -87,71 +88,132 @@ pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
     // Text that another tokenizer makes of the ids is noise, and would be judged as if it were the answer.
     Reader::open(&settings.input)?.expect_tokenizer(tokenizer.fingerprint())?;
     let evaluation = evaluation_prompts(settings, &tokenizer)?;
-    let dropped: Mutex<Vec<(&'static str, Trajectory)>> = Mutex::default();
-    let drop_row = |rule, row| {
-        if let Ok(mut dropped) = dropped.lock() {
-            dropped.push((rule, row));
-        }
-    };
-    let keep = |row: Trajectory| match broken_rule(&row, settings, &tokenizer, &evaluation)? {
-        None => Ok(Some(row)),
-        Some(rule) => {
-            drop_row(rule, row);
-            Ok(None)
-        }
-    };
-    let mut seen = HashSet::new();
-    // Where the files lie does not change the rows: the same data cleaned elsewhere is the same file.
+    let mut counts = Counts::default();
+    let mut copying = Copying::open(&settings.input, &settings.output, step(settings))?;
+    if settings.keep_dropped {
+        let path = settings.output.join("dropped.jsonl");
+        atomic_file::write_with(&path, |file| {
+            sort(&mut copying, settings, &tokenizer, &evaluation, &mut counts, |line| {
+                writeln!(file, "{line}").map_err(Error::write(&path))
+            })
+        })?;
+    } else {
+        sort(&mut copying, settings, &tokenizer, &evaluation, &mut counts, |_| Ok(()))?;
+    }
+    let dropped: usize = counts.rules.values().sum();
+    let report = json!({ "schema_version": 1, "kept": counts.kept, "dropped": dropped, "rules": counts.rules,
+        "unscored": counts.unscored });
+    atomic_file::write_json(&settings.output.join("clean-report.json"), &report)?;
+    copying::finish(copying.writer, &settings.output)?;
+    if json {
+        print_json(&report)?;
+    }
+    if counts.unscored > 0 {
+        progress::say(format!(
+            "{} rows kept that the task's own score could not judge (Spider needs data=FOLDER)",
+            counts.unscored
+        ));
+    }
+    let Counts { kept, rules, .. } = counts;
+    progress::say(format!("{kept} rows kept, {dropped} dropped {rules:?}, in {}", settings.output.display()));
+    Ok(Outcome::Done)
+}
+
+#[derive(Default)]
+struct Counts {
+    kept: usize,
+    /// Dropped rows by rule.
+    rules: BTreeMap<&'static str, usize>,
+    /// Rows kept although `drop_wrong` could not judge them.
+    unscored: usize,
+}
+
+/// A row and what is told of it without the others.
+struct Judged {
+    row: Trajectory,
+    prompt: u128,
+    broken: Option<&'static str>,
+    unscored: bool,
+}
+
+/// What was done, for the provenance. Where the files lie does not change the rows: the same data cleaned elsewhere is the
+/// same file.
+fn step(settings: &Settings) -> String {
     let mut rules = json!(settings);
     if let Some(rules) = rules.as_object_mut() {
         for place in ["input", "output", "model", "data"] {
             rules.shift_remove(place);
         }
     }
-    let step = format!("clean: {rules}");
-    let manifest = crate::copying::copy(&settings.input, &settings.output, step, keep, |rows| {
-        let (new, again): (Vec<_>, Vec<_>) = rows.into_iter().partition(|row| seen.insert(row.prompt_ids.clone()));
-        again.into_iter().for_each(|row| drop_row("duplicate", row));
-        new
-    })?;
-    let mut dropped = dropped.into_inner().unwrap_or_default();
-    dropped.sort_by(|a, b| a.1.sample_id.cmp(&b.1.sample_id));
-    let mut counts: BTreeMap<&str, usize> = BTreeMap::new();
-    for (rule, _) in &dropped {
-        *counts.entry(rule).or_default() += 1;
-    }
-    let kept: usize = manifest.shards.iter().map(|(_, rows)| rows).sum();
-    let report = json!({ "schema_version": 1, "kept": kept, "dropped": dropped.len(), "rules": counts });
-    atomic_file::write_json(&settings.output.join("clean-report.json"), &report)?;
-    if settings.keep_dropped {
-        let lines: Vec<_> = dropped.iter().map(|(rule, row)| json!({ "rule": rule, "row": row }).to_string()).collect();
-        atomic_file::write(&settings.output.join("dropped.jsonl"), (lines.join("\n") + "\n").as_bytes())?;
-    }
-    if json {
-        print_json(&report)?;
-    }
-    progress::say(format!("{kept} rows kept, {} dropped {counts:?}, in {}", dropped.len(), settings.output.display()));
-    Ok(Outcome::Done)
+    format!("clean: {rules}")
 }
 
-fn evaluation_prompts(settings: &Settings, tokenizer: &Tokenizer) -> Result<HashSet<Vec<i32>>> {
+/// Sorts the rows into those kept, which are written, and those dropped, which `drop_line` gets as JSON; both in order.
+fn sort(
+    copying: &mut Copying,
+    settings: &Settings,
+    tokenizer: &Tokenizer,
+    evaluation: &HashSet<u128>,
+    counts: &mut Counts,
+    mut drop_line: impl FnMut(&Value) -> Result<()>,
+) -> Result<()> {
+    let judge = |row| judge(row, settings, tokenizer, evaluation);
+    let mut seen = HashSet::new();
+    copying.run(judge, |judged| {
+        let mut kept = Vec::with_capacity(judged.len());
+        for Judged { row, prompt, broken, unscored } in judged {
+            let again = || (!seen.insert(prompt)).then_some("duplicate");
+            if let Some(rule) = broken.or_else(again) {
+                *counts.rules.entry(rule).or_default() += 1;
+                if settings.keep_dropped {
+                    drop_line(&json!({ "rule": rule, "row": row }))?;
+                }
+            } else {
+                counts.unscored += usize::from(unscored);
+                kept.push(row);
+            }
+        }
+        counts.kept += kept.len();
+        Ok(kept)
+    })
+}
+
+fn evaluation_prompts(settings: &Settings, tokenizer: &Tokenizer) -> Result<HashSet<u128>> {
     let mut prompts = HashSet::new();
     for path in &settings.evaluation_prompts {
         for sample in prompt_set::read(path)? {
-            prompts.insert(tokenizer.prompt(&sample.prompt)?.1);
+            prompts.insert(hash(&tokenizer.prompt(&sample.prompt)?.1));
         }
     }
     Ok(prompts)
 }
 
-/// The first rule that a row breaks.
-fn broken_rule(
-    row: &Trajectory,
-    settings: &Settings,
-    tokenizer: &Tokenizer,
-    evaluation: &HashSet<Vec<i32>>,
-) -> Result<Option<&'static str>> {
+/// Two prompts with the same hash are taken for the same; 16 bytes a row are kept to find duplicates.
+fn hash(ids: &[i32]) -> u128 {
+    let mut hasher = blake3::Hasher::new();
+    ids.iter().for_each(|id| {
+        hasher.update(&id.to_le_bytes());
+    });
+    let mut first = [0; 16];
+    hasher.finalize_xof().fill(&mut first);
+    u128::from_le_bytes(first)
+}
+
+fn judge(row: Trajectory, settings: &Settings, tokenizer: &Tokenizer, evaluation: &HashSet<u128>) -> Result<Judged> {
     let text = tokenizer.decode(&row.response_ids)?;
+    let prompt = hash(&row.prompt_ids);
+    let mut broken = broken_rule(&row, settings, &text, evaluation.contains(&prompt));
+    let mut unscored = false;
+    if settings.drop_wrong && broken.is_none() {
+        let verdict = verdict(&row, settings, &text)?;
+        unscored = verdict == Verdict::Unscored;
+        broken = (verdict == Verdict::Wrong).then_some("wrong_answer");
+    }
+    Ok(Judged { row, prompt, broken, unscored })
+}
+
+/// The first rule that a row breaks.
+fn broken_rule(row: &Trajectory, settings: &Settings, text: &str, in_evaluation: bool) -> Option<&'static str> {
     // A loop that finds its end is a loop all the same: the EOS is no part of the tail.
     let ids = match row.finish_reason {
         FinishReason::Eos => &row.response_ids[..row.response_ids.len().saturating_sub(1)],
@@ -159,18 +221,14 @@ fn broken_rule(
     };
     let rules: [(&'static str, &dyn Fn() -> bool); 7] = [
         ("empty", &|| text.trim().is_empty()),
-        ("evaluation_prompt", &|| evaluation.contains(&row.prompt_ids)),
+        ("evaluation_prompt", &|| in_evaluation),
         ("unfinished", &|| settings.drop_unfinished && row.finish_reason == FinishReason::Length),
         ("token_run", &|| repetition::token_run(ids, settings.token_run)),
         ("repeated_4grams", &|| repetition::repeated_share(ids, 4) > settings.repeated_4grams),
         ("periodic_tail", &|| repetition::periodic_tail(ids, 64, settings.periodic_tail)),
-        ("repeated_sentence", &|| repetition::repeated_sentence(&text, 12, settings.repeated_sentence)),
+        ("repeated_sentence", &|| repetition::repeated_sentence(text, 12, settings.repeated_sentence)),
     ];
-    if let Some((name, _)) = rules.into_iter().find(|(_, broken)| broken()) {
-        return Ok(Some(name));
-    }
-    let wrong = settings.drop_wrong && verdict(row, settings, &text)? == Verdict::Wrong;
-    Ok(wrong.then_some("wrong_answer"))
+    rules.into_iter().find(|(_, broken)| broken()).map(|(name, _)| name)
 }
 
 fn verdict(row: &Trajectory, settings: &Settings, answer: &str) -> Result<Verdict> {

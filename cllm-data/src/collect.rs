@@ -12,7 +12,7 @@ use cllm_core::prompt_set::{self, Sample};
 use cllm_core::task::{Task, Verdict};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{FinishReason, Provenance, Trajectory, Writer};
-use cllm_core::{Error, Result, atomic_file, device, hub, progress, settings};
+use cllm_core::{Error, Result, device, hub, progress, settings};
 use garde::Validate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -191,13 +191,12 @@ pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
         writer.write_shard(&rows)?;
         summary.samples += rows.len();
     }
-    let manifest = writer.finish()?;
+    crate::copying::finish(writer, output)?;
     bar.finish();
     summary.seconds = started.elapsed().as_secs_f64();
     summary.response_tokens_per_second = summary.response_tokens as f64 / summary.seconds;
     summary.tokens_per_forward = summary.response_tokens as f64 / (summary.forwards as f64).max(1.0);
     summary.accuracy = (summary.scored > 0).then(|| summary.right as f64 / summary.scored as f64);
-    atomic_file::write(&output.join("README.md"), crate::copying::card(&manifest).as_bytes())?;
     if json {
         print_json(&summary)?;
     } else {

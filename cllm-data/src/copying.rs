@@ -1,51 +1,61 @@
-//! Reads a data set, changes its rows on all cores, and writes another: what `augment` and `clean` share.
+//! Reads a data set, changes its rows on all cores, and writes another: what `augment` and `clean` share. Completes
+//! data sets, for `collect` and `import` too.
 
 use std::path::Path;
 
 use cllm_core::progress::Progress;
-use cllm_core::trajectory::{Manifest, Reader, Trajectory, Writer};
+use cllm_core::trajectory::{Manifest, Piece, Reader, Trajectory, Writer};
 use cllm_core::{Result, atomic_file, interrupt};
 use rayon::prelude::*;
 
-/// Rows in memory at once.
-const CHUNK_ROWS: usize = 1024;
+/// A copy in the making; it is not complete until [`finish`] has been called on its writer.
+pub(crate) struct Copying {
+    reader: Reader,
+    pub(crate) writer: Writer,
+}
 
-/// Copies `input` to `output` through `change`, which keeps a row (changed or not) or drops it; `step` says what was done and
-/// is recorded. `sort_out` sees the chunk after `change`, in order, for what must not run in parallel.
-pub(crate) fn copy(
-    input: &Path,
-    output: &Path,
-    step: String,
-    change: impl Fn(Trajectory) -> Result<Option<Trajectory>> + Sync,
-    mut sort_out: impl FnMut(Vec<Trajectory>) -> Vec<Trajectory>,
-) -> Result<Manifest> {
-    let reader = Reader::open(input)?;
-    let mut provenance = reader.provenance().clone();
-    provenance.steps.push(step);
-    let mut writer = Writer::create(output, provenance)?;
-    let mut bar = Progress::new("rows", 0, reader.len() as u64);
-    let mut rows = reader.rows();
-    loop {
-        interrupt::check()?;
-        let chunk = rows.by_ref().take(CHUNK_ROWS).collect::<Result<Vec<_>>>()?;
-        if chunk.is_empty() {
-            break;
-        }
-        bar.advance(chunk.len() as u64);
-        let changed = chunk.into_par_iter().filter_map(|row| change(row).transpose()).collect::<Result<Vec<_>>>()?;
-        let kept = sort_out(changed);
-        if !kept.is_empty() {
-            writer.write_shard(&kept)?;
-        }
+impl Copying {
+    /// Opens both folders; `step` says what will be done and is recorded.
+    pub(crate) fn open(input: &Path, output: &Path, step: String) -> Result<Self> {
+        let reader = Reader::open(input)?;
+        let mut provenance = reader.provenance().clone();
+        provenance.steps.push(step);
+        Ok(Copying { reader, writer: Writer::create(output, provenance)? })
     }
-    let manifest = writer.finish()?;
-    atomic_file::write(&output.join("README.md"), card(&manifest).as_bytes())?;
-    Ok(manifest)
+
+    /// `judge` sees each row, on all cores, and `sort_out` what it made of the rows of a piece, in order, and gives the rows
+    /// to write. As many pieces as there are cores are in memory at once, whatever the size of the data set.
+    pub(crate) fn run<T: Send>(
+        &mut self,
+        judge: impl Fn(Trajectory) -> Result<T> + Sync,
+        mut sort_out: impl FnMut(Vec<T>) -> Result<Vec<Trajectory>>,
+    ) -> Result<()> {
+        let reader = &self.reader;
+        let mut bar = Progress::new("rows", 0, reader.len() as u64);
+        let judged = |piece: &Piece| reader.rows_of(piece).map(|row| judge(row?)).collect::<Result<Vec<T>>>();
+        for pieces in reader.pieces().chunks(rayon::current_num_threads()) {
+            interrupt::check()?;
+            let judged = pieces.par_iter().map(judged).collect::<Result<Vec<_>>>()?;
+            let kept = judged.into_iter().map(&mut sort_out).collect::<Result<Vec<_>>>()?;
+            let shards: Vec<&[Trajectory]> = kept.iter().map(Vec::as_slice).filter(|rows| !rows.is_empty()).collect();
+            self.writer.write_shards(&shards)?;
+            bar.advance(pieces.iter().map(|piece| piece.len() as u64).sum());
+        }
+        bar.finish();
+        Ok(())
+    }
+}
+
+/// Completes a data set, with its card; the number of its rows.
+pub(crate) fn finish(writer: Writer, output: &Path) -> Result<usize> {
+    // Once the data set is complete nobody comes back to write what is missing.
+    atomic_file::write(&output.join("README.md"), card(writer.manifest()).as_bytes())?;
+    Ok(writer.finish()?.rows())
 }
 
 /// The data set card (README.md with the Hugging Face front matter).
-pub(crate) fn card(manifest: &Manifest) -> String {
-    let rows: usize = manifest.shards.iter().map(|(_, rows)| rows).sum();
+fn card(manifest: &Manifest) -> String {
+    let rows = manifest.rows();
     let provenance = &manifest.provenance;
     let size = match rows {
         0..1_000 => "n<1K",

@@ -7,7 +7,7 @@ use cllm_core::model::{ModelConfig, fingerprint};
 use cllm_core::program::Outcome;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{Block, FinishReason, Provenance, Trajectory, Writer};
-use cllm_core::{Error, Result, atomic_file, hub, interrupt, progress};
+use cllm_core::{Error, Result, hub, interrupt, progress};
 
 use crate::reference_format::{self, Record};
 
@@ -70,9 +70,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     })?;
     rows.extend(import.take_row()?);
     writer.write_shard(&rows)?;
-    let manifest = writer.finish()?;
-    atomic_file::write(&output.join("README.md"), crate::copying::card(&manifest).as_bytes())?;
-    let count: usize = manifest.shards.iter().map(|(_, rows)| rows).sum();
+    let count = crate::copying::finish(writer, output)?;
     progress::say(format!(
         "{count} rows in {}; {} cut before a block that the file lacks, {} dropped for want of their first block",
         output.display(),

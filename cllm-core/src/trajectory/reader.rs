@@ -1,10 +1,11 @@
-//! Reads a data set row by row in constant memory.
+//! Reads a data set in constant memory: row by row, or in pieces on all cores.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use arrow::datatypes::Schema;
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
+use parquet::file::metadata::{ColumnChunkMetaData, RowGroupMetaData};
 
 use super::schema::{PROVENANCE_KEY, VERSION_KEY, from_batch, schema};
 use super::writer::{difference, read_manifest};
@@ -13,13 +14,41 @@ use crate::{Error, Result};
 
 /// Rows that are decoded at once.
 const BATCH_ROWS: usize = 64;
+/// Most rows of a piece, and most values (tokens, nearly all), unless a single row group has more.
+const PIECE_ROWS: usize = 1024;
+const PIECE_VALUES: usize = 8 << 20;
 
 /// A data set opened for reading.
 pub struct Reader {
     path: PathBuf,
-    shards: Vec<PathBuf>,
+    shards: Vec<Shard>,
     rows: usize,
     provenance: Provenance,
+}
+
+struct Shard {
+    path: PathBuf,
+    /// Rows and values of each row group.
+    groups: Vec<(usize, usize)>,
+}
+
+/// Consecutive rows of a data set, few enough to be held in memory.
+pub struct Piece {
+    rows: usize,
+    /// Shards and row groups in them.
+    places: Vec<(PathBuf, Vec<usize>)>,
+}
+
+impl Piece {
+    /// Number of rows.
+    pub fn len(&self) -> usize {
+        self.rows
+    }
+
+    /// Whether there are no rows.
+    pub fn is_empty(&self) -> bool {
+        self.rows == 0
+    }
 }
 
 impl Reader {
@@ -37,6 +66,7 @@ impl Reader {
         };
         let mut rows = 0;
         let mut provenance = None;
+        let mut opened = Vec::with_capacity(shards.len());
         for (shard, promised) in &shards {
             let (builder, found) = open_shard(shard)?;
             let count = builder.metadata().file_metadata().num_rows() as usize;
@@ -50,14 +80,14 @@ impl Reader {
                 return Err(Error::file(shard, message));
             }
             provenance.get_or_insert(found);
+            let values =
+                |group: &RowGroupMetaData| group.columns().iter().map(ColumnChunkMetaData::num_values).sum::<i64>();
+            let groups = builder.metadata().row_groups().iter();
+            let groups = groups.map(|group| (group.num_rows() as usize, values(group) as usize)).collect();
+            opened.push(Shard { path: shard.clone(), groups });
         }
         let provenance = provenance.ok_or_else(|| Error::file(path, "holds no rows yet"))?;
-        Ok(Reader {
-            path: path.to_owned(),
-            shards: shards.into_iter().map(|(shard, _)| shard).collect(),
-            rows,
-            provenance,
-        })
+        Ok(Reader { path: path.to_owned(), shards: opened, rows, provenance })
     }
 
     /// Number of rows.
@@ -98,15 +128,46 @@ impl Reader {
 
     /// The rows in order, as they are; for those who count what is wrong with them.
     pub fn unchecked_rows(&self) -> Rows {
-        let mut waiting = self.shards.clone();
-        waiting.reverse();
-        Rows { waiting, shard: None, ready: Vec::new().into_iter(), promised: None }
+        let all = |shard: &Shard| (shard.path.clone(), (0..shard.groups.len()).collect());
+        Rows::of(self.shards.iter().map(all).collect())
+    }
+
+    /// All rows in pieces, in order. They depend on the files alone, not on the machine.
+    pub fn pieces(&self) -> Vec<Piece> {
+        let mut pieces: Vec<Piece> = Vec::new();
+        let mut values = 0;
+        for shard in &self.shards {
+            for (index, &(rows, more)) in shard.groups.iter().enumerate() {
+                let fits = |piece: &&mut Piece| piece.rows + rows <= PIECE_ROWS && values + more <= PIECE_VALUES;
+                match pieces.last_mut().filter(fits) {
+                    Some(piece) => {
+                        piece.rows += rows;
+                        values += more;
+                        match piece.places.last_mut().filter(|(path, _)| *path == shard.path) {
+                            Some((_, groups)) => groups.push(index),
+                            None => piece.places.push((shard.path.clone(), vec![index])),
+                        }
+                    }
+                    None => {
+                        pieces.push(Piece { rows, places: vec![(shard.path.clone(), vec![index])] });
+                        values = more;
+                    }
+                }
+            }
+        }
+        pieces
+    }
+
+    /// The rows of a piece, as [`Reader::rows`] gives them.
+    pub fn rows_of(&self, piece: &Piece) -> Rows {
+        Rows { promised: Some(self.provenance.clone()), ..Rows::of(piece.places.clone()) }
     }
 }
 
 /// Iterator over the rows of a data set.
 pub struct Rows {
-    waiting: Vec<PathBuf>,
+    /// Shards and row groups to come, the next one last.
+    waiting: Vec<(PathBuf, Vec<usize>)>,
     shard: Option<(PathBuf, ParquetRecordBatchReader)>,
     ready: std::vec::IntoIter<Trajectory>,
     /// What each row is checked against.
@@ -114,6 +175,11 @@ pub struct Rows {
 }
 
 impl Rows {
+    fn of(mut places: Vec<(PathBuf, Vec<usize>)>) -> Self {
+        places.reverse();
+        Rows { waiting: places, shard: None, ready: Vec::new().into_iter(), promised: None }
+    }
+
     /// Decodes the next batch; false at the end.
     fn fill(&mut self) -> Result<bool> {
         loop {
@@ -130,9 +196,10 @@ impl Rows {
                 }
                 self.shard = None;
             }
-            let Some(path) = self.waiting.pop() else { return Ok(false) };
+            let Some((path, groups)) = self.waiting.pop() else { return Ok(false) };
             let (builder, _) = open_shard(&path)?;
-            let batches = builder.with_batch_size(BATCH_ROWS).build().map_err(|error| damaged(&path, error))?;
+            let builder = builder.with_row_groups(groups).with_batch_size(BATCH_ROWS);
+            let batches = builder.build().map_err(|error| damaged(&path, error))?;
             self.shard = Some((path, batches));
         }
     }

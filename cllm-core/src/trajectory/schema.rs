@@ -1,5 +1,6 @@
 //! Rows as Arrow columns and back.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use arrow::array::{
@@ -110,47 +111,51 @@ fn flags_to_array(rows: &[Trajectory]) -> ListArray {
 
 /// The rows of a record batch whose schema was checked.
 pub(super) fn from_batch(batch: &RecordBatch) -> Result<Vec<Trajectory>, String> {
-    (0..batch.num_rows()).map(|row| trajectory(batch, row)).collect()
-}
-
-fn trajectory(batch: &RecordBatch, row: usize) -> Result<Trajectory, String> {
     let column = |name: &str| batch.column_by_name(name).ok_or_else(|| format!("column `{name}` is missing"));
-    let optional = |name: &str| -> Result<Option<String>, String> {
-        let values = column(name)?.as_string::<i32>();
-        Ok(values.is_valid(row).then(|| values.value(row).to_owned()))
+    let text = |name: &str| Ok::<_, String>(column(name)?.as_string::<i32>());
+    let ids = |name: &str| Ok::<_, String>(column(name)?.as_list::<i32>());
+    let (sample_id, source, prompt) = (text("sample_id")?, text("source")?, text("prompt")?);
+    let (prompt_ids, response_ids) = (ids("prompt_ids")?, ids("response_ids")?);
+    let (reference, meta, finish_reason) = (text("reference")?, text("meta")?, text("finish_reason")?);
+    let (blocks, augmented) = (ids("blocks")?, ids("augmented")?);
+    let structs = blocks.values().as_struct();
+    let (starts, states) = (structs.column(0).as_primitive::<Int32Type>(), structs.column(1).as_list::<i32>());
+    let flags = augmented.values().as_list::<i32>();
+    let booleans = flags.values().as_boolean();
+    let block = |index: usize| Block {
+        start: starts.value(index) as u32,
+        states: span(states, index).map(|state| numbers(states.values().as_list::<i32>(), state)).collect(),
     };
-    let text = |name: &str| optional(name)?.ok_or_else(|| format!("row {row}: `{name}` is null"));
-    let ids = |name: &str| Ok::<_, String>(numbers(&column(name)?.as_list::<i32>().value(row)));
-    let blocks = column("blocks")?.as_list::<i32>().value(row);
-    let blocks = blocks.as_struct();
-    let (starts, states) = (blocks.column(0).as_primitive::<Int32Type>(), blocks.column(1).as_list::<i32>());
-    let block =
-        |index: usize| Block { start: starts.value(index) as u32, states: lists(&states.value(index), numbers) };
-    let flags = column("augmented")?.as_list::<i32>();
-    let booleans = |values: &ArrayRef| values.as_boolean().iter().map(|flag| flag.unwrap_or(false)).collect();
-    Ok(Trajectory {
-        sample_id: text("sample_id")?,
-        source: text("source")?,
-        prompt: text("prompt")?,
-        prompt_ids: ids("prompt_ids")?,
-        response_ids: ids("response_ids")?,
-        reference: optional("reference")?,
-        blocks: (0..blocks.len()).map(block).collect(),
-        augmented: flags.is_valid(row).then(|| lists(&flags.value(row), booleans)),
-        finish_reason: match text("finish_reason")?.as_str() {
-            "eos" => FinishReason::Eos,
-            "length" => FinishReason::Length,
-            other => return Err(format!("row {row}: finish_reason is `{other}`, expected eos or length")),
-        },
-        meta: optional("meta")?,
-    })
+    let flags_of = |index: usize| span(flags, index).map(|at| booleans.is_valid(at) && booleans.value(at)).collect();
+    let trajectory = |row: usize| {
+        let optional = |values: &StringArray| values.is_valid(row).then(|| values.value(row).to_owned());
+        let needed = |name: &str, values| optional(values).ok_or_else(|| format!("row {row}: `{name}` is null"));
+        Ok(Trajectory {
+            sample_id: needed("sample_id", sample_id)?,
+            source: needed("source", source)?,
+            prompt: needed("prompt", prompt)?,
+            prompt_ids: numbers(prompt_ids, row),
+            response_ids: numbers(response_ids, row),
+            reference: optional(reference),
+            blocks: span(blocks, row).map(block).collect(),
+            augmented: augmented.is_valid(row).then(|| span(augmented, row).map(flags_of).collect()),
+            finish_reason: match needed("finish_reason", finish_reason)?.as_str() {
+                "eos" => FinishReason::Eos,
+                "length" => FinishReason::Length,
+                other => return Err(format!("row {row}: finish_reason is `{other}`, expected eos or length")),
+            },
+            meta: optional(meta),
+        })
+    };
+    (0..batch.num_rows()).map(trajectory).collect()
 }
 
-fn numbers(values: &ArrayRef) -> Vec<i32> {
-    values.as_primitive::<Int32Type>().values().to_vec()
+/// Where the items of one list stand among the values of all.
+fn span(lists: &ListArray, index: usize) -> Range<usize> {
+    let offsets = lists.value_offsets();
+    offsets[index] as usize..offsets[index + 1] as usize
 }
 
-fn lists<T>(values: &ArrayRef, read: impl Fn(&ArrayRef) -> T) -> Vec<T> {
-    let values = values.as_list::<i32>();
-    (0..values.len()).map(|index| read(&values.value(index))).collect()
+fn numbers(lists: &ListArray, index: usize) -> Vec<i32> {
+    lists.values().as_primitive::<Int32Type>().values()[span(lists, index)].to_vec()
 }

@@ -6,6 +6,7 @@ use parquet::arrow::ArrowWriter;
 use parquet::basic::Compression;
 use parquet::file::metadata::KeyValue;
 use parquet::file::properties::WriterProperties;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::reader::{Reader, open_shard};
@@ -13,9 +14,13 @@ use super::schema::{PROVENANCE_KEY, VERSION_KEY, schema, to_batch};
 use super::{Provenance, SCHEMA_VERSION, Trajectory};
 use crate::{Error, Result, atomic_file};
 
-/// Rows of a row group: bounds what a reader holds in memory.
+/// Rows of a row group, and tokens of their states: bounds what a reader holds in memory.
 const ROW_GROUP_ROWS: usize = 256;
+const ROW_GROUP_TOKENS: usize = 4 << 20;
 
+const MANIFEST: &str = "manifest.json";
+/// How the names of shards begin.
+const PART: &str = "part-";
 /// File of the rows that a stopped run kept of a shard; not `*.parquet`, which readers of the data set ask for.
 const STOPPED: &str = "stopped.partial";
 
@@ -30,6 +35,13 @@ pub struct Manifest {
     pub shards: Vec<(String, usize)>,
     /// Whether the run that writes it has ended.
     pub complete: bool,
+}
+
+impl Manifest {
+    /// Rows of all shards.
+    pub fn rows(&self) -> usize {
+        self.shards.iter().map(|(_, rows)| rows).sum()
+    }
 }
 
 /// Writes a data set shard by shard; after each, the manifest names it.
@@ -75,14 +87,19 @@ impl Writer {
         if read_manifest(folder)?.is_some_and(|found| found.complete) {
             return Err(Error::file(folder, "holds a data set already; choose another output folder, or delete it"));
         }
+        let stopped_before = folder.join(MANIFEST).exists();
         let mut writer = Writer::open(folder, provenance)?;
-        let left = std::mem::take(&mut writer.manifest.shards);
+        writer.manifest.shards.clear();
         writer.write_manifest()?;
-        for (name, _) in left {
-            let path = folder.join(name);
-            std::fs::remove_file(&path).map_err(Error::write(&path))?;
+        if stopped_before {
+            remove_unfinished(folder)?;
         }
         Ok(writer)
+    }
+
+    /// What is there so far.
+    pub fn manifest(&self) -> &Manifest {
+        &self.manifest
     }
 
     /// Number of shards that are there.
@@ -95,9 +112,19 @@ impl Writer {
     /// # Errors
     /// File-system errors.
     pub fn write_shard(&mut self, rows: &[Trajectory]) -> Result<()> {
-        let name = format!("part-{:05}.parquet", self.manifest.shards.len());
-        self.write_rows(&name, rows)?;
-        self.manifest.shards.push((name, rows.len()));
+        self.write_shards(&[rows])
+    }
+
+    /// Writes the next shards, on all cores.
+    ///
+    /// # Errors
+    /// File-system errors.
+    pub fn write_shards(&mut self, shards: &[&[Trajectory]]) -> Result<()> {
+        let first = self.manifest.shards.len();
+        let names: Vec<String> =
+            (first..first + shards.len()).map(|index| format!("{PART}{index:05}.parquet")).collect();
+        names.par_iter().zip(shards).try_for_each(|(name, rows)| self.write_rows(name, rows))?;
+        self.manifest.shards.extend(names.into_iter().zip(shards.iter().map(|rows| rows.len())));
         self.write_manifest()?;
         self.remove_stopped()
     }
@@ -140,7 +167,7 @@ impl Writer {
             .build();
         atomic_file::write_with(&path, |file| {
             let mut writer = ArrowWriter::try_new(file, schema(), Some(properties)).map_err(failed)?;
-            for group in rows.chunks(ROW_GROUP_ROWS) {
+            for group in row_groups(rows) {
                 let batch = to_batch(group).map_err(|error| Error::file(&path, error.to_string()))?;
                 writer.write(&batch).and_then(|()| writer.flush()).map_err(failed)?;
             }
@@ -164,8 +191,39 @@ impl Writer {
     }
 
     fn write_manifest(&self) -> Result<()> {
-        atomic_file::write_json(&self.folder.join("manifest.json"), &self.manifest)
+        atomic_file::write_json(&self.folder.join(MANIFEST), &self.manifest)
     }
+}
+
+/// The rows in stretches of a row group each.
+fn row_groups(rows: &[Trajectory]) -> impl Iterator<Item = &[Trajectory]> {
+    let tokens = |row: &Trajectory| row.blocks.iter().flat_map(|block| &block.states).map(Vec::len).sum::<usize>();
+    let mut rest = rows;
+    std::iter::from_fn(move || {
+        let mut sum = 0;
+        let fits = |row: &&Trajectory| {
+            sum += tokens(row);
+            sum <= ROW_GROUP_TOKENS
+        };
+        let count = rest.iter().take(ROW_GROUP_ROWS).take_while(fits).count().max(1);
+        let (group, after) = rest.split_at_checked(count)?;
+        rest = after;
+        Some(group)
+    })
+}
+
+/// Removes what a run left that was killed: shards, named in the manifest or not, and half-written files.
+fn remove_unfinished(folder: &Path) -> Result<()> {
+    for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
+        let entry = entry.map_err(Error::io(folder))?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let shard = name.starts_with(PART) && name.ends_with(".parquet");
+        if shard || name.starts_with(atomic_file::UNFINISHED) {
+            let path = entry.path();
+            std::fs::remove_file(&path).map_err(Error::write(&path))?;
+        }
+    }
+    Ok(())
 }
 
 /// Whether a shard is there, whole as far as its footer tells, with so many rows.
@@ -175,7 +233,7 @@ fn holds(path: &Path, rows: usize) -> bool {
 
 /// The manifest of a data set, if the folder holds one.
 pub(super) fn read_manifest(folder: &Path) -> Result<Option<Manifest>> {
-    let path = folder.join("manifest.json");
+    let path = folder.join(MANIFEST);
     if !path.exists() {
         return Ok(None);
     }

@@ -60,6 +60,28 @@ fn rows_survive_in_order_and_keep_their_promises() {
 }
 
 #[test]
+fn pieces_are_bounded_and_hold_every_row_once_in_order() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), 0..2500);
+    let reader = Reader::open(dir.path()).unwrap();
+    let pieces = reader.pieces();
+    assert!(pieces.len() >= 3 && pieces.iter().all(|piece| !piece.is_empty() && piece.len() <= 1024));
+    let rows: Vec<Trajectory> = pieces.iter().flat_map(|piece| reader.rows_of(piece)).map(Result::unwrap).collect();
+    assert!(rows == (0..2500).map(row).collect::<Vec<_>>());
+    // Rows of very many tokens make pieces of few rows.
+    let many = |index: i32| {
+        let states = vec![vec![4; 1 << 19]; 6];
+        Trajectory { blocks: vec![Block { start: 0, states }], response_ids: vec![4; 1 << 19], ..row(index) }
+    };
+    let provenance = Provenance { n: 1 << 19, eos_ids: vec![4], ..provenance() };
+    let dir = tempfile::tempdir().unwrap();
+    let mut writer = Writer::open(dir.path(), provenance).unwrap();
+    writer.write_shard(&(1..6).map(many).collect::<Vec<_>>()).unwrap();
+    let pieces = Reader::open(dir.path()).unwrap().pieces();
+    assert_eq!(pieces.iter().map(cllm_core::trajectory::Piece::len).collect::<Vec<_>>(), [2, 2, 1]);
+}
+
+#[test]
 fn the_same_rows_give_the_same_bytes() {
     let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     write(a.path(), 0..50);

@@ -2,11 +2,13 @@
 #![allow(clippy::unwrap_used)]
 
 mod bad_input;
+mod copying;
 #[path = "../../../cllm-core/tests/shared/foreign_parquet.rs"]
 mod foreign_parquet;
 mod interrupted;
 #[path = "../../../cllm-core/tests/shared/programs.rs"]
 mod programs;
+mod scoring;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -286,44 +288,6 @@ fn every_clean_rule_drops_its_row_and_a_good_one_stays() {
     assert_eq!((&report["kept"], &report["dropped"]), (&json!(1), &json!(9)));
     assert!(rules.iter().all(|(_, rule)| report["rules"][rule] == 1));
     assert_eq!(rows(&output)[0].sample_id, "good");
-}
-
-#[test]
-fn spider_is_scored_where_the_databases_are_given() {
-    let dir = tempfile::tempdir().unwrap();
-    let data = dir.path().join("spider");
-    fs::create_dir_all(data.join("database/zoo")).unwrap();
-    let database = rusqlite::Connection::open(data.join("database/zoo/zoo.sqlite")).unwrap();
-    database.execute_batch("CREATE TABLE pen (id); INSERT INTO pen VALUES (1), (2);").unwrap();
-    let question = |id: &str, answer: &str| Trajectory {
-        source: "spider/train".into(),
-        reference: Some("SELECT count(*) FROM pen".into()),
-        meta: Some(json!({ "db_id": "zoo" }).to_string()),
-        ..row(id, &[tokenizer().encode(answer).unwrap(), vec![0]].concat())
-    };
-    let input = made(&[question("right", "SELECT 2"), question("wrong", "SELECT 3")]);
-    let model = path(WORLD.path(), "model");
-    let clean = |name: &str, given: &str| {
-        let (from, to) = (format!("input={}", input.path().display()), format!("output={}", path(dir.path(), name)));
-        json_of(&["clean", &from, &to, &format!("model={model}"), given, "drop_wrong=true", "--json"])
-    };
-    assert_eq!(clean("scored", &format!("data={}", data.display()))["rules"], json!({ "wrong_answer": 1 }));
-    assert_eq!(clean("unscored", "data=null")["kept"], 2);
-
-    let prompts = path(dir.path(), "prompts.jsonl");
-    let prompt = |database: &str| {
-        json!({ "id": "a", "source": "spider/train", "prompt": "How many?", "reference": "SELECT count(*) FROM pen",
-            "meta": { "db_id": database } })
-    };
-    fs::write(&prompts, prompt("zoo").to_string()).unwrap();
-    let given = [format!("prompts={prompts}"), format!("data={}", data.display())];
-    let scored = collect(&path(dir.path(), "a"), &given.each_ref().map(String::as_str));
-    assert_eq!(scored["accuracy"], 0.0);
-    assert_eq!(collect(&path(dir.path(), "b"), &[&given[0]])["accuracy"], Value::Null);
-    fs::write(&prompts, prompt("aquarium").to_string()).unwrap();
-    let output = format!("output={}", path(dir.path(), "c"));
-    let said = message(&["collect", &format!("model={model}"), &given[0], &given[1], &output], 2);
-    assert!(said.contains("aquarium.sqlite") && said.contains("`a`"), "{said}");
 }
 
 #[test]
