@@ -38,13 +38,15 @@ extern "C" {
 const char *cllm_last_error() { return last_error.c_str(); }
 
 // One AdamW step over all parameters (float32), in place. step: float32 scalar tensors, one each, incremented by the caller.
+// scale, skip: float32 scalar tensors; the gradients are divided by scale, and where skip is 1 nothing changes.
 int cllm_fused_adamw(void *const *parameters, void *const *gradients, void *const *first, void *const *second,
                      void *const *steps, size_t count, double lr, double beta1, double beta2, double weight_decay,
-                     double eps) {
+                     double eps, void *scale, void *skip) {
   return guarded([&] {
     auto p = list(parameters, count), g = list(gradients, count), m = list(first, count), v = list(second, count),
          s = list(steps, count);
-    at::_fused_adamw_(p, g, m, v, {}, s, lr, beta1, beta2, weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false);
+    at::_fused_adamw_(p, g, m, v, {}, s, lr, beta1, beta2, weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false,
+                      *static_cast<at::Tensor *>(scale), *static_cast<at::Tensor *>(skip));
   });
 }
 

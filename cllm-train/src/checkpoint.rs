@@ -87,7 +87,7 @@ pub fn resume(run: &Path, state: &mut State, settings: &Settings) -> Result<Opti
     let path = folder.join("optimizer.safetensors");
     let map = torch_ext::map_file(&path)?;
     let tensors = SafeTensors::deserialize(&map).map_err(|error| damaged(&path, &error))?;
-    state.restore(|name, like| {
+    state.restore(position.skipped, |name, like| {
         let view = tensors.tensor(name).ok()?;
         torch_ext::tensor_from_bytes(view.data(), &like.size(), Kind::Float).ok()
     })?;

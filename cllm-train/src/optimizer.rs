@@ -16,6 +16,9 @@ pub struct State {
     second: Vec<Tensor>,
     /// Matrices, which decay, and the rest, which do not.
     decays: Vec<bool>,
+    /// Skipped steps, counted on the device in float32: in all, and in a row.
+    skipped: Tensor,
+    skipped_in_a_row: Tensor,
 }
 
 impl State {
@@ -27,23 +30,26 @@ impl State {
             Kind::Float => weights.iter().map(|weight| weight.detach()).collect(),
             _ => weights.iter().map(|weight| weight.detach().to_kind(Kind::Float)).collect(),
         };
+        let zero = || Tensor::zeros([], (Kind::Float, model.device()));
         let zeros = || masters.iter().map(Tensor::zeros_like).collect();
         State {
             first: zeros(),
             second: zeros(),
             decays: weights.iter().map(|w| w.dim() > 1).collect(),
+            skipped: zero(),
+            skipped_in_a_row: zero(),
             names,
             weights,
             masters,
         }
     }
 
-    /// One step from the gradients that the weights hold, which are cleared. Returns the norm before clipping; a step
-    /// whose norm is not finite changes nothing.
+    /// One step from the gradients that the weights hold, which are cleared. Returns the norm before clipping, on the
+    /// device: nothing here waits for it. A step whose norm is not finite changes nothing, and is counted.
     ///
     /// # Errors
     /// libtorch's errors.
-    pub fn step(&mut self, settings: &Optimizer, lr: f64, number: usize) -> Result<f64> {
+    pub fn step(&mut self, settings: &Optimizer, lr: f64, number: usize) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
         let gradients: Vec<Tensor> = self
             .weights
@@ -53,35 +59,41 @@ impl State {
                 _ => Tensor::zeros_like(weight).to_kind(Kind::Float),
             })
             .collect();
-        let norm = torch_ext::global_norm(&gradients)?.double_value(&[]);
-        if norm.is_finite() {
-            self.apply(settings, lr, number, norm, &gradients)?;
-        }
-        // Only now: in float32 the gradients above are the weights' own.
-        for weight in &mut self.weights {
-            weight.zero_grad();
-        }
-        Ok(norm)
-    }
-
-    fn apply(&mut self, settings: &Optimizer, lr: f64, number: usize, norm: f64, gradients: &[Tensor]) -> Result<()> {
-        if settings.clip > 0.0 && norm > settings.clip {
-            for mut gradient in gradients.iter().map(Tensor::shallow_clone) {
-                let _ = gradient.g_mul_scalar_(settings.clip / norm);
-            }
-        }
+        let norm = torch_ext::global_norm(&gradients)?;
+        let scale = if settings.clip > 0.0 { (&norm / settings.clip).clamp_min(1.0) } else { Tensor::ones_like(&norm) };
+        let skip = norm.isfinite().logical_not().to_kind(Kind::Float);
         for decay in [true, false] {
-            self.update(settings, lr, number, decay, gradients)?;
+            self.update(settings, lr, number, decay, &gradients, (&scale, &skip))?;
         }
         for (weight, master) in self.weights.iter_mut().zip(&self.masters) {
             if weight.kind() != Kind::Float {
                 weight.copy_(master);
             }
         }
-        Ok(())
+        // Only now: in float32 the gradients above are the weights' own.
+        for weight in &mut self.weights {
+            weight.zero_grad();
+        }
+        self.skipped += &skip;
+        self.skipped_in_a_row = (&self.skipped_in_a_row + 1.0) * &skip;
+        Ok(norm)
     }
 
-    fn update(&self, settings: &Optimizer, lr: f64, number: usize, decay: bool, gradients: &[Tensor]) -> Result<()> {
+    /// Steps that were skipped: in all, and in a row up to the last. Waits for the device.
+    pub fn skipped(&self) -> (usize, usize) {
+        let read = |count: &Tensor| count.double_value(&[]) as usize;
+        (read(&self.skipped), read(&self.skipped_in_a_row))
+    }
+
+    fn update(
+        &self,
+        settings: &Optimizer,
+        lr: f64,
+        number: usize,
+        decay: bool,
+        gradients: &[Tensor],
+        (scale, skip): (&Tensor, &Tensor),
+    ) -> Result<()> {
         let chosen = |tensors: &[Tensor]| -> Vec<Tensor> {
             let pairs = tensors.iter().zip(&self.decays);
             pairs.filter(|(_, decays)| **decays == decay).map(|(tensor, _)| tensor.shallow_clone()).collect()
@@ -98,6 +110,8 @@ impl State {
             beta2: settings.beta2,
             weight_decay: if decay { settings.weight_decay } else { 0.0 },
             eps: settings.eps,
+            scale,
+            skip,
         };
         torch_ext::fused_adamw(
             numbers,
@@ -119,11 +133,11 @@ impl State {
         parts.into_iter().flatten().collect()
     }
 
-    /// Takes the state of a checkpoint, the weights included.
+    /// Takes the state of a checkpoint, the weights included, and the number of steps skipped before it.
     ///
     /// # Errors
     /// [`Error::Usage`] when a tensor is missing or of another shape.
-    pub fn restore(&mut self, mut find: impl FnMut(&str, &Tensor) -> Option<Tensor>) -> Result<()> {
+    pub fn restore(&mut self, skipped: usize, mut find: impl FnMut(&str, &Tensor) -> Option<Tensor>) -> Result<()> {
         let _no_grad = tch::no_grad_guard();
         for (name, mut tensor) in self.tensors() {
             let saved = find(&name, &tensor)
@@ -133,6 +147,7 @@ impl State {
         for (weight, master) in self.weights.iter_mut().zip(&self.masters) {
             weight.copy_(master);
         }
+        let _ = self.skipped.fill_(skipped as f64);
         Ok(())
     }
 }
@@ -151,7 +166,47 @@ pub fn learning_rate(settings: &Optimizer, number: usize, total: usize) -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use cllm_core::model::ModelConfig;
+
     use super::*;
+
+    /// A tiny model after a step whose gradient is `gradient` everywhere.
+    fn after_a_step(gradient: f64, clip: f64) -> (State, f64) {
+        let config = serde_json::json!({
+            "model_type": "llama", "vocab_size": 4, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1,
+            "num_attention_heads": 1, "tie_word_embeddings": true,
+        });
+        let config = ModelConfig::from_json(&config).unwrap();
+        let model = Transformer::random(config, 1, tch::Device::Cpu, Kind::Float);
+        model.set_requires_grad(true);
+        for (_, weight) in model.parameters() {
+            (weight.sum(Kind::Float) * gradient).backward();
+        }
+        let mut state = State::new(&model);
+        let norm = state.step(&Optimizer { clip, ..Optimizer::default() }, 0.1, 1).unwrap();
+        (state, norm.double_value(&[]))
+    }
+
+    #[test]
+    fn a_gradient_is_clipped_to_the_norm_and_a_short_one_is_left() {
+        let moment = |gradient: f64, clip: f64| {
+            let (state, norm) = after_a_step(gradient, clip);
+            (state.first[0].double_value(&[0, 0]) / 0.1, norm)
+        };
+        let (plain, norm) = moment(2.0, 0.0);
+        assert!((plain - 2.0).abs() < 1e-6 && norm > 4.0, "{plain} {norm}");
+        let (clipped, same) = moment(2.0, 1.0);
+        assert!((clipped - 2.0 / norm).abs() < 1e-6 && same == norm, "{clipped} {same}");
+        assert_eq!(moment(2.0, 1e3).0, plain);
+    }
+
+    #[test]
+    fn skipped_steps_are_counted_in_all_and_in_a_row() {
+        let (mut state, _) = after_a_step(f64::NAN, 1.0);
+        assert_eq!(state.skipped(), (1, 1));
+        let _ = state.step(&Optimizer::default(), 0.1, 2).unwrap();
+        assert_eq!(state.skipped(), (1, 0));
+    }
 
     #[test]
     fn the_rate_rises_then_falls_to_its_floor() {

@@ -22,7 +22,7 @@ use crate::packing::{Batch, Counts};
 use crate::schedule::Schedule;
 use crate::settings::{Init, Objective, Settings};
 
-/// Steps in a row without a finite gradient after which a run stops.
+/// Steps in a row without a finite gradient after which a run stops, once it logs.
 const MOST_SKIPPED: usize = 20;
 
 /// What a run did.
@@ -56,6 +56,8 @@ struct Run {
     model: Transformer,
     state: State,
     position: Position,
+    /// When this process began, and the seconds of training before it.
+    started: (Instant, f64),
     /// Held-out prompts; none without a probe.
     probe: Vec<Request>,
 }
@@ -93,7 +95,8 @@ pub fn run(settings: Settings) -> Result<()> {
     atomic_file::write(&folder.join("config.yaml"), cllm_core::settings::to_yaml(&settings)?.as_bytes())?;
     model.set_requires_grad(true);
     torch_ext::reset_peak_memory(place);
-    Run { settings, folder, tokenizer_folder, tokenizer, model, state, position, probe }.train(&examples)
+    let started = (Instant::now(), position.seconds);
+    Run { settings, folder, tokenizer_folder, tokenizer, model, state, position, started, probe }.train(&examples)
 }
 
 impl Run {
@@ -115,10 +118,7 @@ impl Run {
         }
         let mut metrics = Metrics::open(&self.folder, self.position.step)?;
         let mut bar = Progress::new("train", self.position.step as u64, total as u64);
-        let mut skipped_in_a_row = 0;
         let mut batches = (usize::MAX, Vec::new());
-        let before = self.position.seconds;
-        let started = Instant::now();
         while self.position.step < total {
             if interrupt::requested().is_some() {
                 self.save()?;
@@ -134,22 +134,21 @@ impl Run {
             let rate = learning_rate(&self.settings.optimizer, number, total);
             let (counts, means) = self.gradients(examples, group, epoch);
             let norm = self.state.step(&self.settings.optimizer, rate, number)?;
-            skipped_in_a_row = if norm.is_finite() { 0 } else { skipped_in_a_row + 1 };
-            self.position.skipped += usize::from(!norm.is_finite());
             self.position.step = number;
             self.position.tokens += counts.tokens;
             self.position.blocks += counts.blocks;
-            self.position.seconds = before + started.elapsed().as_secs_f64();
             bar.advance(1);
             if number.is_multiple_of(self.settings.log_every) || number == total {
-                let line = line(&means, counts, &self.settings, &self.position, rate, norm);
+                let skipped_in_a_row = self.settle();
+                let line = line(&means, counts, &self.settings, &self.position, rate, &norm);
                 bar.message(format!("loss {:.4}", line["loss"].as_f64().unwrap_or(f64::NAN)));
                 metrics.write(&line)?;
-            }
-            if skipped_in_a_row >= MOST_SKIPPED {
-                return Err(Error::environment(format!(
-                    "the gradient was not finite {MOST_SKIPPED} steps in a row; the last checkpoint is kept: lower optimizer.lr"
-                )));
+                if skipped_in_a_row >= MOST_SKIPPED {
+                    return Err(Error::environment(format!(
+                        "the gradient was not finite {skipped_in_a_row} steps in a row; the last checkpoint is kept: lower \
+                         optimizer.lr"
+                    )));
+                }
             }
             let best = self.probe_at(number, total, &mut metrics)?;
             let due = self.settings.save_every > 0 && number.is_multiple_of(self.settings.save_every);
@@ -226,7 +225,16 @@ impl Run {
         Ok(tokens as f64 / (forwards as f64).max(1.0))
     }
 
-    fn save(&self) -> Result<()> {
+    /// Waits for the device and brings the position up to date; steps skipped in a row up to the last.
+    fn settle(&mut self) -> usize {
+        let (skipped, in_a_row) = self.state.skipped();
+        self.position.skipped = skipped;
+        self.position.seconds = self.started.1 + self.started.0.elapsed().as_secs_f64();
+        in_a_row
+    }
+
+    fn save(&mut self) -> Result<()> {
+        self.settle();
         let Run { folder, model, tokenizer_folder, state, position, settings, .. } = self;
         checkpoint::save(folder, model, tokenizer_folder, state, position, settings.keep)
     }
@@ -305,13 +313,13 @@ fn weights(settings: &Settings) -> [f64; 3] {
     }
 }
 
-/// A line of metrics; here the losses are read from the device.
-fn line(means: &Means, counts: Counts, settings: &Settings, position: &Position, rate: f64, norm: f64) -> Value {
+/// A line of metrics; here the losses and the norm are read from the device.
+fn line(means: &Means, counts: Counts, settings: &Settings, position: &Position, rate: f64, norm: &Tensor) -> Value {
     let values = means.0.each_ref().map(|terms| terms.iter().map(|term| term.double_value(&[])).sum::<f64>());
     let loss: f64 = values.iter().zip(weights(settings)).map(|(value, weight)| value * weight).sum();
     json!({
         "step": position.step, "loss": loss, "ar_loss": values[0], "consistency_loss": values[1],
-        "local_loss": values[2], "lr": rate, "grad_norm": norm, "tokens": position.tokens,
+        "local_loss": values[2], "lr": rate, "grad_norm": norm.double_value(&[]), "tokens": position.tokens,
         "step_tokens": counts.tokens, "noisy_tokens": counts.noisy, "seconds": position.seconds,
         "tokens_per_second": position.tokens as f64 / position.seconds,
     })

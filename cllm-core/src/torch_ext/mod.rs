@@ -23,6 +23,8 @@ unsafe extern "C" {
         beta2: f64,
         weight_decay: f64,
         eps: f64,
+        scale: *mut c_void,
+        skip: *mut c_void,
     ) -> c_int;
     fn cllm_global_norm(tensors: *const *mut c_void, count: usize, norm: *mut *mut c_void) -> c_int;
     fn cllm_cuda_memory(device: c_int, current: *mut i64, peak: *mut i64) -> c_int;
@@ -44,7 +46,7 @@ fn pointers(tensors: &[Tensor]) -> Vec<*mut c_void> {
 
 /// Numbers of one AdamW step (Loshchilov & Hutter, arXiv 1711.05101).
 #[derive(Debug, Clone, Copy)]
-pub struct AdamW {
+pub struct AdamW<'t> {
     /// Learning rate.
     pub lr: f64,
     /// Decay of the first moment.
@@ -55,6 +57,10 @@ pub struct AdamW {
     pub weight_decay: f64,
     /// Added to the denominator.
     pub eps: f64,
+    /// What the gradients are divided by: a float32 scalar on their device.
+    pub scale: &'t Tensor,
+    /// 1 where nothing may change, else 0: another. So clipping and leaving out a step wait for no answer of the device.
+    pub skip: &'t Tensor,
 }
 
 /// One fused AdamW step in place. All tensors are float32 and the slices run in parallel; `steps` are float32
@@ -63,7 +69,7 @@ pub struct AdamW {
 /// # Errors
 /// [`Error::Torch`] when shapes, types or devices differ.
 pub fn fused_adamw(
-    numbers: AdamW,
+    numbers: AdamW<'_>,
     parameters: &[Tensor],
     gradients: &[Tensor],
     first: &[Tensor],
@@ -86,6 +92,8 @@ pub fn fused_adamw(
             numbers.beta2,
             numbers.weight_decay,
             numbers.eps,
+            numbers.scale.as_ptr().cast_mut().cast(),
+            numbers.skip.as_ptr().cast_mut().cast(),
         )
     })
 }

@@ -207,7 +207,7 @@ fn a_step_without_a_finite_gradient_changes_nothing_and_is_counted() {
     let _ = tch::no_grad(|| norm.fill_(f64::NAN));
     model.save(&folder, Kind::Float).unwrap();
     let settings = Settings { init: None, model: folder.display().to_string(), max_steps: 3, ..sft(dir.path(), "run") };
-    trainer::run(settings).unwrap();
+    trainer::run(settings.clone()).unwrap();
     assert_eq!(summary(&dir.path().join("run"))["skipped_steps"], 3);
     let find = |folder: &Path| {
         let model = Transformer::load(folder, Device::Cpu, Kind::Float).unwrap();
@@ -215,4 +215,8 @@ fn a_step_without_a_finite_gradient_changes_nothing_and_is_counted() {
     };
     let (before, after): (Tensor, Tensor) = (find(&folder), find(&dir.path().join("run/final")));
     assert!(before.equal(&after));
+    let output = dir.path().join("long").display().to_string();
+    let long = Settings { output, max_steps: 40, epochs: 40, log_every: 7, save_every: 0, ..settings };
+    let message = trainer::run(long).unwrap_err().to_string();
+    assert!(message.contains("not finite 21 steps in a row") && message.contains("optimizer.lr"), "{message}");
 }
