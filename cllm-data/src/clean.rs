@@ -5,8 +5,8 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use cllm_core::program::{Outcome, print_json};
-use cllm_core::prompt_set::{self, Prompt, Sample};
-use cllm_core::task::{Task, Verdict};
+use cllm_core::prompt_set;
+use cllm_core::task::Verdict;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{FinishReason, Reader, Trajectory};
 use cllm_core::{Error, Result, atomic_file, hub, progress, settings};
@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 
 use crate::copying::{self, Copying};
 use crate::repetition;
+use crate::scoring::score;
 
 /// Settings of `clean`.
 #[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]
@@ -205,7 +206,7 @@ fn judge(row: Trajectory, settings: &Settings, tokenizer: &Tokenizer, evaluation
     let mut broken = broken_rule(&row, settings, &text, evaluation.contains(&prompt));
     let mut unscored = false;
     if settings.drop_wrong && broken.is_none() {
-        let verdict = verdict(&row, settings, &text)?;
+        let verdict = score(&settings.input, &row, &text, settings.data.as_deref())?;
         unscored = verdict == Verdict::Unscored;
         broken = (verdict == Verdict::Wrong).then_some("wrong_answer");
     }
@@ -229,16 +230,4 @@ fn broken_rule(row: &Trajectory, settings: &Settings, text: &str, in_evaluation:
         ("repeated_sentence", &|| repetition::repeated_sentence(text, 12, settings.repeated_sentence)),
     ];
     rules.into_iter().find(|(_, broken)| broken()).map(|(name, _)| name)
-}
-
-fn verdict(row: &Trajectory, settings: &Settings, answer: &str) -> Result<Verdict> {
-    let bad_meta = |error| Error::file(&settings.input, format!("row `{}`: meta is no JSON: {error}", row.sample_id));
-    let sample = Sample {
-        id: row.sample_id.clone(),
-        source: row.source.clone(),
-        prompt: Prompt::Text(row.prompt.clone()),
-        reference: row.reference.clone(),
-        meta: row.meta.as_deref().map(serde_json::from_str).transpose().map_err(bad_meta)?,
-    };
-    Task::of_source(&row.source).score(settings.data.as_deref(), &sample, answer)
 }

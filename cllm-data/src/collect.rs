@@ -9,13 +9,15 @@ use cllm_core::model::{Transformer, fingerprint};
 use cllm_core::program::{Outcome, print_json};
 use cllm_core::progress::Progress;
 use cllm_core::prompt_set::{self, Sample};
-use cllm_core::task::{Task, Verdict};
+use cllm_core::task::Task;
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::trajectory::{FinishReason, Provenance, Trajectory, Writer};
+use cllm_core::trajectory::{Provenance, Trajectory, Writer};
 use cllm_core::{Error, Result, device, hub, progress, settings};
 use garde::Validate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+
+use crate::tally::{Figures, Tally};
 
 /// Settings of `collect`.
 #[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]
@@ -78,37 +80,31 @@ impl Default for Settings {
     }
 }
 
-/// What a run did.
-#[derive(Debug, Default, Serialize)]
-pub struct Summary {
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Summary {
     /// Version of this document.
-    pub schema_version: u32,
-    /// Responses in the data set.
-    pub samples: usize,
-    /// Prompts set aside because they and their answer do not fit the context.
-    pub skipped: usize,
-    /// Responses that an earlier run had left.
-    pub resumed: usize,
-    /// Tokens of this run's responses.
-    pub response_tokens: usize,
-    /// Forwards of this run.
-    pub forwards: usize,
-    /// Tokens over forwards.
-    pub tokens_per_forward: f64,
-    /// Blocks of this run.
-    pub blocks: usize,
-    /// This run's responses that hit the length limit.
-    pub unfinished: usize,
-    /// Share of this run's scored responses that are right.
-    pub accuracy: Option<f64>,
+    schema_version: u32,
+    /// Prompts that were asked for.
+    wanted: usize,
+    /// Those set aside because they and their answer do not fit the context.
+    skipped: usize,
+    /// Responses that earlier runs had left.
+    resumed: usize,
+    /// All that is in the data set.
+    total: Figures,
+    /// What this run added.
+    run: RunFigures,
+}
+
+#[derive(Serialize)]
+struct RunFigures {
+    #[serde(flatten)]
+    figures: Figures,
     /// Seconds of decoding and writing.
-    pub seconds: f64,
+    seconds: f64,
     /// Tokens over seconds.
-    pub response_tokens_per_second: f64,
-    #[serde(skip)]
-    right: usize,
-    #[serde(skip)]
-    scored: usize,
+    tokens_per_second: f64,
 }
 
 struct Prepared {
@@ -140,6 +136,8 @@ pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
     let scorable = |sample: &Sample| Task::of_source(&sample.source).expect_data(settings.data.as_deref(), sample);
     samples.iter().try_for_each(scorable)?;
     let output = Path::new(&settings.output);
+    let data = settings.data.as_deref();
+    let wanted = samples.len();
     let provenance = Provenance {
         teacher: fingerprint(&folder)?,
         tokenizer: tokenizer.fingerprint().to_owned(),
@@ -166,22 +164,21 @@ pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
             model.config().max_positions.saturating_sub(settings.max_new_tokens)
         )));
     }
-    let resumed = (writer.shards() * settings.shard_rows).min(prepared.len());
+    let in_shards = (writer.shards() * settings.shard_rows).min(prepared.len());
+    let stopped = writer.stopped();
+    let mut earlier = Tally::of_rows(stopped.iter().cloned().map(Ok), output, &tokenizer, data)?;
+    if in_shards > 0 {
+        earlier.add(Tally::of_data_set(output, &tokenizer, data)?);
+    }
     let mut stopped: HashMap<String, Trajectory> =
-        writer.stopped().into_iter().map(|row| (row.sample_id.clone(), row)).collect();
-    let mut summary = Summary {
-        schema_version: 1,
-        skipped: skipped.len(),
-        resumed: resumed + stopped.len(),
-        samples: resumed,
-        ..Default::default()
-    };
-    let mut bar = Progress::new("collect", summary.resumed as u64, prepared.len() as u64);
+        stopped.into_iter().map(|row| (row.sample_id.clone(), row)).collect();
+    let mut this_run = Tally::default();
+    let mut bar = Progress::new("collect", earlier.rows() as u64, prepared.len() as u64);
     let started = Instant::now();
-    for shard in prepared[resumed..].chunks(settings.shard_rows) {
+    for shard in prepared[in_shards..].chunks(settings.shard_rows) {
         let found = |(index, prepared): (usize, &Prepared)| Some((index, stopped.remove(&prepared.sample.id)?));
         let mut rows: Vec<(usize, Trajectory)> = shard.iter().enumerate().filter_map(found).collect();
-        let done = collect_shard(&model, &tokenizer, shard, settings, &mut rows, &mut summary, &mut bar);
+        let done = collect_shard(&model, &tokenizer, shard, settings, &mut rows, &mut this_run, &mut bar);
         rows.sort_by_key(|(index, _)| *index);
         let rows: Vec<Trajectory> = rows.into_iter().map(|(_, row)| row).collect();
         if done.is_err() {
@@ -189,25 +186,26 @@ pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
         }
         done?;
         writer.write_shard(&rows)?;
-        summary.samples += rows.len();
     }
     crate::copying::finish(writer, output)?;
     bar.finish();
-    summary.seconds = started.elapsed().as_secs_f64();
-    summary.response_tokens_per_second = summary.response_tokens as f64 / summary.seconds;
-    summary.tokens_per_forward = summary.response_tokens as f64 / (summary.forwards as f64).max(1.0);
-    summary.accuracy = (summary.scored > 0).then(|| summary.right as f64 / summary.scored as f64);
+    let seconds = started.elapsed().as_secs_f64();
+    let mut total = earlier;
+    total.add(this_run);
+    let (total, figures) = (total.figures(), this_run.figures());
+    let line = format!("{total}, in {}", output.display());
+    let tokens_per_second = figures.response_tokens as f64 / seconds;
     if json {
-        print_json(&summary)?;
-    } else {
-        progress::say(format!(
-            "{} responses, {:.2} tokens per forward, {} unfinished, in {output}",
-            summary.samples,
-            summary.tokens_per_forward,
-            summary.unfinished,
-            output = output.display()
-        ));
+        print_json(&Summary {
+            schema_version: 1,
+            wanted,
+            skipped: skipped.len(),
+            resumed: earlier.rows(),
+            total,
+            run: RunFigures { figures, seconds, tokens_per_second },
+        })?;
     }
+    progress::say(line);
     Ok(Outcome::Done)
 }
 
@@ -239,7 +237,7 @@ fn collect_shard(
     shard: &[Prepared],
     settings: &Settings,
     rows: &mut Vec<(usize, Trajectory)>,
-    summary: &mut Summary,
+    tally: &mut Tally,
     bar: &mut Progress,
 ) -> Result<()> {
     let limits = Limits { max_new_tokens: settings.max_new_tokens, eos_ids: tokenizer.eos_ids().to_vec() };
@@ -256,35 +254,24 @@ fn collect_shard(
         let (answers, _) = decode(model, &requests, &limits, options, None)?;
         for (&index, answer) in batch.iter().zip(answers) {
             let Prepared { sample, prompt, ids } = &shard[index];
-            summary.response_tokens += answer.response_ids.len();
-            summary.forwards += answer.forwards;
-            summary.blocks += answer.blocks.len();
-            summary.unfinished += usize::from(answer.finish_reason == FinishReason::Length);
-            let text = tokenizer.decode(&answer.response_ids)?;
-            match Task::of_source(&sample.source).score(settings.data.as_deref(), sample, &text)? {
-                Verdict::Unscored => {}
-                verdict => {
-                    summary.scored += 1;
-                    summary.right += usize::from(verdict == Verdict::Right);
-                }
-            }
-            rows.push((
-                index,
-                Trajectory {
-                    sample_id: sample.id.clone(),
-                    source: sample.source.clone(),
-                    prompt: prompt.clone(),
-                    prompt_ids: ids.clone(),
-                    response_ids: answer.response_ids,
-                    reference: sample.reference.clone(),
-                    blocks: answer.blocks,
-                    augmented: None,
-                    finish_reason: answer.finish_reason,
-                    meta: sample.meta.as_ref().map(ToString::to_string),
-                },
-            ));
+            let row = Trajectory {
+                sample_id: sample.id.clone(),
+                source: sample.source.clone(),
+                prompt: prompt.clone(),
+                prompt_ids: ids.clone(),
+                response_ids: answer.response_ids,
+                reference: sample.reference.clone(),
+                blocks: answer.blocks,
+                augmented: None,
+                finish_reason: answer.finish_reason,
+                meta: sample.meta.as_ref().map(ToString::to_string),
+            };
+            let text = tokenizer.decode(&row.response_ids)?;
+            let verdict = Task::of_source(&sample.source).score(settings.data.as_deref(), sample, &text)?;
+            tally.add(Tally::of(&row, answer.forwards, verdict));
+            rows.push((index, row));
         }
-        bar.message(format!("{} tokens", summary.response_tokens));
+        bar.message(format!("{} tokens", tally.figures().response_tokens));
         bar.advance(batch.len() as u64);
     }
     Ok(())

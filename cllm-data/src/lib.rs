@@ -10,7 +10,9 @@ pub mod inspect;
 pub mod prepare;
 mod reference_format;
 pub mod repetition;
+mod scoring;
 pub mod stats;
+mod tally;
 pub mod validate;
 
 use std::path::PathBuf;

@@ -45,7 +45,7 @@ pub struct Profile {
 
 /// Forwards that a response took: one for its first token; in a block one for each state after the first, and one more
 /// that finds the last state to be a fixed point and opens the next block, or ends the answer.
-fn forwards_of(row: &Trajectory) -> usize {
+pub(crate) fn forwards_of(row: &Trajectory) -> usize {
     let in_block = |block: &Block| {
         let last = block.states.len() - 1;
         let answer = block.states[last].len().min(row.response_ids.len() - block.start as usize);

@@ -84,7 +84,10 @@ fn the_same_seed_gives_the_same_files_whatever_the_batching_and_the_interruption
     let dir = tempfile::tempdir().unwrap();
     let (once, again, other) = (path(dir.path(), "a"), path(dir.path(), "b"), path(dir.path(), "c"));
     let summary = collect(&once, &["batch_rows=64"]);
-    assert_eq!((&summary["samples"], &summary["resumed"]), (&json!(24), &json!(0)));
+    assert_eq!(
+        (&summary["wanted"], &summary["resumed"], &summary["total"]["rows"]),
+        (&json!(24), &json!(0), &json!(24))
+    );
     collect(&again, &["batch_rows=5"]);
     assert_eq!(shards(&once), shards(&again));
     let manifest = fs::read(Path::new(&again).join("manifest.json")).unwrap();
@@ -92,7 +95,10 @@ fn the_same_seed_gives_the_same_files_whatever_the_batching_and_the_interruption
     let second = Path::new(&again).join("part-00001.parquet");
     fs::write(&second, &fs::read(&second).unwrap()[..300]).unwrap();
     fs::remove_file(Path::new(&again).join("part-00002.parquet")).unwrap();
-    assert_eq!(collect(&again, &[])["resumed"], 8);
+    let resumed = collect(&again, &[]);
+    // The forwards of earlier rows are told by their states: the total is that of a run that was not stopped.
+    assert_eq!((&resumed["resumed"], &resumed["total"]), (&json!(8), &summary["total"]));
+    assert_eq!((&resumed["run"]["rows"], &summary["run"]["rows"]), (&json!(16), &json!(24)));
     assert_eq!(shards(&once), shards(&again));
     assert_eq!(manifest, fs::read(Path::new(&again).join("manifest.json")).unwrap());
     collect(&other, &["seed=1"]);
@@ -101,8 +107,10 @@ fn the_same_seed_gives_the_same_files_whatever_the_batching_and_the_interruption
     let ids = |rows: Vec<Trajectory>| rows.into_iter().map(|row| row.sample_id).collect::<Vec<_>>();
     assert_eq!(ids(rows(&once)), prompts.into_iter().map(|sample| sample.id).collect::<Vec<_>>());
     run(&["validate", &once]).success();
-    // The forwards that the states tell are those that were counted.
-    assert_eq!(json_of(&["stats", &once, "--json"])["tokens_per_forward"], summary["tokens_per_forward"]);
+    let whole = json_of(&["stats", &once, "--json"]);
+    for figure in ["rows", "unfinished", "response_tokens", "blocks", "tokens_per_forward"] {
+        assert_eq!(whole[figure], summary["total"][figure], "{figure}");
+    }
     assert!(fs::read_to_string(Path::new(&once).join("README.md")).unwrap().starts_with("---\n"));
 }
 
@@ -127,7 +135,7 @@ fn prompts_too_long_for_the_context_are_set_aside() {
     let row = |id: &str, text: String| json!({ "id": id, "source": "jsonl/train", "prompt": text }).to_string() + "\n";
     fs::write(&prompts, row("long", "apples ".repeat(400)) + &row("short", "3+4".to_owned())).unwrap();
     let summary = collect(&output, &[&format!("prompts={prompts}")]);
-    assert_eq!((&summary["samples"], &summary["skipped"]), (&json!(1), &json!(1)));
+    assert_eq!((&summary["wanted"], &summary["total"]["rows"], &summary["skipped"]), (&json!(2), &json!(1), &json!(1)));
     assert!(fs::read_to_string(Path::new(&output).join("skipped.jsonl")).unwrap().contains("\"long\""));
 }
 

@@ -38,8 +38,10 @@ fn spider_is_scored_where_the_databases_are_given() {
     fs::write(&prompts, prompt("zoo").to_string()).unwrap();
     let given = [format!("prompts={prompts}"), format!("data={}", data.display())];
     let scored = collect(&path(dir.path(), "a"), &given.each_ref().map(String::as_str));
-    assert_eq!(scored["accuracy"], 0.0);
-    assert_eq!(collect(&path(dir.path(), "b"), &[&given[0]])["accuracy"], Value::Null);
+    assert_eq!((&scored["run"]["scored"], &scored["run"]["accuracy"]), (&json!(1), &json!(0.0)));
+    let again = collect(&path(dir.path(), "a"), &given.each_ref().map(String::as_str));
+    assert_eq!((&again["run"]["rows"], &again["total"]), (&json!(0), &scored["total"]));
+    assert_eq!(collect(&path(dir.path(), "b"), &[&given[0]])["total"]["accuracy"], Value::Null);
     fs::write(&prompts, prompt("aquarium").to_string()).unwrap();
     let output = format!("output={}", path(dir.path(), "c"));
     let said = message(&["collect", &format!("model={model}"), &given[0], &given[1], &output], 2);
