@@ -42,7 +42,7 @@ pub struct RunSettings {
     /// How many examples (the first) are timed at batch 1; 0 measures accuracy alone.
     #[garde(skip)]
     pub speed_examples: usize,
-    /// How to decode: `ar`, `jacobi: {n: 16}`.
+    /// How to decode: `ar`, `jacobi: {n: 16}`, `rolling: {n: 16}`.
     #[garde(length(min = 1), custom(valid_strategies))]
     pub strategies: Vec<Strategy>,
     /// Most tokens of an answer.
@@ -87,8 +87,8 @@ impl Default for RunSettings {
 
 fn valid_strategies(strategies: &[Strategy], _: &()) -> garde::Result {
     for (index, strategy) in strategies.iter().enumerate() {
-        if matches!(strategy, Strategy::Jacobi { n } if !(2..=1024).contains(n)) {
-            return Err(garde::Error::new("n of jacobi must be from 2 to 1024"));
+        if *strategy != Strategy::Ar && !(2..=1024).contains(&strategy.block_size()) {
+            return Err(garde::Error::new("n of a strategy must be from 2 to 1024"));
         }
         if strategies[..index].contains(strategy) {
             return Err(garde::Error::new("a strategy stands twice"));

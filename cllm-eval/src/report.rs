@@ -190,13 +190,13 @@ fn charts(found: &[(Role, &StrategyResults)], records: Option<&Records>) -> Vec<
     charts
 }
 
-/// How many tokens each Jacobi forward made final.
+/// How many tokens each forward made final, where it can be more than one.
 fn histograms(records: &Records) -> Vec<Chart> {
     let header = &records.header;
-    let jacobi = |strategy: &&Strategy| matches!(strategy, Strategy::Jacobi { .. });
+    let several = |strategy: &&Strategy| **strategy != Strategy::Ar;
     let mut charts = Vec::new();
     for model in &header.models {
-        for &strategy in header.settings.strategies.iter().filter(jacobi) {
+        for &strategy in header.settings.strategies.iter().filter(several) {
             let most = HISTOGRAM_BARS.min(strategy.block_size());
             let mut counts = vec![0u64; most];
             let mine = |answer: &&AnswerRecord| answer.role == model.role && answer.strategy == strategy;

@@ -53,9 +53,9 @@ pub struct ModelResults {
 /// Figures of a model and a strategy.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct StrategyResults {
-    /// `ar` or `jacobi`.
+    /// `ar`, `jacobi` or `rolling`.
     pub name: String,
-    /// Tokens of a block; none for `ar`.
+    /// Tokens of a block or window; none for `ar`.
     pub n: Option<usize>,
     /// Answers.
     pub examples: usize,
@@ -132,11 +132,12 @@ pub struct PairedDifference {
     pub ci95: Option<[f64; 2]>,
 }
 
-/// `ar` or `jacobi`.
+/// `ar`, `jacobi` or `rolling`.
 pub fn name(strategy: Strategy) -> &'static str {
     match strategy {
         Strategy::Ar => "ar",
         Strategy::Jacobi { .. } => "jacobi",
+        Strategy::Rolling { .. } => "rolling",
     }
 }
 
@@ -144,14 +145,14 @@ pub fn name(strategy: Strategy) -> &'static str {
 pub fn label(strategy: Strategy) -> String {
     match strategy {
         Strategy::Ar => "ar".to_owned(),
-        Strategy::Jacobi { n } => format!("jacobi n={n}"),
+        Strategy::Jacobi { n } | Strategy::Rolling { n } => format!("{} n={n}", name(strategy)),
     }
 }
 
 impl StrategyResults {
     /// As people read it.
     pub fn label(&self) -> String {
-        label(self.n.map_or(Strategy::Ar, |n| Strategy::Jacobi { n }))
+        self.n.map_or_else(|| self.name.clone(), |n| format!("{} n={n}", self.name))
     }
 }
 

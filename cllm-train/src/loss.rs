@@ -14,10 +14,13 @@ pub struct Losses {
     pub global: Tensor,
     /// Divergence of the noisy tokens from the next state.
     pub local: Tensor,
+    /// KL of the response tokens from the frozen teacher.
+    pub anchor: Tensor,
 }
 
-/// Every sum from one forward over the packed sequences. Only the places that a loss needs reach the vocabulary.
-pub fn losses(model: &Transformer, batch: &Batch, settings: &Consistency) -> Losses {
+/// Every sum from one forward over the packed sequences, and one of the frozen teacher over their clean part where there is
+/// one. Only the places that a loss needs reach the vocabulary.
+pub fn losses(model: &Transformer, teacher: Option<&Transformer>, batch: &Batch, settings: &Consistency) -> Losses {
     let hidden = model.hidden(&batch.tokens, &batch.positions, Some(&batch.mask)).flatten(0, 1);
     let logits = |places: &Tensor| model.train_logits(&hidden.index_select(0, places));
     let log = |logits: Tensor| logits.log_softmax(-1, Kind::Float);
@@ -35,8 +38,26 @@ pub fn losses(model: &Transformer, batch: &Batch, settings: &Consistency) -> Los
         let target = tch::no_grad(|| log(logits(&batch.local_targets)));
         divergence(&target, &log(logits(&batch.local_places)), settings.divergence)
     };
+    let anchor = match teacher {
+        None => nothing(),
+        Some(teacher) => {
+            divergence(&clean_distributions(teacher, batch), &log(clean.shallow_clone()), Divergence::Forward)
+        }
+    };
     let ar = clean.cross_entropy_loss::<&Tensor>(&batch.labels, None, tch::Reduction::Sum, -100, 0.0);
-    Losses { ar, global, local }
+    Losses { ar, global, local, anchor }
+}
+
+/// Log-probabilities `[clean, vocab]` for the response tokens, without gradients. Noisy blocks stand behind the clean part,
+/// so that plain causal attention over the leading tokens is all it takes.
+fn clean_distributions(model: &Transformer, batch: &Batch) -> Tensor {
+    let _no_grad = tch::no_grad_guard();
+    let (width, clean_width) = (batch.tokens.size()[1], batch.clean_width);
+    let leading = |x: &Tensor| x.narrow(1, 0, clean_width);
+    let hidden = model.hidden(&leading(&batch.tokens), &leading(&batch.positions), None).flatten(0, 1);
+    let rows = batch.clean_places.divide_scalar_mode(width, "floor");
+    let places = rows * clean_width + batch.clean_places.remainder(width);
+    model.train_logits(&hidden.index_select(0, &places)).log_softmax(-1, Kind::Float)
 }
 
 /// Sum over rows of the divergence between two log-distributions `[rows, vocab]`.

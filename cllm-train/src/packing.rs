@@ -152,6 +152,8 @@ pub struct Batch {
     pub positions: Tensor,
     /// bool `[rows, 1, width, width]`.
     pub mask: Tensor,
+    /// Longest prompt and response of a row: noisy blocks and padding stand behind.
+    pub clean_width: i64,
     /// Places (in `[rows * width]`) whose next clean token is a response token: int64 `[clean]`.
     pub clean_places: Tensor,
     /// Those response tokens: int64 `[clean]`.
@@ -236,6 +238,7 @@ impl Batch {
         Batch {
             tokens: to(tokens).view([count, width]),
             positions: to(positions).view([count, width]),
+            clean_width: rows.iter().map(|row| row.prompt_len + row.response.len()).max().unwrap_or(0) as i64,
             mask: Tensor::from_slice(&mask).to_kind(Kind::Bool).view([count, 1, width, width]).to_device(device),
             clean_places: to(clean_places),
             labels: to(labels),

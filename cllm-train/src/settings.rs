@@ -169,6 +169,10 @@ pub struct Consistency {
     /// Weight of the autoregressive loss, a mean over response tokens.
     #[garde(range(min = 0.0))]
     pub ar_weight: f64,
+    /// Weight of the anchor, a mean over response tokens: KL from the distributions of the model that the run starts from,
+    /// frozen, to the student's, so that the student keeps its answers on prompts it never saw. 0 leaves it out.
+    #[garde(range(min = 0.0))]
+    pub anchor_weight: f64,
     /// The divergence.
     #[garde(skip)]
     pub divergence: Divergence,
@@ -264,6 +268,7 @@ impl Default for Consistency {
             weight: 1.0,
             local_weight: 0.0,
             ar_weight: 10.0,
+            anchor_weight: 0.0,
             divergence: Divergence::Forward,
             context: Context::Clean,
             window: 4,
@@ -290,6 +295,11 @@ impl Settings {
             }
             (Some(_), false) => return Err(Error::usage("model and init are both set: give the one to start from")),
             _ => {}
+        }
+        if self.init.is_some() && self.consistency.anchor_weight > 0.0 {
+            return Err(Error::usage(
+                "consistency.anchor_weight needs `model`: random weights are nothing to hold on to",
+            ));
         }
         if self.consistency.context == Context::NoisyWindow && self.consistency.blocks != 0 {
             return Err(Error::usage(

@@ -54,6 +54,8 @@ struct Run {
     tokenizer_folder: PathBuf,
     tokenizer: Tokenizer,
     model: Transformer,
+    /// The model that the run started from, where the student is anchored to it.
+    teacher: Option<Transformer>,
     state: State,
     position: Position,
     /// When this process began, and the seconds of training before it.
@@ -72,6 +74,8 @@ pub fn run(settings: Settings) -> Result<()> {
         None => Transformer::load(&tokenizer_folder, place, kind)?,
         Some(init) => Transformer::random(random_config(init, &tokenizer)?, settings.seed, place, kind),
     };
+    let anchored = settings.objective == Objective::Consistency && settings.consistency.anchor_weight > 0.0;
+    let teacher = anchored.then(|| Transformer::load(&tokenizer_folder, place, kind)).transpose()?;
     let examples = examples::read(&settings, &tokenizer, model.config())?;
     let probe = probe_requests(&settings, &tokenizer, model.config())?;
     std::fs::create_dir_all(&folder).map_err(Error::write(&folder))?;
@@ -96,7 +100,8 @@ pub fn run(settings: Settings) -> Result<()> {
     model.set_requires_grad(true);
     torch_ext::reset_peak_memory(place);
     let started = (Instant::now(), position.seconds);
-    Run { settings, folder, tokenizer_folder, tokenizer, model, state, position, started, probe }.train(&examples)
+    Run { settings, folder, tokenizer_folder, tokenizer, model, teacher, state, position, started, probe }
+        .train(&examples)
 }
 
 impl Run {
@@ -175,13 +180,13 @@ impl Run {
             .collect();
         let mut counts = Counts::default();
         batches.iter().for_each(|batch| counts.add(batch.counts));
-        let tokens = [counts.clean, counts.noisy, counts.local];
+        let tokens = [counts.clean, counts.noisy, counts.local, counts.clean];
         let weights = weights(&self.settings);
         let mut means = Means::default();
         for batch in &batches {
-            let sums = losses(&self.model, batch, settings);
+            let sums = losses(&self.model, self.teacher.as_ref(), batch, settings);
             let mut total = Tensor::zeros([], (tch::Kind::Float, self.model.device()));
-            for (index, sum) in [sums.ar, sums.global, sums.local].into_iter().enumerate() {
+            for (index, sum) in [sums.ar, sums.global, sums.local, sums.anchor].into_iter().enumerate() {
                 let mean = sum / (tokens[index] as f64).max(1.0);
                 means.0[index].push(mean.detach());
                 total += mean * weights[index];
@@ -300,16 +305,18 @@ fn probe_limits(settings: &Settings, tokenizer: &Tokenizer) -> Limits {
     Limits { max_new_tokens: settings.probe.max_new_tokens, eos_ids: tokenizer.eos_ids().to_vec() }
 }
 
-/// Losses of a step on the device, a term for each of its batches: autoregressive, global, local.
+/// Losses of a step on the device, a term for each of its batches: autoregressive, global, local, anchor.
 #[derive(Default)]
-struct Means([Vec<Tensor>; 3]);
+struct Means([Vec<Tensor>; 4]);
 
-/// Weights of the autoregressive, global and local losses.
-fn weights(settings: &Settings) -> [f64; 3] {
+/// Weights of the losses, in the order of [`Means`].
+fn weights(settings: &Settings) -> [f64; 4] {
     let consistency = &settings.consistency;
     match settings.objective {
-        Objective::Sft => [1.0, 0.0, 0.0],
-        Objective::Consistency => [consistency.ar_weight, consistency.weight, consistency.local_weight],
+        Objective::Sft => [1.0, 0.0, 0.0, 0.0],
+        Objective::Consistency => {
+            [consistency.ar_weight, consistency.weight, consistency.local_weight, consistency.anchor_weight]
+        }
     }
 }
 
@@ -319,7 +326,8 @@ fn line(means: &Means, counts: Counts, settings: &Settings, position: &Position,
     let loss: f64 = values.iter().zip(weights(settings)).map(|(value, weight)| value * weight).sum();
     json!({
         "step": position.step, "loss": loss, "ar_loss": values[0], "consistency_loss": values[1],
-        "local_loss": values[2], "lr": rate, "grad_norm": norm.double_value(&[]), "tokens": position.tokens,
+        "local_loss": values[2], "anchor_loss": values[3], "lr": rate, "grad_norm": norm.double_value(&[]),
+        "tokens": position.tokens,
         "step_tokens": counts.tokens, "noisy_tokens": counts.noisy, "seconds": position.seconds,
         "tokens_per_second": position.tokens as f64 / position.seconds,
     })

@@ -1,4 +1,4 @@
-//! Decoding: autoregressive and Jacobi behind one engine. Autoregressive decoding is Jacobi decoding with n = 1.
+//! Decoding: autoregressive, Jacobi and rolling behind one engine. Autoregressive decoding is Jacobi decoding with n = 1.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -24,6 +24,12 @@ pub enum Strategy {
     /// Fixed blocks of n tokens, iterated to their fixed point (Song et al., arXiv 2002.03629; CLLM, 2403.00835).
     Jacobi {
         /// Tokens of a block, at least 2.
+        n: usize,
+    },
+    /// A window that rolls on: what a forward made final leaves it at once, and n - 1 guesses stay in flight, the
+    /// predictions of the forward before among them.
+    Rolling {
+        /// Tokens of the window, at least 2.
         n: usize,
     },
 }
@@ -58,7 +64,7 @@ pub struct Answer {
     pub forwards: usize,
     /// Tokens that each forward made final, in order (cut at the end of the answer); they sum to the response.
     pub accepted: Vec<u32>,
-    /// The trajectory, when it was asked for.
+    /// The trajectory, when it was asked for and the strategy has blocks.
     pub blocks: Vec<Block>,
 }
 
@@ -81,7 +87,7 @@ pub struct DecodeOptions {
     pub strategy: Strategy,
     /// Seed of the first guesses.
     pub seed: u64,
-    /// Keep the trajectory of each block.
+    /// Keep the trajectory of each block ([`Strategy::Jacobi`]).
     pub record: bool,
 }
 
@@ -115,11 +121,11 @@ pub fn decode(
 }
 
 impl Strategy {
-    /// Tokens of a block: 1 for autoregressive decoding.
+    /// Tokens of a block or window: 1 for autoregressive decoding.
     pub fn block_size(self) -> usize {
         match self {
             Strategy::Ar => 1,
-            Strategy::Jacobi { n } => n,
+            Strategy::Jacobi { n } | Strategy::Rolling { n } => n,
         }
     }
 }

@@ -2,12 +2,12 @@
 
 use rand::RngExt;
 
-use super::{Answer, DecodeOptions, Limits, Request, Window};
+use super::{Answer, DecodeOptions, Limits, Request, Strategy, Window};
 use crate::fingerprint;
 use crate::trajectory::{Block, FinishReason};
 
 /// Decoding state of one request. The open block is `sequence[block_start..]` (known) followed by `guesses`; between two
-/// blocks, and always when n = 1, there are no guesses.
+/// blocks, and always when n = 1, there are no guesses. A rolling window always has n - 1.
 pub(super) struct Row<'r> {
     request: &'r Request,
     limits: &'r Limits,
@@ -15,7 +15,8 @@ pub(super) struct Row<'r> {
     /// Prompt and known tokens of the response.
     sequence: Vec<i32>,
     guesses: Vec<i32>,
-    blocks_opened: u64,
+    /// Times that guesses were drawn.
+    draws: u64,
     accepted: Vec<u32>,
     blocks: Vec<Block>,
     finish_reason: Option<FinishReason>,
@@ -23,17 +24,21 @@ pub(super) struct Row<'r> {
 
 impl<'r> Row<'r> {
     pub(super) fn new(request: &'r Request, limits: &'r Limits, options: DecodeOptions) -> Self {
-        Row {
+        let mut row = Row {
             request,
             limits,
             options,
             sequence: request.prompt_ids.clone(),
             guesses: Vec::new(),
-            blocks_opened: 0,
+            draws: 0,
             accepted: Vec::new(),
             blocks: Vec::new(),
             finish_reason: (limits.max_new_tokens == 0).then_some(FinishReason::Length),
+        };
+        if let Strategy::Rolling { .. } = options.strategy {
+            row.draw_guesses();
         }
+        row
     }
 
     /// What to forward next.
@@ -60,7 +65,10 @@ impl<'r> Row<'r> {
             }
         }
         self.accepted.push((self.sequence.len() - before) as u32);
-        if converged {
+        if let Strategy::Rolling { .. } = self.options.strategy {
+            self.guesses = predicted[matched + 1..].to_vec();
+            self.draw_guesses();
+        } else if converged {
             // All of the old block was right already, unless the answer ended inside it: the last token opens a block.
             if self.sequence.len() == before + matched + 1 {
                 self.open_block();
@@ -87,13 +95,20 @@ impl<'r> Row<'r> {
         &self.sequence[self.request.prompt_ids.len()..]
     }
 
+    /// Fills the guesses up to n - 1 with tokens seen so far.
+    fn draw_guesses(&mut self) {
+        let mut rng = fingerprint::rng(self.options.seed, &self.request.sample_id, self.draws);
+        self.draws += 1;
+        let seen = &self.sequence;
+        let missing = self.options.strategy.block_size() - 1 - self.guesses.len();
+        self.guesses.extend((0..missing).map(|_| seen[rng.random_range(0..seen.len())]));
+    }
+
     /// The last known token is the first of a new block; the others are drawn from the tokens seen so far.
     fn open_block(&mut self) {
-        let mut rng = fingerprint::rng(self.options.seed, &self.request.sample_id, self.blocks_opened);
-        self.blocks_opened += 1;
+        self.guesses.clear();
+        self.draw_guesses();
         let start = self.response().len() - 1;
-        let seen = &self.sequence;
-        self.guesses = (1..self.options.strategy.block_size()).map(|_| seen[rng.random_range(0..seen.len())]).collect();
         if self.options.record {
             let mut state = vec![self.sequence[self.sequence.len() - 1]];
             state.extend(&self.guesses);

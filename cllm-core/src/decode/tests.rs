@@ -69,14 +69,30 @@ fn the_fixed_point_is_the_greedy_answer_for_every_n() {
     let greedy = answers(Strategy::Ar, &limits());
     assert!(greedy.iter().any(|a| a.finish_reason == FinishReason::Eos));
     assert!(greedy.iter().all(|a| a.forwards == a.response_ids.len()));
-    for n in [2, 3, 8, 16, 64] {
-        for (jacobi, greedy) in answers(Strategy::Jacobi { n }, &limits()).iter().zip(&greedy) {
-            assert_eq!(jacobi.response_ids, greedy.response_ids, "n = {n}");
-            assert_eq!(jacobi.finish_reason, greedy.finish_reason);
-            assert!(jacobi.forwards <= greedy.forwards);
-            assert_eq!(jacobi.accepted.iter().sum::<u32>() as usize, jacobi.response_ids.len());
+    let strategies = [2, 3, 8, 16, 64].into_iter().flat_map(|n| [Strategy::Jacobi { n }, Strategy::Rolling { n }]);
+    for strategy in strategies {
+        for (several, greedy) in answers(strategy, &limits()).iter().zip(&greedy) {
+            assert_eq!(several.response_ids, greedy.response_ids, "{strategy:?}");
+            assert_eq!(several.finish_reason, greedy.finish_reason);
+            assert!(several.forwards <= greedy.forwards);
+            assert_eq!(several.accepted.iter().sum::<u32>() as usize, several.response_ids.len());
         }
     }
+}
+
+#[test]
+fn a_rolling_window_keeps_its_predictions_and_never_shrinks() {
+    let request = Request { sample_id: "a".into(), prompt_ids: vec![1, 2, 3] };
+    let limits = limits();
+    let options = DecodeOptions { strategy: Strategy::Rolling { n: 4 }, seed: 1, record: false };
+    let mut row = Row::new(&request, &limits, options);
+    assert_eq!((row.window().start, row.window().known, row.window().guesses.len()), (2, 3, 3));
+    let first = row.window().guesses[0];
+    // The first guess is right, the second is not: two tokens are final, and the predictions after them stay.
+    let wrong = row.window().guesses[1] + 1;
+    assert_eq!(row.accept(&[first, wrong, 21, 22]), [first, wrong]);
+    assert_eq!((row.window().known, &row.window().guesses[..2]), (wrong, &[21, 22][..]));
+    assert!(row.window().guesses.len() == 3 && [1, 2, 3, first, wrong].contains(&row.window().guesses[2]));
 }
 
 #[test]

@@ -21,11 +21,13 @@ fn fixed_point_equals_greedy_on_every_family_and_in_every_batch() {
         };
         let greedy = run(Strategy::Ar, &requests);
         assert!(greedy.iter().any(|answer| answer.response_ids.len() > 20), "{name}: nothing to compare");
-        for n in [2, 5, 16] {
-            for (index, answer) in run(Strategy::Jacobi { n }, &requests).iter().enumerate() {
-                assert_eq!(answer.response_ids, greedy[index].response_ids, "{name}, n = {n}, row {index}");
-                let alone = &run(Strategy::Jacobi { n }, &requests[index..=index])[0];
-                assert_eq!(alone.blocks, answer.blocks, "{name}, n = {n}, row {index} alone");
+        let strategies = [2, 5, 16].into_iter().flat_map(|n| [Strategy::Jacobi { n }, Strategy::Rolling { n }]);
+        for strategy in strategies {
+            for (index, answer) in run(strategy, &requests).iter().enumerate() {
+                assert_eq!(answer.response_ids, greedy[index].response_ids, "{name}, {strategy:?}, row {index}");
+                let alone = &run(strategy, &requests[index..=index])[0];
+                assert_eq!(alone.blocks, answer.blocks, "{name}, {strategy:?}, row {index} alone");
+                assert_eq!(alone.accepted, answer.accepted, "{name}, {strategy:?}, row {index} alone");
             }
         }
     }

@@ -11,12 +11,12 @@ use tch::{Device, IndexOp, Kind, Tensor};
 
 const N: usize = 4;
 
-fn model() -> Transformer {
+fn model(seed: u64) -> Transformer {
     let config = json!({
         "model_type": "llama", "vocab_size": 37, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": true,
     });
-    let model = Transformer::random(ModelConfig::from_json(&config).unwrap(), 3, Device::Cpu, Kind::Float);
+    let model = Transformer::random(ModelConfig::from_json(&config).unwrap(), seed, Device::Cpu, Kind::Float);
     let _no_grad = tch::no_grad_guard();
     for (name, mut tensor) in model.parameters() {
         if !name.ends_with("norm.weight") {
@@ -59,7 +59,7 @@ fn difference(a: &Tensor, b: &Tensor) -> f64 {
 #[test]
 fn every_token_sees_what_its_own_causal_pass_would_show_it() {
     let _no_grad = tch::no_grad_guard();
-    let model = model();
+    let model = model(3);
     let (prompt, response) = (ids(5, 6), ids(2, 18));
     // One window of three blocks after the first two blocks, then a block cut by the end of the response.
     let starts = [(8, 8), (12, 8), (16, 16)];
@@ -91,7 +91,7 @@ fn every_token_sees_what_its_own_causal_pass_would_show_it() {
 #[test]
 fn responses_packed_together_give_the_sums_of_each_alone() {
     let _no_grad = tch::no_grad_guard();
-    let model = model();
+    let (model, teacher) = (model(3), model(4));
     for context in [Context::Clean, Context::NoisyWindow] {
         let settings = Consistency { context, window: 2, local_weight: 1.0, ..Consistency::default() };
         let rows: Vec<Packed> = [("a", 3, 9), ("b", 12, 14), ("c", 7, 30)]
@@ -101,12 +101,12 @@ fn responses_packed_together_give_the_sums_of_each_alone() {
             .into();
         let sums = |rows: &[Packed]| {
             let batch = Batch::new(rows, Device::Cpu);
-            let losses = losses(&model, &batch, &settings);
-            ([losses.ar, losses.global, losses.local].map(|sum| sum.double_value(&[])), batch.counts)
+            let losses = losses(&model, Some(&teacher), &batch, &settings);
+            ([losses.ar, losses.global, losses.local, losses.anchor].map(|sum| sum.double_value(&[])), batch.counts)
         };
         let together = sums(&rows);
         let alone: Vec<_> = rows.iter().map(|row| sums(std::slice::from_ref(row))).collect();
-        for index in 0..3 {
+        for index in 0..4 {
             let expected: f64 = alone.iter().map(|sum| sum.0[index]).sum();
             assert!(expected > 0.0, "{context:?}: loss {index} is empty");
             assert!((together.0[index] - expected).abs() < 1e-3 * expected, "{} {expected}", together.0[index]);
@@ -119,7 +119,7 @@ fn responses_packed_together_give_the_sums_of_each_alone() {
 #[test]
 fn the_losses_are_those_of_a_naive_loop() {
     let _no_grad = tch::no_grad_guard();
-    let model = model();
+    let (model, teacher) = (model(3), model(4));
     let (prompt, response) = (ids(5, 6), ids(2, 10));
     let clean = plain(&model, &[prompt.clone(), response.clone()].concat()).log_softmax(-1, Kind::Float);
     // Right at its first two tokens; the last block is cut by the end of the response, whose last token predicts nothing.
@@ -135,8 +135,12 @@ fn the_losses_are_those_of_a_naive_loop() {
     let packed = Packed::new(&prompt, &response, vec![block(4, &first, &next), block(8, &last, &response[8..])]);
     let settings = Consistency { local_weight: 1.0, ..Consistency::default() };
     let batch = Batch::new(&[packed], Device::Cpu);
-    let found = losses(&model, &batch, &settings);
+    let found = losses(&model, Some(&teacher), &batch, &settings);
 
+    let frozen = plain(&teacher, &[prompt.clone(), response.clone()].concat()).log_softmax(-1, Kind::Float);
+    let answers = (prompt.len() - 1) as i64..(prompt.len() + response.len() - 1) as i64;
+    let anchor = divergence(&frozen.i(answers.clone()), &clean.i(answers), Divergence::Forward).double_value(&[]);
+    assert!((found.anchor.double_value(&[]) - anchor).abs() < 1e-3, "{anchor}");
     let mut consistency = 0.0;
     for (start, tokens, kept) in [(4, &first, 2..4), (8, &last, 0..1)] {
         let noisy = plain(&model, &[prompt.as_slice(), &response[..start], tokens].concat());
