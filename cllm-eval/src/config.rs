@@ -8,6 +8,8 @@ use garde::Validate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::results::name;
+
 /// Settings of an evaluation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -88,7 +90,7 @@ impl Default for RunSettings {
 fn valid_strategies(strategies: &[Strategy], _: &()) -> garde::Result {
     for (index, strategy) in strategies.iter().enumerate() {
         if *strategy != Strategy::Ar && !(2..=1024).contains(&strategy.block_size()) {
-            return Err(garde::Error::new("n of a strategy must be from 2 to 1024"));
+            return Err(garde::Error::new(format!("n of {} must be from 2 to 1024", name(*strategy))));
         }
         if strategies[..index].contains(strategy) {
             return Err(garde::Error::new("a strategy stands twice"));
