@@ -13,6 +13,7 @@ pub mod model;
 pub mod program;
 pub mod progress;
 pub mod prompt_set;
+mod rows;
 pub mod settings;
 pub mod task;
 pub mod tokenizer;

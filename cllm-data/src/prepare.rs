@@ -20,7 +20,7 @@ pub struct Arguments {
     /// The split.
     #[arg(long, default_value = "train")]
     split: String,
-    /// The prompt set to write.
+    /// The prompt set to write: Parquet where the name ends in .parquet, else JSONL.
     #[arg(long, short)]
     output: PathBuf,
     /// Only the first so many.

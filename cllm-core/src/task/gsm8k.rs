@@ -6,9 +6,8 @@ use std::sync::LazyLock;
 use regex::Regex;
 use serde::Deserialize;
 
-use super::rows;
-use crate::Result;
 use crate::prompt_set::{Prompt, Sample};
+use crate::{Result, rows};
 
 #[derive(Deserialize)]
 struct Row {

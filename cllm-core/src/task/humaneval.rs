@@ -5,9 +5,8 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::json;
 
-use super::rows;
 use crate::prompt_set::{Prompt, Sample};
-use crate::{Error, Result};
+use crate::{Error, Result, rows};
 
 #[derive(Deserialize)]
 struct Row {

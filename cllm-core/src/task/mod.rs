@@ -4,7 +4,6 @@ mod gsm8k;
 mod humaneval;
 mod jsonl;
 mod mbpp;
-mod rows;
 mod spider;
 mod sql;
 pub mod synthetic;
@@ -76,7 +75,7 @@ impl Task {
             Task::Spider => "a folder with train_spider.json, dev.json, tables.json and database/ of Spider",
             Task::Humaneval => "a folder with HumanEval.jsonl",
             Task::Mbpp => "a folder with mbpp.jsonl or sanitized-mbpp.json",
-            Task::Jsonl => "a JSONL file of prompts; the answer is compared with `reference`",
+            Task::Jsonl => "a JSONL or Parquet file of prompts; the answer is compared with `reference`",
             Task::Synthetic => "nothing: it is made from a seed",
         }
     }

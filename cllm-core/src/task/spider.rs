@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::json;
 
+use super::Verdict;
 use super::sql::Database;
-use super::{Verdict, rows};
 use crate::prompt_set::{Prompt, Sample};
-use crate::{Error, Result};
+use crate::{Error, Result, rows};
 
 #[derive(Deserialize)]
 struct Row {

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use parquet::arrow::ArrowWriter;
 use parquet::basic::Compression;
+use parquet::errors::ParquetError;
 use parquet::file::metadata::KeyValue;
 use parquet::file::properties::WriterProperties;
 use rayon::prelude::*;
@@ -154,7 +155,7 @@ impl Writer {
 
     fn write_rows(&self, name: &str, rows: &[Trajectory]) -> Result<()> {
         let path = self.folder.join(name);
-        let failed = |error: parquet::errors::ParquetError| parquet_error(&path, error);
+        let failed = |error: ParquetError| atomic_file::parquet_error(&path, error);
         let provenance =
             serde_json::to_string(&self.manifest.provenance).map_err(|error| Error::file(&path, error.to_string()))?;
         let properties = WriterProperties::builder()
@@ -246,15 +247,4 @@ pub(super) fn difference(found: &Provenance, wanted: &Provenance) -> Option<Stri
     let wanted = wanted.as_object()?;
     let (key, value) = wanted.iter().find(|(key, value)| found[key.as_str()] != **value)?;
     Some(format!("{key} is {} there and {value} here", found[key.as_str()]))
-}
-
-/// An error in writing Parquet as what it is underneath: a full disk stays a full disk.
-fn parquet_error(path: &Path, error: parquet::errors::ParquetError) -> Error {
-    match error {
-        parquet::errors::ParquetError::External(inner) => match inner.downcast::<std::io::Error>() {
-            Ok(source) => Error::Write { path: path.to_owned(), source: *source },
-            Err(inner) => Error::file(path, inner.to_string()),
-        },
-        other => Error::file(path, other.to_string()),
-    }
 }

@@ -115,6 +115,18 @@ fn the_same_seed_gives_the_same_files_whatever_the_batching_and_the_interruption
 }
 
 #[test]
+fn prompt_sets_are_parquet_where_their_names_say_so() {
+    let dir = tempfile::tempdir().unwrap();
+    let (prompts, back) = (path(dir.path(), "prompts.parquet"), path(dir.path(), "back.jsonl"));
+    run(&["prepare", "synthetic", "--count", "24", "--output", &prompts]).success();
+    assert!(fs::read(&prompts).unwrap().starts_with(b"PAR1"));
+    run(&["prepare", "jsonl", "--data", &prompts, "--output", &back]).success();
+    assert_eq!(fs::read(&back).unwrap(), fs::read(path(WORLD.path(), "prompts.jsonl")).unwrap());
+    let data = path(dir.path(), "a");
+    assert_eq!(collect(&data, &[&format!("prompts={prompts}"), "limit=4"])["total"]["rows"], 4);
+}
+
+#[test]
 fn resuming_with_other_settings_names_the_field() {
     let dir = tempfile::tempdir().unwrap();
     let output = path(dir.path(), "a");
@@ -241,9 +253,10 @@ fn every_clean_rule_drops_its_row_and_a_good_one_stays() {
     let good: Vec<i32> = (40..80).collect();
     let mut wrong = row("wrong", &text("It is 5. #### 5"));
     (wrong.source, wrong.reference) = ("gsm8k/train".into(), Some("#### 7".into()));
-    let eval = path(WORLD.path(), "eval.jsonl");
+    let (lines, eval) = (path(WORLD.path(), "eval.jsonl"), path(WORLD.path(), "eval.parquet"));
     let sample = json!({ "id": "e", "source": "jsonl/test", "prompt": "known" });
-    fs::write(&eval, sample.to_string()).unwrap();
+    fs::write(&lines, sample.to_string()).unwrap();
+    run(&["prepare", "jsonl", "--data", &lines, "--output", &eval]).success();
     let mut known = row("known", &ended(good.clone()));
     known.prompt_ids = tokenizer().prompt(&cllm_core::prompt_set::Prompt::Text("known".into())).unwrap().1;
     let mut again = row("again", &ended(good.clone()));

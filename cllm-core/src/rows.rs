@@ -1,6 +1,7 @@
-//! Rows of a benchmark's files as they are published: JSONL, a JSON list, or the Parquet of its Hugging Face export.
+//! Rows of files as they are published: JSONL, a JSON list, or Parquet, such as that of a Hugging Face export.
 
 use std::fs::File;
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
 use parquet::file::reader::{FileReader, SerializedFileReader};
@@ -8,11 +9,10 @@ use parquet::record::Field;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use crate::prompt_set::read_rows;
 use crate::{Error, Result};
 
 /// The rows of the first of `stems` (paths in `data` without their ending) that is there; `data` may be the file itself.
-pub(super) fn read<T: DeserializeOwned>(data: &Path, stems: &[&str]) -> Result<Vec<T>> {
+pub(crate) fn read<T: DeserializeOwned>(data: &Path, stems: &[&str]) -> Result<Vec<T>> {
     if data.is_file() {
         return read_file(data);
     }
@@ -52,34 +52,62 @@ fn shards(stem: &Path) -> Vec<PathBuf> {
     found
 }
 
-fn read_file<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
-    let rows = match path.extension().and_then(|ending| ending.to_str()) {
-        Some("json") => {
-            let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-            serde_json::from_str(&text)
-                .map_err(|error| Error::file(path, format!("expected a list of rows: {error}")))?
-        }
-        Some("parquet") => parquet_rows(path)?,
-        _ => return read_rows(path),
+/// The rows of one file; its ending says of which kind it is.
+pub(crate) fn read_file<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
+    let rows = if is_parquet(path) {
+        read_parquet(path)?
+    } else if path.extension().is_some_and(|ending| ending == "json") {
+        let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+        serde_json::from_str(&text).map_err(|error| Error::file(path, format!("expected a list of rows: {error}")))?
+    } else {
+        return read_lines(path);
     };
-    let fit = |(number, row)| {
-        serde_json::from_value(row).map_err(|error| Error::file(path, format!("row {}: {error}", number + 1)))
-    };
-    Vec::into_iter(rows).enumerate().map(fit).collect()
+    rows.into_iter().enumerate().map(|(index, row)| fit(path, index, row)).collect()
 }
 
-fn parquet_rows(path: &Path) -> Result<Vec<Value>> {
+/// Whether the name says so.
+pub(crate) fn is_parquet(path: &Path) -> bool {
+    path.extension().is_some_and(|ending| ending == "parquet")
+}
+
+/// A row as what it should be.
+///
+/// # Errors
+/// Names file and row.
+pub(crate) fn fit<T: DeserializeOwned>(path: &Path, index: usize, row: Value) -> Result<T> {
+    serde_json::from_value(row).map_err(|error| Error::file(path, format!("row {}: {error}", index + 1)))
+}
+
+/// The rows of a JSONL file; empty lines are skipped.
+fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
+    let file = File::open(path).map_err(Error::io(path))?;
+    let mut rows = Vec::new();
+    for (number, line) in BufReader::new(file).lines().enumerate() {
+        let line = line.map_err(Error::io(path))?;
+        if !line.trim().is_empty() {
+            let row = serde_json::from_str(&line)
+                .map_err(|error| Error::file(path, format!("line {}: {error}", number + 1)))?;
+            rows.push(row);
+        }
+    }
+    Ok(rows)
+}
+
+/// The rows of a Parquet file, each an object of its columns.
+pub(crate) fn read_parquet(path: &Path) -> Result<Vec<Value>> {
     let bad = |error: parquet::errors::ParquetError| Error::file(path, format!("is not a whole Parquet file: {error}"));
     let reader = SerializedFileReader::new(File::open(path).map_err(Error::io(path))?).map_err(bad)?;
     let rows = reader.get_row_iter(None).map_err(bad)?;
     rows.map(|row| row.map(|row| object(&row)).map_err(bad)).collect()
 }
 
+/// A column that is null is as one that is not there.
 fn object(row: &parquet::record::Row) -> Value {
-    Value::Object(row.get_column_iter().map(|(name, field)| (name.clone(), value(field))).collect::<Map<_, _>>())
+    let columns = row.get_column_iter().map(|(name, field)| (name.clone(), value(field)));
+    Value::Object(columns.filter(|(_, value)| !value.is_null()).collect::<Map<_, _>>())
 }
 
-/// The kinds of values that the benchmarks use; any other becomes null and is refused by the row's type.
+/// The kinds of values that JSON has too; any other becomes null, and the row's type refuses it.
 fn value(field: &Field) -> Value {
     match field {
         Field::Bool(v) => Value::from(*v),
@@ -87,6 +115,11 @@ fn value(field: &Field) -> Value {
         Field::Short(v) => Value::from(*v),
         Field::Int(v) => Value::from(*v),
         Field::Long(v) => Value::from(*v),
+        Field::UByte(v) => Value::from(*v),
+        Field::UShort(v) => Value::from(*v),
+        Field::UInt(v) => Value::from(*v),
+        Field::ULong(v) => Value::from(*v),
+        Field::Float(v) => Value::from(*v),
         Field::Double(v) => Value::from(*v),
         Field::Str(v) => Value::from(v.as_str()),
         Field::Group(row) => object(row),

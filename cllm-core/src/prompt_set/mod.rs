@@ -1,0 +1,147 @@
+//! Prompt sets: rows of prompts with what a task needs to score the answers, in JSONL or Parquet.
+
+mod columns;
+
+use std::collections::HashSet;
+use std::io::Write;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::chat_template::Message;
+use crate::{Error, Result, atomic_file, rows};
+
+/// A prompt: plain text, or a conversation for the model's chat template.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Prompt {
+    /// `prompt`: text as it is.
+    #[serde(rename = "prompt")]
+    Text(String),
+    /// `messages`: a conversation.
+    #[serde(rename = "messages")]
+    Messages(Vec<Message>),
+}
+
+impl Prompt {
+    /// A conversation of one question.
+    pub fn question(content: impl Into<String>) -> Self {
+        Prompt::Messages(vec![Message { role: "user".to_owned(), content: content.into() }])
+    }
+}
+
+/// One row of a prompt set.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Sample {
+    /// Stable, unique in the set.
+    pub id: String,
+    /// Benchmark and split, such as `gsm8k/train`.
+    pub source: String,
+    /// `prompt` or `messages`.
+    #[serde(flatten)]
+    pub prompt: Prompt,
+    /// The data set's own answer; the target of supervised fine-tuning.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reference: Option<String>,
+    /// What the task needs to score an answer, such as `db_id`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub meta: Option<Value>,
+}
+
+/// Reads a prompt set: Parquet where the name ends in `.parquet`, a list where it ends in `.json`, else JSONL.
+///
+/// # Errors
+/// Names file and line of a bad row, and a doubled id.
+pub fn read(path: &Path) -> Result<Vec<Sample>> {
+    let samples: Vec<Sample> = if rows::is_parquet(path) { columns::read(path)? } else { rows::read_file(path)? };
+    let mut ids = HashSet::new();
+    for (row, sample) in samples.iter().enumerate() {
+        if !ids.insert(sample.id.as_str()) {
+            return Err(Error::file(path, format!("row {}: id `{}` occurs twice", row + 1, sample.id)));
+        }
+    }
+    Ok(samples)
+}
+
+/// Writes a prompt set: Parquet where the name ends in `.parquet`, else JSONL.
+///
+/// # Errors
+/// File-system errors.
+pub fn write(path: &Path, samples: &[Sample]) -> Result<()> {
+    if rows::is_parquet(path) {
+        return columns::write(path, samples);
+    }
+    atomic_file::write_with(path, |file| {
+        for sample in samples {
+            let line = serde_json::to_string(sample).map_err(|error| Error::file(path, error.to_string()))?;
+            writeln!(file, "{line}").map_err(Error::write(path))?;
+        }
+        Ok(())
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use arrow::array::{ArrayRef, RecordBatch, StringArray, StructArray};
+    use arrow::datatypes::{DataType, Field};
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn rows_survive_a_round_trip_and_bad_ones_are_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("prompts.jsonl");
+        let sample = |id: &str, prompt| Sample {
+            id: id.into(),
+            source: "jsonl/test".into(),
+            prompt,
+            reference: Some("4".into()),
+            meta: None,
+        };
+        let other = Sample {
+            reference: None,
+            meta: Some(json!({ "db_id": "zoo", "n": [1, 2.5] })),
+            ..sample("c", Prompt::Messages(vec![]))
+        };
+        let samples = [sample("a", Prompt::Text("2+2=".into())), sample("b", Prompt::question("2+2?")), other];
+        for path in [&path, &dir.path().join("prompts.parquet")] {
+            write(path, &samples).unwrap();
+            assert_eq!(read(path).unwrap(), samples);
+        }
+        let text = std::fs::read_to_string(&path).unwrap();
+        std::fs::write(&path, format!("{text}{}", text.lines().next().unwrap())).unwrap();
+        assert!(read(&path).unwrap_err().to_string().contains("`a` occurs twice"));
+        std::fs::write(&path, format!("{text}{{\"id\": 1}}\n")).unwrap();
+        assert!(read(&path).unwrap_err().to_string().contains("line 4"));
+    }
+
+    #[test]
+    fn parquet_of_other_tools_is_read_and_what_does_not_fit_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("prompts.parquet");
+        let text = |value: &str| -> ArrayRef { Arc::new(StringArray::from(vec![value])) };
+        let put = |columns: Vec<(&str, ArrayRef)>| {
+            let batch = RecordBatch::try_from_iter(columns).unwrap();
+            let file = std::fs::File::create(&path).unwrap();
+            let mut writer = parquet::arrow::ArrowWriter::try_new(file, batch.schema(), None).unwrap();
+            writer.write(&batch).unwrap();
+            writer.close().unwrap();
+        };
+        let plain = || vec![("id", text("a")), ("source", text("jsonl/x")), ("prompt", text("2+2="))];
+        let name = Arc::new(Field::new("db_id", DataType::Utf8, true));
+        let meta: ArrayRef = Arc::new(StructArray::from(vec![(name, text("zoo"))]));
+        put([plain(), vec![("meta", meta), ("more", text("passed over"))]].concat());
+        assert_eq!(read(&path).unwrap()[0].meta, Some(json!({ "db_id": "zoo" })));
+        put([plain(), vec![("meta", text("{zoo"))]].concat());
+        let error = read(&path).unwrap_err().to_string();
+        assert!(error.contains("prompts.parquet: row 1: meta") && error.contains("not JSON"), "{error}");
+        put(plain().into_iter().take(2).collect());
+        let error = read(&path).unwrap_err().to_string();
+        assert!(error.contains("row 1") && error.contains("prompt"), "{error}");
+        std::fs::write(&path, "PAR1 half").unwrap();
+        assert!(read(&path).unwrap_err().to_string().contains("whole Parquet"));
+    }
+}
