@@ -31,8 +31,7 @@ pub fn main(body: impl FnOnce() -> Result<Outcome>) -> ExitCode {
         let place = panic.location().map(ToString::to_string).unwrap_or_default();
         *PANIC_PLACE.lock().unwrap_or_else(PoisonError::into_inner) = place;
     }));
-    let result = interrupt::install()
-        .and_then(|()| catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| Err(panicked(&*panic))));
+    let result = interrupt::install().and_then(|()| guarded(body));
     match result {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::Negative) => ExitCode::from(1),
@@ -41,6 +40,14 @@ pub fn main(body: impl FnOnce() -> Result<Outcome>) -> ExitCode {
             ExitCode::from(error.exit_code())
         }
     }
+}
+
+/// Runs what may panic inside libtorch, such as for lack of memory, and gives that as the error it is.
+///
+/// # Errors
+/// The body's own, or its panic.
+pub fn guarded<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| Err(panicked(&*panic)))
 }
 
 /// What a panic tells: an error of libtorch, or else a fault of this program.

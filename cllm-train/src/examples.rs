@@ -88,13 +88,17 @@ fn trajectories(path: &Path, tokenizer: &Tokenizer, config: &ModelConfig) -> Res
 }
 
 impl Example {
-    /// Tokens of its packed sequence, at most.
-    pub fn packed_len(&self, consistency: &Consistency) -> usize {
+    /// Tokens of its noisy blocks in a pass, at most; with local consistency as many stand in the next states.
+    pub fn noisy_len(&self, consistency: &Consistency) -> usize {
         let candidates = self.candidates(consistency).len();
         let chosen = if consistency.blocks == 0 { candidates } else { candidates.min(consistency.blocks) };
-        let n = self.blocks.first().map_or(0, |(_, states)| states[0].len());
+        chosen * self.blocks.first().map_or(0, |(_, states)| states[0].len())
+    }
+
+    /// Tokens of its packed sequence, at most.
+    pub fn packed_len(&self, consistency: &Consistency) -> usize {
         let streams = if consistency.local_weight > 0.0 { 2 } else { 1 };
-        self.prompt.len() + self.response.len() + chosen * n * streams
+        self.prompt.len() + self.response.len() + self.noisy_len(consistency) * streams
     }
 
     /// The blocks that a pass may hold. One that was right at once has nothing to learn, but in a window the blocks

@@ -4,12 +4,14 @@ mod checkpoint;
 pub mod examples;
 mod export;
 pub mod loss;
+mod memory;
 mod metrics;
 pub mod optimizer;
 pub mod packing;
 mod plan;
 pub mod schedule;
 pub mod settings;
+mod step;
 pub mod tensorboard;
 pub mod trainer;
 
@@ -46,9 +48,15 @@ enum Verb {
         after_help = "Example:\n  cllm-train run -c configs/quickstart-student.yaml 'data=[runs/clean]' output=runs/student"
     )]
     Run(Configured),
-    /// Show parameters, steps, tokens and memory before anything starts.
+    /// Show parameters, memory, steps, tokens and about how long it takes, before anything is written.
     #[command(after_help = "Example:\n  cllm-train plan -c configs/quickstart-student.yaml 'data=[runs/clean]'")]
-    Plan(Configured),
+    Plan {
+        #[command(flatten)]
+        given: Configured,
+        /// Time no steps: nothing is loaded, and no duration is estimated.
+        #[arg(long)]
+        no_timing: bool,
+    },
     /// Check a settings file and print the settings in full.
     #[command(after_help = "Example:\n  cllm-train validate -c configs/quickstart-student.yaml")]
     Validate(Configured),
@@ -107,7 +115,7 @@ pub fn run(arguments: Arguments) -> Result<Outcome> {
                 print(&std::fs::read_to_string(&summary).map_err(Error::io(&summary))?)?;
             }
         }
-        Verb::Plan(given) => plan::run(&load(&given)?)?,
+        Verb::Plan { given, no_timing } => plan::run(&load(&given)?, !no_timing, given.json)?,
         Verb::Validate(given) => {
             let settings = load(&given)?;
             if given.json {
@@ -168,7 +176,7 @@ mod tests {
     fn every_example_of_the_help_is_a_command_line() {
         for words in help::examples(Arguments::command()) {
             let settings = match Arguments::try_parse_from(&words).unwrap().verb {
-                Verb::Run(given) | Verb::Plan(given) | Verb::Validate(given) => load(&given).map(drop),
+                Verb::Run(given) | Verb::Plan { given, .. } | Verb::Validate(given) => load(&given).map(drop),
                 _ => Ok(()),
             };
             settings.unwrap_or_else(|error| panic!("{words:?}: {error}"));

@@ -20,6 +20,8 @@ pub struct Schedule {
     ends: Vec<usize>,
     /// Responses that are too long.
     pub left_out: usize,
+    /// Packed tokens of the whole run, padding aside.
+    pub tokens: usize,
 }
 
 impl Schedule {
@@ -44,13 +46,17 @@ impl Schedule {
             max_tokens: settings.max_tokens,
             ends: Vec::new(),
             left_out,
+            tokens: 0,
         };
         let most = if settings.max_steps > 0 { settings.max_steps } else { usize::MAX };
         let mut steps = 0;
         for epoch in 0..settings.epochs {
             interrupt::check()?;
-            steps += schedule.batches(epoch).len().div_ceil(settings.accumulation);
-            schedule.ends.push(steps.min(most));
+            let batches = schedule.batches(epoch);
+            let groups = batches.chunks(settings.accumulation).take(most - steps);
+            steps += groups.len();
+            schedule.tokens += groups.flatten().flatten().map(|&index| schedule.lengths[index]).sum::<usize>();
+            schedule.ends.push(steps);
             if steps >= most {
                 break;
             }

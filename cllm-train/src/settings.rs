@@ -284,6 +284,11 @@ impl Default for Probe {
 }
 
 impl Settings {
+    /// Whether the student is held to the model that the run starts from.
+    pub fn anchored(&self) -> bool {
+        self.objective == Objective::Consistency && self.consistency.anchor_weight > 0.0
+    }
+
     /// Rules over several keys.
     ///
     /// # Errors

@@ -5,22 +5,22 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use cllm_core::decode::{DecodeOptions, Limits, Request, Strategy, check_length, decode};
-use cllm_core::model::{ModelConfig, Transformer};
+use cllm_core::model::ModelConfig;
 use cllm_core::progress::Progress;
 use cllm_core::tokenizer::{self, Tokenizer};
-use cllm_core::{Error, Result, atomic_file, device, fingerprint, hub, interrupt, progress, prompt_set, torch_ext};
+use cllm_core::{Error, Result, atomic_file, device, hub, interrupt, progress, prompt_set, torch_ext};
 use serde::Serialize;
 use serde_json::{Value, json};
 use tch::Tensor;
 
 use crate::checkpoint::{self, Position};
 use crate::examples::{self, Example};
-use crate::loss::losses;
 use crate::metrics::Metrics;
 use crate::optimizer::{State, learning_rate};
-use crate::packing::{Batch, Counts};
+use crate::packing::Counts;
 use crate::schedule::Schedule;
 use crate::settings::{Init, Objective, Settings};
+use crate::step::{Means, Models, weights};
 
 /// Steps in a row without a finite gradient after which a run stops, once it logs.
 const MOST_SKIPPED: usize = 20;
@@ -53,9 +53,7 @@ struct Run {
     /// Folder whose tokenizer files go with every checkpoint.
     tokenizer_folder: PathBuf,
     tokenizer: Tokenizer,
-    model: Transformer,
-    /// The model that the run started from, where the student is anchored to it.
-    teacher: Option<Transformer>,
+    models: Models,
     state: State,
     position: Position,
     /// When this process began, and the seconds of training before it.
@@ -69,17 +67,11 @@ pub fn run(settings: Settings) -> Result<()> {
     let place = device::parse(&settings.device)?;
     let folder = PathBuf::from(&settings.output);
     let (tokenizer, tokenizer_folder) = tokenizer(&settings)?;
-    let kind = device::default_kind(place);
-    let model = match &settings.init {
-        None => Transformer::load(&tokenizer_folder, place, kind)?,
-        Some(init) => Transformer::random(random_config(init, &tokenizer)?, settings.seed, place, kind),
-    };
-    let anchored = settings.objective == Objective::Consistency && settings.consistency.anchor_weight > 0.0;
-    let teacher = anchored.then(|| Transformer::load(&tokenizer_folder, place, kind)).transpose()?;
-    let examples = examples::read(&settings, &tokenizer, model.config())?;
-    let probe = probe_requests(&settings, &tokenizer, model.config())?;
+    let models = Models::load(&settings, &tokenizer, &tokenizer_folder, place)?;
+    let examples = examples::read(&settings, &tokenizer, models.student.config())?;
+    let probe = probe_requests(&settings, &tokenizer, models.student.config())?;
     std::fs::create_dir_all(&folder).map_err(Error::write(&folder))?;
-    let mut state = State::new(&model);
+    let mut state = State::new(&models.student);
     let position = match checkpoint::resume(&folder, &mut state, &settings)? {
         Some(position) => {
             progress::say(format!("going on after step {}", position.step));
@@ -97,11 +89,9 @@ pub fn run(settings: Settings) -> Result<()> {
         },
     };
     atomic_file::write(&folder.join("config.yaml"), cllm_core::settings::to_yaml(&settings)?.as_bytes())?;
-    model.set_requires_grad(true);
     torch_ext::reset_peak_memory(place);
     let started = (Instant::now(), position.seconds);
-    Run { settings, folder, tokenizer_folder, tokenizer, model, teacher, state, position, started, probe }
-        .train(&examples)
+    Run { settings, folder, tokenizer_folder, tokenizer, models, state, position, started, probe }.train(&examples)
 }
 
 impl Run {
@@ -137,7 +127,7 @@ impl Run {
             let group = &batches.1[first..(first + self.settings.accumulation).min(batches.1.len())];
             let number = self.position.step + 1;
             let rate = learning_rate(&self.settings.optimizer, number, total);
-            let (counts, means) = self.gradients(examples, group, epoch);
+            let (counts, means) = self.models.gradients(&self.settings, examples, group, epoch);
             let norm = self.state.step(&self.settings.optimizer, rate, number)?;
             self.position.step = number;
             self.position.tokens += counts.tokens;
@@ -164,36 +154,6 @@ impl Run {
         bar.finish();
         self.save()?;
         self.finish(metrics.last_losses())
-    }
-
-    /// Adds up the gradients of some batches, each loss a mean over its tokens in all of them. Returns what they held and
-    /// the losses, still on the device: nothing here waits for it.
-    fn gradients(&self, examples: &[Example], group: &[Vec<usize>], epoch: usize) -> (Counts, Means) {
-        let settings = &self.settings.consistency;
-        let pack = |&index: &usize| {
-            let mut rng = fingerprint::rng(self.settings.seed, &examples[index].id, epoch as u64);
-            examples[index].pack(settings, &mut rng)
-        };
-        let batches: Vec<Batch> = group
-            .iter()
-            .map(|rows| Batch::new(&rows.iter().map(pack).collect::<Vec<_>>(), self.model.device()))
-            .collect();
-        let mut counts = Counts::default();
-        batches.iter().for_each(|batch| counts.add(batch.counts));
-        let tokens = [counts.clean, counts.noisy, counts.local, counts.clean];
-        let weights = weights(&self.settings);
-        let mut means = Means::default();
-        for batch in &batches {
-            let sums = losses(&self.model, self.teacher.as_ref(), batch, settings);
-            let mut total = Tensor::zeros([], (tch::Kind::Float, self.model.device()));
-            for (index, sum) in [sums.ar, sums.global, sums.local, sums.anchor].into_iter().enumerate() {
-                let mean = sum / (tokens[index] as f64).max(1.0);
-                means.0[index].push(mean.detach());
-                total += mean * weights[index];
-            }
-            total.backward();
-        }
-        (counts, means)
     }
 
     /// Probes when step `number` is one to probe at; whether it is the best so far.
@@ -224,7 +184,7 @@ impl Run {
         let limits = probe_limits(&self.settings, &self.tokenizer);
         let options =
             DecodeOptions { strategy: Strategy::Jacobi { n: probe.n }, seed: self.settings.seed, record: false };
-        let (answers, _) = decode(&self.model, &self.probe, &limits, options, None)?;
+        let (answers, _) = decode(&self.models.student, &self.probe, &limits, options, None)?;
         let tokens: usize = answers.iter().map(|answer| answer.response_ids.len()).sum();
         let forwards: usize = answers.iter().map(|answer| answer.forwards).sum();
         Ok(tokens as f64 / (forwards as f64).max(1.0))
@@ -240,22 +200,22 @@ impl Run {
 
     fn save(&mut self) -> Result<()> {
         self.settle();
-        let Run { folder, model, tokenizer_folder, state, position, settings, .. } = self;
-        checkpoint::save(folder, model, tokenizer_folder, state, position, settings.keep)
+        let Run { folder, models, tokenizer_folder, state, position, settings, .. } = self;
+        checkpoint::save(folder, &models.student, tokenizer_folder, state, position, settings.keep)
     }
 
     /// Writes the final model and the summary.
     fn finish(self, last: Value) -> Result<()> {
         let target = self.folder.join("final");
         atomic_file::folder_with(&target, |folder| {
-            self.model.save(folder, self.model.kind())?;
+            self.models.student.save(folder, self.models.student.kind())?;
             tokenizer::copy_files(&self.tokenizer_folder, folder)
         })?;
         let position = &self.position;
         let summary = Summary {
             schema_version: 1,
             objective: self.settings.objective,
-            parameters: self.model.config().parameter_count(),
+            parameters: self.models.student.config().parameter_count(),
             steps: position.step,
             skipped_steps: position.skipped,
             tokens: position.tokens,
@@ -266,7 +226,7 @@ impl Run {
             final_losses: last,
             tokens_per_forward: position.probe,
             best_probe: position.best,
-            peak_memory_bytes: torch_ext::memory(self.model.device()).map(|(_, peak)| peak),
+            peak_memory_bytes: torch_ext::memory(self.models.student.device()).map(|(_, peak)| peak),
             model: target.clone(),
         };
         atomic_file::write_json(&self.folder.join("summary.json"), &summary)?;
@@ -305,24 +265,9 @@ fn probe_limits(settings: &Settings, tokenizer: &Tokenizer) -> Limits {
     Limits { max_new_tokens: settings.probe.max_new_tokens, eos_ids: tokenizer.eos_ids().to_vec() }
 }
 
-/// Losses of a step on the device, a term for each of its batches: autoregressive, global, local, anchor.
-#[derive(Default)]
-struct Means([Vec<Tensor>; 4]);
-
-/// Weights of the losses, in the order of [`Means`].
-fn weights(settings: &Settings) -> [f64; 4] {
-    let consistency = &settings.consistency;
-    match settings.objective {
-        Objective::Sft => [1.0, 0.0, 0.0, 0.0],
-        Objective::Consistency => {
-            [consistency.ar_weight, consistency.weight, consistency.local_weight, consistency.anchor_weight]
-        }
-    }
-}
-
 /// A line of metrics; here the losses and the norm are read from the device.
 fn line(means: &Means, counts: Counts, settings: &Settings, position: &Position, rate: f64, norm: &Tensor) -> Value {
-    let values = means.0.each_ref().map(|terms| terms.iter().map(|term| term.double_value(&[])).sum::<f64>());
+    let values = means.read();
     let loss: f64 = values.iter().zip(weights(settings)).map(|(value, weight)| value * weight).sum();
     json!({
         "step": position.step, "loss": loss, "ar_loss": values[0], "consistency_loss": values[1],

@@ -4,6 +4,8 @@ use std::process::Output;
 
 use assert_cmd::Command;
 
+use serde_json::Value;
+
 use crate::runs::{prepare, sft};
 
 fn run(arguments: &[&str]) -> Output {
@@ -29,17 +31,36 @@ fn a_misspelt_key_ends_with_2_and_names_the_nearest() {
 }
 
 #[test]
-fn plan_shows_parameters_memory_and_steps_and_starts_nothing() {
+fn plan_shows_parameters_memory_steps_and_time_and_writes_nothing() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
     let file = dir.path().join("run.yaml");
     std::fs::write(&file, cllm_core::settings::to_yaml(&sft(dir.path(), "run")).unwrap()).unwrap();
-    let output = run(&["plan", "-c", &file.display().to_string()]);
-    assert_eq!(output.status.code(), Some(0), "{}", errors(&output));
-    let text = String::from_utf8_lossy(&output.stdout);
-    for word in ["parameters", "steps", "MB"] {
+    let file = file.display().to_string();
+    let plan = |more: &[&str]| {
+        let output = run(&[&["plan", "-c", &file], more].concat());
+        assert_eq!(output.status.code(), Some(0), "{}", errors(&output));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let text = plan(&[]);
+    for word in ["parameters  0.0", "steps", "MB at the peak", "about", "timed here"] {
         assert!(text.contains(word), "{text}");
     }
+    assert!(plan(&["--no-timing"]).contains("unknown"));
+    let document = |more: &[&str]| serde_json::from_str::<Value>(&plan(&[&["--json"], more].concat())).unwrap();
+    let (small, large) = (document(&[]), document(&["tokens_per_batch=256", "--no-timing"]));
+    let memory = |plan: &Value, part: &str| plan["memory_bytes"][part].as_f64().unwrap();
+    // Float32: a weight, a gradient and two moments, of which only the activations know the batch.
+    let fixed = 16.0 * small["parameters"].as_f64().unwrap();
+    for plan in [&small, &large] {
+        assert_eq!(memory(plan, "peak"), fixed + memory(plan, "activations"));
+    }
+    let growth = memory(&large, "activations") / memory(&small, "activations");
+    assert!((1.7..2.3).contains(&growth), "{growth}");
+    let duration = &small["duration"]["estimated"];
+    let whole = duration["seconds_per_step"].as_f64().unwrap() * small["steps"].as_f64().unwrap();
+    assert!(whole > 0.0 && duration["seconds"] == whole, "{small}");
+    assert!(large["duration"]["unknown"].is_object(), "{large}");
     assert!(!dir.path().join("run").exists());
 }
 
