@@ -6,6 +6,7 @@ pub mod config;
 pub mod doctor;
 pub mod generate;
 pub mod hardware;
+pub mod margins;
 pub mod measure;
 pub mod pieces;
 pub mod records;

@@ -26,6 +26,8 @@ pub struct Subject {
     /// The weights.
     pub model: Transformer,
     prompts: Prompts,
+    /// Bytes of GPU memory that were in use before it was loaded.
+    others: u64,
 }
 
 /// The examples as a model reads them.
@@ -86,8 +88,14 @@ impl Subject {
     /// # Errors
     /// When a file of the model is missing or broken.
     pub fn load(role: Role, folder: &Path, prompts: Prompts, device: Device) -> Result<Self> {
+        let others = torch_ext::memory(device).map_or(0, |(current, _)| current);
         let model = Transformer::load(folder, device, device::default_kind(device))?;
-        Ok(Subject { role, model, prompts })
+        Ok(Subject { role, model, prompts, others })
+    }
+
+    /// Tokens of an example's prompt.
+    pub fn prompt_ids(&self, index: usize) -> &[i32] {
+        &self.prompts.each[index].1.prompt_ids
     }
 
     /// Answers all examples in batches; those that `records` has already are left.
@@ -140,7 +148,7 @@ impl Subject {
         let requests: Vec<_> = batch.iter().map(|&index| self.prompts.each[index].1.clone()).collect();
         let options = DecodeOptions { strategy, seed: settings.seed, record: false };
         let (answers, timing) = decode(&self.model, &requests, &self.prompts.limits, options, None)?;
-        let peak_memory_bytes = torch_ext::memory(device).map(|(_, peak)| peak);
+        let peak_memory_bytes = torch_ext::memory(device).map(|(_, peak)| peak.saturating_sub(self.others));
         let share = 1.0 / batch.len() as f64;
         let mut found = Vec::with_capacity(batch.len());
         for ((&index, request), answer) in batch.iter().zip(&requests).zip(answers) {
@@ -168,6 +176,7 @@ impl Subject {
                 batch_prefill_seconds: timing.prefill_seconds * share,
                 batch_seconds: timing.decode_seconds * share,
                 peak_memory_bytes,
+                margin_at_difference: None,
             });
         }
         let data = settings.data.as_deref();

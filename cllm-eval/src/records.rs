@@ -114,8 +114,12 @@ pub struct AnswerRecord {
     pub batch_prefill_seconds: f64,
     /// This row's share of the batch's decoding.
     pub batch_seconds: f64,
-    /// Peak of GPU memory of its batch.
+    /// Most GPU memory in use while its batch ran, less what was in use before this model was loaded.
     pub peak_memory_bytes: Option<u64>,
+    /// Where the tokens first differ from the same model's autoregressive ones: by how much its best logit there is above the
+    /// second, computed in one forward over all that comes before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub margin_at_difference: Option<f64>,
     /// Text of each forward's tokens, for the first few examples: reports show them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub pieces: Option<Vec<String>>,

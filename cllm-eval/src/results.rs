@@ -107,9 +107,15 @@ pub struct StrategyResults {
     pub end_to_end_speedup_vs_student_ar: Option<f64>,
     /// Share of answers equal, token for token, to the same model's autoregressive ones.
     pub exact_match_vs_ar: Option<f64>,
+    /// Among the others, where the tokens first differ: by how much the best logit is above the second. Near 0 it is rounding
+    /// that chose; the median, and the largest.
+    pub median_margin_at_difference: Option<f64>,
+    /// The largest of them.
+    pub max_margin_at_difference: Option<f64>,
     /// Tokens per second of the batched accuracy run, with prefill.
     pub batched_tokens_per_second: Option<f64>,
-    /// Most GPU memory in use in the batched accuracy run.
+    /// Most GPU memory in use in the batched accuracy run, less what was in use before this model was loaded (the other
+    /// model): its weights, caches and temporaries. Null on the CPU.
     pub peak_memory_bytes: Option<u64>,
 }
 
@@ -204,6 +210,8 @@ fn figures(records: &Records, role: Role, strategy: Strategy) -> StrategyResults
         .filter_map(|answer| greedy.get(&answer.index).map(|ids| *ids == answer.response_ids.as_slice()))
         .collect();
     let equal = pairs.iter().filter(|&&equal| equal).count();
+    let mut margins: Vec<f64> = answers.iter().filter_map(|answer| answer.margin_at_difference).collect();
+    margins.sort_by(f64::total_cmp);
     let batch_seconds: f64 = answers.iter().map(|answer| answer.batch_prefill_seconds + answer.batch_seconds).sum();
     let found = StrategyResults {
         name: name(strategy).to_owned(),
@@ -219,6 +227,8 @@ fn figures(records: &Records, role: Role, strategy: Strategy) -> StrategyResults
         tokens_per_forward: ratio(tokens as f64, forwards as f64),
         tokens_per_forward_finished: ratio(ended_tokens as f64, ended_forwards as f64),
         exact_match_vs_ar: ratio(equal as f64, pairs.len() as f64),
+        median_margin_at_difference: margins.get(margins.len() / 2).copied(),
+        max_margin_at_difference: margins.last().copied(),
         batched_tokens_per_second: ratio(tokens as f64, batch_seconds),
         peak_memory_bytes: answers.iter().filter_map(|answer| answer.peak_memory_bytes).max(),
         ..StrategyResults::default()

@@ -8,6 +8,7 @@ use cllm_core::{Error, Result, VERSION, atomic_file, device, fingerprint, progre
 
 use crate::config::RunSettings;
 use crate::hardware::{Hardware, libtorch_version};
+use crate::margins;
 use crate::measure::{Prompts, Subject, identify, time_all};
 use crate::records::{Header, Journal, ModelEntry, Role, SAMPLES, SCHEMA_VERSION, Toolkit};
 use crate::results::{RESULTS, Results};
@@ -52,6 +53,7 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
         for &strategy in &settings.strategies {
             subject.answer_all(&samples, strategy, settings, task, &mut records, &mut journal)?;
         }
+        margins::add(&subject, &mut records.answers)?;
         if settings.speed_examples > 0 {
             subjects.push(subject);
         }

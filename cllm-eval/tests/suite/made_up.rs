@@ -69,6 +69,7 @@ fn answer(role: Role, strategy: Strategy, index: usize, right: bool, forwards: u
     if role == Role::Student && strategy == JACOBI && index == 1 {
         response_ids[3] = 99;
     }
+    let margin_at_difference = (response_ids[3] == 99).then_some(0.25);
     let text = if right { "4" } else { "<script>alert(1)</script>" };
     AnswerRecord {
         role,
@@ -89,6 +90,7 @@ fn answer(role: Role, strategy: Strategy, index: usize, right: bool, forwards: u
         batch_prefill_seconds: 0.5,
         batch_seconds: 0.5,
         peak_memory_bytes: None,
+        margin_at_difference,
         pieces: (index < 2).then(|| text.chars().map(String::from).collect()),
     }
 }

@@ -58,6 +58,21 @@ fn a_run_goes_on_after_a_kill_and_score_gives_the_same_numbers() {
     assert!(program().current_dir(dir.path()).args(["report", "out"]).output().unwrap().status.success());
     assert!(dir.path().join("out/report.html").exists());
 
+    // A token that left the autoregressive answer gets the margin of the model's choice there.
+    let changed = |line: &str| {
+        let mut record: Value = serde_json::from_str(line).unwrap();
+        let mine = record["role"] == "student" && record["index"] == 0 && record["strategy"] != "ar";
+        if mine && record["response_ids"].is_array() {
+            record["response_ids"][2] = (record["response_ids"][2].as_i64().unwrap() ^ 1).into();
+        }
+        record.to_string()
+    };
+    let text = std::fs::read_to_string(&samples).unwrap();
+    std::fs::write(&samples, text.lines().map(changed).collect::<Vec<_>>().join("\n") + "\n").unwrap();
+    let third = run(dir.path());
+    let margins = |strategy: usize| third["models"][1]["strategies"][strategy]["max_margin_at_difference"].as_f64();
+    assert!(margins(1).is_some_and(|margin| margin > 0.0) && margins(0).is_none(), "{third}");
+
     // Other settings must not mix into the same folder.
     let arguments = ["run", "teacher=teacher", "count=5", "device=cpu", "output=out"];
     let output = program().current_dir(dir.path()).args(arguments).output().unwrap();

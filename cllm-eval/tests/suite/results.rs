@@ -42,6 +42,11 @@ fn figures_are_what_the_records_say() {
     assert_eq!(student["forwards"], 8);
     assert_eq!(student["tokens_per_forward"], 4.0);
     assert_eq!(student["exact_match_vs_ar"], 0.75);
+    assert_eq!(
+        (&student["median_margin_at_difference"], &student["max_margin_at_difference"]),
+        (&0.25.into(), &0.25.into())
+    );
+    assert!(teacher["max_margin_at_difference"].is_null());
     // 16 tokens in 4 s, against 16 in 16 s; with prefill 6 s against 18 s.
     assert_eq!(student["tokens_per_second"], 4.0);
     assert_eq!(student["speedup_vs_teacher_ar"], 4.0);
