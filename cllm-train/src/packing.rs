@@ -2,6 +2,7 @@
 //!
 //! The idea of packing both streams is Jacobi Forcing's (arXiv 2512.14681).
 
+use cllm_core::model::ALIGNED;
 use tch::{Device, Kind, Tensor};
 
 /// One noisy state of a block.
@@ -144,7 +145,7 @@ impl Packed {
     }
 }
 
-/// Packed sequences as tensors, padded to the longest.
+/// Packed sequences as tensors, padded to the longest and a multiple of [`ALIGNED`].
 pub struct Batch {
     /// int64 `[rows, width]`.
     pub tokens: Tensor,
@@ -199,7 +200,7 @@ impl Counts {
 impl Batch {
     /// Lays sequences side by side.
     pub fn new(rows: &[Packed], device: Device) -> Self {
-        let width = rows.iter().map(Packed::len).max().unwrap_or(0);
+        let width = rows.iter().map(Packed::len).max().unwrap_or(0).next_multiple_of(ALIGNED);
         let mut tokens = vec![0i64; rows.len() * width];
         let mut positions = vec![0i64; rows.len() * width];
         let mut mask = vec![false; rows.len() * width * width];

@@ -2,7 +2,7 @@
 
 use tch::{Device, IndexOp, Kind, Tensor};
 
-use super::ModelConfig;
+use super::{ALIGNED, ModelConfig};
 
 /// Keys and values of `rows` sequences.
 pub struct KvCache {
@@ -12,8 +12,9 @@ pub struct KvCache {
 }
 
 impl KvCache {
-    /// An empty cache.
+    /// An empty cache of at least `capacity` slots a row.
     pub fn new(config: &ModelConfig, rows: usize, capacity: usize, device: Device, kind: Kind) -> Self {
+        let capacity = capacity.next_multiple_of(ALIGNED);
         let shape = [rows as i64, config.num_kv_heads, capacity as i64, config.head_dim];
         let empty = || Tensor::zeros(shape, (kind, device));
         KvCache { layers: (0..config.num_layers).map(|_| (empty(), empty())).collect(), capacity }

@@ -9,6 +9,6 @@ mod weights;
 
 pub use config::{Family, ModelConfig, RopeScaling};
 pub use kv_cache::KvCache;
-pub use transformer::Transformer;
+pub use transformer::{ALIGNED, Transformer};
 pub(crate) use weights::write_safetensors;
 pub use weights::{check, fingerprint};

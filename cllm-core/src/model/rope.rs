@@ -11,7 +11,7 @@ pub(super) struct Rope {
     scale: f64,
 }
 
-/// Cosine and sine `[batch, 1, seq, head_dim]` of some positions.
+/// Cosine, and sine with its first half negated, `[batch, 1, seq, head_dim]` of some positions.
 pub(super) struct Rotation {
     cos: Tensor,
     sin: Tensor,
@@ -55,17 +55,18 @@ impl Rope {
     /// `positions`: int64 `[batch, seq]`.
     pub(super) fn rotation(&self, positions: &Tensor, kind: Kind) -> Rotation {
         let angles = positions.to_kind(Kind::Float).unsqueeze(-1) * &self.inverse;
-        let angles = Tensor::cat(&[&angles, &angles], -1).unsqueeze(1);
-        let scaled = |values: Tensor| (values * self.scale).to_kind(kind);
-        Rotation { cos: scaled(angles.cos()), sin: scaled(angles.sin()) }
+        let (cos, sin) = (angles.cos(), angles.sin());
+        let whole = |first: &Tensor, second: &Tensor| {
+            (Tensor::cat(&[first, second], -1).unsqueeze(1) * self.scale).to_kind(kind)
+        };
+        Rotation { cos: whole(&cos, &cos), sin: whole(&sin.neg(), &sin) }
     }
 }
 
 impl Rotation {
     /// Rotates `[batch, heads, seq, head_dim]`.
     pub(super) fn apply(&self, x: &Tensor) -> Tensor {
-        let halves = x.chunk(2, -1);
-        let turned = Tensor::cat(&[&halves[1].neg(), &halves[0]], -1);
-        x * &self.cos + turned * &self.sin
+        let width = self.cos.size()[3];
+        (x * &self.cos).addcmul(&x.roll([width / 2], [3]), &self.sin)
     }
 }

@@ -43,12 +43,15 @@ pub struct Transformer {
     parameters: Vec<(String, Tensor)>,
 }
 
+/// Attended slots and packed widths are multiples of this, or the GPU's attention copies the bias in every layer.
+pub const ALIGNED: usize = 8;
+
 /// What a query may attend to.
 enum Context<'c> {
-    /// Everything before it in the same sequence, or what a mask `[b, 1, s, s]` allows.
-    Sequence(Option<&'c Tensor>),
-    /// The leading slots of a cache, written at these positions first.
-    Cache { cache: &'c mut KvCache, slots: &'c Tensor, attended: usize, mask: Tensor },
+    /// Everything before it in the same sequence, or what is added to its scores `[b, 1, s, s]` allows.
+    Sequence(Option<Tensor>),
+    /// The leading slots of a cache, written at these positions first, as far as what is added to the scores allows.
+    Cache { cache: &'c mut KvCache, slots: &'c Tensor, attended: usize, bias: Tensor },
 }
 
 impl Transformer {
@@ -107,7 +110,7 @@ impl Transformer {
     /// `tokens`, `positions`: int64 `[b, s]`; `mask`: bool `[b, 1, s, s]`, true where attention is
     /// allowed (every row needs at least one), or `None` for plain causal attention.
     pub fn hidden(&self, tokens: &Tensor, positions: &Tensor, mask: Option<&Tensor>) -> Tensor {
-        self.forward(tokens, positions, Context::Sequence(mask))
+        self.forward(tokens, positions, Context::Sequence(mask.map(|mask| self.bias(mask))))
     }
 
     /// Final hidden states `[rows, width, hidden]` with a cache: keys and values are written at slots `positions`
@@ -115,11 +118,19 @@ impl Transformer {
     /// `attended`: number of leading slots that any row needs. No gradient flows.
     pub fn hidden_cached(&self, tokens: &Tensor, positions: &Tensor, cache: &mut KvCache, attended: usize) -> Tensor {
         let _no_grad = tch::no_grad_guard();
+        let attended = attended.next_multiple_of(ALIGNED);
         let slots = Tensor::arange(attended as i64, (Kind::Int64, self.device));
         // The query heads that share a key head stand behind one another in the sequence of queries (see `attention`).
         let group = self.config.num_heads / self.config.num_kv_heads;
         let mask = slots.view([1, 1, 1, -1]).le_tensor(&positions.repeat([1, group]).unsqueeze(1).unsqueeze(-1));
-        self.forward(tokens, positions, Context::Cache { cache, slots: positions, attended, mask })
+        let bias = self.bias(&mask);
+        self.forward(tokens, positions, Context::Cache { cache, slots: positions, attended, bias })
+    }
+
+    /// What is added to the scores where `mask` is true (0) and false (minus infinity); made once, not once a layer.
+    fn bias(&self, mask: &Tensor) -> Tensor {
+        let bias = Tensor::full(mask.size(), f64::NEG_INFINITY, (self.kind, self.device));
+        bias.masked_fill(mask, 0.0)
     }
 
     /// Logits in float32 `[.., vocab]` of hidden states, computed in float32 (no gradient); for choosing tokens.
@@ -175,18 +186,18 @@ impl Transformer {
         let group = self.config.num_heads / key_heads;
         // `enable_gqa` leaves only the slow kernel that holds every score when there is a mask, so groups are laid out here.
         let mixed = match context {
-            Context::Sequence(mask) => {
+            Context::Sequence(bias) => {
                 let widened = |x: &Tensor| {
                     let shape = [batch, key_heads, group, length, width];
                     if group == 1 { x.shallow_clone() } else { x.unsqueeze(2).expand(shape, false).flatten(1, 2) }
                 };
-                attend(&queries, &widened(&keys), &widened(&values), *mask)
+                attend(&queries, &widened(&keys), &widened(&values), bias.as_ref())
             }
-            Context::Cache { cache, slots, attended, mask } => {
+            Context::Cache { cache, slots, attended, bias } => {
                 let (keys, values) = cache.update(index, &keys, &values, slots, *attended);
                 // No copy of the cache: a group's heads become more queries of the same key head.
                 let folded = queries.reshape([batch, key_heads, group * length, width]);
-                attend(&folded, &keys, &values, Some(mask)).reshape([batch, key_heads * group, length, width])
+                attend(&folded, &keys, &values, Some(bias)).reshape([batch, key_heads * group, length, width])
             }
         };
         layer.output.apply(&mixed.transpose(1, 2).reshape([batch, length, -1]))
@@ -194,10 +205,7 @@ impl Transformer {
 
     /// Root-mean-square norm over the last dimension, computed in float32.
     fn rms_norm(&self, x: &Tensor, weight: &Tensor) -> Tensor {
-        let wide = x.to_kind(Kind::Float);
-        let variance = wide.square().mean_dim(&[-1i64][..], true, Kind::Float);
-        let normed = wide * (variance + self.config.rms_norm_eps).rsqrt();
-        normed.to_kind(self.kind) * weight
+        x.rms_norm(weight.size(), Some(weight), self.config.rms_norm_eps)
     }
 
     fn assemble(config: ModelConfig, parameters: Vec<(String, Tensor)>, device: Device, kind: Kind) -> Self {
@@ -242,9 +250,9 @@ impl Transformer {
     }
 }
 
-/// Attention with a mask, or plainly causal without one.
-fn attend(queries: &Tensor, keys: &Tensor, values: &Tensor, mask: Option<&Tensor>) -> Tensor {
-    Tensor::scaled_dot_product_attention(queries, keys, values, mask, 0.0, mask.is_none(), None, false)
+/// Attention with what is added to the scores, or plainly causal without.
+fn attend(queries: &Tensor, keys: &Tensor, values: &Tensor, bias: Option<&Tensor>) -> Tensor {
+    Tensor::scaled_dot_product_attention(queries, keys, values, bias, 0.0, bias.is_none(), None, false)
 }
 
 impl Linear {
