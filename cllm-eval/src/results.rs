@@ -149,16 +149,17 @@ pub fn name(strategy: Strategy) -> &'static str {
 
 /// A strategy as people read it.
 pub fn label(strategy: Strategy) -> String {
-    match strategy {
-        Strategy::Ar => "ar".to_owned(),
-        Strategy::Jacobi { n } | Strategy::Rolling { n } => format!("{} n={n}", name(strategy)),
-    }
+    labelled(name(strategy), (strategy != Strategy::Ar).then(|| strategy.block_size()))
+}
+
+fn labelled(name: &str, n: Option<usize>) -> String {
+    n.map_or_else(|| name.to_owned(), |n| format!("{name} n={n}"))
 }
 
 impl StrategyResults {
     /// As people read it.
     pub fn label(&self) -> String {
-        self.n.map_or_else(|| self.name.clone(), |n| format!("{} n={n}", self.name))
+        labelled(&self.name, self.n)
     }
 }
 

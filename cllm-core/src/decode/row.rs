@@ -97,10 +97,15 @@ impl<'r> Row<'r> {
 
     /// Fills the guesses up to n - 1 with tokens seen so far.
     fn draw_guesses(&mut self) {
-        let mut rng = fingerprint::rng(self.options.seed, &self.request.sample_id, self.draws);
+        let draw = self.draws;
         self.draws += 1;
-        let seen = &self.sequence;
         let missing = self.options.strategy.block_size() - 1 - self.guesses.len();
+        // Autoregressive decoding never misses any, a rolling window none after a forward without a match.
+        if missing == 0 {
+            return;
+        }
+        let mut rng = fingerprint::rng(self.options.seed, &self.request.sample_id, draw);
+        let seen = &self.sequence;
         self.guesses.extend((0..missing).map(|_| seen[rng.random_range(0..seen.len())]));
     }
 
