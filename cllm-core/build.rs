@@ -23,7 +23,7 @@ fn main() {
         .flag("-isystem")
         .flag(site_packages.join("nvidia/cu13/include/cccl").display().to_string())
         .define("_GLIBCXX_USE_CXX11_ABI", "1")
-        .file("csrc/torch_ext.cpp")
+        .files(["csrc/torch_ext.cpp", "csrc/graphs.cpp", "csrc/kernels.cpp"])
         .compile("cllm_torch_ext");
     for library in ["torch_cuda", "c10_cuda", "torch_cpu", "c10"] {
         println!("cargo:rustc-link-lib={library}");

@@ -4,26 +4,16 @@
 #include <ATen/ops/_fused_adamw.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 
-#include <exception>
-#include <string>
 #include <vector>
 
-namespace {
-thread_local std::string last_error;
+#include "guarded.h"
 
-template <typename F>
-int guarded(F body) {
-  try {
-    body();
-    return 0;
-  } catch (const std::exception &error) {
-    last_error = error.what();
-  } catch (...) {
-    last_error = "unknown C++ exception";
-  }
-  return 1;
+std::string &last_error() {
+  thread_local std::string message;
+  return message;
 }
 
+namespace {
 // A tch tensor's pointer is an at::Tensor*.
 std::vector<at::Tensor> list(void *const *tensors, size_t count) {
   std::vector<at::Tensor> result;
@@ -35,7 +25,7 @@ std::vector<at::Tensor> list(void *const *tensors, size_t count) {
 
 extern "C" {
 
-const char *cllm_last_error() { return last_error.c_str(); }
+const char *cllm_last_error() { return last_error().c_str(); }
 
 // One AdamW step over all parameters (float32), in place. step: float32 scalar tensors, one each, incremented by the caller.
 // scale, skip: float32 scalar tensors; the gradients are divided by scale, and where skip is 1 nothing changes.

@@ -29,9 +29,20 @@ pub fn of_bytes(bytes: &[u8]) -> String {
 /// A random generator of its own for each (seed, name, index), so that what is drawn does not depend on the order of
 /// work and no generator state is ever saved.
 pub fn rng(seed: u64, name: &str, index: u64) -> rand_chacha::ChaCha8Rng {
+    rand::SeedableRng::from_seed(*hash(seed, name, index).as_bytes())
+}
+
+/// A number of its own for each (seed, name).
+pub fn key(seed: u64, name: &str) -> u64 {
+    let mut first = [0; 8];
+    first.copy_from_slice(&hash(seed, name, u64::MAX).as_bytes()[..8]);
+    u64::from_le_bytes(first)
+}
+
+fn hash(seed: u64, name: &str, index: u64) -> blake3::Hash {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&seed.to_le_bytes());
     hasher.update(&index.to_le_bytes());
     hasher.update(name.as_bytes());
-    rand::SeedableRng::from_seed(*hasher.finalize().as_bytes())
+    hasher.finalize()
 }

@@ -1,23 +1,27 @@
 //! `collect`: decodes prompts with a teacher and records every Jacobi state.
 
-use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc;
 use std::time::Instant;
 
-use cllm_core::decode::{DecodeOptions, Limits, Request, Strategy, decode};
+use cllm_core::decode::{Answer, DecodeOptions, Decoder, Limits, Request, Strategy, capacity};
 use cllm_core::model::{Transformer, fingerprint};
 use cllm_core::program::{Outcome, print_json};
 use cllm_core::progress::Progress;
 use cllm_core::prompt_set::{self, Sample};
 use cllm_core::task::Task;
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::trajectory::{Provenance, Trajectory, Writer};
+use cllm_core::trajectory::{Provenance, Writer};
 use cllm_core::{Error, Result, device, hub, progress, settings};
 use garde::Validate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::shelf::{Prepared, Shelf};
 use crate::tally::{Figures, Tally};
+
+/// Answers that may wait to be scored and written before decoding waits for them.
+const WAITING: usize = 4096;
 
 /// Settings of `collect`.
 #[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]
@@ -47,7 +51,7 @@ pub struct Settings {
     /// auto, cpu, cuda or cuda:N.
     #[garde(skip)]
     pub device: String,
-    /// Responses decoded at once; what a stopped run loses at most.
+    /// Responses decoded at once; what a run that is told to stop loses at most.
     #[garde(range(min = 1))]
     pub batch_rows: usize,
     /// Responses of a shard.
@@ -107,12 +111,6 @@ struct RunFigures {
     tokens_per_second: f64,
 }
 
-struct Prepared {
-    sample: Sample,
-    prompt: String,
-    ids: Vec<i32>,
-}
-
 /// Collects a data set.
 ///
 /// # Errors
@@ -150,7 +148,7 @@ pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
         toolkit: cllm_core::VERSION.to_owned(),
         steps: vec![format!("collect: {} prompts, shards of {}", samples.len(), settings.shard_rows)],
     };
-    let mut writer = Writer::open(output, provenance)?;
+    let writer = Writer::open(output, provenance)?;
     let (prepared, skipped) = fit(samples, &tokenizer, model.config().max_positions, settings.max_new_tokens)?;
     if !skipped.is_empty() {
         progress::say(format!("{} prompts are empty or too long for the context: see skipped.jsonl", skipped.len()));
@@ -164,29 +162,13 @@ pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
             model.config().max_positions.saturating_sub(settings.max_new_tokens)
         )));
     }
-    let in_shards = (writer.shards() * settings.shard_rows).min(prepared.len());
-    let stopped = writer.stopped();
-    let mut earlier = Tally::of_rows(stopped.iter().cloned().map(Ok), output, &tokenizer, data)?;
-    if in_shards > 0 {
-        earlier.add(Tally::of_data_set(output, &tokenizer, data)?);
-    }
-    let mut stopped: HashMap<String, Trajectory> =
-        stopped.into_iter().map(|row| (row.sample_id.clone(), row)).collect();
-    let mut this_run = Tally::default();
-    let mut bar = Progress::new("collect", earlier.rows() as u64, prepared.len() as u64);
+    let (mut shelf, earlier) = Shelf::open(writer, &prepared, settings.shard_rows, &tokenizer, data)?;
+    let mut bar = Progress::new("collect", shelf.rows() as u64, prepared.len() as u64);
     let started = Instant::now();
-    for shard in prepared[in_shards..].chunks(settings.shard_rows) {
-        let found = |(index, prepared): (usize, &Prepared)| Some((index, stopped.remove(&prepared.sample.id)?));
-        let mut rows: Vec<(usize, Trajectory)> = shard.iter().enumerate().filter_map(found).collect();
-        let done = collect_shard(&model, &tokenizer, shard, settings, &mut rows, &mut this_run, &mut bar);
-        rows.sort_by_key(|(index, _)| *index);
-        let rows: Vec<Trajectory> = rows.into_iter().map(|(_, row)| row).collect();
-        if done.is_err() {
-            writer.keep_stopped(&rows)?;
-        }
-        done?;
-        writer.write_shard(&rows)?;
-    }
+    let this_run = decode_open(&model, &tokenizer, &prepared, settings, &mut shelf, &mut bar);
+    // What was answered is kept, whatever went wrong after it.
+    let writer = shelf.close(this_run.is_ok())?;
+    let this_run = this_run?;
     crate::copying::finish(writer, output)?;
     bar.finish();
     let seconds = started.elapsed().as_secs_f64();
@@ -229,50 +211,49 @@ fn fit(
     Ok((prepared, skipped))
 }
 
-/// Decodes a shard in batches of about equal prompt lengths. `rows`, each with its place in the shard, gets what it lacks,
-/// in any order.
-fn collect_shard(
+/// Decodes what the shelf lacks, in about the order of the prompts, while another thread scores and writes.
+fn decode_open(
     model: &Transformer,
     tokenizer: &Tokenizer,
-    shard: &[Prepared],
+    prepared: &[Prepared],
     settings: &Settings,
-    rows: &mut Vec<(usize, Trajectory)>,
-    tally: &mut Tally,
+    shelf: &mut Shelf<'_>,
     bar: &mut Progress,
-) -> Result<()> {
+) -> Result<Tally> {
+    let order = shelf.open_by_length();
+    let Some(longest) = order.iter().map(|&index| prepared[index].ids.len()).max() else {
+        return Ok(Tally::default());
+    };
     let limits = Limits { max_new_tokens: settings.max_new_tokens, eos_ids: tokenizer.eos_ids().to_vec() };
-    let options = DecodeOptions { strategy: Strategy::Jacobi { n: settings.n }, seed: settings.seed, record: true };
-    let done: HashSet<usize> = rows.iter().map(|(index, _)| *index).collect();
-    let mut order: Vec<usize> = (0..shard.len()).filter(|index| !done.contains(index)).collect();
-    order.sort_by_key(|&index| shard[index].ids.len());
-    for batch in order.chunks(settings.batch_rows) {
-        let request = |&index: &usize| Request {
-            sample_id: shard[index].sample.id.clone(),
-            prompt_ids: shard[index].ids.clone(),
-        };
-        let requests: Vec<_> = batch.iter().map(request).collect();
-        let (answers, _) = decode(model, &requests, &limits, options, None)?;
-        for (&index, answer) in batch.iter().zip(answers) {
-            let Prepared { sample, prompt, ids } = &shard[index];
-            let row = Trajectory {
-                sample_id: sample.id.clone(),
-                source: sample.source.clone(),
-                prompt: prompt.clone(),
-                prompt_ids: ids.clone(),
-                response_ids: answer.response_ids,
-                reference: sample.reference.clone(),
-                blocks: answer.blocks,
-                augmented: None,
-                finish_reason: answer.finish_reason,
-                meta: sample.meta.as_ref().map(ToString::to_string),
-            };
-            let text = tokenizer.decode(&row.response_ids)?;
-            let verdict = Task::of_source(&sample.source).score(settings.data.as_deref(), sample, &text)?;
-            tally.add(Tally::of(&row, answer.forwards, verdict));
-            rows.push((index, row));
-        }
-        bar.message(format!("{} tokens", tally.figures().response_tokens));
-        bar.advance(batch.len() as u64);
-    }
-    Ok(())
+    let strategy = Strategy::Jacobi { n: settings.n };
+    let options = DecodeOptions { record: true, ..DecodeOptions::greedy(strategy, settings.seed) };
+    let rows = settings.batch_rows.min(order.len());
+    let mut decoder = Decoder::new(model, rows, capacity(longest, &limits, strategy))?;
+    let mut requests = order.iter().map(|&index| Request {
+        sample_id: prepared[index].sample.id.clone(),
+        prompt_ids: prepared[index].ids.clone(),
+    });
+    std::thread::scope(|scope| {
+        let (sender, receiver) = mpsc::sync_channel::<(usize, Answer)>(WAITING);
+        let writing = scope.spawn(move || -> Result<Tally> {
+            let mut tally = Tally::default();
+            while let Ok(first) = receiver.recv() {
+                let answers: Vec<_> = std::iter::once(first).chain(receiver.try_iter()).collect();
+                let count = answers.len() as u64;
+                tally.add(shelf.put(answers)?);
+                bar.message(format!("{} tokens", tally.figures().response_tokens));
+                bar.advance(count);
+            }
+            Ok(tally)
+        });
+        let decoded = decoder.stream(&mut requests, &limits, options, &mut |request, answer| {
+            let gone = |_| Error::usage("the thread that writes has ended");
+            sender.send((order[request], answer)).map_err(gone)
+        });
+        drop(sender);
+        let written = writing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        // Decoding fails too where writing did; the cause counts.
+        let tally = written?;
+        decoded.map(|()| tally)
+    })
 }

@@ -11,6 +11,7 @@ pub mod prepare;
 mod reference_format;
 pub mod repetition;
 mod scoring;
+mod shelf;
 pub mod stats;
 mod tally;
 pub mod validate;

@@ -3,7 +3,7 @@
 use std::io::IsTerminal;
 
 use cllm_core::chat_template::Message;
-use cllm_core::decode::{Answer, DecodeOptions, Limits, Request, Strategy, Timing, decode};
+use cllm_core::decode::{Answer, DecodeOptions, Decoder, Limits, Request, Strategy, Timing, capacity, check_length};
 use cllm_core::model::Transformer;
 use cllm_core::prompt_set::Prompt;
 use cllm_core::tokenizer::Tokenizer;
@@ -54,17 +54,20 @@ pub fn generate(what: &Question, show: bool) -> Result<Value> {
     let model = Transformer::load(&folder, device, device::default_kind(device))?;
     let limits = Limits { max_new_tokens: what.max_new_tokens, eos_ids: tokenizer.eos_ids().to_vec() };
     let requests = [Request { sample_id: "generate".to_owned(), prompt_ids }];
+    check_length(&requests[0], &limits, model.config().max_positions)?;
+    let jacobi = Strategy::Jacobi { n: what.n };
+    let mut decoder = Decoder::new(&model, 1, capacity(requests[0].prompt_ids.len(), &limits, jacobi))?;
     let mut runs = Vec::new();
-    for strategy in [Strategy::Ar, Strategy::Jacobi { n: what.n }] {
-        let options = DecodeOptions { strategy, seed: what.seed, record: false };
+    for strategy in [Strategy::Ar, jacobi] {
+        let options = DecodeOptions::greedy(strategy, what.seed);
         if show {
             progress::say(format!("{}:", label(strategy)));
         }
         let mut screen = Screen::new(&tokenizer, show);
         let mut watch = |_: usize, ids: &[i32]| screen.add(ids);
-        decode(&model, &requests, &limits, options, Some(&mut watch))?;
+        decoder.answer(&requests, &limits, options, Some(&mut watch))?;
         screen.end()?;
-        let (mut answers, timing) = decode(&model, &requests, &limits, options, None)?;
+        let (mut answers, timing) = decoder.answer(&requests, &limits, options, None)?;
         let answer = answers.pop().ok_or_else(|| Error::usage("decoding gave no answer"))?;
         let run = describe(&tokenizer, strategy, &answer, timing)?;
         if show {

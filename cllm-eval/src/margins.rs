@@ -63,7 +63,7 @@ mod tests {
         let model = Transformer::random(ModelConfig::from_json(&config).unwrap(), 5, Device::Cpu, Kind::Float);
         let requests = [Request { sample_id: "s".to_owned(), prompt_ids: vec![3, 7, 9] }];
         let limits = Limits { max_new_tokens: 8, eos_ids: vec![] };
-        let options = DecodeOptions { strategy: Strategy::Ar, seed: 0, record: false };
+        let options = DecodeOptions::greedy(Strategy::Ar, 0);
         let (answers, _) = decode(&model, &requests, &limits, options, None).unwrap();
         let ids = [&requests[0].prompt_ids[..], &answers[0].response_ids].concat();
         // One pass over the whole answer shows the logits after every prefix of it.

@@ -1,6 +1,6 @@
 //! Runs models on examples: batched for accuracy, one by one for speed.
 
-use cllm_core::decode::{DecodeOptions, Limits, Request, Strategy, check_length, decode};
+use cllm_core::decode::{DecodeOptions, Decoder, Limits, Request, Strategy, capacity, check_length};
 use cllm_core::model::Transformer;
 use cllm_core::progress::Progress;
 use cllm_core::prompt_set::Sample;
@@ -123,9 +123,11 @@ impl Subject {
         let title = format!("{} {}", role_name(self.role), label(strategy));
         let finished = samples.len() - open.len();
         let mut progress = Progress::new(&title, finished as u64, samples.len() as u64);
+        torch_ext::reset_peak_memory(self.model.device());
+        let mut decoder = self.decoder(settings.batch_rows.min(open.len()), &[strategy])?;
         for batch in open.chunks(settings.batch_rows) {
             interrupt::check()?;
-            let answers = self.answer_batch(samples, batch, strategy, settings, task)?;
+            let answers = self.answer_batch(&mut decoder, samples, batch, strategy, settings, task)?;
             let lines: Vec<_> = answers.iter().cloned().map(|answer| Line::Answer(Box::new(answer))).collect();
             journal.append(&lines)?;
             records.answers.extend(answers);
@@ -135,8 +137,16 @@ impl Subject {
         Ok(())
     }
 
+    /// A decoder with room for so many answers to any of the prompts.
+    fn decoder(&self, rows: usize, strategies: &[Strategy]) -> Result<Decoder<'_>> {
+        let longest = self.prompts.each.iter().map(|(_, request)| request.prompt_ids.len()).max().unwrap_or(0);
+        let needed = |&strategy: &Strategy| capacity(longest, &self.prompts.limits, strategy);
+        Decoder::new(&self.model, rows, strategies.iter().map(needed).max().unwrap_or(0))
+    }
+
     fn answer_batch(
         &self,
+        decoder: &mut Decoder<'_>,
         samples: &[Sample],
         batch: &[usize],
         strategy: Strategy,
@@ -144,10 +154,9 @@ impl Subject {
         task: Task,
     ) -> Result<Vec<AnswerRecord>> {
         let device = self.model.device();
-        torch_ext::reset_peak_memory(device);
         let requests: Vec<_> = batch.iter().map(|&index| self.prompts.each[index].1.clone()).collect();
-        let options = DecodeOptions { strategy, seed: settings.seed, record: false };
-        let (answers, timing) = decode(&self.model, &requests, &self.prompts.limits, options, None)?;
+        let options = DecodeOptions::greedy(strategy, settings.seed);
+        let (answers, timing) = decoder.answer(&requests, &self.prompts.limits, options, None)?;
         let peak_memory_bytes = torch_ext::memory(device).map(|(_, peak)| peak.saturating_sub(self.others));
         let share = 1.0 / batch.len() as f64;
         let mut found = Vec::with_capacity(batch.len());
@@ -188,10 +197,10 @@ impl Subject {
         Ok(found)
     }
 
-    fn time_one(&self, index: usize, strategy: Strategy, seed: u64) -> Result<SpeedRecord> {
+    fn time_one(&self, decoder: &mut Decoder<'_>, index: usize, strategy: Strategy, seed: u64) -> Result<SpeedRecord> {
         let request = std::slice::from_ref(&self.prompts.each[index].1);
-        let options = DecodeOptions { strategy, seed, record: false };
-        let (answers, timing) = decode(&self.model, request, &self.prompts.limits, options, None)?;
+        let options = DecodeOptions::greedy(strategy, seed);
+        let (answers, timing) = decoder.answer(request, &self.prompts.limits, options, None)?;
         let answer = answers.first().ok_or_else(|| Error::usage("decoding gave no answer"))?;
         Ok(SpeedRecord {
             role: self.role,
@@ -219,8 +228,9 @@ pub fn time_all(
     records: &mut Records,
     journal: &mut Journal,
 ) -> Result<()> {
-    let turns: Vec<(&Subject, Strategy)> = subjects
-        .iter()
+    let mut decoders: Vec<Decoder<'_>> =
+        subjects.iter().map(|subject| subject.decoder(1, &settings.strategies)).collect::<Result<_>>()?;
+    let turns: Vec<(usize, Strategy)> = (0..subjects.len())
         .flat_map(|subject| settings.strategies.iter().map(move |&strategy| (subject, strategy)))
         .collect();
     let has = |records: &Records, subject: &Subject, strategy: Strategy, index: usize| {
@@ -234,19 +244,21 @@ pub fn time_all(
         return Ok(());
     }
     let mut progress = Progress::new("speed at batch 1", done as u64, total as u64);
-    for &(subject, strategy) in &turns {
+    // Twice: the first steps of a size are recorded, and from the third on they run as they will.
+    for &(subject, strategy) in turns.iter().chain(&turns) {
         interrupt::check()?;
-        subject.time_one(0, strategy, settings.seed)?;
+        subjects[subject].time_one(&mut decoders[subject], 0, strategy, settings.seed)?;
     }
     for index in 0..examples {
         for turn in 0..turns.len() {
             interrupt::check()?;
             // Another one begins each time: none is always the first after a change of example.
-            let (subject, strategy) = turns[(index + turn) % turns.len()];
+            let (number, strategy) = turns[(index + turn) % turns.len()];
+            let subject = &subjects[number];
             if has(records, subject, strategy, index) {
                 continue;
             }
-            let speed = subject.time_one(index, strategy, settings.seed)?;
+            let speed = subject.time_one(&mut decoders[number], index, strategy, settings.seed)?;
             journal.append(&[Line::Speed(speed.clone())])?;
             records.speeds.push(speed);
             progress.advance(1);

@@ -182,8 +182,7 @@ impl Run {
     fn probe(&self) -> Result<f64> {
         let probe = &self.settings.probe;
         let limits = probe_limits(&self.settings, &self.tokenizer);
-        let options =
-            DecodeOptions { strategy: Strategy::Jacobi { n: probe.n }, seed: self.settings.seed, record: false };
+        let options = DecodeOptions::greedy(Strategy::Jacobi { n: probe.n }, self.settings.seed);
         let (answers, _) = decode(&self.models.student, &self.probe, &limits, options, None)?;
         let tokens: usize = answers.iter().map(|answer| answer.response_ids.len()).sum();
         let forwards: usize = answers.iter().map(|answer| answer.forwards).sum();

@@ -1,18 +1,25 @@
 //! Decoding: autoregressive, Jacobi and rolling behind one engine. Autoregressive decoding is Jacobi decoding with n = 1.
+//!
+//! A [`Decoder`] holds a model and the cache of some rows. Each step forwards a window of tokens for every row: the last known
+//! one and guesses after it. What the model predicts makes some of them final; a row whose answer ends leaves its place to
+//! the next request. On a GPU a step is a CUDA graph over kernels of our own, elsewhere it is made of libtorch's operations.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-mod cached_model;
+mod eager;
+mod noise;
+mod recorded;
 mod row;
 
 use std::time::Instant;
 
 use crate::model::Transformer;
 use crate::trajectory::{Block, FinishReason};
-use crate::{Error, Result, device, interrupt};
+use crate::{Error, Result, interrupt};
 
-use cached_model::CachedModel;
+use eager::EagerModel;
+use recorded::RecordedModel;
 use row::Row;
 
 /// How tokens are chosen and verified.
@@ -89,12 +96,120 @@ pub struct DecodeOptions {
     pub seed: u64,
     /// Keep the trajectory of each block ([`Strategy::Jacobi`]).
     pub record: bool,
+    /// 0 chooses the likeliest token. Above it, a token is drawn from the softmax of the logits over it: every position has
+    /// noise of its own that depends on (seed, sample, position) alone, and the token with the largest noisy logit is taken
+    /// (the Gumbel-max trick). So every strategy gives the very answer that one token at a time would give, and a guess is
+    /// right with the probability that the model gives it.
+    pub temperature: f64,
 }
 
-/// Answers all requests as one batch, each row at its own position and finishing on its own.
+impl DecodeOptions {
+    /// The likeliest tokens, without trajectories.
+    pub fn greedy(strategy: Strategy, seed: u64) -> Self {
+        DecodeOptions { strategy, seed, record: false, temperature: 0.0 }
+    }
+}
+
+/// A model with a cache for some rows, ready to decode.
+pub struct Decoder<'m> {
+    model: Box<dyn Forward + 'm>,
+    rows: usize,
+    capacity: usize,
+    max_positions: usize,
+}
+
+impl<'m> Decoder<'m> {
+    /// `rows`: most answers at once; `capacity`: most tokens of a prompt, its answer and one block ([`capacity`]).
+    ///
+    /// # Errors
+    /// [`Error::Torch`], such as memory that does not suffice for the cache.
+    pub fn new(model: &'m Transformer, rows: usize, capacity: usize) -> Result<Self> {
+        let _no_grad = tch::no_grad_guard();
+        let forward: Box<dyn Forward + 'm> = match RecordedModel::new(model, rows, capacity)? {
+            Some(recorded) => Box::new(recorded),
+            None => Box::new(EagerModel::new(model, rows, capacity)),
+        };
+        Ok(Decoder { model: forward, rows, capacity, max_positions: model.config().max_positions })
+    }
+
+    /// Answers all requests at once, each row at its own position and finishing on its own. Every prompt is in the cache
+    /// before the first token is decoded, so that the two can be timed apart.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when there are more requests than rows, or a prompt and its answer do not fit the model's context or
+    /// the cache; libtorch's errors; interruption.
+    pub fn answer(
+        &mut self,
+        requests: &[Request],
+        limits: &Limits,
+        options: DecodeOptions,
+        watcher: Option<Watcher<'_>>,
+    ) -> Result<(Vec<Answer>, Timing)> {
+        if requests.len() > self.rows {
+            return Err(Error::usage(format!("{} requests at once, there is room for {}", requests.len(), self.rows)));
+        }
+        let mut ignore = |_: usize, _: &[i32]| ();
+        let mut answers: Vec<Option<Answer>> = requests.iter().map(|_| None).collect();
+        let mut keep = |index: usize, answer: Answer| {
+            answers[index] = Some(answer);
+            Ok(())
+        };
+        let mut events = Events { new_tokens: watcher.unwrap_or(&mut ignore), finished: &mut keep };
+        let timing = self.run(&mut requests.iter().cloned(), limits, options, Prefill::First, &mut events)?;
+        Ok((answers.into_iter().flatten().collect(), timing))
+    }
+
+    /// Answers requests as they come: the place of a finished row is taken by the next request at once. `finished` gets the
+    /// number of a request and its answer, in the order in which they end.
+    ///
+    /// # Errors
+    /// As [`Decoder::answer`], and what `finished` fails with.
+    pub fn stream(
+        &mut self,
+        requests: &mut dyn Iterator<Item = Request>,
+        limits: &Limits,
+        options: DecodeOptions,
+        finished: &mut dyn FnMut(usize, Answer) -> Result<()>,
+    ) -> Result<()> {
+        let mut ignore = |_: usize, _: &[i32]| ();
+        let mut events = Events { new_tokens: &mut ignore, finished };
+        self.run(requests, limits, options, Prefill::Beside, &mut events).map(drop)
+    }
+
+    fn run(
+        &mut self,
+        requests: &mut dyn Iterator<Item = Request>,
+        limits: &Limits,
+        options: DecodeOptions,
+        prefill: Prefill,
+        events: &mut Events<'_>,
+    ) -> Result<Timing> {
+        let (capacity, max_positions) = (self.capacity, self.max_positions);
+        let mut checked = requests.map(|request| {
+            check_length(&request, limits, max_positions)?;
+            let needed = self::capacity(request.prompt_ids.len(), limits, options.strategy);
+            if needed > capacity {
+                return Err(Error::usage(format!(
+                    "sample `{}` needs {needed} slots of the cache, there are {capacity}",
+                    request.sample_id
+                )));
+            }
+            Ok(request)
+        });
+        let _no_grad = tch::no_grad_guard();
+        converge(self.model.as_mut(), self.rows, &mut checked, limits, options, prefill, events)
+    }
+}
+
+/// Slots of the cache that a prompt of so many tokens, its answer and the guesses past its end need.
+pub fn capacity(prompt_tokens: usize, limits: &Limits, strategy: Strategy) -> usize {
+    prompt_tokens.saturating_add(limits.max_new_tokens).saturating_add(strategy.block_size())
+}
+
+/// Answers all requests as one batch with a decoder of their own; see [`Decoder::answer`].
 ///
 /// # Errors
-/// [`Error::Usage`] when a prompt and its answer do not fit the model's context; libtorch's errors; interruption.
+/// As [`Decoder::new`] and [`Decoder::answer`].
 pub fn decode(
     model: &Transformer,
     requests: &[Request],
@@ -102,22 +217,12 @@ pub fn decode(
     options: DecodeOptions,
     watcher: Option<Watcher<'_>>,
 ) -> Result<(Vec<Answer>, Timing)> {
-    let longest = requests.iter().map(|request| request.prompt_ids.len()).max().unwrap_or(0);
     for request in requests {
         check_length(request, limits, model.config().max_positions)?;
     }
-    let _no_grad = tch::no_grad_guard();
-    let capacity = longest + limits.max_new_tokens + options.strategy.block_size();
-    let mut greedy = CachedModel::new(model, requests.len(), capacity);
-    let place = model.device();
-    device::synchronize(place);
-    let started = Instant::now();
-    greedy.prefill(&requests.iter().map(|request| request.prompt_ids.as_slice()).collect::<Vec<_>>());
-    device::synchronize(place);
-    let prefill_seconds = started.elapsed().as_secs_f64();
-    let started = Instant::now();
-    let answers = converge(&mut greedy, requests, limits, options, watcher)?;
-    Ok((answers, Timing { prefill_seconds, decode_seconds: started.elapsed().as_secs_f64() }))
+    let longest = requests.iter().map(|request| request.prompt_ids.len()).max().unwrap_or(0);
+    let mut decoder = Decoder::new(model, requests.len(), capacity(longest, limits, options.strategy))?;
+    decoder.answer(requests, limits, options, watcher)
 }
 
 impl Strategy {
@@ -150,55 +255,166 @@ pub fn check_length(request: &Request, limits: &Limits, max_positions: usize) ->
     Ok(())
 }
 
-/// What decoding asks of a model: greedy predictions for one window of tokens a row.
-trait Greedy {
-    /// The most likely next token after each token of each window. A window starts with the row's last known token.
-    fn predict(&mut self, windows: &[Window<'_>]) -> Result<Vec<Vec<i32>>>;
+/// What decoding asks of a model. Rows are numbered from 0 without gaps.
+trait Forward {
+    /// Caches the chunks of prompts and chooses the token that follows each token of each window. The windows are those of
+    /// the leading rows, in order, the chunks those of the rows behind them.
+    fn step(&mut self, chunks: &[Chunk<'_>], windows: &[Window<'_>], choice: Choice) -> Result<Vec<Vec<i32>>>;
 
-    /// Keeps only these rows, in this order.
-    fn keep(&mut self, rows: &[usize]);
+    /// Copies what is cached of one row over another.
+    fn copy_row(&mut self, from: usize, to: usize) -> Result<()>;
+
+    /// Most tokens of prompts that one step should take.
+    fn prompt_tokens(&self) -> usize;
+}
+
+/// How tokens are chosen.
+#[derive(Debug, Clone, Copy)]
+struct Choice {
+    /// 0 for the likeliest.
+    temperature: f64,
+}
+
+/// Tokens of a prompt to cache.
+struct Chunk<'r> {
+    row: usize,
+    /// Position of the first.
+    start: usize,
+    tokens: &'r [i32],
 }
 
 /// The tokens of a row to forward: the last known one and the guesses after it.
 struct Window<'r> {
+    row: usize,
     /// Position of `known` in the sequence.
     start: usize,
     known: i32,
     guesses: &'r [i32],
+    /// Key of the row's randomness.
+    key: u64,
+}
+
+impl Window<'_> {
+    fn tokens(&self) -> impl Iterator<Item = i32> {
+        std::iter::once(self.known).chain(self.guesses.iter().copied())
+    }
+
+    fn len(&self) -> usize {
+        1 + self.guesses.len()
+    }
+}
+
+/// When prompts are cached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Prefill {
+    /// Before anything is decoded.
+    First,
+    /// In the steps that decode other rows.
+    Beside,
+}
+
+/// Whom to tell what.
+struct Events<'e> {
+    new_tokens: Watcher<'e>,
+    finished: &'e mut dyn FnMut(usize, Answer) -> Result<()>,
+}
+
+/// A row of the batch: the number of its request, its state, and how many tokens of its prompt are cached.
+struct Live<'r> {
+    index: usize,
+    row: Row<'r>,
+    cached: usize,
+}
+
+impl Live<'_> {
+    /// All but the last token of the prompt is cached: that one begins the first window.
+    fn is_ready(&self) -> bool {
+        self.cached + 1 == self.row.prompt().len()
+    }
 }
 
 fn converge(
-    model: &mut impl Greedy,
-    requests: &[Request],
+    model: &mut dyn Forward,
+    room: usize,
+    requests: &mut dyn Iterator<Item = Result<Request>>,
     limits: &Limits,
     options: DecodeOptions,
-    mut watcher: Option<Watcher<'_>>,
-) -> Result<Vec<Answer>> {
-    let mut answers: Vec<Option<Answer>> = requests.iter().map(|_| None).collect();
-    let mut rows: Vec<(usize, Row<'_>)> =
-        requests.iter().map(|request| Row::new(request, limits, options)).enumerate().collect();
-    while !rows.is_empty() {
+    prefill: Prefill,
+    events: &mut Events<'_>,
+) -> Result<Timing> {
+    let mut requests = requests.enumerate();
+    let mut rows: Vec<Live<'_>> = Vec::new();
+    let mut timing = Timing::default();
+    let choice = Choice { temperature: options.temperature };
+    loop {
         interrupt::check()?;
-        let windows: Vec<_> = rows.iter().map(|(_, row)| row.window()).collect();
-        let predictions = model.predict(&windows)?;
-        for ((index, row), predicted) in rows.iter_mut().zip(&predictions) {
-            let new = row.accept(predicted);
-            if let Some(watcher) = &mut watcher {
-                watcher(*index, new);
-            }
+        while rows.len() < room {
+            let Some((index, request)) = requests.next() else { break };
+            rows.push(Live { index, row: Row::new(request?, limits, options), cached: 0 });
         }
-        if rows.iter().all(|(_, row)| !row.finished()) {
+        if rows.is_empty() {
+            return Ok(timing);
+        }
+        let started = Instant::now();
+        let ready = rows.iter().position(|live| !live.is_ready()).unwrap_or(rows.len());
+        let chunks = chunks(&rows, model.prompt_tokens());
+        let decoding = if prefill == Prefill::First && !chunks.is_empty() { 0 } else { ready };
+        let windows: Vec<_> = rows[..decoding].iter().enumerate().map(|(row, live)| live.row.window(row)).collect();
+        let predictions = model.step(&chunks, &windows, choice)?;
+        let taken: Vec<(usize, usize)> = chunks.iter().map(|chunk| (chunk.row, chunk.tokens.len())).collect();
+        for (row, tokens) in taken {
+            rows[row].cached += tokens;
+        }
+        for (live, predicted) in rows.iter_mut().zip(&predictions) {
+            (events.new_tokens)(live.index, live.row.accept(predicted));
+        }
+        let seconds = started.elapsed().as_secs_f64();
+        if predictions.is_empty() {
+            timing.prefill_seconds += seconds
+        } else {
+            timing.decode_seconds += seconds
+        }
+        remove_finished(model, &mut rows, events)?;
+    }
+}
+
+/// What is to be cached next, as far as `budget` tokens reach.
+fn chunks<'r>(rows: &'r [Live<'_>], mut budget: usize) -> Vec<Chunk<'r>> {
+    let mut chunks = Vec::new();
+    for (row, live) in rows.iter().enumerate().filter(|(_, live)| !live.is_ready()) {
+        let open = &live.row.prompt()[live.cached..live.row.prompt().len() - 1];
+        let tokens = &open[..open.len().min(budget)];
+        budget -= tokens.len();
+        if !tokens.is_empty() {
+            chunks.push(Chunk { row, start: live.cached, tokens });
+        }
+    }
+    chunks
+}
+
+/// Hands out the answers of the rows that have ended; those behind move up, the ready ones first.
+fn remove_finished(model: &mut dyn Forward, rows: &mut Vec<Live<'_>>, events: &mut Events<'_>) -> Result<()> {
+    let mut row = 0;
+    while row < rows.len() {
+        if !rows[row].row.finished() {
+            row += 1;
             continue;
         }
-        let kept: Vec<usize> = (0..rows.len()).filter(|&slot| !rows[slot].1.finished()).collect();
-        let (going, done): (Vec<_>, Vec<_>) = rows.into_iter().partition(|(_, row)| !row.finished());
-        rows = going;
-        for (index, row) in done {
-            answers[index] = Some(row.into_answer());
+        // The hole is filled by the last row that decodes, and that one's by the last row of all.
+        let ready = rows.iter().rposition(Live::is_ready).unwrap_or(row);
+        let last = rows.len() - 1;
+        rows.swap(row, ready);
+        rows.swap(ready, last);
+        if let Some(done) = rows.pop() {
+            (events.finished)(done.index, done.row.into_answer())?;
         }
-        model.keep(&kept);
+        for (from, to) in [(ready, row), (last, ready)] {
+            if from != to {
+                model.copy_row(from, to)?;
+            }
+        }
     }
-    Ok(answers.into_iter().flatten().collect())
+    Ok(())
 }
 
 #[cfg(test)]

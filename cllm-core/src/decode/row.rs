@@ -9,7 +9,9 @@ use crate::trajectory::{Block, FinishReason};
 /// Decoding state of one request. The open block is `sequence[block_start..]` (known) followed by `guesses`; between two
 /// blocks, and always when n = 1, there are no guesses. A rolling window always has n - 1.
 pub(super) struct Row<'r> {
-    request: &'r Request,
+    request: Request,
+    /// Key of the noise of each position.
+    key: u64,
     limits: &'r Limits,
     options: DecodeOptions,
     /// Prompt and known tokens of the response.
@@ -23,12 +25,13 @@ pub(super) struct Row<'r> {
 }
 
 impl<'r> Row<'r> {
-    pub(super) fn new(request: &'r Request, limits: &'r Limits, options: DecodeOptions) -> Self {
+    pub(super) fn new(request: Request, limits: &'r Limits, options: DecodeOptions) -> Self {
         let mut row = Row {
+            key: fingerprint::key(options.seed, &request.sample_id),
+            sequence: request.prompt_ids.clone(),
             request,
             limits,
             options,
-            sequence: request.prompt_ids.clone(),
             guesses: Vec::new(),
             draws: 0,
             accepted: Vec::new(),
@@ -41,10 +44,14 @@ impl<'r> Row<'r> {
         row
     }
 
-    /// What to forward next.
-    pub(super) fn window(&self) -> Window<'_> {
+    pub(super) fn prompt(&self) -> &[i32] {
+        &self.request.prompt_ids
+    }
+
+    /// What to forward next, as row `row` of the batch.
+    pub(super) fn window(&self, row: usize) -> Window<'_> {
         let start = self.sequence.len() - 1;
-        Window { start, known: self.sequence[start], guesses: &self.guesses }
+        Window { row, start, known: self.sequence[start], guesses: &self.guesses, key: self.key }
     }
 
     pub(super) fn finished(&self) -> bool {

@@ -2,16 +2,17 @@
 
 use super::*;
 
-/// Predicts from the whole sequence so far by a fixed rule; checks that windows follow what is cached.
+/// Predicts from the whole sequence so far by a fixed rule; checks that chunks and windows follow what is cached.
 struct Rule {
     sequences: Vec<Vec<i32>>,
     vocab: i32,
+    /// Tokens of prompts that a step takes.
+    prompt_tokens: usize,
 }
 
 impl Rule {
-    fn new(requests: &[Request], vocab: i32) -> Self {
-        let sequences = requests.iter().map(|r| r.prompt_ids[..r.prompt_ids.len() - 1].to_vec()).collect();
-        Rule { sequences, vocab }
+    fn new(rows: usize) -> Self {
+        Rule { sequences: vec![Vec::new(); rows], vocab: 29, prompt_tokens: usize::MAX }
     }
 
     /// Mostly depends on the last token, at times on the sum of all: converges in fewer than n steps, but not in one.
@@ -19,29 +20,37 @@ impl Rule {
         let last = sequence[sequence.len() - 1];
         if last % 3 == 0 { (sequence.iter().sum::<i32>() * 7 + 5) % self.vocab } else { (last * 5 + 1) % self.vocab }
     }
+
+    fn cache(&mut self, row: usize, start: usize, tokens: impl Iterator<Item = i32>) {
+        let cached = &mut self.sequences[row];
+        assert!(start <= cached.len(), "row {row} leaves a hole in the cache");
+        cached.truncate(start);
+        cached.extend(tokens);
+    }
 }
 
-impl Greedy for Rule {
-    fn predict(&mut self, windows: &[Window<'_>]) -> Result<Vec<Vec<i32>>> {
-        assert_eq!(windows.len(), self.sequences.len());
-        let mut all = Vec::new();
-        for (window, cached) in windows.iter().zip(&self.sequences) {
-            assert!(window.start <= cached.len(), "the window leaves a hole in the cache");
-            let mut sequence = cached[..window.start].to_vec();
-            let mut predicted = Vec::new();
-            for token in std::iter::once(window.known).chain(window.guesses.iter().copied()) {
-                sequence.push(token);
-                predicted.push(self.next(&sequence));
-            }
-            all.push((sequence, predicted));
+impl Forward for Rule {
+    fn step(&mut self, chunks: &[Chunk<'_>], windows: &[Window<'_>], _: Choice) -> Result<Vec<Vec<i32>>> {
+        assert!(windows.iter().enumerate().all(|(row, window)| window.row == row));
+        assert!(chunks.iter().all(|chunk| chunk.row >= windows.len() && !chunk.tokens.is_empty()));
+        for chunk in chunks {
+            self.cache(chunk.row, chunk.start, chunk.tokens.iter().copied());
         }
-        let (sequences, predictions) = all.into_iter().unzip();
-        self.sequences = sequences;
-        Ok(predictions)
+        let predict = |window: &Window<'_>| {
+            self.cache(window.row, window.start, window.tokens());
+            let sequence = &self.sequences[window.row];
+            (window.start..sequence.len()).map(|last| self.next(&sequence[..=last])).collect()
+        };
+        Ok(windows.iter().map(predict).collect())
     }
 
-    fn keep(&mut self, rows: &[usize]) {
-        self.sequences = rows.iter().map(|&row| self.sequences[row].clone()).collect();
+    fn copy_row(&mut self, from: usize, to: usize) -> Result<()> {
+        self.sequences[to] = self.sequences[from].clone();
+        Ok(())
+    }
+
+    fn prompt_tokens(&self) -> usize {
+        self.prompt_tokens
     }
 }
 
@@ -55,9 +64,27 @@ fn requests() -> Vec<Request> {
 }
 
 fn answers(strategy: Strategy, limits: &Limits) -> Vec<Answer> {
-    let requests = requests();
-    let options = DecodeOptions { strategy, seed: 1, record: true };
-    converge(&mut Rule::new(&requests, 29), &requests, limits, options, None).unwrap()
+    run(&mut Rule::new(7), 7, strategy, limits, Prefill::First, &mut |_, _| ())
+}
+
+/// Answers in the order of the requests.
+fn run(
+    model: &mut Rule,
+    room: usize,
+    strategy: Strategy,
+    limits: &Limits,
+    prefill: Prefill,
+    new_tokens: Watcher<'_>,
+) -> Vec<Answer> {
+    let options = DecodeOptions { record: true, ..DecodeOptions::greedy(strategy, 1) };
+    let mut answers = vec![None; requests().len()];
+    let mut finished = |index: usize, answer| {
+        assert!(answers[index].replace(answer).is_none(), "answered twice");
+        Ok(())
+    };
+    let mut events = Events { new_tokens, finished: &mut finished };
+    converge(model, room, &mut requests().into_iter().map(Ok), limits, options, prefill, &mut events).unwrap();
+    answers.into_iter().map(Option::unwrap).collect()
 }
 
 fn limits() -> Limits {
@@ -84,15 +111,14 @@ fn the_fixed_point_is_the_greedy_answer_for_every_n() {
 fn a_rolling_window_keeps_its_predictions_and_never_shrinks() {
     let request = Request { sample_id: "a".into(), prompt_ids: vec![1, 2, 3] };
     let limits = limits();
-    let options = DecodeOptions { strategy: Strategy::Rolling { n: 4 }, seed: 1, record: false };
-    let mut row = Row::new(&request, &limits, options);
-    assert_eq!((row.window().start, row.window().known, row.window().guesses.len()), (2, 3, 3));
-    let first = row.window().guesses[0];
+    let mut row = Row::new(request, &limits, DecodeOptions::greedy(Strategy::Rolling { n: 4 }, 1));
+    assert_eq!((row.window(0).start, row.window(0).known, row.window(0).guesses.len()), (2, 3, 3));
+    let first = row.window(0).guesses[0];
     // The first guess is right, the second is not: two tokens are final, and the predictions after them stay.
-    let wrong = row.window().guesses[1] + 1;
+    let wrong = row.window(0).guesses[1] + 1;
     assert_eq!(row.accept(&[first, wrong, 21, 22]), [first, wrong]);
-    assert_eq!((row.window().known, &row.window().guesses[..2]), (wrong, &[21, 22][..]));
-    assert!(row.window().guesses.len() == 3 && [1, 2, 3, first, wrong].contains(&row.window().guesses[2]));
+    assert_eq!((row.window(0).known, &row.window(0).guesses[..2]), (wrong, &[21, 22][..]));
+    assert!(row.window(0).guesses.len() == 3 && [1, 2, 3, first, wrong].contains(&row.window(0).guesses[2]));
 }
 
 #[test]
@@ -142,10 +168,24 @@ fn guesses_come_from_the_tokens_seen_and_the_seed_alone() {
 
 #[test]
 fn the_watcher_sees_every_token_once_and_in_order() {
-    let requests = requests();
-    let mut seen = vec![Vec::new(); requests.len()];
-    let options = DecodeOptions { strategy: Strategy::Jacobi { n: 4 }, seed: 1, record: false };
+    let mut seen = vec![Vec::new(); requests().len()];
     let mut watch = |row: usize, new: &[i32]| seen[row].extend_from_slice(new);
-    let answers = converge(&mut Rule::new(&requests, 29), &requests, &limits(), options, Some(&mut watch)).unwrap();
-    assert!(answers.iter().zip(&seen).all(|(answer, seen)| &answer.response_ids == seen && answer.blocks.is_empty()));
+    let answers = run(&mut Rule::new(7), 7, Strategy::Jacobi { n: 4 }, &limits(), Prefill::First, &mut watch);
+    assert!(answers.iter().zip(&seen).all(|(answer, seen)| &answer.response_ids == seen));
+}
+
+#[test]
+fn a_finished_row_leaves_its_place_to_the_next_request_without_a_change_of_answers() {
+    for strategy in [Strategy::Ar, Strategy::Jacobi { n: 8 }, Strategy::Rolling { n: 5 }] {
+        let together = answers(strategy, &limits());
+        for (room, prompt_tokens) in [(1, usize::MAX), (2, 1), (3, 4), (5, usize::MAX)] {
+            let mut model = Rule { prompt_tokens, ..Rule::new(room) };
+            let streamed = run(&mut model, room, strategy, &limits(), Prefill::Beside, &mut |_, _| ());
+            for (streamed, together) in streamed.iter().zip(&together) {
+                assert_eq!(streamed.response_ids, together.response_ids, "{strategy:?} in {room} rows");
+                assert_eq!(streamed.accepted, together.accepted);
+                assert_eq!(streamed.blocks, together.blocks);
+            }
+        }
+    }
 }

@@ -20,12 +20,17 @@ impl KvCache {
         KvCache { layers: (0..config.num_layers).map(|_| (empty(), empty())).collect(), capacity }
     }
 
-    /// Keeps only these rows, in this order.
-    pub fn select(&mut self, rows: &[i64]) {
-        for (keys, values) in &mut self.layers {
-            let index = Tensor::from_slice(rows).to_device(keys.device());
-            *keys = keys.index_select(0, &index);
-            *values = values.index_select(0, &index);
+    /// Some neighbouring rows, sharing their memory.
+    pub fn rows(&self, first: usize, count: usize) -> Self {
+        let part = |whole: &Tensor| whole.narrow(0, first as i64, count as i64);
+        let layers = self.layers.iter().map(|(keys, values)| (part(keys), part(values))).collect();
+        KvCache { layers, capacity: self.capacity }
+    }
+
+    /// Copies one row over another.
+    pub fn copy_row(&mut self, from: usize, to: usize) {
+        for tensor in self.layers.iter_mut().flat_map(|(keys, values)| [keys, values]) {
+            tensor.get(to as i64).copy_(&tensor.get(from as i64));
         }
     }
 

@@ -1,6 +1,7 @@
 //! Decoder-only transformers of the Llama line from Hugging Face folders.
 
 mod config;
+mod fused;
 mod kv_cache;
 mod raw_config;
 mod rope;
@@ -8,6 +9,7 @@ mod transformer;
 mod weights;
 
 pub use config::{Family, ModelConfig, RopeScaling};
+pub(crate) use fused::{Fused, StepInput, StepSize};
 pub use kv_cache::KvCache;
 pub use transformer::{ALIGNED, Transformer};
 pub(crate) use weights::write_safetensors;

@@ -10,23 +10,27 @@ use super::rope::{Rope, Rotation};
 use super::weights;
 use crate::{Result, torch_ext};
 
-struct Linear {
-    weight: Tensor,
-    bias: Option<Tensor>,
+pub(super) struct Linear {
+    pub(super) weight: Tensor,
+    pub(super) bias: Option<Tensor>,
 }
 
-struct Layer {
-    attention_norm: Tensor,
+pub(super) struct Layer {
+    pub(super) attention_norm: Tensor,
     query: Linear,
     key: Linear,
     value: Linear,
+    /// Queries, keys and values in one product: the three above are views of its rows.
+    pub(super) query_key_value: Linear,
     /// Norms of queries and keys (Qwen3).
-    query_key_norm: Option<(Tensor, Tensor)>,
-    output: Linear,
-    feed_forward_norm: Tensor,
+    pub(super) query_key_norm: Option<(Tensor, Tensor)>,
+    pub(super) output: Linear,
+    pub(super) feed_forward_norm: Tensor,
     gate: Linear,
     up: Linear,
-    down: Linear,
+    /// Gate and up in one product: the two above are views of its rows.
+    pub(super) gate_up: Tensor,
+    pub(super) down: Linear,
 }
 
 /// A transformer with its weights on one device.
@@ -34,10 +38,10 @@ pub struct Transformer {
     config: ModelConfig,
     device: Device,
     kind: Kind,
-    rope: Rope,
-    embedding: Tensor,
-    layers: Vec<Layer>,
-    norm: Tensor,
+    pub(super) rope: Rope,
+    pub(super) embedding: Tensor,
+    pub(super) layers: Vec<Layer>,
+    pub(super) norm: Tensor,
     /// `None` where the embedding is the output projection.
     head: Option<Tensor>,
     parameters: Vec<(String, Tensor)>,
@@ -68,6 +72,14 @@ impl Transformer {
     /// Random weights (normal, 0.02; norms 1, biases 0), drawn on the CPU: the same for the same seed on every device.
     pub fn random(config: ModelConfig, seed: u64, device: Device, kind: Kind) -> Self {
         let parameters = weights::random(&config, seed, device, kind);
+        Self::assemble(config, parameters, device, kind)
+    }
+
+    /// Noise drawn on the device: a shape to measure speed with, where drawing on the CPU would take minutes.
+    pub fn noise(config: ModelConfig, device: Device, kind: Kind) -> Self {
+        let _no_grad = tch::no_grad_guard();
+        let draw = |shape: &[i64]| Tensor::empty(shape, (kind, device)).normal_(0.0, 0.02);
+        let parameters = config.shapes().into_iter().map(|(name, shape)| (name, draw(&shape))).collect();
         Self::assemble(config, parameters, device, kind)
     }
 
@@ -147,7 +159,8 @@ impl Transformer {
         hidden.linear::<&Tensor>(self.projection(), None).to_kind(Kind::Float)
     }
 
-    fn projection(&self) -> &Tensor {
+    /// The output projection `[vocab, hidden]`.
+    pub(super) fn projection(&self) -> &Tensor {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 
@@ -208,13 +221,26 @@ impl Transformer {
         x.rms_norm(weight.size(), Some(weight), self.config.rms_norm_eps)
     }
 
-    fn assemble(config: ModelConfig, parameters: Vec<(String, Tensor)>, device: Device, kind: Kind) -> Self {
+    fn assemble(config: ModelConfig, mut parameters: Vec<(String, Tensor)>, device: Device, kind: Kind) -> Self {
+        let joined: Vec<_> = (0..config.num_layers)
+            .map(|layer| {
+                let mut join = |parts: &[&str], kind: &str| {
+                    let names: Vec<_> =
+                        parts.iter().map(|part| format!("model.layers.{layer}.{part}_proj.{kind}")).collect();
+                    join_rows(&mut parameters, &names)
+                };
+                let attention = ["self_attn.q", "self_attn.k", "self_attn.v"];
+                (join(&attention, "weight"), join(&attention, "bias"), join(&["mlp.gate", "mlp.up"], "weight"))
+            })
+            .collect();
         let find =
             |name: &str| parameters.iter().find(|(other, _)| other == name).map(|(_, tensor)| tensor.shallow_clone());
-        let all =
-            |name: &str| find(name).unwrap_or_else(|| unreachable!("weights::read gives every name of the config"));
+        let expected =
+            |found: Option<Tensor>| found.unwrap_or_else(|| unreachable!("there is every name of the config"));
+        let all = |name: &str| expected(find(name));
         let layers = (0..config.num_layers)
-            .map(|layer| {
+            .zip(joined)
+            .map(|(layer, (query_key_value, bias, gate_up))| {
                 let name = |part: &str| format!("model.layers.{layer}.{part}");
                 let linear = |part: &str| Linear {
                     weight: all(&name(&format!("{part}.weight"))),
@@ -226,12 +252,14 @@ impl Transformer {
                     query: linear("self_attn.q_proj"),
                     key: linear("self_attn.k_proj"),
                     value: linear("self_attn.v_proj"),
+                    query_key_value: Linear { weight: expected(query_key_value), bias },
                     query_key_norm: (config.family == Family::Qwen3)
                         .then(|| (norm("self_attn.q_norm"), norm("self_attn.k_norm"))),
                     output: linear("self_attn.o_proj"),
                     feed_forward_norm: norm("post_attention_layernorm"),
                     gate: linear("mlp.gate_proj"),
                     up: linear("mlp.up_proj"),
+                    gate_up: expected(gate_up),
                     down: linear("mlp.down_proj"),
                 }
             })
@@ -248,6 +276,21 @@ impl Transformer {
             parameters,
         }
     }
+}
+
+/// Copies some weights one under another into one tensor and makes them views of it; none where one is missing.
+fn join_rows(parameters: &mut [(String, Tensor)], names: &[String]) -> Option<Tensor> {
+    let _no_grad = tch::no_grad_guard();
+    let place = |name: &String| parameters.iter().position(|(other, _)| other == name);
+    let places: Vec<usize> = names.iter().map(place).collect::<Option<_>>()?;
+    let joined = Tensor::cat(&places.iter().map(|&place| &parameters[place].1).collect::<Vec<_>>(), 0);
+    let mut first = 0;
+    for place in places {
+        let rows = parameters[place].1.size()[0];
+        parameters[place].1 = joined.narrow(0, first, rows);
+        first += rows;
+    }
+    Some(joined)
 }
 
 /// Attention with what is added to the scores, or plainly causal without.

@@ -1,6 +1,10 @@
 //! The safe face of `csrc/`, and memory maps: the only room with `unsafe`.
 #![allow(unsafe_code)]
 
+pub mod decode_kernels;
+pub mod graphs;
+pub mod kernels;
+
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::fs::File;
 use std::path::Path;

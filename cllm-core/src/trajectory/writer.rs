@@ -126,11 +126,15 @@ impl Writer {
             (first..first + shards.len()).map(|index| format!("{PART}{index:05}.parquet")).collect();
         names.par_iter().zip(shards).try_for_each(|(name, rows)| self.write_rows(name, rows))?;
         self.manifest.shards.extend(names.into_iter().zip(shards.iter().map(|rows| rows.len())));
-        self.write_manifest()?;
-        self.remove_stopped()
+        self.write_manifest()
     }
 
-    /// Keeps the rows of a shard that a stopped run had begun. They are no part of the data set yet.
+    /// The folder of the data set.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// Keeps the rows of the shards that a stopped run had begun. They are no part of the data set yet.
     ///
     /// # Errors
     /// File-system errors.
@@ -138,14 +142,18 @@ impl Writer {
         self.write_rows(STOPPED, rows)
     }
 
-    /// The rows that a stopped run kept of the next shard; they stay there until that is written.
+    /// The rows that a stopped run kept, some of which may be in shards by now; they stay there until the data set is whole.
     pub fn stopped(&self) -> Vec<Trajectory> {
         // What cannot be read is made again.
         let rows = || Reader::open(&self.folder.join(STOPPED)).ok()?.rows().collect::<Result<Vec<_>>>().ok();
         rows().unwrap_or_default()
     }
 
-    fn remove_stopped(&self) -> Result<()> {
+    /// Forgets the rows that a stopped run kept.
+    ///
+    /// # Errors
+    /// File-system errors.
+    pub fn remove_stopped(&self) -> Result<()> {
         let path = self.folder.join(STOPPED);
         match std::fs::remove_file(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::write(path)(error)),

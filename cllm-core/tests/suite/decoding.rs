@@ -16,7 +16,7 @@ fn fixed_point_equals_greedy_on_every_family_and_in_every_batch() {
     for (name, config) in shapes() {
         let model = random_model(&config);
         let run = |strategy, requests: &[Request]| {
-            let options = DecodeOptions { strategy, seed: 5, record: true };
+            let options = DecodeOptions { record: true, ..DecodeOptions::greedy(strategy, 5) };
             decode(&model, requests, &limits, options, None).unwrap().0
         };
         let greedy = run(Strategy::Ar, &requests);
@@ -39,7 +39,7 @@ fn a_prompt_longer_than_the_context_is_refused_by_name() {
     let model = random_model(&config);
     let request = Request { sample_id: "long".into(), prompt_ids: vec![1; 250] };
     let limits = Limits { max_new_tokens: 40, eos_ids: vec![] };
-    let options = DecodeOptions { strategy: Strategy::Ar, seed: 0, record: false };
+    let options = DecodeOptions::greedy(Strategy::Ar, 0);
     let message = decode(&model, &[request], &limits, options, None).err().unwrap().to_string();
     assert!(message.contains("`long`") && message.contains("256"), "{message}");
 }

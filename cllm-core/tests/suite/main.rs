@@ -5,6 +5,7 @@ mod bad_models;
 mod chat_templates;
 mod decoding;
 mod gguf;
+mod gpu;
 mod models;
 mod parity;
 mod trajectories;

@@ -38,7 +38,8 @@ fn a_collection_that_was_stopped_twice_equals_one_that_was_not() {
     let (whole, stopped) = (path(dir.path(), "whole"), path(dir.path(), "stopped"));
     let (model, prompts) = (format!("model={}", path(WORLD.path(), "model")), format!("prompts={prompts}"));
     let (into_whole, into_stopped) = (format!("output={whole}"), format!("output={stopped}"));
-    let arguments = ["collect", "n=8", "max_new_tokens=40", "device=cpu", "shard_rows=2", &model, &prompts];
+    let arguments =
+        ["collect", "n=8", "max_new_tokens=40", "device=cpu", "shard_rows=2", "batch_rows=2", &model, &prompts];
     let once = [&arguments[..], &[&into_whole]].concat();
     let again = [&arguments[..], &[&into_stopped]].concat();
     let shard = |index| shard(&stopped, index);

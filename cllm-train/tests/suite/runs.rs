@@ -96,7 +96,7 @@ pub fn collect(model_folder: &Path, folder: &Path) -> PathBuf {
         .map(|sample| Request { sample_id: sample.id.clone(), prompt_ids: tokenizer.prompt(&sample.prompt).unwrap().1 })
         .collect();
     let limits = Limits { max_new_tokens: 14, eos_ids: tokenizer.eos_ids().to_vec() };
-    let options = DecodeOptions { strategy: Strategy::Jacobi { n: N }, seed: 1, record: true };
+    let options = DecodeOptions { record: true, ..DecodeOptions::greedy(Strategy::Jacobi { n: N }, 1) };
     let (answers, _) = decode(&model, &requests, &limits, options, None).unwrap();
     let provenance = Provenance {
         teacher: "t".to_owned(),

@@ -1,0 +1,496 @@
+// The kernels of one decoding step, compiled at run time for one model's shape (NVRTC; no headers).
+//
+// A step forwards a ragged batch: T tokens of several rows. Token i belongs to cache row `row[i]` (-1: padding), its key and
+// value go to slot `slot[i]`, its rotary position is `position[i]`. A tile is up to TILE tokens that follow one another in a row.
+//
+// Given as macros: HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, EPS, QKV_BIAS, OUTPUT_BIAS, QK_NORM, TILE.
+//
+// Matrix products use mma.m16n8k16 with the weights as the left operand. The order of k inside a product is free as long as
+// both sides agree, so each thread takes 8 neighbouring values (16 bytes) of a row for two products at once.
+typedef unsigned short bf16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define INFINITY __int_as_float(0x7f800000)
+#define QKV ((HEADS + 2 * KV_HEADS) * HEAD_DIM)
+#define GROUP (HEADS / KV_HEADS)
+#define HALF (HEAD_DIM / 2)
+#define CHUNKS (HEAD_DIM / 32)
+
+__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+__device__ __forceinline__ float wide(bf16 x) { return __uint_as_float(((u32)x) << 16); }
+__device__ __forceinline__ u32 pack(float lower, float upper) {
+  u32 pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(upper), "f"(lower));
+  return pair;
+}
+__device__ __forceinline__ bf16 narrow(float x) { return (bf16)(pack(x, 0.f) & 0xffffu); }
+
+// Weights pass through once a step: they need no place in L1.
+__device__ __forceinline__ uint4 load_once(const uint4 *from) {
+  uint4 x;
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "l"(from));
+  return x;
+}
+
+__device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Two products over the 32 values of k that `a` (row g), `b` (row g + 8) and `x` (column g) hold.
+__device__ __forceinline__ void mma_chunk(float (&c)[4], uint4 a, uint4 b, uint4 x) {
+  mma(c, a.x, b.x, a.y, b.y, x.x, x.y);
+  mma(c, a.z, b.z, a.w, b.w, x.z, x.w);
+}
+
+// Programmatic dependent launch: a kernel may begin while the one before it ends, but reads nothing of it before `wait`.
+__device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_successor_start() { asm volatile("griddepcontrol.launch_dependents;"); }
+
+__device__ __forceinline__ float warp_sum(float x) {
+  for (int step = 16; step > 0; step >>= 1) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+
+__device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
+
+// A hash of (key of the position, token): 32 bits (the finaliser of SplitMix64, Steele et al. 2014).
+__device__ __forceinline__ u32 hash(u64 key, u32 token) {
+  u64 z = key + 0x9e3779b97f4a7c15ull * (u64)(token + 1);
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+  return (u32)((z ^ (z >> 31)) >> 32);
+}
+
+// What is compared to choose a token: the logit, or with a temperature its Gumbel-max perturbation.
+__device__ __forceinline__ float score(float logit, float inverse_temperature, u64 key, int token) {
+  if (inverse_temperature == 0.f) return logit;
+  float uniform = ((float)(hash(key, (u32)token) >> 8) + 0.5f) * (1.f / 16777216.f);
+  return logit * inverse_temperature - logf(-logf(uniform));
+}
+
+__device__ __forceinline__ bool better(float value, int id, float than, int than_id) {
+  return value > than || (value == than && id < than_id);
+}
+
+extern "C" __global__ void embed(const bf16 *table, const int *tokens, bf16 *x) {
+  let_successor_start();
+  wait_for_predecessor();
+  const uint4 *from = (const uint4 *)(table + (size_t)tokens[blockIdx.x] * HIDDEN);
+  uint4 *to = (uint4 *)(x + (size_t)blockIdx.x * HIDDEN);
+  for (int i = threadIdx.x; i < HIDDEN / 8; i += blockDim.x) to[i] = from[i];
+}
+
+// ---- Few tokens: the weights are read once, everything around them is fused. ----
+
+enum { PLAIN, RESIDUAL, GATED, BEST };
+
+// out[t, o] = sum_k weight[o, k] x[t, k] for T = 8 NT tokens; NORM: of x's RMS norm. One block makes 16 rows of the weight
+// (GATED: 8 of the gate and the 8 of the up projection beside them), its warps share k.
+template <int NT, int MODE, bool NORM, int WARPS>
+__device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const bf16 *norm_weight, const bf16 *bias,
+                                       bf16 *out, float *best, int *best_id, int real, float inverse_temperature,
+                                       const u64 *keys, const int K, const int O) {
+  constexpr int T = NT * 8;
+  constexpr int DEPTH = 2;
+  __shared__ float partial[WARPS][16][T + 1];
+  __shared__ float squares[WARPS][T];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  const int first = blockIdx.x * (MODE == GATED ? 8 : 16);
+  const int upper = min(first + g, O - 1);
+  const int lower = MODE == GATED ? O + upper : min(first + g + 8, O - 1);
+  const uint4 *row_a = (const uint4 *)(weight + (size_t)upper * K) + t;
+  const uint4 *row_b = (const uint4 *)(weight + (size_t)lower * K) + t;
+  const int chunks = K / 32;
+
+  uint4 a[DEPTH], b[DEPTH];
+#pragma unroll
+  for (int d = 0; d < DEPTH; d++) {
+    int c = warp + d * WARPS;
+    if (c < chunks) a[d] = load_once(row_a + c * 4), b[d] = load_once(row_b + c * 4);
+  }
+  let_successor_start();
+  wait_for_predecessor();
+
+  float acc[NT][4] = {};
+  float square[NT] = {};
+  for (int base = warp; base < chunks; base += WARPS * DEPTH) {
+    uint4 next_a[DEPTH], next_b[DEPTH];
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++) {
+      int c = base + (DEPTH + d) * WARPS;
+      if (c < chunks) next_a[d] = load_once(row_a + c * 4), next_b[d] = load_once(row_b + c * 4);
+    }
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++) {
+      int c = base + d * WARPS;
+      if (c < chunks) {
+        uint4 scale;
+        if (NORM) scale = ((const uint4 *)norm_weight)[c * 4 + t];
+#pragma unroll
+        for (int nt = 0; nt < NT; nt++) {
+          int token = nt * 8 + g;
+          uint4 v = make_uint4(0, 0, 0, 0);
+          if (token < real) v = ((const uint4 *)(x + (size_t)token * K))[c * 4 + t];
+          if (NORM) {
+            u32 *pairs = (u32 *)&v;
+            const u32 *scales = (const u32 *)&scale;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+              float l = low(pairs[i]), h = high(pairs[i]);
+              square[nt] += l * l + h * h;
+              pairs[i] = pack(l * low(scales[i]), h * high(scales[i]));
+            }
+          }
+          mma_chunk(acc[nt], a[d], b[d], v);
+        }
+      }
+    }
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++) a[d] = next_a[d], b[d] = next_b[d];
+  }
+#pragma unroll
+  for (int nt = 0; nt < NT; nt++) {
+    int token = nt * 8 + 2 * t;
+    partial[warp][g][token] = acc[nt][0];
+    partial[warp][g][token + 1] = acc[nt][1];
+    partial[warp][g + 8][token] = acc[nt][2];
+    partial[warp][g + 8][token + 1] = acc[nt][3];
+    if (NORM) {
+      float s = square[nt];
+      s += __shfl_xor_sync(0xffffffffu, s, 1);
+      s += __shfl_xor_sync(0xffffffffu, s, 2);
+      if (t == 0) squares[warp][nt * 8 + g] = s;
+    }
+  }
+  __syncthreads();
+  auto scale_of = [&](int token) {
+    if (!NORM) return 1.f;
+    float s = 0.f;
+    for (int w = 0; w < WARPS; w++) s += squares[w][token];
+    return rsqrtf(s / K + EPS);
+  };
+  auto sum_of = [&](int r, int token) {
+    float s = 0.f;
+    for (int w = 0; w < WARPS; w++) s += partial[w][r][token];
+    return s;
+  };
+  if (MODE == BEST) {
+    for (int token = threadIdx.x; token < real; token += WARPS * 32) {
+      float scale = scale_of(token), top = -INFINITY;
+      u64 key = keys[token];
+      int top_id = 0x7fffffff;
+      for (int r = 0; r < 16 && first + r < O; r++) {
+        float value = score(sum_of(r, token) * scale, inverse_temperature, key, first + r);
+        if (better(value, first + r, top, top_id)) top = value, top_id = first + r;
+      }
+      best[(size_t)blockIdx.x * T + token] = top;
+      best_id[(size_t)blockIdx.x * T + token] = top_id;
+    }
+    return;
+  }
+  constexpr int ROWS = MODE == GATED ? 8 : 16;
+  for (int i = threadIdx.x; i < ROWS * real; i += WARPS * 32) {
+    int r = i % ROWS, token = i / ROWS, o = first + r;
+    if (o >= O) continue;
+    float value = sum_of(r, token) * scale_of(token);
+    bf16 *to = out + (size_t)token * O + o;
+    if (MODE == GATED) value = silu(value) * sum_of(r + 8, token) * scale_of(token);
+    if (bias) value += wide(bias[o]);
+    if (MODE == RESIDUAL) value += wide(*to);
+    *to = narrow(value);
+  }
+}
+
+#define SKINNY(NT)                                                                                                     \
+  extern "C" __global__ void __launch_bounds__(256) qkv_##NT(const bf16 *w, const bf16 *x, const bf16 *norm,           \
+                                                             const bf16 *bias, bf16 *out, int real) {                  \
+    skinny<NT, PLAIN, true, 8>(w, x, norm, bias, out, 0, 0, real, 0.f, 0, HIDDEN, QKV);                                \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(256) output_##NT(const bf16 *w, const bf16 *x, const bf16 *bias,        \
+                                                                bf16 *out, int real) {                                 \
+    skinny<NT, RESIDUAL, false, 8>(w, x, 0, bias, out, 0, 0, real, 0.f, 0, HEADS * HEAD_DIM, HIDDEN);                  \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(256) gate_up_##NT(const bf16 *w, const bf16 *x, const bf16 *norm,       \
+                                                                 bf16 *out, int real) {                                \
+    skinny<NT, GATED, true, 8>(w, x, norm, 0, out, 0, 0, real, 0.f, 0, HIDDEN, FFN);                                   \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(256) down_##NT(const bf16 *w, const bf16 *x, bf16 *out, int real) {     \
+    skinny<NT, RESIDUAL, false, 8>(w, x, 0, 0, out, 0, 0, real, 0.f, 0, FFN, HIDDEN);                                  \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(256) head_##NT(const bf16 *w, const bf16 *x, const bf16 *norm,          \
+                                                              float *best, int *best_id, int real,                     \
+                                                              float inverse_temperature, const u64 *keys) {            \
+    skinny<NT, BEST, true, 8>(w, x, norm, 0, 0, best, best_id, real, inverse_temperature, keys, HIDDEN, VOCAB);        \
+  }
+SKINNY(1)
+SKINNY(2)
+SKINNY(4)
+
+// The best of all blocks of `head`: one block a token.
+extern "C" __global__ void best_of_blocks(const float *best, const int *best_id, int blocks, int stride, int *predicted) {
+  __shared__ float values[32];
+  __shared__ int ids[32];
+  let_successor_start();
+  wait_for_predecessor();
+  float top = -INFINITY;
+  int top_id = 0x7fffffff;
+  for (int i = threadIdx.x; i < blocks; i += blockDim.x) {
+    float value = best[(size_t)i * stride + blockIdx.x];
+    int id = best_id[(size_t)i * stride + blockIdx.x];
+    if (better(value, id, top, top_id)) top = value, top_id = id;
+  }
+  for (int step = 16; step > 0; step >>= 1) {
+    float value = __shfl_xor_sync(0xffffffffu, top, step);
+    int id = __shfl_xor_sync(0xffffffffu, top_id, step);
+    if (better(value, id, top, top_id)) top = value, top_id = id;
+  }
+  if (threadIdx.x % 32 == 0) values[threadIdx.x / 32] = top, ids[threadIdx.x / 32] = top_id;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < blockDim.x / 32; w++)
+      if (better(values[w], ids[w], top, top_id)) top = values[w], top_id = ids[w];
+    predicted[blockIdx.x] = top_id;
+  }
+}
+
+// ---- Many tokens: cuBLAS multiplies, these do the rest. ----
+
+// x += delta (where there is one); normed = RMS norm of x. One block a token.
+extern "C" __global__ void add_norm(bf16 *x, const bf16 *delta, const bf16 *weight, bf16 *normed) {
+  __shared__ float sums[32];
+  uint4 *row = (uint4 *)(x + (size_t)blockIdx.x * HIDDEN);
+  const uint4 *added = (const uint4 *)(delta + (size_t)blockIdx.x * HIDDEN);
+  float square = 0.f;
+  for (int i = threadIdx.x; i < HIDDEN / 8; i += blockDim.x) {
+    uint4 v = row[i];
+    u32 *pairs = (u32 *)&v;
+    if (delta) {
+      uint4 d = added[i];
+      const u32 *others = (const u32 *)&d;
+      for (int j = 0; j < 4; j++) pairs[j] = pack(low(pairs[j]) + low(others[j]), high(pairs[j]) + high(others[j]));
+      row[i] = v;
+    }
+    for (int j = 0; j < 4; j++) square += low(pairs[j]) * low(pairs[j]) + high(pairs[j]) * high(pairs[j]);
+  }
+  square = warp_sum(square);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = square;
+  __syncthreads();
+  float total = 0.f;
+  for (int w = 0; w < blockDim.x / 32; w++) total += sums[w];
+  float scale = rsqrtf(total / HIDDEN + EPS);
+  uint4 *to = (uint4 *)(normed + (size_t)blockIdx.x * HIDDEN);
+  for (int i = threadIdx.x; i < HIDDEN / 8; i += blockDim.x) {
+    uint4 v = row[i], w = ((const uint4 *)weight)[i];
+    u32 *pairs = (u32 *)&v;
+    const u32 *scales = (const u32 *)&w;
+    for (int j = 0; j < 4; j++)
+      pairs[j] = pack(low(pairs[j]) * scale * low(scales[j]), high(pairs[j]) * scale * high(scales[j]));
+    to[i] = v;
+  }
+}
+
+// gate and up [T, 2 FFN] -> silu(gate) * up [T, FFN].
+extern "C" __global__ void gated(const bf16 *both, bf16 *out, int tokens) {
+  size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+  if (i >= (size_t)tokens * (FFN / 8)) return;
+  size_t token = i / (FFN / 8), column = i % (FFN / 8);
+  uint4 g = ((const uint4 *)(both + token * 2 * FFN))[column], u = ((const uint4 *)(both + token * 2 * FFN + FFN))[column];
+  u32 *gates = (u32 *)&g;
+  const u32 *ups = (const u32 *)&u;
+  for (int j = 0; j < 4; j++)
+    gates[j] = pack(silu(low(gates[j])) * low(ups[j]), silu(high(gates[j])) * high(ups[j]));
+  ((uint4 *)(out + token * FFN))[column] = g;
+}
+
+// The best token of each row of logits [tokens, VOCAB]: one block a token.
+extern "C" __global__ void best_token(const float *logits, float inverse_temperature, const u64 *keys, int *predicted) {
+  __shared__ float values[32];
+  __shared__ int ids[32];
+  const float *row = logits + (size_t)blockIdx.x * VOCAB;
+  u64 key = keys[blockIdx.x];
+  float top = -INFINITY;
+  int top_id = 0x7fffffff;
+  for (int i = threadIdx.x; i < VOCAB; i += blockDim.x) {
+    float value = score(row[i], inverse_temperature, key, i);
+    if (better(value, i, top, top_id)) top = value, top_id = i;
+  }
+  for (int step = 16; step > 0; step >>= 1) {
+    float value = __shfl_xor_sync(0xffffffffu, top, step);
+    int id = __shfl_xor_sync(0xffffffffu, top_id, step);
+    if (better(value, id, top, top_id)) top = value, top_id = id;
+  }
+  if (threadIdx.x % 32 == 0) values[threadIdx.x / 32] = top, ids[threadIdx.x / 32] = top_id;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < blockDim.x / 32; w++)
+      if (better(values[w], ids[w], top, top_id)) top = values[w], top_id = ids[w];
+    predicted[blockIdx.x] = top_id;
+  }
+}
+
+// ---- Attention ----
+
+// Norms (Qwen3), rotates queries in place and keys on their way into the cache; values go there transposed.
+// keys: [rows, KV_HEADS, capacity, HEAD_DIM], values: [rows, KV_HEADS, HEAD_DIM, capacity] of this layer. One block a token.
+extern "C" __global__ void rotate_and_cache(bf16 *qkv, const int *row, const int *slot, const int *position,
+                                            const float *cosines, const float *sines, const bf16 *query_norm,
+                                            const bf16 *key_norm, bf16 *keys, bf16 *values, int capacity) {
+  let_successor_start();
+  wait_for_predecessor();
+  const int token = blockIdx.x;
+  if (row[token] < 0) return;
+  const int lane = threadIdx.x & 31;
+  bf16 *vector = qkv + (size_t)token * QKV;
+  const float *cosine = cosines + (size_t)position[token] * HALF, *sine = sines + (size_t)position[token] * HALF;
+  for (int head = threadIdx.x >> 5; head < HEADS + 2 * KV_HEADS; head += blockDim.x >> 5) {
+    bf16 *x = vector + head * HEAD_DIM;
+    if (head >= HEADS + KV_HEADS) {
+      size_t base = ((size_t)row[token] * KV_HEADS + head - HEADS - KV_HEADS) * HEAD_DIM;
+      for (int i = lane; i < HEAD_DIM; i += 32) values[(base + i) * capacity + slot[token]] = x[i];
+      continue;
+    }
+    bool is_key = head >= HEADS;
+    float scale = 1.f;
+    if (QK_NORM) {
+      float square = 0.f;
+      for (int i = lane; i < HEAD_DIM; i += 32) square += wide(x[i]) * wide(x[i]);
+      scale = rsqrtf(warp_sum(square) / HEAD_DIM + EPS);
+    }
+    bf16 *to = is_key ? keys + (((size_t)row[token] * KV_HEADS + head - HEADS) * capacity + slot[token]) * HEAD_DIM : x;
+    for (int i = lane; i < HALF; i += 32) {
+      float first = wide(x[i]), second = wide(x[i + HALF]);
+      if (QK_NORM) {
+        const bf16 *weight = is_key ? key_norm : query_norm;
+        first = wide(narrow(first * scale * wide(weight[i])));
+        second = wide(narrow(second * scale * wide(weight[i + HALF])));
+      }
+      to[i] = narrow(first * cosine[i] - second * sine[i]);
+      to[i + HALF] = narrow(second * cosine[i] + first * sine[i]);
+    }
+  }
+}
+
+// out[token, head] = softmax(q k^T / sqrt(HEAD_DIM)) v over the slots that a token sees: all before its row's window (which
+// starts at `window`), and of the window those at or before its own slot whose bit is set in `visible` (bits from the window's
+// start on; what lies 64 or more after it is always visible). Blocks: (tile, key head). Warps share the 16-row pieces of the tile's
+// GROUP * length query vectors, and the keys of each piece in chunks of 32.
+extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
+    attention(const bf16 *qkv, const bf16 *keys, const bf16 *values, const int *tile_row, const int *tile_token,
+              const int *tile_length, const int *tile_window, const int *slot, const u64 *visible, bf16 *out,
+              int capacity) {
+  extern __shared__ float merged[];  // [WARPS][16][HEAD_DIM + 2]
+  let_successor_start();
+  wait_for_predecessor();
+  const int tile = blockIdx.x, key_head = blockIdx.y, cache_row = tile_row[tile];
+  if (cache_row < 0) return;
+  const int first = tile_token[tile], length = tile_length[tile], window = tile_window[tile];
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
+  const int count = length * GROUP, pieces = (count + 15) / 16;
+  const int sharers = ATTENTION_WARPS / pieces;  // warps that share one piece; the host keeps pieces <= warps
+  const int piece = warp / sharers, share = warp % sharers;
+  const int last_slot = slot[first + length - 1];
+  const bf16 *k = keys + ((size_t)cache_row * KV_HEADS + key_head) * capacity * HEAD_DIM;
+  const bf16 *v = values + ((size_t)cache_row * KV_HEADS + key_head) * HEAD_DIM * capacity;
+
+  float o[HEAD_DIM / 8][4] = {};
+  float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
+  uint4 q[2][CHUNKS];
+  int own_slot[2];
+  u64 own_visible[2];
+  if (piece < pieces) {
+    for (int r = 0; r < 2; r++) {
+      int m = piece * 16 + g + 8 * r;
+      bool there = m < count;
+      int token = first + (there ? m / GROUP : 0), head = key_head * GROUP + (there ? m % GROUP : 0);
+      own_slot[r] = there ? slot[token] : -1;
+      own_visible[r] = visible[token];
+      const uint4 *from = (const uint4 *)(qkv + (size_t)token * QKV + head * HEAD_DIM) + t;
+      for (int c = 0; c < CHUNKS; c++) q[r][c] = from[c * 4];
+    }
+    const float scale = rsqrtf((float)HEAD_DIM) * 1.44269504f;  // exponents of two
+    for (int chunk = share; chunk * 32 <= last_slot; chunk += sharers) {
+      float s[4][4] = {};
+      // The key at column n of product j is chosen so that a thread's scores are of 8 neighbouring keys.
+#pragma unroll
+      for (int j = 0; j < 4; j++) {
+        int key = chunk * 32 + 8 * (g >> 1) + 2 * j + (g & 1);
+        const uint4 *from = (const uint4 *)(k + (size_t)key * HEAD_DIM) + t;
+#pragma unroll
+        for (int c = 0; c < CHUNKS; c++) mma_chunk(s[j], q[0][c], q[1][c], from[c * 4]);
+      }
+#pragma unroll
+      for (int r = 0; r < 2; r++) {
+        float best = -INFINITY;
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            int key = chunk * 32 + 8 * t + 2 * j + i, after = key - window;
+            bool seen = key <= own_slot[r] && (after < 0 || after >= 64 || ((own_visible[r] >> after) & 1));
+            float &value = s[j][2 * r + i];
+            value = seen ? value * scale : -INFINITY;
+            best = fmaxf(best, value);
+          }
+        best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
+        best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
+        float higher = fmaxf(top[r], best);
+        float base = higher == -INFINITY ? 0.f : higher;
+        float shrink = exp2f(top[r] - base);
+        top[r] = higher;
+        sum[r] *= shrink;
+#pragma unroll
+        for (int d = 0; d < HEAD_DIM / 8; d++) o[d][2 * r] *= shrink, o[d][2 * r + 1] *= shrink;
+#pragma unroll
+        for (int j = 0; j < 4; j++)
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            float &value = s[j][2 * r + i];
+            value = exp2f(value - base);
+            sum[r] += value;
+          }
+      }
+      u32 p[4][2];
+#pragma unroll
+      for (int j = 0; j < 4; j++) p[j][0] = pack(s[j][0], s[j][1]), p[j][1] = pack(s[j][2], s[j][3]);
+#pragma unroll
+      for (int d = 0; d < HEAD_DIM / 8; d++) {
+        uint4 x = *((const uint4 *)(v + (size_t)(d * 8 + g) * capacity + chunk * 32) + t);
+        mma(o[d], p[0][0], p[0][1], p[1][0], p[1][1], x.x, x.y);
+        mma(o[d], p[2][0], p[2][1], p[3][0], p[3][1], x.z, x.w);
+      }
+    }
+    for (int r = 0; r < 2; r++) {
+      sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 1);
+      sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 2);
+    }
+    float *mine = merged + (size_t)warp * 16 * (HEAD_DIM + 2);
+    for (int r = 0; r < 2; r++) {
+      float *line = mine + (g + 8 * r) * (HEAD_DIM + 2);
+      for (int d = 0; d < HEAD_DIM / 8; d++) line[d * 8 + 2 * t] = o[d][2 * r], line[d * 8 + 2 * t + 1] = o[d][2 * r + 1];
+      if (t == 0) line[HEAD_DIM] = top[r], line[HEAD_DIM + 1] = sum[r];
+    }
+  }
+  __syncthreads();
+  // One warp joins the shares of a query vector.
+  for (int m = warp; m < count; m += ATTENTION_WARPS) {
+    const float *lines = merged + ((size_t)(m / 16) * sharers * 16 + m % 16) * (HEAD_DIM + 2);
+    float highest = -INFINITY;
+    for (int i = 0; i < sharers; i++) highest = fmaxf(highest, lines[(size_t)i * 16 * (HEAD_DIM + 2) + HEAD_DIM]);
+    float total = 0.f, parts[HEAD_DIM / 32] = {};
+    for (int i = 0; i < sharers; i++) {
+      const float *line = lines + (size_t)i * 16 * (HEAD_DIM + 2);
+      float factor = exp2f(line[HEAD_DIM] - highest);
+      total += factor * line[HEAD_DIM + 1];
+      for (int d = 0; d < HEAD_DIM / 32; d++) parts[d] += factor * line[d * 32 + lane];
+    }
+    bf16 *to = out + ((size_t)(first + m / GROUP) * HEADS + key_head * GROUP + m % GROUP) * HEAD_DIM;
+    for (int d = 0; d < HEAD_DIM / 32; d++) to[d * 32 + lane] = narrow(parts[d] / total);
+  }
+}

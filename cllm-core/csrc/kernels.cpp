@@ -1,0 +1,159 @@
+// Kernels compiled at run time: NVRTC and the CUDA driver are opened when they are first needed, so that the programs start
+// on machines without either. Every function returns 0, or 1 with the message in cllm_last_error().
+#include <c10/core/Allocator.h>
+#include <c10/cuda/CUDAFunctions.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda.h>
+#include <dlfcn.h>
+#include <nvrtc.h>
+
+#include <climits>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "guarded.h"
+
+namespace {
+void *open_library(const std::vector<std::string> &names) {
+  std::string tried;
+  for (const auto &name : names) {
+    if (void *library = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL)) return library;
+    tried += std::string(tried.empty() ? "" : "; ") + dlerror();
+  }
+  throw std::runtime_error(tried);
+}
+
+// The wheel keeps NVRTC in a folder beside torch's; elsewhere the loader finds it or nobody does. NVRTC looks for its own
+// second library only among what is loaded.
+void *open_nvrtc() {
+  const std::string compiler = "libnvrtc.so.13", builtins = "libnvrtc-builtins.so.13.0";
+  Dl_info info;
+  char real[PATH_MAX];
+  std::string folder;
+  if (dladdr(reinterpret_cast<void *>(&c10::GetAllocator), &info) && realpath(info.dli_fname, real)) {
+    folder = real;
+    for (int up = 0; up < 3; up++) folder.erase(folder.rfind('/'));
+    folder += "/nvidia/cu13/lib/";
+  }
+  open_library({folder + builtins, builtins});
+  return open_library({folder + compiler, compiler});
+}
+
+template <typename F>
+F *symbol(void *library, const char *name) {
+  void *found = dlsym(library, name);
+  if (!found) throw std::runtime_error(dlerror());
+  return reinterpret_cast<F *>(found);
+}
+
+struct Nvrtc {
+  void *library = open_nvrtc();
+  decltype(&nvrtcCreateProgram) create = symbol<decltype(nvrtcCreateProgram)>(library, "nvrtcCreateProgram");
+  decltype(&nvrtcCompileProgram) compile = symbol<decltype(nvrtcCompileProgram)>(library, "nvrtcCompileProgram");
+  decltype(&nvrtcGetProgramLogSize) log_size = symbol<decltype(nvrtcGetProgramLogSize)>(library, "nvrtcGetProgramLogSize");
+  decltype(&nvrtcGetProgramLog) log = symbol<decltype(nvrtcGetProgramLog)>(library, "nvrtcGetProgramLog");
+  decltype(&nvrtcGetCUBINSize) code_size = symbol<decltype(nvrtcGetCUBINSize)>(library, "nvrtcGetCUBINSize");
+  decltype(&nvrtcGetCUBIN) code = symbol<decltype(nvrtcGetCUBIN)>(library, "nvrtcGetCUBIN");
+  decltype(&nvrtcDestroyProgram) destroy = symbol<decltype(nvrtcDestroyProgram)>(library, "nvrtcDestroyProgram");
+};
+
+struct Driver {
+  void *library = open_library({"libcuda.so.1"});
+  decltype(&cuModuleLoadData) load = symbol<decltype(cuModuleLoadData)>(library, "cuModuleLoadData");
+  decltype(&cuModuleGetFunction) function = symbol<decltype(cuModuleGetFunction)>(library, "cuModuleGetFunction");
+  decltype(&cuFuncSetAttribute) attribute = symbol<decltype(cuFuncSetAttribute)>(library, "cuFuncSetAttribute");
+  decltype(&cuLaunchKernelEx) launch = symbol<decltype(cuLaunchKernelEx)>(library, "cuLaunchKernelEx");
+  decltype(&cuDeviceGet) device = symbol<decltype(cuDeviceGet)>(library, "cuDeviceGet");
+  decltype(&cuDeviceGetAttribute) property = symbol<decltype(cuDeviceGetAttribute)>(library, "cuDeviceGetAttribute");
+  decltype(&cuGetErrorString) error = symbol<decltype(cuGetErrorString)>(library, "cuGetErrorString");
+};
+
+const Driver &driver() {
+  static const Driver driver;
+  return driver;
+}
+
+void check(CUresult result, const std::string &what) {
+  if (result == CUDA_SUCCESS) return;
+  const char *text = nullptr;
+  driver().error(result, &text);
+  throw std::runtime_error(what + ": " + (text ? text : "unknown error of the CUDA driver"));
+}
+}  // namespace
+
+extern "C" {
+
+// Compiles CUDA source to machine code; needs no GPU. `code` is malloc'ed and the caller's.
+int cllm_compile(const char *source, const char *const *options, size_t count, char **code, size_t *size) {
+  return guarded([&] {
+    static const Nvrtc nvrtc;
+    nvrtcProgram program = nullptr;
+    if (nvrtc.create(&program, source, "kernels.cu", 0, nullptr, nullptr)) throw std::runtime_error("NVRTC took no program");
+    nvrtcResult failed = nvrtc.compile(program, static_cast<int>(count), options);
+    if (failed != NVRTC_SUCCESS) {
+      size_t length = 0;
+      nvrtc.log_size(program, &length);
+      std::string log(length, ' ');
+      nvrtc.log(program, log.data());
+      nvrtc.destroy(&program);
+      throw std::runtime_error("kernels do not compile: " + log);
+    }
+    nvrtc.code_size(program, size);
+    *code = static_cast<char *>(std::malloc(*size));
+    nvrtc.code(program, *code);
+    nvrtc.destroy(&program);
+  });
+}
+
+void cllm_free(char *code) { std::free(code); }
+
+// Major and minor compute capability of a device.
+int cllm_capability(int device, int *capability) {
+  return guarded([&] {
+    CUdevice found;
+    check(driver().device(&found, device), "finding the device");
+    check(driver().property(&capability[0], CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, found), "asking the device");
+    check(driver().property(&capability[1], CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, found), "asking the device");
+  });
+}
+
+// Loads machine code into the context of a device. Modules live as long as the process.
+int cllm_module(int device, const char *code, void **module) {
+  return guarded([&] {
+    c10::cuda::set_device(static_cast<c10::DeviceIndex>(device));
+    c10::cuda::device_synchronize();  // makes the context
+    CUmodule loaded;
+    check(driver().load(&loaded, code), "loading kernels");
+    *module = loaded;
+  });
+}
+
+int cllm_kernel(void *module, const char *name, int shared_bytes, void **kernel) {
+  return guarded([&] {
+    CUfunction found;
+    check(driver().function(&found, static_cast<CUmodule>(module), name), name);
+    if (shared_bytes > 48 * 1024)
+      check(driver().attribute(found, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes), name);
+    *kernel = found;
+  });
+}
+
+// Puts a kernel on the current stream. `overlap`: it may begin before the one before it ends (griddepcontrol.wait).
+int cllm_launch(int device, void *kernel, const unsigned *grid, unsigned threads, unsigned shared_bytes, int overlap,
+                void **arguments) {
+  return guarded([&] {
+    CUlaunchAttribute attribute = {};
+    attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+    attribute.value.programmaticStreamSerializationAllowed = 1;
+    CUlaunchConfig config = {};
+    config.gridDimX = grid[0], config.gridDimY = grid[1], config.gridDimZ = 1;
+    config.blockDimX = threads, config.blockDimY = 1, config.blockDimZ = 1;
+    config.sharedMemBytes = shared_bytes;
+    config.hStream = c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(device)).stream();
+    config.attrs = &attribute;
+    config.numAttrs = overlap ? 1 : 0;
+    check(driver().launch(&config, static_cast<CUfunction>(kernel), arguments, nullptr), "launching a kernel");
+  });
+}
+}

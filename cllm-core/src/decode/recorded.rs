@@ -1,0 +1,307 @@
+//! Steps on a GPU as CUDA graphs. A step's rows lie one behind another, without padding between them; their number is rounded
+//! up to one of few sizes. The second step of a size is recorded, and from then on one launch replays it: it copies its input from
+//! pinned memory, forwards it, and copies the predictions back.
+
+use std::collections::HashMap;
+use std::ops::Range;
+
+use tch::{Kind, Tensor};
+
+use super::{Choice, Chunk, Forward, Window, noise};
+use crate::Result;
+use crate::model::{Fused, StepInput, StepSize, Transformer};
+use crate::torch_ext::decode_kernels::{self, FEW_TOKENS, Places};
+use crate::torch_ext::graphs::{Graph, GraphPool, PinnedInts, Stream};
+
+/// Tokens of prompts that a step takes at most beside the windows.
+const PROMPT_TOKENS: usize = 4096;
+
+pub(super) struct RecordedModel<'m> {
+    // Graphs go before the memory that they use.
+    steps: HashMap<(StepSize, u32), Step>,
+    buffers: Buffers,
+    stream: Stream,
+    model: Fused<'m>,
+    device: tch::Device,
+    rows: usize,
+}
+
+/// A size that was met once, or a recorded one.
+enum Step {
+    Met,
+    Recorded(Graph),
+}
+
+/// What steps read and write, and the graphs' own memory; graphs hold their addresses.
+struct Buffers {
+    pool: GraphPool,
+    host_input: PinnedInts,
+    input: Tensor,
+    host_predicted: PinnedInts,
+    predicted: Tensor,
+}
+
+/// Where the parts of a step's input lie, as ranges of int32.
+struct Layout {
+    /// 64-bit numbers come first: they want even addresses.
+    visible: Range<usize>,
+    keys: Range<usize>,
+    tokens: Range<usize>,
+    row: Range<usize>,
+    slot: Range<usize>,
+    position: Range<usize>,
+    tile_row: Range<usize>,
+    tile_token: Range<usize>,
+    tile_length: Range<usize>,
+    tile_window: Range<usize>,
+}
+
+impl Layout {
+    fn of(size: StepSize) -> Self {
+        let mut end = 0;
+        let mut part = |length: usize| {
+            let start = end;
+            end += length;
+            start..end
+        };
+        Layout {
+            visible: part(2 * size.tokens),
+            keys: part(2 * size.outputs),
+            tokens: part(size.tokens),
+            row: part(size.tokens),
+            slot: part(size.tokens),
+            position: part(size.tokens),
+            tile_row: part(size.tiles),
+            tile_token: part(size.tiles),
+            tile_length: part(size.tiles),
+            tile_window: part(size.tiles),
+        }
+    }
+
+    fn len(&self) -> usize {
+        self.tile_window.end
+    }
+
+    /// Views of the parts of a device tensor.
+    fn views(&self, input: &Tensor, inverse_temperature: f32) -> StepInput {
+        let part = |range: &Range<usize>| input.narrow(0, range.start as i64, range.len() as i64);
+        StepInput {
+            tokens: part(&self.tokens),
+            places: Places {
+                row: part(&self.row),
+                slot: part(&self.slot),
+                position: part(&self.position),
+                visible: part(&self.visible),
+                tile_row: part(&self.tile_row),
+                tile_token: part(&self.tile_token),
+                tile_length: part(&self.tile_length),
+                tile_window: part(&self.tile_window),
+            },
+            choice: decode_kernels::Choice { inverse_temperature, keys: part(&self.keys) },
+        }
+    }
+}
+
+impl Buffers {
+    fn new(ints: usize, outputs: usize, device: tch::Device) -> Result<Self> {
+        let zeros = |length: usize| Tensor::f_zeros([length as i64], (Kind::Int, device));
+        Ok(Buffers {
+            pool: GraphPool::new()?,
+            host_input: PinnedInts::new(ints)?,
+            input: zeros(ints)?,
+            host_predicted: PinnedInts::new(outputs)?,
+            predicted: zeros(outputs)?,
+        })
+    }
+}
+
+impl<'m> RecordedModel<'m> {
+    /// `None` where the kernels cannot compute the model.
+    pub(super) fn new(model: &'m Transformer, rows: usize, capacity: usize) -> Result<Option<Self>> {
+        let Some(fused) = Fused::new(model, rows, capacity)? else { return Ok(None) };
+        let tch::Device::Cuda(index) = model.device() else { return Ok(None) };
+        // What the default stream still has to do for the weights and the empty cache.
+        crate::device::synchronize(model.device());
+        Ok(Some(RecordedModel {
+            steps: HashMap::new(),
+            buffers: Buffers::new(1, 1, model.device())?,
+            stream: Stream::new(index)?,
+            model: fused,
+            device: model.device(),
+            rows,
+        }))
+    }
+
+    fn size(&self, chunks: &[Chunk<'_>], windows: &[Window<'_>]) -> StepSize {
+        let outputs: usize = windows.iter().map(Window::len).sum();
+        let prompt: usize = chunks.iter().map(|chunk| chunk.tokens.len()).sum();
+        let tokens = rounded_up(outputs + prompt);
+        // The fused kernels predict after every token.
+        let outputs = if tokens <= FEW_TOKENS { tokens } else { rounded_up(outputs).min(tokens) };
+        let tiles = if tokens <= FEW_TOKENS { tokens } else { self.rows + tokens.div_ceil(self.model.tile()) };
+        StepSize { tokens, outputs, tiles }
+    }
+
+    /// Makes room; what was recorded reads the old buffers and is forgotten.
+    fn reserve(&mut self, ints: usize, outputs: usize) -> Result<()> {
+        let (had_ints, had_outputs) = (self.buffers.input.numel(), self.buffers.predicted.numel());
+        if ints > had_ints || outputs > had_outputs {
+            self.steps.clear();
+            self.buffers = Buffers::new((2 * ints).max(had_ints), (2 * outputs).max(had_outputs), self.device)?;
+        }
+        Ok(())
+    }
+
+    /// Puts one step on the stream.
+    fn launch(&self, size: StepSize, inverse_temperature: f32) -> Result<()> {
+        let layout = Layout::of(size);
+        let input = self.buffers.input.narrow(0, 0, layout.len() as i64);
+        let predicted = self.buffers.predicted.narrow(0, 0, size.outputs as i64);
+        self.buffers.host_input.send(&input)?;
+        self.model.step(&layout.views(&input, inverse_temperature), &predicted)?;
+        if size.outputs > 0 { self.buffers.host_predicted.receive(&predicted) } else { Ok(()) }
+    }
+
+    fn run(&mut self, size: StepSize, inverse_temperature: f32) -> Result<()> {
+        let key = (size, inverse_temperature.to_bits());
+        match self.steps.get(&key) {
+            Some(Step::Recorded(graph)) => graph.replay()?,
+            None => {
+                self.launch(size, inverse_temperature)?;
+                self.steps.insert(key, Step::Met);
+            }
+            Some(Step::Met) => {
+                let (graph, ()) = self.stream.record(&self.buffers.pool, || self.launch(size, inverse_temperature))?;
+                graph.replay()?;
+                self.steps.insert(key, Step::Recorded(graph));
+            }
+        }
+        self.stream.synchronize()
+    }
+}
+
+impl Forward for RecordedModel<'_> {
+    fn step(&mut self, chunks: &[Chunk<'_>], windows: &[Window<'_>], choice: Choice) -> Result<Vec<Vec<i32>>> {
+        let size = self.size(chunks, windows);
+        let layout = Layout::of(size);
+        self.reserve(layout.len(), size.outputs)?;
+        let tile = self.model.tile();
+        Input { ints: self.buffers.host_input.as_mut_slice(), layout, tile, tokens: 0, tiles: 0 }.fill(chunks, windows);
+        let on_stream = self.stream.enter()?;
+        let inverse = if choice.temperature == 0.0 { 0.0 } else { (1.0 / choice.temperature) as f32 };
+        self.run(size, inverse)?;
+        drop(on_stream);
+        let mut predicted = &*self.buffers.host_predicted.as_mut_slice();
+        let mut take = |count: usize| {
+            let (taken, rest) = predicted.split_at(count);
+            predicted = rest;
+            taken.to_vec()
+        };
+        Ok(windows.iter().map(|window| take(window.len())).collect())
+    }
+
+    fn copy_row(&mut self, from: usize, to: usize) -> Result<()> {
+        let _on_stream = self.stream.enter()?;
+        self.model.copy_row(from, to);
+        Ok(())
+    }
+
+    fn prompt_tokens(&self) -> usize {
+        PROMPT_TOKENS
+    }
+}
+
+/// Fills the input of one step.
+struct Input<'b> {
+    ints: &'b mut [i32],
+    layout: Layout,
+    tile: usize,
+    tokens: usize,
+    tiles: usize,
+}
+
+impl Input<'_> {
+    fn fill(mut self, chunks: &[Chunk<'_>], windows: &[Window<'_>]) {
+        for window in windows {
+            for offset in 0..window.len() {
+                let key = noise::position_key(window.key, window.start + offset + 1);
+                let at = self.layout.keys.start + 2 * (self.tokens + offset);
+                (self.ints[at], self.ints[at + 1]) = (key as i32, (key >> 32) as i32);
+            }
+            self.row(window.row, window.start, window.tokens());
+        }
+        for chunk in chunks {
+            self.row(chunk.row, chunk.start, chunk.tokens.iter().copied());
+        }
+        let Layout { tokens, row, slot, position, tile_row, .. } = &self.layout;
+        self.ints[row.start + self.tokens..row.end].fill(-1);
+        for part in [tokens, slot, position] {
+            self.ints[part.start + self.tokens..part.end].fill(0);
+        }
+        self.ints[tile_row.start + self.tiles..tile_row.end].fill(-1);
+    }
+
+    /// Adds tokens of a row that follow one another from position `start` on.
+    fn row(&mut self, row: usize, start: usize, tokens: impl Iterator<Item = i32>) {
+        let (layout, first) = (&self.layout, self.tokens);
+        for token in tokens {
+            let (at, place) = (self.tokens, (start + self.tokens - first) as i32);
+            self.ints[layout.tokens.start + at] = token;
+            self.ints[layout.row.start + at] = row as i32;
+            self.ints[layout.slot.start + at] = place;
+            self.ints[layout.position.start + at] = place;
+            // All that lies before a token in its window.
+            self.ints[layout.visible.start + 2 * at..][..2].fill(-1);
+            self.tokens += 1;
+        }
+        for token in (first..self.tokens).step_by(self.tile) {
+            let at = self.tiles;
+            self.ints[layout.tile_row.start + at] = row as i32;
+            self.ints[layout.tile_token.start + at] = token as i32;
+            self.ints[layout.tile_length.start + at] = self.tile.min(self.tokens - token) as i32;
+            self.ints[layout.tile_window.start + at] = start as i32;
+            self.tiles += 1;
+        }
+    }
+}
+
+/// The next of the sizes that are recorded: powers of two, with one between them from 32 on, and multiples of 1,024.
+fn rounded_up(count: usize) -> usize {
+    match count {
+        0 => 0,
+        1025.. => count.next_multiple_of(1024),
+        _ => {
+            let power = count.next_power_of_two();
+            let between = power / 4 * 3;
+            if power > 64 && count <= between { between } else { power }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_few_and_never_too_small() {
+        assert_eq!([0, 1, 3, 17, 33, 65, 97, 500, 1025].map(rounded_up), [0, 1, 4, 32, 64, 96, 128, 512, 2048]);
+        assert!((1..5000).all(|count| rounded_up(count) >= count));
+    }
+
+    #[test]
+    fn rows_lie_one_behind_another_in_tiles() {
+        let size = StepSize { tokens: 8, outputs: 8, tiles: 5 };
+        let layout = Layout::of(size);
+        let mut ints = vec![7; layout.len()];
+        let window = Window { row: 0, start: 4, known: 11, guesses: &[12, 13], key: 1 };
+        let chunk = Chunk { row: 2, start: 0, tokens: &[21, 22, 23] };
+        Input { ints: &mut ints, layout: Layout::of(size), tile: 2, tokens: 0, tiles: 0 }.fill(&[chunk], &[window]);
+        assert_eq!(ints[layout.tokens], [11, 12, 13, 21, 22, 23, 0, 0]);
+        assert_eq!(ints[layout.row], [0, 0, 0, 2, 2, 2, -1, -1]);
+        assert_eq!(ints[layout.slot], [4, 5, 6, 0, 1, 2, 0, 0]);
+        assert_eq!(ints[layout.tile_row], [0, 0, 2, 2, -1]);
+        assert_eq!(ints[layout.tile_token.start..layout.tile_token.start + 4], [0, 2, 3, 5]);
+        assert_eq!(ints[layout.tile_length.start..layout.tile_length.start + 4], [2, 1, 2, 1]);
+        assert_eq!(ints[layout.tile_window.start..layout.tile_window.start + 4], [4, 4, 0, 0]);
+    }
+}

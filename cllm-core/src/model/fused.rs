@@ -1,0 +1,163 @@
+//! A decoding step on a GPU in bf16, with kernels of our own: a ragged batch of tokens, each at a place of its own in the
+//! cache. Shapes are static, so that a step can be recorded as a CUDA graph.
+
+use tch::{Device, Kind, Tensor};
+
+use super::Transformer;
+use super::transformer::Layer;
+use crate::torch_ext::decode_kernels::{Choice, DecodeKernels, FEW_TOKENS, Places, Shape};
+use crate::{Error, Result, torch_ext};
+
+/// Slots are read 32 at a time.
+const CAPACITY_STEP: usize = 32;
+
+/// A transformer's weights, the kernels for its shape and the keys and values of some rows.
+pub(crate) struct Fused<'m> {
+    model: &'m Transformer,
+    kernels: DecodeKernels,
+    /// Cosines and sines of every position.
+    table: (Tensor, Tensor),
+    /// `[layers, rows, kv_heads, capacity, head_dim]`
+    keys: Tensor,
+    /// `[layers, rows, kv_heads, head_dim, capacity]`: transposed, as the products read them.
+    values: Tensor,
+    capacity: usize,
+    tile: usize,
+}
+
+/// How much a step holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct StepSize {
+    /// Tokens, padding included.
+    pub(crate) tokens: usize,
+    /// So many leading tokens are followed by a prediction.
+    pub(crate) outputs: usize,
+    /// Tiles of queries, empty ones included.
+    pub(crate) tiles: usize,
+}
+
+/// What a step is given; all of it on the model's device.
+pub(crate) struct StepInput {
+    /// int32 `[T]`.
+    pub(crate) tokens: Tensor,
+    pub(crate) places: Places,
+    pub(crate) choice: Choice,
+}
+
+impl<'m> Fused<'m> {
+    /// For models that the kernels can compute; `None` for others.
+    pub(crate) fn new(model: &'m Transformer, rows: usize, capacity: usize) -> Result<Option<Self>> {
+        let config = model.config();
+        let Device::Cuda(device) = model.device() else { return Ok(None) };
+        let size = |value: i64| value as usize;
+        let shape = Shape {
+            hidden: size(config.hidden_size),
+            heads: size(config.num_heads),
+            kv_heads: size(config.num_kv_heads),
+            head_dim: size(config.head_dim),
+            ffn: size(config.intermediate_size),
+            vocab: size(config.vocab_size),
+            eps: config.rms_norm_eps,
+            query_key_norm: model.layers.iter().any(|layer| layer.query_key_norm.is_some()),
+        };
+        if model.kind() != Kind::BFloat16 || !shape.is_supported() {
+            return Ok(None);
+        }
+        let capacity = capacity.next_multiple_of(CAPACITY_STEP);
+        let empty = |inner: [usize; 2]| {
+            let shape = [size(config.num_layers), rows, shape.kv_heads, inner[0], inner[1]].map(|size| size as i64);
+            Tensor::f_zeros(shape, (Kind::BFloat16, model.device()))
+        };
+        Ok(Some(Fused {
+            model,
+            kernels: DecodeKernels::new(device, shape)?,
+            table: model.rope.table(capacity),
+            keys: empty([capacity, shape.head_dim])?,
+            values: empty([shape.head_dim, capacity])?,
+            capacity,
+            tile: shape.tile(),
+        }))
+    }
+
+    /// Most tokens of a tile.
+    pub(crate) fn tile(&self) -> usize {
+        self.tile
+    }
+
+    /// Copies one row of the cache over another.
+    pub(crate) fn copy_row(&mut self, from: usize, to: usize) {
+        for cache in [&self.keys, &self.values] {
+            cache.select(1, to as i64).copy_(&cache.select(1, from as i64));
+        }
+    }
+
+    /// Forwards the tokens and writes the choice after each of the leading outputs: int32 `predicted [outputs]`.
+    /// With at most [`FEW_TOKENS`] tokens, all of them are outputs.
+    pub(crate) fn step(&self, input: &StepInput, predicted: &Tensor) -> Result<()> {
+        let tokens = input.tokens.numel();
+        let x = self.empty(tokens, self.model.config().hidden_size)?;
+        self.kernels.embed(&self.model.embedding, &input.tokens, &x)?;
+        if tokens <= FEW_TOKENS { self.few(input, &x, predicted) } else { self.many(input, &x, predicted) }
+    }
+
+    fn few(&self, input: &StepInput, x: &Tensor, predicted: &Tensor) -> Result<()> {
+        let (kernels, tokens) = (&self.kernels, input.tokens.numel());
+        let heads = |count: i64| self.empty(tokens, count * self.model.config().head_dim);
+        let config = self.model.config();
+        let (qkv, mixed) = (heads(config.num_heads + 2 * config.num_kv_heads)?, heads(config.num_heads)?);
+        let inner = self.empty(tokens, self.model.config().intermediate_size)?;
+        for (index, layer) in self.model.layers.iter().enumerate() {
+            let projection = &layer.query_key_value;
+            kernels.few_qkv(&projection.weight, x, &layer.attention_norm, projection.bias.as_ref(), &qkv)?;
+            self.attend(index, layer, input, &qkv, &mixed)?;
+            kernels.few_output(&layer.output.weight, &mixed, layer.output.bias.as_ref(), x)?;
+            kernels.few_gate_up(&layer.gate_up, x, &layer.feed_forward_norm, &inner)?;
+            kernels.few_down(&layer.down.weight, &inner, x)?;
+        }
+        kernels.few_choose(self.model.projection(), x, &self.model.norm, &input.choice, predicted)
+    }
+
+    fn many(&self, input: &StepInput, x: &Tensor, predicted: &Tensor) -> Result<()> {
+        let (kernels, tokens) = (&self.kernels, input.tokens.numel());
+        let mixed = self.empty(tokens, self.model.config().num_heads * self.model.config().head_dim)?;
+        let normed = self.empty(tokens, self.model.config().hidden_size)?;
+        let inner = self.empty(tokens, self.model.config().intermediate_size)?;
+        let mut delta: Option<Tensor> = None;
+        for (index, layer) in self.model.layers.iter().enumerate() {
+            kernels.add_norm(x, delta.as_ref(), &layer.attention_norm, &normed)?;
+            drop(delta.take());
+            let projection = &layer.query_key_value;
+            let qkv = normed.f_linear(&projection.weight, projection.bias.as_ref())?;
+            self.attend(index, layer, input, &qkv, &mixed)?;
+            let attended = mixed.f_linear(&layer.output.weight, layer.output.bias.as_ref())?;
+            kernels.add_norm(x, Some(&attended), &layer.feed_forward_norm, &normed)?;
+            drop(attended);
+            let both = normed.f_linear::<&Tensor>(&layer.gate_up, None)?;
+            kernels.gated(&both, &inner)?;
+            drop(both);
+            delta = Some(inner.f_linear::<&Tensor>(&layer.down.weight, None)?);
+        }
+        let outputs = predicted.numel() as i64;
+        if outputs == 0 {
+            return Ok(());
+        }
+        let leading = |tensor: &Tensor| tensor.narrow(0, 0, outputs);
+        let last = delta.as_ref().map(leading);
+        let normed = leading(&normed);
+        kernels.add_norm(&leading(x), last.as_ref(), &self.model.norm, &normed)?;
+        let logits = torch_ext::matmul_float32(&normed, self.model.projection())?;
+        kernels.choose(&logits, &input.choice, predicted)
+    }
+
+    fn attend(&self, index: usize, layer: &Layer, input: &StepInput, qkv: &Tensor, mixed: &Tensor) -> Result<()> {
+        let (keys, values) = (self.keys.get(index as i64), self.values.get(index as i64));
+        let norms = layer.query_key_norm.as_ref();
+        let cache = (&keys, &values);
+        self.kernels.rotate_and_cache(qkv, &input.places, &self.table, norms, cache, self.capacity)?;
+        self.kernels.attention(qkv, &input.places, cache, mixed, self.capacity)
+    }
+
+    fn empty(&self, tokens: usize, width: i64) -> Result<Tensor> {
+        Tensor::f_empty([tokens as i64, width], (Kind::BFloat16, self.model.device())).map_err(Error::from)
+    }
+}

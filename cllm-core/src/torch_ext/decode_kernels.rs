@@ -1,0 +1,388 @@
+//! The kernels of a decoding step (csrc/decode.cu), compiled for one model's shape.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+
+use tch::Tensor;
+
+use super::kernels::{Argument, Kernel, Module, capability, compile};
+use crate::Result;
+use Argument::{Data, Float, Int, MaybeData};
+
+const SOURCE: &str = include_str!("../../csrc/decode.cu");
+/// Most tokens that the fused kernels take; above, cuBLAS is the faster.
+pub const FEW_TOKENS: usize = 32;
+/// Rows of a weight that one block multiplies.
+const BLOCK_ROWS: usize = 16;
+const FEW_THREADS: usize = 256;
+
+/// What the kernels are compiled for.
+#[derive(Debug, Clone, Copy)]
+pub struct Shape {
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Query heads.
+    pub heads: usize,
+    /// Key and value heads.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Width of the feed-forward layer.
+    pub ffn: usize,
+    /// Ids of the vocabulary.
+    pub vocab: usize,
+    /// Added to the variance in the norms.
+    pub eps: f64,
+    /// Whether queries and keys are normed.
+    pub query_key_norm: bool,
+}
+
+impl Shape {
+    /// Whether the kernels can compute it: they take 32 values of a row at a time.
+    pub fn is_supported(&self) -> bool {
+        [self.hidden, self.ffn, self.head_dim].iter().all(|size| size.is_multiple_of(32))
+            && self.head_dim <= 256
+            && self.heads / self.kv_heads <= 16 * self.attention_warps()
+    }
+
+    /// Most tokens of a tile of queries: a warp takes 16 query vectors.
+    pub fn tile(&self) -> usize {
+        (16 * self.attention_warps() / (self.heads / self.kv_heads)).min(16)
+    }
+
+    fn attention_warps(&self) -> usize {
+        // A thread of the wider heads needs more registers.
+        if self.head_dim <= 64 { 16 } else { 8 }
+    }
+
+    fn qkv(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+
+    fn macros(&self) -> Vec<(&'static str, String)> {
+        vec![
+            ("HIDDEN", self.hidden.to_string()),
+            ("HEADS", self.heads.to_string()),
+            ("KV_HEADS", self.kv_heads.to_string()),
+            ("HEAD_DIM", self.head_dim.to_string()),
+            ("FFN", self.ffn.to_string()),
+            ("VOCAB", self.vocab.to_string()),
+            ("EPS", format!("{:e}f", self.eps)),
+            ("QK_NORM", u8::from(self.query_key_norm).to_string()),
+            ("ATTENTION_WARPS", self.attention_warps().to_string()),
+        ]
+    }
+}
+
+/// The kernels that multiply weights with at most so many tokens.
+struct Few {
+    tokens: usize,
+    qkv: Kernel,
+    output: Kernel,
+    gate_up: Kernel,
+    down: Kernel,
+    head: Kernel,
+}
+
+/// Kernels of one shape on one device. Tensors are contiguous, bf16 unless said; `T` tokens.
+pub struct DecodeKernels {
+    shape: Shape,
+    few: [Few; 3],
+    embed: Kernel,
+    best_of_blocks: Kernel,
+    add_norm: Kernel,
+    gated: Kernel,
+    best_token: Kernel,
+    rotate_and_cache: Kernel,
+    attention: Kernel,
+}
+
+/// Where the tokens of a step belong; int32 unless said.
+#[derive(Debug)]
+pub struct Places {
+    /// Cache row of each token `[T]`, -1 for padding.
+    pub row: Tensor,
+    /// Slot of its key and value `[T]`.
+    pub slot: Tensor,
+    /// Its rotary position `[T]`.
+    pub position: Tensor,
+    /// Slots of its window that it sees, as bits of 64-bit numbers: int32 `[2 T]`.
+    pub visible: Tensor,
+    /// Cache row of each tile, -1 for none.
+    pub tile_row: Tensor,
+    /// First token of each tile.
+    pub tile_token: Tensor,
+    /// Tokens of each tile.
+    pub tile_length: Tensor,
+    /// First slot of the window that each tile belongs to.
+    pub tile_window: Tensor,
+}
+
+/// How tokens are chosen.
+#[derive(Debug)]
+pub struct Choice {
+    /// 0 for the likeliest.
+    pub inverse_temperature: f32,
+    /// Key of each output's randomness, 64-bit numbers: int32 `[2 outputs]`.
+    pub keys: Tensor,
+}
+
+thread_local! {
+    /// Compiling takes a second or two, and the same shape is asked for again and again.
+    static MODULES: RefCell<HashMap<(usize, String), Module>> = RefCell::new(HashMap::new());
+}
+
+/// Machine code for a shape; needs no GPU.
+///
+/// # Errors
+/// [`crate::Error::Torch`] with the compiler's words.
+pub fn machine_code(shape: &Shape, capability: (u32, u32)) -> Result<Vec<u8>> {
+    compile(SOURCE, capability, &shape.macros())
+}
+
+impl DecodeKernels {
+    /// Compiles and loads them.
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`] with the words of the compiler or the driver.
+    pub fn new(device: usize, shape: Shape) -> Result<Self> {
+        let key = (device, format!("{shape:?}"));
+        let known = MODULES.with_borrow(|modules| modules.get(&key).copied());
+        let module = match known {
+            Some(module) => module,
+            None => {
+                let module = Module::load(device, &machine_code(&shape, capability(device)?)?)?;
+                MODULES.with_borrow_mut(|modules| modules.insert(key, module));
+                module
+            }
+        };
+        let plain = |name: &str| module.kernel(name, 0, false);
+        let overlapping = |name: &str| module.kernel(name, 0, true);
+        let few = |tiles: usize| {
+            let named = |name: &str| overlapping(&format!("{name}_{tiles}"));
+            Ok::<_, crate::Error>(Few {
+                tokens: tiles * 8,
+                qkv: named("qkv")?,
+                output: named("output")?,
+                gate_up: named("gate_up")?,
+                down: named("down")?,
+                head: named("head")?,
+            })
+        };
+        Ok(DecodeKernels {
+            few: [few(1)?, few(2)?, few(4)?],
+            embed: overlapping("embed")?,
+            best_of_blocks: overlapping("best_of_blocks")?,
+            add_norm: plain("add_norm")?,
+            gated: plain("gated")?,
+            best_token: plain("best_token")?,
+            rotate_and_cache: overlapping("rotate_and_cache")?,
+            attention: module.kernel("attention", shape.attention_warps() * 16 * (shape.head_dim + 2) * 4, true)?,
+            shape,
+        })
+    }
+
+    /// The smallest that takes so many tokens.
+    fn few(&self, tokens: usize) -> &Few {
+        self.few.iter().find(|few| tokens <= few.tokens).unwrap_or_else(|| unreachable!("at most {FEW_TOKENS} tokens"))
+    }
+
+    /// `x [T, hidden]` = rows of `table [vocab, hidden]`; tokens int32 `[T]`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`], here and below.
+    pub fn embed(&self, table: &Tensor, tokens: &Tensor, x: &Tensor) -> Result<()> {
+        let count = tokens.numel();
+        assert_eq!(x.numel(), count * self.shape.hidden);
+        // SAFETY: as declared in the source; ids were checked against the vocabulary by whoever made them.
+        unsafe { self.embed.launch([count, 1], 64, &[Data(table), Data(tokens), Data(x)]) }
+    }
+
+    /// `out [T, qkv]` = projections of the RMS norm of `x [T, hidden]`; T <= [`FEW_TOKENS`].
+    pub fn few_qkv(
+        &self,
+        weight: &Tensor,
+        x: &Tensor,
+        norm: &Tensor,
+        bias: Option<&Tensor>,
+        out: &Tensor,
+    ) -> Result<()> {
+        let tokens = x.numel() / self.shape.hidden;
+        assert_eq!((weight.numel(), out.numel()), (self.shape.qkv() * self.shape.hidden, tokens * self.shape.qkv()));
+        let arguments = [Data(weight), Data(x), Data(norm), MaybeData(bias), Data(out), Int(tokens as i32)];
+        // SAFETY: as declared in the source, sizes just checked.
+        unsafe { self.few(tokens).qkv.launch([self.shape.qkv().div_ceil(BLOCK_ROWS), 1], FEW_THREADS, &arguments) }
+    }
+
+    /// `x [T, hidden]` += the output projection of `mixed [T, heads x head_dim]`; T <= [`FEW_TOKENS`].
+    pub fn few_output(&self, weight: &Tensor, mixed: &Tensor, bias: Option<&Tensor>, x: &Tensor) -> Result<()> {
+        let tokens = x.numel() / self.shape.hidden;
+        assert_eq!(mixed.numel(), tokens * self.shape.heads * self.shape.head_dim);
+        let arguments = [Data(weight), Data(mixed), MaybeData(bias), Data(x), Int(tokens as i32)];
+        // SAFETY: as declared in the source, sizes just checked.
+        unsafe { self.few(tokens).output.launch([self.shape.hidden.div_ceil(BLOCK_ROWS), 1], FEW_THREADS, &arguments) }
+    }
+
+    /// `inner [T, ffn]` = silu(gate) * up of the RMS norm of `x [T, hidden]`; T <= [`FEW_TOKENS`].
+    pub fn few_gate_up(&self, weight: &Tensor, x: &Tensor, norm: &Tensor, inner: &Tensor) -> Result<()> {
+        let tokens = x.numel() / self.shape.hidden;
+        assert_eq!((weight.numel(), inner.numel()), (2 * self.shape.ffn * self.shape.hidden, tokens * self.shape.ffn));
+        let arguments = [Data(weight), Data(x), Data(norm), Data(inner), Int(tokens as i32)];
+        // SAFETY: as declared in the source, sizes just checked.
+        unsafe {
+            self.few(tokens).gate_up.launch([self.shape.ffn.div_ceil(BLOCK_ROWS / 2), 1], FEW_THREADS, &arguments)
+        }
+    }
+
+    /// `x [T, hidden]` += the down projection of `inner [T, ffn]`; T <= [`FEW_TOKENS`].
+    pub fn few_down(&self, weight: &Tensor, inner: &Tensor, x: &Tensor) -> Result<()> {
+        let tokens = x.numel() / self.shape.hidden;
+        assert_eq!(inner.numel(), tokens * self.shape.ffn);
+        let arguments = [Data(weight), Data(inner), Data(x), Int(tokens as i32)];
+        // SAFETY: as declared in the source, sizes just checked.
+        unsafe { self.few(tokens).down.launch([self.shape.hidden.div_ceil(BLOCK_ROWS), 1], FEW_THREADS, &arguments) }
+    }
+
+    /// The token chosen after each of `x [T, hidden]`: int32 `predicted [T]`; T <= [`FEW_TOKENS`].
+    pub fn few_choose(
+        &self,
+        head: &Tensor,
+        x: &Tensor,
+        norm: &Tensor,
+        choice: &Choice,
+        predicted: &Tensor,
+    ) -> Result<()> {
+        let tokens = predicted.numel();
+        assert_eq!((x.numel(), choice.keys.numel()), (tokens * self.shape.hidden, tokens * 2));
+        let few = self.few(tokens);
+        let blocks = self.shape.vocab.div_ceil(BLOCK_ROWS);
+        let empty = |kind| Tensor::f_empty([(blocks * few.tokens) as i64], (kind, x.device()));
+        let (best, best_id) = (empty(tch::Kind::Float)?, empty(tch::Kind::Int)?);
+        let arguments = [
+            Data(head),
+            Data(x),
+            Data(norm),
+            Data(&best),
+            Data(&best_id),
+            Int(tokens as i32),
+            Float(choice.inverse_temperature),
+            Data(&choice.keys),
+        ];
+        let joined = [Data(&best), Data(&best_id), Int(blocks as i32), Int(few.tokens as i32), Data(predicted)];
+        // SAFETY: as declared in the source, sizes just checked.
+        unsafe {
+            few.head.launch([blocks, 1], FEW_THREADS, &arguments)?;
+            self.best_of_blocks.launch([tokens, 1], 256, &joined)
+        }
+    }
+
+    /// `x [T, hidden]` += `delta`; `normed` = its RMS norm.
+    pub fn add_norm(&self, x: &Tensor, delta: Option<&Tensor>, weight: &Tensor, normed: &Tensor) -> Result<()> {
+        let hidden = self.shape.hidden;
+        assert!(x.numel() == normed.numel() && delta.is_none_or(|delta| delta.numel() == x.numel()));
+        let threads = (hidden / 8).next_multiple_of(32).min(256);
+        let arguments = [Data(x), MaybeData(delta), Data(weight), Data(normed)];
+        // SAFETY: as declared in the source, sizes just checked.
+        unsafe { self.add_norm.launch([x.numel() / hidden, 1], threads, &arguments) }
+    }
+
+    /// `out [T, ffn]` = silu of the first half of `both [T, 2 ffn]`, times the second.
+    pub fn gated(&self, both: &Tensor, out: &Tensor) -> Result<()> {
+        assert_eq!(both.numel(), out.numel() * 2);
+        let arguments = [Data(both), Data(out), Int((out.numel() / self.shape.ffn) as i32)];
+        // SAFETY: as declared in the source, sizes just checked.
+        unsafe { self.gated.launch([(out.numel() / 8).div_ceil(256), 1], 256, &arguments) }
+    }
+
+    /// The token chosen by each row of float32 `logits [T, vocab]`: int32 `predicted [T]`.
+    pub fn choose(&self, logits: &Tensor, choice: &Choice, predicted: &Tensor) -> Result<()> {
+        let tokens = predicted.numel();
+        assert_eq!((logits.numel(), choice.keys.numel()), (tokens * self.shape.vocab, tokens * 2));
+        let arguments = [Data(logits), Float(choice.inverse_temperature), Data(&choice.keys), Data(predicted)];
+        // SAFETY: as declared in the source, sizes just checked.
+        unsafe { self.best_token.launch([tokens, 1], 512, &arguments) }
+    }
+
+    /// Norms (where the model does), rotates the queries of `qkv [T, qkv]` in place and puts keys and values into a layer's
+    /// cache: `keys [rows, kv_heads, capacity, head_dim]`, `values [rows, kv_heads, head_dim, capacity]`.
+    /// `table`: cosines and sines, float32 `[positions, head_dim / 2]`.
+    pub fn rotate_and_cache(
+        &self,
+        qkv: &Tensor,
+        places: &Places,
+        table: &(Tensor, Tensor),
+        norms: Option<&(Tensor, Tensor)>,
+        cache: (&Tensor, &Tensor),
+        capacity: usize,
+    ) -> Result<()> {
+        let arguments = [
+            Data(qkv),
+            Data(&places.row),
+            Data(&places.slot),
+            Data(&places.position),
+            Data(&table.0),
+            Data(&table.1),
+            MaybeData(norms.map(|norms| &norms.0)),
+            MaybeData(norms.map(|norms| &norms.1)),
+            Data(cache.0),
+            Data(cache.1),
+            Int(capacity as i32),
+        ];
+        // SAFETY: as declared in the source; whoever made the places keeps slots and positions within the capacity.
+        unsafe { self.rotate_and_cache.launch([places.row.numel(), 1], 256, &arguments) }
+    }
+
+    /// `mixed [T, heads x head_dim]` = attention of the rotated queries of `qkv` over what each sees of the cache.
+    pub fn attention(
+        &self,
+        qkv: &Tensor,
+        places: &Places,
+        cache: (&Tensor, &Tensor),
+        mixed: &Tensor,
+        capacity: usize,
+    ) -> Result<()> {
+        let arguments = [
+            Data(qkv),
+            Data(cache.0),
+            Data(cache.1),
+            Data(&places.tile_row),
+            Data(&places.tile_token),
+            Data(&places.tile_length),
+            Data(&places.tile_window),
+            Data(&places.slot),
+            Data(&places.visible),
+            Data(mixed),
+            Int(capacity as i32),
+        ];
+        let grid = [places.tile_row.numel(), self.shape.kv_heads];
+        // SAFETY: as for `rotate_and_cache`.
+        unsafe { self.attention.launch(grid, self.shape.attention_warps() * 32, &arguments) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernels_compile_for_every_kind_of_model_without_a_gpu() {
+        let small = Shape {
+            hidden: 576,
+            heads: 9,
+            kv_heads: 3,
+            head_dim: 64,
+            ffn: 1536,
+            vocab: 49152,
+            eps: 1e-5,
+            query_key_norm: false,
+        };
+        let qwen3 = Shape { hidden: 1024, heads: 16, kv_heads: 8, head_dim: 128, query_key_norm: true, ..small };
+        let tiny = Shape { hidden: 128, heads: 4, kv_heads: 4, head_dim: 32, ffn: 256, vocab: 512, ..small };
+        for shape in [small, qwen3, tiny] {
+            assert!(shape.is_supported());
+            let code = machine_code(&shape, (9, 0)).unwrap();
+            assert!(code.starts_with(b"\x7fELF"), "{shape:?}");
+        }
+        assert!(!Shape { head_dim: 80, ..small }.is_supported());
+    }
+}

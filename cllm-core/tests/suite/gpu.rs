@@ -1,0 +1,167 @@
+//! Decoding on a GPU with our own kernels against the eager float32 path on the CPU.
+
+use cllm_core::decode::{Answer, DecodeOptions, Decoder, Limits, Request, Strategy, capacity};
+use cllm_core::model::{ModelConfig, Transformer};
+use serde_json::{Value, json};
+use tch::{Cuda, Device, IndexOp, Kind, Tensor};
+
+/// Shapes that the kernels take: one a family, head width and number of query heads to a key head.
+fn shapes() -> Vec<(&'static str, Value)> {
+    let base = json!({
+        "vocab_size": 203, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3, "head_dim": 32,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 1024,
+    });
+    let with = |extra: Value| {
+        let mut config = base.clone();
+        config.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        config
+    };
+    vec![
+        ("llama", with(json!({"model_type": "llama", "tie_word_embeddings": true, "head_dim": 64}))),
+        ("mistral", with(json!({"model_type": "mistral", "num_key_value_heads": 6}))),
+        ("qwen2", with(json!({"model_type": "qwen2", "num_attention_heads": 7, "num_key_value_heads": 1}))),
+        ("qwen3", with(json!({"model_type": "qwen3", "head_dim": 128, "num_attention_heads": 4}))),
+        (
+            "llama3",
+            with(json!({"model_type": "llama", "attention_bias": true, "rope_scaling": {"rope_type": "llama3",
+            "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}})),
+        ),
+    ]
+}
+
+/// The same weights, as bf16 can hold them, on the GPU in bf16 and on the CPU in float32.
+fn models(config: &Value) -> (Transformer, Transformer) {
+    let config = ModelConfig::from_json(config).unwrap();
+    let on_gpu = Transformer::random(config.clone(), 7, Device::Cuda(0), Kind::BFloat16);
+    let on_cpu = Transformer::random(config, 7, Device::Cpu, Kind::Float);
+    let _no_grad = tch::no_grad_guard();
+    for ((name, mut fast), (_, mut exact)) in on_gpu.parameters().into_iter().zip(on_cpu.parameters()) {
+        if name.ends_with("bias") {
+            let _ = exact.normal_(0.0, 0.3);
+        } else if name.ends_with("norm.weight") {
+            let _ = exact.uniform_(0.5, 1.5);
+        } else {
+            exact *= 8.0;
+        }
+        fast.copy_(&exact);
+        exact.copy_(&fast.to_device(Device::Cpu));
+    }
+    (on_gpu, on_cpu)
+}
+
+/// How an answer looks to the float32 model, in standard deviations of its logits.
+#[derive(Debug, Default, Clone, Copy)]
+struct Error {
+    /// By how much the logit of a token misses the largest, at most: 0 where each is the likeliest.
+    miss: f64,
+    /// By how much libtorch's own bf16 operations move a logit, at most: what rounding alone does.
+    rounding: f64,
+}
+
+fn error(on_gpu: &Transformer, exact: &Transformer, request: &Request, answer: &Answer) -> Error {
+    let _no_grad = tch::no_grad_guard();
+    let ids: Vec<i64> = request.prompt_ids.iter().chain(&answer.response_ids).map(|&id| i64::from(id)).collect();
+    let tokens = Tensor::from_slice(&ids).unsqueeze(0);
+    let positions = Tensor::arange(ids.len() as i64, (Kind::Int64, Device::Cpu)).unsqueeze(0);
+    let first = request.prompt_ids.len() as i64 - 1;
+    let logits = |model: &Transformer| {
+        let hidden = model.hidden(&tokens.to_device(model.device()), &positions.to_device(model.device()), None);
+        model.logits(&hidden).unwrap().i((0, first..ids.len() as i64 - 1)).to_device(Device::Cpu)
+    };
+    let (rounded, logits) = (logits(on_gpu), logits(exact));
+    let spread = logits.std_dim(1, true, true);
+    let chosen = logits.gather(1, &tokens.i((0, first + 1..)).unsqueeze(1), false);
+    let missed = (logits.max_dim(1, true).0 - chosen) / &spread;
+    let rounding = (rounded - &logits).abs() / &spread;
+    Error { miss: missed.max().double_value(&[]), rounding: rounding.max().double_value(&[]) }
+}
+
+fn worst<'e>(
+    (on_gpu, exact): &(Transformer, Transformer),
+    answers: impl Iterator<Item = (&'e Request, &'e Answer)>,
+) -> Error {
+    answers
+        .map(|(request, answer)| error(on_gpu, exact, request, answer))
+        .fold(Error::default(), |a, b| Error { miss: a.miss.max(b.miss), rounding: a.rounding.max(b.rounding) })
+}
+
+impl Error {
+    /// Two logits that change places are each off by what rounding does; ours are rounded fewer times than libtorch's.
+    fn is_rounding(self) -> bool {
+        self.miss < 2.0 * self.rounding
+    }
+}
+
+#[test]
+fn every_token_of_a_gpu_is_the_likeliest_of_the_float32_model_to_rounding() {
+    if !Cuda::is_available() {
+        eprintln!("skipped: no GPU");
+        return;
+    }
+    let lengths = [1, 2, 17, 40, 130, 300, 33, 64, 5, 90].into_iter().cycle().take(45);
+    let requests: Vec<Request> = lengths
+        .enumerate()
+        .map(|(row, length)| Request {
+            sample_id: format!("s{row}"),
+            prompt_ids: (0..length).map(|i| (i * 37 + row as i32 * 11) % 203).collect(),
+        })
+        .collect();
+    let limits = Limits { max_new_tokens: 60, eos_ids: vec![3] };
+    for (name, config) in shapes() {
+        let models = models(&config);
+        let mut decoder =
+            Decoder::new(&models.0, requests.len(), capacity(300, &limits, Strategy::Jacobi { n: 40 })).unwrap();
+        let mut plain: Vec<Answer> = Vec::new();
+        for (strategy, rows) in [
+            (Strategy::Ar, 1),
+            (Strategy::Jacobi { n: 16 }, 1),
+            (Strategy::Jacobi { n: 5 }, 6),
+            (Strategy::Rolling { n: 40 }, 1),
+            (Strategy::Ar, 45),
+            (Strategy::Jacobi { n: 16 }, 45),
+            (Strategy::Rolling { n: 8 }, 45),
+        ] {
+            let answers: Vec<Answer> = requests
+                .chunks(rows)
+                .take(45usize.div_ceil(rows).min(12))
+                .flat_map(|batch| decoder.answer(batch, &limits, DecodeOptions::greedy(strategy, 5), None).unwrap().0)
+                .collect();
+            let error = worst(&models, requests.iter().zip(&answers));
+            if plain.is_empty() {
+                plain = answers.clone();
+            }
+            let same = plain.iter().zip(&answers).filter(|(a, b)| a.response_ids == b.response_ids).count();
+            println!("{name} {strategy:?} in {rows} rows: {error:.4?}, {same} of {} as AR", plain.len());
+            assert!(error.is_rounding(), "{name}, {strategy:?} in {rows} rows: {error:?}");
+        }
+    }
+}
+
+#[test]
+fn a_stream_of_requests_gives_the_answers_of_single_ones() {
+    if !Cuda::is_available() {
+        eprintln!("skipped: no GPU");
+        return;
+    }
+    let requests: Vec<Request> = (0..60)
+        .map(|row| Request {
+            sample_id: format!("s{row}"),
+            prompt_ids: (0..1 + row * 7 % 90).map(|i| (i * 37 + row * 11) % 203).collect(),
+        })
+        .collect();
+    let limits = Limits { max_new_tokens: 50, eos_ids: vec![3, 7] };
+    let (_, config) = shapes().remove(0);
+    let models = models(&config);
+    let strategy = Strategy::Jacobi { n: 8 };
+    let mut decoder = Decoder::new(&models.0, 10, capacity(90, &limits, strategy)).unwrap();
+    let mut answered = 0;
+    let mut check = |index: usize, answer: Answer| {
+        answered += 1;
+        let error = worst(&models, std::iter::once((&requests[index], &answer)));
+        assert!(error.is_rounding(), "request {index}: {error:?}");
+        Ok(())
+    };
+    let options = DecodeOptions { record: true, ..DecodeOptions::greedy(strategy, 5) };
+    decoder.stream(&mut requests.iter().cloned(), &limits, options, &mut check).unwrap();
+    assert_eq!(answered, requests.len());
+}
