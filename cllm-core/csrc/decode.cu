@@ -1,9 +1,10 @@
 // The kernels of one decoding step, compiled at run time for one model's shape (NVRTC; no headers).
 //
 // A step forwards a ragged batch: T tokens of several rows. Token i belongs to cache row `row[i]` (-1: padding), its key and
-// value go to slot `slot[i]`, its rotary position is `position[i]`. A tile is up to TILE tokens that follow one another in a row.
+// value go to slot `slot[i]`, its rotary position is `position[i]`. A tile is some tokens that follow one another in a row.
 //
-// Given as macros: HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, EPS, QKV_BIAS, OUTPUT_BIAS, QK_NORM, TILE.
+// Given as macros: HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, EPS, QK_NORM, ATTENTION_WARPS, DEPTH (chunks of a weight that a
+// warp asks for at once).
 //
 // Matrix products use mma.m16n8k16 with the weights as the left operand. The order of k inside a product is free as long as
 // both sides agree, so each thread takes 8 neighbouring values (16 bytes) of a row for two products at once.
@@ -15,6 +16,7 @@ typedef unsigned long long u64;
 #define QKV ((HEADS + 2 * KV_HEADS) * HEAD_DIM)
 #define GROUP (HEADS / KV_HEADS)
 #define HALF (HEAD_DIM / 2)
+#define WARPS 8
 #define CHUNKS (HEAD_DIM / 32)
 
 __device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
@@ -30,14 +32,14 @@ __device__ __forceinline__ bf16 narrow(float x) { return (bf16)(pack(x, 0.f) & 0
 // Weights pass through once a step: they need no place in L1.
 __device__ __forceinline__ uint4 load_once(const uint4 *from) {
   uint4 x;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                : "l"(from));
   return x;
 }
 
 __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm volatile(
+  asm(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
@@ -93,12 +95,11 @@ enum { PLAIN, RESIDUAL, GATED, BEST };
 
 // out[t, o] = sum_k weight[o, k] x[t, k] for T = 8 NT tokens; NORM: of x's RMS norm. One block makes 16 rows of the weight
 // (GATED: 8 of the gate and the 8 of the up projection beside them), its warps share k.
-template <int NT, int MODE, bool NORM, int WARPS>
+template <int NT, int MODE, bool NORM>
 __device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const bf16 *norm_weight, const bf16 *bias,
                                        bf16 *out, float *best, int *best_id, int real, float inverse_temperature,
                                        const u64 *keys, const int K, const int O) {
   constexpr int T = NT * 8;
-  constexpr int DEPTH = 2;
   __shared__ float partial[WARPS][16][T + 1];
   __shared__ float squares[WARPS][T];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
@@ -127,17 +128,26 @@ __device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const 
       int c = base + (DEPTH + d) * WARPS;
       if (c < chunks) next_a[d] = load_once(row_a + c * 4), next_b[d] = load_once(row_b + c * 4);
     }
+    uint4 inputs[DEPTH][NT], scales_of[DEPTH];
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++) {
+      int c = base + d * WARPS;
+      if (NORM && c < chunks) scales_of[d] = ((const uint4 *)norm_weight)[c * 4 + t];
+#pragma unroll
+      for (int nt = 0; nt < NT; nt++) {
+        int token = nt * 8 + g;
+        inputs[d][nt] = make_uint4(0, 0, 0, 0);
+        if (c < chunks && token < real) inputs[d][nt] = ((const uint4 *)(x + (size_t)token * K))[c * 4 + t];
+      }
+    }
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) {
       int c = base + d * WARPS;
       if (c < chunks) {
-        uint4 scale;
-        if (NORM) scale = ((const uint4 *)norm_weight)[c * 4 + t];
+        uint4 scale = scales_of[d];
 #pragma unroll
         for (int nt = 0; nt < NT; nt++) {
-          int token = nt * 8 + g;
-          uint4 v = make_uint4(0, 0, 0, 0);
-          if (token < real) v = ((const uint4 *)(x + (size_t)token * K))[c * 4 + t];
+          uint4 v = inputs[d][nt];
           if (NORM) {
             u32 *pairs = (u32 *)&v;
             const u32 *scales = (const u32 *)&scale;
@@ -173,11 +183,13 @@ __device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const 
   auto scale_of = [&](int token) {
     if (!NORM) return 1.f;
     float s = 0.f;
+#pragma unroll
     for (int w = 0; w < WARPS; w++) s += squares[w][token];
     return rsqrtf(s / K + EPS);
   };
   auto sum_of = [&](int r, int token) {
     float s = 0.f;
+#pragma unroll
     for (int w = 0; w < WARPS; w++) s += partial[w][r][token];
     return s;
   };
@@ -209,25 +221,25 @@ __device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const 
 }
 
 #define SKINNY(NT)                                                                                                     \
-  extern "C" __global__ void __launch_bounds__(256) qkv_##NT(const bf16 *w, const bf16 *x, const bf16 *norm,           \
+  extern "C" __global__ void __launch_bounds__(WARPS * 32) qkv_##NT(const bf16 *w, const bf16 *x, const bf16 *norm,           \
                                                              const bf16 *bias, bf16 *out, int real) {                  \
-    skinny<NT, PLAIN, true, 8>(w, x, norm, bias, out, 0, 0, real, 0.f, 0, HIDDEN, QKV);                                \
+    skinny<NT, PLAIN, true>(w, x, norm, bias, out, 0, 0, real, 0.f, 0, HIDDEN, QKV);                                \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(256) output_##NT(const bf16 *w, const bf16 *x, const bf16 *bias,        \
+  extern "C" __global__ void __launch_bounds__(WARPS * 32) output_##NT(const bf16 *w, const bf16 *x, const bf16 *bias,        \
                                                                 bf16 *out, int real) {                                 \
-    skinny<NT, RESIDUAL, false, 8>(w, x, 0, bias, out, 0, 0, real, 0.f, 0, HEADS * HEAD_DIM, HIDDEN);                  \
+    skinny<NT, RESIDUAL, false>(w, x, 0, bias, out, 0, 0, real, 0.f, 0, HEADS * HEAD_DIM, HIDDEN);                  \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(256) gate_up_##NT(const bf16 *w, const bf16 *x, const bf16 *norm,       \
+  extern "C" __global__ void __launch_bounds__(WARPS * 32) gate_up_##NT(const bf16 *w, const bf16 *x, const bf16 *norm,       \
                                                                  bf16 *out, int real) {                                \
-    skinny<NT, GATED, true, 8>(w, x, norm, 0, out, 0, 0, real, 0.f, 0, HIDDEN, FFN);                                   \
+    skinny<NT, GATED, true>(w, x, norm, 0, out, 0, 0, real, 0.f, 0, HIDDEN, FFN);                                   \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(256) down_##NT(const bf16 *w, const bf16 *x, bf16 *out, int real) {     \
-    skinny<NT, RESIDUAL, false, 8>(w, x, 0, 0, out, 0, 0, real, 0.f, 0, FFN, HIDDEN);                                  \
+  extern "C" __global__ void __launch_bounds__(WARPS * 32) down_##NT(const bf16 *w, const bf16 *x, bf16 *out, int real) {     \
+    skinny<NT, RESIDUAL, false>(w, x, 0, 0, out, 0, 0, real, 0.f, 0, FFN, HIDDEN);                                  \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(256) head_##NT(const bf16 *w, const bf16 *x, const bf16 *norm,          \
+  extern "C" __global__ void __launch_bounds__(WARPS * 32) head_##NT(const bf16 *w, const bf16 *x, const bf16 *norm,          \
                                                               float *best, int *best_id, int real,                     \
                                                               float inverse_temperature, const u64 *keys) {            \
-    skinny<NT, BEST, true, 8>(w, x, norm, 0, 0, best, best_id, real, inverse_temperature, keys, HIDDEN, VOCAB);        \
+    skinny<NT, BEST, true>(w, x, norm, 0, 0, best, best_id, real, inverse_temperature, keys, HIDDEN, VOCAB);        \
   }
 SKINNY(1)
 SKINNY(2)
@@ -265,6 +277,8 @@ extern "C" __global__ void best_of_blocks(const float *best, const int *best_id,
 // x += delta (where there is one); normed = RMS norm of x. One block a token.
 extern "C" __global__ void add_norm(bf16 *x, const bf16 *delta, const bf16 *weight, bf16 *normed) {
   __shared__ float sums[32];
+  let_successor_start();
+  wait_for_predecessor();
   uint4 *row = (uint4 *)(x + (size_t)blockIdx.x * HIDDEN);
   const uint4 *added = (const uint4 *)(delta + (size_t)blockIdx.x * HIDDEN);
   float square = 0.f;
@@ -298,6 +312,8 @@ extern "C" __global__ void add_norm(bf16 *x, const bf16 *delta, const bf16 *weig
 
 // gate and up [T, 2 FFN] -> silu(gate) * up [T, FFN].
 extern "C" __global__ void gated(const bf16 *both, bf16 *out, int tokens) {
+  let_successor_start();
+  wait_for_predecessor();
   size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= (size_t)tokens * (FFN / 8)) return;
   size_t token = i / (FFN / 8), column = i % (FFN / 8);
@@ -313,6 +329,8 @@ extern "C" __global__ void gated(const bf16 *both, bf16 *out, int tokens) {
 extern "C" __global__ void best_token(const float *logits, float inverse_temperature, const u64 *keys, int *predicted) {
   __shared__ float values[32];
   __shared__ int ids[32];
+  let_successor_start();
+  wait_for_predecessor();
   const float *row = logits + (size_t)blockIdx.x * VOCAB;
   u64 key = keys[blockIdx.x];
   float top = -INFINITY;
@@ -337,8 +355,44 @@ extern "C" __global__ void best_token(const float *logits, float inverse_tempera
 
 // ---- Attention ----
 
-// Norms (Qwen3), rotates queries in place and keys on their way into the cache; values go there transposed.
-// keys: [rows, KV_HEADS, capacity, HEAD_DIM], values: [rows, KV_HEADS, HEAD_DIM, capacity] of this layer. One block a token.
+// Rotates a head `from` to `to`, after its RMS norm by `norm` where the model has one (Qwen3). A warp does it together.
+__device__ __forceinline__ void rotate(const bf16 *from, bf16 *to, const bf16 *norm, const float *cosine, const float *sine) {
+  const int lane = threadIdx.x & 31;
+  float scale = 1.f;
+  if (QK_NORM) {
+    float square = 0.f;
+    for (int i = lane; i < HEAD_DIM; i += 32) square += wide(from[i]) * wide(from[i]);
+    scale = rsqrtf(warp_sum(square) / HEAD_DIM + EPS);
+  }
+  for (int i = lane; i < HALF; i += 32) {
+    float first = wide(from[i]), second = wide(from[i + HALF]);
+    if (QK_NORM) {
+      first = wide(narrow(first * scale * wide(norm[i])));
+      second = wide(narrow(second * scale * wide(norm[i + HALF])));
+    }
+    to[i] = narrow(first * cosine[i] - second * sine[i]);
+    to[i + HALF] = narrow(second * cosine[i] + first * sine[i]);
+  }
+}
+
+// Where keys and values of a layer lie: keys [rows, KV_HEADS, capacity, HEAD_DIM], values transposed, [rows, KV_HEADS,
+// HEAD_DIM, capacity].
+struct Cache {
+  bf16 *keys, *values;
+  int capacity;
+  __device__ __forceinline__ bf16 *key(int row, int head, int slot) const {
+    return keys + (((size_t)row * KV_HEADS + head) * capacity + slot) * HEAD_DIM;
+  }
+  __device__ __forceinline__ bf16 *value(int row, int head, int dim) const {
+    return values + (((size_t)row * KV_HEADS + head) * HEAD_DIM + dim) * capacity;
+  }
+};
+
+__device__ __forceinline__ void store_value(const bf16 *from, const Cache &cache, int row, int head, int slot) {
+  for (int i = threadIdx.x & 31; i < HEAD_DIM; i += 32) cache.value(row, head, i)[slot] = from[i];
+}
+
+// Rotates queries in place, and puts keys and values into the cache. One block a token.
 extern "C" __global__ void rotate_and_cache(bf16 *qkv, const int *row, const int *slot, const int *position,
                                             const float *cosines, const float *sines, const bf16 *query_norm,
                                             const bf16 *key_norm, bf16 *keys, bf16 *values, int capacity) {
@@ -346,34 +400,16 @@ extern "C" __global__ void rotate_and_cache(bf16 *qkv, const int *row, const int
   wait_for_predecessor();
   const int token = blockIdx.x;
   if (row[token] < 0) return;
-  const int lane = threadIdx.x & 31;
-  bf16 *vector = qkv + (size_t)token * QKV;
+  const Cache cache = {keys, values, capacity};
   const float *cosine = cosines + (size_t)position[token] * HALF, *sine = sines + (size_t)position[token] * HALF;
   for (int head = threadIdx.x >> 5; head < HEADS + 2 * KV_HEADS; head += blockDim.x >> 5) {
-    bf16 *x = vector + head * HEAD_DIM;
-    if (head >= HEADS + KV_HEADS) {
-      size_t base = ((size_t)row[token] * KV_HEADS + head - HEADS - KV_HEADS) * HEAD_DIM;
-      for (int i = lane; i < HEAD_DIM; i += 32) values[(base + i) * capacity + slot[token]] = x[i];
-      continue;
-    }
-    bool is_key = head >= HEADS;
-    float scale = 1.f;
-    if (QK_NORM) {
-      float square = 0.f;
-      for (int i = lane; i < HEAD_DIM; i += 32) square += wide(x[i]) * wide(x[i]);
-      scale = rsqrtf(warp_sum(square) / HEAD_DIM + EPS);
-    }
-    bf16 *to = is_key ? keys + (((size_t)row[token] * KV_HEADS + head - HEADS) * capacity + slot[token]) * HEAD_DIM : x;
-    for (int i = lane; i < HALF; i += 32) {
-      float first = wide(x[i]), second = wide(x[i + HALF]);
-      if (QK_NORM) {
-        const bf16 *weight = is_key ? key_norm : query_norm;
-        first = wide(narrow(first * scale * wide(weight[i])));
-        second = wide(narrow(second * scale * wide(weight[i + HALF])));
-      }
-      to[i] = narrow(first * cosine[i] - second * sine[i]);
-      to[i + HALF] = narrow(second * cosine[i] + first * sine[i]);
-    }
+    bf16 *x = qkv + (size_t)token * QKV + head * HEAD_DIM;
+    if (head < HEADS)
+      rotate(x, x, query_norm, cosine, sine);
+    else if (head < HEADS + KV_HEADS)
+      rotate(x, cache.key(row[token], head - HEADS, slot[token]), key_norm, cosine, sine);
+    else
+      store_value(x, cache, row[token], head - HEADS - KV_HEADS, slot[token]);
   }
 }
 
@@ -381,11 +417,22 @@ extern "C" __global__ void rotate_and_cache(bf16 *qkv, const int *row, const int
 // starts at `window`), and of the window those at or before its own slot whose bit is set in `visible` (bits from the window's
 // start on; what lies 64 or more after it is always visible). Blocks: (tile, key head). Warps share the 16-row pieces of the tile's
 // GROUP * length query vectors, and the keys of each piece in chunks of 32.
-extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
-    attention(const bf16 *qkv, const bf16 *keys, const bf16 *values, const int *tile_row, const int *tile_token,
-              const int *tile_length, const int *tile_window, const int *slot, const u64 *visible, bf16 *out,
-              int capacity) {
-  extern __shared__ float merged[];  // [WARPS][16][HEAD_DIM + 2]
+//
+// ROTATE: for few tokens, does the work of `rotate_and_cache` too, and saves that kernel. A tile's block puts all that its window
+// holds up to the tile's end into the cache, so blocks of one window write the same.
+struct Rotation {
+  const float *cosines, *sines;
+  const bf16 *query_norm, *key_norm;
+  const int *position;
+};
+
+template <bool ROTATE>
+__device__ __forceinline__ void attend(const bf16 *qkv, const Cache cache, const int *tile_row, const int *tile_token,
+                                       const int *tile_length, const int *tile_window, const int *slot,
+                                       const u64 *visible, bf16 *out, const Rotation rotation) {
+  extern __shared__ float merged[];  // [WARPS][16][HEAD_DIM + 2], then with ROTATE the queries [16 x pieces][HEAD_DIM + 8]
+  bf16 *queries = (bf16 *)(merged + ATTENTION_WARPS * 16 * (HEAD_DIM + 2));
+  constexpr int PITCH = HEAD_DIM + 8;
   let_successor_start();
   wait_for_predecessor();
   const int tile = blockIdx.x, key_head = blockIdx.y, cache_row = tile_row[tile];
@@ -393,11 +440,29 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
   const int first = tile_token[tile], length = tile_length[tile], window = tile_window[tile];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int count = length * GROUP, pieces = (count + 15) / 16;
-  const int sharers = ATTENTION_WARPS / pieces;  // warps that share one piece; the host keeps pieces <= warps
-  const int piece = warp / sharers, share = warp % sharers;
   const int last_slot = slot[first + length - 1];
-  const bf16 *k = keys + ((size_t)cache_row * KV_HEADS + key_head) * capacity * HEAD_DIM;
-  const bf16 *v = values + ((size_t)cache_row * KV_HEADS + key_head) * HEAD_DIM * capacity;
+  // Warps that share a piece, and no more of them than there are chunks of keys. The host keeps pieces <= warps.
+  const int sharers = min(ATTENTION_WARPS / pieces, last_slot / 32 + 1);
+  const int piece = warp / sharers, share = warp % sharers;
+  const bf16 *k = cache.key(cache_row, key_head, 0), *v = cache.value(cache_row, key_head, 0);
+
+  if (ROTATE) {
+    const int fresh = last_slot - window + 1, window_token = first + length - fresh;
+    for (int item = warp; item < 2 * fresh + count; item += ATTENTION_WARPS) {
+      const int m = item - 2 * fresh;
+      const int token = m >= 0 ? first + m / GROUP : window_token + item / 2;
+      const bf16 *from = qkv + (size_t)token * QKV;
+      const float *cosine = rotation.cosines + (size_t)rotation.position[token] * HALF;
+      const float *sine = rotation.sines + (size_t)rotation.position[token] * HALF;
+      if (m >= 0)
+        rotate(from + (key_head * GROUP + m % GROUP) * HEAD_DIM, queries + m * PITCH, rotation.query_norm, cosine, sine);
+      else if (item % 2 == 0)
+        rotate(from + (HEADS + key_head) * HEAD_DIM, cache.key(cache_row, key_head, slot[token]), rotation.key_norm, cosine, sine);
+      else
+        store_value(from + (HEADS + KV_HEADS + key_head) * HEAD_DIM, cache, cache_row, key_head, slot[token]);
+    }
+    __syncthreads();
+  }
 
   float o[HEAD_DIM / 8][4] = {};
   float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
@@ -411,8 +476,8 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
       int token = first + (there ? m / GROUP : 0), head = key_head * GROUP + (there ? m % GROUP : 0);
       own_slot[r] = there ? slot[token] : -1;
       own_visible[r] = visible[token];
-      const uint4 *from = (const uint4 *)(qkv + (size_t)token * QKV + head * HEAD_DIM) + t;
-      for (int c = 0; c < CHUNKS; c++) q[r][c] = from[c * 4];
+      const bf16 *vector = ROTATE ? queries + (there ? m : 0) * PITCH : qkv + (size_t)token * QKV + head * HEAD_DIM;
+      for (int c = 0; c < CHUNKS; c++) q[r][c] = ((const uint4 *)vector)[c * 4 + t];
     }
     const float scale = rsqrtf((float)HEAD_DIM) * 1.44269504f;  // exponents of two
     for (int chunk = share; chunk * 32 <= last_slot; chunk += sharers) {
@@ -425,6 +490,13 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
 #pragma unroll
         for (int c = 0; c < CHUNKS; c++) mma_chunk(s[j], q[0][c], q[1][c], from[c * 4]);
       }
+#if HEAD_DIM > 64
+      // Eight warps have the registers to ask for the values before the scores are there.
+      uint4 ahead[HEAD_DIM / 8];
+#pragma unroll
+      for (int d = 0; d < HEAD_DIM / 8; d++)
+        ahead[d] = *((const uint4 *)(v + (size_t)(d * 8 + g) * cache.capacity + chunk * 32) + t);
+#endif
 #pragma unroll
       for (int r = 0; r < 2; r++) {
         float best = -INFINITY;
@@ -461,7 +533,11 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
       for (int j = 0; j < 4; j++) p[j][0] = pack(s[j][0], s[j][1]), p[j][1] = pack(s[j][2], s[j][3]);
 #pragma unroll
       for (int d = 0; d < HEAD_DIM / 8; d++) {
-        uint4 x = *((const uint4 *)(v + (size_t)(d * 8 + g) * capacity + chunk * 32) + t);
+#if HEAD_DIM > 64
+        uint4 x = ahead[d];
+#else
+        uint4 x = *((const uint4 *)(v + (size_t)(d * 8 + g) * cache.capacity + chunk * 32) + t);
+#endif
         mma(o[d], p[0][0], p[0][1], p[1][0], p[1][1], x.x, x.y);
         mma(o[d], p[2][0], p[2][1], p[3][0], p[3][1], x.z, x.w);
       }
@@ -494,3 +570,15 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
     for (int d = 0; d < HEAD_DIM / 32; d++) to[d * 32 + lane] = narrow(parts[d] / total);
   }
 }
+
+#define ATTENTION(NAME, ROTATE)                                                                                        \
+  extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32)                                                   \
+      NAME(const bf16 *qkv, bf16 *keys, bf16 *values, const int *tile_row, const int *tile_token,                      \
+           const int *tile_length, const int *tile_window, const int *slot, const u64 *visible, bf16 *out,             \
+           int capacity, const float *cosines, const float *sines, const bf16 *query_norm, const bf16 *key_norm,       \
+           const int *position) {                                                                                      \
+    attend<ROTATE>(qkv, {keys, values, capacity}, tile_row, tile_token, tile_length, tile_window, slot, visible, out,  \
+                   {cosines, sines, query_norm, key_norm, position});                                                  \
+  }
+ATTENTION(attention, false)
+ATTENTION(rotate_and_attend, true)

@@ -10,7 +10,7 @@ use tch::{Kind, Tensor};
 use super::{Choice, Chunk, Forward, Window, noise};
 use crate::Result;
 use crate::model::{Fused, StepInput, StepSize, Transformer};
-use crate::torch_ext::decode_kernels::{self, FEW_TOKENS, Places};
+use crate::torch_ext::decode_kernels::{self, Places};
 use crate::torch_ext::graphs::{Graph, GraphPool, PinnedInts, Stream};
 
 /// Tokens of prompts that a step takes at most beside the windows.
@@ -137,8 +137,9 @@ impl<'m> RecordedModel<'m> {
         let prompt: usize = chunks.iter().map(|chunk| chunk.tokens.len()).sum();
         let tokens = rounded_up(outputs + prompt);
         // The fused kernels predict after every token.
-        let outputs = if tokens <= FEW_TOKENS { tokens } else { rounded_up(outputs).min(tokens) };
-        let tiles = if tokens <= FEW_TOKENS { tokens } else { self.rows + tokens.div_ceil(self.model.tile()) };
+        let few = tokens <= self.model.few_tokens();
+        let outputs = if few { tokens } else { rounded_up(outputs).min(tokens) };
+        let tiles = if few { tokens } else { self.rows + tokens.div_ceil(self.model.tile(tokens)) };
         StepSize { tokens, outputs, tiles }
     }
 
@@ -185,7 +186,7 @@ impl Forward for RecordedModel<'_> {
         let size = self.size(chunks, windows);
         let layout = Layout::of(size);
         self.reserve(layout.len(), size.outputs)?;
-        let tile = self.model.tile();
+        let tile = self.model.tile(size.tokens);
         Input { ints: self.buffers.host_input.as_mut_slice(), layout, tile, tokens: 0, tiles: 0 }.fill(chunks, windows);
         let on_stream = self.stream.enter()?;
         let inverse = if choice.temperature == 0.0 { 0.0 } else { (1.0 / choice.temperature) as f32 };

@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::Transformer;
 use super::transformer::Layer;
-use crate::torch_ext::decode_kernels::{Choice, DecodeKernels, FEW_TOKENS, Places, Shape};
+use crate::torch_ext::decode_kernels::{Choice, DecodeKernels, LayerCache, Places, Shape};
 use crate::{Error, Result, torch_ext};
 
 /// Slots are read 32 at a time.
@@ -22,7 +22,6 @@ pub(crate) struct Fused<'m> {
     /// `[layers, rows, kv_heads, head_dim, capacity]`: transposed, as the products read them.
     values: Tensor,
     capacity: usize,
-    tile: usize,
 }
 
 /// How much a step holds.
@@ -75,13 +74,17 @@ impl<'m> Fused<'m> {
             keys: empty([capacity, shape.head_dim])?,
             values: empty([shape.head_dim, capacity])?,
             capacity,
-            tile: shape.tile(),
         }))
     }
 
-    /// Most tokens of a tile.
-    pub(crate) fn tile(&self) -> usize {
-        self.tile
+    /// Most tokens of a tile in a step of so many tokens.
+    pub(crate) fn tile(&self, tokens: usize) -> usize {
+        self.kernels.shape.tile(tokens)
+    }
+
+    /// Most tokens that go through the fused kernels.
+    pub(crate) fn few_tokens(&self) -> usize {
+        self.kernels.shape.few_tokens()
     }
 
     /// Copies one row of the cache over another.
@@ -92,12 +95,12 @@ impl<'m> Fused<'m> {
     }
 
     /// Forwards the tokens and writes the choice after each of the leading outputs: int32 `predicted [outputs]`.
-    /// With at most [`FEW_TOKENS`] tokens, all of them are outputs.
+    /// With few tokens, all of them are outputs.
     pub(crate) fn step(&self, input: &StepInput, predicted: &Tensor) -> Result<()> {
         let tokens = input.tokens.numel();
         let x = self.empty(tokens, self.model.config().hidden_size)?;
         self.kernels.embed(&self.model.embedding, &input.tokens, &x)?;
-        if tokens <= FEW_TOKENS { self.few(input, &x, predicted) } else { self.many(input, &x, predicted) }
+        if tokens <= self.few_tokens() { self.few(input, &x, predicted) } else { self.many(input, &x, predicted) }
     }
 
     fn few(&self, input: &StepInput, x: &Tensor, predicted: &Tensor) -> Result<()> {
@@ -150,11 +153,14 @@ impl<'m> Fused<'m> {
     }
 
     fn attend(&self, index: usize, layer: &Layer, input: &StepInput, qkv: &Tensor, mixed: &Tensor) -> Result<()> {
-        let (keys, values) = (self.keys.get(index as i64), self.values.get(index as i64));
-        let norms = layer.query_key_norm.as_ref();
-        let cache = (&keys, &values);
-        self.kernels.rotate_and_cache(qkv, &input.places, &self.table, norms, cache, self.capacity)?;
-        self.kernels.attention(qkv, &input.places, cache, mixed, self.capacity)
+        let cache = LayerCache {
+            keys: &self.keys.get(index as i64),
+            values: &self.values.get(index as i64),
+            capacity: self.capacity,
+            table: &self.table,
+            norms: layer.query_key_norm.as_ref(),
+        };
+        self.kernels.attention(qkv, &input.places, &cache, mixed)
     }
 
     fn empty(&self, tokens: usize, width: i64) -> Result<Tensor> {

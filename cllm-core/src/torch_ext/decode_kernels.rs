@@ -12,6 +12,8 @@ use Argument::{Data, Float, Int, MaybeData};
 const SOURCE: &str = include_str!("../../csrc/decode.cu");
 /// Most tokens that the fused kernels take; above, cuBLAS is the faster.
 pub const FEW_TOKENS: usize = 32;
+/// Most tokens of a step whose attention rotates and caches by itself.
+const SMALL_STEP: usize = 32;
 /// Rows of a weight that one block multiplies.
 const BLOCK_ROWS: usize = 16;
 const FEW_THREADS: usize = 256;
@@ -46,13 +48,34 @@ impl Shape {
     }
 
     /// Most tokens of a tile of queries: a warp takes 16 query vectors.
-    pub fn tile(&self) -> usize {
-        (16 * self.attention_warps() / (self.heads / self.kv_heads)).min(16)
+    pub fn tile(&self, tokens: usize) -> usize {
+        let group = self.heads / self.kv_heads;
+        // Small tiles let more multiprocessors share few tokens.
+        if tokens <= SMALL_STEP { (16 / group).max(1) } else { (16 * self.attention_warps() / group).min(16) }
+    }
+
+    /// Most tokens of a step that the fused kernels take: above, cuBLAS is the faster, for wide models sooner.
+    pub fn few_tokens(&self) -> usize {
+        if self.is_wide() { 8 } else { FEW_TOKENS }
+    }
+
+    fn is_wide(&self) -> bool {
+        self.hidden > 2048
     }
 
     fn attention_warps(&self) -> usize {
         // A thread of the wider heads needs more registers.
         if self.head_dim <= 64 { 16 } else { 8 }
+    }
+
+    /// Room for the parts of an attention's sum.
+    fn merging_bytes(&self) -> usize {
+        self.attention_warps() * 16 * (self.head_dim + 2) * 4
+    }
+
+    /// Room for the rotated queries of a small step's tile.
+    fn query_bytes(&self) -> usize {
+        (self.tile(1) * self.heads / self.kv_heads).next_multiple_of(16) * (self.head_dim + 8) * 2
     }
 
     fn qkv(&self) -> usize {
@@ -69,6 +92,8 @@ impl Shape {
             ("VOCAB", self.vocab.to_string()),
             ("EPS", format!("{:e}f", self.eps)),
             ("QK_NORM", u8::from(self.query_key_norm).to_string()),
+            // Short rows are wanted at once; for long ones more blocks on a multiprocessor do more than a deeper look ahead.
+            ("DEPTH", if self.is_wide() { 2 } else { 4 }.to_string()),
             ("ATTENTION_WARPS", self.attention_warps().to_string()),
         ]
     }
@@ -86,7 +111,8 @@ struct Few {
 
 /// Kernels of one shape on one device. Tensors are contiguous, bf16 unless said; `T` tokens.
 pub struct DecodeKernels {
-    shape: Shape,
+    /// What they were compiled for.
+    pub shape: Shape,
     few: [Few; 3],
     embed: Kernel,
     best_of_blocks: Kernel,
@@ -95,6 +121,7 @@ pub struct DecodeKernels {
     best_token: Kernel,
     rotate_and_cache: Kernel,
     attention: Kernel,
+    rotate_and_attend: Kernel,
 }
 
 /// Where the tokens of a step belong; int32 unless said.
@@ -116,6 +143,21 @@ pub struct Places {
     pub tile_length: Tensor,
     /// First slot of the window that each tile belongs to.
     pub tile_window: Tensor,
+}
+
+/// The cache of a layer and how keys get there.
+#[derive(Debug)]
+pub struct LayerCache<'t> {
+    /// `[rows, kv_heads, capacity, head_dim]`
+    pub keys: &'t Tensor,
+    /// `[rows, kv_heads, head_dim, capacity]`
+    pub values: &'t Tensor,
+    /// Slots of a row.
+    pub capacity: usize,
+    /// Cosines and sines, float32 `[positions, head_dim / 2]`.
+    pub table: &'t (Tensor, Tensor),
+    /// Weights of the norms of queries and keys, where the model has them.
+    pub norms: Option<&'t (Tensor, Tensor)>,
 }
 
 /// How tokens are chosen.
@@ -156,7 +198,6 @@ impl DecodeKernels {
                 module
             }
         };
-        let plain = |name: &str| module.kernel(name, 0, false);
         let overlapping = |name: &str| module.kernel(name, 0, true);
         let few = |tiles: usize| {
             let named = |name: &str| overlapping(&format!("{name}_{tiles}"));
@@ -173,11 +214,12 @@ impl DecodeKernels {
             few: [few(1)?, few(2)?, few(4)?],
             embed: overlapping("embed")?,
             best_of_blocks: overlapping("best_of_blocks")?,
-            add_norm: plain("add_norm")?,
-            gated: plain("gated")?,
-            best_token: plain("best_token")?,
+            add_norm: overlapping("add_norm")?,
+            gated: overlapping("gated")?,
+            best_token: overlapping("best_token")?,
             rotate_and_cache: overlapping("rotate_and_cache")?,
-            attention: module.kernel("attention", shape.attention_warps() * 16 * (shape.head_dim + 2) * 4, true)?,
+            attention: module.kernel("attention", shape.merging_bytes(), true)?,
+            rotate_and_attend: module.kernel("rotate_and_attend", shape.merging_bytes() + shape.query_bytes(), true)?,
             shape,
         })
     }
@@ -303,60 +345,26 @@ impl DecodeKernels {
         unsafe { self.best_token.launch([tokens, 1], 512, &arguments) }
     }
 
-    /// Norms (where the model does), rotates the queries of `qkv [T, qkv]` in place and puts keys and values into a layer's
-    /// cache: `keys [rows, kv_heads, capacity, head_dim]`, `values [rows, kv_heads, head_dim, capacity]`.
-    /// `table`: cosines and sines, float32 `[positions, head_dim / 2]`.
-    pub fn rotate_and_cache(
-        &self,
-        qkv: &Tensor,
-        places: &Places,
-        table: &(Tensor, Tensor),
-        norms: Option<&(Tensor, Tensor)>,
-        cache: (&Tensor, &Tensor),
-        capacity: usize,
-    ) -> Result<()> {
-        let arguments = [
-            Data(qkv),
-            Data(&places.row),
-            Data(&places.slot),
-            Data(&places.position),
-            Data(&table.0),
-            Data(&table.1),
-            MaybeData(norms.map(|norms| &norms.0)),
-            MaybeData(norms.map(|norms| &norms.1)),
-            Data(cache.0),
-            Data(cache.1),
-            Int(capacity as i32),
-        ];
-        // SAFETY: as declared in the source; whoever made the places keeps slots and positions within the capacity.
-        unsafe { self.rotate_and_cache.launch([places.row.numel(), 1], 256, &arguments) }
-    }
-
-    /// `mixed [T, heads x head_dim]` = attention of the rotated queries of `qkv` over what each sees of the cache.
-    pub fn attention(
-        &self,
-        qkv: &Tensor,
-        places: &Places,
-        cache: (&Tensor, &Tensor),
-        mixed: &Tensor,
-        capacity: usize,
-    ) -> Result<()> {
-        let arguments = [
-            Data(qkv),
-            Data(cache.0),
-            Data(cache.1),
-            Data(&places.tile_row),
-            Data(&places.tile_token),
-            Data(&places.tile_length),
-            Data(&places.tile_window),
-            Data(&places.slot),
-            Data(&places.visible),
-            Data(mixed),
-            Int(capacity as i32),
-        ];
-        let grid = [places.tile_row.numel(), self.shape.kv_heads];
-        // SAFETY: as for `rotate_and_cache`.
-        unsafe { self.attention.launch(grid, self.shape.attention_warps() * 32, &arguments) }
+    /// Norms (where the model does) and rotates queries and keys of `qkv [T, qkv]`, puts keys and values into a layer's cache,
+    /// and makes `mixed [T, heads x head_dim]`, the attention of the queries over what each sees of it. The rotated queries
+    /// may take the place of the plain ones.
+    pub fn attention(&self, qkv: &Tensor, places: &Places, layer: &LayerCache<'_>, mixed: &Tensor) -> Result<()> {
+        let Places { row, slot, position, visible, tile_row, tile_token, tile_length, tile_window } = places;
+        let (query_norm, key_norm) = (layer.norms.map(|norms| &norms.0), layer.norms.map(|norms| &norms.1));
+        let rotation = [Data(&layer.table.0), Data(&layer.table.1), MaybeData(query_norm), MaybeData(key_norm)];
+        let cache = [Data(layer.keys), Data(layer.values), Int(layer.capacity as i32)];
+        let small = row.numel() <= SMALL_STEP;
+        if !small {
+            let places = [Data(qkv), Data(row), Data(slot), Data(position)];
+            let arguments = [&places[..], &rotation, &cache].concat();
+            // SAFETY: as declared in the source; whoever made the places keeps slots and positions within the capacity.
+            unsafe { self.rotate_and_cache.launch([row.numel(), 1], 256, &arguments)? };
+        }
+        let tiles = [tile_row, tile_token, tile_length, tile_window, slot, visible, mixed].map(Data);
+        let arguments = [&[Data(qkv)], &cache[..2], &tiles, &cache[2..], &rotation, &[Data(position)]].concat();
+        let kernel = if small { &self.rotate_and_attend } else { &self.attention };
+        // SAFETY: as above.
+        unsafe { kernel.launch([tile_row.numel(), self.shape.kv_heads], self.shape.attention_warps() * 32, &arguments) }
     }
 }
 
