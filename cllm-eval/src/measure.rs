@@ -15,6 +15,7 @@ use crate::config::RunSettings;
 use crate::pieces::pieces;
 use crate::records::{AnswerRecord, Journal, Line, ModelEntry, Records, Role, SpeedRecord};
 use crate::results::label;
+use crate::score::judge;
 
 /// So many first examples keep the text of each forward, for reports.
 const EXAMPLES_WITH_PIECES: usize = 5;
@@ -180,7 +181,7 @@ impl Subject {
             });
         }
         let data = settings.data.as_deref();
-        let score = |answer: &AnswerRecord| task.score(data, &samples[answer.index], &answer.text);
+        let score = |answer: &AnswerRecord| judge(task, data, answer);
         let verdicts: Vec<Verdict> = found.par_iter().map(score).collect::<Result<_>>()?;
         for (answer, verdict) in found.iter_mut().zip(verdicts) {
             answer.verdict = verdict;

@@ -1,13 +1,25 @@
-//! `score`: scores saved answers again, with no model and no GPU.
+//! How an answer is scored, and `score`: scores saved answers again, with no model and no GPU.
 
 use std::path::Path;
 
-use cllm_core::task::Verdict;
+use cllm_core::task::{Task, Verdict};
+use cllm_core::trajectory::FinishReason;
 use cllm_core::{Result, atomic_file, interrupt};
 use rayon::prelude::*;
 
 use crate::records::{AnswerRecord, Records, SAMPLES};
 use crate::results::{RESULTS, Results};
+
+/// The verdict on an answer. One that was cut at the length limit is wrong whatever stands in it: it gave no answer, and a
+/// number or query that happens to be its last would be luck.
+///
+/// # Errors
+/// As [`Task::score`].
+pub fn judge(task: Task, data: Option<&Path>, answer: &AnswerRecord) -> Result<Verdict> {
+    let verdict = task.score(data, &answer.sample(), &answer.text)?;
+    let cut = answer.finish_reason == FinishReason::Length;
+    Ok(if cut && verdict == Verdict::Right { Verdict::Wrong } else { verdict })
+}
 
 /// Scores the answers in a run's folder and rewrites its files.
 ///
@@ -18,7 +30,7 @@ pub fn score(folder: &Path) -> Result<Results> {
     let mut records = Records::read(&path)?;
     let task = records.header.benchmark;
     let data = records.header.settings.data.clone();
-    let score = |answer: &AnswerRecord| task.score(data.as_deref(), &answer.sample(), &answer.text);
+    let score = |answer: &AnswerRecord| judge(task, data.as_deref(), answer);
     let verdicts: Vec<Verdict> = records.answers.par_iter().map(score).collect::<Result<_>>()?;
     interrupt::check()?;
     for (answer, verdict) in records.answers.iter_mut().zip(verdicts) {
