@@ -40,6 +40,9 @@ enum Verb {
     Score {
         /// Folder of a run, with samples.jsonl.
         folder: PathBuf,
+        /// Folder of the benchmark's files, in place of the run's own: where Spider's databases are on this machine.
+        #[arg(long)]
+        data: Option<PathBuf>,
         /// Prints results.json on stdout.
         #[arg(long)]
         json: bool,
@@ -118,7 +121,7 @@ impl Cli {
         progress::set_quiet(self.quiet);
         let done = match self.verb {
             Verb::Run(given) => results(&run::run(&given.load()?)?, given.json),
-            Verb::Score { folder, json } => results(&score::score(&folder)?, json),
+            Verb::Score { folder, data, json } => results(&score::score(&folder, data)?, json),
             Verb::Report { results, output, json } => draw(&results, output.as_deref(), json),
             Verb::Generate { prompt, model, raw, n, max_new_tokens, device, seed, json } => {
                 let question = Question { model, prompt, raw, n, max_new_tokens, device, seed };

@@ -3,12 +3,12 @@
 use std::fs;
 use std::path::Path;
 
-use cllm_core::task::Verdict;
+use cllm_core::task::{Task, Verdict};
 use cllm_core::trajectory::FinishReason;
 use cllm_eval::records::Records;
 use serde_json::json;
 
-use crate::made_up::model;
+use crate::made_up::{model, records};
 use crate::programs::{Program, path};
 
 const EVAL: Program = Program("cllm-eval");
@@ -43,4 +43,42 @@ fn an_answer_cut_at_the_length_limit_is_wrong_whatever_it_says() {
     records.write(&Path::new(&output).join("samples.jsonl")).unwrap();
     EVAL.succeed(&["score", &output]);
     assert_eq!(read(&output).answers[0].verdict, Verdict::Right);
+}
+
+/// Spider with one small database.
+fn spider(folder: &Path) -> String {
+    let database = folder.join("spider/database/zoo");
+    fs::create_dir_all(&database).unwrap();
+    let made = rusqlite::Connection::open(database.join("zoo.sqlite")).unwrap();
+    made.execute_batch("CREATE TABLE pen (id, size); INSERT INTO pen VALUES (1, 5), (2, 9);").unwrap();
+    path(folder, "spider")
+}
+
+#[test]
+fn spider_is_scored_where_its_databases_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = path(dir.path(), "run");
+    fs::create_dir(&run).unwrap();
+    let mut made = records();
+    made.header.benchmark = Task::Spider;
+    for answer in &mut made.answers {
+        answer.source = "spider/dev".into();
+        answer.meta = Some(json!({ "db_id": "zoo" }));
+        answer.reference = Some("SELECT count(*) FROM pen".into());
+        answer.text = if answer.verdict == Verdict::Right { "SELECT 2".into() } else { "SELECT 3".into() };
+        answer.verdict = Verdict::Unscored;
+    }
+    made.write(&Path::new(&run).join("samples.jsonl")).unwrap();
+    let said = EVAL.succeed(&["score", &run]).stderr;
+    assert!(said.contains("--data"), "{said}");
+    assert!(read(&run).answers.iter().all(|answer| answer.verdict == Verdict::Unscored));
+    EVAL.refuse(&["score", &run, "--data", "no/such"], 2, &["no/such/database/zoo/zoo.sqlite", "data folder"]);
+    let data = spider(dir.path());
+    EVAL.succeed(&["score", &run, "--data", &data]);
+    let found: Vec<Verdict> = read(&run).answers.iter().map(|answer| answer.verdict).collect();
+    let wanted: Vec<Verdict> = records().answers.iter().map(|answer| answer.verdict).collect();
+    assert_eq!(found, wanted);
+    // The folder stays known.
+    EVAL.succeed(&["score", &run]);
+    assert_eq!(read(&run).answers[0].verdict, Verdict::Right);
 }
