@@ -62,7 +62,7 @@ pub struct Header {
     pub identity: String,
     /// The benchmark, which also says how answers are scored.
     pub benchmark: Task,
-    /// Its split.
+    /// Its split; `mixed` where the prompts are of several.
     pub split: String,
     /// Number of examples.
     pub examples: usize,

@@ -82,3 +82,42 @@ fn spider_is_scored_where_its_databases_are() {
     EVAL.succeed(&["score", &run]);
     assert_eq!(read(&run).answers[0].verdict, Verdict::Right);
 }
+
+#[test]
+fn prompts_of_a_file_are_of_one_benchmark_which_the_results_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let (teacher, prompts) = (path(dir.path(), "teacher"), path(dir.path(), "prompts.jsonl"));
+    model(Path::new(&teacher), 1);
+    let put = |sources: &[&str]| {
+        let row = |(index, source): (usize, &&str)| {
+            json!({ "id": index.to_string(), "source": source, "prompt": "2 + 2 =", "reference": "#### 4" }).to_string()
+        };
+        fs::write(&prompts, sources.iter().enumerate().map(row).collect::<Vec<_>>().join("\n")).unwrap();
+    };
+    let output = path(dir.path(), "output");
+    let arguments = |more: &[&str]| {
+        let given = [format!("teacher={teacher}"), format!("prompts={prompts}"), format!("output={output}")];
+        let fixed = ["run", "strategies=[ar]", "max_new_tokens=5", "speed_examples=0", "device=cpu"];
+        [&fixed.map(str::to_owned)[..], &given, &more.iter().map(|&word| word.to_owned()).collect::<Vec<_>>()].concat()
+    };
+    put(&["gsm8k/test", "gsm8k/test", "synthetic/test"]);
+    EVAL.refuse(
+        &arguments(&[]),
+        2,
+        &["prompts.jsonl: row 3, `2`", "`synthetic/test`", "row 1 is of gsm8k", "file of its own"],
+    );
+    put(&["gsm8k/train", "gsm8k/test"]);
+    EVAL.refuse(&arguments(&["benchmark=synthetic"]), 2, &["row 1", "`gsm8k/train`", "`benchmark` is synthetic"]);
+    EVAL.refuse(&arguments(&["split=train"]), 2, &["row 2", "`gsm8k/test`", "`split` is train"]);
+    fs::write(&prompts, "").unwrap();
+    EVAL.refuse(&arguments(&[]), 2, &["prompts.jsonl", "holds no prompts"]);
+    assert!(!Path::new(&output).exists());
+    for (sources, split) in [(["gsm8k/train", "gsm8k/train"], "train"), (["gsm8k/train", "gsm8k/test"], "mixed")] {
+        put(&sources);
+        EVAL.succeed(&arguments(&[]));
+        let results = fs::read_to_string(Path::new(&output).join("results.json")).unwrap();
+        let results: serde_json::Value = serde_json::from_str(&results).unwrap();
+        assert_eq!((results["benchmark"].as_str(), results["split"].as_str()), (Some("gsm8k"), Some(split)));
+        fs::remove_dir_all(&output).unwrap();
+    }
+}
