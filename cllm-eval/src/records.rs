@@ -171,6 +171,14 @@ pub struct Records {
     pub speeds: Vec<SpeedRecord>,
 }
 
+impl Header {
+    /// Where the figures come from, in one line.
+    fn place(&self) -> String {
+        let Toolkit { version, libtorch } = &self.toolkit;
+        format!("{}; cllm {version}, libtorch {}", self.hardware.line(), libtorch.as_deref().unwrap_or("unknown"))
+    }
+}
+
 impl AnswerRecord {
     /// The sample, as far as scoring needs it.
     pub fn sample(&self) -> Sample {
@@ -255,14 +263,23 @@ impl Journal {
         if path.exists() {
             let (records, whole) = Records::read_prefix(path, true)?;
             // A run that ended before its first answer is nothing to lose.
-            let empty = records.answers.is_empty() && records.speeds.is_empty();
-            if empty && records.header.identity != header.identity {
+            if records.answers.is_empty() && records.speeds.is_empty() {
                 return Self::create(path, header);
             }
             if records.header.identity != header.identity {
                 return Err(Error::file(
                     path,
                     "belongs to a run with other settings, models or prompts; choose another `output` or remove it",
+                ));
+            }
+            let (there, here) = (records.header.place(), header.place());
+            if there != here {
+                return Err(Error::file(
+                    path,
+                    format!(
+                        "belongs to a run on [{there}]; this is [{here}], and times of both would stand under one name: go on \
+                         there, or choose another `output`"
+                    ),
                 ));
             }
             let mut file = OpenOptions::new().write(true).open(path).map_err(Error::write(path))?;
