@@ -198,11 +198,12 @@ impl Records {
     /// # Errors
     /// Names file and line of what is not as expected.
     pub fn read(path: &Path) -> Result<Self> {
-        Ok(Self::read_prefix(path, false)?.0)
+        let none = || Error::file(path, "holds no answers yet: run the same `cllm-eval run` again");
+        Ok(Self::read_prefix(path, false)?.ok_or_else(none)?.0)
     }
 
-    /// Reads what is whole, and how many bytes that is: a kill may have cut the last line.
-    fn read_prefix(path: &Path, may_be_cut: bool) -> Result<(Self, u64)> {
+    /// Reads what is whole, and how many bytes that is: a kill may have cut the last line. None where nothing is.
+    fn read_prefix(path: &Path, may_be_cut: bool) -> Result<Option<(Self, u64)>> {
         let mut reader = BufReader::new(File::open(path).map_err(Error::io(path))?);
         let (mut header, mut answers, mut speeds) = (None, Vec::new(), Vec::new());
         let (mut text, mut whole) = (String::new(), 0);
@@ -221,14 +222,18 @@ impl Records {
                 Line::Speed(record) => speeds.push(record),
             }
         }
-        let header = header.ok_or_else(|| Error::file(path, "has no header line: run `cllm-eval run` again"))?;
+        if whole == 0 {
+            return Ok(None);
+        }
+        let header =
+            header.ok_or_else(|| Error::file(path, "has no header line: choose another `output`, or remove it"))?;
         if header.schema_version != SCHEMA_VERSION {
             return Err(Error::file(
                 path,
                 format!("has schema version {}; this build reads {SCHEMA_VERSION}", header.schema_version),
             ));
         }
-        Ok((Records { header, answers, speeds }, whole))
+        Ok(Some((Records { header, answers, speeds }, whole)))
     }
 
     /// Writes a whole file.
@@ -260,8 +265,8 @@ impl Journal {
     /// # Errors
     /// When another run's file is in the way; file-system errors.
     pub fn open(path: &Path, header: Header) -> Result<(Self, Records)> {
-        if path.exists() {
-            let (records, whole) = Records::read_prefix(path, true)?;
+        let found = if path.exists() { Records::read_prefix(path, true)? } else { None };
+        if let Some((records, whole)) = found {
             // A run that ended before its first answer is nothing to lose.
             if records.answers.is_empty() && records.speeds.is_empty() {
                 return Self::create(path, header);

@@ -95,7 +95,17 @@ fn a_run_that_ended_before_its_first_answer_blocks_nothing() {
     EVAL.succeed(&run("seed=1"));
     let samples = Path::new(&output).join("samples.jsonl");
     EVAL.refuse(&run("seed=2"), 2, &["samples.jsonl", "other settings"]);
-    let header = fs::read_to_string(&samples).unwrap().lines().next().unwrap().to_owned() + "\n";
-    fs::write(&samples, header).unwrap();
-    EVAL.succeed(&run("seed=2"));
+    let whole = fs::read_to_string(&samples).unwrap();
+    let header = whole.lines().next().unwrap().to_owned() + "\n";
+    // Its header alone, half of that, or nothing at all is what a machine that went down may leave.
+    for left in [&header[..], &header[..40], ""] {
+        fs::write(&samples, left).unwrap();
+        EVAL.succeed(&run("seed=2"));
+    }
+    fs::write(&samples, "").unwrap();
+    EVAL.refuse(&["score", &output], 2, &["samples.jsonl", "holds no answers yet"]);
+    let answers: String = whole.lines().skip(1).map(|line| line.to_owned() + "\n").collect();
+    fs::write(&samples, &answers).unwrap();
+    EVAL.refuse(&run("seed=2"), 2, &["samples.jsonl", "no header line", "another `output`"]);
+    assert_eq!(fs::read_to_string(&samples).unwrap(), answers, "nothing is lost");
 }
