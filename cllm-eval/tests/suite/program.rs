@@ -99,6 +99,26 @@ fn generate_answers_both_ways_alike() {
 }
 
 #[test]
+fn generate_ends_at_the_ids_it_is_given() {
+    let dir = tempfile::tempdir().unwrap();
+    model(dir.path(), 3);
+    let generate = |more: &[&str]| {
+        let fixed = ["generate", "What is 2 and 2?", "--max-new-tokens", "20", "--device", "cpu", "--json", "--model"];
+        let output = program().args(fixed).arg(dir.path()).args(more).output().unwrap();
+        let value: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        (value["strategies"][1].clone(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (whole, message) = generate(&[]);
+    let ids: Vec<i64> = whole["response_ids"].as_array().expect(&message).iter().filter_map(Value::as_i64).collect();
+    let (cut, _) = generate(&["--eos-ids", &format!("299,{}", ids[3])]);
+    let end = ids.iter().position(|&id| id == ids[3] || id == 299).unwrap() + 1;
+    assert_eq!(cut["response_ids"], serde_json::json!(ids[..end]));
+    assert_eq!(cut["finish_reason"], "eos");
+    let (_, message) = generate(&["--eos-ids", "2,999"]);
+    assert!(message.contains("eos_ids: 999 is no token") && message.contains("300"), "{message}");
+}
+
+#[test]
 fn bad_settings_and_missing_devices_have_their_exit_codes() {
     let exit = |arguments: &[&str]| {
         let output = program().args(arguments).output().unwrap();
