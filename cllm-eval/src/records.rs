@@ -214,8 +214,12 @@ impl Records {
                 break;
             }
             whole += read as u64;
-            let line: Line = serde_json::from_str(&text)
-                .map_err(|error| Error::file(path, format!("line {number} is not a record of cllm-eval: {error}")))?;
+            let bad = |error| Error::file(path, format!("line {number} is not a record of cllm-eval: {error}"));
+            if number == 1 {
+                let first: Value = serde_json::from_str(&text).map_err(bad)?;
+                expect_version(path, &first)?;
+            }
+            let line: Line = serde_json::from_str(&text).map_err(bad)?;
             match line {
                 Line::Header(found) => header = Some(*found),
                 Line::Answer(record) => answers.push(*record),
@@ -227,12 +231,6 @@ impl Records {
         }
         let header =
             header.ok_or_else(|| Error::file(path, "has no header line: choose another `output`, or remove it"))?;
-        if header.schema_version != SCHEMA_VERSION {
-            return Err(Error::file(
-                path,
-                format!("has schema version {}; this build reads {SCHEMA_VERSION}", header.schema_version),
-            ));
-        }
         Ok(Some((Records { header, answers, speeds }, whole)))
     }
 
@@ -311,6 +309,21 @@ impl Journal {
             text.push_str(&to_line(&self.path, line)?);
         }
         self.file.write_all(text.as_bytes()).and_then(|()| self.file.sync_data()).map_err(Error::write(&self.path))
+    }
+}
+
+/// Refuses what another version wrote; without one it is something else, which is told when it is read.
+///
+/// # Errors
+/// Names both versions.
+pub fn expect_version(path: &Path, document: &Value) -> Result<()> {
+    match &document["schema_version"] {
+        Value::Null => Ok(()),
+        found if *found == SCHEMA_VERSION => Ok(()),
+        found => Err(Error::file(
+            path,
+            format!("has schema version {found}; this build reads {SCHEMA_VERSION}: use the build that wrote it"),
+        )),
     }
 }
 
