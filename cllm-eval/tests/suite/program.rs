@@ -137,6 +137,30 @@ fn bad_settings_and_missing_devices_have_their_exit_codes() {
 }
 
 #[test]
+fn the_cache_that_doctor_names_is_the_one_models_are_looked_for_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let home = dir.path().display().to_string();
+    for (set, wanted) in [
+        (["", "", &home], format!("{home}/huggingface/hub")),
+        (["", &home, ""], format!("{home}/hub")),
+        ([&home, "", ""], home.clone()),
+    ] {
+        let with = |arguments: &[&str]| {
+            let names = ["HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"];
+            program().envs(names.into_iter().zip(set)).args(arguments).output().unwrap()
+        };
+        let value: Value = serde_json::from_slice(&with(&["doctor", "--json"]).stdout).unwrap();
+        assert_eq!(value["hub_cache"], wanted.as_str());
+        #[cfg(not(feature = "hub"))]
+        {
+            let output = with(&["generate", "2 + 2?", "--model", "org/not-there"]);
+            let message = String::from_utf8_lossy(&output.stderr);
+            assert!(message.contains(&format!("cache {wanted};")), "{message}");
+        }
+    }
+}
+
+#[test]
 fn doctor_runs_on_any_machine() {
     let output = program().args(["doctor", "--json"]).output().unwrap();
     assert!(output.status.success());
