@@ -7,4 +7,5 @@ mod decoding;
 mod gguf;
 mod models;
 mod parity;
+mod saved;
 mod trajectories;
