@@ -161,6 +161,15 @@ fn the_cache_that_doctor_names_is_the_one_models_are_looked_for_in() {
 }
 
 #[test]
+fn an_installed_program_finds_libtorch() {
+    let dir = tempfile::tempdir().unwrap();
+    let installed = dir.path().join("cllm-eval");
+    std::fs::copy(assert_cmd::cargo::cargo_bin("cllm-eval"), &installed).unwrap();
+    let output = std::process::Command::new(&installed).arg("ls").env_remove("LD_LIBRARY_PATH").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+#[test]
 fn doctor_runs_on_any_machine() {
     let output = program().args(["doctor", "--json"]).output().unwrap();
     assert!(output.status.success());
