@@ -13,11 +13,14 @@ pub fn folder() -> PathBuf {
 }
 
 /// Prints the link arguments. `libtorch.so` pulls in the CUDA library, which rustc's `--as-needed` would drop;
-/// the run path finds it from target/PROFILE and target/PROFILE/deps of a checkout.
+/// the run path finds it from target/PROFILE and target/PROFILE/deps of a checkout, wherever that is, and its last entry from
+/// where `cargo install` puts a program.
 pub fn link() {
     let lib = folder().join("lib");
     println!("cargo:rustc-link-arg=-Wl,--no-as-needed");
     println!("cargo:rustc-link-arg=-L{}", lib.display());
     println!("cargo:rustc-link-arg=-ltorch");
     println!("cargo:rustc-link-arg=-Wl,-rpath,$ORIGIN/../../.libtorch/lib:$ORIGIN/../../../.libtorch/lib");
+    let cache = lib.canonicalize().unwrap_or(lib);
+    println!("cargo:rustc-link-arg=-Wl,-rpath,{}", cache.display());
 }

@@ -21,6 +21,16 @@ pub fn of_files<P: AsRef<Path>>(paths: &[P]) -> Result<String> {
     Ok(hasher.finalize().to_hex()[..16].to_owned())
 }
 
+/// Fingerprint of a file's contents, whatever its name: 16 hex digits of BLAKE3.
+///
+/// # Errors
+/// When the file cannot be read.
+pub fn of_contents(path: &Path) -> Result<String> {
+    let mut hasher = blake3::Hasher::new();
+    hasher.update_reader(File::open(path).map_err(Error::io(path))?).map_err(Error::io(path))?;
+    Ok(hasher.finalize().to_hex()[..16].to_owned())
+}
+
 /// Fingerprint of some bytes: 16 hex digits of BLAKE3.
 pub fn of_bytes(bytes: &[u8]) -> String {
     blake3::hash(bytes).to_hex()[..16].to_owned()

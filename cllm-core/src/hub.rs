@@ -25,9 +25,10 @@ pub fn locate(name: &str) -> Result<PathBuf> {
     download(name, &cache)
 }
 
-/// `HF_HUB_CACHE`, else `$HF_HOME/hub`, else `$XDG_CACHE_HOME/huggingface/hub`, else `~/.cache/huggingface/hub`.
+/// `HF_HUB_CACHE`, else `$HF_HOME/hub`, else `$XDG_CACHE_HOME/huggingface/hub`, else `~/.cache/huggingface/hub`; a variable
+/// that is empty is not set.
 pub fn cache_folder() -> PathBuf {
-    let variable = |name| std::env::var_os(name).map(PathBuf::from);
+    let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let cache = || variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache"))).unwrap_or_default();
     variable("HF_HUB_CACHE")
         .or_else(|| Some(variable("HF_HOME")?.join("hub")))

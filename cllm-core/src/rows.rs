@@ -1,9 +1,11 @@
-//! Rows of files as they are published: JSONL, a JSON list, or Parquet, such as that of a Hugging Face export.
+//! Rows of files as they are published: JSONL (packed with gzip too), a JSON list, or Parquet, such as that of a Hugging
+//! Face export.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
 
+use flate2::read::MultiGzDecoder;
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::Field;
 use serde::de::DeserializeOwned;
@@ -17,7 +19,7 @@ pub(crate) fn read<T: DeserializeOwned>(data: &Path, stems: &[&str]) -> Result<V
         return read_file(data);
     }
     for stem in stems {
-        for ending in ["jsonl", "json", "parquet"] {
+        for ending in ["jsonl", "jsonl.gz", "json", "parquet"] {
             let path = data.join(format!("{stem}.{ending}"));
             if path.is_file() {
                 return read_file(&path);
@@ -31,7 +33,10 @@ pub(crate) fn read<T: DeserializeOwned>(data: &Path, stems: &[&str]) -> Result<V
     }
     let names: Vec<String> = stems.iter().map(|stem| format!("{stem}.jsonl")).collect();
     let wanted = names.join(" or ");
-    Err(Error::file(data, format!("expected {wanted} here (or .json, .parquet, -00000-of-00001.parquet); found none")))
+    Err(Error::file(
+        data,
+        format!("expected {wanted} here (or .jsonl.gz, .json, .parquet, -00000-of-00001.parquet); found none"),
+    ))
 }
 
 /// The files `STEM-00000-of-00002.parquet` and so on, in order.
@@ -81,9 +86,14 @@ pub(crate) fn fit<T: DeserializeOwned>(path: &Path, index: usize, row: Value) ->
 /// The rows of a JSONL file; empty lines are skipped.
 fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     let file = File::open(path).map_err(Error::io(path))?;
+    let packed = path.extension().is_some_and(|ending| ending == "gz");
+    let plain: Box<dyn Read> = if packed { Box::new(MultiGzDecoder::new(file)) } else { Box::new(file) };
     let mut rows = Vec::new();
-    for (number, line) in BufReader::new(file).lines().enumerate() {
-        let line = line.map_err(Error::io(path))?;
+    for (number, line) in BufReader::new(plain).lines().enumerate() {
+        let line = line.map_err(|error| match packed {
+            true => Error::file(path, format!("is no whole gzip file ({error}): download it again")),
+            false => Error::io(path)(error),
+        })?;
         if !line.trim().is_empty() {
             let row = serde_json::from_str(&line)
                 .map_err(|error| Error::file(path, format!("line {}: {error}", number + 1)))?;

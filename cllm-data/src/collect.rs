@@ -144,7 +144,7 @@ pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
         max_new_tokens: settings.max_new_tokens,
         eos_ids: tokenizer.eos_ids().to_vec(),
         seed: settings.seed,
-        prompts: cllm_core::fingerprint::of_files(&[&settings.prompts])?,
+        prompts: cllm_core::fingerprint::of_contents(&settings.prompts)?,
         toolkit: cllm_core::VERSION.to_owned(),
         steps: vec![format!("collect: {} prompts, shards of {}", samples.len(), settings.shard_rows)],
     };

@@ -53,16 +53,25 @@ pub(crate) fn finish(writer: Writer, output: &Path) -> Result<usize> {
     Ok(writer.finish()?.rows())
 }
 
+/// The hub's name for so many rows.
+fn size_category(rows: usize) -> &'static str {
+    match rows {
+        0..1_000 => "n<1K",
+        1_000..10_000 => "1K<n<10K",
+        10_000..100_000 => "10K<n<100K",
+        100_000..1_000_000 => "100K<n<1M",
+        1_000_000..10_000_000 => "1M<n<10M",
+        10_000_000..100_000_000 => "10M<n<100M",
+        100_000_000..1_000_000_000 => "100M<n<1B",
+        _ => "n>1B",
+    }
+}
+
 /// The data set card (README.md with the Hugging Face front matter).
 fn card(manifest: &Manifest) -> String {
     let rows = manifest.rows();
     let provenance = &manifest.provenance;
-    let size = match rows {
-        0..1_000 => "n<1K",
-        1_000..10_000 => "1K<n<10K",
-        10_000..100_000 => "10K<n<100K",
-        _ => "100K<n<1M",
-    };
+    let size = size_category(rows);
     let steps: Vec<_> = provenance.steps.iter().map(|step| format!("- {step}")).collect();
     format!(
         "---\npretty_name: Jacobi trajectories\ntask_categories:\n- text-generation\ntags:\n- cllm\n- jacobi-decoding\n\
@@ -77,4 +86,23 @@ fn card(manifest: &Manifest) -> String {
         provenance.toolkit,
         steps.join("\n")
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::size_category;
+
+    #[test]
+    fn every_size_has_the_name_that_the_hub_gives_it() {
+        for (rows, name) in [
+            (999, "n<1K"),
+            (1_000, "1K<n<10K"),
+            (999_999, "100K<n<1M"),
+            (1_000_000, "1M<n<10M"),
+            (99_999_999, "10M<n<100M"),
+            (2_000_000_000, "n>1B"),
+        ] {
+            assert_eq!(size_category(rows), name, "{rows}");
+        }
+    }
 }

@@ -49,7 +49,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         max_new_tokens: arguments.max_new_tokens,
         eos_ids: tokenizer.eos_ids().to_vec(),
         seed: 0,
-        prompts: cllm_core::fingerprint::of_files(&[path])?,
+        prompts: cllm_core::fingerprint::of_contents(path)?,
         toolkit: cllm_core::VERSION.to_owned(),
         steps: vec!["import: a file of the reference implementation".to_owned()],
     };

@@ -40,6 +40,9 @@ enum Verb {
     Score {
         /// Folder of a run, with samples.jsonl.
         folder: PathBuf,
+        /// Folder of the benchmark's files, in place of the run's own: where Spider's databases are on this machine.
+        #[arg(long)]
+        data: Option<PathBuf>,
         /// Prints results.json on stdout.
         #[arg(long)]
         json: bool,
@@ -74,6 +77,9 @@ enum Verb {
         /// Most tokens of the answer.
         #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..).map(|n| n as usize))]
         max_new_tokens: usize,
+        /// Ids that end the answer, in place of the model's own: 2 or 0,2.
+        #[arg(long, value_delimiter = ',', num_args = 1)]
+        eos_ids: Option<Vec<i32>>,
         /// auto, cpu, cuda or cuda:N.
         #[arg(long, default_value = "auto")]
         device: String,
@@ -118,10 +124,10 @@ impl Cli {
         progress::set_quiet(self.quiet);
         let done = match self.verb {
             Verb::Run(given) => results(&run::run(&given.load()?)?, given.json),
-            Verb::Score { folder, json } => results(&score::score(&folder)?, json),
+            Verb::Score { folder, data, json } => results(&score::score(&folder, data)?, json),
             Verb::Report { results, output, json } => draw(&results, output.as_deref(), json),
-            Verb::Generate { prompt, model, raw, n, max_new_tokens, device, seed, json } => {
-                let question = Question { model, prompt, raw, n, max_new_tokens, device, seed };
+            Verb::Generate { prompt, model, raw, n, max_new_tokens, eos_ids, device, seed, json } => {
+                let question = Question { model, prompt, raw, n, max_new_tokens, eos_ids, device, seed };
                 let found = generate::generate(&question, !self.quiet)?;
                 if json { print_json(&found) } else { print(found["strategies"][1]["text"].as_str().unwrap_or("")) }
             }

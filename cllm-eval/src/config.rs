@@ -20,16 +20,16 @@ pub struct RunSettings {
     /// Folder or id of the model after it.
     #[garde(skip)]
     pub student: Option<String>,
-    /// What to answer: one of `cllm-eval ls`.
+    /// What to answer: one of `cllm-eval ls`. Without it, what the sources of `prompts` name, or else synthetic.
     #[garde(skip)]
-    pub benchmark: Task,
+    pub benchmark: Option<Task>,
     /// Folder (for jsonl: file) with the benchmark's data; synthetic needs none.
     #[garde(skip)]
     pub data: Option<PathBuf>,
-    /// Which split.
+    /// Which split. Without it, that of `prompts`, or else test.
     #[garde(length(min = 1))]
-    pub split: String,
-    /// A prompt-set file to take instead of a benchmark's files.
+    pub split: Option<String>,
+    /// A prompt-set file to take instead of a benchmark's files; its prompts are all of one benchmark.
     #[garde(skip)]
     pub prompts: Option<PathBuf>,
     /// Seed of the synthetic problems and of the first guesses.
@@ -69,9 +69,9 @@ impl Default for RunSettings {
         RunSettings {
             teacher: None,
             student: None,
-            benchmark: Task::Synthetic,
+            benchmark: None,
             data: None,
-            split: "test".to_owned(),
+            split: None,
             prompts: None,
             seed: 0,
             count: 500,

@@ -40,7 +40,7 @@ pub fn examine() -> Findings {
     let folder = hardware::libtorch_folder();
     let available = tch::Cuda::is_available();
     let gpus = hardware::gpus();
-    let hub_cache = hub_cache();
+    let hub_cache = cllm_core::hub::cache_folder();
     Findings {
         schema_version: 1,
         version: cllm_core::VERSION,
@@ -77,14 +77,6 @@ fn cuda_problem(libtorch: Option<&Path>, driver_works: bool) -> String {
          CUDA 13.0 (580 or newer is needed)"
             .to_owned()
     }
-}
-
-fn hub_cache() -> PathBuf {
-    let variable = |name: &str| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
-    variable("HF_HUB_CACHE")
-        .or_else(|| Some(variable("HF_HOME")?.join("hub")))
-        .or_else(|| Some(variable("XDG_CACHE_HOME")?.join("huggingface/hub")))
-        .unwrap_or_else(|| variable("HOME").unwrap_or_default().join(".cache/huggingface/hub"))
 }
 
 fn cached_models(cache: &Path) -> Vec<String> {

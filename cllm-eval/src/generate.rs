@@ -4,12 +4,13 @@ use std::io::IsTerminal;
 
 use cllm_core::chat_template::Message;
 use cllm_core::decode::{Answer, DecodeOptions, Decoder, Limits, Request, Strategy, Timing, capacity, check_length};
-use cllm_core::model::Transformer;
+use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::prompt_set::Prompt;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Error, Result, device, hub, progress};
 use serde_json::{Value, json};
 
+use crate::measure::eos_ids;
 use crate::pieces::PieceWriter;
 use crate::results::label;
 use crate::statistics::ratio;
@@ -30,6 +31,8 @@ pub struct Question {
     pub n: usize,
     /// Most tokens.
     pub max_new_tokens: usize,
+    /// Ids that end the answer, in place of the model's own.
+    pub eos_ids: Option<Vec<i32>>,
     /// Where.
     pub device: String,
     /// Of the first guesses.
@@ -51,8 +54,9 @@ pub fn generate(what: &Question, show: bool) -> Result<Value> {
         Prompt::Messages(vec![Message { role: "user".to_owned(), content: what.prompt.clone() }])
     };
     let (_, prompt_ids) = tokenizer.prompt(&prompt)?;
+    let eos_ids = eos_ids(what.eos_ids.as_deref(), &tokenizer, &folder, &ModelConfig::load(&folder)?)?;
+    let limits = Limits { max_new_tokens: what.max_new_tokens, eos_ids };
     let model = Transformer::load(&folder, device, device::default_kind(device))?;
-    let limits = Limits { max_new_tokens: what.max_new_tokens, eos_ids: tokenizer.eos_ids().to_vec() };
     let requests = [Request { sample_id: "generate".to_owned(), prompt_ids }];
     check_length(&requests[0], &limits, model.config().max_positions)?;
     let jacobi = Strategy::Jacobi { n: what.n };

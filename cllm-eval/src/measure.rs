@@ -15,6 +15,7 @@ use crate::config::RunSettings;
 use crate::pieces::pieces;
 use crate::records::{AnswerRecord, Journal, Line, ModelEntry, Records, Role, SpeedRecord};
 use crate::results::label;
+use crate::score::judge;
 
 /// So many first examples keep the text of each forward, for reports.
 const EXAMPLES_WITH_PIECES: usize = 5;
@@ -46,11 +47,7 @@ impl Prompts {
     pub fn render(folder: &Path, samples: &[Sample], settings: &RunSettings) -> Result<Self> {
         let tokenizer = Tokenizer::load(folder)?;
         let config = model::ModelConfig::load(folder)?;
-        let eos_ids = settings.eos_ids.clone().unwrap_or_else(|| tokenizer.eos_ids().to_vec());
-        if let Some(id) = eos_ids.iter().find(|&&id| i64::from(id) >= config.vocab_size || id < 0) {
-            let (folder, vocab_size) = (folder.display(), config.vocab_size);
-            return Err(Error::usage(format!("eos_ids: {id} is no token of {folder}, which has {vocab_size}")));
-        }
+        let eos_ids = eos_ids(settings.eos_ids.as_deref(), &tokenizer, folder, &config)?;
         let limits = Limits { max_new_tokens: settings.max_new_tokens, eos_ids };
         let each = samples
             .iter()
@@ -63,6 +60,24 @@ impl Prompts {
             .collect::<Result<_>>()?;
         Ok(Prompts { tokenizer, limits, each })
     }
+}
+
+/// The ids that end an answer: those given, or else the model's own.
+///
+/// # Errors
+/// When one of them is no token of the model.
+pub fn eos_ids(
+    given: Option<&[i32]>,
+    tokenizer: &Tokenizer,
+    folder: &Path,
+    config: &model::ModelConfig,
+) -> Result<Vec<i32>> {
+    let ids = given.unwrap_or_else(|| tokenizer.eos_ids());
+    if let Some(id) = ids.iter().find(|&&id| i64::from(id) >= config.vocab_size || id < 0) {
+        let (folder, vocab_size) = (folder.display(), config.vocab_size);
+        return Err(Error::usage(format!("eos_ids: {id} is no token of {folder}, which has {vocab_size}")));
+    }
+    Ok(ids.to_vec())
 }
 
 /// Finds a model and says what it is, without loading its weights.
@@ -189,7 +204,7 @@ impl Subject {
             });
         }
         let data = settings.data.as_deref();
-        let score = |answer: &AnswerRecord| task.score(data, &samples[answer.index], &answer.text);
+        let score = |answer: &AnswerRecord| judge(task, data, answer);
         let verdicts: Vec<Verdict> = found.par_iter().map(score).collect::<Result<_>>()?;
         for (answer, verdict) in found.iter_mut().zip(verdicts) {
             answer.verdict = verdict;

@@ -62,7 +62,7 @@ pub struct Header {
     pub identity: String,
     /// The benchmark, which also says how answers are scored.
     pub benchmark: Task,
-    /// Its split.
+    /// Its split; `mixed` where the prompts are of several.
     pub split: String,
     /// Number of examples.
     pub examples: usize,
@@ -171,6 +171,14 @@ pub struct Records {
     pub speeds: Vec<SpeedRecord>,
 }
 
+impl Header {
+    /// Where the figures come from, in one line.
+    fn place(&self) -> String {
+        let Toolkit { version, libtorch } = &self.toolkit;
+        format!("{}; cllm {version}, libtorch {}", self.hardware.line(), libtorch.as_deref().unwrap_or("unknown"))
+    }
+}
+
 impl AnswerRecord {
     /// The sample, as far as scoring needs it.
     pub fn sample(&self) -> Sample {
@@ -190,11 +198,12 @@ impl Records {
     /// # Errors
     /// Names file and line of what is not as expected.
     pub fn read(path: &Path) -> Result<Self> {
-        Ok(Self::read_prefix(path, false)?.0)
+        let none = || Error::file(path, "holds no answers yet: run the same `cllm-eval run` again");
+        Ok(Self::read_prefix(path, false)?.ok_or_else(none)?.0)
     }
 
-    /// Reads what is whole, and how many bytes that is: a kill may have cut the last line.
-    fn read_prefix(path: &Path, may_be_cut: bool) -> Result<(Self, u64)> {
+    /// Reads what is whole, and how many bytes that is: a kill may have cut the last line. None where nothing is.
+    fn read_prefix(path: &Path, may_be_cut: bool) -> Result<Option<(Self, u64)>> {
         let mut reader = BufReader::new(File::open(path).map_err(Error::io(path))?);
         let (mut header, mut answers, mut speeds) = (None, Vec::new(), Vec::new());
         let (mut text, mut whole) = (String::new(), 0);
@@ -205,22 +214,24 @@ impl Records {
                 break;
             }
             whole += read as u64;
-            let line: Line = serde_json::from_str(&text)
-                .map_err(|error| Error::file(path, format!("line {number} is not a record of cllm-eval: {error}")))?;
+            let bad = |error| Error::file(path, format!("line {number} is not a record of cllm-eval: {error}"));
+            if number == 1 {
+                let first: Value = serde_json::from_str(&text).map_err(bad)?;
+                expect_version(path, &first)?;
+            }
+            let line: Line = serde_json::from_str(&text).map_err(bad)?;
             match line {
                 Line::Header(found) => header = Some(*found),
                 Line::Answer(record) => answers.push(*record),
                 Line::Speed(record) => speeds.push(record),
             }
         }
-        let header = header.ok_or_else(|| Error::file(path, "has no header line: run `cllm-eval run` again"))?;
-        if header.schema_version != SCHEMA_VERSION {
-            return Err(Error::file(
-                path,
-                format!("has schema version {}; this build reads {SCHEMA_VERSION}", header.schema_version),
-            ));
+        if whole == 0 {
+            return Ok(None);
         }
-        Ok((Records { header, answers, speeds }, whole))
+        let header =
+            header.ok_or_else(|| Error::file(path, "has no header line: choose another `output`, or remove it"))?;
+        Ok(Some((Records { header, answers, speeds }, whole)))
     }
 
     /// Writes a whole file.
@@ -252,17 +263,26 @@ impl Journal {
     /// # Errors
     /// When another run's file is in the way; file-system errors.
     pub fn open(path: &Path, header: Header) -> Result<(Self, Records)> {
-        if path.exists() {
-            let (records, whole) = Records::read_prefix(path, true)?;
+        let found = if path.exists() { Records::read_prefix(path, true)? } else { None };
+        if let Some((records, whole)) = found {
             // A run that ended before its first answer is nothing to lose.
-            let empty = records.answers.is_empty() && records.speeds.is_empty();
-            if empty && records.header.identity != header.identity {
+            if records.answers.is_empty() && records.speeds.is_empty() {
                 return Self::create(path, header);
             }
             if records.header.identity != header.identity {
                 return Err(Error::file(
                     path,
                     "belongs to a run with other settings, models or prompts; choose another `output` or remove it",
+                ));
+            }
+            let (there, here) = (records.header.place(), header.place());
+            if there != here {
+                return Err(Error::file(
+                    path,
+                    format!(
+                        "belongs to a run on [{there}]; this is [{here}], and times of both would stand under one name: go on \
+                         there, or choose another `output`"
+                    ),
                 ));
             }
             let mut file = OpenOptions::new().write(true).open(path).map_err(Error::write(path))?;
@@ -289,6 +309,21 @@ impl Journal {
             text.push_str(&to_line(&self.path, line)?);
         }
         self.file.write_all(text.as_bytes()).and_then(|()| self.file.sync_data()).map_err(Error::write(&self.path))
+    }
+}
+
+/// Refuses what another version wrote; without one it is something else, which is told when it is read.
+///
+/// # Errors
+/// Names both versions.
+pub fn expect_version(path: &Path, document: &Value) -> Result<()> {
+    match &document["schema_version"] {
+        Value::Null => Ok(()),
+        found if *found == SCHEMA_VERSION => Ok(()),
+        found => Err(Error::file(
+            path,
+            format!("has schema version {found}; this build reads {SCHEMA_VERSION}: use the build that wrote it"),
+        )),
     }
 }
 

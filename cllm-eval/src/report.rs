@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::charts::{Bar, bars};
 use crate::measure::role_name;
-use crate::records::{AnswerRecord, Records, Role, SAMPLES};
+use crate::records::{AnswerRecord, Records, Role, SAMPLES, expect_version};
 use crate::results::{ModelResults, RESULTS, Results, StrategyResults, label};
 use crate::table::{HEADS, cells, number, sentence};
 
@@ -103,8 +103,10 @@ pub fn report(results: &[PathBuf], output: Option<&Path>) -> Result<Vec<PathBuf>
 
 fn section(path: &Path) -> Result<Section> {
     let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-    let results: Results = serde_json::from_str(&text)
-        .map_err(|error| Error::file(path, format!("is not a results.json of cllm-eval: {error}")))?;
+    let bad = |error| Error::file(path, format!("is not a results.json of cllm-eval: {error}"));
+    let document: Value = serde_json::from_str(&text).map_err(bad)?;
+    expect_version(path, &document)?;
+    let results: Results = serde_json::from_value(document).map_err(bad)?;
     let samples = path.with_file_name(SAMPLES);
     let records = if samples.exists() { Some(Records::read(&samples)?) } else { None };
     let found: Vec<(Role, &StrategyResults)> = results

@@ -22,7 +22,7 @@ pub struct Results {
     pub schema_version: u32,
     /// What was answered.
     pub benchmark: Task,
-    /// Which split.
+    /// Which split; `mixed` where the prompts are of several.
     pub split: String,
     /// How many examples.
     pub examples: usize,

@@ -1,6 +1,6 @@
 //! `run`: measures every model with every strategy.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use cllm_core::prompt_set::{self, Sample};
 use cllm_core::task::{Task, synthetic};
@@ -26,7 +26,7 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
         return Err(Error::usage("nothing to evaluate: set `teacher`, `student` or both to a model folder or id"));
     }
     let device = device::parse(&settings.device)?;
-    let (task, samples) = examples(settings)?;
+    let Examples { task, split, samples } = examples(settings)?;
     let found: Vec<(PathBuf, ModelEntry)> =
         named.iter().map(|&(role, name)| identify(role, name)).collect::<Result<_>>()?;
     let (folders, models): (Vec<_>, Vec<_>) = found.into_iter().unzip();
@@ -36,7 +36,7 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
         schema_version: SCHEMA_VERSION,
         identity: identity(settings, &models, &samples)?,
         benchmark: task,
-        split: settings.split.clone(),
+        split,
         examples: samples.len(),
         hardware: Hardware::of(device),
         toolkit: Toolkit { version: VERSION.to_owned(), libtorch: libtorch_version() },
@@ -71,26 +71,68 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
     Ok(results)
 }
 
-/// The examples, and the task that scores them.
-fn examples(settings: &RunSettings) -> Result<(Task, Vec<Sample>)> {
-    let (task, mut samples) = if let Some(path) = &settings.prompts {
-        let samples = prompt_set::read(path)?;
-        let task = samples.first().map_or(Task::Jsonl, |sample| Task::of_source(&sample.source));
-        (task, samples)
-    } else if settings.benchmark == Task::Synthetic {
-        (Task::Synthetic, synthetic::generate(settings.seed, &settings.split, settings.count))
-    } else {
-        let data = settings.data.as_deref().ok_or_else(|| {
-            Error::usage("this benchmark needs `data`, the folder of its files; `cllm-eval ls` says which")
-        })?;
-        (settings.benchmark, settings.benchmark.load(data, &settings.split)?)
+/// What is answered.
+struct Examples {
+    /// What scores the answers.
+    task: Task,
+    split: String,
+    samples: Vec<Sample>,
+}
+
+fn examples(settings: &RunSettings) -> Result<Examples> {
+    let RunSettings { data, prompts, seed, count, .. } = settings;
+    let task = settings.benchmark.unwrap_or(Task::Synthetic);
+    let split = settings.split.as_deref().unwrap_or("test");
+    // The benchmark jsonl is a prompt set by another name.
+    let file = prompts.as_deref().or(data.as_deref().filter(|_| task == Task::Jsonl));
+    let mut samples = match file {
+        Some(path) => prompt_set::read(path)?,
+        None if task == Task::Synthetic => synthetic::generate(*seed, split, *count),
+        None => {
+            let needed = || Error::usage(format!("{} needs `data`: {}", task.name(), task.needs()));
+            task.load(data.as_deref().ok_or_else(needed)?, split)?
+        }
     };
     samples.truncate(settings.limit.unwrap_or(usize::MAX));
-    if samples.is_empty() {
-        return Err(Error::usage(format!("split `{}` has no examples", settings.split)));
+    let (task, split) = match (file, samples.first()) {
+        (Some(path), Some(first)) => told_by_sources(path, settings, first, &samples)?,
+        (Some(path), None) => {
+            return Err(Error::file(path, "holds no prompts: make it anew with `cllm-data prepare`"));
+        }
+        (None, Some(_)) => (task, split.to_owned()),
+        (None, None) => return Err(Error::usage(format!("split `{split}` of {} has no examples", task.name()))),
+    };
+    samples.iter().try_for_each(|sample| task.expect_data(data.as_deref(), sample))?;
+    Ok(Examples { task, split, samples })
+}
+
+/// Benchmark and split as the sources of a file's prompts name them. They must agree with one another and with the
+/// settings: answers scored by another task than their own would look wrong, or right, for nothing.
+fn told_by_sources(path: &Path, settings: &RunSettings, first: &Sample, samples: &[Sample]) -> Result<(Task, String)> {
+    let task = settings.benchmark.unwrap_or(Task::of_source(&first.source));
+    let split_of =
+        |sample: &Sample| sample.source.split_once('/').map_or(sample.source.clone(), |(_, split)| split.into());
+    let (split, mut mixed): (String, _) = (settings.split.clone().unwrap_or_else(|| split_of(first)), false);
+    for (index, sample) in samples.iter().enumerate() {
+        let refuse = |wanted: &str, advice: &str| {
+            let (row, Sample { id, source, .. }) = (index + 1, sample);
+            Err(Error::file(path, format!("row {row}, `{id}`: its source is `{source}`, {wanted}: {advice}")))
+        };
+        if Task::of_source(&sample.source) != task {
+            let wanted = match settings.benchmark {
+                Some(_) => format!("but `benchmark` is {}", task.name()),
+                None => format!("but row 1 is of {}", task.name()),
+            };
+            return refuse(&wanted, "one evaluation measures one benchmark; keep each in a file of its own");
+        }
+        if split_of(sample) != split {
+            if let Some(wanted) = &settings.split {
+                return refuse(&format!("but `split` is {wanted}"), "leave `split` out, or these prompts");
+            }
+            mixed = true;
+        }
     }
-    samples.iter().try_for_each(|sample| task.expect_data(settings.data.as_deref(), sample))?;
-    Ok((task, samples))
+    Ok((task, if mixed { "mixed".to_owned() } else { split }))
 }
 
 /// What must be the same for a run to go on; where it writes is not part of it.

@@ -1,26 +1,44 @@
-//! `score`: scores saved answers again, with no model and no GPU.
+//! How an answer is scored, and `score`: scores saved answers again, with no model and no GPU.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
-use cllm_core::task::Verdict;
-use cllm_core::{Result, atomic_file, interrupt};
+use cllm_core::task::{Task, Verdict};
+use cllm_core::trajectory::FinishReason;
+use cllm_core::{Result, atomic_file, interrupt, progress};
 use rayon::prelude::*;
 
 use crate::records::{AnswerRecord, Records, SAMPLES};
 use crate::results::{RESULTS, Results};
 
-/// Scores the answers in a run's folder and rewrites its files.
+/// The verdict on an answer. One that was cut at the length limit is wrong whatever stands in it: it gave no answer, and a
+/// number or query that happens to be its last would be luck.
 ///
 /// # Errors
-/// When the folder holds no run.
-pub fn score(folder: &Path) -> Result<Results> {
+/// As [`Task::score`].
+pub fn judge(task: Task, data: Option<&Path>, answer: &AnswerRecord) -> Result<Verdict> {
+    let verdict = task.score(data, &answer.sample(), &answer.text)?;
+    let cut = answer.finish_reason == FinishReason::Length;
+    Ok(if cut && verdict == Verdict::Right { Verdict::Wrong } else { verdict })
+}
+
+/// Scores the answers in a run's folder and rewrites its files. `data` is where the benchmark's files are, when not where
+/// the run had them.
+///
+/// # Errors
+/// When the folder holds no run, or a file that scoring needs is missing.
+pub fn score(folder: &Path, data: Option<PathBuf>) -> Result<Results> {
     let path = folder.join(SAMPLES);
     let mut records = Records::read(&path)?;
     let task = records.header.benchmark;
-    let data = records.header.settings.data.clone();
-    let score = |answer: &AnswerRecord| task.score(data.as_deref(), &answer.sample(), &answer.text);
+    let data = data.or_else(|| records.header.settings.data.clone());
+    let score = |answer: &AnswerRecord| judge(task, data.as_deref(), answer);
     let verdicts: Vec<Verdict> = records.answers.par_iter().map(score).collect::<Result<_>>()?;
     interrupt::check()?;
+    if task == Task::Spider && data.is_none() {
+        progress::say("no answer was scored: name Spider's folder with --data");
+    }
+    // What the verdicts come from is what results.json tells, and the next scoring looks there too.
+    records.header.settings.data = data;
     for (answer, verdict) in records.answers.iter_mut().zip(verdicts) {
         answer.verdict = verdict;
     }

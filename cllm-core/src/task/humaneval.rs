@@ -34,6 +34,8 @@ pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
 
     #[test]
@@ -43,6 +45,26 @@ mod tests {
         let error = load(dir.path(), "test").unwrap_err().to_string();
         assert!(error.contains("line 1") && error.contains("prompt"), "{error}");
         assert!(load(dir.path(), "train").is_err());
+    }
+
+    #[test]
+    fn the_packed_file_of_the_release_loads_and_a_cut_one_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("HumanEval.jsonl.gz");
+        let row = r#"{"task_id": "HumanEval/0", "prompt": "def one():\n", "entry_point": "one",
+            "canonical_solution": "    return 1\n", "test": "assert one() == 1"}"#
+            .replace('\n', " ");
+        let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+        packer.write_all(row.as_bytes()).unwrap();
+        let packed = packer.finish().unwrap();
+        std::fs::write(&path, &packed).unwrap();
+        for data in [dir.path(), &path] {
+            let samples = load(data, "test").unwrap();
+            assert_eq!(samples[0].reference.as_deref(), Some("def one():\n    return 1\n"));
+        }
+        std::fs::write(&path, &packed[..packed.len() / 2]).unwrap();
+        let error = load(dir.path(), "test").unwrap_err();
+        assert!(error.exit_code() == 2 && error.to_string().contains("no whole gzip file"), "{error}");
     }
 
     #[test]

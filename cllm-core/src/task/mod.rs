@@ -73,7 +73,7 @@ impl Task {
         match self {
             Task::Gsm8k => "a folder with train.jsonl and test.jsonl of grade-school-math",
             Task::Spider => "a folder with train_spider.json, dev.json, tables.json and database/ of Spider",
-            Task::Humaneval => "a folder with HumanEval.jsonl",
+            Task::Humaneval => "a folder with HumanEval.jsonl.gz, packed or not",
             Task::Mbpp => "a folder with mbpp.jsonl or sanitized-mbpp.json",
             Task::Jsonl => "a JSONL or Parquet file of prompts; the answer is compared with `reference`",
             Task::Synthetic => "nothing: it is made from a seed",

@@ -70,7 +70,8 @@ pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
     if !tables.is_file() {
         return Err(Error::file(
             &tables,
-            "is missing: the prompts are made from the schemas in it; it comes with Spider",
+            "is missing: the prompts are made from the schemas in it. It comes with Spider's own archive, spider_data.zip \
+             (https://yale-lily.github.io/spider), as do the databases; the Hugging Face form has neither: put them beside it",
         ));
     }
     let schemas: Vec<Schema> = rows::read(&tables, &[])?;
@@ -132,7 +133,8 @@ mod tests {
         database.execute_batch("CREATE TABLE pen (id, size); INSERT INTO pen VALUES (1, 5), (2, 9);").unwrap();
         let row = r#"{"db_id": "zoo", "question": "How many pens?", "query": "SELECT count(*) FROM pen"}"#;
         std::fs::write(dir.path().join("dev.json"), format!("[{row}]")).unwrap();
-        assert!(load(dir.path(), "dev").unwrap_err().to_string().contains("tables.json"));
+        let error = load(dir.path(), "dev").unwrap_err().to_string();
+        assert!(error.contains("tables.json") && error.contains("spider_data.zip"), "{error}");
         let schema = r#"[{"db_id": "zoo", "table_names_original": ["pen", "cat"], "foreign_keys": [[4, 1]],
             "column_names_original": [[-1, "*"], [0, "id"], [0, "size"], [1, "name"], [1, "pen"]]}]"#;
         std::fs::write(dir.path().join("tables.json"), schema).unwrap();

@@ -8,4 +8,5 @@ mod gguf;
 mod gpu;
 mod models;
 mod parity;
+mod saved;
 mod trajectories;

@@ -127,6 +127,20 @@ fn prompt_sets_are_parquet_where_their_names_say_so() {
 }
 
 #[test]
+fn the_name_of_the_prompt_file_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let (renamed, output) = (path(dir.path(), "renamed.jsonl"), path(dir.path(), "a"));
+    fs::copy(WORLD.path().join("prompts.jsonl"), &renamed).unwrap();
+    collect(&output, &["limit=4"]);
+    let before = fs::read(shard(&output, 0)).unwrap();
+    collect(&output, &["limit=4", &format!("prompts={renamed}")]);
+    assert_eq!(fs::read(shard(&output, 0)).unwrap(), before);
+    let other = path(dir.path(), "b");
+    collect(&other, &["limit=4", &format!("prompts={renamed}")]);
+    assert_eq!(fs::read(shard(&other, 0)).unwrap(), before);
+}
+
+#[test]
 fn resuming_with_other_settings_names_the_field() {
     let dir = tempfile::tempdir().unwrap();
     let output = path(dir.path(), "a");

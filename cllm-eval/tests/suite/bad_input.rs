@@ -47,7 +47,7 @@ fn a_prompt_longer_than_the_context_is_named_before_anything_is_answered() {
     EVAL.refuse(&given("max_new_tokens=18446744073709551615"), 2, &["context of 1024", "lower max_new_tokens"]);
     EVAL.refuse(&given("eos_ids=[999]"), 2, &["eos_ids: 999", "300"]);
     EVAL.refuse(&given("prompts=no/such.jsonl"), 2, &["no/such.jsonl", "check the path"]);
-    EVAL.refuse(&given("benchmark=gsm8k"), 2, &["needs `data`"]);
+    EVAL.refuse(&given("benchmark=gsm8k"), 2, &["gsm8k needs `data`", "test.jsonl"]);
     assert!(!Path::new(&output).exists());
     let long = "apples ".repeat(400);
     EVAL.refuse(&["generate", &long, "--device", "cpu", "--model", &good], 2, &["context of 1024"]);

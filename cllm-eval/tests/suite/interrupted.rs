@@ -56,6 +56,33 @@ fn a_run_that_was_stopped_and_met_a_full_disk_equals_one_that_was_not() {
 }
 
 #[test]
+fn times_of_two_machines_do_not_mix() {
+    let dir = tempfile::tempdir().unwrap();
+    let (teacher, output) = (path(dir.path(), "teacher"), path(dir.path(), "output"));
+    model(Path::new(&teacher), 1);
+    let given = [format!("teacher={teacher}"), format!("output={output}")];
+    let run =
+        [&["run", "count=2", "max_new_tokens=4", "speed_examples=1", "device=cpu"].map(str::to_owned)[..], &given]
+            .concat();
+    EVAL.succeed(&run);
+    let samples = Path::new(&output).join("samples.jsonl");
+    let whole = Records::read(&samples).unwrap();
+    let mut elsewhere = whole.clone();
+    elsewhere.header.hardware.cpu = "Abacus 3000".to_owned();
+    elsewhere.speeds.pop();
+    elsewhere.write(&samples).unwrap();
+    EVAL.refuse(&run, 2, &["samples.jsonl", "Abacus 3000", &whole.header.hardware.cpu, "another `output`"]);
+    assert_eq!(Records::read(&samples).unwrap(), elsewhere, "nothing is lost");
+    elsewhere.header.hardware = whole.header.hardware.clone();
+    elsewhere.header.toolkit.version = "0.0.1".to_owned();
+    elsewhere.write(&samples).unwrap();
+    EVAL.refuse(&run, 2, &["cllm 0.0.1", "another `output`"]);
+    elsewhere.header.toolkit = whole.header.toolkit.clone();
+    elsewhere.write(&samples).unwrap();
+    EVAL.succeed(&run);
+}
+
+#[test]
 fn a_run_that_ended_before_its_first_answer_blocks_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let (teacher, output) = (path(dir.path(), "teacher"), path(dir.path(), "output"));
@@ -68,7 +95,17 @@ fn a_run_that_ended_before_its_first_answer_blocks_nothing() {
     EVAL.succeed(&run("seed=1"));
     let samples = Path::new(&output).join("samples.jsonl");
     EVAL.refuse(&run("seed=2"), 2, &["samples.jsonl", "other settings"]);
-    let header = fs::read_to_string(&samples).unwrap().lines().next().unwrap().to_owned() + "\n";
-    fs::write(&samples, header).unwrap();
-    EVAL.succeed(&run("seed=2"));
+    let whole = fs::read_to_string(&samples).unwrap();
+    let header = whole.lines().next().unwrap().to_owned() + "\n";
+    // Its header alone, half of that, or nothing at all is what a machine that went down may leave.
+    for left in [&header[..], &header[..40], ""] {
+        fs::write(&samples, left).unwrap();
+        EVAL.succeed(&run("seed=2"));
+    }
+    fs::write(&samples, "").unwrap();
+    EVAL.refuse(&["score", &output], 2, &["samples.jsonl", "holds no answers yet"]);
+    let answers: String = whole.lines().skip(1).map(|line| line.to_owned() + "\n").collect();
+    fs::write(&samples, &answers).unwrap();
+    EVAL.refuse(&run("seed=2"), 2, &["samples.jsonl", "no header line", "another `output`"]);
+    assert_eq!(fs::read_to_string(&samples).unwrap(), answers, "nothing is lost");
 }

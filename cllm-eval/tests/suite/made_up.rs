@@ -15,7 +15,7 @@ use tch::{Device, Kind};
 
 pub const JACOBI: Strategy = Strategy::Jacobi { n: 4 };
 
-/// Four examples. Teacher AR: 3 right, one of them unfinished. Student Jacobi: 2 right, half the forwards.
+/// Four examples. Teacher AR: 3 right, the other unfinished. Student Jacobi: 2 right, half the forwards.
 pub fn records() -> Records {
     let model = |role, path: &str| ModelEntry { role, path: path.into(), fingerprint: "f".into(), parameters: 10 };
     let settings = RunSettings {
@@ -84,7 +84,7 @@ fn answer(role: Role, strategy: Strategy, index: usize, right: bool, forwards: u
         response_ids,
         text: text.into(),
         verdict: if right { Verdict::Right } else { Verdict::Wrong },
-        finish_reason: if index == 2 { FinishReason::Length } else { FinishReason::Eos },
+        finish_reason: if !right && index > 1 { FinishReason::Length } else { FinishReason::Eos },
         forwards,
         accepted: vec![(8 / forwards) as u32; forwards],
         batch_prefill_seconds: 0.5,

@@ -9,3 +9,4 @@ mod program;
 mod programs;
 mod reports;
 mod results;
+mod scoring;

@@ -99,6 +99,26 @@ fn generate_answers_both_ways_alike() {
 }
 
 #[test]
+fn generate_ends_at_the_ids_it_is_given() {
+    let dir = tempfile::tempdir().unwrap();
+    model(dir.path(), 3);
+    let generate = |more: &[&str]| {
+        let fixed = ["generate", "What is 2 and 2?", "--max-new-tokens", "20", "--device", "cpu", "--json", "--model"];
+        let output = program().args(fixed).arg(dir.path()).args(more).output().unwrap();
+        let value: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        (value["strategies"][1].clone(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let (whole, message) = generate(&[]);
+    let ids: Vec<i64> = whole["response_ids"].as_array().expect(&message).iter().filter_map(Value::as_i64).collect();
+    let (cut, _) = generate(&["--eos-ids", &format!("299,{}", ids[3])]);
+    let end = ids.iter().position(|&id| id == ids[3] || id == 299).unwrap() + 1;
+    assert_eq!(cut["response_ids"], serde_json::json!(ids[..end]));
+    assert_eq!(cut["finish_reason"], "eos");
+    let (_, message) = generate(&["--eos-ids", "2,999"]);
+    assert!(message.contains("eos_ids: 999 is no token") && message.contains("300"), "{message}");
+}
+
+#[test]
 fn bad_settings_and_missing_devices_have_their_exit_codes() {
     let exit = |arguments: &[&str]| {
         let output = program().args(arguments).output().unwrap();
@@ -114,6 +134,39 @@ fn bad_settings_and_missing_devices_have_their_exit_codes() {
     assert_eq!(code, Some(3));
     assert!(message.contains("cuda:4096"), "{message}");
     assert_eq!(exit(&["run"]).0, Some(2));
+}
+
+#[test]
+fn the_cache_that_doctor_names_is_the_one_models_are_looked_for_in() {
+    let dir = tempfile::tempdir().unwrap();
+    let home = dir.path().display().to_string();
+    for (set, wanted) in [
+        (["", "", &home], format!("{home}/huggingface/hub")),
+        (["", &home, ""], format!("{home}/hub")),
+        ([&home, "", ""], home.clone()),
+    ] {
+        let with = |arguments: &[&str]| {
+            let names = ["HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"];
+            program().envs(names.into_iter().zip(set)).args(arguments).output().unwrap()
+        };
+        let value: Value = serde_json::from_slice(&with(&["doctor", "--json"]).stdout).unwrap();
+        assert_eq!(value["hub_cache"], wanted.as_str());
+        #[cfg(not(feature = "hub"))]
+        {
+            let output = with(&["generate", "2 + 2?", "--model", "org/not-there"]);
+            let message = String::from_utf8_lossy(&output.stderr);
+            assert!(message.contains(&format!("cache {wanted};")), "{message}");
+        }
+    }
+}
+
+#[test]
+fn an_installed_program_finds_libtorch() {
+    let dir = tempfile::tempdir().unwrap();
+    let installed = dir.path().join("cllm-eval");
+    std::fs::copy(assert_cmd::cargo::cargo_bin("cllm-eval"), &installed).unwrap();
+    let output = std::process::Command::new(&installed).arg("ls").env_remove("LD_LIBRARY_PATH").output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 #[test]

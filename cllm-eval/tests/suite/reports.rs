@@ -30,6 +30,25 @@ fn a_report_holds_the_figures_names_no_address_and_escapes_answers() {
 }
 
 #[test]
+fn results_and_samples_of_another_version_are_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let (results, samples) = (dir.path().join(RESULTS), dir.path().join(SAMPLES));
+    let mut records = records();
+    records.write(&samples).unwrap();
+    let mut value = serde_json::to_value(Results::of(&records)).unwrap();
+    value["schema_version"] = 7.into();
+    atomic_file::write_json(&results, &value).unwrap();
+    let error = report(std::slice::from_ref(&results), None).unwrap_err();
+    assert!(error.exit_code() == 2 && error.to_string().contains("results.json: has schema version 7"), "{error}");
+    value["schema_version"] = 1.into();
+    atomic_file::write_json(&results, &value).unwrap();
+    records.header.schema_version = 8;
+    records.write(&samples).unwrap();
+    let error = report(&[results], None).unwrap_err().to_string();
+    assert!(error.contains("samples.jsonl: has schema version 8"), "{error}");
+}
+
+#[test]
 fn a_file_of_another_kind_is_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("other.json");

@@ -28,6 +28,30 @@ fn the_file_has_the_fields_of_the_contract() {
 }
 
 #[test]
+fn the_data_format_page_names_every_field() {
+    let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/data-format.md")).unwrap();
+    let records = records();
+    let answer = records.answers.iter().find(|answer| answer.margin_at_difference.is_some()).unwrap();
+    let value = value();
+    for documented in [
+        &value,
+        &value["hardware"],
+        &value["toolkit"],
+        &value["models"][0],
+        &value["models"][0]["strategies"][0],
+        &value["paired"][0],
+        &serde_json::to_value(&records.header).unwrap(),
+        &serde_json::to_value(answer).unwrap(),
+        &serde_json::to_value(&records.speeds[0]).unwrap(),
+        &serde_json::to_value(cllm_eval::doctor::examine()).unwrap(),
+    ] {
+        for key in documented.as_object().unwrap().keys() {
+            assert!(page.contains(&format!("`{key}`")), "{key} is missing in docs/data-format.md");
+        }
+    }
+}
+
+#[test]
 fn figures_are_what_the_records_say() {
     let value = value();
     let teacher = &value["models"][0]["strategies"][0];

@@ -1,0 +1,62 @@
+//! What `Transformer::save` writes is what `transformers` loads: folders that it wrote for every family and RoPE variant,
+//! with the logits that `transformers` computed from them (scripts/record-saved-fixtures).
+
+use std::path::{Path, PathBuf};
+
+use cllm_core::model::Transformer;
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+use crate::models::{random_model, shapes};
+
+/// The shapes of the other tests, smaller: their weights are files of the repository.
+fn small_shapes() -> Vec<(&'static str, Value)> {
+    let mut shapes = shapes();
+    for (_, config) in &mut shapes {
+        for (key, size) in [("vocab_size", 40), ("hidden_size", 16), ("intermediate_size", 24), ("head_dim", 8)] {
+            // Where the width of a head follows from the others, it stays so.
+            if key != "head_dim" || config[key].is_number() {
+                config[key] = json!(size);
+            }
+        }
+    }
+    shapes
+}
+
+fn folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/saved").join(name)
+}
+
+#[test]
+fn transformers_loads_what_was_saved_to_the_same_logits() {
+    for (name, _) in small_shapes() {
+        let folder = folder(name);
+        let expected: Value = serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
+        let ids: Vec<i64> = serde_json::from_value(expected["input_ids"].clone()).unwrap();
+        let wanted: Vec<Vec<f32>> = serde_json::from_value(expected["logits"].clone()).unwrap();
+        let model = Transformer::load(&folder, Device::Cpu, Kind::Float).unwrap();
+        let tokens = Tensor::from_slice(&ids).unsqueeze(0);
+        let positions = Tensor::arange(ids.len() as i64, (Kind::Int64, Device::Cpu)).unsqueeze(0);
+        let logits = model.logits(&model.hidden(&tokens, &positions, None)).unwrap().squeeze_dim(0);
+        let wanted = Tensor::from_slice2(&wanted);
+        assert_eq!(logits.size(), wanted.size(), "{name}");
+        let apart = (logits - wanted).abs().max().double_value(&[]);
+        assert!(apart < 1e-4, "{name}: logits differ by {apart}");
+        // The proof is for these bytes: where they change, transformers has to read them anew.
+        let again = tempfile::tempdir().unwrap();
+        model.save(again.path(), Kind::Float).unwrap();
+        for file in ["config.json", "model.safetensors"] {
+            let read = |folder: &Path| std::fs::read(folder.join(file)).unwrap();
+            assert!(read(&folder) == read(again.path()), "{name}: {file} differs: run scripts/record-saved-fixtures");
+        }
+    }
+}
+
+#[test]
+#[ignore = "writes the folders; scripts/record-saved-fixtures runs it and has transformers read them"]
+fn write_the_folders() {
+    for (name, config) in small_shapes() {
+        std::fs::create_dir_all(folder(name)).unwrap();
+        random_model(&config).save(&folder(name), Kind::Float).unwrap();
+    }
+}

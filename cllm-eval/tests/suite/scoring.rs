@@ -1,0 +1,123 @@
+//! Verdicts: what counts as right, while a run goes on and when its answers are scored again.
+
+use std::fs;
+use std::path::Path;
+
+use cllm_core::task::{Task, Verdict};
+use cllm_core::trajectory::FinishReason;
+use cllm_eval::records::Records;
+use serde_json::json;
+
+use crate::made_up::{model, records};
+use crate::programs::{Program, path};
+
+const EVAL: Program = Program("cllm-eval");
+
+fn read(output: &str) -> Records {
+    Records::read(&Path::new(output).join("samples.jsonl")).unwrap()
+}
+
+#[test]
+fn an_answer_cut_at_the_length_limit_is_wrong_whatever_it_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let (teacher, prompts) = (path(dir.path(), "teacher"), path(dir.path(), "prompts.jsonl"));
+    model(Path::new(&teacher), 1);
+    let run = |reference: &str, output: &str| {
+        let row = json!({ "id": "a", "source": "jsonl/test", "prompt": "2 + 2 =", "reference": reference });
+        fs::write(&prompts, row.to_string()).unwrap();
+        let given = [format!("teacher={teacher}"), format!("prompts={prompts}"), format!("output={output}")];
+        let fixed = ["run", "strategies=[ar]", "max_new_tokens=5", "speed_examples=0", "device=cpu"];
+        EVAL.succeed(&[&fixed.map(str::to_owned)[..], &given].concat());
+        read(output).answers.remove(0)
+    };
+    let text = run("?", &path(dir.path(), "first")).text;
+    let output = path(dir.path(), "second");
+    let answer = run(&text, &output);
+    assert_eq!((&answer.text, answer.finish_reason), (&text, FinishReason::Length));
+    assert_eq!(answer.verdict, Verdict::Wrong);
+    EVAL.succeed(&["score", &output]);
+    assert_eq!(read(&output).answers[0].verdict, Verdict::Wrong);
+    // The same text is right where the answer ended by itself.
+    let mut records = read(&output);
+    records.answers[0].finish_reason = FinishReason::Eos;
+    records.write(&Path::new(&output).join("samples.jsonl")).unwrap();
+    EVAL.succeed(&["score", &output]);
+    assert_eq!(read(&output).answers[0].verdict, Verdict::Right);
+}
+
+/// Spider with one small database.
+fn spider(folder: &Path) -> String {
+    let database = folder.join("spider/database/zoo");
+    fs::create_dir_all(&database).unwrap();
+    let made = rusqlite::Connection::open(database.join("zoo.sqlite")).unwrap();
+    made.execute_batch("CREATE TABLE pen (id, size); INSERT INTO pen VALUES (1, 5), (2, 9);").unwrap();
+    path(folder, "spider")
+}
+
+#[test]
+fn spider_is_scored_where_its_databases_are() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = path(dir.path(), "run");
+    fs::create_dir(&run).unwrap();
+    let mut made = records();
+    made.header.benchmark = Task::Spider;
+    for answer in &mut made.answers {
+        answer.source = "spider/dev".into();
+        answer.meta = Some(json!({ "db_id": "zoo" }));
+        answer.reference = Some("SELECT count(*) FROM pen".into());
+        answer.text = if answer.verdict == Verdict::Right { "SELECT 2".into() } else { "SELECT 3".into() };
+        answer.verdict = Verdict::Unscored;
+    }
+    made.write(&Path::new(&run).join("samples.jsonl")).unwrap();
+    let said = EVAL.succeed(&["score", &run]).stderr;
+    assert!(said.contains("--data"), "{said}");
+    assert!(read(&run).answers.iter().all(|answer| answer.verdict == Verdict::Unscored));
+    EVAL.refuse(&["score", &run, "--data", "no/such"], 2, &["no/such/database/zoo/zoo.sqlite", "data folder"]);
+    let data = spider(dir.path());
+    EVAL.succeed(&["score", &run, "--data", &data]);
+    let found: Vec<Verdict> = read(&run).answers.iter().map(|answer| answer.verdict).collect();
+    let wanted: Vec<Verdict> = records().answers.iter().map(|answer| answer.verdict).collect();
+    assert_eq!(found, wanted);
+    // The folder stays known.
+    EVAL.succeed(&["score", &run]);
+    assert_eq!(read(&run).answers[0].verdict, Verdict::Right);
+}
+
+#[test]
+fn prompts_of_a_file_are_of_one_benchmark_which_the_results_name() {
+    let dir = tempfile::tempdir().unwrap();
+    let (teacher, prompts) = (path(dir.path(), "teacher"), path(dir.path(), "prompts.jsonl"));
+    model(Path::new(&teacher), 1);
+    let put = |sources: &[&str]| {
+        let row = |(index, source): (usize, &&str)| {
+            json!({ "id": index.to_string(), "source": source, "prompt": "2 + 2 =", "reference": "#### 4" }).to_string()
+        };
+        fs::write(&prompts, sources.iter().enumerate().map(row).collect::<Vec<_>>().join("\n")).unwrap();
+    };
+    let output = path(dir.path(), "output");
+    let arguments = |more: &[&str]| {
+        let given = [format!("teacher={teacher}"), format!("prompts={prompts}"), format!("output={output}")];
+        let fixed = ["run", "strategies=[ar]", "max_new_tokens=5", "speed_examples=0", "device=cpu"];
+        [&fixed.map(str::to_owned)[..], &given, &more.iter().map(|&word| word.to_owned()).collect::<Vec<_>>()].concat()
+    };
+    put(&["gsm8k/test", "gsm8k/test", "synthetic/test"]);
+    EVAL.refuse(
+        &arguments(&[]),
+        2,
+        &["prompts.jsonl: row 3, `2`", "`synthetic/test`", "row 1 is of gsm8k", "file of its own"],
+    );
+    put(&["gsm8k/train", "gsm8k/test"]);
+    EVAL.refuse(&arguments(&["benchmark=synthetic"]), 2, &["row 1", "`gsm8k/train`", "`benchmark` is synthetic"]);
+    EVAL.refuse(&arguments(&["split=train"]), 2, &["row 2", "`gsm8k/test`", "`split` is train"]);
+    fs::write(&prompts, "").unwrap();
+    EVAL.refuse(&arguments(&[]), 2, &["prompts.jsonl", "holds no prompts"]);
+    assert!(!Path::new(&output).exists());
+    for (sources, split) in [(["gsm8k/train", "gsm8k/train"], "train"), (["gsm8k/train", "gsm8k/test"], "mixed")] {
+        put(&sources);
+        EVAL.succeed(&arguments(&[]));
+        let results = fs::read_to_string(Path::new(&output).join("results.json")).unwrap();
+        let results: serde_json::Value = serde_json::from_str(&results).unwrap();
+        assert_eq!((results["benchmark"].as_str(), results["split"].as_str()), (Some("gsm8k"), Some(split)));
+        fs::remove_dir_all(&output).unwrap();
+    }
+}
