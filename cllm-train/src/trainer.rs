@@ -13,7 +13,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tch::Tensor;
 
-use crate::checkpoint::{self, Position};
+use crate::checkpoint::{self, Origin, Position};
 use crate::examples::{self, Example};
 use crate::metrics::Metrics;
 use crate::optimizer::{State, learning_rate};
@@ -70,9 +70,10 @@ pub fn run(settings: Settings) -> Result<()> {
     let models = Models::load(&settings, &tokenizer, &tokenizer_folder, place)?;
     let examples = examples::read(&settings, &tokenizer, models.student.config())?;
     let probe = probe_requests(&settings, &tokenizer, models.student.config())?;
+    let origin = Origin::of(&settings, &tokenizer, &tokenizer_folder)?;
     std::fs::create_dir_all(&folder).map_err(Error::write(&folder))?;
     let mut state = State::new(&models.student);
-    let position = match checkpoint::resume(&folder, &mut state, &settings)? {
+    let position = match checkpoint::resume(&folder, &mut state, &origin)? {
         Some(position) => {
             progress::say(format!("going on after step {}", position.step));
             position
@@ -85,7 +86,7 @@ pub fn run(settings: Settings) -> Result<()> {
             seconds: 0.0,
             probe: None,
             best: None,
-            settings: checkpoint::settings_fingerprint(&settings),
+            origin,
         },
     };
     atomic_file::write(&folder.join("config.yaml"), cllm_core::settings::to_yaml(&settings)?.as_bytes())?;

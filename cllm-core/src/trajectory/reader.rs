@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 use arrow::datatypes::Schema;
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
 use parquet::file::metadata::{ColumnChunkMetaData, RowGroupMetaData};
+use serde_json::json;
 
 use super::schema::{PROVENANCE_KEY, VERSION_KEY, from_batch, schema};
-use super::writer::{difference, read_manifest};
+use super::writer::{Manifest, difference, read_manifest};
 use super::{Provenance, SCHEMA_VERSION, Trajectory};
-use crate::{Error, Result};
+use crate::{Error, Result, fingerprint};
 
 /// Rows that are decoded at once.
 const BATCH_ROWS: usize = 64;
@@ -58,8 +59,7 @@ impl Reader {
     /// [`Error::File`] for a folder without a manifest, a shard that is missing or cut off, of another schema or version.
     pub fn open(path: &Path) -> Result<Self> {
         let shards: Vec<(PathBuf, Option<usize>)> = if path.is_dir() {
-            let manifest = read_manifest(path)?
-                .ok_or_else(|| Error::file(path, "holds no manifest.json: it is no trajectory data set"))?;
+            let manifest = expect_manifest(path)?;
             manifest.shards.into_iter().map(|(name, rows)| (path.join(name), Some(rows))).collect()
         } else {
             vec![(path.to_owned(), None)]
@@ -224,6 +224,28 @@ impl Iterator for Rows {
             }
         }
     }
+}
+
+/// Fingerprint of a data set without a look at its rows: its provenance, and name, rows and bytes of each shard. Of a single
+/// shard, that of its content.
+///
+/// # Errors
+/// A folder without a manifest, a shard that is missing.
+pub fn fingerprint(path: &Path) -> Result<String> {
+    if !path.is_dir() {
+        return fingerprint::of_files(&[path]);
+    }
+    let manifest = expect_manifest(path)?;
+    let bytes = |(name, _): &(String, usize)| {
+        let shard = path.join(name);
+        Ok(std::fs::metadata(&shard).map_err(Error::io(&shard))?.len())
+    };
+    let bytes = manifest.shards.iter().map(bytes).collect::<Result<Vec<u64>>>()?;
+    Ok(fingerprint::of_bytes(json!([manifest.provenance, manifest.shards, bytes]).to_string().as_bytes()))
+}
+
+fn expect_manifest(folder: &Path) -> Result<Manifest> {
+    read_manifest(folder)?.ok_or_else(|| Error::file(folder, "holds no manifest.json: it is no trajectory data set"))
 }
 
 fn damaged(path: &Path, error: impl std::fmt::Display) -> Error {

@@ -196,6 +196,50 @@ fn a_run_with_other_settings_in_the_same_folder_is_refused() {
 }
 
 #[test]
+fn a_run_whose_data_or_model_became_another_is_refused_by_name() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let teacher = Settings { max_steps: 1, ..sft(dir.path(), "teacher") };
+    trainer::run(teacher.clone()).unwrap();
+    let model = dir.path().join("teacher/final");
+    let data = collect(&model, dir.path());
+    let student = Settings {
+        init: None,
+        model: model.display().to_string(),
+        objective: Objective::Consistency,
+        data: vec![data.clone()],
+        max_steps: 2,
+        ..sft(dir.path(), "student")
+    };
+    trainer::run(student.clone()).unwrap();
+    trainer::run(student.clone()).unwrap();
+    let refused = |settings: &Settings, part: &str| {
+        let message = trainer::run(settings.clone()).unwrap_err().to_string();
+        assert!(message.contains(part) && message.contains("was another"), "{message}");
+    };
+    // Collected anew with fewer rows; then the file of an sft run; then the weights that a run starts from.
+    let rows: Vec<_> = trajectory::Reader::open(&data).unwrap().rows().map(Result::unwrap).collect();
+    let provenance = trajectory::Reader::open(&data).unwrap().provenance().clone();
+    std::fs::remove_dir_all(&data).unwrap();
+    let mut writer = Writer::open(&data, provenance).unwrap();
+    writer.write_shard(&rows[..11]).unwrap();
+    writer.finish().unwrap();
+    refused(&student, &format!("the data {}", data.display()));
+    let prompts = dir.path().join("prompts.jsonl");
+    let text = std::fs::read_to_string(&prompts).unwrap();
+    std::fs::write(&prompts, text.replace("It is 3.", "It is 4.")).unwrap();
+    refused(&teacher, "prompts.jsonl");
+    std::fs::remove_dir_all(&data).unwrap();
+    collect(&model, dir.path());
+    trainer::run(student.clone()).unwrap();
+    let weights = Transformer::load(&model, Device::Cpu, Kind::Float).unwrap();
+    let (_, mut norm) = weights.parameters().pop().unwrap();
+    let _ = tch::no_grad(|| norm.fill_(0.5));
+    weights.save(&model, Kind::Float).unwrap();
+    refused(&student, &format!("the model {}", model.display()));
+}
+
+#[test]
 fn a_step_without_a_finite_gradient_changes_nothing_and_is_counted() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
