@@ -107,8 +107,7 @@ impl Block {
     /// The state after one, where decoding went from the one to the other: a state that `augment` changed never was there.
     fn next(&self, state: usize) -> Option<&[i32]> {
         let changed = |state: usize| self.augmented.get(state).is_some_and(|&changed| changed);
-        let next = self.states.get(state + 1).filter(|_| !changed(state) && !changed(state + 1))?;
-        Some(next)
+        self.states.get(state + 1).filter(|_| !changed(state) && !changed(state + 1)).map(Vec::as_slice)
     }
 }
 
