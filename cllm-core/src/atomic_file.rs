@@ -205,7 +205,7 @@ mod tests {
     fn a_folder_that_fails_is_named_as_the_user_knows_it() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("step-1");
-        let full = |work: &Path| Err(Error::write(work.join("weights"))(std::io::ErrorKind::StorageFull.into()));
+        let full = |work: &Path| Err(Error::write(work.join("weights"))(ErrorKind::StorageFull.into()));
         let error = folder_with(&path, full).unwrap_err().to_string();
         assert!(error.starts_with(&format!("{}: cannot be written", path.join("weights").display())), "{error}");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
