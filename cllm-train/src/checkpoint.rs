@@ -1,15 +1,17 @@
 //! Checkpoints of a run: a Hugging Face folder with the training state beside it; whole or not at all.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use cllm_core::model::Transformer;
-use cllm_core::{Error, Result, atomic_file, fingerprint, tokenizer, torch_ext};
+use cllm_core::model::{self, Transformer};
+use cllm_core::tokenizer::{self, Tokenizer};
+use cllm_core::{Error, Result, atomic_file, fingerprint, torch_ext, trajectory};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::optimizer::State;
-use crate::settings::Settings;
+use crate::settings::{Objective, Settings};
 
 /// Where a run stands.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -28,14 +30,46 @@ pub struct Position {
     pub probe: Option<f64>,
     /// Step and tokens per forward of the best probe.
     pub best: Option<(usize, f64)>,
-    /// Fingerprint of what the course of the run depends on.
-    pub settings: String,
+    /// What the course of the run depends on.
+    pub origin: Origin,
 }
 
-/// Fingerprint of the settings that the course of a run depends on.
-pub fn settings_fingerprint(settings: &Settings) -> String {
-    let course = Settings { log_every: 1, save_every: 0, keep: 1, output: String::new(), ..settings.clone() };
-    fingerprint::of_bytes(serde_json::to_string(&course).unwrap_or_default().as_bytes())
+/// What the course of a run depends on, as fingerprints: a run goes on only from the same.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Origin {
+    settings: String,
+    /// Of what the settings only name: the model, the tokenizer, each data set.
+    contents: BTreeMap<String, String>,
+}
+
+impl Origin {
+    /// That of a run which takes its tokenizer, and with it the model, from `folder`.
+    pub fn of(settings: &Settings, tokenizer: &Tokenizer, folder: &Path) -> Result<Self> {
+        let course = Settings { log_every: 1, save_every: 0, keep: 1, output: String::new(), ..settings.clone() };
+        let course = serde_json::to_string(&course).map_err(|error| Error::usage(format!("settings: {error}")))?;
+        let mut contents = BTreeMap::from([("the tokenizer".to_owned(), tokenizer.fingerprint().to_owned())]);
+        if settings.init.is_none() {
+            contents.insert(format!("the model {}", settings.model), model::fingerprint(folder)?);
+        }
+        for path in &settings.data {
+            let content = match settings.objective {
+                Objective::Sft => fingerprint::of_files(&[path])?,
+                Objective::Consistency => trajectory::fingerprint(path)?,
+            };
+            contents.insert(format!("the data {}", path.display()), content);
+        }
+        Ok(Origin { settings: fingerprint::of_bytes(course.as_bytes()), contents })
+    }
+
+    /// In what a run that began from `self` differs from one that begins from `now`.
+    fn difference(&self, now: &Origin) -> Option<String> {
+        if self.settings != now.settings {
+            return Some("holds a run with other settings".to_owned());
+        }
+        let then = |name: &String| self.contents.get(name).map_or("none", String::as_str);
+        let (name, now) = now.contents.iter().find(|(name, now)| then(name) != now.as_str())?;
+        Some(format!("holds a run for which {name} was another ({} then, {now} now)", then(name)))
+    }
 }
 
 /// Writes checkpoints/step-NNNNNN, moves `latest`, and removes old ones.
@@ -63,8 +97,11 @@ pub fn save(
 }
 
 /// Restores the newest checkpoint of a run, if it has one.
-pub fn resume(run: &Path, state: &mut State, settings: &Settings) -> Result<Option<Position>> {
+pub fn resume(run: &Path, state: &mut State, origin: &Origin) -> Result<Option<Position>> {
     let all = run.join("checkpoints");
+    for folder in [run, &all] {
+        atomic_file::recover(folder)?;
+    }
     let mut folder = all.join("latest");
     if !folder.exists() {
         // Someone may have deleted the newest: the one before it is nearer than the start.
@@ -78,11 +115,9 @@ pub fn resume(run: &Path, state: &mut State, settings: &Settings) -> Result<Opti
     let path = folder.join("state.json");
     let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
     let position: Position = serde_json::from_str(&text).map_err(|error| damaged(&path, &error))?;
-    if position.settings != settings_fingerprint(settings) {
-        return Err(Error::file(
-            run,
-            "holds a run with other settings; choose another output folder, or delete it to start anew",
-        ));
+    if let Some(difference) = position.origin.difference(origin) {
+        let advice = "choose another output folder, or delete it to start anew";
+        return Err(Error::file(run, format!("{difference}; {advice}")));
     }
     let path = folder.join("optimizer.safetensors");
     let map = torch_ext::map_file(&path)?;

@@ -13,7 +13,7 @@ use serde::Serialize;
 use serde_json::{Value, json};
 use tch::Tensor;
 
-use crate::checkpoint::{self, Position};
+use crate::checkpoint::{self, Origin, Position};
 use crate::examples::{self, Example};
 use crate::metrics::Metrics;
 use crate::optimizer::{State, learning_rate};
@@ -70,23 +70,15 @@ pub fn run(settings: Settings) -> Result<()> {
     let models = Models::load(&settings, &tokenizer, &tokenizer_folder, place)?;
     let examples = examples::read(&settings, &tokenizer, models.student.config())?;
     let probe = probe_requests(&settings, &tokenizer, models.student.config())?;
+    let origin = Origin::of(&settings, &tokenizer, &tokenizer_folder)?;
     std::fs::create_dir_all(&folder).map_err(Error::write(&folder))?;
     let mut state = State::new(&models.student);
-    let position = match checkpoint::resume(&folder, &mut state, &settings)? {
+    let position = match checkpoint::resume(&folder, &mut state, &origin)? {
         Some(position) => {
             progress::say(format!("going on after step {}", position.step));
             position
         }
-        None => Position {
-            step: 0,
-            tokens: 0,
-            blocks: 0,
-            skipped: 0,
-            seconds: 0.0,
-            probe: None,
-            best: None,
-            settings: checkpoint::settings_fingerprint(&settings),
-        },
+        None => Position { step: 0, tokens: 0, blocks: 0, skipped: 0, seconds: 0.0, probe: None, best: None, origin },
     };
     atomic_file::write(&folder.join("config.yaml"), cllm_core::settings::to_yaml(&settings)?.as_bytes())?;
     torch_ext::reset_peak_memory(place);
@@ -139,10 +131,7 @@ impl Run {
                 bar.message(format!("loss {:.4}", line["loss"].as_f64().unwrap_or(f64::NAN)));
                 metrics.write(&line)?;
                 if skipped_in_a_row >= MOST_SKIPPED {
-                    return Err(Error::environment(format!(
-                        "the gradient was not finite {skipped_in_a_row} steps in a row; the last checkpoint is kept: lower \
-                         optimizer.lr"
-                    )));
+                    return Err(self.no_good(format!("the gradient was not finite {skipped_in_a_row} steps in a row")));
                 }
             }
             let best = self.probe_at(number, total, &mut metrics)?;
@@ -197,10 +186,25 @@ impl Run {
         in_a_row
     }
 
+    /// Saves a checkpoint; refuses to where the weights are no longer numbers, which nobody wants to go on from.
     fn save(&mut self) -> Result<()> {
+        if !self.state.is_finite() {
+            return Err(
+                self.no_good(format!("after step {} there are weights that are not finite", self.position.step))
+            );
+        }
         self.settle();
         let Run { folder, models, tokenizer_folder, state, position, settings, .. } = self;
         checkpoint::save(folder, &models.student, tokenizer_folder, state, position, settings.keep)
+    }
+
+    fn no_good(&self, why: String) -> Error {
+        let kept = match self.folder.join("checkpoints/latest").exists() {
+            true => "the last checkpoint is kept, which is from before",
+            false => "there is no checkpoint from before",
+        };
+        let advice = "lower optimizer.lr, or look at the model that the run starts from";
+        Error::negative(format!("{}: {why}; {kept}: {advice}", self.folder.display()))
     }
 
     /// Writes the final model and the summary.

@@ -91,6 +91,13 @@ fn every_bad_shard_is_named_and_nothing_is_written() {
         }
     }
     assert!(!Path::new(&settings.output).exists());
+    fs::write(&shard, &good).unwrap();
+    let manifest = settings.data[0].join("manifest.json");
+    let text = fs::read_to_string(&manifest).unwrap();
+    fs::write(&manifest, text.replace("\"complete\": true", "\"complete\": false")).unwrap();
+    for verb in ["run", "plan"] {
+        TRAIN.refuse(&[verb, "-c", &file(&settings)], 2, &["trajectories", "is not complete", "run the same command"]);
+    }
     let empty = Settings { data: vec![dir.path().join("nothing")], ..settings };
     TRAIN.refuse(&["run", "-c", &file(&empty)], 2, &["nothing"]);
 }
@@ -108,6 +115,13 @@ fn bad_settings_are_named_with_file_line_and_value() {
             2,
             &["run.yaml, line 3: optimizer.lr=7.0: greater than 1", "data is not set"],
         );
+    }
+    for (wrong, said) in [
+        ("optimizer.beta1=1", "greater than 0.99999"),
+        ("optimizer.beta2=1", "greater than 0.99999"),
+        ("optimizer.eps=0", "optimizer.eps=0: lower than"),
+    ] {
+        TRAIN.refuse(&["validate", wrong], 2, &[wrong, said]);
     }
     TRAIN.refuse(&["run", "output=x", "data=[x]"], 2, &["model: expected a folder or an id"]);
 }
