@@ -9,6 +9,7 @@ use cllm_core::task::Task;
 use cllm_core::{Result, progress};
 use serde_json::json;
 
+use crate::bench::{BenchSettings, bench};
 use crate::config::RunSettings;
 use crate::generate::Question;
 use crate::{doctor, generate, report, run, score, table};
@@ -60,6 +61,12 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
+    /// Measures how fast a model decodes: steps by their tokens, prefill, batches, strategies, collection, memory.
+    #[command(
+        after_help = "Example:\n  cllm-eval bench model=configs/tiny-teacher 'steps=[1, 16]' 'batches=[8]' repeats=2 \
+        output=runs/bench.json"
+    )]
+    Bench(Configured),
     /// Answers one prompt autoregressively and by Jacobi decoding, showing tokens as they become final.
     #[command(after_help = "Example:\n  cllm-eval generate --model runs/student/final --n 16 \"What is 12 times 7?\"")]
     Generate {
@@ -131,6 +138,10 @@ impl Cli {
                 let found = generate::generate(&question, !self.quiet)?;
                 if json { print_json(&found) } else { print(found["strategies"][1]["text"].as_str().unwrap_or("")) }
             }
+            Verb::Bench(given) => {
+                let found = bench(&given.load::<BenchSettings>()?)?;
+                if given.json { print_json(&found) } else { print(&table::of_bench(&found)) }
+            }
             Verb::Ls { json } => list(json),
             Verb::Doctor { json } => {
                 let findings = doctor::examine();
@@ -145,7 +156,7 @@ impl Cli {
 
 /// The settings of a run, as docs/configuration.md holds them.
 fn all_settings() -> String {
-    cllm_core::settings::reference::<RunSettings>("cllm-eval run")
+    cllm_core::settings::reference::<RunSettings>("cllm-eval run") + "\n" + &BenchSettings::reference()
 }
 
 fn results(results: &crate::results::Results, json: bool) -> Result<()> {

@@ -87,7 +87,7 @@ impl Default for RunSettings {
     }
 }
 
-fn valid_strategies(strategies: &[Strategy], _: &()) -> garde::Result {
+pub(crate) fn valid_strategies(strategies: &[Strategy], _: &()) -> garde::Result {
     for (index, strategy) in strategies.iter().enumerate() {
         if *strategy != Strategy::Ar && !(2..=1024).contains(&strategy.block_size()) {
             return Err(garde::Error::new(format!("n of {} must be from 2 to 1024", name(*strategy))));
