@@ -27,6 +27,12 @@ __device__ __forceinline__ u32 pack(float lower, float upper) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(upper), "f"(lower));
   return pair;
 }
+// Both products of two pairs, each rounded once.
+__device__ __forceinline__ u32 times(u32 a, u32 b) {
+  u32 pair;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(0x80008000u));
+  return pair;
+}
 __device__ __forceinline__ bf16 narrow(float x) { return (bf16)(pack(x, 0.f) & 0xffffu); }
 
 // Weights pass through once a step: they need no place in L1.
@@ -52,8 +58,17 @@ __device__ __forceinline__ void mma_chunk(float (&c)[4], uint4 a, uint4 b, uint4
 }
 
 // Programmatic dependent launch: a kernel may begin while the one before it ends, but reads nothing of it before `wait`.
-__device__ __forceinline__ void wait_for_predecessor() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-__device__ __forceinline__ void let_successor_start() { asm volatile("griddepcontrol.launch_dependents;"); }
+// GPUs before Hopper run kernels one after another.
+__device__ __forceinline__ void wait_for_predecessor() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void let_successor_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
 
 __device__ __forceinline__ float warp_sum(float x) {
   for (int step = 16; step > 0; step >>= 1) x += __shfl_xor_sync(0xffffffffu, x, step);
@@ -89,23 +104,47 @@ extern "C" __global__ void embed(const bf16 *table, const int *tokens, bf16 *x) 
   for (int i = threadIdx.x; i < HIDDEN / 8; i += blockDim.x) to[i] = from[i];
 }
 
+// Where keys and values of a layer lie: keys [rows, KV_HEADS, capacity, HEAD_DIM], values transposed, [rows, KV_HEADS,
+// HEAD_DIM, capacity].
+struct Cache {
+  bf16 *keys, *values;
+  int capacity;
+  __device__ __forceinline__ bf16 *key(int row, int head, int slot) const {
+    return keys + (((size_t)row * KV_HEADS + head) * capacity + slot) * HEAD_DIM;
+  }
+  __device__ __forceinline__ bf16 *value(int row, int head, int dim) const {
+    return values + (((size_t)row * KV_HEADS + head) * HEAD_DIM + dim) * capacity;
+  }
+};
+
+// Tables of cosines and sines [positions, HALF], the norms of Qwen3's queries and keys, and each token's position.
+struct Rotation {
+  const float *cosines, *sines;
+  const bf16 *query_norm, *key_norm;
+  const int *position;
+};
+
 // ---- Few tokens: the weights are read once, everything around them is fused. ----
 
-enum { PLAIN, RESIDUAL, GATED, BEST };
+enum { PLAIN, ROTATED, RESIDUAL, GATED, BEST };
 
 // out[t, o] = sum_k weight[o, k] x[t, k] for T = 8 NT tokens; NORM: of x's RMS norm. One block makes 16 rows of the weight
-// (GATED: 8 of the gate and the 8 of the up projection beside them), its warps share k.
+// (GATED: 8 of the gate and the 8 of the up projection beside them; ROTATED: 8 of the first half of a head and the 8 that are rotated
+// with them), its warps share k.
 template <int NT, int MODE, bool NORM>
 __device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const bf16 *norm_weight, const bf16 *bias,
                                        bf16 *out, float *best, int *best_id, int real, float inverse_temperature,
-                                       const u64 *keys, const int K, const int O) {
+                                       const u64 *keys, const int K, const int O, const Cache cache = {},
+                                       const Rotation rotation = {}, const int *row = 0, const int *slot = 0) {
   constexpr int T = NT * 8;
   __shared__ float partial[WARPS][16][T + 1];
   __shared__ float squares[WARPS][T];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  const int first = blockIdx.x * (MODE == GATED ? 8 : 16);
+  // ROTATED: the head of this block, and its first row.
+  const int head = blockIdx.x / (HALF / 8), part = blockIdx.x % (HALF / 8) * 8;
+  const int first = MODE == ROTATED ? head * HEAD_DIM + part : blockIdx.x * (MODE == GATED ? 8 : 16);
   const int upper = min(first + g, O - 1);
-  const int lower = MODE == GATED ? O + upper : min(first + g + 8, O - 1);
+  const int lower = MODE == GATED ? O + upper : MODE == ROTATED ? upper + HALF : min(first + g + 8, O - 1);
   const uint4 *row_a = (const uint4 *)(weight + (size_t)upper * K) + t;
   const uint4 *row_b = (const uint4 *)(weight + (size_t)lower * K) + t;
   const int chunks = K / 32;
@@ -155,7 +194,7 @@ __device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const 
             for (int i = 0; i < 4; i++) {
               float l = low(pairs[i]), h = high(pairs[i]);
               square[nt] += l * l + h * h;
-              pairs[i] = pack(l * low(scales[i]), h * high(scales[i]));
+              pairs[i] = times(pairs[i], scales[i]);
             }
           }
           mma_chunk(acc[nt], a[d], b[d], v);
@@ -207,6 +246,25 @@ __device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const 
     }
     return;
   }
+  if (MODE == ROTATED) {
+    for (int i = threadIdx.x; i < 8 * real; i += WARPS * 32) {
+      const int token = i / 8, dim = part + i % 8;
+      if (row[token] < 0) continue;
+      float one = sum_of(i % 8, token) * scale_of(token), two = sum_of(i % 8 + 8, token) * scale_of(token);
+      if (bias) one += wide(bias[first + i % 8]), two += wide(bias[first + i % 8 + HALF]);
+      if (head >= HEADS + KV_HEADS) {
+        cache.value(row[token], head - HEADS - KV_HEADS, dim)[slot[token]] = narrow(one);
+        cache.value(row[token], head - HEADS - KV_HEADS, dim + HALF)[slot[token]] = narrow(two);
+        continue;
+      }
+      bf16 *to = head < HEADS ? out + (size_t)token * QKV + head * HEAD_DIM : cache.key(row[token], head - HEADS, slot[token]);
+      const size_t at = (size_t)rotation.position[token] * HALF + dim;
+      const float cosine = rotation.cosines[at], sine = rotation.sines[at];
+      to[dim] = narrow(one * cosine - two * sine);
+      to[dim + HALF] = narrow(two * cosine + one * sine);
+    }
+    return;
+  }
   constexpr int ROWS = MODE == GATED ? 8 : 16;
   for (int i = threadIdx.x; i < ROWS * real; i += WARPS * 32) {
     int r = i % ROWS, token = i / ROWS, o = first + r;
@@ -224,6 +282,13 @@ __device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const 
   extern "C" __global__ void __launch_bounds__(WARPS * 32) qkv_##NT(const bf16 *w, const bf16 *x, const bf16 *norm,           \
                                                              const bf16 *bias, bf16 *out, int real) {                  \
     skinny<NT, PLAIN, true>(w, x, norm, bias, out, 0, 0, real, 0.f, 0, HIDDEN, QKV);                                \
+  }                                                                                                                    \
+  extern "C" __global__ void __launch_bounds__(WARPS * 32)                                                             \
+      qkv_rotated_##NT(const bf16 *w, const bf16 *x, const bf16 *norm, const bf16 *bias, bf16 *out, int real,          \
+                       const int *row, const int *slot, const int *position, const float *cosines,                     \
+                       const float *sines, bf16 *keys, bf16 *values, int capacity) {                                   \
+    skinny<NT, ROTATED, true>(w, x, norm, bias, out, 0, 0, real, 0.f, 0, HIDDEN, QKV, {keys, values, capacity},        \
+                              {cosines, sines, 0, 0, position}, row, slot);                                            \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(WARPS * 32) output_##NT(const bf16 *w, const bf16 *x, const bf16 *bias,        \
                                                                 bf16 *out, int real) {                                 \
@@ -375,19 +440,6 @@ __device__ __forceinline__ void rotate(const bf16 *from, bf16 *to, const bf16 *n
   }
 }
 
-// Where keys and values of a layer lie: keys [rows, KV_HEADS, capacity, HEAD_DIM], values transposed, [rows, KV_HEADS,
-// HEAD_DIM, capacity].
-struct Cache {
-  bf16 *keys, *values;
-  int capacity;
-  __device__ __forceinline__ bf16 *key(int row, int head, int slot) const {
-    return keys + (((size_t)row * KV_HEADS + head) * capacity + slot) * HEAD_DIM;
-  }
-  __device__ __forceinline__ bf16 *value(int row, int head, int dim) const {
-    return values + (((size_t)row * KV_HEADS + head) * HEAD_DIM + dim) * capacity;
-  }
-};
-
 __device__ __forceinline__ void store_value(const bf16 *from, const Cache &cache, int row, int head, int slot) {
   for (int i = threadIdx.x & 31; i < HEAD_DIM; i += 32) cache.value(row, head, i)[slot] = from[i];
 }
@@ -420,12 +472,6 @@ extern "C" __global__ void rotate_and_cache(bf16 *qkv, const int *row, const int
 //
 // ROTATE: for few tokens, does the work of `rotate_and_cache` too, and saves that kernel. A tile's block puts all that its window
 // holds up to the tile's end into the cache, so blocks of one window write the same.
-struct Rotation {
-  const float *cosines, *sines;
-  const bf16 *query_norm, *key_norm;
-  const int *position;
-};
-
 template <bool ROTATE>
 __device__ __forceinline__ void attend(const bf16 *qkv, const Cache cache, const int *tile_row, const int *tile_token,
                                        const int *tile_length, const int *tile_window, const int *slot,

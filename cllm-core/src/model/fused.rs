@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::Transformer;
 use super::transformer::Layer;
-use crate::torch_ext::decode_kernels::{Choice, DecodeKernels, LayerCache, Places, Shape};
+use crate::torch_ext::decode_kernels::{Choice, DecodeKernels, LayerCache, Places, Queries, Shape};
 use crate::{Error, Result, torch_ext};
 
 /// Slots are read 32 at a time.
@@ -110,9 +110,11 @@ impl<'m> Fused<'m> {
         let (qkv, mixed) = (heads(config.num_heads + 2 * config.num_kv_heads)?, heads(config.num_heads)?);
         let inner = self.empty(tokens, self.model.config().intermediate_size)?;
         for (index, layer) in self.model.layers.iter().enumerate() {
-            let projection = &layer.query_key_value;
-            kernels.few_qkv(&projection.weight, x, &layer.attention_norm, projection.bias.as_ref(), &qkv)?;
-            self.attend(index, layer, input, &qkv, &mixed)?;
+            let projection = (&layer.query_key_value.weight, layer.query_key_value.bias.as_ref());
+            self.with_cache(index, layer, |cache| {
+                let queries = kernels.few_qkv(projection, x, &layer.attention_norm, &qkv, &input.places, cache)?;
+                kernels.attention(queries, &qkv, &input.places, cache, &mixed)
+            })?;
             kernels.few_output(&layer.output.weight, &mixed, layer.output.bias.as_ref(), x)?;
             kernels.few_gate_up(&layer.gate_up, x, &layer.feed_forward_norm, &inner)?;
             kernels.few_down(&layer.down.weight, &inner, x)?;
@@ -131,7 +133,9 @@ impl<'m> Fused<'m> {
             drop(delta.take());
             let projection = &layer.query_key_value;
             let qkv = normed.f_linear(&projection.weight, projection.bias.as_ref())?;
-            self.attend(index, layer, input, &qkv, &mixed)?;
+            self.with_cache(index, layer, |cache| {
+                kernels.attention(Queries::Plain, &qkv, &input.places, cache, &mixed)
+            })?;
             let attended = mixed.f_linear(&layer.output.weight, layer.output.bias.as_ref())?;
             kernels.add_norm(x, Some(&attended), &layer.feed_forward_norm, &normed)?;
             drop(attended);
@@ -152,15 +156,14 @@ impl<'m> Fused<'m> {
         kernels.choose(&logits, &input.choice, predicted)
     }
 
-    fn attend(&self, index: usize, layer: &Layer, input: &StepInput, qkv: &Tensor, mixed: &Tensor) -> Result<()> {
-        let cache = LayerCache {
+    fn with_cache(&self, index: usize, layer: &Layer, work: impl FnOnce(&LayerCache<'_>) -> Result<()>) -> Result<()> {
+        work(&LayerCache {
             keys: &self.keys.get(index as i64),
             values: &self.values.get(index as i64),
             capacity: self.capacity,
             table: &self.table,
             norms: layer.query_key_norm.as_ref(),
-        };
-        self.kernels.attention(qkv, &input.places, &cache, mixed)
+        })
     }
 
     fn empty(&self, tokens: usize, width: i64) -> Result<Tensor> {

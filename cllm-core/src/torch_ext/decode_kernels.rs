@@ -103,6 +103,7 @@ impl Shape {
 struct Few {
     tokens: usize,
     qkv: Kernel,
+    qkv_rotated: Kernel,
     output: Kernel,
     gate_up: Kernel,
     down: Kernel,
@@ -143,6 +144,15 @@ pub struct Places {
     pub tile_length: Tensor,
     /// First slot of the window that each tile belongs to.
     pub tile_window: Tensor,
+}
+
+/// What attention finds in a projection.
+#[derive(Debug, Clone, Copy)]
+pub enum Queries {
+    /// Queries, keys and values as they were projected.
+    Plain,
+    /// Rotated queries; keys and values are in the cache.
+    Rotated,
 }
 
 /// The cache of a layer and how keys get there.
@@ -198,12 +208,15 @@ impl DecodeKernels {
                 module
             }
         };
-        let overlapping = |name: &str| module.kernel(name, 0, true);
+        // Hopper and later start a kernel while the one before it ends.
+        let overlaps = capability(device)?.0 >= 9;
+        let overlapping = |name: &str| module.kernel(name, 0, overlaps);
         let few = |tiles: usize| {
             let named = |name: &str| overlapping(&format!("{name}_{tiles}"));
             Ok::<_, crate::Error>(Few {
                 tokens: tiles * 8,
                 qkv: named("qkv")?,
+                qkv_rotated: named("qkv_rotated")?,
                 output: named("output")?,
                 gate_up: named("gate_up")?,
                 down: named("down")?,
@@ -218,8 +231,12 @@ impl DecodeKernels {
             gated: overlapping("gated")?,
             best_token: overlapping("best_token")?,
             rotate_and_cache: overlapping("rotate_and_cache")?,
-            attention: module.kernel("attention", shape.merging_bytes(), true)?,
-            rotate_and_attend: module.kernel("rotate_and_attend", shape.merging_bytes() + shape.query_bytes(), true)?,
+            attention: module.kernel("attention", shape.merging_bytes(), overlaps)?,
+            rotate_and_attend: module.kernel(
+                "rotate_and_attend",
+                shape.merging_bytes() + shape.query_bytes(),
+                overlaps,
+            )?,
             shape,
         })
     }
@@ -240,20 +257,33 @@ impl DecodeKernels {
         unsafe { self.embed.launch([count, 1], 64, &[Data(table), Data(tokens), Data(x)]) }
     }
 
-    /// `out [T, qkv]` = projections of the RMS norm of `x [T, hidden]`; T <= [`FEW_TOKENS`].
+    /// `out [T, qkv]` = projections of the RMS norm of `x [T, hidden]`; T <= [`FEW_TOKENS`]. Queries are rotated, keys and
+    /// values go into the layer's cache, unless a norm wants to see whole heads first.
     pub fn few_qkv(
         &self,
-        weight: &Tensor,
+        (weight, bias): (&Tensor, Option<&Tensor>),
         x: &Tensor,
         norm: &Tensor,
-        bias: Option<&Tensor>,
         out: &Tensor,
-    ) -> Result<()> {
+        places: &Places,
+        layer: &LayerCache<'_>,
+    ) -> Result<Queries> {
         let tokens = x.numel() / self.shape.hidden;
         assert_eq!((weight.numel(), out.numel()), (self.shape.qkv() * self.shape.hidden, tokens * self.shape.qkv()));
-        let arguments = [Data(weight), Data(x), Data(norm), MaybeData(bias), Data(out), Int(tokens as i32)];
-        // SAFETY: as declared in the source, sizes just checked.
-        unsafe { self.few(tokens).qkv.launch([self.shape.qkv().div_ceil(BLOCK_ROWS), 1], FEW_THREADS, &arguments) }
+        let grid = [self.shape.qkv().div_ceil(BLOCK_ROWS), 1];
+        let few = self.few(tokens);
+        let plain = [Data(weight), Data(x), Data(norm), MaybeData(bias), Data(out), Int(tokens as i32)];
+        if self.shape.query_key_norm {
+            // SAFETY: as declared in the source, sizes just checked.
+            unsafe { few.qkv.launch(grid, FEW_THREADS, &plain)? };
+            return Ok(Queries::Plain);
+        }
+        let places = [&places.row, &places.slot, &places.position, &layer.table.0, &layer.table.1].map(Data);
+        let cache = [Data(layer.keys), Data(layer.values), Int(layer.capacity as i32)];
+        let arguments = [&plain[..], &places, &cache].concat();
+        // SAFETY: as declared in the source; whoever made the places keeps slots and positions within the capacity.
+        unsafe { few.qkv_rotated.launch(grid, FEW_THREADS, &arguments)? };
+        Ok(Queries::Rotated)
     }
 
     /// `x [T, hidden]` += the output projection of `mixed [T, heads x head_dim]`; T <= [`FEW_TOKENS`].
@@ -345,24 +375,31 @@ impl DecodeKernels {
         unsafe { self.best_token.launch([tokens, 1], 512, &arguments) }
     }
 
-    /// Norms (where the model does) and rotates queries and keys of `qkv [T, qkv]`, puts keys and values into a layer's cache,
-    /// and makes `mixed [T, heads x head_dim]`, the attention of the queries over what each sees of it. The rotated queries
-    /// may take the place of the plain ones.
-    pub fn attention(&self, qkv: &Tensor, places: &Places, layer: &LayerCache<'_>, mixed: &Tensor) -> Result<()> {
+    /// `mixed [T, heads x head_dim]`: the attention of the queries of `qkv [T, qkv]` over what each sees of the layer's cache.
+    /// Plain queries and keys are normed (where the model does) and rotated, and keys and values put into the cache; the
+    /// rotated queries may take the place of the plain ones.
+    pub fn attention(
+        &self,
+        queries: Queries,
+        qkv: &Tensor,
+        places: &Places,
+        layer: &LayerCache<'_>,
+        mixed: &Tensor,
+    ) -> Result<()> {
         let Places { row, slot, position, visible, tile_row, tile_token, tile_length, tile_window } = places;
         let (query_norm, key_norm) = (layer.norms.map(|norms| &norms.0), layer.norms.map(|norms| &norms.1));
         let rotation = [Data(&layer.table.0), Data(&layer.table.1), MaybeData(query_norm), MaybeData(key_norm)];
         let cache = [Data(layer.keys), Data(layer.values), Int(layer.capacity as i32)];
-        let small = row.numel() <= SMALL_STEP;
-        if !small {
-            let places = [Data(qkv), Data(row), Data(slot), Data(position)];
+        let by_itself = matches!(queries, Queries::Plain) && row.numel() <= SMALL_STEP;
+        if matches!(queries, Queries::Plain) && !by_itself {
+            let places = [qkv, row, slot, position].map(Data);
             let arguments = [&places[..], &rotation, &cache].concat();
             // SAFETY: as declared in the source; whoever made the places keeps slots and positions within the capacity.
             unsafe { self.rotate_and_cache.launch([row.numel(), 1], 256, &arguments)? };
         }
         let tiles = [tile_row, tile_token, tile_length, tile_window, slot, visible, mixed].map(Data);
         let arguments = [&[Data(qkv)], &cache[..2], &tiles, &cache[2..], &rotation, &[Data(position)]].concat();
-        let kernel = if small { &self.rotate_and_attend } else { &self.attention };
+        let kernel = if by_itself { &self.rotate_and_attend } else { &self.attention };
         // SAFETY: as above.
         unsafe { kernel.launch([tile_row.numel(), self.shape.kv_heads], self.shape.attention_warps() * 32, &arguments) }
     }
