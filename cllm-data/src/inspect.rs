@@ -63,7 +63,7 @@ pub fn standings(block: &Block) -> Vec<Vec<Standing>> {
 /// # Errors
 /// Bad data sets, and a sample id that none has.
 pub fn run(arguments: &Arguments) -> Result<Outcome> {
-    let reader = Reader::open(&arguments.data)?;
+    let reader = Reader::open_unfinished(&arguments.data)?;
     let row = find(&reader, arguments)?;
     let tokenizer = match &arguments.model {
         Some(model) => {

@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use cllm_core::Result;
 use cllm_core::program::{Outcome, print, print_json};
-use cllm_core::trajectory::{Block, FinishReason, Reader, Trajectory};
+use cllm_core::trajectory::{Block, FinishReason, Reader, Trajectory, UNFINISHED_DATA};
+use cllm_core::{Result, progress};
 use serde::Serialize;
 
 /// Figures of a data set.
@@ -86,7 +86,10 @@ pub fn profile(block: &Block) -> Profile {
 /// # Errors
 /// When it cannot be read.
 pub fn run(data: &Path, as_json: bool) -> Result<Outcome> {
-    let reader = Reader::open(data)?;
+    let reader = Reader::open_unfinished(data)?;
+    if !reader.is_complete() {
+        progress::say(format!("{} {UNFINISHED_DATA}", data.display()));
+    }
     let mut stats = Stats { schema_version: 1, ..Default::default() };
     let mut forwards = Some(0);
     let (mut states, mut iterations, mut fast_forwarded, mut stationary) = (0, 0, 0, 0);

@@ -102,7 +102,7 @@ impl Tally {
 
     /// That of a whole data set.
     pub(crate) fn of_data_set(folder: &Path, tokenizer: &Tokenizer, data: Option<&Path>) -> Result<Self> {
-        let reader = Reader::open(folder)?;
+        let reader = Reader::open_unfinished(folder)?;
         let tally = |piece| Tally::of_rows(reader.rows_of(piece), folder, tokenizer, data);
         let of_pieces = reader.pieces().par_iter().map(tally).collect::<Result<Vec<_>>>()?;
         let mut sum = Tally::default();

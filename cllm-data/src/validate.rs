@@ -6,7 +6,7 @@ use clap::Args;
 use cllm_core::model::{ModelConfig, fingerprint};
 use cllm_core::program::{Outcome, print, print_json};
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::trajectory::{Provenance, Reader};
+use cllm_core::trajectory::{Provenance, Reader, UNFINISHED_DATA};
 use cllm_core::{Result, hub};
 use serde_json::json;
 
@@ -31,12 +31,15 @@ pub struct Arguments {
 /// # Errors
 /// When it, or the model, cannot be read at all.
 pub fn run(arguments: &Arguments) -> Result<Outcome> {
-    let reader = Reader::open(&arguments.data)?;
+    let reader = Reader::open_unfinished(&arguments.data)?;
     let mut promised = reader.provenance().clone();
     let mut violations = match &arguments.model {
         Some(model) => foreign_model(model, &mut promised)?,
         None => Vec::new(),
     };
+    if !reader.is_complete() {
+        violations.push(format!("the data set {UNFINISHED_DATA}"));
+    }
     for row in reader.unchecked_rows() {
         let row = row?;
         if let Err(message) = row.check(&promised) {

@@ -19,12 +19,17 @@ const BATCH_ROWS: usize = 64;
 const PIECE_ROWS: usize = 1024;
 const PIECE_VALUES: usize = 8 << 20;
 
+/// What is said of a data set whose manifest is not complete.
+pub const UNFINISHED_DATA: &str = "is not complete: the run that writes it was stopped, or still goes on; run the same command \
+                                   (collect, augment, clean or import) again to finish it";
+
 /// A data set opened for reading.
 pub struct Reader {
     path: PathBuf,
     shards: Vec<Shard>,
     rows: usize,
     provenance: Provenance,
+    complete: bool,
 }
 
 struct Shard {
@@ -53,16 +58,30 @@ impl Piece {
 }
 
 impl Reader {
-    /// Opens a data set's folder, or one shard.
+    /// Opens a whole data set: its folder, or one shard.
     ///
     /// # Errors
-    /// [`Error::File`] for a folder without a manifest, a shard that is missing or cut off, of another schema or version.
+    /// [`Error::File`] for a folder without a manifest, a data set that is not complete, a shard that is missing or cut off,
+    /// of another schema or version.
     pub fn open(path: &Path) -> Result<Self> {
-        let shards: Vec<(PathBuf, Option<usize>)> = if path.is_dir() {
+        // Before its shards, of which there may be none yet.
+        if path.is_dir() && !expect_manifest(path)?.complete {
+            return Err(Error::file(path, UNFINISHED_DATA));
+        }
+        Reader::open_unfinished(path)
+    }
+
+    /// Opens what there is of a data set, whether the run that writes it has ended or not.
+    ///
+    /// # Errors
+    /// As [`Reader::open`], but for a data set that is not complete.
+    pub fn open_unfinished(path: &Path) -> Result<Self> {
+        let (shards, complete): (Vec<(PathBuf, Option<usize>)>, bool) = if path.is_dir() {
             let manifest = expect_manifest(path)?;
-            manifest.shards.into_iter().map(|(name, rows)| (path.join(name), Some(rows))).collect()
+            let shards = manifest.shards.into_iter().map(|(name, rows)| (path.join(name), Some(rows)));
+            (shards.collect(), manifest.complete)
         } else {
-            vec![(path.to_owned(), None)]
+            (vec![(path.to_owned(), None)], true)
         };
         let mut rows = 0;
         let mut provenance = None;
@@ -87,7 +106,7 @@ impl Reader {
             opened.push(Shard { path: shard.clone(), groups });
         }
         let provenance = provenance.ok_or_else(|| Error::file(path, "holds no rows yet"))?;
-        Ok(Reader { path: path.to_owned(), shards: opened, rows, provenance })
+        Ok(Reader { path: path.to_owned(), shards: opened, rows, provenance, complete })
     }
 
     /// Number of rows.
@@ -103,6 +122,11 @@ impl Reader {
     /// How the data set came to be.
     pub fn provenance(&self) -> &Provenance {
         &self.provenance
+    }
+
+    /// Whether the run that writes it has ended.
+    pub fn is_complete(&self) -> bool {
+        self.complete
     }
 
     /// Refuses a tokenizer that is not the one of the data set, by its fingerprint.

@@ -77,6 +77,7 @@ fn pieces_are_bounded_and_hold_every_row_once_in_order() {
     let dir = tempfile::tempdir().unwrap();
     let mut writer = Writer::open(dir.path(), provenance).unwrap();
     writer.write_shard(&(1..6).map(many).collect::<Vec<_>>()).unwrap();
+    writer.finish().unwrap();
     let pieces = Reader::open(dir.path()).unwrap().pieces();
     assert_eq!(pieces.iter().map(cllm_core::trajectory::Piece::len).collect::<Vec<_>>(), [2, 2, 1]);
 }

@@ -31,6 +31,30 @@ fn a_collection_stopped_within_a_shard_keeps_what_it_had_answered() {
 }
 
 #[test]
+fn a_data_set_that_is_not_complete_is_described_but_not_taken_for_whole() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, output, model) = (path(dir.path(), "data"), path(dir.path(), "output"), path(WORLD.path(), "model"));
+    collect(&data, &[]);
+    let manifest = Path::new(&data).join("manifest.json");
+    let text = fs::read_to_string(&manifest).unwrap();
+    fs::write(&manifest, text.replace("\"complete\": true", "\"complete\": false")).unwrap();
+    let (input, into, model) = (format!("input={data}"), format!("output={output}"), format!("model={model}"));
+    let said = ["data: is not complete", "run the same command"];
+    for verb in [&["augment", &input, &into][..], &["clean", &input, &into, &model], &["export", &data, "-o", &output]] {
+        DATA.refuse(verb, 2, &said);
+    }
+    assert!(!Path::new(&output).exists());
+    let stats = DATA.succeed(&["stats", &data]);
+    assert!(stats.stderr.contains("is not complete"), "{}", stats.stderr);
+    DATA.succeed(&["inspect", &data]);
+    let found = DATA.run(&["validate", &data]);
+    let text = String::from_utf8(found.stdout).unwrap();
+    assert!(found.code == Some(1) && text.contains("is not complete") && text.contains("1 violations"), "{text}");
+    // One shard by itself is whole.
+    DATA.succeed(&["validate", &shard(&data, 0).display().to_string()]);
+}
+
+#[test]
 fn a_collection_that_was_stopped_twice_equals_one_that_was_not() {
     let dir = tempfile::tempdir().unwrap();
     let prompts = path(dir.path(), "prompts.jsonl");

@@ -91,6 +91,13 @@ fn every_bad_shard_is_named_and_nothing_is_written() {
         }
     }
     assert!(!Path::new(&settings.output).exists());
+    fs::write(&shard, &good).unwrap();
+    let manifest = settings.data[0].join("manifest.json");
+    let text = fs::read_to_string(&manifest).unwrap();
+    fs::write(&manifest, text.replace("\"complete\": true", "\"complete\": false")).unwrap();
+    for verb in ["run", "plan"] {
+        TRAIN.refuse(&[verb, "-c", &file(&settings)], 2, &["trajectories", "is not complete", "run the same command"]);
+    }
     let empty = Settings { data: vec![dir.path().join("nothing")], ..settings };
     TRAIN.refuse(&["run", "-c", &file(&empty)], 2, &["nothing"]);
 }
