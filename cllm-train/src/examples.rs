@@ -22,8 +22,19 @@ pub struct Example {
     pub prompt: Vec<i32>,
     /// Token ids of the response, EOS included.
     pub response: Vec<i32>,
-    /// Start and states of each block; the last state is the fixed point.
-    pub blocks: Vec<(usize, Vec<Vec<i32>>)>,
+    /// In the order of their starts.
+    pub blocks: Vec<Block>,
+}
+
+/// One block of a response.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Block {
+    /// Position of its first token in the response.
+    pub start: usize,
+    /// Its states; the last is the fixed point.
+    pub states: Vec<Vec<i32>>,
+    /// Which of them `augment` changed; empty where it changed none.
+    pub augmented: Vec<bool>,
 }
 
 /// Reads every data set of a run. What is longer than the model's context is left out, and counted on stderr.
@@ -76,9 +87,14 @@ fn trajectories(path: &Path, tokenizer: &Tokenizer, config: &ModelConfig) -> Res
         .map(|row| {
             let row = row?;
             row.check(&promised).map_err(|message| Error::file(path, format!("row `{}`: {message}", row.sample_id)))?;
-            let blocks = row.blocks.into_iter().map(|block| (block.start as usize, block.states));
+            let flags = row.augmented.unwrap_or_default().into_iter().chain(std::iter::repeat(Vec::new()));
+            let blocks = row.blocks.into_iter().zip(flags).map(|(block, augmented)| Block {
+                start: block.start as usize,
+                states: block.states,
+                augmented,
+            });
             Ok(Example {
-                blocks: blocks.filter(|(start, _)| *start < row.response_ids.len()).collect(),
+                blocks: blocks.filter(|block| block.start < row.response_ids.len()).collect(),
                 id: row.sample_id,
                 prompt: row.prompt_ids,
                 response: row.response_ids,
@@ -87,12 +103,20 @@ fn trajectories(path: &Path, tokenizer: &Tokenizer, config: &ModelConfig) -> Res
         .collect()
 }
 
+impl Block {
+    /// The state after one, where decoding went from the one to the other: a state that `augment` changed never was there.
+    fn next(&self, state: usize) -> Option<&[i32]> {
+        let changed = |state: usize| self.augmented.get(state).is_some_and(|&changed| changed);
+        self.states.get(state + 1).filter(|_| !changed(state) && !changed(state + 1)).map(Vec::as_slice)
+    }
+}
+
 impl Example {
     /// Tokens of its noisy blocks in a pass, at most; with local consistency as many stand in the next states.
     pub fn noisy_len(&self, consistency: &Consistency) -> usize {
         let candidates = self.candidates(consistency).len();
         let chosen = if consistency.blocks == 0 { candidates } else { candidates.min(consistency.blocks) };
-        chosen * self.blocks.first().map_or(0, |(_, states)| states[0].len())
+        chosen * self.blocks.first().map_or(0, |block| block.states[0].len())
     }
 
     /// Tokens of its packed sequence, at most.
@@ -105,7 +129,7 @@ impl Example {
     /// after it see it.
     fn candidates(&self, consistency: &Consistency) -> Vec<usize> {
         let all = consistency.context == Context::NoisyWindow;
-        (0..self.blocks.len()).filter(|&index| all || self.blocks[index].1.len() > 1).collect()
+        (0..self.blocks.len()).filter(|&index| all || self.blocks[index].states.len() > 1).collect()
     }
 
     /// The packed sequence of one pass: blocks and, for each, one of its noisy states drawn with `rng`.
@@ -117,7 +141,7 @@ impl Example {
             chosen.sort_unstable();
         }
         let noisy = chosen.into_iter().map(|index| {
-            let (start, states) = &self.blocks[index];
+            let block @ Block { start, states, .. } = &self.blocks[index];
             let drawn = rng.random_range(0..(states.len() - 1).max(1));
             let state = &states[drawn];
             let n = state.len();
@@ -126,7 +150,7 @@ impl Example {
                 Context::NoisyWindow => start / (n * consistency.window) * (n * consistency.window),
             };
             let inside = n.min(self.response.len() - start);
-            let next = match states.get(drawn + 1) {
+            let next = match block.next(drawn) {
                 Some(next) if consistency.local_weight > 0.0 => next[..inside].to_vec(),
                 _ => Vec::new(),
             };

@@ -53,9 +53,9 @@ impl Packed {
         self.tokens.is_empty()
     }
 
-    /// Number of noisy blocks.
-    pub fn blocks(&self) -> usize {
-        self.noisy.len()
+    /// The noisy blocks.
+    pub fn noisy(&self) -> &[NoisyBlock] {
+        &self.noisy
     }
 
     /// Place of each noisy block's first token in the sequence.
@@ -229,7 +229,7 @@ impl Batch {
                 local_targets.push((base + next) as i64);
             }
             counts.tokens += row.len();
-            counts.blocks += row.blocks();
+            counts.blocks += row.noisy().len();
         }
         counts.clean = clean_places.len();
         counts.noisy = noisy_places.len();

@@ -163,7 +163,8 @@ pub struct Consistency {
     /// Weight of the global consistency loss (a state towards the fixed point), a mean over noisy tokens.
     #[garde(range(min = 0.0))]
     pub weight: f64,
-    /// Weight of the local consistency loss (a state towards the next one), a mean over its tokens; 0 leaves it out.
+    /// Weight of the local consistency loss (a state towards the next one), a mean over its tokens; 0 leaves it out. States
+    /// that `augment` changed have no next one.
     #[garde(range(min = 0.0))]
     pub local_weight: f64,
     /// Weight of the autoregressive loss, a mean over response tokens.

@@ -2,7 +2,7 @@
 
 use cllm_core::fingerprint;
 use cllm_core::model::{ModelConfig, Transformer};
-use cllm_train::examples::Example;
+use cllm_train::examples::{Block, Example};
 use cllm_train::loss::{divergence, losses};
 use cllm_train::packing::{Batch, NoisyBlock, Packed};
 use cllm_train::settings::{Consistency, Context, Divergence};
@@ -40,7 +40,7 @@ fn example(name: &str, prompt: usize, length: usize) -> Example {
         let noisy = ids(11 + index as i32, N);
         let later = [&fixed[..1], &noisy[1..]].concat();
         let states = if index == 1 { vec![fixed.to_vec()] } else { vec![noisy, later, fixed.to_vec()] };
-        (index * N, states)
+        Block { start: index * N, states, augmented: Vec::new() }
     });
     Example { id: name.to_owned(), prompt: ids(5, prompt), response: response.clone(), blocks: blocks.collect() }
 }
@@ -113,6 +113,30 @@ fn responses_packed_together_give_the_sums_of_each_alone() {
         }
         assert_eq!(together.1.clean, 9 + 14 + 30);
         assert_eq!(together.1.noisy, alone.iter().map(|sum| sum.1.noisy).sum::<usize>());
+    }
+}
+
+#[test]
+fn a_state_that_augment_changed_is_in_no_adjacent_pair() {
+    let settings = Consistency { local_weight: 1.0, ..Consistency::default() };
+    // Blocks 0 and 2 have the states 0, 1 and the fixed point; which of 0 and 1 is drawn depends on the round.
+    for (changed, pairs_from_0, pairs_from_1) in [(None, true, true), (Some(0), false, true), (Some(1), false, false)] {
+        let mut example = example("a", 3, 12);
+        for block in &mut example.blocks {
+            block.augmented = (0..block.states.len()).map(|state| Some(state) == changed).collect();
+        }
+        let rounds = (0..20).map(|round| example.pack(&settings, &mut fingerprint::rng(1, "a", round)));
+        let found: Vec<(bool, bool)> = rounds
+            .flat_map(|packed| packed.noisy().to_vec())
+            .map(|noisy| {
+                let states = &example.blocks[noisy.start / N].states;
+                (noisy.tokens == states[0], !noisy.next.is_empty())
+            })
+            .collect();
+        for (first, expected) in [(true, pairs_from_0), (false, pairs_from_1)] {
+            let mut drawn = found.iter().filter(|(from_first, _)| *from_first == first).peekable();
+            assert!(drawn.peek().is_some() && drawn.all(|(_, pair)| *pair == expected), "{changed:?}, {first}");
+        }
     }
 }
 
