@@ -41,6 +41,9 @@ pub enum Error {
     /// An operation of libtorch failed.
     #[error("{}", torch_message(.0))]
     Torch(#[from] tch::TchError),
+    /// The work ran, but what came of it is no good.
+    #[error("{0}")]
+    Negative(String),
     /// A signal asked to stop; everything worth keeping was saved.
     #[error("interrupted ({}); run the same command again to go on", signal_name(*.0))]
     Interrupted(i32),
@@ -62,6 +65,11 @@ impl Error {
         Error::Environment(message.into())
     }
 
+    /// Work that ran without a good result.
+    pub fn negative(message: impl Into<String>) -> Self {
+        Error::Negative(message.into())
+    }
+
     /// For `map_err`: an operating-system error in reading `path`.
     pub fn io(path: impl AsRef<Path>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.as_ref().to_owned();
@@ -74,11 +82,12 @@ impl Error {
         move |source| Error::Write { path, source }
     }
 
-    /// Exit code of a program that ends with this error: 2 usage, configuration or bad input, 3 environment,
-    /// 128 + signal when interrupted.
+    /// Exit code of a program that ends with this error: 1 a negative result, 2 usage, configuration or bad input,
+    /// 3 environment, 128 + signal when interrupted.
     pub fn exit_code(&self) -> u8 {
         use std::io::ErrorKind::{InvalidInput, IsADirectory, NotADirectory, NotFound};
         match self {
+            Error::Negative(_) => 1,
             Error::Usage(_) | Error::File { .. } => 2,
             Error::Io { source, .. } => match source.kind() {
                 NotFound | InvalidInput | IsADirectory | NotADirectory => 2,

@@ -85,6 +85,13 @@ impl State {
         (read(&self.skipped), read(&self.skipped_in_a_row))
     }
 
+    /// Whether every weight is a finite number. Waits for the device.
+    pub fn is_finite(&self) -> bool {
+        let _no_grad = tch::no_grad_guard();
+        let finite: Vec<Tensor> = self.weights.iter().map(|weight| weight.isfinite().all()).collect();
+        Tensor::stack(&finite, 0).all().int64_value(&[]) != 0
+    }
+
     fn update(
         &self,
         settings: &Optimizer,

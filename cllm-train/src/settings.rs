@@ -133,14 +133,14 @@ pub struct Optimizer {
     /// Highest learning rate.
     #[garde(range(min = 0.0, max = 1.0))]
     pub lr: f64,
-    /// Decay of the first moment.
-    #[garde(range(min = 0.0, max = 1.0))]
+    /// Decay of the first moment; at 1 the update would divide by zero.
+    #[garde(range(min = 0.0, max = 0.99999))]
     pub beta1: f64,
-    /// Decay of the second moment.
-    #[garde(range(min = 0.0, max = 1.0))]
+    /// Decay of the second moment; likewise.
+    #[garde(range(min = 0.0, max = 0.99999))]
     pub beta2: f64,
-    /// Added to the denominator.
-    #[garde(range(min = 0.0, max = 1.0))]
+    /// Added to the denominator, which may be 0 without it.
+    #[garde(range(min = 1e-15, max = 1.0))]
     pub eps: f64,
     /// Decoupled weight decay, of matrices alone.
     #[garde(range(min = 0.0, max = 1.0))]

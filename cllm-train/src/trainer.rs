@@ -140,10 +140,7 @@ impl Run {
                 bar.message(format!("loss {:.4}", line["loss"].as_f64().unwrap_or(f64::NAN)));
                 metrics.write(&line)?;
                 if skipped_in_a_row >= MOST_SKIPPED {
-                    return Err(Error::environment(format!(
-                        "the gradient was not finite {skipped_in_a_row} steps in a row; the last checkpoint is kept: lower \
-                         optimizer.lr"
-                    )));
+                    return Err(self.no_good(format!("the gradient was not finite {skipped_in_a_row} steps in a row")));
                 }
             }
             let best = self.probe_at(number, total, &mut metrics)?;
@@ -199,10 +196,23 @@ impl Run {
         in_a_row
     }
 
+    /// Saves a checkpoint; refuses to where the weights are no longer numbers, which nobody wants to go on from.
     fn save(&mut self) -> Result<()> {
+        if !self.state.is_finite() {
+            return Err(self.no_good(format!("after step {} there are weights that are not finite", self.position.step)));
+        }
         self.settle();
         let Run { folder, models, tokenizer_folder, state, position, settings, .. } = self;
         checkpoint::save(folder, &models.student, tokenizer_folder, state, position, settings.keep)
+    }
+
+    fn no_good(&self, why: String) -> Error {
+        let kept = match self.folder.join("checkpoints/latest").exists() {
+            true => "the last checkpoint is kept, which is from before",
+            false => "there is no checkpoint from before",
+        };
+        let advice = "lower optimizer.lr, or look at the model that the run starts from";
+        Error::negative(format!("{}: {why}; {kept}: {advice}", self.folder.display()))
     }
 
     /// Writes the final model and the summary.

@@ -116,6 +116,13 @@ fn bad_settings_are_named_with_file_line_and_value() {
             &["run.yaml, line 3: optimizer.lr=7.0: greater than 1", "data is not set"],
         );
     }
+    for (wrong, said) in [
+        ("optimizer.beta1=1", "greater than 0.99999"),
+        ("optimizer.beta2=1", "greater than 0.99999"),
+        ("optimizer.eps=0", "optimizer.eps=0: lower than"),
+    ] {
+        TRAIN.refuse(&["validate", wrong], 2, &[wrong, said]);
+    }
     TRAIN.refuse(&["run", "output=x", "data=[x]"], 2, &["model: expected a folder or an id"]);
 }
 

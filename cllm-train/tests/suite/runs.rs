@@ -11,7 +11,7 @@ use cllm_core::{tokenizer_training, trajectory};
 use cllm_train::settings::{Context, Init, Objective, Optimizer, Settings};
 use cllm_train::trainer;
 use serde_json::Value;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind};
 
 const N: usize = 4;
 
@@ -240,27 +240,42 @@ fn a_run_whose_data_or_model_became_another_is_refused_by_name() {
 }
 
 #[test]
-fn a_step_without_a_finite_gradient_changes_nothing_and_is_counted() {
+fn a_run_without_finite_gradients_or_weights_ends_with_1_and_keeps_what_was_good() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
-    let folder = dir.path().join("broken");
-    trainer::run(Settings { max_steps: 1, ..sft(dir.path(), "start") }).unwrap();
-    std::fs::rename(dir.path().join("start/final"), &folder).unwrap();
-    let model = Transformer::load(&folder, Device::Cpu, Kind::Float).unwrap();
-    let (_, mut norm) = model.parameters().pop().unwrap();
-    let _ = tch::no_grad(|| norm.fill_(f64::NAN));
-    model.save(&folder, Kind::Float).unwrap();
-    let settings = Settings { init: None, model: folder.display().to_string(), max_steps: 3, ..sft(dir.path(), "run") };
-    trainer::run(settings.clone()).unwrap();
-    assert_eq!(summary(&dir.path().join("run"))["skipped_steps"], 3);
-    let find = |folder: &Path| {
-        let model = Transformer::load(folder, Device::Cpu, Kind::Float).unwrap();
-        model.parameters().remove(0).1
+    // The last norm of this model is `value` everywhere.
+    let model_of = |name: &str, value: f64| {
+        let folder = dir.path().join(name);
+        trainer::run(Settings { max_steps: 1, ..sft(dir.path(), &format!("start-{name}")) }).unwrap();
+        std::fs::rename(dir.path().join(format!("start-{name}/final")), &folder).unwrap();
+        let model = Transformer::load(&folder, Device::Cpu, Kind::Float).unwrap();
+        let (_, mut norm) = model.parameters().into_iter().find(|(name, _)| name == "model.norm.weight").unwrap();
+        let _ = tch::no_grad(|| norm.fill_(value));
+        model.save(&folder, Kind::Float).unwrap();
+        folder.display().to_string()
     };
-    let (before, after): (Tensor, Tensor) = (find(&folder), find(&dir.path().join("run/final")));
-    assert!(before.equal(&after));
-    let output = dir.path().join("long").display().to_string();
-    let long = Settings { output, max_steps: 40, epochs: 40, log_every: 7, save_every: 0, ..settings };
-    let message = trainer::run(long).unwrap_err().to_string();
-    assert!(message.contains("not finite 21 steps in a row") && message.contains("optimizer.lr"), "{message}");
+    let ended = |settings: &Settings, parts: &[&str]| {
+        let error = trainer::run(settings.clone()).unwrap_err();
+        let message = error.to_string();
+        assert!(error.exit_code() == 1 && parts.iter().all(|part| message.contains(part)), "{message}");
+        let run = Path::new(&settings.output);
+        assert!(!run.join("final").exists() && !run.join("summary.json").exists());
+    };
+    let run = |name: &str, model: String| Settings { init: None, model, max_steps: 3, ..sft(dir.path(), name) };
+    let broken = model_of("broken", f64::NAN);
+    let advice = "lower optimizer.lr";
+    ended(&run("run", broken.clone()), &["after step 3 there are weights that are not finite", advice]);
+    ended(&Settings { save_every: 2, ..run("saving", broken.clone()) }, &["after step 2", "no checkpoint from before"]);
+    assert!(!dir.path().join("saving/checkpoints").exists());
+    let long = Settings { max_steps: 40, epochs: 40, log_every: 7, save_every: 0, ..run("long", broken) };
+    ended(&long, &["not finite 21 steps in a row", advice]);
+    // Finite weights whose logits are not: the steps that are skipped change nothing.
+    let overflowing = model_of("overflowing", 3e38);
+    let long = Settings { max_steps: 40, epochs: 40, log_every: 30, save_every: 5, ..run("kept", overflowing.clone()) };
+    ended(&long, &["not finite 30 steps in a row", "the last checkpoint is kept"]);
+    let kept = dir.path().join("kept/checkpoints/latest");
+    assert!(same_weights(&kept, Path::new(&overflowing)));
+    let short = run("short", overflowing);
+    trainer::run(short.clone()).unwrap();
+    assert_eq!(summary(Path::new(&short.output))["skipped_steps"], 3);
 }
