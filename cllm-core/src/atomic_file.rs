@@ -1,7 +1,7 @@
 //! Files and folders that appear whole or not at all: written beside, synced, renamed.
 
 use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use parquet::errors::ParquetError;
@@ -9,7 +9,9 @@ use parquet::errors::ParquetError;
 use crate::{Error, Result};
 
 /// How the names of files begin that are not complete yet; a killed process leaves them.
-pub const UNFINISHED: &str = ".writing-";
+const UNFINISHED: &str = ".writing-";
+/// How the name begins that a folder has while another takes its place; the process and the folder's own name follow.
+const REPLACED: &str = ".old-";
 
 /// Writes a file through `fill`; it appears under `path` only once it is complete and on disk.
 ///
@@ -102,6 +104,30 @@ pub fn folder_with(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Resul
     sync_folder(beside)
 }
 
+/// Puts a folder in order that a killed process wrote into: what it had not finished is removed, and a folder that it was
+/// about to replace is there again. For folders in which nobody else writes at the same time.
+///
+/// # Errors
+/// File-system errors with the path.
+pub fn recover(folder: &Path) -> Result<()> {
+    let entries = match fs::read_dir(folder) {
+        Err(error) if matches!(error.kind(), ErrorKind::NotFound | ErrorKind::NotADirectory) => return Ok(()),
+        other => other.map_err(Error::io(folder))?,
+    };
+    for entry in entries {
+        let entry = entry.map_err(Error::io(folder))?;
+        let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
+        let replaced = name.strip_prefix(REPLACED).and_then(|rest| Some(folder.join(rest.split_once('-')?.1)));
+        match replaced {
+            Some(target) if !target.exists() => fs::rename(&path, &target).map_err(Error::write(&target))?,
+            None if !name.starts_with(UNFINISHED) => {}
+            _ if path.is_dir() => fs::remove_dir_all(&path).map_err(Error::write(&path))?,
+            _ => fs::remove_file(&path).map_err(Error::write(&path))?,
+        }
+    }
+    Ok(())
+}
+
 /// The error with the name that the user knows in place of the temporary one.
 fn renamed(error: Error, work: &Path, path: &Path) -> Error {
     match error {
@@ -115,7 +141,7 @@ fn renamed(error: Error, work: &Path, path: &Path) -> Error {
 
 fn hidden_beside(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    parent(path).join(format!(".old-{}-{name}", std::process::id()))
+    parent(path).join(format!("{REPLACED}{}-{name}", std::process::id()))
 }
 
 fn parent(path: &Path) -> &Path {
@@ -179,10 +205,28 @@ mod tests {
     fn a_folder_that_fails_is_named_as_the_user_knows_it() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("step-1");
-        let full = |work: &Path| Err(Error::write(work.join("weights"))(std::io::ErrorKind::StorageFull.into()));
+        let full = |work: &Path| Err(Error::write(work.join("weights"))(ErrorKind::StorageFull.into()));
         let error = folder_with(&path, full).unwrap_err().to_string();
         assert!(error.starts_with(&format!("{}: cannot be written", path.join("weights").display())), "{error}");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_a_killed_process_left_is_put_in_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let put = |name: &str| write(&dir.path().join(name).join("weights"), name.as_bytes()).unwrap();
+        // Killed before the new folder had its name, and killed before the old one was gone.
+        ["step-1", ".old-77-step-1", ".old-77-my-final", ".writing-abc"].into_iter().for_each(put);
+        write(&dir.path().join(".writing-def"), b"half").unwrap();
+        write(&dir.path().join("mine.txt"), b"x").unwrap();
+        recover(dir.path()).unwrap();
+        let mut names: Vec<_> =
+            fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        assert_eq!(names, ["mine.txt", "my-final", "step-1"]);
+        let content = |name: &str| fs::read_to_string(dir.path().join(name).join("weights")).unwrap();
+        assert_eq!((content("my-final"), content("step-1")), (".old-77-my-final".into(), "step-1".into()));
+        recover(&dir.path().join("nowhere")).unwrap();
     }
 
     #[test]

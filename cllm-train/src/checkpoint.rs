@@ -99,6 +99,9 @@ pub fn save(
 /// Restores the newest checkpoint of a run, if it has one.
 pub fn resume(run: &Path, state: &mut State, origin: &Origin) -> Result<Option<Position>> {
     let all = run.join("checkpoints");
+    for folder in [run, &all] {
+        atomic_file::recover(folder)?;
+    }
     let mut folder = all.join("latest");
     if !folder.exists() {
         // Someone may have deleted the newest: the one before it is nearer than the start.

@@ -57,6 +57,10 @@ impl Writer {
     /// # Errors
     /// [`Error::File`] when the folder holds a data set of another provenance, naming the field that differs.
     pub fn open(folder: &Path, provenance: Provenance) -> Result<Self> {
+        // Nothing of ours is in a folder without a manifest.
+        if folder.join(MANIFEST).exists() {
+            atomic_file::recover(folder)?;
+        }
         let manifest = match read_manifest(folder)? {
             None => Manifest { schema_version: SCHEMA_VERSION, provenance, shards: Vec::new(), complete: false },
             Some(mut found) => {
@@ -93,7 +97,7 @@ impl Writer {
         writer.manifest.shards.clear();
         writer.write_manifest()?;
         if stopped_before {
-            remove_unfinished(folder)?;
+            remove_shards(folder)?;
         }
         Ok(writer)
     }
@@ -213,13 +217,12 @@ fn row_groups(rows: &[Trajectory]) -> impl Iterator<Item = &[Trajectory]> {
     })
 }
 
-/// Removes what a run left that was killed: shards, named in the manifest or not, and half-written files.
-fn remove_unfinished(folder: &Path) -> Result<()> {
+/// Removes the shards that a run left which was killed, named in the manifest or not.
+fn remove_shards(folder: &Path) -> Result<()> {
     for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
         let entry = entry.map_err(Error::io(folder))?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        let shard = name.starts_with(PART) && name.ends_with(".parquet");
-        if shard || name.starts_with(atomic_file::UNFINISHED) {
+        if name.starts_with(PART) && name.ends_with(".parquet") {
             let path = entry.path();
             std::fs::remove_file(&path).map_err(Error::write(&path))?;
         }

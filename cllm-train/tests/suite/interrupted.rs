@@ -92,8 +92,17 @@ fn a_damaged_checkpoint_is_named_and_without_it_the_one_before_serves() {
         TRAIN.refuse(&arguments, 2, &[&[name, "no whole training state"], &advice[..]].concat());
     }
     fs::remove_dir_all(&newest).unwrap();
+    // As a kill leaves it in the middle of two saves: one half written, one about to take the place of another.
+    fs::create_dir(run.join("checkpoints/.writing-abc")).unwrap();
+    fs::write(run.join(".writing-def"), "half").unwrap();
+    fs::remove_file(run.join("checkpoints/latest")).unwrap();
+    fs::rename(run.join("checkpoints/step-000004"), run.join("checkpoints/.old-77-step-000004")).unwrap();
     let resumed = TRAIN.succeed(&arguments);
     assert!(resumed.stderr.contains("going on after step 4"), "{}", resumed.stderr);
+    for folder in [&run, &run.join("checkpoints")] {
+        let mut names = fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().file_name());
+        assert!(names.all(|name| !name.to_string_lossy().starts_with('.')), "nothing half-written stays");
+    }
     assert_eq!(course(&run), course(&whole));
     same_model(&run, &whole);
 }
