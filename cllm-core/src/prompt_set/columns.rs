@@ -10,6 +10,7 @@ use arrow::error::ArrowError;
 use parquet::arrow::ArrowWriter;
 use parquet::basic::Compression;
 use parquet::file::properties::WriterProperties;
+use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::{Prompt, Sample};
@@ -19,8 +20,8 @@ use crate::{Error, Result, atomic_file, rows};
 /// Rows of a row group.
 const GROUP_ROWS: usize = 4096;
 
-pub(super) fn read(path: &Path) -> Result<Vec<Sample>> {
-    let sample = |(index, mut row): (usize, Value)| {
+pub(super) fn read<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
+    let row = |(index, mut row): (usize, Value)| {
         // Other tools may have written it as a struct, which is JSON as it is.
         if let Some(meta) = row.get_mut("meta")
             && let Some(text) = meta.as_str()
@@ -30,7 +31,7 @@ pub(super) fn read(path: &Path) -> Result<Vec<Sample>> {
         }
         rows::fit(path, index, row)
     };
-    rows::read_parquet(path)?.into_iter().enumerate().map(sample).collect()
+    rows::read_parquet(path)?.into_iter().enumerate().map(row).collect()
 }
 
 pub(super) fn write(path: &Path, samples: &[Sample]) -> Result<()> {

@@ -6,10 +6,12 @@ use std::collections::HashSet;
 use std::io::Write;
 use std::path::Path;
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::chat_template::Message;
+use crate::task::Task;
 use crate::{Error, Result, atomic_file, rows};
 
 /// A prompt: plain text, or a conversation for the model's chat template.
@@ -32,6 +34,7 @@ impl Prompt {
 
 /// One row of a prompt set.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "Row")]
 pub struct Sample {
     /// Stable, unique in the set.
     pub id: String,
@@ -41,11 +44,71 @@ pub struct Sample {
     #[serde(flatten)]
     pub prompt: Prompt,
     /// The data set's own answer; the target of supervised fine-tuning.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub reference: Option<String>,
     /// What the task needs to score an answer, such as `db_id`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub meta: Option<Value>,
+}
+
+/// A row as others write it: little of it must be there, and what this toolkit has no name for is kept.
+#[derive(Deserialize)]
+struct Row {
+    id: Option<Id>,
+    source: Option<String>,
+    prompt: Option<String>,
+    messages: Option<Vec<Message>>,
+    reference: Option<String>,
+    meta: Option<Value>,
+    #[serde(flatten)]
+    more: Map<String, Value>,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Id {
+    Text(String),
+    Number(i64),
+}
+
+impl TryFrom<Row> for Sample {
+    type Error = &'static str;
+
+    fn try_from(row: Row) -> std::result::Result<Self, Self::Error> {
+        Ok(Sample {
+            id: match row.id {
+                Some(Id::Text(id)) => id,
+                Some(Id::Number(id)) => id.to_string(),
+                None => return Err("missing field `id`: `cllm-data prepare jsonl` gives each row its own"),
+            },
+            source: row.source.unwrap_or_else(|| Task::Jsonl.name().to_owned()),
+            prompt: match (row.prompt, row.messages) {
+                (Some(text), None) => Prompt::Text(text),
+                (None, Some(messages)) => Prompt::Messages(messages),
+                (None, None) => return Err("missing field `prompt` or `messages`"),
+                (Some(_), Some(_)) => return Err("`prompt` and `messages` are both there: keep the one to answer"),
+            },
+            reference: row.reference,
+            meta: with_more(row.meta, row.more),
+        })
+    }
+}
+
+/// The fields that have no place of their own stand in `meta`, whose own win.
+fn with_more(meta: Option<Value>, mut more: Map<String, Value>) -> Option<Value> {
+    more.retain(|_, value| !value.is_null());
+    match meta {
+        meta if more.is_empty() => meta,
+        Some(Value::Object(own)) => {
+            more.extend(own);
+            Some(more.into())
+        }
+        Some(other) => {
+            more.insert("meta".to_owned(), other);
+            Some(more.into())
+        }
+        None => Some(more.into()),
+    }
 }
 
 /// Reads a prompt set: Parquet where the name ends in `.parquet`, a list where it ends in `.json`, else JSONL.
@@ -53,7 +116,27 @@ pub struct Sample {
 /// # Errors
 /// Names file and line of a bad row, and a doubled id.
 pub fn read(path: &Path) -> Result<Vec<Sample>> {
-    let samples: Vec<Sample> = if rows::is_parquet(path) { columns::read(path)? } else { rows::read_file(path)? };
+    distinct(path, read_rows(path)?)
+}
+
+/// Reads a prompt set whose rows may have no id: such a row gets one of its number, from 1.
+///
+/// # Errors
+/// As [`read`].
+pub fn read_numbered(path: &Path) -> Result<Vec<Sample>> {
+    let numbered = |(index, mut row): (usize, Row)| {
+        row.id.get_or_insert_with(|| Id::Text(format!("{}-{}", Task::Jsonl.name(), index + 1)));
+        Sample::try_from(row).map_err(|message| Error::file(path, format!("row {}: {message}", index + 1)))
+    };
+    let samples = read_rows(path)?.into_iter().enumerate().map(numbered).collect::<Result<_>>()?;
+    distinct(path, samples)
+}
+
+fn read_rows<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
+    if rows::is_parquet(path) { columns::read(path) } else { rows::read_file(path) }
+}
+
+fn distinct(path: &Path, samples: Vec<Sample>) -> Result<Vec<Sample>> {
     let mut ids = HashSet::new();
     for (row, sample) in samples.iter().enumerate() {
         if !ids.insert(sample.id.as_str()) {
@@ -119,6 +202,32 @@ mod tests {
     }
 
     #[test]
+    fn plain_rows_need_a_prompt_alone_and_lose_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("plain.jsonl");
+        let put = |rows: &[Value]| {
+            std::fs::write(&path, rows.iter().map(|row| format!("{row}\n")).collect::<String>()).unwrap();
+        };
+        put(&[
+            json!({ "id": "a", "prompt": "2+2=", "reference": "4", "level": 3, "meta": { "n": 1 }, "none": null }),
+            json!({ "id": 7, "messages": [{ "role": "user", "content": "2+2?" }] }),
+        ]);
+        let found = read(&path).unwrap();
+        assert_eq!((found[0].source.as_str(), found[1].id.as_str()), ("jsonl", "7"));
+        assert_eq!((&found[0].meta, &found[1].meta), (&Some(json!({ "level": 3, "n": 1 })), &None));
+        put(&[json!({ "prompt": "a" }), json!({ "id": "own", "prompt": "b" }), json!({ "prompt": "c" })]);
+        let message = read(&path).unwrap_err().to_string();
+        assert!(message.contains("line 1") && message.contains("`cllm-data prepare jsonl`"), "{message}");
+        let ids: Vec<_> = read_numbered(&path).unwrap().into_iter().map(|sample| sample.id).collect();
+        assert_eq!(ids, ["jsonl-1", "own", "jsonl-3"]);
+        put(&[json!({ "id": "a", "prompt": "a", "messages": [] })]);
+        assert!(read(&path).unwrap_err().to_string().contains("both there"));
+        put(&[json!({ "prompt": "a" }), json!({ "answer": "b" })]);
+        let message = read_numbered(&path).unwrap_err().to_string();
+        assert!(message.contains("row 2") && message.contains("`prompt` or `messages`"), "{message}");
+    }
+
+    #[test]
     fn parquet_of_other_tools_is_read_and_what_does_not_fit_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("prompts.parquet");
@@ -133,8 +242,8 @@ mod tests {
         let plain = || vec![("id", text("a")), ("source", text("jsonl/x")), ("prompt", text("2+2="))];
         let name = Arc::new(Field::new("db_id", DataType::Utf8, true));
         let meta: ArrayRef = Arc::new(StructArray::from(vec![(name, text("zoo"))]));
-        put([plain(), vec![("meta", meta), ("more", text("passed over"))]].concat());
-        assert_eq!(read(&path).unwrap()[0].meta, Some(json!({ "db_id": "zoo" })));
+        put([plain(), vec![("meta", meta), ("level", text("hard"))]].concat());
+        assert_eq!(read(&path).unwrap()[0].meta, Some(json!({ "level": "hard", "db_id": "zoo" })));
         put([plain(), vec![("meta", text("{zoo"))]].concat());
         let error = read(&path).unwrap_err().to_string();
         assert!(error.contains("prompts.parquet: row 1: meta") && error.contains("not JSON"), "{error}");

@@ -96,7 +96,7 @@ impl Task {
             Task::Spider => spider::load(data, split),
             Task::Humaneval => humaneval::load(data, split),
             Task::Mbpp => mbpp::load(data, split),
-            Task::Jsonl => crate::prompt_set::read(data),
+            Task::Jsonl => crate::prompt_set::read_numbered(data),
             Task::Synthetic => Ok(synthetic::generate(0, split, synthetic::DEFAULT_COUNT)),
         }
     }

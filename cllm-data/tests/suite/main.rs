@@ -127,6 +127,25 @@ fn prompt_sets_are_parquet_where_their_names_say_so() {
 }
 
 #[test]
+fn plain_jsonl_is_a_prompt_set_as_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let (plain, output) = (path(dir.path(), "plain.jsonl"), path(dir.path(), "prompts.jsonl"));
+    let row = |id: &str| format!("{{{id}\"prompt\": \"2+2=\", \"reference\": \"4\", \"level\": 3}}\n");
+    fs::write(&plain, row("\"id\": \"a\", ")).unwrap();
+    let prompts = format!("prompts={plain}");
+    collect(&path(dir.path(), "data"), &[&prompts]);
+    let found = &rows(&path(dir.path(), "data"))[0];
+    assert_eq!((found.source.as_str(), found.meta.as_deref()), ("jsonl", Some("{\"level\":3}")));
+    fs::write(&plain, row("") + &row("")).unwrap();
+    let [model, output_is] = [("model", path(WORLD.path(), "model")), ("output", path(dir.path(), "other"))]
+        .map(|(key, value)| format!("{key}={value}"));
+    assert!(message(&["collect", &model, &prompts, &output_is], 2).contains("`cllm-data prepare jsonl`"));
+    run(&["prepare", "jsonl", "--data", &plain, "--output", &output]).success();
+    let text = fs::read_to_string(&output).unwrap();
+    assert!(text.contains("jsonl-1") && text.contains("jsonl-2"), "{text}");
+}
+
+#[test]
 fn resuming_with_other_settings_names_the_field() {
     let dir = tempfile::tempdir().unwrap();
     let output = path(dir.path(), "a");
