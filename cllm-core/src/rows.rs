@@ -4,12 +4,13 @@ use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
+use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
-use parquet::record::Field;
+use parquet::record::{Field, Row};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use crate::{Error, Result};
+use crate::{Error, Result, interrupt};
 
 /// The rows of the first of `stems` (paths in `data` without their ending) that is there; `data` may be the file itself.
 pub(crate) fn read<T: DeserializeOwned>(data: &Path, stems: &[&str]) -> Result<Vec<T>> {
@@ -62,7 +63,8 @@ pub(crate) fn read_file<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     } else {
         return read_lines(path);
     };
-    rows.into_iter().enumerate().map(|(index, row)| fit(path, index, row)).collect()
+    let fitted = |(index, row)| interrupt::check().and_then(|()| fit(path, index, row));
+    rows.into_iter().enumerate().map(fitted).collect()
 }
 
 /// Whether the name says so.
@@ -83,6 +85,7 @@ fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     let file = File::open(path).map_err(Error::io(path))?;
     let mut rows = Vec::new();
     for (number, line) in BufReader::new(file).lines().enumerate() {
+        interrupt::check()?;
         let line = line.map_err(Error::io(path))?;
         if !line.trim().is_empty() {
             let row = serde_json::from_str(&line)
@@ -95,14 +98,18 @@ fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
 
 /// The rows of a Parquet file, each an object of its columns.
 pub(crate) fn read_parquet(path: &Path) -> Result<Vec<Value>> {
-    let bad = |error: parquet::errors::ParquetError| Error::file(path, format!("is not a whole Parquet file: {error}"));
+    let bad = |error: ParquetError| Error::file(path, format!("is not a whole Parquet file: {error}"));
     let reader = SerializedFileReader::new(File::open(path).map_err(Error::io(path))?).map_err(bad)?;
     let rows = reader.get_row_iter(None).map_err(bad)?;
-    rows.map(|row| row.map(|row| object(&row)).map_err(bad)).collect()
+    let read = |row: std::result::Result<Row, ParquetError>| {
+        interrupt::check()?;
+        row.map(|row| object(&row)).map_err(bad)
+    };
+    rows.map(read).collect()
 }
 
 /// A column that is null is as one that is not there.
-fn object(row: &parquet::record::Row) -> Value {
+fn object(row: &Row) -> Value {
     let columns = row.get_column_iter().map(|(name, field)| (name.clone(), value(field)));
     Value::Object(columns.filter(|(_, value)| !value.is_null()).collect::<Map<_, _>>())
 }

@@ -6,7 +6,7 @@ use clap::Args;
 use clap::builder::{PossibleValuesParser, TypedValueParser};
 use cllm_core::program::Outcome;
 use cllm_core::task::{Task, synthetic};
-use cllm_core::{Error, Result, progress, prompt_set};
+use cllm_core::{Error, Result, interrupt, progress, prompt_set};
 
 /// Command line of `prepare`.
 #[derive(Args)]
@@ -47,6 +47,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         task.load(arguments.data.as_deref().ok_or_else(needed)?, &arguments.split)?
     };
     samples.truncate(arguments.limit.unwrap_or(usize::MAX));
+    interrupt::check()?;
     prompt_set::write(&arguments.output, &samples)?;
     progress::say(format!("{} prompts in {}", samples.len(), arguments.output.display()));
     Ok(Outcome::Done)

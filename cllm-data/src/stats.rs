@@ -4,7 +4,7 @@ use std::path::Path;
 
 use cllm_core::program::{Outcome, print, print_json};
 use cllm_core::trajectory::{Block, FinishReason, Reader, Trajectory, UNFINISHED_DATA};
-use cllm_core::{Result, progress};
+use cllm_core::{Result, interrupt, progress};
 use serde::Serialize;
 
 /// Figures of a data set.
@@ -94,6 +94,7 @@ pub fn run(data: &Path, as_json: bool) -> Result<Outcome> {
     let mut forwards = Some(0);
     let (mut states, mut iterations, mut fast_forwarded, mut stationary) = (0, 0, 0, 0);
     for row in reader.rows() {
+        interrupt::check()?;
         let row = row?;
         stats.rows += 1;
         stats.unfinished += usize::from(row.finish_reason == FinishReason::Length);

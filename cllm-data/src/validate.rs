@@ -7,7 +7,7 @@ use cllm_core::model::{ModelConfig, fingerprint};
 use cllm_core::program::{Outcome, print, print_json};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{Provenance, Reader, UNFINISHED_DATA};
-use cllm_core::{Result, hub};
+use cllm_core::{Result, hub, interrupt};
 use serde_json::json;
 
 /// Violations that are listed; all are counted.
@@ -41,6 +41,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         violations.push(format!("the data set {UNFINISHED_DATA}"));
     }
     for row in reader.unchecked_rows() {
+        interrupt::check()?;
         let row = row?;
         if let Err(message) = row.check(&promised) {
             violations.push(format!("{}: {message}", row.sample_id));

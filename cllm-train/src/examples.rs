@@ -5,7 +5,7 @@ use std::path::Path;
 use cllm_core::model::ModelConfig;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::Reader;
-use cllm_core::{Error, Result, progress, prompt_set};
+use cllm_core::{Error, Result, interrupt, progress, prompt_set};
 use rand::RngExt;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -70,6 +70,7 @@ fn references(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Example>> {
     });
     with_reference
         .map(|(sample, reference)| {
+            interrupt::check()?;
             let (_, prompt) = tokenizer.prompt(&sample.prompt)?;
             Ok(Example { id: sample.id, prompt, response: tokenizer.target(&reference)?, blocks: Vec::new() })
         })
@@ -85,6 +86,7 @@ fn trajectories(path: &Path, tokenizer: &Tokenizer, config: &ModelConfig) -> Res
     reader
         .unchecked_rows()
         .map(|row| {
+            interrupt::check()?;
             let row = row?;
             row.check(&promised).map_err(|message| Error::file(path, format!("row `{}`: {message}", row.sample_id)))?;
             let flags = row.augmented.unwrap_or_default().into_iter().chain(std::iter::repeat(Vec::new()));

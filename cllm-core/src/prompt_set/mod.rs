@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 
 use crate::chat_template::Message;
 use crate::task::Task;
-use crate::{Error, Result, atomic_file, rows};
+use crate::{Error, Result, atomic_file, interrupt, rows};
 
 /// A prompt: plain text, or a conversation for the model's chat template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -156,6 +156,7 @@ pub fn write(path: &Path, samples: &[Sample]) -> Result<()> {
     }
     atomic_file::write_with(path, |file| {
         for sample in samples {
+            interrupt::check()?;
             let line = serde_json::to_string(sample).map_err(|error| Error::file(path, error.to_string()))?;
             writeln!(file, "{line}").map_err(Error::write(path))?;
         }

@@ -11,7 +11,7 @@ use serde_json::json;
 use super::schema::{PROVENANCE_KEY, VERSION_KEY, from_batch, schema};
 use super::writer::{Manifest, difference, read_manifest};
 use super::{Provenance, SCHEMA_VERSION, Trajectory};
-use crate::{Error, Result, fingerprint};
+use crate::{Error, Result, fingerprint, interrupt};
 
 /// Rows that are decoded at once.
 const BATCH_ROWS: usize = 64;
@@ -87,6 +87,10 @@ impl Reader {
         let mut provenance = None;
         let mut opened = Vec::with_capacity(shards.len());
         for (shard, promised) in &shards {
+            // Not before the first: what a stopped run kept, a single file, is read even while the next one is stopped.
+            if !opened.is_empty() {
+                interrupt::check()?;
+            }
             let (builder, found) = open_shard(shard)?;
             let count = builder.metadata().file_metadata().num_rows() as usize;
             if let Some(promised) = promised.filter(|&promised| promised != count) {
