@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use parquet::errors::ParquetError;
@@ -96,8 +97,18 @@ fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     Ok(rows)
 }
 
+/// Runs what reads Parquet. In a file that has the right ends and wrong bits between them, the `parquet` crate panics.
+pub(crate) fn undamaged<T>(path: &Path, body: impl FnOnce() -> Result<T>) -> Result<T> {
+    let damaged = |_| Err(Error::file(path, "is damaged: copy it again, or make it anew"));
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(damaged)
+}
+
 /// The rows of a Parquet file, each an object of its columns.
 pub(crate) fn read_parquet(path: &Path) -> Result<Vec<Value>> {
+    undamaged(path, || read_whole_parquet(path))
+}
+
+fn read_whole_parquet(path: &Path) -> Result<Vec<Value>> {
     let bad = |error: ParquetError| Error::file(path, format!("is not a whole Parquet file: {error}"));
     let reader = SerializedFileReader::new(File::open(path).map_err(Error::io(path))?).map_err(bad)?;
     let rows = reader.get_row_iter(None).map_err(bad)?;

@@ -5,6 +5,7 @@
 //! laid over the resulting value.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::path::Path;
 
 use garde::Validate;
@@ -34,7 +35,7 @@ where
         (Some(path), Some(text)) => parse(text, &path.display().to_string())?,
         _ => T::default(),
     };
-    let mut layers = from_environment();
+    let mut layers = from_environment(std::env::vars_os())?;
     layers.extend(overrides.iter().map(|text| (format!("override `{text}`"), text.clone())));
     let mut value = to_value(&base)?;
     for (origin, assignment) in &layers {
@@ -86,15 +87,18 @@ fn unknown_field(message: &str) -> Option<String> {
     Some(rest.split_once('`')?.0.to_owned())
 }
 
-fn from_environment() -> Vec<(String, String)> {
-    let mut found: Vec<_> = std::env::vars()
-        .filter_map(|(name, value)| {
-            let path = name.strip_prefix(ENVIRONMENT_PREFIX)?.to_lowercase().replace("__", ".");
-            Some((format!("environment variable {name}"), format!("{path}={value}")))
-        })
-        .collect();
+/// Variables that set something; others may hold what they like, even what is no text.
+fn from_environment(variables: impl Iterator<Item = (OsString, OsString)>) -> Result<Vec<(String, String)>> {
+    let mut found = Vec::new();
+    for (name, value) in variables {
+        let name = name.to_string_lossy();
+        let Some(path) = name.strip_prefix(ENVIRONMENT_PREFIX) else { continue };
+        let origin = format!("environment variable {name}");
+        let value = value.into_string().map_err(|_| Error::usage(format!("{origin}: its value is not UTF-8")))?;
+        found.push((origin, format!("{}={value}", path.to_lowercase().replace("__", "."))));
+    }
     found.sort();
-    found
+    Ok(found)
 }
 
 fn to_value(settings: &impl Serialize) -> Result<Value> {
@@ -252,6 +256,17 @@ mod tests {
         assert!(range.ends_with("run.yaml, line 3: optimizer.lr=3.0: greater than 1"), "{range}");
         let range = with_file("optimizer:\n  lr: 3\n", &["optimizer.lr=-1"]).unwrap_err().to_string();
         assert_eq!(range, "override `optimizer.lr=-1`: optimizer.lr=-1: lower than 0");
+    }
+
+    #[test]
+    fn variables_that_are_no_text_matter_only_where_they_set_something() {
+        use std::os::unix::ffi::OsStringExt;
+        let variable = |name: &str, value: &[u8]| (name.into(), OsString::from_vec(value.to_vec()));
+        let foreign = [variable("LESS", b"\xff"), variable("CLLM_SET_OPTIMIZER__LR", b"0.3")];
+        let found = from_environment(foreign.into_iter()).unwrap();
+        assert_eq!(found, [("environment variable CLLM_SET_OPTIMIZER__LR".into(), "optimizer.lr=0.3".into())]);
+        let message = from_environment([variable("CLLM_SET_NAME", b"\xff")].into_iter()).unwrap_err().to_string();
+        assert!(message.contains("CLLM_SET_NAME") && message.contains("not UTF-8"), "{message}");
     }
 
     #[test]

@@ -229,6 +229,29 @@ mod tests {
     }
 
     #[test]
+    fn flipped_bits_in_parquet_are_an_error_or_other_text() {
+        let dir = tempfile::tempdir().unwrap();
+        let (good, bad) = (dir.path().join("good.parquet"), dir.path().join("bad.parquet"));
+        let sample = |index: usize| Sample {
+            id: format!("s{index}"),
+            source: "jsonl/test".into(),
+            prompt: Prompt::question(format!("{index}+1?")),
+            reference: Some("4".into()),
+            meta: None,
+        };
+        write(&good, &(0..40).map(sample).collect::<Vec<_>>()).unwrap();
+        let bytes = std::fs::read(&good).unwrap();
+        let mut refused = 0;
+        for place in 0..bytes.len() {
+            let mut bytes = bytes.clone();
+            bytes[place] ^= 0x55;
+            std::fs::write(&bad, &bytes).unwrap();
+            refused += usize::from(read(&bad).is_err_and(|error| error.exit_code() == 2));
+        }
+        assert!(refused > 100, "{refused}");
+    }
+
+    #[test]
     fn parquet_of_other_tools_is_read_and_what_does_not_fit_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("prompts.parquet");

@@ -36,11 +36,12 @@ const TABLES: [(&str, &str, [&str; 4], &str); 6] = [
 /// `count` samples of a split. Splits are disjoint: a problem belongs to `test` or to the others by its own hash. Ends early
 /// when a signal asks to stop, for which the caller looks.
 pub fn generate(seed: u64, split: &str, count: usize) -> Vec<Sample> {
-    let mut samples = Vec::with_capacity(count);
+    let mut samples = Vec::new();
+    // Far more problems exist than anyone asks for; the bound only makes the loop's end plain.
+    let most_draws = (count as u64).saturating_mul(100).saturating_add(1000);
     let mut seen = std::collections::HashSet::new();
     for draw in 0.. {
-        // Far more problems exist than anyone asks for; the bound only makes the loop's end plain.
-        if samples.len() == count || draw > 1000 + 100 * count as u64 || interrupt::requested().is_some() {
+        if samples.len() == count || draw > most_draws || interrupt::requested().is_some() {
             break;
         }
         let mut rng = fingerprint::rng(seed, &format!("synthetic/{split}"), draw);

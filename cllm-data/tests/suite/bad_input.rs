@@ -159,6 +159,10 @@ fn bad_settings_are_named_with_file_line_and_value() {
         fs::write(&file, format!("output: x\n{wrong}\n")).unwrap();
         DATA.refuse(&[verb, "-c", &file], 2, &["run.yaml, line 2: ", said]);
     }
+    for count in ["0", "1000000000000", "18446744073709551615"] {
+        let prepare = ["prepare", "synthetic", "--count", count, "--output", &path(dir.path(), "many.jsonl")];
+        DATA.refuse(&prepare, 2, &["--count", "1..=10000000"]);
+    }
     DATA.refuse(&["collect"], 2, &["model is not set", "prompts is not set", "output is not set"]);
     DATA.refuse(&["augment"], 2, &["input is not set", "output is not set"]);
     DATA.refuse(&["clean"], 2, &["input is not set", "output is not set", "model is not set"]);
