@@ -11,7 +11,7 @@ use parquet::record::{Field, Row};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use crate::{Error, Result, interrupt};
+use crate::{Error, Result, interrupt, text_file};
 
 /// The rows of the first of `stems` (paths in `data` without their ending) that is there; `data` may be the file itself.
 pub(crate) fn read<T: DeserializeOwned>(data: &Path, stems: &[&str]) -> Result<Vec<T>> {
@@ -59,7 +59,7 @@ pub(crate) fn read_file<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     let rows = if is_parquet(path) {
         read_parquet(path)?
     } else if path.extension().is_some_and(|ending| ending == "json") {
-        let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+        let text = text_file::read(path)?;
         serde_json::from_str(&text).map_err(|error| Error::file(path, format!("expected a list of rows: {error}")))?
     } else {
         return read_lines(path);
@@ -85,9 +85,9 @@ pub(crate) fn fit<T: DeserializeOwned>(path: &Path, index: usize, row: Value) ->
 fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     let file = File::open(path).map_err(Error::io(path))?;
     let mut rows = Vec::new();
-    for (number, line) in BufReader::new(file).lines().enumerate() {
+    for (number, line) in BufReader::new(file).split(b'\n').enumerate() {
         interrupt::check()?;
-        let line = line.map_err(Error::io(path))?;
+        let line = text_file::text(path, number + 1, line.map_err(Error::io(path))?)?;
         if !line.trim().is_empty() {
             let row = serde_json::from_str(&line)
                 .map_err(|error| Error::file(path, format!("line {}: {error}", number + 1)))?;

@@ -13,7 +13,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::{Error, Result};
+use crate::{Error, Result, text_file};
 
 mod reference;
 
@@ -30,7 +30,7 @@ pub fn load<T>(file: Option<&Path>, overrides: &[String]) -> Result<T>
 where
     T: Serialize + DeserializeOwned + Default + Validate<Context = ()>,
 {
-    let text = file.map(|path| std::fs::read_to_string(path).map_err(Error::io(path))).transpose()?;
+    let text = file.map(text_file::read).transpose()?;
     let base: T = match (file, &text) {
         (Some(path), Some(text)) => parse(text, &path.display().to_string())?,
         _ => T::default(),

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use crate::chat_template::{ChatTemplate, Message};
 use crate::prompt_set::Prompt;
-use crate::{Error, Result, fingerprint};
+use crate::{Error, Result, fingerprint, text_file};
 
 /// Files of a model folder that belong to its tokenizer.
 const FILES: [&str; 5] = [
@@ -177,17 +177,16 @@ pub fn copy_files(from: &Path, to: &Path) -> Result<()> {
 
 /// A JSON file, or `null` where there is none.
 fn json(path: &Path) -> Result<Value> {
-    match std::fs::read_to_string(path) {
-        Ok(text) => serde_json::from_str(&text).map_err(|error| Error::file(path, error.to_string())),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Value::Null),
-        Err(error) => Err(Error::io(path)(error)),
+    if !path.exists() {
+        return Ok(Value::Null);
     }
+    serde_json::from_str(&text_file::read(path)?).map_err(|error| Error::file(path, error.to_string()))
 }
 
 fn template_source(folder: &Path, settings: &Value) -> Result<Option<String>> {
     let path = folder.join("chat_template.jinja");
     if path.exists() {
-        return std::fs::read_to_string(&path).map(Some).map_err(Error::io(&path));
+        return text_file::read(&path).map(Some);
     }
     let template = &settings["chat_template"];
     // Some models name several; the one for plain chats is `default`.

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use cllm_core::model::{self, Transformer};
 use cllm_core::tokenizer::{self, Tokenizer};
-use cllm_core::{Error, Result, atomic_file, fingerprint, torch_ext, trajectory};
+use cllm_core::{Error, Result, atomic_file, fingerprint, text_file, torch_ext, trajectory};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
@@ -113,7 +113,7 @@ pub fn resume(run: &Path, state: &mut State, origin: &Origin) -> Result<Option<P
         Error::file(path, format!("is no whole training state ({what}): {advice}"))
     };
     let path = folder.join("state.json");
-    let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+    let text = text_file::read(&path)?;
     let position: Position = serde_json::from_str(&text).map_err(|error| damaged(&path, &error))?;
     if let Some(difference) = position.origin.difference(origin) {
         let advice = "choose another output folder, or delete it to start anew";

@@ -20,7 +20,7 @@ use std::path::PathBuf;
 use clap::builder::RangedU64ValueParser;
 use clap::{CommandFactory, Parser, Subcommand};
 use cllm_core::program::{Configured, Outcome, print, print_completions, print_json};
-use cllm_core::{Error, Result, progress, prompt_set, tokenizer_training};
+use cllm_core::{Error, Result, progress, prompt_set, text_file, tokenizer_training};
 
 use serde_json::json;
 use settings::Settings;
@@ -116,7 +116,7 @@ pub fn run(arguments: Arguments) -> Result<Outcome> {
             let summary = std::path::Path::new(&settings.output).join("summary.json");
             trainer::run(settings)?;
             if given.json {
-                print(&std::fs::read_to_string(&summary).map_err(Error::io(&summary))?)?;
+                print(&text_file::read(&summary)?)?;
             }
         }
         Verb::Plan { given, no_timing } => plan::run(&load(&given)?, !no_timing, given.json)?,

@@ -176,6 +176,10 @@ fn bad_settings_are_named_with_file_line_and_value() {
     let empty = path(dir.path(), "empty.jsonl");
     fs::write(&empty, "").unwrap();
     DATA.refuse(&with(&format!("prompts={empty}")), 2, &["empty.jsonl", "holds no prompts"]);
+    fs::write(&empty, b"\n{\"id\": \"\xfc\"}").unwrap();
+    DATA.refuse(&with(&format!("prompts={empty}")), 2, &["empty.jsonl: line 2 is not UTF-8"]);
+    fs::write(&file, b"n: 8\nmodel: \xfc\n").unwrap();
+    DATA.refuse(&["collect", "-c", &file], 2, &["run.yaml: line 2 is not UTF-8"]);
     fs::write(&empty, "{\"id\": \"a\"").unwrap();
     DATA.refuse(&with(&format!("prompts={empty}")), 2, &["empty.jsonl: line 1"]);
 }
