@@ -11,9 +11,9 @@ use std::path::Path;
 use garde::Validate;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
-use crate::{Error, Result, text_file};
+use crate::{Error, Result, progress, text_file};
 
 mod reference;
 
@@ -35,12 +35,27 @@ where
         (Some(path), Some(text)) => parse(text, &path.display().to_string())?,
         _ => T::default(),
     };
-    let mut layers = from_environment(std::env::vars_os())?;
-    layers.extend(overrides.iter().map(|text| (format!("override `{text}`"), text.clone())));
     let mut value = to_value(&base)?;
-    for (origin, assignment) in &layers {
-        set(&mut value, assignment).map_err(|message| Error::usage(format!("{origin}: {message}")))?;
-        check::<T>(&value).map_err(|message| Error::usage(format!("{origin}: {message}")))?;
+    if let (Some(path), Some(text)) = (file, &text) {
+        finite::<T>(&value, path, text)?;
+    }
+    let mut layers = Vec::new();
+    for (origin, assignment) in from_environment(std::env::vars_os())? {
+        match set::<T>(&mut value, &assignment) {
+            // The programs share their prefix, and verbs have settings of their own: what is meant for one is no fault of
+            // another. A slip of the hand is seen all the same.
+            Err(Refused::Unknown(message)) => {
+                progress::say(format!("{origin} is passed over: {message}"));
+                continue;
+            }
+            other => other.map_err(|refused| refused.from(&origin))?,
+        }
+        layers.push((origin, assignment));
+    }
+    for assignment in overrides {
+        let origin = format!("override `{assignment}`");
+        set::<T>(&mut value, assignment).map_err(|refused| refused.from(&origin))?;
+        layers.push((origin, assignment.clone()));
     }
     let settings: T = serde_path_to_error::deserialize(&value)
         .map_err(|error| Error::usage(format!("{}: {}", error.path(), error.inner())))?;
@@ -105,21 +120,85 @@ fn to_value(settings: &impl Serialize) -> Result<Value> {
     serde_json::to_value(settings).map_err(|error| Error::usage(format!("settings: {error}")))
 }
 
-/// Lays one `a.b=value` over `root`; the value is read as YAML.
-fn set(root: &mut Value, assignment: &str) -> std::result::Result<(), String> {
-    let (path, text) =
-        assignment.split_once('=').ok_or("expected section.key=value; flags start with --".to_owned())?;
-    let value: Value = serde_saphyr::from_str(text).map_err(|error| format!("`{text}`: {error}"))?;
-    let keys = all_keys(root);
-    let mut place = root;
-    for key in path.split('.') {
-        place = place.as_object_mut().and_then(|object| object.get_mut(key)).ok_or_else(|| {
-            let hint = nearest(path, &keys).map(|key| format!("; did you mean `{key}`?")).unwrap_or_default();
-            format!("unknown key `{path}`{hint}")
-        })?;
+/// Why an assignment is refused.
+enum Refused {
+    Unknown(String),
+    Wrong(String),
+}
+
+impl Refused {
+    fn from(self, origin: &str) -> Error {
+        let (Refused::Unknown(message) | Refused::Wrong(message)) = self;
+        Error::usage(format!("{origin}: {message}"))
     }
-    *place = value;
-    Ok(())
+}
+
+/// Lays one `a.b=value` over `root`, which stays as it is where that is refused.
+fn set<T: Serialize + DeserializeOwned>(root: &mut Value, assignment: &str) -> std::result::Result<(), Refused> {
+    let form = || Refused::Wrong("expected section.key=value; flags start with --".to_owned());
+    let (path, text) = assignment.split_once('=').ok_or_else(form)?;
+    let mut changed = root.clone();
+    open_sections::<T>(&mut changed, path);
+    let unknown = || {
+        let hint = nearest(path, &all_keys(&changed)).map(|key| format!("; did you mean `{key}`?")).unwrap_or_default();
+        Refused::Unknown(format!("unknown key `{path}`{hint}"))
+    };
+    let pointer = format!("/{}", path.replace('.', "/"));
+    let is_text = changed.pointer(&pointer).ok_or_else(unknown)?.is_string();
+    let as_yaml = serde_saphyr::from_str(text).map_err(|error| format!("`{text}`: {error}"));
+    // In place of text, text is taken as it is, unless it is quoted or null: `y`, `2024` and `a: b` are good names.
+    let plain = text != "null" && !(text.starts_with(['\'', '"']) && as_yaml.as_ref().is_ok_and(Value::is_string));
+    let as_text = Ok(Value::from(text));
+    let readings = if is_text && plain { [as_text, as_yaml] } else { [as_yaml, as_text] };
+    let mut refused = None;
+    for reading in readings {
+        let tried = reading.and_then(|value| {
+            let mut tried = changed.clone();
+            tried.pointer_mut(&pointer).into_iter().for_each(|place| *place = value.clone());
+            check::<T>(&tried).map(|()| tried)
+        });
+        match tried {
+            Ok(tried) => {
+                *root = tried;
+                return Ok(());
+            }
+            Err(message) => refused = refused.or(Some(message)),
+        }
+    }
+    Err(Refused::Wrong(refused.unwrap_or_default()))
+}
+
+/// Puts the defaults of a section in its place where it is null and `path` leads into it.
+fn open_sections<T: Serialize + DeserializeOwned>(root: &mut Value, path: &str) {
+    for (end, _) in path.match_indices('.') {
+        let pointer = format!("/{}", path[..end].replace('.', "/"));
+        if root.pointer(&pointer).is_some_and(Value::is_null) {
+            let mut opened = root.clone();
+            opened.pointer_mut(&pointer).into_iter().for_each(|place| *place = Value::Object(Map::new()));
+            // What is no section is refused here, and stays null.
+            if let Some(opened) = serde_json::from_value::<T>(opened).ok().and_then(|all| to_value(&all).ok()) {
+                *root = opened;
+            }
+        }
+    }
+}
+
+/// Refuses numbers of a file that are not finite: no rule of a range does, and JSON has none.
+fn finite<T: DeserializeOwned>(value: &Value, file: &Path, text: &str) -> Result<()> {
+    let Err(error) = serde_path_to_error::deserialize::<_, T>(value) else { return Ok(()) };
+    let path = error.path().to_string();
+    let key = format!("{}:", path.rsplit('.').next().unwrap_or_default());
+    let infinite = |line: &str| {
+        let (_, rest) = line.split_once(&key)?;
+        let number = rest.trim_start().split([',', '}', ' ', '#']).next()?.parse::<f64>();
+        Some(!number.is_ok_and(f64::is_finite))
+    };
+    let line = text
+        .lines()
+        .position(|line| infinite(line) == Some(true))
+        .map(|index| format!(", line {}", index + 1))
+        .unwrap_or_default();
+    Err(Error::usage(format!("{}{line}: {path}: expected a finite number", file.display())))
 }
 
 fn check<T: DeserializeOwned>(value: &Value) -> std::result::Result<(), String> {
@@ -199,6 +278,17 @@ mod tests {
         output: Option<String>,
         #[garde(length(min = 1))]
         name: String,
+        #[garde(dive)]
+        init: Option<Init>,
+    }
+
+    #[derive(Debug, Default, serde::Serialize, serde::Deserialize, Validate, PartialEq)]
+    #[serde(default, deny_unknown_fields)]
+    struct Init {
+        #[garde(length(min = 1))]
+        tokenizer: String,
+        #[garde(skip)]
+        layers: usize,
     }
 
     #[derive(Debug, serde::Serialize, serde::Deserialize, Validate, PartialEq)]
@@ -210,7 +300,7 @@ mod tests {
 
     impl Default for Top {
         fn default() -> Self {
-            Top { optimizer: Optimizer::default(), output: None, name: "run".to_owned() }
+            Top { optimizer: Optimizer::default(), output: None, name: "run".to_owned(), init: None }
         }
     }
 
@@ -267,6 +357,42 @@ mod tests {
         assert_eq!(found, [("environment variable CLLM_SET_OPTIMIZER__LR".into(), "optimizer.lr=0.3".into())]);
         let message = from_environment([variable("CLLM_SET_NAME", b"\xff")].into_iter()).unwrap_err().to_string();
         assert!(message.contains("CLLM_SET_NAME") && message.contains("not UTF-8"), "{message}");
+    }
+
+    #[test]
+    fn text_is_taken_as_it_is() {
+        for (given, text) in [("y", "y"), ("2024", "2024"), ("a: b # c", "a: b # c"), ("[a", "[a"), ("'2 x'", "2 x")] {
+            let top = with_file("", &[&format!("name={given}"), &format!("output={given}")]).unwrap();
+            assert_eq!((top.name.as_str(), top.output.is_some()), (text, true), "{given}");
+        }
+        assert_eq!(with_file("output: x", &["output=null"]).unwrap().output, None);
+        assert_eq!(with_file("", &["name=null"]).unwrap().name, "null");
+    }
+
+    #[test]
+    fn a_key_of_a_section_that_is_null_opens_it() {
+        for file in ["", "init: null"] {
+            let top = with_file(file, &["init.tokenizer=x"]).unwrap();
+            assert_eq!(top.init, Some(Init { tokenizer: "x".into(), layers: 0 }));
+        }
+        let message = with_file("", &["init.tokeniser=x"]).unwrap_err().to_string();
+        assert!(message.contains("did you mean `init.tokenizer`"), "{message}");
+        let message = with_file("", &["output.x=1"]).unwrap_err().to_string();
+        assert!(message.contains("unknown key `output.x`"), "{message}");
+        assert!(with_file("", &["init.layers=2"]).unwrap_err().to_string().contains("init.tokenizer is not set"));
+    }
+
+    #[test]
+    fn numbers_that_are_not_finite_are_told_by_their_line() {
+        for number in [".nan", ".inf", "-.inf"] {
+            let message = with_file(&format!("output: x\noptimizer: {{lr: {number}}}\n"), &[]).unwrap_err().to_string();
+            assert!(
+                message.contains("run.yaml, line 2: optimizer.lr: expected a finite number"),
+                "{number}: {message}"
+            );
+        }
+        let message = with_file("", &["optimizer.lr=.nan"]).unwrap_err().to_string();
+        assert!(message.contains("override `optimizer.lr=.nan`") && message.contains("optimizer.lr"), "{message}");
     }
 
     #[test]

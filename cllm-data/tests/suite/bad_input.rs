@@ -185,6 +185,20 @@ fn bad_settings_are_named_with_file_line_and_value() {
 }
 
 #[test]
+fn a_variable_for_another_program_is_passed_over_with_a_note() {
+    let data = made(&[row("a", &[5, 6, 7, 0])]);
+    let output = path(data.path(), "output");
+    let (input, into) = (format!("input={}", path(data.path(), "")), format!("output={output}"));
+    let mut command = assert_cmd::Command::cargo_bin("cllm-data").unwrap();
+    command.args(["augment", &input, &into]).env("CLLM_SET_OPTIMIZER__LR", "1").env("CLLM_SET_FRACTION", "0.25");
+    let ended = command.assert().success();
+    let said = String::from_utf8_lossy(&ended.get_output().stderr).into_owned();
+    assert!(said.contains("environment variable CLLM_SET_OPTIMIZER__LR is passed over: unknown key"), "{said}");
+    let settings = fs::read_to_string(Path::new(&output).join("settings.yaml")).unwrap();
+    assert!(settings.contains("fraction: 0.25"), "{settings}");
+}
+
+#[test]
 fn a_device_that_is_not_there_is_3_and_one_that_is_none_is_2() {
     let dir = tempfile::tempdir().unwrap();
     let arguments = collecting(&path(WORLD.path(), "model"), &path(dir.path(), "output"));
