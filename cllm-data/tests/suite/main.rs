@@ -334,11 +334,23 @@ fn every_clean_rule_drops_its_row_and_a_good_one_stays() {
 fn validate_counts_the_rows_that_break_their_promises() {
     let mut bad = row("bad", &[5, 6, 7, 0]);
     bad.blocks[0].states[2][1] = 77;
-    let dir = made(&[row("good", &[5, 6, 7, 0]), bad]);
-    let report = run(&["validate", &dir.path().display().to_string(), "--json"]).code(1);
-    let report: Value = serde_json::from_slice(&report.get_output().stdout).unwrap();
+    let validate = |rows: &[Trajectory]| {
+        let dir = made(rows);
+        let report = run(&["validate", &dir.path().display().to_string(), "--json"]).code(1);
+        let report: Value = serde_json::from_slice(&report.get_output().stdout).unwrap();
+        (dir, report)
+    };
+    let (dir, report) = validate(&[row("good", &[5, 6, 7, 0]), bad]);
     assert_eq!(report["violations"], 1);
     assert!(report["first"][0].as_str().unwrap().starts_with("bad: "));
+    let mut past = row("past", &[5, 6, 7, 0]);
+    past.blocks.extend(row("more", &[5, 6, 7, 0, 5, 6, 7, 0]).blocks.split_off(1));
+    let (_, report) =
+        validate(&[row("twice", &[5, 6, 7, 0]), row("twice", &[5, 6, 0]), row("short", &[5, 6]), row("early", &[5, 0, 0]), past]);
+    let found: Vec<&str> = report["first"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
+    let expected =
+        ["twice: this sample_id stands", "short: finish_reason is length at 2", "early: token 1", "past: block 1 starts at 4"];
+    assert!(found.len() == 4 && found.iter().zip(expected).all(|(found, part)| found.starts_with(part)), "{found:?}");
     assert!(message(&["stats", &dir.path().display().to_string()], 2).contains("`bad`"));
 }
 
