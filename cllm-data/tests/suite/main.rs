@@ -266,6 +266,26 @@ fn augment_keeps_the_first_wrong_token_and_the_fixed_point() {
 }
 
 #[test]
+fn stats_profile_whole_blocks_that_decoding_left() {
+    // Two whole blocks, in each of which token 2 is right one state before its turn, and one cut by the end.
+    let mut shown = row("a", &[10, 11, 12, 13, 14, 15, 16, 17, 0]);
+    for block in &mut shown.blocks[..2] {
+        let last = block.states[2].clone();
+        block.states[1] = vec![last[0], last[1] ^ 1, last[2], last[3] ^ 1];
+    }
+    let dir = made(&[shown.clone()]);
+    let found = json_of(&["stats", &dir.path().display().to_string(), "--json"]);
+    assert_eq!((&found["blocks"], &found["stationary"], &found["fast_forwarded"]), (&json!(3), &json!(1.0), &json!(2.0)));
+    shown.augmented = Some(vec![vec![true, false, false]; 3]);
+    let dir = made(&[shown]);
+    let data = dir.path().display().to_string();
+    let found = json_of(&["stats", &data, "--json"]);
+    assert_eq!((&found["stationary"], &found["fast_forwarded"]), (&Value::Null, &Value::Null));
+    let text = String::from_utf8(run(&["stats", &data]).success().get_output().stdout.clone()).unwrap();
+    assert!(text.contains("stationary a block: unknown"), "{text}");
+}
+
+#[test]
 fn every_clean_rule_drops_its_row_and_a_good_one_stays() {
     let text = |text: &str| [tokenizer().encode(text).unwrap(), vec![0]].concat();
     let ended = |ids: Vec<i32>| [ids, vec![0]].concat();
