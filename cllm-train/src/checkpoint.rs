@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::optimizer::State;
+use crate::probe::Found;
 use crate::settings::{Objective, Settings};
 
 /// Where a run stands.
@@ -26,9 +27,9 @@ pub struct Position {
     pub skipped: usize,
     /// Seconds of training.
     pub seconds: f64,
-    /// Tokens per forward of the last probe.
-    pub probe: Option<f64>,
-    /// Step and tokens per forward of the best probe.
+    /// What the last probe found.
+    pub probe: Option<Found>,
+    /// Step of the best probe, and its tokens per forward in finished answers.
     pub best: Option<(usize, f64)>,
     /// What the course of the run depends on.
     pub origin: Origin,

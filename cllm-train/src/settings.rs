@@ -82,7 +82,7 @@ pub struct Settings {
     /// The consistency objective.
     #[garde(dive)]
     pub consistency: Consistency,
-    /// Tokens per forward on held-out prompts.
+    /// Tokens per forward on held-out prompts; the checkpoint `best` is that with most in the answers that ended.
     #[garde(dive)]
     pub probe: Probe,
     /// Steps between lines of metrics.jsonl.

@@ -186,6 +186,27 @@ fn a_teacher_and_its_student_learn_and_resume_exactly() {
 }
 
 #[test]
+fn a_probe_tells_the_answers_that_never_end_apart() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let mut settings = Settings { max_steps: 2, ..sft(dir.path(), "run") };
+    (settings.probe.prompts, settings.probe.every) = (dir.path().join("prompts.jsonl"), 1);
+    (settings.probe.n, settings.probe.max_new_tokens) = (N, 20);
+    trainer::run(settings).unwrap();
+    let run = dir.path().join("run");
+    let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    let probes: Vec<Value> = lines.filter(|line| line["probe_tokens_per_forward"].is_number()).collect();
+    // Two steps teach no model to end its answers: none of them makes a checkpoint the best.
+    for probe in &probes {
+        assert_eq!((&probe["probe_unfinished"], &probe["probe_tokens_per_forward_finished"]), (&12.into(), &Value::Null));
+    }
+    let found = summary(&run);
+    assert_eq!((probes.len(), &found["unfinished"], &found["best_probe"]), (2, &12.into(), &Value::Null));
+    assert!(found["tokens_per_forward"].is_number() && !run.join("checkpoints/best").exists());
+}
+
+#[test]
 fn a_run_with_other_settings_in_the_same_folder_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
