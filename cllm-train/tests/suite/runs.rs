@@ -207,6 +207,23 @@ fn a_probe_tells_the_answers_that_never_end_apart() {
 }
 
 #[test]
+fn ids_that_end_an_answer_can_be_named() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let mut settings = Settings { epochs: 60, eos_ids: vec![5], ..sft(dir.path(), "run") };
+    settings.optimizer.lr = 1e-2;
+    (settings.probe.prompts, settings.probe.every) = (dir.path().join("prompts.jsonl"), 1000);
+    (settings.probe.n, settings.probe.max_new_tokens) = (N, 20);
+    trainer::run(settings.clone()).unwrap();
+    let run = dir.path().join("run");
+    assert!(summary(&run)["unfinished"].as_u64().unwrap() < 12, "the answers that it learnt end with token 5");
+    let tokenizer = Tokenizer::load(&run.join("final")).unwrap();
+    assert!(tokenizer.eos_ids().contains(&5), "{:?}", tokenizer.eos_ids());
+    let message = trainer::run(Settings { eos_ids: vec![270], ..settings }).unwrap_err().to_string();
+    assert!(message.contains("eos_ids: 270 is no token of"), "{message}");
+}
+
+#[test]
 fn a_run_with_other_settings_in_the_same_folder_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
