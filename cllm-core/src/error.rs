@@ -85,12 +85,12 @@ impl Error {
     /// Exit code of a program that ends with this error: 1 a negative result, 2 usage, configuration or bad input,
     /// 3 environment, 128 + signal when interrupted.
     pub fn exit_code(&self) -> u8 {
-        use std::io::ErrorKind::{InvalidInput, IsADirectory, NotADirectory, NotFound};
+        use std::io::ErrorKind::{InvalidData, InvalidInput, IsADirectory, NotADirectory, NotFound};
         match self {
             Error::Negative(_) => 1,
             Error::Usage(_) | Error::File { .. } => 2,
             Error::Io { source, .. } => match source.kind() {
-                NotFound | InvalidInput | IsADirectory | NotADirectory => 2,
+                NotFound | InvalidData | InvalidInput | IsADirectory | NotADirectory => 2,
                 _ => 3,
             },
             Error::Write { source, .. } if source.kind() == IsADirectory => 2,

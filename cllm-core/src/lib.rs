@@ -16,6 +16,7 @@ pub mod prompt_set;
 mod rows;
 pub mod settings;
 pub mod task;
+pub mod text_file;
 pub mod tokenizer;
 pub mod tokenizer_training;
 pub mod torch_ext;

@@ -3,15 +3,17 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use flate2::read::MultiGzDecoder;
+use parquet::errors::ParquetError;
 use parquet::file::reader::{FileReader, SerializedFileReader};
-use parquet::record::Field;
+use parquet::record::{Field, Row};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use crate::{Error, Result};
+use crate::{Error, Result, interrupt, text_file};
 
 /// The rows of the first of `stems` (paths in `data` without their ending) that is there; `data` may be the file itself.
 pub(crate) fn read<T: DeserializeOwned>(data: &Path, stems: &[&str]) -> Result<Vec<T>> {
@@ -62,12 +64,13 @@ pub(crate) fn read_file<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     let rows = if is_parquet(path) {
         read_parquet(path)?
     } else if path.extension().is_some_and(|ending| ending == "json") {
-        let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
+        let text = text_file::read(path)?;
         serde_json::from_str(&text).map_err(|error| Error::file(path, format!("expected a list of rows: {error}")))?
     } else {
         return read_lines(path);
     };
-    rows.into_iter().enumerate().map(|(index, row)| fit(path, index, row)).collect()
+    let fitted = |(index, row)| interrupt::check().and_then(|()| fit(path, index, row));
+    rows.into_iter().enumerate().map(fitted).collect()
 }
 
 /// Whether the name says so.
@@ -89,11 +92,13 @@ fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     let packed = path.extension().is_some_and(|ending| ending == "gz");
     let plain: Box<dyn Read> = if packed { Box::new(MultiGzDecoder::new(file)) } else { Box::new(file) };
     let mut rows = Vec::new();
-    for (number, line) in BufReader::new(plain).lines().enumerate() {
+    for (number, line) in BufReader::new(plain).split(b'\n').enumerate() {
+        interrupt::check()?;
         let line = line.map_err(|error| match packed {
             true => Error::file(path, format!("is no whole gzip file ({error}): download it again")),
             false => Error::io(path)(error),
         })?;
+        let line = text_file::text(path, number + 1, line)?;
         if !line.trim().is_empty() {
             let row = serde_json::from_str(&line)
                 .map_err(|error| Error::file(path, format!("line {}: {error}", number + 1)))?;
@@ -103,16 +108,30 @@ fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     Ok(rows)
 }
 
+/// Runs what reads Parquet. In a file that has the right ends and wrong bits between them, the `parquet` crate panics.
+pub(crate) fn undamaged<T>(path: &Path, body: impl FnOnce() -> Result<T>) -> Result<T> {
+    let damaged = |_| Err(Error::file(path, "is damaged: copy it again, or make it anew"));
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(damaged)
+}
+
 /// The rows of a Parquet file, each an object of its columns.
 pub(crate) fn read_parquet(path: &Path) -> Result<Vec<Value>> {
-    let bad = |error: parquet::errors::ParquetError| Error::file(path, format!("is not a whole Parquet file: {error}"));
+    undamaged(path, || read_whole_parquet(path))
+}
+
+fn read_whole_parquet(path: &Path) -> Result<Vec<Value>> {
+    let bad = |error: ParquetError| Error::file(path, format!("is not a whole Parquet file: {error}"));
     let reader = SerializedFileReader::new(File::open(path).map_err(Error::io(path))?).map_err(bad)?;
     let rows = reader.get_row_iter(None).map_err(bad)?;
-    rows.map(|row| row.map(|row| object(&row)).map_err(bad)).collect()
+    let read = |row: std::result::Result<Row, ParquetError>| {
+        interrupt::check()?;
+        row.map(|row| object(&row)).map_err(bad)
+    };
+    rows.map(read).collect()
 }
 
 /// A column that is null is as one that is not there.
-fn object(row: &parquet::record::Row) -> Value {
+fn object(row: &Row) -> Value {
     let columns = row.get_column_iter().map(|(name, field)| (name.clone(), value(field)));
     Value::Object(columns.filter(|(_, value)| !value.is_null()).collect::<Map<_, _>>())
 }

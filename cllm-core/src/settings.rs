@@ -12,14 +12,14 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use crate::{Error, Result};
+use crate::{Error, Result, progress, text_file};
 
+mod layers;
 mod reference;
 
+pub use layers::ENVIRONMENT_PREFIX;
+use layers::{Refused, from_environment, set};
 pub use reference::reference;
-
-/// Prefix of environment variables: `CLLM_SET_OPTIMIZER__LR=1e-4` sets `optimizer.lr`.
-pub const ENVIRONMENT_PREFIX: &str = "CLLM_SET_";
 
 /// Loads settings from an optional file, the environment and `overrides`.
 ///
@@ -29,17 +29,32 @@ pub fn load<T>(file: Option<&Path>, overrides: &[String]) -> Result<T>
 where
     T: Serialize + DeserializeOwned + Default + Validate<Context = ()>,
 {
-    let text = file.map(|path| std::fs::read_to_string(path).map_err(Error::io(path))).transpose()?;
+    let text = file.map(text_file::read).transpose()?;
     let base: T = match (file, &text) {
         (Some(path), Some(text)) => parse(text, &path.display().to_string())?,
         _ => T::default(),
     };
-    let mut layers = from_environment();
-    layers.extend(overrides.iter().map(|text| (format!("override `{text}`"), text.clone())));
     let mut value = to_value(&base)?;
-    for (origin, assignment) in &layers {
-        set(&mut value, assignment).map_err(|message| Error::usage(format!("{origin}: {message}")))?;
-        check::<T>(&value).map_err(|message| Error::usage(format!("{origin}: {message}")))?;
+    if let (Some(path), Some(text)) = (file, &text) {
+        finite::<T>(&value, path, text)?;
+    }
+    let mut layers = Vec::new();
+    for (origin, assignment) in from_environment(std::env::vars_os())? {
+        match set::<T>(&mut value, &assignment) {
+            // The programs share their prefix, and verbs have settings of their own: what is meant for one is no fault of
+            // another. A slip of the hand is seen all the same.
+            Err(Refused::Unknown(message)) => {
+                progress::say(format!("{origin} is passed over: {message}"));
+                continue;
+            }
+            other => other.map_err(|refused| refused.into_error(&origin))?,
+        }
+        layers.push((origin, assignment));
+    }
+    for assignment in overrides {
+        let origin = format!("override `{assignment}`");
+        set::<T>(&mut value, assignment).map_err(|refused| refused.into_error(&origin))?;
+        layers.push((origin, assignment.clone()));
     }
     let settings: T = serde_path_to_error::deserialize(&value)
         .map_err(|error| Error::usage(format!("{}: {}", error.path(), error.inner())))?;
@@ -86,36 +101,26 @@ fn unknown_field(message: &str) -> Option<String> {
     Some(rest.split_once('`')?.0.to_owned())
 }
 
-fn from_environment() -> Vec<(String, String)> {
-    let mut found: Vec<_> = std::env::vars()
-        .filter_map(|(name, value)| {
-            let path = name.strip_prefix(ENVIRONMENT_PREFIX)?.to_lowercase().replace("__", ".");
-            Some((format!("environment variable {name}"), format!("{path}={value}")))
-        })
-        .collect();
-    found.sort();
-    found
-}
-
 fn to_value(settings: &impl Serialize) -> Result<Value> {
     serde_json::to_value(settings).map_err(|error| Error::usage(format!("settings: {error}")))
 }
 
-/// Lays one `a.b=value` over `root`; the value is read as YAML.
-fn set(root: &mut Value, assignment: &str) -> std::result::Result<(), String> {
-    let (path, text) =
-        assignment.split_once('=').ok_or("expected section.key=value; flags start with --".to_owned())?;
-    let value: Value = serde_saphyr::from_str(text).map_err(|error| format!("`{text}`: {error}"))?;
-    let keys = all_keys(root);
-    let mut place = root;
-    for key in path.split('.') {
-        place = place.as_object_mut().and_then(|object| object.get_mut(key)).ok_or_else(|| {
-            let hint = nearest(path, &keys).map(|key| format!("; did you mean `{key}`?")).unwrap_or_default();
-            format!("unknown key `{path}`{hint}")
-        })?;
-    }
-    *place = value;
-    Ok(())
+/// Refuses numbers of a file that are not finite: no rule of a range does, and JSON has none.
+fn finite<T: DeserializeOwned>(value: &Value, file: &Path, text: &str) -> Result<()> {
+    let Err(error) = serde_path_to_error::deserialize::<_, T>(value) else { return Ok(()) };
+    let path = error.path().to_string();
+    let key = format!("{}:", path.rsplit('.').next().unwrap_or_default());
+    let infinite = |line: &str| {
+        let (_, rest) = line.split_once(&key)?;
+        let number = rest.trim_start().split([',', '}', ' ', '#']).next()?.parse::<f64>();
+        Some(!number.is_ok_and(f64::is_finite))
+    };
+    let line = text
+        .lines()
+        .position(|line| infinite(line) == Some(true))
+        .map(|index| format!(", line {}", index + 1))
+        .unwrap_or_default();
+    Err(Error::usage(format!("{}{line}: {path}: expected a finite number", file.display())))
 }
 
 fn check<T: DeserializeOwned>(value: &Value) -> std::result::Result<(), String> {
@@ -195,6 +200,17 @@ mod tests {
         output: Option<String>,
         #[garde(length(min = 1))]
         name: String,
+        #[garde(dive)]
+        init: Option<Init>,
+    }
+
+    #[derive(Debug, Default, serde::Serialize, serde::Deserialize, Validate, PartialEq)]
+    #[serde(default, deny_unknown_fields)]
+    struct Init {
+        #[garde(length(min = 1))]
+        tokenizer: String,
+        #[garde(skip)]
+        layers: usize,
     }
 
     #[derive(Debug, serde::Serialize, serde::Deserialize, Validate, PartialEq)]
@@ -206,7 +222,7 @@ mod tests {
 
     impl Default for Top {
         fn default() -> Self {
-            Top { optimizer: Optimizer::default(), output: None, name: "run".to_owned() }
+            Top { optimizer: Optimizer::default(), output: None, name: "run".to_owned(), init: None }
         }
     }
 
@@ -252,6 +268,44 @@ mod tests {
         assert!(range.ends_with("run.yaml, line 3: optimizer.lr=3.0: greater than 1"), "{range}");
         let range = with_file("optimizer:\n  lr: 3\n", &["optimizer.lr=-1"]).unwrap_err().to_string();
         assert_eq!(range, "override `optimizer.lr=-1`: optimizer.lr=-1: lower than 0");
+    }
+
+    #[test]
+    fn text_is_taken_as_it_is() {
+        for (given, text) in
+            [("y", "y"), ("x # c", "x # c"), ("2024", "2024"), ("a: b # c", "a: b # c"), ("[a", "[a"), ("'2 x'", "2 x")]
+        {
+            let top = with_file("", &[&format!("name={given}"), &format!("output={given}")]).unwrap();
+            assert_eq!((top.name.as_str(), top.output.is_some()), (text, true), "{given}");
+        }
+        assert_eq!(with_file("output: x", &["output=null"]).unwrap().output, None);
+        assert_eq!(with_file("", &["name=null"]).unwrap().name, "null");
+    }
+
+    #[test]
+    fn a_key_of_a_section_that_is_null_opens_it() {
+        for file in ["", "init: null"] {
+            let top = with_file(file, &["init.tokenizer=x"]).unwrap();
+            assert_eq!(top.init, Some(Init { tokenizer: "x".into(), layers: 0 }));
+        }
+        let message = with_file("", &["init.tokeniser=x"]).unwrap_err().to_string();
+        assert!(message.contains("did you mean `init.tokenizer`"), "{message}");
+        let message = with_file("", &["output.x=1"]).unwrap_err().to_string();
+        assert!(message.contains("unknown key `output.x`"), "{message}");
+        assert!(with_file("", &["init.layers=2"]).unwrap_err().to_string().contains("init.tokenizer is not set"));
+    }
+
+    #[test]
+    fn numbers_that_are_not_finite_are_told_by_their_line() {
+        for number in [".nan", ".inf", "-.inf"] {
+            let message = with_file(&format!("output: x\noptimizer: {{lr: {number}}}\n"), &[]).unwrap_err().to_string();
+            assert!(
+                message.contains("run.yaml, line 2: optimizer.lr: expected a finite number"),
+                "{number}: {message}"
+            );
+        }
+        let message = with_file("", &["optimizer.lr=.nan"]).unwrap_err().to_string();
+        assert!(message.contains("override `optimizer.lr=.nan`") && message.contains("optimizer.lr"), "{message}");
     }
 
     #[test]

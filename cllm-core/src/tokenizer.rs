@@ -3,11 +3,11 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::chat_template::{ChatTemplate, Message};
 use crate::prompt_set::Prompt;
-use crate::{Error, Result, fingerprint};
+use crate::{Error, Result, atomic_file, fingerprint, text_file};
 
 /// Files of a model folder that belong to its tokenizer.
 const FILES: [&str; 5] = [
@@ -175,19 +175,32 @@ pub fn copy_files(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Names the ids that end an answer in a model folder, where [`Tokenizer::load`] and other loaders look for them.
+///
+/// # Errors
+/// File-system errors.
+pub fn write_eos_ids(folder: &Path, ids: &[i32]) -> Result<()> {
+    let path = folder.join("generation_config.json");
+    let mut settings = match json(&path)? {
+        Value::Object(settings) => settings,
+        _ => Map::new(),
+    };
+    settings.insert("eos_token_id".to_owned(), ids.into());
+    atomic_file::write_json(&path, &settings)
+}
+
 /// A JSON file, or `null` where there is none.
 fn json(path: &Path) -> Result<Value> {
-    match std::fs::read_to_string(path) {
-        Ok(text) => serde_json::from_str(&text).map_err(|error| Error::file(path, error.to_string())),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Value::Null),
-        Err(error) => Err(Error::io(path)(error)),
+    if !path.exists() {
+        return Ok(Value::Null);
     }
+    serde_json::from_str(&text_file::read(path)?).map_err(|error| Error::file(path, error.to_string()))
 }
 
 fn template_source(folder: &Path, settings: &Value) -> Result<Option<String>> {
     let path = folder.join("chat_template.jinja");
     if path.exists() {
-        return std::fs::read_to_string(&path).map(Some).map_err(Error::io(&path));
+        return text_file::read(&path).map(Some);
     }
     let template = &settings["chat_template"];
     // Some models name several; the one for plain chats is `default`.
@@ -223,6 +236,8 @@ mod tests {
         assert_eq!(target[target.len() - 1], 0);
         assert_eq!(tokenizer.decode(&target).unwrap(), "apples.");
         assert_eq!(tokenizer.with_eos_ids(&[7]).eos_ids(), [7]);
+        write_eos_ids(dir.path(), &[7, 8]).unwrap();
+        assert_eq!(Tokenizer::load(dir.path()).unwrap().eos_ids(), [0, 7, 8]);
     }
 
     #[test]

@@ -10,7 +10,7 @@ use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::{AddedToken, DecoderWrapper, PostProcessorWrapper, PreTokenizerWrapper, TokenizerBuilder};
 
-use crate::{Error, Result, atomic_file};
+use crate::{Error, Result, atomic_file, interrupt};
 
 /// Tokens of the chat turns; `<|end|>` ends each and is the EOS token.
 const TURNS: [&str; 4] = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"];
@@ -43,7 +43,10 @@ pub fn train(texts: &[String], vocab_size: usize, folder: &Path) -> Result<()> {
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
         .special_tokens(TURNS.iter().map(|&token| AddedToken::from(token, true)).collect())
         .build();
-    tokenizer.train(&mut trainer, texts.iter().map(String::as_str)).map_err(failed)?;
+    // The words of the texts are counted first, which takes long for many texts.
+    let texts = texts.iter().map(String::as_str).take_while(|_| interrupt::requested().is_none());
+    tokenizer.train(&mut trainer, texts).map_err(failed)?;
+    interrupt::check()?;
     let text = tokenizer.to_string(true).map_err(failed)?;
     atomic_file::write(&folder.join("tokenizer.json"), text.as_bytes())?;
     let config = json!({

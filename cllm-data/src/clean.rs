@@ -9,7 +9,7 @@ use cllm_core::prompt_set;
 use cllm_core::task::Verdict;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{FinishReason, Reader, Trajectory};
-use cllm_core::{Error, Result, atomic_file, hub, progress, settings};
+use cllm_core::{Error, Result, atomic_file, hub, interrupt, progress, settings};
 use garde::Validate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -105,6 +105,7 @@ pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
     let report = json!({ "schema_version": 1, "kept": counts.kept, "dropped": dropped, "rules": counts.rules,
         "unscored": counts.unscored });
     atomic_file::write_json(&settings.output.join("clean-report.json"), &report)?;
+    copying::save_settings(&settings.output, settings)?;
     copying::finish(copying.writer, &settings.output)?;
     if json {
         print_json(&report)?;
@@ -183,6 +184,7 @@ fn evaluation_prompts(settings: &Settings, tokenizer: &Tokenizer) -> Result<Hash
     let mut prompts = HashSet::new();
     for path in &settings.evaluation_prompts {
         for sample in prompt_set::read(path)? {
+            interrupt::check()?;
             prompts.insert(hash(&tokenizer.prompt(&sample.prompt)?.1));
         }
     }

@@ -8,7 +8,7 @@ use clap::Args;
 use cllm_core::program::{Outcome, print, print_json};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{Block, Reader, Trajectory};
-use cllm_core::{Error, Result, hub};
+use cllm_core::{Error, Result, hub, interrupt};
 use serde::Serialize;
 use serde_json::json;
 
@@ -87,6 +87,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
 
 fn find(reader: &Reader, arguments: &Arguments) -> Result<Trajectory> {
     for row in reader.rows() {
+        interrupt::check()?;
         let row = row?;
         if arguments.sample.as_ref().is_none_or(|wanted| *wanted == row.sample_id) {
             return Ok(row);

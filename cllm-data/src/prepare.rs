@@ -3,10 +3,13 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use clap::builder::{PossibleValuesParser, TypedValueParser};
+use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use cllm_core::program::Outcome;
 use cllm_core::task::{Task, synthetic};
-use cllm_core::{Error, Result, progress, prompt_set};
+use cllm_core::{Error, Result, interrupt, progress, prompt_set};
+
+/// Most synthetic problems: they are made in memory.
+const MOST: u64 = 10_000_000;
 
 /// Command line of `prepare`.
 #[derive(Args)]
@@ -30,7 +33,7 @@ pub struct Arguments {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Number of synthetic problems.
-    #[arg(long, default_value_t = synthetic::DEFAULT_COUNT)]
+    #[arg(long, default_value_t = synthetic::DEFAULT_COUNT, value_parser = RangedU64ValueParser::<usize>::new().range(1..=MOST))]
     count: usize,
 }
 
@@ -47,6 +50,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         task.load(arguments.data.as_deref().ok_or_else(needed)?, &arguments.split)?
     };
     samples.truncate(arguments.limit.unwrap_or(usize::MAX));
+    interrupt::check()?;
     prompt_set::write(&arguments.output, &samples)?;
     progress::say(format!("{} prompts in {}", samples.len(), arguments.output.display()));
     Ok(Outcome::Done)

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use cllm_core::program::{Outcome, print, print_json};
 use cllm_core::trajectory::{Block, FinishReason, Reader, Trajectory, UNFINISHED_DATA};
-use cllm_core::{Result, progress};
+use cllm_core::{Result, interrupt, progress};
 use serde::Serialize;
 
 /// Figures of a data set.
@@ -26,10 +26,10 @@ pub struct Stats {
     pub states_per_block: f64,
     /// Response tokens over forwards, as the states tell them; none where augment changed states.
     pub tokens_per_forward: Option<f64>,
-    /// Mean number of tokens that an iteration adds to the right prefix.
-    pub fast_forwarded: f64,
-    /// Mean number of tokens of a block that were right before their turn and stayed right.
-    pub stationary: f64,
+    /// Mean number of tokens that an iteration adds to the right prefix, in whole blocks; none where augment changed all.
+    pub fast_forwarded: Option<f64>,
+    /// Mean number of tokens of a whole block that were right before their turn and stayed right; likewise.
+    pub stationary: Option<f64>,
 }
 
 /// Iterations, fast-forwarded and stationary tokens of one block.
@@ -92,8 +92,9 @@ pub fn run(data: &Path, as_json: bool) -> Result<Outcome> {
     }
     let mut stats = Stats { schema_version: 1, ..Default::default() };
     let mut forwards = Some(0);
-    let (mut states, mut iterations, mut fast_forwarded, mut stationary) = (0, 0, 0, 0);
+    let (mut states, mut whole_blocks, mut iterations, mut fast_forwarded, mut stationary) = (0, 0, 0, 0, 0);
     for row in reader.rows() {
+        interrupt::check()?;
         let row = row?;
         stats.rows += 1;
         stats.unfinished += usize::from(row.finish_reason == FinishReason::Length);
@@ -107,6 +108,7 @@ pub fn run(data: &Path, as_json: bool) -> Result<Outcome> {
         states += row.blocks.iter().map(|block| block.states.len()).sum::<usize>();
         forwards = forwards.filter(|_| row.augmented.is_none()).map(|sum| sum + forwards_of(&row));
         for profile in row.blocks.iter().filter(whole).map(profile) {
+            whole_blocks += 1;
             iterations += profile.iterations;
             fast_forwarded += profile.fast_forwarded;
             stationary += profile.stationary * usize::from(profile.iterations > 0);
@@ -115,22 +117,23 @@ pub fn run(data: &Path, as_json: bool) -> Result<Outcome> {
     let ratio = |a: usize, b: usize| a as f64 / (b as f64).max(1.0);
     stats.states_per_block = ratio(states, stats.blocks);
     stats.tokens_per_forward = forwards.map(|forwards| ratio(stats.response_tokens, forwards));
-    stats.fast_forwarded = ratio(fast_forwarded, iterations);
-    stats.stationary = ratio(stationary, stats.blocks);
+    stats.fast_forwarded = (iterations > 0).then(|| ratio(fast_forwarded, iterations));
+    stats.stationary = (whole_blocks > 0).then(|| ratio(stationary, whole_blocks));
     if as_json {
         print_json(&stats)?;
     } else {
+        let known = |figure: Option<f64>| figure.map_or("unknown".to_owned(), |figure| format!("{figure:.2}"));
         print(&format!(
-            "{} responses ({} unfinished), {} prompt tokens, {} response tokens\n{} blocks, {:.2} states a block, {:.2} tokens \
-             fast-forwarded an iteration, {:.2} stationary a block",
+            "{} responses ({} unfinished), {} prompt tokens, {} response tokens\n{} blocks, {:.2} states a block; in whole \
+             blocks as they were decoded, tokens fast-forwarded an iteration: {}, stationary a block: {}",
             stats.rows,
             stats.unfinished,
             stats.prompt_tokens,
             stats.response_tokens,
             stats.blocks,
             stats.states_per_block,
-            stats.fast_forwarded,
-            stats.stationary
+            known(stats.fast_forwarded),
+            known(stats.stationary)
         ))?;
     }
     Ok(Outcome::Done)

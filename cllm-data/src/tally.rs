@@ -2,10 +2,10 @@
 
 use std::path::Path;
 
-use cllm_core::Result;
 use cllm_core::task::Verdict;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{FinishReason, Reader, Trajectory};
+use cllm_core::{Result, interrupt};
 use rayon::prelude::*;
 use serde::Serialize;
 
@@ -93,6 +93,7 @@ impl Tally {
     ) -> Result<Self> {
         let mut tally = Tally::default();
         for row in rows {
+            interrupt::check()?;
             let row = row?;
             let verdict = score(file, &row, &tokenizer.decode(&row.response_ids)?, data)?;
             tally.add(Tally::of(&row, forwards_of(&row), verdict));

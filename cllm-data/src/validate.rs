@@ -1,13 +1,14 @@
 //! `validate`: every row against what the data format promises, and against a model.
 
+use std::collections::HashSet;
 use std::path::PathBuf;
 
 use clap::Args;
 use cllm_core::model::{ModelConfig, fingerprint};
 use cllm_core::program::{Outcome, print, print_json};
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::trajectory::{Provenance, Reader, UNFINISHED_DATA};
-use cllm_core::{Result, hub};
+use cllm_core::trajectory::{FinishReason, Provenance, Reader, Trajectory, UNFINISHED_DATA};
+use cllm_core::{hub, interrupt};
 use serde_json::json;
 
 /// Violations that are listed; all are counted.
@@ -30,7 +31,7 @@ pub struct Arguments {
 ///
 /// # Errors
 /// When it, or the model, cannot be read at all.
-pub fn run(arguments: &Arguments) -> Result<Outcome> {
+pub fn run(arguments: &Arguments) -> cllm_core::Result<Outcome> {
     let reader = Reader::open_unfinished(&arguments.data)?;
     let mut promised = reader.provenance().clone();
     let mut violations = match &arguments.model {
@@ -40,10 +41,15 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     if !reader.is_complete() {
         violations.push(format!("the data set {UNFINISHED_DATA}"));
     }
+    let mut seen = HashSet::new();
     for row in reader.unchecked_rows() {
+        interrupt::check()?;
         let row = row?;
-        if let Err(message) = row.check(&promised) {
+        if let Err(message) = row.check(&promised).and_then(|()| ends_in_time(&row, &promised)) {
             violations.push(format!("{}: {message}", row.sample_id));
+        }
+        if !seen.insert(row.sample_id.clone()) {
+            violations.push(format!("{}: this sample_id stands in an earlier row too", row.sample_id));
         }
     }
     let listed = &violations[..violations.len().min(LISTED)];
@@ -57,8 +63,21 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     Ok(if violations.is_empty() { Outcome::Done } else { Outcome::Negative })
 }
 
+/// A response that the length limit ended is exactly as long as that, unless it comes from a file of the reference
+/// implementation: there single blocks may be gone, and it ends before the first of them.
+fn ends_in_time(row: &Trajectory, promised: &Provenance) -> Result<(), String> {
+    let (length, most) = (row.response_ids.len(), promised.max_new_tokens);
+    let imported = promised.steps.first().is_some_and(|step| step.starts_with("import"));
+    match row.finish_reason {
+        FinishReason::Length if length < most && !imported => {
+            Err(format!("finish_reason is length at {length} tokens, and max_new_tokens was {most}"))
+        }
+        FinishReason::Length | FinishReason::Eos => Ok(()),
+    }
+}
+
 /// In what the data set is not of this model. Rows are then held to the smaller of the two vocabularies.
-fn foreign_model(name: &str, promised: &mut Provenance) -> Result<Vec<String>> {
+fn foreign_model(name: &str, promised: &mut Provenance) -> cllm_core::Result<Vec<String>> {
     let folder = hub::locate(name)?;
     let vocab_size = ModelConfig::load(&folder)?.vocab_size as usize;
     let compared = [

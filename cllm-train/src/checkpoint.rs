@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 
 use cllm_core::model::{self, Transformer};
 use cllm_core::tokenizer::{self, Tokenizer};
-use cllm_core::{Error, Result, atomic_file, fingerprint, torch_ext, trajectory};
+use cllm_core::{Error, Result, atomic_file, fingerprint, text_file, torch_ext, trajectory};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::optimizer::State;
+use crate::probe::Found;
 use crate::settings::{Objective, Settings};
 
 /// Where a run stands.
@@ -26,9 +27,9 @@ pub struct Position {
     pub skipped: usize,
     /// Seconds of training.
     pub seconds: f64,
-    /// Tokens per forward of the last probe.
-    pub probe: Option<f64>,
-    /// Step and tokens per forward of the best probe.
+    /// What the last probe found.
+    pub probe: Option<Found>,
+    /// Step of the best probe, and its tokens per forward in finished answers.
     pub best: Option<(usize, f64)>,
     /// What the course of the run depends on.
     pub origin: Origin,
@@ -79,13 +80,12 @@ pub fn save(
     tokenizer_of: &Path,
     state: &State,
     position: &Position,
-    keep: usize,
+    settings: &Settings,
 ) -> Result<()> {
     let all = run.join("checkpoints");
     let name = format!("step-{:06}", position.step);
     atomic_file::folder_with(&all.join(&name), |folder| {
-        model.save(folder, model.kind())?;
-        tokenizer::copy_files(tokenizer_of, folder)?;
+        save_model(folder, model, tokenizer_of, settings)?;
         write_tensors(&folder.join("optimizer.safetensors"), &state.tensors())?;
         atomic_file::write_json(&folder.join("state.json"), position)
     })?;
@@ -93,7 +93,14 @@ pub fn save(
     if position.best.is_some_and(|(step, _)| step == position.step) {
         point(&all, "best", &name)?;
     }
-    rotate(&all, keep, position.best.map(|(step, _)| step))
+    rotate(&all, settings.keep, position.best.map(|(step, _)| step))
+}
+
+/// Writes a model with its tokenizer into a folder.
+pub fn save_model(folder: &Path, model: &Transformer, tokenizer_of: &Path, settings: &Settings) -> Result<()> {
+    model.save(folder, model.kind())?;
+    tokenizer::copy_files(tokenizer_of, folder)?;
+    if settings.eos_ids.is_empty() { Ok(()) } else { tokenizer::write_eos_ids(folder, &settings.eos_ids) }
 }
 
 /// Restores the newest checkpoint of a run, if it has one.
@@ -113,7 +120,7 @@ pub fn resume(run: &Path, state: &mut State, origin: &Origin) -> Result<Option<P
         Error::file(path, format!("is no whole training state ({what}): {advice}"))
     };
     let path = folder.join("state.json");
-    let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+    let text = text_file::read(&path)?;
     let position: Position = serde_json::from_str(&text).map_err(|error| damaged(&path, &error))?;
     if let Some(difference) = position.origin.difference(origin) {
         let advice = "choose another output folder, or delete it to start anew";

@@ -5,7 +5,7 @@ use std::path::Path;
 use cllm_core::model::ModelConfig;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::Reader;
-use cllm_core::{Error, Result, progress, prompt_set};
+use cllm_core::{Error, Result, interrupt, progress, prompt_set};
 use rand::RngExt;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -64,12 +64,23 @@ pub fn read(settings: &Settings, tokenizer: &Tokenizer, config: &ModelConfig) ->
 }
 
 fn references(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Example>> {
-    let with_reference = prompt_set::read(path)?.into_iter().filter_map(|sample| {
-        let reference = sample.reference.clone()?;
-        Some((sample, reference))
-    });
+    let samples = prompt_set::read(path)?;
+    let all = samples.len();
+    let with_reference: Vec<_> = samples
+        .into_iter()
+        .filter_map(|mut sample| {
+            let reference = sample.reference.take()?;
+            Some((sample, reference))
+        })
+        .collect();
+    if with_reference.len() < all {
+        let lacking = all - with_reference.len();
+        progress::say(format!("{}: {lacking} of {all} prompts have no reference: they are left out", path.display()));
+    }
     with_reference
+        .into_iter()
         .map(|(sample, reference)| {
+            interrupt::check()?;
             let (_, prompt) = tokenizer.prompt(&sample.prompt)?;
             Ok(Example { id: sample.id, prompt, response: tokenizer.target(&reference)?, blocks: Vec::new() })
         })
@@ -85,6 +96,7 @@ fn trajectories(path: &Path, tokenizer: &Tokenizer, config: &ModelConfig) -> Res
     reader
         .unchecked_rows()
         .map(|row| {
+            interrupt::check()?;
             let row = row?;
             row.check(&promised).map_err(|message| Error::file(path, format!("row `{}`: {message}", row.sample_id)))?;
             let flags = row.augmented.unwrap_or_default().into_iter().chain(std::iter::repeat(Vec::new()));

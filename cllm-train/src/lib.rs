@@ -9,6 +9,7 @@ mod metrics;
 pub mod optimizer;
 pub mod packing;
 mod plan;
+mod probe;
 pub mod schedule;
 pub mod settings;
 mod step;
@@ -17,12 +18,16 @@ pub mod trainer;
 
 use std::path::PathBuf;
 
+use clap::builder::RangedU64ValueParser;
 use clap::{CommandFactory, Parser, Subcommand};
 use cllm_core::program::{Configured, Outcome, print, print_completions, print_json};
-use cllm_core::{Error, Result, progress, prompt_set, tokenizer_training};
+use cllm_core::{Error, Result, progress, prompt_set, text_file, tokenizer_training};
 
 use serde_json::json;
 use settings::Settings;
+
+/// Most ids of a tokenizer: training sets aside room for all.
+const MOST_IDS: u64 = 10_000_000;
 
 /// Trains teachers and consistency models.
 #[derive(Parser)]
@@ -68,7 +73,7 @@ enum Verb {
         /// The prompt set.
         prompts: PathBuf,
         /// Most ids.
-        #[arg(long, default_value_t = 512)]
+        #[arg(long, default_value_t = 512, value_parser = RangedU64ValueParser::<usize>::new().range(1..=MOST_IDS))]
         vocab_size: usize,
         /// Folder of the tokenizer's files.
         #[arg(long, short)]
@@ -112,7 +117,7 @@ pub fn run(arguments: Arguments) -> Result<Outcome> {
             let summary = std::path::Path::new(&settings.output).join("summary.json");
             trainer::run(settings)?;
             if given.json {
-                print(&std::fs::read_to_string(&summary).map_err(Error::io(&summary))?)?;
+                print(&text_file::read(&summary)?)?;
             }
         }
         Verb::Plan { given, no_timing } => plan::run(&load(&given)?, !no_timing, given.json)?,

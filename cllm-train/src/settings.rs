@@ -29,6 +29,14 @@ pub enum Divergence {
     Jsd,
 }
 
+/// How the losses of single tokens become one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Reduction {
+    /// Each loss is a mean over its own tokens in all batches of a step.
+    TokenMean,
+}
+
 /// What a noisy block sees before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -82,7 +90,7 @@ pub struct Settings {
     /// The consistency objective.
     #[garde(dive)]
     pub consistency: Consistency,
-    /// Tokens per forward on held-out prompts.
+    /// Tokens per forward on held-out prompts; the checkpoint `best` is that with most in the answers that ended.
     #[garde(dive)]
     pub probe: Probe,
     /// Steps between lines of metrics.jsonl.
@@ -94,6 +102,9 @@ pub struct Settings {
     /// Checkpoints that are kept, the best aside.
     #[garde(range(min = 1))]
     pub keep: usize,
+    /// Ids that end an answer, instead of the model's own; the first ends the answers of sft. The trained model names them too.
+    #[garde(skip)]
+    pub eos_ids: Vec<i32>,
     /// auto, cpu, cuda or cuda:N.
     #[garde(skip)]
     pub device: String,
@@ -174,6 +185,9 @@ pub struct Consistency {
     /// frozen, to the student's, so that the student keeps its answers on prompts it never saw. 0 leaves it out.
     #[garde(range(min = 0.0))]
     pub anchor_weight: f64,
+    /// How each loss is reduced, before its weight.
+    #[garde(skip)]
+    pub reduction: Reduction,
     /// The divergence.
     #[garde(skip)]
     pub divergence: Divergence,
@@ -229,6 +243,7 @@ impl Default for Settings {
             log_every: 10,
             save_every: 200,
             keep: 2,
+            eos_ids: Vec::new(),
             device: "auto".to_owned(),
         }
     }
@@ -270,6 +285,7 @@ impl Default for Consistency {
             local_weight: 0.0,
             ar_weight: 10.0,
             anchor_weight: 0.0,
+            reduction: Reduction::TokenMean,
             divergence: Divergence::Forward,
             context: Context::Clean,
             window: 4,

@@ -4,11 +4,10 @@
 use std::path::PathBuf;
 use std::time::Instant;
 
-use cllm_core::decode::{DecodeOptions, Limits, Request, Strategy, check_length, decode};
 use cllm_core::model::ModelConfig;
 use cllm_core::progress::Progress;
-use cllm_core::tokenizer::{self, Tokenizer};
-use cllm_core::{Error, Result, atomic_file, device, hub, interrupt, progress, prompt_set, torch_ext};
+use cllm_core::tokenizer::Tokenizer;
+use cllm_core::{Error, Result, atomic_file, device, hub, interrupt, progress, torch_ext};
 use serde::Serialize;
 use serde_json::{Value, json};
 use tch::Tensor;
@@ -18,6 +17,7 @@ use crate::examples::{self, Example};
 use crate::metrics::Metrics;
 use crate::optimizer::{State, learning_rate};
 use crate::packing::Counts;
+use crate::probe::Probe;
 use crate::schedule::Schedule;
 use crate::settings::{Init, Objective, Settings};
 use crate::step::{Means, Models, weights};
@@ -41,7 +41,11 @@ struct Summary {
     final_losses: Value,
     /// Of the last probe.
     tokens_per_forward: Option<f64>,
-    /// Step and tokens per forward of the best probe.
+    /// Of its finished answers alone.
+    tokens_per_forward_finished: Option<f64>,
+    /// Its answers that hit the length limit.
+    unfinished: Option<usize>,
+    /// Step of the best probe, and its tokens per forward in finished answers.
     best_probe: Option<(usize, f64)>,
     peak_memory_bytes: Option<u64>,
     model: PathBuf,
@@ -52,14 +56,12 @@ struct Run {
     folder: PathBuf,
     /// Folder whose tokenizer files go with every checkpoint.
     tokenizer_folder: PathBuf,
-    tokenizer: Tokenizer,
     models: Models,
     state: State,
     position: Position,
     /// When this process began, and the seconds of training before it.
     started: (Instant, f64),
-    /// Held-out prompts; none without a probe.
-    probe: Vec<Request>,
+    probe: Option<Probe>,
 }
 
 /// Trains, or goes on with what the output folder holds.
@@ -69,7 +71,7 @@ pub fn run(settings: Settings) -> Result<()> {
     let (tokenizer, tokenizer_folder) = tokenizer(&settings)?;
     let models = Models::load(&settings, &tokenizer, &tokenizer_folder, place)?;
     let examples = examples::read(&settings, &tokenizer, models.student.config())?;
-    let probe = probe_requests(&settings, &tokenizer, models.student.config())?;
+    let probe = Probe::of(&settings, &tokenizer, models.student.config())?;
     let origin = Origin::of(&settings, &tokenizer, &tokenizer_folder)?;
     std::fs::create_dir_all(&folder).map_err(Error::write(&folder))?;
     let mut state = State::new(&models.student);
@@ -83,7 +85,7 @@ pub fn run(settings: Settings) -> Result<()> {
     atomic_file::write(&folder.join("config.yaml"), cllm_core::settings::to_yaml(&settings)?.as_bytes())?;
     torch_ext::reset_peak_memory(place);
     let started = (Instant::now(), position.seconds);
-    Run { settings, folder, tokenizer_folder, tokenizer, models, state, position, started, probe }.train(&examples)
+    Run { settings, folder, tokenizer_folder, models, state, position, started, probe }.train(&examples)
 }
 
 impl Run {
@@ -147,35 +149,27 @@ impl Run {
 
     /// Probes when step `number` is one to probe at; whether it is the best so far.
     fn probe_at(&mut self, number: usize, total: usize, metrics: &mut Metrics) -> Result<bool> {
-        let probe = &self.settings.probe;
-        if self.probe.is_empty() || !(number.is_multiple_of(probe.every) || number == total) {
+        let Some(probe) = &self.probe else { return Ok(false) };
+        if !(number.is_multiple_of(self.settings.probe.every) || number == total) {
             return Ok(false);
         }
-        let rate = match self.probe() {
+        let found = match probe.run(&self.models.student) {
             Err(stopped @ Error::Interrupted(_)) => {
                 self.save()?;
                 return Err(stopped);
             }
             other => other?,
         };
-        metrics.write(&json!({ "step": number, "probe_tokens_per_forward": rate }))?;
-        self.position.probe = Some(rate);
-        let best = self.position.best.is_none_or(|(_, best)| rate > best);
-        if best {
+        metrics.write(&json!({
+            "step": number, "probe_tokens_per_forward": found.tokens_per_forward,
+            "probe_tokens_per_forward_finished": found.tokens_per_forward_finished, "probe_unfinished": found.unfinished,
+        }))?;
+        self.position.probe = Some(found);
+        let beaten = found.beats(self.position.best.map(|(_, best)| best));
+        if let Some(rate) = beaten {
             self.position.best = Some((number, rate));
         }
-        Ok(best)
-    }
-
-    /// Tokens per forward on held-out prompts.
-    fn probe(&self) -> Result<f64> {
-        let probe = &self.settings.probe;
-        let limits = probe_limits(&self.settings, &self.tokenizer);
-        let options = DecodeOptions::greedy(Strategy::Jacobi { n: probe.n }, self.settings.seed);
-        let (answers, _) = decode(&self.models.student, &self.probe, &limits, options, None)?;
-        let tokens: usize = answers.iter().map(|answer| answer.response_ids.len()).sum();
-        let forwards: usize = answers.iter().map(|answer| answer.forwards).sum();
-        Ok(tokens as f64 / (forwards as f64).max(1.0))
+        Ok(beaten.is_some())
     }
 
     /// Waits for the device and brings the position up to date; steps skipped in a row up to the last.
@@ -195,7 +189,7 @@ impl Run {
         }
         self.settle();
         let Run { folder, models, tokenizer_folder, state, position, settings, .. } = self;
-        checkpoint::save(folder, &models.student, tokenizer_folder, state, position, settings.keep)
+        checkpoint::save(folder, &models.student, tokenizer_folder, state, position, settings)
     }
 
     fn no_good(&self, why: String) -> Error {
@@ -211,8 +205,7 @@ impl Run {
     fn finish(self, last: Value) -> Result<()> {
         let target = self.folder.join("final");
         atomic_file::folder_with(&target, |folder| {
-            self.models.student.save(folder, self.models.student.kind())?;
-            tokenizer::copy_files(&self.tokenizer_folder, folder)
+            checkpoint::save_model(folder, &self.models.student, &self.tokenizer_folder, &self.settings)
         })?;
         let position = &self.position;
         let summary = Summary {
@@ -227,7 +220,9 @@ impl Run {
             tokens_per_second: position.tokens as f64 / position.seconds,
             blocks_per_second: position.blocks as f64 / position.seconds,
             final_losses: last,
-            tokens_per_forward: position.probe,
+            tokens_per_forward: position.probe.map(|found| found.tokens_per_forward),
+            tokens_per_forward_finished: position.probe.and_then(|found| found.tokens_per_forward_finished),
+            unfinished: position.probe.map(|found| found.unfinished),
             best_probe: position.best,
             peak_memory_bytes: torch_ext::memory(self.models.student.device()).map(|(_, peak)| peak),
             model: target.clone(),
@@ -241,31 +236,6 @@ impl Run {
         ));
         Ok(())
     }
-}
-
-/// The prompts of the probe. They are read and measured before the first step: one that does not fit ends no run midway.
-fn probe_requests(settings: &Settings, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Vec<Request>> {
-    let probe = &settings.probe;
-    if probe.prompts.as_os_str().is_empty() {
-        return Ok(Vec::new());
-    }
-    let limits = probe_limits(settings, tokenizer);
-    let samples = prompt_set::read(&probe.prompts)?.into_iter().take(probe.count);
-    let requests: Vec<Request> = samples
-        .map(|sample| {
-            let request = Request { prompt_ids: tokenizer.prompt(&sample.prompt)?.1, sample_id: sample.id };
-            check_length(&request, &limits, config.max_positions)?;
-            Ok(request)
-        })
-        .collect::<Result<_>>()?;
-    if requests.is_empty() {
-        return Err(Error::file(&probe.prompts, "holds no prompts to probe with: leave probe.prompts out, or fill it"));
-    }
-    Ok(requests)
-}
-
-fn probe_limits(settings: &Settings, tokenizer: &Tokenizer) -> Limits {
-    Limits { max_new_tokens: settings.probe.max_new_tokens, eos_ids: tokenizer.eos_ids().to_vec() }
 }
 
 /// A line of metrics; here the losses and the norm are read from the device.
@@ -287,7 +257,12 @@ pub fn tokenizer(settings: &Settings) -> Result<(Tokenizer, PathBuf)> {
         None => hub::locate(&settings.model)?,
         Some(init) => PathBuf::from(&init.tokenizer),
     };
-    Ok((Tokenizer::load(&folder)?, folder))
+    let tokenizer = Tokenizer::load(&folder)?;
+    let ids = tokenizer.vocab_size();
+    if let Some(id) = settings.eos_ids.iter().find(|&&id| id < 0 || id as usize >= ids) {
+        return Err(Error::usage(format!("eos_ids: {id} is no token of {}, which has {ids}", folder.display())));
+    }
+    Ok((tokenizer.with_eos_ids(&settings.eos_ids), folder))
 }
 
 /// A Llama of the shape asked for.

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::raw_config::{RawConfig, positive, rope_json};
-use crate::{Error, Result};
+use crate::{Error, Result, text_file};
 
 /// Larger sizes are mistakes; below it no product of two overflows.
 const LARGEST_SIZE: i64 = 1 << 31;
@@ -112,7 +112,7 @@ impl ModelConfig {
             return Err(Error::file(folder, "there is no such model folder"));
         }
         let path = folder.join("config.json");
-        let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+        let text = text_file::read(&path)?;
         let raw: Value = serde_json::from_str(&text).map_err(|error| Error::file(&path, format!("{error}")))?;
         Self::from_json(&raw).map_err(|message| Error::file(&path, message))
     }

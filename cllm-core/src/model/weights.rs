@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
 use super::ModelConfig;
-use crate::{Error, Result, atomic_file, torch_ext};
+use crate::{Error, Result, atomic_file, text_file, torch_ext};
 
 const INDEX: &str = "model.safetensors.index.json";
 const SINGLE: &str = "model.safetensors";
@@ -115,7 +115,7 @@ fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
     if !index.exists() {
         return Err(Error::file(folder, format!("holds neither {SINGLE} nor {INDEX}")));
     }
-    let text = std::fs::read_to_string(&index).map_err(Error::io(&index))?;
+    let text = text_file::read(&index)?;
     let value: Value = serde_json::from_str(&text).map_err(|error| Error::file(&index, error.to_string()))?;
     let map = value["weight_map"].as_object().ok_or_else(|| Error::file(&index, "has no `weight_map`"))?;
     let mut files: Vec<_> = map.values().filter_map(Value::as_str).map(|name| folder.join(name)).collect();

@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use super::{Prompt, Sample};
 use crate::chat_template::Message;
-use crate::{Error, Result, atomic_file, rows};
+use crate::{Error, Result, atomic_file, interrupt, rows};
 
 /// Rows of a row group.
 const GROUP_ROWS: usize = 4096;
@@ -43,6 +43,7 @@ pub(super) fn write(path: &Path, samples: &[Sample]) -> Result<()> {
     atomic_file::write_with(path, |file| {
         let mut writer = ArrowWriter::try_new(file, schema(), Some(properties)).map_err(failed)?;
         for group in samples.chunks(GROUP_ROWS) {
+            interrupt::check()?;
             let batch = to_batch(group).map_err(|error| Error::file(path, error.to_string()))?;
             writer.write(&batch).and_then(|()| writer.flush()).map_err(failed)?;
         }

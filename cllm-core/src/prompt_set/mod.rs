@@ -12,7 +12,7 @@ use serde_json::{Map, Value};
 
 use crate::chat_template::Message;
 use crate::task::Task;
-use crate::{Error, Result, atomic_file, rows};
+use crate::{Error, Result, atomic_file, interrupt, rows};
 
 /// A prompt: plain text, or a conversation for the model's chat template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -156,6 +156,7 @@ pub fn write(path: &Path, samples: &[Sample]) -> Result<()> {
     }
     atomic_file::write_with(path, |file| {
         for sample in samples {
+            interrupt::check()?;
             let line = serde_json::to_string(sample).map_err(|error| Error::file(path, error.to_string()))?;
             writeln!(file, "{line}").map_err(Error::write(path))?;
         }
@@ -225,6 +226,29 @@ mod tests {
         put(&[json!({ "prompt": "a" }), json!({ "answer": "b" })]);
         let message = read_numbered(&path).unwrap_err().to_string();
         assert!(message.contains("row 2") && message.contains("`prompt` or `messages`"), "{message}");
+    }
+
+    #[test]
+    fn flipped_bits_in_parquet_are_an_error_or_other_text() {
+        let dir = tempfile::tempdir().unwrap();
+        let (good, bad) = (dir.path().join("good.parquet"), dir.path().join("bad.parquet"));
+        let sample = |index: usize| Sample {
+            id: format!("s{index}"),
+            source: "jsonl/test".into(),
+            prompt: Prompt::question(format!("{index}+1?")),
+            reference: Some("4".into()),
+            meta: None,
+        };
+        write(&good, &(0..40).map(sample).collect::<Vec<_>>()).unwrap();
+        let bytes = std::fs::read(&good).unwrap();
+        let mut refused = 0;
+        for place in 0..bytes.len() {
+            let mut bytes = bytes.clone();
+            bytes[place] ^= 0x55;
+            std::fs::write(&bad, &bytes).unwrap();
+            refused += usize::from(read(&bad).is_err_and(|error| error.exit_code() == 2));
+        }
+        assert!(refused > 100, "{refused}");
     }
 
     #[test]

@@ -12,7 +12,7 @@ use serde_json::json;
 use super::sql::Database;
 use super::{Verdict, gsm8k};
 use crate::prompt_set::{Prompt, Sample};
-use crate::{Error, Result, fingerprint};
+use crate::{Error, Result, fingerprint, interrupt};
 
 /// Samples of a split where no count is given.
 pub const DEFAULT_COUNT: usize = 2000;
@@ -33,13 +33,15 @@ const TABLES: [(&str, &str, [&str; 4], &str); 6] = [
     ("rooms", "floor", ["ground", "first", "second", "third"], "seats"),
 ];
 
-/// `count` samples of a split. Splits are disjoint: a problem belongs to `test` or to the others by its own hash.
+/// `count` samples of a split. Splits are disjoint: a problem belongs to `test` or to the others by its own hash. Ends early
+/// when a signal asks to stop, for which the caller looks.
 pub fn generate(seed: u64, split: &str, count: usize) -> Vec<Sample> {
-    let mut samples = Vec::with_capacity(count);
+    let mut samples = Vec::new();
+    // Far more problems exist than anyone asks for; the bound only makes the loop's end plain.
+    let most_draws = (count as u64).saturating_mul(100).saturating_add(1000);
     let mut seen = std::collections::HashSet::new();
     for draw in 0.. {
-        // Far more problems exist than anyone asks for; the bound only makes the loop's end plain.
-        if samples.len() == count || draw > 1000 + 100 * count as u64 {
+        if samples.len() == count || draw > most_draws || interrupt::requested().is_some() {
             break;
         }
         let mut rng = fingerprint::rng(seed, &format!("synthetic/{split}"), draw);

@@ -85,10 +85,18 @@ impl Trajectory {
     /// # Errors
     /// The first promise that is broken, in words.
     pub fn check(&self, provenance: &Provenance) -> Result<(), String> {
+        let length = self.response_ids.len();
+        if length > provenance.max_new_tokens {
+            let most = provenance.max_new_tokens;
+            return Err(format!("the response has {length} tokens, and max_new_tokens was {most}"));
+        }
         let mut joined: Vec<i32> = Vec::new();
         for (index, block) in self.blocks.iter().enumerate() {
             if block.start as usize != joined.len() {
                 return Err(format!("block {index} starts at {}, expected {}", block.start, joined.len()));
+            }
+            if joined.len() >= length {
+                return Err(format!("block {index} starts at {}, past the response of {length} tokens", block.start));
             }
             if let Some(state) = block.states.iter().find(|state| state.len() != provenance.n) {
                 return Err(format!("block {index} has a state of {} tokens, expected {}", state.len(), provenance.n));
@@ -96,7 +104,7 @@ impl Trajectory {
             let fixed_point = block.states.last().ok_or_else(|| format!("block {index} has no states"))?;
             joined.extend(fixed_point);
         }
-        if joined.len() < self.response_ids.len() || joined[..self.response_ids.len()] != self.response_ids {
+        if joined.len() < length || joined[..length] != self.response_ids {
             return Err("the fixed points joined are not the response".to_owned());
         }
         let states = self.blocks.iter().flat_map(|block| block.states.iter().flatten());
@@ -107,6 +115,10 @@ impl Trajectory {
         let ends = self.response_ids.last().is_some_and(|last| provenance.eos_ids.contains(last));
         if ends != (self.finish_reason == FinishReason::Eos) {
             return Err(format!("finish_reason is {:?}, but the last token says otherwise", self.finish_reason));
+        }
+        let before_last = &self.response_ids[..length.saturating_sub(1)];
+        if let Some(place) = before_last.iter().position(|id| provenance.eos_ids.contains(id)) {
+            return Err(format!("token {place} of the response ends it, and {} follow", length - 1 - place));
         }
         let shape = |flags: &Vec<Vec<bool>>| {
             flags.len() == self.blocks.len()

@@ -11,7 +11,7 @@ use serde_json::json;
 use super::schema::{PROVENANCE_KEY, VERSION_KEY, from_batch, schema};
 use super::writer::{Manifest, difference, read_manifest};
 use super::{Provenance, SCHEMA_VERSION, Trajectory};
-use crate::{Error, Result, fingerprint};
+use crate::{Error, Result, fingerprint, interrupt, rows};
 
 /// Rows that are decoded at once.
 const BATCH_ROWS: usize = 64;
@@ -87,6 +87,10 @@ impl Reader {
         let mut provenance = None;
         let mut opened = Vec::with_capacity(shards.len());
         for (shard, promised) in &shards {
+            // Not before the first: what a stopped run kept, a single file, is read even while the next one is stopped.
+            if !opened.is_empty() {
+                interrupt::check()?;
+            }
             let (builder, found) = open_shard(shard)?;
             let count = builder.metadata().file_metadata().num_rows() as usize;
             if let Some(promised) = promised.filter(|&promised| promised != count) {
@@ -208,9 +212,12 @@ impl Rows {
     fn fill(&mut self) -> Result<bool> {
         loop {
             if let Some((path, batches)) = &mut self.shard {
-                if let Some(batch) = batches.next() {
+                let decoded = rows::undamaged(path, || {
+                    let Some(batch) = batches.next() else { return Ok(None) };
                     let batch = batch.map_err(|error| damaged(path, error))?;
-                    let rows = from_batch(&batch).map_err(|message| Error::file(&*path, message))?;
+                    from_batch(&batch).map(Some).map_err(|message| Error::file(&*path, message))
+                })?;
+                if let Some(rows) = decoded {
                     for row in &rows {
                         let checked = self.promised.as_ref().map_or(Ok(()), |provenance| row.check(provenance));
                         checked.map_err(|message| Error::file(&*path, format!("`{}`: {message}", row.sample_id)))?;
@@ -223,7 +230,7 @@ impl Rows {
             let Some((path, groups)) = self.waiting.pop() else { return Ok(false) };
             let (builder, _) = open_shard(&path)?;
             let builder = builder.with_row_groups(groups).with_batch_size(BATCH_ROWS);
-            let batches = builder.build().map_err(|error| damaged(&path, error))?;
+            let batches = rows::undamaged(&path, || builder.build().map_err(|error| damaged(&path, error)))?;
             self.shard = Some((path, batches));
         }
     }
@@ -277,6 +284,10 @@ fn damaged(path: &Path, error: impl std::fmt::Display) -> Error {
 }
 
 pub(super) fn open_shard(path: &Path) -> Result<(ParquetRecordBatchReaderBuilder<File>, Provenance)> {
+    rows::undamaged(path, || open_whole_shard(path))
+}
+
+fn open_whole_shard(path: &Path) -> Result<(ParquetRecordBatchReaderBuilder<File>, Provenance)> {
     let file = File::open(path).map_err(Error::io(path))?;
     let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| {
         let advice = "copy it again, or delete the data set's folder and collect again";

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::reader::{Reader, open_shard};
 use super::schema::{PROVENANCE_KEY, VERSION_KEY, schema, to_batch};
 use super::{Provenance, SCHEMA_VERSION, Trajectory};
-use crate::{Error, Result, atomic_file};
+use crate::{Error, Result, atomic_file, text_file};
 
 /// Rows of a row group, and tokens of their states: bounds what a reader holds in memory.
 const ROW_GROUP_ROWS: usize = 256;
@@ -249,7 +249,7 @@ pub(super) fn read_manifest(folder: &Path) -> Result<Option<Manifest>> {
     if !path.exists() {
         return Ok(None);
     }
-    let text = std::fs::read_to_string(&path).map_err(Error::io(&path))?;
+    let text = text_file::read(&path)?;
     serde_json::from_str(&text).map(Some).map_err(|error| Error::file(&path, format!("is no manifest: {error}")))
 }
 

@@ -57,12 +57,12 @@ impl Program {
         found.must_say(arguments, 3, &["stdout: cannot be written"]);
     }
 
-    /// Runs it until it is `ready`, then sends `signal` ("INT", "TERM"); it must end with `code` by itself.
+    /// Runs it until it handles `signal` and is `ready`, then sends `signal` ("INT", "TERM"); it must end with `code` by itself.
     #[track_caller]
     pub fn stop(&self, arguments: &[impl Word], signal: &str, code: i32, ready: impl Fn() -> bool) {
         let mut command = self.command(&[]);
         let mut child = command.args(arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-        while !ready() {
+        while !handles(child.id(), signal) || !ready() {
             assert!(child.try_wait().unwrap().is_none(), "{arguments:?} ended before it could be stopped");
             std::thread::yield_now();
         }
@@ -96,6 +96,14 @@ impl Ended {
             assert!(message.contains(part), "{arguments:?}: `{part}` is not in: {message}");
         }
     }
+}
+
+/// Whether a process has a handler for a signal by now: before, it would die of it without a word.
+fn handles(process: u32, signal: &str) -> bool {
+    let number = if signal == "INT" { 2 } else { 15 };
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
+    let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap_or_default();
+    u64::from_str_radix(caught.trim(), 16).unwrap_or(0) >> (number - 1) & 1 == 1
 }
 
 fn ended(output: Output) -> Ended {

@@ -71,9 +71,15 @@ fn pieces_are_bounded_and_hold_every_row_once_in_order() {
     // Rows of very many tokens make pieces of few rows.
     let many = |index: i32| {
         let states = vec![vec![4; 1 << 19]; 6];
-        Trajectory { blocks: vec![Block { start: 0, states }], response_ids: vec![4; 1 << 19], ..row(index) }
+        let response_ids = vec![4; 1 << 19];
+        Trajectory {
+            blocks: vec![Block { start: 0, states }],
+            response_ids,
+            finish_reason: FinishReason::Length,
+            ..row(index)
+        }
     };
-    let provenance = Provenance { n: 1 << 19, eos_ids: vec![4], ..provenance() };
+    let provenance = Provenance { n: 1 << 19, max_new_tokens: 1 << 19, ..provenance() };
     let dir = tempfile::tempdir().unwrap();
     let mut writer = Writer::open(dir.path(), provenance).unwrap();
     writer.write_shard(&(1..6).map(many).collect::<Vec<_>>()).unwrap();
@@ -120,4 +126,13 @@ fn broken_promises_are_named() {
     assert!(check(|row| row.blocks[1].start = 4).contains("block 1 starts at 4"));
     assert!(check(|row| row.finish_reason = FinishReason::Length).contains("finish_reason"));
     assert!(check(|row| row.augmented = Some(vec![])).contains("augmented"));
+    let past = |row: &mut Trajectory| row.blocks.push(Block { start: 6, states: vec![vec![4, 4, 4]] });
+    assert!(check(past).contains("block 2 starts at 6, past the response of 4 tokens"));
+    let early = |row: &mut Trajectory| {
+        row.response_ids[1] = 9;
+        row.blocks[0].states[2][1] = 9;
+    };
+    assert!(check(early).contains("token 1 of the response ends it, and 2 follow"));
+    let long = |row: &mut Trajectory| row.response_ids.extend([4; 5]);
+    assert!(check(long).contains("has 9 tokens, and max_new_tokens was 8"));
 }

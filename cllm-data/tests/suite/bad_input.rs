@@ -159,6 +159,10 @@ fn bad_settings_are_named_with_file_line_and_value() {
         fs::write(&file, format!("output: x\n{wrong}\n")).unwrap();
         DATA.refuse(&[verb, "-c", &file], 2, &["run.yaml, line 2: ", said]);
     }
+    for count in ["0", "1000000000000", "18446744073709551615"] {
+        let prepare = ["prepare", "synthetic", "--count", count, "--output", &path(dir.path(), "many.jsonl")];
+        DATA.refuse(&prepare, 2, &["--count", "1..=10000000"]);
+    }
     DATA.refuse(&["collect"], 2, &["model is not set", "prompts is not set", "output is not set"]);
     DATA.refuse(&["augment"], 2, &["input is not set", "output is not set"]);
     DATA.refuse(&["clean"], 2, &["input is not set", "output is not set", "model is not set"]);
@@ -172,8 +176,26 @@ fn bad_settings_are_named_with_file_line_and_value() {
     let empty = path(dir.path(), "empty.jsonl");
     fs::write(&empty, "").unwrap();
     DATA.refuse(&with(&format!("prompts={empty}")), 2, &["empty.jsonl", "holds no prompts"]);
+    fs::write(&empty, b"\n{\"id\": \"\xfc\"}").unwrap();
+    DATA.refuse(&with(&format!("prompts={empty}")), 2, &["empty.jsonl: line 2 is not UTF-8"]);
+    fs::write(&file, b"n: 8\nmodel: \xfc\n").unwrap();
+    DATA.refuse(&["collect", "-c", &file], 2, &["run.yaml: line 2 is not UTF-8"]);
     fs::write(&empty, "{\"id\": \"a\"").unwrap();
     DATA.refuse(&with(&format!("prompts={empty}")), 2, &["empty.jsonl: line 1"]);
+}
+
+#[test]
+fn a_variable_for_another_program_is_passed_over_with_a_note() {
+    let data = made(&[row("a", &[5, 6, 7, 0])]);
+    let output = path(data.path(), "output");
+    let (input, into) = (format!("input={}", path(data.path(), "")), format!("output={output}"));
+    let mut command = assert_cmd::Command::cargo_bin("cllm-data").unwrap();
+    command.args(["augment", &input, &into]).env("CLLM_SET_OPTIMIZER__LR", "1").env("CLLM_SET_FRACTION", "0.25");
+    let ended = command.assert().success();
+    let said = String::from_utf8_lossy(&ended.get_output().stderr).into_owned();
+    assert!(said.contains("environment variable CLLM_SET_OPTIMIZER__LR is passed over: unknown key"), "{said}");
+    let settings = fs::read_to_string(Path::new(&output).join("settings.yaml")).unwrap();
+    assert!(settings.contains("fraction: 0.25"), "{settings}");
 }
 
 #[test]

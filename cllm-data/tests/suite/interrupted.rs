@@ -31,6 +31,24 @@ fn a_collection_stopped_within_a_shard_keeps_what_it_had_answered() {
 }
 
 #[test]
+fn what_only_reads_or_makes_prompts_stops_at_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, prompts) = (path(dir.path(), "data"), path(dir.path(), "prompts.jsonl"));
+    let at_once = || true;
+    DATA.stop(&["prepare", "synthetic", "--count", "9000000", "--output", &prompts], "INT", 130, at_once);
+    assert!(!Path::new(&prompts).exists());
+    // Much to read: one shard, many times over.
+    collect(&data, &["limit=8"]);
+    let manifest = Path::new(&data).join("manifest.json");
+    let mut found: serde_json::Value = serde_json::from_slice(&fs::read(&manifest).unwrap()).unwrap();
+    let shard = found["shards"][0].clone();
+    found["shards"] = vec![shard; 20_000].into();
+    fs::write(&manifest, found.to_string()).unwrap();
+    DATA.stop(&["validate", &data], "INT", 130, at_once);
+    DATA.stop(&["stats", &data], "TERM", 143, at_once);
+}
+
+#[test]
 fn a_data_set_that_is_not_complete_is_described_but_not_taken_for_whole() {
     let dir = tempfile::tempdir().unwrap();
     let (data, output, model) = (path(dir.path(), "data"), path(dir.path(), "output"), path(WORLD.path(), "model"));

@@ -2,7 +2,10 @@
 #![allow(clippy::unwrap_used)]
 
 mod bad_input;
+mod checks;
 mod copying;
+#[path = "../../../cllm-core/tests/shared/families.rs"]
+mod families;
 #[path = "../../../cllm-core/tests/shared/foreign_parquet.rs"]
 mod foreign_parquet;
 mod interrupted;
@@ -112,6 +115,31 @@ fn the_same_seed_gives_the_same_files_whatever_the_batching_and_the_interruption
         assert_eq!(whole[figure], summary["total"][figure], "{figure}");
     }
     assert!(fs::read_to_string(Path::new(&once).join("README.md")).unwrap().starts_with("---\n"));
+}
+
+#[test]
+fn the_same_seed_gives_the_same_file_for_every_family() {
+    for (name, mut config) in families::shapes() {
+        let dir = tempfile::tempdir().unwrap();
+        let model = dir.path().join("model");
+        fs::create_dir(&model).unwrap();
+        config["vocab_size"] = 300.into();
+        config["max_position_embeddings"] = 400.into();
+        families::random_model(&config, 5).save(&model, tch::Kind::Float).unwrap();
+        for file in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
+            fs::copy(WORLD.path().join("model").join(file), model.join(file)).unwrap();
+        }
+        let model = format!("model={}", model.display());
+        let file = |folder: &str, more: &str| {
+            let folder = path(dir.path(), folder);
+            collect(&folder, &[model.as_str(), "limit=6", more]);
+            fs::read(shard(&folder, 0)).unwrap()
+        };
+        let once = file("a", "batch_rows=64");
+        assert!(once == file("b", "batch_rows=64"), "{name}");
+        assert!(once == file("c", "batch_rows=5"), "{name}: batched otherwise");
+        assert!(once != file("d", "seed=1"), "{name}: another seed");
+    }
 }
 
 #[test]
@@ -342,18 +370,6 @@ fn every_clean_rule_drops_its_row_and_a_good_one_stays() {
     assert_eq!((&report["kept"], &report["dropped"]), (&json!(1), &json!(9)));
     assert!(rules.iter().all(|(_, rule)| report["rules"][rule] == 1));
     assert_eq!(rows(&output)[0].sample_id, "good");
-}
-
-#[test]
-fn validate_counts_the_rows_that_break_their_promises() {
-    let mut bad = row("bad", &[5, 6, 7, 0]);
-    bad.blocks[0].states[2][1] = 77;
-    let dir = made(&[row("good", &[5, 6, 7, 0]), bad]);
-    let report = run(&["validate", &dir.path().display().to_string(), "--json"]).code(1);
-    let report: Value = serde_json::from_slice(&report.get_output().stdout).unwrap();
-    assert_eq!(report["violations"], 1);
-    assert!(report["first"][0].as_str().unwrap().starts_with("bad: "));
-    assert!(message(&["stats", &dir.path().display().to_string()], 2).contains("`bad`"));
 }
 
 #[test]

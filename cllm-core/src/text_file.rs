@@ -1,0 +1,41 @@
+//! Text files, read whole; one that is no text is told by file and line.
+
+use std::path::Path;
+
+use crate::{Error, Result};
+
+/// The text of a file.
+///
+/// # Errors
+/// When it cannot be read, or is not UTF-8.
+pub fn read(path: &Path) -> Result<String> {
+    text(path, 1, std::fs::read(path).map_err(Error::io(path))?)
+}
+
+/// Bytes that stand in a file from a line on, as text.
+///
+/// # Errors
+/// Names the line that is not UTF-8.
+pub(crate) fn text(path: &Path, line: usize, bytes: Vec<u8>) -> Result<String> {
+    String::from_utf8(bytes).map_err(|error| {
+        let good = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+        let line = line + good.iter().filter(|&&byte| byte == b'\n').count();
+        Error::file(path, format!("line {line} is not UTF-8: save the file as UTF-8 text, or name another"))
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_text_is_told_by_its_line() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("run.yaml");
+        std::fs::write(&path, "a: 1\nb: ü\n").unwrap();
+        assert_eq!(read(&path).unwrap(), "a: 1\nb: ü\n");
+        std::fs::write(&path, b"a: 1\nb: \xfc\n").unwrap();
+        let error = read(&path).unwrap_err();
+        assert!(error.exit_code() == 2 && error.to_string().contains("run.yaml: line 2 is not UTF-8"), "{error}");
+    }
+}
