@@ -3,11 +3,11 @@
 use std::collections::BTreeSet;
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::chat_template::{ChatTemplate, Message};
 use crate::prompt_set::Prompt;
-use crate::{Error, Result, fingerprint, text_file};
+use crate::{Error, Result, atomic_file, fingerprint, text_file};
 
 /// Files of a model folder that belong to its tokenizer.
 const FILES: [&str; 5] = [
@@ -175,6 +175,20 @@ pub fn copy_files(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Names the ids that end an answer in a model folder, where [`Tokenizer::load`] and other loaders look for them.
+///
+/// # Errors
+/// File-system errors.
+pub fn write_eos_ids(folder: &Path, ids: &[i32]) -> Result<()> {
+    let path = folder.join("generation_config.json");
+    let mut settings = match json(&path)? {
+        Value::Object(settings) => settings,
+        _ => Map::new(),
+    };
+    settings.insert("eos_token_id".to_owned(), ids.into());
+    atomic_file::write_json(&path, &settings)
+}
+
 /// A JSON file, or `null` where there is none.
 fn json(path: &Path) -> Result<Value> {
     if !path.exists() {
@@ -222,6 +236,8 @@ mod tests {
         assert_eq!(target[target.len() - 1], 0);
         assert_eq!(tokenizer.decode(&target).unwrap(), "apples.");
         assert_eq!(tokenizer.with_eos_ids(&[7]).eos_ids(), [7]);
+        write_eos_ids(dir.path(), &[7, 8]).unwrap();
+        assert_eq!(Tokenizer::load(dir.path()).unwrap().eos_ids(), [0, 7, 8]);
     }
 
     #[test]

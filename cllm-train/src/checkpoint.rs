@@ -80,13 +80,12 @@ pub fn save(
     tokenizer_of: &Path,
     state: &State,
     position: &Position,
-    keep: usize,
+    settings: &Settings,
 ) -> Result<()> {
     let all = run.join("checkpoints");
     let name = format!("step-{:06}", position.step);
     atomic_file::folder_with(&all.join(&name), |folder| {
-        model.save(folder, model.kind())?;
-        tokenizer::copy_files(tokenizer_of, folder)?;
+        save_model(folder, model, tokenizer_of, settings)?;
         write_tensors(&folder.join("optimizer.safetensors"), &state.tensors())?;
         atomic_file::write_json(&folder.join("state.json"), position)
     })?;
@@ -94,7 +93,14 @@ pub fn save(
     if position.best.is_some_and(|(step, _)| step == position.step) {
         point(&all, "best", &name)?;
     }
-    rotate(&all, keep, position.best.map(|(step, _)| step))
+    rotate(&all, settings.keep, position.best.map(|(step, _)| step))
+}
+
+/// Writes a model with its tokenizer into a folder.
+pub fn save_model(folder: &Path, model: &Transformer, tokenizer_of: &Path, settings: &Settings) -> Result<()> {
+    model.save(folder, model.kind())?;
+    tokenizer::copy_files(tokenizer_of, folder)?;
+    if settings.eos_ids.is_empty() { Ok(()) } else { tokenizer::write_eos_ids(folder, &settings.eos_ids) }
 }
 
 /// Restores the newest checkpoint of a run, if it has one.

@@ -94,6 +94,9 @@ pub struct Settings {
     /// Checkpoints that are kept, the best aside.
     #[garde(range(min = 1))]
     pub keep: usize,
+    /// Ids that end an answer, instead of the model's own; the first ends the answers of sft. The trained model names them too.
+    #[garde(skip)]
+    pub eos_ids: Vec<i32>,
     /// auto, cpu, cuda or cuda:N.
     #[garde(skip)]
     pub device: String,
@@ -229,6 +232,7 @@ impl Default for Settings {
             log_every: 10,
             save_every: 200,
             keep: 2,
+            eos_ids: Vec::new(),
             device: "auto".to_owned(),
         }
     }

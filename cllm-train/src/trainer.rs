@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use cllm_core::model::ModelConfig;
 use cllm_core::progress::Progress;
-use cllm_core::tokenizer::{self, Tokenizer};
+use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Error, Result, atomic_file, device, hub, interrupt, progress, torch_ext};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -189,7 +189,7 @@ impl Run {
         }
         self.settle();
         let Run { folder, models, tokenizer_folder, state, position, settings, .. } = self;
-        checkpoint::save(folder, &models.student, tokenizer_folder, state, position, settings.keep)
+        checkpoint::save(folder, &models.student, tokenizer_folder, state, position, settings)
     }
 
     fn no_good(&self, why: String) -> Error {
@@ -205,8 +205,7 @@ impl Run {
     fn finish(self, last: Value) -> Result<()> {
         let target = self.folder.join("final");
         atomic_file::folder_with(&target, |folder| {
-            self.models.student.save(folder, self.models.student.kind())?;
-            tokenizer::copy_files(&self.tokenizer_folder, folder)
+            checkpoint::save_model(folder, &self.models.student, &self.tokenizer_folder, &self.settings)
         })?;
         let position = &self.position;
         let summary = Summary {
@@ -258,7 +257,12 @@ pub fn tokenizer(settings: &Settings) -> Result<(Tokenizer, PathBuf)> {
         None => hub::locate(&settings.model)?,
         Some(init) => PathBuf::from(&init.tokenizer),
     };
-    Ok((Tokenizer::load(&folder)?, folder))
+    let tokenizer = Tokenizer::load(&folder)?;
+    let ids = tokenizer.vocab_size();
+    if let Some(id) = settings.eos_ids.iter().find(|&&id| id < 0 || id as usize >= ids) {
+        return Err(Error::usage(format!("eos_ids: {id} is no token of {}, which has {ids}", folder.display())));
+    }
+    Ok((tokenizer.with_eos_ids(&settings.eos_ids), folder))
 }
 
 /// A Llama of the shape asked for.

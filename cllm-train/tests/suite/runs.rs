@@ -207,6 +207,24 @@ fn a_probe_tells_the_answers_that_never_end_apart() {
 }
 
 #[test]
+fn ids_that_end_an_answer_can_be_named() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let mut settings = Settings { epochs: 60, eos_ids: vec![5], ..sft(dir.path(), "run") };
+    settings.optimizer.lr = 1e-2;
+    trainer::run(settings.clone()).unwrap();
+    let model = dir.path().join("run/final");
+    let tokenizer = Tokenizer::load(&model).unwrap();
+    assert!(tokenizer.eos_ids().contains(&5), "{:?}", tokenizer.eos_ids());
+    // Collected with what the model itself names: the answers that it learnt end with token 5.
+    let rows = trajectory::Reader::open(&collect(&model, dir.path())).unwrap().rows().map(Result::unwrap);
+    let ended = rows.filter(|row| row.response_ids.ends_with(&[5])).count();
+    assert!(ended > 0, "no answer ends with token 5");
+    let message = trainer::run(Settings { eos_ids: vec![270], ..settings }).unwrap_err().to_string();
+    assert!(message.contains("eos_ids: 270 is no token of"), "{message}");
+}
+
+#[test]
 fn a_run_with_other_settings_in_the_same_folder_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
