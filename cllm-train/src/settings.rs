@@ -29,6 +29,14 @@ pub enum Divergence {
     Jsd,
 }
 
+/// How the losses of single tokens become one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum Reduction {
+    /// Each loss is a mean over its own tokens in all batches of a step.
+    TokenMean,
+}
+
 /// What a noisy block sees before it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
@@ -177,6 +185,9 @@ pub struct Consistency {
     /// frozen, to the student's, so that the student keeps its answers on prompts it never saw. 0 leaves it out.
     #[garde(range(min = 0.0))]
     pub anchor_weight: f64,
+    /// How each loss is reduced, before its weight.
+    #[garde(skip)]
+    pub reduction: Reduction,
     /// The divergence.
     #[garde(skip)]
     pub divergence: Divergence,
@@ -274,6 +285,7 @@ impl Default for Consistency {
             local_weight: 0.0,
             ar_weight: 10.0,
             anchor_weight: 0.0,
+            reduction: Reduction::TokenMean,
             divergence: Divergence::Forward,
             context: Context::Clean,
             window: 4,

@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 use crate::examples::Example;
 use crate::loss::losses;
 use crate::packing::{Batch, Counts};
-use crate::settings::{Objective, Settings};
+use crate::settings::{Objective, Reduction, Settings};
 use crate::trainer::random_config;
 
 /// What a run trains, and what it holds on to.
@@ -56,14 +56,16 @@ impl Models {
             .collect();
         let mut counts = Counts::default();
         batches.iter().for_each(|batch| counts.add(batch.counts));
-        let tokens = [counts.clean, counts.noisy, counts.local, counts.clean];
+        let divisors = match settings.consistency.reduction {
+            Reduction::TokenMean => [counts.clean, counts.noisy, counts.local, counts.clean],
+        };
         let weights = weights(settings);
         let mut means = Means::default();
         for batch in &batches {
             let sums = losses(&self.student, self.teacher.as_ref(), batch, &settings.consistency);
             let mut total = Tensor::zeros([], (Kind::Float, self.student.device()));
             for (index, sum) in [sums.ar, sums.global, sums.local, sums.anchor].into_iter().enumerate() {
-                let mean = sum / (tokens[index] as f64).max(1.0);
+                let mean = sum / (divisors[index] as f64).max(1.0);
                 means.0[index].push(mean.detach());
                 total += mean * weights[index];
             }
