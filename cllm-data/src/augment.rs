@@ -53,6 +53,7 @@ pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
         changed += flags.filter(|&&flag| flag).count();
         Ok(rows)
     })?;
+    copying::save_settings(&settings.output, settings)?;
     let rows = copying::finish(copying.writer, &settings.output)?;
     if json {
         print_json(&json!({ "schema_version": 1, "rows": rows, "states_changed": changed }))?;

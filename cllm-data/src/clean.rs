@@ -105,6 +105,7 @@ pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
     let report = json!({ "schema_version": 1, "kept": counts.kept, "dropped": dropped, "rules": counts.rules,
         "unscored": counts.unscored });
     atomic_file::write_json(&settings.output.join("clean-report.json"), &report)?;
+    copying::save_settings(&settings.output, settings)?;
     copying::finish(copying.writer, &settings.output)?;
     if json {
         print_json(&report)?;

@@ -7,6 +7,7 @@ use cllm_core::progress::Progress;
 use cllm_core::trajectory::{Manifest, Piece, Reader, Trajectory, Writer};
 use cllm_core::{Result, atomic_file, interrupt};
 use rayon::prelude::*;
+use serde::Serialize;
 
 /// A copy in the making; it is not complete until [`finish`] has been called on its writer.
 pub(crate) struct Copying {
@@ -44,6 +45,11 @@ impl Copying {
         bar.finish();
         Ok(())
     }
+}
+
+/// Saves the settings of a copy beside its manifest, as every run does.
+pub(crate) fn save_settings(output: &Path, settings: &impl Serialize) -> Result<()> {
+    atomic_file::write(&output.join("settings.yaml"), cllm_core::settings::to_yaml(settings)?.as_bytes())
 }
 
 /// Completes a data set, with its card; the number of its rows.

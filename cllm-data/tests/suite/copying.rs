@@ -29,9 +29,13 @@ fn many() -> (tempfile::TempDir, Vec<Trajectory>) {
     (dir, rows)
 }
 
+/// The files of a data set, but for its settings, which name its folder.
 fn files(folder: &str) -> BTreeMap<String, Vec<u8>> {
     let entry = |entry: fs::DirEntry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap());
-    fs::read_dir(folder).unwrap().map(|found| entry(found.unwrap())).collect()
+    let mut files: BTreeMap<_, _> = fs::read_dir(folder).unwrap().map(|found| entry(found.unwrap())).collect();
+    let settings = String::from_utf8(files.remove("settings.yaml").unwrap()).unwrap();
+    assert!(settings.contains(&format!("output: {folder}")) && settings.contains("input: "), "{settings}");
+    files
 }
 
 #[test]
