@@ -64,11 +64,21 @@ pub fn read(settings: &Settings, tokenizer: &Tokenizer, config: &ModelConfig) ->
 }
 
 fn references(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Example>> {
-    let with_reference = prompt_set::read(path)?.into_iter().filter_map(|sample| {
-        let reference = sample.reference.clone()?;
-        Some((sample, reference))
-    });
+    let samples = prompt_set::read(path)?;
+    let all = samples.len();
+    let with_reference: Vec<_> = samples
+        .into_iter()
+        .filter_map(|mut sample| {
+            let reference = sample.reference.take()?;
+            Some((sample, reference))
+        })
+        .collect();
+    if with_reference.len() < all {
+        let lacking = all - with_reference.len();
+        progress::say(format!("{}: {lacking} of {all} prompts have no reference: they are left out", path.display()));
+    }
     with_reference
+        .into_iter()
         .map(|(sample, reference)| {
             interrupt::check()?;
             let (_, prompt) = tokenizer.prompt(&sample.prompt)?;

@@ -140,6 +140,12 @@ fn what_is_longer_than_the_context_is_left_out_and_said() {
     fs::write(&prompts, short.clone() + &long("a") + &long("b")).unwrap();
     let found = TRAIN.succeed(&["run", "-c", &file(&settings)]);
     assert!(found.stderr.contains("2 responses are longer, with their prompts, than the model's context of 128"));
+    let bare = serde_json::json!({ "id": "bare", "prompt": "What?" }).to_string();
+    let lacking = dir.path().join("lacking.jsonl");
+    fs::write(&lacking, short.clone() + &bare).unwrap();
+    let output = path(dir.path(), "lacking");
+    let found = TRAIN.succeed(&["run", "-c", &file(&Settings { data: vec![lacking], output, ..settings.clone() })]);
+    assert!(found.stderr.contains("lacking.jsonl: 1 of 13 prompts have no reference"), "{}", found.stderr);
     let only_long = dir.path().join("long.jsonl");
     fs::write(&only_long, long("a")).unwrap();
     settings.output = path(dir.path(), "other");
