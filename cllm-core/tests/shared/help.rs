@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-/// The words of every example in the help of a program and its verbs, each of which must have one.
+/// The words of every example in the help of a program and its verbs, each of which must have one, and of the commands that
+/// the recipes in configs/ begin with.
 pub fn examples(program: clap::Command) -> Vec<Vec<String>> {
     let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/").display().to_string();
     let mut found = Vec::new();
@@ -14,6 +15,18 @@ pub fn examples(program: clap::Command) -> Vec<Vec<String>> {
         for line in lines {
             // A test runs in the folder of its crate, and redirection is the shell's.
             let words = shlex::split(line).unwrap().into_iter().take_while(|word| word != ">");
+            found.push(words.map(|word| word.replace("configs/", &configs)).collect());
+        }
+    }
+    let recipes = Path::new(&configs).read_dir().unwrap().map(|entry| entry.unwrap().path());
+    for recipe in recipes.filter(|path| path.extension().is_some_and(|ending| ending == "yaml")) {
+        let text = std::fs::read_to_string(&recipe).unwrap();
+        let line = text.lines().next().and_then(|line| line.strip_prefix("# cllm-")).map(|line| format!("cllm-{line}"));
+        let line = line.unwrap_or_else(|| panic!("{} does not begin with its command", recipe.display()));
+        assert!(line.contains(&format!("configs/{}", recipe.file_name().unwrap().display())), "{line}");
+        if line.starts_with(program.get_name()) {
+            // What stands in parentheses is said of it.
+            let words = shlex::split(line.split('(').next().unwrap()).unwrap().into_iter();
             found.push(words.map(|word| word.replace("configs/", &configs)).collect());
         }
     }
