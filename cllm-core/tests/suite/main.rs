@@ -4,6 +4,8 @@
 mod bad_models;
 mod chat_templates;
 mod decoding;
+#[path = "../shared/families.rs"]
+mod families;
 mod gguf;
 mod models;
 mod parity;

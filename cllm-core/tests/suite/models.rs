@@ -4,47 +4,11 @@ use cllm_core::model::{KvCache, ModelConfig, Transformer};
 use serde_json::{Value, json};
 use tch::{Device, IndexOp, Kind, Tensor};
 
-pub fn shapes() -> Vec<(&'static str, Value)> {
-    let base = json!({
-        "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-    });
-    let with = |extra: Value| {
-        let mut config = base.clone();
-        config.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
-        config
-    };
-    vec![
-        ("llama", with(json!({"model_type": "llama", "tie_word_embeddings": true}))),
-        ("mistral", with(json!({"model_type": "mistral", "head_dim": 16}))),
-        ("qwen2", with(json!({"model_type": "qwen2"}))),
-        ("qwen3", with(json!({"model_type": "qwen3", "head_dim": 16, "num_key_value_heads": 4}))),
-        ("linear", with(json!({"model_type": "llama", "rope_scaling": {"type": "linear", "factor": 2.0}}))),
-        (
-            "llama3",
-            with(json!({"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 8.0,
-            "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}})),
-        ),
-        (
-            "yarn",
-            with(json!({"model_type": "qwen2", "rope_scaling": {"rope_type": "yarn", "factor": 4.0,
-            "original_max_position_embeddings": 64}})),
-        ),
-    ]
-}
+pub use crate::families::shapes;
 
-/// A random model whose logits are far enough apart to have clear winners.
+/// One random model of a shape.
 pub fn random_model(config: &Value) -> Transformer {
-    let model = Transformer::random(ModelConfig::from_json(config).unwrap(), 7, Device::Cpu, Kind::Float);
-    let _no_grad = tch::no_grad_guard();
-    for (name, mut tensor) in model.parameters() {
-        if name.ends_with("bias") {
-            let _ = tensor.normal_(0.0, 0.5);
-        } else if !name.ends_with("norm.weight") {
-            tensor *= 12.0;
-        }
-    }
-    model
+    crate::families::random_model(config, 7)
 }
 
 fn difference(a: &Tensor, b: &Tensor) -> f64 {

@@ -3,6 +3,8 @@
 
 mod bad_input;
 mod copying;
+#[path = "../../../cllm-core/tests/shared/families.rs"]
+mod families;
 #[path = "../../../cllm-core/tests/shared/foreign_parquet.rs"]
 mod foreign_parquet;
 mod interrupted;
@@ -112,6 +114,31 @@ fn the_same_seed_gives_the_same_files_whatever_the_batching_and_the_interruption
         assert_eq!(whole[figure], summary["total"][figure], "{figure}");
     }
     assert!(fs::read_to_string(Path::new(&once).join("README.md")).unwrap().starts_with("---\n"));
+}
+
+#[test]
+fn the_same_seed_gives_the_same_file_for_every_family() {
+    for (name, mut config) in families::shapes() {
+        let dir = tempfile::tempdir().unwrap();
+        let model = dir.path().join("model");
+        fs::create_dir(&model).unwrap();
+        config["vocab_size"] = 300.into();
+        config["max_position_embeddings"] = 400.into();
+        families::random_model(&config, 5).save(&model, tch::Kind::Float).unwrap();
+        for file in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
+            fs::copy(WORLD.path().join("model").join(file), model.join(file)).unwrap();
+        }
+        let model = format!("model={}", model.display());
+        let file = |folder: &str, more: &str| {
+            let folder = path(dir.path(), folder);
+            collect(&folder, &[model.as_str(), "limit=6", more]);
+            fs::read(shard(&folder, 0)).unwrap()
+        };
+        let once = file("a", "batch_rows=64");
+        assert!(once == file("b", "batch_rows=64"), "{name}");
+        assert!(once == file("c", "batch_rows=5"), "{name}: batched otherwise");
+        assert!(once != file("d", "seed=1"), "{name}: another seed");
+    }
 }
 
 #[test]
@@ -275,7 +302,10 @@ fn stats_profile_whole_blocks_that_decoding_left() {
     }
     let dir = made(&[shown.clone()]);
     let found = json_of(&["stats", &dir.path().display().to_string(), "--json"]);
-    assert_eq!((&found["blocks"], &found["stationary"], &found["fast_forwarded"]), (&json!(3), &json!(1.0), &json!(2.0)));
+    assert_eq!(
+        (&found["blocks"], &found["stationary"], &found["fast_forwarded"]),
+        (&json!(3), &json!(1.0), &json!(2.0))
+    );
     shown.augmented = Some(vec![vec![true, false, false]; 3]);
     let dir = made(&[shown]);
     let data = dir.path().display().to_string();
@@ -365,11 +395,20 @@ fn validate_counts_the_rows_that_break_their_promises() {
     assert!(report["first"][0].as_str().unwrap().starts_with("bad: "));
     let mut past = row("past", &[5, 6, 7, 0]);
     past.blocks.extend(row("more", &[5, 6, 7, 0, 5, 6, 7, 0]).blocks.split_off(1));
-    let (_, report) =
-        validate(&[row("twice", &[5, 6, 7, 0]), row("twice", &[5, 6, 0]), row("short", &[5, 6]), row("early", &[5, 0, 0]), past]);
+    let (_, report) = validate(&[
+        row("twice", &[5, 6, 7, 0]),
+        row("twice", &[5, 6, 0]),
+        row("short", &[5, 6]),
+        row("early", &[5, 0, 0]),
+        past,
+    ]);
     let found: Vec<&str> = report["first"].as_array().unwrap().iter().filter_map(Value::as_str).collect();
-    let expected =
-        ["twice: this sample_id stands", "short: finish_reason is length at 2", "early: token 1", "past: block 1 starts at 4"];
+    let expected = [
+        "twice: this sample_id stands",
+        "short: finish_reason is length at 2",
+        "early: token 1",
+        "past: block 1 starts at 4",
+    ];
     assert!(found.len() == 4 && found.iter().zip(expected).all(|(found, part)| found.starts_with(part)), "{found:?}");
     assert!(message(&["stats", &dir.path().display().to_string()], 2).contains("`bad`"));
 }

@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod bad_input;
+#[path = "../../../cllm-core/tests/shared/families.rs"]
+mod families;
 #[path = "../../../cllm-core/tests/shared/foreign_parquet.rs"]
 mod foreign_parquet;
 mod interrupted;

@@ -1,29 +1,28 @@
 //! One packed pass gives what plain causal passes give, token by token and loss by loss.
 
 use cllm_core::fingerprint;
-use cllm_core::model::{ModelConfig, Transformer};
+use cllm_core::model::Transformer;
 use cllm_train::examples::{Block, Example};
 use cllm_train::loss::{divergence, losses};
 use cllm_train::packing::{Batch, NoisyBlock, Packed};
 use cllm_train::settings::{Consistency, Context, Divergence};
-use serde_json::json;
 use tch::{Device, IndexOp, Kind, Tensor};
+
+use crate::families::{random_model, shapes};
 
 const N: usize = 4;
 
-fn model(seed: u64) -> Transformer {
-    let config = json!({
-        "model_type": "llama", "vocab_size": 37, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "tie_word_embeddings": true,
-    });
-    let model = Transformer::random(ModelConfig::from_json(&config).unwrap(), seed, Device::Cpu, Kind::Float);
+/// Runs a test on a model and a teacher of every family.
+fn each_family(test: impl Fn(&str, Transformer, Transformer)) {
     let _no_grad = tch::no_grad_guard();
-    for (name, mut tensor) in model.parameters() {
-        if !name.ends_with("norm.weight") {
-            tensor *= 8.0;
-        }
+    for (name, config) in shapes() {
+        test(name, random_model(&config, 3), random_model(&config, 4));
     }
-    model
+}
+
+/// Whether two numbers are the same but for float32.
+fn close(found: &Tensor, expected: f64) -> bool {
+    (found.double_value(&[]) - expected).abs() < 1e-3 * expected.abs().max(1.0)
 }
 
 fn ids(from: i32, count: usize) -> Vec<i32> {
@@ -58,62 +57,68 @@ fn difference(a: &Tensor, b: &Tensor) -> f64 {
 
 #[test]
 fn every_token_sees_what_its_own_causal_pass_would_show_it() {
-    let _no_grad = tch::no_grad_guard();
-    let model = model(3);
-    let (prompt, response) = (ids(5, 6), ids(2, 18));
-    // One window of three blocks after the first two blocks, then a block cut by the end of the response.
-    let starts = [(8, 8), (12, 8), (16, 16)];
-    let state = |start: usize| ids(13 + start as i32, N.min(response.len() - start));
-    let next = |start: usize| ids(29 + start as i32, N.min(response.len() - start));
-    let noisy =
-        |&(start, window): &(usize, usize)| NoisyBlock { start, window, tokens: state(start), next: next(start) };
-    let packed = Packed::new(&prompt, &response, starts.iter().map(noisy).collect());
-    // A longer row beside it, so that this one is padded.
-    let batch = Batch::new(&[packed, Packed::new(&ids(9, 50), &[1], Vec::new())], Device::Cpu);
-    let logits = model.train_logits(&model.hidden(&batch.tokens, &batch.positions, Some(&batch.mask)));
+    each_family(|family, model, _| {
+        let (prompt, response) = (ids(5, 6), ids(2, 18));
+        // One window of three blocks after the first two blocks, then a block cut by the end of the response.
+        let starts = [(8, 8), (12, 8), (16, 16)];
+        let state = |start: usize| ids(13 + start as i32, N.min(response.len() - start));
+        let next = |start: usize| ids(29 + start as i32, N.min(response.len() - start));
+        let noisy =
+            |&(start, window): &(usize, usize)| NoisyBlock { start, window, tokens: state(start), next: next(start) };
+        let packed = Packed::new(&prompt, &response, starts.iter().map(noisy).collect());
+        // A longer row beside it, so that this one is padded.
+        let batch = Batch::new(&[packed, Packed::new(&ids(9, 50), &[1], Vec::new())], Device::Cpu);
+        let logits = model.train_logits(&model.hidden(&batch.tokens, &batch.positions, Some(&batch.mask)));
 
-    let clean = plain(&model, &[prompt.clone(), response.clone()].concat());
-    assert!(difference(&logits.i((0, ..24)), &clean) < 1e-4);
-    let contexts = [response[..8].to_vec(), [&response[..8], &state(8)].concat(), response[..16].to_vec()];
-    let mut place = 24;
-    for stream in [&state as &dyn Fn(usize) -> Vec<i32>, &next] {
-        for ((start, _), context) in starts.iter().zip(&contexts) {
-            let before = [prompt.as_slice(), context].concat();
-            let own = stream(*start);
-            let expected = plain(&model, &[before.as_slice(), &own].concat()).i(before.len() as i64..);
-            let found = logits.i((0, place..place + own.len() as i64));
-            assert!(difference(&found, &expected) < 1e-4, "block at {start}");
-            place += own.len() as i64;
+        let clean = plain(&model, &[prompt.clone(), response.clone()].concat());
+        let apart = difference(&logits.i((0, ..24)), &clean);
+        assert!(apart < 1e-3, "{family}: {apart}");
+        let contexts = [response[..8].to_vec(), [&response[..8], &state(8)].concat(), response[..16].to_vec()];
+        let mut place = 24;
+        for stream in [&state as &dyn Fn(usize) -> Vec<i32>, &next] {
+            for ((start, _), context) in starts.iter().zip(&contexts) {
+                let before = [prompt.as_slice(), context].concat();
+                let own = stream(*start);
+                let expected = plain(&model, &[before.as_slice(), &own].concat()).i(before.len() as i64..);
+                let found = logits.i((0, place..place + own.len() as i64));
+                let apart = difference(&found, &expected);
+                assert!(apart < 1e-3, "{family}, block at {start}: {apart}");
+                place += own.len() as i64;
+            }
         }
-    }
+    });
 }
 
 #[test]
 fn responses_packed_together_give_the_sums_of_each_alone() {
-    let _no_grad = tch::no_grad_guard();
-    let (model, teacher) = (model(3), model(4));
-    for context in [Context::Clean, Context::NoisyWindow] {
-        let settings = Consistency { context, window: 2, local_weight: 1.0, ..Consistency::default() };
-        let rows: Vec<Packed> = [("a", 3, 9), ("b", 12, 14), ("c", 7, 30)]
-            .map(|(name, prompt, length)| {
-                example(name, prompt, length).pack(&settings, &mut fingerprint::rng(1, name, 0))
-            })
-            .into();
-        let sums = |rows: &[Packed]| {
-            let batch = Batch::new(rows, Device::Cpu);
-            let losses = losses(&model, Some(&teacher), &batch, &settings);
-            ([losses.ar, losses.global, losses.local, losses.anchor].map(|sum| sum.double_value(&[])), batch.counts)
-        };
-        let together = sums(&rows);
-        let alone: Vec<_> = rows.iter().map(|row| sums(std::slice::from_ref(row))).collect();
-        for index in 0..4 {
-            let expected: f64 = alone.iter().map(|sum| sum.0[index]).sum();
-            assert!(expected > 0.0, "{context:?}: loss {index} is empty");
-            assert!((together.0[index] - expected).abs() < 1e-3 * expected, "{} {expected}", together.0[index]);
+    each_family(|family, model, teacher| {
+        for context in [Context::Clean, Context::NoisyWindow] {
+            let settings = Consistency { context, window: 2, local_weight: 1.0, ..Consistency::default() };
+            let rows: Vec<Packed> = [("a", 3, 9), ("b", 12, 14), ("c", 7, 30)]
+                .map(|(name, prompt, length)| {
+                    example(name, prompt, length).pack(&settings, &mut fingerprint::rng(1, name, 0))
+                })
+                .into();
+            let sums = |rows: &[Packed]| {
+                let batch = Batch::new(rows, Device::Cpu);
+                let losses = losses(&model, Some(&teacher), &batch, &settings);
+                ([losses.ar, losses.global, losses.local, losses.anchor].map(|sum| sum.double_value(&[])), batch.counts)
+            };
+            let together = sums(&rows);
+            let alone: Vec<_> = rows.iter().map(|row| sums(std::slice::from_ref(row))).collect();
+            for index in 0..4 {
+                let expected: f64 = alone.iter().map(|sum| sum.0[index]).sum();
+                assert!(expected > 0.0, "{family}, {context:?}: loss {index} is empty");
+                assert!(
+                    (together.0[index] - expected).abs() < 1e-3 * expected,
+                    "{family}: {} {expected}",
+                    together.0[index]
+                );
+            }
+            assert_eq!(together.1.clean, 9 + 14 + 30);
+            assert_eq!(together.1.noisy, alone.iter().map(|sum| sum.1.noisy).sum::<usize>());
         }
-        assert_eq!(together.1.clean, 9 + 14 + 30);
-        assert_eq!(together.1.noisy, alone.iter().map(|sum| sum.1.noisy).sum::<usize>());
-    }
+    });
 }
 
 #[test]
@@ -142,55 +147,55 @@ fn a_state_that_augment_changed_is_in_no_adjacent_pair() {
 
 #[test]
 fn the_losses_are_those_of_a_naive_loop() {
-    let _no_grad = tch::no_grad_guard();
-    let (model, teacher) = (model(3), model(4));
-    let (prompt, response) = (ids(5, 6), ids(2, 10));
-    let clean = plain(&model, &[prompt.clone(), response.clone()].concat()).log_softmax(-1, Kind::Float);
-    // Right at its first two tokens; the last block is cut by the end of the response, whose last token predicts nothing.
-    let first = vec![response[4], response[5], 0, 1];
-    let last = vec![3, response[9]];
-    let next = vec![response[4], response[5], 0, 9];
-    let block = |start: usize, tokens: &[i32], next: &[i32]| NoisyBlock {
-        start,
-        window: start,
-        tokens: tokens.to_vec(),
-        next: next.to_vec(),
-    };
-    let packed = Packed::new(&prompt, &response, vec![block(4, &first, &next), block(8, &last, &response[8..])]);
-    let settings = Consistency { local_weight: 1.0, ..Consistency::default() };
-    let batch = Batch::new(&[packed], Device::Cpu);
-    let found = losses(&model, Some(&teacher), &batch, &settings);
+    each_family(|family, model, teacher| {
+        let (prompt, response) = (ids(5, 6), ids(2, 10));
+        let clean = plain(&model, &[prompt.clone(), response.clone()].concat()).log_softmax(-1, Kind::Float);
+        // Right at its first two tokens; the last block is cut by the end of the response, whose last token predicts nothing.
+        let first = vec![response[4], response[5], 0, 1];
+        let last = vec![3, response[9]];
+        let next = vec![response[4], response[5], 0, 9];
+        let block = |start: usize, tokens: &[i32], next: &[i32]| NoisyBlock {
+            start,
+            window: start,
+            tokens: tokens.to_vec(),
+            next: next.to_vec(),
+        };
+        let packed = Packed::new(&prompt, &response, vec![block(4, &first, &next), block(8, &last, &response[8..])]);
+        let settings = Consistency { local_weight: 1.0, ..Consistency::default() };
+        let batch = Batch::new(&[packed], Device::Cpu);
+        let found = losses(&model, Some(&teacher), &batch, &settings);
 
-    let frozen = plain(&teacher, &[prompt.clone(), response.clone()].concat()).log_softmax(-1, Kind::Float);
-    let answers = (prompt.len() - 1) as i64..(prompt.len() + response.len() - 1) as i64;
-    let anchor = divergence(&frozen.i(answers.clone()), &clean.i(answers), Divergence::Forward).double_value(&[]);
-    assert!((found.anchor.double_value(&[]) - anchor).abs() < 1e-3, "{anchor}");
-    let mut consistency = 0.0;
-    for (start, tokens, kept) in [(4, &first, 2..4), (8, &last, 0..1)] {
-        let noisy = plain(&model, &[prompt.as_slice(), &response[..start], tokens].concat());
-        for offset in kept {
-            let place = (prompt.len() + start + offset) as i64;
-            let rows = (clean.i(place..=place), noisy.i(place..=place).log_softmax(-1, Kind::Float));
-            consistency += divergence(&rows.0, &rows.1, Divergence::Forward).double_value(&[]);
+        let frozen = plain(&teacher, &[prompt.clone(), response.clone()].concat()).log_softmax(-1, Kind::Float);
+        let answers = (prompt.len() - 1) as i64..(prompt.len() + response.len() - 1) as i64;
+        let anchor = divergence(&frozen.i(answers.clone()), &clean.i(answers), Divergence::Forward).double_value(&[]);
+        assert!(close(&found.anchor, anchor), "{family}: {anchor}");
+        let mut consistency = 0.0;
+        for (start, tokens, kept) in [(4, &first, 2..4), (8, &last, 0..1)] {
+            let noisy = plain(&model, &[prompt.as_slice(), &response[..start], tokens].concat());
+            for offset in kept {
+                let place = (prompt.len() + start + offset) as i64;
+                let rows = (clean.i(place..=place), noisy.i(place..=place).log_softmax(-1, Kind::Float));
+                consistency += divergence(&rows.0, &rows.1, Divergence::Forward).double_value(&[]);
+            }
         }
-    }
-    assert_eq!((batch.counts.noisy, batch.counts.clean), (3, 10));
-    assert!((found.global.double_value(&[]) - consistency).abs() < 1e-3, "{consistency}");
-    // The local loss starts where a state and the next differ: the last offset of the first block.
-    let log = |tokens: &[i32]| {
-        let whole = [prompt.as_slice(), &response[..4], tokens].concat();
-        plain(&model, &whole).i(whole.len() as i64 - 1..).log_softmax(-1, Kind::Float)
-    };
-    let last_offset = divergence(&log(&next), &log(&first), Divergence::Forward).double_value(&[]);
-    let at = (prompt.len() + 8) as i64;
-    let noisy = plain(&model, &[prompt.as_slice(), &response[..8], &last].concat()).log_softmax(-1, Kind::Float);
-    let cut = divergence(&clean.i(at..=at), &noisy.i(at..=at), Divergence::Forward).double_value(&[]);
-    assert_eq!(batch.counts.local, 2);
-    assert!((found.local.double_value(&[]) - last_offset - cut).abs() < 1e-3, "{last_offset} {cut}");
-    let ar: f64 = (0..10)
-        .map(|offset| -clean.double_value(&[(prompt.len() + offset) as i64 - 1, i64::from(response[offset])]))
-        .sum();
-    assert!((found.ar.double_value(&[]) - ar).abs() < 1e-3, "{ar}");
+        assert_eq!((batch.counts.noisy, batch.counts.clean), (3, 10));
+        assert!(close(&found.global, consistency), "{family}: {consistency}");
+        // The local loss starts where a state and the next differ: the last offset of the first block.
+        let log = |tokens: &[i32]| {
+            let whole = [prompt.as_slice(), &response[..4], tokens].concat();
+            plain(&model, &whole).i(whole.len() as i64 - 1..).log_softmax(-1, Kind::Float)
+        };
+        let last_offset = divergence(&log(&next), &log(&first), Divergence::Forward).double_value(&[]);
+        let at = (prompt.len() + 8) as i64;
+        let noisy = plain(&model, &[prompt.as_slice(), &response[..8], &last].concat()).log_softmax(-1, Kind::Float);
+        let cut = divergence(&clean.i(at..=at), &noisy.i(at..=at), Divergence::Forward).double_value(&[]);
+        assert_eq!(batch.counts.local, 2);
+        assert!(close(&found.local, last_offset + cut), "{family}: {last_offset} {cut}");
+        let ar: f64 = (0..10)
+            .map(|offset| -clean.double_value(&[(prompt.len() + offset) as i64 - 1, i64::from(response[offset])]))
+            .sum();
+        assert!(close(&found.ar, ar), "{family}: {ar}");
+    });
 }
 
 #[test]

@@ -13,6 +13,8 @@ use cllm_train::trainer;
 use serde_json::Value;
 use tch::{Device, Kind};
 
+use crate::families::{random_model, shapes};
+
 const N: usize = 4;
 
 /// A folder with a prompt set and a tokenizer.
@@ -199,7 +201,10 @@ fn a_probe_tells_the_answers_that_never_end_apart() {
     let probes: Vec<Value> = lines.filter(|line| line["probe_tokens_per_forward"].is_number()).collect();
     // Two steps teach no model to end its answers: none of them makes a checkpoint the best.
     for probe in &probes {
-        assert_eq!((&probe["probe_unfinished"], &probe["probe_tokens_per_forward_finished"]), (&12.into(), &Value::Null));
+        assert_eq!(
+            (&probe["probe_unfinished"], &probe["probe_tokens_per_forward_finished"]),
+            (&12.into(), &Value::Null)
+        );
     }
     let found = summary(&run);
     assert_eq!((probes.len(), &found["unfinished"], &found["best_probe"]), (2, &12.into(), &Value::Null));
@@ -222,6 +227,41 @@ fn ids_that_end_an_answer_can_be_named() {
     assert!(ended > 0, "no answer ends with token 5");
     let message = trainer::run(Settings { eos_ids: vec![270], ..settings }).unwrap_err().to_string();
     assert!(message.contains("eos_ids: 270 is no token of"), "{message}");
+}
+
+#[test]
+fn a_student_of_every_family_resumes_exactly() {
+    tch::set_num_threads(1);
+    for (name, mut config) in shapes() {
+        let dir = tempfile::tempdir().unwrap();
+        prepare(dir.path());
+        let model = dir.path().join("tokenizer");
+        let vocab_size = Tokenizer::load(&model).unwrap().vocab_size();
+        config["vocab_size"] = vocab_size.into();
+        random_model(&config, 5).save(&model, Kind::Float).unwrap();
+        let mut student = Settings {
+            init: None,
+            objective: Objective::Consistency,
+            data: vec![collect(&model, dir.path())],
+            model: model.display().to_string(),
+            max_steps: 4,
+            save_every: 2,
+            ..sft(dir.path(), "run")
+        };
+        student.consistency.local_weight = 0.5;
+        student.consistency.anchor_weight = 0.5;
+        let run = dir.path().join("run");
+        trainer::run(student.clone()).unwrap();
+        let (whole, kept) = (curve(&run), dir.path().join("kept"));
+        assert!(whole.len() == 4 && whole.iter().all(|line| line.2.is_number()), "{name}: {whole:?}");
+        std::fs::rename(run.join("final"), &kept).unwrap();
+        std::fs::create_dir(run.join("final")).unwrap();
+        cut_back(&run, 2);
+        trainer::run(student).unwrap();
+        assert_eq!(curve(&run), whole, "{name}");
+        assert!(same_weights(&kept, &run.join("final")), "{name}");
+        assert!(!same_weights(&kept, &model), "{name}: it learnt nothing");
+    }
 }
 
 #[test]
