@@ -5,22 +5,21 @@
 //! laid over the resulting value.
 
 use std::collections::BTreeMap;
-use std::ffi::OsString;
 use std::path::Path;
 
 use garde::Validate;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use crate::{Error, Result, progress, text_file};
 
+mod layers;
 mod reference;
 
+pub use layers::ENVIRONMENT_PREFIX;
+use layers::{Refused, from_environment, set};
 pub use reference::reference;
-
-/// Prefix of environment variables: `CLLM_SET_OPTIMIZER__LR=1e-4` sets `optimizer.lr`.
-pub const ENVIRONMENT_PREFIX: &str = "CLLM_SET_";
 
 /// Loads settings from an optional file, the environment and `overrides`.
 ///
@@ -48,13 +47,13 @@ where
                 progress::say(format!("{origin} is passed over: {message}"));
                 continue;
             }
-            other => other.map_err(|refused| refused.from(&origin))?,
+            other => other.map_err(|refused| refused.into_error(&origin))?,
         }
         layers.push((origin, assignment));
     }
     for assignment in overrides {
         let origin = format!("override `{assignment}`");
-        set::<T>(&mut value, assignment).map_err(|refused| refused.from(&origin))?;
+        set::<T>(&mut value, assignment).map_err(|refused| refused.into_error(&origin))?;
         layers.push((origin, assignment.clone()));
     }
     let settings: T = serde_path_to_error::deserialize(&value)
@@ -102,85 +101,8 @@ fn unknown_field(message: &str) -> Option<String> {
     Some(rest.split_once('`')?.0.to_owned())
 }
 
-/// Variables that set something; others may hold what they like, even what is no text.
-fn from_environment(variables: impl Iterator<Item = (OsString, OsString)>) -> Result<Vec<(String, String)>> {
-    let mut found = Vec::new();
-    for (name, value) in variables {
-        let name = name.to_string_lossy();
-        let Some(path) = name.strip_prefix(ENVIRONMENT_PREFIX) else { continue };
-        let origin = format!("environment variable {name}");
-        let value = value.into_string().map_err(|_| Error::usage(format!("{origin}: its value is not UTF-8")))?;
-        found.push((origin, format!("{}={value}", path.to_lowercase().replace("__", "."))));
-    }
-    found.sort();
-    Ok(found)
-}
-
 fn to_value(settings: &impl Serialize) -> Result<Value> {
     serde_json::to_value(settings).map_err(|error| Error::usage(format!("settings: {error}")))
-}
-
-/// Why an assignment is refused.
-enum Refused {
-    Unknown(String),
-    Wrong(String),
-}
-
-impl Refused {
-    fn from(self, origin: &str) -> Error {
-        let (Refused::Unknown(message) | Refused::Wrong(message)) = self;
-        Error::usage(format!("{origin}: {message}"))
-    }
-}
-
-/// Lays one `a.b=value` over `root`, which stays as it is where that is refused.
-fn set<T: Serialize + DeserializeOwned>(root: &mut Value, assignment: &str) -> std::result::Result<(), Refused> {
-    let form = || Refused::Wrong("expected section.key=value; flags start with --".to_owned());
-    let (path, text) = assignment.split_once('=').ok_or_else(form)?;
-    let mut changed = root.clone();
-    open_sections::<T>(&mut changed, path);
-    let unknown = || {
-        let hint = nearest(path, &all_keys(&changed)).map(|key| format!("; did you mean `{key}`?")).unwrap_or_default();
-        Refused::Unknown(format!("unknown key `{path}`{hint}"))
-    };
-    let pointer = format!("/{}", path.replace('.', "/"));
-    let is_text = changed.pointer(&pointer).ok_or_else(unknown)?.is_string();
-    let as_yaml = serde_saphyr::from_str(text).map_err(|error| format!("`{text}`: {error}"));
-    // In place of text, text is taken as it is, unless it is quoted or null: `y`, `2024` and `a: b` are good names.
-    let plain = text != "null" && !(text.starts_with(['\'', '"']) && as_yaml.as_ref().is_ok_and(Value::is_string));
-    let as_text = Ok(Value::from(text));
-    let readings = if is_text && plain { [as_text, as_yaml] } else { [as_yaml, as_text] };
-    let mut refused = None;
-    for reading in readings {
-        let tried = reading.and_then(|value| {
-            let mut tried = changed.clone();
-            tried.pointer_mut(&pointer).into_iter().for_each(|place| *place = value.clone());
-            check::<T>(&tried).map(|()| tried)
-        });
-        match tried {
-            Ok(tried) => {
-                *root = tried;
-                return Ok(());
-            }
-            Err(message) => refused = refused.or(Some(message)),
-        }
-    }
-    Err(Refused::Wrong(refused.unwrap_or_default()))
-}
-
-/// Puts the defaults of a section in its place where it is null and `path` leads into it.
-fn open_sections<T: Serialize + DeserializeOwned>(root: &mut Value, path: &str) {
-    for (end, _) in path.match_indices('.') {
-        let pointer = format!("/{}", path[..end].replace('.', "/"));
-        if root.pointer(&pointer).is_some_and(Value::is_null) {
-            let mut opened = root.clone();
-            opened.pointer_mut(&pointer).into_iter().for_each(|place| *place = Value::Object(Map::new()));
-            // What is no section is refused here, and stays null.
-            if let Some(opened) = serde_json::from_value::<T>(opened).ok().and_then(|all| to_value(&all).ok()) {
-                *root = opened;
-            }
-        }
-    }
 }
 
 /// Refuses numbers of a file that are not finite: no rule of a range does, and JSON has none.
@@ -346,17 +268,6 @@ mod tests {
         assert!(range.ends_with("run.yaml, line 3: optimizer.lr=3.0: greater than 1"), "{range}");
         let range = with_file("optimizer:\n  lr: 3\n", &["optimizer.lr=-1"]).unwrap_err().to_string();
         assert_eq!(range, "override `optimizer.lr=-1`: optimizer.lr=-1: lower than 0");
-    }
-
-    #[test]
-    fn variables_that_are_no_text_matter_only_where_they_set_something() {
-        use std::os::unix::ffi::OsStringExt;
-        let variable = |name: &str, value: &[u8]| (name.into(), OsString::from_vec(value.to_vec()));
-        let foreign = [variable("LESS", b"\xff"), variable("CLLM_SET_OPTIMIZER__LR", b"0.3")];
-        let found = from_environment(foreign.into_iter()).unwrap();
-        assert_eq!(found, [("environment variable CLLM_SET_OPTIMIZER__LR".into(), "optimizer.lr=0.3".into())]);
-        let message = from_environment([variable("CLLM_SET_NAME", b"\xff")].into_iter()).unwrap_err().to_string();
-        assert!(message.contains("CLLM_SET_NAME") && message.contains("not UTF-8"), "{message}");
     }
 
     #[test]
