@@ -272,7 +272,9 @@ mod tests {
 
     #[test]
     fn text_is_taken_as_it_is() {
-        for (given, text) in [("y", "y"), ("2024", "2024"), ("a: b # c", "a: b # c"), ("[a", "[a"), ("'2 x'", "2 x")] {
+        for (given, text) in
+            [("y", "y"), ("x # c", "x # c"), ("2024", "2024"), ("a: b # c", "a: b # c"), ("[a", "[a"), ("'2 x'", "2 x")]
+        {
             let top = with_file("", &[&format!("name={given}"), &format!("output={given}")]).unwrap();
             assert_eq!((top.name.as_str(), top.output.is_some()), (text, true), "{given}");
         }
