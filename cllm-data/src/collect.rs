@@ -22,6 +22,8 @@ use crate::tally::{Figures, Tally};
 
 /// Answers that may wait to be scored and written before decoding waits for them.
 const WAITING: usize = 4096;
+/// Answers that are scored together where decoding and writing take turns.
+const TOGETHER: usize = 64;
 
 /// Settings of `collect`.
 #[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]
@@ -211,7 +213,7 @@ fn fit(
     Ok((prepared, skipped))
 }
 
-/// Decodes what the shelf lacks, in about the order of the prompts, while another thread scores and writes.
+/// Decodes what the shelf lacks, in about the order of the prompts. On a GPU another thread scores and writes meanwhile.
 fn decode_open(
     model: &Transformer,
     tokenizer: &Tokenizer,
@@ -229,31 +231,58 @@ fn decode_open(
     let options = DecodeOptions { record: true, ..DecodeOptions::greedy(strategy, settings.seed) };
     let rows = settings.batch_rows.min(order.len());
     let mut decoder = Decoder::new(model, rows, capacity(longest, &limits, strategy))?;
-    let mut requests = order.iter().map(|&index| Request {
+    let request = |&index: &usize| Request {
         sample_id: prepared[index].sample.id.clone(),
         prompt_ids: prepared[index].ids.clone(),
-    });
+    };
+    let mut tally = Tally::default();
+    let mut put = |answers: Vec<(usize, Answer)>| -> Result<()> {
+        let count = answers.len() as u64;
+        tally.add(shelf.put(answers)?);
+        bar.message(format!("{} tokens", tally.figures().response_tokens));
+        bar.advance(count);
+        Ok(())
+    };
+    let mut requests = order.iter().map(request);
+    if model.device().is_cuda() {
+        decode_beside(&mut decoder, &mut requests, &limits, options, &order, &mut put)?;
+    } else {
+        // On the CPU decoding wants every core: a thread beside it would only make it wait.
+        let mut waiting = Vec::new();
+        let decoded = decoder.stream(&mut requests, &limits, options, &mut |request, answer| {
+            waiting.push((order[request], answer));
+            if waiting.len() < TOGETHER { Ok(()) } else { put(std::mem::take(&mut waiting)) }
+        });
+        put(waiting)?;
+        decoded?;
+    }
+    Ok(tally)
+}
+
+/// Decodes on this thread while another puts away the answers.
+fn decode_beside(
+    decoder: &mut Decoder<'_>,
+    requests: &mut dyn Iterator<Item = Request>,
+    limits: &Limits,
+    options: DecodeOptions,
+    order: &[usize],
+    put: &mut (impl FnMut(Vec<(usize, Answer)>) -> Result<()> + Send),
+) -> Result<()> {
     std::thread::scope(|scope| {
         let (sender, receiver) = mpsc::sync_channel::<(usize, Answer)>(WAITING);
-        let writing = scope.spawn(move || -> Result<Tally> {
-            let mut tally = Tally::default();
+        let writing = scope.spawn(move || -> Result<()> {
             while let Ok(first) = receiver.recv() {
-                let answers: Vec<_> = std::iter::once(first).chain(receiver.try_iter()).collect();
-                let count = answers.len() as u64;
-                tally.add(shelf.put(answers)?);
-                bar.message(format!("{} tokens", tally.figures().response_tokens));
-                bar.advance(count);
+                put(std::iter::once(first).chain(receiver.try_iter()).collect())?;
             }
-            Ok(tally)
+            Ok(())
         });
-        let decoded = decoder.stream(&mut requests, &limits, options, &mut |request, answer| {
+        let decoded = decoder.stream(requests, limits, options, &mut |request, answer| {
             let gone = |_| Error::usage("the thread that writes has ended");
             sender.send((order[request], answer)).map_err(gone)
         });
         drop(sender);
-        let written = writing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         // Decoding fails too where writing did; the cause counts.
-        let tally = written?;
-        decoded.map(|()| tally)
+        writing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))?;
+        decoded
     })
 }

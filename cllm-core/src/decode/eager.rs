@@ -40,20 +40,21 @@ impl<'m> EagerModel<'m> {
         let on_device = |values: Vec<i64>| Tensor::from_slice(&values).view(shape).to_device(self.model.device());
         let attended = batch.rows.iter().map(|(start, _)| start + width).max().unwrap_or(0);
         let mut cache = self.cache.rows(batch.first_row, batch.rows.len());
-        self.model.hidden_cached(&on_device(tokens), &on_device(positions), &mut cache, attended)
+        let lengths: Vec<usize> = batch.rows.iter().map(|(_, row)| row.len()).collect();
+        self.model.hidden_cached(&on_device(tokens), &on_device(positions), &lengths, &mut cache, attended)
     }
 
-    /// The choice after every token `[rows, width]`.
-    fn choose(&self, hidden: &Tensor, windows: &[Window<'_>], choice: Choice, width: usize) -> Result<Vec<i32>> {
+    /// The choice after every token of the windows.
+    fn choose(&self, hidden: &Tensor, windows: &[Window<'_>], choice: Choice) -> Result<Vec<i32>> {
         let logits = self.model.logits(hidden)?;
         if choice.temperature == 0.0 {
             return Ok(Vec::try_from(logits.argmax(-1, false).to_kind(Kind::Int).view([-1]))?);
         }
         let vocab = self.model.config().vocab_size as usize;
         let logits: Vec<f32> = Vec::try_from(logits.view([-1]))?;
-        let keys = windows
-            .iter()
-            .flat_map(|window| (0..width).map(|offset| noise::position_key(window.key, window.start + offset + 1)));
+        let keys = windows.iter().flat_map(|window| {
+            (0..window.len()).map(|offset| noise::position_key(window.key, window.start + offset + 1))
+        });
         Ok(keys.zip(logits.chunks(vocab)).map(|(key, row)| noise::choose(row, choice.temperature, key)).collect())
     }
 }
@@ -73,8 +74,8 @@ impl Forward for EagerModel<'_> {
         let width = windows.iter().map(Window::len).max().unwrap_or(0);
         let rows = windows.iter().map(|window| (window.start, window.tokens().collect())).collect();
         let hidden = self.hidden(&Batch { first_row: 0, rows, width });
-        let chosen = self.choose(&hidden, windows, choice, width)?;
-        Ok(windows.iter().zip(chosen.chunks(width)).map(|(window, row)| row[..window.len()].to_vec()).collect())
+        let mut chosen = self.choose(&hidden, windows, choice)?.into_iter();
+        Ok(windows.iter().map(|window| chosen.by_ref().take(window.len()).collect()).collect())
     }
 
     fn copy_row(&mut self, from: usize, to: usize) -> Result<()> {

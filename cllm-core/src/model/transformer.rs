@@ -55,7 +55,33 @@ enum Context<'c> {
     /// Everything before it in the same sequence, or what is added to its scores `[b, 1, s, s]` allows.
     Sequence(Option<Tensor>),
     /// The leading slots of a cache, written at these positions first, as far as what is added to the scores allows.
-    Cache { cache: &'c mut KvCache, slots: &'c Tensor, attended: usize, bias: Tensor },
+    Cache { cache: &'c mut KvCache, slots: &'c Tensor, attended: usize, bias: Tensor, ragged: Option<Ragged> },
+}
+
+/// Rows of different lengths: all but attention sees their tokens one behind another, without the padding.
+struct Ragged {
+    /// Number of each token among the places `[rows x width]`, int64 `[tokens]`.
+    places: Tensor,
+    /// Token of each place, the first one for padding, int64 `[rows x width]`.
+    tokens: Tensor,
+}
+
+impl Ragged {
+    /// `None` where every row is full.
+    fn new(lengths: &[usize], width: usize, device: Device) -> Option<Self> {
+        if lengths.iter().all(|&length| length == width) {
+            return None;
+        }
+        let (mut places, mut tokens) = (Vec::new(), vec![0; lengths.len() * width]);
+        for (row, &length) in lengths.iter().enumerate() {
+            for (offset, token) in tokens[row * width..][..length].iter_mut().enumerate() {
+                *token = places.len() as i64;
+                places.push((row * width + offset) as i64);
+            }
+        }
+        let on_device = |numbers: Vec<i64>| Tensor::from_slice(&numbers).to_device(device);
+        Some(Ragged { places: on_device(places), tokens: on_device(tokens) })
+    }
 }
 
 impl Transformer {
@@ -125,18 +151,31 @@ impl Transformer {
         self.forward(tokens, positions, Context::Sequence(mask.map(|mask| self.bias(mask))))
     }
 
-    /// Final hidden states `[rows, width, hidden]` with a cache: keys and values are written at slots `positions`
-    /// (int64 `[rows, width]`), then each query attends to every slot at or before its own position.
-    /// `attended`: number of leading slots that any row needs. No gradient flows.
-    pub fn hidden_cached(&self, tokens: &Tensor, positions: &Tensor, cache: &mut KvCache, attended: usize) -> Tensor {
+    /// Final hidden states `[tokens, hidden]` of the leading `lengths` tokens of each row, with a cache: keys and values are
+    /// written at slots `positions` (int64 `[rows, width]`, as `tokens`), then each query attends to every slot at or before
+    /// its own position. `attended`: number of leading slots that any row needs. No gradient flows.
+    pub fn hidden_cached(
+        &self,
+        tokens: &Tensor,
+        positions: &Tensor,
+        lengths: &[usize],
+        cache: &mut KvCache,
+        attended: usize,
+    ) -> Tensor {
         let _no_grad = tch::no_grad_guard();
+        let ragged = Ragged::new(lengths, tokens.size()[1] as usize, self.device);
+        let tokens = match &ragged {
+            Some(ragged) => tokens.view([-1]).index_select(0, &ragged.places).unsqueeze(0),
+            None => tokens.shallow_clone(),
+        };
         let attended = attended.next_multiple_of(ALIGNED);
         let slots = Tensor::arange(attended as i64, (Kind::Int64, self.device));
         // The query heads that share a key head stand behind one another in the sequence of queries (see `attention`).
         let group = self.config.num_heads / self.config.num_kv_heads;
         let mask = slots.view([1, 1, 1, -1]).le_tensor(&positions.repeat([1, group]).unsqueeze(1).unsqueeze(-1));
         let bias = self.bias(&mask);
-        self.forward(tokens, positions, Context::Cache { cache, slots: positions, attended, bias })
+        let context = Context::Cache { cache, slots: positions, attended, bias, ragged };
+        self.forward(&tokens, positions, context).flatten(0, 1)
     }
 
     /// What is added to the scores where `mask` is true (0) and false (minus infinity); made once, not once a layer.
@@ -185,8 +224,23 @@ impl Transformer {
         rotation: &Rotation,
         context: &mut Context<'_>,
     ) -> Tensor {
-        let (batch, length, _) = x.size3().unwrap_or_default();
-        let heads = |projected: Tensor| projected.view([batch, length, -1, self.config.head_dim]);
+        let ragged = match context {
+            Context::Cache { ragged: Some(ragged), .. } => {
+                Some((ragged.places.shallow_clone(), ragged.tokens.shallow_clone()))
+            }
+            _ => None,
+        };
+        let (batch, length) = match context {
+            Context::Cache { slots, .. } => slots.size2().unwrap_or_default(),
+            Context::Sequence(_) => (x.size()[0], x.size()[1]),
+        };
+        let heads = |projected: Tensor| {
+            let padded = match &ragged {
+                Some((_, tokens)) => projected.squeeze_dim(0).index_select(0, tokens),
+                None => projected,
+            };
+            padded.view([batch, length, -1, self.config.head_dim])
+        };
         let (mut queries, mut keys) = (heads(layer.query.apply(x)), heads(layer.key.apply(x)));
         if let Some((query_norm, key_norm)) = &layer.query_key_norm {
             queries = self.rms_norm(&queries, query_norm);
@@ -206,14 +260,18 @@ impl Transformer {
                 };
                 attend(&queries, &widened(&keys), &widened(&values), bias.as_ref())
             }
-            Context::Cache { cache, slots, attended, bias } => {
+            Context::Cache { cache, slots, attended, bias, .. } => {
                 let (keys, values) = cache.update(index, &keys, &values, slots, *attended);
                 // No copy of the cache: a group's heads become more queries of the same key head.
                 let folded = queries.reshape([batch, key_heads, group * length, width]);
                 attend(&folded, &keys, &values, Some(bias)).reshape([batch, key_heads * group, length, width])
             }
         };
-        layer.output.apply(&mixed.transpose(1, 2).reshape([batch, length, -1]))
+        let mixed = mixed.transpose(1, 2).reshape([batch, length, -1]);
+        layer.output.apply(&match &ragged {
+            Some((places, _)) => mixed.flatten(0, 1).index_select(0, places).unsqueeze(0),
+            None => mixed,
+        })
     }
 
     /// Root-mean-square norm over the last dimension, computed in float32.

@@ -104,8 +104,10 @@ fn cached_forwards_in_uneven_pieces_agree_with_transformers() {
             // Guesses that are wrong are written first, as Jacobi decoding does; the next forward writes over them.
             let wrong = (tokens.narrow(1, start, width) + 7).remainder(60);
             let (slots, end) = (positions.narrow(1, start, width), (start + width) as usize);
-            let _ = model.hidden_cached(&wrong, &slots, &mut cache, end);
-            pieces.push(model.hidden_cached(&tokens.narrow(1, start, width), &slots, &mut cache, end));
+            let lengths = [width as usize; 2];
+            let _ = model.hidden_cached(&wrong, &slots, &lengths, &mut cache, end);
+            let piece = model.hidden_cached(&tokens.narrow(1, start, width), &slots, &lengths, &mut cache, end);
+            pieces.push(piece.view([2, width, -1]));
             start += width;
         }
         fixture.check(&name, &model.logits(&Tensor::cat(&pieces, 1)).unwrap());
