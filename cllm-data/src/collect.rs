@@ -251,7 +251,7 @@ fn decode_open(
         let mut waiting = Vec::new();
         let decoded = decoder.stream(&mut requests, &limits, options, &mut |request, answer| {
             waiting.push((order[request], answer));
-            if waiting.len() < TOGETHER { Ok(()) } else { put(std::mem::take(&mut waiting)) }
+            if waiting.len() < TOGETHER.min(settings.shard_rows) { Ok(()) } else { put(std::mem::take(&mut waiting)) }
         });
         put(waiting)?;
         decoded?;
