@@ -8,8 +8,6 @@ use garde::Validate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::results::name;
-
 /// Settings of an evaluation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -44,7 +42,7 @@ pub struct RunSettings {
     /// How many examples (the first) are timed at batch 1; 0 measures accuracy alone.
     #[garde(skip)]
     pub speed_examples: usize,
-    /// How to decode: `ar`, `jacobi: {n: 16}`, `rolling: {n: 16}`.
+    /// How to decode, such as `ar`, `jacobi: {n: 16}` or `rolling: {n: 16, pool: 4}`; what a strategy leaves out has its default.
     #[garde(length(min = 1), custom(valid_strategies))]
     pub strategies: Vec<Strategy>,
     /// Most tokens of an answer.
@@ -89,9 +87,7 @@ impl Default for RunSettings {
 
 pub(crate) fn valid_strategies(strategies: &[Strategy], _: &()) -> garde::Result {
     for (index, strategy) in strategies.iter().enumerate() {
-        if *strategy != Strategy::Ar && !(2..=1024).contains(&strategy.block_size()) {
-            return Err(garde::Error::new(format!("n of {} must be from 2 to 1024", name(*strategy))));
-        }
+        strategy.check().map_err(garde::Error::new)?;
         if strategies[..index].contains(strategy) {
             return Err(garde::Error::new("a strategy stands twice"));
         }

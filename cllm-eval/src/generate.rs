@@ -93,8 +93,8 @@ pub fn generate(what: &Question, show: bool) -> Result<Value> {
 fn describe(tokenizer: &Tokenizer, strategy: Strategy, answer: &Answer, timing: Timing) -> Result<Value> {
     let tokens = answer.response_ids.len();
     Ok(json!({
-        "name": crate::results::name(strategy),
-        "n": (strategy != Strategy::Ar).then(|| strategy.block_size()),
+        "name": strategy.name(),
+        "n": (strategy != Strategy::Ar).then(|| strategy.window()),
         "text": tokenizer.decode(&answer.response_ids)?,
         "response_ids": answer.response_ids,
         "finish_reason": answer.finish_reason,

@@ -114,9 +114,9 @@ fn section(path: &Path) -> Result<Section> {
         .iter()
         .flat_map(|model| model.strategies.iter().map(move |strategy| (model.model.role, strategy)))
         .collect();
-    let named = |role: Role, strategy: &StrategyResults| format!("{} {}", role_name(role), strategy.label());
+    let named = |role: Role, strategy: &StrategyResults| format!("{} {}", role_name(role), strategy.label.clone());
     let rows = found.iter().map(|(role, strategy)| {
-        let mut row = vec![role_name(*role).to_owned(), strategy.label()];
+        let mut row = vec![role_name(*role).to_owned(), strategy.label.clone()];
         row.extend(cells(strategy));
         row
     });
@@ -162,7 +162,7 @@ fn charts(found: &[(Role, &StrategyResults)], records: Option<&Records>) -> Vec<
         let rows: Vec<Bar> = found
             .iter()
             .map(|&(role, strategy)| Bar {
-                label: format!("{} {}", role_name(role), strategy.label()),
+                label: format!("{} {}", role_name(role), strategy.label.clone()),
                 class: class(role),
                 value: figure(strategy),
                 interval: None,
@@ -180,7 +180,7 @@ fn charts(found: &[(Role, &StrategyResults)], records: Option<&Records>) -> Vec<
     let rows: Vec<Bar> = found
         .iter()
         .map(|&(role, strategy)| Bar {
-            label: format!("{} {}", role_name(role), strategy.label()),
+            label: format!("{} {}", role_name(role), strategy.label.clone()),
             class: class(role),
             value: strategy.accuracy.map(|rate| 100.0 * rate),
             interval: strategy.ci95.map(|ends| ends.map(|end| 100.0 * end)),
@@ -199,7 +199,7 @@ fn histograms(records: &Records) -> Vec<Chart> {
     let mut charts = Vec::new();
     for model in &header.models {
         for &strategy in header.settings.strategies.iter().filter(several) {
-            let most = HISTOGRAM_BARS.min(strategy.block_size());
+            let most = HISTOGRAM_BARS.min(strategy.window());
             let mut counts = vec![0u64; most];
             let mine = |answer: &&AnswerRecord| answer.role == model.role && answer.strategy == strategy;
             for &accepted in records.answers.iter().filter(mine).flat_map(|answer| &answer.accepted) {
@@ -211,7 +211,7 @@ fn histograms(records: &Records) -> Vec<Chart> {
                 .enumerate()
                 .map(|(index, &count)| {
                     let share = 100.0 * count as f64 / total;
-                    let more = if index + 1 == most && most < strategy.block_size() { " or more" } else { "" };
+                    let more = if index + 1 == most && most < strategy.window() { " or more" } else { "" };
                     Bar {
                         label: format!("{}{more}", index + 1),
                         class: class(model.role),
@@ -235,7 +235,7 @@ fn figures(found: &[(Role, &StrategyResults)]) -> Vec<(String, Vec<String>)> {
     let Some(Value::Object(first)) = values.first() else { return Vec::new() };
     first
         .keys()
-        .filter(|key| !matches!(key.as_str(), "name" | "n"))
+        .filter(|key| !matches!(key.as_str(), "name" | "label" | "n"))
         .map(|key| (key.clone(), values.iter().map(|value| plain(&value[key])).collect()))
         .collect()
 }

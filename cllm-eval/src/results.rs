@@ -53,9 +53,11 @@ pub struct ModelResults {
 /// Figures of a model and a strategy.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct StrategyResults {
-    /// `ar`, `jacobi` or `rolling`.
+    /// `ar`, `jacobi`, `rolling` or `multiblock`.
     pub name: String,
-    /// Tokens of a block or window; none for `ar`.
+    /// With its settings, as people read it.
+    pub label: String,
+    /// Most tokens of a forward; none for `ar`, which has always one.
     pub n: Option<usize>,
     /// Answers.
     pub examples: usize,
@@ -138,28 +140,17 @@ pub struct PairedDifference {
     pub ci95: Option<[f64; 2]>,
 }
 
-/// `ar`, `jacobi` or `rolling`.
-pub fn name(strategy: Strategy) -> &'static str {
-    match strategy {
-        Strategy::Ar => "ar",
-        Strategy::Jacobi { .. } => "jacobi",
-        Strategy::Rolling { .. } => "rolling",
-    }
-}
-
-/// A strategy as people read it.
+/// A strategy as people read it: its name, and what it has that is not left at its default.
 pub fn label(strategy: Strategy) -> String {
-    labelled(name(strategy), (strategy != Strategy::Ar).then(|| strategy.block_size()))
-}
-
-fn labelled(name: &str, n: Option<usize>) -> String {
-    n.map_or_else(|| name.to_owned(), |n| format!("{name} n={n}"))
-}
-
-impl StrategyResults {
-    /// As people read it.
-    pub fn label(&self) -> String {
-        labelled(&self.name, self.n)
+    let name = strategy.name();
+    let with_pool = |pool: usize| if pool == 0 { String::new() } else { format!(" pool={pool}") };
+    match strategy {
+        Strategy::Ar => name.to_owned(),
+        Strategy::Jacobi { n } => format!("{name} n={n}"),
+        Strategy::Rolling { n, pool } => format!("{name} n={n}{}", with_pool(pool)),
+        Strategy::MultiBlock { n, blocks, ratio, pool } => {
+            format!("{name} n={n} blocks={blocks} ratio={ratio}{}", with_pool(pool))
+        }
     }
 }
 
@@ -215,8 +206,9 @@ fn figures(records: &Records, role: Role, strategy: Strategy) -> StrategyResults
     margins.sort_by(f64::total_cmp);
     let batch_seconds: f64 = answers.iter().map(|answer| answer.batch_prefill_seconds + answer.batch_seconds).sum();
     let found = StrategyResults {
-        name: name(strategy).to_owned(),
-        n: (strategy != Strategy::Ar).then(|| strategy.block_size()),
+        name: strategy.name().to_owned(),
+        label: label(strategy),
+        n: (strategy != Strategy::Ar).then(|| strategy.window()),
         examples: answers.len(),
         scored,
         right,

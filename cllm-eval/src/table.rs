@@ -103,7 +103,7 @@ pub fn summary(results: &Results) -> String {
     table.set_header(HEADS);
     for model in &results.models {
         for found in &model.strategies {
-            let mut row = vec![role_name(model.model.role).to_owned(), found.label()];
+            let mut row = vec![role_name(model.model.role).to_owned(), found.label.clone()];
             row.extend(cells(found));
             table.add_row(row);
         }

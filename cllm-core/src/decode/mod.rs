@@ -1,16 +1,19 @@
-//! Decoding: autoregressive, Jacobi and rolling behind one engine. Autoregressive decoding is Jacobi decoding with n = 1.
+//! Decoding: every strategy behind one engine. Autoregressive decoding is Jacobi decoding with n = 1.
 //!
 //! A [`Decoder`] holds a model and the cache of some rows. Each step forwards a window of tokens for every row: the last known
 //! one and guesses after it. What the model predicts makes some of them final; a row whose answer ends leaves its place to
 //! the next request. On a GPU a step is a CUDA graph over kernels of our own, elsewhere it is made of libtorch's operations.
 
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
-
 mod eager;
+mod guesser;
+mod jacobi;
+mod multi_block;
 mod noise;
+mod pool;
 mod recorded;
+mod rolling;
 mod row;
+mod strategy;
 
 use std::time::Instant;
 
@@ -22,24 +25,7 @@ use eager::EagerModel;
 use recorded::RecordedModel;
 use row::Row;
 
-/// How tokens are chosen and verified.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Strategy {
-    /// One token a forward.
-    Ar,
-    /// Fixed blocks of n tokens, iterated to their fixed point (Song et al., arXiv 2002.03629; CLLM, 2403.00835).
-    Jacobi {
-        /// Tokens of a block, at least 2.
-        n: usize,
-    },
-    /// A window that rolls on: what a forward made final leaves it at once, and n - 1 guesses stay in flight, the
-    /// predictions of the forward before among them.
-    Rolling {
-        /// Tokens of the window, at least 2.
-        n: usize,
-    },
-}
+pub use strategy::Strategy;
 
 /// One prompt to answer.
 #[derive(Debug, Clone)]
@@ -119,7 +105,7 @@ pub struct Decoder<'m> {
 }
 
 impl<'m> Decoder<'m> {
-    /// `rows`: most answers at once; `capacity`: most tokens of a prompt, its answer and one block ([`capacity`]).
+    /// `rows`: most answers at once; `capacity`: most tokens of a prompt, its answer and one window ([`capacity`]).
     ///
     /// # Errors
     /// [`Error::Torch`], such as memory that does not suffice for the cache.
@@ -136,8 +122,8 @@ impl<'m> Decoder<'m> {
     /// before the first token is decoded, so that the two can be timed apart.
     ///
     /// # Errors
-    /// [`Error::Usage`] when there are more requests than rows, or a prompt and its answer do not fit the model's context or
-    /// the cache; libtorch's errors; interruption.
+    /// [`Error::Usage`] when there are more requests than rows, a prompt and its answer do not fit the model's context or
+    /// the cache, or the strategy cannot be done ([`Strategy::check`]); libtorch's errors; interruption.
     pub fn answer(
         &mut self,
         requests: &[Request],
@@ -184,6 +170,7 @@ impl<'m> Decoder<'m> {
         prefill: Prefill,
         events: &mut Events<'_>,
     ) -> Result<Timing> {
+        options.strategy.check()?;
         let (capacity, max_positions) = (self.capacity, self.max_positions);
         let mut checked = requests.map(|request| {
             check_length(&request, limits, max_positions)?;
@@ -203,7 +190,7 @@ impl<'m> Decoder<'m> {
 
 /// Slots of the cache that a prompt of so many tokens, its answer and the guesses past its end need.
 pub fn capacity(prompt_tokens: usize, limits: &Limits, strategy: Strategy) -> usize {
-    prompt_tokens.saturating_add(limits.max_new_tokens).saturating_add(strategy.block_size())
+    prompt_tokens.saturating_add(limits.max_new_tokens).saturating_add(strategy.window())
 }
 
 /// Answers all requests as one batch with a decoder of their own; see [`Decoder::answer`].
@@ -223,16 +210,6 @@ pub fn decode(
     let longest = requests.iter().map(|request| request.prompt_ids.len()).max().unwrap_or(0);
     let mut decoder = Decoder::new(model, requests.len(), capacity(longest, limits, options.strategy))?;
     decoder.answer(requests, limits, options, watcher)
-}
-
-impl Strategy {
-    /// Tokens of a block or window: 1 for autoregressive decoding.
-    pub fn block_size(self) -> usize {
-        match self {
-            Strategy::Ar => 1,
-            Strategy::Jacobi { n } | Strategy::Rolling { n } => n,
-        }
-    }
 }
 
 /// Checks that a prompt is not empty and fits the model's context with its answer; for those who ask before a long run.

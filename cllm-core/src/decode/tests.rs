@@ -5,20 +5,14 @@ use super::*;
 /// Predicts from the whole sequence so far by a fixed rule; checks that chunks and windows follow what is cached.
 struct Rule {
     sequences: Vec<Vec<i32>>,
-    vocab: i32,
+    next: fn(&[i32]) -> i32,
     /// Tokens of prompts that a step takes.
     prompt_tokens: usize,
 }
 
 impl Rule {
     fn new(rows: usize) -> Self {
-        Rule { sequences: vec![Vec::new(); rows], vocab: 29, prompt_tokens: usize::MAX }
-    }
-
-    /// Mostly depends on the last token, at times on the sum of all: converges in fewer than n steps, but not in one.
-    fn next(&self, sequence: &[i32]) -> i32 {
-        let last = sequence[sequence.len() - 1];
-        if last % 3 == 0 { (sequence.iter().sum::<i32>() * 7 + 5) % self.vocab } else { (last * 5 + 1) % self.vocab }
+        Rule { sequences: vec![Vec::new(); rows], next: hard, prompt_tokens: usize::MAX }
     }
 
     fn cache(&mut self, row: usize, start: usize, tokens: impl Iterator<Item = i32>) {
@@ -39,7 +33,7 @@ impl Forward for Rule {
         let predict = |window: &Window<'_>| {
             self.cache(window.row, window.start, window.tokens());
             let sequence = &self.sequences[window.row];
-            (window.start..sequence.len()).map(|last| self.next(&sequence[..=last])).collect()
+            (window.start..sequence.len()).map(|last| (self.next)(&sequence[..=last])).collect()
         };
         Ok(windows.iter().map(predict).collect())
     }
@@ -52,6 +46,18 @@ impl Forward for Rule {
     fn prompt_tokens(&self) -> usize {
         self.prompt_tokens
     }
+}
+
+/// Mostly depends on the last token, at times on the sum of all: converges in fewer than n steps, but not in one.
+fn hard(sequence: &[i32]) -> i32 {
+    let last = sequence[sequence.len() - 1];
+    if last % 3 == 0 { (sequence.iter().sum::<i32>() * 7 + 5) % 29 } else { (last * 5 + 1) % 29 }
+}
+
+/// Depends on the position, but for every sixth one, as the predictions of a consistency model hardly depend on wrong guesses.
+fn easy(sequence: &[i32]) -> i32 {
+    let (length, last) = (sequence.len() as i32, sequence[sequence.len() - 1]);
+    if length % 6 == 0 { (last * 5 + length) % 29 } else { length * 7 % 29 }
 }
 
 fn requests() -> Vec<Request> {
@@ -87,17 +93,30 @@ fn run(
     answers.into_iter().map(Option::unwrap).collect()
 }
 
+/// Each strategy in several sizes.
+fn strategies() -> Vec<Strategy> {
+    let of_n = |n| {
+        [
+            Strategy::Jacobi { n },
+            Strategy::rolling(n),
+            Strategy::Rolling { n, pool: 3 },
+            Strategy::multi_block(n),
+            Strategy::MultiBlock { n, blocks: 3, ratio: 0.4, pool: 4 },
+        ]
+    };
+    [2, 3, 8, 16, 64].into_iter().flat_map(of_n).collect()
+}
+
 fn limits() -> Limits {
     Limits { max_new_tokens: 40, eos_ids: vec![14, 5] }
 }
 
 #[test]
-fn the_fixed_point_is_the_greedy_answer_for_every_n() {
+fn every_strategy_gives_the_greedy_answer_in_no_more_forwards() {
     let greedy = answers(Strategy::Ar, &limits());
     assert!(greedy.iter().any(|a| a.finish_reason == FinishReason::Eos));
     assert!(greedy.iter().all(|a| a.forwards == a.response_ids.len()));
-    let strategies = [2, 3, 8, 16, 64].into_iter().flat_map(|n| [Strategy::Jacobi { n }, Strategy::Rolling { n }]);
-    for strategy in strategies {
+    for strategy in strategies() {
         for (several, greedy) in answers(strategy, &limits()).iter().zip(&greedy) {
             assert_eq!(several.response_ids, greedy.response_ids, "{strategy:?}");
             assert_eq!(several.finish_reason, greedy.finish_reason);
@@ -111,7 +130,7 @@ fn the_fixed_point_is_the_greedy_answer_for_every_n() {
 fn a_rolling_window_keeps_its_predictions_and_never_shrinks() {
     let request = Request { sample_id: "a".into(), prompt_ids: vec![1, 2, 3] };
     let limits = limits();
-    let mut row = Row::new(request, &limits, DecodeOptions::greedy(Strategy::Rolling { n: 4 }, 1));
+    let mut row = Row::new(request, &limits, DecodeOptions::greedy(Strategy::rolling(4), 1));
     assert_eq!((row.window(0).start, row.window(0).known, row.window(0).guesses.len()), (2, 3, 3));
     let first = row.window(0).guesses[0];
     // The first guess is right, the second is not: two tokens are final, and the predictions after them stay.
@@ -119,6 +138,61 @@ fn a_rolling_window_keeps_its_predictions_and_never_shrinks() {
     assert_eq!(row.accept(&[first, wrong, 21, 22]), [first, wrong]);
     assert_eq!((row.window(0).known, &row.window(0).guesses[..2]), (wrong, &[21, 22][..]));
     assert!(row.window(0).guesses.len() == 3 && [1, 2, 3, first, wrong].contains(&row.window(0).guesses[2]));
+}
+
+#[test]
+fn blocks_begin_as_the_newest_is_nearly_done_and_move_up() {
+    let request = Request { sample_id: "a".into(), prompt_ids: vec![1, 2, 3] };
+    let limits = Limits { max_new_tokens: 40, eos_ids: vec![] };
+    let strategy = Strategy::MultiBlock { n: 4, blocks: 2, ratio: 0.75, pool: 0 };
+    let mut row = Row::new(request, &limits, DecodeOptions::greedy(strategy, 1));
+    // Predictions that agree with so many leading guesses, and with none behind.
+    let mut accept = |matched: usize| {
+        let guesses = row.window(0).guesses.to_vec();
+        let predicted = (0..=guesses.len()).map(|at| if at < matched { guesses[at] } else { 100 + at as i32 });
+        row.accept(&predicted.collect::<Vec<_>>());
+        row.window(0).guesses.len()
+    };
+    // One token of the block is known, so two are then; 3 of 4 let the next block begin; its end moves it up.
+    assert_eq!(accept(0), 2);
+    assert_eq!(accept(0), 1 + 4);
+    assert_eq!(accept(1), 3);
+    // The rest of this block and the first token of the next.
+    assert_eq!(accept(3), 3);
+}
+
+#[test]
+fn several_blocks_with_a_pool_take_no_more_forwards_than_a_rolling_window() {
+    let limits = Limits { max_new_tokens: 200, eos_ids: vec![] };
+    let forwards = |next, strategy| {
+        let answers = run(&mut Rule { next, ..Rule::new(7) }, 7, strategy, &limits, Prefill::First, &mut |_, _| ());
+        answers.iter().map(|answer| answer.forwards).sum::<usize>()
+    };
+    for n in [3, 4, 8, 16, 32] {
+        let with_pool = Strategy::MultiBlock { n, blocks: 2, ratio: 0.85, pool: 4 };
+        let (blocks, rolling) = (forwards(hard, with_pool), forwards(hard, Strategy::rolling(n)));
+        assert!(blocks < rolling, "n = {n}: {blocks} forwards, a rolling window takes {rolling}");
+        // Where guesses hardly depend on one another, the guesses past the border of a block count.
+        let (blocks, one) = (forwards(easy, Strategy::multi_block(n)), forwards(easy, Strategy::Jacobi { n }));
+        assert!(blocks < one, "n = {n}: {blocks} forwards, one block at a time takes {one}");
+    }
+}
+
+#[test]
+fn what_cannot_be_done_is_refused_with_its_numbers() {
+    let multi = |n, blocks, ratio| Strategy::MultiBlock { n, blocks, ratio, pool: 0 };
+    for (strategy, message) in [
+        (Strategy::Jacobi { n: 1 }, "n of jacobi must be from 2 to 1024"),
+        (Strategy::rolling(1025), "n of rolling must be from 2 to 1024"),
+        (Strategy::Rolling { n: 4, pool: 1025 }, "pool of rolling must be at most 1024"),
+        (multi(16, 1, 0.5), "blocks of multiblock must be at least 2"),
+        (multi(16, 2, 0.0), "ratio of multiblock must be above 0 and at most 1"),
+        (multi(512, 3, 1.0), "3 blocks of 512 tokens make a window of 1536, there may be 1024"),
+    ] {
+        let error = strategy.check().unwrap_err().to_string();
+        assert!(error.contains(message), "{error}");
+    }
+    assert!(strategies().into_iter().all(|strategy| strategy.check().is_ok()));
 }
 
 #[test]
@@ -176,7 +250,8 @@ fn the_watcher_sees_every_token_once_and_in_order() {
 
 #[test]
 fn a_finished_row_leaves_its_place_to_the_next_request_without_a_change_of_answers() {
-    for strategy in [Strategy::Ar, Strategy::Jacobi { n: 8 }, Strategy::Rolling { n: 5 }] {
+    let some = [Strategy::Ar, Strategy::Jacobi { n: 8 }, Strategy::Rolling { n: 5, pool: 2 }, Strategy::multi_block(4)];
+    for strategy in some {
         let together = answers(strategy, &limits());
         for (room, prompt_tokens) in [(1, usize::MAX), (2, 1), (3, 4), (5, usize::MAX)] {
             let mut model = Rule { prompt_tokens, ..Rule::new(room) };

@@ -1,11 +1,31 @@
-//! The fixed point is the greedy answer, on every family.
+//! Every strategy gives the answer of one token at a time, on every family.
 
 use cllm_core::decode::{DecodeOptions, Limits, Request, Strategy, decode};
 
 use crate::models::{random_model, shapes};
 
+fn strategies() -> [Strategy; 6] {
+    [
+        Strategy::Jacobi { n: 2 },
+        Strategy::Jacobi { n: 16 },
+        Strategy::rolling(5),
+        Strategy::Rolling { n: 16, pool: 4 },
+        Strategy::multi_block(5),
+        Strategy::MultiBlock { n: 16, blocks: 3, ratio: 0.5, pool: 2 },
+    ]
+}
+
 #[test]
 fn fixed_point_equals_greedy_on_every_family_and_in_every_batch() {
+    equals_one_by_one(0.0);
+}
+
+#[test]
+fn drawn_answers_equal_those_drawn_one_by_one_on_every_family_and_in_every_batch() {
+    equals_one_by_one(0.8);
+}
+
+fn equals_one_by_one(temperature: f64) {
     let requests: Vec<Request> = (0..5)
         .map(|index| Request {
             sample_id: format!("s{index}"),
@@ -16,18 +36,18 @@ fn fixed_point_equals_greedy_on_every_family_and_in_every_batch() {
     for (name, config) in shapes() {
         let model = random_model(&config);
         let run = |strategy, requests: &[Request]| {
-            let options = DecodeOptions { record: true, ..DecodeOptions::greedy(strategy, 5) };
+            let options = DecodeOptions { record: true, temperature, ..DecodeOptions::greedy(strategy, 5) };
             decode(&model, requests, &limits, options, None).unwrap().0
         };
-        let greedy = run(Strategy::Ar, &requests);
-        assert!(greedy.iter().any(|answer| answer.response_ids.len() > 20), "{name}: nothing to compare");
-        let strategies = [2, 5, 16].into_iter().flat_map(|n| [Strategy::Jacobi { n }, Strategy::Rolling { n }]);
-        for strategy in strategies {
+        let one_by_one = run(Strategy::Ar, &requests);
+        assert!(one_by_one.iter().any(|answer| answer.response_ids.len() > 20), "{name}: nothing to compare");
+        for strategy in strategies() {
             for (index, answer) in run(strategy, &requests).iter().enumerate() {
-                assert_eq!(answer.response_ids, greedy[index].response_ids, "{name}, {strategy:?}, row {index}");
+                let place = format!("{name}, {strategy:?}, temperature {temperature}, row {index}");
+                assert_eq!(answer.response_ids, one_by_one[index].response_ids, "{place}");
                 let alone = &run(strategy, &requests[index..=index])[0];
-                assert_eq!(alone.blocks, answer.blocks, "{name}, {strategy:?}, row {index} alone");
-                assert_eq!(alone.accepted, answer.accepted, "{name}, {strategy:?}, row {index} alone");
+                assert_eq!(alone.blocks, answer.blocks, "{place} alone");
+                assert_eq!(alone.accepted, answer.accepted, "{place} alone");
             }
         }
     }

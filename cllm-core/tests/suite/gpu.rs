@@ -116,10 +116,10 @@ fn every_token_of_a_gpu_is_the_likeliest_of_the_float32_model_to_rounding() {
             (Strategy::Ar, 1),
             (Strategy::Jacobi { n: 16 }, 1),
             (Strategy::Jacobi { n: 5 }, 6),
-            (Strategy::Rolling { n: 40 }, 1),
+            (Strategy::rolling(40), 1),
             (Strategy::Ar, 45),
             (Strategy::Jacobi { n: 16 }, 45),
-            (Strategy::Rolling { n: 8 }, 45),
+            (Strategy::rolling(8), 45),
         ] {
             let answers: Vec<Answer> = requests
                 .chunks(rows)

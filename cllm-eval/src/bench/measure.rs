@@ -33,14 +33,14 @@ impl Bench<'_> {
         sizes.sort_unstable();
         sizes.dedup();
         let limits = Limits { max_new_tokens: settings.new_tokens, eos_ids: Vec::new() };
-        let widest = Strategy::Rolling { n: sizes.last().copied().unwrap_or(1).max(2) };
+        let widest = Strategy::rolling(sizes.last().copied().unwrap_or(1).max(2));
         torch_ext::reset_peak_memory(self.model.device());
         let mut decoder = Decoder::new(self.model, 1, capacity(settings.prompt_tokens, &limits, widest))?;
         let mut progress = Progress::new("steps", 0, (sizes.len() + settings.batches.len()) as u64);
         let mut step_ms = BTreeMap::new();
         let mut prefill_ms = 0.0;
         for &n in &sizes {
-            let strategy = if n == 1 { Strategy::Ar } else { Strategy::Rolling { n } };
+            let strategy = if n == 1 { Strategy::Ar } else { Strategy::rolling(n) };
             let runs = self.repeat(|| {
                 let (answers, timing) =
                     decoder.answer(&[self.made_up(0)], &limits, DecodeOptions::greedy(strategy, 0), None)?;

@@ -101,7 +101,7 @@ impl Default for BenchSettings {
             name: None,
             prompts: None,
             examples: 50,
-            strategies: vec![Strategy::Jacobi { n: 16 }, Strategy::Rolling { n: 16 }, Strategy::Rolling { n: 32 }],
+            strategies: vec![Strategy::Jacobi { n: 16 }, Strategy::rolling(16), Strategy::rolling(32)],
             steps: vec![1, 2, 4, 8, 16, 32, 64],
             prompt_tokens: 200,
             new_tokens: 128,

@@ -1,0 +1,123 @@
+//! The strategies and their settings.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result};
+
+/// How tokens are chosen and verified.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase", deny_unknown_fields)]
+pub enum Strategy {
+    /// One token a forward.
+    Ar,
+    /// Fixed blocks of n tokens, iterated to their fixed point (Song et al., arXiv 2002.03629; CLLM, 2403.00835).
+    Jacobi {
+        /// Tokens of a block, at least 2.
+        n: usize,
+    },
+    /// A window that rolls on: what a forward made final leaves it at once, and n - 1 guesses stay in flight, the
+    /// predictions of the forward before among them. The last `pool` rejected tails may serve as guesses again.
+    Rolling {
+        /// Tokens of the window, at least 2.
+        n: usize,
+        /// Rejected tails that are kept.
+        #[serde(default)]
+        pool: usize,
+    },
+    /// Blocks of n tokens of which the next begins before the one in front is done: once the newest has accepted the share
+    /// `ratio` (0.85), up to `blocks` (2) at once; `pool` as in `rolling` (Jacobi Forcing, arXiv 2512.14681).
+    MultiBlock {
+        /// Tokens of a block, at least 2.
+        n: usize,
+        /// Most blocks at once, at least 2.
+        #[serde(default = "default_blocks")]
+        blocks: usize,
+        /// Share of the newest block's tokens that must be accepted before another begins.
+        #[serde(default = "default_ratio")]
+        ratio: f64,
+        /// Rejected tails that are kept.
+        #[serde(default)]
+        pool: usize,
+    },
+}
+
+fn default_blocks() -> usize {
+    2
+}
+
+fn default_ratio() -> f64 {
+    0.85
+}
+
+/// Most tokens of a window.
+const MOST_TOKENS: usize = 1024;
+/// Most rejected tails that are kept.
+const MOST_TAILS: usize = 1024;
+
+impl Strategy {
+    /// A rolling window without a pool.
+    pub fn rolling(n: usize) -> Self {
+        Strategy::Rolling { n, pool: 0 }
+    }
+
+    /// Two blocks at most and no pool.
+    pub fn multi_block(n: usize) -> Self {
+        Strategy::MultiBlock { n, blocks: default_blocks(), ratio: default_ratio(), pool: 0 }
+    }
+
+    /// Most tokens that a row forwards at once: 1 for autoregressive decoding.
+    pub fn window(self) -> usize {
+        match self {
+            Strategy::Ar => 1,
+            Strategy::Jacobi { n } | Strategy::Rolling { n, .. } => n,
+            Strategy::MultiBlock { n, blocks, .. } => n.saturating_mul(blocks),
+        }
+    }
+
+    /// As settings name it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Strategy::Ar => "ar",
+            Strategy::Jacobi { .. } => "jacobi",
+            Strategy::Rolling { .. } => "rolling",
+            Strategy::MultiBlock { .. } => "multiblock",
+        }
+    }
+
+    /// Checks that it can be done.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] naming what cannot.
+    pub fn check(self) -> Result<()> {
+        let name = self.name();
+        let refuse = |what: String| Err(Error::usage(what));
+        match self {
+            Strategy::Ar => {}
+            Strategy::Jacobi { n } | Strategy::Rolling { n, .. } | Strategy::MultiBlock { n, .. }
+                if !(2..=MOST_TOKENS).contains(&n) =>
+            {
+                return refuse(format!("n of {name} must be from 2 to {MOST_TOKENS}"));
+            }
+            Strategy::MultiBlock { blocks, .. } if blocks < 2 => {
+                return refuse(format!("blocks of {name} must be at least 2: one at a time is `jacobi`"));
+            }
+            Strategy::MultiBlock { ratio, .. } if !(ratio > 0.0 && ratio <= 1.0) => {
+                return refuse(format!("ratio of {name} must be above 0 and at most 1"));
+            }
+            Strategy::MultiBlock { n, blocks, .. } if self.window() > MOST_TOKENS => {
+                return refuse(format!(
+                    "{blocks} blocks of {n} tokens make a window of {}, there may be {MOST_TOKENS}",
+                    self.window()
+                ));
+            }
+            _ => {}
+        }
+        match self {
+            Strategy::Rolling { pool, .. } | Strategy::MultiBlock { pool, .. } if pool > MOST_TAILS => {
+                refuse(format!("pool of {name} must be at most {MOST_TAILS}"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
