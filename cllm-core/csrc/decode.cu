@@ -96,6 +96,24 @@ __device__ __forceinline__ bool better(float value, int id, float than, int than
   return value > than || (value == than && id < than_id);
 }
 
+// The best of what the threads of a block have found.
+__device__ __forceinline__ void write_best_of_block(float top, int top_id, int *to) {
+  __shared__ float values[32];
+  __shared__ int ids[32];
+  for (int step = 16; step > 0; step >>= 1) {
+    float value = __shfl_xor_sync(0xffffffffu, top, step);
+    int id = __shfl_xor_sync(0xffffffffu, top_id, step);
+    if (better(value, id, top, top_id)) top = value, top_id = id;
+  }
+  if (threadIdx.x % 32 == 0) values[threadIdx.x / 32] = top, ids[threadIdx.x / 32] = top_id;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < blockDim.x / 32; w++)
+      if (better(values[w], ids[w], top, top_id)) top = values[w], top_id = ids[w];
+    *to = top_id;
+  }
+}
+
 extern "C" __global__ void embed(const bf16 *table, const int *tokens, bf16 *x) {
   let_successor_start();
   wait_for_predecessor();
@@ -312,8 +330,6 @@ SKINNY(4)
 
 // The best of all blocks of `head`: one block a token.
 extern "C" __global__ void best_of_blocks(const float *best, const int *best_id, int blocks, int stride, int *predicted) {
-  __shared__ float values[32];
-  __shared__ int ids[32];
   let_successor_start();
   wait_for_predecessor();
   float top = -INFINITY;
@@ -323,18 +339,7 @@ extern "C" __global__ void best_of_blocks(const float *best, const int *best_id,
     int id = best_id[(size_t)i * stride + blockIdx.x];
     if (better(value, id, top, top_id)) top = value, top_id = id;
   }
-  for (int step = 16; step > 0; step >>= 1) {
-    float value = __shfl_xor_sync(0xffffffffu, top, step);
-    int id = __shfl_xor_sync(0xffffffffu, top_id, step);
-    if (better(value, id, top, top_id)) top = value, top_id = id;
-  }
-  if (threadIdx.x % 32 == 0) values[threadIdx.x / 32] = top, ids[threadIdx.x / 32] = top_id;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int w = 1; w < blockDim.x / 32; w++)
-      if (better(values[w], ids[w], top, top_id)) top = values[w], top_id = ids[w];
-    predicted[blockIdx.x] = top_id;
-  }
+  write_best_of_block(top, top_id, &predicted[blockIdx.x]);
 }
 
 // ---- Many tokens: cuBLAS multiplies, these do the rest. ----
@@ -392,8 +397,6 @@ extern "C" __global__ void gated(const bf16 *both, bf16 *out, int tokens) {
 
 // The best token of each row of logits [tokens, VOCAB]: one block a token.
 extern "C" __global__ void best_token(const float *logits, float inverse_temperature, const u64 *keys, int *predicted) {
-  __shared__ float values[32];
-  __shared__ int ids[32];
   let_successor_start();
   wait_for_predecessor();
   const float *row = logits + (size_t)blockIdx.x * VOCAB;
@@ -404,18 +407,7 @@ extern "C" __global__ void best_token(const float *logits, float inverse_tempera
     float value = score(row[i], inverse_temperature, key, i);
     if (better(value, i, top, top_id)) top = value, top_id = i;
   }
-  for (int step = 16; step > 0; step >>= 1) {
-    float value = __shfl_xor_sync(0xffffffffu, top, step);
-    int id = __shfl_xor_sync(0xffffffffu, top_id, step);
-    if (better(value, id, top, top_id)) top = value, top_id = id;
-  }
-  if (threadIdx.x % 32 == 0) values[threadIdx.x / 32] = top, ids[threadIdx.x / 32] = top_id;
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    for (int w = 1; w < blockDim.x / 32; w++)
-      if (better(values[w], ids[w], top, top_id)) top = values[w], top_id = ids[w];
-    predicted[blockIdx.x] = top_id;
-  }
+  write_best_of_block(top, top_id, &predicted[blockIdx.x]);
 }
 
 // ---- Attention ----

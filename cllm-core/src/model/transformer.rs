@@ -55,7 +55,7 @@ enum Context<'c> {
     /// Everything before it in the same sequence, or what is added to its scores `[b, 1, s, s]` allows.
     Sequence(Option<Tensor>),
     /// The leading slots of a cache, written at these positions first, as far as what is added to the scores allows.
-    Cache { cache: &'c mut KvCache, slots: &'c Tensor, attended: usize, bias: Tensor, ragged: Option<Ragged> },
+    Cache { cache: &'c mut KvCache, slots: &'c Tensor, attended: usize, bias: Tensor, ragged: Option<&'c Ragged> },
 }
 
 /// Rows of different lengths: all but attention sees their tokens one behind another, without the padding.
@@ -174,7 +174,7 @@ impl Transformer {
         let group = self.config.num_heads / self.config.num_kv_heads;
         let mask = slots.view([1, 1, 1, -1]).le_tensor(&positions.repeat([1, group]).unsqueeze(1).unsqueeze(-1));
         let bias = self.bias(&mask);
-        let context = Context::Cache { cache, slots: positions, attended, bias, ragged };
+        let context = Context::Cache { cache, slots: positions, attended, bias, ragged: ragged.as_ref() };
         self.forward(&tokens, positions, context).flatten(0, 1)
     }
 
@@ -225,18 +225,16 @@ impl Transformer {
         context: &mut Context<'_>,
     ) -> Tensor {
         let ragged = match context {
-            Context::Cache { ragged: Some(ragged), .. } => {
-                Some((ragged.places.shallow_clone(), ragged.tokens.shallow_clone()))
-            }
-            _ => None,
+            Context::Cache { ragged, .. } => *ragged,
+            Context::Sequence(_) => None,
         };
         let (batch, length) = match context {
             Context::Cache { slots, .. } => slots.size2().unwrap_or_default(),
             Context::Sequence(_) => (x.size()[0], x.size()[1]),
         };
         let heads = |projected: Tensor| {
-            let padded = match &ragged {
-                Some((_, tokens)) => projected.squeeze_dim(0).index_select(0, tokens),
+            let padded = match ragged {
+                Some(ragged) => projected.squeeze_dim(0).index_select(0, &ragged.tokens),
                 None => projected,
             };
             padded.view([batch, length, -1, self.config.head_dim])
@@ -268,8 +266,8 @@ impl Transformer {
             }
         };
         let mixed = mixed.transpose(1, 2).reshape([batch, length, -1]);
-        layer.output.apply(&match &ragged {
-            Some((places, _)) => mixed.flatten(0, 1).index_select(0, places).unsqueeze(0),
+        layer.output.apply(&match ragged {
+            Some(ragged) => mixed.flatten(0, 1).index_select(0, &ragged.places).unsqueeze(0),
             None => mixed,
         })
     }

@@ -198,18 +198,19 @@ impl DecodeKernels {
     /// # Errors
     /// [`crate::Error::Torch`] with the words of the compiler or the driver.
     pub fn new(device: usize, shape: Shape) -> Result<Self> {
+        let capability = capability(device)?;
         let key = (device, format!("{shape:?}"));
         let known = MODULES.with_borrow(|modules| modules.get(&key).copied());
         let module = match known {
             Some(module) => module,
             None => {
-                let module = Module::load(device, &machine_code(&shape, capability(device)?)?)?;
+                let module = Module::load(device, &machine_code(&shape, capability)?)?;
                 MODULES.with_borrow_mut(|modules| modules.insert(key, module));
                 module
             }
         };
         // Hopper and later start a kernel while the one before it ends.
-        let overlaps = capability(device)?.0 >= 9;
+        let overlaps = capability.0 >= 9;
         let overlapping = |name: &str| module.kernel(name, 0, overlaps);
         let few = |tiles: usize| {
             let named = |name: &str| overlapping(&format!("{name}_{tiles}"));

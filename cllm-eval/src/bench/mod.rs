@@ -251,14 +251,13 @@ pub fn bench(settings: &BenchSettings) -> Result<BenchResults> {
         }
         (None, _) => None,
     };
+    let baseline = settings.baseline.as_deref().map(baseline).transpose()?;
     let bench = Bench { model: &model, settings, others };
     let mut found = bench.steps(settings.name.clone().unwrap_or(name))?;
     if let Some((samples, tokenizer)) = prompts {
         bench.prompts(&samples, tokenizer, &mut found)?;
     }
-    if let Some(path) = &settings.baseline {
-        found.transformers_ar_tokens_per_second = Some(baseline(path)?);
-    }
+    found.transformers_ar_tokens_per_second = baseline;
     results.models.retain(|other| other.name != found.name);
     results.models.push(found);
     atomic_file::write_json(&settings.output, &results)?;
