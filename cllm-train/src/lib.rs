@@ -9,6 +9,7 @@ mod metrics;
 pub mod optimizer;
 pub mod packing;
 mod plan;
+mod prefetch;
 mod probe;
 pub mod schedule;
 pub mod settings;

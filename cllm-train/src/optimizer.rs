@@ -1,81 +1,93 @@
-//! AdamW on float32 masters, and its schedule.
+//! AdamW over flat buffers, and its schedule.
 
-use cllm_core::model::Transformer;
+use cllm_core::model::{Flat, Transformer};
 use cllm_core::torch_ext::{self, AdamW};
-use cllm_core::{Error, Result};
+use cllm_core::{Error, Result, fingerprint};
 use tch::{Kind, Tensor};
 
-use crate::settings::Optimizer;
+use crate::settings::{Optimizer, Precision};
 
-/// Optimizer state. In float32 the weights are their own masters.
+/// Elements that are updated at once: temporaries are of this size.
+const PIECE: i64 = 1 << 26;
+
+/// Weights, their gradients and the optimizer's state, each in one buffer of the same layout.
 pub struct State {
-    names: Vec<String>,
-    weights: Vec<Tensor>,
-    masters: Vec<Tensor>,
-    first: Vec<Tensor>,
-    second: Vec<Tensor>,
-    /// Matrices, which decay, and the rest, which do not.
-    decays: Vec<bool>,
+    weights: Flat,
+    gradients: Flat,
+    /// What is updated. In float32 and with a bf16 state the weights are their own masters.
+    masters: Flat,
+    first: Flat,
+    second: Flat,
+    seed: u64,
     /// Skipped steps, counted on the device in float32: in all, and in a row.
     skipped: Tensor,
     skipped_in_a_row: Tensor,
 }
 
+/// What an update needs besides the tensors.
+struct Update<'u> {
+    settings: &'u Optimizer,
+    lr: f64,
+    /// Number of the step, from 1.
+    number: usize,
+    /// What the gradients are divided by, and 1 where nothing may change (else 0): float32 scalars on the device.
+    scale: Tensor,
+    skip: Tensor,
+}
+
 impl State {
-    /// Fresh state for a model.
-    pub fn new(model: &Transformer) -> Self {
+    /// Fresh state for a model, which from now on collects gradients. `seed`: of the rounding of a bf16 state.
+    ///
+    /// # Errors
+    /// [`Error::Torch`], such as memory that ran out.
+    pub fn new(model: &Transformer, precision: Precision, seed: u64) -> Result<Self> {
         let _no_grad = tch::no_grad_guard();
-        let (names, weights): (Vec<_>, Vec<_>) = model.parameters().into_iter().unzip();
-        let masters: Vec<Tensor> = match model.kind() {
-            Kind::Float => weights.iter().map(|weight| weight.detach()).collect(),
-            _ => weights.iter().map(|weight| weight.detach().to_kind(Kind::Float)).collect(),
-        };
+        if precision == Precision::Bfloat16 && model.kind() != Kind::BFloat16 {
+            return Err(Error::usage(
+                "optimizer.state=bfloat16 is for weights in bf16, as on a GPU: on the CPU they are float32",
+            ));
+        }
+        let weights = model.weights().shallow_clone();
+        let kind = if precision == Precision::Bfloat16 { Kind::BFloat16 } else { Kind::Float };
+        let masters =
+            if kind == Kind::Float && model.kind() != kind { weights.to_kind(kind) } else { weights.shallow_clone() };
         let zero = || Tensor::zeros([], (Kind::Float, model.device()));
-        let zeros = || masters.iter().map(Tensor::zeros_like).collect();
-        State {
-            first: zeros(),
-            second: zeros(),
-            decays: weights.iter().map(|w| w.dim() > 1).collect(),
-            skipped: zero(),
-            skipped_in_a_row: zero(),
-            names,
+        Ok(State {
+            gradients: model.collect_gradients()?,
+            first: weights.zeros_like(kind),
+            second: weights.zeros_like(kind),
             weights,
             masters,
-        }
+            seed,
+            skipped: zero(),
+            skipped_in_a_row: zero(),
+        })
     }
 
-    /// One step from the gradients that the weights hold, which are cleared. Returns the norm before clipping, on the
+    /// One step from the gradients that were collected, which are cleared. Returns the norm before clipping, on the
     /// device: nothing here waits for it. A step whose norm is not finite changes nothing, and is counted.
     ///
     /// # Errors
     /// libtorch's errors.
     pub fn step(&mut self, settings: &Optimizer, lr: f64, number: usize) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
-        let gradients: Vec<Tensor> = self
-            .weights
-            .iter()
-            .map(|weight| match weight.grad() {
-                grad if grad.defined() => grad.to_kind(Kind::Float),
-                _ => Tensor::zeros_like(weight).to_kind(Kind::Float),
-            })
-            .collect();
-        let norm = torch_ext::global_norm(&gradients)?;
+        let norm = self.gradients.buffer().f_norm_scalaropt_dtype(2, Kind::Float)?;
         let scale = if settings.clip > 0.0 { (&norm / settings.clip).clamp_min(1.0) } else { Tensor::ones_like(&norm) };
         let skip = norm.isfinite().logical_not().to_kind(Kind::Float);
-        for decay in [true, false] {
-            self.update(settings, lr, number, decay, &gradients, (&scale, &skip))?;
+        let update = Update { settings, lr, number, scale, skip };
+        if self.first.kind() == Kind::BFloat16 {
+            tch::manual_seed(fingerprint::key(self.seed, &number.to_string()) as i64);
         }
-        for (weight, master) in self.weights.iter_mut().zip(&self.masters) {
-            if weight.kind() != Kind::Float {
-                weight.copy_(master);
+        let (matrices, all) = (self.weights.matrices(), self.weights.buffer().numel() as i64);
+        for (range, weight_decay) in [(0..matrices, settings.weight_decay), (matrices..all, 0.0)] {
+            for start in range.clone().step_by(PIECE as usize) {
+                self.update(&update, start..range.end.min(start + PIECE), weight_decay)?;
             }
         }
-        // Only now: in float32 the gradients above are the weights' own.
-        for weight in &mut self.weights {
-            weight.zero_grad();
-        }
-        self.skipped += &skip;
-        self.skipped_in_a_row = (&self.skipped_in_a_row + 1.0) * &skip;
+        // Only now: in float32 the gradients above are the collected ones.
+        let _ = self.gradients.buffer().shallow_clone().zero_();
+        self.skipped += &update.skip;
+        self.skipped_in_a_row = (&self.skipped_in_a_row + 1.0) * &update.skip;
         Ok(norm)
     }
 
@@ -88,53 +100,39 @@ impl State {
     /// Whether every weight is a finite number. Waits for the device.
     pub fn is_finite(&self) -> bool {
         let _no_grad = tch::no_grad_guard();
-        let finite: Vec<Tensor> = self.weights.iter().map(|weight| weight.isfinite().all()).collect();
-        Tensor::stack(&finite, 0).all().int64_value(&[]) != 0
+        let (least, most) = self.weights.buffer().aminmax(None, false);
+        least.double_value(&[]).is_finite() && most.double_value(&[]).is_finite()
     }
 
-    fn update(
-        &self,
-        settings: &Optimizer,
-        lr: f64,
-        number: usize,
-        decay: bool,
-        gradients: &[Tensor],
-        (scale, skip): (&Tensor, &Tensor),
-    ) -> Result<()> {
-        let chosen = |tensors: &[Tensor]| -> Vec<Tensor> {
-            let pairs = tensors.iter().zip(&self.decays);
-            pairs.filter(|(_, decays)| **decays == decay).map(|(tensor, _)| tensor.shallow_clone()).collect()
-        };
-        let masters = chosen(&self.masters);
-        if masters.is_empty() {
-            return Ok(());
-        }
-        let count = Tensor::from(number as f32).to_device(masters[0].device());
-        let steps: Vec<Tensor> = masters.iter().map(|_| count.shallow_clone()).collect();
+    fn update(&self, update: &Update<'_>, piece: std::ops::Range<i64>, weight_decay: f64) -> Result<()> {
+        let of = |flat: &Flat| flat.buffer().narrow(0, piece.start, piece.end - piece.start);
+        let (mut weights, gradients) = (of(&self.weights), of(&self.gradients).to_kind(Kind::Float));
+        let (masters, first, second) = (of(&self.masters), of(&self.first), of(&self.second));
+        let Update { settings, lr, number, scale, skip } = update;
         let numbers = AdamW {
-            lr,
+            lr: *lr,
             beta1: settings.beta1,
             beta2: settings.beta2,
-            weight_decay: if decay { settings.weight_decay } else { 0.0 },
+            weight_decay,
             eps: settings.eps,
+            number: *number,
             scale,
             skip,
         };
-        torch_ext::fused_adamw(
-            numbers,
-            &masters,
-            &chosen(gradients),
-            &chosen(&self.first),
-            &chosen(&self.second),
-            &steps,
-        )
+        if first.kind() == Kind::BFloat16 {
+            return adamw_bf16(&numbers, weights, &gradients, first, second);
+        }
+        torch_ext::fused_adamw(&numbers, &masters, &gradients, &first, &second)?;
+        if weights.kind() != Kind::Float {
+            weights.f_copy_(&masters)?;
+        }
+        Ok(())
     }
 
     /// Every tensor of the state under a name, for a checkpoint.
     pub fn tensors(&self) -> Vec<(String, Tensor)> {
-        let named = |prefix: &'static str, tensors: &'_ [Tensor]| -> Vec<(String, Tensor)> {
-            let pairs = self.names.iter().zip(tensors);
-            pairs.map(|(name, tensor)| (format!("{prefix}.{name}"), tensor.shallow_clone())).collect()
+        let named = |prefix: &str, flat: &Flat| -> Vec<(String, Tensor)> {
+            flat.tensors().into_iter().map(|(name, tensor)| (format!("{prefix}.{name}"), tensor)).collect()
         };
         let parts = [named("master", &self.masters), named("first", &self.first), named("second", &self.second)];
         parts.into_iter().flatten().collect()
@@ -151,12 +149,40 @@ impl State {
                 .ok_or_else(|| Error::usage(format!("the checkpoint's optimizer state lacks `{name}`")))?;
             tensor.f_copy_(&saved)?;
         }
-        for (weight, master) in self.weights.iter_mut().zip(&self.masters) {
-            weight.copy_(master);
-        }
+        self.weights.buffer().shallow_clone().f_copy_(self.masters.buffer())?;
         let _ = self.skipped.fill_(skipped as f64);
         Ok(())
     }
+}
+
+/// AdamW without float32 copies of anything: weights and moments are bf16, computed in float32 and rounded up or down at
+/// random, in proportion, so that changes too small for bf16 still add up (Gupta et al., arXiv 1502.02551).
+fn adamw_bf16(
+    numbers: &AdamW<'_>,
+    mut weights: Tensor,
+    gradients: &Tensor,
+    mut first: Tensor,
+    mut second: Tensor,
+) -> Result<()> {
+    let AdamW { lr, beta1, beta2, weight_decay, eps, number, scale, skip } = *numbers;
+    let gradients = gradients / scale;
+    let moment = |old: &Tensor, beta: f64, new: &Tensor| old.to_kind(Kind::Float) * beta + new * (1.0 - beta);
+    let (mean, square) = (moment(&first, beta1, &gradients), moment(&second, beta2, &gradients.square()));
+    let unbiased = |beta: f64| 1.0 - beta.powi(number as i32);
+    let deviation = (&square / unbiased(beta2)).sqrt() + eps;
+    let changed =
+        weights.to_kind(Kind::Float) * (1.0 - lr * weight_decay) - (&mean / deviation) * (lr / unbiased(beta1));
+    let stays = skip.to_kind(Kind::Bool);
+    for (tensor, new) in [(&mut first, mean), (&mut second, square), (&mut weights, changed)] {
+        tensor.f_copy_(&tensor.where_self(&stays, &round_at_random(&new).to_kind(Kind::BFloat16)))?;
+    }
+    Ok(())
+}
+
+/// Float32 numbers that bf16 holds: each of the two around a number with a chance in proportion to its nearness.
+fn round_at_random(x: &Tensor) -> Tensor {
+    let noise = Tensor::randint(1 << 16, x.size(), (Kind::Int, x.device()));
+    (x.view_dtype(Kind::Int) + noise).bitwise_and(-(1i64 << 16)).view_dtype(Kind::Float)
 }
 
 /// The learning rate of step `number` (from 1) of `total`: a linear rise, then half a cosine down.
@@ -185,11 +211,8 @@ mod tests {
         });
         let config = ModelConfig::from_json(&config).unwrap();
         let model = Transformer::random(config, 1, tch::Device::Cpu, Kind::Float);
-        model.set_requires_grad(true);
-        for (_, weight) in model.parameters() {
-            (weight.sum(Kind::Float) * gradient).backward();
-        }
-        let mut state = State::new(&model);
+        let mut state = State::new(&model, Precision::Float32, 0).unwrap();
+        let _ = state.gradients.buffer().shallow_clone().fill_(gradient);
         let norm = state.step(&Optimizer { clip, ..Optimizer::default() }, 0.1, 1).unwrap();
         (state, norm.double_value(&[]))
     }
@@ -198,13 +221,47 @@ mod tests {
     fn a_gradient_is_clipped_to_the_norm_and_a_short_one_is_left() {
         let moment = |gradient: f64, clip: f64| {
             let (state, norm) = after_a_step(gradient, clip);
-            (state.first[0].double_value(&[0, 0]) / 0.1, norm)
+            (state.first.buffer().double_value(&[0]) / 0.1, norm)
         };
         let (plain, norm) = moment(2.0, 0.0);
         assert!((plain - 2.0).abs() < 1e-6 && norm > 4.0, "{plain} {norm}");
         let (clipped, same) = moment(2.0, 1.0);
         assert!((clipped - 2.0 / norm).abs() < 1e-6 && same == norm, "{clipped} {same}");
         assert_eq!(moment(2.0, 1e3).0, plain);
+    }
+
+    /// A change of a thousandth is less than half of what bf16 tells apart at 1: rounded to the nearest, nothing would move.
+    #[test]
+    fn a_bf16_state_moves_as_a_float32_one_does() {
+        let config = serde_json::json!({
+            "model_type": "llama", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
+            "num_attention_heads": 1, "tie_word_embeddings": true,
+        });
+        let mean_after = |precision: Precision| {
+            let config = ModelConfig::from_json(&config).unwrap();
+            let model = Transformer::random(config, 1, tch::Device::Cpu, Kind::BFloat16);
+            let _no_grad = tch::no_grad_guard();
+            let _ = model.weights().buffer().shallow_clone().fill_(1.0);
+            let mut state = State::new(&model, precision, 3).unwrap();
+            for number in 1..=50 {
+                let _ = state.gradients.buffer().shallow_clone().fill_(if number <= 25 { 1e-3 } else { 2e-3 });
+                let _ = state.step(&Optimizer { weight_decay: 0.1, ..Optimizer::default() }, 1e-3, number).unwrap();
+            }
+            let _ = state.gradients.buffer().shallow_clone().fill_(f64::NAN);
+            let before = state.weights.buffer().copy();
+            let _ = state.step(&Optimizer::default(), 1e-3, 51).unwrap();
+            assert_eq!(before, *state.weights.buffer(), "a step that is skipped changes nothing");
+            let part = |start: i64, length: i64| before.narrow(0, start, length).mean(Kind::Float).double_value(&[]);
+            let matrices = state.weights.matrices();
+            [part(0, matrices), part(matrices, before.numel() as i64 - matrices)]
+        };
+        let (exact, rounded) = (mean_after(Precision::Float32), mean_after(Precision::Bfloat16));
+        assert!(exact.iter().all(|mean| *mean < 0.97));
+        for (exact, rounded) in exact.iter().zip(rounded) {
+            assert!((exact - rounded).abs() < 3e-3, "{exact} {rounded}");
+        }
+        let (first, again) = (rounded, mean_after(Precision::Bfloat16));
+        assert_eq!(first, again);
     }
 
     #[test]

@@ -2,8 +2,10 @@
 //!
 //! The idea of packing both streams is Jacobi Forcing's (arXiv 2512.14681).
 
-use cllm_core::model::ALIGNED;
-use tch::{Device, Kind, Tensor};
+use cllm_core::model::{Seen, Stream};
+
+/// An empty range.
+const NOTHING: (i32, i32) = (0, 0);
 
 /// One noisy state of a block.
 #[derive(Debug, Clone, PartialEq)]
@@ -25,7 +27,7 @@ pub struct Packed {
     response: Vec<i32>,
     /// Prompt, response, noisy blocks, their next states.
     tokens: Vec<i32>,
-    positions: Vec<usize>,
+    positions: Vec<i32>,
     noisy: Vec<NoisyBlock>,
 }
 
@@ -33,12 +35,12 @@ impl Packed {
     /// Packs a response and noisy states of its blocks, which are in the order of their starts.
     pub fn new(prompt: &[i32], response: &[i32], noisy: Vec<NoisyBlock>) -> Self {
         let mut tokens = [prompt, response].concat();
-        let mut positions: Vec<usize> = (0..tokens.len()).collect();
+        let mut positions: Vec<i32> = (0..tokens.len() as i32).collect();
         let streams =
             noisy.iter().map(|block| (block, &block.tokens)).chain(noisy.iter().map(|block| (block, &block.next)));
         for (block, state) in streams {
             tokens.extend(state);
-            positions.extend((0..state.len()).map(|offset| prompt.len() + block.start + offset));
+            positions.extend((0..state.len()).map(|offset| (prompt.len() + block.start + offset) as i32));
         }
         Packed { prompt_len: prompt.len(), response: response.to_vec(), tokens, positions, noisy }
     }
@@ -79,33 +81,32 @@ impl Packed {
         })
     }
 
-    /// Writes true into the row-major `width x width` mask wherever a token of this sequence may look.
-    fn mark(&self, mask: &mut [bool], width: usize) {
+    /// What each token sees, in places of this sequence.
+    fn seen(&self) -> Vec<Seen> {
+        let until = |place: usize| place as i32 + 1;
         let clean = self.prompt_len + self.response.len();
-        for query in 0..clean {
-            mask[query * width..][..=query].fill(true);
-        }
+        let mut seen: Vec<Seen> = (0..clean).map(|place| [(0, until(place)), NOTHING, NOTHING]).collect();
         let places: Vec<_> = self.places().collect();
+        // The blocks before one that it sees stand together, right before it: blocks are in the order of their starts.
+        let first_seen = |index: usize, window: usize| {
+            let first = places[..index].iter().find(|(_, other)| other.start >= window);
+            first.map_or(places[index].0, |&(place, _)| place) as i32
+        };
+        let clean_of = |block: &NoisyBlock| (0, (self.prompt_len + block.window.min(block.start)) as i32);
+        for (index, &(place, block)) in places.iter().enumerate() {
+            let first = first_seen(index, block.window);
+            seen.extend(
+                (place..place + block.tokens.len()).map(|query| [clean_of(block), (first, until(query)), NOTHING]),
+            );
+        }
         // A next state sees what its block sees: only the states of the blocks before it.
-        let noisy = places.iter().enumerate().map(|(index, &(place, block))| (index, place, block, block.tokens.len()));
-        let next =
-            self.next_places().enumerate().map(|(index, (place, block))| (index, place, block, block.next.len()));
-        for (index, place, block, length) in noisy.chain(next) {
-            for query in place..place + length {
-                let row = &mut mask[query * width..][..width];
-                row[..self.prompt_len + block.window.min(block.start)].fill(true);
-                for &(earlier, other) in &places[..index] {
-                    if other.start >= block.window {
-                        row[earlier..earlier + other.tokens.len()].fill(true);
-                    }
-                }
-                row[place..=query].fill(true);
-            }
+        for (index, (place, block)) in self.next_places().enumerate() {
+            let before = (first_seen(index, block.window), places[index].0 as i32);
+            seen.extend(
+                (place..place + block.next.len()).map(|query| [clean_of(block), before, (place as i32, until(query))]),
+            );
         }
-        // Padding looks at itself, since a row of the mask must not be empty.
-        for query in self.len()..width {
-            mask[query * width + query] = true;
-        }
+        seen
     }
 
     /// For each noisy token that the loss keeps: its place, and the index of the response token that it predicts. Kept is
@@ -145,30 +146,42 @@ impl Packed {
     }
 }
 
-/// Packed sequences as tensors, padded to the longest and a multiple of [`ALIGNED`].
+/// Packed sequences one behind another, and what the losses take of them, on the host.
 pub struct Batch {
-    /// int64 `[rows, width]`.
-    pub tokens: Tensor,
-    /// int64 `[rows, width]`.
-    pub positions: Tensor,
-    /// bool `[rows, 1, width, width]`.
-    pub mask: Tensor,
-    /// Longest prompt and response of a row: noisy blocks and padding stand behind.
-    pub clean_width: i64,
-    /// Places (in `[rows * width]`) whose next clean token is a response token: int64 `[clean]`.
-    pub clean_places: Tensor,
-    /// Those response tokens: int64 `[clean]`.
-    pub labels: Tensor,
-    /// Places of the noisy tokens that are kept: int64 `[noisy]`.
-    pub noisy_places: Tensor,
-    /// For each of them, the clean place (an index into `clean_places`) that predicts the same token: int64 `[noisy]`.
-    pub noisy_targets: Tensor,
-    /// Places of the noisy tokens of the local loss: int64 `[local]`.
-    pub local_places: Tensor,
-    /// For each of them, the place beside it in the next state: int64 `[local]`.
-    pub local_targets: Tensor,
-    /// Counts on the host.
+    /// All sequences.
+    pub stream: Stream,
+    /// Their prompts and responses alone, for the frozen teacher; empty where none is asked.
+    pub clean: Stream,
+    /// Every response token, and the noisy tokens that are kept.
+    pub chunks: Vec<Chunk>,
+    /// Every noisy token of the local loss.
+    pub local: Vec<LocalChunk>,
+    /// What it holds.
     pub counts: Counts,
+}
+
+/// So much of a batch that its logits may exist at once.
+#[derive(Debug, Default, PartialEq)]
+pub struct Chunk {
+    /// Places before response tokens.
+    pub places: Vec<i64>,
+    /// The response tokens.
+    pub labels: Vec<i64>,
+    /// The same places in the clean stream.
+    pub clean_places: Vec<i64>,
+    /// Places of noisy tokens.
+    pub noisy: Vec<i64>,
+    /// For each of them, which of `places` predicts the same token.
+    pub targets: Vec<i64>,
+}
+
+/// Likewise, for the local loss.
+#[derive(Debug, Default, PartialEq)]
+pub struct LocalChunk {
+    /// Places of noisy tokens.
+    pub places: Vec<i64>,
+    /// For each of them, the place beside it in the next state.
+    pub next: Vec<i64>,
 }
 
 /// What a batch holds.
@@ -198,56 +211,58 @@ impl Counts {
 }
 
 impl Batch {
-    /// Lays sequences side by side.
-    pub fn new(rows: &[Packed], device: Device) -> Self {
-        let width = rows.iter().map(Packed::len).max().unwrap_or(0).next_multiple_of(ALIGNED);
-        let mut tokens = vec![0i64; rows.len() * width];
-        let mut positions = vec![0i64; rows.len() * width];
-        let mut mask = vec![false; rows.len() * width * width];
-        let (mut clean_places, mut labels, mut noisy_places, mut noisy_targets) = (vec![], vec![], vec![], vec![]);
-        let (mut local_places, mut local_targets) = (vec![], vec![]);
-        let mut counts = Counts::default();
-        for (index, row) in rows.iter().enumerate() {
-            let base = index * width;
-            for (place, (&token, &position)) in row.tokens.iter().zip(&row.positions).enumerate() {
-                tokens[base + place] = i64::from(token);
-                positions[base + place] = position as i64;
+    /// Packs sequences. `rows`: most logits at once; `anchored`: whether a frozen teacher reads the clean part.
+    pub fn new(sequences: &[Packed], rows: usize, anchored: bool) -> Self {
+        let (mut stream, mut clean, mut counts) = (Stream::default(), Stream::default(), Counts::default());
+        let (mut chunks, mut local) = (vec![Chunk::default()], vec![LocalChunk::default()]);
+        for sequence in sequences {
+            let base = stream.tokens.len();
+            let clean_base = clean.tokens.len();
+            stream.push(&sequence.tokens, &sequence.positions, &sequence.seen());
+            if anchored {
+                clean.push_causal(&sequence.tokens[..sequence.prompt_len + sequence.response.len()]);
             }
-            row.mark(&mut mask[index * width * width..][..width * width], width);
-            let first_clean = clean_places.len();
-            // A response token at 0 has no token before it where the prompt is empty.
-            for (offset, &token) in row.response.iter().enumerate() {
-                clean_places.push((base + (row.prompt_len + offset).saturating_sub(1)) as i64);
-                labels.push(i64::from(token));
+            let mut noisy = vec![Vec::new(); sequence.response.len()];
+            for (place, predicted) in sequence.noisy_targets() {
+                noisy[predicted].push((base + place) as i64);
+                counts.noisy += 1;
             }
-            for (place, predicted) in row.noisy_targets() {
-                noisy_places.push((base + place) as i64);
-                noisy_targets.push((first_clean + predicted) as i64);
+            for (offset, (&label, noisy)) in sequence.response.iter().zip(noisy).enumerate() {
+                // A response token at 0 has no token before it where the prompt is empty.
+                let before = (sequence.prompt_len + offset).saturating_sub(1);
+                Chunk::add(&mut chunks, rows, (base + before, clean_base + before, i64::from(label)), noisy);
             }
-            for (place, next) in row.next_targets() {
-                local_places.push((base + place) as i64);
-                local_targets.push((base + next) as i64);
+            for (place, next) in sequence.next_targets() {
+                if local[local.len() - 1].places.len() >= rows {
+                    local.push(LocalChunk::default());
+                }
+                let last = local.len() - 1;
+                local[last].places.push((base + place) as i64);
+                local[last].next.push((base + next) as i64);
+                counts.local += 1;
             }
-            counts.tokens += row.len();
-            counts.blocks += row.noisy().len();
+            counts.tokens += sequence.len();
+            counts.clean += sequence.response.len();
+            counts.blocks += sequence.noisy().len();
         }
-        counts.clean = clean_places.len();
-        counts.noisy = noisy_places.len();
-        counts.local = local_places.len();
-        let (count, width) = (rows.len() as i64, width as i64);
-        let to = |values: Vec<i64>| Tensor::from_slice(&values).to_device(device);
-        Batch {
-            tokens: to(tokens).view([count, width]),
-            positions: to(positions).view([count, width]),
-            clean_width: rows.iter().map(|row| row.prompt_len + row.response.len()).max().unwrap_or(0) as i64,
-            mask: Tensor::from_slice(&mask).to_kind(Kind::Bool).view([count, 1, width, width]).to_device(device),
-            clean_places: to(clean_places),
-            labels: to(labels),
-            noisy_places: to(noisy_places),
-            noisy_targets: to(noisy_targets),
-            local_places: to(local_places),
-            local_targets: to(local_targets),
-            counts,
+        local.retain(|chunk| !chunk.places.is_empty());
+        Batch { stream, clean, chunks, local, counts }
+    }
+}
+
+impl Chunk {
+    /// Adds a response token, and the noisy tokens before which its distribution is the target, to the last chunk or a new one.
+    fn add(chunks: &mut Vec<Chunk>, rows: usize, clean: (usize, usize, i64), noisy: Vec<i64>) {
+        let full = |chunk: &Chunk| chunk.labels.len() + chunk.noisy.len() + 1 + noisy.len() > rows;
+        if chunks.last().is_some_and(|chunk| !chunk.labels.is_empty() && full(chunk)) {
+            chunks.push(Chunk::default());
         }
+        let last = chunks.len() - 1;
+        let chunk = &mut chunks[last];
+        chunk.targets.extend(noisy.iter().map(|_| chunk.labels.len() as i64));
+        chunk.noisy.extend(noisy);
+        chunk.places.push(clean.0 as i64);
+        chunk.clean_places.push(clean.1 as i64);
+        chunk.labels.push(clean.2);
     }
 }

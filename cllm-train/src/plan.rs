@@ -13,6 +13,7 @@ use tch::Device;
 use crate::examples::{self, Example};
 use crate::memory::Memory;
 use crate::optimizer::State;
+use crate::prefetch::Packer;
 use crate::schedule::Schedule;
 use crate::settings::Settings;
 use crate::step::Models;
@@ -147,14 +148,16 @@ fn time(
     place: Device,
 ) -> Result<Timing> {
     let models = Models::load(settings, tokenizer, folder, place)?;
-    let mut state = State::new(&models.student);
+    let mut state = State::new(&models.student, settings.optimizer.state, settings.seed)?;
+    let packer = Packer::new(settings, examples, models.student.config());
     let batches = schedule.batches(0);
     let mut seconds = Vec::new();
     let begun = Instant::now();
     for group in batches.chunks(settings.accumulation).cycle().take(1 + TIMED_STEPS) {
         interrupt::check()?;
+        let packed: Vec<_> = group.iter().map(|batch| packer.batch(batch, 0)).collect();
         let started = Instant::now();
-        let _ = models.gradients(settings, examples, group, 0);
+        let _ = models.gradients(settings, &packed)?;
         let _ = state.step(&settings.optimizer, 0.0, 1)?;
         device::synchronize(place);
         seconds.push(started.elapsed().as_secs_f64());

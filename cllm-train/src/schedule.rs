@@ -6,7 +6,7 @@ use rand::seq::SliceRandom;
 use crate::examples::Example;
 use crate::settings::Settings;
 
-/// Batches whose responses are sorted by length together: little padding, and still a random order.
+/// Batches that are filled together, longest response first: full to the brim, and still a random order.
 const POOL_BATCHES: usize = 16;
 
 /// The order of a run.
@@ -75,7 +75,7 @@ impl Schedule {
         (epoch, step - if epoch == 0 { 0 } else { self.ends[epoch - 1] })
     }
 
-    /// The batches of an epoch: indices of responses, of like lengths, drawn anew each epoch.
+    /// The batches of an epoch, drawn anew each: indices of responses, first fit.
     pub fn batches(&self, epoch: usize) -> Vec<Vec<usize>> {
         let mut rng = fingerprint::rng(self.seed, "order", epoch as u64);
         let mut order: Vec<usize> =
@@ -83,17 +83,29 @@ impl Schedule {
         order.shuffle(&mut rng);
         let mean = order.iter().map(|&index| self.lengths[index]).sum::<usize>() / order.len().max(1);
         let pool = (self.tokens_per_batch / mean.max(1)).max(1) * POOL_BATCHES;
+        // What is left of a pool goes on to the next, so that only the last batch of an epoch is not full.
+        let mut open: Vec<(usize, Vec<usize>)> = Vec::new();
         let mut batches: Vec<Vec<usize>> = Vec::new();
         for pool in order.chunks_mut(pool) {
-            pool.sort_by_key(|&index| self.lengths[index]);
-            let mut batch: Vec<usize> = Vec::new();
+            pool.sort_by_key(|&index| std::cmp::Reverse(self.lengths[index]));
             for &index in pool.iter() {
-                if !batch.is_empty() && (batch.len() + 1) * self.lengths[index] > self.tokens_per_batch {
-                    batches.push(std::mem::take(&mut batch));
+                let length = self.lengths[index];
+                match open.iter_mut().find(|(free, _)| *free >= length) {
+                    Some((free, batch)) => {
+                        *free -= length;
+                        batch.push(index);
+                    }
+                    None => open.push((self.tokens_per_batch - length, vec![index])),
                 }
-                batch.push(index);
             }
-            batches.push(batch);
+            let emptiest = open.iter().enumerate().max_by_key(|(_, (free, _))| *free).map(|(place, _)| place);
+            let kept = emptiest.map(|place| open.swap_remove(place));
+            batches.extend(open.drain(..).map(|(_, batch)| batch));
+            open.extend(kept);
+        }
+        batches.extend(open.into_iter().map(|(_, batch)| batch));
+        for batch in &mut batches {
+            batch.shuffle(&mut rng);
         }
         batches.shuffle(&mut rng);
         batches
@@ -124,9 +136,10 @@ mod tests {
         let short: Vec<usize> = (0..50).filter(|index| 6 + index * 7 % 40 <= 44).collect();
         assert_eq!((seen, schedule.left_out), (short.clone(), 50 - short.len()));
         for batch in &batches {
-            let widest = batch.iter().map(|&index| schedule.lengths[index]).max().unwrap();
-            assert!(batch.len() * widest <= 100);
+            assert!(batch.iter().map(|&index| schedule.lengths[index]).sum::<usize>() <= 100);
         }
+        let tokens: usize = short.iter().map(|&index| schedule.lengths[index]).sum();
+        assert_eq!(batches.len(), tokens.div_ceil(100), "little is left free");
         assert_ne!(batches, schedule.batches(1));
     }
 

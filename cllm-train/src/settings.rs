@@ -47,6 +47,16 @@ pub enum Context {
     NoisyWindow,
 }
 
+/// In what the optimizer keeps its state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Precision {
+    /// Float32 moments, and float32 masters of weights that are not.
+    Float32,
+    /// Moments in bf16 and no masters, rounded at random: 4 bytes a weight instead of 12. For bf16 weights (on a GPU).
+    Bfloat16,
+}
+
 /// A training run.
 #[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -75,7 +85,7 @@ pub struct Settings {
     /// Stop after so many steps; 0 for the epochs alone. The learning rate's schedule ends there too.
     #[garde(skip)]
     pub max_steps: usize,
-    /// Most tokens of one forward, padding included.
+    /// Most tokens of one forward: so many responses, with their noisy blocks, are packed one behind another.
     #[garde(range(min = 1))]
     pub tokens_per_batch: usize,
     /// Forwards whose gradients make one step.
@@ -84,6 +94,9 @@ pub struct Settings {
     /// Responses of more packed tokens are left out, and counted.
     #[garde(range(min = 1))]
     pub max_tokens: usize,
+    /// Leading layers that are computed again in the backward, so that only their input is kept: less memory, more time.
+    #[garde(skip)]
+    pub recompute: usize,
     /// The optimizer.
     #[garde(dive)]
     pub optimizer: Optimizer,
@@ -165,6 +178,9 @@ pub struct Optimizer {
     /// Largest norm of the gradient; 0 for no clipping.
     #[garde(range(min = 0.0))]
     pub clip: f64,
+    /// In what moments and masters are kept.
+    #[garde(skip)]
+    pub state: Precision,
 }
 
 /// The consistency objective.
@@ -237,6 +253,7 @@ impl Default for Settings {
             tokens_per_batch: 8192,
             accumulation: 1,
             max_tokens: 4096,
+            recompute: 0,
             optimizer: Optimizer::default(),
             consistency: Consistency::default(),
             probe: Probe::default(),
@@ -274,6 +291,7 @@ impl Default for Optimizer {
             warmup: 0.05,
             min_lr: 0.1,
             clip: 1.0,
+            state: Precision::Float32,
         }
     }
 }

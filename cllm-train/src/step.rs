@@ -4,18 +4,17 @@ use std::path::Path;
 
 use cllm_core::model::Transformer;
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::{Result, device, fingerprint};
-use tch::{Device, Kind, Tensor};
+use cllm_core::{Result, device};
+use tch::{Device, Tensor};
 
-use crate::examples::Example;
-use crate::loss::losses;
+use crate::loss::{Backward, losses};
 use crate::packing::{Batch, Counts};
 use crate::settings::{Objective, Reduction, Settings};
 use crate::trainer::random_config;
 
 /// What a run trains, and what it holds on to.
 pub struct Models {
-    /// Learns; its weights collect gradients.
+    /// Learns.
     pub student: Transformer,
     /// The model that the run started from, where the student is anchored to it.
     teacher: Option<Transformer>,
@@ -32,46 +31,33 @@ impl Models {
             None => Transformer::load(folder, place, kind)?,
             Some(init) => Transformer::random(random_config(init, tokenizer)?, settings.seed, place, kind),
         };
-        student.set_requires_grad(true);
         let teacher = settings.anchored().then(|| Transformer::load(folder, place, kind)).transpose()?;
         Ok(Models { student, teacher })
     }
 
     /// Adds up the gradients of some batches, each loss a mean over its tokens in all of them. Returns what they held and
     /// the losses, still on the device: nothing here waits for it.
-    pub fn gradients(
-        &self,
-        settings: &Settings,
-        examples: &[Example],
-        group: &[Vec<usize>],
-        epoch: usize,
-    ) -> (Counts, Means) {
-        let pack = |&index: &usize| {
-            let mut rng = fingerprint::rng(settings.seed, &examples[index].id, epoch as u64);
-            examples[index].pack(&settings.consistency, &mut rng)
-        };
-        let batches: Vec<Batch> = group
-            .iter()
-            .map(|rows| Batch::new(&rows.iter().map(pack).collect::<Vec<_>>(), self.student.device()))
-            .collect();
+    ///
+    /// # Errors
+    /// [`cllm_core::Error::Torch`], such as memory that ran out.
+    pub fn gradients(&self, settings: &Settings, batches: &[Batch]) -> Result<(Counts, Means)> {
         let mut counts = Counts::default();
         batches.iter().for_each(|batch| counts.add(batch.counts));
         let divisors = match settings.consistency.reduction {
             Reduction::TokenMean => [counts.clean, counts.noisy, counts.local, counts.clean],
         };
+        let divisors = divisors.map(|count| (count as f64).max(1.0));
         let weights = weights(settings);
+        let scale = std::array::from_fn(|loss| weights[loss] / divisors[loss]);
+        let backward = Backward { scale, recomputed: settings.recompute };
         let mut means = Means::default();
-        for batch in &batches {
-            let sums = losses(&self.student, self.teacher.as_ref(), batch, &settings.consistency);
-            let mut total = Tensor::zeros([], (Kind::Float, self.student.device()));
-            for (index, sum) in [sums.ar, sums.global, sums.local, sums.anchor].into_iter().enumerate() {
-                let mean = sum / (divisors[index] as f64).max(1.0);
-                means.0[index].push(mean.detach());
-                total += mean * weights[index];
+        for batch in batches {
+            let sums = losses(&self.student, self.teacher.as_ref(), batch, &settings.consistency, Some(backward))?;
+            for (index, sum) in sums.into_iter().enumerate() {
+                means.0[index].push(sum / divisors[index]);
             }
-            total.backward();
         }
-        (counts, means)
+        Ok((counts, means))
     }
 }
 

@@ -2,6 +2,7 @@
 //! it had never stopped.
 
 use std::path::PathBuf;
+use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
 use cllm_core::model::ModelConfig;
@@ -16,7 +17,8 @@ use crate::checkpoint::{self, Origin, Position};
 use crate::examples::{self, Example};
 use crate::metrics::Metrics;
 use crate::optimizer::{State, learning_rate};
-use crate::packing::Counts;
+use crate::packing::{Batch, Counts};
+use crate::prefetch::Packer;
 use crate::probe::Probe;
 use crate::schedule::Schedule;
 use crate::settings::{Init, Objective, Settings};
@@ -74,7 +76,7 @@ pub fn run(settings: Settings) -> Result<()> {
     let probe = Probe::of(&settings, &tokenizer, models.student.config())?;
     let origin = Origin::of(&settings, &tokenizer, &tokenizer_folder)?;
     std::fs::create_dir_all(&folder).map_err(Error::write(&folder))?;
-    let mut state = State::new(&models.student);
+    let mut state = State::new(&models.student, settings.optimizer.state, settings.seed)?;
     let position = match checkpoint::resume(&folder, &mut state, &origin)? {
         Some(position) => {
             progress::say(format!("going on after step {}", position.step));
@@ -89,7 +91,7 @@ pub fn run(settings: Settings) -> Result<()> {
 }
 
 impl Run {
-    fn train(mut self, examples: &[Example]) -> Result<()> {
+    fn train(self, examples: &[Example]) -> Result<()> {
         let schedule = Schedule::new(examples, &self.settings)?;
         let total = schedule.steps();
         if self.position.step >= total && self.folder.join("summary.json").exists() {
@@ -105,23 +107,27 @@ impl Run {
                 schedule.left_out, self.settings.max_tokens
             ));
         }
+        let (settings, config) = (self.settings.clone(), self.models.student.config().clone());
+        let packer = Packer::new(&settings, examples, &config);
+        std::thread::scope(|scope| {
+            let batches = packer.ahead(scope, &schedule, self.position.step);
+            self.steps(total, &batches)
+        })
+    }
+
+    /// Takes the steps that are left.
+    fn steps(mut self, total: usize, batches: &Receiver<Vec<Batch>>) -> Result<()> {
         let mut metrics = Metrics::open(&self.folder, self.position.step)?;
         let mut bar = Progress::new("train", self.position.step as u64, total as u64);
-        let mut batches = (usize::MAX, Vec::new());
         while self.position.step < total {
             if interrupt::requested().is_some() {
                 self.save()?;
                 interrupt::check()?;
             }
-            let (epoch, within) = schedule.place(self.position.step);
-            if batches.0 != epoch {
-                batches = (epoch, schedule.batches(epoch));
-            }
-            let first = within * self.settings.accumulation;
-            let group = &batches.1[first..(first + self.settings.accumulation).min(batches.1.len())];
             let number = self.position.step + 1;
             let rate = learning_rate(&self.settings.optimizer, number, total);
-            let (counts, means) = self.models.gradients(&self.settings, examples, group, epoch);
+            let batches = batches.recv().map_err(|_| Error::negative("the thread that packs batches has ended"))?;
+            let (counts, means) = self.models.gradients(&self.settings, &batches)?;
             let norm = self.state.step(&self.settings.optimizer, rate, number)?;
             self.position.step = number;
             self.position.tokens += counts.tokens;

@@ -116,7 +116,7 @@ impl<'m> Fused<'m> {
                 kernels.attention(queries, &qkv, &input.places, cache, &mixed)
             })?;
             kernels.few_output(&layer.output.weight, &mixed, layer.output.bias.as_ref(), x)?;
-            kernels.few_gate_up(&layer.gate_up, x, &layer.feed_forward_norm, &inner)?;
+            kernels.few_gate_up(&layer.gate_up.weight, x, &layer.feed_forward_norm, &inner)?;
             kernels.few_down(&layer.down.weight, &inner, x)?;
         }
         kernels.few_choose(self.model.projection(), x, &self.model.norm, &input.choice, predicted)
@@ -139,7 +139,7 @@ impl<'m> Fused<'m> {
             let attended = mixed.f_linear(&layer.output.weight, layer.output.bias.as_ref())?;
             kernels.add_norm(x, Some(&attended), &layer.feed_forward_norm, &normed)?;
             drop(attended);
-            let both = normed.f_linear::<&Tensor>(&layer.gate_up, None)?;
+            let both = normed.f_linear::<&Tensor>(&layer.gate_up.weight, None)?;
             kernels.gated(&both, &inner)?;
             drop(both);
             delta = Some(inner.f_linear::<&Tensor>(&layer.down.weight, None)?);

@@ -1,16 +1,20 @@
 //! Decoder-only transformers of the Llama line from Hugging Face folders.
 
 mod config;
+mod flat;
 mod fused;
 mod kv_cache;
+mod packed;
 mod raw_config;
 mod rope;
 mod transformer;
 mod weights;
 
 pub use config::{Family, ModelConfig, RopeScaling};
+pub use flat::Flat;
 pub(crate) use fused::{Fused, StepInput, StepSize};
 pub use kv_cache::KvCache;
+pub use packed::{DeviceStream, Pass, Seen, Stream};
 pub use transformer::{ALIGNED, Transformer};
 pub(crate) use weights::write_safetensors;
 pub use weights::{check, fingerprint};

@@ -4,8 +4,10 @@ use std::path::Path;
 
 use tch::{Device, Kind, Tensor};
 
-use super::config::{Family, ModelConfig};
+use super::config::ModelConfig;
+use super::flat::Flat;
 use super::kv_cache::KvCache;
+use super::packed::DeviceStream;
 use super::rope::{Rope, Rotation};
 use super::weights;
 use crate::{Result, torch_ext};
@@ -17,19 +19,14 @@ pub(super) struct Linear {
 
 pub(super) struct Layer {
     pub(super) attention_norm: Tensor,
-    query: Linear,
-    key: Linear,
-    value: Linear,
-    /// Queries, keys and values in one product: the three above are views of its rows.
+    /// Queries, keys and values in one product.
     pub(super) query_key_value: Linear,
     /// Norms of queries and keys (Qwen3).
     pub(super) query_key_norm: Option<(Tensor, Tensor)>,
     pub(super) output: Linear,
     pub(super) feed_forward_norm: Tensor,
-    gate: Linear,
-    up: Linear,
-    /// Gate and up in one product: the two above are views of its rows.
-    pub(super) gate_up: Tensor,
+    /// Gate and up in one product.
+    pub(super) gate_up: Linear,
     pub(super) down: Linear,
 }
 
@@ -44,22 +41,27 @@ pub struct Transformer {
     pub(super) norm: Tensor,
     /// `None` where the embedding is the output projection.
     head: Option<Tensor>,
-    parameters: Vec<(String, Tensor)>,
+    /// Every weight under its Hugging Face name; the tensors above are views of it.
+    weights: Flat,
+    /// What collects gradients: the tensors above, with the names that each joins.
+    leaves: Vec<(Tensor, Vec<String>)>,
 }
 
 /// Attended slots and packed widths are multiples of this, or the GPU's attention copies the bias in every layer.
 pub const ALIGNED: usize = 8;
 
 /// What a query may attend to.
-enum Context<'c> {
-    /// Everything before it in the same sequence, or what is added to its scores `[b, 1, s, s]` allows.
-    Sequence(Option<Tensor>),
+pub(super) enum Context<'c> {
+    /// Everything before it in the same sequence.
+    Causal,
+    /// What the stream lets it see.
+    Stream(&'c DeviceStream),
     /// The leading slots of a cache, written at these positions first, as far as what is added to the scores allows.
     Cache { cache: &'c mut KvCache, slots: &'c Tensor, attended: usize, bias: Tensor, ragged: Option<&'c Ragged> },
 }
 
 /// Rows of different lengths: all but attention sees their tokens one behind another, without the padding.
-struct Ragged {
+pub(super) struct Ragged {
     /// Number of each token among the places `[rows x width]`, int64 `[tokens]`.
     places: Tensor,
     /// Token of each place, the first one for padding, int64 `[rows x width]`.
@@ -91,22 +93,22 @@ impl Transformer {
     /// Names a file that is missing, cut off, or of an unsupported family or feature.
     pub fn load(folder: &Path, device: Device, kind: Kind) -> Result<Self> {
         let config = ModelConfig::load(folder)?;
-        let parameters = weights::read(folder, &config, device, kind)?;
-        Ok(Self::assemble(config, parameters, device, kind))
+        let weights = weights::read(folder, &config, device, kind)?;
+        Ok(Self::assemble(config, weights))
     }
 
     /// Random weights (normal, 0.02; norms 1, biases 0), drawn on the CPU: the same for the same seed on every device.
     pub fn random(config: ModelConfig, seed: u64, device: Device, kind: Kind) -> Self {
-        let parameters = weights::random(&config, seed, device, kind);
-        Self::assemble(config, parameters, device, kind)
+        let weights = weights::random(&config, seed, device, kind);
+        Self::assemble(config, weights)
     }
 
     /// Noise drawn on the device: a shape to measure speed with, where drawing on the CPU would take minutes.
     pub fn noise(config: ModelConfig, device: Device, kind: Kind) -> Self {
         let _no_grad = tch::no_grad_guard();
-        let draw = |shape: &[i64]| Tensor::empty(shape, (kind, device)).normal_(0.0, 0.02);
-        let parameters = config.shapes().into_iter().map(|(name, shape)| (name, draw(&shape))).collect();
-        Self::assemble(config, parameters, device, kind)
+        let weights = Flat::zeros(config.shapes(), device, kind);
+        let _ = weights.buffer().shallow_clone().normal_(0.0, 0.02);
+        Self::assemble(config, weights)
     }
 
     /// Writes config.json and safetensors in `kind` into an existing folder (sharded past 5 GB, `format: pt`).
@@ -114,7 +116,7 @@ impl Transformer {
     /// # Errors
     /// File-system errors.
     pub fn save(&self, folder: &Path, kind: Kind) -> Result<()> {
-        weights::write(folder, &self.config, &self.parameters, kind, weights::SHARD_BYTES)
+        weights::write(folder, &self.config, &self.weights.tensors(), kind, weights::SHARD_BYTES)
     }
 
     /// The configuration.
@@ -134,21 +136,31 @@ impl Transformer {
 
     /// Every weight under its Hugging Face name, in a fixed order; tied weights once. They share storage with the model.
     pub fn parameters(&self) -> Vec<(String, Tensor)> {
-        self.parameters.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
+        self.weights.tensors()
     }
 
-    /// Makes every weight a leaf that collects gradients, or none.
-    pub fn set_requires_grad(&self, on: bool) {
-        for (_, tensor) in &self.parameters {
-            let _ = tensor.set_requires_grad(on);
+    /// The buffer that holds every weight.
+    pub fn weights(&self) -> &Flat {
+        &self.weights
+    }
+
+    /// From now on every backward adds to the gradients in the buffer that is returned, laid out as [`Self::weights`].
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`], such as memory that ran out.
+    pub fn collect_gradients(&self) -> Result<Flat> {
+        let gradients = self.weights.zeros_like(self.kind);
+        for (leaf, names) in &self.leaves {
+            let gradient = gradients.joined(names).unwrap_or_else(|| unreachable!("the layouts are the same"));
+            torch_ext::collect_gradient(&leaf.set_requires_grad(true), &gradient)?;
         }
+        Ok(gradients)
     }
 
-    /// Final hidden states `[b, s, hidden]` (after the last norm) without a cache, with gradients.
-    /// `tokens`, `positions`: int64 `[b, s]`; `mask`: bool `[b, 1, s, s]`, true where attention is
-    /// allowed (every row needs at least one), or `None` for plain causal attention.
-    pub fn hidden(&self, tokens: &Tensor, positions: &Tensor, mask: Option<&Tensor>) -> Tensor {
-        self.forward(tokens, positions, Context::Sequence(mask.map(|mask| self.bias(mask))))
+    /// Final hidden states `[b, s, hidden]` (after the last norm) of plain causal attention without a cache, with gradients.
+    /// `tokens`, `positions`: int64 `[b, s]`.
+    pub fn hidden(&self, tokens: &Tensor, positions: &Tensor) -> Tensor {
+        self.forward(tokens, positions, Context::Causal)
     }
 
     /// Final hidden states `[tokens, hidden]` of the leading `lengths` tokens of each row, with a cache: keys and values are
@@ -179,7 +191,7 @@ impl Transformer {
     }
 
     /// What is added to the scores where `mask` is true (0) and false (minus infinity); made once, not once a layer.
-    fn bias(&self, mask: &Tensor) -> Tensor {
+    pub(super) fn bias(&self, mask: &Tensor) -> Tensor {
         let bias = Tensor::full(mask.size(), f64::NEG_INFINITY, (self.kind, self.device));
         bias.masked_fill(mask, 0.0)
     }
@@ -203,17 +215,25 @@ impl Transformer {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 
+    pub(super) fn embed(&self, tokens: &Tensor) -> Tensor {
+        Tensor::embedding(&self.embedding, tokens, -1, false, false)
+    }
+
     fn forward(&self, tokens: &Tensor, positions: &Tensor, mut context: Context<'_>) -> Tensor {
         let rotation = self.rope.rotation(positions, self.kind);
-        let mut x = Tensor::embedding(&self.embedding, tokens, -1, false, false);
-        for (index, layer) in self.layers.iter().enumerate() {
-            let attended =
-                self.attention(index, layer, &self.rms_norm(&x, &layer.attention_norm), &rotation, &mut context);
-            x = attended + x;
-            let normed = self.rms_norm(&x, &layer.feed_forward_norm);
-            x = layer.down.apply(&(layer.gate.apply(&normed).silu() * layer.up.apply(&normed))) + x;
+        let mut x = self.embed(tokens);
+        for index in 0..self.layers.len() {
+            x = self.layer(index, &x, &rotation, &mut context);
         }
         self.rms_norm(&x, &self.norm)
+    }
+
+    /// One layer: `[b, s, hidden]` to the same.
+    pub(super) fn layer(&self, index: usize, x: &Tensor, rotation: &Rotation, context: &mut Context<'_>) -> Tensor {
+        let layer = &self.layers[index];
+        let x = self.attention(index, layer, &self.rms_norm(x, &layer.attention_norm), rotation, context) + x;
+        let gate_up = layer.gate_up.apply(&self.rms_norm(&x, &layer.feed_forward_norm)).chunk(2, -1);
+        layer.down.apply(&(gate_up[0].silu() * &gate_up[1])) + x
     }
 
     fn attention(
@@ -226,43 +246,35 @@ impl Transformer {
     ) -> Tensor {
         let ragged = match context {
             Context::Cache { ragged, .. } => *ragged,
-            Context::Sequence(_) => None,
+            Context::Causal | Context::Stream(_) => None,
         };
         let (batch, length) = match context {
             Context::Cache { slots, .. } => slots.size2().unwrap_or_default(),
-            Context::Sequence(_) => (x.size()[0], x.size()[1]),
+            Context::Causal | Context::Stream(_) => (x.size()[0], x.size()[1]),
         };
-        let heads = |projected: Tensor| {
-            let padded = match ragged {
-                Some(ragged) => projected.squeeze_dim(0).index_select(0, &ragged.tokens),
-                None => projected,
-            };
-            padded.view([batch, length, -1, self.config.head_dim])
+        let projected = match (layer.query_key_value.apply(x), ragged) {
+            (projected, Some(ragged)) => projected.squeeze_dim(0).index_select(0, &ragged.tokens),
+            (projected, None) => projected,
         };
-        let (mut queries, mut keys) = (heads(layer.query.apply(x)), heads(layer.key.apply(x)));
+        let (key_heads, width) = (self.config.num_kv_heads, self.config.head_dim);
+        let heads = [self.config.num_heads, key_heads, key_heads];
+        let parts = projected.view([batch, length, -1, width]).split_with_sizes(heads, 2);
+        let [mut queries, mut keys] = [0, 1].map(|part| parts[part].shallow_clone());
         if let Some((query_norm, key_norm)) = &layer.query_key_norm {
             queries = self.rms_norm(&queries, query_norm);
             keys = self.rms_norm(&keys, key_norm);
         }
         let queries = rotation.apply(&queries.transpose(1, 2));
         let keys = rotation.apply(&keys.transpose(1, 2));
-        let values = heads(layer.value.apply(x)).transpose(1, 2);
-        let (key_heads, width) = (self.config.num_kv_heads, self.config.head_dim);
-        let group = self.config.num_heads / key_heads;
-        // `enable_gqa` leaves only the slow kernel that holds every score when there is a mask, so groups are laid out here.
+        let values = parts[2].transpose(1, 2);
         let mixed = match context {
-            Context::Sequence(bias) => {
-                let widened = |x: &Tensor| {
-                    let shape = [batch, key_heads, group, length, width];
-                    if group == 1 { x.shallow_clone() } else { x.unsqueeze(2).expand(shape, false).flatten(1, 2) }
-                };
-                attend(&queries, &widened(&keys), &widened(&values), bias.as_ref())
-            }
+            Context::Causal => attend(&queries, &keys, &values, None),
+            Context::Stream(stream) => stream.attend(&queries, &keys, &values),
             Context::Cache { cache, slots, attended, bias, .. } => {
                 let (keys, values) = cache.update(index, &keys, &values, slots, *attended);
                 // No copy of the cache: a group's heads become more queries of the same key head.
-                let folded = queries.reshape([batch, key_heads, group * length, width]);
-                attend(&folded, &keys, &values, Some(bias)).reshape([batch, key_heads * group, length, width])
+                let folded = queries.reshape([batch, key_heads, -1, width]);
+                attend(&folded, &keys, &values, Some(bias)).reshape([batch, -1, length, width])
             }
         };
         let mixed = mixed.transpose(1, 2).reshape([batch, length, -1]);
@@ -273,85 +285,71 @@ impl Transformer {
     }
 
     /// Root-mean-square norm over the last dimension, computed in float32.
-    fn rms_norm(&self, x: &Tensor, weight: &Tensor) -> Tensor {
+    pub(super) fn rms_norm(&self, x: &Tensor, weight: &Tensor) -> Tensor {
         x.rms_norm(weight.size(), Some(weight), self.config.rms_norm_eps)
     }
 
-    fn assemble(config: ModelConfig, mut parameters: Vec<(String, Tensor)>, device: Device, kind: Kind) -> Self {
-        let joined: Vec<_> = (0..config.num_layers)
-            .map(|layer| {
-                let mut join = |parts: &[&str], kind: &str| {
-                    let names: Vec<_> =
-                        parts.iter().map(|part| format!("model.layers.{layer}.{part}_proj.{kind}")).collect();
-                    join_rows(&mut parameters, &names)
-                };
-                let attention = ["self_attn.q", "self_attn.k", "self_attn.v"];
-                (join(&attention, "weight"), join(&attention, "bias"), join(&["mlp.gate", "mlp.up"], "weight"))
-            })
-            .collect();
-        let find =
-            |name: &str| parameters.iter().find(|(other, _)| other == name).map(|(_, tensor)| tensor.shallow_clone());
+    fn assemble(config: ModelConfig, weights: Flat) -> Self {
+        let mut leaves = Vec::new();
+        let mut leaf = |names: Vec<String>| {
+            let tensor = weights.joined(&names)?;
+            leaves.push((tensor.shallow_clone(), names));
+            Some(tensor)
+        };
         let expected =
             |found: Option<Tensor>| found.unwrap_or_else(|| unreachable!("there is every name of the config"));
-        let all = |name: &str| expected(find(name));
+        let embedding = expected(leaf(vec!["model.embed_tokens.weight".to_owned()]));
         let layers = (0..config.num_layers)
-            .zip(joined)
-            .map(|(layer, (query_key_value, bias, gate_up))| {
-                let name = |part: &str| format!("model.layers.{layer}.{part}");
-                let linear = |part: &str| Linear {
-                    weight: all(&name(&format!("{part}.weight"))),
-                    bias: find(&name(&format!("{part}.bias"))),
+            .map(|layer| {
+                let mut part = |parts: &[&str], kind: &str| {
+                    leaf(parts.iter().map(|part| format!("model.layers.{layer}.{part}.{kind}")).collect())
                 };
-                let norm = |part: &str| all(&name(&format!("{part}.weight")));
+                let mut linear =
+                    |parts: &[&str]| Linear { weight: expected(part(parts, "weight")), bias: part(parts, "bias") };
+                let query_key_value = linear(&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]);
+                let output = linear(&["self_attn.o_proj"]);
+                let (gate_up, down) = (linear(&["mlp.gate_proj", "mlp.up_proj"]), linear(&["mlp.down_proj"]));
+                let mut norm = |name: &str| part(&[name], "weight");
                 Layer {
-                    attention_norm: norm("input_layernorm"),
-                    query: linear("self_attn.q_proj"),
-                    key: linear("self_attn.k_proj"),
-                    value: linear("self_attn.v_proj"),
-                    query_key_value: Linear { weight: expected(query_key_value), bias },
-                    query_key_norm: (config.family == Family::Qwen3)
-                        .then(|| (norm("self_attn.q_norm"), norm("self_attn.k_norm"))),
-                    output: linear("self_attn.o_proj"),
-                    feed_forward_norm: norm("post_attention_layernorm"),
-                    gate: linear("mlp.gate_proj"),
-                    up: linear("mlp.up_proj"),
-                    gate_up: expected(gate_up),
-                    down: linear("mlp.down_proj"),
+                    attention_norm: expected(norm("input_layernorm")),
+                    query_key_norm: norm("self_attn.q_norm").zip(norm("self_attn.k_norm")),
+                    feed_forward_norm: expected(norm("post_attention_layernorm")),
+                    query_key_value,
+                    output,
+                    gate_up,
+                    down,
                 }
             })
             .collect();
         Transformer {
-            rope: Rope::new(&config, device),
-            embedding: all("model.embed_tokens.weight"),
+            device: weights.buffer().device(),
+            kind: weights.buffer().kind(),
+            rope: Rope::new(&config, weights.buffer().device()),
+            embedding,
             layers,
-            norm: all("model.norm.weight"),
-            head: find("lm_head.weight"),
+            norm: expected(leaf(vec!["model.norm.weight".to_owned()])),
+            head: leaf(vec!["lm_head.weight".to_owned()]),
             config,
-            device,
-            kind,
-            parameters,
+            weights,
+            leaves,
         }
     }
 }
 
-/// Copies some weights one under another into one tensor and makes them views of it; none where one is missing.
-fn join_rows(parameters: &mut [(String, Tensor)], names: &[String]) -> Option<Tensor> {
-    let _no_grad = tch::no_grad_guard();
-    let place = |name: &String| parameters.iter().position(|(other, _)| other == name);
-    let places: Vec<usize> = names.iter().map(place).collect::<Option<_>>()?;
-    let joined = Tensor::cat(&places.iter().map(|&place| &parameters[place].1).collect::<Vec<_>>(), 0);
-    let mut first = 0;
-    for place in places {
-        let rows = parameters[place].1.size()[0];
-        parameters[place].1 = joined.narrow(0, first, rows);
-        first += rows;
-    }
-    Some(joined)
-}
-
-/// Attention with what is added to the scores, or plainly causal without.
-fn attend(queries: &Tensor, keys: &Tensor, values: &Tensor, bias: Option<&Tensor>) -> Tensor {
-    Tensor::scaled_dot_product_attention(queries, keys, values, bias, 0.0, bias.is_none(), None, false)
+/// Attention of queries `[b, h, s, d]` to keys and values `[b, kv_heads, t, d]`, with what is added to the scores or plainly
+/// causal without.
+pub(super) fn attend(queries: &Tensor, keys: &Tensor, values: &Tensor, bias: Option<&Tensor>) -> Tensor {
+    let group = queries.size()[1] / keys.size()[1];
+    // `enable_gqa` leaves only the slow kernel that holds every score when there is a mask, so groups are laid out here.
+    let widened = |x: &Tensor| {
+        let [batch, heads, length, width] = <[i64; 4]>::try_from(x.size()).unwrap_or_default();
+        match group {
+            1 => x.shallow_clone(),
+            _ => x.unsqueeze(2).expand([batch, heads, group, length, width], false).flatten(1, 2),
+        }
+    };
+    let (keys, values) = (widened(keys), widened(values));
+    Tensor::scaled_dot_product_attention(queries, &keys, &values, bias, 0.0, bias.is_none(), None, false)
 }
 
 impl Linear {

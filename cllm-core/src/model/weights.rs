@@ -11,6 +11,7 @@ use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
 use super::ModelConfig;
+use super::flat::Flat;
 use crate::{Error, Result, atomic_file, text_file, torch_ext};
 
 const INDEX: &str = "model.safetensors.index.json";
@@ -28,10 +29,15 @@ pub fn fingerprint(folder: &Path) -> Result<String> {
     crate::fingerprint::of_files(&files)
 }
 
-/// Every weight of `config`, in its order, on `device` as `kind`.
-pub(super) fn read(folder: &Path, config: &ModelConfig, device: Device, kind: Kind) -> Result<Vec<(String, Tensor)>> {
+/// Every weight of `config` in one buffer on `device` as `kind`.
+pub(super) fn read(folder: &Path, config: &ModelConfig, device: Device, kind: Kind) -> Result<Flat> {
     let _no_grad = tch::no_grad_guard();
-    visit(folder, config, |file, name, view| Ok(tensor(file, name, view)?.f_to_device(device)?.f_to_kind(kind)?))
+    let weights = Flat::zeros(config.shapes(), device, kind);
+    visit(folder, config, |file, name, view| {
+        let mut weight = weights.get(name).unwrap_or_else(|| unreachable!("`visit` names weights of the config"));
+        Ok(weight.f_copy_(&tensor(file, name, view)?)?)
+    })?;
+    Ok(weights)
 }
 
 /// Checks that a folder holds every weight that its config.json calls for, whole and of its shape, without loading them.
@@ -128,11 +134,11 @@ fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// Random weights, drawn on the CPU in float32 whatever the device.
-pub(super) fn random(config: &ModelConfig, seed: u64, device: Device, kind: Kind) -> Vec<(String, Tensor)> {
+pub(super) fn random(config: &ModelConfig, seed: u64, device: Device, kind: Kind) -> Flat {
     let _no_grad = tch::no_grad_guard();
     let draw = |index: usize, name: &str, shape: &[i64]| {
         let options = (Kind::Float, Device::Cpu);
-        let tensor = if name.ends_with("norm.weight") {
+        if name.ends_with("norm.weight") {
             Tensor::ones(shape, options)
         } else if name.ends_with(".bias") {
             Tensor::zeros(shape, options)
@@ -142,11 +148,13 @@ pub(super) fn random(config: &ModelConfig, seed: u64, device: Device, kind: Kind
             random.set_stream(index as u64);
             let count = shape.iter().product::<i64>() as usize;
             Tensor::from_slice(&normals(&mut random, count, 0.02)).view(shape)
-        };
-        tensor.to_kind(kind).to_device(device)
+        }
     };
-    let shapes = config.shapes().into_iter().enumerate();
-    shapes.map(|(index, (name, shape))| (name.clone(), draw(index, &name, &shape))).collect()
+    let weights = Flat::zeros(config.shapes(), device, kind);
+    for (index, (name, mut weight)) in weights.tensors().into_iter().enumerate() {
+        weight.copy_(&draw(index, &name, &weight.size()));
+    }
+    weights
 }
 
 /// Normal numbers by Box and Muller's method.
@@ -258,13 +266,13 @@ mod tests {
             "num_attention_heads": 2, "head_dim": 4, "tie_word_embeddings": true,
         });
         let config = ModelConfig::from_json(&json).unwrap();
-        let parameters = random(&config, 3, Device::Cpu, Kind::Float);
+        let parameters = random(&config, 3, Device::Cpu, Kind::Float).tensors();
         let dir = tempfile::tempdir().unwrap();
         write(dir.path(), &config, &parameters, Kind::Float, SHARD_BYTES).unwrap();
         write(dir.path(), &config, &parameters, Kind::Float, 1500).unwrap();
         let files = weight_files(dir.path()).unwrap();
         assert!(files.len() > 2, "{files:?}");
-        let read_back = read(dir.path(), &config, Device::Cpu, Kind::Float).unwrap();
+        let read_back = read(dir.path(), &config, Device::Cpu, Kind::Float).unwrap().tensors();
         for ((name, written), (_, read)) in parameters.iter().zip(&read_back) {
             assert_eq!(written, read, "{name}");
         }

@@ -16,21 +16,16 @@ use crate::{Error, Result};
 unsafe extern "C" {
     fn cllm_last_error() -> *const c_char;
     fn cllm_fused_adamw(
-        parameters: *const *mut c_void,
-        gradients: *const *mut c_void,
-        first: *const *mut c_void,
-        second: *const *mut c_void,
-        steps: *const *mut c_void,
-        count: usize,
+        tensors: *const *mut c_void,
+        number: f64,
         lr: f64,
         beta1: f64,
         beta2: f64,
         weight_decay: f64,
         eps: f64,
-        scale: *mut c_void,
-        skip: *mut c_void,
     ) -> c_int;
-    fn cllm_global_norm(tensors: *const *mut c_void, count: usize, norm: *mut *mut c_void) -> c_int;
+    fn cllm_collect_gradient(tensor: *mut c_void, gradient: *mut c_void) -> c_int;
+    fn cllm_backward(tensor: *mut c_void, gradient: *mut c_void) -> c_int;
     fn cllm_cuda_memory(device: c_int, current: *mut i64, peak: *mut i64) -> c_int;
     fn cllm_cuda_reset_peak(device: c_int) -> c_int;
 }
@@ -42,10 +37,6 @@ fn checked(status: c_int) -> Result<()> {
     // SAFETY: the message is a NUL-terminated string of this thread, valid until its next failing call.
     let message = unsafe { CStr::from_ptr(cllm_last_error()) }.to_string_lossy().into_owned();
     Err(Error::Torch(tch::TchError::Torch(message)))
-}
-
-fn pointers(tensors: &[Tensor]) -> Vec<*mut c_void> {
-    tensors.iter().map(|tensor| tensor.as_ptr().cast_mut().cast()).collect()
 }
 
 /// Numbers of one AdamW step (Loshchilov & Hutter, arXiv 1711.05101).
@@ -61,58 +52,51 @@ pub struct AdamW<'t> {
     pub weight_decay: f64,
     /// Added to the denominator.
     pub eps: f64,
+    /// Number of this step, from 1.
+    pub number: usize,
     /// What the gradients are divided by: a float32 scalar on their device.
     pub scale: &'t Tensor,
     /// 1 where nothing may change, else 0: another. So clipping and leaving out a step wait for no answer of the device.
     pub skip: &'t Tensor,
 }
 
-/// One fused AdamW step in place. All tensors are float32 and the slices run in parallel; `steps` are float32
-/// scalars on the same device that hold the number of this step, counted from 1.
+/// One fused AdamW step in place; all tensors are float32, of one shape, on one device.
 ///
 /// # Errors
 /// [`Error::Torch`] when shapes, types or devices differ.
 pub fn fused_adamw(
-    numbers: AdamW<'_>,
-    parameters: &[Tensor],
-    gradients: &[Tensor],
-    first: &[Tensor],
-    second: &[Tensor],
-    steps: &[Tensor],
+    numbers: &AdamW<'_>,
+    parameters: &Tensor,
+    gradients: &Tensor,
+    first: &Tensor,
+    second: &Tensor,
 ) -> Result<()> {
-    let count = parameters.len();
-    assert!([gradients.len(), first.len(), second.len(), steps.len()].iter().all(|&length| length == count));
-    // SAFETY: each array holds `count` valid tensors for the length of the call.
-    checked(unsafe {
-        cllm_fused_adamw(
-            pointers(parameters).as_ptr(),
-            pointers(gradients).as_ptr(),
-            pointers(first).as_ptr(),
-            pointers(second).as_ptr(),
-            pointers(steps).as_ptr(),
-            count,
-            numbers.lr,
-            numbers.beta1,
-            numbers.beta2,
-            numbers.weight_decay,
-            numbers.eps,
-            numbers.scale.as_ptr().cast_mut().cast(),
-            numbers.skip.as_ptr().cast_mut().cast(),
-        )
-    })
+    let AdamW { lr, beta1, beta2, weight_decay, eps, number, scale, skip } = *numbers;
+    let tensors = [parameters, gradients, first, second, scale, skip].map(pointer);
+    // SAFETY: the array holds the six tensors that the other side reads.
+    checked(unsafe { cllm_fused_adamw(tensors.as_ptr(), number as f64, lr, beta1, beta2, weight_decay, eps) })
 }
 
-/// The 2-norm over all tensors, a float32 scalar on their device.
+fn pointer(tensor: &Tensor) -> *mut c_void {
+    tensor.as_ptr().cast_mut().cast()
+}
+
+/// From now on every backward adds the gradient of a leaf to `gradient`, of its shape and type.
 ///
 /// # Errors
-/// [`Error::Torch`] when the list is empty or the devices differ.
-pub fn global_norm(tensors: &[Tensor]) -> Result<Tensor> {
-    let mut norm = std::ptr::null_mut();
-    // SAFETY: the array holds valid tensors; on success `norm` is a tensor that this side owns.
-    unsafe {
-        checked(cllm_global_norm(pointers(tensors).as_ptr(), tensors.len(), &mut norm))?;
-        Ok(Tensor::from_ptr(norm.cast()))
-    }
+/// [`Error::Torch`] when shapes, types or devices differ.
+pub fn collect_gradient(leaf: &Tensor, gradient: &Tensor) -> Result<()> {
+    // SAFETY: both are valid tensors.
+    checked(unsafe { cllm_collect_gradient(pointer(leaf), pointer(gradient)) })
+}
+
+/// Runs the backward of a tensor from its gradient, of its shape.
+///
+/// # Errors
+/// [`Error::Torch`], such as memory that ran out.
+pub fn backward(tensor: &Tensor, gradient: &Tensor) -> Result<()> {
+    // SAFETY: both are valid tensors.
+    checked(unsafe { cllm_backward(pointer(tensor), pointer(gradient)) })
 }
 
 /// Bytes of GPU memory in use and their peak since [`reset_peak_memory`]; `None` on the CPU.

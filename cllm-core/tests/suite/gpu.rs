@@ -65,7 +65,7 @@ fn error(on_gpu: &Transformer, exact: &Transformer, request: &Request, answer: &
     let positions = Tensor::arange(ids.len() as i64, (Kind::Int64, Device::Cpu)).unsqueeze(0);
     let first = request.prompt_ids.len() as i64 - 1;
     let logits = |model: &Transformer| {
-        let hidden = model.hidden(&tokens.to_device(model.device()), &positions.to_device(model.device()), None);
+        let hidden = model.hidden(&tokens.to_device(model.device()), &positions.to_device(model.device()));
         model.logits(&hidden).unwrap().i((0, first..ids.len() as i64 - 1)).to_device(Device::Cpu)
     };
     let (rounded, logits) = (logits(on_gpu), logits(exact));

@@ -22,7 +22,7 @@ fn cached_equals_uncached_with_each_row_at_its_own_position() {
         let model = random_model(&config);
         let tokens = Tensor::randint(61, [2, 20], (Kind::Int64, Device::Cpu));
         let positions = Tensor::arange(20, (Kind::Int64, Device::Cpu)).expand([2, 20], false);
-        let whole = model.logits(&model.hidden(&tokens, &positions, None)).unwrap();
+        let whole = model.logits(&model.hidden(&tokens, &positions)).unwrap();
         let mut cache = KvCache::new(model.config(), 2, 32, Device::Cpu, Kind::Float);
         // Row 0 has seen 9 tokens, row 1 only 5; then both go on for 6.
         let _ = model.hidden_cached(&tokens.i((.., ..9)), &positions.i((.., ..9)), &[9, 9], &mut cache, 9);

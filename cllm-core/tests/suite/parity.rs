@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use cllm_core::model::{KvCache, Transformer};
+use cllm_core::model::{DeviceStream, KvCache, Stream, Transformer};
 use serde_json::Value;
 use tch::{Device, IndexOp, Kind, Tensor};
 
@@ -68,7 +68,7 @@ impl Fixture {
 fn logits_and_loss_agree_with_transformers() {
     for (name, fixture) in fixtures() {
         let Fixture { model, tokens, positions, .. } = &fixture;
-        let hidden = model.hidden(tokens, positions, None);
+        let hidden = model.hidden(tokens, positions);
         fixture.check(&name, &model.logits(&hidden).unwrap());
         let logits = model.train_logits(&hidden);
         fixture.check(&format!("{name}, for losses"), &logits);
@@ -83,13 +83,19 @@ fn logits_and_loss_agree_with_transformers() {
 }
 
 #[test]
-fn a_mask_of_causal_form_changes_nothing() {
+fn sequences_in_a_stream_agree_with_transformers() {
     for (name, fixture) in fixtures() {
-        let Fixture { model, tokens, positions, .. } = &fixture;
-        let length = tokens.size()[1];
-        let mask =
-            Tensor::ones([length, length], (Kind::Bool, Device::Cpu)).tril(0).expand([2, 1, length, length], false);
-        fixture.check(&name, &model.logits(&model.hidden(tokens, positions, Some(&mask))).unwrap());
+        let Fixture { model, tokens, .. } = &fixture;
+        let mut stream = Stream::default();
+        stream.push_causal(&[3, 1, 4, 1, 5]);
+        for row in 0..2 {
+            stream.push_causal(&Vec::<i32>::try_from(tokens.get(row).to_kind(Kind::Int)).unwrap());
+        }
+        let stream = DeviceStream::new(&stream, model);
+        for recomputed in [0, 1] {
+            let hidden = model.pass(&stream, recomputed).hidden.i(5..).view([2, tokens.size()[1], -1]);
+            fixture.check(&name, &model.logits(&hidden).unwrap());
+        }
     }
 }
 
@@ -120,7 +126,7 @@ fn a_saved_model_reloads_to_the_same_logits() {
         let dir = tempfile::tempdir().unwrap();
         fixture.model.save(dir.path(), Kind::Float).unwrap();
         let again = Transformer::load(dir.path(), Device::Cpu, Kind::Float).unwrap();
-        fixture.check(&name, &again.logits(&again.hidden(&fixture.tokens, &fixture.positions, None)).unwrap());
+        fixture.check(&name, &again.logits(&again.hidden(&fixture.tokens, &fixture.positions)).unwrap());
         // What is written once more is the same file: nothing of the configuration is lost or added on the way.
         let twice = tempfile::tempdir().unwrap();
         again.save(twice.path(), Kind::Float).unwrap();
@@ -135,22 +141,45 @@ fn a_saved_model_reloads_to_the_same_logits() {
 fn gradients_reach_every_weight_and_updates_are_seen_by_the_model() {
     for (name, fixture) in fixtures() {
         let Fixture { model, tokens, positions, .. } = &fixture;
-        model.set_requires_grad(true);
+        let gradients = model.collect_gradients().unwrap();
         let length = tokens.size()[1];
         let loss = || {
-            let logits = model.train_logits(&model.hidden(tokens, positions, None));
+            let logits = model.train_logits(&model.hidden(tokens, positions));
             logits.i((.., ..length - 1)).flatten(0, 1).cross_entropy_for_logits(&tokens.i((.., 1..)).flatten(0, 1))
         };
         let before = loss();
         before.backward();
-        for (weight, mut tensor) in model.parameters() {
-            let gradient = tensor.grad();
-            assert!(gradient.defined() && tensor.is_leaf(), "{name}: {weight}");
+        for (weight, gradient) in gradients.tensors() {
             assert!(gradient.abs().max().double_value(&[]) > 0.0, "{name}: no gradient of {weight}");
-            tch::no_grad(|| tensor -= gradient * 0.001);
         }
+        tch::no_grad(|| {
+            let _ = model.weights().buffer().shallow_clone().subtract_(&(gradients.buffer() * 0.001));
+        });
         let after = loss().double_value(&[]);
         assert!(after < before.double_value(&[]), "{name}: {after} after {before}");
+    }
+}
+
+#[test]
+fn a_backward_that_computes_layers_again_gives_the_same_gradients() {
+    for (name, fixture) in fixtures() {
+        let Fixture { model, tokens, .. } = &fixture;
+        let gradients = model.collect_gradients().unwrap();
+        let mut stream = Stream::default();
+        for row in 0..2 {
+            stream.push_causal(&Vec::<i32>::try_from(tokens.get(row).to_kind(Kind::Int)).unwrap());
+        }
+        let stream = DeviceStream::new(&stream, model);
+        let mut found: Vec<Tensor> = Vec::new();
+        for recomputed in [0, 1, 99] {
+            let pass = model.pass(&stream, recomputed);
+            let direction = tch::no_grad(|| pass.hidden.cos());
+            pass.backward(&direction).unwrap();
+            found.push(gradients.buffer().copy());
+            let _ = gradients.buffer().shallow_clone().zero_();
+        }
+        assert!(found[0].abs().max().double_value(&[]) > 0.1, "{name}");
+        assert!(found.iter().all(|gradient| *gradient == found[0]), "{name}");
     }
 }
 

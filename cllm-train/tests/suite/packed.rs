@@ -1,9 +1,9 @@
 //! One packed pass gives what plain causal passes give, token by token and loss by loss.
 
 use cllm_core::fingerprint;
-use cllm_core::model::Transformer;
+use cllm_core::model::{DeviceStream, Transformer};
 use cllm_train::examples::{Block, Example};
-use cllm_train::loss::{divergence, losses};
+use cllm_train::loss::{Backward, divergence, losses};
 use cllm_train::packing::{Batch, NoisyBlock, Packed};
 use cllm_train::settings::{Consistency, Context, Divergence};
 use tch::{Device, IndexOp, Kind, Tensor};
@@ -11,6 +11,8 @@ use tch::{Device, IndexOp, Kind, Tensor};
 use crate::families::{random_model, shapes};
 
 const N: usize = 4;
+/// Most logits at once: all there are.
+const ROWS: usize = 1 << 20;
 
 /// Runs a test on a model and a teacher of every family.
 fn each_family(test: impl Fn(&str, Transformer, Transformer)) {
@@ -48,7 +50,7 @@ fn example(name: &str, prompt: usize, length: usize) -> Example {
 fn plain(model: &Transformer, tokens: &[i32]) -> Tensor {
     let tokens = Tensor::from_slice(tokens).to_kind(Kind::Int64).unsqueeze(0);
     let positions = Tensor::arange(tokens.size()[1], (Kind::Int64, Device::Cpu)).unsqueeze(0);
-    model.train_logits(&model.hidden(&tokens, &positions, None)).squeeze_dim(0)
+    model.train_logits(&model.hidden(&tokens, &positions)).squeeze_dim(0)
 }
 
 fn difference(a: &Tensor, b: &Tensor) -> f64 {
@@ -66,12 +68,14 @@ fn every_token_sees_what_its_own_causal_pass_would_show_it() {
         let noisy =
             |&(start, window): &(usize, usize)| NoisyBlock { start, window, tokens: state(start), next: next(start) };
         let packed = Packed::new(&prompt, &response, starts.iter().map(noisy).collect());
-        // A longer row beside it, so that this one is padded.
-        let batch = Batch::new(&[packed, Packed::new(&ids(9, 50), &[1], Vec::new())], Device::Cpu);
-        let logits = model.train_logits(&model.hidden(&batch.tokens, &batch.positions, Some(&batch.mask)));
+        // Another one before it, and one behind.
+        let other = || Packed::new(&ids(9, 11), &[1], Vec::new());
+        let batch = Batch::new(&[other(), packed, other()], ROWS, false);
+        let stream = DeviceStream::new(&batch.stream, &model);
+        let logits = model.train_logits(&model.pass(&stream, 0).hidden).i(12..);
 
         let clean = plain(&model, &[prompt.clone(), response.clone()].concat());
-        let apart = difference(&logits.i((0, ..24)), &clean);
+        let apart = difference(&logits.i(..24), &clean);
         assert!(apart < 1e-3, "{family}: {apart}");
         let contexts = [response[..8].to_vec(), [&response[..8], &state(8)].concat(), response[..16].to_vec()];
         let mut place = 24;
@@ -80,7 +84,7 @@ fn every_token_sees_what_its_own_causal_pass_would_show_it() {
                 let before = [prompt.as_slice(), context].concat();
                 let own = stream(*start);
                 let expected = plain(&model, &[before.as_slice(), &own].concat()).i(before.len() as i64..);
-                let found = logits.i((0, place..place + own.len() as i64));
+                let found = logits.i(place..place + own.len() as i64);
                 let apart = difference(&found, &expected);
                 assert!(apart < 1e-3, "{family}, block at {start}: {apart}");
                 place += own.len() as i64;
@@ -100,9 +104,9 @@ fn responses_packed_together_give_the_sums_of_each_alone() {
                 })
                 .into();
             let sums = |rows: &[Packed]| {
-                let batch = Batch::new(rows, Device::Cpu);
-                let losses = losses(&model, Some(&teacher), &batch, &settings);
-                ([losses.ar, losses.global, losses.local, losses.anchor].map(|sum| sum.double_value(&[])), batch.counts)
+                let batch = Batch::new(rows, ROWS, true);
+                let sums = losses(&model, Some(&teacher), &batch, &settings, None).unwrap();
+                (sums.map(|sum| sum.double_value(&[])), batch.counts)
             };
             let together = sums(&rows);
             let alone: Vec<_> = rows.iter().map(|row| sums(std::slice::from_ref(row))).collect();
@@ -119,6 +123,57 @@ fn responses_packed_together_give_the_sums_of_each_alone() {
             assert_eq!(together.1.noisy, alone.iter().map(|sum| sum.1.noisy).sum::<usize>());
         }
     });
+}
+
+#[test]
+fn chunks_of_the_vocabulary_change_neither_losses_nor_gradients() {
+    for (family, config) in shapes() {
+        let (model, teacher) = (random_model(&config, 3), random_model(&config, 4));
+        let gradients = model.collect_gradients().unwrap();
+        for divergence in [Divergence::Forward, Divergence::Reverse, Divergence::Jsd] {
+            let settings = Consistency { divergence, local_weight: 1.0, ..Consistency::default() };
+            let packed = [("a", 3, 9), ("b", 12, 14)].map(|(name, prompt, length)| {
+                example(name, prompt, length).pack(&settings, &mut fingerprint::rng(1, name, 0))
+            });
+            let run = |rows: usize, recomputed: usize| {
+                let batch = Batch::new(&packed, rows, true);
+                let backward = Backward { scale: [0.3, 0.5, 0.7, 0.9], recomputed };
+                let sums = losses(&model, Some(&teacher), &batch, &settings, Some(backward)).unwrap();
+                let gradient = gradients.buffer().copy();
+                let _ = gradients.buffer().shallow_clone().zero_();
+                (batch.chunks.len() + batch.local.len(), sums.map(|sum| sum.double_value(&[])), gradient)
+            };
+            let (whole, chunked) = (run(ROWS, 0), run(5, 1));
+            assert!(whole.0 == 2 && chunked.0 > 8, "{} {}", whole.0, chunked.0);
+            for (a, b) in whole.1.iter().zip(chunked.1) {
+                assert!((a - b).abs() < 1e-4 * a, "{family}: {a} {b}");
+            }
+            let (apart, size) = (difference(&whole.2, &chunked.2), whole.2.abs().max().double_value(&[]));
+            assert!(apart < 1e-4 * size, "{family}: {apart} of {size}");
+        }
+    }
+}
+
+#[test]
+fn the_gradient_is_that_of_the_sums() {
+    let (family, config) = shapes().remove(0);
+    let model = random_model(&config, 3);
+    let gradients = model.collect_gradients().unwrap();
+    let settings = Consistency { local_weight: 1.0, ..Consistency::default() };
+    let packed = example("a", 3, 9).pack(&settings, &mut fingerprint::rng(1, "a", 0));
+    let batch = Batch::new(&[packed], ROWS, false);
+    let scale = [1.0, 0.0, 0.0, 0.0];
+    let sum =
+        |backward: Option<Backward>| losses(&model, None, &batch, &settings, backward).unwrap()[0].double_value(&[]);
+    let before = sum(Some(Backward { scale, recomputed: 0 }));
+    // A small step against the gradient takes away its squared length, to first order.
+    let rate = 1e-4;
+    let slope = gradients.buffer().square().sum(Kind::Double).double_value(&[]);
+    tch::no_grad(|| {
+        let _ = model.weights().buffer().shallow_clone().subtract_(&(gradients.buffer() * rate));
+    });
+    let fallen = (before - sum(None)) / (rate * slope);
+    assert!((0.9..1.1).contains(&fallen), "{family}: {fallen}");
 }
 
 #[test]
@@ -162,13 +217,14 @@ fn the_losses_are_those_of_a_naive_loop() {
         };
         let packed = Packed::new(&prompt, &response, vec![block(4, &first, &next), block(8, &last, &response[8..])]);
         let settings = Consistency { local_weight: 1.0, ..Consistency::default() };
-        let batch = Batch::new(&[packed], Device::Cpu);
-        let found = losses(&model, Some(&teacher), &batch, &settings);
+        let batch = Batch::new(&[packed], ROWS, true);
+        let [found_ar, found_global, found_local, found_anchor] =
+            losses(&model, Some(&teacher), &batch, &settings, None).unwrap();
 
         let frozen = plain(&teacher, &[prompt.clone(), response.clone()].concat()).log_softmax(-1, Kind::Float);
         let answers = (prompt.len() - 1) as i64..(prompt.len() + response.len() - 1) as i64;
         let anchor = divergence(&frozen.i(answers.clone()), &clean.i(answers), Divergence::Forward).double_value(&[]);
-        assert!(close(&found.anchor, anchor), "{family}: {anchor}");
+        assert!(close(&found_anchor, anchor), "{family}: {anchor}");
         let mut consistency = 0.0;
         for (start, tokens, kept) in [(4, &first, 2..4), (8, &last, 0..1)] {
             let noisy = plain(&model, &[prompt.as_slice(), &response[..start], tokens].concat());
@@ -179,7 +235,7 @@ fn the_losses_are_those_of_a_naive_loop() {
             }
         }
         assert_eq!((batch.counts.noisy, batch.counts.clean), (3, 10));
-        assert!(close(&found.global, consistency), "{family}: {consistency}");
+        assert!(close(&found_global, consistency), "{family}: {consistency}");
         // The local loss starts where a state and the next differ: the last offset of the first block.
         let log = |tokens: &[i32]| {
             let whole = [prompt.as_slice(), &response[..4], tokens].concat();
@@ -190,11 +246,11 @@ fn the_losses_are_those_of_a_naive_loop() {
         let noisy = plain(&model, &[prompt.as_slice(), &response[..8], &last].concat()).log_softmax(-1, Kind::Float);
         let cut = divergence(&clean.i(at..=at), &noisy.i(at..=at), Divergence::Forward).double_value(&[]);
         assert_eq!(batch.counts.local, 2);
-        assert!(close(&found.local, last_offset + cut), "{family}: {last_offset} {cut}");
+        assert!(close(&found_local, last_offset + cut), "{family}: {last_offset} {cut}");
         let ar: f64 = (0..10)
             .map(|offset| -clean.double_value(&[(prompt.len() + offset) as i64 - 1, i64::from(response[offset])]))
             .sum();
-        assert!(close(&found.ar, ar), "{family}: {ar}");
+        assert!(close(&found_ar, ar), "{family}: {ar}");
     });
 }
 
@@ -217,7 +273,7 @@ fn states_are_drawn_anew_each_epoch_and_never_the_fixed_point() {
     assert!((1..20).any(|epoch| draw(epoch) != draw(0)));
     assert_eq!(draw(3), draw(3));
     for epoch in 0..20 {
-        assert!(Batch::new(&[draw(epoch)], Device::Cpu).counts.noisy > 0, "a fixed point teaches nothing");
+        assert!(Batch::new(&[draw(epoch)], ROWS, false).counts.noisy > 0, "a fixed point teaches nothing");
     }
 }
 

@@ -1,0 +1,68 @@
+//! Batches are packed on a thread of their own, so that the device waits for none.
+
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread::Scope;
+
+use cllm_core::fingerprint;
+use cllm_core::model::ModelConfig;
+
+use crate::examples::Example;
+use crate::packing::Batch;
+use crate::schedule::Schedule;
+use crate::settings::Settings;
+
+/// Steps that lie ready.
+const AHEAD: usize = 2;
+/// Logits that exist at once: 256 MiB of float32, a few times over.
+const LOGITS: usize = 1 << 26;
+
+/// What packs the batches of a run.
+#[derive(Clone, Copy)]
+pub struct Packer<'p> {
+    settings: &'p Settings,
+    examples: &'p [Example],
+    /// Most logits of a chunk.
+    rows: usize,
+}
+
+impl<'p> Packer<'p> {
+    /// For a model of this shape.
+    pub fn new(settings: &'p Settings, examples: &'p [Example], config: &ModelConfig) -> Self {
+        Packer { settings, examples, rows: (LOGITS / config.vocab_size as usize).max(1) }
+    }
+
+    /// Packs some responses for a pass of an epoch.
+    pub fn batch(&self, responses: &[usize], epoch: usize) -> Batch {
+        let pack = |&index: &usize| {
+            let example = &self.examples[index];
+            let mut rng = fingerprint::rng(self.settings.seed, &example.id, epoch as u64);
+            example.pack(&self.settings.consistency, &mut rng)
+        };
+        let sequences: Vec<_> = responses.iter().map(pack).collect();
+        Batch::new(&sequences, self.rows, self.settings.anchored())
+    }
+
+    /// The batches of every step from `first` on, in order.
+    pub fn ahead<'s>(self, scope: &'s Scope<'s, '_>, schedule: &'s Schedule, first: usize) -> Receiver<Vec<Batch>>
+    where
+        'p: 's,
+    {
+        let (sender, receiver) = sync_channel(AHEAD);
+        scope.spawn(move || {
+            let mut order = (usize::MAX, Vec::new());
+            for step in first..schedule.steps() {
+                let (epoch, within) = schedule.place(step);
+                if order.0 != epoch {
+                    order = (epoch, schedule.batches(epoch));
+                }
+                let accumulation = self.settings.accumulation;
+                let group = order.1.chunks(accumulation).nth(within).unwrap_or_default();
+                // Nobody takes it any more where the run has ended.
+                if sender.send(group.iter().map(|batch| self.batch(batch, epoch)).collect()).is_err() {
+                    return;
+                }
+            }
+        });
+        receiver
+    }
+}
