@@ -8,33 +8,18 @@
 //
 // Matrix products use mma.m16n8k16 with the weights as the left operand. The order of k inside a product is free as long as
 // both sides agree, so each thread takes 8 neighbouring values (16 bytes) of a row for two products at once.
-typedef unsigned short bf16;
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
-#define INFINITY __int_as_float(0x7f800000)
 #define QKV ((HEADS + 2 * KV_HEADS) * HEAD_DIM)
 #define GROUP (HEADS / KV_HEADS)
 #define HALF (HEAD_DIM / 2)
 #define WARPS 8
 #define CHUNKS (HEAD_DIM / 32)
 
-__device__ __forceinline__ float low(u32 pair) { return __uint_as_float(pair << 16); }
-__device__ __forceinline__ float high(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
-__device__ __forceinline__ float wide(bf16 x) { return __uint_as_float(((u32)x) << 16); }
-__device__ __forceinline__ u32 pack(float lower, float upper) {
-  u32 pair;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(upper), "f"(lower));
-  return pair;
-}
 // Both products of two pairs, each rounded once.
 __device__ __forceinline__ u32 times(u32 a, u32 b) {
   u32 pair;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(0x80008000u));
   return pair;
 }
-__device__ __forceinline__ bf16 narrow(float x) { return (bf16)(pack(x, 0.f) & 0xffffu); }
-
 // Weights pass through once a step: they need no place in L1.
 __device__ __forceinline__ uint4 load_once(const uint4 *from) {
   uint4 x;
@@ -42,13 +27,6 @@ __device__ __forceinline__ uint4 load_once(const uint4 *from) {
                : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
                : "l"(from));
   return x;
-}
-
-__device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 // Two products over the 32 values of k that `a` (row g), `b` (row g + 8) and `x` (column g) hold.
@@ -69,13 +47,6 @@ __device__ __forceinline__ void let_successor_start() {
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
 }
-
-__device__ __forceinline__ float warp_sum(float x) {
-  for (int step = 16; step > 0; step >>= 1) x += __shfl_xor_sync(0xffffffffu, x, step);
-  return x;
-}
-
-__device__ __forceinline__ float silu(float x) { return x / (1.f + __expf(-x)); }
 
 // A hash of (key of the position, token): 32 bits (the finaliser of SplitMix64, Steele et al. 2014).
 __device__ __forceinline__ u32 hash(u64 key, u32 token) {

@@ -1,12 +1,14 @@
 //! What `cllm-data`, `cllm-train` and `cllm-eval` share: a prompt, a forward pass and a score are defined once, here.
 
 pub mod atomic_file;
+pub mod bench_file;
 pub mod chat_template;
 pub mod decode;
 pub mod device;
 mod error;
 pub mod fingerprint;
 pub mod gguf;
+pub mod hardware;
 pub mod hub;
 pub mod interrupt;
 pub mod model;

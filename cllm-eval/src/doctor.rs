@@ -2,9 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use cllm_core::hardware::{self, Gpu};
 use serde::Serialize;
-
-use crate::hardware::{self, Gpu};
 
 /// What was found.
 #[derive(Debug, Clone, Serialize)]

@@ -6,7 +6,6 @@ pub mod cli;
 pub mod config;
 pub mod doctor;
 pub mod generate;
-pub mod hardware;
 pub mod margins;
 pub mod measure;
 pub mod pieces;

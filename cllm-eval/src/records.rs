@@ -6,6 +6,7 @@ use std::io::{BufRead, BufReader, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use cllm_core::decode::Strategy;
+use cllm_core::hardware::{Hardware, Toolkit};
 use cllm_core::prompt_set::{Prompt, Sample};
 use cllm_core::task::{Task, Verdict};
 use cllm_core::trajectory::FinishReason;
@@ -14,7 +15,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::config::RunSettings;
-use crate::hardware::Hardware;
 
 /// Version of `samples.jsonl` and `results.json`.
 pub const SCHEMA_VERSION: u32 = 1;
@@ -42,15 +42,6 @@ pub struct ModelEntry {
     pub fingerprint: String,
     /// Number of weights.
     pub parameters: i64,
-}
-
-/// Versions that the figures come from.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Toolkit {
-    /// Of this toolkit.
-    pub version: String,
-    /// Of libtorch.
-    pub libtorch: Option<String>,
 }
 
 /// What was run; the first line of the file.

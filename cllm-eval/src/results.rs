@@ -3,13 +3,13 @@
 use std::collections::HashMap;
 
 use cllm_core::decode::Strategy;
+use cllm_core::hardware::{Hardware, Toolkit};
 use cllm_core::task::{Task, Verdict};
 use cllm_core::trajectory::FinishReason;
 use serde::{Deserialize, Serialize};
 
 use crate::config::RunSettings;
-use crate::hardware::Hardware;
-use crate::records::{AnswerRecord, ModelEntry, Records, Role, SpeedRecord, Toolkit};
+use crate::records::{AnswerRecord, ModelEntry, Records, Role, SpeedRecord};
 use crate::statistics::{paired, ratio, wilson};
 
 /// Name of the file.

@@ -2,15 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
+use cllm_core::hardware::{Hardware, Toolkit};
 use cllm_core::prompt_set::{self, Sample};
 use cllm_core::task::{Task, synthetic};
-use cllm_core::{Error, Result, VERSION, atomic_file, device, fingerprint, progress, settings};
+use cllm_core::{Error, Result, atomic_file, device, fingerprint, progress, settings};
 
 use crate::config::RunSettings;
-use crate::hardware::{Hardware, libtorch_version};
 use crate::margins;
 use crate::measure::{Prompts, Subject, identify, time_all};
-use crate::records::{Header, Journal, ModelEntry, Role, SAMPLES, SCHEMA_VERSION, Toolkit};
+use crate::records::{Header, Journal, ModelEntry, Role, SAMPLES, SCHEMA_VERSION};
 use crate::results::{RESULTS, Results};
 
 /// Runs an evaluation, or goes on with an interrupted one, and writes its files.
@@ -39,7 +39,7 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
         split,
         examples: samples.len(),
         hardware: Hardware::of(device),
-        toolkit: Toolkit { version: VERSION.to_owned(), libtorch: libtorch_version() },
+        toolkit: Toolkit::this(),
         models,
         settings: settings.clone(),
     };

@@ -1,5 +1,6 @@
 //! Trains teachers (supervised) and students (consistency).
 
+mod bench;
 mod checkpoint;
 pub mod examples;
 mod export;
@@ -63,6 +64,11 @@ enum Verb {
         #[arg(long)]
         no_timing: bool,
     },
+    /// Time some steps of a run: tokens and blocks a second, share of the device's peak, memory against the plan.
+    #[command(
+        after_help = "Example:\n  cllm-train bench -c configs/quickstart-student.yaml 'data=[runs/clean]' --steps 5"
+    )]
+    Bench(bench::Arguments),
     /// Check a settings file and print the settings in full.
     #[command(after_help = "Example:\n  cllm-train validate -c configs/quickstart-student.yaml")]
     Validate(Configured),
@@ -121,6 +127,7 @@ pub fn run(arguments: Arguments) -> Result<Outcome> {
                 print(&text_file::read(&summary)?)?;
             }
         }
+        Verb::Bench(arguments) => bench::run(&arguments, &load(&arguments.given)?)?,
         Verb::Plan { given, no_timing } => plan::run(&load(&given)?, !no_timing, given.json)?,
         Verb::Validate(given) => {
             let settings = load(&given)?;

@@ -1,8 +1,9 @@
 //! The losses of a batch, and their gradients: the vocabulary is met in chunks, so that the logits of a whole batch never
 //! exist at once.
 
-use cllm_core::Result;
 use cllm_core::model::{DeviceStream, Stream, Transformer};
+use cllm_core::torch_ext::train_kernels::{Logits, TrainKernels};
+use cllm_core::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
 use crate::packing::{Batch, Chunk};
@@ -43,97 +44,173 @@ pub fn losses(
     backward: Option<Backward>,
 ) -> Result<[Tensor; 4]> {
     let _no_grad = backward.is_none().then(tch::no_grad_guard);
-    let stream = DeviceStream::new(&batch.stream, model);
-    let pass = model.pass(&stream, backward.map_or(0, |backward| backward.recomputed));
+    let stream = DeviceStream::new(&batch.stream, model)?;
+    let pass = model.pass(&stream, backward.map_or(0, |backward| backward.recomputed))?;
     let hidden = pass.hidden.detach();
-    let frozen = teacher.map(|teacher| (teacher, clean_hidden(teacher, &batch.clean)));
-    let mut gathered = Gathered::new(&hidden, backward);
+    let frozen = teacher.map(|teacher| Ok::<_, Error>((teacher, clean_hidden(teacher, &batch.clean)?))).transpose()?;
+    let vocabulary =
+        Vocabulary { model, kernels: pass.kernels(), settings, scale: backward.map(|backward| backward.scale) };
+    let mut gathered = Gathered::new(&hidden, backward.is_some());
     for chunk in &batch.chunks {
-        let places = [chunk.places.as_slice(), if settings.weight > 0.0 { &chunk.noisy } else { &[] }].concat();
-        gathered.add(&hidden, &places, |rows| {
-            let target = frozen.as_ref().map(|(teacher, hidden)| distributions(teacher, hidden, &chunk.clean_places));
-            chunk_sums(model, rows, target.as_ref(), chunk, settings)
-        });
+        let noisy = if settings.weight > 0.0 { chunk.noisy.as_slice() } else { &[] };
+        let rows = gathered.rows(&[chunk.places.as_slice(), noisy].concat());
+        let frozen = frozen.as_ref().map(|(teacher, hidden)| logits_of(teacher, hidden, &chunk.clean_places));
+        gathered.add(vocabulary.chunk(&rows.1, frozen, chunk)?, &rows.0);
     }
     if settings.local_weight > 0.0 {
         for chunk in &batch.local {
-            gathered.add(&hidden, &chunk.places, |rows| {
-                let target = tch::no_grad(|| distributions(model, &hidden, &chunk.next));
-                let student = model.train_logits(rows).log_softmax(-1, Kind::Float);
-                vec![(Loss::Local, divergence(&target, &student, settings.divergence))]
-            });
+            let rows = gathered.rows(&chunk.places);
+            gathered.add(vocabulary.local(&rows.1, logits_of(model, &hidden, &chunk.next))?, &rows.0);
         }
     }
-    if let Some(gradient) = gathered.gradient {
+    let Gathered { gradient, sums, .. } = gathered;
+    if let Some(gradient) = gradient {
         pass.backward(&gradient)?;
     }
-    Ok(gathered.sums)
+    Ok(sums)
 }
 
 /// Sums so far, and the gradient of the hidden states.
-struct Gathered {
-    backward: Option<Backward>,
+struct Gathered<'h> {
+    hidden: &'h Tensor,
     gradient: Option<Tensor>,
     sums: [Tensor; 4],
 }
 
-impl Gathered {
-    fn new(hidden: &Tensor, backward: Option<Backward>) -> Self {
+/// Sums over some rows, and the gradient of their hidden states where one is asked for.
+type Sums = (Vec<(Loss, Tensor)>, Option<Tensor>);
+
+impl<'h> Gathered<'h> {
+    fn new(hidden: &'h Tensor, backward: bool) -> Self {
         let sums = [0; 4].map(|_| Tensor::zeros([], (Kind::Float, hidden.device())));
-        Gathered { backward, gradient: backward.map(|_| hidden.zeros_like()), sums }
+        Gathered { hidden, gradient: backward.then(|| hidden.zeros_like()), sums }
     }
 
-    /// Adds the sums over some hidden states, and what follows from them for the gradient. No place comes twice in one call.
-    fn add(&mut self, hidden: &Tensor, places: &[i64], sums: impl FnOnce(&Tensor) -> Vec<(Loss, Tensor)>) {
-        let places = to_device(places, hidden.device());
-        let rows = hidden.index_select(0, &places).set_requires_grad(self.backward.is_some());
-        let sums = sums(&rows);
-        for (loss, sum) in &sums {
-            self.sums[*loss as usize] += sum.detach();
+    /// Some places on the device, and their hidden states.
+    fn rows(&self, places: &[i64]) -> (Tensor, Tensor) {
+        let places = to_device(places, self.hidden.device());
+        let rows = self.hidden.index_select(0, &places);
+        (places, rows)
+    }
+
+    /// Adds what some rows gave. No place comes twice in one call, but where a prompt is empty.
+    fn add(&mut self, (sums, d_rows): Sums, places: &Tensor) {
+        for (loss, sum) in sums {
+            self.sums[loss as usize] += sum.detach();
         }
-        if let (Some(backward), Some(gradient)) = (self.backward, &mut self.gradient) {
-            let scaled = sums.iter().map(|(loss, sum)| sum * backward.scale[*loss as usize]);
-            scaled.sum::<Tensor>().backward();
-            let _ = gradient.index_add_(0, &places, &rows.grad());
+        if let (Some(d_rows), Some(gradient)) = (d_rows, &mut self.gradient) {
+            let _ = gradient.index_add_(0, places, &d_rows);
         }
     }
 }
 
-/// The sums of a chunk from the student's hidden states: clean places first, then noisy ones.
-fn chunk_sums(
-    model: &Transformer,
-    rows: &Tensor,
-    frozen: Option<&Tensor>,
-    chunk: &Chunk,
-    settings: &Consistency,
-) -> Vec<(Loss, Tensor)> {
-    let student = model.train_logits(rows).log_softmax(-1, Kind::Float);
-    let clean_rows = chunk.labels.len() as i64;
-    let clean = student.narrow(0, 0, clean_rows);
-    let labels = to_device(&chunk.labels, rows.device()).unsqueeze(-1);
-    let mut sums = vec![(Loss::Ar, -clean.gather(1, &labels, false).sum(Kind::Float))];
-    let noisy_rows = student.size()[0] - clean_rows;
-    if noisy_rows > 0 {
-        let target = clean.detach().index_select(0, &to_device(&chunk.targets, rows.device()));
-        let noisy = student.narrow(0, clean_rows, noisy_rows);
-        sums.push((Loss::Global, divergence(&target, &noisy, settings.divergence)));
+/// Where hidden states meet the vocabulary.
+struct Vocabulary<'v> {
+    model: &'v Transformer,
+    kernels: Option<&'v TrainKernels>,
+    settings: &'v Consistency,
+    /// What each loss is multiplied by in the gradient, where there is one.
+    scale: Option<[f64; 4]>,
+}
+
+impl Vocabulary<'_> {
+    /// The sums of a chunk from the student's hidden states, clean places first, and the logits of the frozen teacher.
+    fn chunk(&self, rows: &Tensor, frozen: Option<Tensor>, chunk: &Chunk) -> Result<Sums> {
+        let labels = to_device(&chunk.labels, rows.device());
+        let targets = to_device(&chunk.targets, rows.device());
+        let clean_rows = chunk.labels.len() as i64;
+        let noisy_rows = rows.size()[0] - clean_rows;
+        let Some(kernels) = self.kernels else {
+            return Ok(self.autograd(rows, |logits| {
+                let student = logits.log_softmax(-1, Kind::Float);
+                let clean = student.narrow(0, 0, clean_rows);
+                let mut sums = vec![(Loss::Ar, -clean.gather(1, &labels.unsqueeze(-1), false).sum(Kind::Float))];
+                if noisy_rows > 0 {
+                    let noisy = student.narrow(0, clean_rows, noisy_rows);
+                    let target = clean.detach().index_select(0, &targets);
+                    sums.push((Loss::Global, divergence(&target, &noisy, self.settings.divergence)));
+                }
+                let frozen = frozen.map(|logits| logits.log_softmax(-1, Kind::Float));
+                sums.extend(frozen.map(|target| (Loss::Anchor, divergence(&target, &clean, Divergence::Forward))));
+                sums
+            }));
+        };
+        let _no_grad = tch::no_grad_guard();
+        let logits = kernels.logits(self.model.project(rows))?;
+        let mut sums = Vec::new();
+        // First, since the targets are clean rows, which become gradients afterwards.
+        if noisy_rows > 0 {
+            let noisy = (clean_rows, noisy_rows);
+            let kind = self.settings.divergence;
+            let of_rows =
+                kernels.divergence(&logits, noisy, &logits, &targets, code(kind), self.scaled(Loss::Global))?;
+            sums.push((Loss::Global, of_rows.sum(Kind::Float)));
+        }
+        let frozen = frozen.map(|values| kernels.logits(values)).transpose()?;
+        let teacher = frozen.as_ref().map(|frozen| (frozen, self.scaled(Loss::Anchor)));
+        let (ar, anchor) = kernels.cross_entropy(&logits, &labels, self.scaled(Loss::Ar), teacher)?;
+        sums.push((Loss::Ar, ar.sum(Kind::Float)));
+        sums.extend(anchor.map(|of_rows| (Loss::Anchor, of_rows.sum(Kind::Float))));
+        Ok((sums, self.d_rows(rows, &logits)?))
     }
-    sums.extend(frozen.map(|target| (Loss::Anchor, divergence(target, &clean, Divergence::Forward))));
-    sums
+
+    /// The sum of a local chunk from the hidden states, and the logits of the next state.
+    fn local(&self, rows: &Tensor, next: Tensor) -> Result<Sums> {
+        let Some(kernels) = self.kernels else {
+            return Ok(self.autograd(rows, |logits| {
+                let (student, target) = (logits.log_softmax(-1, Kind::Float), next.log_softmax(-1, Kind::Float));
+                vec![(Loss::Local, divergence(&target, &student, self.settings.divergence))]
+            }));
+        };
+        let _no_grad = tch::no_grad_guard();
+        let (logits, next) = (kernels.logits(self.model.project(rows))?, kernels.logits(next)?);
+        let count = rows.size()[0];
+        let targets = Tensor::arange(count, (Kind::Int64, rows.device()));
+        let kind = self.settings.divergence;
+        let of_rows = kernels.divergence(&logits, (0, count), &next, &targets, code(kind), self.scaled(Loss::Local))?;
+        Ok((vec![(Loss::Local, of_rows.sum(Kind::Float))], self.d_rows(rows, &logits)?))
+    }
+
+    /// Sums of logits, and by autograd what follows from them.
+    fn autograd(&self, rows: &Tensor, sums: impl FnOnce(Tensor) -> Vec<(Loss, Tensor)>) -> Sums {
+        let rows = rows.detach().set_requires_grad(self.scale.is_some());
+        let sums = sums(self.model.train_logits(&rows));
+        let Some(scale) = self.scale else { return (sums, None) };
+        sums.iter().map(|(loss, sum)| sum * scale[*loss as usize]).sum::<Tensor>().backward();
+        (sums, Some(rows.grad()))
+    }
+
+    fn scaled(&self, loss: Loss) -> f64 {
+        self.scale.map_or(0.0, |scale| scale[loss as usize])
+    }
+
+    /// What follows from logits that have become their gradient.
+    fn d_rows(&self, rows: &Tensor, logits: &Logits) -> Result<Option<Tensor>> {
+        self.scale.map(|_| self.model.project_backward(rows, &logits.values)).transpose()
+    }
 }
 
-fn clean_hidden(teacher: &Transformer, clean: &Stream) -> Tensor {
-    tch::no_grad(|| teacher.pass(&DeviceStream::new(clean, teacher), 0).hidden)
+fn clean_hidden(teacher: &Transformer, clean: &Stream) -> Result<Tensor> {
+    let _no_grad = tch::no_grad_guard();
+    Ok(teacher.pass(&DeviceStream::new(clean, teacher)?, 0)?.hidden)
 }
 
-/// Log-probabilities `[places, vocab]` after some hidden states, without gradients.
-fn distributions(model: &Transformer, hidden: &Tensor, places: &[i64]) -> Tensor {
-    let rows = hidden.index_select(0, &to_device(places, hidden.device()));
-    tch::no_grad(|| model.train_logits(&rows).log_softmax(-1, Kind::Float))
+/// Logits `[places, vocab]` after some hidden states, without gradients.
+fn logits_of(model: &Transformer, hidden: &Tensor, places: &[i64]) -> Tensor {
+    tch::no_grad(|| model.project(&hidden.index_select(0, &to_device(places, hidden.device()))))
 }
 
 fn to_device(numbers: &[i64], device: Device) -> Tensor {
     Tensor::from_slice(numbers).to_device(device)
+}
+
+/// What the kernels call a divergence.
+fn code(kind: Divergence) -> i32 {
+    match kind {
+        Divergence::Forward => 0,
+        Divergence::Reverse => 1,
+        Divergence::Jsd => 2,
+    }
 }
 
 /// Sum over rows of the divergence between two log-distributions `[rows, vocab]`.

@@ -5,7 +5,9 @@ use serde::Serialize;
 use tch::Kind;
 
 use crate::examples::Example;
-use crate::settings::{Consistency, Divergence, Objective, Settings};
+use crate::optimizer;
+use crate::prefetch;
+use crate::settings::{Consistency, Divergence, Objective, Precision, Settings};
 
 /// Bytes, at the largest batch.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -14,7 +16,7 @@ pub struct Memory {
     pub weights: u64,
     /// One for each weight, in its type.
     pub gradients: u64,
-    /// Both moments; in bf16 also the float32 masters.
+    /// Both moments; of bf16 weights also the float32 masters, unless the state is bf16.
     pub optimizer: u64,
     /// What the forward keeps for the backward, and the largest temporaries beside it.
     pub activations: u64,
@@ -22,14 +24,14 @@ pub struct Memory {
     pub peak: u64,
 }
 
-/// Sizes of a batch: padding included in the first two.
+/// Sizes of a batch.
 #[derive(Debug, Clone, Copy)]
 struct Shape {
     tokens: f64,
-    width: f64,
-    /// Rows of logits of the autoregressive loss, and of each divergence.
-    clean: f64,
-    noisy: f64,
+    /// Sum of the squares of the sequences' lengths.
+    squares: f64,
+    /// Rows of logits that exist at once: of the autoregressive loss and the divergence.
+    rows: f64,
 }
 
 impl Memory {
@@ -43,17 +45,29 @@ impl Memory {
     ) -> Self {
         let parameters = config.parameter_count() as f64;
         let bytes = kind.elt_size_in_bytes() as f64;
-        let masters = if kind == Kind::Float { 0.0 } else { 4.0 };
+        let state = match (settings.optimizer.state, kind) {
+            (Precision::Bfloat16, _) => 4.0,
+            (Precision::Float32, Kind::Float) => 8.0,
+            (Precision::Float32, _) => 12.0,
+        };
+        let most_rows = prefetch::rows_at_once(config) as f64;
         let activations = batches
             .iter()
-            .map(|batch| Shape::of(batch, examples, &settings.consistency))
-            .map(|shape| layers(config, bytes, shape) + losses(config, bytes, settings, shape))
+            .map(|batch| Shape::of(batch, examples, &settings.consistency, most_rows))
+            .map(|shape| match kind {
+                Kind::BFloat16 => fused(config, settings, shape),
+                _ => eager(config, bytes, settings, shape),
+            })
             .fold(0.0, f64::max);
-        // The update makes float32 copies of bf16 gradients, when the activations are gone.
-        let update = masters * parameters;
+        // The update makes float32 copies of some gradients, when the activations are gone; a bf16 state, of all it touches.
+        let copies = if settings.optimizer.state == Precision::Bfloat16 { 8.0 } else { 1.0 };
+        let update = match kind {
+            Kind::Float => 0.0,
+            _ => copies * 4.0 * parameters.min(optimizer::PIECE as f64),
+        };
         let models = if settings.anchored() { 2.0 } else { 1.0 };
         let (weights, gradients) = (models * bytes * parameters, bytes * parameters);
-        let optimizer = (masters + 8.0) * parameters;
+        let optimizer = state * parameters;
         Memory {
             weights: weights as u64,
             gradients: gradients as u64,
@@ -65,61 +79,88 @@ impl Memory {
 }
 
 impl Shape {
-    fn of(batch: &[usize], examples: &[Example], consistency: &Consistency) -> Self {
+    fn of(batch: &[usize], examples: &[Example], consistency: &Consistency, most_rows: f64) -> Self {
         let rows = || batch.iter().map(|&index| &examples[index]);
-        let width = rows().map(|example| example.packed_len(consistency)).max().unwrap_or(0);
+        let sum = |size: &dyn Fn(&Example) -> usize| rows().map(size).sum::<usize>() as f64;
         Shape {
-            tokens: (batch.len() * width) as f64,
-            width: width as f64,
-            clean: rows().map(|example| example.response.len()).sum::<usize>() as f64,
-            noisy: rows().map(|example| example.noisy_len(consistency)).sum::<usize>() as f64,
+            tokens: sum(&|example| example.packed_len(consistency)),
+            squares: sum(&|example| example.packed_len(consistency).pow(2)),
+            rows: sum(&|example| example.response.len() + example.noisy_len(consistency)).min(most_rows),
         }
     }
 }
 
-/// What every layer keeps. With b bytes an element, a token of a layer has
-/// - two norms over the hidden size: their input in float32, the normed input and the output: 4 + 2b each;
-/// - queries, keys and values (laid out for every query head) and the mixed values: 4b over all heads, and a float32
-///   log-sum a head;
-/// - with norms of queries and keys: their float32 input and the normed one;
-/// - gate, its activation, up and their product: 4b over the feed-forward width;
-/// - its row of the attention mask, as numbers: b times the width of the batch.
-///
-/// The last norm is one more.
-fn layers(config: &ModelConfig, bytes: f64, shape: Shape) -> f64 {
-    let size = |size: i64| size as f64;
-    let norm = (4.0 + 2.0 * bytes) * size(config.hidden_size);
-    let queries = size(config.num_heads * config.head_dim);
-    let head_norms = match config.family {
-        Family::Qwen3 => (4.0 + bytes) * (queries + size(config.num_kv_heads * config.head_dim)),
-        Family::Llama | Family::Mistral | Family::Qwen2 => 0.0,
-    };
-    let attention = 4.0 * bytes * queries + 4.0 * size(config.num_heads) + head_norms + bytes * shape.width;
-    let layer = 2.0 * norm + attention + 4.0 * bytes * size(config.intermediate_size);
-    shape.tokens * (size(config.num_layers) * layer + norm)
+/// Elements that a layer's parts have for a token.
+struct Sizes {
+    hidden: f64,
+    queries: f64,
+    qkv: f64,
+    heads: f64,
+    ffn: f64,
 }
 
-/// What the losses take, in rows of float32 over the vocabulary. The autoregressive loss keeps its log-probabilities and
-/// holds the logits; its backward holds three such. A divergence keeps some rows and has some more while it is computed:
-/// forward keeps the student's log-probabilities and the target's probabilities; reverse also a difference; both halves of
-/// Jensen-Shannon about as much as two. The anchor is a forward divergence over the response tokens.
-fn losses(config: &ModelConfig, bytes: f64, settings: &Settings, shape: Shape) -> f64 {
-    let consistency = &settings.consistency;
-    let weights = [consistency.weight, consistency.local_weight];
-    let divergences = match settings.objective {
-        Objective::Sft => 0.0,
-        Objective::Consistency => weights.iter().filter(|&&weight| weight > 0.0).count() as f64,
+impl Sizes {
+    fn of(config: &ModelConfig) -> Self {
+        let size = |size: i64| size as f64;
+        Sizes {
+            hidden: size(config.hidden_size),
+            queries: size(config.num_heads * config.head_dim),
+            qkv: size((config.num_heads + 2 * config.num_kv_heads) * config.head_dim),
+            heads: size(config.num_heads),
+            ffn: size(config.intermediate_size),
+        }
+    }
+}
+
+/// With kernels of our own, in bf16, a token of a layer keeps two inputs of norms and what they give, queries, keys and values,
+/// the mixed values with a float32 log-sum a head, gate and up. A layer that is computed again keeps its input, and one of them
+/// at a time all the rest. Beside them there are, in turn: the output of the feed-forward's first half; the last hidden states,
+/// their gradient and the logits of a chunk; two gradients of a layer.
+fn fused(config: &ModelConfig, settings: &Settings, shape: Shape) -> f64 {
+    let Sizes { hidden, queries, qkv, heads, ffn } = Sizes::of(config);
+    let kept = 8.0 * hidden + 2.0 * (qkv + queries) + 4.0 * heads + 4.0 * ffn;
+    let layers = config.num_layers as f64;
+    let again = layers.min(settings.recompute as f64);
+    let once = if again > 0.0 { kept } else { 0.0 };
+    let all = (layers - again) * kept + again * 2.0 * hidden + once;
+    let in_losses = shape.rows * (2.0 * config.vocab_size as f64 + 4.0 * hidden);
+    let in_layer = shape.tokens * 2.0 * ffn.max(qkv + queries);
+    let targets = if settings.anchored() || settings.consistency.local_weight > 0.0 { 2.0 } else { 1.0 };
+    shape.tokens * (all + 6.0 * hidden) + (targets * in_losses).max(in_layer)
+}
+
+/// With libtorch's operations and b bytes an element, a token of a layer has
+/// - two norms over the hidden size: their input in float32, the normed input and the output: 4 + 2b each;
+/// - queries, keys and values (laid out for every query head) and the mixed values, once by sequence and once together: 5b over
+///   all heads, and a float32 log-sum a head;
+/// - with norms of queries and keys: their float32 input and the normed one;
+/// - gate, its activation, up and their product: 4b over the feed-forward width.
+///
+/// The last norm is one more, and every sequence has a mask, as numbers.
+fn eager(config: &ModelConfig, bytes: f64, settings: &Settings, shape: Shape) -> f64 {
+    let Sizes { hidden, queries, qkv, heads, ffn } = Sizes::of(config);
+    let norm = (4.0 + 2.0 * bytes) * hidden;
+    let head_norms = match config.family {
+        Family::Qwen3 => (4.0 + bytes) * (queries + (qkv - queries) / 2.0),
+        Family::Llama | Family::Mistral | Family::Qwen2 => 0.0,
     };
-    let (kept, most) = match consistency.divergence {
-        Divergence::Forward => (2.0, 5.0),
-        Divergence::Reverse => (3.0, 6.0),
-        Divergence::Jsd => (7.0, 10.0),
+    let kept = 2.0 * norm + 5.0 * bytes * queries + 4.0 * heads + head_norms + 4.0 * bytes * ffn;
+    let layers = config.num_layers as f64;
+    let again = layers.min(settings.recompute as f64);
+    let once = if again > 0.0 { kept } else { 0.0 };
+    let all = (layers - again) * kept + again * bytes * hidden + once;
+    shape.tokens * (all + norm) + bytes * shape.squares + eager_losses(config, settings, shape)
+}
+
+/// Rows of float32 over the vocabulary, at most at once: the logits, their log-probabilities, and what a divergence and the
+/// backward make of them.
+fn eager_losses(config: &ModelConfig, settings: &Settings, shape: Shape) -> f64 {
+    let copies = match (settings.objective, settings.consistency.divergence) {
+        (Objective::Sft, _) => 4.0,
+        (Objective::Consistency, Divergence::Forward) => 5.0,
+        (Objective::Consistency, Divergence::Reverse) => 6.0,
+        (Objective::Consistency, Divergence::Jsd) => 9.0,
     };
-    let anchor = if settings.anchored() { 1.0 } else { 0.0 };
-    let before_anchor = if divergences > 0.0 { kept * (divergences - 1.0) + most } else { 0.0 };
-    let in_divergence = shape.clean + shape.noisy * before_anchor;
-    let in_anchor = 6.0 * anchor * shape.clean + shape.noisy * kept * divergences;
-    let in_backward = (3.0 + 2.0 * anchor) * shape.clean + shape.noisy * kept * divergences;
-    let hidden = bytes * config.hidden_size as f64 * (shape.clean + shape.noisy * divergences);
-    in_divergence.max(in_anchor).max(in_backward) * 4.0 * config.vocab_size as f64 + hidden
+    let anchor = if settings.anchored() { 3.0 } else { 0.0 };
+    (copies + anchor) * shape.rows * 4.0 * config.vocab_size as f64
 }

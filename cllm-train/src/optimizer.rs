@@ -8,7 +8,7 @@ use tch::{Kind, Tensor};
 use crate::settings::{Optimizer, Precision};
 
 /// Elements that are updated at once: temporaries are of this size.
-const PIECE: i64 = 1 << 26;
+pub const PIECE: i64 = 1 << 26;
 
 /// Weights, their gradients and the optimizer's state, each in one buffer of the same layout.
 pub struct State {

@@ -16,6 +16,11 @@ const AHEAD: usize = 2;
 /// Logits that exist at once: 256 MiB of float32, a few times over.
 const LOGITS: usize = 1 << 26;
 
+/// Most rows of logits of a chunk.
+pub fn rows_at_once(config: &ModelConfig) -> usize {
+    (LOGITS / config.vocab_size as usize).max(1)
+}
+
 /// What packs the batches of a run.
 #[derive(Clone, Copy)]
 pub struct Packer<'p> {
@@ -28,7 +33,7 @@ pub struct Packer<'p> {
 impl<'p> Packer<'p> {
     /// For a model of this shape.
     pub fn new(settings: &'p Settings, examples: &'p [Example], config: &ModelConfig) -> Self {
-        Packer { settings, examples, rows: (LOGITS / config.vocab_size as usize).max(1) }
+        Packer { settings, examples, rows: rows_at_once(config) }
     }
 
     /// Packs some responses for a pass of an epoch.

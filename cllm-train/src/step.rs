@@ -2,9 +2,9 @@
 
 use std::path::Path;
 
-use cllm_core::model::Transformer;
+use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::{Result, device};
+use cllm_core::{Error, Result, device};
 use tch::{Device, Tensor};
 
 use crate::loss::{Backward, losses};
@@ -33,6 +33,17 @@ impl Models {
         };
         let teacher = settings.anchored().then(|| Transformer::load(folder, place, kind)).transpose()?;
         Ok(Models { student, teacher })
+    }
+
+    /// Random weights of a shape, drawn on the device, to measure speed with.
+    ///
+    /// # Errors
+    /// [`cllm_core::Error::Usage`] where an anchor is asked for, which such weights are none of.
+    pub fn noise(config: ModelConfig, settings: &Settings, place: Device) -> Result<Self> {
+        if settings.anchored() {
+            return Err(Error::usage("consistency.anchor_weight: random weights have no teacher; leave it at 0"));
+        }
+        Ok(Models { student: Transformer::noise(config, place, device::default_kind(place)), teacher: None })
     }
 
     /// Adds up the gradients of some batches, each loss a mean over its tokens in all of them. Returns what they held and

@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::Transformer;
 use super::transformer::Layer;
-use crate::torch_ext::decode_kernels::{Choice, DecodeKernels, LayerCache, Places, Queries, Shape};
+use crate::torch_ext::decode_kernels::{Choice, DecodeKernels, LayerCache, Places, Queries};
 use crate::{Error, Result, torch_ext};
 
 /// Slots are read 32 at a time.
@@ -46,31 +46,20 @@ pub(crate) struct StepInput {
 impl<'m> Fused<'m> {
     /// For models that the kernels can compute; `None` for others.
     pub(crate) fn new(model: &'m Transformer, rows: usize, capacity: usize) -> Result<Option<Self>> {
-        let config = model.config();
         let Device::Cuda(device) = model.device() else { return Ok(None) };
-        let size = |value: i64| value as usize;
-        let shape = Shape {
-            hidden: size(config.hidden_size),
-            heads: size(config.num_heads),
-            kv_heads: size(config.num_kv_heads),
-            head_dim: size(config.head_dim),
-            ffn: size(config.intermediate_size),
-            vocab: size(config.vocab_size),
-            eps: config.rms_norm_eps,
-            query_key_norm: model.layers.iter().any(|layer| layer.query_key_norm.is_some()),
-        };
+        let (shape, layers) = (model.shape(), model.config().num_layers);
         if model.kind() != Kind::BFloat16 || !shape.is_supported() {
             return Ok(None);
         }
         let capacity = capacity.next_multiple_of(CAPACITY_STEP);
         let empty = |inner: [usize; 2]| {
-            let shape = [size(config.num_layers), rows, shape.kv_heads, inner[0], inner[1]].map(|size| size as i64);
-            Tensor::f_zeros(shape, (Kind::BFloat16, model.device()))
+            let [rows, heads, outer, inner] = [rows, shape.kv_heads, inner[0], inner[1]].map(|size| size as i64);
+            Tensor::f_zeros([layers, rows, heads, outer, inner], (Kind::BFloat16, model.device()))
         };
         Ok(Some(Fused {
             model,
             kernels: DecodeKernels::new(device, shape)?,
-            table: model.rope.table(capacity),
+            table: model.rope.angles(&Tensor::arange(capacity as i64, (Kind::Float, model.device()))),
             keys: empty([capacity, shape.head_dim])?,
             values: empty([shape.head_dim, capacity])?,
             capacity,

@@ -3,18 +3,23 @@
 mod config;
 mod flat;
 mod fused;
+mod fused_training;
+mod known;
 mod kv_cache;
 mod packed;
 mod raw_config;
 mod rope;
+mod tiles;
 mod transformer;
 mod weights;
 
 pub use config::{Family, ModelConfig, RopeScaling};
 pub use flat::Flat;
 pub(crate) use fused::{Fused, StepInput, StepSize};
+pub use known::KnownShape;
 pub use kv_cache::KvCache;
 pub use packed::{DeviceStream, Pass, Seen, Stream};
+pub(crate) use tiles::{Meetings, meetings};
 pub use transformer::{ALIGNED, Transformer};
 pub(crate) use weights::write_safetensors;
 pub use weights::{check, fingerprint};

@@ -4,7 +4,9 @@
 use tch::{Kind, Tensor};
 
 use super::Transformer;
+use super::fused_training::{FusedPass, FusedStream};
 use super::transformer::{Context, attend};
+use crate::torch_ext::train_kernels::TrainKernels;
 use crate::{Result, torch_ext};
 
 /// The places that a token sees: ranges `start..end` of the stream, disjoint, empty where `start >= end`. They lie in its own
@@ -25,7 +27,17 @@ pub struct Stream {
 }
 
 /// A stream on a device.
-pub struct DeviceStream {
+pub struct DeviceStream(On);
+
+enum On {
+    /// For kernels of our own.
+    Fused(Box<FusedStream>),
+    /// For libtorch's operations.
+    Eager(EagerStream),
+}
+
+/// A stream for libtorch's operations.
+pub(super) struct EagerStream {
     /// int64 `[1, tokens]`.
     tokens: Tensor,
     /// int64 `[1, tokens]`.
@@ -37,14 +49,22 @@ pub struct DeviceStream {
 /// A forward over a stream whose backward is still to come.
 pub struct Pass<'p> {
     model: &'p Transformer,
-    stream: &'p DeviceStream,
-    embedded: Tensor,
-    /// Inputs of the leading layers, which are computed again in the backward.
-    inputs: Vec<Tensor>,
-    /// Input of the first layer that keeps what its backward needs.
-    entry: Tensor,
+    kept: Kept<'p>,
     /// Final hidden states (after the last norm) `[tokens, hidden]`.
     pub hidden: Tensor,
+}
+
+/// What the backward needs.
+enum Kept<'p> {
+    Fused(&'p FusedStream, FusedPass),
+    Eager {
+        stream: &'p EagerStream,
+        embedded: Tensor,
+        /// Inputs of the leading layers, which are computed again in the backward.
+        inputs: Vec<Tensor>,
+        /// Input of the first layer that keeps what its backward needs.
+        entry: Tensor,
+    },
 }
 
 impl Stream {
@@ -67,7 +87,19 @@ impl Stream {
 
 impl DeviceStream {
     /// Brings a stream to where `model` is.
-    pub fn new(stream: &Stream, model: &Transformer) -> Self {
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`] where kernels do not compile or memory ran out.
+    pub fn new(stream: &Stream, model: &Transformer) -> Result<Self> {
+        Ok(DeviceStream(match FusedStream::new(stream, model)? {
+            Some(stream) => On::Fused(Box::new(stream)),
+            None => On::Eager(EagerStream::new(stream, model)),
+        }))
+    }
+}
+
+impl EagerStream {
+    fn new(stream: &Stream, model: &Transformer) -> Self {
         let device = model.device();
         let whole = |ids: &[i32]| Tensor::from_slice(ids).to_device(device).to_kind(Kind::Int64).unsqueeze(0);
         let mut start = 0;
@@ -78,7 +110,7 @@ impl DeviceStream {
             sequence
         });
         let sequences = sequences.collect();
-        DeviceStream { tokens: whole(&stream.tokens), positions: whole(&stream.positions), sequences }
+        EagerStream { tokens: whole(&stream.tokens), positions: whole(&stream.positions), sequences }
     }
 
     /// Attention of queries `[1, heads, tokens, head_dim]` to keys and values `[1, kv_heads, tokens, head_dim]`.
@@ -110,7 +142,21 @@ fn mask(seen: &[Seen], base: i32) -> Tensor {
 impl Transformer {
     /// A forward over a stream. The backward computes the leading `recomputed` layers again, so that all that is kept of
     /// them is their input (Chen et al., arXiv 1604.06174).
-    pub fn pass<'p>(&'p self, stream: &'p DeviceStream, recomputed: usize) -> Pass<'p> {
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`], such as memory that ran out.
+    pub fn pass<'p>(&'p self, stream: &'p DeviceStream, recomputed: usize) -> Result<Pass<'p>> {
+        let (kept, hidden) = match &stream.0 {
+            On::Fused(stream) => {
+                let (hidden, pass) = stream.forward(self, recomputed)?;
+                (Kept::Fused(stream, pass), hidden)
+            }
+            On::Eager(stream) => self.eager_pass(stream, recomputed),
+        };
+        Ok(Pass { model: self, kept, hidden })
+    }
+
+    fn eager_pass<'p>(&self, stream: &'p EagerStream, recomputed: usize) -> (Kept<'p>, Tensor) {
         let rotation = self.rope.rotation(&stream.positions, self.kind());
         let embedded = self.embed(&stream.tokens);
         let mut x = embedded.detach();
@@ -126,17 +172,29 @@ impl Transformer {
             x = self.layer(index, &x, &rotation, &mut context);
         }
         let hidden = self.rms_norm(&x, &self.norm).flatten(0, 1);
-        Pass { model: self, stream, embedded, inputs, entry, hidden }
+        (Kept::Eager { stream, embedded, inputs, entry }, hidden)
     }
 }
 
 impl Pass<'_> {
+    /// The kernels that computed it, where they are our own.
+    pub fn kernels(&self) -> Option<&TrainKernels> {
+        match &self.kept {
+            Kept::Fused(stream, _) => Some(stream.kernels()),
+            Kept::Eager { .. } => None,
+        }
+    }
+
     /// Adds to the gradients of the weights what follows from the gradient of the hidden states, of the same shape.
     ///
     /// # Errors
     /// [`crate::Error::Torch`], such as memory that ran out.
     pub fn backward(self, gradient: &Tensor) -> Result<()> {
-        let Pass { model, stream, embedded, mut inputs, entry, hidden } = self;
+        let Pass { model, kept, hidden } = self;
+        let (stream, embedded, mut inputs, entry) = match kept {
+            Kept::Fused(stream, pass) => return stream.backward(model, pass, gradient),
+            Kept::Eager { stream, embedded, inputs, entry } => (stream, embedded, inputs, entry),
+        };
         torch_ext::backward(&hidden, gradient)?;
         drop(hidden);
         let mut gradient = entry.grad();

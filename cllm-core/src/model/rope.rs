@@ -52,10 +52,9 @@ impl Rope {
         Rope { inverse: Tensor::from_slice(&inverse).to_device(device), scale }
     }
 
-    /// Cosines and sines, float32 `[positions, head_dim / 2]`, of positions 0, 1, …
-    pub(super) fn table(&self, positions: usize) -> (Tensor, Tensor) {
-        let angles =
-            Tensor::arange(positions as i64, (Kind::Float, self.inverse.device())).unsqueeze(-1) * &self.inverse;
+    /// Cosines and sines, float32 `[count, head_dim / 2]`, of some positions `[count]`.
+    pub(super) fn angles(&self, positions: &Tensor) -> (Tensor, Tensor) {
+        let angles = positions.to_kind(Kind::Float).unsqueeze(-1) * &self.inverse;
         ((angles.cos() * self.scale).contiguous(), (angles.sin() * self.scale).contiguous())
     }
 

@@ -7,9 +7,10 @@ use tch::{Device, Kind, Tensor};
 use super::config::ModelConfig;
 use super::flat::Flat;
 use super::kv_cache::KvCache;
-use super::packed::DeviceStream;
+use super::packed::EagerStream;
 use super::rope::{Rope, Rotation};
 use super::weights;
+use crate::torch_ext::decode_kernels::Shape;
 use crate::{Result, torch_ext};
 
 pub(super) struct Linear {
@@ -55,7 +56,7 @@ pub(super) enum Context<'c> {
     /// Everything before it in the same sequence.
     Causal,
     /// What the stream lets it see.
-    Stream(&'c DeviceStream),
+    Stream(&'c EagerStream),
     /// The leading slots of a cache, written at these positions first, as far as what is added to the scores allows.
     Cache { cache: &'c mut KvCache, slots: &'c Tensor, attended: usize, bias: Tensor, ragged: Option<&'c Ragged> },
 }
@@ -122,6 +123,22 @@ impl Transformer {
     /// The configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.config
+    }
+
+    /// What kernels are compiled for.
+    pub(super) fn shape(&self) -> Shape {
+        let config = &self.config;
+        let size = |value: i64| value as usize;
+        Shape {
+            hidden: size(config.hidden_size),
+            heads: size(config.num_heads),
+            kv_heads: size(config.num_kv_heads),
+            head_dim: size(config.head_dim),
+            ffn: size(config.intermediate_size),
+            vocab: size(config.vocab_size),
+            eps: config.rms_norm_eps,
+            query_key_norm: self.layers.iter().any(|layer| layer.query_key_norm.is_some()),
+        }
     }
 
     /// Where the weights are.
@@ -205,9 +222,14 @@ impl Transformer {
         torch_ext::matmul_float32(hidden, self.projection())
     }
 
+    /// Logits `[.., vocab]` in the model's own type, with gradients.
+    pub fn project(&self, hidden: &Tensor) -> Tensor {
+        hidden.linear::<&Tensor>(self.projection(), None)
+    }
+
     /// Logits in float32 `[.., vocab]` with gradients; for losses.
     pub fn train_logits(&self, hidden: &Tensor) -> Tensor {
-        hidden.linear::<&Tensor>(self.projection(), None).to_kind(Kind::Float)
+        self.project(hidden).to_kind(Kind::Float)
     }
 
     /// The output projection `[vocab, hidden]`.
@@ -353,7 +375,7 @@ pub(super) fn attend(queries: &Tensor, keys: &Tensor, values: &Tensor, bias: Opt
 }
 
 impl Linear {
-    fn apply(&self, x: &Tensor) -> Tensor {
+    pub(super) fn apply(&self, x: &Tensor) -> Tensor {
         x.linear(&self.weight, self.bias.as_ref())
     }
 }

@@ -1,15 +1,12 @@
 //! The kernels of a decoding step (csrc/decode.cu), compiled for one model's shape.
 
-use std::cell::RefCell;
-use std::collections::HashMap;
-
 use tch::Tensor;
 
 use super::kernels::{Argument, Kernel, Module, capability, compile};
 use crate::Result;
 use Argument::{Data, Float, Int, MaybeData};
 
-const SOURCE: &str = include_str!("../../csrc/decode.cu");
+const SOURCE: &str = concat!(include_str!("../../csrc/numbers.cuh"), include_str!("../../csrc/decode.cu"));
 /// Most tokens that the fused kernels take; above, cuBLAS is the faster.
 pub const FEW_TOKENS: usize = 32;
 /// Most tokens of a step whose attention rotates and caches by itself.
@@ -82,7 +79,7 @@ impl Shape {
         (self.heads + 2 * self.kv_heads) * self.head_dim
     }
 
-    fn macros(&self) -> Vec<(&'static str, String)> {
+    pub(super) fn macros(&self) -> Vec<(&'static str, String)> {
         vec![
             ("HIDDEN", self.hidden.to_string()),
             ("HEADS", self.heads.to_string()),
@@ -179,11 +176,6 @@ pub struct Choice {
     pub keys: Tensor,
 }
 
-thread_local! {
-    /// Compiling takes a second or two, and the same shape is asked for again and again.
-    static MODULES: RefCell<HashMap<(usize, String), Module>> = RefCell::new(HashMap::new());
-}
-
 /// Machine code for a shape; needs no GPU.
 ///
 /// # Errors
@@ -198,19 +190,9 @@ impl DecodeKernels {
     /// # Errors
     /// [`crate::Error::Torch`] with the words of the compiler or the driver.
     pub fn new(device: usize, shape: Shape) -> Result<Self> {
-        let capability = capability(device)?;
-        let key = (device, format!("{shape:?}"));
-        let known = MODULES.with_borrow(|modules| modules.get(&key).copied());
-        let module = match known {
-            Some(module) => module,
-            None => {
-                let module = Module::load(device, &machine_code(&shape, capability)?)?;
-                MODULES.with_borrow_mut(|modules| modules.insert(key, module));
-                module
-            }
-        };
+        let module = Module::compiled(device, SOURCE, &shape.macros())?;
         // Hopper and later start a kernel while the one before it ends.
-        let overlaps = capability.0 >= 9;
+        let overlaps = capability(device)?.0 >= 9;
         let overlapping = |name: &str| module.kernel(name, 0, overlaps);
         let few = |tiles: usize| {
             let named = |name: &str| overlapping(&format!("{name}_{tiles}"));

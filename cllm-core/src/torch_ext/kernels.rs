@@ -1,5 +1,7 @@
 //! Kernels compiled at run time (NVRTC) and put on libtorch's streams.
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 
 use tch::Tensor;
@@ -72,6 +74,11 @@ pub struct Module {
     handle: *mut c_void,
 }
 
+thread_local! {
+    /// Compiling takes a second or two, and the same is asked for again and again.
+    static MODULES: RefCell<HashMap<(usize, String), Module>> = RefCell::new(HashMap::new());
+}
+
 /// One kernel of a [`Module`].
 #[derive(Debug, Clone, Copy)]
 pub struct Kernel {
@@ -95,6 +102,20 @@ pub enum Argument<'t> {
 }
 
 impl Module {
+    /// Compiles and loads a source with these macros, once in a thread.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] with the words of the compiler or the driver.
+    pub fn compiled(device: usize, source: &str, macros: &[(&str, String)]) -> Result<Self> {
+        let key = (device, crate::fingerprint::of_bytes(format!("{macros:?}{source}").as_bytes()));
+        if let Some(known) = MODULES.with_borrow(|modules| modules.get(&key).copied()) {
+            return Ok(known);
+        }
+        let module = Module::load(device, &compile(source, capability(device)?, macros)?)?;
+        MODULES.with_borrow_mut(|modules| modules.insert(key, module));
+        Ok(module)
+    }
+
     /// Loads what [`compile`] made.
     ///
     /// # Errors

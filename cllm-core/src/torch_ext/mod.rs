@@ -1,9 +1,11 @@
 //! The safe face of `csrc/`, and memory maps: the only room with `unsafe`.
 #![allow(unsafe_code)]
 
+pub mod attention_kernels;
 pub mod decode_kernels;
 pub mod graphs;
 pub mod kernels;
+pub mod train_kernels;
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::fs::File;

@@ -91,9 +91,9 @@ fn sequences_in_a_stream_agree_with_transformers() {
         for row in 0..2 {
             stream.push_causal(&Vec::<i32>::try_from(tokens.get(row).to_kind(Kind::Int)).unwrap());
         }
-        let stream = DeviceStream::new(&stream, model);
+        let stream = DeviceStream::new(&stream, model).unwrap();
         for recomputed in [0, 1] {
-            let hidden = model.pass(&stream, recomputed).hidden.i(5..).view([2, tokens.size()[1], -1]);
+            let hidden = model.pass(&stream, recomputed).unwrap().hidden.i(5..).view([2, tokens.size()[1], -1]);
             fixture.check(&name, &model.logits(&hidden).unwrap());
         }
     }
@@ -169,10 +169,10 @@ fn a_backward_that_computes_layers_again_gives_the_same_gradients() {
         for row in 0..2 {
             stream.push_causal(&Vec::<i32>::try_from(tokens.get(row).to_kind(Kind::Int)).unwrap());
         }
-        let stream = DeviceStream::new(&stream, model);
+        let stream = DeviceStream::new(&stream, model).unwrap();
         let mut found: Vec<Tensor> = Vec::new();
         for recomputed in [0, 1, 99] {
-            let pass = model.pass(&stream, recomputed);
+            let pass = model.pass(&stream, recomputed).unwrap();
             let direction = tch::no_grad(|| pass.hidden.cos());
             pass.backward(&direction).unwrap();
             found.push(gradients.buffer().copy());

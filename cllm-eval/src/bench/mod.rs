@@ -5,22 +5,17 @@ mod measure;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use cllm_core::bench_file::{BenchFile, ModelFigures};
 use cllm_core::decode::Strategy;
-use cllm_core::model::{ModelConfig, Transformer};
+use cllm_core::model::{KnownShape, Transformer};
 use cllm_core::prompt_set;
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::{Error, Result, VERSION, atomic_file, device, hub, progress, settings, torch_ext};
+use cllm_core::{Error, Result, device, hub, progress, settings, torch_ext};
 use garde::Validate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 
-use crate::hardware::{Hardware, libtorch_version};
-use crate::records::Toolkit;
 use measure::Bench;
-
-/// Version of the file.
-const SCHEMA_VERSION: u32 = 1;
 
 /// Settings of `cllm-eval bench`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Validate, JsonSchema)]
@@ -31,7 +26,7 @@ pub struct BenchSettings {
     pub model: Option<String>,
     /// Random weights of a known shape instead of a model.
     #[garde(skip)]
-    pub shape: Option<Shape>,
+    pub shape: Option<KnownShape>,
     /// What the model is called in the results; without it, the last part of its folder or its shape.
     #[garde(skip)]
     pub name: Option<String>,
@@ -79,20 +74,6 @@ pub struct BenchSettings {
     pub output: PathBuf,
 }
 
-/// Shapes of models to measure without their weights.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-pub enum Shape {
-    /// SmolLM2-135M.
-    #[serde(rename = "135M")]
-    Small,
-    /// SmolLM2-1.7B.
-    #[serde(rename = "1.7B")]
-    Middle,
-    /// Llama 2 7B.
-    #[serde(rename = "7B")]
-    Large,
-}
-
 impl Default for BenchSettings {
     fn default() -> Self {
         BenchSettings {
@@ -117,44 +98,13 @@ impl Default for BenchSettings {
     }
 }
 
-impl Shape {
-    fn config(self) -> Result<ModelConfig> {
-        let value = match self {
-            Shape::Small => {
-                json!({ "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
-                "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-                "max_position_embeddings": 8192, "tie_word_embeddings": true })
-            }
-            Shape::Middle => json!({ "model_type": "llama", "vocab_size": 49152, "hidden_size": 2048,
-                "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
-                "max_position_embeddings": 8192, "tie_word_embeddings": true }),
-            Shape::Large => json!({ "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096,
-                "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-                "max_position_embeddings": 4096 }),
-        };
-        ModelConfig::from_json(&value).map_err(Error::usage)
-    }
+/// The file that is written.
+pub type BenchResults = BenchFile<ModelBench>;
 
-    fn name(self) -> &'static str {
-        match self {
-            Shape::Small => "135M",
-            Shape::Middle => "1.7B",
-            Shape::Large => "7B",
-        }
+impl ModelFigures for ModelBench {
+    fn name(&self) -> &str {
+        &self.name
     }
-}
-
-/// The file: models measured on one machine.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct BenchResults {
-    /// Version of this file's form.
-    pub schema_version: u32,
-    /// Where.
-    pub hardware: Hardware,
-    /// With what.
-    pub toolkit: Toolkit,
-    /// Per model.
-    pub models: Vec<ModelBench>,
 }
 
 /// Figures of a model. Times are medians; a step is one forward with everything around it, the host's part included.
@@ -240,10 +190,10 @@ pub fn bench(settings: &BenchSettings) -> Result<BenchResults> {
             let name = folder.file_name().map_or(model.clone(), |name| name.to_string_lossy().into_owned());
             (Transformer::load(&folder, place, kind)?, name, Some(Tokenizer::load(&folder)?))
         }
-        (None, Some(shape)) => (Transformer::noise(shape.config()?, place, kind), shape.name().to_owned(), None),
+        (None, Some(shape)) => (Transformer::noise(shape.config(None)?, place, kind), shape.name().to_owned(), None),
         _ => return Err(Error::usage("set either `model`, a folder or id, or `shape`: 135M, 1.7B or 7B")),
     };
-    let mut results = earlier(settings, Hardware::of(place))?;
+    let mut results = BenchResults::open(&settings.output, place)?;
     let prompts = match (&settings.prompts, &tokenizer) {
         (Some(path), Some(tokenizer)) => Some((prompt_set::read(path)?, tokenizer)),
         (Some(_), None) => {
@@ -258,32 +208,9 @@ pub fn bench(settings: &BenchSettings) -> Result<BenchResults> {
         bench.prompts(&samples, tokenizer, &mut found)?;
     }
     found.transformers_ar_tokens_per_second = baseline;
-    results.models.retain(|other| other.name != found.name);
-    results.models.push(found);
-    atomic_file::write_json(&settings.output, &results)?;
+    results.put(&settings.output, found)?;
     progress::say(format!("wrote {}", settings.output.display()));
     Ok(results)
-}
-
-/// What the file holds already, or a new one.
-fn earlier(settings: &BenchSettings, hardware: Hardware) -> Result<BenchResults> {
-    let path = &settings.output;
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder).map_err(Error::write(folder))?;
-    }
-    let toolkit = Toolkit { version: VERSION.to_owned(), libtorch: libtorch_version() };
-    if !path.exists() {
-        return Ok(BenchResults { schema_version: SCHEMA_VERSION, hardware, toolkit, models: Vec::new() });
-    }
-    let text = std::fs::read_to_string(path).map_err(Error::io(path))?;
-    let found: BenchResults = serde_json::from_str(&text)
-        .map_err(|error| Error::file(path, format!("is no result of bench ({error}); choose another output")))?;
-    if found.schema_version != SCHEMA_VERSION || found.hardware != hardware || found.toolkit != toolkit {
-        let message =
-            "holds figures of another machine or build, which are not put beside these; choose another output";
-        return Err(Error::file(path, message));
-    }
-    Ok(found)
 }
 
 fn baseline(path: &std::path::Path) -> Result<f64> {

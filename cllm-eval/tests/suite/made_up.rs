@@ -3,13 +3,13 @@
 use std::path::Path;
 
 use cllm_core::decode::Strategy;
+use cllm_core::hardware::{Hardware, Toolkit};
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::task::{Task, Verdict, synthetic};
 use cllm_core::tokenizer_training;
 use cllm_core::trajectory::FinishReason;
 use cllm_eval::config::RunSettings;
-use cllm_eval::hardware::Hardware;
-use cllm_eval::records::{AnswerRecord, Header, ModelEntry, Records, Role, SCHEMA_VERSION, SpeedRecord, Toolkit};
+use cllm_eval::records::{AnswerRecord, Header, ModelEntry, Records, Role, SCHEMA_VERSION, SpeedRecord};
 use serde_json::json;
 use tch::{Device, Kind};
 

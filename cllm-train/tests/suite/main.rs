@@ -6,6 +6,7 @@ mod bad_input;
 mod families;
 #[path = "../../../cllm-core/tests/shared/foreign_parquet.rs"]
 mod foreign_parquet;
+mod gpu;
 mod interrupted;
 mod packed;
 mod program;

@@ -33,7 +33,7 @@ fn ids(from: i32, count: usize) -> Vec<i32> {
 
 /// A response of `length` tokens, each of whose blocks has two noisy states (the later one right at its first token), but
 /// for block 1, which was right at once.
-fn example(name: &str, prompt: usize, length: usize) -> Example {
+pub fn example(name: &str, prompt: usize, length: usize) -> Example {
     let response = ids(2, length);
     let mut whole = response.clone();
     whole.resize(length.div_ceil(N) * N, 0);
@@ -71,8 +71,8 @@ fn every_token_sees_what_its_own_causal_pass_would_show_it() {
         // Another one before it, and one behind.
         let other = || Packed::new(&ids(9, 11), &[1], Vec::new());
         let batch = Batch::new(&[other(), packed, other()], ROWS, false);
-        let stream = DeviceStream::new(&batch.stream, &model);
-        let logits = model.train_logits(&model.pass(&stream, 0).hidden).i(12..);
+        let stream = DeviceStream::new(&batch.stream, &model).unwrap();
+        let logits = model.train_logits(&model.pass(&stream, 0).unwrap().hidden).i(12..);
 
         let clean = plain(&model, &[prompt.clone(), response.clone()].concat());
         let apart = difference(&logits.i(..24), &clean);

@@ -32,6 +32,22 @@ pub struct Gpu {
     pub memory: String,
 }
 
+/// Versions that the figures come from.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Toolkit {
+    /// Of this toolkit.
+    pub version: String,
+    /// Of libtorch.
+    pub libtorch: Option<String>,
+}
+
+impl Toolkit {
+    /// Those of this process.
+    pub fn this() -> Self {
+        Toolkit { version: crate::VERSION.to_owned(), libtorch: libtorch_version() }
+    }
+}
+
 impl Hardware {
     /// This machine, when `device` is used.
     pub fn of(device: Device) -> Self {
