@@ -10,9 +10,9 @@ use crate::settings::{Consistency, Divergence, Objective, Settings};
 /// Bytes, at the largest batch.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Memory {
-    /// The model; with an anchor, also the one that the run starts from.
+    /// The model and its adapters; with an anchor, also the one that the run starts from, unless that lies below adapters.
     pub weights: u64,
-    /// One for each weight, in its type.
+    /// One for each number that is trained, in its type.
     pub gradients: u64,
     /// Both moments; in bf16 also the float32 masters.
     pub optimizer: u64,
@@ -41,19 +41,23 @@ impl Memory {
         examples: &[Example],
         batches: &[Vec<usize>],
     ) -> Self {
-        let parameters = config.parameter_count() as f64;
+        let (parameters, trained) = (config.parameter_count() as f64, settings.trained_parameters(config) as f64);
         let bytes = kind.elt_size_in_bytes() as f64;
         let masters = if kind == Kind::Float { 0.0 } else { 4.0 };
         let activations = batches
             .iter()
             .map(|batch| Shape::of(batch, examples, &settings.consistency))
-            .map(|shape| layers(config, bytes, shape) + losses(config, bytes, settings, shape))
+            .map(|shape| layers(config, bytes, settings, shape) + losses(config, bytes, settings, shape))
             .fold(0.0, f64::max);
         // The update makes float32 copies of bf16 gradients, when the activations are gone.
-        let update = masters * parameters;
-        let models = if settings.anchored() { 2.0 } else { 1.0 };
-        let (weights, gradients) = (models * bytes * parameters, bytes * parameters);
-        let optimizer = (masters + 8.0) * parameters;
+        let update = masters * trained;
+        let held = match (&settings.lora, settings.anchored()) {
+            (Some(_), _) => parameters + trained,
+            (None, true) => 2.0 * parameters,
+            (None, false) => parameters,
+        };
+        let (weights, gradients) = (bytes * held, bytes * trained);
+        let optimizer = (masters + 8.0) * trained;
         Memory {
             weights: weights as u64,
             gradients: gradients as u64,
@@ -83,10 +87,11 @@ impl Shape {
 ///   log-sum a head;
 /// - with norms of queries and keys: their float32 input and the normed one;
 /// - gate, its activation, up and their product: 4b over the feed-forward width;
-/// - its row of the attention mask, as numbers: b times the width of the batch.
+/// - its row of the attention mask, as numbers: b times the width of the batch;
+/// - what each adapter makes of it on the way: b times the rank.
 ///
 /// The last norm is one more.
-fn layers(config: &ModelConfig, bytes: f64, shape: Shape) -> f64 {
+fn layers(config: &ModelConfig, bytes: f64, settings: &Settings, shape: Shape) -> f64 {
     let size = |size: i64| size as f64;
     let norm = (4.0 + 2.0 * bytes) * size(config.hidden_size);
     let queries = size(config.num_heads * config.head_dim);
@@ -95,7 +100,8 @@ fn layers(config: &ModelConfig, bytes: f64, shape: Shape) -> f64 {
         Family::Llama | Family::Mistral | Family::Qwen2 => 0.0,
     };
     let attention = 4.0 * bytes * queries + 4.0 * size(config.num_heads) + head_norms + bytes * shape.width;
-    let layer = 2.0 * norm + attention + 4.0 * bytes * size(config.intermediate_size);
+    let adapters = settings.lora.as_ref().map_or(0.0, |lora| bytes * size(lora.rank) * lora.targets.len() as f64);
+    let layer = 2.0 * norm + attention + 4.0 * bytes * size(config.intermediate_size) + adapters;
     shape.tokens * (size(config.num_layers) * layer + norm)
 }
 

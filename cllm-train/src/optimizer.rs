@@ -22,10 +22,10 @@ pub struct State {
 }
 
 impl State {
-    /// Fresh state for a model.
+    /// Fresh state for what is trainable of a model.
     pub fn new(model: &Transformer) -> Self {
         let _no_grad = tch::no_grad_guard();
-        let (names, weights): (Vec<_>, Vec<_>) = model.parameters().into_iter().unzip();
+        let (names, weights): (Vec<_>, Vec<_>) = model.trainable().into_iter().unzip();
         let masters: Vec<Tensor> = match model.kind() {
             Kind::Float => weights.iter().map(|weight| weight.detach()).collect(),
             _ => weights.iter().map(|weight| weight.detach().to_kind(Kind::Float)).collect(),

@@ -15,7 +15,7 @@ use crate::trainer::random_config;
 
 /// What a run trains, and what it holds on to.
 pub struct Models {
-    /// Learns; its weights collect gradients.
+    /// Learns; its weights, or its adapters alone, collect gradients.
     pub student: Transformer,
     /// The model that the run started from, where the student is anchored to it.
     teacher: Option<Transformer>,
@@ -28,12 +28,20 @@ impl Models {
     /// Bad model folders and shapes.
     pub fn load(settings: &Settings, tokenizer: &Tokenizer, folder: &Path, place: Device) -> Result<Self> {
         let kind = device::default_kind(place);
-        let student = match &settings.init {
+        let mut student = match &settings.init {
             None => Transformer::load(folder, place, kind)?,
             Some(init) => Transformer::random(random_config(init, tokenizer)?, settings.seed, place, kind),
         };
+        if let Some(lora) = &settings.lora {
+            student.adapt(lora, settings.seed);
+        }
         student.set_requires_grad(true);
-        let teacher = settings.anchored().then(|| Transformer::load(folder, place, kind)).transpose()?;
+        let teacher = match (settings.anchored(), &settings.lora) {
+            (false, _) => None,
+            // The weights that it starts from are still there, frozen.
+            (true, Some(_)) => Some(student.base()),
+            (true, None) => Some(Transformer::load(folder, place, kind)?),
+        };
         Ok(Models { student, teacher })
     }
 

@@ -6,6 +6,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::config::{Family, ModelConfig};
 use super::kv_cache::KvCache;
+use super::lora::{Adapter, Adapters};
 use super::rope::{Rope, Rotation};
 use super::weights;
 use crate::{Result, torch_ext};
@@ -13,21 +14,22 @@ use crate::{Result, torch_ext};
 pub(super) struct Linear {
     pub(super) weight: Tensor,
     pub(super) bias: Option<Tensor>,
+    pub(super) adapter: Option<Adapter>,
 }
 
 pub(super) struct Layer {
     pub(super) attention_norm: Tensor,
-    query: Linear,
-    key: Linear,
-    value: Linear,
+    pub(super) query: Linear,
+    pub(super) key: Linear,
+    pub(super) value: Linear,
     /// Queries, keys and values in one product: the three above are views of its rows.
     pub(super) query_key_value: Linear,
     /// Norms of queries and keys (Qwen3).
     pub(super) query_key_norm: Option<(Tensor, Tensor)>,
     pub(super) output: Linear,
     pub(super) feed_forward_norm: Tensor,
-    gate: Linear,
-    up: Linear,
+    pub(super) gate: Linear,
+    pub(super) up: Linear,
     /// Gate and up in one product: the two above are views of its rows.
     pub(super) gate_up: Tensor,
     pub(super) down: Linear,
@@ -45,6 +47,7 @@ pub struct Transformer {
     /// `None` where the embedding is the output projection.
     head: Option<Tensor>,
     parameters: Vec<(String, Tensor)>,
+    pub(super) adapters: Option<Adapters>,
 }
 
 /// Attended slots and packed widths are multiples of this, or the GPU's attention copies the bias in every layer.
@@ -85,7 +88,7 @@ impl Ragged {
 }
 
 impl Transformer {
-    /// Loads a Hugging Face folder.
+    /// Loads a Hugging Face folder; a PEFT adapter is merged into the model that it belongs to.
     ///
     /// # Errors
     /// Names a file that is missing, cut off, or of an unsupported family or feature.
@@ -109,12 +112,14 @@ impl Transformer {
         Self::assemble(config, parameters, device, kind)
     }
 
-    /// Writes config.json and safetensors in `kind` into an existing folder (sharded past 5 GB, `format: pt`).
+    /// Writes config.json and safetensors in `kind` into an existing folder (sharded past 5 GB, `format: pt`), adapters merged.
     ///
     /// # Errors
     /// File-system errors.
     pub fn save(&self, folder: &Path, kind: Kind) -> Result<()> {
-        weights::write(folder, &self.config, &self.parameters, kind, weights::SHARD_BYTES)
+        let merged = self.merged()?;
+        let parameters = &merged.as_ref().unwrap_or(self).parameters;
+        weights::write(folder, &self.config, parameters, kind, weights::SHARD_BYTES)
     }
 
     /// The configuration.
@@ -132,14 +137,20 @@ impl Transformer {
         self.kind
     }
 
-    /// Every weight under its Hugging Face name, in a fixed order; tied weights once. They share storage with the model.
+    /// Every weight under its Hugging Face name, in a fixed order, adapters aside; tied weights once. They share storage with
+    /// the model.
     pub fn parameters(&self) -> Vec<(String, Tensor)> {
         self.parameters.iter().map(|(name, tensor)| (name.clone(), tensor.shallow_clone())).collect()
     }
 
-    /// Makes every weight a leaf that collects gradients, or none.
+    /// What training changes: every weight, or the adapters alone where there are any.
+    pub fn trainable(&self) -> Vec<(String, Tensor)> {
+        self.adapters.as_ref().map_or_else(|| self.parameters(), Adapters::tensors)
+    }
+
+    /// Makes all that is trainable a leaf that collects gradients, or none of it.
     pub fn set_requires_grad(&self, on: bool) {
-        for (_, tensor) in &self.parameters {
+        for (_, tensor) in self.trainable() {
             let _ = tensor.set_requires_grad(on);
         }
     }
@@ -277,8 +288,13 @@ impl Transformer {
         x.rms_norm(weight.size(), Some(weight), self.config.rms_norm_eps)
     }
 
-    fn assemble(config: ModelConfig, mut parameters: Vec<(String, Tensor)>, device: Device, kind: Kind) -> Self {
-        let joined: Vec<_> = (0..config.num_layers)
+    pub(super) fn assemble(
+        config: ModelConfig,
+        mut parameters: Vec<(String, Tensor)>,
+        device: Device,
+        kind: Kind,
+    ) -> Self {
+        let joined = (0..config.num_layers)
             .map(|layer| {
                 let mut join = |parts: &[&str], kind: &str| {
                     let names: Vec<_> =
@@ -289,6 +305,26 @@ impl Transformer {
                 (join(&attention, "weight"), join(&attention, "bias"), join(&["mlp.gate", "mlp.up"], "weight"))
             })
             .collect();
+        Self::of_joined(config, parameters, joined, device, kind)
+    }
+
+    /// The same weights, in the same storage, without adapters.
+    pub fn base(&self) -> Self {
+        let share = |tensor: &Tensor| Some(tensor.shallow_clone());
+        let joined = self.layers.iter().map(|Layer { query_key_value, gate_up, .. }| {
+            (share(&query_key_value.weight), query_key_value.bias.as_ref().and_then(share), share(gate_up))
+        });
+        Self::of_joined(self.config.clone(), self.parameters(), joined.collect(), self.device, self.kind)
+    }
+
+    /// Of weights that are views of the `joined` ones.
+    fn of_joined(
+        config: ModelConfig,
+        parameters: Vec<(String, Tensor)>,
+        joined: Vec<Joined>,
+        device: Device,
+        kind: Kind,
+    ) -> Self {
         let find =
             |name: &str| parameters.iter().find(|(other, _)| other == name).map(|(_, tensor)| tensor.shallow_clone());
         let expected =
@@ -301,6 +337,7 @@ impl Transformer {
                 let linear = |part: &str| Linear {
                     weight: all(&name(&format!("{part}.weight"))),
                     bias: find(&name(&format!("{part}.bias"))),
+                    adapter: None,
                 };
                 let norm = |part: &str| all(&name(&format!("{part}.weight")));
                 Layer {
@@ -308,7 +345,7 @@ impl Transformer {
                     query: linear("self_attn.q_proj"),
                     key: linear("self_attn.k_proj"),
                     value: linear("self_attn.v_proj"),
-                    query_key_value: Linear { weight: expected(query_key_value), bias },
+                    query_key_value: Linear { weight: expected(query_key_value), bias, adapter: None },
                     query_key_norm: (config.family == Family::Qwen3)
                         .then(|| (norm("self_attn.q_norm"), norm("self_attn.k_norm"))),
                     output: linear("self_attn.o_proj"),
@@ -330,9 +367,13 @@ impl Transformer {
             device,
             kind,
             parameters,
+            adapters: None,
         }
     }
 }
+
+/// Weight and bias of queries, keys and values, and weight of gate and up, each one under another; `None` for a bias alone.
+type Joined = (Option<Tensor>, Option<Tensor>, Option<Tensor>);
 
 /// Copies some weights one under another into one tensor and makes them views of it; none where one is missing.
 fn join_rows(parameters: &mut [(String, Tensor)], names: &[String]) -> Option<Tensor> {
@@ -356,6 +397,10 @@ fn attend(queries: &Tensor, keys: &Tensor, values: &Tensor, bias: Option<&Tensor
 
 impl Linear {
     fn apply(&self, x: &Tensor) -> Tensor {
-        x.linear(&self.weight, self.bias.as_ref())
+        let product = x.linear(&self.weight, self.bias.as_ref());
+        match &self.adapter {
+            Some(adapter) => product + adapter.apply(x),
+            None => product,
+        }
     }
 }
