@@ -194,8 +194,8 @@ impl Adapters {
 }
 
 impl Transformer {
-    /// Puts fresh adapters, drawn from `seed`, beside the weights, which no longer collect gradients: until they are trained,
-    /// the model computes what it did.
+    /// Puts fresh adapters, drawn from `seed`, beside the weights, in place of any that are there; the weights no longer collect
+    /// gradients. Until the adapters are trained, the model computes what its weights do.
     pub fn adapt(&mut self, lora: &Lora, seed: u64) {
         let _no_grad = tch::no_grad_guard();
         self.set_requires_grad(false);
@@ -205,6 +205,9 @@ impl Transformer {
             (place, Adapter { down: place_of(&down), up: place_of(&up), scale })
         });
         let adapters = Adapters { lora: lora.clone(), each: each.collect() };
+        for layer in &mut self.layers {
+            Target::ALL.into_iter().for_each(|target| target.of(layer).adapter = None);
+        }
         for (place, adapter) in &adapters.each {
             place.target.of(&mut self.layers[place.layer]).adapter = Some(adapter.share());
         }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
 use serde::Deserialize;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use super::lora::{Adapter, Adapters};
@@ -18,7 +18,7 @@ const WEIGHTS: &str = "adapter_model.safetensors";
 const PREFIX: &str = "base_model.model.";
 
 /// Settings of PEFT that change what an adapter computes, and that this toolkit does not know: they must be off.
-const UNSUPPORTED: [&str; 14] = [
+const UNSUPPORTED: [&str; 16] = [
     "use_rslora",
     "use_dora",
     "use_qalora",
@@ -33,6 +33,8 @@ const UNSUPPORTED: [&str; 14] = [
     "layer_replication",
     "alora_invocation_tokens",
     "arrow_config",
+    "kasa_config",
+    "monteclora_config",
 ];
 
 /// The part of adapter_config.json that is read.
@@ -42,8 +44,6 @@ struct AdapterConfig {
     base_model_name_or_path: Option<String>,
     r: i64,
     lora_alpha: f64,
-    #[serde(flatten)]
-    others: Map<String, Value>,
 }
 
 /// Whether a folder holds an adapter; as in `transformers`, that counts before a model beside it.
@@ -126,8 +126,9 @@ pub(super) fn read(folder: &Path, config: &ModelConfig, device: Device) -> Resul
 fn read_config(folder: &Path) -> Result<(PathBuf, AdapterConfig)> {
     let path = folder.join(CONFIG);
     let text = text_file::read(&path)?;
-    let config: AdapterConfig =
-        serde_json::from_str(&text).map_err(|error| Error::file(&path, format!("is no LoRA configuration: {error}")))?;
+    let wrong = |error: &dyn std::fmt::Display| Error::file(&path, format!("is no LoRA configuration: {error}"));
+    let whole: Value = serde_json::from_str(&text).map_err(|error| wrong(&error))?;
+    let config: AdapterConfig = serde_path_to_error::deserialize(&whole).map_err(|error| wrong(&error))?;
     if config.peft_type != "LORA" {
         return Err(Error::file(&path, format!("peft_type `{}` is not supported: use LORA", config.peft_type)));
     }
@@ -140,13 +141,14 @@ fn read_config(folder: &Path) -> Result<(PathBuf, AdapterConfig)> {
         Value::Object(fields) => fields.is_empty(),
         _ => false,
     };
-    let get = |key: &str| config.others.get(key).unwrap_or(&Value::Null);
+    let get = |key: &str| &whole[key];
     // Some ways to begin take a part out of the model's own weights.
-    let wrong = UNSUPPORTED.into_iter().find(|key| !is_off(get(key))).or(match (get("bias"), get("init_lora_weights")) {
-        (Value::String(bias), _) if bias != "none" => Some("bias"),
-        (_, Value::String(way)) if way != "gaussian" => Some("init_lora_weights"),
-        _ => None,
-    });
+    let wrong =
+        UNSUPPORTED.into_iter().find(|key| !is_off(get(key))).or(match (get("bias"), get("init_lora_weights")) {
+            (Value::String(bias), _) if bias != "none" => Some("bias"),
+            (_, Value::String(way)) if way != "gaussian" => Some("init_lora_weights"),
+            _ => None,
+        });
     match wrong {
         Some(key) => Err(Error::file(
             &path,

@@ -7,6 +7,7 @@ mod families;
 #[path = "../../../cllm-core/tests/shared/foreign_parquet.rs"]
 mod foreign_parquet;
 mod interrupted;
+mod lora;
 mod packed;
 mod program;
 #[path = "../../../cllm-core/tests/shared/programs.rs"]
