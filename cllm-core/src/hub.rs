@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use crate::model::is_adapter;
 use crate::{Error, Result};
 
 /// The folder of the model that `name` means: a folder, or an id such as `HuggingFaceTB/SmolLM2-135M-Instruct`
@@ -40,7 +41,7 @@ fn cached(cache: &Path, name: &str) -> Option<PathBuf> {
     let model = cache.join(format!("models--{}", name.replace('/', "--")));
     let revision = std::fs::read_to_string(model.join("refs/main")).ok()?;
     let snapshot = model.join("snapshots").join(revision.trim());
-    snapshot.join("config.json").exists().then_some(snapshot)
+    (snapshot.join("config.json").exists() || is_adapter(&snapshot)).then_some(snapshot)
 }
 
 #[cfg(feature = "hub")]

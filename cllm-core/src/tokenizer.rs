@@ -1,22 +1,20 @@
 //! A model's tokenizer with its chat template and the ids that end an answer.
 
 use std::collections::BTreeSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
 use crate::chat_template::{ChatTemplate, Message};
+use crate::model::base_folder;
 use crate::prompt_set::Prompt;
 use crate::{Error, Result, atomic_file, fingerprint, text_file};
 
+const TOKENIZER: &str = "tokenizer.json";
+const GENERATION: &str = "generation_config.json";
 /// Files of a model folder that belong to its tokenizer.
-const FILES: [&str; 5] = [
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "chat_template.jinja",
-];
+const FILES: [&str; 5] =
+    [TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", GENERATION, "chat_template.jinja"];
 /// Tokens that end a turn in widespread chat formats; some configurations forget to name them as EOS.
 const TURN_ENDS: [&str; 3] = ["<|im_end|>", "<|eot_id|>", "<|end|>"];
 
@@ -32,19 +30,19 @@ pub struct Tokenizer {
 
 impl Tokenizer {
     /// Loads `tokenizer.json`, `tokenizer_config.json` (chat template) and the EOS ids of generation_config.json,
-    /// config.json and the tokenizer together.
+    /// config.json and the tokenizer together. What an adapter does not bring itself is that of the model it belongs to.
     ///
     /// # Errors
     /// When a file is missing or broken, or the tokenizer has ids past the model's vocabulary.
     pub fn load(folder: &Path) -> Result<Self> {
-        let path = folder.join("tokenizer.json");
+        let path = place(folder, TOKENIZER)?;
         if !path.exists() {
             return Err(Error::file(folder, "holds no tokenizer.json; this toolkit reads no other tokenizer file"));
         }
         let inner = tokenizers::Tokenizer::from_file(&path)
             .map_err(|error| Error::file(&path, format!("is no tokenizer that can be read: {error}")))?;
-        let settings = json(&folder.join("tokenizer_config.json"))?;
-        let config = json(&folder.join("config.json"))?;
+        let settings = json(&path.with_file_name("tokenizer_config.json"))?;
+        let config = json(&base_folder(folder)?.join("config.json"))?;
         if let Some(vocab) = config["vocab_size"].as_u64() {
             let largest = inner.get_vocab(true).into_values().max().unwrap_or(0);
             if u64::from(largest) >= vocab {
@@ -61,7 +59,7 @@ impl Tokenizer {
             value.as_str().or(value["content"].as_str()).unwrap_or_default().to_owned()
         };
         let (bos, eos) = (token("bos_token"), token("eos_token"));
-        let source = template_source(folder, &settings)?;
+        let source = template_source(&path.with_file_name("chat_template.jinja"), &settings)?;
         let template = source.as_deref().map(|source| ChatTemplate::new(source, &bos, &eos)).transpose()?;
         let id = |token: &str| inner.token_to_id(token).map(|id| id as i32);
         let turn_end = TURN_ENDS
@@ -70,7 +68,7 @@ impl Tokenizer {
             .and_then(|end| id(end));
         let mut eos_ids: BTreeSet<i32> = id(&eos).into_iter().chain(turn_end).collect();
         eos_ids.extend(named_eos(&config));
-        eos_ids.extend(named_eos(&json(&folder.join("generation_config.json"))?));
+        eos_ids.extend(named_eos(&json(&place(folder, GENERATION)?)?));
         Ok(Tokenizer {
             template,
             end_of_turn: turn_end.or(id(&eos)).or(eos_ids.first().copied()),
@@ -161,13 +159,21 @@ impl Tokenizer {
     }
 }
 
+/// Where a file of a model's tokenizer is. An adapter may bring a tokenizer, as a whole, and a generation_config.json; where
+/// it does not, the model that it belongs to has them.
+fn place(folder: &Path, name: &str) -> Result<PathBuf> {
+    let witness = if name == GENERATION { GENERATION } else { TOKENIZER };
+    let owner = if folder.join(witness).exists() { folder.to_owned() } else { base_folder(folder)? };
+    Ok(owner.join(name))
+}
+
 /// Copies a model's tokenizer files to another folder.
 ///
 /// # Errors
 /// File-system errors.
 pub fn copy_files(from: &Path, to: &Path) -> Result<()> {
     for name in FILES {
-        let (from, to) = (from.join(name), to.join(name));
+        let (from, to) = (place(from, name)?, to.join(name));
         if from.exists() {
             std::fs::copy(&from, &to).map_err(Error::write(&to))?;
         }
@@ -180,7 +186,7 @@ pub fn copy_files(from: &Path, to: &Path) -> Result<()> {
 /// # Errors
 /// File-system errors.
 pub fn write_eos_ids(folder: &Path, ids: &[i32]) -> Result<()> {
-    let path = folder.join("generation_config.json");
+    let path = folder.join(GENERATION);
     let mut settings = match json(&path)? {
         Value::Object(settings) => settings,
         _ => Map::new(),
@@ -197,10 +203,9 @@ fn json(path: &Path) -> Result<Value> {
     serde_json::from_str(&text_file::read(path)?).map_err(|error| Error::file(path, error.to_string()))
 }
 
-fn template_source(folder: &Path, settings: &Value) -> Result<Option<String>> {
-    let path = folder.join("chat_template.jinja");
-    if path.exists() {
-        return text_file::read(&path).map(Some);
+fn template_source(file: &Path, settings: &Value) -> Result<Option<String>> {
+    if file.exists() {
+        return text_file::read(file).map(Some);
     }
     let template = &settings["chat_template"];
     // Some models name several; the one for plain chats is `default`.

@@ -1,4 +1,4 @@
-//! Checkpoints of a run: a Hugging Face folder with the training state beside it; whole or not at all.
+//! Checkpoints of a run: a Hugging Face folder (or an adapter alone) with the training state beside it; whole or not at all.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -85,7 +85,11 @@ pub fn save(
     let all = run.join("checkpoints");
     let name = format!("step-{:06}", position.step);
     atomic_file::folder_with(&all.join(&name), |folder| {
-        save_model(folder, model, tokenizer_of, settings)?;
+        if settings.lora.is_some() {
+            save_adapter(folder, model, tokenizer_of, settings)?;
+        } else {
+            save_model(folder, model, tokenizer_of, settings)?;
+        }
         write_tensors(&folder.join("optimizer.safetensors"), &state.tensors())?;
         atomic_file::write_json(&folder.join("state.json"), position)
     })?;
@@ -96,9 +100,25 @@ pub fn save(
     rotate(&all, settings.keep, position.best.map(|(step, _)| step))
 }
 
-/// Writes a model with its tokenizer into a folder.
+/// Writes a model with its tokenizer into a folder; adapters are merged, and stand once more by themselves in `adapter`.
 pub fn save_model(folder: &Path, model: &Transformer, tokenizer_of: &Path, settings: &Settings) -> Result<()> {
     model.save(folder, model.kind())?;
+    save_tokenizer(folder, tokenizer_of, settings)?;
+    if settings.lora.is_some() {
+        let adapter = folder.join("adapter");
+        std::fs::create_dir(&adapter).map_err(Error::write(&adapter))?;
+        save_adapter(&adapter, model, tokenizer_of, settings)?;
+    }
+    Ok(())
+}
+
+/// Writes the adapters alone, with the tokenizer, into a folder.
+fn save_adapter(folder: &Path, model: &Transformer, tokenizer_of: &Path, settings: &Settings) -> Result<()> {
+    model.save_adapter(folder, &settings.model)?;
+    save_tokenizer(folder, tokenizer_of, settings)
+}
+
+fn save_tokenizer(folder: &Path, tokenizer_of: &Path, settings: &Settings) -> Result<()> {
     tokenizer::copy_files(tokenizer_of, folder)?;
     if settings.eos_ids.is_empty() { Ok(()) } else { tokenizer::write_eos_ids(folder, &settings.eos_ids) }
 }

@@ -12,9 +12,9 @@ use crate::settings::{Consistency, Divergence, Objective, Precision, Settings};
 /// Bytes, at the largest batch.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Memory {
-    /// The model; with an anchor, also the one that the run starts from.
+    /// The model and its adapters; with an anchor, also the one that the run starts from, unless that lies below adapters.
     pub weights: u64,
-    /// One for each weight, in its type.
+    /// One for each number that is trained, in its type.
     pub gradients: u64,
     /// Both moments; of bf16 weights also the float32 masters, unless the state is bf16.
     pub optimizer: u64,
@@ -43,7 +43,7 @@ impl Memory {
         examples: &[Example],
         batches: &[Vec<usize>],
     ) -> Self {
-        let parameters = config.parameter_count() as f64;
+        let (parameters, trained) = (config.parameter_count() as f64, settings.trained_parameters(config) as f64);
         let bytes = kind.elt_size_in_bytes() as f64;
         let state = match (settings.optimizer.state, kind) {
             (Precision::Bfloat16, _) => 4.0,
@@ -63,11 +63,14 @@ impl Memory {
         let copies = if settings.optimizer.state == Precision::Bfloat16 { 8.0 } else { 1.0 };
         let update = match kind {
             Kind::Float => 0.0,
-            _ => copies * 4.0 * parameters.min(optimizer::PIECE as f64),
+            _ => copies * 4.0 * trained.min(optimizer::PIECE as f64),
         };
-        let models = if settings.anchored() { 2.0 } else { 1.0 };
-        let (weights, gradients) = (models * bytes * parameters, bytes * parameters);
-        let optimizer = state * parameters;
+        let held = match (&settings.lora, settings.anchored()) {
+            (Some(_), _) => parameters + trained,
+            (None, true) => 2.0 * parameters,
+            (None, false) => parameters,
+        };
+        let (weights, gradients, optimizer) = (bytes * held, bytes * trained, state * trained);
         Memory {
             weights: weights as u64,
             gradients: gradients as u64,
@@ -134,7 +137,8 @@ fn fused(config: &ModelConfig, settings: &Settings, shape: Shape) -> f64 {
 /// - queries, keys and values (laid out for every query head) and the mixed values, once by sequence and once together: 5b over
 ///   all heads, and a float32 log-sum a head;
 /// - with norms of queries and keys: their float32 input and the normed one;
-/// - gate, its activation, up and their product: 4b over the feed-forward width.
+/// - gate, its activation, up and their product: 4b over the feed-forward width;
+/// - what each adapter makes of it on the way: b times the rank.
 ///
 /// The last norm is one more, and every sequence has a mask, as numbers.
 fn eager(config: &ModelConfig, bytes: f64, settings: &Settings, shape: Shape) -> f64 {
@@ -144,7 +148,8 @@ fn eager(config: &ModelConfig, bytes: f64, settings: &Settings, shape: Shape) ->
         Family::Qwen3 => (4.0 + bytes) * (queries + (qkv - queries) / 2.0),
         Family::Llama | Family::Mistral | Family::Qwen2 => 0.0,
     };
-    let kept = 2.0 * norm + 5.0 * bytes * queries + 4.0 * heads + head_norms + 4.0 * bytes * ffn;
+    let adapters = settings.lora.as_ref().map_or(0.0, |lora| lora.rank as f64 * lora.targets.len() as f64);
+    let kept = bytes * adapters + 2.0 * norm + 5.0 * bytes * queries + 4.0 * heads + head_norms + 4.0 * bytes * ffn;
     let layers = config.num_layers as f64;
     let again = layers.min(settings.recompute as f64);
     let once = if again > 0.0 { kept } else { 0.0 };

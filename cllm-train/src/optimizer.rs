@@ -36,7 +36,7 @@ struct Update<'u> {
 }
 
 impl State {
-    /// Fresh state for a model, which from now on collects gradients. `seed`: of the rounding of a bf16 state.
+    /// Fresh state for what is trainable of a model, which from now on collects gradients. `seed`: of the rounding of a bf16 state.
     ///
     /// # Errors
     /// [`Error::Torch`], such as memory that ran out.
@@ -47,7 +47,7 @@ impl State {
                 "optimizer.state=bfloat16 is for weights in bf16, as on a GPU: on the CPU they are float32",
             ));
         }
-        let weights = model.weights().shallow_clone();
+        let weights = model.trainable().shallow_clone();
         let kind = if precision == Precision::Bfloat16 { Kind::BFloat16 } else { Kind::Float };
         let masters =
             if kind == Kind::Float && model.kind() != kind { weights.to_kind(kind) } else { weights.shallow_clone() };

@@ -30,6 +30,8 @@ struct Plan {
     schema_version: u32,
     device: &'static str,
     parameters: i64,
+    /// Those that are trained: all, or the adapters'.
+    trained_parameters: i64,
     responses: usize,
     /// Those of them that are too long.
     left_out: usize,
@@ -89,6 +91,7 @@ pub fn run(settings: &Settings, timing: bool, json: bool) -> Result<()> {
         schema_version: 1,
         device: if place.is_cuda() { "the GPU" } else { "the CPU" },
         parameters: config.parameter_count(),
+        trained_parameters: settings.trained_parameters(&config),
         responses: examples.len(),
         left_out: schedule.left_out,
         epochs: settings.epochs,
@@ -113,7 +116,7 @@ impl Plan {
             Timing::Unknown { reason } => format!("unknown ({reason})"),
         };
         format!(
-            "parameters  {:.2} M\n\
+            "parameters  {:.2} M, trained: {:.2} M\n\
              responses   {} ({} too long, left out)\n\
              steps       {}, batches a step: {} of up to {} tokens, epochs: {}\n\
              tokens      {}\n\
@@ -121,6 +124,7 @@ impl Plan {
              weights {}, gradients {}, optimizer {}, activations {}\n\
              time        {duration}",
             self.parameters as f64 / 1e6,
+            self.trained_parameters as f64 / 1e6,
             self.responses,
             self.left_out,
             self.steps,

@@ -52,8 +52,10 @@ impl Probe {
         Ok(Some(Probe { requests, limits, options }))
     }
 
-    /// Decodes the prompts.
+    /// Decodes the prompts, with adapters merged.
     pub fn run(&self, model: &Transformer) -> Result<Found> {
+        let merged = model.merged()?;
+        let model = merged.as_ref().unwrap_or(model);
         let (answers, _) = decode(model, &self.requests, &self.limits, self.options, None)?;
         let figures = answers.iter().map(|answer| (answer.response_ids.len(), answer.forwards, answer.finish_reason));
         Ok(Found::of(&figures.collect::<Vec<_>>()))

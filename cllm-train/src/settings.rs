@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use cllm_core::model::{Lora, ModelConfig};
 use cllm_core::{Error, Result};
 use garde::Validate;
 use schemars::JsonSchema;
@@ -67,6 +68,9 @@ pub struct Settings {
     /// Start from random weights of this shape instead.
     #[garde(dive)]
     pub init: Option<Init>,
+    /// Train low-rank adapters beside the frozen weights of `model` (LoRA, arXiv 2106.09685); without it, every weight.
+    #[garde(dive)]
+    pub lora: Option<Lora>,
     /// What is learnt.
     #[garde(skip)]
     pub objective: Objective,
@@ -244,6 +248,7 @@ impl Default for Settings {
         Settings {
             model: String::new(),
             init: None,
+            lora: None,
             objective: Objective::Consistency,
             data: Vec::new(),
             output: String::new(),
@@ -324,6 +329,11 @@ impl Settings {
         self.objective == Objective::Consistency && self.consistency.anchor_weight > 0.0
     }
 
+    /// Numbers that a run changes of a model of this shape: its weights, or the adapters alone.
+    pub fn trained_parameters(&self, config: &ModelConfig) -> i64 {
+        self.lora.as_ref().map_or_else(|| config.parameter_count(), |lora| lora.parameter_count(config))
+    }
+
     /// Rules over several keys.
     ///
     /// # Errors
@@ -340,6 +350,9 @@ impl Settings {
             return Err(Error::usage(
                 "consistency.anchor_weight needs `model`: random weights are nothing to hold on to",
             ));
+        }
+        if self.init.is_some() && self.lora.is_some() {
+            return Err(Error::usage("lora needs `model`: adapters alone make no model out of random weights"));
         }
         if self.consistency.context == Context::NoisyWindow && self.consistency.blocks != 0 {
             return Err(Error::usage(

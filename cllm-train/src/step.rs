@@ -27,11 +27,19 @@ impl Models {
     /// Bad model folders and shapes.
     pub fn load(settings: &Settings, tokenizer: &Tokenizer, folder: &Path, place: Device) -> Result<Self> {
         let kind = device::default_kind(place);
-        let student = match &settings.init {
+        let mut student = match &settings.init {
             None => Transformer::load(folder, place, kind)?,
             Some(init) => Transformer::random(random_config(init, tokenizer)?, settings.seed, place, kind),
         };
-        let teacher = settings.anchored().then(|| Transformer::load(folder, place, kind)).transpose()?;
+        if let Some(lora) = &settings.lora {
+            student.adapt(lora, settings.seed);
+        }
+        let teacher = match (settings.anchored(), &settings.lora) {
+            (false, _) => None,
+            // The weights that it starts from are still there, frozen.
+            (true, Some(_)) => Some(student.base()),
+            (true, None) => Some(Transformer::load(folder, place, kind)?),
+        };
         Ok(Models { student, teacher })
     }
 
@@ -43,7 +51,11 @@ impl Models {
         if settings.anchored() {
             return Err(Error::usage("consistency.anchor_weight: random weights have no teacher; leave it at 0"));
         }
-        Ok(Models { student: Transformer::noise(config, place, device::default_kind(place)), teacher: None })
+        let mut student = Transformer::noise(config, place, device::default_kind(place));
+        if let Some(lora) = &settings.lora {
+            student.adapt(lora, settings.seed);
+        }
+        Ok(Models { student, teacher: None })
     }
 
     /// Adds up the gradients of some batches, each loss a mean over its tokens in all of them. Returns what they held and

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::mpsc::Receiver;
 use std::time::Instant;
 
-use cllm_core::model::ModelConfig;
+use cllm_core::model::{ModelConfig, is_adapter};
 use cllm_core::progress::Progress;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Error, Result, atomic_file, device, hub, interrupt, progress, torch_ext};
@@ -33,6 +33,7 @@ struct Summary {
     schema_version: u32,
     objective: Objective,
     parameters: i64,
+    trained_parameters: i64,
     steps: usize,
     skipped_steps: usize,
     tokens: usize,
@@ -218,6 +219,7 @@ impl Run {
             schema_version: 1,
             objective: self.settings.objective,
             parameters: self.models.student.config().parameter_count(),
+            trained_parameters: self.settings.trained_parameters(self.models.student.config()),
             steps: position.step,
             skipped_steps: position.skipped,
             tokens: position.tokens,
@@ -260,7 +262,7 @@ fn line(means: &Means, counts: Counts, settings: &Settings, position: &Position,
 /// The tokenizer of a run, and the folder of its files (which is the model's, unless the weights are random).
 pub fn tokenizer(settings: &Settings) -> Result<(Tokenizer, PathBuf)> {
     let folder = match &settings.init {
-        None => hub::locate(&settings.model)?,
+        None => model_folder(settings)?,
         Some(init) => PathBuf::from(&init.tokenizer),
     };
     let tokenizer = Tokenizer::load(&folder)?;
@@ -269,6 +271,16 @@ pub fn tokenizer(settings: &Settings) -> Result<(Tokenizer, PathBuf)> {
         return Err(Error::usage(format!("eos_ids: {id} is no token of {}, which has {ids}", folder.display())));
     }
     Ok((tokenizer.with_eos_ids(&settings.eos_ids), folder))
+}
+
+/// The folder of the model that a run starts from.
+fn model_folder(settings: &Settings) -> Result<PathBuf> {
+    let folder = hub::locate(&settings.model)?;
+    if settings.lora.is_some() && is_adapter(&folder) {
+        let message = "is an adapter, which other adapters cannot belong to: merge it with `cllm-train export` first";
+        return Err(Error::file(folder, message));
+    }
+    Ok(folder)
 }
 
 /// A Llama of the shape asked for.

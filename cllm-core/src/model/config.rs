@@ -5,6 +5,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::base_folder;
 use super::raw_config::{RawConfig, positive, rope_json};
 use crate::{Error, Result, text_file};
 
@@ -103,7 +104,7 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
-    /// Reads config.json of a model folder.
+    /// Reads config.json of a model folder, or that of the model that an adapter belongs to.
     ///
     /// # Errors
     /// [`Error::File`] when it is missing or broken, or names a family or feature that is not supported.
@@ -111,7 +112,7 @@ impl ModelConfig {
         if !folder.is_dir() {
             return Err(Error::file(folder, "there is no such model folder"));
         }
-        let path = folder.join("config.json");
+        let path = base_folder(folder)?.join("config.json");
         let text = text_file::read(&path)?;
         let raw: Value = serde_json::from_str(&text).map_err(|error| Error::file(&path, format!("{error}")))?;
         Self::from_json(&raw).map_err(|message| Error::file(&path, message))

@@ -45,6 +45,11 @@ impl Flat {
         Flat { buffer: self.buffer.to_kind(kind), parts: self.parts.clone(), matrices: self.matrices }
     }
 
+    /// Copies of the same tensors.
+    pub fn copy(&self) -> Self {
+        Flat { buffer: self.buffer.copy(), parts: self.parts.clone(), matrices: self.matrices }
+    }
+
     /// The same tensors in the same buffer.
     pub fn shallow_clone(&self) -> Self {
         Flat { buffer: self.buffer.shallow_clone(), parts: self.parts.clone(), matrices: self.matrices }

@@ -44,11 +44,11 @@ pub(crate) struct StepInput {
 }
 
 impl<'m> Fused<'m> {
-    /// For models that the kernels can compute; `None` for others.
+    /// For models that the kernels can compute; `None` for others, such as one with adapters that are not merged.
     pub(crate) fn new(model: &'m Transformer, rows: usize, capacity: usize) -> Result<Option<Self>> {
         let Device::Cuda(device) = model.device() else { return Ok(None) };
         let (shape, layers) = (model.shape(), model.config().num_layers);
-        if model.kind() != Kind::BFloat16 || !shape.is_supported() {
+        if model.kind() != Kind::BFloat16 || model.adapters.is_some() || !shape.is_supported() {
             return Ok(None);
         }
         let capacity = capacity.next_multiple_of(CAPACITY_STEP);

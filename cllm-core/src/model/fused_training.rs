@@ -164,7 +164,7 @@ impl Transformer {
     /// # Errors
     /// [`crate::Error::Torch`], such as memory that ran out.
     pub fn project_backward(&self, hidden: &Tensor, d_logits: &Tensor) -> Result<Tensor> {
-        let projection = Linear { weight: self.projection().shallow_clone(), bias: None };
+        let projection = Linear { weight: self.projection().shallow_clone(), bias: None, adapters: Vec::new() };
         projection.collect(hidden, d_logits)?;
         projection.input_gradient(d_logits)
     }
@@ -174,6 +174,9 @@ impl Linear {
     /// `x` + the projection of `input`.
     fn add_to(&self, x: &Tensor, input: &Tensor) -> Result<Tensor> {
         let sum = x.f_addmm(input, &self.weight.f_tr()?)?;
+        for adapter in &self.adapters {
+            let _ = adapter.of(&sum, 1).f_add_(&adapter.apply(input))?;
+        }
         Ok(match &self.bias {
             Some(bias) => sum.f_add(bias)?,
             None => sum,
@@ -182,7 +185,12 @@ impl Linear {
 
     /// The gradient of the input from that of the output.
     fn input_gradient(&self, d_output: &Tensor) -> Result<Tensor> {
-        Ok(d_output.f_mm(&self.weight)?)
+        let d_input = d_output.f_mm(&self.weight)?;
+        for adapter in &self.adapters {
+            let d_thin = adapter.of(d_output, 1).f_mm(&adapter.up)? * adapter.scale;
+            let _ = d_input.shallow_clone().f_addmm_(&d_thin, &adapter.down)?;
+        }
+        Ok(d_input)
     }
 
     /// Adds to the gradients of the weights, where they collect any.
@@ -192,6 +200,11 @@ impl Linear {
         }
         if let Some(bias) = self.bias.as_ref().filter(|bias| bias.requires_grad()) {
             let _ = bias.grad().f_add_(&d_output.f_sum_dim_intlist(0, false, Kind::Float)?)?;
+        }
+        for adapter in self.adapters.iter().filter(|adapter| adapter.up.requires_grad()) {
+            let own = adapter.of(d_output, 1) * adapter.scale;
+            let _ = adapter.up.grad().f_addmm_(&own.f_tr()?, &input.f_mm(&adapter.down.f_tr()?)?)?;
+            let _ = adapter.down.grad().f_addmm_(&own.f_mm(&adapter.up)?.f_tr()?, input)?;
         }
         Ok(())
     }

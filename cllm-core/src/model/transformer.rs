@@ -7,6 +7,7 @@ use tch::{Device, Kind, Tensor};
 use super::config::ModelConfig;
 use super::flat::Flat;
 use super::kv_cache::KvCache;
+use super::lora::{Adapter, Adapters};
 use super::packed::EagerStream;
 use super::rope::{Rope, Rotation};
 use super::weights;
@@ -16,6 +17,7 @@ use crate::{Result, torch_ext};
 pub(super) struct Linear {
     pub(super) weight: Tensor,
     pub(super) bias: Option<Tensor>,
+    pub(super) adapters: Vec<Adapter>,
 }
 
 pub(super) struct Layer {
@@ -46,6 +48,7 @@ pub struct Transformer {
     weights: Flat,
     /// What collects gradients: the tensors above, with the names that each joins.
     leaves: Vec<(Tensor, Vec<String>)>,
+    pub(super) adapters: Option<Adapters>,
 }
 
 /// Attended slots and packed widths are multiples of this, or the GPU's attention copies the bias in every layer.
@@ -88,7 +91,7 @@ impl Ragged {
 }
 
 impl Transformer {
-    /// Loads a Hugging Face folder.
+    /// Loads a Hugging Face folder; a PEFT adapter is merged into the model that it belongs to.
     ///
     /// # Errors
     /// Names a file that is missing, cut off, or of an unsupported family or feature.
@@ -112,12 +115,14 @@ impl Transformer {
         Self::assemble(config, weights)
     }
 
-    /// Writes config.json and safetensors in `kind` into an existing folder (sharded past 5 GB, `format: pt`).
+    /// Writes config.json and safetensors in `kind` into an existing folder (sharded past 5 GB, `format: pt`), adapters merged.
     ///
     /// # Errors
     /// File-system errors.
     pub fn save(&self, folder: &Path, kind: Kind) -> Result<()> {
-        weights::write(folder, &self.config, &self.weights.tensors(), kind, weights::SHARD_BYTES)
+        let merged = self.merged()?;
+        let parameters = merged.as_ref().unwrap_or(self).parameters();
+        weights::write(folder, &self.config, &parameters, kind, weights::SHARD_BYTES)
     }
 
     /// The configuration.
@@ -151,7 +156,8 @@ impl Transformer {
         self.kind
     }
 
-    /// Every weight under its Hugging Face name, in a fixed order; tied weights once. They share storage with the model.
+    /// Every weight under its Hugging Face name, in a fixed order, adapters aside; tied weights once. They share storage with
+    /// the model.
     pub fn parameters(&self) -> Vec<(String, Tensor)> {
         self.weights.tensors()
     }
@@ -161,13 +167,40 @@ impl Transformer {
         &self.weights
     }
 
-    /// From now on every backward adds to the gradients in the buffer that is returned, laid out as [`Self::weights`].
+    /// What training changes: every weight, or the adapters alone where there are any.
+    pub fn trainable(&self) -> &Flat {
+        self.adapters.as_ref().map_or(&self.weights, |adapters| &adapters.numbers)
+    }
+
+    /// The same weights, in the same storage, without adapters.
+    pub fn base(&self) -> Self {
+        Self::assemble(self.config.clone(), self.weights.shallow_clone())
+    }
+
+    /// Weights and adapters become what collects no gradients; adapters are taken away.
+    pub(super) fn freeze(&mut self) {
+        for (leaf, _) in &self.leaves {
+            let _ = leaf.set_requires_grad(false);
+        }
+        for layer in &mut self.layers {
+            for linear in [&mut layer.query_key_value, &mut layer.output, &mut layer.gate_up, &mut layer.down] {
+                linear.adapters.clear();
+            }
+        }
+        self.adapters = None;
+    }
+
+    /// From now on every backward adds to the gradients in the buffer that is returned, laid out as [`Self::trainable`].
     ///
     /// # Errors
     /// [`crate::Error::Torch`], such as memory that ran out.
     pub fn collect_gradients(&self) -> Result<Flat> {
-        let gradients = self.weights.zeros_like(self.kind);
-        for (leaf, names) in &self.leaves {
+        let gradients = self.trainable().zeros_like(self.kind);
+        let leaves = match &self.adapters {
+            None => &self.leaves,
+            Some(adapters) => &adapters.leaves(),
+        };
+        for (leaf, names) in leaves {
             let gradient = gradients.joined(names).unwrap_or_else(|| unreachable!("the layouts are the same"));
             torch_ext::collect_gradient(&leaf.set_requires_grad(true), &gradient)?;
         }
@@ -311,7 +344,7 @@ impl Transformer {
         x.rms_norm(weight.size(), Some(weight), self.config.rms_norm_eps)
     }
 
-    fn assemble(config: ModelConfig, weights: Flat) -> Self {
+    pub(super) fn assemble(config: ModelConfig, weights: Flat) -> Self {
         let mut leaves = Vec::new();
         let mut leaf = |names: Vec<String>| {
             let tensor = weights.joined(&names)?;
@@ -326,8 +359,11 @@ impl Transformer {
                 let mut part = |parts: &[&str], kind: &str| {
                     leaf(parts.iter().map(|part| format!("model.layers.{layer}.{part}.{kind}")).collect())
                 };
-                let mut linear =
-                    |parts: &[&str]| Linear { weight: expected(part(parts, "weight")), bias: part(parts, "bias") };
+                let mut linear = |parts: &[&str]| Linear {
+                    weight: expected(part(parts, "weight")),
+                    bias: part(parts, "bias"),
+                    adapters: Vec::new(),
+                };
                 let query_key_value = linear(&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]);
                 let output = linear(&["self_attn.o_proj"]);
                 let (gate_up, down) = (linear(&["mlp.gate_proj", "mlp.up_proj"]), linear(&["mlp.down_proj"]));
@@ -354,6 +390,7 @@ impl Transformer {
             config,
             weights,
             leaves,
+            adapters: None,
         }
     }
 }
@@ -376,6 +413,10 @@ pub(super) fn attend(queries: &Tensor, keys: &Tensor, values: &Tensor, bias: Opt
 
 impl Linear {
     pub(super) fn apply(&self, x: &Tensor) -> Tensor {
-        x.linear(&self.weight, self.bias.as_ref())
+        let product = x.linear(&self.weight, self.bias.as_ref());
+        for adapter in &self.adapters {
+            let _ = adapter.of(&product, -1).g_add_(&adapter.apply(x));
+        }
+        product
     }
 }

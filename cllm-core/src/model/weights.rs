@@ -10,8 +10,7 @@ use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
-use super::ModelConfig;
-use super::flat::Flat;
+use super::{Flat, ModelConfig, base_folder, peft};
 use crate::{Error, Result, atomic_file, text_file, torch_ext};
 
 const INDEX: &str = "model.safetensors.index.json";
@@ -19,23 +18,30 @@ const SINGLE: &str = "model.safetensors";
 /// Most bytes of one file, as in `transformers`.
 pub(super) const SHARD_BYTES: usize = 5_000_000_000;
 
-/// Fingerprint of a model folder: its config.json and weights.
+/// Fingerprint of a model folder: its config.json and weights, and those of an adapter.
 ///
 /// # Errors
 /// When a file is missing.
 pub fn fingerprint(folder: &Path) -> Result<String> {
-    let mut files = vec![folder.join("config.json")];
-    files.extend(weight_files(folder)?);
+    let base = base_folder(folder)?;
+    let mut files = vec![base.join("config.json")];
+    files.extend(weight_files(&base)?);
+    files.extend(peft::files(folder));
     crate::fingerprint::of_files(&files)
 }
 
-/// Every weight of `config` in one buffer on `device` as `kind`.
+/// Every weight of `config` in one buffer on `device` as `kind`. An adapter is merged in float32, and rounded once.
 pub(super) fn read(folder: &Path, config: &ModelConfig, device: Device, kind: Kind) -> Result<Flat> {
     let _no_grad = tch::no_grad_guard();
+    let adapters = peft::read(folder, config, device)?;
     let weights = Flat::zeros(config.shapes(), device, kind);
-    visit(folder, config, |file, name, view| {
+    visit(&base_folder(folder)?, config, |file, name, view| {
         let mut weight = weights.get(name).unwrap_or_else(|| unreachable!("`visit` names weights of the config"));
-        Ok(weight.f_copy_(&tensor(file, name, view)?)?)
+        let found = tensor(file, name, view)?;
+        Ok(match adapters.as_ref().and_then(|adapters| adapters.find(name)) {
+            Some(adapter) => weight.f_copy_(&adapter.merge(&found.f_to_device(device)?, kind)?)?,
+            None => weight.f_copy_(&found)?,
+        })
     })?;
     Ok(weights)
 }
@@ -45,7 +51,9 @@ pub(super) fn read(folder: &Path, config: &ModelConfig, device: Device, kind: Ki
 /// # Errors
 /// Names a file that is missing, cut off, or of an unsupported family or feature.
 pub fn check(folder: &Path) -> Result<()> {
-    visit(folder, &ModelConfig::load(folder)?, kind_of).map(drop)
+    let config = ModelConfig::load(folder)?;
+    peft::read(folder, &config, Device::Cpu)?;
+    visit(&base_folder(folder)?, &config, kind_of).map(drop)
 }
 
 /// What `take` makes of every weight of `config`, in its order; names and shapes are checked.
@@ -103,7 +111,7 @@ fn kind_of(file: &Path, name: &str, view: &TensorView<'_>) -> Result<Kind> {
     }
 }
 
-fn tensor(file: &Path, name: &str, view: &TensorView<'_>) -> Result<Tensor> {
+pub(super) fn tensor(file: &Path, name: &str, view: &TensorView<'_>) -> Result<Tensor> {
     let shape: Vec<i64> = view.shape().iter().map(|&size| size as i64).collect();
     torch_ext::tensor_from_bytes(view.data(), &shape, kind_of(file, name, view)?)
 }
@@ -178,12 +186,7 @@ pub(super) fn write(
     kind: Kind,
     shard_bytes: usize,
 ) -> Result<()> {
-    let (code, dtype) = match kind {
-        Kind::Float => ("F32", "float32"),
-        Kind::Half => ("F16", "float16"),
-        Kind::BFloat16 => ("BF16", "bfloat16"),
-        other => return Err(Error::usage(format!("weights cannot be saved as {other:?}"))),
-    };
+    let (code, dtype) = type_names(kind)?;
     let shards = shards(parameters, kind.elt_size_in_bytes(), shard_bytes);
     let mut weight_map = Map::new();
     for (number, shard) in shards.iter().enumerate() {
@@ -208,6 +211,16 @@ pub(super) fn write(
         std::fs::remove_file(&stale).map_err(Error::write(&stale))?;
     }
     atomic_file::write_json(&folder.join("config.json"), &config.to_json(dtype))
+}
+
+/// A type's names in safetensors and in config.json.
+pub(super) fn type_names(kind: Kind) -> Result<(&'static str, &'static str)> {
+    match kind {
+        Kind::Float => Ok(("F32", "float32")),
+        Kind::Half => Ok(("F16", "float16")),
+        Kind::BFloat16 => Ok(("BF16", "bfloat16")),
+        other => Err(Error::usage(format!("weights cannot be saved as {other:?}"))),
+    }
 }
 
 /// One safetensors file of tensors of one type, a tensor at a time, so that memory never holds a second copy of the

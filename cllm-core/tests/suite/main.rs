@@ -8,6 +8,7 @@ mod decoding;
 mod families;
 mod gguf;
 mod gpu;
+mod lora;
 mod models;
 mod parity;
 mod saved;

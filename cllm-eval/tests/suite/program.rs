@@ -3,8 +3,10 @@
 use std::path::Path;
 
 use assert_cmd::Command;
+use cllm_core::model::{Lora, Transformer};
 use cllm_eval::records::Records;
 use serde_json::Value;
+use tch::{Device, Kind};
 
 use crate::made_up::model;
 
@@ -96,6 +98,40 @@ fn generate_answers_both_ways_alike() {
     let value: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(value["equal"], true);
     assert_eq!(value["strategies"][0]["tokens"], value["strategies"][0]["forwards"]);
+}
+
+#[test]
+fn an_adapter_is_a_model_by_its_folder() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, adapter, merged) = (dir.path().join("base"), dir.path().join("adapter"), dir.path().join("merged"));
+    [&base, &merged].into_iter().for_each(|folder| model(folder, 3));
+    std::fs::create_dir(&adapter).unwrap();
+    let mut adapted = Transformer::load(&base, Device::Cpu, Kind::Float).unwrap();
+    adapted.adapt(&Lora::default(), 1);
+    for (_, mut tensor) in adapted.trainable().tensors() {
+        let _ = tch::no_grad(|| tensor.fill_(0.1));
+    }
+    adapted.save_adapter(&adapter, &base.display().to_string()).unwrap();
+    adapted.save(&merged, Kind::Float).unwrap();
+    let fixed = ["generate", "What is 2 and 2?", "--max-new-tokens", "20", "--device", "cpu", "--json", "--model"];
+    let [base, adapter, merged] = [&base, &adapter, &merged].map(|folder| {
+        let output = program().args(fixed).arg(folder).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let value: Value = serde_json::from_slice(&output.stdout).unwrap();
+        value["strategies"][0]["response_ids"].clone()
+    });
+    assert_eq!(adapter, merged);
+    assert_ne!(adapter, base);
+    let measured = program()
+        .current_dir(dir.path())
+        .args(["run", "--quiet", "--json", "teacher=base", "student=adapter", "count=2", "max_new_tokens=6"])
+        .args(["speed_examples=1", "strategies=[ar]", "device=cpu", "output=out"])
+        .output()
+        .unwrap();
+    assert!(measured.status.success(), "{}", String::from_utf8_lossy(&measured.stderr));
+    let results: Value = serde_json::from_slice(&measured.stdout).unwrap();
+    assert_eq!(results["models"][1]["path"], "adapter");
+    assert_ne!(results["models"][0]["fingerprint"], results["models"][1]["fingerprint"]);
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! A training pass with the kernels of the GPU, in bf16, against libtorch's operations on the CPU in float32. Skipped, and saying
 //! so, where there is no GPU.
 
-use cllm_core::model::{Flat, ModelConfig, Transformer};
+use cllm_core::model::{Flat, Lora, ModelConfig, Transformer};
 use cllm_core::{fingerprint, torch_ext};
 use cllm_train::loss::{Backward, losses};
 use cllm_train::packing::{Batch, Packed};
@@ -61,6 +61,39 @@ fn run(
     let backward = Backward { scale: [0.02, 0.01, 0.01, 0.02], recomputed };
     let sums = losses(model, teacher, batch, settings, Some(backward)).unwrap();
     (sums.map(|sum| sum.double_value(&[])), gradients.buffer().to_device(Device::Cpu).to_kind(Kind::Float))
+}
+
+#[test]
+fn gpu_gradients_of_adapters_are_those_of_the_cpu_but_for_rounding() {
+    if !Cuda::is_available() {
+        eprintln!("skipped: there is no GPU");
+        return;
+    }
+    for (name, config) in shapes() {
+        let (mut on_gpu, mut on_cpu) = models(&config, 3);
+        let lora = Lora { rank: 8, alpha: 16.0, ..Lora::default() };
+        on_gpu.adapt(&lora, 5);
+        on_cpu.adapt(&lora, 5);
+        let _no_grad = tch::no_grad_guard();
+        for ((_, mut fast), (_, mut exact)) in
+            on_gpu.trainable().tensors().into_iter().zip(on_cpu.trainable().tensors())
+        {
+            let _ = exact.normal_(0.0, 0.05);
+            fast.copy_(&exact);
+            exact.copy_(&fast.to_device(Device::Cpu));
+        }
+        drop(_no_grad);
+        let (fast, exact) = (on_gpu.collect_gradients().unwrap(), on_cpu.collect_gradients().unwrap());
+        let settings = Consistency::default();
+        let packed = [("a", 3, 9), ("b", 70, 90)]
+            .map(|(id, prompt, length)| example(id, prompt, length).pack(&settings, &mut fingerprint::rng(1, id, 0)));
+        let batch = Batch::new(&packed, 100, false);
+        let (_, gradient) = run(&on_gpu, &fast, None, &batch, &settings, 1);
+        let (_, truth) = run(&on_cpu, &exact, None, &batch, &settings, 0);
+        let apart = f64::try_from((&gradient - &truth).norm() / truth.norm()).unwrap();
+        eprintln!("{name}: gradients of adapters differ by {apart:.4} of their norm");
+        assert!(apart < 0.03, "{name}: {apart}");
+    }
 }
 
 #[test]

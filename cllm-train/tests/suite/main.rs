@@ -8,6 +8,7 @@ mod families;
 mod foreign_parquet;
 mod gpu;
 mod interrupted;
+mod lora;
 mod packed;
 mod program;
 #[path = "../../../cllm-core/tests/shared/programs.rs"]

@@ -61,7 +61,7 @@ pub fn sft(folder: &Path, output: &str) -> Settings {
 }
 
 /// Step and losses of each line of metrics.jsonl.
-fn curve(run: &Path) -> Vec<(u64, Value, Value)> {
+pub fn curve(run: &Path) -> Vec<(u64, Value, Value)> {
     let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
     let lines = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
     let losses = lines.filter(|line| line["loss"].is_number());
@@ -70,17 +70,17 @@ fn curve(run: &Path) -> Vec<(u64, Value, Value)> {
         .collect()
 }
 
-fn summary(run: &Path) -> Value {
+pub fn summary(run: &Path) -> Value {
     serde_json::from_str(&std::fs::read_to_string(run.join("summary.json")).unwrap()).unwrap()
 }
 
-fn same_weights(a: &Path, b: &Path) -> bool {
+pub fn same_weights(a: &Path, b: &Path) -> bool {
     let load = |folder: &Path| Transformer::load(folder, Device::Cpu, Kind::Float).unwrap().parameters();
     load(a).iter().zip(load(b)).all(|((_, a), (_, b))| a.equal(&b))
 }
 
 /// Leaves a run as a kill after `step` would have.
-fn cut_back(run: &Path, step: usize) {
+pub fn cut_back(run: &Path, step: usize) {
     let checkpoints = run.join("checkpoints");
     std::fs::remove_file(checkpoints.join("latest")).unwrap();
     std::os::unix::fs::symlink(format!("step-{step:06}"), checkpoints.join("latest")).unwrap();

@@ -1,0 +1,318 @@
+//! Low-rank adapters on every family: they change nothing at first, a forward with them equals one of the merged weights, and
+//! what is saved is what PEFT loads.
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use cllm_core::decode::{DecodeOptions, Limits, Request, Strategy, decode};
+use cllm_core::model::{self, Lora, ModelConfig, Target, Transformer};
+use cllm_core::tokenizer::{self, Tokenizer};
+use serde_json::{Value, json};
+use tch::{Device, Kind, Tensor};
+
+use crate::models::{random_model, shapes};
+use crate::parity::fixture_folder;
+
+fn small(targets: impl Into<BTreeSet<Target>>) -> Lora {
+    Lora { rank: 3, alpha: 4.5, targets: targets.into() }
+}
+
+/// Fills every B with small numbers that are the same on every machine, so that the adapters change something.
+fn teach(model: &Transformer) {
+    let _no_grad = tch::no_grad_guard();
+    for (name, mut tensor) in model.trainable().tensors() {
+        if name.ends_with("lora_B.weight") {
+            let count = Tensor::arange(tensor.numel() as i64, (Kind::Float, Device::Cpu));
+            tensor.copy_(&((count.remainder(7) - 3.0) * 0.125).view_as(&tensor));
+        }
+    }
+}
+
+fn tokens() -> (Tensor, Tensor) {
+    let positions = Tensor::arange(20, (Kind::Int64, Device::Cpu)).expand([2, 20], false);
+    (Tensor::arange(40, (Kind::Int64, Device::Cpu)).view([2, 20]), positions)
+}
+
+/// Logits without a cache.
+fn logits(model: &Transformer) -> Tensor {
+    let (tokens, positions) = tokens();
+    model.logits(&model.hidden(&tokens, &positions)).unwrap()
+}
+
+fn apart(a: &Tensor, b: &Tensor) -> f64 {
+    assert_eq!(a.size(), b.size());
+    (a - b).abs().max().double_value(&[])
+}
+
+/// Copies that share no storage.
+fn copies(tensors: Vec<(String, Tensor)>) -> Vec<(String, Tensor)> {
+    tensors.into_iter().map(|(name, tensor)| (name, tensor.copy())).collect()
+}
+
+fn load(folder: &Path) -> Transformer {
+    Transformer::load(folder, Device::Cpu, Kind::Float).unwrap()
+}
+
+#[test]
+fn fresh_adapters_change_nothing_and_follow_from_the_seed() {
+    for (name, config) in shapes() {
+        let mut model = random_model(&config);
+        let before = logits(&model);
+        let lora = small(Target::ALL);
+        model.adapt(&lora, 4);
+        assert_eq!(logits(&model), before, "{name}");
+        let count: usize = model.trainable().tensors().iter().map(|(_, tensor)| tensor.numel()).sum();
+        assert_eq!(count as i64, lora.parameter_count(model.config()), "{name}");
+        let first = model.trainable().tensors();
+        assert_eq!(first.len(), 2 * 7 * 2, "{name}");
+        for (name, tensor) in first.iter().filter(|(name, _)| name.ends_with("lora_A.weight")) {
+            // Kaiming's bound for a = sqrt(5), which the largest of so many numbers comes near.
+            let (bound, largest) = (1.0 / (tensor.size()[1] as f64).sqrt(), tensor.abs().max().double_value(&[]));
+            assert!(largest <= bound && largest > 0.9 * bound, "{name}: {largest} of {bound}");
+            assert!(tensor.mean(Kind::Float).double_value(&[]).abs() < 0.2 * bound, "{name}");
+        }
+        // What a projection gets does not depend on which others have adapters.
+        model.adapt(&small([Target::VProj]), 4);
+        let alone = model.trainable().tensors();
+        assert_eq!(alone.len(), 4, "{name}");
+        for (name, tensor) in &alone {
+            assert_eq!(Some(tensor), first.iter().find(|(other, _)| other == name).map(|(_, tensor)| tensor), "{name}");
+        }
+        model.adapt(&small([Target::VProj]), 5);
+        assert_ne!(model.trainable().tensors()[0].1, alone[0].1, "{name}");
+    }
+}
+
+#[test]
+fn a_forward_with_adapters_equals_one_of_the_merged_weights() {
+    let requests: Vec<Request> = (0..3)
+        .map(|row| Request { sample_id: format!("s{row}"), prompt_ids: (1..4 + row * 3).map(|i| i * 5 % 61).collect() })
+        .collect();
+    let limits = Limits { max_new_tokens: 24, eos_ids: vec![3] };
+    let answers = |model: &Transformer, strategy| -> Vec<Vec<i32>> {
+        let (answers, _) = decode(model, &requests, &limits, DecodeOptions::greedy(strategy, 5), None).unwrap();
+        answers.into_iter().map(|answer| answer.response_ids).collect()
+    };
+    for (name, config) in shapes() {
+        let mut model = random_model(&config);
+        assert!(model.merged().unwrap().is_none(), "{name}");
+        let (plain, plain_answers) = (logits(&model), answers(&model, Strategy::Ar));
+        let weights = copies(model.parameters());
+        for target in Target::ALL {
+            model.adapt(&small([target]), 4);
+            teach(&model);
+            let (adapted, merged) = (logits(&model), logits(&model.merged().unwrap().unwrap()));
+            assert!(apart(&adapted, &plain) > 1e-2, "{name}: {target:?} does not show");
+            assert!(apart(&adapted, &merged) < 1e-3, "{name}, {target:?}: {}", apart(&adapted, &merged));
+        }
+        model.adapt(&small(Target::ALL), 4);
+        teach(&model);
+        let merged = model.merged().unwrap().unwrap();
+        assert!(apart(&logits(&model), &logits(&merged)) < 1e-3, "{name}");
+        let wanted = answers(&model, Strategy::Ar);
+        assert_ne!(wanted, plain_answers, "{name}: nothing to compare");
+        for strategy in [Strategy::Ar, Strategy::Jacobi { n: 8 }] {
+            assert_eq!(answers(&merged, strategy), wanted, "{name}, {strategy:?}, merged");
+            assert_eq!(answers(&model, strategy), wanted, "{name}, {strategy:?}, beside");
+        }
+        // The weights below the adapters are what they were, bit for bit, and still to be had.
+        assert_eq!(model.parameters(), weights, "{name}");
+        assert_eq!(logits(&model.base()), plain, "{name}");
+        assert_eq!(model.base().trainable().tensors(), weights, "{name}");
+    }
+}
+
+#[test]
+fn only_the_adapters_get_gradients() {
+    for (name, config) in shapes() {
+        let mut model = random_model(&config);
+        let whole = model.collect_gradients().unwrap();
+        model.adapt(&small(Target::ALL), 4);
+        teach(&model);
+        let gradients = model.collect_gradients().unwrap();
+        let (tokens, positions) = tokens();
+        let hidden = model.hidden(&tokens, &positions);
+        model.train_logits(&hidden).log_softmax(-1, Kind::Float).max().backward();
+        for (name_of, gradient) in gradients.tensors() {
+            assert!(gradient.abs().max().double_value(&[]) > 0.0, "{name}: no gradient of {name_of}");
+        }
+        assert_eq!(whole.buffer().abs().max().double_value(&[]), 0.0, "{name}: the weights are not frozen");
+    }
+}
+
+/// A model in `base`, and one with taught adapters on it, which are saved in `adapter`.
+fn saved(folder: &Path, config: &Value) -> Transformer {
+    let (base, adapter) = (folder.join("base"), folder.join("adapter"));
+    [&base, &adapter].into_iter().for_each(|folder| std::fs::create_dir(folder).unwrap());
+    let mut model = random_model(config);
+    model.save(&base, Kind::Float).unwrap();
+    model.adapt(&small(Target::ALL), 4);
+    teach(&model);
+    model.save_adapter(&adapter, &base.display().to_string()).unwrap();
+    model
+}
+
+#[test]
+fn an_adapter_folder_is_the_merged_model() {
+    for (name, config) in shapes() {
+        let dir = tempfile::tempdir().unwrap();
+        let model = saved(dir.path(), &config);
+        let (base, adapter, merged) = (dir.path().join("base"), dir.path().join("adapter"), dir.path().join("merged"));
+        assert_eq!(load(&adapter).parameters(), model.merged().unwrap().unwrap().parameters(), "{name}");
+        std::fs::create_dir(&merged).unwrap();
+        model.save(&merged, Kind::Float).unwrap();
+        assert_eq!(load(&merged).parameters(), load(&adapter).parameters(), "{name}");
+        model::check(&adapter).unwrap();
+        assert_eq!(ModelConfig::load(&adapter).unwrap(), ModelConfig::load(&base).unwrap());
+        // In bf16 the sum is rounded once, not the weight before it.
+        let rounded = Transformer::load(&adapter, Device::Cpu, Kind::BFloat16).unwrap().parameters();
+        for ((weight, tensor), (_, whole)) in rounded.iter().zip(load(&adapter).parameters()) {
+            assert_eq!(*tensor, whole.to_kind(Kind::BFloat16), "{name}: {weight}");
+        }
+        let print = |folder: &Path| model::fingerprint(folder).unwrap();
+        let before = print(&adapter);
+        assert_ne!(before, print(&base));
+        edit(&adapter, &|config| config["lora_alpha"] = 5.into());
+        assert_ne!(before, print(&adapter), "{name}: alpha counts");
+        assert!(Transformer::save_adapter(&load(&base), &adapter, "x").is_err());
+    }
+}
+
+#[test]
+fn what_an_adapter_does_not_bring_is_that_of_its_base() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, adapter) = (dir.path().join("base"), dir.path().join("adapter"));
+    let (_, mut config) = shapes().remove(0);
+    config["vocab_size"] = 300.into();
+    config["eos_token_id"] = 8.into();
+    saved(dir.path(), &config);
+    cllm_core::tokenizer_training::train(&["Tom has apples. ".repeat(20)], 300, &base).unwrap();
+    tokenizer::write_eos_ids(&base, &[7]).unwrap();
+    let fingerprint = |folder: &Path| Tokenizer::load(folder).unwrap().fingerprint().to_owned();
+    assert_eq!(fingerprint(&adapter), fingerprint(&base));
+    assert_eq!(Tokenizer::load(&adapter).unwrap().eos_ids(), [0, 7, 8]);
+    let copy = dir.path().join("copy");
+    std::fs::create_dir(&copy).unwrap();
+    tokenizer::copy_files(&adapter, &copy).unwrap();
+    assert_eq!(fingerprint(&copy), fingerprint(&base));
+    // One of its own goes first, and so do its ids.
+    cllm_core::tokenizer_training::train(&["Other words make other ids.".to_owned()], 261, &adapter).unwrap();
+    assert_ne!(fingerprint(&adapter), fingerprint(&base));
+    tokenizer::write_eos_ids(&adapter, &[9]).unwrap();
+    assert_eq!(Tokenizer::load(&adapter).unwrap().eos_ids(), [0, 8, 9]);
+}
+
+fn edit(adapter: &Path, change: &dyn Fn(&mut Value)) {
+    let path = adapter.join("adapter_config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    change(&mut config);
+    std::fs::write(&path, config.to_string()).unwrap();
+}
+
+#[test]
+fn a_bad_adapter_is_named_with_what_is_wrong() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, config) = shapes().remove(0);
+    let adapter = dir.path().join("adapter");
+    saved(dir.path(), &config);
+    let refused = |parts: &[&str]| {
+        for error in [
+            Transformer::load(&adapter, Device::Cpu, Kind::Float).err().expect("it must be refused"),
+            model::check(&adapter).unwrap_err(),
+        ] {
+            let message = error.to_string();
+            assert!(error.exit_code() == 2 && parts.iter().all(|part| message.contains(part)), "{parts:?}: {message}");
+        }
+    };
+    let settings = std::fs::read(adapter.join("adapter_config.json")).unwrap();
+    let base = dir.path().join("base").display().to_string();
+    for (key, value, said) in [
+        ("peft_type", json!("IA3"), "`IA3` is not supported"),
+        ("r", json!(2), "has shape [3, 32], the model and `r` call for [2, 32]"),
+        ("r", json!(0), "r is 0"),
+        ("lora_alpha", json!("much"), "lora_alpha"),
+        ("lora_alpha", Value::Null, "is no LoRA configuration"),
+        ("use_dora", json!(true), "`use_dora` is true, which is not supported: merge"),
+        ("rank_pattern", json!({"q_proj": 2}), "`rank_pattern`"),
+        ("modules_to_save", json!(["lm_head"]), "`modules_to_save`"),
+        ("bias", json!("all"), "`bias` is \"all\""),
+        ("init_lora_weights", json!("pissa"), "`init_lora_weights`"),
+        ("base_model_name_or_path", json!(""), "has no `base_model_name_or_path`"),
+        (
+            "base_model_name_or_path",
+            json!("./no/where"),
+            "base_model_name_or_path `./no/where`: ./no/where: there is no",
+        ),
+        ("base_model_name_or_path", json!(adapter.display().to_string()), "is an adapter too: merge it"),
+        ("base_model_name_or_path", json!(fixture_folder("mistral").display().to_string()), "call for"),
+    ] {
+        edit(&adapter, &|config| config[key] = value.clone());
+        refused(&[said, if said.contains("call for") { "adapter_model.safetensors" } else { "adapter_config.json" }]);
+        std::fs::write(adapter.join("adapter_config.json"), &settings).unwrap();
+    }
+    let weights = adapter.join("adapter_model.safetensors");
+    let good = std::fs::read(&weights).unwrap();
+    let renamed = |from: &str, to: &str| {
+        let header = String::from_utf8_lossy(&good[..good.len() / 4]).into_owned();
+        let place = header.find(from).unwrap();
+        let mut bytes = good.clone();
+        bytes[place..place + to.len()].copy_from_slice(to.as_bytes());
+        std::fs::write(&weights, bytes).unwrap();
+    };
+    std::fs::write(&weights, &good[..good.len() / 2]).unwrap();
+    refused(&["adapter_model.safetensors", "no whole safetensors file"]);
+    renamed("layers.1.mlp.up_proj.lora_B", "layers.1.mlp.up_proj.lora_X");
+    refused(&["adapter_model.safetensors", "lacks `base_model.model.model.layers.1.mlp.up_proj.lora_B.weight`"]);
+    renamed("layers.0.self_attn.q_proj.lora_A", "layers.7.self_attn.q_proj.lora_A");
+    refused(&["adapter_model.safetensors", "lacks `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`"]);
+    std::fs::remove_file(&weights).unwrap();
+    refused(&["adapter_model.safetensors"]);
+    std::fs::write(&weights, &good).unwrap();
+    assert!(load(&adapter).parameters() != load(Path::new(&base)).parameters());
+}
+
+fn adapter_folder(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/adapters").join(name)
+}
+
+/// The adapters that PEFT has to load; they name their model by its path from the crate, where tests run.
+fn save_ours(folder: &Path) {
+    let base = "tests/fixtures/models/llama";
+    let mut model = load(Path::new(base));
+    model.adapt(&Lora { rank: 2, alpha: 5.0, targets: Target::ALL.into() }, 4);
+    teach(&model);
+    model.save_adapter(folder, base).unwrap();
+}
+
+#[test]
+fn peft_computes_the_same_from_its_adapters_and_from_ours() {
+    for name in ["from-peft", "ours"] {
+        let folder = adapter_folder(name);
+        let expected: Value = serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
+        let ids: Vec<i64> = serde_json::from_value(expected["input_ids"].clone()).unwrap();
+        let wanted: Vec<Vec<f32>> = serde_json::from_value(expected["logits"].clone()).unwrap();
+        let model = load(&folder);
+        let tokens = Tensor::from_slice(&ids).unsqueeze(0);
+        let positions = Tensor::arange(ids.len() as i64, (Kind::Int64, Device::Cpu)).unsqueeze(0);
+        let logits = model.logits(&model.hidden(&tokens, &positions)).unwrap().squeeze_dim(0);
+        let difference = apart(&logits, &Tensor::from_slice2(&wanted));
+        assert!(difference < 1e-4, "{name}: logits differ by {difference}");
+    }
+    // The proof is for these bytes: where they change, PEFT has to read them anew.
+    let again = tempfile::tempdir().unwrap();
+    save_ours(again.path());
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        let read = |folder: &Path| std::fs::read(folder.join(file)).unwrap();
+        assert!(
+            read(&adapter_folder("ours")) == read(again.path()),
+            "{file} differs: run scripts/record-adapter-fixtures"
+        );
+    }
+}
+
+#[test]
+#[ignore = "writes the folder; scripts/record-adapter-fixtures runs it and has PEFT read it"]
+fn write_the_adapter() {
+    std::fs::create_dir_all(adapter_folder("ours")).unwrap();
+    save_ours(&adapter_folder("ours"));
+}
