@@ -81,6 +81,8 @@ mod tests {
         std::fs::write(model.join("refs/main"), "abc\n").unwrap();
         assert_eq!(cached(dir.path(), "org/name"), None);
         std::fs::write(snapshot.join("config.json"), "{}").unwrap();
+        assert_eq!(cached(dir.path(), "org/name").as_ref(), Some(&snapshot));
+        std::fs::rename(snapshot.join("config.json"), snapshot.join("adapter_config.json")).unwrap();
         assert_eq!(cached(dir.path(), "org/name"), Some(snapshot));
     }
 

@@ -1,4 +1,4 @@
-//! `export`: a checkpoint as a model folder with weights of another type.
+//! `export`: a checkpoint as a model folder with weights of another type, adapters merged.
 
 use std::path::PathBuf;
 
@@ -10,7 +10,7 @@ use tch::{Device, Kind};
 /// What to write.
 #[derive(Args)]
 pub struct Arguments {
-    /// The checkpoint or model: a folder, or an id in the Hugging Face cache.
+    /// The checkpoint, model or adapter: a folder, or an id in the Hugging Face cache.
     model: String,
     /// Type of the weights.
     #[arg(long, value_enum, default_value = "bf16")]

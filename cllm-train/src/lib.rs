@@ -86,7 +86,7 @@ enum Verb {
         #[arg(long, short)]
         output: PathBuf,
     },
-    /// Write a checkpoint as a model folder with weights of another type.
+    /// Write a checkpoint as a model folder with weights of another type; an adapter is merged into its model.
     #[command(
         after_help = "Example:\n  cllm-train export runs/student/checkpoints/latest --dtype bf16 --output runs/student-bf16"
     )]
