@@ -38,10 +38,11 @@ pub(super) fn read(folder: &Path, config: &ModelConfig, device: Device, kind: Ki
     visit(&base_folder(folder)?, config, |file, name, view| {
         let mut weight = weights.get(name).unwrap_or_else(|| unreachable!("`visit` names weights of the config"));
         let found = tensor(file, name, view)?;
-        Ok(match adapters.as_ref().and_then(|adapters| adapters.find(name)) {
+        match adapters.as_ref().and_then(|adapters| adapters.find(name)) {
             Some(adapter) => weight.f_copy_(&adapter.merge(&found.f_to_device(device)?, kind)?)?,
             None => weight.f_copy_(&found)?,
-        })
+        }
+        Ok(())
     })?;
     Ok(weights)
 }
