@@ -22,8 +22,15 @@ fn main() {
         .flag(site_packages.join("nvidia/cu13/include").display().to_string())
         .flag("-isystem")
         .flag(site_packages.join("nvidia/cu13/include/cccl").display().to_string())
+        .flag("-isystem")
+        .flag(site_packages.join("nvidia/nccl/include").display().to_string())
+        // Names of Gloo, which libtorch holds without its headers.
+        .include("csrc")
         .define("_GLIBCXX_USE_CXX11_ABI", "1")
-        .files(["csrc/torch_ext.cpp", "csrc/graphs.cpp", "csrc/kernels.cpp"])
+        .define("USE_DISTRIBUTED", None)
+        .define("USE_C10D_GLOO", None)
+        .define("USE_C10D_NCCL", None)
+        .files(["csrc/torch_ext.cpp", "csrc/graphs.cpp", "csrc/kernels.cpp", "csrc/distributed.cpp"])
         .compile("cllm_torch_ext");
     for library in ["torch_cuda", "c10_cuda", "torch_cpu", "c10"] {
         println!("cargo:rustc-link-lib={library}");

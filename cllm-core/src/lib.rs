@@ -5,6 +5,7 @@ pub mod bench_file;
 pub mod chat_template;
 pub mod decode;
 pub mod device;
+pub mod distributed;
 mod error;
 pub mod fingerprint;
 pub mod gguf;

@@ -3,6 +3,7 @@
 
 pub mod attention_kernels;
 pub mod decode_kernels;
+pub mod distributed;
 pub mod graphs;
 pub mod kernels;
 pub mod train_kernels;
