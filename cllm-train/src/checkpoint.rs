@@ -10,8 +10,9 @@ use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
+use crate::ema::{self, Ema};
 use crate::optimizer::State;
-use crate::probe::Found;
+use crate::selection::Selection;
 use crate::settings::{Objective, Settings};
 
 /// Where a run stands.
@@ -27,10 +28,8 @@ pub struct Position {
     pub skipped: usize,
     /// Seconds of training.
     pub seconds: f64,
-    /// What the last probe found.
-    pub probe: Option<Found>,
-    /// Step of the best probe, and its tokens per forward in finished answers.
-    pub best: Option<(usize, f64)>,
+    /// What the probes found.
+    pub selection: Selection,
     /// What the course of the run depends on.
     pub origin: Origin,
 }
@@ -59,6 +58,15 @@ impl Origin {
             };
             contents.insert(format!("the data {}", path.display()), content);
         }
+        let probe = &settings.probe;
+        if !probe.prompts.as_os_str().is_empty() {
+            contents
+                .insert(format!("the probe {}", probe.prompts.display()), fingerprint::of_files(&[&probe.prompts])?);
+        }
+        if !probe.trajectories.as_os_str().is_empty() {
+            let name = format!("the probe {}", probe.trajectories.display());
+            contents.insert(name, trajectory::fingerprint(&probe.trajectories)?);
+        }
         Ok(Origin { settings: fingerprint::of_bytes(course.as_bytes()), contents })
     }
 
@@ -78,33 +86,40 @@ pub fn save(
     run: &Path,
     model: &Transformer,
     tokenizer_of: &Path,
-    state: &State,
+    (state, ema): (&State, Option<&Ema>),
     position: &Position,
     settings: &Settings,
 ) -> Result<()> {
     let all = run.join("checkpoints");
     let name = format!("step-{:06}", position.step);
     atomic_file::folder_with(&all.join(&name), |folder| {
-        save_model(folder, model, tokenizer_of, settings)?;
-        write_tensors(&folder.join("optimizer.safetensors"), &state.tensors())?;
+        save_model(folder, model, ema, tokenizer_of, settings)?;
+        write_tensors(&folder.join("optimizer.safetensors"), &state.tensors(ema))?;
         atomic_file::write_json(&folder.join("state.json"), position)
     })?;
     point(&all, "latest", &name)?;
-    if position.best.is_some_and(|(step, _)| step == position.step) {
+    let best = position.selection.best.map(|(step, _)| step);
+    if best == Some(position.step) {
         point(&all, "best", &name)?;
     }
-    rotate(&all, settings.keep, position.best.map(|(step, _)| step))
+    rotate(&all, settings.keep, best)
 }
 
-/// Writes a model with its tokenizer into a folder.
-pub fn save_model(folder: &Path, model: &Transformer, tokenizer_of: &Path, settings: &Settings) -> Result<()> {
-    model.save(folder, model.kind())?;
+/// Writes a model with its tokenizer into a folder; its weights are their moving average, where there is one.
+pub fn save_model(
+    folder: &Path,
+    model: &Transformer,
+    ema: Option<&Ema>,
+    tokenizer_of: &Path,
+    settings: &Settings,
+) -> Result<()> {
+    ema::with_average(ema, model, || model.save(folder, model.kind()))?;
     tokenizer::copy_files(tokenizer_of, folder)?;
     if settings.eos_ids.is_empty() { Ok(()) } else { tokenizer::write_eos_ids(folder, &settings.eos_ids) }
 }
 
 /// Restores the newest checkpoint of a run, if it has one.
-pub fn resume(run: &Path, state: &mut State, origin: &Origin) -> Result<Option<Position>> {
+pub fn resume(run: &Path, state: &mut State, ema: Option<&Ema>, origin: &Origin) -> Result<Option<Position>> {
     let all = run.join("checkpoints");
     for folder in [run, &all] {
         atomic_file::recover(folder)?;
@@ -129,7 +144,7 @@ pub fn resume(run: &Path, state: &mut State, origin: &Origin) -> Result<Option<P
     let path = folder.join("optimizer.safetensors");
     let map = torch_ext::map_file(&path)?;
     let tensors = SafeTensors::deserialize(&map).map_err(|error| damaged(&path, &error))?;
-    state.restore(position.skipped, |name, like| {
+    state.restore(ema, position.skipped, |name, like| {
         let view = tensors.tensor(name).ok()?;
         torch_ext::tensor_from_bytes(view.data(), &like.size(), Kind::Float).ok()
     })?;

@@ -1,8 +1,10 @@
 //! Trains teachers (supervised) and students (consistency).
 
 mod checkpoint;
+mod ema;
 pub mod examples;
 mod export;
+mod held_out;
 pub mod loss;
 mod memory;
 mod metrics;
@@ -11,7 +13,9 @@ pub mod packing;
 mod plan;
 mod probe;
 pub mod schedule;
+mod selection;
 pub mod settings;
+mod states;
 mod step;
 pub mod tensorboard;
 pub mod trainer;

@@ -3,12 +3,12 @@
 use cllm_core::model::Transformer;
 use tch::{Kind, Tensor};
 
-use crate::packing::Batch;
+use crate::packing::{Batch, NO_LABEL};
 use crate::settings::{Consistency, Divergence};
 
 /// Sums over tokens, float32 scalars with gradients.
 pub struct Losses {
-    /// Cross-entropy of the response tokens.
+    /// Cross-entropy of the labels.
     pub ar: Tensor,
     /// Divergence of the noisy tokens from the fixed point.
     pub global: Tensor,
@@ -44,7 +44,7 @@ pub fn losses(model: &Transformer, teacher: Option<&Transformer>, batch: &Batch,
             divergence(&clean_distributions(teacher, batch), &log(clean.shallow_clone()), Divergence::Forward)
         }
     };
-    let ar = clean.cross_entropy_loss::<&Tensor>(&batch.labels, None, tch::Reduction::Sum, -100, 0.0);
+    let ar = clean.cross_entropy_loss::<&Tensor>(&batch.labels, None, tch::Reduction::Sum, NO_LABEL, 0.0);
     Losses { ar, global, local, anchor }
 }
 

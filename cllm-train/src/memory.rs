@@ -14,7 +14,7 @@ pub struct Memory {
     pub weights: u64,
     /// One for each weight, in its type.
     pub gradients: u64,
-    /// Both moments; in bf16 also the float32 masters.
+    /// Both moments; in bf16 also the float32 masters; the moving average where there is one.
     pub optimizer: u64,
     /// What the forward keeps for the backward, and the largest temporaries beside it.
     pub activations: u64,
@@ -53,7 +53,8 @@ impl Memory {
         let update = masters * parameters;
         let models = if settings.anchored() { 2.0 } else { 1.0 };
         let (weights, gradients) = (models * bytes * parameters, bytes * parameters);
-        let optimizer = (masters + 8.0) * parameters;
+        let average = if settings.optimizer.ema > 0.0 { 4.0 } else { 0.0 };
+        let optimizer = (masters + 8.0 + average) * parameters;
         Memory {
             weights: weights as u64,
             gradients: gradients as u64,

@@ -5,6 +5,7 @@ use cllm_core::torch_ext::{self, AdamW};
 use cllm_core::{Error, Result};
 use tch::{Kind, Tensor};
 
+use crate::ema::Ema;
 use crate::settings::Optimizer;
 
 /// Optimizer state. In float32 the weights are their own masters.
@@ -130,23 +131,34 @@ impl State {
         )
     }
 
-    /// Every tensor of the state under a name, for a checkpoint.
-    pub fn tensors(&self) -> Vec<(String, Tensor)> {
+    /// The weights in float32, in the order of the model's parameters.
+    pub fn masters(&self) -> &[Tensor] {
+        &self.masters
+    }
+
+    /// Every tensor of the state under a name, for a checkpoint; with the moving average of the weights, where there is one.
+    pub fn tensors(&self, ema: Option<&Ema>) -> Vec<(String, Tensor)> {
         let named = |prefix: &'static str, tensors: &'_ [Tensor]| -> Vec<(String, Tensor)> {
             let pairs = self.names.iter().zip(tensors);
             pairs.map(|(name, tensor)| (format!("{prefix}.{name}"), tensor.shallow_clone())).collect()
         };
-        let parts = [named("master", &self.masters), named("first", &self.first), named("second", &self.second)];
-        parts.into_iter().flatten().collect()
+        let mean = ema.map(Ema::mean).unwrap_or_default();
+        let parts = [("master", &*self.masters), ("first", &self.first), ("second", &self.second), ("ema", mean)];
+        parts.into_iter().flat_map(|(prefix, tensors)| named(prefix, tensors)).collect()
     }
 
-    /// Takes the state of a checkpoint, the weights included, and the number of steps skipped before it.
+    /// Takes the state of a checkpoint, the weights and their moving average included, and the number of steps skipped before it.
     ///
     /// # Errors
     /// [`Error::Usage`] when a tensor is missing or of another shape.
-    pub fn restore(&mut self, skipped: usize, mut find: impl FnMut(&str, &Tensor) -> Option<Tensor>) -> Result<()> {
+    pub fn restore(
+        &mut self,
+        ema: Option<&Ema>,
+        skipped: usize,
+        mut find: impl FnMut(&str, &Tensor) -> Option<Tensor>,
+    ) -> Result<()> {
         let _no_grad = tch::no_grad_guard();
-        for (name, mut tensor) in self.tensors() {
+        for (name, mut tensor) in self.tensors(ema) {
             let saved = find(&name, &tensor)
                 .ok_or_else(|| Error::usage(format!("the checkpoint's optimizer state lacks `{name}`")))?;
             tensor.f_copy_(&saved)?;

@@ -5,6 +5,11 @@
 use cllm_core::model::ALIGNED;
 use tch::{Device, Kind, Tensor};
 
+use crate::settings::Reduction;
+
+/// The label of a token that the autoregressive loss passes over.
+pub const NO_LABEL: i64 = -100;
+
 /// One noisy state of a block.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NoisyBlock {
@@ -27,6 +32,8 @@ pub struct Packed {
     tokens: Vec<i32>,
     positions: Vec<usize>,
     noisy: Vec<NoisyBlock>,
+    /// Whether the response is one that the autoregressive loss teaches.
+    labels: bool,
 }
 
 impl Packed {
@@ -40,7 +47,12 @@ impl Packed {
             tokens.extend(state);
             positions.extend((0..state.len()).map(|offset| prompt.len() + block.start + offset));
         }
-        Packed { prompt_len: prompt.len(), response: response.to_vec(), tokens, positions, noisy }
+        Packed { prompt_len: prompt.len(), response: response.to_vec(), tokens, positions, noisy, labels: true }
+    }
+
+    /// The same, whose response has no part in the autoregressive loss: it only is what noisy blocks are drawn to.
+    pub fn without_labels(self) -> Self {
+        Packed { labels: false, ..self }
     }
 
     /// Number of tokens.
@@ -157,7 +169,7 @@ pub struct Batch {
     pub clean_width: i64,
     /// Places (in `[rows * width]`) whose next clean token is a response token: int64 `[clean]`.
     pub clean_places: Tensor,
-    /// Those response tokens: int64 `[clean]`.
+    /// Those response tokens, or -100 where the autoregressive loss has no part: int64 `[clean]`.
     pub labels: Tensor,
     /// Places of the noisy tokens that are kept: int64 `[noisy]`.
     pub noisy_places: Tensor,
@@ -176,8 +188,10 @@ pub struct Batch {
 pub struct Counts {
     /// Tokens without padding.
     pub tokens: usize,
-    /// Tokens of the autoregressive loss.
+    /// Tokens of the responses.
     pub clean: usize,
+    /// Tokens of the autoregressive loss.
+    pub labels: usize,
     /// Tokens of the consistency loss.
     pub noisy: usize,
     /// Tokens of the local consistency loss.
@@ -187,10 +201,18 @@ pub struct Counts {
 }
 
 impl Counts {
+    /// By what the sums of the losses are divided: autoregressive, global, local, anchor.
+    pub fn divisors(&self, reduction: Reduction) -> [usize; 4] {
+        match reduction {
+            Reduction::TokenMean => [self.labels, self.noisy, self.local, self.clean],
+        }
+    }
+
     /// Counts of several batches together.
     pub fn add(&mut self, other: Counts) {
         self.tokens += other.tokens;
         self.clean += other.clean;
+        self.labels += other.labels;
         self.noisy += other.noisy;
         self.local += other.local;
         self.blocks += other.blocks;
@@ -218,7 +240,7 @@ impl Batch {
             // A response token at 0 has no token before it where the prompt is empty.
             for (offset, &token) in row.response.iter().enumerate() {
                 clean_places.push((base + (row.prompt_len + offset).saturating_sub(1)) as i64);
-                labels.push(i64::from(token));
+                labels.push(if row.labels { i64::from(token) } else { NO_LABEL });
             }
             for (place, predicted) in row.noisy_targets() {
                 noisy_places.push((base + place) as i64);
@@ -229,6 +251,7 @@ impl Batch {
                 local_targets.push((base + next) as i64);
             }
             counts.tokens += row.len();
+            counts.labels += if row.labels { row.response.len() } else { 0 };
             counts.blocks += row.noisy().len();
         }
         counts.clean = clean_places.len();

@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 use crate::examples::Example;
 use crate::loss::losses;
 use crate::packing::{Batch, Counts};
-use crate::settings::{Objective, Reduction, Settings};
+use crate::settings::{Objective, Settings};
 use crate::trainer::random_config;
 
 /// What a run trains, and what it holds on to.
@@ -46,6 +46,30 @@ impl Models {
         group: &[Vec<usize>],
         epoch: usize,
     ) -> (Counts, Means) {
+        self.each_loss(settings, examples, group, epoch, |total| total.backward())
+    }
+
+    /// The same losses without gradients.
+    pub fn losses(
+        &self,
+        settings: &Settings,
+        examples: &[Example],
+        group: &[Vec<usize>],
+        epoch: usize,
+    ) -> (Counts, Means) {
+        let _no_grad = tch::no_grad_guard();
+        self.each_loss(settings, examples, group, epoch, |_| {})
+    }
+
+    /// Gives the weighted sum of the losses of each batch to `learn`.
+    fn each_loss(
+        &self,
+        settings: &Settings,
+        examples: &[Example],
+        group: &[Vec<usize>],
+        epoch: usize,
+        learn: impl Fn(Tensor),
+    ) -> (Counts, Means) {
         let pack = |&index: &usize| {
             let mut rng = fingerprint::rng(settings.seed, &examples[index].id, epoch as u64);
             examples[index].pack(&settings.consistency, &mut rng)
@@ -56,9 +80,7 @@ impl Models {
             .collect();
         let mut counts = Counts::default();
         batches.iter().for_each(|batch| counts.add(batch.counts));
-        let divisors = match settings.consistency.reduction {
-            Reduction::TokenMean => [counts.clean, counts.noisy, counts.local, counts.clean],
-        };
+        let divisors = counts.divisors(settings.consistency.reduction);
         let weights = weights(settings);
         let mut means = Means::default();
         for batch in &batches {
@@ -69,7 +91,7 @@ impl Models {
                 means.0[index].push(mean.detach());
                 total += mean * weights[index];
             }
-            total.backward();
+            learn(total);
         }
         (counts, means)
     }

@@ -13,12 +13,14 @@ use serde_json::{Value, json};
 use tch::Tensor;
 
 use crate::checkpoint::{self, Origin, Position};
+use crate::ema::{Ema, with_average};
 use crate::examples::{self, Example};
 use crate::metrics::Metrics;
 use crate::optimizer::{State, learning_rate};
 use crate::packing::Counts;
 use crate::probe::Probe;
 use crate::schedule::Schedule;
+use crate::selection::Selection;
 use crate::settings::{Init, Objective, Settings};
 use crate::step::{Means, Models, weights};
 
@@ -39,29 +41,36 @@ struct Summary {
     tokens_per_second: f64,
     blocks_per_second: f64,
     final_losses: Value,
+    /// Whether the run ended before its last step, for want of a new best.
+    stopped_early: bool,
     /// Of the last probe.
     tokens_per_forward: Option<f64>,
     /// Of its finished answers alone.
     tokens_per_forward_finished: Option<f64>,
     /// Its answers that hit the length limit.
     unfinished: Option<usize>,
+    /// Share of its answers that are right.
+    accuracy: Option<f64>,
+    /// The same of the model that the run started from.
+    start_accuracy: Option<f64>,
     /// Step of the best probe, and its tokens per forward in finished answers.
     best_probe: Option<(usize, f64)>,
     peak_memory_bytes: Option<u64>,
     model: PathBuf,
 }
 
-struct Run {
+struct Run<'t> {
     settings: Settings,
     folder: PathBuf,
     /// Folder whose tokenizer files go with every checkpoint.
     tokenizer_folder: PathBuf,
     models: Models,
     state: State,
+    ema: Option<Ema>,
     position: Position,
     /// When this process began, and the seconds of training before it.
     started: (Instant, f64),
-    probe: Option<Probe>,
+    probe: Option<Probe<'t>>,
 }
 
 /// Trains, or goes on with what the output folder holds.
@@ -75,26 +84,31 @@ pub fn run(settings: Settings) -> Result<()> {
     let origin = Origin::of(&settings, &tokenizer, &tokenizer_folder)?;
     std::fs::create_dir_all(&folder).map_err(Error::write(&folder))?;
     let mut state = State::new(&models.student);
-    let position = match checkpoint::resume(&folder, &mut state, &origin)? {
+    let ema = Ema::new(settings.optimizer.ema, state.masters());
+    let position = match checkpoint::resume(&folder, &mut state, ema.as_ref(), &origin)? {
         Some(position) => {
             progress::say(format!("going on after step {}", position.step));
             position
         }
-        None => Position { step: 0, tokens: 0, blocks: 0, skipped: 0, seconds: 0.0, probe: None, best: None, origin },
+        None => {
+            let selection = Selection::default();
+            Position { step: 0, tokens: 0, blocks: 0, skipped: 0, seconds: 0.0, selection, origin }
+        }
     };
     atomic_file::write(&folder.join("config.yaml"), cllm_core::settings::to_yaml(&settings)?.as_bytes())?;
     torch_ext::reset_peak_memory(place);
     let started = (Instant::now(), position.seconds);
-    Run { settings, folder, tokenizer_folder, models, state, position, started, probe }.train(&examples)
+    Run { settings, folder, tokenizer_folder, models, state, ema, position, started, probe }.train(&examples)
 }
 
-impl Run {
+impl Run<'_> {
     fn train(mut self, examples: &[Example]) -> Result<()> {
         let schedule = Schedule::new(examples, &self.settings)?;
         let total = schedule.steps();
-        if self.position.step >= total && self.folder.join("summary.json").exists() {
+        if self.is_over(total) && self.folder.join("summary.json").exists() {
             progress::say(format!(
-                "all {total} steps are done; the model is in {}",
+                "done already, after {} steps; the model is in {}",
+                self.position.step,
                 self.folder.join("final").display()
             ));
             return Ok(());
@@ -105,10 +119,14 @@ impl Run {
                 schedule.left_out, self.settings.max_tokens
             ));
         }
-        let mut metrics = Metrics::open(&self.folder, self.position.step)?;
+        let mut metrics = Metrics::open(&self.folder, self.position.step, self.is_probed())?;
+        // Of the model that the run starts from; or one that a signal cut short.
+        if self.probe_if_due(total, &mut metrics)? {
+            self.save()?;
+        }
         let mut bar = Progress::new("train", self.position.step as u64, total as u64);
         let mut batches = (usize::MAX, Vec::new());
-        while self.position.step < total {
+        while !self.is_over(total) {
             if interrupt::requested().is_some() {
                 self.save()?;
                 interrupt::check()?;
@@ -123,6 +141,9 @@ impl Run {
             let rate = learning_rate(&self.settings.optimizer, number, total);
             let (counts, means) = self.models.gradients(&self.settings, examples, group, epoch);
             let norm = self.state.step(&self.settings.optimizer, rate, number)?;
+            if let Some(ema) = &mut self.ema {
+                ema.update(self.state.masters(), number)?;
+            }
             self.position.step = number;
             self.position.tokens += counts.tokens;
             self.position.blocks += counts.blocks;
@@ -136,7 +157,7 @@ impl Run {
                     return Err(self.no_good(format!("the gradient was not finite {skipped_in_a_row} steps in a row")));
                 }
             }
-            let best = self.probe_at(number, total, &mut metrics)?;
+            let best = self.probe_if_due(total, &mut metrics)?;
             let due = self.settings.save_every > 0 && number.is_multiple_of(self.settings.save_every);
             if number < total && (best || due) {
                 self.save()?;
@@ -144,32 +165,34 @@ impl Run {
         }
         bar.finish();
         self.save()?;
-        self.finish(metrics.last_losses())
+        self.finish(metrics.last_losses(), total)
     }
 
-    /// Probes when step `number` is one to probe at; whether it is the best so far.
-    fn probe_at(&mut self, number: usize, total: usize, metrics: &mut Metrics) -> Result<bool> {
-        let Some(probe) = &self.probe else { return Ok(false) };
-        if !(number.is_multiple_of(self.settings.probe.every) || number == total) {
-            return Ok(false);
-        }
-        let found = match probe.run(&self.models.student) {
+    fn is_over(&self, total: usize) -> bool {
+        self.position.step >= total || self.position.selection.is_over(&self.settings.probe)
+    }
+
+    /// Whether the probe where the run stands was taken.
+    fn is_probed(&self) -> bool {
+        self.position.selection.probed == Some(self.position.step)
+    }
+
+    /// Probes where the run stands if that is a step to probe at; whether what was found is the best so far.
+    fn probe_if_due(&mut self, total: usize, metrics: &mut Metrics) -> Result<bool> {
+        let step = self.position.step;
+        let due = step.is_multiple_of(self.settings.probe.every) || step == total;
+        let Some(probe) = self.probe.as_ref().filter(|_| due && !self.is_probed()) else { return Ok(false) };
+        let run = || probe.run(&self.models, &self.settings);
+        let (found, mut line) = match with_average(self.ema.as_ref(), &self.models.student, run) {
             Err(stopped @ Error::Interrupted(_)) => {
                 self.save()?;
                 return Err(stopped);
             }
             other => other?,
         };
-        metrics.write(&json!({
-            "step": number, "probe_tokens_per_forward": found.tokens_per_forward,
-            "probe_tokens_per_forward_finished": found.tokens_per_forward_finished, "probe_unfinished": found.unfinished,
-        }))?;
-        self.position.probe = Some(found);
-        let beaten = found.beats(self.position.best.map(|(_, best)| best));
-        if let Some(rate) = beaten {
-            self.position.best = Some((number, rate));
-        }
-        Ok(beaten.is_some())
+        line.insert("step".to_owned(), step.into());
+        metrics.write(&line.into())?;
+        Ok(self.position.selection.take(step, found, &self.settings.probe))
     }
 
     /// Waits for the device and brings the position up to date; steps skipped in a row up to the last.
@@ -188,8 +211,8 @@ impl Run {
             );
         }
         self.settle();
-        let Run { folder, models, tokenizer_folder, state, position, settings, .. } = self;
-        checkpoint::save(folder, &models.student, tokenizer_folder, state, position, settings)
+        let Run { folder, models, tokenizer_folder, state, ema, position, settings, .. } = self;
+        checkpoint::save(folder, &models.student, tokenizer_folder, (state, ema.as_ref()), position, settings)
     }
 
     fn no_good(&self, why: String) -> Error {
@@ -202,12 +225,14 @@ impl Run {
     }
 
     /// Writes the final model and the summary.
-    fn finish(self, last: Value) -> Result<()> {
+    fn finish(self, last: Value, total: usize) -> Result<()> {
         let target = self.folder.join("final");
         atomic_file::folder_with(&target, |folder| {
-            checkpoint::save_model(folder, &self.models.student, &self.tokenizer_folder, &self.settings)
+            let (model, ema) = (&self.models.student, self.ema.as_ref());
+            checkpoint::save_model(folder, model, ema, &self.tokenizer_folder, &self.settings)
         })?;
         let position = &self.position;
+        let Selection { start, last: probe, best, .. } = position.selection;
         let summary = Summary {
             schema_version: 1,
             objective: self.settings.objective,
@@ -220,16 +245,24 @@ impl Run {
             tokens_per_second: position.tokens as f64 / position.seconds,
             blocks_per_second: position.blocks as f64 / position.seconds,
             final_losses: last,
-            tokens_per_forward: position.probe.map(|found| found.tokens_per_forward),
-            tokens_per_forward_finished: position.probe.and_then(|found| found.tokens_per_forward_finished),
-            unfinished: position.probe.map(|found| found.unfinished),
-            best_probe: position.best,
+            stopped_early: position.step < total,
+            tokens_per_forward: probe.map(|found| found.tokens_per_forward),
+            tokens_per_forward_finished: probe.and_then(|found| found.tokens_per_forward_finished),
+            unfinished: probe.map(|found| found.unfinished),
+            accuracy: probe.and_then(|found| found.accuracy),
+            start_accuracy: start.and_then(|found| found.accuracy),
+            best_probe: best,
             peak_memory_bytes: torch_ext::memory(self.models.student.device()).map(|(_, peak)| peak),
             model: target.clone(),
         };
         atomic_file::write_json(&self.folder.join("summary.json"), &summary)?;
+        let early = match best {
+            _ if position.step == total => String::new(),
+            Some((step, _)) => format!(" of {total}, since no probe was better than that after step {step},"),
+            None => format!(" of {total}, since no probe was good enough,"),
+        };
         progress::say(format!(
-            "{} steps in {:.0} s; the model is in {}",
+            "{} steps{early} in {:.0} s; the model is in {}",
             position.step,
             position.seconds,
             target.display()

@@ -11,4 +11,5 @@ mod packed;
 mod program;
 #[path = "../../../cllm-core/tests/shared/programs.rs"]
 mod programs;
+mod recipes;
 mod runs;

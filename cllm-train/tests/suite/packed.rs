@@ -41,7 +41,8 @@ fn example(name: &str, prompt: usize, length: usize) -> Example {
         let states = if index == 1 { vec![fixed.to_vec()] } else { vec![noisy, later, fixed.to_vec()] };
         Block { start: index * N, states, augmented: Vec::new() }
     });
-    Example { id: name.to_owned(), prompt: ids(5, prompt), response: response.clone(), blocks: blocks.collect() }
+    let blocks = blocks.collect();
+    Example { id: name.to_owned(), prompt: ids(5, prompt), response: response.clone(), blocks, labels: true }
 }
 
 /// Logits of a plain causal pass.
@@ -86,6 +87,35 @@ fn every_token_sees_what_its_own_causal_pass_would_show_it() {
                 place += own.len() as i64;
             }
         }
+    });
+}
+
+#[test]
+fn a_response_without_labels_is_in_every_loss_but_the_autoregressive() {
+    each_family(|family, model, teacher| {
+        let settings = Consistency { local_weight: 1.0, ..Consistency::default() };
+        let pack = |example: &Example| example.pack(&settings, &mut fingerprint::rng(1, "a", 0));
+        let trajectory = example("a", 5, 14);
+        let bare = Example { labels: false, ..trajectory.clone() };
+        let reference = Example { response: ids(3, 9), blocks: Vec::new(), ..trajectory.clone() };
+        let sums = |examples: &[&Example]| {
+            let batch = Batch::new(&examples.iter().map(|example| pack(example)).collect::<Vec<_>>(), Device::Cpu);
+            let losses = losses(&model, Some(&teacher), &batch, &settings);
+            (losses, batch.counts)
+        };
+        let (with, _) = sums(&[&trajectory]);
+        let (without, counts) = sums(&[&bare]);
+        assert_eq!((without.ar.double_value(&[]), counts.labels, counts.clean), (0.0, 0, 14), "{family}");
+        for (found, expected) in
+            [(&without.global, &with.global), (&without.local, &with.local), (&without.anchor, &with.anchor)]
+        {
+            assert!(close(found, expected.double_value(&[])) && found.double_value(&[]) > 0.0, "{family}");
+        }
+        let (alone, _) = sums(&[&reference]);
+        let (together, counts) = sums(&[&bare, &reference]);
+        assert!(close(&together.ar, alone.ar.double_value(&[])), "{family}");
+        assert!(close(&together.global, with.global.double_value(&[])), "{family}");
+        assert_eq!((counts.labels, counts.clean), (9, 23));
     });
 }
 
