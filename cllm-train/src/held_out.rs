@@ -2,7 +2,7 @@
 
 use cllm_core::model::ModelConfig;
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::{Error, Result, interrupt};
+use cllm_core::{Error, Result, interrupt, progress};
 use serde_json::{Value, json};
 
 use crate::examples::{self, Example};
@@ -28,14 +28,19 @@ impl HeldOut {
             return Ok(None);
         }
         let mut examples = examples::trajectories(path, tokenizer, config, labels, settings.probe.count)?;
+        let all = examples.len();
         examples.retain(|example| example.prompt.len() + example.response.len() <= config.max_positions);
         if examples.is_empty() {
             let message = "holds no responses to probe with: leave probe.trajectories out, or fill it";
             return Err(Error::file(path, message));
         }
         let once = Settings { epochs: 1, max_steps: 0, ..settings.clone() };
-        let batches = Schedule::new(&examples, &once)?.batches(0);
-        Ok(Some(HeldOut { examples, batches }))
+        let schedule = Schedule::new(&examples, &once)?;
+        let left_out = all - examples.len() + schedule.left_out;
+        if left_out > 0 {
+            progress::say(format!("{}: {left_out} of {all} responses are too long for the probe", path.display()));
+        }
+        Ok(Some(HeldOut { batches: schedule.batches(0), examples }))
     }
 
     /// The losses, as lines of metrics name them: each a mean over its tokens in all batches. Blocks and states are the

@@ -12,4 +12,5 @@ mod program;
 #[path = "../../../cllm-core/tests/shared/programs.rs"]
 mod programs;
 mod recipes;
+mod rounds;
 mod runs;
