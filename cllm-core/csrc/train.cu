@@ -186,7 +186,7 @@ extern "C" __global__ void divergence(bf16 *logits, const float *log_sums, const
   }
 }
 
-// A row a block: cross-entropy of a label, and KL from a frozen teacher's distribution where there is one (else null); the
+// A row a block: cross-entropy of a label (none where it is negative), and KL from a frozen teacher's distribution where there is one (else null); the
 // student's logits become the gradient of both, each times its scale.
 extern "C" __global__ void cross_entropy(bf16 *logits, const float *log_sums, const long long *labels, float scale,
                                          const bf16 *teacher, const float *teacher_log_sums, float teacher_scale, float *out,
@@ -194,7 +194,9 @@ extern "C" __global__ void cross_entropy(bf16 *logits, const float *log_sums, co
   bf16 *student = logits + (size_t)blockIdx.x * VOCAB;
   float student_sum = log_sums[blockIdx.x], divergence = 0.f;
   int label = (int)labels[blockIdx.x];
-  float of_label = wide(student[label]);
+  bool taught = label >= 0;
+  float of_label = taught ? wide(student[label]) : student_sum;
+  if (!taught) scale = 0.f;
   __syncthreads();
   for (int place = threadIdx.x * 8; place < VOCAB; place += blockDim.x * 8) {
     Eight x = read(student + place), y = {};

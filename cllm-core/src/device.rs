@@ -2,6 +2,7 @@
 
 use tch::{Cuda, Device, Kind};
 
+use crate::distributed::Member;
 use crate::{Error, Result};
 
 /// The device that `name` means on this machine; `auto` is the first GPU, or the CPU where there is none.
@@ -27,6 +28,19 @@ pub fn parse(name: &str) -> Result<Device> {
         )))
     } else {
         Err(Error::environment(format!("device `{name}`: this machine has cuda:0 to cuda:{}", count - 1)))
+    }
+}
+
+/// The device of one of several processes: where `name` leaves the GPU open, the one of its number on this machine.
+///
+/// # Errors
+/// As [`parse`].
+pub fn of_member(name: &str, member: Option<&Member>) -> Result<Device> {
+    match member {
+        Some(member) if ["auto", "cuda"].contains(&name) && Cuda::is_available() => {
+            parse(&format!("cuda:{}", member.local_rank))
+        }
+        _ => parse(name),
     }
 }
 

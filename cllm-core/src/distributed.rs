@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use tch::{Device, Kind, Tensor};
 
 use crate::torch_ext::distributed::{Collectives, Meeting};
@@ -135,6 +137,28 @@ impl Group {
     /// The values of process `root`, in place.
     pub fn broadcast(&self, values: &Tensor, root: usize) -> Result<()> {
         self.each(|others| others.broadcast(values, root))
+    }
+
+    /// What the process that writes has, for all.
+    ///
+    /// # Errors
+    /// As [`Self::all_reduce`].
+    pub fn share<T: Serialize + DeserializeOwned>(&self, value: T, device: Device) -> Result<T> {
+        if self.world == 1 {
+            return Ok(value);
+        }
+        let broken = |error: serde_json::Error| Error::negative(format!("what processes share: {error}"));
+        let text = serde_json::to_vec(&value).map_err(broken)?;
+        let length = Tensor::from_slice(&[text.len() as i64]).to_device(device);
+        self.broadcast(&length, 0)?;
+        let length = length.int64_value(&[0]);
+        let mut bytes = Tensor::zeros([length], (Kind::Uint8, device));
+        if self.writes() {
+            bytes = Tensor::from_slice(&text).to_device(device);
+        }
+        self.broadcast(&bytes, 0)?;
+        let text = Vec::<u8>::try_from(bytes.to_device(Device::Cpu))?;
+        serde_json::from_slice(&text).map_err(broken)
     }
 
     /// Waits for all processes.

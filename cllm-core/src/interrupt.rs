@@ -3,7 +3,8 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
-use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
+pub use signal_hook::consts::SIGTERM;
+use signal_hook::consts::{SIGINT, SIGXFSZ};
 
 use crate::{Error, Result};
 

@@ -10,7 +10,7 @@ use std::path::Path;
 use garde::Validate;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::{Error, Result, progress, text_file};
 
@@ -67,6 +67,33 @@ where
         Error::usage(lines.collect::<Vec<_>>().join("\n"))
     })?;
     Ok(settings)
+}
+
+/// Settings in which what `over` names, section by section, is as it says, and all else as in `base`.
+///
+/// # Errors
+/// [`Error::Usage`] naming the key, with the nearest where it is unknown. Ranges are left to the caller.
+pub fn laid_over<T: Serialize + DeserializeOwned>(base: &T, over: &Map<String, Value>) -> Result<T> {
+    let mut value = to_value(base)?;
+    let keys = all_keys(&value);
+    lay(&mut value, over, "", &keys)?;
+    serde_path_to_error::deserialize(&value)
+        .map_err(|error| Error::usage(format!("{}: {}", error.path(), error.inner())))
+}
+
+fn lay(base: &mut Value, over: &Map<String, Value>, prefix: &str, keys: &[String]) -> Result<()> {
+    for (key, value) in over {
+        let path = format!("{prefix}{key}");
+        match (base.get_mut(key), value) {
+            (None, _) => {
+                let hint = nearest(&path, keys).map(|key| format!("; did you mean `{key}`?")).unwrap_or_default();
+                return Err(Error::usage(format!("unknown key `{path}`{hint}")));
+            }
+            (Some(section @ Value::Object(_)), Value::Object(inner)) => lay(section, inner, &format!("{path}."), keys)?,
+            (Some(place), value) => *place = value.clone(),
+        }
+    }
+    Ok(())
 }
 
 /// A rule of paths that must be given.
@@ -268,6 +295,24 @@ mod tests {
         assert!(range.ends_with("run.yaml, line 3: optimizer.lr=3.0: greater than 1"), "{range}");
         let range = with_file("optimizer:\n  lr: 3\n", &["optimizer.lr=-1"]).unwrap_err().to_string();
         assert_eq!(range, "override `optimizer.lr=-1`: optimizer.lr=-1: lower than 0");
+    }
+
+    #[test]
+    fn a_part_of_the_settings_is_laid_over_the_rest() {
+        let base = Top { output: Some("x".into()), ..Top::default() };
+        let over = |text: &str| laid_over(&base, serde_json::from_str::<Value>(text).unwrap().as_object().unwrap());
+        let top = over(r#"{"optimizer": {"lr": 0.5}, "init": {"layers": 2}}"#).unwrap();
+        assert_eq!((top.optimizer.lr, top.output.as_deref()), (0.5, Some("x")));
+        assert_eq!(top.init, Some(Init { tokenizer: String::new(), layers: 2 }));
+        assert_eq!(over(r#"{"output": null}"#).unwrap(), Top { output: None, ..Top::default() });
+        for (text, part) in [
+            (r#"{"optimizer": {"lrr": 0.5}}"#, "unknown key `optimizer.lrr`; did you mean `optimizer.lr`?"),
+            (r#"{"init": {"layer": 2}}"#, "init.layer: unknown field"),
+            (r#"{"optimizer": {"lr": "fast"}}"#, "optimizer.lr: invalid type"),
+        ] {
+            let message = over(text).unwrap_err().to_string();
+            assert!(message.contains(part), "{message}");
+        }
     }
 
     #[test]

@@ -86,9 +86,9 @@ impl Default for Settings {
     }
 }
 
-/// What `--json` prints.
+/// What a run of `collect` did; what `--json` prints.
 #[derive(Serialize)]
-struct Summary {
+pub struct Summary {
     /// Version of this document.
     schema_version: u32,
     /// Prompts that were asked for.
@@ -113,11 +113,23 @@ struct RunFigures {
     tokens_per_second: f64,
 }
 
-/// Collects a data set.
+/// Collects a data set and, with `json`, prints what that amounts to.
+///
+/// # Errors
+/// As [`collect`].
+pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
+    let summary = collect(settings)?;
+    if json {
+        print_json(&summary)?;
+    }
+    Ok(Outcome::Done)
+}
+
+/// Collects a data set, or goes on with what is there of it.
 ///
 /// # Errors
 /// Bad models, prompts and folders; interruption after the last whole shard.
-pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
+pub fn collect(settings: &Settings) -> Result<Summary> {
     let place = device::parse(&settings.device)?;
     let folder = hub::locate(&settings.model)?;
     let tokenizer = Tokenizer::load(&folder)?.with_eos_ids(&settings.eos_ids);
@@ -177,20 +189,16 @@ pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
     let mut total = earlier;
     total.add(this_run);
     let (total, figures) = (total.figures(), this_run.figures());
-    let line = format!("{total}, in {}", output.display());
+    progress::say(format!("{total}, in {}", output.display()));
     let tokens_per_second = figures.response_tokens as f64 / seconds;
-    if json {
-        print_json(&Summary {
-            schema_version: 1,
-            wanted,
-            skipped: skipped.len(),
-            resumed: earlier.rows(),
-            total,
-            run: RunFigures { figures, seconds, tokens_per_second },
-        })?;
-    }
-    progress::say(line);
-    Ok(Outcome::Done)
+    Ok(Summary {
+        schema_version: 1,
+        wanted,
+        skipped: skipped.len(),
+        resumed: earlier.rows(),
+        total,
+        run: RunFigures { figures, seconds, tokens_per_second },
+    })
 }
 
 /// Renders the prompts and sets those aside that do not fit the context.

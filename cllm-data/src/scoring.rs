@@ -17,5 +17,5 @@ pub(crate) fn score(file: &Path, row: &Trajectory, text: &str, data: Option<&Pat
         reference: row.reference.clone(),
         meta: row.meta.as_deref().map(serde_json::from_str).transpose().map_err(bad_meta)?,
     };
-    Task::of_source(&row.source).score(data, &sample, text)
+    Task::of_source(&row.source).judge(data, &sample, text, row.finish_reason)
 }

@@ -108,7 +108,7 @@ impl<'p> Shelf<'p> {
             meta: sample.meta.as_ref().map(ToString::to_string),
         };
         let text = self.tokenizer.decode(&row.response_ids)?;
-        let verdict = Task::of_source(&sample.source).score(self.data, sample, &text)?;
+        let verdict = Task::of_source(&sample.source).judge(self.data, sample, &text, row.finish_reason)?;
         let tally = Tally::of(&row, answer.forwards, verdict);
         Ok((index, row, tally))
     }

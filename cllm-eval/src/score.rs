@@ -1,24 +1,20 @@
-//! How an answer is scored, and `score`: scores saved answers again, with no model and no GPU.
+//! `score`: scores saved answers again, with no model and no GPU.
 
 use std::path::{Path, PathBuf};
 
 use cllm_core::task::{Task, Verdict};
-use cllm_core::trajectory::FinishReason;
 use cllm_core::{Result, atomic_file, interrupt, progress};
 use rayon::prelude::*;
 
 use crate::records::{AnswerRecord, Records, SAMPLES};
 use crate::results::{RESULTS, Results};
 
-/// The verdict on an answer. One that was cut at the length limit is wrong whatever stands in it: it gave no answer, and a
-/// number or query that happens to be its last would be luck.
+/// The verdict on an answer.
 ///
 /// # Errors
-/// As [`Task::score`].
+/// As [`Task::judge`].
 pub fn judge(task: Task, data: Option<&Path>, answer: &AnswerRecord) -> Result<Verdict> {
-    let verdict = task.score(data, &answer.sample(), &answer.text)?;
-    let cut = answer.finish_reason == FinishReason::Length;
-    Ok(if cut && verdict == Verdict::Right { Verdict::Wrong } else { verdict })
+    task.judge(data, &answer.sample(), &answer.text, answer.finish_reason)
 }
 
 /// Scores the answers in a run's folder and rewrites its files. `data` is where the benchmark's files are, when not where

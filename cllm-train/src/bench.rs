@@ -1,9 +1,11 @@
 //! `bench`: how fast a run trains, and how near that is to what the device can do.
 
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use std::time::Instant;
 
 use cllm_core::bench_file::{BenchFile, ModelFigures};
+use cllm_core::distributed::Group;
 use cllm_core::hardware::Hardware;
 use cllm_core::model::{KnownShape, Transformer};
 use cllm_core::program::{Configured, print, print_json};
@@ -127,11 +129,11 @@ fn measure(arguments: &Arguments, settings: &Settings, place: Device) -> Result<
         )));
     }
     let planned = Memory::of(student.config(), student.kind(), settings, &examples, &schedule.batches(0));
-    let mut state = State::new(student, settings.optimizer.state, settings.seed)?;
+    let mut state = State::new(student, &settings.optimizer, settings.seed, Rc::new(Group::alone()))?;
     let packer = Packer::new(settings, &examples, student.config());
     let mut timed = Timed::default();
     std::thread::scope(|scope| -> Result<()> {
-        let batches = packer.ahead(scope, &schedule, 0);
+        let batches = packer.ahead(scope, &schedule, 0, (0, 1));
         for number in 1..=total {
             interrupt::check()?;
             let started = Instant::now();
@@ -142,7 +144,7 @@ fn measure(arguments: &Arguments, settings: &Settings, place: Device) -> Result<
             let _ = state.step(&settings.optimizer, rate, number)?;
             device::synchronize(place);
             if number > WARM_UP {
-                timed.add(&batches, started.elapsed().as_secs_f64(), waited);
+                timed.add(&batches.batches, started.elapsed().as_secs_f64(), waited);
             }
         }
         Ok(())

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::optimizer::State;
-use crate::probe::Found;
+use crate::selection::Selection;
 use crate::settings::{Objective, Settings};
 
 /// Where a run stands.
@@ -27,10 +27,8 @@ pub struct Position {
     pub skipped: usize,
     /// Seconds of training.
     pub seconds: f64,
-    /// What the last probe found.
-    pub probe: Option<Found>,
-    /// Step of the best probe, and its tokens per forward in finished answers.
-    pub best: Option<(usize, f64)>,
+    /// What the probes found.
+    pub selection: Selection,
     /// What the course of the run depends on.
     pub origin: Origin,
 }
@@ -59,6 +57,15 @@ impl Origin {
             };
             contents.insert(format!("the data {}", path.display()), content);
         }
+        let probe = &settings.probe;
+        if !probe.prompts.as_os_str().is_empty() {
+            contents
+                .insert(format!("the probe {}", probe.prompts.display()), fingerprint::of_files(&[&probe.prompts])?);
+        }
+        if !probe.trajectories.as_os_str().is_empty() {
+            let name = format!("the probe {}", probe.trajectories.display());
+            contents.insert(name, trajectory::fingerprint(&probe.trajectories)?);
+        }
         Ok(Origin { settings: fingerprint::of_bytes(course.as_bytes()), contents })
     }
 
@@ -73,7 +80,7 @@ impl Origin {
     }
 }
 
-/// Writes checkpoints/step-NNNNNN, moves `latest`, and removes old ones.
+/// Writes checkpoints/step-NNNNNN, moves `latest`, and removes old ones. Every process calls it, one writes.
 pub fn save(
     run: &Path,
     model: &Transformer,
@@ -81,23 +88,32 @@ pub fn save(
     state: &State,
     position: &Position,
     settings: &Settings,
+    writes: bool,
 ) -> Result<()> {
+    let tensors = state.tensors()?;
+    if !writes {
+        return state.with_average(|| Ok(()));
+    }
     let all = run.join("checkpoints");
     let name = format!("step-{:06}", position.step);
     atomic_file::folder_with(&all.join(&name), |folder| {
-        if settings.lora.is_some() {
-            save_adapter(folder, model, tokenizer_of, settings)?;
-        } else {
-            save_model(folder, model, tokenizer_of, settings)?;
-        }
-        write_tensors(&folder.join("optimizer.safetensors"), &state.tensors())?;
+        // First: the masters may be the weights themselves.
+        write_tensors(&folder.join("optimizer.safetensors"), &tensors)?;
+        state.with_average(|| {
+            if settings.lora.is_some() {
+                save_adapter(folder, model, tokenizer_of, settings)
+            } else {
+                save_model(folder, model, tokenizer_of, settings)
+            }
+        })?;
         atomic_file::write_json(&folder.join("state.json"), position)
     })?;
     point(&all, "latest", &name)?;
-    if position.best.is_some_and(|(step, _)| step == position.step) {
+    let best = position.selection.best.map(|(step, _)| step);
+    if best == Some(position.step) {
         point(&all, "best", &name)?;
     }
-    rotate(&all, settings.keep, position.best.map(|(step, _)| step))
+    rotate(&all, settings.keep, best)
 }
 
 /// Writes a model with its tokenizer into a folder; adapters are merged, and stand once more by themselves in `adapter`.
@@ -123,12 +139,14 @@ fn save_tokenizer(folder: &Path, tokenizer_of: &Path, settings: &Settings) -> Re
     if settings.eos_ids.is_empty() { Ok(()) } else { tokenizer::write_eos_ids(folder, &settings.eos_ids) }
 }
 
-/// Restores the newest checkpoint of a run, if it has one.
+/// Clears away what a killed process left half-written.
+pub fn recover(run: &Path) -> Result<()> {
+    [run, &run.join("checkpoints")].into_iter().try_for_each(|folder| atomic_file::recover(folder))
+}
+
+/// Restores the newest checkpoint of a run, if it has one. Every process calls it.
 pub fn resume(run: &Path, state: &mut State, origin: &Origin) -> Result<Option<Position>> {
     let all = run.join("checkpoints");
-    for folder in [run, &all] {
-        atomic_file::recover(folder)?;
-    }
     let mut folder = all.join("latest");
     if !folder.exists() {
         // Someone may have deleted the newest: the one before it is nearer than the start.
@@ -151,7 +169,7 @@ pub fn resume(run: &Path, state: &mut State, origin: &Origin) -> Result<Option<P
     let tensors = SafeTensors::deserialize(&map).map_err(|error| damaged(&path, &error))?;
     state.restore(position.skipped, |name, like| {
         let view = tensors.tensor(name).ok()?;
-        torch_ext::tensor_from_bytes(view.data(), &like.size(), Kind::Float).ok()
+        torch_ext::tensor_from_bytes(view.data(), &like.size(), like.kind()).ok()
     })?;
     Ok(Some(position))
 }
@@ -164,7 +182,8 @@ fn write_tensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
         .zip(&bytes)
         .map(|((name, tensor), bytes)| {
             let shape = tensor.size().iter().map(|&size| size as usize).collect();
-            Ok((name.as_str(), TensorView::new(Dtype::F32, shape, bytes).map_err(broken)?))
+            let dtype = if tensor.kind() == Kind::BFloat16 { Dtype::BF16 } else { Dtype::F32 };
+            Ok((name.as_str(), TensorView::new(dtype, shape, bytes).map_err(broken)?))
         })
         .collect::<Result<Vec<_>>>()?;
     atomic_file::write(path, &safetensors::serialize(views, None).map_err(broken)?)

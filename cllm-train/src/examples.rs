@@ -4,14 +4,14 @@ use std::path::Path;
 
 use cllm_core::model::ModelConfig;
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::trajectory::Reader;
+use cllm_core::trajectory::{Reader, Trajectory};
 use cllm_core::{Error, Result, interrupt, progress, prompt_set};
-use rand::RngExt;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
 use crate::packing::{NoisyBlock, Packed};
-use crate::settings::{Consistency, Context, Objective, Settings};
+use crate::settings::{Consistency, Context, Labels, Objective, Settings};
+use crate::states;
 
 /// One response to learn from.
 #[derive(Debug, Clone, PartialEq)]
@@ -24,6 +24,8 @@ pub struct Example {
     pub response: Vec<i32>,
     /// In the order of their starts.
     pub blocks: Vec<Block>,
+    /// Whether the autoregressive loss teaches the response.
+    pub labels: bool,
 }
 
 /// One block of a response.
@@ -46,8 +48,15 @@ pub fn read(settings: &Settings, tokenizer: &Tokenizer, config: &ModelConfig) ->
     for path in &settings.data {
         match settings.objective {
             Objective::Sft => examples.extend(references(path, tokenizer)?),
-            Objective::Consistency => examples.extend(trajectories(path, tokenizer, config)?),
+            Objective::Consistency => {
+                examples.extend(trajectories(path, tokenizer, config, settings.consistency.labels, usize::MAX)?);
+            }
         }
+    }
+    if !examples.is_empty() && examples.iter().all(|example| !example.labels) {
+        let message = "consistency.labels is dataset, but no row of the data has a reference: collect from prompts that \
+                       have one, or set it to teacher";
+        return Err(Error::usage(message));
     }
     let all = examples.len();
     examples.retain(|example: &Example| example.prompt.len() + example.response.len() <= config.max_positions);
@@ -82,37 +91,54 @@ fn references(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Example>> {
         .map(|(sample, reference)| {
             interrupt::check()?;
             let (_, prompt) = tokenizer.prompt(&sample.prompt)?;
-            Ok(Example { id: sample.id, prompt, response: tokenizer.target(&reference)?, blocks: Vec::new() })
+            let response = tokenizer.target(&reference)?;
+            Ok(Example { id: sample.id, prompt, response, blocks: Vec::new(), labels: true })
         })
         .collect()
 }
 
-fn trajectories(path: &Path, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Vec<Example>> {
+/// Reads the first rows of a data set, at most `most`. Where the labels are the data set's own answers, each is an example
+/// of its own beside its trajectory, which then has none; rows without one are counted on stderr.
+///
+/// # Errors
+/// As [`read`], but for there being no rows.
+pub fn trajectories(
+    path: &Path,
+    tokenizer: &Tokenizer,
+    config: &ModelConfig,
+    labels: Labels,
+    most: usize,
+) -> Result<Vec<Example>> {
     let reader = Reader::open(path)?;
     reader.expect_tokenizer(tokenizer.fingerprint())?;
     // The teacher may have had ids that this model has not.
     let mut promised = reader.provenance().clone();
     promised.vocab_size = promised.vocab_size.min(config.vocab_size as usize);
-    reader
-        .unchecked_rows()
-        .map(|row| {
-            interrupt::check()?;
-            let row = row?;
-            row.check(&promised).map_err(|message| Error::file(path, format!("row `{}`: {message}", row.sample_id)))?;
-            let flags = row.augmented.unwrap_or_default().into_iter().chain(std::iter::repeat(Vec::new()));
-            let blocks = row.blocks.into_iter().zip(flags).map(|(block, augmented)| Block {
-                start: block.start as usize,
-                states: block.states,
-                augmented,
-            });
-            Ok(Example {
-                blocks: blocks.filter(|block| block.start < row.response_ids.len()).collect(),
-                id: row.sample_id,
-                prompt: row.prompt_ids,
-                response: row.response_ids,
-            })
-        })
-        .collect()
+    let mut examples = Vec::new();
+    let (mut rows, mut lacking) = (0, 0);
+    for row in reader.unchecked_rows().take(most) {
+        interrupt::check()?;
+        let mut row = row?;
+        row.check(&promised).map_err(|message| Error::file(path, format!("row `{}`: {message}", row.sample_id)))?;
+        rows += 1;
+        match row.reference.take() {
+            _ if labels == Labels::Teacher => {}
+            None => lacking += 1,
+            Some(reference) => examples.push(Example {
+                id: row.sample_id.clone(),
+                prompt: row.prompt_ids.clone(),
+                response: tokenizer.target(&reference)?,
+                blocks: Vec::new(),
+                labels: true,
+            }),
+        }
+        examples.push(Example::of(row, labels == Labels::Teacher));
+    }
+    if lacking > 0 {
+        let without = "have no reference: they are in no autoregressive loss";
+        progress::say(format!("{}: {lacking} of {rows} rows {without}", path.display()));
+    }
+    Ok(examples)
 }
 
 impl Block {
@@ -124,6 +150,22 @@ impl Block {
 }
 
 impl Example {
+    fn of(row: Trajectory, labels: bool) -> Self {
+        let flags = row.augmented.unwrap_or_default().into_iter().chain(std::iter::repeat(Vec::new()));
+        let blocks = row.blocks.into_iter().zip(flags).map(|(block, augmented)| Block {
+            start: block.start as usize,
+            states: block.states,
+            augmented,
+        });
+        Example {
+            blocks: blocks.filter(|block| block.start < row.response_ids.len()).collect(),
+            id: row.sample_id,
+            prompt: row.prompt_ids,
+            response: row.response_ids,
+            labels,
+        }
+    }
+
     /// Tokens of its noisy blocks in a pass, at most; with local consistency as many stand in the next states.
     pub fn noisy_len(&self, consistency: &Consistency) -> usize {
         let candidates = self.candidates(consistency).len();
@@ -154,7 +196,7 @@ impl Example {
         }
         let noisy = chosen.into_iter().map(|index| {
             let block @ Block { start, states, .. } = &self.blocks[index];
-            let drawn = rng.random_range(0..(states.len() - 1).max(1));
+            let drawn = states::choose(states, index, consistency, rng);
             let state = &states[drawn];
             let n = state.len();
             let window = match consistency.context {
@@ -168,6 +210,7 @@ impl Example {
             };
             NoisyBlock { start: *start, window, tokens: state[..inside].to_vec(), next }
         });
-        Packed::new(&self.prompt, &self.response, noisy.collect())
+        let packed = Packed::new(&self.prompt, &self.response, noisy.collect());
+        if self.labels { packed } else { packed.without_labels() }
     }
 }

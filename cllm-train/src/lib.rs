@@ -2,8 +2,10 @@
 
 mod bench;
 mod checkpoint;
+mod ema;
 pub mod examples;
 mod export;
+mod held_out;
 pub mod loss;
 mod memory;
 mod metrics;
@@ -12,8 +14,11 @@ pub mod packing;
 mod plan;
 mod prefetch;
 mod probe;
+pub mod rounds;
 pub mod schedule;
+mod selection;
 pub mod settings;
+mod states;
 mod step;
 pub mod tensorboard;
 pub mod trainer;
@@ -23,6 +28,7 @@ use std::path::PathBuf;
 use clap::builder::RangedU64ValueParser;
 use clap::{CommandFactory, Parser, Subcommand};
 use cllm_core::program::{Configured, Outcome, print, print_completions, print_json};
+use cllm_core::settings::reference;
 use cllm_core::{Error, Result, progress, prompt_set, text_file, tokenizer_training};
 
 use serde_json::json;
@@ -69,6 +75,10 @@ enum Verb {
         after_help = "Example:\n  cllm-train bench -c configs/quickstart-student.yaml 'data=[runs/clean]' --steps 5"
     )]
     Bench(bench::Arguments),
+    /// Collect, augment, clean and train, round by round, each from the student of the round before; the same command again goes
+    /// on where it was stopped.
+    #[command(after_help = "Example:\n  cllm-train rounds -c configs/rounds.yaml output=runs/rounds")]
+    Rounds(Configured),
     /// Check a settings file and print the settings in full.
     #[command(after_help = "Example:\n  cllm-train validate -c configs/quickstart-student.yaml")]
     Validate(Configured),
@@ -128,6 +138,12 @@ pub fn run(arguments: Arguments) -> Result<Outcome> {
             }
         }
         Verb::Bench(arguments) => bench::run(&arguments, &load(&arguments.given)?)?,
+        Verb::Rounds(given) => {
+            let report = rounds::run(&load_rounds(&given)?)?;
+            if given.json {
+                print(&text_file::read(&report)?)?;
+            }
+        }
         Verb::Plan { given, no_timing } => plan::run(&load(&given)?, !no_timing, given.json)?,
         Verb::Validate(given) => {
             let settings = load(&given)?;
@@ -155,9 +171,17 @@ fn load(given: &Configured) -> Result<Settings> {
     Ok(settings)
 }
 
-/// The settings of a run, as docs/configuration.md holds them.
+fn load_rounds(given: &Configured) -> Result<rounds::Settings> {
+    let settings: rounds::Settings = given.load()?;
+    settings.check()?;
+    Ok(settings)
+}
+
+/// The settings of every verb that has some, as docs/configuration.md holds them.
 fn all_settings() -> String {
-    cllm_core::settings::reference::<Settings>("cllm-train run, plan, validate")
+    let verbs =
+        [reference::<Settings>("cllm-train run, plan, validate"), reference::<rounds::Settings>("cllm-train rounds")];
+    verbs.join("\n")
 }
 
 fn train_tokenizer(prompts: &std::path::Path, vocab_size: usize, output: &std::path::Path) -> Result<()> {
@@ -190,6 +214,7 @@ mod tests {
         for words in help::examples(Arguments::command()) {
             let settings = match Arguments::try_parse_from(&words).unwrap().verb {
                 Verb::Run(given) | Verb::Plan { given, .. } | Verb::Validate(given) => load(&given).map(drop),
+                Verb::Rounds(given) => load_rounds(&given).map(drop),
                 _ => Ok(()),
             };
             settings.unwrap_or_else(|error| panic!("{words:?}: {error}"));

@@ -6,13 +6,13 @@ use cllm_core::torch_ext::train_kernels::{Logits, TrainKernels};
 use cllm_core::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
-use crate::packing::{Batch, Chunk};
+use crate::packing::{Batch, Chunk, NO_LABEL};
 use crate::settings::{Consistency, Divergence};
 
 /// Sums over tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Loss {
-    /// Cross-entropy of the response tokens.
+    /// Cross-entropy of the labels.
     Ar,
     /// Divergence of the noisy tokens from the fixed point.
     Global,
@@ -124,7 +124,9 @@ impl Vocabulary<'_> {
             return Ok(self.autograd(rows, |logits| {
                 let student = logits.log_softmax(-1, Kind::Float);
                 let clean = student.narrow(0, 0, clean_rows);
-                let mut sums = vec![(Loss::Ar, -clean.gather(1, &labels.unsqueeze(-1), false).sum(Kind::Float))];
+                let taught = labels.ne(NO_LABEL).unsqueeze(-1);
+                let of_labels = clean.gather(1, &labels.clamp_min(0).unsqueeze(-1), false);
+                let mut sums = vec![(Loss::Ar, -(of_labels * taught).sum(Kind::Float))];
                 if noisy_rows > 0 {
                     let noisy = student.narrow(0, clean_rows, noisy_rows);
                     let target = clean.detach().index_select(0, &targets);

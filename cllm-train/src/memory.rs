@@ -16,7 +16,8 @@ pub struct Memory {
     pub weights: u64,
     /// One for each number that is trained, in its type.
     pub gradients: u64,
-    /// Both moments; of bf16 weights also the float32 masters, unless the state is bf16.
+    /// Both moments; of bf16 weights also the float32 masters, unless the state is bf16; the moving average where there is
+    /// one.
     pub optimizer: u64,
     /// What the forward keeps for the backward, and the largest temporaries beside it.
     pub activations: u64,
@@ -65,12 +66,13 @@ impl Memory {
             Kind::Float => 0.0,
             _ => copies * 4.0 * trained.min(optimizer::PIECE as f64),
         };
+        let average = if settings.optimizer.ema > 0.0 { 4.0 } else { 0.0 };
         let held = match (&settings.lora, settings.anchored()) {
             (Some(_), _) => parameters + trained,
             (None, true) => 2.0 * parameters,
             (None, false) => parameters,
         };
-        let (weights, gradients, optimizer) = (bytes * held, bytes * trained, state * trained);
+        let (weights, gradients, optimizer) = (bytes * held, bytes * trained, (state + average) * trained);
         Memory {
             weights: weights as u64,
             gradients: gradients as u64,

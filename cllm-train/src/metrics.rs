@@ -1,5 +1,6 @@
 //! The course of a run: metrics.jsonl, and the same numbers as TensorBoard events.
 
+use std::cmp::Ordering;
 use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -18,8 +19,9 @@ pub struct Metrics {
 }
 
 impl Metrics {
-    /// Opens the files; what an earlier run wrote after its checkpoint at `step` is dropped, since it comes again.
-    pub fn open(run: &Path, step: usize) -> Result<Self> {
+    /// Opens the files; what an earlier run wrote after its checkpoint at `step` is dropped, since it comes again. So does the
+    /// probe there unless it is `probed`.
+    pub fn open(run: &Path, step: usize, probed: bool) -> Result<Self> {
         let path = run.join("metrics.jsonl");
         let old = match std::fs::read(&path) {
             Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
@@ -27,7 +29,12 @@ impl Metrics {
             Err(error) => return Err(Error::io(&path)(error)),
         };
         let lines = old.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-        let kept: Vec<Value> = lines.filter(|line| line["step"].as_u64().is_some_and(|at| at <= step as u64)).collect();
+        let before = |line: &Value| match line["step"].as_u64().map(|at| at.cmp(&(step as u64))) {
+            Some(Ordering::Less) => true,
+            Some(Ordering::Equal) => probed || line["loss"].is_number(),
+            _ => false,
+        };
+        let kept: Vec<Value> = lines.filter(before).collect();
         let text: String = kept.iter().map(|line| format!("{line}\n")).collect();
         atomic_file::write(&path, text.as_bytes())?;
         let file = std::fs::OpenOptions::new().append(true).open(&path).map_err(Error::write(&path))?;

@@ -1,23 +1,32 @@
 //! AdamW over flat buffers, and its schedule.
 
+use std::ops::Range;
+use std::rc::Rc;
+
+use cllm_core::distributed::Group;
 use cllm_core::model::{Flat, Transformer};
 use cllm_core::torch_ext::{self, AdamW};
 use cllm_core::{Error, Result, fingerprint};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
+use crate::ema;
 use crate::settings::{Optimizer, Precision};
 
 /// Elements that are updated at once: temporaries are of this size.
 pub const PIECE: i64 = 1 << 26;
 
-/// Weights, their gradients and the optimizer's state, each in one buffer of the same layout.
+/// Weights, their gradients and the optimizer's state. Of several processes each holds all weights and gradients, and the state
+/// of its part of them (ZeRO stage 1; Rajbhandari et al., arXiv 1910.02054).
 pub struct State {
+    group: Rc<Group>,
     weights: Flat,
     gradients: Flat,
-    /// What is updated. In float32 and with a bf16 state the weights are their own masters.
-    masters: Flat,
-    first: Flat,
-    second: Flat,
+    /// What is updated, `[part]` as all below. In float32 and with a bf16 state it lies in the weights themselves.
+    masters: Tensor,
+    first: Tensor,
+    second: Tensor,
+    /// The moving average of the weights, float32, and its decay.
+    average: Option<(Tensor, f64)>,
     seed: u64,
     /// Skipped steps, counted on the device in float32: in all, and in a row.
     skipped: Tensor,
@@ -36,53 +45,69 @@ struct Update<'u> {
 }
 
 impl State {
-    /// Fresh state for what is trainable of a model, which from now on collects gradients. `seed`: of the rounding of a bf16 state.
+    /// Fresh state for what is trainable of a model, which from now on collects gradients. `seed`: of the rounding of a bf16
+    /// state.
     ///
     /// # Errors
+    /// [`Error::Usage`] for a bf16 state of other weights or a number of processes that the weights cannot be shared among;
     /// [`Error::Torch`], such as memory that ran out.
-    pub fn new(model: &Transformer, precision: Precision, seed: u64) -> Result<Self> {
+    pub fn new(model: &Transformer, settings: &Optimizer, seed: u64, group: Rc<Group>) -> Result<Self> {
         let _no_grad = tch::no_grad_guard();
-        if precision == Precision::Bfloat16 && model.kind() != Kind::BFloat16 {
+        let bf16 = settings.state == Precision::Bfloat16;
+        if bf16 && model.kind() != Kind::BFloat16 {
             return Err(Error::usage(
                 "optimizer.state=bfloat16 is for weights in bf16, as on a GPU: on the CPU they are float32",
             ));
         }
         let weights = model.trainable().shallow_clone();
-        let kind = if precision == Precision::Bfloat16 { Kind::BFloat16 } else { Kind::Float };
-        let masters =
-            if kind == Kind::Float && model.kind() != kind { weights.to_kind(kind) } else { weights.shallow_clone() };
+        if !weights.buffer().numel().is_multiple_of(8 * group.world()) {
+            return Err(Error::usage(format!("{} processes cannot share the weights evenly", group.world())));
+        }
+        let kind = if bf16 { Kind::BFloat16 } else { Kind::Float };
+        // The same tensor where the type is the same already.
+        let masters = group.part(weights.buffer()).to_kind(kind);
         let zero = || Tensor::zeros([], (Kind::Float, model.device()));
         Ok(State {
             gradients: model.collect_gradients()?,
-            first: weights.zeros_like(kind),
-            second: weights.zeros_like(kind),
-            weights,
+            first: masters.f_zeros_like()?,
+            second: masters.f_zeros_like()?,
+            average: (settings.ema > 0.0).then(|| (masters.to_kind(Kind::Float).copy(), settings.ema)),
             masters,
+            weights,
+            group,
             seed,
             skipped: zero(),
             skipped_in_a_row: zero(),
         })
     }
 
-    /// One step from the gradients that were collected, which are cleared. Returns the norm before clipping, on the
+    /// One step from the gradients that all processes collected, which are cleared. Returns the norm before clipping, on the
     /// device: nothing here waits for it. A step whose norm is not finite changes nothing, and is counted.
     ///
     /// # Errors
-    /// libtorch's errors.
+    /// libtorch's errors, a process that is gone.
     pub fn step(&mut self, settings: &Optimizer, lr: f64, number: usize) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
-        let norm = self.gradients.buffer().f_norm_scalaropt_dtype(2, Kind::Float)?;
+        let gradients = self.group.reduce_scatter(self.gradients.buffer())?;
+        let squares = gradients.f_norm_scalaropt_dtype(2, Kind::Float)?.square();
+        self.group.all_reduce(&squares)?;
+        let norm = squares.sqrt();
         let scale = if settings.clip > 0.0 { (&norm / settings.clip).clamp_min(1.0) } else { Tensor::ones_like(&norm) };
         let skip = norm.isfinite().logical_not().to_kind(Kind::Float);
         let update = Update { settings, lr, number, scale, skip };
-        if self.first.kind() == Kind::BFloat16 {
+        if settings.state == Precision::Bfloat16 {
             tch::manual_seed(fingerprint::key(self.seed, &number.to_string()) as i64);
         }
-        let (matrices, all) = (self.weights.matrices(), self.weights.buffer().numel() as i64);
-        for (range, weight_decay) in [(0..matrices, settings.weight_decay), (matrices..all, 0.0)] {
+        let count = self.masters.numel() as i64;
+        let matrices = (self.weights.matrices() - self.group.rank() as i64 * count).clamp(0, count);
+        for (range, weight_decay) in [(0..matrices, settings.weight_decay), (matrices..count, 0.0)] {
             for start in range.clone().step_by(PIECE as usize) {
-                self.update(&update, start..range.end.min(start + PIECE), weight_decay)?;
+                self.update(&update, &gradients, start..range.end.min(start + PIECE), weight_decay)?;
             }
+        }
+        self.group.all_gather(self.weights.buffer())?;
+        if let Some((average, decay)) = &self.average {
+            ema::update(average, &self.masters, *decay, number)?;
         }
         // Only now: in float32 the gradients above are the collected ones.
         let _ = self.gradients.buffer().shallow_clone().zero_();
@@ -104,10 +129,10 @@ impl State {
         least.double_value(&[]).is_finite() && most.double_value(&[]).is_finite()
     }
 
-    fn update(&self, update: &Update<'_>, piece: std::ops::Range<i64>, weight_decay: f64) -> Result<()> {
-        let of = |flat: &Flat| flat.buffer().narrow(0, piece.start, piece.end - piece.start);
-        let (mut weights, gradients) = (of(&self.weights), of(&self.gradients).to_kind(Kind::Float));
+    fn update(&self, update: &Update<'_>, gradients: &Tensor, piece: Range<i64>, weight_decay: f64) -> Result<()> {
+        let of = |part: &Tensor| part.narrow(0, piece.start, piece.end - piece.start);
         let (masters, first, second) = (of(&self.masters), of(&self.first), of(&self.second));
+        let gradients = of(gradients).to_kind(Kind::Float);
         let Update { settings, lr, number, scale, skip } = update;
         let numbers = AdamW {
             lr: *lr,
@@ -119,37 +144,88 @@ impl State {
             scale,
             skip,
         };
-        if first.kind() == Kind::BFloat16 {
-            return adamw_bf16(&numbers, weights, &gradients, first, second);
+        if settings.state == Precision::Bfloat16 {
+            return adamw_bf16(&numbers, masters, &gradients, first, second);
         }
         torch_ext::fused_adamw(&numbers, &masters, &gradients, &first, &second)?;
-        if weights.kind() != Kind::Float {
-            weights.f_copy_(&masters)?;
+        if self.weights.kind() != Kind::Float {
+            of(&self.group.part(self.weights.buffer())).f_copy_(&masters)?;
         }
         Ok(())
     }
 
-    /// Every tensor of the state under a name, for a checkpoint.
-    pub fn tensors(&self) -> Vec<(String, Tensor)> {
-        let named = |prefix: &str, flat: &Flat| -> Vec<(String, Tensor)> {
-            flat.tensors().into_iter().map(|(name, tensor)| (format!("{prefix}.{name}"), tensor)).collect()
-        };
-        let parts = [named("master", &self.masters), named("first", &self.first), named("second", &self.second)];
-        parts.into_iter().flatten().collect()
+    /// Runs `body` while the model has the average of its weights, where there is one; then it has its own again. Every process
+    /// calls it.
+    ///
+    /// # Errors
+    /// The body's own, libtorch's, a process that is gone.
+    pub fn with_average<T>(&self, body: impl FnOnce() -> Result<T>) -> Result<T> {
+        let Some((average, _)) = &self.average else { return body() };
+        let mut weights = self.weights.buffer().shallow_clone();
+        let own = weights.detach().copy();
+        tch::no_grad(|| self.group.part(&weights).f_copy_(average))?;
+        self.group.all_gather(&weights)?;
+        let result = body();
+        tch::no_grad(|| weights.f_copy_(&own))?;
+        result
     }
 
-    /// Takes the state of a checkpoint, the weights included, and the number of steps skipped before it.
+    fn parts(&self) -> Vec<(&'static str, &Tensor)> {
+        let parts = [("master", &self.masters), ("first", &self.first), ("second", &self.second)];
+        parts.into_iter().chain(self.average.iter().map(|(average, _)| ("ema", average))).collect()
+    }
+
+    /// Every tensor of the state under a name, for a checkpoint, whole on the process that writes. Every process calls it.
+    ///
+    /// # Errors
+    /// A process that is gone; memory that ran out.
+    pub fn tensors(&self) -> Result<Vec<(String, Tensor)>> {
+        let mut all = Vec::new();
+        for (prefix, part) in self.parts() {
+            let Some(buffer) = self.gathered(part)? else { continue };
+            let whole = self.weights.with_buffer(buffer);
+            all.extend(whole.tensors().into_iter().map(|(name, tensor)| (format!("{prefix}.{name}"), tensor)));
+        }
+        Ok(all)
+    }
+
+    /// The parts of all processes, one behind another, for the one that writes: on the host, where there are others.
+    fn gathered(&self, part: &Tensor) -> Result<Option<Tensor>> {
+        let _no_grad = tch::no_grad_guard();
+        if self.group.world() == 1 {
+            return Ok(Some(part.shallow_clone()));
+        }
+        let mut parts = Vec::new();
+        for rank in 0..self.group.world() {
+            let passed = if rank == self.group.rank() { part.copy() } else { part.f_empty_like()? };
+            self.group.broadcast(&passed, rank)?;
+            if self.group.writes() {
+                parts.push(passed.f_to(Device::Cpu)?);
+            }
+        }
+        Ok(if parts.is_empty() { None } else { Some(Tensor::f_cat(&parts, 0)?) })
+    }
+
+    /// Takes the state of a checkpoint, the weights and their average included, and the number of steps skipped before it. Every
+    /// process calls it.
     ///
     /// # Errors
     /// [`Error::Usage`] when a tensor is missing or of another shape.
     pub fn restore(&mut self, skipped: usize, mut find: impl FnMut(&str, &Tensor) -> Option<Tensor>) -> Result<()> {
         let _no_grad = tch::no_grad_guard();
-        for (name, mut tensor) in self.tensors() {
-            let saved = find(&name, &tensor)
-                .ok_or_else(|| Error::usage(format!("the checkpoint's optimizer state lacks `{name}`")))?;
-            tensor.f_copy_(&saved)?;
+        for (prefix, part) in self.parts() {
+            let buffer = Tensor::f_zeros(self.weights.buffer().size(), (part.kind(), Device::Cpu))?;
+            let whole = self.weights.with_buffer(buffer);
+            for (name, mut tensor) in whole.tensors() {
+                let name = format!("{prefix}.{name}");
+                let saved = find(&name, &tensor)
+                    .ok_or_else(|| Error::usage(format!("the checkpoint's optimizer state lacks `{name}`")))?;
+                tensor.f_copy_(&saved)?;
+            }
+            part.shallow_clone().f_copy_(&self.group.part(whole.buffer()))?;
         }
-        self.weights.buffer().shallow_clone().f_copy_(self.masters.buffer())?;
+        self.group.part(self.weights.buffer()).f_copy_(&self.masters)?;
+        self.group.all_gather(self.weights.buffer())?;
         let _ = self.skipped.fill_(skipped as f64);
         Ok(())
     }
@@ -210,8 +286,8 @@ mod tests {
             "num_attention_heads": 1, "tie_word_embeddings": true,
         });
         let config = ModelConfig::from_json(&config).unwrap();
-        let model = Transformer::random(config, 1, tch::Device::Cpu, Kind::Float);
-        let mut state = State::new(&model, Precision::Float32, 0).unwrap();
+        let model = Transformer::random(config, 1, Device::Cpu, Kind::Float);
+        let mut state = State::new(&model, &Optimizer::default(), 0, Rc::new(Group::alone())).unwrap();
         let _ = state.gradients.buffer().shallow_clone().fill_(gradient);
         let norm = state.step(&Optimizer { clip, ..Optimizer::default() }, 0.1, 1).unwrap();
         (state, norm.double_value(&[]))
@@ -221,7 +297,7 @@ mod tests {
     fn a_gradient_is_clipped_to_the_norm_and_a_short_one_is_left() {
         let moment = |gradient: f64, clip: f64| {
             let (state, norm) = after_a_step(gradient, clip);
-            (state.first.buffer().double_value(&[0]) / 0.1, norm)
+            (state.first.double_value(&[0]) / 0.1, norm)
         };
         let (plain, norm) = moment(2.0, 0.0);
         assert!((plain - 2.0).abs() < 1e-6 && norm > 4.0, "{plain} {norm}");
@@ -239,17 +315,18 @@ mod tests {
         });
         let mean_after = |precision: Precision| {
             let config = ModelConfig::from_json(&config).unwrap();
-            let model = Transformer::random(config, 1, tch::Device::Cpu, Kind::BFloat16);
+            let model = Transformer::random(config, 1, Device::Cpu, Kind::BFloat16);
             let _no_grad = tch::no_grad_guard();
             let _ = model.weights().buffer().shallow_clone().fill_(1.0);
-            let mut state = State::new(&model, precision, 3).unwrap();
+            let settings = Optimizer { weight_decay: 0.1, state: precision, ..Optimizer::default() };
+            let mut state = State::new(&model, &settings, 3, Rc::new(Group::alone())).unwrap();
             for number in 1..=50 {
                 let _ = state.gradients.buffer().shallow_clone().fill_(if number <= 25 { 1e-3 } else { 2e-3 });
-                let _ = state.step(&Optimizer { weight_decay: 0.1, ..Optimizer::default() }, 1e-3, number).unwrap();
+                let _ = state.step(&settings, 1e-3, number).unwrap();
             }
             let _ = state.gradients.buffer().shallow_clone().fill_(f64::NAN);
             let before = state.weights.buffer().copy();
-            let _ = state.step(&Optimizer::default(), 1e-3, 51).unwrap();
+            let _ = state.step(&settings, 1e-3, 51).unwrap();
             assert_eq!(before, *state.weights.buffer(), "a step that is skipped changes nothing");
             let part = |start: i64, length: i64| before.narrow(0, start, length).mean(Kind::Float).double_value(&[]);
             let matrices = state.weights.matrices();

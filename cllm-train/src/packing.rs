@@ -4,6 +4,10 @@
 
 use cllm_core::model::{Seen, Stream};
 
+use crate::settings::Reduction;
+
+/// The label of a token that the autoregressive loss passes over.
+pub const NO_LABEL: i64 = -100;
 /// An empty range.
 const NOTHING: (i32, i32) = (0, 0);
 
@@ -29,6 +33,8 @@ pub struct Packed {
     tokens: Vec<i32>,
     positions: Vec<i32>,
     noisy: Vec<NoisyBlock>,
+    /// Whether the response is one that the autoregressive loss teaches.
+    labels: bool,
 }
 
 impl Packed {
@@ -42,7 +48,12 @@ impl Packed {
             tokens.extend(state);
             positions.extend((0..state.len()).map(|offset| (prompt.len() + block.start + offset) as i32));
         }
-        Packed { prompt_len: prompt.len(), response: response.to_vec(), tokens, positions, noisy }
+        Packed { prompt_len: prompt.len(), response: response.to_vec(), tokens, positions, noisy, labels: true }
+    }
+
+    /// The same, whose response has no part in the autoregressive loss: it only is what noisy blocks are drawn to.
+    pub fn without_labels(self) -> Self {
+        Packed { labels: false, ..self }
     }
 
     /// Number of tokens.
@@ -165,7 +176,7 @@ pub struct Batch {
 pub struct Chunk {
     /// Places before response tokens.
     pub places: Vec<i64>,
-    /// The response tokens.
+    /// The response tokens, [`NO_LABEL`] where the autoregressive loss has no part.
     pub labels: Vec<i64>,
     /// The same places in the clean stream.
     pub clean_places: Vec<i64>,
@@ -189,8 +200,10 @@ pub struct LocalChunk {
 pub struct Counts {
     /// Tokens without padding.
     pub tokens: usize,
-    /// Tokens of the autoregressive loss.
+    /// Tokens of the responses.
     pub clean: usize,
+    /// Tokens of the autoregressive loss.
+    pub labels: usize,
     /// Tokens of the consistency loss.
     pub noisy: usize,
     /// Tokens of the local consistency loss.
@@ -200,10 +213,18 @@ pub struct Counts {
 }
 
 impl Counts {
+    /// By what the sums of the losses are divided: autoregressive, global, local, anchor.
+    pub fn divisors(&self, reduction: Reduction) -> [usize; 4] {
+        match reduction {
+            Reduction::TokenMean => [self.labels, self.noisy, self.local, self.clean],
+        }
+    }
+
     /// Counts of several batches together.
     pub fn add(&mut self, other: Counts) {
         self.tokens += other.tokens;
         self.clean += other.clean;
+        self.labels += other.labels;
         self.noisy += other.noisy;
         self.local += other.local;
         self.blocks += other.blocks;
@@ -230,7 +251,8 @@ impl Batch {
             for (offset, (&label, noisy)) in sequence.response.iter().zip(noisy).enumerate() {
                 // A response token at 0 has no token before it where the prompt is empty.
                 let before = (sequence.prompt_len + offset).saturating_sub(1);
-                Chunk::add(&mut chunks, rows, (base + before, clean_base + before, i64::from(label)), noisy);
+                let label = if sequence.labels { i64::from(label) } else { NO_LABEL };
+                Chunk::add(&mut chunks, rows, (base + before, clean_base + before, label), noisy);
             }
             for (place, next) in sequence.next_targets() {
                 if local[local.len() - 1].places.len() >= rows {
@@ -243,6 +265,7 @@ impl Batch {
             }
             counts.tokens += sequence.len();
             counts.clean += sequence.response.len();
+            counts.labels += if sequence.labels { sequence.response.len() } else { 0 };
             counts.blocks += sequence.noisy().len();
         }
         local.retain(|chunk| !chunk.places.is_empty());

@@ -1,8 +1,10 @@
 //! `plan`: what a run will take, before anything is written.
 
 use std::path::Path;
+use std::rc::Rc;
 use std::time::{Duration, Instant};
 
+use cllm_core::distributed::Group;
 use cllm_core::model::ModelConfig;
 use cllm_core::program::{guarded, print, print_json};
 use cllm_core::tokenizer::Tokenizer;
@@ -13,7 +15,7 @@ use tch::Device;
 use crate::examples::{self, Example};
 use crate::memory::Memory;
 use crate::optimizer::State;
-use crate::prefetch::Packer;
+use crate::prefetch::{Packer, StepBatches};
 use crate::schedule::Schedule;
 use crate::settings::Settings;
 use crate::step::Models;
@@ -152,14 +154,19 @@ fn time(
     place: Device,
 ) -> Result<Timing> {
     let models = Models::load(settings, tokenizer, folder, place)?;
-    let mut state = State::new(&models.student, settings.optimizer.state, settings.seed)?;
+    let mut state = State::new(&models.student, &settings.optimizer, settings.seed, Rc::new(Group::alone()))?;
     let packer = Packer::new(settings, examples, models.student.config());
     let batches = schedule.batches(0);
     let mut seconds = Vec::new();
     let begun = Instant::now();
     for group in batches.chunks(settings.accumulation).cycle().take(1 + TIMED_STEPS) {
         interrupt::check()?;
-        let packed: Vec<_> = group.iter().map(|batch| packer.batch(batch, 0)).collect();
+        let mut packed = StepBatches::default();
+        for responses in group {
+            let batch = packer.batch(responses, 0);
+            packed.counts.add(batch.counts);
+            packed.batches.push(batch);
+        }
         let started = Instant::now();
         let _ = models.gradients(settings, &packed)?;
         let _ = state.step(&settings.optimizer, 0.0, 1)?;

@@ -7,7 +7,7 @@ use cllm_core::fingerprint;
 use cllm_core::model::ModelConfig;
 
 use crate::examples::Example;
-use crate::packing::Batch;
+use crate::packing::{Batch, Counts};
 use crate::schedule::Schedule;
 use crate::settings::Settings;
 
@@ -19,6 +19,15 @@ const LOGITS: usize = 1 << 26;
 /// Most rows of logits of a chunk.
 pub fn rows_at_once(config: &ModelConfig) -> usize {
     (LOGITS / config.vocab_size as usize).max(1)
+}
+
+/// The batches of a step.
+#[derive(Default)]
+pub struct StepBatches {
+    /// Those that this process takes.
+    pub batches: Vec<Batch>,
+    /// What those of all processes hold.
+    pub counts: Counts,
 }
 
 /// What packs the batches of a run.
@@ -47,8 +56,15 @@ impl<'p> Packer<'p> {
         Batch::new(&sequences, self.rows, self.settings.anchored())
     }
 
-    /// The batches of every step from `first` on, in order.
-    pub fn ahead<'s>(self, scope: &'s Scope<'s, '_>, schedule: &'s Schedule, first: usize) -> Receiver<Vec<Batch>>
+    /// The batches of every step from `first` on, in order: those of process `rank` of `world`. What the others take is packed
+    /// too, so that everyone knows the counts of all.
+    pub fn ahead<'s>(
+        self,
+        scope: &'s Scope<'s, '_>,
+        schedule: &'s Schedule,
+        first: usize,
+        (rank, world): (usize, usize),
+    ) -> Receiver<StepBatches>
     where
         'p: 's,
     {
@@ -60,10 +76,17 @@ impl<'p> Packer<'p> {
                 if order.0 != epoch {
                     order = (epoch, schedule.batches(epoch));
                 }
-                let accumulation = self.settings.accumulation;
-                let group = order.1.chunks(accumulation).nth(within).unwrap_or_default();
+                let group = order.1.chunks(self.settings.accumulation).nth(within).unwrap_or_default();
+                let mut found = StepBatches::default();
+                for (index, responses) in group.iter().enumerate() {
+                    let batch = self.batch(responses, epoch);
+                    found.counts.add(batch.counts);
+                    if index % world == rank {
+                        found.batches.push(batch);
+                    }
+                }
                 // Nobody takes it any more where the run has ended.
-                if sender.send(group.iter().map(|batch| self.batch(batch, epoch)).collect()).is_err() {
+                if sender.send(found).is_err() {
                     return;
                 }
             }

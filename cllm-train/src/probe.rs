@@ -1,22 +1,39 @@
-//! Tokens per forward on held-out prompts, during training.
+//! Speed, accuracy and losses on held-out data, during training.
 
-use cllm_core::decode::{DecodeOptions, Limits, Request, Strategy, check_length, decode};
+use std::path::PathBuf;
+
+use cllm_core::decode::{Answer, DecodeOptions, Limits, Request, Strategy, check_length, decode};
 use cllm_core::model::{ModelConfig, Transformer};
+use cllm_core::prompt_set::{self, Sample};
+use cllm_core::task::{Task, Verdict};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::FinishReason;
-use cllm_core::{Error, Result, prompt_set};
+use cllm_core::{Error, Result};
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
 
+use crate::held_out::HeldOut;
 use crate::settings::Settings;
+use crate::step::Models;
 
-/// Prompts to decode, and how.
-pub struct Probe {
+/// What a run probes with.
+pub struct Probe<'t> {
+    prompts: Option<Prompts<'t>>,
+    trajectories: Option<HeldOut>,
+}
+
+/// Prompts to answer, and how.
+struct Prompts<'t> {
+    tokenizer: &'t Tokenizer,
+    samples: Vec<Sample>,
     requests: Vec<Request>,
     limits: Limits,
     options: DecodeOptions,
+    /// Folder of the benchmark's files.
+    data: Option<PathBuf>,
 }
 
-/// What a probe found.
+/// What the answers of a probe amount to.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct Found {
     /// Of all answers.
@@ -25,61 +42,98 @@ pub struct Found {
     pub tokens_per_forward_finished: Option<f64>,
     /// Answers that hit the length limit.
     pub unfinished: usize,
+    /// Share of right answers among those that have a score, if any have; an answer that hit the length limit is never right.
+    pub accuracy: Option<f64>,
 }
 
-impl Probe {
-    /// The probe of a run, if it has one. Its prompts are read and measured before the first step: one that does not fit ends
-    /// no run midway.
-    pub fn of(settings: &Settings, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Option<Self>> {
+impl<'t> Probe<'t> {
+    /// The probe of a run, if it has one. What it takes is read and measured before the first step: a prompt that does not
+    /// fit ends no run midway.
+    pub fn of(settings: &Settings, tokenizer: &'t Tokenizer, config: &ModelConfig) -> Result<Option<Self>> {
+        let prompts = Prompts::of(settings, tokenizer, config)?;
+        let trajectories = HeldOut::of(settings, tokenizer, config)?;
+        Ok((prompts.is_some() || trajectories.is_some()).then_some(Probe { prompts, trajectories }))
+    }
+
+    /// Answers the prompts, takes the losses of the trajectories. Gives what the answers amount to, and all of it as
+    /// metrics name it.
+    pub fn run(&self, models: &Models, settings: &Settings) -> Result<(Option<Found>, Map<String, Value>)> {
+        let found = self.prompts.as_ref().map(|prompts| prompts.run(&models.student)).transpose()?;
+        let answers = found.as_ref().map(Found::line).unwrap_or_default();
+        let losses = self.trajectories.as_ref().map(|held_out| held_out.losses(models, settings)).transpose()?;
+        let lines = [answers, losses.unwrap_or_default()].into_iter();
+        let fields = lines.filter_map(|line| if let Value::Object(fields) = line { Some(fields) } else { None });
+        Ok((found, fields.flatten().collect()))
+    }
+}
+
+impl<'t> Prompts<'t> {
+    fn of(settings: &Settings, tokenizer: &'t Tokenizer, config: &ModelConfig) -> Result<Option<Self>> {
         let probe = &settings.probe;
         if probe.prompts.as_os_str().is_empty() {
             return Ok(None);
         }
         let limits = Limits { max_new_tokens: probe.max_new_tokens, eos_ids: tokenizer.eos_ids().to_vec() };
-        let samples = prompt_set::read(&probe.prompts)?.into_iter().take(probe.count);
-        let requests: Vec<Request> = samples
-            .map(|sample| {
-                let request = Request { prompt_ids: tokenizer.prompt(&sample.prompt)?.1, sample_id: sample.id };
-                check_length(&request, &limits, config.max_positions)?;
-                Ok(request)
-            })
-            .collect::<Result<_>>()?;
+        let mut samples = prompt_set::read(&probe.prompts)?;
+        samples.truncate(probe.count);
+        let request = |sample: &Sample| {
+            let (_, prompt_ids) = tokenizer.prompt(&sample.prompt)?;
+            let request = Request { prompt_ids, sample_id: sample.id.clone() };
+            check_length(&request, &limits, config.max_positions)?;
+            Task::of_source(&sample.source).expect_data(probe.data.as_deref(), sample)?;
+            Ok(request)
+        };
+        let requests: Vec<Request> = samples.iter().map(request).collect::<Result<_>>()?;
         if requests.is_empty() {
             let message = "holds no prompts to probe with: leave probe.prompts out, or fill it";
             return Err(Error::file(&probe.prompts, message));
         }
         let options = DecodeOptions::greedy(Strategy::Jacobi { n: probe.n }, settings.seed);
-        Ok(Some(Probe { requests, limits, options }))
+        Ok(Some(Prompts { tokenizer, samples, requests, limits, options, data: probe.data.clone() }))
     }
 
     /// Decodes the prompts, with adapters merged.
-    pub fn run(&self, model: &Transformer) -> Result<Found> {
+    fn run(&self, model: &Transformer) -> Result<Found> {
         let merged = model.merged()?;
         let model = merged.as_ref().unwrap_or(model);
         let (answers, _) = decode(model, &self.requests, &self.limits, self.options, None)?;
-        let figures = answers.iter().map(|answer| (answer.response_ids.len(), answer.forwards, answer.finish_reason));
-        Ok(Found::of(&figures.collect::<Vec<_>>()))
+        let judged =
+            self.samples.iter().zip(&answers).map(|(sample, answer)| Ok((answer, self.judge(sample, answer)?)));
+        Ok(Found::of(&judged.collect::<Result<Vec<_>>>()?))
+    }
+
+    fn judge(&self, sample: &Sample, answer: &Answer) -> Result<Verdict> {
+        let text = self.tokenizer.decode(&answer.response_ids)?;
+        Task::of_source(&sample.source).judge(self.data.as_deref(), sample, &text, answer.finish_reason)
     }
 }
 
 impl Found {
-    /// Of tokens, forwards and end of each answer.
-    fn of(answers: &[(usize, usize, FinishReason)]) -> Self {
+    fn of(answers: &[(&Answer, Verdict)]) -> Self {
         let rate = |finished_only: bool| {
-            let counted = answers.iter().filter(|(.., reason)| !finished_only || *reason == FinishReason::Eos);
-            let (tokens, forwards) = counted.fold((0, 0), |sum, answer| (sum.0 + answer.0, sum.1 + answer.1));
+            let counted = answers.iter().map(|(answer, _)| answer);
+            let counted = counted.filter(|answer| !finished_only || answer.finish_reason == FinishReason::Eos);
+            let sum =
+                |sum: (usize, usize), answer: &&Answer| (sum.0 + answer.response_ids.len(), sum.1 + answer.forwards);
+            let (tokens, forwards) = counted.fold((0, 0), sum);
             (forwards > 0).then(|| tokens as f64 / forwards as f64)
         };
+        let count = |verdict: Verdict| answers.iter().filter(|(_, found)| *found == verdict).count();
+        let (right, scored) = (count(Verdict::Right), answers.len() - count(Verdict::Unscored));
         Found {
             tokens_per_forward: rate(false).unwrap_or(0.0),
             tokens_per_forward_finished: rate(true),
-            unfinished: answers.iter().filter(|(.., reason)| *reason == FinishReason::Length).count(),
+            unfinished: answers.iter().filter(|(answer, _)| answer.finish_reason == FinishReason::Length).count(),
+            accuracy: (scored > 0).then(|| right as f64 / scored as f64),
         }
     }
 
-    /// The figure by which it is the best so far, if it is: that of the finished answers.
-    pub fn beats(&self, best: Option<f64>) -> Option<f64> {
-        self.tokens_per_forward_finished.filter(|&rate| best.is_none_or(|best| rate > best))
+    fn line(&self) -> Value {
+        json!({
+            "probe_tokens_per_forward": self.tokens_per_forward,
+            "probe_tokens_per_forward_finished": self.tokens_per_forward_finished,
+            "probe_unfinished": self.unfinished, "probe_accuracy": self.accuracy,
+        })
     }
 }
 
@@ -88,19 +142,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn answers_that_never_end_do_not_make_a_probe_the_best() {
-        let (eos, length) = (FinishReason::Eos, FinishReason::Length);
-        let sound = Found::of(&[(10, 5, eos), (20, 10, eos)]);
-        assert_eq!(
-            (sound.tokens_per_forward, sound.tokens_per_forward_finished, sound.unfinished),
-            (2.0, Some(2.0), 0)
-        );
-        let looping = Found::of(&[(10, 5, eos), (90, 10, length)]);
-        assert!(looping.tokens_per_forward > 6.0 && looping.unfinished == 1);
-        assert_eq!(
-            (sound.beats(None), looping.beats(Some(2.0)), looping.beats(Some(1.9))),
-            (Some(2.0), None, Some(2.0))
-        );
-        assert_eq!(Found::of(&[(90, 10, length)]).beats(None), None);
+    fn answers_that_never_end_and_those_without_a_score_are_told_apart() {
+        let answer = |tokens: usize, forwards: usize, finish_reason| Answer {
+            response_ids: vec![1; tokens],
+            forwards,
+            finish_reason,
+            accepted: Vec::new(),
+            blocks: Vec::new(),
+        };
+        let (short, long) = (answer(10, 5, FinishReason::Eos), answer(20, 10, FinishReason::Eos));
+        let looping = answer(90, 10, FinishReason::Length);
+        let sound = Found::of(&[(&short, Verdict::Right), (&long, Verdict::Unscored)]);
+        let expected = Found {
+            tokens_per_forward: 2.0,
+            tokens_per_forward_finished: Some(2.0),
+            unfinished: 0,
+            accuracy: Some(1.0),
+        };
+        assert_eq!(sound, expected);
+        let found = Found::of(&[(&short, Verdict::Right), (&looping, Verdict::Wrong)]);
+        assert_eq!((found.tokens_per_forward_finished, found.unfinished, found.accuracy), (Some(2.0), 1, Some(0.5)));
+        assert!(found.tokens_per_forward > 6.0);
+        let none = Found::of(&[(&looping, Verdict::Unscored)]);
+        assert_eq!((none.tokens_per_forward_finished, none.accuracy), (None, None));
     }
 }

@@ -122,6 +122,7 @@ mod tests {
             prompt: vec![1; 5],
             response: vec![2; 1 + index * 7 % 40],
             blocks: Vec::new(),
+            labels: true,
         };
         Schedule::new(&(0..50).map(example).collect::<Vec<_>>(), settings).unwrap()
     }

@@ -58,6 +58,26 @@ pub enum Precision {
     Bfloat16,
 }
 
+/// Which answers the autoregressive loss teaches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Labels {
+    /// The teacher's response of each trajectory.
+    Teacher,
+    /// The data set's own answer to each prompt, as a sequence of its own; rows without one have a part in the other losses alone.
+    Dataset,
+}
+
+/// Which recorded state of a block is trained in a pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum States {
+    /// Each is as likely as the others (CLLM).
+    Uniform,
+    /// That whose share of wrong tokens is nearest to a ratio that rises from 0 to 1 over the blocks of a window (Jacobi Forcing).
+    Progressive,
+}
+
 /// A training run.
 #[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -107,7 +127,8 @@ pub struct Settings {
     /// The consistency objective.
     #[garde(dive)]
     pub consistency: Consistency,
-    /// Tokens per forward on held-out prompts; the checkpoint `best` is that with most in the answers that ended.
+    /// Speed, accuracy and losses on held-out data; the checkpoint `best` has most tokens per forward in the answers that ended,
+    /// of all that are accurate enough.
     #[garde(dive)]
     pub probe: Probe,
     /// Steps between lines of metrics.jsonl.
@@ -185,6 +206,10 @@ pub struct Optimizer {
     /// In what moments and masters are kept.
     #[garde(skip)]
     pub state: Precision,
+    /// Decay of an exponential moving average of the weights, which then is what checkpoints, the final model and the probe have;
+    /// 0 for none. 0.999 averages about the last thousand steps.
+    #[garde(range(min = 0.0, max = 0.999_999))]
+    pub ema: f64,
 }
 
 /// The consistency objective.
@@ -198,9 +223,12 @@ pub struct Consistency {
     /// that `augment` changed have no next one.
     #[garde(range(min = 0.0))]
     pub local_weight: f64,
-    /// Weight of the autoregressive loss, a mean over response tokens.
+    /// Weight of the autoregressive loss, a mean over the tokens of the labels.
     #[garde(range(min = 0.0))]
     pub ar_weight: f64,
+    /// Which answers the autoregressive loss teaches.
+    #[garde(skip)]
+    pub labels: Labels,
     /// Weight of the anchor, a mean over response tokens: KL from the distributions of the model that the run starts from,
     /// frozen, to the student's, so that the student keeps its answers on prompts it never saw. 0 leaves it out.
     #[garde(range(min = 0.0))]
@@ -214,7 +242,10 @@ pub struct Consistency {
     /// What a noisy block sees.
     #[garde(skip)]
     pub context: Context,
-    /// Blocks of a window (`noisy_window`).
+    /// Which state of a block is trained.
+    #[garde(skip)]
+    pub states: States,
+    /// Blocks of a window (`noisy_window`, `progressive`).
     #[garde(range(min = 1))]
     pub window: usize,
     /// Blocks of a response that are trained in a pass, drawn anew each epoch; 0 for all.
@@ -222,19 +253,32 @@ pub struct Consistency {
     pub blocks: usize,
 }
 
-/// Tokens per forward on held-out prompts during training.
+/// Speed, accuracy and losses on held-out data during training.
 #[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Probe {
-    /// The prompt set; empty for no probe.
+    /// The prompt set that is answered; empty for none.
     #[garde(skip)]
     pub prompts: PathBuf,
-    /// Prompts that are decoded.
+    /// Folder of the benchmark's files, to score answers that need them: Spider's databases.
+    #[garde(skip)]
+    pub data: Option<PathBuf>,
+    /// A trajectory data set, held out, of which the losses are taken (consistency); empty for none.
+    #[garde(skip)]
+    pub trajectories: PathBuf,
+    /// Prompts that are answered, and rows of the trajectories: the first so many.
     #[garde(range(min = 1))]
     pub count: usize,
-    /// Steps between probes.
+    /// Steps between probes; the first is of the model that the run starts from.
     #[garde(range(min = 1))]
     pub every: usize,
+    /// By how much the accuracy of the best checkpoint may be below that of the model that the run starts from; a share of the
+    /// answers.
+    #[garde(range(min = 0.0, max = 1.0))]
+    pub max_accuracy_drop: f64,
+    /// Probes without a new best after which the run ends; 0 for never.
+    #[garde(skip)]
+    pub patience: usize,
     /// Tokens of a block.
     #[garde(range(min = 2))]
     pub n: usize,
@@ -297,6 +341,7 @@ impl Default for Optimizer {
             min_lr: 0.1,
             clip: 1.0,
             state: Precision::Float32,
+            ema: 0.0,
         }
     }
 }
@@ -307,10 +352,12 @@ impl Default for Consistency {
             weight: 1.0,
             local_weight: 0.0,
             ar_weight: 10.0,
+            labels: Labels::Teacher,
             anchor_weight: 0.0,
             reduction: Reduction::TokenMean,
             divergence: Divergence::Forward,
             context: Context::Clean,
+            states: States::Uniform,
             window: 4,
             blocks: 0,
         }
@@ -319,7 +366,17 @@ impl Default for Consistency {
 
 impl Default for Probe {
     fn default() -> Self {
-        Probe { prompts: PathBuf::new(), count: 32, every: 200, n: 16, max_new_tokens: 256 }
+        Probe {
+            prompts: PathBuf::new(),
+            data: None,
+            trajectories: PathBuf::new(),
+            count: 32,
+            every: 200,
+            max_accuracy_drop: 0.05,
+            patience: 0,
+            n: 16,
+            max_new_tokens: 256,
+        }
     }
 }
 
@@ -357,6 +414,16 @@ impl Settings {
         if self.consistency.context == Context::NoisyWindow && self.consistency.blocks != 0 {
             return Err(Error::usage(
                 "consistency.blocks must be 0 with consistency.context=noisy_window: a window needs all",
+            ));
+        }
+        if self.objective == Objective::Sft && !self.probe.trajectories.as_os_str().is_empty() {
+            return Err(Error::usage(
+                "probe.trajectories needs objective=consistency: its losses are those of trajectories",
+            ));
+        }
+        if self.probe.patience > 0 && self.probe.prompts.as_os_str().is_empty() {
+            return Err(Error::usage(
+                "probe.patience needs probe.prompts: without answers there is no best checkpoint",
             ));
         }
         if self.max_tokens > self.tokens_per_batch {

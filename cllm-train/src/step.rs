@@ -2,14 +2,16 @@
 
 use std::path::Path;
 
+use cllm_core::distributed::Group;
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Error, Result, device};
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::loss::{Backward, losses};
-use crate::packing::{Batch, Counts};
-use crate::settings::{Objective, Reduction, Settings};
+use crate::packing::Batch;
+use crate::prefetch::StepBatches;
+use crate::settings::{Objective, Settings};
 use crate::trainer::random_config;
 
 /// What a run trains, and what it holds on to.
@@ -58,40 +60,48 @@ impl Models {
         Ok(Models { student, teacher: None })
     }
 
-    /// Adds up the gradients of some batches, each loss a mean over its tokens in all of them. Returns what they held and
-    /// the losses, still on the device: nothing here waits for it.
+    /// Adds up the gradients of this process's batches of a step, each loss a mean over its tokens in those of all processes.
+    /// Returns this process's part of the losses, still on the device: nothing here waits for it.
     ///
     /// # Errors
     /// [`cllm_core::Error::Torch`], such as memory that ran out.
-    pub fn gradients(&self, settings: &Settings, batches: &[Batch]) -> Result<(Counts, Means)> {
-        let mut counts = Counts::default();
-        batches.iter().for_each(|batch| counts.add(batch.counts));
-        let divisors = match settings.consistency.reduction {
-            Reduction::TokenMean => [counts.clean, counts.noisy, counts.local, counts.clean],
-        };
-        let divisors = divisors.map(|count| (count as f64).max(1.0));
+    pub fn gradients(&self, settings: &Settings, step: &StepBatches) -> Result<Means> {
+        let divisors = step.counts.divisors(settings.consistency.reduction).map(|count| (count as f64).max(1.0));
         let weights = weights(settings);
         let scale = std::array::from_fn(|loss| weights[loss] / divisors[loss]);
         let backward = Backward { scale, recomputed: settings.recompute };
-        let mut means = Means::default();
-        for batch in batches {
+        let mut means = [0; 4].map(|_| Tensor::zeros([], (Kind::Float, self.student.device())));
+        for batch in &step.batches {
             let sums = losses(&self.student, self.teacher.as_ref(), batch, &settings.consistency, Some(backward))?;
             for (index, sum) in sums.into_iter().enumerate() {
-                means.0[index].push(sum / divisors[index]);
+                means[index] += sum / divisors[index];
             }
         }
-        Ok((counts, means))
+        Ok(Means(means))
+    }
+
+    /// The sums of the losses of a batch, without gradients.
+    ///
+    /// # Errors
+    /// [`cllm_core::Error::Torch`], such as memory that ran out.
+    pub fn sums(&self, settings: &Settings, batch: &Batch) -> Result<[f64; 4]> {
+        let sums = losses(&self.student, self.teacher.as_ref(), batch, &settings.consistency, None)?;
+        Ok(sums.map(|sum| sum.double_value(&[])))
     }
 }
 
-/// Losses of a step on the device, a term for each of its batches: autoregressive, global, local, anchor.
-#[derive(Default)]
-pub struct Means([Vec<Tensor>; 4]);
+/// This process's part of the losses of a step, on the device: autoregressive, global, local, anchor.
+pub struct Means([Tensor; 4]);
 
 impl Means {
-    /// The losses as numbers. Waits for the device.
-    pub fn read(&self) -> [f64; 4] {
-        self.0.each_ref().map(|terms| terms.iter().map(|term| term.double_value(&[])).sum())
+    /// The losses of all processes as numbers. Waits for the device.
+    ///
+    /// # Errors
+    /// A process that is gone.
+    pub fn read(&self, group: &Group) -> Result<[f64; 4]> {
+        let all = Tensor::f_stack(&self.0, 0)?;
+        group.all_reduce(&all)?;
+        Ok(std::array::from_fn(|loss| all.double_value(&[loss as i64])))
     }
 }
 

@@ -2,9 +2,11 @@
 //! it had never stopped.
 
 use std::path::PathBuf;
-use std::sync::mpsc::Receiver;
+use std::rc::Rc;
 use std::time::Instant;
 
+use cllm_core::distributed::{Group, Member};
+use cllm_core::interrupt::SIGTERM;
 use cllm_core::model::{ModelConfig, is_adapter};
 use cllm_core::progress::Progress;
 use cllm_core::tokenizer::Tokenizer;
@@ -17,12 +19,13 @@ use crate::checkpoint::{self, Origin, Position};
 use crate::examples::{self, Example};
 use crate::metrics::Metrics;
 use crate::optimizer::{State, learning_rate};
-use crate::packing::{Batch, Counts};
-use crate::prefetch::Packer;
+use crate::packing::Counts;
+use crate::prefetch::{Packer, StepBatches};
 use crate::probe::Probe;
 use crate::schedule::Schedule;
+use crate::selection::Selection;
 use crate::settings::{Init, Objective, Settings};
-use crate::step::{Means, Models, weights};
+use crate::step::{Models, weights};
 
 /// Steps in a row without a finite gradient after which a run stops, once it logs.
 const MOST_SKIPPED: usize = 20;
@@ -42,20 +45,27 @@ struct Summary {
     tokens_per_second: f64,
     blocks_per_second: f64,
     final_losses: Value,
+    /// Whether the run ended before its last step, for want of a new best.
+    stopped_early: bool,
     /// Of the last probe.
     tokens_per_forward: Option<f64>,
     /// Of its finished answers alone.
     tokens_per_forward_finished: Option<f64>,
     /// Its answers that hit the length limit.
     unfinished: Option<usize>,
+    /// Share of its answers that are right.
+    accuracy: Option<f64>,
+    /// The same of the model that the run started from.
+    start_accuracy: Option<f64>,
     /// Step of the best probe, and its tokens per forward in finished answers.
     best_probe: Option<(usize, f64)>,
     peak_memory_bytes: Option<u64>,
     model: PathBuf,
 }
 
-struct Run {
+struct Run<'t> {
     settings: Settings,
+    group: Rc<Group>,
     folder: PathBuf,
     /// Folder whose tokenizer files go with every checkpoint.
     tokenizer_folder: PathBuf,
@@ -64,40 +74,68 @@ struct Run {
     position: Position,
     /// When this process began, and the seconds of training before it.
     started: (Instant, f64),
-    probe: Option<Probe>,
+    probe: Option<Probe<'t>>,
+    /// Whether some process was asked to stop, as all of them hear in the step after.
+    asked: Option<Tensor>,
 }
 
-/// Trains, or goes on with what the output folder holds.
+/// Trains, or goes on with what the output folder holds. Of several processes each takes its batches of every step, and one
+/// writes.
 pub fn run(settings: Settings) -> Result<()> {
-    let place = device::parse(&settings.device)?;
+    let member = Member::from_env(|name| std::env::var(name).ok())?;
+    let place = device::of_member(&settings.device, member.as_ref())?;
+    let group = match &member {
+        Some(member) if settings.accumulation < member.world => {
+            return Err(Error::usage(format!(
+                "accumulation is {}, for {} processes: a step has at least one forward for each of them",
+                settings.accumulation, member.world
+            )));
+        }
+        Some(member) => Rc::new(Group::join(member, place)?),
+        None => Rc::new(Group::alone()),
+    };
+    if !group.writes() {
+        progress::set_quiet(true);
+    }
     let folder = PathBuf::from(&settings.output);
     let (tokenizer, tokenizer_folder) = tokenizer(&settings)?;
     let models = Models::load(&settings, &tokenizer, &tokenizer_folder, place)?;
     let examples = examples::read(&settings, &tokenizer, models.student.config())?;
     let probe = Probe::of(&settings, &tokenizer, models.student.config())?;
     let origin = Origin::of(&settings, &tokenizer, &tokenizer_folder)?;
-    std::fs::create_dir_all(&folder).map_err(Error::write(&folder))?;
-    let mut state = State::new(&models.student, settings.optimizer.state, settings.seed)?;
+    let mut state = State::new(&models.student, &settings.optimizer, settings.seed, Rc::clone(&group))?;
+    if group.writes() {
+        std::fs::create_dir_all(&folder).map_err(Error::write(&folder))?;
+        checkpoint::recover(&folder)?;
+    }
+    group.barrier(place)?;
     let position = match checkpoint::resume(&folder, &mut state, &origin)? {
         Some(position) => {
             progress::say(format!("going on after step {}", position.step));
             position
         }
-        None => Position { step: 0, tokens: 0, blocks: 0, skipped: 0, seconds: 0.0, probe: None, best: None, origin },
+        None => {
+            let selection = Selection::default();
+            Position { step: 0, tokens: 0, blocks: 0, skipped: 0, seconds: 0.0, selection, origin }
+        }
     };
-    atomic_file::write(&folder.join("config.yaml"), cllm_core::settings::to_yaml(&settings)?.as_bytes())?;
+    if group.writes() {
+        atomic_file::write(&folder.join("config.yaml"), cllm_core::settings::to_yaml(&settings)?.as_bytes())?;
+    }
     torch_ext::reset_peak_memory(place);
     let started = (Instant::now(), position.seconds);
-    Run { settings, folder, tokenizer_folder, models, state, position, started, probe }.train(&examples)
+    Run { settings, group, folder, tokenizer_folder, models, state, position, started, probe, asked: None }
+        .train(&examples)
 }
 
-impl Run {
-    fn train(self, examples: &[Example]) -> Result<()> {
+impl Run<'_> {
+    fn train(mut self, examples: &[Example]) -> Result<()> {
         let schedule = Schedule::new(examples, &self.settings)?;
         let total = schedule.steps();
-        if self.position.step >= total && self.folder.join("summary.json").exists() {
+        if self.is_over(total) && self.folder.join("summary.json").exists() {
             progress::say(format!(
-                "all {total} steps are done; the model is in {}",
+                "done already, after {} steps; the model is in {}",
+                self.position.step,
                 self.folder.join("final").display()
             ));
             return Ok(());
@@ -108,75 +146,116 @@ impl Run {
                 schedule.left_out, self.settings.max_tokens
             ));
         }
+        let mut metrics = match self.group.writes() {
+            true => Some(Metrics::open(&self.folder, self.position.step, self.is_probed())?),
+            false => None,
+        };
+        // Of the model that the run starts from; or one that a signal cut short.
+        if self.probe_if_due(total, metrics.as_mut())? {
+            self.save()?;
+        }
         let (settings, config) = (self.settings.clone(), self.models.student.config().clone());
         let packer = Packer::new(&settings, examples, &config);
-        std::thread::scope(|scope| {
-            let batches = packer.ahead(scope, &schedule, self.position.step);
-            self.steps(total, &batches)
-        })
-    }
-
-    /// Takes the steps that are left.
-    fn steps(mut self, total: usize, batches: &Receiver<Vec<Batch>>) -> Result<()> {
-        let mut metrics = Metrics::open(&self.folder, self.position.step)?;
         let mut bar = Progress::new("train", self.position.step as u64, total as u64);
-        while self.position.step < total {
-            if interrupt::requested().is_some() {
-                self.save()?;
-                interrupt::check()?;
+        std::thread::scope(|scope| {
+            let share = (self.group.rank(), self.group.world());
+            let batches = packer.ahead(scope, &schedule, self.position.step, share);
+            while !self.is_over(total) {
+                let batches = batches.recv().map_err(|_| Error::negative("the thread that packs batches has ended"))?;
+                self.step(&batches, total, &mut bar, metrics.as_mut())?;
             }
-            let number = self.position.step + 1;
-            let rate = learning_rate(&self.settings.optimizer, number, total);
-            let batches = batches.recv().map_err(|_| Error::negative("the thread that packs batches has ended"))?;
-            let (counts, means) = self.models.gradients(&self.settings, &batches)?;
-            let norm = self.state.step(&self.settings.optimizer, rate, number)?;
-            self.position.step = number;
-            self.position.tokens += counts.tokens;
-            self.position.blocks += counts.blocks;
-            bar.advance(1);
-            if number.is_multiple_of(self.settings.log_every) || number == total {
-                let skipped_in_a_row = self.settle();
-                let line = line(&means, counts, &self.settings, &self.position, rate, &norm);
-                bar.message(format!("loss {:.4}", line["loss"].as_f64().unwrap_or(f64::NAN)));
-                metrics.write(&line)?;
-                if skipped_in_a_row >= MOST_SKIPPED {
-                    return Err(self.no_good(format!("the gradient was not finite {skipped_in_a_row} steps in a row")));
-                }
-            }
-            let best = self.probe_at(number, total, &mut metrics)?;
-            let due = self.settings.save_every > 0 && number.is_multiple_of(self.settings.save_every);
-            if number < total && (best || due) {
-                self.save()?;
-            }
-        }
+            Ok::<_, Error>(())
+        })?;
         bar.finish();
         self.save()?;
-        self.finish(metrics.last_losses())
+        self.finish(metrics.map(|metrics| metrics.last_losses()), total)
     }
 
-    /// Probes when step `number` is one to probe at; whether it is the best so far.
-    fn probe_at(&mut self, number: usize, total: usize, metrics: &mut Metrics) -> Result<bool> {
-        let Some(probe) = &self.probe else { return Ok(false) };
-        if !(number.is_multiple_of(self.settings.probe.every) || number == total) {
-            return Ok(false);
+    /// Takes one step, and what is due after it.
+    fn step(
+        &mut self,
+        batches: &StepBatches,
+        total: usize,
+        bar: &mut Progress,
+        mut metrics: Option<&mut Metrics>,
+    ) -> Result<()> {
+        if let Some(signal) = self.asked_to_stop()? {
+            self.save()?;
+            return Err(Error::Interrupted(signal));
         }
-        let found = match probe.run(&self.models.student) {
-            Err(stopped @ Error::Interrupted(_)) => {
-                self.save()?;
-                return Err(stopped);
+        let number = self.position.step + 1;
+        let rate = learning_rate(&self.settings.optimizer, number, total);
+        let means = self.models.gradients(&self.settings, batches)?;
+        let norm = self.state.step(&self.settings.optimizer, rate, number)?;
+        self.position.step = number;
+        self.position.tokens += batches.counts.tokens;
+        self.position.blocks += batches.counts.blocks;
+        bar.advance(1);
+        if number.is_multiple_of(self.settings.log_every) || number == total {
+            let skipped_in_a_row = self.settle();
+            let losses = means.read(&self.group)?;
+            let line = line(losses, batches.counts, &self.settings, &self.position, rate, &norm);
+            bar.message(format!("loss {:.4}", line["loss"].as_f64().unwrap_or(f64::NAN)));
+            if let Some(metrics) = metrics.as_mut() {
+                metrics.write(&line)?;
             }
+            if skipped_in_a_row >= MOST_SKIPPED {
+                return Err(self.no_good(format!("the gradient was not finite {skipped_in_a_row} steps in a row")));
+            }
+        }
+        let best = self.probe_if_due(total, metrics)?;
+        let due = self.settings.save_every > 0 && number.is_multiple_of(self.settings.save_every);
+        if number < total && (best || due) { self.save() } else { Ok(()) }
+    }
+
+    /// The signal that asked to stop, if one did. Processes are not at the same place when one of them is signalled; so each
+    /// step tells all whether anyone was, and all read what the step before told: nobody waits for it.
+    fn asked_to_stop(&mut self) -> Result<Option<i32>> {
+        let own = interrupt::requested();
+        if self.group.world() == 1 {
+            return Ok(own);
+        }
+        let asked = Tensor::from_slice(&[f32::from(u8::from(own.is_some()))]).to_device(self.models.student.device());
+        self.group.all_reduce(&asked)?;
+        let before = self.asked.replace(asked);
+        let any = before.is_some_and(|before| before.double_value(&[0]) > 0.0);
+        Ok(any.then(|| own.unwrap_or(SIGTERM)))
+    }
+
+    fn is_over(&self, total: usize) -> bool {
+        self.position.step >= total || self.position.selection.is_over(&self.settings.probe)
+    }
+
+    /// Whether the probe where the run stands was taken.
+    fn is_probed(&self) -> bool {
+        self.position.selection.probed == Some(self.position.step)
+    }
+
+    /// Probes where the run stands if that is a step to probe at; whether what was found is the best so far. The process that
+    /// writes probes, and tells the others.
+    fn probe_if_due(&mut self, total: usize, metrics: Option<&mut Metrics>) -> Result<bool> {
+        let step = self.position.step;
+        let due = step.is_multiple_of(self.settings.probe.every) || step == total;
+        let Some(probe) = self.probe.as_ref().filter(|_| due && !self.is_probed()) else { return Ok(false) };
+        let run = || match metrics {
+            Some(metrics) => {
+                let (found, mut line) = probe.run(&self.models, &self.settings)?;
+                line.insert("step".to_owned(), step.into());
+                metrics.write(&line.into())?;
+                Ok(Some(found))
+            }
+            None => Ok(None),
+        };
+        let found = match self.state.with_average(run) {
+            Err(Error::Interrupted(_)) => None,
             other => other?,
         };
-        metrics.write(&json!({
-            "step": number, "probe_tokens_per_forward": found.tokens_per_forward,
-            "probe_tokens_per_forward_finished": found.tokens_per_forward_finished, "probe_unfinished": found.unfinished,
-        }))?;
-        self.position.probe = Some(found);
-        let beaten = found.beats(self.position.best.map(|(_, best)| best));
-        if let Some(rate) = beaten {
-            self.position.best = Some((number, rate));
-        }
-        Ok(beaten.is_some())
+        // What the others take is the same, or that there is nothing to take.
+        let Some(found) = self.group.share(found, self.models.student.device())? else {
+            self.save()?;
+            return Err(Error::Interrupted(interrupt::requested().unwrap_or(SIGTERM)));
+        };
+        Ok(self.position.selection.take(step, found, &self.settings.probe))
     }
 
     /// Waits for the device and brings the position up to date; steps skipped in a row up to the last.
@@ -195,8 +274,8 @@ impl Run {
             );
         }
         self.settle();
-        let Run { folder, models, tokenizer_folder, state, position, settings, .. } = self;
-        checkpoint::save(folder, &models.student, tokenizer_folder, state, position, settings)
+        let Run { folder, models, tokenizer_folder, state, position, settings, group, .. } = self;
+        checkpoint::save(folder, &models.student, tokenizer_folder, state, position, settings, group.writes())
     }
 
     fn no_good(&self, why: String) -> Error {
@@ -209,12 +288,16 @@ impl Run {
     }
 
     /// Writes the final model and the summary.
-    fn finish(self, last: Value) -> Result<()> {
+    fn finish(self, last: Option<Value>, total: usize) -> Result<()> {
         let target = self.folder.join("final");
-        atomic_file::folder_with(&target, |folder| {
-            checkpoint::save_model(folder, &self.models.student, &self.tokenizer_folder, &self.settings)
+        let Some(last) = last else { return self.state.with_average(|| Ok(())) };
+        self.state.with_average(|| {
+            atomic_file::folder_with(&target, |folder| {
+                checkpoint::save_model(folder, &self.models.student, &self.tokenizer_folder, &self.settings)
+            })
         })?;
         let position = &self.position;
+        let Selection { start, last: probe, best, .. } = position.selection;
         let summary = Summary {
             schema_version: 1,
             objective: self.settings.objective,
@@ -228,16 +311,24 @@ impl Run {
             tokens_per_second: position.tokens as f64 / position.seconds,
             blocks_per_second: position.blocks as f64 / position.seconds,
             final_losses: last,
-            tokens_per_forward: position.probe.map(|found| found.tokens_per_forward),
-            tokens_per_forward_finished: position.probe.and_then(|found| found.tokens_per_forward_finished),
-            unfinished: position.probe.map(|found| found.unfinished),
-            best_probe: position.best,
+            stopped_early: position.step < total,
+            tokens_per_forward: probe.map(|found| found.tokens_per_forward),
+            tokens_per_forward_finished: probe.and_then(|found| found.tokens_per_forward_finished),
+            unfinished: probe.map(|found| found.unfinished),
+            accuracy: probe.and_then(|found| found.accuracy),
+            start_accuracy: start.and_then(|found| found.accuracy),
+            best_probe: best,
             peak_memory_bytes: torch_ext::memory(self.models.student.device()).map(|(_, peak)| peak),
             model: target.clone(),
         };
         atomic_file::write_json(&self.folder.join("summary.json"), &summary)?;
+        let early = match best {
+            _ if position.step == total => String::new(),
+            Some((step, _)) => format!(" of {total}, since no probe was better than that after step {step},"),
+            None => format!(" of {total}, since no probe was good enough,"),
+        };
         progress::say(format!(
-            "{} steps in {:.0} s; the model is in {}",
+            "{} steps{early} in {:.0} s; the model is in {}",
             position.step,
             position.seconds,
             target.display()
@@ -246,9 +337,8 @@ impl Run {
     }
 }
 
-/// A line of metrics; here the losses and the norm are read from the device.
-fn line(means: &Means, counts: Counts, settings: &Settings, position: &Position, rate: f64, norm: &Tensor) -> Value {
-    let values = means.read();
+/// A line of metrics; here the norm is read from the device.
+fn line(values: [f64; 4], counts: Counts, settings: &Settings, position: &Position, rate: f64, norm: &Tensor) -> Value {
     let loss: f64 = values.iter().zip(weights(settings)).map(|(value, weight)| value * weight).sum();
     json!({
         "step": position.step, "loss": loss, "ar_loss": values[0], "consistency_loss": values[1],

@@ -2,6 +2,10 @@
 
 use tch::{Device, Kind, Tensor};
 
+/// The number of elements is a multiple of this, so that 2 to 10, 12, 14, 15, 16 and many more processes can have equal parts of
+/// it that begin where 16 bytes do.
+const SHARED_AMONG: u64 = 8 * 5040;
+
 /// A buffer and what lies in it: matrices first, then vectors (which no weight decay touches), both in the order given.
 #[derive(Debug)]
 pub struct Flat {
@@ -31,28 +35,29 @@ impl Flat {
                 matrices = end;
             }
         }
-        Flat { buffer: Tensor::zeros([end], (kind, device)), parts, matrices }
+        let padded = (end as u64).next_multiple_of(SHARED_AMONG) as i64;
+        Flat { buffer: Tensor::zeros([padded], (kind, device)), parts, matrices }
     }
 
     /// Zeros for the same tensors.
     pub fn zeros_like(&self, kind: Kind) -> Self {
-        let buffer = Tensor::zeros(self.buffer.size(), (kind, self.buffer.device()));
-        Flat { buffer, parts: self.parts.clone(), matrices: self.matrices }
+        self.with_buffer(Tensor::zeros(self.buffer.size(), (kind, self.buffer.device())))
     }
 
-    /// The same tensors in another type.
-    pub fn to_kind(&self, kind: Kind) -> Self {
-        Flat { buffer: self.buffer.to_kind(kind), parts: self.parts.clone(), matrices: self.matrices }
+    /// The same layout in another buffer of as many elements.
+    pub fn with_buffer(&self, buffer: Tensor) -> Self {
+        assert_eq!(buffer.size(), self.buffer.size());
+        Flat { buffer, parts: self.parts.clone(), matrices: self.matrices }
     }
 
     /// Copies of the same tensors.
     pub fn copy(&self) -> Self {
-        Flat { buffer: self.buffer.copy(), parts: self.parts.clone(), matrices: self.matrices }
+        self.with_buffer(self.buffer.copy())
     }
 
     /// The same tensors in the same buffer.
     pub fn shallow_clone(&self) -> Self {
-        Flat { buffer: self.buffer.shallow_clone(), parts: self.parts.clone(), matrices: self.matrices }
+        self.with_buffer(self.buffer.shallow_clone())
     }
 
     /// Type of the elements.
@@ -60,7 +65,7 @@ impl Flat {
         self.buffer.kind()
     }
 
-    /// All of it, `[elements]`.
+    /// All of it, `[elements]`, with some zeros at the end.
     pub fn buffer(&self) -> &Tensor {
         &self.buffer
     }
@@ -112,7 +117,7 @@ mod tests {
         let shapes = [("a", vec![2, 3]), ("norm", vec![3]), ("b", vec![1, 3]), ("bias", vec![2])];
         let shapes = shapes.map(|(name, shape)| (name.to_owned(), shape));
         let flat = Flat::zeros(shapes.into(), Device::Cpu, Kind::Float);
-        assert_eq!((flat.matrices(), flat.buffer().numel()), (9, 14));
+        assert_eq!((flat.matrices(), flat.buffer().numel()), (9, 8 * 5040));
         let both = flat.joined(&["a".to_owned(), "b".to_owned()]).unwrap();
         assert_eq!(both.size(), [3, 3]);
         let _ = both.get(2).fill_(5.0);

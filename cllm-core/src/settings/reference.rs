@@ -8,7 +8,7 @@ use schemars::JsonSchema;
 use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value};
 
-/// Describes every key of `T` under a heading.
+/// Describes every key of `T` under a heading; not those of a section marked `elsewhere`, which another heading has.
 pub fn reference<T: JsonSchema + Default + Validate<Context = ()>>(heading: &str) -> String {
     let settings = SchemaSettings::draft2020_12().with(|settings| settings.inline_subschemas = true);
     let schema = settings.into_generator().into_root_schema_for::<T>();
@@ -42,7 +42,8 @@ fn describe(prefix: &str, section: &Map<String, Value>, demanded: &HashSet<Strin
         lines.extend(choices(inner));
         let cells = [format!("`{key}`"), kind, default, allowed(inner), lines.join("<br>")];
         rows.push(format!("| {} |", cells.map(|cell| cell.replace('|', "\\|")).join(" | ")));
-        if let (true, Some(inner)) = (is_section, inner.as_object()) {
+        let elsewhere = schema["elsewhere"] == true;
+        if let (true, false, Some(inner)) = (is_section, elsewhere, inner.as_object()) {
             describe(&format!("{key}."), inner, demanded, rows);
         }
     }
@@ -137,6 +138,10 @@ mod tests {
         /// Perhaps.
         #[garde(dive)]
         inner: Option<Inner>,
+        /// As there.
+        #[garde(skip)]
+        #[schemars(extend("elsewhere" = true))]
+        other: Inner,
         /// The way.
         #[garde(skip)]
         way: Way,
@@ -153,7 +158,7 @@ mod tests {
 
     impl Default for Top {
         fn default() -> Self {
-            Top { output: String::new(), inner: None, way: Way::Slow, limit: Some(3) }
+            Top { output: String::new(), inner: None, other: Inner::default(), way: Way::Slow, limit: Some(3) }
         }
     }
 
@@ -167,6 +172,7 @@ mod tests {
                 "| `output` | string | must be given | not empty | Where it goes. |",
                 "| `inner` | section | none |  | Perhaps. |",
                 "| `inner.rate` | number | `1e-8` | 0.5 to 1.0 | a \\|\\| b. |",
+                "| `other` | section |  |  | As there. |",
                 "| `way` | choice | `slow` |  | The way.<br>`slow`: Slowly.<br>`steps: {n: integer}`: In steps. |",
                 "| `limit` | integer | `3` | at least 2 | The first so many. |",
             ]

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Result;
 use crate::prompt_set::Sample;
+use crate::trajectory::FinishReason;
 
 /// A benchmark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
@@ -101,10 +102,10 @@ impl Task {
         }
     }
 
-    /// Refuses a sample that [`Task::score`] could not score for want of a file: for use before there are answers to lose.
+    /// Refuses a sample that [`Task::judge`] could not score for want of a file: for use before there are answers to lose.
     ///
     /// # Errors
-    /// As [`Task::score`].
+    /// As [`Task::judge`].
     pub fn expect_data(self, data: Option<&Path>, sample: &Sample) -> Result<()> {
         match (self, data) {
             (Task::Spider, Some(data)) => spider::database(data, sample).map(drop),
@@ -112,12 +113,25 @@ impl Task {
         }
     }
 
-    /// Scores an answer to `sample`; a broken answer is [`Verdict::Wrong`]. `data` is the benchmark's folder, in which Spider
-    /// has its databases: without it Spider is [`Verdict::Unscored`].
+    /// The verdict on an answer to `sample`; a broken answer is [`Verdict::Wrong`]. So is one that was cut at the length limit,
+    /// whatever stands in it: it gave no answer, and a number or query that happens to be its last would be luck. `data` is
+    /// the benchmark's folder, in which Spider has its databases: without it Spider is [`Verdict::Unscored`].
     ///
     /// # Errors
     /// Only when scoring itself is impossible: a database is missing, or the sample's `meta` names none.
-    pub fn score(self, data: Option<&Path>, sample: &Sample, answer: &str) -> Result<Verdict> {
+    pub fn judge(
+        self,
+        data: Option<&Path>,
+        sample: &Sample,
+        answer: &str,
+        finish_reason: FinishReason,
+    ) -> Result<Verdict> {
+        let verdict = self.score(data, sample, answer)?;
+        let cut = finish_reason == FinishReason::Length;
+        Ok(if cut && verdict == Verdict::Right { Verdict::Wrong } else { verdict })
+    }
+
+    fn score(self, data: Option<&Path>, sample: &Sample, answer: &str) -> Result<Verdict> {
         let Some(reference) = &sample.reference else { return Ok(Verdict::Unscored) };
         match (self, data) {
             (Task::Gsm8k, _) => Ok(Verdict::of(gsm8k::is_right(reference, answer))),
@@ -126,5 +140,29 @@ impl Task {
             (Task::Spider, Some(data)) => spider::score(data, sample, reference, answer),
             (Task::Spider, None) | (Task::Humaneval | Task::Mbpp, _) => Ok(Verdict::Unscored),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::prompt_set::Prompt;
+
+    #[test]
+    fn an_answer_that_was_cut_is_never_right() {
+        let sample = |reference: Option<&str>| Sample {
+            id: "a".to_owned(),
+            source: "jsonl/test".to_owned(),
+            prompt: Prompt::question("What is 1 and 1?"),
+            reference: reference.map(str::to_owned),
+            meta: None,
+        };
+        let judge = |reference: Option<&str>, answer: &str, finish_reason| {
+            Task::Jsonl.judge(None, &sample(reference), answer, finish_reason).unwrap()
+        };
+        assert_eq!(judge(Some("2"), "2", FinishReason::Eos), Verdict::Right);
+        assert_eq!(judge(Some("2"), "2", FinishReason::Length), Verdict::Wrong);
+        assert_eq!(judge(Some("2"), "3", FinishReason::Length), Verdict::Wrong);
+        assert_eq!(judge(None, "2", FinishReason::Length), Verdict::Unscored);
     }
 }

@@ -155,7 +155,7 @@ impl TrainKernels {
         Ok(out)
     }
 
-    /// Cross-entropy of `labels` (int64 `[count]`) with as many leading rows of a student, and with a teacher's logits of the
+    /// Cross-entropy of `labels` (int64 `[count]`, negative for none) with as many leading rows of a student, and with a teacher's logits of the
     /// same rows also KL(teacher || student): float32 `[count]` each. The student's logits become the gradient of both, each
     /// times its scale.
     pub fn cross_entropy(
@@ -182,7 +182,7 @@ impl TrainKernels {
             Data(&out),
             MaybeData(teacher_out.as_ref()),
         ];
-        // SAFETY: as declared in the source, sizes just checked; labels are ids of the vocabulary.
+        // SAFETY: as declared in the source, sizes just checked; labels are ids of the vocabulary or negative.
         unsafe { self.cross_entropy.launch([count as usize, 1], LOGITS_THREADS, &arguments)? };
         Ok((out, teacher_out))
     }

@@ -76,7 +76,7 @@ impl Program {
     }
 
     /// The program behind a `prefix`. One thread: sums come out the same each time, and tests share the machine.
-    fn command(&self, prefix: &[&str]) -> Command {
+    pub fn command(&self, prefix: &[&str]) -> Command {
         let program = assert_cmd::cargo::cargo_bin(self.0).display().to_string();
         let words = [prefix, &[&program]].concat();
         let mut command = Command::new(words[0]);

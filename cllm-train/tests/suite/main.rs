@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod bad_input;
+mod distributed;
 #[path = "../../../cllm-core/tests/shared/families.rs"]
 mod families;
 #[path = "../../../cllm-core/tests/shared/foreign_parquet.rs"]
@@ -13,4 +14,6 @@ mod packed;
 mod program;
 #[path = "../../../cllm-core/tests/shared/programs.rs"]
 mod programs;
+mod recipes;
+mod rounds;
 mod runs;

@@ -43,7 +43,8 @@ pub fn example(name: &str, prompt: usize, length: usize) -> Example {
         let states = if index == 1 { vec![fixed.to_vec()] } else { vec![noisy, later, fixed.to_vec()] };
         Block { start: index * N, states, augmented: Vec::new() }
     });
-    Example { id: name.to_owned(), prompt: ids(5, prompt), response: response.clone(), blocks: blocks.collect() }
+    let blocks = blocks.collect();
+    Example { id: name.to_owned(), prompt: ids(5, prompt), response: response.clone(), blocks, labels: true }
 }
 
 /// Logits of a plain causal pass.
@@ -90,6 +91,32 @@ fn every_token_sees_what_its_own_causal_pass_would_show_it() {
                 place += own.len() as i64;
             }
         }
+    });
+}
+
+#[test]
+fn a_response_without_labels_is_in_every_loss_but_the_autoregressive() {
+    each_family(|family, model, teacher| {
+        let settings = Consistency { local_weight: 1.0, ..Consistency::default() };
+        let pack = |example: &Example| example.pack(&settings, &mut fingerprint::rng(1, "a", 0));
+        let trajectory = example("a", 5, 14);
+        let bare = Example { labels: false, ..trajectory.clone() };
+        let reference = Example { response: ids(3, 9), blocks: Vec::new(), ..trajectory.clone() };
+        let sums = |examples: &[&Example]| {
+            let packed: Vec<Packed> = examples.iter().map(|example| pack(example)).collect();
+            let batch = Batch::new(&packed, ROWS, true);
+            let sums = losses(&model, Some(&teacher), &batch, &settings, None).unwrap();
+            (sums.map(|sum| sum.double_value(&[])), batch.counts)
+        };
+        let near = |found: f64, expected: f64| (found - expected).abs() < 1e-3 * expected && expected > 0.0;
+        let (with, _) = sums(&[&trajectory]);
+        let (without, counts) = sums(&[&bare]);
+        assert_eq!((without[0], counts.labels, counts.clean), (0.0, 0, 14), "{family}");
+        assert!((1..4).all(|loss| near(without[loss], with[loss])), "{family}");
+        let (alone, _) = sums(&[&reference]);
+        let (together, counts) = sums(&[&bare, &reference]);
+        assert!(near(together[0], alone[0]) && near(together[1], with[1]), "{family}");
+        assert_eq!((counts.labels, counts.clean), (9, 23));
     });
 }
 
