@@ -191,4 +191,7 @@ fn each_round_learns_from_the_student_before_it_and_is_reported() {
     let redone = TRAIN.succeed(&changed).stderr;
     let done: Vec<&str> = redone.lines().filter(|line| line.starts_with("round ")).collect();
     assert_eq!(done, ["round 1: clean"], "the same rows again are what the rest was made from");
+    let model = |round: &str, folder: &str| output.join(round).join("student").join(folder).join("model.safetensors");
+    fs::copy(model("round-01", "final"), model("round-02", "checkpoints/best")).unwrap();
+    TRAIN.refuse(&changed, 2, &["round-02/student", "is no longer what the stage left there"]);
 }
