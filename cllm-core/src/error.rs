@@ -126,7 +126,10 @@ fn torch_message(error: &tch::TchError) -> String {
     let text = error.to_string();
     let first = text.lines().next().unwrap_or_default().to_owned();
     if text.contains("out of memory") {
-        format!("{first}: lower the batch size or the length limits")
+        format!(
+            "{first}: give a batch fewer tokens or rows, or lower the length limits; training also takes less with a larger \
+             `recompute`, `optimizer.state: bfloat16` or `lora` (`cllm-train plan` tells how much)"
+        )
     } else {
         format!("libtorch: {first}")
     }

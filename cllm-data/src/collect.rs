@@ -1,17 +1,18 @@
 //! `collect`: decodes prompts with a teacher and records every Jacobi state.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::mpsc;
 use std::time::Instant;
 
 use cllm_core::decode::{Answer, DecodeOptions, Decoder, Limits, Request, Strategy, capacity};
+use cllm_core::distributed::Member;
 use cllm_core::model::{Transformer, fingerprint};
 use cllm_core::program::{Outcome, print_json};
 use cllm_core::progress::Progress;
 use cllm_core::prompt_set::{self, Sample};
 use cllm_core::task::Task;
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::trajectory::{Provenance, Writer};
+use cllm_core::trajectory::{Provenance, Writer, share_name};
 use cllm_core::{Error, Result, device, hub, progress, settings};
 use garde::Validate;
 use schemars::JsonSchema;
@@ -130,7 +131,8 @@ pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
 /// # Errors
 /// Bad models, prompts and folders; interruption after the last whole shard.
 pub fn collect(settings: &Settings) -> Result<Summary> {
-    let place = device::parse(&settings.device)?;
+    let member = Member::from_env(|name| std::env::var(name).ok())?;
+    let place = device::of_member(&settings.device, member.as_ref())?;
     let folder = hub::locate(&settings.model)?;
     let tokenizer = Tokenizer::load(&folder)?.with_eos_ids(&settings.eos_ids);
     let model = Transformer::load(&folder, place, device::default_kind(place))?;
@@ -147,9 +149,14 @@ pub fn collect(settings: &Settings) -> Result<Summary> {
     }
     let scorable = |sample: &Sample| Task::of_source(&sample.source).expect_data(settings.data.as_deref(), sample);
     samples.iter().try_for_each(scorable)?;
-    let output = Path::new(&settings.output);
+    let all = samples.len();
+    let mut output = PathBuf::from(&settings.output);
+    if let Some(Member { rank, world, .. }) = member {
+        samples = samples.into_iter().skip(rank).step_by(world).collect();
+        output.push(share_name(rank, world));
+    }
+    let (output, wanted) = (output.as_path(), samples.len());
     let data = settings.data.as_deref();
-    let wanted = samples.len();
     let provenance = Provenance {
         teacher: fingerprint(&folder)?,
         tokenizer: tokenizer.fingerprint().to_owned(),
@@ -160,7 +167,7 @@ pub fn collect(settings: &Settings) -> Result<Summary> {
         seed: settings.seed,
         prompts: cllm_core::fingerprint::of_contents(&settings.prompts)?,
         toolkit: cllm_core::VERSION.to_owned(),
-        steps: vec![format!("collect: {} prompts, shards of {}", samples.len(), settings.shard_rows)],
+        steps: vec![format!("collect: {all} prompts, shards of {}", settings.shard_rows)],
     };
     let writer = Writer::open(output, provenance)?;
     let (prepared, skipped) = fit(samples, &tokenizer, model.config().max_positions, settings.max_new_tokens)?;

@@ -11,13 +11,12 @@ use cllm_core::model::{KnownShape, Transformer};
 use cllm_core::program::{Configured, print, print_json};
 use cllm_core::{Error, Result, device, interrupt, progress, text_file, torch_ext};
 use serde::{Deserialize, Serialize};
-use tch::Device;
+use tch::{Device, Tensor};
 
 use crate::examples;
 use crate::memory::Memory;
 use crate::optimizer::{State, learning_rate};
-use crate::packing::Batch;
-use crate::prefetch::Packer;
+use crate::prefetch::{Packer, StepBatches};
 use crate::schedule::Schedule;
 use crate::settings::Settings;
 use crate::step::Models;
@@ -55,6 +54,8 @@ pub struct TrainFigures {
     name: String,
     /// Number of weights.
     parameters: i64,
+    /// Processes, each with a GPU of its own.
+    processes: usize,
     /// Steps that were timed.
     steps: usize,
     /// Median of a step, the optimizer's part and waiting for batches included.
@@ -72,9 +73,9 @@ pub struct TrainFigures {
     mfu: Option<f64>,
     /// The same, where attention counts every pair of a sequence of `max_tokens`, masked or not.
     mfu_dense_attention: Option<f64>,
-    /// The peak that they are shares of, operations a second.
+    /// The peak of all GPUs that they are shares of, operations a second.
     peak_flops: Option<f64>,
-    /// Bytes of GPU memory at most.
+    /// Bytes of memory at most on the GPU of the first process.
     peak_memory_bytes: Option<u64>,
     /// What `plan` says about it.
     planned_memory_bytes: u64,
@@ -94,10 +95,13 @@ impl ModelFigures for TrainFigures {
 
 /// Takes some steps of the run and puts their figures into the file. Nothing else is written.
 pub fn run(arguments: &Arguments, settings: &Settings) -> Result<()> {
-    let place = device::parse(&settings.device)?;
+    let (place, group) = trainer::join(settings)?;
+    if !group.writes() {
+        return measure(arguments, settings, place, group).map(drop);
+    }
     let mut file = BenchFile::<TrainFigures>::open(&arguments.results, place)?;
     let baseline = arguments.baseline.as_deref().map(baseline).transpose()?;
-    let mut figures = measure(arguments, settings, place)?;
+    let mut figures = measure(arguments, settings, place, group)?;
     figures.transformers_blocks_per_second = baseline;
     let text = figures.text();
     file.put(&arguments.results, figures)?;
@@ -105,7 +109,7 @@ pub fn run(arguments: &Arguments, settings: &Settings) -> Result<()> {
     if arguments.given.json { print_json(&file) } else { print(&text) }
 }
 
-fn measure(arguments: &Arguments, settings: &Settings, place: Device) -> Result<TrainFigures> {
+fn measure(arguments: &Arguments, settings: &Settings, place: Device, group: Rc<Group>) -> Result<TrainFigures> {
     torch_ext::reset_peak_memory(place);
     let (tokenizer, folder) = trainer::tokenizer(settings)?;
     let (models, name) = match arguments.shape {
@@ -128,12 +132,13 @@ fn measure(arguments: &Arguments, settings: &Settings, place: Device) -> Result<
             schedule.steps()
         )));
     }
-    let planned = Memory::of(student.config(), student.kind(), settings, &examples, &schedule.batches(0));
-    let mut state = State::new(student, &settings.optimizer, settings.seed, Rc::new(Group::alone()))?;
+    let planned =
+        Memory::of(student.config(), student.kind(), settings, &examples, &schedule.batches(0), group.world());
+    let mut state = State::new(student, &settings.optimizer, settings.seed, Rc::clone(&group))?;
     let packer = Packer::new(settings, &examples, student.config());
     let mut timed = Timed::default();
     std::thread::scope(|scope| -> Result<()> {
-        let batches = packer.ahead(scope, &schedule, 0, (0, 1));
+        let batches = packer.ahead(scope, &schedule, 0, (group.rank(), group.world()));
         for number in 1..=total {
             interrupt::check()?;
             let started = Instant::now();
@@ -144,12 +149,13 @@ fn measure(arguments: &Arguments, settings: &Settings, place: Device) -> Result<
             let _ = state.step(&settings.optimizer, rate, number)?;
             device::synchronize(place);
             if number > WARM_UP {
-                timed.add(&batches.batches, started.elapsed().as_secs_f64(), waited);
+                timed.add(&batches, started.elapsed().as_secs_f64(), waited);
             }
         }
         Ok(())
     })?;
-    Ok(timed.figures(arguments.name.clone().unwrap_or(name), student, settings, planned))
+    timed.share(&group, place)?;
+    Ok(timed.figures(arguments.name.clone().unwrap_or(name), student, settings, planned, group.world()))
 }
 
 /// What the timed steps held and took.
@@ -166,20 +172,38 @@ struct Timed {
 }
 
 impl Timed {
-    fn add(&mut self, batches: &[Batch], seconds: f64, waited: f64) {
+    fn add(&mut self, step: &StepBatches, seconds: f64, waited: f64) {
         self.seconds.push(seconds);
         self.waited += waited;
-        for batch in batches {
+        self.tokens += step.counts.tokens;
+        self.blocks += step.counts.blocks;
+        for batch in &step.batches {
             self.batches += 1;
-            self.tokens += batch.counts.tokens;
-            self.blocks += batch.counts.blocks;
             self.responses += batch.stream.ends.len();
             let seen = batch.stream.seen.iter().flatten();
             self.pairs += seen.map(|(start, end)| (end - start).max(0) as usize).sum::<usize>();
         }
     }
 
-    fn figures(self, name: String, model: &Transformer, settings: &Settings, planned: Memory) -> TrainFigures {
+    /// Adds up what only each process knows.
+    fn share(&mut self, group: &Group, place: Device) -> Result<()> {
+        let counts = [&mut self.batches, &mut self.responses, &mut self.pairs];
+        let all = Tensor::from_slice(&counts.each_ref().map(|count| **count as i64)).to_device(place);
+        group.all_reduce(&all)?;
+        for (index, count) in counts.into_iter().enumerate() {
+            *count = all.int64_value(&[index as i64]) as usize;
+        }
+        Ok(())
+    }
+
+    fn figures(
+        self,
+        name: String,
+        model: &Transformer,
+        settings: &Settings,
+        planned: Memory,
+        processes: usize,
+    ) -> TrainFigures {
         let config = model.config();
         let seconds: f64 = self.seconds.iter().sum();
         let mut sorted = self.seconds.clone();
@@ -187,10 +211,11 @@ impl Timed {
         let rate = |count: usize| count as f64 / seconds;
         let attention = (12 * config.num_layers * config.num_heads * config.head_dim) as f64;
         let products = 6.0 * config.parameter_count() as f64 * self.tokens as f64;
-        let peak = peak_flops(&Hardware::of(model.device()));
+        let peak = peak_flops(&Hardware::of(model.device())).map(|peak| peak * processes as f64);
         let utilisation = |pairs: f64| peak.map(|peak| (products + attention * pairs) / seconds / peak);
         TrainFigures {
             parameters: config.parameter_count(),
+            processes,
             steps: self.seconds.len(),
             step_seconds: sorted[sorted.len() / 2],
             tokens_per_second: rate(self.tokens),

@@ -141,7 +141,7 @@ fn save_tokenizer(folder: &Path, tokenizer_of: &Path, settings: &Settings) -> Re
 
 /// Clears away what a killed process left half-written.
 pub fn recover(run: &Path) -> Result<()> {
-    [run, &run.join("checkpoints")].into_iter().try_for_each(|folder| atomic_file::recover(folder))
+    [run, &run.join("checkpoints")].into_iter().try_for_each(atomic_file::recover)
 }
 
 /// Restores the newest checkpoint of a run, if it has one. Every process calls it.

@@ -36,13 +36,14 @@ struct Shape {
 }
 
 impl Memory {
-    /// The estimate for the batch that takes most of those given.
+    /// The estimate for the batch that takes most of those given, on each of so many processes.
     pub fn of(
         config: &ModelConfig,
         kind: Kind,
         settings: &Settings,
         examples: &[Example],
         batches: &[Vec<usize>],
+        processes: usize,
     ) -> Self {
         let (parameters, trained) = (config.parameter_count() as f64, settings.trained_parameters(config) as f64);
         let bytes = kind.elt_size_in_bytes() as f64;
@@ -60,25 +61,28 @@ impl Memory {
                 _ => eager(config, bytes, settings, shape),
             })
             .fold(0.0, f64::max);
+        let share = trained / processes as f64;
         // The update makes float32 copies of some gradients, when the activations are gone; a bf16 state, of all it touches.
         let copies = if settings.optimizer.state == Precision::Bfloat16 { 8.0 } else { 1.0 };
         let update = match kind {
             Kind::Float => 0.0,
-            _ => copies * 4.0 * trained.min(optimizer::PIECE as f64),
+            _ => copies * 4.0 * share.min(optimizer::PIECE as f64),
         };
         let average = if settings.optimizer.ema > 0.0 { 4.0 } else { 0.0 };
+        // What the other processes' gradients are added up to.
+        let summed = if processes > 1 { bytes * share } else { 0.0 };
         let held = match (&settings.lora, settings.anchored()) {
             (Some(_), _) => parameters + trained,
             (None, true) => 2.0 * parameters,
             (None, false) => parameters,
         };
-        let (weights, gradients, optimizer) = (bytes * held, bytes * trained, (state + average) * trained);
+        let (weights, gradients, optimizer) = (bytes * held, bytes * trained, (state + average) * share);
         Memory {
             weights: weights as u64,
             gradients: gradients as u64,
             optimizer: optimizer as u64,
             activations: activations as u64,
-            peak: (weights + gradients + optimizer + activations.max(update)) as u64,
+            peak: (weights + gradients + optimizer + activations.max(update + summed)) as u64,
         }
     }
 }

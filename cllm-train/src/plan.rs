@@ -4,7 +4,7 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use cllm_core::distributed::Group;
+use cllm_core::distributed::{Group, Member};
 use cllm_core::model::ModelConfig;
 use cllm_core::program::{guarded, print, print_json};
 use cllm_core::tokenizer::Tokenizer;
@@ -66,6 +66,7 @@ enum Timing {
 /// Prints the plan of a run; with `timing`, some of its steps are taken (and thrown away) to tell how long it lasts.
 pub fn run(settings: &Settings, timing: bool, json: bool) -> Result<()> {
     let place = device::parse(&settings.device)?;
+    let processes = Member::from_env(|name| std::env::var(name).ok())?.map_or(1, |member| member.world);
     let (tokenizer, folder) = trainer::tokenizer(settings)?;
     let config = match &settings.init {
         None => ModelConfig::load(&folder)?,
@@ -73,7 +74,7 @@ pub fn run(settings: &Settings, timing: bool, json: bool) -> Result<()> {
     };
     let examples = examples::read(settings, &tokenizer, &config)?;
     let schedule = Schedule::new(&examples, settings)?;
-    let memory = Memory::of(&config, device::default_kind(place), settings, &examples, &schedule.batches(0));
+    let memory = Memory::of(&config, device::default_kind(place), settings, &examples, &schedule.batches(0), processes);
     let free = if place.is_cuda() { None } else { available_memory() };
     let duration = match free {
         _ if !timing => Timing::Unknown { reason: "--no-timing".to_owned() },

@@ -13,7 +13,7 @@ use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Error, Result, atomic_file, device, hub, interrupt, progress, torch_ext};
 use serde::Serialize;
 use serde_json::{Value, json};
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use crate::checkpoint::{self, Origin, Position};
 use crate::examples::{self, Example};
@@ -82,21 +82,7 @@ struct Run<'t> {
 /// Trains, or goes on with what the output folder holds. Of several processes each takes its batches of every step, and one
 /// writes.
 pub fn run(settings: Settings) -> Result<()> {
-    let member = Member::from_env(|name| std::env::var(name).ok())?;
-    let place = device::of_member(&settings.device, member.as_ref())?;
-    let group = match &member {
-        Some(member) if settings.accumulation < member.world => {
-            return Err(Error::usage(format!(
-                "accumulation is {}, for {} processes: a step has at least one forward for each of them",
-                settings.accumulation, member.world
-            )));
-        }
-        Some(member) => Rc::new(Group::join(member, place)?),
-        None => Rc::new(Group::alone()),
-    };
-    if !group.writes() {
-        progress::set_quiet(true);
-    }
+    let (place, group) = join(&settings)?;
     let folder = PathBuf::from(&settings.output);
     let (tokenizer, tokenizer_folder) = tokenizer(&settings)?;
     let models = Models::load(&settings, &tokenizer, &tokenizer_folder, place)?;
@@ -126,6 +112,26 @@ pub fn run(settings: Settings) -> Result<()> {
     let started = (Instant::now(), position.seconds);
     Run { settings, group, folder, tokenizer_folder, models, state, position, started, probe, asked: None }
         .train(&examples)
+}
+
+/// The device of this process, and the other processes, if there are any. Those that do not write show no progress.
+pub fn join(settings: &Settings) -> Result<(Device, Rc<Group>)> {
+    let member = Member::from_env(|name| std::env::var(name).ok())?;
+    let place = device::of_member(&settings.device, member.as_ref())?;
+    let group = match &member {
+        Some(member) if settings.accumulation < member.world => {
+            return Err(Error::usage(format!(
+                "accumulation is {}, for {} processes: a step has at least one forward for each of them",
+                settings.accumulation, member.world
+            )));
+        }
+        Some(member) => Group::join(member, place)?,
+        None => Group::alone(),
+    };
+    if !group.writes() {
+        progress::set_quiet(true);
+    }
+    Ok((place, Rc::new(group)))
 }
 
 impl Run<'_> {

@@ -6,7 +6,7 @@ mod writer;
 
 use serde::{Deserialize, Serialize};
 
-pub use reader::{Piece, Reader, Rows, UNFINISHED_DATA, fingerprint};
+pub use reader::{Piece, Reader, Rows, UNFINISHED_DATA, fingerprint, share_name};
 pub use schema::SCHEMA_VERSION;
 pub use writer::{Manifest, Writer};
 

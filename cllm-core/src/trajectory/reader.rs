@@ -1,5 +1,6 @@
 //! Reads a data set in constant memory: row by row, or in pieces on all cores.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
@@ -276,7 +277,46 @@ pub fn fingerprint(path: &Path) -> Result<String> {
 }
 
 fn expect_manifest(folder: &Path) -> Result<Manifest> {
-    read_manifest(folder)?.ok_or_else(|| Error::file(folder, "holds no manifest.json: it is no trajectory data set"))
+    let found = match read_manifest(folder)? {
+        Some(manifest) => Some(manifest),
+        None => joined_manifest(folder)?,
+    };
+    found.ok_or_else(|| Error::file(folder, "holds no manifest.json: it is no trajectory data set"))
+}
+
+/// The name of the share that process `rank` of `world` collects, a folder of the data set's.
+pub fn share_name(rank: usize, world: usize) -> String {
+    format!("rank-{rank}-of-{world}")
+}
+
+/// The manifest of a data set in shares, which several processes collected; `None` where there are none.
+fn joined_manifest(folder: &Path) -> Result<Option<Manifest>> {
+    let entries = std::fs::read_dir(folder).map_err(Error::io(folder))?;
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let worlds: BTreeSet<usize> =
+        names.filter_map(|name| name.strip_prefix("rank-")?.split_once("-of-")?.1.parse().ok()).collect();
+    let Some(&world) = worlds.first() else { return Ok(None) };
+    if worlds.len() > 1 {
+        let message = format!("holds shares of runs of {worlds:?} processes: keep those of one");
+        return Err(Error::file(folder, message));
+    }
+    let mut joined: Option<Manifest> = None;
+    for name in (0..world).map(|rank| share_name(rank, world)) {
+        let part = folder.join(&name);
+        let Some(mut manifest) = (if part.is_dir() { read_manifest(&part)? } else { None }) else {
+            let message = format!("is missing: the process that collects it was stopped early; {UNFINISHED_DATA}");
+            return Err(Error::file(part, message));
+        };
+        manifest.shards.iter_mut().for_each(|(shard, _)| *shard = format!("{name}/{shard}"));
+        match &mut joined {
+            None => joined = Some(manifest),
+            Some(joined) => {
+                joined.shards.extend(manifest.shards);
+                joined.complete &= manifest.complete;
+            }
+        }
+    }
+    Ok(joined)
 }
 
 fn damaged(path: &Path, error: impl std::fmt::Display) -> Error {

@@ -83,6 +83,32 @@ fn rows(folder: &str) -> Vec<Trajectory> {
 }
 
 #[test]
+fn several_processes_collect_a_share_each_and_together_a_data_set() {
+    let dir = tempfile::tempdir().unwrap();
+    let (alone, shared) = (path(dir.path(), "alone"), path(dir.path(), "shared"));
+    collect(&alone, &[]);
+    let (model, prompts) = (path(WORLD.path(), "model"), path(WORLD.path(), "prompts.jsonl"));
+    let (model, prompts, output) = (format!("model={model}"), format!("prompts={prompts}"), format!("output={shared}"));
+    let settings = [&model, &prompts, &output, "n=8", "max_new_tokens=20", "device=cpu", "shard_rows=8"];
+    let of = |rank: &str| {
+        let mut command = Command::cargo_bin("cllm-data").unwrap();
+        command.args(["--quiet", "collect"]).args(settings).env("WORLD_SIZE", "2").env("RANK", rank);
+        command.env("MASTER_ADDR", "nobody").env("MASTER_PORT", "1").assert().success();
+    };
+    of("1");
+    let error = message(&["stats", &shared], 2);
+    assert!(error.contains("rank-0-of-2: is missing"), "{error}");
+    of("0");
+    let sorted = |folder: &str| {
+        let mut rows = rows(folder);
+        rows.sort_by(|a, b| a.sample_id.cmp(&b.sample_id));
+        rows
+    };
+    assert_eq!(sorted(&shared), sorted(&alone));
+    assert_eq!(json_of(&["validate", "--json", &shared])["rows"], 24);
+}
+
+#[test]
 fn the_same_seed_gives_the_same_files_whatever_the_batching_and_the_interruption() {
     let dir = tempfile::tempdir().unwrap();
     let (once, again, other) = (path(dir.path(), "a"), path(dir.path(), "b"), path(dir.path(), "c"));

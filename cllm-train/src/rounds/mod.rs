@@ -6,6 +6,7 @@ mod settings;
 
 use std::path::{Path, PathBuf};
 
+use cllm_core::distributed::Member;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::Reader;
 use cllm_core::{Error, Result, atomic_file, fingerprint, hub, interrupt, model, progress, text_file, trajectory};
@@ -33,6 +34,10 @@ enum Stage<'r> {
 /// # Errors
 /// What a stage meets; a finished stage whose inputs or output are others now.
 pub fn run(settings: &Settings) -> Result<PathBuf> {
+    if Member::from_env(|name| std::env::var(name).ok())?.is_some() {
+        let message = "rounds run in one process: with several, run `cllm-data collect` and `cllm-train run` in turns";
+        return Err(Error::usage(message));
+    }
     let output = PathBuf::from(&settings.output);
     let mut model = hub::locate(&settings.model)?;
     let report = Report::read(&output)?;

@@ -22,7 +22,7 @@ fn start(file: &str, world: usize) -> Vec<Child> {
         let numbers = [("WORLD_SIZE", world), ("RANK", rank), ("LOCAL_RANK", rank), ("MASTER_PORT", usize::from(port))];
         let mut command = TRAIN.command(&[]);
         command.args(["run", "-c", file]).env("MASTER_ADDR", "127.0.0.1");
-        numbers.iter().for_each(|(name, value)| drop(command.env(name, value.to_string())));
+        command.envs(numbers.map(|(name, value)| (name, value.to_string())));
         command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
     };
     // The one that keeps the store comes last.

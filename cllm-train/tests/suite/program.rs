@@ -31,6 +31,33 @@ fn a_misspelt_key_ends_with_2_and_names_the_nearest() {
 }
 
 #[test]
+fn bench_puts_every_model_into_one_file_and_counts_what_its_steps_held() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let settings = cllm_train::settings::Settings { epochs: 50, ..sft(dir.path(), "run") };
+    let (file, results) = (dir.path().join("run.yaml"), dir.path().join("bench.json"));
+    std::fs::write(&file, cllm_core::settings::to_yaml(&settings).unwrap()).unwrap();
+    let (file, results_path) = (file.display().to_string(), results.display().to_string());
+    let bench = |more: &[&str]| run(&[&["bench", "-c", &file, "--results", &results_path], more].concat());
+    let mut bad = bench(&["--steps", "1000"]);
+    assert!(bad.status.code() == Some(2) && errors(&bad).contains("1003 are measured"), "{}", errors(&bad));
+    for name in ["a", "b", "a"] {
+        bad = bench(&["--name", name, "--steps", "5"]);
+        assert_eq!(bad.status.code(), Some(0), "{}", errors(&bad));
+    }
+    let found: Value = serde_json::from_str(&std::fs::read_to_string(&results).unwrap()).unwrap();
+    let names: Vec<&str> = found["models"].as_array().unwrap().iter().filter_map(|m| m["name"].as_str()).collect();
+    assert_eq!(names, ["b", "a"]);
+    let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/data-format.md")).unwrap();
+    for (key, value) in found["models"][0].as_object().unwrap() {
+        assert!(key == "name" || page.contains(&format!("`{key}`")), "{key} is missing in docs/data-format.md");
+        let counted = ["tokens_per_second", "responses_per_second", "step_seconds", "planned_memory_bytes"];
+        assert!(!counted.contains(&key.as_str()) || value.as_f64().unwrap() > 0.0, "{key}: {value}");
+    }
+    assert!(!dir.path().join("run").exists(), "nothing else is written");
+}
+
+#[test]
 fn plan_shows_parameters_memory_steps_and_time_and_writes_nothing() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
