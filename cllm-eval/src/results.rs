@@ -53,7 +53,7 @@ pub struct ModelResults {
 /// Figures of a model and a strategy.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct StrategyResults {
-    /// `ar`, `jacobi`, `rolling` or `multiblock`.
+    /// `ar`, `jacobi`, `rolling`, `multiblock` or `lookahead`.
     pub name: String,
     /// With its settings, as people read it.
     pub label: String,
@@ -150,6 +150,9 @@ pub fn label(strategy: Strategy) -> String {
         Strategy::Rolling { n, pool } => format!("{name} n={n}{}", with_pool(pool)),
         Strategy::MultiBlock { n, blocks, ratio, pool } => {
             format!("{name} n={n} blocks={blocks} ratio={ratio}{}", with_pool(pool))
+        }
+        Strategy::Lookahead { window, ngram, candidates } => {
+            format!("{name} window={window} ngram={ngram} candidates={candidates}")
         }
     }
 }

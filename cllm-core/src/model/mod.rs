@@ -11,6 +11,7 @@ mod weights;
 pub use config::{Family, ModelConfig, RopeScaling};
 pub(crate) use fused::{Fused, StepInput, StepSize};
 pub use kv_cache::KvCache;
-pub use transformer::{ALIGNED, Transformer};
+pub(crate) use kv_cache::SlotMove;
+pub use transformer::{ALIGNED, Branches, CachePlaces, Transformer};
 pub(crate) use weights::write_safetensors;
 pub use weights::{check, fingerprint};

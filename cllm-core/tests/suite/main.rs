@@ -10,5 +10,6 @@ mod gguf;
 mod gpu;
 mod models;
 mod parity;
+mod sampling;
 mod saved;
 mod trajectories;
