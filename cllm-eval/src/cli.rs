@@ -63,8 +63,9 @@ enum Verb {
     },
     /// Measures how fast a model decodes: steps by their tokens, prefill, batches, strategies, collection, memory.
     #[command(
-        after_help = "Example:\n  cllm-eval bench model=configs/tiny-teacher 'steps=[1, 16]' 'batches=[8]' repeats=2 \
-        output=runs/bench.json"
+        after_help = "Examples:\n  cllm-eval bench model=configs/tiny-teacher 'steps=[1, 16]' 'batches=[8]' repeats=2 \
+        output=runs/bench.json\n  cllm-eval bench -c configs/bench.yaml 'strategies=[{jacobi: {n: 16}}, {rolling: {n: 16, \
+        pool: 4}}, {multiblock: {n: 16}}, {lookahead: {window: 5, ngram: 4, candidates: 5}}]'"
     )]
     Bench(Configured),
     /// Answers one prompt autoregressively and by Jacobi decoding, showing tokens as they become final.
@@ -192,9 +193,12 @@ mod tests {
     #[test]
     fn every_example_of_the_help_is_a_command_line() {
         for words in help::examples(Cli::command()) {
-            if let Verb::Run(given) = Cli::try_parse_from(&words).unwrap().verb {
-                given.load::<RunSettings>().unwrap_or_else(|error| panic!("{words:?}: {error}"));
-            }
+            let loaded = match Cli::try_parse_from(&words).unwrap().verb {
+                Verb::Run(given) => given.load::<RunSettings>().map(drop),
+                Verb::Bench(given) => given.load::<BenchSettings>().map(drop),
+                _ => Ok(()),
+            };
+            loaded.unwrap_or_else(|error| panic!("{words:?}: {error}"));
         }
     }
 

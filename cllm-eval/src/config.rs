@@ -30,7 +30,7 @@ pub struct RunSettings {
     /// A prompt-set file to take instead of a benchmark's files; its prompts are all of one benchmark.
     #[garde(skip)]
     pub prompts: Option<PathBuf>,
-    /// Seed of the synthetic problems and of the first guesses.
+    /// Seed of the synthetic problems, of the first guesses and of what is drawn.
     #[garde(skip)]
     pub seed: u64,
     /// Number of synthetic problems.
@@ -42,9 +42,13 @@ pub struct RunSettings {
     /// How many examples (the first) are timed at batch 1; 0 measures accuracy alone.
     #[garde(skip)]
     pub speed_examples: usize,
-    /// How to decode, such as `ar`, `jacobi: {n: 16}` or `rolling: {n: 16, pool: 4}`; what a strategy leaves out has its default.
+    /// How to decode, such as `ar`, `jacobi: {n: 16}`, `rolling: {n: 16, pool: 4}` or `lookahead: {}`; what a strategy leaves out has its default.
     #[garde(length(min = 1), custom(valid_strategies))]
     pub strategies: Vec<Strategy>,
+    /// 0 takes the likeliest token; above it, tokens are drawn from the softmax of the logits over it, the same ones with every
+    /// strategy.
+    #[garde(range(min = 0.0, max = 10.0))]
+    pub temperature: f64,
     /// Most tokens of an answer.
     #[garde(range(min = 1))]
     pub max_new_tokens: usize,
@@ -76,6 +80,7 @@ impl Default for RunSettings {
             limit: None,
             speed_examples: 50,
             strategies: vec![Strategy::Ar, Strategy::Jacobi { n: 16 }],
+            temperature: 0.0,
             max_new_tokens: 256,
             batch_rows: 32,
             device: "auto".to_owned(),

@@ -170,7 +170,7 @@ impl Subject {
     ) -> Result<Vec<AnswerRecord>> {
         let device = self.model.device();
         let requests: Vec<_> = batch.iter().map(|&index| self.prompts.each[index].1.clone()).collect();
-        let options = DecodeOptions::greedy(strategy, settings.seed);
+        let options = options(strategy, settings);
         let (answers, timing) = decoder.answer(&requests, &self.prompts.limits, options, None)?;
         let peak_memory_bytes = torch_ext::memory(device).map(|(_, peak)| peak.saturating_sub(self.others));
         let share = 1.0 / batch.len() as f64;
@@ -212,9 +212,15 @@ impl Subject {
         Ok(found)
     }
 
-    fn time_one(&self, decoder: &mut Decoder<'_>, index: usize, strategy: Strategy, seed: u64) -> Result<SpeedRecord> {
+    fn time_one(
+        &self,
+        decoder: &mut Decoder<'_>,
+        index: usize,
+        strategy: Strategy,
+        settings: &RunSettings,
+    ) -> Result<SpeedRecord> {
         let request = std::slice::from_ref(&self.prompts.each[index].1);
-        let options = DecodeOptions::greedy(strategy, seed);
+        let options = options(strategy, settings);
         let (answers, timing) = decoder.answer(request, &self.prompts.limits, options, None)?;
         let answer = answers.first().ok_or_else(|| Error::usage("decoding gave no answer"))?;
         Ok(SpeedRecord {
@@ -229,6 +235,10 @@ impl Subject {
             seconds: timing.decode_seconds,
         })
     }
+}
+
+fn options(strategy: Strategy, settings: &RunSettings) -> DecodeOptions {
+    DecodeOptions { temperature: settings.temperature, ..DecodeOptions::greedy(strategy, settings.seed) }
 }
 
 /// Times the first examples at batch 1. Models and strategies take turns on each example, so that a machine that slows
@@ -262,7 +272,7 @@ pub fn time_all(
     // Twice: the first steps of a size are recorded, and from the third on they run as they will.
     for &(subject, strategy) in turns.iter().chain(&turns) {
         interrupt::check()?;
-        subjects[subject].time_one(&mut decoders[subject], 0, strategy, settings.seed)?;
+        subjects[subject].time_one(&mut decoders[subject], 0, strategy, settings)?;
     }
     for index in 0..examples {
         for turn in 0..turns.len() {
@@ -273,7 +283,7 @@ pub fn time_all(
             if has(records, subject, strategy, index) {
                 continue;
             }
-            let speed = subject.time_one(&mut decoders[number], index, strategy, settings.seed)?;
+            let speed = subject.time_one(&mut decoders[number], index, strategy, settings)?;
             journal.append(&[Line::Speed(speed.clone())])?;
             records.speeds.push(speed);
             progress.advance(1);

@@ -126,7 +126,11 @@ fn section(path: &Path) -> Result<Section> {
     };
     Ok(Section {
         title: format!("{} / {}", results.benchmark.name(), results.split),
-        summary: format!("{} examples, answered in batches for accuracy; {speed}.", results.examples),
+        summary: format!(
+            "{} examples, {}, answered in batches for accuracy; {speed}.",
+            results.examples,
+            results.choice()
+        ),
         heads: HEADS.to_vec(),
         rows: rows.collect(),
         paired: results.paired.iter().map(sentence).collect(),

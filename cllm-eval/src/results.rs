@@ -53,7 +53,7 @@ pub struct ModelResults {
 /// Figures of a model and a strategy.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct StrategyResults {
-    /// `ar`, `jacobi`, `rolling` or `multiblock`.
+    /// `ar`, `jacobi`, `rolling`, `multiblock` or `lookahead`.
     pub name: String,
     /// With its settings, as people read it.
     pub label: String,
@@ -110,7 +110,7 @@ pub struct StrategyResults {
     /// Share of answers equal, token for token, to the same model's autoregressive ones.
     pub exact_match_vs_ar: Option<f64>,
     /// Among the others, where the tokens first differ: by how much the best logit is above the second. Near 0 it is rounding
-    /// that chose; the median, and the largest.
+    /// that chose; the median, and the largest. None at a temperature above 0.
     pub median_margin_at_difference: Option<f64>,
     /// The largest of them.
     pub max_margin_at_difference: Option<f64>,
@@ -151,10 +151,21 @@ pub fn label(strategy: Strategy) -> String {
         Strategy::MultiBlock { n, blocks, ratio, pool } => {
             format!("{name} n={n} blocks={blocks} ratio={ratio}{}", with_pool(pool))
         }
+        Strategy::Lookahead { window, ngram, candidates } => {
+            format!("{name} window={window} ngram={ngram} candidates={candidates}")
+        }
     }
 }
 
 impl Results {
+    /// How tokens were chosen, in words.
+    pub fn choice(&self) -> String {
+        match self.settings.temperature {
+            0.0 => "greedy".to_owned(),
+            temperature => format!("drawn at temperature {temperature}"),
+        }
+    }
+
     /// Computes every figure.
     pub fn of(records: &Records) -> Self {
         let header = &records.header;

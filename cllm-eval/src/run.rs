@@ -53,7 +53,10 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
         for &strategy in &settings.strategies {
             subject.answer_all(&samples, strategy, settings, task, &mut records, &mut journal)?;
         }
-        margins::add(&subject, &mut records.answers)?;
+        // Of logits with noise on them a margin says nothing.
+        if settings.temperature == 0.0 {
+            margins::add(&subject, &mut records.answers)?;
+        }
         if settings.speed_examples > 0 {
             subjects.push(subject);
         }

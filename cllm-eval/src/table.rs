@@ -115,8 +115,9 @@ pub fn summary(results: &Results) -> String {
     }
     let mut text = format!("{table}\n");
     text.push_str(&format!(
-        "{} examples batched for accuracy, {} at batch 1 for speed (prefill apart)\n{}\n",
+        "{} examples, {}, batched for accuracy, {} at batch 1 for speed (prefill apart)\n{}\n",
         results.examples,
+        results.choice(),
         results.speed_examples,
         results.hardware.line()
     ));

@@ -2,23 +2,47 @@
 
 use tch::{Kind, Tensor};
 
-use super::{Choice, Chunk, Forward, Window, noise};
-use crate::model::{KvCache, Transformer};
+use super::{Choice, Chunk, Forward, Place, Window, noise};
+use crate::model::{Branches, CachePlaces, KvCache, SlotMove, Transformer};
 use crate::{Result, device};
 
-/// A transformer and the cache of its rows. The cache's slot is the position: what a rejected guess wrote stays behind the
+/// A transformer and the cache of its rows. A known token's slot is its position: what a rejected guess wrote stays behind the
 /// known tokens and is written over before any query reaches that far.
 pub(super) struct EagerModel<'m> {
     model: &'m Transformer,
     cache: KvCache,
 }
 
-/// Tokens of some neighbouring rows, each from its own position on.
+/// Tokens of some neighbouring rows.
 struct Batch {
     first_row: usize,
-    rows: Vec<(usize, Vec<i32>)>,
-    /// Tokens of the longest row; shorter ones are filled up with token 0 at the positions that follow.
-    width: usize,
+    rows: Vec<BatchRow>,
+    /// Some row's tokens do not follow one another.
+    branches: bool,
+}
+
+/// Tokens of a row, whose slots follow one another from `start` on.
+struct BatchRow {
+    start: usize,
+    tokens: Vec<i32>,
+    places: Vec<Place>,
+}
+
+impl BatchRow {
+    fn of_chunk(chunk: &Chunk<'_>) -> Self {
+        let places = (0..chunk.tokens.len()).map(Place::in_order).collect();
+        BatchRow { start: chunk.start, tokens: chunk.tokens.to_vec(), places }
+    }
+
+    fn of_window(window: &Window<'_>) -> Self {
+        let places = (0..window.len()).map(|offset| window.place(offset)).collect();
+        BatchRow { start: window.start, tokens: window.tokens().collect(), places }
+    }
+
+    /// Of padding too.
+    fn place(&self, offset: usize) -> Place {
+        self.places.get(offset).copied().unwrap_or(Place::in_order(offset))
+    }
 }
 
 impl<'m> EagerModel<'m> {
@@ -28,20 +52,27 @@ impl<'m> EagerModel<'m> {
     }
 
     fn hidden(&self, batch: &Batch) -> Tensor {
-        let width = batch.width;
-        let mut tokens = Vec::with_capacity(batch.rows.len() * width);
-        let mut positions = Vec::with_capacity(batch.rows.len() * width);
-        for (start, row) in &batch.rows {
-            tokens.extend(row.iter().map(|&token| i64::from(token)));
-            tokens.extend(std::iter::repeat_n(0, width - row.len()));
-            positions.extend((*start..start + width).map(|position| position as i64));
-        }
-        let shape = [batch.rows.len() as i64, width as i64];
-        let on_device = |values: Vec<i64>| Tensor::from_slice(&values).view(shape).to_device(self.model.device());
-        let attended = batch.rows.iter().map(|(start, _)| start + width).max().unwrap_or(0);
-        let mut cache = self.cache.rows(batch.first_row, batch.rows.len());
-        let lengths: Vec<usize> = batch.rows.iter().map(|(_, row)| row.len()).collect();
-        self.model.hidden_cached(&on_device(tokens), &on_device(positions), &lengths, &mut cache, attended)
+        let rows = &batch.rows;
+        let lengths: Vec<usize> = rows.iter().map(|row| row.tokens.len()).collect();
+        // Shorter rows are filled up with token 0 at the slots that follow.
+        let width = lengths.iter().max().copied().unwrap_or(0);
+        let shape = [rows.len() as i64, width as i64];
+        let each = |of: &dyn Fn(&BatchRow, usize) -> i64| {
+            let values: Vec<i64> = rows.iter().flat_map(|row| (0..width).map(|offset| of(row, offset))).collect();
+            Tensor::from_slice(&values).view(shape).to_device(self.model.device())
+        };
+        let tokens = each(&|row, offset| row.tokens.get(offset).copied().unwrap_or(0).into());
+        let slots = each(&|row, offset| (row.start + offset) as i64);
+        let places = if batch.branches {
+            let positions = each(&|row, offset| (row.start + row.place(offset).depth) as i64);
+            let visible = each(&|row, offset| row.place(offset).visible as i64);
+            CachePlaces { positions, branches: Some(Branches { first: slots.narrow(1, 0, 1), visible }), slots }
+        } else {
+            CachePlaces::in_order(slots)
+        };
+        let attended = rows.iter().map(|row| row.start + width).max().unwrap_or(0);
+        let mut cache = self.cache.rows(batch.first_row, rows.len());
+        self.model.hidden_cached(&tokens, &places, &lengths, &mut cache, attended)
     }
 
     /// The choice after every token of the windows.
@@ -52,9 +83,7 @@ impl<'m> EagerModel<'m> {
         }
         let vocab = self.model.config().vocab_size as usize;
         let logits: Vec<f32> = Vec::try_from(logits.view([-1]))?;
-        let keys = windows.iter().flat_map(|window| {
-            (0..window.len()).map(|offset| noise::position_key(window.key, window.start + offset + 1))
-        });
+        let keys = windows.iter().flat_map(|window| (0..window.len()).map(|offset| window.noise_key(offset)));
         Ok(keys.zip(logits.chunks(vocab)).map(|(key, row)| noise::choose(row, choice.temperature, key)).collect())
     }
 }
@@ -62,20 +91,24 @@ impl<'m> EagerModel<'m> {
 impl Forward for EagerModel<'_> {
     fn step(&mut self, chunks: &[Chunk<'_>], windows: &[Window<'_>], choice: Choice) -> Result<Vec<Vec<i32>>> {
         for neighbours in chunks.chunk_by(|one, next| one.row + 1 == next.row) {
-            let rows: Vec<_> = neighbours.iter().map(|chunk| (chunk.start, chunk.tokens.to_vec())).collect();
-            let width = rows.iter().map(|(_, tokens)| tokens.len()).max().unwrap_or(0);
-            let _ = self.hidden(&Batch { first_row: neighbours[0].row, rows, width });
+            let rows = neighbours.iter().map(BatchRow::of_chunk).collect();
+            let _ = self.hidden(&Batch { first_row: neighbours[0].row, rows, branches: false });
         }
         if windows.is_empty() {
             // What is timed apart must be over.
             device::synchronize(self.model.device());
             return Ok(Vec::new());
         }
-        let width = windows.iter().map(Window::len).max().unwrap_or(0);
-        let rows = windows.iter().map(|window| (window.start, window.tokens().collect())).collect();
-        let hidden = self.hidden(&Batch { first_row: 0, rows, width });
+        let branches = windows.iter().any(|window| window.tree.is_some());
+        let rows = windows.iter().map(BatchRow::of_window).collect();
+        let hidden = self.hidden(&Batch { first_row: 0, rows, branches });
         let mut chosen = self.choose(&hidden, windows, choice)?.into_iter();
         Ok(windows.iter().map(|window| chosen.by_ref().take(window.len()).collect()).collect())
+    }
+
+    fn move_slots(&mut self, moves: &[SlotMove]) -> Result<()> {
+        self.cache.move_slots(moves);
+        Ok(())
     }
 
     fn copy_row(&mut self, from: usize, to: usize) -> Result<()> {

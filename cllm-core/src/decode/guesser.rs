@@ -2,7 +2,8 @@
 
 use rand::RngExt;
 
-use super::{DecodeOptions, Strategy, jacobi::Jacobi, multi_block::MultiBlock, rolling::Rolling};
+use super::window::Tree;
+use super::{DecodeOptions, Strategy, jacobi::Jacobi, lookahead::Lookahead, multi_block::MultiBlock, rolling::Rolling};
 use crate::fingerprint;
 use crate::trajectory::Block;
 
@@ -10,6 +11,11 @@ use crate::trajectory::Block;
 pub(super) trait Guesser {
     /// What to forward after the last known token.
     fn guesses(&self) -> &[i32];
+
+    /// How the window branches; without it, each of its tokens follows the one before it.
+    fn tree(&self) -> Option<&Tree> {
+        None
+    }
 
     /// Makes the guesses of the next window.
     fn advance(&mut self, step: &Step<'_>);
@@ -24,7 +30,8 @@ pub(super) trait Guesser {
 pub(super) struct Step<'s> {
     /// The tokens predicted after each token of the window.
     pub(super) predicted: &'s [i32],
-    /// Leading guesses that agreed with the predictions before them; the prediction after the last of them is final too.
+    /// Guesses, one after another, that agreed with the predictions before them; the prediction after the last of them is
+    /// final too. In a window that does not branch they are the leading ones.
     pub(super) matched: usize,
     /// Prompt and known tokens, the new ones included.
     pub(super) known: &'s [i32],
@@ -33,12 +40,12 @@ pub(super) struct Step<'s> {
 }
 
 impl Step<'_> {
-    /// The newest known token, which the next window begins with.
+    /// The newest known token, which the next window begins with; of a window that does not branch.
     pub(super) fn newest(&self) -> i32 {
         self.predicted[self.matched]
     }
 
-    /// Predictions under guesses of which at least one was wrong: the next guesses.
+    /// Predictions under guesses of which at least one was wrong: the next guesses; of a window that does not branch.
     pub(super) fn open(&self) -> &[i32] {
         &self.predicted[self.matched + 1..]
     }
@@ -53,6 +60,9 @@ pub(super) fn guesser(options: DecodeOptions, sample_id: &str, prompt: &[i32]) -
         Strategy::Rolling { n, pool } => Box::new(Rolling::new(n, pool, prompt, draws)),
         Strategy::MultiBlock { n, blocks, ratio, pool } => {
             Box::new(MultiBlock::new(n, blocks, ratio, pool, prompt, draws))
+        }
+        Strategy::Lookahead { window, ngram, candidates } => {
+            Box::new(Lookahead::new(window, ngram, candidates, prompt, draws))
         }
     }
 }

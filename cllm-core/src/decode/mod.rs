@@ -1,12 +1,13 @@
 //! Decoding: every strategy behind one engine. Autoregressive decoding is Jacobi decoding with n = 1.
 //!
 //! A [`Decoder`] holds a model and the cache of some rows. Each step forwards a window of tokens for every row: the last known
-//! one and guesses after it. What the model predicts makes some of them final; a row whose answer ends leaves its place to
-//! the next request. On a GPU a step is a CUDA graph over kernels of our own, elsewhere it is made of libtorch's operations.
+//! one and guesses after it, in order or as a tree. What the model predicts makes some of them final; a row whose answer ends
+//! leaves its place to the next request. On a GPU a step is a CUDA graph over kernels of our own, elsewhere it is made of libtorch's operations.
 
 mod eager;
 mod guesser;
 mod jacobi;
+mod lookahead;
 mod multi_block;
 mod noise;
 mod pool;
@@ -14,16 +15,18 @@ mod recorded;
 mod rolling;
 mod row;
 mod strategy;
+mod window;
 
 use std::time::Instant;
 
-use crate::model::Transformer;
+use crate::model::{SlotMove, Transformer};
 use crate::trajectory::{Block, FinishReason};
 use crate::{Error, Result, interrupt};
 
 use eager::EagerModel;
 use recorded::RecordedModel;
 use row::Row;
+use window::{Place, Window};
 
 pub use strategy::Strategy;
 
@@ -78,7 +81,7 @@ pub type Watcher<'w> = &'w mut dyn FnMut(usize, &[i32]);
 pub struct DecodeOptions {
     /// How.
     pub strategy: Strategy,
-    /// Seed of the first guesses.
+    /// Seed of the first guesses and of what is drawn.
     pub seed: u64,
     /// Keep the trajectory of each block ([`Strategy::Jacobi`]).
     pub record: bool,
@@ -238,6 +241,9 @@ trait Forward {
     /// the leading rows, in order, the chunks those of the rows behind them.
     fn step(&mut self, chunks: &[Chunk<'_>], windows: &[Window<'_>], choice: Choice) -> Result<Vec<Vec<i32>>>;
 
+    /// Copies keys and values between slots; all are read before any is written.
+    fn move_slots(&mut self, moves: &[SlotMove]) -> Result<()>;
+
     /// Copies what is cached of one row over another.
     fn copy_row(&mut self, from: usize, to: usize) -> Result<()>;
 
@@ -258,27 +264,6 @@ struct Chunk<'r> {
     /// Position of the first.
     start: usize,
     tokens: &'r [i32],
-}
-
-/// The tokens of a row to forward: the last known one and the guesses after it.
-struct Window<'r> {
-    row: usize,
-    /// Position of `known` in the sequence.
-    start: usize,
-    known: i32,
-    guesses: &'r [i32],
-    /// Key of the row's randomness.
-    key: u64,
-}
-
-impl Window<'_> {
-    fn tokens(&self) -> impl Iterator<Item = i32> {
-        std::iter::once(self.known).chain(self.guesses.iter().copied())
-    }
-
-    fn len(&self) -> usize {
-        1 + self.guesses.len()
-    }
 }
 
 /// When prompts are cached.
@@ -342,8 +327,14 @@ fn converge(
         for (row, tokens) in taken {
             rows[row].cached += tokens;
         }
-        for (live, predicted) in rows.iter_mut().zip(&predictions) {
-            (events.new_tokens)(live.index, live.row.accept(predicted));
+        let mut moves = Vec::new();
+        for (row, (live, predicted)) in rows.iter_mut().zip(&predictions).enumerate() {
+            let accepted = live.row.accept(predicted);
+            moves.extend(accepted.moves.into_iter().map(|(from, to)| SlotMove { row, from, to }));
+            (events.new_tokens)(live.index, accepted.tokens);
+        }
+        if !moves.is_empty() {
+            model.move_slots(&moves)?;
         }
         let seconds = started.elapsed().as_secs_f64();
         if predictions.is_empty() {

@@ -1,6 +1,6 @@
 //! Guesses from what was seen or guessed before.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 
 use super::guesser::Step;
 
@@ -40,9 +40,51 @@ impl TailPool {
     }
 }
 
+/// N-grams by their first tokens, of each the last few that were added.
+pub(super) struct NgramPool {
+    /// What follows a token; the newest last.
+    after: HashMap<i32, VecDeque<Vec<i32>>>,
+    most: usize,
+}
+
+impl NgramPool {
+    /// Keeps at most so many of each first token.
+    pub(super) fn new(most: usize) -> Self {
+        NgramPool { after: HashMap::new(), most }
+    }
+
+    /// An n-gram that is there already becomes the newest.
+    pub(super) fn add(&mut self, ngram: &[i32]) {
+        let Some((&first, rest)) = ngram.split_first() else { return };
+        let kept = self.after.entry(first).or_default();
+        if let Some(place) = kept.iter().position(|other| other == rest) {
+            kept.remove(place);
+        } else if kept.len() == self.most {
+            kept.pop_front();
+        }
+        kept.push_back(rest.to_vec());
+    }
+
+    /// What followed a token, the newest first.
+    pub(super) fn after(&self, token: i32) -> impl Iterator<Item = &[i32]> {
+        self.after.get(&token).into_iter().flat_map(|kept| kept.iter().rev()).map(Vec::as_slice)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_newest_ngrams_of_each_token_are_kept_once() {
+        let mut pool = NgramPool::new(2);
+        [[1, 2, 3], [1, 4, 5], [7, 8, 9], [1, 2, 3]].iter().for_each(|ngram| pool.add(ngram));
+        assert_eq!(pool.after(1).collect::<Vec<_>>(), [[2, 3], [4, 5]], "added again, it is the newest");
+        pool.add(&[1, 6, 6]);
+        assert_eq!(pool.after(1).collect::<Vec<_>>(), [[6, 6], [2, 3]], "the oldest had to go");
+        assert_eq!(pool.after(7).collect::<Vec<_>>(), [[8, 9]]);
+        assert_eq!(pool.after(2).count(), 0);
+    }
 
     #[test]
     fn a_tail_returns_after_the_token_that_it_followed() {

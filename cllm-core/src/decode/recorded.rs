@@ -7,9 +7,9 @@ use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
-use super::{Choice, Chunk, Forward, Window, noise};
+use super::{Choice, Chunk, Forward, Place, Window};
 use crate::Result;
-use crate::model::{Fused, StepInput, StepSize, Transformer};
+use crate::model::{Fused, SlotMove, StepInput, StepSize, Transformer};
 use crate::torch_ext::decode_kernels::{self, Places};
 use crate::torch_ext::graphs::{Graph, GraphPool, PinnedInts, Stream};
 
@@ -201,6 +201,12 @@ impl Forward for RecordedModel<'_> {
         Ok(windows.iter().map(|window| take(window.len())).collect())
     }
 
+    fn move_slots(&mut self, moves: &[SlotMove]) -> Result<()> {
+        let _on_stream = self.stream.enter()?;
+        self.model.move_slots(moves);
+        Ok(())
+    }
+
     fn copy_row(&mut self, from: usize, to: usize) -> Result<()> {
         let _on_stream = self.stream.enter()?;
         self.model.copy_row(from, to);
@@ -225,14 +231,13 @@ impl Input<'_> {
     fn fill(mut self, chunks: &[Chunk<'_>], windows: &[Window<'_>]) {
         for window in windows {
             for offset in 0..window.len() {
-                let key = noise::position_key(window.key, window.start + offset + 1);
                 let at = self.layout.keys.start + 2 * (self.tokens + offset);
-                (self.ints[at], self.ints[at + 1]) = (key as i32, (key >> 32) as i32);
+                self.long(at, window.noise_key(offset));
             }
-            self.row(window.row, window.start, window.tokens());
+            self.row(window.row, window.start, window.tokens(), |offset| window.place(offset));
         }
         for chunk in chunks {
-            self.row(chunk.row, chunk.start, chunk.tokens.iter().copied());
+            self.row(chunk.row, chunk.start, chunk.tokens.iter().copied(), Place::in_order);
         }
         let Layout { tokens, row, slot, position, tile_row, .. } = &self.layout;
         self.ints[row.start + self.tokens..row.end].fill(-1);
@@ -242,19 +247,23 @@ impl Input<'_> {
         self.ints[tile_row.start + self.tiles..tile_row.end].fill(-1);
     }
 
-    /// Adds tokens of a row that follow one another from position `start` on.
-    fn row(&mut self, row: usize, start: usize, tokens: impl Iterator<Item = i32>) {
-        let (layout, first) = (&self.layout, self.tokens);
-        for token in tokens {
-            let (at, place) = (self.tokens, (start + self.tokens - first) as i32);
-            self.ints[layout.tokens.start + at] = token;
-            self.ints[layout.row.start + at] = row as i32;
-            self.ints[layout.slot.start + at] = place;
-            self.ints[layout.position.start + at] = place;
-            // All that lies before a token in its window.
-            self.ints[layout.visible.start + 2 * at..][..2].fill(-1);
+    fn long(&mut self, at: usize, value: u64) {
+        (self.ints[at], self.ints[at + 1]) = (value as i32, (value >> 32) as i32);
+    }
+
+    /// Adds tokens of a row, whose slots follow one another from `start` on.
+    fn row(&mut self, row: usize, start: usize, tokens: impl Iterator<Item = i32>, place: impl Fn(usize) -> Place) {
+        let first = self.tokens;
+        for (offset, token) in tokens.enumerate() {
+            let (at, Place { depth, visible, .. }) = (self.tokens, place(offset));
+            self.ints[self.layout.tokens.start + at] = token;
+            self.ints[self.layout.row.start + at] = row as i32;
+            self.ints[self.layout.slot.start + at] = (start + offset) as i32;
+            self.ints[self.layout.position.start + at] = (start + depth) as i32;
+            self.long(self.layout.visible.start + 2 * at, visible);
             self.tokens += 1;
         }
+        let layout = &self.layout;
         for token in (first..self.tokens).step_by(self.tile) {
             let at = self.tiles;
             self.ints[layout.tile_row.start + at] = row as i32;
@@ -281,6 +290,7 @@ fn rounded_up(count: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use super::super::window::Tree;
     use super::*;
 
     #[test]
@@ -294,15 +304,35 @@ mod tests {
         let size = StepSize { tokens: 8, outputs: 8, tiles: 5 };
         let layout = Layout::of(size);
         let mut ints = vec![7; layout.len()];
-        let window = Window { row: 0, start: 4, known: 11, guesses: &[12, 13], key: 1 };
+        let window = Window { row: 0, start: 4, known: 11, guesses: &[12, 13], tree: None, key: 1 };
         let chunk = Chunk { row: 2, start: 0, tokens: &[21, 22, 23] };
         Input { ints: &mut ints, layout: Layout::of(size), tile: 2, tokens: 0, tiles: 0 }.fill(&[chunk], &[window]);
         assert_eq!(ints[layout.tokens], [11, 12, 13, 21, 22, 23, 0, 0]);
         assert_eq!(ints[layout.row], [0, 0, 0, 2, 2, 2, -1, -1]);
         assert_eq!(ints[layout.slot], [4, 5, 6, 0, 1, 2, 0, 0]);
+        assert_eq!(ints[layout.position], [4, 5, 6, 0, 1, 2, 0, 0]);
+        assert_eq!(ints[layout.visible.start..layout.visible.start + 12], [-1; 12]);
         assert_eq!(ints[layout.tile_row], [0, 0, 2, 2, -1]);
         assert_eq!(ints[layout.tile_token.start..layout.tile_token.start + 4], [0, 2, 3, 5]);
         assert_eq!(ints[layout.tile_length.start..layout.tile_length.start + 4], [2, 1, 2, 1]);
         assert_eq!(ints[layout.tile_window.start..layout.tile_window.start + 4], [4, 4, 0, 0]);
+    }
+
+    #[test]
+    fn a_tree_lies_in_neighbouring_slots_at_the_positions_of_its_branches() {
+        let size = StepSize { tokens: 4, outputs: 4, tiles: 4 };
+        let layout = Layout::of(size);
+        let mut ints = vec![7; layout.len()];
+        let tree = Tree::new([0, 0, 2]);
+        let window = Window { row: 0, start: 4, known: 11, guesses: &[12, 13, 14], tree: Some(&tree), key: 1 };
+        Input { ints: &mut ints, layout: Layout::of(size), tile: 4, tokens: 0, tiles: 0 }.fill(&[], &[window]);
+        assert_eq!(ints[layout.slot], [4, 5, 6, 7]);
+        assert_eq!(ints[layout.position], [4, 5, 5, 6]);
+        assert_eq!(ints[layout.visible], [0b1, 0, 0b11, 0, 0b101, 0, 0b1101, 0]);
+        // Two tokens at the same position are chosen with the same noise.
+        assert_eq!(
+            ints[layout.keys.start + 2..layout.keys.start + 4],
+            ints[layout.keys.start + 4..layout.keys.start + 6]
+        );
     }
 }

@@ -5,6 +5,13 @@ use super::{Answer, DecodeOptions, Limits, Request, Window};
 use crate::fingerprint;
 use crate::trajectory::FinishReason;
 
+/// What a forward made final.
+pub(super) struct Accepted<'r> {
+    pub(super) tokens: &'r [i32],
+    /// Slots of the cache, from and to, whose keys and values must move so that those of known tokens lie in order.
+    pub(super) moves: Vec<(usize, usize)>,
+}
+
 /// Decoding state of one request.
 pub(super) struct Row<'r> {
     request: Request,
@@ -38,7 +45,8 @@ impl<'r> Row<'r> {
     /// What to forward next, as row `row` of the batch.
     pub(super) fn window(&self, row: usize) -> Window<'_> {
         let start = self.sequence.len() - 1;
-        Window { row, start, known: self.sequence[start], guesses: self.guesser.guesses(), key: self.key }
+        let (guesses, tree) = (self.guesser.guesses(), self.guesser.tree());
+        Window { row, start, known: self.sequence[start], guesses, tree, key: self.key }
     }
 
     pub(super) fn finished(&self) -> bool {
@@ -46,12 +54,12 @@ impl<'r> Row<'r> {
     }
 
     /// Takes the predictions after each token of the window: the guesses that agree with them are final up to the first
-    /// that does not, and that one's correction is final too. Returns the tokens that became final.
-    pub(super) fn accept(&mut self, predicted: &[i32]) -> &[i32] {
-        let guesses = self.guesser.guesses();
-        let matched = guesses.iter().zip(predicted).take_while(|(guess, predicted)| guess == predicted).count();
-        let before = self.sequence.len();
-        for &token in &predicted[..=matched] {
+    /// that does not, and that one's correction is final too.
+    pub(super) fn accept(&mut self, predicted: &[i32]) -> Accepted<'_> {
+        let path = self.window(0).agreed(predicted);
+        let (before, matched) = (self.sequence.len(), path.len() - 1);
+        for &offset in &path {
+            let token = predicted[offset];
             self.sequence.push(token);
             self.finish_reason = self.reason_to_stop(token);
             if self.finished() {
@@ -61,7 +69,9 @@ impl<'r> Row<'r> {
         self.accepted.push((self.sequence.len() - before) as u32);
         let cut = self.sequence.len() < before + matched + 1;
         self.guesser.advance(&Step { predicted, matched, known: &self.sequence, cut });
-        &self.sequence[before..]
+        let moved = path.into_iter().enumerate().filter(|(to, from)| to != from);
+        let moves = moved.map(|(to, from)| (before - 1 + from, before - 1 + to)).collect();
+        Accepted { tokens: &self.sequence[before..], moves }
     }
 
     fn reason_to_stop(&self, token: i32) -> Option<FinishReason> {

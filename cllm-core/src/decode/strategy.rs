@@ -3,6 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use super::window::MOST_ENTRIES;
 use crate::{Error, Result};
 
 /// How tokens are chosen and verified.
@@ -40,6 +41,20 @@ pub enum Strategy {
         #[serde(default)]
         pool: usize,
     },
+    /// Lookahead decoding: Jacobi iterations on the next `window` (5) tokens make n-grams of `ngram` (4) tokens; the last
+    /// `candidates` (5) that begin with the last known token are guessed, all in one forward of at most
+    /// (window + candidates) x (ngram - 1) tokens (Fu et al., arXiv 2402.02057).
+    Lookahead {
+        /// Tokens of each level of the lookahead window, at least 1.
+        #[serde(default = "default_window")]
+        window: usize,
+        /// Tokens of an n-gram, at least 2.
+        #[serde(default = "default_ngram")]
+        ngram: usize,
+        /// Most n-grams that are guessed at once, at least 1.
+        #[serde(default = "default_candidates")]
+        candidates: usize,
+    },
 }
 
 fn default_blocks() -> usize {
@@ -48,6 +63,18 @@ fn default_blocks() -> usize {
 
 fn default_ratio() -> f64 {
     0.85
+}
+
+fn default_window() -> usize {
+    5
+}
+
+fn default_ngram() -> usize {
+    4
+}
+
+fn default_candidates() -> usize {
+    5
 }
 
 /// Most tokens of a window.
@@ -66,12 +93,20 @@ impl Strategy {
         Strategy::MultiBlock { n, blocks: default_blocks(), ratio: default_ratio(), pool: 0 }
     }
 
+    /// A window of five tokens, n-grams of four, and five candidates.
+    pub fn lookahead() -> Self {
+        Strategy::Lookahead { window: default_window(), ngram: default_ngram(), candidates: default_candidates() }
+    }
+
     /// Most tokens that a row forwards at once: 1 for autoregressive decoding.
     pub fn window(self) -> usize {
         match self {
             Strategy::Ar => 1,
             Strategy::Jacobi { n } | Strategy::Rolling { n, .. } => n,
             Strategy::MultiBlock { n, blocks, .. } => n.saturating_mul(blocks),
+            Strategy::Lookahead { window, ngram, candidates } => {
+                window.saturating_add(candidates).saturating_mul(ngram.saturating_sub(1))
+            }
         }
     }
 
@@ -82,6 +117,7 @@ impl Strategy {
             Strategy::Jacobi { .. } => "jacobi",
             Strategy::Rolling { .. } => "rolling",
             Strategy::MultiBlock { .. } => "multiblock",
+            Strategy::Lookahead { .. } => "lookahead",
         }
     }
 
@@ -108,6 +144,18 @@ impl Strategy {
             Strategy::MultiBlock { n, blocks, .. } if self.window() > MOST_TOKENS => {
                 return refuse(format!(
                     "{blocks} blocks of {n} tokens make a window of {}, there may be {MOST_TOKENS}",
+                    self.window()
+                ));
+            }
+            Strategy::Lookahead { window, ngram, candidates } if window < 1 || ngram < 2 || candidates < 1 => {
+                return refuse(format!(
+                    "{name} needs a window and candidates of at least 1 and an ngram of at least 2"
+                ));
+            }
+            Strategy::Lookahead { window, ngram, candidates } if self.window() > MOST_ENTRIES => {
+                return refuse(format!(
+                    "window {window}, ngram {ngram} and candidates {candidates} of {name} make a tree of (window + \
+                     candidates) x (ngram - 1) = {} tokens, there may be {MOST_ENTRIES}",
                     self.window()
                 ));
             }

@@ -1,9 +1,12 @@
 //! The decoding loop on a made-up model: exact, no weights.
 
+use super::row::Accepted;
 use super::*;
 
-/// Predicts from the whole sequence so far by a fixed rule; checks that chunks and windows follow what is cached.
+/// Predicts from the whole sequence so far by a fixed rule; checks that chunks and windows follow what is cached. A token of a
+/// window is predicted from the slots that it sees.
 struct Rule {
+    /// By slot.
     sequences: Vec<Vec<i32>>,
     next: fn(&[i32]) -> i32,
     /// Tokens of prompts that a step takes.
@@ -32,10 +35,25 @@ impl Forward for Rule {
         }
         let predict = |window: &Window<'_>| {
             self.cache(window.row, window.start, window.tokens());
-            let sequence = &self.sequences[window.row];
-            (window.start..sequence.len()).map(|last| (self.next)(&sequence[..=last])).collect()
+            let (known, tokens) = self.sequences[window.row].split_at(window.start);
+            let seen = |last: usize| {
+                let Place { depth, visible, .. } = window.place(last);
+                let sees = |&offset: &usize| offset >= 64 || visible >> offset & 1 == 1;
+                let path: Vec<i32> = (0..=last).filter(sees).map(|offset| tokens[offset]).collect();
+                assert_eq!(path.len(), depth + 1, "a token's position is not that of its sequence");
+                [known, &path].concat()
+            };
+            (0..window.len()).map(|last| (self.next)(&seen(last))).collect()
         };
         Ok(windows.iter().map(predict).collect())
+    }
+
+    fn move_slots(&mut self, moves: &[SlotMove]) -> Result<()> {
+        let read: Vec<i32> = moves.iter().map(|one| self.sequences[one.row][one.from]).collect();
+        for (one, token) in moves.iter().zip(read) {
+            self.sequences[one.row][one.to] = token;
+        }
+        Ok(())
     }
 
     fn copy_row(&mut self, from: usize, to: usize) -> Result<()> {
@@ -58,6 +76,11 @@ fn hard(sequence: &[i32]) -> i32 {
 fn easy(sequence: &[i32]) -> i32 {
     let (length, last) = (sequence.len() as i32, sequence[sequence.len() - 1]);
     if length % 6 == 0 { (last * 5 + length) % 29 } else { length * 7 % 29 }
+}
+
+/// Goes through the same eleven tokens again and again.
+fn repeating(sequence: &[i32]) -> i32 {
+    (sequence[sequence.len() - 1] + 1) % 11
 }
 
 fn requests() -> Vec<Request> {
@@ -104,7 +127,9 @@ fn strategies() -> Vec<Strategy> {
             Strategy::MultiBlock { n, blocks: 3, ratio: 0.4, pool: 4 },
         ]
     };
-    [2, 3, 8, 16, 64].into_iter().flat_map(of_n).collect()
+    let lookahead = [(1, 2, 1), (1, 3, 3), (4, 2, 2), (5, 4, 5), (10, 5, 6), (3, 16, 1)];
+    let lookahead = lookahead.map(|(window, ngram, candidates)| Strategy::Lookahead { window, ngram, candidates });
+    [2, 3, 8, 16, 64].into_iter().flat_map(of_n).chain(lookahead).collect()
 }
 
 fn limits() -> Limits {
@@ -135,7 +160,7 @@ fn a_rolling_window_keeps_its_predictions_and_never_shrinks() {
     let first = row.window(0).guesses[0];
     // The first guess is right, the second is not: two tokens are final, and the predictions after them stay.
     let wrong = row.window(0).guesses[1] + 1;
-    assert_eq!(row.accept(&[first, wrong, 21, 22]), [first, wrong]);
+    assert_eq!(row.accept(&[first, wrong, 21, 22]).tokens, [first, wrong]);
     assert_eq!((row.window(0).known, &row.window(0).guesses[..2]), (wrong, &[21, 22][..]));
     assert!(row.window(0).guesses.len() == 3 && [1, 2, 3, first, wrong].contains(&row.window(0).guesses[2]));
 }
@@ -178,8 +203,89 @@ fn several_blocks_with_a_pool_take_no_more_forwards_than_a_rolling_window() {
     }
 }
 
+/// A row that decodes after the prompt 7 8 9 7.
+fn lookahead_row<'l>(limits: &'l Limits, window: usize, candidates: usize) -> Row<'l> {
+    let request = Request { sample_id: "a".into(), prompt_ids: vec![7, 8, 9, 7] };
+    let strategy = Strategy::Lookahead { window, ngram: 3, candidates };
+    Row::new(request, limits, DecodeOptions::greedy(strategy, 1))
+}
+
+/// What [`lookahead_row`]'s window of 3 columns, 2 levels and a candidate of 2 tokens is predicted where all goes well.
+fn predictions(row: &Row<'_>) -> Vec<i32> {
+    let tokens: Vec<i32> = row.window(0).tokens().collect();
+    assert_eq!(
+        (tokens.len(), tokens[0], &tokens[6..]),
+        (8, 7, &[8, 9][..]),
+        "what followed 7 in the prompt is guessed"
+    );
+    let mut predicted = vec![8, 101, 102, 103, 104, 105, 9, 7];
+    // No token of the lookahead branch is right.
+    if tokens[1] == 8 || tokens[3] == 8 {
+        predicted[1] = -1;
+        predicted[3] = -1;
+    }
+    predicted
+}
+
+#[test]
+fn a_lookahead_window_is_a_tree_of_columns_and_candidates() {
+    let limits = limits();
+    let mut row = lookahead_row(&limits, 3, 1);
+    let places = |row: &Row<'_>| -> Vec<(usize, usize)> {
+        let window = row.window(0);
+        (0..window.len()).map(|offset| (window.place(offset).parent, window.place(offset).depth)).collect()
+    };
+    assert_eq!(places(&row), [(0, 0), (0, 1), (1, 2), (0, 1), (1, 2), (2, 3), (0, 1), (6, 2)]);
+    let old: Vec<i32> = row.window(0).tokens().collect();
+    let predicted = predictions(&row);
+    let Accepted { tokens, moves } = row.accept(&predicted);
+    assert_eq!(tokens, [8, 9, 7]);
+    // The candidate's tokens lie behind the others: those at offsets 6 and 7 go to the slots behind that of the first token.
+    assert_eq!(moves, [(3 + 6, 3 + 1), (3 + 7, 3 + 2)]);
+    // Three tokens became known, so the columns that begin with the first two of them are over: the third one's goes on.
+    let new: Vec<i32> = row.window(0).tokens().collect();
+    assert_eq!((new[0], new[3]), (7, predicted[5]));
+    assert!(new[1..3].iter().chain(&new[4..6]).all(|token| [7, 8, 9].contains(token)), "the others are drawn anew");
+    // What its forward made of the columns are n-grams now; the newest follows the first token of the first column.
+    assert_eq!(&new[6..], [old[3], predicted[3]]);
+}
+
+#[test]
+fn an_answer_ends_at_an_eos_or_the_limit_inside_an_accepted_candidate() {
+    for (limits, response, reason) in [
+        (Limits { max_new_tokens: 40, eos_ids: vec![9] }, &[8, 9][..], FinishReason::Eos),
+        (Limits { max_new_tokens: 2, eos_ids: vec![] }, &[8, 9], FinishReason::Length),
+        (Limits { max_new_tokens: 1, eos_ids: vec![8] }, &[8], FinishReason::Eos),
+    ] {
+        let mut row = lookahead_row(&limits, 3, 1);
+        let predicted = predictions(&row);
+        assert_eq!(row.accept(&predicted).tokens, response);
+        let answer = row.into_answer();
+        assert_eq!((&answer.response_ids[..], answer.finish_reason), (response, reason));
+        assert_eq!(answer.accepted, [response.len() as u32]);
+    }
+}
+
+#[test]
+fn lookahead_takes_far_fewer_forwards_where_text_repeats() {
+    let limits = Limits { max_new_tokens: 200, eos_ids: vec![] };
+    let greedy =
+        run(&mut Rule { next: repeating, ..Rule::new(7) }, 7, Strategy::Ar, &limits, Prefill::First, &mut |_, _| ());
+    let of = |strategy| {
+        let mut model = Rule { next: repeating, ..Rule::new(7) };
+        let answers = run(&mut model, 7, strategy, &limits, Prefill::First, &mut |_, _| ());
+        assert!(answers.iter().zip(&greedy).all(|(a, b)| a.response_ids == b.response_ids), "{strategy:?}");
+        answers.iter().map(|answer| answer.forwards).sum::<usize>()
+    };
+    let (one_by_one, lookahead) = (of(Strategy::Ar), of(Strategy::lookahead()));
+    assert_eq!(one_by_one, 7 * 200);
+    // At best a candidate's three tokens and the prediction after them at a time.
+    assert!(lookahead < one_by_one * 2 / 5, "{lookahead} forwards, {one_by_one} one by one");
+}
+
 #[test]
 fn what_cannot_be_done_is_refused_with_its_numbers() {
+    let lookahead = |window, ngram, candidates| Strategy::Lookahead { window, ngram, candidates };
     let multi = |n, blocks, ratio| Strategy::MultiBlock { n, blocks, ratio, pool: 0 };
     for (strategy, message) in [
         (Strategy::Jacobi { n: 1 }, "n of jacobi must be from 2 to 1024"),
@@ -187,6 +293,10 @@ fn what_cannot_be_done_is_refused_with_its_numbers() {
         (Strategy::Rolling { n: 4, pool: 1025 }, "pool of rolling must be at most 1024"),
         (multi(16, 1, 0.5), "blocks of multiblock must be at least 2"),
         (multi(16, 2, 0.0), "ratio of multiblock must be above 0 and at most 1"),
+        (lookahead(0, 4, 5), "lookahead needs a window and candidates of at least 1"),
+        (lookahead(5, 1, 5), "an ngram of at least 2"),
+        (lookahead(15, 5, 15), "window 15, ngram 5 and candidates 15 of lookahead make a tree of"),
+        (lookahead(usize::MAX, 5, 15), "there may be 64"),
         (multi(512, 3, 1.0), "3 blocks of 512 tokens make a window of 1536, there may be 1024"),
     ] {
         let error = strategy.check().unwrap_err().to_string();
@@ -251,7 +361,7 @@ fn the_watcher_sees_every_token_once_and_in_order() {
 #[test]
 fn a_finished_row_leaves_its_place_to_the_next_request_without_a_change_of_answers() {
     let some = [Strategy::Ar, Strategy::Jacobi { n: 8 }, Strategy::Rolling { n: 5, pool: 2 }, Strategy::multi_block(4)];
-    for strategy in some {
+    for strategy in some.into_iter().chain([Strategy::lookahead()]) {
         let together = answers(strategy, &limits());
         for (room, prompt_tokens) in [(1, usize::MAX), (2, 1), (3, 4), (5, usize::MAX)] {
             let mut model = Rule { prompt_tokens, ..Rule::new(room) };

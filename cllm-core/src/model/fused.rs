@@ -4,6 +4,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::Transformer;
+use super::kv_cache::SlotMove;
 use super::transformer::Layer;
 use crate::torch_ext::decode_kernels::{Choice, DecodeKernels, LayerCache, Places, Queries};
 use crate::{Error, Result, torch_ext};
@@ -81,6 +82,16 @@ impl<'m> Fused<'m> {
         for cache in [&self.keys, &self.values] {
             cache.select(1, to as i64).copy_(&cache.select(1, from as i64));
         }
+    }
+
+    /// Copies keys and values between slots of the cache; all are read before any is written.
+    pub(crate) fn move_slots(&mut self, moves: &[SlotMove]) {
+        let [rows, from, to] = SlotMove::indices(moves, self.keys.device());
+        let keys = |slots| [None, Some(&rows), None, Some(slots)];
+        let values = |slots| [None, Some(&rows), None, None, Some(slots)];
+        let read = (self.keys.index(&keys(&from)), self.values.index(&values(&from)));
+        let _ = self.keys.index_put_(&keys(&to), &read.0, false);
+        let _ = self.values.index_put_(&values(&to), &read.1, false);
     }
 
     /// Forwards the tokens and writes the choice after each of the leading outputs: int32 `predicted [outputs]`.

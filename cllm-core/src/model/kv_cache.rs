@@ -1,8 +1,27 @@
-//! Preallocated keys and values. Slot = position, so that a rollback is only bookkeeping.
+//! Preallocated keys and values. The slot of a known token is its position, so that a rollback is only bookkeeping.
 
 use tch::{Device, IndexOp, Kind, Tensor};
 
 use super::{ALIGNED, ModelConfig};
+
+/// A slot of a row to copy to another.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct SlotMove {
+    pub(crate) row: usize,
+    pub(crate) from: usize,
+    pub(crate) to: usize,
+}
+
+impl SlotMove {
+    /// Rows, slots to read and slots to write of some moves: int64 `[moves]` each.
+    pub(super) fn indices(moves: &[SlotMove], device: Device) -> [Tensor; 3] {
+        let parts: [fn(&SlotMove) -> usize; 3] = [|one| one.row, |one| one.from, |one| one.to];
+        parts.map(|part| {
+            let numbers: Vec<i64> = moves.iter().map(|one| part(one) as i64).collect();
+            Tensor::from_slice(&numbers).to_device(device)
+        })
+    }
+}
 
 /// Keys and values of `rows` sequences.
 pub struct KvCache {
@@ -31,6 +50,16 @@ impl KvCache {
     pub fn copy_row(&mut self, from: usize, to: usize) {
         for tensor in self.layers.iter_mut().flat_map(|(keys, values)| [keys, values]) {
             tensor.get(to as i64).copy_(&tensor.get(from as i64));
+        }
+    }
+
+    /// Copies keys and values between slots; all are read before any is written.
+    pub(crate) fn move_slots(&mut self, moves: &[SlotMove]) {
+        let Some((first, _)) = self.layers.first() else { return };
+        let [rows, from, to] = SlotMove::indices(moves, first.device());
+        for tensor in self.layers.iter_mut().flat_map(|(keys, values)| [keys, values]) {
+            let read = tensor.index(&[Some(&rows), None, Some(&from)]);
+            let _ = tensor.index_put_(&[Some(&rows), None, Some(&to)], &read, false);
         }
     }
 

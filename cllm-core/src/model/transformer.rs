@@ -54,6 +54,44 @@ pub struct Transformer {
 /// Attended slots and packed widths are multiples of this, or the GPU's attention copies the bias in every layer.
 pub const ALIGNED: usize = 8;
 
+/// Where the tokens of a forward with a cache belong: int64 `[rows, width]`.
+#[derive(Debug)]
+pub struct CachePlaces {
+    /// Positions in the sequence.
+    pub positions: Tensor,
+    /// Slots of the cache, where keys and values are written.
+    pub slots: Tensor,
+    /// What queries see of the slots at or before their own; without it, all.
+    pub branches: Option<Branches>,
+}
+
+/// Windows whose tokens do not follow one another.
+#[derive(Debug)]
+pub struct Branches {
+    /// Slot that the window of a row begins with, int64 `[rows, 1]`; a query sees every slot before it.
+    pub first: Tensor,
+    /// Bit i, as of an unsigned number: the query sees slot `first + i`. int64 `[rows, width]`.
+    pub visible: Tensor,
+}
+
+impl CachePlaces {
+    /// Of tokens whose slots are their positions.
+    pub fn in_order(positions: Tensor) -> Self {
+        CachePlaces { slots: positions.shallow_clone(), positions, branches: None }
+    }
+
+    /// True where a query sees a slot: `[rows, 1, group x width, attended]`, the queries `group` times one behind another.
+    fn mask(&self, group: i64, attended: usize) -> Tensor {
+        let queries = |of: &Tensor| of.repeat([1, group]).unsqueeze(1).unsqueeze(-1);
+        let slots = Tensor::arange(attended as i64, (Kind::Int64, self.slots.device())).view([1, 1, 1, -1]);
+        let before = slots.le_tensor(&queries(&self.slots));
+        let Some(Branches { first, visible }) = &self.branches else { return before };
+        let offset = slots - first.unsqueeze(-1).unsqueeze(-1);
+        let bit = queries(visible).bitwise_right_shift(&offset.clamp(0, 63)).bitwise_and(1);
+        before.logical_and(&bit.ne(0).logical_or(&offset.lt(0)))
+    }
+}
+
 /// What a query may attend to.
 pub(super) enum Context<'c> {
     /// Everything before it in the same sequence.
@@ -214,12 +252,12 @@ impl Transformer {
     }
 
     /// Final hidden states `[tokens, hidden]` of the leading `lengths` tokens of each row, with a cache: keys and values are
-    /// written at slots `positions` (int64 `[rows, width]`, as `tokens`), then each query attends to every slot at or before
-    /// its own position. `attended`: number of leading slots that any row needs. No gradient flows.
+    /// written at their slots, then each query attends to those at or before its own, as far as it sees them. `tokens`: int64
+    /// `[rows, width]`; `attended`: number of leading slots that any row needs. No gradient flows.
     pub fn hidden_cached(
         &self,
         tokens: &Tensor,
-        positions: &Tensor,
+        places: &CachePlaces,
         lengths: &[usize],
         cache: &mut KvCache,
         attended: usize,
@@ -231,13 +269,10 @@ impl Transformer {
             None => tokens.shallow_clone(),
         };
         let attended = attended.next_multiple_of(ALIGNED);
-        let slots = Tensor::arange(attended as i64, (Kind::Int64, self.device));
         // The query heads that share a key head stand behind one another in the sequence of queries (see `attention`).
-        let group = self.config.num_heads / self.config.num_kv_heads;
-        let mask = slots.view([1, 1, 1, -1]).le_tensor(&positions.repeat([1, group]).unsqueeze(1).unsqueeze(-1));
-        let bias = self.bias(&mask);
-        let context = Context::Cache { cache, slots: positions, attended, bias, ragged: ragged.as_ref() };
-        self.forward(&tokens, positions, context).flatten(0, 1)
+        let bias = self.bias(&places.mask(self.config.num_heads / self.config.num_kv_heads, attended));
+        let context = Context::Cache { cache, slots: &places.slots, attended, bias, ragged: ragged.as_ref() };
+        self.forward(&tokens, &places.positions, context).flatten(0, 1)
     }
 
     /// What is added to the scores where `mask` is true (0) and false (minus infinity); made once, not once a layer.

@@ -4,7 +4,7 @@ use cllm_core::decode::{DecodeOptions, Limits, Request, Strategy, decode};
 
 use crate::models::{random_model, shapes};
 
-fn strategies() -> [Strategy; 6] {
+fn strategies() -> [Strategy; 8] {
     [
         Strategy::Jacobi { n: 2 },
         Strategy::Jacobi { n: 16 },
@@ -12,6 +12,8 @@ fn strategies() -> [Strategy; 6] {
         Strategy::Rolling { n: 16, pool: 4 },
         Strategy::multi_block(5),
         Strategy::MultiBlock { n: 16, blocks: 3, ratio: 0.5, pool: 2 },
+        Strategy::lookahead(),
+        Strategy::Lookahead { window: 2, ngram: 3, candidates: 4 },
     ]
 }
 

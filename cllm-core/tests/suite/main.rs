@@ -11,5 +11,6 @@ mod gpu;
 mod lora;
 mod models;
 mod parity;
+mod sampling;
 mod saved;
 mod trajectories;

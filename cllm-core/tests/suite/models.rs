@@ -1,6 +1,6 @@
 //! Every family: cached equals uncached, saved equals loaded, bad files are refused.
 
-use cllm_core::model::{KvCache, ModelConfig, Transformer};
+use cllm_core::model::{Branches, CachePlaces, KvCache, ModelConfig, Transformer};
 use serde_json::{Value, json};
 use tch::{Device, IndexOp, Kind, Tensor};
 
@@ -25,19 +25,53 @@ fn cached_equals_uncached_with_each_row_at_its_own_position() {
         let whole = model.logits(&model.hidden(&tokens, &positions)).unwrap();
         let mut cache = KvCache::new(model.config(), 2, 32, Device::Cpu, Kind::Float);
         // Row 0 has seen 9 tokens, row 1 only 5; then both go on for 6.
-        let _ = model.hidden_cached(&tokens.i((.., ..9)), &positions.i((.., ..9)), &[9, 9], &mut cache, 9);
+        let _ = model.hidden_cached(
+            &tokens.i((.., ..9)),
+            &CachePlaces::in_order(positions.i((.., ..9))),
+            &[9, 9],
+            &mut cache,
+            9,
+        );
         let starts = [9, 5];
         let pick = |from: &Tensor| {
             Tensor::stack(&[from.i((0, starts[0]..starts[0] + 6)), from.i((1, starts[1]..starts[1] + 6))], 0)
         };
-        let hidden = model.hidden_cached(&pick(&tokens), &pick(&positions), &[6, 6], &mut cache, 15);
+        let hidden =
+            model.hidden_cached(&pick(&tokens), &CachePlaces::in_order(pick(&positions)), &[6, 6], &mut cache, 15);
         let apart = difference(&model.logits(&hidden.view([2, 6, -1])).unwrap(), &pick(&whole));
         assert!(apart < 1e-3, "{name}: {apart}");
         // A row may be shorter than the others: its padding is computed nowhere and changes nothing.
-        let hidden = model.hidden_cached(&pick(&tokens), &pick(&positions), &[2, 6], &mut cache, 15);
+        let hidden =
+            model.hidden_cached(&pick(&tokens), &CachePlaces::in_order(pick(&positions)), &[2, 6], &mut cache, 15);
         let wanted = pick(&whole).flatten(0, 1).index_select(0, &Tensor::from_slice(&[0i64, 1, 6, 7, 8, 9, 10, 11]));
         let apart = difference(&model.logits(&hidden).unwrap(), &wanted);
         assert!(apart < 1e-3, "{name}, ragged: {apart}");
+    }
+}
+
+#[test]
+fn a_branch_sees_its_own_tokens_at_their_positions_and_no_others() {
+    let _no_grad = tch::no_grad_guard();
+    let numbers = |values: &[i64]| Tensor::from_slice(values).unsqueeze(0);
+    for (name, config) in shapes() {
+        let model = random_model(&config);
+        let mut cache = KvCache::new(model.config(), 1, 32, Device::Cpu, Kind::Float);
+        let prefix = [3i64, 8, 2, 9];
+        let places = CachePlaces::in_order(numbers(&[0, 1, 2, 3]));
+        let _ = model.hidden_cached(&numbers(&prefix), &places, &[4], &mut cache, 4);
+        // The token at slot 4 is followed by 11 and by 12, the latter by 13.
+        let branches = Branches { first: numbers(&[4]), visible: numbers(&[0b1, 0b11, 0b101, 0b1101]) };
+        let places =
+            CachePlaces { positions: numbers(&[4, 5, 5, 6]), slots: numbers(&[4, 5, 6, 7]), branches: Some(branches) };
+        let hidden = model.hidden_cached(&numbers(&[10, 11, 12, 13]), &places, &[4], &mut cache, 8);
+        let logits = model.logits(&hidden).unwrap();
+        for (row, path) in [(0, &[10][..]), (1, &[10, 11]), (2, &[10, 12]), (3, &[10, 12, 13])] {
+            let ids = [&prefix[..], path].concat();
+            let positions: Vec<i64> = (0..ids.len() as i64).collect();
+            let alone = model.logits(&model.hidden(&numbers(&ids), &numbers(&positions))).unwrap();
+            let apart = difference(&logits.get(row), &alone.i((0, -1)));
+            assert!(apart < 1e-3, "{name}, {path:?}: {apart}");
+        }
     }
 }
 

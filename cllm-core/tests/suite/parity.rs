@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use cllm_core::model::{DeviceStream, KvCache, Stream, Transformer};
+use cllm_core::model::{CachePlaces, DeviceStream, KvCache, Stream, Transformer};
 use serde_json::Value;
 use tch::{Device, IndexOp, Kind, Tensor};
 
@@ -109,10 +109,10 @@ fn cached_forwards_in_uneven_pieces_agree_with_transformers() {
         for width in [30, 1, 16, 1, 32] {
             // Guesses that are wrong are written first, as Jacobi decoding does; the next forward writes over them.
             let wrong = (tokens.narrow(1, start, width) + 7).remainder(60);
-            let (slots, end) = (positions.narrow(1, start, width), (start + width) as usize);
+            let (places, end) = (CachePlaces::in_order(positions.narrow(1, start, width)), (start + width) as usize);
             let lengths = [width as usize; 2];
-            let _ = model.hidden_cached(&wrong, &slots, &lengths, &mut cache, end);
-            let piece = model.hidden_cached(&tokens.narrow(1, start, width), &slots, &lengths, &mut cache, end);
+            let _ = model.hidden_cached(&wrong, &places, &lengths, &mut cache, end);
+            let piece = model.hidden_cached(&tokens.narrow(1, start, width), &places, &lengths, &mut cache, end);
             pieces.push(piece.view([2, width, -1]));
             start += width;
         }

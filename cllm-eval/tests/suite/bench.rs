@@ -64,6 +64,25 @@ fn every_figure_of_the_file_is_there_and_models_stand_side_by_side() {
 }
 
 #[test]
+fn the_recipe_measures_every_strategy() {
+    let dir = tempfile::tempdir().unwrap();
+    model(&dir.path().join("one"), 1);
+    let prompts = path(dir.path(), "prompts.jsonl");
+    std::fs::write(&prompts, r#"{"id":"0","prompt":"1 and 2 and 1 and 2 and"}"#).unwrap();
+    let recipe = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/bench.yaml");
+    let (one, prompts) = (format!("model={}", path(dir.path(), "one")), format!("prompts={prompts}"));
+    let found = bench(dir.path(), &["-c", recipe, &one, &prompts, "max_new_tokens=20"]);
+    let strategies = found["models"][0]["strategies"].as_array().unwrap();
+    let name = |strategy: &Value| match &strategy["strategy"] {
+        Value::String(name) => name.clone(),
+        with_settings => with_settings.as_object().unwrap().keys().next().unwrap().clone(),
+    };
+    let names: Vec<String> = strategies.iter().map(name).collect();
+    assert_eq!(names, ["ar", "jacobi", "rolling", "rolling", "multiblock", "lookahead"]);
+    assert!(strategies.iter().all(|strategy| strategy["exact_match_vs_ar"] == 1.0), "{strategies:?}");
+}
+
+#[test]
 fn settings_that_do_not_fit_and_files_of_other_machines_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     model(&dir.path().join("one"), 1);
@@ -76,6 +95,7 @@ fn settings_that_do_not_fit_and_files_of_other_machines_are_refused() {
     refused(&[&one, "shape=135M"], "`shape`");
     refused(&["shape=135M", "prompts=x.jsonl"], "prompts");
     refused(&[&one, "steps=[0]"], "steps");
+    refused(&[&one, "strategies=[{lookahead: {window: 30}}]"], "window 30, ngram 4 and candidates 5 of lookahead");
     let mut found = bench(dir.path(), &[&one]);
     found["hardware"]["cpu"] = "another".into();
     std::fs::write(&file, found.to_string()).unwrap();

@@ -83,6 +83,41 @@ fn a_run_goes_on_after_a_kill_and_score_gives_the_same_numbers() {
 }
 
 #[test]
+fn a_temperature_draws_the_same_answers_with_every_strategy_and_is_written_down() {
+    let dir = tempfile::tempdir().unwrap();
+    model(&dir.path().join("student"), 2);
+    let run = |temperature: &str| {
+        let output = program()
+            .current_dir(dir.path())
+            .args(["run", "--quiet", "--json", "student=student", "count=6", "max_new_tokens=12", "device=cpu"])
+            .args(["strategies=[ar, {rolling: {n: 8}}, {lookahead: {}}]", "speed_examples=2"])
+            .args([format!("temperature={temperature}"), format!("output=at-{temperature}")])
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let samples = dir.path().join(format!("at-{temperature}/samples.jsonl"));
+        let results: Value = serde_json::from_slice(&output.stdout).unwrap();
+        (results, Records::read(&samples).unwrap())
+    };
+    let ids = |records: &Records| -> Vec<Vec<i32>> {
+        records.answers.iter().map(|answer| answer.response_ids.clone()).collect()
+    };
+    let (greedy, likeliest) = run("0");
+    let (warm, drawn) = run("1.5");
+    assert_eq!((&greedy["settings"]["temperature"], &warm["settings"]["temperature"]), (&0.0.into(), &1.5.into()));
+    assert_ne!(ids(&likeliest), ids(&drawn));
+    for strategy in warm["models"][0]["strategies"].as_array().unwrap() {
+        assert_eq!(strategy["exact_match_vs_ar"], 1.0, "{strategy}");
+    }
+    // What is timed is drawn too: an answer takes as many forwards as in its batch.
+    assert_eq!(drawn.speeds.len(), 3 * 2);
+    for speed in &drawn.speeds {
+        let same = drawn.answers.iter().find(|one| (one.strategy, one.index) == (speed.strategy, speed.index)).unwrap();
+        assert_eq!((speed.forwards, speed.tokens), (same.forwards, same.response_ids.len()));
+    }
+}
+
+#[test]
 fn generate_answers_both_ways_alike() {
     let dir = tempfile::tempdir().unwrap();
     model(dir.path(), 3);
@@ -166,6 +201,10 @@ fn bad_settings_and_missing_devices_have_their_exit_codes() {
     let (code, message) = exit(&["run", "strategies=[{jacobi: {n: 1}}]"]);
     assert_eq!(code, Some(2));
     assert!(message.contains("n of jacobi"), "{message}");
+    for temperature in ["11", "-0.5", ".nan", "warm"] {
+        let (code, message) = exit(&["run", "student=x", &format!("temperature={temperature}")]);
+        assert!(code == Some(2) && message.contains("temperature"), "{temperature}: {message}");
+    }
     let (code, message) = exit(&["run", "student=x", "device=cuda:4096"]);
     assert_eq!(code, Some(3));
     assert!(message.contains("cuda:4096"), "{message}");
