@@ -1,6 +1,6 @@
 //! Spider: a question and a database's schema, answered by a query, scored by executing it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -9,7 +9,10 @@ use serde_json::json;
 use super::Verdict;
 use super::sql::Database;
 use crate::prompt_set::{Prompt, Sample};
-use crate::{Error, Result, rows};
+use crate::{Error, Result, fingerprint, rows};
+
+/// Questions of the split `heldout`, at least.
+const HELD_OUT: usize = 700;
 
 #[derive(Deserialize)]
 struct Row {
@@ -60,10 +63,13 @@ impl Schema {
 
 pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
     let stems: &[&str] = match split {
-        "train" => &["train_spider", "train", "spider/train", "data/train"],
+        "train" | "heldout" | "rest" => &["train_spider", "train", "spider/train", "data/train"],
         "dev" | "validation" => &["dev", "validation", "spider/validation", "data/validation"],
         "test" => &["test"],
-        other => return Err(Error::usage(format!("spider has the splits train, dev and test, not `{other}`"))),
+        other => {
+            let splits = "train, dev and test, and heldout and rest, which are two parts of train";
+            return Err(Error::usage(format!("spider has the splits {splits}, not `{other}`")));
+        }
     };
     let questions: Vec<Row> = rows::read(data, stems)?;
     let tables = data.join("tables.json");
@@ -76,20 +82,50 @@ pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
     }
     let schemas: Vec<Schema> = rows::read(&tables, &[])?;
     let schemas: HashMap<&str, String> = schemas.iter().map(|schema| (schema.db_id.as_str(), schema.text())).collect();
+    let held_out = if ["heldout", "rest"].contains(&split) { held_out(data, &questions) } else { BTreeSet::new() };
+    // A question keeps its number in train.
+    let stem = if stems.contains(&"train") { "train" } else { split };
+    let chosen = |(_, row): &(usize, Row)| match split {
+        "heldout" => held_out.contains(&pair(row)),
+        "rest" => !held_out.contains(&pair(row)),
+        _ => true,
+    };
     let sample = |(index, row): (usize, Row)| {
         let schema = schemas.get(row.db_id.as_str()).ok_or_else(|| {
             Error::file(&tables, format!("has no database `{}`, which row {} of {split} asks", row.db_id, index + 1))
         })?;
         let question = row.question.trim();
         Ok(Sample {
-            id: format!("spider-{split}-{index}"),
+            id: format!("spider-{stem}-{index}"),
             source: format!("spider/{split}"),
             prompt: Prompt::question(format!("{schema}\n{question}\nAnswer with one SQLite query only.")),
             reference: Some(row.query.trim().to_owned()),
             meta: Some(json!({ "db_id": row.db_id })),
         })
     };
-    questions.into_iter().enumerate().map(sample).collect()
+    questions.into_iter().enumerate().filter(chosen).map(sample).collect()
+}
+
+/// A database and a query, spaces aside.
+fn pair(row: &Row) -> (String, String) {
+    (row.db_id.clone(), row.query.split_whitespace().collect::<Vec<_>>().join(" "))
+}
+
+/// The pairs of train that `heldout` asks and `rest` does not, so that what is learnt from the rest was seen neither in the words of another
+/// question: drawn from a fixed seed, among those whose database is there to score them.
+fn held_out(data: &Path, questions: &[Row]) -> BTreeSet<(String, String)> {
+    let there = |row: &&Row| data.join("database").join(&row.db_id).is_dir();
+    let mut pairs: BTreeMap<(String, String), usize> = BTreeMap::new();
+    questions.iter().filter(there).for_each(|row| *pairs.entry(pair(row)).or_default() += 1);
+    let mut drawn: Vec<_> = pairs.into_iter().collect();
+    drawn.sort_by_key(|((database, query), _)| fingerprint::key(0, &format!("{database}\n{query}")));
+    let mut rows = 0;
+    let before = |(_, count): &((String, String), usize)| {
+        let more = rows < HELD_OUT;
+        rows += count;
+        more
+    };
+    drawn.into_iter().take_while(before).map(|(pair, _)| pair).collect()
 }
 
 /// The file of a sample's database: `DATA/database/ID/ID.sqlite`.
@@ -157,6 +193,21 @@ mod tests {
         assert!(error.contains("aquarium.sqlite") && error.contains("spider-dev-0"), "{error}");
         Task::Spider.expect_data(Some(dir.path()), &samples[0]).unwrap();
         assert!(load(dir.path(), "nosuch").is_err());
+        // Questions of the same pair stay together, whatever the spaces.
+        let row = |index: usize, space: &str| {
+            format!(r#"{{"db_id": "zoo", "question": "q{index}", "query": "SELECT{space}{}"}}"#, index / 2)
+        };
+        let rows = (0..3000).map(|index| row(index, [" ", "  "][index % 2])).collect::<Vec<_>>().join("\n");
+        std::fs::write(dir.path().join("train.jsonl"), rows).unwrap();
+        let numbers = |split: &str| -> BTreeSet<String> {
+            load(dir.path(), split).unwrap().into_iter().map(|sample| sample.id).collect()
+        };
+        let (held_out, rest, all) = (numbers("heldout"), numbers("rest"), numbers("train"));
+        assert_eq!((held_out.len(), rest.len()), (HELD_OUT, 3000 - HELD_OUT));
+        assert!(held_out.is_disjoint(&rest) && held_out.union(&rest).eq(&all));
+        let twin = |id: &String| format!("spider-train-{}", id[13..].parse::<usize>().unwrap() ^ 1);
+        assert!(held_out.iter().all(|id| held_out.contains(&twin(id))));
+        assert_eq!(load(dir.path(), "heldout").unwrap()[0].source, "spider/heldout");
     }
 
     #[test]
