@@ -37,6 +37,8 @@ pub fn parse(name: &str) -> Result<Device> {
 /// As [`parse`].
 pub fn of_member(name: &str, member: Option<&Member>) -> Result<Device> {
     match member {
+        // Some launchers show each process its own GPU alone.
+        Some(_) if Cuda::device_count() == 1 => parse(name),
         Some(member) if ["auto", "cuda"].contains(&name) && Cuda::is_available() => {
             parse(&format!("cuda:{}", member.local_rank))
         }

@@ -44,7 +44,9 @@ pub struct Origin {
 impl Origin {
     /// That of a run which takes its tokenizer, and with it the model, from `folder`.
     pub fn of(settings: &Settings, tokenizer: &Tokenizer, folder: &Path) -> Result<Self> {
-        let course = Settings { log_every: 1, save_every: 0, keep: 1, output: String::new(), ..settings.clone() };
+        // What changes nothing of it may be changed on the way.
+        let course =
+            Settings { log_every: 1, save_every: 0, keep: 1, recompute: 0, output: String::new(), ..settings.clone() };
         let course = serde_json::to_string(&course).map_err(|error| Error::usage(format!("settings: {error}")))?;
         let mut contents = BTreeMap::from([("the tokenizer".to_owned(), tokenizer.fingerprint().to_owned())]);
         if settings.init.is_none() {
