@@ -59,7 +59,8 @@ __device__ __forceinline__ u32 hash(u64 key, u32 token) {
 // What is compared to choose a token: the logit, or with a temperature its Gumbel-max perturbation.
 __device__ __forceinline__ float score(float logit, float inverse_temperature, u64 key, int token) {
   if (inverse_temperature == 0.f) return logit;
-  float uniform = ((float)(hash(key, (u32)token) >> 8) + 0.5f) * (1.f / 16777216.f);
+  // 23 bits: with one more, the half would round the largest up to 1.
+  float uniform = ((float)(hash(key, (u32)token) >> 9) + 0.5f) * (1.f / 8388608.f);
   return logit * inverse_temperature - logf(-logf(uniform));
 }
 

@@ -33,15 +33,16 @@ pub struct Group {
 
 impl Member {
     /// What the environment says: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them, or Slurm's
-    /// SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID with MASTER_ADDR and MASTER_PORT. `None` for a process that is alone.
+    /// SLURM_PROCID, SLURM_STEP_NUM_TASKS and SLURM_LOCALID with MASTER_ADDR and MASTER_PORT. `None` for a process that is alone.
     ///
     /// # Errors
     /// [`Error::Usage`] naming a variable that is missing or no number in its range.
     pub fn from_env(get: impl Fn(&str) -> Option<String>) -> Result<Option<Self>> {
         let names = if get("WORLD_SIZE").is_some() {
             ["WORLD_SIZE", "RANK", "LOCAL_RANK"]
-        } else if get("SLURM_PROCID").is_some() {
-            ["SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID"]
+        } else if get("SLURM_STEP_NUM_TASKS").is_some() {
+            // Of srun; a batch script alone has the other variables too, but is one process.
+            ["SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"]
         } else {
             return Ok(None);
         };
@@ -203,7 +204,8 @@ mod tests {
         let agent =
             [&place[..], &[("WORLD_SIZE", "2"), ("RANK", "0"), ("TORCHELASTIC_USE_AGENT_STORE", "True")]].concat();
         assert!(!member(&agent).unwrap().unwrap().meeting.serves);
-        let slurm = [&place[..], &[("SLURM_NTASKS", "2"), ("SLURM_PROCID", "0"), ("SLURM_LOCALID", "0")]].concat();
+        let slurm =
+            [&place[..], &[("SLURM_STEP_NUM_TASKS", "2"), ("SLURM_PROCID", "0"), ("SLURM_LOCALID", "0")]].concat();
         let found = member(&slurm).unwrap().unwrap();
         assert!(found.meeting.serves && found.meeting.host == "node7" && found.meeting.port == 29500);
         let error = |variables: &[(&str, &str)]| member(variables).unwrap_err().to_string();

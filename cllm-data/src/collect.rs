@@ -175,7 +175,8 @@ pub fn collect(settings: &Settings) -> Result<Summary> {
         progress::say(format!("{} prompts are empty or too long for the context: see skipped.jsonl", skipped.len()));
         prompt_set::write(&output.join("skipped.jsonl"), &skipped)?;
     }
-    if prepared.is_empty() {
+    // Of fewer prompts than processes some have none.
+    if prepared.is_empty() && wanted > 0 {
         return Err(Error::usage(format!(
             "no prompt of {} fits the context: with max_new_tokens={} it may have at most {} tokens; lower max_new_tokens",
             settings.prompts.display(),

@@ -45,8 +45,15 @@ impl Origin {
     /// That of a run which takes its tokenizer, and with it the model, from `folder`.
     pub fn of(settings: &Settings, tokenizer: &Tokenizer, folder: &Path) -> Result<Self> {
         // What changes nothing of it may be changed on the way.
-        let course =
-            Settings { log_every: 1, save_every: 0, keep: 1, recompute: 0, output: String::new(), ..settings.clone() };
+        let course = Settings {
+            log_every: 1,
+            save_every: 0,
+            keep: 1,
+            recompute: 0,
+            output: String::new(),
+            device: String::new(),
+            ..settings.clone()
+        };
         let course = serde_json::to_string(&course).map_err(|error| Error::usage(format!("settings: {error}")))?;
         let mut contents = BTreeMap::from([("the tokenizer".to_owned(), tokenizer.fingerprint().to_owned())]);
         if settings.init.is_none() {
@@ -110,11 +117,12 @@ pub fn save(
         })?;
         atomic_file::write_json(&folder.join("state.json"), position)
     })?;
-    point(&all, "latest", &name)?;
+    // First: a kill between the two must not leave `latest` with a best that nothing points to.
     let best = position.selection.best.map(|(step, _)| step);
     if best == Some(position.step) {
         point(&all, "best", &name)?;
     }
+    point(&all, "latest", &name)?;
     rotate(&all, settings.keep, best)
 }
 

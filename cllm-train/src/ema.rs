@@ -3,6 +3,8 @@
 use cllm_core::Result;
 use tch::Tensor;
 
+use crate::optimizer::PIECE;
+
 /// Takes the weights after step `number` (from 1) into their average, both float32 and of one shape. The weights of step i count
 /// decay^(number - i), and all of them 1: the model that a run starts from has no part.
 ///
@@ -11,7 +13,12 @@ use tch::Tensor;
 pub fn update(average: &Tensor, weights: &Tensor, decay: f64, number: usize) -> Result<()> {
     let _no_grad = tch::no_grad_guard();
     let share = (1.0 - decay) / (1.0 - decay.powf(number as f64));
-    let _ = average.shallow_clone().f_lerp_(&weights.to_kind(tch::Kind::Float), share)?;
+    // In pieces: what is not float32 is copied.
+    let count = average.size()[0];
+    for start in (0..count).step_by(PIECE as usize) {
+        let of = |x: &Tensor| x.narrow(0, start, PIECE.min(count - start));
+        let _ = of(average).f_lerp_(&of(weights).to_kind(tch::Kind::Float), share)?;
+    }
     Ok(())
 }
 

@@ -214,6 +214,7 @@ mod tests {
         for words in help::examples(Arguments::command()) {
             let settings = match Arguments::try_parse_from(&words).unwrap().verb {
                 Verb::Run(given) | Verb::Plan { given, .. } | Verb::Validate(given) => load(&given).map(drop),
+                Verb::Bench(arguments) => load(&arguments.given).map(drop),
                 Verb::Rounds(given) => load_rounds(&given).map(drop),
                 _ => Ok(()),
             };

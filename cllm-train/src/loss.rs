@@ -45,11 +45,14 @@ pub fn losses(
 ) -> Result<[Tensor; 4]> {
     let _no_grad = backward.is_none().then(tch::no_grad_guard);
     let stream = DeviceStream::new(&batch.stream, model)?;
-    let pass = model.pass(&stream, backward.map_or(0, |backward| backward.recomputed))?;
-    let hidden = pass.hidden.detach();
+    let pass = backward.map(|backward| model.pass(&stream, backward.recomputed)).transpose()?;
+    let hidden = match &pass {
+        Some(pass) => pass.hidden.detach(),
+        None => model.hidden_of(&stream)?,
+    };
     let frozen = teacher.map(|teacher| Ok::<_, Error>((teacher, clean_hidden(teacher, &batch.clean)?))).transpose()?;
     let vocabulary =
-        Vocabulary { model, kernels: pass.kernels(), settings, scale: backward.map(|backward| backward.scale) };
+        Vocabulary { model, kernels: stream.kernels(), settings, scale: backward.map(|backward| backward.scale) };
     let mut gathered = Gathered::new(&hidden, backward.is_some());
     for chunk in &batch.chunks {
         let noisy = if settings.weight > 0.0 { chunk.noisy.as_slice() } else { &[] };
@@ -64,7 +67,7 @@ pub fn losses(
         }
     }
     let Gathered { gradient, sums, .. } = gathered;
-    if let Some(gradient) = gradient {
+    if let (Some(gradient), Some(pass)) = (gradient, pass) {
         pass.backward(&gradient)?;
     }
     Ok(sums)
@@ -193,8 +196,7 @@ impl Vocabulary<'_> {
 }
 
 fn clean_hidden(teacher: &Transformer, clean: &Stream) -> Result<Tensor> {
-    let _no_grad = tch::no_grad_guard();
-    Ok(teacher.pass(&DeviceStream::new(clean, teacher)?, 0)?.hidden)
+    teacher.hidden_of(&DeviceStream::new(clean, teacher)?)
 }
 
 /// Logits `[places, vocab]` after some hidden states, without gradients.

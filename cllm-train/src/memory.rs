@@ -57,7 +57,7 @@ impl Memory {
             .iter()
             .map(|batch| Shape::of(batch, examples, &settings.consistency, most_rows))
             .map(|shape| match kind {
-                Kind::BFloat16 => fused(config, settings, shape),
+                Kind::BFloat16 if config.has_train_kernels() => fused(config, settings, shape),
                 _ => eager(config, bytes, settings, shape),
             })
             .fold(0.0, f64::max);

@@ -288,7 +288,9 @@ mod tests {
         let config = ModelConfig::from_json(&config).unwrap();
         let model = Transformer::random(config, 1, Device::Cpu, Kind::Float);
         let mut state = State::new(&model, &Optimizer::default(), 0, Rc::new(Group::alone())).unwrap();
-        let _ = state.gradients.buffer().shallow_clone().fill_(gradient);
+        for (_, mut tensor) in state.gradients.tensors() {
+            let _ = tensor.fill_(gradient);
+        }
         let norm = state.step(&Optimizer { clip, ..Optimizer::default() }, 0.1, 1).unwrap();
         (state, norm.double_value(&[]))
     }

@@ -65,8 +65,9 @@ enum Timing {
 
 /// Prints the plan of a run; with `timing`, some of its steps are taken (and thrown away) to tell how long it lasts.
 pub fn run(settings: &Settings, timing: bool, json: bool) -> Result<()> {
-    let place = device::parse(&settings.device)?;
-    let processes = Member::from_env(|name| std::env::var(name).ok())?.map_or(1, |member| member.world);
+    let member = Member::from_env(|name| std::env::var(name).ok())?;
+    let place = device::of_member(&settings.device, member.as_ref())?;
+    let processes = member.map_or(1, |member| member.world);
     let (tokenizer, folder) = trainer::tokenizer(settings)?;
     let config = match &settings.init {
         None => ModelConfig::load(&folder)?,

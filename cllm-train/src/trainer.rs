@@ -248,19 +248,20 @@ impl Run<'_> {
                 let (found, mut line) = probe.run(&self.models, &self.settings)?;
                 line.insert("step".to_owned(), step.into());
                 metrics.write(&line.into())?;
-                Ok(Some(found))
+                Ok(found)
             }
             None => Ok(None),
         };
-        let found = match self.state.with_average(run) {
-            Err(Error::Interrupted(_)) => None,
-            other => other?,
+        let (stopped, found) = match self.state.with_average(run) {
+            Err(Error::Interrupted(signal)) => (Some(signal), None),
+            other => (None, other?),
         };
-        // What the others take is the same, or that there is nothing to take.
-        let Some(found) = self.group.share(found, self.models.student.device())? else {
+        // What the others take is the same.
+        let (stopped, found) = self.group.share((stopped, found), self.models.student.device())?;
+        if let Some(signal) = stopped {
             self.save()?;
-            return Err(Error::Interrupted(interrupt::requested().unwrap_or(SIGTERM)));
-        };
+            return Err(Error::Interrupted(signal));
+        }
         Ok(self.position.selection.take(step, found, &self.settings.probe))
     }
 

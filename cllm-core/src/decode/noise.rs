@@ -20,8 +20,12 @@ pub(super) fn choose(logits: &[f32], temperature: f64, key: u64) -> i32 {
 }
 
 fn gumbel(key: u64, token: u64) -> f32 {
-    let bits = mix(key.wrapping_add(GOLDEN.wrapping_mul(token + 1))) >> 32;
-    let uniform = ((bits >> 8) as f32 + 0.5) / (1u32 << 24) as f32;
+    gumbel_of((mix(key.wrapping_add(GOLDEN.wrapping_mul(token + 1))) >> 32) as u32)
+}
+
+/// Of 23 bits, so that a half added to any of them is exact: of the largest 24, it would make 1, and noise without end.
+fn gumbel_of(bits: u32) -> f32 {
+    let uniform = ((bits >> 9) as f32 + 0.5) / (1u32 << 23) as f32;
     -(-uniform.ln()).ln()
 }
 
@@ -37,6 +41,12 @@ fn mix(mut z: u64) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_largest_and_the_smallest_noise_are_finite() {
+        assert!((16.0..17.0).contains(&gumbel_of(u32::MAX)), "{}", gumbel_of(u32::MAX));
+        assert!((-3.0..-2.0).contains(&gumbel_of(0)), "{}", gumbel_of(0));
+    }
 
     #[test]
     fn choices_follow_the_softmax() {

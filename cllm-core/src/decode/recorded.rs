@@ -8,10 +8,10 @@ use std::ops::Range;
 use tch::{Kind, Tensor};
 
 use super::{Choice, Chunk, Forward, Place, Window};
-use crate::Result;
 use crate::model::{Fused, SlotMove, StepInput, StepSize, Transformer};
 use crate::torch_ext::decode_kernels::{self, Places};
 use crate::torch_ext::graphs::{Graph, GraphPool, PinnedInts, Stream};
+use crate::{Error, Result};
 
 /// Tokens of prompts that a step takes at most beside the windows.
 const PROMPT_TOKENS: usize = 4096;
@@ -24,6 +24,7 @@ pub(super) struct RecordedModel<'m> {
     model: Fused<'m>,
     device: tch::Device,
     rows: usize,
+    vocab: usize,
 }
 
 /// A size that was met once, or a recorded one.
@@ -129,6 +130,7 @@ impl<'m> RecordedModel<'m> {
             model: fused,
             device: model.device(),
             rows,
+            vocab: model.config().vocab_size as usize,
         }))
     }
 
@@ -192,7 +194,14 @@ impl Forward for RecordedModel<'_> {
         let inverse = if choice.temperature == 0.0 { 0.0 } else { (1.0 / choice.temperature) as f32 };
         self.run(size, inverse)?;
         drop(on_stream);
-        let mut predicted = &*self.buffers.host_predicted.as_mut_slice();
+        let outputs: usize = windows.iter().map(Window::len).sum();
+        let mut predicted = &self.buffers.host_predicted.as_mut_slice()[..outputs];
+        // Of logits that are no numbers none is the largest; the next step would look such a token up.
+        if predicted.iter().any(|&token| token < 0 || token as usize >= self.vocab) {
+            return Err(Error::negative(
+                "the model's logits are not numbers: its weights are damaged, or overflow in bf16",
+            ));
+        }
         let mut take = |count: usize| {
             let (taken, rest) = predicted.split_at(count);
             predicted = rest;

@@ -7,6 +7,8 @@ use serde_json::{Value, json};
 
 use super::base_folder;
 use super::raw_config::{RawConfig, positive, rope_json};
+use crate::torch_ext::decode_kernels::Shape;
+use crate::torch_ext::train_kernels::TrainKernels;
 use crate::{Error, Result, text_file};
 
 /// Larger sizes are mistakes; below it no product of two overflows.
@@ -242,6 +244,26 @@ impl ModelConfig {
             shapes.push(("lm_head.weight".to_owned(), vec![self.vocab_size, hidden]));
         }
         shapes
+    }
+
+    /// What kernels are compiled for.
+    pub(crate) fn kernel_shape(&self) -> Shape {
+        let size = |value: i64| value as usize;
+        Shape {
+            hidden: size(self.hidden_size),
+            heads: size(self.num_heads),
+            kv_heads: size(self.num_kv_heads),
+            head_dim: size(self.head_dim),
+            ffn: size(self.intermediate_size),
+            vocab: size(self.vocab_size),
+            eps: self.rms_norm_eps,
+            query_key_norm: self.family == Family::Qwen3,
+        }
+    }
+
+    /// Whether there are kernels of our own to train it in bf16, on a GPU that has room for them.
+    pub fn has_train_kernels(&self) -> bool {
+        TrainKernels::support(&self.kernel_shape())
     }
 
     fn check_sizes(&self) -> std::result::Result<(), String> {

@@ -2,9 +2,9 @@
 
 use tch::{Device, Kind, Tensor};
 
-/// The number of elements is a multiple of this, so that 2 to 10, 12, 14, 15, 16 and many more processes can have equal parts of
-/// it that begin where 16 bytes do.
-const SHARED_AMONG: u64 = 8 * 5040;
+/// The number of elements is a multiple of this, so that 1 to 10, and 12, 14, 15, 16, 32, 64, 128, 256 and many more processes can have
+/// equal parts of it that begin where 16 bytes do.
+const SHARED_AMONG: u64 = 8 * 5040 * 16;
 
 /// A buffer and what lies in it: matrices first, then vectors (which no weight decay touches), both in the order given.
 #[derive(Debug)]
@@ -117,7 +117,7 @@ mod tests {
         let shapes = [("a", vec![2, 3]), ("norm", vec![3]), ("b", vec![1, 3]), ("bias", vec![2])];
         let shapes = shapes.map(|(name, shape)| (name.to_owned(), shape));
         let flat = Flat::zeros(shapes.into(), Device::Cpu, Kind::Float);
-        assert_eq!((flat.matrices(), flat.buffer().numel()), (9, 8 * 5040));
+        assert_eq!((flat.matrices(), flat.buffer().numel()), (9, SHARED_AMONG as usize));
         let both = flat.joined(&["a".to_owned(), "b".to_owned()]).unwrap();
         assert_eq!(both.size(), [3, 3]);
         let _ = both.get(2).fill_(5.0);

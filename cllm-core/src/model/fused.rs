@@ -7,6 +7,7 @@ use super::Transformer;
 use super::kv_cache::SlotMove;
 use super::transformer::Layer;
 use crate::torch_ext::decode_kernels::{Choice, DecodeKernels, LayerCache, Places, Queries};
+use crate::torch_ext::kernels::capability;
 use crate::{Error, Result, torch_ext};
 
 /// Slots are read 32 at a time.
@@ -48,8 +49,12 @@ impl<'m> Fused<'m> {
     /// For models that the kernels can compute; `None` for others, such as one with adapters that are not merged.
     pub(crate) fn new(model: &'m Transformer, rows: usize, capacity: usize) -> Result<Option<Self>> {
         let Device::Cuda(device) = model.device() else { return Ok(None) };
-        let (shape, layers) = (model.shape(), model.config().num_layers);
-        if model.kind() != Kind::BFloat16 || model.adapters.is_some() || !shape.is_supported() {
+        let (shape, layers) = (model.config().kernel_shape(), model.config().num_layers);
+        if model.kind() != Kind::BFloat16
+            || model.adapters.is_some()
+            || !shape.is_supported()
+            || capability(device)?.0 < 8
+        {
             return Ok(None);
         }
         let capacity = capacity.next_multiple_of(CAPACITY_STEP);

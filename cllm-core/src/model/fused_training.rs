@@ -8,6 +8,7 @@ use super::packed::Stream;
 use super::transformer::{Layer, Linear};
 use crate::Result;
 use crate::torch_ext::attention_kernels::{AttentionKernels, Sight};
+use crate::torch_ext::kernels::{capability, most_shared_bytes};
 use crate::torch_ext::train_kernels::TrainKernels;
 
 /// A stream and the kernels for the model that it is made for.
@@ -48,8 +49,12 @@ impl FusedStream {
     /// `None` for models that the kernels cannot compute.
     pub(super) fn new(stream: &Stream, model: &Transformer) -> Result<Option<Self>> {
         let Device::Cuda(device) = model.device() else { return Ok(None) };
-        let shape = model.shape();
-        if model.kind() != Kind::BFloat16 || !TrainKernels::support(&shape) {
+        let shape = model.config().kernel_shape();
+        let room = most_shared_bytes(capability(device)?);
+        if model.kind() != Kind::BFloat16
+            || !TrainKernels::support(&shape)
+            || room < AttentionKernels::shared_bytes(&shape)
+        {
             return Ok(None);
         }
         let mut padded = stream.clone();
@@ -70,15 +75,20 @@ impl FusedStream {
         &self.kernels
     }
 
-    /// Final hidden states `[tokens, hidden]`, and what the backward needs.
-    pub(super) fn forward(&self, model: &Transformer, recomputed: usize) -> Result<(Tensor, FusedPass)> {
+    /// Final hidden states `[tokens, hidden]`, and what the backward needs where the leading `recomputed` layers are computed
+    /// again; nothing without.
+    pub(super) fn forward(&self, model: &Transformer, recomputed: Option<usize>) -> Result<(Tensor, FusedPass)> {
         let _no_grad = tch::no_grad_guard();
         let mut x = model.embedding.f_index_select(0, &self.tokens)?;
         let (mut inputs, mut all) = (Vec::new(), Vec::new());
         for (index, layer) in model.layers.iter().enumerate() {
             let (kept, output) = self.layer(layer, x)?;
             x = output;
-            if index < recomputed { inputs.push(kept.x) } else { all.push(kept) }
+            match recomputed {
+                None => {}
+                Some(recomputed) if index < recomputed => inputs.push(kept.x),
+                Some(_) => all.push(kept),
+            }
         }
         let hidden = self.kernels.norm(&x, &model.norm)?.f_narrow(0, 0, self.length)?;
         Ok((hidden, FusedPass { inputs, kept: all, last: x }))

@@ -96,6 +96,14 @@ impl DeviceStream {
             None => On::Eager(EagerStream::new(stream, model)),
         }))
     }
+
+    /// The kernels that compute it, where they are our own.
+    pub fn kernels(&self) -> Option<&TrainKernels> {
+        match &self.0 {
+            On::Fused(stream) => Some(stream.kernels()),
+            On::Eager(_) => None,
+        }
+    }
 }
 
 impl EagerStream {
@@ -148,12 +156,24 @@ impl Transformer {
     pub fn pass<'p>(&'p self, stream: &'p DeviceStream, recomputed: usize) -> Result<Pass<'p>> {
         let (kept, hidden) = match &stream.0 {
             On::Fused(stream) => {
-                let (hidden, pass) = stream.forward(self, recomputed)?;
+                let (hidden, pass) = stream.forward(self, Some(recomputed))?;
                 (Kept::Fused(stream, pass), hidden)
             }
             On::Eager(stream) => self.eager_pass(stream, recomputed),
         };
         Ok(Pass { model: self, kept, hidden })
+    }
+
+    /// Final hidden states `[tokens, hidden]` of a stream alone: nothing is kept for a backward.
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`], such as memory that ran out.
+    pub fn hidden_of(&self, stream: &DeviceStream) -> Result<Tensor> {
+        let _no_grad = tch::no_grad_guard();
+        match &stream.0 {
+            On::Fused(stream) => Ok(stream.forward(self, None)?.0),
+            On::Eager(stream) => Ok(self.eager_pass(stream, 0).1),
+        }
     }
 
     fn eager_pass<'p>(&self, stream: &'p EagerStream, recomputed: usize) -> (Kept<'p>, Tensor) {
@@ -177,14 +197,6 @@ impl Transformer {
 }
 
 impl Pass<'_> {
-    /// The kernels that computed it, where they are our own.
-    pub fn kernels(&self) -> Option<&TrainKernels> {
-        match &self.kept {
-            Kept::Fused(stream, _) => Some(stream.kernels()),
-            Kept::Eager { .. } => None,
-        }
-    }
-
     /// Adds to the gradients of the weights what follows from the gradient of the hidden states, of the same shape.
     ///
     /// # Errors

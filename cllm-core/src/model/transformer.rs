@@ -11,7 +11,6 @@ use super::lora::{Adapter, Adapters};
 use super::packed::EagerStream;
 use super::rope::{Rope, Rotation};
 use super::weights;
-use crate::torch_ext::decode_kernels::Shape;
 use crate::{Result, torch_ext};
 
 pub(super) struct Linear {
@@ -166,22 +165,6 @@ impl Transformer {
     /// The configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.config
-    }
-
-    /// What kernels are compiled for.
-    pub(super) fn shape(&self) -> Shape {
-        let config = &self.config;
-        let size = |value: i64| value as usize;
-        Shape {
-            hidden: size(config.hidden_size),
-            heads: size(config.num_heads),
-            kv_heads: size(config.num_kv_heads),
-            head_dim: size(config.head_dim),
-            ffn: size(config.intermediate_size),
-            vocab: size(config.vocab_size),
-            eps: config.rms_norm_eps,
-            query_key_norm: self.layers.iter().any(|layer| layer.query_key_norm.is_some()),
-        }
     }
 
     /// Where the weights are.

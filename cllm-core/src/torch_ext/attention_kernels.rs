@@ -45,6 +45,9 @@ impl Lists {
 impl Sight {
     /// `seen`: of each token; a multiple of [`AttentionKernels::TILE`] of them, each of which sees itself.
     pub fn new(seen: &[Seen], device: Device) -> Self {
+        let sees_itself =
+            |(place, ranges): (usize, &Seen)| ranges.iter().any(|&(start, end)| (start..end).contains(&(place as i32)));
+        assert!(seen.iter().enumerate().all(sees_itself) && seen.len().is_multiple_of(TILE));
         let ranges: Vec<i32> =
             seen.iter().flatten().flat_map(|&(start, end)| [start, end.saturating_sub(start).max(0)]).collect();
         let (of_queries, of_keys) = meetings(seen, TILE, TILE);
@@ -60,6 +63,12 @@ impl AttentionKernels {
     /// Tokens of a stream are a multiple of this.
     pub const TILE: usize = TILE;
 
+    /// Shared memory of a block, the most that a kernel takes: six tiles, and beside them log-sums, deltas and ranges of two
+    /// tiles of queries.
+    pub fn shared_bytes(shape: &Shape) -> usize {
+        6 * TILE * shape.head_dim * 2 + 2 * TILE * 8 * 4
+    }
+
     /// Compiles and loads them.
     ///
     /// # Errors
@@ -67,12 +76,10 @@ impl AttentionKernels {
     pub fn new(device: usize, shape: Shape) -> Result<Self> {
         let module = Module::compiled(device, SOURCE, &shape.macros())?;
         let tile_bytes = TILE * shape.head_dim * 2;
-        // Log-sums, deltas and ranges of two tiles of queries stand beside the tiles.
-        let numbers = 2 * TILE * 8 * 4;
         Ok(AttentionKernels {
             forward: module.kernel("attention", 5 * tile_bytes, false)?,
             d_queries: module.kernel("attention_d_queries", 6 * tile_bytes, false)?,
-            d_keys: module.kernel("attention_d_keys", 6 * tile_bytes + numbers, false)?,
+            d_keys: module.kernel("attention_d_keys", Self::shared_bytes(&shape), false)?,
             shape,
         })
     }

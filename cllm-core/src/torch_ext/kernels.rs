@@ -67,6 +67,17 @@ pub fn capability(device: usize) -> Result<(u32, u32)> {
     Ok((found[0].cast_unsigned(), found[1].cast_unsigned()))
 }
 
+/// Most shared memory of a block on devices of a compute capability, bytes (CUDA C++ programming guide, technical
+/// specifications); 0 where there are no products of bf16.
+pub fn most_shared_bytes(capability: (u32, u32)) -> usize {
+    match capability {
+        (0..=7, _) => 0,
+        (8, 0 | 7) => 163 << 10,
+        (8 | 12, _) => 99 << 10,
+        _ => 227 << 10,
+    }
+}
+
 /// Compiled code in the context of a CUDA device; it stays loaded as long as the process lives.
 #[derive(Debug, Clone, Copy)]
 pub struct Module {
@@ -176,7 +187,7 @@ impl Argument<'_> {
     fn bits(&self) -> u64 {
         match self {
             Argument::Data(tensor) | Argument::MaybeData(Some(tensor)) => {
-                debug_assert!(tensor.is_contiguous());
+                assert!(tensor.is_contiguous(), "kernels read contiguous tensors");
                 tensor.data_ptr() as u64
             }
             Argument::MaybeData(None) => 0,

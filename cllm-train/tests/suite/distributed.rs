@@ -5,13 +5,13 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use cllm_core::model::Transformer;
-use cllm_train::settings::{Optimizer, Settings};
+use cllm_core::model::{Lora, Transformer};
+use cllm_train::settings::{Consistency, Objective, Optimizer, Probe, Settings};
 use serde_json::Value;
 use tch::{Device, Kind};
 
 use crate::programs::{Program, path};
-use crate::runs::{curve, cut_back, prepare, same_weights, sft};
+use crate::runs::{N, collect, curve, cut_back, prepare, same_weights, sft, summary};
 
 const TRAIN: Program = Program("cllm-train");
 
@@ -113,6 +113,53 @@ fn a_run_of_two_that_was_stopped_goes_on_to_the_same_weights_with_two_and_to_nea
     cut_back(&stopped, steps);
     cllm_train::trainer::run(run("stopped")).unwrap();
     near(&stopped, &whole);
+}
+
+#[test]
+fn two_processes_probe_with_an_anchor_and_adapters_as_one_does() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    cllm_train::trainer::run(sft(dir.path(), "teacher")).unwrap();
+    let model = dir.path().join("teacher/final");
+    let data = collect(&model, dir.path());
+    // What is probed is losses alone, losses and answers, and nothing; the second ends early.
+    let kinds =
+        [("losses", true, false, None), ("both", true, true, None), ("adapters", false, true, Some(Lora::default()))];
+    for (name, trajectories, prompts, lora) in kinds {
+        let path = |wanted: bool, path: std::path::PathBuf| if wanted { path } else { std::path::PathBuf::new() };
+        let run = |name: String| Settings {
+            init: None,
+            lora: lora.clone(),
+            model: model.display().to_string(),
+            objective: Objective::Consistency,
+            data: vec![data.clone()],
+            tokens_per_batch: 256,
+            max_tokens: 256,
+            epochs: 4,
+            consistency: Consistency { anchor_weight: 1.0, local_weight: 0.5, ..Consistency::default() },
+            probe: Probe {
+                trajectories: path(trajectories, data.clone()),
+                prompts: path(prompts, dir.path().join("prompts.jsonl")),
+                every: 1,
+                n: N,
+                max_new_tokens: 8,
+                patience: if name == "both" { 2 } else { 0 },
+                ..Probe::default()
+            },
+            ..settings(dir.path(), &name)
+        };
+        let (one, two) = (format!("{name}-one"), format!("{name}-two"));
+        cllm_train::trainer::run(run(one.clone())).unwrap();
+        succeed(&written(dir.path(), &run(two.clone())), 2);
+        near(&dir.path().join(&one), &dir.path().join(&two));
+        let early = |name: &str| summary(&dir.path().join(name))["stopped_early"].clone();
+        assert_eq!(early(&one), early(&two));
+        let probes = |name: &str| {
+            let text = fs::read_to_string(dir.path().join(name).join("metrics.jsonl")).unwrap();
+            text.lines().filter(|line| line.contains("held_out") || line.contains("probe_")).count()
+        };
+        assert!(probes(&one) > 1 && probes(&one) == probes(&two), "{name}");
+    }
 }
 
 #[test]
