@@ -1,5 +1,6 @@
 //! Measures what a checkpoint gained and lost: accuracy, forwards, speed; draws reports from what was measured.
 
+pub mod acceptance;
 pub mod bench;
 pub mod charts;
 pub mod cli;

@@ -239,7 +239,7 @@ fn figures(found: &[(Role, &StrategyResults)]) -> Vec<(String, Vec<String>)> {
     let Some(Value::Object(first)) = values.first() else { return Vec::new() };
     first
         .keys()
-        .filter(|key| !matches!(key.as_str(), "name" | "label" | "n"))
+        .filter(|key| !matches!(key.as_str(), "name" | "label" | "n" | "acceptance"))
         .map(|key| (key.clone(), values.iter().map(|value| plain(&value[key])).collect()))
         .collect()
 }

@@ -8,6 +8,7 @@ use cllm_core::task::{Task, Verdict};
 use cllm_core::trajectory::FinishReason;
 use serde::{Deserialize, Serialize};
 
+use crate::acceptance::Acceptance;
 use crate::config::RunSettings;
 use crate::records::{AnswerRecord, ModelEntry, Records, Role, SpeedRecord};
 use crate::statistics::{paired, ratio, wilson};
@@ -119,6 +120,9 @@ pub struct StrategyResults {
     /// Most GPU memory in use in the batched accuracy run, less what was in use before this model was loaded (the other
     /// model): its weights, caches and temporaries. Null on the CPU.
     pub peak_memory_bytes: Option<u64>,
+    /// Tokens that forwards made final; none for `ar`, whose forwards make one each.
+    #[serde(default)]
+    pub acceptance: Option<Acceptance>,
 }
 
 /// Student against teacher, example by example.
@@ -235,6 +239,7 @@ fn figures(records: &Records, role: Role, strategy: Strategy) -> StrategyResults
         max_margin_at_difference: margins.last().copied(),
         batched_tokens_per_second: ratio(tokens as f64, batch_seconds),
         peak_memory_bytes: answers.iter().filter_map(|answer| answer.peak_memory_bytes).max(),
+        acceptance: (strategy != Strategy::Ar).then(|| Acceptance::of(&answers)),
         ..StrategyResults::default()
     };
     let speeds: Vec<_> =

@@ -1,5 +1,6 @@
 //! `results.json` on made-up records.
 
+use cllm_eval::acceptance::Stretch;
 use cllm_eval::results::Results;
 use serde_json::Value;
 
@@ -91,4 +92,15 @@ fn without_timings_speeds_are_null() {
         assert!(strategy[key].is_null(), "{key}");
     }
     assert_eq!(strategy["tokens_per_forward"], 4.0);
+}
+
+#[test]
+fn acceptance_counts_every_forward() {
+    let results = Results::of(&records());
+    assert_eq!(results.models[0].strategies[0].acceptance, None);
+    // Four answers of 8 tokens in 2 forwards of 4.
+    let found = results.models[1].strategies[1].acceptance.clone().unwrap();
+    assert_eq!(found.forwards, [0, 0, 0, 8]);
+    assert_eq!(found.by_position, [1.0, 1.0, 1.0]);
+    assert_eq!(found.over_answer, [Stretch { from: 0, tokens: 32, forwards: 8 }]);
 }
