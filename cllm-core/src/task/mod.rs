@@ -7,6 +7,7 @@ mod mbpp;
 mod spider;
 mod sql;
 pub mod synthetic;
+mod variants;
 
 use std::path::Path;
 
