@@ -184,7 +184,10 @@ mod tests {
         let other = json!({"train": {"consistency": {"anchor_weight": 1.0, "anchor": "other"}}});
         let settings = settings(json!([weight(1.0), weight(1.0), other, weight(0.0)]));
         let anchor = |index| settings.round(index, Path::new("student")).unwrap().train.consistency.anchor;
-        assert_eq!([0, 1, 2, 3].map(anchor), [Some("m"), Some("m"), Some("other"), None].map(|name| name.map(str::to_owned)));
+        assert_eq!(
+            [0, 1, 2, 3].map(anchor),
+            [Some("m"), Some("m"), Some("other"), None].map(|name| name.map(str::to_owned))
+        );
     }
 
     #[test]
