@@ -17,3 +17,4 @@ pub mod run;
 pub mod score;
 pub mod statistics;
 pub mod table;
+pub mod tradeoff;

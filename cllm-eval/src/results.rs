@@ -1,16 +1,19 @@
 //! `results.json`: every figure, computed from the records alone.
 
 use std::collections::HashMap;
+use std::path::Path;
 
 use cllm_core::decode::Strategy;
 use cllm_core::hardware::{Hardware, Toolkit};
 use cllm_core::task::{Task, Verdict};
 use cllm_core::trajectory::FinishReason;
+use cllm_core::{Error, Result};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::acceptance::Acceptance;
 use crate::config::RunSettings;
-use crate::records::{AnswerRecord, ModelEntry, Records, Role, SpeedRecord};
+use crate::records::{AnswerRecord, ModelEntry, Records, Role, SpeedRecord, expect_version};
 use crate::statistics::{paired, ratio, wilson};
 
 /// Name of the file.
@@ -162,6 +165,19 @@ pub fn label(strategy: Strategy) -> String {
 }
 
 impl Results {
+    /// Reads `results.json`, or that of a folder.
+    ///
+    /// # Errors
+    /// When it is missing, no results file, or of another version.
+    pub fn read(path: &Path) -> Result<Self> {
+        let file = if path.is_dir() { path.join(RESULTS) } else { path.to_owned() };
+        let text = std::fs::read_to_string(&file).map_err(Error::io(&file))?;
+        let bad = |error| Error::file(&file, format!("is not a results.json of cllm-eval: {error}"));
+        let document: Value = serde_json::from_str(&text).map_err(bad)?;
+        expect_version(&file, &document)?;
+        serde_json::from_value(document).map_err(bad)
+    }
+
     /// How tokens were chosen, in words.
     pub fn choice(&self) -> String {
         match self.settings.temperature {
