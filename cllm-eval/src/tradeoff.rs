@@ -7,8 +7,10 @@ use cllm_core::task::Task;
 use cllm_core::{Error, Result, progress};
 use serde::Serialize;
 
+use crate::measure::role_name;
 use crate::records::{Role, SCHEMA_VERSION};
 use crate::results::Results;
+use crate::table::{self, number};
 
 /// How hard a loss of accuracy weighs in AUP.
 const ALPHA: f64 = 3.0;
@@ -101,6 +103,30 @@ fn expect_alike(first: &Results, other: &Results) -> std::result::Result<(), Str
 }
 
 impl Tradeoff {
+    /// As people read it in the terminal.
+    pub fn text(&self) -> String {
+        let heads =
+            ["checkpoint", "", "strategy", "accuracy (95 %)", "tokens/forward", "tokens/s", "speed-up", "Pareto front"];
+        let rows = self.points.iter().map(|point| {
+            vec![
+                point.checkpoint.clone(),
+                role_name(point.role).to_owned(),
+                point.strategy.clone(),
+                table::accuracy(Some(point.accuracy), point.ci95),
+                number(Some(point.tokens_per_forward), 2, ""),
+                number(point.tokens_per_second, 1, ""),
+                number(point.speedup, 2, "x"),
+                if point.on_front { "*" } else { "" }.to_owned(),
+            ]
+        });
+        let mut text = table::drawn(&heads, 3, rows);
+        text += &format!("{} examples of {} / {}\n", self.examples, self.benchmark.name(), self.split);
+        for Aup { checkpoint, aup, points, .. } in &self.aup {
+            text += &format!("AUP of {checkpoint}: {aup:.1}, over {points} points\n");
+        }
+        text
+    }
+
     /// Puts the points of results beside each other that measured the same; none where nothing was scored. A checkpoint and
     /// strategy that several results hold counts once, as in the first of them.
     pub fn of(results: &[Results]) -> Option<Self> {
