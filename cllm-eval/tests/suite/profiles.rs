@@ -72,7 +72,7 @@ fn the_figures_are_those_worked_out_by_hand() {
     let (one, two) = (path(dir.path(), "of-teacher"), format!("student={}", path(dir.path(), "of-student")));
     let file = path(dir.path(), "profile.json");
     let ended = EVAL.succeed(&["profile", &one, &two, "-o", &file, "--json"]);
-    let found: Value = serde_json::from_str(&ended.stdout).unwrap();
+    let found: Value = serde_json::from_slice(&ended.stdout).unwrap();
     assert_eq!(found, serde_json::from_str::<Value>(&std::fs::read_to_string(&file).unwrap()).unwrap());
     assert!(ended.stderr.contains("1 augmented rows were left out"), "{}", ended.stderr);
     let [first, second] = &found["sets"].as_array().unwrap()[..] else { panic!("{found}") };
@@ -103,7 +103,7 @@ fn the_figures_are_those_worked_out_by_hand() {
     let ratios = json!({ "fast_forwarded": 7.0 / 3.0, "beyond_one_per_block": null, "stationary": null,
         "iterations_per_block": 0.5, "tokens_per_forward": 1.5 });
     assert_eq!(second["ratio_to_first"], ratios);
-    let text = EVAL.succeed(&["profile", &one, &two]).stdout;
+    let text = String::from_utf8(EVAL.succeed(&["profile", &one, &two]).stdout).unwrap();
     assert!(text.contains("all over the first") && text.contains("2.33x"), "{text}");
     let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/data-format.md")).unwrap();
     for key in second.as_object().unwrap().keys().chain(all.as_object().unwrap().keys()) {

@@ -91,7 +91,7 @@ fn the_recipe_sweeps_n_and_its_results_can_be_read_and_compared() {
     let run = ["run".to_owned(), "-c".to_owned(), recipe, setting("teacher"), setting("student"), setting("output")];
     EVAL.succeed(&[&run[..], &small].concat());
     let output = path(dir.path(), "output");
-    let found: Value = serde_json::from_str(&EVAL.succeed(&["tradeoff", &output, "--json"]).stdout).unwrap();
+    let found: Value = serde_json::from_slice(&EVAL.succeed(&["tradeoff", &output, "--json"]).stdout).unwrap();
     let points = found["points"].as_array().unwrap();
     let of_student: Vec<&Value> = points.iter().filter(|point| point["role"] == "student").collect();
     let widths = |name: &str| {
@@ -105,7 +105,7 @@ fn the_recipe_sweeps_n_and_its_results_can_be_read_and_compared() {
     assert!(widths("rolling").len() > 2 && widths("multiblock").len() > 1, "{found:#}");
     assert_eq!(found["aup"].as_array().unwrap().len(), 2);
     let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/data-format.md")).unwrap();
-    let compared: Value = serde_json::from_str(&EVAL.succeed(&["compare", &output, "--json"]).stdout).unwrap();
+    let compared: Value = serde_json::from_slice(&EVAL.succeed(&["compare", &output, "--json"]).stdout).unwrap();
     assert_eq!((&compared["pairs"], &compared["speed"]["examples"]), (&2.into(), &1.into()));
     let documents =
         [&found, &points[0], &found["aup"][0], &compared, &compared["a"], &compared["speed"]].map(Value::as_object);
