@@ -127,7 +127,6 @@ pub fn compare(a: &Path, b: Option<&Path>, take_a: Option<&str>, take_b: Option<
         let message = format!("both sides are {}: name others with --a and --b, or two runs", first.name());
         return Err(Error::usage(message));
     }
-    progress::say(format!("A: {}\nB: {}", first.name(), second.name()));
     first.expect_alike(&second)?;
     Comparison::of(&first, &second)
 }
@@ -220,14 +219,7 @@ fn choose(
     selector: Option<&str>,
     default: Default,
 ) -> std::result::Result<(Role, Strategy), String> {
-    let (role, strategy) = match selector.map(|text| text.split_once('/').unwrap_or((text, ""))) {
-        None => (None, None),
-        Some((text, "")) => role_named(text).map_or((None, Some(text)), |role| (Some(role), None)),
-        Some((role, strategy)) => {
-            let unknown = || format!("`{role}` is neither teacher nor student");
-            (Some(role_named(role).ok_or_else(unknown)?), Some(strategy))
-        }
-    };
+    let (role, strategy) = parts(selector)?;
     let has = |role: Role| entries(results).any(|(other, _, _)| other == role);
     let preferred = match default {
         Default::Baseline => [Role::Teacher, Role::Student],
@@ -251,6 +243,18 @@ fn choose(
     let fastest = fitting.into_iter().max_by(|(_, a, _), (_, b, _)| speed(a).total_cmp(&speed(b)));
     let none = || format!("has no answers of {}", named(role, strategy.unwrap_or("ar")));
     fastest.map(|(role, _, strategy)| (role, strategy)).ok_or_else(none)
+}
+
+/// The role and the strategy of a selector, as far as it names them.
+fn parts(selector: Option<&str>) -> std::result::Result<(Option<Role>, Option<&str>), String> {
+    match selector.map(|text| (text, text.split_once('/'))) {
+        None => Ok((None, None)),
+        Some((text, None)) => Ok(role_named(text).map_or((None, Some(text)), |role| (Some(role), None))),
+        Some((_, Some((role, strategy)))) => {
+            let unknown = || format!("`{role}` is neither teacher nor student");
+            Ok((Some(role_named(role).ok_or_else(unknown)?), Some(strategy)))
+        }
+    }
 }
 
 fn role_named(text: &str) -> Option<Role> {
