@@ -29,6 +29,8 @@ pub struct Subject {
     prompts: Prompts,
     /// Bytes of GPU memory that were in use before it was loaded.
     others: u64,
+    /// Most bytes at batch 1, by strategy; empty on the CPU.
+    speed_peaks: Vec<(Strategy, u64)>,
 }
 
 /// The examples as a model reads them.
@@ -105,7 +107,7 @@ impl Subject {
     pub fn load(role: Role, folder: &Path, prompts: Prompts, device: Device) -> Result<Self> {
         let others = torch_ext::memory(device).map_or(0, |(current, _)| current);
         let model = Transformer::load(folder, device, device::default_kind(device))?;
-        Ok(Subject { role, model, prompts, others })
+        Ok(Subject { role, model, prompts, others, speed_peaks: Vec::new() })
     }
 
     /// Tokens of an example's prompt.
@@ -212,6 +214,27 @@ impl Subject {
         Ok(found)
     }
 
+    /// Measures how much memory each strategy takes at batch 1, of this model alone, with the longest prompt of the first
+    /// `examples`; nothing on the CPU. It is apart from the timing, whose decoders hold room for every strategy, and whose
+    /// recorded steps allocate nothing when they are replayed.
+    ///
+    /// # Errors
+    /// What decoding fails with.
+    pub fn measure_memory(&mut self, settings: &RunSettings, examples: usize) -> Result<()> {
+        let device = self.model.device();
+        let length = |&index: &usize| self.prompts.each[index].1.prompt_ids.len();
+        let Some(longest) = (0..examples).max_by_key(length) else { return Ok(()) };
+        for &strategy in settings.strategies.iter().filter(|_| device.is_cuda()) {
+            interrupt::check()?;
+            torch_ext::reset_peak_memory(device);
+            self.time_one(&mut self.decoder(1, &[strategy])?, longest, strategy, settings)?;
+            if let Some((_, peak)) = torch_ext::memory(device) {
+                self.speed_peaks.push((strategy, peak.saturating_sub(self.others)));
+            }
+        }
+        Ok(())
+    }
+
     fn time_one(
         &self,
         decoder: &mut Decoder<'_>,
@@ -233,6 +256,7 @@ impl Subject {
             finish_reason: answer.finish_reason,
             prefill_seconds: timing.prefill_seconds,
             seconds: timing.decode_seconds,
+            peak_memory_bytes: self.speed_peaks.iter().find(|(of, _)| *of == strategy).map(|&(_, peak)| peak),
         })
     }
 }

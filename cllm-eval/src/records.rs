@@ -137,6 +137,9 @@ pub struct SpeedRecord {
     pub prefill_seconds: f64,
     /// Seconds of everything after it.
     pub seconds: f64,
+    /// Most GPU memory in use by this model and strategy at batch 1, of the longest prompt that is timed; none on the CPU.
+    #[serde(default)]
+    pub peak_memory_bytes: Option<u64>,
 }
 
 /// A line of the file.

@@ -49,7 +49,7 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
     atomic_file::write(&output.join("settings.yaml"), settings::to_yaml(settings)?.as_bytes())?;
     let mut subjects = Vec::new();
     for ((&(role, _), folder), prompts) in named.iter().zip(&folders).zip(prompts) {
-        let subject = Subject::load(role, folder, prompts, device)?;
+        let mut subject = Subject::load(role, folder, prompts, device)?;
         for &strategy in &settings.strategies {
             subject.answer_all(&samples, strategy, settings, task, &mut records, &mut journal)?;
         }
@@ -58,6 +58,7 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
             margins::add(&subject, &mut records.answers)?;
         }
         if settings.speed_examples > 0 {
+            subject.measure_memory(settings, settings.speed_examples.min(samples.len()))?;
             subjects.push(subject);
         }
     }

@@ -22,14 +22,8 @@ pub const HEADS: [&str; 10] = [
 
 /// The cells of a row after its name.
 pub fn cells(found: &StrategyResults) -> Vec<String> {
-    let accuracy = match (found.accuracy, found.ci95) {
-        (Some(rate), Some([low, high])) => {
-            format!("{:.1} % ({:.1} to {:.1})", 100.0 * rate, 100.0 * low, 100.0 * high)
-        }
-        _ => "-".to_owned(),
-    };
     vec![
-        accuracy,
+        accuracy(found.accuracy, found.ci95),
         format!("{} of {}", found.unfinished, found.examples),
         number(found.tokens_per_forward, 2, ""),
         number(found.tokens_per_forward_finished, 2, ""),
@@ -38,6 +32,16 @@ pub fn cells(found: &StrategyResults) -> Vec<String> {
         number(found.speedup_vs_student_ar, 2, "x"),
         number(found.exact_match_vs_ar.map(|rate| 100.0 * rate), 1, " %"),
     ]
+}
+
+/// An accuracy with its 95 % interval, or `-` where there is none.
+pub fn accuracy(rate: Option<f64>, ci95: Option<[f64; 2]>) -> String {
+    match (rate, ci95) {
+        (Some(rate), Some([low, high])) => {
+            format!("{:.1} % ({:.1} to {:.1})", 100.0 * rate, 100.0 * low, 100.0 * high)
+        }
+        _ => "-".to_owned(),
+    }
 }
 
 /// A figure, or `-` where there is none.
@@ -96,24 +100,30 @@ pub fn of_bench(results: &BenchResults) -> String {
     text
 }
 
-/// The summary of a run.
-pub fn summary(results: &Results) -> String {
+/// A table, whose first `names` columns name the row.
+pub fn drawn(heads: &[&str], names: usize, rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::UTF8_FULL_CONDENSED);
-    table.set_header(HEADS);
-    for model in &results.models {
-        for found in &model.strategies {
-            let mut row = vec![role_name(model.model.role).to_owned(), found.label.clone()];
-            row.extend(cells(found));
-            table.add_row(row);
-        }
-    }
-    for index in 2..HEADS.len() {
+    table.set_header(heads);
+    table.add_rows(rows);
+    for index in names..heads.len() {
         if let Some(column) = table.column_mut(index) {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
-    let mut text = format!("{table}\n");
+    format!("{table}\n")
+}
+
+/// The summary of a run.
+pub fn summary(results: &Results) -> String {
+    let rows = results.models.iter().flat_map(|model| {
+        model.strategies.iter().map(|found| {
+            let mut row = vec![role_name(model.model.role).to_owned(), found.label.clone()];
+            row.extend(cells(found));
+            row
+        })
+    });
+    let mut text = drawn(&HEADS, 2, rows);
     text.push_str(&format!(
         "{} examples, {}, batched for accuracy, {} at batch 1 for speed (prefill apart)\n{}\n",
         results.examples,

@@ -3,11 +3,14 @@
 
 mod bad_input;
 mod bench;
+mod comparisons;
 mod interrupted;
 mod made_up;
+mod profiles;
 mod program;
 #[path = "../../../cllm-core/tests/shared/programs.rs"]
 mod programs;
 mod reports;
 mod results;
 mod scoring;
+mod tradeoffs;
