@@ -44,6 +44,9 @@ enum Verb {
         /// Folder of the benchmark's files, in place of the run's own: where Spider's databases are on this machine.
         #[arg(long)]
         data: Option<PathBuf>,
+        /// Runs the Python code in answers to humaneval and mbpp, which a model wrote, in a sandbox; without this they are unscored.
+        #[arg(long)]
+        execute_code: bool,
         /// Prints results.json on stdout.
         #[arg(long)]
         json: bool,
@@ -132,7 +135,9 @@ impl Cli {
         progress::set_quiet(self.quiet);
         let done = match self.verb {
             Verb::Run(given) => results(&run::run(&given.load()?)?, given.json),
-            Verb::Score { folder, data, json } => results(&score::score(&folder, data)?, json),
+            Verb::Score { folder, data, execute_code, json } => {
+                results(&score::score(&folder, data, execute_code)?, json)
+            },
             Verb::Report { results, output, json } => draw(&results, output.as_deref(), json),
             Verb::Generate { prompt, model, raw, n, max_new_tokens, eos_ids, device, seed, json } => {
                 let question = Question { model, prompt, raw, n, max_new_tokens, eos_ids, device, seed };

@@ -10,4 +10,5 @@ mod program;
 mod programs;
 mod reports;
 mod results;
+mod sandbox;
 mod scoring;
