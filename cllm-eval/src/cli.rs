@@ -137,7 +137,7 @@ impl Cli {
             Verb::Run(given) => results(&run::run(&given.load()?)?, given.json),
             Verb::Score { folder, data, execute_code, json } => {
                 results(&score::score(&folder, data, execute_code)?, json)
-            },
+            }
             Verb::Report { results, output, json } => draw(&results, output.as_deref(), json),
             Verb::Generate { prompt, model, raw, n, max_new_tokens, eos_ids, device, seed, json } => {
                 let question = Question { model, prompt, raw, n, max_new_tokens, eos_ids, device, seed };

@@ -27,7 +27,10 @@ pub fn sandbox(task: Task, execute: bool, advice: &str) -> Result<Option<Sandbox
         return Ok(None);
     }
     if !execute {
-        progress::say(format!("answers of {} stay unscored, since that takes running code that a model wrote: {advice}", task.name()));
+        progress::say(format!(
+            "answers of {} stay unscored, since that takes running code that a model wrote: {advice}",
+            task.name()
+        ));
         return Ok(None);
     }
     let sandbox = Sandbox::open()?;

@@ -72,7 +72,8 @@ fn greet(greeting: &Greeting) -> Result<(), Problem> {
 fn become_python(order: &Order) -> Problem {
     let run = || -> Result<std::convert::Infallible, Problem> {
         let arguments = ["-s", "-B", "-X", "utf8", "-c", include_str!("harness.py")].map(c_string);
-        let arguments: Vec<CString> = std::iter::once(c_string(&order.python)).chain(arguments).collect::<Result<_, _>>()?;
+        let arguments: Vec<CString> =
+            std::iter::once(c_string(&order.python)).chain(arguments).collect::<Result<_, _>>()?;
         // A set of texts then has the same order each time.
         let environment = [c_string("PYTHONHASHSEED=0")?];
         let layers = restrict(order)?;

@@ -108,7 +108,9 @@ impl Sandbox {
         let (ending, layers) = sandbox.attempt("import math")?;
         if ending != Ending::Passed {
             let python = sandbox.python.display();
-            return Err(Error::environment(format!("{python} does not run in the sandbox ({ending:?}): install another python3")));
+            return Err(Error::environment(format!(
+                "{python} does not run in the sandbox ({ending:?}): install another python3"
+            )));
         }
         sandbox.layers = layers;
         Ok(sandbox)
@@ -156,8 +158,11 @@ impl Sandbox {
 /// The interpreter behind `python3`, and the folder that it was installed into.
 fn find_python() -> Result<(PathBuf, PathBuf)> {
     let ask = "import os, sys\nprint(os.path.realpath(sys.executable), os.path.realpath(sys.base_prefix), sep='\\n')";
-    let lacking = |why: &str| Error::environment(format!("python3 is needed to run code: {why}; install it or put it on the PATH"));
-    let found = Command::new("python3").args(["-I", "-c", ask]).output().map_err(|error| lacking(&error.to_string()))?;
+    let lacking = |why: &str| {
+        Error::environment(format!("python3 is needed to run code: {why}; install it or put it on the PATH"))
+    };
+    let found =
+        Command::new("python3").args(["-I", "-c", ask]).output().map_err(|error| lacking(&error.to_string()))?;
     let text = String::from_utf8_lossy(&found.stdout).into_owned();
     match text.lines().collect::<Vec<_>>()[..] {
         [python, prefix] if !python.is_empty() => {

@@ -116,8 +116,14 @@ mod tests {
         };
         for (answer, program) in [
             ("    return x\n", "import math\n\ndef help(): pass\n\ndef f(x):\n    return x\n\nT\ncheck(f)"),
-            ("```python\n    return x\n```", "import math\n\ndef help(): pass\n\ndef f(x):\n    return x\n\nT\ncheck(f)"),
-            ("So:\n```python\ndef f(y): return y\n```", "import math\n\ndef help(): pass\n\ndef f(y): return y\n\nT\ncheck(f)"),
+            (
+                "```python\n    return x\n```",
+                "import math\n\ndef help(): pass\n\ndef f(x):\n    return x\n\nT\ncheck(f)",
+            ),
+            (
+                "So:\n```python\ndef f(y): return y\n```",
+                "import math\n\ndef help(): pass\n\ndef f(y): return y\n\nT\ncheck(f)",
+            ),
             ("def f(y): return y", "import math\n\ndef help(): pass\n\ndef f(y): return y\nT\ncheck(f)"),
         ] {
             assert_eq!(tests.program(answer), program, "{answer}");

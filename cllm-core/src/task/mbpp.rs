@@ -54,11 +54,7 @@ pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
             row.test_list.join("\n")
         )),
         reference: Some(row.code.trim().to_owned()),
-        meta: Some(json!(Tests {
-            task_id: row.task_id,
-            test_list: row.test_list,
-            test_imports: row.test_imports,
-        })),
+        meta: Some(json!(Tests { task_id: row.task_id, test_list: row.test_list, test_imports: row.test_imports })),
     };
     Ok(rows.into_iter().filter(|row| ids.contains(&row.task_id)).map(sample).collect())
 }
@@ -94,10 +90,14 @@ mod tests {
 
     #[test]
     fn the_tests_follow_the_code() {
-        let tests = Tests { task_id: 1, test_list: vec!["assert f() == 1".into()], test_imports: vec!["import math".into()] };
+        let tests =
+            Tests { task_id: 1, test_list: vec!["assert f() == 1".into()], test_imports: vec!["import math".into()] };
         let program = "def f(): return 1\nimport math\nassert f() == 1";
         assert_eq!(tests.program("def f(): return 1"), program);
-        assert_eq!(tests.program("```sh\nls\n```\n```python\ndef f(): return 1\n```"), program.replacen('\n', "\n\n", 1));
+        assert_eq!(
+            tests.program("```sh\nls\n```\n```python\ndef f(): return 1\n```"),
+            program.replacen('\n', "\n\n", 1)
+        );
     }
 
     #[test]

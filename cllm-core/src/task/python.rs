@@ -38,7 +38,9 @@ pub(super) fn meta<T: DeserializeOwned>(sample: &Sample) -> Result<T> {
     let found = sample.meta.clone().unwrap_or_default();
     serde_json::from_value(found).map_err(|error| {
         let id = &sample.id;
-        Error::usage(format!("prompt `{id}`: meta does not hold what its tests need ({error}): make it anew with `cllm-data prepare`"))
+        Error::usage(format!(
+            "prompt `{id}`: meta does not hold what its tests need ({error}): make it anew with `cllm-data prepare`"
+        ))
     })
 }
 
@@ -55,7 +57,10 @@ mod tests {
     fn code_is_taken_out_of_its_fence() {
         let any = |_: &str| true;
         assert_eq!(code("    return 1\n", any), "    return 1\n");
-        assert_eq!(code("Here:\n```python\ndef f():\n    return 1\n```\nIt returns 1.", any), "def f():\n    return 1\n");
+        assert_eq!(
+            code("Here:\n```python\ndef f():\n    return 1\n```\nIt returns 1.", any),
+            "def f():\n    return 1\n"
+        );
         assert_eq!(code("```\nx = 1", any), "x = 1", "a fence that is never closed");
         let two = "```sh\npip install x\n```\n```python\ndef f(): pass\n```";
         assert_eq!(code(two, |block| definition(block, "f").is_some()), "def f(): pass\n");

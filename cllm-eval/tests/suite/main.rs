@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod bench;
+mod code;
 mod interrupted;
 mod made_up;
 mod program;
