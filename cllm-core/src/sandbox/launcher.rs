@@ -27,6 +27,8 @@ pub(super) type Problem = String;
 /// Threads and open files of a program.
 const MAX_THREADS: u64 = 64;
 const MAX_OPEN_FILES: u64 = 64;
+/// The user that a program is in a user namespace.
+const INSIDE: u32 = 1000;
 /// Files outside of `Order::readable` that Python opens.
 const DEVICES: [&str; 2] = ["/dev/null", "/dev/urandom"];
 
@@ -80,7 +82,8 @@ fn become_python(order: &Order) -> Problem {
         greet(&Greeting::Layers(layers))?;
         // Last: this process itself is larger than what Python may take.
         limit(Resource::RLIMIT_AS, order.limits.memory_bytes)?;
-        execve(&arguments[0], &arguments, &environment).map_err(|error| cannot("become Python", error))
+        execve(&arguments[0], &arguments, &environment)
+            .map_err(|error| cannot(&format!("become {}", order.python.display()), error))
     };
     match run() {
         Err(problem) => problem,
@@ -100,14 +103,20 @@ fn cannot(what: &str, error: impl std::fmt::Display) -> Problem {
 fn restrict(order: &Order) -> Result<Vec<String>, Problem> {
     setsid().map_err(|error| cannot("begin a session", error))?;
     umask(Mode::from_bits_truncate(0o022));
-    let (root, before) = (Uid::effective().is_root(), (Uid::effective(), Gid::effective()));
+    let root = Uid::effective().is_root();
+    let other = if root { other_user() } else { None };
+    let namespace = other.is_none() && user_namespace();
+    if root && other.is_none() && !namespace {
+        return Err(cannot("give up being root", "run as an ordinary user"));
+    }
+    let inside = namespace.then(|| (Uid::from_raw(INSIDE), Gid::from_raw(INSIDE)));
+    let owner = other.or(inside).unwrap_or((Uid::effective(), Gid::effective()));
     let mut layers = Vec::new();
     let mut note = |name: &str, holds: bool| {
         layers.extend(holds.then(|| name.to_owned()));
         holds
     };
-    let owner = if root { own_user() } else { before };
-    let namespace = note("user namespace", !root && user_namespace(before));
+    note("user namespace", namespace);
     let others = CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS;
     note("network namespace", unshare(others).is_ok());
     let mut readable = order.readable.clone();
@@ -116,10 +125,11 @@ fn restrict(order: &Order) -> Result<Vec<String>, Problem> {
     let private = note("private root", entered.is_ok());
     let writable = if private { Path::new(private_root::WRITABLE) } else { &order.folder };
     std::env::set_current_dir(writable).map_err(|error| cannot("enter its folder", error))?;
-    if root {
-        give_up_root(owner, writable)?;
+    if let Some(other) = other {
+        become_user(other, writable)
+            .map_err(|error| cannot("give up being root, so run as an ordinary user", error))?;
     }
-    note("own user", root);
+    note("own user", other.is_some());
     // It is lost with a change of user, so it comes after.
     set_pdeathsig(Signal::SIGKILL).map_err(|error| cannot("end with the program that started it", error))?;
     let ruled = note("landlock", landlock(&readable, writable).map_err(|error| cannot("set rules of files", error))?);
@@ -128,32 +138,38 @@ fn restrict(order: &Order) -> Result<Vec<String>, Problem> {
                     and change files: it is not run. Use a kernel or a container that permits one of them"
             .to_owned());
     }
-    limits(&order.limits, root || namespace)?;
+    limits(&order.limits, other.is_some() || namespace)?;
     note("limits", true);
     system_calls::restrict()?;
     note("seccomp", true);
     Ok(layers)
 }
 
-/// A user that nobody else is, so that limits on its processes count those of one program.
-fn own_user() -> (Uid, Gid) {
-    let id = 1_900_000_000 + std::process::id();
-    (Uid::from_raw(id), Gid::from_raw(id))
+/// A user that nothing else runs as, so that limits on its processes count those of one program: near the end of the ids that
+/// there are here. None where there are too few.
+fn other_user() -> Option<(Uid, Gid)> {
+    let map = std::fs::read_to_string("/proc/self/uid_map").ok()?;
+    let ranges = map.lines().filter_map(|line| {
+        let mut numbers = line.split_whitespace().map(str::parse::<u32>);
+        let (first, _, count) = (numbers.next()?.ok()?, numbers.next()?, numbers.next()?.ok()?);
+        Some((count, first))
+    });
+    let (count, first) = ranges.max().filter(|&(count, _)| count > 1000)?;
+    let id = first + count - 3 - std::process::id() % (count / 2);
+    Some((Uid::from_raw(id), Gid::from_raw(id)))
 }
 
-fn give_up_root((user, group): (Uid, Gid), folder: &Path) -> Result<(), Problem> {
-    let give_up = || {
-        chown(folder, Some(user), Some(group))?;
-        setgroups(&[])?;
-        setresgid(group, group, group)?;
-        setresuid(user, user, user)
-    };
-    give_up().map_err(|error| cannot("give up being root, so run as an ordinary user", error))
+fn become_user((user, group): (Uid, Gid), folder: &Path) -> nix::Result<()> {
+    chown(folder, Some(user), Some(group))?;
+    setgroups(&[])?;
+    setresgid(group, group, group)?;
+    setresuid(user, user, user)
 }
 
-/// A user namespace of its own, in which an ordinary user may have the other namespaces.
-fn user_namespace((user, group): (Uid, Gid)) -> bool {
-    let map = |file: &str, id: u32| std::fs::write(Path::new("/proc/self").join(file), format!("{id} {id} 1"));
+/// A user namespace of its own, in which an ordinary user may have the other namespaces. Its user is none with privileges.
+fn user_namespace() -> bool {
+    let (user, group) = (Uid::effective(), Gid::effective());
+    let map = |file: &str, id: u32| std::fs::write(Path::new("/proc/self").join(file), format!("{INSIDE} {id} 1"));
     unshare(CloneFlags::CLONE_NEWUSER).is_ok()
         && std::fs::write("/proc/self/setgroups", "deny").is_ok()
         && map("uid_map", user.as_raw()).is_ok()

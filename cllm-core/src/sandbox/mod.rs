@@ -98,7 +98,20 @@ impl Sandbox {
     /// # Errors
     /// As [`Sandbox::open`].
     pub fn launched_by(program: &Path, limits: Limits) -> Result<Self> {
-        let (python, prefix) = find_python()?;
+        let mut first = None;
+        // One that is installed in a home folder may be out of reach for the user that code runs as.
+        for python in ["python3", "/usr/bin/python3"] {
+            match Self::with_python(Path::new(python), program, limits.clone()) {
+                Ok(sandbox) => return Ok(sandbox),
+                Err(error @ Error::Interrupted(_)) => return Err(error),
+                Err(error) => first = first.or(Some(error)),
+            }
+        }
+        Err(first.unwrap_or_else(|| Error::environment("python3 is needed to run code")))
+    }
+
+    fn with_python(python: &Path, program: &Path, limits: Limits) -> Result<Self> {
+        let (python, prefix) = find_python(python)?;
         let mut readable: Vec<PathBuf> = SYSTEM.iter().map(PathBuf::from).filter(|path| path.exists()).collect();
         if !readable.iter().any(|path| prefix.starts_with(path)) {
             readable.push(prefix);
@@ -155,14 +168,13 @@ impl Sandbox {
     }
 }
 
-/// The interpreter behind `python3`, and the folder that it was installed into.
-fn find_python() -> Result<(PathBuf, PathBuf)> {
+/// The interpreter behind a command, and the folder that it was installed into.
+fn find_python(command: &Path) -> Result<(PathBuf, PathBuf)> {
     let ask = "import os, sys\nprint(os.path.realpath(sys.executable), os.path.realpath(sys.base_prefix), sep='\\n')";
     let lacking = |why: &str| {
         Error::environment(format!("python3 is needed to run code: {why}; install it or put it on the PATH"))
     };
-    let found =
-        Command::new("python3").args(["-I", "-c", ask]).output().map_err(|error| lacking(&error.to_string()))?;
+    let found = Command::new(command).args(["-I", "-c", ask]).output().map_err(|error| lacking(&error.to_string()))?;
     let text = String::from_utf8_lossy(&found.stdout).into_owned();
     match text.lines().collect::<Vec<_>>()[..] {
         [python, prefix] if !python.is_empty() => {

@@ -19,13 +19,20 @@ pub fn alone() -> MutexGuard<'static, ()> {
 
 /// A sandbox with limits that are soon reached. What starts it has limits of its own, in case that those of the sandbox fail.
 fn sandbox(folder: &Path) -> Sandbox {
+    launched_by(
+        folder,
+        &format!("#!/bin/sh\nulimit -t 60 -f 2000000 -u 4096\nexec {} \"$@\"\n", env!("CARGO_BIN_EXE_cllm-eval")),
+    )
+    .unwrap()
+}
+
+/// The same behind any script.
+fn launched_by(folder: &Path, script: &str) -> cllm_core::Result<Sandbox> {
     let launcher = PathBuf::from(path(folder, "launcher"));
-    let script =
-        format!("#!/bin/sh\nulimit -t 60 -f 2000000 -u 4096\nexec {} \"$@\"\n", env!("CARGO_BIN_EXE_cllm-eval"));
     std::fs::write(&launcher, script).unwrap();
     std::fs::set_permissions(&launcher, std::fs::Permissions::from_mode(0o755)).unwrap();
     let limits = Limits { time: Duration::from_secs(6), cpu_seconds: 2, memory_bytes: 256 << 20, ..Limits::default() };
-    Sandbox::launched_by(&launcher, limits).unwrap()
+    Sandbox::launched_by(&launcher, limits)
 }
 
 /// Processes that run the harness: a child that got away would keep its command line.
@@ -62,7 +69,7 @@ fn an_honest_program_has_what_it_needs() {
         "import threading\nfound = []\nt = threading.Thread(target=found.append, args=(1,))\nt.start()\nt.join()\nassert found == [1]",
         "import tempfile\nwith tempfile.TemporaryDirectory() as d:\n    open(d + '/a', 'w').write('x')\n    assert open(d + '/a').read() == 'x'",
         "print('printed', flush=True)\nimport sys\nassert sys.stdin.read() == ''",
-        "import os\nos.mkdir('closed', 0)\nos.mkdir('deep')\nopen('deep/file', 'w').write('x')",
+        "import os\nos.mkdir('deep')\nopen('deep/file', 'w').write('x')",
         "assert list({'a', 'b', 'c', 'd'}) == list({'a', 'b', 'c', 'd'})",
         &long,
     ] {
@@ -226,4 +233,80 @@ fn only_what_runs_to_its_end_passes() {
             ("import ctypes\nctypes.string_at(0)", &[Ending::Killed(11)]),
         ],
     );
+}
+
+/// A sandbox on a kernel that refuses these system calls (numbers of x86-64).
+#[cfg(target_arch = "x86_64")]
+fn without(folder: &Path, calls: &[u32]) -> cllm_core::Result<Sandbox> {
+    // A filter of system calls: load the number, compare it with each, answer "not permitted" or go on.
+    let script = format!(
+        "#!/usr/bin/python3\n\
+         import ctypes, os, struct, sys\n\
+         calls = {calls:?}\n\
+         code = [(0x20, 0, 0, 0)]\n\
+         for call in calls: code += [(0x15, 0, 1, call), (0x06, 0, 0, 0x00050001)]\n\
+         code += [(0x06, 0, 0, 0x7fff0000)]\n\
+         text = ctypes.create_string_buffer(b''.join(struct.pack('HBBI', *line) for line in code))\n\
+         program = struct.pack('HxxxxxxQ', len(code), ctypes.addressof(text))\n\
+         libc = ctypes.CDLL(None)\n\
+         assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0\n\
+         program = '{}'\n\
+         os.execv(program, [program, *sys.argv[1:]])\n",
+        env!("CARGO_BIN_EXE_cllm-eval")
+    );
+    launched_by(folder, &script)
+}
+
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn a_layer_that_the_kernel_refuses_is_not_named_and_the_others_hold() {
+    const SECCOMP: u32 = 317;
+    const UNSHARE: u32 = 272;
+    const LANDLOCK: u32 = 444;
+    let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
+    let names = |sandbox: &Sandbox, name: &str| sandbox.layers().iter().any(|layer| layer == name);
+    let all = sandbox(dir.path());
+    if names(&all, "private root") {
+        let sandbox = without(dir.path(), &[LANDLOCK]).unwrap();
+        assert!(names(&sandbox, "private root") && !names(&sandbox, "landlock"), "{:?}", sandbox.layers());
+    }
+    if !names(&all, "landlock") {
+        println!("skipped: this kernel has no Landlock");
+        return;
+    }
+    // Many containers permit no namespaces.
+    let sandbox = without(dir.path(), &[UNSHARE]).unwrap();
+    assert!(names(&sandbox, "landlock") && names(&sandbox, "seccomp"), "{:?}", sandbox.layers());
+    assert!(!names(&sandbox, "private root") && !names(&sandbox, "network namespace"), "{:?}", sandbox.layers());
+    let here = env!("CARGO_MANIFEST_DIR");
+    let (home, manifest) = (std::env::home_dir().unwrap(), format!("open('{here}/Cargo.toml').read()"));
+    let list = format!("import os\nos.listdir('{}')", home.display());
+    let (hidden, refused) = (&[error("PermissionError")][..], &[error("OSError")][..]);
+    let many = "import os\nos.makedirs('a/b')\nfor i in range(200000):\n    open(f'a/b/{i}', 'w').write('x' * 4000)";
+    none_passes(
+        &sandbox,
+        &[
+            (&manifest, hidden),
+            (&list, hidden),
+            ("open('/etc/passwd').read()", hidden),
+            ("open('/tmp/new', 'w')", hidden),
+            ("import os\nopen(f'/proc/{os.getppid()}/environ', 'rb').read()", hidden),
+            ("import os\nos.fork()", refused),
+            ("import socket\nsocket.socket()", refused),
+            ("import os\nos.kill(os.getppid(), 9)", refused),
+            (
+                "f = open('a', 'wb')\nfor _ in range(300):\n    f.write(bytes(1 << 20))",
+                &[error("OSError"), Ending::Disk],
+            ),
+            (many, &[Ending::Disk]),
+            (
+                "import os, time\nos.mkdir('closed', 0)\nos.mkdir('more')\nos.write(1, b'x')\nassert False",
+                &[Ending::Wrong, Ending::Disk],
+            ),
+        ],
+    );
+    for (calls, why) in [(&[UNSHARE, LANDLOCK][..], "neither Landlock"), (&[SECCOMP], "filter of system calls")] {
+        let refusal = without(dir.path(), calls).unwrap_err();
+        assert!(refusal.exit_code() == 3 && refusal.to_string().contains(why), "{refusal}");
+    }
 }
