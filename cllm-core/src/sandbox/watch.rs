@@ -31,7 +31,8 @@ struct Heard {
     said: Vec<u8>,
     /// What it printed, no more than an error of the launcher would take.
     printed: Vec<u8>,
-    printed_bytes: u64,
+    /// Of both.
+    bytes: u64,
     /// Why it was ended, where it was.
     stopped: Option<Ending>,
 }
@@ -108,13 +109,14 @@ fn feed_and_hear(child: &mut Child, mut input: &[u8], folder: &Path, limits: &Li
             let count = pipe.read(&mut buffer).map_err(failed)?;
             let room = MAX_SAID - heard.said.len();
             heard.said.extend_from_slice(&buffer[..count.min(room)]);
+            heard.bytes += count as u64;
             stdout = stdout.filter(|_| count > 0);
         }
         if let Some(pipe) = stderr.as_mut().filter(|_| print) {
             let count = pipe.read(&mut buffer).map_err(failed)?;
             let room = MAX_SAID - heard.printed.len();
             heard.printed.extend_from_slice(&buffer[..count.min(room)]);
-            heard.printed_bytes += count as u64;
+            heard.bytes += count as u64;
             stderr = stderr.filter(|_| count > 0);
         }
     }
@@ -140,7 +142,7 @@ fn ready(stdin: &Option<impl AsFd>, stdout: &Option<impl AsFd>, stderr: &Option<
 }
 
 fn too_much(heard: &Heard, time: Duration, folder: &Path, limits: &Limits) -> Option<Ending> {
-    if heard.printed_bytes > limits.output_bytes {
+    if heard.bytes > limits.output_bytes {
         return Some(Ending::Output);
     }
     if time > limits.time {

@@ -7,10 +7,13 @@ use crate::prompt_set::Sample;
 use crate::sandbox::{Ending, Sandbox};
 use crate::{Error, Result};
 
-/// The code of an answer: the first fenced block for which `wanted` holds, or else the first, or else the whole answer.
+/// The code of an answer: the first fenced block for which `wanted` holds, or else the first, or else all up to a fence that was
+/// closed only.
 pub(super) fn code(answer: &str, wanted: impl Fn(&str) -> bool) -> &str {
-    let blocks: Vec<&str> = answer.split("```").skip(1).step_by(2).map(without_language).collect();
-    blocks.iter().find(|block| wanted(block)).or(blocks.first()).copied().unwrap_or(answer)
+    let mut parts = answer.split("```");
+    let before = parts.next().unwrap_or(answer);
+    let blocks: Vec<&str> = parts.step_by(2).map(without_language).filter(|block| !block.trim().is_empty()).collect();
+    blocks.iter().find(|block| wanted(block)).or(blocks.first()).copied().unwrap_or(before)
 }
 
 /// A fenced block without the rest of the line that opens it, which names the language.
@@ -62,6 +65,7 @@ mod tests {
             "def f():\n    return 1\n"
         );
         assert_eq!(code("```\nx = 1", any), "x = 1", "a fence that is never closed");
+        assert_eq!(code("    return 1\n```\n", any), "    return 1\n", "a fence that was never opened");
         let two = "```sh\npip install x\n```\n```python\ndef f(): pass\n```";
         assert_eq!(code(two, |block| definition(block, "f").is_some()), "def f(): pass\n");
     }

@@ -236,16 +236,24 @@ fn a_run_scores_code_where_its_settings_say_so() {
 #[test]
 fn a_signal_ends_running_answers_and_nothing_stays() {
     let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
-    let sleeping = "    import time\n    time.sleep(100000)\n";
+    // It has a name of its own, so that it is told from the program that tries the sandbox out.
+    let sleeping =
+        "    import ctypes, time\n    ctypes.CDLL(None).prctl(15, b'asleep', 0, 0, 0)\n    time.sleep(100000)\n";
+    let asleep = || {
+        let entries = fs::read_dir("/proc").unwrap().flatten();
+        entries
+            .filter(|entry| fs::read_to_string(entry.path().join("comm")).is_ok_and(|name| name == "asleep\n"))
+            .count()
+    };
     let run = answered(dir.path(), sleeping, sleeping);
-    EVAL.stop(&["score", &run, "--execute-code"], "INT", 130, || left_running() > 0);
+    EVAL.stop(&["score", &run, "--execute-code"], "INT", 130, || asleep() > 0);
     assert_eq!(left_running(), 0);
     assert!(verdicts(&run).iter().all(|&verdict| verdict == Verdict::Unscored));
     // A program that is killed takes the answers with it.
     let mut command = EVAL.command(&[]);
     command.args(["score", &run, "--execute-code"]).env("TMPDIR", dir.path()).stderr(Stdio::null());
     let mut child = command.spawn().unwrap();
-    while left_running() == 0 {
+    while asleep() == 0 {
         assert!(child.try_wait().unwrap().is_none());
     }
     child.kill().unwrap();

@@ -126,11 +126,11 @@ fn memory_disk_time_and_output_are_bounded() {
             ("f = open('a', 'wb')\nfor _ in range(300):\n    f.write(bytes(1 << 20))", full),
             ("for i in range(60000):\n    open(str(i), 'w').write('x' * 4000)", full),
             ("import os\nfor i in range(300000):\n    open(str(i), 'w')", full),
-            ("import time\ntime.sleep(100)", late),
+            ("import time\ntime.sleep(100000)", late),
             ("while True: pass", late),
             (
                 "import signal, time\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except Exception: pass\n\
-                 time.sleep(100)",
+                 time.sleep(100000)",
                 late,
             ),
             (
@@ -139,6 +139,10 @@ fn memory_disk_time_and_output_are_bounded() {
             ),
             ("while True: print('x' * 1000)", &[Ending::Output]),
             ("import os\nwhile True: os.write(1, b'x' * 1000)", &[Ending::Output]),
+            (
+                "import os\nfor fd in range(3, 64):\n    try:\n        while True: os.write(fd, b'x' * 1000)\n    except OSError: pass",
+                &[Ending::Output],
+            ),
             ("def f(): f()\nf()", &[error("RecursionError")]),
         ],
     );
