@@ -21,7 +21,7 @@ use crate::{Error, Result, interrupt};
 const TICK: u16 = 50;
 /// A pipe takes this much without waiting when it takes anything.
 const PIPE_WRITE: usize = 4096;
-/// Of what the launcher and the harness say.
+/// Kept of what the launcher and the harness say, and of what is printed.
 const MAX_SAID: usize = 64 << 10;
 
 /// What came of watching.
@@ -91,7 +91,6 @@ fn feed_and_hear(child: &mut Child, mut input: &[u8], folder: &Path, limits: &Li
     let failed = |error: std::io::Error| Error::environment(format!("the sandbox cannot be watched: {error}"));
     let (mut stdin, mut stdout, mut stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
     let mut heard = Heard::default();
-    let mut buffer = vec![0; 64 << 10];
     while stdout.is_some() || stderr.is_some() {
         interrupt::check()?;
         heard.stopped = too_much(&heard, started.elapsed(), folder, limits);
@@ -105,22 +104,22 @@ fn feed_and_hear(child: &mut Child, mut input: &[u8], folder: &Path, limits: &Li
             input = &input[written..];
         }
         stdin = stdin.filter(|_| !input.is_empty());
-        if let Some(pipe) = stdout.as_mut().filter(|_| listen) {
-            let count = pipe.read(&mut buffer).map_err(failed)?;
-            let room = MAX_SAID - heard.said.len();
-            heard.said.extend_from_slice(&buffer[..count.min(room)]);
-            heard.bytes += count as u64;
-            stdout = stdout.filter(|_| count > 0);
-        }
-        if let Some(pipe) = stderr.as_mut().filter(|_| print) {
-            let count = pipe.read(&mut buffer).map_err(failed)?;
-            let room = MAX_SAID - heard.printed.len();
-            heard.printed.extend_from_slice(&buffer[..count.min(room)]);
-            heard.bytes += count as u64;
-            stderr = stderr.filter(|_| count > 0);
-        }
+        heard.bytes += hear(&mut stdout, listen, &mut heard.said).map_err(failed)?;
+        heard.bytes += hear(&mut stderr, print, &mut heard.printed).map_err(failed)?;
     }
     Ok(heard)
+}
+
+/// Reads once from a pipe that is `ready`, which closes at its end; how many bytes there were, of which `kept` takes what it has room for.
+fn hear(pipe: &mut Option<impl Read>, ready: bool, kept: &mut Vec<u8>) -> std::io::Result<u64> {
+    let Some(open) = pipe.as_mut().filter(|_| ready) else { return Ok(0) };
+    let mut buffer = [0; 16 << 10];
+    let count = open.read(&mut buffer)?;
+    kept.extend_from_slice(&buffer[..count.min(MAX_SAID - kept.len())]);
+    if count == 0 {
+        *pipe = None;
+    }
+    Ok(count as u64)
 }
 
 /// Which of the pipes to write and read can be, after a tick at the latest.
