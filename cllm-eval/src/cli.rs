@@ -46,6 +46,9 @@ enum Verb {
         /// Folder of the benchmark's files, in place of the run's own: where Spider's databases are on this machine.
         #[arg(long)]
         data: Option<PathBuf>,
+        /// Runs the Python code in answers to humaneval and mbpp, which a model wrote, in a sandbox; without this they are unscored.
+        #[arg(long)]
+        execute_code: bool,
         /// Prints results.json on stdout.
         #[arg(long)]
         json: bool,
@@ -185,7 +188,9 @@ impl Cli {
         progress::set_quiet(self.quiet);
         let done = match self.verb {
             Verb::Run(given) => results(&run::run(&given.load()?)?, given.json),
-            Verb::Score { folder, data, json } => results(&score::score(&folder, data)?, json),
+            Verb::Score { folder, data, execute_code, json } => {
+                results(&score::score(&folder, data, execute_code)?, json)
+            }
             Verb::Compare { first, second, take_a, take_b, json } => {
                 let found = compare(&first, second.as_deref(), take_a.as_deref(), take_b.as_deref())?;
                 if json { print_json(&found) } else { print(&found.text()) }

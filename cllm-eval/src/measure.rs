@@ -4,7 +4,7 @@ use cllm_core::decode::{DecodeOptions, Decoder, Limits, Request, Strategy, capac
 use cllm_core::model::Transformer;
 use cllm_core::progress::Progress;
 use cllm_core::prompt_set::Sample;
-use cllm_core::task::{Task, Verdict};
+use cllm_core::task::{Judge, Task, Verdict};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Error, Result, device, hub, interrupt, model, torch_ext};
 use rayon::prelude::*;
@@ -124,7 +124,7 @@ impl Subject {
         samples: &[Sample],
         strategy: Strategy,
         settings: &RunSettings,
-        task: Task,
+        (task, by): (Task, Judge<'_>),
         records: &mut Records,
         journal: &mut Journal,
     ) -> Result<()> {
@@ -144,7 +144,7 @@ impl Subject {
         let mut decoder = self.decoder(settings.batch_rows.min(open.len()), &[strategy])?;
         for batch in open.chunks(settings.batch_rows) {
             interrupt::check()?;
-            let answers = self.answer_batch(&mut decoder, samples, batch, strategy, settings, task)?;
+            let answers = self.answer_batch(&mut decoder, samples, batch, strategy, settings, (task, by))?;
             let lines: Vec<_> = answers.iter().cloned().map(|answer| Line::Answer(Box::new(answer))).collect();
             journal.append(&lines)?;
             records.answers.extend(answers);
@@ -168,7 +168,7 @@ impl Subject {
         batch: &[usize],
         strategy: Strategy,
         settings: &RunSettings,
-        task: Task,
+        (task, by): (Task, Judge<'_>),
     ) -> Result<Vec<AnswerRecord>> {
         let device = self.model.device();
         let requests: Vec<_> = batch.iter().map(|&index| self.prompts.each[index].1.clone()).collect();
@@ -205,8 +205,7 @@ impl Subject {
                 margin_at_difference: None,
             });
         }
-        let data = settings.data.as_deref();
-        let score = |answer: &AnswerRecord| judge(task, data, answer);
+        let score = |answer: &AnswerRecord| judge(task, by, answer);
         let verdicts: Vec<Verdict> = found.par_iter().map(score).collect::<Result<_>>()?;
         for (answer, verdict) in found.iter_mut().zip(verdicts) {
             answer.verdict = verdict;

@@ -61,6 +61,9 @@ pub struct Header {
     pub hardware: Hardware,
     /// With what.
     pub toolkit: Toolkit,
+    /// What held the code of answers while it ran; none where none did.
+    #[serde(default)]
+    pub sandbox: Option<Vec<String>>,
     /// The models.
     pub models: Vec<ModelEntry>,
     /// The resolved configuration.

@@ -36,6 +36,9 @@ pub struct Results {
     pub hardware: Hardware,
     /// With what.
     pub toolkit: Toolkit,
+    /// What held the code of answers while it ran; none where none did.
+    #[serde(default)]
+    pub sandbox: Option<Vec<String>>,
     /// Per model.
     pub models: Vec<ModelResults>,
     /// Student against teacher on the same examples.
@@ -220,6 +223,7 @@ impl Results {
             speed_examples: header.settings.speed_examples.min(header.examples),
             hardware: header.hardware.clone(),
             toolkit: header.toolkit.clone(),
+            sandbox: header.sandbox.clone(),
             models,
             paired: paired_differences(records),
             settings: header.settings.clone(),

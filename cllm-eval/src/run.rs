@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use cllm_core::hardware::{Hardware, Toolkit};
 use cllm_core::prompt_set::{self, Sample};
-use cllm_core::task::{Task, synthetic};
+use cllm_core::task::{Judge, Task, synthetic};
 use cllm_core::{Error, Result, atomic_file, device, fingerprint, progress, settings};
 
 use crate::config::RunSettings;
@@ -12,6 +12,7 @@ use crate::margins;
 use crate::measure::{Prompts, Subject, identify, time_all};
 use crate::records::{Header, Journal, ModelEntry, Role, SAMPLES, SCHEMA_VERSION};
 use crate::results::{RESULTS, Results};
+use crate::score;
 
 /// Runs an evaluation, or goes on with an interrupted one, and writes its files.
 ///
@@ -27,6 +28,9 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
     }
     let device = device::parse(&settings.device)?;
     let Examples { task, split, samples } = examples(settings)?;
+    let sandbox = score::sandbox(task, settings.execute_code, "set `execute_code=true`")?;
+    let judge = Judge { data: settings.data.as_deref(), sandbox: sandbox.as_ref() };
+    samples.iter().try_for_each(|sample| task.expect_data(judge, sample))?;
     let found: Vec<(PathBuf, ModelEntry)> =
         named.iter().map(|&(role, name)| identify(role, name)).collect::<Result<_>>()?;
     let (folders, models): (Vec<_>, Vec<_>) = found.into_iter().unzip();
@@ -40,6 +44,7 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
         examples: samples.len(),
         hardware: Hardware::of(device),
         toolkit: Toolkit::this(),
+        sandbox: sandbox.as_ref().map(|sandbox| sandbox.layers().to_vec()),
         models,
         settings: settings.clone(),
     };
@@ -51,7 +56,7 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
     for ((&(role, _), folder), prompts) in named.iter().zip(&folders).zip(prompts) {
         let mut subject = Subject::load(role, folder, prompts, device)?;
         for &strategy in &settings.strategies {
-            subject.answer_all(&samples, strategy, settings, task, &mut records, &mut journal)?;
+            subject.answer_all(&samples, strategy, settings, (task, judge), &mut records, &mut journal)?;
         }
         // Of logits with noise on them a margin says nothing.
         if settings.temperature == 0.0 {
@@ -106,7 +111,6 @@ fn examples(settings: &RunSettings) -> Result<Examples> {
         (None, Some(_)) => (task, split.to_owned()),
         (None, None) => return Err(Error::usage(format!("split `{split}` of {} has no examples", task.name()))),
     };
-    samples.iter().try_for_each(|sample| task.expect_data(data.as_deref(), sample))?;
     Ok(Examples { task, split, samples })
 }
 

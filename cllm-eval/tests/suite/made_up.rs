@@ -33,6 +33,7 @@ pub fn records() -> Records {
         examples: 4,
         hardware: Hardware::of(Device::Cpu),
         toolkit: Toolkit { version: "0".into(), libtorch: None },
+        sandbox: None,
         models: vec![model(Role::Teacher, "t"), model(Role::Student, "s")],
         settings,
     };

@@ -3,6 +3,7 @@
 
 mod bad_input;
 mod bench;
+mod code;
 mod comparisons;
 mod interrupted;
 mod made_up;
@@ -12,5 +13,6 @@ mod program;
 mod programs;
 mod reports;
 mod results;
+mod sandbox;
 mod scoring;
 mod tradeoffs;
