@@ -17,7 +17,8 @@ pub const JACOBI: Strategy = Strategy::Jacobi { n: 4 };
 
 /// Four examples. Teacher AR: 3 right, the other unfinished. Student Jacobi: 2 right, half the forwards.
 pub fn records() -> Records {
-    let model = |role, path: &str| ModelEntry { role, path: path.into(), fingerprint: "f".into(), parameters: 10 };
+    let model =
+        |role, path: &str| ModelEntry { role, path: path.into(), fingerprint: format!("f{path}"), parameters: 10 };
     let settings = RunSettings {
         teacher: Some("t".into()),
         student: Some("s".into()),

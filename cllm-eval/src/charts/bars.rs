@@ -1,6 +1,8 @@
-//! Charts of reports, drawn as SVG; colours come from the page's style, so that they fit dark and light.
+//! Horizontal bars.
 
 use std::fmt::Write;
+
+use super::{escape, opened};
 
 /// One bar.
 pub struct Bar {
@@ -27,9 +29,7 @@ pub fn bars(title: &str, bars: &[Bar]) -> String {
     let most = bars.iter().map(reach).fold(0.0, f64::max).max(f64::MIN_POSITIVE);
     let at = |value: f64| LABEL_WIDTH + BAR_WIDTH * value / most;
     let (width, height) = (LABEL_WIDTH + BAR_WIDTH + TEXT_WIDTH, ROW * bars.len() as f64 + 6.0);
-    let title = escape(title);
-    let mut svg =
-        format!(r#"<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}"><title>{title}</title>"#);
+    let mut svg = opened(title, width, height);
     for (index, bar) in bars.iter().enumerate() {
         let top = ROW * index as f64 + 5.0;
         let (middle, base) = (top + 10.0, top + 15.0);
@@ -62,22 +62,6 @@ pub fn bars(title: &str, bars: &[Bar]) -> String {
     }
     svg.push_str("</svg>");
     svg
-}
-
-/// `text` for SVG and HTML.
-pub fn escape(text: &str) -> String {
-    let mut escaped = String::with_capacity(text.len());
-    for character in text.chars() {
-        match character {
-            '&' => escaped.push_str("&amp;"),
-            '<' => escaped.push_str("&lt;"),
-            '>' => escaped.push_str("&gt;"),
-            '"' => escaped.push_str("&quot;"),
-            '\'' => escaped.push_str("&#39;"),
-            other => escaped.push(other),
-        }
-    }
-    escaped
 }
 
 #[cfg(test)]

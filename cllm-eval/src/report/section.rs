@@ -1,0 +1,110 @@
+//! What the templates draw of one run.
+
+use cllm_core::{Result, settings};
+use serde::Serialize;
+use serde_json::Value;
+
+use super::Run;
+use super::card::Card;
+use super::example::Example;
+use super::pictures::{Chart, charts};
+use crate::measure::role_name;
+use crate::records::Role;
+use crate::results::{ModelResults, Results, StrategyResults};
+use crate::table::{cells, sentence};
+use crate::tradeoff::Tradeoff;
+
+#[derive(Debug, Serialize)]
+pub(super) struct Section {
+    title: String,
+    card: Option<Card>,
+    summary: String,
+    rows: Vec<Vec<String>>,
+    paired: Vec<String>,
+    /// Areas under accuracy and parallelism, a line each.
+    aup: Vec<String>,
+    charts: Vec<Chart>,
+    columns: Vec<String>,
+    figures: Vec<(String, Vec<String>)>,
+    models: Vec<String>,
+    hardware: String,
+    toolkit: String,
+    sandbox: Option<String>,
+    settings: String,
+    example: Option<Example>,
+}
+
+impl Section {
+    pub(super) fn of(run: &Run) -> Result<Self> {
+        let results = &run.results;
+        let models = || results.models.iter();
+        let found: Vec<(Role, &StrategyResults)> = models()
+            .flat_map(|model| model.strategies.iter().map(move |strategy| (model.model.role, strategy)))
+            .collect();
+        let rows = found.iter().map(|(role, strategy)| {
+            let mut row = vec![role_name(*role).to_owned(), strategy.label.clone()];
+            row.extend(cells(strategy));
+            row
+        });
+        let tradeoff = Tradeoff::of(std::slice::from_ref(results));
+        let areas = tradeoff.iter().flat_map(|tradeoff| &tradeoff.aup);
+        Ok(Section {
+            title: format!("{} / {}", results.benchmark.name(), results.split),
+            card: Card::of(results),
+            summary: summary(results),
+            rows: rows.collect(),
+            paired: results.paired.iter().map(sentence).collect(),
+            aup: areas
+                .map(|area| format!("AUP of {}: {:.1}, over {} points", area.checkpoint, area.aup, area.points))
+                .collect(),
+            charts: charts(run, tradeoff.as_ref()),
+            columns: found.iter().map(|(role, strategy)| format!("{} {}", role_name(*role), strategy.label)).collect(),
+            figures: figures(&found),
+            models: models().map(named).collect(),
+            hardware: results.hardware.line(),
+            toolkit: format!(
+                "cllm {}, libtorch {}",
+                results.toolkit.version,
+                results.toolkit.libtorch.as_deref().unwrap_or("of unknown version")
+            ),
+            sandbox: results
+                .sandbox
+                .as_ref()
+                .map(|layers| format!("code of answers ran in a sandbox: {}", layers.join(", "))),
+            settings: settings::to_yaml(&results.settings)?,
+            example: run.records.as_ref().and_then(Example::of),
+        })
+    }
+}
+
+fn summary(results: &Results) -> String {
+    let speed = match results.speed_examples {
+        0 => "speed was not measured".to_owned(),
+        count => format!("speed at batch 1 on the first {count}, prefill apart"),
+    };
+    format!("{} examples, {}, answered in batches for accuracy; {speed}.", results.examples, results.choice())
+}
+
+fn named(ModelResults { model, .. }: &ModelResults) -> String {
+    let role = role_name(model.role);
+    format!("{role}: {} ({} parameters, fingerprint {})", model.path, model.parameters, model.fingerprint)
+}
+
+/// Every figure, a row each, with a column for each model and strategy.
+fn figures(found: &[(Role, &StrategyResults)]) -> Vec<(String, Vec<String>)> {
+    let values: Vec<Value> =
+        found.iter().map(|(_, strategy)| serde_json::to_value(strategy).unwrap_or_default()).collect();
+    let Some(Value::Object(first)) = values.first() else { return Vec::new() };
+    let elsewhere = |key: &str| matches!(key, "name" | "label" | "n" | "acceptance");
+    let plain_ones = first.keys().filter(|key| !elsewhere(key) && values.iter().any(|value| !value[*key].is_object()));
+    plain_ones.map(|key| (key.clone(), values.iter().map(|value| plain(&value[key])).collect())).collect()
+}
+
+fn plain(value: &Value) -> String {
+    match value {
+        Value::Null => "-".to_owned(),
+        Value::Number(number) if number.is_f64() => format!("{:.4}", number.as_f64().unwrap_or_default()),
+        Value::Array(items) => items.iter().map(plain).collect::<Vec<_>>().join(" to "),
+        other => other.to_string(),
+    }
+}
