@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use cllm_core::hardware::{self, Gpu};
+use cllm_core::sandbox::Sandbox;
 use serde::Serialize;
 
 /// What was found.
@@ -28,6 +29,10 @@ pub struct Findings {
     pub cpu: String,
     /// Processors that this process may use.
     pub cores: usize,
+    /// Layers of the sandbox in which code of answers may run.
+    pub sandbox: Vec<String>,
+    /// Why it may not.
+    pub sandbox_problem: Option<String>,
     /// The Hugging Face cache.
     pub hub_cache: PathBuf,
     /// Models in it.
@@ -40,6 +45,7 @@ pub fn examine() -> Findings {
     let available = tch::Cuda::is_available();
     let gpus = hardware::gpus();
     let hub_cache = cllm_core::hub::cache_folder();
+    let sandbox = Sandbox::open();
     Findings {
         schema_version: 1,
         version: cllm_core::VERSION,
@@ -51,6 +57,8 @@ pub fn examine() -> Findings {
         gpus,
         cpu: hardware::cpu_name(),
         cores: hardware::cores(),
+        sandbox_problem: sandbox.as_ref().err().map(ToString::to_string),
+        sandbox: sandbox.map(|sandbox| sandbox.layers().to_vec()).unwrap_or_default(),
         cached_models: cached_models(&hub_cache),
         hub_cache,
     }
@@ -96,12 +104,16 @@ impl Findings {
             None => "yes".to_owned(),
             Some(problem) => format!("no: {problem}"),
         };
+        let sandbox = match &self.sandbox_problem {
+            None => self.sandbox.join(", "),
+            Some(problem) => format!("no: {problem}"),
+        };
         let gpus: Vec<_> = self.gpus.iter().map(|gpu| format!("{} ({})", gpu.name, gpu.memory)).collect();
         let features: Vec<_> = self.features.iter().map(|&feature| feature.to_owned()).collect();
         let folder = self.libtorch_folder.as_ref().map(|path| path.display().to_string());
         format!(
             "toolkit    {}\nfeatures   {}\nlibtorch   {} in {}\nCUDA       {cuda}\nGPUs       {}\nCPU        {}, {} \
-             cores\nhub cache  {}: {}\n",
+             cores\nsandbox    {sandbox}\nhub cache  {}: {}\n",
             self.version,
             or_none(&features),
             self.libtorch.as_deref().unwrap_or("of unknown version"),
