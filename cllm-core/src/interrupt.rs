@@ -9,6 +9,8 @@ use signal_hook::consts::{SIGINT, SIGXFSZ};
 use crate::{Error, Result};
 
 static REQUESTED: std::sync::LazyLock<Arc<AtomicUsize>> = std::sync::LazyLock::new(Default::default);
+/// Whether a SIGINT came already: the next ends the process.
+static SECOND: std::sync::LazyLock<Arc<AtomicBool>> = std::sync::LazyLock::new(Default::default);
 
 /// Installs the handlers; call once, first thing in `main`. A file that grows past the limit of the process is an error
 /// of the write then, and no longer kills the process without a word.
@@ -18,7 +20,7 @@ static REQUESTED: std::sync::LazyLock<Arc<AtomicUsize>> = std::sync::LazyLock::n
 pub fn install() -> Result<()> {
     let refused = |signal| move |error| Error::environment(format!("cannot handle signal {signal}: {error}"));
     for signal in [SIGINT, SIGTERM] {
-        let second = Arc::new(AtomicBool::new(false));
+        let second = if signal == SIGINT { Arc::clone(&SECOND) } else { Arc::default() };
         let code = 128 + signal;
         signal_hook::flag::register_conditional_shutdown(signal, code, Arc::clone(&second))
             .and_then(|_| signal_hook::flag::register(signal, second))
@@ -34,6 +36,15 @@ pub fn requested() -> Option<i32> {
         0 => None,
         signal => i32::try_from(signal).ok(),
     }
+}
+
+/// Goes on after a SIGINT that ended only what was in hand: whether there was one.
+pub fn forgive() -> bool {
+    let forgiven = REQUESTED.compare_exchange(SIGINT as usize, 0, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+    if forgiven {
+        SECOND.store(false, Ordering::Relaxed);
+    }
+    forgiven
 }
 
 /// Ends the work with [`Error::Interrupted`] once a signal asked to stop.

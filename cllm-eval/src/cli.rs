@@ -6,13 +6,13 @@ use clap::builder::TypedValueParser;
 use clap::{CommandFactory, Parser, Subcommand};
 use cllm_core::program::{Configured, Outcome, print, print_completions, print_json};
 use cllm_core::task::Task;
-use cllm_core::{Result, atomic_file, progress};
+use cllm_core::{Error, Result, atomic_file, progress};
 use serde_json::json;
 
 use crate::bench::{BenchSettings, bench};
 use crate::compare::compare;
 use crate::config::RunSettings;
-use crate::generate::Question;
+use crate::generate::Manner;
 use crate::profile::profile;
 use crate::{doctor, generate, report, run, score, table, tradeoff};
 
@@ -124,11 +124,15 @@ enum Verb {
         pool: 4}}, {multiblock: {n: 16}}, {lookahead: {window: 5, ngram: 4, candidates: 5}}]'"
     )]
     Bench(Configured),
-    /// Answers one prompt autoregressively and by Jacobi decoding, showing tokens as they become final.
-    #[command(after_help = "Example:\n  cllm-eval generate --model runs/student/final --n 16 \"What is 12 times 7?\"")]
+    /// Answers a prompt autoregressively and by Jacobi decoding, showing tokens as they become final; without a prompt, a chat with both
+    /// side by side.
+    #[command(
+        after_help = "Examples:\n  cllm-eval generate --model runs/student/final --n 16 \"What is 12 times 7?\"\n  \
+        cllm-eval generate --model runs/student/final"
+    )]
     Generate {
-        /// The prompt.
-        prompt: String,
+        /// The prompt; without it, a chat in the terminal.
+        prompt: Option<String>,
         /// Model folder or id.
         #[arg(long, short)]
         model: String,
@@ -208,9 +212,16 @@ impl Cli {
             }
             Verb::Report { results, output, json } => draw(&results, output.as_deref(), json),
             Verb::Generate { prompt, model, raw, n, max_new_tokens, eos_ids, device, seed, json } => {
-                let question = Question { model, prompt, raw, n, max_new_tokens, eos_ids, device, seed };
-                let found = generate::generate(&question, !self.quiet)?;
-                if json { print_json(&found) } else { print(found["strategies"][1]["text"].as_str().unwrap_or("")) }
+                let how = Manner { model, raw, n, max_new_tokens, eos_ids, device, seed };
+                match prompt {
+                    Some(prompt) => {
+                        let found = generate::generate(&prompt, &how, !self.quiet)?;
+                        let text = found["strategies"][1]["text"].as_str().unwrap_or("");
+                        if json { print_json(&found) } else { print(text) }
+                    }
+                    None if json => Err(Error::usage("--json needs a prompt: without one this is a chat")),
+                    None => generate::chat(&how),
+                }
             }
             Verb::Bench(given) => {
                 let found = bench(&given.load::<BenchSettings>()?)?;

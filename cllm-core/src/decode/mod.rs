@@ -103,7 +103,14 @@ impl DecodeOptions {
 pub struct Decoder<'m> {
     model: Box<dyn Forward + 'm>,
     rows: usize,
+    room: Room,
+}
+
+/// Tokens that a row has room for.
+struct Room {
+    /// In the cache.
     capacity: usize,
+    /// In the model's context.
     max_positions: usize,
 }
 
@@ -118,7 +125,7 @@ impl<'m> Decoder<'m> {
             Some(recorded) => Box::new(recorded),
             None => Box::new(EagerModel::new(model, rows, capacity)),
         };
-        Ok(Decoder { model: forward, rows, capacity, max_positions: model.config().max_positions })
+        Ok(Decoder { model: forward, rows, room: Room { capacity, max_positions: model.config().max_positions } })
     }
 
     /// Answers all requests at once, each row at its own position and finishing on its own. Every prompt is in the cache
@@ -174,20 +181,69 @@ impl<'m> Decoder<'m> {
         events: &mut Events<'_>,
     ) -> Result<Timing> {
         options.strategy.check()?;
-        let (capacity, max_positions) = (self.capacity, self.max_positions);
-        let mut checked = requests.map(|request| {
-            check_length(&request, limits, max_positions)?;
-            let needed = self::capacity(request.prompt_ids.len(), limits, options.strategy);
-            if needed > capacity {
-                return Err(Error::usage(format!(
-                    "sample `{}` needs {needed} slots of the cache, there are {capacity}",
-                    request.sample_id
-                )));
-            }
-            Ok(request)
-        });
+        let Decoder { model, rows, room } = self;
+        let mut checked = requests.map(|request| room.check(&request, limits, options).map(|()| request));
         let _no_grad = tch::no_grad_guard();
-        converge(self.model.as_mut(), self.rows, &mut checked, limits, options, prefill, events)
+        converge(model.as_mut(), *rows, &mut checked, limits, options, prefill, events)
+    }
+
+    /// Answers one request a forward at a time, for those who do something else between two forwards.
+    ///
+    /// # Errors
+    /// As [`Decoder::answer`].
+    pub fn steps<'d>(&'d mut self, request: Request, limits: &'d Limits, options: DecodeOptions) -> Result<Steps<'d>>
+    where
+        'm: 'd,
+    {
+        options.strategy.check()?;
+        self.room.check(&request, limits, options)?;
+        let mut batch = Batch::new(limits, options, Prefill::First);
+        batch.add(0, request);
+        Ok(Steps { model: self.model.as_mut(), batch })
+    }
+}
+
+impl Room {
+    fn check(&self, request: &Request, limits: &Limits, options: DecodeOptions) -> Result<()> {
+        check_length(request, limits, self.max_positions)?;
+        let (needed, there) = (capacity(request.prompt_ids.len(), limits, options.strategy), self.capacity);
+        if needed > there {
+            let sample = &request.sample_id;
+            return Err(Error::usage(format!(
+                "sample `{sample}` needs {needed} slots of the cache, there are {there}"
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// An answer that is being decoded ([`Decoder::steps`]).
+pub struct Steps<'d> {
+    model: &'d mut (dyn Forward + 'd),
+    batch: Batch<'d>,
+}
+
+impl Steps<'_> {
+    /// Does the next forward and returns the tokens that it made final, none while the prompt is cached; `None` once the answer
+    /// has ended.
+    ///
+    /// # Errors
+    /// libtorch's errors; interruption.
+    pub fn step(&mut self) -> Result<Option<Vec<i32>>> {
+        if self.batch.rows.is_empty() {
+            return Ok(None);
+        }
+        let _no_grad = tch::no_grad_guard();
+        let mut found = Vec::new();
+        let mut keep = |_: usize, ids: &[i32]| found.extend_from_slice(ids);
+        let mut events = Events { new_tokens: &mut keep, finished: &mut |_, _| Ok(()) };
+        self.batch.step(self.model, &mut events)?;
+        Ok(Some(found))
+    }
+
+    /// Seconds so far.
+    pub fn timing(&self) -> Timing {
+        self.batch.timing
     }
 }
 
@@ -295,34 +351,58 @@ impl Live<'_> {
     }
 }
 
+/// Answers requests, at most so many at once.
 fn converge(
     model: &mut dyn Forward,
-    room: usize,
+    most: usize,
     requests: &mut dyn Iterator<Item = Result<Request>>,
     limits: &Limits,
     options: DecodeOptions,
     prefill: Prefill,
     events: &mut Events<'_>,
 ) -> Result<Timing> {
+    let mut batch = Batch::new(limits, options, prefill);
     let mut requests = requests.enumerate();
-    let mut rows: Vec<Live<'_>> = Vec::new();
-    let mut timing = Timing::default();
-    let choice = Choice { temperature: options.temperature };
     loop {
-        interrupt::check()?;
-        while rows.len() < room {
+        while batch.rows.len() < most {
             let Some((index, request)) = requests.next() else { break };
-            rows.push(Live { index, row: Row::new(request?, limits, options), cached: 0 });
+            batch.add(index, request?);
         }
-        if rows.is_empty() {
-            return Ok(timing);
+        if batch.rows.is_empty() {
+            return Ok(batch.timing);
         }
+        batch.step(model, events)?;
+    }
+}
+
+/// The rows that are decoded together.
+struct Batch<'r> {
+    limits: &'r Limits,
+    options: DecodeOptions,
+    prefill: Prefill,
+    rows: Vec<Live<'r>>,
+    timing: Timing,
+}
+
+impl<'r> Batch<'r> {
+    fn new(limits: &'r Limits, options: DecodeOptions, prefill: Prefill) -> Self {
+        Batch { limits, options, prefill, rows: Vec::new(), timing: Timing::default() }
+    }
+
+    fn add(&mut self, index: usize, request: Request) {
+        self.rows.push(Live { index, row: Row::new(request, self.limits, self.options), cached: 0 });
+    }
+
+    /// One forward of the model.
+    fn step(&mut self, model: &mut dyn Forward, events: &mut Events<'_>) -> Result<()> {
+        interrupt::check()?;
         let started = Instant::now();
+        let rows = &mut self.rows;
         let ready = rows.iter().position(|live| !live.is_ready()).unwrap_or(rows.len());
-        let chunks = chunks(&rows, model.prompt_tokens());
-        let decoding = if prefill == Prefill::First && !chunks.is_empty() { 0 } else { ready };
+        let chunks = chunks(rows, model.prompt_tokens());
+        let decoding = if self.prefill == Prefill::First && !chunks.is_empty() { 0 } else { ready };
         let windows: Vec<_> = rows[..decoding].iter().enumerate().map(|(row, live)| live.row.window(row)).collect();
-        let predictions = model.step(&chunks, &windows, choice)?;
+        let predictions = model.step(&chunks, &windows, Choice { temperature: self.options.temperature })?;
         let taken: Vec<(usize, usize)> = chunks.iter().map(|chunk| (chunk.row, chunk.tokens.len())).collect();
         for (row, tokens) in taken {
             rows[row].cached += tokens;
@@ -338,11 +418,11 @@ fn converge(
         }
         let seconds = started.elapsed().as_secs_f64();
         if predictions.is_empty() {
-            timing.prefill_seconds += seconds
+            self.timing.prefill_seconds += seconds
         } else {
-            timing.decode_seconds += seconds
+            self.timing.decode_seconds += seconds
         }
-        remove_finished(model, &mut rows, events)?;
+        remove_finished(model, rows, events)
     }
 }
 

@@ -1,8 +1,11 @@
-//! `generate`: one prompt, autoregressive beside Jacobi decoding.
+//! `generate`: autoregressive beside Jacobi decoding, of one prompt or in a chat.
+
+mod chat;
+mod columns;
+mod visible;
 
 use std::io::IsTerminal;
 
-use cllm_core::chat_template::Message;
 use cllm_core::decode::{Answer, DecodeOptions, Decoder, Limits, Request, Strategy, Timing, capacity, check_length};
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::prompt_set::Prompt;
@@ -14,18 +17,16 @@ use crate::measure::eos_ids;
 use crate::pieces::PieceWriter;
 use crate::results::label;
 use crate::statistics::ratio;
+pub use chat::chat;
+use columns::{COLOURS, PLAIN};
+use visible::visible;
 
-/// Colours that neighbouring forwards take in turn.
-const COLOURS: [&str; 4] = ["\x1b[36m", "\x1b[33m", "\x1b[32m", "\x1b[35m"];
-
-/// What to generate.
+/// How to generate.
 #[derive(Debug, Clone)]
-pub struct Question {
+pub struct Manner {
     /// Folder or id.
     pub model: String,
-    /// The prompt's text.
-    pub prompt: String,
-    /// Take the text as it is, without the chat template.
+    /// Take a prompt as it is, without the chat template.
     pub raw: bool,
     /// Tokens of a Jacobi block.
     pub n: usize,
@@ -44,26 +45,22 @@ pub struct Question {
 ///
 /// # Errors
 /// When the model cannot be loaded or the prompt does not fit.
-pub fn generate(what: &Question, show: bool) -> Result<Value> {
-    let device = device::parse(&what.device)?;
-    let folder = hub::locate(&what.model)?;
+pub fn generate(prompt: &str, how: &Manner, show: bool) -> Result<Value> {
+    let device = device::parse(&how.device)?;
+    let folder = hub::locate(&how.model)?;
     let tokenizer = Tokenizer::load(&folder)?;
-    let prompt = if what.raw {
-        Prompt::Text(what.prompt.clone())
-    } else {
-        Prompt::Messages(vec![Message { role: "user".to_owned(), content: what.prompt.clone() }])
-    };
-    let (_, prompt_ids) = tokenizer.prompt(&prompt)?;
-    let eos_ids = eos_ids(what.eos_ids.as_deref(), &tokenizer, &folder, &ModelConfig::load(&folder)?)?;
-    let limits = Limits { max_new_tokens: what.max_new_tokens, eos_ids };
+    let asked = if how.raw { Prompt::Text(prompt.to_owned()) } else { Prompt::question(prompt) };
+    let (_, prompt_ids) = tokenizer.prompt(&asked)?;
+    let eos_ids = eos_ids(how.eos_ids.as_deref(), &tokenizer, &folder, &ModelConfig::load(&folder)?)?;
+    let limits = Limits { max_new_tokens: how.max_new_tokens, eos_ids };
     let model = Transformer::load(&folder, device, device::default_kind(device))?;
     let requests = [Request { sample_id: "generate".to_owned(), prompt_ids }];
     check_length(&requests[0], &limits, model.config().max_positions)?;
-    let jacobi = Strategy::Jacobi { n: what.n };
+    let jacobi = Strategy::Jacobi { n: how.n };
     let mut decoder = Decoder::new(&model, 1, capacity(requests[0].prompt_ids.len(), &limits, jacobi))?;
     let mut runs = Vec::new();
     for strategy in [Strategy::Ar, jacobi] {
-        let options = DecodeOptions::greedy(strategy, what.seed);
+        let options = DecodeOptions::greedy(strategy, how.seed);
         if show {
             progress::say(format!("{}:", label(strategy)));
         }
@@ -87,7 +84,7 @@ pub fn generate(what: &Question, show: bool) -> Result<Value> {
         progress::say(format!("Jacobi gives {verdict} tokens, {:.2} times as fast", speedup.unwrap_or(0.0)));
     }
     let runs: Vec<Value> = runs.into_iter().map(|(_, run)| run).collect();
-    Ok(json!({ "schema_version": 1, "prompt": what.prompt, "equal": equal, "speedup": speedup, "strategies": runs }))
+    Ok(json!({ "schema_version": 1, "prompt": prompt, "equal": equal, "speedup": speedup, "strategies": runs }))
 }
 
 fn describe(tokenizer: &Tokenizer, strategy: Strategy, answer: &Answer, timing: Timing) -> Result<Value> {
@@ -138,9 +135,9 @@ impl<'t> Screen<'t> {
         }
         match self.writer.push(ids) {
             Ok(piece) if self.colour => {
-                progress::show(&format!("{}{piece}\x1b[0m", COLOURS[self.forwards % COLOURS.len()]));
+                progress::show(&format!("{}{}{PLAIN}", COLOURS[self.forwards % COLOURS.len()], visible(&piece)));
             }
-            Ok(piece) => progress::show(&piece),
+            Ok(piece) => progress::show(&visible(&piece)),
             Err(error) => self.failure = Some(error),
         }
         self.forwards += 1;
@@ -151,7 +148,7 @@ impl<'t> Screen<'t> {
             return Err(error);
         }
         if self.show {
-            progress::show(&format!("{}\n", self.writer.finish()?));
+            progress::show(&format!("{}\n", visible(&self.writer.finish()?)));
         }
         Ok(())
     }
