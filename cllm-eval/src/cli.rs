@@ -178,7 +178,7 @@ fn list(json: bool) -> Result<()> {
             Task::ALL.iter().map(|task| json!({ "name": task.name(), "needs": task.needs() })).collect();
         return print_json(&json!({ "schema_version": 1, "benchmarks": benchmarks }));
     }
-    let lines: String = Task::ALL.iter().map(|task| format!("{:<10} needs {}\n", task.name(), task.needs())).collect();
+    let lines: String = Task::ALL.iter().map(|task| format!("{:<13} needs {}\n", task.name(), task.needs())).collect();
     print(&lines)
 }
 

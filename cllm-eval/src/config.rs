@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use cllm_core::decode::Strategy;
-use cllm_core::task::Task;
+use cllm_core::task::{Scorer, Task};
 use garde::Validate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -30,6 +30,9 @@ pub struct RunSettings {
     /// A prompt-set file to take instead of a benchmark's files; its prompts are all of one benchmark.
     #[garde(skip)]
     pub prompts: Option<PathBuf>,
+    /// Of jsonl: when an answer is right. Without it, where the texts or the numbers are equal; a row's own `meta.scorer` wins.
+    #[garde(skip)]
+    pub scorer: Option<Scorer>,
     /// Seed of the synthetic problems, of the first guesses and of what is drawn.
     #[garde(skip)]
     pub seed: u64,
@@ -75,6 +78,7 @@ impl Default for RunSettings {
             data: None,
             split: None,
             prompts: None,
+            scorer: None,
             seed: 0,
             count: 500,
             limit: None,

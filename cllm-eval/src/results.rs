@@ -1,9 +1,10 @@
 //! `results.json`: every figure, computed from the records alone.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 
 use cllm_core::decode::Strategy;
 use cllm_core::hardware::{Hardware, Toolkit};
+use cllm_core::task::spider_difficulty::{Difficulty, difficulty};
 use cllm_core::task::{Task, Verdict};
 use cllm_core::trajectory::FinishReason;
 use serde::{Deserialize, Serialize};
@@ -123,6 +124,22 @@ pub struct StrategyResults {
     /// Tokens that forwards made final; none for `ar`, whose forwards make one each.
     #[serde(default)]
     pub acceptance: Option<Acceptance>,
+    /// Of Spider: accuracy by the difficulty of the reference.
+    #[serde(default)]
+    pub by_difficulty: Option<BTreeMap<Difficulty, Accuracy>>,
+}
+
+/// How many answers are right.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Accuracy {
+    /// Answers that have a score.
+    pub scored: usize,
+    /// Right answers.
+    pub right: usize,
+    /// Right of scored.
+    pub accuracy: Option<f64>,
+    /// Wilson's 95 % interval of it.
+    pub ci95: Option<[f64; 2]>,
 }
 
 /// Student against teacher, example by example.
@@ -240,11 +257,27 @@ fn figures(records: &Records, role: Role, strategy: Strategy) -> StrategyResults
         batched_tokens_per_second: ratio(tokens as f64, batch_seconds),
         peak_memory_bytes: answers.iter().filter_map(|answer| answer.peak_memory_bytes).max(),
         acceptance: (strategy != Strategy::Ar).then(|| Acceptance::of(&answers)),
+        by_difficulty: (records.header.benchmark == Task::Spider).then(|| by_difficulty(&answers)),
         ..StrategyResults::default()
     };
     let speeds: Vec<_> =
         records.speeds.iter().filter(|speed| speed.role == role && speed.strategy == strategy).collect();
     with_speed(found, &speeds)
+}
+
+fn by_difficulty(answers: &[&AnswerRecord]) -> BTreeMap<Difficulty, Accuracy> {
+    let mut verdicts: BTreeMap<Difficulty, Vec<bool>> = BTreeMap::new();
+    for answer in answers.iter().filter(|answer| answer.verdict != Verdict::Unscored) {
+        if let Some(reference) = &answer.reference {
+            verdicts.entry(difficulty(reference)).or_default().push(answer.verdict == Verdict::Right);
+        }
+    }
+    let accuracy = |(class, verdicts): (Difficulty, Vec<bool>)| {
+        let (scored, right) = (verdicts.len(), verdicts.iter().filter(|&&right| right).count());
+        let accuracy = ratio(right as f64, scored as f64);
+        (class, Accuracy { scored, right, accuracy, ci95: wilson(right, scored) })
+    };
+    verdicts.into_iter().map(accuracy).collect()
 }
 
 fn with_speed(mut found: StrategyResults, speeds: &[&SpeedRecord]) -> StrategyResults {

@@ -105,7 +105,19 @@ fn examples(settings: &RunSettings) -> Result<Examples> {
         (None, Some(_)) => (task, split.to_owned()),
         (None, None) => return Err(Error::usage(format!("split `{split}` of {} has no examples", task.name()))),
     };
-    samples.iter().try_for_each(|sample| task.expect_data(data.as_deref(), sample))?;
+    if let Some(scorer) = settings.scorer {
+        if task != Task::Jsonl {
+            return Err(Error::usage(format!("`scorer` is of jsonl; {} has its own: leave it out", task.name())));
+        }
+        samples.iter_mut().for_each(|sample| scorer.note(sample));
+    }
+    for (index, sample) in samples.iter().enumerate() {
+        let with_row = |error: Error| match file {
+            Some(path) if task == Task::Jsonl => Error::file(path, format!("row {}: {error}", index + 1)),
+            _ => error,
+        };
+        task.expect_data(data.as_deref(), sample).map_err(with_row)?;
+    }
     Ok(Examples { task, split, samples })
 }
 

@@ -1,10 +1,11 @@
 //! The summary that people read in the terminal.
 
+use cllm_core::task::spider_difficulty::Difficulty;
 use comfy_table::{CellAlignment, Table, presets};
 
 use crate::bench::BenchResults;
 use crate::measure::role_name;
-use crate::results::{PairedDifference, Results, StrategyResults, label};
+use crate::results::{Accuracy, PairedDifference, Results, StrategyResults, label};
 
 /// Heads of the columns; the first two name the row.
 pub const HEADS: [&str; 10] = [
@@ -57,6 +58,16 @@ pub fn sentence(difference: &PairedDifference) -> String {
         difference.difference.map_or_else(|| "-".to_owned(), points),
         difference.examples
     )
+}
+
+/// Accuracy by difficulty in a line, where there is one.
+fn difficulties(model: &str, found: &StrategyResults) -> String {
+    let Some(classes) = &found.by_difficulty else { return String::new() };
+    let class = |(class, of): (&Difficulty, &Accuracy)| {
+        let rate = number(of.accuracy.map(|rate| 100.0 * rate), 1, " %");
+        format!("{} {rate} of {}", format!("{class:?}").to_lowercase(), of.scored)
+    };
+    format!("{model} {} by difficulty: {}\n", found.label, classes.iter().map(class).collect::<Vec<_>>().join(", "))
 }
 
 /// The figures of a bench.
@@ -121,6 +132,11 @@ pub fn summary(results: &Results) -> String {
         results.speed_examples,
         results.hardware.line()
     ));
+    for model in &results.models {
+        for found in &model.strategies {
+            text.push_str(&difficulties(role_name(model.model.role), found));
+        }
+    }
     for difference in &results.paired {
         text.push_str(&sentence(difference));
         text.push('\n');

@@ -5,8 +5,6 @@ mod gsm8k;
 mod humaneval;
 mod jsonl;
 mod mbpp;
-pub mod mt_bench;
-mod perplexity;
 mod spider;
 pub mod spider_difficulty;
 mod sql;
@@ -35,13 +33,8 @@ pub enum Task {
     Humaneval,
     /// Python functions (Austin et al., arXiv 2108.07732); loaded, not scored.
     Mbpp,
-    /// Questions of two turns (Zheng et al., arXiv 2306.05685); answers are written for a judge.
-    #[serde(rename = "mt-bench")]
-    MtBench,
     /// Python functions from their docstrings (Husain et al., arXiv 1909.09436); compared with the reference, not scored.
     Codesearchnet,
-    /// Texts, which the models are measured on and do not answer.
-    Perplexity,
     /// Any prompts with an exact answer.
     Jsonl,
     /// Word problems and SQL made by this project from a seed.
@@ -68,17 +61,8 @@ impl Verdict {
 
 impl Task {
     /// Every task.
-    pub const ALL: [Task; 9] = [
-        Task::Gsm8k,
-        Task::Spider,
-        Task::Humaneval,
-        Task::Mbpp,
-        Task::MtBench,
-        Task::Codesearchnet,
-        Task::Perplexity,
-        Task::Jsonl,
-        Task::Synthetic,
-    ];
+    pub const ALL: [Task; 7] =
+        [Task::Gsm8k, Task::Spider, Task::Humaneval, Task::Mbpp, Task::Codesearchnet, Task::Jsonl, Task::Synthetic];
 
     /// Its name in prompts' sources and on the command line.
     pub fn name(self) -> &'static str {
@@ -87,9 +71,7 @@ impl Task {
             Task::Spider => "spider",
             Task::Humaneval => "humaneval",
             Task::Mbpp => "mbpp",
-            Task::MtBench => "mt-bench",
             Task::Codesearchnet => "codesearchnet",
-            Task::Perplexity => "perplexity",
             Task::Jsonl => "jsonl",
             Task::Synthetic => "synthetic",
         }
@@ -102,9 +84,7 @@ impl Task {
             Task::Spider => "a folder with train_spider.json, dev.json, tables.json and database/ of Spider",
             Task::Humaneval => "a folder with HumanEval.jsonl.gz, packed or not",
             Task::Mbpp => "a folder with mbpp.jsonl or sanitized-mbpp.json",
-            Task::MtBench => "a folder with question.jsonl of FastChat",
             Task::Codesearchnet => "a folder with python.jsonl of CodeSearchNet, or with a file a split",
-            Task::Perplexity => "a .txt file, a .jsonl file with `text`, or a folder of them",
             Task::Jsonl => "a JSONL or Parquet file of prompts; the answer is compared with `reference`",
             Task::Synthetic => "nothing: it is made from a seed",
         }
@@ -126,9 +106,7 @@ impl Task {
             Task::Spider => spider::load(data, split),
             Task::Humaneval => humaneval::load(data, split),
             Task::Mbpp => mbpp::load(data, split),
-            Task::MtBench => mt_bench::load(data, split),
             Task::Codesearchnet => codesearchnet::load(data, split),
-            Task::Perplexity => perplexity::load(data, split),
             Task::Jsonl => crate::prompt_set::read_numbered(data),
             Task::Synthetic => Ok(synthetic::generate(0, split, synthetic::DEFAULT_COUNT)),
         }
@@ -172,8 +150,7 @@ impl Task {
             (Task::Jsonl, _) => jsonl::is_right(sample, reference, answer).map(Verdict::of),
             (Task::Synthetic, _) => synthetic::score(sample, reference, answer),
             (Task::Spider, Some(data)) => spider::score(data, sample, reference, answer),
-            (Task::Spider, None) | (Task::Humaneval | Task::Mbpp, _) => Ok(Verdict::Unscored),
-            (Task::MtBench | Task::Codesearchnet | Task::Perplexity, _) => Ok(Verdict::Unscored),
+            (Task::Spider, None) | (Task::Humaneval | Task::Mbpp | Task::Codesearchnet, _) => Ok(Verdict::Unscored),
         }
     }
 }
