@@ -12,6 +12,7 @@ use serde_json::json;
 use crate::bench::{BenchSettings, bench};
 use crate::config::RunSettings;
 use crate::generate::Question;
+use crate::suite::{SuiteSettings, suite};
 use crate::{doctor, generate, report, run, score, table};
 
 /// Measures what consistency training gained and what it cost.
@@ -36,6 +37,11 @@ enum Verb {
     #[command(after_help = "Example:\n  cllm-eval run teacher=configs/tiny-teacher \
         student=runs/student/final count=100 'strategies=[ar, {jacobi: {n: 16}}]' output=runs/first-100")]
     Run(Configured),
+    /// Runs every benchmark whose data is there and draws one report; goes on where an interrupted suite stopped.
+    #[command(
+        after_help = "Example:\n  cllm-eval suite teacher=configs/tiny-teacher data=benchmarks limit=3 output=runs/suite"
+    )]
+    Suite(Configured),
     /// Scores the saved answers of a run again; needs no model and no GPU.
     #[command(after_help = "Example:\n  cllm-eval score runs/eval --json")]
     Score {
@@ -132,6 +138,11 @@ impl Cli {
         progress::set_quiet(self.quiet);
         let done = match self.verb {
             Verb::Run(given) => results(&run::run(&given.load()?)?, given.json),
+            Verb::Suite(given) => {
+                let found = suite(&given.load()?)?;
+                if given.json { print_json(&found) } else { print(&found.text()) }?;
+                return Ok(if found.failed() { Outcome::Negative } else { Outcome::Done });
+            }
             Verb::Score { folder, data, json } => results(&score::score(&folder, data)?, json),
             Verb::Report { results, output, json } => draw(&results, output.as_deref(), json),
             Verb::Generate { prompt, model, raw, n, max_new_tokens, eos_ids, device, seed, json } => {
@@ -157,7 +168,11 @@ impl Cli {
 
 /// The settings of a run, as docs/configuration.md holds them.
 fn all_settings() -> String {
-    cllm_core::settings::reference::<RunSettings>("cllm-eval run") + "\n" + &BenchSettings::reference()
+    cllm_core::settings::reference::<RunSettings>("cllm-eval run")
+        + "\n"
+        + &cllm_core::settings::reference::<SuiteSettings>("cllm-eval suite")
+        + "\n"
+        + &BenchSettings::reference()
 }
 
 fn results(results: &crate::results::Results, json: bool) -> Result<()> {
@@ -195,6 +210,7 @@ mod tests {
         for words in help::examples(Cli::command()) {
             let loaded = match Cli::try_parse_from(&words).unwrap().verb {
                 Verb::Run(given) => given.load::<RunSettings>().map(drop),
+                Verb::Suite(given) => given.load::<SuiteSettings>().map(drop),
                 Verb::Bench(given) => given.load::<BenchSettings>().map(drop),
                 _ => Ok(()),
             };

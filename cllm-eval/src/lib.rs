@@ -16,4 +16,5 @@ pub mod results;
 pub mod run;
 pub mod score;
 pub mod statistics;
+pub mod suite;
 pub mod table;

@@ -168,7 +168,7 @@ mod tests {
                 "SELECT T1.a FROM t AS T1 JOIN u AS T2 ON T1.id = T2.id GROUP BY T1.a ORDER BY count(*) DESC LIMIT 1",
             ),
             (Extra, "SELECT a FROM t WHERE b NOT IN (SELECT b FROM u) AND c IN (SELECT c FROM v)"),
-            (Extra, "SELECT a FROM t WHERE b = 1 INTERSECT SELECT a FROM t WHERE c IN (SELECT c FROM u) ORDER BY a"),
+            (Hard, "SELECT a FROM t WHERE b = 1 INTERSECT SELECT a FROM t WHERE c IN (SELECT c FROM u) ORDER BY a"),
         ] {
             assert_eq!(difficulty(query), wanted, "{query}: {:?}", count(&words(query)));
         }

@@ -11,3 +11,4 @@ mod programs;
 mod reports;
 mod results;
 mod scoring;
+mod suite;
