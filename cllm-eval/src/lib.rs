@@ -15,6 +15,7 @@ pub mod report;
 pub mod results;
 pub mod run;
 pub mod score;
+pub mod similarity;
 pub mod statistics;
 pub mod suite;
 pub mod table;

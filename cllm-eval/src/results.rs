@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use crate::acceptance::Acceptance;
 use crate::config::RunSettings;
 use crate::records::{AnswerRecord, ModelEntry, Records, Role, SpeedRecord};
+use crate::similarity::Similarity;
 use crate::statistics::{paired, ratio, wilson};
 
 /// Name of the file.
@@ -124,6 +125,9 @@ pub struct StrategyResults {
     /// Tokens that forwards made final; none for `ar`, whose forwards make one each.
     #[serde(default)]
     pub acceptance: Option<Acceptance>,
+    /// Of CodeSearchNet: likeness to the references.
+    #[serde(default)]
+    pub similarity: Option<Similarity>,
     /// Of Spider: accuracy by the difficulty of the reference.
     #[serde(default)]
     pub by_difficulty: Option<BTreeMap<Difficulty, Accuracy>>,
@@ -257,6 +261,11 @@ fn figures(records: &Records, role: Role, strategy: Strategy) -> StrategyResults
         batched_tokens_per_second: ratio(tokens as f64, batch_seconds),
         peak_memory_bytes: answers.iter().filter_map(|answer| answer.peak_memory_bytes).max(),
         acceptance: (strategy != Strategy::Ar).then(|| Acceptance::of(&answers)),
+        similarity: (records.header.benchmark == Task::Codesearchnet).then(|| {
+            Similarity::of(
+                answers.iter().filter_map(|answer| Some((answer.text.as_str(), answer.reference.as_deref()?))),
+            )
+        }),
         by_difficulty: (records.header.benchmark == Task::Spider).then(|| by_difficulty(&answers)),
         ..StrategyResults::default()
     };

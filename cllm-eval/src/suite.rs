@@ -28,7 +28,7 @@ pub struct SuiteSettings {
     /// Folder or id of the model after it.
     #[garde(skip)]
     pub student: Option<String>,
-    /// Folder with a folder (or file) for each benchmark, by its name in `cllm-eval ls` or as mt_bench, code_search_net; a benchmark
+    /// Folder with a folder (or file) for each benchmark, by its name in `cllm-eval ls` or as code_search_net, human_eval; a benchmark
     /// that is not there is skipped.
     #[garde(custom(settings::given))]
     pub data: PathBuf,

@@ -6,6 +6,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use crate::bench::BenchResults;
 use crate::measure::role_name;
 use crate::results::{Accuracy, PairedDifference, Results, StrategyResults, label};
+use crate::similarity::Similarity;
 
 /// Heads of the columns; the first two name the row.
 pub const HEADS: [&str; 10] = [
@@ -23,7 +24,9 @@ pub const HEADS: [&str; 10] = [
 
 /// The cells of a row after its name.
 pub fn cells(found: &StrategyResults) -> Vec<String> {
+    // Where nothing is right or wrong, likeness stands in its place.
     let accuracy = match (found.accuracy, found.ci95) {
+        _ if found.similarity.is_some() => found.similarity.as_ref().map_or_else(String::new, likeness),
         (Some(rate), Some([low, high])) => {
             format!("{:.1} % ({:.1} to {:.1})", 100.0 * rate, 100.0 * low, 100.0 * high)
         }
@@ -39,6 +42,11 @@ pub fn cells(found: &StrategyResults) -> Vec<String> {
         number(found.speedup_vs_student_ar, 2, "x"),
         number(found.exact_match_vs_ar.map(|rate| 100.0 * rate), 1, " %"),
     ]
+}
+
+fn likeness(found: &Similarity) -> String {
+    let share = |share: Option<f64>, unit: &str| number(share.map(|share| 100.0 * share), 1, unit);
+    format!("BLEU {}, prefix {}", share(found.bleu, ""), share(found.exact_prefix, " %"))
 }
 
 /// A figure, or `-` where there is none.

@@ -168,3 +168,18 @@ fn spider_is_counted_by_difficulty() {
     assert_eq!((&classes["easy"]["right"], &classes["easy"]["scored"]), (&1.into(), &3.into()));
     assert_eq!((&classes["hard"]["accuracy"], classes.as_object().unwrap().len()), (&1.0.into(), 2));
 }
+
+#[test]
+fn code_is_compared_with_its_reference() {
+    let mut made = records();
+    made.header.benchmark = Task::Codesearchnet;
+    for answer in &mut made.answers {
+        (answer.text, answer.reference) = ("a b c d e".to_owned(), Some("a b c d e".to_owned()));
+        answer.verdict = Verdict::Unscored;
+    }
+    let results = cllm_eval::results::Results::of(&made);
+    let found = serde_json::to_value(&results).unwrap();
+    let similarity = &found["models"][1]["strategies"][0]["similarity"];
+    assert_eq!(similarity, &json!({ "bleu": 1.0, "exact_prefix": 1.0 }));
+    assert!(cllm_eval::table::summary(&results).contains("BLEU 100.0, prefix 100.0 %"));
+}
