@@ -92,6 +92,8 @@ mod tests {
         let wanted = precision.powf(0.25) * (1.0 - 8.0_f64 / 6.0).exp();
         assert!((found.bleu.unwrap() - wanted).abs() < 1e-12, "{found:?}, {wanted}");
         assert_eq!(found.exact_prefix, Some(5.0 / 8.0));
+        let short = of(&[("a b c d", "a b c d a")]).bleu.unwrap();
+        assert!((short - (-0.25_f64).exp()).abs() < 1e-12, "nothing counts more often than it was written: {short}");
         assert_eq!(of(&[("a b c", "a b c d")]).bleu, Some(0.0), "not smoothed");
         assert_eq!(of(&[("", "a")]), Similarity { bleu: Some(0.0), exact_prefix: Some(0.0) });
         assert_eq!(of(&[]).bleu, None);
