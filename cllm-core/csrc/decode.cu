@@ -371,6 +371,8 @@ extern "C" __global__ void gated(const bf16 *both, bf16 *out, int tokens) {
 extern "C" __global__ void best_token(const float *logits, float inverse_temperature, const u64 *keys, int *predicted) {
   let_successor_start();
   wait_for_predecessor();
+  let_successor_start();
+  wait_for_predecessor();
   const float *row = logits + (size_t)blockIdx.x * VOCAB;
   u64 key = keys[blockIdx.x];
   float top = -INFINITY;

@@ -17,6 +17,7 @@ pub mod program;
 pub mod progress;
 pub mod prompt_set;
 mod rows;
+pub mod sandbox;
 pub mod settings;
 pub mod task;
 pub mod text_file;

@@ -10,7 +10,7 @@ use cllm_core::model::{Transformer, fingerprint};
 use cllm_core::program::{Outcome, print_json};
 use cllm_core::progress::Progress;
 use cllm_core::prompt_set::{self, Sample};
-use cllm_core::task::Task;
+use cllm_core::task::{Judge, Task};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{Provenance, Writer, share_name};
 use cllm_core::{Error, Result, device, hub, progress, settings};
@@ -147,7 +147,8 @@ pub fn collect(settings: &Settings) -> Result<Summary> {
     if settings.limit > 0 {
         samples.truncate(settings.limit);
     }
-    let scorable = |sample: &Sample| Task::of_source(&sample.source).expect_data(settings.data.as_deref(), sample);
+    let judge = Judge { data: settings.data.as_deref(), sandbox: None };
+    let scorable = |sample: &Sample| Task::of_source(&sample.source).expect_data(judge, sample);
     samples.iter().try_for_each(scorable)?;
     let all = samples.len();
     let mut output = PathBuf::from(&settings.output);

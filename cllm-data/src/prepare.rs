@@ -29,7 +29,11 @@ pub struct Arguments {
     /// Only the first so many.
     #[arg(long)]
     limit: Option<usize>,
-    /// Seed of synthetic problems.
+    /// So many variants of each prompt beside it, without answers: for a teacher to answer (gsm8k: other numbers; spider: other databases'
+    /// schemas).
+    #[arg(long, default_value_t = 0)]
+    variants: usize,
+    /// Seed of synthetic problems and of variants.
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Number of synthetic problems.
@@ -50,6 +54,9 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         task.load(arguments.data.as_deref().ok_or_else(needed)?, &arguments.split)?
     };
     samples.truncate(arguments.limit.unwrap_or(usize::MAX));
+    if arguments.variants > 0 {
+        samples.extend(task.variants(&samples, arguments.variants, arguments.seed)?);
+    }
     interrupt::check()?;
     prompt_set::write(&arguments.output, &samples)?;
     progress::say(format!("{} prompts in {}", samples.len(), arguments.output.display()));

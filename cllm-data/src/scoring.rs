@@ -1,9 +1,9 @@
-//! Scores the answer of a row by its task.
+//! Scores the answer of a row by its task. Code in answers is not run here: only `cllm-eval` does, where that was asked for.
 
 use std::path::Path;
 
 use cllm_core::prompt_set::{Prompt, Sample};
-use cllm_core::task::{Task, Verdict};
+use cllm_core::task::{Judge, Task, Verdict};
 use cllm_core::trajectory::Trajectory;
 use cllm_core::{Error, Result};
 
@@ -17,5 +17,5 @@ pub(crate) fn score(file: &Path, row: &Trajectory, text: &str, data: Option<&Pat
         reference: row.reference.clone(),
         meta: row.meta.as_deref().map(serde_json::from_str).transpose().map_err(bad_meta)?,
     };
-    Task::of_source(&row.source).judge(data, &sample, text, row.finish_reason)
+    Task::of_source(&row.source).judge(Judge { data, sandbox: None }, &sample, text, row.finish_reason)
 }

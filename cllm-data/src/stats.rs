@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use cllm_core::program::{Outcome, print, print_json};
-use cllm_core::trajectory::{Block, FinishReason, Reader, Trajectory, UNFINISHED_DATA};
+use cllm_core::trajectory::{FinishReason, Profile, Reader, UNFINISHED_DATA};
 use cllm_core::{Result, interrupt, progress};
 use serde::Serialize;
 
@@ -32,55 +32,6 @@ pub struct Stats {
     pub stationary: Option<f64>,
 }
 
-/// Iterations, fast-forwarded and stationary tokens of one block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Profile {
-    /// Iterations from the first guess to the fixed point.
-    pub iterations: usize,
-    /// Tokens that these added to the right prefix.
-    pub fast_forwarded: usize,
-    /// Tokens right before their turn that stayed right.
-    pub stationary: usize,
-}
-
-/// Forwards that a response took: one for its first token; in a block one for each state after the first, and one more
-/// that finds the last state to be a fixed point and opens the next block, or ends the answer.
-pub(crate) fn forwards_of(row: &Trajectory) -> usize {
-    let in_block = |block: &Block| {
-        let last = block.states.len() - 1;
-        let answer = block.states[last].len().min(row.response_ids.len() - block.start as usize);
-        // Tokens known once the last state stands: a forward knows the guesses that it confirms and one more.
-        let mut known = 1;
-        for pair in block.states.windows(2) {
-            known += (known..pair[0].len()).take_while(|&at| pair[0][at] == pair[1][at]).count() + 1;
-        }
-        let opens_next = (block.start as usize + block.states[last].len()) < row.response_ids.len();
-        last + usize::from(known < answer || opens_next)
-    };
-    usize::from(!row.response_ids.is_empty()) + row.blocks.iter().map(in_block).sum::<usize>()
-}
-
-/// The profile of a block, by the definitions of the reference implementation.
-pub fn profile(block: &Block) -> Profile {
-    let Some(fixed_point) = block.states.last() else {
-        return Profile { iterations: 0, fast_forwarded: 0, stationary: 0 };
-    };
-    let right = |state: &[i32], position: usize| state[position] == fixed_point[position];
-    let prefix = |state: &[i32]| (0..state.len()).take_while(|&position| right(state, position)).count();
-    let prefixes: Vec<usize> = block.states.iter().map(|state| prefix(state)).collect();
-    let first = prefixes[0];
-    let is_stationary = |&position: &usize| {
-        let turn = prefixes.iter().position(|&prefix| prefix > position).unwrap_or(0);
-        // Right in some state before its turn, and in every one from there on.
-        turn > 0 && right(&block.states[turn - 1], position)
-    };
-    Profile {
-        iterations: block.states.len() - 1,
-        fast_forwarded: fixed_point.len() - first,
-        stationary: (first..fixed_point.len()).filter(is_stationary).count(),
-    }
-}
-
 /// Prints the figures of a data set.
 ///
 /// # Errors
@@ -92,7 +43,7 @@ pub fn run(data: &Path, as_json: bool) -> Result<Outcome> {
     }
     let mut stats = Stats { schema_version: 1, ..Default::default() };
     let mut forwards = Some(0);
-    let (mut states, mut whole_blocks, mut iterations, mut fast_forwarded, mut stationary) = (0, 0, 0, 0, 0);
+    let (mut states, mut profile) = (0, Profile::default());
     for row in reader.rows() {
         interrupt::check()?;
         let row = row?;
@@ -101,24 +52,18 @@ pub fn run(data: &Path, as_json: bool) -> Result<Outcome> {
         stats.prompt_tokens += row.prompt_ids.len();
         stats.response_tokens += row.response_ids.len();
         stats.blocks += row.blocks.len();
-        // Augmented states never occurred in decoding; a block cut by the end of the answer did not converge to n tokens.
-        let whole = |block: &&Block| {
-            row.augmented.is_none() && block.start as usize + reader.provenance().n <= row.response_ids.len()
-        };
         states += row.blocks.iter().map(|block| block.states.len()).sum::<usize>();
-        forwards = forwards.filter(|_| row.augmented.is_none()).map(|sum| sum + forwards_of(&row));
-        for profile in row.blocks.iter().filter(whole).map(profile) {
-            whole_blocks += 1;
-            iterations += profile.iterations;
-            fast_forwarded += profile.fast_forwarded;
-            stationary += profile.stationary * usize::from(profile.iterations > 0);
+        forwards = forwards.filter(|_| row.augmented.is_none()).map(|sum| sum + row.forwards());
+        // Augmented states never occurred in decoding; a block cut by the end of the answer did not converge to n tokens.
+        if row.augmented.is_none() {
+            row.profiles().filter(|&(_, whole)| whole).for_each(|(of_block, _)| profile += of_block);
         }
     }
     let ratio = |a: usize, b: usize| a as f64 / (b as f64).max(1.0);
     stats.states_per_block = ratio(states, stats.blocks);
     stats.tokens_per_forward = forwards.map(|forwards| ratio(stats.response_tokens, forwards));
-    stats.fast_forwarded = (iterations > 0).then(|| ratio(fast_forwarded, iterations));
-    stats.stationary = (whole_blocks > 0).then(|| ratio(stationary, whole_blocks));
+    stats.fast_forwarded = profile.fast_forwarded_per_iteration();
+    stats.stationary = profile.stationary_per_block();
     if as_json {
         print_json(&stats)?;
     } else {
@@ -137,18 +82,4 @@ pub fn run(data: &Path, as_json: bool) -> Result<Outcome> {
         ))?;
     }
     Ok(Outcome::Done)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_profile_counts_what_the_paper_counts() {
-        // Iteration 1 fixes one token; token 3 is right from then on, before its turn; iteration 2 fixes the rest.
-        let block = Block { start: 0, states: vec![vec![1, 9, 9, 9], vec![1, 2, 8, 4], vec![1, 2, 3, 4]] };
-        assert_eq!(profile(&block), Profile { iterations: 2, fast_forwarded: 3, stationary: 1 });
-        let at_once = Block { start: 0, states: vec![vec![1, 2]] };
-        assert_eq!(profile(&at_once), Profile { iterations: 0, fast_forwarded: 0, stationary: 0 });
-    }
 }

@@ -10,7 +10,6 @@ use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::scoring::score;
-use crate::stats::forwards_of;
 
 /// Sums over responses.
 #[derive(Debug, Clone, Copy, Default)]
@@ -96,7 +95,7 @@ impl Tally {
             interrupt::check()?;
             let row = row?;
             let verdict = score(file, &row, &tokenizer.decode(&row.response_ids)?, data)?;
-            tally.add(Tally::of(&row, forwards_of(&row), verdict));
+            tally.add(Tally::of(&row, row.forwards(), verdict));
         }
         Ok(tally)
     }

@@ -6,14 +6,16 @@ use clap::builder::TypedValueParser;
 use clap::{CommandFactory, Parser, Subcommand};
 use cllm_core::program::{Configured, Outcome, print, print_completions, print_json};
 use cllm_core::task::Task;
-use cllm_core::{Result, progress};
+use cllm_core::{Result, atomic_file, progress};
 use serde_json::json;
 
 use crate::bench::{BenchSettings, bench};
+use crate::compare::compare;
 use crate::config::RunSettings;
 use crate::generate::Question;
+use crate::profile::profile;
 use crate::suite::{SuiteSettings, suite};
-use crate::{doctor, generate, report, run, score, table};
+use crate::{doctor, generate, report, run, score, table, tradeoff};
 
 /// Measures what consistency training gained and what it cost.
 #[derive(Debug, Parser)]
@@ -50,7 +52,61 @@ enum Verb {
         /// Folder of the benchmark's files, in place of the run's own: where Spider's databases are on this machine.
         #[arg(long)]
         data: Option<PathBuf>,
+        /// Runs the Python code in answers to humaneval and mbpp, which a model wrote, in a sandbox; without this they are unscored.
+        #[arg(long)]
+        execute_code: bool,
         /// Prints results.json on stdout.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Compares two results example by example: accuracy with what chance alone would do, tokens, speed.
+    #[command(
+        after_help = "Examples:\n  cllm-eval compare runs/eval\n  cllm-eval compare runs/first runs/second --a student/ar --b \
+        'student/rolling n=16' --json"
+    )]
+    Compare {
+        /// Folder of a run, or its results.json; alone, its student is compared with its teacher.
+        #[arg(value_name = "A")]
+        first: PathBuf,
+        /// What is compared with it.
+        #[arg(value_name = "B")]
+        second: Option<PathBuf>,
+        /// Model and strategy of A, or one of the two: teacher/ar, student, rolling, student/jacobi n=16. Without it, the
+        /// fastest strategy of the student, and of a run alone the teacher's AR.
+        #[arg(long = "a", value_name = "MODEL/STRATEGY")]
+        take_a: Option<String>,
+        /// The same of B; without it, the fastest strategy of the student (or teacher, where there is no student).
+        #[arg(long = "b", value_name = "MODEL/STRATEGY")]
+        take_b: Option<String>,
+        /// Prints one JSON document.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Puts checkpoints and strategies of several results beside each other: accuracy, parallelism, Pareto front, AUP.
+    #[command(
+        after_help = "Examples:\n  cllm-eval tradeoff runs/sweep\n  cllm-eval tradeoff runs/first/results.json runs/second --json"
+    )]
+    Tradeoff {
+        /// results.json files, or the folders that hold them, all of the same examples.
+        #[arg(required = true)]
+        results: Vec<PathBuf>,
+        /// Prints one JSON document.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Profiles trajectories as the paper's table 3 does: fast-forwarded and stationary tokens of a block.
+    #[command(
+        after_help = "Example:\n  cllm-eval profile teacher=runs/trajectories student=runs/student-trajectories \
+                            -o runs/profile.json"
+    )]
+    Profile {
+        /// Folders of `cllm-data collect`, or NAME=FOLDER; each but the first gets its ratios to the first.
+        #[arg(required = true, value_name = "TRAJECTORIES")]
+        sets: Vec<String>,
+        /// File to write the JSON document to.
+        #[arg(long, short)]
+        output: Option<PathBuf>,
+        /// Prints one JSON document.
         #[arg(long)]
         json: bool,
     },
@@ -143,7 +199,24 @@ impl Cli {
                 if given.json { print_json(&found) } else { print(&found.text()) }?;
                 return Ok(if found.failed() { Outcome::Negative } else { Outcome::Done });
             }
-            Verb::Score { folder, data, json } => results(&score::score(&folder, data)?, json),
+            Verb::Score { folder, data, execute_code, json } => {
+                results(&score::score(&folder, data, execute_code)?, json)
+            }
+            Verb::Compare { first, second, take_a, take_b, json } => {
+                let found = compare(&first, second.as_deref(), take_a.as_deref(), take_b.as_deref())?;
+                if json { print_json(&found) } else { print(&found.text()) }
+            }
+            Verb::Tradeoff { results, json } => {
+                let found = tradeoff::read(&results)?;
+                if json { print_json(&found) } else { print(&found.text()) }
+            }
+            Verb::Profile { sets, output, json } => {
+                let found = profile(&sets)?;
+                if let Some(file) = output {
+                    atomic_file::write_json(&file, &found)?;
+                }
+                if json { print_json(&found) } else { print(&found.text()) }
+            }
             Verb::Report { results, output, json } => draw(&results, output.as_deref(), json),
             Verb::Generate { prompt, model, raw, n, max_new_tokens, eos_ids, device, seed, json } => {
                 let question = Question { model, prompt, raw, n, max_new_tokens, eos_ids, device, seed };

@@ -27,6 +27,10 @@ pub struct RunSettings {
     /// Which split. Without it, that of `prompts`, or else test.
     #[garde(length(min = 1))]
     pub split: Option<String>,
+    /// Runs the Python code in answers to humaneval and mbpp to score it; without this they stay unscored. A model wrote that code:
+    /// it runs in a sandbox without files, network and other processes (docs/sandbox.md).
+    #[garde(skip)]
+    pub execute_code: bool,
     /// A prompt-set file to take instead of a benchmark's files; its prompts are all of one benchmark.
     #[garde(skip)]
     pub prompts: Option<PathBuf>,
@@ -77,6 +81,7 @@ impl Default for RunSettings {
             benchmark: None,
             data: None,
             split: None,
+            execute_code: false,
             prompts: None,
             scorer: None,
             seed: 0,

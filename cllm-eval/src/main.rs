@@ -6,6 +6,9 @@ use clap::Parser;
 use cllm_eval::cli::Cli;
 
 fn main() -> ExitCode {
+    if let Some(code) = cllm_core::sandbox::launcher() {
+        return code;
+    }
     let cli = Cli::parse();
     cllm_core::program::main(|| cli.execute())
 }

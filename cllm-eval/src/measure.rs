@@ -4,7 +4,7 @@ use cllm_core::decode::{DecodeOptions, Decoder, Limits, Request, Strategy, capac
 use cllm_core::model::Transformer;
 use cllm_core::progress::Progress;
 use cllm_core::prompt_set::Sample;
-use cllm_core::task::{Task, Verdict};
+use cllm_core::task::{Judge, Task, Verdict};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Error, Result, device, hub, interrupt, model, torch_ext};
 use rayon::prelude::*;
@@ -29,6 +29,8 @@ pub struct Subject {
     prompts: Prompts,
     /// Bytes of GPU memory that were in use before it was loaded.
     others: u64,
+    /// Most bytes at batch 1, by strategy; empty on the CPU.
+    speed_peaks: Vec<(Strategy, u64)>,
 }
 
 /// The examples as a model reads them.
@@ -105,7 +107,7 @@ impl Subject {
     pub fn load(role: Role, folder: &Path, prompts: Prompts, device: Device) -> Result<Self> {
         let others = torch_ext::memory(device).map_or(0, |(current, _)| current);
         let model = Transformer::load(folder, device, device::default_kind(device))?;
-        Ok(Subject { role, model, prompts, others })
+        Ok(Subject { role, model, prompts, others, speed_peaks: Vec::new() })
     }
 
     /// Tokens of an example's prompt.
@@ -122,7 +124,7 @@ impl Subject {
         samples: &[Sample],
         strategy: Strategy,
         settings: &RunSettings,
-        task: Task,
+        (task, by): (Task, Judge<'_>),
         records: &mut Records,
         journal: &mut Journal,
     ) -> Result<()> {
@@ -142,7 +144,7 @@ impl Subject {
         let mut decoder = self.decoder(settings.batch_rows.min(open.len()), &[strategy])?;
         for batch in open.chunks(settings.batch_rows) {
             interrupt::check()?;
-            let answers = self.answer_batch(&mut decoder, samples, batch, strategy, settings, task)?;
+            let answers = self.answer_batch(&mut decoder, samples, batch, strategy, settings, (task, by))?;
             let lines: Vec<_> = answers.iter().cloned().map(|answer| Line::Answer(Box::new(answer))).collect();
             journal.append(&lines)?;
             records.answers.extend(answers);
@@ -166,7 +168,7 @@ impl Subject {
         batch: &[usize],
         strategy: Strategy,
         settings: &RunSettings,
-        task: Task,
+        (task, by): (Task, Judge<'_>),
     ) -> Result<Vec<AnswerRecord>> {
         let device = self.model.device();
         let requests: Vec<_> = batch.iter().map(|&index| self.prompts.each[index].1.clone()).collect();
@@ -203,13 +205,33 @@ impl Subject {
                 margin_at_difference: None,
             });
         }
-        let data = settings.data.as_deref();
-        let score = |answer: &AnswerRecord| judge(task, data, answer);
+        let score = |answer: &AnswerRecord| judge(task, by, answer);
         let verdicts: Vec<Verdict> = found.par_iter().map(score).collect::<Result<_>>()?;
         for (answer, verdict) in found.iter_mut().zip(verdicts) {
             answer.verdict = verdict;
         }
         Ok(found)
+    }
+
+    /// Measures how much memory each strategy takes at batch 1, of this model alone, with the longest prompt of the first
+    /// `examples`; nothing on the CPU. It is apart from the timing, whose decoders hold room for every strategy, and whose
+    /// recorded steps allocate nothing when they are replayed.
+    ///
+    /// # Errors
+    /// What decoding fails with.
+    pub fn measure_memory(&mut self, settings: &RunSettings, examples: usize) -> Result<()> {
+        let device = self.model.device();
+        let length = |&index: &usize| self.prompts.each[index].1.prompt_ids.len();
+        let Some(longest) = (0..examples).max_by_key(length) else { return Ok(()) };
+        for &strategy in settings.strategies.iter().filter(|_| device.is_cuda()) {
+            interrupt::check()?;
+            torch_ext::reset_peak_memory(device);
+            self.time_one(&mut self.decoder(1, &[strategy])?, longest, strategy, settings)?;
+            if let Some((_, peak)) = torch_ext::memory(device) {
+                self.speed_peaks.push((strategy, peak.saturating_sub(self.others)));
+            }
+        }
+        Ok(())
     }
 
     fn time_one(
@@ -233,6 +255,7 @@ impl Subject {
             finish_reason: answer.finish_reason,
             prefill_seconds: timing.prefill_seconds,
             seconds: timing.decode_seconds,
+            peak_memory_bytes: self.speed_peaks.iter().find(|(of, _)| *of == strategy).map(|&(_, peak)| peak),
         })
     }
 }

@@ -61,6 +61,9 @@ pub struct Header {
     pub hardware: Hardware,
     /// With what.
     pub toolkit: Toolkit,
+    /// What held the code of answers while it ran; none where none did.
+    #[serde(default)]
+    pub sandbox: Option<Vec<String>>,
     /// The models.
     pub models: Vec<ModelEntry>,
     /// The resolved configuration.
@@ -137,6 +140,9 @@ pub struct SpeedRecord {
     pub prefill_seconds: f64,
     /// Seconds of everything after it.
     pub seconds: f64,
+    /// Most GPU memory in use by this model and strategy at batch 1, of the longest prompt that is timed; none on the CPU.
+    #[serde(default)]
+    pub peak_memory_bytes: Option<u64>,
 }
 
 /// A line of the file.

@@ -35,6 +35,7 @@ struct Section {
     models: Vec<String>,
     hardware: String,
     toolkit: String,
+    sandbox: Option<String>,
     settings: String,
     example: Option<Example>,
 }
@@ -151,6 +152,10 @@ fn section(path: &Path) -> Result<Section> {
             results.toolkit.version,
             results.toolkit.libtorch.as_deref().unwrap_or("of unknown version")
         ),
+        sandbox: results
+            .sandbox
+            .as_ref()
+            .map(|layers| format!("the code of answers ran held by {}", layers.join(", "))),
         settings: settings::to_yaml(&results.settings)?,
         example: records.as_ref().and_then(example),
     })

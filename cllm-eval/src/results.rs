@@ -1,17 +1,20 @@
 //! `results.json`: every figure, computed from the records alone.
 
 use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 
 use cllm_core::decode::Strategy;
 use cllm_core::hardware::{Hardware, Toolkit};
 use cllm_core::task::spider_difficulty::{Difficulty, difficulty};
 use cllm_core::task::{Task, Verdict};
 use cllm_core::trajectory::FinishReason;
+use cllm_core::{Error, Result};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::acceptance::Acceptance;
 use crate::config::RunSettings;
-use crate::records::{AnswerRecord, ModelEntry, Records, Role, SpeedRecord};
+use crate::records::{AnswerRecord, ModelEntry, Records, Role, SpeedRecord, expect_version};
 use crate::similarity::Similarity;
 use crate::statistics::{paired, ratio, wilson};
 
@@ -35,6 +38,9 @@ pub struct Results {
     pub hardware: Hardware,
     /// With what.
     pub toolkit: Toolkit,
+    /// What held the code of answers while it ran; none where none did.
+    #[serde(default)]
+    pub sandbox: Option<Vec<String>>,
     /// Per model.
     pub models: Vec<ModelResults>,
     /// Student against teacher on the same examples.
@@ -122,6 +128,15 @@ pub struct StrategyResults {
     /// Most GPU memory in use in the batched accuracy run, less what was in use before this model was loaded (the other
     /// model): its weights, caches and temporaries. Null on the CPU.
     pub peak_memory_bytes: Option<u64>,
+    /// It over that of the same model's autoregressive decoding.
+    #[serde(default)]
+    pub peak_memory_over_ar: Option<f64>,
+    /// Most GPU memory in use by this model and strategy at batch 1, of the longest prompt that is timed. Null on the CPU.
+    #[serde(default)]
+    pub speed_peak_memory_bytes: Option<u64>,
+    /// It over that of the same model's autoregressive decoding.
+    #[serde(default)]
+    pub speed_peak_memory_over_ar: Option<f64>,
     /// Tokens that forwards made final; none for `ar`, whose forwards make one each.
     #[serde(default)]
     pub acceptance: Option<Acceptance>,
@@ -163,6 +178,9 @@ pub struct PairedDifference {
     pub difference: Option<f64>,
     /// Its 95 % interval.
     pub ci95: Option<[f64; 2]>,
+    /// Of the teacher's right answers, the share that the student has right too.
+    #[serde(default)]
+    pub share_of_right_kept: Option<f64>,
 }
 
 /// A strategy as people read it: its name, and what it has that is not left at its default.
@@ -183,6 +201,19 @@ pub fn label(strategy: Strategy) -> String {
 }
 
 impl Results {
+    /// Reads `results.json`, or that of a folder.
+    ///
+    /// # Errors
+    /// When it is missing, no results file, or of another version.
+    pub fn read(path: &Path) -> Result<Self> {
+        let file = if path.is_dir() { path.join(RESULTS) } else { path.to_owned() };
+        let text = std::fs::read_to_string(&file).map_err(Error::io(&file))?;
+        let bad = |error| Error::file(&file, format!("is not a results.json of cllm-eval: {error}"));
+        let document: Value = serde_json::from_str(&text).map_err(bad)?;
+        expect_version(&file, &document)?;
+        serde_json::from_value(document).map_err(bad)
+    }
+
     /// How tokens were chosen, in words.
     pub fn choice(&self) -> String {
         match self.settings.temperature {
@@ -204,6 +235,7 @@ impl Results {
             })
             .collect();
         add_speedups(&mut models);
+        models.iter_mut().for_each(add_memory_ratios);
         Results {
             schema_version: header.schema_version,
             benchmark: header.benchmark,
@@ -212,6 +244,7 @@ impl Results {
             speed_examples: header.settings.speed_examples.min(header.examples),
             hardware: header.hardware.clone(),
             toolkit: header.toolkit.clone(),
+            sandbox: header.sandbox.clone(),
             models,
             paired: paired_differences(records),
             settings: header.settings.clone(),
@@ -309,6 +342,7 @@ fn with_speed(mut found: StrategyResults, speeds: &[&SpeedRecord]) -> StrategyRe
     found.tokens_per_second_finished = ratio(ended_tokens as f64, ended_seconds);
     found.end_to_end_seconds = Some(seconds + prefill);
     found.end_to_end_tokens_per_second = ratio(tokens as f64, seconds + prefill);
+    found.speed_peak_memory_bytes = speeds.iter().filter_map(|speed| speed.peak_memory_bytes).max();
     found
 }
 
@@ -327,6 +361,18 @@ fn add_speedups(models: &mut [ModelResults]) {
         found.speedup_vs_student_ar = ratio(decode, student.map(|(decode, _)| decode));
         found.end_to_end_speedup_vs_teacher_ar = ratio(whole, teacher.map(|(_, whole)| whole));
         found.end_to_end_speedup_vs_student_ar = ratio(whole, student.map(|(_, whole)| whole));
+    }
+}
+
+/// Memory against that of the model's own autoregressive decoding.
+fn add_memory_ratios(model: &mut ModelResults) {
+    let float = |bytes: Option<u64>| bytes.map(|bytes| bytes as f64);
+    let ar = model.strategies.iter().find(|strategy| strategy.n.is_none());
+    let batched = float(ar.and_then(|ar| ar.peak_memory_bytes));
+    let alone = float(ar.and_then(|ar| ar.speed_peak_memory_bytes));
+    for found in &mut model.strategies {
+        found.peak_memory_over_ar = ratio(float(found.peak_memory_bytes), batched);
+        found.speed_peak_memory_over_ar = ratio(float(found.speed_peak_memory_bytes), alone);
     }
 }
 
@@ -359,6 +405,7 @@ fn paired_differences(records: &Records) -> Vec<PairedDifference> {
                 .collect();
             let student_only = pairs.iter().filter(|&&pair| pair == (true, false)).count();
             let teacher_only = pairs.iter().filter(|&&pair| pair == (false, true)).count();
+            let both = pairs.iter().filter(|&&pair| pair == (true, true)).count();
             PairedDifference {
                 student: label(strategy),
                 teacher: label(other),
@@ -367,6 +414,7 @@ fn paired_differences(records: &Records) -> Vec<PairedDifference> {
                 teacher_only,
                 difference: ratio(student_only as f64 - teacher_only as f64, pairs.len() as f64),
                 ci95: paired(student_only, teacher_only, pairs.len()),
+                share_of_right_kept: ratio(both as f64, (both + teacher_only) as f64),
             }
         })
         .collect()

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use cllm_core::hardware::{Hardware, Toolkit};
 use cllm_core::prompt_set::{self, Sample};
-use cllm_core::task::{Task, synthetic};
+use cllm_core::task::{Judge, Task, synthetic};
 use cllm_core::{Error, Result, atomic_file, device, fingerprint, progress, settings};
 
 use crate::config::RunSettings;
@@ -12,6 +12,7 @@ use crate::margins;
 use crate::measure::{Prompts, Subject, identify, time_all};
 use crate::records::{Header, Journal, ModelEntry, Role, SAMPLES, SCHEMA_VERSION};
 use crate::results::{RESULTS, Results};
+use crate::score;
 
 /// Runs an evaluation, or goes on with an interrupted one, and writes its files.
 ///
@@ -27,6 +28,9 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
     }
     let device = device::parse(&settings.device)?;
     let Examples { task, split, samples } = examples(settings)?;
+    let sandbox = score::sandbox(task, settings.execute_code, "set `execute_code=true`")?;
+    let judge = Judge { data: settings.data.as_deref(), sandbox: sandbox.as_ref() };
+    expect_scorable(settings, task, judge, &samples)?;
     let found: Vec<(PathBuf, ModelEntry)> =
         named.iter().map(|&(role, name)| identify(role, name)).collect::<Result<_>>()?;
     let (folders, models): (Vec<_>, Vec<_>) = found.into_iter().unzip();
@@ -40,6 +44,7 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
         examples: samples.len(),
         hardware: Hardware::of(device),
         toolkit: Toolkit::this(),
+        sandbox: sandbox.as_ref().map(|sandbox| sandbox.layers().to_vec()),
         models,
         settings: settings.clone(),
     };
@@ -49,15 +54,16 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
     atomic_file::write(&output.join("settings.yaml"), settings::to_yaml(settings)?.as_bytes())?;
     let mut subjects = Vec::new();
     for ((&(role, _), folder), prompts) in named.iter().zip(&folders).zip(prompts) {
-        let subject = Subject::load(role, folder, prompts, device)?;
+        let mut subject = Subject::load(role, folder, prompts, device)?;
         for &strategy in &settings.strategies {
-            subject.answer_all(&samples, strategy, settings, task, &mut records, &mut journal)?;
+            subject.answer_all(&samples, strategy, settings, (task, judge), &mut records, &mut journal)?;
         }
         // Of logits with noise on them a margin says nothing.
         if settings.temperature == 0.0 {
             margins::add(&subject, &mut records.answers)?;
         }
         if settings.speed_examples > 0 {
+            subject.measure_memory(settings, settings.speed_examples.min(samples.len()))?;
             subjects.push(subject);
         }
     }
@@ -111,14 +117,18 @@ fn examples(settings: &RunSettings) -> Result<Examples> {
         }
         samples.iter_mut().for_each(|sample| scorer.note(sample));
     }
-    for (index, sample) in samples.iter().enumerate() {
-        let with_row = |error: Error| match file {
-            Some(path) if task == Task::Jsonl => Error::file(path, format!("row {}: {error}", index + 1)),
-            _ => error,
-        };
-        task.expect_data(data.as_deref(), sample).map_err(with_row)?;
-    }
     Ok(Examples { task, split, samples })
+}
+
+/// Refuses what could not be scored, by its row where it comes from a file of the user's own.
+fn expect_scorable(settings: &RunSettings, task: Task, judge: Judge<'_>, samples: &[Sample]) -> Result<()> {
+    let file = settings.prompts.as_ref().or(settings.data.as_ref()).filter(|_| task == Task::Jsonl);
+    samples.iter().enumerate().try_for_each(|(index, sample)| {
+        task.expect_data(judge, sample).map_err(|error| match file {
+            Some(path) => Error::file(path, format!("row {}: {error}", index + 1)),
+            None => error,
+        })
+    })
 }
 
 /// Benchmark and split as the sources of a file's prompts name them. They must agree with one another and with the

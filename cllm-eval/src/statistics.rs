@@ -1,4 +1,8 @@
-//! Intervals of what was counted.
+//! Intervals of what was counted, and whether a difference is more than chance.
+
+use cllm_core::fingerprint;
+use rand::RngExt;
+use rayon::prelude::*;
 
 /// Standard normal quantile of a two-sided 95 % interval.
 const Z: f64 = 1.959_963_984_540_054;
@@ -29,6 +33,42 @@ pub fn paired(only_first: usize, only_second: usize, pairs: usize) -> Option<[f6
     Some([(difference - half).max(-1.0), (difference + half).min(1.0)])
 }
 
+/// Resamples of a bootstrap, and the seed of all of them.
+pub const RESAMPLES: usize = 10_000;
+const BOOTSTRAP_SEED: u64 = 0;
+
+/// The 95 % percentile bootstrap interval (Efron, 1979) of a statistic of some examples: the statistic is computed of 10,000
+/// samples of as many examples, drawn with replacement, and the interval lies between the 2.5 % and 97.5 % of what comes
+/// out. `statistic` takes the drawn examples' places. None without examples, or where a statistic is none.
+pub fn bootstrap(examples: usize, statistic: impl Fn(&[usize]) -> Option<f64> + Sync) -> Option<[f64; 2]> {
+    if examples == 0 {
+        return None;
+    }
+    let resample = |number: usize| {
+        // A generator of its own for each, so that the interval does not depend on the number of threads.
+        let mut rng = fingerprint::rng(BOOTSTRAP_SEED, "bootstrap", number as u64);
+        let drawn: Vec<usize> = (0..examples).map(|_| rng.random_range(0..examples)).collect();
+        statistic(&drawn)
+    };
+    let mut found = (0..RESAMPLES).into_par_iter().map(resample).collect::<Option<Vec<f64>>>()?;
+    found.sort_by(f64::total_cmp);
+    Some([found[RESAMPLES / 40], found[RESAMPLES - 1 - RESAMPLES / 40]])
+}
+
+/// The p value of the exact McNemar test (1947), two-sided: how probable counts as unequal as these are, where a pair of which
+/// one is right is as often the first as the second.
+pub fn mcnemar(only_first: usize, only_second: usize) -> f64 {
+    let (pairs, fewer) = (only_first + only_second, only_first.min(only_second));
+    // Logarithms of binomial probabilities, each from that before it: the first are too small for a float.
+    let mut log_term = -(pairs as f64) * std::f64::consts::LN_2;
+    let mut tail = log_term.exp();
+    for k in 0..fewer {
+        log_term += ((pairs - k) as f64 / (k + 1) as f64).ln();
+        tail += log_term.exp();
+    }
+    (2.0 * tail).min(1.0)
+}
+
 /// `a / b`, where both are known and `b` is not 0.
 pub fn ratio(a: impl Into<Option<f64>>, b: impl Into<Option<f64>>) -> Option<f64> {
     match (a.into(), b.into()) {
@@ -56,6 +96,27 @@ mod tests {
         assert!(low < 0.0 && high > 0.0 && (low + high).abs() < 1e-12);
         let [low, high] = paired(40, 10, 100).unwrap();
         assert!(low > 0.1 && low < 0.3 && high > 0.3 && high < 0.5, "{low} {high}");
+    }
+
+    #[test]
+    fn mcnemar_is_the_binomial_tail() {
+        // 2 · (1 + 10) / 2^10, and 2 / 2^5.
+        assert!((mcnemar(1, 9) - 22.0 / 1024.0).abs() < 1e-12 && (mcnemar(9, 1) - 22.0 / 1024.0).abs() < 1e-12);
+        assert!((mcnemar(0, 5) - 0.0625).abs() < 1e-12);
+        assert_eq!((mcnemar(0, 0), mcnemar(5, 5)), (1.0, 1.0));
+        // Of 4,000 flips, where the first terms are 0 as floats: 2 Φ(-(100 - 1/2) / √1000) = 0.00165.
+        assert!((mcnemar(1900, 2100) - 0.00165).abs() < 5e-5, "{}", mcnemar(1900, 2100));
+    }
+
+    #[test]
+    fn a_bootstrap_interval_is_that_of_the_normal_distribution_for_a_mean() {
+        // 100 examples, a quarter of them 1: the mean's standard error is √(0.25 · 0.75 / 100) = 0.0433.
+        let mean = |drawn: &[usize]| Some(drawn.iter().filter(|&&at| at % 4 == 0).count() as f64 / drawn.len() as f64);
+        let [low, high] = bootstrap(100, mean).unwrap();
+        assert!((low - 0.165).abs() < 0.011 && (high - 0.335).abs() < 0.011, "{low} {high}");
+        assert_eq!(bootstrap(100, mean), Some([low, high]));
+        assert_eq!(bootstrap(0, mean), None);
+        assert_eq!(bootstrap(3, |_| None), None);
     }
 
     #[test]

@@ -41,6 +41,9 @@ pub struct SuiteSettings {
     /// How to decode, as in `run`.
     #[garde(length(min = 1), custom(valid_strategies))]
     pub strategies: Vec<Strategy>,
+    /// Runs the Python code in answers to humaneval and mbpp, as in `run`.
+    #[garde(skip)]
+    pub execute_code: bool,
     /// Most tokens of an answer.
     #[garde(range(min = 1))]
     pub max_new_tokens: usize,
@@ -58,10 +61,31 @@ pub struct SuiteSettings {
 impl Default for SuiteSettings {
     fn default() -> Self {
         let RunSettings {
-            teacher, student, limit, speed_examples, strategies, max_new_tokens, batch_rows, device, ..
+            teacher,
+            student,
+            limit,
+            speed_examples,
+            strategies,
+            execute_code,
+            max_new_tokens,
+            batch_rows,
+            device,
+            ..
         } = RunSettings::default();
         let (data, output) = (PathBuf::new(), PathBuf::from("runs/suite"));
-        Self { teacher, student, data, limit, speed_examples, strategies, max_new_tokens, batch_rows, device, output }
+        Self {
+            teacher,
+            student,
+            data,
+            limit,
+            speed_examples,
+            strategies,
+            execute_code,
+            max_new_tokens,
+            batch_rows,
+            device,
+            output,
+        }
     }
 }
 
@@ -148,6 +172,7 @@ fn one(task: Task, settings: &SuiteSettings) -> Result<Ended> {
         limit: settings.limit,
         speed_examples: settings.speed_examples,
         strategies: settings.strategies.clone(),
+        execute_code: settings.execute_code,
         max_new_tokens: settings.max_new_tokens,
         batch_rows: settings.batch_rows,
         device: settings.device.clone(),

@@ -25,15 +25,9 @@ pub const HEADS: [&str; 10] = [
 /// The cells of a row after its name.
 pub fn cells(found: &StrategyResults) -> Vec<String> {
     // Where nothing is right or wrong, likeness stands in its place.
-    let accuracy = match (found.accuracy, found.ci95) {
-        _ if found.similarity.is_some() => found.similarity.as_ref().map_or_else(String::new, likeness),
-        (Some(rate), Some([low, high])) => {
-            format!("{:.1} % ({:.1} to {:.1})", 100.0 * rate, 100.0 * low, 100.0 * high)
-        }
-        _ => "-".to_owned(),
-    };
+    let score = found.similarity.as_ref().map_or_else(|| accuracy(found.accuracy, found.ci95), likeness);
     vec![
-        accuracy,
+        score,
         format!("{} of {}", found.unfinished, found.examples),
         number(found.tokens_per_forward, 2, ""),
         number(found.tokens_per_forward_finished, 2, ""),
@@ -47,6 +41,16 @@ pub fn cells(found: &StrategyResults) -> Vec<String> {
 fn likeness(found: &Similarity) -> String {
     let share = |share: Option<f64>, unit: &str| number(share.map(|share| 100.0 * share), 1, unit);
     format!("BLEU {}, prefix {}", share(found.bleu, ""), share(found.exact_prefix, " %"))
+}
+
+/// An accuracy with its 95 % interval, or `-` where there is none.
+pub fn accuracy(rate: Option<f64>, ci95: Option<[f64; 2]>) -> String {
+    match (rate, ci95) {
+        (Some(rate), Some([low, high])) => {
+            format!("{:.1} % ({:.1} to {:.1})", 100.0 * rate, 100.0 * low, 100.0 * high)
+        }
+        _ => "-".to_owned(),
+    }
 }
 
 /// A figure, or `-` where there is none.
@@ -115,24 +119,30 @@ pub fn of_bench(results: &BenchResults) -> String {
     text
 }
 
-/// The summary of a run.
-pub fn summary(results: &Results) -> String {
+/// A table, whose first `names` columns name the row.
+pub fn drawn(heads: &[&str], names: usize, rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::UTF8_FULL_CONDENSED);
-    table.set_header(HEADS);
-    for model in &results.models {
-        for found in &model.strategies {
-            let mut row = vec![role_name(model.model.role).to_owned(), found.label.clone()];
-            row.extend(cells(found));
-            table.add_row(row);
-        }
-    }
-    for index in 2..HEADS.len() {
+    table.set_header(heads);
+    table.add_rows(rows);
+    for index in names..heads.len() {
         if let Some(column) = table.column_mut(index) {
             column.set_cell_alignment(CellAlignment::Right);
         }
     }
-    let mut text = format!("{table}\n");
+    format!("{table}\n")
+}
+
+/// The summary of a run.
+pub fn summary(results: &Results) -> String {
+    let rows = results.models.iter().flat_map(|model| {
+        model.strategies.iter().map(|found| {
+            let mut row = vec![role_name(model.model.role).to_owned(), found.label.clone()];
+            row.extend(cells(found));
+            row
+        })
+    });
+    let mut text = drawn(&HEADS, 2, rows);
     text.push_str(&format!(
         "{} examples, {}, batched for accuracy, {} at batch 1 for speed (prefill apart)\n{}\n",
         results.examples,

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use cllm_core::model::{self, Transformer};
 use cllm_core::tokenizer::{self, Tokenizer};
-use cllm_core::{Error, Result, atomic_file, fingerprint, text_file, torch_ext, trajectory};
+use cllm_core::{Error, Result, atomic_file, fingerprint, hub, text_file, torch_ext, trajectory};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
@@ -58,6 +58,9 @@ impl Origin {
         let mut contents = BTreeMap::from([("the tokenizer".to_owned(), tokenizer.fingerprint().to_owned())]);
         if settings.init.is_none() {
             contents.insert(format!("the model {}", settings.model), model::fingerprint(folder)?);
+        }
+        if let Some(name) = settings.consistency.anchor.as_ref().filter(|_| settings.anchored()) {
+            contents.insert(format!("the anchor {name}"), model::fingerprint(&hub::locate(name)?)?);
         }
         for path in &settings.data {
             let content = match settings.objective {

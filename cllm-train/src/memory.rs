@@ -71,11 +71,10 @@ impl Memory {
         let average = if settings.optimizer.ema > 0.0 { 4.0 } else { 0.0 };
         // What the other processes' gradients are added up to.
         let summed = if processes > 1 { bytes * share } else { 0.0 };
-        let held = match (&settings.lora, settings.anchored()) {
-            (Some(_), _) => parameters + trained,
-            (None, true) => 2.0 * parameters,
-            (None, false) => parameters,
-        };
+        // Below adapters lies the model that the run starts from, which then is the anchor unless another is named.
+        let own = if settings.lora.is_some() { parameters + trained } else { parameters };
+        let another = settings.lora.is_none() || settings.consistency.anchor.is_some();
+        let held = own + if settings.anchored() && another { parameters } else { 0.0 };
         let (weights, gradients, optimizer) = (bytes * held, bytes * trained, (state + average) * share);
         Memory {
             weights: weights as u64,
@@ -94,7 +93,9 @@ impl Shape {
         Shape {
             tokens: sum(&|example| example.packed_len(consistency)),
             squares: sum(&|example| example.packed_len(consistency).pow(2)),
-            rows: sum(&|example| example.response.len() + example.noisy_len(consistency)).min(most_rows),
+            rows: (sum(&|example| example.response.len() + example.noisy_len(consistency))
+                + consistency.anchor_prompts * sum(&|example| example.prompt.len()))
+            .min(most_rows),
         }
     }
 }

@@ -174,9 +174,9 @@ pub struct Batch {
 /// So much of a batch that its logits may exist at once.
 #[derive(Debug, Default, PartialEq)]
 pub struct Chunk {
-    /// Places before response tokens.
+    /// Places before response tokens, and those of prompts that the anchor holds.
     pub places: Vec<i64>,
-    /// The response tokens, [`NO_LABEL`] where the autoregressive loss has no part.
+    /// The tokens after them, [`NO_LABEL`] where the autoregressive loss has no part.
     pub labels: Vec<i64>,
     /// The same places in the clean stream.
     pub clean_places: Vec<i64>,
@@ -202,6 +202,8 @@ pub struct Counts {
     pub tokens: usize,
     /// Tokens of the responses.
     pub clean: usize,
+    /// Tokens of the anchor.
+    pub anchored: usize,
     /// Tokens of the autoregressive loss.
     pub labels: usize,
     /// Tokens of the consistency loss.
@@ -216,7 +218,7 @@ impl Counts {
     /// By what the sums of the losses are divided: autoregressive, global, local, anchor.
     pub fn divisors(&self, reduction: Reduction) -> [usize; 4] {
         match reduction {
-            Reduction::TokenMean => [self.labels, self.noisy, self.local, self.clean],
+            Reduction::TokenMean => [self.labels, self.noisy, self.local, self.anchored],
         }
     }
 
@@ -224,6 +226,7 @@ impl Counts {
     pub fn add(&mut self, other: Counts) {
         self.tokens += other.tokens;
         self.clean += other.clean;
+        self.anchored += other.anchored;
         self.labels += other.labels;
         self.noisy += other.noisy;
         self.local += other.local;
@@ -232,16 +235,22 @@ impl Counts {
 }
 
 impl Batch {
-    /// Packs sequences. `rows`: most logits at once; `anchored`: whether a frozen teacher reads the clean part.
-    pub fn new(sequences: &[Packed], rows: usize, anchored: bool) -> Self {
+    /// Packs sequences. `rows`: most logits at once; `anchor`: where a frozen model reads the clean part too, the share of the
+    /// prompts' tokens that it holds besides the responses.
+    pub fn new(sequences: &[Packed], rows: usize, anchor: Option<f64>) -> Self {
         let (mut stream, mut clean, mut counts) = (Stream::default(), Stream::default(), Counts::default());
         let (mut chunks, mut local) = (vec![Chunk::default()], vec![LocalChunk::default()]);
         for sequence in sequences {
             let base = stream.tokens.len();
             let clean_base = clean.tokens.len();
             stream.push(&sequence.tokens, &sequence.positions, &sequence.seen());
-            if anchored {
+            if let Some(share) = anchor {
                 clean.push_causal(&sequence.tokens[..sequence.prompt_len + sequence.response.len()]);
+                for place in spread(share, sequence.prompt_len.saturating_sub(1)) {
+                    Chunk::add(&mut chunks, rows, (base + place, clean_base + place, NO_LABEL), Vec::new());
+                    counts.anchored += 1;
+                }
+                counts.anchored += sequence.response.len();
             }
             let mut noisy = vec![Vec::new(); sequence.response.len()];
             for (place, predicted) in sequence.noisy_targets() {
@@ -271,6 +280,12 @@ impl Batch {
         local.retain(|chunk| !chunk.places.is_empty());
         Batch { stream, clean, chunks, local, counts }
     }
+}
+
+/// A share of the first `count` places, evenly spread.
+fn spread(share: f64, count: usize) -> impl Iterator<Item = usize> {
+    let before = move |place: usize| (place as f64 * share) as usize;
+    (0..count).filter(move |&place| before(place + 1) > before(place))
 }
 
 impl Chunk {

@@ -53,7 +53,7 @@ impl<'p> Packer<'p> {
             example.pack(&self.settings.consistency, &mut rng)
         };
         let sequences: Vec<_> = responses.iter().map(pack).collect();
-        Batch::new(&sequences, self.rows, self.settings.anchored())
+        Batch::new(&sequences, self.rows, self.settings.anchored().then_some(self.settings.consistency.anchor_prompts))
     }
 
     /// The batches of every step from `first` on, in order: those of process `rank` of `world`. What the others take is packed

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use cllm_core::decode::{Answer, DecodeOptions, Limits, Request, Strategy, check_length, decode};
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::prompt_set::{self, Sample};
-use cllm_core::task::{Task, Verdict};
+use cllm_core::task::{Judge, Task, Verdict};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::FinishReason;
 use cllm_core::{Error, Result};
@@ -80,7 +80,8 @@ impl<'t> Prompts<'t> {
             let (_, prompt_ids) = tokenizer.prompt(&sample.prompt)?;
             let request = Request { prompt_ids, sample_id: sample.id.clone() };
             check_length(&request, &limits, config.max_positions)?;
-            Task::of_source(&sample.source).expect_data(probe.data.as_deref(), sample)?;
+            let judge = Judge { data: probe.data.as_deref(), sandbox: None };
+            Task::of_source(&sample.source).expect_data(judge, sample)?;
             Ok(request)
         };
         let requests: Vec<Request> = samples.iter().map(request).collect::<Result<_>>()?;
@@ -104,7 +105,8 @@ impl<'t> Prompts<'t> {
 
     fn judge(&self, sample: &Sample, answer: &Answer) -> Result<Verdict> {
         let text = self.tokenizer.decode(&answer.response_ids)?;
-        Task::of_source(&sample.source).judge(self.data.as_deref(), sample, &text, answer.finish_reason)
+        let judge = Judge { data: self.data.as_deref(), sandbox: None };
+        Task::of_source(&sample.source).judge(judge, sample, &text, answer.finish_reason)
     }
 }
 

@@ -229,10 +229,16 @@ pub struct Consistency {
     /// Which answers the autoregressive loss teaches.
     #[garde(skip)]
     pub labels: Labels,
-    /// Weight of the anchor, a mean over response tokens: KL from the distributions of the model that the run starts from,
-    /// frozen, to the student's, so that the student keeps its answers on prompts it never saw. 0 leaves it out.
+    /// Weight of the anchor, a mean over its tokens: KL from the distributions of a frozen model to the student's, so that the
+    /// student keeps that model's answers on prompts it never saw. 0 leaves it out.
     #[garde(range(min = 0.0))]
     pub anchor_weight: f64,
+    /// Folder or id of the frozen model; without it, the model that the run starts from.
+    #[garde(skip)]
+    pub anchor: Option<String>,
+    /// Share of the prompts' tokens that the anchor holds, besides all of the responses'.
+    #[garde(range(min = 0.0, max = 1.0))]
+    pub anchor_prompts: f64,
     /// How each loss is reduced, before its weight.
     #[garde(skip)]
     pub reduction: Reduction,
@@ -354,6 +360,8 @@ impl Default for Consistency {
             ar_weight: 10.0,
             labels: Labels::Teacher,
             anchor_weight: 0.0,
+            anchor: None,
+            anchor_prompts: 0.0,
             reduction: Reduction::TokenMean,
             divergence: Divergence::Forward,
             context: Context::Clean,
@@ -381,7 +389,7 @@ impl Default for Probe {
 }
 
 impl Settings {
-    /// Whether the student is held to the model that the run starts from.
+    /// Whether the student is held to a frozen model.
     pub fn anchored(&self) -> bool {
         self.objective == Objective::Consistency && self.consistency.anchor_weight > 0.0
     }
@@ -403,9 +411,9 @@ impl Settings {
             (Some(_), false) => return Err(Error::usage("model and init are both set: give the one to start from")),
             _ => {}
         }
-        if self.init.is_some() && self.consistency.anchor_weight > 0.0 {
+        if self.init.is_some() && self.anchored() && self.consistency.anchor.is_none() {
             return Err(Error::usage(
-                "consistency.anchor_weight needs `model`: random weights are nothing to hold on to",
+                "consistency.anchor_weight needs `model` or consistency.anchor: random weights are nothing to hold on to",
             ));
         }
         if self.init.is_some() && self.lora.is_some() {

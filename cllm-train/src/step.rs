@@ -5,7 +5,7 @@ use std::path::Path;
 use cllm_core::distributed::Group;
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::{Error, Result, device};
+use cllm_core::{Error, Result, device, hub};
 use tch::{Device, Kind, Tensor};
 
 use crate::loss::{Backward, losses};
@@ -18,7 +18,7 @@ use crate::trainer::random_config;
 pub struct Models {
     /// Learns.
     pub student: Transformer,
-    /// The model that the run started from, where the student is anchored to it.
+    /// The frozen model that the student is anchored to, if it is.
     teacher: Option<Transformer>,
 }
 
@@ -36,11 +36,12 @@ impl Models {
         if let Some(lora) = &settings.lora {
             student.adapt(lora, settings.seed);
         }
-        let teacher = match (settings.anchored(), &settings.lora) {
-            (false, _) => None,
+        let teacher = match (settings.anchored(), &settings.consistency.anchor, &settings.lora) {
+            (false, ..) => None,
+            (true, Some(name), _) => Some(anchor(name, student.config(), place)?),
             // The weights that it starts from are still there, frozen.
-            (true, Some(_)) => Some(student.base()),
-            (true, None) => Some(Transformer::load(folder, place, kind)?),
+            (true, None, Some(_)) => Some(student.base()),
+            (true, None, None) => Some(Transformer::load(folder, place, kind)?),
         };
         Ok(Models { student, teacher })
     }
@@ -88,6 +89,17 @@ impl Models {
         let sums = losses(&self.student, self.teacher.as_ref(), batch, &settings.consistency, None)?;
         Ok(sums.map(|sum| sum.double_value(&[])))
     }
+}
+
+/// A frozen model with the student's vocabulary.
+fn anchor(name: &str, student: &ModelConfig, place: Device) -> Result<Transformer> {
+    let folder = hub::locate(name)?;
+    let (found, wanted) = (ModelConfig::load(&folder)?.vocab_size, student.vocab_size);
+    if found != wanted {
+        let what = format!("has {found} tokens, the model of the run {wanted}: an anchor needs the same vocabulary");
+        return Err(Error::file(folder, format!("consistency.anchor {what}")));
+    }
+    Transformer::load(&folder, place, device::default_kind(place))
 }
 
 /// This process's part of the losses of a step, on the device: autoregressive, global, local, anchor.

@@ -106,13 +106,16 @@ impl Layout {
 impl Buffers {
     fn new(ints: usize, outputs: usize, device: tch::Device) -> Result<Self> {
         let zeros = |length: usize| Tensor::f_zeros([length as i64], (Kind::Int, device));
-        Ok(Buffers {
+        let buffers = Buffers {
             pool: GraphPool::new()?,
             host_input: PinnedInts::new(ints)?,
             input: zeros(ints)?,
             host_predicted: PinnedInts::new(outputs)?,
             predicted: zeros(outputs)?,
-        })
+        };
+        // Steps have a stream of their own: zeros that came late, as beside another process, would wipe out a step's input.
+        crate::device::synchronize(device);
+        Ok(buffers)
     }
 }
 

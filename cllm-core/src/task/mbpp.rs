@@ -1,12 +1,13 @@
-//! MBPP: small Python tasks with tests, the full or the sanitized set. Its code is not executed here, so answers stay
-//! unscored.
+//! MBPP: small Python tasks, the full or the sanitized set, scored by running answers with the data set's assertions.
 
 use std::path::Path;
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use super::{Verdict, python};
 use crate::prompt_set::{Prompt, Sample};
+use crate::sandbox::Sandbox;
 use crate::{Error, Result, rows};
 
 #[derive(Deserialize)]
@@ -16,6 +17,15 @@ struct Row {
     #[serde(alias = "text")]
     prompt: String,
     code: String,
+    test_list: Vec<String>,
+    #[serde(default)]
+    test_imports: Vec<String>,
+}
+
+/// What scoring needs of a row.
+#[derive(Serialize, Deserialize)]
+pub(super) struct Tests {
+    task_id: u32,
     test_list: Vec<String>,
     #[serde(default)]
     test_imports: Vec<String>,
@@ -44,9 +54,22 @@ pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
             row.test_list.join("\n")
         )),
         reference: Some(row.code.trim().to_owned()),
-        meta: Some(json!({ "task_id": row.task_id, "test_list": row.test_list, "test_imports": row.test_imports })),
+        meta: Some(json!(Tests { task_id: row.task_id, test_list: row.test_list, test_imports: row.test_imports })),
     };
     Ok(rows.into_iter().filter(|row| ids.contains(&row.task_id)).map(sample).collect())
+}
+
+/// Runs the answer with its tests.
+pub(super) fn score(sandbox: &Sandbox, sample: &Sample, answer: &str) -> Result<Verdict> {
+    python::verdict(sandbox, &python::meta::<Tests>(sample)?.program(answer))
+}
+
+impl Tests {
+    fn program(&self, answer: &str) -> String {
+        let code = python::code(answer, |block| block.contains("def "));
+        let lines = std::iter::once(code).chain(self.test_imports.iter().chain(&self.test_list).map(String::as_str));
+        lines.collect::<Vec<_>>().join("\n")
+    }
 }
 
 #[cfg(test)]
@@ -63,6 +86,18 @@ mod tests {
             assert_eq!(load(dir.path(), split).unwrap().len(), count, "{split}");
         }
         assert!(load(dir.path(), "dev").is_err());
+    }
+
+    #[test]
+    fn the_tests_follow_the_code() {
+        let tests =
+            Tests { task_id: 1, test_list: vec!["assert f() == 1".into()], test_imports: vec!["import math".into()] };
+        let program = "def f(): return 1\nimport math\nassert f() == 1";
+        assert_eq!(tests.program("def f(): return 1"), program);
+        assert_eq!(
+            tests.program("```sh\nls\n```\n```python\ndef f(): return 1\n```"),
+            program.replacen('\n', "\n\n", 1)
+        );
     }
 
     #[test]

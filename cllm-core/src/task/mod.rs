@@ -5,10 +5,12 @@ mod gsm8k;
 mod humaneval;
 mod jsonl;
 mod mbpp;
+mod python;
 mod spider;
 pub mod spider_difficulty;
 mod sql;
 pub mod synthetic;
+mod variants;
 
 pub use jsonl::Scorer;
 
@@ -19,6 +21,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::Result;
 use crate::prompt_set::Sample;
+use crate::sandbox::Sandbox;
 use crate::trajectory::FinishReason;
 
 /// A benchmark.
@@ -29,9 +32,9 @@ pub enum Task {
     Gsm8k,
     /// Text to SQL (Yu et al., arXiv 1809.08887), scored by execution.
     Spider,
-    /// Python functions (Chen et al., arXiv 2107.03374); loaded, not scored.
+    /// Python functions (Chen et al., arXiv 2107.03374), scored by running them where that was asked for.
     Humaneval,
-    /// Python functions (Austin et al., arXiv 2108.07732); loaded, not scored.
+    /// Python functions (Austin et al., arXiv 2108.07732), scored by running them where that was asked for.
     Mbpp,
     /// Python functions from their docstrings (Husain et al., arXiv 1909.09436); compared with the reference, not scored.
     Codesearchnet,
@@ -57,6 +60,15 @@ impl Verdict {
     fn of(right: bool) -> Self {
         if right { Verdict::Right } else { Verdict::Wrong }
     }
+}
+
+/// What scoring has at hand beside the sample.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Judge<'a> {
+    /// The benchmark's folder, in which Spider has its databases: without it Spider is [`Verdict::Unscored`].
+    pub data: Option<&'a Path>,
+    /// Where the code of answers runs: without it HumanEval and MBPP are [`Verdict::Unscored`].
+    pub sandbox: Option<&'a Sandbox>,
 }
 
 impl Task {
@@ -112,45 +124,53 @@ impl Task {
         }
     }
 
-    /// Refuses a sample that [`Task::judge`] could not score, for want of a file or for a broken pattern: for use before there
-    /// are answers to lose.
+    /// Whether its answers are scored by running the code in them.
+    pub fn runs_code(self) -> bool {
+        matches!(self, Task::Humaneval | Task::Mbpp)
+    }
+
+    /// Refuses a sample that [`Task::judge`] could not score, for want of a file or of tests or for a broken pattern: for use before
+    /// there are answers to lose.
     ///
     /// # Errors
     /// As [`Task::judge`].
-    pub fn expect_data(self, data: Option<&Path>, sample: &Sample) -> Result<()> {
-        match (self, data) {
-            (Task::Spider, Some(data)) => spider::database(data, sample).map(drop),
+    pub fn expect_data(self, judge: Judge<'_>, sample: &Sample) -> Result<()> {
+        match (self, judge) {
+            (Task::Spider, Judge { data: Some(data), .. }) => spider::database(data, sample).map(drop),
+            (Task::Humaneval, Judge { sandbox: Some(_), .. }) => python::meta::<humaneval::Tests>(sample).map(drop),
+            (Task::Mbpp, Judge { sandbox: Some(_), .. }) => python::meta::<mbpp::Tests>(sample).map(drop),
             (Task::Jsonl, _) => jsonl::check(sample),
             _ => Ok(()),
         }
     }
 
     /// The verdict on an answer to `sample`; a broken answer is [`Verdict::Wrong`]. So is one that was cut at the length limit,
-    /// whatever stands in it: it gave no answer, and a number or query that happens to be its last would be luck. `data` is
-    /// the benchmark's folder, in which Spider has its databases: without it Spider is [`Verdict::Unscored`].
+    /// whatever stands in it: it gave no answer, and a number or query that happens to be its last would be luck.
     ///
     /// # Errors
-    /// Only when scoring itself is impossible: a database is missing, or the sample's `meta` names none.
+    /// Only when scoring itself is impossible: a database is missing, the sample's `meta` lacks what it needs, code cannot be run.
     pub fn judge(
         self,
-        data: Option<&Path>,
+        judge: Judge<'_>,
         sample: &Sample,
         answer: &str,
         finish_reason: FinishReason,
     ) -> Result<Verdict> {
-        let verdict = self.score(data, sample, answer)?;
+        let verdict = self.score(judge, sample, answer)?;
         let cut = finish_reason == FinishReason::Length;
         Ok(if cut && verdict == Verdict::Right { Verdict::Wrong } else { verdict })
     }
 
-    fn score(self, data: Option<&Path>, sample: &Sample, answer: &str) -> Result<Verdict> {
+    fn score(self, judge: Judge<'_>, sample: &Sample, answer: &str) -> Result<Verdict> {
         let Some(reference) = &sample.reference else { return Ok(Verdict::Unscored) };
-        match (self, data) {
+        match (self, judge) {
             (Task::Gsm8k, _) => Ok(Verdict::of(gsm8k::is_right(reference, answer))),
             (Task::Jsonl, _) => jsonl::is_right(sample, reference, answer).map(Verdict::of),
             (Task::Synthetic, _) => synthetic::score(sample, reference, answer),
-            (Task::Spider, Some(data)) => spider::score(data, sample, reference, answer),
-            (Task::Spider, None) | (Task::Humaneval | Task::Mbpp | Task::Codesearchnet, _) => Ok(Verdict::Unscored),
+            (Task::Spider, Judge { data: Some(data), .. }) => spider::score(data, sample, reference, answer),
+            (Task::Humaneval, Judge { sandbox: Some(sandbox), .. }) => humaneval::score(sandbox, sample, answer),
+            (Task::Mbpp, Judge { sandbox: Some(sandbox), .. }) => mbpp::score(sandbox, sample, answer),
+            (Task::Spider | Task::Humaneval | Task::Mbpp | Task::Codesearchnet, _) => Ok(Verdict::Unscored),
         }
     }
 }
@@ -170,7 +190,7 @@ mod tests {
             meta: None,
         };
         let judge = |reference: Option<&str>, answer: &str, finish_reason| {
-            Task::Jsonl.judge(None, &sample(reference), answer, finish_reason).unwrap()
+            Task::Jsonl.judge(Judge::default(), &sample(reference), answer, finish_reason).unwrap()
         };
         assert_eq!(judge(Some("2"), "2", FinishReason::Eos), Verdict::Right);
         assert_eq!(judge(Some("2"), "2", FinishReason::Length), Verdict::Wrong);

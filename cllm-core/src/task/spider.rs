@@ -158,7 +158,7 @@ mod tests {
     use rayon::prelude::*;
 
     use super::*;
-    use crate::task::Task;
+    use crate::task::{Judge, Task};
 
     #[test]
     fn prompts_show_the_schema_and_answers_are_executed() {
@@ -181,17 +181,18 @@ mod tests {
                 .content
                 .starts_with("pen(id, size)\ncat(name, pen)\nforeign keys: cat.pen = pen.id\n\nHow many pens?")
         );
-        let score = |answer: &str| Task::Spider.score(Some(dir.path()), &samples[0], answer);
+        let judge = Judge { data: Some(dir.path()), sandbox: None };
+        let score = |answer: &str| Task::Spider.score(judge, &samples[0], answer);
         assert_eq!(score("SELECT 2").unwrap(), Verdict::Right);
         assert_eq!(score("SELECT 3").unwrap(), Verdict::Wrong);
-        assert_eq!(Task::Spider.score(None, &samples[0], "SELECT 2").unwrap(), Verdict::Unscored);
+        assert_eq!(Task::Spider.score(Judge::default(), &samples[0], "SELECT 2").unwrap(), Verdict::Unscored);
         let mut astray = samples[0].clone();
         astray.meta = Some(json!({ "db_id": "../zoo" }));
-        assert!(Task::Spider.score(Some(dir.path()), &astray, "SELECT 2").is_err());
+        assert!(Task::Spider.score(judge, &astray, "SELECT 2").is_err());
         astray.meta = Some(json!({ "db_id": "aquarium" }));
-        let error = Task::Spider.expect_data(Some(dir.path()), &astray).unwrap_err().to_string();
+        let error = Task::Spider.expect_data(judge, &astray).unwrap_err().to_string();
         assert!(error.contains("aquarium.sqlite") && error.contains("spider-dev-0"), "{error}");
-        Task::Spider.expect_data(Some(dir.path()), &samples[0]).unwrap();
+        Task::Spider.expect_data(judge, &samples[0]).unwrap();
         assert!(load(dir.path(), "nosuch").is_err());
         // Questions of the same pair stay together, whatever the spaces.
         let row = |index: usize, space: &str| {
@@ -217,15 +218,16 @@ mod tests {
             return;
         };
         let data = Path::new(&data).join("spider");
+        let judge = Judge { data: Some(&data), sandbox: None };
         // In train, 96 rows ask databases that the folder lacks, and three queries do not run.
         let faulty = ["spider-train-3153", "spider-train-4513", "spider-train-4514"];
         for (split, count, scored, faulty) in [("dev", 1034, 1034, &[][..]), ("train", 7000, 6904, &faulty)] {
             let samples = load(&data, split).unwrap();
             assert_eq!(samples.len(), count);
-            let there = |sample: &&Sample| Task::Spider.expect_data(Some(&data), sample).is_ok();
+            let there = |sample: &&Sample| Task::Spider.expect_data(judge, sample).is_ok();
             let verdict = |sample: &Sample| {
                 let gold = sample.reference.as_deref().unwrap();
-                (sample.id.clone(), Task::Spider.score(Some(&data), sample, gold).unwrap())
+                (sample.id.clone(), Task::Spider.score(judge, sample, gold).unwrap())
             };
             let found: Vec<_> = samples.par_iter().filter(there).map(verdict).collect();
             assert_eq!(found.len(), scored);

@@ -170,15 +170,54 @@ mod tests {
         let (dir, path) = shop();
         let before = std::fs::read(&path).unwrap();
         let attach = format!("ATTACH '{}' AS other", dir.path().join("other").display());
+        let copy = format!("VACUUM INTO '{}'", dir.path().join("copy").display());
         let many = "SELECT a.name FROM item a, item b, item c, item d, item e, item f, item g, item h, item i, item j, \
                     item k, item l";
-        for answer in ["", "DROP TABLE item", "DELETE FROM item", &attach, "PRAGMA journal_mode = wal", "hello", many] {
+        for answer in [
+            "",
+            "hello",
+            "DROP TABLE item",
+            "DELETE FROM item",
+            "UPDATE item SET price = 0 RETURNING name",
+            "WITH new AS (SELECT 1) INSERT INTO item SELECT 'd', 4 FROM new",
+            "CREATE TEMP TABLE new AS SELECT name FROM item",
+            "BEGIN EXCLUSIVE",
+            "PRAGMA journal_mode = wal",
+            "PRAGMA writable_schema = on",
+            "SELECT load_extension('item')",
+            "SELECT writefile('new', 'x')",
+            &attach,
+            &copy,
+            many,
+        ] {
             let mut database = Database::open(&path).unwrap();
             assert_eq!(database.same_result("SELECT name FROM item", answer), Some(false), "{answer}");
         }
         assert_eq!(std::fs::read(&path).unwrap(), before);
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
         assert!(Database::open(&dir.path().join("none.sqlite")).is_err());
+    }
+
+    #[test]
+    fn queries_neither_run_nor_grow_without_end() {
+        let (_dir, path) = shop();
+        let limited = || Database::guard(Connection::open(&path).unwrap(), Duration::from_millis(200)).unwrap();
+        let endless = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n)";
+        let ten = "WITH n(x) AS (VALUES (0), (1), (2), (3), (4), (5), (6), (7), (8), (9))";
+        for answer in [
+            &format!("{endless} SELECT count(*) FROM n"),
+            &format!("{endless} SELECT x FROM n ORDER BY -x"),
+            &format!("{endless} SELECT x FROM n"),
+            &format!("{endless} SELECT group_concat(x) FROM n"),
+            &format!("{ten} SELECT zeroblob(1000000) FROM n a, n b, n c"),
+            "SELECT zeroblob(1000000000)",
+            "SELECT hex(hex(hex(zeroblob(10000000))))",
+            "SELECT printf('%1000000000d', 1)",
+            "SELECT replace(hex(zeroblob(100000)), '0', hex(zeroblob(100000)))",
+        ] {
+            assert_eq!(limited().same_result("SELECT 1", answer), Some(false), "{answer}");
+        }
+        assert_eq!(limited().same_result("SELECT 1", "SELECT length(zeroblob(1000000)) / 1000000"), Some(true));
     }
 
     #[test]

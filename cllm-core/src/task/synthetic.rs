@@ -222,7 +222,7 @@ fn database((table, text, values, number): (&str, &str, [&str; 4], &str)) -> rus
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::task::Task;
+    use crate::task::{Judge, Task};
 
     #[test]
     fn every_reference_is_right_and_splits_are_disjoint() {
@@ -230,8 +230,12 @@ mod tests {
         assert_eq!((train.len(), test.len()), (500, 300));
         for sample in train.iter().chain(&test) {
             let reference = sample.reference.as_deref().unwrap();
-            assert_eq!(Task::Synthetic.score(None, sample, reference).unwrap(), Verdict::Right, "{sample:?}");
-            assert_eq!(Task::Synthetic.score(None, sample, "no idea").unwrap(), Verdict::Wrong);
+            assert_eq!(
+                Task::Synthetic.score(Judge::default(), sample, reference).unwrap(),
+                Verdict::Right,
+                "{sample:?}"
+            );
+            assert_eq!(Task::Synthetic.score(Judge::default(), sample, "no idea").unwrap(), Verdict::Wrong);
         }
         let many = generate(2, "train", 3000);
         assert!(test.iter().all(|a| many.iter().all(|b| a.prompt != b.prompt)));
@@ -248,7 +252,7 @@ mod tests {
             meta: Some(json!({ "table": "pets" })),
         };
         let count = sample("SELECT COUNT(*) FROM pets WHERE kind = 'cat'");
-        let score = |sample: &Sample, answer: &str| Task::Synthetic.score(None, sample, answer).unwrap();
+        let score = |sample: &Sample, answer: &str| Task::Synthetic.score(Judge::default(), sample, answer).unwrap();
         assert_eq!(score(&count, "select count(name) from pets where kind='cat';"), Verdict::Right);
         assert_eq!(score(&count, "SELECT COUNT(*) FROM pets WHERE kind = 'dog'"), Verdict::Wrong);
         assert_eq!(score(&count, "DROP TABLE pets"), Verdict::Wrong);
@@ -264,7 +268,7 @@ mod tests {
         let ordered = sample("SELECT name FROM pets ORDER BY age DESC LIMIT 3");
         assert_eq!(score(&ordered, "SELECT name FROM pets ORDER BY age ASC LIMIT 3"), Verdict::Wrong);
         let astray = Sample { meta: Some(json!({ "table": "cats" })), ..count };
-        let error = Task::Synthetic.score(None, &astray, "SELECT 1").unwrap_err().to_string();
+        let error = Task::Synthetic.score(Judge::default(), &astray, "SELECT 1").unwrap_err().to_string();
         assert!(error.contains("`a`") && error.contains("`cats`"), "{error}");
     }
 }

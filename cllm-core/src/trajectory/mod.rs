@@ -1,11 +1,13 @@
 //! Jacobi trajectories: the Parquet schema, its writer and reader; the contract between the programs.
 
+mod profile;
 mod reader;
 mod schema;
 mod writer;
 
 use serde::{Deserialize, Serialize};
 
+pub use profile::Profile;
 pub use reader::{Piece, Reader, Rows, UNFINISHED_DATA, fingerprint, share_name};
 pub use schema::SCHEMA_VERSION;
 pub use writer::{Manifest, Writer};

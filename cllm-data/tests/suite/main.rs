@@ -181,6 +181,22 @@ fn prompt_sets_are_parquet_where_their_names_say_so() {
 }
 
 #[test]
+fn variants_stand_behind_the_prompts_without_answers() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows = r#"{"question": "Tom has 3 pens and buys 25. How many?", "answer": "28\n#### 28"}"#;
+    fs::write(dir.path().join("train.jsonl"), rows).unwrap();
+    let (data, output) = (path(dir.path(), ""), path(dir.path(), "prompts.jsonl"));
+    run(&["prepare", "gsm8k", "--data", &data, "--variants", "2", "-o", &output]).success();
+    let text = fs::read_to_string(&output).unwrap();
+    let found: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let ids: Vec<&str> = found.iter().map(|row| row["id"].as_str().unwrap()).collect();
+    assert_eq!(ids, ["gsm8k-train-0", "gsm8k-train-0-variant-0", "gsm8k-train-0-variant-1"]);
+    assert!(found[0]["reference"].is_string() && found[1..].iter().all(|row| row["reference"].is_null()), "{text}");
+    let refused = message(&["prepare", "synthetic", "--count", "2", "--variants", "1", "-o", &output], 2);
+    assert!(refused.contains("only gsm8k and spider"), "{refused}");
+}
+
+#[test]
 fn the_name_of_the_prompt_file_changes_nothing() {
     let dir = tempfile::tempdir().unwrap();
     let (renamed, output) = (path(dir.path(), "renamed.jsonl"), path(dir.path(), "a"));

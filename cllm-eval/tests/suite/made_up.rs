@@ -33,6 +33,7 @@ pub fn records() -> Records {
         examples: 4,
         hardware: Hardware::of(Device::Cpu),
         toolkit: Toolkit { version: "0".into(), libtorch: None },
+        sandbox: None,
         models: vec![model(Role::Teacher, "t"), model(Role::Student, "s")],
         settings,
     };
@@ -57,6 +58,7 @@ pub fn records() -> Records {
                 finish_reason: FinishReason::Eos,
                 prefill_seconds: 1.0,
                 seconds: forwards as f64,
+                peak_memory_bytes: None,
             });
         }
     }

@@ -3,12 +3,17 @@
 
 mod bad_input;
 mod bench;
+mod code;
+mod comparisons;
 mod interrupted;
 mod made_up;
+mod profiles;
 mod program;
 #[path = "../../../cllm-core/tests/shared/programs.rs"]
 mod programs;
 mod reports;
 mod results;
+mod sandbox;
 mod scoring;
 mod suite;
+mod tradeoffs;

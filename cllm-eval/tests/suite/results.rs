@@ -1,6 +1,8 @@
 //! `results.json` on made-up records.
 
+use cllm_core::decode::Strategy;
 use cllm_eval::acceptance::Stretch;
+use cllm_eval::records::Role;
 use cllm_eval::results::Results;
 use serde_json::Value;
 
@@ -80,6 +82,32 @@ fn figures_are_what_the_records_say() {
     let paired = &value["paired"][1];
     assert_eq!((&paired["student_only"], &paired["teacher_only"]), (&1.into(), &2.into()));
     assert_eq!(paired["difference"], -0.25);
+    // Of the teacher's three right answers the student has one right.
+    assert!((paired["share_of_right_kept"].as_f64().unwrap() - 1.0 / 3.0).abs() < 1e-12);
+    assert!((value["paired"][0]["share_of_right_kept"].as_f64().unwrap() - 2.0 / 3.0).abs() < 1e-12);
+}
+
+#[test]
+fn memory_stands_beside_that_of_the_same_models_autoregressive_decoding() {
+    let mut records = records();
+    let memory = |role: Role, strategy: Strategy| match (role, strategy) {
+        (Role::Teacher, _) => 1000,
+        (Role::Student, Strategy::Ar) => 400,
+        (Role::Student, _) => 500,
+    };
+    for answer in &mut records.answers {
+        answer.peak_memory_bytes = Some(2 * memory(answer.role, answer.strategy));
+    }
+    for speed in &mut records.speeds {
+        // The most of the examples counts.
+        speed.peak_memory_bytes = Some(memory(speed.role, speed.strategy) - speed.index as u64);
+    }
+    let results = Results::of(&records);
+    let [ar, jacobi] = &results.models[1].strategies[..] else { panic!("two strategies") };
+    assert_eq!((ar.speed_peak_memory_bytes, jacobi.speed_peak_memory_bytes), (Some(400), Some(500)));
+    assert_eq!((ar.speed_peak_memory_over_ar, jacobi.speed_peak_memory_over_ar), (Some(1.0), Some(1.25)));
+    assert_eq!((ar.peak_memory_over_ar, jacobi.peak_memory_over_ar), (Some(1.0), Some(1.25)));
+    assert_eq!(jacobi.peak_memory_bytes, Some(1000));
 }
 
 #[test]

@@ -34,7 +34,8 @@ pub struct Settings {
     #[garde(skip)]
     #[schemars(extend("elsewhere" = true))]
     pub clean: Option<clean::Settings>,
-    /// What `cllm-train run` takes; the rounds set model, data and output.
+    /// What `cllm-train run` takes; the rounds set model, data and output. Every round's anchor is the model of the first, unless
+    /// another is named.
     #[garde(skip)]
     #[schemars(extend("elsewhere" = true))]
     pub train: Train,
@@ -78,6 +79,10 @@ impl Settings {
         let mut round = laid_over(&Round { collect, augment, clean, train }, &self.rounds[index]).map_err(of_round)?;
         round.refuse_what_rounds_set().map_err(of_round)?;
         round.place(&self.folder(index), model);
+        // A later round that held on to the student before it would lose the teacher step by step.
+        if round.train.anchored() {
+            round.train.consistency.anchor.get_or_insert_with(|| self.model.clone());
+        }
         round.check().map_err(of_round)?;
         Ok(round)
     }
@@ -168,8 +173,21 @@ mod tests {
         assert!(rounds[1].train.optimizer.lr == 0.5 && rounds[0].train.optimizer.lr < 0.1);
         assert!(rounds[0].augment.is_none() && rounds[0].clean.is_some());
         assert!(rounds[1].augment.is_some() && rounds[1].clean.is_none());
+        assert!(rounds.iter().all(|round| round.train.consistency.anchor.is_none()));
         assert_eq!(rounds[0].train.data, [Path::new("out/round-01/clean")]);
         assert_eq!(rounds[1].train.data, [Path::new("out/round-02/augmented")]);
+    }
+
+    #[test]
+    fn every_round_holds_on_to_the_model_of_the_first() {
+        let weight = |weight: f64| json!({"train": {"consistency": {"anchor_weight": weight}}});
+        let other = json!({"train": {"consistency": {"anchor_weight": 1.0, "anchor": "other"}}});
+        let settings = settings(json!([weight(1.0), weight(1.0), other, weight(0.0)]));
+        let anchor = |index| settings.round(index, Path::new("student")).unwrap().train.consistency.anchor;
+        assert_eq!(
+            [0, 1, 2, 3].map(anchor),
+            [Some("m"), Some("m"), Some("other"), None].map(|name| name.map(str::to_owned))
+        );
     }
 
     #[test]

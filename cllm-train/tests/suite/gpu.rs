@@ -87,7 +87,7 @@ fn gpu_gradients_of_adapters_are_those_of_the_cpu_but_for_rounding() {
         let settings = Consistency::default();
         let packed = [("a", 3, 9), ("b", 70, 90)]
             .map(|(id, prompt, length)| example(id, prompt, length).pack(&settings, &mut fingerprint::rng(1, id, 0)));
-        let batch = Batch::new(&packed, 100, false);
+        let batch = Batch::new(&packed, 100, None);
         let (_, gradient) = run(&on_gpu, &fast, None, &batch, &settings, 1);
         let (_, truth) = run(&on_cpu, &exact, None, &batch, &settings, 0);
         let apart = f64::try_from((&gradient - &truth).norm() / truth.norm()).unwrap();
@@ -116,7 +116,7 @@ fn gpu_losses_and_gradients_are_those_of_the_cpu_but_for_rounding() {
                     example(id, prompt, length).pack(&settings, &mut fingerprint::rng(1, id, 0))
                 })
                 .into();
-            let batch = Batch::new(&packed, 100, true);
+            let batch = Batch::new(&packed, 100, Some(0.0));
             assert!(batch.chunks.len() > 1);
             let (found, gradient) = run(&on_gpu, &fast, Some(&teacher_gpu), &batch, &settings, 0);
             let (expected, truth) = run(&on_cpu, &exact, Some(&teacher_cpu), &batch, &settings, 0);

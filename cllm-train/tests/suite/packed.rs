@@ -71,7 +71,7 @@ fn every_token_sees_what_its_own_causal_pass_would_show_it() {
         let packed = Packed::new(&prompt, &response, starts.iter().map(noisy).collect());
         // Another one before it, and one behind.
         let other = || Packed::new(&ids(9, 11), &[1], Vec::new());
-        let batch = Batch::new(&[other(), packed, other()], ROWS, false);
+        let batch = Batch::new(&[other(), packed, other()], ROWS, None);
         let stream = DeviceStream::new(&batch.stream, &model).unwrap();
         let logits = model.train_logits(&model.pass(&stream, 0).unwrap().hidden).i(12..);
 
@@ -104,7 +104,7 @@ fn a_response_without_labels_is_in_every_loss_but_the_autoregressive() {
         let reference = Example { response: ids(3, 9), blocks: Vec::new(), ..trajectory.clone() };
         let sums = |examples: &[&Example]| {
             let packed: Vec<Packed> = examples.iter().map(|example| pack(example)).collect();
-            let batch = Batch::new(&packed, ROWS, true);
+            let batch = Batch::new(&packed, ROWS, Some(0.0));
             let sums = losses(&model, Some(&teacher), &batch, &settings, None).unwrap();
             (sums.map(|sum| sum.double_value(&[])), batch.counts)
         };
@@ -131,7 +131,7 @@ fn responses_packed_together_give_the_sums_of_each_alone() {
                 })
                 .into();
             let sums = |rows: &[Packed]| {
-                let batch = Batch::new(rows, ROWS, true);
+                let batch = Batch::new(rows, ROWS, Some(0.0));
                 let sums = losses(&model, Some(&teacher), &batch, &settings, None).unwrap();
                 (sums.map(|sum| sum.double_value(&[])), batch.counts)
             };
@@ -163,7 +163,7 @@ fn chunks_of_the_vocabulary_change_neither_losses_nor_gradients() {
                 example(name, prompt, length).pack(&settings, &mut fingerprint::rng(1, name, 0))
             });
             let run = |rows: usize, recomputed: usize| {
-                let batch = Batch::new(&packed, rows, true);
+                let batch = Batch::new(&packed, rows, Some(0.0));
                 let backward = Backward { scale: [0.3, 0.5, 0.7, 0.9], recomputed };
                 let sums = losses(&model, Some(&teacher), &batch, &settings, Some(backward)).unwrap();
                 let gradient = gradients.buffer().copy();
@@ -188,7 +188,7 @@ fn the_gradient_is_that_of_the_sums() {
     let gradients = model.collect_gradients().unwrap();
     let settings = Consistency { local_weight: 1.0, ..Consistency::default() };
     let packed = example("a", 3, 9).pack(&settings, &mut fingerprint::rng(1, "a", 0));
-    let batch = Batch::new(&[packed], ROWS, false);
+    let batch = Batch::new(&[packed], ROWS, None);
     let scale = [1.0, 0.0, 0.0, 0.0];
     let sum =
         |backward: Option<Backward>| losses(&model, None, &batch, &settings, backward).unwrap()[0].double_value(&[]);
@@ -244,14 +244,26 @@ fn the_losses_are_those_of_a_naive_loop() {
         };
         let packed = Packed::new(&prompt, &response, vec![block(4, &first, &next), block(8, &last, &response[8..])]);
         let settings = Consistency { local_weight: 1.0, ..Consistency::default() };
-        let batch = Batch::new(&[packed], ROWS, true);
+        let batch = Batch::new(std::slice::from_ref(&packed), ROWS, Some(0.0));
         let [found_ar, found_global, found_local, found_anchor] =
             losses(&model, Some(&teacher), &batch, &settings, None).unwrap();
+        // With half of the prompt's tokens, of which the last stands before the response.
+        let half = Batch::new(&[packed], ROWS, Some(0.5));
+        let others = losses(&model, Some(&teacher), &half, &settings, None).unwrap();
+        for (loss, found) in [&found_ar, &found_global, &found_local].into_iter().enumerate() {
+            assert!(close(&others[loss], found.double_value(&[])), "{family}: loss {loss}");
+        }
 
         let frozen = plain(&teacher, &[prompt.clone(), response.clone()].concat()).log_softmax(-1, Kind::Float);
         let answers = (prompt.len() - 1) as i64..(prompt.len() + response.len() - 1) as i64;
         let anchor = divergence(&frozen.i(answers.clone()), &clean.i(answers), Divergence::Forward).double_value(&[]);
         assert!(close(&found_anchor, anchor), "{family}: {anchor}");
+        let of_prompt: f64 = (1..prompt.len() as i64 - 1)
+            .step_by(2)
+            .map(|at| divergence(&frozen.i(at..=at), &clean.i(at..=at), Divergence::Forward).double_value(&[]))
+            .sum();
+        assert!(close(&others[3], anchor + of_prompt), "{family}: {anchor} {of_prompt}");
+        assert_eq!(half.counts.anchored, batch.counts.anchored + (prompt.len() - 1) / 2);
         let mut consistency = 0.0;
         for (start, tokens, kept) in [(4, &first, 2..4), (8, &last, 0..1)] {
             let noisy = plain(&model, &[prompt.as_slice(), &response[..start], tokens].concat());
@@ -300,7 +312,7 @@ fn states_are_drawn_anew_each_epoch_and_never_the_fixed_point() {
     assert!((1..20).any(|epoch| draw(epoch) != draw(0)));
     assert_eq!(draw(3), draw(3));
     for epoch in 0..20 {
-        assert!(Batch::new(&[draw(epoch)], ROWS, false).counts.noisy > 0, "a fixed point teaches nothing");
+        assert!(Batch::new(&[draw(epoch)], ROWS, None).counts.noisy > 0, "a fixed point teaches nothing");
     }
 }
 

@@ -1,0 +1,59 @@
+//! A root folder of the process's own, in memory: it holds read-only views of what Python needs and an empty /tmp, and
+//! nothing else.
+
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use nix::sched::{CloneFlags, unshare};
+use nix::unistd::{Gid, Uid, chown, pivot_root};
+
+/// Where the program may write in it.
+pub(super) const WRITABLE: &str = "/tmp";
+const NONE: Option<&str> = None;
+
+/// Enters it, mounted over `folder`; everything in it together takes at most `bytes`. Where that fails nothing has changed that
+/// the process sees.
+pub(super) fn enter(folder: &Path, readable: &[PathBuf], bytes: u64, owner: (Uid, Gid)) -> std::io::Result<()> {
+    unshare(CloneFlags::CLONE_NEWNS)?;
+    mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE)?;
+    let size = format!("size={bytes},nr_inodes=4096,mode=755");
+    mount(Some("tmpfs"), folder, Some("tmpfs"), MsFlags::MS_NOSUID | MsFlags::MS_NODEV, Some(size.as_str()))?;
+    let entered = fill(folder, readable, owner).and_then(|()| {
+        std::env::set_current_dir(folder)?;
+        pivot_root(".", ".")?;
+        umount2(".", MntFlags::MNT_DETACH)?;
+        std::env::set_current_dir(WRITABLE)
+    });
+    if entered.is_err() {
+        umount2(folder, MntFlags::MNT_DETACH)?;
+    }
+    entered
+}
+
+fn fill(root: &Path, readable: &[PathBuf], owner: (Uid, Gid)) -> std::io::Result<()> {
+    let inside = |path: &Path| root.join(path.strip_prefix("/").unwrap_or(path));
+    for path in readable {
+        let (target, kind) = (inside(path), std::fs::symlink_metadata(path)?.file_type());
+        if let Some(parent) = target.parent() {
+            std::fs::create_dir_all(parent)?;
+        }
+        if kind.is_symlink() {
+            std::os::unix::fs::symlink(std::fs::read_link(path)?, &target)?;
+        } else if kind.is_dir() {
+            std::fs::create_dir_all(&target)?;
+            bind(path, &target)?;
+            let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+            mount(NONE, &target, NONE, flags | MsFlags::MS_NOSUID | MsFlags::MS_NODEV, NONE)?;
+        } else {
+            std::fs::write(&target, "")?;
+            bind(path, &target)?;
+        }
+    }
+    let writable = inside(Path::new(WRITABLE));
+    std::fs::create_dir(&writable)?;
+    Ok(chown(&writable, Some(owner.0), Some(owner.1))?)
+}
+
+fn bind(from: &Path, to: &Path) -> nix::Result<()> {
+    mount(Some(from), to, NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE)
+}

@@ -1,0 +1,81 @@
+//! What HumanEval and MBPP have in common: the code in an answer, and running it with its tests.
+
+use serde::de::DeserializeOwned;
+
+use super::Verdict;
+use crate::prompt_set::Sample;
+use crate::sandbox::{Ending, Sandbox};
+use crate::{Error, Result};
+
+/// The code of an answer: the first fenced block for which `wanted` holds, or else the first, or else all up to a fence that was
+/// closed only.
+pub(super) fn code(answer: &str, wanted: impl Fn(&str) -> bool) -> &str {
+    let mut parts = answer.split("```");
+    let before = parts.next().unwrap_or(answer);
+    let blocks: Vec<&str> = parts.step_by(2).map(without_language).filter(|block| !block.trim().is_empty()).collect();
+    blocks.iter().find(|block| wanted(block)).or(blocks.first()).copied().unwrap_or(before)
+}
+
+/// A fenced block without the rest of the line that opens it, which names the language.
+fn without_language(block: &str) -> &str {
+    block.split_once('\n').map_or(block, |(_, code)| code)
+}
+
+/// The byte at which the line `def NAME(` begins.
+pub(super) fn definition(code: &str, name: &str) -> Option<usize> {
+    let defines = |line: &str| {
+        let line = line.strip_prefix("async ").unwrap_or(line);
+        let rest = line.strip_prefix("def ").and_then(|line| line.trim_start().strip_prefix(name));
+        rest.is_some_and(|rest| rest.trim_start().starts_with('('))
+    };
+    let mut at = 0;
+    code.split_inclusive('\n').find_map(|line| {
+        let start = at;
+        at += line.len();
+        defines(line).then_some(start)
+    })
+}
+
+/// What a sample's `meta` holds for scoring.
+pub(super) fn meta<T: DeserializeOwned>(sample: &Sample) -> Result<T> {
+    let found = sample.meta.clone().unwrap_or_default();
+    serde_json::from_value(found).map_err(|error| {
+        let id = &sample.id;
+        Error::usage(format!(
+            "prompt `{id}`: meta does not hold what its tests need ({error}): make it anew with `cllm-data prepare`"
+        ))
+    })
+}
+
+/// Whether a program runs to its end.
+pub(super) fn verdict(sandbox: &Sandbox, program: &str) -> Result<Verdict> {
+    Ok(Verdict::of(sandbox.run(program)? == Ending::Passed))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn code_is_taken_out_of_its_fence() {
+        let any = |_: &str| true;
+        assert_eq!(code("    return 1\n", any), "    return 1\n");
+        assert_eq!(
+            code("Here:\n```python\ndef f():\n    return 1\n```\nIt returns 1.", any),
+            "def f():\n    return 1\n"
+        );
+        assert_eq!(code("```\nx = 1", any), "x = 1", "a fence that is never closed");
+        assert_eq!(code("    return 1\n```\n", any), "    return 1\n", "a fence that was never opened");
+        let two = "```sh\npip install x\n```\n```python\ndef f(): pass\n```";
+        assert_eq!(code(two, |block| definition(block, "f").is_some()), "def f(): pass\n");
+    }
+
+    #[test]
+    fn a_definition_is_a_line_of_its_own() {
+        assert_eq!(definition("import math\ndef f (x):\n", "f"), Some(12));
+        assert_eq!(definition("async def f(x):\n", "f"), Some(0));
+        for other in ["def ff(x):\n", "    def f(x):\n", "# def f(x)\n", "    return f(x)\n"] {
+            assert_eq!(definition(other, "f"), None, "{other}");
+        }
+    }
+}

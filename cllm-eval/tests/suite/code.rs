@@ -1,0 +1,275 @@
+//! HumanEval and MBPP: what passes, as the official evaluator has it, and that nothing runs unless it was asked for.
+
+use std::fs;
+use std::path::Path;
+use std::process::Stdio;
+
+use cllm_core::prompt_set::{Prompt, Sample};
+use cllm_core::sandbox::{Limits, Sandbox};
+use cllm_core::task::{Judge, Task, Verdict};
+use cllm_core::trajectory::FinishReason;
+use cllm_eval::records::Records;
+use rayon::prelude::*;
+use serde_json::{Value, json};
+
+use crate::made_up::{model, records};
+use crate::programs::{Program, path};
+use crate::sandbox::{alone, left_running};
+
+const EVAL: Program = Program("cllm-eval");
+
+fn sandbox() -> Sandbox {
+    Sandbox::launched_by(Path::new(env!("CARGO_BIN_EXE_cllm-eval")), Limits::default()).unwrap()
+}
+
+fn judge(task: Task, sandbox: &Sandbox, sample: &Sample, answer: &str) -> Verdict {
+    let by = Judge { data: None, sandbox: Some(sandbox) };
+    task.expect_data(by, sample).unwrap();
+    task.judge(by, sample, answer, FinishReason::Eos).unwrap()
+}
+
+/// A problem in the form of HumanEval.
+fn largest() -> Sample {
+    let prompt = "from typing import List\n\n\ndef largest(numbers: List[int]) -> int:\n    \"\"\" The largest number, 0 if there is none. \"\"\"\n";
+    let test = "def check(candidate):\n    assert candidate([]) == 0\n    assert candidate([3, 1]) == 3\n    assert candidate([-2, -1]) == -1\n";
+    Sample {
+        id: "T/0".to_owned(),
+        source: "humaneval/test".to_owned(),
+        prompt: Prompt::question(prompt),
+        reference: Some("?".to_owned()),
+        meta: Some(json!({ "task_id": "T/0", "prompt": prompt, "entry_point": "largest", "test": test })),
+    }
+}
+
+/// Completions, and whether `check_correctness(problem, completion, 3.0)` of openai/human-eval (commit 6d43fb98) says that they pass.
+const RECORDED: [(&str, bool); 32] = [
+    ("    return max(numbers, default=0)\n", true),
+    ("    return max(numbers, default=0)", true),
+    ("    return sorted(numbers)[-1] if numbers else 0\n", true),
+    ("    return float(max(numbers, default=0))\n", true),
+    ("    return max(numbers, default=0)\n\nprint(largest([1]))\n", true),
+    ("    return max(numbers, default=0)\n\nif __name__ == '__main__':\n    raise ValueError\n", true),
+    ("    return max(numbers, default=0)\n\ndef check(candidate):\n    pass\n", true),
+    ("    open('scratch', 'w').write('x')\n    return max(numbers, default=0)\n", true),
+    (
+        "    import threading\n    found = []\n    thread = threading.Thread(target=lambda: found.append(max(numbers, default=0)))\n    \
+         thread.start()\n    thread.join()\n    return found[0]\n",
+        true,
+    ),
+    ("    class Same:\n        def __eq__(self, other):\n            return True\n    return Same()\n", true),
+    ("    best = 0\n    for number in numbers:\n        best = max(best, number)\n    return best\n", false),
+    ("    return max([0, *numbers])\n", false),
+    ("    return max(numbers)\n", false),
+    ("    return str(max(numbers, default=0))\n", false),
+    ("    pass\n", false),
+    ("", false),
+    ("    return max(numbers, default=0)\n\ninput()\n", false),
+    ("    return largest(numbers)\n", false),
+    ("    return max(numbers, default=0\n", false),
+    ("  return max(numbers, default=0)\n", false),
+    ("return max(numbers, default=0)\n", false),
+    ("    return undefined\n", false),
+    ("    import time\n    time.sleep(60)\n", false),
+    ("    raise SystemExit(0)\n", false),
+    ("    import sys\n    sys.exit(0)\n", false),
+    ("    import os\n    os._exit(0)\n", false),
+    ("    import os\n    os.kill(os.getpid(), 9)\n", false),
+    ("    import os\n    return max(numbers, default=0) if os.fork() else 0\n", false),
+    ("    import subprocess\n    subprocess.run(['true'])\n    return max(numbers, default=0)\n", false),
+    ("    import a_module_that_is_not_there\n", false),
+    ("    raise AssertionError\n", false),
+    ("    raise KeyboardInterrupt\n", false),
+];
+
+#[test]
+fn verdicts_are_those_of_the_official_evaluator() {
+    let (_alone, sandbox, sample) = (alone(), sandbox(), largest());
+    let wrong: Vec<_> = RECORDED
+        .par_iter()
+        .filter(|(answer, passes)| {
+            let wanted = if *passes { Verdict::Right } else { Verdict::Wrong };
+            judge(Task::Humaneval, &sandbox, &sample, answer) != wanted
+        })
+        .collect();
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn a_chat_answer_is_scored_by_the_code_in_it() {
+    let (_alone, sandbox, sample) = (alone(), sandbox(), largest());
+    let whole = "def largest(numbers: List[int]) -> int:\n    return max(numbers, default=0)\n";
+    for (answer, verdict) in [
+        (format!("Here it is:\n```python\n{whole}```\nIt returns the largest."), Verdict::Right),
+        (format!("```python\nlargest([1])\n```\n```python\n{whole}```"), Verdict::Right),
+        (whole.to_owned(), Verdict::Right),
+        (format!("It is:\n{whole}"), Verdict::Wrong),
+        (format!("```python\n{}```", whole.replace("default=0", "default=1")), Verdict::Wrong),
+    ] {
+        assert_eq!(judge(Task::Humaneval, &sandbox, &sample, &answer), verdict, "{answer}");
+    }
+    let by = Judge { data: None, sandbox: Some(&sandbox) };
+    let cut = Task::Humaneval.judge(by, &sample, whole, FinishReason::Length).unwrap();
+    assert_eq!(cut, Verdict::Wrong);
+    let old = Sample { meta: Some(json!({ "task_id": "T/0", "entry_point": "largest", "test": "" })), ..sample };
+    let error = Task::Humaneval.expect_data(by, &old).unwrap_err().to_string();
+    assert!(error.contains("`T/0`") && error.contains("`prompt`") && error.contains("cllm-data prepare"), "{error}");
+}
+
+#[test]
+fn mbpp_asks_for_every_assertion() {
+    let (_alone, sandbox) = (alone(), sandbox());
+    let sample = Sample {
+        id: "mbpp-1".to_owned(),
+        source: "mbpp/test".to_owned(),
+        prompt: Prompt::question("?"),
+        reference: Some("?".to_owned()),
+        meta: Some(json!({ "task_id": 1, "test_imports": ["import math"],
+            "test_list": ["assert root(9) == 3", "assert math.isclose(root(2), math.sqrt(2))"] })),
+    };
+    for (answer, verdict) in [
+        ("def root(x):\n    return x ** 0.5", Verdict::Right),
+        ("```python\ndef root(x):\n    return x ** 0.5\n```", Verdict::Right),
+        ("def root(x):\n    return 3", Verdict::Wrong),
+        ("def square_root(x):\n    return x ** 0.5", Verdict::Wrong),
+        ("raise SystemExit(0)", Verdict::Wrong),
+        ("", Verdict::Wrong),
+    ] {
+        assert_eq!(judge(Task::Mbpp, &sandbox, &sample, answer), verdict, "{answer}");
+    }
+}
+
+#[test]
+fn every_real_reference_passes_its_own_tests() {
+    let Some(data) = std::env::var_os("CLLM_DATA") else {
+        println!("skipped: CLLM_DATA is not set");
+        return;
+    };
+    let (_alone, sandbox, data) = (alone(), sandbox(), Path::new(&data));
+    let mbpp = data.join("mbpp/sanitized-mbpp-100.json");
+    let load = |task: Task, path: &Path, split: &str| task.load(path, split).unwrap();
+    let problems = load(Task::Humaneval, &data.join("humaneval"), "test");
+    let all_splits = ["test", "validation", "train", "prompt"].map(|split| load(Task::Mbpp, &mbpp, split)).concat();
+    assert_eq!((problems.len(), all_splits.len()), (164, 100));
+    for (task, samples) in [(Task::Humaneval, problems), (Task::Mbpp, all_splits)] {
+        let passes = |sample: &Sample| {
+            let reference = sample.reference.as_deref().unwrap();
+            let meta: &Value = sample.meta.as_ref().unwrap();
+            // HumanEval's own solutions are continuations too.
+            let rest = meta["prompt"].as_str().and_then(|prompt| reference.strip_prefix(prompt)).unwrap_or(reference);
+            let answers = [rest.to_owned(), format!("Sure:\n```python\n{reference}\n```")];
+            answers.iter().all(|answer| judge(task, &sandbox, sample, answer) == Verdict::Right)
+        };
+        let failed: Vec<&str> = samples.par_iter().filter(|&s| !passes(s)).map(|s| s.id.as_str()).collect();
+        assert!(failed.is_empty(), "{failed:?}");
+        // A wrong answer to the same tests is told from a right one.
+        let nothing = samples.par_iter().filter(|&s| judge(task, &sandbox, s, "    return None\n") == Verdict::Right);
+        assert_eq!(nothing.count(), 0);
+    }
+}
+
+/// A run's folder with answers to [`largest`].
+fn answered(folder: &Path, right: &str, wrong: &str) -> String {
+    let run = path(folder, "run");
+    fs::create_dir(&run).unwrap();
+    let mut made = records();
+    made.header.benchmark = Task::Humaneval;
+    for answer in &mut made.answers {
+        let sample = largest();
+        (answer.source, answer.meta) = (sample.source, sample.meta);
+        answer.text = if answer.verdict == Verdict::Right { right } else { wrong }.to_owned();
+        answer.verdict = Verdict::Unscored;
+    }
+    made.write(&Path::new(&run).join("samples.jsonl")).unwrap();
+    run
+}
+
+fn verdicts(run: &str) -> Vec<Verdict> {
+    let records = Records::read(&Path::new(run).join("samples.jsonl")).unwrap();
+    records.answers.iter().map(|answer| answer.verdict).collect()
+}
+
+fn results(run: &str) -> Value {
+    serde_json::from_str(&fs::read_to_string(Path::new(run).join("results.json")).unwrap()).unwrap()
+}
+
+#[test]
+fn code_of_saved_answers_runs_only_where_that_is_asked_for() {
+    let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
+    let run = answered(dir.path(), "    return max(numbers, default=0)\n", "    import os\n    os._exit(0)\n");
+    let wanted: Vec<Verdict> = records().answers.iter().map(|answer| answer.verdict).collect();
+    for execute in [false, true, false] {
+        let words = ["score", &run, "--execute-code"];
+        let said = EVAL.succeed(&words[..if execute { 3 } else { 2 }]).stderr;
+        let expected = if execute { wanted.clone() } else { vec![Verdict::Unscored; wanted.len()] };
+        assert_eq!(verdicts(&run), expected);
+        assert_eq!(said.contains("unscored") && said.contains("--execute-code"), !execute, "{said}");
+        let layers = &results(&run)["sandbox"];
+        assert_eq!(layers.as_array().is_some_and(|layers| layers.contains(&json!("seccomp"))), execute, "{layers}");
+        EVAL.succeed(&["report", &run]);
+        for report in ["report.md", "report.html"] {
+            let text = fs::read_to_string(Path::new(&run).join(report)).unwrap();
+            assert_eq!(text.contains("seccomp"), execute, "{report}");
+        }
+    }
+}
+
+#[test]
+fn a_run_scores_code_where_its_settings_say_so() {
+    let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
+    let (teacher, prompts) = (path(dir.path(), "teacher"), path(dir.path(), "prompts.jsonl"));
+    model(Path::new(&teacher), 1);
+    let sample = largest();
+    let row = json!({ "id": "a", "source": sample.source, "prompt": "?", "reference": "?", "meta": sample.meta });
+    fs::write(&prompts, row.to_string()).unwrap();
+    for execute in [false, true] {
+        let output = path(dir.path(), if execute { "with" } else { "without" });
+        let given = [format!("teacher={teacher}"), format!("prompts={prompts}"), format!("output={output}")];
+        let fixed = ["run", "strategies=[ar]", "max_new_tokens=5", "speed_examples=0", "device=cpu"];
+        let asked = format!("execute_code={execute}");
+        let said = EVAL.succeed(&[&fixed.map(str::to_owned)[..], &given, &[asked]].concat()).stderr;
+        assert_eq!(verdicts(&output), [if execute { Verdict::Wrong } else { Verdict::Unscored }]);
+        assert_eq!(said.contains("execute_code=true"), !execute, "{said}");
+        assert_eq!(results(&output)["sandbox"].is_array(), execute);
+    }
+}
+
+#[test]
+fn a_signal_ends_running_answers_and_nothing_stays() {
+    let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
+    // It has a name of its own, so that it is told from the program that tries the sandbox out.
+    let sleeping =
+        "    import ctypes, time\n    ctypes.CDLL(None).prctl(15, b'asleep', 0, 0, 0)\n    time.sleep(100000)\n";
+    let asleep = || {
+        let entries = fs::read_dir("/proc").unwrap().flatten();
+        entries
+            .filter(|entry| fs::read_to_string(entry.path().join("comm")).is_ok_and(|name| name == "asleep\n"))
+            .count()
+    };
+    let run = answered(dir.path(), sleeping, sleeping);
+    EVAL.stop(&["score", &run, "--execute-code"], "INT", 130, || asleep() > 0);
+    assert_eq!(left_running(), 0);
+    assert!(verdicts(&run).iter().all(|&verdict| verdict == Verdict::Unscored));
+    // A program that is killed takes the answers with it.
+    let mut command = EVAL.command(&[]);
+    command.args(["score", &run, "--execute-code"]).env("TMPDIR", dir.path()).stderr(Stdio::null());
+    let mut child = command.spawn().unwrap();
+    while asleep() == 0 {
+        assert!(child.try_wait().unwrap().is_none());
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!((0..1000).any(|_| left_running() == 0));
+}
+
+#[test]
+fn nothing_stays_in_the_temporary_folder() {
+    let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
+    let messy = "    import os\n    os.makedirs('a/b', exist_ok=True)\n    open('a/b/c', 'w').write('x')\n    os.mkdir('closed', 0)\n";
+    let run = answered(dir.path(), messy, messy);
+    let temporary = path(dir.path(), "temporary");
+    fs::create_dir(&temporary).unwrap();
+    let mut command = EVAL.command(&[]);
+    command.args(["score", &run, "--execute-code"]).env("TMPDIR", &temporary);
+    assert!(command.output().unwrap().status.success());
+    assert_eq!(fs::read_dir(&temporary).unwrap().count(), 0);
+}

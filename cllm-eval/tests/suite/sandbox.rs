@@ -1,0 +1,321 @@
+//! The sandbox against programs that mean harm: each gets nothing done, harms nothing, and the next one runs.
+
+use std::net::TcpListener;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use cllm_core::sandbox::{Ending, Limits, Sandbox};
+use rayon::prelude::*;
+
+use crate::programs::path;
+
+/// One test at a time has programs running, so that what is left of them can be told.
+static ALONE: Mutex<()> = Mutex::new(());
+
+pub fn alone() -> MutexGuard<'static, ()> {
+    ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A sandbox with limits that are soon reached. What starts it has limits of its own, in case that those of the sandbox fail.
+fn sandbox(folder: &Path) -> Sandbox {
+    launched_by(
+        folder,
+        &format!("#!/bin/sh\nulimit -t 60 -f 2000000 -u 4096\nexec {} \"$@\"\n", env!("CARGO_BIN_EXE_cllm-eval")),
+    )
+    .unwrap()
+}
+
+/// The same behind any script.
+fn launched_by(folder: &Path, script: &str) -> cllm_core::Result<Sandbox> {
+    let launcher = PathBuf::from(path(folder, "launcher"));
+    std::fs::write(&launcher, script).unwrap();
+    std::fs::set_permissions(&launcher, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let limits = Limits { time: Duration::from_secs(6), cpu_seconds: 2, memory_bytes: 256 << 20, ..Limits::default() };
+    Sandbox::launched_by(&launcher, limits)
+}
+
+/// Processes that run the harness: a child that got away would keep its command line.
+pub fn left_running() -> usize {
+    let entries = std::fs::read_dir("/proc").unwrap().flatten();
+    let lines = entries.filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok());
+    lines.filter(|line| String::from_utf8_lossy(line).contains("Runs a program that a model wrote")).count()
+}
+
+fn error(name: &str) -> Ending {
+    Ending::Error(name.to_owned())
+}
+
+/// Runs programs that would each pass if they got what they want.
+#[track_caller]
+fn none_passes<'p>(sandbox: &Sandbox, programs: &[(&'p str, &[Ending])]) {
+    let other = |&(program, allowed): &(&'p str, &[Ending])| {
+        let ending = sandbox.run(program).unwrap();
+        (!allowed.contains(&ending)).then_some((program, ending))
+    };
+    let escaped: Vec<_> = programs.par_iter().filter_map(other).collect();
+    assert!(escaped.is_empty(), "{escaped:#?}");
+    assert_eq!(left_running(), 0);
+    assert_eq!(sandbox.run("assert 1 + 1 == 2").unwrap(), Ending::Passed);
+}
+
+#[test]
+fn an_honest_program_has_what_it_needs() {
+    let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
+    let sandbox = sandbox(dir.path());
+    assert!(sandbox.layers().contains(&"seccomp".to_owned()), "{:?}", sandbox.layers());
+    let long = format!("x = '{}'\nassert len(x) == 300000", "é".repeat(300_000));
+    for program in [
+        "import math, re, json, collections, itertools, functools, heapq, hashlib, random, decimal, datetime, typing, statistics",
+        "import asyncio\nassert asyncio.run(asyncio.sleep(0, 5)) == 5",
+        "import threading\nfound = []\nt = threading.Thread(target=found.append, args=(1,))\nt.start()\nt.join()\nassert found == [1]",
+        "import tempfile\nwith tempfile.TemporaryDirectory() as d:\n    open(d + '/a', 'w').write('x')\n    assert open(d + '/a').read() == 'x'",
+        "print('printed', flush=True)\nimport sys\nassert sys.stdin.read() == ''",
+        "import os\nos.mkdir('deep')\nopen('deep/file', 'w').write('x')",
+        "assert list({'a', 'b', 'c', 'd'}) == list({'a', 'b', 'c', 'd'})",
+        &long,
+    ] {
+        assert_eq!(sandbox.run(program).unwrap(), Ending::Passed, "{program:.200}");
+    }
+    // The order of a set of texts is the same each time, and so is a verdict that hangs on it.
+    let first = sandbox.run("raise type(''.join({'a', 'b', 'c', 'd', 'e', 'f', 'g'}), (Exception,), {})()").unwrap();
+    assert_eq!(
+        sandbox.run("raise type(''.join({'a', 'b', 'c', 'd', 'e', 'f', 'g'}), (Exception,), {})()").unwrap(),
+        first
+    );
+}
+
+#[test]
+fn processes_and_threads_are_bounded() {
+    let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
+    let refused = &[error("OSError")][..];
+    none_passes(
+        &sandbox(dir.path()),
+        &[
+            (
+                "import os, time\nfor _ in range(40):\n    if os.fork() == 0:\n        time.sleep(3)\n        os._exit(0)",
+                refused,
+            ),
+            ("import subprocess\nsubprocess.Popen(['sleep', '3'])", refused),
+            ("import multiprocessing\np = multiprocessing.Process(target=print)\np.start()\np.join()", refused),
+            (
+                "import os, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        time.sleep(3)\n    os._exit(0)",
+                refused,
+            ),
+            (
+                "import threading, time\nfor _ in range(3000):\n    threading.Thread(target=time.sleep, args=(3,), daemon=True).start()",
+                &[error("RuntimeError")],
+            ),
+            ("import os\nos.kill(os.getppid(), 9)", refused),
+            ("import os\nos.kill(-1, 9)", refused),
+            ("import os\nos.killpg(os.getpgid(0), 9)", refused),
+            ("import os\nos.kill(os.getpid(), 9)", &[Ending::Killed(9)]),
+            ("import os\nos.execv('/usr/bin/true', ['true'])", &[error("it left before its end")]),
+        ],
+    );
+}
+
+#[test]
+fn memory_disk_time_and_output_are_bounded() {
+    let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
+    let full = &[error("OSError"), Ending::Disk][..];
+    let late = &[Ending::Timeout][..];
+    none_passes(
+        &sandbox(dir.path()),
+        &[
+            ("bytearray(3 << 30)", &[Ending::Memory]),
+            ("kept = []\nfor _ in range(3000):\n    kept.append(bytearray(1 << 20))", &[Ending::Memory]),
+            ("f = open('a', 'wb')\nfor _ in range(300):\n    f.write(bytes(1 << 20))", full),
+            ("import time\nfor i in range(10000):\n    open(str(i), 'w').write('x' * 4000)\ntime.sleep(100000)", full),
+            ("import time\nfor i in range(20000):\n    open(str(i), 'w')\ntime.sleep(100000)", full),
+            ("import time\ntime.sleep(100000)", late),
+            ("while True: pass", late),
+            (
+                "import signal, time\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except Exception: pass\n\
+                 time.sleep(100000)",
+                late,
+            ),
+            (
+                "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass",
+                &[Ending::Timeout, Ending::Killed(9)],
+            ),
+            ("while True: print('x' * 1000)", &[Ending::Output]),
+            ("import os\nwhile True: os.write(1, b'x' * 1000)", &[Ending::Output]),
+            (
+                "import os\nfor fd in range(3, 64):\n    try:\n        while True: os.write(fd, b'x' * 1000)\n    except OSError: pass",
+                &[Ending::Output],
+            ),
+            ("def f(): f()\nf()", &[error("RecursionError")]),
+        ],
+    );
+}
+
+#[test]
+fn files_network_and_environment_are_out_of_reach() {
+    let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
+    let canary = PathBuf::from(path(dir.path(), "canary"));
+    std::fs::write(&canary, "alive").unwrap();
+    std::fs::set_permissions(&canary, std::fs::Permissions::from_mode(0o666)).unwrap();
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    listener.set_nonblocking(true).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    let home = std::env::home_dir().unwrap();
+    let here = env!("CARGO_MANIFEST_DIR");
+    let hidden = [error("PermissionError"), error("FileNotFoundError"), error("OSError")];
+    let denied = [&hidden[..], &[Ending::Wrong]].concat();
+    let canary_name = canary.display();
+    let programs = [
+        format!("open('{canary_name}').read()"),
+        format!("open('{canary_name}', 'w').write('dead')"),
+        format!("open('{canary_name}', 'a').write('dead')"),
+        format!("import os\nos.remove('{canary_name}')"),
+        format!("import os\nos.truncate('{canary_name}', 0)"),
+        format!("import os\nos.rename('{canary_name}', 'mine')"),
+        format!("import os\nos.link('{canary_name}', 'mine')\nopen('mine', 'w').write('dead')"),
+        format!("import os\nos.symlink('{canary_name}', 'mine')\nopen('mine', 'w').write('dead')"),
+        format!("import os\nos.chmod('{canary_name}', 0)"),
+        format!("open('{}/new', 'w')", dir.path().display()),
+        format!("import os\nos.listdir('{}')", home.display()),
+        format!("import os\nos.listdir('{here}')"),
+        format!("open('{here}/Cargo.toml').read()"),
+        "open('/etc/passwd').read()".to_owned(),
+        "open('/etc/new', 'w')".to_owned(),
+        "open('/usr/new', 'w')".to_owned(),
+        "open('/new', 'w')".to_owned(),
+        "import os\nopen(f'/proc/{os.getppid()}/environ', 'rb').read()".to_owned(),
+        "open('/proc/self/mem', 'rb+')".to_owned(),
+        "import os\nassert set(os.environ) - {'PYTHONHASHSEED', 'LC_CTYPE'}".to_owned(),
+        format!("import socket\nsocket.create_connection(('127.0.0.1', {port}))"),
+        "import socket\ns = socket.socket()\ns.bind(('127.0.0.1', 0))\ns.listen()".to_owned(),
+        "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM)".to_owned(),
+        "import socket\nsocket.socket(socket.AF_UNIX)".to_owned(),
+        "import ctypes\nassert ctypes.CDLL(None).ptrace(0, 0, 0, 0) == 0".to_owned(),
+        "import ctypes\nassert ctypes.CDLL(None).unshare(0x10000000) == 0".to_owned(),
+        "import ctypes\nassert ctypes.CDLL(None).mount(b'x', b'/tmp', b'tmpfs', 0, None) == 0".to_owned(),
+        "import ctypes\nassert ctypes.CDLL(None).syscall(250, 0, 0, 0, 0) >= 0".to_owned(),
+        "import resource\nresource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))".to_owned(),
+    ];
+    let denied = [&denied[..], &[error("ValueError")]].concat();
+    let programs: Vec<(&str, &[Ending])> = programs.iter().map(|program| (program.as_str(), &denied[..])).collect();
+    none_passes(&sandbox(dir.path()), &programs);
+    assert_eq!(std::fs::read_to_string(&canary).unwrap(), "alive");
+    assert!(!dir.path().join("new").exists() && !Path::new("/etc/new").exists());
+    assert!(listener.accept().is_err(), "something connected");
+}
+
+#[test]
+fn only_what_runs_to_its_end_passes() {
+    let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
+    let left = &[error("it left before its end")][..];
+    let wrong = &[Ending::Wrong][..];
+    none_passes(
+        &sandbox(dir.path()),
+        &[
+            ("import os\nos._exit(0)\nassert False", left),
+            ("raise SystemExit(0)", &[error("SystemExit")]),
+            ("import sys\nsys.exit()", &[error("SystemExit")]),
+            ("exit()", &[error("SystemExit")]),
+            ("raise KeyboardInterrupt", &[error("KeyboardInterrupt")]),
+            ("raise GeneratorExit", &[error("GeneratorExit")]),
+            (
+                "import os\nfor fd in range(64):\n    try: os.write(fd, b'passed ' + b'0' * 32 + b'\\n')\n    except OSError: pass\nos._exit(0)",
+                left,
+            ),
+            ("import os\nos.closerange(0, 64)", &[error("it left before its end"), Ending::Killed(9)]),
+            (
+                "import builtins\nbuiltins.AssertionError = BaseException = type('E', (Exception,), {})\nassert False",
+                wrong,
+            ),
+            (
+                "import os, builtins\nos._exit = os.write = os.read = print\nbuiltins.type = builtins.compile = print\nassert False",
+                wrong,
+            ),
+            ("import builtins\nbuiltins.BaseException = KeyError\nraise ValueError", &[error("ValueError")]),
+            ("import atexit, os\natexit.register(os._exit, 0)\nassert False", wrong),
+            ("import sys\nsys.settrace(lambda *a: None)\nsys.excepthook = print\nassert False", wrong),
+            ("def f(:", &[error("SyntaxError")]),
+            ("x = '\\ud800'\nprint(undefined)", &[error("NameError")]),
+            ("import ctypes\nctypes.string_at(0)", &[Ending::Killed(11)]),
+        ],
+    );
+}
+
+/// A sandbox on a kernel that refuses these system calls (numbers of x86-64).
+#[cfg(target_arch = "x86_64")]
+fn without(folder: &Path, calls: &[u32]) -> cllm_core::Result<Sandbox> {
+    // A filter of system calls: load the number, compare it with each, answer "not permitted" or go on.
+    let script = format!(
+        "#!/usr/bin/python3\n\
+         import ctypes, os, struct, sys\n\
+         calls = {calls:?}\n\
+         code = [(0x20, 0, 0, 0)]\n\
+         for call in calls: code += [(0x15, 0, 1, call), (0x06, 0, 0, 0x00050001)]\n\
+         code += [(0x06, 0, 0, 0x7fff0000)]\n\
+         text = ctypes.create_string_buffer(b''.join(struct.pack('HBBI', *line) for line in code))\n\
+         program = struct.pack('HxxxxxxQ', len(code), ctypes.addressof(text))\n\
+         libc = ctypes.CDLL(None)\n\
+         assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0\n\
+         program = '{}'\n\
+         os.execv(program, [program, *sys.argv[1:]])\n",
+        env!("CARGO_BIN_EXE_cllm-eval")
+    );
+    launched_by(folder, &script)
+}
+
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn a_layer_that_the_kernel_refuses_is_not_named_and_the_others_hold() {
+    const SECCOMP: u32 = 317;
+    const UNSHARE: u32 = 272;
+    const LANDLOCK: u32 = 444;
+    let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
+    let names = |sandbox: &Sandbox, name: &str| sandbox.layers().iter().any(|layer| layer == name);
+    let all = sandbox(dir.path());
+    if names(&all, "private root") {
+        let sandbox = without(dir.path(), &[LANDLOCK]).unwrap();
+        assert!(names(&sandbox, "private root") && !names(&sandbox, "landlock"), "{:?}", sandbox.layers());
+    }
+    if !names(&all, "landlock") {
+        println!("skipped: this kernel has no Landlock");
+        return;
+    }
+    // Many containers permit no namespaces.
+    let sandbox = without(dir.path(), &[UNSHARE]).unwrap();
+    assert!(names(&sandbox, "landlock") && names(&sandbox, "seccomp"), "{:?}", sandbox.layers());
+    assert!(!names(&sandbox, "private root") && !names(&sandbox, "network namespace"), "{:?}", sandbox.layers());
+    let here = env!("CARGO_MANIFEST_DIR");
+    let (home, manifest) = (std::env::home_dir().unwrap(), format!("open('{here}/Cargo.toml').read()"));
+    let list = format!("import os\nos.listdir('{}')", home.display());
+    let (hidden, refused) = (&[error("PermissionError")][..], &[error("OSError")][..]);
+    // No file is too large; it is the folder that grows too large.
+    let many = "import os, time\nos.makedirs('a/b')\nfor i in range(40):\n    open(f'a/b/{i}', 'wb').write(bytes(4 << 20))\n\
+                time.sleep(100000)";
+    none_passes(
+        &sandbox,
+        &[
+            (&manifest, hidden),
+            (&list, hidden),
+            ("open('/etc/passwd').read()", hidden),
+            ("open('/tmp/new', 'w')", hidden),
+            ("import os\nopen(f'/proc/{os.getppid()}/environ', 'rb').read()", hidden),
+            ("import os\nos.fork()", refused),
+            ("import socket\nsocket.socket()", refused),
+            ("import os\nos.kill(os.getppid(), 9)", refused),
+            (
+                "f = open('a', 'wb')\nfor _ in range(300):\n    f.write(bytes(1 << 20))",
+                &[error("OSError"), Ending::Disk],
+            ),
+            (many, &[Ending::Disk]),
+            (
+                "import os, time\nos.mkdir('closed', 0)\nos.mkdir('more')\nos.write(1, b'x')\nassert False",
+                &[Ending::Wrong, Ending::Disk],
+            ),
+        ],
+    );
+    for (calls, why) in [(&[UNSHARE, LANDLOCK][..], "neither Landlock"), (&[SECCOMP], "filter of system calls")] {
+        let refusal = without(dir.path(), calls).unwrap_err();
+        assert!(refusal.exit_code() == 3 && refusal.to_string().contains(why), "{refusal}");
+    }
+}
