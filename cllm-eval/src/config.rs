@@ -21,7 +21,7 @@ pub struct RunSettings {
     /// What to answer: one of `cllm-eval ls`. Without it, what the sources of `prompts` name, or else synthetic.
     #[garde(skip)]
     pub benchmark: Option<Task>,
-    /// Folder (for jsonl: file) with the benchmark's data; synthetic needs none.
+    /// Folder (for jsonl: file; for perplexity: either) with the benchmark's data; synthetic needs none.
     #[garde(skip)]
     pub data: Option<PathBuf>,
     /// Which split. Without it, that of `prompts`, or else test.
@@ -49,7 +49,7 @@ pub struct RunSettings {
     /// How many examples (the first) are timed at batch 1; 0 measures accuracy alone.
     #[garde(skip)]
     pub speed_examples: usize,
-    /// How to decode, such as `ar`, `jacobi: {n: 16}`, `rolling: {n: 16, pool: 4}` or `lookahead: {}`; what a strategy leaves out has its default.
+    /// How to decode (perplexity decodes nothing), such as `ar`, `jacobi: {n: 16}`, `rolling: {n: 16, pool: 4}` or `lookahead: {}`; what a strategy leaves out has its default.
     #[garde(length(min = 1), custom(valid_strategies))]
     pub strategies: Vec<Strategy>,
     /// 0 takes the likeliest token; above it, tokens are drawn from the softmax of the logits over it, the same ones with every

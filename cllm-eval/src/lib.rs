@@ -10,6 +10,7 @@ pub mod doctor;
 pub mod generate;
 pub mod margins;
 pub mod measure;
+pub mod perplexity;
 pub mod pieces;
 pub mod profile;
 pub mod records;

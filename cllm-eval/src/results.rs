@@ -14,6 +14,7 @@ use serde_json::Value;
 
 use crate::acceptance::Acceptance;
 use crate::config::RunSettings;
+use crate::perplexity::Perplexity;
 use crate::records::{AnswerRecord, ModelEntry, Records, Role, SpeedRecord, expect_version};
 use crate::similarity::Similarity;
 use crate::statistics::{paired, ratio, wilson};
@@ -57,6 +58,9 @@ pub struct ModelResults {
     pub model: ModelEntry,
     /// Per strategy.
     pub strategies: Vec<StrategyResults>,
+    /// Of the benchmark perplexity, which has no strategies.
+    #[serde(default)]
+    pub perplexity: Option<Perplexity>,
 }
 
 /// Figures of a model and a strategy.
@@ -232,6 +236,7 @@ impl Results {
             .map(|model| ModelResults {
                 model: model.clone(),
                 strategies: strategies.iter().map(|&strategy| figures(records, model.role, strategy)).collect(),
+                perplexity: perplexity(records, model.role),
             })
             .collect();
         add_speedups(&mut models);
@@ -250,6 +255,10 @@ impl Results {
             settings: header.settings.clone(),
         }
     }
+}
+
+fn perplexity(records: &Records, role: Role) -> Option<Perplexity> {
+    Perplexity::of(&records.windows.iter().filter(|window| window.role == role).collect::<Vec<_>>())
 }
 
 fn figures(records: &Records, role: Role, strategy: Strategy) -> StrategyResults {

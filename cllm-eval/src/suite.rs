@@ -15,7 +15,7 @@ use crate::config::{RunSettings, valid_strategies};
 use crate::measure::role_name;
 use crate::records::SCHEMA_VERSION;
 use crate::results::Results;
-use crate::table::{HEADS, cells};
+use crate::table::{HEADS, cells, perplexity};
 use crate::{report, run};
 
 /// Settings of a suite; what is not here has the default of `run`.
@@ -198,7 +198,7 @@ fn find(task: Task, data: &Path) -> Option<PathBuf> {
         task => vec![task.name()],
     };
     let place = |name: &str| {
-        let files = ["jsonl", "parquet"].map(|ending| data.join(format!("{name}.{ending}")));
+        let files = ["jsonl", "parquet", "txt"].map(|ending| data.join(format!("{name}.{ending}")));
         [data.join(name)].into_iter().chain(files).find(|path| path.exists())
     };
     let found = names.into_iter().find_map(place)?;
@@ -232,6 +232,10 @@ impl Suite {
             let mut columns = vec![Vec::new(); HEADS.len()];
             if let Ended::Done { results } = ended {
                 for model in &results.models {
+                    if let Some(found) = &model.perplexity {
+                        let cells = [role_name(model.model.role), "", &perplexity(found)];
+                        columns.iter_mut().zip(cells).for_each(|(column, cell)| column.push(cell.to_owned()));
+                    }
                     for found in &model.strategies {
                         let names = vec![role_name(model.model.role).to_owned(), found.label.clone()];
                         let row = names.into_iter().chain(cells(found));

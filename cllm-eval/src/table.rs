@@ -1,10 +1,12 @@
 //! The summary that people read in the terminal.
 
+use cllm_core::task::Task;
 use cllm_core::task::spider_difficulty::Difficulty;
 use comfy_table::{CellAlignment, Table, presets};
 
 use crate::bench::BenchResults;
 use crate::measure::role_name;
+use crate::perplexity::Perplexity;
 use crate::results::{Accuracy, PairedDifference, Results, StrategyResults, label};
 use crate::similarity::Similarity;
 
@@ -51,6 +53,12 @@ pub fn accuracy(rate: Option<f64>, ci95: Option<[f64; 2]>) -> String {
         }
         _ => "-".to_owned(),
     }
+}
+
+/// A perplexity with its 95 % interval.
+pub fn perplexity(found: &Perplexity) -> String {
+    let interval = found.ci95.map_or_else(String::new, |[low, high]| format!(" (95 %: {low:.3} to {high:.3})"));
+    format!("perplexity {:.3}{interval}", found.value)
 }
 
 /// A figure, or `-` where there is none.
@@ -142,7 +150,21 @@ pub fn summary(results: &Results) -> String {
             row
         })
     });
-    let mut text = drawn(&HEADS, 2, rows);
+    let mut text = String::new();
+    for model in &results.models {
+        if let Some(found) = &model.perplexity {
+            let Perplexity { nll, tokens, windows, .. } = found;
+            text += &format!(
+                "{}: {}, {nll:.4} nats a token, {tokens} tokens in {windows} windows\n",
+                role_name(model.model.role),
+                perplexity(found)
+            );
+        }
+    }
+    if results.benchmark == Task::Perplexity {
+        return text + &format!("{} texts\n{}\n", results.examples, results.hardware.line());
+    }
+    text += &drawn(&HEADS, 2, rows);
     text.push_str(&format!(
         "{} examples, {}, batched for accuracy, {} at batch 1 for speed (prefill apart)\n{}\n",
         results.examples,

@@ -5,6 +5,7 @@ mod gsm8k;
 mod humaneval;
 mod jsonl;
 mod mbpp;
+mod perplexity;
 mod python;
 mod spider;
 pub mod spider_difficulty;
@@ -38,6 +39,8 @@ pub enum Task {
     Mbpp,
     /// Python functions from their docstrings (Husain et al., arXiv 1909.09436); compared with the reference, not scored.
     Codesearchnet,
+    /// Texts, which the models are measured on and do not answer.
+    Perplexity,
     /// Any prompts with an exact answer.
     Jsonl,
     /// Word problems and SQL made by this project from a seed.
@@ -73,8 +76,16 @@ pub struct Judge<'a> {
 
 impl Task {
     /// Every task.
-    pub const ALL: [Task; 7] =
-        [Task::Gsm8k, Task::Spider, Task::Humaneval, Task::Mbpp, Task::Codesearchnet, Task::Jsonl, Task::Synthetic];
+    pub const ALL: [Task; 8] = [
+        Task::Gsm8k,
+        Task::Spider,
+        Task::Humaneval,
+        Task::Mbpp,
+        Task::Codesearchnet,
+        Task::Perplexity,
+        Task::Jsonl,
+        Task::Synthetic,
+    ];
 
     /// Its name in prompts' sources and on the command line.
     pub fn name(self) -> &'static str {
@@ -84,6 +95,7 @@ impl Task {
             Task::Humaneval => "humaneval",
             Task::Mbpp => "mbpp",
             Task::Codesearchnet => "codesearchnet",
+            Task::Perplexity => "perplexity",
             Task::Jsonl => "jsonl",
             Task::Synthetic => "synthetic",
         }
@@ -97,6 +109,7 @@ impl Task {
             Task::Humaneval => "a folder with HumanEval.jsonl.gz, packed or not",
             Task::Mbpp => "a folder with mbpp.jsonl or sanitized-mbpp.json",
             Task::Codesearchnet => "a folder with python.jsonl of CodeSearchNet, or with a file a split",
+            Task::Perplexity => "a .txt file, a .jsonl file with `text`, or a folder of them",
             Task::Jsonl => "a JSONL or Parquet file of prompts; the answer is compared with `reference`",
             Task::Synthetic => "nothing: it is made from a seed",
         }
@@ -119,6 +132,7 @@ impl Task {
             Task::Humaneval => humaneval::load(data, split),
             Task::Mbpp => mbpp::load(data, split),
             Task::Codesearchnet => codesearchnet::load(data, split),
+            Task::Perplexity => perplexity::load(data, split),
             Task::Jsonl => crate::prompt_set::read_numbered(data),
             Task::Synthetic => Ok(synthetic::generate(0, split, synthetic::DEFAULT_COUNT)),
         }
@@ -170,7 +184,9 @@ impl Task {
             (Task::Spider, Judge { data: Some(data), .. }) => spider::score(data, sample, reference, answer),
             (Task::Humaneval, Judge { sandbox: Some(sandbox), .. }) => humaneval::score(sandbox, sample, answer),
             (Task::Mbpp, Judge { sandbox: Some(sandbox), .. }) => mbpp::score(sandbox, sample, answer),
-            (Task::Spider | Task::Humaneval | Task::Mbpp | Task::Codesearchnet, _) => Ok(Verdict::Unscored),
+            (Task::Spider | Task::Humaneval | Task::Mbpp | Task::Codesearchnet | Task::Perplexity, _) => {
+                Ok(Verdict::Unscored)
+            }
         }
     }
 }

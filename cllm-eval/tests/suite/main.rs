@@ -7,6 +7,7 @@ mod code;
 mod comparisons;
 mod interrupted;
 mod made_up;
+mod perplexities;
 mod profiles;
 mod program;
 #[path = "../../../cllm-core/tests/shared/programs.rs"]

@@ -18,6 +18,7 @@ fn a_suite_runs_what_is_there_skips_the_rest_and_outlives_a_failure() {
     fs::create_dir_all(Path::new(&data).join("jsonl")).unwrap();
     let row = json!({ "id": "a", "prompt": "2 + 2 =", "reference": "4" });
     fs::write(Path::new(&data).join("jsonl/mine.jsonl"), row.to_string()).unwrap();
+    fs::write(Path::new(&data).join("perplexity.txt"), "Tom has 3 apples. ".repeat(300)).unwrap();
     let arguments = |more: &[&str]| {
         let given = [format!("teacher={teacher}"), format!("data={data}"), format!("output={output}")];
         let fixed = ["suite", "strategies=[ar]", "max_new_tokens=5", "speed_examples=1", "limit=2", "device=cpu"];
@@ -32,7 +33,7 @@ fn a_suite_runs_what_is_there_skips_the_rest_and_outlives_a_failure() {
     };
     let found = EVAL.succeed(&arguments(&["--json"]));
     for (name, state) in states(&found.stdout) {
-        assert_eq!(state == "done", ["jsonl", "synthetic"].contains(&name.as_str()), "{name}: {state}");
+        assert_eq!(state == "done", ["jsonl", "perplexity", "synthetic"].contains(&name.as_str()), "{name}: {state}");
     }
     let report = fs::read_to_string(Path::new(&output).join("report.md")).unwrap();
     assert!(report.contains("## jsonl") && report.contains("## synthetic"), "{report}");
@@ -43,7 +44,10 @@ fn a_suite_runs_what_is_there_skips_the_rest_and_outlives_a_failure() {
     let text = String::from_utf8(found.stdout).unwrap();
     assert_eq!(found.code, Some(1), "{}", found.stderr);
     assert!(
-        text.contains("gsm8k: failed: ") && text.contains("spider: skipped: ") && text.contains("2 examples"),
+        text.contains("gsm8k: failed: ")
+            && text.contains("perplexity 2")
+            && text.contains("spider: skipped: ")
+            && text.contains("2 examples"),
         "{text}"
     );
     assert_eq!(fs::read(Path::new(&output).join("synthetic/samples.jsonl")).unwrap(), before);
