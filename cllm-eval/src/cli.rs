@@ -14,6 +14,7 @@ use crate::compare::compare;
 use crate::config::RunSettings;
 use crate::generate::Manner;
 use crate::profile::profile;
+use crate::suite::{SuiteSettings, suite};
 use crate::{doctor, generate, report, run, score, table, tradeoff};
 
 /// Measures what consistency training gained and what it cost.
@@ -38,6 +39,11 @@ enum Verb {
     #[command(after_help = "Example:\n  cllm-eval run teacher=configs/tiny-teacher \
         student=runs/student/final count=100 'strategies=[ar, {jacobi: {n: 16}}]' output=runs/first-100")]
     Run(Configured),
+    /// Runs every benchmark whose data is there and draws one report; goes on where an interrupted suite stopped.
+    #[command(
+        after_help = "Example:\n  cllm-eval suite teacher=configs/tiny-teacher data=benchmarks limit=3 output=runs/suite"
+    )]
+    Suite(Configured),
     /// Scores the saved answers of a run again; needs no model and no GPU.
     #[command(after_help = "Example:\n  cllm-eval score runs/eval --json")]
     Score {
@@ -192,6 +198,11 @@ impl Cli {
         progress::set_quiet(self.quiet);
         let done = match self.verb {
             Verb::Run(given) => results(&run::run(&given.load()?)?, given.json),
+            Verb::Suite(given) => {
+                let found = suite(&given.load()?)?;
+                if given.json { print_json(&found) } else { print(&found.text()) }?;
+                return Ok(if found.failed() { Outcome::Negative } else { Outcome::Done });
+            }
             Verb::Score { folder, data, execute_code, json } => {
                 results(&score::score(&folder, data, execute_code)?, json)
             }
@@ -241,7 +252,11 @@ impl Cli {
 
 /// The settings of a run, as docs/configuration.md holds them.
 fn all_settings() -> String {
-    cllm_core::settings::reference::<RunSettings>("cllm-eval run") + "\n" + &BenchSettings::reference()
+    cllm_core::settings::reference::<RunSettings>("cllm-eval run")
+        + "\n"
+        + &cllm_core::settings::reference::<SuiteSettings>("cllm-eval suite")
+        + "\n"
+        + &BenchSettings::reference()
 }
 
 fn results(results: &crate::results::Results, json: bool) -> Result<()> {
@@ -262,7 +277,7 @@ fn list(json: bool) -> Result<()> {
             Task::ALL.iter().map(|task| json!({ "name": task.name(), "needs": task.needs() })).collect();
         return print_json(&json!({ "schema_version": 1, "benchmarks": benchmarks }));
     }
-    let lines: String = Task::ALL.iter().map(|task| format!("{:<10} needs {}\n", task.name(), task.needs())).collect();
+    let lines: String = Task::ALL.iter().map(|task| format!("{:<13} needs {}\n", task.name(), task.needs())).collect();
     print(&lines)
 }
 
@@ -279,6 +294,7 @@ mod tests {
         for words in help::examples(Cli::command()) {
             let loaded = match Cli::try_parse_from(&words).unwrap().verb {
                 Verb::Run(given) => given.load::<RunSettings>().map(drop),
+                Verb::Suite(given) => given.load::<SuiteSettings>().map(drop),
                 Verb::Bench(given) => given.load::<BenchSettings>().map(drop),
                 _ => Ok(()),
             };

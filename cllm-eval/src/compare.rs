@@ -139,6 +139,12 @@ impl Chosen {
         }
         let records = Records::read(&run.join(SAMPLES))?;
         let results = Results::of(&records);
+        if records.header.benchmark == Task::Perplexity {
+            return Err(Error::file(
+                &run,
+                "holds perplexities and no answers: its results.json has both models beside each other",
+            ));
+        }
         let (role, strategy) = choose(&results, selector, default).map_err(|wrong| {
             let has: Vec<String> = entries(&results).map(|(role, found, _)| named(role, &found.label)).collect();
             Error::file(&run, format!("{wrong}; it has {}: choose with {option}", has.join(", ")))

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use cllm_core::decode::Strategy;
-use cllm_core::task::Task;
+use cllm_core::task::{Scorer, Task};
 use garde::Validate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -21,7 +21,7 @@ pub struct RunSettings {
     /// What to answer: one of `cllm-eval ls`. Without it, what the sources of `prompts` name, or else synthetic.
     #[garde(skip)]
     pub benchmark: Option<Task>,
-    /// Folder (for jsonl: file) with the benchmark's data; synthetic needs none.
+    /// Folder (for jsonl: file; for perplexity: either) with the benchmark's data; synthetic needs none.
     #[garde(skip)]
     pub data: Option<PathBuf>,
     /// Which split. Without it, that of `prompts`, or else test.
@@ -34,6 +34,9 @@ pub struct RunSettings {
     /// A prompt-set file to take instead of a benchmark's files; its prompts are all of one benchmark.
     #[garde(skip)]
     pub prompts: Option<PathBuf>,
+    /// Of jsonl: when an answer is right. Without it, where the texts or the numbers are equal; a row's own `meta.scorer` wins.
+    #[garde(skip)]
+    pub scorer: Option<Scorer>,
     /// Seed of the synthetic problems, of the first guesses and of what is drawn.
     #[garde(skip)]
     pub seed: u64,
@@ -46,7 +49,7 @@ pub struct RunSettings {
     /// How many examples (the first) are timed at batch 1; 0 measures accuracy alone.
     #[garde(skip)]
     pub speed_examples: usize,
-    /// How to decode, such as `ar`, `jacobi: {n: 16}`, `rolling: {n: 16, pool: 4}` or `lookahead: {}`; what a strategy leaves out has its default.
+    /// How to decode (perplexity decodes nothing), such as `ar`, `jacobi: {n: 16}`, `rolling: {n: 16, pool: 4}` or `lookahead: {}`; what a strategy leaves out has its default.
     #[garde(length(min = 1), custom(valid_strategies))]
     pub strategies: Vec<Strategy>,
     /// 0 takes the likeliest token; above it, tokens are drawn from the softmax of the logits over it, the same ones with every
@@ -80,6 +83,7 @@ impl Default for RunSettings {
             split: None,
             execute_code: false,
             prompts: None,
+            scorer: None,
             seed: 0,
             count: 500,
             limit: None,

@@ -145,6 +145,23 @@ pub struct SpeedRecord {
     pub peak_memory_bytes: Option<u64>,
 }
 
+/// A window of a text under a model.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct WindowRecord {
+    /// Whose.
+    pub role: Role,
+    /// The text's place in the data.
+    pub index: usize,
+    /// The text's id.
+    pub id: String,
+    /// The text's token that the window begins with, from 0.
+    pub start: usize,
+    /// So many of its last tokens are scored.
+    pub tokens: usize,
+    /// Their negative log-likelihoods, summed, in nats.
+    pub nll: f64,
+}
+
 /// A line of the file.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
@@ -155,6 +172,8 @@ pub enum Line {
     Answer(Box<AnswerRecord>),
     /// A timing.
     Speed(SpeedRecord),
+    /// A window.
+    Window(WindowRecord),
 }
 
 /// All of a file.
@@ -166,6 +185,8 @@ pub struct Records {
     pub answers: Vec<AnswerRecord>,
     /// The timings, as they came.
     pub speeds: Vec<SpeedRecord>,
+    /// The windows, as they came.
+    pub windows: Vec<WindowRecord>,
 }
 
 impl Header {
@@ -190,6 +211,15 @@ impl AnswerRecord {
 }
 
 impl Records {
+    /// Before anything was measured.
+    pub fn new(header: Header) -> Self {
+        Records { header, answers: Vec::new(), speeds: Vec::new(), windows: Vec::new() }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.answers.is_empty() && self.speeds.is_empty() && self.windows.is_empty()
+    }
+
     /// Reads a whole file.
     ///
     /// # Errors
@@ -202,7 +232,7 @@ impl Records {
     /// Reads what is whole, and how many bytes that is: a kill may have cut the last line. None where nothing is.
     fn read_prefix(path: &Path, may_be_cut: bool) -> Result<Option<(Self, u64)>> {
         let mut reader = BufReader::new(File::open(path).map_err(Error::io(path))?);
-        let (mut header, mut answers, mut speeds) = (None, Vec::new(), Vec::new());
+        let (mut header, mut answers, mut speeds, mut windows) = (None, Vec::new(), Vec::new(), Vec::new());
         let (mut text, mut whole) = (String::new(), 0);
         for number in 1.. {
             text.clear();
@@ -221,6 +251,7 @@ impl Records {
                 Line::Header(found) => header = Some(*found),
                 Line::Answer(record) => answers.push(*record),
                 Line::Speed(record) => speeds.push(record),
+                Line::Window(record) => windows.push(record),
             }
         }
         if whole == 0 {
@@ -228,7 +259,7 @@ impl Records {
         }
         let header =
             header.ok_or_else(|| Error::file(path, "has no header line: choose another `output`, or remove it"))?;
-        Ok(Some((Records { header, answers, speeds }, whole)))
+        Ok(Some((Records { header, answers, speeds, windows }, whole)))
     }
 
     /// Writes a whole file.
@@ -238,7 +269,8 @@ impl Records {
     pub fn write(&self, path: &Path) -> Result<()> {
         let lines = std::iter::once(Line::Header(Box::new(self.header.clone())))
             .chain(self.answers.iter().cloned().map(|record| Line::Answer(Box::new(record))))
-            .chain(self.speeds.iter().cloned().map(Line::Speed));
+            .chain(self.speeds.iter().cloned().map(Line::Speed))
+            .chain(self.windows.iter().cloned().map(Line::Window));
         atomic_file::write_with(path, |file| {
             for line in lines {
                 file.write_all(to_line(path, &line)?.as_bytes()).map_err(Error::write(path))?;
@@ -263,7 +295,7 @@ impl Journal {
         let found = if path.exists() { Records::read_prefix(path, true)? } else { None };
         if let Some((records, whole)) = found {
             // A run that ended before its first answer is nothing to lose.
-            if records.answers.is_empty() && records.speeds.is_empty() {
+            if records.is_empty() {
                 return Self::create(path, header);
             }
             if records.header.identity != header.identity {
@@ -290,7 +322,7 @@ impl Journal {
     }
 
     fn create(path: &Path, header: Header) -> Result<(Self, Records)> {
-        let records = Records { header, answers: Vec::new(), speeds: Vec::new() };
+        let records = Records::new(header);
         records.write(path)?;
         let file = OpenOptions::new().append(true).open(path).map_err(Error::write(path))?;
         Ok((Journal { path: path.to_owned(), file }, records))

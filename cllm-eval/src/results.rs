@@ -1,10 +1,11 @@
 //! `results.json`: every figure, computed from the records alone.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use cllm_core::decode::Strategy;
 use cllm_core::hardware::{Hardware, Toolkit};
+use cllm_core::task::spider_difficulty::{Difficulty, difficulty};
 use cllm_core::task::{Task, Verdict};
 use cllm_core::trajectory::FinishReason;
 use cllm_core::{Error, Result};
@@ -13,7 +14,9 @@ use serde_json::Value;
 
 use crate::acceptance::Acceptance;
 use crate::config::RunSettings;
+use crate::perplexity::Perplexity;
 use crate::records::{AnswerRecord, ModelEntry, Records, Role, SpeedRecord, expect_version};
+use crate::similarity::Similarity;
 use crate::statistics::{paired, ratio, wilson};
 
 /// Name of the file.
@@ -55,6 +58,9 @@ pub struct ModelResults {
     pub model: ModelEntry,
     /// Per strategy.
     pub strategies: Vec<StrategyResults>,
+    /// Of the benchmark perplexity, which has no strategies.
+    #[serde(default)]
+    pub perplexity: Option<Perplexity>,
 }
 
 /// Figures of a model and a strategy.
@@ -138,6 +144,25 @@ pub struct StrategyResults {
     /// Tokens that forwards made final; none for `ar`, whose forwards make one each.
     #[serde(default)]
     pub acceptance: Option<Acceptance>,
+    /// Of CodeSearchNet: likeness to the references.
+    #[serde(default)]
+    pub similarity: Option<Similarity>,
+    /// Of Spider: accuracy by the difficulty of the reference.
+    #[serde(default)]
+    pub by_difficulty: Option<BTreeMap<Difficulty, Accuracy>>,
+}
+
+/// How many answers are right.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Accuracy {
+    /// Answers that have a score.
+    pub scored: usize,
+    /// Right answers.
+    pub right: usize,
+    /// Right of scored.
+    pub accuracy: Option<f64>,
+    /// Wilson's 95 % interval of it.
+    pub ci95: Option<[f64; 2]>,
 }
 
 /// Student against teacher, example by example.
@@ -211,6 +236,7 @@ impl Results {
             .map(|model| ModelResults {
                 model: model.clone(),
                 strategies: strategies.iter().map(|&strategy| figures(records, model.role, strategy)).collect(),
+                perplexity: perplexity(records, model.role),
             })
             .collect();
         add_speedups(&mut models);
@@ -229,6 +255,10 @@ impl Results {
             settings: header.settings.clone(),
         }
     }
+}
+
+fn perplexity(records: &Records, role: Role) -> Option<Perplexity> {
+    Perplexity::of(&records.windows.iter().filter(|window| window.role == role).collect::<Vec<_>>())
 }
 
 fn figures(records: &Records, role: Role, strategy: Strategy) -> StrategyResults {
@@ -273,11 +303,32 @@ fn figures(records: &Records, role: Role, strategy: Strategy) -> StrategyResults
         batched_tokens_per_second: ratio(tokens as f64, batch_seconds),
         peak_memory_bytes: answers.iter().filter_map(|answer| answer.peak_memory_bytes).max(),
         acceptance: (strategy != Strategy::Ar).then(|| Acceptance::of(&answers)),
+        similarity: (records.header.benchmark == Task::Codesearchnet).then(|| {
+            Similarity::of(
+                answers.iter().filter_map(|answer| Some((answer.text.as_str(), answer.reference.as_deref()?))),
+            )
+        }),
+        by_difficulty: (records.header.benchmark == Task::Spider).then(|| by_difficulty(&answers)),
         ..StrategyResults::default()
     };
     let speeds: Vec<_> =
         records.speeds.iter().filter(|speed| speed.role == role && speed.strategy == strategy).collect();
     with_speed(found, &speeds)
+}
+
+fn by_difficulty(answers: &[&AnswerRecord]) -> BTreeMap<Difficulty, Accuracy> {
+    let mut verdicts: BTreeMap<Difficulty, Vec<bool>> = BTreeMap::new();
+    for answer in answers.iter().filter(|answer| answer.verdict != Verdict::Unscored) {
+        if let Some(reference) = &answer.reference {
+            verdicts.entry(difficulty(reference)).or_default().push(answer.verdict == Verdict::Right);
+        }
+    }
+    let accuracy = |(class, verdicts): (Difficulty, Vec<bool>)| {
+        let (scored, right) = (verdicts.len(), verdicts.iter().filter(|&&right| right).count());
+        let accuracy = ratio(right as f64, scored as f64);
+        (class, Accuracy { scored, right, accuracy, ci95: wilson(right, scored) })
+    };
+    verdicts.into_iter().map(accuracy).collect()
 }
 
 fn with_speed(mut found: StrategyResults, speeds: &[&SpeedRecord]) -> StrategyResults {

@@ -6,11 +6,13 @@ use cllm_core::hardware::{Hardware, Toolkit};
 use cllm_core::prompt_set::{self, Sample};
 use cllm_core::task::{Judge, Task, synthetic};
 use cllm_core::{Error, Result, atomic_file, device, fingerprint, progress, settings};
+use tch::Device;
 
 use crate::config::RunSettings;
 use crate::margins;
 use crate::measure::{Prompts, Subject, identify, time_all};
-use crate::records::{Header, Journal, ModelEntry, Role, SAMPLES, SCHEMA_VERSION};
+use crate::perplexity::{self, Texts};
+use crate::records::{Header, Journal, ModelEntry, Records, Role, SAMPLES, SCHEMA_VERSION};
 use crate::results::{RESULTS, Results};
 use crate::score;
 
@@ -30,15 +32,15 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
     let Examples { task, split, samples } = examples(settings)?;
     let sandbox = score::sandbox(task, settings.execute_code, "set `execute_code=true`")?;
     let judge = Judge { data: settings.data.as_deref(), sandbox: sandbox.as_ref() };
-    samples.iter().try_for_each(|sample| task.expect_data(judge, sample))?;
+    expect_scorable(settings, task, judge, &samples)?;
     let found: Vec<(PathBuf, ModelEntry)> =
         named.iter().map(|&(role, name)| identify(role, name)).collect::<Result<_>>()?;
     let (folders, models): (Vec<_>, Vec<_>) = found.into_iter().unzip();
-    let prompts: Vec<Prompts> =
-        folders.iter().map(|folder| Prompts::render(folder, &samples, settings)).collect::<Result<_>>()?;
+    let input = Input::prepare(task, &folders, &samples, settings)?;
+    let used = used(settings, task);
     let header = Header {
         schema_version: SCHEMA_VERSION,
-        identity: identity(settings, &models, &samples)?,
+        identity: identity(&used, &models, &samples)?,
         benchmark: task,
         split,
         examples: samples.len(),
@@ -46,28 +48,18 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
         toolkit: Toolkit::this(),
         sandbox: sandbox.as_ref().map(|sandbox| sandbox.layers().to_vec()),
         models,
-        settings: settings.clone(),
+        settings: used.clone(),
     };
     let output = &settings.output;
     std::fs::create_dir_all(output).map_err(Error::write(output))?;
     let (mut journal, mut records) = Journal::open(&output.join(SAMPLES), header)?;
     atomic_file::write(&output.join("settings.yaml"), settings::to_yaml(settings)?.as_bytes())?;
-    let mut subjects = Vec::new();
-    for ((&(role, _), folder), prompts) in named.iter().zip(&folders).zip(prompts) {
-        let mut subject = Subject::load(role, folder, prompts, device)?;
-        for &strategy in &settings.strategies {
-            subject.answer_all(&samples, strategy, settings, (task, judge), &mut records, &mut journal)?;
-        }
-        // Of logits with noise on them a margin says nothing.
-        if settings.temperature == 0.0 {
-            margins::add(&subject, &mut records.answers)?;
-        }
-        if settings.speed_examples > 0 {
-            subject.measure_memory(settings, settings.speed_examples.min(samples.len()))?;
-            subjects.push(subject);
-        }
+    let roles = named.into_iter().map(|(role, _)| role).zip(folders).collect();
+    let measurement = Measurement { settings: &used, samples: &samples, models: roles, device };
+    match input {
+        Input::Prompts(prompts) => measurement.answer(prompts, (task, judge), &mut records, &mut journal)?,
+        Input::Texts(texts) => measurement.read(&texts, &mut records, &mut journal)?,
     }
-    time_all(&subjects, settings, settings.speed_examples.min(samples.len()), &mut records, &mut journal)?;
     // Batches ran by length; the file ends up in the order of the prompt set.
     let order =
         |role: Role, strategy| (role == Role::Student, settings.strategies.iter().position(|&other| other == strategy));
@@ -78,6 +70,81 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
     atomic_file::write_json(&output.join(RESULTS), &results)?;
     progress::say(format!("wrote {}", output.join(RESULTS).display()));
     Ok(results)
+}
+
+/// What of the settings has a part in a run: texts are read, not answered, so that nothing is decoded or timed.
+fn used(settings: &RunSettings, task: Task) -> RunSettings {
+    match task {
+        Task::Perplexity => RunSettings { strategies: Vec::new(), speed_examples: 0, ..settings.clone() },
+        _ => settings.clone(),
+    }
+}
+
+/// The examples as each model reads them.
+enum Input {
+    /// To answer.
+    Prompts(Vec<Prompts>),
+    /// To read.
+    Texts(Vec<Texts>),
+}
+
+impl Input {
+    fn prepare(task: Task, folders: &[PathBuf], samples: &[Sample], settings: &RunSettings) -> Result<Self> {
+        let folders = folders.iter();
+        Ok(match task {
+            Task::Perplexity => {
+                Input::Texts(folders.map(|folder| Texts::tokenize(folder, samples)).collect::<Result<_>>()?)
+            }
+            _ => {
+                Input::Prompts(folders.map(|folder| Prompts::render(folder, samples, settings)).collect::<Result<_>>()?)
+            }
+        })
+    }
+}
+
+/// What every model is measured on.
+struct Measurement<'a> {
+    settings: &'a RunSettings,
+    samples: &'a [Sample],
+    /// The models and their folders.
+    models: Vec<(Role, PathBuf)>,
+    device: Device,
+}
+
+impl Measurement<'_> {
+    fn answer(
+        &self,
+        prompts: Vec<Prompts>,
+        scoring: (Task, Judge<'_>),
+        records: &mut Records,
+        journal: &mut Journal,
+    ) -> Result<()> {
+        let Self { settings, samples, device, .. } = *self;
+        let timed = settings.speed_examples.min(samples.len());
+        let mut subjects = Vec::new();
+        for ((role, folder), prompts) in self.models.iter().zip(prompts) {
+            let mut subject = Subject::load(*role, folder, prompts, device)?;
+            for &strategy in &settings.strategies {
+                subject.answer_all(samples, strategy, settings, scoring, records, journal)?;
+            }
+            // Of logits with noise on them a margin says nothing.
+            if settings.temperature == 0.0 {
+                margins::add(&subject, &mut records.answers)?;
+            }
+            if timed > 0 {
+                subject.measure_memory(settings, timed)?;
+                subjects.push(subject);
+            }
+        }
+        time_all(&subjects, settings, timed, records, journal)
+    }
+
+    fn read(&self, texts: &[Texts], records: &mut Records, journal: &mut Journal) -> Result<()> {
+        for ((role, folder), texts) in self.models.iter().zip(texts) {
+            perplexity::measure(*role, folder, texts, self.samples, self.device, records, journal)?;
+        }
+        Ok(())
+    }
 }
 
 /// What is answered.
@@ -111,7 +178,24 @@ fn examples(settings: &RunSettings) -> Result<Examples> {
         (None, Some(_)) => (task, split.to_owned()),
         (None, None) => return Err(Error::usage(format!("split `{split}` of {} has no examples", task.name()))),
     };
+    if let Some(scorer) = settings.scorer {
+        if task != Task::Jsonl {
+            return Err(Error::usage(format!("`scorer` is of jsonl; {} has its own: leave it out", task.name())));
+        }
+        samples.iter_mut().for_each(|sample| scorer.note(sample));
+    }
     Ok(Examples { task, split, samples })
+}
+
+/// Refuses what could not be scored, by its row where it comes from a file of the user's own.
+fn expect_scorable(settings: &RunSettings, task: Task, judge: Judge<'_>, samples: &[Sample]) -> Result<()> {
+    let file = settings.prompts.as_ref().or(settings.data.as_ref()).filter(|_| task == Task::Jsonl);
+    samples.iter().enumerate().try_for_each(|(index, sample)| {
+        task.expect_data(judge, sample).map_err(|error| match file {
+            Some(path) => Error::file(path, format!("row {}: {error}", index + 1)),
+            None => error,
+        })
+    })
 }
 
 /// Benchmark and split as the sources of a file's prompts name them. They must agree with one another and with the

@@ -1,10 +1,14 @@
 //! The summary that people read in the terminal.
 
+use cllm_core::task::Task;
+use cllm_core::task::spider_difficulty::Difficulty;
 use comfy_table::{CellAlignment, Table, presets};
 
 use crate::bench::BenchResults;
 use crate::measure::role_name;
-use crate::results::{PairedDifference, Results, StrategyResults, label};
+use crate::perplexity::Perplexity;
+use crate::results::{Accuracy, PairedDifference, Results, StrategyResults, label};
+use crate::similarity::Similarity;
 
 /// Heads of the columns; the first two name the row.
 pub const HEADS: [&str; 10] = [
@@ -22,8 +26,10 @@ pub const HEADS: [&str; 10] = [
 
 /// The cells of a row after its name.
 pub fn cells(found: &StrategyResults) -> Vec<String> {
+    // Where nothing is right or wrong, likeness stands in its place.
+    let score = found.similarity.as_ref().map_or_else(|| accuracy(found.accuracy, found.ci95), likeness);
     vec![
-        accuracy(found.accuracy, found.ci95),
+        score,
         format!("{} of {}", found.unfinished, found.examples),
         number(found.tokens_per_forward, 2, ""),
         number(found.tokens_per_forward_finished, 2, ""),
@@ -34,6 +40,11 @@ pub fn cells(found: &StrategyResults) -> Vec<String> {
     ]
 }
 
+fn likeness(found: &Similarity) -> String {
+    let share = |share: Option<f64>, unit: &str| number(share.map(|share| 100.0 * share), 1, unit);
+    format!("BLEU {}, prefix {}", share(found.bleu, ""), share(found.exact_prefix, " %"))
+}
+
 /// An accuracy with its 95 % interval, or `-` where there is none.
 pub fn accuracy(rate: Option<f64>, ci95: Option<[f64; 2]>) -> String {
     match (rate, ci95) {
@@ -42,6 +53,12 @@ pub fn accuracy(rate: Option<f64>, ci95: Option<[f64; 2]>) -> String {
         }
         _ => "-".to_owned(),
     }
+}
+
+/// A perplexity with its 95 % interval.
+pub fn perplexity(found: &Perplexity) -> String {
+    let interval = found.ci95.map_or_else(String::new, |[low, high]| format!(" (95 %: {low:.3} to {high:.3})"));
+    format!("perplexity {:.3}{interval}", found.value)
 }
 
 /// A figure, or `-` where there is none.
@@ -61,6 +78,16 @@ pub fn sentence(difference: &PairedDifference) -> String {
         difference.difference.map_or_else(|| "-".to_owned(), points),
         difference.examples
     )
+}
+
+/// Accuracy by difficulty in a line, where there is one.
+fn difficulties(model: &str, found: &StrategyResults) -> String {
+    let Some(classes) = &found.by_difficulty else { return String::new() };
+    let class = |(class, of): (&Difficulty, &Accuracy)| {
+        let rate = number(of.accuracy.map(|rate| 100.0 * rate), 1, " %");
+        format!("{} {rate} of {}", format!("{class:?}").to_lowercase(), of.scored)
+    };
+    format!("{model} {} by difficulty: {}\n", found.label, classes.iter().map(class).collect::<Vec<_>>().join(", "))
 }
 
 /// The figures of a bench.
@@ -123,7 +150,21 @@ pub fn summary(results: &Results) -> String {
             row
         })
     });
-    let mut text = drawn(&HEADS, 2, rows);
+    let mut text = String::new();
+    for model in &results.models {
+        if let Some(found) = &model.perplexity {
+            let Perplexity { nll, tokens, windows, .. } = found;
+            text += &format!(
+                "{}: {}, {nll:.4} nats a token, {tokens} tokens in {windows} windows\n",
+                role_name(model.model.role),
+                perplexity(found)
+            );
+        }
+    }
+    if results.benchmark == Task::Perplexity {
+        return text + &format!("{} texts\n{}\n", results.examples, results.hardware.line());
+    }
+    text += &drawn(&HEADS, 2, rows);
     text.push_str(&format!(
         "{} examples, {}, batched for accuracy, {} at batch 1 for speed (prefill apart)\n{}\n",
         results.examples,
@@ -131,6 +172,11 @@ pub fn summary(results: &Results) -> String {
         results.speed_examples,
         results.hardware.line()
     ));
+    for model in &results.models {
+        for found in &model.strategies {
+            text.push_str(&difficulties(role_name(model.model.role), found));
+        }
+    }
     for difference in &results.paired {
         text.push_str(&sentence(difference));
         text.push('\n');

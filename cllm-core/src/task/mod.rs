@@ -1,14 +1,19 @@
 //! Benchmarks, one file each: load, prompt, score; used for prompts, cleaning and evaluation alike.
 
+mod codesearchnet;
 mod gsm8k;
 mod humaneval;
 mod jsonl;
 mod mbpp;
+mod perplexity;
 mod python;
 mod spider;
+pub mod spider_difficulty;
 mod sql;
 pub mod synthetic;
 mod variants;
+
+pub use jsonl::Scorer;
 
 use std::path::Path;
 
@@ -32,6 +37,10 @@ pub enum Task {
     Humaneval,
     /// Python functions (Austin et al., arXiv 2108.07732), scored by running them where that was asked for.
     Mbpp,
+    /// Python functions from their docstrings (Husain et al., arXiv 1909.09436); compared with the reference, not scored.
+    Codesearchnet,
+    /// Texts, which the models are measured on and do not answer.
+    Perplexity,
     /// Any prompts with an exact answer.
     Jsonl,
     /// Word problems and SQL made by this project from a seed.
@@ -67,7 +76,16 @@ pub struct Judge<'a> {
 
 impl Task {
     /// Every task.
-    pub const ALL: [Task; 6] = [Task::Gsm8k, Task::Spider, Task::Humaneval, Task::Mbpp, Task::Jsonl, Task::Synthetic];
+    pub const ALL: [Task; 8] = [
+        Task::Gsm8k,
+        Task::Spider,
+        Task::Humaneval,
+        Task::Mbpp,
+        Task::Codesearchnet,
+        Task::Perplexity,
+        Task::Jsonl,
+        Task::Synthetic,
+    ];
 
     /// Its name in prompts' sources and on the command line.
     pub fn name(self) -> &'static str {
@@ -76,6 +94,8 @@ impl Task {
             Task::Spider => "spider",
             Task::Humaneval => "humaneval",
             Task::Mbpp => "mbpp",
+            Task::Codesearchnet => "codesearchnet",
+            Task::Perplexity => "perplexity",
             Task::Jsonl => "jsonl",
             Task::Synthetic => "synthetic",
         }
@@ -88,6 +108,8 @@ impl Task {
             Task::Spider => "a folder with train_spider.json, dev.json, tables.json and database/ of Spider",
             Task::Humaneval => "a folder with HumanEval.jsonl.gz, packed or not",
             Task::Mbpp => "a folder with mbpp.jsonl or sanitized-mbpp.json",
+            Task::Codesearchnet => "a folder with python.jsonl of CodeSearchNet, or with a file a split",
+            Task::Perplexity => "a .txt file, a .jsonl file with `text`, or a folder of them",
             Task::Jsonl => "a JSONL or Parquet file of prompts; the answer is compared with `reference`",
             Task::Synthetic => "nothing: it is made from a seed",
         }
@@ -109,6 +131,8 @@ impl Task {
             Task::Spider => spider::load(data, split),
             Task::Humaneval => humaneval::load(data, split),
             Task::Mbpp => mbpp::load(data, split),
+            Task::Codesearchnet => codesearchnet::load(data, split),
+            Task::Perplexity => perplexity::load(data, split),
             Task::Jsonl => crate::prompt_set::read_numbered(data),
             Task::Synthetic => Ok(synthetic::generate(0, split, synthetic::DEFAULT_COUNT)),
         }
@@ -119,7 +143,8 @@ impl Task {
         matches!(self, Task::Humaneval | Task::Mbpp)
     }
 
-    /// Refuses a sample that [`Task::judge`] could not score for want of a file or of tests: for use before there are answers to lose.
+    /// Refuses a sample that [`Task::judge`] could not score, for want of a file or of tests or for a broken pattern: for use before
+    /// there are answers to lose.
     ///
     /// # Errors
     /// As [`Task::judge`].
@@ -128,6 +153,7 @@ impl Task {
             (Task::Spider, Judge { data: Some(data), .. }) => spider::database(data, sample).map(drop),
             (Task::Humaneval, Judge { sandbox: Some(_), .. }) => python::meta::<humaneval::Tests>(sample).map(drop),
             (Task::Mbpp, Judge { sandbox: Some(_), .. }) => python::meta::<mbpp::Tests>(sample).map(drop),
+            (Task::Jsonl, _) => jsonl::check(sample),
             _ => Ok(()),
         }
     }
@@ -153,12 +179,14 @@ impl Task {
         let Some(reference) = &sample.reference else { return Ok(Verdict::Unscored) };
         match (self, judge) {
             (Task::Gsm8k, _) => Ok(Verdict::of(gsm8k::is_right(reference, answer))),
-            (Task::Jsonl, _) => Ok(Verdict::of(jsonl::is_right(reference, answer))),
+            (Task::Jsonl, _) => jsonl::is_right(sample, reference, answer).map(Verdict::of),
             (Task::Synthetic, _) => synthetic::score(sample, reference, answer),
             (Task::Spider, Judge { data: Some(data), .. }) => spider::score(data, sample, reference, answer),
             (Task::Humaneval, Judge { sandbox: Some(sandbox), .. }) => humaneval::score(sandbox, sample, answer),
             (Task::Mbpp, Judge { sandbox: Some(sandbox), .. }) => mbpp::score(sandbox, sample, answer),
-            (Task::Spider | Task::Humaneval | Task::Mbpp, _) => Ok(Verdict::Unscored),
+            (Task::Spider | Task::Humaneval | Task::Mbpp | Task::Codesearchnet | Task::Perplexity, _) => {
+                Ok(Verdict::Unscored)
+            }
         }
     }
 }

@@ -38,7 +38,7 @@ pub fn records() -> Records {
         models: vec![model(Role::Teacher, "t"), model(Role::Student, "s")],
         settings,
     };
-    let mut records = Records { header, answers: vec![], speeds: vec![] };
+    let mut records = Records::new(header);
     for (role, strategy, rights, forwards) in [
         (Role::Teacher, Strategy::Ar, [true, true, true, false], 8),
         (Role::Teacher, JACOBI, [true, true, true, false], 4),

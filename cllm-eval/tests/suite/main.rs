@@ -9,6 +9,7 @@ mod code;
 mod comparisons;
 mod interrupted;
 mod made_up;
+mod perplexities;
 mod profiles;
 mod program;
 #[path = "../../../cllm-core/tests/shared/programs.rs"]
@@ -17,4 +18,5 @@ mod reports;
 mod results;
 mod sandbox;
 mod scoring;
+mod suite;
 mod tradeoffs;

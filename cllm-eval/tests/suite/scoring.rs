@@ -121,3 +121,65 @@ fn prompts_of_a_file_are_of_one_benchmark_which_the_results_name() {
         fs::remove_dir_all(&output).unwrap();
     }
 }
+
+#[test]
+fn jsonl_has_a_scorer_and_a_broken_pattern_is_refused_with_its_row() {
+    let dir = tempfile::tempdir().unwrap();
+    let (teacher, prompts, output) =
+        (path(dir.path(), "teacher"), path(dir.path(), "prompts.jsonl"), path(dir.path(), "output"));
+    let put = |second: &str| {
+        let row =
+            |id: &str, reference: &str| json!({ "id": id, "prompt": "2 + 2 =", "reference": reference }).to_string();
+        fs::write(&prompts, format!("{}\n{}", row("a", "."), row("b", second))).unwrap();
+    };
+    let run = |more: &str| {
+        let given = [format!("teacher={teacher}"), format!("prompts={prompts}"), format!("output={output}")];
+        let fixed = ["run", "strategies=[ar]", "max_new_tokens=5", "speed_examples=0", "device=cpu", more];
+        [&fixed.map(str::to_owned)[..], &given].concat()
+    };
+    put("(");
+    // There is no model yet: the pattern is looked at first.
+    EVAL.refuse(&run("scorer=regex"), 2, &["prompts.jsonl", "row 2", "`b`", "no pattern"]);
+    EVAL.refuse(&run("scorer=fuzzy"), 2, &["scorer", "exact"]);
+    put("^nothing$");
+    model(Path::new(&teacher), 1);
+    EVAL.succeed(&run("scorer=regex"));
+    let mut records = read(&output);
+    for answer in &mut records.answers {
+        answer.finish_reason = FinishReason::Eos;
+        answer.text = "so".to_owned();
+    }
+    records.write(&Path::new(&output).join("samples.jsonl")).unwrap();
+    EVAL.succeed(&["score", &output]);
+    let found: Vec<Verdict> = read(&output).answers.iter().map(|answer| answer.verdict).collect();
+    assert_eq!(found, [Verdict::Right, Verdict::Wrong]);
+}
+
+#[test]
+fn spider_is_counted_by_difficulty() {
+    let mut made = records();
+    made.header.benchmark = Task::Spider;
+    for answer in &mut made.answers {
+        let query = if answer.index < 3 { "SELECT a FROM t" } else { "SELECT a FROM t WHERE b IN (SELECT b FROM u)" };
+        answer.reference = Some(query.to_owned());
+    }
+    let results = serde_json::to_value(cllm_eval::results::Results::of(&made)).unwrap();
+    let classes = &results["models"][1]["strategies"][1]["by_difficulty"];
+    assert_eq!((&classes["easy"]["right"], &classes["easy"]["scored"]), (&1.into(), &3.into()));
+    assert_eq!((&classes["hard"]["accuracy"], classes.as_object().unwrap().len()), (&1.0.into(), 2));
+}
+
+#[test]
+fn code_is_compared_with_its_reference() {
+    let mut made = records();
+    made.header.benchmark = Task::Codesearchnet;
+    for answer in &mut made.answers {
+        (answer.text, answer.reference) = ("a b c d e".to_owned(), Some("a b c d e".to_owned()));
+        answer.verdict = Verdict::Unscored;
+    }
+    let results = cllm_eval::results::Results::of(&made);
+    let found = serde_json::to_value(&results).unwrap();
+    let similarity = &found["models"][1]["strategies"][0]["similarity"];
+    assert_eq!(similarity, &json!({ "bleu": 1.0, "exact_prefix": 1.0 }));
+    assert!(cllm_eval::table::summary(&results).contains("BLEU 100.0, prefix 100.0 %"));
+}

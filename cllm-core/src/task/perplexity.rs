@@ -1,0 +1,70 @@
+//! Texts under a model: nothing is asked and nothing answered.
+
+use std::path::{Path, PathBuf};
+
+use serde::Deserialize;
+
+use crate::prompt_set::{Prompt, Sample};
+use crate::{Error, Result, rows, text_file};
+
+#[derive(Deserialize)]
+struct Row {
+    text: String,
+}
+
+/// The texts of a file, or of all files of a folder by their names: one of a `.txt` file, one of each row with `text` else.
+pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
+    let files = if data.is_dir() { files(data)? } else { vec![data.to_owned()] };
+    let mut texts = Vec::new();
+    for file in &files {
+        if is_text(file) {
+            texts.push(text_file::read(file)?);
+        } else {
+            texts.extend(rows::read_file::<Row>(file)?.into_iter().map(|row| row.text));
+        }
+    }
+    let sample = |(index, text)| Sample {
+        id: format!("text-{}", index + 1),
+        source: format!("perplexity/{split}"),
+        prompt: Prompt::Text(text),
+        reference: None,
+        meta: None,
+    };
+    Ok(texts.into_iter().enumerate().map(sample).collect())
+}
+
+fn is_text(path: &Path) -> bool {
+    path.extension().is_some_and(|ending| ending == "txt")
+}
+
+fn files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let wanted = |path: &PathBuf| is_text(path) || path.extension().is_some_and(|ending| ending == "jsonl");
+    let entries = std::fs::read_dir(folder).map_err(Error::io(folder))?;
+    let mut files: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).filter(wanted).collect();
+    files.sort();
+    if files.is_empty() {
+        return Err(Error::file(folder, "expected .txt files, or .jsonl files with `text`, here; found none"));
+    }
+    Ok(files)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_come_from_a_file_or_a_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(load(dir.path(), "test").unwrap_err().to_string().contains(".txt"));
+        let (rows, text) = (dir.path().join("a.jsonl"), dir.path().join("b.txt"));
+        std::fs::write(&rows, "{\"text\": \"One.\"}\n{\"text\": \"Two.\", \"more\": 1}\n").unwrap();
+        std::fs::write(&text, "Three.\n").unwrap();
+        let found =
+            |data: &Path| load(data, "test").unwrap().into_iter().map(|sample| sample.prompt).collect::<Vec<_>>();
+        let plain = |text: &str| Prompt::Text(text.to_owned());
+        assert_eq!(found(dir.path()), [plain("One."), plain("Two."), plain("Three.\n")]);
+        assert_eq!(found(&text), [plain("Three.\n")]);
+        std::fs::write(&rows, "{\"txt\": \"One.\"}\n").unwrap();
+        assert!(load(&rows, "test").unwrap_err().to_string().contains("line 1"));
+    }
+}

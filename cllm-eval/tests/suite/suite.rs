@@ -1,0 +1,55 @@
+//! Several benchmarks at once.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::made_up::model;
+use crate::programs::{Program, path};
+
+const EVAL: Program = Program("cllm-eval");
+
+#[test]
+fn a_suite_runs_what_is_there_skips_the_rest_and_outlives_a_failure() {
+    let dir = tempfile::tempdir().unwrap();
+    let [teacher, data, output] = ["teacher", "data", "output"].map(|name| path(dir.path(), name));
+    model(Path::new(&teacher), 1);
+    fs::create_dir_all(Path::new(&data).join("jsonl")).unwrap();
+    let row = json!({ "id": "a", "prompt": "2 + 2 =", "reference": "4" });
+    fs::write(Path::new(&data).join("jsonl/mine.jsonl"), row.to_string()).unwrap();
+    fs::write(Path::new(&data).join("perplexity.txt"), "Tom has 3 apples. ".repeat(300)).unwrap();
+    let arguments = |more: &[&str]| {
+        let given = [format!("teacher={teacher}"), format!("data={data}"), format!("output={output}")];
+        let fixed = ["suite", "strategies=[ar]", "max_new_tokens=5", "speed_examples=1", "limit=2", "device=cpu"];
+        let more: Vec<String> = more.iter().map(|&word| word.to_owned()).collect();
+        [&fixed.map(str::to_owned)[..], &given, &more].concat()
+    };
+    let states = |document: &[u8]| -> Vec<(String, String)> {
+        let found: Value = serde_json::from_slice(document).unwrap();
+        let text = |value: &Value| value.as_str().unwrap().to_owned();
+        let entries = found["benchmarks"].as_array().unwrap().iter();
+        entries.map(|entry| (text(&entry["name"]), text(&entry["state"]))).collect()
+    };
+    let found = EVAL.succeed(&arguments(&["--json"]));
+    for (name, state) in states(&found.stdout) {
+        assert_eq!(state == "done", ["jsonl", "perplexity", "synthetic"].contains(&name.as_str()), "{name}: {state}");
+    }
+    let report = fs::read_to_string(Path::new(&output).join("report.md")).unwrap();
+    assert!(report.contains("## jsonl") && report.contains("## synthetic"), "{report}");
+    // It goes on with what is there, and a benchmark that fails leaves the others alone.
+    let before = fs::read(Path::new(&output).join("synthetic/samples.jsonl")).unwrap();
+    fs::create_dir_all(Path::new(&data).join("gsm8k")).unwrap();
+    let found = EVAL.run(&arguments(&[]));
+    let text = String::from_utf8(found.stdout).unwrap();
+    assert_eq!(found.code, Some(1), "{}", found.stderr);
+    assert!(
+        text.contains("gsm8k: failed: ")
+            && text.contains("perplexity 2")
+            && text.contains("spider: skipped: ")
+            && text.contains("2 examples"),
+        "{text}"
+    );
+    assert_eq!(fs::read(Path::new(&output).join("synthetic/samples.jsonl")).unwrap(), before);
+    EVAL.refuse(&["suite", "teacher=x", "data=no/such"], 2, &["no/such", "folder for each benchmark"]);
+}
