@@ -7,7 +7,7 @@ use comfy_table::{CellAlignment, Table, presets};
 use crate::bench::BenchResults;
 use crate::measure::role_name;
 use crate::perplexity::Perplexity;
-use crate::results::{Accuracy, PairedDifference, Results, StrategyResults, label};
+use crate::results::{Accuracy, ModelResults, PairedDifference, Results, StrategyResults, label};
 use crate::similarity::Similarity;
 
 /// Heads of the columns; the first two name the row.
@@ -81,13 +81,13 @@ pub fn sentence(difference: &PairedDifference) -> String {
 }
 
 /// Accuracy by difficulty in a line, where there is one.
-fn difficulties(model: &str, found: &StrategyResults) -> String {
-    let Some(classes) = &found.by_difficulty else { return String::new() };
+fn difficulties(model: &str, found: &StrategyResults) -> Option<String> {
+    let classes = found.by_difficulty.as_ref()?;
     let class = |(class, of): (&Difficulty, &Accuracy)| {
         let rate = number(of.accuracy.map(|rate| 100.0 * rate), 1, " %");
         format!("{} {rate} of {}", format!("{class:?}").to_lowercase(), of.scored)
     };
-    format!("{model} {} by difficulty: {}\n", found.label, classes.iter().map(class).collect::<Vec<_>>().join(", "))
+    Some(format!("{model} {} by difficulty: {}", found.label, classes.iter().map(class).collect::<Vec<_>>().join(", ")))
 }
 
 /// The figures of a bench.
@@ -141,45 +141,45 @@ pub fn drawn(heads: &[&str], names: usize, rows: impl IntoIterator<Item = Vec<St
     format!("{table}\n")
 }
 
+/// What is said of a run beside its table, a line each: perplexity, accuracy by difficulty, the student against the teacher.
+pub fn notes(results: &Results) -> Vec<String> {
+    let perplexities = results.models.iter().filter_map(|model| {
+        let found = model.perplexity.as_ref()?;
+        let Perplexity { nll, tokens, windows, .. } = found;
+        let (role, value) = (role_name(model.model.role), perplexity(found));
+        Some(format!("{role}: {value}, {nll:.4} nats a token, {tokens} tokens in {windows} windows"))
+    });
+    let difficulties = results
+        .models
+        .iter()
+        .flat_map(|model| model.strategies.iter().filter_map(|found| difficulties(role_name(model.model.role), found)));
+    perplexities.chain(difficulties).chain(results.paired.iter().map(sentence)).collect()
+}
+
+/// What was measured on what, in a sentence.
+pub fn measured(results: &Results) -> String {
+    if results.benchmark == Task::Perplexity {
+        return format!("{} texts; nothing is generated.", results.examples);
+    }
+    let speed = match results.speed_examples {
+        0 => "speed was not measured".to_owned(),
+        count => format!("speed at batch 1 on the first {count}, prefill apart"),
+    };
+    format!("{} examples, {}, answered in batches for accuracy; {speed}.", results.examples, results.choice())
+}
+
 /// The summary of a run.
 pub fn summary(results: &Results) -> String {
-    let rows = results.models.iter().flat_map(|model| {
-        model.strategies.iter().map(|found| {
-            let mut row = vec![role_name(model.model.role).to_owned(), found.label.clone()];
-            row.extend(cells(found));
-            row
-        })
-    });
-    let mut text = String::new();
-    for model in &results.models {
-        if let Some(found) = &model.perplexity {
-            let Perplexity { nll, tokens, windows, .. } = found;
-            text += &format!(
-                "{}: {}, {nll:.4} nats a token, {tokens} tokens in {windows} windows\n",
-                role_name(model.model.role),
-                perplexity(found)
-            );
-        }
-    }
-    if results.benchmark == Task::Perplexity {
-        return text + &format!("{} texts\n{}\n", results.examples, results.hardware.line());
-    }
-    text += &drawn(&HEADS, 2, rows);
-    text.push_str(&format!(
-        "{} examples, {}, batched for accuracy, {} at batch 1 for speed (prefill apart)\n{}\n",
-        results.examples,
-        results.choice(),
-        results.speed_examples,
-        results.hardware.line()
-    ));
-    for model in &results.models {
-        for found in &model.strategies {
-            text.push_str(&difficulties(role_name(model.model.role), found));
-        }
-    }
-    for difference in &results.paired {
-        text.push_str(&sentence(difference));
-        text.push('\n');
-    }
-    text
+    let rows: Vec<Vec<String>> = results.models.iter().flat_map(rows).collect();
+    let table = if rows.is_empty() { String::new() } else { drawn(&HEADS, 2, rows) };
+    let notes: String = notes(results).into_iter().map(|note| note + "\n").collect();
+    format!("{table}{}\n{}\n{notes}", measured(results), results.hardware.line())
+}
+
+/// The rows of a model's strategies.
+pub fn rows(model: &ModelResults) -> impl Iterator<Item = Vec<String>> {
+    model.strategies.iter().map(|found| {
+        let name = [role_name(model.model.role).to_owned(), found.label.clone()];
+        name.into_iter().chain(cells(found)).collect()
+    })
 }

@@ -5,7 +5,7 @@ use serde::Serialize;
 use crate::measure::role_name;
 use crate::records::Role;
 use crate::results::{Results, StrategyResults};
-use crate::table::{accuracy, number};
+use crate::table::{accuracy, notes, number};
 
 /// What stands on a card.
 #[derive(Debug, Serialize)]
@@ -32,7 +32,13 @@ pub(super) fn best(results: &Results) -> Option<(Role, &StrategyResults)> {
 
 impl Card {
     pub(super) fn of(results: &Results) -> Option<Self> {
-        let (role, found) = best(results)?;
+        let title = format!("{} / {}", results.benchmark.name(), results.split);
+        let Some((role, found)) = best(results) else {
+            let model = results.models.last()?;
+            let (figure, caption) = (format!("{:.2}", model.perplexity.as_ref()?.value), role_name(model.model.role));
+            let caption = format!("perplexity of the {caption}");
+            return Some(Card { title, figure, caption, lines: notes(results) });
+        };
         let name = format!("{} {}", role_name(role), found.label);
         let (figure, caption) = match (found.speedup_vs_teacher_ar, found.tokens_per_second) {
             (Some(ratio), _) => (format!("{ratio:.2}x"), format!("as fast as the teacher's AR: {name}")),
@@ -57,7 +63,6 @@ impl Card {
             Some(unfinished(results, role, found)),
             Some(results.hardware.line()),
         ];
-        let title = format!("{} / {}", results.benchmark.name(), results.split);
         Some(Card { title, figure, caption, lines: lines.into_iter().flatten().collect() })
     }
 }

@@ -10,8 +10,8 @@ use super::example::Example;
 use super::pictures::{Chart, charts};
 use crate::measure::role_name;
 use crate::records::Role;
-use crate::results::{ModelResults, Results, StrategyResults};
-use crate::table::{cells, sentence};
+use crate::results::{ModelResults, StrategyResults};
+use crate::table::{measured, notes, rows};
 use crate::tradeoff::Tradeoff;
 
 #[derive(Debug, Serialize)]
@@ -20,7 +20,8 @@ pub(super) struct Section {
     card: Option<Card>,
     summary: String,
     rows: Vec<Vec<String>>,
-    paired: Vec<String>,
+    /// Perplexity, accuracy by difficulty, the student against the teacher, a line each.
+    notes: Vec<String>,
     /// Areas under accuracy and parallelism, a line each.
     aup: Vec<String>,
     charts: Vec<Chart>,
@@ -41,19 +42,14 @@ impl Section {
         let found: Vec<(Role, &StrategyResults)> = models()
             .flat_map(|model| model.strategies.iter().map(move |strategy| (model.model.role, strategy)))
             .collect();
-        let rows = found.iter().map(|(role, strategy)| {
-            let mut row = vec![role_name(*role).to_owned(), strategy.label.clone()];
-            row.extend(cells(strategy));
-            row
-        });
         let tradeoff = Tradeoff::of(std::slice::from_ref(results));
         let areas = tradeoff.iter().flat_map(|tradeoff| &tradeoff.aup);
         Ok(Section {
             title: format!("{} / {}", results.benchmark.name(), results.split),
             card: Card::of(results),
-            summary: summary(results),
-            rows: rows.collect(),
-            paired: results.paired.iter().map(sentence).collect(),
+            summary: measured(results),
+            rows: models().flat_map(rows).collect(),
+            notes: notes(results),
             aup: areas
                 .map(|area| format!("AUP of {}: {:.1}, over {} points", area.checkpoint, area.aup, area.points))
                 .collect(),
@@ -77,14 +73,6 @@ impl Section {
     }
 }
 
-fn summary(results: &Results) -> String {
-    let speed = match results.speed_examples {
-        0 => "speed was not measured".to_owned(),
-        count => format!("speed at batch 1 on the first {count}, prefill apart"),
-    };
-    format!("{} examples, {}, answered in batches for accuracy; {speed}.", results.examples, results.choice())
-}
-
 fn named(ModelResults { model, .. }: &ModelResults) -> String {
     let role = role_name(model.role);
     format!("{role}: {} ({} parameters, fingerprint {})", model.path, model.parameters, model.fingerprint)
@@ -95,9 +83,12 @@ fn figures(found: &[(Role, &StrategyResults)]) -> Vec<(String, Vec<String>)> {
     let values: Vec<Value> =
         found.iter().map(|(_, strategy)| serde_json::to_value(strategy).unwrap_or_default()).collect();
     let Some(Value::Object(first)) = values.first() else { return Vec::new() };
-    let elsewhere = |key: &str| matches!(key, "name" | "label" | "n" | "acceptance");
-    let plain_ones = first.keys().filter(|key| !elsewhere(key) && values.iter().any(|value| !value[*key].is_object()));
-    plain_ones.map(|key| (key.clone(), values.iter().map(|value| plain(&value[key])).collect())).collect()
+    let elsewhere = |key: &str| matches!(key, "name" | "label" | "n" | "acceptance" | "by_difficulty" | "similarity");
+    first
+        .keys()
+        .filter(|key| !elsewhere(key))
+        .map(|key| (key.clone(), values.iter().map(|value| plain(&value[key])).collect()))
+        .collect()
 }
 
 fn plain(value: &Value) -> String {
