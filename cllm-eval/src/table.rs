@@ -162,7 +162,7 @@ pub fn summary(results: &Results) -> String {
         }
     }
     if results.benchmark == Task::Perplexity {
-        return text + &format!("{} texts\n{}\n", results.examples, results.hardware.line());
+        return text + &format!("texts: {}\n{}\n", results.examples, results.hardware.line());
     }
     text += &drawn(&HEADS, 2, rows);
     text.push_str(&format!(
