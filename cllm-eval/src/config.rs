@@ -43,7 +43,7 @@ pub struct RunSettings {
     /// Number of synthetic problems.
     #[garde(range(min = 1))]
     pub count: usize,
-    /// Takes only the first examples.
+    /// Takes only the first examples (of mt-bench: questions, of two turns each).
     #[garde(range(min = 1))]
     pub limit: Option<usize>,
     /// How many examples (the first) are timed at batch 1; 0 measures accuracy alone.

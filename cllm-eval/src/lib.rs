@@ -7,6 +7,7 @@ pub mod cli;
 pub mod compare;
 pub mod config;
 pub mod doctor;
+pub mod fastchat;
 pub mod generate;
 pub mod margins;
 pub mod measure;

@@ -10,16 +10,21 @@ use tch::{Kind, Tensor};
 use crate::measure::Subject;
 use crate::records::AnswerRecord;
 
-/// Fills in the margins of a model's answers that differ from its autoregressive ones.
+/// Fills in the margins of a model's answers that differ from its autoregressive ones to the same prompts.
 ///
 /// # Errors
 /// libtorch's errors; interruption.
 pub fn add(subject: &Subject, answers: &mut [AnswerRecord]) -> Result<()> {
     let own = |answer: &&AnswerRecord| answer.role == subject.role && answer.strategy == Strategy::Ar;
-    let greedy: HashMap<usize, Vec<i32>> =
-        answers.iter().filter(own).map(|answer| (answer.index, answer.response_ids.clone())).collect();
+    let greedy: HashMap<usize, (String, Vec<i32>)> = answers
+        .iter()
+        .filter(own)
+        .map(|answer| (answer.index, (answer.prompt.clone(), answer.response_ids.clone())))
+        .collect();
     for answer in answers.iter_mut().filter(|answer| answer.role == subject.role) {
-        let Some(greedy) = greedy.get(&answer.index) else { continue };
+        // Second turns have other prompts where the answers to the first differ.
+        let same = |(prompt, _): &&(String, Vec<i32>)| *prompt == answer.prompt;
+        let Some((_, greedy)) = greedy.get(&answer.index).filter(same) else { continue };
         let Some(first) = first_difference(greedy, &answer.response_ids) else { continue };
         interrupt::check()?;
         let before = [subject.prompt_ids(answer.index), &greedy[..first]].concat();

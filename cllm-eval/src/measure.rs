@@ -4,7 +4,7 @@ use cllm_core::decode::{DecodeOptions, Decoder, Limits, Request, Strategy, capac
 use cllm_core::model::Transformer;
 use cllm_core::progress::Progress;
 use cllm_core::prompt_set::Sample;
-use cllm_core::task::{Judge, Task, Verdict};
+use cllm_core::task::{Judge, Task, Verdict, mt_bench};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Error, Result, device, hub, interrupt, model, torch_ext};
 use rayon::prelude::*;
@@ -56,7 +56,10 @@ impl Prompts {
             .map(|sample| {
                 let (text, prompt_ids) = tokenizer.prompt(&sample.prompt)?;
                 let request = Request { sample_id: sample.id.clone(), prompt_ids };
-                check_length(&request, &limits, config.max_positions)?;
+                // The answer to the first turn is still to come into the prompt of the second.
+                let turns = if mt_bench::is_second(sample) { 2 } else { 1 };
+                let new = Limits { max_new_tokens: limits.max_new_tokens.saturating_mul(turns), ..limits.clone() };
+                check_length(&request, &new, config.max_positions)?;
                 Ok((text, request))
             })
             .collect::<Result<_>>()?;
@@ -115,12 +118,27 @@ impl Subject {
         &self.prompts.each[index].1.prompt_ids
     }
 
-    /// Answers all examples in batches; those that `records` has already are left.
+    /// Puts the answers of a strategy to the first turns into the prompts of the second ones, where there are such.
+    ///
+    /// # Errors
+    /// When the template refuses a prompt.
+    pub fn fill_second_turns(&mut self, samples: &[Sample], strategy: Strategy, records: &Records) -> Result<()> {
+        let mine = |answer: &&AnswerRecord| answer.role == self.role && answer.strategy == strategy;
+        for first in records.answers.iter().filter(mine) {
+            let index = first.index + 1;
+            let Some(sample) = samples.get(index).filter(|sample| mt_bench::is_second(sample)) else { continue };
+            let (text, prompt_ids) = self.prompts.tokenizer.prompt(&mt_bench::conversation(sample, &first.text)?)?;
+            self.prompts.each[index] = (text, Request { sample_id: sample.id.clone(), prompt_ids });
+        }
+        Ok(())
+    }
+
+    /// Answers all examples in batches; those that `records` has already are left. Second turns come after all first ones.
     ///
     /// # Errors
     /// What decoding, scoring or writing fails with; what was finished is kept.
     pub fn answer_all(
-        &self,
+        &mut self,
         samples: &[Sample],
         strategy: Strategy,
         settings: &RunSettings,
@@ -131,26 +149,46 @@ impl Subject {
         let mut done = vec![false; samples.len()];
         let mine = |answer: &&AnswerRecord| answer.role == self.role && answer.strategy == strategy;
         records.answers.iter().filter(mine).for_each(|answer| done[answer.index] = true);
-        let mut open: Vec<usize> = (0..samples.len()).filter(|&index| !done[index]).collect();
+        let open: Vec<usize> = (0..samples.len()).filter(|&index| !done[index]).collect();
+        if open.is_empty() {
+            return Ok(());
+        }
+        let title = format!("{} {}", role_name(self.role), label(strategy));
+        let finished = samples.len() - open.len();
+        let mut progress = Progress::new(&title, finished as u64, samples.len() as u64);
+        torch_ext::reset_peak_memory(self.model.device());
+        let (second, first): (Vec<usize>, Vec<usize>) =
+            open.into_iter().partition(|&index| mt_bench::is_second(&samples[index]));
+        self.answer_open(first, samples, strategy, settings, (task, by), (records, journal, &mut progress))?;
+        self.fill_second_turns(samples, strategy, records)?;
+        self.answer_open(second, samples, strategy, settings, (task, by), (records, journal, &mut progress))?;
+        progress.finish();
+        Ok(())
+    }
+
+    fn answer_open(
+        &self,
+        mut open: Vec<usize>,
+        samples: &[Sample],
+        strategy: Strategy,
+        settings: &RunSettings,
+        scoring: (Task, Judge<'_>),
+        (records, journal, progress): (&mut Records, &mut Journal, &mut Progress),
+    ) -> Result<()> {
         if open.is_empty() {
             return Ok(());
         }
         // Rows of like length waste least padding; the longest first, so that memory that does not suffice shows at once.
         open.sort_by_key(|&index| (std::cmp::Reverse(self.prompts.each[index].1.prompt_ids.len()), index));
-        let title = format!("{} {}", role_name(self.role), label(strategy));
-        let finished = samples.len() - open.len();
-        let mut progress = Progress::new(&title, finished as u64, samples.len() as u64);
-        torch_ext::reset_peak_memory(self.model.device());
         let mut decoder = self.decoder(settings.batch_rows.min(open.len()), &[strategy])?;
         for batch in open.chunks(settings.batch_rows) {
             interrupt::check()?;
-            let answers = self.answer_batch(&mut decoder, samples, batch, strategy, settings, (task, by))?;
+            let answers = self.answer_batch(&mut decoder, samples, batch, strategy, settings, scoring)?;
             let lines: Vec<_> = answers.iter().cloned().map(|answer| Line::Answer(Box::new(answer))).collect();
             journal.append(&lines)?;
             records.answers.extend(answers);
             progress.advance(batch.len() as u64);
         }
-        progress.finish();
         Ok(())
     }
 

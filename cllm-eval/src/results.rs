@@ -120,7 +120,7 @@ pub struct StrategyResults {
     pub end_to_end_speedup_vs_teacher_ar: Option<f64>,
     /// Of end-to-end tokens per second.
     pub end_to_end_speedup_vs_student_ar: Option<f64>,
-    /// Share of answers equal, token for token, to the same model's autoregressive ones.
+    /// Share of answers equal, token for token, to the same model's autoregressive ones to the same prompts.
     pub exact_match_vs_ar: Option<f64>,
     /// Among the others, where the tokens first differ: by how much the best logit is above the second. Near 0 it is rounding
     /// that chose; the median, and the largest. None at a temperature above 0.
@@ -273,11 +273,11 @@ fn figures(records: &Records, role: Role, strategy: Strategy) -> StrategyResults
     let forwards: usize = answers.iter().map(|answer| answer.forwards).sum();
     let ended_tokens: usize = answers.iter().filter(finished).map(|answer| answer.response_ids.len()).sum();
     let ended_forwards: usize = answers.iter().filter(finished).map(|answer| answer.forwards).sum();
-    let greedy: HashMap<usize, &[i32]> =
-        of(Strategy::Ar).map(|answer| (answer.index, answer.response_ids.as_slice())).collect();
+    let greedy: HashMap<(usize, &str), &[i32]> =
+        of(Strategy::Ar).map(|answer| (asked(answer), answer.response_ids.as_slice())).collect();
     let pairs: Vec<bool> = answers
         .iter()
-        .filter_map(|answer| greedy.get(&answer.index).map(|ids| *ids == answer.response_ids.as_slice()))
+        .filter_map(|answer| greedy.get(&asked(answer)).map(|ids| *ids == answer.response_ids.as_slice()))
         .collect();
     let equal = pairs.iter().filter(|&&equal| equal).count();
     let mut margins: Vec<f64> = answers.iter().filter_map(|answer| answer.margin_at_difference).collect();
@@ -314,6 +314,11 @@ fn figures(records: &Records, role: Role, strategy: Strategy) -> StrategyResults
     let speeds: Vec<_> =
         records.speeds.iter().filter(|speed| speed.role == role && speed.strategy == strategy).collect();
     with_speed(found, &speeds)
+}
+
+/// What tells answers to the same prompt: second turns have other prompts where the answers to the first differ.
+fn asked(answer: &AnswerRecord) -> (usize, &str) {
+    (answer.index, answer.prompt.as_str())
 }
 
 fn by_difficulty(answers: &[&AnswerRecord]) -> BTreeMap<Difficulty, Accuracy> {

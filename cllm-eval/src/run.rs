@@ -2,13 +2,15 @@
 
 use std::path::{Path, PathBuf};
 
+use cllm_core::decode::Strategy;
 use cllm_core::hardware::{Hardware, Toolkit};
 use cllm_core::prompt_set::{self, Sample};
-use cllm_core::task::{Judge, Task, synthetic};
+use cllm_core::task::{Judge, Task, mt_bench, synthetic};
 use cllm_core::{Error, Result, atomic_file, device, fingerprint, progress, settings};
 use tch::Device;
 
 use crate::config::RunSettings;
+use crate::fastchat;
 use crate::margins;
 use crate::measure::{Prompts, Subject, identify, time_all};
 use crate::perplexity::{self, Texts};
@@ -66,6 +68,9 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
     records.answers.sort_by_key(|answer| (order(answer.role, answer.strategy), answer.index));
     records.speeds.sort_by_key(|speed| (order(speed.role, speed.strategy), speed.index));
     records.write(&output.join(SAMPLES))?;
+    if task == Task::MtBench {
+        fastchat::write(&output.join(fastchat::FOLDER), &records)?;
+    }
     let results = Results::of(&records);
     atomic_file::write_json(&output.join(RESULTS), &results)?;
     progress::say(format!("wrote {}", output.join(RESULTS).display()));
@@ -127,6 +132,7 @@ impl Measurement<'_> {
             for &strategy in &settings.strategies {
                 subject.answer_all(samples, strategy, settings, scoring, records, journal)?;
             }
+            subject.fill_second_turns(samples, reference_strategy(&settings.strategies), records)?;
             // Of logits with noise on them a margin says nothing.
             if settings.temperature == 0.0 {
                 margins::add(&subject, &mut records.answers)?;
@@ -145,6 +151,16 @@ impl Measurement<'_> {
         }
         Ok(())
     }
+}
+
+/// The strategy whose first answers stand in the second turns that are timed and looked at for margins: the same for all.
+fn reference_strategy(strategies: &[Strategy]) -> Strategy {
+    strategies
+        .iter()
+        .find(|&&strategy| strategy == Strategy::Ar)
+        .or(strategies.first())
+        .copied()
+        .unwrap_or(Strategy::Ar)
 }
 
 /// What is answered.
@@ -183,6 +199,9 @@ fn examples(settings: &RunSettings) -> Result<Examples> {
             return Err(Error::usage(format!("`scorer` is of jsonl; {} has its own: leave it out", task.name())));
         }
         samples.iter_mut().for_each(|sample| scorer.note(sample));
+    }
+    if task == Task::MtBench {
+        samples = mt_bench::both_turns(samples)?;
     }
     Ok(Examples { task, split, samples })
 }

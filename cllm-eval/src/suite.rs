@@ -28,7 +28,7 @@ pub struct SuiteSettings {
     /// Folder or id of the model after it.
     #[garde(skip)]
     pub student: Option<String>,
-    /// Folder with a folder (or file) for each benchmark, by its name in `cllm-eval ls` or as code_search_net, human_eval; a benchmark
+    /// Folder with a folder (or file) for each benchmark, by its name in `cllm-eval ls` or as code_search_net, human_eval, mt_bench; a benchmark
     /// that is not there is skipped.
     #[garde(custom(settings::given))]
     pub data: PathBuf,
@@ -194,6 +194,7 @@ fn find(task: Task, data: &Path) -> Option<PathBuf> {
     let names = match task {
         Task::Codesearchnet => vec!["codesearchnet", "code_search_net"],
         Task::Humaneval => vec!["humaneval", "human_eval"],
+        Task::MtBench => vec!["mt-bench", "mt_bench"],
         Task::Synthetic => vec![],
         task => vec![task.name()],
     };

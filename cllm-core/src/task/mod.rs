@@ -5,6 +5,7 @@ mod gsm8k;
 mod humaneval;
 mod jsonl;
 mod mbpp;
+pub mod mt_bench;
 mod perplexity;
 mod python;
 mod spider;
@@ -37,6 +38,9 @@ pub enum Task {
     Humaneval,
     /// Python functions (Austin et al., arXiv 2108.07732), scored by running them where that was asked for.
     Mbpp,
+    /// Questions of two turns (Zheng et al., arXiv 2306.05685); not scored: the answers are written for a judge.
+    #[serde(rename = "mt-bench")]
+    MtBench,
     /// Python functions from their docstrings (Husain et al., arXiv 1909.09436); compared with the reference, not scored.
     Codesearchnet,
     /// Texts, which the models are measured on and do not answer.
@@ -76,11 +80,12 @@ pub struct Judge<'a> {
 
 impl Task {
     /// Every task.
-    pub const ALL: [Task; 8] = [
+    pub const ALL: [Task; 9] = [
         Task::Gsm8k,
         Task::Spider,
         Task::Humaneval,
         Task::Mbpp,
+        Task::MtBench,
         Task::Codesearchnet,
         Task::Perplexity,
         Task::Jsonl,
@@ -94,6 +99,7 @@ impl Task {
             Task::Spider => "spider",
             Task::Humaneval => "humaneval",
             Task::Mbpp => "mbpp",
+            Task::MtBench => "mt-bench",
             Task::Codesearchnet => "codesearchnet",
             Task::Perplexity => "perplexity",
             Task::Jsonl => "jsonl",
@@ -108,6 +114,7 @@ impl Task {
             Task::Spider => "a folder with train_spider.json, dev.json, tables.json and database/ of Spider",
             Task::Humaneval => "a folder with HumanEval.jsonl.gz, packed or not",
             Task::Mbpp => "a folder with mbpp.jsonl or sanitized-mbpp.json",
+            Task::MtBench => "a folder with question.jsonl of FastChat",
             Task::Codesearchnet => "a folder with python.jsonl of CodeSearchNet, or with a file a split",
             Task::Perplexity => "a .txt file, a .jsonl file with `text`, or a folder of them",
             Task::Jsonl => "a JSONL or Parquet file of prompts; the answer is compared with `reference`",
@@ -131,6 +138,7 @@ impl Task {
             Task::Spider => spider::load(data, split),
             Task::Humaneval => humaneval::load(data, split),
             Task::Mbpp => mbpp::load(data, split),
+            Task::MtBench => mt_bench::load(data, split),
             Task::Codesearchnet => codesearchnet::load(data, split),
             Task::Perplexity => perplexity::load(data, split),
             Task::Jsonl => crate::prompt_set::read_numbered(data),
@@ -184,9 +192,8 @@ impl Task {
             (Task::Spider, Judge { data: Some(data), .. }) => spider::score(data, sample, reference, answer),
             (Task::Humaneval, Judge { sandbox: Some(sandbox), .. }) => humaneval::score(sandbox, sample, answer),
             (Task::Mbpp, Judge { sandbox: Some(sandbox), .. }) => mbpp::score(sandbox, sample, answer),
-            (Task::Spider | Task::Humaneval | Task::Mbpp | Task::Codesearchnet | Task::Perplexity, _) => {
-                Ok(Verdict::Unscored)
-            }
+            (Task::Spider | Task::Humaneval | Task::Mbpp, _) => Ok(Verdict::Unscored),
+            (Task::MtBench | Task::Codesearchnet | Task::Perplexity, _) => Ok(Verdict::Unscored),
         }
     }
 }

@@ -15,10 +15,16 @@ struct Row {
 /// The texts of a file, or of all files of a folder by their names: one of a `.txt` file, one of each row with `text` else.
 pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
     let files = if data.is_dir() { files(data)? } else { vec![data.to_owned()] };
+    let rows = ["jsonl", "json", "gz", "parquet"];
     let mut texts = Vec::new();
     for file in &files {
         if is_text(file) {
             texts.push(text_file::read(file)?);
+        } else if file.exists() && !rows.iter().any(|known| file.extension().is_some_and(|ending| ending == *known)) {
+            return Err(Error::file(
+                file,
+                "expected a .txt file, or a .jsonl file with `text`: rename it to what it is",
+            ));
         } else {
             texts.extend(rows::read_file::<Row>(file)?.into_iter().map(|row| row.text));
         }
@@ -64,6 +70,11 @@ mod tests {
         let plain = |text: &str| Prompt::Text(text.to_owned());
         assert_eq!(found(dir.path()), [plain("One."), plain("Two."), plain("Three.\n")]);
         assert_eq!(found(&text), [plain("Three.\n")]);
+        let page = dir.path().join("c.md");
+        std::fs::write(&page, "Four.").unwrap();
+        assert!(load(&page, "test").unwrap_err().to_string().contains("c.md: expected a .txt file"));
+        assert_eq!(found(dir.path()).len(), 3);
+        assert_eq!(load(&dir.path().join("d"), "test").unwrap_err().exit_code(), 2);
         std::fs::write(&rows, "{\"txt\": \"One.\"}\n").unwrap();
         assert!(load(&rows, "test").unwrap_err().to_string().contains("line 1"));
     }

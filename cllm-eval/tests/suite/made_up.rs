@@ -98,16 +98,33 @@ fn answer(role: Role, strategy: Strategy, index: usize, right: bool, forwards: u
     }
 }
 
-/// A random model with a tokenizer of its own.
+/// A random model with a tokenizer of its own; it repeats the last token of a prompt.
 pub fn model(folder: &Path, seed: u64) {
+    random_model(folder, seed, true);
+}
+
+/// One whose answers depend on the whole prompt.
+pub fn eloquent_model(folder: &Path, seed: u64) {
+    random_model(folder, seed, false);
+}
+
+fn random_model(folder: &Path, seed: u64, tied: bool) {
     std::fs::create_dir_all(folder).unwrap();
     let texts: Vec<String> =
         synthetic::generate(1, "train", 40).into_iter().filter_map(|sample| sample.reference).collect();
     tokenizer_training::train(&texts, 300, folder).unwrap();
     let config = json!({
         "model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": true,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": tied,
     });
     let config = ModelConfig::from_json(&config).unwrap();
-    Transformer::random(config, seed, Device::Cpu, Kind::Float).save(folder, Kind::Float).unwrap();
+    let model = Transformer::random(config, seed, Device::Cpu, Kind::Float);
+    if !tied {
+        let _no_grad = tch::no_grad_guard();
+        // Attention of weights as small as they are drawn would hardly see more than the last token.
+        for (_, mut weight) in model.parameters().into_iter().filter(|(name, _)| name.contains("_proj")) {
+            let _ = weight.g_mul_scalar_(20.0);
+        }
+    }
+    model.save(folder, Kind::Float).unwrap();
 }

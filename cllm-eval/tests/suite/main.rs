@@ -9,6 +9,7 @@ mod code;
 mod comparisons;
 mod interrupted;
 mod made_up;
+mod mt_bench;
 mod perplexities;
 mod profiles;
 mod program;

@@ -19,6 +19,9 @@ fn a_suite_runs_what_is_there_skips_the_rest_and_outlives_a_failure() {
     let row = json!({ "id": "a", "prompt": "2 + 2 =", "reference": "4" });
     fs::write(Path::new(&data).join("jsonl/mine.jsonl"), row.to_string()).unwrap();
     fs::write(Path::new(&data).join("perplexity.txt"), "Tom has 3 apples. ".repeat(300)).unwrap();
+    fs::create_dir_all(Path::new(&data).join("mt_bench")).unwrap();
+    let row = json!({ "question_id": 81, "category": "math", "turns": ["2 + 2?", "And 3?"] });
+    fs::write(Path::new(&data).join("mt_bench/question.jsonl"), row.to_string()).unwrap();
     let arguments = |more: &[&str]| {
         let given = [format!("teacher={teacher}"), format!("data={data}"), format!("output={output}")];
         let fixed = ["suite", "strategies=[ar]", "max_new_tokens=5", "speed_examples=1", "limit=2", "device=cpu"];
@@ -33,7 +36,11 @@ fn a_suite_runs_what_is_there_skips_the_rest_and_outlives_a_failure() {
     };
     let found = EVAL.succeed(&arguments(&["--json"]));
     for (name, state) in states(&found.stdout) {
-        assert_eq!(state == "done", ["jsonl", "perplexity", "synthetic"].contains(&name.as_str()), "{name}: {state}");
+        assert_eq!(
+            state == "done",
+            ["jsonl", "mt-bench", "perplexity", "synthetic"].contains(&name.as_str()),
+            "{name}: {state}"
+        );
     }
     let report = fs::read_to_string(Path::new(&output).join("report.md")).unwrap();
     assert!(report.contains("## jsonl") && report.contains("## synthetic"), "{report}");

@@ -1,0 +1,85 @@
+//! Answers to MT-bench in the form that FastChat's judge reads: a file for each model and strategy.
+
+use std::io::Write;
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use cllm_core::decode::Strategy;
+use cllm_core::{Error, Result, atomic_file, fingerprint};
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::measure::role_name;
+use crate::records::{AnswerRecord, Records, Role};
+use crate::results::label;
+
+/// Name of the folder.
+pub const FOLDER: &str = "model_answer";
+
+/// A line of a file: both answers to a question.
+#[derive(Serialize)]
+struct Row<'a> {
+    question_id: &'a Value,
+    answer_id: String,
+    model_id: &'a str,
+    choices: [Choice<'a>; 1],
+    /// Seconds since 1970.
+    tstamp: f64,
+}
+
+#[derive(Serialize)]
+struct Choice<'a> {
+    index: usize,
+    turns: [&'a str; 2],
+}
+
+/// Writes the files of a finished run; the judge takes a file's name for the model's.
+///
+/// # Errors
+/// When an answer has no `question_id`; file-system errors.
+pub fn write(folder: &Path, records: &Records) -> Result<()> {
+    std::fs::create_dir_all(folder).map_err(Error::write(folder))?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
+    for model in &records.header.models {
+        for &strategy in &records.header.settings.strategies {
+            let model_id = model_id(model.role, strategy);
+            let path = folder.join(format!("{model_id}.jsonl"));
+            let mut answers: Vec<&AnswerRecord> = records
+                .answers
+                .iter()
+                .filter(|answer| answer.role == model.role && answer.strategy == strategy)
+                .collect();
+            answers.sort_by_key(|answer| answer.index);
+            // The turns of a question stand one behind the other.
+            let (questions, _) = answers.as_chunks::<2>();
+            atomic_file::write_with(&path, |file| {
+                for turns in questions {
+                    let row = row(&path, &records.header.identity, &model_id, turns, now)?;
+                    writeln!(file, "{row}").map_err(Error::write(&path))?;
+                }
+                Ok(())
+            })?;
+        }
+    }
+    Ok(())
+}
+
+fn model_id(role: Role, strategy: Strategy) -> String {
+    format!("{}-{}", role_name(role), label(strategy).replace(' ', "-"))
+}
+
+fn row(path: &Path, run: &str, model_id: &str, turns: &[&AnswerRecord; 2], tstamp: f64) -> Result<String> {
+    let [first, second] = turns;
+    let none = || {
+        Error::file(path, format!("answer `{}` has no question_id in its meta: prepare the prompts again", first.id))
+    };
+    let question_id = first.meta.as_ref().and_then(|meta| meta.get("question_id")).ok_or_else(none)?;
+    let row = Row {
+        question_id,
+        answer_id: fingerprint::of_bytes(format!("{run} {model_id} {question_id}").as_bytes()),
+        model_id,
+        choices: [Choice { index: 0, turns: [&first.text, &second.text] }],
+        tstamp,
+    };
+    serde_json::to_string(&row).map_err(|error| Error::file(path, error.to_string()))
+}
