@@ -46,7 +46,7 @@ pub struct RunSettings {
     /// Takes only the first examples (of mt-bench: questions, of two turns each).
     #[garde(range(min = 1))]
     pub limit: Option<usize>,
-    /// How many examples (the first) are timed at batch 1; 0 measures accuracy alone.
+    /// How many examples, spread evenly over all, are timed at batch 1; 0 measures accuracy alone.
     #[garde(skip)]
     pub speed_examples: usize,
     /// How to decode (perplexity decodes nothing), such as `ar`, `jacobi: {n: 16}`, `rolling: {n: 16, pool: 4}` or `lookahead: {}`; what a strategy leaves out has its default.

@@ -251,16 +251,16 @@ impl Subject {
         Ok(found)
     }
 
-    /// Measures how much memory each strategy takes at batch 1, of this model alone, with the longest prompt of the first
-    /// `examples`; nothing on the CPU. It is apart from the timing, whose decoders hold room for every strategy, and whose
+    /// Measures how much memory each strategy takes at batch 1, of this model alone, with the longest prompt of the timed
+    /// examples; nothing on the CPU. It is apart from the timing, whose decoders hold room for every strategy, and whose
     /// recorded steps allocate nothing when they are replayed.
     ///
     /// # Errors
     /// What decoding fails with.
-    pub fn measure_memory(&mut self, settings: &RunSettings, examples: usize) -> Result<()> {
+    pub fn measure_memory(&mut self, settings: &RunSettings, timed: &[usize]) -> Result<()> {
         let device = self.model.device();
         let length = |&index: &usize| self.prompts.each[index].1.prompt_ids.len();
-        let Some(longest) = (0..examples).max_by_key(length) else { return Ok(()) };
+        let Some(longest) = timed.iter().copied().max_by_key(length) else { return Ok(()) };
         for &strategy in settings.strategies.iter().filter(|_| device.is_cuda()) {
             interrupt::check()?;
             torch_ext::reset_peak_memory(device);
@@ -302,7 +302,13 @@ fn options(strategy: Strategy, settings: &RunSettings) -> DecodeOptions {
     DecodeOptions { temperature: settings.temperature, ..DecodeOptions::greedy(strategy, settings.seed) }
 }
 
-/// Times the first examples at batch 1. Models and strategies take turns on each example, so that a machine that slows
+/// The examples to time: so many, spread evenly over all of them, since neighbours are often alike (of one database, say).
+pub fn timed(count: usize, examples: usize) -> Vec<usize> {
+    let count = count.min(examples);
+    (0..count).map(|number| number * examples / count).collect()
+}
+
+/// Times examples at batch 1. Models and strategies take turns on each example, so that a machine that slows
 /// down slows all of them.
 ///
 /// # Errors
@@ -310,7 +316,7 @@ fn options(strategy: Strategy, settings: &RunSettings) -> DecodeOptions {
 pub fn time_all(
     subjects: &[Subject],
     settings: &RunSettings,
-    examples: usize,
+    examples: &[usize],
     records: &mut Records,
     journal: &mut Journal,
 ) -> Result<()> {
@@ -325,26 +331,24 @@ pub fn time_all(
         records.speeds.iter().any(same)
     };
     let done = records.speeds.len();
-    let total = turns.len() * examples;
-    if done >= total {
-        return Ok(());
-    }
+    let total = turns.len() * examples.len();
+    let Some(&first) = examples.first().filter(|_| done < total) else { return Ok(()) };
     let mut progress = Progress::new("speed at batch 1", done as u64, total as u64);
     // Twice: the first steps of a size are recorded, and from the third on they run as they will.
     for &(subject, strategy) in turns.iter().chain(&turns) {
         interrupt::check()?;
-        subjects[subject].time_one(&mut decoders[subject], 0, strategy, settings)?;
+        subjects[subject].time_one(&mut decoders[subject], first, strategy, settings)?;
     }
-    for index in 0..examples {
+    for (number, &index) in examples.iter().enumerate() {
         for turn in 0..turns.len() {
             interrupt::check()?;
             // Another one begins each time: none is always the first after a change of example.
-            let (number, strategy) = turns[(index + turn) % turns.len()];
-            let subject = &subjects[number];
+            let (model, strategy) = turns[(number + turn) % turns.len()];
+            let subject = &subjects[model];
             if has(records, subject, strategy, index) {
                 continue;
             }
-            let speed = subject.time_one(&mut decoders[number], index, strategy, settings)?;
+            let speed = subject.time_one(&mut decoders[model], index, strategy, settings)?;
             journal.append(&[Line::Speed(speed.clone())])?;
             records.speeds.push(speed);
             progress.advance(1);
@@ -359,5 +363,17 @@ pub fn role_name(role: Role) -> &'static str {
     match role {
         Role::Teacher => "teacher",
         Role::Student => "student",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timed_examples_are_spread() {
+        assert_eq!(timed(3, 10), [0, 3, 6]);
+        assert_eq!(timed(5, 4), [0, 1, 2, 3]);
+        assert!(timed(0, 4).is_empty() && timed(3, 0).is_empty());
     }
 }

@@ -12,7 +12,7 @@ use tch::Device;
 use crate::config::RunSettings;
 use crate::fastchat;
 use crate::margins;
-use crate::measure::{Prompts, Subject, identify, time_all};
+use crate::measure::{self, Prompts, Subject, identify};
 use crate::perplexity::{self, Texts};
 use crate::records::{Header, Journal, ModelEntry, Records, Role, SAMPLES, SCHEMA_VERSION};
 use crate::results::{RESULTS, Results};
@@ -125,7 +125,7 @@ impl Measurement<'_> {
         journal: &mut Journal,
     ) -> Result<()> {
         let Self { settings, samples, device, .. } = *self;
-        let timed = settings.speed_examples.min(samples.len());
+        let timed = measure::timed(settings.speed_examples, samples.len());
         let mut subjects = Vec::new();
         for ((role, folder), prompts) in self.models.iter().zip(prompts) {
             let mut subject = Subject::load(*role, folder, prompts, device)?;
@@ -137,12 +137,12 @@ impl Measurement<'_> {
             if settings.temperature == 0.0 {
                 margins::add(&subject, &mut records.answers)?;
             }
-            if timed > 0 {
-                subject.measure_memory(settings, timed)?;
+            if !timed.is_empty() {
+                subject.measure_memory(settings, &timed)?;
                 subjects.push(subject);
             }
         }
-        time_all(&subjects, settings, timed, records, journal)
+        measure::time_all(&subjects, settings, &timed, records, journal)
     }
 
     fn read(&self, texts: &[Texts], records: &mut Records, journal: &mut Journal) -> Result<()> {

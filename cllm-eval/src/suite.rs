@@ -35,7 +35,7 @@ pub struct SuiteSettings {
     /// Takes only the first examples of each benchmark.
     #[garde(range(min = 1))]
     pub limit: Option<usize>,
-    /// How many examples of each (the first) are timed at batch 1; 0 measures accuracy alone.
+    /// How many examples of each, spread evenly over all, are timed at batch 1; 0 measures accuracy alone.
     #[garde(skip)]
     pub speed_examples: usize,
     /// How to decode, as in `run`.

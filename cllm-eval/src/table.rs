@@ -163,7 +163,7 @@ pub fn measured(results: &Results) -> String {
     }
     let speed = match results.speed_examples {
         0 => "speed was not measured".to_owned(),
-        count => format!("speed at batch 1 on the first {count}, prefill apart"),
+        count => format!("speed at batch 1 on {count} of them, prefill apart"),
     };
     format!("{} examples, {}, answered in batches for accuracy; {speed}.", results.examples, results.choice())
 }
