@@ -213,8 +213,8 @@ fn named(role: Role, strategy: &str) -> String {
 /// Every role and strategy with answers.
 fn entries(results: &Results) -> impl Iterator<Item = (Role, &StrategyResults, Strategy)> {
     results.models.iter().flat_map(|model| {
-        let strategies = model.strategies.iter().zip(&results.settings.strategies);
-        strategies.filter(|(found, _)| found.examples > 0).map(|(found, &strategy)| (model.model.role, found, strategy))
+        let strategies = model.strategies.iter().zip(results.settings.strategies_of(model.model.role));
+        strategies.filter(|(found, _)| found.examples > 0).map(|(found, strategy)| (model.model.role, found, strategy))
     })
 }
 

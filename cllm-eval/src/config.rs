@@ -8,6 +8,8 @@ use garde::Validate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::records::Role;
+
 /// Settings of an evaluation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -96,6 +98,13 @@ impl Default for RunSettings {
             output: PathBuf::from("runs/eval"),
             eos_ids: None,
         }
+    }
+}
+
+impl RunSettings {
+    /// What a model is asked to do: a student guesses for its teacher, nobody guesses for it.
+    pub fn strategies_of(&self, role: Role) -> impl Iterator<Item = Strategy> + '_ {
+        self.strategies.iter().copied().filter(move |strategy| role == Role::Teacher || !strategy.is_drafted())
     }
 }
 

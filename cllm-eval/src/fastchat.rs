@@ -41,7 +41,7 @@ pub fn write(folder: &Path, records: &Records) -> Result<()> {
     std::fs::create_dir_all(folder).map_err(Error::write(folder))?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
     for model in &records.header.models {
-        for &strategy in &records.header.settings.strategies {
+        for strategy in records.header.settings.strategies_of(model.role) {
             let model_id = model_id(model.role, strategy);
             let path = folder.join(format!("{model_id}.jsonl"));
             let mut answers: Vec<&AnswerRecord> = records

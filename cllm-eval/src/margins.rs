@@ -10,7 +10,7 @@ use tch::{Kind, Tensor};
 use crate::measure::Subject;
 use crate::records::AnswerRecord;
 
-/// Fills in the margins of a model's answers that differ from its autoregressive ones to the same prompts.
+/// Fills in the margins of a model's answers that differ from its autoregressive ones to the same prompts, and have none yet.
 ///
 /// # Errors
 /// libtorch's errors; interruption.
@@ -21,7 +21,8 @@ pub fn add(subject: &Subject, answers: &mut [AnswerRecord]) -> Result<()> {
         .filter(own)
         .map(|answer| (answer.index, (answer.prompt.clone(), answer.response_ids.clone())))
         .collect();
-    for answer in answers.iter_mut().filter(|answer| answer.role == subject.role) {
+    let open = |answer: &&mut AnswerRecord| answer.role == subject.role && answer.margin_at_difference.is_none();
+    for answer in answers.iter_mut().filter(open) {
         // Second turns have other prompts where the answers to the first differ.
         let same = |(prompt, _): &&(String, Vec<i32>)| *prompt == answer.prompt;
         let Some((_, greedy)) = greedy.get(&answer.index).filter(same) else { continue };

@@ -9,6 +9,7 @@ use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Error, Result, device, hub, interrupt, model, torch_ext};
 use rayon::prelude::*;
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 use tch::Device;
 
 use crate::config::RunSettings;
@@ -25,7 +26,9 @@ pub struct Subject {
     /// Which.
     pub role: Role,
     /// The weights.
-    pub model: Transformer,
+    pub model: Rc<Transformer>,
+    /// The model that guesses for it in [`Strategy::Drafted`].
+    pub drafter: Option<Rc<Transformer>>,
     prompts: Prompts,
     /// Bytes of GPU memory that were in use before it was loaded.
     others: u64,
@@ -110,7 +113,7 @@ impl Subject {
     pub fn load(role: Role, folder: &Path, prompts: Prompts, device: Device) -> Result<Self> {
         let others = torch_ext::memory(device).map_or(0, |(current, _)| current);
         let model = Transformer::load(folder, device, device::default_kind(device))?;
-        Ok(Subject { role, model, prompts, others, speed_peaks: Vec::new() })
+        Ok(Subject { role, model: Rc::new(model), drafter: None, prompts, others, speed_peaks: Vec::new() })
     }
 
     /// Tokens of an example's prompt.
@@ -192,11 +195,15 @@ impl Subject {
         Ok(())
     }
 
-    /// A decoder with room for so many answers to any of the prompts.
+    /// A decoder with room for so many answers to any of the prompts, and with the drafter where a strategy has one.
     fn decoder(&self, rows: usize, strategies: &[Strategy]) -> Result<Decoder<'_>> {
         let longest = self.prompts.each.iter().map(|(_, request)| request.prompt_ids.len()).max().unwrap_or(0);
         let needed = |&strategy: &Strategy| capacity(longest, &self.prompts.limits, strategy);
-        Decoder::new(&self.model, rows, strategies.iter().map(needed).max().unwrap_or(0))
+        let decoder = Decoder::new(&self.model, rows, strategies.iter().map(needed).max().unwrap_or(0))?;
+        match &self.drafter {
+            Some(drafter) if strategies.iter().any(|strategy| strategy.is_drafted()) => decoder.with_drafter(drafter),
+            _ => Ok(decoder),
+        }
     }
 
     fn answer_batch(
@@ -257,11 +264,11 @@ impl Subject {
     ///
     /// # Errors
     /// What decoding fails with.
-    pub fn measure_memory(&mut self, settings: &RunSettings, timed: &[usize]) -> Result<()> {
+    pub fn measure_memory(&mut self, strategies: &[Strategy], settings: &RunSettings, timed: &[usize]) -> Result<()> {
         let device = self.model.device();
         let length = |&index: &usize| self.prompts.each[index].1.prompt_ids.len();
         let Some(longest) = timed.iter().copied().max_by_key(length) else { return Ok(()) };
-        for &strategy in settings.strategies.iter().filter(|_| device.is_cuda()) {
+        for &strategy in strategies.iter().filter(|_| device.is_cuda()) {
             interrupt::check()?;
             torch_ext::reset_peak_memory(device);
             self.time_one(&mut self.decoder(1, &[strategy])?, longest, strategy, settings)?;
@@ -320,10 +327,13 @@ pub fn time_all(
     records: &mut Records,
     journal: &mut Journal,
 ) -> Result<()> {
+    let of = |subject: &Subject| settings.strategies_of(subject.role).collect::<Vec<_>>();
     let mut decoders: Vec<Decoder<'_>> =
-        subjects.iter().map(|subject| subject.decoder(1, &settings.strategies)).collect::<Result<_>>()?;
-    let turns: Vec<(usize, Strategy)> = (0..subjects.len())
-        .flat_map(|subject| settings.strategies.iter().map(move |&strategy| (subject, strategy)))
+        subjects.iter().map(|subject| subject.decoder(1, &of(subject))).collect::<Result<_>>()?;
+    let turns: Vec<(usize, Strategy)> = subjects
+        .iter()
+        .enumerate()
+        .flat_map(|(number, subject)| of(subject).into_iter().map(move |strategy| (number, strategy)))
         .collect();
     let has = |records: &Records, subject: &Subject, strategy: Strategy, index: usize| {
         let same =

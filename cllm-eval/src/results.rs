@@ -193,7 +193,7 @@ pub fn label(strategy: Strategy) -> String {
     let with_pool = |pool: usize| if pool == 0 { String::new() } else { format!(" pool={pool}") };
     match strategy {
         Strategy::Ar => name.to_owned(),
-        Strategy::Jacobi { n } => format!("{name} n={n}"),
+        Strategy::Jacobi { n } | Strategy::Drafted { n } => format!("{name} n={n}"),
         Strategy::Rolling { n, pool } => format!("{name} n={n}{}", with_pool(pool)),
         Strategy::MultiBlock { n, blocks, ratio, pool } => {
             format!("{name} n={n} blocks={blocks} ratio={ratio}{}", with_pool(pool))
@@ -229,13 +229,16 @@ impl Results {
     /// Computes every figure.
     pub fn of(records: &Records) -> Self {
         let header = &records.header;
-        let strategies = &header.settings.strategies;
         let mut models: Vec<_> = header
             .models
             .iter()
             .map(|model| ModelResults {
                 model: model.clone(),
-                strategies: strategies.iter().map(|&strategy| figures(records, model.role, strategy)).collect(),
+                strategies: header
+                    .settings
+                    .strategies_of(model.role)
+                    .map(|strategy| figures(records, model.role, strategy))
+                    .collect(),
                 perplexity: perplexity(records, model.role),
             })
             .collect();
@@ -407,11 +410,11 @@ fn paired_differences(records: &Records) -> Vec<PairedDifference> {
             .map(|answer| (answer.index, answer.verdict == Verdict::Right))
             .collect()
     };
-    let strategies = &header.settings.strategies;
-    strategies
-        .iter()
-        .map(|&strategy| {
-            let other = if strategies.contains(&Strategy::Ar) { Strategy::Ar } else { strategy };
+    let settings = &header.settings;
+    settings
+        .strategies_of(Role::Student)
+        .map(|strategy| {
+            let other = if settings.strategies.contains(&Strategy::Ar) { Strategy::Ar } else { strategy };
             let teacher = verdicts(Role::Teacher, other);
             let pairs: Vec<(bool, bool)> = verdicts(Role::Student, strategy)
                 .into_iter()

@@ -1,6 +1,7 @@
 //! `run`: measures every model with every strategy.
 
 use std::path::{Path, PathBuf};
+use std::rc::Rc;
 
 use cllm_core::decode::Strategy;
 use cllm_core::hardware::{Hardware, Toolkit};
@@ -15,7 +16,7 @@ use crate::margins;
 use crate::measure::{self, Prompts, Subject, identify};
 use crate::perplexity::{self, Texts};
 use crate::records::{Header, Journal, ModelEntry, Records, Role, SAMPLES, SCHEMA_VERSION};
-use crate::results::{RESULTS, Results};
+use crate::results::{self, RESULTS, Results};
 use crate::score;
 
 /// Runs an evaluation, or goes on with an interrupted one, and writes its files.
@@ -29,6 +30,12 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
         .collect();
     if named.is_empty() {
         return Err(Error::usage("nothing to evaluate: set `teacher`, `student` or both to a model folder or id"));
+    }
+    if let Some(&strategy) = settings.strategies.iter().find(|strategy| strategy.is_drafted() && named.len() < 2) {
+        let label = results::label(strategy);
+        return Err(Error::usage(format!(
+            "strategies: `{label}` has the student guess for its teacher: set `teacher` and `student`"
+        )));
     }
     let device = device::parse(&settings.device)?;
     let Examples { task, split, samples } = examples(settings)?;
@@ -126,23 +133,43 @@ impl Measurement<'_> {
     ) -> Result<()> {
         let Self { settings, samples, device, .. } = *self;
         let timed = measure::timed(settings.speed_examples, samples.len());
+        let drafted: Vec<_> = settings.strategies.iter().copied().filter(|strategy| strategy.is_drafted()).collect();
         let mut subjects = Vec::new();
         for ((role, folder), prompts) in self.models.iter().zip(prompts) {
             let mut subject = Subject::load(*role, folder, prompts, device)?;
-            for &strategy in &settings.strategies {
-                subject.answer_all(samples, strategy, settings, scoring, records, journal)?;
-            }
-            subject.fill_second_turns(samples, reference_strategy(&settings.strategies), records)?;
-            // Of logits with noise on them a margin says nothing.
-            if settings.temperature == 0.0 {
-                margins::add(&subject, &mut records.answers)?;
-            }
-            if !timed.is_empty() {
-                subject.measure_memory(settings, &timed)?;
+            let alone: Vec<_> = settings.strategies_of(*role).filter(|strategy| !strategy.is_drafted()).collect();
+            self.answer_with(&mut subject, &alone, &timed, scoring, records, journal)?;
+            if !timed.is_empty() || !drafted.is_empty() {
                 subjects.push(subject);
             }
         }
+        if let ([teacher, student], false) = (&mut subjects[..], drafted.is_empty()) {
+            teacher.drafter = Some(Rc::clone(&student.model));
+            self.answer_with(teacher, &drafted, &timed, scoring, records, journal)?;
+        }
         measure::time_all(&subjects, settings, &timed, records, journal)
+    }
+
+    /// Everything about a model and some strategies but the timing.
+    fn answer_with(
+        &self,
+        subject: &mut Subject,
+        strategies: &[Strategy],
+        timed: &[usize],
+        scoring: (Task, Judge<'_>),
+        records: &mut Records,
+        journal: &mut Journal,
+    ) -> Result<()> {
+        let Self { settings, samples, .. } = *self;
+        for &strategy in strategies {
+            subject.answer_all(samples, strategy, settings, scoring, records, journal)?;
+        }
+        subject.fill_second_turns(samples, reference_strategy(&settings.strategies), records)?;
+        // Of logits with noise on them a margin says nothing.
+        if settings.temperature == 0.0 {
+            margins::add(subject, &mut records.answers)?;
+        }
+        subject.measure_memory(strategies, settings, timed)
     }
 
     fn read(&self, texts: &[Texts], records: &mut Records, journal: &mut Journal) -> Result<()> {

@@ -2,7 +2,7 @@
 
 use tch::{Kind, Tensor};
 
-use super::{Choice, Chunk, Forward, Place, Window, noise};
+use super::{Choice, Chunk, Forward, Place, Predicted, Window, noise};
 use crate::model::{Branches, CachePlaces, KvCache, SlotMove, Transformer};
 use crate::{Result, device};
 
@@ -11,6 +11,8 @@ use crate::{Result, device};
 pub(super) struct EagerModel<'m> {
     model: &'m Transformer,
     cache: KvCache,
+    /// What the step that was begun chose.
+    chosen: Vec<i32>,
 }
 
 /// Tokens of some neighbouring rows.
@@ -48,7 +50,7 @@ impl BatchRow {
 impl<'m> EagerModel<'m> {
     pub(super) fn new(model: &'m Transformer, rows: usize, capacity: usize) -> Self {
         let cache = KvCache::new(model.config(), rows, capacity, model.device(), model.kind());
-        EagerModel { model, cache }
+        EagerModel { model, cache, chosen: Vec::new() }
     }
 
     fn hidden(&self, batch: &Batch) -> Tensor {
@@ -89,7 +91,7 @@ impl<'m> EagerModel<'m> {
 }
 
 impl Forward for EagerModel<'_> {
-    fn step(&mut self, chunks: &[Chunk<'_>], windows: &[Window<'_>], choice: Choice) -> Result<Vec<Vec<i32>>> {
+    fn begin(&mut self, chunks: &[Chunk<'_>], windows: &[Window<'_>], choice: Choice) -> Result<()> {
         for neighbours in chunks.chunk_by(|one, next| one.row + 1 == next.row) {
             let rows = neighbours.iter().map(BatchRow::of_chunk).collect();
             let _ = self.hidden(&Batch { first_row: neighbours[0].row, rows, branches: false });
@@ -97,13 +99,17 @@ impl Forward for EagerModel<'_> {
         if windows.is_empty() {
             // What is timed apart must be over.
             device::synchronize(self.model.device());
-            return Ok(Vec::new());
+            return Ok(());
         }
         let branches = windows.iter().any(|window| window.tree.is_some());
         let rows = windows.iter().map(BatchRow::of_window).collect();
         let hidden = self.hidden(&Batch { first_row: 0, rows, branches });
-        let mut chosen = self.choose(&hidden, windows, choice)?.into_iter();
-        Ok(windows.iter().map(|window| chosen.by_ref().take(window.len()).collect()).collect())
+        self.chosen = self.choose(&hidden, windows, choice)?;
+        Ok(())
+    }
+
+    fn finish(&mut self, windows: &[Window<'_>]) -> Result<Vec<Predicted>> {
+        Ok(Predicted::each(windows, &self.chosen))
     }
 
     fn move_slots(&mut self, moves: &[SlotMove]) -> Result<()> {

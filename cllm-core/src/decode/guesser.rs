@@ -30,6 +30,8 @@ pub(super) trait Guesser {
 pub(super) struct Step<'s> {
     /// The tokens predicted after each token of the window.
     pub(super) predicted: &'s [i32],
+    /// What is guessed after each of them: the predictions, or those of another model.
+    pub(super) drafts: &'s [i32],
     /// Guesses, one after another, that agreed with the predictions before them; the prediction after the last of them is
     /// final too. In a window that does not branch they are the leading ones.
     pub(super) matched: usize,
@@ -45,9 +47,9 @@ impl Step<'_> {
         self.predicted[self.matched]
     }
 
-    /// Predictions under guesses of which at least one was wrong: the next guesses; of a window that does not branch.
+    /// What was drafted under guesses of which at least one was wrong: the next guesses; of a window that does not branch.
     pub(super) fn open(&self) -> &[i32] {
-        &self.predicted[self.matched + 1..]
+        &self.drafts[self.matched + 1..]
     }
 }
 
@@ -57,6 +59,7 @@ pub(super) fn guesser(options: DecodeOptions, sample_id: &str, prompt: &[i32]) -
     match options.strategy {
         Strategy::Ar => Box::new(Jacobi::new(1, prompt.len(), options.record, draws)),
         Strategy::Jacobi { n } => Box::new(Jacobi::new(n, prompt.len(), options.record, draws)),
+        Strategy::Drafted { n } => Box::new(Rolling::new(n, 0, prompt, draws)),
         Strategy::Rolling { n, pool } => Box::new(Rolling::new(n, pool, prompt, draws)),
         Strategy::MultiBlock { n, blocks, ratio, pool } => {
             Box::new(MultiBlock::new(n, blocks, ratio, pool, prompt, draws))

@@ -4,6 +4,7 @@
 //! one and guesses after it, in order or as a tree. What the model predicts makes some of them final; a row whose answer ends
 //! leaves its place to the next request. On a GPU a step is a CUDA graph over kernels of our own, elsewhere it is made of libtorch's operations.
 
+mod drafted;
 mod eager;
 mod guesser;
 mod jacobi;
@@ -23,6 +24,7 @@ use crate::model::{SlotMove, Transformer};
 use crate::trajectory::{Block, FinishReason};
 use crate::{Error, Result, interrupt};
 
+use drafted::Drafted;
 use eager::EagerModel;
 use recorded::RecordedModel;
 use row::Row;
@@ -102,16 +104,27 @@ impl DecodeOptions {
 /// A model with a cache for some rows, ready to decode.
 pub struct Decoder<'m> {
     model: Box<dyn Forward + 'm>,
+    drafter: Option<Box<dyn Forward + 'm>>,
     rows: usize,
     room: Room,
 }
 
-/// Tokens that a row has room for.
+/// What requests must fit.
 struct Room {
-    /// In the cache.
+    /// Tokens of a row in the cache.
     capacity: usize,
-    /// In the model's context.
+    /// Tokens of the model's context.
     max_positions: usize,
+    /// Tokens that there are.
+    vocab_size: i64,
+}
+
+fn forward<'m>(model: &'m Transformer, rows: usize, capacity: usize) -> Result<Box<dyn Forward + 'm>> {
+    let _no_grad = tch::no_grad_guard();
+    Ok(match RecordedModel::new(model, rows, capacity)? {
+        Some(recorded) => Box::new(recorded),
+        None => Box::new(EagerModel::new(model, rows, capacity)),
+    })
 }
 
 impl<'m> Decoder<'m> {
@@ -120,12 +133,24 @@ impl<'m> Decoder<'m> {
     /// # Errors
     /// [`Error::Torch`], such as memory that does not suffice for the cache.
     pub fn new(model: &'m Transformer, rows: usize, capacity: usize) -> Result<Self> {
-        let _no_grad = tch::no_grad_guard();
-        let forward: Box<dyn Forward + 'm> = match RecordedModel::new(model, rows, capacity)? {
-            Some(recorded) => Box::new(recorded),
-            None => Box::new(EagerModel::new(model, rows, capacity)),
-        };
-        Ok(Decoder { model: forward, rows, room: Room { capacity, max_positions: model.config().max_positions } })
+        let config = model.config();
+        let room = Room { capacity, max_positions: config.max_positions, vocab_size: config.vocab_size };
+        Ok(Decoder { model: forward(model, rows, capacity)?, drafter: None, rows, room })
+    }
+
+    /// Lets another model guess where the strategy is [`Strategy::Drafted`]; its tokens must be the same.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] when its vocabulary is of another size; as [`Decoder::new`].
+    pub fn with_drafter(self, drafter: &'m Transformer) -> Result<Self> {
+        let (own, other) = (self.room.vocab_size, drafter.config().vocab_size);
+        if own != other {
+            return Err(Error::usage(format!(
+                "a model with a vocabulary of {other} tokens cannot guess for one of {own}: both must read the same tokens"
+            )));
+        }
+        let drafter = Some(forward(drafter, self.rows, self.room.capacity)?);
+        Ok(Decoder { drafter, ..self })
     }
 
     /// Answers all requests at once, each row at its own position and finishing on its own. Every prompt is in the cache
@@ -181,26 +206,42 @@ impl<'m> Decoder<'m> {
         events: &mut Events<'_>,
     ) -> Result<Timing> {
         options.strategy.check()?;
-        let Decoder { model, rows, room } = self;
+        let Decoder { model, drafter, rows, room } = self;
         let mut checked = requests.map(|request| room.check(&request, limits, options).map(|()| request));
         let _no_grad = tch::no_grad_guard();
-        converge(model.as_mut(), *rows, &mut checked, limits, options, prefill, events)
+        let mut drafted;
+        let model: &mut dyn Forward = match drafter {
+            _ if !options.strategy.is_drafted() => model.as_mut(),
+            Some(drafter) => {
+                drafted = Drafted::new(model.as_mut(), drafter.as_mut());
+                &mut drafted
+            }
+            None => return Err(no_drafter()),
+        };
+        converge(model, *rows, &mut checked, limits, options, prefill, events)
     }
 
     /// Answers one request a forward at a time, for those who do something else between two forwards.
     ///
     /// # Errors
-    /// As [`Decoder::answer`].
+    /// As [`Decoder::answer`]; [`Strategy::Drafted`] is refused.
     pub fn steps<'d>(&'d mut self, request: Request, limits: &'d Limits, options: DecodeOptions) -> Result<Steps<'d>>
     where
         'm: 'd,
     {
         options.strategy.check()?;
+        if options.strategy.is_drafted() {
+            return Err(no_drafter());
+        }
         self.room.check(&request, limits, options)?;
         let mut batch = Batch::new(limits, options, Prefill::First);
         batch.add(0, request);
         Ok(Steps { model: self.model.as_mut(), batch })
     }
+}
+
+fn no_drafter() -> Error {
+    Error::usage("strategy drafted needs a model that guesses beside the one that decides")
 }
 
 impl Room {
@@ -293,9 +334,12 @@ pub fn check_length(request: &Request, limits: &Limits, max_positions: usize) ->
 
 /// What decoding asks of a model. Rows are numbered from 0 without gaps.
 trait Forward {
-    /// Caches the chunks of prompts and chooses the token that follows each token of each window. The windows are those of
-    /// the leading rows, in order, the chunks those of the rows behind them.
-    fn step(&mut self, chunks: &[Chunk<'_>], windows: &[Window<'_>], choice: Choice) -> Result<Vec<Vec<i32>>>;
+    /// Begins to cache the chunks of prompts and to choose the token that follows each token of each window. The windows are
+    /// those of the leading rows, in order, the chunks those of the rows behind them.
+    fn begin(&mut self, chunks: &[Chunk<'_>], windows: &[Window<'_>], choice: Choice) -> Result<()>;
+
+    /// Waits until that is done, and returns the choices.
+    fn finish(&mut self, windows: &[Window<'_>]) -> Result<Vec<Predicted>>;
 
     /// Copies keys and values between slots; all are read before any is written.
     fn move_slots(&mut self, moves: &[SlotMove]) -> Result<()>;
@@ -305,6 +349,25 @@ trait Forward {
 
     /// Most tokens of prompts that one step should take.
     fn prompt_tokens(&self) -> usize;
+}
+
+/// What was chosen after each token of a window.
+struct Predicted {
+    tokens: Vec<i32>,
+    /// What another model chose there, where one guesses.
+    drafts: Option<Vec<i32>>,
+}
+
+impl Predicted {
+    /// From the tokens of all windows, one behind another.
+    fn each(windows: &[Window<'_>], mut tokens: &[i32]) -> Vec<Self> {
+        let take = |window: &Window<'_>| {
+            let (taken, rest) = tokens.split_at(window.len());
+            tokens = rest;
+            Predicted { tokens: taken.to_vec(), drafts: None }
+        };
+        windows.iter().map(take).collect()
+    }
 }
 
 /// How tokens are chosen.
@@ -402,14 +465,16 @@ impl<'r> Batch<'r> {
         let chunks = chunks(rows, model.prompt_tokens());
         let decoding = if self.prefill == Prefill::First && !chunks.is_empty() { 0 } else { ready };
         let windows: Vec<_> = rows[..decoding].iter().enumerate().map(|(row, live)| live.row.window(row)).collect();
-        let predictions = model.step(&chunks, &windows, Choice { temperature: self.options.temperature })?;
+        model.begin(&chunks, &windows, Choice { temperature: self.options.temperature })?;
+        let predictions = model.finish(&windows)?;
         let taken: Vec<(usize, usize)> = chunks.iter().map(|chunk| (chunk.row, chunk.tokens.len())).collect();
         for (row, tokens) in taken {
             rows[row].cached += tokens;
         }
         let mut moves = Vec::new();
         for (row, (live, predicted)) in rows.iter_mut().zip(&predictions).enumerate() {
-            let accepted = live.row.accept(predicted);
+            let Predicted { tokens, drafts } = predicted;
+            let accepted = live.row.accept(tokens, drafts.as_ref().unwrap_or(tokens));
             moves.extend(accepted.moves.into_iter().map(|(from, to)| SlotMove { row, from, to }));
             (events.new_tokens)(live.index, accepted.tokens);
         }

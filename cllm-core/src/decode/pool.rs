@@ -91,7 +91,7 @@ mod tests {
         let mut pool = TailPool::new(2);
         let mut guesses = [0; 4];
         let mut recycle = |predicted: &[i32]| {
-            pool.recycle(&Step { predicted, matched: 0, known: &[], cut: false }, &mut guesses);
+            pool.recycle(&Step { predicted, drafts: predicted, matched: 0, known: &[], cut: false }, &mut guesses);
             guesses
         };
         assert_eq!(recycle(&[1, 7, 8, 9]), [0; 4], "there was nothing to recycle");

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
-use super::{Choice, Chunk, Forward, Place, Window};
+use super::{Choice, Chunk, Forward, Place, Predicted, Window};
 use crate::model::{Fused, SlotMove, StepInput, StepSize, Transformer};
 use crate::torch_ext::decode_kernels::{self, Places};
 use crate::torch_ext::graphs::{Graph, GraphPool, PinnedInts, Stream};
@@ -182,35 +182,33 @@ impl<'m> RecordedModel<'m> {
                 self.steps.insert(key, Step::Recorded(graph));
             }
         }
-        self.stream.synchronize()
+        Ok(())
     }
 }
 
 impl Forward for RecordedModel<'_> {
-    fn step(&mut self, chunks: &[Chunk<'_>], windows: &[Window<'_>], choice: Choice) -> Result<Vec<Vec<i32>>> {
+    fn begin(&mut self, chunks: &[Chunk<'_>], windows: &[Window<'_>], choice: Choice) -> Result<()> {
         let size = self.size(chunks, windows);
         let layout = Layout::of(size);
         self.reserve(layout.len(), size.outputs)?;
         let tile = self.model.tile(size.tokens);
         Input { ints: self.buffers.host_input.as_mut_slice(), layout, tile, tokens: 0, tiles: 0 }.fill(chunks, windows);
-        let on_stream = self.stream.enter()?;
+        let _on_stream = self.stream.enter()?;
         let inverse = if choice.temperature == 0.0 { 0.0 } else { (1.0 / choice.temperature) as f32 };
-        self.run(size, inverse)?;
-        drop(on_stream);
+        self.run(size, inverse)
+    }
+
+    fn finish(&mut self, windows: &[Window<'_>]) -> Result<Vec<Predicted>> {
+        self.stream.synchronize()?;
         let outputs: usize = windows.iter().map(Window::len).sum();
-        let mut predicted = &self.buffers.host_predicted.as_mut_slice()[..outputs];
+        let predicted = &self.buffers.host_predicted.as_mut_slice()[..outputs];
         // Of logits that are no numbers none is the largest; the next step would look such a token up.
         if predicted.iter().any(|&token| token < 0 || token as usize >= self.vocab) {
             return Err(Error::negative(
                 "the model's logits are not numbers: its weights are damaged, or overflow in bf16",
             ));
         }
-        let mut take = |count: usize| {
-            let (taken, rest) = predicted.split_at(count);
-            predicted = rest;
-            taken.to_vec()
-        };
-        Ok(windows.iter().map(|window| take(window.len())).collect())
+        Ok(Predicted::each(windows, predicted))
     }
 
     fn move_slots(&mut self, moves: &[SlotMove]) -> Result<()> {

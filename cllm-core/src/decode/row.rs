@@ -54,8 +54,8 @@ impl<'r> Row<'r> {
     }
 
     /// Takes the predictions after each token of the window: the guesses that agree with them are final up to the first
-    /// that does not, and that one's correction is final too.
-    pub(super) fn accept(&mut self, predicted: &[i32]) -> Accepted<'_> {
+    /// that does not, and that one's correction is final too. The next guesses come from `drafts`.
+    pub(super) fn accept(&mut self, predicted: &[i32], drafts: &[i32]) -> Accepted<'_> {
         let path = self.window(0).agreed(predicted);
         let (before, matched) = (self.sequence.len(), path.len() - 1);
         for &offset in &path {
@@ -68,7 +68,7 @@ impl<'r> Row<'r> {
         }
         self.accepted.push((self.sequence.len() - before) as u32);
         let cut = self.sequence.len() < before + matched + 1;
-        self.guesser.advance(&Step { predicted, matched, known: &self.sequence, cut });
+        self.guesser.advance(&Step { predicted, drafts, matched, known: &self.sequence, cut });
         let moved = path.into_iter().enumerate().filter(|(to, from)| to != from);
         let moves = moved.map(|(to, from)| (before - 1 + from, before - 1 + to)).collect();
         Accepted { tokens: &self.sequence[before..], moves }

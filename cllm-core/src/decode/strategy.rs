@@ -41,6 +41,13 @@ pub enum Strategy {
         #[serde(default)]
         pool: usize,
     },
+    /// Another model guesses, the model's own forward decides: both forward a rolling window of n tokens at once, and where a guess
+    /// was wrong the predictions of the other one are guessed next. So the answer is the model's own, token for token. The
+    /// evaluation has a student guess for its teacher.
+    Drafted {
+        /// Tokens of the window, at least 2.
+        n: usize,
+    },
     /// Lookahead decoding: Jacobi iterations on the next `window` (5) tokens make n-grams of `ngram` (4) tokens; the last
     /// `candidates` (5) that begin with the last known token are guessed, all in one forward of at most
     /// (window + candidates) x (ngram - 1) tokens (Fu et al., arXiv 2402.02057).
@@ -102,7 +109,7 @@ impl Strategy {
     pub fn window(self) -> usize {
         match self {
             Strategy::Ar => 1,
-            Strategy::Jacobi { n } | Strategy::Rolling { n, .. } => n,
+            Strategy::Jacobi { n } | Strategy::Rolling { n, .. } | Strategy::Drafted { n } => n,
             Strategy::MultiBlock { n, blocks, .. } => n.saturating_mul(blocks),
             Strategy::Lookahead { window, ngram, candidates } => {
                 window.saturating_add(candidates).saturating_mul(ngram.saturating_sub(1))
@@ -117,8 +124,14 @@ impl Strategy {
             Strategy::Jacobi { .. } => "jacobi",
             Strategy::Rolling { .. } => "rolling",
             Strategy::MultiBlock { .. } => "multiblock",
+            Strategy::Drafted { .. } => "drafted",
             Strategy::Lookahead { .. } => "lookahead",
         }
+    }
+
+    /// Whether another model guesses.
+    pub fn is_drafted(self) -> bool {
+        matches!(self, Strategy::Drafted { .. })
     }
 
     /// Checks that it can be done.
@@ -130,7 +143,10 @@ impl Strategy {
         let refuse = |what: String| Err(Error::usage(what));
         match self {
             Strategy::Ar => {}
-            Strategy::Jacobi { n } | Strategy::Rolling { n, .. } | Strategy::MultiBlock { n, .. }
+            Strategy::Jacobi { n }
+            | Strategy::Rolling { n, .. }
+            | Strategy::Drafted { n }
+            | Strategy::MultiBlock { n, .. }
                 if !(2..=MOST_TOKENS).contains(&n) =>
             {
                 return refuse(format!("n of {name} must be from 2 to {MOST_TOKENS}"));

@@ -1,5 +1,6 @@
 //! The decoding loop on a made-up model: exact, no weights.
 
+use super::drafted::Drafted;
 use super::row::Accepted;
 use super::*;
 
@@ -11,11 +12,12 @@ struct Rule {
     next: fn(&[i32]) -> i32,
     /// Tokens of prompts that a step takes.
     prompt_tokens: usize,
+    chosen: Vec<i32>,
 }
 
 impl Rule {
     fn new(rows: usize) -> Self {
-        Rule { sequences: vec![Vec::new(); rows], next: hard, prompt_tokens: usize::MAX }
+        Rule { sequences: vec![Vec::new(); rows], next: hard, prompt_tokens: usize::MAX, chosen: Vec::new() }
     }
 
     fn cache(&mut self, row: usize, start: usize, tokens: impl Iterator<Item = i32>) {
@@ -27,7 +29,7 @@ impl Rule {
 }
 
 impl Forward for Rule {
-    fn step(&mut self, chunks: &[Chunk<'_>], windows: &[Window<'_>], _: Choice) -> Result<Vec<Vec<i32>>> {
+    fn begin(&mut self, chunks: &[Chunk<'_>], windows: &[Window<'_>], _: Choice) -> Result<()> {
         assert!(windows.iter().enumerate().all(|(row, window)| window.row == row));
         assert!(chunks.iter().all(|chunk| chunk.row >= windows.len() && !chunk.tokens.is_empty()));
         for chunk in chunks {
@@ -43,9 +45,14 @@ impl Forward for Rule {
                 assert_eq!(path.len(), depth + 1, "a token's position is not that of its sequence");
                 [known, &path].concat()
             };
-            (0..window.len()).map(|last| (self.next)(&seen(last))).collect()
+            (0..window.len()).map(|last| (self.next)(&seen(last))).collect::<Vec<_>>()
         };
-        Ok(windows.iter().map(predict).collect())
+        self.chosen = windows.iter().flat_map(predict).collect();
+        Ok(())
+    }
+
+    fn finish(&mut self, windows: &[Window<'_>]) -> Result<Vec<Predicted>> {
+        Ok(Predicted::each(windows, &self.chosen))
     }
 
     fn move_slots(&mut self, moves: &[SlotMove]) -> Result<()> {
@@ -98,7 +105,7 @@ fn answers(strategy: Strategy, limits: &Limits) -> Vec<Answer> {
 
 /// Answers in the order of the requests.
 fn run(
-    model: &mut Rule,
+    model: &mut dyn Forward,
     room: usize,
     strategy: Strategy,
     limits: &Limits,
@@ -158,11 +165,31 @@ fn a_rolling_window_keeps_its_predictions_and_never_shrinks() {
     let mut row = Row::new(request, &limits, DecodeOptions::greedy(Strategy::rolling(4), 1));
     assert_eq!((row.window(0).start, row.window(0).known, row.window(0).guesses.len()), (2, 3, 3));
     let first = row.window(0).guesses[0];
-    // The first guess is right, the second is not: two tokens are final, and the predictions after them stay.
+    // The first guess is right, the second is not: two tokens are final, and what was drafted after them stays.
     let wrong = row.window(0).guesses[1] + 1;
-    assert_eq!(row.accept(&[first, wrong, 21, 22]).tokens, [first, wrong]);
-    assert_eq!((row.window(0).known, &row.window(0).guesses[..2]), (wrong, &[21, 22][..]));
+    assert_eq!(row.accept(&[first, wrong, 21, 22], &[31, 32, 33, 34]).tokens, [first, wrong]);
+    assert_eq!((row.window(0).known, &row.window(0).guesses[..2]), (wrong, &[33, 34][..]));
     assert!(row.window(0).guesses.len() == 3 && [1, 2, 3, first, wrong].contains(&row.window(0).guesses[2]));
+}
+
+#[test]
+fn another_model_guesses_and_the_models_own_answer_comes() {
+    let with = |guess: fn(&[i32]) -> i32| {
+        let (mut model, mut drafter) = (Rule::new(3), Rule { next: guess, ..Rule::new(3) });
+        let mut both = Drafted::new(&mut model, &mut drafter);
+        run(&mut both, 3, Strategy::Drafted { n: 8 }, &limits(), Prefill::Beside, &mut |_, _| ())
+    };
+    let greedy = answers(Strategy::Ar, &limits());
+    let own = answers(Strategy::rolling(8), &limits());
+    // What guesses like the model itself saves what a rolling window saves; what guesses otherwise saves less.
+    let (alike, otherwise) = (with(hard), with(repeating));
+    for (index, plain) in greedy.iter().enumerate() {
+        assert_eq!(alike[index].response_ids, plain.response_ids);
+        assert_eq!(alike[index].forwards, own[index].forwards);
+        assert_eq!(otherwise[index].response_ids, plain.response_ids);
+    }
+    let forwards = |answers: &[Answer]| answers.iter().map(|answer| answer.forwards).sum::<usize>();
+    assert!(forwards(&alike) < forwards(&otherwise), "whose guesses they are makes no difference");
 }
 
 #[test]
@@ -175,7 +202,8 @@ fn blocks_begin_as_the_newest_is_nearly_done_and_move_up() {
     let mut accept = |matched: usize| {
         let guesses = row.window(0).guesses.to_vec();
         let predicted = (0..=guesses.len()).map(|at| if at < matched { guesses[at] } else { 100 + at as i32 });
-        row.accept(&predicted.collect::<Vec<_>>());
+        let predicted: Vec<i32> = predicted.collect();
+        row.accept(&predicted, &predicted);
         row.window(0).guesses.len()
     };
     // One token of the block is known, so two are then; 3 of 4 let the next block begin; its end moves it up.
@@ -238,7 +266,7 @@ fn a_lookahead_window_is_a_tree_of_columns_and_candidates() {
     assert_eq!(places(&row), [(0, 0), (0, 1), (1, 2), (0, 1), (1, 2), (2, 3), (0, 1), (6, 2)]);
     let old: Vec<i32> = row.window(0).tokens().collect();
     let predicted = predictions(&row);
-    let Accepted { tokens, moves } = row.accept(&predicted);
+    let Accepted { tokens, moves } = row.accept(&predicted, &predicted);
     assert_eq!(tokens, [8, 9, 7]);
     // The candidate's tokens lie behind the others: those at offsets 6 and 7 go to the slots behind that of the first token.
     assert_eq!(moves, [(3 + 6, 3 + 1), (3 + 7, 3 + 2)]);
@@ -259,7 +287,7 @@ fn an_answer_ends_at_an_eos_or_the_limit_inside_an_accepted_candidate() {
     ] {
         let mut row = lookahead_row(&limits, 3, 1);
         let predicted = predictions(&row);
-        assert_eq!(row.accept(&predicted).tokens, response);
+        assert_eq!(row.accept(&predicted, &predicted).tokens, response);
         let answer = row.into_answer();
         assert_eq!((&answer.response_ids[..], answer.finish_reason), (response, reason));
         assert_eq!(answer.accepted, [response.len() as u32]);

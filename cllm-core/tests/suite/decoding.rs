@@ -1,6 +1,6 @@
 //! Every strategy gives the answer of one token at a time, on every family.
 
-use cllm_core::decode::{DecodeOptions, Limits, Request, Strategy, decode};
+use cllm_core::decode::{DecodeOptions, Decoder, Limits, Request, Strategy, capacity, decode};
 
 use crate::models::{random_model, shapes};
 
@@ -52,6 +52,34 @@ fn equals_one_by_one(temperature: f64) {
                 assert_eq!(alone.accepted, answer.accepted, "{place} alone");
             }
         }
+    }
+}
+
+#[test]
+fn with_another_models_guesses_the_answer_stays_the_models_own_on_every_family() {
+    let requests: Vec<Request> = (1..4)
+        .map(|index| Request { sample_id: format!("s{index}"), prompt_ids: (1..2 + index * 3).collect() })
+        .collect();
+    let limits = Limits { max_new_tokens: 30, eos_ids: vec![3, 9] };
+    let strategy = Strategy::Drafted { n: 6 };
+    for ((name, config), (_, other)) in shapes().into_iter().zip(shapes().into_iter().cycle().skip(1)) {
+        // Of another family: its answers are others.
+        let (model, drafter) = (random_model(&config), random_model(&other));
+        let options = |strategy| DecodeOptions::greedy(strategy, 5);
+        let greedy = decode(&model, &requests, &limits, options(Strategy::Ar), None).unwrap().0;
+        let alone = Decoder::new(&model, 2, capacity(20, &limits, strategy)).unwrap();
+        let mut decoder = alone.with_drafter(&drafter).unwrap();
+        let mut drafted = vec![None; requests.len()];
+        let mut keep = |index: usize, answer| {
+            drafted[index] = Some(answer);
+            Ok(())
+        };
+        decoder.stream(&mut requests.iter().cloned(), &limits, options(strategy), &mut keep).unwrap();
+        for (one, plain) in drafted.into_iter().zip(&greedy) {
+            assert_eq!(one.unwrap().response_ids, plain.response_ids, "{name}");
+        }
+        let refused = decode(&model, &requests, &limits, options(strategy), None).err().unwrap();
+        assert!(refused.to_string().contains("drafted"), "{refused}");
     }
 }
 

@@ -149,7 +149,7 @@ fn by_length(records: &Records) -> Option<Chart> {
     let header = &records.header;
     let mut series = Vec::new();
     for model in &header.models {
-        for (dash, &strategy) in header.settings.strategies.iter().enumerate() {
+        for (dash, strategy) in header.settings.strategies_of(model.role).enumerate() {
             let mine = records.speeds.iter().filter(|speed| (speed.role, speed.strategy) == (model.role, strategy));
             let mut timed: Vec<(usize, f64)> = mine.map(|speed| (speed.tokens, speed.seconds)).collect();
             timed.sort_by_key(|&(tokens, _)| tokens);

@@ -3,12 +3,13 @@
 use std::path::Path;
 
 use assert_cmd::Command;
+use cllm_core::decode::Strategy;
 use cllm_core::model::{Lora, Transformer};
-use cllm_eval::records::Records;
+use cllm_eval::records::{Records, Role};
 use serde_json::Value;
 use tch::{Device, Kind};
 
-use crate::made_up::model;
+use crate::made_up::{eloquent_model, model};
 
 fn program() -> Command {
     Command::cargo_bin("cllm-eval").unwrap()
@@ -80,6 +81,37 @@ fn a_run_goes_on_after_a_kill_and_score_gives_the_same_numbers() {
     let output = program().current_dir(dir.path()).args(arguments).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&output.stderr).contains("other settings"));
+}
+
+#[test]
+fn a_student_that_guesses_leaves_its_teachers_answers_as_they_are() {
+    let dir = tempfile::tempdir().unwrap();
+    eloquent_model(&dir.path().join("teacher"), 1);
+    eloquent_model(&dir.path().join("student"), 2);
+    let run = |models: &[&str]| {
+        program()
+            .current_dir(dir.path())
+            .args(["run", "--quiet", "--json", "count=5", "max_new_tokens=12", "batch_rows=3", "device=cpu"])
+            .args(["strategies=[{drafted: {n: 6}}, ar]", "speed_examples=2", "output=out"])
+            .args(models)
+            .output()
+            .unwrap()
+    };
+    let alone = run(&["teacher=teacher"]);
+    assert_eq!(alone.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&alone.stderr).contains("set `teacher` and `student`"));
+    let both = run(&["teacher=teacher", "student=student"]);
+    assert!(both.status.success(), "{}", String::from_utf8_lossy(&both.stderr));
+    let results: Value = serde_json::from_slice(&both.stdout).unwrap();
+    let strategies = |model: usize| results["models"][model]["strategies"].as_array().unwrap();
+    let labels = |model| strategies(model).iter().map(|found| found["label"].as_str().unwrap()).collect::<Vec<_>>();
+    assert_eq!((labels(0), labels(1)), (vec!["drafted n=6", "ar"], vec!["ar"]));
+    let drafted = &strategies(0)[0];
+    assert_eq!((&drafted["exact_match_vs_ar"], &drafted["speed_examples"]), (&1.0.into(), &2.into()));
+    let records = Records::read(&dir.path().join("out/samples.jsonl")).unwrap();
+    assert_eq!((records.answers.len(), records.speeds.len()), (15, 6));
+    let own = |role: Role| records.answers.iter().find(|answer| answer.role == role && answer.strategy == Strategy::Ar);
+    assert_ne!(own(Role::Teacher).unwrap().response_ids, own(Role::Student).unwrap().response_ids);
 }
 
 #[test]
