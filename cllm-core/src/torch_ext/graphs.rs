@@ -1,6 +1,7 @@
 //! CUDA streams and graphs: a step is recorded once and then launched as one piece of work.
 
 use std::ffi::{c_int, c_void};
+use std::sync::{Mutex, PoisonError};
 
 use tch::Tensor;
 
@@ -21,7 +22,11 @@ unsafe extern "C" {
     fn cllm_copy_async(to: *mut c_void, from: *mut c_void) -> c_int;
 }
 
-/// A stream of a CUDA device beside the default one.
+/// Streams of libtorch's pool that nobody has any more. Each has scratch memory of cuBLAS for good (tens of MB), so they are taken again
+/// before new ones: else every decoder would leave some behind.
+static FREE: Mutex<Vec<(c_int, i64)>> = Mutex::new(Vec::new());
+
+/// A stream of a CUDA device beside the default one, nobody else's while it lives.
 #[derive(Debug)]
 pub struct Stream {
     device: c_int,
@@ -48,12 +53,16 @@ pub struct Graph {
 }
 
 impl Stream {
-    /// A stream of libtorch's pool.
+    /// A stream of libtorch's pool, of which there are 32: those of decoders that are gone come first.
     ///
     /// # Errors
     /// [`crate::Error::Torch`] where there is no such device.
     pub fn new(device: usize) -> Result<Self> {
         let device = device as c_int;
+        let mut free = FREE.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(at) = free.iter().position(|&(of, _)| of == device) {
+            return Ok(Stream { device, id: free.swap_remove(at).1 });
+        }
         let mut id = 0;
         // SAFETY: the pointer is valid for the call.
         checked(unsafe { cllm_stream_new(device, &mut id) })?;
@@ -98,6 +107,12 @@ impl Stream {
         let made = made?;
         ended?;
         Ok((graph, made))
+    }
+}
+
+impl Drop for Stream {
+    fn drop(&mut self) {
+        FREE.lock().unwrap_or_else(PoisonError::into_inner).push((self.device, self.id));
     }
 }
 
