@@ -1,5 +1,6 @@
 //! The command line.
 
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 use clap::builder::TypedValueParser;
@@ -12,7 +13,7 @@ use serde_json::json;
 use crate::bench::{BenchSettings, bench};
 use crate::compare::compare;
 use crate::config::RunSettings;
-use crate::generate::Manner;
+use crate::generate::{Manner, visible};
 use crate::profile::profile;
 use crate::suite::{SuiteSettings, suite};
 use crate::{doctor, generate, report, run, score, table, tradeoff};
@@ -228,7 +229,11 @@ impl Cli {
                     Some(prompt) => {
                         let found = generate::generate(&prompt, &how, !self.quiet)?;
                         let text = found["strategies"][1]["text"].as_str().unwrap_or("");
-                        if json { print_json(&found) } else { print(text) }
+                        match json {
+                            true => print_json(&found),
+                            false if std::io::stdout().is_terminal() => print(&visible(text)),
+                            false => print(text),
+                        }
                     }
                     None if json => Err(Error::usage("--json needs a prompt: without one this is a chat")),
                     None => generate::chat(&how),

@@ -56,3 +56,23 @@ pub fn pieces(tokenizer: &Tokenizer, ids: &[i32], accepted: &[u32]) -> Result<Ve
     }
     Ok(found)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn a_character_of_several_tokens_comes_whole_with_the_last_of_them() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/tiny-teacher");
+        let tokenizer = Tokenizer::load(Path::new(folder)).unwrap();
+        let ids = tokenizer.encode("a数b").unwrap();
+        let one_by_one = pieces(&tokenizer, &ids, &vec![1; ids.len()]).unwrap();
+        assert_eq!(one_by_one, ["a", "", "", "数", "b"]);
+        // An answer may end inside a character.
+        let cut = pieces(&tokenizer, &ids[..3], &[2, 1]).unwrap();
+        assert_eq!(cut[0], "a");
+        assert!(cut[1].chars().all(|character| character == '\u{fffd}') && !cut[1].is_empty(), "{cut:?}");
+    }
+}

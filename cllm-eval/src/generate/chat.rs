@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use cllm_core::chat_template::Message;
-use cllm_core::decode::{DecodeOptions, Decoder, Limits, Request, Steps, Strategy, capacity};
+use cllm_core::decode::{DecodeOptions, Decoder, Limits, Request, Steps, Strategy, capacity, check_length};
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::prompt_set::Prompt;
 use cllm_core::tokenizer::Tokenizer;
@@ -14,20 +14,17 @@ use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 
 use super::Manner;
-use super::columns::{Column, screen};
+use super::columns::{Column, room, screen};
 use super::visible::visible;
-use crate::measure::eos_ids;
 use crate::pieces::PieceWriter;
 use crate::results::label;
 use crate::statistics::ratio;
 
 const HELP: &str = "Every question is answered twice, on the left one token a forward, on the right by Jacobi decoding. The two take turns: the \
     next forward is that of the one whose forwards took less time so far, so that both fill as fast as they would alone. The next question goes \
-    on from the answer on the left.\n/reset forgets the conversation, /quit or Ctrl-D ends, Ctrl-C ends an answer.";
+    on from the answer on the left; with --raw every prompt stands alone, without a template.\n/reset forgets the conversation, /quit or Ctrl-D ends, Ctrl-C ends an answer, twice the chat.";
 /// Between two pictures of the screen.
 const FRAME: Duration = Duration::from_millis(40);
-/// Lines of a terminal that no answer's text has: titles, states, and the line below.
-const OTHER_LINES: usize = 4;
 
 /// Asks and answers until the user ends it.
 ///
@@ -41,18 +38,13 @@ pub fn chat(how: &Manner) -> Result<()> {
     let folder = hub::locate(&how.model)?;
     let tokenizer = Tokenizer::load(&folder)?;
     let config = ModelConfig::load(&folder)?;
-    let eos_ids = eos_ids(how.eos_ids.as_deref(), &tokenizer, &folder, &config)?;
-    let limits = Limits { max_new_tokens: how.max_new_tokens, eos_ids };
+    let limits = how.limits(&tokenizer, &folder, &config)?;
     let model = Transformer::load(&folder, device, device::default_kind(device))?;
     let strategies = [Strategy::Ar, Strategy::Jacobi { n: how.n }];
-    let room = |strategy| {
-        let prompt = config.max_positions.saturating_sub(limits.max_new_tokens);
-        Decoder::new(&model, 1, capacity(prompt, &limits, strategy))
-    };
-    let decoders = [room(strategies[0])?, room(strategies[1])?];
-    let mut talk =
-        Talk { tokenizer, limits, options: strategies.map(|one| DecodeOptions::greedy(one, how.seed)), decoders };
-    talk.warm_up()?;
+    let options = strategies.map(|one| DecodeOptions::greedy(one, how.seed));
+    let room = capacity(1, &limits, strategies[1]).next_power_of_two();
+    let decoders = decoders(&model, &limits, options, room)?;
+    let mut talk = Talk { model: &model, tokenizer, limits, options, decoders, room };
     progress::say(format!("{}: ask, or /help", how.model));
     let mut editor = DefaultEditor::new().map_err(terminal)?;
     let mut history: Vec<Message> = Vec::new();
@@ -75,6 +67,8 @@ pub fn chat(how: &Manner) -> Result<()> {
                     true => Prompt::Text(question.to_owned()),
                     false => Prompt::Messages(history.clone()),
                 };
+                // One that came while nothing was in hand ends nothing.
+                interrupt::forgive();
                 match talk.answer(&prompt) {
                     Ok(answer) => history.push(Message { role: "assistant".to_owned(), content: answer }),
                     Err(Error::Interrupted(_)) if interrupt::forgive() => drop(history.pop()),
@@ -96,11 +90,33 @@ fn terminal(error: ReadlineError) -> Error {
 
 /// What answers.
 struct Talk<'m> {
+    model: &'m Transformer,
     tokenizer: Tokenizer,
     limits: Limits,
     /// Left and right.
     options: [DecodeOptions; 2],
     decoders: [Decoder<'m>; 2],
+    /// Tokens that each has room for: at least twice as many once a conversation outgrows it.
+    room: usize,
+}
+
+/// Both decoders, warm: on a GPU the first steps of a size are recorded, and the first answer is to be as fast as the others.
+fn decoders<'m>(
+    model: &'m Transformer,
+    limits: &Limits,
+    options: [DecodeOptions; 2],
+    room: usize,
+) -> Result<[Decoder<'m>; 2]> {
+    let mut both = [Decoder::new(model, 1, room)?, Decoder::new(model, 1, room)?];
+    let start = limits.eos_ids.first().copied().unwrap_or(0);
+    let request = Request { sample_id: "chat".to_owned(), prompt_ids: vec![start] };
+    let limits = Limits { max_new_tokens: limits.max_new_tokens.min(8), eos_ids: Vec::new() };
+    for (decoder, options) in both.iter_mut().zip(options) {
+        for _ in 0..2 {
+            decoder.answer(std::slice::from_ref(&request), &limits, options, None)?;
+        }
+    }
+    Ok(both)
 }
 
 /// One of the two answers on its way.
@@ -114,25 +130,17 @@ struct Side<'t> {
 }
 
 impl Talk<'_> {
-    /// So that the first answer is as fast as the others.
-    fn warm_up(&mut self) -> Result<()> {
-        let request = Request {
-            sample_id: "chat".to_owned(),
-            prompt_ids: vec![self.limits.eos_ids.first().copied().unwrap_or(0)],
-        };
-        let limits = Limits { max_new_tokens: self.limits.max_new_tokens.min(8), eos_ids: Vec::new() };
-        for (decoder, options) in self.decoders.iter_mut().zip(self.options) {
-            decoder.answer(std::slice::from_ref(&request), &limits, options, None)?;
-        }
-        Ok(())
-    }
-
     /// Shows both answers as they come, and returns the text of the left one.
     fn answer(&mut self, prompt: &Prompt) -> Result<String> {
-        let Talk { tokenizer, limits, options, decoders } = self;
-        let (_, prompt_ids) = tokenizer.prompt(prompt)?;
+        let (_, prompt_ids) = self.tokenizer.prompt(prompt)?;
         let request = Request { sample_id: "chat".to_owned(), prompt_ids };
-        let [left, right] = decoders;
+        check_length(&request, &self.limits, self.model.config().max_positions)?;
+        let needed = capacity(request.prompt_ids.len(), &self.limits, self.options[1].strategy);
+        if needed > self.room {
+            let room = needed.next_power_of_two();
+            (self.decoders, self.room) = (decoders(self.model, &self.limits, self.options, room)?, room);
+        }
+        let Talk { tokenizer, limits, options, decoders: [left, right], .. } = self;
         let mut sides = [
             Side::new(left.steps(request.clone(), limits, options[0])?, tokenizer, options[0].strategy),
             Side::new(right.steps(request, limits, options[1])?, tokenizer, options[1].strategy),
@@ -213,9 +221,8 @@ impl Picture {
             return Ok(());
         }
         self.drawn = Some(Instant::now());
-        let height = usize::from(self.term.size().0);
-        // One under the other, both have half of it.
-        self.draw(sides, (height.saturating_sub(2 * OTHER_LINES) / 2).max(1))
+        let (height, width) = self.term.size();
+        self.draw(sides, room(width.into(), height.into()))
     }
 
     fn whole(&mut self, sides: &[Side<'_>; 2]) -> Result<()> {

@@ -9,6 +9,18 @@ pub(super) const PLAIN: &str = "\x1b[0m";
 const NARROW: usize = 60;
 const GAP: &str = " │ ";
 
+/// Lines of a terminal that no answer's text has: titles, states, and the line below.
+const OTHER_LINES: usize = 4;
+
+/// Lines of each answer's text that a terminal of so many columns and lines has room for.
+pub(super) fn room(width: usize, height: usize) -> usize {
+    let lines = match width < NARROW {
+        true => height.saturating_sub(2 * OTHER_LINES) / 2,
+        false => height.saturating_sub(OTHER_LINES),
+    };
+    lines.max(1)
+}
+
 /// An answer as far as it is there.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Column {
@@ -129,6 +141,7 @@ mod tests {
 
     #[test]
     fn a_narrow_terminal_has_them_one_under_the_other_and_wraps() {
+        assert_eq!([room(59, 30), room(60, 30), room(90, 2)], [11, 26, 1]);
         let columns = [column("ar", &["abcdefg"], "-"), column("jacobi", &["hi"], "-")];
         assert_eq!(screen(&columns, 5, 9, false), ["ar", "abcde", "fg", "-", "jacob", "hi", "-"]);
     }

@@ -5,6 +5,7 @@ mod columns;
 mod visible;
 
 use std::io::IsTerminal;
+use std::path::Path;
 
 use cllm_core::decode::{Answer, DecodeOptions, Decoder, Limits, Request, Strategy, Timing, capacity, check_length};
 use cllm_core::model::{ModelConfig, Transformer};
@@ -19,7 +20,7 @@ use crate::results::label;
 use crate::statistics::ratio;
 pub use chat::chat;
 use columns::{COLOURS, PLAIN};
-use visible::visible;
+pub use visible::visible;
 
 /// How to generate.
 #[derive(Debug, Clone)]
@@ -40,6 +41,18 @@ pub struct Manner {
     pub seed: u64,
 }
 
+impl Manner {
+    fn limits(&self, tokenizer: &Tokenizer, folder: &Path, config: &ModelConfig) -> Result<Limits> {
+        let (new, context) = (self.max_new_tokens, config.max_positions);
+        if new >= context {
+            return Err(Error::usage(format!(
+                "--max-new-tokens {new}: the model's context has {context} tokens, the prompt's among them; give fewer"
+            )));
+        }
+        Ok(Limits { max_new_tokens: new, eos_ids: eos_ids(self.eos_ids.as_deref(), tokenizer, folder, config)? })
+    }
+}
+
 /// Answers the prompt both ways; what becomes final is shown on stderr as it does, unless quiet. Each answer is made
 /// twice: watched, which also warms up, and then timed without a watcher.
 ///
@@ -51,11 +64,11 @@ pub fn generate(prompt: &str, how: &Manner, show: bool) -> Result<Value> {
     let tokenizer = Tokenizer::load(&folder)?;
     let asked = if how.raw { Prompt::Text(prompt.to_owned()) } else { Prompt::question(prompt) };
     let (_, prompt_ids) = tokenizer.prompt(&asked)?;
-    let eos_ids = eos_ids(how.eos_ids.as_deref(), &tokenizer, &folder, &ModelConfig::load(&folder)?)?;
-    let limits = Limits { max_new_tokens: how.max_new_tokens, eos_ids };
-    let model = Transformer::load(&folder, device, device::default_kind(device))?;
+    let config = ModelConfig::load(&folder)?;
+    let limits = how.limits(&tokenizer, &folder, &config)?;
     let requests = [Request { sample_id: "generate".to_owned(), prompt_ids }];
-    check_length(&requests[0], &limits, model.config().max_positions)?;
+    check_length(&requests[0], &limits, config.max_positions)?;
+    let model = Transformer::load(&folder, device, device::default_kind(device))?;
     let jacobi = Strategy::Jacobi { n: how.n };
     let mut decoder = Decoder::new(&model, 1, capacity(requests[0].prompt_ids.len(), &limits, jacobi))?;
     let mut runs = Vec::new();

@@ -1,7 +1,7 @@
 //! Text of a model as a terminal may see it.
 
 /// Characters that a terminal would obey rather than show, in visible forms; line ends stay, and tabs become spaces.
-pub(super) fn visible(text: &str) -> String {
+pub fn visible(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for character in text.chars() {
         match character {

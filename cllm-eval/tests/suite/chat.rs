@@ -63,7 +63,11 @@ fn a_question_is_asked_with_all_that_was_said_until_that_is_forgotten() {
 fn without_a_terminal_a_prompt_is_asked_for() {
     let dir = tempfile::tempdir().unwrap();
     model(dir.path(), 5);
-    for (more, said) in [(&[][..], "needs a terminal"), (&["--json"][..], "--json needs a prompt")] {
+    for (more, said) in [
+        (&[][..], "needs a terminal"),
+        (&["--json"][..], "--json needs a prompt"),
+        (&["--max-new-tokens", "99999", "hi"][..], "--max-new-tokens 99999: the"),
+    ] {
         let mut command = Command::new(env!("CARGO_BIN_EXE_cllm-eval"));
         command.args(["generate", "--model"]).arg(dir.path()).args(more);
         let output = command.stdin(Stdio::null()).output().unwrap();
