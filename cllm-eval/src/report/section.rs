@@ -7,6 +7,7 @@ use serde_json::Value;
 use super::Run;
 use super::card::Card;
 use super::example::Example;
+use super::model_card::command;
 use super::pictures::{Chart, charts};
 use crate::measure::role_name;
 use crate::records::Role;
@@ -32,6 +33,8 @@ pub(super) struct Section {
     toolkit: String,
     sandbox: Option<String>,
     settings: String,
+    /// The command that measures it again.
+    command: String,
     example: Option<Example>,
 }
 
@@ -68,6 +71,7 @@ impl Section {
                 .as_ref()
                 .map(|layers| format!("code of answers ran in a sandbox: {}", layers.join(", "))),
             settings: settings::to_yaml(&results.settings)?,
+            command: command(&results.settings),
             example: run.records.as_ref().and_then(Example::of),
         })
     }
