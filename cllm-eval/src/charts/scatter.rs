@@ -126,7 +126,7 @@ fn places(frame: &Frame, dots: &[Dot], tags: &[String], centres: &[(f64, f64)]) 
         let width = LETTER * tag.chars().count() as f64;
         let area = |place: &Place| {
             let left = if place.end { place.x - width } else { place.x };
-            Area([left, left + width, place.y + 3.0 - LINE, place.y + 3.0])
+            Area([left - 4.0, left + width + 4.0, place.y + 3.0 - LINE, place.y + 3.0])
         };
         let lines = (0..40).flat_map(|step| [f64::from(step), -f64::from(step)]);
         let around = lines.flat_map(|line| {

@@ -54,7 +54,12 @@ impl Section {
             rows: models().flat_map(rows).collect(),
             notes: notes(results),
             aup: areas
-                .map(|area| format!("AUP of {}: {:.1}, over {} points", area.checkpoint, area.aup, area.points))
+                .map(|area| {
+                    format!(
+                        "AUP of {}: {:.1}, over {} points (the area under accuracy and parallelism)",
+                        area.checkpoint, area.aup, area.points
+                    )
+                })
                 .collect(),
             charts: charts(run, tradeoff.as_ref()),
             columns: found.iter().map(|(role, strategy)| format!("{} {}", role_name(*role), strategy.label)).collect(),
