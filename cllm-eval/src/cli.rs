@@ -111,7 +111,7 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
-    /// Draws report.md and report.html from one or several runs.
+    /// Draws report.html, report.md, report.tex and model-card.md from one or several runs.
     #[command(after_help = "Example:\n  cllm-eval report runs/eval --output runs/report")]
     Report {
         /// results.json files, or the folders that hold them.

@@ -51,7 +51,7 @@ pub struct Comparison {
     pub mcnemar_p: Option<f64>,
     /// Share of A's right answers that are right in B.
     pub share_of_right_kept: Option<f64>,
-    /// Share of pairs with the same tokens.
+    /// Share of the pairs asked the same prompt that have the same tokens.
     pub equal_tokens: Option<f64>,
     /// None where no example was timed in both.
     pub speed: Option<SpeedComparison>,
@@ -348,7 +348,9 @@ impl Comparison {
         let mean_gain = |drawn: &[usize]| Some(drawn.iter().map(|&at| gain(at)).sum::<f64>() / drawn.len() as f64);
         let difference = ratio(b_only as f64 - a_only as f64, rights.len() as f64);
         let mcnemar_p = (!rights.is_empty()).then(|| mcnemar(a_only, b_only));
-        let equal = pairs.iter().filter(|(a, b)| a.response_ids == b.response_ids).count();
+        // Second turns have other prompts where the answers to the first differ: their answers cannot be held against each other.
+        let alike = || pairs.iter().filter(|(a, b)| a.prompt == b.prompt);
+        let equal = alike().filter(|(a, b)| a.response_ids == b.response_ids).count();
         let (of_a, of_b): (Vec<_>, Vec<_>) = pairs.iter().copied().unzip();
         let (rights_a, rights_b): (Vec<_>, Vec<_>) = rights.iter().copied().unzip();
         Ok(Comparison {
@@ -367,7 +369,7 @@ impl Comparison {
             ci95: bootstrap(rights.len(), mean_gain),
             mcnemar_p,
             share_of_right_kept: ratio(both as f64, (both + a_only) as f64),
-            equal_tokens: ratio(equal as f64, pairs.len() as f64),
+            equal_tokens: ratio(equal as f64, alike().count() as f64),
             speed: speed(first, second),
             verdict: verdict(difference, mcnemar_p),
         })

@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 
+use cllm_core::task::code;
 use serde::{Deserialize, Serialize};
 
 /// Likeness of answers to their references, over all of them.
@@ -19,7 +20,8 @@ pub struct Similarity {
 impl Similarity {
     /// Of pairs of an answer and its reference.
     pub fn of<'a>(pairs: impl Iterator<Item = (&'a str, &'a str)>) -> Self {
-        let pairs: Vec<_> = pairs.map(|(answer, reference)| (tokens(fenced(answer)), tokens(reference))).collect();
+        let pairs: Vec<_> =
+            pairs.map(|(answer, reference)| (tokens(code(answer, |_| true)), tokens(reference))).collect();
         let wanted: usize = pairs.iter().map(|(_, reference)| reference.len()).sum();
         if wanted == 0 {
             return Similarity { bleu: None, exact_prefix: None };
@@ -56,12 +58,6 @@ fn grams<'t, 's>(tokens: &'t [&'s str], order: usize) -> HashMap<&'t [&'s str], 
     let mut counts = HashMap::new();
     tokens.windows(order).for_each(|gram| *counts.entry(gram).or_default() += 1);
     counts
-}
-
-fn fenced(answer: &str) -> &str {
-    let Some((_, after)) = answer.split_once("```") else { return answer };
-    let body = after.split_once('\n').map_or(after, |(_, body)| body);
-    body.split("```").next().unwrap_or(body)
 }
 
 fn tokens(code: &str) -> Vec<&str> {

@@ -15,7 +15,7 @@ use crate::config::{RunSettings, valid_strategies};
 use crate::measure::role_name;
 use crate::records::SCHEMA_VERSION;
 use crate::results::Results;
-use crate::table::{HEADS, cells, perplexity};
+use crate::table::{HEADS, cells, notes, perplexity};
 use crate::{report, run};
 
 /// Settings of a suite; what is not here has the default of `run`.
@@ -255,7 +255,9 @@ impl Suite {
         let mut text = format!("{table}\n");
         for Entry { name, ended } in &self.benchmarks {
             match ended {
-                Ended::Done { .. } => {}
+                Ended::Done { results } => {
+                    text.extend(notes(results).into_iter().map(|note| format!("{name}: {note}\n")));
+                }
                 Ended::Skipped { reason } => text += &format!("{name}: skipped: {reason}\n"),
                 Ended::Failed { reason } => text += &format!("{name}: failed: {reason}\n"),
             }

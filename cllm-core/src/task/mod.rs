@@ -15,6 +15,7 @@ pub mod synthetic;
 mod variants;
 
 pub use jsonl::Scorer;
+pub use python::code;
 
 use std::path::Path;
 

@@ -1,4 +1,4 @@
-//! What HumanEval and MBPP have in common: the code in an answer, and running it with its tests.
+//! What tasks of Python have in common: the code in an answer, and running it with its tests.
 
 use serde::de::DeserializeOwned;
 
@@ -9,7 +9,7 @@ use crate::{Error, Result};
 
 /// The code of an answer: the first fenced block for which `wanted` holds, or else the first, or else all up to a fence that was
 /// closed only.
-pub(super) fn code(answer: &str, wanted: impl Fn(&str) -> bool) -> &str {
+pub fn code(answer: &str, wanted: impl Fn(&str) -> bool) -> &str {
     let mut parts = answer.split("```");
     let before = parts.next().unwrap_or(answer);
     let blocks: Vec<&str> = parts.step_by(2).map(without_language).filter(|block| !block.trim().is_empty()).collect();

@@ -5,12 +5,12 @@ use std::ops::RangeInclusive;
 
 use super::{escape, opened};
 
-pub(super) const WIDTH: f64 = 740.0;
-pub(super) const HEIGHT: f64 = 340.0;
-const LEFT: f64 = 64.0;
+pub(super) const WIDTH: f64 = 460.0;
+pub(super) const HEIGHT: f64 = 330.0;
+const LEFT: f64 = 68.0;
 const RIGHT: f64 = 16.0;
 const TOP: f64 = 14.0;
-const BOTTOM: f64 = 48.0;
+const BOTTOM: f64 = 52.0;
 /// About so many marks an axis has.
 const MARKS: f64 = 6.0;
 
@@ -72,7 +72,12 @@ impl Frame {
         (across, HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * self.y.share(y))
     }
 
-    /// Places of the picture between which labels may stand.
+    /// Places between which points and labels may stand, across.
+    pub(super) fn width(&self) -> RangeInclusive<f64> {
+        LEFT - 6.0..=WIDTH
+    }
+
+    /// Places between which labels may stand, from the top.
     pub(super) fn height(&self) -> RangeInclusive<f64> {
         TOP + 8.0..=HEIGHT - BOTTOM - 4.0
     }
@@ -87,7 +92,7 @@ impl Frame {
             let _ = write!(
                 svg,
                 r#"<path class="grid" d="M{x:.1} {TOP}V{bottom}"/><text class="mark" x="{x:.1}" y="{:.1}" text-anchor="middle">{text}</text>"#,
-                bottom + 18.0
+                bottom + 20.0
             );
         }
         for mark in self.y.marks() {

@@ -25,9 +25,9 @@ pub fn lines(title: &str, names: [&'static str; 2], whole: bool, series: &[Serie
         Axis::around(names[0], points().map(|point| point.0)),
         Axis::around(names[1], points().map(|point| point.1).chain(zero)),
     );
-    let rows = series.len().div_ceil(2) as f64;
+    let rows = series.len() as f64;
     let mut svg =
-        frame.opened(title).replacen(&format!("{WIDTH} {HEIGHT}"), &format!("{WIDTH} {}", HEIGHT + 20.0 * rows), 1);
+        frame.opened(title).replacen(&format!("{WIDTH} {HEIGHT}"), &format!("{WIDTH} {}", HEIGHT + 22.0 * rows), 1);
     for (index, one) in series.iter().enumerate() {
         let (class, dash) = (one.class, one.dash % 4);
         let mut path = String::new();
@@ -39,7 +39,7 @@ pub fn lines(title: &str, names: [&'static str; 2], whole: bool, series: &[Serie
         if !path.is_empty() {
             let _ = write!(svg, r#"<path class="line {class} dash{dash}" d="{path}"/>"#);
         }
-        let (x, y) = (70.0 + (index % 2) as f64 * 330.0, HEIGHT + 12.0 + 20.0 * (index / 2) as f64);
+        let (x, y) = (68.0, HEIGHT + 14.0 + 22.0 * index as f64);
         let _ = write!(
             svg,
             r#"<path class="line {class} dash{dash}" d="M{x} {:.1}h34"/><text class="label" x="{:.1}" y="{:.1}">{}</text>"#,

@@ -9,6 +9,10 @@ pub use bars::{Bar, bars};
 pub use lines::{Series, lines};
 pub use scatter::{Dot, scatter};
 
+/// About the width of a letter of a label, of the page's 15 px: the pictures are about as wide as a telephone, so that what is written
+/// in them can be read there.
+const LETTER: f64 = 8.6;
+
 /// `text` for SVG and HTML.
 pub fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());

@@ -4,6 +4,7 @@
 mod card;
 mod example;
 mod model_card;
+mod overview;
 mod pictures;
 mod section;
 
@@ -16,7 +17,7 @@ use minijinja::{Environment, context};
 use crate::records::{Records, SAMPLES};
 use crate::results::{RESULTS, Results};
 use crate::table::HEADS;
-use model_card::front_matter;
+use model_card::{decoding, front_matter};
 use section::Section;
 
 /// What a report draws of one run.
@@ -42,6 +43,9 @@ pub fn report(results: &[PathBuf], output: Option<&Path>) -> Result<Vec<PathBuf>
     let values = context! {
         sections => minijinja::Value::from(Serde(&sections)),
         heads => HEADS,
+        overview_heads => overview::HEADS,
+        overview => overview::rows(&runs),
+        decoding => decoding(&runs),
         front_matter => front_matter(&runs)?,
     };
     let environment = environment();
@@ -85,6 +89,8 @@ fn tex(text: &str) -> String {
     for character in text.chars() {
         match character {
             '&' | '%' | '$' | '#' | '_' | '{' | '}' => escaped.extend(['\\', character]),
+            '\n' | '\r' => escaped.push(' '),
+            '|' => escaped.push_str(r"\textbar{}"),
             '\\' => escaped.push_str(r"\textbackslash{}"),
             '~' => escaped.push_str(r"\textasciitilde{}"),
             '^' => escaped.push_str(r"\textasciicircum{}"),
@@ -103,8 +109,8 @@ mod tests {
     #[test]
     fn what_latex_reads_as_commands_is_escaped() {
         assert_eq!(
-            tex(r"50 % of a_b & {c} \d ~^#$ <e>"),
-            r"50 \% of a\_b \& \{c\} \textbackslash{}d \textasciitilde{}\textasciicircum{}\#\$ \textless{}e\textgreater{}"
+            tex("50 % of a_b & {c} \\d ~^#$ <e>\n|"),
+            r"50 \% of a\_b \& \{c\} \textbackslash{}d \textasciitilde{}\textasciicircum{}\#\$ \textless{}e\textgreater{} \textbar{}"
         );
     }
 }

@@ -7,6 +7,7 @@ use serde_json::Value;
 use super::Run;
 use super::card::Card;
 use super::example::Example;
+use super::model_card::command;
 use super::pictures::{Chart, charts};
 use crate::measure::role_name;
 use crate::records::Role;
@@ -32,6 +33,8 @@ pub(super) struct Section {
     toolkit: String,
     sandbox: Option<String>,
     settings: String,
+    /// The command that measures it again.
+    command: String,
     example: Option<Example>,
 }
 
@@ -51,7 +54,12 @@ impl Section {
             rows: models().flat_map(rows).collect(),
             notes: notes(results),
             aup: areas
-                .map(|area| format!("AUP of {}: {:.1}, over {} points", area.checkpoint, area.aup, area.points))
+                .map(|area| {
+                    format!(
+                        "AUP of {}: {:.1}, over {} points (the area under accuracy and parallelism)",
+                        area.checkpoint, area.aup, area.points
+                    )
+                })
                 .collect(),
             charts: charts(run, tradeoff.as_ref()),
             columns: found.iter().map(|(role, strategy)| format!("{} {}", role_name(*role), strategy.label)).collect(),
@@ -68,6 +76,7 @@ impl Section {
                 .as_ref()
                 .map(|layers| format!("code of answers ran in a sandbox: {}", layers.join(", "))),
             settings: settings::to_yaml(&results.settings)?,
+            command: command(&results.settings),
             example: run.records.as_ref().and_then(Example::of),
         })
     }

@@ -4,19 +4,23 @@ use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
-use crate::reports::drawn;
+use crate::reports::{STORY, drawn};
 
 /// Moves the slider and presses the button, and writes down what it sees.
 const VISITOR: &str = r#"
 <script>
 const seen = { errors: window.errors, states: [] };
 const range = document.querySelector(".example input");
-for (const value of [0, 1, range.max]) {
+const clear = "rgba(0, 0, 0, 0)";
+for (const value of [0, 1, 4, range.max]) {
   range.value = value;
   range.dispatchEvent(new Event("input"));
   const answers = [...document.querySelectorAll(".answers > div")];
   seen.states.push({
-    fixed: answers.map(answer => answer.querySelectorAll("[data-forward]:not(.open)").length),
+    pieces: answers.map(answer => [...answer.querySelectorAll("[data-forward]")].map(piece => {
+      const style = getComputedStyle(piece);
+      return [piece.textContent, style.color !== clear, style.backgroundColor !== clear, style.backgroundColor];
+    })),
     tokens: answers.map(answer => answer.querySelector(".so-far").textContent),
     text: answers.map(answer => answer.querySelector(".answer").textContent),
     shown: document.querySelector("output").value,
@@ -63,20 +67,27 @@ fn the_slider_fixes_tokens_forward_by_forward_and_the_button_turns_the_light() {
         (&serde_json::json!([]), &0.into(), &false.into()),
         "{seen}"
     );
-    // Four answers of 8, 4, 8 and 2 forwards; the made-up text has one letter.
-    let fixed = |state: usize| {
-        seen["states"][state]["fixed"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|count| count.as_u64().unwrap())
-            .collect::<Vec<_>>()
-    };
-    assert_eq!((fixed(0), fixed(1), fixed(2)), (vec![0; 4], vec![1; 4], vec![1; 4]), "{seen}");
-    assert_eq!(seen["states"][0]["tokens"], serde_json::json!(["0", "0", "0", "0"]));
-    assert_eq!(seen["states"][1]["tokens"], serde_json::json!(["1", "2", "1", "4"]));
-    assert_eq!((&seen["states"][1]["shown"], &seen["states"][2]["shown"]), (&"1".into(), &"8".into()));
-    assert_eq!(seen["states"][0]["text"], seen["states"][2]["text"], "no text moves");
+    // Four answers of 8 tokens each; a piece is seen, and coloured unlike the one before it, from its forward on.
+    for (state, (value, tokens)) in
+        [(0, [0; 4]), (1, [1, 2, 1, 4]), (4, [4, 8, 4, 8]), (8, [8; 4])].into_iter().enumerate()
+    {
+        let found = &seen["states"][state];
+        assert_eq!(found["shown"], value.to_string());
+        assert_eq!(found["tokens"], serde_json::json!(tokens.map(|count: usize| count.to_string())), "{found}");
+        assert_eq!(found["text"], serde_json::json!(vec![STORY; 4]), "no text moves");
+        for (answer, forwards) in [8, 4, 8, 2].into_iter().enumerate() {
+            let pieces: Vec<(String, bool, bool, String)> =
+                serde_json::from_value(found["pieces"][answer].clone()).unwrap();
+            assert_eq!(pieces.len(), forwards);
+            let fixed: Vec<bool> = (0..forwards).map(|forward| forward < value).collect();
+            assert_eq!(pieces.iter().map(|piece| piece.1).collect::<Vec<_>>(), fixed, "text after {value}");
+            assert_eq!(pieces.iter().map(|piece| piece.2).collect::<Vec<_>>(), fixed, "colour after {value}");
+            let shown = &pieces[..value.min(forwards)];
+            assert!(shown.windows(2).all(|pair| pair[0].3 != pair[1].3), "{shown:?}");
+            let text: String = shown.iter().map(|piece| piece.0.as_str()).collect();
+            assert!(STORY.starts_with(&text) && (text == STORY) == (value >= forwards), "{text}");
+        }
+    }
     let papers = &seen["papers"];
     assert!(papers[0] != papers[1] && papers[0] == papers[2], "{papers}");
 }

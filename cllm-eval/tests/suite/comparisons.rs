@@ -168,3 +168,14 @@ fn selectors_name_model_and_strategy() {
     let found = compare(written(&alone).path(), None, None, None).unwrap();
     assert_eq!((found.a.strategy, found.b.strategy), (ar, jacobi));
 }
+
+#[test]
+fn answers_to_other_prompts_do_not_count_among_equal_tokens() {
+    let mut made = records();
+    // As in a second turn after another first answer: of the one pair that differs.
+    let students = made.answers.iter_mut().filter(|answer| answer.role == Role::Student && answer.index == 1);
+    students.for_each(|answer| answer.prompt = "another".into());
+    let run = written(&made);
+    let found = compare(run.path(), None, None, None).unwrap();
+    assert_eq!((found.pairs, found.equal_tokens), (4, Some(1.0)));
+}

@@ -1,17 +1,19 @@
 //! Reports of made-up results.
 
 use cllm_core::atomic_file;
-use cllm_eval::records::SAMPLES;
+use cllm_core::decode::Strategy;
+use cllm_core::task::Task;
+use cllm_eval::records::{Records, SAMPLES};
 use cllm_eval::report::report;
 use cllm_eval::results::{RESULTS, Results};
 use serde_json::Value;
 
-use crate::made_up::records;
+use crate::made_up::{JACOBI, records};
 
 /// The four files of the report of the made-up records: Markdown, page, LaTeX, card.
 pub fn drawn() -> (tempfile::TempDir, [String; 4]) {
     let dir = tempfile::tempdir().unwrap();
-    let records = records();
+    let records = told(records());
     records.write(&dir.path().join(SAMPLES)).unwrap();
     atomic_file::write_json(&dir.path().join(RESULTS), &Results::of(&records)).unwrap();
     let written = report(&[dir.path().to_owned()], None).unwrap();
@@ -47,12 +49,87 @@ fn a_report_holds_the_figures_names_no_address_and_escapes_answers() {
     assert!(card.contains("| student | jacobi n=4 |"), "{card}");
 }
 
+/// The answer of the example that the report shows.
+pub const STORY: &str = "2 & 2 are <script>alert(1)</script> = 4.";
+
+/// The records with that answer to their first example, of which each forward made some letters final.
+fn told(mut records: Records) -> Records {
+    for answer in records.answers.iter_mut().filter(|answer| answer.index == 0) {
+        let letters: Vec<char> = STORY.chars().collect();
+        let each = letters.len() / answer.forwards;
+        let piece = |forward: usize| {
+            let end = if forward + 1 == answer.forwards { letters.len() } else { (forward + 1) * each };
+            letters[forward * each..end].iter().collect()
+        };
+        answer.pieces = Some((0..answer.forwards).map(piece).collect());
+        answer.text = STORY.into();
+    }
+    records
+}
+
+#[test]
+fn the_card_names_a_teacher_of_the_hub_the_data_set_the_decoding_and_the_commands() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut made = records();
+    made.header.benchmark = Task::Gsm8k;
+    made.header.models[0].path = "/c/hub/models--some--base/snapshots/0123".into();
+    made.header.models[1].path = "runs/maths-cllm/rounds/round-02/student/final".into();
+    let rolling = Strategy::Rolling { n: 4, pool: 0 };
+    made.header.settings.strategies[1] = rolling;
+    made.header.settings.teacher = Some("some/base".into());
+    made.answers.iter_mut().filter(|answer| answer.strategy == JACOBI).for_each(|answer| answer.strategy = rolling);
+    made.speeds.iter_mut().filter(|speed| speed.strategy == JACOBI).for_each(|speed| speed.strategy = rolling);
+    atomic_file::write_json(&dir.path().join(RESULTS), &Results::of(&made)).unwrap();
+    report(&[dir.path().to_owned()], None).unwrap();
+    let card = std::fs::read_to_string(dir.path().join("model-card.md")).unwrap();
+    for line in [
+        "base_model: some/base",
+        "name: maths-cllm",
+        "type: openai/gsm8k",
+        "those of Jacobi decoding with a rolling window (`rolling`).",
+        "    cllm-eval run",
+        "      teacher=some/base",
+        "    cllm-eval generate --model MODEL --n 16 ",
+    ] {
+        assert!(card.contains(line), "{line}: {card}");
+    }
+}
+
+#[test]
+fn a_report_of_several_runs_begins_with_a_row_for_each() {
+    let dir = tempfile::tempdir().unwrap();
+    let folders = ["one", "two"].map(|name| dir.path().join(name));
+    for (folder, split) in folders.iter().zip(["test", "dev_50%"]) {
+        let mut made = records();
+        made.header.split = split.into();
+        std::fs::create_dir_all(folder).unwrap();
+        atomic_file::write_json(&folder.join(RESULTS), &Results::of(&made)).unwrap();
+    }
+    report(&folders, Some(dir.path())).unwrap();
+    let read = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
+    let (markdown, page, tex) = (read("report.md"), read("report.html"), read("report.tex"));
+    let row = "| jsonl | test | student jacobi n=4 | 50.0 % (15.0 to 85.0) | 75.0 % (30.1 to 95.4) | 1 of 4 | 4.00 | 4.00x |\n";
+    let (overview, sections) = markdown.split_once("## ").unwrap();
+    assert!(
+        overview.contains(row) && overview.contains("| jsonl | dev_50% |") && !sections.contains(row),
+        "{markdown}"
+    );
+    assert!(page.find("<td>dev_50%</td>").unwrap() < page.find("class=\"cards\"").unwrap(), "{page}");
+    assert!(tex.contains(r"jsonl & dev\_50\% & student jacobi n=4 & 50.0 \% (15.0 to 85.0) &"), "{tex}");
+    assert_eq!(
+        (tex.matches(r"\resizebox{\linewidth}{!}").count(), tex.matches(r"\begin{tabular}{lll").count()),
+        (3, 1)
+    );
+    let (_dir, [alone, ..]) = drawn();
+    assert!(!alone.contains("The fastest strategy of each run"), "{alone}");
+}
+
 #[test]
 fn the_card_begins_with_what_the_hub_reads() {
     let (_dir, [.., card]) = drawn();
     let front = card.strip_prefix("---\n").and_then(|rest| rest.split_once("\n---\n")).unwrap().0;
     let value: Value = serde_saphyr::from_str(front).unwrap();
-    assert_eq!((&value["library_name"], &value["base_model"]), (&"transformers".into(), &"t".into()), "{front}");
+    assert_eq!((&value["library_name"], &value["base_model"]), (&"transformers".into(), &Value::Null), "{front}");
     let result = &value["model-index"][0]["results"][0];
     assert_eq!(value["model-index"][0]["name"], "s");
     assert_eq!(result["task"]["type"], "text-generation");

@@ -53,6 +53,7 @@ fn a_suite_runs_what_is_there_skips_the_rest_and_outlives_a_failure() {
     assert!(
         text.contains("gsm8k: failed: ")
             && text.contains("perplexity 2")
+            && text.contains("perplexity: teacher: perplexity 2")
             && text.contains("spider: skipped: ")
             && text.contains("2 examples"),
         "{text}"

@@ -1,0 +1,44 @@
+//! Several runs beside one another, a row each.
+
+use super::Run;
+use super::card::best;
+use crate::measure::role_name;
+use crate::records::Role;
+use crate::results::{Results, StrategyResults};
+use crate::table::{accuracy, number};
+
+/// Heads of the columns; the first three name the row and its strategy.
+pub(super) const HEADS: [&str; 8] = [
+    "benchmark",
+    "split",
+    "fastest",
+    "accuracy (95 %)",
+    "teacher AR accuracy (95 %)",
+    "unfinished",
+    "tokens/forward, finished only",
+    "vs teacher AR",
+];
+
+/// A row for each run; none where there is one run alone, whose own table says it all.
+pub(super) fn rows(runs: &[Run]) -> Vec<Vec<String>> {
+    if runs.len() < 2 { Vec::new() } else { runs.iter().map(|run| row(&run.results)).collect() }
+}
+
+fn row(results: &Results) -> Vec<String> {
+    let teacher = results.models.iter().find(|model| model.model.role == Role::Teacher);
+    let ar = teacher.and_then(|model| model.strategies.iter().find(|found| found.n.is_none()));
+    let found = best(results);
+    let of = |figure: &dyn Fn(&StrategyResults) -> String| {
+        found.map_or_else(|| "-".to_owned(), |(_, strategy)| figure(strategy))
+    };
+    vec![
+        results.benchmark.name().to_owned(),
+        results.split.clone(),
+        found.map_or_else(|| "-".to_owned(), |(role, strategy)| format!("{} {}", role_name(role), strategy.label)),
+        of(&|strategy| accuracy(strategy.accuracy, strategy.ci95)),
+        ar.map_or_else(|| "-".to_owned(), |strategy| accuracy(strategy.accuracy, strategy.ci95)),
+        of(&|strategy| format!("{} of {}", strategy.unfinished, strategy.examples)),
+        of(&|strategy| number(strategy.tokens_per_forward_finished, 2, "")),
+        of(&|strategy| number(strategy.speedup_vs_teacher_ar, 2, "x")),
+    ]
+}
