@@ -46,7 +46,7 @@ impl Manner {
         let (new, context) = (self.max_new_tokens, config.max_positions);
         if new >= context {
             return Err(Error::usage(format!(
-                "--max-new-tokens {new}: the model's context has {context} tokens, the prompt's among them; give fewer"
+                "--max-new-tokens {new}: with a prompt it does not fit the model's context of {context}; give fewer"
             )));
         }
         Ok(Limits { max_new_tokens: new, eos_ids: eos_ids(self.eos_ids.as_deref(), tokenizer, folder, config)? })

@@ -66,7 +66,7 @@ fn without_a_terminal_a_prompt_is_asked_for() {
     for (more, said) in [
         (&[][..], "needs a terminal"),
         (&["--json"][..], "--json needs a prompt"),
-        (&["--max-new-tokens", "99999", "hi"][..], "--max-new-tokens 99999: the"),
+        (&["--max-new-tokens", "99999", "hi"][..], "--max-new-tokens 99999: with"),
     ] {
         let mut command = Command::new(env!("CARGO_BIN_EXE_cllm-eval"));
         command.args(["generate", "--model"]).arg(dir.path()).args(more);
