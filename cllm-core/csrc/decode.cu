@@ -4,7 +4,7 @@
 // value go to slot `slot[i]`, its rotary position is `position[i]`. A tile is some tokens that follow one another in a row.
 //
 // Given as macros: HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, EPS, QK_NORM, ATTENTION_WARPS, DEPTH (chunks of a weight that a
-// warp asks for at once).
+// warp asks for at once), MOST_STAGED_BYTES (of tokens, in shared memory).
 //
 // Matrix products use mma.m16n8k16 with the weights as the left operand. The order of k inside a product is free as long as
 // both sides agree, so each thread takes 8 neighbouring values (16 bytes) of a row for two products at once.
@@ -28,6 +28,18 @@ __device__ __forceinline__ uint4 load_once(const uint4 *from) {
                : "l"(from));
   return x;
 }
+
+// Room for tokens in shared memory: 64 bytes after each row keep threads that read a column of several apart.
+#define STAGED_BYTES(T, K) ((T) * ((K) + 32) * 2)
+__device__ __forceinline__ void copy_async(uint4 *to, const uint4 *from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+  __syncthreads();
+}
+
+__device__ __forceinline__ void prefetch(const bf16 *from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
 // Two products over the 32 values of k that `a` (row g), `b` (row g + 8) and `x` (column g) hold.
 __device__ __forceinline__ void mma_chunk(float (&c)[4], uint4 a, uint4 b, uint4 x) {
@@ -119,25 +131,29 @@ struct Rotation {
 enum { PLAIN, ROTATED, RESIDUAL, GATED, BEST };
 
 // out[t, o] = sum_k weight[o, k] x[t, k] for T = 8 NT tokens; NORM: of x's RMS norm. One block makes 16 rows of the weight
-// (GATED: 8 of the gate and the 8 of the up projection beside them; ROTATED: 8 of the first half of a head and the 8 that are rotated
-// with them), its warps share k.
-template <int NT, int MODE, bool NORM>
+// (GATED: 8 of the gate and the 8 of the up projection beside them; ROTATED: 8 of the first half of a head and the 8 that are
+// rotated with them), its warps share k. Where there are fewer blocks than multiprocessors, more than 8 tokens are copied to shared
+// memory first (if there is room): warps would ask L2 for them in halves of lines.
+template <int NT, int MODE, bool NORM, int K, int O>
 __device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const bf16 *norm_weight, const bf16 *bias,
                                        bf16 *out, float *best, int *best_id, int real, float inverse_temperature,
-                                       const u64 *keys, const int K, const int O, const Cache cache = {},
-                                       const Rotation rotation = {}, const int *row = 0, const int *slot = 0) {
-  constexpr int T = NT * 8;
-  __shared__ float partial[WARPS][16][T + 1];
+                                       const u64 *keys, const Cache cache = {}, const Rotation rotation = {},
+                                       const int *row = 0, const int *slot = 0) {
+  constexpr int T = NT * 8, ROWS = MODE == GATED ? 8 : 16;
+  constexpr bool STAGED = NT > 1 && MODE != GATED && MODE != BEST && STAGED_BYTES(T, K) <= MOST_STAGED_BYTES;
+  // With this pitch a warp writes without conflicts.
+  __shared__ float partial[WARPS][T][20];
   __shared__ float squares[WARPS][T];
+  extern __shared__ uint4 staged[];  // STAGED: [T][K / 8 + 4]
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   // ROTATED: the head of this block, and its first row.
   const int head = blockIdx.x / (HALF / 8), part = blockIdx.x % (HALF / 8) * 8;
-  const int first = MODE == ROTATED ? head * HEAD_DIM + part : blockIdx.x * (MODE == GATED ? 8 : 16);
+  const int first = MODE == ROTATED ? head * HEAD_DIM + part : blockIdx.x * ROWS;
   const int upper = min(first + g, O - 1);
   const int lower = MODE == GATED ? O + upper : MODE == ROTATED ? upper + HALF : min(first + g + 8, O - 1);
   const uint4 *row_a = (const uint4 *)(weight + (size_t)upper * K) + t;
   const uint4 *row_b = (const uint4 *)(weight + (size_t)lower * K) + t;
-  const int chunks = K / 32;
+  constexpr int chunks = K / 32;
 
   uint4 a[DEPTH], b[DEPTH];
 #pragma unroll
@@ -145,8 +161,36 @@ __device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const 
     int c = warp + d * WARPS;
     if (c < chunks) a[d] = load_once(row_a + c * 4), b[d] = load_once(row_b + c * 4);
   }
+  // ROTATED: a thread ends one pair of one token, whose place is a part of the step's input.
+  const int own = threadIdx.x / 8, dim = part + threadIdx.x % 8;
+  int own_row = -1, own_slot = 0;
+  float cosine = 1.f, sine = 0.f;
+  if (MODE == ROTATED && own < real) {
+    static_assert(8 * T <= WARPS * 32, "a thread for every pair");
+    own_row = row[own], own_slot = slot[own];
+    if (head < HEADS + KV_HEADS) {
+      const size_t at = (size_t)rotation.position[own] * HALF + dim;
+      cosine = rotation.cosines[at], sine = rotation.sines[at];
+    }
+  }
   let_successor_start();
   wait_for_predecessor();
+
+  if (STAGED) {
+    for (int i = threadIdx.x; i < real * (K / 8); i += WARPS * 32)
+      copy_async(&staged[i / (K / 8) * (K / 8 + 4) + i % (K / 8)], (const uint4 *)x + i);
+  }
+  // Sums that a thread ends: that of row i % ROWS for token i / ROWS, i = its index, and so on a block's width further.
+  constexpr int ENDS = (ROWS * T + WARPS * 32 - 1) / (WARPS * 32);
+  bf16 residual[ENDS];
+  if (MODE == RESIDUAL) {
+#pragma unroll
+    for (int j = 0; j < ENDS; j++) {
+      const int i = threadIdx.x + j * WARPS * 32, token = i / ROWS, o = first + i % ROWS;
+      residual[j] = token < real && o < O ? out[(size_t)token * O + o] : 0;
+    }
+  }
+  if (STAGED) wait_for_copies();
 
   float acc[NT][4] = {};
   float square[NT] = {};
@@ -166,7 +210,8 @@ __device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const 
       for (int nt = 0; nt < NT; nt++) {
         int token = nt * 8 + g;
         inputs[d][nt] = make_uint4(0, 0, 0, 0);
-        if (c < chunks && token < real) inputs[d][nt] = ((const uint4 *)(x + (size_t)token * K))[c * 4 + t];
+        if (c < chunks && token < real)
+          inputs[d][nt] = STAGED ? staged[token * (K / 8 + 4) + c * 4 + t] : ((const uint4 *)(x + (size_t)token * K))[c * 4 + t];
       }
     }
 #pragma unroll
@@ -197,10 +242,10 @@ __device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const 
 #pragma unroll
   for (int nt = 0; nt < NT; nt++) {
     int token = nt * 8 + 2 * t;
-    partial[warp][g][token] = acc[nt][0];
-    partial[warp][g][token + 1] = acc[nt][1];
-    partial[warp][g + 8][token] = acc[nt][2];
-    partial[warp][g + 8][token + 1] = acc[nt][3];
+    partial[warp][token][g] = acc[nt][0];
+    partial[warp][token + 1][g] = acc[nt][1];
+    partial[warp][token][g + 8] = acc[nt][2];
+    partial[warp][token + 1][g + 8] = acc[nt][3];
     if (NORM) {
       float s = square[nt];
       s += __shfl_xor_sync(0xffffffffu, s, 1);
@@ -219,82 +264,85 @@ __device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const 
   auto sum_of = [&](int r, int token) {
     float s = 0.f;
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) s += partial[w][r][token];
+    for (int w = 0; w < WARPS; w++) s += partial[w][token][r];
     return s;
   };
   if (MODE == BEST) {
-    for (int token = threadIdx.x; token < real; token += WARPS * 32) {
-      float scale = scale_of(token), top = -INFINITY;
-      u64 key = keys[token];
+#pragma unroll
+    for (int j = 0; j < ENDS; j++) {
+      const int i = threadIdx.x + j * WARPS * 32, token = i / ROWS;
+      float top = -INFINITY;
       int top_id = 0x7fffffff;
-      for (int r = 0; r < 16 && first + r < O; r++) {
-        float value = score(sum_of(r, token) * scale, inverse_temperature, key, first + r);
-        if (better(value, first + r, top, top_id)) top = value, top_id = first + r;
+      if (token < real && first + i % ROWS < O) {
+        top_id = first + i % ROWS;
+        top = score(sum_of(i % ROWS, token) * scale_of(token), inverse_temperature, keys[token], top_id);
       }
-      best[(size_t)blockIdx.x * T + token] = top;
-      best_id[(size_t)blockIdx.x * T + token] = top_id;
+      for (int step = ROWS / 2; step > 0; step >>= 1) {
+        float value = __shfl_xor_sync(0xffffffffu, top, step);
+        int id = __shfl_xor_sync(0xffffffffu, top_id, step);
+        if (better(value, id, top, top_id)) top = value, top_id = id;
+      }
+      if (i % ROWS == 0 && token < real) {
+        best[(size_t)blockIdx.x * T + token] = top;
+        best_id[(size_t)blockIdx.x * T + token] = top_id;
+      }
     }
     return;
   }
   if (MODE == ROTATED) {
-    for (int i = threadIdx.x; i < 8 * real; i += WARPS * 32) {
-      const int token = i / 8, dim = part + i % 8;
-      if (row[token] < 0) continue;
-      float one = sum_of(i % 8, token) * scale_of(token), two = sum_of(i % 8 + 8, token) * scale_of(token);
-      if (bias) one += wide(bias[first + i % 8]), two += wide(bias[first + i % 8 + HALF]);
-      if (head >= HEADS + KV_HEADS) {
-        cache.value(row[token], head - HEADS - KV_HEADS, dim)[slot[token]] = narrow(one);
-        cache.value(row[token], head - HEADS - KV_HEADS, dim + HALF)[slot[token]] = narrow(two);
-        continue;
-      }
-      bf16 *to = head < HEADS ? out + (size_t)token * QKV + head * HEAD_DIM : cache.key(row[token], head - HEADS, slot[token]);
-      const size_t at = (size_t)rotation.position[token] * HALF + dim;
-      const float cosine = rotation.cosines[at], sine = rotation.sines[at];
-      to[dim] = narrow(one * cosine - two * sine);
-      to[dim + HALF] = narrow(two * cosine + one * sine);
+    if (own_row < 0) return;
+    const float scale = scale_of(own);
+    float one = sum_of(threadIdx.x % 8, own) * scale, two = sum_of(threadIdx.x % 8 + 8, own) * scale;
+    if (bias) one += wide(bias[first + threadIdx.x % 8]), two += wide(bias[first + threadIdx.x % 8 + HALF]);
+    if (head >= HEADS + KV_HEADS) {
+      cache.value(own_row, head - HEADS - KV_HEADS, dim)[own_slot] = narrow(one);
+      cache.value(own_row, head - HEADS - KV_HEADS, dim + HALF)[own_slot] = narrow(two);
+      return;
     }
+    bf16 *to = head < HEADS ? out + (size_t)own * QKV + head * HEAD_DIM : cache.key(own_row, head - HEADS, own_slot);
+    to[dim] = narrow(one * cosine - two * sine);
+    to[dim + HALF] = narrow(two * cosine + one * sine);
     return;
   }
-  constexpr int ROWS = MODE == GATED ? 8 : 16;
-  for (int i = threadIdx.x; i < ROWS * real; i += WARPS * 32) {
-    int r = i % ROWS, token = i / ROWS, o = first + r;
-    if (o >= O) continue;
+#pragma unroll
+  for (int j = 0; j < ENDS; j++) {
+    const int i = threadIdx.x + j * WARPS * 32, r = i % ROWS, token = i / ROWS, o = first + r;
+    if (token >= real || o >= O) continue;
     float value = sum_of(r, token) * scale_of(token);
-    bf16 *to = out + (size_t)token * O + o;
-    if (MODE == GATED) value = silu(value) * sum_of(r + 8, token) * scale_of(token);
+    if (MODE == GATED) value = silu(value) * sum_of(r + ROWS, token) * scale_of(token);
     if (bias) value += wide(bias[o]);
-    if (MODE == RESIDUAL) value += wide(*to);
-    *to = narrow(value);
+    if (MODE == RESIDUAL) value += wide(residual[j]);
+    out[(size_t)token * O + o] = narrow(value);
   }
 }
 
 #define SKINNY(NT)                                                                                                     \
   extern "C" __global__ void __launch_bounds__(WARPS * 32) qkv_##NT(const bf16 *w, const bf16 *x, const bf16 *norm,           \
                                                              const bf16 *bias, bf16 *out, int real) {                  \
-    skinny<NT, PLAIN, true>(w, x, norm, bias, out, 0, 0, real, 0.f, 0, HIDDEN, QKV);                                \
+    skinny<NT, PLAIN, true, HIDDEN, QKV>(w, x, norm, bias, out, 0, 0, real, 0.f, 0);                                \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(WARPS * 32)                                                             \
       qkv_rotated_##NT(const bf16 *w, const bf16 *x, const bf16 *norm, const bf16 *bias, bf16 *out, int real,          \
                        const int *row, const int *slot, const int *position, const float *cosines,                     \
                        const float *sines, bf16 *keys, bf16 *values, int capacity) {                                   \
-    skinny<NT, ROTATED, true>(w, x, norm, bias, out, 0, 0, real, 0.f, 0, HIDDEN, QKV, {keys, values, capacity},        \
+    skinny<NT, ROTATED, true, HIDDEN, QKV>(w, x, norm, bias, out, 0, 0, real, 0.f, 0, {keys, values, capacity},        \
                               {cosines, sines, 0, 0, position}, row, slot);                                            \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(WARPS * 32) output_##NT(const bf16 *w, const bf16 *x, const bf16 *bias,        \
                                                                 bf16 *out, int real) {                                 \
-    skinny<NT, RESIDUAL, false>(w, x, 0, bias, out, 0, 0, real, 0.f, 0, HEADS * HEAD_DIM, HIDDEN);                  \
+    skinny<NT, RESIDUAL, false, HEADS * HEAD_DIM, HIDDEN>(w, x, 0, bias, out, 0, 0, real, 0.f, 0);                  \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(WARPS * 32) gate_up_##NT(const bf16 *w, const bf16 *x, const bf16 *norm,       \
                                                                  bf16 *out, int real) {                                \
-    skinny<NT, GATED, true>(w, x, norm, 0, out, 0, 0, real, 0.f, 0, HIDDEN, FFN);                                   \
+    skinny<NT, GATED, true, HIDDEN, FFN>(w, x, norm, 0, out, 0, 0, real, 0.f, 0);                                   \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(WARPS * 32) down_##NT(const bf16 *w, const bf16 *x, bf16 *out, int real) {     \
-    skinny<NT, RESIDUAL, false>(w, x, 0, 0, out, 0, 0, real, 0.f, 0, FFN, HIDDEN);                                  \
+    skinny<NT, RESIDUAL, false, FFN, HIDDEN>(w, x, 0, 0, out, 0, 0, real, 0.f, 0);                                  \
   }                                                                                                                    \
   extern "C" __global__ void __launch_bounds__(WARPS * 32) head_##NT(const bf16 *w, const bf16 *x, const bf16 *norm,          \
                                                               float *best, int *best_id, int real,                     \
                                                               float inverse_temperature, const u64 *keys) {            \
-    skinny<NT, BEST, true>(w, x, norm, 0, 0, best, best_id, real, inverse_temperature, keys, HIDDEN, VOCAB);        \
+    skinny<NT, BEST, true, HIDDEN, VOCAB>(w, x, norm, 0, 0, best, best_id, real, inverse_temperature, keys);        \
   }
 SKINNY(1)
 SKINNY(2)
@@ -446,7 +494,7 @@ __device__ __forceinline__ void attend(const bf16 *qkv, const Cache cache, const
   bf16 *queries = (bf16 *)(merged + ATTENTION_WARPS * 16 * (HEAD_DIM + 2));
   constexpr int PITCH = HEAD_DIM + 8;
   let_successor_start();
-  wait_for_predecessor();
+  // Places are the step's input: they do not wait for the predecessor. Nor do keys and values on their way to L2.
   const int tile = blockIdx.x, key_head = blockIdx.y, cache_row = tile_row[tile];
   if (cache_row < 0) return;
   const int first = tile_token[tile], length = tile_length[tile], window = tile_window[tile];
@@ -457,6 +505,12 @@ __device__ __forceinline__ void attend(const bf16 *qkv, const Cache cache, const
   const int sharers = min(ATTENTION_WARPS / pieces, last_slot / 32 + 1);
   const int piece = warp / sharers, share = warp % sharers;
   const bf16 *k = cache.key(cache_row, key_head, 0), *v = cache.value(cache_row, key_head, 0);
+  if (piece < pieces)
+    for (int chunk = share; chunk * 32 <= last_slot; chunk += sharers) {
+      for (int part = 0; part < HEAD_DIM; part += 64) prefetch(k + (size_t)(chunk * 32 + lane) * HEAD_DIM + part);
+      for (int d = lane; d < HEAD_DIM; d += 32) prefetch(v + (size_t)d * cache.capacity + chunk * 32);
+    }
+  wait_for_predecessor();
 
   if (ROTATE) {
     const int fresh = last_slot - window + 1, window_token = first + length - fresh;

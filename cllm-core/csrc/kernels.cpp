@@ -133,7 +133,7 @@ int cllm_kernel(void *module, const char *name, int shared_bytes, void **kernel)
   return guarded([&] {
     CUfunction found;
     check(driver().function(&found, static_cast<CUmodule>(module), name), name);
-    if (shared_bytes > 48 * 1024)
+    if (shared_bytes > 0)
       check(driver().attribute(found, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes), name);
     *kernel = found;
   });

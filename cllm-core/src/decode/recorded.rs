@@ -10,7 +10,7 @@ use tch::{Kind, Tensor};
 use super::{Choice, Chunk, Forward, Place, Predicted, Window};
 use crate::model::{Fused, SlotMove, StepInput, StepSize, Transformer};
 use crate::torch_ext::decode_kernels::{self, Places};
-use crate::torch_ext::graphs::{Graph, GraphPool, PinnedInts, Stream};
+use crate::torch_ext::graphs::{self, Graph, GraphPool, PinnedInts, Stream};
 use crate::{Error, Result};
 
 /// Tokens of prompts that a step takes at most beside the windows.
@@ -22,7 +22,7 @@ pub(super) struct RecordedModel<'m> {
     buffers: Buffers,
     stream: Stream,
     model: Fused<'m>,
-    device: tch::Device,
+    device: usize,
     rows: usize,
     vocab: usize,
 }
@@ -104,8 +104,8 @@ impl Layout {
 }
 
 impl Buffers {
-    fn new(ints: usize, outputs: usize, device: tch::Device) -> Result<Self> {
-        let zeros = |length: usize| Tensor::f_zeros([length as i64], (Kind::Int, device));
+    fn new(ints: usize, outputs: usize, device: usize) -> Result<Self> {
+        let zeros = |length: usize| Tensor::f_zeros([length as i64], (Kind::Int, tch::Device::Cuda(device)));
         let buffers = Buffers {
             pool: GraphPool::new()?,
             host_input: PinnedInts::new(ints)?,
@@ -114,7 +114,7 @@ impl Buffers {
             predicted: zeros(outputs)?,
         };
         // Steps have a stream of their own: zeros that came late, as beside another process, would wipe out a step's input.
-        crate::device::synchronize(device);
+        graphs::wait_for_current(device)?;
         Ok(buffers)
     }
 }
@@ -125,13 +125,13 @@ impl<'m> RecordedModel<'m> {
         let Some(fused) = Fused::new(model, rows, capacity)? else { return Ok(None) };
         let tch::Device::Cuda(index) = model.device() else { return Ok(None) };
         // What the default stream still has to do for the weights and the empty cache.
-        crate::device::synchronize(model.device());
+        graphs::wait_for_current(index)?;
         Ok(Some(RecordedModel {
             steps: HashMap::new(),
-            buffers: Buffers::new(1, 1, model.device())?,
+            buffers: Buffers::new(1, 1, index)?,
             stream: Stream::new(index)?,
             model: fused,
-            device: model.device(),
+            device: index,
             rows,
             vocab: model.config().vocab_size as usize,
         }))
@@ -144,7 +144,7 @@ impl<'m> RecordedModel<'m> {
         // The fused kernels predict after every token.
         let few = tokens <= self.model.few_tokens();
         let outputs = if few { tokens } else { rounded_up(outputs).min(tokens) };
-        let tiles = if few { tokens } else { self.rows + tokens.div_ceil(self.model.tile(tokens)) };
+        let tiles = (self.rows + tokens.div_ceil(self.model.tile(tokens))).min(tokens);
         StepSize { tokens, outputs, tiles }
     }
 

@@ -2,7 +2,7 @@
 
 use tch::Tensor;
 
-use super::kernels::{Argument, Kernel, Module, capability, compile};
+use super::kernels::{Argument, Kernel, Module, capability, compile, most_shared_bytes};
 use crate::Result;
 use Argument::{Data, Float, Int, MaybeData};
 
@@ -13,6 +13,8 @@ pub const FEW_TOKENS: usize = 32;
 const SMALL_STEP: usize = 32;
 /// Rows of a weight that one block multiplies.
 const BLOCK_ROWS: usize = 16;
+/// Shared memory that the sums of a fused kernel take at most.
+const SUMS_BYTES: usize = 24 << 10;
 const FEW_THREADS: usize = 256;
 
 /// What the kernels are compiled for.
@@ -94,6 +96,24 @@ impl Shape {
             ("ATTENTION_WARPS", self.attention_warps().to_string()),
         ]
     }
+}
+
+/// Most shared memory for the tokens of a fused kernel.
+fn most_staged_bytes(capability: (u32, u32)) -> usize {
+    most_shared_bytes(capability).saturating_sub(SUMS_BYTES)
+}
+
+/// Shared memory for the tokens of a fused kernel, rows of `width` (`STAGED_BYTES` in the source); 0 where they are not copied.
+fn staged_bytes(tokens: usize, width: usize, capability: (u32, u32)) -> usize {
+    let bytes = tokens * (width + 32) * 2;
+    if tokens > 8 && bytes <= most_staged_bytes(capability) { bytes } else { 0 }
+}
+
+/// What the source is told.
+fn macros(shape: &Shape, capability: (u32, u32)) -> Vec<(&'static str, String)> {
+    let mut macros = shape.macros();
+    macros.push(("MOST_STAGED_BYTES", most_staged_bytes(capability).to_string()));
+    macros
 }
 
 /// The kernels that multiply weights with at most so many tokens.
@@ -181,7 +201,7 @@ pub struct Choice {
 /// # Errors
 /// [`crate::Error::Torch`] with the compiler's words.
 pub fn machine_code(shape: &Shape, capability: (u32, u32)) -> Result<Vec<u8>> {
-    compile(SOURCE, capability, &shape.macros())
+    compile(SOURCE, capability, &macros(shape, capability))
 }
 
 impl DecodeKernels {
@@ -190,20 +210,23 @@ impl DecodeKernels {
     /// # Errors
     /// [`crate::Error::Torch`] with the words of the compiler or the driver.
     pub fn new(device: usize, shape: Shape) -> Result<Self> {
-        let module = Module::compiled(device, SOURCE, &shape.macros())?;
+        let capability = capability(device)?;
+        let module = Module::compiled(device, SOURCE, &macros(&shape, capability))?;
         // Hopper and later start a kernel while the one before it ends.
-        let overlaps = capability(device)?.0 >= 9;
+        let overlaps = capability.0 >= 9;
         let overlapping = |name: &str| module.kernel(name, 0, overlaps);
         let few = |tiles: usize| {
-            let named = |name: &str| overlapping(&format!("{name}_{tiles}"));
+            let tokens = tiles * 8;
+            let named = |name: &str, shared_bytes| module.kernel(&format!("{name}_{tiles}"), shared_bytes, overlaps);
+            let staged = |width| staged_bytes(tokens, width, capability);
             Ok::<_, crate::Error>(Few {
-                tokens: tiles * 8,
-                qkv: named("qkv")?,
-                qkv_rotated: named("qkv_rotated")?,
-                output: named("output")?,
-                gate_up: named("gate_up")?,
-                down: named("down")?,
-                head: named("head")?,
+                tokens,
+                qkv: named("qkv", staged(shape.hidden))?,
+                qkv_rotated: named("qkv_rotated", staged(shape.hidden))?,
+                output: named("output", staged(shape.heads * shape.head_dim))?,
+                gate_up: named("gate_up", 0)?,
+                down: named("down", staged(shape.ffn))?,
+                head: named("head", 0)?,
             })
         };
         Ok(DecodeKernels {
@@ -327,7 +350,7 @@ impl DecodeKernels {
         // SAFETY: as declared in the source, sizes just checked.
         unsafe {
             few.head.launch([blocks, 1], FEW_THREADS, &arguments)?;
-            self.best_of_blocks.launch([tokens, 1], 256, &joined)
+            self.best_of_blocks.launch([tokens, 1], 1024, &joined)
         }
     }
 

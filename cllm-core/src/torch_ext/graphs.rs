@@ -110,6 +110,20 @@ impl Stream {
     }
 }
 
+/// Waits until all work that this thread gave to the device is done. Waiting for the whole device would break what other threads
+/// record meanwhile.
+///
+/// # Errors
+/// [`crate::Error::Torch`] with what that work failed with.
+pub fn wait_for_current(device: usize) -> Result<()> {
+    let (device, mut id) = (device as c_int, 0);
+    // SAFETY: the pointer is valid for the call and the id is a stream's.
+    unsafe {
+        checked(cllm_stream_current(device, &mut id))?;
+        checked(cllm_stream_synchronize(device, id))
+    }
+}
+
 impl Drop for Stream {
     fn drop(&mut self) {
         FREE.lock().unwrap_or_else(PoisonError::into_inner).push((self.device, self.id));
