@@ -98,9 +98,10 @@ __device__ __forceinline__ void write_best_of_block(float top, int top_id, int *
   }
 }
 
+// The first of a step: those after it, which may read the step's input before they wait, begin when it is there.
 extern "C" __global__ void embed(const bf16 *table, const int *tokens, bf16 *x) {
-  let_successor_start();
   wait_for_predecessor();
+  let_successor_start();
   const uint4 *from = (const uint4 *)(table + (size_t)tokens[blockIdx.x] * HIDDEN);
   uint4 *to = (uint4 *)(x + (size_t)blockIdx.x * HIDDEN);
   for (int i = threadIdx.x; i < HIDDEN / 8; i += blockDim.x) to[i] = from[i];
@@ -132,8 +133,8 @@ enum { PLAIN, ROTATED, RESIDUAL, GATED, BEST };
 
 // out[t, o] = sum_k weight[o, k] x[t, k] for T = 8 NT tokens; NORM: of x's RMS norm. One block makes 16 rows of the weight
 // (GATED: 8 of the gate and the 8 of the up projection beside them; ROTATED: 8 of the first half of a head and the 8 that are
-// rotated with them), its warps share k. Where there are fewer blocks than multiprocessors, more than 8 tokens are copied to shared
-// memory first (if there is room): warps would ask L2 for them in halves of lines.
+// rotated with them), its warps share k. More than 8 tokens are copied to shared memory first, if there is room: warps would ask L2 for
+// them in halves of lines. Not for the widest products (GATED, BEST), whose many blocks would each copy them.
 template <int NT, int MODE, bool NORM, int K, int O>
 __device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const bf16 *norm_weight, const bf16 *bias,
                                        bf16 *out, float *best, int *best_id, int real, float inverse_temperature,
@@ -144,6 +145,7 @@ __device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const 
   // With this pitch a warp writes without conflicts.
   __shared__ float partial[WARPS][T][20];
   __shared__ float squares[WARPS][T];
+  static_assert(sizeof(partial) + sizeof(squares) <= 24 << 10, "SUMS_BYTES of the host");
   extern __shared__ uint4 staged[];  // STAGED: [T][K / 8 + 4]
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   // ROTATED: the head of this block, and its first row.
@@ -161,6 +163,7 @@ __device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const 
     int c = warp + d * WARPS;
     if (c < chunks) a[d] = load_once(row_a + c * 4), b[d] = load_once(row_b + c * 4);
   }
+  let_successor_start();
   // ROTATED: a thread ends one pair of one token, whose place is a part of the step's input.
   const int own = threadIdx.x / 8, dim = part + threadIdx.x % 8;
   int own_row = -1, own_slot = 0;
@@ -173,7 +176,6 @@ __device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const 
       cosine = rotation.cosines[at], sine = rotation.sines[at];
     }
   }
-  let_successor_start();
   wait_for_predecessor();
 
   if (STAGED) {
@@ -274,8 +276,9 @@ __device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const 
       float top = -INFINITY;
       int top_id = 0x7fffffff;
       if (token < real && first + i % ROWS < O) {
-        top_id = first + i % ROWS;
-        top = score(sum_of(i % ROWS, token) * scale_of(token), inverse_temperature, keys[token], top_id);
+        int id = first + i % ROWS;
+        float value = score(sum_of(i % ROWS, token) * scale_of(token), inverse_temperature, keys[token], id);
+        if (better(value, id, top, top_id)) top = value, top_id = id;  // never what is no number
       }
       for (int step = ROWS / 2; step > 0; step >>= 1) {
         float value = __shfl_xor_sync(0xffffffffu, top, step);
@@ -417,8 +420,6 @@ extern "C" __global__ void gated(const bf16 *both, bf16 *out, int tokens) {
 
 // The best token of each row of logits [tokens, VOCAB]: one block a token.
 extern "C" __global__ void best_token(const float *logits, float inverse_temperature, const u64 *keys, int *predicted) {
-  let_successor_start();
-  wait_for_predecessor();
   let_successor_start();
   wait_for_predecessor();
   const float *row = logits + (size_t)blockIdx.x * VOCAB;

@@ -122,7 +122,8 @@ int cllm_capability(int device, int *capability) {
 int cllm_module(int device, const char *code, void **module) {
   return guarded([&] {
     c10::cuda::set_device(static_cast<c10::DeviceIndex>(device));
-    c10::cuda::device_synchronize();  // makes the context
+    // Makes the context. Waiting for the whole device would do so too, and break what another thread records.
+    c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(device)).synchronize();
     CUmodule loaded;
     check(driver().load(&loaded, code), "loading kernels");
     *module = loaded;

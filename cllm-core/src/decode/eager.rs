@@ -3,8 +3,9 @@
 use tch::{Kind, Tensor};
 
 use super::{Choice, Chunk, Forward, Place, Predicted, Window, noise};
+use crate::Result;
 use crate::model::{Branches, CachePlaces, KvCache, SlotMove, Transformer};
-use crate::{Result, device};
+use crate::torch_ext::graphs;
 
 /// A transformer and the cache of its rows. A known token's slot is its position: what a rejected guess wrote stays behind the
 /// known tokens and is written over before any query reaches that far.
@@ -98,7 +99,7 @@ impl Forward for EagerModel<'_> {
         }
         if windows.is_empty() {
             // What is timed apart must be over.
-            device::synchronize(self.model.device());
+            graphs::wait_for_current(self.model.device())?;
             return Ok(());
         }
         let branches = windows.iter().any(|window| window.tree.is_some());

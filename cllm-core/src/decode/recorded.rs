@@ -22,7 +22,7 @@ pub(super) struct RecordedModel<'m> {
     buffers: Buffers,
     stream: Stream,
     model: Fused<'m>,
-    device: usize,
+    device: tch::Device,
     rows: usize,
     vocab: usize,
 }
@@ -104,8 +104,8 @@ impl Layout {
 }
 
 impl Buffers {
-    fn new(ints: usize, outputs: usize, device: usize) -> Result<Self> {
-        let zeros = |length: usize| Tensor::f_zeros([length as i64], (Kind::Int, tch::Device::Cuda(device)));
+    fn new(ints: usize, outputs: usize, device: tch::Device) -> Result<Self> {
+        let zeros = |length: usize| Tensor::f_zeros([length as i64], (Kind::Int, device));
         let buffers = Buffers {
             pool: GraphPool::new()?,
             host_input: PinnedInts::new(ints)?,
@@ -113,7 +113,8 @@ impl Buffers {
             host_predicted: PinnedInts::new(outputs)?,
             predicted: zeros(outputs)?,
         };
-        // Steps have a stream of their own: zeros that came late, as beside another process, would wipe out a step's input.
+        // Steps have a stream of their own: weights and the empty cache must be there, and zeros that came late, as beside another
+        // process, would wipe out a step's input.
         graphs::wait_for_current(device)?;
         Ok(buffers)
     }
@@ -124,14 +125,12 @@ impl<'m> RecordedModel<'m> {
     pub(super) fn new(model: &'m Transformer, rows: usize, capacity: usize) -> Result<Option<Self>> {
         let Some(fused) = Fused::new(model, rows, capacity)? else { return Ok(None) };
         let tch::Device::Cuda(index) = model.device() else { return Ok(None) };
-        // What the default stream still has to do for the weights and the empty cache.
-        graphs::wait_for_current(index)?;
         Ok(Some(RecordedModel {
             steps: HashMap::new(),
-            buffers: Buffers::new(1, 1, index)?,
+            buffers: Buffers::new(1, 1, model.device())?,
             stream: Stream::new(index)?,
             model: fused,
-            device: index,
+            device: model.device(),
             rows,
             vocab: model.config().vocab_size as usize,
         }))
@@ -183,6 +182,13 @@ impl<'m> RecordedModel<'m> {
             }
         }
         Ok(())
+    }
+}
+
+impl Drop for RecordedModel<'_> {
+    /// What still runs reads and writes memory that somebody else may get next. A failure was or will be told by whoever asks.
+    fn drop(&mut self) {
+        let _ = self.stream.synchronize();
     }
 }
 
@@ -249,6 +255,8 @@ impl Input<'_> {
         for chunk in chunks {
             self.row(chunk.row, chunk.start, chunk.tokens.iter().copied(), Place::in_order);
         }
+        // Attention's blocks of empty tiles end at once: one that waits for the projection keeps what comes after in order.
+        debug_assert!(self.tiles > 0, "a step of no tokens");
         let Layout { tokens, row, slot, position, tile_row, .. } = &self.layout;
         self.ints[row.start + self.tokens..row.end].fill(-1);
         for part in [tokens, slot, position] {

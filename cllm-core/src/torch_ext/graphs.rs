@@ -3,7 +3,7 @@
 use std::ffi::{c_int, c_void};
 use std::sync::{Mutex, PoisonError};
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::checked;
 use crate::Result;
@@ -110,13 +110,14 @@ impl Stream {
     }
 }
 
-/// Waits until all work that this thread gave to the device is done. Waiting for the whole device would break what other threads
-/// record meanwhile.
+/// Waits until all work that this thread gave to a GPU is done; CPUs have done it. Waiting for the whole device would break what
+/// other threads record meanwhile.
 ///
 /// # Errors
 /// [`crate::Error::Torch`] with what that work failed with.
-pub fn wait_for_current(device: usize) -> Result<()> {
-    let (device, mut id) = (device as c_int, 0);
+pub fn wait_for_current(device: Device) -> Result<()> {
+    let Device::Cuda(index) = device else { return Ok(()) };
+    let (device, mut id) = (index as c_int, 0);
     // SAFETY: the pointer is valid for the call and the id is a stream's.
     unsafe {
         checked(cllm_stream_current(device, &mut id))?;
