@@ -45,7 +45,7 @@ pub enum Error {
     #[error("{0}")]
     Negative(String),
     /// A signal asked to stop; everything worth keeping was saved.
-    #[error("interrupted ({}); run the same command again to go on", signal_name(*.0))]
+    #[error("interrupted ({}); run the same command again", signal_name(*.0))]
     Interrupted(i32),
 }
 

@@ -50,7 +50,7 @@ enum Verb {
     Prepare(prepare::Arguments),
     /// Record how Jacobi decoding converges on a teacher's answers; goes on where it was stopped.
     #[command(
-        after_help = "Example:\n  cllm-data collect model=configs/tiny-teacher prompts=runs/prompts.jsonl output=runs/trajectories n=16"
+        after_help = "Example:\n  cllm-data collect model=configs/tiny-teacher prompts=runs/prompts.jsonl \\\n    output=runs/trajectories n=16"
     )]
     Collect(Configured),
     /// Correct a random part of the wrong tokens of the states.

@@ -20,9 +20,9 @@ pub struct Arguments {
     /// Its folder (for jsonl: the file).
     #[arg(long)]
     data: Option<PathBuf>,
-    /// The split.
-    #[arg(long, default_value = "train")]
-    split: String,
+    /// The split; without it train, or test of the benchmarks that have no other.
+    #[arg(long)]
+    split: Option<String>,
     /// The prompt set to write: Parquet where the name ends in .parquet, else JSONL.
     #[arg(long, short)]
     output: PathBuf,
@@ -47,12 +47,20 @@ pub struct Arguments {
 /// Missing or broken files.
 pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let task = arguments.task;
+    let split = arguments.split.as_deref().unwrap_or(if task.is_for_tests() { "test" } else { "train" });
     let mut samples = if task == Task::Synthetic {
-        synthetic::generate(arguments.seed, &arguments.split, arguments.count)
+        synthetic::generate(arguments.seed, split, arguments.count)
     } else {
         let needed = || Error::usage(format!("{} needs --data: {}", task.name(), task.needs()));
-        task.load(arguments.data.as_deref().ok_or_else(needed)?, &arguments.split)?
+        task.load(arguments.data.as_deref().ok_or_else(needed)?, split)?
     };
+    if samples.is_empty() {
+        let data = arguments.data.as_deref().unwrap_or(std::path::Path::new("")).display();
+        return Err(Error::usage(format!(
+            "{data} holds no prompts of the split `{split}` of {}: name another",
+            task.name()
+        )));
+    }
     samples.truncate(arguments.limit.unwrap_or(usize::MAX));
     if arguments.variants > 0 {
         samples.extend(task.variants(&samples, arguments.variants, arguments.seed)?);

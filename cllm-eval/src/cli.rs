@@ -23,8 +23,8 @@ use crate::{doctor, generate, report, run, score, table, tradeoff};
 #[command(
     name = "cllm-eval",
     version,
-    after_help = "Example:\n  cllm-eval run teacher=configs/tiny-teacher \
-    student=runs/student/final benchmark=synthetic output=runs/eval\n  cllm-eval report runs/eval"
+    after_help = "Example:\n  cllm-eval run teacher=configs/tiny-teacher student=runs/student/final \\\n    \
+    benchmark=synthetic output=runs/eval\n  cllm-eval report runs/eval"
 )]
 pub struct Cli {
     /// Shows no progress.
@@ -37,8 +37,10 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 enum Verb {
     /// Measures accuracy and speed of a teacher and a student; goes on where an interrupted run stopped.
-    #[command(after_help = "Example:\n  cllm-eval run teacher=configs/tiny-teacher \
-        student=runs/student/final count=100 'strategies=[ar, {jacobi: {n: 16}}]' output=runs/first-100")]
+    #[command(
+        after_help = "Example:\n  cllm-eval run teacher=configs/tiny-teacher student=runs/student/final \\\n    \
+        count=100 'strategies=[ar, {jacobi: {n: 16}}]' output=runs/first-100"
+    )]
     Run(Configured),
     /// Runs every benchmark whose data is there and draws one report; goes on where an interrupted suite stopped.
     #[command(
@@ -73,7 +75,7 @@ enum Verb {
         #[arg(value_name = "B")]
         second: Option<PathBuf>,
         /// Model and strategy of A, or one of the two: teacher/ar, student, rolling, student/jacobi n=16. Without it, the
-        /// fastest strategy of the student, and of a run alone the teacher's AR.
+        /// fastest strategy of the student that takes several tokens a forward, and of a run alone the teacher's AR.
         #[arg(long = "a", value_name = "MODEL/STRATEGY")]
         take_a: Option<String>,
         /// The same of B; without it, the fastest strategy of the student (or teacher, where there is no student).
@@ -126,17 +128,16 @@ enum Verb {
     },
     /// Measures how fast a model decodes: steps by their tokens, prefill, batches, strategies, collection, memory.
     #[command(
-        after_help = "Examples:\n  cllm-eval bench model=configs/tiny-teacher 'steps=[1, 16]' 'batches=[8]' repeats=2 \
-        output=runs/bench.json\n  cllm-eval bench -c configs/bench.yaml 'strategies=[{jacobi: {n: 16}}, {rolling: {n: 16, \
-        pool: 4}}, {multiblock: {n: 16}}, {lookahead: {window: 5, ngram: 4, candidates: 5}}]'"
+        after_help = "Examples:\n  cllm-eval bench model=configs/tiny-teacher 'steps=[1, 16]' 'batches=[8]' repeats=2 \\\n    \
+        output=runs/bench.json\n  cllm-eval bench -c configs/bench.yaml \\\n    \
+        'strategies=[{jacobi: {n: 16}}, {rolling: {n: 16, pool: 4}}, {lookahead: {}}]'"
     )]
     Bench(Configured),
     /// Answers a prompt autoregressively and by Jacobi decoding, showing tokens as they become final; without a prompt, a chat with both
     /// side by side.
-    #[command(
-        after_help = "Examples:\n  cllm-eval generate --model runs/student/final --n 16 \"What is 12 times 7?\"\n  \
-        cllm-eval generate --model runs/student/final"
-    )]
+    #[command(after_help = "Examples:\n  cllm-eval generate --model runs/student/final --n 16 \\\n    \
+        \"Mia fills 3 packs with 5 cards each and sells 2 cards. How many cards does Mia keep?\"\n  \
+        cllm-eval generate --model runs/student/final")]
     Generate {
         /// The prompt; without it, a chat in the terminal.
         prompt: Option<String>,

@@ -15,12 +15,14 @@ pub enum Strategy {
     /// Fixed blocks of n tokens, iterated to their fixed point (Song et al., arXiv 2002.03629; CLLM, 2403.00835).
     Jacobi {
         /// Tokens of a block, at least 2.
+        #[serde(default = "default_n")]
         n: usize,
     },
     /// A window that rolls on: what a forward made final leaves it at once, and n - 1 guesses stay in flight, the
     /// predictions of the forward before among them. The last `pool` rejected tails may serve as guesses again.
     Rolling {
         /// Tokens of the window, at least 2.
+        #[serde(default = "default_n")]
         n: usize,
         /// Rejected tails that are kept.
         #[serde(default)]
@@ -30,6 +32,7 @@ pub enum Strategy {
     /// `ratio` (0.85), up to `blocks` (2) at once; `pool` as in `rolling` (Jacobi Forcing, arXiv 2512.14681).
     MultiBlock {
         /// Tokens of a block, at least 2.
+        #[serde(default = "default_n")]
         n: usize,
         /// Most blocks at once, at least 2.
         #[serde(default = "default_blocks")]
@@ -46,6 +49,7 @@ pub enum Strategy {
     /// evaluation has a student guess for its teacher.
     Drafted {
         /// Tokens of the window, at least 2.
+        #[serde(default = "default_n")]
         n: usize,
     },
     /// Lookahead decoding: Jacobi iterations on the next `window` (5) tokens make n-grams of `ngram` (4) tokens; the last
@@ -62,6 +66,10 @@ pub enum Strategy {
         #[serde(default = "default_candidates")]
         candidates: usize,
     },
+}
+
+fn default_n() -> usize {
+    16
 }
 
 fn default_blocks() -> usize {

@@ -133,6 +133,10 @@ pub fn read_numbered(path: &Path) -> Result<Vec<Sample>> {
 }
 
 fn read_rows<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
+    if path.is_dir() {
+        let message = "is a folder: expected a prompt set, the JSONL or Parquet file that `cllm-data prepare` made";
+        return Err(Error::file(path, message));
+    }
     if rows::is_parquet(path) { columns::read(path) } else { rows::read_file(path) }
 }
 

@@ -129,6 +129,11 @@ impl Task {
         Task::ALL.into_iter().find(|task| task.name() == name).unwrap_or(Task::Jsonl)
     }
 
+    /// Whether the benchmark has no split but test.
+    pub fn is_for_tests(self) -> bool {
+        matches!(self, Task::Humaneval | Task::MtBench)
+    }
+
     /// Reads one split of the benchmark's files in `data`.
     ///
     /// # Errors

@@ -329,6 +329,10 @@ pub(super) fn open_shard(path: &Path) -> Result<(ParquetRecordBatchReaderBuilder
 
 fn open_whole_shard(path: &Path) -> Result<(ParquetRecordBatchReaderBuilder<File>, Provenance)> {
     let file = File::open(path).map_err(Error::io(path))?;
+    if !rows::is_parquet(path) {
+        let message = "is no Parquet file: expected trajectories, the folder that `cllm-data collect` made";
+        return Err(Error::file(path, message));
+    }
     let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| {
         let advice = "copy it again, or delete the data set's folder and collect again";
         Error::file(path, format!("is no whole Parquet file ({error}); {advice}"))

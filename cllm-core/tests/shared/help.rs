@@ -8,7 +8,8 @@ pub fn examples(program: clap::Command) -> Vec<Vec<String>> {
     let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/").display().to_string();
     let mut found = Vec::new();
     for command in std::iter::once(&program).chain(program.get_subcommands()) {
-        let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+        // A long example goes on in the next line, as in a shell.
+        let help = command.get_after_help().map(ToString::to_string).unwrap_or_default().replace("\\\n", " ");
         let lines: Vec<&str> =
             help.lines().map(str::trim).filter(|line| line.starts_with(program.get_name())).collect();
         assert!(!lines.is_empty(), "the help of `{}` has no example", command.get_name());

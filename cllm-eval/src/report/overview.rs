@@ -11,7 +11,7 @@ use crate::table::{accuracy, number};
 pub(super) const HEADS: [&str; 8] = [
     "benchmark",
     "split",
-    "fastest",
+    "strategy",
     "accuracy (95 %)",
     "teacher AR accuracy (95 %)",
     "unfinished",
