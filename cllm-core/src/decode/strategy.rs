@@ -193,3 +193,18 @@ impl Strategy {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_strategy_leaves_out_has_its_default() {
+        let read = |text: &str| serde_json::from_str::<Strategy>(text).unwrap();
+        assert_eq!(read(r#"{"jacobi": {}}"#), Strategy::Jacobi { n: 16 });
+        assert_eq!(read(r#"{"rolling": {}}"#), Strategy::rolling(16));
+        assert_eq!(read(r#"{"multiblock": {}}"#), Strategy::multi_block(16));
+        assert_eq!(read(r#"{"drafted": {}}"#), Strategy::Drafted { n: 16 });
+        assert_eq!(read(r#"{"lookahead": {}}"#), Strategy::lookahead());
+    }
+}

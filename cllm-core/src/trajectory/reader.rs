@@ -329,8 +329,8 @@ pub(super) fn open_shard(path: &Path) -> Result<(ParquetRecordBatchReaderBuilder
 
 fn open_whole_shard(path: &Path) -> Result<(ParquetRecordBatchReaderBuilder<File>, Provenance)> {
     let file = File::open(path).map_err(Error::io(path))?;
-    if !rows::is_parquet(path) {
-        let message = "is no Parquet file: expected trajectories, the folder that `cllm-data collect` made";
+    if path.extension().is_some_and(|ending| ending == "jsonl") {
+        let message = "is no trajectories, perhaps a prompt set: expected the folder that `cllm-data collect` made";
         return Err(Error::file(path, message));
     }
     let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| {

@@ -56,6 +56,22 @@ fn every_damaged_model_is_named_and_nothing_is_written() {
 }
 
 #[test]
+fn a_benchmark_is_prepared_by_the_split_it_has_and_one_without_prompts_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let (data, output) = (path(dir.path(), ""), path(dir.path(), "prompts.jsonl"));
+    let mbpp = json!({"task_id": 11, "prompt": "Add.", "code": "def add(): pass", "test_imports": [], "test_list": ["assert add"]});
+    fs::write(dir.path().join("mbpp.jsonl"), mbpp.to_string()).unwrap();
+    let words = ["prepare", "mbpp", "--data", &data, "--output", &output];
+    DATA.refuse(&words, 2, &["no prompts of the split `train` of mbpp"]);
+    assert!(!Path::new(&output).exists());
+    let problem = json!({"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": "    pass\n",
+        "test": "def check(f):\n    pass\n", "entry_point": "f"});
+    fs::write(dir.path().join("HumanEval.jsonl"), problem.to_string()).unwrap();
+    DATA.succeed(&["prepare", "humaneval", "--data", &data, "--output", &output]);
+    assert_eq!(fs::read_to_string(&output).unwrap().lines().count(), 1);
+}
+
+#[test]
 fn another_tokenizer_reads_no_data_set() {
     let dir = tempfile::tempdir().unwrap();
     let data = made(&[row("a", &[5, 6, 7, 0])]);

@@ -160,6 +160,19 @@ fn what_is_longer_than_the_context_is_left_out_and_said() {
 }
 
 #[test]
+fn prompts_for_trajectories_and_the_other_way_round_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let settings = student(dir.path());
+    let prompts = dir.path().join("prompts.jsonl");
+    let given = |objective, data: &Path| Settings { objective, data: vec![data.to_owned()], ..settings.clone() };
+    let said = ["prompts.jsonl", "perhaps a prompt set", "cllm-data collect"];
+    TRAIN.refuse(&["run", "-c", &file(&given(Objective::Consistency, &prompts))], 2, &said);
+    let said = ["is a folder: expected a prompt set", "cllm-data prepare"];
+    TRAIN.refuse(&["run", "-c", &file(&given(Objective::Sft, &settings.data[0]))], 2, &said);
+    assert!(!Path::new(&settings.output).exists());
+}
+
+#[test]
 fn ids_that_the_student_has_not_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let mut settings = student(dir.path());
