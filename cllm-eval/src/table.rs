@@ -159,7 +159,8 @@ pub fn notes(results: &Results) -> Vec<String> {
 /// What was measured on what, in a sentence.
 pub fn measured(results: &Results) -> String {
     if results.benchmark == Task::Perplexity {
-        return format!("{} texts; nothing is generated.", results.examples);
+        let texts = if results.examples == 1 { "text" } else { "texts" };
+        return format!("{} {texts}; nothing is generated.", results.examples);
     }
     let speed = match results.speed_examples {
         0 => "speed was not measured".to_owned(),

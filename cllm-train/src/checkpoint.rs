@@ -8,6 +8,7 @@ use cllm_core::tokenizer::{self, Tokenizer};
 use cllm_core::{Error, Result, atomic_file, fingerprint, hub, text_file, torch_ext, trajectory};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use tch::{Kind, Tensor};
 
 use crate::optimizer::State;
@@ -33,11 +34,10 @@ pub struct Position {
     pub origin: Origin,
 }
 
-/// What the course of a run depends on, as fingerprints: a run goes on only from the same.
+/// What the course of a run depends on: a run goes on only from the same.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Origin {
-    settings: String,
-    /// Of what the settings only name: the model, the tokenizer, each data set.
+    /// Each setting, and fingerprints of what settings only name: the model, the tokenizer, each data set.
     contents: BTreeMap<String, String>,
 }
 
@@ -54,8 +54,9 @@ impl Origin {
             device: String::new(),
             ..settings.clone()
         };
-        let course = serde_json::to_string(&course).map_err(|error| Error::usage(format!("settings: {error}")))?;
+        let course = serde_json::to_value(&course).map_err(|error| Error::usage(format!("settings: {error}")))?;
         let mut contents = BTreeMap::from([("the tokenizer".to_owned(), tokenizer.fingerprint().to_owned())]);
+        add_settings(&mut contents, "", &course);
         if settings.init.is_none() {
             contents.insert(format!("the model {}", settings.model), model::fingerprint(folder)?);
         }
@@ -78,17 +79,30 @@ impl Origin {
             let name = format!("the probe {}", probe.trajectories.display());
             contents.insert(name, trajectory::fingerprint(&probe.trajectories)?);
         }
-        Ok(Origin { settings: fingerprint::of_bytes(course.as_bytes()), contents })
+        Ok(Origin { contents })
     }
 
     /// In what a run that began from `self` differs from one that begins from `now`.
     fn difference(&self, now: &Origin) -> Option<String> {
-        if self.settings != now.settings {
-            return Some("holds a run with other settings".to_owned());
-        }
         let then = |name: &String| self.contents.get(name).map_or("none", String::as_str);
         let (name, now) = now.contents.iter().find(|(name, now)| then(name) != now.as_str())?;
         Some(format!("holds a run for which {name} was another ({} then, {now} now)", then(name)))
+    }
+}
+
+/// Adds every setting below `value`, whose own name is `name`.
+fn add_settings(contents: &mut BTreeMap<String, String>, name: &str, value: &Value) {
+    match value {
+        Value::Object(section) => {
+            for (key, value) in section {
+                add_settings(contents, &if name.is_empty() { key.clone() } else { format!("{name}.{key}") }, value);
+            }
+        }
+        // What is only a place is told by what lies there.
+        _ if ["model", "data"].contains(&name) => {}
+        value => {
+            contents.insert(format!("`{name}`"), value.to_string());
+        }
     }
 }
 

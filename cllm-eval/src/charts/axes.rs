@@ -25,13 +25,15 @@ pub struct Axis {
 }
 
 impl Axis {
-    /// Marks at round numbers around all of `values`, which are finite; a single value has one on either side.
+    /// Marks at round numbers around all of `values`, which are finite; a single value has one on either side. Among whole numbers, such
+    /// as places, there are no marks.
     pub fn around(name: &'static str, values: impl Iterator<Item = f64>) -> Self {
-        let (low, high) =
-            values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), value| (low.min(value), high.max(value)));
-        let (low, high) = if low <= high { (low, high) } else { (0.0, 1.0) };
+        let (low, high, whole) = values.fold((f64::INFINITY, f64::NEG_INFINITY, true), |(low, high, whole), value| {
+            (low.min(value), high.max(value), whole && value.fract() == 0.0)
+        });
+        let (low, high, whole) = if low <= high { (low, high, whole) } else { (0.0, 1.0, false) };
         let spread = if high > low { high - low } else { high.abs().max(1.0) / 2.0 };
-        let step = round_step(spread / MARKS);
+        let step = round_step((spread / MARKS).max(if whole { 1.0 } else { 0.0 }));
         let (first, last) = ((low / step).floor() * step, (high / step).ceil() * step);
         Axis { name, first, last: if last > first { last } else { first + step }, step }
     }
@@ -127,7 +129,9 @@ mod tests {
             (vec![0.3, 97.0], 0.0, 100.0, 20.0),
             (vec![1.0, 4.16], 1.0, 5.0, 1.0),
             (vec![53.1, 57.7], 53.0, 58.0, 1.0),
-            (vec![2.0], 2.0, 2.2, 0.2),
+            (vec![2.5], 2.5, 3.0, 0.5),
+            (vec![2.0], 2.0, 3.0, 1.0),
+            (vec![1.0, 2.0, 3.0], 1.0, 3.0, 1.0),
             (vec![], 0.0, 1.0, 0.2),
         ] {
             let axis = Axis::around("x", values.iter().copied());

@@ -2,6 +2,8 @@
 
 use serde::Serialize;
 
+use super::Run;
+
 use crate::measure::role_name;
 use crate::records::Role;
 use crate::results::{Results, StrategyResults};
@@ -31,8 +33,8 @@ pub(super) fn best(results: &Results) -> Option<(Role, &StrategyResults)> {
 }
 
 impl Card {
-    pub(super) fn of(results: &Results) -> Option<Self> {
-        let title = format!("{} / {}", results.benchmark.name(), results.split);
+    pub(super) fn of(run: &Run) -> Option<Self> {
+        let (results, title) = (&run.results, run.title.clone());
         let Some((role, found)) = best(results) else {
             let model = results.models.last()?;
             let (figure, caption) = (format!("{:.2}", model.perplexity.as_ref()?.value), role_name(model.model.role));
@@ -56,10 +58,7 @@ impl Card {
         let lines = [
             cost,
             own,
-            Some(format!(
-                "{} tokens per forward in answers that ended",
-                number(found.tokens_per_forward_finished, 2, "")
-            )),
+            found.tokens_per_forward_finished.map(|tpf| format!("{tpf:.2} tokens per forward in answers that ended")),
             Some(unfinished(results, role, found)),
             Some(results.hardware.line()),
         ];

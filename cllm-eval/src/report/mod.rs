@@ -22,6 +22,8 @@ use section::Section;
 
 /// What a report draws of one run.
 struct Run {
+    /// Benchmark and split, and its folder where runs that are drawn together have the same.
+    title: String,
     results: Results,
     /// Its answers and timings, where the file lies beside the results.
     records: Option<Records>,
@@ -34,7 +36,13 @@ struct Run {
 pub fn report(results: &[PathBuf], output: Option<&Path>) -> Result<Vec<PathBuf>> {
     let files: Vec<PathBuf> =
         results.iter().map(|path| if path.is_dir() { path.join(RESULTS) } else { path.clone() }).collect();
-    let runs: Vec<Run> = files.iter().map(|path| Run::read(path)).collect::<Result<_>>()?;
+    let mut runs: Vec<Run> = files.iter().map(|path| Run::read(path)).collect::<Result<_>>()?;
+    let titles: Vec<String> = runs.iter().map(|run| run.title.clone()).collect();
+    for (run, file) in runs.iter_mut().zip(&files) {
+        if titles.iter().filter(|title| **title == run.title).count() > 1 {
+            run.title += &format!(" / {}", file.parent().unwrap_or(Path::new("")).display());
+        }
+    }
     let folder = match output {
         Some(folder) => folder.to_owned(),
         None => files.first().and_then(|file| file.parent()).unwrap_or(Path::new(".")).to_owned(),
@@ -71,7 +79,8 @@ impl Run {
         let results = Results::read(path)?;
         let samples = path.with_file_name(SAMPLES);
         let records = if samples.exists() { Some(Records::read(&samples)?) } else { None };
-        Ok(Run { results, records })
+        let title = format!("{} / {}", results.benchmark.name(), results.split);
+        Ok(Run { title, results, records })
     }
 }
 

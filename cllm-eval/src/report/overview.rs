@@ -4,13 +4,12 @@ use super::Run;
 use super::card::best;
 use crate::measure::role_name;
 use crate::records::Role;
-use crate::results::{Results, StrategyResults};
+use crate::results::StrategyResults;
 use crate::table::{accuracy, number};
 
-/// Heads of the columns; the first three name the row and its strategy.
-pub(super) const HEADS: [&str; 8] = [
-    "benchmark",
-    "split",
+/// Heads of the columns; the first two name the row and its strategy.
+pub(super) const HEADS: [&str; 7] = [
+    "run",
     "strategy",
     "accuracy (95 %)",
     "teacher AR accuracy (95 %)",
@@ -21,10 +20,11 @@ pub(super) const HEADS: [&str; 8] = [
 
 /// A row for each run; none where there is one run alone, whose own table says it all.
 pub(super) fn rows(runs: &[Run]) -> Vec<Vec<String>> {
-    if runs.len() < 2 { Vec::new() } else { runs.iter().map(|run| row(&run.results)).collect() }
+    if runs.len() < 2 { Vec::new() } else { runs.iter().map(row).collect() }
 }
 
-fn row(results: &Results) -> Vec<String> {
+fn row(run: &Run) -> Vec<String> {
+    let results = &run.results;
     let teacher = results.models.iter().find(|model| model.model.role == Role::Teacher);
     let ar = teacher.and_then(|model| model.strategies.iter().find(|found| found.n.is_none()));
     let found = best(results);
@@ -32,8 +32,7 @@ fn row(results: &Results) -> Vec<String> {
         found.map_or_else(|| "-".to_owned(), |(_, strategy)| figure(strategy))
     };
     vec![
-        results.benchmark.name().to_owned(),
-        results.split.clone(),
+        run.title.clone(),
         found.map_or_else(|| "-".to_owned(), |(role, strategy)| format!("{} {}", role_name(role), strategy.label)),
         of(&|strategy| accuracy(strategy.accuracy, strategy.ci95)),
         ar.map_or_else(|| "-".to_owned(), |strategy| accuracy(strategy.accuracy, strategy.ci95)),

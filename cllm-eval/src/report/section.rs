@@ -48,8 +48,8 @@ impl Section {
         let tradeoff = Tradeoff::of(std::slice::from_ref(results));
         let areas = tradeoff.iter().flat_map(|tradeoff| &tradeoff.aup);
         Ok(Section {
-            title: format!("{} / {}", results.benchmark.name(), results.split),
-            card: Card::of(results),
+            title: run.title.clone(),
+            card: Card::of(run),
             summary: measured(results),
             rows: models().flat_map(rows).collect(),
             notes: notes(results),

@@ -108,20 +108,25 @@ fn a_report_of_several_runs_begins_with_a_row_for_each() {
     report(&folders, Some(dir.path())).unwrap();
     let read = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
     let (markdown, page, tex) = (read("report.md"), read("report.html"), read("report.tex"));
-    let row = "| jsonl | test | student jacobi n=4 | 50.0 % (15.0 to 85.0) | 75.0 % (30.1 to 95.4) | 1 of 4 | 4.00 | 4.00x |\n";
+    let row = "| jsonl / test | student jacobi n=4 | 50.0 % (15.0 to 85.0) | 75.0 % (30.1 to 95.4) | 1 of 4 | 4.00 | 4.00x |\n";
     let (overview, sections) = markdown.split_once("## ").unwrap();
     assert!(
-        overview.contains(row) && overview.contains("| jsonl | dev_50% |") && !sections.contains(row),
+        overview.contains(row) && overview.contains("| jsonl / dev_50% |") && !sections.contains(row),
         "{markdown}"
     );
-    assert!(page.find("<td>dev_50%</td>").unwrap() < page.find("class=\"cards\"").unwrap(), "{page}");
-    assert!(tex.contains(r"jsonl & dev\_50\% & student jacobi n=4 & 50.0 \% (15.0 to 85.0) &"), "{tex}");
+    assert!(page.find("<td>jsonl &#x2f; dev_50%</td>").unwrap() < page.find("class=\"cards\"").unwrap(), "{page}");
+    assert!(tex.contains(r"jsonl / dev\_50\% & student jacobi n=4 & 50.0 \% (15.0 to 85.0) &"), "{tex}");
     assert_eq!(
-        (tex.matches(r"\resizebox{\linewidth}{!}").count(), tex.matches(r"\begin{tabular}{lll").count()),
-        (3, 1)
+        (tex.matches(r"\resizebox{\linewidth}{!}").count(), tex.matches(r"\begin{tabular}{llr").count()),
+        (3, 3)
     );
     let (_dir, [alone, ..]) = drawn();
-    assert!(!alone.contains("The fastest strategy of each run"), "{alone}");
+    assert!(markdown.contains("Of each run the fastest strategy") && !alone.contains("Of each run"), "{alone}");
+    // Runs that only their folders tell apart.
+    report(&[&folders[0], &folders[0]].map(Clone::clone), Some(dir.path())).unwrap();
+    let title = format!("jsonl / test / {}", folders[0].display());
+    assert!(read("report.md").contains(&format!("| {title} | student")), "{title}");
+    assert!(read("report.html").contains(&format!("<h2>{}</h2>", title.replace('/', "&#x2f;"))), "{title}");
 }
 
 #[test]

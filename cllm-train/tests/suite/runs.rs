@@ -270,7 +270,7 @@ fn a_run_with_other_settings_in_the_same_folder_is_refused() {
     let settings = Settings { max_steps: 2, ..sft(dir.path(), "run") };
     trainer::run(settings.clone()).unwrap();
     let message = trainer::run(Settings { seed: 9, ..settings }).unwrap_err().to_string();
-    assert!(message.contains("other settings"), "{message}");
+    assert!(message.contains("`seed` was another (0 then, 9 now)"), "{message}");
 }
 
 #[test]
