@@ -98,8 +98,6 @@ fn add_settings(contents: &mut BTreeMap<String, String>, name: &str, value: &Val
                 add_settings(contents, &if name.is_empty() { key.clone() } else { format!("{name}.{key}") }, value);
             }
         }
-        // What is only a place is told by what lies there.
-        _ if ["model", "data"].contains(&name) => {}
         value => {
             contents.insert(format!("`{name}`"), value.to_string());
         }

@@ -274,6 +274,21 @@ fn a_run_with_other_settings_in_the_same_folder_is_refused() {
 }
 
 #[test]
+fn a_run_of_fewer_data_sets_or_in_another_order_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let [one, two] = ["prompts.jsonl", "more.jsonl"].map(|name| dir.path().join(name));
+    let text = std::fs::read_to_string(&one).unwrap();
+    std::fs::write(&two, text.replace("\"id\":\"", "\"id\":\"more-")).unwrap();
+    let of = |data: Vec<PathBuf>| Settings { max_steps: 1, data, ..sft(dir.path(), "run") };
+    trainer::run(of(vec![one.clone(), two.clone()])).unwrap();
+    for data in [vec![one.clone()], vec![two, one]] {
+        let message = trainer::run(of(data)).unwrap_err().to_string();
+        assert!(message.contains("`data` was another"), "{message}");
+    }
+}
+
+#[test]
 fn a_run_whose_data_or_model_became_another_is_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
