@@ -80,15 +80,20 @@ __device__ __forceinline__ bool better(float value, int id, float than, int than
   return value > than || (value == than && id < than_id);
 }
 
-// The best of what the threads of a block have found.
-__device__ __forceinline__ void write_best_of_block(float top, int top_id, int *to) {
-  __shared__ float values[32];
-  __shared__ int ids[32];
-  for (int step = 16; step > 0; step >>= 1) {
+// The best of what so many neighbouring lanes have found, for each of them.
+__device__ __forceinline__ void take_best_of_lanes(int lanes, float &top, int &top_id) {
+  for (int step = lanes / 2; step > 0; step >>= 1) {
     float value = __shfl_xor_sync(0xffffffffu, top, step);
     int id = __shfl_xor_sync(0xffffffffu, top_id, step);
     if (better(value, id, top, top_id)) top = value, top_id = id;
   }
+}
+
+// The best of what the threads of a block have found.
+__device__ __forceinline__ void write_best_of_block(float top, int top_id, int *to) {
+  __shared__ float values[32];
+  __shared__ int ids[32];
+  take_best_of_lanes(32, top, top_id);
   if (threadIdx.x % 32 == 0) values[threadIdx.x / 32] = top, ids[threadIdx.x / 32] = top_id;
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -146,7 +151,8 @@ __device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const 
   __shared__ float partial[WARPS][T][20];
   __shared__ float squares[WARPS][T];
   static_assert(sizeof(partial) + sizeof(squares) <= 24 << 10, "SUMS_BYTES of the host");
-  extern __shared__ uint4 staged[];  // STAGED: [T][K / 8 + 4]
+  constexpr int COLUMNS = K / 8, PITCH = COLUMNS + 4;  // of a token's row, 16 bytes each
+  extern __shared__ uint4 staged[];                    // STAGED: [T][PITCH]
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   // ROTATED: the head of this block, and its first row.
   const int head = blockIdx.x / (HALF / 8), part = blockIdx.x % (HALF / 8) * 8;
@@ -179,8 +185,8 @@ __device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const 
   wait_for_predecessor();
 
   if (STAGED) {
-    for (int i = threadIdx.x; i < real * (K / 8); i += WARPS * 32)
-      copy_async(&staged[i / (K / 8) * (K / 8 + 4) + i % (K / 8)], (const uint4 *)x + i);
+    for (int i = threadIdx.x; i < real * COLUMNS; i += WARPS * 32)
+      copy_async(&staged[i / COLUMNS * PITCH + i % COLUMNS], (const uint4 *)x + i);
   }
   // Sums that a thread ends: that of row i % ROWS for token i / ROWS, i = its index, and so on a block's width further.
   constexpr int ENDS = (ROWS * T + WARPS * 32 - 1) / (WARPS * 32);
@@ -213,7 +219,7 @@ __device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const 
         int token = nt * 8 + g;
         inputs[d][nt] = make_uint4(0, 0, 0, 0);
         if (c < chunks && token < real)
-          inputs[d][nt] = STAGED ? staged[token * (K / 8 + 4) + c * 4 + t] : ((const uint4 *)(x + (size_t)token * K))[c * 4 + t];
+          inputs[d][nt] = STAGED ? staged[token * PITCH + c * 4 + t] : ((const uint4 *)(x + (size_t)token * K))[c * 4 + t];
       }
     }
 #pragma unroll
@@ -280,11 +286,7 @@ __device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const 
         float value = score(sum_of(i % ROWS, token) * scale_of(token), inverse_temperature, keys[token], id);
         if (better(value, id, top, top_id)) top = value, top_id = id;  // never what is no number
       }
-      for (int step = ROWS / 2; step > 0; step >>= 1) {
-        float value = __shfl_xor_sync(0xffffffffu, top, step);
-        int id = __shfl_xor_sync(0xffffffffu, top_id, step);
-        if (better(value, id, top, top_id)) top = value, top_id = id;
-      }
+      take_best_of_lanes(ROWS, top, top_id);
       if (i % ROWS == 0 && token < real) {
         best[(size_t)blockIdx.x * T + token] = top;
         best_id[(size_t)blockIdx.x * T + token] = top_id;

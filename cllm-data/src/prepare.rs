@@ -52,15 +52,16 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         synthetic::generate(arguments.seed, split, arguments.count)
     } else {
         let needed = || Error::usage(format!("{} needs --data: {}", task.name(), task.needs()));
-        task.load(arguments.data.as_deref().ok_or_else(needed)?, split)?
+        let data = arguments.data.as_deref().ok_or_else(needed)?;
+        let found = task.load(data, split)?;
+        if found.is_empty() {
+            let (data, name) = (data.display(), task.name());
+            return Err(Error::usage(format!(
+                "{data} holds no prompts of the split `{split}` of {name}: name another"
+            )));
+        }
+        found
     };
-    if samples.is_empty() {
-        let data = arguments.data.as_deref().unwrap_or(std::path::Path::new("")).display();
-        return Err(Error::usage(format!(
-            "{data} holds no prompts of the split `{split}` of {}: name another",
-            task.name()
-        )));
-    }
     samples.truncate(arguments.limit.unwrap_or(usize::MAX));
     if arguments.variants > 0 {
         samples.extend(task.variants(&samples, arguments.variants, arguments.seed)?);

@@ -99,8 +99,7 @@ impl Forward for EagerModel<'_> {
         }
         if windows.is_empty() {
             // What is timed apart must be over.
-            graphs::wait_for_current(self.model.device())?;
-            return Ok(());
+            return graphs::wait_for_current(self.model.device());
         }
         let branches = windows.iter().any(|window| window.tree.is_some());
         let rows = windows.iter().map(BatchRow::of_window).collect();

@@ -330,7 +330,8 @@ pub(super) fn open_shard(path: &Path) -> Result<(ParquetRecordBatchReaderBuilder
 fn open_whole_shard(path: &Path) -> Result<(ParquetRecordBatchReaderBuilder<File>, Provenance)> {
     let file = File::open(path).map_err(Error::io(path))?;
     if path.extension().is_some_and(|ending| ending == "jsonl") {
-        let message = "is no trajectories, perhaps a prompt set: expected the folder that `cllm-data collect` made";
+        let message =
+            "is no trajectory data set, perhaps a prompt set: expected the folder that `cllm-data collect` made";
         return Err(Error::file(path, message));
     }
     let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| {

@@ -3,7 +3,6 @@
 use serde::Serialize;
 
 use super::Run;
-
 use crate::measure::role_name;
 use crate::records::Role;
 use crate::results::{Results, StrategyResults};
