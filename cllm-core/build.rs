@@ -30,8 +30,8 @@ fn main() {
         .define("USE_DISTRIBUTED", None)
         .define("USE_C10D_GLOO", None)
         .define("USE_C10D_NCCL", None)
-        .files(["csrc/torch_ext.cpp", "csrc/graphs.cpp", "csrc/kernels.cpp", "csrc/distributed.cpp"])
-        .compile("cllm_torch_ext");
+        .files(["csrc/libtorch.cpp", "csrc/graphs.cpp", "csrc/nvrtc.cpp", "csrc/distributed.cpp"])
+        .compile("cllm_csrc");
     for library in ["torch_cuda", "c10_cuda", "torch_cpu", "c10"] {
         println!("cargo:rustc-link-lib={library}");
     }

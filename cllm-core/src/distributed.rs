@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tch::{Device, Kind, Tensor};
 
-use crate::torch_ext::distributed::{Collectives, Meeting};
+use crate::cuda::collectives::{Collectives, Meeting};
 use crate::{Error, Result};
 
 /// How long a process waits for the others, to begin and in every collective.

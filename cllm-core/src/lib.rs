@@ -1,29 +1,27 @@
 //! What `cllm-data`, `cllm-train` and `cllm-eval` share: a prompt, a forward pass and a score are defined once, here.
 
 pub mod atomic_file;
-pub mod bench_file;
+pub mod bench_results;
 pub mod chat_template;
+pub mod checkpoint;
+pub mod cuda;
 pub mod decode;
 pub mod device;
 pub mod distributed;
+pub mod environment;
 mod error;
 pub mod fingerprint;
-pub mod gguf;
-pub mod hardware;
-pub mod hub;
 pub mod interrupt;
 pub mod model;
 pub mod program;
 pub mod progress;
 pub mod prompt_set;
-mod rows;
 pub mod sandbox;
 pub mod settings;
 pub mod task;
 pub mod text_file;
 pub mod tokenizer;
-pub mod tokenizer_training;
-pub mod torch_ext;
+pub mod train;
 pub mod trajectory;
 
 pub use error::{Error, Result};

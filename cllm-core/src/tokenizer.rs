@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use crate::chat_template::{ChatTemplate, Message};
-use crate::model::base_folder;
+use crate::checkpoint::base_folder;
 use crate::prompt_set::Prompt;
 use crate::{Error, Result, atomic_file, fingerprint, text_file};
 
@@ -225,7 +225,7 @@ mod tests {
 
     fn folder() -> tempfile::TempDir {
         let dir = tempfile::tempdir().unwrap();
-        crate::tokenizer_training::train(&["Tom has apples. ".repeat(20)], 300, dir.path()).unwrap();
+        cllm_testing::train_tokenizer(["Tom has apples. ".repeat(20)], 300, dir.path());
         dir
     }
 

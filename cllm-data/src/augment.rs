@@ -13,7 +13,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::copying::{self, Copying};
+use crate::rewrite::{self as copying, Copying};
 
 /// Settings of `augment`.
 #[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]

@@ -4,19 +4,20 @@ use std::collections::{BTreeMap, HashSet};
 use std::io::Write;
 use std::path::PathBuf;
 
+use cllm_core::checkpoint::hub;
 use cllm_core::program::{Outcome, print_json};
 use cllm_core::prompt_set;
 use cllm_core::task::Verdict;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{FinishReason, Reader, Trajectory};
-use cllm_core::{Error, Result, atomic_file, hub, interrupt, progress, settings};
+use cllm_core::{Error, Result, atomic_file, interrupt, progress, settings};
 use garde::Validate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use crate::copying::{self, Copying};
 use crate::repetition;
+use crate::rewrite::{self as copying, Copying};
 use crate::scoring::score;
 
 /// Settings of `clean`.

@@ -3,11 +3,13 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use cllm_core::model::{ModelConfig, fingerprint};
+use cllm_core::checkpoint::fingerprint;
+use cllm_core::checkpoint::hub;
+use cllm_core::model::ModelConfig;
 use cllm_core::program::Outcome;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{Block, FinishReason, Provenance, Trajectory, Writer};
-use cllm_core::{Error, Result, hub, interrupt, progress};
+use cllm_core::{Error, Result, interrupt, progress};
 
 use crate::reference_format::{self, Record};
 
@@ -70,7 +72,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     })?;
     rows.extend(import.take_row()?);
     writer.write_shard(&rows)?;
-    let count = crate::copying::finish(writer, output)?;
+    let count = crate::rewrite::finish(writer, output)?;
     progress::say(format!(
         "{count} rows in {}; {} cut before a block that the file lacks, {} dropped for want of their first block",
         output.display(),

@@ -5,10 +5,11 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use clap::Args;
+use cllm_core::checkpoint::hub;
 use cllm_core::program::{Outcome, print, print_json};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{Block, Reader, Trajectory};
-use cllm_core::{Error, Result, hub, interrupt};
+use cllm_core::{Error, Result, interrupt};
 use serde::Serialize;
 use serde_json::json;
 

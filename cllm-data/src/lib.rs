@@ -3,18 +3,17 @@
 pub mod augment;
 pub mod clean;
 pub mod collect;
-mod copying;
 pub mod export;
 pub mod import;
 pub mod inspect;
 pub mod prepare;
 mod reference_format;
 pub mod repetition;
+pub mod rewrite;
 mod scoring;
-mod shelf;
 pub mod stats;
-mod tally;
 pub mod validate;
+mod variants;
 
 use std::path::PathBuf;
 
@@ -127,16 +126,12 @@ fn all_settings() -> String {
 }
 
 #[cfg(test)]
-#[path = "../../cllm-core/tests/shared/help.rs"]
-mod help;
-
-#[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn every_example_of_the_help_is_a_command_line() {
-        for words in help::examples(Arguments::command()) {
+        for words in cllm_testing::help::examples(Arguments::command()) {
             let settings = match Arguments::try_parse_from(&words).unwrap().verb {
                 Verb::Collect(given) => given.load::<collect::Settings>().map(drop),
                 Verb::Augment(given) => given.load::<augment::Settings>().map(drop),
@@ -149,6 +144,6 @@ mod tests {
 
     #[test]
     fn the_configuration_reference_is_up_to_date() {
-        help::must_be_documented(&all_settings());
+        cllm_testing::help::must_be_documented(&all_settings());
     }
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::variants::variants;
 use clap::Args;
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use cllm_core::program::Outcome;
@@ -64,7 +65,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     };
     samples.truncate(arguments.limit.unwrap_or(usize::MAX));
     if arguments.variants > 0 {
-        samples.extend(task.variants(&samples, arguments.variants, arguments.seed)?);
+        samples.extend(variants(task, &samples, arguments.variants, arguments.seed)?);
     }
     interrupt::check()?;
     prompt_set::write(&arguments.output, &samples)?;

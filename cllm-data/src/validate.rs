@@ -4,11 +4,13 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 
 use clap::Args;
-use cllm_core::model::{ModelConfig, fingerprint};
+use cllm_core::checkpoint::fingerprint;
+use cllm_core::checkpoint::hub;
+use cllm_core::interrupt;
+use cllm_core::model::ModelConfig;
 use cllm_core::program::{Outcome, print, print_json};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{FinishReason, Provenance, Reader, Trajectory, UNFINISHED_DATA};
-use cllm_core::{hub, interrupt};
 use serde_json::json;
 
 /// Violations that are listed; all are counted.

@@ -288,16 +288,12 @@ fn list(json: bool) -> Result<()> {
 }
 
 #[cfg(test)]
-#[path = "../../cllm-core/tests/shared/help.rs"]
-mod help;
-
-#[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn every_example_of_the_help_is_a_command_line() {
-        for words in help::examples(Cli::command()) {
+        for words in cllm_testing::help::examples(Cli::command()) {
             let loaded = match Cli::try_parse_from(&words).unwrap().verb {
                 Verb::Run(given) => given.load::<RunSettings>().map(drop),
                 Verb::Suite(given) => given.load::<SuiteSettings>().map(drop),
@@ -310,6 +306,6 @@ mod tests {
 
     #[test]
     fn the_configuration_reference_is_up_to_date() {
-        help::must_be_documented(&all_settings());
+        cllm_testing::help::must_be_documented(&all_settings());
     }
 }

@@ -9,9 +9,9 @@ use cllm_core::trajectory::FinishReason;
 use cllm_core::{Error, Result, progress};
 use serde::Serialize;
 
-use crate::measure::role_name;
 use crate::records::{AnswerRecord, Records, Role, SAMPLES, SCHEMA_VERSION, SpeedRecord};
 use crate::results::{Results, StrategyResults, label};
+use crate::run::measure::role_name;
 use crate::statistics::{bootstrap, mcnemar, ratio, wilson};
 use crate::table::{self, number};
 

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use cllm_core::hardware::{self, Gpu};
+use cllm_core::environment::{self, Gpu};
 use cllm_core::sandbox::Sandbox;
 use serde::Serialize;
 
@@ -41,22 +41,22 @@ pub struct Findings {
 
 /// Looks at this machine.
 pub fn examine() -> Findings {
-    let folder = hardware::libtorch_folder();
+    let folder = environment::libtorch_folder();
     let available = tch::Cuda::is_available();
-    let gpus = hardware::gpus();
-    let hub_cache = cllm_core::hub::cache_folder();
+    let gpus = environment::gpus();
+    let hub_cache = cllm_core::checkpoint::hub::cache_folder();
     let sandbox = Sandbox::open();
     Findings {
         schema_version: 1,
         version: cllm_core::VERSION,
         features: if cfg!(feature = "hub") { vec!["hub"] } else { vec![] },
-        libtorch: hardware::libtorch_version(),
+        libtorch: environment::libtorch_version(),
         cuda_problem: (!available).then(|| cuda_problem(folder.as_deref(), !gpus.is_empty())),
         libtorch_folder: folder,
         cuda_available: available,
         gpus,
-        cpu: hardware::cpu_name(),
-        cores: hardware::cores(),
+        cpu: environment::cpu_name(),
+        cores: environment::cores(),
         sandbox_problem: sandbox.as_ref().err().map(ToString::to_string),
         sandbox: sandbox.map(|sandbox| sandbox.layers().to_vec()).unwrap_or_default(),
         cached_models: cached_models(&hub_cache),

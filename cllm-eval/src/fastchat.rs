@@ -9,9 +9,9 @@ use cllm_core::{Error, Result, atomic_file, fingerprint};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::measure::role_name;
 use crate::records::{AnswerRecord, Records, Role};
 use crate::results::label;
+use crate::run::measure::role_name;
 
 /// Name of the folder.
 pub const FOLDER: &str = "model_answer";

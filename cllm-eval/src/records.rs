@@ -6,7 +6,7 @@ use std::io::{BufRead, BufReader, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use cllm_core::decode::Strategy;
-use cllm_core::hardware::{Hardware, Toolkit};
+use cllm_core::environment::{Hardware, Toolkit};
 use cllm_core::prompt_set::{Prompt, Sample};
 use cllm_core::task::{Task, Verdict};
 use cllm_core::trajectory::FinishReason;

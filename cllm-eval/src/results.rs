@@ -3,9 +3,9 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
+use crate::spider_difficulty::{Difficulty, difficulty};
 use cllm_core::decode::Strategy;
-use cllm_core::hardware::{Hardware, Toolkit};
-use cllm_core::task::spider_difficulty::{Difficulty, difficulty};
+use cllm_core::environment::{Hardware, Toolkit};
 use cllm_core::task::{Task, Verdict};
 use cllm_core::trajectory::FinishReason;
 use cllm_core::{Error, Result};
@@ -14,8 +14,8 @@ use serde_json::Value;
 
 use crate::acceptance::Acceptance;
 use crate::config::RunSettings;
-use crate::perplexity::Perplexity;
 use crate::records::{AnswerRecord, ModelEntry, Records, Role, SpeedRecord, expect_version};
+use crate::run::perplexity::Perplexity;
 use crate::similarity::Similarity;
 use crate::statistics::{paired, ratio, wilson};
 

@@ -12,9 +12,9 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::config::{RunSettings, valid_strategies};
-use crate::measure::role_name;
 use crate::records::SCHEMA_VERSION;
 use crate::results::Results;
+use crate::run::measure::role_name;
 use crate::table::{HEADS, cells, notes, perplexity};
 use crate::{report, run};
 

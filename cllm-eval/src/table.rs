@@ -1,13 +1,13 @@
 //! The summary that people read in the terminal.
 
+use crate::spider_difficulty::Difficulty;
 use cllm_core::task::Task;
-use cllm_core::task::spider_difficulty::Difficulty;
 use comfy_table::{CellAlignment, Table, presets};
 
 use crate::bench::BenchResults;
-use crate::measure::role_name;
-use crate::perplexity::Perplexity;
 use crate::results::{Accuracy, ModelResults, PairedDifference, Results, StrategyResults, label};
+use crate::run::measure::role_name;
+use crate::run::perplexity::Perplexity;
 use crate::similarity::Similarity;
 
 /// Heads of the columns; the first two name the row.

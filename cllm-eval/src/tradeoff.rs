@@ -7,9 +7,9 @@ use cllm_core::task::Task;
 use cllm_core::{Error, Result, progress};
 use serde::Serialize;
 
-use crate::measure::role_name;
 use crate::records::{Role, SCHEMA_VERSION};
 use crate::results::Results;
+use crate::run::measure::role_name;
 use crate::table::{self, number};
 
 /// How hard a loss of accuracy weighs in AUP.

@@ -4,20 +4,21 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Instant;
 
-use cllm_core::bench_file::{BenchFile, ModelFigures};
+use cllm_core::bench_results::{BenchFile, ModelFigures};
+use cllm_core::cuda::libtorch;
 use cllm_core::distributed::Group;
-use cllm_core::hardware::Hardware;
+use cllm_core::environment::Hardware;
 use cllm_core::model::{KnownShape, Transformer};
 use cllm_core::program::{Configured, print, print_json};
-use cllm_core::{Error, Result, device, interrupt, progress, text_file, torch_ext};
+use cllm_core::{Error, Result, device, interrupt, progress, text_file};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
-use crate::examples;
+use crate::data::dataset as examples;
+use crate::data::loader::{Packer, StepBatches};
+use crate::data::schedule::Schedule;
 use crate::memory::Memory;
 use crate::optimizer::{State, learning_rate};
-use crate::prefetch::{Packer, StepBatches};
-use crate::schedule::Schedule;
 use crate::settings::Settings;
 use crate::step::Models;
 use crate::trainer;
@@ -110,7 +111,7 @@ pub fn run(arguments: &Arguments, settings: &Settings) -> Result<()> {
 }
 
 fn measure(arguments: &Arguments, settings: &Settings, place: Device, group: Rc<Group>) -> Result<TrainFigures> {
-    torch_ext::reset_peak_memory(place);
+    libtorch::reset_peak_memory(place);
     let (tokenizer, folder) = trainer::tokenizer(settings)?;
     let (models, name) = match arguments.shape {
         Some(shape) => {
@@ -225,7 +226,7 @@ impl Timed {
             mfu: utilisation(self.pairs as f64),
             mfu_dense_attention: utilisation((self.tokens * settings.max_tokens) as f64),
             peak_flops: peak,
-            peak_memory_bytes: torch_ext::memory(model.device()).map(|(_, peak)| peak),
+            peak_memory_bytes: libtorch::memory(model.device()).map(|(_, peak)| peak),
             planned_memory_bytes: planned.peak,
             waited_seconds: self.waited,
             transformers_blocks_per_second: None,

@@ -3,17 +3,19 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use cllm_core::model::{self, Transformer};
+use cllm_core::checkpoint::hub;
+use cllm_core::cuda::libtorch;
+use cllm_core::model::Transformer;
 use cllm_core::tokenizer::{self, Tokenizer};
-use cllm_core::{Error, Result, atomic_file, fingerprint, hub, text_file, torch_ext, trajectory};
+use cllm_core::{Error, Result, atomic_file, fingerprint, text_file, trajectory};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::{Kind, Tensor};
 
 use crate::optimizer::State;
-use crate::selection::Selection;
 use crate::settings::{Objective, Settings};
+use crate::validation::best_checkpoint::Selection;
 
 /// Where a run stands.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -58,10 +60,10 @@ impl Origin {
         let mut contents = BTreeMap::from([("the tokenizer".to_owned(), tokenizer.fingerprint().to_owned())]);
         add_settings(&mut contents, "", &course);
         if settings.init.is_none() {
-            contents.insert(format!("the model {}", settings.model), model::fingerprint(folder)?);
+            contents.insert(format!("the model {}", settings.model), cllm_core::checkpoint::fingerprint(folder)?);
         }
         if let Some(name) = settings.consistency.anchor.as_ref().filter(|_| settings.anchored()) {
-            contents.insert(format!("the anchor {name}"), model::fingerprint(&hub::locate(name)?)?);
+            contents.insert(format!("the anchor {name}"), cllm_core::checkpoint::fingerprint(&hub::locate(name)?)?);
         }
         for path in &settings.data {
             let content = match settings.objective {
@@ -190,18 +192,18 @@ pub fn resume(run: &Path, state: &mut State, origin: &Origin) -> Result<Option<P
         return Err(Error::file(run, format!("{difference}; {advice}")));
     }
     let path = folder.join("optimizer.safetensors");
-    let map = torch_ext::map_file(&path)?;
+    let map = libtorch::map_file(&path)?;
     let tensors = SafeTensors::deserialize(&map).map_err(|error| damaged(&path, &error))?;
     state.restore(position.skipped, |name, like| {
         let view = tensors.tensor(name).ok()?;
-        torch_ext::tensor_from_bytes(view.data(), &like.size(), like.kind()).ok()
+        libtorch::tensor_from_bytes(view.data(), &like.size(), like.kind()).ok()
     })?;
     Ok(Some(position))
 }
 
 fn write_tensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
     let broken = |error| Error::file(path, format!("{error}"));
-    let bytes = tensors.iter().map(|(_, tensor)| torch_ext::tensor_to_bytes(tensor)).collect::<Result<Vec<_>>>()?;
+    let bytes = tensors.iter().map(|(_, tensor)| libtorch::tensor_to_bytes(tensor)).collect::<Result<Vec<_>>>()?;
     let views = tensors
         .iter()
         .zip(&bytes)

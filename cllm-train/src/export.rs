@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
+use cllm_core::checkpoint::hub;
 use cllm_core::model::Transformer;
-use cllm_core::{Error, Result, atomic_file, hub, progress, tokenizer};
+use cllm_core::{Error, Result, atomic_file, progress, tokenizer};
 use tch::{Device, Kind};
 
 /// What to write.

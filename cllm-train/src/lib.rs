@@ -2,26 +2,22 @@
 
 mod bench;
 mod checkpoint;
+pub mod data;
 mod ema;
-pub mod examples;
 mod export;
-mod held_out;
+pub mod gguf;
 pub mod loss;
 mod memory;
 mod metrics;
 pub mod optimizer;
-pub mod packing;
 mod plan;
-mod prefetch;
-mod probe;
 pub mod rounds;
-pub mod schedule;
-mod selection;
 pub mod settings;
-mod states;
 mod step;
 pub mod tensorboard;
+pub mod tokenizer_training;
 pub mod trainer;
+mod validation;
 
 use std::path::PathBuf;
 
@@ -29,7 +25,7 @@ use clap::builder::RangedU64ValueParser;
 use clap::{CommandFactory, Parser, Subcommand};
 use cllm_core::program::{Configured, Outcome, print, print_completions, print_json};
 use cllm_core::settings::reference;
-use cllm_core::{Error, Result, progress, prompt_set, text_file, tokenizer_training};
+use cllm_core::{Error, Result, progress, prompt_set, text_file};
 
 use serde_json::json;
 use settings::Settings;
@@ -156,7 +152,7 @@ pub fn run(arguments: Arguments) -> Result<Outcome> {
         Verb::Tokenizer { prompts, vocab_size, output } => train_tokenizer(&prompts, vocab_size, &output)?,
         Verb::Export(arguments) => export::run(&arguments)?,
         Verb::Convert { gguf, folder } => {
-            cllm_core::gguf::convert(&gguf, &folder)?;
+            gguf::convert(&gguf, &folder)?;
             progress::say(format!("model in {}", folder.display()));
         }
         Verb::Settings => print(&all_settings())?,
@@ -202,16 +198,12 @@ fn train_tokenizer(prompts: &std::path::Path, vocab_size: usize, output: &std::p
 }
 
 #[cfg(test)]
-#[path = "../../cllm-core/tests/shared/help.rs"]
-mod help;
-
-#[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn every_example_of_the_help_is_a_command_line() {
-        for words in help::examples(Arguments::command()) {
+        for words in cllm_testing::help::examples(Arguments::command()) {
             let settings = match Arguments::try_parse_from(&words).unwrap().verb {
                 Verb::Run(given) | Verb::Plan { given, .. } | Verb::Validate(given) => load(&given).map(drop),
                 Verb::Bench(arguments) => load(&arguments.given).map(drop),
@@ -224,6 +216,6 @@ mod tests {
 
     #[test]
     fn the_configuration_reference_is_up_to_date() {
-        help::must_be_documented(&all_settings());
+        cllm_testing::help::must_be_documented(&all_settings());
     }
 }

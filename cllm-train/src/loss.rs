@@ -1,12 +1,13 @@
 //! The losses of a batch, and their gradients: the vocabulary is met in chunks, so that the logits of a whole batch never
 //! exist at once.
 
-use cllm_core::model::{DeviceStream, Stream, Transformer};
-use cllm_core::torch_ext::train_kernels::{Logits, TrainKernels};
+use cllm_core::cuda::train::{Logits, TrainKernels};
+use cllm_core::model::Transformer;
+use cllm_core::train::{DeviceStream, Stream};
 use cllm_core::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
-use crate::packing::{Batch, Chunk, NO_LABEL};
+use crate::data::packing::{Batch, Chunk, NO_LABEL};
 use crate::settings::{Consistency, Divergence};
 
 /// Sums over tokens.

@@ -4,9 +4,9 @@ use cllm_core::model::{Family, ModelConfig};
 use serde::Serialize;
 use tch::Kind;
 
-use crate::examples::Example;
+use crate::data::dataset::Example;
+use crate::data::loader as prefetch;
 use crate::optimizer;
-use crate::prefetch;
 use crate::settings::{Consistency, Divergence, Objective, Precision, Settings};
 
 /// Bytes, at the largest batch.

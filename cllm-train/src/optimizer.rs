@@ -3,9 +3,9 @@
 use std::ops::Range;
 use std::rc::Rc;
 
+use cllm_core::cuda::libtorch::{self, AdamW};
 use cllm_core::distributed::Group;
 use cllm_core::model::{Flat, Transformer};
-use cllm_core::torch_ext::{self, AdamW};
 use cllm_core::{Error, Result, fingerprint};
 use tch::{Device, Kind, Tensor};
 
@@ -147,7 +147,7 @@ impl State {
         if settings.state == Precision::Bfloat16 {
             return adamw_bf16(&numbers, masters, &gradients, first, second);
         }
-        torch_ext::fused_adamw(&numbers, &masters, &gradients, &first, &second)?;
+        libtorch::fused_adamw(&numbers, &masters, &gradients, &first, &second)?;
         if self.weights.kind() != Kind::Float {
             of(&self.group.part(self.weights.buffer())).f_copy_(&masters)?;
         }

@@ -12,11 +12,11 @@ use cllm_core::{Error, Result, device, interrupt, progress};
 use serde::Serialize;
 use tch::Device;
 
-use crate::examples::{self, Example};
+use crate::data::dataset::{self as examples, Example};
+use crate::data::loader::{Packer, StepBatches};
+use crate::data::schedule::Schedule;
 use crate::memory::Memory;
 use crate::optimizer::State;
-use crate::prefetch::{Packer, StepBatches};
-use crate::schedule::Schedule;
 use crate::settings::Settings;
 use crate::step::Models;
 use crate::trainer;

@@ -2,15 +2,16 @@
 
 use std::path::Path;
 
+use cllm_core::checkpoint::hub;
 use cllm_core::distributed::Group;
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::{Error, Result, device, hub};
+use cllm_core::{Error, Result, device};
 use tch::{Device, Kind, Tensor};
 
+use crate::data::loader::StepBatches;
+use crate::data::packing::Batch;
 use crate::loss::{Backward, losses};
-use crate::packing::Batch;
-use crate::prefetch::StepBatches;
 use crate::settings::{Objective, Settings};
 use crate::trainer::random_config;
 

@@ -5,27 +5,30 @@ use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::Instant;
 
+use cllm_core::checkpoint::hub;
+use cllm_core::checkpoint::is_adapter;
+use cllm_core::cuda::libtorch;
 use cllm_core::distributed::{Group, Member};
 use cllm_core::interrupt::SIGTERM;
-use cllm_core::model::{ModelConfig, is_adapter};
+use cllm_core::model::ModelConfig;
 use cllm_core::progress::Progress;
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::{Error, Result, atomic_file, device, hub, interrupt, progress, torch_ext};
+use cllm_core::{Error, Result, atomic_file, device, interrupt, progress};
 use serde::Serialize;
 use serde_json::{Value, json};
 use tch::{Device, Tensor};
 
 use crate::checkpoint::{self, Origin, Position};
-use crate::examples::{self, Example};
+use crate::data::dataset::{self as examples, Example};
+use crate::data::loader::{Packer, StepBatches};
+use crate::data::packing::Counts;
+use crate::data::schedule::Schedule;
 use crate::metrics::Metrics;
 use crate::optimizer::{State, learning_rate};
-use crate::packing::Counts;
-use crate::prefetch::{Packer, StepBatches};
-use crate::probe::Probe;
-use crate::schedule::Schedule;
-use crate::selection::Selection;
 use crate::settings::{Init, Objective, Settings};
 use crate::step::{Models, weights};
+use crate::validation::best_checkpoint::Selection;
+use crate::validation::generation_probe::Probe;
 
 /// Steps in a row without a finite gradient after which a run stops, once it logs.
 const MOST_SKIPPED: usize = 20;
@@ -108,7 +111,7 @@ pub fn run(settings: Settings) -> Result<()> {
     if group.writes() {
         atomic_file::write(&folder.join("config.yaml"), cllm_core::settings::to_yaml(&settings)?.as_bytes())?;
     }
-    torch_ext::reset_peak_memory(place);
+    libtorch::reset_peak_memory(place);
     let started = (Instant::now(), position.seconds);
     Run { settings, group, folder, tokenizer_folder, models, state, position, started, probe, asked: None }
         .train(&examples)
@@ -325,7 +328,7 @@ impl Run<'_> {
             accuracy: probe.and_then(|found| found.accuracy),
             start_accuracy: start.and_then(|found| found.accuracy),
             best_probe: best,
-            peak_memory_bytes: torch_ext::memory(self.models.student.device()).map(|(_, peak)| peak),
+            peak_memory_bytes: libtorch::memory(self.models.student.device()).map(|(_, peak)| peak),
             model: target.clone(),
         };
         atomic_file::write_json(&self.folder.join("summary.json"), &summary)?;

@@ -4,19 +4,12 @@
 //! one and guesses after it, in order or as a tree. What the model predicts makes some of them final; a row whose answer ends
 //! leaves its place to the next request. On a GPU a step is a CUDA graph over kernels of our own, elsewhere it is made of libtorch's operations.
 
-mod drafted;
-mod eager;
-mod guesser;
-mod jacobi;
-mod lookahead;
-mod multi_block;
-mod noise;
-mod pool;
-mod recorded;
-mod rolling;
-mod row;
+mod backend;
+mod proposer;
+mod sampling;
+mod sequence;
 mod strategy;
-mod window;
+mod tree;
 
 use std::time::Instant;
 
@@ -24,11 +17,11 @@ use crate::model::{SlotMove, Transformer};
 use crate::trajectory::{Block, FinishReason};
 use crate::{Error, Result, interrupt};
 
-use drafted::Drafted;
-use eager::EagerModel;
-use recorded::RecordedModel;
-use row::Row;
-use window::{Place, Window};
+use backend::cuda_graph::RecordedModel;
+use backend::eager::EagerModel;
+use backend::speculative::Drafted;
+use sequence::Row;
+use tree::{Place, Window};
 
 pub use strategy::Strategy;
 

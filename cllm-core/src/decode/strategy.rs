@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::window::MOST_ENTRIES;
+use super::tree::MOST_ENTRIES;
 use crate::{Error, Result};
 
 /// How tokens are chosen and verified.

@@ -1,7 +1,7 @@
 //! The decoding loop on a made-up model: exact, no weights.
 
-use super::drafted::Drafted;
-use super::row::Accepted;
+use super::backend::speculative::Drafted;
+use super::sequence::Accepted;
 use super::*;
 
 /// Predicts from the whole sequence so far by a fixed rule; checks that chunks and windows follow what is cached. A token of a

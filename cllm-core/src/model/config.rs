@@ -5,10 +5,10 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::base_folder;
-use super::raw_config::{RawConfig, positive, rope_json};
-use crate::torch_ext::decode_kernels::Shape;
-use crate::torch_ext::train_kernels::TrainKernels;
+use super::hf_config::{RawConfig, positive, rope_json};
+use crate::checkpoint::base_folder;
+use crate::cuda::decode::Shape;
+use crate::cuda::train::TrainKernels;
 use crate::{Error, Result, text_file};
 
 /// Larger sizes are mistakes; below it no product of two overflows.

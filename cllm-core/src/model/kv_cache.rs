@@ -14,7 +14,7 @@ pub(crate) struct SlotMove {
 
 impl SlotMove {
     /// Rows, slots to read and slots to write of some moves: int64 `[moves]` each.
-    pub(super) fn indices(moves: &[SlotMove], device: Device) -> [Tensor; 3] {
+    pub(crate) fn indices(moves: &[SlotMove], device: Device) -> [Tensor; 3] {
         let parts: [fn(&SlotMove) -> usize; 3] = [|one| one.row, |one| one.from, |one| one.to];
         parts.map(|part| {
             let numbers: Vec<i64> = moves.iter().map(|one| part(one) as i64).collect();
@@ -70,7 +70,7 @@ impl KvCache {
 
     /// Writes `[rows, kv_heads, width, head_dim]` at slots `[rows, width]` of a layer and returns its leading
     /// `attended` slots of keys and values.
-    pub(super) fn update(
+    pub(crate) fn update(
         &mut self,
         layer: usize,
         keys: &Tensor,

@@ -107,7 +107,7 @@ impl Lora {
     }
 
     /// Every projection that gets an adapter, layer by layer.
-    pub(super) fn places(&self, config: &ModelConfig) -> Vec<Place> {
+    pub(crate) fn places(&self, config: &ModelConfig) -> Vec<Place> {
         let shapes = config.shapes();
         let size = |weight: &str| shapes.iter().find(|(name, _)| name == weight).map(|(_, shape)| (shape[0], shape[1]));
         let each = (0..config.num_layers).flat_map(|layer| self.targets.iter().map(move |&target| (layer, target)));
@@ -121,25 +121,25 @@ impl Lora {
 }
 
 /// A projection of a model.
-pub(super) struct Place {
+pub(crate) struct Place {
     layer: usize,
     target: Target,
     /// Its name, such as `model.layers.0.self_attn.q_proj`.
-    pub(super) module: String,
-    pub(super) outputs: i64,
-    pub(super) inputs: i64,
+    pub(crate) module: String,
+    pub(crate) outputs: i64,
+    pub(crate) inputs: i64,
 }
 
 /// The adapter of one projection.
-pub(super) struct Adapter {
+pub(crate) struct Adapter {
     /// A `[rank, in]`.
-    pub(super) down: Tensor,
+    pub(crate) down: Tensor,
     /// B `[out, rank]`.
-    pub(super) up: Tensor,
+    pub(crate) up: Tensor,
     /// alpha / rank.
-    pub(super) scale: f64,
+    pub(crate) scale: f64,
     /// Where its outputs begin in those of the product that it belongs to.
-    pub(super) first: i64,
+    pub(crate) first: i64,
 }
 
 impl Adapter {
@@ -159,17 +159,17 @@ impl Adapter {
     }
 
     /// Its part of what the product gives, along a dimension.
-    pub(super) fn of(&self, product: &Tensor, dimension: i64) -> Tensor {
+    pub(crate) fn of(&self, product: &Tensor, dimension: i64) -> Tensor {
         product.narrow(dimension, self.first, self.up.size()[0])
     }
 
     /// What it adds to the projection of `x` `[.., in]`: `[.., out]`.
-    pub(super) fn apply(&self, x: &Tensor) -> Tensor {
+    pub(crate) fn apply(&self, x: &Tensor) -> Tensor {
         (x.linear::<&Tensor>(&self.down, None) * self.scale).linear::<&Tensor>(&self.up, None)
     }
 
     /// The weight with the adapter in it, a new tensor: computed in float32, then rounded to `kind`.
-    pub(super) fn merge(&self, weight: &Tensor, kind: Kind) -> Result<Tensor> {
+    pub(crate) fn merge(&self, weight: &Tensor, kind: Kind) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
         let change = self.up.f_to_kind(Kind::Float)?.f_matmul(&self.down.f_to_kind(Kind::Float)?)? * self.scale;
         Ok(weight.f_to_kind(Kind::Float)?.f_add(&change)?.f_to_kind(kind)?)
@@ -177,16 +177,16 @@ impl Adapter {
 }
 
 /// The adapters of a model.
-pub(super) struct Adapters {
-    pub(super) lora: Lora,
-    pub(super) each: Vec<(Place, Adapter)>,
+pub(crate) struct Adapters {
+    pub(crate) lora: Lora,
+    pub(crate) each: Vec<(Place, Adapter)>,
     /// Every A and B under the name of its projection, in the order of the layers; those of `each` are views of it.
-    pub(super) numbers: Flat,
+    pub(crate) numbers: Flat,
 }
 
 impl Adapters {
     /// Copies adapters into one buffer.
-    pub(super) fn new(lora: Lora, mut each: Vec<(Place, Adapter)>, device: Device, kind: Kind) -> Self {
+    pub(crate) fn new(lora: Lora, mut each: Vec<(Place, Adapter)>, device: Device, kind: Kind) -> Self {
         let _no_grad = tch::no_grad_guard();
         let names = |place: &Place| ["lora_A", "lora_B"].map(|part| format!("{}.{part}.weight", place.module));
         let shapes = each
@@ -204,14 +204,14 @@ impl Adapters {
     }
 
     /// What collects gradients, with the names in `numbers`.
-    pub(super) fn leaves(&self) -> Vec<(Tensor, Vec<String>)> {
+    pub(crate) fn leaves(&self) -> Vec<(Tensor, Vec<String>)> {
         let tensors = self.each.iter().flat_map(|(_, adapter)| [&adapter.down, &adapter.up]);
         let names = self.numbers.tensors().into_iter().map(|(name, _)| vec![name]);
         tensors.map(Tensor::shallow_clone).zip(names).collect()
     }
 
     /// The adapter of the weight of this name.
-    pub(super) fn find(&self, weight: &str) -> Option<&Adapter> {
+    pub(crate) fn find(&self, weight: &str) -> Option<&Adapter> {
         let module = weight.strip_suffix(".weight")?;
         self.each.iter().find(|(place, _)| place.module == module).map(|(_, adapter)| adapter)
     }

@@ -5,20 +5,20 @@ use tch::{Device, Kind, Tensor};
 use super::config::{ModelConfig, RopeScaling};
 
 /// Inverse wavelengths and the scale of cosine and sine.
-pub(super) struct Rope {
+pub(crate) struct Rope {
     /// float32 `[head_dim / 2]`.
     inverse: Tensor,
     scale: f64,
 }
 
 /// Cosine, and sine with its first half negated, `[batch, 1, seq, head_dim]` of some positions.
-pub(super) struct Rotation {
+pub(crate) struct Rotation {
     cos: Tensor,
     sin: Tensor,
 }
 
 impl Rope {
-    pub(super) fn new(config: &ModelConfig, device: Device) -> Self {
+    pub(crate) fn new(config: &ModelConfig, device: Device) -> Self {
         let half = config.head_dim / 2;
         let plain = (0..half).map(|i| config.rope_theta.powf(-(2 * i) as f64 / config.head_dim as f64));
         let (inverse, scale): (Vec<f64>, f64) = match &config.rope_scaling {
@@ -53,13 +53,13 @@ impl Rope {
     }
 
     /// Cosines and sines, float32 `[count, head_dim / 2]`, of some positions `[count]`.
-    pub(super) fn angles(&self, positions: &Tensor) -> (Tensor, Tensor) {
+    pub(crate) fn angles(&self, positions: &Tensor) -> (Tensor, Tensor) {
         let angles = positions.to_kind(Kind::Float).unsqueeze(-1) * &self.inverse;
         ((angles.cos() * self.scale).contiguous(), (angles.sin() * self.scale).contiguous())
     }
 
     /// `positions`: int64 `[batch, seq]`.
-    pub(super) fn rotation(&self, positions: &Tensor, kind: Kind) -> Rotation {
+    pub(crate) fn rotation(&self, positions: &Tensor, kind: Kind) -> Rotation {
         let angles = positions.to_kind(Kind::Float).unsqueeze(-1) * &self.inverse;
         let (cos, sin) = (angles.cos(), angles.sin());
         let whole = |first: &Tensor, second: &Tensor| {
@@ -71,7 +71,7 @@ impl Rope {
 
 impl Rotation {
     /// Rotates `[batch, heads, seq, head_dim]`.
-    pub(super) fn apply(&self, x: &Tensor) -> Tensor {
+    pub(crate) fn apply(&self, x: &Tensor) -> Tensor {
         let width = self.cos.size()[3];
         (x * &self.cos).addcmul(&x.roll([width / 2], [3]), &self.sin)
     }

@@ -5,31 +5,32 @@ use std::path::Path;
 use tch::{Device, Kind, Tensor};
 
 use super::config::ModelConfig;
-use super::flat::Flat;
 use super::kv_cache::KvCache;
 use super::lora::{Adapter, Adapters};
-use super::packed::EagerStream;
+use super::params::Flat;
 use super::rope::{Rope, Rotation};
-use super::weights;
-use crate::{Result, torch_ext};
+use crate::Result;
+use crate::checkpoint::safetensors as weights;
+use crate::cuda::libtorch;
+use crate::train::EagerStream;
 
-pub(super) struct Linear {
-    pub(super) weight: Tensor,
-    pub(super) bias: Option<Tensor>,
-    pub(super) adapters: Vec<Adapter>,
+pub(crate) struct Linear {
+    pub(crate) weight: Tensor,
+    pub(crate) bias: Option<Tensor>,
+    pub(crate) adapters: Vec<Adapter>,
 }
 
-pub(super) struct Layer {
-    pub(super) attention_norm: Tensor,
+pub(crate) struct Layer {
+    pub(crate) attention_norm: Tensor,
     /// Queries, keys and values in one product.
-    pub(super) query_key_value: Linear,
+    pub(crate) query_key_value: Linear,
     /// Norms of queries and keys (Qwen3).
-    pub(super) query_key_norm: Option<(Tensor, Tensor)>,
-    pub(super) output: Linear,
-    pub(super) feed_forward_norm: Tensor,
+    pub(crate) query_key_norm: Option<(Tensor, Tensor)>,
+    pub(crate) output: Linear,
+    pub(crate) feed_forward_norm: Tensor,
     /// Gate and up in one product.
-    pub(super) gate_up: Linear,
-    pub(super) down: Linear,
+    pub(crate) gate_up: Linear,
+    pub(crate) down: Linear,
 }
 
 /// A transformer with its weights on one device.
@@ -37,17 +38,17 @@ pub struct Transformer {
     config: ModelConfig,
     device: Device,
     kind: Kind,
-    pub(super) rope: Rope,
-    pub(super) embedding: Tensor,
-    pub(super) layers: Vec<Layer>,
-    pub(super) norm: Tensor,
+    pub(crate) rope: Rope,
+    pub(crate) embedding: Tensor,
+    pub(crate) layers: Vec<Layer>,
+    pub(crate) norm: Tensor,
     /// `None` where the embedding is the output projection.
     head: Option<Tensor>,
     /// Every weight under its Hugging Face name; the tensors above are views of it.
     weights: Flat,
     /// What collects gradients: the tensors above, with the names that each joins.
     leaves: Vec<(Tensor, Vec<String>)>,
-    pub(super) adapters: Option<Adapters>,
+    pub(crate) adapters: Option<Adapters>,
 }
 
 /// Attended slots and packed widths are multiples of this, or the GPU's attention copies the bias in every layer.
@@ -92,7 +93,7 @@ impl CachePlaces {
 }
 
 /// What a query may attend to.
-pub(super) enum Context<'c> {
+pub(crate) enum Context<'c> {
     /// Everything before it in the same sequence.
     Causal,
     /// What the stream lets it see.
@@ -102,7 +103,7 @@ pub(super) enum Context<'c> {
 }
 
 /// Rows of different lengths: all but attention sees their tokens one behind another, without the padding.
-pub(super) struct Ragged {
+pub(crate) struct Ragged {
     /// Number of each token among the places `[rows x width]`, int64 `[tokens]`.
     places: Tensor,
     /// Token of each place, the first one for padding, int64 `[rows x width]`.
@@ -199,7 +200,7 @@ impl Transformer {
     }
 
     /// Weights and adapters become what collects no gradients; adapters are taken away.
-    pub(super) fn freeze(&mut self) {
+    pub(crate) fn freeze(&mut self) {
         for (leaf, _) in &self.leaves {
             let _ = leaf.set_requires_grad(false);
         }
@@ -223,7 +224,7 @@ impl Transformer {
         };
         for (leaf, names) in leaves {
             let gradient = gradients.joined(names).unwrap_or_else(|| unreachable!("the layouts are the same"));
-            torch_ext::collect_gradient(&leaf.set_requires_grad(true), &gradient)?;
+            libtorch::collect_gradient(&leaf.set_requires_grad(true), &gradient)?;
         }
         Ok(gradients)
     }
@@ -259,7 +260,7 @@ impl Transformer {
     }
 
     /// What is added to the scores where `mask` is true (0) and false (minus infinity); made once, not once a layer.
-    pub(super) fn bias(&self, mask: &Tensor) -> Tensor {
+    pub(crate) fn bias(&self, mask: &Tensor) -> Tensor {
         let bias = Tensor::full(mask.size(), f64::NEG_INFINITY, (self.kind, self.device));
         bias.masked_fill(mask, 0.0)
     }
@@ -270,7 +271,7 @@ impl Transformer {
     /// [`crate::Error::Torch`], such as memory that ran out.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
-        torch_ext::matmul_float32(hidden, self.projection())
+        libtorch::matmul_float32(hidden, self.projection())
     }
 
     /// Logits `[.., vocab]` in the model's own type, with gradients.
@@ -284,11 +285,11 @@ impl Transformer {
     }
 
     /// The output projection `[vocab, hidden]`.
-    pub(super) fn projection(&self) -> &Tensor {
+    pub(crate) fn projection(&self) -> &Tensor {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 
-    pub(super) fn embed(&self, tokens: &Tensor) -> Tensor {
+    pub(crate) fn embed(&self, tokens: &Tensor) -> Tensor {
         Tensor::embedding(&self.embedding, tokens, -1, false, false)
     }
 
@@ -302,7 +303,7 @@ impl Transformer {
     }
 
     /// One layer: `[b, s, hidden]` to the same.
-    pub(super) fn layer(&self, index: usize, x: &Tensor, rotation: &Rotation, context: &mut Context<'_>) -> Tensor {
+    pub(crate) fn layer(&self, index: usize, x: &Tensor, rotation: &Rotation, context: &mut Context<'_>) -> Tensor {
         let layer = &self.layers[index];
         let x = self.attention(index, layer, &self.rms_norm(x, &layer.attention_norm), rotation, context) + x;
         let gate_up = layer.gate_up.apply(&self.rms_norm(&x, &layer.feed_forward_norm)).chunk(2, -1);
@@ -358,11 +359,11 @@ impl Transformer {
     }
 
     /// Root-mean-square norm over the last dimension, computed in float32.
-    pub(super) fn rms_norm(&self, x: &Tensor, weight: &Tensor) -> Tensor {
+    pub(crate) fn rms_norm(&self, x: &Tensor, weight: &Tensor) -> Tensor {
         x.rms_norm(weight.size(), Some(weight), self.config.rms_norm_eps)
     }
 
-    pub(super) fn assemble(config: ModelConfig, weights: Flat) -> Self {
+    pub(crate) fn assemble(config: ModelConfig, weights: Flat) -> Self {
         let mut leaves = Vec::new();
         let mut leaf = |names: Vec<String>| {
             let tensor = weights.joined(&names)?;
@@ -415,7 +416,7 @@ impl Transformer {
 
 /// Attention of queries `[b, h, s, d]` to keys and values `[b, kv_heads, t, d]`, with what is added to the scores or plainly
 /// causal without.
-pub(super) fn attend(queries: &Tensor, keys: &Tensor, values: &Tensor, bias: Option<&Tensor>) -> Tensor {
+pub(crate) fn attend(queries: &Tensor, keys: &Tensor, values: &Tensor, bias: Option<&Tensor>) -> Tensor {
     let group = queries.size()[1] / keys.size()[1];
     // `enable_gqa` leaves only the slow kernel that holds every score when there is a mask, so groups are laid out here.
     let widened = |x: &Tensor| {
@@ -430,7 +431,7 @@ pub(super) fn attend(queries: &Tensor, keys: &Tensor, values: &Tensor, bias: Opt
 }
 
 impl Linear {
-    pub(super) fn apply(&self, x: &Tensor) -> Tensor {
+    pub(crate) fn apply(&self, x: &Tensor) -> Tensor {
         let product = x.linear(&self.weight, self.bias.as_ref());
         for adapter in &self.adapters {
             let _ = adapter.of(&product, -1).g_add_(&adapter.apply(x));

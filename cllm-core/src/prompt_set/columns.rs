@@ -15,7 +15,8 @@ use serde_json::Value;
 
 use super::{Prompt, Sample};
 use crate::chat_template::Message;
-use crate::{Error, Result, atomic_file, interrupt, rows};
+use crate::prompt_set::dataset_file as rows;
+use crate::{Error, Result, atomic_file, interrupt};
 
 /// Rows of a row group.
 const GROUP_ROWS: usize = 4096;

@@ -1,6 +1,7 @@
 //! Prompt sets: rows of prompts with what a task needs to score the answers, in JSONL or Parquet.
 
 mod columns;
+pub(crate) mod dataset_file;
 
 use std::collections::HashSet;
 use std::io::Write;
@@ -11,8 +12,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::chat_template::Message;
+use crate::prompt_set::dataset_file as rows;
 use crate::task::Task;
-use crate::{Error, Result, atomic_file, interrupt, rows};
+use crate::{Error, Result, atomic_file, interrupt};
 
 /// A prompt: plain text, or a conversation for the model's chat template.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -5,8 +5,9 @@ use std::path::Path;
 
 use serde::Deserialize;
 
+use crate::prompt_set::dataset_file as rows;
 use crate::prompt_set::{Prompt, Sample};
-use crate::{Error, Result, fingerprint, rows};
+use crate::{Error, Result, fingerprint};
 
 /// One in so many functions of a file without splits is of `test`.
 const TEST_SHARE: u64 = 10;

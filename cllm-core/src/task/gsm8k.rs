@@ -6,8 +6,9 @@ use std::sync::LazyLock;
 use regex::Regex;
 use serde::Deserialize;
 
+use crate::Result;
+use crate::prompt_set::dataset_file as rows;
 use crate::prompt_set::{Prompt, Sample};
-use crate::{Result, rows};
 
 #[derive(Deserialize)]
 struct Row {

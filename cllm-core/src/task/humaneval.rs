@@ -6,9 +6,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{Verdict, python};
+use crate::prompt_set::dataset_file as rows;
 use crate::prompt_set::{Prompt, Sample};
 use crate::sandbox::Sandbox;
-use crate::{Error, Result, rows};
+use crate::{Error, Result};
 
 #[derive(Deserialize)]
 struct Row {

@@ -5,14 +5,12 @@ mod gsm8k;
 mod humaneval;
 mod jsonl;
 mod mbpp;
-pub mod mt_bench;
+mod mt_bench;
 mod perplexity;
 mod python;
 mod spider;
-pub mod spider_difficulty;
 mod sql;
 pub mod synthetic;
-mod variants;
 
 pub use jsonl::Scorer;
 pub use python::code;

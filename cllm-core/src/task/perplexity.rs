@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
+use crate::prompt_set::dataset_file as rows;
 use crate::prompt_set::{Prompt, Sample};
-use crate::{Error, Result, rows, text_file};
+use crate::{Error, Result, text_file};
 
 #[derive(Deserialize)]
 struct Row {

@@ -8,8 +8,9 @@ use serde_json::json;
 
 use super::Verdict;
 use super::sql::Database;
+use crate::prompt_set::dataset_file as rows;
 use crate::prompt_set::{Prompt, Sample};
-use crate::{Error, Result, fingerprint, rows};
+use crate::{Error, Result, fingerprint};
 
 /// Questions of the split `heldout`, at least.
 const HELD_OUT: usize = 700;

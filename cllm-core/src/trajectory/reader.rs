@@ -12,7 +12,8 @@ use serde_json::json;
 use super::schema::{PROVENANCE_KEY, VERSION_KEY, from_batch, schema};
 use super::writer::{Manifest, difference, read_manifest};
 use super::{Provenance, SCHEMA_VERSION, Trajectory};
-use crate::{Error, Result, fingerprint, interrupt, rows};
+use crate::prompt_set::dataset_file as rows;
+use crate::{Error, Result, fingerprint, interrupt};
 
 /// Rows that are decoded at once.
 const BATCH_ROWS: usize = 64;

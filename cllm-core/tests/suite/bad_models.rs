@@ -162,7 +162,7 @@ fn random_weights_depend_on_the_seed_alone() {
 
 #[test]
 fn raw_bytes_that_do_not_fill_a_shape_are_refused() {
-    let bytes = |shape: &[i64]| cllm_core::torch_ext::tensor_from_bytes(&[0; 16], shape, Kind::Float);
+    let bytes = |shape: &[i64]| cllm_core::cuda::libtorch::tensor_from_bytes(&[0; 16], shape, Kind::Float);
     assert_eq!(bytes(&[2, 2]).unwrap().size(), [2, 2]);
     for shape in [&[5][..], &[3], &[-4], &[i64::MAX, 4]] {
         assert!(bytes(shape).is_err(), "{shape:?}");

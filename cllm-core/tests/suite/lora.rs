@@ -5,7 +5,7 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use cllm_core::decode::{DecodeOptions, Limits, Request, Strategy, decode};
-use cllm_core::model::{self, Lora, ModelConfig, Target, Transformer};
+use cllm_core::model::{Lora, ModelConfig, Target, Transformer};
 use cllm_core::tokenizer::{self, Tokenizer};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
@@ -162,14 +162,14 @@ fn an_adapter_folder_is_the_merged_model() {
         std::fs::create_dir(&merged).unwrap();
         model.save(&merged, Kind::Float).unwrap();
         assert_eq!(load(&merged).parameters(), load(&adapter).parameters(), "{name}");
-        model::check(&adapter).unwrap();
+        cllm_core::checkpoint::check(&adapter).unwrap();
         assert_eq!(ModelConfig::load(&adapter).unwrap(), ModelConfig::load(&base).unwrap());
         // In bf16 the sum is rounded once, not the weight before it.
         let rounded = Transformer::load(&adapter, Device::Cpu, Kind::BFloat16).unwrap().parameters();
         for ((weight, tensor), (_, whole)) in rounded.iter().zip(load(&adapter).parameters()) {
             assert_eq!(*tensor, whole.to_kind(Kind::BFloat16), "{name}: {weight}");
         }
-        let print = |folder: &Path| model::fingerprint(folder).unwrap();
+        let print = |folder: &Path| cllm_core::checkpoint::fingerprint(folder).unwrap();
         let before = print(&adapter);
         assert_ne!(before, print(&base));
         edit(&adapter, &|config| config["lora_alpha"] = 5.into());
@@ -186,7 +186,7 @@ fn what_an_adapter_does_not_bring_is_that_of_its_base() {
     config["vocab_size"] = 300.into();
     config["eos_token_id"] = 8.into();
     saved(dir.path(), &config);
-    cllm_core::tokenizer_training::train(&["Tom has apples. ".repeat(20)], 300, &base).unwrap();
+    cllm_testing::train_tokenizer(["Tom has apples. ".repeat(20)], 300, &base);
     tokenizer::write_eos_ids(&base, &[7]).unwrap();
     let fingerprint = |folder: &Path| Tokenizer::load(folder).unwrap().fingerprint().to_owned();
     assert_eq!(fingerprint(&adapter), fingerprint(&base));
@@ -196,7 +196,7 @@ fn what_an_adapter_does_not_bring_is_that_of_its_base() {
     tokenizer::copy_files(&adapter, &copy).unwrap();
     assert_eq!(fingerprint(&copy), fingerprint(&base));
     // One of its own goes first, and so do its ids.
-    cllm_core::tokenizer_training::train(&["Other words make other ids.".to_owned()], 261, &adapter).unwrap();
+    cllm_testing::train_tokenizer(["Other words make other ids."], 261, &adapter);
     assert_ne!(fingerprint(&adapter), fingerprint(&base));
     tokenizer::write_eos_ids(&adapter, &[9]).unwrap();
     assert_eq!(Tokenizer::load(&adapter).unwrap().eos_ids(), [0, 8, 9]);
@@ -218,7 +218,7 @@ fn a_bad_adapter_is_named_with_what_is_wrong() {
     let refused = |parts: &[&str]| {
         for error in [
             Transformer::load(&adapter, Device::Cpu, Kind::Float).err().expect("it must be refused"),
-            model::check(&adapter).unwrap_err(),
+            cllm_core::checkpoint::check(&adapter).unwrap_err(),
         ] {
             let message = error.to_string();
             assert!(error.exit_code() == 2 && parts.iter().all(|part| message.contains(part)), "{parts:?}: {message}");

@@ -4,9 +4,6 @@
 mod bad_models;
 mod chat_templates;
 mod decoding;
-#[path = "../shared/families.rs"]
-mod families;
-mod gguf;
 mod gpu;
 mod lora;
 mod models;

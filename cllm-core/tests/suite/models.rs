@@ -4,11 +4,11 @@ use cllm_core::model::{Branches, CachePlaces, KvCache, ModelConfig, Transformer}
 use serde_json::{Value, json};
 use tch::{Device, IndexOp, Kind, Tensor};
 
-pub use crate::families::shapes;
+pub use cllm_testing::families::shapes;
 
 /// One random model of a shape.
 pub fn random_model(config: &Value) -> Transformer {
-    crate::families::random_model(config, 7)
+    cllm_testing::families::random_model(config, 7)
 }
 
 fn difference(a: &Tensor, b: &Tensor) -> f64 {

@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use cllm_core::model::{CachePlaces, DeviceStream, KvCache, Stream, Transformer};
+use cllm_core::model::{CachePlaces, KvCache, Transformer};
+use cllm_core::train::{DeviceStream, Stream};
 use serde_json::Value;
 use tch::{Device, IndexOp, Kind, Tensor};
 
@@ -185,7 +186,7 @@ fn a_backward_that_computes_layers_again_gives_the_same_gradients() {
 
 #[test]
 fn fingerprints_follow_the_files() {
-    let folder = |name: &str| cllm_core::model::fingerprint(&fixture_folder(name)).unwrap();
+    let folder = |name: &str| cllm_core::checkpoint::fingerprint(&fixture_folder(name)).unwrap();
     assert_eq!(folder("llama"), folder("llama"));
     assert_ne!(folder("llama"), folder("llama-linear"));
     let fixture = fixture("qwen2");

@@ -6,8 +6,9 @@ use std::path::Path;
 use cllm_core::fingerprint;
 use serde_json::json;
 
-use crate::programs::{Program, copy_folder, damaged_models, path, unwritable};
-use crate::{WORLD, collect, foreign_parquet, made, row, shard, shards};
+use crate::{WORLD, collect, made, row, shard, shards};
+use cllm_testing::foreign_parquet;
+use cllm_testing::programs::{Program, copy_folder, damaged_models, path, unwritable};
 
 const DATA: Program = Program("cllm-data");
 
@@ -78,7 +79,7 @@ fn another_tokenizer_reads_no_data_set() {
     let (data, output) = (path(data.path(), ""), path(dir.path(), "output"));
     let model = dir.path().join("model");
     copy_folder(&WORLD.path().join("model"), &model);
-    cllm_core::tokenizer_training::train(&["Other words make other ids.".to_owned()], 290, &model).unwrap();
+    cllm_testing::train_tokenizer(["Other words make other ids."], 290, &model);
     let model = model.display().to_string();
     let said = ["was collected with tokenizer", "give the model"];
     DATA.refuse(&["inspect", &data, "--model", &model], 2, &said);
@@ -103,7 +104,7 @@ fn validate_compares_with_the_model_given() {
     let config = cllm_core::model::ModelConfig::from_json(&config).unwrap();
     let random = cllm_core::model::Transformer::random(config, 1, tch::Device::Cpu, tch::Kind::Float);
     random.save(&other, tch::Kind::Float).unwrap();
-    cllm_core::tokenizer_training::train(&["Other".to_owned()], 262, &other).unwrap();
+    cllm_testing::train_tokenizer(["Other"], 262, &other);
     let found = DATA.run(&["validate", &data, "--model", &path(dir.path(), "other")]);
     let text = String::from_utf8(found.stdout).unwrap();
     assert_eq!(found.code, Some(1), "{text}{}", found.stderr);

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use cllm_core::trajectory::{Reader, Writer};
 
-use crate::programs::{Program, path};
 use crate::{WORLD, collect, rows, shard};
+use cllm_testing::programs::{Program, path};
 
 const DATA: Program = Program("cllm-data");
 

@@ -3,14 +3,8 @@
 
 mod bad_input;
 mod checks;
-mod copying;
-#[path = "../../../cllm-core/tests/shared/families.rs"]
-mod families;
-#[path = "../../../cllm-core/tests/shared/foreign_parquet.rs"]
-mod foreign_parquet;
 mod interrupted;
-#[path = "../../../cllm-core/tests/shared/programs.rs"]
-mod programs;
+mod rewrite;
 mod scoring;
 
 use std::fs;
@@ -35,7 +29,7 @@ static WORLD: LazyLock<tempfile::TempDir> = LazyLock::new(|| {
     let config = ModelConfig::from_json(&config).unwrap();
     let transformer = Transformer::random(config, 3, tch::Device::Cpu, tch::Kind::Float);
     transformer.save(&model, tch::Kind::Float).unwrap();
-    cllm_core::tokenizer_training::train(&["Tom has 3 apples and buys 4 more.".to_owned()], 300, &model).unwrap();
+    cllm_testing::train_tokenizer(["Tom has 3 apples and buys 4 more."], 300, &model);
     run(&["prepare", "synthetic", "--count", "24", "--output", &path(dir.path(), "prompts.jsonl")]).success();
     dir
 });
@@ -145,13 +139,13 @@ fn the_same_seed_gives_the_same_files_whatever_the_batching_and_the_interruption
 
 #[test]
 fn the_same_seed_gives_the_same_file_for_every_family() {
-    for (name, mut config) in families::shapes() {
+    for (name, mut config) in cllm_testing::families::shapes() {
         let dir = tempfile::tempdir().unwrap();
         let model = dir.path().join("model");
         fs::create_dir(&model).unwrap();
         config["vocab_size"] = 300.into();
         config["max_position_embeddings"] = 400.into();
-        families::random_model(&config, 5).save(&model, tch::Kind::Float).unwrap();
+        cllm_testing::families::random_model(&config, 5).save(&model, tch::Kind::Float).unwrap();
         for file in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
             fs::copy(WORLD.path().join("model").join(file), model.join(file)).unwrap();
         }

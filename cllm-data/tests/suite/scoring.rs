@@ -5,8 +5,8 @@ use std::fs;
 use cllm_core::trajectory::Trajectory;
 use serde_json::{Value, json};
 
-use crate::programs::path;
 use crate::{WORLD, collect, json_of, made, message, row, tokenizer};
+use cllm_testing::programs::path;
 
 #[test]
 fn spider_is_scored_where_the_databases_are_given() {

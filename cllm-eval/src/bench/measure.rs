@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::time::Instant;
 
+use cllm_core::cuda::libtorch;
 use cllm_core::decode::{Answer, DecodeOptions, Decoder, Limits, Request, Strategy, capacity};
 use cllm_core::model::Transformer;
 use cllm_core::progress::Progress;
 use cllm_core::prompt_set::Sample;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::FinishReason;
-use cllm_core::{Error, Result, device, interrupt, torch_ext};
+use cllm_core::{Error, Result, device, interrupt};
 use tch::{Device, Kind, Tensor};
 
 use super::{BenchSettings, Floor, ModelBench, StrategyBench};
@@ -34,7 +35,7 @@ impl Bench<'_> {
         sizes.dedup();
         let limits = Limits { max_new_tokens: settings.new_tokens, eos_ids: Vec::new() };
         let widest = Strategy::rolling(sizes.last().copied().unwrap_or(1).max(2));
-        torch_ext::reset_peak_memory(self.model.device());
+        libtorch::reset_peak_memory(self.model.device());
         let mut decoder = Decoder::new(self.model, 1, capacity(settings.prompt_tokens, &limits, widest))?;
         let mut progress = Progress::new("steps", 0, (sizes.len() + settings.batches.len()) as u64);
         let mut step_ms = BTreeMap::new();
@@ -122,7 +123,7 @@ impl Bench<'_> {
         };
         // Each alone beside the weights, before all of them are there.
         let peak = |strategy| {
-            torch_ext::reset_peak_memory(self.model.device());
+            libtorch::reset_peak_memory(self.model.device());
             decoder(strategy).map(|_| self.peak())
         };
         let peaks: Vec<Option<u64>> = turns.iter().map(peak).collect::<Result<_>>()?;
@@ -198,7 +199,7 @@ impl Bench<'_> {
     }
 
     fn peak(&self) -> Option<u64> {
-        torch_ext::memory(self.model.device()).map(|(_, peak)| peak.saturating_sub(self.others))
+        libtorch::memory(self.model.device()).map(|(_, peak)| peak.saturating_sub(self.others))
     }
 
     fn floor(&self, step_ms: f64) -> Result<Floor> {

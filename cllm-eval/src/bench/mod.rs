@@ -5,12 +5,14 @@ mod measure;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use cllm_core::bench_file::{BenchFile, ModelFigures};
+use cllm_core::bench_results::{BenchFile, ModelFigures};
+use cllm_core::checkpoint::hub;
+use cllm_core::cuda::libtorch;
 use cllm_core::decode::Strategy;
 use cllm_core::model::{KnownShape, Transformer};
 use cllm_core::prompt_set;
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::{Error, Result, device, hub, progress, settings, torch_ext};
+use cllm_core::{Error, Result, device, progress, settings};
 use garde::Validate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -183,7 +185,7 @@ pub struct StrategyBench {
 pub fn bench(settings: &BenchSettings) -> Result<BenchResults> {
     let place = device::parse(&settings.device)?;
     let kind = device::default_kind(place);
-    let others = torch_ext::memory(place).map_or(0, |(current, _)| current);
+    let others = libtorch::memory(place).map_or(0, |(current, _)| current);
     let (model, name, tokenizer) = match (&settings.model, settings.shape) {
         (Some(model), None) => {
             let folder = hub::locate(model)?;

@@ -4,11 +4,12 @@ use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use cllm_core::chat_template::Message;
+use cllm_core::checkpoint::hub;
 use cllm_core::decode::{DecodeOptions, Decoder, Limits, Request, Steps, Strategy, capacity, check_length};
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::prompt_set::Prompt;
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::{Error, Result, device, hub, interrupt, progress};
+use cllm_core::{Error, Result, device, interrupt, progress};
 use console::Term;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
@@ -16,7 +17,7 @@ use rustyline::error::ReadlineError;
 use super::Manner;
 use super::columns::{Column, room, screen};
 use super::visible::visible;
-use crate::pieces::PieceWriter;
+use crate::detokenize::PieceWriter;
 use crate::results::label;
 use crate::statistics::ratio;
 

@@ -7,16 +7,17 @@ mod visible;
 use std::io::IsTerminal;
 use std::path::Path;
 
+use cllm_core::checkpoint::hub;
 use cllm_core::decode::{Answer, DecodeOptions, Decoder, Limits, Request, Strategy, Timing, capacity, check_length};
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::prompt_set::Prompt;
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::{Error, Result, device, hub, progress};
+use cllm_core::{Error, Result, device, progress};
 use serde_json::{Value, json};
 
-use crate::measure::eos_ids;
-use crate::pieces::PieceWriter;
+use crate::detokenize::PieceWriter;
 use crate::results::label;
+use crate::run::measure::eos_ids;
 use crate::statistics::ratio;
 pub use chat::chat;
 use columns::{COLOURS, PLAIN};

@@ -3,9 +3,9 @@
 use serde::Serialize;
 
 use super::Run;
-use crate::measure::role_name;
 use crate::records::Role;
 use crate::results::{Results, StrategyResults};
+use crate::run::measure::role_name;
 use crate::table::{accuracy, notes, number};
 
 /// What stands on a card.

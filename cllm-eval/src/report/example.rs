@@ -3,9 +3,9 @@
 use cllm_core::task::Verdict;
 use serde::Serialize;
 
-use crate::measure::role_name;
 use crate::records::{AnswerRecord, Records};
 use crate::results::label;
+use crate::run::measure::role_name;
 
 /// Colours of neighbouring forwards in the page's style.
 const FORWARD_COLOURS: usize = 5;

@@ -2,10 +2,10 @@
 //! tables and a model card.
 
 mod card;
+mod charts;
 mod example;
 mod model_card;
 mod overview;
-mod pictures;
 mod section;
 
 use std::path::{Path, PathBuf};

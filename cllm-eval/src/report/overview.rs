@@ -2,9 +2,9 @@
 
 use super::Run;
 use super::card::best;
-use crate::measure::role_name;
 use crate::records::Role;
 use crate::results::StrategyResults;
+use crate::run::measure::role_name;
 use crate::table::{accuracy, number};
 
 /// Heads of the columns; the first two name the row and its strategy.

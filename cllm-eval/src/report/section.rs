@@ -6,12 +6,12 @@ use serde_json::Value;
 
 use super::Run;
 use super::card::Card;
+use super::charts::{Chart, charts};
 use super::example::Example;
 use super::model_card::command;
-use super::pictures::{Chart, charts};
-use crate::measure::role_name;
 use crate::records::Role;
 use crate::results::{ModelResults, StrategyResults};
+use crate::run::measure::role_name;
 use crate::table::{measured, notes, rows};
 use crate::tradeoff::Tradeoff;
 

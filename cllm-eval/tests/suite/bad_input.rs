@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::made_up::{model, records};
-use crate::programs::{Program, damaged_models, path, unwritable};
+use cllm_testing::programs::{Program, damaged_models, path, unwritable};
 
 const EVAL: Program = Program("cllm-eval");
 

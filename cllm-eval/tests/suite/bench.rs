@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use crate::made_up::model;
-use crate::programs::{Program, path};
+use cllm_testing::programs::{Program, path};
 
 const EVAL: Program = Program("cllm-eval");
 const BENCH: &[&str] =

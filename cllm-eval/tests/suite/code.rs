@@ -13,8 +13,8 @@ use rayon::prelude::*;
 use serde_json::{Value, json};
 
 use crate::made_up::{model, records};
-use crate::programs::{Program, path};
 use crate::sandbox::{alone, left_running};
+use cllm_testing::programs::{Program, path};
 
 const EVAL: Program = Program("cllm-eval");
 

@@ -6,7 +6,7 @@ use std::path::Path;
 use cllm_eval::records::Records;
 
 use crate::made_up::model;
-use crate::programs::{Program, path};
+use cllm_testing::programs::{Program, path};
 
 const EVAL: Program = Program("cllm-eval");
 

@@ -3,10 +3,9 @@
 use std::path::Path;
 
 use cllm_core::decode::Strategy;
-use cllm_core::hardware::{Hardware, Toolkit};
+use cllm_core::environment::{Hardware, Toolkit};
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::task::{Task, Verdict, synthetic};
-use cllm_core::tokenizer_training;
 use cllm_core::trajectory::FinishReason;
 use cllm_eval::config::RunSettings;
 use cllm_eval::records::{AnswerRecord, Header, ModelEntry, Records, Role, SCHEMA_VERSION, SpeedRecord};
@@ -112,7 +111,7 @@ fn random_model(folder: &Path, seed: u64, tied: bool) {
     std::fs::create_dir_all(folder).unwrap();
     let texts: Vec<String> =
         synthetic::generate(1, "train", 40).into_iter().filter_map(|sample| sample.reference).collect();
-    tokenizer_training::train(&texts, 300, folder).unwrap();
+    cllm_testing::train_tokenizer(texts, 300, folder);
     let config = json!({
         "model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": tied,

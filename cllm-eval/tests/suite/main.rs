@@ -13,8 +13,6 @@ mod mt_bench;
 mod perplexities;
 mod profiles;
 mod program;
-#[path = "../../../cllm-core/tests/shared/programs.rs"]
-mod programs;
 mod reports;
 mod results;
 mod sandbox;

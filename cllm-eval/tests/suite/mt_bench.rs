@@ -4,13 +4,13 @@ use std::fs;
 use std::path::Path;
 
 use cllm_core::decode::Strategy;
-use cllm_core::task::mt_bench;
 use cllm_core::tokenizer::Tokenizer;
+use cllm_eval::mt_bench_turns;
 use cllm_eval::records::{AnswerRecord, Records, Role};
 use serde_json::{Value, json};
 
 use crate::made_up::{JACOBI, eloquent_model, model};
-use crate::programs::{Program, path};
+use cllm_testing::programs::{Program, path};
 
 const EVAL: Program = Program("cllm-eval");
 const QUESTIONS: usize = 3;
@@ -43,7 +43,7 @@ fn expect_own_first_answers(records: &Records, folders: [&str; 2]) {
                 let question = 81 + index / 2;
                 assert_eq!([&first.id, &second.id], [&format!("{question}/1"), &format!("{question}/2")]);
                 assert!(first.prompt.contains("apples") && !first.prompt.contains("two more"), "{}", first.prompt);
-                let conversation = mt_bench::conversation(&second.sample(), &first.text).unwrap();
+                let conversation = mt_bench_turns::conversation(&second.sample(), &first.text).unwrap();
                 assert_eq!(second.prompt, tokenizer.prompt(&conversation).unwrap().0);
                 assert!(!first.text.is_empty() && second.prompt.contains("two more"), "{first:?} {}", second.prompt);
             }

@@ -10,7 +10,7 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use crate::made_up::model;
-use crate::programs::{Program, path};
+use cllm_testing::programs::{Program, path};
 
 const EVAL: Program = Program("cllm-eval");
 

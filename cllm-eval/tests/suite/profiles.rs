@@ -6,7 +6,7 @@ use cllm_core::trajectory::{Block, FinishReason, Provenance, Trajectory, Writer}
 use cllm_eval::profile::profile;
 use serde_json::{Value, json};
 
-use crate::programs::{Program, path};
+use cllm_testing::programs::{Program, path};
 
 const EVAL: Program = Program("cllm-eval");
 

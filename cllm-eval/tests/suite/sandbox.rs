@@ -9,7 +9,7 @@ use std::time::Duration;
 use cllm_core::sandbox::{Ending, Limits, Sandbox};
 use rayon::prelude::*;
 
-use crate::programs::path;
+use cllm_testing::programs::path;
 
 /// One test at a time has programs running, so that what is left of them can be told.
 static ALONE: Mutex<()> = Mutex::new(());

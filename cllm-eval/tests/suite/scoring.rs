@@ -9,7 +9,7 @@ use cllm_eval::records::Records;
 use serde_json::json;
 
 use crate::made_up::{model, records};
-use crate::programs::{Program, path};
+use cllm_testing::programs::{Program, path};
 
 const EVAL: Program = Program("cllm-eval");
 

@@ -7,7 +7,7 @@ use cllm_eval::tradeoff::{self, Tradeoff};
 use serde_json::Value;
 
 use crate::made_up::{model, records};
-use crate::programs::{Program, path};
+use cllm_testing::programs::{Program, path};
 
 const EVAL: Program = Program("cllm-eval");
 

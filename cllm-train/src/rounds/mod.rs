@@ -6,10 +6,11 @@ mod settings;
 
 use std::path::{Path, PathBuf};
 
+use cllm_core::checkpoint::hub;
 use cllm_core::distributed::Member;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::Reader;
-use cllm_core::{Error, Result, atomic_file, fingerprint, hub, interrupt, model, progress, text_file, trajectory};
+use cllm_core::{Error, Result, atomic_file, fingerprint, interrupt, progress, text_file, trajectory};
 use cllm_data::{augment, clean, collect};
 use serde::Serialize;
 use serde_json::{Value, json};
@@ -130,7 +131,7 @@ impl Stage<'_> {
         let inputs = match self {
             Stage::Collect(settings) => json!([
                 without(settings, &["model", "prompts", "output", "data", "device", "batch_rows"])?,
-                model::fingerprint(Path::new(&settings.model))?,
+                cllm_core::checkpoint::fingerprint(Path::new(&settings.model))?,
                 fingerprint::of_contents(&settings.prompts)?
             ]),
             Stage::Augment(settings) => {
@@ -156,7 +157,9 @@ impl Stage<'_> {
     fn output(&self) -> Result<Option<String>> {
         let folder = self.folder();
         match self {
-            Stage::Train(_) if folder.join("summary.json").exists() => model::fingerprint(&student(folder)).map(Some),
+            Stage::Train(_) if folder.join("summary.json").exists() => {
+                cllm_core::checkpoint::fingerprint(&student(folder)).map(Some)
+            }
             Stage::Train(_) => Ok(None),
             _ if Reader::open(folder).is_ok_and(|reader| reader.is_complete()) => {
                 trajectory::fingerprint(folder).map(Some)

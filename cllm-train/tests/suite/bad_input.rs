@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 use cllm_train::settings::{Objective, Settings};
 use cllm_train::trainer;
 
-use crate::foreign_parquet;
-use crate::programs::{Program, copy_folder, damaged_models, path, unwritable};
 use crate::runs::{collect, prepare, sft};
+use cllm_testing::foreign_parquet;
+use cllm_testing::programs::{Program, copy_folder, damaged_models, path, unwritable};
 
 const TRAIN: Program = Program("cllm-train");
 
@@ -46,7 +46,7 @@ fn every_damaged_model_is_named_and_nothing_is_written() {
     // A whole tokenizer that is not the one of the data.
     let model = dir.path().join("other-tokenizer");
     copy_folder(Path::new(&settings.model), &model);
-    cllm_core::tokenizer_training::train(&["Other words make other ids.".to_owned()], 261, &model).unwrap();
+    cllm_testing::train_tokenizer(["Other words make other ids."], 261, &model);
     let other = Settings { model: model.display().to_string(), ..settings.clone() };
     TRAIN.refuse(&["run", "-c", &file(&other)], 2, &["trajectories", "was collected with tokenizer"]);
     TRAIN.refuse(&["export", "no/such/model", "--output", &settings.output], 2, &["no/such/model"]);

@@ -10,8 +10,8 @@ use cllm_train::settings::{Consistency, Objective, Optimizer, Probe, Settings};
 use serde_json::Value;
 use tch::{Device, Kind};
 
-use crate::programs::{Program, path};
 use crate::runs::{N, collect, curve, cut_back, prepare, same_weights, sft, summary};
+use cllm_testing::programs::{Program, path};
 
 const TRAIN: Program = Program("cllm-train");
 

@@ -1,10 +1,11 @@
 //! A training pass with the kernels of the GPU, in bf16, against libtorch's operations on the CPU in float32. Skipped, and saying
 //! so, where there is no GPU.
 
+use cllm_core::cuda::libtorch;
+use cllm_core::fingerprint;
 use cllm_core::model::{Flat, Lora, ModelConfig, Transformer};
-use cllm_core::{fingerprint, torch_ext};
+use cllm_train::data::packing::{Batch, Packed};
 use cllm_train::loss::{Backward, losses};
-use cllm_train::packing::{Batch, Packed};
 use cllm_train::settings::{Consistency, Context, Divergence};
 use serde_json::{Value, json};
 use tch::{Cuda, Device, Kind, Tensor};
@@ -138,5 +139,5 @@ fn gpu_losses_and_gradients_are_those_of_the_cpu_but_for_rounding() {
             }
         }
     }
-    assert!(torch_ext::memory(Device::Cuda(0)).is_some());
+    assert!(libtorch::memory(Device::Cuda(0)).is_some());
 }

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use cllm_train::settings::Settings;
 
-use crate::programs::{Program, path};
 use crate::runs::{prepare, sft};
+use cllm_testing::programs::{Program, path};
 
 const TRAIN: Program = Program("cllm-train");
 

@@ -3,18 +3,18 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use cllm_core::cuda::libtorch;
 use cllm_core::model::{Lora, ModelConfig, Target};
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::torch_ext;
 use cllm_train::settings::{Objective, Settings};
 use cllm_train::trainer;
 use safetensors::SafeTensors;
 use serde_json::Value;
 use tch::Kind;
 
-use crate::families::{random_model, shapes};
-use crate::programs::{Program, path};
 use crate::runs::{collect, curve, cut_back, prepare, same_weights, sft, summary};
+use cllm_testing::families::{random_model, shapes};
+use cllm_testing::programs::{Program, path};
 
 const TRAIN: Program = Program("cllm-train");
 
@@ -107,7 +107,7 @@ fn what_is_saved_is_the_merged_model_and_the_adapter_alone() {
     let trained = settings.trained_parameters(&config);
     assert_eq!(summary(&run)["trained_parameters"], trained);
     assert!(trained < config.parameter_count() / 4, "{trained}");
-    let map = torch_ext::map_file(&last.join("optimizer.safetensors")).unwrap();
+    let map = libtorch::map_file(&last.join("optimizer.safetensors")).unwrap();
     let state = SafeTensors::deserialize(&map).unwrap();
     assert!(state.names().iter().all(|name| name.contains(".lora_")), "{:?}", state.names());
     let numbers: usize = state.tensors().iter().map(|(_, view)| view.shape().iter().product::<usize>()).sum();

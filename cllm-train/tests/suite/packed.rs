@@ -1,14 +1,15 @@
 //! One packed pass gives what plain causal passes give, token by token and loss by loss.
 
 use cllm_core::fingerprint;
-use cllm_core::model::{DeviceStream, Transformer};
-use cllm_train::examples::{Block, Example};
+use cllm_core::model::Transformer;
+use cllm_core::train::DeviceStream;
+use cllm_train::data::dataset::{Block, Example};
+use cllm_train::data::packing::{Batch, NoisyBlock, Packed};
 use cllm_train::loss::{Backward, divergence, losses};
-use cllm_train::packing::{Batch, NoisyBlock, Packed};
 use cllm_train::settings::{Consistency, Context, Divergence};
 use tch::{Device, IndexOp, Kind, Tensor};
 
-use crate::families::{random_model, shapes};
+use cllm_testing::families::{random_model, shapes};
 
 const N: usize = 4;
 /// Most logits at once: all there are.

@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{Reader, Writer};
+use cllm_train::data::dataset as examples;
 use cllm_train::settings::{Labels, Objective, Settings};
-use cllm_train::{examples, trainer};
+use cllm_train::trainer;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 

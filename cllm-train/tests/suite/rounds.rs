@@ -8,8 +8,8 @@ use cllm_train::rounds::Settings;
 use cllm_train::trainer;
 use serde_json::{Value, json};
 
-use crate::programs::{Program, path};
 use crate::runs::{N, prepare, sft};
+use cllm_testing::programs::{Program, path};
 
 const TRAIN: Program = Program("cllm-train");
 

@@ -6,14 +6,15 @@ use cllm_core::decode::{DecodeOptions, Limits, Request, Strategy, decode};
 use cllm_core::model::Transformer;
 use cllm_core::prompt_set::{self, Prompt, Sample};
 use cllm_core::tokenizer::Tokenizer;
+use cllm_core::trajectory;
 use cllm_core::trajectory::{Provenance, Trajectory, Writer};
-use cllm_core::{tokenizer_training, trajectory};
 use cllm_train::settings::{Context, Init, Objective, Optimizer, Settings};
+use cllm_train::tokenizer_training;
 use cllm_train::trainer;
 use serde_json::Value;
 use tch::{Device, Kind};
 
-use crate::families::{random_model, shapes};
+use cllm_testing::families::{random_model, shapes};
 
 pub const N: usize = 4;
 

@@ -1,0 +1,15 @@
+//! What the tests of several crates share: tiny models, tokenizers, and the built programs.
+#![allow(clippy::unwrap_used, missing_docs)] // A test that cannot go on fails.
+
+pub mod families;
+pub mod foreign_parquet;
+pub mod help;
+pub mod programs;
+
+use std::path::Path;
+
+/// Trains a tokenizer of at most `vocab_size` ids on some texts and writes its files into `folder`.
+pub fn train_tokenizer(texts: impl IntoIterator<Item: Into<String>>, vocab_size: usize, folder: &Path) {
+    let texts: Vec<String> = texts.into_iter().map(Into::into).collect();
+    cllm_train::tokenizer_training::train(&texts, vocab_size, folder).unwrap();
+}

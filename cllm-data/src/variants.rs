@@ -1,0 +1,165 @@
+//! Prompts without answers, made from those of a benchmark: a teacher answers them itself, and a student that learns from more
+//! distinct prompts keeps more of the teacher on those it never saw.
+
+use std::sync::LazyLock;
+
+use rand::RngExt;
+use rand::seq::{IndexedRandom, SliceRandom};
+use rand_chacha::ChaCha8Rng;
+use regex::{Captures, Regex};
+
+use cllm_core::prompt_set::{Prompt, Sample};
+use cllm_core::task::Task;
+use cllm_core::{Error, Result, fingerprint};
+
+/// What makes a variant of a question's text.
+type Vary<'s> = Box<dyn Fn(&str, &mut ChaCha8Rng) -> String + 's>;
+
+static WHOLE_NUMBER: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"\d+").ok());
+
+/// `count` variants of each sample, without reference and meta: GSM8K's questions with other numbers, Spider's with the schema of
+/// another database of `samples`, its tables and columns shuffled. The same seed gives the same variants.
+///
+/// # Errors
+/// [`Error::Usage`] for a benchmark whose prompts have no such parts.
+pub fn variants(task: Task, samples: &[Sample], count: usize, seed: u64) -> Result<Vec<Sample>> {
+    let vary: Vary<'_> = match task {
+        Task::Gsm8k => Box::new(with_other_numbers),
+        Task::Spider => {
+            let schemas = schemas(samples);
+            Box::new(move |question, rng| with_another_schema(question, &schemas, rng))
+        }
+        _ => return Err(Error::usage(format!("{} has no variants: only gsm8k and spider have", task.name()))),
+    };
+    let variant = |sample: &Sample, number: usize| {
+        let mut rng = fingerprint::rng(seed, &format!("variant/{}", sample.id), number as u64);
+        let prompt = match &sample.prompt {
+            Prompt::Text(text) => Prompt::Text(vary(text, &mut rng)),
+            Prompt::Messages(messages) => {
+                let mut messages = messages.clone();
+                messages.iter_mut().for_each(|message| message.content = vary(&message.content, &mut rng));
+                Prompt::Messages(messages)
+            }
+        };
+        let id = format!("{}-variant-{number}", sample.id);
+        Sample { id, source: sample.source.clone(), prompt, reference: None, meta: None }
+    };
+    Ok(samples
+        .iter()
+        .flat_map(|sample| (0..count).map(move |number| (sample, number)))
+        .map(|(s, n)| variant(s, n))
+        .collect())
+}
+
+/// Other whole numbers of as many digits, at least 2 where there was one digit above 1.
+fn with_other_numbers(question: &str, rng: &mut ChaCha8Rng) -> String {
+    let Some(numbers) = WHOLE_NUMBER.as_ref() else { return question.to_owned() };
+    let other = |found: &Captures<'_>| match found[0].len() {
+        1 if ["0", "1"].contains(&&found[0]) => found[0].to_owned(),
+        1 => rng.random_range(2..10).to_string(),
+        digits @ 2..=9 if !found[0].starts_with('0') => {
+            let least = 10u64.pow(digits as u32 - 1);
+            // Round numbers stay round: prices and percentages are read by them.
+            let step = if found[0].ends_with('0') { 10 } else { 1 };
+            (rng.random_range(least..least * 10) / step * step).to_string()
+        }
+        _ => found[0].to_owned(),
+    };
+    numbers.replace_all(question, other).into_owned()
+}
+
+/// The schemas of some prompts, each once: what stands before the first empty line.
+fn schemas(samples: &[Sample]) -> Vec<String> {
+    let text = |sample: &Sample| match &sample.prompt {
+        Prompt::Text(text) => text.split_once("\n\n").map(|(schema, _)| schema.to_owned()),
+        Prompt::Messages(messages) => messages.last()?.content.split_once("\n\n").map(|(schema, _)| schema.to_owned()),
+    };
+    let mut schemas: Vec<String> = samples.iter().filter_map(text).collect();
+    schemas.sort();
+    schemas.dedup();
+    schemas
+}
+
+fn with_another_schema(question: &str, schemas: &[String], rng: &mut ChaCha8Rng) -> String {
+    let Some((own, rest)) = question.split_once("\n\n") else { return question.to_owned() };
+    let other = schemas.choose(rng).filter(|other| *other != own).map_or(own, String::as_str);
+    format!("{}\n\n{rest}", shuffled(other, rng))
+}
+
+/// A schema whose tables, and the columns of each, stand in another order; foreign keys come last as before.
+fn shuffled(schema: &str, rng: &mut ChaCha8Rng) -> String {
+    let (mut tables, keys): (Vec<&str>, Vec<&str>) =
+        schema.lines().partition(|line| !line.starts_with("foreign keys: "));
+    tables.shuffle(rng);
+    let columns_shuffled = |table: &str, rng: &mut ChaCha8Rng| {
+        let Some((name, columns)) = table.strip_suffix(')').and_then(|table| table.split_once('(')) else {
+            return table.to_owned();
+        };
+        let mut columns: Vec<&str> = columns.split(", ").collect();
+        columns.shuffle(rng);
+        format!("{name}({})", columns.join(", "))
+    };
+    let lines: Vec<String> = tables.into_iter().map(|table| columns_shuffled(table, rng)).collect();
+    lines.into_iter().chain(keys.into_iter().map(str::to_owned)).collect::<Vec<_>>().join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample(id: &str, content: &str) -> Sample {
+        Sample {
+            id: id.to_owned(),
+            source: "x/train".to_owned(),
+            prompt: Prompt::question(content),
+            reference: Some("r".to_owned()),
+            meta: Some(serde_json::json!({ "db_id": "a" })),
+        }
+    }
+
+    fn content(sample: &Sample) -> &str {
+        let Prompt::Messages(messages) = &sample.prompt else { panic!("messages expected") };
+        &messages[0].content
+    }
+
+    #[test]
+    fn numbers_change_and_words_stay() {
+        let question = "Ann has 48 pens, 1 box and 300 cards, 5 of them red, in 007.";
+        let samples = [sample("a", question)];
+        let made = variants(Task::Gsm8k, &samples, 20, 0).unwrap();
+        let form =
+            Regex::new(r"^Ann has [1-9]\d pens, 1 box and [1-9]\d0 cards, [2-9] of them red, in 007\.$").unwrap();
+        assert!(made.iter().all(|variant| form.is_match(content(variant))), "{made:?}");
+        assert!(made.iter().any(|variant| content(variant) != content(&made[0])));
+        assert!(made.iter().all(|variant| variant.reference.is_none() && variant.meta.is_none()));
+        assert_eq!((made[3].id.as_str(), made.len()), ("a-variant-3", 20));
+        assert_eq!(variants(Task::Gsm8k, &samples, 20, 0).unwrap(), made);
+        assert_ne!(variants(Task::Gsm8k, &samples, 20, 1).unwrap(), made);
+        assert!(variants(Task::Jsonl, &samples, 1, 0).is_err());
+    }
+
+    #[test]
+    fn questions_meet_the_schemas_of_other_databases() {
+        let first = "pen(id, size)\ncat(name, pen)\nforeign keys: cat.pen = pen.id\n\nHow many pens?\nSQL only.";
+        let samples = [sample("a", first), sample("b", "car(id, speed, year)\n\nHow fast?\nSQL only.")];
+        let made = variants(Task::Spider, &samples, 20, 0).unwrap();
+        let mut seen = std::collections::BTreeSet::new();
+        for variant in &made[..20] {
+            let (schema, rest) = content(variant).split_once("\n\n").unwrap();
+            assert_eq!(rest, "How many pens?\nSQL only.");
+            let mut lines: Vec<Vec<&str>> = schema
+                .lines()
+                .map(|line| line.split(['(', ',', ' ', ')']).filter(|word| !word.is_empty()).collect())
+                .collect();
+            if schema.starts_with("car(") {
+                lines[0].sort_unstable();
+                assert_eq!(lines, [["car", "id", "speed", "year"]]);
+            } else {
+                assert_eq!(schema.lines().last(), Some("foreign keys: cat.pen = pen.id"));
+                assert_eq!(lines.len(), 3);
+            }
+            seen.insert(schema);
+        }
+        assert!(seen.len() > 4 && seen.iter().any(|schema| schema.starts_with("car(")), "{seen:?}");
+    }
+}

@@ -1,0 +1,88 @@
+//! How near the two best tokens were where a decoding first left the autoregressive answer: rounding or a fault.
+
+use std::collections::HashMap;
+
+use cllm_core::decode::Strategy;
+use cllm_core::model::Transformer;
+use cllm_core::{Result, interrupt};
+use tch::{Kind, Tensor};
+
+use crate::records::AnswerRecord;
+use crate::run::measure::Subject;
+
+/// Fills in the margins of a model's answers that differ from its autoregressive ones to the same prompts, and have none yet.
+///
+/// # Errors
+/// libtorch's errors; interruption.
+pub fn add(subject: &Subject, answers: &mut [AnswerRecord]) -> Result<()> {
+    let own = |answer: &&AnswerRecord| answer.role == subject.role && answer.strategy == Strategy::Ar;
+    let greedy: HashMap<usize, (String, Vec<i32>)> = answers
+        .iter()
+        .filter(own)
+        .map(|answer| (answer.index, (answer.prompt.clone(), answer.response_ids.clone())))
+        .collect();
+    let open = |answer: &&mut AnswerRecord| answer.role == subject.role && answer.margin_at_difference.is_none();
+    for answer in answers.iter_mut().filter(open) {
+        // Second turns have other prompts where the answers to the first differ.
+        let same = |(prompt, _): &&(String, Vec<i32>)| *prompt == answer.prompt;
+        let Some((_, greedy)) = greedy.get(&answer.index).filter(same) else { continue };
+        let Some(first) = first_difference(greedy, &answer.response_ids) else { continue };
+        interrupt::check()?;
+        let before = [subject.prompt_ids(answer.index), &greedy[..first]].concat();
+        answer.margin_at_difference = Some(margin(&subject.model, &before)?);
+    }
+    Ok(())
+}
+
+/// The first place where two answers have different tokens.
+fn first_difference(one: &[i32], other: &[i32]) -> Option<usize> {
+    one.iter().zip(other).position(|(one, other)| one != other)
+}
+
+/// The best logit less the second, for the token after `ids`.
+fn margin(model: &Transformer, ids: &[i32]) -> Result<f64> {
+    let _no_grad = tch::no_grad_guard();
+    let place = model.device();
+    let tokens = Tensor::from_slice(ids).to_kind(Kind::Int64).to_device(place).unsqueeze(0);
+    let positions = Tensor::arange(ids.len() as i64, (Kind::Int64, place)).unsqueeze(0);
+    let last = model.hidden(&tokens, &positions).select(1, -1);
+    let (best, _) = model.logits(&last)?.topk(2, -1, true, true);
+    Ok(best.double_value(&[0, 0]) - best.double_value(&[0, 1]))
+}
+
+#[cfg(test)]
+mod tests {
+    use cllm_core::decode::{DecodeOptions, Limits, Request, decode};
+    use cllm_core::model::ModelConfig;
+    use tch::Device;
+
+    use super::*;
+
+    #[test]
+    fn the_margin_is_that_of_the_logits_after_the_common_tokens() {
+        assert_eq!(first_difference(&[1, 2, 3], &[1, 2, 3]), None);
+        assert_eq!(first_difference(&[1, 2, 3], &[1, 4, 3]), Some(1));
+        let config = serde_json::json!({
+            "model_type": "llama", "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "tie_word_embeddings": true,
+        });
+        let model = Transformer::random(ModelConfig::from_json(&config).unwrap(), 5, Device::Cpu, Kind::Float);
+        let requests = [Request { sample_id: "s".to_owned(), prompt_ids: vec![3, 7, 9] }];
+        let limits = Limits { max_new_tokens: 8, eos_ids: vec![] };
+        let options = DecodeOptions::greedy(Strategy::Ar, 0);
+        let (answers, _) = decode(&model, &requests, &limits, options, None).unwrap();
+        let ids = [&requests[0].prompt_ids[..], &answers[0].response_ids].concat();
+        // One pass over the whole answer shows the logits after every prefix of it.
+        let tokens = Tensor::from_slice(&ids).to_kind(Kind::Int64).unsqueeze(0);
+        let positions = Tensor::arange(ids.len() as i64, (Kind::Int64, Device::Cpu)).unsqueeze(0);
+        let logits = tch::no_grad(|| model.logits(&model.hidden(&tokens, &positions))).unwrap();
+        for end in 3..ids.len() {
+            let mut row: Vec<f64> = Vec::try_from(logits.get(0).get(end as i64 - 1).to_kind(Kind::Double)).unwrap();
+            let chosen = row[ids[end] as usize];
+            row.sort_by(|a, b| b.total_cmp(a));
+            assert_eq!(chosen, row[0]);
+            let found = margin(&model, &ids[..end]).unwrap();
+            assert!((found - (row[0] - row[1])).abs() < 1e-5, "{end}: {found}");
+        }
+    }
+}

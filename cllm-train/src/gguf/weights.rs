@@ -1,0 +1,121 @@
+//! Weights under their Hugging Face names, dequantised to bf16 one tensor at a time.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::config::ROPE_FACTORS;
+use super::file::{Gguf, TensorInfo};
+use cllm_core::checkpoint::write_safetensors;
+use cllm_core::model::{Family, ModelConfig};
+use cllm_core::progress::Progress;
+use cllm_core::{Result, interrupt};
+
+/// Where a weight comes from.
+pub(super) struct Source<'a> {
+    name: String,
+    shape: Vec<i64>,
+    tensor: TensorInfo<'a>,
+    /// Heads whose rows llama.cpp reordered.
+    reordered_heads: Option<usize>,
+}
+
+/// Every weight that the configuration calls for; a tensor that it has no place for is refused.
+pub(super) fn sources<'a>(file: &Gguf<'a>, config: &ModelConfig) -> std::result::Result<Vec<Source<'a>>, String> {
+    let mut unused: BTreeSet<&str> = file.tensors.keys().map(String::as_str).collect();
+    unused.remove(ROPE_FACTORS);
+    let mut sources = Vec::new();
+    for (name, shape) in config.shapes() {
+        let stored = gguf_name(&name);
+        let tensor = file.tensors.get(&stored).ok_or_else(|| format!("lacks the tensor `{stored}`"))?.clone();
+        if tensor.shape != shape {
+            return Err(format!("tensor `{stored}` has shape {:?}, its metadata call for {shape:?}", tensor.shape));
+        }
+        if shape.len() == 1 && tensor.format.block().0 > 1 {
+            return Err(format!("tensor `{stored}` is quantised, which only matrices can be"));
+        }
+        unused.remove(stored.as_str());
+        let heads = if config.family != Family::Llama {
+            None
+        } else if name.contains("q_proj") {
+            Some(config.num_heads)
+        } else if name.contains("k_proj") {
+            Some(config.num_kv_heads)
+        } else {
+            None
+        };
+        let reordered_heads = heads.and_then(|heads| usize::try_from(heads).ok());
+        sources.push(Source { name, shape, tensor, reordered_heads });
+    }
+    match unused.first() {
+        Some(name) => Err(format!("tensor `{name}` has no place in the supported models")),
+        None => Ok(sources),
+    }
+}
+
+/// Writes the weights as one bf16 safetensors file.
+pub(super) fn write(path: &Path, sources: &[Source<'_>]) -> Result<()> {
+    let shapes: Vec<_> = sources.iter().map(|source| (source.name.clone(), source.shape.clone())).collect();
+    let mut progress = Progress::new("convert", 0, sources.len() as u64);
+    write_safetensors(path, "BF16", 2, &shapes, |index| {
+        interrupt::check()?;
+        progress.advance(1);
+        Ok(sources[index].bytes())
+    })?;
+    progress.finish();
+    Ok(())
+}
+
+impl Source<'_> {
+    fn bytes(&self) -> Vec<u8> {
+        let rows = if self.shape.len() == 1 && self.reordered_heads.is_none() { 1 } else { self.shape[0] as usize };
+        let row_bytes = self.tensor.data.len() / rows;
+        let width = self.shape.iter().product::<i64>() as usize / rows;
+        let mut out = vec![0u8; rows * width * 2];
+        out.par_chunks_exact_mut(width * 2).enumerate().for_each_init(Vec::new, |values, (row, out)| {
+            let from = self.reordered_heads.map_or(row, |heads| stored_row(row, rows / heads));
+            values.clear();
+            self.tensor.format.dequantise(&self.tensor.data[from * row_bytes..][..row_bytes], values);
+            for (value, bytes) in values.iter().zip(out.chunks_exact_mut(2)) {
+                bytes.copy_from_slice(&bf16::from_f32(*value).to_le_bytes());
+            }
+        });
+        out
+    }
+}
+
+/// Where llama.cpp keeps a row of a query or key projection. Hugging Face rotates dimension `i` of a head with
+/// `i + head_dim / 2`, llama.cpp's Llama neighbours with each other, so it interleaves the two halves of each head.
+fn stored_row(row: usize, head_dim: usize) -> usize {
+    let (head, within) = (row / head_dim, row % head_dim);
+    let (half, pair) = (within / (head_dim / 2), within % (head_dim / 2));
+    head * head_dim + 2 * pair + half
+}
+
+fn gguf_name(name: &str) -> String {
+    let layer = name.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.'));
+    let Some((layer, rest)) = layer else {
+        return match name {
+            "model.embed_tokens.weight" => "token_embd.weight",
+            "model.norm.weight" => "output_norm.weight",
+            _ => "output.weight",
+        }
+        .to_owned();
+    };
+    let (module, kind) = rest.rsplit_once('.').unwrap_or((rest, "weight"));
+    let stored = match module {
+        "input_layernorm" => "attn_norm",
+        "self_attn.q_proj" => "attn_q",
+        "self_attn.k_proj" => "attn_k",
+        "self_attn.v_proj" => "attn_v",
+        "self_attn.o_proj" => "attn_output",
+        "post_attention_layernorm" => "ffn_norm",
+        "mlp.gate_proj" => "ffn_gate",
+        "mlp.up_proj" => "ffn_up",
+        "mlp.down_proj" => "ffn_down",
+        other => other,
+    };
+    format!("blk.{layer}.{stored}.{kind}")
+}
