@@ -10,10 +10,10 @@ use cllm_core::task::Task;
 use cllm_core::{Error, Result, atomic_file, progress};
 use serde_json::json;
 
-use crate::bench::{BenchSettings, bench};
+use crate::bench::{BenchSettings, bench, summary};
 use crate::compare::compare;
 use crate::config::RunSettings;
-use crate::generate::{Manner, visible};
+use crate::generate::{GenerateOptions, visible};
 use crate::profile::profile;
 use crate::suite::{SuiteSettings, suite};
 use crate::{doctor, generate, report, run, score, table, tradeoff};
@@ -225,7 +225,7 @@ impl Cli {
             }
             Verb::Report { results, output, json } => draw(&results, output.as_deref(), json),
             Verb::Generate { prompt, model, raw, n, max_new_tokens, eos_ids, device, seed, json } => {
-                let how = Manner { model, raw, n, max_new_tokens, eos_ids, device, seed };
+                let how = GenerateOptions { model, raw, n, max_new_tokens, eos_ids, device, seed };
                 match prompt {
                     Some(prompt) => {
                         let found = generate::generate(&prompt, &how, !self.quiet)?;
@@ -242,7 +242,7 @@ impl Cli {
             }
             Verb::Bench(given) => {
                 let found = bench(&given.load::<BenchSettings>()?)?;
-                if given.json { print_json(&found) } else { print(&table::of_bench(&found)) }
+                if given.json { print_json(&found) } else { print(&summary(&found)) }
             }
             Verb::Ls { json } => list(json),
             Verb::Doctor { json } => {

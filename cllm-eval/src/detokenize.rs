@@ -4,16 +4,16 @@ use cllm_core::Result;
 use cllm_core::tokenizer::Tokenizer;
 
 /// Turns tokens that come in parts into text in parts; a character whose bytes are not all there waits for the rest.
-pub struct PieceWriter<'t> {
+pub struct Detokenizer<'t> {
     tokenizer: &'t Tokenizer,
     ids: Vec<i32>,
     shown: usize,
 }
 
-impl<'t> PieceWriter<'t> {
+impl<'t> Detokenizer<'t> {
     /// Nothing so far.
     pub fn new(tokenizer: &'t Tokenizer) -> Self {
-        PieceWriter { tokenizer, ids: Vec::new(), shown: 0 }
+        Detokenizer { tokenizer, ids: Vec::new(), shown: 0 }
     }
 
     /// The text that `ids` add.
@@ -42,8 +42,8 @@ impl<'t> PieceWriter<'t> {
 ///
 /// # Errors
 /// When an id is none of the tokenizer's.
-pub fn pieces(tokenizer: &Tokenizer, ids: &[i32], accepted: &[u32]) -> Result<Vec<String>> {
-    let mut writer = PieceWriter::new(tokenizer);
+pub fn split_by_forward(tokenizer: &Tokenizer, ids: &[i32], accepted: &[u32]) -> Result<Vec<String>> {
+    let mut writer = Detokenizer::new(tokenizer);
     let mut rest = ids;
     let mut found = Vec::with_capacity(accepted.len());
     for &count in accepted {
@@ -68,10 +68,10 @@ mod tests {
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/tiny-teacher");
         let tokenizer = Tokenizer::load(Path::new(folder)).unwrap();
         let ids = tokenizer.encode("a数b").unwrap();
-        let one_by_one = pieces(&tokenizer, &ids, &vec![1; ids.len()]).unwrap();
+        let one_by_one = split_by_forward(&tokenizer, &ids, &vec![1; ids.len()]).unwrap();
         assert_eq!(one_by_one, ["a", "", "", "数", "b"]);
         // An answer may end inside a character.
-        let cut = pieces(&tokenizer, &ids[..3], &[2, 1]).unwrap();
+        let cut = split_by_forward(&tokenizer, &ids[..3], &[2, 1]).unwrap();
         assert_eq!(cut[0], "a");
         assert!(cut[1].chars().all(|character| character == '\u{fffd}') && !cut[1].is_empty(), "{cut:?}");
     }

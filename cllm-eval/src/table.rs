@@ -4,8 +4,7 @@ use crate::spider_difficulty::Difficulty;
 use cllm_core::task::Task;
 use comfy_table::{CellAlignment, Table, presets};
 
-use crate::bench::BenchResults;
-use crate::results::{Accuracy, ModelResults, PairedDifference, Results, StrategyResults, label};
+use crate::results::{Accuracy, ModelResults, PairedDifference, Results, StrategyResults};
 use crate::run::measure::role_name;
 use crate::run::perplexity::Perplexity;
 use crate::similarity::Similarity;
@@ -88,43 +87,6 @@ fn difficulties(model: &str, found: &StrategyResults) -> Option<String> {
         format!("{} {rate} of {}", format!("{class:?}").to_lowercase(), of.scored)
     };
     Some(format!("{model} {} by difficulty: {}", found.label, classes.iter().map(class).collect::<Vec<_>>().join(", ")))
-}
-
-/// The figures of a bench.
-pub fn of_bench(results: &BenchResults) -> String {
-    let mut text = format!("{}\n", results.hardware.line());
-    for model in &results.models {
-        let baseline = model
-            .transformers_ar_tokens_per_second
-            .map_or_else(String::new, |other| format!(" (transformers: {other:.1})"));
-        text += &format!(
-            "\n{}: {:.1} tokens/s autoregressive{baseline}, {:.0} % of what the memory allows; prefill {:.2} ms\n",
-            model.name,
-            model.ar_tokens_per_second,
-            100.0 * model.floor.share,
-            model.prefill_ms
-        );
-        for (tokens, ms) in &model.step_ms {
-            text += &format!("  a step of {tokens:>3}: {ms:8.3} ms, {:.2}x\n", model.step_over_one[tokens]);
-        }
-        for (rows, rate) in &model.batch_tokens_per_second {
-            text += &format!("  {rows:>4} rows: {rate:.0} tokens/s\n");
-        }
-        for found in &model.strategies {
-            text += &format!(
-                "  {}: {:.2} tokens/forward, {:.1} tokens/s, {:.2}x, {:.1} % equal to AR\n",
-                label(found.strategy),
-                found.tokens_per_forward,
-                found.tokens_per_second,
-                found.speedup_vs_ar,
-                100.0 * found.exact_match_vs_ar
-            );
-        }
-        if let Some(rate) = model.collect_tokens_per_second {
-            text += &format!("  collection: {rate:.0} response tokens/s\n");
-        }
-    }
-    text
 }
 
 /// A table, whose first `names` columns name the row.

@@ -1,4 +1,4 @@
-//! Chat templates against what `transformers` rendered (scripts/record-text-fixtures).
+//! Chat templates against what `transformers` rendered (tests/fixtures/record-chat-templates).
 
 use cllm_core::chat_template::{ChatTemplate, Message};
 use serde_json::Value;

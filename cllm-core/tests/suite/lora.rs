@@ -305,13 +305,13 @@ fn peft_computes_the_same_from_its_adapters_and_from_ours() {
         let read = |folder: &Path| std::fs::read(folder.join(file)).unwrap();
         assert!(
             read(&adapter_folder("ours")) == read(again.path()),
-            "{file} differs: run scripts/record-adapter-fixtures"
+            "{file} differs: run tests/fixtures/record-adapters"
         );
     }
 }
 
 #[test]
-#[ignore = "writes the folder; scripts/record-adapter-fixtures runs it and has PEFT read it"]
+#[ignore = "writes the folder; tests/fixtures/record-adapters runs it and has PEFT read it"]
 fn write_the_adapter() {
     std::fs::create_dir_all(adapter_folder("ours")).unwrap();
     save_ours(&adapter_folder("ours"));

@@ -1,4 +1,4 @@
-//! Agreement with `transformers` on recorded tiny models: one per family and RoPE variant (scripts/record-fixtures).
+//! Agreement with `transformers` on recorded tiny models: one per family and RoPE variant (tests/fixtures/record-models).
 
 use std::path::{Path, PathBuf};
 

@@ -1,5 +1,5 @@
 //! What `Transformer::save` writes is what `transformers` loads: folders that it wrote for every family and RoPE variant,
-//! with the logits that `transformers` computed from them (scripts/record-saved-fixtures).
+//! with the logits that `transformers` computed from them (tests/fixtures/record-saved).
 
 use std::path::{Path, PathBuf};
 
@@ -47,13 +47,13 @@ fn transformers_loads_what_was_saved_to_the_same_logits() {
         model.save(again.path(), Kind::Float).unwrap();
         for file in ["config.json", "model.safetensors"] {
             let read = |folder: &Path| std::fs::read(folder.join(file)).unwrap();
-            assert!(read(&folder) == read(again.path()), "{name}: {file} differs: run scripts/record-saved-fixtures");
+            assert!(read(&folder) == read(again.path()), "{name}: {file} differs: run tests/fixtures/record-saved");
         }
     }
 }
 
 #[test]
-#[ignore = "writes the folders; scripts/record-saved-fixtures runs it and has transformers read them"]
+#[ignore = "writes the folders; tests/fixtures/record-saved runs it and has transformers read them"]
 fn write_the_folders() {
     for (name, config) in small_shapes() {
         std::fs::create_dir_all(folder(name)).unwrap();

@@ -17,6 +17,7 @@ use garde::Validate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::results::label;
 use measure::Bench;
 
 /// Settings of `cllm-eval bench`.
@@ -101,7 +102,7 @@ impl Default for BenchSettings {
 }
 
 /// The file that is written.
-pub type BenchResults = BenchFile<ModelBench>;
+pub type DecodeBenchResults = BenchFile<ModelBench>;
 
 impl ModelFigures for ModelBench {
     fn name(&self) -> &str {
@@ -182,7 +183,7 @@ pub struct StrategyBench {
 ///
 /// # Errors
 /// Settings that do not fit together, missing files, a file of another machine.
-pub fn bench(settings: &BenchSettings) -> Result<BenchResults> {
+pub fn bench(settings: &BenchSettings) -> Result<DecodeBenchResults> {
     let place = device::parse(&settings.device)?;
     let kind = device::default_kind(place);
     let others = libtorch::memory(place).map_or(0, |(current, _)| current);
@@ -195,7 +196,7 @@ pub fn bench(settings: &BenchSettings) -> Result<BenchResults> {
         (None, Some(shape)) => (Transformer::noise(shape.config(None)?, place, kind), shape.name().to_owned(), None),
         _ => return Err(Error::usage("set either `model`, a folder or id, or `shape`: 135M, 1.7B or 7B")),
     };
-    let mut results = BenchResults::open(&settings.output, place)?;
+    let mut results = DecodeBenchResults::open(&settings.output, place)?;
     let prompts = match (&settings.prompts, &tokenizer) {
         (Some(path), Some(tokenizer)) => Some((prompt_set::read(path)?, tokenizer)),
         (Some(_), None) => {
@@ -213,6 +214,43 @@ pub fn bench(settings: &BenchSettings) -> Result<BenchResults> {
     results.put(&settings.output, found)?;
     progress::say(format!("wrote {}", settings.output.display()));
     Ok(results)
+}
+
+/// The figures of a bench.
+pub fn summary(results: &DecodeBenchResults) -> String {
+    let mut text = format!("{}\n", results.hardware.line());
+    for model in &results.models {
+        let baseline = model
+            .transformers_ar_tokens_per_second
+            .map_or_else(String::new, |other| format!(" (transformers: {other:.1})"));
+        text += &format!(
+            "\n{}: {:.1} tokens/s autoregressive{baseline}, {:.0} % of what the memory allows; prefill {:.2} ms\n",
+            model.name,
+            model.ar_tokens_per_second,
+            100.0 * model.floor.share,
+            model.prefill_ms
+        );
+        for (tokens, ms) in &model.step_ms {
+            text += &format!("  a step of {tokens:>3}: {ms:8.3} ms, {:.2}x\n", model.step_over_one[tokens]);
+        }
+        for (rows, rate) in &model.batch_tokens_per_second {
+            text += &format!("  {rows:>4} rows: {rate:.0} tokens/s\n");
+        }
+        for found in &model.strategies {
+            text += &format!(
+                "  {}: {:.2} tokens/forward, {:.1} tokens/s, {:.2}x, {:.1} % equal to AR\n",
+                label(found.strategy),
+                found.tokens_per_forward,
+                found.tokens_per_second,
+                found.speedup_vs_ar,
+                100.0 * found.exact_match_vs_ar
+            );
+        }
+        if let Some(rate) = model.collect_tokens_per_second {
+            text += &format!("  collection: {rate:.0} response tokens/s\n");
+        }
+    }
+    text
 }
 
 fn baseline(path: &std::path::Path) -> Result<f64> {

@@ -14,10 +14,10 @@ use console::Term;
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 
-use super::Manner;
+use super::GenerateOptions;
 use super::columns::{Column, room, screen};
 use super::visible::visible;
-use crate::detokenize::PieceWriter;
+use crate::detokenize::Detokenizer;
 use crate::results::label;
 use crate::statistics::ratio;
 
@@ -31,7 +31,7 @@ const FRAME: Duration = Duration::from_millis(40);
 ///
 /// # Errors
 /// When this is no terminal, or the model cannot be loaded; libtorch's errors.
-pub fn chat(how: &Manner) -> Result<()> {
+pub fn chat(how: &GenerateOptions) -> Result<()> {
     if !(std::io::stdin().is_terminal() && std::io::stderr().is_terminal()) {
         return Err(Error::usage("give a prompt: without one, generate is a chat and needs a terminal"));
     }
@@ -124,7 +124,7 @@ fn decoders<'m>(
 struct Side<'t> {
     steps: Steps<'t>,
     /// Until the answer has ended.
-    writer: Option<PieceWriter<'t>>,
+    writer: Option<Detokenizer<'t>>,
     ids: Vec<i32>,
     forwards: usize,
     column: Column,
@@ -176,7 +176,7 @@ fn next<'s, 't>(sides: &'s mut [Side<'t>; 2]) -> Option<&'s mut Side<'t>> {
 impl<'t> Side<'t> {
     fn new(steps: Steps<'t>, tokenizer: &'t Tokenizer, strategy: Strategy) -> Self {
         let column = Column { title: label(strategy), ..Column::default() };
-        Side { steps, writer: Some(PieceWriter::new(tokenizer)), ids: Vec::new(), forwards: 0, column }
+        Side { steps, writer: Some(Detokenizer::new(tokenizer)), ids: Vec::new(), forwards: 0, column }
     }
 
     fn seconds(&self) -> f64 {
@@ -187,7 +187,7 @@ impl<'t> Side<'t> {
     fn step(&mut self) -> Result<()> {
         match (self.steps.step()?, &mut self.writer) {
             (None, writer) => {
-                let rest = writer.take().map(PieceWriter::finish).transpose()?;
+                let rest = writer.take().map(Detokenizer::finish).transpose()?;
                 self.column.pieces.extend(rest.map(|text| visible(&text)));
             }
             (Some(ids), Some(writer)) if !ids.is_empty() => {

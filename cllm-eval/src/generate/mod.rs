@@ -15,7 +15,7 @@ use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Error, Result, device, progress};
 use serde_json::{Value, json};
 
-use crate::detokenize::PieceWriter;
+use crate::detokenize::Detokenizer;
 use crate::results::label;
 use crate::run::measure::eos_ids;
 use crate::statistics::ratio;
@@ -25,7 +25,7 @@ pub use visible::visible;
 
 /// How to generate.
 #[derive(Debug, Clone)]
-pub struct Manner {
+pub struct GenerateOptions {
     /// Folder or id.
     pub model: String,
     /// Take a prompt as it is, without the chat template.
@@ -42,7 +42,7 @@ pub struct Manner {
     pub seed: u64,
 }
 
-impl Manner {
+impl GenerateOptions {
     fn limits(&self, tokenizer: &Tokenizer, folder: &Path, config: &ModelConfig) -> Result<Limits> {
         let (new, context) = (self.max_new_tokens, config.max_positions);
         if new >= context {
@@ -59,7 +59,7 @@ impl Manner {
 ///
 /// # Errors
 /// When the model cannot be loaded or the prompt does not fit.
-pub fn generate(prompt: &str, how: &Manner, show: bool) -> Result<Value> {
+pub fn generate(prompt: &str, how: &GenerateOptions, show: bool) -> Result<Value> {
     let device = device::parse(&how.device)?;
     let folder = hub::locate(&how.model)?;
     let tokenizer = Tokenizer::load(&folder)?;
@@ -130,7 +130,7 @@ fn line(run: &Value) -> String {
 
 /// Text that appears as it becomes final, each forward in another colour.
 struct Screen<'t> {
-    writer: PieceWriter<'t>,
+    writer: Detokenizer<'t>,
     show: bool,
     colour: bool,
     forwards: usize,
@@ -140,7 +140,7 @@ struct Screen<'t> {
 impl<'t> Screen<'t> {
     fn new(tokenizer: &'t Tokenizer, show: bool) -> Self {
         let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-        Screen { writer: PieceWriter::new(tokenizer), show, colour, forwards: 0, failure: None }
+        Screen { writer: Detokenizer::new(tokenizer), show, colour, forwards: 0, failure: None }
     }
 
     fn add(&mut self, ids: &[i32]) {

@@ -15,7 +15,7 @@ use std::rc::Rc;
 use tch::Device;
 
 use crate::config::RunSettings;
-use crate::detokenize::pieces;
+use crate::detokenize::split_by_forward;
 use crate::mt_bench_turns;
 use crate::records::{AnswerRecord, Journal, Line, ModelEntry, Records, Role, SpeedRecord};
 use crate::results::label;
@@ -244,7 +244,7 @@ impl Subject {
                 finish_reason: answer.finish_reason,
                 forwards: answer.forwards,
                 pieces: shown
-                    .then(|| pieces(&self.prompts.tokenizer, &answer.response_ids, &answer.accepted))
+                    .then(|| split_by_forward(&self.prompts.tokenizer, &answer.response_ids, &answer.accepted))
                     .transpose()?,
                 response_ids: answer.response_ids,
                 accepted: answer.accepted,
