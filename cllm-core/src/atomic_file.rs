@@ -4,8 +4,6 @@ use std::fs::{self, File};
 use std::io::{BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
-use parquet::errors::ParquetError;
-
 use crate::{Error, Result};
 
 /// How the names of files begin that are not complete yet; a killed process leaves them.
@@ -58,17 +56,6 @@ pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
         .map_err(|error| Error::file(path, format!("cannot be written as JSON: {error}")))?;
     text.push('\n');
     write(path, text.as_bytes())
-}
-
-/// An error in writing Parquet as what it is underneath: a full disk stays a full disk.
-pub(crate) fn parquet_error(path: &Path, error: ParquetError) -> Error {
-    match error {
-        ParquetError::External(inner) => match inner.downcast::<std::io::Error>() {
-            Ok(source) => Error::Write { path: path.to_owned(), source: *source },
-            Err(inner) => Error::file(path, inner.to_string()),
-        },
-        other => Error::file(path, other.to_string()),
-    }
 }
 
 /// Makes a folder through `fill`, which gets a temporary folder beside it; an existing folder of that name is replaced.

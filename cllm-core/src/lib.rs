@@ -13,6 +13,7 @@ mod error;
 pub mod fingerprint;
 pub mod interrupt;
 pub mod model;
+mod parquet_file;
 pub mod program;
 pub mod progress;
 pub mod prompt_set;

@@ -53,7 +53,7 @@ pub struct Settings {
     pub drop_unfinished: bool,
     /// Drop answers that the task's own score calls wrong.
     #[garde(skip)]
-    pub drop_wrong: bool,
+    pub drop_incorrect: bool,
     /// Prompt sets of evaluations: a row with one of their prompts is dropped.
     #[garde(skip)]
     pub evaluation_prompts: Vec<PathBuf>,
@@ -74,7 +74,7 @@ impl Default for Settings {
             periodic_tail: 3,
             repeated_sentence: 3,
             drop_unfinished: true,
-            drop_wrong: false,
+            drop_incorrect: false,
             evaluation_prompts: Vec::new(),
             keep_dropped: false,
         }
@@ -88,7 +88,7 @@ impl Default for Settings {
 pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
     let tokenizer = Tokenizer::load(&hub::locate(&settings.model)?)?;
     // Text that another tokenizer makes of the ids is noise, and would be judged as if it were the answer.
-    Reader::open(&settings.input)?.expect_tokenizer(tokenizer.fingerprint())?;
+    Reader::open(&settings.input)?.check_tokenizer(tokenizer.fingerprint())?;
     let evaluation = evaluation_prompts(settings, &tokenizer)?;
     let mut counts = Counts::default();
     let mut copying = Copying::open(&settings.input, &settings.output, step(settings))?;
@@ -127,7 +127,7 @@ struct Counts {
     kept: usize,
     /// Dropped rows by rule.
     rules: BTreeMap<&'static str, usize>,
-    /// Rows kept although `drop_wrong` could not judge them.
+    /// Rows kept although `drop_incorrect` could not judge them.
     unscored: usize,
 }
 
@@ -208,10 +208,10 @@ fn judge(row: Trajectory, settings: &Settings, tokenizer: &Tokenizer, evaluation
     let prompt = hash(&row.prompt_ids);
     let mut broken = broken_rule(&row, settings, &text, evaluation.contains(&prompt));
     let mut unscored = false;
-    if settings.drop_wrong && broken.is_none() {
+    if settings.drop_incorrect && broken.is_none() {
         let verdict = score(&settings.input, &row, &text, settings.data.as_deref())?;
         unscored = verdict == Verdict::Unscored;
-        broken = (verdict == Verdict::Wrong).then_some("wrong_answer");
+        broken = (verdict == Verdict::Wrong).then_some("incorrect_answer");
     }
     Ok(Judged { row, prompt, broken, unscored })
 }

@@ -64,12 +64,12 @@ pub fn standings(block: &Block) -> Vec<Vec<Standing>> {
 /// # Errors
 /// Bad data sets, and a sample id that none has.
 pub fn run(arguments: &Arguments) -> Result<Outcome> {
-    let reader = Reader::open_unfinished(&arguments.data)?;
+    let reader = Reader::open_incomplete(&arguments.data)?;
     let row = find(&reader, arguments)?;
     let tokenizer = match &arguments.model {
         Some(model) => {
             let tokenizer = Tokenizer::load(&hub::locate(model)?)?;
-            reader.expect_tokenizer(tokenizer.fingerprint())?;
+            reader.check_tokenizer(tokenizer.fingerprint())?;
             Some(tokenizer)
         }
         None => None,

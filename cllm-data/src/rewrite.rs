@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use cllm_core::progress::Progress;
-use cllm_core::trajectory::{Manifest, Piece, Reader, Trajectory, Writer};
+use cllm_core::trajectory::{Manifest, Reader, RowChunk, Trajectory, Writer};
 use cllm_core::{Result, atomic_file, interrupt};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -33,8 +33,8 @@ impl Copying {
     ) -> Result<()> {
         let reader = &self.reader;
         let mut bar = Progress::new("rows", 0, reader.len() as u64);
-        let judged = |piece: &Piece| reader.rows_of(piece).map(|row| judge(row?)).collect::<Result<Vec<T>>>();
-        for pieces in reader.pieces().chunks(rayon::current_num_threads()) {
+        let judged = |piece: &RowChunk| reader.chunk_rows(piece).map(|row| judge(row?)).collect::<Result<Vec<T>>>();
+        for pieces in reader.row_chunks().chunks(rayon::current_num_threads()) {
             interrupt::check()?;
             let judged = pieces.par_iter().map(judged).collect::<Result<Vec<_>>>()?;
             let kept = judged.into_iter().map(&mut sort_out).collect::<Result<Vec<_>>>()?;

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use cllm_core::program::{Outcome, print, print_json};
-use cllm_core::trajectory::{FinishReason, Profile, Reader, UNFINISHED_DATA};
+use cllm_core::trajectory::{FinishReason, INCOMPLETE_DATA_SET, Profile, Reader};
 use cllm_core::{Result, interrupt, progress};
 use serde::Serialize;
 
@@ -37,9 +37,9 @@ pub struct Stats {
 /// # Errors
 /// When it cannot be read.
 pub fn run(data: &Path, as_json: bool) -> Result<Outcome> {
-    let reader = Reader::open_unfinished(data)?;
+    let reader = Reader::open_incomplete(data)?;
     if !reader.is_complete() {
-        progress::say(format!("{} {UNFINISHED_DATA}", data.display()));
+        progress::say(format!("{} {INCOMPLETE_DATA_SET}", data.display()));
     }
     let mut stats = Stats { schema_version: 1, ..Default::default() };
     let mut forwards = Some(0);
@@ -53,10 +53,10 @@ pub fn run(data: &Path, as_json: bool) -> Result<Outcome> {
         stats.response_tokens += row.response_ids.len();
         stats.blocks += row.blocks.len();
         states += row.blocks.iter().map(|block| block.states.len()).sum::<usize>();
-        forwards = forwards.filter(|_| row.augmented.is_none()).map(|sum| sum + row.forwards());
+        forwards = forwards.filter(|_| row.augmented.is_none()).map(|sum| sum + row.num_forwards());
         // Augmented states never occurred in decoding; a block cut by the end of the answer did not converge to n tokens.
         if row.augmented.is_none() {
-            row.profiles().filter(|&(_, whole)| whole).for_each(|(of_block, _)| profile += of_block);
+            row.block_profiles().filter(|&(_, whole)| whole).for_each(|(of_block, _)| profile += of_block);
         }
     }
     let ratio = |a: usize, b: usize| a as f64 / (b as f64).max(1.0);

@@ -10,7 +10,7 @@ use cllm_core::interrupt;
 use cllm_core::model::ModelConfig;
 use cllm_core::program::{Outcome, print, print_json};
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::trajectory::{FinishReason, Provenance, Reader, Trajectory, UNFINISHED_DATA};
+use cllm_core::trajectory::{FinishReason, INCOMPLETE_DATA_SET, Provenance, Reader, Trajectory};
 use serde_json::json;
 
 /// Violations that are listed; all are counted.
@@ -34,14 +34,14 @@ pub struct Arguments {
 /// # Errors
 /// When it, or the model, cannot be read at all.
 pub fn run(arguments: &Arguments) -> cllm_core::Result<Outcome> {
-    let reader = Reader::open_unfinished(&arguments.data)?;
+    let reader = Reader::open_incomplete(&arguments.data)?;
     let mut promised = reader.provenance().clone();
     let mut violations = match &arguments.model {
         Some(model) => foreign_model(model, &mut promised)?,
         None => Vec::new(),
     };
     if !reader.is_complete() {
-        violations.push(format!("the data set {UNFINISHED_DATA}"));
+        violations.push(format!("the data set {INCOMPLETE_DATA_SET}"));
     }
     let mut seen = HashSet::new();
     for row in reader.unchecked_rows() {

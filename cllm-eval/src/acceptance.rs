@@ -21,8 +21,8 @@ pub struct Acceptance {
 /// Some tokens in the course of the answers.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Stretch {
-    /// Place of its first token in the answer, from 0.
-    pub from: usize,
+    /// Position of its first token in the answer, from 0.
+    pub start: usize,
     /// Tokens that forwards beginning in it made final, over all answers that reach it.
     pub tokens: u64,
     /// Those forwards.
@@ -60,8 +60,8 @@ impl Acceptance {
         }
         self.forwards[accepted - 1] += 1;
         while self.over_answer.len() <= at / STRETCH {
-            let from = self.over_answer.len() * STRETCH;
-            self.over_answer.push(Stretch { from, ..Stretch::default() });
+            let start = self.over_answer.len() * STRETCH;
+            self.over_answer.push(Stretch { start, ..Stretch::default() });
         }
         let stretch = &mut self.over_answer[at / STRETCH];
         stretch.tokens += accepted as u64;

@@ -39,7 +39,7 @@ enum Verb {
     /// Measures accuracy and speed of a teacher and a student; goes on where an interrupted run stopped.
     #[command(
         after_help = "Example:\n  cllm-eval run teacher=configs/tiny-teacher student=runs/student/final \\\n    \
-        count=100 'strategies=[ar, {jacobi: {n: 16}}]' output=runs/first-100"
+        num_problems=100 'strategies=[ar, {jacobi: {n: 16}}]' output=runs/first-100"
     )]
     Run(Configured),
     /// Runs every benchmark whose data is there and draws one report; goes on where an interrupted suite stopped.

@@ -9,9 +9,9 @@ use cllm_core::trajectory::FinishReason;
 use cllm_core::{Error, Result, progress};
 use serde::Serialize;
 
-use crate::records::{AnswerRecord, Records, Role, SAMPLES, SCHEMA_VERSION, SpeedRecord};
-use crate::results::{Results, StrategyResults, label};
-use crate::run::measure::role_name;
+use crate::records::{AnswerRecord, Records, SAMPLES, SCHEMA_VERSION, SpeedRecord};
+use crate::results::{Results, StrategyResults};
+use crate::role::Role;
 use crate::statistics::{bootstrap, mcnemar, ratio, wilson};
 use crate::table::{self, number};
 
@@ -50,7 +50,7 @@ pub struct Comparison {
     /// Of the exact McNemar test, two-sided; none where nothing is scored.
     pub mcnemar_p: Option<f64>,
     /// Share of A's right answers that are right in B.
-    pub share_of_right_kept: Option<f64>,
+    pub correct_kept_fraction: Option<f64>,
     /// Share of the pairs asked the same prompt that have the same tokens.
     pub equal_tokens: Option<f64>,
     /// None where no example was timed in both.
@@ -153,7 +153,7 @@ impl Chosen {
     }
 
     fn name(&self) -> String {
-        format!("{} of {}", named(self.role, &label(self.strategy)), self.run.display())
+        format!("{} of {}", named(self.role, &self.strategy.to_string()), self.run.display())
     }
 
     fn answers(&self) -> HashMap<&str, &AnswerRecord> {
@@ -196,7 +196,7 @@ impl Chosen {
             run: self.run.clone(),
             role: self.role,
             checkpoint: model.map(|model| model.path.clone()).unwrap_or_default(),
-            strategy: label(self.strategy),
+            strategy: self.strategy.to_string(),
             accuracy: ratio(right as f64, scored.len() as f64),
             ci95: wilson(right, scored.len()),
             unfinished: answers.iter().filter(|answer| answer.finish_reason == FinishReason::Length).count(),
@@ -207,7 +207,7 @@ impl Chosen {
 
 /// A role and a strategy, as people read them and as a selector names them.
 fn named(role: Role, strategy: &str) -> String {
-    format!("{}/{strategy}", role_name(role))
+    format!("{}/{strategy}", role.name())
 }
 
 /// Every role and strategy with answers.
@@ -264,7 +264,7 @@ fn parts(selector: Option<&str>) -> std::result::Result<(Option<Role>, Option<&s
 }
 
 fn role_named(text: &str) -> Option<Role> {
-    [Role::Teacher, Role::Student].into_iter().find(|&role| role_name(role) == text)
+    [Role::Teacher, Role::Student].into_iter().find(|&role| role.name() == text)
 }
 
 impl Comparison {
@@ -302,7 +302,7 @@ impl Comparison {
             interval(self.ci95, &points),
             self.a_only,
             self.b_only,
-            share(self.share_of_right_kept),
+            share(self.correct_kept_fraction),
             share(self.equal_tokens),
         );
         if let Some(speed) = speed {
@@ -368,7 +368,7 @@ impl Comparison {
             difference,
             ci95: bootstrap(rights.len(), mean_gain),
             mcnemar_p,
-            share_of_right_kept: ratio(both as f64, (both + a_only) as f64),
+            correct_kept_fraction: ratio(both as f64, (both + a_only) as f64),
             equal_tokens: ratio(equal as f64, alike().count() as f64),
             speed: speed(first, second),
             verdict: verdict(difference, mcnemar_p),

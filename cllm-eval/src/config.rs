@@ -2,13 +2,13 @@
 
 use std::path::PathBuf;
 
-use cllm_core::decode::Strategy;
+use cllm_core::decode::{Sampling, Strategy};
 use cllm_core::task::{Scorer, Task};
 use garde::Validate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::records::Role;
+use crate::role::Role;
 
 /// Settings of an evaluation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Validate, JsonSchema)]
@@ -44,13 +44,13 @@ pub struct RunSettings {
     pub seed: u64,
     /// Number of synthetic problems.
     #[garde(range(min = 1))]
-    pub count: usize,
+    pub num_problems: usize,
     /// Takes only the first examples (of mt-bench: questions, of two turns each).
     #[garde(range(min = 1))]
     pub limit: Option<usize>,
     /// How many examples, spread evenly over all, are timed at batch 1; 0 measures accuracy alone.
     #[garde(skip)]
-    pub speed_examples: usize,
+    pub num_speed_examples: usize,
     /// How to decode (perplexity decodes nothing), such as `ar`, `jacobi: {n: 16}`, `rolling: {n: 16, pool: 4}` or `lookahead: {}`; what a strategy leaves out has its default.
     #[garde(length(min = 1), custom(valid_strategies))]
     pub strategies: Vec<Strategy>,
@@ -63,11 +63,11 @@ pub struct RunSettings {
     pub max_new_tokens: usize,
     /// Answers generated together when accuracy is measured.
     #[garde(range(min = 1))]
-    pub batch_rows: usize,
+    pub batch_size: usize,
     /// auto, cpu, cuda or cuda:N.
     #[garde(skip)]
     pub device: String,
-    /// Folder for results.json, samples.jsonl and settings.yaml.
+    /// Folder for results.json, samples.jsonl and config.yaml.
     #[garde(skip)]
     pub output: PathBuf,
     /// Ids that end an answer, in place of the model's own.
@@ -87,13 +87,13 @@ impl Default for RunSettings {
             prompts: None,
             scorer: None,
             seed: 0,
-            count: 500,
+            num_problems: 500,
             limit: None,
-            speed_examples: 50,
+            num_speed_examples: 50,
             strategies: vec![Strategy::Ar, Strategy::Jacobi { n: 16 }],
             temperature: 0.0,
             max_new_tokens: 256,
-            batch_rows: 32,
+            batch_size: 32,
             device: "auto".to_owned(),
             output: PathBuf::from("runs/eval"),
             eos_ids: None,
@@ -102,9 +102,14 @@ impl Default for RunSettings {
 }
 
 impl RunSettings {
+    /// What `temperature` says.
+    pub fn sampling(&self) -> Sampling {
+        Sampling::from_temperature(self.temperature)
+    }
+
     /// What a model is asked to do: a student guesses for its teacher, nobody guesses for it.
     pub fn strategies_of(&self, role: Role) -> impl Iterator<Item = Strategy> + '_ {
-        self.strategies.iter().copied().filter(move |strategy| role == Role::Teacher || !strategy.is_drafted())
+        self.strategies.iter().copied().filter(move |strategy| role == Role::Teacher || !strategy.needs_draft_model())
     }
 }
 

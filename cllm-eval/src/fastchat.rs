@@ -9,9 +9,8 @@ use cllm_core::{Error, Result, atomic_file, fingerprint};
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::records::{AnswerRecord, Records, Role};
-use crate::results::label;
-use crate::run::measure::role_name;
+use crate::records::{AnswerRecord, Records};
+use crate::role::Role;
 
 /// Name of the folder.
 pub const FOLDER: &str = "model_answer";
@@ -65,7 +64,7 @@ pub fn write(folder: &Path, records: &Records) -> Result<()> {
 }
 
 fn model_id(role: Role, strategy: Strategy) -> String {
-    format!("{}-{}", role_name(role), label(strategy).replace(' ', "-"))
+    format!("{}-{}", role.name(), strategy.to_string().replace(' ', "-"))
 }
 
 fn row(path: &Path, run: &str, model_id: &str, turns: &[&AnswerRecord; 2], tstamp: f64) -> Result<String> {

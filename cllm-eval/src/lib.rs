@@ -14,6 +14,7 @@ pub mod profile;
 pub mod records;
 pub mod report;
 pub mod results;
+pub mod role;
 pub mod run;
 pub mod score;
 pub mod similarity;

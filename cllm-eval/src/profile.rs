@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use cllm_core::trajectory::{FinishReason, Profile, Reader, Trajectory, UNFINISHED_DATA};
+use cllm_core::trajectory::{FinishReason, INCOMPLETE_DATA_SET, Profile, Reader, Trajectory};
 use cllm_core::{Error, Result, interrupt, progress};
 use rayon::prelude::*;
 use serde::Serialize;
@@ -148,19 +148,19 @@ fn profile_set(given: &str) -> Result<SetProfile> {
         _ => (given, given),
     };
     let path = PathBuf::from(path);
-    let reader = Reader::open_unfinished(&path)?;
+    let reader = Reader::open_incomplete(&path)?;
     if !reader.is_complete() {
-        progress::say(format!("{} {UNFINISHED_DATA}", path.display()));
+        progress::say(format!("{} {INCOMPLETE_DATA_SET}", path.display()));
     }
     let sums = |piece| {
         let mut sums = Sums::default();
-        for row in reader.rows_of(piece) {
+        for row in reader.chunk_rows(piece) {
             interrupt::check()?;
             sums.count(&row?);
         }
         Ok(sums)
     };
-    let of_pieces = reader.pieces().par_iter().map(sums).collect::<Result<Vec<Sums>>>()?;
+    let of_pieces = reader.row_chunks().par_iter().map(sums).collect::<Result<Vec<Sums>>>()?;
     let mut sum = Sums::default();
     of_pieces.iter().for_each(|piece| sum.add(piece));
     let [(mut all, mut forwards), limited] = sum.by_finish;
@@ -196,8 +196,8 @@ impl Sums {
             return;
         }
         let (profile, forwards) = &mut self.by_finish[usize::from(row.finish_reason == FinishReason::Length)];
-        *forwards += row.forwards();
-        for (of_block, whole) in row.profiles() {
+        *forwards += row.num_forwards();
+        for (of_block, whole) in row.block_profiles() {
             *profile += of_block;
             if whole {
                 self.whole_blocks += of_block;

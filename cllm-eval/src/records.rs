@@ -15,21 +15,12 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::config::RunSettings;
+use crate::role::Role;
 
 /// Version of `samples.jsonl` and `results.json`.
-pub const SCHEMA_VERSION: u32 = 1;
+pub const SCHEMA_VERSION: u32 = 2;
 /// Name of the file of answers.
 pub const SAMPLES: &str = "samples.jsonl";
-
-/// Which of the two models.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Role {
-    /// Before consistency training.
-    Teacher,
-    /// After it.
-    Student,
-}
 
 /// A model under test.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -113,10 +104,10 @@ pub struct AnswerRecord {
     /// Where the tokens first differ from the same model's autoregressive ones: by how much its best logit there is above the
     /// second, computed in one forward over all that comes before.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub margin_at_difference: Option<f64>,
+    pub logit_gap_at_difference: Option<f64>,
     /// Text of each forward's tokens, for the first few examples: reports show them.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pieces: Option<Vec<String>>,
+    pub forward_texts: Option<Vec<String>>,
 }
 
 /// One timing at batch 1.

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use crate::spider_difficulty::{Difficulty, difficulty};
-use cllm_core::decode::Strategy;
+use cllm_core::decode::{Sampling, Strategy};
 use cllm_core::environment::{Hardware, Toolkit};
 use cllm_core::task::{Task, Verdict};
 use cllm_core::trajectory::FinishReason;
@@ -14,7 +14,8 @@ use serde_json::Value;
 
 use crate::acceptance::Acceptance;
 use crate::config::RunSettings;
-use crate::records::{AnswerRecord, ModelEntry, Records, Role, SpeedRecord, expect_version};
+use crate::records::{AnswerRecord, ModelEntry, Records, SpeedRecord, expect_version};
+use crate::role::Role;
 use crate::run::perplexity::Perplexity;
 use crate::similarity::Similarity;
 use crate::statistics::{paired, ratio, wilson};
@@ -64,20 +65,21 @@ pub struct ModelResults {
 }
 
 /// Figures of a model and a strategy.
-#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StrategyResults {
     /// `ar`, `jacobi`, `rolling`, `multiblock` or `lookahead`.
     pub name: String,
     /// With its settings, as people read it.
     pub label: String,
-    /// Most tokens of a forward; none for `ar`, which has always one.
-    pub n: Option<usize>,
+    pub strategy: Strategy,
+    /// 1 for `ar`.
+    pub max_tokens_per_forward: usize,
     /// Answers.
     pub examples: usize,
     /// Answers that have a score.
     pub scored: usize,
     /// Right answers.
-    pub right: usize,
+    pub correct: usize,
     /// Right of scored.
     pub accuracy: Option<f64>,
     /// Wilson's 95 % interval of it.
@@ -124,9 +126,9 @@ pub struct StrategyResults {
     pub exact_match_vs_ar: Option<f64>,
     /// Among the others, where the tokens first differ: by how much the best logit is above the second. Near 0 it is rounding
     /// that chose; the median, and the largest. None at a temperature above 0.
-    pub median_margin_at_difference: Option<f64>,
+    pub median_logit_gap_at_difference: Option<f64>,
     /// The largest of them.
-    pub max_margin_at_difference: Option<f64>,
+    pub max_logit_gap_at_difference: Option<f64>,
     /// Tokens per second of the batched accuracy run, with prefill.
     pub batched_tokens_per_second: Option<f64>,
     /// Most GPU memory in use in the batched accuracy run, less what was in use before this model was loaded (the other
@@ -158,7 +160,7 @@ pub struct Accuracy {
     /// Answers that have a score.
     pub scored: usize,
     /// Right answers.
-    pub right: usize,
+    pub correct: usize,
     /// Right of scored.
     pub accuracy: Option<f64>,
     /// Wilson's 95 % interval of it.
@@ -184,24 +186,7 @@ pub struct PairedDifference {
     pub ci95: Option<[f64; 2]>,
     /// Of the teacher's right answers, the share that the student has right too.
     #[serde(default)]
-    pub share_of_right_kept: Option<f64>,
-}
-
-/// A strategy as people read it: its name, and what it has that is not left at its default.
-pub fn label(strategy: Strategy) -> String {
-    let name = strategy.name();
-    let with_pool = |pool: usize| if pool == 0 { String::new() } else { format!(" pool={pool}") };
-    match strategy {
-        Strategy::Ar => name.to_owned(),
-        Strategy::Jacobi { n } | Strategy::Drafted { n } => format!("{name} n={n}"),
-        Strategy::Rolling { n, pool } => format!("{name} n={n}{}", with_pool(pool)),
-        Strategy::MultiBlock { n, blocks, ratio, pool } => {
-            format!("{name} n={n} blocks={blocks} ratio={ratio}{}", with_pool(pool))
-        }
-        Strategy::Lookahead { window, ngram, candidates } => {
-            format!("{name} window={window} ngram={ngram} candidates={candidates}")
-        }
-    }
+    pub correct_kept_fraction: Option<f64>,
 }
 
 impl Results {
@@ -220,9 +205,9 @@ impl Results {
 
     /// How tokens were chosen, in words.
     pub fn choice(&self) -> String {
-        match self.settings.temperature {
-            0.0 => "greedy".to_owned(),
-            temperature => format!("drawn at temperature {temperature}"),
+        match self.settings.sampling() {
+            Sampling::Greedy => "greedy".to_owned(),
+            Sampling::Temperature(temperature) => format!("drawn at temperature {temperature}"),
         }
     }
 
@@ -249,7 +234,7 @@ impl Results {
             benchmark: header.benchmark,
             split: header.split.clone(),
             examples: header.examples,
-            speed_examples: header.settings.speed_examples.min(header.examples),
+            speed_examples: header.settings.num_speed_examples.min(header.examples),
             hardware: header.hardware.clone(),
             toolkit: header.toolkit.clone(),
             sandbox: header.sandbox.clone(),
@@ -283,16 +268,17 @@ fn figures(records: &Records, role: Role, strategy: Strategy) -> StrategyResults
         .filter_map(|answer| greedy.get(&asked(answer)).map(|ids| *ids == answer.response_ids.as_slice()))
         .collect();
     let equal = pairs.iter().filter(|&&equal| equal).count();
-    let mut margins: Vec<f64> = answers.iter().filter_map(|answer| answer.margin_at_difference).collect();
+    let mut margins: Vec<f64> = answers.iter().filter_map(|answer| answer.logit_gap_at_difference).collect();
     margins.sort_by(f64::total_cmp);
     let batch_seconds: f64 = answers.iter().map(|answer| answer.batch_prefill_seconds + answer.batch_seconds).sum();
     let found = StrategyResults {
         name: strategy.name().to_owned(),
-        label: label(strategy),
-        n: (strategy != Strategy::Ar).then(|| strategy.window()),
+        label: strategy.to_string(),
+        strategy,
+        max_tokens_per_forward: strategy.max_window_tokens(),
         examples: answers.len(),
         scored,
-        right,
+        correct: right,
         accuracy: ratio(right as f64, scored as f64),
         ci95: wilson(right, scored),
         unfinished: answers.iter().filter(|answer| answer.finish_reason == FinishReason::Length).count(),
@@ -301,8 +287,8 @@ fn figures(records: &Records, role: Role, strategy: Strategy) -> StrategyResults
         tokens_per_forward: ratio(tokens as f64, forwards as f64),
         tokens_per_forward_finished: ratio(ended_tokens as f64, ended_forwards as f64),
         exact_match_vs_ar: ratio(equal as f64, pairs.len() as f64),
-        median_margin_at_difference: margins.get(margins.len() / 2).copied(),
-        max_margin_at_difference: margins.last().copied(),
+        median_logit_gap_at_difference: margins.get(margins.len() / 2).copied(),
+        max_logit_gap_at_difference: margins.last().copied(),
         batched_tokens_per_second: ratio(tokens as f64, batch_seconds),
         peak_memory_bytes: answers.iter().filter_map(|answer| answer.peak_memory_bytes).max(),
         acceptance: (strategy != Strategy::Ar).then(|| Acceptance::of(&answers)),
@@ -312,7 +298,23 @@ fn figures(records: &Records, role: Role, strategy: Strategy) -> StrategyResults
             )
         }),
         by_difficulty: (records.header.benchmark == Task::Spider).then(|| by_difficulty(&answers)),
-        ..StrategyResults::default()
+        speed_examples: 0,
+        speed_tokens: None,
+        speed_forwards: None,
+        speed_unfinished: None,
+        prefill_seconds: None,
+        seconds: None,
+        tokens_per_second: None,
+        tokens_per_second_finished: None,
+        speedup_vs_teacher_ar: None,
+        speedup_vs_student_ar: None,
+        end_to_end_seconds: None,
+        end_to_end_tokens_per_second: None,
+        end_to_end_speedup_vs_teacher_ar: None,
+        end_to_end_speedup_vs_student_ar: None,
+        peak_memory_over_ar: None,
+        speed_peak_memory_bytes: None,
+        speed_peak_memory_over_ar: None,
     };
     let speeds: Vec<_> =
         records.speeds.iter().filter(|speed| speed.role == role && speed.strategy == strategy).collect();
@@ -334,7 +336,7 @@ fn by_difficulty(answers: &[&AnswerRecord]) -> BTreeMap<Difficulty, Accuracy> {
     let accuracy = |(class, verdicts): (Difficulty, Vec<bool>)| {
         let (scored, right) = (verdicts.len(), verdicts.iter().filter(|&&right| right).count());
         let accuracy = ratio(right as f64, scored as f64);
-        (class, Accuracy { scored, right, accuracy, ci95: wilson(right, scored) })
+        (class, Accuracy { scored, correct: right, accuracy, ci95: wilson(right, scored) })
     };
     verdicts.into_iter().map(accuracy).collect()
 }
@@ -367,7 +369,7 @@ fn with_speed(mut found: StrategyResults, speeds: &[&SpeedRecord]) -> StrategyRe
 fn add_speedups(models: &mut [ModelResults]) {
     let baseline = |models: &[ModelResults], role: Role| {
         let model = models.iter().find(|results| results.model.role == role)?;
-        let ar = model.strategies.iter().find(|strategy| strategy.n.is_none())?;
+        let ar = model.strategies.iter().find(|found| found.strategy == Strategy::Ar)?;
         Some((ar.tokens_per_second?, ar.end_to_end_tokens_per_second?))
     };
     let teacher = baseline(models, Role::Teacher);
@@ -384,7 +386,7 @@ fn add_speedups(models: &mut [ModelResults]) {
 /// Memory against that of the model's own autoregressive decoding.
 fn add_memory_ratios(model: &mut ModelResults) {
     let float = |bytes: Option<u64>| bytes.map(|bytes| bytes as f64);
-    let ar = model.strategies.iter().find(|strategy| strategy.n.is_none());
+    let ar = model.strategies.iter().find(|found| found.strategy == Strategy::Ar);
     let batched = float(ar.and_then(|ar| ar.peak_memory_bytes));
     let alone = float(ar.and_then(|ar| ar.speed_peak_memory_bytes));
     for found in &mut model.strategies {
@@ -424,14 +426,14 @@ fn paired_differences(records: &Records) -> Vec<PairedDifference> {
             let teacher_only = pairs.iter().filter(|&&pair| pair == (false, true)).count();
             let both = pairs.iter().filter(|&&pair| pair == (true, true)).count();
             PairedDifference {
-                student: label(strategy),
-                teacher: label(other),
+                student: strategy.to_string(),
+                teacher: other.to_string(),
                 examples: pairs.len(),
                 student_only,
                 teacher_only,
                 difference: ratio(student_only as f64 - teacher_only as f64, pairs.len() as f64),
                 ci95: paired(student_only, teacher_only, pairs.len()),
-                share_of_right_kept: ratio(both as f64, (both + teacher_only) as f64),
+                correct_kept_fraction: ratio(both as f64, (both + teacher_only) as f64),
             }
         })
         .collect()

@@ -14,7 +14,6 @@ use serde::{Deserialize, Serialize};
 use crate::config::{RunSettings, valid_strategies};
 use crate::records::SCHEMA_VERSION;
 use crate::results::Results;
-use crate::run::measure::role_name;
 use crate::table::{HEADS, cells, notes, perplexity};
 use crate::{report, run};
 
@@ -37,7 +36,7 @@ pub struct SuiteSettings {
     pub limit: Option<usize>,
     /// How many examples of each, spread evenly over all, are timed at batch 1; 0 measures accuracy alone.
     #[garde(skip)]
-    pub speed_examples: usize,
+    pub num_speed_examples: usize,
     /// How to decode, as in `run`.
     #[garde(length(min = 1), custom(valid_strategies))]
     pub strategies: Vec<Strategy>,
@@ -49,7 +48,7 @@ pub struct SuiteSettings {
     pub max_new_tokens: usize,
     /// Answers generated together when accuracy is measured.
     #[garde(range(min = 1))]
-    pub batch_rows: usize,
+    pub batch_size: usize,
     /// auto, cpu, cuda or cuda:N.
     #[garde(skip)]
     pub device: String,
@@ -64,11 +63,11 @@ impl Default for SuiteSettings {
             teacher,
             student,
             limit,
-            speed_examples,
+            num_speed_examples,
             strategies,
             execute_code,
             max_new_tokens,
-            batch_rows,
+            batch_size,
             device,
             ..
         } = RunSettings::default();
@@ -78,11 +77,11 @@ impl Default for SuiteSettings {
             student,
             data,
             limit,
-            speed_examples,
+            num_speed_examples,
             strategies,
             execute_code,
             max_new_tokens,
-            batch_rows,
+            batch_size,
             device,
             output,
         }
@@ -170,11 +169,11 @@ fn one(task: Task, settings: &SuiteSettings) -> Result<Ended> {
         // Spider keeps the answers of its test split to itself.
         split: (task == Task::Spider).then(|| "dev".to_owned()),
         limit: settings.limit,
-        speed_examples: settings.speed_examples,
+        num_speed_examples: settings.num_speed_examples,
         strategies: settings.strategies.clone(),
         execute_code: settings.execute_code,
         max_new_tokens: settings.max_new_tokens,
-        batch_rows: settings.batch_rows,
+        batch_size: settings.batch_size,
         device: settings.device.clone(),
         output: settings.output.join(task.name()),
         ..RunSettings::default()
@@ -234,11 +233,11 @@ impl Suite {
             if let Ended::Done { results } = ended {
                 for model in &results.models {
                     if let Some(found) = &model.perplexity {
-                        let cells = [role_name(model.model.role), "", &perplexity(found)];
+                        let cells = [model.model.role.name(), "", &perplexity(found)];
                         columns.iter_mut().zip(cells).for_each(|(column, cell)| column.push(cell.to_owned()));
                     }
                     for found in &model.strategies {
-                        let names = vec![role_name(model.model.role).to_owned(), found.label.clone()];
+                        let names = vec![model.model.role.name().to_owned(), found.label.clone()];
                         let row = names.into_iter().chain(cells(found));
                         columns.iter_mut().zip(row).for_each(|(column, cell)| column.push(cell));
                     }

@@ -5,7 +5,6 @@ use cllm_core::task::Task;
 use comfy_table::{CellAlignment, Table, presets};
 
 use crate::results::{Accuracy, ModelResults, PairedDifference, Results, StrategyResults};
-use crate::run::measure::role_name;
 use crate::run::perplexity::Perplexity;
 use crate::similarity::Similarity;
 
@@ -108,13 +107,13 @@ pub fn notes(results: &Results) -> Vec<String> {
     let perplexities = results.models.iter().filter_map(|model| {
         let found = model.perplexity.as_ref()?;
         let Perplexity { nll, tokens, windows, .. } = found;
-        let (role, value) = (role_name(model.model.role), perplexity(found));
+        let (role, value) = (model.model.role.name(), perplexity(found));
         Some(format!("{role}: {value}, {nll:.4} nats a token, {tokens} tokens in {windows} windows"))
     });
     let difficulties = results
         .models
         .iter()
-        .flat_map(|model| model.strategies.iter().filter_map(|found| difficulties(role_name(model.model.role), found)));
+        .flat_map(|model| model.strategies.iter().filter_map(|found| difficulties(model.model.role.name(), found)));
     perplexities.chain(difficulties).chain(results.paired.iter().map(sentence)).collect()
 }
 
@@ -142,7 +141,7 @@ pub fn summary(results: &Results) -> String {
 /// The rows of a model's strategies.
 pub fn rows(model: &ModelResults) -> impl Iterator<Item = Vec<String>> {
     model.strategies.iter().map(|found| {
-        let name = [role_name(model.model.role).to_owned(), found.label.clone()];
+        let name = [model.model.role.name().to_owned(), found.label.clone()];
         name.into_iter().chain(cells(found)).collect()
     })
 }

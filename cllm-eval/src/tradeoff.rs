@@ -7,9 +7,9 @@ use cllm_core::task::Task;
 use cllm_core::{Error, Result, progress};
 use serde::Serialize;
 
-use crate::records::{Role, SCHEMA_VERSION};
+use crate::records::SCHEMA_VERSION;
 use crate::results::Results;
-use crate::run::measure::role_name;
+use crate::role::Role;
 use crate::table::{self, number};
 
 /// How hard a loss of accuracy weighs in AUP.
@@ -45,8 +45,7 @@ pub struct Point {
     pub role: Role,
     /// The strategy with its settings, as people read it.
     pub strategy: String,
-    /// Most tokens of a forward; none for `ar`.
-    pub n: Option<usize>,
+    pub max_tokens_per_forward: usize,
     /// Share of right answers.
     pub accuracy: f64,
     /// Its 95 % interval.
@@ -110,7 +109,7 @@ impl Tradeoff {
         let rows = self.points.iter().map(|point| {
             vec![
                 point.checkpoint.clone(),
-                role_name(point.role).to_owned(),
+                point.role.name().to_owned(),
                 point.strategy.clone(),
                 table::accuracy(Some(point.accuracy), point.ci95),
                 number(Some(point.tokens_per_forward), 2, ""),
@@ -175,7 +174,7 @@ fn points_of(results: &Results) -> impl Iterator<Item = Point> {
                 fingerprint: model.model.fingerprint.clone(),
                 role: model.model.role,
                 strategy: found.label.clone(),
-                n: found.n,
+                max_tokens_per_forward: found.max_tokens_per_forward,
                 accuracy: found.accuracy?,
                 ci95: found.ci95,
                 tokens_per_forward: found.tokens_per_forward?,

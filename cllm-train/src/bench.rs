@@ -111,7 +111,7 @@ pub fn run(arguments: &Arguments, settings: &Settings) -> Result<()> {
 }
 
 fn measure(arguments: &Arguments, settings: &Settings, place: Device, group: Rc<Group>) -> Result<TrainFigures> {
-    libtorch::reset_peak_memory(place);
+    libtorch::reset_peak_gpu_memory(place);
     let (tokenizer, folder) = trainer::tokenizer(settings)?;
     let (models, name) = match arguments.shape {
         Some(shape) => {
@@ -226,7 +226,7 @@ impl Timed {
             mfu: utilisation(self.pairs as f64),
             mfu_dense_attention: utilisation((self.tokens * settings.max_tokens) as f64),
             peak_flops: peak,
-            peak_memory_bytes: libtorch::memory(model.device()).map(|(_, peak)| peak),
+            peak_memory_bytes: libtorch::gpu_memory(model.device()).map(|(_, peak)| peak),
             planned_memory_bytes: planned.peak,
             waited_seconds: self.waited,
             transformers_blocks_per_second: None,

@@ -111,7 +111,7 @@ pub fn run(settings: Settings) -> Result<()> {
     if group.writes() {
         atomic_file::write(&folder.join("config.yaml"), cllm_core::settings::to_yaml(&settings)?.as_bytes())?;
     }
-    libtorch::reset_peak_memory(place);
+    libtorch::reset_peak_gpu_memory(place);
     let started = (Instant::now(), position.seconds);
     Run { settings, group, folder, tokenizer_folder, models, state, position, started, probe, asked: None }
         .train(&examples)
@@ -328,7 +328,7 @@ impl Run<'_> {
             accuracy: probe.and_then(|found| found.accuracy),
             start_accuracy: start.and_then(|found| found.accuracy),
             best_probe: best,
-            peak_memory_bytes: libtorch::memory(self.models.student.device()).map(|(_, peak)| peak),
+            peak_memory_bytes: libtorch::gpu_memory(self.models.student.device()).map(|(_, peak)| peak),
             model: target.clone(),
         };
         atomic_file::write_json(&self.folder.join("summary.json"), &summary)?;

@@ -3,8 +3,8 @@
 use tch::{Device, Kind, Tensor};
 
 use super::block_mask::{Meetings, Seen, meetings};
-use super::decode::Shape;
 use super::nvrtc::{Argument, Kernel, Module};
+use super::shape::KernelShape;
 use crate::Result;
 use Argument::{Data, Float, Int};
 
@@ -15,14 +15,14 @@ const THREADS: usize = 128;
 
 /// Kernels of one shape on one device. Tensors are contiguous, bf16 unless said; `T` tokens, a multiple of [`Self::TILE`].
 pub struct AttentionKernels {
-    shape: Shape,
+    shape: KernelShape,
     forward: Kernel,
     d_queries: Kernel,
     d_keys: Kernel,
 }
 
 /// What each token of a stream sees, on the device.
-pub struct Sight {
+pub struct AttentionMask {
     /// First place and number of places of three ranges, int32 `[T, 3, 2]`.
     ranges: Tensor,
     of_queries: Lists,
@@ -42,7 +42,7 @@ impl Lists {
     }
 }
 
-impl Sight {
+impl AttentionMask {
     /// `seen`: of each token; a multiple of [`AttentionKernels::TILE`] of them, each of which sees itself.
     pub fn new(seen: &[Seen], device: Device) -> Self {
         let sees_itself =
@@ -51,7 +51,7 @@ impl Sight {
         let ranges: Vec<i32> =
             seen.iter().flatten().flat_map(|&(start, end)| [start, end.saturating_sub(start).max(0)]).collect();
         let (of_queries, of_keys) = meetings(seen, TILE, TILE);
-        Sight {
+        AttentionMask {
             ranges: Tensor::from_slice(&ranges).to_device(device),
             of_queries: Lists::new(&of_queries, device),
             of_keys: Lists::new(&of_keys, device),
@@ -65,7 +65,7 @@ impl AttentionKernels {
 
     /// Shared memory of a block, the most that a kernel takes: six tiles, and beside them log-sums, deltas and ranges of two
     /// tiles of queries.
-    pub fn shared_bytes(shape: &Shape) -> usize {
+    pub fn shared_bytes(shape: &KernelShape) -> usize {
         6 * TILE * shape.head_dim * 2 + 2 * TILE * 8 * 4
     }
 
@@ -73,7 +73,7 @@ impl AttentionKernels {
     ///
     /// # Errors
     /// [`crate::Error::Torch`] with the words of the compiler or the driver.
-    pub fn new(device: usize, shape: Shape) -> Result<Self> {
+    pub fn new(device: usize, shape: KernelShape) -> Result<Self> {
         let module = Module::compiled(device, SOURCE, &shape.macros())?;
         let tile_bytes = TILE * shape.head_dim * 2;
         Ok(AttentionKernels {
@@ -89,9 +89,9 @@ impl AttentionKernels {
     ///
     /// # Errors
     /// [`crate::Error::Torch`], here and below.
-    pub fn forward(&self, qkv: &Tensor, sight: &Sight) -> Result<(Tensor, Tensor)> {
+    pub fn forward(&self, qkv: &Tensor, sight: &AttentionMask) -> Result<(Tensor, Tensor)> {
         let tokens = self.tokens(qkv, sight);
-        let Shape { heads, head_dim, .. } = self.shape;
+        let KernelShape { heads, head_dim, .. } = self.shape;
         let mixed = Tensor::f_empty([tokens as i64, (heads * head_dim) as i64], (Kind::BFloat16, qkv.device()))?;
         let log_sums = Tensor::f_empty([heads as i64, tokens as i64], (Kind::Float, qkv.device()))?;
         let lists = [&sight.ranges, &sight.of_queries.starts, &sight.of_queries.with].map(Data);
@@ -109,14 +109,14 @@ impl AttentionKernels {
         mixed: &Tensor,
         log_sums: &Tensor,
         d_mixed: &Tensor,
-        sight: &Sight,
+        sight: &AttentionMask,
     ) -> Result<Tensor> {
         let tokens = self.tokens(qkv, sight);
-        let Shape { heads, kv_heads, head_dim, .. } = self.shape;
+        let KernelShape { heads, kv_heads, head_dim, .. } = self.shape;
         assert!([mixed, d_mixed].iter().all(|x| x.numel() == tokens * heads * head_dim));
         assert_eq!(log_sums.numel(), tokens * heads);
         let (d_qkv, deltas) = (qkv.f_empty_like()?, log_sums.f_empty_like()?);
-        let Sight { ranges, of_queries, of_keys } = sight;
+        let AttentionMask { ranges, of_queries, of_keys } = sight;
         let (scale, count) = ([self.scale()], [Int(tokens as i32)]);
         let lists = [qkv, ranges, &of_queries.starts, &of_queries.with].map(Data);
         let rest = [mixed, log_sums, d_mixed, &d_qkv, &deltas].map(Data);
@@ -135,8 +135,8 @@ impl AttentionKernels {
         Ok(d_qkv)
     }
 
-    fn tokens(&self, qkv: &Tensor, sight: &Sight) -> usize {
-        let Shape { heads, kv_heads, head_dim, .. } = self.shape;
+    fn tokens(&self, qkv: &Tensor, sight: &AttentionMask) -> usize {
+        let KernelShape { heads, kv_heads, head_dim, .. } = self.shape;
         let tokens = sight.ranges.numel() / 6;
         assert!(tokens.is_multiple_of(TILE) && qkv.numel() == tokens * (heads + 2 * kv_heads) * head_dim);
         tokens
@@ -156,7 +156,7 @@ mod tests {
     #[test]
     fn the_kernels_compile_without_a_gpu() {
         for (heads, kv_heads, head_dim) in [(9, 3, 64), (32, 8, 128)] {
-            let shape = Shape {
+            let shape = KernelShape {
                 hidden: heads * head_dim,
                 heads,
                 kv_heads,

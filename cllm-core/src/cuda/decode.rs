@@ -2,105 +2,21 @@
 
 use tch::Tensor;
 
-use super::nvrtc::{Argument, Kernel, Module, capability, compile, most_shared_bytes};
+use super::nvrtc::{Argument, Kernel, Module, compile, compute_capability, max_shared_bytes};
+use super::shape::{KernelShape, MAX_FUSED_TOKENS, SMALL_STEP};
 use crate::Result;
 use Argument::{Data, Float, Int, MaybeData};
 
 const SOURCE: &str = concat!(include_str!("../../csrc/bf16.cuh"), include_str!("../../csrc/decode.cu"));
-/// Most tokens that the fused kernels take; above, cuBLAS is the faster.
-pub const FEW_TOKENS: usize = 32;
-/// Most tokens of a step whose attention rotates and caches by itself.
-const SMALL_STEP: usize = 32;
 /// Rows of a weight that one block multiplies.
 const BLOCK_ROWS: usize = 16;
 /// Shared memory that the sums of a fused kernel take at most.
 const SUMS_BYTES: usize = 24 << 10;
 const FEW_THREADS: usize = 256;
 
-/// What the kernels are compiled for.
-#[derive(Debug, Clone, Copy)]
-pub struct Shape {
-    /// Width of the residual stream.
-    pub hidden: usize,
-    /// Query heads.
-    pub heads: usize,
-    /// Key and value heads.
-    pub kv_heads: usize,
-    /// Width of a head.
-    pub head_dim: usize,
-    /// Width of the feed-forward layer.
-    pub ffn: usize,
-    /// Ids of the vocabulary.
-    pub vocab: usize,
-    /// Added to the variance in the norms.
-    pub eps: f64,
-    /// Whether queries and keys are normed.
-    pub query_key_norm: bool,
-}
-
-impl Shape {
-    /// Whether the kernels can compute it: they take 32 values of a row at a time.
-    pub fn is_supported(&self) -> bool {
-        [self.hidden, self.ffn, self.head_dim].iter().all(|size| size.is_multiple_of(32))
-            && self.head_dim <= 256
-            && self.heads / self.kv_heads <= 16 * self.attention_warps()
-    }
-
-    /// Most tokens of a tile of queries: a warp takes 16 query vectors.
-    pub fn tile(&self, tokens: usize) -> usize {
-        let group = self.heads / self.kv_heads;
-        // Small tiles let more multiprocessors share few tokens.
-        if tokens <= SMALL_STEP { (16 / group).max(1) } else { (16 * self.attention_warps() / group).min(16) }
-    }
-
-    /// Most tokens of a step that the fused kernels take: above, cuBLAS is the faster, for wide models sooner.
-    pub fn few_tokens(&self) -> usize {
-        if self.is_wide() { 8 } else { FEW_TOKENS }
-    }
-
-    fn is_wide(&self) -> bool {
-        self.hidden > 2048
-    }
-
-    fn attention_warps(&self) -> usize {
-        // A thread of the wider heads needs more registers.
-        if self.head_dim <= 64 { 16 } else { 8 }
-    }
-
-    /// Room for the parts of an attention's sum.
-    fn merging_bytes(&self) -> usize {
-        self.attention_warps() * 16 * (self.head_dim + 2) * 4
-    }
-
-    /// Room for the rotated queries of a small step's tile.
-    fn query_bytes(&self) -> usize {
-        (self.tile(1) * self.heads / self.kv_heads).next_multiple_of(16) * (self.head_dim + 8) * 2
-    }
-
-    fn qkv(&self) -> usize {
-        (self.heads + 2 * self.kv_heads) * self.head_dim
-    }
-
-    pub(super) fn macros(&self) -> Vec<(&'static str, String)> {
-        vec![
-            ("HIDDEN", self.hidden.to_string()),
-            ("HEADS", self.heads.to_string()),
-            ("KV_HEADS", self.kv_heads.to_string()),
-            ("HEAD_DIM", self.head_dim.to_string()),
-            ("FFN", self.ffn.to_string()),
-            ("VOCAB", self.vocab.to_string()),
-            ("EPS", format!("{:e}f", self.eps)),
-            ("QK_NORM", u8::from(self.query_key_norm).to_string()),
-            // Short rows are wanted at once; for long ones more blocks on a multiprocessor do more than a deeper look ahead.
-            ("DEPTH", if self.is_wide() { 2 } else { 4 }.to_string()),
-            ("ATTENTION_WARPS", self.attention_warps().to_string()),
-        ]
-    }
-}
-
 /// Most shared memory for the tokens of a fused kernel.
 fn most_staged_bytes(capability: (u32, u32)) -> usize {
-    most_shared_bytes(capability).saturating_sub(SUMS_BYTES)
+    max_shared_bytes(capability).saturating_sub(SUMS_BYTES)
 }
 
 /// Shared memory for the tokens of a fused kernel, rows of `width` (`STAGED_BYTES` in the source); 0 where they are not copied.
@@ -110,7 +26,7 @@ fn staged_bytes(tokens: usize, width: usize, capability: (u32, u32)) -> usize {
 }
 
 /// What the source is told.
-fn macros(shape: &Shape, capability: (u32, u32)) -> Vec<(&'static str, String)> {
+fn macros(shape: &KernelShape, capability: (u32, u32)) -> Vec<(&'static str, String)> {
     let mut macros = shape.macros();
     macros.push(("MOST_STAGED_BYTES", most_staged_bytes(capability).to_string()));
     macros
@@ -130,7 +46,7 @@ struct Few {
 /// Kernels of one shape on one device. Tensors are contiguous, bf16 unless said; `T` tokens.
 pub struct DecodeKernels {
     /// What they were compiled for.
-    pub shape: Shape,
+    pub shape: KernelShape,
     few: [Few; 3],
     embed: Kernel,
     best_of_blocks: Kernel,
@@ -189,7 +105,7 @@ pub struct LayerCache<'t> {
 
 /// How tokens are chosen.
 #[derive(Debug)]
-pub struct Choice {
+pub struct SamplingParams {
     /// 0 for the likeliest.
     pub inverse_temperature: f32,
     /// Key of each output's randomness, 64-bit numbers: int32 `[2 outputs]`.
@@ -200,7 +116,7 @@ pub struct Choice {
 ///
 /// # Errors
 /// [`crate::Error::Torch`] with the compiler's words.
-pub fn machine_code(shape: &Shape, capability: (u32, u32)) -> Result<Vec<u8>> {
+pub fn machine_code(shape: &KernelShape, capability: (u32, u32)) -> Result<Vec<u8>> {
     compile(SOURCE, capability, &macros(shape, capability))
 }
 
@@ -209,8 +125,8 @@ impl DecodeKernels {
     ///
     /// # Errors
     /// [`crate::Error::Torch`] with the words of the compiler or the driver.
-    pub fn new(device: usize, shape: Shape) -> Result<Self> {
-        let capability = capability(device)?;
+    pub fn new(device: usize, shape: KernelShape) -> Result<Self> {
+        let capability = compute_capability(device)?;
         let module = Module::compiled(device, SOURCE, &macros(&shape, capability))?;
         // Hopper and later start a kernel while the one before it ends.
         let overlaps = capability.0 >= 9;
@@ -249,7 +165,10 @@ impl DecodeKernels {
 
     /// The smallest that takes so many tokens.
     fn few(&self, tokens: usize) -> &Few {
-        self.few.iter().find(|few| tokens <= few.tokens).unwrap_or_else(|| unreachable!("at most {FEW_TOKENS} tokens"))
+        self.few
+            .iter()
+            .find(|few| tokens <= few.tokens)
+            .unwrap_or_else(|| unreachable!("at most {MAX_FUSED_TOKENS} tokens"))
     }
 
     /// `x [T, hidden]` = rows of `table [vocab, hidden]`; tokens int32 `[T]`.
@@ -263,9 +182,9 @@ impl DecodeKernels {
         unsafe { self.embed.launch([count, 1], 64, &[Data(table), Data(tokens), Data(x)]) }
     }
 
-    /// `out [T, qkv]` = projections of the RMS norm of `x [T, hidden]`; T <= [`FEW_TOKENS`]. Queries are rotated, keys and
+    /// `out [T, qkv]` = projections of the RMS norm of `x [T, hidden]`; T <= [`MAX_FUSED_TOKENS`]. Queries are rotated, keys and
     /// values go into the layer's cache, unless a norm wants to see whole heads first.
-    pub fn few_qkv(
+    pub fn fused_qkv(
         &self,
         (weight, bias): (&Tensor, Option<&Tensor>),
         x: &Tensor,
@@ -292,8 +211,8 @@ impl DecodeKernels {
         Ok(Queries::Rotated)
     }
 
-    /// `x [T, hidden]` += the output projection of `mixed [T, heads x head_dim]`; T <= [`FEW_TOKENS`].
-    pub fn few_output(&self, weight: &Tensor, mixed: &Tensor, bias: Option<&Tensor>, x: &Tensor) -> Result<()> {
+    /// `x [T, hidden]` += the output projection of `mixed [T, heads x head_dim]`; T <= [`MAX_FUSED_TOKENS`].
+    pub fn fused_output(&self, weight: &Tensor, mixed: &Tensor, bias: Option<&Tensor>, x: &Tensor) -> Result<()> {
         let tokens = x.numel() / self.shape.hidden;
         assert_eq!(mixed.numel(), tokens * self.shape.heads * self.shape.head_dim);
         let arguments = [Data(weight), Data(mixed), MaybeData(bias), Data(x), Int(tokens as i32)];
@@ -301,8 +220,8 @@ impl DecodeKernels {
         unsafe { self.few(tokens).output.launch([self.shape.hidden.div_ceil(BLOCK_ROWS), 1], FEW_THREADS, &arguments) }
     }
 
-    /// `inner [T, ffn]` = silu(gate) * up of the RMS norm of `x [T, hidden]`; T <= [`FEW_TOKENS`].
-    pub fn few_gate_up(&self, weight: &Tensor, x: &Tensor, norm: &Tensor, inner: &Tensor) -> Result<()> {
+    /// `inner [T, ffn]` = silu(gate) * up of the RMS norm of `x [T, hidden]`; T <= [`MAX_FUSED_TOKENS`].
+    pub fn fused_gate_up(&self, weight: &Tensor, x: &Tensor, norm: &Tensor, inner: &Tensor) -> Result<()> {
         let tokens = x.numel() / self.shape.hidden;
         assert_eq!((weight.numel(), inner.numel()), (2 * self.shape.ffn * self.shape.hidden, tokens * self.shape.ffn));
         let arguments = [Data(weight), Data(x), Data(norm), Data(inner), Int(tokens as i32)];
@@ -312,8 +231,8 @@ impl DecodeKernels {
         }
     }
 
-    /// `x [T, hidden]` += the down projection of `inner [T, ffn]`; T <= [`FEW_TOKENS`].
-    pub fn few_down(&self, weight: &Tensor, inner: &Tensor, x: &Tensor) -> Result<()> {
+    /// `x [T, hidden]` += the down projection of `inner [T, ffn]`; T <= [`MAX_FUSED_TOKENS`].
+    pub fn fused_down(&self, weight: &Tensor, inner: &Tensor, x: &Tensor) -> Result<()> {
         let tokens = x.numel() / self.shape.hidden;
         assert_eq!(inner.numel(), tokens * self.shape.ffn);
         let arguments = [Data(weight), Data(inner), Data(x), Int(tokens as i32)];
@@ -321,17 +240,17 @@ impl DecodeKernels {
         unsafe { self.few(tokens).down.launch([self.shape.hidden.div_ceil(BLOCK_ROWS), 1], FEW_THREADS, &arguments) }
     }
 
-    /// The token chosen after each of `x [T, hidden]`: int32 `predicted [T]`; T <= [`FEW_TOKENS`].
-    pub fn few_choose(
+    /// The token chosen after each of `x [T, hidden]`: int32 `predicted [T]`; T <= [`MAX_FUSED_TOKENS`].
+    pub fn fused_sample(
         &self,
         head: &Tensor,
         x: &Tensor,
         norm: &Tensor,
-        choice: &Choice,
+        sampling: &SamplingParams,
         predicted: &Tensor,
     ) -> Result<()> {
         let tokens = predicted.numel();
-        assert_eq!((x.numel(), choice.keys.numel()), (tokens * self.shape.hidden, tokens * 2));
+        assert_eq!((x.numel(), sampling.keys.numel()), (tokens * self.shape.hidden, tokens * 2));
         let few = self.few(tokens);
         let blocks = self.shape.vocab.div_ceil(BLOCK_ROWS);
         let empty = |kind| Tensor::f_empty([(blocks * few.tokens) as i64], (kind, x.device()));
@@ -343,8 +262,8 @@ impl DecodeKernels {
             Data(&best),
             Data(&best_id),
             Int(tokens as i32),
-            Float(choice.inverse_temperature),
-            Data(&choice.keys),
+            Float(sampling.inverse_temperature),
+            Data(&sampling.keys),
         ];
         let joined = [Data(&best), Data(&best_id), Int(blocks as i32), Int(few.tokens as i32), Data(predicted)];
         // SAFETY: as declared in the source, sizes just checked.
@@ -355,7 +274,7 @@ impl DecodeKernels {
     }
 
     /// `x [T, hidden]` += `delta`; `normed` = its RMS norm.
-    pub fn add_norm(&self, x: &Tensor, delta: Option<&Tensor>, weight: &Tensor, normed: &Tensor) -> Result<()> {
+    pub fn add_rms_norm(&self, x: &Tensor, delta: Option<&Tensor>, weight: &Tensor, normed: &Tensor) -> Result<()> {
         let hidden = self.shape.hidden;
         assert!(x.numel() == normed.numel() && delta.is_none_or(|delta| delta.numel() == x.numel()));
         let threads = (hidden / 8).next_multiple_of(32).min(256);
@@ -365,7 +284,7 @@ impl DecodeKernels {
     }
 
     /// `out [T, ffn]` = silu of the first half of `both [T, 2 ffn]`, times the second.
-    pub fn gated(&self, both: &Tensor, out: &Tensor) -> Result<()> {
+    pub fn swiglu(&self, both: &Tensor, out: &Tensor) -> Result<()> {
         assert_eq!(both.numel(), out.numel() * 2);
         let arguments = [Data(both), Data(out), Int((out.numel() / self.shape.ffn) as i32)];
         // SAFETY: as declared in the source, sizes just checked.
@@ -373,10 +292,10 @@ impl DecodeKernels {
     }
 
     /// The token chosen by each row of float32 `logits [T, vocab]`: int32 `predicted [T]`.
-    pub fn choose(&self, logits: &Tensor, choice: &Choice, predicted: &Tensor) -> Result<()> {
+    pub fn sample(&self, logits: &Tensor, sampling: &SamplingParams, predicted: &Tensor) -> Result<()> {
         let tokens = predicted.numel();
-        assert_eq!((logits.numel(), choice.keys.numel()), (tokens * self.shape.vocab, tokens * 2));
-        let arguments = [Data(logits), Float(choice.inverse_temperature), Data(&choice.keys), Data(predicted)];
+        assert_eq!((logits.numel(), sampling.keys.numel()), (tokens * self.shape.vocab, tokens * 2));
+        let arguments = [Data(logits), Float(sampling.inverse_temperature), Data(&sampling.keys), Data(predicted)];
         // SAFETY: as declared in the source, sizes just checked.
         unsafe { self.best_token.launch([tokens, 1], 512, &arguments) }
     }
@@ -417,7 +336,7 @@ mod tests {
 
     #[test]
     fn the_kernels_compile_for_every_kind_of_model_without_a_gpu() {
-        let small = Shape {
+        let small = KernelShape {
             hidden: 576,
             heads: 9,
             kv_heads: 3,
@@ -427,8 +346,8 @@ mod tests {
             eps: 1e-5,
             query_key_norm: false,
         };
-        let qwen3 = Shape { hidden: 1024, heads: 16, kv_heads: 8, head_dim: 128, query_key_norm: true, ..small };
-        let tiny = Shape { hidden: 128, heads: 4, kv_heads: 4, head_dim: 32, ffn: 256, vocab: 512, ..small };
+        let qwen3 = KernelShape { hidden: 1024, heads: 16, kv_heads: 8, head_dim: 128, query_key_norm: true, ..small };
+        let tiny = KernelShape { hidden: 128, heads: 4, kv_heads: 4, head_dim: 32, ffn: 256, vocab: 512, ..small };
         // GPUs differ in the shared memory that tokens are copied to.
         let gpus = [(8, 0), (8, 6), (12, 0)].map(|capability| (small, capability));
         for (shape, capability) in [(small, (9, 0)), (qwen3, (9, 0)), (tiny, (9, 0))].into_iter().chain(gpus) {
@@ -436,6 +355,6 @@ mod tests {
             let code = machine_code(&shape, capability).unwrap();
             assert!(code.starts_with(b"\x7fELF"), "{shape:?} {capability:?}");
         }
-        assert!(!Shape { head_dim: 80, ..small }.is_supported());
+        assert!(!KernelShape { head_dim: 80, ..small }.is_supported());
     }
 }

@@ -115,7 +115,7 @@ impl Stream {
 ///
 /// # Errors
 /// [`crate::Error::Torch`] with what that work failed with.
-pub fn wait_for_current(device: Device) -> Result<()> {
+pub fn synchronize_current_stream(device: Device) -> Result<()> {
     let Device::Cuda(index) = device else { return Ok(()) };
     let (device, mut id) = (index as c_int, 0);
     // SAFETY: the pointer is valid for the call and the id is a stream's.

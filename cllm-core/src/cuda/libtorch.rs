@@ -80,7 +80,7 @@ pub(super) fn pointer(tensor: &Tensor) -> *mut c_void {
 ///
 /// # Errors
 /// [`Error::Torch`] when shapes, types or devices differ.
-pub fn collect_gradient(leaf: &Tensor, gradient: &Tensor) -> Result<()> {
+pub fn accumulate_grad_into(leaf: &Tensor, gradient: &Tensor) -> Result<()> {
     // SAFETY: both are valid tensors.
     checked(unsafe { cllm_collect_gradient(pointer(leaf), pointer(gradient)) })
 }
@@ -94,8 +94,8 @@ pub fn backward(tensor: &Tensor, gradient: &Tensor) -> Result<()> {
     checked(unsafe { cllm_backward(pointer(tensor), pointer(gradient)) })
 }
 
-/// Bytes of GPU memory in use and their peak since [`reset_peak_memory`]; `None` on the CPU.
-pub fn memory(device: Device) -> Option<(u64, u64)> {
+/// Bytes of GPU memory in use and their peak since [`reset_peak_gpu_memory`]; `None` on the CPU.
+pub fn gpu_memory(device: Device) -> Option<(u64, u64)> {
     let Device::Cuda(index) = device else { return None };
     let (mut current, mut peak) = (0i64, 0i64);
     // SAFETY: both pointers are valid for the call.
@@ -104,7 +104,7 @@ pub fn memory(device: Device) -> Option<(u64, u64)> {
 }
 
 /// Starts a new measurement of peak memory; does nothing on the CPU.
-pub fn reset_peak_memory(device: Device) {
+pub fn reset_peak_gpu_memory(device: Device) {
     if let Device::Cuda(index) = device {
         // SAFETY: no pointers are passed. A failure only leaves the old peak.
         let _ = unsafe { cllm_cuda_reset_peak(index as c_int) };

@@ -8,6 +8,7 @@ pub mod decode;
 pub mod graphs;
 pub mod libtorch;
 pub mod nvrtc;
+pub mod shape;
 pub mod train;
 
 use libtorch::{checked, pointer};

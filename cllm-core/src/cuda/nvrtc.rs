@@ -60,7 +60,7 @@ pub fn compile(source: &str, capability: (u32, u32), macros: &[(&str, String)]) 
 ///
 /// # Errors
 /// [`Error::Torch`] where there is none.
-pub fn capability(device: usize) -> Result<(u32, u32)> {
+pub fn compute_capability(device: usize) -> Result<(u32, u32)> {
     let mut found = [0; 2];
     // SAFETY: the array has room for both numbers.
     checked(unsafe { cllm_capability(device as c_int, found.as_mut_ptr()) })?;
@@ -69,7 +69,7 @@ pub fn capability(device: usize) -> Result<(u32, u32)> {
 
 /// Most shared memory of a block on devices of a compute capability, bytes (CUDA C++ programming guide, technical
 /// specifications); 0 where there are no products of bf16.
-pub fn most_shared_bytes(capability: (u32, u32)) -> usize {
+pub fn max_shared_bytes(capability: (u32, u32)) -> usize {
     match capability {
         (0..=7, _) => 0,
         (8, 0 | 7) => 163 << 10,
@@ -122,7 +122,7 @@ impl Module {
         if let Some(known) = MODULES.with_borrow(|modules| modules.get(&key).copied()) {
             return Ok(known);
         }
-        let module = Module::load(device, &compile(source, capability(device)?, macros)?)?;
+        let module = Module::load(device, &compile(source, compute_capability(device)?, macros)?)?;
         MODULES.with_borrow_mut(|modules| modules.insert(key, module));
         Ok(module)
     }

@@ -2,8 +2,8 @@
 
 use tch::{Kind, Tensor};
 
-use super::decode::Shape;
 use super::nvrtc::{Argument, Kernel, Module};
+use super::shape::KernelShape;
 use crate::Result;
 use Argument::{Data, Float, Int, MaybeData};
 
@@ -17,7 +17,7 @@ const LOGITS_THREADS: usize = 512;
 
 /// Kernels of one shape on one device. Tensors are contiguous, bf16 unless said; `T` tokens.
 pub struct TrainKernels {
-    shape: Shape,
+    shape: KernelShape,
     norm: Kernel,
     norm_backward: Kernel,
     gate: Kernel,
@@ -37,7 +37,7 @@ pub struct Logits {
 
 impl TrainKernels {
     /// Whether the kernels can compute it: they take 8 values at a time, a row of the residual stream in a block.
-    pub fn support(shape: &Shape) -> bool {
+    pub fn supports(shape: &KernelShape) -> bool {
         let sizes = [shape.hidden, shape.ffn, shape.vocab];
         sizes.iter().all(|size| size.is_multiple_of(8))
             && shape.hidden <= 8192
@@ -49,7 +49,7 @@ impl TrainKernels {
     ///
     /// # Errors
     /// [`crate::Error::Torch`] with the words of the compiler or the driver.
-    pub fn new(device: usize, shape: Shape) -> Result<Self> {
+    pub fn new(device: usize, shape: KernelShape) -> Result<Self> {
         let module = Module::compiled(device, SOURCE, &shape.macros())?;
         let named = |name: &str| module.kernel(name, 0, false);
         Ok(TrainKernels {
@@ -69,7 +69,7 @@ impl TrainKernels {
     ///
     /// # Errors
     /// [`crate::Error::Torch`], here and below.
-    pub fn norm(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    pub fn rms_norm(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
         let out = x.f_empty_like()?;
         // SAFETY: as declared in the source; a row of x is HIDDEN wide.
         unsafe { self.norm.launch([self.rows(x), 1], self.norm_threads(), &[Data(x), Data(weight), Data(&out)])? };
@@ -78,7 +78,13 @@ impl TrainKernels {
 
     /// Adds to `d_residual [T, hidden]` what follows from `d_out` for the input `x` of a norm; the weight's gradient, float32
     /// `[hidden]`, is returned.
-    pub fn norm_backward(&self, x: &Tensor, weight: &Tensor, d_out: &Tensor, d_residual: &Tensor) -> Result<Tensor> {
+    pub fn rms_norm_backward(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        d_out: &Tensor,
+        d_residual: &Tensor,
+    ) -> Result<Tensor> {
         let rows = self.rows(x);
         assert!(self.rows(d_out) == rows && self.rows(d_residual) == rows);
         let blocks = NORM_BLOCKS.min(rows);
@@ -91,7 +97,7 @@ impl TrainKernels {
     }
 
     /// `silu(gate) * up [T, ffn]` of `[T, 2 ffn]`.
-    pub fn gate(&self, gate_up: &Tensor) -> Result<Tensor> {
+    pub fn swiglu(&self, gate_up: &Tensor) -> Result<Tensor> {
         let tokens = gate_up.size()[0];
         assert_eq!(gate_up.numel(), tokens as usize * 2 * self.shape.ffn);
         let inner = Tensor::f_empty([tokens, self.shape.ffn as i64], (Kind::BFloat16, gate_up.device()))?;
@@ -102,7 +108,7 @@ impl TrainKernels {
     }
 
     /// In place: `gate_up [T, 2 ffn]` becomes its gradient, and `d_inner [T, ffn]`, the gradient of the result, the result.
-    pub fn gate_backward(&self, gate_up: &Tensor, d_inner: &Tensor) -> Result<()> {
+    pub fn swiglu_backward(&self, gate_up: &Tensor, d_inner: &Tensor) -> Result<()> {
         let tokens = gate_up.size()[0];
         assert_eq!((gate_up.numel(), d_inner.numel() * 2), (tokens as usize * 2 * self.shape.ffn, gate_up.numel()));
         let arguments = [Data(gate_up), Data(d_inner), Int(tokens as i32)];
@@ -113,7 +119,7 @@ impl TrainKernels {
     /// Rotates the queries and keys of `qkv [T, (heads + 2 kv_heads) head_dim]` in place by angles whose cosines and sines,
     /// float32 `[T, head_dim / 2]`, are given; or back.
     pub fn rotate(&self, qkv: &Tensor, (cos, sin): (&Tensor, &Tensor), back: bool) -> Result<()> {
-        let Shape { heads, kv_heads, head_dim, .. } = self.shape;
+        let KernelShape { heads, kv_heads, head_dim, .. } = self.shape;
         let tokens = qkv.size()[0] as usize;
         assert_eq!(qkv.numel(), tokens * (heads + 2 * kv_heads) * head_dim);
         assert!([cos, sin].iter().all(|angles| angles.numel() == tokens * head_dim / 2));
@@ -204,7 +210,7 @@ mod tests {
 
     #[test]
     fn the_kernels_compile_without_a_gpu() {
-        let small = Shape {
+        let small = KernelShape {
             hidden: 576,
             heads: 9,
             kv_heads: 3,
@@ -214,11 +220,12 @@ mod tests {
             eps: 1e-5,
             query_key_norm: false,
         };
-        let large = Shape { hidden: 4096, heads: 32, kv_heads: 8, head_dim: 128, ffn: 11008, vocab: 32000, ..small };
+        let large =
+            KernelShape { hidden: 4096, heads: 32, kv_heads: 8, head_dim: 128, ffn: 11008, vocab: 32000, ..small };
         for shape in [small, large] {
-            assert!(TrainKernels::support(&shape));
+            assert!(TrainKernels::supports(&shape));
             assert!(compile(SOURCE, (9, 0), &shape.macros()).unwrap().starts_with(b"\x7fELF"));
         }
-        assert!(!TrainKernels::support(&Shape { head_dim: 96, ..small }));
+        assert!(!TrainKernels::supports(&KernelShape { head_dim: 96, ..small }));
     }
 }

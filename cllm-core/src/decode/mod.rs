@@ -23,6 +23,7 @@ use backend::speculative::Drafted;
 use sequence::Row;
 use tree::{Place, Window};
 
+pub use sampling::Sampling;
 pub use strategy::Strategy;
 
 /// One prompt to answer.
@@ -36,7 +37,7 @@ pub struct Request {
 
 /// When an answer ends.
 #[derive(Debug, Clone)]
-pub struct Limits {
+pub struct StopConditions {
     /// Most tokens of an answer, EOS included.
     pub max_new_tokens: usize,
     /// Ids that end an answer.
@@ -52,9 +53,9 @@ pub struct Answer {
     pub finish_reason: FinishReason,
     /// Forwards of this row after prefill; prefill covers all but the last prompt token, so autoregressive decoding
     /// needs exactly one forward a token.
-    pub forwards: usize,
+    pub num_forwards: usize,
     /// Tokens that each forward made final, in order (cut at the end of the answer); they sum to the response.
-    pub accepted: Vec<u32>,
+    pub num_accepted: Vec<u32>,
     /// The trajectory, when it was asked for and the strategy has blocks.
     pub blocks: Vec<Block>,
 }
@@ -79,25 +80,22 @@ pub struct DecodeOptions {
     /// Seed of the first guesses and of what is drawn.
     pub seed: u64,
     /// Keep the trajectory of each block ([`Strategy::Jacobi`]).
-    pub record: bool,
-    /// 0 chooses the likeliest token. Above it, a token is drawn from the softmax of the logits over it: every position has
-    /// noise of its own that depends on (seed, sample, position) alone, and the token with the largest noisy logit is taken
-    /// (the Gumbel-max trick). So every strategy gives the very answer that one token at a time would give, and a guess is
-    /// right with the probability that the model gives it.
-    pub temperature: f64,
+    pub record_trajectory: bool,
+    /// How tokens are chosen.
+    pub sampling: Sampling,
 }
 
 impl DecodeOptions {
     /// The likeliest tokens, without trajectories.
     pub fn greedy(strategy: Strategy, seed: u64) -> Self {
-        DecodeOptions { strategy, seed, record: false, temperature: 0.0 }
+        DecodeOptions { strategy, seed, record_trajectory: false, sampling: Sampling::Greedy }
     }
 }
 
 /// A model with a cache for some rows, ready to decode.
 pub struct Decoder<'m> {
     model: Box<dyn Forward + 'm>,
-    drafter: Option<Box<dyn Forward + 'm>>,
+    draft_model: Option<Box<dyn Forward + 'm>>,
     rows: usize,
     room: Room,
 }
@@ -121,29 +119,29 @@ fn forward<'m>(model: &'m Transformer, rows: usize, capacity: usize) -> Result<B
 }
 
 impl<'m> Decoder<'m> {
-    /// `rows`: most answers at once; `capacity`: most tokens of a prompt, its answer and one window ([`capacity`]).
+    /// `rows`: most answers at once; `capacity`: most tokens of a prompt, its answer and one window ([`required_slots`]).
     ///
     /// # Errors
     /// [`Error::Torch`], such as memory that does not suffice for the cache.
     pub fn new(model: &'m Transformer, rows: usize, capacity: usize) -> Result<Self> {
         let config = model.config();
         let room = Room { capacity, max_positions: config.max_positions, vocab_size: config.vocab_size };
-        Ok(Decoder { model: forward(model, rows, capacity)?, drafter: None, rows, room })
+        Ok(Decoder { model: forward(model, rows, capacity)?, draft_model: None, rows, room })
     }
 
     /// Lets another model guess where the strategy is [`Strategy::Drafted`]; its tokens must be the same.
     ///
     /// # Errors
     /// [`Error::Usage`] when its vocabulary is of another size; as [`Decoder::new`].
-    pub fn with_drafter(self, drafter: &'m Transformer) -> Result<Self> {
-        let (own, other) = (self.room.vocab_size, drafter.config().vocab_size);
+    pub fn with_draft_model(self, draft_model: &'m Transformer) -> Result<Self> {
+        let (own, other) = (self.room.vocab_size, draft_model.config().vocab_size);
         if own != other {
             return Err(Error::usage(format!(
                 "a model with a vocabulary of {other} tokens cannot guess for one of {own}: both must read the same tokens"
             )));
         }
-        let drafter = Some(forward(drafter, self.rows, self.room.capacity)?);
-        Ok(Decoder { drafter, ..self })
+        let draft_model = Some(forward(draft_model, self.rows, self.room.capacity)?);
+        Ok(Decoder { draft_model, ..self })
     }
 
     /// Answers all requests at once, each row at its own position and finishing on its own. Every prompt is in the cache
@@ -155,7 +153,7 @@ impl<'m> Decoder<'m> {
     pub fn answer(
         &mut self,
         requests: &[Request],
-        limits: &Limits,
+        stop: &StopConditions,
         options: DecodeOptions,
         watcher: Option<Watcher<'_>>,
     ) -> Result<(Vec<Answer>, Timing)> {
@@ -169,7 +167,7 @@ impl<'m> Decoder<'m> {
             Ok(())
         };
         let mut events = Events { new_tokens: watcher.unwrap_or(&mut ignore), finished: &mut keep };
-        let timing = self.run(&mut requests.iter().cloned(), limits, options, Prefill::First, &mut events)?;
+        let timing = self.run(&mut requests.iter().cloned(), stop, options, Prefill::First, &mut events)?;
         Ok((answers.into_iter().flatten().collect(), timing))
     }
 
@@ -181,55 +179,60 @@ impl<'m> Decoder<'m> {
     pub fn stream(
         &mut self,
         requests: &mut dyn Iterator<Item = Request>,
-        limits: &Limits,
+        stop: &StopConditions,
         options: DecodeOptions,
         finished: &mut dyn FnMut(usize, Answer) -> Result<()>,
     ) -> Result<()> {
         let mut ignore = |_: usize, _: &[i32]| ();
         let mut events = Events { new_tokens: &mut ignore, finished };
-        self.run(requests, limits, options, Prefill::Beside, &mut events).map(drop)
+        self.run(requests, stop, options, Prefill::Beside, &mut events).map(drop)
     }
 
     fn run(
         &mut self,
         requests: &mut dyn Iterator<Item = Request>,
-        limits: &Limits,
+        stop: &StopConditions,
         options: DecodeOptions,
         prefill: Prefill,
         events: &mut Events<'_>,
     ) -> Result<Timing> {
         options.strategy.check()?;
-        let Decoder { model, drafter, rows, room } = self;
-        let mut checked = requests.map(|request| room.check(&request, limits, options).map(|()| request));
+        let Decoder { model, draft_model, rows, room } = self;
+        let mut checked = requests.map(|request| room.check(&request, stop, options).map(|()| request));
         let _no_grad = tch::no_grad_guard();
         let mut drafted;
-        let model: &mut dyn Forward = match drafter {
-            _ if !options.strategy.is_drafted() => model.as_mut(),
-            Some(drafter) => {
-                drafted = Drafted::new(model.as_mut(), drafter.as_mut());
+        let model: &mut dyn Forward = match draft_model {
+            _ if !options.strategy.needs_draft_model() => model.as_mut(),
+            Some(draft_model) => {
+                drafted = Drafted::new(model.as_mut(), draft_model.as_mut());
                 &mut drafted
             }
             None => return Err(no_drafter()),
         };
-        converge(model, *rows, &mut checked, limits, options, prefill, events)
+        converge(model, *rows, &mut checked, stop, options, prefill, events)
     }
 
     /// Answers one request a forward at a time, for those who do something else between two forwards.
     ///
     /// # Errors
     /// As [`Decoder::answer`]; [`Strategy::Drafted`] is refused.
-    pub fn steps<'d>(&'d mut self, request: Request, limits: &'d Limits, options: DecodeOptions) -> Result<Steps<'d>>
+    pub fn start<'d>(
+        &'d mut self,
+        request: Request,
+        stop: &'d StopConditions,
+        options: DecodeOptions,
+    ) -> Result<RunningAnswer<'d>>
     where
         'm: 'd,
     {
         options.strategy.check()?;
-        if options.strategy.is_drafted() {
+        if options.strategy.needs_draft_model() {
             return Err(no_drafter());
         }
-        self.room.check(&request, limits, options)?;
-        let mut batch = Batch::new(limits, options, Prefill::First);
+        self.room.check(&request, stop, options)?;
+        let mut batch = Batch::new(stop, options, Prefill::First);
         batch.add(0, request);
-        Ok(Steps { model: self.model.as_mut(), batch })
+        Ok(RunningAnswer { model: self.model.as_mut(), batch })
     }
 }
 
@@ -238,9 +241,9 @@ fn no_drafter() -> Error {
 }
 
 impl Room {
-    fn check(&self, request: &Request, limits: &Limits, options: DecodeOptions) -> Result<()> {
-        check_length(request, limits, self.max_positions)?;
-        let (needed, there) = (capacity(request.prompt_ids.len(), limits, options.strategy), self.capacity);
+    fn check(&self, request: &Request, stop: &StopConditions, options: DecodeOptions) -> Result<()> {
+        check_fits_context(request, stop, self.max_positions)?;
+        let (needed, there) = (required_slots(request.prompt_ids.len(), stop, options.strategy), self.capacity);
         if needed > there {
             let sample = &request.sample_id;
             return Err(Error::usage(format!(
@@ -251,13 +254,13 @@ impl Room {
     }
 }
 
-/// An answer that is being decoded ([`Decoder::steps`]).
-pub struct Steps<'d> {
+/// An answer that is being decoded ([`Decoder::start`]).
+pub struct RunningAnswer<'d> {
     model: &'d mut (dyn Forward + 'd),
     batch: Batch<'d>,
 }
 
-impl Steps<'_> {
+impl RunningAnswer<'_> {
     /// Does the next forward and returns the tokens that it made final, none while the prompt is cached; `None` once the answer
     /// has ended.
     ///
@@ -282,8 +285,8 @@ impl Steps<'_> {
 }
 
 /// Slots of the cache that a prompt of so many tokens, its answer and the guesses past its end need.
-pub fn capacity(prompt_tokens: usize, limits: &Limits, strategy: Strategy) -> usize {
-    prompt_tokens.saturating_add(limits.max_new_tokens).saturating_add(strategy.window())
+pub fn required_slots(prompt_tokens: usize, stop: &StopConditions, strategy: Strategy) -> usize {
+    prompt_tokens.saturating_add(stop.max_new_tokens).saturating_add(strategy.max_window_tokens())
 }
 
 /// Answers all requests as one batch with a decoder of their own; see [`Decoder::answer`].
@@ -293,25 +296,25 @@ pub fn capacity(prompt_tokens: usize, limits: &Limits, strategy: Strategy) -> us
 pub fn decode(
     model: &Transformer,
     requests: &[Request],
-    limits: &Limits,
+    stop: &StopConditions,
     options: DecodeOptions,
     watcher: Option<Watcher<'_>>,
 ) -> Result<(Vec<Answer>, Timing)> {
     for request in requests {
-        check_length(request, limits, model.config().max_positions)?;
+        check_fits_context(request, stop, model.config().max_positions)?;
     }
     let longest = requests.iter().map(|request| request.prompt_ids.len()).max().unwrap_or(0);
-    let mut decoder = Decoder::new(model, requests.len(), capacity(longest, limits, options.strategy))?;
-    decoder.answer(requests, limits, options, watcher)
+    let mut decoder = Decoder::new(model, requests.len(), required_slots(longest, stop, options.strategy))?;
+    decoder.answer(requests, stop, options, watcher)
 }
 
 /// Checks that a prompt is not empty and fits the model's context with its answer; for those who ask before a long run.
 ///
 /// # Errors
 /// [`Error::Usage`] naming the sample.
-pub fn check_length(request: &Request, limits: &Limits, max_positions: usize) -> Result<()> {
+pub fn check_fits_context(request: &Request, stop: &StopConditions, max_positions: usize) -> Result<()> {
     let prompt = request.prompt_ids.len();
-    let new = limits.max_new_tokens;
+    let new = stop.max_new_tokens;
     if prompt == 0 {
         return Err(Error::usage(format!("sample `{}` has an empty prompt: nothing to continue", request.sample_id)));
     }
@@ -329,7 +332,7 @@ pub fn check_length(request: &Request, limits: &Limits, max_positions: usize) ->
 trait Forward {
     /// Begins to cache the chunks of prompts and to choose the token that follows each token of each window. The windows are
     /// those of the leading rows, in order, the chunks those of the rows behind them.
-    fn begin(&mut self, chunks: &[Chunk<'_>], windows: &[Window<'_>], choice: Choice) -> Result<()>;
+    fn begin(&mut self, chunks: &[Chunk<'_>], windows: &[Window<'_>], sampling: Sampling) -> Result<()>;
 
     /// Waits until that is done, and returns the choices.
     fn finish(&mut self, windows: &[Window<'_>]) -> Result<Vec<Predicted>>;
@@ -361,13 +364,6 @@ impl Predicted {
         };
         windows.iter().map(take).collect()
     }
-}
-
-/// How tokens are chosen.
-#[derive(Debug, Clone, Copy)]
-struct Choice {
-    /// 0 for the likeliest.
-    temperature: f64,
 }
 
 /// Tokens of a prompt to cache.
@@ -412,12 +408,12 @@ fn converge(
     model: &mut dyn Forward,
     most: usize,
     requests: &mut dyn Iterator<Item = Result<Request>>,
-    limits: &Limits,
+    stop: &StopConditions,
     options: DecodeOptions,
     prefill: Prefill,
     events: &mut Events<'_>,
 ) -> Result<Timing> {
-    let mut batch = Batch::new(limits, options, prefill);
+    let mut batch = Batch::new(stop, options, prefill);
     let mut requests = requests.enumerate();
     loop {
         while batch.rows.len() < most {
@@ -433,7 +429,7 @@ fn converge(
 
 /// The rows that are decoded together.
 struct Batch<'r> {
-    limits: &'r Limits,
+    stop: &'r StopConditions,
     options: DecodeOptions,
     prefill: Prefill,
     rows: Vec<Live<'r>>,
@@ -441,12 +437,12 @@ struct Batch<'r> {
 }
 
 impl<'r> Batch<'r> {
-    fn new(limits: &'r Limits, options: DecodeOptions, prefill: Prefill) -> Self {
-        Batch { limits, options, prefill, rows: Vec::new(), timing: Timing::default() }
+    fn new(stop: &'r StopConditions, options: DecodeOptions, prefill: Prefill) -> Self {
+        Batch { stop, options, prefill, rows: Vec::new(), timing: Timing::default() }
     }
 
     fn add(&mut self, index: usize, request: Request) {
-        self.rows.push(Live { index, row: Row::new(request, self.limits, self.options), cached: 0 });
+        self.rows.push(Live { index, row: Row::new(request, self.stop, self.options), cached: 0 });
     }
 
     /// One forward of the model.
@@ -458,7 +454,7 @@ impl<'r> Batch<'r> {
         let chunks = chunks(rows, model.prompt_tokens());
         let decoding = if self.prefill == Prefill::First && !chunks.is_empty() { 0 } else { ready };
         let windows: Vec<_> = rows[..decoding].iter().enumerate().map(|(row, live)| live.row.window(row)).collect();
-        model.begin(&chunks, &windows, Choice { temperature: self.options.temperature })?;
+        model.begin(&chunks, &windows, self.options.sampling)?;
         let predictions = model.finish(&windows)?;
         let taken: Vec<(usize, usize)> = chunks.iter().map(|chunk| (chunk.row, chunk.tokens.len())).collect();
         for (row, tokens) in taken {

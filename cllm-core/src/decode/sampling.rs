@@ -1,6 +1,36 @@
 //! Noise that makes the choice of the largest logit a draw from the softmax (Gumbel-max; Maddison et al., arXiv 1411.0030).
 //! It is a hash of (row, position, token): csrc/decode.cu computes the same.
 
+/// How the next token is chosen from the logits.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Sampling {
+    /// The token with the largest logit, the lowest id among equals.
+    Greedy,
+    /// A token drawn from the softmax of the logits divided by this temperature, which is above 0. The noise of a position depends on
+    /// nothing but (seed, sample id, position), so every strategy gives the very answer that one token at a time would give.
+    Temperature(f64),
+}
+
+impl Sampling {
+    /// From a setting: greedy at 0.
+    pub fn from_temperature(temperature: f64) -> Self {
+        if temperature == 0.0 { Sampling::Greedy } else { Sampling::Temperature(temperature) }
+    }
+
+    /// Whether the token with the largest logit is chosen.
+    pub fn is_greedy(self) -> bool {
+        self == Sampling::Greedy
+    }
+
+    /// What the kernels multiply logits by; 0 tells them to choose greedily.
+    pub(crate) fn inverse_temperature(self) -> f32 {
+        match self {
+            Sampling::Greedy => 0.0,
+            Sampling::Temperature(temperature) => (1.0 / temperature) as f32,
+        }
+    }
+}
+
 /// Key of the noise at a position of a row.
 pub(crate) fn position_key(row_key: u64, position: usize) -> u64 {
     mix(row_key.wrapping_add(GOLDEN.wrapping_mul(position as u64 + 1)))

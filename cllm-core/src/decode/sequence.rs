@@ -1,7 +1,7 @@
 //! One row of a batch: which tokens are known and what a forward makes final.
 
 use super::proposer::{self, Guesser, Step};
-use super::{Answer, DecodeOptions, Limits, Request, Window};
+use super::{Answer, DecodeOptions, Request, StopConditions, Window};
 use crate::fingerprint;
 use crate::trajectory::FinishReason;
 
@@ -17,7 +17,7 @@ pub(crate) struct Row<'r> {
     request: Request,
     /// Key of the noise of each position.
     key: u64,
-    limits: &'r Limits,
+    stop: &'r StopConditions,
     /// Prompt and known tokens of the response.
     sequence: Vec<i32>,
     guesser: Box<dyn Guesser>,
@@ -26,15 +26,15 @@ pub(crate) struct Row<'r> {
 }
 
 impl<'r> Row<'r> {
-    pub(crate) fn new(request: Request, limits: &'r Limits, options: DecodeOptions) -> Self {
+    pub(crate) fn new(request: Request, stop: &'r StopConditions, options: DecodeOptions) -> Self {
         Row {
             key: fingerprint::key(options.seed, &request.sample_id),
             sequence: request.prompt_ids.clone(),
             guesser: proposer::guesser(options, &request.sample_id, &request.prompt_ids),
             request,
-            limits,
+            stop,
             accepted: Vec::new(),
-            finish_reason: (limits.max_new_tokens == 0).then_some(FinishReason::Length),
+            finish_reason: (stop.max_new_tokens == 0).then_some(FinishReason::Length),
         }
     }
 
@@ -75,9 +75,9 @@ impl<'r> Row<'r> {
     }
 
     fn reason_to_stop(&self, token: i32) -> Option<FinishReason> {
-        if self.limits.eos_ids.contains(&token) {
+        if self.stop.eos_ids.contains(&token) {
             Some(FinishReason::Eos)
-        } else if self.response().len() >= self.limits.max_new_tokens {
+        } else if self.response().len() >= self.stop.max_new_tokens {
             Some(FinishReason::Length)
         } else {
             None
@@ -92,8 +92,8 @@ impl<'r> Row<'r> {
         Answer {
             response_ids: self.response().to_vec(),
             finish_reason: self.finish_reason.unwrap_or(FinishReason::Length),
-            forwards: self.accepted.len(),
-            accepted: self.accepted,
+            num_forwards: self.accepted.len(),
+            num_accepted: self.accepted,
             blocks: self.guesser.blocks(),
         }
     }

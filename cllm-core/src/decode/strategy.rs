@@ -1,5 +1,7 @@
 //! The strategies and their settings.
 
+use std::fmt;
+
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
@@ -114,7 +116,7 @@ impl Strategy {
     }
 
     /// Most tokens that a row forwards at once: 1 for autoregressive decoding.
-    pub fn window(self) -> usize {
+    pub fn max_window_tokens(self) -> usize {
         match self {
             Strategy::Ar => 1,
             Strategy::Jacobi { n } | Strategy::Rolling { n, .. } | Strategy::Drafted { n } => n,
@@ -138,7 +140,7 @@ impl Strategy {
     }
 
     /// Whether another model guesses.
-    pub fn is_drafted(self) -> bool {
+    pub fn needs_draft_model(self) -> bool {
         matches!(self, Strategy::Drafted { .. })
     }
 
@@ -165,10 +167,10 @@ impl Strategy {
             Strategy::MultiBlock { ratio, .. } if !(ratio > 0.0 && ratio <= 1.0) => {
                 return refuse(format!("ratio of {name} must be above 0 and at most 1"));
             }
-            Strategy::MultiBlock { n, blocks, .. } if self.window() > MOST_TOKENS => {
+            Strategy::MultiBlock { n, blocks, .. } if self.max_window_tokens() > MOST_TOKENS => {
                 return refuse(format!(
                     "{blocks} blocks of {n} tokens make a window of {}, there may be {MOST_TOKENS}",
-                    self.window()
+                    self.max_window_tokens()
                 ));
             }
             Strategy::Lookahead { window, ngram, candidates } if window < 1 || ngram < 2 || candidates < 1 => {
@@ -176,11 +178,11 @@ impl Strategy {
                     "{name} needs a window and candidates of at least 1 and an ngram of at least 2"
                 ));
             }
-            Strategy::Lookahead { window, ngram, candidates } if self.window() > MOST_ENTRIES => {
+            Strategy::Lookahead { window, ngram, candidates } if self.max_window_tokens() > MOST_ENTRIES => {
                 return refuse(format!(
                     "window {window}, ngram {ngram} and candidates {candidates} of {name} make a tree of (window + \
                      candidates) x (ngram - 1) = {} tokens, there may be {MOST_ENTRIES}",
-                    self.window()
+                    self.max_window_tokens()
                 ));
             }
             _ => {}
@@ -188,6 +190,28 @@ impl Strategy {
         match self {
             Strategy::Rolling { pool, .. } | Strategy::MultiBlock { pool, .. } if pool > MOST_TAILS => {
                 refuse(format!("pool of {name} must be at most {MOST_TAILS}"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// The name and what is not left at its default.
+impl fmt::Display for Strategy {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(self.name())?;
+        match *self {
+            Strategy::Ar => Ok(()),
+            Strategy::Jacobi { n } | Strategy::Drafted { n } => write!(out, " n={n}"),
+            Strategy::Rolling { n, .. } => write!(out, " n={n}"),
+            Strategy::MultiBlock { n, blocks, ratio, .. } => write!(out, " n={n} blocks={blocks} ratio={ratio}"),
+            Strategy::Lookahead { window, ngram, candidates } => {
+                write!(out, " window={window} ngram={ngram} candidates={candidates}")
+            }
+        }?;
+        match *self {
+            Strategy::Rolling { pool, .. } | Strategy::MultiBlock { pool, .. } if pool > 0 => {
+                write!(out, " pool={pool}")
             }
             _ => Ok(()),
         }

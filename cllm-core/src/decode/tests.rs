@@ -29,7 +29,7 @@ impl Rule {
 }
 
 impl Forward for Rule {
-    fn begin(&mut self, chunks: &[Chunk<'_>], windows: &[Window<'_>], _: Choice) -> Result<()> {
+    fn begin(&mut self, chunks: &[Chunk<'_>], windows: &[Window<'_>], _: Sampling) -> Result<()> {
         assert!(windows.iter().enumerate().all(|(row, window)| window.row == row));
         assert!(chunks.iter().all(|chunk| chunk.row >= windows.len() && !chunk.tokens.is_empty()));
         for chunk in chunks {
@@ -99,8 +99,8 @@ fn requests() -> Vec<Request> {
         .collect()
 }
 
-fn answers(strategy: Strategy, limits: &Limits) -> Vec<Answer> {
-    run(&mut Rule::new(7), 7, strategy, limits, Prefill::First, &mut |_, _| ())
+fn answers(strategy: Strategy, stop: &StopConditions) -> Vec<Answer> {
+    run(&mut Rule::new(7), 7, strategy, stop, Prefill::First, &mut |_, _| ())
 }
 
 /// Answers in the order of the requests.
@@ -108,18 +108,18 @@ fn run(
     model: &mut dyn Forward,
     room: usize,
     strategy: Strategy,
-    limits: &Limits,
+    stop: &StopConditions,
     prefill: Prefill,
     new_tokens: Watcher<'_>,
 ) -> Vec<Answer> {
-    let options = DecodeOptions { record: true, ..DecodeOptions::greedy(strategy, 1) };
+    let options = DecodeOptions { record_trajectory: true, ..DecodeOptions::greedy(strategy, 1) };
     let mut answers = vec![None; requests().len()];
     let mut finished = |index: usize, answer| {
         assert!(answers[index].replace(answer).is_none(), "answered twice");
         Ok(())
     };
     let mut events = Events { new_tokens, finished: &mut finished };
-    converge(model, room, &mut requests().into_iter().map(Ok), limits, options, prefill, &mut events).unwrap();
+    converge(model, room, &mut requests().into_iter().map(Ok), stop, options, prefill, &mut events).unwrap();
     answers.into_iter().map(Option::unwrap).collect()
 }
 
@@ -139,21 +139,21 @@ fn strategies() -> Vec<Strategy> {
     [2, 3, 8, 16, 64].into_iter().flat_map(of_n).chain(lookahead).collect()
 }
 
-fn limits() -> Limits {
-    Limits { max_new_tokens: 40, eos_ids: vec![14, 5] }
+fn stop() -> StopConditions {
+    StopConditions { max_new_tokens: 40, eos_ids: vec![14, 5] }
 }
 
 #[test]
 fn every_strategy_gives_the_greedy_answer_in_no_more_forwards() {
-    let greedy = answers(Strategy::Ar, &limits());
+    let greedy = answers(Strategy::Ar, &stop());
     assert!(greedy.iter().any(|a| a.finish_reason == FinishReason::Eos));
-    assert!(greedy.iter().all(|a| a.forwards == a.response_ids.len()));
+    assert!(greedy.iter().all(|a| a.num_forwards == a.response_ids.len()));
     for strategy in strategies() {
-        for (several, greedy) in answers(strategy, &limits()).iter().zip(&greedy) {
+        for (several, greedy) in answers(strategy, &stop()).iter().zip(&greedy) {
             assert_eq!(several.response_ids, greedy.response_ids, "{strategy:?}");
             assert_eq!(several.finish_reason, greedy.finish_reason);
-            assert!(several.forwards <= greedy.forwards);
-            assert_eq!(several.accepted.iter().sum::<u32>() as usize, several.response_ids.len());
+            assert!(several.num_forwards <= greedy.num_forwards);
+            assert_eq!(several.num_accepted.iter().sum::<u32>() as usize, several.response_ids.len());
         }
     }
 }
@@ -161,8 +161,8 @@ fn every_strategy_gives_the_greedy_answer_in_no_more_forwards() {
 #[test]
 fn a_rolling_window_keeps_its_predictions_and_never_shrinks() {
     let request = Request { sample_id: "a".into(), prompt_ids: vec![1, 2, 3] };
-    let limits = limits();
-    let mut row = Row::new(request, &limits, DecodeOptions::greedy(Strategy::rolling(4), 1));
+    let stop = stop();
+    let mut row = Row::new(request, &stop, DecodeOptions::greedy(Strategy::rolling(4), 1));
     assert_eq!((row.window(0).start, row.window(0).known, row.window(0).guesses.len()), (2, 3, 3));
     let first = row.window(0).guesses[0];
     // The first guess is right, the second is not: two tokens are final, and what was drafted after them stays.
@@ -175,29 +175,29 @@ fn a_rolling_window_keeps_its_predictions_and_never_shrinks() {
 #[test]
 fn another_model_guesses_and_the_models_own_answer_comes() {
     let with = |guess: fn(&[i32]) -> i32| {
-        let (mut model, mut drafter) = (Rule::new(3), Rule { next: guess, ..Rule::new(3) });
-        let mut both = Drafted::new(&mut model, &mut drafter);
-        run(&mut both, 3, Strategy::Drafted { n: 8 }, &limits(), Prefill::Beside, &mut |_, _| ())
+        let (mut model, mut draft_model) = (Rule::new(3), Rule { next: guess, ..Rule::new(3) });
+        let mut both = Drafted::new(&mut model, &mut draft_model);
+        run(&mut both, 3, Strategy::Drafted { n: 8 }, &stop(), Prefill::Beside, &mut |_, _| ())
     };
-    let greedy = answers(Strategy::Ar, &limits());
-    let own = answers(Strategy::rolling(8), &limits());
+    let greedy = answers(Strategy::Ar, &stop());
+    let own = answers(Strategy::rolling(8), &stop());
     // What guesses like the model itself saves what a rolling window saves; what guesses otherwise saves less.
     let (alike, otherwise) = (with(hard), with(repeating));
     for (index, plain) in greedy.iter().enumerate() {
         assert_eq!(alike[index].response_ids, plain.response_ids);
-        assert_eq!(alike[index].forwards, own[index].forwards);
+        assert_eq!(alike[index].num_forwards, own[index].num_forwards);
         assert_eq!(otherwise[index].response_ids, plain.response_ids);
     }
-    let forwards = |answers: &[Answer]| answers.iter().map(|answer| answer.forwards).sum::<usize>();
+    let forwards = |answers: &[Answer]| answers.iter().map(|answer| answer.num_forwards).sum::<usize>();
     assert!(forwards(&alike) < forwards(&otherwise), "whose guesses they are makes no difference");
 }
 
 #[test]
 fn blocks_begin_as_the_newest_is_nearly_done_and_move_up() {
     let request = Request { sample_id: "a".into(), prompt_ids: vec![1, 2, 3] };
-    let limits = Limits { max_new_tokens: 40, eos_ids: vec![] };
+    let stop = StopConditions { max_new_tokens: 40, eos_ids: vec![] };
     let strategy = Strategy::MultiBlock { n: 4, blocks: 2, ratio: 0.75, pool: 0 };
-    let mut row = Row::new(request, &limits, DecodeOptions::greedy(strategy, 1));
+    let mut row = Row::new(request, &stop, DecodeOptions::greedy(strategy, 1));
     // Predictions that agree with so many leading guesses, and with none behind.
     let mut accept = |matched: usize| {
         let guesses = row.window(0).guesses.to_vec();
@@ -216,10 +216,10 @@ fn blocks_begin_as_the_newest_is_nearly_done_and_move_up() {
 
 #[test]
 fn several_blocks_with_a_pool_take_no_more_forwards_than_a_rolling_window() {
-    let limits = Limits { max_new_tokens: 200, eos_ids: vec![] };
+    let stop = StopConditions { max_new_tokens: 200, eos_ids: vec![] };
     let forwards = |next, strategy| {
-        let answers = run(&mut Rule { next, ..Rule::new(7) }, 7, strategy, &limits, Prefill::First, &mut |_, _| ());
-        answers.iter().map(|answer| answer.forwards).sum::<usize>()
+        let answers = run(&mut Rule { next, ..Rule::new(7) }, 7, strategy, &stop, Prefill::First, &mut |_, _| ());
+        answers.iter().map(|answer| answer.num_forwards).sum::<usize>()
     };
     for n in [3, 4, 8, 16, 32] {
         let with_pool = Strategy::MultiBlock { n, blocks: 2, ratio: 0.85, pool: 4 };
@@ -232,10 +232,10 @@ fn several_blocks_with_a_pool_take_no_more_forwards_than_a_rolling_window() {
 }
 
 /// A row that decodes after the prompt 7 8 9 7.
-fn lookahead_row<'l>(limits: &'l Limits, window: usize, candidates: usize) -> Row<'l> {
+fn lookahead_row<'l>(stop: &'l StopConditions, window: usize, candidates: usize) -> Row<'l> {
     let request = Request { sample_id: "a".into(), prompt_ids: vec![7, 8, 9, 7] };
     let strategy = Strategy::Lookahead { window, ngram: 3, candidates };
-    Row::new(request, limits, DecodeOptions::greedy(strategy, 1))
+    Row::new(request, stop, DecodeOptions::greedy(strategy, 1))
 }
 
 /// What [`lookahead_row`]'s window of 3 columns, 2 levels and a candidate of 2 tokens is predicted where all goes well.
@@ -257,8 +257,8 @@ fn predictions(row: &Row<'_>) -> Vec<i32> {
 
 #[test]
 fn a_lookahead_window_is_a_tree_of_columns_and_candidates() {
-    let limits = limits();
-    let mut row = lookahead_row(&limits, 3, 1);
+    let stop = stop();
+    let mut row = lookahead_row(&stop, 3, 1);
     let places = |row: &Row<'_>| -> Vec<(usize, usize)> {
         let window = row.window(0);
         (0..window.len()).map(|offset| (window.place(offset).parent, window.place(offset).depth)).collect()
@@ -280,30 +280,30 @@ fn a_lookahead_window_is_a_tree_of_columns_and_candidates() {
 
 #[test]
 fn an_answer_ends_at_an_eos_or_the_limit_inside_an_accepted_candidate() {
-    for (limits, response, reason) in [
-        (Limits { max_new_tokens: 40, eos_ids: vec![9] }, &[8, 9][..], FinishReason::Eos),
-        (Limits { max_new_tokens: 2, eos_ids: vec![] }, &[8, 9], FinishReason::Length),
-        (Limits { max_new_tokens: 1, eos_ids: vec![8] }, &[8], FinishReason::Eos),
+    for (stop, response, reason) in [
+        (StopConditions { max_new_tokens: 40, eos_ids: vec![9] }, &[8, 9][..], FinishReason::Eos),
+        (StopConditions { max_new_tokens: 2, eos_ids: vec![] }, &[8, 9], FinishReason::Length),
+        (StopConditions { max_new_tokens: 1, eos_ids: vec![8] }, &[8], FinishReason::Eos),
     ] {
-        let mut row = lookahead_row(&limits, 3, 1);
+        let mut row = lookahead_row(&stop, 3, 1);
         let predicted = predictions(&row);
         assert_eq!(row.accept(&predicted, &predicted).tokens, response);
         let answer = row.into_answer();
         assert_eq!((&answer.response_ids[..], answer.finish_reason), (response, reason));
-        assert_eq!(answer.accepted, [response.len() as u32]);
+        assert_eq!(answer.num_accepted, [response.len() as u32]);
     }
 }
 
 #[test]
 fn lookahead_takes_far_fewer_forwards_where_text_repeats() {
-    let limits = Limits { max_new_tokens: 200, eos_ids: vec![] };
+    let stop = StopConditions { max_new_tokens: 200, eos_ids: vec![] };
     let greedy =
-        run(&mut Rule { next: repeating, ..Rule::new(7) }, 7, Strategy::Ar, &limits, Prefill::First, &mut |_, _| ());
+        run(&mut Rule { next: repeating, ..Rule::new(7) }, 7, Strategy::Ar, &stop, Prefill::First, &mut |_, _| ());
     let of = |strategy| {
         let mut model = Rule { next: repeating, ..Rule::new(7) };
-        let answers = run(&mut model, 7, strategy, &limits, Prefill::First, &mut |_, _| ());
+        let answers = run(&mut model, 7, strategy, &stop, Prefill::First, &mut |_, _| ());
         assert!(answers.iter().zip(&greedy).all(|(a, b)| a.response_ids == b.response_ids), "{strategy:?}");
-        answers.iter().map(|answer| answer.forwards).sum::<usize>()
+        answers.iter().map(|answer| answer.num_forwards).sum::<usize>()
     };
     let (one_by_one, lookahead) = (of(Strategy::Ar), of(Strategy::lookahead()));
     assert_eq!(one_by_one, 7 * 200);
@@ -335,7 +335,7 @@ fn what_cannot_be_done_is_refused_with_its_numbers() {
 
 #[test]
 fn the_answer_ends_at_the_first_eos_or_the_limit() {
-    for answer in answers(Strategy::Jacobi { n: 8 }, &Limits { max_new_tokens: 5, eos_ids: vec![14, 5] }) {
+    for answer in answers(Strategy::Jacobi { n: 8 }, &StopConditions { max_new_tokens: 5, eos_ids: vec![14, 5] }) {
         let ids = &answer.response_ids;
         let eos = ids.iter().position(|id| [14, 5].contains(id));
         match answer.finish_reason {
@@ -348,7 +348,7 @@ fn the_answer_ends_at_the_first_eos_or_the_limit() {
 #[test]
 fn blocks_join_to_the_response_and_states_lead_to_the_fixed_point() {
     let n = 8;
-    for answer in answers(Strategy::Jacobi { n }, &limits()) {
+    for answer in answers(Strategy::Jacobi { n }, &stop()) {
         let mut joined: Vec<i32> = Vec::new();
         for block in &answer.blocks {
             assert_eq!(block.start as usize, joined.len());
@@ -368,8 +368,8 @@ fn blocks_join_to_the_response_and_states_lead_to_the_fixed_point() {
 
 #[test]
 fn guesses_come_from_the_tokens_seen_and_the_seed_alone() {
-    let first = answers(Strategy::Jacobi { n: 8 }, &limits());
-    let again = answers(Strategy::Jacobi { n: 8 }, &limits());
+    let first = answers(Strategy::Jacobi { n: 8 }, &stop());
+    let again = answers(Strategy::Jacobi { n: 8 }, &stop());
     for ((a, b), request) in first.iter().zip(&again).zip(requests()) {
         assert_eq!(a.blocks, b.blocks);
         let block = &a.blocks[0];
@@ -382,7 +382,7 @@ fn guesses_come_from_the_tokens_seen_and_the_seed_alone() {
 fn the_watcher_sees_every_token_once_and_in_order() {
     let mut seen = vec![Vec::new(); requests().len()];
     let mut watch = |row: usize, new: &[i32]| seen[row].extend_from_slice(new);
-    let answers = run(&mut Rule::new(7), 7, Strategy::Jacobi { n: 4 }, &limits(), Prefill::First, &mut watch);
+    let answers = run(&mut Rule::new(7), 7, Strategy::Jacobi { n: 4 }, &stop(), Prefill::First, &mut watch);
     assert!(answers.iter().zip(&seen).all(|(answer, seen)| &answer.response_ids == seen));
 }
 
@@ -390,13 +390,13 @@ fn the_watcher_sees_every_token_once_and_in_order() {
 fn a_finished_row_leaves_its_place_to_the_next_request_without_a_change_of_answers() {
     let some = [Strategy::Ar, Strategy::Jacobi { n: 8 }, Strategy::Rolling { n: 5, pool: 2 }, Strategy::multi_block(4)];
     for strategy in some.into_iter().chain([Strategy::lookahead()]) {
-        let together = answers(strategy, &limits());
+        let together = answers(strategy, &stop());
         for (room, prompt_tokens) in [(1, usize::MAX), (2, 1), (3, 4), (5, usize::MAX)] {
             let mut model = Rule { prompt_tokens, ..Rule::new(room) };
-            let streamed = run(&mut model, room, strategy, &limits(), Prefill::Beside, &mut |_, _| ());
+            let streamed = run(&mut model, room, strategy, &stop(), Prefill::Beside, &mut |_, _| ());
             for (streamed, together) in streamed.iter().zip(&together) {
                 assert_eq!(streamed.response_ids, together.response_ids, "{strategy:?} in {room} rows");
-                assert_eq!(streamed.accepted, together.accepted);
+                assert_eq!(streamed.num_accepted, together.num_accepted);
                 assert_eq!(streamed.blocks, together.blocks);
             }
         }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::hf_config::{RawConfig, positive, rope_json};
 use crate::checkpoint::base_folder;
-use crate::cuda::decode::Shape;
+use crate::cuda::shape::KernelShape;
 use crate::cuda::train::TrainKernels;
 use crate::{Error, Result, text_file};
 
@@ -247,9 +247,9 @@ impl ModelConfig {
     }
 
     /// What kernels are compiled for.
-    pub(crate) fn kernel_shape(&self) -> Shape {
+    pub(crate) fn kernel_shape(&self) -> KernelShape {
         let size = |value: i64| value as usize;
-        Shape {
+        KernelShape {
             hidden: size(self.hidden_size),
             heads: size(self.num_heads),
             kv_heads: size(self.num_kv_heads),
@@ -263,7 +263,7 @@ impl ModelConfig {
 
     /// Whether there are kernels of our own to train it in bf16, on a GPU that has room for them.
     pub fn has_train_kernels(&self) -> bool {
-        TrainKernels::support(&self.kernel_shape())
+        TrainKernels::supports(&self.kernel_shape())
     }
 
     fn check_sizes(&self) -> std::result::Result<(), String> {

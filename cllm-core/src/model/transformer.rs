@@ -224,7 +224,7 @@ impl Transformer {
         };
         for (leaf, names) in leaves {
             let gradient = gradients.joined(names).unwrap_or_else(|| unreachable!("the layouts are the same"));
-            libtorch::collect_gradient(&leaf.set_requires_grad(true), &gradient)?;
+            libtorch::accumulate_grad_into(&leaf.set_requires_grad(true), &gradient)?;
         }
         Ok(gradients)
     }

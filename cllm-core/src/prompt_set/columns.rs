@@ -15,8 +15,8 @@ use serde_json::Value;
 
 use super::{Prompt, Sample};
 use crate::chat_template::Message;
-use crate::prompt_set::dataset_file as rows;
-use crate::{Error, Result, atomic_file, interrupt};
+use crate::prompt_set::dataset_file;
+use crate::{Error, Result, atomic_file, interrupt, parquet_file};
 
 /// Rows of a row group.
 const GROUP_ROWS: usize = 4096;
@@ -30,13 +30,13 @@ pub(super) fn read<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
             let bad = |error| Error::file(path, format!("row {}: meta is text, but not JSON: {error}", index + 1));
             *meta = serde_json::from_str(text).map_err(bad)?;
         }
-        rows::fit(path, index, row)
+        dataset_file::fit(path, index, row)
     };
-    rows::read_parquet(path)?.into_iter().enumerate().map(row).collect()
+    dataset_file::read_parquet(path)?.into_iter().enumerate().map(row).collect()
 }
 
 pub(super) fn write(path: &Path, samples: &[Sample]) -> Result<()> {
-    let failed = |error: parquet::errors::ParquetError| atomic_file::parquet_error(path, error);
+    let failed = |error: parquet::errors::ParquetError| parquet_file::write_error(path, error);
     let properties = WriterProperties::builder()
         .set_compression(Compression::ZSTD(Default::default()))
         .set_created_by(format!("cllm {}", crate::VERSION))

@@ -3,7 +3,6 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use flate2::read::MultiGzDecoder;
@@ -13,7 +12,7 @@ use parquet::record::{Field, Row};
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
 
-use crate::{Error, Result, interrupt, text_file};
+use crate::{Error, Result, interrupt, parquet_file, text_file};
 
 /// The rows of the first of `stems` (paths in `data` without their ending) that is there; `data` may be the file itself.
 pub(crate) fn read<T: DeserializeOwned>(data: &Path, stems: &[&str]) -> Result<Vec<T>> {
@@ -108,15 +107,9 @@ fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     Ok(rows)
 }
 
-/// Runs what reads Parquet. In a file that has the right ends and wrong bits between them, the `parquet` crate panics.
-pub(crate) fn undamaged<T>(path: &Path, body: impl FnOnce() -> Result<T>) -> Result<T> {
-    let damaged = |_| Err(Error::file(path, "is damaged: copy it again, or make it anew"));
-    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(damaged)
-}
-
 /// The rows of a Parquet file, each an object of its columns.
 pub(crate) fn read_parquet(path: &Path) -> Result<Vec<Value>> {
-    undamaged(path, || read_whole_parquet(path))
+    parquet_file::catch_panic(path, || read_whole_parquet(path))
 }
 
 fn read_whole_parquet(path: &Path) -> Result<Vec<Value>> {

@@ -12,7 +12,6 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::chat_template::Message;
-use crate::prompt_set::dataset_file as rows;
 use crate::task::Task;
 use crate::{Error, Result, atomic_file, interrupt};
 
@@ -125,7 +124,7 @@ pub fn read(path: &Path) -> Result<Vec<Sample>> {
 ///
 /// # Errors
 /// As [`read`].
-pub fn read_numbered(path: &Path) -> Result<Vec<Sample>> {
+pub fn read_with_generated_ids(path: &Path) -> Result<Vec<Sample>> {
     let numbered = |(index, mut row): (usize, Row)| {
         row.id.get_or_insert_with(|| Id::Text(format!("{}-{}", Task::Jsonl.name(), index + 1)));
         Sample::try_from(row).map_err(|message| Error::file(path, format!("row {}: {message}", index + 1)))
@@ -139,7 +138,7 @@ fn read_rows<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
         let message = "is a folder: expected a prompt set, the JSONL or Parquet file that `cllm-data prepare` made";
         return Err(Error::file(path, message));
     }
-    if rows::is_parquet(path) { columns::read(path) } else { rows::read_file(path) }
+    if dataset_file::is_parquet(path) { columns::read(path) } else { dataset_file::read_file(path) }
 }
 
 fn distinct(path: &Path, samples: Vec<Sample>) -> Result<Vec<Sample>> {
@@ -157,7 +156,7 @@ fn distinct(path: &Path, samples: Vec<Sample>) -> Result<Vec<Sample>> {
 /// # Errors
 /// File-system errors.
 pub fn write(path: &Path, samples: &[Sample]) -> Result<()> {
-    if rows::is_parquet(path) {
+    if dataset_file::is_parquet(path) {
         return columns::write(path, samples);
     }
     atomic_file::write_with(path, |file| {
@@ -225,12 +224,12 @@ mod tests {
         put(&[json!({ "prompt": "a" }), json!({ "id": "own", "prompt": "b" }), json!({ "prompt": "c" })]);
         let message = read(&path).unwrap_err().to_string();
         assert!(message.contains("line 1") && message.contains("`cllm-data prepare jsonl`"), "{message}");
-        let ids: Vec<_> = read_numbered(&path).unwrap().into_iter().map(|sample| sample.id).collect();
+        let ids: Vec<_> = read_with_generated_ids(&path).unwrap().into_iter().map(|sample| sample.id).collect();
         assert_eq!(ids, ["jsonl-1", "own", "jsonl-3"]);
         put(&[json!({ "id": "a", "prompt": "a", "messages": [] })]);
         assert!(read(&path).unwrap_err().to_string().contains("both there"));
         put(&[json!({ "prompt": "a" }), json!({ "answer": "b" })]);
-        let message = read_numbered(&path).unwrap_err().to_string();
+        let message = read_with_generated_ids(&path).unwrap_err().to_string();
         assert!(message.contains("row 2") && message.contains("`prompt` or `messages`"), "{message}");
     }
 

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde::Deserialize;
 
-use crate::prompt_set::dataset_file as rows;
+use crate::prompt_set::dataset_file;
 use crate::prompt_set::{Prompt, Sample};
 use crate::{Error, Result, fingerprint};
 
@@ -33,7 +33,7 @@ pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
     }
     let of_split = [split.to_owned(), format!("python/{split}"), format!("data/{split}")];
     let stems = ["python", &of_split[0], &of_split[1], &of_split[2]];
-    let rows: Vec<Row> = rows::read(data, &stems)?;
+    let rows: Vec<Row> = dataset_file::read(data, &stems)?;
     let whole = data.is_file()
         || ["jsonl", "jsonl.gz", "json", "parquet"]
             .iter()

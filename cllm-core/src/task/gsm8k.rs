@@ -7,7 +7,7 @@ use regex::Regex;
 use serde::Deserialize;
 
 use crate::Result;
-use crate::prompt_set::dataset_file as rows;
+use crate::prompt_set::dataset_file;
 use crate::prompt_set::{Prompt, Sample};
 
 #[derive(Deserialize)]
@@ -20,7 +20,7 @@ static CALCULATION: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"<<[^
 static NUMBER: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+").ok());
 
 pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
-    let rows: Vec<Row> = rows::read(data, &[split, &format!("main/{split}"), &format!("data/{split}")])?;
+    let rows: Vec<Row> = dataset_file::read(data, &[split, &format!("main/{split}"), &format!("data/{split}")])?;
     Ok(rows.into_iter().enumerate().map(|(index, row)| sample(index, split, row)).collect())
 }
 

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{Verdict, python};
-use crate::prompt_set::dataset_file as rows;
+use crate::prompt_set::dataset_file;
 use crate::prompt_set::{Prompt, Sample};
 use crate::sandbox::Sandbox;
 use crate::{Error, Result};
@@ -35,7 +35,7 @@ pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
     if split != "test" {
         return Err(Error::usage(format!("humaneval has the split test only, not `{split}`")));
     }
-    let rows: Vec<Row> = rows::read(data, &["HumanEval", "test", "openai_humaneval/test"])?;
+    let rows: Vec<Row> = dataset_file::read(data, &["HumanEval", "test", "openai_humaneval/test"])?;
     let sample = |row: Row| Sample {
         id: row.task_id.clone(),
         source: "humaneval/test".to_owned(),

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{Verdict, python};
-use crate::prompt_set::dataset_file as rows;
+use crate::prompt_set::dataset_file;
 use crate::prompt_set::{Prompt, Sample};
 use crate::sandbox::Sandbox;
 use crate::{Error, Result};
@@ -45,7 +45,7 @@ pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
         }
     };
     let (plain, sanitized, full) = (split.to_owned(), format!("sanitized/{split}"), format!("full/{split}"));
-    let rows: Vec<Row> = rows::read(data, &["sanitized-mbpp", "mbpp", &plain, &sanitized, &full])?;
+    let rows: Vec<Row> = dataset_file::read(data, &["sanitized-mbpp", "mbpp", &plain, &sanitized, &full])?;
     let sample = |row: Row| Sample {
         id: format!("mbpp-{}", row.task_id),
         source: format!("mbpp/{split}"),

@@ -145,7 +145,7 @@ impl Task {
             Task::MtBench => mt_bench::load(data, split),
             Task::Codesearchnet => codesearchnet::load(data, split),
             Task::Perplexity => perplexity::load(data, split),
-            Task::Jsonl => crate::prompt_set::read_numbered(data),
+            Task::Jsonl => crate::prompt_set::read_with_generated_ids(data),
             Task::Synthetic => Ok(synthetic::generate(0, split, synthetic::DEFAULT_COUNT)),
         }
     }

@@ -5,7 +5,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde_json::json;
 
-use crate::prompt_set::dataset_file as rows;
+use crate::prompt_set::dataset_file;
 use crate::prompt_set::{Prompt, Sample};
 use crate::{Error, Result};
 
@@ -21,7 +21,7 @@ pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
     if split != "test" {
         return Err(Error::usage(format!("mt-bench has the split test only, not `{split}`")));
     }
-    let rows: Vec<Row> = rows::read(data, &["question"])?;
+    let rows: Vec<Row> = dataset_file::read(data, &["question"])?;
     let sample = |Row { question_id, category, turns }: Row| Sample {
         id: format!("{question_id}/1"),
         source: "mt-bench/test".to_owned(),

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
 
-use crate::prompt_set::dataset_file as rows;
+use crate::prompt_set::dataset_file;
 use crate::prompt_set::{Prompt, Sample};
 use crate::{Error, Result, text_file};
 
@@ -27,7 +27,7 @@ pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
                 "expected a .txt file, or a .jsonl file with `text`: rename it to what it is",
             ));
         } else {
-            texts.extend(rows::read_file::<Row>(file)?.into_iter().map(|row| row.text));
+            texts.extend(dataset_file::read_file::<Row>(file)?.into_iter().map(|row| row.text));
         }
     }
     let sample = |(index, text)| Sample {

@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::Verdict;
 use super::sql::Database;
-use crate::prompt_set::dataset_file as rows;
+use crate::prompt_set::dataset_file;
 use crate::prompt_set::{Prompt, Sample};
 use crate::{Error, Result, fingerprint};
 
@@ -72,7 +72,7 @@ pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
             return Err(Error::usage(format!("spider has the splits {splits}, not `{other}`")));
         }
     };
-    let questions: Vec<Row> = rows::read(data, stems)?;
+    let questions: Vec<Row> = dataset_file::read(data, stems)?;
     let tables = data.join("tables.json");
     if !tables.is_file() {
         return Err(Error::file(
@@ -81,7 +81,7 @@ pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
              (https://yale-lily.github.io/spider), as do the databases; the Hugging Face form has neither: put them beside it",
         ));
     }
-    let schemas: Vec<Schema> = rows::read(&tables, &[])?;
+    let schemas: Vec<Schema> = dataset_file::read(&tables, &[])?;
     let schemas: HashMap<&str, String> = schemas.iter().map(|schema| (schema.db_id.as_str(), schema.text())).collect();
     let held_out = if ["heldout", "rest"].contains(&split) { held_out(data, &questions) } else { BTreeSet::new() };
     // A question keeps its number in train.

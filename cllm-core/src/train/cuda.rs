@@ -5,8 +5,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::packed_batch::Stream;
 use crate::Result;
-use crate::cuda::attention::{AttentionKernels, Sight};
-use crate::cuda::nvrtc::{capability, most_shared_bytes};
+use crate::cuda::attention::{AttentionKernels, AttentionMask};
+use crate::cuda::nvrtc::{compute_capability, max_shared_bytes};
 use crate::cuda::train::TrainKernels;
 use crate::model::Transformer;
 use crate::model::{Layer, Linear};
@@ -15,7 +15,7 @@ use crate::model::{Layer, Linear};
 pub(crate) struct FusedStream {
     kernels: TrainKernels,
     attention: AttentionKernels,
-    sight: Sight,
+    sight: AttentionMask,
     /// int64 `[tokens]`, padding included.
     tokens: Tensor,
     /// Cosines and sines of each token, float32 `[tokens, head_dim / 2]`.
@@ -50,9 +50,9 @@ impl FusedStream {
     pub(crate) fn new(stream: &Stream, model: &Transformer) -> Result<Option<Self>> {
         let Device::Cuda(device) = model.device() else { return Ok(None) };
         let shape = model.config().kernel_shape();
-        let room = most_shared_bytes(capability(device)?);
+        let room = max_shared_bytes(compute_capability(device)?);
         if model.kind() != Kind::BFloat16
-            || !TrainKernels::support(&shape)
+            || !TrainKernels::supports(&shape)
             || room < AttentionKernels::shared_bytes(&shape)
         {
             return Ok(None);
@@ -63,7 +63,7 @@ impl FusedStream {
         let numbers = |ids: &[i32]| Tensor::from_slice(ids).to_device(model.device()).to_kind(Kind::Int64);
         Ok(Some(FusedStream {
             kernels: TrainKernels::new(device, shape)?,
-            sight: Sight::new(&padded.seen, model.device()),
+            sight: AttentionMask::new(&padded.seen, model.device()),
             attention: AttentionKernels::new(device, shape)?,
             tokens: numbers(&padded.tokens),
             angles: model.rope.angles(&numbers(&padded.positions)),
@@ -90,19 +90,19 @@ impl FusedStream {
                 Some(_) => all.push(kept),
             }
         }
-        let hidden = self.kernels.norm(&x, &model.norm)?.f_narrow(0, 0, self.length)?;
+        let hidden = self.kernels.rms_norm(&x, &model.norm)?.f_narrow(0, 0, self.length)?;
         Ok((hidden, FusedPass { inputs, kept: all, last: x }))
     }
 
     fn layer(&self, layer: &Layer, x: Tensor) -> Result<(Kept, Tensor)> {
-        let normed = self.kernels.norm(&x, &layer.attention_norm)?;
+        let normed = self.kernels.rms_norm(&x, &layer.attention_norm)?;
         let qkv = layer.query_key_value.apply(&normed);
         self.kernels.rotate(&qkv, (&self.angles.0, &self.angles.1), false)?;
         let (mixed, log_sums) = self.attention.forward(&qkv, &self.sight)?;
         let attended = layer.output.add_to(&x, &mixed)?;
-        let attended_normed = self.kernels.norm(&attended, &layer.feed_forward_norm)?;
+        let attended_normed = self.kernels.rms_norm(&attended, &layer.feed_forward_norm)?;
         let gate_up = layer.gate_up.apply(&attended_normed);
-        let output = layer.down.add_to(&attended, &self.kernels.gate(&gate_up)?)?;
+        let output = layer.down.add_to(&attended, &self.kernels.swiglu(&gate_up)?)?;
         Ok((Kept { x, normed, qkv, mixed, log_sums, attended, attended_normed, gate_up }, output))
     }
 
@@ -138,7 +138,7 @@ impl FusedStream {
     fn layer_backward(&self, layer: &Layer, kept: Kept, d_x: &Tensor) -> Result<()> {
         let Kept { x, normed, qkv, mixed, log_sums, attended, attended_normed, gate_up } = kept;
         let d_inner = layer.down.input_gradient(d_x)?;
-        self.kernels.gate_backward(&gate_up, &d_inner)?;
+        self.kernels.swiglu_backward(&gate_up, &d_inner)?;
         // What was the gradient of the product is now the product.
         let (d_gate_up, inner) = (gate_up, d_inner);
         layer.down.collect(&inner, d_x)?;
@@ -159,7 +159,7 @@ impl FusedStream {
     }
 
     fn norm_backward(&self, x: &Tensor, weight: &Tensor, d_out: &Tensor, d_x: &Tensor) -> Result<()> {
-        let d_weight = self.kernels.norm_backward(x, weight, d_out, d_x)?;
+        let d_weight = self.kernels.rms_norm_backward(x, weight, d_out, d_x)?;
         if weight.requires_grad() {
             let _ = weight.grad().f_add_(&d_weight)?;
         }

@@ -8,7 +8,7 @@ mod writer;
 use serde::{Deserialize, Serialize};
 
 pub use profile::Profile;
-pub use reader::{Piece, Reader, Rows, UNFINISHED_DATA, fingerprint, share_name};
+pub use reader::{INCOMPLETE_DATA_SET, Reader, RowChunk, Rows, fingerprint, rank_folder};
 pub use schema::SCHEMA_VERSION;
 pub use writer::{Manifest, Writer};
 

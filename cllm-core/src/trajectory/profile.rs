@@ -82,7 +82,7 @@ fn mean(sum: usize, of: usize) -> Option<f64> {
 
 impl Trajectory {
     /// The profile of every block, and whether the answer goes through all of it.
-    pub fn profiles(&self) -> impl Iterator<Item = (Profile, bool)> {
+    pub fn block_profiles(&self) -> impl Iterator<Item = (Profile, bool)> {
         self.blocks.iter().map(|block| {
             let answer = self.answer_in(block);
             (Profile::of(block, answer), block.states.last().is_some_and(|state| state.len() == answer))
@@ -91,7 +91,7 @@ impl Trajectory {
 
     /// Forwards that the response took: one for its first token; in a block one for each state after the first, and one more
     /// that finds the last state to be a fixed point and opens the next block, or ends the answer.
-    pub fn forwards(&self) -> usize {
+    pub fn num_forwards(&self) -> usize {
         let in_block = |block: &Block| {
             let Some(fixed_point) = block.states.last() else { return 0 };
             // Tokens known once the last state stands: a forward knows the guesses that it confirms and one more.

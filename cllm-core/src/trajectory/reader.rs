@@ -12,8 +12,7 @@ use serde_json::json;
 use super::schema::{PROVENANCE_KEY, VERSION_KEY, from_batch, schema};
 use super::writer::{Manifest, difference, read_manifest};
 use super::{Provenance, SCHEMA_VERSION, Trajectory};
-use crate::prompt_set::dataset_file as rows;
-use crate::{Error, Result, fingerprint, interrupt};
+use crate::{Error, Result, fingerprint, interrupt, parquet_file};
 
 /// Rows that are decoded at once.
 const BATCH_ROWS: usize = 64;
@@ -22,7 +21,7 @@ const PIECE_ROWS: usize = 1024;
 const PIECE_VALUES: usize = 8 << 20;
 
 /// What is said of a data set whose manifest is not complete.
-pub const UNFINISHED_DATA: &str = "is not complete: the run that writes it was stopped, or still goes on; run the same command \
+pub const INCOMPLETE_DATA_SET: &str = "is not complete: the run that writes it was stopped, or still goes on; run the same command \
                                    (collect, augment, clean or import) again to finish it";
 
 /// A data set opened for reading.
@@ -41,13 +40,13 @@ struct Shard {
 }
 
 /// Consecutive rows of a data set, few enough to be held in memory.
-pub struct Piece {
+pub struct RowChunk {
     rows: usize,
     /// Shards and row groups in them.
     places: Vec<(PathBuf, Vec<usize>)>,
 }
 
-impl Piece {
+impl RowChunk {
     /// Number of rows.
     pub fn len(&self) -> usize {
         self.rows
@@ -68,16 +67,16 @@ impl Reader {
     pub fn open(path: &Path) -> Result<Self> {
         // Before its shards, of which there may be none yet.
         if path.is_dir() && !expect_manifest(path)?.complete {
-            return Err(Error::file(path, UNFINISHED_DATA));
+            return Err(Error::file(path, INCOMPLETE_DATA_SET));
         }
-        Reader::open_unfinished(path)
+        Reader::open_incomplete(path)
     }
 
     /// Opens what there is of a data set, whether the run that writes it has ended or not.
     ///
     /// # Errors
     /// As [`Reader::open`], but for a data set that is not complete.
-    pub fn open_unfinished(path: &Path) -> Result<Self> {
+    pub fn open_incomplete(path: &Path) -> Result<Self> {
         let (shards, complete): (Vec<(PathBuf, Option<usize>)>, bool) = if path.is_dir() {
             let manifest = expect_manifest(path)?;
             let shards = manifest.shards.into_iter().map(|(name, rows)| (path.join(name), Some(rows)));
@@ -139,7 +138,7 @@ impl Reader {
     ///
     /// # Errors
     /// [`Error::File`] with both fingerprints.
-    pub fn expect_tokenizer(&self, fingerprint: &str) -> Result<()> {
+    pub fn check_tokenizer(&self, fingerprint: &str) -> Result<()> {
         let collected_with = &self.provenance.tokenizer;
         if collected_with == fingerprint {
             return Ok(());
@@ -163,12 +162,12 @@ impl Reader {
     }
 
     /// All rows in pieces, in order. They depend on the files alone, not on the machine.
-    pub fn pieces(&self) -> Vec<Piece> {
-        let mut pieces: Vec<Piece> = Vec::new();
+    pub fn row_chunks(&self) -> Vec<RowChunk> {
+        let mut pieces: Vec<RowChunk> = Vec::new();
         let mut values = 0;
         for shard in &self.shards {
             for (index, &(rows, more)) in shard.groups.iter().enumerate() {
-                let fits = |piece: &&mut Piece| piece.rows + rows <= PIECE_ROWS && values + more <= PIECE_VALUES;
+                let fits = |piece: &&mut RowChunk| piece.rows + rows <= PIECE_ROWS && values + more <= PIECE_VALUES;
                 match pieces.last_mut().filter(fits) {
                     Some(piece) => {
                         piece.rows += rows;
@@ -179,7 +178,7 @@ impl Reader {
                         }
                     }
                     None => {
-                        pieces.push(Piece { rows, places: vec![(shard.path.clone(), vec![index])] });
+                        pieces.push(RowChunk { rows, places: vec![(shard.path.clone(), vec![index])] });
                         values = more;
                     }
                 }
@@ -189,7 +188,7 @@ impl Reader {
     }
 
     /// The rows of a piece, as [`Reader::rows`] gives them.
-    pub fn rows_of(&self, piece: &Piece) -> Rows {
+    pub fn chunk_rows(&self, piece: &RowChunk) -> Rows {
         Rows { promised: Some(self.provenance.clone()), ..Rows::of(piece.places.clone()) }
     }
 }
@@ -214,7 +213,7 @@ impl Rows {
     fn fill(&mut self) -> Result<bool> {
         loop {
             if let Some((path, batches)) = &mut self.shard {
-                let decoded = rows::undamaged(path, || {
+                let decoded = parquet_file::catch_panic(path, || {
                     let Some(batch) = batches.next() else { return Ok(None) };
                     let batch = batch.map_err(|error| damaged(path, error))?;
                     from_batch(&batch).map(Some).map_err(|message| Error::file(&*path, message))
@@ -232,7 +231,7 @@ impl Rows {
             let Some((path, groups)) = self.waiting.pop() else { return Ok(false) };
             let (builder, _) = open_shard(&path)?;
             let builder = builder.with_row_groups(groups).with_batch_size(BATCH_ROWS);
-            let batches = rows::undamaged(&path, || builder.build().map_err(|error| damaged(&path, error)))?;
+            let batches = parquet_file::catch_panic(&path, || builder.build().map_err(|error| damaged(&path, error)))?;
             self.shard = Some((path, batches));
         }
     }
@@ -286,7 +285,7 @@ fn expect_manifest(folder: &Path) -> Result<Manifest> {
 }
 
 /// The name of the share that process `rank` of `world` collects, a folder of the data set's.
-pub fn share_name(rank: usize, world: usize) -> String {
+pub fn rank_folder(rank: usize, world: usize) -> String {
     format!("rank-{rank}-of-{world}")
 }
 
@@ -302,10 +301,10 @@ fn joined_manifest(folder: &Path) -> Result<Option<Manifest>> {
         return Err(Error::file(folder, message));
     }
     let mut joined: Option<Manifest> = None;
-    for name in (0..world).map(|rank| share_name(rank, world)) {
+    for name in (0..world).map(|rank| rank_folder(rank, world)) {
         let part = folder.join(&name);
         let Some(mut manifest) = (if part.is_dir() { read_manifest(&part)? } else { None }) else {
-            let message = format!("is missing: the process that collects it was stopped early; {UNFINISHED_DATA}");
+            let message = format!("is missing: the process that collects it was stopped early; {INCOMPLETE_DATA_SET}");
             return Err(Error::file(part, message));
         };
         manifest.shards.iter_mut().for_each(|(shard, _)| *shard = format!("{name}/{shard}"));
@@ -325,7 +324,7 @@ fn damaged(path: &Path, error: impl std::fmt::Display) -> Error {
 }
 
 pub(super) fn open_shard(path: &Path) -> Result<(ParquetRecordBatchReaderBuilder<File>, Provenance)> {
-    rows::undamaged(path, || open_whole_shard(path))
+    parquet_file::catch_panic(path, || open_whole_shard(path))
 }
 
 fn open_whole_shard(path: &Path) -> Result<(ParquetRecordBatchReaderBuilder<File>, Provenance)> {

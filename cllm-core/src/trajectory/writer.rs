@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 use super::reader::{Reader, open_shard};
 use super::schema::{PROVENANCE_KEY, VERSION_KEY, schema, to_batch};
 use super::{Provenance, SCHEMA_VERSION, Trajectory};
-use crate::{Error, Result, atomic_file, text_file};
+use crate::{Error, Result, atomic_file, parquet_file, text_file};
 
 /// Rows of a row group, and tokens of their states: bounds what a reader holds in memory.
 const ROW_GROUP_ROWS: usize = 256;
@@ -142,12 +142,12 @@ impl Writer {
     ///
     /// # Errors
     /// File-system errors.
-    pub fn keep_stopped(&self, rows: &[Trajectory]) -> Result<()> {
+    pub fn save_partial_rows(&self, rows: &[Trajectory]) -> Result<()> {
         self.write_rows(STOPPED, rows)
     }
 
     /// The rows that a stopped run kept, some of which may be in shards by now; they stay there until the data set is whole.
-    pub fn stopped(&self) -> Vec<Trajectory> {
+    pub fn partial_rows(&self) -> Vec<Trajectory> {
         // What cannot be read is made again.
         let rows = || Reader::open(&self.folder.join(STOPPED)).ok()?.rows().collect::<Result<Vec<_>>>().ok();
         rows().unwrap_or_default()
@@ -157,7 +157,7 @@ impl Writer {
     ///
     /// # Errors
     /// File-system errors.
-    pub fn remove_stopped(&self) -> Result<()> {
+    pub fn remove_partial_rows(&self) -> Result<()> {
         let path = self.folder.join(STOPPED);
         match std::fs::remove_file(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::write(path)(error)),
@@ -167,7 +167,7 @@ impl Writer {
 
     fn write_rows(&self, name: &str, rows: &[Trajectory]) -> Result<()> {
         let path = self.folder.join(name);
-        let failed = |error: ParquetError| atomic_file::parquet_error(&path, error);
+        let failed = |error: ParquetError| parquet_file::write_error(&path, error);
         let provenance =
             serde_json::to_string(&self.manifest.provenance).map_err(|error| Error::file(&path, error.to_string()))?;
         let properties = WriterProperties::builder()

@@ -1,6 +1,6 @@
 //! Decoding on a GPU with our own kernels against the eager float32 path on the CPU.
 
-use cllm_core::decode::{Answer, DecodeOptions, Decoder, Limits, Request, Strategy, capacity};
+use cllm_core::decode::{Answer, DecodeOptions, Decoder, Request, StopConditions, Strategy, required_slots};
 use cllm_core::model::{ModelConfig, Transformer};
 use serde_json::{Value, json};
 use tch::{Cuda, Device, IndexOp, Kind, Tensor};
@@ -108,12 +108,12 @@ fn every_token_of_a_gpu_is_the_likeliest_of_the_float32_model_to_rounding() {
             prompt_ids: (0..length).map(|i| (i * 37 + row as i32 * 11) % 203).collect(),
         })
         .collect();
-    let limits = Limits { max_new_tokens: 60, eos_ids: vec![3] };
+    let stop = StopConditions { max_new_tokens: 60, eos_ids: vec![3] };
     for (name, config) in shapes() {
         let models = models(&config);
         // Its tree of 64 tokens is the widest window here; of one row it goes through cuBLAS, the default one does not.
         let wide = Strategy::Lookahead { window: 10, ngram: 5, candidates: 6 };
-        let mut decoder = Decoder::new(&models.0, requests.len(), capacity(300, &limits, wide)).unwrap();
+        let mut decoder = Decoder::new(&models.0, requests.len(), required_slots(300, &stop, wide)).unwrap();
         let mut plain: Vec<Answer> = Vec::new();
         for (strategy, rows) in [
             (Strategy::Ar, 1),
@@ -130,7 +130,7 @@ fn every_token_of_a_gpu_is_the_likeliest_of_the_float32_model_to_rounding() {
             let answers: Vec<Answer> = requests
                 .chunks(rows)
                 .take(45usize.div_ceil(rows).min(12))
-                .flat_map(|batch| decoder.answer(batch, &limits, DecodeOptions::greedy(strategy, 5), None).unwrap().0)
+                .flat_map(|batch| decoder.answer(batch, &stop, DecodeOptions::greedy(strategy, 5), None).unwrap().0)
                 .collect();
             let error = worst(&models, requests.iter().zip(&answers));
             if plain.is_empty() {
@@ -155,11 +155,11 @@ fn a_stream_of_requests_gives_the_answers_of_single_ones() {
             prompt_ids: (0..1 + row * 7 % 90).map(|i| (i * 37 + row * 11) % 203).collect(),
         })
         .collect();
-    let limits = Limits { max_new_tokens: 50, eos_ids: vec![3, 7] };
+    let stop = StopConditions { max_new_tokens: 50, eos_ids: vec![3, 7] };
     let (_, config) = shapes().remove(0);
     let models = models(&config);
     for strategy in [Strategy::Jacobi { n: 8 }, Strategy::lookahead()] {
-        let mut decoder = Decoder::new(&models.0, 10, capacity(90, &limits, strategy)).unwrap();
+        let mut decoder = Decoder::new(&models.0, 10, required_slots(90, &stop, strategy)).unwrap();
         let mut answered = 0;
         let mut check = |index: usize, answer: Answer| {
             answered += 1;
@@ -167,8 +167,8 @@ fn a_stream_of_requests_gives_the_answers_of_single_ones() {
             assert!(error.is_rounding(), "{strategy:?}, request {index}: {error:?}");
             Ok(())
         };
-        let options = DecodeOptions { record: true, ..DecodeOptions::greedy(strategy, 5) };
-        decoder.stream(&mut requests.iter().cloned(), &limits, options, &mut check).unwrap();
+        let options = DecodeOptions { record_trajectory: true, ..DecodeOptions::greedy(strategy, 5) };
+        decoder.stream(&mut requests.iter().cloned(), &stop, options, &mut check).unwrap();
         assert_eq!(answered, requests.len());
     }
 }

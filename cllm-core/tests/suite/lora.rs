@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use cllm_core::decode::{DecodeOptions, Limits, Request, Strategy, decode};
+use cllm_core::decode::{DecodeOptions, Request, StopConditions, Strategy, decode};
 use cllm_core::model::{Lora, ModelConfig, Target, Transformer};
 use cllm_core::tokenizer::{self, Tokenizer};
 use serde_json::{Value, json};
@@ -88,9 +88,9 @@ fn a_forward_with_adapters_equals_one_of_the_merged_weights() {
     let requests: Vec<Request> = (0..3)
         .map(|row| Request { sample_id: format!("s{row}"), prompt_ids: (1..4 + row * 3).map(|i| i * 5 % 61).collect() })
         .collect();
-    let limits = Limits { max_new_tokens: 24, eos_ids: vec![3] };
+    let stop = StopConditions { max_new_tokens: 24, eos_ids: vec![3] };
     let answers = |model: &Transformer, strategy| -> Vec<Vec<i32>> {
-        let (answers, _) = decode(model, &requests, &limits, DecodeOptions::greedy(strategy, 5), None).unwrap();
+        let (answers, _) = decode(model, &requests, &stop, DecodeOptions::greedy(strategy, 5), None).unwrap();
         answers.into_iter().map(|answer| answer.response_ids).collect()
     };
     for (name, config) in shapes() {

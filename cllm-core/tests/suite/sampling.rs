@@ -1,6 +1,6 @@
 //! Drawn answers follow the softmax of the model, whatever the strategy.
 
-use cllm_core::decode::{Answer, DecodeOptions, Decoder, Limits, Request, Strategy, capacity};
+use cllm_core::decode::{Answer, DecodeOptions, Decoder, Request, Sampling, StopConditions, Strategy, required_slots};
 use cllm_core::model::Transformer;
 use tch::{Device, IndexOp, Kind, Tensor};
 
@@ -54,19 +54,22 @@ impl Draws {
 
     /// How often an answer of each cell came, and the forwards of all.
     fn counts(&self, model: &Transformer, strategy: Strategy, seed: u64) -> (Vec<f64>, usize) {
-        let limits = Limits { max_new_tokens: self.tokens, eos_ids: Vec::new() };
-        let options = DecodeOptions { temperature: self.temperature, ..DecodeOptions::greedy(strategy, seed) };
-        let mut decoder = Decoder::new(model, self.rows, capacity(self.prompt.len(), &limits, strategy)).unwrap();
+        let stop = StopConditions { max_new_tokens: self.tokens, eos_ids: Vec::new() };
+        let options = DecodeOptions {
+            sampling: Sampling::Temperature(self.temperature),
+            ..DecodeOptions::greedy(strategy, seed)
+        };
+        let mut decoder = Decoder::new(model, self.rows, required_slots(self.prompt.len(), &stop, strategy)).unwrap();
         let mut requests =
             (0..self.count).map(|draw| Request { sample_id: draw.to_string(), prompt_ids: self.prompt.clone() });
         let (mut counts, mut forwards) = (vec![0.0; GROUPS.pow(self.tokens as u32) as usize], 0);
         let mut count = |_: usize, answer: Answer| {
             let groups = answer.response_ids.iter().map(|&id| i64::from(id) % GROUPS);
             counts[groups.fold(0, |cell, group| cell * GROUPS + group) as usize] += 1.0;
-            forwards += answer.forwards;
+            forwards += answer.num_forwards;
             Ok(())
         };
-        decoder.stream(&mut requests, &limits, options, &mut count).unwrap();
+        decoder.stream(&mut requests, &stop, options, &mut count).unwrap();
         (counts, forwards)
     }
 

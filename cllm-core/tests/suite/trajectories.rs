@@ -64,9 +64,9 @@ fn pieces_are_bounded_and_hold_every_row_once_in_order() {
     let dir = tempfile::tempdir().unwrap();
     write(dir.path(), 0..2500);
     let reader = Reader::open(dir.path()).unwrap();
-    let pieces = reader.pieces();
+    let pieces = reader.row_chunks();
     assert!(pieces.len() >= 3 && pieces.iter().all(|piece| !piece.is_empty() && piece.len() <= 1024));
-    let rows: Vec<Trajectory> = pieces.iter().flat_map(|piece| reader.rows_of(piece)).map(Result::unwrap).collect();
+    let rows: Vec<Trajectory> = pieces.iter().flat_map(|piece| reader.chunk_rows(piece)).map(Result::unwrap).collect();
     assert!(rows == (0..2500).map(row).collect::<Vec<_>>());
     // Rows of very many tokens make pieces of few rows.
     let many = |index: i32| {
@@ -84,8 +84,8 @@ fn pieces_are_bounded_and_hold_every_row_once_in_order() {
     let mut writer = Writer::open(dir.path(), provenance).unwrap();
     writer.write_shard(&(1..6).map(many).collect::<Vec<_>>()).unwrap();
     writer.finish().unwrap();
-    let pieces = Reader::open(dir.path()).unwrap().pieces();
-    assert_eq!(pieces.iter().map(cllm_core::trajectory::Piece::len).collect::<Vec<_>>(), [2, 2, 1]);
+    let pieces = Reader::open(dir.path()).unwrap().row_chunks();
+    assert_eq!(pieces.iter().map(cllm_core::trajectory::RowChunk::len).collect::<Vec<_>>(), [2, 2, 1]);
 }
 
 #[test]

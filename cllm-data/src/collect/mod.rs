@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use cllm_core::checkpoint::fingerprint;
 use cllm_core::checkpoint::hub;
-use cllm_core::decode::{Answer, DecodeOptions, Decoder, Limits, Request, Strategy, capacity};
+use cllm_core::decode::{Answer, DecodeOptions, Decoder, Request, StopConditions, Strategy, required_slots};
 use cllm_core::distributed::Member;
 use cllm_core::model::Transformer;
 use cllm_core::program::{Outcome, print_json};
@@ -17,7 +17,7 @@ use cllm_core::progress::Progress;
 use cllm_core::prompt_set::{self, Sample};
 use cllm_core::task::{Judge, Task};
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::trajectory::{Provenance, Writer, share_name};
+use cllm_core::trajectory::{Provenance, Writer, rank_folder};
 use cllm_core::{Error, Result, device, progress, settings};
 use garde::Validate;
 use schemars::JsonSchema;
@@ -42,8 +42,8 @@ pub struct Settings {
     #[garde(custom(settings::given))]
     pub prompts: PathBuf,
     /// Folder of the data set.
-    #[garde(length(min = 1))]
-    pub output: String,
+    #[garde(custom(settings::given))]
+    pub output: PathBuf,
     /// Folder of the benchmark's files, to score answers that need them: Spider's databases.
     #[garde(skip)]
     pub data: Option<PathBuf>,
@@ -61,16 +61,16 @@ pub struct Settings {
     pub device: String,
     /// Responses decoded at once; what a run that is told to stop loses at most.
     #[garde(range(min = 1))]
-    pub batch_rows: usize,
+    pub batch_size: usize,
     /// Responses of a shard.
     #[garde(range(min = 1))]
-    pub shard_rows: usize,
-    /// Only the first so many prompts; 0 for all.
-    #[garde(skip)]
-    pub limit: usize,
-    /// Ids that end a response, instead of the model's own.
-    #[garde(skip)]
-    pub eos_ids: Vec<i32>,
+    pub rows_per_shard: usize,
+    /// Use only the first N prompts.
+    #[garde(range(min = 1))]
+    pub limit: Option<usize>,
+    /// Ids that end a response, in place of the model's own.
+    #[garde(length(min = 1))]
+    pub eos_ids: Option<Vec<i32>>,
 }
 
 impl Default for Settings {
@@ -78,16 +78,16 @@ impl Default for Settings {
         Settings {
             model: String::new(),
             prompts: PathBuf::new(),
-            output: String::new(),
+            output: PathBuf::new(),
             data: None,
             n: 16,
             max_new_tokens: 256,
             seed: 0,
             device: "auto".to_owned(),
-            batch_rows: 64,
-            shard_rows: 1024,
-            limit: 0,
-            eos_ids: Vec::new(),
+            batch_size: 64,
+            rows_per_shard: 1024,
+            limit: None,
+            eos_ids: None,
         }
     }
 }
@@ -139,27 +139,25 @@ pub fn collect(settings: &Settings) -> Result<Summary> {
     let member = Member::from_env(|name| std::env::var(name).ok())?;
     let place = device::of_member(&settings.device, member.as_ref())?;
     let folder = hub::locate(&settings.model)?;
-    let tokenizer = Tokenizer::load(&folder)?.with_eos_ids(&settings.eos_ids);
+    let tokenizer = Tokenizer::load(&folder)?.with_eos_ids(settings.eos_ids.as_deref().unwrap_or_default());
     let model = Transformer::load(&folder, place, device::default_kind(place))?;
     let vocab_size = model.config().vocab_size as usize;
-    if let Some(id) = settings.eos_ids.iter().find(|&&id| id < 0 || id as usize >= vocab_size) {
+    if let Some(id) = settings.eos_ids.iter().flatten().find(|&&id| id < 0 || id as usize >= vocab_size) {
         return Err(Error::usage(format!("eos_ids: {id} is no token of {}, which has {vocab_size}", settings.model)));
     }
     let mut samples = prompt_set::read(&settings.prompts)?;
     if samples.is_empty() {
         return Err(Error::file(&settings.prompts, "holds no prompts: make it anew with `cllm-data prepare`"));
     }
-    if settings.limit > 0 {
-        samples.truncate(settings.limit);
-    }
+    samples.truncate(settings.limit.unwrap_or(usize::MAX));
     let judge = Judge { data: settings.data.as_deref(), sandbox: None };
     let scorable = |sample: &Sample| Task::of_source(&sample.source).expect_data(judge, sample);
     samples.iter().try_for_each(scorable)?;
     let all = samples.len();
-    let mut output = PathBuf::from(&settings.output);
+    let mut output = settings.output.clone();
     if let Some(Member { rank, world, .. }) = member {
         samples = samples.into_iter().skip(rank).step_by(world).collect();
-        output.push(share_name(rank, world));
+        output.push(rank_folder(rank, world));
     }
     let (output, wanted) = (output.as_path(), samples.len());
     let data = settings.data.as_deref();
@@ -173,7 +171,7 @@ pub fn collect(settings: &Settings) -> Result<Summary> {
         seed: settings.seed,
         prompts: cllm_core::fingerprint::of_contents(&settings.prompts)?,
         toolkit: cllm_core::VERSION.to_owned(),
-        steps: vec![format!("collect: {all} prompts, shards of {}", settings.shard_rows)],
+        steps: vec![format!("collect: {all} prompts, shards of {}", settings.rows_per_shard)],
     };
     let writer = Writer::open(output, provenance)?;
     let (prepared, skipped) = fit(samples, &tokenizer, model.config().max_positions, settings.max_new_tokens)?;
@@ -190,7 +188,7 @@ pub fn collect(settings: &Settings) -> Result<Summary> {
             model.config().max_positions.saturating_sub(settings.max_new_tokens)
         )));
     }
-    let (mut shelf, earlier) = Shelf::open(writer, &prepared, settings.shard_rows, &tokenizer, data)?;
+    let (mut shelf, earlier) = Shelf::open(writer, &prepared, settings.rows_per_shard, &tokenizer, data)?;
     let mut bar = Progress::new("collect", shelf.rows() as u64, prepared.len() as u64);
     let started = Instant::now();
     let this_run = decode_open(&model, &tokenizer, &prepared, settings, &mut shelf, &mut bar);
@@ -248,11 +246,11 @@ fn decode_open(
     let Some(longest) = order.iter().map(|&index| prepared[index].ids.len()).max() else {
         return Ok(Tally::default());
     };
-    let limits = Limits { max_new_tokens: settings.max_new_tokens, eos_ids: tokenizer.eos_ids().to_vec() };
+    let stop = StopConditions { max_new_tokens: settings.max_new_tokens, eos_ids: tokenizer.eos_ids().to_vec() };
     let strategy = Strategy::Jacobi { n: settings.n };
-    let options = DecodeOptions { record: true, ..DecodeOptions::greedy(strategy, settings.seed) };
-    let rows = settings.batch_rows.min(order.len());
-    let mut decoder = Decoder::new(model, rows, capacity(longest, &limits, strategy))?;
+    let options = DecodeOptions { record_trajectory: true, ..DecodeOptions::greedy(strategy, settings.seed) };
+    let rows = settings.batch_size.min(order.len());
+    let mut decoder = Decoder::new(model, rows, required_slots(longest, &stop, strategy))?;
     let request = |&index: &usize| Request {
         sample_id: prepared[index].sample.id.clone(),
         prompt_ids: prepared[index].ids.clone(),
@@ -267,13 +265,17 @@ fn decode_open(
     };
     let mut requests = order.iter().map(request);
     if model.device().is_cuda() {
-        decode_beside(&mut decoder, &mut requests, &limits, options, &order, &mut put)?;
+        decode_beside(&mut decoder, &mut requests, &stop, options, &order, &mut put)?;
     } else {
         // On the CPU decoding wants every core: a thread beside it would only make it wait.
         let mut waiting = Vec::new();
-        let decoded = decoder.stream(&mut requests, &limits, options, &mut |request, answer| {
+        let decoded = decoder.stream(&mut requests, &stop, options, &mut |request, answer| {
             waiting.push((order[request], answer));
-            if waiting.len() < TOGETHER.min(settings.shard_rows) { Ok(()) } else { put(std::mem::take(&mut waiting)) }
+            if waiting.len() < TOGETHER.min(settings.rows_per_shard) {
+                Ok(())
+            } else {
+                put(std::mem::take(&mut waiting))
+            }
         });
         put(waiting)?;
         decoded?;
@@ -285,7 +287,7 @@ fn decode_open(
 fn decode_beside(
     decoder: &mut Decoder<'_>,
     requests: &mut dyn Iterator<Item = Request>,
-    limits: &Limits,
+    stop: &StopConditions,
     options: DecodeOptions,
     order: &[usize],
     put: &mut (impl FnMut(Vec<(usize, Answer)>) -> Result<()> + Send),
@@ -298,7 +300,7 @@ fn decode_beside(
             }
             Ok(())
         });
-        let decoded = decoder.stream(requests, limits, options, &mut |request, answer| {
+        let decoded = decoder.stream(requests, stop, options, &mut |request, answer| {
             let gone = |_| Error::usage("the thread that writes has ended");
             sender.send((order[request], answer)).map_err(gone)
         });

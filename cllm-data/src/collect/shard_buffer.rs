@@ -25,7 +25,7 @@ pub(crate) struct Prepared {
 pub(crate) struct Shelf<'p> {
     writer: Writer,
     prepared: &'p [Prepared],
-    shard_rows: usize,
+    rows_per_shard: usize,
     tokenizer: &'p Tokenizer,
     data: Option<&'p Path>,
     /// By the number of their prompt.
@@ -40,13 +40,13 @@ impl<'p> Shelf<'p> {
     pub(crate) fn open(
         writer: Writer,
         prepared: &'p [Prepared],
-        shard_rows: usize,
+        rows_per_shard: usize,
         tokenizer: &'p Tokenizer,
         data: Option<&'p Path>,
     ) -> Result<(Self, Tally)> {
-        let in_shards = (writer.shards() * shard_rows).min(prepared.len());
+        let in_shards = (writer.shards() * rows_per_shard).min(prepared.len());
         let mut stopped: BTreeMap<String, Trajectory> =
-            writer.stopped().into_iter().map(|row| (row.sample_id.clone(), row)).collect();
+            writer.partial_rows().into_iter().map(|row| (row.sample_id.clone(), row)).collect();
         let open = prepared.iter().enumerate().skip(in_shards);
         let rows: BTreeMap<usize, Trajectory> =
             open.filter_map(|(index, prepared)| Some((index, stopped.remove(&prepared.sample.id)?))).collect();
@@ -55,7 +55,7 @@ impl<'p> Shelf<'p> {
         if in_shards > 0 {
             earlier.add(Tally::of_data_set(&folder, tokenizer, data)?);
         }
-        let mut shelf = Shelf { writer, prepared, shard_rows, tokenizer, data, rows };
+        let mut shelf = Shelf { writer, prepared, rows_per_shard, tokenizer, data, rows };
         shelf.write_whole_shards()?;
         Ok((shelf, earlier))
     }
@@ -66,14 +66,14 @@ impl<'p> Shelf<'p> {
     }
 
     fn written(&self) -> usize {
-        (self.writer.shards() * self.shard_rows).min(self.prepared.len())
+        (self.writer.shards() * self.rows_per_shard).min(self.prepared.len())
     }
 
     /// The prompts that lack an answer: shard by shard, the short ones of a shard first, so that its rows are of like length.
     pub(crate) fn open_by_length(&self) -> Vec<usize> {
         let mut open: Vec<usize> =
             (self.written()..self.prepared.len()).filter(|index| !self.rows.contains_key(index)).collect();
-        open.sort_by_key(|&index| (index / self.shard_rows, self.prepared[index].ids.len(), index));
+        open.sort_by_key(|&index| (index / self.rows_per_shard, self.prepared[index].ids.len(), index));
         open
     }
 
@@ -110,14 +110,14 @@ impl<'p> Shelf<'p> {
         let text = self.tokenizer.decode(&row.response_ids)?;
         let judge = Judge { data: self.data, sandbox: None };
         let verdict = Task::of_source(&sample.source).judge(judge, sample, &text, row.finish_reason)?;
-        let tally = Tally::of(&row, answer.forwards, verdict);
+        let tally = Tally::of(&row, answer.num_forwards, verdict);
         Ok((index, row, tally))
     }
 
     fn write_whole_shards(&mut self) -> Result<()> {
         loop {
             let first = self.written();
-            let end = (first + self.shard_rows).min(self.prepared.len());
+            let end = (first + self.rows_per_shard).min(self.prepared.len());
             if first == end || self.rows.range(first..end).count() < end - first {
                 return Ok(());
             }
@@ -133,9 +133,9 @@ impl<'p> Shelf<'p> {
     /// File-system errors.
     pub(crate) fn close(self, complete: bool) -> Result<Writer> {
         if complete {
-            self.writer.remove_stopped()?;
+            self.writer.remove_partial_rows()?;
         } else {
-            self.writer.keep_stopped(&self.rows.into_values().collect::<Vec<_>>())?;
+            self.writer.save_partial_rows(&self.rows.into_values().collect::<Vec<_>>())?;
         }
         Ok(self.writer)
     }

@@ -95,16 +95,16 @@ impl Tally {
             interrupt::check()?;
             let row = row?;
             let verdict = score(file, &row, &tokenizer.decode(&row.response_ids)?, data)?;
-            tally.add(Tally::of(&row, row.forwards(), verdict));
+            tally.add(Tally::of(&row, row.num_forwards(), verdict));
         }
         Ok(tally)
     }
 
     /// That of a whole data set.
     pub(crate) fn of_data_set(folder: &Path, tokenizer: &Tokenizer, data: Option<&Path>) -> Result<Self> {
-        let reader = Reader::open_unfinished(folder)?;
-        let tally = |piece| Tally::of_rows(reader.rows_of(piece), folder, tokenizer, data);
-        let of_pieces = reader.pieces().par_iter().map(tally).collect::<Result<Vec<_>>>()?;
+        let reader = Reader::open_incomplete(folder)?;
+        let tally = |piece| Tally::of_rows(reader.chunk_rows(piece), folder, tokenizer, data);
+        let of_pieces = reader.row_chunks().par_iter().map(tally).collect::<Result<Vec<_>>>()?;
         let mut sum = Tally::default();
         of_pieces.into_iter().for_each(|tally| sum.add(tally));
         Ok(sum)

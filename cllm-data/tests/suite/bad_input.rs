@@ -16,7 +16,7 @@ const DATA: Program = Program("cllm-data");
 fn collecting(model: &str, output: &str) -> Vec<String> {
     let prompts = format!("prompts={}", path(WORLD.path(), "prompts.jsonl"));
     let given = [format!("model={model}"), prompts, format!("output={output}")];
-    let fixed = ["collect", "n=8", "max_new_tokens=20", "device=cpu", "shard_rows=8"].map(str::to_owned);
+    let fixed = ["collect", "n=8", "max_new_tokens=20", "device=cpu", "rows_per_shard=8"].map(str::to_owned);
     [&fixed[..], &given].concat()
 }
 

@@ -15,7 +15,7 @@ fn a_collection_stopped_within_a_shard_keeps_what_it_had_answered() {
     let dir = tempfile::tempdir().unwrap();
     let (whole, stopped) = (path(dir.path(), "whole"), path(dir.path(), "stopped"));
     collect(&whole, &[]);
-    collect(&stopped, &["shard_rows=24"]);
+    collect(&stopped, &["rows_per_shard=24"]);
     // As a signal leaves it: no shard, and seven of its rows beside.
     let mut kept = rows(&stopped);
     kept.rotate_left(10);
@@ -24,8 +24,8 @@ fn a_collection_stopped_within_a_shard_keeps_what_it_had_answered() {
     for name in ["manifest.json", "part-00000.parquet"] {
         fs::remove_file(Path::new(&stopped).join(name)).unwrap();
     }
-    Writer::open(Path::new(&stopped), provenance).unwrap().keep_stopped(&kept).unwrap();
-    assert_eq!(collect(&stopped, &["shard_rows=24", "batch_rows=5"])["resumed"], 7);
+    Writer::open(Path::new(&stopped), provenance).unwrap().save_partial_rows(&kept).unwrap();
+    assert_eq!(collect(&stopped, &["rows_per_shard=24", "batch_size=5"])["resumed"], 7);
     assert_eq!(rows(&stopped), rows(&whole));
     assert!(!Path::new(&stopped).join("stopped.partial").exists());
 }
@@ -82,7 +82,7 @@ fn a_collection_that_was_stopped_twice_equals_one_that_was_not() {
     let (model, prompts) = (format!("model={}", path(WORLD.path(), "model")), format!("prompts={prompts}"));
     let (into_whole, into_stopped) = (format!("output={whole}"), format!("output={stopped}"));
     let arguments =
-        ["collect", "n=8", "max_new_tokens=40", "device=cpu", "shard_rows=2", "batch_rows=2", &model, &prompts];
+        ["collect", "n=8", "max_new_tokens=40", "device=cpu", "rows_per_shard=2", "batch_size=2", &model, &prompts];
     let once = [&arguments[..], &[&into_whole]].concat();
     let again = [&arguments[..], &[&into_stopped]].concat();
     let shard = |index| shard(&stopped, index);

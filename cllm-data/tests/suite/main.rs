@@ -59,7 +59,7 @@ fn collect(output: &str, more: &[&str]) -> Value {
     ];
     let mut arguments = vec!["collect", "--json"];
     arguments.extend(settings.iter().map(String::as_str));
-    arguments.extend(["n=8", "max_new_tokens=20", "device=cpu", "shard_rows=8"]);
+    arguments.extend(["n=8", "max_new_tokens=20", "device=cpu", "rows_per_shard=8"]);
     arguments.extend(more);
     json_of(&arguments)
 }
@@ -83,7 +83,7 @@ fn several_processes_collect_a_share_each_and_together_a_data_set() {
     collect(&alone, &[]);
     let (model, prompts) = (path(WORLD.path(), "model"), path(WORLD.path(), "prompts.jsonl"));
     let (model, prompts, output) = (format!("model={model}"), format!("prompts={prompts}"), format!("output={shared}"));
-    let settings = [&model, &prompts, &output, "n=8", "max_new_tokens=20", "device=cpu", "shard_rows=8"];
+    let settings = [&model, &prompts, &output, "n=8", "max_new_tokens=20", "device=cpu", "rows_per_shard=8"];
     let of = |rank: &str| {
         let mut command = Command::cargo_bin("cllm-data").unwrap();
         command.args(["--quiet", "collect"]).args(settings).env("WORLD_SIZE", "2").env("RANK", rank);
@@ -106,12 +106,12 @@ fn several_processes_collect_a_share_each_and_together_a_data_set() {
 fn the_same_seed_gives_the_same_files_whatever_the_batching_and_the_interruption() {
     let dir = tempfile::tempdir().unwrap();
     let (once, again, other) = (path(dir.path(), "a"), path(dir.path(), "b"), path(dir.path(), "c"));
-    let summary = collect(&once, &["batch_rows=64"]);
+    let summary = collect(&once, &["batch_size=64"]);
     assert_eq!(
         (&summary["wanted"], &summary["resumed"], &summary["total"]["rows"]),
         (&json!(24), &json!(0), &json!(24))
     );
-    collect(&again, &["batch_rows=5"]);
+    collect(&again, &["batch_size=5"]);
     assert_eq!(shards(&once), shards(&again));
     let manifest = fs::read(Path::new(&again).join("manifest.json")).unwrap();
     // A run killed after its first shard: the second was cut, the third never came.
@@ -155,9 +155,9 @@ fn the_same_seed_gives_the_same_file_for_every_family() {
             collect(&folder, &[model.as_str(), "limit=6", more]);
             fs::read(shard(&folder, 0)).unwrap()
         };
-        let once = file("a", "batch_rows=64");
-        assert!(once == file("b", "batch_rows=64"), "{name}");
-        assert!(once == file("c", "batch_rows=5"), "{name}: batched otherwise");
+        let once = file("a", "batch_size=64");
+        assert!(once == file("b", "batch_size=64"), "{name}");
+        assert!(once == file("c", "batch_size=5"), "{name}: batched otherwise");
         assert!(once != file("d", "seed=1"), "{name}: another seed");
     }
 }
@@ -234,7 +234,7 @@ fn resuming_with_other_settings_names_the_field() {
     let said = message(&["collect", &model, &prompts, &output, "n=4", "device=cpu", "limit=2"], 2);
     assert!(said.contains("n is 8 there and 4 here"), "{said}");
     let said = message(&["collect", &model, &prompts, &output, "batch_row=4"], 2);
-    assert!(said.contains("did you mean `batch_rows`"), "{said}");
+    assert!(said.contains("did you mean `batch_size`"), "{said}");
 }
 
 #[test]
@@ -378,7 +378,7 @@ fn every_clean_rule_drops_its_row_and_a_good_one_stays() {
         format!("output={output}"),
         format!("model={}", path(WORLD.path(), "model")),
         format!("evaluation_prompts=[{eval}]"),
-        "drop_wrong=true".to_owned(),
+        "drop_incorrect=true".to_owned(),
         "keep_dropped=true".to_owned(),
         "--json".to_owned(),
     ];
@@ -399,7 +399,7 @@ fn every_clean_rule_drops_its_row_and_a_good_one_stays() {
         ("sentence", "repeated_sentence"),
         ("tail", "periodic_tail"),
         ("unfinished", "unfinished"),
-        ("wrong", "wrong_answer"),
+        ("wrong", "incorrect_answer"),
     ];
     expected.sort_unstable();
     assert_eq!(rules, expected);

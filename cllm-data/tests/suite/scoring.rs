@@ -25,9 +25,9 @@ fn spider_is_scored_where_the_databases_are_given() {
     let model = path(WORLD.path(), "model");
     let clean = |name: &str, given: &str| {
         let (from, to) = (format!("input={}", input.path().display()), format!("output={}", path(dir.path(), name)));
-        json_of(&["clean", &from, &to, &format!("model={model}"), given, "drop_wrong=true", "--json"])
+        json_of(&["clean", &from, &to, &format!("model={model}"), given, "drop_incorrect=true", "--json"])
     };
-    assert_eq!(clean("scored", &format!("data={}", data.display()))["rules"], json!({ "wrong_answer": 1 }));
+    assert_eq!(clean("scored", &format!("data={}", data.display()))["rules"], json!({ "incorrect_answer": 1 }));
     assert_eq!(clean("unscored", "data=null")["kept"], 2);
 
     let prompts = path(dir.path(), "prompts.jsonl");

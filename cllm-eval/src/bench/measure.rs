@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use cllm_core::cuda::libtorch;
-use cllm_core::decode::{Answer, DecodeOptions, Decoder, Limits, Request, Strategy, capacity};
+use cllm_core::decode::{Answer, DecodeOptions, Decoder, Request, StopConditions, Strategy, required_slots};
 use cllm_core::model::Transformer;
 use cllm_core::progress::Progress;
 use cllm_core::prompt_set::Sample;
@@ -33,10 +33,10 @@ impl Bench<'_> {
         sizes.push(1);
         sizes.sort_unstable();
         sizes.dedup();
-        let limits = Limits { max_new_tokens: settings.new_tokens, eos_ids: Vec::new() };
+        let stop = StopConditions { max_new_tokens: settings.new_tokens, eos_ids: Vec::new() };
         let widest = Strategy::rolling(sizes.last().copied().unwrap_or(1).max(2));
-        libtorch::reset_peak_memory(self.model.device());
-        let mut decoder = Decoder::new(self.model, 1, capacity(settings.prompt_tokens, &limits, widest))?;
+        libtorch::reset_peak_gpu_memory(self.model.device());
+        let mut decoder = Decoder::new(self.model, 1, required_slots(settings.prompt_tokens, &stop, widest))?;
         let mut progress = Progress::new("steps", 0, (sizes.len() + settings.batches.len()) as u64);
         let mut step_ms = BTreeMap::new();
         let mut prefill_ms = 0.0;
@@ -44,8 +44,8 @@ impl Bench<'_> {
             let strategy = if n == 1 { Strategy::Ar } else { Strategy::rolling(n) };
             let runs = self.repeat(|| {
                 let (answers, timing) =
-                    decoder.answer(&[self.made_up(0)], &limits, DecodeOptions::greedy(strategy, 0), None)?;
-                let forwards: usize = answers.iter().map(|answer| answer.forwards).sum();
+                    decoder.answer(&[self.made_up(0)], &stop, DecodeOptions::greedy(strategy, 0), None)?;
+                let forwards: usize = answers.iter().map(|answer| answer.num_forwards).sum();
                 Ok((timing.decode_seconds * 1e3 / forwards as f64, timing.prefill_seconds * 1e3))
             })?;
             step_ms.insert(n, median(runs.iter().map(|run| run.0)));
@@ -56,7 +56,7 @@ impl Bench<'_> {
         drop(decoder);
         let mut batch_tokens_per_second = BTreeMap::new();
         for &rows in &settings.batches {
-            batch_tokens_per_second.insert(rows, self.batch(rows, &limits)?);
+            batch_tokens_per_second.insert(rows, self.batch(rows, &stop)?);
             progress.advance(1);
         }
         progress.finish();
@@ -81,11 +81,12 @@ impl Bench<'_> {
     }
 
     /// Autoregressive tokens per second of a batch.
-    fn batch(&self, rows: usize, limits: &Limits) -> Result<f64> {
-        let mut decoder = Decoder::new(self.model, rows, capacity(self.settings.prompt_tokens, limits, Strategy::Ar))?;
+    fn batch(&self, rows: usize, stop: &StopConditions) -> Result<f64> {
+        let mut decoder =
+            Decoder::new(self.model, rows, required_slots(self.settings.prompt_tokens, stop, Strategy::Ar))?;
         let requests: Vec<Request> = (0..rows).map(|row| self.made_up(row)).collect();
         let rates = self.repeat(|| {
-            let (answers, timing) = decoder.answer(&requests, limits, DecodeOptions::greedy(Strategy::Ar, 0), None)?;
+            let (answers, timing) = decoder.answer(&requests, stop, DecodeOptions::greedy(Strategy::Ar, 0), None)?;
             let tokens: usize = answers.iter().map(|answer| answer.response_ids.len()).sum();
             Ok(tokens as f64 / timing.decode_seconds)
         })?;
@@ -94,7 +95,8 @@ impl Bench<'_> {
 
     /// Strategies, equality and collection, on a prompt set.
     pub(super) fn prompts(&self, samples: &[Sample], tokenizer: &Tokenizer, found: &mut ModelBench) -> Result<()> {
-        let limits = Limits { max_new_tokens: self.settings.max_new_tokens, eos_ids: tokenizer.eos_ids().to_vec() };
+        let stop =
+            StopConditions { max_new_tokens: self.settings.max_new_tokens, eos_ids: tokenizer.eos_ids().to_vec() };
         let requests: Vec<Request> = samples
             .iter()
             .map(|sample| Ok(Request { sample_id: sample.id.clone(), prompt_ids: tokenizer.prompt(&sample.prompt)?.1 }))
@@ -104,26 +106,26 @@ impl Bench<'_> {
         }
         let longest = requests.iter().map(|request| request.prompt_ids.len()).max().unwrap_or(0);
         let examples = &requests[..self.settings.examples.min(requests.len())];
-        found.strategies = self.strategies(examples, longest, &limits)?;
+        found.strategies = self.strategies(examples, longest, &stop)?;
         if self.settings.collect_rows > 0 {
-            self.collect(requests, longest, &limits, found)?;
+            self.collect(requests, longest, &stop, found)?;
         }
         Ok(())
     }
 
-    fn strategies(&self, examples: &[Request], longest: usize, limits: &Limits) -> Result<Vec<StrategyBench>> {
+    fn strategies(&self, examples: &[Request], longest: usize, stop: &StopConditions) -> Result<Vec<StrategyBench>> {
         let turns: Vec<Strategy> = [Strategy::Ar].into_iter().chain(self.settings.strategies.iter().copied()).collect();
         let mut progress = Progress::new("strategies", 0, (turns.len() * examples.len()) as u64);
         let decoder = |&strategy: &Strategy| {
-            let mut decoder = Decoder::new(self.model, 1, capacity(longest, limits, strategy))?;
+            let mut decoder = Decoder::new(self.model, 1, required_slots(longest, stop, strategy))?;
             for _ in 0..WARM_UP {
-                decoder.answer(&examples[..1], limits, DecodeOptions::greedy(strategy, 0), None)?;
+                decoder.answer(&examples[..1], stop, DecodeOptions::greedy(strategy, 0), None)?;
             }
             Ok(decoder)
         };
         // Each alone beside the weights, before all of them are there.
         let peak = |strategy| {
-            libtorch::reset_peak_memory(self.model.device());
+            libtorch::reset_peak_gpu_memory(self.model.device());
             decoder(strategy).map(|_| self.peak())
         };
         let peaks: Vec<Option<u64>> = turns.iter().map(peak).collect::<Result<_>>()?;
@@ -135,8 +137,7 @@ impl Bench<'_> {
                 // Another one begins each time, so that a machine that slows down slows all of them.
                 let turn = (index + turn) % turns.len();
                 let options = DecodeOptions::greedy(turns[turn], 0);
-                let (mut answer, timing) =
-                    decoders[turn].answer(std::slice::from_ref(example), limits, options, None)?;
+                let (mut answer, timing) = decoders[turn].answer(std::slice::from_ref(example), stop, options, None)?;
                 let answer = answer.pop().ok_or_else(|| Error::usage("decoding gave no answer"))?;
                 answers[turn].push(Timed { answer, seconds: timing.decode_seconds });
                 progress.advance(1);
@@ -152,21 +153,21 @@ impl Bench<'_> {
         &self,
         mut requests: Vec<Request>,
         longest: usize,
-        limits: &Limits,
+        stop: &StopConditions,
         found: &mut ModelBench,
     ) -> Result<()> {
         // Neighbours of like length, as in the shards of a collection.
         requests.sort_by_key(|request| request.prompt_ids.len());
         let strategy = Strategy::Jacobi { n: self.settings.collect_n };
-        let options = DecodeOptions { record: true, ..DecodeOptions::greedy(strategy, 0) };
+        let options = DecodeOptions { record_trajectory: true, ..DecodeOptions::greedy(strategy, 0) };
         let rows = self.settings.collect_rows.min(requests.len());
-        let mut decoder = Decoder::new(self.model, rows, capacity(longest, limits, strategy))?;
+        let mut decoder = Decoder::new(self.model, rows, required_slots(longest, stop, strategy))?;
         let mut progress = Progress::new("collect", 0, requests.len() as u64);
         let (mut tokens, mut forwards, mut responses) = (0, 0, 0);
         let started = Instant::now();
-        decoder.stream(&mut requests.into_iter(), limits, options, &mut |_, answer| {
+        decoder.stream(&mut requests.into_iter(), stop, options, &mut |_, answer| {
             tokens += answer.response_ids.len();
-            forwards += answer.forwards;
+            forwards += answer.num_forwards;
             responses += 1;
             progress.advance(1);
             Ok(())
@@ -199,7 +200,7 @@ impl Bench<'_> {
     }
 
     fn peak(&self) -> Option<u64> {
-        libtorch::memory(self.model.device()).map(|(_, peak)| peak.saturating_sub(self.others))
+        libtorch::gpu_memory(self.model.device()).map(|(_, peak)| peak.saturating_sub(self.others))
     }
 
     fn floor(&self, step_ms: f64) -> Result<Floor> {
@@ -226,7 +227,7 @@ struct Timed {
 fn summary(strategy: Strategy, timed: &[Timed], plain: &[Timed], peak_memory_bytes: Option<u64>) -> StrategyBench {
     let tokens = |timed: &[Timed]| timed.iter().map(|one| one.answer.response_ids.len()).sum::<usize>() as f64;
     let rate = |timed: &[Timed]| tokens(timed) / timed.iter().map(|one| one.seconds).sum::<f64>();
-    let forwards: usize = timed.iter().map(|one| one.answer.forwards).sum();
+    let forwards: usize = timed.iter().map(|one| one.answer.num_forwards).sum();
     let same = timed.iter().zip(plain).filter(|(one, ar)| one.answer.response_ids == ar.answer.response_ids).count();
     StrategyBench {
         strategy,

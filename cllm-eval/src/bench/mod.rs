@@ -17,7 +17,6 @@ use garde::Validate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::results::label;
 use measure::Bench;
 
 /// Settings of `cllm-eval bench`.
@@ -186,7 +185,7 @@ pub struct StrategyBench {
 pub fn bench(settings: &BenchSettings) -> Result<DecodeBenchResults> {
     let place = device::parse(&settings.device)?;
     let kind = device::default_kind(place);
-    let others = libtorch::memory(place).map_or(0, |(current, _)| current);
+    let others = libtorch::gpu_memory(place).map_or(0, |(current, _)| current);
     let (model, name, tokenizer) = match (&settings.model, settings.shape) {
         (Some(model), None) => {
             let folder = hub::locate(model)?;
@@ -239,7 +238,7 @@ pub fn summary(results: &DecodeBenchResults) -> String {
         for found in &model.strategies {
             text += &format!(
                 "  {}: {:.2} tokens/forward, {:.1} tokens/s, {:.2}x, {:.1} % equal to AR\n",
-                label(found.strategy),
+                found.strategy.to_string(),
                 found.tokens_per_forward,
                 found.tokens_per_second,
                 found.speedup_vs_ar,

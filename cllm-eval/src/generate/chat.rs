@@ -5,7 +5,9 @@ use std::time::{Duration, Instant};
 
 use cllm_core::chat_template::Message;
 use cllm_core::checkpoint::hub;
-use cllm_core::decode::{DecodeOptions, Decoder, Limits, Request, Steps, Strategy, capacity, check_length};
+use cllm_core::decode::{
+    DecodeOptions, Decoder, Request, RunningAnswer, StopConditions, Strategy, check_fits_context, required_slots,
+};
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::prompt_set::Prompt;
 use cllm_core::tokenizer::Tokenizer;
@@ -18,7 +20,6 @@ use super::GenerateOptions;
 use super::columns::{Column, room, screen};
 use super::visible::visible;
 use crate::detokenize::Detokenizer;
-use crate::results::label;
 use crate::statistics::ratio;
 
 const HELP: &str = "Every question is answered twice, on the left one token a forward, on the right by Jacobi decoding. The two take turns: the \
@@ -39,13 +40,13 @@ pub fn chat(how: &GenerateOptions) -> Result<()> {
     let folder = hub::locate(&how.model)?;
     let tokenizer = Tokenizer::load(&folder)?;
     let config = ModelConfig::load(&folder)?;
-    let limits = how.limits(&tokenizer, &folder, &config)?;
+    let stop = how.stop_conditions(&tokenizer, &folder, &config)?;
     let model = Transformer::load(&folder, device, device::default_kind(device))?;
     let strategies = [Strategy::Ar, Strategy::Jacobi { n: how.n }];
     let options = strategies.map(|one| DecodeOptions::greedy(one, how.seed));
-    let room = capacity(1, &limits, strategies[1]).next_power_of_two();
-    let decoders = decoders(&model, &limits, options, room)?;
-    let mut talk = Talk { model: &model, tokenizer, limits, options, decoders, room };
+    let room = required_slots(1, &stop, strategies[1]).next_power_of_two();
+    let decoders = decoders(&model, &stop, options, room)?;
+    let mut talk = Talk { model: &model, tokenizer, stop, options, decoders, room };
     progress::say(format!("{}: ask, or /help", how.model));
     let mut editor = DefaultEditor::new().map_err(terminal)?;
     let mut history: Vec<Message> = Vec::new();
@@ -93,7 +94,7 @@ fn terminal(error: ReadlineError) -> Error {
 struct Talk<'m> {
     model: &'m Transformer,
     tokenizer: Tokenizer,
-    limits: Limits,
+    stop: StopConditions,
     /// Left and right.
     options: [DecodeOptions; 2],
     decoders: [Decoder<'m>; 2],
@@ -104,17 +105,17 @@ struct Talk<'m> {
 /// Both decoders, warm: on a GPU the first steps of a size are recorded, and the first answer is to be as fast as the others.
 fn decoders<'m>(
     model: &'m Transformer,
-    limits: &Limits,
+    stop: &StopConditions,
     options: [DecodeOptions; 2],
     room: usize,
 ) -> Result<[Decoder<'m>; 2]> {
     let mut both = [Decoder::new(model, 1, room)?, Decoder::new(model, 1, room)?];
-    let start = limits.eos_ids.first().copied().unwrap_or(0);
+    let start = stop.eos_ids.first().copied().unwrap_or(0);
     let request = Request { sample_id: "chat".to_owned(), prompt_ids: vec![start] };
-    let limits = Limits { max_new_tokens: limits.max_new_tokens.min(8), eos_ids: Vec::new() };
+    let stop = StopConditions { max_new_tokens: stop.max_new_tokens.min(8), eos_ids: Vec::new() };
     for (decoder, options) in both.iter_mut().zip(options) {
         for _ in 0..2 {
-            decoder.answer(std::slice::from_ref(&request), &limits, options, None)?;
+            decoder.answer(std::slice::from_ref(&request), &stop, options, None)?;
         }
     }
     Ok(both)
@@ -122,7 +123,7 @@ fn decoders<'m>(
 
 /// One of the two answers on its way.
 struct Side<'t> {
-    steps: Steps<'t>,
+    running: RunningAnswer<'t>,
     /// Until the answer has ended.
     writer: Option<Detokenizer<'t>>,
     ids: Vec<i32>,
@@ -135,23 +136,23 @@ impl Talk<'_> {
     fn answer(&mut self, prompt: &Prompt) -> Result<String> {
         let (_, prompt_ids) = self.tokenizer.prompt(prompt)?;
         let request = Request { sample_id: "chat".to_owned(), prompt_ids };
-        check_length(&request, &self.limits, self.model.config().max_positions)?;
-        let needed = capacity(request.prompt_ids.len(), &self.limits, self.options[1].strategy);
+        check_fits_context(&request, &self.stop, self.model.config().max_positions)?;
+        let needed = required_slots(request.prompt_ids.len(), &self.stop, self.options[1].strategy);
         if needed > self.room {
             let room = needed.next_power_of_two();
-            (self.decoders, self.room) = (decoders(self.model, &self.limits, self.options, room)?, room);
+            (self.decoders, self.room) = (decoders(self.model, &self.stop, self.options, room)?, room);
         }
-        let Talk { tokenizer, limits, options, decoders: [left, right], .. } = self;
+        let Talk { tokenizer, stop, options, decoders: [left, right], .. } = self;
         let mut sides = [
-            Side::new(left.steps(request.clone(), limits, options[0])?, tokenizer, options[0].strategy),
-            Side::new(right.steps(request, limits, options[1])?, tokenizer, options[1].strategy),
+            Side::new(left.start(request.clone(), stop, options[0])?, tokenizer, options[0].strategy),
+            Side::new(right.start(request, stop, options[1])?, tokenizer, options[1].strategy),
         ];
         let mut picture = Picture { term: Term::stderr(), lines: 0, drawn: None };
         let told = take_turns(&mut sides, &mut picture);
         // What is there stays on the screen, whatever ended it.
         picture.whole(&sides)?;
         told?;
-        let rate = |side: &Side<'_>| ratio(side.ids.len() as f64, side.steps.timing().decode_seconds);
+        let rate = |side: &Side<'_>| ratio(side.ids.len() as f64, side.running.timing().decode_seconds);
         let faster = ratio(rate(&sides[1]), rate(&sides[0])).unwrap_or(0.0);
         let same = if sides[0].ids == sides[1].ids { "the same tokens" } else { "other tokens" };
         progress::say(format!("on the right {same}, {faster:.2} times as fast without prefill"));
@@ -174,18 +175,18 @@ fn next<'s, 't>(sides: &'s mut [Side<'t>; 2]) -> Option<&'s mut Side<'t>> {
 }
 
 impl<'t> Side<'t> {
-    fn new(steps: Steps<'t>, tokenizer: &'t Tokenizer, strategy: Strategy) -> Self {
-        let column = Column { title: label(strategy), ..Column::default() };
-        Side { steps, writer: Some(Detokenizer::new(tokenizer)), ids: Vec::new(), forwards: 0, column }
+    fn new(running: RunningAnswer<'t>, tokenizer: &'t Tokenizer, strategy: Strategy) -> Self {
+        let column = Column { title: strategy.to_string(), ..Column::default() };
+        Side { running, writer: Some(Detokenizer::new(tokenizer)), ids: Vec::new(), forwards: 0, column }
     }
 
     fn seconds(&self) -> f64 {
-        let timing = self.steps.timing();
+        let timing = self.running.timing();
         timing.prefill_seconds + timing.decode_seconds
     }
 
     fn step(&mut self) -> Result<()> {
-        match (self.steps.step()?, &mut self.writer) {
+        match (self.running.step()?, &mut self.writer) {
             (None, writer) => {
                 let rest = writer.take().map(Detokenizer::finish).transpose()?;
                 self.column.pieces.extend(rest.map(|text| visible(&text)));
@@ -200,7 +201,7 @@ impl<'t> Side<'t> {
         let tokens = self.ids.len() as f64;
         self.column.status = format!(
             "{tokens} tokens, {:.0} tokens/s, {:.2} a forward",
-            ratio(tokens, self.steps.timing().decode_seconds).unwrap_or(0.0),
+            ratio(tokens, self.running.timing().decode_seconds).unwrap_or(0.0),
             ratio(tokens, self.forwards as f64).unwrap_or(0.0)
         );
         Ok(())

@@ -8,7 +8,9 @@ use std::io::IsTerminal;
 use std::path::Path;
 
 use cllm_core::checkpoint::hub;
-use cllm_core::decode::{Answer, DecodeOptions, Decoder, Limits, Request, Strategy, Timing, capacity, check_length};
+use cllm_core::decode::{
+    Answer, DecodeOptions, Decoder, Request, StopConditions, Strategy, Timing, check_fits_context, required_slots,
+};
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::prompt_set::Prompt;
 use cllm_core::tokenizer::Tokenizer;
@@ -16,7 +18,6 @@ use cllm_core::{Error, Result, device, progress};
 use serde_json::{Value, json};
 
 use crate::detokenize::Detokenizer;
-use crate::results::label;
 use crate::run::measure::eos_ids;
 use crate::statistics::ratio;
 pub use chat::chat;
@@ -43,14 +44,17 @@ pub struct GenerateOptions {
 }
 
 impl GenerateOptions {
-    fn limits(&self, tokenizer: &Tokenizer, folder: &Path, config: &ModelConfig) -> Result<Limits> {
+    fn stop_conditions(&self, tokenizer: &Tokenizer, folder: &Path, config: &ModelConfig) -> Result<StopConditions> {
         let (new, context) = (self.max_new_tokens, config.max_positions);
         if new >= context {
             return Err(Error::usage(format!(
                 "--max-new-tokens {new}: with a prompt it does not fit the model's context of {context}; give fewer"
             )));
         }
-        Ok(Limits { max_new_tokens: new, eos_ids: eos_ids(self.eos_ids.as_deref(), tokenizer, folder, config)? })
+        Ok(StopConditions {
+            max_new_tokens: new,
+            eos_ids: eos_ids(self.eos_ids.as_deref(), tokenizer, folder, config)?,
+        })
     }
 }
 
@@ -66,23 +70,23 @@ pub fn generate(prompt: &str, how: &GenerateOptions, show: bool) -> Result<Value
     let asked = if how.raw { Prompt::Text(prompt.to_owned()) } else { Prompt::question(prompt) };
     let (_, prompt_ids) = tokenizer.prompt(&asked)?;
     let config = ModelConfig::load(&folder)?;
-    let limits = how.limits(&tokenizer, &folder, &config)?;
+    let stop = how.stop_conditions(&tokenizer, &folder, &config)?;
     let requests = [Request { sample_id: "generate".to_owned(), prompt_ids }];
-    check_length(&requests[0], &limits, config.max_positions)?;
+    check_fits_context(&requests[0], &stop, config.max_positions)?;
     let model = Transformer::load(&folder, device, device::default_kind(device))?;
     let jacobi = Strategy::Jacobi { n: how.n };
-    let mut decoder = Decoder::new(&model, 1, capacity(requests[0].prompt_ids.len(), &limits, jacobi))?;
+    let mut decoder = Decoder::new(&model, 1, required_slots(requests[0].prompt_ids.len(), &stop, jacobi))?;
     let mut runs = Vec::new();
     for strategy in [Strategy::Ar, jacobi] {
         let options = DecodeOptions::greedy(strategy, how.seed);
         if show {
-            progress::say(format!("{}:", label(strategy)));
+            progress::say(format!("{}:", strategy.to_string()));
         }
         let mut screen = Screen::new(&tokenizer, show);
         let mut watch = |_: usize, ids: &[i32]| screen.add(ids);
-        decoder.answer(&requests, &limits, options, Some(&mut watch))?;
+        decoder.answer(&requests, &stop, options, Some(&mut watch))?;
         screen.end()?;
-        let (mut answers, timing) = decoder.answer(&requests, &limits, options, None)?;
+        let (mut answers, timing) = decoder.answer(&requests, &stop, options, None)?;
         let answer = answers.pop().ok_or_else(|| Error::usage("decoding gave no answer"))?;
         let run = describe(&tokenizer, strategy, &answer, timing)?;
         if show {
@@ -105,13 +109,13 @@ fn describe(tokenizer: &Tokenizer, strategy: Strategy, answer: &Answer, timing: 
     let tokens = answer.response_ids.len();
     Ok(json!({
         "name": strategy.name(),
-        "n": (strategy != Strategy::Ar).then(|| strategy.window()),
+        "n": (strategy != Strategy::Ar).then(|| strategy.max_window_tokens()),
         "text": tokenizer.decode(&answer.response_ids)?,
         "response_ids": answer.response_ids,
         "finish_reason": answer.finish_reason,
         "tokens": tokens,
-        "forwards": answer.forwards,
-        "accepted": answer.accepted,
+        "forwards": answer.num_forwards,
+        "accepted": answer.num_accepted,
         "prefill_seconds": timing.prefill_seconds,
         "seconds": timing.decode_seconds,
         "tokens_per_second": ratio(tokens as f64, timing.decode_seconds),

@@ -1,11 +1,11 @@
 //! The headline of a run: its fastest strategy against the teacher's autoregressive answers.
 
+use cllm_core::decode::Strategy;
 use serde::Serialize;
 
 use super::Run;
-use crate::records::Role;
 use crate::results::{Results, StrategyResults};
-use crate::run::measure::role_name;
+use crate::role::Role;
 use crate::table::{accuracy, notes, number};
 
 /// What stands on a card.
@@ -25,7 +25,7 @@ pub(super) struct Card {
 /// most tokens per forward.
 pub(super) fn best(results: &Results) -> Option<(Role, &StrategyResults)> {
     let model = results.models.iter().find(|model| model.model.role == Role::Student).or(results.models.first())?;
-    let several = model.strategies.iter().filter(|found| found.n.is_some());
+    let several = model.strategies.iter().filter(|found| found.strategy != Strategy::Ar);
     let speed = |found: &StrategyResults| (found.tokens_per_second, found.tokens_per_forward);
     let fastest = several.max_by(|a, b| speed(a).partial_cmp(&speed(b)).unwrap_or(std::cmp::Ordering::Equal));
     fastest.or(model.strategies.first()).map(|found| (model.model.role, found))
@@ -36,11 +36,11 @@ impl Card {
         let (results, title) = (&run.results, run.title.clone());
         let Some((role, found)) = best(results) else {
             let model = results.models.last()?;
-            let (figure, caption) = (format!("{:.2}", model.perplexity.as_ref()?.value), role_name(model.model.role));
+            let (figure, caption) = (format!("{:.2}", model.perplexity.as_ref()?.value), model.model.role.name());
             let caption = format!("perplexity of the {caption}");
             return Some(Card { title, figure, caption, lines: notes(results) });
         };
-        let name = format!("{} {}", role_name(role), found.label);
+        let name = format!("{} {}", role.name(), found.label);
         let (figure, caption) = match (found.speedup_vs_teacher_ar, found.tokens_per_second) {
             (Some(ratio), _) => (format!("{ratio:.2}x"), format!("as fast as the teacher's AR: {name}")),
             (None, Some(rate)) => (format!("{rate:.0}"), format!("tokens/s at batch 1: {name}")),
@@ -68,6 +68,6 @@ impl Card {
 fn unfinished(results: &Results, role: Role, found: &StrategyResults) -> String {
     let own = format!("{} of {} answers unfinished", found.unfinished, found.examples);
     let teacher = results.models.iter().find(|model| model.model.role == Role::Teacher && role == Role::Student);
-    let ar = teacher.and_then(|model| model.strategies.iter().find(|strategy| strategy.n.is_none()));
+    let ar = teacher.and_then(|model| model.strategies.iter().find(|strategy| strategy.strategy == Strategy::Ar));
     ar.map_or(own.clone(), |ar| format!("{own} (teacher: {})", ar.unfinished))
 }

@@ -4,9 +4,9 @@ use serde::Serialize;
 
 use super::Run;
 use crate::acceptance::Acceptance;
-use crate::records::{Records, Role};
-use crate::results::{StrategyResults, label};
-use crate::run::measure::role_name;
+use crate::records::Records;
+use crate::results::StrategyResults;
+use crate::role::Role;
 use crate::svg::{Bar, Dot, Series, bars, lines, scatter};
 use crate::table::number;
 use crate::tradeoff::Tradeoff;
@@ -49,7 +49,7 @@ pub(super) fn charts(run: &Run, tradeoff: Option<&Tradeoff>) -> Vec<Chart> {
 }
 
 fn name(role: Role, label: &str) -> String {
-    format!("{} {label}", role_name(role))
+    format!("{} {label}", role.name())
 }
 
 /// Speed-up where it was measured, tokens per forward where not, against accuracy.
@@ -61,7 +61,7 @@ fn speed_and_accuracy(tradeoff: &Tradeoff) -> Chart {
         .iter()
         .map(|point| Dot {
             label: name(point.role, &point.strategy),
-            class: role_name(point.role),
+            class: point.role.name(),
             at: (point.speedup.filter(|_| timed).unwrap_or(point.tokens_per_forward), 100.0 * point.accuracy),
             interval: point.ci95.map(|ends| ends.map(|end| 100.0 * end)),
         })
@@ -74,7 +74,7 @@ fn bars_of(title: &str, found: &[Found<'_>], figure: fn(&StrategyResults) -> Opt
         .iter()
         .map(|&(role, strategy)| Bar {
             label: name(role, &strategy.label),
-            class: role_name(role),
+            class: role.name(),
             value: figure(strategy),
             interval: None,
             text: number(figure(strategy), digits, ""),
@@ -99,7 +99,7 @@ fn acceptance(found: &[Found<'_>]) -> Vec<Chart> {
         numbered
             .map(|(index, &(role, label, acceptance))| Series {
                 label: name(role, label),
-                class: role_name(role),
+                class: role.name(),
                 dash: earlier(index, role),
                 points: points(acceptance),
             })
@@ -110,7 +110,7 @@ fn acceptance(found: &[Found<'_>]) -> Vec<Chart> {
     });
     let course = series(&|acceptance| {
         let reached = acceptance.over_answer.iter().filter(|stretch| stretch.forwards > 0);
-        reached.map(|stretch| (stretch.from as f64, stretch.tokens as f64 / stretch.forwards as f64)).collect()
+        reached.map(|stretch| (stretch.start as f64, stretch.tokens as f64 / stretch.forwards as f64)).collect()
     });
     let mut charts: Vec<Chart> =
         with.iter().map(|&(role, label, acceptance)| histogram(role, label, acceptance)).collect();
@@ -134,7 +134,7 @@ fn histogram(role: Role, label: &str, acceptance: &Acceptance) -> Chart {
             let more = if last && counts.len() > 1 { " or more" } else { "" };
             Bar {
                 label: format!("{}{more}", index + 1),
-                class: role_name(role),
+                class: role.name(),
                 value: Some(share),
                 interval: None,
                 text: format!("{share:.1} %"),
@@ -160,8 +160,8 @@ fn by_length(records: &Records) -> Option<Chart> {
             };
             let points: Vec<(f64, f64)> = timed.chunks(LENGTH_GROUP).filter_map(point).collect();
             series.push(Series {
-                label: name(model.role, &label(strategy)),
-                class: role_name(model.role),
+                label: name(model.role, &strategy.to_string()),
+                class: model.role.name(),
                 dash,
                 points,
             });

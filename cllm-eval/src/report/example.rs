@@ -4,8 +4,6 @@ use cllm_core::task::Verdict;
 use serde::Serialize;
 
 use crate::records::{AnswerRecord, Records};
-use crate::results::label;
-use crate::run::measure::role_name;
 
 /// Colours of neighbouring forwards in the page's style.
 const FORWARD_COLOURS: usize = 5;
@@ -43,7 +41,7 @@ struct Piece {
 impl Example {
     /// Of the examples whose forwards' texts were kept, the first that somebody answered right; the first, where nobody did.
     pub(super) fn of(records: &Records) -> Option<Self> {
-        let with_pieces = || records.answers.iter().filter(|answer| answer.pieces.is_some());
+        let with_pieces = || records.answers.iter().filter(|answer| answer.forward_texts.is_some());
         let right = with_pieces().filter(|answer| answer.verdict == Verdict::Right).map(|answer| answer.index).min();
         let index = right.or_else(|| with_pieces().map(|answer| answer.index).min())?;
         let chosen: Vec<&AnswerRecord> = with_pieces().filter(|answer| answer.index == index).collect();
@@ -60,9 +58,9 @@ impl Example {
 
 impl Answer {
     fn of(answer: &AnswerRecord) -> Self {
-        let pieces = answer.pieces.iter().flatten().zip(&answer.accepted).enumerate();
+        let pieces = answer.forward_texts.iter().flatten().zip(&answer.accepted).enumerate();
         Answer {
-            name: format!("{} {}", role_name(answer.role), label(answer.strategy)),
+            name: format!("{} {}", answer.role.name(), answer.strategy.to_string()),
             verdict: answer.verdict,
             tokens: answer.response_ids.len(),
             forwards: answer.forwards,

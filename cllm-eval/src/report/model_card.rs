@@ -10,7 +10,8 @@ use serde_json::Value;
 use super::Run;
 use super::card::best;
 use crate::config::RunSettings;
-use crate::records::{ModelEntry, Role};
+use crate::records::ModelEntry;
+use crate::role::Role;
 
 #[derive(Serialize)]
 struct FrontMatter {

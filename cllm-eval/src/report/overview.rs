@@ -1,10 +1,11 @@
 //! Several runs beside one another, a row each.
 
+use cllm_core::decode::Strategy;
+
 use super::Run;
 use super::card::best;
-use crate::records::Role;
 use crate::results::StrategyResults;
-use crate::run::measure::role_name;
+use crate::role::Role;
 use crate::table::{accuracy, number};
 
 /// Heads of the columns; the first two name the row and its strategy.
@@ -26,14 +27,14 @@ pub(super) fn rows(runs: &[Run]) -> Vec<Vec<String>> {
 fn row(run: &Run) -> Vec<String> {
     let results = &run.results;
     let teacher = results.models.iter().find(|model| model.model.role == Role::Teacher);
-    let ar = teacher.and_then(|model| model.strategies.iter().find(|found| found.n.is_none()));
+    let ar = teacher.and_then(|model| model.strategies.iter().find(|found| found.strategy == Strategy::Ar));
     let found = best(results);
     let of = |figure: &dyn Fn(&StrategyResults) -> String| {
         found.map_or_else(|| "-".to_owned(), |(_, strategy)| figure(strategy))
     };
     vec![
         run.title.clone(),
-        found.map_or_else(|| "-".to_owned(), |(role, strategy)| format!("{} {}", role_name(role), strategy.label)),
+        found.map_or_else(|| "-".to_owned(), |(role, strategy)| format!("{} {}", role.name(), strategy.label)),
         of(&|strategy| accuracy(strategy.accuracy, strategy.ci95)),
         ar.map_or_else(|| "-".to_owned(), |strategy| accuracy(strategy.accuracy, strategy.ci95)),
         of(&|strategy| format!("{} of {}", strategy.unfinished, strategy.examples)),

@@ -9,9 +9,8 @@ use super::card::Card;
 use super::charts::{Chart, charts};
 use super::example::Example;
 use super::model_card::command;
-use crate::records::Role;
 use crate::results::{ModelResults, StrategyResults};
-use crate::run::measure::role_name;
+use crate::role::Role;
 use crate::table::{measured, notes, rows};
 use crate::tradeoff::Tradeoff;
 
@@ -62,7 +61,7 @@ impl Section {
                 })
                 .collect(),
             charts: charts(run, tradeoff.as_ref()),
-            columns: found.iter().map(|(role, strategy)| format!("{} {}", role_name(*role), strategy.label)).collect(),
+            columns: found.iter().map(|(role, strategy)| format!("{} {}", role.name(), strategy.label)).collect(),
             figures: figures(&found),
             models: models().map(named).collect(),
             hardware: results.hardware.line(),
@@ -83,7 +82,7 @@ impl Section {
 }
 
 fn named(ModelResults { model, .. }: &ModelResults) -> String {
-    let role = role_name(model.role);
+    let role = model.role.name();
     format!("{role}: {} ({} parameters, fingerprint {})", model.path, model.parameters, model.fingerprint)
 }
 
@@ -92,7 +91,12 @@ fn figures(found: &[(Role, &StrategyResults)]) -> Vec<(String, Vec<String>)> {
     let values: Vec<Value> =
         found.iter().map(|(_, strategy)| serde_json::to_value(strategy).unwrap_or_default()).collect();
     let Some(Value::Object(first)) = values.first() else { return Vec::new() };
-    let elsewhere = |key: &str| matches!(key, "name" | "label" | "n" | "acceptance" | "by_difficulty" | "similarity");
+    let elsewhere = |key: &str| {
+        matches!(
+            key,
+            "name" | "label" | "strategy" | "max_tokens_per_forward" | "acceptance" | "by_difficulty" | "similarity"
+        )
+    };
     first
         .keys()
         .filter(|key| !elsewhere(key))

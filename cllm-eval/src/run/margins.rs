@@ -21,7 +21,7 @@ pub fn add(subject: &Subject, answers: &mut [AnswerRecord]) -> Result<()> {
         .filter(own)
         .map(|answer| (answer.index, (answer.prompt.clone(), answer.response_ids.clone())))
         .collect();
-    let open = |answer: &&mut AnswerRecord| answer.role == subject.role && answer.margin_at_difference.is_none();
+    let open = |answer: &&mut AnswerRecord| answer.role == subject.role && answer.logit_gap_at_difference.is_none();
     for answer in answers.iter_mut().filter(open) {
         // Second turns have other prompts where the answers to the first differ.
         let same = |(prompt, _): &&(String, Vec<i32>)| *prompt == answer.prompt;
@@ -29,7 +29,7 @@ pub fn add(subject: &Subject, answers: &mut [AnswerRecord]) -> Result<()> {
         let Some(first) = first_difference(greedy, &answer.response_ids) else { continue };
         interrupt::check()?;
         let before = [subject.prompt_ids(answer.index), &greedy[..first]].concat();
-        answer.margin_at_difference = Some(margin(&subject.model, &before)?);
+        answer.logit_gap_at_difference = Some(margin(&subject.model, &before)?);
     }
     Ok(())
 }
@@ -52,7 +52,7 @@ fn margin(model: &Transformer, ids: &[i32]) -> Result<f64> {
 
 #[cfg(test)]
 mod tests {
-    use cllm_core::decode::{DecodeOptions, Limits, Request, decode};
+    use cllm_core::decode::{DecodeOptions, Request, StopConditions, decode};
     use cllm_core::model::ModelConfig;
     use tch::Device;
 
@@ -68,9 +68,9 @@ mod tests {
         });
         let model = Transformer::random(ModelConfig::from_json(&config).unwrap(), 5, Device::Cpu, Kind::Float);
         let requests = [Request { sample_id: "s".to_owned(), prompt_ids: vec![3, 7, 9] }];
-        let limits = Limits { max_new_tokens: 8, eos_ids: vec![] };
+        let stop = StopConditions { max_new_tokens: 8, eos_ids: vec![] };
         let options = DecodeOptions::greedy(Strategy::Ar, 0);
-        let (answers, _) = decode(&model, &requests, &limits, options, None).unwrap();
+        let (answers, _) = decode(&model, &requests, &stop, options, None).unwrap();
         let ids = [&requests[0].prompt_ids[..], &answers[0].response_ids].concat();
         // One pass over the whole answer shows the logits after every prefix of it.
         let tokens = Tensor::from_slice(&ids).to_kind(Kind::Int64).unsqueeze(0);

@@ -2,7 +2,9 @@
 
 use cllm_core::checkpoint::hub;
 use cllm_core::cuda::libtorch;
-use cllm_core::decode::{DecodeOptions, Decoder, Limits, Request, Strategy, capacity, check_length};
+use cllm_core::decode::{
+    DecodeOptions, Decoder, Request, StopConditions, Strategy, check_fits_context, required_slots,
+};
 use cllm_core::model::Transformer;
 use cllm_core::progress::Progress;
 use cllm_core::prompt_set::Sample;
@@ -17,8 +19,8 @@ use tch::Device;
 use crate::config::RunSettings;
 use crate::detokenize::split_by_forward;
 use crate::mt_bench_turns;
-use crate::records::{AnswerRecord, Journal, Line, ModelEntry, Records, Role, SpeedRecord};
-use crate::results::label;
+use crate::records::{AnswerRecord, Journal, Line, ModelEntry, Records, SpeedRecord};
+use crate::role::Role;
 use crate::score::judge;
 
 /// So many first examples keep the text of each forward, for reports.
@@ -31,7 +33,7 @@ pub struct Subject {
     /// The weights.
     pub model: Rc<Transformer>,
     /// The model that guesses for it in [`Strategy::Drafted`].
-    pub drafter: Option<Rc<Transformer>>,
+    pub draft_model: Option<Rc<Transformer>>,
     prompts: Prompts,
     /// Bytes of GPU memory that were in use before it was loaded.
     others: u64,
@@ -42,7 +44,7 @@ pub struct Subject {
 /// The examples as a model reads them.
 pub struct Prompts {
     tokenizer: Tokenizer,
-    limits: Limits,
+    stop: StopConditions,
     /// Rendered prompt and request of each example.
     each: Vec<(String, Request)>,
 }
@@ -56,7 +58,7 @@ impl Prompts {
         let tokenizer = Tokenizer::load(folder)?;
         let config = model::ModelConfig::load(folder)?;
         let eos_ids = eos_ids(settings.eos_ids.as_deref(), &tokenizer, folder, &config)?;
-        let limits = Limits { max_new_tokens: settings.max_new_tokens, eos_ids };
+        let stop = StopConditions { max_new_tokens: settings.max_new_tokens, eos_ids };
         let each = samples
             .iter()
             .map(|sample| {
@@ -64,12 +66,12 @@ impl Prompts {
                 let request = Request { sample_id: sample.id.clone(), prompt_ids };
                 // The answer to the first turn is still to come into the prompt of the second.
                 let turns = if mt_bench_turns::is_second(sample) { 2 } else { 1 };
-                let new = Limits { max_new_tokens: limits.max_new_tokens.saturating_mul(turns), ..limits.clone() };
-                check_length(&request, &new, config.max_positions)?;
+                let new = StopConditions { max_new_tokens: stop.max_new_tokens.saturating_mul(turns), ..stop.clone() };
+                check_fits_context(&request, &new, config.max_positions)?;
                 Ok((text, request))
             })
             .collect::<Result<_>>()?;
-        Ok(Prompts { tokenizer, limits, each })
+        Ok(Prompts { tokenizer, stop, each })
     }
 }
 
@@ -114,9 +116,9 @@ impl Subject {
     /// # Errors
     /// When a file of the model is missing or broken.
     pub fn load(role: Role, folder: &Path, prompts: Prompts, device: Device) -> Result<Self> {
-        let others = libtorch::memory(device).map_or(0, |(current, _)| current);
+        let others = libtorch::gpu_memory(device).map_or(0, |(current, _)| current);
         let model = Transformer::load(folder, device, device::default_kind(device))?;
-        Ok(Subject { role, model: Rc::new(model), drafter: None, prompts, others, speed_peaks: Vec::new() })
+        Ok(Subject { role, model: Rc::new(model), draft_model: None, prompts, others, speed_peaks: Vec::new() })
     }
 
     /// Tokens of an example's prompt.
@@ -160,10 +162,10 @@ impl Subject {
         if open.is_empty() {
             return Ok(());
         }
-        let title = format!("{} {}", role_name(self.role), label(strategy));
+        let title = format!("{} {}", self.role.name(), strategy.to_string());
         let finished = samples.len() - open.len();
         let mut progress = Progress::new(&title, finished as u64, samples.len() as u64);
-        libtorch::reset_peak_memory(self.model.device());
+        libtorch::reset_peak_gpu_memory(self.model.device());
         let (second, first): (Vec<usize>, Vec<usize>) =
             open.into_iter().partition(|&index| mt_bench_turns::is_second(&samples[index]));
         self.answer_open(first, samples, strategy, settings, (task, by), (records, journal, &mut progress))?;
@@ -187,8 +189,8 @@ impl Subject {
         }
         // Rows of like length waste least padding; the longest first, so that memory that does not suffice shows at once.
         open.sort_by_key(|&index| (std::cmp::Reverse(self.prompts.each[index].1.prompt_ids.len()), index));
-        let mut decoder = self.decoder(settings.batch_rows.min(open.len()), &[strategy])?;
-        for batch in open.chunks(settings.batch_rows) {
+        let mut decoder = self.decoder(settings.batch_size.min(open.len()), &[strategy])?;
+        for batch in open.chunks(settings.batch_size) {
             interrupt::check()?;
             let answers = self.answer_batch(&mut decoder, samples, batch, strategy, settings, scoring)?;
             let lines: Vec<_> = answers.iter().cloned().map(|answer| Line::Answer(Box::new(answer))).collect();
@@ -202,10 +204,12 @@ impl Subject {
     /// A decoder with room for so many answers to any of the prompts, and with the drafter where a strategy has one.
     fn decoder(&self, rows: usize, strategies: &[Strategy]) -> Result<Decoder<'_>> {
         let longest = self.prompts.each.iter().map(|(_, request)| request.prompt_ids.len()).max().unwrap_or(0);
-        let needed = |&strategy: &Strategy| capacity(longest, &self.prompts.limits, strategy);
+        let needed = |&strategy: &Strategy| required_slots(longest, &self.prompts.stop, strategy);
         let decoder = Decoder::new(&self.model, rows, strategies.iter().map(needed).max().unwrap_or(0))?;
-        match &self.drafter {
-            Some(drafter) if strategies.iter().any(|strategy| strategy.is_drafted()) => decoder.with_drafter(drafter),
+        match &self.draft_model {
+            Some(draft_model) if strategies.iter().any(|strategy| strategy.needs_draft_model()) => {
+                decoder.with_draft_model(draft_model)
+            }
             _ => Ok(decoder),
         }
     }
@@ -222,8 +226,8 @@ impl Subject {
         let device = self.model.device();
         let requests: Vec<_> = batch.iter().map(|&index| self.prompts.each[index].1.clone()).collect();
         let options = options(strategy, settings);
-        let (answers, timing) = decoder.answer(&requests, &self.prompts.limits, options, None)?;
-        let peak_memory_bytes = libtorch::memory(device).map(|(_, peak)| peak.saturating_sub(self.others));
+        let (answers, timing) = decoder.answer(&requests, &self.prompts.stop, options, None)?;
+        let peak_memory_bytes = libtorch::gpu_memory(device).map(|(_, peak)| peak.saturating_sub(self.others));
         let share = 1.0 / batch.len() as f64;
         let mut found = Vec::with_capacity(batch.len());
         for ((&index, request), answer) in batch.iter().zip(&requests).zip(answers) {
@@ -242,16 +246,16 @@ impl Subject {
                 text: self.prompts.tokenizer.decode(&answer.response_ids)?,
                 verdict: Verdict::Unscored,
                 finish_reason: answer.finish_reason,
-                forwards: answer.forwards,
-                pieces: shown
-                    .then(|| split_by_forward(&self.prompts.tokenizer, &answer.response_ids, &answer.accepted))
+                forwards: answer.num_forwards,
+                forward_texts: shown
+                    .then(|| split_by_forward(&self.prompts.tokenizer, &answer.response_ids, &answer.num_accepted))
                     .transpose()?,
                 response_ids: answer.response_ids,
-                accepted: answer.accepted,
+                accepted: answer.num_accepted,
                 batch_prefill_seconds: timing.prefill_seconds * share,
                 batch_seconds: timing.decode_seconds * share,
                 peak_memory_bytes,
-                margin_at_difference: None,
+                logit_gap_at_difference: None,
             });
         }
         let score = |answer: &AnswerRecord| judge(task, by, answer);
@@ -274,9 +278,9 @@ impl Subject {
         let Some(longest) = timed.iter().copied().max_by_key(length) else { return Ok(()) };
         for &strategy in strategies.iter().filter(|_| device.is_cuda()) {
             interrupt::check()?;
-            libtorch::reset_peak_memory(device);
+            libtorch::reset_peak_gpu_memory(device);
             self.time_one(&mut self.decoder(1, &[strategy])?, longest, strategy, settings)?;
-            if let Some((_, peak)) = libtorch::memory(device) {
+            if let Some((_, peak)) = libtorch::gpu_memory(device) {
                 self.speed_peaks.push((strategy, peak.saturating_sub(self.others)));
             }
         }
@@ -292,7 +296,7 @@ impl Subject {
     ) -> Result<SpeedRecord> {
         let request = std::slice::from_ref(&self.prompts.each[index].1);
         let options = options(strategy, settings);
-        let (answers, timing) = decoder.answer(request, &self.prompts.limits, options, None)?;
+        let (answers, timing) = decoder.answer(request, &self.prompts.stop, options, None)?;
         let answer = answers.first().ok_or_else(|| Error::usage("decoding gave no answer"))?;
         Ok(SpeedRecord {
             role: self.role,
@@ -300,7 +304,7 @@ impl Subject {
             index,
             id: request[0].sample_id.clone(),
             tokens: answer.response_ids.len(),
-            forwards: answer.forwards,
+            forwards: answer.num_forwards,
             finish_reason: answer.finish_reason,
             prefill_seconds: timing.prefill_seconds,
             seconds: timing.decode_seconds,
@@ -310,7 +314,7 @@ impl Subject {
 }
 
 fn options(strategy: Strategy, settings: &RunSettings) -> DecodeOptions {
-    DecodeOptions { temperature: settings.temperature, ..DecodeOptions::greedy(strategy, settings.seed) }
+    DecodeOptions { sampling: settings.sampling(), ..DecodeOptions::greedy(strategy, settings.seed) }
 }
 
 /// The examples to time: so many, spread evenly over all of them, since neighbours are often alike (of one database, say).
@@ -370,14 +374,6 @@ pub fn time_all(
     }
     progress.finish();
     Ok(())
-}
-
-/// As people read it.
-pub fn role_name(role: Role) -> &'static str {
-    match role {
-        Role::Teacher => "teacher",
-        Role::Student => "student",
-    }
 }
 
 #[cfg(test)]

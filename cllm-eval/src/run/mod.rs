@@ -17,8 +17,9 @@ use tch::Device;
 use crate::config::RunSettings;
 use crate::fastchat;
 use crate::mt_bench_turns;
-use crate::records::{Header, Journal, ModelEntry, Records, Role, SAMPLES, SCHEMA_VERSION};
-use crate::results::{self, RESULTS, Results};
+use crate::records::{Header, Journal, ModelEntry, Records, SAMPLES, SCHEMA_VERSION};
+use crate::results::{RESULTS, Results};
+use crate::role::Role;
 use crate::score;
 use measure::{Prompts, Subject, identify};
 use perplexity::Texts;
@@ -35,10 +36,10 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
     if named.is_empty() {
         return Err(Error::usage("nothing to evaluate: set `teacher`, `student` or both to a model folder or id"));
     }
-    if let Some(&strategy) = settings.strategies.iter().find(|strategy| strategy.is_drafted() && named.len() < 2) {
-        let label = results::label(strategy);
+    if let Some(&strategy) = settings.strategies.iter().find(|strategy| strategy.needs_draft_model() && named.len() < 2)
+    {
         return Err(Error::usage(format!(
-            "strategies: `{label}` has the student guess for its teacher: set `teacher` and `student`"
+            "strategies: `{strategy}` has the student guess for its teacher: set `teacher` and `student`"
         )));
     }
     let device = device::parse(&settings.device)?;
@@ -66,7 +67,7 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
     let output = &settings.output;
     std::fs::create_dir_all(output).map_err(Error::write(output))?;
     let (mut journal, mut records) = Journal::open(&output.join(SAMPLES), header)?;
-    atomic_file::write(&output.join("settings.yaml"), settings::to_yaml(settings)?.as_bytes())?;
+    atomic_file::write(&output.join("config.yaml"), settings::to_yaml(settings)?.as_bytes())?;
     let roles = named.into_iter().map(|(role, _)| role).zip(folders).collect();
     let measurement = Measurement { settings: &used, samples: &samples, models: roles, device };
     match input {
@@ -91,7 +92,7 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
 /// What of the settings has a part in a run: texts are read, not answered, so that nothing is decoded or timed.
 fn used(settings: &RunSettings, task: Task) -> RunSettings {
     match task {
-        Task::Perplexity => RunSettings { strategies: Vec::new(), speed_examples: 0, ..settings.clone() },
+        Task::Perplexity => RunSettings { strategies: Vec::new(), num_speed_examples: 0, ..settings.clone() },
         _ => settings.clone(),
     }
 }
@@ -136,19 +137,21 @@ impl Measurement<'_> {
         journal: &mut Journal,
     ) -> Result<()> {
         let Self { settings, samples, device, .. } = *self;
-        let timed = measure::timed(settings.speed_examples, samples.len());
-        let drafted: Vec<_> = settings.strategies.iter().copied().filter(|strategy| strategy.is_drafted()).collect();
+        let timed = measure::timed(settings.num_speed_examples, samples.len());
+        let drafted: Vec<_> =
+            settings.strategies.iter().copied().filter(|strategy| strategy.needs_draft_model()).collect();
         let mut subjects = Vec::new();
         for ((role, folder), prompts) in self.models.iter().zip(prompts) {
             let mut subject = Subject::load(*role, folder, prompts, device)?;
-            let alone: Vec<_> = settings.strategies_of(*role).filter(|strategy| !strategy.is_drafted()).collect();
+            let alone: Vec<_> =
+                settings.strategies_of(*role).filter(|strategy| !strategy.needs_draft_model()).collect();
             self.answer_with(&mut subject, &alone, &timed, scoring, records, journal)?;
             if !timed.is_empty() || !drafted.is_empty() {
                 subjects.push(subject);
             }
         }
         if let ([teacher, student], false) = (&mut subjects[..], drafted.is_empty()) {
-            teacher.drafter = Some(Rc::clone(&student.model));
+            teacher.draft_model = Some(Rc::clone(&student.model));
             self.answer_with(teacher, &drafted, &timed, scoring, records, journal)?;
         }
         measure::time_all(&subjects, settings, &timed, records, journal)
@@ -170,7 +173,7 @@ impl Measurement<'_> {
         }
         subject.fill_second_turns(samples, reference_strategy(&settings.strategies), records)?;
         // Of logits with noise on them a margin says nothing.
-        if settings.temperature == 0.0 {
+        if settings.sampling().is_greedy() {
             margins::add(subject, &mut records.answers)?;
         }
         subject.measure_memory(strategies, settings, timed)
@@ -203,14 +206,14 @@ struct Examples {
 }
 
 fn examples(settings: &RunSettings) -> Result<Examples> {
-    let RunSettings { data, prompts, seed, count, .. } = settings;
+    let RunSettings { data, prompts, seed, num_problems, .. } = settings;
     let task = settings.benchmark.unwrap_or(Task::Synthetic);
     let split = settings.split.as_deref().unwrap_or("test");
     // The benchmark jsonl is a prompt set by another name.
     let file = prompts.as_deref().or(data.as_deref().filter(|_| task == Task::Jsonl));
     let mut samples = match file {
         Some(path) => prompt_set::read(path)?,
-        None if task == Task::Synthetic => synthetic::generate(*seed, split, *count),
+        None if task == Task::Synthetic => synthetic::generate(*seed, split, *num_problems),
         None => {
             let needed = || Error::usage(format!("{} needs `data`: {}", task.name(), task.needs()));
             task.load(data.as_deref().ok_or_else(needed)?, split)?

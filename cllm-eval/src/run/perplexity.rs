@@ -14,8 +14,8 @@ use cllm_core::{Error, Result, device, interrupt};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
-use crate::records::{Journal, Line, Records, Role, WindowRecord};
-use crate::run::measure::role_name;
+use crate::records::{Journal, Line, Records, WindowRecord};
+use crate::role::Role;
 use crate::statistics::bootstrap;
 
 /// Most tokens of a window; a model of a shorter context has windows of that.
@@ -134,7 +134,7 @@ pub fn measure(
         return Ok(());
     }
     let model = Transformer::load(folder, device, device::default_kind(device))?;
-    let title = format!("{} perplexity", role_name(role));
+    let title = format!("{} perplexity", role.name());
     let mut progress = Progress::new(&title, done.len() as u64, all.len() as u64);
     for (index, window) in all.into_iter().filter(|(index, window)| !done.contains(&(*index, window.start))) {
         interrupt::check()?;

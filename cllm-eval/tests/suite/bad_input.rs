@@ -13,7 +13,7 @@ const EVAL: Program = Program("cllm-eval");
 /// A short run of these models.
 fn short(teacher: &str, student: &str, output: &str) -> Vec<String> {
     let mut arguments =
-        ["run", "count=3", "max_new_tokens=6", "speed_examples=1", "device=cpu"].map(str::to_owned).to_vec();
+        ["run", "num_problems=3", "max_new_tokens=6", "num_speed_examples=1", "device=cpu"].map(str::to_owned).to_vec();
     arguments.extend([format!("teacher={teacher}"), format!("student={student}"), format!("output={output}")]);
     arguments
 }
@@ -67,9 +67,9 @@ fn bad_settings_are_named_with_file_line_and_value() {
     let file = path(dir.path(), "run.yaml");
     fs::write(&file, "teacher: x\nstudnet: y\n").unwrap();
     EVAL.refuse(&["run", "-c", &file], 2, &["run.yaml", "line 2", "did you mean `student`"]);
-    fs::write(&file, "teacher: x\ncount: 0\n").unwrap();
-    EVAL.refuse(&["run", "-c", &file], 2, &["run.yaml, line 2: count=0: lower than 1"]);
-    EVAL.refuse(&["run", "teacher=x", "batch_rows=0"], 2, &["override `batch_rows=0`: batch_rows=0: lower than 1"]);
+    fs::write(&file, "teacher: x\nnum_problems: 0\n").unwrap();
+    EVAL.refuse(&["run", "-c", &file], 2, &["run.yaml, line 2: num_problems=0: lower than 1"]);
+    EVAL.refuse(&["run", "teacher=x", "batch_size=0"], 2, &["override `batch_size=0`: batch_size=0: lower than 1"]);
     EVAL.refuse(&["run"], 2, &["nothing to evaluate", "`teacher`"]);
 }
 

@@ -224,7 +224,7 @@ fn a_run_scores_code_where_its_settings_say_so() {
     for execute in [false, true] {
         let output = path(dir.path(), if execute { "with" } else { "without" });
         let given = [format!("teacher={teacher}"), format!("prompts={prompts}"), format!("output={output}")];
-        let fixed = ["run", "strategies=[ar]", "max_new_tokens=5", "speed_examples=0", "device=cpu"];
+        let fixed = ["run", "strategies=[ar]", "max_new_tokens=5", "num_speed_examples=0", "device=cpu"];
         let asked = format!("execute_code={execute}");
         let said = EVAL.succeed(&[&fixed.map(str::to_owned)[..], &given, &[asked]].concat()).stderr;
         assert_eq!(verdicts(&output), [if execute { Verdict::Wrong } else { Verdict::Unscored }]);

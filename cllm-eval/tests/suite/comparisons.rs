@@ -5,7 +5,8 @@ use std::path::Path;
 use cllm_core::decode::Strategy;
 use cllm_core::task::Verdict;
 use cllm_eval::compare::{Comparison, compare};
-use cllm_eval::records::{Records, Role, SAMPLES};
+use cllm_eval::records::{Records, SAMPLES};
+use cllm_eval::role::Role;
 
 use crate::made_up::{JACOBI, records};
 
@@ -53,7 +54,7 @@ fn a_run_alone_compares_its_student_with_its_teacher() {
     // Right are examples 0, 1, 2 of the teacher and 0, 3 of the student: three differ, 2 · (1 + 3) / 8.
     assert_eq!((found.a_only, found.b_only, found.mcnemar_p), (2, 1, Some(1.0)));
     assert_eq!((a.accuracy, b.accuracy, found.difference), (Some(0.75), Some(0.5), Some(-0.25)));
-    assert_eq!((found.share_of_right_kept, found.equal_tokens), (Some(1.0 / 3.0), Some(0.75)));
+    assert_eq!((found.correct_kept_fraction, found.equal_tokens), (Some(1.0 / 3.0), Some(0.75)));
     assert_eq!((a.unfinished, b.unfinished), (1, 1));
     assert_eq!((a.tokens_per_forward, b.tokens_per_forward), (Some(1.0), Some(4.0)));
     let speed = found.speed.as_ref().unwrap();

@@ -35,7 +35,8 @@ fn a_run_that_was_stopped_and_met_a_full_disk_equals_one_that_was_not() {
     model(Path::new(&student), 2);
     let (whole, stopped) = (path(dir.path(), "whole"), path(dir.path(), "stopped"));
     let run = |output: &str| {
-        let fixed = ["run", "count=30", "max_new_tokens=24", "batch_rows=2", "speed_examples=4", "device=cpu"];
+        let fixed =
+            ["run", "num_problems=30", "max_new_tokens=24", "batch_size=2", "num_speed_examples=4", "device=cpu"];
         let given = [format!("teacher={teacher}"), format!("student={student}"), format!("output={output}")];
         [&fixed.map(str::to_owned)[..], &given].concat()
     };
@@ -61,9 +62,11 @@ fn times_of_two_machines_do_not_mix() {
     let (teacher, output) = (path(dir.path(), "teacher"), path(dir.path(), "output"));
     model(Path::new(&teacher), 1);
     let given = [format!("teacher={teacher}"), format!("output={output}")];
-    let run =
-        [&["run", "count=2", "max_new_tokens=4", "speed_examples=1", "device=cpu"].map(str::to_owned)[..], &given]
-            .concat();
+    let run = [
+        &["run", "num_problems=2", "max_new_tokens=4", "num_speed_examples=1", "device=cpu"].map(str::to_owned)[..],
+        &given,
+    ]
+    .concat();
     EVAL.succeed(&run);
     let samples = Path::new(&output).join("samples.jsonl");
     let whole = Records::read(&samples).unwrap();
@@ -89,8 +92,11 @@ fn a_run_that_ended_before_its_first_answer_blocks_nothing() {
     model(Path::new(&teacher), 1);
     let run = |seed: &str| {
         let given = [format!("teacher={teacher}"), format!("output={output}"), seed.to_owned()];
-        [&["run", "count=2", "max_new_tokens=4", "speed_examples=0", "device=cpu"].map(str::to_owned)[..], &given]
-            .concat()
+        [
+            &["run", "num_problems=2", "max_new_tokens=4", "num_speed_examples=0", "device=cpu"].map(str::to_owned)[..],
+            &given,
+        ]
+        .concat()
     };
     EVAL.succeed(&run("seed=1"));
     let samples = Path::new(&output).join("samples.jsonl");

@@ -8,7 +8,8 @@ use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::task::{Task, Verdict, synthetic};
 use cllm_core::trajectory::FinishReason;
 use cllm_eval::config::RunSettings;
-use cllm_eval::records::{AnswerRecord, Header, ModelEntry, Records, Role, SCHEMA_VERSION, SpeedRecord};
+use cllm_eval::records::{AnswerRecord, Header, ModelEntry, Records, SCHEMA_VERSION, SpeedRecord};
+use cllm_eval::role::Role;
 use serde_json::json;
 use tch::{Device, Kind};
 
@@ -22,7 +23,7 @@ pub fn records() -> Records {
         teacher: Some("t".into()),
         student: Some("s".into()),
         strategies: vec![Strategy::Ar, JACOBI],
-        speed_examples: 2,
+        num_speed_examples: 2,
         ..RunSettings::default()
     };
     let header = Header {
@@ -71,7 +72,7 @@ fn answer(role: Role, strategy: Strategy, index: usize, right: bool, forwards: u
     if role == Role::Student && strategy == JACOBI && index == 1 {
         response_ids[3] = 99;
     }
-    let margin_at_difference = (response_ids[3] == 99).then_some(0.25);
+    let logit_gap_at_difference = (response_ids[3] == 99).then_some(0.25);
     let text = if right { "4" } else { "<script>alert(1)</script>" };
     AnswerRecord {
         role,
@@ -92,8 +93,8 @@ fn answer(role: Role, strategy: Strategy, index: usize, right: bool, forwards: u
         batch_prefill_seconds: 0.5,
         batch_seconds: 0.5,
         peak_memory_bytes: None,
-        margin_at_difference,
-        pieces: (index < 2).then(|| text.chars().map(String::from).collect()),
+        logit_gap_at_difference,
+        forward_texts: (index < 2).then(|| text.chars().map(String::from).collect()),
     }
 }
 

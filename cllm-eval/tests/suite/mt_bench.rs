@@ -6,7 +6,8 @@ use std::path::Path;
 use cllm_core::decode::Strategy;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_eval::mt_bench_turns;
-use cllm_eval::records::{AnswerRecord, Records, Role};
+use cllm_eval::records::{AnswerRecord, Records};
+use cllm_eval::role::Role;
 use serde_json::{Value, json};
 
 use crate::made_up::{JACOBI, eloquent_model, model};
@@ -81,8 +82,8 @@ fn second_turns_hold_first_answers_and_a_stopped_run_goes_on() {
     eloquent_model(Path::new(&teacher), 1);
     eloquent_model(Path::new(&student), 2);
     questions(&data);
-    let fixed = ["run", "benchmark=mt-bench", "strategies=[ar, {jacobi: {n: 4}}]", "max_new_tokens=24", "batch_rows=2"];
-    let more = ["speed_examples=6", "device=cpu", "--json"];
+    let fixed = ["run", "benchmark=mt-bench", "strategies=[ar, {jacobi: {n: 4}}]", "max_new_tokens=24", "batch_size=2"];
+    let more = ["num_speed_examples=6", "device=cpu", "--json"];
     // Answers of various lengths tell prompts apart where only a number is kept.
     let eos_ids = format!("{:?}", (20..50).collect::<Vec<_>>());
     let given =
@@ -127,7 +128,7 @@ fn second_turns_hold_first_answers_and_a_stopped_run_goes_on() {
     }
     // An answer to another prompt is no other answer.
     assert_ne!(second(&went_on, JACOBI).response_ids, second(&went_on, Strategy::Ar).response_ids);
-    assert_eq!(second(&went_on, JACOBI).margin_at_difference, None);
+    assert_eq!(second(&went_on, JACOBI).logit_gap_at_difference, None);
     assert_eq!(results["models"][1]["strategies"][1]["exact_match_vs_ar"], json!(1.0));
     // What is timed is the same prompt for every strategy, that of the autoregressive answer.
     let timed = |speed: &&cllm_eval::records::SpeedRecord| {

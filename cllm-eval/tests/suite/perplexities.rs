@@ -96,7 +96,7 @@ fn both_models_get_a_perplexity_and_a_stopped_run_goes_on() {
     EVAL.refuse(&["compare", &output], 2, &["perplexities"]);
     EVAL.refuse(&["tradeoff", &output], 2, &["no answer"]);
     // The settings as they were given run again.
-    let settings = Path::new(&output).join("settings.yaml").display().to_string();
+    let settings = Path::new(&output).join("config.yaml").display().to_string();
     EVAL.succeed(&["run", "-c", &settings]);
 }
 

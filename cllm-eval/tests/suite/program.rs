@@ -5,7 +5,8 @@ use std::path::Path;
 use assert_cmd::Command;
 use cllm_core::decode::Strategy;
 use cllm_core::model::{Lora, Transformer};
-use cllm_eval::records::{Records, Role};
+use cllm_eval::records::Records;
+use cllm_eval::role::Role;
 use serde_json::Value;
 use tch::{Device, Kind};
 
@@ -18,8 +19,8 @@ fn program() -> Command {
 fn run(folder: &Path) -> Value {
     let output = program()
         .current_dir(folder)
-        .args(["run", "--quiet", "--json", "teacher=teacher", "student=student", "count=6", "max_new_tokens=12"])
-        .args(["speed_examples=2", "batch_rows=4", "strategies=[ar, {jacobi: {n: 4}}]", "device=cpu", "output=out"])
+        .args(["run", "--quiet", "--json", "teacher=teacher", "student=student", "num_problems=6", "max_new_tokens=12"])
+        .args(["num_speed_examples=2", "batch_size=4", "strategies=[ar, {jacobi: {n: 4}}]", "device=cpu", "output=out"])
         .output()
         .unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -53,10 +54,10 @@ fn a_run_goes_on_after_a_kill_and_score_gives_the_same_numbers() {
     assert_eq!(serde_json::from_slice::<Value>(&output.stdout).unwrap(), second);
 
     let records = Records::read(&samples).unwrap();
-    let shown: Vec<_> = records.answers.iter().filter(|answer| answer.pieces.is_some()).collect();
+    let shown: Vec<_> = records.answers.iter().filter(|answer| answer.forward_texts.is_some()).collect();
     assert_eq!(shown.len(), 4 * 5);
     for answer in shown {
-        assert_eq!(answer.pieces.as_ref().unwrap().concat(), answer.text);
+        assert_eq!(answer.forward_texts.as_ref().unwrap().concat(), answer.text);
     }
     assert!(program().current_dir(dir.path()).args(["report", "out"]).output().unwrap().status.success());
     assert!(dir.path().join("out/report.html").exists());
@@ -73,11 +74,11 @@ fn a_run_goes_on_after_a_kill_and_score_gives_the_same_numbers() {
     let text = std::fs::read_to_string(&samples).unwrap();
     std::fs::write(&samples, text.lines().map(changed).collect::<Vec<_>>().join("\n") + "\n").unwrap();
     let third = run(dir.path());
-    let margins = |strategy: usize| third["models"][1]["strategies"][strategy]["max_margin_at_difference"].as_f64();
+    let margins = |strategy: usize| third["models"][1]["strategies"][strategy]["max_logit_gap_at_difference"].as_f64();
     assert!(margins(1).is_some_and(|margin| margin > 0.0) && margins(0).is_none(), "{third}");
 
     // Other settings must not mix into the same folder.
-    let arguments = ["run", "teacher=teacher", "count=5", "device=cpu", "output=out"];
+    let arguments = ["run", "teacher=teacher", "num_problems=5", "device=cpu", "output=out"];
     let output = program().current_dir(dir.path()).args(arguments).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
     assert!(String::from_utf8_lossy(&output.stderr).contains("other settings"));
@@ -91,8 +92,8 @@ fn a_student_that_guesses_leaves_its_teachers_answers_as_they_are() {
     let run = |models: &[&str]| {
         program()
             .current_dir(dir.path())
-            .args(["run", "--quiet", "--json", "count=5", "max_new_tokens=12", "batch_rows=3", "device=cpu"])
-            .args(["strategies=[{drafted: {n: 6}}, ar]", "speed_examples=2", "output=out"])
+            .args(["run", "--quiet", "--json", "num_problems=5", "max_new_tokens=12", "batch_size=3", "device=cpu"])
+            .args(["strategies=[{drafted: {n: 6}}, ar]", "num_speed_examples=2", "output=out"])
             .args(models)
             .output()
             .unwrap()
@@ -121,8 +122,8 @@ fn a_temperature_draws_the_same_answers_with_every_strategy_and_is_written_down(
     let run = |temperature: &str| {
         let output = program()
             .current_dir(dir.path())
-            .args(["run", "--quiet", "--json", "student=student", "count=6", "max_new_tokens=12", "device=cpu"])
-            .args(["strategies=[ar, {rolling: {n: 8}}, {lookahead: {}}]", "speed_examples=2"])
+            .args(["run", "--quiet", "--json", "student=student", "num_problems=6", "max_new_tokens=12", "device=cpu"])
+            .args(["strategies=[ar, {rolling: {n: 8}}, {lookahead: {}}]", "num_speed_examples=2"])
             .args([format!("temperature={temperature}"), format!("output=at-{temperature}")])
             .output()
             .unwrap();
@@ -191,8 +192,8 @@ fn an_adapter_is_a_model_by_its_folder() {
     assert_ne!(adapter, base);
     let measured = program()
         .current_dir(dir.path())
-        .args(["run", "--quiet", "--json", "teacher=base", "student=adapter", "count=2", "max_new_tokens=6"])
-        .args(["speed_examples=1", "strategies=[ar]", "device=cpu", "output=out"])
+        .args(["run", "--quiet", "--json", "teacher=base", "student=adapter", "num_problems=2", "max_new_tokens=6"])
+        .args(["num_speed_examples=1", "strategies=[ar]", "device=cpu", "output=out"])
         .output()
         .unwrap();
     assert!(measured.status.success(), "{}", String::from_utf8_lossy(&measured.stderr));

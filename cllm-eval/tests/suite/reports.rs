@@ -61,7 +61,7 @@ fn told(mut records: Records) -> Records {
             let end = if forward + 1 == answer.forwards { letters.len() } else { (forward + 1) * each };
             letters[forward * each..end].iter().collect()
         };
-        answer.pieces = Some((0..answer.forwards).map(piece).collect());
+        answer.forward_texts = Some((0..answer.forwards).map(piece).collect());
         answer.text = STORY.into();
     }
     records
@@ -159,7 +159,7 @@ fn results_and_samples_of_another_version_are_refused_by_name() {
     atomic_file::write_json(&results, &value).unwrap();
     let error = report(std::slice::from_ref(&results), None).unwrap_err();
     assert!(error.exit_code() == 2 && error.to_string().contains("results.json: has schema version 7"), "{error}");
-    value["schema_version"] = 1.into();
+    value["schema_version"] = 2.into();
     atomic_file::write_json(&results, &value).unwrap();
     records.header.schema_version = 8;
     records.write(&samples).unwrap();

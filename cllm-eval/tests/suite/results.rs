@@ -2,8 +2,8 @@
 
 use cllm_core::decode::Strategy;
 use cllm_eval::acceptance::Stretch;
-use cllm_eval::records::Role;
 use cllm_eval::results::Results;
+use cllm_eval::role::Role;
 use serde_json::Value;
 
 use crate::made_up::records;
@@ -34,7 +34,7 @@ fn the_file_has_the_fields_of_the_contract() {
 fn the_data_format_page_names_every_field() {
     let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/data-format.md")).unwrap();
     let records = records();
-    let answer = records.answers.iter().find(|answer| answer.margin_at_difference.is_some()).unwrap();
+    let answer = records.answers.iter().find(|answer| answer.logit_gap_at_difference.is_some()).unwrap();
     let value = value();
     for documented in [
         &value,
@@ -55,6 +55,23 @@ fn the_data_format_page_names_every_field() {
 }
 
 #[test]
+fn every_committed_results_file_can_be_read() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/results");
+    let levers = format!("{folder}/spider-levers");
+    let entries = [folder, &levers].into_iter().flat_map(|folder| std::fs::read_dir(folder).unwrap());
+    let files = entries.map(|entry| entry.unwrap().path()).filter(|path| path.is_file());
+    let mut num_read = 0;
+    for file in files {
+        // Files of `bench` are beside them.
+        if std::fs::read_to_string(&file).unwrap().contains("\"benchmark\"") {
+            Results::read(&file).unwrap();
+            num_read += 1;
+        }
+    }
+    assert!(num_read > 0);
+}
+
+#[test]
 fn figures_are_what_the_records_say() {
     let value = value();
     let teacher = &value["models"][0]["strategies"][0];
@@ -64,16 +81,16 @@ fn figures_are_what_the_records_say() {
     assert_eq!(teacher["speedup_vs_teacher_ar"], 1.0);
     let student = &value["models"][1]["strategies"][1];
     assert_eq!(student["name"], "jacobi");
-    assert_eq!(student["n"], 4);
+    assert_eq!(student["max_tokens_per_forward"], 4);
     assert_eq!(student["tokens"], 32);
     assert_eq!(student["forwards"], 8);
     assert_eq!(student["tokens_per_forward"], 4.0);
     assert_eq!(student["exact_match_vs_ar"], 0.75);
     assert_eq!(
-        (&student["median_margin_at_difference"], &student["max_margin_at_difference"]),
+        (&student["median_logit_gap_at_difference"], &student["max_logit_gap_at_difference"]),
         (&0.25.into(), &0.25.into())
     );
-    assert!(teacher["max_margin_at_difference"].is_null());
+    assert!(teacher["max_logit_gap_at_difference"].is_null());
     // 16 tokens in 4 s, against 16 in 16 s; with prefill 6 s against 18 s.
     assert_eq!(student["tokens_per_second"], 4.0);
     assert_eq!(student["speedup_vs_teacher_ar"], 4.0);
@@ -83,8 +100,8 @@ fn figures_are_what_the_records_say() {
     assert_eq!((&paired["student_only"], &paired["teacher_only"]), (&1.into(), &2.into()));
     assert_eq!(paired["difference"], -0.25);
     // Of the teacher's three right answers the student has one right.
-    assert!((paired["share_of_right_kept"].as_f64().unwrap() - 1.0 / 3.0).abs() < 1e-12);
-    assert!((value["paired"][0]["share_of_right_kept"].as_f64().unwrap() - 2.0 / 3.0).abs() < 1e-12);
+    assert!((paired["correct_kept_fraction"].as_f64().unwrap() - 1.0 / 3.0).abs() < 1e-12);
+    assert!((value["paired"][0]["correct_kept_fraction"].as_f64().unwrap() - 2.0 / 3.0).abs() < 1e-12);
 }
 
 #[test]
@@ -130,5 +147,5 @@ fn acceptance_counts_every_forward() {
     let found = results.models[1].strategies[1].acceptance.clone().unwrap();
     assert_eq!(found.forwards, [0, 0, 0, 8]);
     assert_eq!(found.by_position, [1.0, 1.0, 1.0]);
-    assert_eq!(found.over_answer, [Stretch { from: 0, tokens: 32, forwards: 8 }]);
+    assert_eq!(found.over_answer, [Stretch { start: 0, tokens: 32, forwards: 8 }]);
 }

@@ -26,7 +26,7 @@ fn an_answer_cut_at_the_length_limit_is_wrong_whatever_it_says() {
         let row = json!({ "id": "a", "source": "jsonl/test", "prompt": "2 + 2 =", "reference": reference });
         fs::write(&prompts, row.to_string()).unwrap();
         let given = [format!("teacher={teacher}"), format!("prompts={prompts}"), format!("output={output}")];
-        let fixed = ["run", "strategies=[ar]", "max_new_tokens=5", "speed_examples=0", "device=cpu"];
+        let fixed = ["run", "strategies=[ar]", "max_new_tokens=5", "num_speed_examples=0", "device=cpu"];
         EVAL.succeed(&[&fixed.map(str::to_owned)[..], &given].concat());
         read(output).answers.remove(0)
     };
@@ -97,7 +97,7 @@ fn prompts_of_a_file_are_of_one_benchmark_which_the_results_name() {
     let output = path(dir.path(), "output");
     let arguments = |more: &[&str]| {
         let given = [format!("teacher={teacher}"), format!("prompts={prompts}"), format!("output={output}")];
-        let fixed = ["run", "strategies=[ar]", "max_new_tokens=5", "speed_examples=0", "device=cpu"];
+        let fixed = ["run", "strategies=[ar]", "max_new_tokens=5", "num_speed_examples=0", "device=cpu"];
         [&fixed.map(str::to_owned)[..], &given, &more.iter().map(|&word| word.to_owned()).collect::<Vec<_>>()].concat()
     };
     put(&["gsm8k/test", "gsm8k/test", "synthetic/test"]);
@@ -134,7 +134,7 @@ fn jsonl_has_a_scorer_and_a_broken_pattern_is_refused_with_its_row() {
     };
     let run = |more: &str| {
         let given = [format!("teacher={teacher}"), format!("prompts={prompts}"), format!("output={output}")];
-        let fixed = ["run", "strategies=[ar]", "max_new_tokens=5", "speed_examples=0", "device=cpu", more];
+        let fixed = ["run", "strategies=[ar]", "max_new_tokens=5", "num_speed_examples=0", "device=cpu", more];
         [&fixed.map(str::to_owned)[..], &given].concat()
     };
     put("(");
@@ -165,7 +165,7 @@ fn spider_is_counted_by_difficulty() {
     }
     let results = serde_json::to_value(cllm_eval::results::Results::of(&made)).unwrap();
     let classes = &results["models"][1]["strategies"][1]["by_difficulty"];
-    assert_eq!((&classes["easy"]["right"], &classes["easy"]["scored"]), (&1.into(), &3.into()));
+    assert_eq!((&classes["easy"]["correct"], &classes["easy"]["scored"]), (&1.into(), &3.into()));
     assert_eq!((&classes["hard"]["accuracy"], classes.as_object().unwrap().len()), (&1.0.into(), 2));
 }
 

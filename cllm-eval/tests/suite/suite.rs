@@ -24,7 +24,7 @@ fn a_suite_runs_what_is_there_skips_the_rest_and_outlives_a_failure() {
     fs::write(Path::new(&data).join("mt_bench/question.jsonl"), row.to_string()).unwrap();
     let arguments = |more: &[&str]| {
         let given = [format!("teacher={teacher}"), format!("data={data}"), format!("output={output}")];
-        let fixed = ["suite", "strategies=[ar]", "max_new_tokens=5", "speed_examples=1", "limit=2", "device=cpu"];
+        let fixed = ["suite", "strategies=[ar]", "max_new_tokens=5", "num_speed_examples=1", "limit=2", "device=cpu"];
         let more: Vec<String> = more.iter().map(|&word| word.to_owned()).collect();
         [&fixed.map(str::to_owned)[..], &given, &more].concat()
     };

@@ -87,7 +87,7 @@ fn the_recipe_sweeps_n_and_its_results_can_be_read_and_compared() {
     model(&dir.path().join("student"), 2);
     let setting = |name: &str| format!("{name}={}", path(dir.path(), name));
     let recipe = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/sweep.yaml").to_owned();
-    let small = ["count=2", "speed_examples=1", "max_new_tokens=6", "device=cpu"].map(str::to_owned);
+    let small = ["num_problems=2", "num_speed_examples=1", "max_new_tokens=6", "device=cpu"].map(str::to_owned);
     let run = ["run".to_owned(), "-c".to_owned(), recipe, setting("teacher"), setting("student"), setting("output")];
     EVAL.succeed(&[&run[..], &small].concat());
     let output = path(dir.path(), "output");
@@ -96,11 +96,12 @@ fn the_recipe_sweeps_n_and_its_results_can_be_read_and_compared() {
     let of_student: Vec<&Value> = points.iter().filter(|point| point["role"] == "student").collect();
     let widths = |name: &str| {
         let mine = |point: &&&Value| point["strategy"].as_str().unwrap().starts_with(name);
-        let mut widths: Vec<_> = of_student.iter().filter(mine).map(|point| point["n"].as_u64()).collect();
+        let mut widths: Vec<_> =
+            of_student.iter().filter(mine).map(|point| point["max_tokens_per_forward"].as_u64()).collect();
         widths.sort_unstable();
         widths
     };
-    assert_eq!(widths("ar"), [None]);
+    assert_eq!(widths("ar"), [Some(1)]);
     assert_eq!(widths("jacobi"), [Some(4), Some(8), Some(16), Some(32)]);
     assert!(widths("rolling").len() > 2 && widths("multiblock").len() > 1, "{found:#}");
     assert_eq!(found["aup"].as_array().unwrap().len(), 2);

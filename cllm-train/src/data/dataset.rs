@@ -110,7 +110,7 @@ pub fn trajectories(
     most: usize,
 ) -> Result<Vec<Example>> {
     let reader = Reader::open(path)?;
-    reader.expect_tokenizer(tokenizer.fingerprint())?;
+    reader.check_tokenizer(tokenizer.fingerprint())?;
     // The teacher may have had ids that this model has not.
     let mut promised = reader.provenance().clone();
     promised.vocab_size = promised.vocab_size.min(config.vocab_size as usize);

@@ -119,7 +119,7 @@ impl Stage<'_> {
 
     fn folder(&self) -> &Path {
         match self {
-            Stage::Collect(settings) => Path::new(&settings.output),
+            Stage::Collect(settings) => &settings.output,
             Stage::Augment(settings) => &settings.output,
             Stage::Clean(settings) => &settings.output,
             Stage::Train(settings) => Path::new(&settings.output),
@@ -130,7 +130,7 @@ impl Stage<'_> {
     fn inputs(&self) -> Result<String> {
         let inputs = match self {
             Stage::Collect(settings) => json!([
-                without(settings, &["model", "prompts", "output", "data", "device", "batch_rows"])?,
+                without(settings, &["model", "prompts", "output", "data", "device", "batch_size"])?,
                 cllm_core::checkpoint::fingerprint(Path::new(&settings.model))?,
                 fingerprint::of_contents(&settings.prompts)?
             ]),

@@ -94,7 +94,7 @@ impl Round {
         let some = |path: &PathBuf| !path.as_os_str().is_empty();
         let set = [
             ("collect.model", !collect.model.is_empty()),
-            ("collect.output", !collect.output.is_empty()),
+            ("collect.output", some(&collect.output)),
             ("augment.input", augment.as_ref().is_some_and(|augment| some(&augment.input))),
             ("augment.output", augment.as_ref().is_some_and(|augment| some(&augment.output))),
             ("clean.model", clean.as_ref().is_some_and(|clean| !clean.model.is_empty())),
@@ -118,7 +118,7 @@ impl Round {
     fn place(&mut self, folder: &Path, model: &Path) {
         let model = model.display().to_string();
         let trajectories = folder.join("trajectories");
-        (self.collect.model, self.collect.output) = (model.clone(), trajectories.display().to_string());
+        (self.collect.model, self.collect.output) = (model.clone(), trajectories.clone());
         let mut data = trajectories;
         if let Some(augment) = &mut self.augment {
             (augment.input, augment.output) = (data, folder.join("augmented"));

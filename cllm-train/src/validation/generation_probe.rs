@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use cllm_core::decode::{Answer, DecodeOptions, Limits, Request, Strategy, check_length, decode};
+use cllm_core::decode::{Answer, DecodeOptions, Request, StopConditions, Strategy, check_fits_context, decode};
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::prompt_set::{self, Sample};
 use cllm_core::task::{Judge, Task, Verdict};
@@ -27,7 +27,7 @@ struct Prompts<'t> {
     tokenizer: &'t Tokenizer,
     samples: Vec<Sample>,
     requests: Vec<Request>,
-    limits: Limits,
+    stop: StopConditions,
     options: DecodeOptions,
     /// Folder of the benchmark's files.
     data: Option<PathBuf>,
@@ -73,13 +73,13 @@ impl<'t> Prompts<'t> {
         if probe.prompts.as_os_str().is_empty() {
             return Ok(None);
         }
-        let limits = Limits { max_new_tokens: probe.max_new_tokens, eos_ids: tokenizer.eos_ids().to_vec() };
+        let stop = StopConditions { max_new_tokens: probe.max_new_tokens, eos_ids: tokenizer.eos_ids().to_vec() };
         let mut samples = prompt_set::read(&probe.prompts)?;
         samples.truncate(probe.count);
         let request = |sample: &Sample| {
             let (_, prompt_ids) = tokenizer.prompt(&sample.prompt)?;
             let request = Request { prompt_ids, sample_id: sample.id.clone() };
-            check_length(&request, &limits, config.max_positions)?;
+            check_fits_context(&request, &stop, config.max_positions)?;
             let judge = Judge { data: probe.data.as_deref(), sandbox: None };
             Task::of_source(&sample.source).expect_data(judge, sample)?;
             Ok(request)
@@ -90,14 +90,14 @@ impl<'t> Prompts<'t> {
             return Err(Error::file(&probe.prompts, message));
         }
         let options = DecodeOptions::greedy(Strategy::Jacobi { n: probe.n }, settings.seed);
-        Ok(Some(Prompts { tokenizer, samples, requests, limits, options, data: probe.data.clone() }))
+        Ok(Some(Prompts { tokenizer, samples, requests, stop, options, data: probe.data.clone() }))
     }
 
     /// Decodes the prompts, with adapters merged.
     fn run(&self, model: &Transformer) -> Result<Found> {
         let merged = model.merged()?;
         let model = merged.as_ref().unwrap_or(model);
-        let (answers, _) = decode(model, &self.requests, &self.limits, self.options, None)?;
+        let (answers, _) = decode(model, &self.requests, &self.stop, self.options, None)?;
         let judged =
             self.samples.iter().zip(&answers).map(|(sample, answer)| Ok((answer, self.judge(sample, answer)?)));
         Ok(Found::of(&judged.collect::<Result<Vec<_>>>()?))
@@ -115,8 +115,9 @@ impl Found {
         let rate = |finished_only: bool| {
             let counted = answers.iter().map(|(answer, _)| answer);
             let counted = counted.filter(|answer| !finished_only || answer.finish_reason == FinishReason::Eos);
-            let sum =
-                |sum: (usize, usize), answer: &&Answer| (sum.0 + answer.response_ids.len(), sum.1 + answer.forwards);
+            let sum = |sum: (usize, usize), answer: &&Answer| {
+                (sum.0 + answer.response_ids.len(), sum.1 + answer.num_forwards)
+            };
             let (tokens, forwards) = counted.fold((0, 0), sum);
             (forwards > 0).then(|| tokens as f64 / forwards as f64)
         };
@@ -147,9 +148,9 @@ mod tests {
     fn answers_that_never_end_and_those_without_a_score_are_told_apart() {
         let answer = |tokens: usize, forwards: usize, finish_reason| Answer {
             response_ids: vec![1; tokens],
-            forwards,
+            num_forwards: forwards,
             finish_reason,
-            accepted: Vec::new(),
+            num_accepted: Vec::new(),
             blocks: Vec::new(),
         };
         let (short, long) = (answer(10, 5, FinishReason::Eos), answer(20, 10, FinishReason::Eos));

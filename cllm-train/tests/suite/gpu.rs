@@ -139,5 +139,5 @@ fn gpu_losses_and_gradients_are_those_of_the_cpu_but_for_rounding() {
             }
         }
     }
-    assert!(libtorch::memory(Device::Cuda(0)).is_some());
+    assert!(libtorch::gpu_memory(Device::Cuda(0)).is_some());
 }

@@ -22,7 +22,7 @@ fn write_settings(folder: &Path) -> String {
     let prompts = folder.join("prompts.jsonl");
     let settings: Settings = serde_json::from_value(json!({
         "model": folder.join("teacher/final"), "output": folder.join("rounds"),
-        "collect": {"prompts": prompts, "n": N, "max_new_tokens": 14, "device": "cpu", "batch_rows": 1, "shard_rows": 4},
+        "collect": {"prompts": prompts, "n": N, "max_new_tokens": 14, "device": "cpu", "batch_size": 1, "rows_per_shard": 4},
         "augment": {},
         "clean": {"drop_unfinished": false},
         "train": {

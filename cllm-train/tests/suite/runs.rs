@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use cllm_core::decode::{DecodeOptions, Limits, Request, Strategy, decode};
+use cllm_core::decode::{DecodeOptions, Request, StopConditions, Strategy, decode};
 use cllm_core::model::Transformer;
 use cllm_core::prompt_set::{self, Prompt, Sample};
 use cllm_core::tokenizer::Tokenizer;
@@ -98,9 +98,9 @@ pub fn collect(model_folder: &Path, folder: &Path) -> PathBuf {
         .iter()
         .map(|sample| Request { sample_id: sample.id.clone(), prompt_ids: tokenizer.prompt(&sample.prompt).unwrap().1 })
         .collect();
-    let limits = Limits { max_new_tokens: 14, eos_ids: tokenizer.eos_ids().to_vec() };
-    let options = DecodeOptions { record: true, ..DecodeOptions::greedy(Strategy::Jacobi { n: N }, 1) };
-    let (answers, _) = decode(&model, &requests, &limits, options, None).unwrap();
+    let stop = StopConditions { max_new_tokens: 14, eos_ids: tokenizer.eos_ids().to_vec() };
+    let options = DecodeOptions { record_trajectory: true, ..DecodeOptions::greedy(Strategy::Jacobi { n: N }, 1) };
+    let (answers, _) = decode(&model, &requests, &stop, options, None).unwrap();
     let provenance = Provenance {
         teacher: "t".to_owned(),
         tokenizer: tokenizer.fingerprint().to_owned(),

@@ -10,7 +10,7 @@ use tch::{Kind, Tensor};
 use super::cuda_model::{Fused, StepInput, StepSize};
 use crate::cuda::decode::{self, Places};
 use crate::cuda::graphs::{self, Graph, GraphPool, PinnedInts, Stream};
-use crate::decode::{Choice, Chunk, Forward, Place, Predicted, Window};
+use crate::decode::{Chunk, Forward, Place, Predicted, Sampling, Window};
 use crate::model::{SlotMove, Transformer};
 use crate::{Error, Result};
 
@@ -99,7 +99,7 @@ impl Layout {
                 tile_length: part(&self.tile_length),
                 tile_window: part(&self.tile_window),
             },
-            choice: decode::Choice { inverse_temperature, keys: part(&self.keys) },
+            sampling: decode::SamplingParams { inverse_temperature, keys: part(&self.keys) },
         }
     }
 }
@@ -116,7 +116,7 @@ impl Buffers {
         };
         // Steps have a stream of their own: weights and the empty cache must be there, and zeros that came late, as beside another
         // process, would wipe out a step's input.
-        graphs::wait_for_current(device)?;
+        graphs::synchronize_current_stream(device)?;
         Ok(buffers)
     }
 }
@@ -142,7 +142,7 @@ impl<'m> RecordedModel<'m> {
         let prompt: usize = chunks.iter().map(|chunk| chunk.tokens.len()).sum();
         let tokens = rounded_up(outputs + prompt);
         // The fused kernels predict after every token.
-        let few = tokens <= self.model.few_tokens();
+        let few = tokens <= self.model.max_fused_tokens();
         let outputs = if few { tokens } else { rounded_up(outputs).min(tokens) };
         let tiles = (self.rows + tokens.div_ceil(self.model.tile(tokens))).min(tokens);
         StepSize { tokens, outputs, tiles }
@@ -194,15 +194,14 @@ impl Drop for RecordedModel<'_> {
 }
 
 impl Forward for RecordedModel<'_> {
-    fn begin(&mut self, chunks: &[Chunk<'_>], windows: &[Window<'_>], choice: Choice) -> Result<()> {
+    fn begin(&mut self, chunks: &[Chunk<'_>], windows: &[Window<'_>], sampling: Sampling) -> Result<()> {
         let size = self.size(chunks, windows);
         let layout = Layout::of(size);
         self.reserve(layout.len(), size.outputs)?;
         let tile = self.model.tile(size.tokens);
         Input { ints: self.buffers.host_input.as_mut_slice(), layout, tile, tokens: 0, tiles: 0 }.fill(chunks, windows);
         let _on_stream = self.stream.enter()?;
-        let inverse = if choice.temperature == 0.0 { 0.0 } else { (1.0 / choice.temperature) as f32 };
-        self.run(size, inverse)
+        self.run(size, sampling.inverse_temperature())
     }
 
     fn finish(&mut self, windows: &[Window<'_>]) -> Result<Vec<Predicted>> {

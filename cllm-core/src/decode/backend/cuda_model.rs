@@ -3,9 +3,9 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::cuda::decode::{Choice, DecodeKernels, LayerCache, Places, Queries};
+use crate::cuda::decode::{DecodeKernels, LayerCache, Places, Queries, SamplingParams};
 use crate::cuda::libtorch;
-use crate::cuda::nvrtc::capability;
+use crate::cuda::nvrtc::compute_capability;
 use crate::model::{Layer, SlotMove, Transformer};
 use crate::{Error, Result};
 
@@ -41,7 +41,7 @@ pub(crate) struct StepInput {
     /// int32 `[T]`.
     pub(crate) tokens: Tensor,
     pub(crate) places: Places,
-    pub(crate) choice: Choice,
+    pub(crate) sampling: SamplingParams,
 }
 
 impl<'m> Fused<'m> {
@@ -52,7 +52,7 @@ impl<'m> Fused<'m> {
         if model.kind() != Kind::BFloat16
             || model.adapters.is_some()
             || !shape.is_supported()
-            || capability(device)?.0 < 8
+            || compute_capability(device)?.0 < 8
         {
             return Ok(None);
         }
@@ -77,8 +77,8 @@ impl<'m> Fused<'m> {
     }
 
     /// Most tokens that go through the fused kernels.
-    pub(crate) fn few_tokens(&self) -> usize {
-        self.kernels.shape.few_tokens()
+    pub(crate) fn max_fused_tokens(&self) -> usize {
+        self.kernels.shape.max_fused_tokens()
     }
 
     /// Copies one row of the cache over another.
@@ -104,7 +104,7 @@ impl<'m> Fused<'m> {
         let tokens = input.tokens.numel();
         let x = self.empty(tokens, self.model.config().hidden_size)?;
         self.kernels.embed(&self.model.embedding, &input.tokens, &x)?;
-        if tokens <= self.few_tokens() { self.few(input, &x, predicted) } else { self.many(input, &x, predicted) }
+        if tokens <= self.max_fused_tokens() { self.few(input, &x, predicted) } else { self.many(input, &x, predicted) }
     }
 
     fn few(&self, input: &StepInput, x: &Tensor, predicted: &Tensor) -> Result<()> {
@@ -116,14 +116,14 @@ impl<'m> Fused<'m> {
         for (index, layer) in self.model.layers.iter().enumerate() {
             let projection = (&layer.query_key_value.weight, layer.query_key_value.bias.as_ref());
             self.with_cache(index, layer, |cache| {
-                let queries = kernels.few_qkv(projection, x, &layer.attention_norm, &qkv, &input.places, cache)?;
+                let queries = kernels.fused_qkv(projection, x, &layer.attention_norm, &qkv, &input.places, cache)?;
                 kernels.attention(queries, &qkv, &input.places, cache, &mixed)
             })?;
-            kernels.few_output(&layer.output.weight, &mixed, layer.output.bias.as_ref(), x)?;
-            kernels.few_gate_up(&layer.gate_up.weight, x, &layer.feed_forward_norm, &inner)?;
-            kernels.few_down(&layer.down.weight, &inner, x)?;
+            kernels.fused_output(&layer.output.weight, &mixed, layer.output.bias.as_ref(), x)?;
+            kernels.fused_gate_up(&layer.gate_up.weight, x, &layer.feed_forward_norm, &inner)?;
+            kernels.fused_down(&layer.down.weight, &inner, x)?;
         }
-        kernels.few_choose(self.model.projection(), x, &self.model.norm, &input.choice, predicted)
+        kernels.fused_sample(self.model.projection(), x, &self.model.norm, &input.sampling, predicted)
     }
 
     fn many(&self, input: &StepInput, x: &Tensor, predicted: &Tensor) -> Result<()> {
@@ -133,7 +133,7 @@ impl<'m> Fused<'m> {
         let inner = self.empty(tokens, self.model.config().intermediate_size)?;
         let mut delta: Option<Tensor> = None;
         for (index, layer) in self.model.layers.iter().enumerate() {
-            kernels.add_norm(x, delta.as_ref(), &layer.attention_norm, &normed)?;
+            kernels.add_rms_norm(x, delta.as_ref(), &layer.attention_norm, &normed)?;
             drop(delta.take());
             let projection = &layer.query_key_value;
             let qkv = normed.f_linear(&projection.weight, projection.bias.as_ref())?;
@@ -141,10 +141,10 @@ impl<'m> Fused<'m> {
                 kernels.attention(Queries::Plain, &qkv, &input.places, cache, &mixed)
             })?;
             let attended = mixed.f_linear(&layer.output.weight, layer.output.bias.as_ref())?;
-            kernels.add_norm(x, Some(&attended), &layer.feed_forward_norm, &normed)?;
+            kernels.add_rms_norm(x, Some(&attended), &layer.feed_forward_norm, &normed)?;
             drop(attended);
             let both = normed.f_linear::<&Tensor>(&layer.gate_up.weight, None)?;
-            kernels.gated(&both, &inner)?;
+            kernels.swiglu(&both, &inner)?;
             drop(both);
             delta = Some(inner.f_linear::<&Tensor>(&layer.down.weight, None)?);
         }
@@ -155,9 +155,9 @@ impl<'m> Fused<'m> {
         let leading = |tensor: &Tensor| tensor.narrow(0, 0, outputs);
         let last = delta.as_ref().map(leading);
         let normed = leading(&normed);
-        kernels.add_norm(&leading(x), last.as_ref(), &self.model.norm, &normed)?;
+        kernels.add_rms_norm(&leading(x), last.as_ref(), &self.model.norm, &normed)?;
         let logits = libtorch::matmul_float32(&normed, self.model.projection())?;
-        kernels.choose(&logits, &input.choice, predicted)
+        kernels.sample(&logits, &input.sampling, predicted)
     }
 
     fn with_cache(&self, index: usize, layer: &Layer, work: impl FnOnce(&LayerCache<'_>) -> Result<()>) -> Result<()> {

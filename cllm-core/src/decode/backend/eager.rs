@@ -4,7 +4,7 @@ use tch::{Kind, Tensor};
 
 use crate::Result;
 use crate::cuda::graphs;
-use crate::decode::{Choice, Chunk, Forward, Place, Predicted, Window, sampling as noise};
+use crate::decode::{Chunk, Forward, Place, Predicted, Sampling, Window, sampling as noise};
 use crate::model::{Branches, CachePlaces, KvCache, SlotMove, Transformer};
 
 /// A transformer and the cache of its rows. A known token's slot is its position: what a rejected guess wrote stays behind the
@@ -79,32 +79,32 @@ impl<'m> EagerModel<'m> {
     }
 
     /// The choice after every token of the windows.
-    fn choose(&self, hidden: &Tensor, windows: &[Window<'_>], choice: Choice) -> Result<Vec<i32>> {
+    fn choose(&self, hidden: &Tensor, windows: &[Window<'_>], sampling: Sampling) -> Result<Vec<i32>> {
         let logits = self.model.logits(hidden)?;
-        if choice.temperature == 0.0 {
+        let Sampling::Temperature(temperature) = sampling else {
             return Ok(Vec::try_from(logits.argmax(-1, false).to_kind(Kind::Int).view([-1]))?);
-        }
+        };
         let vocab = self.model.config().vocab_size as usize;
         let logits: Vec<f32> = Vec::try_from(logits.view([-1]))?;
         let keys = windows.iter().flat_map(|window| (0..window.len()).map(|offset| window.noise_key(offset)));
-        Ok(keys.zip(logits.chunks(vocab)).map(|(key, row)| noise::choose(row, choice.temperature, key)).collect())
+        Ok(keys.zip(logits.chunks(vocab)).map(|(key, row)| noise::choose(row, temperature, key)).collect())
     }
 }
 
 impl Forward for EagerModel<'_> {
-    fn begin(&mut self, chunks: &[Chunk<'_>], windows: &[Window<'_>], choice: Choice) -> Result<()> {
+    fn begin(&mut self, chunks: &[Chunk<'_>], windows: &[Window<'_>], sampling: Sampling) -> Result<()> {
         for neighbours in chunks.chunk_by(|one, next| one.row + 1 == next.row) {
             let rows = neighbours.iter().map(BatchRow::of_chunk).collect();
             let _ = self.hidden(&Batch { first_row: neighbours[0].row, rows, branches: false });
         }
         if windows.is_empty() {
             // What is timed apart must be over.
-            return graphs::wait_for_current(self.model.device());
+            return graphs::synchronize_current_stream(self.model.device());
         }
         let branches = windows.iter().any(|window| window.tree.is_some());
         let rows = windows.iter().map(BatchRow::of_window).collect();
         let hidden = self.hidden(&Batch { first_row: 0, rows, branches });
-        self.chosen = self.choose(&hidden, windows, choice)?;
+        self.chosen = self.choose(&hidden, windows, sampling)?;
         Ok(())
     }
 

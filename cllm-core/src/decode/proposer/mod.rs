@@ -67,8 +67,8 @@ impl Step<'_> {
 pub(crate) fn guesser(options: DecodeOptions, sample_id: &str, prompt: &[i32]) -> Box<dyn Guesser> {
     let draws = Draws { seed: options.seed, sample_id: sample_id.to_owned(), count: 0 };
     match options.strategy {
-        Strategy::Ar => Box::new(Jacobi::new(1, prompt.len(), options.record, draws)),
-        Strategy::Jacobi { n } => Box::new(Jacobi::new(n, prompt.len(), options.record, draws)),
+        Strategy::Ar => Box::new(Jacobi::new(1, prompt.len(), options.record_trajectory, draws)),
+        Strategy::Jacobi { n } => Box::new(Jacobi::new(n, prompt.len(), options.record_trajectory, draws)),
         Strategy::Drafted { n } => Box::new(Rolling::new(n, 0, prompt, draws)),
         Strategy::Rolling { n, pool } => Box::new(Rolling::new(n, pool, prompt, draws)),
         Strategy::MultiBlock { n, blocks, ratio, pool } => {

@@ -1,0 +1,26 @@
+//! Turns the failures of the `parquet` crate into errors that name the file.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::Path;
+
+use parquet::errors::ParquetError;
+
+use crate::{Error, Result};
+
+/// Runs code that reads Parquet. The `parquet` crate panics on some files whose header and footer are intact but whose
+/// contents are damaged.
+pub(crate) fn catch_panic<T>(path: &Path, read: impl FnOnce() -> Result<T>) -> Result<T> {
+    let damaged = |_| Err(Error::file(path, "is damaged: copy it again, or regenerate it"));
+    catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(damaged)
+}
+
+/// Unwraps the operating-system error behind a failed write, so that a full disk is reported as one.
+pub(crate) fn write_error(path: &Path, error: ParquetError) -> Error {
+    match error {
+        ParquetError::External(inner) => match inner.downcast::<std::io::Error>() {
+            Ok(source) => Error::Write { path: path.to_owned(), source: *source },
+            Err(inner) => Error::file(path, inner.to_string()),
+        },
+        other => Error::file(path, other.to_string()),
+    }
+}
