@@ -5,12 +5,16 @@ use std::path::PathBuf;
 #[path = "link/libtorch.rs"]
 mod libtorch;
 
+const SOURCES: [&str; 4] = ["csrc/libtorch.cpp", "csrc/graphs.cpp", "csrc/nvrtc.cpp", "csrc/distributed.cpp"];
+
 fn main() {
     libtorch::link();
     let torch = std::fs::canonicalize(libtorch::folder()).expect("LIBTORCH is a folder");
     let site_packages = torch.parent().expect("torch lies in site-packages");
-    println!("cargo:rerun-if-changed=csrc");
-    println!("cargo:rerun-if-changed=link");
+    // The .cu files are not compiled here: the library embeds them and NVRTC compiles them at run time.
+    for path in SOURCES.into_iter().chain(["csrc/guarded.h", "csrc/gloo", "link"]) {
+        println!("cargo:rerun-if-changed={path}");
+    }
     cc::Build::new()
         .cpp(true)
         .std("c++17")
@@ -30,7 +34,7 @@ fn main() {
         .define("USE_DISTRIBUTED", None)
         .define("USE_C10D_GLOO", None)
         .define("USE_C10D_NCCL", None)
-        .files(["csrc/libtorch.cpp", "csrc/graphs.cpp", "csrc/nvrtc.cpp", "csrc/distributed.cpp"])
+        .files(SOURCES)
         .compile("cllm_csrc");
     for library in ["torch_cuda", "c10_cuda", "torch_cpu", "c10"] {
         println!("cargo:rustc-link-lib={library}");

@@ -62,7 +62,7 @@ pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
 ///
 /// # Errors
 /// What `fill` returns, and file-system errors with the path.
-pub fn folder_with(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
+pub fn write_folder_with(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let beside = parent(path);
     fs::create_dir_all(beside).map_err(Error::write(beside))?;
     let work = tempfile::Builder::new().prefix(UNFINISHED).tempdir_in(beside).map_err(Error::write(beside))?;
@@ -181,7 +181,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("file"), "").unwrap();
         let path = dir.path().join("file/run/numbers.json");
-        for error in [write(&path, b"x").unwrap_err(), folder_with(&path, |_| Ok(())).unwrap_err()] {
+        for error in [write(&path, b"x").unwrap_err(), write_folder_with(&path, |_| Ok(())).unwrap_err()] {
             assert!(error.exit_code() == 3 && error.to_string().contains("file/run: cannot be written"), "{error}");
         }
         let folder = write(dir.path(), b"x").unwrap_err();
@@ -193,7 +193,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("step-1");
         let full = |work: &Path| Err(Error::write(work.join("weights"))(ErrorKind::StorageFull.into()));
-        let error = folder_with(&path, full).unwrap_err().to_string();
+        let error = write_folder_with(&path, full).unwrap_err().to_string();
         assert!(error.starts_with(&format!("{}: cannot be written", path.join("weights").display())), "{error}");
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
@@ -221,7 +221,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("step-1");
         for content in ["a", "b"] {
-            folder_with(&path, |work| write(&work.join(content), b"x")).unwrap();
+            write_folder_with(&path, |work| write(&work.join(content), b"x")).unwrap();
         }
         assert!(!path.join("a").exists() && path.join("b").exists());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);

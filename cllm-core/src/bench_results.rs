@@ -13,14 +13,14 @@ use crate::{Error, Result, atomic_file, text_file};
 const SCHEMA_VERSION: u32 = 1;
 
 /// Figures of one model.
-pub trait ModelFigures: Serialize + DeserializeOwned {
+pub trait BenchRecord: Serialize + DeserializeOwned {
     /// What the model is called; a file holds each name once.
     fn name(&self) -> &str;
 }
 
 /// The file: models measured on one machine.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct BenchFile<M> {
+pub struct BenchResults<M> {
     /// Version of this file's form.
     pub schema_version: u32,
     /// Where.
@@ -31,7 +31,7 @@ pub struct BenchFile<M> {
     pub models: Vec<M>,
 }
 
-impl<M: ModelFigures> BenchFile<M> {
+impl<M: BenchRecord> BenchResults<M> {
     /// What the file holds already, or a new one for measurements on `device`. Its folder is made.
     ///
     /// # Errors
@@ -40,11 +40,11 @@ impl<M: ModelFigures> BenchFile<M> {
         if let Some(folder) = path.parent() {
             std::fs::create_dir_all(folder).map_err(Error::write(folder))?;
         }
-        let (hardware, toolkit) = (Hardware::of(device), Toolkit::this());
+        let (hardware, toolkit) = (Hardware::detect(device), Toolkit::current());
         if !path.exists() {
-            return Ok(BenchFile { schema_version: SCHEMA_VERSION, hardware, toolkit, models: Vec::new() });
+            return Ok(BenchResults { schema_version: SCHEMA_VERSION, hardware, toolkit, models: Vec::new() });
         }
-        let found: BenchFile<M> = serde_json::from_str(&text_file::read(path)?)
+        let found: BenchResults<M> = serde_json::from_str(&text_file::read(path)?)
             .map_err(|error| Error::file(path, format!("is no result of bench ({error}); choose another output")))?;
         if found.schema_version != SCHEMA_VERSION || found.hardware != hardware || found.toolkit != toolkit {
             let message =

@@ -2,7 +2,7 @@
 
 use tch::{Cuda, Device, Kind};
 
-use crate::distributed::Member;
+use crate::distributed::ProcessEnv;
 use crate::{Error, Result};
 
 /// The device that `name` means on this machine; `auto` is the first GPU, or the CPU where there is none.
@@ -35,12 +35,12 @@ pub fn parse(name: &str) -> Result<Device> {
 ///
 /// # Errors
 /// As [`parse`].
-pub fn of_member(name: &str, member: Option<&Member>) -> Result<Device> {
-    match member {
+pub fn for_process(name: &str, process: Option<&ProcessEnv>) -> Result<Device> {
+    match process {
         // Some launchers show each process its own GPU alone.
         Some(_) if Cuda::device_count() == 1 => parse(name),
-        Some(member) if ["auto", "cuda"].contains(&name) && Cuda::is_available() => {
-            parse(&format!("cuda:{}", member.local_rank))
+        Some(process) if ["auto", "cuda"].contains(&name) && Cuda::is_available() => {
+            parse(&format!("cuda:{}", process.local_rank))
         }
         _ => parse(name),
     }

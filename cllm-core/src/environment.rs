@@ -43,14 +43,14 @@ pub struct Toolkit {
 
 impl Toolkit {
     /// Those of this process.
-    pub fn this() -> Self {
+    pub fn current() -> Self {
         Toolkit { version: crate::VERSION.to_owned(), libtorch: libtorch_version() }
     }
 }
 
 impl Hardware {
     /// This machine, when `device` is used.
-    pub fn of(device: Device) -> Self {
+    pub fn detect(device: Device) -> Self {
         let (name, gpu) = match device {
             Device::Cuda(index) => (format!("cuda:{index}"), gpus().into_iter().nth(index).map(|gpu| gpu.name)),
             _ => ("cpu".to_owned(), None),
@@ -61,7 +61,7 @@ impl Hardware {
     }
 
     /// In one line.
-    pub fn line(&self) -> String {
+    pub fn summary(&self) -> String {
         let gpu = self.gpu.as_ref().map(|name| format!("{name}; ")).unwrap_or_default();
         format!("{}: {gpu}{}, {} cores, {} threads, {}", self.device, self.cpu, self.cores, self.threads, self.dtype)
     }

@@ -1,73 +1,72 @@
-//! The one error type: each message names the file, row or key, what was expected and found, and what to do.
+//! The one error type of the toolkit. A message names the file, row or key, says what was expected and what is there, and
+//! ends with what to do about it.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 /// Result with [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What can go wrong, grouped by who can mend it; the group decides the exit code of a program.
+/// What can go wrong, grouped by who can fix it. The group decides the exit code of a program.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The command line or the configuration is wrong.
     #[error("{0}")]
     Usage(String),
-    /// An input file is not what it should be.
+    /// An input file or folder does not hold what it should.
     #[error("{}: {message}", path.display())]
-    File {
-        /// The file or folder.
-        path: PathBuf,
-        /// What was expected, what was found, what to do.
-        message: String,
-    },
-    /// The operating system refused to open or read something.
-    #[error("{}: {source}{}", path.display(), read_advice(source))]
-    Io {
-        /// The file or folder.
-        path: PathBuf,
-        /// The system's reason.
-        source: std::io::Error,
-    },
-    /// The operating system refused to make or write something.
-    #[error("{}: cannot be written: {source}{}", path.display(), write_advice(source))]
-    Write {
-        /// The file or folder.
-        path: PathBuf,
-        /// The system's reason.
-        source: std::io::Error,
-    },
+    File { path: PathBuf, message: String },
+    /// The operating system refused to open or read a file.
+    #[error("{}: {}", path.display(), read_failure(source))]
+    Io { path: PathBuf, source: std::io::Error },
+    /// The operating system refused to create or write a file.
+    #[error("{}: cannot be written: {source}: {}", path.display(), write_advice(source))]
+    Write { path: PathBuf, source: std::io::Error },
     /// The machine lacks something: a device, memory, a library.
     #[error("{0}")]
     Environment(String),
     /// An operation of libtorch failed.
     #[error("{}", torch_message(.0))]
     Torch(#[from] tch::TchError),
-    /// The work ran, but what came of it is no good.
+    /// The work ran, but its result is negative: rows failed, or a threshold was missed.
     #[error("{0}")]
     Negative(String),
+    /// A bug of the toolkit: something happened that no input may cause.
+    #[error(
+        "internal error: {0}: this is a bug in the toolkit; please report it, with the command line, the version ({version}) \
+         and this message",
+        version = crate::VERSION
+    )]
+    Internal(String),
     /// A signal asked to stop; everything worth keeping was saved.
-    #[error("interrupted ({}); run the same command again", signal_name(*.0))]
+    #[error("interrupted ({}); run the same command again to continue", signal_name(*.0))]
     Interrupted(i32),
 }
 
 impl Error {
-    /// A wrong command line or configuration.
+    /// An [`Error::Usage`].
     pub fn usage(message: impl Into<String>) -> Self {
         Error::Usage(message.into())
     }
 
-    /// A bad input file.
+    /// An [`Error::File`].
     pub fn file(path: impl AsRef<Path>, message: impl Into<String>) -> Self {
         Error::File { path: path.as_ref().to_owned(), message: message.into() }
     }
 
-    /// Something that the machine lacks.
+    /// An [`Error::Environment`].
     pub fn environment(message: impl Into<String>) -> Self {
         Error::Environment(message.into())
     }
 
-    /// Work that ran without a good result.
+    /// An [`Error::Negative`].
     pub fn negative(message: impl Into<String>) -> Self {
         Error::Negative(message.into())
+    }
+
+    /// An [`Error::Internal`]. The message says what happened; asking for a report is added to it.
+    pub fn internal(message: impl Into<String>) -> Self {
+        Error::Internal(message.into())
     }
 
     /// For `map_err`: an operating-system error in reading `path`.
@@ -82,10 +81,15 @@ impl Error {
         move |source| Error::Write { path, source }
     }
 
-    /// Exit code of a program that ends with this error: 1 a negative result, 2 usage, configuration or bad input,
-    /// 3 environment, 128 + signal when interrupted.
+    /// For `map_err`: a value of our own types that cannot be serialized, which is a bug.
+    pub fn serialization(error: impl std::fmt::Display) -> Self {
+        Error::Internal(format!("a value cannot be serialized: {error}"))
+    }
+
+    /// Exit code of a program that ends with this error: 1 for a negative result, 2 for usage, configuration or bad input,
+    /// 3 for the environment, 70 (`EX_SOFTWARE` of sysexits.h) for a bug of the toolkit, 128 + signal when interrupted.
     pub fn exit_code(&self) -> u8 {
-        use std::io::ErrorKind::{InvalidData, InvalidInput, IsADirectory, NotADirectory, NotFound};
+        use ErrorKind::{InvalidData, InvalidInput, IsADirectory, NotADirectory, NotFound};
         match self {
             Error::Negative(_) => 1,
             Error::Usage(_) | Error::File { .. } => 2,
@@ -95,43 +99,47 @@ impl Error {
             },
             Error::Write { source, .. } if source.kind() == IsADirectory => 2,
             Error::Write { .. } | Error::Environment(_) | Error::Torch(_) => 3,
+            Error::Internal(_) => 70,
             Error::Interrupted(signal) => 128 + u8::try_from(*signal).unwrap_or(2),
         }
     }
 }
 
-fn read_advice(source: &std::io::Error) -> &'static str {
+/// Why a file cannot be read, in words where the system's own would not help.
+fn read_failure(source: &std::io::Error) -> String {
     match source.kind() {
-        std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory => ": check the path",
-        std::io::ErrorKind::PermissionDenied => ": change its permissions",
-        std::io::ErrorKind::IsADirectory => ": name a file in it",
-        _ => "",
+        ErrorKind::NotFound => "there is no such file or folder".to_owned(),
+        ErrorKind::NotADirectory => "a part of this path is a file, not a folder".to_owned(),
+        ErrorKind::IsADirectory => "is a folder: name a file in it".to_owned(),
+        ErrorKind::PermissionDenied => format!("{source}: change its permissions"),
+        _ => source.to_string(),
     }
 }
 
 fn write_advice(source: &std::io::Error) -> &'static str {
-    use std::io::ErrorKind::{FileTooLarge, IsADirectory, QuotaExceeded, StorageFull};
     match source.kind() {
-        StorageFull | QuotaExceeded => ": make room, then run the same command again; what was finished is kept",
-        FileTooLarge => {
-            ": raise the limit of file sizes (`ulimit -f`), then run the same command again; what was finished is kept"
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
+            "make room, then run the same command again; finished work is kept"
         }
-        IsADirectory => ": name a file in it",
-        _ => ": choose another place, or change its permissions",
+        ErrorKind::FileTooLarge => {
+            "raise the limit of file sizes (`ulimit -f`), then run the same command again; finished work is kept"
+        }
+        ErrorKind::IsADirectory => "name a file in it",
+        _ => "choose another path, or change its permissions",
     }
 }
 
 /// The first line of libtorch's message, without its C++ backtrace, and what to do when memory ran out.
 fn torch_message(error: &tch::TchError) -> String {
     let text = error.to_string();
-    let first = text.lines().next().unwrap_or_default().to_owned();
+    let first_line = text.lines().next().unwrap_or_default();
     if text.contains("out of memory") {
         format!(
-            "{first}: give a batch fewer tokens or rows, or lower the length limits; training also takes less with a larger \
-             `recompute`, `optimizer.state: bfloat16` or `lora` (`cllm-train plan` tells how much)"
+            "{first_line}: give a batch fewer tokens or rows, or lower the length limits; training also takes less with a larger \
+             `checkpointed_layers`, `optimizer.state_dtype: bfloat16` or `lora` (`cllm-train plan` tells how much)"
         )
     } else {
-        format!("libtorch: {first}")
+        format!("libtorch: {first_line}")
     }
 }
 
@@ -140,5 +148,27 @@ fn signal_name(signal: i32) -> &'static str {
         2 => "SIGINT",
         15 => "SIGTERM",
         _ => "signal",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_internal_error_asks_for_a_report_and_has_its_own_exit_code() {
+        let error = Error::internal("the scheduler lost a sequence");
+        assert_eq!(error.exit_code(), 70);
+        let message = error.to_string();
+        for part in ["the scheduler lost a sequence", "bug", "report", "command line", crate::VERSION] {
+            assert!(message.contains(part), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_missing_file_is_named_in_plain_words() {
+        let error = std::fs::read("/nowhere/data.json").map_err(Error::io("/nowhere/data.json")).unwrap_err();
+        assert_eq!(error.to_string(), "/nowhere/data.json: there is no such file or folder");
+        assert_eq!(error.exit_code(), 2);
     }
 }

@@ -9,7 +9,7 @@ use crate::{Error, Result};
 ///
 /// # Errors
 /// When a file cannot be read.
-pub fn of_files<P: AsRef<Path>>(paths: &[P]) -> Result<String> {
+pub fn hash_files<P: AsRef<Path>>(paths: &[P]) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
     for path in paths {
         let path = path.as_ref();
@@ -25,25 +25,25 @@ pub fn of_files<P: AsRef<Path>>(paths: &[P]) -> Result<String> {
 ///
 /// # Errors
 /// When the file cannot be read.
-pub fn of_contents(path: &Path) -> Result<String> {
+pub fn hash_contents(path: &Path) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
     hasher.update_reader(File::open(path).map_err(Error::io(path))?).map_err(Error::io(path))?;
     Ok(hasher.finalize().to_hex()[..16].to_owned())
 }
 
 /// Fingerprint of some bytes: 16 hex digits of BLAKE3.
-pub fn of_bytes(bytes: &[u8]) -> String {
+pub fn hash_bytes(bytes: &[u8]) -> String {
     blake3::hash(bytes).to_hex()[..16].to_owned()
 }
 
 /// A random generator of its own for each (seed, name, index), so that what is drawn does not depend on the order of
 /// work and no generator state is ever saved.
-pub fn rng(seed: u64, name: &str, index: u64) -> rand_chacha::ChaCha8Rng {
+pub fn derive_rng(seed: u64, name: &str, index: u64) -> rand_chacha::ChaCha8Rng {
     rand::SeedableRng::from_seed(*hash(seed, name, index).as_bytes())
 }
 
 /// A number of its own for each (seed, name).
-pub fn key(seed: u64, name: &str) -> u64 {
+pub fn derive_seed(seed: u64, name: &str) -> u64 {
     let mut first = [0; 8];
     first.copy_from_slice(&hash(seed, name, u64::MAX).as_bytes()[..8]);
     u64::from_le_bytes(first)

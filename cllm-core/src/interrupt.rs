@@ -39,7 +39,7 @@ pub fn requested() -> Option<i32> {
 }
 
 /// Goes on after a SIGINT that ended only what was in hand: whether there was one.
-pub fn forgive() -> bool {
+pub fn clear_sigint() -> bool {
     let forgiven = REQUESTED.compare_exchange(SIGINT as usize, 0, Ordering::Relaxed, Ordering::Relaxed).is_ok();
     if forgiven {
         SECOND.store(false, Ordering::Relaxed);

@@ -1,6 +1,7 @@
-//! The frame that the three programs share: what their command lines have in common, signals, one error line, exit codes.
-//! Nothing else in this crate knows a command line.
+//! The frame of the three programs: what their command lines have in common, signal handlers, the error line and the exit
+//! code. No other module of this crate knows that there is a command line.
 
+use std::any::Any;
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
@@ -10,64 +11,64 @@ use crate::{Error, Result, interrupt, progress};
 
 mod command_line;
 
-pub use command_line::{Configured, print_completions};
+pub use command_line::{SettingsArgs, print_completions};
 
-/// Where the last panic came from.
-static PANIC_PLACE: Mutex<String> = Mutex::new(String::new());
+/// Source location of the last panic. A panic's payload does not have it, only the hook sees it.
+static PANIC_LOCATION: Mutex<String> = Mutex::new(String::new());
 
 /// How a program that ran to its end went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
-    /// Done: exit code 0.
+    /// Exit code 0.
     Done,
-    /// It ran, but the result is negative (rows failed, a threshold was missed): exit code 1.
+    /// The work ran, but rows failed or a threshold was missed: exit code 1.
     Negative,
 }
 
-/// Runs a program: installs the signal handlers, prints an error as one line on stderr, and gives the exit code. libtorch's
-/// operations panic in tch's plain form; that too ends as an error line.
+/// Runs a program: installs the signal handlers, prints an error as one line on stderr, and returns the exit code.
 pub fn main(body: impl FnOnce() -> Result<Outcome>) -> ExitCode {
     std::panic::set_hook(Box::new(|panic| {
-        let place = panic.location().map(ToString::to_string).unwrap_or_default();
-        *PANIC_PLACE.lock().unwrap_or_else(PoisonError::into_inner) = place;
+        let location = panic.location().map(ToString::to_string).unwrap_or_default();
+        *PANIC_LOCATION.lock().unwrap_or_else(PoisonError::into_inner) = location;
     }));
-    let result = interrupt::install().and_then(|()| guarded(body));
+    let result = interrupt::install().and_then(|()| catch_panics(body));
     match result {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::Negative) => ExitCode::from(1),
         Err(error) => {
-            progress::show(&format!("error: {error}\n"));
+            progress::write_stderr(&format!("error: {error}\n"));
             ExitCode::from(error.exit_code())
         }
     }
 }
 
-/// Runs what may panic inside libtorch, such as for lack of memory, and gives that as the error it is.
+/// Runs `body` and returns a panic in it as an error: tch's plain operations panic where libtorch fails (for lack of
+/// memory, say), and any other panic is a bug.
 ///
 /// # Errors
-/// The body's own, or its panic.
-pub fn guarded<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
-    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|panic| Err(panicked(&*panic)))
+/// The error of `body`, [`Error::Torch`], or [`Error::Internal`].
+pub fn catch_panics<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|payload| Err(error_of_panic(&*payload)))
 }
 
-/// What a panic tells: an error of libtorch, or else a fault of this program.
-fn panicked(panic: &(dyn std::any::Any + Send)) -> Error {
-    let text = panic.downcast_ref::<String>().cloned();
-    let text = text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default();
+/// tch unwraps a `Result<_, TchError>` in its plain operations, so that only the formatted text of the error reaches the
+/// panic's payload: its `Debug` form, with escaped line ends. There is no other way to tell it from a bug of ours.
+fn error_of_panic(payload: &(dyn Any + Send)) -> Error {
+    let text = payload.downcast_ref::<String>().cloned();
+    let text = text.or_else(|| payload.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default();
     match text.split_once("`Err` value: Torch(\"") {
-        // What tch unwraps is the message as a debug string: its lines are escaped.
         Some((_, message)) => {
             let message = message.trim_end_matches("\")").replace("\\n", "\n").replace("\\\"", "\"");
             Error::Torch(tch::TchError::Torch(message))
         }
         None => {
-            let place = PANIC_PLACE.lock().unwrap_or_else(PoisonError::into_inner);
-            Error::environment(format!("a fault of this program, please report it: {text} ({place})"))
+            let location = PANIC_LOCATION.lock().unwrap_or_else(PoisonError::into_inner);
+            Error::internal(format!("{text} ({location})"))
         }
     }
 }
 
-/// Prints data on stdout; a reader that has gone away is no error.
+/// Prints data on stdout. A reader that has closed the pipe (`| head`) is no error.
 ///
 /// # Errors
 /// When stdout cannot be written for another reason.
@@ -85,22 +86,24 @@ pub fn print(text: &str) -> Result<()> {
 /// # Errors
 /// As [`print()`].
 pub fn print_json(value: &impl serde::Serialize) -> Result<()> {
-    print(&serde_json::to_string_pretty(value).map_err(|error| Error::usage(format!("as JSON: {error}")))?)
+    print(&serde_json::to_string_pretty(value).map_err(Error::serialization)?)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// If this fails after an update of tch, its panic message has changed: adapt `error_of_panic` to the new form.
     #[test]
-    fn a_panic_of_libtorch_is_told_from_a_fault_of_the_program() {
-        let caught = |body: fn()| panicked(&*catch_unwind(body).unwrap_err());
-        let shapes = caught(|| {
+    fn a_panic_of_libtorch_is_told_apart_from_a_bug_of_ours() {
+        let caught = |body: fn()| error_of_panic(&*catch_unwind(body).unwrap_err());
+        let torch = caught(|| {
             let _ = tch::Tensor::from_slice(&[1f32, 2.0]).matmul(&tch::Tensor::from_slice(&[1f32]));
         });
-        let message = shapes.to_string();
+        let message = torch.to_string();
         assert!(message.starts_with("libtorch: ") && !message.contains("Exception raised"), "{message}");
-        let fault = caught(|| assert_eq!(1, 2, "no"));
-        assert!(fault.exit_code() == 3 && fault.to_string().contains("a fault of this program"), "{fault}");
+        assert_eq!(torch.exit_code(), 3);
+        let bug = caught(|| assert_eq!(1, 2, "no"));
+        assert!(bug.exit_code() == 70 && bug.to_string().contains("internal error"), "{bug}");
     }
 }

@@ -1,5 +1,7 @@
-//! Progress on stderr with rate and time left: a bar in a terminal, a plain line every ten seconds elsewhere.
+//! What a program says on stderr while it works: single lines, and the progress of long work with its rate and the time
+//! left. A terminal gets a bar; a log file gets a plain line every ten seconds, so that it stays readable.
 
+use std::fmt::Display;
 use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -7,32 +9,46 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressStyle};
 
 static QUIET: AtomicBool = AtomicBool::new(false);
-const LINE_EVERY: Duration = Duration::from_secs(10);
+const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
-/// Shows no progress from here on.
+/// Turns off (or on again) everything that goes through [`log`] and [`Progress`].
 pub fn set_quiet(quiet: bool) {
     QUIET.store(quiet, Ordering::Relaxed);
 }
 
-/// Says one line on stderr, unless quiet.
-pub fn say(line: impl AsRef<str>) {
+/// Prints one line on stderr, unless quiet.
+pub fn log(line: impl AsRef<str>) {
     if !QUIET.load(Ordering::Relaxed) {
-        show(&format!("{}\n", line.as_ref()));
+        write_stderr(&format!("{}\n", line.as_ref()));
     }
 }
 
-/// Puts text on stderr as it is. A terminal or a pipe that is gone does not end the work.
-pub fn show(text: &str) {
+/// Writes text to stderr even when quiet. A closed terminal or pipe does not end the work.
+pub fn write_stderr(text: &str) {
     let mut stderr = std::io::stderr().lock();
     let _ = stderr.write_all(text.as_bytes()).and_then(|()| stderr.flush());
 }
 
-/// Progress of one piece of work.
+/// A number with its noun in the right form: `1 step`, `2 steps`, `0 queries`, `3 batches`.
+pub fn count<N: Display + PartialEq + From<u8>>(number: N, noun: &str) -> String {
+    if number == N::from(1) {
+        return format!("{number} {noun}");
+    }
+    let consonant_y = noun.strip_suffix('y').filter(|stem| !stem.ends_with(['a', 'e', 'i', 'o', 'u']));
+    match consonant_y {
+        Some(stem) => format!("{number} {stem}ies"),
+        None if ["s", "x", "ch", "sh"].iter().any(|end| noun.ends_with(end)) => format!("{number} {noun}es"),
+        None => format!("{number} {noun}s"),
+    }
+}
+
+/// Progress of one long task.
 pub struct Progress {
     label: String,
     total: u64,
     done: u64,
-    start_at: u64,
+    /// Units that an earlier run had done: they do not count in the rate.
+    done_before: u64,
     started: Instant,
     last_line: Instant,
     message: String,
@@ -40,13 +56,12 @@ pub struct Progress {
 }
 
 impl Progress {
-    /// Starts at `done` of `total` units; what a resumed run had done before does not count in the rate.
+    /// Starts at `done` of `total` units; `done` is above 0 where a run resumes.
     pub fn new(label: &str, done: u64, total: u64) -> Self {
         let bar = (std::io::stderr().is_terminal() && !QUIET.load(Ordering::Relaxed)).then(|| {
+            let style = ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len}{msg}");
             let bar = ProgressBar::new(total).with_prefix(label.to_owned()).with_position(done);
-            let style = ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len} {per_sec} left {eta} {msg}");
-            bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
-            bar.reset_eta();
+            bar.set_style(style.expect("the template is valid"));
             bar
         });
         let now = Instant::now();
@@ -54,7 +69,7 @@ impl Progress {
             label: label.to_owned(),
             total,
             done,
-            start_at: done,
+            done_before: done,
             started: now,
             last_line: now,
             message: String::new(),
@@ -62,39 +77,106 @@ impl Progress {
         }
     }
 
-    /// Sets what stands beside the numbers: a loss, a rate of tokens.
-    pub fn message(&mut self, message: impl Into<String>) {
+    /// Sets what is shown beside the numbers, such as a loss.
+    pub fn set_message(&mut self, message: impl Into<String>) {
         self.message = message.into();
-        if let Some(bar) = &self.bar {
-            bar.set_message(self.message.clone());
-        }
     }
 
     /// Counts `units` more as done.
     pub fn advance(&mut self, units: u64) {
         self.done += units;
         if let Some(bar) = &self.bar {
+            bar.set_message(self.details(self.started.elapsed()));
             bar.set_position(self.done);
-        } else if self.last_line.elapsed() >= LINE_EVERY {
+        } else if self.last_line.elapsed() >= LINE_INTERVAL {
             self.last_line = Instant::now();
-            say(self.line());
+            log(self.line(self.started.elapsed()));
         }
     }
 
-    /// Ends the bar, or says the last line.
+    /// Ends the bar, or prints the last line.
     pub fn finish(self) {
         match &self.bar {
-            Some(bar) => bar.finish(),
-            None => say(self.line()),
+            Some(bar) => {
+                bar.set_message(self.details(self.started.elapsed()));
+                bar.finish();
+            }
+            None => log(self.line(self.started.elapsed())),
         }
     }
 
-    fn line(&self) -> String {
-        let elapsed = self.started.elapsed().as_secs_f64();
-        let rate = (self.done - self.start_at) as f64 / elapsed.max(1e-9);
-        let left = self.total.saturating_sub(self.done) as f64 / rate.max(1e-9);
-        let left = if rate > 0.0 { format!("{left:.0} s left") } else { "time left unknown".to_owned() };
-        let gap = if self.message.is_empty() { "" } else { ", " };
-        format!("{} {}/{}, {rate:.1}/s, {left}{gap}{}", self.label, self.done, self.total, self.message)
+    fn line(&self, elapsed: Duration) -> String {
+        format!("{} {}/{}{}", self.label, self.done, self.total, self.details(elapsed))
+    }
+
+    /// What follows the count: `, 14.2/s, 5 s left, loss 1.3`.
+    fn details(&self, elapsed: Duration) -> String {
+        let (seconds, units) = (elapsed.as_secs_f64().max(1e-9), self.done - self.done_before);
+        let mut parts = Vec::new();
+        if units > 0 {
+            let rate = units as f64 / seconds;
+            parts.push(pace(rate));
+            parts.push(match self.total.saturating_sub(self.done) {
+                0 => format!("{} in all", duration(seconds)),
+                left => format!("{} left", duration(left as f64 / rate)),
+            });
+        } else if self.done >= self.total {
+            parts.push("done already".to_owned());
+        }
+        if !self.message.is_empty() {
+            parts.push(self.message.clone());
+        }
+        parts.iter().map(|part| format!(", {part}")).collect()
+    }
+}
+
+/// Units per second, or seconds per unit where a unit takes longer than one.
+fn pace(per_second: f64) -> String {
+    match per_second {
+        rate if rate >= 99.95 => format!("{rate:.0}/s"),
+        rate if rate >= 0.95 => format!("{rate:.1}/s"),
+        rate if rate > 0.1 => format!("{:.1} s each", 1.0 / rate),
+        rate => format!("{:.0} s each", 1.0 / rate),
+    }
+}
+
+/// A time in the unit that a person would choose.
+fn duration(seconds: f64) -> String {
+    let minutes = (seconds / 60.0).round();
+    match seconds {
+        seconds if seconds < 90.0 => format!("{seconds:.0} s"),
+        seconds if seconds < 5400.0 => format!("{minutes} min"),
+        _ => format!("{} h {} min", (minutes / 60.0).floor(), minutes % 60.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_shows_done_total_rate_and_time_left() {
+        let mut progress = Progress::new("collect", 10, 150);
+        progress.bar = None;
+        progress.done = 81;
+        assert_eq!(progress.line(Duration::from_secs(5)), "collect 81/150, 14.2/s, 5 s left");
+        progress.set_message("loss 1.3");
+        assert_eq!(progress.line(Duration::from_secs(2698)), "collect 81/150, 38 s each, 44 min left, loss 1.3");
+        progress.done = 150;
+        assert_eq!(progress.line(Duration::from_secs(7000)), "collect 150/150, 50 s each, 1 h 57 min in all, loss 1.3");
+    }
+
+    #[test]
+    fn nothing_is_claimed_of_a_rate_where_nothing_was_done() {
+        assert_eq!(Progress::new("collect", 0, 60).line(Duration::ZERO), "collect 0/60");
+        assert_eq!(Progress::new("collect", 60, 60).line(Duration::ZERO), "collect 60/60, done already");
+    }
+
+    #[test]
+    fn nouns_agree_with_their_numbers() {
+        assert_eq!(count(1, "step"), "1 step");
+        assert_eq!(count(0usize, "step"), "0 steps");
+        assert_eq!(count(2u64, "query"), "2 queries");
+        assert_eq!((count(3, "batch"), count(4, "key")), ("3 batches".to_owned(), "4 keys".to_owned()));
     }
 }

@@ -44,7 +44,7 @@ where
             // The programs share their prefix, and verbs have settings of their own: what is meant for one is no fault of
             // another. A slip of the hand is seen all the same.
             Err(Refused::Unknown(message)) => {
-                progress::say(format!("{origin} is passed over: {message}"));
+                progress::log(format!("{origin} is passed over: {message}"));
                 continue;
             }
             other => other.map_err(|refused| refused.into_error(&origin))?,
@@ -73,7 +73,7 @@ where
 ///
 /// # Errors
 /// [`Error::Usage`] naming the key, with the nearest where it is unknown. Ranges are left to the caller.
-pub fn laid_over<T: Serialize + DeserializeOwned>(base: &T, over: &Map<String, Value>) -> Result<T> {
+pub fn merge<T: Serialize + DeserializeOwned>(base: &T, over: &Map<String, Value>) -> Result<T> {
     let mut value = to_value(base)?;
     let keys = all_keys(&value);
     lay(&mut value, over, "", &keys)?;
@@ -100,7 +100,7 @@ fn lay(base: &mut Value, over: &Map<String, Value>, prefix: &str, keys: &[String
 ///
 /// # Errors
 /// For an empty path.
-pub fn given(path: &Path, _: &()) -> garde::Result {
+pub fn required_path(path: &Path, _: &()) -> garde::Result {
     if path.as_os_str().is_empty() { Err(garde::Error::new("is not set")) } else { Ok(()) }
 }
 
@@ -300,7 +300,7 @@ mod tests {
     #[test]
     fn a_part_of_the_settings_is_laid_over_the_rest() {
         let base = Top { output: Some("x".into()), ..Top::default() };
-        let over = |text: &str| laid_over(&base, serde_json::from_str::<Value>(text).unwrap().as_object().unwrap());
+        let over = |text: &str| merge(&base, serde_json::from_str::<Value>(text).unwrap().as_object().unwrap());
         let top = over(r#"{"optimizer": {"lr": 0.5}, "init": {"layers": 2}}"#).unwrap();
         assert_eq!((top.optimizer.lr, top.output.as_deref()), (0.5, Some("x")));
         assert_eq!(top.init, Some(Init { tokenizer: String::new(), layers: 2 }));

@@ -9,14 +9,14 @@ use crate::{Error, Result};
 /// # Errors
 /// When it cannot be read, or is not UTF-8.
 pub fn read(path: &Path) -> Result<String> {
-    text(path, 1, std::fs::read(path).map_err(Error::io(path))?)
+    decode(path, 1, std::fs::read(path).map_err(Error::io(path))?)
 }
 
 /// Bytes that stand in a file from a line on, as text.
 ///
 /// # Errors
 /// Names the line that is not UTF-8.
-pub(crate) fn text(path: &Path, line: usize, bytes: Vec<u8>) -> Result<String> {
+pub(crate) fn decode(path: &Path, line: usize, bytes: Vec<u8>) -> Result<String> {
     String::from_utf8(bytes).map_err(|error| {
         let good = &error.as_bytes()[..error.utf8_error().valid_up_to()];
         let line = line + good.iter().filter(|&&byte| byte == b'\n').count();

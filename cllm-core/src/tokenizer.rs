@@ -73,14 +73,14 @@ impl Tokenizer {
             template,
             end_of_turn: turn_end.or(id(&eos)).or(eos_ids.first().copied()),
             eos_ids: eos_ids.into_iter().collect(),
-            fingerprint: fingerprint::of_files(&[path])?,
+            fingerprint: fingerprint::hash_files(&[path])?,
             inner,
         })
     }
 
-    /// The same tokenizer with these EOS ids instead, when there are any.
-    pub fn with_eos_ids(mut self, ids: &[i32]) -> Self {
-        if !ids.is_empty() {
+    /// The same tokenizer, with these EOS ids instead of its own where some are given.
+    pub fn with_eos_ids(mut self, ids: Option<&[i32]>) -> Self {
+        if let Some(ids) = ids {
             self.eos_ids = ids.to_vec();
             self.end_of_turn = ids.first().copied();
         }
@@ -119,7 +119,7 @@ impl Tokenizer {
     ///
     /// # Errors
     /// When the template refuses the messages, or the model has none.
-    pub fn prompt(&self, prompt: &Prompt) -> Result<(String, Vec<i32>)> {
+    pub fn encode_prompt(&self, prompt: &Prompt) -> Result<(String, Vec<i32>)> {
         match prompt {
             Prompt::Text(text) => Ok((text.clone(), self.ids(text, true)?)),
             Prompt::Messages(messages) => {
@@ -141,7 +141,7 @@ impl Tokenizer {
     ///
     /// # Errors
     /// When the tokenizer fails.
-    pub fn target(&self, text: &str) -> Result<Vec<i32>> {
+    pub fn encode_target(&self, text: &str) -> Result<Vec<i32>> {
         let mut ids = self.encode(text)?;
         ids.extend(self.end_of_turn);
         Ok(ids)
@@ -233,14 +233,14 @@ mod tests {
     fn a_conversation_becomes_a_prompt_and_an_answer_ends_its_turn() {
         let dir = folder();
         let tokenizer = Tokenizer::load(dir.path()).unwrap();
-        let (text, ids) = tokenizer.prompt(&Prompt::question("Tom has")).unwrap();
+        let (text, ids) = tokenizer.encode_prompt(&Prompt::question("Tom has")).unwrap();
         assert_eq!(text, "<|user|>Tom has<|end|><|assistant|>");
         assert_eq!((ids[0], ids[ids.len() - 1]), (2, 3));
         assert_eq!(tokenizer.eos_ids(), [0]);
-        let target = tokenizer.target("apples.").unwrap();
+        let target = tokenizer.encode_target("apples.").unwrap();
         assert_eq!(target[target.len() - 1], 0);
         assert_eq!(tokenizer.decode(&target).unwrap(), "apples.");
-        assert_eq!(tokenizer.with_eos_ids(&[7]).eos_ids(), [7]);
+        assert_eq!(tokenizer.with_eos_ids(Some(&[7])).eos_ids(), [7]);
         write_eos_ids(dir.path(), &[7, 8]).unwrap();
         assert_eq!(Tokenizer::load(dir.path()).unwrap().eos_ids(), [0, 7, 8]);
     }

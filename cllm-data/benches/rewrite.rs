@@ -21,7 +21,7 @@ const SHARD_ROWS: usize = 1024;
 const VOCAB: i32 = 512;
 
 fn row(index: usize, eos: i32) -> Trajectory {
-    let mut rng = fingerprint::rng(0, "bench", index as u64);
+    let mut rng = fingerprint::derive_rng(0, "bench", index as u64);
     let mut token = || loop {
         let id = rng.random_range(0..VOCAB);
         if id != eos {

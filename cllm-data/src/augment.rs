@@ -20,10 +20,10 @@ use crate::rewrite::{self as copying, Copying};
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
     /// The data set.
-    #[garde(custom(settings::given))]
+    #[garde(custom(settings::required_path))]
     pub input: PathBuf,
     /// The folder to write.
-    #[garde(custom(settings::given))]
+    #[garde(custom(settings::required_path))]
     pub output: PathBuf,
     /// Share of a state's wrong tokens, its first aside, that is corrected.
     #[garde(range(min = 0.0, max = 1.0))]
@@ -58,7 +58,7 @@ pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
     if json {
         print_json(&json!({ "schema_version": 1, "rows": rows, "states_changed": changed }))?;
     }
-    progress::say(format!("{rows} rows, {changed} states changed, in {}", settings.output.display()));
+    progress::log(format!("{rows} rows, {changed} states changed, in {}", settings.output.display()));
     Ok(Outcome::Done)
 }
 
@@ -66,7 +66,7 @@ pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
 pub fn augment(mut row: Trajectory, fraction: f64, seed: u64) -> Trajectory {
     let mut flags = Vec::with_capacity(row.blocks.len());
     for (index, block) in row.blocks.iter_mut().enumerate() {
-        let mut rng = fingerprint::rng(seed, &row.sample_id, index as u64);
+        let mut rng = fingerprint::derive_rng(seed, &row.sample_id, index as u64);
         let mut changed = vec![false; block.states.len()];
         if let Some((fixed_point, states)) = block.states.split_last_mut() {
             for (state, changed) in states.iter_mut().zip(&mut changed) {

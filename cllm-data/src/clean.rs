@@ -25,10 +25,10 @@ use crate::scoring::score;
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
     /// The data set.
-    #[garde(custom(settings::given))]
+    #[garde(custom(settings::required_path))]
     pub input: PathBuf,
     /// The folder to write.
-    #[garde(custom(settings::given))]
+    #[garde(custom(settings::required_path))]
     pub output: PathBuf,
     /// The model whose tokenizer reads the answers: a folder or an id.
     #[garde(length(min = 1))]
@@ -112,13 +112,13 @@ pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
         print_json(&report)?;
     }
     if counts.unscored > 0 {
-        progress::say(format!(
+        progress::log(format!(
             "{} rows kept that the task's own score could not judge (Spider needs data=FOLDER)",
             counts.unscored
         ));
     }
     let Counts { kept, rules, .. } = counts;
-    progress::say(format!("{kept} rows kept, {dropped} dropped {rules:?}, in {}", settings.output.display()));
+    progress::log(format!("{kept} rows kept, {dropped} dropped {rules:?}, in {}", settings.output.display()));
     Ok(Outcome::Done)
 }
 
@@ -186,7 +186,7 @@ fn evaluation_prompts(settings: &Settings, tokenizer: &Tokenizer) -> Result<Hash
     for path in &settings.evaluation_prompts {
         for sample in prompt_set::read(path)? {
             interrupt::check()?;
-            prompts.insert(hash(&tokenizer.prompt(&sample.prompt)?.1));
+            prompts.insert(hash(&tokenizer.encode_prompt(&sample.prompt)?.1));
         }
     }
     Ok(prompts)
@@ -211,7 +211,7 @@ fn judge(row: Trajectory, settings: &Settings, tokenizer: &Tokenizer, evaluation
     if settings.drop_incorrect && broken.is_none() {
         let verdict = score(&settings.input, &row, &text, settings.data.as_deref())?;
         unscored = verdict == Verdict::Unscored;
-        broken = (verdict == Verdict::Wrong).then_some("incorrect_answer");
+        broken = (verdict == Verdict::Incorrect).then_some("incorrect_answer");
     }
     Ok(Judged { row, prompt, broken, unscored })
 }

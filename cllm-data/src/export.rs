@@ -45,7 +45,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
         io(file.write_all(b"\n]\n"))
     })?;
     bar.finish();
-    progress::say(format!("{} rows as {records} records in {}", reader.len(), path.display()));
+    progress::log(format!("{} rows as {records} records in {}", reader.len(), path.display()));
     Ok(Outcome::Done)
 }
 

@@ -3,9 +3,8 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use cllm_core::checkpoint::fingerprint;
 use cllm_core::checkpoint::hub;
-use cllm_core::model::ModelConfig;
+use cllm_core::checkpoint::{self, fingerprint};
 use cllm_core::program::Outcome;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{Block, FinishReason, Provenance, Trajectory, Writer};
@@ -46,12 +45,12 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let provenance = Provenance {
         teacher: fingerprint(&folder)?,
         tokenizer: tokenizer.fingerprint().to_owned(),
-        vocab_size: ModelConfig::load(&folder)?.vocab_size as usize,
+        vocab_size: checkpoint::load_config(&folder)?.vocab_size as usize,
         n: block_size(arguments)?,
         max_new_tokens: arguments.max_new_tokens,
         eos_ids: tokenizer.eos_ids().to_vec(),
         seed: 0,
-        prompts: cllm_core::fingerprint::of_contents(path)?,
+        prompts: cllm_core::fingerprint::hash_contents(path)?,
         toolkit: cllm_core::VERSION.to_owned(),
         steps: vec!["import: a file of the reference implementation".to_owned()],
     };
@@ -73,7 +72,7 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     rows.extend(import.take_row()?);
     writer.write_shard(&rows)?;
     let count = crate::rewrite::finish(writer, output)?;
-    progress::say(format!(
+    progress::log(format!(
         "{count} rows in {}; {} cut before a block that the file lacks, {} dropped for want of their first block",
         output.display(),
         import.cut,

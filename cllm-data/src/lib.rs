@@ -18,7 +18,7 @@ mod variants;
 use std::path::PathBuf;
 
 use clap::{CommandFactory, Parser, Subcommand};
-use cllm_core::program::{Configured, Outcome, print, print_completions};
+use cllm_core::program::{Outcome, SettingsArgs, print, print_completions};
 use cllm_core::settings::reference;
 use cllm_core::{Result, progress};
 
@@ -51,15 +51,15 @@ enum Verb {
     #[command(
         after_help = "Example:\n  cllm-data collect model=configs/tiny-teacher prompts=runs/prompts.jsonl \\\n    output=runs/trajectories n=16"
     )]
-    Collect(Configured),
+    Collect(SettingsArgs),
     /// Correct a random part of the wrong tokens of the states.
     #[command(after_help = "Example:\n  cllm-data augment input=runs/trajectories output=runs/augmented")]
-    Augment(Configured),
+    Augment(SettingsArgs),
     /// Drop responses that would teach loops, with counts per rule.
     #[command(
         after_help = "Example:\n  cllm-data clean input=runs/augmented output=runs/clean model=configs/tiny-teacher"
     )]
-    Clean(Configured),
+    Clean(SettingsArgs),
     /// Check a data set against its contract; exit code 1 when a row breaks it.
     #[command(after_help = "Example:\n  cllm-data validate runs/trajectories --model configs/tiny-teacher")]
     Validate(validate::Arguments),
@@ -131,7 +131,7 @@ mod tests {
 
     #[test]
     fn every_example_of_the_help_is_a_command_line() {
-        for words in cllm_testing::help::examples(Arguments::command()) {
+        for words in cllm_testing::help::example_commands(Arguments::command()) {
             let settings = match Arguments::try_parse_from(&words).unwrap().verb {
                 Verb::Collect(given) => given.load::<collect::Settings>().map(drop),
                 Verb::Augment(given) => given.load::<augment::Settings>().map(drop),
@@ -144,6 +144,6 @@ mod tests {
 
     #[test]
     fn the_configuration_reference_is_up_to_date() {
-        cllm_testing::help::must_be_documented(&all_settings());
+        cllm_testing::help::assert_documented(&all_settings());
     }
 }

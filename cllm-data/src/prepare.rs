@@ -16,7 +16,7 @@ const MOST: u64 = 10_000_000;
 #[derive(Args)]
 pub struct Arguments {
     /// The benchmark.
-    #[arg(value_parser = PossibleValuesParser::new(Task::ALL.map(Task::name)).map(|name| Task::of_source(&name)))]
+    #[arg(value_parser = PossibleValuesParser::new(Task::ALL.map(Task::name)).map(|name| Task::from_source(&name)))]
     task: Task,
     /// Its folder (for jsonl: the file).
     #[arg(long)]
@@ -38,7 +38,7 @@ pub struct Arguments {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Number of synthetic problems.
-    #[arg(long, default_value_t = synthetic::DEFAULT_COUNT, value_parser = RangedU64ValueParser::<usize>::new().range(1..=MOST))]
+    #[arg(long, default_value_t = synthetic::DEFAULT_NUM_PROBLEMS, value_parser = RangedU64ValueParser::<usize>::new().range(1..=MOST))]
     count: usize,
 }
 
@@ -48,11 +48,11 @@ pub struct Arguments {
 /// Missing or broken files.
 pub fn run(arguments: &Arguments) -> Result<Outcome> {
     let task = arguments.task;
-    let split = arguments.split.as_deref().unwrap_or(if task.is_for_tests() { "test" } else { "train" });
+    let split = arguments.split.as_deref().unwrap_or(if task.has_only_test_split() { "test" } else { "train" });
     let mut samples = if task == Task::Synthetic {
         synthetic::generate(arguments.seed, split, arguments.count)
     } else {
-        let needed = || Error::usage(format!("{} needs --data: {}", task.name(), task.needs()));
+        let needed = || Error::usage(format!("{} needs --data: {}", task.name(), task.expected_data()));
         let data = arguments.data.as_deref().ok_or_else(needed)?;
         let found = task.load(data, split)?;
         if found.is_empty() {
@@ -69,6 +69,6 @@ pub fn run(arguments: &Arguments) -> Result<Outcome> {
     }
     interrupt::check()?;
     prompt_set::write(&arguments.output, &samples)?;
-    progress::say(format!("{} prompts in {}", samples.len(), arguments.output.display()));
+    progress::log(format!("{} prompts in {}", samples.len(), arguments.output.display()));
     Ok(Outcome::Done)
 }

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use cllm_core::prompt_set::{Prompt, Sample};
-use cllm_core::task::{Judge, Task, Verdict};
+use cllm_core::task::{ScoreContext, Task, Verdict};
 use cllm_core::trajectory::Trajectory;
 use cllm_core::{Error, Result};
 
@@ -17,5 +17,5 @@ pub(crate) fn score(file: &Path, row: &Trajectory, text: &str, data: Option<&Pat
         reference: row.reference.clone(),
         meta: row.meta.as_deref().map(serde_json::from_str).transpose().map_err(bad_meta)?,
     };
-    Task::of_source(&row.source).judge(Judge { data, sandbox: None }, &sample, text, row.finish_reason)
+    Task::from_source(&row.source).score(ScoreContext { data, sandbox: None }, &sample, text, row.finish_reason)
 }

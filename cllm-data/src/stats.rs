@@ -39,7 +39,7 @@ pub struct Stats {
 pub fn run(data: &Path, as_json: bool) -> Result<Outcome> {
     let reader = Reader::open_incomplete(data)?;
     if !reader.is_complete() {
-        progress::say(format!("{} {INCOMPLETE_DATA_SET}", data.display()));
+        progress::log(format!("{} {INCOMPLETE_DATA_SET}", data.display()));
     }
     let mut stats = Stats { schema_version: 1, ..Default::default() };
     let mut forwards = Some(0);

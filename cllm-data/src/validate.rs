@@ -4,10 +4,9 @@ use std::collections::HashSet;
 use std::path::PathBuf;
 
 use clap::Args;
-use cllm_core::checkpoint::fingerprint;
 use cllm_core::checkpoint::hub;
+use cllm_core::checkpoint::{self, fingerprint};
 use cllm_core::interrupt;
-use cllm_core::model::ModelConfig;
 use cllm_core::program::{Outcome, print, print_json};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{FinishReason, INCOMPLETE_DATA_SET, Provenance, Reader, Trajectory};
@@ -81,7 +80,7 @@ fn ends_in_time(row: &Trajectory, promised: &Provenance) -> Result<(), String> {
 /// In what the data set is not of this model. Rows are then held to the smaller of the two vocabularies.
 fn foreign_model(name: &str, promised: &mut Provenance) -> cllm_core::Result<Vec<String>> {
     let folder = hub::locate(name)?;
-    let vocab_size = ModelConfig::load(&folder)?.vocab_size as usize;
+    let vocab_size = checkpoint::load_config(&folder)?.vocab_size as usize;
     let compared = [
         ("teacher", promised.teacher.clone(), fingerprint(&folder)?),
         ("tokenizer", promised.tokenizer.clone(), Tokenizer::load(&folder)?.fingerprint().to_owned()),

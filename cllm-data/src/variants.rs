@@ -32,7 +32,7 @@ pub fn variants(task: Task, samples: &[Sample], count: usize, seed: u64) -> Resu
         _ => return Err(Error::usage(format!("{} has no variants: only gsm8k and spider have", task.name()))),
     };
     let variant = |sample: &Sample, number: usize| {
-        let mut rng = fingerprint::rng(seed, &format!("variant/{}", sample.id), number as u64);
+        let mut rng = fingerprint::derive_rng(seed, &format!("variant/{}", sample.id), number as u64);
         let prompt = match &sample.prompt {
             Prompt::Text(text) => Prompt::Text(vary(text, &mut rng)),
             Prompt::Messages(messages) => {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::builder::TypedValueParser;
 use clap::{CommandFactory, Parser, Subcommand};
-use cllm_core::program::{Configured, Outcome, print, print_completions, print_json};
+use cllm_core::program::{Outcome, SettingsArgs, print, print_completions, print_json};
 use cllm_core::task::Task;
 use cllm_core::{Error, Result, atomic_file, progress};
 use serde_json::json;
@@ -41,12 +41,12 @@ enum Verb {
         after_help = "Example:\n  cllm-eval run teacher=configs/tiny-teacher student=runs/student/final \\\n    \
         num_problems=100 'strategies=[ar, {jacobi: {n: 16}}]' output=runs/first-100"
     )]
-    Run(Configured),
+    Run(SettingsArgs),
     /// Runs every benchmark whose data is there and draws one report; goes on where an interrupted suite stopped.
     #[command(
         after_help = "Example:\n  cllm-eval suite teacher=configs/tiny-teacher data=benchmarks limit=3 output=runs/suite"
     )]
-    Suite(Configured),
+    Suite(SettingsArgs),
     /// Scores the saved answers of a run again; needs no model and no GPU.
     #[command(after_help = "Example:\n  cllm-eval score runs/eval --json")]
     Score {
@@ -132,7 +132,7 @@ enum Verb {
         output=runs/bench.json\n  cllm-eval bench -c configs/bench.yaml \\\n    \
         'strategies=[{jacobi: {n: 16}}, {rolling: {n: 16, pool: 4}}, {lookahead: {}}]'"
     )]
-    Bench(Configured),
+    Bench(SettingsArgs),
     /// Answers a prompt autoregressively and by Jacobi decoding, showing tokens as they become final; without a prompt, a chat with both
     /// side by side.
     #[command(after_help = "Examples:\n  cllm-eval generate --model runs/student/final --n 16 \\\n    \
@@ -280,10 +280,11 @@ fn draw(results: &[PathBuf], output: Option<&Path>, json: bool) -> Result<()> {
 fn list(json: bool) -> Result<()> {
     if json {
         let benchmarks: Vec<_> =
-            Task::ALL.iter().map(|task| json!({ "name": task.name(), "needs": task.needs() })).collect();
+            Task::ALL.iter().map(|task| json!({ "name": task.name(), "needs": task.expected_data() })).collect();
         return print_json(&json!({ "schema_version": 1, "benchmarks": benchmarks }));
     }
-    let lines: String = Task::ALL.iter().map(|task| format!("{:<13} needs {}\n", task.name(), task.needs())).collect();
+    let lines: String =
+        Task::ALL.iter().map(|task| format!("{:<13} needs {}\n", task.name(), task.expected_data())).collect();
     print(&lines)
 }
 
@@ -293,7 +294,7 @@ mod tests {
 
     #[test]
     fn every_example_of_the_help_is_a_command_line() {
-        for words in cllm_testing::help::examples(Cli::command()) {
+        for words in cllm_testing::help::example_commands(Cli::command()) {
             let loaded = match Cli::try_parse_from(&words).unwrap().verb {
                 Verb::Run(given) => given.load::<RunSettings>().map(drop),
                 Verb::Suite(given) => given.load::<SuiteSettings>().map(drop),
@@ -306,6 +307,6 @@ mod tests {
 
     #[test]
     fn the_configuration_reference_is_up_to_date() {
-        cllm_testing::help::must_be_documented(&all_settings());
+        cllm_testing::help::assert_documented(&all_settings());
     }
 }

@@ -178,11 +178,11 @@ impl Chosen {
         let (here, there) = (&here.settings, &there.settings);
         if here.max_new_tokens != there.max_new_tokens {
             let (a, b) = (here.max_new_tokens, there.max_new_tokens);
-            progress::say(format!("max_new_tokens is {a} in A and {b} in B: this too may make a difference"));
+            progress::log(format!("max_new_tokens is {a} in A and {b} in B: this too may make a difference"));
         }
         if here.temperature != there.temperature {
             let (a, b) = (here.temperature, there.temperature);
-            progress::say(format!("temperature is {a} in A and {b} in B: this too may make a difference"));
+            progress::log(format!("temperature is {a} in A and {b} in B: this too may make a difference"));
         }
         Ok(())
     }
@@ -340,7 +340,7 @@ impl Comparison {
         let rights: Vec<(bool, bool)> = pairs
             .iter()
             .filter(is_scored)
-            .map(|(a, b)| (a.verdict == Verdict::Right, b.verdict == Verdict::Right))
+            .map(|(a, b)| (a.verdict == Verdict::Correct, b.verdict == Verdict::Correct))
             .collect();
         let count = |of: (bool, bool)| rights.iter().filter(|&&pair| pair == of).count();
         let (a_only, b_only, both) = (count((true, false)), count((false, true)), count((true, true)));

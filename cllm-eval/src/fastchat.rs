@@ -75,7 +75,7 @@ fn row(path: &Path, run: &str, model_id: &str, turns: &[&AnswerRecord; 2], tstam
     let question_id = first.meta.as_ref().and_then(|meta| meta.get("question_id")).ok_or_else(none)?;
     let row = Row {
         question_id,
-        answer_id: fingerprint::of_bytes(format!("{run} {model_id} {question_id}").as_bytes()),
+        answer_id: fingerprint::hash_bytes(format!("{run} {model_id} {question_id}").as_bytes()),
         model_id,
         choices: [Choice { index: 0, turns: [&first.text, &second.text] }],
         tstamp,

@@ -21,7 +21,7 @@ pub fn both_turns(first: Vec<Sample>) -> Result<Vec<Sample>> {
 
 /// Whether a sample of [`both_turns`] is a second turn.
 pub fn is_second(sample: &Sample) -> bool {
-    Task::of_source(&sample.source) == Task::MtBench && sample.id.ends_with("/2")
+    Task::from_source(&sample.source) == Task::MtBench && sample.id.ends_with("/2")
 }
 
 /// The prompt of a second turn: the first question, the answer to it, and the second question.

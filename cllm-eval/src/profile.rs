@@ -150,7 +150,7 @@ fn profile_set(given: &str) -> Result<SetProfile> {
     let path = PathBuf::from(path);
     let reader = Reader::open_incomplete(&path)?;
     if !reader.is_complete() {
-        progress::say(format!("{} {INCOMPLETE_DATA_SET}", path.display()));
+        progress::log(format!("{} {INCOMPLETE_DATA_SET}", path.display()));
     }
     let sums = |piece| {
         let mut sums = Sums::default();
@@ -167,7 +167,7 @@ fn profile_set(given: &str) -> Result<SetProfile> {
     all += limited.0;
     forwards += limited.1;
     if sum.augmented_rows > 0 {
-        progress::say(format!("{}: {} augmented rows were left out", path.display(), sum.augmented_rows));
+        progress::log(format!("{}: {} augmented rows were left out", path.display(), sum.augmented_rows));
     }
     if all.blocks == 0 {
         let message =

@@ -184,7 +184,7 @@ impl Header {
     /// Where the figures come from, in one line.
     fn place(&self) -> String {
         let Toolkit { version, libtorch } = &self.toolkit;
-        format!("{}; cllm {version}, libtorch {}", self.hardware.line(), libtorch.as_deref().unwrap_or("unknown"))
+        format!("{}; cllm {version}, libtorch {}", self.hardware.summary(), libtorch.as_deref().unwrap_or("unknown"))
     }
 }
 

@@ -256,7 +256,7 @@ fn figures(records: &Records, role: Role, strategy: Strategy) -> StrategyResults
     let answers: Vec<&AnswerRecord> = of(strategy).collect();
     let finished = |answer: &&&AnswerRecord| answer.finish_reason == FinishReason::Eos;
     let scored = answers.iter().filter(|answer| answer.verdict != Verdict::Unscored).count();
-    let right = answers.iter().filter(|answer| answer.verdict == Verdict::Right).count();
+    let right = answers.iter().filter(|answer| answer.verdict == Verdict::Correct).count();
     let tokens: usize = answers.iter().map(|answer| answer.response_ids.len()).sum();
     let forwards: usize = answers.iter().map(|answer| answer.forwards).sum();
     let ended_tokens: usize = answers.iter().filter(finished).map(|answer| answer.response_ids.len()).sum();
@@ -330,7 +330,7 @@ fn by_difficulty(answers: &[&AnswerRecord]) -> BTreeMap<Difficulty, Accuracy> {
     let mut verdicts: BTreeMap<Difficulty, Vec<bool>> = BTreeMap::new();
     for answer in answers.iter().filter(|answer| answer.verdict != Verdict::Unscored) {
         if let Some(reference) = &answer.reference {
-            verdicts.entry(difficulty(reference)).or_default().push(answer.verdict == Verdict::Right);
+            verdicts.entry(difficulty(reference)).or_default().push(answer.verdict == Verdict::Correct);
         }
     }
     let accuracy = |(class, verdicts): (Difficulty, Vec<bool>)| {
@@ -409,7 +409,7 @@ fn paired_differences(records: &Records) -> Vec<PairedDifference> {
             .iter()
             .filter(|answer| answer.role == role && answer.strategy == strategy)
             .filter(|answer| answer.verdict != Verdict::Unscored)
-            .map(|answer| (answer.index, answer.verdict == Verdict::Right))
+            .map(|answer| (answer.index, answer.verdict == Verdict::Correct))
             .collect()
     };
     let settings = &header.settings;

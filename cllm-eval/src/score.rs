@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use cllm_core::sandbox::Sandbox;
-use cllm_core::task::{Judge, Task, Verdict};
+use cllm_core::task::{ScoreContext, Task, Verdict};
 use cllm_core::{Result, atomic_file, interrupt, progress};
 use rayon::prelude::*;
 
@@ -13,9 +13,9 @@ use crate::results::{RESULTS, Results};
 /// The verdict on an answer.
 ///
 /// # Errors
-/// As [`Task::judge`].
-pub fn judge(task: Task, judge: Judge<'_>, answer: &AnswerRecord) -> Result<Verdict> {
-    task.judge(judge, &answer.sample(), &answer.text, answer.finish_reason)
+/// As [`Task::score`].
+pub fn judge(task: Task, judge: ScoreContext<'_>, answer: &AnswerRecord) -> Result<Verdict> {
+    task.score(judge, &answer.sample(), &answer.text, answer.finish_reason)
 }
 
 /// Where the code of a task's answers runs, if it has any and `execute` asks for that; `advice` is said where only the latter lacks.
@@ -27,14 +27,14 @@ pub fn sandbox(task: Task, execute: bool, advice: &str) -> Result<Option<Sandbox
         return Ok(None);
     }
     if !execute {
-        progress::say(format!(
+        progress::log(format!(
             "answers of {} stay unscored, since that takes running code that a model wrote: {advice}",
             task.name()
         ));
         return Ok(None);
     }
     let sandbox = Sandbox::open()?;
-    progress::say(format!("code runs in {}, held by {}", sandbox.python().display(), sandbox.layers().join(", ")));
+    progress::log(format!("code runs in {}, held by {}", sandbox.python().display(), sandbox.layers().join(", ")));
     Ok(Some(sandbox))
 }
 
@@ -50,12 +50,12 @@ pub fn score(folder: &Path, data: Option<PathBuf>, execute: bool) -> Result<Resu
     let task = records.header.benchmark;
     let data = data.or_else(|| records.header.settings.data.clone());
     let sandbox = sandbox(task, execute, "add --execute-code")?;
-    let by = Judge { data: data.as_deref(), sandbox: sandbox.as_ref() };
+    let by = ScoreContext { data: data.as_deref(), sandbox: sandbox.as_ref() };
     let score = |answer: &AnswerRecord| judge(task, by, answer);
     let verdicts: Vec<Verdict> = records.answers.par_iter().map(score).collect::<Result<_>>()?;
     interrupt::check()?;
     if task == Task::Spider && data.is_none() {
-        progress::say("no answer was scored: name Spider's folder with --data");
+        progress::log("no answer was scored: name Spider's folder with --data");
     }
     // What the verdicts come from is what results.json tells, and the next scoring looks there too.
     records.header.sandbox = sandbox.map(|sandbox| sandbox.layers().to_vec());

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use cllm_core::task::code;
+use cllm_core::task::extract_code;
 use serde::{Deserialize, Serialize};
 
 /// Likeness of answers to their references, over all of them.
@@ -21,7 +21,7 @@ impl Similarity {
     /// Of pairs of an answer and its reference.
     pub fn of<'a>(pairs: impl Iterator<Item = (&'a str, &'a str)>) -> Self {
         let pairs: Vec<_> =
-            pairs.map(|(answer, reference)| (tokens(code(answer, |_| true)), tokens(reference))).collect();
+            pairs.map(|(answer, reference)| (tokens(extract_code(answer, |_| true)), tokens(reference))).collect();
         let wanted: usize = pairs.iter().map(|(_, reference)| reference.len()).sum();
         if wanted == 0 {
             return Similarity { bleu: None, exact_prefix: None };

@@ -46,7 +46,7 @@ pub fn bootstrap(examples: usize, statistic: impl Fn(&[usize]) -> Option<f64> + 
     }
     let resample = |number: usize| {
         // A generator of its own for each, so that the interval does not depend on the number of threads.
-        let mut rng = fingerprint::rng(BOOTSTRAP_SEED, "bootstrap", number as u64);
+        let mut rng = fingerprint::derive_rng(BOOTSTRAP_SEED, "bootstrap", number as u64);
         let drawn: Vec<usize> = (0..examples).map(|_| rng.random_range(0..examples)).collect();
         statistic(&drawn)
     };

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use cllm_core::decode::Strategy;
-use cllm_core::program::guarded;
+use cllm_core::program::catch_panics;
 use cllm_core::task::Task;
 use cllm_core::{Error, Result, progress, settings};
 use comfy_table::{Table, presets};
@@ -29,7 +29,7 @@ pub struct SuiteSettings {
     pub student: Option<String>,
     /// Folder with a folder (or file) for each benchmark, by its name in `cllm-eval ls` or as code_search_net, human_eval, mt_bench; a benchmark
     /// that is not there is skipped.
-    #[garde(custom(settings::given))]
+    #[garde(custom(settings::required_path))]
     pub data: PathBuf,
     /// Takes only the first examples of each benchmark.
     #[garde(range(min = 1))]
@@ -158,9 +158,9 @@ fn one(task: Task, settings: &SuiteSettings) -> Result<Ended> {
     let data = find(task, &settings.data);
     if data.is_none() && task != Task::Synthetic {
         let (folder, name) = (settings.data.display(), task.name());
-        return Ok(Ended::Skipped { reason: format!("no `{name}` in {folder}: it needs {}", task.needs()) });
+        return Ok(Ended::Skipped { reason: format!("no `{name}` in {folder}: it needs {}", task.expected_data()) });
     }
-    progress::say(format!("{}:", task.name()));
+    progress::log(format!("{}:", task.name()));
     let run = RunSettings {
         teacher: settings.teacher.clone(),
         student: settings.student.clone(),
@@ -178,11 +178,11 @@ fn one(task: Task, settings: &SuiteSettings) -> Result<Ended> {
         output: settings.output.join(task.name()),
         ..RunSettings::default()
     };
-    match guarded(|| run::run(&run)) {
+    match catch_panics(|| run::run(&run)) {
         Ok(results) => Ok(Ended::Done { results: Box::new(results) }),
         Err(error @ Error::Interrupted(_)) => Err(error),
         Err(error) => {
-            progress::say(format!("{} failed: {error}", task.name()));
+            progress::log(format!("{} failed: {error}", task.name()));
             Ok(Ended::Failed { reason: error.to_string() })
         }
     }

@@ -135,7 +135,7 @@ pub fn summary(results: &Results) -> String {
     let rows: Vec<Vec<String>> = results.models.iter().flat_map(rows).collect();
     let table = if rows.is_empty() { String::new() } else { drawn(&HEADS, 2, rows) };
     let notes: String = notes(results).into_iter().map(|note| note + "\n").collect();
-    format!("{table}{}\n{}\n{notes}", measured(results), results.hardware.line())
+    format!("{table}{}\n{}\n{notes}", measured(results), results.hardware.summary())
 }
 
 /// The rows of a model's strategies.

@@ -134,7 +134,7 @@ impl Tradeoff {
         for point in results.iter().flat_map(points_of) {
             let same = |other: &Point| other.fingerprint == point.fingerprint && other.strategy == point.strategy;
             if points.iter().any(same) {
-                progress::say(format!("{} {} was measured before: left out", point.checkpoint, point.strategy));
+                progress::log(format!("{} {} was measured before: left out", point.checkpoint, point.strategy));
             } else {
                 points.push(point);
             }

@@ -4,12 +4,12 @@ use std::path::{Path, PathBuf};
 use std::rc::Rc;
 use std::time::Instant;
 
-use cllm_core::bench_results::{BenchFile, ModelFigures};
+use cllm_core::bench_results::{BenchRecord, BenchResults};
 use cllm_core::cuda::libtorch;
-use cllm_core::distributed::Group;
+use cllm_core::distributed::ProcessGroup;
 use cllm_core::environment::Hardware;
-use cllm_core::model::{KnownShape, Transformer};
-use cllm_core::program::{Configured, print, print_json};
+use cllm_core::model::{ModelPreset, Transformer};
+use cllm_core::program::{SettingsArgs, print, print_json};
 use cllm_core::{Error, Result, device, interrupt, progress, text_file};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
@@ -30,13 +30,13 @@ const WARM_UP: usize = 3;
 #[derive(clap::Args)]
 pub struct Arguments {
     #[command(flatten)]
-    pub given: Configured,
+    pub given: SettingsArgs,
     /// Steps that are timed, after three that warm up.
     #[arg(long, default_value_t = 20, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
     steps: usize,
     /// Random weights of a known shape, with the vocabulary of the run's model, instead of its weights.
     #[arg(long)]
-    shape: Option<KnownShape>,
+    shape: Option<ModelPreset>,
     /// What the model is called in the results; else its shape or the last part of its folder.
     #[arg(long)]
     name: Option<String>,
@@ -72,7 +72,7 @@ pub struct TrainFigures {
     /// Floating-point operations of a step over its time and the device's peak: 6 x parameters x tokens, and 12 x layers x
     /// width of all heads for each pair of tokens that attention does not mask. None of what is computed twice.
     mfu: Option<f64>,
-    /// The same, where attention counts every pair of a sequence of `max_tokens`, masked or not.
+    /// The same, where attention counts every pair of a sequence of `max_example_tokens`, masked or not.
     mfu_dense_attention: Option<f64>,
     /// The peak of all GPUs that they are shares of, operations a second.
     peak_flops: Option<f64>,
@@ -88,7 +88,7 @@ pub struct TrainFigures {
     settings: Settings,
 }
 
-impl ModelFigures for TrainFigures {
+impl BenchRecord for TrainFigures {
     fn name(&self) -> &str {
         &self.name
     }
@@ -97,20 +97,20 @@ impl ModelFigures for TrainFigures {
 /// Takes some steps of the run and puts their figures into the file. Nothing else is written.
 pub fn run(arguments: &Arguments, settings: &Settings) -> Result<()> {
     let (place, group) = trainer::join(settings)?;
-    if !group.writes() {
+    if !group.is_main() {
         return measure(arguments, settings, place, group).map(drop);
     }
-    let mut file = BenchFile::<TrainFigures>::open(&arguments.results, place)?;
+    let mut file = BenchResults::<TrainFigures>::open(&arguments.results, place)?;
     let baseline = arguments.baseline.as_deref().map(baseline).transpose()?;
     let mut figures = measure(arguments, settings, place, group)?;
     figures.transformers_blocks_per_second = baseline;
     let text = figures.text();
     file.put(&arguments.results, figures)?;
-    progress::say(format!("wrote {}", arguments.results.display()));
+    progress::log(format!("wrote {}", arguments.results.display()));
     if arguments.given.json { print_json(&file) } else { print(&text) }
 }
 
-fn measure(arguments: &Arguments, settings: &Settings, place: Device, group: Rc<Group>) -> Result<TrainFigures> {
+fn measure(arguments: &Arguments, settings: &Settings, place: Device, group: Rc<ProcessGroup>) -> Result<TrainFigures> {
     libtorch::reset_peak_gpu_memory(place);
     let (tokenizer, folder) = trainer::tokenizer(settings)?;
     let (models, name) = match arguments.shape {
@@ -134,16 +134,16 @@ fn measure(arguments: &Arguments, settings: &Settings, place: Device, group: Rc<
         )));
     }
     let planned =
-        Memory::of(student.config(), student.kind(), settings, &examples, &schedule.batches(0), group.world());
+        Memory::of(student.config(), student.kind(), settings, &examples, &schedule.batches(0), group.world_size());
     let mut state = State::new(student, &settings.optimizer, settings.seed, Rc::clone(&group))?;
     let packer = Packer::new(settings, &examples, student.config());
     let mut timed = Timed::default();
     std::thread::scope(|scope| -> Result<()> {
-        let batches = packer.ahead(scope, &schedule, 0, (group.rank(), group.world()));
+        let batches = packer.ahead(scope, &schedule, 0, (group.rank(), group.world_size()));
         for number in 1..=total {
             interrupt::check()?;
             let started = Instant::now();
-            let batches = batches.recv().map_err(|_| Error::negative("the thread that packs batches has ended"))?;
+            let batches = batches.recv().map_err(|_| Error::internal("the thread that packs batches has ended"))?;
             let waited = started.elapsed().as_secs_f64();
             let _ = models.gradients(settings, &batches)?;
             let rate = learning_rate(&settings.optimizer, number, total);
@@ -156,7 +156,7 @@ fn measure(arguments: &Arguments, settings: &Settings, place: Device, group: Rc<
         Ok(())
     })?;
     timed.share(&group, place)?;
-    Ok(timed.figures(arguments.name.clone().unwrap_or(name), student, settings, planned, group.world()))
+    Ok(timed.figures(arguments.name.clone().unwrap_or(name), student, settings, planned, group.world_size()))
 }
 
 /// What the timed steps held and took.
@@ -180,14 +180,14 @@ impl Timed {
         self.blocks += step.counts.blocks;
         for batch in &step.batches {
             self.batches += 1;
-            self.responses += batch.stream.ends.len();
-            let seen = batch.stream.seen.iter().flatten();
+            self.responses += batch.stream.sequence_ends.len();
+            let seen = batch.stream.attention_ranges.iter().flatten();
             self.pairs += seen.map(|(start, end)| (end - start).max(0) as usize).sum::<usize>();
         }
     }
 
     /// Adds up what only each process knows.
-    fn share(&mut self, group: &Group, place: Device) -> Result<()> {
+    fn share(&mut self, group: &ProcessGroup, place: Device) -> Result<()> {
         let counts = [&mut self.batches, &mut self.responses, &mut self.pairs];
         let all = Tensor::from_slice(&counts.each_ref().map(|count| **count as i64)).to_device(place);
         group.all_reduce(&all)?;
@@ -211,11 +211,11 @@ impl Timed {
         sorted.sort_by(f64::total_cmp);
         let rate = |count: usize| count as f64 / seconds;
         let attention = (12 * config.num_layers * config.num_heads * config.head_dim) as f64;
-        let products = 6.0 * config.parameter_count() as f64 * self.tokens as f64;
-        let peak = peak_flops(&Hardware::of(model.device())).map(|peak| peak * processes as f64);
+        let products = 6.0 * config.num_parameters() as f64 * self.tokens as f64;
+        let peak = peak_flops(&Hardware::detect(model.device())).map(|peak| peak * processes as f64);
         let utilisation = |pairs: f64| peak.map(|peak| (products + attention * pairs) / seconds / peak);
         TrainFigures {
-            parameters: config.parameter_count(),
+            parameters: config.num_parameters(),
             processes,
             steps: self.seconds.len(),
             step_seconds: sorted[sorted.len() / 2],
@@ -224,7 +224,7 @@ impl Timed {
             responses_per_second: rate(self.responses),
             tokens_per_batch: self.tokens as f64 / self.batches as f64,
             mfu: utilisation(self.pairs as f64),
-            mfu_dense_attention: utilisation((self.tokens * settings.max_tokens) as f64),
+            mfu_dense_attention: utilisation((self.tokens * settings.max_example_tokens) as f64),
             peak_flops: peak,
             peak_memory_bytes: libtorch::gpu_memory(model.device()).map(|(_, peak)| peak),
             planned_memory_bytes: planned.peak,

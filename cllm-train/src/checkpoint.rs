@@ -49,37 +49,36 @@ impl Origin {
         // What changes nothing of it may be changed on the way.
         let course = Settings {
             log_every: 1,
-            save_every: 0,
-            keep: 1,
-            recompute: 0,
-            output: String::new(),
+            save_every: None,
+            max_checkpoints: 1,
+            checkpointed_layers: 0,
+            output: PathBuf::new(),
             device: String::new(),
             ..settings.clone()
         };
         let course = serde_json::to_value(&course).map_err(|error| Error::usage(format!("settings: {error}")))?;
         let mut contents = BTreeMap::from([("the tokenizer".to_owned(), tokenizer.fingerprint().to_owned())]);
         add_settings(&mut contents, "", &course);
-        if settings.init.is_none() {
-            contents.insert(format!("the model {}", settings.model), cllm_core::checkpoint::fingerprint(folder)?);
+        if let Some(model) = &settings.model {
+            contents.insert(format!("the model {}", model), cllm_core::checkpoint::fingerprint(folder)?);
         }
-        if let Some(name) = settings.consistency.anchor.as_ref().filter(|_| settings.anchored()) {
+        if let Some(name) = settings.consistency.anchor.as_ref().filter(|_| settings.is_anchored()) {
             contents.insert(format!("the anchor {name}"), cllm_core::checkpoint::fingerprint(&hub::locate(name)?)?);
         }
-        for path in &settings.data {
+        for path in &settings.datasets {
             let content = match settings.objective {
-                Objective::Sft => fingerprint::of_files(&[path])?,
+                Objective::Sft => fingerprint::hash_files(&[path])?,
                 Objective::Consistency => trajectory::fingerprint(path)?,
             };
             contents.insert(format!("the data {}", path.display()), content);
         }
-        let probe = &settings.probe;
-        if !probe.prompts.as_os_str().is_empty() {
-            contents
-                .insert(format!("the probe {}", probe.prompts.display()), fingerprint::of_files(&[&probe.prompts])?);
+        let probe = &settings.validation;
+        if let Some(prompts) = &probe.prompts {
+            contents.insert(format!("the probe {}", prompts.display()), fingerprint::hash_files(&[prompts])?);
         }
-        if !probe.trajectories.as_os_str().is_empty() {
-            let name = format!("the probe {}", probe.trajectories.display());
-            contents.insert(name, trajectory::fingerprint(&probe.trajectories)?);
+        if let Some(trajectories) = &probe.trajectories {
+            let name = format!("the probe {}", trajectories.display());
+            contents.insert(name, trajectory::fingerprint(trajectories)?);
         }
         Ok(Origin { contents })
     }
@@ -122,7 +121,7 @@ pub fn save(
     }
     let all = run.join("checkpoints");
     let name = format!("step-{:06}", position.step);
-    atomic_file::folder_with(&all.join(&name), |folder| {
+    atomic_file::write_folder_with(&all.join(&name), |folder| {
         // First: the masters may be the weights themselves.
         write_tensors(&folder.join("optimizer.safetensors"), &tensors)?;
         state.with_average(|| {
@@ -140,12 +139,12 @@ pub fn save(
         point(&all, "best", &name)?;
     }
     point(&all, "latest", &name)?;
-    rotate(&all, settings.keep, best)
+    rotate(&all, settings.max_checkpoints, best)
 }
 
 /// Writes a model with its tokenizer into a folder; adapters are merged, and stand once more by themselves in `adapter`.
 pub fn save_model(folder: &Path, model: &Transformer, tokenizer_of: &Path, settings: &Settings) -> Result<()> {
-    model.save(folder, model.kind())?;
+    cllm_core::checkpoint::save(&model, folder, model.kind())?;
     save_tokenizer(folder, tokenizer_of, settings)?;
     if settings.lora.is_some() {
         let adapter = folder.join("adapter");
@@ -157,13 +156,13 @@ pub fn save_model(folder: &Path, model: &Transformer, tokenizer_of: &Path, setti
 
 /// Writes the adapters alone, with the tokenizer, into a folder.
 fn save_adapter(folder: &Path, model: &Transformer, tokenizer_of: &Path, settings: &Settings) -> Result<()> {
-    model.save_adapter(folder, &settings.model)?;
+    cllm_core::checkpoint::save_adapter(&model, folder, settings.model.as_deref().unwrap_or_default())?;
     save_tokenizer(folder, tokenizer_of, settings)
 }
 
 fn save_tokenizer(folder: &Path, tokenizer_of: &Path, settings: &Settings) -> Result<()> {
     tokenizer::copy_files(tokenizer_of, folder)?;
-    if settings.eos_ids.is_empty() { Ok(()) } else { tokenizer::write_eos_ids(folder, &settings.eos_ids) }
+    settings.eos_ids.as_ref().map_or(Ok(()), |ids| tokenizer::write_eos_ids(folder, ids))
 }
 
 /// Clears away what a killed process left half-written.
@@ -224,10 +223,10 @@ fn point(folder: &Path, name: &str, target: &str) -> Result<()> {
     std::fs::rename(&new, folder.join(name)).map_err(Error::write(folder))
 }
 
-fn rotate(folder: &Path, keep: usize, best: Option<usize>) -> Result<()> {
+fn rotate(folder: &Path, max_checkpoints: usize, best: Option<usize>) -> Result<()> {
     let mut steps = steps(folder)?;
     steps.retain(|(step, _)| Some(*step) != best);
-    let old = steps.len().saturating_sub(keep);
+    let old = steps.len().saturating_sub(max_checkpoints);
     steps[..old].iter().try_for_each(|(_, path)| std::fs::remove_dir_all(path).map_err(Error::write(path)))
 }
 

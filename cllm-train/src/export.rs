@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use cllm_core::checkpoint::hub;
-use cllm_core::model::Transformer;
 use cllm_core::{Error, Result, atomic_file, progress, tokenizer};
 use tch::{Device, Kind};
 
@@ -44,11 +43,11 @@ pub fn run(arguments: &Arguments) -> Result<()> {
         Dtype::F16 => Kind::Half,
     };
     // Read in float32, so that whatever the source holds is rounded once.
-    let model = Transformer::load(&from, Device::Cpu, Kind::Float)?;
-    atomic_file::folder_with(&arguments.output, |folder| {
-        model.save(folder, kind)?;
+    let model = cllm_core::checkpoint::load(&from, Device::Cpu, Kind::Float)?;
+    atomic_file::write_folder_with(&arguments.output, |folder| {
+        cllm_core::checkpoint::save(&model, folder, kind)?;
         tokenizer::copy_files(&from, folder)
     })?;
-    progress::say(format!("the model is in {}", arguments.output.display()));
+    progress::log(format!("the model is in {}", arguments.output.display()));
     Ok(())
 }

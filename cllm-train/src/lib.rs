@@ -23,7 +23,7 @@ use std::path::PathBuf;
 
 use clap::builder::RangedU64ValueParser;
 use clap::{CommandFactory, Parser, Subcommand};
-use cllm_core::program::{Configured, Outcome, print, print_completions, print_json};
+use cllm_core::program::{Outcome, SettingsArgs, print, print_completions, print_json};
 use cllm_core::settings::reference;
 use cllm_core::{Error, Result, progress, prompt_set, text_file};
 
@@ -40,7 +40,7 @@ const MOST_IDS: u64 = 10_000_000;
     version,
     about,
     after_help = "Example:
-  cllm-train run -c configs/quickstart-student.yaml 'data=[runs/clean]' output=runs/student"
+  cllm-train run -c configs/quickstart-student.yaml 'datasets=[runs/clean]' output=runs/student"
 )]
 pub struct Arguments {
     #[command(subcommand)]
@@ -54,30 +54,30 @@ pub struct Arguments {
 enum Verb {
     /// Train; the same command again goes on where it was stopped.
     #[command(
-        after_help = "Example:\n  cllm-train run -c configs/quickstart-student.yaml 'data=[runs/clean]' output=runs/student"
+        after_help = "Example:\n  cllm-train run -c configs/quickstart-student.yaml 'datasets=[runs/clean]' output=runs/student"
     )]
-    Run(Configured),
+    Run(SettingsArgs),
     /// Show parameters, memory, steps, tokens and about how long it takes, before anything is written.
-    #[command(after_help = "Example:\n  cllm-train plan -c configs/quickstart-student.yaml 'data=[runs/clean]'")]
+    #[command(after_help = "Example:\n  cllm-train plan -c configs/quickstart-student.yaml 'datasets=[runs/clean]'")]
     Plan {
         #[command(flatten)]
-        given: Configured,
+        given: SettingsArgs,
         /// Time no steps: nothing is loaded, and no duration is estimated.
         #[arg(long)]
         no_timing: bool,
     },
     /// Time some steps of a run: tokens and blocks a second, share of the device's peak, memory against the plan.
     #[command(
-        after_help = "Example:\n  cllm-train bench -c configs/quickstart-student.yaml 'data=[runs/clean]' --steps 5"
+        after_help = "Example:\n  cllm-train bench -c configs/quickstart-student.yaml 'datasets=[runs/clean]' --steps 5"
     )]
     Bench(bench::Arguments),
     /// Collect, augment, clean and train, round by round, each from the student of the round before; the same command again goes
     /// on where it was stopped.
     #[command(after_help = "Example:\n  cllm-train rounds -c configs/rounds.yaml output=runs/rounds")]
-    Rounds(Configured),
+    Rounds(SettingsArgs),
     /// Check a settings file and print the settings in full.
     #[command(after_help = "Example:\n  cllm-train validate -c configs/quickstart-student.yaml")]
-    Validate(Configured),
+    Validate(SettingsArgs),
     /// Train a small tokenizer on the prompts and references of a prompt set, for a model made from nothing.
     #[command(
         after_help = "Example:\n  cllm-train tokenizer runs/prompts.jsonl --vocab-size 512 --output runs/tokenizer"
@@ -127,7 +127,7 @@ pub fn run(arguments: Arguments) -> Result<Outcome> {
     match arguments.verb {
         Verb::Run(given) => {
             let settings = load(&given)?;
-            let summary = std::path::Path::new(&settings.output).join("summary.json");
+            let summary = settings.output.join("summary.json");
             trainer::run(settings)?;
             if given.json {
                 print(&text_file::read(&summary)?)?;
@@ -153,7 +153,7 @@ pub fn run(arguments: Arguments) -> Result<Outcome> {
         Verb::Export(arguments) => export::run(&arguments)?,
         Verb::Convert { gguf, folder } => {
             gguf::convert(&gguf, &folder)?;
-            progress::say(format!("model in {}", folder.display()));
+            progress::log(format!("model in {}", folder.display()));
         }
         Verb::Settings => print(&all_settings())?,
         Verb::Completions { shell } => print_completions(shell, Arguments::command())?,
@@ -161,13 +161,13 @@ pub fn run(arguments: Arguments) -> Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-fn load(given: &Configured) -> Result<Settings> {
+fn load(given: &SettingsArgs) -> Result<Settings> {
     let settings: Settings = given.load()?;
     settings.check()?;
     Ok(settings)
 }
 
-fn load_rounds(given: &Configured) -> Result<rounds::Settings> {
+fn load_rounds(given: &SettingsArgs) -> Result<rounds::Settings> {
     let settings: rounds::Settings = given.load()?;
     settings.check()?;
     Ok(settings)
@@ -193,7 +193,7 @@ fn train_tokenizer(prompts: &std::path::Path, vocab_size: usize, output: &std::p
         return Err(Error::file(prompts, "holds no prompts to train a tokenizer on"));
     }
     tokenizer_training::train(&texts, vocab_size, output)?;
-    progress::say(format!("tokenizer in {}", output.display()));
+    progress::log(format!("tokenizer in {}", output.display()));
     Ok(())
 }
 
@@ -203,7 +203,7 @@ mod tests {
 
     #[test]
     fn every_example_of_the_help_is_a_command_line() {
-        for words in cllm_testing::help::examples(Arguments::command()) {
+        for words in cllm_testing::help::example_commands(Arguments::command()) {
             let settings = match Arguments::try_parse_from(&words).unwrap().verb {
                 Verb::Run(given) | Verb::Plan { given, .. } | Verb::Validate(given) => load(&given).map(drop),
                 Verb::Bench(arguments) => load(&arguments.given).map(drop),
@@ -216,6 +216,6 @@ mod tests {
 
     #[test]
     fn the_configuration_reference_is_up_to_date() {
-        cllm_testing::help::must_be_documented(&all_settings());
+        cllm_testing::help::assert_documented(&all_settings());
     }
 }

@@ -3,12 +3,12 @@
 
 use cllm_core::cuda::train::{Logits, TrainKernels};
 use cllm_core::model::Transformer;
-use cllm_core::train::{DeviceStream, Stream};
+use cllm_core::train::{self, DeviceBatch, PackedBatch};
 use cllm_core::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
 use crate::data::packing::{Batch, Chunk, NO_LABEL};
-use crate::settings::{Consistency, Divergence};
+use crate::settings::{ConsistencySettings, Divergence};
 
 /// Sums over tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,22 +41,22 @@ pub fn losses(
     model: &Transformer,
     teacher: Option<&Transformer>,
     batch: &Batch,
-    settings: &Consistency,
+    settings: &ConsistencySettings,
     backward: Option<Backward>,
 ) -> Result<[Tensor; 4]> {
     let _no_grad = backward.is_none().then(tch::no_grad_guard);
-    let stream = DeviceStream::new(&batch.stream, model)?;
-    let pass = backward.map(|backward| model.pass(&stream, backward.recomputed)).transpose()?;
+    let stream = DeviceBatch::new(&batch.stream, model)?;
+    let pass = backward.map(|backward| train::forward(model, &stream, backward.recomputed)).transpose()?;
     let hidden = match &pass {
         Some(pass) => pass.hidden.detach(),
-        None => model.hidden_of(&stream)?,
+        None => train::hidden_states(model, &stream)?,
     };
     let frozen = teacher.map(|teacher| Ok::<_, Error>((teacher, clean_hidden(teacher, &batch.clean)?))).transpose()?;
     let vocabulary =
         Vocabulary { model, kernels: stream.kernels(), settings, scale: backward.map(|backward| backward.scale) };
     let mut gathered = Gathered::new(&hidden, backward.is_some());
     for chunk in &batch.chunks {
-        let noisy = if settings.weight > 0.0 { chunk.noisy.as_slice() } else { &[] };
+        let noisy = if settings.global_weight > 0.0 { chunk.noisy.as_slice() } else { &[] };
         let rows = gathered.rows(&[chunk.places.as_slice(), noisy].concat());
         let frozen = frozen.as_ref().map(|(teacher, hidden)| logits_of(teacher, hidden, &chunk.clean_places));
         gathered.add(vocabulary.chunk(&rows.1, frozen, chunk)?, &rows.0);
@@ -112,7 +112,7 @@ impl<'h> Gathered<'h> {
 struct Vocabulary<'v> {
     model: &'v Transformer,
     kernels: Option<&'v TrainKernels>,
-    settings: &'v Consistency,
+    settings: &'v ConsistencySettings,
     /// What each loss is multiplied by in the gradient, where there is one.
     scale: Option<[f64; 4]>,
 }
@@ -180,7 +180,7 @@ impl Vocabulary<'_> {
     /// Sums of logits, and by autograd what follows from them.
     fn autograd(&self, rows: &Tensor, sums: impl FnOnce(Tensor) -> Vec<(Loss, Tensor)>) -> Sums {
         let rows = rows.detach().set_requires_grad(self.scale.is_some());
-        let sums = sums(self.model.train_logits(&rows));
+        let sums = sums(self.model.logits_with_grad(&rows));
         let Some(scale) = self.scale else { return (sums, None) };
         sums.iter().map(|(loss, sum)| sum * scale[*loss as usize]).sum::<Tensor>().backward();
         (sums, Some(rows.grad()))
@@ -192,12 +192,12 @@ impl Vocabulary<'_> {
 
     /// What follows from logits that have become their gradient.
     fn d_rows(&self, rows: &Tensor, logits: &Logits) -> Result<Option<Tensor>> {
-        self.scale.map(|_| self.model.project_backward(rows, &logits.values)).transpose()
+        self.scale.map(|_| train::project_backward(self.model, rows, &logits.values)).transpose()
     }
 }
 
-fn clean_hidden(teacher: &Transformer, clean: &Stream) -> Result<Tensor> {
-    teacher.hidden_of(&DeviceStream::new(clean, teacher)?)
+fn clean_hidden(teacher: &Transformer, clean: &PackedBatch) -> Result<Tensor> {
+    train::hidden_states(teacher, &DeviceBatch::new(clean, teacher)?)
 }
 
 /// Logits `[places, vocab]` after some hidden states, without gradients.

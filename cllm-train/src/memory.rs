@@ -1,13 +1,14 @@
 //! What a step takes of memory, estimated from shapes: the tensors alone, without what an allocator keeps beside them.
 
 use cllm_core::model::{Family, ModelConfig};
+use cllm_core::train;
 use serde::Serialize;
 use tch::Kind;
 
 use crate::data::dataset::Example;
 use crate::data::loader as prefetch;
 use crate::optimizer;
-use crate::settings::{Consistency, Divergence, Objective, Precision, Settings};
+use crate::settings::{ConsistencySettings, Divergence, Objective, Settings, StateDtype};
 
 /// Bytes, at the largest batch.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -45,36 +46,36 @@ impl Memory {
         batches: &[Vec<usize>],
         processes: usize,
     ) -> Self {
-        let (parameters, trained) = (config.parameter_count() as f64, settings.trained_parameters(config) as f64);
+        let (parameters, trained) = (config.num_parameters() as f64, settings.trained_parameters(config) as f64);
         let bytes = kind.elt_size_in_bytes() as f64;
-        let state = match (settings.optimizer.state, kind) {
-            (Precision::Bfloat16, _) => 4.0,
-            (Precision::Float32, Kind::Float) => 8.0,
-            (Precision::Float32, _) => 12.0,
+        let state = match (settings.optimizer.state_dtype, kind) {
+            (StateDtype::Bfloat16, _) => 4.0,
+            (StateDtype::Float32, Kind::Float) => 8.0,
+            (StateDtype::Float32, _) => 12.0,
         };
         let most_rows = prefetch::rows_at_once(config) as f64;
         let activations = batches
             .iter()
             .map(|batch| Shape::of(batch, examples, &settings.consistency, most_rows))
             .map(|shape| match kind {
-                Kind::BFloat16 if config.has_train_kernels() => fused(config, settings, shape),
+                Kind::BFloat16 if train::has_kernels(config) => fused(config, settings, shape),
                 _ => eager(config, bytes, settings, shape),
             })
             .fold(0.0, f64::max);
         let share = trained / processes as f64;
         // The update makes float32 copies of some gradients, when the activations are gone; a bf16 state, of all it touches.
-        let copies = if settings.optimizer.state == Precision::Bfloat16 { 8.0 } else { 1.0 };
+        let copies = if settings.optimizer.state_dtype == StateDtype::Bfloat16 { 8.0 } else { 1.0 };
         let update = match kind {
             Kind::Float => 0.0,
             _ => copies * 4.0 * share.min(optimizer::PIECE as f64),
         };
-        let average = if settings.optimizer.ema > 0.0 { 4.0 } else { 0.0 };
+        let average = if settings.optimizer.ema_decay.is_some() { 4.0 } else { 0.0 };
         // What the other processes' gradients are added up to.
         let summed = if processes > 1 { bytes * share } else { 0.0 };
         // Below adapters lies the model that the run starts from, which then is the anchor unless another is named.
         let own = if settings.lora.is_some() { parameters + trained } else { parameters };
         let another = settings.lora.is_none() || settings.consistency.anchor.is_some();
-        let held = own + if settings.anchored() && another { parameters } else { 0.0 };
+        let held = own + if settings.is_anchored() && another { parameters } else { 0.0 };
         let (weights, gradients, optimizer) = (bytes * held, bytes * trained, (state + average) * share);
         Memory {
             weights: weights as u64,
@@ -87,14 +88,14 @@ impl Memory {
 }
 
 impl Shape {
-    fn of(batch: &[usize], examples: &[Example], consistency: &Consistency, most_rows: f64) -> Self {
+    fn of(batch: &[usize], examples: &[Example], consistency: &ConsistencySettings, most_rows: f64) -> Self {
         let rows = || batch.iter().map(|&index| &examples[index]);
         let sum = |size: &dyn Fn(&Example) -> usize| rows().map(size).sum::<usize>() as f64;
         Shape {
             tokens: sum(&|example| example.packed_len(consistency)),
             squares: sum(&|example| example.packed_len(consistency).pow(2)),
             rows: (sum(&|example| example.response.len() + example.noisy_len(consistency))
-                + consistency.anchor_prompts * sum(&|example| example.prompt.len()))
+                + consistency.anchor_prompt_fraction * sum(&|example| example.prompt.len()))
             .min(most_rows),
         }
     }
@@ -130,12 +131,12 @@ fn fused(config: &ModelConfig, settings: &Settings, shape: Shape) -> f64 {
     let Sizes { hidden, queries, qkv, heads, ffn } = Sizes::of(config);
     let kept = 8.0 * hidden + 2.0 * (qkv + queries) + 4.0 * heads + 4.0 * ffn;
     let layers = config.num_layers as f64;
-    let again = layers.min(settings.recompute as f64);
+    let again = layers.min(settings.checkpointed_layers as f64);
     let once = if again > 0.0 { kept } else { 0.0 };
     let all = (layers - again) * kept + again * 2.0 * hidden + once;
     let in_losses = shape.rows * (2.0 * config.vocab_size as f64 + 4.0 * hidden);
     let in_layer = shape.tokens * 2.0 * ffn.max(qkv + queries);
-    let targets = if settings.anchored() || settings.consistency.local_weight > 0.0 { 2.0 } else { 1.0 };
+    let targets = if settings.is_anchored() || settings.consistency.local_weight > 0.0 { 2.0 } else { 1.0 };
     shape.tokens * (all + 6.0 * hidden) + (targets * in_losses).max(in_layer)
 }
 
@@ -158,7 +159,7 @@ fn eager(config: &ModelConfig, bytes: f64, settings: &Settings, shape: Shape) ->
     let adapters = settings.lora.as_ref().map_or(0.0, |lora| lora.rank as f64 * lora.targets.len() as f64);
     let kept = bytes * adapters + 2.0 * norm + 5.0 * bytes * queries + 4.0 * heads + head_norms + 4.0 * bytes * ffn;
     let layers = config.num_layers as f64;
-    let again = layers.min(settings.recompute as f64);
+    let again = layers.min(settings.checkpointed_layers as f64);
     let once = if again > 0.0 { kept } else { 0.0 };
     let all = (layers - again) * kept + again * bytes * hidden + once;
     shape.tokens * (all + norm) + bytes * shape.squares + eager_losses(config, settings, shape)
@@ -173,6 +174,6 @@ fn eager_losses(config: &ModelConfig, settings: &Settings, shape: Shape) -> f64 
         (Objective::Consistency, Divergence::Reverse) => 6.0,
         (Objective::Consistency, Divergence::Jsd) => 9.0,
     };
-    let anchor = if settings.anchored() { 3.0 } else { 0.0 };
+    let anchor = if settings.is_anchored() { 3.0 } else { 0.0 };
     (copies + anchor) * shape.rows * 4.0 * config.vocab_size as f64
 }

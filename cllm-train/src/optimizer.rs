@@ -4,13 +4,13 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use cllm_core::cuda::libtorch::{self, AdamW};
-use cllm_core::distributed::Group;
-use cllm_core::model::{Flat, Transformer};
+use cllm_core::distributed::ProcessGroup;
+use cllm_core::model::{ParamBuffer, Transformer};
 use cllm_core::{Error, Result, fingerprint};
 use tch::{Device, Kind, Tensor};
 
 use crate::ema;
-use crate::settings::{Optimizer, Precision};
+use crate::settings::{OptimizerSettings, StateDtype};
 
 /// Elements that are updated at once: temporaries are of this size.
 pub const PIECE: i64 = 1 << 26;
@@ -18,9 +18,9 @@ pub const PIECE: i64 = 1 << 26;
 /// Weights, their gradients and the optimizer's state. Of several processes each holds all weights and gradients, and the state
 /// of its part of them (ZeRO stage 1; Rajbhandari et al., arXiv 1910.02054).
 pub struct State {
-    group: Rc<Group>,
-    weights: Flat,
-    gradients: Flat,
+    group: Rc<ProcessGroup>,
+    weights: ParamBuffer,
+    gradients: ParamBuffer,
     /// What is updated, `[part]` as all below. In float32 and with a bf16 state it lies in the weights themselves.
     masters: Tensor,
     first: Tensor,
@@ -35,7 +35,7 @@ pub struct State {
 
 /// What an update needs besides the tensors.
 struct Update<'u> {
-    settings: &'u Optimizer,
+    settings: &'u OptimizerSettings,
     lr: f64,
     /// Number of the step, from 1.
     number: usize,
@@ -51,27 +51,27 @@ impl State {
     /// # Errors
     /// [`Error::Usage`] for a bf16 state of other weights or a number of processes that the weights cannot be shared among;
     /// [`Error::Torch`], such as memory that ran out.
-    pub fn new(model: &Transformer, settings: &Optimizer, seed: u64, group: Rc<Group>) -> Result<Self> {
+    pub fn new(model: &Transformer, settings: &OptimizerSettings, seed: u64, group: Rc<ProcessGroup>) -> Result<Self> {
         let _no_grad = tch::no_grad_guard();
-        let bf16 = settings.state == Precision::Bfloat16;
+        let bf16 = settings.state_dtype == StateDtype::Bfloat16;
         if bf16 && model.kind() != Kind::BFloat16 {
             return Err(Error::usage(
-                "optimizer.state=bfloat16 is for weights in bf16, as on a GPU: on the CPU they are float32",
+                "optimizer.state_dtype=bfloat16 is for weights in bf16, as on a GPU: on the CPU they are float32",
             ));
         }
         let weights = model.trainable().shallow_clone();
-        if !weights.buffer().numel().is_multiple_of(8 * group.world()) {
-            return Err(Error::usage(format!("{} processes cannot share the weights evenly", group.world())));
+        if !weights.buffer().numel().is_multiple_of(8 * group.world_size()) {
+            return Err(Error::usage(format!("{} processes cannot share the weights evenly", group.world_size())));
         }
         let kind = if bf16 { Kind::BFloat16 } else { Kind::Float };
         // The same tensor where the type is the same already.
-        let masters = group.part(weights.buffer()).to_kind(kind);
+        let masters = group.shard(weights.buffer()).to_kind(kind);
         let zero = || Tensor::zeros([], (Kind::Float, model.device()));
         Ok(State {
             gradients: model.collect_gradients()?,
             first: masters.f_zeros_like()?,
             second: masters.f_zeros_like()?,
-            average: (settings.ema > 0.0).then(|| (masters.to_kind(Kind::Float).copy(), settings.ema)),
+            average: settings.ema_decay.map(|decay| (masters.to_kind(Kind::Float).copy(), decay)),
             masters,
             weights,
             group,
@@ -86,20 +86,20 @@ impl State {
     ///
     /// # Errors
     /// libtorch's errors, a process that is gone.
-    pub fn step(&mut self, settings: &Optimizer, lr: f64, number: usize) -> Result<Tensor> {
+    pub fn step(&mut self, settings: &OptimizerSettings, lr: f64, number: usize) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
         let gradients = self.group.reduce_scatter(self.gradients.buffer())?;
         let squares = gradients.f_norm_scalaropt_dtype(2, Kind::Float)?.square();
         self.group.all_reduce(&squares)?;
         let norm = squares.sqrt();
-        let scale = if settings.clip > 0.0 { (&norm / settings.clip).clamp_min(1.0) } else { Tensor::ones_like(&norm) };
+        let scale = settings.max_grad_norm.map_or_else(|| Tensor::ones_like(&norm), |max| (&norm / max).clamp_min(1.0));
         let skip = norm.isfinite().logical_not().to_kind(Kind::Float);
         let update = Update { settings, lr, number, scale, skip };
-        if settings.state == Precision::Bfloat16 {
-            tch::manual_seed(fingerprint::key(self.seed, &number.to_string()) as i64);
+        if settings.state_dtype == StateDtype::Bfloat16 {
+            tch::manual_seed(fingerprint::derive_seed(self.seed, &number.to_string()) as i64);
         }
         let count = self.masters.numel() as i64;
-        let matrices = (self.weights.matrices() - self.group.rank() as i64 * count).clamp(0, count);
+        let matrices = (self.weights.num_matrix_elements() - self.group.rank() as i64 * count).clamp(0, count);
         for (range, weight_decay) in [(0..matrices, settings.weight_decay), (matrices..count, 0.0)] {
             for start in range.clone().step_by(PIECE as usize) {
                 self.update(&update, &gradients, start..range.end.min(start + PIECE), weight_decay)?;
@@ -144,12 +144,12 @@ impl State {
             scale,
             skip,
         };
-        if settings.state == Precision::Bfloat16 {
+        if settings.state_dtype == StateDtype::Bfloat16 {
             return adamw_bf16(&numbers, masters, &gradients, first, second);
         }
         libtorch::fused_adamw(&numbers, &masters, &gradients, &first, &second)?;
         if self.weights.kind() != Kind::Float {
-            of(&self.group.part(self.weights.buffer())).f_copy_(&masters)?;
+            of(&self.group.shard(self.weights.buffer())).f_copy_(&masters)?;
         }
         Ok(())
     }
@@ -163,7 +163,7 @@ impl State {
         let Some((average, _)) = &self.average else { return body() };
         let mut weights = self.weights.buffer().shallow_clone();
         let own = weights.detach().copy();
-        tch::no_grad(|| self.group.part(&weights).f_copy_(average))?;
+        tch::no_grad(|| self.group.shard(&weights).f_copy_(average))?;
         self.group.all_gather(&weights)?;
         let result = body();
         tch::no_grad(|| weights.f_copy_(&own))?;
@@ -192,14 +192,14 @@ impl State {
     /// The parts of all processes, one behind another, for the one that writes: on the host, where there are others.
     fn gathered(&self, part: &Tensor) -> Result<Option<Tensor>> {
         let _no_grad = tch::no_grad_guard();
-        if self.group.world() == 1 {
+        if self.group.world_size() == 1 {
             return Ok(Some(part.shallow_clone()));
         }
         let mut parts = Vec::new();
-        for rank in 0..self.group.world() {
+        for rank in 0..self.group.world_size() {
             let passed = if rank == self.group.rank() { part.copy() } else { part.f_empty_like()? };
-            self.group.broadcast(&passed, rank)?;
-            if self.group.writes() {
+            self.group.broadcast_tensor(&passed, rank)?;
+            if self.group.is_main() {
                 parts.push(passed.f_to(Device::Cpu)?);
             }
         }
@@ -222,9 +222,9 @@ impl State {
                     .ok_or_else(|| Error::usage(format!("the checkpoint's optimizer state lacks `{name}`")))?;
                 tensor.f_copy_(&saved)?;
             }
-            part.shallow_clone().f_copy_(&self.group.part(whole.buffer()))?;
+            part.shallow_clone().f_copy_(&self.group.shard(whole.buffer()))?;
         }
-        self.group.part(self.weights.buffer()).f_copy_(&self.masters)?;
+        self.group.shard(self.weights.buffer()).f_copy_(&self.masters)?;
         self.group.all_gather(self.weights.buffer())?;
         let _ = self.skipped.fill_(skipped as f64);
         Ok(())
@@ -262,15 +262,15 @@ fn round_at_random(x: &Tensor) -> Tensor {
 }
 
 /// The learning rate of step `number` (from 1) of `total`: a linear rise, then half a cosine down.
-pub fn learning_rate(settings: &Optimizer, number: usize, total: usize) -> f64 {
-    let warmup = (settings.warmup * total as f64).ceil();
+pub fn learning_rate(settings: &OptimizerSettings, number: usize, total: usize) -> f64 {
+    let warmup = (settings.warmup_fraction * total as f64).ceil();
     let number = number as f64;
     if number <= warmup {
         return settings.lr * number / warmup;
     }
     let done = ((number - warmup) / (total as f64 - warmup).max(1.0)).min(1.0);
     let cosine = 0.5 * (1.0 + (std::f64::consts::PI * done).cos());
-    settings.lr * (settings.min_lr + (1.0 - settings.min_lr) * cosine)
+    settings.lr * (settings.min_lr_fraction + (1.0 - settings.min_lr_fraction) * cosine)
 }
 
 #[cfg(test)]
@@ -280,32 +280,32 @@ mod tests {
     use super::*;
 
     /// A tiny model after a step whose gradient is `gradient` everywhere.
-    fn after_a_step(gradient: f64, clip: f64) -> (State, f64) {
+    fn after_a_step(gradient: f64, max_grad_norm: Option<f64>) -> (State, f64) {
         let config = serde_json::json!({
             "model_type": "llama", "vocab_size": 4, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1,
             "num_attention_heads": 1, "tie_word_embeddings": true,
         });
         let config = ModelConfig::from_json(&config).unwrap();
         let model = Transformer::random(config, 1, Device::Cpu, Kind::Float);
-        let mut state = State::new(&model, &Optimizer::default(), 0, Rc::new(Group::alone())).unwrap();
+        let mut state = State::new(&model, &OptimizerSettings::default(), 0, Rc::new(ProcessGroup::single())).unwrap();
         for (_, mut tensor) in state.gradients.tensors() {
             let _ = tensor.fill_(gradient);
         }
-        let norm = state.step(&Optimizer { clip, ..Optimizer::default() }, 0.1, 1).unwrap();
+        let norm = state.step(&OptimizerSettings { max_grad_norm, ..OptimizerSettings::default() }, 0.1, 1).unwrap();
         (state, norm.double_value(&[]))
     }
 
     #[test]
     fn a_gradient_is_clipped_to_the_norm_and_a_short_one_is_left() {
-        let moment = |gradient: f64, clip: f64| {
-            let (state, norm) = after_a_step(gradient, clip);
+        let moment = |gradient: f64, max_grad_norm: Option<f64>| {
+            let (state, norm) = after_a_step(gradient, max_grad_norm);
             (state.first.double_value(&[0]) / 0.1, norm)
         };
-        let (plain, norm) = moment(2.0, 0.0);
+        let (plain, norm) = moment(2.0, None);
         assert!((plain - 2.0).abs() < 1e-6 && norm > 4.0, "{plain} {norm}");
-        let (clipped, same) = moment(2.0, 1.0);
+        let (clipped, same) = moment(2.0, Some(1.0));
         assert!((clipped - 2.0 / norm).abs() < 1e-6 && same == norm, "{clipped} {same}");
-        assert_eq!(moment(2.0, 1e3).0, plain);
+        assert_eq!(moment(2.0, Some(1e3)).0, plain);
     }
 
     /// A change of a thousandth is less than half of what bf16 tells apart at 1: rounded to the nearest, nothing would move.
@@ -315,13 +315,14 @@ mod tests {
             "model_type": "llama", "vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
             "num_attention_heads": 1, "tie_word_embeddings": true,
         });
-        let mean_after = |precision: Precision| {
+        let mean_after = |precision: StateDtype| {
             let config = ModelConfig::from_json(&config).unwrap();
             let model = Transformer::random(config, 1, Device::Cpu, Kind::BFloat16);
             let _no_grad = tch::no_grad_guard();
             let _ = model.weights().buffer().shallow_clone().fill_(1.0);
-            let settings = Optimizer { weight_decay: 0.1, state: precision, ..Optimizer::default() };
-            let mut state = State::new(&model, &settings, 3, Rc::new(Group::alone())).unwrap();
+            let settings =
+                OptimizerSettings { weight_decay: 0.1, state_dtype: precision, ..OptimizerSettings::default() };
+            let mut state = State::new(&model, &settings, 3, Rc::new(ProcessGroup::single())).unwrap();
             for number in 1..=50 {
                 let _ = state.gradients.buffer().shallow_clone().fill_(if number <= 25 { 1e-3 } else { 2e-3 });
                 let _ = state.step(&settings, 1e-3, number).unwrap();
@@ -331,29 +332,30 @@ mod tests {
             let _ = state.step(&settings, 1e-3, 51).unwrap();
             assert_eq!(before, *state.weights.buffer(), "a step that is skipped changes nothing");
             let part = |start: i64, length: i64| before.narrow(0, start, length).mean(Kind::Float).double_value(&[]);
-            let matrices = state.weights.matrices();
+            let matrices = state.weights.num_matrix_elements();
             [part(0, matrices), part(matrices, before.numel() as i64 - matrices)]
         };
-        let (exact, rounded) = (mean_after(Precision::Float32), mean_after(Precision::Bfloat16));
+        let (exact, rounded) = (mean_after(StateDtype::Float32), mean_after(StateDtype::Bfloat16));
         assert!(exact.iter().all(|mean| *mean < 0.97));
         for (exact, rounded) in exact.iter().zip(rounded) {
             assert!((exact - rounded).abs() < 3e-3, "{exact} {rounded}");
         }
-        let (first, again) = (rounded, mean_after(Precision::Bfloat16));
+        let (first, again) = (rounded, mean_after(StateDtype::Bfloat16));
         assert_eq!(first, again);
     }
 
     #[test]
     fn skipped_steps_are_counted_in_all_and_in_a_row() {
-        let (mut state, _) = after_a_step(f64::NAN, 1.0);
+        let (mut state, _) = after_a_step(f64::NAN, Some(1.0));
         assert_eq!(state.skipped(), (1, 1));
-        let _ = state.step(&Optimizer::default(), 0.1, 2).unwrap();
+        let _ = state.step(&OptimizerSettings::default(), 0.1, 2).unwrap();
         assert_eq!(state.skipped(), (1, 0));
     }
 
     #[test]
     fn the_rate_rises_then_falls_to_its_floor() {
-        let settings = Optimizer { lr: 1.0, warmup: 0.1, min_lr: 0.1, ..Optimizer::default() };
+        let settings =
+            OptimizerSettings { lr: 1.0, warmup_fraction: 0.1, min_lr_fraction: 0.1, ..OptimizerSettings::default() };
         let rates: Vec<f64> = (1..=100).map(|number| learning_rate(&settings, number, 100)).collect();
         assert_eq!((rates[0], rates[9]), (0.1, 1.0));
         assert!(rates[10..].windows(2).all(|pair| pair[1] < pair[0]));

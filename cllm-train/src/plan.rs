@@ -4,9 +4,8 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 
-use cllm_core::distributed::{Group, Member};
-use cllm_core::model::ModelConfig;
-use cllm_core::program::{guarded, print, print_json};
+use cllm_core::distributed::{ProcessEnv, ProcessGroup};
+use cllm_core::program::{catch_panics, print, print_json};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Error, Result, device, interrupt, progress};
 use serde::Serialize;
@@ -40,7 +39,7 @@ struct Plan {
     epochs: usize,
     steps: usize,
     batches_per_step: usize,
-    tokens_per_batch: usize,
+    max_batch_tokens: usize,
     /// Packed tokens of all steps, padding aside.
     tokens: usize,
     /// Estimated from shapes.
@@ -65,12 +64,12 @@ enum Timing {
 
 /// Prints the plan of a run; with `timing`, some of its steps are taken (and thrown away) to tell how long it lasts.
 pub fn run(settings: &Settings, timing: bool, json: bool) -> Result<()> {
-    let member = Member::from_env(|name| std::env::var(name).ok())?;
-    let place = device::of_member(&settings.device, member.as_ref())?;
-    let processes = member.map_or(1, |member| member.world);
+    let member = ProcessEnv::from_env(|name| std::env::var(name).ok())?;
+    let place = device::for_process(&settings.device, member.as_ref())?;
+    let processes = member.map_or(1, |member| member.world_size);
     let (tokenizer, folder) = trainer::tokenizer(settings)?;
     let config = match &settings.init {
-        None => ModelConfig::load(&folder)?,
+        None => cllm_core::checkpoint::load_config(&folder)?,
         Some(init) => trainer::random_config(init, &tokenizer)?,
     };
     let examples = examples::read(settings, &tokenizer, &config)?;
@@ -83,8 +82,8 @@ pub fn run(settings: &Settings, timing: bool, json: bool) -> Result<()> {
             Timing::Unknown { reason: format!("no step was timed: {} are free here", megabytes(free)) }
         }
         _ => {
-            progress::say("timing some steps (--no-timing leaves this out)");
-            match guarded(|| time(settings, &tokenizer, &folder, &examples, &schedule, place)) {
+            progress::log("timing some steps (--no-timing leaves this out)");
+            match catch_panics(|| time(settings, &tokenizer, &folder, &examples, &schedule, place)) {
                 Err(stopped @ Error::Interrupted(_)) => return Err(stopped),
                 Err(error) => Timing::Unknown { reason: format!("a step was tried: {error}") },
                 Ok(timing) => timing,
@@ -94,14 +93,14 @@ pub fn run(settings: &Settings, timing: bool, json: bool) -> Result<()> {
     let plan = Plan {
         schema_version: 1,
         device: if place.is_cuda() { "the GPU" } else { "the CPU" },
-        parameters: config.parameter_count(),
+        parameters: config.num_parameters(),
         trained_parameters: settings.trained_parameters(&config),
         responses: examples.len(),
         left_out: schedule.left_out,
         epochs: settings.epochs,
         steps: schedule.steps(),
         batches_per_step: settings.accumulation,
-        tokens_per_batch: settings.tokens_per_batch,
+        max_batch_tokens: settings.max_batch_tokens,
         tokens: schedule.tokens,
         memory_bytes: memory,
         duration,
@@ -133,7 +132,7 @@ impl Plan {
             self.left_out,
             self.steps,
             self.batches_per_step,
-            self.tokens_per_batch,
+            self.max_batch_tokens,
             self.epochs,
             self.tokens,
             megabytes(memory.peak),
@@ -156,7 +155,7 @@ fn time(
     place: Device,
 ) -> Result<Timing> {
     let models = Models::load(settings, tokenizer, folder, place)?;
-    let mut state = State::new(&models.student, &settings.optimizer, settings.seed, Rc::new(Group::alone()))?;
+    let mut state = State::new(&models.student, &settings.optimizer, settings.seed, Rc::new(ProcessGroup::single()))?;
     let packer = Packer::new(settings, examples, models.student.config());
     let batches = schedule.batches(0);
     let mut seconds = Vec::new();

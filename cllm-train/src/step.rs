@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use cllm_core::checkpoint::hub;
-use cllm_core::distributed::Group;
+use cllm_core::distributed::ProcessGroup;
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Error, Result, device};
@@ -31,18 +31,18 @@ impl Models {
     pub fn load(settings: &Settings, tokenizer: &Tokenizer, folder: &Path, place: Device) -> Result<Self> {
         let kind = device::default_kind(place);
         let mut student = match &settings.init {
-            None => Transformer::load(folder, place, kind)?,
+            None => cllm_core::checkpoint::load(folder, place, kind)?,
             Some(init) => Transformer::random(random_config(init, tokenizer)?, settings.seed, place, kind),
         };
         if let Some(lora) = &settings.lora {
-            student.adapt(lora, settings.seed);
+            student.add_adapters(lora, settings.seed);
         }
-        let teacher = match (settings.anchored(), &settings.consistency.anchor, &settings.lora) {
+        let teacher = match (settings.is_anchored(), &settings.consistency.anchor, &settings.lora) {
             (false, ..) => None,
             (true, Some(name), _) => Some(anchor(name, student.config(), place)?),
             // The weights that it starts from are still there, frozen.
-            (true, None, Some(_)) => Some(student.base()),
-            (true, None, None) => Some(Transformer::load(folder, place, kind)?),
+            (true, None, Some(_)) => Some(student.without_adapters()),
+            (true, None, None) => Some(cllm_core::checkpoint::load(folder, place, kind)?),
         };
         Ok(Models { student, teacher })
     }
@@ -52,12 +52,12 @@ impl Models {
     /// # Errors
     /// [`cllm_core::Error::Usage`] where an anchor is asked for, which such weights are none of.
     pub fn noise(config: ModelConfig, settings: &Settings, place: Device) -> Result<Self> {
-        if settings.anchored() {
+        if settings.is_anchored() {
             return Err(Error::usage("consistency.anchor_weight: random weights have no teacher; leave it at 0"));
         }
-        let mut student = Transformer::noise(config, place, device::default_kind(place));
+        let mut student = Transformer::random_on_device(config, place, device::default_kind(place));
         if let Some(lora) = &settings.lora {
-            student.adapt(lora, settings.seed);
+            student.add_adapters(lora, settings.seed);
         }
         Ok(Models { student, teacher: None })
     }
@@ -68,10 +68,10 @@ impl Models {
     /// # Errors
     /// [`cllm_core::Error::Torch`], such as memory that ran out.
     pub fn gradients(&self, settings: &Settings, step: &StepBatches) -> Result<Means> {
-        let divisors = step.counts.divisors(settings.consistency.reduction).map(|count| (count as f64).max(1.0));
+        let divisors = step.counts.divisors().map(|count| (count as f64).max(1.0));
         let weights = weights(settings);
         let scale = std::array::from_fn(|loss| weights[loss] / divisors[loss]);
-        let backward = Backward { scale, recomputed: settings.recompute };
+        let backward = Backward { scale, recomputed: settings.checkpointed_layers };
         let mut means = [0; 4].map(|_| Tensor::zeros([], (Kind::Float, self.student.device())));
         for batch in &step.batches {
             let sums = losses(&self.student, self.teacher.as_ref(), batch, &settings.consistency, Some(backward))?;
@@ -95,12 +95,12 @@ impl Models {
 /// A frozen model with the student's vocabulary.
 fn anchor(name: &str, student: &ModelConfig, place: Device) -> Result<Transformer> {
     let folder = hub::locate(name)?;
-    let (found, wanted) = (ModelConfig::load(&folder)?.vocab_size, student.vocab_size);
+    let (found, wanted) = (cllm_core::checkpoint::load_config(&folder)?.vocab_size, student.vocab_size);
     if found != wanted {
         let what = format!("has {found} tokens, the model of the run {wanted}: an anchor needs the same vocabulary");
         return Err(Error::file(folder, format!("consistency.anchor {what}")));
     }
-    Transformer::load(&folder, place, device::default_kind(place))
+    cllm_core::checkpoint::load(&folder, place, device::default_kind(place))
 }
 
 /// This process's part of the losses of a step, on the device: autoregressive, global, local, anchor.
@@ -111,7 +111,7 @@ impl Means {
     ///
     /// # Errors
     /// A process that is gone.
-    pub fn read(&self, group: &Group) -> Result<[f64; 4]> {
+    pub fn read(&self, group: &ProcessGroup) -> Result<[f64; 4]> {
         let all = Tensor::f_stack(&self.0, 0)?;
         group.all_reduce(&all)?;
         Ok(std::array::from_fn(|loss| all.double_value(&[loss as i64])))
@@ -124,7 +124,7 @@ pub fn weights(settings: &Settings) -> [f64; 4] {
     match settings.objective {
         Objective::Sft => [1.0, 0.0, 0.0, 0.0],
         Objective::Consistency => {
-            [consistency.ar_weight, consistency.weight, consistency.local_weight, consistency.anchor_weight]
+            [consistency.ar_weight, consistency.global_weight, consistency.local_weight, consistency.anchor_weight]
         }
     }
 }

@@ -8,7 +8,7 @@ use std::time::Instant;
 use cllm_core::checkpoint::hub;
 use cllm_core::checkpoint::is_adapter;
 use cllm_core::cuda::libtorch;
-use cllm_core::distributed::{Group, Member};
+use cllm_core::distributed::{ProcessEnv, ProcessGroup};
 use cllm_core::interrupt::SIGTERM;
 use cllm_core::model::ModelConfig;
 use cllm_core::progress::Progress;
@@ -25,7 +25,7 @@ use crate::data::packing::Counts;
 use crate::data::schedule::Schedule;
 use crate::metrics::Metrics;
 use crate::optimizer::{State, learning_rate};
-use crate::settings::{Init, Objective, Settings};
+use crate::settings::{InitSettings, Objective, Settings};
 use crate::step::{Models, weights};
 use crate::validation::best_checkpoint::Selection;
 use crate::validation::generation_probe::Probe;
@@ -68,7 +68,7 @@ struct Summary {
 
 struct Run<'t> {
     settings: Settings,
-    group: Rc<Group>,
+    group: Rc<ProcessGroup>,
     folder: PathBuf,
     /// Folder whose tokenizer files go with every checkpoint.
     tokenizer_folder: PathBuf,
@@ -86,21 +86,21 @@ struct Run<'t> {
 /// writes.
 pub fn run(settings: Settings) -> Result<()> {
     let (place, group) = join(&settings)?;
-    let folder = PathBuf::from(&settings.output);
+    let folder = settings.output.clone();
     let (tokenizer, tokenizer_folder) = tokenizer(&settings)?;
     let models = Models::load(&settings, &tokenizer, &tokenizer_folder, place)?;
     let examples = examples::read(&settings, &tokenizer, models.student.config())?;
     let probe = Probe::of(&settings, &tokenizer, models.student.config())?;
     let origin = Origin::of(&settings, &tokenizer, &tokenizer_folder)?;
     let mut state = State::new(&models.student, &settings.optimizer, settings.seed, Rc::clone(&group))?;
-    if group.writes() {
+    if group.is_main() {
         std::fs::create_dir_all(&folder).map_err(Error::write(&folder))?;
         checkpoint::recover(&folder)?;
     }
     group.barrier(place)?;
     let position = match checkpoint::resume(&folder, &mut state, &origin)? {
         Some(position) => {
-            progress::say(format!("going on after step {}", position.step));
+            progress::log(format!("going on after step {}", position.step));
             position
         }
         None => {
@@ -108,7 +108,7 @@ pub fn run(settings: Settings) -> Result<()> {
             Position { step: 0, tokens: 0, blocks: 0, skipped: 0, seconds: 0.0, selection, origin }
         }
     };
-    if group.writes() {
+    if group.is_main() {
         atomic_file::write(&folder.join("config.yaml"), cllm_core::settings::to_yaml(&settings)?.as_bytes())?;
     }
     libtorch::reset_peak_gpu_memory(place);
@@ -118,20 +118,20 @@ pub fn run(settings: Settings) -> Result<()> {
 }
 
 /// The device of this process, and the other processes, if there are any. Those that do not write show no progress.
-pub fn join(settings: &Settings) -> Result<(Device, Rc<Group>)> {
-    let member = Member::from_env(|name| std::env::var(name).ok())?;
-    let place = device::of_member(&settings.device, member.as_ref())?;
+pub fn join(settings: &Settings) -> Result<(Device, Rc<ProcessGroup>)> {
+    let member = ProcessEnv::from_env(|name| std::env::var(name).ok())?;
+    let place = device::for_process(&settings.device, member.as_ref())?;
     let group = match &member {
-        Some(member) if settings.accumulation < member.world => {
+        Some(member) if settings.accumulation < member.world_size => {
             return Err(Error::usage(format!(
                 "accumulation is {}, for {} processes: a step has at least one forward for each of them",
-                settings.accumulation, member.world
+                settings.accumulation, member.world_size
             )));
         }
-        Some(member) => Group::join(member, place)?,
-        None => Group::alone(),
+        Some(member) => ProcessGroup::join(member, place)?,
+        None => ProcessGroup::single(),
     };
-    if !group.writes() {
+    if !group.is_main() {
         progress::set_quiet(true);
     }
     Ok((place, Rc::new(group)))
@@ -142,7 +142,7 @@ impl Run<'_> {
         let schedule = Schedule::new(examples, &self.settings)?;
         let total = schedule.steps();
         if self.is_over(total) && self.folder.join("summary.json").exists() {
-            progress::say(format!(
+            progress::log(format!(
                 "done already, after {} steps; the model is in {}",
                 self.position.step,
                 self.folder.join("final").display()
@@ -150,12 +150,12 @@ impl Run<'_> {
             return Ok(());
         }
         if schedule.left_out > 0 {
-            progress::say(format!(
+            progress::log(format!(
                 "{} responses of more than {} packed tokens are left out",
-                schedule.left_out, self.settings.max_tokens
+                schedule.left_out, self.settings.max_example_tokens
             ));
         }
-        let mut metrics = match self.group.writes() {
+        let mut metrics = match self.group.is_main() {
             true => Some(Metrics::open(&self.folder, self.position.step, self.is_probed())?),
             false => None,
         };
@@ -167,10 +167,10 @@ impl Run<'_> {
         let packer = Packer::new(&settings, examples, &config);
         let mut bar = Progress::new("train", self.position.step as u64, total as u64);
         std::thread::scope(|scope| {
-            let share = (self.group.rank(), self.group.world());
+            let share = (self.group.rank(), self.group.world_size());
             let batches = packer.ahead(scope, &schedule, self.position.step, share);
             while !self.is_over(total) {
-                let batches = batches.recv().map_err(|_| Error::negative("the thread that packs batches has ended"))?;
+                let batches = batches.recv().map_err(|_| Error::internal("the thread that packs batches has ended"))?;
                 self.step(&batches, total, &mut bar, metrics.as_mut())?;
             }
             Ok::<_, Error>(())
@@ -204,7 +204,7 @@ impl Run<'_> {
             let skipped_in_a_row = self.settle();
             let losses = means.read(&self.group)?;
             let line = line(losses, batches.counts, &self.settings, &self.position, rate, &norm);
-            bar.message(format!("loss {:.4}", line["loss"].as_f64().unwrap_or(f64::NAN)));
+            bar.set_message(format!("loss {:.4}", line["loss"].as_f64().unwrap_or(f64::NAN)));
             if let Some(metrics) = metrics.as_mut() {
                 metrics.write(&line)?;
             }
@@ -213,7 +213,7 @@ impl Run<'_> {
             }
         }
         let best = self.probe_if_due(total, metrics)?;
-        let due = self.settings.save_every > 0 && number.is_multiple_of(self.settings.save_every);
+        let due = self.settings.save_every.is_some_and(|every| number.is_multiple_of(every));
         if number < total && (best || due) { self.save() } else { Ok(()) }
     }
 
@@ -221,7 +221,7 @@ impl Run<'_> {
     /// step tells all whether anyone was, and all read what the step before told: nobody waits for it.
     fn asked_to_stop(&mut self) -> Result<Option<i32>> {
         let own = interrupt::requested();
-        if self.group.world() == 1 {
+        if self.group.world_size() == 1 {
             return Ok(own);
         }
         let asked = Tensor::from_slice(&[f32::from(u8::from(own.is_some()))]).to_device(self.models.student.device());
@@ -232,7 +232,7 @@ impl Run<'_> {
     }
 
     fn is_over(&self, total: usize) -> bool {
-        self.position.step >= total || self.position.selection.is_over(&self.settings.probe)
+        self.position.step >= total || self.position.selection.is_over(&self.settings.validation)
     }
 
     /// Whether the probe where the run stands was taken.
@@ -244,7 +244,7 @@ impl Run<'_> {
     /// writes probes, and tells the others.
     fn probe_if_due(&mut self, total: usize, metrics: Option<&mut Metrics>) -> Result<bool> {
         let step = self.position.step;
-        let due = step.is_multiple_of(self.settings.probe.every) || step == total;
+        let due = step.is_multiple_of(self.settings.validation.every) || step == total;
         let Some(probe) = self.probe.as_ref().filter(|_| due && !self.is_probed()) else { return Ok(false) };
         let run = || match metrics {
             Some(metrics) => {
@@ -260,12 +260,12 @@ impl Run<'_> {
             other => (None, other?),
         };
         // What the others take is the same.
-        let (stopped, found) = self.group.share((stopped, found), self.models.student.device())?;
+        let (stopped, found) = self.group.broadcast((stopped, found), self.models.student.device())?;
         if let Some(signal) = stopped {
             self.save()?;
             return Err(Error::Interrupted(signal));
         }
-        Ok(self.position.selection.take(step, found, &self.settings.probe))
+        Ok(self.position.selection.take(step, found, &self.settings.validation))
     }
 
     /// Waits for the device and brings the position up to date; steps skipped in a row up to the last.
@@ -285,7 +285,7 @@ impl Run<'_> {
         }
         self.settle();
         let Run { folder, models, tokenizer_folder, state, position, settings, group, .. } = self;
-        checkpoint::save(folder, &models.student, tokenizer_folder, state, position, settings, group.writes())
+        checkpoint::save(folder, &models.student, tokenizer_folder, state, position, settings, group.is_main())
     }
 
     fn no_good(&self, why: String) -> Error {
@@ -302,7 +302,7 @@ impl Run<'_> {
         let target = self.folder.join("final");
         let Some(last) = last else { return self.state.with_average(|| Ok(())) };
         self.state.with_average(|| {
-            atomic_file::folder_with(&target, |folder| {
+            atomic_file::write_folder_with(&target, |folder| {
                 checkpoint::save_model(folder, &self.models.student, &self.tokenizer_folder, &self.settings)
             })
         })?;
@@ -311,7 +311,7 @@ impl Run<'_> {
         let summary = Summary {
             schema_version: 1,
             objective: self.settings.objective,
-            parameters: self.models.student.config().parameter_count(),
+            parameters: self.models.student.config().num_parameters(),
             trained_parameters: self.settings.trained_parameters(self.models.student.config()),
             steps: position.step,
             skipped_steps: position.skipped,
@@ -337,7 +337,7 @@ impl Run<'_> {
             Some((step, _)) => format!(" of {total}, since no probe was better than that after step {step},"),
             None => format!(" of {total}, since no probe was good enough,"),
         };
-        progress::say(format!(
+        progress::log(format!(
             "{} steps{early} in {:.0} s; the model is in {}",
             position.step,
             position.seconds,
@@ -363,19 +363,19 @@ fn line(values: [f64; 4], counts: Counts, settings: &Settings, position: &Positi
 pub fn tokenizer(settings: &Settings) -> Result<(Tokenizer, PathBuf)> {
     let folder = match &settings.init {
         None => model_folder(settings)?,
-        Some(init) => PathBuf::from(&init.tokenizer),
+        Some(init) => init.tokenizer.clone(),
     };
     let tokenizer = Tokenizer::load(&folder)?;
     let ids = tokenizer.vocab_size();
-    if let Some(id) = settings.eos_ids.iter().find(|&&id| id < 0 || id as usize >= ids) {
+    if let Some(id) = settings.eos_ids.iter().flatten().find(|&&id| id < 0 || id as usize >= ids) {
         return Err(Error::usage(format!("eos_ids: {id} is no token of {}, which has {ids}", folder.display())));
     }
-    Ok((tokenizer.with_eos_ids(&settings.eos_ids), folder))
+    Ok((tokenizer.with_eos_ids(settings.eos_ids.as_deref()), folder))
 }
 
 /// The folder of the model that a run starts from.
 fn model_folder(settings: &Settings) -> Result<PathBuf> {
-    let folder = hub::locate(&settings.model)?;
+    let folder = hub::locate(settings.model.as_deref().unwrap_or_default())?;
     if settings.lora.is_some() && is_adapter(&folder) {
         let message = "is an adapter, which other adapters cannot belong to: merge it with `cllm-train export` first";
         return Err(Error::file(folder, message));
@@ -384,7 +384,7 @@ fn model_folder(settings: &Settings) -> Result<PathBuf> {
 }
 
 /// A Llama of the shape asked for.
-pub fn random_config(init: &Init, tokenizer: &Tokenizer) -> Result<ModelConfig> {
+pub fn random_config(init: &InitSettings, tokenizer: &Tokenizer) -> Result<ModelConfig> {
     let config = json!({
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
         "vocab_size": tokenizer.vocab_size(), "hidden_size": init.hidden_size,

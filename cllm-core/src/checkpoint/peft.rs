@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::safetensors as weights;
 use crate::cuda::libtorch;
-use crate::model::{Adapter, Adapters, Lora, ModelConfig, Target, Transformer};
+use crate::model::{Adapter, Adapters, LoraConfig, LoraTarget, ModelConfig, Transformer};
 use crate::{Error, Result, atomic_file, text_file};
 
 const CONFIG: &str = "adapter_config.json";
@@ -96,7 +96,7 @@ pub(crate) fn read(folder: &Path, config: &ModelConfig, device: Device) -> Resul
         found.insert(name.to_owned(), tensor);
     }
     // Which projections have an adapter is told by the tensors: `target_modules` may be a pattern, and may leave layers out.
-    let lora = Lora { rank: settings.r, alpha: settings.lora_alpha, targets: Target::ALL.into() };
+    let lora = LoraConfig { rank: settings.r, alpha: settings.lora_alpha, targets: LoraTarget::ALL.into() };
     let mut each = Vec::new();
     for place in lora.places(config) {
         let names = ["lora_A", "lora_B"].map(|part| format!("{PREFIX}{}.{part}.weight", place.module));
@@ -159,27 +159,24 @@ fn read_config(folder: &Path) -> Result<(PathBuf, AdapterConfig)> {
     }
 }
 
-impl Transformer {
-    /// Writes the adapters alone, in the model's type, as PEFT does: into an existing folder, which names `base` as the model
-    /// that they belong to.
-    ///
-    /// # Errors
-    /// [`Error::Usage`] for a model without adapters; file-system errors.
-    pub fn save_adapter(&self, folder: &Path, base: &str) -> Result<()> {
-        let adapters = self.adapters.as_ref().ok_or_else(|| Error::usage("the model has no adapters to save"))?;
-        let tensors: Vec<_> =
-            adapters.numbers.tensors().into_iter().map(|(name, tensor)| (format!("{PREFIX}{name}"), tensor)).collect();
-        let shapes: Vec<_> = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.size())).collect();
-        let (code, _) = weights::type_names(self.kind())?;
-        weights::write_safetensors(&folder.join(WEIGHTS), code, self.kind().elt_size_in_bytes(), &shapes, |index| {
-            libtorch::tensor_to_bytes(&tensors[index].1)
-        })?;
-        atomic_file::write_json(&folder.join(CONFIG), &adapter_config(&adapters.lora, base))
-    }
+/// Writes the adapters alone, in the model's type, as PEFT does: into an existing folder, which names `base` as the model
+/// that they belong to.
+///
+/// # Errors
+/// [`Error::Usage`] for a model without adapters; file-system errors.
+pub fn save_adapter(model: &Transformer, folder: &Path, base: &str) -> Result<()> {
+    let adapters = model.adapters.as_ref().ok_or_else(|| Error::usage("the model has no adapters to save"))?;
+    let tensors: Vec<_> =
+        adapters.numbers.tensors().into_iter().map(|(name, tensor)| (format!("{PREFIX}{name}"), tensor)).collect();
+    let shapes: Vec<_> = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.size())).collect();
+    let (code, _) = weights::type_names(model.kind())?;
+    weights::write_safetensors(&folder.join(WEIGHTS), code, model.kind().elt_size_in_bytes(), &shapes, |index| {
+        libtorch::tensor_to_bytes(&tensors[index].1)
+    })?;
+    atomic_file::write_json(&folder.join(CONFIG), &adapter_config(&adapters.lora, base))
 }
-
 /// adapter_config.json; what is not there has PEFT's default.
-fn adapter_config(lora: &Lora, base: &str) -> Value {
+fn adapter_config(lora: &LoraConfig, base: &str) -> Value {
     // PEFT writes whole numbers as such, and some readers expect no other.
     let alpha = if lora.alpha.fract() == 0.0 { json!(lora.alpha as i64) } else { json!(lora.alpha) };
     json!({

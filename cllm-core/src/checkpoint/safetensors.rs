@@ -4,15 +4,13 @@ use std::collections::BTreeMap;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
-use rand_chacha::ChaCha8Rng;
-use rand_chacha::rand_core::{Rng, SeedableRng};
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Map, Value, json};
 use tch::{Device, Kind, Tensor};
 
 use super::{base_folder, peft};
 use crate::cuda::libtorch;
-use crate::model::{Flat, ModelConfig};
+use crate::model::{ModelConfig, ParamBuffer};
 use crate::{Error, Result, atomic_file, text_file};
 
 const INDEX: &str = "model.safetensors.index.json";
@@ -29,14 +27,14 @@ pub fn fingerprint(folder: &Path) -> Result<String> {
     let mut files = vec![base.join("config.json")];
     files.extend(weight_files(&base)?);
     files.extend(peft::files(folder));
-    crate::fingerprint::of_files(&files)
+    crate::fingerprint::hash_files(&files)
 }
 
 /// Every weight of `config` in one buffer on `device` as `kind`. An adapter is merged in float32, and rounded once.
-pub(crate) fn read(folder: &Path, config: &ModelConfig, device: Device, kind: Kind) -> Result<Flat> {
+pub(crate) fn read_params(folder: &Path, config: &ModelConfig, device: Device, kind: Kind) -> Result<ParamBuffer> {
     let _no_grad = tch::no_grad_guard();
     let adapters = peft::read(folder, config, device)?;
-    let weights = Flat::zeros(config.shapes(), device, kind);
+    let weights = ParamBuffer::zeros(config.parameter_shapes(), device, kind);
     visit(&base_folder(folder)?, config, |file, name, view| {
         let mut weight = weights.get(name).unwrap_or_else(|| unreachable!("`visit` names weights of the config"));
         let found = tensor(file, name, view)?;
@@ -54,7 +52,7 @@ pub(crate) fn read(folder: &Path, config: &ModelConfig, device: Device, kind: Ki
 /// # Errors
 /// Names a file that is missing, cut off, or of an unsupported family or feature.
 pub fn check(folder: &Path) -> Result<()> {
-    let config = ModelConfig::load(folder)?;
+    let config = super::load_config(folder)?;
     peft::read(folder, &config, Device::Cpu)?;
     visit(&base_folder(folder)?, &config, kind_of).map(drop)
 }
@@ -66,7 +64,7 @@ fn visit<T>(
     take: impl Fn(&Path, &str, &TensorView<'_>) -> Result<T>,
 ) -> Result<Vec<(String, T)>> {
     let mut found = BTreeMap::new();
-    let wanted: BTreeMap<_, _> = config.shapes().into_iter().collect();
+    let wanted: BTreeMap<_, _> = config.parameter_shapes().into_iter().collect();
     let files = weight_files(folder)?;
     for file in &files {
         let map = libtorch::map_file(file)?;
@@ -88,7 +86,7 @@ fn visit<T>(
         }
     }
     config
-        .shapes()
+        .parameter_shapes()
         .into_iter()
         .map(|(name, _)| match found.remove(&name) {
             Some(taken) => Ok((name, taken)),
@@ -142,43 +140,6 @@ fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
         Some(missing) => Err(Error::file(missing, format!("is named by {INDEX} but missing"))),
         None => Ok(files),
     }
-}
-
-/// Random weights, drawn on the CPU in float32 whatever the device.
-pub(crate) fn random(config: &ModelConfig, seed: u64, device: Device, kind: Kind) -> Flat {
-    let _no_grad = tch::no_grad_guard();
-    let draw = |index: usize, name: &str, shape: &[i64]| {
-        let options = (Kind::Float, Device::Cpu);
-        if name.ends_with("norm.weight") {
-            Tensor::ones(shape, options)
-        } else if name.ends_with(".bias") {
-            Tensor::zeros(shape, options)
-        } else {
-            // Not libtorch's generator: it is shared by all threads of the process.
-            let mut random = ChaCha8Rng::seed_from_u64(seed);
-            random.set_stream(index as u64);
-            let count = shape.iter().product::<i64>() as usize;
-            Tensor::from_slice(&normals(&mut random, count, 0.02)).view(shape)
-        }
-    };
-    let weights = Flat::zeros(config.shapes(), device, kind);
-    for (index, (name, mut weight)) in weights.tensors().into_iter().enumerate() {
-        weight.copy_(&draw(index, &name, &weight.size()));
-    }
-    weights
-}
-
-/// Normal numbers by Box and Muller's method.
-fn normals(random: &mut ChaCha8Rng, count: usize, deviation: f64) -> Vec<f32> {
-    let mut unit = || ((random.next_u32() as f64) + 0.5) / 2f64.powi(32);
-    let mut numbers = Vec::with_capacity(count + 1);
-    while numbers.len() < count {
-        let radius = deviation * (-2.0 * unit().ln()).sqrt();
-        let (sine, cosine) = (std::f64::consts::TAU * unit()).sin_cos();
-        numbers.extend([(radius * cosine) as f32, (radius * sine) as f32]);
-    }
-    numbers.truncate(count);
-    numbers
 }
 
 /// Writes config.json and the weights as `kind` into an existing folder, in shards of at most `shard_bytes`.
@@ -274,6 +235,7 @@ fn shards(parameters: &[(String, Tensor)], element_bytes: usize, shard_bytes: us
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::Transformer;
 
     #[test]
     fn shards_are_read_back_and_a_missing_one_is_named() {
@@ -282,18 +244,18 @@ mod tests {
             "num_attention_heads": 2, "head_dim": 4, "tie_word_embeddings": true,
         });
         let config = ModelConfig::from_json(&json).unwrap();
-        let parameters = random(&config, 3, Device::Cpu, Kind::Float).tensors();
+        let parameters = Transformer::random(config.clone(), 3, Device::Cpu, Kind::Float).named_parameters();
         let dir = tempfile::tempdir().unwrap();
         write(dir.path(), &config, &parameters, Kind::Float, SHARD_BYTES).unwrap();
         write(dir.path(), &config, &parameters, Kind::Float, 1500).unwrap();
         let files = weight_files(dir.path()).unwrap();
         assert!(files.len() > 2, "{files:?}");
-        let read_back = read(dir.path(), &config, Device::Cpu, Kind::Float).unwrap().tensors();
+        let read_back = read_params(dir.path(), &config, Device::Cpu, Kind::Float).unwrap().tensors();
         for ((name, written), (_, read)) in parameters.iter().zip(&read_back) {
             assert_eq!(written, read, "{name}");
         }
         std::fs::remove_file(&files[1]).unwrap();
-        let error = read(dir.path(), &config, Device::Cpu, Kind::Float).unwrap_err().to_string();
+        let error = read_params(dir.path(), &config, Device::Cpu, Kind::Float).unwrap_err().to_string();
         assert!(error.contains("model-00002-of-"), "{error}");
         write(dir.path(), &config, &parameters, Kind::BFloat16, SHARD_BYTES).unwrap();
         assert_eq!(weight_files(dir.path()).unwrap(), [dir.path().join(SINGLE)]);

@@ -2,7 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::block_mask::{Meetings, Seen, meetings};
+use super::block_mask::{AttentionRanges, Meetings, meetings};
 use super::nvrtc::{Argument, Kernel, Module};
 use super::shape::KernelShape;
 use crate::Result;
@@ -44,9 +44,10 @@ impl Lists {
 
 impl AttentionMask {
     /// `seen`: of each token; a multiple of [`AttentionKernels::TILE`] of them, each of which sees itself.
-    pub fn new(seen: &[Seen], device: Device) -> Self {
-        let sees_itself =
-            |(place, ranges): (usize, &Seen)| ranges.iter().any(|&(start, end)| (start..end).contains(&(place as i32)));
+    pub fn new(seen: &[AttentionRanges], device: Device) -> Self {
+        let sees_itself = |(place, ranges): (usize, &AttentionRanges)| {
+            ranges.iter().any(|&(start, end)| (start..end).contains(&(place as i32)))
+        };
         assert!(seen.iter().enumerate().all(sees_itself) && seen.len().is_multiple_of(TILE));
         let ranges: Vec<i32> =
             seen.iter().flatten().flat_map(|&(start, end)| [start, end.saturating_sub(start).max(0)]).collect();

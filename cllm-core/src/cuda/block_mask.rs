@@ -2,7 +2,7 @@
 
 /// The places that a token sees: ranges `start..end` of the stream, disjoint, empty where `start >= end`. They lie in its own
 /// sequence and hold the token itself.
-pub type Seen = [(i32, i32); 3];
+pub type AttentionRanges = [(i32, i32); 3];
 
 /// For each tile of one kind, in order, the tiles of the other kind that it meets.
 #[derive(Debug, Clone, PartialEq)]
@@ -14,7 +14,7 @@ pub(crate) struct Meetings {
 }
 
 /// The meetings of query tiles, and those of key tiles. `seen`: of each query; its length is a multiple of both tiles.
-pub(crate) fn meetings(seen: &[Seen], query_tile: usize, key_tile: usize) -> (Meetings, Meetings) {
+pub(crate) fn meetings(seen: &[AttentionRanges], query_tile: usize, key_tile: usize) -> (Meetings, Meetings) {
     let key_tiles = seen.len() / key_tile;
     let (mut starts, mut with) = (vec![0], Vec::new());
     let mut of_keys: Vec<Vec<i32>> = vec![Vec::new(); key_tiles];
@@ -52,27 +52,27 @@ pub(crate) fn meetings(seen: &[Seen], query_tile: usize, key_tile: usize) -> (Me
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::train::Stream;
+    use crate::train::PackedBatch;
 
     /// Whether each query sees each key.
-    fn dense(seen: &[Seen]) -> Vec<Vec<bool>> {
-        let sees = |ranges: &Seen, key: i32| ranges.iter().any(|&(start, end)| (start..end).contains(&key));
+    fn dense(seen: &[AttentionRanges]) -> Vec<Vec<bool>> {
+        let sees = |ranges: &AttentionRanges, key: i32| ranges.iter().any(|&(start, end)| (start..end).contains(&key));
         seen.iter().map(|ranges| (0..seen.len() as i32).map(|key| sees(ranges, key)).collect()).collect()
     }
 
     #[test]
     fn tiles_meet_where_a_query_sees_a_key_and_are_full_where_every_one_does() {
-        let mut stream = Stream::default();
+        let mut stream = PackedBatch::default();
         stream.push_causal(&[1; 13]);
         // A clean part of 9 tokens, then two blocks of 4 that see some of it.
-        let mut seen: Vec<Seen> = (0..9).map(|place| [(0, place + 1), (0, 0), (0, 0)]).collect();
+        let mut seen: Vec<AttentionRanges> = (0..9).map(|place| [(0, place + 1), (0, 0), (0, 0)]).collect();
         seen.extend((9..13).map(|place| [(0, 8), (9, place + 1), (0, 0)]));
         seen.extend((13..17).map(|place| [(0, 8), (9, 13), (13, place + 1)]));
         stream.push(&[2; 17], &[0; 17], &seen);
         stream.push_causal(&[3; 2]);
-        let dense = dense(&stream.seen);
+        let dense = dense(&stream.attention_ranges);
         for (query_tile, key_tile) in [(4, 4), (8, 4), (4, 8), (32, 32)] {
-            let (queries, keys) = meetings(&stream.seen, query_tile, key_tile);
+            let (queries, keys) = meetings(&stream.attention_ranges, query_tile, key_tile);
             let mut found = 0;
             for query in 0..32 / query_tile {
                 for key in 0..32 / key_tile {

@@ -29,7 +29,7 @@ unsafe extern "C" {
 
 /// Where the processes of a group find one another.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Meeting {
+pub struct Rendezvous {
     /// Name or address of the machine that keeps the store.
     pub host: String,
     /// Its port.
@@ -50,18 +50,24 @@ impl Collectives {
     ///
     /// # Errors
     /// [`Error::Torch`] where the store cannot be reached in time.
-    pub fn new(meeting: &Meeting, rank: usize, world: usize, gpu: Option<usize>, timeout: Duration) -> Result<Self> {
+    pub fn new(
+        rendezvous: &Rendezvous,
+        rank: usize,
+        world: usize,
+        gpu: Option<usize>,
+        timeout: Duration,
+    ) -> Result<Self> {
         let c_string = |text: &str| {
             CString::new(text).map_err(|_| Error::usage(format!("`{text}` holds a zero byte, as no address does")))
         };
-        let (host, prefix) = (c_string(&meeting.host)?, c_string(&meeting.prefix)?);
+        let (host, prefix) = (c_string(&rendezvous.host)?, c_string(&rendezvous.prefix)?);
         let mut group = std::ptr::null_mut();
         // SAFETY: the strings outlive the call; on success `group` is this side's to free.
         checked(unsafe {
             cllm_group_new(
                 host.as_ptr(),
-                c_int::from(meeting.port),
-                c_int::from(meeting.serves),
+                c_int::from(rendezvous.port),
+                c_int::from(rendezvous.serves),
                 prefix.as_ptr(),
                 rank as c_int,
                 world as c_int,

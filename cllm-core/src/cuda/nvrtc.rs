@@ -118,7 +118,7 @@ impl Module {
     /// # Errors
     /// [`Error::Torch`] with the words of the compiler or the driver.
     pub fn compiled(device: usize, source: &str, macros: &[(&str, String)]) -> Result<Self> {
-        let key = (device, crate::fingerprint::of_bytes(format!("{macros:?}{source}").as_bytes()));
+        let key = (device, crate::fingerprint::hash_bytes(format!("{macros:?}{source}").as_bytes()));
         if let Some(known) = MODULES.with_borrow(|modules| modules.get(&key).copied()) {
             return Ok(known);
         }

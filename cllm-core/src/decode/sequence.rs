@@ -28,7 +28,7 @@ pub(crate) struct Row<'r> {
 impl<'r> Row<'r> {
     pub(crate) fn new(request: Request, stop: &'r StopConditions, options: DecodeOptions) -> Self {
         Row {
-            key: fingerprint::key(options.seed, &request.sample_id),
+            key: fingerprint::derive_seed(options.seed, &request.sample_id),
             sequence: request.prompt_ids.clone(),
             guesser: proposer::guesser(options, &request.sample_id, &request.prompt_ids),
             request,

@@ -1,15 +1,9 @@
 //! config.json as the model uses it: nothing optional.
 
-use std::path::Path;
-
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::hf_config::{RawConfig, positive, rope_json};
-use crate::checkpoint::base_folder;
-use crate::cuda::shape::KernelShape;
-use crate::cuda::train::TrainKernels;
-use crate::{Error, Result, text_file};
 
 /// Larger sizes are mistakes; below it no product of two overflows.
 const LARGEST_SIZE: i64 = 1 << 31;
@@ -106,25 +100,11 @@ pub struct ModelConfig {
 }
 
 impl ModelConfig {
-    /// Reads config.json of a model folder, or that of the model that an adapter belongs to.
-    ///
-    /// # Errors
-    /// [`Error::File`] when it is missing or broken, or names a family or feature that is not supported.
-    pub fn load(folder: &Path) -> Result<Self> {
-        if !folder.is_dir() {
-            return Err(Error::file(folder, "there is no such model folder"));
-        }
-        let path = base_folder(folder)?.join("config.json");
-        let text = text_file::read(&path)?;
-        let raw: Value = serde_json::from_str(&text).map_err(|error| Error::file(&path, format!("{error}")))?;
-        Self::from_json(&raw).map_err(|message| Error::file(&path, message))
-    }
-
     /// Resolves a config.json.
     ///
     /// # Errors
     /// What is missing, wrong or not supported, in words.
-    pub fn from_json(value: &Value) -> std::result::Result<Self, String> {
+    pub fn from_json(value: &Value) -> Result<Self, String> {
         let raw: RawConfig = serde_path_to_error::deserialize(value).map_err(|error| error.to_string())?;
         let family = match raw.model_type.as_str() {
             "llama" => Family::Llama,
@@ -173,8 +153,8 @@ impl ModelConfig {
     }
 
     /// Number of weights, tied ones once.
-    pub fn parameter_count(&self) -> i64 {
-        self.shapes().iter().map(|(_, shape)| shape.iter().product::<i64>()).sum()
+    pub fn num_parameters(&self) -> i64 {
+        self.parameter_shapes().iter().map(|(_, shape)| shape.iter().product::<i64>()).sum()
     }
 
     /// config.json for weights of type `dtype` (`float32`, `bfloat16`, `float16`).
@@ -212,7 +192,7 @@ impl ModelConfig {
     }
 
     /// Name and shape of every weight, in file order.
-    pub fn shapes(&self) -> Vec<(String, Vec<i64>)> {
+    pub fn parameter_shapes(&self) -> Vec<(String, Vec<i64>)> {
         let (hidden, inner) = (self.hidden_size, self.intermediate_size);
         let (queries, keys) = (self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim);
         let mut shapes = vec![("model.embed_tokens.weight".to_owned(), vec![self.vocab_size, hidden])];
@@ -246,27 +226,7 @@ impl ModelConfig {
         shapes
     }
 
-    /// What kernels are compiled for.
-    pub(crate) fn kernel_shape(&self) -> KernelShape {
-        let size = |value: i64| value as usize;
-        KernelShape {
-            hidden: size(self.hidden_size),
-            heads: size(self.num_heads),
-            kv_heads: size(self.num_kv_heads),
-            head_dim: size(self.head_dim),
-            ffn: size(self.intermediate_size),
-            vocab: size(self.vocab_size),
-            eps: self.rms_norm_eps,
-            query_key_norm: self.family == Family::Qwen3,
-        }
-    }
-
-    /// Whether there are kernels of our own to train it in bf16, on a GPU that has room for them.
-    pub fn has_train_kernels(&self) -> bool {
-        TrainKernels::supports(&self.kernel_shape())
-    }
-
-    fn check_sizes(&self) -> std::result::Result<(), String> {
+    fn check_sizes(&self) -> Result<(), String> {
         let sizes = [self.vocab_size, self.hidden_size, self.intermediate_size, self.num_layers, self.num_heads];
         if let Some(size) = sizes
             .iter()

@@ -16,13 +16,13 @@ use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 use super::transformer::{Layer, Linear};
-use super::{Flat, ModelConfig, Transformer};
+use super::{ModelConfig, ParamBuffer, Transformer};
 use crate::{Result, fingerprint};
 
 /// Which projections get adapters, and of what size.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
-pub struct Lora {
+pub struct LoraConfig {
     /// Rank of the change of a weight.
     #[garde(range(min = 1, max = 65536))]
     pub rank: i64,
@@ -31,19 +31,19 @@ pub struct Lora {
     pub alpha: f64,
     /// The projections of every layer that get an adapter.
     #[garde(length(min = 1))]
-    pub targets: BTreeSet<Target>,
+    pub targets: BTreeSet<LoraTarget>,
 }
 
-impl Default for Lora {
+impl Default for LoraConfig {
     fn default() -> Self {
-        Lora { rank: 16, alpha: 32.0, targets: BTreeSet::from(Target::ALL) }
+        LoraConfig { rank: 16, alpha: 32.0, targets: BTreeSet::from(LoraTarget::ALL) }
     }
 }
 
 /// A projection of a layer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]
-pub enum Target {
+pub enum LoraTarget {
     /// Queries.
     QProj,
     /// Keys.
@@ -60,28 +60,28 @@ pub enum Target {
     DownProj,
 }
 
-impl Target {
+impl LoraTarget {
     /// All of them.
-    pub const ALL: [Target; 7] = [
-        Target::QProj,
-        Target::KProj,
-        Target::VProj,
-        Target::OProj,
-        Target::GateProj,
-        Target::UpProj,
-        Target::DownProj,
+    pub const ALL: [LoraTarget; 7] = [
+        LoraTarget::QProj,
+        LoraTarget::KProj,
+        LoraTarget::VProj,
+        LoraTarget::OProj,
+        LoraTarget::GateProj,
+        LoraTarget::UpProj,
+        LoraTarget::DownProj,
     ];
 
     /// Its name within a layer.
     fn path(self) -> &'static str {
         match self {
-            Target::QProj => "self_attn.q_proj",
-            Target::KProj => "self_attn.k_proj",
-            Target::VProj => "self_attn.v_proj",
-            Target::OProj => "self_attn.o_proj",
-            Target::GateProj => "mlp.gate_proj",
-            Target::UpProj => "mlp.up_proj",
-            Target::DownProj => "mlp.down_proj",
+            LoraTarget::QProj => "self_attn.q_proj",
+            LoraTarget::KProj => "self_attn.k_proj",
+            LoraTarget::VProj => "self_attn.v_proj",
+            LoraTarget::OProj => "self_attn.o_proj",
+            LoraTarget::GateProj => "mlp.gate_proj",
+            LoraTarget::UpProj => "mlp.up_proj",
+            LoraTarget::DownProj => "mlp.down_proj",
         }
     }
 
@@ -89,26 +89,26 @@ impl Target {
     fn of<'l>(self, layer: &'l mut Layer, config: &ModelConfig) -> (&'l mut Linear, i64) {
         let (queries, keys) = (config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim);
         match self {
-            Target::QProj => (&mut layer.query_key_value, 0),
-            Target::KProj => (&mut layer.query_key_value, queries),
-            Target::VProj => (&mut layer.query_key_value, queries + keys),
-            Target::OProj => (&mut layer.output, 0),
-            Target::GateProj => (&mut layer.gate_up, 0),
-            Target::UpProj => (&mut layer.gate_up, config.intermediate_size),
-            Target::DownProj => (&mut layer.down, 0),
+            LoraTarget::QProj => (&mut layer.query_key_value, 0),
+            LoraTarget::KProj => (&mut layer.query_key_value, queries),
+            LoraTarget::VProj => (&mut layer.query_key_value, queries + keys),
+            LoraTarget::OProj => (&mut layer.output, 0),
+            LoraTarget::GateProj => (&mut layer.gate_up, 0),
+            LoraTarget::UpProj => (&mut layer.gate_up, config.intermediate_size),
+            LoraTarget::DownProj => (&mut layer.down, 0),
         }
     }
 }
 
-impl Lora {
+impl LoraConfig {
     /// Numbers of all adapters on a model of this shape.
-    pub fn parameter_count(&self, config: &ModelConfig) -> i64 {
+    pub fn num_parameters(&self, config: &ModelConfig) -> i64 {
         self.places(config).iter().map(|place| self.rank * (place.inputs + place.outputs)).sum()
     }
 
     /// Every projection that gets an adapter, layer by layer.
     pub(crate) fn places(&self, config: &ModelConfig) -> Vec<Place> {
-        let shapes = config.shapes();
+        let shapes = config.parameter_shapes();
         let size = |weight: &str| shapes.iter().find(|(name, _)| name == weight).map(|(_, shape)| (shape[0], shape[1]));
         let each = (0..config.num_layers).flat_map(|layer| self.targets.iter().map(move |&target| (layer, target)));
         each.filter_map(|(layer, target)| {
@@ -123,7 +123,7 @@ impl Lora {
 /// A projection of a model.
 pub(crate) struct Place {
     layer: usize,
-    target: Target,
+    target: LoraTarget,
     /// Its name, such as `model.layers.0.self_attn.q_proj`.
     pub(crate) module: String,
     pub(crate) outputs: i64,
@@ -144,10 +144,10 @@ pub(crate) struct Adapter {
 
 impl Adapter {
     /// A is drawn uniformly between ±1/√in (Kaiming with a = √5, as PEFT), B is zero: it changes nothing yet.
-    fn fresh(place: &Place, lora: &Lora, seed: u64) -> Self {
+    fn fresh(place: &Place, lora: &LoraConfig, seed: u64) -> Self {
         let bound = 1.0 / (place.inputs as f64).sqrt();
         // Not libtorch's generator: it is shared by all threads of the process.
-        let mut random = fingerprint::rng(seed, &place.module, 0);
+        let mut random = fingerprint::derive_rng(seed, &place.module, 0);
         let mut draw = || (((f64::from(random.next_u32()) + 0.5) / 2f64.powi(31) - 1.0) * bound) as f32;
         let numbers: Vec<f32> = (0..lora.rank * place.inputs).map(|_| draw()).collect();
         Adapter {
@@ -178,21 +178,21 @@ impl Adapter {
 
 /// The adapters of a model.
 pub(crate) struct Adapters {
-    pub(crate) lora: Lora,
+    pub(crate) lora: LoraConfig,
     pub(crate) each: Vec<(Place, Adapter)>,
     /// Every A and B under the name of its projection, in the order of the layers; those of `each` are views of it.
-    pub(crate) numbers: Flat,
+    pub(crate) numbers: ParamBuffer,
 }
 
 impl Adapters {
     /// Copies adapters into one buffer.
-    pub(crate) fn new(lora: Lora, mut each: Vec<(Place, Adapter)>, device: Device, kind: Kind) -> Self {
+    pub(crate) fn new(lora: LoraConfig, mut each: Vec<(Place, Adapter)>, device: Device, kind: Kind) -> Self {
         let _no_grad = tch::no_grad_guard();
         let names = |place: &Place| ["lora_A", "lora_B"].map(|part| format!("{}.{part}.weight", place.module));
         let shapes = each
             .iter()
             .flat_map(|(place, adapter)| names(place).into_iter().zip([adapter.down.size(), adapter.up.size()]));
-        let numbers = Flat::zeros(shapes.collect(), device, kind);
+        let numbers = ParamBuffer::zeros(shapes.collect(), device, kind);
         for (place, adapter) in &mut each {
             for (name, tensor) in names(place).iter().zip([&mut adapter.down, &mut adapter.up]) {
                 let mut view = numbers.get(name).unwrap_or_else(|| unreachable!("it was laid out just now"));
@@ -220,7 +220,7 @@ impl Adapters {
 impl Transformer {
     /// Puts fresh adapters, drawn from `seed`, beside the weights, in place of any that are there; the weights no longer collect
     /// gradients. Until the adapters are trained, the model computes what its weights do.
-    pub fn adapt(&mut self, lora: &Lora, seed: u64) {
+    pub fn add_adapters(&mut self, lora: &LoraConfig, seed: u64) {
         self.freeze();
         let fresh = |place| {
             let adapter = Adapter::fresh(&place, lora, seed);
@@ -242,7 +242,7 @@ impl Transformer {
     ///
     /// # Errors
     /// [`crate::Error::Torch`], such as memory that ran out.
-    pub fn merged(&self) -> Result<Option<Self>> {
+    pub fn to_merged(&self) -> Result<Option<Self>> {
         let Some(adapters) = &self.adapters else { return Ok(None) };
         let _no_grad = tch::no_grad_guard();
         let weights = self.weights().copy();

@@ -2,6 +2,8 @@
 
 mod config;
 mod hf_config;
+mod init;
+mod kernel_shape;
 mod kv_cache;
 mod lora;
 mod params;
@@ -13,8 +15,8 @@ pub use config::{Family, ModelConfig, RopeScaling};
 pub use kv_cache::KvCache;
 pub(crate) use kv_cache::SlotMove;
 pub(crate) use lora::{Adapter, Adapters};
-pub use lora::{Lora, Target};
-pub use params::Flat;
-pub use presets::KnownShape;
-pub use transformer::{ALIGNED, Branches, CachePlaces, Transformer};
+pub use lora::{LoraConfig, LoraTarget};
+pub use params::ParamBuffer;
+pub use presets::ModelPreset;
+pub use transformer::{ALIGNED, SlotMapping, Transformer, TreeMask};
 pub(crate) use transformer::{Context, Layer, Linear, attend};

@@ -8,7 +8,7 @@ const SHARED_AMONG: u64 = 8 * 5040 * 16;
 
 /// A buffer and what lies in it: matrices first, then vectors (which no weight decay touches), both in the order given.
 #[derive(Debug)]
-pub struct Flat {
+pub struct ParamBuffer {
     buffer: Tensor,
     parts: Vec<Part>,
     matrices: i64,
@@ -21,7 +21,7 @@ struct Part {
     start: i64,
 }
 
-impl Flat {
+impl ParamBuffer {
     /// A buffer of zeros for tensors of these names and shapes.
     pub fn zeros(shapes: Vec<(String, Vec<i64>)>, device: Device, kind: Kind) -> Self {
         let mut parts: Vec<Part> = shapes.into_iter().map(|(name, shape)| Part { name, shape, start: 0 }).collect();
@@ -36,7 +36,7 @@ impl Flat {
             }
         }
         let padded = (end as u64).next_multiple_of(SHARED_AMONG) as i64;
-        Flat { buffer: Tensor::zeros([padded], (kind, device)), parts, matrices }
+        ParamBuffer { buffer: Tensor::zeros([padded], (kind, device)), parts, matrices }
     }
 
     /// Zeros for the same tensors.
@@ -47,7 +47,7 @@ impl Flat {
     /// The same layout in another buffer of as many elements.
     pub fn with_buffer(&self, buffer: Tensor) -> Self {
         assert_eq!(buffer.size(), self.buffer.size());
-        Flat { buffer, parts: self.parts.clone(), matrices: self.matrices }
+        ParamBuffer { buffer, parts: self.parts.clone(), matrices: self.matrices }
     }
 
     /// Copies of the same tensors.
@@ -71,7 +71,7 @@ impl Flat {
     }
 
     /// How many leading elements belong to matrices.
-    pub fn matrices(&self) -> i64 {
+    pub fn num_matrix_elements(&self) -> i64 {
         self.matrices
     }
 
@@ -116,8 +116,8 @@ mod tests {
     fn matrices_come_first_and_neighbours_join() {
         let shapes = [("a", vec![2, 3]), ("norm", vec![3]), ("b", vec![1, 3]), ("bias", vec![2])];
         let shapes = shapes.map(|(name, shape)| (name.to_owned(), shape));
-        let flat = Flat::zeros(shapes.into(), Device::Cpu, Kind::Float);
-        assert_eq!((flat.matrices(), flat.buffer().numel()), (9, SHARED_AMONG as usize));
+        let flat = ParamBuffer::zeros(shapes.into(), Device::Cpu, Kind::Float);
+        assert_eq!((flat.num_matrix_elements(), flat.buffer().numel()), (9, SHARED_AMONG as usize));
         let both = flat.joined(&["a".to_owned(), "b".to_owned()]).unwrap();
         assert_eq!(both.size(), [3, 3]);
         let _ = both.get(2).fill_(5.0);

@@ -9,7 +9,7 @@ use crate::{Error, Result};
 
 /// A shape that is known by name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
-pub enum KnownShape {
+pub enum ModelPreset {
     /// SmolLM2-135M.
     #[serde(rename = "135M")]
     #[value(name = "135M")]
@@ -24,22 +24,22 @@ pub enum KnownShape {
     Large,
 }
 
-impl KnownShape {
+impl ModelPreset {
     /// Its configuration, with another number of ids than its own if one is given.
     ///
     /// # Errors
     /// A vocabulary of no size.
     pub fn config(self, vocab_size: Option<usize>) -> Result<ModelConfig> {
         let mut value = match self {
-            KnownShape::Small => {
+            ModelPreset::Small => {
                 json!({ "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
                 "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
                 "max_position_embeddings": 8192, "tie_word_embeddings": true })
             }
-            KnownShape::Middle => json!({ "model_type": "llama", "vocab_size": 49152, "hidden_size": 2048,
+            ModelPreset::Middle => json!({ "model_type": "llama", "vocab_size": 49152, "hidden_size": 2048,
                 "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
                 "max_position_embeddings": 8192, "tie_word_embeddings": true }),
-            KnownShape::Large => json!({ "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096,
+            ModelPreset::Large => json!({ "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096,
                 "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
                 "max_position_embeddings": 4096 }),
         };
@@ -52,9 +52,9 @@ impl KnownShape {
     /// Its name.
     pub fn name(self) -> &'static str {
         match self {
-            KnownShape::Small => "135M",
-            KnownShape::Middle => "1.7B",
-            KnownShape::Large => "7B",
+            ModelPreset::Small => "135M",
+            ModelPreset::Middle => "1.7B",
+            ModelPreset::Large => "7B",
         }
     }
 }

@@ -1,18 +1,15 @@
 //! The forward pass. Shapes: `b` batch, `s` sequence, `h` heads, `d` width of a head.
 
-use std::path::Path;
-
 use tch::{Device, Kind, Tensor};
 
 use super::config::ModelConfig;
 use super::kv_cache::KvCache;
 use super::lora::{Adapter, Adapters};
-use super::params::Flat;
+use super::params::ParamBuffer;
 use super::rope::{Rope, Rotation};
 use crate::Result;
-use crate::checkpoint::safetensors as weights;
 use crate::cuda::libtorch;
-use crate::train::EagerStream;
+use crate::train::EagerBatch;
 
 pub(crate) struct Linear {
     pub(crate) weight: Tensor,
@@ -45,7 +42,7 @@ pub struct Transformer {
     /// `None` where the embedding is the output projection.
     head: Option<Tensor>,
     /// Every weight under its Hugging Face name; the tensors above are views of it.
-    weights: Flat,
+    weights: ParamBuffer,
     /// What collects gradients: the tensors above, with the names that each joins.
     leaves: Vec<(Tensor, Vec<String>)>,
     pub(crate) adapters: Option<Adapters>,
@@ -56,28 +53,28 @@ pub const ALIGNED: usize = 8;
 
 /// Where the tokens of a forward with a cache belong: int64 `[rows, width]`.
 #[derive(Debug)]
-pub struct CachePlaces {
+pub struct SlotMapping {
     /// Positions in the sequence.
     pub positions: Tensor,
     /// Slots of the cache, where keys and values are written.
     pub slots: Tensor,
     /// What queries see of the slots at or before their own; without it, all.
-    pub branches: Option<Branches>,
+    pub tree_mask: Option<TreeMask>,
 }
 
 /// Windows whose tokens do not follow one another.
 #[derive(Debug)]
-pub struct Branches {
+pub struct TreeMask {
     /// Slot that the window of a row begins with, int64 `[rows, 1]`; a query sees every slot before it.
-    pub first: Tensor,
-    /// Bit i, as of an unsigned number: the query sees slot `first + i`. int64 `[rows, width]`.
+    pub first_slot: Tensor,
+    /// Bit i, as of an unsigned number: the query sees slot `first_slot + i`. int64 `[rows, width]`.
     pub visible: Tensor,
 }
 
-impl CachePlaces {
+impl SlotMapping {
     /// Of tokens whose slots are their positions.
-    pub fn in_order(positions: Tensor) -> Self {
-        CachePlaces { slots: positions.shallow_clone(), positions, branches: None }
+    pub fn sequential(positions: Tensor) -> Self {
+        SlotMapping { slots: positions.shallow_clone(), positions, tree_mask: None }
     }
 
     /// True where a query sees a slot: `[rows, 1, group x width, attended]`, the queries `group` times one behind another.
@@ -85,8 +82,8 @@ impl CachePlaces {
         let queries = |of: &Tensor| of.repeat([1, group]).unsqueeze(1).unsqueeze(-1);
         let slots = Tensor::arange(attended as i64, (Kind::Int64, self.slots.device())).view([1, 1, 1, -1]);
         let before = slots.le_tensor(&queries(&self.slots));
-        let Some(Branches { first, visible }) = &self.branches else { return before };
-        let offset = slots - first.unsqueeze(-1).unsqueeze(-1);
+        let Some(TreeMask { first_slot, visible }) = &self.tree_mask else { return before };
+        let offset = slots - first_slot.unsqueeze(-1).unsqueeze(-1);
         let bit = queries(visible).bitwise_right_shift(&offset.clamp(0, 63)).bitwise_and(1);
         before.logical_and(&bit.ne(0).logical_or(&offset.lt(0)))
     }
@@ -97,7 +94,7 @@ pub(crate) enum Context<'c> {
     /// Everything before it in the same sequence.
     Causal,
     /// What the stream lets it see.
-    Stream(&'c EagerStream),
+    Packed(&'c EagerBatch),
     /// The leading slots of a cache, written at these positions first, as far as what is added to the scores allows.
     Cache { cache: &'c mut KvCache, slots: &'c Tensor, attended: usize, bias: Tensor, ragged: Option<&'c Ragged> },
 }
@@ -129,40 +126,6 @@ impl Ragged {
 }
 
 impl Transformer {
-    /// Loads a Hugging Face folder; a PEFT adapter is merged into the model that it belongs to.
-    ///
-    /// # Errors
-    /// Names a file that is missing, cut off, or of an unsupported family or feature.
-    pub fn load(folder: &Path, device: Device, kind: Kind) -> Result<Self> {
-        let config = ModelConfig::load(folder)?;
-        let weights = weights::read(folder, &config, device, kind)?;
-        Ok(Self::assemble(config, weights))
-    }
-
-    /// Random weights (normal, 0.02; norms 1, biases 0), drawn on the CPU: the same for the same seed on every device.
-    pub fn random(config: ModelConfig, seed: u64, device: Device, kind: Kind) -> Self {
-        let weights = weights::random(&config, seed, device, kind);
-        Self::assemble(config, weights)
-    }
-
-    /// Noise drawn on the device: a shape to measure speed with, where drawing on the CPU would take minutes.
-    pub fn noise(config: ModelConfig, device: Device, kind: Kind) -> Self {
-        let _no_grad = tch::no_grad_guard();
-        let weights = Flat::zeros(config.shapes(), device, kind);
-        let _ = weights.buffer().shallow_clone().normal_(0.0, 0.02);
-        Self::assemble(config, weights)
-    }
-
-    /// Writes config.json and safetensors in `kind` into an existing folder (sharded past 5 GB, `format: pt`), adapters merged.
-    ///
-    /// # Errors
-    /// File-system errors.
-    pub fn save(&self, folder: &Path, kind: Kind) -> Result<()> {
-        let merged = self.merged()?;
-        let parameters = merged.as_ref().unwrap_or(self).parameters();
-        weights::write(folder, &self.config, &parameters, kind, weights::SHARD_BYTES)
-    }
-
     /// The configuration.
     pub fn config(&self) -> &ModelConfig {
         &self.config
@@ -180,22 +143,22 @@ impl Transformer {
 
     /// Every weight under its Hugging Face name, in a fixed order, adapters aside; tied weights once. They share storage with
     /// the model.
-    pub fn parameters(&self) -> Vec<(String, Tensor)> {
+    pub fn named_parameters(&self) -> Vec<(String, Tensor)> {
         self.weights.tensors()
     }
 
     /// The buffer that holds every weight.
-    pub fn weights(&self) -> &Flat {
+    pub fn weights(&self) -> &ParamBuffer {
         &self.weights
     }
 
     /// What training changes: every weight, or the adapters alone where there are any.
-    pub fn trainable(&self) -> &Flat {
+    pub fn trainable(&self) -> &ParamBuffer {
         self.adapters.as_ref().map_or(&self.weights, |adapters| &adapters.numbers)
     }
 
     /// The same weights, in the same storage, without adapters.
-    pub fn base(&self) -> Self {
+    pub fn without_adapters(&self) -> Self {
         Self::assemble(self.config.clone(), self.weights.shallow_clone())
     }
 
@@ -216,7 +179,7 @@ impl Transformer {
     ///
     /// # Errors
     /// [`crate::Error::Torch`], such as memory that ran out.
-    pub fn collect_gradients(&self) -> Result<Flat> {
+    pub fn collect_gradients(&self) -> Result<ParamBuffer> {
         let gradients = self.trainable().zeros_like(self.kind);
         let leaves = match &self.adapters {
             None => &self.leaves,
@@ -231,17 +194,17 @@ impl Transformer {
 
     /// Final hidden states `[b, s, hidden]` (after the last norm) of plain causal attention without a cache, with gradients.
     /// `tokens`, `positions`: int64 `[b, s]`.
-    pub fn hidden(&self, tokens: &Tensor, positions: &Tensor) -> Tensor {
-        self.forward(tokens, positions, Context::Causal)
+    pub fn forward(&self, tokens: &Tensor, positions: &Tensor) -> Tensor {
+        self.forward_in(tokens, positions, Context::Causal)
     }
 
     /// Final hidden states `[tokens, hidden]` of the leading `lengths` tokens of each row, with a cache: keys and values are
     /// written at their slots, then each query attends to those at or before its own, as far as it sees them. `tokens`: int64
     /// `[rows, width]`; `attended`: number of leading slots that any row needs. No gradient flows.
-    pub fn hidden_cached(
+    pub fn forward_cached(
         &self,
         tokens: &Tensor,
-        places: &CachePlaces,
+        places: &SlotMapping,
         lengths: &[usize],
         cache: &mut KvCache,
         attended: usize,
@@ -256,7 +219,7 @@ impl Transformer {
         // The query heads that share a key head stand behind one another in the sequence of queries (see `attention`).
         let bias = self.bias(&places.mask(self.config.num_heads / self.config.num_kv_heads, attended));
         let context = Context::Cache { cache, slots: &places.slots, attended, bias, ragged: ragged.as_ref() };
-        self.forward(&tokens, &places.positions, context).flatten(0, 1)
+        self.forward_in(&tokens, &places.positions, context).flatten(0, 1)
     }
 
     /// What is added to the scores where `mask` is true (0) and false (minus infinity); made once, not once a layer.
@@ -269,7 +232,7 @@ impl Transformer {
     ///
     /// # Errors
     /// [`crate::Error::Torch`], such as memory that ran out.
-    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
+    pub fn compute_logits(&self, hidden: &Tensor) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
         libtorch::matmul_float32(hidden, self.projection())
     }
@@ -280,7 +243,7 @@ impl Transformer {
     }
 
     /// Logits in float32 `[.., vocab]` with gradients; for losses.
-    pub fn train_logits(&self, hidden: &Tensor) -> Tensor {
+    pub fn logits_with_grad(&self, hidden: &Tensor) -> Tensor {
         self.project(hidden).to_kind(Kind::Float)
     }
 
@@ -293,7 +256,7 @@ impl Transformer {
         Tensor::embedding(&self.embedding, tokens, -1, false, false)
     }
 
-    fn forward(&self, tokens: &Tensor, positions: &Tensor, mut context: Context<'_>) -> Tensor {
+    fn forward_in(&self, tokens: &Tensor, positions: &Tensor, mut context: Context<'_>) -> Tensor {
         let rotation = self.rope.rotation(positions, self.kind);
         let mut x = self.embed(tokens);
         for index in 0..self.layers.len() {
@@ -320,11 +283,11 @@ impl Transformer {
     ) -> Tensor {
         let ragged = match context {
             Context::Cache { ragged, .. } => *ragged,
-            Context::Causal | Context::Stream(_) => None,
+            Context::Causal | Context::Packed(_) => None,
         };
         let (batch, length) = match context {
             Context::Cache { slots, .. } => slots.size2().unwrap_or_default(),
-            Context::Causal | Context::Stream(_) => (x.size()[0], x.size()[1]),
+            Context::Causal | Context::Packed(_) => (x.size()[0], x.size()[1]),
         };
         let projected = match (layer.query_key_value.apply(x), ragged) {
             (projected, Some(ragged)) => projected.squeeze_dim(0).index_select(0, &ragged.tokens),
@@ -343,7 +306,7 @@ impl Transformer {
         let values = parts[2].transpose(1, 2);
         let mixed = match context {
             Context::Causal => attend(&queries, &keys, &values, None),
-            Context::Stream(stream) => stream.attend(&queries, &keys, &values),
+            Context::Packed(stream) => stream.attend(&queries, &keys, &values),
             Context::Cache { cache, slots, attended, bias, .. } => {
                 let (keys, values) = cache.update(index, &keys, &values, slots, *attended);
                 // No copy of the cache: a group's heads become more queries of the same key head.
@@ -363,7 +326,7 @@ impl Transformer {
         x.rms_norm(weight.size(), Some(weight), self.config.rms_norm_eps)
     }
 
-    pub(crate) fn assemble(config: ModelConfig, weights: Flat) -> Self {
+    pub(crate) fn assemble(config: ModelConfig, weights: ParamBuffer) -> Self {
         let mut leaves = Vec::new();
         let mut leaf = |names: Vec<String>| {
             let tensor = weights.joined(&names)?;

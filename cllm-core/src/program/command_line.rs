@@ -1,4 +1,4 @@
-//! The words that the command lines of the three programs have in common.
+//! Arguments that the command lines of the three programs have in common.
 
 use std::path::PathBuf;
 
@@ -9,21 +9,22 @@ use serde::de::DeserializeOwned;
 use super::print;
 use crate::{Error, Result, settings};
 
-/// A YAML file and `section.key=value` over it.
+/// Arguments of a verb that is driven by settings.
 #[derive(Debug, clap::Args)]
-pub struct Configured {
-    /// Settings in YAML.
-    #[arg(long, short)]
+pub struct SettingsArgs {
+    /// Read settings from a YAML file.
+    #[arg(long, short, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// Settings that win over the file: `section.key=value`; `settings` lists them.
+    /// Settings as KEY=VALUE; they override the file (the verb `settings` lists them).
+    #[arg(value_name = "KEY=VALUE")]
     overrides: Vec<String>,
-    /// Print what was found as one JSON document on stdout.
+    /// Print the result as one JSON document on stdout.
     #[arg(long)]
     pub json: bool,
 }
 
-impl Configured {
-    /// Reads the settings.
+impl SettingsArgs {
+    /// Reads the settings of a verb.
     ///
     /// # Errors
     /// As [`settings::load`].
@@ -35,7 +36,7 @@ impl Configured {
     }
 }
 
-/// Prints the completions of a shell for a program.
+/// Prints a program's completions for a shell.
 ///
 /// # Errors
 /// When stdout cannot be written.

@@ -97,7 +97,7 @@ fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
             true => Error::file(path, format!("is no whole gzip file ({error}): download it again")),
             false => Error::io(path)(error),
         })?;
-        let line = text_file::text(path, number + 1, line)?;
+        let line = text_file::decode(path, number + 1, line)?;
         if !line.trim().is_empty() {
             let row = serde_json::from_str(&line)
                 .map_err(|error| Error::file(path, format!("line {}: {error}", number + 1)))?;

@@ -48,23 +48,23 @@ impl Default for Limits {
 
 /// How a program ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Ending {
+pub enum ProgramOutcome {
     /// It ran through to its end.
     Passed,
     /// An assertion failed.
-    Wrong,
+    AssertionFailed,
     /// Another exception, by its name; or it left before its end.
-    Error(String),
+    Exception(String),
     /// It took too long.
-    Timeout,
+    TimedOut,
     /// It took too much memory.
-    Memory,
+    OutOfMemory,
     /// A signal ended it.
     Killed(i32),
     /// It printed too much.
-    Output,
+    TooMuchOutput,
     /// It wrote too much.
-    Disk,
+    TooMuchDisk,
 }
 
 /// Where programs run.
@@ -79,25 +79,25 @@ pub struct Sandbox {
 
 /// In `main`, before anything else: where this process was started as the launcher of a sandbox it becomes Python, and
 /// returns only if it cannot.
-pub fn launcher() -> Option<ExitCode> {
+pub fn launch_if_requested() -> Option<ExitCode> {
     let mut arguments = std::env::args_os().skip(1);
     (arguments.next()? == VERB).then(|| launcher::launch(arguments.next()))
 }
 
 impl Sandbox {
-    /// Finds Python and tries the sandbox out. The running program must call [`launcher`].
+    /// Finds Python and tries the sandbox out. The running program must call [`launch_if_requested`].
     ///
     /// # Errors
     /// When there is no Python, or nothing here keeps files apart: then no code is run.
     pub fn open() -> Result<Self> {
-        Self::launched_by(Path::new("/proc/self/exe"), Limits::default())
+        Self::with_launcher(Path::new("/proc/self/exe"), Limits::default())
     }
 
     /// The same with another program as the launcher, and other limits.
     ///
     /// # Errors
     /// As [`Sandbox::open`].
-    pub fn launched_by(program: &Path, limits: Limits) -> Result<Self> {
+    pub fn with_launcher(program: &Path, limits: Limits) -> Result<Self> {
         let mut first = None;
         // One that is installed in a home folder may be out of reach for the user that code runs as.
         for python in ["python3", "/usr/bin/python3"] {
@@ -119,7 +119,7 @@ impl Sandbox {
         let program = program.to_owned();
         let mut sandbox = Sandbox { program, python, readable, limits, layers: Vec::new() };
         let (ending, layers) = sandbox.attempt("import math")?;
-        if ending != Ending::Passed {
+        if ending != ProgramOutcome::Passed {
             let python = sandbox.python.display();
             return Err(Error::environment(format!(
                 "{python} does not run in the sandbox ({ending:?}): install another python3"
@@ -143,11 +143,11 @@ impl Sandbox {
     ///
     /// # Errors
     /// When it cannot be started, or a signal asked this process to stop.
-    pub fn run(&self, program: &str) -> Result<Ending> {
+    pub fn run(&self, program: &str) -> Result<ProgramOutcome> {
         Ok(self.attempt(program)?.0)
     }
 
-    fn attempt(&self, program: &str) -> Result<(Ending, Vec<String>)> {
+    fn attempt(&self, program: &str) -> Result<(ProgramOutcome, Vec<String>)> {
         let folder = tempfile::Builder::new().prefix("cllm-sandbox-").tempdir();
         let folder = folder.map_err(Error::write(std::env::temp_dir()))?;
         let order = Order {

@@ -14,7 +14,7 @@ use rand::TryRng;
 use rand::rngs::SysRng;
 
 use super::launcher::Greeting;
-use super::{Ending, Limits};
+use super::{Limits, ProgramOutcome};
 use crate::{Error, Result, interrupt};
 
 /// How often the folder, the clock and signals are looked at.
@@ -34,7 +34,7 @@ struct Heard {
     /// Of both.
     bytes: u64,
     /// Why it was ended, where it was.
-    stopped: Option<Ending>,
+    stopped: Option<ProgramOutcome>,
 }
 
 /// How the program ended, and the layers that held it. Nothing of it runs when this returns, and its folder is empty.
@@ -43,7 +43,7 @@ pub(super) fn to_the_end(
     program: &str,
     folder: &Path,
     limits: &Limits,
-) -> Result<(Ending, Vec<String>)> {
+) -> Result<(ProgramOutcome, Vec<String>)> {
     let token = token()?;
     let heard = feed_and_hear(&mut child, format!("{:<20}{program}{token}", program.len()).as_bytes(), folder, limits);
     // The launcher began a session, whose group has its number; before that it is killed alone.
@@ -74,15 +74,15 @@ fn token() -> Result<String> {
     Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-fn ending(verdict: &str, token: &str, status: ExitStatus) -> Ending {
+fn ending(verdict: &str, token: &str, status: ExitStatus) -> ProgramOutcome {
     match (verdict.trim_end().split_once(' ').unwrap_or((verdict.trim_end(), "")), status.signal()) {
-        (("passed", given), _) if given == token => Ending::Passed,
-        (("wrong", ""), _) => Ending::Wrong,
-        (("memory", ""), _) => Ending::Memory,
-        (("error", name), _) => Ending::Error(name.to_owned()),
-        (_, Some(signal)) if signal == Signal::SIGXCPU as i32 => Ending::Timeout,
-        (_, Some(signal)) => Ending::Killed(signal),
-        _ => Ending::Error("it left before its end".to_owned()),
+        (("passed", given), _) if given == token => ProgramOutcome::Passed,
+        (("wrong", ""), _) => ProgramOutcome::AssertionFailed,
+        (("memory", ""), _) => ProgramOutcome::OutOfMemory,
+        (("error", name), _) => ProgramOutcome::Exception(name.to_owned()),
+        (_, Some(signal)) if signal == Signal::SIGXCPU as i32 => ProgramOutcome::TimedOut,
+        (_, Some(signal)) => ProgramOutcome::Killed(signal),
+        _ => ProgramOutcome::Exception("it left before its end".to_owned()),
     }
 }
 
@@ -140,14 +140,14 @@ fn ready(stdin: &Option<impl AsFd>, stdout: &Option<impl AsFd>, stderr: &Option<
     Ok(found)
 }
 
-fn too_much(heard: &Heard, time: Duration, folder: &Path, limits: &Limits) -> Option<Ending> {
+fn too_much(heard: &Heard, time: Duration, folder: &Path, limits: &Limits) -> Option<ProgramOutcome> {
     if heard.bytes > limits.output_bytes {
-        return Some(Ending::Output);
+        return Some(ProgramOutcome::TooMuchOutput);
     }
     if time > limits.time {
-        return Some(Ending::Timeout);
+        return Some(ProgramOutcome::TimedOut);
     }
-    (size(folder).is_none_or(|bytes| bytes > limits.disk_bytes)).then_some(Ending::Disk)
+    (size(folder).is_none_or(|bytes| bytes > limits.disk_bytes)).then_some(ProgramOutcome::TooMuchDisk)
 }
 
 /// Bytes of a folder's files, each with a page for itself; none where some of it cannot be read.

@@ -54,7 +54,7 @@ pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
 
 /// The same code is always of the same split, so that none is learnt from and tested on.
 fn drawn(code: &str) -> &'static str {
-    if fingerprint::key(0, code).is_multiple_of(TEST_SHARE) { "test" } else { "train" }
+    if fingerprint::derive_seed(0, code).is_multiple_of(TEST_SHARE) { "test" } else { "train" }
 }
 
 fn sample(index: usize, split: &str, name: &str, docstring: &str, code: &str) -> Sample {

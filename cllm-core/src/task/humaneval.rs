@@ -61,7 +61,7 @@ impl Tests {
     /// the prompt's own, behind the imports and helpers before that; any other answer goes on where the prompt ends.
     fn program(&self, answer: &str) -> String {
         let Tests { prompt, entry_point, test, .. } = self;
-        let code = python::code(answer, |block| python::definition(block, entry_point).is_some());
+        let code = python::extract_code(answer, |block| python::definition(block, entry_point).is_some());
         let before = match python::definition(code, entry_point) {
             Some(_) => &prompt[..python::definition(prompt, entry_point).unwrap_or(0)],
             None => prompt,

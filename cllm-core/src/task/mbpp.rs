@@ -67,7 +67,7 @@ pub(super) fn score(sandbox: &Sandbox, sample: &Sample, answer: &str) -> Result<
 
 impl Tests {
     fn program(&self, answer: &str) -> String {
-        let code = python::code(answer, |block| block.contains("def "));
+        let code = python::extract_code(answer, |block| block.contains("def "));
         let lines = std::iter::once(code).chain(self.test_imports.iter().chain(&self.test_list).map(String::as_str));
         lines.collect::<Vec<_>>().join("\n")
     }

@@ -13,7 +13,7 @@ mod sql;
 pub mod synthetic;
 
 pub use jsonl::Scorer;
-pub use python::code;
+pub use python::extract_code;
 
 use std::path::Path;
 
@@ -55,22 +55,22 @@ pub enum Task {
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
     /// Right.
-    Right,
+    Correct,
     /// Wrong, or no answer found.
-    Wrong,
+    Incorrect,
     /// The sample has nothing to score against.
     Unscored,
 }
 
 impl Verdict {
     fn of(right: bool) -> Self {
-        if right { Verdict::Right } else { Verdict::Wrong }
+        if right { Verdict::Correct } else { Verdict::Incorrect }
     }
 }
 
 /// What scoring has at hand beside the sample.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Judge<'a> {
+pub struct ScoreContext<'a> {
     /// The benchmark's folder, in which Spider has its databases: without it Spider is [`Verdict::Unscored`].
     pub data: Option<&'a Path>,
     /// Where the code of answers runs: without it HumanEval and MBPP are [`Verdict::Unscored`].
@@ -107,7 +107,7 @@ impl Task {
     }
 
     /// What it needs, in one line.
-    pub fn needs(self) -> &'static str {
+    pub fn expected_data(self) -> &'static str {
         match self {
             Task::Gsm8k => "a folder with train.jsonl and test.jsonl of grade-school-math",
             Task::Spider => "a folder with train_spider.json, dev.json, tables.json and database/ of Spider",
@@ -122,13 +122,13 @@ impl Task {
     }
 
     /// The task of a prompt's `source` (`gsm8k/test`), by its first part; [`Task::Jsonl`] for what is none of ours.
-    pub fn of_source(source: &str) -> Task {
+    pub fn from_source(source: &str) -> Task {
         let name = source.split('/').next().unwrap_or_default();
         Task::ALL.into_iter().find(|task| task.name() == name).unwrap_or(Task::Jsonl)
     }
 
     /// Whether the benchmark has no split but test.
-    pub fn is_for_tests(self) -> bool {
+    pub fn has_only_test_split(self) -> bool {
         matches!(self, Task::Humaneval | Task::MtBench)
     }
 
@@ -146,7 +146,7 @@ impl Task {
             Task::Codesearchnet => codesearchnet::load(data, split),
             Task::Perplexity => perplexity::load(data, split),
             Task::Jsonl => crate::prompt_set::read_with_generated_ids(data),
-            Task::Synthetic => Ok(synthetic::generate(0, split, synthetic::DEFAULT_COUNT)),
+            Task::Synthetic => Ok(synthetic::generate(0, split, synthetic::DEFAULT_NUM_PROBLEMS)),
         }
     }
 
@@ -155,47 +155,49 @@ impl Task {
         matches!(self, Task::Humaneval | Task::Mbpp)
     }
 
-    /// Refuses a sample that [`Task::judge`] could not score, for want of a file or of tests or for a broken pattern: for use before
+    /// Refuses a sample that [`Task::score`] could not score, for want of a file or of tests or for a broken pattern: for use before
     /// there are answers to lose.
     ///
     /// # Errors
-    /// As [`Task::judge`].
-    pub fn expect_data(self, judge: Judge<'_>, sample: &Sample) -> Result<()> {
+    /// As [`Task::score`].
+    pub fn check_scorable(self, judge: ScoreContext<'_>, sample: &Sample) -> Result<()> {
         match (self, judge) {
-            (Task::Spider, Judge { data: Some(data), .. }) => spider::database(data, sample).map(drop),
-            (Task::Humaneval, Judge { sandbox: Some(_), .. }) => python::meta::<humaneval::Tests>(sample).map(drop),
-            (Task::Mbpp, Judge { sandbox: Some(_), .. }) => python::meta::<mbpp::Tests>(sample).map(drop),
+            (Task::Spider, ScoreContext { data: Some(data), .. }) => spider::database(data, sample).map(drop),
+            (Task::Humaneval, ScoreContext { sandbox: Some(_), .. }) => {
+                python::meta::<humaneval::Tests>(sample).map(drop)
+            }
+            (Task::Mbpp, ScoreContext { sandbox: Some(_), .. }) => python::meta::<mbpp::Tests>(sample).map(drop),
             (Task::Jsonl, _) => jsonl::check(sample),
             _ => Ok(()),
         }
     }
 
-    /// The verdict on an answer to `sample`; a broken answer is [`Verdict::Wrong`]. So is one that was cut at the length limit,
+    /// The verdict on an answer to `sample`; a broken answer is [`Verdict::Incorrect`]. So is one that was cut at the length limit,
     /// whatever stands in it: it gave no answer, and a number or query that happens to be its last would be luck.
     ///
     /// # Errors
     /// Only when scoring itself is impossible: a database is missing, the sample's `meta` lacks what it needs, code cannot be run.
-    pub fn judge(
+    pub fn score(
         self,
-        judge: Judge<'_>,
+        judge: ScoreContext<'_>,
         sample: &Sample,
         answer: &str,
         finish_reason: FinishReason,
     ) -> Result<Verdict> {
-        let verdict = self.score(judge, sample, answer)?;
+        let verdict = self.score_complete(judge, sample, answer)?;
         let cut = finish_reason == FinishReason::Length;
-        Ok(if cut && verdict == Verdict::Right { Verdict::Wrong } else { verdict })
+        Ok(if cut && verdict == Verdict::Correct { Verdict::Incorrect } else { verdict })
     }
 
-    fn score(self, judge: Judge<'_>, sample: &Sample, answer: &str) -> Result<Verdict> {
+    fn score_complete(self, judge: ScoreContext<'_>, sample: &Sample, answer: &str) -> Result<Verdict> {
         let Some(reference) = &sample.reference else { return Ok(Verdict::Unscored) };
         match (self, judge) {
             (Task::Gsm8k, _) => Ok(Verdict::of(gsm8k::is_right(reference, answer))),
             (Task::Jsonl, _) => jsonl::is_right(sample, reference, answer).map(Verdict::of),
             (Task::Synthetic, _) => synthetic::score(sample, reference, answer),
-            (Task::Spider, Judge { data: Some(data), .. }) => spider::score(data, sample, reference, answer),
-            (Task::Humaneval, Judge { sandbox: Some(sandbox), .. }) => humaneval::score(sandbox, sample, answer),
-            (Task::Mbpp, Judge { sandbox: Some(sandbox), .. }) => mbpp::score(sandbox, sample, answer),
+            (Task::Spider, ScoreContext { data: Some(data), .. }) => spider::score(data, sample, reference, answer),
+            (Task::Humaneval, ScoreContext { sandbox: Some(sandbox), .. }) => humaneval::score(sandbox, sample, answer),
+            (Task::Mbpp, ScoreContext { sandbox: Some(sandbox), .. }) => mbpp::score(sandbox, sample, answer),
             (Task::Spider | Task::Humaneval | Task::Mbpp, _) => Ok(Verdict::Unscored),
             (Task::MtBench | Task::Codesearchnet | Task::Perplexity, _) => Ok(Verdict::Unscored),
         }
@@ -217,11 +219,11 @@ mod tests {
             meta: None,
         };
         let judge = |reference: Option<&str>, answer: &str, finish_reason| {
-            Task::Jsonl.judge(Judge::default(), &sample(reference), answer, finish_reason).unwrap()
+            Task::Jsonl.score(ScoreContext::default(), &sample(reference), answer, finish_reason).unwrap()
         };
-        assert_eq!(judge(Some("2"), "2", FinishReason::Eos), Verdict::Right);
-        assert_eq!(judge(Some("2"), "2", FinishReason::Length), Verdict::Wrong);
-        assert_eq!(judge(Some("2"), "3", FinishReason::Length), Verdict::Wrong);
+        assert_eq!(judge(Some("2"), "2", FinishReason::Eos), Verdict::Correct);
+        assert_eq!(judge(Some("2"), "2", FinishReason::Length), Verdict::Incorrect);
+        assert_eq!(judge(Some("2"), "3", FinishReason::Length), Verdict::Incorrect);
         assert_eq!(judge(None, "2", FinishReason::Length), Verdict::Unscored);
     }
 }

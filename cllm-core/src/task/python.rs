@@ -4,12 +4,12 @@ use serde::de::DeserializeOwned;
 
 use super::Verdict;
 use crate::prompt_set::Sample;
-use crate::sandbox::{Ending, Sandbox};
+use crate::sandbox::{ProgramOutcome, Sandbox};
 use crate::{Error, Result};
 
 /// The code of an answer: the first fenced block for which `wanted` holds, or else the first, or else all up to a fence that was
 /// closed only.
-pub fn code(answer: &str, wanted: impl Fn(&str) -> bool) -> &str {
+pub fn extract_code(answer: &str, wanted: impl Fn(&str) -> bool) -> &str {
     let mut parts = answer.split("```");
     let before = parts.next().unwrap_or(answer);
     let blocks: Vec<&str> = parts.step_by(2).map(without_language).filter(|block| !block.trim().is_empty()).collect();
@@ -49,7 +49,7 @@ pub(super) fn meta<T: DeserializeOwned>(sample: &Sample) -> Result<T> {
 
 /// Whether a program runs to its end.
 pub(super) fn verdict(sandbox: &Sandbox, program: &str) -> Result<Verdict> {
-    Ok(Verdict::of(sandbox.run(program)? == Ending::Passed))
+    Ok(Verdict::of(sandbox.run(program)? == ProgramOutcome::Passed))
 }
 
 #[cfg(test)]
@@ -59,15 +59,15 @@ mod tests {
     #[test]
     fn code_is_taken_out_of_its_fence() {
         let any = |_: &str| true;
-        assert_eq!(code("    return 1\n", any), "    return 1\n");
+        assert_eq!(extract_code("    return 1\n", any), "    return 1\n");
         assert_eq!(
-            code("Here:\n```python\ndef f():\n    return 1\n```\nIt returns 1.", any),
+            extract_code("Here:\n```python\ndef f():\n    return 1\n```\nIt returns 1.", any),
             "def f():\n    return 1\n"
         );
-        assert_eq!(code("```\nx = 1", any), "x = 1", "a fence that is never closed");
-        assert_eq!(code("    return 1\n```\n", any), "    return 1\n", "a fence that was never opened");
+        assert_eq!(extract_code("```\nx = 1", any), "x = 1", "a fence that is never closed");
+        assert_eq!(extract_code("    return 1\n```\n", any), "    return 1\n", "a fence that was never opened");
         let two = "```sh\npip install x\n```\n```python\ndef f(): pass\n```";
-        assert_eq!(code(two, |block| definition(block, "f").is_some()), "def f(): pass\n");
+        assert_eq!(extract_code(two, |block| definition(block, "f").is_some()), "def f(): pass\n");
     }
 
     #[test]

@@ -119,7 +119,7 @@ fn held_out(data: &Path, questions: &[Row]) -> BTreeSet<(String, String)> {
     let mut pairs: BTreeMap<(String, String), usize> = BTreeMap::new();
     questions.iter().filter(there).for_each(|row| *pairs.entry(pair(row)).or_default() += 1);
     let mut drawn: Vec<_> = pairs.into_iter().collect();
-    drawn.sort_by_key(|((database, query), _)| fingerprint::key(0, &format!("{database}\n{query}")));
+    drawn.sort_by_key(|((database, query), _)| fingerprint::derive_seed(0, &format!("{database}\n{query}")));
     let mut rows = 0;
     let before = |(_, count): &((String, String), usize)| {
         let more = rows < HELD_OUT;
@@ -159,7 +159,7 @@ mod tests {
     use rayon::prelude::*;
 
     use super::*;
-    use crate::task::{Judge, Task};
+    use crate::task::{ScoreContext, Task};
 
     #[test]
     fn prompts_show_the_schema_and_answers_are_executed() {
@@ -182,18 +182,21 @@ mod tests {
                 .content
                 .starts_with("pen(id, size)\ncat(name, pen)\nforeign keys: cat.pen = pen.id\n\nHow many pens?")
         );
-        let judge = Judge { data: Some(dir.path()), sandbox: None };
-        let score = |answer: &str| Task::Spider.score(judge, &samples[0], answer);
-        assert_eq!(score("SELECT 2").unwrap(), Verdict::Right);
-        assert_eq!(score("SELECT 3").unwrap(), Verdict::Wrong);
-        assert_eq!(Task::Spider.score(Judge::default(), &samples[0], "SELECT 2").unwrap(), Verdict::Unscored);
+        let judge = ScoreContext { data: Some(dir.path()), sandbox: None };
+        let score = |answer: &str| Task::Spider.score_complete(judge, &samples[0], answer);
+        assert_eq!(score("SELECT 2").unwrap(), Verdict::Correct);
+        assert_eq!(score("SELECT 3").unwrap(), Verdict::Incorrect);
+        assert_eq!(
+            Task::Spider.score_complete(ScoreContext::default(), &samples[0], "SELECT 2").unwrap(),
+            Verdict::Unscored
+        );
         let mut astray = samples[0].clone();
         astray.meta = Some(json!({ "db_id": "../zoo" }));
-        assert!(Task::Spider.score(judge, &astray, "SELECT 2").is_err());
+        assert!(Task::Spider.score_complete(judge, &astray, "SELECT 2").is_err());
         astray.meta = Some(json!({ "db_id": "aquarium" }));
-        let error = Task::Spider.expect_data(judge, &astray).unwrap_err().to_string();
+        let error = Task::Spider.check_scorable(judge, &astray).unwrap_err().to_string();
         assert!(error.contains("aquarium.sqlite") && error.contains("spider-dev-0"), "{error}");
-        Task::Spider.expect_data(judge, &samples[0]).unwrap();
+        Task::Spider.check_scorable(judge, &samples[0]).unwrap();
         assert!(load(dir.path(), "nosuch").is_err());
         // Questions of the same pair stay together, whatever the spaces.
         let row = |index: usize, space: &str| {
@@ -219,20 +222,20 @@ mod tests {
             return;
         };
         let data = Path::new(&data).join("spider");
-        let judge = Judge { data: Some(&data), sandbox: None };
+        let judge = ScoreContext { data: Some(&data), sandbox: None };
         // In train, 96 rows ask databases that the folder lacks, and three queries do not run.
         let faulty = ["spider-train-3153", "spider-train-4513", "spider-train-4514"];
         for (split, count, scored, faulty) in [("dev", 1034, 1034, &[][..]), ("train", 7000, 6904, &faulty)] {
             let samples = load(&data, split).unwrap();
             assert_eq!(samples.len(), count);
-            let there = |sample: &&Sample| Task::Spider.expect_data(judge, sample).is_ok();
+            let there = |sample: &&Sample| Task::Spider.check_scorable(judge, sample).is_ok();
             let verdict = |sample: &Sample| {
                 let gold = sample.reference.as_deref().unwrap();
-                (sample.id.clone(), Task::Spider.score(judge, sample, gold).unwrap())
+                (sample.id.clone(), Task::Spider.score_complete(judge, sample, gold).unwrap())
             };
             let found: Vec<_> = samples.par_iter().filter(there).map(verdict).collect();
             assert_eq!(found.len(), scored);
-            let other: Vec<_> = found.into_iter().filter(|(_, verdict)| *verdict != Verdict::Right).collect();
+            let other: Vec<_> = found.into_iter().filter(|(_, verdict)| *verdict != Verdict::Correct).collect();
             assert_eq!(other, faulty.iter().map(|id| ((*id).to_owned(), Verdict::Unscored)).collect::<Vec<_>>());
         }
     }

@@ -15,7 +15,7 @@ use crate::prompt_set::{Prompt, Sample};
 use crate::{Error, Result, fingerprint, interrupt};
 
 /// Samples of a split where no count is given.
-pub const DEFAULT_COUNT: usize = 2000;
+pub const DEFAULT_NUM_PROBLEMS: usize = 2000;
 /// A query on so small a table that takes longer has no end.
 const TIME_LIMIT: Duration = Duration::from_secs(1);
 
@@ -44,7 +44,7 @@ pub fn generate(seed: u64, split: &str, count: usize) -> Vec<Sample> {
         if samples.len() == count || draw > most_draws || interrupt::requested().is_some() {
             break;
         }
-        let mut rng = fingerprint::rng(seed, &format!("synthetic/{split}"), draw);
+        let mut rng = fingerprint::derive_rng(seed, &format!("synthetic/{split}"), draw);
         let (question, answer, meta) =
             if rng.random_range(0..4) == 0 { sql_problem(&mut rng) } else { word_problem(&mut rng) };
         let for_test = blake3::hash(question.as_bytes()).as_bytes()[0] < 26;
@@ -210,7 +210,7 @@ pub(super) fn score(sample: &Sample, reference: &str, answer: &str) -> Result<Ve
 fn database((table, text, values, number): (&str, &str, [&str; 4], &str)) -> rusqlite::Result<Database> {
     let connection = Connection::open_in_memory()?;
     connection.execute_batch(&format!("CREATE TABLE {table} (name TEXT, {text} TEXT, {number} INTEGER)"))?;
-    let mut rng = fingerprint::rng(0, table, 0);
+    let mut rng = fingerprint::derive_rng(0, table, 0);
     for row in 0..60 {
         let (value, amount) = (pick(&mut rng, &values), rng.random_range(1..100));
         connection
@@ -222,7 +222,7 @@ fn database((table, text, values, number): (&str, &str, [&str; 4], &str)) -> rus
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::task::{Judge, Task};
+    use crate::task::{ScoreContext, Task};
 
     #[test]
     fn every_reference_is_right_and_splits_are_disjoint() {
@@ -231,11 +231,14 @@ mod tests {
         for sample in train.iter().chain(&test) {
             let reference = sample.reference.as_deref().unwrap();
             assert_eq!(
-                Task::Synthetic.score(Judge::default(), sample, reference).unwrap(),
-                Verdict::Right,
+                Task::Synthetic.score_complete(ScoreContext::default(), sample, reference).unwrap(),
+                Verdict::Correct,
                 "{sample:?}"
             );
-            assert_eq!(Task::Synthetic.score(Judge::default(), sample, "no idea").unwrap(), Verdict::Wrong);
+            assert_eq!(
+                Task::Synthetic.score_complete(ScoreContext::default(), sample, "no idea").unwrap(),
+                Verdict::Incorrect
+            );
         }
         let many = generate(2, "train", 3000);
         assert!(test.iter().all(|a| many.iter().all(|b| a.prompt != b.prompt)));
@@ -252,13 +255,15 @@ mod tests {
             meta: Some(json!({ "table": "pets" })),
         };
         let count = sample("SELECT COUNT(*) FROM pets WHERE kind = 'cat'");
-        let score = |sample: &Sample, answer: &str| Task::Synthetic.score(Judge::default(), sample, answer).unwrap();
-        assert_eq!(score(&count, "select count(name) from pets where kind='cat';"), Verdict::Right);
-        assert_eq!(score(&count, "SELECT COUNT(*) FROM pets WHERE kind = 'dog'"), Verdict::Wrong);
-        assert_eq!(score(&count, "DROP TABLE pets"), Verdict::Wrong);
+        let score = |sample: &Sample, answer: &str| {
+            Task::Synthetic.score_complete(ScoreContext::default(), sample, answer).unwrap()
+        };
+        assert_eq!(score(&count, "select count(name) from pets where kind='cat';"), Verdict::Correct);
+        assert_eq!(score(&count, "SELECT COUNT(*) FROM pets WHERE kind = 'dog'"), Verdict::Incorrect);
+        assert_eq!(score(&count, "DROP TABLE pets"), Verdict::Incorrect);
         let endless = "WITH RECURSIVE t(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM t) SELECT COUNT(*) FROM t";
-        assert_eq!(score(&count, endless), Verdict::Wrong);
-        assert_eq!(score(&count, "ATTACH 'x' AS y"), Verdict::Wrong);
+        assert_eq!(score(&count, endless), Verdict::Incorrect);
+        assert_eq!(score(&count, "ATTACH 'x' AS y"), Verdict::Incorrect);
         let table = sample("PRAGMA table_info(pets)");
         assert_eq!(
             score(&table, "PRAGMA table_info(pets)"),
@@ -266,9 +271,10 @@ mod tests {
             "the authorizer allows plain reading only"
         );
         let ordered = sample("SELECT name FROM pets ORDER BY age DESC LIMIT 3");
-        assert_eq!(score(&ordered, "SELECT name FROM pets ORDER BY age ASC LIMIT 3"), Verdict::Wrong);
+        assert_eq!(score(&ordered, "SELECT name FROM pets ORDER BY age ASC LIMIT 3"), Verdict::Incorrect);
         let astray = Sample { meta: Some(json!({ "table": "cats" })), ..count };
-        let error = Task::Synthetic.score(Judge::default(), &astray, "SELECT 1").unwrap_err().to_string();
+        let error =
+            Task::Synthetic.score_complete(ScoreContext::default(), &astray, "SELECT 1").unwrap_err().to_string();
         assert!(error.contains("`a`") && error.contains("`cats`"), "{error}");
     }
 }

@@ -3,16 +3,15 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::packed_batch::Stream;
+use super::packed_batch::PackedBatch;
 use crate::Result;
 use crate::cuda::attention::{AttentionKernels, AttentionMask};
 use crate::cuda::nvrtc::{compute_capability, max_shared_bytes};
 use crate::cuda::train::TrainKernels;
-use crate::model::Transformer;
-use crate::model::{Layer, Linear};
+use crate::model::{Layer, Linear, ModelConfig, Transformer};
 
 /// A stream and the kernels for the model that it is made for.
-pub(crate) struct FusedStream {
+pub(crate) struct CudaBatch {
     kernels: TrainKernels,
     attention: AttentionKernels,
     sight: AttentionMask,
@@ -45,9 +44,9 @@ pub(crate) struct FusedPass {
     last: Tensor,
 }
 
-impl FusedStream {
+impl CudaBatch {
     /// `None` for models that the kernels cannot compute.
-    pub(crate) fn new(stream: &Stream, model: &Transformer) -> Result<Option<Self>> {
+    pub(crate) fn new(stream: &PackedBatch, model: &Transformer) -> Result<Option<Self>> {
         let Device::Cuda(device) = model.device() else { return Ok(None) };
         let shape = model.config().kernel_shape();
         let room = max_shared_bytes(compute_capability(device)?);
@@ -61,9 +60,9 @@ impl FusedStream {
         let length = stream.tokens.len();
         padded.push_causal(&vec![0; length.next_multiple_of(AttentionKernels::TILE) - length]);
         let numbers = |ids: &[i32]| Tensor::from_slice(ids).to_device(model.device()).to_kind(Kind::Int64);
-        Ok(Some(FusedStream {
+        Ok(Some(CudaBatch {
             kernels: TrainKernels::new(device, shape)?,
-            sight: AttentionMask::new(&padded.seen, model.device()),
+            sight: AttentionMask::new(&padded.attention_ranges, model.device()),
             attention: AttentionKernels::new(device, shape)?,
             tokens: numbers(&padded.tokens),
             angles: model.rope.angles(&numbers(&padded.positions)),
@@ -167,19 +166,21 @@ impl FusedStream {
     }
 }
 
-impl Transformer {
-    /// Adds to the gradient of the output projection what follows from that of the logits `[rows, vocab]` of some hidden states
-    /// `[rows, hidden]`; theirs is returned.
-    ///
-    /// # Errors
-    /// [`crate::Error::Torch`], such as memory that ran out.
-    pub fn project_backward(&self, hidden: &Tensor, d_logits: &Tensor) -> Result<Tensor> {
-        let projection = Linear { weight: self.projection().shallow_clone(), bias: None, adapters: Vec::new() };
-        projection.collect(hidden, d_logits)?;
-        projection.input_gradient(d_logits)
-    }
+/// Whether there are kernels of our own to train it in bf16, on a GPU that has room for them.
+pub fn has_kernels(config: &ModelConfig) -> bool {
+    TrainKernels::supports(&config.kernel_shape())
 }
 
+/// Adds to the gradient of the output projection what follows from that of the logits `[rows, vocab]` of some hidden states
+/// `[rows, hidden]`; theirs is returned.
+///
+/// # Errors
+/// [`crate::Error::Torch`], such as memory that ran out.
+pub fn project_backward(model: &Transformer, hidden: &Tensor, d_logits: &Tensor) -> Result<Tensor> {
+    let projection = Linear { weight: model.projection().shallow_clone(), bias: None, adapters: Vec::new() };
+    projection.collect(hidden, d_logits)?;
+    projection.input_gradient(d_logits)
+}
 impl Linear {
     /// `x` + the projection of `input`.
     fn add_to(&self, x: &Tensor, input: &Tensor) -> Result<Tensor> {

@@ -3,5 +3,6 @@
 mod cuda;
 mod packed_batch;
 
-pub(crate) use packed_batch::EagerStream;
-pub use packed_batch::{DeviceStream, Pass, Seen, Stream};
+pub use cuda::{has_kernels, project_backward};
+pub(crate) use packed_batch::EagerBatch;
+pub use packed_batch::{AttentionRanges, DeviceBatch, ForwardPass, PackedBatch, forward, hidden_states};

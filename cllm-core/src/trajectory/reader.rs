@@ -265,7 +265,7 @@ impl Iterator for Rows {
 /// A folder without a manifest, a shard that is missing.
 pub fn fingerprint(path: &Path) -> Result<String> {
     if !path.is_dir() {
-        return fingerprint::of_files(&[path]);
+        return fingerprint::hash_files(&[path]);
     }
     let manifest = expect_manifest(path)?;
     let bytes = |(name, _): &(String, usize)| {
@@ -273,7 +273,7 @@ pub fn fingerprint(path: &Path) -> Result<String> {
         Ok(std::fs::metadata(&shard).map_err(Error::io(&shard))?.len())
     };
     let bytes = manifest.shards.iter().map(bytes).collect::<Result<Vec<u64>>>()?;
-    Ok(fingerprint::of_bytes(json!([manifest.provenance, manifest.shards, bytes]).to_string().as_bytes()))
+    Ok(fingerprint::hash_bytes(json!([manifest.provenance, manifest.shards, bytes]).to_string().as_bytes()))
 }
 
 fn expect_manifest(folder: &Path) -> Result<Manifest> {

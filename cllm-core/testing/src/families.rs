@@ -38,7 +38,7 @@ pub fn shapes() -> Vec<(&'static str, Value)> {
 pub fn random_model(config: &Value, seed: u64) -> Transformer {
     let model = Transformer::random(ModelConfig::from_json(config).unwrap(), seed, Device::Cpu, Kind::Float);
     let _no_grad = tch::no_grad_guard();
-    for (name, mut tensor) in model.parameters() {
+    for (name, mut tensor) in model.named_parameters() {
         if name.ends_with("bias") {
             let _ = tensor.normal_(0.0, 0.5);
         } else if !name.ends_with("norm.weight") {

@@ -15,7 +15,7 @@ impl<W: AsRef<OsStr> + Debug> Word for W {}
 pub struct Program(pub &'static str);
 
 /// How a run ended.
-pub struct Ended {
+pub struct FinishedProcess {
     /// Exit code; none when a signal killed it.
     pub code: Option<i32>,
     pub stdout: Vec<u8>,
@@ -23,13 +23,13 @@ pub struct Ended {
 }
 
 impl Program {
-    pub fn run(&self, arguments: &[impl Word]) -> Ended {
-        ended(self.command(&[]).args(arguments).output().unwrap())
+    pub fn run(&self, arguments: &[impl Word]) -> FinishedProcess {
+        finished(self.command(&[]).args(arguments).output().unwrap())
     }
 
     /// Runs it to its end, which must be a good one.
     #[track_caller]
-    pub fn succeed(&self, arguments: &[impl Word]) -> Ended {
+    pub fn succeed(&self, arguments: &[impl Word]) -> FinishedProcess {
         let found = self.run(arguments);
         assert_eq!(found.code, Some(0), "{arguments:?}: {}", found.stderr);
         found
@@ -37,29 +37,29 @@ impl Program {
 
     /// Runs it to an error, whose message must be one of ours and hold these parts.
     #[track_caller]
-    pub fn refuse(&self, arguments: &[impl Word], code: i32, parts: &[&str]) {
+    pub fn fail(&self, arguments: &[impl Word], code: i32, parts: &[&str]) {
         self.run(arguments).must_say(arguments, code, parts);
     }
 
     /// Runs it where no file may grow past so many blocks of 512 bytes: as on a full disk, a write fails midway.
     #[track_caller]
-    pub fn fill_up(&self, blocks: usize, arguments: &[impl Word], parts: &[&str]) {
+    pub fn fail_on_full_disk(&self, blocks: usize, arguments: &[impl Word], parts: &[&str]) {
         let limit = format!("ulimit -f {blocks}; exec \"$@\"");
-        let found = ended(self.command(&["sh", "-c", &limit, "sh"]).args(arguments).output().unwrap());
+        let found = finished(self.command(&["sh", "-c", &limit, "sh"]).args(arguments).output().unwrap());
         found.must_say(arguments, 3, &[parts, &["cannot be written", "run the same command again"]].concat());
     }
 
     /// Runs it with a stdout that takes nothing.
     #[track_caller]
-    pub fn fill_stdout(&self, arguments: &[impl Word]) {
+    pub fn fail_on_full_stdout(&self, arguments: &[impl Word]) {
         let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
-        let found = ended(self.command(&[]).args(arguments).stdout(full).output().unwrap());
+        let found = finished(self.command(&[]).args(arguments).stdout(full).output().unwrap());
         found.must_say(arguments, 3, &["stdout: cannot be written"]);
     }
 
     /// Runs it until it handles `signal` and is `ready`, then sends `signal` ("INT", "TERM"); it must end with `code` by itself.
     #[track_caller]
-    pub fn stop(&self, arguments: &[impl Word], signal: &str, code: i32, ready: impl Fn() -> bool) {
+    pub fn interrupt(&self, arguments: &[impl Word], signal: &str, code: i32, ready: impl Fn() -> bool) {
         let mut command = self.command(&[]);
         let mut child = command.args(arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
         while !handles(child.id(), signal) || !ready() {
@@ -68,7 +68,7 @@ impl Program {
         }
         let sent = Command::new("kill").args([&format!("-{signal}"), &child.id().to_string()]).status().unwrap();
         assert!(sent.success());
-        ended(child.wait_with_output().unwrap()).must_say(
+        finished(child.wait_with_output().unwrap()).must_say(
             arguments,
             code,
             &["interrupted", "run the same command again"],
@@ -85,13 +85,13 @@ impl Program {
     }
 }
 
-impl Ended {
+impl FinishedProcess {
     #[track_caller]
     fn must_say(&self, arguments: &[impl Word], code: i32, parts: &[&str]) {
         let message = &self.stderr;
         assert_eq!(self.code, Some(code), "{arguments:?}: {message}");
         assert!(self.stdout.is_empty(), "{arguments:?}: stdout is for data");
-        assert!(message.contains("error: ") && !message.contains("a fault of"), "{arguments:?}: {message}");
+        assert!(message.contains("error: ") && !message.contains("internal error"), "{arguments:?}: {message}");
         for part in parts {
             assert!(message.contains(part), "{arguments:?}: `{part}` is not in: {message}");
         }
@@ -106,9 +106,9 @@ fn handles(process: u32, signal: &str) -> bool {
     u64::from_str_radix(caught.trim(), 16).unwrap_or(0) >> (number - 1) & 1 == 1
 }
 
-fn ended(output: Output) -> Ended {
+fn finished(output: Output) -> FinishedProcess {
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-    Ended { code: output.status.code(), stdout: output.stdout, stderr }
+    FinishedProcess { code: output.status.code(), stdout: output.stdout, stderr }
 }
 
 pub fn path(folder: &Path, name: &str) -> String {
@@ -181,7 +181,7 @@ pub fn copy_folder(from: &Path, to: &Path) {
 }
 
 /// A path below a regular file: nobody can write there, not even root.
-pub fn unwritable(folder: &Path) -> String {
+pub fn unwritable_path(folder: &Path) -> String {
     std::fs::write(folder.join("file"), "").unwrap();
     path(folder, "file/output")
 }

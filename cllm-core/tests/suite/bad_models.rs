@@ -1,5 +1,6 @@
 //! Broken model folders: each error names the file, and the tensor or key, that is wrong.
 
+use cllm_core::checkpoint;
 use std::path::Path;
 
 use cllm_core::Error;
@@ -16,7 +17,7 @@ fn refusal(name: &str, damage: impl FnOnce(&Path)) -> String {
         std::fs::copy(fixture_folder(name).join(file), dir.path().join(file)).unwrap();
     }
     damage(dir.path());
-    let error = Transformer::load(dir.path(), Device::Cpu, Kind::Float).err().expect("it must be refused");
+    let error = checkpoint::load(dir.path(), Device::Cpu, Kind::Float).err().expect("it must be refused");
     assert_eq!(error.exit_code(), 2, "{error}");
     error.to_string()
 }
@@ -37,7 +38,7 @@ fn mentions(message: &str, parts: &[&str]) {
 
 #[test]
 fn a_missing_folder_or_file_is_named() {
-    let error = Transformer::load(Path::new("no/such/model"), Device::Cpu, Kind::Float).err().unwrap();
+    let error = checkpoint::load(Path::new("no/such/model"), Device::Cpu, Kind::Float).err().unwrap();
     assert!(matches!(error, Error::File { .. }));
     mentions(&error.to_string(), &["no/such/model", "no such model folder"]);
     mentions(&refusal("llama", |folder| std::fs::remove_file(folder.join("config.json")).unwrap()), &["config.json"]);
@@ -138,8 +139,8 @@ fn both_spellings_of_the_rotary_settings_mean_the_same() {
 
 #[test]
 fn random_weights_depend_on_the_seed_alone() {
-    let config = ModelConfig::load(&fixture_folder("qwen2")).unwrap();
-    let draw = |seed, kind| Transformer::random(config.clone(), seed, Device::Cpu, kind).parameters();
+    let config = checkpoint::load_config(&fixture_folder("qwen2")).unwrap();
+    let draw = |seed, kind| Transformer::random(config.clone(), seed, Device::Cpu, kind).named_parameters();
     tch::manual_seed(1);
     let first = draw(5, Kind::Float);
     tch::manual_seed(2);

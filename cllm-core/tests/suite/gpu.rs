@@ -37,7 +37,7 @@ fn models(config: &Value) -> (Transformer, Transformer) {
     let on_gpu = Transformer::random(config.clone(), 7, Device::Cuda(0), Kind::BFloat16);
     let on_cpu = Transformer::random(config, 7, Device::Cpu, Kind::Float);
     let _no_grad = tch::no_grad_guard();
-    for ((name, mut fast), (_, mut exact)) in on_gpu.parameters().into_iter().zip(on_cpu.parameters()) {
+    for ((name, mut fast), (_, mut exact)) in on_gpu.named_parameters().into_iter().zip(on_cpu.named_parameters()) {
         if name.ends_with("bias") {
             let _ = exact.normal_(0.0, 0.3);
         } else if name.ends_with("norm.weight") {
@@ -67,8 +67,8 @@ fn error(on_gpu: &Transformer, exact: &Transformer, request: &Request, answer: &
     let positions = Tensor::arange(ids.len() as i64, (Kind::Int64, Device::Cpu)).unsqueeze(0);
     let first = request.prompt_ids.len() as i64 - 1;
     let logits = |model: &Transformer| {
-        let hidden = model.hidden(&tokens.to_device(model.device()), &positions.to_device(model.device()));
-        model.logits(&hidden).unwrap().i((0, first..ids.len() as i64 - 1)).to_device(Device::Cpu)
+        let hidden = model.forward(&tokens.to_device(model.device()), &positions.to_device(model.device()));
+        model.compute_logits(&hidden).unwrap().i((0, first..ids.len() as i64 - 1)).to_device(Device::Cpu)
     };
     let (rounded, logits) = (logits(on_gpu), logits(exact));
     let spread = logits.std_dim(1, true, true);

@@ -4,8 +4,9 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use cllm_core::checkpoint;
 use cllm_core::decode::{DecodeOptions, Request, StopConditions, Strategy, decode};
-use cllm_core::model::{Lora, ModelConfig, Target, Transformer};
+use cllm_core::model::{LoraConfig, LoraTarget, Transformer};
 use cllm_core::tokenizer::{self, Tokenizer};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
@@ -13,8 +14,8 @@ use tch::{Device, Kind, Tensor};
 use crate::models::{random_model, shapes};
 use crate::parity::fixture_folder;
 
-fn small(targets: impl Into<BTreeSet<Target>>) -> Lora {
-    Lora { rank: 3, alpha: 4.5, targets: targets.into() }
+fn small(targets: impl Into<BTreeSet<LoraTarget>>) -> LoraConfig {
+    LoraConfig { rank: 3, alpha: 4.5, targets: targets.into() }
 }
 
 /// Fills every B with small numbers that are the same on every machine, so that the adapters change something.
@@ -36,7 +37,7 @@ fn tokens() -> (Tensor, Tensor) {
 /// Logits without a cache.
 fn logits(model: &Transformer) -> Tensor {
     let (tokens, positions) = tokens();
-    model.logits(&model.hidden(&tokens, &positions)).unwrap()
+    model.compute_logits(&model.forward(&tokens, &positions)).unwrap()
 }
 
 fn apart(a: &Tensor, b: &Tensor) -> f64 {
@@ -50,7 +51,7 @@ fn copies(tensors: Vec<(String, Tensor)>) -> Vec<(String, Tensor)> {
 }
 
 fn load(folder: &Path) -> Transformer {
-    Transformer::load(folder, Device::Cpu, Kind::Float).unwrap()
+    checkpoint::load(folder, Device::Cpu, Kind::Float).unwrap()
 }
 
 #[test]
@@ -58,11 +59,11 @@ fn fresh_adapters_change_nothing_and_follow_from_the_seed() {
     for (name, config) in shapes() {
         let mut model = random_model(&config);
         let before = logits(&model);
-        let lora = small(Target::ALL);
-        model.adapt(&lora, 4);
+        let lora = small(LoraTarget::ALL);
+        model.add_adapters(&lora, 4);
         assert_eq!(logits(&model), before, "{name}");
         let count: usize = model.trainable().tensors().iter().map(|(_, tensor)| tensor.numel()).sum();
-        assert_eq!(count as i64, lora.parameter_count(model.config()), "{name}");
+        assert_eq!(count as i64, lora.num_parameters(model.config()), "{name}");
         let first = model.trainable().tensors();
         assert_eq!(first.len(), 2 * 7 * 2, "{name}");
         for (name, tensor) in first.iter().filter(|(name, _)| name.ends_with("lora_A.weight")) {
@@ -72,13 +73,13 @@ fn fresh_adapters_change_nothing_and_follow_from_the_seed() {
             assert!(tensor.mean(Kind::Float).double_value(&[]).abs() < 0.2 * bound, "{name}");
         }
         // What a projection gets does not depend on which others have adapters.
-        model.adapt(&small([Target::VProj]), 4);
+        model.add_adapters(&small([LoraTarget::VProj]), 4);
         let alone = model.trainable().tensors();
         assert_eq!(alone.len(), 4, "{name}");
         for (name, tensor) in &alone {
             assert_eq!(Some(tensor), first.iter().find(|(other, _)| other == name).map(|(_, tensor)| tensor), "{name}");
         }
-        model.adapt(&small([Target::VProj]), 5);
+        model.add_adapters(&small([LoraTarget::VProj]), 5);
         assert_ne!(model.trainable().tensors()[0].1, alone[0].1, "{name}");
     }
 }
@@ -95,19 +96,19 @@ fn a_forward_with_adapters_equals_one_of_the_merged_weights() {
     };
     for (name, config) in shapes() {
         let mut model = random_model(&config);
-        assert!(model.merged().unwrap().is_none(), "{name}");
+        assert!(model.to_merged().unwrap().is_none(), "{name}");
         let (plain, plain_answers) = (logits(&model), answers(&model, Strategy::Ar));
-        let weights = copies(model.parameters());
-        for target in Target::ALL {
-            model.adapt(&small([target]), 4);
+        let weights = copies(model.named_parameters());
+        for target in LoraTarget::ALL {
+            model.add_adapters(&small([target]), 4);
             teach(&model);
-            let (adapted, merged) = (logits(&model), logits(&model.merged().unwrap().unwrap()));
+            let (adapted, merged) = (logits(&model), logits(&model.to_merged().unwrap().unwrap()));
             assert!(apart(&adapted, &plain) > 1e-2, "{name}: {target:?} does not show");
             assert!(apart(&adapted, &merged) < 1e-3, "{name}, {target:?}: {}", apart(&adapted, &merged));
         }
-        model.adapt(&small(Target::ALL), 4);
+        model.add_adapters(&small(LoraTarget::ALL), 4);
         teach(&model);
-        let merged = model.merged().unwrap().unwrap();
+        let merged = model.to_merged().unwrap().unwrap();
         assert!(apart(&logits(&model), &logits(&merged)) < 1e-3, "{name}");
         let wanted = answers(&model, Strategy::Ar);
         assert_ne!(wanted, plain_answers, "{name}: nothing to compare");
@@ -116,9 +117,9 @@ fn a_forward_with_adapters_equals_one_of_the_merged_weights() {
             assert_eq!(answers(&model, strategy), wanted, "{name}, {strategy:?}, beside");
         }
         // The weights below the adapters are what they were, bit for bit, and still to be had.
-        assert_eq!(model.parameters(), weights, "{name}");
-        assert_eq!(logits(&model.base()), plain, "{name}");
-        assert_eq!(model.base().trainable().tensors(), weights, "{name}");
+        assert_eq!(model.named_parameters(), weights, "{name}");
+        assert_eq!(logits(&model.without_adapters()), plain, "{name}");
+        assert_eq!(model.without_adapters().trainable().tensors(), weights, "{name}");
     }
 }
 
@@ -127,12 +128,12 @@ fn only_the_adapters_get_gradients() {
     for (name, config) in shapes() {
         let mut model = random_model(&config);
         let whole = model.collect_gradients().unwrap();
-        model.adapt(&small(Target::ALL), 4);
+        model.add_adapters(&small(LoraTarget::ALL), 4);
         teach(&model);
         let gradients = model.collect_gradients().unwrap();
         let (tokens, positions) = tokens();
-        let hidden = model.hidden(&tokens, &positions);
-        model.train_logits(&hidden).log_softmax(-1, Kind::Float).max().backward();
+        let hidden = model.forward(&tokens, &positions);
+        model.logits_with_grad(&hidden).log_softmax(-1, Kind::Float).max().backward();
         for (name_of, gradient) in gradients.tensors() {
             assert!(gradient.abs().max().double_value(&[]) > 0.0, "{name}: no gradient of {name_of}");
         }
@@ -145,10 +146,10 @@ fn saved(folder: &Path, config: &Value) -> Transformer {
     let (base, adapter) = (folder.join("base"), folder.join("adapter"));
     [&base, &adapter].into_iter().for_each(|folder| std::fs::create_dir(folder).unwrap());
     let mut model = random_model(config);
-    model.save(&base, Kind::Float).unwrap();
-    model.adapt(&small(Target::ALL), 4);
+    checkpoint::save(&model, &base, Kind::Float).unwrap();
+    model.add_adapters(&small(LoraTarget::ALL), 4);
     teach(&model);
-    model.save_adapter(&adapter, &base.display().to_string()).unwrap();
+    checkpoint::save_adapter(&model, &adapter, &base.display().to_string()).unwrap();
     model
 }
 
@@ -158,23 +159,23 @@ fn an_adapter_folder_is_the_merged_model() {
         let dir = tempfile::tempdir().unwrap();
         let model = saved(dir.path(), &config);
         let (base, adapter, merged) = (dir.path().join("base"), dir.path().join("adapter"), dir.path().join("merged"));
-        assert_eq!(load(&adapter).parameters(), model.merged().unwrap().unwrap().parameters(), "{name}");
+        assert_eq!(load(&adapter).named_parameters(), model.to_merged().unwrap().unwrap().named_parameters(), "{name}");
         std::fs::create_dir(&merged).unwrap();
-        model.save(&merged, Kind::Float).unwrap();
-        assert_eq!(load(&merged).parameters(), load(&adapter).parameters(), "{name}");
-        cllm_core::checkpoint::check(&adapter).unwrap();
-        assert_eq!(ModelConfig::load(&adapter).unwrap(), ModelConfig::load(&base).unwrap());
+        checkpoint::save(&model, &merged, Kind::Float).unwrap();
+        assert_eq!(load(&merged).named_parameters(), load(&adapter).named_parameters(), "{name}");
+        checkpoint::check(&adapter).unwrap();
+        assert_eq!(checkpoint::load_config(&adapter).unwrap(), checkpoint::load_config(&base).unwrap());
         // In bf16 the sum is rounded once, not the weight before it.
-        let rounded = Transformer::load(&adapter, Device::Cpu, Kind::BFloat16).unwrap().parameters();
-        for ((weight, tensor), (_, whole)) in rounded.iter().zip(load(&adapter).parameters()) {
+        let rounded = checkpoint::load(&adapter, Device::Cpu, Kind::BFloat16).unwrap().named_parameters();
+        for ((weight, tensor), (_, whole)) in rounded.iter().zip(load(&adapter).named_parameters()) {
             assert_eq!(*tensor, whole.to_kind(Kind::BFloat16), "{name}: {weight}");
         }
-        let print = |folder: &Path| cllm_core::checkpoint::fingerprint(folder).unwrap();
+        let print = |folder: &Path| checkpoint::fingerprint(folder).unwrap();
         let before = print(&adapter);
         assert_ne!(before, print(&base));
         edit(&adapter, &|config| config["lora_alpha"] = 5.into());
         assert_ne!(before, print(&adapter), "{name}: alpha counts");
-        assert!(Transformer::save_adapter(&load(&base), &adapter, "x").is_err());
+        assert!(checkpoint::save_adapter(&load(&base), &adapter, "x").is_err());
     }
 }
 
@@ -217,8 +218,8 @@ fn a_bad_adapter_is_named_with_what_is_wrong() {
     saved(dir.path(), &config);
     let refused = |parts: &[&str]| {
         for error in [
-            Transformer::load(&adapter, Device::Cpu, Kind::Float).err().expect("it must be refused"),
-            cllm_core::checkpoint::check(&adapter).unwrap_err(),
+            checkpoint::load(&adapter, Device::Cpu, Kind::Float).err().expect("it must be refused"),
+            checkpoint::check(&adapter).unwrap_err(),
         ] {
             let message = error.to_string();
             assert!(error.exit_code() == 2 && parts.iter().all(|part| message.contains(part)), "{parts:?}: {message}");
@@ -268,7 +269,7 @@ fn a_bad_adapter_is_named_with_what_is_wrong() {
     std::fs::remove_file(&weights).unwrap();
     refused(&["adapter_model.safetensors"]);
     std::fs::write(&weights, &good).unwrap();
-    assert!(load(&adapter).parameters() != load(Path::new(&base)).parameters());
+    assert!(load(&adapter).named_parameters() != load(Path::new(&base)).named_parameters());
 }
 
 fn adapter_folder(name: &str) -> PathBuf {
@@ -279,9 +280,9 @@ fn adapter_folder(name: &str) -> PathBuf {
 fn save_ours(folder: &Path) {
     let base = "tests/fixtures/models/llama";
     let mut model = load(Path::new(base));
-    model.adapt(&Lora { rank: 2, alpha: 5.0, targets: Target::ALL.into() }, 4);
+    model.add_adapters(&LoraConfig { rank: 2, alpha: 5.0, targets: LoraTarget::ALL.into() }, 4);
     teach(&model);
-    model.save_adapter(folder, base).unwrap();
+    checkpoint::save_adapter(&model, folder, base).unwrap();
 }
 
 #[test]
@@ -294,7 +295,7 @@ fn peft_computes_the_same_from_its_adapters_and_from_ours() {
         let model = load(&folder);
         let tokens = Tensor::from_slice(&ids).unsqueeze(0);
         let positions = Tensor::arange(ids.len() as i64, (Kind::Int64, Device::Cpu)).unsqueeze(0);
-        let logits = model.logits(&model.hidden(&tokens, &positions)).unwrap().squeeze_dim(0);
+        let logits = model.compute_logits(&model.forward(&tokens, &positions)).unwrap().squeeze_dim(0);
         let difference = apart(&logits, &Tensor::from_slice2(&wanted));
         assert!(difference < 1e-4, "{name}: logits differ by {difference}");
     }

@@ -1,6 +1,7 @@
 //! Every family: cached equals uncached, saved equals loaded, bad files are refused.
 
-use cllm_core::model::{Branches, CachePlaces, KvCache, ModelConfig, Transformer};
+use cllm_core::checkpoint;
+use cllm_core::model::{KvCache, ModelConfig, SlotMapping, Transformer, TreeMask};
 use serde_json::{Value, json};
 use tch::{Device, IndexOp, Kind, Tensor};
 
@@ -22,12 +23,12 @@ fn cached_equals_uncached_with_each_row_at_its_own_position() {
         let model = random_model(&config);
         let tokens = Tensor::randint(61, [2, 20], (Kind::Int64, Device::Cpu));
         let positions = Tensor::arange(20, (Kind::Int64, Device::Cpu)).expand([2, 20], false);
-        let whole = model.logits(&model.hidden(&tokens, &positions)).unwrap();
+        let whole = model.compute_logits(&model.forward(&tokens, &positions)).unwrap();
         let mut cache = KvCache::new(model.config(), 2, 32, Device::Cpu, Kind::Float);
         // Row 0 has seen 9 tokens, row 1 only 5; then both go on for 6.
-        let _ = model.hidden_cached(
+        let _ = model.forward_cached(
             &tokens.i((.., ..9)),
-            &CachePlaces::in_order(positions.i((.., ..9))),
+            &SlotMapping::sequential(positions.i((.., ..9))),
             &[9, 9],
             &mut cache,
             9,
@@ -37,14 +38,14 @@ fn cached_equals_uncached_with_each_row_at_its_own_position() {
             Tensor::stack(&[from.i((0, starts[0]..starts[0] + 6)), from.i((1, starts[1]..starts[1] + 6))], 0)
         };
         let hidden =
-            model.hidden_cached(&pick(&tokens), &CachePlaces::in_order(pick(&positions)), &[6, 6], &mut cache, 15);
-        let apart = difference(&model.logits(&hidden.view([2, 6, -1])).unwrap(), &pick(&whole));
+            model.forward_cached(&pick(&tokens), &SlotMapping::sequential(pick(&positions)), &[6, 6], &mut cache, 15);
+        let apart = difference(&model.compute_logits(&hidden.view([2, 6, -1])).unwrap(), &pick(&whole));
         assert!(apart < 1e-3, "{name}: {apart}");
         // A row may be shorter than the others: its padding is computed nowhere and changes nothing.
         let hidden =
-            model.hidden_cached(&pick(&tokens), &CachePlaces::in_order(pick(&positions)), &[2, 6], &mut cache, 15);
+            model.forward_cached(&pick(&tokens), &SlotMapping::sequential(pick(&positions)), &[2, 6], &mut cache, 15);
         let wanted = pick(&whole).flatten(0, 1).index_select(0, &Tensor::from_slice(&[0i64, 1, 6, 7, 8, 9, 10, 11]));
-        let apart = difference(&model.logits(&hidden).unwrap(), &wanted);
+        let apart = difference(&model.compute_logits(&hidden).unwrap(), &wanted);
         assert!(apart < 1e-3, "{name}, ragged: {apart}");
     }
 }
@@ -57,18 +58,21 @@ fn a_branch_sees_its_own_tokens_at_their_positions_and_no_others() {
         let model = random_model(&config);
         let mut cache = KvCache::new(model.config(), 1, 32, Device::Cpu, Kind::Float);
         let prefix = [3i64, 8, 2, 9];
-        let places = CachePlaces::in_order(numbers(&[0, 1, 2, 3]));
-        let _ = model.hidden_cached(&numbers(&prefix), &places, &[4], &mut cache, 4);
+        let places = SlotMapping::sequential(numbers(&[0, 1, 2, 3]));
+        let _ = model.forward_cached(&numbers(&prefix), &places, &[4], &mut cache, 4);
         // The token at slot 4 is followed by 11 and by 12, the latter by 13.
-        let branches = Branches { first: numbers(&[4]), visible: numbers(&[0b1, 0b11, 0b101, 0b1101]) };
-        let places =
-            CachePlaces { positions: numbers(&[4, 5, 5, 6]), slots: numbers(&[4, 5, 6, 7]), branches: Some(branches) };
-        let hidden = model.hidden_cached(&numbers(&[10, 11, 12, 13]), &places, &[4], &mut cache, 8);
-        let logits = model.logits(&hidden).unwrap();
+        let tree_mask = TreeMask { first_slot: numbers(&[4]), visible: numbers(&[0b1, 0b11, 0b101, 0b1101]) };
+        let places = SlotMapping {
+            positions: numbers(&[4, 5, 5, 6]),
+            slots: numbers(&[4, 5, 6, 7]),
+            tree_mask: Some(tree_mask),
+        };
+        let hidden = model.forward_cached(&numbers(&[10, 11, 12, 13]), &places, &[4], &mut cache, 8);
+        let logits = model.compute_logits(&hidden).unwrap();
         for (row, path) in [(0, &[10][..]), (1, &[10, 11]), (2, &[10, 12]), (3, &[10, 12, 13])] {
             let ids = [&prefix[..], path].concat();
             let positions: Vec<i64> = (0..ids.len() as i64).collect();
-            let alone = model.logits(&model.hidden(&numbers(&ids), &numbers(&positions))).unwrap();
+            let alone = model.compute_logits(&model.forward(&numbers(&ids), &numbers(&positions))).unwrap();
             let apart = difference(&logits.get(row), &alone.i((0, -1)));
             assert!(apart < 1e-3, "{name}, {path:?}: {apart}");
         }
@@ -81,16 +85,16 @@ fn saved_equals_loaded_and_a_cut_file_is_refused() {
     for (name, config) in shapes() {
         let dir = tempfile::tempdir().unwrap();
         let model = random_model(&config);
-        model.save(dir.path(), Kind::Float).unwrap();
-        let loaded = Transformer::load(dir.path(), Device::Cpu, Kind::Float).unwrap();
-        assert_eq!(loaded.parameters().len(), model.parameters().len(), "{name}");
-        for ((name, a), (_, b)) in model.parameters().iter().zip(loaded.parameters()) {
+        checkpoint::save(&model, dir.path(), Kind::Float).unwrap();
+        let loaded = checkpoint::load(dir.path(), Device::Cpu, Kind::Float).unwrap();
+        assert_eq!(loaded.named_parameters().len(), model.named_parameters().len(), "{name}");
+        for ((name, a), (_, b)) in model.named_parameters().iter().zip(loaded.named_parameters()) {
             assert_eq!(difference(a, &b), 0.0, "{name}");
         }
         let weights = dir.path().join("model.safetensors");
         let bytes = std::fs::read(&weights).unwrap();
         std::fs::write(&weights, &bytes[..bytes.len() / 2]).unwrap();
-        let error = Transformer::load(dir.path(), Device::Cpu, Kind::Float).err().unwrap().to_string();
+        let error = checkpoint::load(dir.path(), Device::Cpu, Kind::Float).err().unwrap().to_string();
         assert!(error.contains("model.safetensors"), "{error}");
     }
 }

@@ -1,9 +1,10 @@
 //! Agreement with `transformers` on recorded tiny models: one per family and RoPE variant (tests/fixtures/record-models).
 
+use cllm_core::checkpoint;
 use std::path::{Path, PathBuf};
 
-use cllm_core::model::{CachePlaces, KvCache, Transformer};
-use cllm_core::train::{DeviceStream, Stream};
+use cllm_core::model::{KvCache, SlotMapping, Transformer};
+use cllm_core::train::{self, DeviceBatch, PackedBatch};
 use serde_json::Value;
 use tch::{Device, IndexOp, Kind, Tensor};
 
@@ -44,7 +45,7 @@ fn fixtures() -> Vec<(String, Fixture)> {
 fn fixture(name: &str) -> Fixture {
     let folder = fixture_folder(name);
     let expected: Value = serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
-    let model = Transformer::load(&folder, Device::Cpu, Kind::Float).unwrap();
+    let model = checkpoint::load(&folder, Device::Cpu, Kind::Float).unwrap();
     let tensor = |key: &str| Tensor::from_slice(&numbers(&expected[key]));
     let kept = tensor("positions").to_kind(Kind::Int64);
     let tokens = tensor("input_ids").to_kind(Kind::Int64).view([2, -1]);
@@ -69,9 +70,9 @@ impl Fixture {
 fn logits_and_loss_agree_with_transformers() {
     for (name, fixture) in fixtures() {
         let Fixture { model, tokens, positions, .. } = &fixture;
-        let hidden = model.hidden(tokens, positions);
-        fixture.check(&name, &model.logits(&hidden).unwrap());
-        let logits = model.train_logits(&hidden);
+        let hidden = model.forward(tokens, positions);
+        fixture.check(&name, &model.compute_logits(&hidden).unwrap());
+        let logits = model.logits_with_grad(&hidden);
         fixture.check(&format!("{name}, for losses"), &logits);
         let length = tokens.size()[1];
         let loss = logits
@@ -87,15 +88,16 @@ fn logits_and_loss_agree_with_transformers() {
 fn sequences_in_a_stream_agree_with_transformers() {
     for (name, fixture) in fixtures() {
         let Fixture { model, tokens, .. } = &fixture;
-        let mut stream = Stream::default();
+        let mut stream = PackedBatch::default();
         stream.push_causal(&[3, 1, 4, 1, 5]);
         for row in 0..2 {
             stream.push_causal(&Vec::<i32>::try_from(tokens.get(row).to_kind(Kind::Int)).unwrap());
         }
-        let stream = DeviceStream::new(&stream, model).unwrap();
+        let stream = DeviceBatch::new(&stream, model).unwrap();
         for recomputed in [0, 1] {
-            let hidden = model.pass(&stream, recomputed).unwrap().hidden.i(5..).view([2, tokens.size()[1], -1]);
-            fixture.check(&name, &model.logits(&hidden).unwrap());
+            let hidden =
+                train::forward(model, &stream, recomputed).unwrap().hidden.i(5..).view([2, tokens.size()[1], -1]);
+            fixture.check(&name, &model.compute_logits(&hidden).unwrap());
         }
     }
 }
@@ -110,14 +112,14 @@ fn cached_forwards_in_uneven_pieces_agree_with_transformers() {
         for width in [30, 1, 16, 1, 32] {
             // Guesses that are wrong are written first, as Jacobi decoding does; the next forward writes over them.
             let wrong = (tokens.narrow(1, start, width) + 7).remainder(60);
-            let (places, end) = (CachePlaces::in_order(positions.narrow(1, start, width)), (start + width) as usize);
+            let (places, end) = (SlotMapping::sequential(positions.narrow(1, start, width)), (start + width) as usize);
             let lengths = [width as usize; 2];
-            let _ = model.hidden_cached(&wrong, &places, &lengths, &mut cache, end);
-            let piece = model.hidden_cached(&tokens.narrow(1, start, width), &places, &lengths, &mut cache, end);
+            let _ = model.forward_cached(&wrong, &places, &lengths, &mut cache, end);
+            let piece = model.forward_cached(&tokens.narrow(1, start, width), &places, &lengths, &mut cache, end);
             pieces.push(piece.view([2, width, -1]));
             start += width;
         }
-        fixture.check(&name, &model.logits(&Tensor::cat(&pieces, 1)).unwrap());
+        fixture.check(&name, &model.compute_logits(&Tensor::cat(&pieces, 1)).unwrap());
     }
 }
 
@@ -125,12 +127,12 @@ fn cached_forwards_in_uneven_pieces_agree_with_transformers() {
 fn a_saved_model_reloads_to_the_same_logits() {
     for (name, fixture) in fixtures() {
         let dir = tempfile::tempdir().unwrap();
-        fixture.model.save(dir.path(), Kind::Float).unwrap();
-        let again = Transformer::load(dir.path(), Device::Cpu, Kind::Float).unwrap();
-        fixture.check(&name, &again.logits(&again.hidden(&fixture.tokens, &fixture.positions)).unwrap());
+        checkpoint::save(&fixture.model, dir.path(), Kind::Float).unwrap();
+        let again = checkpoint::load(dir.path(), Device::Cpu, Kind::Float).unwrap();
+        fixture.check(&name, &again.compute_logits(&again.forward(&fixture.tokens, &fixture.positions)).unwrap());
         // What is written once more is the same file: nothing of the configuration is lost or added on the way.
         let twice = tempfile::tempdir().unwrap();
-        again.save(twice.path(), Kind::Float).unwrap();
+        checkpoint::save(&again, twice.path(), Kind::Float).unwrap();
         for file in ["config.json", "model.safetensors"] {
             let read = |folder: &Path| std::fs::read(folder.join(file)).unwrap();
             assert_eq!(read(dir.path()), read(twice.path()), "{name}: {file}");
@@ -145,7 +147,7 @@ fn gradients_reach_every_weight_and_updates_are_seen_by_the_model() {
         let gradients = model.collect_gradients().unwrap();
         let length = tokens.size()[1];
         let loss = || {
-            let logits = model.train_logits(&model.hidden(tokens, positions));
+            let logits = model.logits_with_grad(&model.forward(tokens, positions));
             logits.i((.., ..length - 1)).flatten(0, 1).cross_entropy_for_logits(&tokens.i((.., 1..)).flatten(0, 1))
         };
         let before = loss();
@@ -166,14 +168,14 @@ fn a_backward_that_computes_layers_again_gives_the_same_gradients() {
     for (name, fixture) in fixtures() {
         let Fixture { model, tokens, .. } = &fixture;
         let gradients = model.collect_gradients().unwrap();
-        let mut stream = Stream::default();
+        let mut stream = PackedBatch::default();
         for row in 0..2 {
             stream.push_causal(&Vec::<i32>::try_from(tokens.get(row).to_kind(Kind::Int)).unwrap());
         }
-        let stream = DeviceStream::new(&stream, model).unwrap();
+        let stream = DeviceBatch::new(&stream, model).unwrap();
         let mut found: Vec<Tensor> = Vec::new();
         for recomputed in [0, 1, 99] {
-            let pass = model.pass(&stream, recomputed).unwrap();
+            let pass = train::forward(model, &stream, recomputed).unwrap();
             let direction = tch::no_grad(|| pass.hidden.cos());
             pass.backward(&direction).unwrap();
             found.push(gradients.buffer().copy());
@@ -186,10 +188,10 @@ fn a_backward_that_computes_layers_again_gives_the_same_gradients() {
 
 #[test]
 fn fingerprints_follow_the_files() {
-    let folder = |name: &str| cllm_core::checkpoint::fingerprint(&fixture_folder(name)).unwrap();
+    let folder = |name: &str| checkpoint::fingerprint(&fixture_folder(name)).unwrap();
     assert_eq!(folder("llama"), folder("llama"));
     assert_ne!(folder("llama"), folder("llama-linear"));
     let fixture = fixture("qwen2");
-    let weights: usize = fixture.model.parameters().iter().map(|(_, tensor)| tensor.numel()).sum();
-    assert_eq!(fixture.model.config().parameter_count(), weights as i64, "{}", fixture.folder.display());
+    let weights: usize = fixture.model.named_parameters().iter().map(|(_, tensor)| tensor.numel()).sum();
+    assert_eq!(fixture.model.config().num_parameters(), weights as i64, "{}", fixture.folder.display());
 }

@@ -85,7 +85,8 @@ impl Draws {
         let tokens = Tensor::cat(&[prompt, beginnings.shallow_clone()], 1);
         let positions = Tensor::arange(tokens.size()[1], (Kind::Int64, device)).expand_as(&tokens);
         let first = self.prompt.len() as i64 - 1;
-        let logits = model.logits(&model.hidden(&tokens.to_device(device), &positions).i((.., first..))).unwrap();
+        let logits =
+            model.compute_logits(&model.forward(&tokens.to_device(device), &positions).i((.., first..))).unwrap();
         let softmax = (logits.to_device(Device::Cpu).to_kind(Kind::Double) / self.temperature).softmax(-1, None);
         let mut all = softmax.i((.., known));
         let mut cells = Tensor::zeros([1, 1], (Kind::Int64, Device::Cpu));

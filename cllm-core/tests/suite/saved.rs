@@ -1,9 +1,9 @@
 //! What `Transformer::save` writes is what `transformers` loads: folders that it wrote for every family and RoPE variant,
 //! with the logits that `transformers` computed from them (tests/fixtures/record-saved).
 
+use cllm_core::checkpoint;
 use std::path::{Path, PathBuf};
 
-use cllm_core::model::Transformer;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -34,17 +34,17 @@ fn transformers_loads_what_was_saved_to_the_same_logits() {
         let expected: Value = serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
         let ids: Vec<i64> = serde_json::from_value(expected["input_ids"].clone()).unwrap();
         let wanted: Vec<Vec<f32>> = serde_json::from_value(expected["logits"].clone()).unwrap();
-        let model = Transformer::load(&folder, Device::Cpu, Kind::Float).unwrap();
+        let model = checkpoint::load(&folder, Device::Cpu, Kind::Float).unwrap();
         let tokens = Tensor::from_slice(&ids).unsqueeze(0);
         let positions = Tensor::arange(ids.len() as i64, (Kind::Int64, Device::Cpu)).unsqueeze(0);
-        let logits = model.logits(&model.hidden(&tokens, &positions)).unwrap().squeeze_dim(0);
+        let logits = model.compute_logits(&model.forward(&tokens, &positions)).unwrap().squeeze_dim(0);
         let wanted = Tensor::from_slice2(&wanted);
         assert_eq!(logits.size(), wanted.size(), "{name}");
         let apart = (logits - wanted).abs().max().double_value(&[]);
         assert!(apart < 1e-4, "{name}: logits differ by {apart}");
         // The proof is for these bytes: where they change, transformers has to read them anew.
         let again = tempfile::tempdir().unwrap();
-        model.save(again.path(), Kind::Float).unwrap();
+        checkpoint::save(&model, again.path(), Kind::Float).unwrap();
         for file in ["config.json", "model.safetensors"] {
             let read = |folder: &Path| std::fs::read(folder.join(file)).unwrap();
             assert!(read(&folder) == read(again.path()), "{name}: {file} differs: run tests/fixtures/record-saved");
@@ -57,6 +57,6 @@ fn transformers_loads_what_was_saved_to_the_same_logits() {
 fn write_the_folders() {
     for (name, config) in small_shapes() {
         std::fs::create_dir_all(folder(name)).unwrap();
-        random_model(&config).save(&folder(name), Kind::Float).unwrap();
+        checkpoint::save(&random_model(&config), &folder(name), Kind::Float).unwrap();
     }
 }

@@ -7,15 +7,15 @@ use std::path::PathBuf;
 use std::sync::mpsc;
 use std::time::Instant;
 
-use cllm_core::checkpoint::fingerprint;
 use cllm_core::checkpoint::hub;
+use cllm_core::checkpoint::{self, fingerprint};
 use cllm_core::decode::{Answer, DecodeOptions, Decoder, Request, StopConditions, Strategy, required_slots};
-use cllm_core::distributed::Member;
+use cllm_core::distributed::ProcessEnv;
 use cllm_core::model::Transformer;
 use cllm_core::program::{Outcome, print_json};
 use cllm_core::progress::Progress;
 use cllm_core::prompt_set::{self, Sample};
-use cllm_core::task::{Judge, Task};
+use cllm_core::task::{ScoreContext, Task};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{Provenance, Writer, rank_folder};
 use cllm_core::{Error, Result, device, progress, settings};
@@ -39,10 +39,10 @@ pub struct Settings {
     #[garde(length(min = 1))]
     pub model: String,
     /// The prompt set.
-    #[garde(custom(settings::given))]
+    #[garde(custom(settings::required_path))]
     pub prompts: PathBuf,
     /// Folder of the data set.
-    #[garde(custom(settings::given))]
+    #[garde(custom(settings::required_path))]
     pub output: PathBuf,
     /// Folder of the benchmark's files, to score answers that need them: Spider's databases.
     #[garde(skip)]
@@ -136,11 +136,11 @@ pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
 /// # Errors
 /// Bad models, prompts and folders; interruption after the last whole shard.
 pub fn collect(settings: &Settings) -> Result<Summary> {
-    let member = Member::from_env(|name| std::env::var(name).ok())?;
-    let place = device::of_member(&settings.device, member.as_ref())?;
+    let member = ProcessEnv::from_env(|name| std::env::var(name).ok())?;
+    let place = device::for_process(&settings.device, member.as_ref())?;
     let folder = hub::locate(&settings.model)?;
-    let tokenizer = Tokenizer::load(&folder)?.with_eos_ids(settings.eos_ids.as_deref().unwrap_or_default());
-    let model = Transformer::load(&folder, place, device::default_kind(place))?;
+    let tokenizer = Tokenizer::load(&folder)?.with_eos_ids(settings.eos_ids.as_deref());
+    let model = checkpoint::load(&folder, place, device::default_kind(place))?;
     let vocab_size = model.config().vocab_size as usize;
     if let Some(id) = settings.eos_ids.iter().flatten().find(|&&id| id < 0 || id as usize >= vocab_size) {
         return Err(Error::usage(format!("eos_ids: {id} is no token of {}, which has {vocab_size}", settings.model)));
@@ -150,14 +150,14 @@ pub fn collect(settings: &Settings) -> Result<Summary> {
         return Err(Error::file(&settings.prompts, "holds no prompts: make it anew with `cllm-data prepare`"));
     }
     samples.truncate(settings.limit.unwrap_or(usize::MAX));
-    let judge = Judge { data: settings.data.as_deref(), sandbox: None };
-    let scorable = |sample: &Sample| Task::of_source(&sample.source).expect_data(judge, sample);
+    let judge = ScoreContext { data: settings.data.as_deref(), sandbox: None };
+    let scorable = |sample: &Sample| Task::from_source(&sample.source).check_scorable(judge, sample);
     samples.iter().try_for_each(scorable)?;
     let all = samples.len();
     let mut output = settings.output.clone();
-    if let Some(Member { rank, world, .. }) = member {
-        samples = samples.into_iter().skip(rank).step_by(world).collect();
-        output.push(rank_folder(rank, world));
+    if let Some(ProcessEnv { rank, world_size, .. }) = member {
+        samples = samples.into_iter().skip(rank).step_by(world_size).collect();
+        output.push(rank_folder(rank, world_size));
     }
     let (output, wanted) = (output.as_path(), samples.len());
     let data = settings.data.as_deref();
@@ -169,14 +169,14 @@ pub fn collect(settings: &Settings) -> Result<Summary> {
         max_new_tokens: settings.max_new_tokens,
         eos_ids: tokenizer.eos_ids().to_vec(),
         seed: settings.seed,
-        prompts: cllm_core::fingerprint::of_contents(&settings.prompts)?,
+        prompts: cllm_core::fingerprint::hash_contents(&settings.prompts)?,
         toolkit: cllm_core::VERSION.to_owned(),
         steps: vec![format!("collect: {all} prompts, shards of {}", settings.rows_per_shard)],
     };
     let writer = Writer::open(output, provenance)?;
     let (prepared, skipped) = fit(samples, &tokenizer, model.config().max_positions, settings.max_new_tokens)?;
     if !skipped.is_empty() {
-        progress::say(format!("{} prompts are empty or too long for the context: see skipped.jsonl", skipped.len()));
+        progress::log(format!("{} prompts are empty or too long for the context: see skipped.jsonl", skipped.len()));
         prompt_set::write(&output.join("skipped.jsonl"), &skipped)?;
     }
     // Of fewer prompts than processes some have none.
@@ -201,7 +201,7 @@ pub fn collect(settings: &Settings) -> Result<Summary> {
     let mut total = earlier;
     total.add(this_run);
     let (total, figures) = (total.figures(), this_run.figures());
-    progress::say(format!("{total}, in {}", output.display()));
+    progress::log(format!("{total}, in {}", output.display()));
     let tokens_per_second = figures.response_tokens as f64 / seconds;
     Ok(Summary {
         schema_version: 1,
@@ -223,7 +223,7 @@ fn fit(
     let mut prepared = Vec::new();
     let mut skipped = Vec::new();
     for sample in samples {
-        let (prompt, ids) = tokenizer.prompt(&sample.prompt)?;
+        let (prompt, ids) = tokenizer.encode_prompt(&sample.prompt)?;
         if ids.is_empty() || ids.len().saturating_add(max_new_tokens) > max_positions {
             skipped.push(sample);
         } else {
@@ -259,7 +259,7 @@ fn decode_open(
     let mut put = |answers: Vec<(usize, Answer)>| -> Result<()> {
         let count = answers.len() as u64;
         tally.add(shelf.put(answers)?);
-        bar.message(format!("{} tokens", tally.figures().response_tokens));
+        bar.set_message(format!("{} tokens", tally.figures().response_tokens));
         bar.advance(count);
         Ok(())
     };
@@ -301,7 +301,7 @@ fn decode_beside(
             Ok(())
         });
         let decoded = decoder.stream(requests, stop, options, &mut |request, answer| {
-            let gone = |_| Error::usage("the thread that writes has ended");
+            let gone = |_| Error::internal("the thread that writes has ended");
             sender.send((order[request], answer)).map_err(gone)
         });
         drop(sender);

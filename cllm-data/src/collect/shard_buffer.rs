@@ -6,7 +6,7 @@ use std::path::Path;
 use cllm_core::Result;
 use cllm_core::decode::Answer;
 use cllm_core::prompt_set::Sample;
-use cllm_core::task::{Judge, Task};
+use cllm_core::task::{ScoreContext, Task};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{Trajectory, Writer};
 use rayon::prelude::*;
@@ -108,8 +108,8 @@ impl<'p> Shelf<'p> {
             meta: sample.meta.as_ref().map(ToString::to_string),
         };
         let text = self.tokenizer.decode(&row.response_ids)?;
-        let judge = Judge { data: self.data, sandbox: None };
-        let verdict = Task::of_source(&sample.source).judge(judge, sample, &text, row.finish_reason)?;
+        let judge = ScoreContext { data: self.data, sandbox: None };
+        let verdict = Task::from_source(&sample.source).score(judge, sample, &text, row.finish_reason)?;
         let tally = Tally::of(&row, answer.num_forwards, verdict);
         Ok((index, row, tally))
     }

@@ -79,7 +79,7 @@ impl Tally {
             finished: if row.finish_reason == FinishReason::Eos { sums } else { Sums::default() },
             blocks: row.blocks.len(),
             scored: usize::from(verdict != Verdict::Unscored),
-            right: usize::from(verdict == Verdict::Right),
+            right: usize::from(verdict == Verdict::Correct),
         }
     }
 
@@ -160,7 +160,7 @@ mod tests {
             finish_reason,
             meta: None,
         };
-        let mut tally = Tally::of(&row(6, FinishReason::Eos), 4, Verdict::Right);
+        let mut tally = Tally::of(&row(6, FinishReason::Eos), 4, Verdict::Correct);
         assert_eq!(
             tally.figures().to_string(),
             "1 responses, 0 of them unfinished, 1.50 tokens per forward (1.50 of the finished)"

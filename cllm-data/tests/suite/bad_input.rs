@@ -1,5 +1,6 @@
 //! What every verb says of bad input, of places that cannot be written, and of devices that are not there.
 
+use cllm_core::checkpoint;
 use std::fs;
 use std::path::Path;
 
@@ -8,7 +9,7 @@ use serde_json::json;
 
 use crate::{WORLD, collect, made, row, shard, shards};
 use cllm_testing::foreign_parquet;
-use cllm_testing::programs::{Program, copy_folder, damaged_models, path, unwritable};
+use cllm_testing::programs::{Program, copy_folder, damaged_models, path, unwritable_path};
 
 const DATA: Program = Program("cllm-data");
 
@@ -43,17 +44,17 @@ fn every_damaged_model_is_named_and_nothing_is_written() {
     let (data, output) = (path(data.path(), ""), path(dir.path(), "output"));
     fs::write(dir.path().join("reference.json"), "[]").unwrap();
     for (model, parts) in damaged_models(&WORLD.path().join("model"), dir.path()) {
-        DATA.refuse(&collecting(&model, &output), 2, &parts);
+        DATA.fail(&collecting(&model, &output), 2, &parts);
         // These read the tokenizer alone, and no weights.
         if model.ends_with("tokenizer") {
             let (input, into, model_is) =
                 (format!("input={data}"), format!("output={output}"), format!("model={model}"));
-            DATA.refuse(&["clean", &input, &into, &model_is], 2, &parts);
-            DATA.refuse(&["inspect", &data, "--model", &model], 2, &parts);
+            DATA.fail(&["clean", &input, &into, &model_is], 2, &parts);
+            DATA.fail(&["inspect", &data, "--model", &model], 2, &parts);
         }
         assert!(!Path::new(&output).exists(), "{model}");
     }
-    DATA.refuse(&collecting("no/such/model", &output), 2, &["no/such/model", "no such"]);
+    DATA.fail(&collecting("no/such/model", &output), 2, &["no/such/model", "no such"]);
 }
 
 #[test]
@@ -63,7 +64,7 @@ fn a_benchmark_is_prepared_by_the_split_it_has_and_one_without_prompts_is_refuse
     let mbpp = json!({"task_id": 11, "prompt": "Add.", "code": "def add(): pass", "test_imports": [], "test_list": ["assert add"]});
     fs::write(dir.path().join("mbpp.jsonl"), mbpp.to_string()).unwrap();
     let words = ["prepare", "mbpp", "--data", &data, "--output", &output];
-    DATA.refuse(&words, 2, &["no prompts of the split `train` of mbpp"]);
+    DATA.fail(&words, 2, &["no prompts of the split `train` of mbpp"]);
     assert!(!Path::new(&output).exists());
     let problem = json!({"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": "    pass\n",
         "test": "def check(f):\n    pass\n", "entry_point": "f"});
@@ -82,9 +83,9 @@ fn another_tokenizer_reads_no_data_set() {
     cllm_testing::train_tokenizer(["Other words make other ids."], 290, &model);
     let model = model.display().to_string();
     let said = ["was collected with tokenizer", "give the model"];
-    DATA.refuse(&["inspect", &data, "--model", &model], 2, &said);
+    DATA.fail(&["inspect", &data, "--model", &model], 2, &said);
     let (input, into, model) = (format!("input={data}"), format!("output={output}"), format!("model={model}"));
-    DATA.refuse(&["clean", &input, &into, &model], 2, &said);
+    DATA.fail(&["clean", &input, &into, &model], 2, &said);
     assert!(!Path::new(&output).exists());
 }
 
@@ -103,7 +104,7 @@ fn validate_compares_with_the_model_given() {
     });
     let config = cllm_core::model::ModelConfig::from_json(&config).unwrap();
     let random = cllm_core::model::Transformer::random(config, 1, tch::Device::Cpu, tch::Kind::Float);
-    random.save(&other, tch::Kind::Float).unwrap();
+    checkpoint::save(&random, &other, tch::Kind::Float).unwrap();
     cllm_testing::train_tokenizer(["Other"], 262, &other);
     let found = DATA.run(&["validate", &data, "--model", &path(dir.path(), "other")]);
     let text = String::from_utf8(found.stdout).unwrap();
@@ -113,7 +114,7 @@ fn validate_compares_with_the_model_given() {
     {
         assert!(text.contains(part), "`{part}` is not in: {text}");
     }
-    DATA.refuse(&["validate", &data, "--model", "no/such/model"], 2, &["no/such/model"]);
+    DATA.fail(&["validate", &data, "--model", "no/such/model"], 2, &["no/such/model"]);
 }
 
 #[test]
@@ -128,7 +129,7 @@ fn every_bad_shard_is_named_by_every_verb_and_nothing_is_written() {
             },
             &["part-00000.parquet", "no whole Parquet file", "collect again"],
         ),
-        (|shard| fs::remove_file(shard).unwrap(), &["part-00000.parquet", "No such file"]),
+        (|shard| fs::remove_file(shard).unwrap(), &["part-00000.parquet", "there is no such file"]),
         (|shard| foreign_parquet::write(shard, "text", None), &["part-00000.parquet", "no trajectory shard"]),
         (|shard| foreign_parquet::write(shard, "text", Some("1")), &["part-00000.parquet", "no column `sample_id`"]),
         (|shard| foreign_parquet::write(shard, "text", Some("99")), &["part-00000.parquet", "schema version 99"]),
@@ -143,7 +144,7 @@ fn every_bad_shard_is_named_by_every_verb_and_nothing_is_written() {
         copy_folder(good.path(), &data);
         damage(&data.join("part-00000.parquet"));
         for arguments in readers(&data.display().to_string(), &output) {
-            DATA.refuse(&arguments, 2, parts);
+            DATA.fail(&arguments, 2, parts);
         }
         assert!(!Path::new(&output).exists(), "{parts:?}");
     }
@@ -153,7 +154,7 @@ fn every_bad_shard_is_named_by_every_verb_and_nothing_is_written() {
 fn a_shard_of_another_size_than_the_manifest_says_is_refused() {
     let (one, two) = (made(&[row("a", &[5, 6, 7, 0])]), made(&[row("a", &[5, 6, 7, 0]), row("b", &[5, 6, 7, 0])]));
     fs::copy(one.path().join("part-00000.parquet"), two.path().join("part-00000.parquet")).unwrap();
-    DATA.refuse(&["stats", &path(two.path(), "")], 2, &["part-00000.parquet", "has 1 rows", "says 2"]);
+    DATA.fail(&["stats", &path(two.path(), "")], 2, &["part-00000.parquet", "has 1 rows", "says 2"]);
 }
 
 #[test]
@@ -164,9 +165,9 @@ fn bad_settings_are_named_with_file_line_and_value() {
         [("collect", "modle: x", "`model`"), ("augment", "fractoin: 1", "`fraction`"), ("clean", "inptu: x", "`input`")]
     {
         fs::write(&file, format!("output: x\n{misspelt}\n")).unwrap();
-        DATA.refuse(&[verb, "-c", &file], 2, &["run.yaml", "line 2", "did you mean", nearest]);
+        DATA.fail(&[verb, "-c", &file], 2, &["run.yaml", "line 2", "did you mean", nearest]);
         let key = misspelt.replace(": ", "=");
-        DATA.refuse(&[verb, &key], 2, &[&key, "did you mean", nearest]);
+        DATA.fail(&[verb, &key], 2, &[&key, "did you mean", nearest]);
     }
     for (verb, wrong, said) in [
         ("collect", "n: 1", "n=1: lower than 2"),
@@ -174,31 +175,31 @@ fn bad_settings_are_named_with_file_line_and_value() {
         ("clean", "token_run: 1", "token_run=1: lower than 2"),
     ] {
         fs::write(&file, format!("output: x\n{wrong}\n")).unwrap();
-        DATA.refuse(&[verb, "-c", &file], 2, &["run.yaml, line 2: ", said]);
+        DATA.fail(&[verb, "-c", &file], 2, &["run.yaml, line 2: ", said]);
     }
     for count in ["0", "1000000000000", "18446744073709551615"] {
         let prepare = ["prepare", "synthetic", "--count", count, "--output", &path(dir.path(), "many.jsonl")];
-        DATA.refuse(&prepare, 2, &["--count", "1..=10000000"]);
+        DATA.fail(&prepare, 2, &["--count", "1..=10000000"]);
     }
-    DATA.refuse(&["collect"], 2, &["model is not set", "prompts is not set", "output is not set"]);
-    DATA.refuse(&["augment"], 2, &["input is not set", "output is not set"]);
-    DATA.refuse(&["clean"], 2, &["input is not set", "output is not set", "model is not set"]);
-    DATA.refuse(&["collect", "-c", "no/such.yaml"], 2, &["no/such.yaml"]);
+    DATA.fail(&["collect"], 2, &["model is not set", "prompts is not set", "output is not set"]);
+    DATA.fail(&["augment"], 2, &["input is not set", "output is not set"]);
+    DATA.fail(&["clean"], 2, &["input is not set", "output is not set", "model is not set"]);
+    DATA.fail(&["collect", "-c", "no/such.yaml"], 2, &["no/such.yaml"]);
     let model = path(WORLD.path(), "model");
     let arguments = collecting(&model, &path(dir.path(), "output"));
     let with = |more: &str| [&arguments[..], &[more.to_owned()]].concat();
-    DATA.refuse(&with("eos_ids=[5, 999]"), 2, &["eos_ids: 999", "300"]);
+    DATA.fail(&with("eos_ids=[5, 999]"), 2, &["eos_ids: 999", "300"]);
     // Nothing overflows, and a limit that no prompt meets is no empty data set.
-    DATA.refuse(&with("max_new_tokens=18446744073709551615"), 2, &["no prompt of", "lower max_new_tokens"]);
+    DATA.fail(&with("max_new_tokens=18446744073709551615"), 2, &["no prompt of", "lower max_new_tokens"]);
     let empty = path(dir.path(), "empty.jsonl");
     fs::write(&empty, "").unwrap();
-    DATA.refuse(&with(&format!("prompts={empty}")), 2, &["empty.jsonl", "holds no prompts"]);
+    DATA.fail(&with(&format!("prompts={empty}")), 2, &["empty.jsonl", "holds no prompts"]);
     fs::write(&empty, b"\n{\"id\": \"\xfc\"}").unwrap();
-    DATA.refuse(&with(&format!("prompts={empty}")), 2, &["empty.jsonl: line 2 is not UTF-8"]);
+    DATA.fail(&with(&format!("prompts={empty}")), 2, &["empty.jsonl: line 2 is not UTF-8"]);
     fs::write(&file, b"n: 8\nmodel: \xfc\n").unwrap();
-    DATA.refuse(&["collect", "-c", &file], 2, &["run.yaml: line 2 is not UTF-8"]);
+    DATA.fail(&["collect", "-c", &file], 2, &["run.yaml: line 2 is not UTF-8"]);
     fs::write(&empty, "{\"id\": \"a\"").unwrap();
-    DATA.refuse(&with(&format!("prompts={empty}")), 2, &["empty.jsonl: line 1"]);
+    DATA.fail(&with(&format!("prompts={empty}")), 2, &["empty.jsonl: line 1"]);
 }
 
 #[test]
@@ -220,8 +221,8 @@ fn a_device_that_is_not_there_is_3_and_one_that_is_none_is_2() {
     let dir = tempfile::tempdir().unwrap();
     let arguments = collecting(&path(WORLD.path(), "model"), &path(dir.path(), "output"));
     let with = |more: &str| [&arguments[..], &[more.to_owned()]].concat();
-    DATA.refuse(&with("device=cuda:4096"), 3, &["`cuda:4096`"]);
-    DATA.refuse(&with("device=gpu"), 2, &["`gpu` is unknown", "cuda:N"]);
+    DATA.fail(&with("device=cuda:4096"), 3, &["`cuda:4096`"]);
+    DATA.fail(&with("device=gpu"), 2, &["`gpu` is unknown", "cuda:N"]);
     assert!(!dir.path().join("output").exists());
 }
 
@@ -229,19 +230,19 @@ fn a_device_that_is_not_there_is_3_and_one_that_is_none_is_2() {
 fn a_place_that_cannot_be_written_is_3_for_every_verb() {
     let dir = tempfile::tempdir().unwrap();
     let data = made(&[row("a", &[5, 6, 7, 0])]);
-    let (data, output, model) = (path(data.path(), ""), unwritable(dir.path()), path(WORLD.path(), "model"));
-    let said = ["/file", "cannot be written", "choose another place"];
-    DATA.refuse(&["prepare", "synthetic", "--count", "2", "--output", &output], 3, &said);
-    DATA.refuse(&collecting(&model, &output), 3, &said);
+    let (data, output, model) = (path(data.path(), ""), unwritable_path(dir.path()), path(WORLD.path(), "model"));
+    let said = ["/file", "cannot be written", "choose another path"];
+    DATA.fail(&["prepare", "synthetic", "--count", "2", "--output", &output], 3, &said);
+    DATA.fail(&collecting(&model, &output), 3, &said);
     for arguments in readers(&data, &output).split_off(3) {
-        DATA.refuse(&arguments, 3, &said);
+        DATA.fail(&arguments, 3, &said);
     }
     let reference = path(dir.path(), "reference.json");
     DATA.succeed(&["export", &data, "--output", &reference]);
-    DATA.refuse(&["import", &reference, "--model", &model, "--output", &output], 3, &said);
+    DATA.fail(&["import", &reference, "--model", &model, "--output", &output], 3, &said);
     // A folder in place of a file is a slip of the hand, not of the machine.
     let folder = dir.path().display().to_string();
-    DATA.refuse(&["prepare", "synthetic", "--count", "2", "--output", &folder], 2, &["name a file"]);
+    DATA.fail(&["prepare", "synthetic", "--count", "2", "--output", &folder], 2, &["name a file"]);
 }
 
 #[test]
@@ -251,7 +252,7 @@ fn on_a_full_disk_what_is_finished_stays_and_the_same_command_goes_on() {
     // The last shard is the largest, so that a limit lets the first two through and not the third.
     let prompts = path(dir.path(), "long-last.jsonl");
     let prompt =
-        |index: usize| if index < 16 { index.to_string() } else { fingerprint::of_bytes(&[index as u8]).repeat(9) };
+        |index: usize| if index < 16 { index.to_string() } else { fingerprint::hash_bytes(&[index as u8]).repeat(9) };
     let row =
         |index| json!({ "id": format!("s{index}"), "source": "jsonl/train", "prompt": prompt(index) }).to_string();
     fs::write(&prompts, (0..24).map(row).collect::<Vec<_>>().join("\n")).unwrap();
@@ -261,7 +262,7 @@ fn on_a_full_disk_what_is_finished_stays_and_the_same_command_goes_on() {
     let arguments = [&collecting(&model, &output)[..], &[prompts]].concat();
     let blocks: Vec<usize> = shards(&whole).iter().map(|shard| shard.len().div_ceil(512)).collect();
     assert!(blocks[0] < blocks[2] && blocks[1] < blocks[2], "{blocks:?}");
-    DATA.fill_up(blocks[2] - 1, &arguments, &["part-00002.parquet"]);
+    DATA.fail_on_full_disk(blocks[2] - 1, &arguments, &["part-00002.parquet"]);
     assert_eq!(shards(&whole)[..2], [0, 1].map(|index| fs::read(shard(&output, index)).unwrap()));
     let left = fs::read_dir(&output).unwrap().map(|entry| entry.unwrap().file_name());
     assert!(left.into_iter().all(|name| !name.to_string_lossy().starts_with('.')), "nothing half-written stays");
@@ -275,17 +276,17 @@ fn on_a_full_disk_what_is_finished_stays_and_the_same_command_goes_on() {
         let into = |name: &str| [&verb[..], &[format!("output={}", path(dir.path(), name))]].concat();
         DATA.succeed(&into(&once));
         let again_into = into(&again);
-        DATA.fill_up(2, &again_into, &["part-00000.parquet"]);
+        DATA.fail_on_full_disk(2, &again_into, &["part-00000.parquet"]);
         DATA.succeed(&again_into);
         for file in ["part-00000.parquet", "manifest.json", "README.md"] {
             assert_eq!(read(&once, file), read(&again, file), "{} {file}", verb[0]);
         }
-        DATA.refuse(&again_into, 2, &["holds a data set already"]);
+        DATA.fail(&again_into, 2, &["holds a data set already"]);
     }
     let prompts = path(dir.path(), "prompts.jsonl");
-    DATA.fill_up(2, &["prepare", "synthetic", "--count", "100", "--output", &prompts], &["prompts.jsonl"]);
+    DATA.fail_on_full_disk(2, &["prepare", "synthetic", "--count", "100", "--output", &prompts], &["prompts.jsonl"]);
     let exported = path(dir.path(), "exported.json");
-    DATA.fill_up(2, &["export", &whole, "--output", &exported], &["exported.json"]);
+    DATA.fail_on_full_disk(2, &["export", &whole, "--output", &exported], &["exported.json"]);
     assert!(!Path::new(&prompts).exists() && !Path::new(&exported).exists());
 }
 
@@ -294,7 +295,7 @@ fn a_full_stdout_is_said() {
     let data = made(&[row("a", &[5, 6, 7, 0])]);
     let data = path(data.path(), "");
     for arguments in [&["stats", &data][..], &["stats", &data, "--json"], &["validate", &data], &["inspect", &data]] {
-        DATA.fill_stdout(arguments);
+        DATA.fail_on_full_stdout(arguments);
     }
-    DATA.fill_stdout(&["completions", "bash"]);
+    DATA.fail_on_full_stdout(&["completions", "bash"]);
 }

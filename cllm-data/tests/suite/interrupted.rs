@@ -35,7 +35,7 @@ fn what_only_reads_or_makes_prompts_stops_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let (data, prompts) = (path(dir.path(), "data"), path(dir.path(), "prompts.jsonl"));
     let at_once = || true;
-    DATA.stop(&["prepare", "synthetic", "--count", "9000000", "--output", &prompts], "INT", 130, at_once);
+    DATA.interrupt(&["prepare", "synthetic", "--count", "9000000", "--output", &prompts], "INT", 130, at_once);
     assert!(!Path::new(&prompts).exists());
     // Much to read: one shard, many times over.
     collect(&data, &["limit=8"]);
@@ -44,8 +44,8 @@ fn what_only_reads_or_makes_prompts_stops_at_once() {
     let shard = found["shards"][0].clone();
     found["shards"] = vec![shard; 20_000].into();
     fs::write(&manifest, found.to_string()).unwrap();
-    DATA.stop(&["validate", &data], "INT", 130, at_once);
-    DATA.stop(&["stats", &data], "TERM", 143, at_once);
+    DATA.interrupt(&["validate", &data], "INT", 130, at_once);
+    DATA.interrupt(&["stats", &data], "TERM", 143, at_once);
 }
 
 #[test]
@@ -60,7 +60,7 @@ fn a_data_set_that_is_not_complete_is_described_but_not_taken_for_whole() {
     let said = ["data: is not complete", "run the same command"];
     for verb in [&["augment", &input, &into][..], &["clean", &input, &into, &model], &["export", &data, "-o", &output]]
     {
-        DATA.refuse(verb, 2, &said);
+        DATA.fail(verb, 2, &said);
     }
     assert!(!Path::new(&output).exists());
     let stats = DATA.succeed(&["stats", &data]);
@@ -86,9 +86,9 @@ fn a_collection_that_was_stopped_twice_equals_one_that_was_not() {
     let once = [&arguments[..], &[&into_whole]].concat();
     let again = [&arguments[..], &[&into_stopped]].concat();
     let shard = |index| shard(&stopped, index);
-    DATA.stop(&again, "INT", 130, || shard(1).exists());
+    DATA.interrupt(&again, "INT", 130, || shard(1).exists());
     let kept = fs::read(shard(0)).unwrap();
-    DATA.stop(&again, "TERM", 143, || shard(6).exists());
+    DATA.interrupt(&again, "TERM", 143, || shard(6).exists());
     assert!(Path::new(&stopped).join("stopped.partial").exists());
     assert!(!shard(29).exists(), "it was stopped midway");
     DATA.succeed(&again);

@@ -7,6 +7,7 @@ mod interrupted;
 mod rewrite;
 mod scoring;
 
+use cllm_core::checkpoint;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
@@ -28,7 +29,7 @@ static WORLD: LazyLock<tempfile::TempDir> = LazyLock::new(|| {
     });
     let config = ModelConfig::from_json(&config).unwrap();
     let transformer = Transformer::random(config, 3, tch::Device::Cpu, tch::Kind::Float);
-    transformer.save(&model, tch::Kind::Float).unwrap();
+    checkpoint::save(&transformer, &model, tch::Kind::Float).unwrap();
     cllm_testing::train_tokenizer(["Tom has 3 apples and buys 4 more."], 300, &model);
     run(&["prepare", "synthetic", "--count", "24", "--output", &path(dir.path(), "prompts.jsonl")]).success();
     dir
@@ -145,7 +146,7 @@ fn the_same_seed_gives_the_same_file_for_every_family() {
         fs::create_dir(&model).unwrap();
         config["vocab_size"] = 300.into();
         config["max_position_embeddings"] = 400.into();
-        cllm_testing::families::random_model(&config, 5).save(&model, tch::Kind::Float).unwrap();
+        checkpoint::save(&cllm_testing::families::random_model(&config, 5), &model, tch::Kind::Float).unwrap();
         for file in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
             fs::copy(WORLD.path().join("model").join(file), model.join(file)).unwrap();
         }
@@ -355,7 +356,7 @@ fn every_clean_rule_drops_its_row_and_a_good_one_stays() {
     fs::write(&lines, sample.to_string()).unwrap();
     run(&["prepare", "jsonl", "--data", &lines, "--output", &eval]).success();
     let mut known = row("known", &ended(good.clone()));
-    known.prompt_ids = tokenizer().prompt(&cllm_core::prompt_set::Prompt::Text("known".into())).unwrap().1;
+    known.prompt_ids = tokenizer().encode_prompt(&cllm_core::prompt_set::Prompt::Text("known".into())).unwrap().1;
     let mut again = row("again", &ended(good.clone()));
     again.prompt_ids = row("good", &[0]).prompt_ids;
     let loops: Vec<i32> = (0..8).flat_map(|turn| (40..55).chain([60 + turn]).collect::<Vec<_>>()).collect();

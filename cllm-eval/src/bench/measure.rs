@@ -63,7 +63,7 @@ impl Bench<'_> {
         let one = step_ms[&1];
         Ok(ModelBench {
             name,
-            parameters: self.model.config().parameter_count(),
+            parameters: self.model.config().num_parameters(),
             ar_tokens_per_second: 1e3 / one,
             transformers_ar_tokens_per_second: None,
             step_over_one: step_ms.iter().map(|(&n, &ms)| (n, ms / one)).collect(),
@@ -99,7 +99,9 @@ impl Bench<'_> {
             StopConditions { max_new_tokens: self.settings.max_new_tokens, eos_ids: tokenizer.eos_ids().to_vec() };
         let requests: Vec<Request> = samples
             .iter()
-            .map(|sample| Ok(Request { sample_id: sample.id.clone(), prompt_ids: tokenizer.prompt(&sample.prompt)?.1 }))
+            .map(|sample| {
+                Ok(Request { sample_id: sample.id.clone(), prompt_ids: tokenizer.encode_prompt(&sample.prompt)?.1 })
+            })
             .collect::<Result<_>>()?;
         if requests.is_empty() {
             return Err(Error::usage("the prompt set is empty: there is nothing to measure"));
@@ -138,7 +140,7 @@ impl Bench<'_> {
                 let turn = (index + turn) % turns.len();
                 let options = DecodeOptions::greedy(turns[turn], 0);
                 let (mut answer, timing) = decoders[turn].answer(std::slice::from_ref(example), stop, options, None)?;
-                let answer = answer.pop().ok_or_else(|| Error::usage("decoding gave no answer"))?;
+                let answer = answer.pop().ok_or_else(|| Error::internal("decoding gave no answer"))?;
                 answers[turn].push(Timed { answer, seconds: timing.decode_seconds });
                 progress.advance(1);
             }
@@ -208,7 +210,7 @@ impl Bench<'_> {
         let element = self.model.kind().elt_size_in_bytes() as i64;
         // The embedding is read a row at a time, unless it is the output projection too.
         let table = config.vocab_size * config.hidden_size;
-        let weights = config.parameter_count() - if config.tied_embeddings { 0 } else { table };
+        let weights = config.num_parameters() - if config.tied_embeddings { 0 } else { table };
         let context = (self.settings.prompt_tokens + self.settings.new_tokens / 2) as i64;
         let cached = 2 * config.num_layers * config.num_kv_heads * config.head_dim * context;
         let bytes = (element * (weights + cached)) as u64;

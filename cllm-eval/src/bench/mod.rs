@@ -5,11 +5,11 @@ mod measure;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
-use cllm_core::bench_results::{BenchFile, ModelFigures};
-use cllm_core::checkpoint::hub;
+use cllm_core::bench_results::{BenchRecord, BenchResults};
+use cllm_core::checkpoint::{self, hub};
 use cllm_core::cuda::libtorch;
 use cllm_core::decode::Strategy;
-use cllm_core::model::{KnownShape, Transformer};
+use cllm_core::model::{ModelPreset, Transformer};
 use cllm_core::prompt_set;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Error, Result, device, progress, settings};
@@ -28,7 +28,7 @@ pub struct BenchSettings {
     pub model: Option<String>,
     /// Random weights of a known shape instead of a model.
     #[garde(skip)]
-    pub shape: Option<KnownShape>,
+    pub shape: Option<ModelPreset>,
     /// What the model is called in the results; without it, the last part of its folder or its shape.
     #[garde(skip)]
     pub name: Option<String>,
@@ -101,9 +101,9 @@ impl Default for BenchSettings {
 }
 
 /// The file that is written.
-pub type DecodeBenchResults = BenchFile<ModelBench>;
+pub type DecodeBenchResults = BenchResults<ModelBench>;
 
-impl ModelFigures for ModelBench {
+impl BenchRecord for ModelBench {
     fn name(&self) -> &str {
         &self.name
     }
@@ -190,9 +190,11 @@ pub fn bench(settings: &BenchSettings) -> Result<DecodeBenchResults> {
         (Some(model), None) => {
             let folder = hub::locate(model)?;
             let name = folder.file_name().map_or(model.clone(), |name| name.to_string_lossy().into_owned());
-            (Transformer::load(&folder, place, kind)?, name, Some(Tokenizer::load(&folder)?))
+            (checkpoint::load(&folder, place, kind)?, name, Some(Tokenizer::load(&folder)?))
         }
-        (None, Some(shape)) => (Transformer::noise(shape.config(None)?, place, kind), shape.name().to_owned(), None),
+        (None, Some(shape)) => {
+            (Transformer::random_on_device(shape.config(None)?, place, kind), shape.name().to_owned(), None)
+        }
         _ => return Err(Error::usage("set either `model`, a folder or id, or `shape`: 135M, 1.7B or 7B")),
     };
     let mut results = DecodeBenchResults::open(&settings.output, place)?;
@@ -211,13 +213,13 @@ pub fn bench(settings: &BenchSettings) -> Result<DecodeBenchResults> {
     }
     found.transformers_ar_tokens_per_second = baseline;
     results.put(&settings.output, found)?;
-    progress::say(format!("wrote {}", settings.output.display()));
+    progress::log(format!("wrote {}", settings.output.display()));
     Ok(results)
 }
 
 /// The figures of a bench.
 pub fn summary(results: &DecodeBenchResults) -> String {
-    let mut text = format!("{}\n", results.hardware.line());
+    let mut text = format!("{}\n", results.hardware.summary());
     for model in &results.models {
         let baseline = model
             .transformers_ar_tokens_per_second

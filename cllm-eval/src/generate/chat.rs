@@ -4,11 +4,11 @@ use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
 use cllm_core::chat_template::Message;
-use cllm_core::checkpoint::hub;
+use cllm_core::checkpoint::{self, hub};
 use cllm_core::decode::{
     DecodeOptions, Decoder, Request, RunningAnswer, StopConditions, Strategy, check_fits_context, required_slots,
 };
-use cllm_core::model::{ModelConfig, Transformer};
+use cllm_core::model::Transformer;
 use cllm_core::prompt_set::Prompt;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Error, Result, device, interrupt, progress};
@@ -39,15 +39,15 @@ pub fn chat(how: &GenerateOptions) -> Result<()> {
     let device = device::parse(&how.device)?;
     let folder = hub::locate(&how.model)?;
     let tokenizer = Tokenizer::load(&folder)?;
-    let config = ModelConfig::load(&folder)?;
+    let config = checkpoint::load_config(&folder)?;
     let stop = how.stop_conditions(&tokenizer, &folder, &config)?;
-    let model = Transformer::load(&folder, device, device::default_kind(device))?;
+    let model = checkpoint::load(&folder, device, device::default_kind(device))?;
     let strategies = [Strategy::Ar, Strategy::Jacobi { n: how.n }];
     let options = strategies.map(|one| DecodeOptions::greedy(one, how.seed));
     let room = required_slots(1, &stop, strategies[1]).next_power_of_two();
     let decoders = decoders(&model, &stop, options, room)?;
     let mut talk = Talk { model: &model, tokenizer, stop, options, decoders, room };
-    progress::say(format!("{}: ask, or /help", how.model));
+    progress::log(format!("{}: ask, or /help", how.model));
     let mut editor = DefaultEditor::new().map_err(terminal)?;
     let mut history: Vec<Message> = Vec::new();
     loop {
@@ -60,7 +60,7 @@ pub fn chat(how: &GenerateOptions) -> Result<()> {
         match line.as_str() {
             "" => continue,
             "/quit" => return Ok(()),
-            "/help" => progress::say(HELP),
+            "/help" => progress::log(HELP),
             "/reset" => history.clear(),
             question => {
                 let _ = editor.add_history_entry(question);
@@ -70,14 +70,14 @@ pub fn chat(how: &GenerateOptions) -> Result<()> {
                     false => Prompt::Messages(history.clone()),
                 };
                 // One that came while nothing was in hand ends nothing.
-                interrupt::forgive();
+                interrupt::clear_sigint();
                 match talk.answer(&prompt) {
                     Ok(answer) => history.push(Message { role: "assistant".to_owned(), content: answer }),
-                    Err(Error::Interrupted(_)) if interrupt::forgive() => drop(history.pop()),
+                    Err(Error::Interrupted(_)) if interrupt::clear_sigint() => drop(history.pop()),
                     // The conversation may have outgrown the context.
                     Err(error @ Error::Usage(_)) => {
                         history.pop();
-                        progress::say(format!("{error}\n/reset begins anew"));
+                        progress::log(format!("{error}\n/reset begins anew"));
                     }
                     Err(error) => return Err(error),
                 }
@@ -134,7 +134,7 @@ struct Side<'t> {
 impl Talk<'_> {
     /// Shows both answers as they come, and returns the text of the left one.
     fn answer(&mut self, prompt: &Prompt) -> Result<String> {
-        let (_, prompt_ids) = self.tokenizer.prompt(prompt)?;
+        let (_, prompt_ids) = self.tokenizer.encode_prompt(prompt)?;
         let request = Request { sample_id: "chat".to_owned(), prompt_ids };
         check_fits_context(&request, &self.stop, self.model.config().max_positions)?;
         let needed = required_slots(request.prompt_ids.len(), &self.stop, self.options[1].strategy);
@@ -155,7 +155,7 @@ impl Talk<'_> {
         let rate = |side: &Side<'_>| ratio(side.ids.len() as f64, side.running.timing().decode_seconds);
         let faster = ratio(rate(&sides[1]), rate(&sides[0])).unwrap_or(0.0);
         let same = if sides[0].ids == sides[1].ids { "the same tokens" } else { "other tokens" };
-        progress::say(format!("on the right {same}, {faster:.2} times as fast without prefill"));
+        progress::log(format!("on the right {same}, {faster:.2} times as fast without prefill"));
         tokenizer.decode(&sides[0].ids)
     }
 }

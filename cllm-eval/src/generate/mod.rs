@@ -7,11 +7,11 @@ mod visible;
 use std::io::IsTerminal;
 use std::path::Path;
 
-use cllm_core::checkpoint::hub;
+use cllm_core::checkpoint::{self, hub};
 use cllm_core::decode::{
     Answer, DecodeOptions, Decoder, Request, StopConditions, Strategy, Timing, check_fits_context, required_slots,
 };
-use cllm_core::model::{ModelConfig, Transformer};
+use cllm_core::model::ModelConfig;
 use cllm_core::prompt_set::Prompt;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Error, Result, device, progress};
@@ -68,29 +68,29 @@ pub fn generate(prompt: &str, how: &GenerateOptions, show: bool) -> Result<Value
     let folder = hub::locate(&how.model)?;
     let tokenizer = Tokenizer::load(&folder)?;
     let asked = if how.raw { Prompt::Text(prompt.to_owned()) } else { Prompt::question(prompt) };
-    let (_, prompt_ids) = tokenizer.prompt(&asked)?;
-    let config = ModelConfig::load(&folder)?;
+    let (_, prompt_ids) = tokenizer.encode_prompt(&asked)?;
+    let config = checkpoint::load_config(&folder)?;
     let stop = how.stop_conditions(&tokenizer, &folder, &config)?;
     let requests = [Request { sample_id: "generate".to_owned(), prompt_ids }];
     check_fits_context(&requests[0], &stop, config.max_positions)?;
-    let model = Transformer::load(&folder, device, device::default_kind(device))?;
+    let model = checkpoint::load(&folder, device, device::default_kind(device))?;
     let jacobi = Strategy::Jacobi { n: how.n };
     let mut decoder = Decoder::new(&model, 1, required_slots(requests[0].prompt_ids.len(), &stop, jacobi))?;
     let mut runs = Vec::new();
     for strategy in [Strategy::Ar, jacobi] {
         let options = DecodeOptions::greedy(strategy, how.seed);
         if show {
-            progress::say(format!("{}:", strategy.to_string()));
+            progress::log(format!("{}:", strategy.to_string()));
         }
         let mut screen = Screen::new(&tokenizer, show);
         let mut watch = |_: usize, ids: &[i32]| screen.add(ids);
         decoder.answer(&requests, &stop, options, Some(&mut watch))?;
         screen.end()?;
         let (mut answers, timing) = decoder.answer(&requests, &stop, options, None)?;
-        let answer = answers.pop().ok_or_else(|| Error::usage("decoding gave no answer"))?;
+        let answer = answers.pop().ok_or_else(|| Error::internal("decoding gave no answer"))?;
         let run = describe(&tokenizer, strategy, &answer, timing)?;
         if show {
-            progress::say(line(&run));
+            progress::log(line(&run));
         }
         runs.push((answer, run));
     }
@@ -99,7 +99,7 @@ pub fn generate(prompt: &str, how: &GenerateOptions, show: bool) -> Result<Value
     let speedup = ratio(speed(1), speed(0));
     if show {
         let verdict = if equal { "the same" } else { "not the same" };
-        progress::say(format!("Jacobi gives {verdict} tokens, {:.2} times as fast", speedup.unwrap_or(0.0)));
+        progress::log(format!("Jacobi gives {verdict} tokens, {:.2} times as fast", speedup.unwrap_or(0.0)));
     }
     let runs: Vec<Value> = runs.into_iter().map(|(_, run)| run).collect();
     Ok(json!({ "schema_version": 1, "prompt": prompt, "equal": equal, "speedup": speedup, "strategies": runs }))
@@ -153,9 +153,13 @@ impl<'t> Screen<'t> {
         }
         match self.writer.push(ids) {
             Ok(piece) if self.colour => {
-                progress::show(&format!("{}{}{PLAIN}", COLOURS[self.forwards % COLOURS.len()], visible(&piece)));
+                progress::write_stderr(&format!(
+                    "{}{}{PLAIN}",
+                    COLOURS[self.forwards % COLOURS.len()],
+                    visible(&piece)
+                ));
             }
-            Ok(piece) => progress::show(&visible(&piece)),
+            Ok(piece) => progress::write_stderr(&visible(&piece)),
             Err(error) => self.failure = Some(error),
         }
         self.forwards += 1;
@@ -166,7 +170,7 @@ impl<'t> Screen<'t> {
             return Err(error);
         }
         if self.show {
-            progress::show(&format!("{}\n", visible(&self.writer.finish()?)));
+            progress::write_stderr(&format!("{}\n", visible(&self.writer.finish()?)));
         }
         Ok(())
     }

@@ -59,7 +59,7 @@ impl Card {
             own,
             found.tokens_per_forward_finished.map(|tpf| format!("{tpf:.2} tokens per forward in answers that ended")),
             Some(unfinished(results, role, found)),
-            Some(results.hardware.line()),
+            Some(results.hardware.summary()),
         ];
         Some(Card { title, figure, caption, lines: lines.into_iter().flatten().collect() })
     }

@@ -42,7 +42,7 @@ impl Example {
     /// Of the examples whose forwards' texts were kept, the first that somebody answered right; the first, where nobody did.
     pub(super) fn of(records: &Records) -> Option<Self> {
         let with_pieces = || records.answers.iter().filter(|answer| answer.forward_texts.is_some());
-        let right = with_pieces().filter(|answer| answer.verdict == Verdict::Right).map(|answer| answer.index).min();
+        let right = with_pieces().filter(|answer| answer.verdict == Verdict::Correct).map(|answer| answer.index).min();
         let index = right.or_else(|| with_pieces().map(|answer| answer.index).min())?;
         let chosen: Vec<&AnswerRecord> = with_pieces().filter(|answer| answer.index == index).collect();
         let first = chosen.first()?;

@@ -64,7 +64,7 @@ impl Section {
             columns: found.iter().map(|(role, strategy)| format!("{} {}", role.name(), strategy.label)).collect(),
             figures: figures(&found),
             models: models().map(named).collect(),
-            hardware: results.hardware.line(),
+            hardware: results.hardware.summary(),
             toolkit: format!(
                 "cllm {}, libtorch {}",
                 results.toolkit.version,

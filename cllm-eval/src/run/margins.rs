@@ -45,8 +45,8 @@ fn margin(model: &Transformer, ids: &[i32]) -> Result<f64> {
     let place = model.device();
     let tokens = Tensor::from_slice(ids).to_kind(Kind::Int64).to_device(place).unsqueeze(0);
     let positions = Tensor::arange(ids.len() as i64, (Kind::Int64, place)).unsqueeze(0);
-    let last = model.hidden(&tokens, &positions).select(1, -1);
-    let (best, _) = model.logits(&last)?.topk(2, -1, true, true);
+    let last = model.forward(&tokens, &positions).select(1, -1);
+    let (best, _) = model.compute_logits(&last)?.topk(2, -1, true, true);
     Ok(best.double_value(&[0, 0]) - best.double_value(&[0, 1]))
 }
 
@@ -75,7 +75,7 @@ mod tests {
         // One pass over the whole answer shows the logits after every prefix of it.
         let tokens = Tensor::from_slice(&ids).to_kind(Kind::Int64).unsqueeze(0);
         let positions = Tensor::arange(ids.len() as i64, (Kind::Int64, Device::Cpu)).unsqueeze(0);
-        let logits = tch::no_grad(|| model.logits(&model.hidden(&tokens, &positions))).unwrap();
+        let logits = tch::no_grad(|| model.compute_logits(&model.forward(&tokens, &positions))).unwrap();
         for end in 3..ids.len() {
             let mut row: Vec<f64> = Vec::try_from(logits.get(0).get(end as i64 - 1).to_kind(Kind::Double)).unwrap();
             let chosen = row[ids[end] as usize];

@@ -1,6 +1,6 @@
 //! Runs models on examples: batched for accuracy, one by one for speed.
 
-use cllm_core::checkpoint::hub;
+use cllm_core::checkpoint::{self, hub};
 use cllm_core::cuda::libtorch;
 use cllm_core::decode::{
     DecodeOptions, Decoder, Request, StopConditions, Strategy, check_fits_context, required_slots,
@@ -8,7 +8,7 @@ use cllm_core::decode::{
 use cllm_core::model::Transformer;
 use cllm_core::progress::Progress;
 use cllm_core::prompt_set::Sample;
-use cllm_core::task::{Judge, Task, Verdict};
+use cllm_core::task::{ScoreContext, Task, Verdict};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Error, Result, device, interrupt, model};
 use rayon::prelude::*;
@@ -56,13 +56,13 @@ impl Prompts {
     /// When a file of the tokenizer is missing or broken, its template refuses a prompt, or a prompt does not fit the context.
     pub fn render(folder: &Path, samples: &[Sample], settings: &RunSettings) -> Result<Self> {
         let tokenizer = Tokenizer::load(folder)?;
-        let config = model::ModelConfig::load(folder)?;
+        let config = checkpoint::load_config(folder)?;
         let eos_ids = eos_ids(settings.eos_ids.as_deref(), &tokenizer, folder, &config)?;
         let stop = StopConditions { max_new_tokens: settings.max_new_tokens, eos_ids };
         let each = samples
             .iter()
             .map(|sample| {
-                let (text, prompt_ids) = tokenizer.prompt(&sample.prompt)?;
+                let (text, prompt_ids) = tokenizer.encode_prompt(&sample.prompt)?;
                 let request = Request { sample_id: sample.id.clone(), prompt_ids };
                 // The answer to the first turn is still to come into the prompt of the second.
                 let turns = if mt_bench_turns::is_second(sample) { 2 } else { 1 };
@@ -99,13 +99,13 @@ pub fn eos_ids(
 /// When there is no such model.
 pub fn identify(role: Role, name: &str) -> Result<(PathBuf, ModelEntry)> {
     let folder = hub::locate(name)?;
-    let config = model::ModelConfig::load(&folder)?;
-    cllm_core::checkpoint::check(&folder)?;
+    let config = checkpoint::load_config(&folder)?;
+    checkpoint::check(&folder)?;
     let entry = ModelEntry {
         role,
         path: folder.display().to_string(),
-        fingerprint: cllm_core::checkpoint::fingerprint(&folder)?,
-        parameters: config.parameter_count(),
+        fingerprint: checkpoint::fingerprint(&folder)?,
+        parameters: config.num_parameters(),
     };
     Ok((folder, entry))
 }
@@ -117,7 +117,7 @@ impl Subject {
     /// When a file of the model is missing or broken.
     pub fn load(role: Role, folder: &Path, prompts: Prompts, device: Device) -> Result<Self> {
         let others = libtorch::gpu_memory(device).map_or(0, |(current, _)| current);
-        let model = Transformer::load(folder, device, device::default_kind(device))?;
+        let model = checkpoint::load(folder, device, device::default_kind(device))?;
         Ok(Subject { role, model: Rc::new(model), draft_model: None, prompts, others, speed_peaks: Vec::new() })
     }
 
@@ -136,7 +136,7 @@ impl Subject {
             let index = first.index + 1;
             let Some(sample) = samples.get(index).filter(|sample| mt_bench_turns::is_second(sample)) else { continue };
             let (text, prompt_ids) =
-                self.prompts.tokenizer.prompt(&mt_bench_turns::conversation(sample, &first.text)?)?;
+                self.prompts.tokenizer.encode_prompt(&mt_bench_turns::conversation(sample, &first.text)?)?;
             self.prompts.each[index] = (text, Request { sample_id: sample.id.clone(), prompt_ids });
         }
         Ok(())
@@ -151,7 +151,7 @@ impl Subject {
         samples: &[Sample],
         strategy: Strategy,
         settings: &RunSettings,
-        (task, by): (Task, Judge<'_>),
+        (task, by): (Task, ScoreContext<'_>),
         records: &mut Records,
         journal: &mut Journal,
     ) -> Result<()> {
@@ -181,7 +181,7 @@ impl Subject {
         samples: &[Sample],
         strategy: Strategy,
         settings: &RunSettings,
-        scoring: (Task, Judge<'_>),
+        scoring: (Task, ScoreContext<'_>),
         (records, journal, progress): (&mut Records, &mut Journal, &mut Progress),
     ) -> Result<()> {
         if open.is_empty() {
@@ -221,7 +221,7 @@ impl Subject {
         batch: &[usize],
         strategy: Strategy,
         settings: &RunSettings,
-        (task, by): (Task, Judge<'_>),
+        (task, by): (Task, ScoreContext<'_>),
     ) -> Result<Vec<AnswerRecord>> {
         let device = self.model.device();
         let requests: Vec<_> = batch.iter().map(|&index| self.prompts.each[index].1.clone()).collect();
@@ -297,7 +297,7 @@ impl Subject {
         let request = std::slice::from_ref(&self.prompts.each[index].1);
         let options = options(strategy, settings);
         let (answers, timing) = decoder.answer(request, &self.prompts.stop, options, None)?;
-        let answer = answers.first().ok_or_else(|| Error::usage("decoding gave no answer"))?;
+        let answer = answers.first().ok_or_else(|| Error::internal("decoding gave no answer"))?;
         Ok(SpeedRecord {
             role: self.role,
             strategy,

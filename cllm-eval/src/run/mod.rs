@@ -10,7 +10,7 @@ use std::rc::Rc;
 use cllm_core::decode::Strategy;
 use cllm_core::environment::{Hardware, Toolkit};
 use cllm_core::prompt_set::{self, Sample};
-use cllm_core::task::{Judge, Task, synthetic};
+use cllm_core::task::{ScoreContext, Task, synthetic};
 use cllm_core::{Error, Result, atomic_file, device, fingerprint, progress, settings};
 use tch::Device;
 
@@ -45,7 +45,7 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
     let device = device::parse(&settings.device)?;
     let Examples { task, split, samples } = examples(settings)?;
     let sandbox = score::sandbox(task, settings.execute_code, "set `execute_code=true`")?;
-    let judge = Judge { data: settings.data.as_deref(), sandbox: sandbox.as_ref() };
+    let judge = ScoreContext { data: settings.data.as_deref(), sandbox: sandbox.as_ref() };
     expect_scorable(settings, task, judge, &samples)?;
     let found: Vec<(PathBuf, ModelEntry)> =
         named.iter().map(|&(role, name)| identify(role, name)).collect::<Result<_>>()?;
@@ -58,8 +58,8 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
         benchmark: task,
         split,
         examples: samples.len(),
-        hardware: Hardware::of(device),
-        toolkit: Toolkit::this(),
+        hardware: Hardware::detect(device),
+        toolkit: Toolkit::current(),
         sandbox: sandbox.as_ref().map(|sandbox| sandbox.layers().to_vec()),
         models,
         settings: used.clone(),
@@ -85,7 +85,7 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
     }
     let results = Results::of(&records);
     atomic_file::write_json(&output.join(RESULTS), &results)?;
-    progress::say(format!("wrote {}", output.join(RESULTS).display()));
+    progress::log(format!("wrote {}", output.join(RESULTS).display()));
     Ok(results)
 }
 
@@ -132,7 +132,7 @@ impl Measurement<'_> {
     fn answer(
         &self,
         prompts: Vec<Prompts>,
-        scoring: (Task, Judge<'_>),
+        scoring: (Task, ScoreContext<'_>),
         records: &mut Records,
         journal: &mut Journal,
     ) -> Result<()> {
@@ -163,7 +163,7 @@ impl Measurement<'_> {
         subject: &mut Subject,
         strategies: &[Strategy],
         timed: &[usize],
-        scoring: (Task, Judge<'_>),
+        scoring: (Task, ScoreContext<'_>),
         records: &mut Records,
         journal: &mut Journal,
     ) -> Result<()> {
@@ -215,7 +215,7 @@ fn examples(settings: &RunSettings) -> Result<Examples> {
         Some(path) => prompt_set::read(path)?,
         None if task == Task::Synthetic => synthetic::generate(*seed, split, *num_problems),
         None => {
-            let needed = || Error::usage(format!("{} needs `data`: {}", task.name(), task.needs()));
+            let needed = || Error::usage(format!("{} needs `data`: {}", task.name(), task.expected_data()));
             task.load(data.as_deref().ok_or_else(needed)?, split)?
         }
     };
@@ -241,10 +241,10 @@ fn examples(settings: &RunSettings) -> Result<Examples> {
 }
 
 /// Refuses what could not be scored, by its row where it comes from a file of the user's own.
-fn expect_scorable(settings: &RunSettings, task: Task, judge: Judge<'_>, samples: &[Sample]) -> Result<()> {
+fn expect_scorable(settings: &RunSettings, task: Task, judge: ScoreContext<'_>, samples: &[Sample]) -> Result<()> {
     let file = settings.prompts.as_ref().or(settings.data.as_ref()).filter(|_| task == Task::Jsonl);
     samples.iter().enumerate().try_for_each(|(index, sample)| {
-        task.expect_data(judge, sample).map_err(|error| match file {
+        task.check_scorable(judge, sample).map_err(|error| match file {
             Some(path) => Error::file(path, format!("row {}: {error}", index + 1)),
             None => error,
         })
@@ -254,7 +254,7 @@ fn expect_scorable(settings: &RunSettings, task: Task, judge: Judge<'_>, samples
 /// Benchmark and split as the sources of a file's prompts name them. They must agree with one another and with the
 /// settings: answers scored by another task than their own would look wrong, or right, for nothing.
 fn told_by_sources(path: &Path, settings: &RunSettings, first: &Sample, samples: &[Sample]) -> Result<(Task, String)> {
-    let task = settings.benchmark.unwrap_or(Task::of_source(&first.source));
+    let task = settings.benchmark.unwrap_or(Task::from_source(&first.source));
     let split_of =
         |sample: &Sample| sample.source.split_once('/').map_or(sample.source.clone(), |(_, split)| split.into());
     let (split, mut mixed): (String, _) = (settings.split.clone().unwrap_or_else(|| split_of(first)), false);
@@ -263,7 +263,7 @@ fn told_by_sources(path: &Path, settings: &RunSettings, first: &Sample, samples:
             let (row, Sample { id, source, .. }) = (index + 1, sample);
             Err(Error::file(path, format!("row {row}, `{id}`: its source is `{source}`, {wanted}: {advice}")))
         };
-        if Task::of_source(&sample.source) != task {
+        if Task::from_source(&sample.source) != task {
             let wanted = match settings.benchmark {
                 Some(_) => format!("but `benchmark` is {}", task.name()),
                 None => format!("but row 1 is of {}", task.name()),
@@ -285,5 +285,5 @@ fn identity(settings: &RunSettings, models: &[ModelEntry], samples: &[Sample]) -
     let settings = RunSettings { output: PathBuf::new(), ..settings.clone() };
     let text = serde_json::to_vec(&(settings, models, samples))
         .map_err(|error| Error::usage(format!("settings and prompts as JSON: {error}")))?;
-    Ok(fingerprint::of_bytes(&text))
+    Ok(fingerprint::hash_bytes(&text))
 }

@@ -6,7 +6,8 @@
 use std::collections::HashSet;
 use std::path::Path;
 
-use cllm_core::model::{self, Transformer};
+use cllm_core::checkpoint;
+use cllm_core::model::Transformer;
 use cllm_core::progress::Progress;
 use cllm_core::prompt_set::Sample;
 use cllm_core::tokenizer::Tokenizer;
@@ -92,9 +93,9 @@ impl Texts {
     /// When a file of the tokenizer is missing or broken, or no text has two tokens.
     pub fn tokenize(folder: &Path, samples: &[Sample]) -> Result<Self> {
         let tokenizer = Tokenizer::load(folder)?;
-        let window = WINDOW.min(model::ModelConfig::load(folder)?.max_positions);
+        let window = WINDOW.min(checkpoint::load_config(folder)?.max_positions);
         let each: Vec<Vec<i32>> =
-            samples.iter().map(|sample| Ok(tokenizer.prompt(&sample.prompt)?.1)).collect::<Result<_>>()?;
+            samples.iter().map(|sample| Ok(tokenizer.encode_prompt(&sample.prompt)?.1)).collect::<Result<_>>()?;
         if window < 2 || each.iter().all(|ids| ids.len() < 2) {
             let folder = folder.display();
             return Err(Error::usage(format!(
@@ -133,7 +134,7 @@ pub fn measure(
     if done.len() == all.len() {
         return Ok(());
     }
-    let model = Transformer::load(folder, device, device::default_kind(device))?;
+    let model = checkpoint::load(folder, device, device::default_kind(device))?;
     let title = format!("{} perplexity", role.name());
     let mut progress = Progress::new(&title, done.len() as u64, all.len() as u64);
     for (index, window) in all.into_iter().filter(|(index, window)| !done.contains(&(*index, window.start))) {
@@ -160,12 +161,12 @@ fn negative_log_likelihood(model: &Transformer, ids: &[i32], scored: usize) -> R
     let _no_grad = tch::no_grad_guard();
     let tokens = Tensor::from_slice(ids).to_kind(Kind::Int64).to_device(model.device());
     let positions = Tensor::arange(ids.len() as i64, (Kind::Int64, model.device()));
-    let hidden = model.hidden(&tokens.unsqueeze(0), &positions.unsqueeze(0)).squeeze_dim(0);
+    let hidden = model.forward(&tokens.unsqueeze(0), &positions.unsqueeze(0)).squeeze_dim(0);
     let mut sum = 0.0;
     for start in (ids.len() - scored..ids.len()).step_by(PLACES) {
         let (start, places) = (start as i64, PLACES.min(ids.len() - start) as i64);
         // A place's logits are about the token after it.
-        let logits = model.logits(&hidden.narrow(0, start - 1, places))?;
+        let logits = model.compute_logits(&hidden.narrow(0, start - 1, places))?;
         let targets = tokens.narrow(0, start, places).unsqueeze(1);
         let likelihoods = logits.log_softmax(-1, Kind::Float).gather(1, &targets, false);
         sum -= likelihoods.sum(Kind::Double).double_value(&[]);
@@ -213,7 +214,7 @@ mod tests {
         let mut by_hand = 0.0;
         let tokens = Tensor::from_slice(&ids).to_kind(Kind::Int64).unsqueeze(0);
         let positions = Tensor::arange(600, (Kind::Int64, Device::Cpu)).unsqueeze(0);
-        let logits = tch::no_grad(|| model.logits(&model.hidden(&tokens, &positions))).unwrap().squeeze_dim(0);
+        let logits = tch::no_grad(|| model.compute_logits(&model.forward(&tokens, &positions))).unwrap().squeeze_dim(0);
         for place in 600 - scored..600 {
             let row: Vec<f64> = Vec::try_from(logits.get(place as i64 - 1).to_kind(Kind::Double)).unwrap();
             let total: f64 = row.iter().map(|logit| logit.exp()).sum();
@@ -231,7 +232,7 @@ mod tests {
     #[test]
     fn a_model_that_knows_nothing_has_the_perplexity_of_its_vocabulary() {
         let model = model(3);
-        let head = model.parameters().into_iter().find(|(name, _)| name == "lm_head.weight").unwrap().1;
+        let head = model.named_parameters().into_iter().find(|(name, _)| name == "lm_head.weight").unwrap().1;
         let _ = tch::no_grad(|| head.shallow_clone().zero_());
         let record =
             |start, tokens, nll| WindowRecord { role: Role::Teacher, index: 0, id: "a".into(), start, tokens, nll };

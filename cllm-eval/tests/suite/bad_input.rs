@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::json;
 
 use crate::made_up::{model, records};
-use cllm_testing::programs::{Program, damaged_models, path, unwritable};
+use cllm_testing::programs::{Program, damaged_models, path, unwritable_path};
 
 const EVAL: Program = Program("cllm-eval");
 
@@ -25,13 +25,13 @@ fn every_damaged_model_is_named_before_anything_is_answered() {
     model(&good, 1);
     let whole = good.display().to_string();
     for (damaged, parts) in damaged_models(&good, dir.path()) {
-        EVAL.refuse(&short(&damaged, &whole, &output), 2, &parts);
+        EVAL.fail(&short(&damaged, &whole, &output), 2, &parts);
         // A student that cannot be read ends the run before the teacher has worked for hours.
-        EVAL.refuse(&short(&whole, &damaged, &output), 2, &parts);
-        EVAL.refuse(&["generate", "2 + 2?", "--device", "cpu", "--model", &damaged], 2, &parts);
+        EVAL.fail(&short(&whole, &damaged, &output), 2, &parts);
+        EVAL.fail(&["generate", "2 + 2?", "--device", "cpu", "--model", &damaged], 2, &parts);
         assert!(!Path::new(&output).exists(), "{damaged}");
     }
-    EVAL.refuse(&short("no/such/model", &whole, &output), 2, &["no/such/model", "no such"]);
+    EVAL.fail(&short("no/such/model", &whole, &output), 2, &["no/such/model", "no such"]);
 }
 
 #[test]
@@ -42,19 +42,19 @@ fn a_prompt_longer_than_the_context_is_named_before_anything_is_answered() {
     let row = |id: &str, text: &str| json!({ "id": id, "source": "jsonl/test", "prompt": text }).to_string() + "\n";
     fs::write(&prompts, row("short", "3+4") + &row("long", &"apples ".repeat(400))).unwrap();
     let arguments = [&short(&good, &good, &output)[..], &[format!("prompts={prompts}")]].concat();
-    EVAL.refuse(&arguments, 2, &["sample `long`", "context of 1024", "leave the sample out"]);
+    EVAL.fail(&arguments, 2, &["sample `long`", "context of 1024", "leave the sample out"]);
     let given = |key: &str| [&short(&good, &good, &output)[..], &[key.to_owned()]].concat();
-    EVAL.refuse(&given("max_new_tokens=18446744073709551615"), 2, &["context of 1024", "lower max_new_tokens"]);
-    EVAL.refuse(&given("eos_ids=[999]"), 2, &["eos_ids: 999", "300"]);
-    EVAL.refuse(&given("prompts=no/such.jsonl"), 2, &["no/such.jsonl", "check the path"]);
-    EVAL.refuse(&given("benchmark=gsm8k"), 2, &["gsm8k needs `data`", "test.jsonl"]);
+    EVAL.fail(&given("max_new_tokens=18446744073709551615"), 2, &["context of 1024", "lower max_new_tokens"]);
+    EVAL.fail(&given("eos_ids=[999]"), 2, &["eos_ids: 999", "300"]);
+    EVAL.fail(&given("prompts=no/such.jsonl"), 2, &["no/such.jsonl", "there is no such file"]);
+    EVAL.fail(&given("benchmark=gsm8k"), 2, &["gsm8k needs `data`", "test.jsonl"]);
     assert!(!Path::new(&output).exists());
     let long = "apples ".repeat(400);
-    EVAL.refuse(&["generate", &long, "--device", "cpu", "--model", &good], 2, &["context of 1024"]);
+    EVAL.fail(&["generate", &long, "--device", "cpu", "--model", &good], 2, &["context of 1024"]);
     for bad in [["--n", "1"], ["--n", "1000000000000"], ["--max-new-tokens", "0"]] {
-        EVAL.refuse(&["generate", "2 + 2?", "--model", &good, bad[0], bad[1]], 2, &[bad[0]]);
+        EVAL.fail(&["generate", "2 + 2?", "--model", &good, bad[0], bad[1]], 2, &[bad[0]]);
     }
-    EVAL.refuse(
+    EVAL.fail(
         &["generate", "2 + 2?", "--device", "cpu", "--model", &good, "--max-new-tokens", "18446744073709551615"],
         2,
         &["context of 1024"],
@@ -66,31 +66,31 @@ fn bad_settings_are_named_with_file_line_and_value() {
     let dir = tempfile::tempdir().unwrap();
     let file = path(dir.path(), "run.yaml");
     fs::write(&file, "teacher: x\nstudnet: y\n").unwrap();
-    EVAL.refuse(&["run", "-c", &file], 2, &["run.yaml", "line 2", "did you mean `student`"]);
+    EVAL.fail(&["run", "-c", &file], 2, &["run.yaml", "line 2", "did you mean `student`"]);
     fs::write(&file, "teacher: x\nnum_problems: 0\n").unwrap();
-    EVAL.refuse(&["run", "-c", &file], 2, &["run.yaml, line 2: num_problems=0: lower than 1"]);
-    EVAL.refuse(&["run", "teacher=x", "batch_size=0"], 2, &["override `batch_size=0`: batch_size=0: lower than 1"]);
-    EVAL.refuse(&["run"], 2, &["nothing to evaluate", "`teacher`"]);
+    EVAL.fail(&["run", "-c", &file], 2, &["run.yaml, line 2: num_problems=0: lower than 1"]);
+    EVAL.fail(&["run", "teacher=x", "batch_size=0"], 2, &["override `batch_size=0`: batch_size=0: lower than 1"]);
+    EVAL.fail(&["run"], 2, &["nothing to evaluate", "`teacher`"]);
 }
 
 #[test]
 fn devices_and_places_that_are_not_there_are_3() {
     let dir = tempfile::tempdir().unwrap();
-    let (good, output) = (path(dir.path(), "good"), unwritable(dir.path()));
+    let (good, output) = (path(dir.path(), "good"), unwritable_path(dir.path()));
     model(Path::new(&good), 1);
-    let said = ["/file", "cannot be written", "choose another place"];
-    EVAL.refuse(&short(&good, &good, &output), 3, &said);
-    EVAL.refuse(&[&short(&good, &good, &output)[..], &["device=cuda:4096".to_owned()]].concat(), 3, &["`cuda:4096`"]);
-    EVAL.refuse(&[&short(&good, &good, &output)[..], &["device=gpu".to_owned()]].concat(), 2, &["`gpu` is unknown"]);
-    EVAL.refuse(&["generate", "x", "--model", &good, "--device", "cuda:4096"], 3, &["`cuda:4096`"]);
+    let said = ["/file", "cannot be written", "choose another path"];
+    EVAL.fail(&short(&good, &good, &output), 3, &said);
+    EVAL.fail(&[&short(&good, &good, &output)[..], &["device=cuda:4096".to_owned()]].concat(), 3, &["`cuda:4096`"]);
+    EVAL.fail(&[&short(&good, &good, &output)[..], &["device=gpu".to_owned()]].concat(), 2, &["`gpu` is unknown"]);
+    EVAL.fail(&["generate", "x", "--model", &good, "--device", "cuda:4096"], 3, &["`cuda:4096`"]);
     let run = dir.path().join("run");
     fs::create_dir(&run).unwrap();
     records().write(&run.join("samples.jsonl")).unwrap();
     let run = run.display().to_string();
     EVAL.succeed(&["score", &run]);
-    EVAL.refuse(&["report", &run, "--output", &output], 3, &said);
+    EVAL.fail(&["report", &run, "--output", &output], 3, &said);
     for arguments in [&["ls"][..], &["doctor", "--json"], &["completions", "bash"], &["score", &run, "--json"]] {
-        EVAL.fill_stdout(arguments);
+        EVAL.fail_on_full_stdout(arguments);
     }
 }
 
@@ -99,17 +99,17 @@ fn records_that_are_missing_or_cut_are_named() {
     let dir = tempfile::tempdir().unwrap();
     let run = dir.path().display().to_string();
     let samples = dir.path().join("samples.jsonl");
-    EVAL.refuse(&["score", &run], 2, &["samples.jsonl", "check the path"]);
-    EVAL.refuse(&["report", &run], 2, &["results.json", "check the path"]);
+    EVAL.fail(&["score", &run], 2, &["samples.jsonl", "there is no such file"]);
+    EVAL.fail(&["report", &run], 2, &["results.json", "there is no such file"]);
     records().write(&samples).unwrap();
     EVAL.succeed(&["score", &run]);
     for name in ["samples.jsonl", "results.json"] {
         let file = dir.path().join(name);
         let whole = fs::read(&file).unwrap();
         fs::write(&file, &whole[..whole.len() / 2]).unwrap();
-        EVAL.refuse(&["report", &run], 2, &[name]);
+        EVAL.fail(&["report", &run], 2, &[name]);
         if name == "samples.jsonl" {
-            EVAL.refuse(&["score", &run], 2, &["samples.jsonl", "line ", "is not a record"]);
+            EVAL.fail(&["score", &run], 2, &["samples.jsonl", "line ", "is not a record"]);
         }
         assert_eq!(fs::read(&file).unwrap(), &whole[..whole.len() / 2], "{name} is left as it was");
         fs::write(&file, &whole).unwrap();

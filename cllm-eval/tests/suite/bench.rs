@@ -89,7 +89,7 @@ fn settings_that_do_not_fit_and_files_of_other_machines_are_refused() {
     let (one, file) = (format!("model={}", path(dir.path(), "one")), path(dir.path(), "bench.json"));
     let output = format!("output={file}");
     let refused = |arguments: &[&str], word: &str| {
-        EVAL.refuse(&[BENCH, &[&output], arguments].concat(), 2, &[word]);
+        EVAL.fail(&[BENCH, &[&output], arguments].concat(), 2, &[word]);
     };
     refused(&[], "`shape`");
     refused(&[&one, "shape=135M"], "`shape`");

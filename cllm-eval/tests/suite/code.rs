@@ -6,7 +6,7 @@ use std::process::Stdio;
 
 use cllm_core::prompt_set::{Prompt, Sample};
 use cllm_core::sandbox::{Limits, Sandbox};
-use cllm_core::task::{Judge, Task, Verdict};
+use cllm_core::task::{ScoreContext, Task, Verdict};
 use cllm_core::trajectory::FinishReason;
 use cllm_eval::records::Records;
 use rayon::prelude::*;
@@ -19,13 +19,13 @@ use cllm_testing::programs::{Program, path};
 const EVAL: Program = Program("cllm-eval");
 
 fn sandbox() -> Sandbox {
-    Sandbox::launched_by(Path::new(env!("CARGO_BIN_EXE_cllm-eval")), Limits::default()).unwrap()
+    Sandbox::with_launcher(Path::new(env!("CARGO_BIN_EXE_cllm-eval")), Limits::default()).unwrap()
 }
 
 fn judge(task: Task, sandbox: &Sandbox, sample: &Sample, answer: &str) -> Verdict {
-    let by = Judge { data: None, sandbox: Some(sandbox) };
-    task.expect_data(by, sample).unwrap();
-    task.judge(by, sample, answer, FinishReason::Eos).unwrap()
+    let by = ScoreContext { data: None, sandbox: Some(sandbox) };
+    task.check_scorable(by, sample).unwrap();
+    task.score(by, sample, answer, FinishReason::Eos).unwrap()
 }
 
 /// A problem in the form of HumanEval.
@@ -87,7 +87,7 @@ fn verdicts_are_those_of_the_official_evaluator() {
     let wrong: Vec<_> = RECORDED
         .par_iter()
         .filter(|(answer, passes)| {
-            let wanted = if *passes { Verdict::Right } else { Verdict::Wrong };
+            let wanted = if *passes { Verdict::Correct } else { Verdict::Incorrect };
             judge(Task::Humaneval, &sandbox, &sample, answer) != wanted
         })
         .collect();
@@ -99,19 +99,19 @@ fn a_chat_answer_is_scored_by_the_code_in_it() {
     let (_alone, sandbox, sample) = (alone(), sandbox(), largest());
     let whole = "def largest(numbers: List[int]) -> int:\n    return max(numbers, default=0)\n";
     for (answer, verdict) in [
-        (format!("Here it is:\n```python\n{whole}```\nIt returns the largest."), Verdict::Right),
-        (format!("```python\nlargest([1])\n```\n```python\n{whole}```"), Verdict::Right),
-        (whole.to_owned(), Verdict::Right),
-        (format!("It is:\n{whole}"), Verdict::Wrong),
-        (format!("```python\n{}```", whole.replace("default=0", "default=1")), Verdict::Wrong),
+        (format!("Here it is:\n```python\n{whole}```\nIt returns the largest."), Verdict::Correct),
+        (format!("```python\nlargest([1])\n```\n```python\n{whole}```"), Verdict::Correct),
+        (whole.to_owned(), Verdict::Correct),
+        (format!("It is:\n{whole}"), Verdict::Incorrect),
+        (format!("```python\n{}```", whole.replace("default=0", "default=1")), Verdict::Incorrect),
     ] {
         assert_eq!(judge(Task::Humaneval, &sandbox, &sample, &answer), verdict, "{answer}");
     }
-    let by = Judge { data: None, sandbox: Some(&sandbox) };
-    let cut = Task::Humaneval.judge(by, &sample, whole, FinishReason::Length).unwrap();
-    assert_eq!(cut, Verdict::Wrong);
+    let by = ScoreContext { data: None, sandbox: Some(&sandbox) };
+    let cut = Task::Humaneval.score(by, &sample, whole, FinishReason::Length).unwrap();
+    assert_eq!(cut, Verdict::Incorrect);
     let old = Sample { meta: Some(json!({ "task_id": "T/0", "entry_point": "largest", "test": "" })), ..sample };
-    let error = Task::Humaneval.expect_data(by, &old).unwrap_err().to_string();
+    let error = Task::Humaneval.check_scorable(by, &old).unwrap_err().to_string();
     assert!(error.contains("`T/0`") && error.contains("`prompt`") && error.contains("cllm-data prepare"), "{error}");
 }
 
@@ -127,12 +127,12 @@ fn mbpp_asks_for_every_assertion() {
             "test_list": ["assert root(9) == 3", "assert math.isclose(root(2), math.sqrt(2))"] })),
     };
     for (answer, verdict) in [
-        ("def root(x):\n    return x ** 0.5", Verdict::Right),
-        ("```python\ndef root(x):\n    return x ** 0.5\n```", Verdict::Right),
-        ("def root(x):\n    return 3", Verdict::Wrong),
-        ("def square_root(x):\n    return x ** 0.5", Verdict::Wrong),
-        ("raise SystemExit(0)", Verdict::Wrong),
-        ("", Verdict::Wrong),
+        ("def root(x):\n    return x ** 0.5", Verdict::Correct),
+        ("```python\ndef root(x):\n    return x ** 0.5\n```", Verdict::Correct),
+        ("def root(x):\n    return 3", Verdict::Incorrect),
+        ("def square_root(x):\n    return x ** 0.5", Verdict::Incorrect),
+        ("raise SystemExit(0)", Verdict::Incorrect),
+        ("", Verdict::Incorrect),
     ] {
         assert_eq!(judge(Task::Mbpp, &sandbox, &sample, answer), verdict, "{answer}");
     }
@@ -157,12 +157,12 @@ fn every_real_reference_passes_its_own_tests() {
             // HumanEval's own solutions are continuations too.
             let rest = meta["prompt"].as_str().and_then(|prompt| reference.strip_prefix(prompt)).unwrap_or(reference);
             let answers = [rest.to_owned(), format!("Sure:\n```python\n{reference}\n```")];
-            answers.iter().all(|answer| judge(task, &sandbox, sample, answer) == Verdict::Right)
+            answers.iter().all(|answer| judge(task, &sandbox, sample, answer) == Verdict::Correct)
         };
         let failed: Vec<&str> = samples.par_iter().filter(|&s| !passes(s)).map(|s| s.id.as_str()).collect();
         assert!(failed.is_empty(), "{failed:?}");
         // A wrong answer to the same tests is told from a right one.
-        let nothing = samples.par_iter().filter(|&s| judge(task, &sandbox, s, "    return None\n") == Verdict::Right);
+        let nothing = samples.par_iter().filter(|&s| judge(task, &sandbox, s, "    return None\n") == Verdict::Correct);
         assert_eq!(nothing.count(), 0);
     }
 }
@@ -176,7 +176,7 @@ fn answered(folder: &Path, right: &str, wrong: &str) -> String {
     for answer in &mut made.answers {
         let sample = largest();
         (answer.source, answer.meta) = (sample.source, sample.meta);
-        answer.text = if answer.verdict == Verdict::Right { right } else { wrong }.to_owned();
+        answer.text = if answer.verdict == Verdict::Correct { right } else { wrong }.to_owned();
         answer.verdict = Verdict::Unscored;
     }
     made.write(&Path::new(&run).join("samples.jsonl")).unwrap();
@@ -227,7 +227,7 @@ fn a_run_scores_code_where_its_settings_say_so() {
         let fixed = ["run", "strategies=[ar]", "max_new_tokens=5", "num_speed_examples=0", "device=cpu"];
         let asked = format!("execute_code={execute}");
         let said = EVAL.succeed(&[&fixed.map(str::to_owned)[..], &given, &[asked]].concat()).stderr;
-        assert_eq!(verdicts(&output), [if execute { Verdict::Wrong } else { Verdict::Unscored }]);
+        assert_eq!(verdicts(&output), [if execute { Verdict::Incorrect } else { Verdict::Unscored }]);
         assert_eq!(said.contains("execute_code=true"), !execute, "{said}");
         assert_eq!(results(&output)["sandbox"].is_array(), execute);
     }
@@ -246,7 +246,7 @@ fn a_signal_ends_running_answers_and_nothing_stays() {
             .count()
     };
     let run = answered(dir.path(), sleeping, sleeping);
-    EVAL.stop(&["score", &run, "--execute-code"], "INT", 130, || asleep() > 0);
+    EVAL.interrupt(&["score", &run, "--execute-code"], "INT", 130, || asleep() > 0);
     assert_eq!(left_running(), 0);
     assert!(verdicts(&run).iter().all(|&verdict| verdict == Verdict::Unscored));
     // A program that is killed takes the answers with it.

@@ -29,8 +29,8 @@ fn forty(lost: usize) -> Records {
     for answer in &last {
         for index in 0..40 {
             let verdict = match answer.role == Role::Student && index < lost {
-                true => Verdict::Wrong,
-                false => Verdict::Right,
+                true => Verdict::Incorrect,
+                false => Verdict::Correct,
             };
             records.answers.push(cllm_eval::records::AnswerRecord {
                 index,

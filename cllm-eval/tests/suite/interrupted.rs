@@ -40,14 +40,14 @@ fn a_run_that_was_stopped_and_met_a_full_disk_equals_one_that_was_not() {
         let given = [format!("teacher={teacher}"), format!("student={student}"), format!("output={output}")];
         [&fixed.map(str::to_owned)[..], &given].concat()
     };
-    EVAL.stop(&run(&stopped), "INT", 130, || lines(&stopped) >= 4);
+    EVAL.interrupt(&run(&stopped), "INT", 130, || lines(&stopped) >= 4);
     let first = fs::read_to_string(Path::new(&stopped).join("samples.jsonl")).unwrap();
     let kept = lines(&stopped);
-    EVAL.stop(&run(&stopped), "TERM", 143, || lines(&stopped) >= kept + 4);
+    EVAL.interrupt(&run(&stopped), "TERM", 143, || lines(&stopped) >= kept + 4);
     let size = fs::metadata(Path::new(&stopped).join("samples.jsonl")).unwrap().len();
     assert!(lines(&stopped) < 1 + 4 * 30, "it was stopped midway");
     assert!(!Path::new(&stopped).join("results.json").exists());
-    EVAL.fill_up(size as usize / 512 + 8, &run(&stopped), &["stopped/samples.jsonl"]);
+    EVAL.fail_on_full_disk(size as usize / 512 + 8, &run(&stopped), &["stopped/samples.jsonl"]);
     EVAL.succeed(&run(&stopped));
     EVAL.succeed(&run(&whole));
     assert_eq!(answers(&stopped), answers(&whole));
@@ -74,12 +74,12 @@ fn times_of_two_machines_do_not_mix() {
     elsewhere.header.hardware.cpu = "Abacus 3000".to_owned();
     elsewhere.speeds.pop();
     elsewhere.write(&samples).unwrap();
-    EVAL.refuse(&run, 2, &["samples.jsonl", "Abacus 3000", &whole.header.hardware.cpu, "another `output`"]);
+    EVAL.fail(&run, 2, &["samples.jsonl", "Abacus 3000", &whole.header.hardware.cpu, "another `output`"]);
     assert_eq!(Records::read(&samples).unwrap(), elsewhere, "nothing is lost");
     elsewhere.header.hardware = whole.header.hardware.clone();
     elsewhere.header.toolkit.version = "0.0.1".to_owned();
     elsewhere.write(&samples).unwrap();
-    EVAL.refuse(&run, 2, &["cllm 0.0.1", "another `output`"]);
+    EVAL.fail(&run, 2, &["cllm 0.0.1", "another `output`"]);
     elsewhere.header.toolkit = whole.header.toolkit.clone();
     elsewhere.write(&samples).unwrap();
     EVAL.succeed(&run);
@@ -100,7 +100,7 @@ fn a_run_that_ended_before_its_first_answer_blocks_nothing() {
     };
     EVAL.succeed(&run("seed=1"));
     let samples = Path::new(&output).join("samples.jsonl");
-    EVAL.refuse(&run("seed=2"), 2, &["samples.jsonl", "other settings"]);
+    EVAL.fail(&run("seed=2"), 2, &["samples.jsonl", "other settings"]);
     let whole = fs::read_to_string(&samples).unwrap();
     let header = whole.lines().next().unwrap().to_owned() + "\n";
     // Its header alone, half of that, or nothing at all is what a machine that went down may leave.
@@ -109,9 +109,9 @@ fn a_run_that_ended_before_its_first_answer_blocks_nothing() {
         EVAL.succeed(&run("seed=2"));
     }
     fs::write(&samples, "").unwrap();
-    EVAL.refuse(&["score", &output], 2, &["samples.jsonl", "holds no answers yet"]);
+    EVAL.fail(&["score", &output], 2, &["samples.jsonl", "holds no answers yet"]);
     let answers: String = whole.lines().skip(1).map(|line| line.to_owned() + "\n").collect();
     fs::write(&samples, &answers).unwrap();
-    EVAL.refuse(&run("seed=2"), 2, &["samples.jsonl", "no header line", "another `output`"]);
+    EVAL.fail(&run("seed=2"), 2, &["samples.jsonl", "no header line", "another `output`"]);
     assert_eq!(fs::read_to_string(&samples).unwrap(), answers, "nothing is lost");
 }

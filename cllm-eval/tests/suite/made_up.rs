@@ -1,5 +1,6 @@
 //! Records and models made up for tests.
 
+use cllm_core::checkpoint;
 use std::path::Path;
 
 use cllm_core::decode::Strategy;
@@ -32,7 +33,7 @@ pub fn records() -> Records {
         benchmark: Task::Jsonl,
         split: "test".into(),
         examples: 4,
-        hardware: Hardware::of(Device::Cpu),
+        hardware: Hardware::detect(Device::Cpu),
         toolkit: Toolkit { version: "0".into(), libtorch: None },
         sandbox: None,
         models: vec![model(Role::Teacher, "t"), model(Role::Student, "s")],
@@ -86,7 +87,7 @@ fn answer(role: Role, strategy: Strategy, index: usize, right: bool, forwards: u
         meta: None,
         response_ids,
         text: text.into(),
-        verdict: if right { Verdict::Right } else { Verdict::Wrong },
+        verdict: if right { Verdict::Correct } else { Verdict::Incorrect },
         finish_reason: if !right && index > 1 { FinishReason::Length } else { FinishReason::Eos },
         forwards,
         accepted: vec![(8 / forwards) as u32; forwards],
@@ -122,9 +123,9 @@ fn random_model(folder: &Path, seed: u64, tied: bool) {
     if !tied {
         let _no_grad = tch::no_grad_guard();
         // Attention of weights as small as they are drawn would hardly see more than the last token.
-        for (_, mut weight) in model.parameters().into_iter().filter(|(name, _)| name.contains("_proj")) {
+        for (_, mut weight) in model.named_parameters().into_iter().filter(|(name, _)| name.contains("_proj")) {
             let _ = weight.g_mul_scalar_(20.0);
         }
     }
-    model.save(folder, Kind::Float).unwrap();
+    checkpoint::save(&model, folder, Kind::Float).unwrap();
 }

@@ -45,7 +45,7 @@ fn expect_own_first_answers(records: &Records, folders: [&str; 2]) {
                 assert_eq!([&first.id, &second.id], [&format!("{question}/1"), &format!("{question}/2")]);
                 assert!(first.prompt.contains("apples") && !first.prompt.contains("two more"), "{}", first.prompt);
                 let conversation = mt_bench_turns::conversation(&second.sample(), &first.text).unwrap();
-                assert_eq!(second.prompt, tokenizer.prompt(&conversation).unwrap().0);
+                assert_eq!(second.prompt, tokenizer.encode_prompt(&conversation).unwrap().0);
                 assert!(!first.text.is_empty() && second.prompt.contains("two more"), "{first:?} {}", second.prompt);
             }
         }
@@ -158,10 +158,10 @@ fn what_is_no_question_of_two_turns_or_has_no_room_is_refused() {
     };
     let data = format!("data={data}");
     // Of the context of 1,024, two answers must have their room beside the questions.
-    EVAL.refuse(&words(&[&data, "max_new_tokens=500"]), 2, &["81/2", "up to 1000 new ones"]);
-    EVAL.refuse(&words(&[&data, "split=dev"]), 2, &["the split test only"]);
+    EVAL.fail(&words(&[&data, "max_new_tokens=500"]), 2, &["81/2", "up to 1000 new ones"]);
+    EVAL.fail(&words(&[&data, "split=dev"]), 2, &["the split test only"]);
     let prompts = path(dir.path(), "prompts.jsonl");
     let row = json!({ "id": "81/1", "source": "mt-bench/test", "prompt": "Tom?" });
     fs::write(&prompts, row.to_string()).unwrap();
-    EVAL.refuse(&words(&[&format!("prompts={prompts}")]), 2, &["81/1", "both turns"]);
+    EVAL.fail(&words(&[&format!("prompts={prompts}")]), 2, &["81/1", "both turns"]);
 }

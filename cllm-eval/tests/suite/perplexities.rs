@@ -1,9 +1,9 @@
 //! Perplexity of texts: its files, going on after a stop, and what is refused.
 
+use cllm_core::checkpoint;
 use std::fs;
 use std::path::Path;
 
-use cllm_core::model::Transformer;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_eval::records::Records;
 use serde_json::Value;
@@ -27,15 +27,16 @@ fn run(of: &[(&str, &str)], data: &str, output: &str) -> Vec<String> {
 
 /// As Hugging Face's guide computes it, a window of 1,024 and a stride of 512.
 fn by_hand(folder: &str, text: &str) -> (f64, usize, usize) {
-    let model = Transformer::load(Path::new(folder), Device::Cpu, Kind::Float).unwrap();
+    let model = checkpoint::load(Path::new(folder), Device::Cpu, Kind::Float).unwrap();
     let ids = Tokenizer::load(Path::new(folder)).unwrap().encode(text).unwrap();
     let (mut nll, mut tokens, mut windows, mut before) = (0.0, 0, 0, 0);
     for begin in (0..ids.len()).step_by(512) {
         let end = (begin + 1024).min(ids.len());
         let window: Vec<i64> = ids[begin..end].iter().map(|&id| i64::from(id)).collect();
         let positions = Tensor::arange(window.len() as i64, (Kind::Int64, Device::Cpu)).unsqueeze(0);
-        let hidden = model.hidden(&Tensor::from_slice(&window).unsqueeze(0), &positions);
-        let likelihoods = tch::no_grad(|| model.logits(&hidden)).unwrap().log_softmax(-1, Kind::Double).squeeze_dim(0);
+        let hidden = model.forward(&Tensor::from_slice(&window).unsqueeze(0), &positions);
+        let likelihoods =
+            tch::no_grad(|| model.compute_logits(&hidden)).unwrap().log_softmax(-1, Kind::Double).squeeze_dim(0);
         for place in before.max(1)..end {
             nll -= likelihoods.double_value(&[(place - begin - 1) as i64, window[place - begin]]);
             tokens += 1;
@@ -93,8 +94,8 @@ fn both_models_get_a_perplexity_and_a_stopped_run_goes_on() {
     EVAL.succeed(&["report", &output]);
     let text = String::from_utf8(EVAL.succeed(&["score", &output]).stdout).unwrap();
     assert!(text.contains("teacher: perplexity ") && text.contains("student: perplexity "), "{text}");
-    EVAL.refuse(&["compare", &output], 2, &["perplexities"]);
-    EVAL.refuse(&["tradeoff", &output], 2, &["no answer"]);
+    EVAL.fail(&["compare", &output], 2, &["perplexities"]);
+    EVAL.fail(&["tradeoff", &output], 2, &["no answer"]);
     // The settings as they were given run again.
     let settings = Path::new(&output).join("config.yaml").display().to_string();
     EVAL.succeed(&["run", "-c", &settings]);
@@ -115,12 +116,12 @@ fn rows_are_texts_of_their_own_and_what_is_no_text_is_refused() {
     let places: Vec<_> = found.iter().map(|window| (window.index, window.id.as_str(), window.start)).collect();
     assert_eq!(places, [(0, "text-1", 0), (2, "text-3", 0)]);
     let other = path(dir.path(), "other");
-    EVAL.refuse(&run(&of, "no/such.txt", &other), 2, &["no/such.txt"]);
+    EVAL.fail(&run(&of, "no/such.txt", &other), 2, &["no/such.txt"]);
     let empty = path(dir.path(), "empty.txt");
     fs::write(&empty, "").unwrap();
-    EVAL.refuse(&run(&of, &empty, &other), 2, &["2 tokens"]);
+    EVAL.fail(&run(&of, &empty, &other), 2, &["2 tokens"]);
     fs::write(&rows, "{\"txt\": \"a\"}\n").unwrap();
-    EVAL.refuse(&run(&of, &data, &other), 2, &["rows.jsonl", "line 1", "text"]);
+    EVAL.fail(&run(&of, &data, &other), 2, &["rows.jsonl", "line 1", "text"]);
     let words = ["run", "benchmark=perplexity", &format!("teacher={teacher}"), "device=cpu"].map(str::to_owned);
-    EVAL.refuse(&words, 2, &["perplexity needs `data`"]);
+    EVAL.fail(&words, 2, &["perplexity needs `data`"]);
 }

@@ -116,8 +116,8 @@ fn what_cannot_be_profiled_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let [_, _, augmented] = student();
     write(&dir.path().join("augmented"), 4, &[augmented]);
-    EVAL.refuse(&["profile", &path(dir.path(), "augmented")], 2, &["holds no row as it was decoded"]);
-    EVAL.refuse(&["profile", "teacher=nowhere"], 2, &["nowhere"]);
+    EVAL.fail(&["profile", &path(dir.path(), "augmented")], 2, &["holds no row as it was decoded"]);
+    EVAL.fail(&["profile", "teacher=nowhere"], 2, &["nowhere"]);
     // Ratios are of the same n alone.
     write(&dir.path().join("four"), 4, &[teacher()]);
     let mut wide = teacher();

@@ -3,8 +3,9 @@
 use std::path::Path;
 
 use assert_cmd::Command;
+use cllm_core::checkpoint;
 use cllm_core::decode::Strategy;
-use cllm_core::model::{Lora, Transformer};
+use cllm_core::model::LoraConfig;
 use cllm_eval::records::Records;
 use cllm_eval::role::Role;
 use serde_json::Value;
@@ -174,13 +175,13 @@ fn an_adapter_is_a_model_by_its_folder() {
     let (base, adapter, merged) = (dir.path().join("base"), dir.path().join("adapter"), dir.path().join("merged"));
     [&base, &merged].into_iter().for_each(|folder| model(folder, 3));
     std::fs::create_dir(&adapter).unwrap();
-    let mut adapted = Transformer::load(&base, Device::Cpu, Kind::Float).unwrap();
-    adapted.adapt(&Lora::default(), 1);
+    let mut adapted = checkpoint::load(&base, Device::Cpu, Kind::Float).unwrap();
+    adapted.add_adapters(&LoraConfig::default(), 1);
     for (_, mut tensor) in adapted.trainable().tensors() {
         let _ = tch::no_grad(|| tensor.fill_(0.1));
     }
-    adapted.save_adapter(&adapter, &base.display().to_string()).unwrap();
-    adapted.save(&merged, Kind::Float).unwrap();
+    checkpoint::save_adapter(&adapted, &adapter, &base.display().to_string()).unwrap();
+    checkpoint::save(&adapted, &merged, Kind::Float).unwrap();
     let fixed = ["generate", "What is 2 and 2?", "--max-new-tokens", "20", "--device", "cpu", "--json", "--model"];
     let [base, adapter, merged] = [&base, &adapter, &merged].map(|folder| {
         let output = program().args(fixed).arg(folder).output().unwrap();

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use cllm_core::sandbox::{Ending, Limits, Sandbox};
+use cllm_core::sandbox::{Limits, ProgramOutcome, Sandbox};
 use rayon::prelude::*;
 
 use cllm_testing::programs::path;
@@ -33,7 +33,7 @@ fn launched_by(folder: &Path, script: &str) -> cllm_core::Result<Sandbox> {
     std::fs::write(&launcher, script).unwrap();
     std::fs::set_permissions(&launcher, std::fs::Permissions::from_mode(0o755)).unwrap();
     let limits = Limits { time: Duration::from_secs(6), cpu_seconds: 2, memory_bytes: 256 << 20, ..Limits::default() };
-    Sandbox::launched_by(&launcher, limits)
+    Sandbox::with_launcher(&launcher, limits)
 }
 
 /// Processes that run the harness: a child that got away would keep its command line.
@@ -43,21 +43,21 @@ pub fn left_running() -> usize {
     lines.filter(|line| String::from_utf8_lossy(line).contains("Runs a program that a model wrote")).count()
 }
 
-fn error(name: &str) -> Ending {
-    Ending::Error(name.to_owned())
+fn error(name: &str) -> ProgramOutcome {
+    ProgramOutcome::Exception(name.to_owned())
 }
 
 /// Runs programs that would each pass if they got what they want.
 #[track_caller]
-fn none_passes<'p>(sandbox: &Sandbox, programs: &[(&'p str, &[Ending])]) {
-    let other = |&(program, allowed): &(&'p str, &[Ending])| {
+fn none_passes<'p>(sandbox: &Sandbox, programs: &[(&'p str, &[ProgramOutcome])]) {
+    let other = |&(program, allowed): &(&'p str, &[ProgramOutcome])| {
         let ending = sandbox.run(program).unwrap();
         (!allowed.contains(&ending)).then_some((program, ending))
     };
     let escaped: Vec<_> = programs.par_iter().filter_map(other).collect();
     assert!(escaped.is_empty(), "{escaped:#?}");
     assert_eq!(left_running(), 0);
-    assert_eq!(sandbox.run("assert 1 + 1 == 2").unwrap(), Ending::Passed);
+    assert_eq!(sandbox.run("assert 1 + 1 == 2").unwrap(), ProgramOutcome::Passed);
 }
 
 #[test]
@@ -76,7 +76,7 @@ fn an_honest_program_has_what_it_needs() {
         "assert list({'a', 'b', 'c', 'd'}) == list({'a', 'b', 'c', 'd'})",
         &long,
     ] {
-        assert_eq!(sandbox.run(program).unwrap(), Ending::Passed, "{program:.200}");
+        assert_eq!(sandbox.run(program).unwrap(), ProgramOutcome::Passed, "{program:.200}");
     }
     // The order of a set of texts is the same each time, and so is a verdict that hangs on it.
     let first = sandbox.run("raise type(''.join({'a', 'b', 'c', 'd', 'e', 'f', 'g'}), (Exception,), {})()").unwrap();
@@ -110,7 +110,7 @@ fn processes_and_threads_are_bounded() {
             ("import os\nos.kill(os.getppid(), 9)", refused),
             ("import os\nos.kill(-1, 9)", refused),
             ("import os\nos.killpg(os.getpgid(0), 9)", refused),
-            ("import os\nos.kill(os.getpid(), 9)", &[Ending::Killed(9)]),
+            ("import os\nos.kill(os.getpid(), 9)", &[ProgramOutcome::Killed(9)]),
             ("import os\nos.execv('/usr/bin/true', ['true'])", &[error("it left before its end")]),
         ],
     );
@@ -119,13 +119,13 @@ fn processes_and_threads_are_bounded() {
 #[test]
 fn memory_disk_time_and_output_are_bounded() {
     let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
-    let full = &[error("OSError"), Ending::Disk][..];
-    let late = &[Ending::Timeout][..];
+    let full = &[error("OSError"), ProgramOutcome::TooMuchDisk][..];
+    let late = &[ProgramOutcome::TimedOut][..];
     none_passes(
         &sandbox(dir.path()),
         &[
-            ("bytearray(3 << 30)", &[Ending::Memory]),
-            ("kept = []\nfor _ in range(3000):\n    kept.append(bytearray(1 << 20))", &[Ending::Memory]),
+            ("bytearray(3 << 30)", &[ProgramOutcome::OutOfMemory]),
+            ("kept = []\nfor _ in range(3000):\n    kept.append(bytearray(1 << 20))", &[ProgramOutcome::OutOfMemory]),
             ("f = open('a', 'wb')\nfor _ in range(300):\n    f.write(bytes(1 << 20))", full),
             ("import time\nfor i in range(10000):\n    open(str(i), 'w').write('x' * 4000)\ntime.sleep(100000)", full),
             ("import time\nfor i in range(20000):\n    open(str(i), 'w')\ntime.sleep(100000)", full),
@@ -138,13 +138,13 @@ fn memory_disk_time_and_output_are_bounded() {
             ),
             (
                 "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass",
-                &[Ending::Timeout, Ending::Killed(9)],
+                &[ProgramOutcome::TimedOut, ProgramOutcome::Killed(9)],
             ),
-            ("while True: print('x' * 1000)", &[Ending::Output]),
-            ("import os\nwhile True: os.write(1, b'x' * 1000)", &[Ending::Output]),
+            ("while True: print('x' * 1000)", &[ProgramOutcome::TooMuchOutput]),
+            ("import os\nwhile True: os.write(1, b'x' * 1000)", &[ProgramOutcome::TooMuchOutput]),
             (
                 "import os\nfor fd in range(3, 64):\n    try:\n        while True: os.write(fd, b'x' * 1000)\n    except OSError: pass",
-                &[Ending::Output],
+                &[ProgramOutcome::TooMuchOutput],
             ),
             ("def f(): f()\nf()", &[error("RecursionError")]),
         ],
@@ -164,7 +164,7 @@ fn files_network_and_environment_are_out_of_reach() {
     let home = std::env::home_dir().unwrap();
     let here = env!("CARGO_MANIFEST_DIR");
     let hidden = [error("PermissionError"), error("FileNotFoundError"), error("OSError")];
-    let denied = [&hidden[..], &[Ending::Wrong]].concat();
+    let denied = [&hidden[..], &[ProgramOutcome::AssertionFailed]].concat();
     let canary_name = canary.display();
     let programs = [
         format!("open('{canary_name}').read()"),
@@ -198,7 +198,8 @@ fn files_network_and_environment_are_out_of_reach() {
         "import resource\nresource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))".to_owned(),
     ];
     let denied = [&denied[..], &[error("ValueError")]].concat();
-    let programs: Vec<(&str, &[Ending])> = programs.iter().map(|program| (program.as_str(), &denied[..])).collect();
+    let programs: Vec<(&str, &[ProgramOutcome])> =
+        programs.iter().map(|program| (program.as_str(), &denied[..])).collect();
     none_passes(&sandbox(dir.path()), &programs);
     assert_eq!(std::fs::read_to_string(&canary).unwrap(), "alive");
     assert!(!dir.path().join("new").exists() && !Path::new("/etc/new").exists());
@@ -209,7 +210,7 @@ fn files_network_and_environment_are_out_of_reach() {
 fn only_what_runs_to_its_end_passes() {
     let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
     let left = &[error("it left before its end")][..];
-    let wrong = &[Ending::Wrong][..];
+    let wrong = &[ProgramOutcome::AssertionFailed][..];
     none_passes(
         &sandbox(dir.path()),
         &[
@@ -223,7 +224,7 @@ fn only_what_runs_to_its_end_passes() {
                 "import os\nfor fd in range(64):\n    try: os.write(fd, b'passed ' + b'0' * 32 + b'\\n')\n    except OSError: pass\nos._exit(0)",
                 left,
             ),
-            ("import os\nos.closerange(0, 64)", &[error("it left before its end"), Ending::Killed(9)]),
+            ("import os\nos.closerange(0, 64)", &[error("it left before its end"), ProgramOutcome::Killed(9)]),
             (
                 "import builtins\nbuiltins.AssertionError = BaseException = type('E', (Exception,), {})\nassert False",
                 wrong,
@@ -237,7 +238,7 @@ fn only_what_runs_to_its_end_passes() {
             ("import sys\nsys.settrace(lambda *a: None)\nsys.excepthook = print\nassert False", wrong),
             ("def f(:", &[error("SyntaxError")]),
             ("x = '\\ud800'\nprint(undefined)", &[error("NameError")]),
-            ("import ctypes\nctypes.string_at(0)", &[Ending::Killed(11)]),
+            ("import ctypes\nctypes.string_at(0)", &[ProgramOutcome::Killed(11)]),
         ],
     );
 }
@@ -305,12 +306,12 @@ fn a_layer_that_the_kernel_refuses_is_not_named_and_the_others_hold() {
             ("import os\nos.kill(os.getppid(), 9)", refused),
             (
                 "f = open('a', 'wb')\nfor _ in range(300):\n    f.write(bytes(1 << 20))",
-                &[error("OSError"), Ending::Disk],
+                &[error("OSError"), ProgramOutcome::TooMuchDisk],
             ),
-            (many, &[Ending::Disk]),
+            (many, &[ProgramOutcome::TooMuchDisk]),
             (
                 "import os, time\nos.mkdir('closed', 0)\nos.mkdir('more')\nos.write(1, b'x')\nassert False",
-                &[Ending::Wrong, Ending::Disk],
+                &[ProgramOutcome::AssertionFailed, ProgramOutcome::TooMuchDisk],
             ),
         ],
     );

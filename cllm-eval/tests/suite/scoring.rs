@@ -34,15 +34,15 @@ fn an_answer_cut_at_the_length_limit_is_wrong_whatever_it_says() {
     let output = path(dir.path(), "second");
     let answer = run(&text, &output);
     assert_eq!((&answer.text, answer.finish_reason), (&text, FinishReason::Length));
-    assert_eq!(answer.verdict, Verdict::Wrong);
+    assert_eq!(answer.verdict, Verdict::Incorrect);
     EVAL.succeed(&["score", &output]);
-    assert_eq!(read(&output).answers[0].verdict, Verdict::Wrong);
+    assert_eq!(read(&output).answers[0].verdict, Verdict::Incorrect);
     // The same text is right where the answer ended by itself.
     let mut records = read(&output);
     records.answers[0].finish_reason = FinishReason::Eos;
     records.write(&Path::new(&output).join("samples.jsonl")).unwrap();
     EVAL.succeed(&["score", &output]);
-    assert_eq!(read(&output).answers[0].verdict, Verdict::Right);
+    assert_eq!(read(&output).answers[0].verdict, Verdict::Correct);
 }
 
 /// Spider with one small database.
@@ -65,14 +65,14 @@ fn spider_is_scored_where_its_databases_are() {
         answer.source = "spider/dev".into();
         answer.meta = Some(json!({ "db_id": "zoo" }));
         answer.reference = Some("SELECT count(*) FROM pen".into());
-        answer.text = if answer.verdict == Verdict::Right { "SELECT 2".into() } else { "SELECT 3".into() };
+        answer.text = if answer.verdict == Verdict::Correct { "SELECT 2".into() } else { "SELECT 3".into() };
         answer.verdict = Verdict::Unscored;
     }
     made.write(&Path::new(&run).join("samples.jsonl")).unwrap();
     let said = EVAL.succeed(&["score", &run]).stderr;
     assert!(said.contains("--data"), "{said}");
     assert!(read(&run).answers.iter().all(|answer| answer.verdict == Verdict::Unscored));
-    EVAL.refuse(&["score", &run, "--data", "no/such"], 2, &["no/such/database/zoo/zoo.sqlite", "data folder"]);
+    EVAL.fail(&["score", &run, "--data", "no/such"], 2, &["no/such/database/zoo/zoo.sqlite", "data folder"]);
     let data = spider(dir.path());
     EVAL.succeed(&["score", &run, "--data", &data]);
     let found: Vec<Verdict> = read(&run).answers.iter().map(|answer| answer.verdict).collect();
@@ -80,7 +80,7 @@ fn spider_is_scored_where_its_databases_are() {
     assert_eq!(found, wanted);
     // The folder stays known.
     EVAL.succeed(&["score", &run]);
-    assert_eq!(read(&run).answers[0].verdict, Verdict::Right);
+    assert_eq!(read(&run).answers[0].verdict, Verdict::Correct);
 }
 
 #[test]
@@ -101,16 +101,16 @@ fn prompts_of_a_file_are_of_one_benchmark_which_the_results_name() {
         [&fixed.map(str::to_owned)[..], &given, &more.iter().map(|&word| word.to_owned()).collect::<Vec<_>>()].concat()
     };
     put(&["gsm8k/test", "gsm8k/test", "synthetic/test"]);
-    EVAL.refuse(
+    EVAL.fail(
         &arguments(&[]),
         2,
         &["prompts.jsonl: row 3, `2`", "`synthetic/test`", "row 1 is of gsm8k", "file of its own"],
     );
     put(&["gsm8k/train", "gsm8k/test"]);
-    EVAL.refuse(&arguments(&["benchmark=synthetic"]), 2, &["row 1", "`gsm8k/train`", "`benchmark` is synthetic"]);
-    EVAL.refuse(&arguments(&["split=train"]), 2, &["row 2", "`gsm8k/test`", "`split` is train"]);
+    EVAL.fail(&arguments(&["benchmark=synthetic"]), 2, &["row 1", "`gsm8k/train`", "`benchmark` is synthetic"]);
+    EVAL.fail(&arguments(&["split=train"]), 2, &["row 2", "`gsm8k/test`", "`split` is train"]);
     fs::write(&prompts, "").unwrap();
-    EVAL.refuse(&arguments(&[]), 2, &["prompts.jsonl", "holds no prompts"]);
+    EVAL.fail(&arguments(&[]), 2, &["prompts.jsonl", "holds no prompts"]);
     assert!(!Path::new(&output).exists());
     for (sources, split) in [(["gsm8k/train", "gsm8k/train"], "train"), (["gsm8k/train", "gsm8k/test"], "mixed")] {
         put(&sources);
@@ -139,8 +139,8 @@ fn jsonl_has_a_scorer_and_a_broken_pattern_is_refused_with_its_row() {
     };
     put("(");
     // There is no model yet: the pattern is looked at first.
-    EVAL.refuse(&run("scorer=regex"), 2, &["prompts.jsonl", "row 2", "`b`", "no pattern"]);
-    EVAL.refuse(&run("scorer=fuzzy"), 2, &["scorer", "exact"]);
+    EVAL.fail(&run("scorer=regex"), 2, &["prompts.jsonl", "row 2", "`b`", "no pattern"]);
+    EVAL.fail(&run("scorer=fuzzy"), 2, &["scorer", "exact"]);
     put("^nothing$");
     model(Path::new(&teacher), 1);
     EVAL.succeed(&run("scorer=regex"));
@@ -152,7 +152,7 @@ fn jsonl_has_a_scorer_and_a_broken_pattern_is_refused_with_its_row() {
     records.write(&Path::new(&output).join("samples.jsonl")).unwrap();
     EVAL.succeed(&["score", &output]);
     let found: Vec<Verdict> = read(&output).answers.iter().map(|answer| answer.verdict).collect();
-    assert_eq!(found, [Verdict::Right, Verdict::Wrong]);
+    assert_eq!(found, [Verdict::Correct, Verdict::Incorrect]);
 }
 
 #[test]

@@ -59,5 +59,5 @@ fn a_suite_runs_what_is_there_skips_the_rest_and_outlives_a_failure() {
         "{text}"
     );
     assert_eq!(fs::read(Path::new(&output).join("synthetic/samples.jsonl")).unwrap(), before);
-    EVAL.refuse(&["suite", "teacher=x", "data=no/such"], 2, &["no/such", "folder for each benchmark"]);
+    EVAL.fail(&["suite", "teacher=x", "data=no/such"], 2, &["no/such", "folder for each benchmark"]);
 }

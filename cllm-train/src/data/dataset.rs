@@ -11,7 +11,7 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::data::packing::{NoisyBlock, Packed};
 use crate::data::state_sampling as states;
-use crate::settings::{Consistency, Context, Labels, Objective, Settings};
+use crate::settings::{BlockContext, ConsistencySettings, LabelSource, Objective, Settings};
 
 /// One response to learn from.
 #[derive(Debug, Clone, PartialEq)]
@@ -45,7 +45,7 @@ pub struct Block {
 /// Bad files, a data set of another tokenizer or of a larger vocabulary, no rows that fit.
 pub fn read(settings: &Settings, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Vec<Example>> {
     let mut examples = Vec::new();
-    for path in &settings.data {
+    for path in &settings.datasets {
         match settings.objective {
             Objective::Sft => examples.extend(references(path, tokenizer)?),
             Objective::Consistency => {
@@ -64,10 +64,10 @@ pub fn read(settings: &Settings, tokenizer: &Tokenizer, config: &ModelConfig) ->
     let of_context = format!("longer, with their prompts, than the model's context of {}", config.max_positions);
     if examples.is_empty() {
         let why = if all == 0 { String::new() } else { format!(": all {all} are {of_context}") };
-        return Err(Error::usage(format!("data: no responses to learn from in {:?}{why}", settings.data)));
+        return Err(Error::usage(format!("data: no responses to learn from in {:?}{why}", settings.datasets)));
     }
     if too_long > 0 {
-        progress::say(format!("{too_long} responses are {of_context}: they are left out"));
+        progress::log(format!("{too_long} responses are {of_context}: they are left out"));
     }
     Ok(examples)
 }
@@ -84,14 +84,14 @@ fn references(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Example>> {
         .collect();
     if with_reference.len() < all {
         let lacking = all - with_reference.len();
-        progress::say(format!("{}: {lacking} of {all} prompts have no reference: they are left out", path.display()));
+        progress::log(format!("{}: {lacking} of {all} prompts have no reference: they are left out", path.display()));
     }
     with_reference
         .into_iter()
         .map(|(sample, reference)| {
             interrupt::check()?;
-            let (_, prompt) = tokenizer.prompt(&sample.prompt)?;
-            let response = tokenizer.target(&reference)?;
+            let (_, prompt) = tokenizer.encode_prompt(&sample.prompt)?;
+            let response = tokenizer.encode_target(&reference)?;
             Ok(Example { id: sample.id, prompt, response, blocks: Vec::new(), labels: true })
         })
         .collect()
@@ -106,7 +106,7 @@ pub fn trajectories(
     path: &Path,
     tokenizer: &Tokenizer,
     config: &ModelConfig,
-    labels: Labels,
+    labels: LabelSource,
     most: usize,
 ) -> Result<Vec<Example>> {
     let reader = Reader::open(path)?;
@@ -122,21 +122,21 @@ pub fn trajectories(
         row.check(&promised).map_err(|message| Error::file(path, format!("row `{}`: {message}", row.sample_id)))?;
         rows += 1;
         match row.reference.take() {
-            _ if labels == Labels::Teacher => {}
+            _ if labels == LabelSource::Teacher => {}
             None => lacking += 1,
             Some(reference) => examples.push(Example {
                 id: row.sample_id.clone(),
                 prompt: row.prompt_ids.clone(),
-                response: tokenizer.target(&reference)?,
+                response: tokenizer.encode_target(&reference)?,
                 blocks: Vec::new(),
                 labels: true,
             }),
         }
-        examples.push(Example::of(row, labels == Labels::Teacher));
+        examples.push(Example::of(row, labels == LabelSource::Teacher));
     }
     if lacking > 0 {
         let without = "have no reference: they are in no autoregressive loss";
-        progress::say(format!("{}: {lacking} of {rows} rows {without}", path.display()));
+        progress::log(format!("{}: {lacking} of {rows} rows {without}", path.display()));
     }
     Ok(examples)
 }
@@ -167,31 +167,31 @@ impl Example {
     }
 
     /// Tokens of its noisy blocks in a pass, at most; with local consistency as many stand in the next states.
-    pub fn noisy_len(&self, consistency: &Consistency) -> usize {
+    pub fn noisy_len(&self, consistency: &ConsistencySettings) -> usize {
         let candidates = self.candidates(consistency).len();
-        let chosen = if consistency.blocks == 0 { candidates } else { candidates.min(consistency.blocks) };
+        let chosen = consistency.max_blocks.map_or(candidates, |max| candidates.min(max));
         chosen * self.blocks.first().map_or(0, |block| block.states[0].len())
     }
 
     /// Tokens of its packed sequence, at most.
-    pub fn packed_len(&self, consistency: &Consistency) -> usize {
+    pub fn packed_len(&self, consistency: &ConsistencySettings) -> usize {
         let streams = if consistency.local_weight > 0.0 { 2 } else { 1 };
         self.prompt.len() + self.response.len() + self.noisy_len(consistency) * streams
     }
 
     /// The blocks that a pass may hold. One that was right at once has nothing to learn, but in a window the blocks
     /// after it see it.
-    fn candidates(&self, consistency: &Consistency) -> Vec<usize> {
-        let all = consistency.context == Context::NoisyWindow;
+    fn candidates(&self, consistency: &ConsistencySettings) -> Vec<usize> {
+        let all = consistency.context == BlockContext::NoisyWindow;
         (0..self.blocks.len()).filter(|&index| all || self.blocks[index].states.len() > 1).collect()
     }
 
     /// The packed sequence of one pass: blocks and, for each, one of its noisy states drawn with `rng`.
-    pub fn pack(&self, consistency: &Consistency, rng: &mut ChaCha8Rng) -> Packed {
+    pub fn pack(&self, consistency: &ConsistencySettings, rng: &mut ChaCha8Rng) -> Packed {
         let mut chosen = self.candidates(consistency);
-        if consistency.blocks > 0 {
+        if let Some(max_blocks) = consistency.max_blocks {
             chosen.shuffle(rng);
-            chosen.truncate(consistency.blocks);
+            chosen.truncate(max_blocks);
             chosen.sort_unstable();
         }
         let noisy = chosen.into_iter().map(|index| {
@@ -200,8 +200,8 @@ impl Example {
             let state = &states[drawn];
             let n = state.len();
             let window = match consistency.context {
-                Context::Clean => *start,
-                Context::NoisyWindow => start / (n * consistency.window) * (n * consistency.window),
+                BlockContext::Clean => *start,
+                BlockContext::NoisyWindow => start / (n * consistency.window_blocks) * (n * consistency.window_blocks),
             };
             let inside = n.min(self.response.len() - start);
             let next = match block.next(drawn) {

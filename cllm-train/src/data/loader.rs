@@ -49,11 +49,15 @@ impl<'p> Packer<'p> {
     pub fn batch(&self, responses: &[usize], epoch: usize) -> Batch {
         let pack = |&index: &usize| {
             let example = &self.examples[index];
-            let mut rng = fingerprint::rng(self.settings.seed, &example.id, epoch as u64);
+            let mut rng = fingerprint::derive_rng(self.settings.seed, &example.id, epoch as u64);
             example.pack(&self.settings.consistency, &mut rng)
         };
         let sequences: Vec<_> = responses.iter().map(pack).collect();
-        Batch::new(&sequences, self.rows, self.settings.anchored().then_some(self.settings.consistency.anchor_prompts))
+        Batch::new(
+            &sequences,
+            self.rows,
+            self.settings.is_anchored().then_some(self.settings.consistency.anchor_prompt_fraction),
+        )
     }
 
     /// The batches of every step from `first` on, in order: those of process `rank` of `world`. What the others take is packed

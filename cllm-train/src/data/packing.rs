@@ -2,9 +2,7 @@
 //!
 //! The idea of packing both streams is Jacobi Forcing's (arXiv 2512.14681).
 
-use cllm_core::train::{Seen, Stream};
-
-use crate::settings::Reduction;
+use cllm_core::train::{AttentionRanges, PackedBatch};
 
 /// The label of a token that the autoregressive loss passes over.
 pub const NO_LABEL: i64 = -100;
@@ -93,10 +91,10 @@ impl Packed {
     }
 
     /// What each token sees, in places of this sequence.
-    fn seen(&self) -> Vec<Seen> {
+    fn seen(&self) -> Vec<AttentionRanges> {
         let until = |place: usize| place as i32 + 1;
         let clean = self.prompt_len + self.response.len();
-        let mut seen: Vec<Seen> = (0..clean).map(|place| [(0, until(place)), NOTHING, NOTHING]).collect();
+        let mut seen: Vec<AttentionRanges> = (0..clean).map(|place| [(0, until(place)), NOTHING, NOTHING]).collect();
         let places: Vec<_> = self.places().collect();
         // The blocks before one that it sees stand together, right before it: blocks are in the order of their starts.
         let first_seen = |index: usize, window: usize| {
@@ -160,9 +158,9 @@ impl Packed {
 /// Packed sequences one behind another, and what the losses take of them, on the host.
 pub struct Batch {
     /// All sequences.
-    pub stream: Stream,
+    pub stream: PackedBatch,
     /// Their prompts and responses alone, for the frozen teacher; empty where none is asked.
-    pub clean: Stream,
+    pub clean: PackedBatch,
     /// Every response token, and the noisy tokens that are kept.
     pub chunks: Vec<Chunk>,
     /// Every noisy token of the local loss.
@@ -216,10 +214,8 @@ pub struct Counts {
 
 impl Counts {
     /// By what the sums of the losses are divided: autoregressive, global, local, anchor.
-    pub fn divisors(&self, reduction: Reduction) -> [usize; 4] {
-        match reduction {
-            Reduction::TokenMean => [self.labels, self.noisy, self.local, self.anchored],
-        }
+    pub fn divisors(&self) -> [usize; 4] {
+        [self.labels, self.noisy, self.local, self.anchored]
     }
 
     /// Counts of several batches together.
@@ -238,7 +234,7 @@ impl Batch {
     /// Packs sequences. `rows`: most logits at once; `anchor`: where a frozen model reads the clean part too, the share of the
     /// prompts' tokens that it holds besides the responses.
     pub fn new(sequences: &[Packed], rows: usize, anchor: Option<f64>) -> Self {
-        let (mut stream, mut clean, mut counts) = (Stream::default(), Stream::default(), Counts::default());
+        let (mut stream, mut clean, mut counts) = (PackedBatch::default(), PackedBatch::default(), Counts::default());
         let (mut chunks, mut local) = (vec![Chunk::default()], vec![LocalChunk::default()]);
         for sequence in sequences {
             let base = stream.tokens.len();

@@ -14,8 +14,8 @@ pub struct Schedule {
     /// Packed length of each response.
     lengths: Vec<usize>,
     seed: u64,
-    tokens_per_batch: usize,
-    max_tokens: usize,
+    max_batch_tokens: usize,
+    max_example_tokens: usize,
     /// Steps before the end of each epoch.
     ends: Vec<usize>,
     /// Responses that are too long.
@@ -31,24 +31,24 @@ impl Schedule {
     /// [`Error::Usage`] when every response is too long.
     pub fn new(examples: &[Example], settings: &Settings) -> Result<Self> {
         let lengths: Vec<usize> = examples.iter().map(|example| example.packed_len(&settings.consistency)).collect();
-        let left_out = lengths.iter().filter(|&&length| length > settings.max_tokens).count();
+        let left_out = lengths.iter().filter(|&&length| length > settings.max_example_tokens).count();
         if left_out == lengths.len() {
             let least = lengths.iter().min().copied().unwrap_or(0);
             return Err(Error::usage(format!(
-                "max_tokens ({}) leaves out every response: the shortest has {least} packed tokens",
-                settings.max_tokens
+                "max_example_tokens ({}) leaves out every response: the shortest has {least} packed tokens",
+                settings.max_example_tokens
             )));
         }
         let mut schedule = Schedule {
             lengths,
             seed: settings.seed,
-            tokens_per_batch: settings.tokens_per_batch,
-            max_tokens: settings.max_tokens,
+            max_batch_tokens: settings.max_batch_tokens,
+            max_example_tokens: settings.max_example_tokens,
             ends: Vec::new(),
             left_out,
             tokens: 0,
         };
-        let most = if settings.max_steps > 0 { settings.max_steps } else { usize::MAX };
+        let most = settings.max_steps.unwrap_or(usize::MAX);
         let mut steps = 0;
         for epoch in 0..settings.epochs {
             interrupt::check()?;
@@ -77,12 +77,12 @@ impl Schedule {
 
     /// The batches of an epoch, drawn anew each: indices of responses, first fit.
     pub fn batches(&self, epoch: usize) -> Vec<Vec<usize>> {
-        let mut rng = fingerprint::rng(self.seed, "order", epoch as u64);
+        let mut rng = fingerprint::derive_rng(self.seed, "order", epoch as u64);
         let mut order: Vec<usize> =
-            (0..self.lengths.len()).filter(|&index| self.lengths[index] <= self.max_tokens).collect();
+            (0..self.lengths.len()).filter(|&index| self.lengths[index] <= self.max_example_tokens).collect();
         order.shuffle(&mut rng);
         let mean = order.iter().map(|&index| self.lengths[index]).sum::<usize>() / order.len().max(1);
-        let pool = (self.tokens_per_batch / mean.max(1)).max(1) * POOL_BATCHES;
+        let pool = (self.max_batch_tokens / mean.max(1)).max(1) * POOL_BATCHES;
         // What is left of a pool goes on to the next, so that only the last batch of an epoch is not full.
         let mut open: Vec<(usize, Vec<usize>)> = Vec::new();
         let mut batches: Vec<Vec<usize>> = Vec::new();
@@ -95,7 +95,7 @@ impl Schedule {
                         *free -= length;
                         batch.push(index);
                     }
-                    None => open.push((self.tokens_per_batch - length, vec![index])),
+                    None => open.push((self.max_batch_tokens - length, vec![index])),
                 }
             }
             let emptiest = open.iter().enumerate().max_by_key(|(_, (free, _))| *free).map(|(place, _)| place);
@@ -129,7 +129,7 @@ mod tests {
 
     #[test]
     fn an_epoch_holds_every_response_once_within_the_budget() {
-        let settings = Settings { tokens_per_batch: 100, max_tokens: 44, epochs: 3, ..Settings::default() };
+        let settings = Settings { max_batch_tokens: 100, max_example_tokens: 44, epochs: 3, ..Settings::default() };
         let schedule = schedule(&settings);
         let batches = schedule.batches(0);
         let mut seen: Vec<usize> = batches.iter().flatten().copied().collect();
@@ -146,7 +146,7 @@ mod tests {
 
     #[test]
     fn every_step_has_its_place_in_an_epoch() {
-        let settings = Settings { tokens_per_batch: 100, max_tokens: 100, epochs: 3, ..Settings::default() };
+        let settings = Settings { max_batch_tokens: 100, max_example_tokens: 100, epochs: 3, ..Settings::default() };
         let all = schedule(&settings);
         let lengths: Vec<usize> = (0..3).map(|epoch| all.batches(epoch).len()).collect();
         assert_eq!(all.steps(), lengths.iter().sum::<usize>());
@@ -154,6 +154,6 @@ mod tests {
         let expected: Vec<_> =
             (0..3).flat_map(|epoch| (0..lengths[epoch]).map(move |within| (epoch, within))).collect();
         assert_eq!(places, expected);
-        assert_eq!(schedule(&Settings { max_steps: 2, ..settings }).steps(), 2);
+        assert_eq!(schedule(&Settings { max_steps: Some(2), ..settings }).steps(), 2);
     }
 }

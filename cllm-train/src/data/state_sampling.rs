@@ -3,20 +3,20 @@
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
 
-use crate::settings::{Consistency, States};
+use crate::settings::{ConsistencySettings, StateSampling};
 
 /// The number of the state that a pass takes of block `index` of a response; `states` ends with the fixed point, which is
 /// taken only where there is no other.
-pub fn choose(states: &[Vec<i32>], index: usize, consistency: &Consistency, rng: &mut ChaCha8Rng) -> usize {
+pub fn choose(states: &[Vec<i32>], index: usize, consistency: &ConsistencySettings, rng: &mut ChaCha8Rng) -> usize {
     let noisy = (states.len() - 1).max(1);
     match consistency.states {
-        States::Uniform => rng.random_range(0..noisy),
-        States::Progressive => {
-            let wanted = noise_ratio(index, consistency.window);
+        StateSampling::Uniform => rng.random_range(0..noisy),
+        StateSampling::Progressive => {
+            let wanted = noise_ratio(index, consistency.window_blocks);
             let shares = shares_wrong(states);
             let distance = |state: usize| (shares[state] - wanted).abs();
             let least = (0..noisy).map(distance).fold(f64::INFINITY, f64::min);
-            // States may be equally near; a draw lets each have its turn over the epochs.
+            // StateSampling may be equally near; a draw lets each have its turn over the epochs.
             let nearest: Vec<usize> = (0..noisy).filter(|&state| distance(state) <= least).collect();
             nearest[rng.random_range(0..nearest.len())]
         }
@@ -49,8 +49,12 @@ mod tests {
     }
 
     fn chosen(index: usize, window: usize, epoch: u64) -> usize {
-        let consistency = Consistency { states: States::Progressive, window, ..Consistency::default() };
-        choose(&block(), index, &consistency, &mut fingerprint::rng(1, "a", epoch))
+        let consistency = ConsistencySettings {
+            states: StateSampling::Progressive,
+            window_blocks: window,
+            ..ConsistencySettings::default()
+        };
+        choose(&block(), index, &consistency, &mut fingerprint::derive_rng(1, "a", epoch))
     }
 
     #[test]
@@ -67,7 +71,8 @@ mod tests {
         let window = [0, 1, 3].map(|index| chosen(index, 4, 0));
         assert_eq!(window, [3, 3, 0]);
         assert_eq!([4, 5, 7].map(|index| chosen(index, 4, 0)), window);
-        let fixed_point_alone = choose(&block()[4..], 3, &Consistency::default(), &mut fingerprint::rng(1, "a", 0));
+        let fixed_point_alone =
+            choose(&block()[4..], 3, &ConsistencySettings::default(), &mut fingerprint::derive_rng(1, "a", 0));
         assert_eq!(fixed_point_alone, 0);
     }
 

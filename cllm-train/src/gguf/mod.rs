@@ -27,7 +27,7 @@ pub fn convert(gguf: &Path, folder: &Path) -> Result<()> {
     let config = config::read(&file).map_err(bad)?;
     let sources = weights::sources(&file, &config).map_err(bad)?;
     let tokenizer = tokenizer::read(&file, config.vocab_size).map_err(bad)?;
-    atomic_file::folder_with(folder, |work| {
+    atomic_file::write_folder_with(folder, |work| {
         atomic_file::write_json(&work.join("config.json"), &config.to_json("bfloat16"))?;
         tokenizer.write(work)?;
         weights::write(&work.join("model.safetensors"), &sources)

@@ -27,7 +27,7 @@ pub(super) fn sources<'a>(file: &Gguf<'a>, config: &ModelConfig) -> std::result:
     let mut unused: BTreeSet<&str> = file.tensors.keys().map(String::as_str).collect();
     unused.remove(ROPE_FACTORS);
     let mut sources = Vec::new();
-    for (name, shape) in config.shapes() {
+    for (name, shape) in config.parameter_shapes() {
         let stored = gguf_name(&name);
         let tensor = file.tensors.get(&stored).ok_or_else(|| format!("lacks the tensor `{stored}`"))?.clone();
         if tensor.shape != shape {

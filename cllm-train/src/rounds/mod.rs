@@ -7,7 +7,7 @@ mod settings;
 use std::path::{Path, PathBuf};
 
 use cllm_core::checkpoint::hub;
-use cllm_core::distributed::Member;
+use cllm_core::distributed::ProcessEnv;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::Reader;
 use cllm_core::{Error, Result, atomic_file, fingerprint, interrupt, progress, text_file, trajectory};
@@ -35,11 +35,11 @@ enum Stage<'r> {
 /// # Errors
 /// What a stage meets; a finished stage whose inputs or output are others now.
 pub fn run(settings: &Settings) -> Result<PathBuf> {
-    if Member::from_env(|name| std::env::var(name).ok())?.is_some() {
+    if ProcessEnv::from_env(|name| std::env::var(name).ok())?.is_some() {
         let message = "rounds run in one process: with several, run `cllm-data collect` and `cllm-train run` in turns";
         return Err(Error::usage(message));
     }
-    let output = PathBuf::from(&settings.output);
+    let output = settings.output.clone();
     let mut model = hub::locate(&settings.model)?;
     let report = Report::read(&output)?;
     let mut rounds = Rounds { settings, output, report };
@@ -49,12 +49,12 @@ pub fn run(settings: &Settings) -> Result<PathBuf> {
             interrupt::check()?;
             rounds.do_stage(index, &round, &stage)?;
         }
-        model = student(Path::new(&round.train.output));
+        model = student(&round.train.output);
         rounds.report.model = Some(model.clone());
     }
     rounds.report.complete = true;
     rounds.save()?;
-    progress::say(format!("{} rounds done; the model is in {}", settings.rounds.len(), model.display()));
+    progress::log(format!("{} rounds done; the model is in {}", settings.rounds.len(), model.display()));
     Ok(rounds.output.join(report::FILE))
 }
 
@@ -72,7 +72,7 @@ impl Rounds<'_> {
         if standing == Standing::Finished {
             return Ok(());
         }
-        progress::say(format!("round {}: {name}", index + 1));
+        progress::log(format!("round {}: {name}", index + 1));
         self.report.begin(index, round.collect.n, name, inputs);
         self.save()?;
         let figures = stage.run(standing == Standing::Begun && found.is_some())?;
@@ -84,7 +84,7 @@ impl Rounds<'_> {
     fn save(&self) -> Result<()> {
         std::fs::create_dir_all(&self.output).map_err(Error::write(&self.output))?;
         let settings = cllm_core::settings::to_yaml(self.settings)?;
-        atomic_file::write(&self.output.join("settings.yaml"), settings.as_bytes())?;
+        atomic_file::write(&self.output.join("config.yaml"), settings.as_bytes())?;
         self.report.write(&self.output)
     }
 }
@@ -122,7 +122,7 @@ impl Stage<'_> {
             Stage::Collect(settings) => &settings.output,
             Stage::Augment(settings) => &settings.output,
             Stage::Clean(settings) => &settings.output,
-            Stage::Train(settings) => Path::new(&settings.output),
+            Stage::Train(settings) => &settings.output,
         }
     }
 
@@ -132,13 +132,13 @@ impl Stage<'_> {
             Stage::Collect(settings) => json!([
                 without(settings, &["model", "prompts", "output", "data", "device", "batch_size"])?,
                 cllm_core::checkpoint::fingerprint(Path::new(&settings.model))?,
-                fingerprint::of_contents(&settings.prompts)?
+                fingerprint::hash_contents(&settings.prompts)?
             ]),
             Stage::Augment(settings) => {
                 json!([without(settings, &["input", "output"])?, trajectory::fingerprint(&settings.input)?])
             }
             Stage::Clean(settings) => {
-                let prompts = settings.evaluation_prompts.iter().map(|path| fingerprint::of_contents(path));
+                let prompts = settings.evaluation_prompts.iter().map(|path| fingerprint::hash_contents(path));
                 json!([
                     without(settings, &["input", "output", "model", "data", "evaluation_prompts"])?,
                     trajectory::fingerprint(&settings.input)?,
@@ -146,11 +146,11 @@ impl Stage<'_> {
                 ])
             }
             Stage::Train(settings) => {
-                let folder = Path::new(&settings.model);
+                let folder = Path::new(settings.model.as_deref().unwrap_or_default());
                 json!(Origin::of(settings, &Tokenizer::load(folder)?, folder)?)
             }
         };
-        Ok(fingerprint::of_bytes(inputs.to_string().as_bytes()))
+        Ok(fingerprint::hash_bytes(inputs.to_string().as_bytes()))
     }
 
     /// Fingerprint of what it left, if that is whole.
@@ -190,7 +190,7 @@ impl Stage<'_> {
             }
             Stage::Train(settings) => {
                 trainer::run((*settings).clone())?;
-                read_json(&Path::new(&settings.output).join("summary.json"))
+                read_json(&settings.output.as_path().join("summary.json"))
             }
         }
     }

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use cllm_core::settings::laid_over;
+use cllm_core::settings::{merge, required_path};
 use cllm_core::{Error, Result};
 use cllm_data::{augment, clean, collect};
 use garde::Validate;
@@ -20,8 +20,8 @@ pub struct Settings {
     #[garde(length(min = 1))]
     pub model: String,
     /// Folder of the rounds.
-    #[garde(length(min = 1))]
-    pub output: String,
+    #[garde(custom(required_path))]
+    pub output: PathBuf,
     /// What `cllm-data collect` takes; the rounds set model and output.
     #[garde(skip)]
     #[schemars(extend("elsewhere" = true))]
@@ -66,7 +66,7 @@ impl Settings {
 
     /// Folder of a round, counted from 0.
     pub fn folder(&self, index: usize) -> PathBuf {
-        Path::new(&self.output).join(format!("round-{:02}", index + 1))
+        self.output.join(format!("round-{:02}", index + 1))
     }
 
     /// What round `index` (from 0) does, whose model is in the folder `model`.
@@ -76,11 +76,11 @@ impl Settings {
     pub fn round(&self, index: usize, model: &Path) -> Result<Round> {
         let of_round = |error: Error| Error::usage(format!("round {}: {error}", index + 1));
         let Settings { collect, augment, clean, train, .. } = self.clone();
-        let mut round = laid_over(&Round { collect, augment, clean, train }, &self.rounds[index]).map_err(of_round)?;
+        let mut round = merge(&Round { collect, augment, clean, train }, &self.rounds[index]).map_err(of_round)?;
         round.refuse_what_rounds_set().map_err(of_round)?;
         round.place(&self.folder(index), model);
         // A later round that held on to the student before it would lose the teacher step by step.
-        if round.train.anchored() {
+        if round.train.is_anchored() {
             round.train.consistency.anchor.get_or_insert_with(|| self.model.clone());
         }
         round.check().map_err(of_round)?;
@@ -100,10 +100,10 @@ impl Round {
             ("clean.model", clean.as_ref().is_some_and(|clean| !clean.model.is_empty())),
             ("clean.input", clean.as_ref().is_some_and(|clean| some(&clean.input))),
             ("clean.output", clean.as_ref().is_some_and(|clean| some(&clean.output))),
-            ("train.model", !train.model.is_empty()),
+            ("train.model", train.model.is_some()),
             ("train.init", train.init.is_some()),
-            ("train.data", !train.data.is_empty()),
-            ("train.output", !train.output.is_empty()),
+            ("train.datasets", !train.datasets.is_empty()),
+            ("train.output", some(&train.output)),
         ];
         match set.into_iter().find(|(_, set)| *set) {
             Some((key, _)) => Err(Error::usage(format!("{key} is what the rounds set: leave it out"))),
@@ -128,8 +128,8 @@ impl Round {
             (clean.model, clean.input, clean.output) = (model.clone(), data, folder.join("clean"));
             data = clean.output.clone();
         }
-        (self.train.model, self.train.data) = (model, vec![data]);
-        self.train.output = folder.join("student").display().to_string();
+        (self.train.model, self.train.datasets) = (Some(model), vec![data]);
+        self.train.output = folder.join("student");
     }
 
     fn check(&self) -> Result<()> {
@@ -156,7 +156,7 @@ mod tests {
     fn settings(rounds: Value) -> Settings {
         let text = json!({
             "model": "m", "output": "out", "collect": {"prompts": "p.jsonl", "n": 8},
-            "clean": {}, "train": {"epochs": 3, "optimizer": {"ema": 0.9}}, "rounds": rounds,
+            "clean": {}, "train": {"epochs": 3, "optimizer": {"ema_decay": 0.9}}, "rounds": rounds,
         });
         serde_json::from_value(text).unwrap()
     }
@@ -169,13 +169,13 @@ mod tests {
         settings.check().unwrap();
         let rounds = [0, 1].map(|index| settings.round(index, Path::new("m")).unwrap());
         assert_eq!(rounds.each_ref().map(|round| round.collect.n), [8, 16]);
-        assert_eq!(rounds.each_ref().map(|round| round.train.optimizer.ema), [0.9, 0.9]);
+        assert_eq!(rounds.each_ref().map(|round| round.train.optimizer.ema_decay), [Some(0.9), Some(0.9)]);
         assert!(rounds[1].train.optimizer.lr == 0.5 && rounds[0].train.optimizer.lr < 0.1);
         assert!(rounds[0].augment.is_none() && rounds[0].clean.is_some());
         assert!(rounds[1].augment.is_some() && rounds[1].clean.is_none());
         assert!(rounds.iter().all(|round| round.train.consistency.anchor.is_none()));
-        assert_eq!(rounds[0].train.data, [Path::new("out/round-01/clean")]);
-        assert_eq!(rounds[1].train.data, [Path::new("out/round-02/augmented")]);
+        assert_eq!(rounds[0].train.datasets, [Path::new("out/round-01/clean")]);
+        assert_eq!(rounds[1].train.datasets, [Path::new("out/round-02/augmented")]);
     }
 
     #[test]
@@ -198,7 +198,7 @@ mod tests {
             (json!({"train": {"epochs": "many"}}), ["train.epochs", "invalid type"]),
             (json!({"train": {"output": "x"}}), ["train.output", "leave it out"]),
             (json!({"train": {"objective": "sft"}}), ["train.objective", "sft"]),
-            (json!({"train": {"probe": {"patience": 2}}}), ["train: probe.patience", "probe.prompts"]),
+            (json!({"train": {"validation": {"patience": 2}}}), ["train: validation.patience", "validation.prompts"]),
         ] {
             let message = settings(json!([{}, round])).check().unwrap_err().to_string();
             assert!(message.starts_with("round 2: "), "{message}");

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::settings::Probe;
+use crate::settings::ValidationSettings;
 use crate::validation::generation_probe::Found;
 
 /// What the probes of a run amount to.
@@ -23,7 +23,7 @@ pub struct Selection {
 impl Selection {
     /// Takes what the answers of the probe after `step`, if it had some, amount to; whether that is the best so far: it has most
     /// tokens per forward in finished answers of all whose accuracy is not too far below that of the start.
-    pub fn take(&mut self, step: usize, found: Option<Found>, settings: &Probe) -> bool {
+    pub fn take(&mut self, step: usize, found: Option<Found>, settings: &ValidationSettings) -> bool {
         self.probed = Some(step);
         let Some(found) = found else { return false };
         if step == 0 {
@@ -40,8 +40,8 @@ impl Selection {
     }
 
     /// Whether so many probes in a row brought no new best that the run ends.
-    pub fn is_over(&self, settings: &Probe) -> bool {
-        settings.patience > 0 && self.without_best >= settings.patience
+    pub fn is_over(&self, settings: &ValidationSettings) -> bool {
+        settings.patience.is_some_and(|patience| self.without_best >= patience)
     }
 
     fn is_accurate(&self, found: &Found, max_drop: f64) -> bool {
@@ -61,7 +61,7 @@ mod tests {
 
     #[test]
     fn only_what_is_as_accurate_as_allowed_can_be_the_best() {
-        let settings = Probe { max_accuracy_drop: 0.1, ..Probe::default() };
+        let settings = ValidationSettings { max_accuracy_drop: 0.1, ..ValidationSettings::default() };
         let mut selection = Selection::default();
         assert!(!selection.take(0, found(Some(1.0), Some(0.8)), &settings), "the start is no checkpoint");
         assert!(selection.take(1, found(Some(2.0), Some(0.7)), &settings), "just at the bound");
@@ -78,7 +78,7 @@ mod tests {
 
     #[test]
     fn a_run_is_over_after_so_many_probes_without_a_new_best() {
-        let settings = Probe { patience: 2, ..Probe::default() };
+        let settings = ValidationSettings { patience: Some(2), ..ValidationSettings::default() };
         let mut selection = Selection::default();
         let over: Vec<bool> = [1.5, 2.0, 1.9, 2.0]
             .into_iter()
@@ -89,6 +89,6 @@ mod tests {
             })
             .collect();
         assert_eq!(over, [false, false, false, true]);
-        assert!(!selection.is_over(&Probe { patience: 0, ..settings }));
+        assert!(!selection.is_over(&ValidationSettings { patience: None, ..settings }));
     }
 }

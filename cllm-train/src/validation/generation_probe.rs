@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use cllm_core::decode::{Answer, DecodeOptions, Request, StopConditions, Strategy, check_fits_context, decode};
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::prompt_set::{self, Sample};
-use cllm_core::task::{Judge, Task, Verdict};
+use cllm_core::task::{ScoreContext, Task, Verdict};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::FinishReason;
 use cllm_core::{Error, Result};
@@ -69,25 +69,23 @@ impl<'t> Probe<'t> {
 
 impl<'t> Prompts<'t> {
     fn of(settings: &Settings, tokenizer: &'t Tokenizer, config: &ModelConfig) -> Result<Option<Self>> {
-        let probe = &settings.probe;
-        if probe.prompts.as_os_str().is_empty() {
-            return Ok(None);
-        }
+        let probe = &settings.validation;
+        let Some(prompts) = &probe.prompts else { return Ok(None) };
         let stop = StopConditions { max_new_tokens: probe.max_new_tokens, eos_ids: tokenizer.eos_ids().to_vec() };
-        let mut samples = prompt_set::read(&probe.prompts)?;
-        samples.truncate(probe.count);
+        let mut samples = prompt_set::read(prompts)?;
+        samples.truncate(probe.num_examples);
         let request = |sample: &Sample| {
-            let (_, prompt_ids) = tokenizer.prompt(&sample.prompt)?;
+            let (_, prompt_ids) = tokenizer.encode_prompt(&sample.prompt)?;
             let request = Request { prompt_ids, sample_id: sample.id.clone() };
             check_fits_context(&request, &stop, config.max_positions)?;
-            let judge = Judge { data: probe.data.as_deref(), sandbox: None };
-            Task::of_source(&sample.source).expect_data(judge, sample)?;
+            let judge = ScoreContext { data: probe.data.as_deref(), sandbox: None };
+            Task::from_source(&sample.source).check_scorable(judge, sample)?;
             Ok(request)
         };
         let requests: Vec<Request> = samples.iter().map(request).collect::<Result<_>>()?;
         if requests.is_empty() {
             let message = "holds no prompts to probe with: leave probe.prompts out, or fill it";
-            return Err(Error::file(&probe.prompts, message));
+            return Err(Error::file(prompts, message));
         }
         let options = DecodeOptions::greedy(Strategy::Jacobi { n: probe.n }, settings.seed);
         Ok(Some(Prompts { tokenizer, samples, requests, stop, options, data: probe.data.clone() }))
@@ -95,7 +93,7 @@ impl<'t> Prompts<'t> {
 
     /// Decodes the prompts, with adapters merged.
     fn run(&self, model: &Transformer) -> Result<Found> {
-        let merged = model.merged()?;
+        let merged = model.to_merged()?;
         let model = merged.as_ref().unwrap_or(model);
         let (answers, _) = decode(model, &self.requests, &self.stop, self.options, None)?;
         let judged =
@@ -105,8 +103,8 @@ impl<'t> Prompts<'t> {
 
     fn judge(&self, sample: &Sample, answer: &Answer) -> Result<Verdict> {
         let text = self.tokenizer.decode(&answer.response_ids)?;
-        let judge = Judge { data: self.data.as_deref(), sandbox: None };
-        Task::of_source(&sample.source).judge(judge, sample, &text, answer.finish_reason)
+        let judge = ScoreContext { data: self.data.as_deref(), sandbox: None };
+        Task::from_source(&sample.source).score(judge, sample, &text, answer.finish_reason)
     }
 }
 
@@ -122,7 +120,7 @@ impl Found {
             (forwards > 0).then(|| tokens as f64 / forwards as f64)
         };
         let count = |verdict: Verdict| answers.iter().filter(|(_, found)| *found == verdict).count();
-        let (right, scored) = (count(Verdict::Right), answers.len() - count(Verdict::Unscored));
+        let (right, scored) = (count(Verdict::Correct), answers.len() - count(Verdict::Unscored));
         Found {
             tokens_per_forward: rate(false).unwrap_or(0.0),
             tokens_per_forward_finished: rate(true),
@@ -155,7 +153,7 @@ mod tests {
         };
         let (short, long) = (answer(10, 5, FinishReason::Eos), answer(20, 10, FinishReason::Eos));
         let looping = answer(90, 10, FinishReason::Length);
-        let sound = Found::of(&[(&short, Verdict::Right), (&long, Verdict::Unscored)]);
+        let sound = Found::of(&[(&short, Verdict::Correct), (&long, Verdict::Unscored)]);
         let expected = Found {
             tokens_per_forward: 2.0,
             tokens_per_forward_finished: Some(2.0),
@@ -163,7 +161,7 @@ mod tests {
             accuracy: Some(1.0),
         };
         assert_eq!(sound, expected);
-        let found = Found::of(&[(&short, Verdict::Right), (&looping, Verdict::Wrong)]);
+        let found = Found::of(&[(&short, Verdict::Correct), (&looping, Verdict::Incorrect)]);
         assert_eq!((found.tokens_per_forward_finished, found.unfinished, found.accuracy), (Some(2.0), 1, Some(0.5)));
         assert!(found.tokens_per_forward > 6.0);
         let none = Found::of(&[(&looping, Verdict::Unscored)]);

@@ -24,22 +24,20 @@ impl HeldOut {
     /// # Errors
     /// Bad data sets, and one of which no response fits a batch.
     pub fn of(settings: &Settings, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Option<Self>> {
-        let (path, labels) = (&settings.probe.trajectories, settings.consistency.labels);
-        if path.as_os_str().is_empty() {
-            return Ok(None);
-        }
-        let mut examples = examples::trajectories(path, tokenizer, config, labels, settings.probe.count)?;
+        let labels = settings.consistency.labels;
+        let Some(path) = &settings.validation.trajectories else { return Ok(None) };
+        let mut examples = examples::trajectories(path, tokenizer, config, labels, settings.validation.num_examples)?;
         let all = examples.len();
         examples.retain(|example| example.prompt.len() + example.response.len() <= config.max_positions);
         if examples.is_empty() {
             let message = "holds no responses to probe with: leave probe.trajectories out, or fill it";
             return Err(Error::file(path, message));
         }
-        let once = Settings { epochs: 1, max_steps: 0, ..settings.clone() };
+        let once = Settings { epochs: 1, max_steps: None, ..settings.clone() };
         let schedule = Schedule::new(&examples, &once)?;
         let left_out = all - examples.len() + schedule.left_out;
         if left_out > 0 {
-            progress::say(format!("{}: {left_out} of {all} responses are too long for the probe", path.display()));
+            progress::log(format!("{}: {left_out} of {all} responses are too long for the probe", path.display()));
         }
         Ok(Some(HeldOut { batches: schedule.batches(0), examples }))
     }
@@ -59,7 +57,7 @@ impl HeldOut {
             sums.iter_mut().zip(models.sums(settings, &batch)?).for_each(|(sum, more)| *sum += more);
             all.add(batch.counts);
         }
-        let tokens = all.divisors(settings.consistency.reduction);
+        let tokens = all.divisors();
         let means: Vec<f64> = sums.iter().zip(tokens).map(|(sum, tokens)| sum / (tokens as f64).max(1.0)).collect();
         let loss: f64 = means.iter().zip(weights(settings)).map(|(mean, weight)| mean * weight).sum();
         Ok(json!({

@@ -6,15 +6,15 @@ use std::path::{Path, PathBuf};
 use cllm_train::settings::{Objective, Settings};
 use cllm_train::trainer;
 
-use crate::runs::{collect, prepare, sft};
+use crate::runs::{collect, model_of, prepare, sft};
 use cllm_testing::foreign_parquet;
-use cllm_testing::programs::{Program, copy_folder, damaged_models, path, unwritable};
+use cllm_testing::programs::{Program, copy_folder, damaged_models, path, unwritable_path};
 
 const TRAIN: Program = Program("cllm-train");
 
 /// A settings file; its path.
 fn file(settings: &Settings) -> String {
-    let folder = Path::new(&settings.output).parent().unwrap();
+    let folder = settings.output.as_path().parent().unwrap();
     let file = path(folder, "run.yaml");
     fs::write(&file, cllm_core::settings::to_yaml(settings).unwrap()).unwrap();
     file
@@ -23,36 +23,45 @@ fn file(settings: &Settings) -> String {
 /// A folder with prompts, a trained model and its trajectories, and the settings of a student.
 fn student(folder: &Path) -> Settings {
     prepare(folder);
-    trainer::run(Settings { max_steps: 1, ..sft(folder, "teacher") }).unwrap();
+    trainer::run(Settings { max_steps: Some(1), ..sft(folder, "teacher") }).unwrap();
     let model = folder.join("teacher/final");
     let data = vec![collect(&model, folder)];
-    let model = model.display().to_string();
-    Settings { init: None, model, objective: Objective::Consistency, data, max_steps: 2, ..sft(folder, "run") }
+    let model = Some(model.display().to_string());
+    Settings {
+        init: None,
+        model,
+        objective: Objective::Consistency,
+        datasets: data,
+        max_steps: Some(2),
+        ..sft(folder, "run")
+    }
 }
 
 #[test]
 fn every_damaged_model_is_named_and_nothing_is_written() {
     let dir = tempfile::tempdir().unwrap();
     let settings = student(dir.path());
-    for (model, parts) in damaged_models(Path::new(&settings.model), dir.path()) {
+    for (model, parts) in damaged_models(model_of(&settings), dir.path()) {
         for (objective, data) in
-            [(Objective::Consistency, &settings.data[0]), (Objective::Sft, &dir.path().join("prompts.jsonl"))]
+            [(Objective::Consistency, &settings.datasets[0]), (Objective::Sft, &dir.path().join("prompts.jsonl"))]
         {
-            let settings = Settings { model: model.clone(), objective, data: vec![data.clone()], ..settings.clone() };
-            TRAIN.refuse(&["run", "-c", &file(&settings)], 2, &parts);
+            let settings =
+                Settings { model: Some(model.clone()), objective, datasets: vec![data.clone()], ..settings.clone() };
+            TRAIN.fail(&["run", "-c", &file(&settings)], 2, &parts);
         }
-        assert!(!Path::new(&settings.output).exists(), "{model}");
+        assert!(!settings.output.as_path().exists(), "{model}");
     }
     // A whole tokenizer that is not the one of the data.
     let model = dir.path().join("other-tokenizer");
-    copy_folder(Path::new(&settings.model), &model);
+    copy_folder(model_of(&settings), &model);
     cllm_testing::train_tokenizer(["Other words make other ids."], 261, &model);
-    let other = Settings { model: model.display().to_string(), ..settings.clone() };
-    TRAIN.refuse(&["run", "-c", &file(&other)], 2, &["trajectories", "was collected with tokenizer"]);
-    TRAIN.refuse(&["export", "no/such/model", "--output", &settings.output], 2, &["no/such/model"]);
+    let other = Settings { model: Some(model.display().to_string()), ..settings.clone() };
+    TRAIN.fail(&["run", "-c", &file(&other)], 2, &["trajectories", "was collected with tokenizer"]);
+    let output = path(dir.path(), "run");
+    TRAIN.fail(&["export", "no/such/model", "--output", &output], 2, &["no/such/model"]);
     let cut = path(dir.path(), "cut-weights");
-    TRAIN.refuse(&["export", &cut, "--output", &settings.output], 2, &["cut-weights/model.safetensors"]);
-    assert!(!Path::new(&settings.output).exists());
+    TRAIN.fail(&["export", &cut, "--output", &output], 2, &["cut-weights/model.safetensors"]);
+    assert!(!settings.output.as_path().exists());
 }
 
 #[test]
@@ -60,12 +69,12 @@ fn a_gguf_file_that_is_missing_cut_or_none_is_named_and_nothing_is_written() {
     let dir = tempfile::tempdir().unwrap();
     let (gguf, output) = (path(dir.path(), "model.gguf"), path(dir.path(), "output"));
     let arguments = ["convert", &gguf, &output];
-    TRAIN.refuse(&arguments, 2, &["model.gguf", "No such file", "check the path"]);
+    TRAIN.fail(&arguments, 2, &["model.gguf", "there is no such file"]);
     // A header that promises one tensor and ends there; a file of another kind; nothing.
     let header = [&b"GGUF"[..], &3u32.to_le_bytes(), &1u64.to_le_bytes(), &0u64.to_le_bytes()].concat();
     for bytes in [&header[..], &header[..10], b"PK\x03\x04 is a zip", b""] {
         fs::write(&gguf, bytes).unwrap();
-        TRAIN.refuse(&arguments, 2, &["model.gguf"]);
+        TRAIN.fail(&arguments, 2, &["model.gguf"]);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "{bytes:?}");
     }
 }
@@ -74,32 +83,32 @@ fn a_gguf_file_that_is_missing_cut_or_none_is_named_and_nothing_is_written() {
 fn every_bad_shard_is_named_and_nothing_is_written() {
     let dir = tempfile::tempdir().unwrap();
     let settings = student(dir.path());
-    let shard = settings.data[0].join("part-00000.parquet");
+    let shard = settings.datasets[0].join("part-00000.parquet");
     let good = fs::read(&shard).unwrap();
     type Damage<'d> = Box<dyn Fn() + 'd>;
     let damages: [(Damage<'_>, &[&str]); 4] = [
         (Box::new(|| fs::write(&shard, &good[..good.len() / 2]).unwrap()), &["no whole Parquet file", "collect again"]),
         (Box::new(|| foreign_parquet::write(&shard, "text", None)), &["no trajectory shard"]),
         (Box::new(|| foreign_parquet::write(&shard, "text", Some("1"))), &["no column `sample_id`"]),
-        (Box::new(|| fs::remove_file(&shard).unwrap()), &["No such file"]),
+        (Box::new(|| fs::remove_file(&shard).unwrap()), &["there is no such file"]),
     ];
     for (damage, parts) in damages {
         damage();
         let parts = [parts, &["part-00000.parquet"]].concat();
         for verb in ["run", "plan"] {
-            TRAIN.refuse(&[verb, "-c", &file(&settings)], 2, &parts);
+            TRAIN.fail(&[verb, "-c", &file(&settings)], 2, &parts);
         }
     }
-    assert!(!Path::new(&settings.output).exists());
+    assert!(!settings.output.as_path().exists());
     fs::write(&shard, &good).unwrap();
-    let manifest = settings.data[0].join("manifest.json");
+    let manifest = settings.datasets[0].join("manifest.json");
     let text = fs::read_to_string(&manifest).unwrap();
     fs::write(&manifest, text.replace("\"complete\": true", "\"complete\": false")).unwrap();
     for verb in ["run", "plan"] {
-        TRAIN.refuse(&[verb, "-c", &file(&settings)], 2, &["trajectories", "is not complete", "run the same command"]);
+        TRAIN.fail(&[verb, "-c", &file(&settings)], 2, &["trajectories", "is not complete", "run the same command"]);
     }
-    let empty = Settings { data: vec![dir.path().join("nothing")], ..settings };
-    TRAIN.refuse(&["run", "-c", &file(&empty)], 2, &["nothing"]);
+    let empty = Settings { datasets: vec![dir.path().join("nothing")], ..settings };
+    TRAIN.fail(&["run", "-c", &file(&empty)], 2, &["nothing"]);
 }
 
 #[test]
@@ -108,12 +117,12 @@ fn bad_settings_are_named_with_file_line_and_value() {
     let file = path(dir.path(), "run.yaml");
     for verb in ["run", "plan", "validate"] {
         fs::write(&file, "output: x\noptimiser:\n  lr: 1\n").unwrap();
-        TRAIN.refuse(&[verb, "-c", &file], 2, &["run.yaml", "line 2", "did you mean `optimizer`"]);
+        TRAIN.fail(&[verb, "-c", &file], 2, &["run.yaml", "line 2", "did you mean `optimizer`"]);
         fs::write(&file, "output: x\noptimizer:\n  lr: 7\n").unwrap();
-        TRAIN.refuse(
+        TRAIN.fail(
             &[verb, "-c", &file],
             2,
-            &["run.yaml, line 3: optimizer.lr=7.0: greater than 1", "data is not set"],
+            &["run.yaml, line 3: optimizer.lr=7.0: greater than 1", "datasets is not set"],
         );
     }
     for (wrong, said) in [
@@ -121,16 +130,17 @@ fn bad_settings_are_named_with_file_line_and_value() {
         ("optimizer.beta2=1", "greater than 0.99999"),
         ("optimizer.eps=0", "optimizer.eps=0: lower than"),
     ] {
-        TRAIN.refuse(&["validate", wrong], 2, &[wrong, said]);
+        TRAIN.fail(&["validate", wrong], 2, &[wrong, said]);
     }
-    TRAIN.refuse(&["run", "output=x", "data=[x]"], 2, &["model: expected a folder or an id"]);
+    TRAIN.fail(&["run", "output=x", "datasets=[x]"], 2, &["model: expected a folder or an id"]);
 }
 
 #[test]
 fn what_is_longer_than_the_context_is_left_out_and_said() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
-    let mut settings = Settings { max_steps: 1, max_tokens: 4096, tokens_per_batch: 4096, ..sft(dir.path(), "run") };
+    let mut settings =
+        Settings { max_steps: Some(1), max_example_tokens: 4096, max_batch_tokens: 4096, ..sft(dir.path(), "run") };
     let prompts = dir.path().join("prompts.jsonl");
     let long = |id: &str| {
         let text = "long ".repeat(100);
@@ -143,20 +153,20 @@ fn what_is_longer_than_the_context_is_left_out_and_said() {
     let bare = serde_json::json!({ "id": "bare", "prompt": "What?" }).to_string();
     let lacking = dir.path().join("lacking.jsonl");
     fs::write(&lacking, short.clone() + &bare).unwrap();
-    let output = path(dir.path(), "lacking");
-    let found = TRAIN.succeed(&["run", "-c", &file(&Settings { data: vec![lacking], output, ..settings.clone() })]);
+    let output = dir.path().join("lacking");
+    let found = TRAIN.succeed(&["run", "-c", &file(&Settings { datasets: vec![lacking], output, ..settings.clone() })]);
     assert!(found.stderr.contains("lacking.jsonl: 1 of 13 prompts have no reference"), "{}", found.stderr);
     let only_long = dir.path().join("long.jsonl");
     fs::write(&only_long, long("a")).unwrap();
-    settings.output = path(dir.path(), "other");
-    let all_too_long = Settings { data: vec![only_long.clone()], ..settings.clone() };
-    TRAIN.refuse(&["run", "-c", &file(&all_too_long)], 2, &["no responses to learn from", "context of 128"]);
+    settings.output = dir.path().join("other");
+    let all_too_long = Settings { datasets: vec![only_long.clone()], ..settings.clone() };
+    TRAIN.fail(&["run", "-c", &file(&all_too_long)], 2, &["no responses to learn from", "context of 128"]);
     // A probe that cannot run is found before the first step, not at the two hundredth.
-    settings.probe.prompts = only_long;
-    TRAIN.refuse(&["run", "-c", &file(&settings)], 2, &["sample `a`", "context of 128"]);
-    settings.probe.prompts = PathBuf::from("no/such.jsonl");
-    TRAIN.refuse(&["run", "-c", &file(&settings)], 2, &["no/such.jsonl"]);
-    assert!(!Path::new(&settings.output).exists());
+    settings.validation.prompts = Some(only_long);
+    TRAIN.fail(&["run", "-c", &file(&settings)], 2, &["sample `a`", "context of 128"]);
+    settings.validation.prompts = Some(PathBuf::from("no/such.jsonl"));
+    TRAIN.fail(&["run", "-c", &file(&settings)], 2, &["no/such.jsonl"]);
+    assert!(!settings.output.as_path().exists());
 }
 
 #[test]
@@ -164,12 +174,12 @@ fn prompts_for_trajectories_and_the_other_way_round_are_named() {
     let dir = tempfile::tempdir().unwrap();
     let settings = student(dir.path());
     let prompts = dir.path().join("prompts.jsonl");
-    let given = |objective, data: &Path| Settings { objective, data: vec![data.to_owned()], ..settings.clone() };
+    let given = |objective, data: &Path| Settings { objective, datasets: vec![data.to_owned()], ..settings.clone() };
     let said = ["prompts.jsonl", "perhaps a prompt set", "cllm-data collect"];
-    TRAIN.refuse(&["run", "-c", &file(&given(Objective::Consistency, &prompts))], 2, &said);
+    TRAIN.fail(&["run", "-c", &file(&given(Objective::Consistency, &prompts))], 2, &said);
     let said = ["is a folder: expected a prompt set", "cllm-data prepare"];
-    TRAIN.refuse(&["run", "-c", &file(&given(Objective::Sft, &settings.data[0]))], 2, &said);
-    assert!(!Path::new(&settings.output).exists());
+    TRAIN.fail(&["run", "-c", &file(&given(Objective::Sft, &settings.datasets[0]))], 2, &said);
+    assert!(!settings.output.as_path().exists());
 }
 
 #[test]
@@ -177,7 +187,7 @@ fn ids_that_the_student_has_not_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let mut settings = student(dir.path());
     // The same tokenizer, but a teacher that had more ids, one of which stands in a state.
-    let reader = cllm_core::trajectory::Reader::open(&settings.data[0]).unwrap();
+    let reader = cllm_core::trajectory::Reader::open(&settings.datasets[0]).unwrap();
     let mut rows: Vec<_> = reader.rows().map(Result::unwrap).collect();
     let mut provenance = reader.provenance().clone();
     let vocab_size = provenance.vocab_size;
@@ -188,8 +198,8 @@ fn ids_that_the_student_has_not_are_refused() {
     let mut writer = cllm_core::trajectory::Writer::open(&padded, provenance).unwrap();
     writer.write_shard(&rows).unwrap();
     writer.finish().unwrap();
-    settings.data = vec![padded];
-    TRAIN.refuse(
+    settings.datasets = vec![padded];
+    TRAIN.fail(
         &["run", "-c", &file(&settings)],
         2,
         &["padded", "row `s3`", &format!("outside the vocabulary of {vocab_size}")],
@@ -202,15 +212,15 @@ fn devices_and_places_that_are_not_there_are_3() {
     prepare(dir.path());
     let settings = sft(dir.path(), "run");
     let file = file(&settings);
-    TRAIN.refuse(&["run", "-c", &file, "device=cuda:4096"], 3, &["`cuda:4096`"]);
-    TRAIN.refuse(&["run", "-c", &file, "device=gpu"], 2, &["`gpu` is unknown"]);
-    assert!(!Path::new(&settings.output).exists());
-    let output = unwritable(dir.path());
-    let said = ["/file", "cannot be written", "choose another place"];
-    TRAIN.refuse(&["run", "-c", &file, &format!("output={output}")], 3, &said);
+    TRAIN.fail(&["run", "-c", &file, "device=cuda:4096"], 3, &["`cuda:4096`"]);
+    TRAIN.fail(&["run", "-c", &file, "device=gpu"], 2, &["`gpu` is unknown"]);
+    assert!(!settings.output.as_path().exists());
+    let output = unwritable_path(dir.path());
+    let said = ["/file", "cannot be written", "choose another path"];
+    TRAIN.fail(&["run", "-c", &file, &format!("output={output}")], 3, &said);
     let prompts = path(dir.path(), "prompts.jsonl");
-    TRAIN.refuse(&["tokenizer", &prompts, "--output", &output], 3, &said);
-    TRAIN.fill_stdout(&["validate", "-c", &file]);
-    TRAIN.fill_stdout(&["plan", "-c", &file]);
-    TRAIN.fill_stdout(&["completions", "bash"]);
+    TRAIN.fail(&["tokenizer", &prompts, "--output", &output], 3, &said);
+    TRAIN.fail_on_full_stdout(&["validate", "-c", &file]);
+    TRAIN.fail_on_full_stdout(&["plan", "-c", &file]);
+    TRAIN.fail_on_full_stdout(&["completions", "bash"]);
 }

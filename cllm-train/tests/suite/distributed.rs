@@ -5,8 +5,9 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
-use cllm_core::model::{Lora, Transformer};
-use cllm_train::settings::{Consistency, Objective, Optimizer, Probe, Settings};
+use cllm_core::checkpoint;
+use cllm_core::model::LoraConfig;
+use cllm_train::settings::{ConsistencySettings, Objective, OptimizerSettings, Settings, ValidationSettings};
 use serde_json::Value;
 use tch::{Device, Kind};
 
@@ -42,8 +43,9 @@ fn succeed(file: &str, world: usize) {
 }
 
 fn settings(folder: &Path, output: &str) -> Settings {
-    let optimizer = Optimizer { lr: 3e-3, weight_decay: 0.1, ema: 0.5, ..Optimizer::default() };
-    Settings { accumulation: 4, tokens_per_batch: 64, max_tokens: 64, optimizer, ..sft(folder, output) }
+    let optimizer =
+        OptimizerSettings { lr: 3e-3, weight_decay: 0.1, ema_decay: Some(0.5), ..OptimizerSettings::default() };
+    Settings { accumulation: 4, max_batch_tokens: 64, max_example_tokens: 64, optimizer, ..sft(folder, output) }
 }
 
 fn written(folder: &Path, settings: &Settings) -> String {
@@ -60,7 +62,7 @@ fn near(a: &Path, b: &Path) {
         let apart = (number(loss) - number(other)).abs();
         assert!(apart < 1e-5 * number(loss).max(1.0), "step {step}: {loss} {other}");
     }
-    let load = |run: &Path| Transformer::load(&run.join("final"), Device::Cpu, Kind::Float).unwrap();
+    let load = |run: &Path| checkpoint::load(&run.join("final"), Device::Cpu, Kind::Float).unwrap();
     let (one, other) = (load(a), load(b));
     let apart = (one.weights().buffer() - other.weights().buffer()).abs().max().double_value(&[]);
     assert!(apart < 1e-5, "{apart}");
@@ -93,7 +95,7 @@ fn two_and_three_processes_train_as_one_does() {
 fn a_run_of_two_that_was_stopped_goes_on_to_the_same_weights_with_two_and_to_near_ones_with_one() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
-    let run = |name: &str| Settings { epochs: 60, save_every: 0, ..settings(dir.path(), name) };
+    let run = |name: &str| Settings { epochs: 60, save_every: None, ..settings(dir.path(), name) };
     succeed(&written(dir.path(), &run("whole")), 2);
     let file = written(dir.path(), &run("stopped"));
     let stopped = dir.path().join("stopped");
@@ -123,28 +125,35 @@ fn two_processes_probe_with_an_anchor_and_adapters_as_one_does() {
     let model = dir.path().join("teacher/final");
     let data = collect(&model, dir.path());
     // What is probed is losses alone, losses and answers, and nothing; the second ends early.
-    let kinds =
-        [("losses", true, false, None), ("both", true, true, None), ("adapters", false, true, Some(Lora::default()))];
+    let kinds = [
+        ("losses", true, false, None),
+        ("both", true, true, None),
+        ("adapters", false, true, Some(LoraConfig::default())),
+    ];
     for (name, trajectories, prompts, lora) in kinds {
-        let path = |wanted: bool, path: std::path::PathBuf| if wanted { path } else { std::path::PathBuf::new() };
+        let path = |wanted: bool, path: std::path::PathBuf| wanted.then_some(path);
         let run = |name: String| Settings {
             init: None,
             lora: lora.clone(),
-            model: model.display().to_string(),
+            model: Some(model.display().to_string()),
             objective: Objective::Consistency,
-            data: vec![data.clone()],
-            tokens_per_batch: 256,
-            max_tokens: 256,
+            datasets: vec![data.clone()],
+            max_batch_tokens: 256,
+            max_example_tokens: 256,
             epochs: 4,
-            consistency: Consistency { anchor_weight: 1.0, local_weight: 0.5, ..Consistency::default() },
-            probe: Probe {
+            consistency: ConsistencySettings {
+                anchor_weight: 1.0,
+                local_weight: 0.5,
+                ..ConsistencySettings::default()
+            },
+            validation: ValidationSettings {
                 trajectories: path(trajectories, data.clone()),
                 prompts: path(prompts, dir.path().join("prompts.jsonl")),
                 every: 1,
                 n: N,
                 max_new_tokens: 8,
-                patience: if name == "both" { 2 } else { 0 },
-                ..Probe::default()
+                patience: (name == "both").then_some(2),
+                ..ValidationSettings::default()
             },
             ..settings(dir.path(), &name)
         };

@@ -1,5 +1,6 @@
 //! Whole GGUF files, written here: what they become, and how broken ones are refused.
 
+use cllm_core::checkpoint;
 use std::path::Path;
 
 use cllm_core::cuda::libtorch;
@@ -120,7 +121,7 @@ fn parts(model: &Transformer, family: &str, folder: &Path) -> Parts {
     for (key, number) in [("rope.freq_base", 100_000f32), ("attention.layer_norm_rms_epsilon", 1e-5)] {
         parts.set(&format!("{family}.{key}"), 6, number.to_le_bytes().to_vec());
     }
-    for (name, weight) in model.parameters() {
+    for (name, weight) in model.named_parameters() {
         let stored = if family == "llama" && name.contains("q_proj") {
             interleaved(&weight, config.num_heads)
         } else if family == "llama" && name.contains("k_proj") {
@@ -182,7 +183,7 @@ fn converted(family: &str, tied: bool) {
     let model = Transformer::random(config(family, tied), 5, Device::Cpu, Kind::Float);
     // Biases and norms that are all alike would not show a wrong order.
     let _no_grad = tch::no_grad_guard();
-    for (index, (_, mut weight)) in model.parameters().into_iter().enumerate() {
+    for (index, (_, mut weight)) in model.named_parameters().into_iter().enumerate() {
         if weight.dim() == 1 {
             let ramp = Tensor::arange(weight.size()[0], (Kind::Float, Device::Cpu)) * 0.001 + index as f64 * 0.01;
             weight.copy_(&ramp);
@@ -193,12 +194,12 @@ fn converted(family: &str, tied: bool) {
     let folder = dir.path().join("model");
     convert(&gguf, &folder).unwrap();
 
-    let read = Transformer::load(&folder, Device::Cpu, Kind::Float).unwrap();
+    let read = checkpoint::load(&folder, Device::Cpu, Kind::Float).unwrap();
     let (found, expected) = (read.config(), model.config());
-    assert_eq!(found.shapes(), expected.shapes());
+    assert_eq!(found.parameter_shapes(), expected.parameter_shapes());
     assert_eq!((found.rope_theta, found.rms_norm_eps), (100_000.0, 1e-5));
     assert_eq!((found.max_positions, &found.rope_scaling), (expected.max_positions, &expected.rope_scaling));
-    for ((name, weight), (_, original)) in read.parameters().iter().zip(model.parameters()) {
+    for ((name, weight), (_, original)) in read.named_parameters().iter().zip(model.named_parameters()) {
         let rounded = original.to_kind(Kind::BFloat16).to_kind(Kind::Float);
         // Half a step of Q8_0, and bf16's rounding.
         let bound = if name.contains("up_proj") { 2f64.powi(-11) + 1e-3 } else { 0.0 };
@@ -209,7 +210,7 @@ fn converted(family: &str, tied: bool) {
     let (trained, tokenizer) = (Tokenizer::load(dir.path()).unwrap(), Tokenizer::load(&folder).unwrap());
     assert_eq!(tokenizer.eos_ids(), [0, 3]);
     for prompt in [Prompt::question("Tom has 12 apples."), Prompt::Text("<|user|> 345 Änn\n\n  pears".to_owned())] {
-        assert_eq!(tokenizer.prompt(&prompt).unwrap(), trained.prompt(&prompt).unwrap());
+        assert_eq!(tokenizer.encode_prompt(&prompt).unwrap(), trained.encode_prompt(&prompt).unwrap());
     }
 }
 

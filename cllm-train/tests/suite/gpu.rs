@@ -3,10 +3,10 @@
 
 use cllm_core::cuda::libtorch;
 use cllm_core::fingerprint;
-use cllm_core::model::{Flat, Lora, ModelConfig, Transformer};
+use cllm_core::model::{LoraConfig, ModelConfig, ParamBuffer, Transformer};
 use cllm_train::data::packing::{Batch, Packed};
 use cllm_train::loss::{Backward, losses};
-use cllm_train::settings::{Consistency, Context, Divergence};
+use cllm_train::settings::{BlockContext, ConsistencySettings, Divergence};
 use serde_json::{Value, json};
 use tch::{Cuda, Device, Kind, Tensor};
 
@@ -35,7 +35,7 @@ fn models(config: &Value, seed: u64) -> (Transformer, Transformer) {
     let on_gpu = Transformer::random(config.clone(), seed, Device::Cuda(0), Kind::BFloat16);
     let on_cpu = Transformer::random(config, seed, Device::Cpu, Kind::Float);
     let _no_grad = tch::no_grad_guard();
-    for ((name, mut fast), (_, mut exact)) in on_gpu.parameters().into_iter().zip(on_cpu.parameters()) {
+    for ((name, mut fast), (_, mut exact)) in on_gpu.named_parameters().into_iter().zip(on_cpu.named_parameters()) {
         if name.ends_with("bias") {
             let _ = exact.normal_(0.0, 0.3);
         } else if name.ends_with("norm.weight") {
@@ -52,10 +52,10 @@ fn models(config: &Value, seed: u64) -> (Transformer, Transformer) {
 /// Losses, and the gradients of all weights.
 fn run(
     model: &Transformer,
-    gradients: &Flat,
+    gradients: &ParamBuffer,
     teacher: Option<&Transformer>,
     batch: &Batch,
-    settings: &Consistency,
+    settings: &ConsistencySettings,
     recomputed: usize,
 ) -> ([f64; 4], Tensor) {
     let _ = gradients.buffer().shallow_clone().zero_();
@@ -72,9 +72,9 @@ fn gpu_gradients_of_adapters_are_those_of_the_cpu_but_for_rounding() {
     }
     for (name, config) in shapes() {
         let (mut on_gpu, mut on_cpu) = models(&config, 3);
-        let lora = Lora { rank: 8, alpha: 16.0, ..Lora::default() };
-        on_gpu.adapt(&lora, 5);
-        on_cpu.adapt(&lora, 5);
+        let lora = LoraConfig { rank: 8, alpha: 16.0, ..LoraConfig::default() };
+        on_gpu.add_adapters(&lora, 5);
+        on_cpu.add_adapters(&lora, 5);
         let _no_grad = tch::no_grad_guard();
         for ((_, mut fast), (_, mut exact)) in
             on_gpu.trainable().tensors().into_iter().zip(on_cpu.trainable().tensors())
@@ -85,9 +85,10 @@ fn gpu_gradients_of_adapters_are_those_of_the_cpu_but_for_rounding() {
         }
         drop(_no_grad);
         let (fast, exact) = (on_gpu.collect_gradients().unwrap(), on_cpu.collect_gradients().unwrap());
-        let settings = Consistency::default();
-        let packed = [("a", 3, 9), ("b", 70, 90)]
-            .map(|(id, prompt, length)| example(id, prompt, length).pack(&settings, &mut fingerprint::rng(1, id, 0)));
+        let settings = ConsistencySettings::default();
+        let packed = [("a", 3, 9), ("b", 70, 90)].map(|(id, prompt, length)| {
+            example(id, prompt, length).pack(&settings, &mut fingerprint::derive_rng(1, id, 0))
+        });
         let batch = Batch::new(&packed, 100, None);
         let (_, gradient) = run(&on_gpu, &fast, None, &batch, &settings, 1);
         let (_, truth) = run(&on_cpu, &exact, None, &batch, &settings, 0);
@@ -107,14 +108,20 @@ fn gpu_losses_and_gradients_are_those_of_the_cpu_but_for_rounding() {
         let ((on_gpu, on_cpu), (teacher_gpu, teacher_cpu)) = (models(&config, 3), models(&config, 4));
         let (fast, exact) = (on_gpu.collect_gradients().unwrap(), on_cpu.collect_gradients().unwrap());
         for (context, divergence) in [
-            (Context::Clean, Divergence::Forward),
-            (Context::NoisyWindow, Divergence::Reverse),
-            (Context::NoisyWindow, Divergence::Jsd),
+            (BlockContext::Clean, Divergence::Forward),
+            (BlockContext::NoisyWindow, Divergence::Reverse),
+            (BlockContext::NoisyWindow, Divergence::Jsd),
         ] {
-            let settings = Consistency { context, divergence, window: 3, local_weight: 1.0, ..Consistency::default() };
+            let settings = ConsistencySettings {
+                context,
+                divergence,
+                window_blocks: 3,
+                local_weight: 1.0,
+                ..ConsistencySettings::default()
+            };
             let packed: Vec<Packed> = [("a", 3, 9), ("b", 70, 90), ("c", 12, 60), ("d", 1, 1)]
                 .map(|(id, prompt, length)| {
-                    example(id, prompt, length).pack(&settings, &mut fingerprint::rng(1, id, 0))
+                    example(id, prompt, length).pack(&settings, &mut fingerprint::derive_rng(1, id, 0))
                 })
                 .into();
             let batch = Batch::new(&packed, 100, Some(0.0));

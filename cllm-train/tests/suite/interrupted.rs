@@ -40,21 +40,27 @@ fn same_model(a: &Path, b: &Path) {
 fn a_run_that_was_stopped_and_met_a_full_disk_equals_one_that_was_not() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
-    let settings = Settings { epochs: 1000, max_steps: 400, save_every: 0, keep: 1, ..sft(dir.path(), "stopped") };
+    let settings = Settings {
+        epochs: 1000,
+        max_steps: Some(400),
+        save_every: None,
+        max_checkpoints: 1,
+        ..sft(dir.path(), "stopped")
+    };
     let file = path(dir.path(), "run.yaml");
     fs::write(&file, cllm_core::settings::to_yaml(&settings).unwrap()).unwrap();
     let (stopped, whole) = (dir.path().join("stopped"), dir.path().join("whole"));
     let arguments = ["run", "-c", &file];
-    TRAIN.stop(&arguments, "INT", 130, || lines(&stopped) >= 3);
+    TRAIN.interrupt(&arguments, "INT", 130, || lines(&stopped) >= 3);
     let state = || fs::read_to_string(stopped.join("checkpoints/latest/state.json")).unwrap();
     let after_first = lines(&stopped);
     assert!(state().contains(&format!("\"step\": {after_first},")), "{after_first}: {}", state());
-    TRAIN.stop(&arguments, "TERM", 143, || lines(&stopped) >= after_first + 3);
+    TRAIN.interrupt(&arguments, "TERM", 143, || lines(&stopped) >= after_first + 3);
     let after_second = lines(&stopped);
     assert!(after_first < after_second && after_second < 400, "{after_first}, {after_second}");
     assert!(state().contains(&format!("\"step\": {after_second},")), "{after_second}: {}", state());
     // What comes next does not fit on the disk; the last checkpoint stays.
-    TRAIN.fill_up(64, &arguments, &["stopped/"]);
+    TRAIN.fail_on_full_disk(64, &arguments, &["stopped/"]);
     assert!(state().contains(&format!("\"step\": {after_second},")), "{after_second}: {}", state());
     assert!(!stopped.join("final").exists());
     let resumed = TRAIN.succeed(&arguments);
@@ -64,7 +70,11 @@ fn a_run_that_was_stopped_and_met_a_full_disk_equals_one_that_was_not() {
     same_model(&stopped, &whole);
     // A model that does not fit is not there in part.
     let exported = path(dir.path(), "exported");
-    TRAIN.fill_up(16, &["export", &path(&whole, "final"), "--output", &exported], &["exported/model.safetensors"]);
+    TRAIN.fail_on_full_disk(
+        16,
+        &["export", &path(&whole, "final"), "--output", &exported],
+        &["exported/model.safetensors"],
+    );
     assert!(!Path::new(&exported).exists());
     // Done is done: the same command once more changes nothing.
     TRAIN.succeed(&arguments);
@@ -75,7 +85,7 @@ fn a_run_that_was_stopped_and_met_a_full_disk_equals_one_that_was_not() {
 fn a_damaged_checkpoint_is_named_and_without_it_the_one_before_serves() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
-    let settings = Settings { max_steps: 6, save_every: 2, ..sft(dir.path(), "run") };
+    let settings = Settings { max_steps: Some(6), save_every: Some(2), ..sft(dir.path(), "run") };
     let file = path(dir.path(), "run.yaml");
     fs::write(&file, cllm_core::settings::to_yaml(&settings).unwrap()).unwrap();
     let (run, whole) = (dir.path().join("run"), dir.path().join("whole"));
@@ -89,7 +99,7 @@ fn a_damaged_checkpoint_is_named_and_without_it_the_one_before_serves() {
         let bytes = fs::read(newest.join(name)).unwrap();
         fs::write(newest.join(name), &bytes[..bytes.len() / 2]).unwrap();
         let advice = ["delete ", "step-000006 to go on from the checkpoint before it"];
-        TRAIN.refuse(&arguments, 2, &[&[name, "no whole training state"], &advice[..]].concat());
+        TRAIN.fail(&arguments, 2, &[&[name, "no whole training state"], &advice[..]].concat());
     }
     fs::remove_dir_all(&newest).unwrap();
     // As a kill leaves it in the middle of two saves: one half written, one about to take the place of another.

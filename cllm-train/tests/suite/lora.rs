@@ -1,10 +1,11 @@
 //! Runs that train adapters alone: they learn, resume exactly, leave the model they began from as it was, and save little.
 
+use cllm_core::checkpoint;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use cllm_core::cuda::libtorch;
-use cllm_core::model::{Lora, ModelConfig, Target};
+use cllm_core::model::{LoraConfig, LoraTarget};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_train::settings::{Objective, Settings};
 use cllm_train::trainer;
@@ -12,7 +13,7 @@ use safetensors::SafeTensors;
 use serde_json::Value;
 use tch::Kind;
 
-use crate::runs::{collect, curve, cut_back, prepare, same_weights, sft, summary};
+use crate::runs::{collect, curve, cut_back, model_of, prepare, same_weights, sft, summary};
 use cllm_testing::families::{random_model, shapes};
 use cllm_testing::programs::{Program, path};
 
@@ -23,15 +24,15 @@ fn student(folder: &Path, mut config: Value) -> Settings {
     prepare(folder);
     let model = folder.join("tokenizer");
     config["vocab_size"] = Tokenizer::load(&model).unwrap().vocab_size().into();
-    random_model(&config, 5).save(&model, Kind::Float).unwrap();
+    checkpoint::save(&random_model(&config, 5), &model, Kind::Float).unwrap();
     Settings {
         init: None,
-        lora: Some(Lora { rank: 2, alpha: 8.0, targets: Target::ALL.into() }),
+        lora: Some(LoraConfig { rank: 2, alpha: 8.0, targets: LoraTarget::ALL.into() }),
         objective: Objective::Consistency,
-        data: vec![collect(&model, folder)],
-        model: model.display().to_string(),
-        max_steps: 4,
-        save_every: 2,
+        datasets: vec![collect(&model, folder)],
+        model: Some(model.display().to_string()),
+        max_steps: Some(4),
+        save_every: Some(2),
         ..sft(folder, "run")
     }
 }
@@ -64,12 +65,12 @@ fn a_run_of_every_family_resumes_exactly_and_probes_leave_no_trace() {
         let mut settings = student(dir.path(), config);
         settings.consistency.local_weight = 0.5;
         settings.consistency.anchor_weight = 0.5;
-        let base = PathBuf::from(&settings.model);
+        let base = model_of(&settings).to_owned();
         let before = contents(&base);
         let (run, kept, unprobed) = (dir.path().join("run"), dir.path().join("kept"), dir.path().join("unprobed"));
-        trainer::run(Settings { output: unprobed.display().to_string(), ..settings.clone() }).unwrap();
-        (settings.probe.prompts, settings.probe.every) = (dir.path().join("prompts.jsonl"), 1);
-        (settings.probe.n, settings.probe.max_new_tokens) = (4, 6);
+        trainer::run(Settings { output: unprobed.clone(), ..settings.clone() }).unwrap();
+        (settings.validation.prompts, settings.validation.every) = (Some(dir.path().join("prompts.jsonl")), 1);
+        (settings.validation.n, settings.validation.max_new_tokens) = (4, 6);
         trainer::run(settings.clone()).unwrap();
         let whole = curve(&run);
         assert_eq!(whole, curve(&unprobed), "{name}: a probe changed the course");
@@ -94,7 +95,7 @@ fn a_run_of_every_family_resumes_exactly_and_probes_leave_no_trace() {
 #[test]
 fn what_is_saved_is_the_merged_model_and_the_adapter_alone() {
     let dir = tempfile::tempdir().unwrap();
-    let settings = Settings { eos_ids: vec![7], ..student(dir.path(), llama()) };
+    let settings = Settings { eos_ids: Some(vec![7]), ..student(dir.path(), llama()) };
     trainer::run(settings.clone()).unwrap();
     let run = dir.path().join("run");
     let (last, adapter) = (run.join("checkpoints/latest"), run.join("final/adapter"));
@@ -103,10 +104,10 @@ fn what_is_saved_is_the_merged_model_and_the_adapter_alone() {
         assert!(!folder.join("model.safetensors").exists() && !folder.join("config.json").exists());
         assert!(Tokenizer::load(folder).unwrap().eos_ids().contains(&7));
     }
-    let config = ModelConfig::load(&adapter).unwrap();
+    let config = checkpoint::load_config(&adapter).unwrap();
     let trained = settings.trained_parameters(&config);
     assert_eq!(summary(&run)["trained_parameters"], trained);
-    assert!(trained < config.parameter_count() / 4, "{trained}");
+    assert!(trained < config.num_parameters() / 4, "{trained}");
     let map = libtorch::map_file(&last.join("optimizer.safetensors")).unwrap();
     let state = SafeTensors::deserialize(&map).unwrap();
     assert!(state.names().iter().all(|name| name.contains(".lora_")), "{:?}", state.names());
@@ -117,8 +118,8 @@ fn what_is_saved_is_the_merged_model_and_the_adapter_alone() {
     TRAIN.succeed(&["export", &adapter.display().to_string(), "--dtype", "f32", "--output", &exported]);
     assert!(same_weights(Path::new(&exported), &run.join("final")));
     assert!(Tokenizer::load(Path::new(&exported)).unwrap().eos_ids().contains(&7));
-    let model = adapter.display().to_string();
-    let on_top = Settings { model: model.clone(), output: path(dir.path(), "top"), ..settings.clone() };
+    let model = Some(adapter.display().to_string());
+    let on_top = Settings { model, output: dir.path().join("top"), ..settings.clone() };
     let message = trainer::run(on_top.clone()).unwrap_err().to_string();
     assert!(message.contains("final/adapter: is an adapter") && message.contains("cllm-train export"), "{message}");
     // Training every weight may start from one.
@@ -129,8 +130,8 @@ fn what_is_saved_is_the_merged_model_and_the_adapter_alone() {
 fn adapters_alone_learn() {
     tch::set_num_threads(1);
     let dir = tempfile::tempdir().unwrap();
-    let mut settings = Settings { max_steps: 40, epochs: 40, ..student(dir.path(), llama()) };
-    (settings.objective, settings.data) = (Objective::Sft, vec![dir.path().join("prompts.jsonl")]);
+    let mut settings = Settings { max_steps: Some(40), epochs: 40, ..student(dir.path(), llama()) };
+    (settings.objective, settings.datasets) = (Objective::Sft, vec![dir.path().join("prompts.jsonl")]);
     settings.optimizer.lr = 2e-2;
     trainer::run(settings).unwrap();
     let losses: Vec<f64> = curve(&dir.path().join("run")).iter().map(|line| line.1.as_f64().unwrap()).collect();
@@ -172,11 +173,11 @@ fn bad_settings_are_named() {
         ("lora.ranks=4", "did you mean `lora.rank`"),
     ] {
         let key = wrong.split('=').next().unwrap();
-        TRAIN.refuse(&["validate", "model=x", "data=[x]", "output=x", wrong], 2, &[key, said]);
+        TRAIN.fail(&["validate", "model=x", "datasets=[x]", "output=x", wrong], 2, &[key, said]);
     }
-    let random = ["validate", "data=[x]", "output=x", "lora.rank=4", "init.tokenizer=x"];
-    TRAIN.refuse(&random, 2, &["lora needs `model`"]);
-    let found = TRAIN.succeed(&["validate", "model=x", "data=[x]", "output=x", "lora.targets=[v_proj, q_proj]"]);
+    let random = ["validate", "datasets=[x]", "output=x", "lora.rank=4", "init.tokenizer=x"];
+    TRAIN.fail(&random, 2, &["lora needs `model`"]);
+    let found = TRAIN.succeed(&["validate", "model=x", "datasets=[x]", "output=x", "lora.targets=[v_proj, q_proj]"]);
     let text = String::from_utf8(found.stdout).unwrap();
     assert!(text.contains("lora:\n  rank: 16\n  alpha: 32.0\n  targets:\n"), "{text}");
 }

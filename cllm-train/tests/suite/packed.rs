@@ -2,11 +2,11 @@
 
 use cllm_core::fingerprint;
 use cllm_core::model::Transformer;
-use cllm_core::train::DeviceStream;
+use cllm_core::train::{self, DeviceBatch};
 use cllm_train::data::dataset::{Block, Example};
 use cllm_train::data::packing::{Batch, NoisyBlock, Packed};
 use cllm_train::loss::{Backward, divergence, losses};
-use cllm_train::settings::{Consistency, Context, Divergence};
+use cllm_train::settings::{BlockContext, ConsistencySettings, Divergence};
 use tch::{Device, IndexOp, Kind, Tensor};
 
 use cllm_testing::families::{random_model, shapes};
@@ -52,7 +52,7 @@ pub fn example(name: &str, prompt: usize, length: usize) -> Example {
 fn plain(model: &Transformer, tokens: &[i32]) -> Tensor {
     let tokens = Tensor::from_slice(tokens).to_kind(Kind::Int64).unsqueeze(0);
     let positions = Tensor::arange(tokens.size()[1], (Kind::Int64, Device::Cpu)).unsqueeze(0);
-    model.train_logits(&model.hidden(&tokens, &positions)).squeeze_dim(0)
+    model.logits_with_grad(&model.forward(&tokens, &positions)).squeeze_dim(0)
 }
 
 fn difference(a: &Tensor, b: &Tensor) -> f64 {
@@ -73,8 +73,8 @@ fn every_token_sees_what_its_own_causal_pass_would_show_it() {
         // Another one before it, and one behind.
         let other = || Packed::new(&ids(9, 11), &[1], Vec::new());
         let batch = Batch::new(&[other(), packed, other()], ROWS, None);
-        let stream = DeviceStream::new(&batch.stream, &model).unwrap();
-        let logits = model.train_logits(&model.pass(&stream, 0).unwrap().hidden).i(12..);
+        let stream = DeviceBatch::new(&batch.stream, &model).unwrap();
+        let logits = model.logits_with_grad(&train::forward(&model, &stream, 0).unwrap().hidden).i(12..);
 
         let clean = plain(&model, &[prompt.clone(), response.clone()].concat());
         let apart = difference(&logits.i(..24), &clean);
@@ -98,8 +98,8 @@ fn every_token_sees_what_its_own_causal_pass_would_show_it() {
 #[test]
 fn a_response_without_labels_is_in_every_loss_but_the_autoregressive() {
     each_family(|family, model, teacher| {
-        let settings = Consistency { local_weight: 1.0, ..Consistency::default() };
-        let pack = |example: &Example| example.pack(&settings, &mut fingerprint::rng(1, "a", 0));
+        let settings = ConsistencySettings { local_weight: 1.0, ..ConsistencySettings::default() };
+        let pack = |example: &Example| example.pack(&settings, &mut fingerprint::derive_rng(1, "a", 0));
         let trajectory = example("a", 5, 14);
         let bare = Example { labels: false, ..trajectory.clone() };
         let reference = Example { response: ids(3, 9), blocks: Vec::new(), ..trajectory.clone() };
@@ -124,11 +124,12 @@ fn a_response_without_labels_is_in_every_loss_but_the_autoregressive() {
 #[test]
 fn responses_packed_together_give_the_sums_of_each_alone() {
     each_family(|family, model, teacher| {
-        for context in [Context::Clean, Context::NoisyWindow] {
-            let settings = Consistency { context, window: 2, local_weight: 1.0, ..Consistency::default() };
+        for context in [BlockContext::Clean, BlockContext::NoisyWindow] {
+            let settings =
+                ConsistencySettings { context, window_blocks: 2, local_weight: 1.0, ..ConsistencySettings::default() };
             let rows: Vec<Packed> = [("a", 3, 9), ("b", 12, 14), ("c", 7, 30)]
                 .map(|(name, prompt, length)| {
-                    example(name, prompt, length).pack(&settings, &mut fingerprint::rng(1, name, 0))
+                    example(name, prompt, length).pack(&settings, &mut fingerprint::derive_rng(1, name, 0))
                 })
                 .into();
             let sums = |rows: &[Packed]| {
@@ -159,9 +160,9 @@ fn chunks_of_the_vocabulary_change_neither_losses_nor_gradients() {
         let (model, teacher) = (random_model(&config, 3), random_model(&config, 4));
         let gradients = model.collect_gradients().unwrap();
         for divergence in [Divergence::Forward, Divergence::Reverse, Divergence::Jsd] {
-            let settings = Consistency { divergence, local_weight: 1.0, ..Consistency::default() };
+            let settings = ConsistencySettings { divergence, local_weight: 1.0, ..ConsistencySettings::default() };
             let packed = [("a", 3, 9), ("b", 12, 14)].map(|(name, prompt, length)| {
-                example(name, prompt, length).pack(&settings, &mut fingerprint::rng(1, name, 0))
+                example(name, prompt, length).pack(&settings, &mut fingerprint::derive_rng(1, name, 0))
             });
             let run = |rows: usize, recomputed: usize| {
                 let batch = Batch::new(&packed, rows, Some(0.0));
@@ -187,8 +188,8 @@ fn the_gradient_is_that_of_the_sums() {
     let (family, config) = shapes().remove(0);
     let model = random_model(&config, 3);
     let gradients = model.collect_gradients().unwrap();
-    let settings = Consistency { local_weight: 1.0, ..Consistency::default() };
-    let packed = example("a", 3, 9).pack(&settings, &mut fingerprint::rng(1, "a", 0));
+    let settings = ConsistencySettings { local_weight: 1.0, ..ConsistencySettings::default() };
+    let packed = example("a", 3, 9).pack(&settings, &mut fingerprint::derive_rng(1, "a", 0));
     let batch = Batch::new(&[packed], ROWS, None);
     let scale = [1.0, 0.0, 0.0, 0.0];
     let sum =
@@ -206,14 +207,14 @@ fn the_gradient_is_that_of_the_sums() {
 
 #[test]
 fn a_state_that_augment_changed_is_in_no_adjacent_pair() {
-    let settings = Consistency { local_weight: 1.0, ..Consistency::default() };
+    let settings = ConsistencySettings { local_weight: 1.0, ..ConsistencySettings::default() };
     // Blocks 0 and 2 have the states 0, 1 and the fixed point; which of 0 and 1 is drawn depends on the round.
     for (changed, pairs_from_0, pairs_from_1) in [(None, true, true), (Some(0), false, true), (Some(1), false, false)] {
         let mut example = example("a", 3, 12);
         for block in &mut example.blocks {
             block.augmented = (0..block.states.len()).map(|state| Some(state) == changed).collect();
         }
-        let rounds = (0..20).map(|round| example.pack(&settings, &mut fingerprint::rng(1, "a", round)));
+        let rounds = (0..20).map(|round| example.pack(&settings, &mut fingerprint::derive_rng(1, "a", round)));
         let found: Vec<(bool, bool)> = rounds
             .flat_map(|packed| packed.noisy().to_vec())
             .map(|noisy| {
@@ -244,7 +245,7 @@ fn the_losses_are_those_of_a_naive_loop() {
             next: next.to_vec(),
         };
         let packed = Packed::new(&prompt, &response, vec![block(4, &first, &next), block(8, &last, &response[8..])]);
-        let settings = Consistency { local_weight: 1.0, ..Consistency::default() };
+        let settings = ConsistencySettings { local_weight: 1.0, ..ConsistencySettings::default() };
         let batch = Batch::new(std::slice::from_ref(&packed), ROWS, Some(0.0));
         let [found_ar, found_global, found_local, found_anchor] =
             losses(&model, Some(&teacher), &batch, &settings, None).unwrap();
@@ -297,19 +298,20 @@ fn the_losses_are_those_of_a_naive_loop() {
 #[test]
 fn a_block_that_was_right_at_once_still_stands_in_the_window_of_the_next() {
     let example = example("a", 3, 12);
-    let settings = Consistency { context: Context::NoisyWindow, window: 3, ..Consistency::default() };
-    let packed = example.pack(&settings, &mut fingerprint::rng(1, "a", 0));
+    let settings =
+        ConsistencySettings { context: BlockContext::NoisyWindow, window_blocks: 3, ..ConsistencySettings::default() };
+    let packed = example.pack(&settings, &mut fingerprint::derive_rng(1, "a", 0));
     assert_eq!(packed.len(), 3 + 12 + 12, "all three blocks are there");
     // The other context needs only the blocks that can learn something.
-    let settings = Consistency { context: Context::Clean, ..settings };
-    assert_eq!(example.pack(&settings, &mut fingerprint::rng(1, "a", 0)).len(), 3 + 12 + 8);
+    let settings = ConsistencySettings { context: BlockContext::Clean, ..settings };
+    assert_eq!(example.pack(&settings, &mut fingerprint::derive_rng(1, "a", 0)).len(), 3 + 12 + 8);
 }
 
 #[test]
 fn states_are_drawn_anew_each_epoch_and_never_the_fixed_point() {
     let example = example("a", 3, 4);
-    let settings = Consistency::default();
-    let draw = |epoch| example.pack(&settings, &mut fingerprint::rng(1, &example.id, epoch));
+    let settings = ConsistencySettings::default();
+    let draw = |epoch| example.pack(&settings, &mut fingerprint::derive_rng(1, &example.id, epoch));
     assert!((1..20).any(|epoch| draw(epoch) != draw(0)));
     assert_eq!(draw(3), draw(3));
     for epoch in 0..20 {

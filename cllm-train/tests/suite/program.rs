@@ -75,7 +75,7 @@ fn plan_shows_parameters_memory_steps_and_time_and_writes_nothing() {
     }
     assert!(plan(&["--no-timing"]).contains("unknown"));
     let document = |more: &[&str]| serde_json::from_str::<Value>(&plan(&[&["--json"], more].concat())).unwrap();
-    let (small, large) = (document(&[]), document(&["tokens_per_batch=256", "--no-timing"]));
+    let (small, large) = (document(&[]), document(&["max_batch_tokens=256", "--no-timing"]));
     let memory = |plan: &Value, part: &str| plan["memory_bytes"][part].as_f64().unwrap();
     // Float32: a weight, a gradient and two moments, of which only the activations know the batch.
     let fixed = 16.0 * small["parameters"].as_f64().unwrap();
@@ -97,10 +97,10 @@ fn a_missing_model_and_a_missing_data_set_end_with_2() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
     let output = dir.path().join("run").display().to_string();
-    let missing = run(&["run", "model=/nowhere/at/all", "data=[x]", &format!("output={output}")]);
+    let missing = run(&["run", "model=/nowhere/at/all", "datasets=[x]", &format!("output={output}")]);
     assert_eq!(missing.status.code(), Some(2), "{}", errors(&missing));
     let mut settings = sft(dir.path(), "run");
-    settings.data = vec![dir.path().join("none.jsonl")];
+    settings.datasets = vec![dir.path().join("none.jsonl")];
     let file = dir.path().join("run.yaml");
     std::fs::write(&file, cllm_core::settings::to_yaml(&settings).unwrap()).unwrap();
     let missing = run(&["run", "-c", &file.display().to_string()]);
@@ -112,7 +112,7 @@ fn a_missing_model_and_a_missing_data_set_end_with_2() {
 fn export_casts_the_weights_and_keeps_the_tokenizer() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
-    cllm_train::trainer::run(cllm_train::settings::Settings { max_steps: 1, ..sft(dir.path(), "run") }).unwrap();
+    cllm_train::trainer::run(cllm_train::settings::Settings { max_steps: Some(1), ..sft(dir.path(), "run") }).unwrap();
     let (from, to) = (dir.path().join("run/final"), dir.path().join("exported"));
     let arguments = ["export", &from.display().to_string(), "--output", &to.display().to_string()];
     let output = run(&arguments);

@@ -1,30 +1,30 @@
 //! What a recipe chooses beside the losses: labels, held-out losses, the best checkpoint, the end, the average of the weights.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use cllm_core::model::{ModelConfig, Transformer};
+use cllm_core::checkpoint;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{Reader, Writer};
 use cllm_train::data::dataset as examples;
-use cllm_train::settings::{Labels, Objective, Settings};
+use cllm_train::settings::{LabelSource, Objective, Settings};
 use cllm_train::trainer;
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-use crate::runs::{N, collect, curve, cut_back, prepare, same_weights, sft, summary};
+use crate::runs::{N, collect, curve, cut_back, model_of, prepare, same_weights, sft, summary};
 
 /// A teacher that has learnt its prompts, and a student's settings on its trajectories.
 fn student(folder: &Path, output: &str) -> Settings {
     prepare(folder);
-    let mut teacher = Settings { epochs: 60, save_every: 0, ..sft(folder, "teacher") };
+    let mut teacher = Settings { epochs: 60, save_every: None, ..sft(folder, "teacher") };
     teacher.optimizer.lr = 1e-2;
     trainer::run(teacher).unwrap();
     let model = folder.join("teacher/final");
     Settings {
         init: None,
-        model: model.display().to_string(),
+        model: Some(model.display().to_string()),
         objective: Objective::Consistency,
-        data: vec![collect(&model, folder)],
+        datasets: vec![collect(&model, folder)],
         epochs: 8,
         ..sft(folder, output)
     }
@@ -55,32 +55,32 @@ fn lines(run: &Path) -> Vec<Value> {
 #[test]
 fn labels_of_the_data_set_are_sequences_of_their_own() {
     let dir = tempfile::tempdir().unwrap();
-    let mut settings = Settings { max_steps: 2, ..student(dir.path(), "student") };
-    settings.consistency.labels = Labels::Dataset;
+    let mut settings = Settings { max_steps: Some(2), ..student(dir.path(), "student") };
+    settings.consistency.labels = LabelSource::Dataset;
     let message = trainer::run(settings.clone()).unwrap_err().to_string();
     assert!(message.contains("no row of the data has a reference"), "{message}");
 
-    refer(&settings.data[0], |index| (index != 3).then(|| format!("Say {index}.")));
-    let model = Path::new(&settings.model);
-    let (tokenizer, config) = (Tokenizer::load(model).unwrap(), ModelConfig::load(model).unwrap());
+    refer(&settings.datasets[0], |index| (index != 3).then(|| format!("Say {index}.")));
+    let model = model_of(&settings);
+    let (tokenizer, config) = (Tokenizer::load(model).unwrap(), checkpoint::load_config(model).unwrap());
     let read = |settings: &Settings| examples::read(settings, &tokenizer, &config).unwrap();
     let found = read(&settings);
     let (labels, trajectories): (Vec<_>, Vec<_>) = found.iter().partition(|example| example.labels);
     let ids: Vec<&str> = labels.iter().map(|example| example.id.as_str()).collect();
     let expected: Vec<String> = (0..12).filter(|index| *index != 3).map(|index| format!("s{index}")).collect();
     assert_eq!(ids, expected);
-    assert_eq!(labels[0].response, tokenizer.target("Say 0.").unwrap());
+    assert_eq!(labels[0].response, tokenizer.encode_target("Say 0.").unwrap());
     assert!(labels.iter().all(|example| example.blocks.is_empty()));
     // The trajectories are what they are with the teacher's labels, these aside.
-    settings.consistency.labels = Labels::Teacher;
+    settings.consistency.labels = LabelSource::Teacher;
     let teacher = read(&settings);
     assert!(teacher.len() == 12 && trajectories.len() == 12);
     for (bare, own) in trajectories.into_iter().zip(&teacher) {
         assert_eq!(examples::Example { labels: true, ..bare.clone() }, *own);
     }
-    settings.consistency.labels = Labels::Dataset;
+    settings.consistency.labels = LabelSource::Dataset;
     trainer::run(settings.clone()).unwrap();
-    assert!(curve(Path::new(&settings.output)).iter().all(|line| line.1.as_f64().unwrap() > 0.0));
+    assert!(curve(settings.output.as_path()).iter().all(|line| line.1.as_f64().unwrap() > 0.0));
 }
 
 #[test]
@@ -88,11 +88,11 @@ fn held_out_losses_are_those_that_training_would_take() {
     tch::set_num_threads(1);
     let dir = tempfile::tempdir().unwrap();
     let mut settings = Settings { epochs: 2, ..student(dir.path(), "student") };
-    (settings.tokens_per_batch, settings.accumulation) = (100_000, 1);
+    (settings.max_batch_tokens, settings.accumulation) = (100_000, 1);
     (settings.consistency.local_weight, settings.consistency.anchor_weight) = (0.5, 0.5);
-    (settings.probe.trajectories, settings.probe.every) = (settings.data[0].clone(), 1);
+    (settings.validation.trajectories, settings.validation.every) = (Some(settings.datasets[0].clone()), 1);
     trainer::run(settings.clone()).unwrap();
-    let run = Path::new(&settings.output);
+    let run = settings.output.as_path();
     let lines = lines(run);
     let of_step = |step: u64, key: &str| {
         let line = lines.iter().find(|line| line["step"] == step && line[key].is_number());
@@ -106,10 +106,10 @@ fn held_out_losses_are_those_that_training_would_take() {
     assert!(of_step(0, "held_out_local_loss") > 0.0);
     assert!(of_step(2, "held_out_loss") < of_step(0, "held_out_loss"));
     // Small batches and fewer rows: each loss still is a mean over all of its tokens.
-    settings.output = dir.path().join("small").display().to_string();
-    (settings.tokens_per_batch, settings.max_steps) = (128, 1);
+    settings.output = dir.path().join("small");
+    (settings.max_batch_tokens, settings.max_steps) = (128, Some(1));
     trainer::run(settings.clone()).unwrap();
-    let small = self::lines(Path::new(&settings.output));
+    let small = self::lines(settings.output.as_path());
     for loss in ["held_out_ar_loss", "held_out_consistency_loss", "held_out_local_loss"] {
         let (found, expected) = (small[0][loss].as_f64().unwrap(), of_step(0, loss));
         assert!((found - expected).abs() < 1e-5, "{loss}: {found} {expected}");
@@ -120,10 +120,10 @@ fn held_out_losses_are_those_that_training_would_take() {
 fn a_run_without_a_new_best_ends_early_and_resumes_exactly() {
     tch::set_num_threads(1);
     let dir = tempfile::tempdir().unwrap();
-    let mut settings = Settings { save_every: 1, ..student(dir.path(), "student") };
-    (settings.probe.prompts, settings.probe.every) = (dir.path().join("prompts.jsonl"), 1);
-    (settings.probe.n, settings.probe.max_new_tokens, settings.probe.patience) = (N, 20, 3);
-    let run = PathBuf::from(&settings.output);
+    let mut settings = Settings { save_every: Some(1), ..student(dir.path(), "student") };
+    (settings.validation.prompts, settings.validation.every) = (Some(dir.path().join("prompts.jsonl")), 1);
+    (settings.validation.n, settings.validation.max_new_tokens, settings.validation.patience) = (N, 20, Some(3));
+    let run = settings.output.clone();
     trainer::run(settings.clone()).unwrap();
     let (whole, found) = (lines(&run), summary(&run));
     assert_eq!(found["stopped_early"], true, "{found}");
@@ -170,17 +170,17 @@ fn the_average_of_the_weights_is_what_is_saved_and_it_resumes_exactly() {
     tch::set_num_threads(1);
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
-    let plain = Settings { max_steps: 4, save_every: 1, ..sft(dir.path(), "plain") };
+    let plain = Settings { max_steps: Some(4), save_every: Some(1), ..sft(dir.path(), "plain") };
     trainer::run(plain.clone()).unwrap();
-    let mut averaged = Settings { output: dir.path().join("averaged").display().to_string(), ..plain.clone() };
-    averaged.optimizer.ema = 0.5;
-    (averaged.probe.prompts, averaged.probe.every) = (dir.path().join("prompts.jsonl"), 1);
-    (averaged.probe.n, averaged.probe.max_new_tokens) = (N, 4);
+    let mut averaged = Settings { output: dir.path().join("averaged"), ..plain.clone() };
+    averaged.optimizer.ema_decay = Some(0.5);
+    (averaged.validation.prompts, averaged.validation.every) = (Some(dir.path().join("prompts.jsonl")), 1);
+    (averaged.validation.n, averaged.validation.max_new_tokens) = (N, 4);
     trainer::run(averaged.clone()).unwrap();
     let run = Path::new(&averaged.output);
     // Neither the average nor the probe changes the course.
     assert_eq!(curve(run), curve(Path::new(&plain.output)));
-    let weights = |folder: &Path| Transformer::load(folder, Device::Cpu, Kind::Float).unwrap().parameters();
+    let weights = |folder: &Path| checkpoint::load(folder, Device::Cpu, Kind::Float).unwrap().named_parameters();
     let steps: Vec<_> =
         (1..=4).map(|step| weights(&Path::new(&plain.output).join(format!("checkpoints/step-{step:06}")))).collect();
     for folder in ["final", "checkpoints/latest"] {

@@ -16,7 +16,7 @@ const TRAIN: Program = Program("cllm-train");
 /// Writes the settings of two rounds from a teacher that has learnt its prompts; the second has blocks of twice as many tokens.
 fn write_settings(folder: &Path) -> String {
     prepare(folder);
-    let mut teacher = cllm_train::settings::Settings { epochs: 60, save_every: 0, ..sft(folder, "teacher") };
+    let mut teacher = cllm_train::settings::Settings { epochs: 60, save_every: None, ..sft(folder, "teacher") };
     teacher.optimizer.lr = 1e-2;
     trainer::run(teacher).unwrap();
     let prompts = folder.join("prompts.jsonl");
@@ -26,8 +26,8 @@ fn write_settings(folder: &Path) -> String {
         "augment": {},
         "clean": {"drop_unfinished": false},
         "train": {
-            "epochs": 40, "tokens_per_batch": 256, "max_tokens": 256, "log_every": 1, "save_every": 0, "device": "cpu",
-            "probe": {"prompts": prompts, "every": 10, "n": N, "max_new_tokens": 14, "max_accuracy_drop": 1.0},
+            "epochs": 40, "max_batch_tokens": 256, "max_example_tokens": 256, "log_every": 1, "save_every": null, "device": "cpu",
+            "validation": {"prompts": prompts, "every": 10, "n": N, "max_new_tokens": 14, "max_accuracy_drop": 1.0},
         },
         "rounds": [{}, {"collect": {"n": 2 * N}, "augment": null, "train": {"seed": 1}}],
     }))
@@ -93,13 +93,13 @@ fn rounds_that_were_stopped_between_and_within_stages_equal_those_that_were_not(
         let path = stopped.join(round).join("student/metrics.jsonl");
         fs::read_to_string(path).unwrap_or_default().lines().count()
     };
-    TRAIN.stop(&arguments, "TERM", 143, || stopped.join("round-01/trajectories/manifest.json").exists());
-    TRAIN.stop(&arguments, "INT", 130, || stopped.join("round-01/clean/clean-report.json").exists());
-    TRAIN.stop(&arguments, "TERM", 143, || lines("round-01") >= 8);
+    TRAIN.interrupt(&arguments, "TERM", 143, || stopped.join("round-01/trajectories/manifest.json").exists());
+    TRAIN.interrupt(&arguments, "INT", 130, || stopped.join("round-01/clean/clean-report.json").exists());
+    TRAIN.interrupt(&arguments, "TERM", 143, || lines("round-01") >= 8);
     let before = lines("round-01");
-    TRAIN.stop(&arguments, "TERM", 143, || stopped.join("round-02/trajectories/manifest.json").exists());
+    TRAIN.interrupt(&arguments, "TERM", 143, || stopped.join("round-02/trajectories/manifest.json").exists());
     assert!(before < lines("round-01") && stopped.join("round-01/student/summary.json").exists());
-    TRAIN.stop(&arguments, "TERM", 143, || lines("round-02") >= 8);
+    TRAIN.interrupt(&arguments, "TERM", 143, || lines("round-02") >= 8);
     let last = TRAIN.succeed(&arguments);
     assert!(last.stderr.contains("round 2: train") && last.stderr.contains("going on after step"), "{}", last.stderr);
     for finished in ["round 1", "round 2: collect", "round 2: clean"] {
@@ -171,27 +171,27 @@ fn each_round_learns_from_the_student_before_it_and_is_reported() {
         found.to_string().replacen("\"schema_version\":1", "\"schema_version\":2", 1),
     )
     .unwrap();
-    TRAIN.refuse(&arguments, 2, &["rounds.json", "schema_version is 2"]);
+    TRAIN.fail(&arguments, 2, &["rounds.json", "schema_version is 2"]);
     fs::write(output.join("rounds.json"), found.to_string()).unwrap();
 
     // Another setting of training leaves the trajectories of round 1 alone, and is refused where its student is.
     let changed = ["rounds", "-c", &file, longer];
-    TRAIN.refuse(&changed, 2, &["round-01/student", "was made with other settings", "delete this one"]);
+    TRAIN.fail(&changed, 2, &["round-01/student", "was made with other settings", "delete this one"]);
     fs::remove_dir_all(output.join("round-01/student")).unwrap();
     // Its student is another then, whose trajectories are not those that are there.
-    TRAIN.refuse(&changed, 2, &["round-02/trajectories", "from another model"]);
+    TRAIN.fail(&changed, 2, &["round-02/trajectories", "from another model"]);
     fs::remove_dir_all(output.join("round-02")).unwrap();
     let redone = TRAIN.succeed(&changed).stderr;
     let done: Vec<&str> = redone.lines().filter(|line| line.starts_with("round ")).collect();
     assert_eq!(done, ["round 2: collect", "round 2: clean", "round 2: train"]);
     // What a finished stage left must be what it left.
     fs::remove_file(output.join("round-01/clean/part-00000.parquet")).unwrap();
-    TRAIN.refuse(&changed, 2, &["round-01/clean", "is no longer what the stage left there"]);
+    TRAIN.fail(&changed, 2, &["round-01/clean", "is no longer what the stage left there"]);
     fs::remove_dir_all(output.join("round-01/clean")).unwrap();
     let redone = TRAIN.succeed(&changed).stderr;
     let done: Vec<&str> = redone.lines().filter(|line| line.starts_with("round ")).collect();
     assert_eq!(done, ["round 1: clean"], "the same rows again are what the rest was made from");
     let model = |round: &str, folder: &str| output.join(round).join("student").join(folder).join("model.safetensors");
     fs::copy(model("round-01", "final"), model("round-02", "checkpoints/best")).unwrap();
-    TRAIN.refuse(&changed, 2, &["round-02/student", "is no longer what the stage left there"]);
+    TRAIN.fail(&changed, 2, &["round-02/student", "is no longer what the stage left there"]);
 }

@@ -1,14 +1,14 @@
 //! Whole runs on a tiny random model: the loss falls, and a run that was stopped goes on as if it had not been.
 
+use cllm_core::checkpoint;
 use std::path::{Path, PathBuf};
 
 use cllm_core::decode::{DecodeOptions, Request, StopConditions, Strategy, decode};
-use cllm_core::model::Transformer;
 use cllm_core::prompt_set::{self, Prompt, Sample};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory;
 use cllm_core::trajectory::{Provenance, Trajectory, Writer};
-use cllm_train::settings::{Context, Init, Objective, Optimizer, Settings};
+use cllm_train::settings::{BlockContext, InitSettings, Objective, OptimizerSettings, Settings};
 use cllm_train::tokenizer_training;
 use cllm_train::trainer;
 use serde_json::Value;
@@ -36,8 +36,8 @@ pub fn prepare(folder: &Path) {
 
 pub fn sft(folder: &Path, output: &str) -> Settings {
     Settings {
-        init: Some(Init {
-            tokenizer: folder.join("tokenizer").display().to_string(),
+        init: Some(InitSettings {
+            tokenizer: folder.join("tokenizer"),
             hidden_size: 32,
             intermediate_size: 48,
             num_layers: 2,
@@ -46,16 +46,16 @@ pub fn sft(folder: &Path, output: &str) -> Settings {
             max_positions: 128,
         }),
         objective: Objective::Sft,
-        data: vec![folder.join("prompts.jsonl")],
-        output: folder.join(output).display().to_string(),
+        datasets: vec![folder.join("prompts.jsonl")],
+        output: folder.join(output),
         epochs: 4,
-        tokens_per_batch: 128,
-        max_tokens: 128,
+        max_batch_tokens: 128,
+        max_example_tokens: 128,
         accumulation: 2,
-        keep: 100,
-        optimizer: Optimizer { lr: 3e-3, ..Optimizer::default() },
+        max_checkpoints: 100,
+        optimizer: OptimizerSettings { lr: 3e-3, ..OptimizerSettings::default() },
         log_every: 1,
-        save_every: 3,
+        save_every: Some(3),
         device: "cpu".to_owned(),
         ..Settings::default()
     }
@@ -76,8 +76,13 @@ pub fn summary(run: &Path) -> Value {
 }
 
 pub fn same_weights(a: &Path, b: &Path) -> bool {
-    let load = |folder: &Path| Transformer::load(folder, Device::Cpu, Kind::Float).unwrap().parameters();
+    let load = |folder: &Path| checkpoint::load(folder, Device::Cpu, Kind::Float).unwrap().named_parameters();
     load(a).iter().zip(load(b)).all(|((_, a), (_, b))| a.equal(&b))
+}
+
+/// The folder of the model that a run starts from.
+pub fn model_of(settings: &Settings) -> &Path {
+    Path::new(settings.model.as_deref().unwrap())
 }
 
 /// Leaves a run as a kill after `step` would have.
@@ -91,12 +96,15 @@ pub fn cut_back(run: &Path, step: usize) {
 
 /// Trajectories of a model's own answers.
 pub fn collect(model_folder: &Path, folder: &Path) -> PathBuf {
-    let model = Transformer::load(model_folder, Device::Cpu, Kind::Float).unwrap();
+    let model = checkpoint::load(model_folder, Device::Cpu, Kind::Float).unwrap();
     let tokenizer = Tokenizer::load(model_folder).unwrap();
     let samples = prompt_set::read(&folder.join("prompts.jsonl")).unwrap();
     let requests: Vec<Request> = samples
         .iter()
-        .map(|sample| Request { sample_id: sample.id.clone(), prompt_ids: tokenizer.prompt(&sample.prompt).unwrap().1 })
+        .map(|sample| Request {
+            sample_id: sample.id.clone(),
+            prompt_ids: tokenizer.encode_prompt(&sample.prompt).unwrap().1,
+        })
         .collect();
     let stop = StopConditions { max_new_tokens: 14, eos_ids: tokenizer.eos_ids().to_vec() };
     let options = DecodeOptions { record_trajectory: true, ..DecodeOptions::greedy(Strategy::Jacobi { n: N }, 1) };
@@ -156,21 +164,21 @@ fn a_teacher_and_its_student_learn_and_resume_exactly() {
 
     let teacher_folder = dir.path().join("teacher/final");
     let data = collect(&teacher_folder, dir.path());
-    for context in [Context::Clean, Context::NoisyWindow] {
+    for context in [BlockContext::Clean, BlockContext::NoisyWindow] {
         let mut student = Settings {
             init: None,
-            model: teacher_folder.display().to_string(),
+            model: Some(teacher_folder.display().to_string()),
             objective: Objective::Consistency,
-            data: vec![data.clone()],
-            output: dir.path().join(format!("student-{context:?}")).display().to_string(),
+            datasets: vec![data.clone()],
+            output: dir.path().join(format!("student-{context:?}")),
             epochs: 8,
             ..teacher.clone()
         };
         student.consistency.context = context;
-        student.consistency.window = 2;
+        student.consistency.window_blocks = 2;
         student.consistency.ar_weight = 1.0;
-        student.consistency.local_weight = if context == Context::Clean { 0.5 } else { 0.0 };
-        let run = PathBuf::from(&student.output);
+        student.consistency.local_weight = if context == BlockContext::Clean { 0.5 } else { 0.0 };
+        let run = student.output.clone();
         trainer::run(student.clone()).unwrap();
         let whole = curve(&run);
         let mean = |part: &[(u64, Value, Value)]| part.iter().filter_map(|line| line.2.as_f64()).sum::<f64>() / 4.0;
@@ -192,9 +200,9 @@ fn a_teacher_and_its_student_learn_and_resume_exactly() {
 fn a_probe_tells_the_answers_that_never_end_apart() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
-    let mut settings = Settings { max_steps: 2, ..sft(dir.path(), "run") };
-    (settings.probe.prompts, settings.probe.every) = (dir.path().join("prompts.jsonl"), 1);
-    (settings.probe.n, settings.probe.max_new_tokens) = (N, 20);
+    let mut settings = Settings { max_steps: Some(2), ..sft(dir.path(), "run") };
+    (settings.validation.prompts, settings.validation.every) = (Some(dir.path().join("prompts.jsonl")), 1);
+    (settings.validation.n, settings.validation.max_new_tokens) = (N, 20);
     trainer::run(settings).unwrap();
     let run = dir.path().join("run");
     let text = std::fs::read_to_string(run.join("metrics.jsonl")).unwrap();
@@ -215,7 +223,7 @@ fn a_probe_tells_the_answers_that_never_end_apart() {
 fn ids_that_end_an_answer_can_be_named() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
-    let mut settings = Settings { epochs: 60, eos_ids: vec![5], ..sft(dir.path(), "run") };
+    let mut settings = Settings { epochs: 60, eos_ids: Some(vec![5]), ..sft(dir.path(), "run") };
     settings.optimizer.lr = 1e-2;
     trainer::run(settings.clone()).unwrap();
     let model = dir.path().join("run/final");
@@ -225,7 +233,7 @@ fn ids_that_end_an_answer_can_be_named() {
     let rows = trajectory::Reader::open(&collect(&model, dir.path())).unwrap().rows().map(Result::unwrap);
     let ended = rows.filter(|row| row.response_ids.ends_with(&[5])).count();
     assert!(ended > 0, "no answer ends with token 5");
-    let message = trainer::run(Settings { eos_ids: vec![270], ..settings }).unwrap_err().to_string();
+    let message = trainer::run(Settings { eos_ids: Some(vec![270]), ..settings }).unwrap_err().to_string();
     assert!(message.contains("eos_ids: 270 is no token of"), "{message}");
 }
 
@@ -238,14 +246,14 @@ fn a_student_of_every_family_resumes_exactly() {
         let model = dir.path().join("tokenizer");
         let vocab_size = Tokenizer::load(&model).unwrap().vocab_size();
         config["vocab_size"] = vocab_size.into();
-        random_model(&config, 5).save(&model, Kind::Float).unwrap();
+        checkpoint::save(&random_model(&config, 5), &model, Kind::Float).unwrap();
         let mut student = Settings {
             init: None,
             objective: Objective::Consistency,
-            data: vec![collect(&model, dir.path())],
-            model: model.display().to_string(),
-            max_steps: 4,
-            save_every: 2,
+            datasets: vec![collect(&model, dir.path())],
+            model: Some(model.display().to_string()),
+            max_steps: Some(4),
+            save_every: Some(2),
             ..sft(dir.path(), "run")
         };
         student.consistency.local_weight = 0.5;
@@ -268,7 +276,7 @@ fn a_student_of_every_family_resumes_exactly() {
 fn a_run_with_other_settings_in_the_same_folder_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
-    let settings = Settings { max_steps: 2, ..sft(dir.path(), "run") };
+    let settings = Settings { max_steps: Some(2), ..sft(dir.path(), "run") };
     trainer::run(settings.clone()).unwrap();
     let message = trainer::run(Settings { seed: 9, ..settings }).unwrap_err().to_string();
     assert!(message.contains("`seed` was another (0 then, 9 now)"), "{message}");
@@ -281,7 +289,7 @@ fn a_run_of_fewer_data_sets_or_in_another_order_is_refused() {
     let [one, two] = ["prompts.jsonl", "more.jsonl"].map(|name| dir.path().join(name));
     let text = std::fs::read_to_string(&one).unwrap();
     std::fs::write(&two, text.replace("\"id\":\"", "\"id\":\"more-")).unwrap();
-    let of = |data: Vec<PathBuf>| Settings { max_steps: 1, data, ..sft(dir.path(), "run") };
+    let of = |data: Vec<PathBuf>| Settings { max_steps: Some(1), datasets: data, ..sft(dir.path(), "run") };
     trainer::run(of(vec![one.clone(), two.clone()])).unwrap();
     for data in [vec![one.clone()], vec![two, one]] {
         let message = trainer::run(of(data)).unwrap_err().to_string();
@@ -293,16 +301,16 @@ fn a_run_of_fewer_data_sets_or_in_another_order_is_refused() {
 fn a_run_whose_data_or_model_became_another_is_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
-    let teacher = Settings { max_steps: 1, ..sft(dir.path(), "teacher") };
+    let teacher = Settings { max_steps: Some(1), ..sft(dir.path(), "teacher") };
     trainer::run(teacher.clone()).unwrap();
     let model = dir.path().join("teacher/final");
     let data = collect(&model, dir.path());
     let student = Settings {
         init: None,
-        model: model.display().to_string(),
+        model: Some(model.display().to_string()),
         objective: Objective::Consistency,
-        data: vec![data.clone()],
-        max_steps: 2,
+        datasets: vec![data.clone()],
+        max_steps: Some(2),
         ..sft(dir.path(), "student")
     };
     trainer::run(student.clone()).unwrap();
@@ -326,10 +334,10 @@ fn a_run_whose_data_or_model_became_another_is_refused_by_name() {
     std::fs::remove_dir_all(&data).unwrap();
     collect(&model, dir.path());
     trainer::run(student.clone()).unwrap();
-    let weights = Transformer::load(&model, Device::Cpu, Kind::Float).unwrap();
-    let (_, mut norm) = weights.parameters().pop().unwrap();
+    let weights = checkpoint::load(&model, Device::Cpu, Kind::Float).unwrap();
+    let (_, mut norm) = weights.named_parameters().pop().unwrap();
     let _ = tch::no_grad(|| norm.fill_(0.5));
-    weights.save(&model, Kind::Float).unwrap();
+    checkpoint::save(&weights, &model, Kind::Float).unwrap();
     refused(&student, &format!("the model {}", model.display()));
 }
 
@@ -340,32 +348,46 @@ fn a_run_without_finite_gradients_or_weights_ends_with_1_and_keeps_what_was_good
     // The last norm of this model is `value` everywhere.
     let model_of = |name: &str, value: f64| {
         let folder = dir.path().join(name);
-        trainer::run(Settings { max_steps: 1, ..sft(dir.path(), &format!("start-{name}")) }).unwrap();
+        trainer::run(Settings { max_steps: Some(1), ..sft(dir.path(), &format!("start-{name}")) }).unwrap();
         std::fs::rename(dir.path().join(format!("start-{name}/final")), &folder).unwrap();
-        let model = Transformer::load(&folder, Device::Cpu, Kind::Float).unwrap();
-        let (_, mut norm) = model.parameters().into_iter().find(|(name, _)| name == "model.norm.weight").unwrap();
+        let model = checkpoint::load(&folder, Device::Cpu, Kind::Float).unwrap();
+        let (_, mut norm) = model.named_parameters().into_iter().find(|(name, _)| name == "model.norm.weight").unwrap();
         let _ = tch::no_grad(|| norm.fill_(value));
-        model.save(&folder, Kind::Float).unwrap();
+        checkpoint::save(&model, &folder, Kind::Float).unwrap();
         folder.display().to_string()
     };
     let ended = |settings: &Settings, parts: &[&str]| {
         let error = trainer::run(settings.clone()).unwrap_err();
         let message = error.to_string();
         assert!(error.exit_code() == 1 && parts.iter().all(|part| message.contains(part)), "{message}");
-        let run = Path::new(&settings.output);
+        let run = settings.output.as_path();
         assert!(!run.join("final").exists() && !run.join("summary.json").exists());
     };
-    let run = |name: &str, model: String| Settings { init: None, model, max_steps: 3, ..sft(dir.path(), name) };
+    let run = |name: &str, model: String| Settings {
+        init: None,
+        model: Some(model),
+        max_steps: Some(3),
+        ..sft(dir.path(), name)
+    };
     let broken = model_of("broken", f64::NAN);
     let advice = "lower optimizer.lr";
     ended(&run("run", broken.clone()), &["after step 3 there are weights that are not finite", advice]);
-    ended(&Settings { save_every: 2, ..run("saving", broken.clone()) }, &["after step 2", "no checkpoint from before"]);
+    ended(
+        &Settings { save_every: Some(2), ..run("saving", broken.clone()) },
+        &["after step 2", "no checkpoint from before"],
+    );
     assert!(!dir.path().join("saving/checkpoints").exists());
-    let long = Settings { max_steps: 40, epochs: 40, log_every: 7, save_every: 0, ..run("long", broken) };
+    let long = Settings { max_steps: Some(40), epochs: 40, log_every: 7, save_every: None, ..run("long", broken) };
     ended(&long, &["not finite 21 steps in a row", advice]);
     // Finite weights whose logits are not: the steps that are skipped change nothing.
     let overflowing = model_of("overflowing", 3e38);
-    let long = Settings { max_steps: 40, epochs: 40, log_every: 30, save_every: 5, ..run("kept", overflowing.clone()) };
+    let long = Settings {
+        max_steps: Some(40),
+        epochs: 40,
+        log_every: 30,
+        save_every: Some(5),
+        ..run("kept", overflowing.clone())
+    };
     ended(&long, &["not finite 30 steps in a row", "the last checkpoint is kept"]);
     let kept = dir.path().join("kept/checkpoints/latest");
     assert!(same_weights(&kept, Path::new(&overflowing)));

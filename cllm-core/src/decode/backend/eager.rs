@@ -5,7 +5,7 @@ use tch::{Kind, Tensor};
 use crate::Result;
 use crate::cuda::graphs;
 use crate::decode::{Chunk, Forward, Place, Predicted, Sampling, Window, sampling as noise};
-use crate::model::{Branches, CachePlaces, KvCache, SlotMove, Transformer};
+use crate::model::{KvCache, SlotMapping, SlotMove, Transformer, TreeMask};
 
 /// A transformer and the cache of its rows. A known token's slot is its position: what a rejected guess wrote stays behind the
 /// known tokens and is written over before any query reaches that far.
@@ -69,18 +69,18 @@ impl<'m> EagerModel<'m> {
         let places = if batch.branches {
             let positions = each(&|row, offset| (row.start + row.place(offset).depth) as i64);
             let visible = each(&|row, offset| row.place(offset).visible as i64);
-            CachePlaces { positions, branches: Some(Branches { first: slots.narrow(1, 0, 1), visible }), slots }
+            SlotMapping { positions, tree_mask: Some(TreeMask { first_slot: slots.narrow(1, 0, 1), visible }), slots }
         } else {
-            CachePlaces::in_order(slots)
+            SlotMapping::sequential(slots)
         };
         let attended = rows.iter().map(|row| row.start + width).max().unwrap_or(0);
         let mut cache = self.cache.rows(batch.first_row, rows.len());
-        self.model.hidden_cached(&tokens, &places, &lengths, &mut cache, attended)
+        self.model.forward_cached(&tokens, &places, &lengths, &mut cache, attended)
     }
 
     /// The choice after every token of the windows.
     fn choose(&self, hidden: &Tensor, windows: &[Window<'_>], sampling: Sampling) -> Result<Vec<i32>> {
-        let logits = self.model.logits(hidden)?;
+        let logits = self.model.compute_logits(hidden)?;
         let Sampling::Temperature(temperature) = sampling else {
             return Ok(Vec::try_from(logits.argmax(-1, false).to_kind(Kind::Int).view([-1]))?);
         };

@@ -97,7 +97,7 @@ impl Draws {
         if missing == 0 {
             return;
         }
-        let mut rng = fingerprint::rng(self.seed, &self.sample_id, draw);
+        let mut rng = fingerprint::derive_rng(self.seed, &self.sample_id, draw);
         guesses.extend((0..missing).map(|_| seen[rng.random_range(0..seen.len())]));
     }
 }

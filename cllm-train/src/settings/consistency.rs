@@ -1,0 +1,110 @@
+use garde::Validate;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Divergence of the student's distribution from its (detached) target distribution.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Divergence {
+    /// KL(target || student).
+    Forward,
+    /// KL(student || target).
+    Reverse,
+    /// Jensen-Shannon divergence.
+    Jsd,
+}
+
+/// What a noisy block attends to before its own tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum BlockContext {
+    /// The clean response up to the block (CLLM).
+    Clean,
+    /// The noisy blocks before it in its window, and the clean response before the window (Jacobi Forcing).
+    NoisyWindow,
+}
+
+/// Answers that the autoregressive loss teaches.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum LabelSource {
+    /// The teacher's response in each trajectory.
+    Teacher,
+    /// The data set's own answer to each prompt, packed as a sequence of its own. Rows without one contribute to the other losses
+    /// only.
+    Dataset,
+}
+
+/// How the recorded state of a block is drawn for each pass over the data.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum StateSampling {
+    /// Every state but the fixed point is equally likely (CLLM).
+    Uniform,
+    /// The state whose fraction of incorrect tokens is closest to a target that rises from 0 to 1 over the blocks of a window
+    /// (Jacobi Forcing).
+    Progressive,
+}
+
+/// The consistency objective. Each loss is a mean over its own tokens in all batches of a step.
+#[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct ConsistencySettings {
+    /// Weight of the global consistency loss, which draws a state's predictions towards the fixed point.
+    #[garde(range(min = 0.0))]
+    pub global_weight: f64,
+    /// Weight of the local consistency loss, which draws a state's predictions towards those of the next state; 0 turns it off. States
+    /// changed by `augment` have no next state.
+    #[garde(range(min = 0.0))]
+    pub local_weight: f64,
+    /// Weight of the autoregressive loss on `labels`.
+    #[garde(range(min = 0.0))]
+    pub ar_weight: f64,
+    /// Answers that the autoregressive loss teaches.
+    #[garde(skip)]
+    pub labels: LabelSource,
+    /// Weight of the anchor loss, KL(frozen model || student), which keeps the student's answers close to the frozen model's on
+    /// prompts it was not trained on; 0 turns it off.
+    #[garde(range(min = 0.0))]
+    pub anchor_weight: f64,
+    /// Folder or Hugging Face id of the frozen model; `null` uses the model that the run starts from.
+    #[garde(skip)]
+    pub anchor: Option<String>,
+    /// Fraction of the prompt tokens included in the anchor loss. All response tokens always are.
+    #[garde(range(min = 0.0, max = 1.0))]
+    pub anchor_prompt_fraction: f64,
+    /// Divergence used by the global and local losses.
+    #[garde(skip)]
+    pub divergence: Divergence,
+    /// What a noisy block attends to before its own tokens.
+    #[garde(skip)]
+    pub context: BlockContext,
+    /// How the recorded state of a block is drawn.
+    #[garde(skip)]
+    pub states: StateSampling,
+    /// Blocks per window (for `noisy_window` and `progressive`).
+    #[garde(range(min = 1))]
+    pub window_blocks: usize,
+    /// Blocks of a response trained in one pass over the data, drawn anew each epoch; `null` trains all of them.
+    #[garde(range(min = 1))]
+    pub max_blocks: Option<usize>,
+}
+
+impl Default for ConsistencySettings {
+    fn default() -> Self {
+        ConsistencySettings {
+            global_weight: 1.0,
+            local_weight: 0.0,
+            ar_weight: 10.0,
+            labels: LabelSource::Teacher,
+            anchor_weight: 0.0,
+            anchor: None,
+            anchor_prompt_fraction: 0.0,
+            divergence: Divergence::Forward,
+            context: BlockContext::Clean,
+            states: StateSampling::Uniform,
+            window_blocks: 4,
+            max_blocks: None,
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! Settings of a training run: one file per section. The doc comments are what `cllm-train settings` and docs/configuration.md
+//! show.
+
+mod consistency;
+mod init;
+mod optimizer;
+mod validation;
+
+use std::path::PathBuf;
+
+use cllm_core::model::{LoraConfig, ModelConfig};
+use cllm_core::settings::required_path;
+use cllm_core::{Error, Result};
+use garde::Validate;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+pub use consistency::{BlockContext, ConsistencySettings, Divergence, LabelSource, StateSampling};
+pub use init::InitSettings;
+pub use optimizer::{OptimizerSettings, StateDtype};
+pub use validation::ValidationSettings;
+
+/// What a run trains.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum Objective {
+    /// Supervised fine-tuning on the references of prompt sets. Makes a teacher.
+    Sft,
+    /// Consistency training on trajectories: predict the fixed point from any state. Makes a student.
+    Consistency,
+}
+
+/// A training run.
+#[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct Settings {
+    /// The model to start from: a folder, or an id in the Hugging Face cache. Either this or `init` must be given.
+    #[garde(skip)]
+    pub model: Option<String>,
+    /// Start from random weights of this shape instead of `model`.
+    #[garde(dive)]
+    pub init: Option<InitSettings>,
+    /// Train low-rank adapters beside the frozen weights of `model` (LoRA, arXiv 2106.09685); `null` trains every weight.
+    #[garde(dive)]
+    pub lora: Option<LoraConfig>,
+    /// What the run trains.
+    #[garde(skip)]
+    pub objective: Objective,
+    /// Prompt sets (`sft`) or trajectory data sets (`consistency`).
+    #[garde(length(min = 1))]
+    pub datasets: Vec<PathBuf>,
+    /// Folder of the run.
+    #[garde(custom(required_path))]
+    pub output: PathBuf,
+    /// Seed of the order of the examples, the states drawn from them, and random weights.
+    #[garde(skip)]
+    pub seed: u64,
+    /// Passes over the data.
+    #[garde(range(min = 1))]
+    pub epochs: usize,
+    /// Stop after N steps, where the learning rate schedule then ends too; `null` runs all epochs.
+    #[garde(range(min = 1))]
+    pub max_steps: Option<usize>,
+    /// Maximum number of tokens in a forward. Examples, with their noisy blocks, are packed into batches of up to this size.
+    #[garde(range(min = 1))]
+    pub max_batch_tokens: usize,
+    /// Number of batches whose gradients are accumulated into one step, over all processes.
+    #[garde(range(min = 1))]
+    pub accumulation: usize,
+    /// Examples with more packed tokens are excluded, and counted on stderr.
+    #[garde(range(min = 1))]
+    pub max_example_tokens: usize,
+    /// Number of leading layers with activation checkpointing: they save only their input and are recomputed in the backward, which
+    /// takes less memory and more time.
+    #[garde(skip)]
+    pub checkpointed_layers: usize,
+    /// The optimizer.
+    #[garde(dive)]
+    pub optimizer: OptimizerSettings,
+    /// The consistency objective.
+    #[garde(dive)]
+    pub consistency: ConsistencySettings,
+    /// Measurements on held-out data. The checkpoint `best` is the one with the most tokens per forward in finished answers
+    /// among those that are accurate enough.
+    #[garde(dive)]
+    pub validation: ValidationSettings,
+    /// Steps between lines of metrics.jsonl.
+    #[garde(range(min = 1))]
+    pub log_every: usize,
+    /// Steps between checkpoints; `null` saves only the last step.
+    #[garde(range(min = 1))]
+    pub save_every: Option<usize>,
+    /// Number of checkpoints to keep, in addition to the best one.
+    #[garde(range(min = 1))]
+    pub max_checkpoints: usize,
+    /// Ids that end an answer, in place of the model's own. `sft` ends its answers with the first. The trained model records them
+    /// too.
+    #[garde(skip)]
+    pub eos_ids: Option<Vec<i32>>,
+    /// auto, cpu, cuda or cuda:N.
+    #[garde(skip)]
+    pub device: String,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Settings {
+            model: None,
+            init: None,
+            lora: None,
+            objective: Objective::Consistency,
+            datasets: Vec::new(),
+            output: PathBuf::new(),
+            seed: 0,
+            epochs: 1,
+            max_steps: None,
+            max_batch_tokens: 8192,
+            accumulation: 1,
+            max_example_tokens: 4096,
+            checkpointed_layers: 0,
+            optimizer: OptimizerSettings::default(),
+            consistency: ConsistencySettings::default(),
+            validation: ValidationSettings::default(),
+            log_every: 10,
+            save_every: Some(200),
+            max_checkpoints: 2,
+            eos_ids: None,
+            device: "auto".to_owned(),
+        }
+    }
+}
+
+impl Settings {
+    /// Whether a frozen model anchors the student.
+    pub fn is_anchored(&self) -> bool {
+        self.objective == Objective::Consistency && self.consistency.anchor_weight > 0.0
+    }
+
+    /// How many numbers of a model with this configuration the run trains: all weights, or the adapters only.
+    pub fn trained_parameters(&self, config: &ModelConfig) -> i64 {
+        self.lora.as_ref().map_or_else(|| config.num_parameters(), |lora| lora.num_parameters(config))
+    }
+
+    /// Checks the rules that involve more than one key.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] that names the keys.
+    pub fn check(&self) -> Result<()> {
+        let usage = |message: &str| Err(Error::usage(message));
+        match (&self.init, &self.model) {
+            (None, None) => return usage("model: expected a folder or an id (or `init`, for random weights)"),
+            (Some(_), Some(_)) => return usage("model and init are both set: choose one to start from"),
+            _ => {}
+        }
+        if self.init.is_some() && self.is_anchored() && self.consistency.anchor.is_none() {
+            return usage(
+                "consistency.anchor_weight needs `model` or consistency.anchor: random weights are no anchor",
+            );
+        }
+        if self.init.is_some() && self.lora.is_some() {
+            return usage("lora needs `model`: adapters do not turn random weights into a model");
+        }
+        if self.consistency.context == BlockContext::NoisyWindow && self.consistency.max_blocks.is_some() {
+            return usage(
+                "consistency.max_blocks must be null with consistency.context=noisy_window: a window needs all its blocks",
+            );
+        }
+        if self.objective == Objective::Sft && self.validation.trajectories.is_some() {
+            return usage("validation.trajectories needs objective=consistency: sft has no losses on trajectories");
+        }
+        if self.validation.patience.is_some() && self.validation.prompts.is_none() {
+            return usage("validation.patience needs validation.prompts: without answers there is no best checkpoint");
+        }
+        if self.max_example_tokens > self.max_batch_tokens {
+            return Err(Error::usage(format!(
+                "max_example_tokens ({}) is larger than max_batch_tokens ({}): an example must fit into a batch",
+                self.max_example_tokens, self.max_batch_tokens
+            )));
+        }
+        Ok(())
+    }
+}
