@@ -1,100 +1,147 @@
-//! One row of a batch: which tokens are known and what a forward makes final.
+//! A sequence: one request that is being answered, its tokens so far and the proposer of its drafts.
 
-use super::proposer::{self, Guesser, Step};
-use super::{Answer, DecodeOptions, Request, StopConditions, Window};
+use super::acceptance::accepted_path;
+use super::backend::{Predictions, Window};
+use super::proposer::random_draft::RandomDraft;
+use super::proposer::{Proposer, Verification};
+use super::request::{Answer, DecodeOptions, Request, StopConditions};
 use crate::fingerprint;
 use crate::trajectory::FinishReason;
 
-/// What a forward made final.
-pub(crate) struct Accepted<'r> {
-    pub(crate) tokens: &'r [i32],
-    /// Slots of the cache, from and to, whose keys and values must move so that those of known tokens lie in order.
-    pub(crate) moves: Vec<(usize, usize)>,
+/// What a forward added to a sequence.
+pub(super) struct Accepted<'s> {
+    pub(super) request_index: usize,
+    /// The new tokens of the answer.
+    pub(super) tokens: &'s [i32],
+    /// Slots of the cache, from and to, whose keys and values must move so that the slot of each token is its position.
+    pub(super) moves: Vec<(usize, usize)>,
 }
 
-/// Decoding state of one request.
-pub(crate) struct Row<'r> {
-    request: Request,
-    /// Key of the noise of each position.
-    key: u64,
+pub(super) struct Sequence<'r> {
+    request_index: usize,
     stop: &'r StopConditions,
-    /// Prompt and known tokens of the response.
-    sequence: Vec<i32>,
-    guesser: Box<dyn Guesser>,
-    accepted: Vec<u32>,
+    /// Prompt and answer so far.
+    tokens: Vec<i32>,
+    num_prompt_tokens: usize,
+    /// Prompt tokens in the cache.
+    num_cached: usize,
+    proposer: Box<dyn Proposer>,
+    noise_key: u64,
+    num_new_tokens: Vec<u32>,
     finish_reason: Option<FinishReason>,
 }
 
-impl<'r> Row<'r> {
-    pub(crate) fn new(request: Request, stop: &'r StopConditions, options: DecodeOptions) -> Self {
-        Row {
-            key: fingerprint::derive_seed(options.seed, &request.sample_id),
-            sequence: request.prompt_ids.clone(),
-            guesser: proposer::guesser(options, &request.sample_id, &request.prompt_ids),
-            request,
+impl<'r> Sequence<'r> {
+    pub(super) fn new(
+        request_index: usize,
+        request: Request,
+        stop: &'r StopConditions,
+        options: DecodeOptions,
+    ) -> Self {
+        let random = RandomDraft::new(options.seed, &request.sample_id);
+        Sequence {
+            request_index,
             stop,
-            accepted: Vec::new(),
+            num_prompt_tokens: request.prompt_ids.len(),
+            num_cached: 0,
+            proposer: options.strategy.proposer(&request.prompt_ids, random, options.record_trajectory),
+            noise_key: fingerprint::derive_seed(options.seed, &request.sample_id),
+            tokens: request.prompt_ids,
+            num_new_tokens: Vec::new(),
             finish_reason: (stop.max_new_tokens == 0).then_some(FinishReason::Length),
         }
     }
 
-    pub(crate) fn prompt(&self) -> &[i32] {
-        &self.request.prompt_ids
+    pub(super) fn request_index(&self) -> usize {
+        self.request_index
     }
 
-    /// What to forward next, as row `row` of the batch.
-    pub(crate) fn window(&self, row: usize) -> Window<'_> {
-        let start = self.sequence.len() - 1;
-        let (guesses, tree) = (self.guesser.guesses(), self.guesser.tree());
-        Window { row, start, known: self.sequence[start], guesses, tree, key: self.key }
+    /// Prompt tokens that are in the cache.
+    pub(super) fn num_cached(&self) -> usize {
+        self.num_cached
     }
 
-    pub(crate) fn finished(&self) -> bool {
+    /// The part of the prompt that must be cached before decoding: all but its last token, which begins the first window.
+    pub(super) fn uncached_prompt(&self) -> &[i32] {
+        &self.tokens[self.num_cached..self.num_prompt_tokens - 1]
+    }
+
+    pub(super) fn add_cached(&mut self, num_tokens: usize) {
+        self.num_cached += num_tokens;
+    }
+
+    pub(super) fn is_decoding(&self) -> bool {
+        self.uncached_prompt().is_empty()
+    }
+
+    pub(super) fn is_finished(&self) -> bool {
         self.finish_reason.is_some()
     }
 
-    /// Takes the predictions after each token of the window: the guesses that agree with them are final up to the first
-    /// that does not, and that one's correction is final too. The next guesses come from `drafts`.
-    pub(crate) fn accept(&mut self, predicted: &[i32], drafts: &[i32]) -> Accepted<'_> {
-        let path = self.window(0).agreed(predicted);
-        let (before, matched) = (self.sequence.len(), path.len() - 1);
+    /// What to forward next: the last token and the draft.
+    pub(super) fn window(&self) -> Window<'_> {
+        let start = self.tokens.len() - 1;
+        Window {
+            start,
+            last_token: self.tokens[start],
+            draft: self.proposer.draft(),
+            tree: self.proposer.tree(),
+            sequence_key: self.noise_key,
+        }
+    }
+
+    /// Takes what the backend sampled after each token of the window: appends the accepted draft tokens and the token after
+    /// the last of them, as far as the answer goes, and has the proposer make the next draft.
+    pub(super) fn accept(&mut self, predictions: &Predictions) -> Accepted<'_> {
+        let predicted = &predictions.tokens;
+        let path = accepted_path(&self.window(), predicted);
+        let (num_before, num_accepted) = (self.tokens.len(), path.len() - 1);
         for &offset in &path {
-            let token = predicted[offset];
-            self.sequence.push(token);
-            self.finish_reason = self.reason_to_stop(token);
-            if self.finished() {
+            self.tokens.push(predicted[offset]);
+            self.finish_reason = self.finish_reason_after(predicted[offset]);
+            if self.is_finished() {
                 break;
             }
         }
-        self.accepted.push((self.sequence.len() - before) as u32);
-        let cut = self.sequence.len() < before + matched + 1;
-        self.guesser.advance(&Step { predicted, drafts, matched, known: &self.sequence, cut });
-        let moved = path.into_iter().enumerate().filter(|(to, from)| to != from);
-        let moves = moved.map(|(to, from)| (before - 1 + from, before - 1 + to)).collect();
-        Accepted { tokens: &self.sequence[before..], moves }
+        let num_new = self.tokens.len() - num_before;
+        self.num_new_tokens.push(num_new as u32);
+        self.proposer.update(&Verification {
+            predicted,
+            proposed: predictions.drafted.as_ref().unwrap_or(predicted),
+            num_accepted,
+            tokens: &self.tokens,
+            is_truncated: num_new < num_accepted + 1,
+        });
+        let start = num_before - 1;
+        let misplaced = path.into_iter().enumerate().filter(|(depth, offset)| depth != offset);
+        Accepted {
+            request_index: self.request_index,
+            tokens: &self.tokens[num_before..],
+            moves: misplaced.map(|(depth, offset)| (start + offset, start + depth)).collect(),
+        }
     }
 
-    fn reason_to_stop(&self, token: i32) -> Option<FinishReason> {
+    fn finish_reason_after(&self, token: i32) -> Option<FinishReason> {
         if self.stop.eos_ids.contains(&token) {
             Some(FinishReason::Eos)
-        } else if self.response().len() >= self.stop.max_new_tokens {
+        } else if self.answer().len() >= self.stop.max_new_tokens {
             Some(FinishReason::Length)
         } else {
             None
         }
     }
 
-    fn response(&self) -> &[i32] {
-        &self.sequence[self.request.prompt_ids.len()..]
+    fn answer(&self) -> &[i32] {
+        &self.tokens[self.num_prompt_tokens..]
     }
 
-    pub(crate) fn into_answer(self) -> Answer {
+    pub(super) fn into_answer(self) -> Answer {
         Answer {
-            response_ids: self.response().to_vec(),
+            response_ids: self.answer().to_vec(),
             finish_reason: self.finish_reason.unwrap_or(FinishReason::Length),
-            num_forwards: self.accepted.len(),
-            num_accepted: self.accepted,
-            blocks: self.guesser.blocks(),
+            num_forwards: self.num_new_tokens.len(),
+            num_new_tokens: self.num_new_tokens,
+            blocks: self.proposer.into_blocks(),
         }
     }
 }

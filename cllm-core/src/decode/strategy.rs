@@ -1,61 +1,69 @@
-//! The strategies and their settings.
+//! The strategies: their settings, the ranges of these, and the proposer of each.
 
 use std::fmt;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::tree::MOST_ENTRIES;
+use super::proposer::Proposer;
+use super::proposer::jacobi::Jacobi;
+use super::proposer::lookahead::Lookahead;
+use super::proposer::multi_block::MultiBlock;
+use super::proposer::random_draft::RandomDraft;
+use super::proposer::rolling::Rolling;
+use super::tree::MAX_TREE_TOKENS;
 use crate::{Error, Result};
 
-/// How tokens are chosen and verified.
+/// How the next tokens are drafted. Every strategy gives the answer of autoregressive decoding.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
 pub enum Strategy {
-    /// One token a forward.
+    /// Autoregressive decoding, one token per forward.
     Ar,
-    /// Fixed blocks of n tokens, iterated to their fixed point (Song et al., arXiv 2002.03629; CLLM, 2403.00835).
+    /// Jacobi decoding of fixed blocks of n tokens, each iterated to its fixed point (Song et al., arXiv 2002.03629; CLLM,
+    /// arXiv 2403.00835).
     Jacobi {
         /// Tokens of a block, at least 2.
         #[serde(default = "default_n")]
         n: usize,
     },
-    /// A window that rolls on: what a forward made final leaves it at once, and n - 1 guesses stay in flight, the
-    /// predictions of the forward before among them. The last `pool` rejected tails may serve as guesses again.
+    /// A window of n tokens that moves on with every accepted token, so n - 1 draft tokens are always in flight. The
+    /// predictions after the accepted tokens are the next draft. With `pool` > 0, the last `pool` rejected drafts are kept
+    /// and drafted again after a token that they contain.
     Rolling {
         /// Tokens of the window, at least 2.
         #[serde(default = "default_n")]
         n: usize,
-        /// Rejected tails that are kept.
+        /// Number of rejected drafts to keep.
         #[serde(default)]
         pool: usize,
     },
-    /// Blocks of n tokens of which the next begins before the one in front is done: once the newest has accepted the share
-    /// `ratio` (0.85), up to `blocks` (2) at once; `pool` as in `rolling` (Jacobi Forcing, arXiv 2512.14681).
+    /// Blocks of n tokens, of which up to `blocks` (2) are in flight: a new one begins once the fraction `ratio` (0.85) of
+    /// the newest is accepted. `pool` is that of `rolling` (Jacobi Forcing, arXiv 2512.14681).
     MultiBlock {
         /// Tokens of a block, at least 2.
         #[serde(default = "default_n")]
         n: usize,
-        /// Most blocks at once, at least 2.
+        /// Maximum number of blocks in flight, at least 2.
         #[serde(default = "default_blocks")]
         blocks: usize,
-        /// Share of the newest block's tokens that must be accepted before another begins.
+        /// Fraction of the newest block that must be accepted before another begins.
         #[serde(default = "default_ratio")]
         ratio: f64,
-        /// Rejected tails that are kept.
+        /// Number of rejected drafts to keep.
         #[serde(default)]
         pool: usize,
     },
-    /// Another model guesses, the model's own forward decides: both forward a rolling window of n tokens at once, and where a guess
-    /// was wrong the predictions of the other one are guessed next. So the answer is the model's own, token for token. The
-    /// evaluation has a student guess for its teacher.
+    /// Speculative decoding with a draft model. Both models forward the same rolling window of n tokens, the target model
+    /// decides what is accepted, and the draft model's predictions are the next draft. The answer is the target model's own.
+    /// In an evaluation the student drafts for its teacher.
     Drafted {
         /// Tokens of the window, at least 2.
         #[serde(default = "default_n")]
         n: usize,
     },
-    /// Lookahead decoding: Jacobi iterations on the next `window` (5) tokens make n-grams of `ngram` (4) tokens; the last
-    /// `candidates` (5) that begin with the last known token are guessed, all in one forward of at most
+    /// Lookahead decoding. Jacobi iterations on the next `window` (5) tokens collect n-grams of `ngram` (4) tokens. The
+    /// newest `candidates` (5) that begin with the last token are verified in the same forward, a tree of at most
     /// (window + candidates) x (ngram - 1) tokens (Fu et al., arXiv 2402.02057).
     Lookahead {
         /// Tokens of each level of the lookahead window, at least 1.
@@ -64,7 +72,7 @@ pub enum Strategy {
         /// Tokens of an n-gram, at least 2.
         #[serde(default = "default_ngram")]
         ngram: usize,
-        /// Most n-grams that are guessed at once, at least 1.
+        /// Maximum number of n-grams to verify at once, at least 1.
         #[serde(default = "default_candidates")]
         candidates: usize,
     },
@@ -94,10 +102,9 @@ fn default_candidates() -> usize {
     5
 }
 
-/// Most tokens of a window.
-const MOST_TOKENS: usize = 1024;
-/// Most rejected tails that are kept.
-const MOST_TAILS: usize = 1024;
+/// Maximum length of a window whose tokens are in order.
+const MAX_WINDOW_TOKENS: usize = 1024;
+const MAX_POOL_DRAFTS: usize = 1024;
 
 impl Strategy {
     /// A rolling window without a pool.
@@ -105,29 +112,17 @@ impl Strategy {
         Strategy::Rolling { n, pool: 0 }
     }
 
-    /// Two blocks at most and no pool.
+    /// Multi-block decoding with the default number of blocks and ratio, without a pool.
     pub fn multi_block(n: usize) -> Self {
         Strategy::MultiBlock { n, blocks: default_blocks(), ratio: default_ratio(), pool: 0 }
     }
 
-    /// A window of five tokens, n-grams of four, and five candidates.
+    /// Lookahead decoding with its default sizes.
     pub fn lookahead() -> Self {
         Strategy::Lookahead { window: default_window(), ngram: default_ngram(), candidates: default_candidates() }
     }
 
-    /// Most tokens that a row forwards at once: 1 for autoregressive decoding.
-    pub fn max_window_tokens(self) -> usize {
-        match self {
-            Strategy::Ar => 1,
-            Strategy::Jacobi { n } | Strategy::Rolling { n, .. } | Strategy::Drafted { n } => n,
-            Strategy::MultiBlock { n, blocks, .. } => n.saturating_mul(blocks),
-            Strategy::Lookahead { window, ngram, candidates } => {
-                window.saturating_add(candidates).saturating_mul(ngram.saturating_sub(1))
-            }
-        }
-    }
-
-    /// As settings name it.
+    /// The name in settings.
     pub fn name(self) -> &'static str {
         match self {
             Strategy::Ar => "ar",
@@ -139,81 +134,121 @@ impl Strategy {
         }
     }
 
-    /// Whether another model guesses.
+    /// Maximum number of tokens that a sequence forwards at once.
+    pub fn max_window_tokens(self) -> usize {
+        match self {
+            Strategy::Ar => 1,
+            Strategy::Jacobi { n } | Strategy::Rolling { n, .. } | Strategy::Drafted { n } => n,
+            Strategy::MultiBlock { n, blocks, .. } => n.saturating_mul(blocks),
+            Strategy::Lookahead { window, ngram, candidates } => {
+                window.saturating_add(candidates).saturating_mul(ngram.saturating_sub(1))
+            }
+        }
+    }
+
+    /// Whether a second model makes the drafts.
     pub fn needs_draft_model(self) -> bool {
         matches!(self, Strategy::Drafted { .. })
     }
 
-    /// Checks that it can be done.
+    /// The proposer of a sequence that decodes with this strategy.
+    pub(super) fn proposer(self, prompt: &[i32], random: RandomDraft, record_trajectory: bool) -> Box<dyn Proposer> {
+        match self {
+            Strategy::Ar => Box::new(Jacobi::new(1, prompt, record_trajectory, random)),
+            Strategy::Jacobi { n } => Box::new(Jacobi::new(n, prompt, record_trajectory, random)),
+            Strategy::Rolling { n, pool } => Box::new(Rolling::new(n, pool, prompt, random)),
+            Strategy::MultiBlock { n, blocks, ratio, pool } => {
+                let min_accepted = (ratio * n as f64).ceil() as usize;
+                Box::new(MultiBlock::new(n, blocks, min_accepted, pool, prompt, random))
+            }
+            Strategy::Drafted { n } => Box::new(Rolling::new(n, 0, prompt, random)),
+            Strategy::Lookahead { window, ngram, candidates } => {
+                Box::new(Lookahead::new(window, ngram, candidates, prompt, random))
+            }
+        }
+    }
+
+    /// Checks that every parameter is in its range.
     ///
     /// # Errors
-    /// [`Error::Usage`] naming what cannot.
+    /// [`Error::Usage`] that names the strategy, the parameter, its value and its range.
     pub fn check(self) -> Result<()> {
-        let name = self.name();
-        let refuse = |what: String| Err(Error::usage(what));
-        match self {
-            Strategy::Ar => {}
-            Strategy::Jacobi { n }
-            | Strategy::Rolling { n, .. }
-            | Strategy::Drafted { n }
-            | Strategy::MultiBlock { n, .. }
-                if !(2..=MOST_TOKENS).contains(&n) =>
-            {
-                return refuse(format!("n of {name} must be from 2 to {MOST_TOKENS}"));
+        let checked = match self {
+            Strategy::Ar => Ok(()),
+            Strategy::Jacobi { n } | Strategy::Drafted { n } => check_n(n),
+            Strategy::Rolling { n, pool } => check_n(n).and_then(|()| check_pool(pool)),
+            Strategy::MultiBlock { n, blocks, ratio, pool } => check_n(n)
+                .and_then(|()| check_blocks(n, blocks, ratio, self.max_window_tokens()))
+                .and_then(|()| check_pool(pool)),
+            Strategy::Lookahead { window, ngram, candidates } => {
+                check_lookahead(window, ngram, candidates, self.max_window_tokens())
             }
-            Strategy::MultiBlock { blocks, .. } if blocks < 2 => {
-                return refuse(format!("blocks of {name} must be at least 2: one at a time is `jacobi`"));
-            }
-            Strategy::MultiBlock { ratio, .. } if !(ratio > 0.0 && ratio <= 1.0) => {
-                return refuse(format!("ratio of {name} must be above 0 and at most 1"));
-            }
-            Strategy::MultiBlock { n, blocks, .. } if self.max_window_tokens() > MOST_TOKENS => {
-                return refuse(format!(
-                    "{blocks} blocks of {n} tokens make a window of {}, there may be {MOST_TOKENS}",
-                    self.max_window_tokens()
-                ));
-            }
-            Strategy::Lookahead { window, ngram, candidates } if window < 1 || ngram < 2 || candidates < 1 => {
-                return refuse(format!(
-                    "{name} needs a window and candidates of at least 1 and an ngram of at least 2"
-                ));
-            }
-            Strategy::Lookahead { window, ngram, candidates } if self.max_window_tokens() > MOST_ENTRIES => {
-                return refuse(format!(
-                    "window {window}, ngram {ngram} and candidates {candidates} of {name} make a tree of (window + \
-                     candidates) x (ngram - 1) = {} tokens, there may be {MOST_ENTRIES}",
-                    self.max_window_tokens()
-                ));
-            }
-            _ => {}
-        }
-        match self {
-            Strategy::Rolling { pool, .. } | Strategy::MultiBlock { pool, .. } if pool > MOST_TAILS => {
-                refuse(format!("pool of {name} must be at most {MOST_TAILS}"))
-            }
-            _ => Ok(()),
-        }
+        };
+        checked.map_err(|problem| Error::usage(format!("strategy `{}`: {problem}", self.name())))
     }
 }
 
-/// The name and what is not left at its default.
+fn check_n(n: usize) -> std::result::Result<(), String> {
+    match n {
+        2..=MAX_WINDOW_TOKENS => Ok(()),
+        _ => Err(format!("n={n} is out of range; set it from 2 to {MAX_WINDOW_TOKENS}")),
+    }
+}
+
+fn check_pool(pool: usize) -> std::result::Result<(), String> {
+    match pool {
+        0..=MAX_POOL_DRAFTS => Ok(()),
+        _ => Err(format!("pool={pool} is too large; set it to at most {MAX_POOL_DRAFTS}")),
+    }
+}
+
+fn check_blocks(n: usize, blocks: usize, ratio: f64, num_tokens: usize) -> std::result::Result<(), String> {
+    if blocks < 2 {
+        Err(format!("blocks={blocks} is too small; set it to at least 2, or use `jacobi`"))
+    } else if !(ratio > 0.0 && ratio <= 1.0) {
+        Err(format!("ratio={ratio} is out of range; set it above 0 and to at most 1"))
+    } else if num_tokens > MAX_WINDOW_TOKENS {
+        Err(format!(
+            "{blocks} blocks of {n} tokens are {num_tokens} in flight; at most {MAX_WINDOW_TOKENS} are supported"
+        ))
+    } else {
+        Ok(())
+    }
+}
+
+fn check_lookahead(
+    window: usize,
+    ngram: usize,
+    candidates: usize,
+    num_tokens: usize,
+) -> std::result::Result<(), String> {
+    if window < 1 || ngram < 2 || candidates < 1 {
+        Err("window and candidates must be at least 1, ngram at least 2".to_owned())
+    } else if num_tokens > MAX_TREE_TOKENS {
+        Err(format!(
+            "window={window}, ngram={ngram} and candidates={candidates} make a tree of (window + candidates) x (ngram - 1) = \
+             {num_tokens} tokens; at most {MAX_TREE_TOKENS} are supported"
+        ))
+    } else {
+        Ok(())
+    }
+}
+
+/// The name and every parameter but a pool of 0: `rolling n=16`.
 impl fmt::Display for Strategy {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        out.write_str(self.name())?;
+        let name = self.name();
+        let unless_zero = |pool: usize| if pool == 0 { String::new() } else { format!(" pool={pool}") };
         match *self {
-            Strategy::Ar => Ok(()),
-            Strategy::Jacobi { n } | Strategy::Drafted { n } => write!(out, " n={n}"),
-            Strategy::Rolling { n, .. } => write!(out, " n={n}"),
-            Strategy::MultiBlock { n, blocks, ratio, .. } => write!(out, " n={n} blocks={blocks} ratio={ratio}"),
+            Strategy::Ar => out.write_str(name),
+            Strategy::Jacobi { n } | Strategy::Drafted { n } => write!(out, "{name} n={n}"),
+            Strategy::Rolling { n, pool } => write!(out, "{name} n={n}{}", unless_zero(pool)),
+            Strategy::MultiBlock { n, blocks, ratio, pool } => {
+                write!(out, "{name} n={n} blocks={blocks} ratio={ratio}{}", unless_zero(pool))
+            }
             Strategy::Lookahead { window, ngram, candidates } => {
-                write!(out, " window={window} ngram={ngram} candidates={candidates}")
+                write!(out, "{name} window={window} ngram={ngram} candidates={candidates}")
             }
-        }?;
-        match *self {
-            Strategy::Rolling { pool, .. } | Strategy::MultiBlock { pool, .. } if pool > 0 => {
-                write!(out, " pool={pool}")
-            }
-            _ => Ok(()),
         }
     }
 }
@@ -223,12 +258,39 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_a_strategy_leaves_out_has_its_default() {
+    fn parameters_that_settings_leave_out_have_their_defaults() {
         let read = |text: &str| serde_json::from_str::<Strategy>(text).unwrap();
         assert_eq!(read(r#"{"jacobi": {}}"#), Strategy::Jacobi { n: 16 });
         assert_eq!(read(r#"{"rolling": {}}"#), Strategy::rolling(16));
         assert_eq!(read(r#"{"multiblock": {}}"#), Strategy::multi_block(16));
         assert_eq!(read(r#"{"drafted": {}}"#), Strategy::Drafted { n: 16 });
         assert_eq!(read(r#"{"lookahead": {}}"#), Strategy::lookahead());
+    }
+
+    #[test]
+    fn parameters_out_of_range_are_refused_with_their_values() {
+        let lookahead = |window, ngram, candidates| Strategy::Lookahead { window, ngram, candidates };
+        let multi = |n, blocks, ratio| Strategy::MultiBlock { n, blocks, ratio, pool: 0 };
+        for (strategy, message) in [
+            (Strategy::Jacobi { n: 1 }, "strategy `jacobi`: n=1 is out of range; set it from 2 to 1024"),
+            (Strategy::rolling(1025), "strategy `rolling`: n=1025 is out of range; set it from 2 to 1024"),
+            (
+                Strategy::Rolling { n: 4, pool: 1025 },
+                "strategy `rolling`: pool=1025 is too large; set it to at most 1024",
+            ),
+            (multi(16, 1, 0.5), "strategy `multiblock`: blocks=1 is too small"),
+            (multi(16, 2, 0.0), "ratio=0 is out of range; set it above 0 and to at most 1"),
+            (lookahead(0, 4, 5), "strategy `lookahead`: window and candidates must be at least 1"),
+            (lookahead(5, 1, 5), "ngram at least 2"),
+            (lookahead(15, 5, 15), "window=15, ngram=5 and candidates=15 make a tree of"),
+            (lookahead(usize::MAX, 5, 15), "at most 64 are supported"),
+            (multi(512, 3, 1.0), "3 blocks of 512 tokens are 1536 in flight; at most 1024 are supported"),
+        ] {
+            let error = strategy.check().unwrap_err().to_string();
+            assert!(error.contains(message), "{error}");
+        }
+        for strategy in [Strategy::Jacobi { n: 2 }, Strategy::rolling(1024), multi(512, 2, 1.0), lookahead(10, 5, 6)] {
+            assert!(strategy.check().is_ok(), "{strategy:?}");
+        }
     }
 }

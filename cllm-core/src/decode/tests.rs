@@ -1,93 +1,106 @@
-//! The decoding loop on a made-up model: exact, no weights.
+//! Tests of the scheduler, sequences and proposers on a mock backend: exact, without weights.
 
-use super::backend::speculative::Drafted;
-use super::sequence::Accepted;
-use super::*;
+use super::backend::speculative::SpeculativeBackend;
+use super::backend::{Backend, Predictions, PromptChunk, Window};
+use super::scheduler::{Events, PrefillPolicy, Scheduler};
+use super::sequence::{Accepted, Sequence};
+use super::tree::Node;
+use super::{Answer, DecodeOptions, Request, Sampling, StopConditions, Strategy};
+use crate::Result;
+use crate::model::SlotMove;
+use crate::trajectory::FinishReason;
 
-/// Predicts from the whole sequence so far by a fixed rule; checks that chunks and windows follow what is cached. A token of a
-/// window is predicted from the slots that it sees.
-struct Rule {
-    /// By slot.
-    sequences: Vec<Vec<i32>>,
-    next: fn(&[i32]) -> i32,
-    /// Tokens of prompts that a step takes.
-    prompt_tokens: usize,
-    chosen: Vec<i32>,
+/// Predicts the next token by a fixed rule from the whole sequence so far, and checks that chunks and windows continue what
+/// is cached. A token of a window is predicted from the slots that it sees.
+struct MockBackend {
+    /// The token in each slot of each row.
+    rows: Vec<Vec<i32>>,
+    next_token: fn(&[i32]) -> i32,
+    max_prompt_tokens: usize,
+    predicted: Vec<i32>,
 }
 
-impl Rule {
-    fn new(rows: usize) -> Self {
-        Rule { sequences: vec![Vec::new(); rows], next: hard, prompt_tokens: usize::MAX, chosen: Vec::new() }
+impl MockBackend {
+    fn new(num_rows: usize) -> Self {
+        MockBackend {
+            rows: vec![Vec::new(); num_rows],
+            next_token: hard,
+            max_prompt_tokens: usize::MAX,
+            predicted: Vec::new(),
+        }
     }
 
     fn cache(&mut self, row: usize, start: usize, tokens: impl Iterator<Item = i32>) {
-        let cached = &mut self.sequences[row];
-        assert!(start <= cached.len(), "row {row} leaves a hole in the cache");
-        cached.truncate(start);
-        cached.extend(tokens);
+        let slots = &mut self.rows[row];
+        assert!(start <= slots.len(), "row {row} leaves a gap in the cache");
+        slots.truncate(start);
+        slots.extend(tokens);
     }
 }
 
-impl Forward for Rule {
-    fn begin(&mut self, chunks: &[Chunk<'_>], windows: &[Window<'_>], _: Sampling) -> Result<()> {
-        assert!(windows.iter().enumerate().all(|(row, window)| window.row == row));
+impl Backend for MockBackend {
+    fn launch(&mut self, chunks: &[PromptChunk<'_>], windows: &[Window<'_>], _: Sampling) -> Result<()> {
         assert!(chunks.iter().all(|chunk| chunk.row >= windows.len() && !chunk.tokens.is_empty()));
         for chunk in chunks {
             self.cache(chunk.row, chunk.start, chunk.tokens.iter().copied());
         }
-        let predict = |window: &Window<'_>| {
-            self.cache(window.row, window.start, window.tokens());
-            let (known, tokens) = self.sequences[window.row].split_at(window.start);
-            let seen = |last: usize| {
-                let Place { depth, visible, .. } = window.place(last);
-                let sees = |&offset: &usize| offset >= 64 || visible >> offset & 1 == 1;
-                let path: Vec<i32> = (0..=last).filter(sees).map(|offset| tokens[offset]).collect();
-                assert_eq!(path.len(), depth + 1, "a token's position is not that of its sequence");
-                [known, &path].concat()
+        let predict = |(row, window): (usize, &Window<'_>)| {
+            self.cache(row, window.start, window.tokens());
+            let (before, tokens) = self.rows[row].split_at(window.start);
+            let seen_by = |last: usize| {
+                let Node { depth, visible, .. } = window.node(last);
+                let is_seen = |&offset: &usize| offset >= 64 || visible >> offset & 1 == 1;
+                let path: Vec<i32> = (0..=last).filter(is_seen).map(|offset| tokens[offset]).collect();
+                assert_eq!(path.len(), depth + 1, "a token's position does not match the tokens that it sees");
+                [before, &path].concat()
             };
-            (0..window.len()).map(|last| (self.next)(&seen(last))).collect::<Vec<_>>()
+            (0..window.len()).map(|last| (self.next_token)(&seen_by(last))).collect::<Vec<_>>()
         };
-        self.chosen = windows.iter().flat_map(predict).collect();
+        self.predicted = windows.iter().enumerate().flat_map(predict).collect();
         Ok(())
     }
 
-    fn finish(&mut self, windows: &[Window<'_>]) -> Result<Vec<Predicted>> {
-        Ok(Predicted::each(windows, &self.chosen))
+    fn collect(&mut self, windows: &[Window<'_>]) -> Result<Vec<Predictions>> {
+        let mut predicted = self.predicted.iter().copied();
+        let mut take = |window: &Window<'_>| predicted.by_ref().take(window.len()).collect();
+        Ok(windows.iter().map(|window| Predictions { tokens: take(window), drafted: None }).collect())
     }
 
     fn move_slots(&mut self, moves: &[SlotMove]) -> Result<()> {
-        let read: Vec<i32> = moves.iter().map(|one| self.sequences[one.row][one.from]).collect();
+        let read: Vec<i32> = moves.iter().map(|one| self.rows[one.row][one.from]).collect();
         for (one, token) in moves.iter().zip(read) {
-            self.sequences[one.row][one.to] = token;
+            self.rows[one.row][one.to] = token;
         }
         Ok(())
     }
 
     fn copy_row(&mut self, from: usize, to: usize) -> Result<()> {
-        self.sequences[to] = self.sequences[from].clone();
+        self.rows[to] = self.rows[from].clone();
         Ok(())
     }
 
-    fn prompt_tokens(&self) -> usize {
-        self.prompt_tokens
+    fn max_prompt_tokens(&self) -> usize {
+        self.max_prompt_tokens
     }
 }
 
-/// Mostly depends on the last token, at times on the sum of all: converges in fewer than n steps, but not in one.
-fn hard(sequence: &[i32]) -> i32 {
-    let last = sequence[sequence.len() - 1];
-    if last % 3 == 0 { (sequence.iter().sum::<i32>() * 7 + 5) % 29 } else { (last * 5 + 1) % 29 }
+/// Depends on the last token, for a third of the tokens on all of them: blocks converge in fewer than n forwards, but not in
+/// one.
+fn hard(tokens: &[i32]) -> i32 {
+    let last = tokens[tokens.len() - 1];
+    if last % 3 == 0 { (tokens.iter().sum::<i32>() * 7 + 5) % 29 } else { (last * 5 + 1) % 29 }
 }
 
-/// Depends on the position, but for every sixth one, as the predictions of a consistency model hardly depend on wrong guesses.
-fn easy(sequence: &[i32]) -> i32 {
-    let (length, last) = (sequence.len() as i32, sequence[sequence.len() - 1]);
+/// Depends on the position alone, but for every sixth token: a consistency model's predictions hardly depend on wrong draft
+/// tokens either.
+fn easy(tokens: &[i32]) -> i32 {
+    let (length, last) = (tokens.len() as i32, tokens[tokens.len() - 1]);
     if length % 6 == 0 { (last * 5 + length) % 29 } else { length * 7 % 29 }
 }
 
-/// Goes through the same eleven tokens again and again.
-fn repeating(sequence: &[i32]) -> i32 {
-    (sequence[sequence.len() - 1] + 1) % 11
+/// Repeats the same eleven tokens.
+fn repeating(tokens: &[i32]) -> i32 {
+    (tokens[tokens.len() - 1] + 1) % 11
 }
 
 fn requests() -> Vec<Request> {
@@ -99,33 +112,43 @@ fn requests() -> Vec<Request> {
         .collect()
 }
 
+/// Answers all requests at once; the answers are in the order of the requests.
 fn answers(strategy: Strategy, stop: &StopConditions) -> Vec<Answer> {
-    run(&mut Rule::new(7), 7, strategy, stop, Prefill::First, &mut |_, _| ())
+    run(&mut MockBackend::new(7), 7, strategy, stop, PrefillPolicy::First, &mut |_, _| ())
 }
 
-/// Answers in the order of the requests.
+fn answers_by(next_token: fn(&[i32]) -> i32, strategy: Strategy, stop: &StopConditions) -> Vec<Answer> {
+    let mut backend = MockBackend { next_token, ..MockBackend::new(7) };
+    run(&mut backend, 7, strategy, stop, PrefillPolicy::First, &mut |_, _| ())
+}
+
 fn run(
-    model: &mut dyn Forward,
-    room: usize,
+    backend: &mut dyn Backend,
+    max_running: usize,
     strategy: Strategy,
     stop: &StopConditions,
-    prefill: Prefill,
-    new_tokens: Watcher<'_>,
+    prefill: PrefillPolicy,
+    on_tokens: &mut dyn FnMut(usize, &[i32]),
 ) -> Vec<Answer> {
     let options = DecodeOptions { record_trajectory: true, ..DecodeOptions::greedy(strategy, 1) };
     let mut answers = vec![None; requests().len()];
-    let mut finished = |index: usize, answer| {
-        assert!(answers[index].replace(answer).is_none(), "answered twice");
+    let mut on_finished = |index: usize, answer| {
+        assert!(answers[index].replace(answer).is_none(), "request {index} was answered twice");
         Ok(())
     };
-    let mut events = Events { new_tokens, finished: &mut finished };
-    converge(model, room, &mut requests().into_iter().map(Ok), stop, options, prefill, &mut events).unwrap();
+    let mut events = Events { on_tokens, on_finished: &mut on_finished };
+    let waiting = requests().into_iter().map(Ok);
+    Scheduler::new(waiting, max_running, stop, options, prefill).run(backend, &mut events).unwrap();
     answers.into_iter().map(Option::unwrap).collect()
 }
 
-/// Each strategy in several sizes.
+fn total_forwards(answers: &[Answer]) -> usize {
+    answers.iter().map(|answer| answer.num_forwards).sum()
+}
+
+/// Every strategy, in several sizes.
 fn strategies() -> Vec<Strategy> {
-    let of_n = |n| {
+    let with_n = |n| {
         [
             Strategy::Jacobi { n },
             Strategy::rolling(n),
@@ -136,208 +159,185 @@ fn strategies() -> Vec<Strategy> {
     };
     let lookahead = [(1, 2, 1), (1, 3, 3), (4, 2, 2), (5, 4, 5), (10, 5, 6), (3, 16, 1)];
     let lookahead = lookahead.map(|(window, ngram, candidates)| Strategy::Lookahead { window, ngram, candidates });
-    [2, 3, 8, 16, 64].into_iter().flat_map(of_n).chain(lookahead).collect()
+    [2, 3, 8, 16, 64].into_iter().flat_map(with_n).chain(lookahead).collect()
 }
 
 fn stop() -> StopConditions {
     StopConditions { max_new_tokens: 40, eos_ids: vec![14, 5] }
 }
 
+fn stop_after(max_new_tokens: usize) -> StopConditions {
+    StopConditions { max_new_tokens, eos_ids: vec![] }
+}
+
 #[test]
 fn every_strategy_gives_the_greedy_answer_in_no_more_forwards() {
     let greedy = answers(Strategy::Ar, &stop());
-    assert!(greedy.iter().any(|a| a.finish_reason == FinishReason::Eos));
-    assert!(greedy.iter().all(|a| a.num_forwards == a.response_ids.len()));
+    assert!(greedy.iter().any(|answer| answer.finish_reason == FinishReason::Eos));
+    assert!(greedy.iter().all(|answer| answer.num_forwards == answer.response_ids.len()));
     for strategy in strategies() {
-        for (several, greedy) in answers(strategy, &stop()).iter().zip(&greedy) {
-            assert_eq!(several.response_ids, greedy.response_ids, "{strategy:?}");
-            assert_eq!(several.finish_reason, greedy.finish_reason);
-            assert!(several.num_forwards <= greedy.num_forwards);
-            assert_eq!(several.num_accepted.iter().sum::<u32>() as usize, several.response_ids.len());
+        assert!(strategy.check().is_ok(), "{strategy:?}");
+        for (answer, greedy) in answers(strategy, &stop()).iter().zip(&greedy) {
+            assert_eq!(answer.response_ids, greedy.response_ids, "{strategy:?}");
+            assert_eq!(answer.finish_reason, greedy.finish_reason);
+            assert!(answer.num_forwards <= greedy.num_forwards);
+            assert_eq!(answer.num_new_tokens.iter().sum::<u32>() as usize, answer.response_ids.len());
         }
     }
 }
 
-#[test]
-fn a_rolling_window_keeps_its_predictions_and_never_shrinks() {
-    let request = Request { sample_id: "a".into(), prompt_ids: vec![1, 2, 3] };
-    let stop = stop();
-    let mut row = Row::new(request, &stop, DecodeOptions::greedy(Strategy::rolling(4), 1));
-    assert_eq!((row.window(0).start, row.window(0).known, row.window(0).guesses.len()), (2, 3, 3));
-    let first = row.window(0).guesses[0];
-    // The first guess is right, the second is not: two tokens are final, and what was drafted after them stays.
-    let wrong = row.window(0).guesses[1] + 1;
-    assert_eq!(row.accept(&[first, wrong, 21, 22], &[31, 32, 33, 34]).tokens, [first, wrong]);
-    assert_eq!((row.window(0).known, &row.window(0).guesses[..2]), (wrong, &[33, 34][..]));
-    assert!(row.window(0).guesses.len() == 3 && [1, 2, 3, first, wrong].contains(&row.window(0).guesses[2]));
+fn sequence(prompt_ids: Vec<i32>, stop: &StopConditions, strategy: Strategy) -> Sequence<'_> {
+    Sequence::new(0, Request { sample_id: "a".into(), prompt_ids }, stop, DecodeOptions::greedy(strategy, 1))
+}
+
+fn predictions(tokens: &[i32]) -> Predictions {
+    Predictions { tokens: tokens.to_vec(), drafted: None }
 }
 
 #[test]
-fn another_model_guesses_and_the_models_own_answer_comes() {
-    let with = |guess: fn(&[i32]) -> i32| {
-        let (mut model, mut draft_model) = (Rule::new(3), Rule { next: guess, ..Rule::new(3) });
-        let mut both = Drafted::new(&mut model, &mut draft_model);
-        run(&mut both, 3, Strategy::Drafted { n: 8 }, &stop(), Prefill::Beside, &mut |_, _| ())
+fn a_rolling_window_drafts_what_was_proposed_and_keeps_its_length() {
+    let stop = stop();
+    let mut sequence = sequence(vec![1, 2, 3], &stop, Strategy::rolling(4));
+    let window = sequence.window();
+    assert_eq!((window.start, window.last_token, window.draft.len()), (2, 3, 3));
+    // The first draft token is accepted and the second is not, so two tokens are new; the proposals after them stay.
+    let (first, other) = (window.draft[0], window.draft[1] + 1);
+    let proposed = Predictions { drafted: Some(vec![31, 32, 33, 34]), ..predictions(&[first, other, 21, 22]) };
+    assert_eq!(sequence.accept(&proposed).tokens, [first, other]);
+    let window = sequence.window();
+    assert_eq!((window.last_token, &window.draft[..2]), (other, &[33, 34][..]));
+    assert!(window.draft.len() == 3 && [1, 2, 3, first, other].contains(&window.draft[2]));
+}
+
+#[test]
+fn a_draft_model_changes_the_number_of_forwards_and_never_the_answer() {
+    let answers_with = |next_token: fn(&[i32]) -> i32| {
+        let (mut target, mut draft) = (MockBackend::new(3), MockBackend { next_token, ..MockBackend::new(3) });
+        let mut both = SpeculativeBackend::new(&mut target, &mut draft);
+        run(&mut both, 3, Strategy::Drafted { n: 8 }, &stop(), PrefillPolicy::Chunked, &mut |_, _| ())
     };
     let greedy = answers(Strategy::Ar, &stop());
-    let own = answers(Strategy::rolling(8), &stop());
-    // What guesses like the model itself saves what a rolling window saves; what guesses otherwise saves less.
-    let (alike, otherwise) = (with(hard), with(repeating));
-    for (index, plain) in greedy.iter().enumerate() {
-        assert_eq!(alike[index].response_ids, plain.response_ids);
-        assert_eq!(alike[index].num_forwards, own[index].num_forwards);
-        assert_eq!(otherwise[index].response_ids, plain.response_ids);
+    let rolling = answers(Strategy::rolling(8), &stop());
+    // A draft model equal to the target saves as many forwards as a rolling window; another one saves fewer.
+    let (same_model, other_model) = (answers_with(hard), answers_with(repeating));
+    for (index, greedy) in greedy.iter().enumerate() {
+        assert_eq!(same_model[index].response_ids, greedy.response_ids);
+        assert_eq!(same_model[index].num_forwards, rolling[index].num_forwards);
+        assert_eq!(other_model[index].response_ids, greedy.response_ids);
     }
-    let forwards = |answers: &[Answer]| answers.iter().map(|answer| answer.num_forwards).sum::<usize>();
-    assert!(forwards(&alike) < forwards(&otherwise), "whose guesses they are makes no difference");
+    assert!(total_forwards(&same_model) < total_forwards(&other_model), "the draft model makes no difference");
 }
 
 #[test]
-fn blocks_begin_as_the_newest_is_nearly_done_and_move_up() {
-    let request = Request { sample_id: "a".into(), prompt_ids: vec![1, 2, 3] };
-    let stop = StopConditions { max_new_tokens: 40, eos_ids: vec![] };
-    let strategy = Strategy::MultiBlock { n: 4, blocks: 2, ratio: 0.75, pool: 0 };
-    let mut row = Row::new(request, &stop, DecodeOptions::greedy(strategy, 1));
-    // Predictions that agree with so many leading guesses, and with none behind.
-    let mut accept = |matched: usize| {
-        let guesses = row.window(0).guesses.to_vec();
-        let predicted = (0..=guesses.len()).map(|at| if at < matched { guesses[at] } else { 100 + at as i32 });
-        let predicted: Vec<i32> = predicted.collect();
-        row.accept(&predicted, &predicted);
-        row.window(0).guesses.len()
+fn a_block_begins_when_the_newest_is_nearly_accepted_and_moves_to_the_front() {
+    let stop = stop_after(40);
+    let mut sequence = sequence(vec![1, 2, 3], &stop, Strategy::MultiBlock { n: 4, blocks: 2, ratio: 0.75, pool: 0 });
+    // Accepts the given number of draft tokens, and no others; returns the length of the next draft.
+    let mut accept = |num_accepted: usize| {
+        let draft = sequence.window().draft.to_vec();
+        let token = |offset| if offset < num_accepted { draft[offset] } else { 100 + offset as i32 };
+        sequence.accept(&predictions(&(0..=draft.len()).map(token).collect::<Vec<_>>()));
+        sequence.window().draft.len()
     };
-    // One token of the block is known, so two are then; 3 of 4 let the next block begin; its end moves it up.
+    // The first token of the block is final from the start. With two final, two remain.
     assert_eq!(accept(0), 2);
+    // Three of four final tokens let the next block begin.
     assert_eq!(accept(0), 1 + 4);
+    // The front block is final and the next one moves to the front, with its first token final.
     assert_eq!(accept(1), 3);
     // The rest of this block and the first token of the next.
     assert_eq!(accept(3), 3);
 }
 
 #[test]
-fn several_blocks_with_a_pool_take_no_more_forwards_than_a_rolling_window() {
-    let stop = StopConditions { max_new_tokens: 200, eos_ids: vec![] };
-    let forwards = |next, strategy| {
-        let answers = run(&mut Rule { next, ..Rule::new(7) }, 7, strategy, &stop, Prefill::First, &mut |_, _| ());
-        answers.iter().map(|answer| answer.num_forwards).sum::<usize>()
-    };
+fn multi_block_with_a_pool_takes_fewer_forwards_than_a_rolling_window() {
+    let stop = stop_after(200);
+    let forwards = |next_token, strategy| total_forwards(&answers_by(next_token, strategy, &stop));
     for n in [3, 4, 8, 16, 32] {
         let with_pool = Strategy::MultiBlock { n, blocks: 2, ratio: 0.85, pool: 4 };
         let (blocks, rolling) = (forwards(hard, with_pool), forwards(hard, Strategy::rolling(n)));
         assert!(blocks < rolling, "n = {n}: {blocks} forwards, a rolling window takes {rolling}");
-        // Where guesses hardly depend on one another, the guesses past the border of a block count.
+        // When predictions hardly depend on the draft, tokens beyond the border of a block are accepted as well.
         let (blocks, one) = (forwards(easy, Strategy::multi_block(n)), forwards(easy, Strategy::Jacobi { n }));
         assert!(blocks < one, "n = {n}: {blocks} forwards, one block at a time takes {one}");
     }
 }
 
-/// A row that decodes after the prompt 7 8 9 7.
-fn lookahead_row<'l>(stop: &'l StopConditions, window: usize, candidates: usize) -> Row<'l> {
-    let request = Request { sample_id: "a".into(), prompt_ids: vec![7, 8, 9, 7] };
-    let strategy = Strategy::Lookahead { window, ngram: 3, candidates };
-    Row::new(request, stop, DecodeOptions::greedy(strategy, 1))
+/// A lookahead window of 3 columns and 2 levels with one candidate, after the prompt 7 8 9 7.
+fn lookahead_sequence(stop: &StopConditions) -> Sequence<'_> {
+    sequence(vec![7, 8, 9, 7], stop, Strategy::Lookahead { window: 3, ngram: 3, candidates: 1 })
 }
 
-/// What [`lookahead_row`]'s window of 3 columns, 2 levels and a candidate of 2 tokens is predicted where all goes well.
-fn predictions(row: &Row<'_>) -> Vec<i32> {
-    let tokens: Vec<i32> = row.window(0).tokens().collect();
-    assert_eq!(
-        (tokens.len(), tokens[0], &tokens[6..]),
-        (8, 7, &[8, 9][..]),
-        "what followed 7 in the prompt is guessed"
-    );
+/// Predictions that accept the candidate of [`lookahead_sequence`] and nothing of its lookahead branch.
+fn predictions_of_candidate(sequence: &Sequence<'_>) -> Predictions {
+    let tokens: Vec<i32> = sequence.window().tokens().collect();
+    assert_eq!((tokens.len(), tokens[0]), (8, 7));
+    assert_eq!(tokens[6..], [8, 9], "the candidate is what followed 7 in the prompt");
     let mut predicted = vec![8, 101, 102, 103, 104, 105, 9, 7];
-    // No token of the lookahead branch is right.
+    // Random tokens of the lookahead branch may equal the candidate's first token by chance.
     if tokens[1] == 8 || tokens[3] == 8 {
         predicted[1] = -1;
         predicted[3] = -1;
     }
-    predicted
+    predictions(&predicted)
 }
 
 #[test]
 fn a_lookahead_window_is_a_tree_of_columns_and_candidates() {
     let stop = stop();
-    let mut row = lookahead_row(&stop, 3, 1);
-    let places = |row: &Row<'_>| -> Vec<(usize, usize)> {
-        let window = row.window(0);
-        (0..window.len()).map(|offset| (window.place(offset).parent, window.place(offset).depth)).collect()
-    };
-    assert_eq!(places(&row), [(0, 0), (0, 1), (1, 2), (0, 1), (1, 2), (2, 3), (0, 1), (6, 2)]);
-    let old: Vec<i32> = row.window(0).tokens().collect();
-    let predicted = predictions(&row);
-    let Accepted { tokens, moves } = row.accept(&predicted, &predicted);
+    let mut sequence = lookahead_sequence(&stop);
+    let window = sequence.window();
+    let nodes: Vec<(usize, usize)> =
+        (0..window.len()).map(|offset| window.node(offset)).map(|node| (node.parent, node.depth)).collect();
+    assert_eq!(nodes, [(0, 0), (0, 1), (1, 2), (0, 1), (1, 2), (2, 3), (0, 1), (6, 2)]);
+    let old: Vec<i32> = sequence.window().tokens().collect();
+    let predictions = predictions_of_candidate(&sequence);
+    let Accepted { tokens, moves, .. } = sequence.accept(&predictions);
     assert_eq!(tokens, [8, 9, 7]);
-    // The candidate's tokens lie behind the others: those at offsets 6 and 7 go to the slots behind that of the first token.
+    // The candidate's tokens are at offsets 6 and 7; they move to the slots after that of the first token.
     assert_eq!(moves, [(3 + 6, 3 + 1), (3 + 7, 3 + 2)]);
-    // Three tokens became known, so the columns that begin with the first two of them are over: the third one's goes on.
-    let new: Vec<i32> = row.window(0).tokens().collect();
-    assert_eq!((new[0], new[3]), (7, predicted[5]));
-    assert!(new[1..3].iter().chain(&new[4..6]).all(|token| [7, 8, 9].contains(token)), "the others are drawn anew");
-    // What its forward made of the columns are n-grams now; the newest follows the first token of the first column.
-    assert_eq!(&new[6..], [old[3], predicted[3]]);
+    // Three tokens are new, so the columns at the positions of the first two are over and the third becomes the first.
+    let new: Vec<i32> = sequence.window().tokens().collect();
+    assert_eq!((new[0], new[3]), (7, predictions.tokens[5]));
+    assert!(new[1..3].iter().chain(&new[4..6]).all(|token| [7, 8, 9].contains(token)), "other columns are random");
+    // The forward completed an n-gram in each column; the newest that begins with 7 is the first column's.
+    assert_eq!(&new[6..], [old[3], predictions.tokens[3]]);
 }
 
 #[test]
 fn an_answer_ends_at_an_eos_or_the_limit_inside_an_accepted_candidate() {
     for (stop, response, reason) in [
         (StopConditions { max_new_tokens: 40, eos_ids: vec![9] }, &[8, 9][..], FinishReason::Eos),
-        (StopConditions { max_new_tokens: 2, eos_ids: vec![] }, &[8, 9], FinishReason::Length),
+        (stop_after(2), &[8, 9], FinishReason::Length),
         (StopConditions { max_new_tokens: 1, eos_ids: vec![8] }, &[8], FinishReason::Eos),
     ] {
-        let mut row = lookahead_row(&stop, 3, 1);
-        let predicted = predictions(&row);
-        assert_eq!(row.accept(&predicted, &predicted).tokens, response);
-        let answer = row.into_answer();
+        let mut sequence = lookahead_sequence(&stop);
+        let predictions = predictions_of_candidate(&sequence);
+        assert_eq!(sequence.accept(&predictions).tokens, response);
+        let answer = sequence.into_answer();
         assert_eq!((&answer.response_ids[..], answer.finish_reason), (response, reason));
-        assert_eq!(answer.num_accepted, [response.len() as u32]);
+        assert_eq!(answer.num_new_tokens, [response.len() as u32]);
     }
 }
 
 #[test]
-fn lookahead_takes_far_fewer_forwards_where_text_repeats() {
-    let stop = StopConditions { max_new_tokens: 200, eos_ids: vec![] };
-    let greedy =
-        run(&mut Rule { next: repeating, ..Rule::new(7) }, 7, Strategy::Ar, &stop, Prefill::First, &mut |_, _| ());
-    let of = |strategy| {
-        let mut model = Rule { next: repeating, ..Rule::new(7) };
-        let answers = run(&mut model, 7, strategy, &stop, Prefill::First, &mut |_, _| ());
-        assert!(answers.iter().zip(&greedy).all(|(a, b)| a.response_ids == b.response_ids), "{strategy:?}");
-        answers.iter().map(|answer| answer.num_forwards).sum::<usize>()
-    };
-    let (one_by_one, lookahead) = (of(Strategy::Ar), of(Strategy::lookahead()));
-    assert_eq!(one_by_one, 7 * 200);
-    // At best a candidate's three tokens and the prediction after them at a time.
-    assert!(lookahead < one_by_one * 2 / 5, "{lookahead} forwards, {one_by_one} one by one");
+fn lookahead_takes_far_fewer_forwards_when_text_repeats() {
+    let stop = stop_after(200);
+    let (greedy, lookahead) =
+        (answers_by(repeating, Strategy::Ar, &stop), answers_by(repeating, Strategy::lookahead(), &stop));
+    assert!(lookahead.iter().zip(&greedy).all(|(a, b)| a.response_ids == b.response_ids));
+    let (num_greedy, num_lookahead) = (total_forwards(&greedy), total_forwards(&lookahead));
+    assert_eq!(num_greedy, 7 * 200);
+    // At best a forward accepts a candidate of three tokens and adds the one after it.
+    assert!(num_lookahead < num_greedy * 2 / 5, "{num_lookahead} forwards, greedy takes {num_greedy}");
 }
 
 #[test]
-fn what_cannot_be_done_is_refused_with_its_numbers() {
-    let lookahead = |window, ngram, candidates| Strategy::Lookahead { window, ngram, candidates };
-    let multi = |n, blocks, ratio| Strategy::MultiBlock { n, blocks, ratio, pool: 0 };
-    for (strategy, message) in [
-        (Strategy::Jacobi { n: 1 }, "n of jacobi must be from 2 to 1024"),
-        (Strategy::rolling(1025), "n of rolling must be from 2 to 1024"),
-        (Strategy::Rolling { n: 4, pool: 1025 }, "pool of rolling must be at most 1024"),
-        (multi(16, 1, 0.5), "blocks of multiblock must be at least 2"),
-        (multi(16, 2, 0.0), "ratio of multiblock must be above 0 and at most 1"),
-        (lookahead(0, 4, 5), "lookahead needs a window and candidates of at least 1"),
-        (lookahead(5, 1, 5), "an ngram of at least 2"),
-        (lookahead(15, 5, 15), "window 15, ngram 5 and candidates 15 of lookahead make a tree of"),
-        (lookahead(usize::MAX, 5, 15), "there may be 64"),
-        (multi(512, 3, 1.0), "3 blocks of 512 tokens make a window of 1536, there may be 1024"),
-    ] {
-        let error = strategy.check().unwrap_err().to_string();
-        assert!(error.contains(message), "{error}");
-    }
-    assert!(strategies().into_iter().all(|strategy| strategy.check().is_ok()));
-}
-
-#[test]
-fn the_answer_ends_at_the_first_eos_or_the_limit() {
-    for answer in answers(Strategy::Jacobi { n: 8 }, &StopConditions { max_new_tokens: 5, eos_ids: vec![14, 5] }) {
+fn an_answer_ends_at_the_first_eos_or_at_the_limit() {
+    let stop = StopConditions { max_new_tokens: 5, eos_ids: vec![14, 5] };
+    for answer in answers(Strategy::Jacobi { n: 8 }, &stop) {
         let ids = &answer.response_ids;
-        let eos = ids.iter().position(|id| [14, 5].contains(id));
+        let eos = ids.iter().position(|id| stop.eos_ids.contains(id));
         match answer.finish_reason {
             FinishReason::Eos => assert_eq!(eos, Some(ids.len() - 1)),
             FinishReason::Length => assert!(eos.is_none() && ids.len() == 5),
@@ -346,7 +346,7 @@ fn the_answer_ends_at_the_first_eos_or_the_limit() {
 }
 
 #[test]
-fn blocks_join_to_the_response_and_states_lead_to_the_fixed_point() {
+fn blocks_join_to_the_answer_and_their_states_lead_to_the_fixed_point() {
     let n = 8;
     for answer in answers(Strategy::Jacobi { n }, &stop()) {
         let mut joined: Vec<i32> = Vec::new();
@@ -354,11 +354,11 @@ fn blocks_join_to_the_response_and_states_lead_to_the_fixed_point() {
             assert_eq!(block.start as usize, joined.len());
             assert!(block.states.iter().all(|state| state.len() == n));
             assert!(block.states.windows(2).all(|pair| pair[0] != pair[1]), "a repeated state was stored");
-            joined.extend(block.states.last().unwrap());
+            let fixed_point = block.states.last().unwrap();
+            joined.extend(fixed_point);
+            let num_correct = |state: &[i32]| state.iter().zip(fixed_point).take_while(|(a, b)| a == b).count();
             for pair in block.states.windows(2) {
-                let right =
-                    |state: &[i32]| state.iter().zip(block.states.last().unwrap()).take_while(|(a, b)| a == b).count();
-                assert!(right(&pair[1]) > right(&pair[0]), "a forward fixes at least one token");
+                assert!(num_correct(&pair[1]) > num_correct(&pair[0]), "a forward fixes at least one token");
             }
         }
         joined.truncate(answer.response_ids.len());
@@ -367,36 +367,37 @@ fn blocks_join_to_the_response_and_states_lead_to_the_fixed_point() {
 }
 
 #[test]
-fn guesses_come_from_the_tokens_seen_and_the_seed_alone() {
+fn initial_drafts_depend_on_the_tokens_so_far_and_the_seed_alone() {
     let first = answers(Strategy::Jacobi { n: 8 }, &stop());
     let again = answers(Strategy::Jacobi { n: 8 }, &stop());
     for ((a, b), request) in first.iter().zip(&again).zip(requests()) {
         assert_eq!(a.blocks, b.blocks);
-        let block = &a.blocks[0];
-        let seen: Vec<i32> = request.prompt_ids.iter().copied().chain([block.states[0][0]]).collect();
-        assert!(block.states[0][1..].iter().all(|token| seen.contains(token)));
+        let state = &a.blocks[0].states[0];
+        let seen: Vec<i32> = request.prompt_ids.iter().copied().chain([state[0]]).collect();
+        assert!(state[1..].iter().all(|token| seen.contains(token)));
     }
 }
 
 #[test]
-fn the_watcher_sees_every_token_once_and_in_order() {
+fn the_caller_gets_every_token_once_and_in_order() {
     let mut seen = vec![Vec::new(); requests().len()];
-    let mut watch = |row: usize, new: &[i32]| seen[row].extend_from_slice(new);
-    let answers = run(&mut Rule::new(7), 7, Strategy::Jacobi { n: 4 }, &stop(), Prefill::First, &mut watch);
+    let mut on_tokens = |index: usize, new: &[i32]| seen[index].extend_from_slice(new);
+    let strategy = Strategy::Jacobi { n: 4 };
+    let answers = run(&mut MockBackend::new(7), 7, strategy, &stop(), PrefillPolicy::First, &mut on_tokens);
     assert!(answers.iter().zip(&seen).all(|(answer, seen)| &answer.response_ids == seen));
 }
 
 #[test]
-fn a_finished_row_leaves_its_place_to_the_next_request_without_a_change_of_answers() {
+fn answers_do_not_depend_on_the_batch_or_on_when_prompts_are_cached() {
     let some = [Strategy::Ar, Strategy::Jacobi { n: 8 }, Strategy::Rolling { n: 5, pool: 2 }, Strategy::multi_block(4)];
     for strategy in some.into_iter().chain([Strategy::lookahead()]) {
         let together = answers(strategy, &stop());
-        for (room, prompt_tokens) in [(1, usize::MAX), (2, 1), (3, 4), (5, usize::MAX)] {
-            let mut model = Rule { prompt_tokens, ..Rule::new(room) };
-            let streamed = run(&mut model, room, strategy, &stop(), Prefill::Beside, &mut |_, _| ());
+        for (num_rows, max_prompt_tokens) in [(1, usize::MAX), (2, 1), (3, 4), (5, usize::MAX)] {
+            let mut backend = MockBackend { max_prompt_tokens, ..MockBackend::new(num_rows) };
+            let streamed = run(&mut backend, num_rows, strategy, &stop(), PrefillPolicy::Chunked, &mut |_, _| ());
             for (streamed, together) in streamed.iter().zip(&together) {
-                assert_eq!(streamed.response_ids, together.response_ids, "{strategy:?} in {room} rows");
-                assert_eq!(streamed.num_accepted, together.num_accepted);
+                assert_eq!(streamed.response_ids, together.response_ids, "{strategy:?} in {num_rows} rows");
+                assert_eq!(streamed.num_new_tokens, together.num_new_tokens);
                 assert_eq!(streamed.blocks, together.blocks);
             }
         }

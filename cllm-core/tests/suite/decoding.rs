@@ -1,6 +1,8 @@
-//! Every strategy gives the answer of one token at a time, on every family.
+//! Every strategy gives the answer of autoregressive decoding, on every model family.
 
-use cllm_core::decode::{DecodeOptions, Decoder, Request, Sampling, StopConditions, Strategy, decode, required_slots};
+use cllm_core::decode::{
+    Answer, DecodeOptions, Decoder, Request, Sampling, StopConditions, Strategy, decode, required_slots,
+};
 
 use crate::models::{random_model, shapes};
 
@@ -18,16 +20,16 @@ fn strategies() -> [Strategy; 8] {
 }
 
 #[test]
-fn fixed_point_equals_greedy_on_every_family_and_in_every_batch() {
-    equals_one_by_one(Sampling::Greedy);
+fn greedy_answers_equal_autoregressive_ones_on_every_family_and_in_every_batch() {
+    assert_equal_to_autoregressive(Sampling::Greedy);
 }
 
 #[test]
-fn drawn_answers_equal_those_drawn_one_by_one_on_every_family_and_in_every_batch() {
-    equals_one_by_one(Sampling::Temperature(0.8));
+fn sampled_answers_equal_autoregressive_ones_on_every_family_and_in_every_batch() {
+    assert_equal_to_autoregressive(Sampling::Temperature(0.8));
 }
 
-fn equals_one_by_one(sampling: Sampling) {
+fn assert_equal_to_autoregressive(sampling: Sampling) {
     let requests: Vec<Request> = (0..5)
         .map(|index| Request {
             sample_id: format!("s{index}"),
@@ -39,57 +41,56 @@ fn equals_one_by_one(sampling: Sampling) {
         let model = random_model(&config);
         let run = |strategy, requests: &[Request]| {
             let options = DecodeOptions { record_trajectory: true, sampling, ..DecodeOptions::greedy(strategy, 5) };
-            decode(&model, requests, &stop, options, None).unwrap().0
+            decode(&model, requests, &stop, options).unwrap().0
         };
-        let one_by_one = run(Strategy::Ar, &requests);
-        assert!(one_by_one.iter().any(|answer| answer.response_ids.len() > 20), "{name}: nothing to compare");
+        let autoregressive = run(Strategy::Ar, &requests);
+        assert!(autoregressive.iter().any(|answer| answer.response_ids.len() > 20), "{name}: all answers are short");
         for strategy in strategies() {
             for (index, answer) in run(strategy, &requests).iter().enumerate() {
-                let place = format!("{name}, {strategy:?}, {sampling:?}, row {index}");
-                assert_eq!(answer.response_ids, one_by_one[index].response_ids, "{place}");
+                let case = format!("{name}, {strategy:?}, {sampling:?}, request {index}");
+                assert_eq!(answer.response_ids, autoregressive[index].response_ids, "{case}");
                 let alone = &run(strategy, &requests[index..=index])[0];
-                assert_eq!(alone.blocks, answer.blocks, "{place} alone");
-                assert_eq!(alone.num_accepted, answer.num_accepted, "{place} alone");
+                assert_eq!(alone.blocks, answer.blocks, "{case} alone");
+                assert_eq!(alone.num_new_tokens, answer.num_new_tokens, "{case} alone");
             }
         }
     }
 }
 
 #[test]
-fn with_another_models_guesses_the_answer_stays_the_models_own_on_every_family() {
+fn a_draft_model_leaves_the_target_models_answer_unchanged_on_every_family() {
     let requests: Vec<Request> = (1..4)
         .map(|index| Request { sample_id: format!("s{index}"), prompt_ids: (1..2 + index * 3).collect() })
         .collect();
     let stop = StopConditions { max_new_tokens: 30, eos_ids: vec![3, 9] };
     let strategy = Strategy::Drafted { n: 6 };
+    let options = |strategy| DecodeOptions::greedy(strategy, 5);
     for ((name, config), (_, other)) in shapes().into_iter().zip(shapes().into_iter().cycle().skip(1)) {
-        // Of another family: its answers are others.
+        // The draft model is of another family, so its own answers differ.
         let (model, draft_model) = (random_model(&config), random_model(&other));
-        let options = |strategy| DecodeOptions::greedy(strategy, 5);
-        let greedy = decode(&model, &requests, &stop, options(Strategy::Ar), None).unwrap().0;
-        let alone = Decoder::new(&model, 2, required_slots(20, &stop, strategy)).unwrap();
-        let mut decoder = alone.with_draft_model(&draft_model).unwrap();
-        let mut drafted = vec![None; requests.len()];
+        let greedy = decode(&model, &requests, &stop, options(Strategy::Ar)).unwrap().0;
+        let decoder = Decoder::new(&model, 2, required_slots(20, &stop, strategy)).unwrap();
+        let mut decoder = decoder.with_draft_model(&draft_model).unwrap();
+        let mut answers: Vec<Option<Answer>> = vec![None; requests.len()];
         let mut keep = |index: usize, answer| {
-            drafted[index] = Some(answer);
+            answers[index] = Some(answer);
             Ok(())
         };
         decoder.stream(&mut requests.iter().cloned(), &stop, options(strategy), &mut keep).unwrap();
-        for (one, plain) in drafted.into_iter().zip(&greedy) {
-            assert_eq!(one.unwrap().response_ids, plain.response_ids, "{name}");
+        for (answer, greedy) in answers.into_iter().zip(&greedy) {
+            assert_eq!(answer.unwrap().response_ids, greedy.response_ids, "{name}");
         }
-        let refused = decode(&model, &requests, &stop, options(strategy), None).err().unwrap();
-        assert!(refused.to_string().contains("drafted"), "{refused}");
+        let error = decode(&model, &requests, &stop, options(strategy)).err().unwrap();
+        assert!(error.to_string().contains("drafted"), "{error}");
     }
 }
 
 #[test]
-fn a_prompt_longer_than_the_context_is_refused_by_name() {
+fn a_prompt_longer_than_the_context_is_refused_by_the_name_of_its_sample() {
     let (_, config) = shapes().remove(0);
     let model = random_model(&config);
     let request = Request { sample_id: "long".into(), prompt_ids: vec![1; 250] };
     let stop = StopConditions { max_new_tokens: 40, eos_ids: vec![] };
-    let options = DecodeOptions::greedy(Strategy::Ar, 0);
-    let message = decode(&model, &[request], &stop, options, None).err().unwrap().to_string();
+    let message = decode(&model, &[request], &stop, DecodeOptions::greedy(Strategy::Ar, 0)).err().unwrap().to_string();
     assert!(message.contains("`long`") && message.contains("256"), "{message}");
 }

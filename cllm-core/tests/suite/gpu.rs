@@ -187,7 +187,7 @@ fn what_a_gpu_draws_follows_the_softmax_of_the_float32_model() {
         // One row goes through the fused kernels, 64 rows through cuBLAS.
         for (rows, count) in [(1, 1000), (64, 6000)] {
             let prompt = (0..24).map(|i| i % 8 * 3).collect();
-            let draws = Draws { prompt, tokens: 3, temperature: 0.8, count, rows };
+            let draws = Draws { prompt, num_tokens: 3, temperature: 0.8, num_answers: count, max_sequences: rows };
             for (strategy, seed) in [(Strategy::Ar, 21), (Strategy::rolling(8), 22), (Strategy::lookahead(), 23)] {
                 let found = draws.misfit(&on_gpu, &exact, strategy, seed);
                 println!("{name} {strategy:?} in {rows} rows: {found:.1?}");

@@ -91,7 +91,7 @@ fn a_forward_with_adapters_equals_one_of_the_merged_weights() {
         .collect();
     let stop = StopConditions { max_new_tokens: 24, eos_ids: vec![3] };
     let answers = |model: &Transformer, strategy| -> Vec<Vec<i32>> {
-        let (answers, _) = decode(model, &requests, &stop, DecodeOptions::greedy(strategy, 5), None).unwrap();
+        let (answers, _) = decode(model, &requests, &stop, DecodeOptions::greedy(strategy, 5)).unwrap();
         answers.into_iter().map(|answer| answer.response_ids).collect()
     };
     for (name, config) in shapes() {

@@ -115,7 +115,7 @@ fn describe(tokenizer: &Tokenizer, strategy: Strategy, answer: &Answer, timing: 
         "finish_reason": answer.finish_reason,
         "tokens": tokens,
         "forwards": answer.num_forwards,
-        "accepted": answer.num_accepted,
+        "accepted": answer.num_new_tokens,
         "prefill_seconds": timing.prefill_seconds,
         "seconds": timing.decode_seconds,
         "tokens_per_second": ratio(tokens as f64, timing.decode_seconds),

@@ -70,7 +70,7 @@ mod tests {
         let requests = [Request { sample_id: "s".to_owned(), prompt_ids: vec![3, 7, 9] }];
         let stop = StopConditions { max_new_tokens: 8, eos_ids: vec![] };
         let options = DecodeOptions::greedy(Strategy::Ar, 0);
-        let (answers, _) = decode(&model, &requests, &stop, options, None).unwrap();
+        let (answers, _) = decode(&model, &requests, &stop, options).unwrap();
         let ids = [&requests[0].prompt_ids[..], &answers[0].response_ids].concat();
         // One pass over the whole answer shows the logits after every prefix of it.
         let tokens = Tensor::from_slice(&ids).to_kind(Kind::Int64).unsqueeze(0);

@@ -248,10 +248,10 @@ impl Subject {
                 finish_reason: answer.finish_reason,
                 forwards: answer.num_forwards,
                 forward_texts: shown
-                    .then(|| split_by_forward(&self.prompts.tokenizer, &answer.response_ids, &answer.num_accepted))
+                    .then(|| split_by_forward(&self.prompts.tokenizer, &answer.response_ids, &answer.num_new_tokens))
                     .transpose()?,
                 response_ids: answer.response_ids,
-                accepted: answer.num_accepted,
+                accepted: answer.num_new_tokens,
                 batch_prefill_seconds: timing.prefill_seconds * share,
                 batch_seconds: timing.decode_seconds * share,
                 peak_memory_bytes,

@@ -234,7 +234,7 @@ fn bad_settings_and_missing_devices_have_their_exit_codes() {
     assert!(message.contains("did you mean `student`"), "{message}");
     let (code, message) = exit(&["run", "strategies=[{jacobi: {n: 1}}]"]);
     assert_eq!(code, Some(2));
-    assert!(message.contains("n of jacobi"), "{message}");
+    assert!(message.contains("strategy `jacobi`: n=1"), "{message}");
     for temperature in ["11", "-0.5", ".nan", "warm"] {
         let (code, message) = exit(&["run", "student=x", &format!("temperature={temperature}")]);
         assert!(code == Some(2) && message.contains("temperature"), "{temperature}: {message}");

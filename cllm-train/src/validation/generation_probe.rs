@@ -95,7 +95,7 @@ impl<'t> Prompts<'t> {
     fn run(&self, model: &Transformer) -> Result<Found> {
         let merged = model.to_merged()?;
         let model = merged.as_ref().unwrap_or(model);
-        let (answers, _) = decode(model, &self.requests, &self.stop, self.options, None)?;
+        let (answers, _) = decode(model, &self.requests, &self.stop, self.options)?;
         let judged =
             self.samples.iter().zip(&answers).map(|(sample, answer)| Ok((answer, self.judge(sample, answer)?)));
         Ok(Found::of(&judged.collect::<Result<Vec<_>>>()?))
@@ -148,7 +148,7 @@ mod tests {
             response_ids: vec![1; tokens],
             num_forwards: forwards,
             finish_reason,
-            num_accepted: Vec::new(),
+            num_new_tokens: Vec::new(),
             blocks: Vec::new(),
         };
         let (short, long) = (answer(10, 5, FinishReason::Eos), answer(20, 10, FinishReason::Eos));

@@ -108,7 +108,7 @@ pub fn collect(model_folder: &Path, folder: &Path) -> PathBuf {
         .collect();
     let stop = StopConditions { max_new_tokens: 14, eos_ids: tokenizer.eos_ids().to_vec() };
     let options = DecodeOptions { record_trajectory: true, ..DecodeOptions::greedy(Strategy::Jacobi { n: N }, 1) };
-    let (answers, _) = decode(&model, &requests, &stop, options, None).unwrap();
+    let (answers, _) = decode(&model, &requests, &stop, options).unwrap();
     let provenance = Provenance {
         teacher: "t".to_owned(),
         tokenizer: tokenizer.fingerprint().to_owned(),

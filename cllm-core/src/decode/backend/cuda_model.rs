@@ -1,5 +1,6 @@
-//! A decoding step on a GPU in bf16, with kernels of our own: a ragged batch of tokens, each at a place of its own in the
-//! cache. Shapes are static, so that a step can be recorded as a CUDA graph.
+//! A transformer's forward on a GPU in bfloat16, made of our own kernels and its own KV cache. Tokens of different sequences
+//! are packed into one ragged batch, each with a slot and a position of its own. Shapes are static, so that a forward can be
+//! captured as a CUDA graph.
 
 use tch::{Device, Kind, Tensor};
 
@@ -9,128 +10,134 @@ use crate::cuda::nvrtc::compute_capability;
 use crate::model::{Layer, SlotMove, Transformer};
 use crate::{Error, Result};
 
-/// Slots are read 32 at a time.
-const CAPACITY_STEP: usize = 32;
+/// The attention kernel reads this many slots at a time.
+const SLOTS_PER_READ: usize = 32;
+/// Older GPUs lack bfloat16 arithmetic in their tensor cores.
+const MIN_COMPUTE_CAPABILITY: u32 = 8;
 
-/// A transformer's weights, the kernels for its shape and the keys and values of some rows.
-pub(crate) struct Fused<'m> {
+pub(super) struct CudaModel<'m> {
     model: &'m Transformer,
     kernels: DecodeKernels,
     /// Cosines and sines of every position.
-    table: (Tensor, Tensor),
+    rope_table: (Tensor, Tensor),
     /// `[layers, rows, kv_heads, capacity, head_dim]`
     keys: Tensor,
-    /// `[layers, rows, kv_heads, head_dim, capacity]`: transposed, as the products read them.
+    /// `[layers, rows, kv_heads, head_dim, capacity]`: transposed, as the attention kernel multiplies them.
     values: Tensor,
     capacity: usize,
 }
 
-/// How much a step holds.
+/// The sizes of a forward, padding included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct StepSize {
-    /// Tokens, padding included.
-    pub(crate) tokens: usize,
-    /// So many leading tokens are followed by a prediction.
-    pub(crate) outputs: usize,
-    /// Tiles of queries, empty ones included.
-    pub(crate) tiles: usize,
+pub(super) struct ForwardShape {
+    pub(super) num_tokens: usize,
+    /// A token is sampled after each of this many leading tokens.
+    pub(super) num_outputs: usize,
+    pub(super) num_tiles: usize,
 }
 
-/// What a step is given; all of it on the model's device.
-pub(crate) struct StepInput {
+/// What a forward reads, on the model's device.
+pub(super) struct ForwardInput {
     /// int32 `[T]`.
-    pub(crate) tokens: Tensor,
-    pub(crate) places: Places,
-    pub(crate) sampling: SamplingParams,
+    pub(super) tokens: Tensor,
+    pub(super) places: Places,
+    pub(super) sampling: SamplingParams,
 }
 
-impl<'m> Fused<'m> {
-    /// For models that the kernels can compute; `None` for others, such as one with adapters that are not merged.
-    pub(crate) fn new(model: &'m Transformer, rows: usize, capacity: usize) -> Result<Option<Self>> {
+impl<'m> CudaModel<'m> {
+    /// Returns `None` for models that the kernels do not support, such as those with adapters that are not merged.
+    pub(super) fn new(model: &'m Transformer, num_rows: usize, capacity: usize) -> Result<Option<Self>> {
         let Device::Cuda(device) = model.device() else { return Ok(None) };
-        let (shape, layers) = (model.config().kernel_shape(), model.config().num_layers);
+        let (shape, num_layers) = (model.config().kernel_shape(), model.config().num_layers);
         if model.kind() != Kind::BFloat16
             || model.adapters.is_some()
             || !shape.is_supported()
-            || compute_capability(device)?.0 < 8
+            || compute_capability(device)?.0 < MIN_COMPUTE_CAPABILITY
         {
             return Ok(None);
         }
-        let capacity = capacity.next_multiple_of(CAPACITY_STEP);
-        let empty = |inner: [usize; 2]| {
-            let [rows, heads, outer, inner] = [rows, shape.kv_heads, inner[0], inner[1]].map(|size| size as i64);
-            Tensor::f_zeros([layers, rows, heads, outer, inner], (Kind::BFloat16, model.device()))
+        let capacity = capacity.next_multiple_of(SLOTS_PER_READ);
+        let zeros = |inner: [usize; 2]| {
+            let [rows, kv_heads, outer, inner] = [num_rows, shape.kv_heads, inner[0], inner[1]].map(|size| size as i64);
+            Tensor::f_zeros([num_layers, rows, kv_heads, outer, inner], (Kind::BFloat16, model.device()))
         };
-        Ok(Some(Fused {
+        Ok(Some(CudaModel {
             model,
             kernels: DecodeKernels::new(device, shape)?,
-            table: model.rope.angles(&Tensor::arange(capacity as i64, (Kind::Float, model.device()))),
-            keys: empty([capacity, shape.head_dim])?,
-            values: empty([shape.head_dim, capacity])?,
+            rope_table: model.rope.angles(&Tensor::arange(capacity as i64, (Kind::Float, model.device()))),
+            keys: zeros([capacity, shape.head_dim])?,
+            values: zeros([shape.head_dim, capacity])?,
             capacity,
         }))
     }
 
-    /// Most tokens of a tile in a step of so many tokens.
-    pub(crate) fn tile(&self, tokens: usize) -> usize {
-        self.kernels.shape.tile(tokens)
+    /// Maximum number of tokens in a tile, in a forward of `num_tokens`.
+    pub(super) fn tile_tokens(&self, num_tokens: usize) -> usize {
+        self.kernels.shape.tile(num_tokens)
     }
 
-    /// Most tokens that go through the fused kernels.
-    pub(crate) fn max_fused_tokens(&self) -> usize {
+    /// Maximum number of tokens that the fused kernels take.
+    pub(super) fn max_fused_tokens(&self) -> usize {
         self.kernels.shape.max_fused_tokens()
     }
 
-    /// Copies one row of the cache over another.
-    pub(crate) fn copy_row(&mut self, from: usize, to: usize) {
+    /// Copies a row of the cache over another.
+    pub(super) fn copy_row(&mut self, from: usize, to: usize) {
         for cache in [&self.keys, &self.values] {
             cache.select(1, to as i64).copy_(&cache.select(1, from as i64));
         }
     }
 
-    /// Copies keys and values between slots of the cache; all are read before any is written.
-    pub(crate) fn move_slots(&mut self, moves: &[SlotMove]) {
+    /// Copies keys and values between slots of the cache. All slots are read before any is written.
+    pub(super) fn move_slots(&mut self, moves: &[SlotMove]) {
         let [rows, from, to] = SlotMove::indices(moves, self.keys.device());
         let keys = |slots| [None, Some(&rows), None, Some(slots)];
         let values = |slots| [None, Some(&rows), None, None, Some(slots)];
-        let read = (self.keys.index(&keys(&from)), self.values.index(&values(&from)));
-        let _ = self.keys.index_put_(&keys(&to), &read.0, false);
-        let _ = self.values.index_put_(&values(&to), &read.1, false);
+        let (read_keys, read_values) = (self.keys.index(&keys(&from)), self.values.index(&values(&from)));
+        let _ = self.keys.index_put_(&keys(&to), &read_keys, false);
+        let _ = self.values.index_put_(&values(&to), &read_values, false);
     }
 
-    /// Forwards the tokens and writes the choice after each of the leading outputs: int32 `predicted [outputs]`.
-    /// With few tokens, all of them are outputs.
-    pub(crate) fn step(&self, input: &StepInput, predicted: &Tensor) -> Result<()> {
-        let tokens = input.tokens.numel();
-        let x = self.empty(tokens, self.model.config().hidden_size)?;
+    /// Forwards the tokens, writes their keys and values into the cache, and samples a token after each of the leading
+    /// `num_outputs`: int32 `predicted [num_outputs]`. The fused kernels sample after every token.
+    pub(super) fn forward(&self, input: &ForwardInput, predicted: &Tensor) -> Result<()> {
+        let num_tokens = input.tokens.numel();
+        let x = self.empty(num_tokens, self.model.config().hidden_size)?;
         self.kernels.embed(&self.model.embedding, &input.tokens, &x)?;
-        if tokens <= self.max_fused_tokens() { self.few(input, &x, predicted) } else { self.many(input, &x, predicted) }
+        if num_tokens <= self.max_fused_tokens() {
+            self.forward_fused(input, &x, predicted)
+        } else {
+            self.forward_with_cublas(input, &x, predicted)
+        }
     }
 
-    fn few(&self, input: &StepInput, x: &Tensor, predicted: &Tensor) -> Result<()> {
-        let (kernels, tokens) = (&self.kernels, input.tokens.numel());
-        let heads = |count: i64| self.empty(tokens, count * self.model.config().head_dim);
-        let config = self.model.config();
-        let (qkv, mixed) = (heads(config.num_heads + 2 * config.num_kv_heads)?, heads(config.num_heads)?);
-        let inner = self.empty(tokens, self.model.config().intermediate_size)?;
+    /// Few tokens: reading the weights is all the time, and kernels that fuse norms, projections and activations read them
+    /// fastest.
+    fn forward_fused(&self, input: &ForwardInput, x: &Tensor, predicted: &Tensor) -> Result<()> {
+        let (kernels, config, num_tokens) = (&self.kernels, self.model.config(), input.tokens.numel());
+        let heads = |num_heads: i64| self.empty(num_tokens, num_heads * config.head_dim);
+        let (qkv, attn_out) = (heads(config.num_heads + 2 * config.num_kv_heads)?, heads(config.num_heads)?);
+        let inner = self.empty(num_tokens, config.intermediate_size)?;
         for (index, layer) in self.model.layers.iter().enumerate() {
             let projection = (&layer.query_key_value.weight, layer.query_key_value.bias.as_ref());
             self.with_cache(index, layer, |cache| {
                 let queries = kernels.fused_qkv(projection, x, &layer.attention_norm, &qkv, &input.places, cache)?;
-                kernels.attention(queries, &qkv, &input.places, cache, &mixed)
+                kernels.attention(queries, &qkv, &input.places, cache, &attn_out)
             })?;
-            kernels.fused_output(&layer.output.weight, &mixed, layer.output.bias.as_ref(), x)?;
+            kernels.fused_output(&layer.output.weight, &attn_out, layer.output.bias.as_ref(), x)?;
             kernels.fused_gate_up(&layer.gate_up.weight, x, &layer.feed_forward_norm, &inner)?;
             kernels.fused_down(&layer.down.weight, &inner, x)?;
         }
         kernels.fused_sample(self.model.projection(), x, &self.model.norm, &input.sampling, predicted)
     }
 
-    fn many(&self, input: &StepInput, x: &Tensor, predicted: &Tensor) -> Result<()> {
-        let (kernels, tokens) = (&self.kernels, input.tokens.numel());
-        let mixed = self.empty(tokens, self.model.config().num_heads * self.model.config().head_dim)?;
-        let normed = self.empty(tokens, self.model.config().hidden_size)?;
-        let inner = self.empty(tokens, self.model.config().intermediate_size)?;
+    /// More tokens: cuBLAS multiplies faster.
+    fn forward_with_cublas(&self, input: &ForwardInput, x: &Tensor, predicted: &Tensor) -> Result<()> {
+        let (kernels, config, num_tokens) = (&self.kernels, self.model.config(), input.tokens.numel());
+        let attn_out = self.empty(num_tokens, config.num_heads * config.head_dim)?;
+        let normed = self.empty(num_tokens, config.hidden_size)?;
+        let inner = self.empty(num_tokens, config.intermediate_size)?;
+        // What the layer before adds to `x`; the next norm adds it.
         let mut delta: Option<Tensor> = None;
         for (index, layer) in self.model.layers.iter().enumerate() {
             kernels.add_rms_norm(x, delta.as_ref(), &layer.attention_norm, &normed)?;
@@ -138,24 +145,24 @@ impl<'m> Fused<'m> {
             let projection = &layer.query_key_value;
             let qkv = normed.f_linear(&projection.weight, projection.bias.as_ref())?;
             self.with_cache(index, layer, |cache| {
-                kernels.attention(Queries::Plain, &qkv, &input.places, cache, &mixed)
+                kernels.attention(Queries::Plain, &qkv, &input.places, cache, &attn_out)
             })?;
-            let attended = mixed.f_linear(&layer.output.weight, layer.output.bias.as_ref())?;
-            kernels.add_rms_norm(x, Some(&attended), &layer.feed_forward_norm, &normed)?;
-            drop(attended);
-            let both = normed.f_linear::<&Tensor>(&layer.gate_up.weight, None)?;
-            kernels.swiglu(&both, &inner)?;
-            drop(both);
+            let projected = attn_out.f_linear(&layer.output.weight, layer.output.bias.as_ref())?;
+            kernels.add_rms_norm(x, Some(&projected), &layer.feed_forward_norm, &normed)?;
+            drop(projected);
+            let gate_up = normed.f_linear::<&Tensor>(&layer.gate_up.weight, None)?;
+            kernels.swiglu(&gate_up, &inner)?;
+            drop(gate_up);
             delta = Some(inner.f_linear::<&Tensor>(&layer.down.weight, None)?);
         }
-        let outputs = predicted.numel() as i64;
-        if outputs == 0 {
+        let num_outputs = predicted.numel() as i64;
+        if num_outputs == 0 {
             return Ok(());
         }
-        let leading = |tensor: &Tensor| tensor.narrow(0, 0, outputs);
-        let last = delta.as_ref().map(leading);
+        let leading = |tensor: &Tensor| tensor.narrow(0, 0, num_outputs);
+        let last_delta = delta.as_ref().map(leading);
         let normed = leading(&normed);
-        kernels.add_rms_norm(&leading(x), last.as_ref(), &self.model.norm, &normed)?;
+        kernels.add_rms_norm(&leading(x), last_delta.as_ref(), &self.model.norm, &normed)?;
         let logits = libtorch::matmul_float32(&normed, self.model.projection())?;
         kernels.sample(&logits, &input.sampling, predicted)
     }
@@ -165,12 +172,12 @@ impl<'m> Fused<'m> {
             keys: &self.keys.get(index as i64),
             values: &self.values.get(index as i64),
             capacity: self.capacity,
-            table: &self.table,
+            table: &self.rope_table,
             norms: layer.query_key_norm.as_ref(),
         })
     }
 
-    fn empty(&self, tokens: usize, width: i64) -> Result<Tensor> {
-        Tensor::f_empty([tokens as i64, width], (Kind::BFloat16, self.model.device())).map_err(Error::from)
+    fn empty(&self, num_tokens: usize, width: i64) -> Result<Tensor> {
+        Tensor::f_empty([num_tokens as i64, width], (Kind::BFloat16, self.model.device())).map_err(Error::from)
     }
 }

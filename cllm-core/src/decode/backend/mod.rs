@@ -1,6 +1,94 @@
-//! What runs a forward.
+//! Backends: what runs a forward.
+//!
+//! A [`Backend`] owns a KV cache with one row per sequence, in slots. The slot of a token is its position in the sequence;
+//! draft tokens occupy the slots after it and, if they are rejected, are overwritten by the next window.
 
-pub(crate) mod cuda_graph;
+pub(super) mod cuda_graph;
 mod cuda_model;
-pub(crate) mod eager;
-pub(crate) mod speculative;
+pub(super) mod eager;
+pub(super) mod speculative;
+
+use super::sampling::{Sampling, position_key};
+use super::tree::{Node, TokenTree};
+use crate::Result;
+use crate::model::SlotMove;
+
+/// Forwards batches of prompt chunks and windows. Rows of the cache are numbered from 0 without gaps.
+pub(super) trait Backend {
+    /// Starts a forward: caches the chunks, and samples a token after each token of each window. A window at an index
+    /// belongs to the row with the same index; chunks belong to later rows.
+    fn launch(&mut self, chunks: &[PromptChunk<'_>], windows: &[Window<'_>], sampling: Sampling) -> Result<()>;
+
+    /// Waits for the forward and returns what it sampled, for each window.
+    fn collect(&mut self, windows: &[Window<'_>]) -> Result<Vec<Predictions>>;
+
+    /// Copies keys and values between slots. All slots are read before any is written.
+    fn move_slots(&mut self, moves: &[SlotMove]) -> Result<()>;
+
+    /// Copies a row of the cache over another.
+    fn copy_row(&mut self, from: usize, to: usize) -> Result<()>;
+
+    /// Maximum number of prompt tokens that a forward takes beside its windows.
+    fn max_prompt_tokens(&self) -> usize;
+}
+
+/// Tokens of a prompt to cache.
+pub(super) struct PromptChunk<'s> {
+    pub(super) row: usize,
+    /// Position of the first token.
+    pub(super) start: usize,
+    /// At least one.
+    pub(super) tokens: &'s [i32],
+}
+
+/// The tokens of a sequence to forward: its last token, then the draft. The token at an offset of the window takes that slot
+/// after `start`, whether or not the window branches.
+pub(super) struct Window<'s> {
+    /// Position of `last_token`.
+    pub(super) start: usize,
+    pub(super) last_token: i32,
+    pub(super) draft: &'s [i32],
+    /// How the tokens branch; `None` if each follows the one before it.
+    pub(super) tree: Option<&'s TokenTree>,
+    /// Key of the sequence's sampling noise.
+    pub(super) sequence_key: u64,
+}
+
+impl Window<'_> {
+    pub(super) fn tokens(&self) -> impl Iterator<Item = i32> {
+        std::iter::once(self.last_token).chain(self.draft.iter().copied())
+    }
+
+    pub(super) fn len(&self) -> usize {
+        1 + self.draft.len()
+    }
+
+    pub(super) fn node(&self, offset: usize) -> Node {
+        self.tree.map_or(Node::in_order(offset), |tree| tree.node(offset))
+    }
+
+    /// Key of the noise that the token after the one at `offset` is sampled with.
+    pub(super) fn noise_key(&self, offset: usize) -> u64 {
+        position_key(self.sequence_key, self.start + self.node(offset).depth + 1)
+    }
+}
+
+/// What a forward gave for one window.
+pub(super) struct Predictions {
+    /// The token sampled after each token of the window.
+    pub(super) tokens: Vec<i32>,
+    /// The token that the draft model sampled there, if there is one.
+    pub(super) drafted: Option<Vec<i32>>,
+}
+
+impl Predictions {
+    /// Splits the tokens sampled for all windows, one window after another.
+    fn split(windows: &[Window<'_>], mut sampled: &[i32]) -> Vec<Self> {
+        let take = |window: &Window<'_>| {
+            let (tokens, rest) = sampled.split_at(window.len());
+            sampled = rest;
+            Predictions { tokens: tokens.to_vec(), drafted: None }
+        };
+        windows.iter().map(take).collect()
+    }
+}

@@ -1,44 +1,45 @@
-//! Two models side by side: one decides, the other guesses. On a GPU their steps run at once.
+//! Speculative decoding: a target model and a draft model forward the same windows. On a GPU their forwards overlap.
 
+use super::{Backend, Predictions, PromptChunk, Window};
 use crate::Result;
-use crate::decode::{Chunk, Forward, Predicted, Sampling, Window};
+use crate::decode::sampling::Sampling;
 use crate::model::SlotMove;
 
-pub(crate) struct Drafted<'d> {
-    model: &'d mut dyn Forward,
-    draft_model: &'d mut dyn Forward,
+pub(in crate::decode) struct SpeculativeBackend<'d> {
+    target: &'d mut dyn Backend,
+    draft: &'d mut dyn Backend,
 }
 
-impl<'d> Drafted<'d> {
-    pub(crate) fn new(model: &'d mut dyn Forward, draft_model: &'d mut dyn Forward) -> Self {
-        Drafted { model, draft_model }
+impl<'d> SpeculativeBackend<'d> {
+    pub(in crate::decode) fn new(target: &'d mut dyn Backend, draft: &'d mut dyn Backend) -> Self {
+        SpeculativeBackend { target, draft }
     }
 }
 
-impl Forward for Drafted<'_> {
-    fn begin(&mut self, chunks: &[Chunk<'_>], windows: &[Window<'_>], sampling: Sampling) -> Result<()> {
-        self.model.begin(chunks, windows, sampling)?;
-        self.draft_model.begin(chunks, windows, sampling)
+impl Backend for SpeculativeBackend<'_> {
+    fn launch(&mut self, chunks: &[PromptChunk<'_>], windows: &[Window<'_>], sampling: Sampling) -> Result<()> {
+        self.target.launch(chunks, windows, sampling)?;
+        self.draft.launch(chunks, windows, sampling)
     }
 
-    fn finish(&mut self, windows: &[Window<'_>]) -> Result<Vec<Predicted>> {
-        let decided = self.model.finish(windows)?;
-        let guessed = self.draft_model.finish(windows)?;
-        let both = decided.into_iter().zip(guessed);
-        Ok(both.map(|(own, other)| Predicted { drafts: Some(other.tokens), ..own }).collect())
+    fn collect(&mut self, windows: &[Window<'_>]) -> Result<Vec<Predictions>> {
+        let predicted = self.target.collect(windows)?;
+        let drafted = self.draft.collect(windows)?;
+        let both = predicted.into_iter().zip(drafted);
+        Ok(both.map(|(target, draft)| Predictions { drafted: Some(draft.tokens), ..target }).collect())
     }
 
     fn move_slots(&mut self, moves: &[SlotMove]) -> Result<()> {
-        self.model.move_slots(moves)?;
-        self.draft_model.move_slots(moves)
+        self.target.move_slots(moves)?;
+        self.draft.move_slots(moves)
     }
 
     fn copy_row(&mut self, from: usize, to: usize) -> Result<()> {
-        self.model.copy_row(from, to)?;
-        self.draft_model.copy_row(from, to)
+        self.target.copy_row(from, to)?;
+        self.draft.copy_row(from, to)
     }
 
-    fn prompt_tokens(&self) -> usize {
-        self.model.prompt_tokens().min(self.draft_model.prompt_tokens())
+    fn max_prompt_tokens(&self) -> usize {
+        self.target.max_prompt_tokens().min(self.draft.max_prompt_tokens())
     }
 }

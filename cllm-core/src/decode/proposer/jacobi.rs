@@ -1,71 +1,73 @@
-//! Fixed blocks, iterated to their fixed point one after another (Song et al., arXiv 2002.03629; CLLM, 2403.00835). With
-//! n = 1 it is autoregressive decoding.
+//! Jacobi decoding: fixed blocks, each iterated to its fixed point before the next begins (Song et al., arXiv 2002.03629;
+//! CLLM, arXiv 2403.00835). Blocks of one token are autoregressive decoding.
 
-use super::{Draws, Guesser, Step};
+use super::random_draft::RandomDraft;
+use super::{Proposer, Verification};
 use crate::trajectory::Block;
 
-pub(crate) struct Jacobi {
+pub(in crate::decode) struct Jacobi {
     n: usize,
-    prompt_tokens: usize,
-    record: bool,
-    draws: Draws,
-    /// The open block's tokens that are not known yet; none between two blocks, and always when n = 1.
-    guesses: Vec<i32>,
+    num_prompt_tokens: usize,
+    record_trajectory: bool,
+    random: RandomDraft,
+    /// The tokens of the block that are not final yet; empty between two blocks, and always if n = 1.
+    draft: Vec<i32>,
+    /// The trajectory so far, if it is recorded.
     blocks: Vec<Block>,
 }
 
 impl Jacobi {
-    /// The first forward has no guesses: it yields the first block's first token.
-    pub(crate) fn new(n: usize, prompt_tokens: usize, record: bool, draws: Draws) -> Self {
-        Jacobi { n, prompt_tokens, record, draws, guesses: Vec::new(), blocks: Vec::new() }
+    /// The first forward has no draft: it gives the first token of the first block.
+    pub(in crate::decode) fn new(n: usize, prompt: &[i32], record_trajectory: bool, random: RandomDraft) -> Self {
+        let (draft, blocks) = (Vec::new(), Vec::new());
+        Jacobi { n, num_prompt_tokens: prompt.len(), record_trajectory, random, draft, blocks }
     }
 
-    /// The last known token is the first of a new block; the others are drawn from the tokens seen so far.
-    fn open_block(&mut self, known: &[i32]) {
-        self.guesses.clear();
-        self.draws.fill(&mut self.guesses, self.n - 1, known);
-        if self.record {
-            let last = known.len() - 1;
-            let mut state = vec![known[last]];
-            state.extend(&self.guesses);
-            self.blocks.push(Block { start: (last - self.prompt_tokens) as u32, states: vec![state] });
+    /// Opens a block: its first token is the last one of the sequence, the others are random.
+    fn open_block(&mut self, tokens: &[i32]) {
+        self.draft.clear();
+        self.random.fill(&mut self.draft, self.n - 1, tokens);
+        if self.record_trajectory {
+            let last = tokens.len() - 1;
+            let state = [&tokens[last..], &self.draft].concat();
+            self.blocks.push(Block { start: (last - self.num_prompt_tokens) as u32, states: vec![state] });
         }
     }
 
-    fn record_state(&mut self, fixed: &[i32], guesses: &[i32]) {
-        if !self.record {
+    /// Records the state of the open block in which `new_tokens` became final, with `draft` after them.
+    fn record_state(&mut self, new_tokens: &[i32], draft: &[i32]) {
+        if !self.record_trajectory {
             return;
         }
         let Some(block) = self.blocks.last_mut() else { return };
-        let Some(last) = block.states.last() else { return };
-        let known = last.len() - fixed.len() - guesses.len();
-        let mut state = last[..known].to_vec();
-        state.extend(fixed);
-        state.extend(guesses);
+        let Some(previous) = block.states.last() else { return };
+        let num_final = previous.len() - new_tokens.len() - draft.len();
+        let state = [&previous[..num_final], new_tokens, draft].concat();
         block.states.push(state);
     }
 }
 
-impl Guesser for Jacobi {
-    fn guesses(&self) -> &[i32] {
-        &self.guesses
+impl Proposer for Jacobi {
+    fn draft(&self) -> &[i32] {
+        &self.draft
     }
 
-    fn advance(&mut self, step: &Step<'_>) {
-        if step.matched == self.guesses.len() {
-            // All of the old block was right already, unless the answer ended inside it: the last token opens a block.
-            if !step.cut {
-                self.open_block(step.known);
+    fn update(&mut self, verification: &Verification<'_>) {
+        let Verification { predicted, num_accepted, .. } = *verification;
+        if num_accepted == self.draft.len() {
+            // The block is at its fixed point and the newest token begins the next, unless the answer ended before that.
+            if !verification.is_truncated {
+                self.open_block(verification.tokens);
             }
         } else {
-            // The prediction after the last guess belongs to the next block.
-            let next_guesses = step.predicted[step.matched + 1..self.guesses.len()].to_vec();
-            self.record_state(&step.predicted[..=step.matched], &next_guesses);
-            self.guesses = next_guesses;
+            // The token predicted after the last draft token belongs to the next block.
+            let next_draft = predicted[num_accepted + 1..self.draft.len()].to_vec();
+            self.record_state(&predicted[..=num_accepted], &next_draft);
+            self.draft = next_draft;
         }
     }
 
-    fn blocks(self: Box<Self>) -> Vec<Block> {
+    fn into_blocks(self: Box<Self>) -> Vec<Block> {
         self.blocks
     }
 }

@@ -1,80 +1,87 @@
-//! Lookahead decoding (Fu et al., arXiv 2402.02057): a window over future tokens makes n-grams, which are guessed once a known
-//! token is their first.
+//! Lookahead decoding (Fu et al., arXiv 2402.02057): Jacobi iterations on future tokens collect n-grams, which become
+//! candidates when the last token is their first.
 
 use super::ngram_pool::NgramPool;
-use super::{Draws, Guesser, Step};
-use crate::decode::tree::Tree;
+use super::random_draft::RandomDraft;
+use super::{Proposer, Verification};
+use crate::decode::tree::TokenTree;
 
-/// One window of tokens, a tree, holds both branches of the method.
+/// One tree of tokens holds both branches of the method.
 ///
-/// The lookahead branch has `levels` levels of `width` tokens. The first level begins with the last known token and each of its
-/// tokens follows the one before it; a token of another level follows that of the same column one level before, so that it
-/// stands one further in the sequence. Columns are trajectories of Jacobi iterations: a forward adds to each the prediction
-/// after its last token, which makes it an n-gram for the pool, and takes away its first.
+/// The lookahead branch is a grid of `num_levels` levels and `width` columns. The first level begins with the last token of
+/// the sequence, and each of its tokens follows the one before it. A token of another level follows the token of its column
+/// in the level before, so it is one position further on. Each column is a Jacobi trajectory: a forward appends the token
+/// predicted after its last one, which makes it an n-gram for the pool, and its first token is dropped.
 ///
-/// The verification branch is made of the pool's n-grams that begin with the last known token. Which branch a token stands in
-/// does not matter to accepting it: it is final if it is the one predicted after the tokens that it follows.
-pub(crate) struct Lookahead {
+/// The verification branch holds the n-grams of the pool that begin with the last token. Acceptance does not distinguish
+/// the two branches.
+pub(in crate::decode) struct Lookahead {
     width: usize,
-    levels: usize,
+    num_levels: usize,
     pool: NgramPool,
-    draws: Draws,
-    /// From the left to the right, each from the first level on.
+    random: RandomDraft,
+    /// From left to right, each from the first level on.
     columns: Vec<Vec<i32>>,
-    /// The window, its first token included.
-    tokens: Vec<i32>,
-    tree: Tree,
+    /// The whole window: the last token and the draft.
+    window: Vec<i32>,
+    tree: TokenTree,
 }
 
 impl Lookahead {
-    pub(crate) fn new(window: usize, ngram: usize, candidates: usize, prompt: &[i32], draws: Draws) -> Self {
-        let mut pool = NgramPool::new(candidates);
-        prompt.windows(ngram).for_each(|ngram| pool.add(ngram));
-        let (columns, tokens, tree) = (Vec::new(), Vec::new(), Tree::new([]));
-        let mut made = Lookahead { width: window, levels: ngram - 1, pool, draws, columns, tokens, tree };
-        made.arrange(prompt);
-        made
+    pub(in crate::decode) fn new(
+        width: usize,
+        ngram_len: usize,
+        max_candidates: usize,
+        prompt: &[i32],
+        random: RandomDraft,
+    ) -> Self {
+        let mut pool = NgramPool::new(max_candidates);
+        prompt.windows(ngram_len).for_each(|ngram| pool.add(ngram));
+        let (columns, window, tree) = (Vec::new(), Vec::new(), TokenTree::new([]));
+        let mut lookahead = Lookahead { width, num_levels: ngram_len - 1, pool, random, columns, window, tree };
+        lookahead.build_window(prompt);
+        lookahead
     }
 
-    /// Fills up the columns and makes the window that follows the known tokens.
-    fn arrange(&mut self, known: &[i32]) {
-        let Lookahead { width, levels, .. } = *self;
-        let mut drawn = Vec::new();
-        self.draws.fill(&mut drawn, (width - self.columns.len()) * levels, known);
-        self.columns.extend(drawn.chunks(levels).map(<[i32]>::to_vec));
-        let newest = known[known.len() - 1];
-        self.columns[0][0] = newest;
-        self.tokens.clear();
-        self.tokens.extend((0..levels).flat_map(|level| self.columns.iter().map(move |column| column[level])));
-        let mut parents: Vec<usize> = (0..width - 1).chain(0..width * (levels - 1)).collect();
-        for candidate in self.pool.after(newest) {
-            let first = self.tokens.len();
-            self.tokens.extend(candidate);
+    /// Fills up the columns with random tokens and lays out the tree after the last of the tokens.
+    fn build_window(&mut self, tokens: &[i32]) {
+        let Lookahead { width, num_levels, .. } = *self;
+        let mut random_tokens = Vec::new();
+        self.random.fill(&mut random_tokens, (width - self.columns.len()) * num_levels, tokens);
+        self.columns.extend(random_tokens.chunks(num_levels).map(<[i32]>::to_vec));
+        let last_token = tokens[tokens.len() - 1];
+        self.columns[0][0] = last_token;
+        self.window.clear();
+        self.window.extend((0..num_levels).flat_map(|level| self.columns.iter().map(move |column| column[level])));
+        let mut parents: Vec<usize> = (0..width - 1).chain(0..width * (num_levels - 1)).collect();
+        for candidate in self.pool.after(last_token) {
+            let first = self.window.len();
+            self.window.extend(candidate);
             parents.push(0);
-            parents.extend(first..self.tokens.len() - 1);
+            parents.extend(first..self.window.len() - 1);
         }
-        self.tree = Tree::new(parents);
+        self.tree = TokenTree::new(parents);
     }
 }
 
-impl Guesser for Lookahead {
-    fn guesses(&self) -> &[i32] {
-        &self.tokens[1..]
+impl Proposer for Lookahead {
+    fn draft(&self) -> &[i32] {
+        &self.window[1..]
     }
 
-    fn tree(&self) -> Option<&Tree> {
+    fn tree(&self) -> Option<&TokenTree> {
         Some(&self.tree)
     }
 
-    fn advance(&mut self, step: &Step<'_>) {
-        let last_level = &step.predicted[self.width * (self.levels - 1)..];
+    fn update(&mut self, verification: &Verification<'_>) {
+        let last_level = &verification.predicted[self.width * (self.num_levels - 1)..];
         for (column, &predicted) in self.columns.iter_mut().zip(last_level) {
             column.push(predicted);
             self.pool.add(column);
             column.remove(0);
         }
-        // Columns keep their places in the sequence: those that lie before the newest token now are over.
-        self.columns.drain(..step.matched.min(self.width));
-        self.arrange(step.known);
+        // A column keeps its positions, so those before the newest token are over.
+        self.columns.drain(..verification.num_accepted.min(self.width));
+        self.build_window(verification.tokens);
     }
 }

@@ -1,71 +1,74 @@
-//! Blocks of which the next begins before the one in front is done (multi-block decoding of Jacobi Forcing, arXiv 2512.14681).
+//! Multi-block decoding (Jacobi Forcing, arXiv 2512.14681): the next block begins before the one in front of it is final.
 
-use super::ngram_pool::TailPool;
-use super::{Draws, Guesser, Step};
+use super::random_draft::RandomDraft;
+use super::tail_pool::TailPool;
+use super::{Proposer, Verification};
 
-/// The window is what is not known of the real-active block, followed by the pseudo-active blocks, n guesses each.
+/// The draft is what is not final of the front block (real-active in the paper), followed by the blocks behind it
+/// (pseudo-active), n tokens each.
 ///
-/// Accepting runs over the borders of blocks: a guess is final as soon as it agrees with its prediction and everything before
-/// it is final, whichever block it stands in. That prediction was made under nothing but final tokens, so it is the token of
-/// one-at-a-time decoding. A pseudo-active block's own agreement, under a prefix that is not final, only decides when the
-/// next block begins; what it guessed is verified again once it is the real-active one.
-pub(crate) struct MultiBlock {
+/// Acceptance ignores the borders of blocks: a draft token is accepted as soon as it equals its prediction and everything
+/// before it is accepted. What a block behind the front predicts correctly, given a prefix that is not final, only decides
+/// when the next block begins; its tokens are verified again.
+pub(in crate::decode) struct MultiBlock {
     n: usize,
-    most_blocks: usize,
-    /// So many accepted tokens of the newest block begin another one.
-    enough: usize,
+    max_blocks: usize,
+    /// Accepted tokens of the newest block at which another one begins.
+    min_accepted: usize,
     pool: TailPool,
-    draws: Draws,
-    /// Known tokens of the real-active block: 1 to n, for the last known token is its first at least.
-    known: usize,
-    pseudo_blocks: usize,
-    guesses: Vec<i32>,
+    random: RandomDraft,
+    /// Final tokens of the front block: 1 to n, since its first token is the last one of the sequence or an earlier one.
+    num_final: usize,
+    num_blocks_behind: usize,
+    draft: Vec<i32>,
 }
 
 impl MultiBlock {
-    pub(crate) fn new(n: usize, blocks: usize, ratio: f64, pool: usize, prompt: &[i32], mut draws: Draws) -> Self {
-        let mut guesses = Vec::new();
-        draws.fill(&mut guesses, n - 1, prompt);
-        let enough = (ratio * n as f64).ceil() as usize;
-        let pool = TailPool::new(pool);
-        MultiBlock { n, most_blocks: blocks, enough, pool, draws, known: 1, pseudo_blocks: 0, guesses }
+    pub(in crate::decode) fn new(
+        n: usize,
+        max_blocks: usize,
+        min_accepted: usize,
+        max_tails: usize,
+        prompt: &[i32],
+        mut random: RandomDraft,
+    ) -> Self {
+        let (mut draft, pool) = (Vec::new(), TailPool::new(max_tails));
+        random.fill(&mut draft, n - 1, prompt);
+        MultiBlock { n, max_blocks, min_accepted, pool, random, num_final: 1, num_blocks_behind: 0, draft }
     }
 
-    /// Leading guesses of the last n that agree with the predictions before them.
-    fn agreed_in_last(&self, predicted: &[i32]) -> usize {
-        let first = self.guesses.len().saturating_sub(self.n);
-        self.guesses[first..]
-            .iter()
-            .zip(&predicted[first..])
-            .take_while(|(guess, predicted)| guess == predicted)
-            .count()
+    /// Leading tokens of the newest block that equal their predictions.
+    fn num_matching_in_newest(&self, predicted: &[i32]) -> usize {
+        let first = self.draft.len().saturating_sub(self.n);
+        let pairs = self.draft[first..].iter().zip(&predicted[first..]);
+        pairs.take_while(|(drafted, predicted)| drafted == predicted).count()
     }
 }
 
-impl Guesser for MultiBlock {
-    fn guesses(&self) -> &[i32] {
-        &self.guesses
+impl Proposer for MultiBlock {
+    fn draft(&self) -> &[i32] {
+        &self.draft
     }
 
-    fn advance(&mut self, step: &Step<'_>) {
-        let rejected = step.matched < self.guesses.len();
-        let agreed = self.agreed_in_last(step.predicted);
-        self.known += step.matched + 1;
-        while self.known > self.n {
-            self.known -= self.n;
-            self.pseudo_blocks = self.pseudo_blocks.saturating_sub(1);
+    fn update(&mut self, verification: &Verification<'_>) {
+        let is_rejected = verification.num_accepted < self.draft.len();
+        let num_matching = self.num_matching_in_newest(verification.predicted);
+        self.num_final += verification.num_accepted + 1;
+        while self.num_final > self.n {
+            self.num_final -= self.n;
+            self.num_blocks_behind = self.num_blocks_behind.saturating_sub(1);
         }
-        let accepted = if self.pseudo_blocks == 0 { self.known } else { agreed };
-        if accepted >= self.enough && self.pseudo_blocks + 1 < self.most_blocks {
-            self.pseudo_blocks += 1;
+        let accepted_in_newest = if self.num_blocks_behind == 0 { self.num_final } else { num_matching };
+        if accepted_in_newest >= self.min_accepted && self.num_blocks_behind + 1 < self.max_blocks {
+            self.num_blocks_behind += 1;
         }
-        let size = self.n - self.known + self.pseudo_blocks * self.n;
-        self.guesses = step.open().to_vec();
-        // The prediction after the last guess belongs to a block that has not begun.
-        self.guesses.truncate(size);
-        self.draws.fill(&mut self.guesses, size, step.known);
-        if rejected {
-            self.pool.recycle(step, &mut self.guesses);
+        let len = self.n - self.num_final + self.num_blocks_behind * self.n;
+        self.draft = verification.tail().to_vec();
+        // The token predicted after the last draft token may belong to a block that has not begun.
+        self.draft.truncate(len);
+        self.random.fill(&mut self.draft, len, verification.tokens);
+        if is_rejected {
+            self.pool.recycle(verification, &mut self.draft);
         }
     }
 }

@@ -1,35 +1,36 @@
-//! A window that rolls on.
+//! A rolling window: accepted tokens leave it and new draft tokens fill it up, so its length never changes.
 
-use super::ngram_pool::TailPool;
-use super::{Draws, Guesser, Step};
+use super::random_draft::RandomDraft;
+use super::tail_pool::TailPool;
+use super::{Proposer, Verification};
 
-/// The window always holds n tokens: the last known one and n - 1 guesses.
-pub(crate) struct Rolling {
+/// Drafts n - 1 tokens after the last one: what was proposed after the newest token, then random tokens.
+pub(in crate::decode) struct Rolling {
     n: usize,
     pool: TailPool,
-    draws: Draws,
-    guesses: Vec<i32>,
+    random: RandomDraft,
+    draft: Vec<i32>,
 }
 
 impl Rolling {
-    pub(crate) fn new(n: usize, pool: usize, prompt: &[i32], mut draws: Draws) -> Self {
-        let mut guesses = Vec::new();
-        draws.fill(&mut guesses, n - 1, prompt);
-        Rolling { n, pool: TailPool::new(pool), draws, guesses }
+    pub(in crate::decode) fn new(n: usize, max_tails: usize, prompt: &[i32], mut random: RandomDraft) -> Self {
+        let mut draft = Vec::new();
+        random.fill(&mut draft, n - 1, prompt);
+        Rolling { n, pool: TailPool::new(max_tails), random, draft }
     }
 }
 
-impl Guesser for Rolling {
-    fn guesses(&self) -> &[i32] {
-        &self.guesses
+impl Proposer for Rolling {
+    fn draft(&self) -> &[i32] {
+        &self.draft
     }
 
-    fn advance(&mut self, step: &Step<'_>) {
-        let rejected = step.matched < self.guesses.len();
-        self.guesses = step.open().to_vec();
-        self.draws.fill(&mut self.guesses, self.n - 1, step.known);
-        if rejected {
-            self.pool.recycle(step, &mut self.guesses);
+    fn update(&mut self, verification: &Verification<'_>) {
+        let is_rejected = verification.num_accepted < self.draft.len();
+        self.draft = verification.tail().to_vec();
+        self.random.fill(&mut self.draft, self.n - 1, verification.tokens);
+        if is_rejected {
+            self.pool.recycle(verification, &mut self.draft);
         }
     }
 }

@@ -1,0 +1,224 @@
+//! The engine: a model, a KV cache for a number of sequences, and the three ways to ask it for answers.
+
+use super::backend::Backend;
+use super::backend::cuda_graph::CudaGraphBackend;
+use super::backend::eager::EagerBackend;
+use super::backend::speculative::SpeculativeBackend;
+use super::request::{Answer, DecodeOptions, Request, StopConditions, Timing, check_fits_context, required_slots};
+use super::scheduler::{Events, PrefillPolicy, Scheduler};
+use super::strategy::Strategy;
+use crate::model::Transformer;
+use crate::{Error, Result};
+
+/// A model with a KV cache, ready to decode.
+pub struct Decoder<'m> {
+    model: Box<dyn Backend + 'm>,
+    draft_model: Option<Box<dyn Backend + 'm>>,
+    limits: CacheLimits,
+    vocab_size: i64,
+}
+
+/// What the requests of a decoder must fit.
+struct CacheLimits {
+    max_sequences: usize,
+    /// Slots of the KV cache for each sequence.
+    capacity: usize,
+    /// Length of the model's context.
+    max_positions: usize,
+}
+
+impl<'m> Decoder<'m> {
+    /// Allocates a cache for up to `max_sequences` sequences at once, each of up to `capacity` slots ([`required_slots`]).
+    ///
+    /// # Errors
+    /// [`Error::Torch`], for example if the cache does not fit the device's memory.
+    pub fn new(model: &'m Transformer, max_sequences: usize, capacity: usize) -> Result<Self> {
+        let config = model.config();
+        let limits = CacheLimits { max_sequences, capacity, max_positions: config.max_positions };
+        let model = new_backend(model, max_sequences, capacity)?;
+        Ok(Decoder { model, draft_model: None, limits, vocab_size: config.vocab_size })
+    }
+
+    /// Adds the draft model that [`Strategy::Drafted`] needs. It must have the vocabulary of the target model.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if the vocabularies differ in size; otherwise as [`Decoder::new`].
+    pub fn with_draft_model(self, draft_model: &'m Transformer) -> Result<Self> {
+        let (target_size, draft_size) = (self.vocab_size, draft_model.config().vocab_size);
+        if target_size != draft_size {
+            return Err(Error::usage(format!(
+                "the draft model has a vocabulary of {draft_size} tokens and the target model one of {target_size}; \
+                 both must use the same tokenizer"
+            )));
+        }
+        let draft_model = Some(new_backend(draft_model, self.limits.max_sequences, self.limits.capacity)?);
+        Ok(Decoder { draft_model, ..self })
+    }
+
+    /// Answers all requests as one batch. Every prompt is cached before the first token is decoded, so prefill and decoding
+    /// can be timed separately. `on_tokens` gets the index of a request and its new tokens after each forward.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if there are more requests than the cache has rows, a prompt and its answer do not fit the context
+    /// or the cache, or the strategy is invalid ([`Strategy::check`]); libtorch's errors; interruption.
+    pub fn answer(
+        &mut self,
+        requests: &[Request],
+        stop: &StopConditions,
+        options: DecodeOptions,
+        on_tokens: Option<&mut dyn FnMut(usize, &[i32])>,
+    ) -> Result<(Vec<Answer>, Timing)> {
+        let max_sequences = self.limits.max_sequences;
+        if requests.len() > max_sequences {
+            return Err(Error::usage(format!(
+                "{} requests in one batch, but the cache holds {max_sequences} sequences",
+                requests.len()
+            )));
+        }
+        let mut ignore = |_: usize, _: &[i32]| ();
+        let mut answers: Vec<Option<Answer>> = requests.iter().map(|_| None).collect();
+        let mut keep = |index: usize, answer: Answer| {
+            answers[index] = Some(answer);
+            Ok(())
+        };
+        let mut events = Events { on_tokens: on_tokens.unwrap_or(&mut ignore), on_finished: &mut keep };
+        let timing = self.run(&mut requests.iter().cloned(), stop, options, PrefillPolicy::First, &mut events)?;
+        let answers =
+            answers.into_iter().map(|answer| answer.expect("the scheduler runs until every request is answered"));
+        Ok((answers.collect(), timing))
+    }
+
+    /// Answers requests with continuous batching: when a sequence finishes, the next request takes its row of the cache.
+    /// `on_finished` gets the index of a request and its answer, in the order in which the answers finish.
+    ///
+    /// # Errors
+    /// As [`Decoder::answer`], and any error of `on_finished`.
+    pub fn stream(
+        &mut self,
+        requests: &mut dyn Iterator<Item = Request>,
+        stop: &StopConditions,
+        options: DecodeOptions,
+        on_finished: &mut dyn FnMut(usize, Answer) -> Result<()>,
+    ) -> Result<()> {
+        let mut events = Events { on_tokens: &mut |_, _| (), on_finished };
+        self.run(requests, stop, options, PrefillPolicy::Chunked, &mut events).map(drop)
+    }
+
+    /// Begins to answer one request; the caller asks for each forward, so it can do something else in between.
+    ///
+    /// # Errors
+    /// As [`Decoder::answer`]. [`Strategy::Drafted`] is refused.
+    pub fn start<'d>(
+        &'d mut self,
+        request: Request,
+        stop: &'d StopConditions,
+        options: DecodeOptions,
+    ) -> Result<RunningAnswer<'d>>
+    where
+        'm: 'd,
+    {
+        options.strategy.check()?;
+        if options.strategy.needs_draft_model() {
+            return Err(no_draft_model());
+        }
+        self.limits.check(&request, stop, options.strategy)?;
+        let scheduler = Scheduler::new(std::iter::once(Ok(request)), 1, stop, options, PrefillPolicy::First);
+        Ok(RunningAnswer { model: self.model.as_mut(), scheduler })
+    }
+
+    fn run(
+        &mut self,
+        requests: &mut dyn Iterator<Item = Request>,
+        stop: &StopConditions,
+        options: DecodeOptions,
+        prefill: PrefillPolicy,
+        events: &mut Events<'_>,
+    ) -> Result<Timing> {
+        options.strategy.check()?;
+        let _no_grad = tch::no_grad_guard();
+        let Decoder { model, draft_model, limits, .. } = self;
+        let mut speculative;
+        let backend: &mut dyn Backend = match draft_model {
+            _ if !options.strategy.needs_draft_model() => model.as_mut(),
+            Some(draft_model) => {
+                speculative = SpeculativeBackend::new(model.as_mut(), draft_model.as_mut());
+                &mut speculative
+            }
+            None => return Err(no_draft_model()),
+        };
+        let waiting = requests.map(|request| limits.check(&request, stop, options.strategy).map(|()| request));
+        Scheduler::new(waiting, limits.max_sequences, stop, options, prefill).run(backend, events)
+    }
+}
+
+/// CUDA graphs where our kernels support the model, libtorch's operations elsewhere.
+fn new_backend<'m>(model: &'m Transformer, max_sequences: usize, capacity: usize) -> Result<Box<dyn Backend + 'm>> {
+    let _no_grad = tch::no_grad_guard();
+    Ok(match CudaGraphBackend::new(model, max_sequences, capacity)? {
+        Some(backend) => Box::new(backend),
+        None => Box::new(EagerBackend::new(model, max_sequences, capacity)),
+    })
+}
+
+fn no_draft_model() -> Error {
+    Error::usage("strategy `drafted` needs a draft model beside the target model")
+}
+
+impl CacheLimits {
+    fn check(&self, request: &Request, stop: &StopConditions, strategy: Strategy) -> Result<()> {
+        check_fits_context(request, stop, self.max_positions)?;
+        let required = required_slots(request.prompt_ids.len(), stop, strategy);
+        if required > self.capacity {
+            return Err(Error::usage(format!(
+                "sample `{}` needs {required} slots of the KV cache, which has {} for each sequence",
+                request.sample_id, self.capacity
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// An answer that is decoded one forward at a time ([`Decoder::start`]).
+pub struct RunningAnswer<'d> {
+    model: &'d mut (dyn Backend + 'd),
+    scheduler: Scheduler<'d>,
+}
+
+impl RunningAnswer<'_> {
+    /// Runs the next forward and returns the tokens that it added to the answer: none while the prompt is being cached.
+    /// Returns `None` once the answer has ended.
+    ///
+    /// # Errors
+    /// libtorch's errors; interruption.
+    pub fn step(&mut self) -> Result<Option<Vec<i32>>> {
+        let _no_grad = tch::no_grad_guard();
+        let mut new_tokens = Vec::new();
+        let mut on_tokens = |_: usize, tokens: &[i32]| new_tokens.extend_from_slice(tokens);
+        let mut events = Events { on_tokens: &mut on_tokens, on_finished: &mut |_, _| Ok(()) };
+        let is_running = self.scheduler.step(self.model, &mut events)?;
+        Ok(is_running.then_some(new_tokens))
+    }
+
+    /// The time taken so far.
+    pub fn timing(&self) -> Timing {
+        self.scheduler.timing()
+    }
+}
+
+/// Answers all requests as one batch with a decoder made for them; see [`Decoder::answer`].
+///
+/// # Errors
+/// As [`Decoder::new`] and [`Decoder::answer`].
+pub fn decode(
+    model: &Transformer,
+    requests: &[Request],
+    stop: &StopConditions,
+    options: DecodeOptions,
+) -> Result<(Vec<Answer>, Timing)> {
+    for request in requests {
+        check_fits_context(request, stop, model.config().max_positions)?;
+    }
+    let longest = requests.iter().map(|request| request.prompt_ids.len()).max().unwrap_or(0);
+    let capacity = required_slots(longest, stop, options.strategy);
+    Decoder::new(model, requests.len(), capacity)?.answer(requests, stop, options, None)
+}

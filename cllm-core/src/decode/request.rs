@@ -1,0 +1,95 @@
+//! What is asked of the engine and what it answers.
+
+use super::sampling::Sampling;
+use super::strategy::Strategy;
+use crate::trajectory::{Block, FinishReason};
+use crate::{Error, Result};
+
+/// One prompt to answer.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Seeds the randomness of this request, so an answer does not depend on the batch it is decoded in.
+    pub sample_id: String,
+    /// Token ids, at least one.
+    pub prompt_ids: Vec<i32>,
+}
+
+/// When an answer ends.
+#[derive(Debug, Clone)]
+pub struct StopConditions {
+    /// Maximum length of an answer, EOS included.
+    pub max_new_tokens: usize,
+    /// Any of these ids ends an answer.
+    pub eos_ids: Vec<i32>,
+}
+
+/// How to decode a batch of requests.
+#[derive(Debug, Clone, Copy)]
+pub struct DecodeOptions {
+    pub strategy: Strategy,
+    /// Seeds the initial drafts and sampling above temperature 0.
+    pub seed: u64,
+    /// Keep every state of every block ([`Strategy::Jacobi`] only).
+    pub record_trajectory: bool,
+    pub sampling: Sampling,
+}
+
+impl DecodeOptions {
+    /// Greedy decoding without trajectories.
+    pub fn greedy(strategy: Strategy, seed: u64) -> Self {
+        DecodeOptions { strategy, seed, record_trajectory: false, sampling: Sampling::Greedy }
+    }
+}
+
+/// An answer and how it was decoded.
+#[derive(Debug, Clone)]
+pub struct Answer {
+    /// Token ids through EOS or the length limit.
+    pub response_ids: Vec<i32>,
+    pub finish_reason: FinishReason,
+    /// Forwards of this sequence after prefill. Prefill covers all but the last prompt token, so autoregressive decoding
+    /// needs exactly one forward per token.
+    pub num_forwards: usize,
+    /// Tokens that each forward added to the answer, in order; they sum to the length of the answer.
+    pub num_new_tokens: Vec<u32>,
+    /// The trajectory, if it was asked for and the strategy decodes in fixed blocks; else empty.
+    pub blocks: Vec<Block>,
+}
+
+/// How long a batch of answers took.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Timing {
+    /// Time in forwards that only cache prompts.
+    pub prefill_seconds: f64,
+    /// Time in all other forwards.
+    pub decode_seconds: f64,
+}
+
+/// Slots of the KV cache that one sequence needs: its prompt, its answer, and draft tokens past the end of the answer.
+pub fn required_slots(num_prompt_tokens: usize, stop: &StopConditions, strategy: Strategy) -> usize {
+    num_prompt_tokens.saturating_add(stop.max_new_tokens).saturating_add(strategy.max_window_tokens())
+}
+
+/// Checks that the prompt is not empty and fits the model's context together with its answer. Callers use it to refuse a
+/// prompt set before a long run.
+///
+/// # Errors
+/// [`Error::Usage`] that names the sample.
+pub fn check_fits_context(request: &Request, stop: &StopConditions, max_positions: usize) -> Result<()> {
+    let num_prompt_tokens = request.prompt_ids.len();
+    let max_new_tokens = stop.max_new_tokens;
+    if num_prompt_tokens == 0 {
+        return Err(Error::usage(format!(
+            "sample `{}` has an empty prompt; there is nothing to continue",
+            request.sample_id
+        )));
+    }
+    if num_prompt_tokens.saturating_add(max_new_tokens) > max_positions {
+        return Err(Error::usage(format!(
+            "sample `{}`: {num_prompt_tokens} prompt tokens and up to {max_new_tokens} new tokens do not fit the model's \
+             context of {max_positions}; lower max_new_tokens or leave the sample out",
+            request.sample_id
+        )));
+    }
+    Ok(())
+}

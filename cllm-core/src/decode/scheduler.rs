@@ -1,0 +1,168 @@
+//! The scheduler: what runs in each forward. [`Scheduler::step`] is one forward from top to bottom.
+
+use std::time::Instant;
+
+use super::backend::{Backend, PromptChunk, Window};
+use super::request::{Answer, DecodeOptions, Request, StopConditions, Timing};
+use super::sequence::Sequence;
+use crate::model::SlotMove;
+use crate::{Result, interrupt};
+
+/// When prompts are cached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum PrefillPolicy {
+    /// Before anything is decoded.
+    First,
+    /// In chunks, in the same forwards that decode other sequences.
+    Chunked,
+}
+
+/// What the caller is told. Sequences are known by the index of their request.
+pub(super) struct Events<'e> {
+    /// Gets the tokens that a forward added to an answer.
+    pub(super) on_tokens: &'e mut dyn FnMut(usize, &[i32]),
+    /// Gets each answer as it finishes.
+    pub(super) on_finished: &'e mut dyn FnMut(usize, Answer) -> Result<()>,
+}
+
+/// Decides which sequences run in each forward.
+///
+/// The sequence at an index of `running` owns the row of the KV cache with the same index. Those that decode come first,
+/// those whose prompt is still being cached last, so a batch of windows is always a batch of leading rows.
+pub(super) struct Scheduler<'r> {
+    waiting: Box<dyn Iterator<Item = Result<Request>> + 'r>,
+    num_admitted: usize,
+    running: Vec<Sequence<'r>>,
+    max_running: usize,
+    stop: &'r StopConditions,
+    options: DecodeOptions,
+    prefill: PrefillPolicy,
+    timing: Timing,
+}
+
+impl<'r> Scheduler<'r> {
+    /// Runs at most `max_running` of the waiting requests at once.
+    pub(super) fn new(
+        waiting: impl Iterator<Item = Result<Request>> + 'r,
+        max_running: usize,
+        stop: &'r StopConditions,
+        options: DecodeOptions,
+        prefill: PrefillPolicy,
+    ) -> Self {
+        let (waiting, running, timing) = (Box::new(waiting), Vec::new(), Timing::default());
+        Scheduler { waiting, num_admitted: 0, running, max_running, stop, options, prefill, timing }
+    }
+
+    /// Runs forwards until every request is answered.
+    pub(super) fn run(mut self, backend: &mut dyn Backend, events: &mut Events<'_>) -> Result<Timing> {
+        while self.step(backend, events)? {}
+        Ok(self.timing)
+    }
+
+    /// Runs one forward. Returns false, without a forward, once every request is answered.
+    pub(super) fn step(&mut self, backend: &mut dyn Backend, events: &mut Events<'_>) -> Result<bool> {
+        // 1. Admit waiting requests into free rows of the cache.
+        self.admit()?;
+        if self.running.is_empty() {
+            return Ok(false);
+        }
+        interrupt::check()?;
+        let started = Instant::now();
+
+        // 2. Cut the prompts that are not cached yet into chunks that this forward takes.
+        let chunks = self.prompt_chunks(backend.max_prompt_tokens());
+        let cached: Vec<(usize, usize)> = chunks.iter().map(|chunk| (chunk.row, chunk.tokens.len())).collect();
+
+        // 3. Build the windows: the last token and the draft tokens of each sequence that decodes.
+        let windows = if self.prefill == PrefillPolicy::First && !chunks.is_empty() { vec![] } else { self.windows() };
+
+        // 4. Forward. The backend samples a token after each token of each window.
+        backend.launch(&chunks, &windows, self.options.sampling)?;
+        let predictions = backend.collect(&windows)?;
+        for (row, num_tokens) in cached {
+            self.running[row].add_cached(num_tokens);
+        }
+
+        // 5. Accept the draft tokens that the model would have chosen itself. Each proposer makes its next draft.
+        let mut moves = Vec::new();
+        for (row, (sequence, predictions)) in self.running.iter_mut().zip(&predictions).enumerate() {
+            let accepted = sequence.accept(predictions);
+            moves.extend(accepted.moves.into_iter().map(|(from, to)| SlotMove { row, from, to }));
+            (events.on_tokens)(accepted.request_index, accepted.tokens);
+        }
+
+        // 6. Move the keys and values of accepted tokens to the slots of their positions. Only trees need this.
+        if !moves.is_empty() {
+            backend.move_slots(&moves)?;
+        }
+        let seconds = started.elapsed().as_secs_f64();
+        match predictions.is_empty() {
+            true => self.timing.prefill_seconds += seconds,
+            false => self.timing.decode_seconds += seconds,
+        }
+
+        // 7. Evict the sequences that have finished. Others move up into their rows.
+        self.evict_finished(backend, events)?;
+        Ok(true)
+    }
+
+    /// The time taken so far.
+    pub(super) fn timing(&self) -> Timing {
+        self.timing
+    }
+
+    fn admit(&mut self) -> Result<()> {
+        while self.running.len() < self.max_running {
+            let Some(request) = self.waiting.next() else { break };
+            self.running.push(Sequence::new(self.num_admitted, request?, self.stop, self.options));
+            self.num_admitted += 1;
+        }
+        Ok(())
+    }
+
+    /// The next chunk of each prompt, together at most `budget` tokens.
+    fn prompt_chunks(&self, mut budget: usize) -> Vec<PromptChunk<'_>> {
+        let mut chunks = Vec::new();
+        for (row, sequence) in self.running.iter().enumerate() {
+            let (start, uncached) = (sequence.num_cached(), sequence.uncached_prompt());
+            let tokens = &uncached[..uncached.len().min(budget)];
+            budget -= tokens.len();
+            if !tokens.is_empty() {
+                chunks.push(PromptChunk { row, start, tokens });
+            }
+        }
+        chunks
+    }
+
+    /// The windows of the leading sequences: those whose prompt was cached before this forward.
+    fn windows(&self) -> Vec<Window<'_>> {
+        self.running.iter().take_while(|sequence| sequence.is_decoding()).map(Sequence::window).collect()
+    }
+
+    /// Hands out the answers of finished sequences and fills the gaps that they leave, so that rows stay without gaps and
+    /// the sequences that decode stay in front.
+    fn evict_finished(&mut self, backend: &mut dyn Backend, events: &mut Events<'_>) -> Result<()> {
+        let running = &mut self.running;
+        let mut row = 0;
+        while row < running.len() {
+            if !running[row].is_finished() {
+                row += 1;
+                continue;
+            }
+            // The last decoding sequence fills the gap, and the last sequence of all fills that one's gap.
+            let last_decoding = running.iter().rposition(Sequence::is_decoding).unwrap_or(row);
+            let last = running.len() - 1;
+            running.swap(row, last_decoding);
+            running.swap(last_decoding, last);
+            if let Some(finished) = running.pop() {
+                (events.on_finished)(finished.request_index(), finished.into_answer())?;
+            }
+            for (from, to) in [(last_decoding, row), (last, last_decoding)] {
+                if from != to {
+                    backend.copy_row(from, to)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
