@@ -1,4 +1,5 @@
-//! Files and folders that appear whole or not at all: written beside, synced, renamed.
+//! Files and folders that appear whole or not at all. They are written under a temporary name in the same folder, synced to
+//! disk, and renamed, so that a crash at any moment leaves the old content or the new.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, ErrorKind, Write};
@@ -6,18 +7,18 @@ use std::path::{Path, PathBuf};
 
 use crate::{Error, Result};
 
-/// How the names of files begin that are not complete yet; a killed process leaves them.
-const UNFINISHED: &str = ".writing-";
-/// How the name begins that a folder has while another takes its place; the process and the folder's own name follow.
-const REPLACED: &str = ".old-";
+/// Prefix of files and folders that are not complete yet. A killed process leaves them behind.
+const UNFINISHED_PREFIX: &str = ".writing-";
+/// Prefix of a folder while another replaces it, followed by the process id and the folder's name.
+const REPLACED_PREFIX: &str = ".old-";
 
-/// Writes a file through `fill`; it appears under `path` only once it is complete and on disk.
+/// Writes a file through `fill`. It appears under `path` only once it is complete and on disk.
 ///
 /// # Errors
 /// What `fill` returns, and file-system errors with the path.
 pub fn write_with(path: &Path, fill: impl FnOnce(&mut BufWriter<&mut File>) -> Result<()>) -> Result<()> {
-    // A device or a pipe is written through: a file in its place would break it for everyone.
-    if fs::metadata(path).is_ok_and(|found| !found.is_file() && !found.is_dir()) {
+    // A device or a pipe is written directly: renaming a file to its path would replace it.
+    if fs::metadata(path).is_ok_and(|metadata| !metadata.is_file() && !metadata.is_dir()) {
         let mut device = fs::OpenOptions::new().write(true).open(path).map_err(Error::write(path))?;
         let mut buffer = BufWriter::new(&mut device);
         fill(&mut buffer)?;
@@ -26,7 +27,7 @@ pub fn write_with(path: &Path, fill: impl FnOnce(&mut BufWriter<&mut File>) -> R
     let folder = parent(path);
     fs::create_dir_all(folder).map_err(Error::write(folder))?;
     let mut file = tempfile::Builder::new()
-        .prefix(UNFINISHED)
+        .prefix(UNFINISHED_PREFIX)
         .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
         .tempfile_in(folder)
         .map_err(Error::write(folder))?;
@@ -52,21 +53,20 @@ pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
 /// # Errors
 /// File-system errors with the path.
 pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
-    let mut text = serde_json::to_string_pretty(value)
-        .map_err(|error| Error::file(path, format!("cannot be written as JSON: {error}")))?;
+    let mut text = serde_json::to_string_pretty(value).map_err(Error::serialization)?;
     text.push('\n');
     write(path, text.as_bytes())
 }
 
-/// Makes a folder through `fill`, which gets a temporary folder beside it; an existing folder of that name is replaced.
+/// Writes a folder through `fill`, which gets the path of a temporary folder. An existing folder `path` is replaced.
 ///
 /// # Errors
 /// What `fill` returns, and file-system errors with the path.
 pub fn write_folder_with(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let beside = parent(path);
-    fs::create_dir_all(beside).map_err(Error::write(beside))?;
-    let work = tempfile::Builder::new().prefix(UNFINISHED).tempdir_in(beside).map_err(Error::write(beside))?;
-    fill(work.path()).map_err(|error| renamed(error, work.path(), path))?;
+    let parent = parent(path);
+    fs::create_dir_all(parent).map_err(Error::write(parent))?;
+    let work = tempfile::Builder::new().prefix(UNFINISHED_PREFIX).tempdir_in(parent).map_err(Error::write(parent))?;
+    fill(work.path()).map_err(|error| with_final_path(error, work.path(), path))?;
     for entry in fs::read_dir(work.path()).map_err(Error::write(work.path()))? {
         let entry = entry.map_err(Error::write(work.path()))?.path();
         File::open(&entry).and_then(|file| file.sync_all()).map_err(Error::write(&entry))?;
@@ -74,25 +74,25 @@ pub fn write_folder_with(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) ->
     sync_folder(work.path())?;
     fs::set_permissions(work.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
         .map_err(Error::write(work.path()))?;
-    let old = path.exists().then(|| hidden_beside(path));
+    let old = path.exists().then(|| replaced_path(path));
     if let Some(old) = &old {
         fs::rename(path, old).map_err(Error::write(path))?;
     }
     if let Err(error) = fs::rename(work.path(), path) {
-        // What was there stays there.
+        // Put the old folder back.
         old.iter().try_for_each(|old| fs::rename(old, path)).map_err(Error::write(path))?;
         return Err(Error::write(path)(error));
     }
-    // It has another name now: there is nothing left to remove under the old one.
+    // The temporary folder was renamed: there is nothing left to remove.
     let _ = work.keep();
     if let Some(old) = old {
         fs::remove_dir_all(&old).map_err(Error::write(&old))?;
     }
-    sync_folder(beside)
+    sync_folder(parent)
 }
 
-/// Puts a folder in order that a killed process wrote into: what it had not finished is removed, and a folder that it was
-/// about to replace is there again. For folders in which nobody else writes at the same time.
+/// Cleans up a folder in which a killed process was writing: unfinished files are removed, and a folder that was about to be
+/// replaced gets its name back. No other process may be writing there.
 ///
 /// # Errors
 /// File-system errors with the path.
@@ -104,10 +104,10 @@ pub fn recover(folder: &Path) -> Result<()> {
     for entry in entries {
         let entry = entry.map_err(Error::io(folder))?;
         let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
-        let replaced = name.strip_prefix(REPLACED).and_then(|rest| Some(folder.join(rest.split_once('-')?.1)));
+        let replaced = name.strip_prefix(REPLACED_PREFIX).and_then(|rest| Some(folder.join(rest.split_once('-')?.1)));
         match replaced {
             Some(target) if !target.exists() => fs::rename(&path, &target).map_err(Error::write(&target))?,
-            None if !name.starts_with(UNFINISHED) => {}
+            None if !name.starts_with(UNFINISHED_PREFIX) => {}
             _ if path.is_dir() => fs::remove_dir_all(&path).map_err(Error::write(&path))?,
             _ => fs::remove_file(&path).map_err(Error::write(&path))?,
         }
@@ -115,20 +115,21 @@ pub fn recover(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The error with the name that the user knows in place of the temporary one.
-fn renamed(error: Error, work: &Path, path: &Path) -> Error {
+/// The error with the path that the user knows instead of the temporary one.
+fn with_final_path(error: Error, work: &Path, path: &Path) -> Error {
     match error {
         Error::Write { path: failed, source } => {
-            let known = failed.strip_prefix(work).map(|inside| path.join(inside)).ok();
-            Error::Write { path: known.unwrap_or(failed), source }
+            let path = failed.strip_prefix(work).map(|inside| path.join(inside)).unwrap_or(failed);
+            Error::Write { path, source }
         }
         other => other,
     }
 }
 
-fn hidden_beside(path: &Path) -> PathBuf {
+/// The name of a folder while another replaces it.
+fn replaced_path(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
-    parent(path).join(format!("{REPLACED}{}-{name}", std::process::id()))
+    parent(path).join(format!("{REPLACED_PREFIX}{}-{name}", std::process::id()))
 }
 
 fn parent(path: &Path) -> &Path {
@@ -161,9 +162,9 @@ mod tests {
     }
 
     #[test]
-    fn a_device_is_written_through_and_stays_a_device() {
+    fn a_device_is_written_directly_and_stays_a_device() {
         let dir = tempfile::tempdir().unwrap();
-        // Through links of ours, so that a test that fails replaces no device.
+        // Through links, so that a failing test replaces no device.
         let link = |device: &str| {
             let link = dir.path().join(device);
             std::os::unix::fs::symlink(Path::new("/dev").join(device), &link).unwrap();
@@ -177,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn a_place_that_cannot_be_written_is_named() {
+    fn a_path_that_cannot_be_written_is_named() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("file"), "").unwrap();
         let path = dir.path().join("file/run/numbers.json");
@@ -189,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_fails_is_named_as_the_user_knows_it() {
+    fn an_error_in_a_folder_names_the_final_path() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("step-1");
         let full = |work: &Path| Err(Error::write(work.join("weights"))(ErrorKind::StorageFull.into()));
@@ -199,10 +200,10 @@ mod tests {
     }
 
     #[test]
-    fn what_a_killed_process_left_is_put_in_order() {
+    fn what_a_killed_process_left_is_cleaned_up() {
         let dir = tempfile::tempdir().unwrap();
         let put = |name: &str| write(&dir.path().join(name).join("weights"), name.as_bytes()).unwrap();
-        // Killed before the new folder had its name, and killed before the old one was gone.
+        // Killed before the new folder was renamed, and killed before the old one was removed.
         ["step-1", ".old-77-step-1", ".old-77-my-final", ".writing-abc"].into_iter().for_each(put);
         write(&dir.path().join(".writing-def"), b"half").unwrap();
         write(&dir.path().join("mine.txt"), b"x").unwrap();

@@ -1,22 +1,30 @@
-//! Chat templates (Jinja, as `transformers` renders them).
+//! Chat templates: Jinja programs in a model's tokenizer files that turn a conversation into a prompt. They are written for
+//! `transformers`, so that its settings of Jinja and the functions it adds are reproduced here, byte for byte.
+
+use std::sync::LazyLock;
 
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Kwargs, Serde};
 use minijinja::{Environment, ErrorKind, Value, context};
+use regex::Regex;
 use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
+
+/// The tag by which `transformers` marks the assistant's text. An `if true` renders the same text, and keeps the effect that
+/// the tag's dashes and line end have on the white space around it.
+static GENERATION_TAG: LazyLock<Regex> =
+    LazyLock::new(|| Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}").expect("the pattern is valid"));
 
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
     /// `system`, `user` or `assistant`.
     pub role: String,
-    /// Its text.
     pub content: String,
 }
 
-/// A compiled chat template with the special tokens that it may name.
+/// A compiled chat template with the special tokens that it may use.
 pub struct ChatTemplate {
     environment: Environment<'static>,
     bos_token: String,
@@ -27,28 +35,20 @@ impl ChatTemplate {
     /// Compiles a template.
     ///
     /// # Errors
-    /// When it is no Jinja that this engine reads.
+    /// When the template is not valid Jinja.
     pub fn new(source: &str, bos_token: &str, eos_token: &str) -> Result<Self> {
-        let syntax = SyntaxConfig::builder()
-            .trim_blocks(true)
-            .lstrip_blocks(true)
-            .build()
-            .map_err(|error| Error::usage(format!("chat template: {error}")))?;
+        let syntax = SyntaxConfig::builder().trim_blocks(true).lstrip_blocks(true).build();
         let mut environment = Environment::new();
-        environment.set_syntax(syntax);
+        environment.set_syntax(syntax.expect("the syntax is valid"));
         environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         environment.add_function("raise_exception", |message: String| -> std::result::Result<String, _> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
         });
         environment
             .add_function("strftime_now", |format: String| jiff::ZonedDateTime::now().strftime(&format).to_string());
-        // minijinja's own filter escapes `<` and the like for HTML, which transformers does not.
+        // minijinja's own filter escapes `<` and others for HTML; transformers does not.
         environment.add_filter("tojson", to_json);
-        // transformers marks the assistant's text with a tag of its own. An `if` in its place renders the same text, and
-        // keeps what the tag's dashes and line end do to the white space around it.
-        let marker = regex::Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
-            .map_err(|error| Error::usage(format!("chat template: {error}")))?;
-        let source = marker.replace_all(source, |tag: &regex::Captures<'_>| {
+        let source = GENERATION_TAG.replace_all(source, |tag: &regex::Captures<'_>| {
             let word = if tag.get(2).is_some() { "endif" } else { "if true" };
             format!("{{%{} {word} {}%}}", &tag[1], &tag[3])
         });
@@ -59,10 +59,10 @@ impl ChatTemplate {
         Ok(ChatTemplate { environment, bos_token: bos_token.to_owned(), eos_token: eos_token.to_owned() })
     }
 
-    /// The conversation as the model's prompt; `add_generation_prompt` opens the assistant's turn.
+    /// Renders a conversation as the model's prompt. `add_generation_prompt` opens the assistant's turn.
     ///
     /// # Errors
-    /// When the template refuses the conversation (`raise_exception`).
+    /// When the template rejects the conversation (`raise_exception`).
     pub fn render(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
         let values = context! {
             messages => Value::from(Serde(messages)),
@@ -73,10 +73,11 @@ impl ChatTemplate {
         self.environment
             .get_template("chat")
             .and_then(|template| template.render(values))
-            .map_err(|error| Error::usage(format!("the chat template refuses the conversation: {error:#}")))
+            .map_err(|error| Error::usage(format!("the chat template rejects the conversation: {error:#}")))
     }
 }
 
+/// The `tojson` filter, with the output of Python's `json.dumps`.
 fn to_json(value: Value, options: Kwargs) -> std::result::Result<String, minijinja::Error> {
     let indent: Option<usize> = options.get("indent")?;
     let failed = |error: serde_json::Error| minijinja::Error::new(ErrorKind::BadSerialization, error.to_string());
@@ -128,7 +129,7 @@ mod tests {
     }
 
     #[test]
-    fn exceptions_json_and_python_methods() {
+    fn exceptions_json_and_python_methods_work() {
         let template = ChatTemplate::new(
             "{% if messages|length > 1 %}{{ raise_exception('one only') }}{% endif %}{{ messages[0].content.strip() }} {{ {'a': '<'} | tojson }}",
             "",

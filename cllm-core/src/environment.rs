@@ -1,4 +1,5 @@
-//! What machine the figures come from.
+//! The machine and the versions that a measurement comes from. They are saved with every result, since a speed means nothing
+//! without them.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -6,12 +7,13 @@ use std::process::Command;
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
-/// The machine.
+use crate::progress::count;
+
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hardware {
     /// `cpu` or `cuda:N`.
     pub device: String,
-    /// Name of the GPU that was used.
+    /// Model name of the GPU that was used, null on the CPU.
     pub gpu: Option<String>,
     /// Model name of the processor.
     pub cpu: String,
@@ -19,60 +21,58 @@ pub struct Hardware {
     pub cores: usize,
     /// Threads that libtorch uses for one operation.
     pub threads: i64,
-    /// Type of weights and activations.
+    /// Type of weights and activations: `bfloat16` or `float32`.
     pub dtype: String,
 }
 
-/// A GPU as its driver names it.
+/// A GPU as its driver lists it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Gpu {
-    /// Its name.
     pub name: String,
-    /// Its memory as the driver writes it.
+    /// With its unit: `81559 MiB`.
     pub memory: String,
 }
 
-/// Versions that the figures come from.
+/// Versions of the software.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Toolkit {
-    /// Of this toolkit.
     pub version: String,
-    /// Of libtorch.
     pub libtorch: Option<String>,
 }
 
 impl Toolkit {
-    /// Those of this process.
+    /// The versions of this process.
     pub fn current() -> Self {
         Toolkit { version: crate::VERSION.to_owned(), libtorch: libtorch_version() }
     }
 }
 
 impl Hardware {
-    /// This machine, when `device` is used.
+    /// This machine with `device` in use.
     pub fn detect(device: Device) -> Self {
         let (name, gpu) = match device {
-            Device::Cuda(index) => (format!("cuda:{index}"), gpus().into_iter().nth(index).map(|gpu| gpu.name)),
+            Device::Cuda(index) => (format!("cuda:{index}"), list_gpus().into_iter().nth(index).map(|gpu| gpu.name)),
             _ => ("cpu".to_owned(), None),
         };
         let dtype = if device.is_cuda() { "bfloat16" } else { "float32" };
         let threads = i64::from(tch::get_num_threads());
-        Hardware { device: name, gpu, cpu: cpu_name(), cores: cores(), threads, dtype: dtype.to_owned() }
+        Hardware { device: name, gpu, cpu: cpu_name(), cores: num_cores(), threads, dtype: dtype.to_owned() }
     }
 
-    /// In one line.
+    /// One line for tables and reports.
     pub fn summary(&self) -> String {
         let gpu = self.gpu.as_ref().map(|name| format!("{name}; ")).unwrap_or_default();
-        format!("{}: {gpu}{}, {} cores, {} threads, {}", self.device, self.cpu, self.cores, self.threads, self.dtype)
+        let (cores, threads) = (count(self.cores, "core"), count(self.threads, "thread"));
+        format!("{}: {gpu}{}, {cores}, {threads}, {}", self.device, self.cpu, self.dtype)
     }
 }
 
-/// Processors that this process may use.
-pub fn cores() -> usize {
+/// Number of processors that this process may use.
+pub fn num_cores() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// Model name of the processor.
+/// Model name of the processor, or its architecture where Linux does not know the name.
 pub fn cpu_name() -> String {
     let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     text.lines()
@@ -81,8 +81,8 @@ pub fn cpu_name() -> String {
         .map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, name)| name.trim().to_owned())
 }
 
-/// The GPUs that the NVIDIA driver names; none where there is no driver.
-pub fn gpus() -> Vec<Gpu> {
+/// The GPUs that the NVIDIA driver lists; none where there is no driver.
+pub fn list_gpus() -> Vec<Gpu> {
     let output = Command::new("nvidia-smi").args(["--query-gpu=name,memory.total", "--format=csv,noheader"]).output();
     let Ok(output) = output else { return Vec::new() };
     if !output.status.success() {
@@ -102,7 +102,7 @@ pub fn libtorch_folder() -> Option<PathBuf> {
     Some(PathBuf::from(&line[line.find('/')?..]).parent()?.to_owned())
 }
 
-/// Version of the loaded libtorch, as its own files give it.
+/// Version of the loaded libtorch: from version.py of a Python wheel, or from build-version of a C++ archive.
 pub fn libtorch_version() -> Option<String> {
     let root = libtorch_folder()?.parent()?.to_owned();
     if let Ok(text) = std::fs::read_to_string(root.join("version.py")) {

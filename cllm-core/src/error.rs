@@ -135,8 +135,8 @@ fn torch_message(error: &tch::TchError) -> String {
     let first_line = text.lines().next().unwrap_or_default();
     if text.contains("out of memory") {
         format!(
-            "{first_line}: give a batch fewer tokens or rows, or lower the length limits; training also takes less with a larger \
-             `checkpointed_layers`, `optimizer.state_dtype: bfloat16` or `lora` (`cllm-train plan` tells how much)"
+            "{first_line}: lower the batch size or the length limits; training also needs less memory with more \
+             `checkpointed_layers`, with `optimizer.state_dtype=bfloat16` or with `lora` (`cllm-train plan` shows how much)"
         )
     } else {
         format!("libtorch: {first_line}")

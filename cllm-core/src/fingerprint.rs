@@ -1,11 +1,12 @@
-//! Short names of contents: the same bytes give the same fingerprint on every machine.
+//! Short hashes (16 hex digits of BLAKE3) that say whether two files or runs are the same, and random numbers derived from
+//! names, which do not depend on the order of the work.
 
 use std::fs::File;
 use std::path::Path;
 
 use crate::{Error, Result};
 
-/// Fingerprint of some files in the order given: 16 hex digits of BLAKE3 over names, lengths and contents.
+/// Hash of the names, lengths and contents of some files, in the order given.
 ///
 /// # Errors
 /// When a file cannot be read.
@@ -21,7 +22,7 @@ pub fn hash_files<P: AsRef<Path>>(paths: &[P]) -> Result<String> {
     Ok(hasher.finalize().to_hex()[..16].to_owned())
 }
 
-/// Fingerprint of a file's contents, whatever its name: 16 hex digits of BLAKE3.
+/// Hash of a file's contents, whatever its name.
 ///
 /// # Errors
 /// When the file cannot be read.
@@ -31,18 +32,17 @@ pub fn hash_contents(path: &Path) -> Result<String> {
     Ok(hasher.finalize().to_hex()[..16].to_owned())
 }
 
-/// Fingerprint of some bytes: 16 hex digits of BLAKE3.
 pub fn hash_bytes(bytes: &[u8]) -> String {
     blake3::hash(bytes).to_hex()[..16].to_owned()
 }
 
-/// A random generator of its own for each (seed, name, index), so that what is drawn does not depend on the order of
-/// work and no generator state is ever saved.
+/// A random generator for one (seed, name, index). What is drawn does not depend on what was drawn for others, so that no
+/// generator state is ever saved.
 pub fn derive_rng(seed: u64, name: &str, index: u64) -> rand_chacha::ChaCha8Rng {
     rand::SeedableRng::from_seed(*hash(seed, name, index).as_bytes())
 }
 
-/// A number of its own for each (seed, name).
+/// A seed for one (seed, name).
 pub fn derive_seed(seed: u64, name: &str) -> u64 {
     let mut first = [0; 8];
     first.copy_from_slice(&hash(seed, name, u64::MAX).as_bytes()[..8]);

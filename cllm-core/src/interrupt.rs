@@ -1,29 +1,30 @@
-//! Signals: the first SIGINT or SIGTERM asks to stop after the work in hand is saved, the second stops at once.
+//! Signals: the first SIGINT or SIGTERM asks the program to save the work in hand and stop; the second ends it at once.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, LazyLock};
 
 pub use signal_hook::consts::SIGTERM;
 use signal_hook::consts::{SIGINT, SIGXFSZ};
 
 use crate::{Error, Result};
 
-static REQUESTED: std::sync::LazyLock<Arc<AtomicUsize>> = std::sync::LazyLock::new(Default::default);
-/// Whether a SIGINT came already: the next ends the process.
-static SECOND: std::sync::LazyLock<Arc<AtomicBool>> = std::sync::LazyLock::new(Default::default);
+/// The signal that asked to stop, 0 for none.
+static REQUESTED: LazyLock<Arc<AtomicUsize>> = LazyLock::new(Default::default);
+/// Whether a SIGINT came already, so that the next one ends the process.
+static SIGINT_RECEIVED: LazyLock<Arc<AtomicBool>> = LazyLock::new(Default::default);
 
-/// Installs the handlers; call once, first thing in `main`. A file that grows past the limit of the process is an error
-/// of the write then, and no longer kills the process without a word.
+/// Installs the handlers; call once, first thing in `main`. SIGXFSZ is caught too, so that a file that grows past the
+/// process's limit is an error of the write instead of a silent death.
 ///
 /// # Errors
 /// When the system refuses a handler.
 pub fn install() -> Result<()> {
     let refused = |signal| move |error| Error::environment(format!("cannot handle signal {signal}: {error}"));
     for signal in [SIGINT, SIGTERM] {
-        let second = if signal == SIGINT { Arc::clone(&SECOND) } else { Arc::default() };
-        let code = 128 + signal;
-        signal_hook::flag::register_conditional_shutdown(signal, code, Arc::clone(&second))
-            .and_then(|_| signal_hook::flag::register(signal, second))
+        let received = if signal == SIGINT { Arc::clone(&SIGINT_RECEIVED) } else { Arc::default() };
+        let exit_code = 128 + signal;
+        signal_hook::flag::register_conditional_shutdown(signal, exit_code, Arc::clone(&received))
+            .and_then(|_| signal_hook::flag::register(signal, received))
             .and_then(|_| signal_hook::flag::register_usize(signal, Arc::clone(&REQUESTED), signal as usize))
             .map_err(refused(signal))?;
     }
@@ -38,16 +39,16 @@ pub fn requested() -> Option<i32> {
     }
 }
 
-/// Goes on after a SIGINT that ended only what was in hand: whether there was one.
+/// Forgets a SIGINT, for a program in which Ctrl-C ends a part of the work only. Returns whether there was one.
 pub fn clear_sigint() -> bool {
-    let forgiven = REQUESTED.compare_exchange(SIGINT as usize, 0, Ordering::Relaxed, Ordering::Relaxed).is_ok();
-    if forgiven {
-        SECOND.store(false, Ordering::Relaxed);
+    let cleared = REQUESTED.compare_exchange(SIGINT as usize, 0, Ordering::Relaxed, Ordering::Relaxed).is_ok();
+    if cleared {
+        SIGINT_RECEIVED.store(false, Ordering::Relaxed);
     }
-    forgiven
+    cleared
 }
 
-/// Ends the work with [`Error::Interrupted`] once a signal asked to stop.
+/// Ends the work once a signal asked to stop: to be called wherever the work can be left.
 ///
 /// # Errors
 /// [`Error::Interrupted`].

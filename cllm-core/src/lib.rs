@@ -1,4 +1,5 @@
-//! What `cllm-data`, `cllm-train` and `cllm-eval` share: a prompt, a forward pass and a score are defined once, here.
+//! What `cllm-data`, `cllm-train` and `cllm-eval` share: models, decoding, trajectories and tasks, so that a prompt, a forward
+//! pass and a score are defined once.
 
 pub mod atomic_file;
 pub mod bench_results;
@@ -19,6 +20,7 @@ pub mod progress;
 pub mod prompt_set;
 pub mod sandbox;
 pub mod settings;
+pub mod statistics;
 pub mod task;
 pub mod text_file;
 pub mod tokenizer;

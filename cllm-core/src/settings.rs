@@ -1,8 +1,8 @@
 //! Typed configuration: default < YAML file < environment < `section.key=value`.
 //!
 //! A settings struct derives `Serialize`, `Deserialize` (with `#[serde(default, deny_unknown_fields)]`), `Default`,
-//! `garde::Validate` and, for its reference, `schemars::JsonSchema`. The file is parsed straight into the struct, so that errors show its line; the other layers are
-//! laid over the resulting value.
+//! `garde::Validate` and, for its reference, `schemars::JsonSchema`. The file is parsed straight into the struct, so that an
+//! error has its line; the other layers change single keys of the resulting value.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -14,89 +14,86 @@ use serde_json::{Map, Value};
 
 use crate::{Error, Result, progress, text_file};
 
+mod keys;
 mod layers;
 mod reference;
+mod refusal;
 
+use keys::{all_keys, did_you_mean, to_value};
 pub use layers::ENVIRONMENT_PREFIX;
-use layers::{Refused, from_environment, set};
+use layers::{Assignment, Refused, from_environment};
 pub use reference::reference;
+use refusal::{lines_of_invalid_keys, parse};
 
 /// Loads settings from an optional file, the environment and `overrides`.
 ///
 /// # Errors
-/// [`Error::Usage`] naming file and line, variable or override, with the nearest key where one is unknown.
+/// [`Error::Usage`] that names file and line, variable or override, with the nearest key where one is unknown.
 pub fn load<T>(file: Option<&Path>, overrides: &[String]) -> Result<T>
 where
     T: Serialize + DeserializeOwned + Default + Validate<Context = ()>,
 {
-    let text = file.map(text_file::read).transpose()?;
-    let base: T = match (file, &text) {
-        (Some(path), Some(text)) => parse(text, &path.display().to_string())?,
-        _ => T::default(),
+    let file = file.map(|path| Ok::<_, Error>((path, text_file::read(path)?))).transpose()?;
+    let base: T = match &file {
+        Some((path, text)) => parse(path, text)?,
+        None => T::default(),
     };
     let mut value = to_value(&base)?;
-    if let (Some(path), Some(text)) = (file, &text) {
-        finite::<T>(&value, path, text)?;
-    }
     let mut layers = Vec::new();
-    for (origin, assignment) in from_environment(std::env::vars_os())? {
-        match set::<T>(&mut value, &assignment) {
-            // The programs share their prefix, and verbs have settings of their own: what is meant for one is no fault of
-            // another. A slip of the hand is seen all the same.
-            Err(Refused::Unknown(message)) => {
-                progress::log(format!("{origin} is passed over: {message}"));
+    for assignment in from_environment(std::env::vars_os())? {
+        match assignment.apply::<T>(&mut value) {
+            // All verbs and programs read the same environment: a key that this verb lacks may be meant for another. A
+            // misspelt one is seen all the same.
+            Err(Refused::UnknownKey(message)) => {
+                progress::log(format!("{} is ignored: {message}", assignment.origin));
                 continue;
             }
-            other => other.map_err(|refused| refused.into_error(&origin))?,
+            other => other.map_err(|refused| refused.into_error(&assignment.origin))?,
         }
-        layers.push((origin, assignment));
+        layers.push(assignment);
     }
-    for assignment in overrides {
-        let origin = format!("override `{assignment}`");
-        set::<T>(&mut value, assignment).map_err(|refused| refused.into_error(&origin))?;
-        layers.push((origin, assignment.clone()));
+    for text in overrides {
+        let assignment = Assignment::from_override(text);
+        assignment.apply::<T>(&mut value).map_err(|refused| refused.into_error(&assignment.origin))?;
+        layers.push(assignment);
     }
-    let settings: T = serde_path_to_error::deserialize(&value)
-        .map_err(|error| Error::usage(format!("{}: {}", error.path(), error.inner())))?;
+    let settings: T = from_value(&value)?;
     settings.validate().map_err(|report| {
-        let in_file = file.zip(text.as_deref()).map(|(path, text)| (path, lines_of_invalid::<T>(text)));
-        let lines = report.iter().map(|(path, error)| {
-            let origin = origin(&path.to_string(), &layers, in_file.as_ref());
-            origin + &out_of_range(&value, &path.to_string(), &error.to_string())
-        });
+        let in_file = file.as_ref().map(|(path, text)| (*path, lines_of_invalid_keys::<T>(text)));
+        let lines = report
+            .iter()
+            .map(|(path, error)| invalid(&value, &path.to_string(), &error.to_string(), &layers, in_file.as_ref()));
         Error::usage(lines.collect::<Vec<_>>().join("\n"))
     })?;
     Ok(settings)
 }
 
-/// Settings in which what `over` names, section by section, is as it says, and all else as in `base`.
+/// `base` with the values of `changes`, which has the same sections and keys. Ranges are left to the caller.
 ///
 /// # Errors
-/// [`Error::Usage`] naming the key, with the nearest where it is unknown. Ranges are left to the caller.
-pub fn merge<T: Serialize + DeserializeOwned>(base: &T, over: &Map<String, Value>) -> Result<T> {
+/// [`Error::Usage`] that names the key, with the nearest one where it is unknown.
+pub fn merge<T: Serialize + DeserializeOwned>(base: &T, changes: &Map<String, Value>) -> Result<T> {
     let mut value = to_value(base)?;
     let keys = all_keys(&value);
-    lay(&mut value, over, "", &keys)?;
-    serde_path_to_error::deserialize(&value)
-        .map_err(|error| Error::usage(format!("{}: {}", error.path(), error.inner())))
+    merge_section(&mut value, changes, "", &keys)?;
+    from_value(&value)
 }
 
-fn lay(base: &mut Value, over: &Map<String, Value>, prefix: &str, keys: &[String]) -> Result<()> {
-    for (key, value) in over {
+fn merge_section(base: &mut Value, changes: &Map<String, Value>, prefix: &str, keys: &[String]) -> Result<()> {
+    for (key, value) in changes {
         let path = format!("{prefix}{key}");
         match (base.get_mut(key), value) {
-            (None, _) => {
-                let hint = nearest(&path, keys).map(|key| format!("; did you mean `{key}`?")).unwrap_or_default();
-                return Err(Error::usage(format!("unknown key `{path}`{hint}")));
+            (None, _) => return Err(Error::usage(format!("unknown key `{path}`{}", did_you_mean(&path, keys)))),
+            (Some(section @ Value::Object(_)), Value::Object(inner)) => {
+                merge_section(section, inner, &format!("{path}."), keys)?;
             }
-            (Some(section @ Value::Object(_)), Value::Object(inner)) => lay(section, inner, &format!("{path}."), keys)?,
-            (Some(place), value) => *place = value.clone(),
+            (Some(current), value) => *current = value.clone(),
         }
     }
     Ok(())
 }
 
-/// A rule of paths that must be given.
+/// A garde rule for paths that have no default.
 ///
 /// # Errors
 /// For an empty path.
@@ -107,111 +104,36 @@ pub fn required_path(path: &Path, _: &()) -> garde::Result {
 /// The settings as YAML, to be saved with a run.
 ///
 /// # Errors
-/// When they cannot be written as YAML.
+/// [`Error::Internal`] when they cannot be written as YAML.
 pub fn to_yaml(settings: &impl Serialize) -> Result<String> {
-    serde_saphyr::to_string(settings).map_err(|error| Error::usage(format!("settings as YAML: {error}")))
+    serde_saphyr::to_string(settings).map_err(Error::serialization)
 }
 
-fn parse<T: Serialize + DeserializeOwned + Default>(text: &str, name: &str) -> Result<T> {
-    serde_saphyr::from_str(text).map_err(|error| {
-        let message = error.to_string();
-        let hint = unknown_field(&message)
-            .and_then(|key| nearest(&key, &all_keys(&to_value(&T::default()).ok()?)))
-            .map(|key| format!("\ndid you mean `{key}`?"))
-            .unwrap_or_default();
-        Error::usage(format!("{name}: {message}{hint}"))
-    })
+fn from_value<T: DeserializeOwned>(value: &Value) -> Result<T> {
+    refusal::check(value).map_err(Error::usage)
 }
 
-fn unknown_field(message: &str) -> Option<String> {
-    let rest = message.split_once("unknown field `")?.1;
-    Some(rest.split_once('`')?.0.to_owned())
-}
-
-fn to_value(settings: &impl Serialize) -> Result<Value> {
-    serde_json::to_value(settings).map_err(|error| Error::usage(format!("settings: {error}")))
-}
-
-/// Refuses numbers of a file that are not finite: no rule of a range does, and JSON has none.
-fn finite<T: DeserializeOwned>(value: &Value, file: &Path, text: &str) -> Result<()> {
-    let Err(error) = serde_path_to_error::deserialize::<_, T>(value) else { return Ok(()) };
-    let path = error.path().to_string();
-    let key = format!("{}:", path.rsplit('.').next().unwrap_or_default());
-    let infinite = |line: &str| {
-        let (_, rest) = line.split_once(&key)?;
-        let number = rest.trim_start().split([',', '}', ' ', '#']).next()?.parse::<f64>();
-        Some(!number.is_ok_and(f64::is_finite))
-    };
-    let line = text
-        .lines()
-        .position(|line| infinite(line) == Some(true))
-        .map(|index| format!(", line {}", index + 1))
-        .unwrap_or_default();
-    Err(Error::usage(format!("{}{line}: {path}: expected a finite number", file.display())))
-}
-
-fn check<T: DeserializeOwned>(value: &Value) -> std::result::Result<(), String> {
-    serde_path_to_error::deserialize::<_, T>(value)
-        .map(drop)
-        .map_err(|error| format!("{}: {}", error.path(), error.inner()))
-}
-
-/// Every key with its full path.
-fn all_keys(value: &Value) -> Vec<String> {
-    let mut keys = Vec::new();
-    if let Value::Object(object) = value {
-        for (key, inner) in object {
-            keys.push(key.clone());
-            keys.extend(all_keys(inner).into_iter().map(|rest| format!("{key}.{rest}")));
-        }
-    }
-    keys
-}
-
-/// The key most like `wanted`, by its full path or by its last part.
-fn nearest(wanted: &str, keys: &[String]) -> Option<String> {
-    let likeness = |key: &String| {
-        let last = key.rsplit('.').next().unwrap_or(key);
-        let full = strsim::jaro_winkler(wanted, key);
-        if wanted.contains('.') { full } else { full.max(strsim::jaro_winkler(wanted, last)) }
-    };
-    let best = keys.iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
-    (likeness(best) > 0.75).then(|| best.clone())
-}
-
-/// A value that is not allowed, or not there: `optimizer.lr=3: greater than 1`.
-fn out_of_range(settings: &Value, path: &str, error: &str) -> String {
+/// The message on a value that no rule allows, or that is missing.
+fn invalid(
+    settings: &Value,
+    path: &str,
+    error: &str,
+    layers: &[Assignment],
+    in_file: Option<&(&Path, BTreeMap<String, u64>)>,
+) -> String {
     let value = path.split('.').fold(settings, |value, key| &value[key]);
     if value.as_str() == Some("") || value.as_array().is_some_and(Vec::is_empty) {
         return format!("{path} is not set: add `{path}=...` to the command, or `{path}:` to the settings file");
     }
-    format!("{path}={value}: {error}")
-}
-
-/// Where the value of `path` was given, as the beginning of a message.
-fn origin(path: &str, layers: &[(String, String)], file: Option<&(&Path, BTreeMap<String, String>)>) -> String {
-    let sets = |assignment: &str| assignment.split_once('=').is_some_and(|(key, _)| path.starts_with(key));
-    if let Some((origin, _)) = layers.iter().rfind(|(_, assignment)| sets(assignment)) {
-        return format!("{origin}: ");
+    let layer = layers.iter().rfind(|layer| path.starts_with(&layer.path));
+    let line = in_file.and_then(|(file, lines)| Some((file, lines.get(path)?)));
+    match (layer, line) {
+        // The origin shows the key and its value already.
+        (Some(layer), _) if layer.is_override && layer.path == path => format!("{}: {error}", layer.origin),
+        (Some(layer), _) => format!("{}: {path}={value}: {error}", layer.origin),
+        (None, Some((file, line))) => format!("{}, line {line}: {path}={value}: {error}", file.display()),
+        (None, None) => format!("{path}={value}: {error}"),
     }
-    let line = |(file, lines): &(&Path, BTreeMap<String, String>)| {
-        lines.get(path).map(|line| format!("{}, line {line}: ", file.display()))
-    };
-    file.and_then(line).unwrap_or_default()
-}
-
-/// The line in the file of each value that is not allowed. The parser alone knows it, and tells it in words:
-/// `validation error at optimizer.lr: greater than 1 at line 2, column 7`.
-fn lines_of_invalid<T: DeserializeOwned + Validate<Context = ()>>(text: &str) -> BTreeMap<String, String> {
-    let options = serde_saphyr::options! { with_snippet: false };
-    let Err(error) = serde_saphyr::from_str_with_options_valid::<T>(text, options) else { return BTreeMap::new() };
-    let message = error.to_string();
-    let issue = |line: &str| {
-        let (path, rest) = line.strip_prefix("validation error at ")?.split_once(": ")?;
-        let (line, _) = rest.rsplit_once(" at line ")?.1.split_once(',')?;
-        Some((path.to_owned(), line.to_owned()))
-    };
-    message.lines().filter_map(issue).collect()
 }
 
 #[cfg(test)]
@@ -277,46 +199,48 @@ mod tests {
     #[test]
     fn a_misspelt_key_in_a_file_shows_its_line_and_the_nearest() {
         let message = with_file("optimizer:\n  lrr: 0.2\n", &[]).unwrap_err().to_string();
-        assert!(message.contains("run.yaml") && message.contains('2'), "{message}");
-        assert!(message.contains("did you mean `optimizer.lr`"), "{message}");
+        assert!(
+            message.ends_with("run.yaml, line 2: unknown key `optimizer.lrr`; did you mean `optimizer.lr`?"),
+            "{message}"
+        );
     }
 
     #[test]
     fn a_misspelt_override_names_the_nearest_key() {
         let message = with_file("", &["optimiser.lr=1"]).unwrap_err().to_string();
-        assert!(message.contains("did you mean `optimizer.lr`"), "{message}");
+        assert_eq!(message, "`optimiser.lr=1`: unknown key `optimiser.lr`; did you mean `optimizer.lr`?");
     }
 
     #[test]
     fn wrong_types_and_ranges_are_refused() {
         let wrong = with_file("", &["optimizer.lr=fast"]).unwrap_err().to_string();
-        assert!(wrong.contains("optimizer.lr"), "{wrong}");
+        assert_eq!(wrong, "`optimizer.lr=fast`: optimizer.lr: expected a number");
         let range = with_file("output: x\noptimizer:\n  lr: 3\n", &[]).unwrap_err().to_string();
         assert!(range.ends_with("run.yaml, line 3: optimizer.lr=3.0: greater than 1"), "{range}");
         let range = with_file("optimizer:\n  lr: 3\n", &["optimizer.lr=-1"]).unwrap_err().to_string();
-        assert_eq!(range, "override `optimizer.lr=-1`: optimizer.lr=-1: lower than 0");
+        assert_eq!(range, "`optimizer.lr=-1`: lower than 0");
     }
 
     #[test]
-    fn a_part_of_the_settings_is_laid_over_the_rest() {
+    fn some_keys_can_be_changed_and_the_rest_stays() {
         let base = Top { output: Some("x".into()), ..Top::default() };
-        let over = |text: &str| merge(&base, serde_json::from_str::<Value>(text).unwrap().as_object().unwrap());
-        let top = over(r#"{"optimizer": {"lr": 0.5}, "init": {"layers": 2}}"#).unwrap();
+        let merged = |text: &str| merge(&base, serde_json::from_str::<Value>(text).unwrap().as_object().unwrap());
+        let top = merged(r#"{"optimizer": {"lr": 0.5}, "init": {"layers": 2}}"#).unwrap();
         assert_eq!((top.optimizer.lr, top.output.as_deref()), (0.5, Some("x")));
         assert_eq!(top.init, Some(Init { tokenizer: String::new(), layers: 2 }));
-        assert_eq!(over(r#"{"output": null}"#).unwrap(), Top { output: None, ..Top::default() });
+        assert_eq!(merged(r#"{"output": null}"#).unwrap(), Top { output: None, ..Top::default() });
         for (text, part) in [
             (r#"{"optimizer": {"lrr": 0.5}}"#, "unknown key `optimizer.lrr`; did you mean `optimizer.lr`?"),
-            (r#"{"init": {"layer": 2}}"#, "init.layer: unknown field"),
-            (r#"{"optimizer": {"lr": "fast"}}"#, "optimizer.lr: invalid type"),
+            (r#"{"init": {"layer": 2}}"#, "unknown key `init.layer`; did you mean `init.layers`?"),
+            (r#"{"optimizer": {"lr": "fast"}}"#, "optimizer.lr: expected a number"),
         ] {
-            let message = over(text).unwrap_err().to_string();
+            let message = merged(text).unwrap_err().to_string();
             assert!(message.contains(part), "{message}");
         }
     }
 
     #[test]
-    fn text_is_taken_as_it_is() {
+    fn text_needs_no_quotes() {
         for (given, text) in
             [("y", "y"), ("x # c", "x # c"), ("2024", "2024"), ("a: b # c", "a: b # c"), ("[a", "[a"), ("'2 x'", "2 x")]
         {
@@ -341,7 +265,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_that_are_not_finite_are_told_by_their_line() {
+    fn numbers_that_are_not_finite_are_refused_with_their_line() {
         for number in [".nan", ".inf", "-.inf"] {
             let message = with_file(&format!("output: x\noptimizer: {{lr: {number}}}\n"), &[]).unwrap_err().to_string();
             assert!(
@@ -350,11 +274,11 @@ mod tests {
             );
         }
         let message = with_file("", &["optimizer.lr=.nan"]).unwrap_err().to_string();
-        assert!(message.contains("override `optimizer.lr=.nan`") && message.contains("optimizer.lr"), "{message}");
+        assert_eq!(message, "`optimizer.lr=.nan`: expected a finite number");
     }
 
     #[test]
-    fn what_must_be_given_is_asked_for() {
+    fn a_missing_value_is_asked_for() {
         let missing = with_file("", &["name=''"]).unwrap_err().to_string();
         assert!(missing.contains("name is not set: add `name=...`"), "{missing}");
     }

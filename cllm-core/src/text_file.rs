@@ -1,10 +1,10 @@
-//! Text files, read whole; one that is no text is told by file and line.
+//! Text files, read whole. A file that is not UTF-8 is refused with the line, since no editor shows the byte.
 
 use std::path::Path;
 
 use crate::{Error, Result};
 
-/// The text of a file.
+/// Reads a text file.
 ///
 /// # Errors
 /// When it cannot be read, or is not UTF-8.
@@ -12,14 +12,14 @@ pub fn read(path: &Path) -> Result<String> {
     decode(path, 1, std::fs::read(path).map_err(Error::io(path))?)
 }
 
-/// Bytes that stand in a file from a line on, as text.
+/// Decodes bytes that begin in `line` (from 1) of the file `path`.
 ///
 /// # Errors
 /// Names the line that is not UTF-8.
 pub(crate) fn decode(path: &Path, line: usize, bytes: Vec<u8>) -> Result<String> {
     String::from_utf8(bytes).map_err(|error| {
-        let good = &error.as_bytes()[..error.utf8_error().valid_up_to()];
-        let line = line + good.iter().filter(|&&byte| byte == b'\n').count();
+        let valid = &error.as_bytes()[..error.utf8_error().valid_up_to()];
+        let line = line + valid.iter().filter(|&&byte| byte == b'\n').count();
         Error::file(path, format!("line {line} is not UTF-8: save the file as UTF-8 text, or name another"))
     })
 }
@@ -29,7 +29,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_no_text_is_told_by_its_line() {
+    fn a_file_that_is_not_utf8_is_refused_with_the_line() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("run.yaml");
         std::fs::write(&path, "a: 1\nb: ü\n").unwrap();

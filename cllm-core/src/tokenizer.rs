@@ -1,9 +1,11 @@
-//! A model's tokenizer with its chat template and the ids that end an answer.
+//! A model's tokenizer with its chat template and the ids that end an answer. Models scatter these over several files, and
+//! some forget to name the token that ends a turn; everything that the programs need to know of them is gathered here once.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
+use tokenizers::tokenizer::step_decode_stream;
 
 use crate::chat_template::{ChatTemplate, Message};
 use crate::checkpoint::base_folder;
@@ -12,77 +14,64 @@ use crate::{Error, Result, atomic_file, fingerprint, text_file};
 
 const TOKENIZER: &str = "tokenizer.json";
 const GENERATION: &str = "generation_config.json";
-/// Files of a model folder that belong to its tokenizer.
+/// The files of a model folder that belong to its tokenizer.
 const FILES: [&str; 5] =
     [TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", GENERATION, "chat_template.jinja"];
-/// Tokens that end a turn in widespread chat formats; some configurations forget to name them as EOS.
+/// Tokens that end a turn in widespread chat formats. Some configurations do not list them as EOS.
 const TURN_ENDS: [&str; 3] = ["<|im_end|>", "<|eot_id|>", "<|end|>"];
 
-/// Tokenizer of a model folder.
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
     template: Option<ChatTemplate>,
-    /// Text of the token that ends the assistant's turn.
-    end_of_turn: Option<i32>,
+    /// The id that ends the assistant's turn in training targets.
+    end_of_turn_id: Option<i32>,
+    /// Every id that ends an answer, ascending.
     eos_ids: Vec<i32>,
     fingerprint: String,
 }
 
 impl Tokenizer {
-    /// Loads `tokenizer.json`, `tokenizer_config.json` (chat template) and the EOS ids of generation_config.json,
-    /// config.json and the tokenizer together. What an adapter does not bring itself is that of the model it belongs to.
+    /// Loads `tokenizer.json`, the chat template, and the EOS ids of generation_config.json, config.json and
+    /// tokenizer_config.json together. An adapter without a tokenizer uses its base model's.
     ///
     /// # Errors
     /// When a file is missing or broken, or the tokenizer has ids past the model's vocabulary.
     pub fn load(folder: &Path) -> Result<Self> {
-        let path = place(folder, TOKENIZER)?;
+        let path = find_file(folder, TOKENIZER)?;
         if !path.exists() {
-            return Err(Error::file(folder, "holds no tokenizer.json; this toolkit reads no other tokenizer file"));
+            return Err(Error::file(
+                folder,
+                "holds no tokenizer.json, the only tokenizer file that this toolkit reads",
+            ));
         }
         let inner = tokenizers::Tokenizer::from_file(&path)
-            .map_err(|error| Error::file(&path, format!("is no tokenizer that can be read: {error}")))?;
-        let settings = json(&path.with_file_name("tokenizer_config.json"))?;
-        let config = json(&base_folder(folder)?.join("config.json"))?;
-        if let Some(vocab) = config["vocab_size"].as_u64() {
-            let largest = inner.get_vocab(true).into_values().max().unwrap_or(0);
-            if u64::from(largest) >= vocab {
-                return Err(Error::file(
-                    &path,
-                    format!(
-                        "has ids up to {largest}, config.json a vocabulary of {vocab}: it belongs to another model"
-                    ),
-                ));
-            }
-        }
-        let token = |name: &str| {
-            let value = &settings[name];
-            value.as_str().or(value["content"].as_str()).unwrap_or_default().to_owned()
-        };
-        let (bos, eos) = (token("bos_token"), token("eos_token"));
+            .map_err(|error| Error::file(&path, format!("is not a readable tokenizer: {error}")))?;
+        let settings = read_json(&path.with_file_name("tokenizer_config.json"))?;
+        let config = read_json(&base_folder(folder)?.join("config.json"))?;
+        check_vocab_size(&path, &inner, &config)?;
+        let (bos, eos) = (token_text(&settings["bos_token"]), token_text(&settings["eos_token"]));
         let source = template_source(&path.with_file_name("chat_template.jinja"), &settings)?;
-        let template = source.as_deref().map(|source| ChatTemplate::new(source, &bos, &eos)).transpose()?;
-        let id = |token: &str| inner.token_to_id(token).map(|id| id as i32);
-        let turn_end = TURN_ENDS
-            .iter()
-            .find(|&&end| source.as_deref().is_some_and(|source| source.contains(end)))
-            .and_then(|end| id(end));
-        let mut eos_ids: BTreeSet<i32> = id(&eos).into_iter().chain(turn_end).collect();
-        eos_ids.extend(named_eos(&config));
-        eos_ids.extend(named_eos(&json(&place(folder, GENERATION)?)?));
+        let template = source.as_deref().map(|source| ChatTemplate::new(source, bos, eos)).transpose()?;
+        let id_of = |token: &str| inner.token_to_id(token).map(|id| id as i32);
+        let turn_end =
+            source.as_deref().and_then(|source| TURN_ENDS.into_iter().find(|end| source.contains(end))).and_then(id_of);
+        let mut eos_ids: BTreeSet<i32> = id_of(eos).into_iter().chain(turn_end).collect();
+        eos_ids.extend(configured_eos_ids(&config));
+        eos_ids.extend(configured_eos_ids(&read_json(&find_file(folder, GENERATION)?)?));
         Ok(Tokenizer {
             template,
-            end_of_turn: turn_end.or(id(&eos)).or(eos_ids.first().copied()),
+            end_of_turn_id: turn_end.or(id_of(eos)).or(eos_ids.first().copied()),
             eos_ids: eos_ids.into_iter().collect(),
             fingerprint: fingerprint::hash_files(&[path])?,
             inner,
         })
     }
 
-    /// The same tokenizer, with these EOS ids instead of its own where some are given.
+    /// Replaces the EOS ids; `None` keeps those of the model's files.
     pub fn with_eos_ids(mut self, ids: Option<&[i32]>) -> Self {
         if let Some(ids) = ids {
             self.eos_ids = ids.to_vec();
-            self.end_of_turn = ids.first().copied();
+            self.end_of_turn_id = ids.first().copied();
         }
         self
     }
@@ -92,39 +81,44 @@ impl Tokenizer {
         &self.eos_ids
     }
 
-    /// Number of ids, added tokens included.
+    /// Number of ids, including added tokens.
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)
     }
 
-    /// Token ids of `text`, with no special tokens added; special tokens written in the text are recognised.
+    /// Token ids of `text`. No special tokens are added; those written in the text are recognised.
     ///
     /// # Errors
     /// When the tokenizer fails.
     pub fn encode(&self, text: &str) -> Result<Vec<i32>> {
-        self.ids(text, false)
+        self.encode_with(text, false)
     }
 
-    /// Text of `ids`, special tokens left out.
+    /// Text of `ids`, without special tokens.
     ///
     /// # Errors
-    /// When an id is none of the tokenizer's.
+    /// When the tokenizer fails.
     pub fn decode(&self, ids: &[i32]) -> Result<String> {
         let ids: Vec<u32> = ids.iter().map(|&id| id as u32).collect();
-        self.inner.decode(&ids, true).map_err(|error| Error::usage(format!("tokenizer: {error}")))
+        self.inner.decode(&ids, true).map_err(tokenizer_error)
     }
 
-    /// The rendered prompt and its ids: messages go through the chat template (with the generation prompt), plain
-    /// text is taken as it is (with the BOS token first where the tokenizer adds one).
+    /// Decodes an answer while it is generated.
+    pub fn decode_stream(&self) -> DecodeStream<'_> {
+        DecodeStream { tokenizer: &self.inner, ids: Vec::new(), prefix: String::new(), prefix_index: 0 }
+    }
+
+    /// The rendered prompt and its ids. Messages go through the chat template, which opens the assistant's turn; plain text
+    /// stays as it is, after the BOS token where the tokenizer adds one.
     ///
     /// # Errors
-    /// When the template refuses the messages, or the model has none.
+    /// When the template refuses the messages, or the model has no template.
     pub fn encode_prompt(&self, prompt: &Prompt) -> Result<(String, Vec<i32>)> {
         match prompt {
-            Prompt::Text(text) => Ok((text.clone(), self.ids(text, true)?)),
+            Prompt::Text(text) => Ok((text.clone(), self.encode_with(text, true)?)),
             Prompt::Messages(messages) => {
                 let text = self.render(messages)?;
-                let ids = self.ids(&text, false)?;
+                let ids = self.encode_with(&text, false)?;
                 Ok((text, ids))
             }
         }
@@ -132,18 +126,18 @@ impl Tokenizer {
 
     fn render(&self, messages: &[Message]) -> Result<String> {
         let template = self.template.as_ref().ok_or_else(|| {
-            Error::usage("the model has no chat template, but the prompt is a conversation: use plain prompts")
+            Error::usage("the prompt is a conversation, but the model has no chat template: use plain-text prompts")
         })?;
         template.render(messages, true)
     }
 
-    /// Ids of a training answer to a prompt: its text and the id that ends the turn.
+    /// Ids of a training target: the text and the id that ends the assistant's turn.
     ///
     /// # Errors
     /// When the tokenizer fails.
     pub fn encode_target(&self, text: &str) -> Result<Vec<i32>> {
         let mut ids = self.encode(text)?;
-        ids.extend(self.end_of_turn);
+        ids.extend(self.end_of_turn_id);
         Ok(ids)
     }
 
@@ -152,18 +146,68 @@ impl Tokenizer {
         &self.fingerprint
     }
 
-    fn ids(&self, text: &str, add_special: bool) -> Result<Vec<i32>> {
-        let encoding =
-            self.inner.encode(text, add_special).map_err(|error| Error::usage(format!("tokenizer: {error}")))?;
+    fn encode_with(&self, text: &str, add_special_tokens: bool) -> Result<Vec<i32>> {
+        let encoding = self.inner.encode(text, add_special_tokens).map_err(tokenizer_error)?;
         Ok(encoding.get_ids().iter().map(|&id| id as i32).collect())
     }
 }
 
-/// Where a file of a model's tokenizer is. An adapter may bring a tokenizer, as a whole, and a generation_config.json; where
-/// it does not, the model that it belongs to has them.
-fn place(folder: &Path, name: &str) -> Result<PathBuf> {
-    let witness = if name == GENERATION { GENERATION } else { TOKENIZER };
-    let owner = if folder.join(witness).exists() { folder.to_owned() } else { base_folder(folder)? };
+/// Decodes tokens as they come. A character whose bytes are spread over several tokens is withheld until its last one.
+pub struct DecodeStream<'t> {
+    tokenizer: &'t tokenizers::Tokenizer,
+    // The state of `tokenizers::DecodeStream`, which does not show what it still withholds when an answer ends.
+    ids: Vec<u32>,
+    prefix: String,
+    prefix_index: usize,
+}
+
+impl DecodeStream<'_> {
+    /// The text that these tokens complete.
+    ///
+    /// # Errors
+    /// When the tokenizer fails.
+    pub fn push(&mut self, ids: &[i32]) -> Result<String> {
+        let mut text = String::new();
+        for &id in ids {
+            let DecodeStream { tokenizer, ids, prefix, prefix_index } = self;
+            let step = step_decode_stream(tokenizer, vec![id as u32], true, ids, prefix, prefix_index);
+            text.extend(step.map_err(tokenizer_error)?);
+        }
+        Ok(text)
+    }
+
+    /// The text that was still withheld: the incomplete character of an answer that was cut inside it.
+    ///
+    /// # Errors
+    /// When the tokenizer fails.
+    pub fn finish(self) -> Result<String> {
+        let text = self.tokenizer.decode(&self.ids, true).map_err(tokenizer_error)?;
+        Ok(text.get(self.prefix.len()..).unwrap_or_default().to_owned())
+    }
+}
+
+fn tokenizer_error(error: tokenizers::Error) -> Error {
+    Error::usage(format!("tokenizer: {error}"))
+}
+
+/// Refuses a tokenizer with ids that the model's embedding does not have.
+fn check_vocab_size(path: &Path, tokenizer: &tokenizers::Tokenizer, config: &Value) -> Result<()> {
+    let Some(vocab_size) = config["vocab_size"].as_u64() else { return Ok(()) };
+    let largest = tokenizer.get_vocab(true).into_values().max().unwrap_or(0);
+    if u64::from(largest) < vocab_size {
+        return Ok(());
+    }
+    let message = format!(
+        "has ids up to {largest}, but config.json has a vocabulary of {vocab_size}: it belongs to another model"
+    );
+    Err(Error::file(path, message))
+}
+
+/// Path of a tokenizer file. An adapter may bring a whole tokenizer, and a generation_config.json; what it lacks is in the
+/// folder of its base model.
+fn find_file(folder: &Path, name: &str) -> Result<PathBuf> {
+    let marker = if name == GENERATION { GENERATION } else { TOKENIZER };
+    let owner = if folder.join(marker).exists() { folder.to_owned() } else { base_folder(folder)? };
     Ok(owner.join(name))
 }
 
@@ -173,7 +217,7 @@ fn place(folder: &Path, name: &str) -> Result<PathBuf> {
 /// File-system errors.
 pub fn copy_files(from: &Path, to: &Path) -> Result<()> {
     for name in FILES {
-        let (from, to) = (place(from, name)?, to.join(name));
+        let (from, to) = (find_file(from, name)?, to.join(name));
         if from.exists() {
             std::fs::copy(&from, &to).map_err(Error::write(&to))?;
         }
@@ -181,13 +225,13 @@ pub fn copy_files(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Names the ids that end an answer in a model folder, where [`Tokenizer::load`] and other loaders look for them.
+/// Writes the ids that end an answer into a model folder's generation_config.json, where every loader looks for them.
 ///
 /// # Errors
 /// File-system errors.
 pub fn write_eos_ids(folder: &Path, ids: &[i32]) -> Result<()> {
     let path = folder.join(GENERATION);
-    let mut settings = match json(&path)? {
+    let mut settings = match read_json(&path)? {
         Value::Object(settings) => settings,
         _ => Map::new(),
     };
@@ -195,12 +239,17 @@ pub fn write_eos_ids(folder: &Path, ids: &[i32]) -> Result<()> {
     atomic_file::write_json(&path, &settings)
 }
 
-/// A JSON file, or `null` where there is none.
-fn json(path: &Path) -> Result<Value> {
+/// Content of a JSON file, `null` if it does not exist.
+fn read_json(path: &Path) -> Result<Value> {
     if !path.exists() {
         return Ok(Value::Null);
     }
     serde_json::from_str(&text_file::read(path)?).map_err(|error| Error::file(path, error.to_string()))
+}
+
+/// Text of a special token, which is written as a string or as `{"content": "..."}`.
+fn token_text(value: &Value) -> &str {
+    value.as_str().or(value["content"].as_str()).unwrap_or_default()
 }
 
 fn template_source(file: &Path, settings: &Value) -> Result<Option<String>> {
@@ -208,12 +257,13 @@ fn template_source(file: &Path, settings: &Value) -> Result<Option<String>> {
         return text_file::read(file).map(Some);
     }
     let template = &settings["chat_template"];
-    // Some models name several; the one for plain chats is `default`.
-    let named = template.as_array().and_then(|all| all.iter().find(|entry| entry["name"] == "default"));
-    Ok(template.as_str().or(named.and_then(|entry| entry["template"].as_str())).map(str::to_owned))
+    // Some models have several named templates; the one for plain chats is `default`.
+    let default = template.as_array().and_then(|named| named.iter().find(|entry| entry["name"] == "default"));
+    Ok(template.as_str().or(default.and_then(|entry| entry["template"].as_str())).map(str::to_owned))
 }
 
-fn named_eos(config: &Value) -> Vec<i32> {
+/// `eos_token_id` of a configuration: a number, a list, or absent.
+fn configured_eos_ids(config: &Value) -> Vec<i32> {
     let value = &config["eos_token_id"];
     let ids: Vec<&Value> = value.as_array().map_or(vec![value], |ids| ids.iter().collect());
     ids.into_iter().filter_map(Value::as_i64).map(|id| id as i32).collect()
@@ -243,6 +293,23 @@ mod tests {
         assert_eq!(tokenizer.with_eos_ids(Some(&[7])).eos_ids(), [7]);
         write_eos_ids(dir.path(), &[7, 8]).unwrap();
         assert_eq!(Tokenizer::load(dir.path()).unwrap().eos_ids(), [0, 7, 8]);
+    }
+
+    #[test]
+    fn a_character_of_several_tokens_comes_whole_with_the_last_of_them() {
+        let dir = folder();
+        let tokenizer = Tokenizer::load(dir.path()).unwrap();
+        let ids = tokenizer.encode("a数b has apples").unwrap();
+        let mut stream = tokenizer.decode_stream();
+        let texts: Vec<String> = ids.iter().map(|&id| stream.push(&[id]).unwrap()).collect();
+        assert_eq!(texts[..5], ["a", "", "", "数", "b"]);
+        assert_eq!(texts.concat() + &stream.finish().unwrap(), "a数b has apples");
+        // An answer may end inside a character.
+        let mut stream = tokenizer.decode_stream();
+        assert_eq!(stream.push(&ids[..2]).unwrap(), "a");
+        assert_eq!(stream.push(&ids[2..3]).unwrap(), "");
+        let rest = stream.finish().unwrap();
+        assert!(!rest.is_empty() && rest.chars().all(|character| character == '\u{fffd}'), "{rest:?}");
     }
 
     #[test]

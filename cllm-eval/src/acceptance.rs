@@ -1,70 +1,71 @@
-//! How many tokens the forwards of a strategy made final: how often, at which guess, and over the course of an answer.
+//! How many tokens the forwards of a strategy accepted: how often each number, up to which draft token, and over the course of
+//! an answer.
 
 use serde::{Deserialize, Serialize};
 
 use crate::records::AnswerRecord;
 
-/// Tokens of a stretch of [`Acceptance::over_answer`].
-const STRETCH: usize = 32;
+/// Tokens of a [`Segment`].
+const SEGMENT_TOKENS: usize = 32;
 
-/// Counts over all forwards of a model and a strategy, unfinished answers among them.
+/// Counts over all forwards of a model with a strategy, those of unfinished answers included.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Acceptance {
-    /// `forwards[k]`: forwards that made `k + 1` tokens final, the token known from the forward before among them.
+    /// `forwards[k]` is the number of forwards that accepted `k + 1` tokens, the last known token included.
     pub forwards: Vec<u64>,
-    /// `by_position[k]`: share of the forwards in which the guess at place `k + 1` was right, and all guesses before it.
+    /// `by_position[k]` is the fraction of forwards that accepted the draft token at position `k + 1` of the window.
     pub by_position: Vec<f64>,
-    /// Stretches of 32 tokens, from the first of an answer on.
-    pub over_answer: Vec<Stretch>,
+    /// Segments of 32 tokens, from the first token of an answer on.
+    pub over_answer: Vec<Segment>,
 }
 
-/// Some tokens in the course of the answers.
+/// A stretch of the answers, between two positions.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Stretch {
-    /// Position of its first token in the answer, from 0.
+pub struct Segment {
+    /// Position of its first token in an answer, from 0.
     pub start: usize,
-    /// Tokens that forwards beginning in it made final, over all answers that reach it.
+    /// Tokens accepted by the forwards that begin in the segment, over all answers that reach it.
     pub tokens: u64,
-    /// Those forwards.
+    /// Number of these forwards.
     pub forwards: u64,
 }
 
 impl Acceptance {
-    /// Counts over `answers`.
-    pub fn of(answers: &[&AnswerRecord]) -> Self {
-        let mut found = Acceptance::default();
+    pub fn from_answers(answers: &[&AnswerRecord]) -> Self {
+        let mut acceptance = Acceptance::default();
         for answer in answers {
-            let mut at = 0;
-            for &accepted in &answer.accepted {
-                found.count(at, accepted as usize);
-                at += accepted as usize;
+            let mut position = 0;
+            for &num_accepted in &answer.accepted {
+                acceptance.count(position, num_accepted as usize);
+                position += num_accepted as usize;
             }
         }
-        let all: u64 = found.forwards.iter().sum();
-        let mut deeper = all;
-        for &count in &found.forwards {
-            deeper -= count;
-            found.by_position.push(deeper as f64 / all as f64);
+        let total: u64 = acceptance.forwards.iter().sum();
+        let mut num_beyond = total;
+        for &num_forwards in &acceptance.forwards {
+            num_beyond -= num_forwards;
+            acceptance.by_position.push(num_beyond as f64 / total as f64);
         }
-        // No forward takes more tokens than there are, so nothing lies behind the last guess.
-        found.by_position.pop();
-        found
+        // The last fraction is of a draft token that no forward accepted.
+        acceptance.by_position.pop();
+        acceptance
     }
 
-    fn count(&mut self, at: usize, accepted: usize) {
-        if accepted == 0 {
+    fn count(&mut self, position: usize, num_accepted: usize) {
+        if num_accepted == 0 {
             return;
         }
-        if self.forwards.len() < accepted {
-            self.forwards.resize(accepted, 0);
+        if self.forwards.len() < num_accepted {
+            self.forwards.resize(num_accepted, 0);
         }
-        self.forwards[accepted - 1] += 1;
-        while self.over_answer.len() <= at / STRETCH {
-            let start = self.over_answer.len() * STRETCH;
-            self.over_answer.push(Stretch { start, ..Stretch::default() });
+        self.forwards[num_accepted - 1] += 1;
+        let index = position / SEGMENT_TOKENS;
+        while self.over_answer.len() <= index {
+            let start = self.over_answer.len() * SEGMENT_TOKENS;
+            self.over_answer.push(Segment { start, ..Segment::default() });
         }
-        let stretch = &mut self.over_answer[at / STRETCH];
-        stretch.tokens += accepted as u64;
-        stretch.forwards += 1;
+        let segment = &mut self.over_answer[index];
+        segment.tokens += num_accepted as u64;
+        segment.forwards += 1;
     }
 }

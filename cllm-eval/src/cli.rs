@@ -8,17 +8,21 @@ use clap::{CommandFactory, Parser, Subcommand};
 use cllm_core::program::{Outcome, SettingsArgs, print, print_completions, print_json};
 use cllm_core::task::Task;
 use cllm_core::{Error, Result, atomic_file, progress};
+use serde::Serialize;
 use serde_json::json;
 
 use crate::bench::{BenchSettings, bench, summary};
-use crate::compare::compare;
+use crate::compare::{Comparison, compare};
 use crate::config::RunSettings;
+use crate::doctor::Findings;
 use crate::generate::{GenerateOptions, visible};
-use crate::profile::profile;
-use crate::suite::{SuiteSettings, suite};
+use crate::profile::{Profiles, profile};
+use crate::results::Results;
+use crate::suite::{Suite, SuiteSettings, suite};
+use crate::tradeoff::Tradeoff;
 use crate::{doctor, generate, report, run, score, table, tradeoff};
 
-/// Measures what consistency training gained and what it cost.
+/// Measure what consistency training gained and what it cost.
 #[derive(Debug, Parser)]
 #[command(
     name = "cllm-eval",
@@ -27,7 +31,7 @@ use crate::{doctor, generate, report, run, score, table, tradeoff};
     benchmark=synthetic output=runs/eval\n  cllm-eval report runs/eval"
 )]
 pub struct Cli {
-    /// Shows no progress.
+    /// Show no progress on stderr.
     #[arg(long, short, global = true)]
     quiet: bool,
     #[command(subcommand)]
@@ -36,227 +40,224 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Measures accuracy and speed of a teacher and a student; goes on where an interrupted run stopped.
+    /// Measure accuracy and speed of a teacher and a student; an interrupted run resumes where it stopped.
     #[command(
         after_help = "Example:\n  cllm-eval run teacher=configs/tiny-teacher student=runs/student/final \\\n    \
         num_problems=100 'strategies=[ar, {jacobi: {n: 16}}]' output=runs/first-100"
     )]
     Run(SettingsArgs),
-    /// Runs every benchmark whose data is there and draws one report; goes on where an interrupted suite stopped.
+    /// Run every benchmark whose data are there and draw one report; an interrupted suite resumes where it stopped.
     #[command(
         after_help = "Example:\n  cllm-eval suite teacher=configs/tiny-teacher data=benchmarks limit=3 output=runs/suite"
     )]
     Suite(SettingsArgs),
-    /// Scores the saved answers of a run again; needs no model and no GPU.
+    /// Score the saved answers of a run again; needs no model and no GPU.
     #[command(after_help = "Example:\n  cllm-eval score runs/eval --json")]
     Score {
-        /// Folder of a run, with samples.jsonl.
+        /// Folder of the run, with samples.jsonl.
         folder: PathBuf,
-        /// Folder of the benchmark's files, in place of the run's own: where Spider's databases are on this machine.
+        /// Folder of the benchmark's files, if not the run's own: where Spider's databases are on this machine.
         #[arg(long)]
         data: Option<PathBuf>,
-        /// Runs the Python code in answers to humaneval and mbpp, which a model wrote, in a sandbox; without this they are unscored.
+        /// Run the Python code in answers to humaneval and mbpp, which a model wrote, in a sandbox; otherwise they stay unscored.
         #[arg(long)]
         execute_code: bool,
-        /// Prints results.json on stdout.
+        /// Print results.json on stdout.
         #[arg(long)]
         json: bool,
     },
-    /// Compares two results example by example: accuracy with what chance alone would do, tokens, speed.
+    /// Compare two results example by example: accuracy (and whether its difference is significant), tokens, speed.
     #[command(
         after_help = "Examples:\n  cllm-eval compare runs/eval\n  cllm-eval compare runs/first runs/second --a student/ar --b \
         'student/rolling n=16' --json"
     )]
     Compare {
-        /// Folder of a run, or its results.json; alone, its student is compared with its teacher.
+        /// Folder of a run, or its results.json. Without B, its student is compared with its teacher.
         #[arg(value_name = "A")]
         first: PathBuf,
-        /// What is compared with it.
+        /// Folder of the run to compare with it, or its results.json.
         #[arg(value_name = "B")]
         second: Option<PathBuf>,
-        /// Model and strategy of A, or one of the two: teacher/ar, student, rolling, student/jacobi n=16. Without it, the
-        /// fastest strategy of the student that takes several tokens a forward, and of a run alone the teacher's AR.
+        /// Model and strategy of A, or one of the two: teacher/ar, student, rolling, student/jacobi n=16. Default: the fastest
+        /// strategy of the student that accepts several tokens per forward; without B, the teacher's AR.
         #[arg(long = "a", value_name = "MODEL/STRATEGY")]
-        take_a: Option<String>,
-        /// The same of B; without it, the fastest strategy of the student (or teacher, where there is no student).
+        select_a: Option<String>,
+        /// Model and strategy of B. Default: the fastest strategy of the student, or of the teacher if there is no student.
         #[arg(long = "b", value_name = "MODEL/STRATEGY")]
-        take_b: Option<String>,
-        /// Prints one JSON document.
+        select_b: Option<String>,
+        /// Print one JSON document.
         #[arg(long)]
         json: bool,
     },
-    /// Puts checkpoints and strategies of several results beside each other: accuracy, parallelism, Pareto front, AUP.
+    /// Compare checkpoints and strategies of several results: accuracy, parallelism, Pareto front, AUP.
     #[command(
         after_help = "Examples:\n  cllm-eval tradeoff runs/sweep\n  cllm-eval tradeoff runs/first/results.json runs/second --json"
     )]
     Tradeoff {
-        /// results.json files, or the folders that hold them, all of the same examples.
+        /// results.json files of the same examples, or the folders that hold them.
         #[arg(required = true)]
         results: Vec<PathBuf>,
-        /// Prints one JSON document.
+        /// Print one JSON document.
         #[arg(long)]
         json: bool,
     },
-    /// Profiles trajectories as the paper's table 3 does: fast-forwarded and stationary tokens of a block.
+    /// Profile trajectories as table 3 of the paper does: fast-forwarded and stationary tokens per block.
     #[command(
         after_help = "Example:\n  cllm-eval profile teacher=runs/trajectories student=runs/student-trajectories \
                             -o runs/profile.json"
     )]
     Profile {
-        /// Folders of `cllm-data collect`, or NAME=FOLDER; each but the first gets its ratios to the first.
+        /// Folders of `cllm-data collect`, or NAME=FOLDER. All others are compared with the first.
         #[arg(required = true, value_name = "TRAJECTORIES")]
         sets: Vec<String>,
-        /// File to write the JSON document to.
+        /// Also write the JSON document to this file.
         #[arg(long, short)]
         output: Option<PathBuf>,
-        /// Prints one JSON document.
+        /// Print one JSON document.
         #[arg(long)]
         json: bool,
     },
-    /// Draws report.html, report.md, report.tex and model-card.md from one or several runs.
+    /// Draw report.html, report.md, report.tex and model-card.md from one or several runs.
     #[command(after_help = "Example:\n  cllm-eval report runs/eval --output runs/report")]
     Report {
         /// results.json files, or the folders that hold them.
         #[arg(required = true)]
         results: Vec<PathBuf>,
-        /// Folder for the report; without it, the folder of the first results.
+        /// Folder to write the report to. Default: the folder of the first results.
         #[arg(long, short)]
         output: Option<PathBuf>,
-        /// Prints the paths of what was written as JSON.
+        /// Print the paths of the files as JSON.
         #[arg(long)]
         json: bool,
     },
-    /// Measures how fast a model decodes: steps by their tokens, prefill, batches, strategies, collection, memory.
+    /// Measure how fast a model decodes: forwards by their number of tokens, prefill, batches, strategies, collection, memory.
     #[command(
         after_help = "Examples:\n  cllm-eval bench model=configs/tiny-teacher 'steps=[1, 16]' 'batches=[8]' repeats=2 \\\n    \
         output=runs/bench.json\n  cllm-eval bench -c configs/bench.yaml \\\n    \
         'strategies=[{jacobi: {n: 16}}, {rolling: {n: 16, pool: 4}}, {lookahead: {}}]'"
     )]
     Bench(SettingsArgs),
-    /// Answers a prompt autoregressively and by Jacobi decoding, showing tokens as they become final; without a prompt, a chat with both
-    /// side by side.
+    /// Answer a prompt autoregressively and by Jacobi decoding, showing tokens as they are accepted; without a prompt, chat with
+    /// both side by side.
     #[command(after_help = "Examples:\n  cllm-eval generate --model runs/student/final --n 16 \\\n    \
         \"Mia fills 3 packs with 5 cards each and sells 2 cards. How many cards does Mia keep?\"\n  \
         cllm-eval generate --model runs/student/final")]
     Generate {
-        /// The prompt; without it, a chat in the terminal.
+        /// The prompt. Without it, a chat in the terminal begins.
         prompt: Option<String>,
         /// Model folder or id.
         #[arg(long, short)]
         model: String,
-        /// Takes the prompt as it is, without the model's chat template.
+        /// Use the prompt as it is, without the model's chat template.
         #[arg(long)]
         raw: bool,
         /// Tokens of a Jacobi block.
         #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u64).range(2..=1024).map(|n| n as usize))]
         n: usize,
-        /// Most tokens of the answer.
+        /// Maximum number of tokens of the answer.
         #[arg(long, default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..).map(|n| n as usize))]
         max_new_tokens: usize,
-        /// Ids that end the answer, in place of the model's own: 2 or 0,2.
+        /// Ids that end the answer, instead of the model's own: 2 or 0,2.
         #[arg(long, value_delimiter = ',', num_args = 1)]
         eos_ids: Option<Vec<i32>>,
         /// auto, cpu, cuda or cuda:N.
         #[arg(long, default_value = "auto")]
         device: String,
-        /// Seed of the first guesses.
+        /// Seed of the first draft tokens.
         #[arg(long, default_value_t = 0)]
         seed: u64,
-        /// Prints one JSON document on stdout.
+        /// Print one JSON document.
         #[arg(long)]
         json: bool,
     },
-    /// Lists the benchmarks and what each needs.
+    /// List the benchmarks and the data that each needs.
     #[command(after_help = "Example:\n  cllm-eval ls")]
     Ls {
-        /// Prints one JSON document.
+        /// Print one JSON document.
         #[arg(long)]
         json: bool,
     },
-    /// Says what works on this machine and why the rest does not.
+    /// Show what works on this machine, and why the rest does not.
     #[command(after_help = "Example:\n  cllm-eval doctor --json")]
     Doctor {
-        /// Prints one JSON document.
+        /// Print one JSON document.
         #[arg(long)]
         json: bool,
     },
-    /// Prints every setting of every verb as Markdown: type, default, what is allowed, what it does.
+    /// Print every setting of every verb as Markdown: type, default, allowed values, meaning.
     #[command(after_help = "Example:\n  cllm-eval settings")]
     Settings,
-    /// Prints a shell's completions.
+    /// Print completions for a shell.
     #[command(after_help = "Example:\n  cllm-eval completions bash > cllm-eval.bash")]
-    Completions {
-        /// Which shell.
-        shell: clap_complete::Shell,
-    },
+    Completions { shell: clap_complete::Shell },
 }
 
 impl Cli {
-    /// Does what was asked.
-    ///
     /// # Errors
-    /// What the verb fails with.
+    /// Those of the verb.
     pub fn execute(self) -> Result<Outcome> {
         progress::set_quiet(self.quiet);
-        let done = match self.verb {
-            Verb::Run(given) => results(&run::run(&given.load()?)?, given.json),
-            Verb::Suite(given) => {
-                let found = suite(&given.load()?)?;
-                if given.json { print_json(&found) } else { print(&found.text()) }?;
-                return Ok(if found.failed() { Outcome::Negative } else { Outcome::Done });
+        match self.verb {
+            Verb::Run(args) => print_results(&run::run(&args.load()?)?, args.json),
+            Verb::Suite(args) => {
+                let suite = suite(&args.load()?)?;
+                show(&suite, args.json, Suite::text)?;
+                return Ok(if suite.has_failed() { Outcome::Negative } else { Outcome::Done });
             }
             Verb::Score { folder, data, execute_code, json } => {
-                results(&score::score(&folder, data, execute_code)?, json)
+                print_results(&score::score(&folder, data, execute_code)?, json)
             }
-            Verb::Compare { first, second, take_a, take_b, json } => {
-                let found = compare(&first, second.as_deref(), take_a.as_deref(), take_b.as_deref())?;
-                if json { print_json(&found) } else { print(&found.text()) }
+            Verb::Compare { first, second, select_a, select_b, json } => {
+                let comparison = compare(&first, second.as_deref(), select_a.as_deref(), select_b.as_deref())?;
+                show(&comparison, json, Comparison::text)
             }
-            Verb::Tradeoff { results, json } => {
-                let found = tradeoff::read(&results)?;
-                if json { print_json(&found) } else { print(&found.text()) }
-            }
+            Verb::Tradeoff { results, json } => show(&tradeoff::read(&results)?, json, Tradeoff::text),
             Verb::Profile { sets, output, json } => {
-                let found = profile(&sets)?;
+                let profiles = profile(&sets)?;
                 if let Some(file) = output {
-                    atomic_file::write_json(&file, &found)?;
+                    atomic_file::write_json(&file, &profiles)?;
                 }
-                if json { print_json(&found) } else { print(&found.text()) }
+                show(&profiles, json, Profiles::text)
             }
-            Verb::Report { results, output, json } => draw(&results, output.as_deref(), json),
+            Verb::Report { results, output, json } => draw_report(&results, output.as_deref(), json),
             Verb::Generate { prompt, model, raw, n, max_new_tokens, eos_ids, device, seed, json } => {
-                let how = GenerateOptions { model, raw, n, max_new_tokens, eos_ids, device, seed };
-                match prompt {
-                    Some(prompt) => {
-                        let found = generate::generate(&prompt, &how, !self.quiet)?;
-                        let text = found["strategies"][1]["text"].as_str().unwrap_or("");
-                        match json {
-                            true => print_json(&found),
-                            false if std::io::stdout().is_terminal() => print(&visible(text)),
-                            false => print(text),
-                        }
-                    }
-                    None if json => Err(Error::usage("--json needs a prompt: without one this is a chat")),
-                    None => generate::chat(&how),
-                }
+                let options = GenerateOptions { model, raw, n, max_new_tokens, eos_ids, device, seed };
+                generate_or_chat(prompt.as_deref(), &options, json, self.quiet)
             }
-            Verb::Bench(given) => {
-                let found = bench(&given.load::<BenchSettings>()?)?;
-                if given.json { print_json(&found) } else { print(&summary(&found)) }
-            }
+            Verb::Bench(args) => show(&bench(&args.load::<BenchSettings>()?)?, args.json, summary),
             Verb::Ls { json } => list(json),
-            Verb::Doctor { json } => {
-                let findings = doctor::examine();
-                if json { print_json(&findings) } else { print(&findings.text()) }
-            }
+            Verb::Doctor { json } => show(&doctor::examine(), json, Findings::text),
             Verb::Settings => print(&all_settings()),
             Verb::Completions { shell } => print_completions(shell, Cli::command()),
-        };
-        done.map(|()| Outcome::Done)
+        }?;
+        Ok(Outcome::Done)
     }
 }
 
-/// The settings of a run, as docs/configuration.md holds them.
+/// Prints a document as JSON or as text.
+fn show<D: Serialize>(document: &D, json: bool, text: impl Fn(&D) -> String) -> Result<()> {
+    if json { print_json(document) } else { print(&text(document)) }
+}
+
+fn print_results(results: &Results, json: bool) -> Result<()> {
+    show(results, json, table::summarize)
+}
+
+fn generate_or_chat(prompt: Option<&str>, options: &GenerateOptions, json: bool, quiet: bool) -> Result<()> {
+    let Some(prompt) = prompt else {
+        let no_prompt = || Err(Error::usage("--json needs a prompt: without one this is a chat"));
+        return if json { no_prompt() } else { generate::chat(options) };
+    };
+    let document = generate::generate(prompt, options, !quiet)?;
+    let text = document["strategies"][1]["text"].as_str().unwrap_or("");
+    match json {
+        true => print_json(&document),
+        false if std::io::stdout().is_terminal() => print(&visible(text)),
+        false => print(text),
+    }
+}
+
+/// The reference of all settings, as docs/configuration.md has it.
 fn all_settings() -> String {
     cllm_core::settings::reference::<RunSettings>("cllm-eval run")
         + "\n"
@@ -265,11 +266,7 @@ fn all_settings() -> String {
         + &BenchSettings::reference()
 }
 
-fn results(results: &crate::results::Results, json: bool) -> Result<()> {
-    if json { print_json(results) } else { print(&table::summary(results)) }
-}
-
-fn draw(results: &[PathBuf], output: Option<&Path>, json: bool) -> Result<()> {
+fn draw_report(results: &[PathBuf], output: Option<&Path>, json: bool) -> Result<()> {
     let written = report::report(results, output)?;
     if json {
         return print_json(&json!({ "schema_version": 1, "written": written }));
@@ -296,9 +293,9 @@ mod tests {
     fn every_example_of_the_help_is_a_command_line() {
         for words in cllm_testing::help::example_commands(Cli::command()) {
             let loaded = match Cli::try_parse_from(&words).unwrap().verb {
-                Verb::Run(given) => given.load::<RunSettings>().map(drop),
-                Verb::Suite(given) => given.load::<SuiteSettings>().map(drop),
-                Verb::Bench(given) => given.load::<BenchSettings>().map(drop),
+                Verb::Run(args) => args.load::<RunSettings>().map(drop),
+                Verb::Suite(args) => args.load::<SuiteSettings>().map(drop),
+                Verb::Bench(args) => args.load::<BenchSettings>().map(drop),
                 _ => Ok(()),
             };
             loaded.unwrap_or_else(|error| panic!("{words:?}: {error}"));

@@ -10,67 +10,67 @@ use serde::{Deserialize, Serialize};
 
 use crate::role::Role;
 
-/// Settings of an evaluation.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RunSettings {
     /// Folder or id of the model before consistency training.
     #[garde(skip)]
     pub teacher: Option<String>,
-    /// Folder or id of the model after it.
+    /// Folder or id of the model after consistency training.
     #[garde(skip)]
     pub student: Option<String>,
-    /// What to answer: one of `cllm-eval ls`. Without it, what the sources of `prompts` name, or else synthetic.
+    /// Benchmark to answer, one of `cllm-eval ls`. Default: the one that the sources of `prompts` name, or else synthetic.
     #[garde(skip)]
     pub benchmark: Option<Task>,
-    /// Folder (for jsonl: file; for perplexity: either) with the benchmark's data; synthetic needs none.
+    /// Folder with the benchmark's data; a file for jsonl, either for perplexity, none for synthetic.
     #[garde(skip)]
     pub data: Option<PathBuf>,
-    /// Which split. Without it, that of `prompts`, or else test.
+    /// Split to answer. Default: that of `prompts`, or else test.
     #[garde(length(min = 1))]
     pub split: Option<String>,
-    /// Runs the Python code in answers to humaneval and mbpp to score it; without this they stay unscored. A model wrote that code:
-    /// it runs in a sandbox without files, network and other processes (docs/sandbox.md).
+    /// Run the Python code in answers to humaneval and mbpp to score it; otherwise they stay unscored. A model wrote that code, so
+    /// it runs in a sandbox without files, network or other processes (docs/sandbox.md).
     #[garde(skip)]
     pub execute_code: bool,
-    /// A prompt-set file to take instead of a benchmark's files; its prompts are all of one benchmark.
+    /// Prompt set to answer instead of a benchmark's own files. All its prompts must be of one benchmark.
     #[garde(skip)]
     pub prompts: Option<PathBuf>,
-    /// Of jsonl: when an answer is right. Without it, where the texts or the numbers are equal; a row's own `meta.scorer` wins.
+    /// For jsonl: when an answer is correct. Default: if the texts or the numbers are equal. `meta.scorer` of a row overrides it.
     #[garde(skip)]
     pub scorer: Option<Scorer>,
-    /// Seed of the synthetic problems, of the first guesses and of what is drawn.
+    /// Seed of the synthetic problems, of the first draft tokens and of sampling.
     #[garde(skip)]
     pub seed: u64,
     /// Number of synthetic problems.
     #[garde(range(min = 1))]
     pub num_problems: usize,
-    /// Takes only the first examples (of mt-bench: questions, of two turns each).
+    /// Use only the first N examples (for mt-bench: questions, which have two turns each).
     #[garde(range(min = 1))]
     pub limit: Option<usize>,
-    /// How many examples, spread evenly over all, are timed at batch 1; 0 measures accuracy alone.
+    /// Number of examples to time at batch 1, spread evenly over all; 0 measures only accuracy.
     #[garde(skip)]
     pub num_speed_examples: usize,
-    /// How to decode (perplexity decodes nothing), such as `ar`, `jacobi: {n: 16}`, `rolling: {n: 16, pool: 4}` or `lookahead: {}`; what a strategy leaves out has its default.
+    /// How to decode, such as `ar`, `jacobi: {n: 16}`, `rolling: {n: 16, pool: 4}` or `lookahead: {}`. Settings that a strategy leaves
+    /// out have their defaults. Perplexity decodes nothing.
     #[garde(length(min = 1), custom(valid_strategies))]
     pub strategies: Vec<Strategy>,
-    /// 0 takes the likeliest token; above it, tokens are drawn from the softmax of the logits over it, the same ones with every
-    /// strategy.
+    /// 0 chooses the likeliest token. Above 0, tokens are sampled from the softmax of the logits divided by it; every strategy
+    /// samples the same ones.
     #[garde(range(min = 0.0, max = 10.0))]
     pub temperature: f64,
-    /// Most tokens of an answer.
+    /// Maximum number of tokens of an answer.
     #[garde(range(min = 1))]
     pub max_new_tokens: usize,
-    /// Answers generated together when accuracy is measured.
+    /// Number of answers decoded at once to measure accuracy.
     #[garde(range(min = 1))]
     pub batch_size: usize,
     /// auto, cpu, cuda or cuda:N.
     #[garde(skip)]
     pub device: String,
-    /// Folder for results.json, samples.jsonl and config.yaml.
+    /// Folder to write results.json, samples.jsonl and config.yaml to.
     #[garde(skip)]
     pub output: PathBuf,
-    /// Ids that end an answer, in place of the model's own.
+    /// Ids that end an answer, instead of the model's own.
     #[garde(skip)]
     pub eos_ids: Option<Vec<i32>>,
 }
@@ -102,12 +102,11 @@ impl Default for RunSettings {
 }
 
 impl RunSettings {
-    /// What `temperature` says.
     pub fn sampling(&self) -> Sampling {
         Sampling::from_temperature(self.temperature)
     }
 
-    /// What a model is asked to do: a student guesses for its teacher, nobody guesses for it.
+    /// The strategies of a model. Those with a draft model are of the teacher only, with the student as its draft model.
     pub fn strategies_of(&self, role: Role) -> impl Iterator<Item = Strategy> + '_ {
         self.strategies.iter().copied().filter(move |strategy| role == Role::Teacher || !strategy.needs_draft_model())
     }
@@ -117,7 +116,7 @@ pub(crate) fn valid_strategies(strategies: &[Strategy], _: &()) -> garde::Result
     for (index, strategy) in strategies.iter().enumerate() {
         strategy.check().map_err(garde::Error::new)?;
         if strategies[..index].contains(strategy) {
-            return Err(garde::Error::new("a strategy stands twice"));
+            return Err(garde::Error::new(format!("strategy `{strategy}` is listed twice")));
         }
     }
     Ok(())

@@ -6,44 +6,42 @@ use cllm_core::environment::{self, Gpu};
 use cllm_core::sandbox::Sandbox;
 use serde::Serialize;
 
-/// What was found.
 #[derive(Debug, Clone, Serialize)]
 pub struct Findings {
-    /// Version of this form.
     pub schema_version: u32,
-    /// Version of this toolkit.
+    /// Version of the toolkit.
     pub version: &'static str,
-    /// Built with.
+    /// Optional features that the program was built with.
     pub features: Vec<&'static str>,
-    /// libtorch's version.
+    /// Version of libtorch.
     pub libtorch: Option<String>,
-    /// Where it was loaded from.
+    /// Folder that it was loaded from.
     pub libtorch_folder: Option<PathBuf>,
     /// Whether libtorch can use a GPU.
     pub cuda_available: bool,
-    /// Why not.
+    /// Why it cannot.
     pub cuda_problem: Option<String>,
-    /// GPUs that the driver names.
+    /// GPUs that the driver lists.
     pub gpus: Vec<Gpu>,
-    /// The processor.
+    /// Model name of the processor.
     pub cpu: String,
-    /// Processors that this process may use.
+    /// Number of processors that this process may use.
     pub cores: usize,
-    /// Layers of the sandbox in which code of answers may run.
+    /// Layers of the sandbox for the code of answers.
     pub sandbox: Vec<String>,
-    /// Why it may not.
+    /// Why there is no sandbox.
     pub sandbox_problem: Option<String>,
-    /// The Hugging Face cache.
+    /// Folder of the Hugging Face cache.
     pub hub_cache: PathBuf,
-    /// Models in it.
+    /// Ids of the models in the cache.
     pub cached_models: Vec<String>,
 }
 
-/// Looks at this machine.
+/// Examines this machine.
 pub fn examine() -> Findings {
     let folder = environment::libtorch_folder();
     let available = tch::Cuda::is_available();
-    let gpus = environment::gpus();
+    let gpus = environment::list_gpus();
     let hub_cache = cllm_core::checkpoint::hub::cache_folder();
     let sandbox = Sandbox::open();
     Findings {
@@ -56,7 +54,7 @@ pub fn examine() -> Findings {
         cuda_available: available,
         gpus,
         cpu: environment::cpu_name(),
-        cores: environment::cores(),
+        cores: environment::num_cores(),
         sandbox_problem: sandbox.as_ref().err().map(ToString::to_string),
         sandbox: sandbox.map(|sandbox| sandbox.layers().to_vec()).unwrap_or_default(),
         cached_models: cached_models(&hub_cache),
@@ -69,14 +67,13 @@ fn cuda_problem(libtorch: Option<&Path>, driver_works: bool) -> String {
     let beside = libtorch.is_some_and(|folder| folder.join("libtorch_cuda.so").exists());
     let device = Path::new("/dev/nvidiactl").exists();
     if !beside {
-        "this libtorch was built for CPUs: libtorch_cuda.so is not beside it; run scripts/setup on the GPU machine"
-            .to_owned()
+        "this libtorch was built for CPUs (it has no libtorch_cuda.so): run scripts/setup on the GPU machine".to_owned()
     } else if !loaded {
-        "libtorch_cuda.so is beside libtorch but this program did not load it: the linker dropped it; build again with \
-         `cargo build` in the repository, whose build.rs keeps it"
+        "libtorch_cuda.so exists, but this program did not load it, because the linker dropped it: build again with `cargo \
+         build` in the repository, whose build.rs keeps it"
             .to_owned()
     } else if !device {
-        "libtorch has its CUDA libraries, but this machine shows no NVIDIA GPU (/dev/nvidiactl is missing)".to_owned()
+        "libtorch has its CUDA libraries, but this machine has no NVIDIA GPU (/dev/nvidiactl is missing)".to_owned()
     } else if !driver_works {
         "there is an NVIDIA device, but nvidia-smi does not answer: install or repair the driver".to_owned()
     } else {
@@ -97,7 +94,7 @@ fn cached_models(cache: &Path) -> Vec<String> {
 }
 
 impl Findings {
-    /// In lines.
+    /// One line for each finding.
     pub fn text(&self) -> String {
         let or_none = |list: &[String]| if list.is_empty() { "none".to_owned() } else { list.join(", ") };
         let cuda = match &self.cuda_problem {

@@ -4,18 +4,16 @@ use std::io::Write;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use cllm_core::decode::Strategy;
 use cllm_core::{Error, Result, atomic_file, fingerprint};
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::records::{AnswerRecord, Records};
-use crate::role::Role;
 
-/// Name of the folder.
+/// Name of the folder in a run's folder.
 pub const FOLDER: &str = "model_answer";
 
-/// A line of a file: both answers to a question.
+/// A line of a file: both answers to a question. The names are FastChat's.
 #[derive(Serialize)]
 struct Row<'a> {
     question_id: &'a Value,
@@ -32,28 +30,24 @@ struct Choice<'a> {
     turns: [&'a str; 2],
 }
 
-/// Writes the files of a finished run; the judge takes a file's name for the model's.
+/// Writes the files of a finished run. The judge takes a file's name for the name of the model.
 ///
 /// # Errors
 /// When an answer has no `question_id`; file-system errors.
 pub fn write(folder: &Path, records: &Records) -> Result<()> {
     std::fs::create_dir_all(folder).map_err(Error::write(folder))?;
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
+    let tstamp = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
     for model in &records.header.models {
         for strategy in records.header.settings.strategies_of(model.role) {
-            let model_id = model_id(model.role, strategy);
+            let model_id = format!("{}-{}", model.role, strategy.to_string().replace(' ', "-"));
             let path = folder.join(format!("{model_id}.jsonl"));
-            let mut answers: Vec<&AnswerRecord> = records
-                .answers
-                .iter()
-                .filter(|answer| answer.role == model.role && answer.strategy == strategy)
-                .collect();
+            let mut answers: Vec<&AnswerRecord> = records.answers_of(model.role, strategy).collect();
             answers.sort_by_key(|answer| answer.index);
-            // The turns of a question stand one behind the other.
+            // The two turns of a question follow each other.
             let (questions, _) = answers.as_chunks::<2>();
             atomic_file::write_with(&path, |file| {
                 for turns in questions {
-                    let row = row(&path, &records.header.identity, &model_id, turns, now)?;
+                    let row = row(&path, &records.header.identity, &model_id, turns, tstamp)?;
                     writeln!(file, "{row}").map_err(Error::write(&path))?;
                 }
                 Ok(())
@@ -63,16 +57,13 @@ pub fn write(folder: &Path, records: &Records) -> Result<()> {
     Ok(())
 }
 
-fn model_id(role: Role, strategy: Strategy) -> String {
-    format!("{}-{}", role.name(), strategy.to_string().replace(' ', "-"))
-}
-
 fn row(path: &Path, run: &str, model_id: &str, turns: &[&AnswerRecord; 2], tstamp: f64) -> Result<String> {
     let [first, second] = turns;
-    let none = || {
-        Error::file(path, format!("answer `{}` has no question_id in its meta: prepare the prompts again", first.id))
+    let missing = || {
+        let id = &first.id;
+        Error::file(path, format!("answer `{id}` has no question_id in its meta: prepare the prompts again"))
     };
-    let question_id = first.meta.as_ref().and_then(|meta| meta.get("question_id")).ok_or_else(none)?;
+    let question_id = first.meta.as_ref().and_then(|meta| meta.get("question_id")).ok_or_else(missing)?;
     let row = Row {
         question_id,
         answer_id: fingerprint::hash_bytes(format!("{run} {model_id} {question_id}").as_bytes()),
@@ -80,5 +71,5 @@ fn row(path: &Path, run: &str, model_id: &str, turns: &[&AnswerRecord; 2], tstam
         choices: [Choice { index: 0, turns: [&first.text, &second.text] }],
         tstamp,
     };
-    serde_json::to_string(&row).map_err(|error| Error::file(path, error.to_string()))
+    serde_json::to_string(&row).map_err(Error::serialization)
 }

@@ -1,18 +1,19 @@
-//! The two turns of an MT-bench question: the prompt of the second holds the model's own first answer, so it is made when that is there.
+//! The two turns of an MT-bench question. The prompt of the second turn contains the model's own answer to the first, so it is
+//! completed once that answer is there.
 
 use cllm_core::chat_template::Message;
 use cllm_core::prompt_set::{Prompt, Sample};
 use cllm_core::task::Task;
 use cllm_core::{Error, Result};
 
-/// Each first turn and behind it the second, which awaits its [`conversation`].
+/// Each first turn followed by its second, whose [`conversation`] still lacks the first answer.
 ///
 /// # Errors
-/// When a sample is no first turn.
+/// When a sample is not a first turn.
 pub fn both_turns(first: Vec<Sample>) -> Result<Vec<Sample>> {
     let mut both = Vec::with_capacity(2 * first.len());
     for sample in first {
-        let id = sample.id.strip_suffix("/1").ok_or_else(|| misfit(&sample))?;
+        let id = sample.id.strip_suffix("/1").ok_or_else(|| not_a_first_turn(&sample))?;
         let second = Sample { id: format!("{id}/2"), prompt: conversation(&sample, "")?, ..sample.clone() };
         both.extend([sample, second]);
     }
@@ -30,15 +31,15 @@ pub fn is_second(sample: &Sample) -> bool {
 /// When the sample's `meta` does not hold two turns.
 pub fn conversation(sample: &Sample, answer: &str) -> Result<Prompt> {
     let turn = |index: usize| sample.meta.as_ref().and_then(|meta| meta["turns"][index].as_str());
-    let (Some(first), Some(second)) = (turn(0), turn(1)) else { return Err(misfit(sample)) };
+    let (Some(first), Some(second)) = (turn(0), turn(1)) else { return Err(not_a_first_turn(sample)) };
     let messages = [("user", first), ("assistant", answer), ("user", second)];
     let message = |(role, content): (&str, &str)| Message { role: role.to_owned(), content: content.to_owned() };
     Ok(Prompt::Messages(messages.map(message).to_vec()))
 }
 
-fn misfit(sample: &Sample) -> Error {
+fn not_a_first_turn(sample: &Sample) -> Error {
     Error::usage(format!(
-        "prompt `{}`: is no first turn of mt-bench with both turns in meta; prepare it again",
+        "prompt `{}` is not a first turn of mt-bench with both turns in its meta: prepare it again",
         sample.id
     ))
 }
@@ -48,7 +49,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_second_turn_holds_the_first_answer() {
+    fn the_second_turn_contains_the_first_answer() {
         let dir = tempfile::tempdir().unwrap();
         let row = r#"{"question_id": 81, "category": "writing", "turns": ["One?", "Two?"]}"#;
         std::fs::write(dir.path().join("question.jsonl"), row).unwrap();
@@ -56,8 +57,8 @@ mod tests {
         assert_eq!([both[0].id.as_str(), &both[1].id], ["81/1", "81/2"]);
         assert_eq!([is_second(&both[0]), is_second(&both[1])], [false, true]);
         let Prompt::Messages(messages) = conversation(&both[1], "1.").unwrap() else { panic!("messages expected") };
-        let found: Vec<_> = messages.iter().map(|message| (message.role.as_str(), message.content.as_str())).collect();
-        assert_eq!(found, [("user", "One?"), ("assistant", "1."), ("user", "Two?")]);
+        let actual: Vec<_> = messages.iter().map(|message| (message.role.as_str(), message.content.as_str())).collect();
+        assert_eq!(actual, [("user", "One?"), ("assistant", "1."), ("user", "Two?")]);
         assert!(both_turns(both).is_err(), "a second turn has no second turn");
         std::fs::write(dir.path().join("question.jsonl"), row.replace(", \"Two?\"", "")).unwrap();
         assert!(Task::MtBench.load(dir.path(), "test").unwrap_err().to_string().contains("line 1"));

@@ -1,73 +1,67 @@
-//! `profile`: fast-forwarded and stationary tokens of collected trajectories beside each other (CLLM, table 3).
+//! `profile`: fast-forwarded and stationary tokens of collected trajectories, side by side (CLLM, table 3).
 
 use std::path::{Path, PathBuf};
 
-use cllm_core::trajectory::{FinishReason, INCOMPLETE_DATA_SET, Profile, Reader, Trajectory};
+use cllm_core::trajectory::{FinishReason, INCOMPLETE_DATA_SET, Profile, Reader, RowChunk, Trajectory};
 use cllm_core::{Error, Result, interrupt, progress};
 use rayon::prelude::*;
 use serde::Serialize;
 
 use crate::records::SCHEMA_VERSION;
 use crate::statistics::ratio;
-use crate::table::{self, number};
+use crate::table::{self, count, format_number};
 
-/// Profiles of data sets; each but the first has its ratios to the first.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Profiles {
-    /// Version of this document.
     pub schema_version: u32,
     /// In the order given.
     pub sets: Vec<SetProfile>,
 }
 
-/// The profile of a data set.
+/// The profile of one data set.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct SetProfile {
-    /// As given, or else its folder.
+    /// The name given, or else the folder.
     pub name: String,
-    /// Its folder.
+    /// Folder of the data set.
     pub path: PathBuf,
-    /// Tokens of a block.
+    /// Tokens per block.
     pub n: usize,
-    /// Rows that `augment` changed, and that therefore were left out.
+    /// Number of rows left out because `augment` changed them.
     pub augmented_rows: usize,
-    /// Over all blocks.
-    pub all: Figures,
-    /// Over the blocks that the answer fills.
-    pub whole_blocks: Figures,
-    /// Over the answers that ended by themselves.
-    pub eos: Figures,
-    /// Over those that reached the length limit.
-    pub length: Figures,
-    /// Of `all` to that of the first set; none in the first, and where n is another.
-    pub ratio_to_first: Option<Means>,
+    /// All blocks.
+    pub all: BlockFigures,
+    /// The blocks that the answer fills.
+    pub whole_blocks: BlockFigures,
+    /// The blocks of answers that ended on their own.
+    pub eos: BlockFigures,
+    /// The blocks of answers that reached the length limit.
+    pub length: BlockFigures,
+    /// Means of `all` over those of the first set. None for the first set, and if n differs.
+    pub ratio_to_first: Option<BlockMeans>,
 }
 
-/// Figures of some blocks. Tokens after the end of an answer count nowhere.
+/// Figures of some blocks. Tokens after the end of an answer never count.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Figures {
-    /// Blocks.
+pub struct BlockFigures {
     pub blocks: usize,
-    /// Tokens of answers in them.
+    /// Tokens of answers in the blocks.
     pub tokens: usize,
-    /// What they come to.
     #[serde(flatten)]
-    pub means: Means,
+    pub means: BlockMeans,
 }
 
-/// Means over blocks, or the ratios of such means.
+/// Means over blocks, or ratios of such means.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Means {
-    /// Tokens that an iteration adds to the right prefix: the one that every iteration adds and what is beyond it, as the paper
-    /// counts.
+pub struct BlockMeans {
+    /// Tokens that an iteration adds to the correct prefix. At least one, which the paper counts, too.
     pub fast_forwarded: Option<f64>,
-    /// Tokens of a block that were added beyond one an iteration.
+    /// Tokens per block that iterations added beyond one each.
     pub beyond_one_per_block: Option<f64>,
-    /// Tokens of a block that were right while one before them was wrong, and stayed right.
+    /// Tokens per block that were correct while a token before them was wrong, and stayed correct.
     pub stationary: Option<f64>,
-    /// Iterations of a block.
     pub iterations_per_block: Option<f64>,
-    /// Tokens over all forwards, those that confirm and open blocks among them; none for blocks apart from their answers.
+    /// Tokens over all forwards, including those that confirm or open a block. None for blocks without their whole answers.
     pub tokens_per_forward: Option<f64>,
 }
 
@@ -76,16 +70,23 @@ pub struct Means {
 struct Sums {
     augmented_rows: usize,
     whole_blocks: Profile,
-    /// Of the answers that ended by themselves, then of those that reached the limit; each with its forwards.
-    by_finish: [(Profile, usize); 2],
+    eos: AnswerSums,
+    length: AnswerSums,
 }
 
-/// Profiles data sets, each `FOLDER` or `NAME=FOLDER`.
+/// Sums over whole answers.
+#[derive(Clone, Copy, Default)]
+struct AnswerSums {
+    blocks: Profile,
+    num_forwards: usize,
+}
+
+/// Profiles data sets, each given as `FOLDER` or `NAME=FOLDER`.
 ///
 /// # Errors
-/// When one cannot be read, or has no row as it was decoded.
+/// When one cannot be read, or all of its rows are augmented.
 pub fn profile(sets: &[String]) -> Result<Profiles> {
-    let mut sets: Vec<SetProfile> = sets.iter().map(|given| profile_set(given)).collect::<Result<_>>()?;
+    let mut sets: Vec<SetProfile> = sets.iter().map(|set| profile_set(set)).collect::<Result<_>>()?;
     if let Some((first, others)) = sets.split_first_mut() {
         for other in others.iter_mut().filter(|other| other.n == first.n) {
             other.ratio_to_first = Some(other.all.means.over(&first.all.means));
@@ -94,13 +95,44 @@ pub fn profile(sets: &[String]) -> Result<Profiles> {
     Ok(Profiles { schema_version: SCHEMA_VERSION, sets })
 }
 
+fn profile_set(argument: &str) -> Result<SetProfile> {
+    let (name, path) = match argument.split_once('=') {
+        Some((name, path)) if !Path::new(argument).exists() => (name, path),
+        _ => (argument, argument),
+    };
+    let path = PathBuf::from(path);
+    let reader = Reader::open_incomplete(&path)?;
+    if !reader.is_complete() {
+        progress::log(format!("{} {INCOMPLETE_DATA_SET}", path.display()));
+    }
+    let sums = Sums::read(&reader)?;
+    let all = sums.eos.plus(sums.length);
+    if sums.augmented_rows > 0 {
+        progress::log(format!("{}: left out {}", path.display(), count(sums.augmented_rows, "augmented row")));
+    }
+    if all.blocks.blocks == 0 {
+        return Err(Error::file(&path, "every row is augmented: profile the data set that `cllm-data collect` wrote"));
+    }
+    Ok(SetProfile {
+        name: name.to_owned(),
+        n: reader.provenance().n,
+        augmented_rows: sums.augmented_rows,
+        all: BlockFigures::of_answers(all),
+        whole_blocks: BlockFigures::new(&sums.whole_blocks, None),
+        eos: BlockFigures::of_answers(sums.eos),
+        length: BlockFigures::of_answers(sums.length),
+        ratio_to_first: None,
+        path,
+    })
+}
+
 impl Profiles {
-    /// As people read it in the terminal.
+    /// A table of the sets, and what its columns mean.
     pub fn text(&self) -> String {
-        let heads = [
+        const HEADS: [&str; 9] = [
             "data set",
             "n",
-            "of",
+            "blocks of",
             "blocks",
             "fast-forwarded/iteration",
             "beyond one/block",
@@ -108,129 +140,114 @@ impl Profiles {
             "iterations/block",
             "tokens/forward",
         ];
-        let mut text = table::drawn(&heads, 3, self.sets.iter().flat_map(SetProfile::rows));
-        text += "fast-forwarded: tokens that an iteration adds to the right prefix, at least one (CLLM, table 3); stationary: right \
-                 while a token before them was wrong, and right from then on; tokens after the end of an answer count nowhere\n";
-        text
+        let table = table::render(&HEADS, 3, self.sets.iter().flat_map(SetProfile::rows));
+        table
+            + "fast-forwarded: tokens that an iteration adds to the correct prefix, at least one (CLLM, table 3); stationary: \
+               tokens that are correct while a token before them is wrong, and stay correct; tokens after the end of an \
+               answer never count\n"
     }
 }
 
 impl SetProfile {
     fn rows(&self) -> Vec<Vec<String>> {
-        let row = |of: &str, blocks: String, figures: &Means, unit: &str| {
-            let show = |figure| number(figure, 2, unit);
-            let Means { fast_forwarded, beyond_one_per_block, stationary, iterations_per_block, tokens_per_forward } =
-                *figures;
-            let figures = [fast_forwarded, beyond_one_per_block, stationary, iterations_per_block, tokens_per_forward];
-            let mut cells = vec![self.name.clone(), self.n.to_string(), of.to_owned(), blocks];
-            cells.extend(figures.map(show));
-            cells
-        };
         let groups = [
             ("all answers", &self.all),
             ("whole blocks", &self.whole_blocks),
-            ("ended by EOS", &self.eos),
-            ("cut at the limit", &self.length),
+            ("answers ended by EOS", &self.eos),
+            ("answers cut at the limit", &self.length),
         ];
         let mut rows: Vec<_> = groups
             .into_iter()
             .filter(|(_, figures)| figures.blocks > 0)
-            .map(|(of, figures)| row(of, figures.blocks.to_string(), &figures.means, ""))
+            .map(|(group, figures)| self.row(group, figures.blocks.to_string(), &figures.means, ""))
             .collect();
-        rows.extend(self.ratio_to_first.iter().map(|ratios| row("all over the first", String::new(), ratios, "x")));
+        if let Some(ratios) = &self.ratio_to_first {
+            rows.push(self.row("all answers, over the first set", String::new(), ratios, "x"));
+        }
         rows
     }
-}
 
-fn profile_set(given: &str) -> Result<SetProfile> {
-    let (name, path) = match given.split_once('=') {
-        Some((name, path)) if !Path::new(given).exists() => (name, path),
-        _ => (given, given),
-    };
-    let path = PathBuf::from(path);
-    let reader = Reader::open_incomplete(&path)?;
-    if !reader.is_complete() {
-        progress::log(format!("{} {INCOMPLETE_DATA_SET}", path.display()));
+    fn row(&self, group: &str, blocks: String, means: &BlockMeans, unit: &str) -> Vec<String> {
+        let BlockMeans { fast_forwarded, beyond_one_per_block, stationary, iterations_per_block, tokens_per_forward } =
+            *means;
+        let means = [fast_forwarded, beyond_one_per_block, stationary, iterations_per_block, tokens_per_forward];
+        let mut cells = vec![self.name.clone(), self.n.to_string(), group.to_owned(), blocks];
+        cells.extend(means.map(|mean| format_number(mean, 2, unit)));
+        cells
     }
-    let sums = |piece| {
-        let mut sums = Sums::default();
-        for row in reader.chunk_rows(piece) {
-            interrupt::check()?;
-            sums.count(&row?);
-        }
-        Ok(sums)
-    };
-    let of_pieces = reader.row_chunks().par_iter().map(sums).collect::<Result<Vec<Sums>>>()?;
-    let mut sum = Sums::default();
-    of_pieces.iter().for_each(|piece| sum.add(piece));
-    let [(mut all, mut forwards), limited] = sum.by_finish;
-    all += limited.0;
-    forwards += limited.1;
-    if sum.augmented_rows > 0 {
-        progress::log(format!("{}: {} augmented rows were left out", path.display(), sum.augmented_rows));
-    }
-    if all.blocks == 0 {
-        let message =
-            "holds no row as it was decoded: profile what `cllm-data collect` wrote, not what augment made of it";
-        return Err(Error::file(&path, message));
-    }
-    let [eos, length] = sum.by_finish.map(|(profile, forwards)| Figures::of(&profile, Some(forwards)));
-    Ok(SetProfile {
-        name: name.to_owned(),
-        n: reader.provenance().n,
-        augmented_rows: sum.augmented_rows,
-        all: Figures::of(&all, Some(forwards)),
-        whole_blocks: Figures::of(&sum.whole_blocks, None),
-        eos,
-        length,
-        ratio_to_first: None,
-        path,
-    })
 }
 
 impl Sums {
+    /// Sums over all rows of a data set, in parallel.
+    fn read(reader: &Reader) -> Result<Self> {
+        let of_chunk = |chunk: &RowChunk| {
+            let mut sums = Sums::default();
+            for row in reader.chunk_rows(chunk) {
+                interrupt::check()?;
+                sums.count(&row?);
+            }
+            Ok(sums)
+        };
+        let of_chunks = reader.row_chunks().par_iter().map(of_chunk).collect::<Result<Vec<Sums>>>()?;
+        Ok(of_chunks.into_iter().fold(Sums::default(), Sums::plus))
+    }
+
     fn count(&mut self, row: &Trajectory) {
         // Augmented states never occurred in decoding.
         if row.augmented.is_some() {
             self.augmented_rows += 1;
             return;
         }
-        let (profile, forwards) = &mut self.by_finish[usize::from(row.finish_reason == FinishReason::Length)];
-        *forwards += row.num_forwards();
-        for (of_block, whole) in row.block_profiles() {
-            *profile += of_block;
-            if whole {
+        let answer = match row.finish_reason {
+            FinishReason::Eos => &mut self.eos,
+            FinishReason::Length => &mut self.length,
+        };
+        answer.num_forwards += row.num_forwards();
+        for (of_block, is_whole) in row.block_profiles() {
+            answer.blocks += of_block;
+            if is_whole {
                 self.whole_blocks += of_block;
             }
         }
     }
 
-    fn add(&mut self, other: &Sums) {
+    fn plus(mut self, other: Sums) -> Self {
         self.augmented_rows += other.augmented_rows;
         self.whole_blocks += other.whole_blocks;
-        for ((profile, forwards), (more, forwards_more)) in self.by_finish.iter_mut().zip(&other.by_finish) {
-            *profile += *more;
-            *forwards += forwards_more;
-        }
+        self.eos = self.eos.plus(other.eos);
+        self.length = self.length.plus(other.length);
+        self
     }
 }
 
-impl Figures {
-    fn of(profile: &Profile, forwards: Option<usize>) -> Self {
-        let means = Means {
+impl AnswerSums {
+    fn plus(mut self, other: AnswerSums) -> Self {
+        self.blocks += other.blocks;
+        self.num_forwards += other.num_forwards;
+        self
+    }
+}
+
+impl BlockFigures {
+    fn of_answers(answers: AnswerSums) -> Self {
+        Self::new(&answers.blocks, Some(answers.num_forwards))
+    }
+
+    fn new(profile: &Profile, num_forwards: Option<usize>) -> Self {
+        let means = BlockMeans {
             fast_forwarded: profile.fast_forwarded_per_iteration(),
             beyond_one_per_block: profile.beyond_one_per_block(),
             stationary: profile.stationary_per_block(),
             iterations_per_block: profile.iterations_per_block(),
-            tokens_per_forward: ratio(profile.tokens as f64, forwards.map(|forwards| forwards as f64)),
+            tokens_per_forward: ratio(profile.tokens as f64, num_forwards.map(|number| number as f64)),
         };
-        Figures { blocks: profile.blocks, tokens: profile.tokens, means }
+        BlockFigures { blocks: profile.blocks, tokens: profile.tokens, means }
     }
 }
 
-impl Means {
-    fn over(&self, first: &Means) -> Means {
-        Means {
+impl BlockMeans {
+    fn over(&self, first: &BlockMeans) -> BlockMeans {
+        BlockMeans {
             fast_forwarded: ratio(self.fast_forwarded, first.fast_forwarded),
             beyond_one_per_block: ratio(self.beyond_one_per_block, first.beyond_one_per_block),
             stationary: ratio(self.stationary, first.stationary),

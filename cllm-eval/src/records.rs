@@ -1,9 +1,11 @@
-//! `samples.jsonl`: a header, then every answer and every timing as it comes. It alone is enough to go on after a kill,
-//! to score again and to draw a report.
+//! The records of a run, and the file that holds them: `samples.jsonl`.
+//!
+//! The file begins with a header. Every answer, timing and text window follows as a line of its own, written as soon as it
+//! is there. The file alone is enough to resume a run after a kill, to score its answers again and to draw a report.
 
-use std::fs::{File, OpenOptions};
-use std::io::{BufRead, BufReader, Seek, Write};
-use std::path::{Path, PathBuf};
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::path::Path;
 
 use cllm_core::decode::Strategy;
 use cllm_core::environment::{Hardware, Toolkit};
@@ -17,95 +19,84 @@ use serde_json::Value;
 use crate::config::RunSettings;
 use crate::role::Role;
 
-/// Version of `samples.jsonl` and `results.json`.
+/// Version of `samples.jsonl`, `results.json` and the documents that are computed from them.
 pub const SCHEMA_VERSION: u32 = 2;
-/// Name of the file of answers.
+/// Name of the file in a run's folder.
 pub const SAMPLES: &str = "samples.jsonl";
 
-/// A model under test.
+/// An evaluated model.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModelEntry {
-    /// Which.
     pub role: Role,
     /// Its folder.
     pub path: String,
-    /// Of config and weights.
+    /// Hash of its configuration and weights.
     pub fingerprint: String,
     /// Number of weights.
     pub parameters: i64,
 }
 
-/// What was run; the first line of the file.
+/// The first line of the file: what was run, and where.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Header {
-    /// [`SCHEMA_VERSION`].
     pub schema_version: u32,
-    /// Fingerprint of settings, models and prompts: a run goes on only where it is the same.
+    /// Fingerprint of settings, models and prompts. A run resumes only if it is unchanged.
     pub identity: String,
-    /// The benchmark, which also says how answers are scored.
+    /// The benchmark, which also decides how answers are scored.
     pub benchmark: Task,
-    /// Its split; `mixed` where the prompts are of several.
+    /// `mixed` if the prompts come from several splits.
     pub split: String,
-    /// Number of examples.
+    /// Number of prompts.
     pub examples: usize,
-    /// Where.
     pub hardware: Hardware,
-    /// With what.
     pub toolkit: Toolkit,
-    /// What held the code of answers while it ran; none where none did.
+    /// Layers of the sandbox that ran the code of answers. None if no code ran.
     #[serde(default)]
     pub sandbox: Option<Vec<String>>,
-    /// The models.
     pub models: Vec<ModelEntry>,
-    /// The resolved configuration.
+    /// The resolved settings.
     pub settings: RunSettings,
 }
 
 /// One answer of the accuracy run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct AnswerRecord {
-    /// Whose.
     pub role: Role,
-    /// How decoded.
     pub strategy: Strategy,
-    /// Place in the prompt set.
+    /// Position of the prompt in the prompt set, from 0.
     pub index: usize,
-    /// Id in the prompt set.
+    /// Id of the prompt in the prompt set.
     pub id: String,
-    /// Benchmark and split.
+    /// Benchmark and split, such as `gsm8k/test`.
     pub source: String,
-    /// The rendered prompt.
+    /// The prompt as the model read it, after its chat template.
     pub prompt: String,
-    /// Its number of tokens.
     pub prompt_tokens: usize,
-    /// The data set's answer.
+    /// The data set's own answer.
     pub reference: Option<String>,
-    /// What the task needs to score.
+    /// What the task needs to score the answer, such as Spider's `db_id`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub meta: Option<Value>,
-    /// Tokens of the answer.
+    /// Tokens of the answer, EOS included.
     pub response_ids: Vec<i32>,
-    /// Text of the answer.
     pub text: String,
-    /// Score.
     pub verdict: Verdict,
-    /// Why it ended.
     pub finish_reason: FinishReason,
-    /// Forwards of this row.
+    /// Forwards of this answer after prefill.
     pub forwards: usize,
-    /// Tokens that each forward made final.
+    /// Tokens accepted per forward. They sum to the length of the answer.
     pub accepted: Vec<u32>,
-    /// This row's share of the batch's prefill.
+    /// Seconds of the batch's prefill over the number of its answers.
     pub batch_prefill_seconds: f64,
-    /// This row's share of the batch's decoding.
+    /// Seconds of the batch's decoding over the number of its answers.
     pub batch_seconds: f64,
-    /// Most GPU memory in use while its batch ran, less what was in use before this model was loaded.
+    /// Peak GPU memory up to the end of its batch, without what was in use before this model was loaded. Null on the CPU.
     pub peak_memory_bytes: Option<u64>,
-    /// Where the tokens first differ from the same model's autoregressive ones: by how much its best logit there is above the
-    /// second, computed in one forward over all that comes before.
+    /// Best minus second-best logit at the first token that differs from the same model's autoregressive answer, computed in
+    /// one forward over all tokens before it. None if no token differs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logit_gap_at_difference: Option<f64>,
-    /// Text of each forward's tokens, for the first few examples: reports show them.
+    /// Text of each forward's tokens. Only the first few examples keep it, for reports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub forward_texts: Option<Vec<String>>,
 }
@@ -113,83 +104,84 @@ pub struct AnswerRecord {
 /// One timing at batch 1.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct SpeedRecord {
-    /// Whose.
     pub role: Role,
-    /// How decoded.
     pub strategy: Strategy,
-    /// Place in the prompt set.
+    /// Position of the prompt in the prompt set, from 0.
     pub index: usize,
-    /// Id in the prompt set.
+    /// Id of the prompt in the prompt set.
     pub id: String,
-    /// Tokens of the answer.
+    /// Tokens of the answer, EOS included.
     pub tokens: usize,
     /// Forwards after prefill.
     pub forwards: usize,
-    /// Why it ended.
     pub finish_reason: FinishReason,
-    /// Seconds of the prompt's forward.
     pub prefill_seconds: f64,
-    /// Seconds of everything after it.
+    /// Seconds of decoding, excluding prefill.
     pub seconds: f64,
-    /// Most GPU memory in use by this model and strategy at batch 1, of the longest prompt that is timed; none on the CPU.
+    /// Peak GPU memory of this model and strategy at batch 1 on the longest timed prompt. Null on the CPU.
     #[serde(default)]
     pub peak_memory_bytes: Option<u64>,
 }
 
-/// A window of a text under a model.
+/// The likelihood of the tokens in one window of a text.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct WindowRecord {
-    /// Whose.
     pub role: Role,
-    /// The text's place in the data.
+    /// Position of the text in the data, from 0.
     pub index: usize,
-    /// The text's id.
+    /// Id of the text.
     pub id: String,
-    /// The text's token that the window begins with, from 0.
+    /// Position in the text of the window's first token, from 0.
     pub start: usize,
-    /// So many of its last tokens are scored.
+    /// Number of tokens scored: the last ones of the window.
     pub tokens: usize,
-    /// Their negative log-likelihoods, summed, in nats.
+    /// Sum of their negative log-likelihoods, in nats.
     pub nll: f64,
 }
 
-/// A line of the file.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+/// A line of the file as it is read.
+#[derive(Deserialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
-pub enum Line {
-    /// The first.
+enum Line {
     Header(Box<Header>),
-    /// An answer.
     Answer(Box<AnswerRecord>),
-    /// A timing.
     Speed(SpeedRecord),
-    /// A window.
     Window(WindowRecord),
 }
 
-/// All of a file.
+/// A line of the file as it is written.
+#[derive(Serialize)]
+#[serde(tag = "kind", rename_all = "lowercase")]
+pub(crate) enum LineRef<'r> {
+    Header(&'r Header),
+    Answer(&'r AnswerRecord),
+    Speed(&'r SpeedRecord),
+    Window(&'r WindowRecord),
+}
+
+/// All records of a run. Those of each kind are in the order in which they were made until the run has ended.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Records {
-    /// What was run.
     pub header: Header,
-    /// The answers, as they came.
     pub answers: Vec<AnswerRecord>,
-    /// The timings, as they came.
     pub speeds: Vec<SpeedRecord>,
-    /// The windows, as they came.
     pub windows: Vec<WindowRecord>,
 }
 
 impl Header {
-    /// Where the figures come from, in one line.
-    fn place(&self) -> String {
+    pub fn model(&self, role: Role) -> Option<&ModelEntry> {
+        self.models.iter().find(|model| model.role == role)
+    }
+
+    /// Machine and versions in one line.
+    pub(crate) fn environment(&self) -> String {
         let Toolkit { version, libtorch } = &self.toolkit;
         format!("{}; cllm {version}, libtorch {}", self.hardware.summary(), libtorch.as_deref().unwrap_or("unknown"))
     }
 }
 
 impl AnswerRecord {
-    /// The sample, as far as scoring needs it.
+    /// The prompt as far as scoring needs it.
     pub fn sample(&self) -> Sample {
         Sample {
             id: self.id.clone(),
@@ -202,55 +194,77 @@ impl AnswerRecord {
 }
 
 impl Records {
-    /// Before anything was measured.
     pub fn new(header: Header) -> Self {
         Records { header, answers: Vec::new(), speeds: Vec::new(), windows: Vec::new() }
     }
 
-    fn is_empty(&self) -> bool {
+    /// The answers of a model with a strategy.
+    pub fn answers_of(&self, role: Role, strategy: Strategy) -> impl Iterator<Item = &AnswerRecord> {
+        self.answers.iter().filter(move |answer| answer.role == role && answer.strategy == strategy)
+    }
+
+    /// The timings of a model with a strategy.
+    pub fn speeds_of(&self, role: Role, strategy: Strategy) -> impl Iterator<Item = &SpeedRecord> {
+        self.speeds.iter().filter(move |speed| speed.role == role && speed.strategy == strategy)
+    }
+
+    /// The text windows of a model.
+    pub fn windows_of(&self, role: Role) -> impl Iterator<Item = &WindowRecord> {
+        self.windows.iter().filter(move |window| window.role == role)
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
         self.answers.is_empty() && self.speeds.is_empty() && self.windows.is_empty()
     }
 
     /// Reads a whole file.
     ///
     /// # Errors
-    /// Names file and line of what is not as expected.
+    /// Names file and line of what is not a record.
     pub fn read(path: &Path) -> Result<Self> {
-        let none = || Error::file(path, "holds no answers yet: run the same `cllm-eval run` again");
-        Ok(Self::read_prefix(path, false)?.ok_or_else(none)?.0)
+        let empty = || Error::file(path, "holds no answers yet: run the same `cllm-eval run` again");
+        Ok(Self::read_lines(path, false)?.ok_or_else(empty)?.0)
     }
 
-    /// Reads what is whole, and how many bytes that is: a kill may have cut the last line. None where nothing is.
-    fn read_prefix(path: &Path, may_be_cut: bool) -> Result<Option<(Self, u64)>> {
+    /// Reads the file of a run that was killed, which may have cut the last line. Returns the records of the whole lines and
+    /// the number of bytes of these; None if there is no whole line.
+    ///
+    /// # Errors
+    /// Names file and line of what is not a record.
+    pub(crate) fn read_interrupted(path: &Path) -> Result<Option<(Self, u64)>> {
+        Self::read_lines(path, true)
+    }
+
+    fn read_lines(path: &Path, may_be_cut: bool) -> Result<Option<(Self, u64)>> {
         let mut reader = BufReader::new(File::open(path).map_err(Error::io(path))?);
         let (mut header, mut answers, mut speeds, mut windows) = (None, Vec::new(), Vec::new(), Vec::new());
-        let (mut text, mut whole) = (String::new(), 0);
+        let (mut text, mut whole_bytes) = (String::new(), 0);
         for number in 1.. {
             text.clear();
-            let read = reader.read_line(&mut text).map_err(Error::io(path))?;
-            if read == 0 || (may_be_cut && !text.ends_with('\n')) {
+            let num_bytes = reader.read_line(&mut text).map_err(Error::io(path))?;
+            if num_bytes == 0 || (may_be_cut && !text.ends_with('\n')) {
                 break;
             }
-            whole += read as u64;
-            let bad = |error| Error::file(path, format!("line {number} is not a record of cllm-eval: {error}"));
+            whole_bytes += num_bytes as u64;
+            let not_a_record =
+                |error| Error::file(path, format!("line {number} is not a record of cllm-eval: {error}"));
             if number == 1 {
-                let first: Value = serde_json::from_str(&text).map_err(bad)?;
-                expect_version(path, &first)?;
+                let first: Value = serde_json::from_str(&text).map_err(not_a_record)?;
+                check_version(path, &first)?;
             }
-            let line: Line = serde_json::from_str(&text).map_err(bad)?;
-            match line {
-                Line::Header(found) => header = Some(*found),
+            match serde_json::from_str(&text).map_err(not_a_record)? {
+                Line::Header(record) => header = Some(*record),
                 Line::Answer(record) => answers.push(*record),
                 Line::Speed(record) => speeds.push(record),
                 Line::Window(record) => windows.push(record),
             }
         }
-        if whole == 0 {
+        if whole_bytes == 0 {
             return Ok(None);
         }
-        let header =
-            header.ok_or_else(|| Error::file(path, "has no header line: choose another `output`, or remove it"))?;
-        Ok(Some((Records { header, answers, speeds, windows }, whole)))
+        let header = header
+            .ok_or_else(|| Error::file(path, "has no header line: choose another `output`, or remove the file"))?;
+        Ok(Some((Records { header, answers, speeds, windows }, whole_bytes)))
     }
 
     /// Writes a whole file.
@@ -258,97 +272,39 @@ impl Records {
     /// # Errors
     /// File-system errors.
     pub fn write(&self, path: &Path) -> Result<()> {
-        let lines = std::iter::once(Line::Header(Box::new(self.header.clone())))
-            .chain(self.answers.iter().cloned().map(|record| Line::Answer(Box::new(record))))
-            .chain(self.speeds.iter().cloned().map(Line::Speed))
-            .chain(self.windows.iter().cloned().map(Line::Window));
+        let lines = std::iter::once(LineRef::Header(&self.header))
+            .chain(self.answers.iter().map(LineRef::Answer))
+            .chain(self.speeds.iter().map(LineRef::Speed))
+            .chain(self.windows.iter().map(LineRef::Window));
         atomic_file::write_with(path, |file| {
             for line in lines {
-                file.write_all(to_line(path, &line)?.as_bytes()).map_err(Error::write(path))?;
+                file.write_all(line.to_json()?.as_bytes()).map_err(Error::write(path))?;
             }
             Ok(())
         })
     }
 }
 
-/// The file while a run adds to it.
-pub struct Journal {
-    path: PathBuf,
-    file: File,
-}
-
-impl Journal {
-    /// Opens the file of a run: a new one, or what an interrupted run of the same identity left.
-    ///
-    /// # Errors
-    /// When another run's file is in the way; file-system errors.
-    pub fn open(path: &Path, header: Header) -> Result<(Self, Records)> {
-        let found = if path.exists() { Records::read_prefix(path, true)? } else { None };
-        if let Some((records, whole)) = found {
-            // A run that ended before its first answer is nothing to lose.
-            if records.is_empty() {
-                return Self::create(path, header);
-            }
-            if records.header.identity != header.identity {
-                return Err(Error::file(
-                    path,
-                    "belongs to a run with other settings, models or prompts; choose another `output` or remove it",
-                ));
-            }
-            let (there, here) = (records.header.place(), header.place());
-            if there != here {
-                return Err(Error::file(
-                    path,
-                    format!(
-                        "belongs to a run on [{there}]; this is [{here}], and times of both would stand under one name: go on \
-                         there, or choose another `output`"
-                    ),
-                ));
-            }
-            let mut file = OpenOptions::new().write(true).open(path).map_err(Error::write(path))?;
-            file.set_len(whole).and_then(|()| file.seek(std::io::SeekFrom::End(0))).map_err(Error::write(path))?;
-            return Ok((Journal { path: path.to_owned(), file }, records));
-        }
-        Self::create(path, header)
-    }
-
-    fn create(path: &Path, header: Header) -> Result<(Self, Records)> {
-        let records = Records::new(header);
-        records.write(path)?;
-        let file = OpenOptions::new().append(true).open(path).map_err(Error::write(path))?;
-        Ok((Journal { path: path.to_owned(), file }, records))
-    }
-
-    /// Adds lines, on disk when this returns.
-    ///
-    /// # Errors
-    /// File-system errors.
-    pub fn append(&mut self, lines: &[Line]) -> Result<()> {
-        let mut text = String::new();
-        for line in lines {
-            text.push_str(&to_line(&self.path, line)?);
-        }
-        self.file.write_all(text.as_bytes()).and_then(|()| self.file.sync_data()).map_err(Error::write(&self.path))
+impl LineRef<'_> {
+    /// The line with its newline.
+    pub(crate) fn to_json(&self) -> Result<String> {
+        let mut text = serde_json::to_string(self).map_err(Error::serialization)?;
+        text.push('\n');
+        Ok(text)
     }
 }
 
-/// Refuses what another version wrote; without one it is something else, which is told when it is read.
+/// Refuses a document of another schema version. One without a version is left to whoever parses it.
 ///
 /// # Errors
 /// Names both versions.
-pub fn expect_version(path: &Path, document: &Value) -> Result<()> {
+pub fn check_version(path: &Path, document: &Value) -> Result<()> {
     match &document["schema_version"] {
         Value::Null => Ok(()),
-        found if *found == SCHEMA_VERSION => Ok(()),
-        found => Err(Error::file(
+        version if *version == SCHEMA_VERSION => Ok(()),
+        version => Err(Error::file(
             path,
-            format!("has schema version {found}; this build reads {SCHEMA_VERSION}: use the build that wrote it"),
+            format!("has schema version {version}; this build reads {SCHEMA_VERSION}: use the build that wrote it"),
         )),
     }
-}
-
-fn to_line(path: &Path, line: &Line) -> Result<String> {
-    let mut text = serde_json::to_string(line).map_err(|error| Error::file(path, error.to_string()))?;
-    text.push('\n');
-    Ok(text)
 }

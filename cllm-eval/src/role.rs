@@ -16,6 +16,10 @@ pub enum Role {
 impl Role {
     pub const ALL: [Role; 2] = [Role::Teacher, Role::Student];
 
+    pub fn from_name(name: &str) -> Option<Self> {
+        Role::ALL.into_iter().find(|role| role.name() == name)
+    }
+
     /// As files, tables and selectors write it.
     pub fn name(self) -> &'static str {
         match self {

@@ -1,7 +1,8 @@
-//! `score`: scores saved answers again, with no model and no GPU.
+//! Scoring of answers, and the verb `score`, which scores saved answers again with no model and no GPU.
 
 use std::path::{Path, PathBuf};
 
+use cllm_core::prompt_set::Sample;
 use cllm_core::sandbox::Sandbox;
 use cllm_core::task::{ScoreContext, Task, Verdict};
 use cllm_core::{Result, atomic_file, interrupt, progress};
@@ -10,37 +11,69 @@ use rayon::prelude::*;
 use crate::records::{AnswerRecord, Records, SAMPLES};
 use crate::results::{RESULTS, Results};
 
-/// The verdict on an answer.
-///
-/// # Errors
-/// As [`Task::score`].
-pub fn judge(task: Task, judge: ScoreContext<'_>, answer: &AnswerRecord) -> Result<Verdict> {
-    task.score(judge, &answer.sample(), &answer.text, answer.finish_reason)
+/// Scores the answers of one benchmark.
+#[derive(Clone, Copy)]
+pub struct AnswerScorer<'a> {
+    task: Task,
+    context: ScoreContext<'a>,
 }
 
-/// Where the code of a task's answers runs, if it has any and `execute` asks for that; `advice` is said where only the latter lacks.
+impl<'a> AnswerScorer<'a> {
+    /// `data` is the folder of the benchmark's files; `sandbox` is where the code of answers runs.
+    pub fn new(task: Task, data: Option<&'a Path>, sandbox: Option<&'a Sandbox>) -> Self {
+        AnswerScorer { task, context: ScoreContext { data, sandbox } }
+    }
+
+    /// Refuses a prompt whose answer could not be scored.
+    ///
+    /// # Errors
+    /// As [`Task::check_scorable`].
+    pub fn check(&self, sample: &Sample) -> Result<()> {
+        self.task.check_scorable(self.context, sample)
+    }
+
+    /// Sets the verdicts of the answers, in parallel. If one cannot be scored, none is changed.
+    ///
+    /// # Errors
+    /// As [`Task::score`].
+    pub fn score(&self, answers: &mut [AnswerRecord]) -> Result<()> {
+        let verdict =
+            |answer: &AnswerRecord| self.task.score(self.context, &answer.sample(), &answer.text, answer.finish_reason);
+        let verdicts: Vec<Verdict> = answers.par_iter().map(verdict).collect::<Result<_>>()?;
+        for (answer, verdict) in answers.iter_mut().zip(verdicts) {
+            answer.verdict = verdict;
+        }
+        Ok(())
+    }
+}
+
+/// Opens the sandbox for the code of a task's answers. None if the task has no code, or if `execute` is false; `advice` then
+/// tells how to allow it.
 ///
 /// # Errors
 /// As [`Sandbox::open`].
-pub fn sandbox(task: Task, execute: bool, advice: &str) -> Result<Option<Sandbox>> {
+pub fn open_sandbox(task: Task, execute: bool, advice: &str) -> Result<Option<Sandbox>> {
     if !task.runs_code() {
         return Ok(None);
     }
     if !execute {
         progress::log(format!(
-            "answers of {} stay unscored, since that takes running code that a model wrote: {advice}",
+            "answers of {} stay unscored: scoring them would run code that a model wrote; to allow it, {advice}",
             task.name()
         ));
         return Ok(None);
     }
     let sandbox = Sandbox::open()?;
-    progress::log(format!("code runs in {}, held by {}", sandbox.python().display(), sandbox.layers().join(", ")));
+    progress::log(format!(
+        "the code of answers runs in {}, confined by {}",
+        sandbox.python().display(),
+        sandbox.layers().join(", ")
+    ));
     Ok(Some(sandbox))
 }
 
-/// Scores the answers in a run's folder and rewrites its files. `data` is where the benchmark's files are, when not where
-/// the run had them. Code in the answers runs only where `execute` says so, whatever the run's settings say: its files may come
-/// from anywhere.
+/// Scores the answers in a run's folder again and rewrites its files. `data` overrides the run's own folder of the benchmark's
+/// files. Code in answers runs only if `execute` says so, whatever the settings of the run say: its files may come from anywhere.
 ///
 /// # Errors
 /// When the folder holds no run, or a file that scoring needs is missing.
@@ -49,23 +82,18 @@ pub fn score(folder: &Path, data: Option<PathBuf>, execute: bool) -> Result<Resu
     let mut records = Records::read(&path)?;
     let task = records.header.benchmark;
     let data = data.or_else(|| records.header.settings.data.clone());
-    let sandbox = sandbox(task, execute, "add --execute-code")?;
-    let by = ScoreContext { data: data.as_deref(), sandbox: sandbox.as_ref() };
-    let score = |answer: &AnswerRecord| judge(task, by, answer);
-    let verdicts: Vec<Verdict> = records.answers.par_iter().map(score).collect::<Result<_>>()?;
+    let sandbox = open_sandbox(task, execute, "add --execute-code")?;
+    AnswerScorer::new(task, data.as_deref(), sandbox.as_ref()).score(&mut records.answers)?;
     interrupt::check()?;
     if task == Task::Spider && data.is_none() {
         progress::log("no answer was scored: name Spider's folder with --data");
     }
-    // What the verdicts come from is what results.json tells, and the next scoring looks there too.
+    // The header tells where the verdicts come from, and the next scoring starts from the same folder.
     records.header.sandbox = sandbox.map(|sandbox| sandbox.layers().to_vec());
     records.header.settings.execute_code = execute;
     records.header.settings.data = data;
-    for (answer, verdict) in records.answers.iter_mut().zip(verdicts) {
-        answer.verdict = verdict;
-    }
     records.write(&path)?;
-    let results = Results::of(&records);
+    let results = Results::from_records(&records);
     atomic_file::write_json(&folder.join(RESULTS), &results)?;
     Ok(results)
 }

@@ -1,27 +1,24 @@
-//! How hard a query of Spider is: the four classes of its official evaluation (`Evaluator.eval_hardness` in taoyds/spider's
-//! evaluation.py), counted on the words of the query.
+//! The difficulty of a Spider query: one of the four classes of the official evaluation (`Evaluator.eval_hardness` in
+//! evaluation.py of taoyds/spider), counted on the words of the query.
 //!
-//! The official counts are followed in their quirks: only the first of queries joined by UNION, INTERSECT or EXCEPT counts
-//! (its ORDER BY behind such a word belongs to the second), a subquery counts in conditions alone and is not looked into, and
-//! in the count of aggregates every NOT of a condition counts, as does every AND and OR of HAVING.
+//! The counts follow the quirks of the official ones. Of queries joined by UNION, INTERSECT or EXCEPT only the first counts; an
+//! ORDER BY after such a word belongs to the second. A subquery counts only in conditions, and its own components never count.
+//! Aggregates include every NOT of a condition and every AND and OR of HAVING.
+
+use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// A class of difficulty.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Difficulty {
-    /// At most one component.
     Easy,
-    /// A few.
     Medium,
-    /// Many, or one nested query and little else.
     Hard,
-    /// All beyond.
     Extra,
 }
 
-/// What the evaluation counts of a query.
+/// What the official evaluation counts in a query.
 #[derive(Debug, Default)]
 struct Counts {
     /// WHERE, GROUP BY, ORDER BY, LIMIT, JOIN, OR, LIKE: "components 1".
@@ -29,21 +26,32 @@ struct Counts {
     /// Queries within conditions or behind a set operation: "components 2".
     nested: usize,
     aggregates: usize,
-    /// Selected columns, conditions of WHERE, columns of GROUP BY, each less the first.
+    /// Selected columns, conditions of WHERE and columns of GROUP BY, each without the first.
     more_columns: usize,
     more_conditions: usize,
     more_groups: usize,
 }
 
+impl fmt::Display for Difficulty {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Difficulty::Easy => "easy",
+            Difficulty::Medium => "medium",
+            Difficulty::Hard => "hard",
+            Difficulty::Extra => "extra",
+        })
+    }
+}
+
 impl Counts {
-    /// Kinds of which there is more than one.
+    /// Number of kinds of which there is more than one: "others".
     fn others(&self) -> usize {
         let more = [self.aggregates.saturating_sub(1), self.more_columns, self.more_conditions, self.more_groups];
         more.iter().filter(|&&count| count > 0).count()
     }
 }
 
-/// The class of a query.
+/// Classifies a query.
 pub fn difficulty(query: &str) -> Difficulty {
     let counts = count(&words(query));
     match (counts.plain, counts.others(), counts.nested) {
@@ -55,7 +63,7 @@ pub fn difficulty(query: &str) -> Difficulty {
     }
 }
 
-/// The first of joined queries, word by word; what stands in brackets belongs to the word before it.
+/// Counts the first of joined queries, word by word. Words in parentheses belong to the word before them.
 fn count(words: &[String]) -> Counts {
     let mut counts = Counts::default();
     let (mut clause, mut depth, mut between) = ("", 0usize, false);
@@ -104,19 +112,19 @@ fn count(words: &[String]) -> Counts {
     counts
 }
 
-/// Whether a query in brackets behind this word stands for a table, and not in a condition.
+/// Whether a query in parentheses after this word is a table rather than part of a condition.
 fn opens_table(before: &str) -> bool {
     matches!(before, "from" | "join" | ",")
 }
 
-/// Lower-case words and signs; a text in quotes is one word that equals none of the language.
+/// Lower-case words and single other characters. A quoted text is one word, unlike any keyword.
 fn words(query: &str) -> Vec<String> {
     let mut words = Vec::new();
     let mut rest = query.trim_start();
     while let Some(first) = rest.chars().next() {
         let length = match first {
             '\'' | '"' | '`' => rest[1..].find(first).map_or(rest.len(), |end| end + 2),
-            c if is_of_word(c) => rest.find(|c| !is_of_word(c)).unwrap_or(rest.len()),
+            c if is_word_char(c) => rest.find(|c| !is_word_char(c)).unwrap_or(rest.len()),
             c => c.len_utf8(),
         };
         words.push(rest[..length].to_lowercase());
@@ -125,7 +133,7 @@ fn words(query: &str) -> Vec<String> {
     words
 }
 
-fn is_of_word(c: char) -> bool {
+fn is_word_char(c: char) -> bool {
     c.is_alphanumeric() || matches!(c, '_' | '.')
 }
 
@@ -140,8 +148,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn queries_are_of_the_official_classes() {
-        for (wanted, query) in [
+    fn queries_have_their_official_classes() {
+        for (expected, query) in [
             (Easy, "SELECT count(*) FROM singer"),
             (Easy, "SELECT name FROM singer WHERE age > 20"),
             (Easy, "SELECT name FROM singer ORDER BY age DESC"),
@@ -172,20 +180,18 @@ mod tests {
             (Extra, "SELECT a FROM t WHERE b NOT IN (SELECT b FROM u) AND c IN (SELECT c FROM v)"),
             (Hard, "SELECT a FROM t WHERE b = 1 INTERSECT SELECT a FROM t WHERE c IN (SELECT c FROM u) ORDER BY a"),
         ] {
-            assert_eq!(difficulty(query), wanted, "{query}: {:?}", count(&words(query)));
+            assert_eq!(difficulty(query), expected, "{query}: {:?}", count(&words(query)));
         }
     }
 
     #[test]
+    #[ignore = "needs the benchmarks' data: scripts/test --data DIR"]
     fn the_real_questions_have_the_published_classes() {
-        let Some(data) = std::env::var_os("CLLM_DATA") else {
-            println!("skipped: CLLM_DATA is not set");
-            return;
-        };
-        let mut found: BTreeMap<Difficulty, usize> = BTreeMap::new();
+        let data = std::env::var_os("CLLM_DATA").expect("CLLM_DATA names the folder with the benchmarks' data");
+        let mut counts: BTreeMap<Difficulty, usize> = BTreeMap::new();
         for sample in Task::Spider.load(&Path::new(&data).join("spider"), "dev").unwrap() {
-            *found.entry(difficulty(sample.reference.as_deref().unwrap())).or_default() += 1;
+            *counts.entry(difficulty(sample.reference.as_deref().unwrap())).or_default() += 1;
         }
-        assert_eq!(found, BTreeMap::from([(Easy, 248), (Medium, 446), (Hard, 174), (Extra, 166)]));
+        assert_eq!(counts, BTreeMap::from([(Easy, 248), (Medium, 446), (Hard, 174), (Extra, 166)]));
     }
 }

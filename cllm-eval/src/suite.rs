@@ -1,4 +1,4 @@
-//! `suite`: every benchmark whose data is there, one run each, and one report over all.
+//! `suite`: one run for every benchmark whose data are there, and one report of all.
 
 use std::path::{Path, PathBuf};
 
@@ -14,159 +14,133 @@ use serde::{Deserialize, Serialize};
 use crate::config::{RunSettings, valid_strategies};
 use crate::records::SCHEMA_VERSION;
 use crate::results::Results;
-use crate::table::{HEADS, cells, notes, perplexity};
+use crate::table::{HEADS, break_head, cells, count, format_perplexity, notes};
 use crate::{report, run};
 
-/// Settings of a suite; what is not here has the default of `run`.
+/// Settings of a suite. Every other setting has the default of `run`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct SuiteSettings {
     /// Folder or id of the model before consistency training.
     #[garde(skip)]
     pub teacher: Option<String>,
-    /// Folder or id of the model after it.
+    /// Folder or id of the model after consistency training.
     #[garde(skip)]
     pub student: Option<String>,
-    /// Folder with a folder (or file) for each benchmark, by its name in `cllm-eval ls` or as code_search_net, human_eval, mt_bench; a benchmark
-    /// that is not there is skipped.
+    /// Folder that contains a folder (or file) for each benchmark, named as in `cllm-eval ls` or code_search_net, human_eval,
+    /// mt_bench. Benchmarks without one are skipped.
     #[garde(custom(settings::required_path))]
     pub data: PathBuf,
-    /// Takes only the first examples of each benchmark.
+    /// Use only the first N examples of each benchmark.
     #[garde(range(min = 1))]
     pub limit: Option<usize>,
-    /// How many examples of each, spread evenly over all, are timed at batch 1; 0 measures accuracy alone.
+    /// Number of examples of each benchmark to time at batch 1, spread evenly over all; 0 measures only accuracy.
     #[garde(skip)]
     pub num_speed_examples: usize,
     /// How to decode, as in `run`.
     #[garde(length(min = 1), custom(valid_strategies))]
     pub strategies: Vec<Strategy>,
-    /// Runs the Python code in answers to humaneval and mbpp, as in `run`.
+    /// Run the Python code in answers to humaneval and mbpp, as in `run`.
     #[garde(skip)]
     pub execute_code: bool,
-    /// Most tokens of an answer.
+    /// Maximum number of tokens of an answer.
     #[garde(range(min = 1))]
     pub max_new_tokens: usize,
-    /// Answers generated together when accuracy is measured.
+    /// Number of answers decoded at once to measure accuracy.
     #[garde(range(min = 1))]
     pub batch_size: usize,
     /// auto, cpu, cuda or cuda:N.
     #[garde(skip)]
     pub device: String,
-    /// Folder for a folder of each benchmark, and for the report.
+    /// Folder to write the report and a folder for each benchmark to.
     #[garde(skip)]
     pub output: PathBuf,
 }
 
 impl Default for SuiteSettings {
     fn default() -> Self {
-        let RunSettings {
-            teacher,
-            student,
-            limit,
-            num_speed_examples,
-            strategies,
-            execute_code,
-            max_new_tokens,
-            batch_size,
-            device,
-            ..
-        } = RunSettings::default();
-        let (data, output) = (PathBuf::new(), PathBuf::from("runs/suite"));
-        Self {
-            teacher,
-            student,
-            data,
-            limit,
-            num_speed_examples,
-            strategies,
-            execute_code,
-            max_new_tokens,
-            batch_size,
-            device,
-            output,
+        let run = RunSettings::default();
+        SuiteSettings {
+            teacher: run.teacher,
+            student: run.student,
+            data: PathBuf::new(),
+            limit: run.limit,
+            num_speed_examples: run.num_speed_examples,
+            strategies: run.strategies,
+            execute_code: run.execute_code,
+            max_new_tokens: run.max_new_tokens,
+            batch_size: run.batch_size,
+            device: run.device,
+            output: PathBuf::from("runs/suite"),
         }
     }
 }
 
-/// What a suite found.
 #[derive(Debug, Serialize)]
 pub struct Suite {
-    /// Version of this form.
     pub schema_version: u32,
     /// Every benchmark, in the order of `ls`.
     pub benchmarks: Vec<Entry>,
-    /// The report's files.
+    /// Files of the report.
     pub report: Vec<PathBuf>,
 }
 
-/// How a benchmark went.
 #[derive(Debug, Serialize)]
 pub struct Entry {
-    /// Its name.
+    /// Name of the benchmark.
     pub name: &'static str,
-    /// What came of it.
     #[serde(flatten)]
-    pub ended: Ended,
+    pub outcome: BenchmarkOutcome,
 }
 
-/// What came of a benchmark.
 #[derive(Debug, Serialize)]
 #[serde(tag = "state", rename_all = "lowercase")]
-pub enum Ended {
-    /// It was measured.
-    Done {
-        /// Its results.json.
-        results: Box<Results>,
-    },
-    /// Its data is not there.
-    Skipped {
-        /// What was looked for.
-        reason: String,
-    },
-    /// It ended with an error.
-    Failed {
-        /// The error.
-        reason: String,
-    },
+pub enum BenchmarkOutcome {
+    Done { results: Box<Results> },
+    Skipped { reason: String },
+    Failed { reason: String },
 }
 
-/// Runs every benchmark whose data is there, or goes on with an interrupted suite, and draws one report.
+/// Runs every benchmark whose data are there, or resumes an interrupted suite, and draws one report. A benchmark that fails
+/// does not stop the others.
 ///
 /// # Errors
-/// A data folder that is not there, interruption, a report that cannot be written. What a benchmark fails with stands in its entry.
+/// A data folder that does not exist, interruption, a report that cannot be written.
 pub fn suite(settings: &SuiteSettings) -> Result<Suite> {
     if !settings.data.is_dir() {
         return Err(Error::file(
             &settings.data,
-            "is no folder: set `data` to the one that holds a folder for each benchmark",
+            "is not a folder: set `data` to the folder that contains a folder for each benchmark",
         ));
     }
     let mut benchmarks = Vec::new();
     let mut folders = Vec::new();
     for task in Task::ALL {
-        let ended = one(task, settings)?;
-        if matches!(ended, Ended::Done { .. }) {
+        let outcome = run_benchmark(task, settings)?;
+        if matches!(outcome, BenchmarkOutcome::Done { .. }) {
             folders.push(settings.output.join(task.name()));
         }
-        benchmarks.push(Entry { name: task.name(), ended });
+        benchmarks.push(Entry { name: task.name(), outcome });
     }
     let report = if folders.is_empty() { Vec::new() } else { report::report(&folders, Some(&settings.output))? };
     Ok(Suite { schema_version: SCHEMA_VERSION, benchmarks, report })
 }
 
-fn one(task: Task, settings: &SuiteSettings) -> Result<Ended> {
-    let data = find(task, &settings.data);
+fn run_benchmark(task: Task, settings: &SuiteSettings) -> Result<BenchmarkOutcome> {
+    let data = find_data(task, &settings.data);
     if data.is_none() && task != Task::Synthetic {
         let (folder, name) = (settings.data.display(), task.name());
-        return Ok(Ended::Skipped { reason: format!("no `{name}` in {folder}: it needs {}", task.expected_data()) });
+        return Ok(BenchmarkOutcome::Skipped {
+            reason: format!("no `{name}` in {folder}: it needs {}", task.expected_data()),
+        });
     }
     progress::log(format!("{}:", task.name()));
-    let run = RunSettings {
+    let run_settings = RunSettings {
         teacher: settings.teacher.clone(),
         student: settings.student.clone(),
         benchmark: Some(task),
         data,
-        // Spider keeps the answers of its test split to itself.
+        // Spider does not publish the answers of its test split.
         split: (task == Task::Spider).then(|| "dev".to_owned()),
         limit: settings.limit,
         num_speed_examples: settings.num_speed_examples,
@@ -178,18 +152,18 @@ fn one(task: Task, settings: &SuiteSettings) -> Result<Ended> {
         output: settings.output.join(task.name()),
         ..RunSettings::default()
     };
-    match catch_panics(|| run::run(&run)) {
-        Ok(results) => Ok(Ended::Done { results: Box::new(results) }),
+    match catch_panics(|| run::run(&run_settings)) {
+        Ok(results) => Ok(BenchmarkOutcome::Done { results: Box::new(results) }),
         Err(error @ Error::Interrupted(_)) => Err(error),
         Err(error) => {
             progress::log(format!("{} failed: {error}", task.name()));
-            Ok(Ended::Failed { reason: error.to_string() })
+            Ok(BenchmarkOutcome::Failed { reason: error.to_string() })
         }
     }
 }
 
-/// The data of a benchmark in a suite's folder.
-fn find(task: Task, data: &Path) -> Option<PathBuf> {
+/// The data of a benchmark in the folder of a suite.
+fn find_data(task: Task, data: &Path) -> Option<PathBuf> {
     let names = match task {
         Task::Codesearchnet => vec!["codesearchnet", "code_search_net"],
         Task::Humaneval => vec!["humaneval", "human_eval"],
@@ -197,70 +171,79 @@ fn find(task: Task, data: &Path) -> Option<PathBuf> {
         Task::Synthetic => vec![],
         task => vec![task.name()],
     };
-    let place = |name: &str| {
-        let files = ["jsonl", "parquet", "txt"].map(|ending| data.join(format!("{name}.{ending}")));
+    let find = |name: &str| {
+        let files = ["jsonl", "parquet", "txt"].map(|extension| data.join(format!("{name}.{extension}")));
         [data.join(name)].into_iter().chain(files).find(|path| path.exists())
     };
-    let found = names.into_iter().find_map(place)?;
-    // Of these a file holds all, whatever its name.
-    let alone = matches!(task, Task::Jsonl | Task::Mbpp | Task::Humaneval);
-    Some(if alone { only_file(&found).unwrap_or(found) } else { found })
+    let path = names.into_iter().find_map(find)?;
+    // These are a single file of any name.
+    let is_one_file = matches!(task, Task::Jsonl | Task::Mbpp | Task::Humaneval);
+    Some(if is_one_file { only_file(&path).unwrap_or(path) } else { path })
 }
 
-/// The one file of rows in a folder, where there is one alone.
+/// The file of rows in a folder, if there is exactly one.
 fn only_file(folder: &Path) -> Option<PathBuf> {
-    let rows = |path: &PathBuf| {
-        path.extension().is_some_and(|ending| ["jsonl", "json", "parquet", "gz"].iter().any(|known| ending == *known))
+    let has_rows = |path: &PathBuf| {
+        path.extension()
+            .is_some_and(|extension| ["jsonl", "json", "parquet", "gz"].iter().any(|known| extension == *known))
     };
-    let mut files = std::fs::read_dir(folder).ok()?.flatten().map(|entry| entry.path()).filter(rows);
+    let mut files = std::fs::read_dir(folder).ok()?.flatten().map(|entry| entry.path()).filter(has_rows);
     let first = files.next()?;
     files.next().is_none().then_some(first)
 }
 
 impl Suite {
     /// Whether a benchmark failed.
-    pub fn failed(&self) -> bool {
-        self.benchmarks.iter().any(|entry| matches!(entry.ended, Ended::Failed { .. }))
+    pub fn has_failed(&self) -> bool {
+        self.benchmarks.iter().any(|entry| matches!(entry.outcome, BenchmarkOutcome::Failed { .. }))
     }
 
-    /// A row for every benchmark: its figures, or why there are none.
+    /// A row for every benchmark, then its notes or the reason why it has no figures.
     pub fn text(&self) -> String {
         let mut table = Table::new();
         table.load_style(presets::UTF8_FULL);
-        table.set_header([&["benchmark"], &HEADS[..]].concat());
-        for Entry { name, ended } in &self.benchmarks {
-            let mut columns = vec![Vec::new(); HEADS.len()];
-            if let Ended::Done { results } = ended {
+        table.set_header(std::iter::once("benchmark").chain(HEADS).map(break_head));
+        table.add_rows(self.benchmarks.iter().map(Entry::row));
+        let notes: String = self.benchmarks.iter().flat_map(Entry::notes).collect();
+        format!("{table}\n{notes}")
+    }
+}
+
+impl Entry {
+    /// One row, whose cells have a line for each model and strategy.
+    fn row(&self) -> Vec<String> {
+        let mut columns = vec![Vec::new(); HEADS.len()];
+        let mut add_line = |line: Vec<String>| {
+            columns.iter_mut().zip(line).for_each(|(column, cell)| column.push(cell));
+        };
+        let state = match &self.outcome {
+            BenchmarkOutcome::Done { results } => {
                 for model in &results.models {
-                    if let Some(found) = &model.perplexity {
-                        let cells = [model.model.role.name(), "", &perplexity(found)];
-                        columns.iter_mut().zip(cells).for_each(|(column, cell)| column.push(cell.to_owned()));
+                    let role = model.model.role.to_string();
+                    if let Some(perplexity) = &model.perplexity {
+                        add_line(vec![role.clone(), String::new(), format_perplexity(perplexity)]);
                     }
-                    for found in &model.strategies {
-                        let names = vec![model.model.role.name().to_owned(), found.label.clone()];
-                        let row = names.into_iter().chain(cells(found));
-                        columns.iter_mut().zip(row).for_each(|(column, cell)| column.push(cell));
+                    for figures in &model.strategies {
+                        add_line([vec![role.clone(), figures.label.clone()], cells(figures)].concat());
                     }
                 }
+                count(results.examples, "example")
             }
-            let row = columns.into_iter().map(|column| column.join("\n"));
-            let state = match ended {
-                Ended::Done { results } => format!("{} examples", results.examples),
-                Ended::Skipped { .. } => "skipped".to_owned(),
-                Ended::Failed { .. } => "failed".to_owned(),
-            };
-            table.add_row(std::iter::once(format!("{name}\n{state}")).chain(row));
-        }
-        let mut text = format!("{table}\n");
-        for Entry { name, ended } in &self.benchmarks {
-            match ended {
-                Ended::Done { results } => {
-                    text.extend(notes(results).into_iter().map(|note| format!("{name}: {note}\n")));
-                }
-                Ended::Skipped { reason } => text += &format!("{name}: skipped: {reason}\n"),
-                Ended::Failed { reason } => text += &format!("{name}: failed: {reason}\n"),
+            BenchmarkOutcome::Skipped { .. } => "skipped".to_owned(),
+            BenchmarkOutcome::Failed { .. } => "failed".to_owned(),
+        };
+        let cells = columns.into_iter().map(|column| column.join("\n"));
+        std::iter::once(format!("{}\n{state}", self.name)).chain(cells).collect()
+    }
+
+    fn notes(&self) -> Vec<String> {
+        let name = self.name;
+        match &self.outcome {
+            BenchmarkOutcome::Done { results } => {
+                notes(results).into_iter().map(|note| format!("{name}: {note}\n")).collect()
             }
+            BenchmarkOutcome::Skipped { reason } => vec![format!("{name}: skipped: {reason}\n")],
+            BenchmarkOutcome::Failed { reason } => vec![format!("{name}: failed: {reason}\n")],
         }
-        text
     }
 }

@@ -1,100 +1,159 @@
-//! The summary that people read in the terminal.
+//! Figures of a run in words: cells, sentences and the table that the terminal shows. Reports use the same.
 
-use crate::spider_difficulty::Difficulty;
 use cllm_core::task::Task;
 use comfy_table::{CellAlignment, Table, presets};
 
+use crate::perplexity::Perplexity;
 use crate::results::{Accuracy, ModelResults, PairedDifference, Results, StrategyResults};
-use crate::run::perplexity::Perplexity;
 use crate::similarity::Similarity;
+use crate::spider_difficulty::Difficulty;
 
-/// Heads of the columns; the first two name the row.
+/// Column heads of a run's table. The first two columns name the row.
 pub const HEADS: [&str; 10] = [
     "model",
     "strategy",
     "accuracy (95 %)",
     "unfinished",
     "tokens/forward",
-    "finished only",
+    "tokens/forward, finished answers",
     "tokens/s",
-    "vs teacher AR",
-    "vs student AR",
-    "equal to AR",
+    "speed-up over teacher AR",
+    "speed-up over student AR",
+    "same tokens as AR",
 ];
 
-/// The cells of a row after its name.
-pub fn cells(found: &StrategyResults) -> Vec<String> {
-    // Where nothing is right or wrong, likeness stands in its place.
-    let score = found.similarity.as_ref().map_or_else(|| accuracy(found.accuracy, found.ci95), likeness);
+/// The rows of a model, one for each strategy.
+pub fn rows(model: &ModelResults) -> impl Iterator<Item = Vec<String>> {
+    model.strategies.iter().map(|figures| {
+        let names = [model.model.role.to_string(), figures.label.clone()];
+        names.into_iter().chain(cells(figures)).collect()
+    })
+}
+
+/// The cells of a row after its names.
+pub fn cells(figures: &StrategyResults) -> Vec<String> {
+    // Answers that cannot be correct or incorrect are compared with their references.
+    let score = match &figures.similarity {
+        Some(similarity) => format_similarity(similarity),
+        None => format_accuracy(figures.accuracy, figures.ci95),
+    };
     vec![
         score,
-        format!("{} of {}", found.unfinished, found.examples),
-        number(found.tokens_per_forward, 2, ""),
-        number(found.tokens_per_forward_finished, 2, ""),
-        number(found.tokens_per_second, 1, ""),
-        number(found.speedup_vs_teacher_ar, 2, "x"),
-        number(found.speedup_vs_student_ar, 2, "x"),
-        number(found.exact_match_vs_ar.map(|rate| 100.0 * rate), 1, " %"),
+        format!("{} of {}", figures.unfinished, figures.examples),
+        format_number(figures.tokens_per_forward, 2, ""),
+        format_number(figures.tokens_per_forward_finished, 2, ""),
+        format_number(figures.tokens_per_second, 1, ""),
+        format_number(figures.speedup_vs_teacher_ar, 2, "x"),
+        format_number(figures.speedup_vs_student_ar, 2, "x"),
+        format_percent(figures.exact_match_vs_ar),
     ]
 }
 
-fn likeness(found: &Similarity) -> String {
-    let share = |share: Option<f64>, unit: &str| number(share.map(|share| 100.0 * share), 1, unit);
-    format!("BLEU {}, prefix {}", share(found.bleu, ""), share(found.exact_prefix, " %"))
+/// A number, or `-` if it is unknown.
+pub fn format_number(value: Option<f64>, digits: usize, unit: &str) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| format!("{value:.digits$}{unit}"))
 }
 
-/// An accuracy with its 95 % interval, or `-` where there is none.
-pub fn accuracy(rate: Option<f64>, ci95: Option<[f64; 2]>) -> String {
-    match (rate, ci95) {
-        (Some(rate), Some([low, high])) => {
-            format!("{:.1} % ({:.1} to {:.1})", 100.0 * rate, 100.0 * low, 100.0 * high)
+/// A fraction in percent, or `-` if it is unknown.
+pub fn format_percent(fraction: Option<f64>) -> String {
+    format_number(fraction.map(|fraction| 100.0 * fraction), 1, " %")
+}
+
+/// A difference of two fractions in percentage points, with its sign.
+pub fn format_points(difference: f64) -> String {
+    format!("{:+.1}", 100.0 * difference).replace('-', "−")
+}
+
+/// A 95 % interval in parentheses with a space before them, or nothing if there is none.
+pub fn format_interval(ci95: Option<[f64; 2]>, format: impl Fn(f64) -> String) -> String {
+    ci95.map_or_else(String::new, |[low, high]| format!(" (95 %: {} to {})", format(low), format(high)))
+}
+
+/// An accuracy with its 95 % interval, or `-` if it is unknown.
+pub fn format_accuracy(accuracy: Option<f64>, ci95: Option<[f64; 2]>) -> String {
+    match (accuracy, ci95) {
+        (Some(accuracy), Some([low, high])) => {
+            format!("{:.1} % ({:.1} to {:.1})", 100.0 * accuracy, 100.0 * low, 100.0 * high)
         }
         _ => "-".to_owned(),
     }
 }
 
 /// A perplexity with its 95 % interval.
-pub fn perplexity(found: &Perplexity) -> String {
-    let interval = found.ci95.map_or_else(String::new, |[low, high]| format!(" (95 %: {low:.3} to {high:.3})"));
-    format!("perplexity {:.3}{interval}", found.value)
+pub fn format_perplexity(perplexity: &Perplexity) -> String {
+    let interval = format_interval(perplexity.ci95, |end| format!("{end:.3}"));
+    format!("perplexity {:.3}{interval}", perplexity.value)
 }
 
-/// A figure, or `-` where there is none.
-pub fn number(value: Option<f64>, digits: usize, unit: &str) -> String {
-    value.map_or_else(|| "-".to_owned(), |value| format!("{value:.digits$}{unit}"))
+fn format_similarity(similarity: &Similarity) -> String {
+    let bleu = format_number(similarity.bleu.map(|bleu| 100.0 * bleu), 1, "");
+    format!("BLEU {bleu}, prefix {}", format_percent(similarity.exact_prefix))
 }
 
-/// A paired difference in a sentence.
-pub fn sentence(difference: &PairedDifference) -> String {
-    let points = |value: f64| format!("{:+.1}", 100.0 * value);
-    let interval =
-        difference.ci95.map_or_else(String::new, |[low, high]| format!(" (95 %: {} to {})", points(low), points(high)));
+/// A number of things, in the plural unless it is 1.
+pub fn count(number: usize, thing: &str) -> String {
+    format!("{number} {thing}{}", if number == 1 { "" } else { "s" })
+}
+
+/// What a run measured, in a sentence.
+pub fn describe(results: &Results) -> String {
+    if results.benchmark == Task::Perplexity {
+        return format!("{}; nothing is generated.", count(results.examples, "text"));
+    }
+    let speed = match results.speed_examples {
+        0 => "speed was not measured".to_owned(),
+        number => format!("speed at batch 1 on {number} of them, excluding prefill"),
+    };
+    let examples = count(results.examples, "example");
+    format!("{examples}, {}, answered in batches for accuracy; {speed}.", results.sampling())
+}
+
+/// The lines below a run's table: perplexity, accuracy by difficulty, and the student against the teacher.
+pub fn notes(results: &Results) -> Vec<String> {
+    let perplexities = results.models.iter().filter_map(|model| {
+        let perplexity = model.perplexity.as_ref()?;
+        let (tokens, windows) = (count(perplexity.tokens, "token"), count(perplexity.windows, "window"));
+        let (role, value) = (model.model.role, format_perplexity(perplexity));
+        Some(format!("{role}: {value}, {:.4} nats per token, {tokens} in {windows}", perplexity.nll))
+    });
+    let difficulties = results.strategies().filter_map(|(role, figures)| {
+        let classes = figures.by_difficulty.as_ref()?.iter();
+        let classes: Vec<String> = classes.map(|(class, accuracy)| of_class(*class, accuracy)).collect();
+        Some(format!("{role} {} by difficulty: {}", figures.label, classes.join(", ")))
+    });
+    perplexities.chain(difficulties).chain(results.paired.iter().map(of_pairs)).collect()
+}
+
+fn of_class(class: Difficulty, accuracy: &Accuracy) -> String {
+    format!("{class} {} of {}", format_percent(accuracy.accuracy), accuracy.scored)
+}
+
+fn of_pairs(pairs: &PairedDifference) -> String {
+    let difference = pairs.difference.map_or_else(|| "-".to_owned(), format_points);
     format!(
-        "accuracy of student {} less teacher {}: {} points{interval} on {} examples",
-        difference.student,
-        difference.teacher,
-        difference.difference.map_or_else(|| "-".to_owned(), points),
-        difference.examples
+        "accuracy, student {} − teacher {}: {difference} points{} on {}",
+        pairs.student,
+        pairs.teacher,
+        format_interval(pairs.ci95, format_points),
+        count(pairs.examples, "example")
     )
 }
 
-/// Accuracy by difficulty in a line, where there is one.
-fn difficulties(model: &str, found: &StrategyResults) -> Option<String> {
-    let classes = found.by_difficulty.as_ref()?;
-    let class = |(class, of): (&Difficulty, &Accuracy)| {
-        let rate = number(of.accuracy.map(|rate| 100.0 * rate), 1, " %");
-        format!("{} {rate} of {}", format!("{class:?}").to_lowercase(), of.scored)
-    };
-    Some(format!("{model} {} by difficulty: {}", found.label, classes.iter().map(class).collect::<Vec<_>>().join(", ")))
+/// The summary of a run.
+pub fn summarize(results: &Results) -> String {
+    let rows: Vec<Vec<String>> = results.models.iter().flat_map(rows).collect();
+    let table = if rows.is_empty() { String::new() } else { render(&HEADS, 2, rows) };
+    let notes: String = notes(results).into_iter().map(|note| note + "\n").collect();
+    format!("{table}{}\n{}\n{notes}", describe(results), results.hardware.summary())
 }
 
-/// A table, whose first `names` columns name the row.
-pub fn drawn(heads: &[&str], names: usize, rows: impl IntoIterator<Item = Vec<String>>) -> String {
+/// A table for the terminal. Its first `num_names` columns name the row; the others are aligned to the right.
+pub fn render(heads: &[&str], num_names: usize, rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::UTF8_FULL_CONDENSED);
-    table.set_header(heads);
+    table.set_header(heads.iter().map(|head| break_head(head)));
     table.add_rows(rows);
-    for index in names..heads.len() {
+    for index in num_names..heads.len() {
         if let Some(column) = table.column_mut(index) {
             column.set_cell_alignment(CellAlignment::Right);
         }
@@ -102,46 +161,31 @@ pub fn drawn(heads: &[&str], names: usize, rows: impl IntoIterator<Item = Vec<St
     format!("{table}\n")
 }
 
-/// What is said of a run beside its table, a line each: perplexity, accuracy by difficulty, the student against the teacher.
-pub fn notes(results: &Results) -> Vec<String> {
-    let perplexities = results.models.iter().filter_map(|model| {
-        let found = model.perplexity.as_ref()?;
-        let Perplexity { nll, tokens, windows, .. } = found;
-        let (role, value) = (model.model.role.name(), perplexity(found));
-        Some(format!("{role}: {value}, {nll:.4} nats a token, {tokens} tokens in {windows} windows"))
-    });
-    let difficulties = results
-        .models
-        .iter()
-        .flat_map(|model| model.strategies.iter().filter_map(|found| difficulties(model.model.role.name(), found)));
-    perplexities.chain(difficulties).chain(results.paired.iter().map(sentence)).collect()
-}
-
-/// What was measured on what, in a sentence.
-pub fn measured(results: &Results) -> String {
-    if results.benchmark == Task::Perplexity {
-        let texts = if results.examples == 1 { "text" } else { "texts" };
-        return format!("{} {texts}; nothing is generated.", results.examples);
+/// A column head on two lines if it is long, so that the column stays narrow.
+pub fn break_head(head: &str) -> String {
+    const MAX_HEAD_CHARS: usize = 15;
+    let middle = head.len() / 2;
+    let spaces = head.char_indices().filter(|&(_, c)| c == ' ').map(|(at, _)| at);
+    match spaces.min_by_key(|at| at.abs_diff(middle)) {
+        Some(at) if head.len() > MAX_HEAD_CHARS => format!("{}\n{}", &head[..at], &head[at + 1..]),
+        _ => head.to_owned(),
     }
-    let speed = match results.speed_examples {
-        0 => "speed was not measured".to_owned(),
-        count => format!("speed at batch 1 on {count} of them, prefill apart"),
-    };
-    format!("{} examples, {}, answered in batches for accuracy; {speed}.", results.examples, results.choice())
 }
 
-/// The summary of a run.
-pub fn summary(results: &Results) -> String {
-    let rows: Vec<Vec<String>> = results.models.iter().flat_map(rows).collect();
-    let table = if rows.is_empty() { String::new() } else { drawn(&HEADS, 2, rows) };
-    let notes: String = notes(results).into_iter().map(|note| note + "\n").collect();
-    format!("{table}{}\n{}\n{notes}", measured(results), results.hardware.summary())
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
 
-/// The rows of a model's strategies.
-pub fn rows(model: &ModelResults) -> impl Iterator<Item = Vec<String>> {
-    model.strategies.iter().map(|found| {
-        let name = [model.model.role.name().to_owned(), found.label.clone()];
-        name.into_iter().chain(cells(found)).collect()
-    })
+    #[test]
+    fn long_heads_have_two_lines() {
+        assert_eq!(break_head("accuracy (95 %)"), "accuracy (95 %)");
+        assert_eq!(break_head("speed-up over teacher AR"), "speed-up over\nteacher AR");
+        assert_eq!(break_head("tokens/forward, finished answers"), "tokens/forward,\nfinished answers");
+    }
+
+    #[test]
+    fn differences_have_a_sign_and_counts_a_plural() {
+        assert_eq!([format_points(0.0123), format_points(-0.083)], ["+1.2", "−8.3"]);
+        assert_eq!([count(1, "window"), count(2, "window")], ["1 window", "2 windows"]);
+    }
 }

@@ -1,92 +1,124 @@
-//! What is laid over the file: variables of the environment, and `section.key=value`.
+//! The layers above the settings file: variables of the environment, and `section.key=value` on the command line.
 
 use std::ffi::OsString;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
+use serde_saphyr::{Error as YamlError, options};
 
-use super::{all_keys, check, nearest, to_value};
+use super::keys::{all_keys, did_you_mean, to_value};
+use super::refusal::check;
 use crate::{Error, Result};
 
 /// Prefix of environment variables: `CLLM_SET_OPTIMIZER__LR=1e-4` sets `optimizer.lr`.
 pub const ENVIRONMENT_PREFIX: &str = "CLLM_SET_";
 
-/// Variables that set something; others may hold what they like, even what is no text.
-pub(super) fn from_environment(variables: impl Iterator<Item = (OsString, OsString)>) -> Result<Vec<(String, String)>> {
-    let mut found = Vec::new();
+/// One value of a layer.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Assignment {
+    /// Where it comes from, as a message begins.
+    pub(super) origin: String,
+    /// Full path of the key; all of an override that has no `=`.
+    pub(super) path: String,
+    text: Option<String>,
+    pub(super) is_override: bool,
+}
+
+/// Why an assignment is refused.
+pub(super) enum Refused {
+    UnknownKey(String),
+    /// The key does not accept this value, or the text is no assignment.
+    InvalidValue(String),
+}
+
+impl Refused {
+    pub(super) fn into_error(self, origin: &str) -> Error {
+        let (Refused::UnknownKey(message) | Refused::InvalidValue(message)) = self;
+        Error::usage(format!("{origin}: {message}"))
+    }
+}
+
+/// The assignments among some environment variables, in the order of their names. Other variables may hold anything, even
+/// what is not UTF-8.
+pub(super) fn from_environment(variables: impl Iterator<Item = (OsString, OsString)>) -> Result<Vec<Assignment>> {
+    let mut assignments = Vec::new();
     for (name, value) in variables {
         let name = name.to_string_lossy();
         let Some(path) = name.strip_prefix(ENVIRONMENT_PREFIX) else { continue };
         let origin = format!("environment variable {name}");
         let value = value.into_string().map_err(|_| Error::usage(format!("{origin}: its value is not UTF-8")))?;
-        found.push((origin, format!("{}={value}", path.to_lowercase().replace("__", "."))));
+        let path = path.to_lowercase().replace("__", ".");
+        assignments.push(Assignment { origin, path, text: Some(value), is_override: false });
     }
-    found.sort();
-    Ok(found)
+    assignments.sort_by(|a, b| a.origin.cmp(&b.origin));
+    Ok(assignments)
 }
 
-/// Why an assignment is refused.
-pub(super) enum Refused {
-    /// There is no such key.
-    Unknown(String),
-    /// The key does not take this value, or the assignment is none.
-    Wrong(String),
-}
-
-impl Refused {
-    pub(super) fn into_error(self, origin: &str) -> Error {
-        let (Refused::Unknown(message) | Refused::Wrong(message)) = self;
-        Error::usage(format!("{origin}: {message}"))
-    }
-}
-
-/// Lays one `a.b=value` over `root`, which stays as it is where that is refused.
-pub(super) fn set<T: Serialize + DeserializeOwned>(
-    root: &mut Value,
-    assignment: &str,
-) -> std::result::Result<(), Refused> {
-    let form = || Refused::Wrong("expected section.key=value; flags start with --".to_owned());
-    let (path, text) = assignment.split_once('=').ok_or_else(form)?;
-    let mut changed = root.clone();
-    open_sections::<T>(&mut changed, path);
-    let unknown = || {
-        let hint = nearest(path, &all_keys(&changed)).map(|key| format!("; did you mean `{key}`?")).unwrap_or_default();
-        Refused::Unknown(format!("unknown key `{path}`{hint}"))
-    };
-    let pointer = format!("/{}", path.replace('.', "/"));
-    let is_text = changed.pointer(&pointer).ok_or_else(unknown)?.is_string();
-    let as_yaml = serde_saphyr::from_str(text).map_err(|error| format!("`{text}`: {error}"));
-    // In place of text, text is taken as it is, unless it is quoted or null: `y`, `2024` and `a: b` are good names.
-    let plain = text != "null" && !(text.starts_with(['\'', '"']) && as_yaml.as_ref().is_ok_and(Value::is_string));
-    let as_text = Ok(Value::from(text));
-    let readings = if is_text && plain { [as_text, as_yaml] } else { [as_yaml, as_text] };
-    let mut refused = None;
-    for reading in readings {
-        let tried = reading.and_then(|value| {
-            let mut tried = changed.clone();
-            tried.pointer_mut(&pointer).into_iter().for_each(|place| *place = value.clone());
-            check::<T>(&tried).map(|()| tried)
-        });
-        match tried {
-            Ok(tried) => {
-                *root = tried;
-                return Ok(());
-            }
-            Err(message) => refused = refused.or(Some(message)),
+impl Assignment {
+    /// An argument of the command line.
+    pub(super) fn from_override(argument: &str) -> Self {
+        let (path, text) = argument.split_once('=').map_or((argument, None), |(path, text)| (path, Some(text)));
+        Assignment {
+            origin: format!("`{argument}`"),
+            path: path.to_owned(),
+            text: text.map(str::to_owned),
+            is_override: true,
         }
     }
-    Err(Refused::Wrong(refused.unwrap_or_default()))
+
+    /// Sets the key in `root`, which stays as it is where the assignment is refused.
+    pub(super) fn apply<T: Serialize + DeserializeOwned>(&self, root: &mut Value) -> std::result::Result<(), Refused> {
+        let Some(text) = &self.text else {
+            return Err(Refused::InvalidValue("expected KEY=VALUE; flags start with --".to_owned()));
+        };
+        let mut opened = root.clone();
+        open_null_sections::<T>(&mut opened, &self.path);
+        let pointer = format!("/{}", self.path.replace('.', "/"));
+        let Some(current) = opened.pointer(&pointer) else {
+            let hint = did_you_mean(&self.path, &all_keys(&opened));
+            return Err(Refused::UnknownKey(format!("unknown key `{}`{hint}", self.path)));
+        };
+        let mut first_refusal = None;
+        for reading in readings(text, current) {
+            let changed = reading.and_then(|value| {
+                let mut changed = opened.clone();
+                changed.pointer_mut(&pointer).into_iter().for_each(|current| *current = value.clone());
+                check::<T>(&changed).map(|_| changed)
+            });
+            match changed {
+                Ok(changed) => {
+                    *root = changed;
+                    return Ok(());
+                }
+                Err(refusal) => first_refusal = first_refusal.or(Some(refusal)),
+            }
+        }
+        Err(Refused::InvalidValue(first_refusal.unwrap_or_default()))
+    }
 }
 
-/// Puts the defaults of a section in its place where it is null and `path` leads into it.
-fn open_sections<T: Serialize + DeserializeOwned>(root: &mut Value, path: &str) {
+/// What `text` may mean, in the order to try: YAML, then plain text; plain text first where the current value is text, since
+/// `y`, `2024` and `a: b` are good names. There, too, quotes are taken off and `null` is null where the key accepts it.
+fn readings(text: &str, current: &Value) -> [std::result::Result<Value, String>; 2] {
+    let yaml: std::result::Result<Value, String> =
+        serde_saphyr::from_str_with_options(text, options! { with_snippet: false }).map_err(|error| match error {
+            YamlError::NonFiniteFloat { .. } => "expected a finite number".to_owned(),
+            other => other.to_string(),
+        });
+    let plain = Ok(Value::from(text));
+    let is_quoted = text.starts_with(['\'', '"']) && yaml.as_ref().is_ok_and(Value::is_string);
+    if current.is_string() && text != "null" && !is_quoted { [plain, yaml] } else { [yaml, plain] }
+}
+
+/// Gives every section that is null and on the way to `path` its defaults.
+fn open_null_sections<T: Serialize + DeserializeOwned>(root: &mut Value, path: &str) {
     for (end, _) in path.match_indices('.') {
         let pointer = format!("/{}", path[..end].replace('.', "/"));
         if root.pointer(&pointer).is_some_and(Value::is_null) {
             let mut opened = root.clone();
-            opened.pointer_mut(&pointer).into_iter().for_each(|place| *place = Value::Object(Map::new()));
-            // What is no section is refused here, and stays null.
+            opened.pointer_mut(&pointer).into_iter().for_each(|section| *section = Value::Object(Map::new()));
+            // A key that is not a section refuses the empty one, and stays null.
             if let Some(opened) = serde_json::from_value::<T>(opened).ok().and_then(|all| to_value(&all).ok()) {
                 *root = opened;
             }
@@ -99,12 +131,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn variables_that_are_no_text_matter_only_where_they_set_something() {
+    fn variables_that_are_not_utf8_matter_only_where_they_set_something() {
         use std::os::unix::ffi::OsStringExt;
         let variable = |name: &str, value: &[u8]| (name.into(), OsString::from_vec(value.to_vec()));
-        let foreign = [variable("LESS", b"\xff"), variable("CLLM_SET_OPTIMIZER__LR", b"0.3")];
-        let found = from_environment(foreign.into_iter()).unwrap();
-        assert_eq!(found, [("environment variable CLLM_SET_OPTIMIZER__LR".into(), "optimizer.lr=0.3".into())]);
+        let variables = [variable("LESS", b"\xff"), variable("CLLM_SET_OPTIMIZER__LR", b"0.3")];
+        let assignments = from_environment(variables.into_iter()).unwrap();
+        assert_eq!(assignments.len(), 1);
+        assert_eq!(assignments[0].origin, "environment variable CLLM_SET_OPTIMIZER__LR");
+        assert_eq!((assignments[0].path.as_str(), assignments[0].text.as_deref()), ("optimizer.lr", Some("0.3")));
         let message = from_environment([variable("CLLM_SET_NAME", b"\xff")].into_iter()).unwrap_err().to_string();
         assert!(message.contains("CLLM_SET_NAME") && message.contains("not UTF-8"), "{message}");
     }

@@ -5,7 +5,7 @@ use std::path::Path;
 /// The words of every example in the help of a program and its verbs, each of which must have one, and of the commands that
 /// the recipes in configs/ begin with.
 pub fn example_commands(program: clap::Command) -> Vec<Vec<String>> {
-    let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/").display().to_string();
+    let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/").display().to_string();
     let mut found = Vec::new();
     for command in std::iter::once(&program).chain(program.get_subcommands()) {
         // A long example goes on in the next line, as in a shell.
@@ -36,7 +36,7 @@ pub fn example_commands(program: clap::Command) -> Vec<Vec<String>> {
 
 /// Asserts that docs/configuration.md holds a program's settings as they are now.
 pub fn assert_documented(settings: &str) {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/configuration.md");
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/configuration.md");
     let there = std::fs::read_to_string(path).unwrap();
     assert!(
         there.split("\n## ").any(|program| program.trim_end().ends_with(settings.trim_end())),

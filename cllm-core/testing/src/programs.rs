@@ -152,7 +152,7 @@ pub fn damaged_models(good: &Path, into: &Path) -> Vec<(String, Vec<&'static str
         (
             "cut-tokenizer",
             Box::new(|model| cut(model.join("tokenizer.json"))),
-            vec!["cut-tokenizer/tokenizer.json", "is no tokenizer that can be read"],
+            vec!["cut-tokenizer/tokenizer.json", "is not a readable tokenizer"],
         ),
         (
             "foreign-tokenizer",

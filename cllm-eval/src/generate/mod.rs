@@ -18,7 +18,7 @@ use cllm_core::{Error, Result, device, progress};
 use serde_json::{Value, json};
 
 use crate::detokenize::Detokenizer;
-use crate::run::measure::eos_ids;
+use crate::eos_ids;
 use crate::statistics::ratio;
 pub use chat::chat;
 use columns::{COLOURS, PLAIN};
@@ -53,7 +53,7 @@ impl GenerateOptions {
         }
         Ok(StopConditions {
             max_new_tokens: new,
-            eos_ids: eos_ids(self.eos_ids.as_deref(), tokenizer, folder, config)?,
+            eos_ids: eos_ids::resolve(self.eos_ids.as_deref(), tokenizer, folder, config)?,
         })
     }
 }

@@ -6,7 +6,7 @@ use serde::Serialize;
 use super::Run;
 use crate::results::{Results, StrategyResults};
 use crate::role::Role;
-use crate::table::{accuracy, notes, number};
+use crate::table::{format_accuracy, format_number, notes};
 
 /// What stands on a card.
 #[derive(Debug, Serialize)]
@@ -44,7 +44,7 @@ impl Card {
         let (figure, caption) = match (found.speedup_vs_teacher_ar, found.tokens_per_second) {
             (Some(ratio), _) => (format!("{ratio:.2}x"), format!("as fast as the teacher's AR: {name}")),
             (None, Some(rate)) => (format!("{rate:.0}"), format!("tokens/s at batch 1: {name}")),
-            (None, None) => (number(found.tokens_per_forward, 2, ""), format!("tokens per forward: {name}")),
+            (None, None) => (format_number(found.tokens_per_forward, 2, ""), format!("tokens per forward: {name}")),
         };
         let points = |value: f64| format!("{:+.1}", 100.0 * value);
         let difference = results.paired.iter().find(|pair| role == Role::Student && pair.student == found.label);
@@ -53,7 +53,7 @@ impl Card {
             let value = points(pair.difference?);
             Some(format!("accuracy {value} points (95 %: {} to {}) against the teacher", points(low), points(high)))
         });
-        let own = (found.scored > 0).then(|| format!("accuracy {}", accuracy(found.accuracy, found.ci95)));
+        let own = (found.scored > 0).then(|| format!("accuracy {}", format_accuracy(found.accuracy, found.ci95)));
         let lines = [
             cost,
             own,

@@ -8,7 +8,7 @@ use crate::records::Records;
 use crate::results::StrategyResults;
 use crate::role::Role;
 use crate::svg::{Bar, Dot, Series, bars, lines, scatter};
-use crate::table::number;
+use crate::table::format_number;
 use crate::tradeoff::Tradeoff;
 
 /// Bars of the histogram; longer runs of tokens count in its last.
@@ -77,7 +77,7 @@ fn bars_of(title: &str, found: &[Found<'_>], figure: fn(&StrategyResults) -> Opt
             class: role.name(),
             value: figure(strategy),
             interval: None,
-            text: number(figure(strategy), digits, ""),
+            text: format_number(figure(strategy), digits, ""),
         })
         .collect();
     Chart::new(title, |title| bars(title, &rows))

@@ -6,7 +6,7 @@ use super::Run;
 use super::card::best;
 use crate::results::StrategyResults;
 use crate::role::Role;
-use crate::table::{accuracy, number};
+use crate::table::{format_accuracy, format_number};
 
 /// Heads of the columns; the first two name the row and its strategy.
 pub(super) const HEADS: [&str; 7] = [
@@ -35,10 +35,10 @@ fn row(run: &Run) -> Vec<String> {
     vec![
         run.title.clone(),
         found.map_or_else(|| "-".to_owned(), |(role, strategy)| format!("{} {}", role.name(), strategy.label)),
-        of(&|strategy| accuracy(strategy.accuracy, strategy.ci95)),
-        ar.map_or_else(|| "-".to_owned(), |strategy| accuracy(strategy.accuracy, strategy.ci95)),
+        of(&|strategy| format_accuracy(strategy.accuracy, strategy.ci95)),
+        ar.map_or_else(|| "-".to_owned(), |strategy| format_accuracy(strategy.accuracy, strategy.ci95)),
         of(&|strategy| format!("{} of {}", strategy.unfinished, strategy.examples)),
-        of(&|strategy| number(strategy.tokens_per_forward_finished, 2, "")),
-        of(&|strategy| number(strategy.speedup_vs_teacher_ar, 2, "x")),
+        of(&|strategy| format_number(strategy.tokens_per_forward_finished, 2, "")),
+        of(&|strategy| format_number(strategy.speedup_vs_teacher_ar, 2, "x")),
     ]
 }

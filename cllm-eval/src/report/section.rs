@@ -11,7 +11,7 @@ use super::example::Example;
 use super::model_card::command;
 use crate::results::{ModelResults, StrategyResults};
 use crate::role::Role;
-use crate::table::{measured, notes, rows};
+use crate::table::{describe, notes, rows};
 use crate::tradeoff::Tradeoff;
 
 #[derive(Debug, Serialize)]
@@ -44,12 +44,12 @@ impl Section {
         let found: Vec<(Role, &StrategyResults)> = models()
             .flat_map(|model| model.strategies.iter().map(move |strategy| (model.model.role, strategy)))
             .collect();
-        let tradeoff = Tradeoff::of(std::slice::from_ref(results));
+        let tradeoff = Tradeoff::from_results(std::slice::from_ref(results));
         let areas = tradeoff.iter().flat_map(|tradeoff| &tradeoff.aup);
         Ok(Section {
             title: run.title.clone(),
             card: Card::of(run),
-            summary: measured(results),
+            summary: describe(results),
             rows: models().flat_map(rows).collect(),
             notes: notes(results),
             aup: areas

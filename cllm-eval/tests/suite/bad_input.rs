@@ -1,4 +1,4 @@
-//! What each verb says of bad input, of places that cannot be written, and of devices that are not there.
+//! Messages and exit codes for bad input, for folders that cannot be written and for devices that do not exist.
 
 use std::fs;
 use std::path::Path;
@@ -10,7 +10,7 @@ use cllm_testing::programs::{Program, damaged_models, path, unwritable_path};
 
 const EVAL: Program = Program("cllm-eval");
 
-/// A short run of these models.
+/// Arguments of a short run of these models.
 fn short(teacher: &str, student: &str, output: &str) -> Vec<String> {
     let mut arguments =
         ["run", "num_problems=3", "max_new_tokens=6", "num_speed_examples=1", "device=cpu"].map(str::to_owned).to_vec();
@@ -45,7 +45,7 @@ fn a_prompt_longer_than_the_context_is_named_before_anything_is_answered() {
     EVAL.fail(&arguments, 2, &["sample `long`", "context of 1024", "leave the sample out"]);
     let given = |key: &str| [&short(&good, &good, &output)[..], &[key.to_owned()]].concat();
     EVAL.fail(&given("max_new_tokens=18446744073709551615"), 2, &["context of 1024", "lower max_new_tokens"]);
-    EVAL.fail(&given("eos_ids=[999]"), 2, &["eos_ids: 999", "300"]);
+    EVAL.fail(&given("eos_ids=[999]"), 2, &["eos_ids: 999", "0 to 299"]);
     EVAL.fail(&given("prompts=no/such.jsonl"), 2, &["no/such.jsonl", "there is no such file"]);
     EVAL.fail(&given("benchmark=gsm8k"), 2, &["gsm8k needs `data`", "test.jsonl"]);
     assert!(!Path::new(&output).exists());
@@ -69,17 +69,17 @@ fn bad_settings_are_named_with_file_line_and_value() {
     EVAL.fail(&["run", "-c", &file], 2, &["run.yaml", "line 2", "did you mean `student`"]);
     fs::write(&file, "teacher: x\nnum_problems: 0\n").unwrap();
     EVAL.fail(&["run", "-c", &file], 2, &["run.yaml, line 2: num_problems=0: lower than 1"]);
-    EVAL.fail(&["run", "teacher=x", "batch_size=0"], 2, &["override `batch_size=0`: batch_size=0: lower than 1"]);
+    EVAL.fail(&["run", "teacher=x", "batch_size=0"], 2, &["`batch_size=0`: lower than 1"]);
     EVAL.fail(&["run"], 2, &["nothing to evaluate", "`teacher`"]);
 }
 
 #[test]
-fn devices_and_places_that_are_not_there_are_3() {
+fn missing_devices_and_unwritable_folders_exit_with_code_3() {
     let dir = tempfile::tempdir().unwrap();
     let (good, output) = (path(dir.path(), "good"), unwritable_path(dir.path()));
     model(Path::new(&good), 1);
-    let said = ["/file", "cannot be written", "choose another path"];
-    EVAL.fail(&short(&good, &good, &output), 3, &said);
+    let message = ["/file", "cannot be written", "choose another path"];
+    EVAL.fail(&short(&good, &good, &output), 3, &message);
     EVAL.fail(&[&short(&good, &good, &output)[..], &["device=cuda:4096".to_owned()]].concat(), 3, &["`cuda:4096`"]);
     EVAL.fail(&[&short(&good, &good, &output)[..], &["device=gpu".to_owned()]].concat(), 2, &["`gpu` is unknown"]);
     EVAL.fail(&["generate", "x", "--model", &good, "--device", "cuda:4096"], 3, &["`cuda:4096`"]);
@@ -88,7 +88,7 @@ fn devices_and_places_that_are_not_there_are_3() {
     records().write(&run.join("samples.jsonl")).unwrap();
     let run = run.display().to_string();
     EVAL.succeed(&["score", &run]);
-    EVAL.fail(&["report", &run, "--output", &output], 3, &said);
+    EVAL.fail(&["report", &run, "--output", &output], 3, &message);
     for arguments in [&["ls"][..], &["doctor", "--json"], &["completions", "bash"], &["score", &run, "--json"]] {
         EVAL.fail_on_full_stdout(arguments);
     }

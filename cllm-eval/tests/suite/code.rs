@@ -1,4 +1,4 @@
-//! HumanEval and MBPP: what passes, as the official evaluator has it, and that nothing runs unless it was asked for.
+//! HumanEval and MBPP: verdicts agree with the official evaluators, and no code runs unless asked.
 
 use std::fs;
 use std::path::Path;
@@ -22,13 +22,13 @@ fn sandbox() -> Sandbox {
     Sandbox::with_launcher(Path::new(env!("CARGO_BIN_EXE_cllm-eval")), Limits::default()).unwrap()
 }
 
-fn judge(task: Task, sandbox: &Sandbox, sample: &Sample, answer: &str) -> Verdict {
+fn score(task: Task, sandbox: &Sandbox, sample: &Sample, answer: &str) -> Verdict {
     let by = ScoreContext { data: None, sandbox: Some(sandbox) };
     task.check_scorable(by, sample).unwrap();
     task.score(by, sample, answer, FinishReason::Eos).unwrap()
 }
 
-/// A problem in the form of HumanEval.
+/// A problem like those of HumanEval.
 fn largest() -> Sample {
     let prompt = "from typing import List\n\n\ndef largest(numbers: List[int]) -> int:\n    \"\"\" The largest number, 0 if there is none. \"\"\"\n";
     let test = "def check(candidate):\n    assert candidate([]) == 0\n    assert candidate([3, 1]) == 3\n    assert candidate([-2, -1]) == -1\n";
@@ -41,7 +41,7 @@ fn largest() -> Sample {
     }
 }
 
-/// Completions, and whether `check_correctness(problem, completion, 3.0)` of openai/human-eval (commit 6d43fb98) says that they pass.
+/// Completions, and whether they pass `check_correctness(problem, completion, 3.0)` of openai/human-eval (commit 6d43fb98).
 const RECORDED: [(&str, bool); 32] = [
     ("    return max(numbers, default=0)\n", true),
     ("    return max(numbers, default=0)", true),
@@ -82,16 +82,16 @@ const RECORDED: [(&str, bool); 32] = [
 ];
 
 #[test]
-fn verdicts_are_those_of_the_official_evaluator() {
+fn verdicts_agree_with_the_official_evaluator() {
     let (_alone, sandbox, sample) = (alone(), sandbox(), largest());
-    let wrong: Vec<_> = RECORDED
+    let different: Vec<_> = RECORDED
         .par_iter()
         .filter(|(answer, passes)| {
-            let wanted = if *passes { Verdict::Correct } else { Verdict::Incorrect };
-            judge(Task::Humaneval, &sandbox, &sample, answer) != wanted
+            let expected = if *passes { Verdict::Correct } else { Verdict::Incorrect };
+            score(Task::Humaneval, &sandbox, &sample, answer) != expected
         })
         .collect();
-    assert!(wrong.is_empty(), "{wrong:#?}");
+    assert!(different.is_empty(), "{different:#?}");
 }
 
 #[test]
@@ -105,7 +105,7 @@ fn a_chat_answer_is_scored_by_the_code_in_it() {
         (format!("It is:\n{whole}"), Verdict::Incorrect),
         (format!("```python\n{}```", whole.replace("default=0", "default=1")), Verdict::Incorrect),
     ] {
-        assert_eq!(judge(Task::Humaneval, &sandbox, &sample, &answer), verdict, "{answer}");
+        assert_eq!(score(Task::Humaneval, &sandbox, &sample, &answer), verdict, "{answer}");
     }
     let by = ScoreContext { data: None, sandbox: Some(&sandbox) };
     let cut = Task::Humaneval.score(by, &sample, whole, FinishReason::Length).unwrap();
@@ -116,7 +116,7 @@ fn a_chat_answer_is_scored_by_the_code_in_it() {
 }
 
 #[test]
-fn mbpp_asks_for_every_assertion() {
+fn mbpp_needs_every_assertion_to_pass() {
     let (_alone, sandbox) = (alone(), sandbox());
     let sample = Sample {
         id: "mbpp-1".to_owned(),
@@ -134,16 +134,14 @@ fn mbpp_asks_for_every_assertion() {
         ("raise SystemExit(0)", Verdict::Incorrect),
         ("", Verdict::Incorrect),
     ] {
-        assert_eq!(judge(Task::Mbpp, &sandbox, &sample, answer), verdict, "{answer}");
+        assert_eq!(score(Task::Mbpp, &sandbox, &sample, answer), verdict, "{answer}");
     }
 }
 
 #[test]
+#[ignore = "needs the benchmarks' data: scripts/test --data DIR"]
 fn every_real_reference_passes_its_own_tests() {
-    let Some(data) = std::env::var_os("CLLM_DATA") else {
-        println!("skipped: CLLM_DATA is not set");
-        return;
-    };
+    let data = std::env::var_os("CLLM_DATA").expect("CLLM_DATA names the folder with the benchmarks' data");
     let (_alone, sandbox, data) = (alone(), sandbox(), Path::new(&data));
     let mbpp = data.join("mbpp/sanitized-mbpp-100.json");
     let load = |task: Task, path: &Path, split: &str| task.load(path, split).unwrap();
@@ -154,21 +152,21 @@ fn every_real_reference_passes_its_own_tests() {
         let passes = |sample: &Sample| {
             let reference = sample.reference.as_deref().unwrap();
             let meta: &Value = sample.meta.as_ref().unwrap();
-            // HumanEval's own solutions are continuations too.
+            // HumanEval's own solutions are continuations of the prompt.
             let rest = meta["prompt"].as_str().and_then(|prompt| reference.strip_prefix(prompt)).unwrap_or(reference);
             let answers = [rest.to_owned(), format!("Sure:\n```python\n{reference}\n```")];
-            answers.iter().all(|answer| judge(task, &sandbox, sample, answer) == Verdict::Correct)
+            answers.iter().all(|answer| score(task, &sandbox, sample, answer) == Verdict::Correct)
         };
         let failed: Vec<&str> = samples.par_iter().filter(|&s| !passes(s)).map(|s| s.id.as_str()).collect();
         assert!(failed.is_empty(), "{failed:?}");
-        // A wrong answer to the same tests is told from a right one.
-        let nothing = samples.par_iter().filter(|&s| judge(task, &sandbox, s, "    return None\n") == Verdict::Correct);
+        // The same tests tell an incorrect answer from a correct one.
+        let nothing = samples.par_iter().filter(|&s| score(task, &sandbox, s, "    return None\n") == Verdict::Correct);
         assert_eq!(nothing.count(), 0);
     }
 }
 
-/// A run's folder with answers to [`largest`].
-fn answered(folder: &Path, right: &str, wrong: &str) -> String {
+/// The folder of a run with answers to [`largest`].
+fn answered(folder: &Path, correct: &str, incorrect: &str) -> String {
     let run = path(folder, "run");
     fs::create_dir(&run).unwrap();
     let mut made = records();
@@ -176,7 +174,7 @@ fn answered(folder: &Path, right: &str, wrong: &str) -> String {
     for answer in &mut made.answers {
         let sample = largest();
         (answer.source, answer.meta) = (sample.source, sample.meta);
-        answer.text = if answer.verdict == Verdict::Correct { right } else { wrong }.to_owned();
+        answer.text = if answer.verdict == Verdict::Correct { correct } else { incorrect }.to_owned();
         answer.verdict = Verdict::Unscored;
     }
     made.write(&Path::new(&run).join("samples.jsonl")).unwrap();
@@ -193,16 +191,16 @@ fn results(run: &str) -> Value {
 }
 
 #[test]
-fn code_of_saved_answers_runs_only_where_that_is_asked_for() {
+fn code_of_saved_answers_runs_only_if_asked() {
     let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
     let run = answered(dir.path(), "    return max(numbers, default=0)\n", "    import os\n    os._exit(0)\n");
-    let wanted: Vec<Verdict> = records().answers.iter().map(|answer| answer.verdict).collect();
+    let scored: Vec<Verdict> = records().answers.iter().map(|answer| answer.verdict).collect();
     for execute in [false, true, false] {
         let words = ["score", &run, "--execute-code"];
-        let said = EVAL.succeed(&words[..if execute { 3 } else { 2 }]).stderr;
-        let expected = if execute { wanted.clone() } else { vec![Verdict::Unscored; wanted.len()] };
+        let stderr = EVAL.succeed(&words[..if execute { 3 } else { 2 }]).stderr;
+        let expected = if execute { scored.clone() } else { vec![Verdict::Unscored; scored.len()] };
         assert_eq!(verdicts(&run), expected);
-        assert_eq!(said.contains("unscored") && said.contains("--execute-code"), !execute, "{said}");
+        assert_eq!(stderr.contains("unscored") && stderr.contains("--execute-code"), !execute, "{stderr}");
         let layers = &results(&run)["sandbox"];
         assert_eq!(layers.as_array().is_some_and(|layers| layers.contains(&json!("seccomp"))), execute, "{layers}");
         EVAL.succeed(&["report", &run]);
@@ -214,7 +212,7 @@ fn code_of_saved_answers_runs_only_where_that_is_asked_for() {
 }
 
 #[test]
-fn a_run_scores_code_where_its_settings_say_so() {
+fn a_run_scores_code_if_its_settings_say_so() {
     let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
     let (teacher, prompts) = (path(dir.path(), "teacher"), path(dir.path(), "prompts.jsonl"));
     model(Path::new(&teacher), 1);
@@ -226,17 +224,17 @@ fn a_run_scores_code_where_its_settings_say_so() {
         let given = [format!("teacher={teacher}"), format!("prompts={prompts}"), format!("output={output}")];
         let fixed = ["run", "strategies=[ar]", "max_new_tokens=5", "num_speed_examples=0", "device=cpu"];
         let asked = format!("execute_code={execute}");
-        let said = EVAL.succeed(&[&fixed.map(str::to_owned)[..], &given, &[asked]].concat()).stderr;
+        let stderr = EVAL.succeed(&[&fixed.map(str::to_owned)[..], &given, &[asked]].concat()).stderr;
         assert_eq!(verdicts(&output), [if execute { Verdict::Incorrect } else { Verdict::Unscored }]);
-        assert_eq!(said.contains("execute_code=true"), !execute, "{said}");
+        assert_eq!(stderr.contains("execute_code=true"), !execute, "{stderr}");
         assert_eq!(results(&output)["sandbox"].is_array(), execute);
     }
 }
 
 #[test]
-fn a_signal_ends_running_answers_and_nothing_stays() {
+fn a_signal_ends_running_answers_and_leaves_no_process() {
     let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
-    // It has a name of its own, so that it is told from the program that tries the sandbox out.
+    // A name of its own tells it from the program that probes the sandbox.
     let sleeping =
         "    import ctypes, time\n    ctypes.CDLL(None).prctl(15, b'asleep', 0, 0, 0)\n    time.sleep(100000)\n";
     let asleep = || {
@@ -249,7 +247,7 @@ fn a_signal_ends_running_answers_and_nothing_stays() {
     EVAL.interrupt(&["score", &run, "--execute-code"], "INT", 130, || asleep() > 0);
     assert_eq!(left_running(), 0);
     assert!(verdicts(&run).iter().all(|&verdict| verdict == Verdict::Unscored));
-    // A program that is killed takes the answers with it.
+    // When the program is killed, the answers that it runs die, too.
     let mut command = EVAL.command(&[]);
     command.args(["score", &run, "--execute-code"]).env("TMPDIR", dir.path()).stderr(Stdio::null());
     let mut child = command.spawn().unwrap();
@@ -262,7 +260,7 @@ fn a_signal_ends_running_answers_and_nothing_stays() {
 }
 
 #[test]
-fn nothing_stays_in_the_temporary_folder() {
+fn the_temporary_folder_is_left_empty() {
     let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
     let messy = "    import os\n    os.makedirs('a/b', exist_ok=True)\n    open('a/b/c', 'w').write('x')\n    os.mkdir('closed', 0)\n";
     let run = answered(dir.path(), messy, messy);

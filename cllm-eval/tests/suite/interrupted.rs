@@ -1,4 +1,4 @@
-//! Signals and full disks: a run that was stopped keeps its answers, and the same command goes on to the same results.
+//! Signals and full disks: an interrupted run keeps its answers, and the same command completes it with the same results.
 
 use std::fs;
 use std::path::Path;
@@ -14,7 +14,7 @@ fn lines(output: &str) -> usize {
     fs::read_to_string(Path::new(output).join("samples.jsonl")).unwrap_or_default().lines().count()
 }
 
-/// The answers and what was timed, without the times.
+/// The answers and the timings, without the seconds.
 fn answers(output: &str) -> Vec<String> {
     let records = Records::read(&Path::new(output).join("samples.jsonl")).unwrap();
     let answers = records.answers.iter().map(|answer| {
@@ -28,7 +28,7 @@ fn answers(output: &str) -> Vec<String> {
 }
 
 #[test]
-fn a_run_that_was_stopped_and_met_a_full_disk_equals_one_that_was_not() {
+fn a_run_interrupted_by_signals_and_a_full_disk_equals_one_that_was_not() {
     let dir = tempfile::tempdir().unwrap();
     let (teacher, student) = (path(dir.path(), "teacher"), path(dir.path(), "student"));
     model(Path::new(&teacher), 1);
@@ -57,7 +57,7 @@ fn a_run_that_was_stopped_and_met_a_full_disk_equals_one_that_was_not() {
 }
 
 #[test]
-fn times_of_two_machines_do_not_mix() {
+fn timings_of_two_machines_are_not_mixed() {
     let dir = tempfile::tempdir().unwrap();
     let (teacher, output) = (path(dir.path(), "teacher"), path(dir.path(), "output"));
     model(Path::new(&teacher), 1);
@@ -86,7 +86,7 @@ fn times_of_two_machines_do_not_mix() {
 }
 
 #[test]
-fn a_run_that_ended_before_its_first_answer_blocks_nothing() {
+fn a_run_that_ended_before_its_first_answer_does_not_block_its_folder() {
     let dir = tempfile::tempdir().unwrap();
     let (teacher, output) = (path(dir.path(), "teacher"), path(dir.path(), "output"));
     model(Path::new(&teacher), 1);
@@ -100,10 +100,10 @@ fn a_run_that_ended_before_its_first_answer_blocks_nothing() {
     };
     EVAL.succeed(&run("seed=1"));
     let samples = Path::new(&output).join("samples.jsonl");
-    EVAL.fail(&run("seed=2"), 2, &["samples.jsonl", "other settings"]);
+    EVAL.fail(&run("seed=2"), 2, &["samples.jsonl", "was started with seed=1", "this command says 2"]);
     let whole = fs::read_to_string(&samples).unwrap();
     let header = whole.lines().next().unwrap().to_owned() + "\n";
-    // Its header alone, half of that, or nothing at all is what a machine that went down may leave.
+    // A machine that went down may leave only the header, half of it, or an empty file.
     for left in [&header[..], &header[..40], ""] {
         fs::write(&samples, left).unwrap();
         EVAL.succeed(&run("seed=2"));

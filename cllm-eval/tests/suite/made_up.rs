@@ -1,8 +1,9 @@
-//! Records and models made up for tests.
+//! Made-up records and models, and the program under test.
 
 use cllm_core::checkpoint;
 use std::path::Path;
 
+use assert_cmd::Command;
 use cllm_core::decode::Strategy;
 use cllm_core::environment::{Hardware, Toolkit};
 use cllm_core::model::{ModelConfig, Transformer};
@@ -14,9 +15,13 @@ use cllm_eval::role::Role;
 use serde_json::json;
 use tch::{Device, Kind};
 
+pub fn program() -> Command {
+    Command::cargo_bin("cllm-eval").unwrap()
+}
+
 pub const JACOBI: Strategy = Strategy::Jacobi { n: 4 };
 
-/// Four examples. Teacher AR: 3 right, the other unfinished. Student Jacobi: 2 right, half the forwards.
+/// Four examples. Teacher AR: 3 correct, the other unfinished. Student Jacobi: 2 correct, a quarter of the forwards.
 pub fn records() -> Records {
     let model =
         |role, path: &str| ModelEntry { role, path: path.into(), fingerprint: format!("f{path}"), parameters: 10 };
@@ -40,14 +45,14 @@ pub fn records() -> Records {
         settings,
     };
     let mut records = Records::new(header);
-    for (role, strategy, rights, forwards) in [
+    for (role, strategy, correct, forwards) in [
         (Role::Teacher, Strategy::Ar, [true, true, true, false], 8),
         (Role::Teacher, JACOBI, [true, true, true, false], 4),
         (Role::Student, Strategy::Ar, [true, true, false, false], 8),
         (Role::Student, JACOBI, [true, false, false, true], 2),
     ] {
-        for (index, right) in rights.into_iter().enumerate() {
-            records.answers.push(answer(role, strategy, index, right, forwards));
+        for (index, correct) in correct.into_iter().enumerate() {
+            records.answers.push(answer(role, strategy, index, correct, forwards));
         }
         for index in 0..2 {
             records.speeds.push(SpeedRecord {
@@ -67,14 +72,14 @@ pub fn records() -> Records {
     records
 }
 
-fn answer(role: Role, strategy: Strategy, index: usize, right: bool, forwards: usize) -> AnswerRecord {
+fn answer(role: Role, strategy: Strategy, index: usize, correct: bool, forwards: usize) -> AnswerRecord {
     let mut response_ids: Vec<i32> = (0..8).collect();
-    // The student's Jacobi answers differ from its autoregressive ones in one example.
+    // One of the student's Jacobi answers differs from the autoregressive one.
     if role == Role::Student && strategy == JACOBI && index == 1 {
         response_ids[3] = 99;
     }
     let logit_gap_at_difference = (response_ids[3] == 99).then_some(0.25);
-    let text = if right { "4" } else { "<script>alert(1)</script>" };
+    let text = if correct { "4" } else { "<script>alert(1)</script>" };
     AnswerRecord {
         role,
         strategy,
@@ -87,8 +92,8 @@ fn answer(role: Role, strategy: Strategy, index: usize, right: bool, forwards: u
         meta: None,
         response_ids,
         text: text.into(),
-        verdict: if right { Verdict::Correct } else { Verdict::Incorrect },
-        finish_reason: if !right && index > 1 { FinishReason::Length } else { FinishReason::Eos },
+        verdict: if correct { Verdict::Correct } else { Verdict::Incorrect },
+        finish_reason: if !correct && index > 1 { FinishReason::Length } else { FinishReason::Eos },
         forwards,
         accepted: vec![(8 / forwards) as u32; forwards],
         batch_prefill_seconds: 0.5,
@@ -99,12 +104,12 @@ fn answer(role: Role, strategy: Strategy, index: usize, right: bool, forwards: u
     }
 }
 
-/// A random model with a tokenizer of its own; it repeats the last token of a prompt.
+/// Writes a random model with a tokenizer of its own. It repeats the last token of a prompt.
 pub fn model(folder: &Path, seed: u64) {
     random_model(folder, seed, true);
 }
 
-/// One whose answers depend on the whole prompt.
+/// Writes a random model whose answers depend on the whole prompt.
 pub fn eloquent_model(folder: &Path, seed: u64) {
     random_model(folder, seed, false);
 }
@@ -122,7 +127,7 @@ fn random_model(folder: &Path, seed: u64, tied: bool) {
     let model = Transformer::random(config, seed, Device::Cpu, Kind::Float);
     if !tied {
         let _no_grad = tch::no_grad_guard();
-        // Attention of weights as small as they are drawn would hardly see more than the last token.
+        // With the small initial weights, attention would hardly see more than the last token.
         for (_, mut weight) in model.named_parameters().into_iter().filter(|(name, _)| name.contains("_proj")) {
             let _ = weight.g_mul_scalar_(20.0);
         }

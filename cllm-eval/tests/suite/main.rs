@@ -1,4 +1,4 @@
-//! Tests of `cllm-eval`: its arithmetic on made-up records, its files, its exit codes.
+//! Tests of `cllm-eval`: its figures on made-up records, its files, its exit codes.
 #![allow(clippy::unwrap_used)]
 
 mod bad_input;
@@ -7,14 +7,16 @@ mod browser;
 mod chat;
 mod code;
 mod comparisons;
+mod doctor;
+mod generate;
 mod interrupted;
 mod made_up;
 mod mt_bench;
 mod perplexities;
 mod profiles;
-mod program;
 mod reports;
 mod results;
+mod runs;
 mod sandbox;
 mod scoring;
 mod suite;

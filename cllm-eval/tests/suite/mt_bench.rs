@@ -1,4 +1,4 @@
-//! MT-bench: second turns hold the first answers, of the same model and strategy; going on after a stop; FastChat's files.
+//! MT-bench: second turns contain the first answers of the same model and strategy, runs resume, FastChat's files are written.
 
 use std::fs;
 use std::path::Path;
@@ -30,11 +30,11 @@ fn read(output: &str) -> Records {
 }
 
 fn find(records: &Records, role: Role, strategy: Strategy, index: usize) -> &AnswerRecord {
-    let wanted = |answer: &&AnswerRecord| (answer.role, answer.strategy, answer.index) == (role, strategy, index);
-    records.answers.iter().find(wanted).unwrap()
+    let matches = |answer: &&AnswerRecord| (answer.role, answer.strategy, answer.index) == (role, strategy, index);
+    records.answers.iter().find(matches).unwrap()
 }
 
-/// Every second prompt is that of its own first answer.
+/// Checks that the prompt of every second turn contains its own first answer.
 fn expect_own_first_answers(records: &Records, folders: [&str; 2]) {
     for (role, folder) in [Role::Teacher, Role::Student].into_iter().zip(folders) {
         let tokenizer = Tokenizer::load(Path::new(folder)).unwrap();
@@ -76,7 +76,7 @@ fn expect_fastchat(output: &str, records: &Records) {
 }
 
 #[test]
-fn second_turns_hold_first_answers_and_a_stopped_run_goes_on() {
+fn second_turns_contain_first_answers_and_an_interrupted_run_resumes() {
     let dir = tempfile::tempdir().unwrap();
     let [teacher, student, data, output] = ["teacher", "student", "data", "output"].map(|name| path(dir.path(), name));
     eloquent_model(Path::new(&teacher), 1);
@@ -84,7 +84,7 @@ fn second_turns_hold_first_answers_and_a_stopped_run_goes_on() {
     questions(&data);
     let fixed = ["run", "benchmark=mt-bench", "strategies=[ar, {jacobi: {n: 4}}]", "max_new_tokens=24", "batch_size=2"];
     let more = ["num_speed_examples=6", "device=cpu", "--json"];
-    // Answers of various lengths tell prompts apart where only a number is kept.
+    // Answers of various lengths tell prompts apart in the timings, which keep only the length.
     let eos_ids = format!("{:?}", (20..50).collect::<Vec<_>>());
     let given =
         [("teacher", &teacher), ("student", &student), ("data", &data), ("output", &output), ("eos_ids", &eos_ids)];
@@ -99,7 +99,7 @@ fn second_turns_hold_first_answers_and_a_stopped_run_goes_on() {
     expect_own_first_answers(&whole, [&teacher, &student]);
     expect_fastchat(&output, &whole);
 
-    // A stop left the first turns and one second turn. One answer is changed, to tell whose stands where.
+    // An interruption left the first turns and one second turn. One first answer is changed, to find it in its second turn.
     let mut left = whole.clone();
     let (changed, text) = ((Role::Student, JACOBI, 2), "Ann has 12 pears and gives 7 of them to Tom. ".repeat(3));
     left.speeds.clear();
@@ -113,12 +113,12 @@ fn second_turns_hold_first_answers_and_a_stopped_run_goes_on() {
     left.write(&samples).unwrap();
     fs::write(&samples, fs::read_to_string(&samples).unwrap() + "{\"kind\":\"answer\",\"ro").unwrap();
     let results: Value = serde_json::from_slice(&EVAL.succeed(&words).stdout).unwrap();
-    let went_on = read(&output);
-    expect_own_first_answers(&went_on, [&teacher, &student]);
-    expect_fastchat(&output, &went_on);
+    let resumed = read(&output);
+    expect_own_first_answers(&resumed, [&teacher, &student]);
+    expect_fastchat(&output, &resumed);
     let second = |records: &Records, strategy| find(records, Role::Student, strategy, 3).clone();
-    assert!(second(&went_on, JACOBI).prompt.contains(text.trim()));
-    for answer in went_on
+    assert!(second(&resumed, JACOBI).prompt.contains(text.trim()));
+    for answer in resumed
         .answers
         .iter()
         .filter(|answer| (answer.role, answer.strategy, answer.index - answer.index % 2) != changed)
@@ -126,27 +126,27 @@ fn second_turns_hold_first_answers_and_a_stopped_run_goes_on() {
         let before = find(&whole, answer.role, answer.strategy, answer.index);
         assert_eq!((&answer.prompt, &answer.response_ids), (&before.prompt, &before.response_ids));
     }
-    // An answer to another prompt is no other answer.
-    assert_ne!(second(&went_on, JACOBI).response_ids, second(&went_on, Strategy::Ar).response_ids);
-    assert_eq!(second(&went_on, JACOBI).logit_gap_at_difference, None);
+    // Answers to different prompts are not compared.
+    assert_ne!(second(&resumed, JACOBI).response_ids, second(&resumed, Strategy::Ar).response_ids);
+    assert_eq!(second(&resumed, JACOBI).logit_gap_at_difference, None);
     assert_eq!(results["models"][1]["strategies"][1]["exact_match_vs_ar"], json!(1.0));
-    // What is timed is the same prompt for every strategy, that of the autoregressive answer.
+    // Every strategy is timed on the same prompt: the one with the autoregressive answer.
     let timed = |speed: &&cllm_eval::records::SpeedRecord| {
         (speed.role, speed.strategy, speed.index) == (Role::Student, JACOBI, 3)
     };
-    let speed = went_on.speeds.iter().find(timed).unwrap();
-    assert_ne!(second(&went_on, JACOBI).response_ids.len(), second(&whole, JACOBI).response_ids.len());
+    let speed = resumed.speeds.iter().find(timed).unwrap();
+    assert_ne!(second(&resumed, JACOBI).response_ids.len(), second(&whole, JACOBI).response_ids.len());
     assert_eq!(speed.tokens, second(&whole, JACOBI).response_ids.len());
 
     let scored = EVAL.succeed(&["score", &output, "--json"]).stdout;
     assert_eq!(serde_json::from_slice::<Value>(&scored).unwrap()["models"], results["models"]);
-    assert_eq!(read(&output).answers, went_on.answers);
-    expect_fastchat(&output, &went_on);
+    assert_eq!(read(&output).answers, resumed.answers);
+    expect_fastchat(&output, &resumed);
     EVAL.succeed(&["report", &output]);
 }
 
 #[test]
-fn what_is_no_question_of_two_turns_or_has_no_room_is_refused() {
+fn questions_without_two_turns_or_without_room_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let [teacher, data, output] = ["teacher", "data", "output"].map(|name| path(dir.path(), name));
     model(Path::new(&teacher), 1);
@@ -157,7 +157,7 @@ fn what_is_no_question_of_two_turns_or_has_no_room_is_refused() {
         fixed.into_iter().chain(given).chain(more.iter().map(|&word| word.to_owned())).collect()
     };
     let data = format!("data={data}");
-    // Of the context of 1,024, two answers must have their room beside the questions.
+    // Two answers and the questions must fit into the context of 1,024 tokens.
     EVAL.fail(&words(&[&data, "max_new_tokens=500"]), 2, &["81/2", "up to 1000 new ones"]);
     EVAL.fail(&words(&[&data, "split=dev"]), 2, &["the split test only"]);
     let prompts = path(dir.path(), "prompts.jsonl");

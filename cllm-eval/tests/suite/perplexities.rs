@@ -1,4 +1,4 @@
-//! Perplexity of texts: its files, going on after a stop, and what is refused.
+//! Perplexity of texts: its files, resuming, and what is refused.
 
 use cllm_core::checkpoint;
 use std::fs;
@@ -14,7 +14,7 @@ use cllm_testing::programs::{Program, path};
 
 const EVAL: Program = Program("cllm-eval");
 
-/// A text of some windows.
+/// A text of several windows.
 fn text() -> String {
     (0..900).map(|number| format!("Tom has {} apples. ", number * number % 97)).collect()
 }
@@ -25,7 +25,8 @@ fn run(of: &[(&str, &str)], data: &str, output: &str) -> Vec<String> {
     fixed.into_iter().chain(models).chain([format!("data={data}"), format!("output={output}")]).collect()
 }
 
-/// As Hugging Face's guide computes it, a window of 1,024 and a stride of 512.
+/// Mean negative log-likelihood, tokens and windows as Hugging Face's guide computes them, with a window of 1,024 and a stride
+/// of 512.
 fn by_hand(folder: &str, text: &str) -> (f64, usize, usize) {
     let model = checkpoint::load(Path::new(folder), Device::Cpu, Kind::Float).unwrap();
     let ids = Tokenizer::load(Path::new(folder)).unwrap().encode(text).unwrap();
@@ -37,8 +38,8 @@ fn by_hand(folder: &str, text: &str) -> (f64, usize, usize) {
         let hidden = model.forward(&Tensor::from_slice(&window).unsqueeze(0), &positions);
         let likelihoods =
             tch::no_grad(|| model.compute_logits(&hidden)).unwrap().log_softmax(-1, Kind::Double).squeeze_dim(0);
-        for place in before.max(1)..end {
-            nll -= likelihoods.double_value(&[(place - begin - 1) as i64, window[place - begin]]);
+        for position in before.max(1)..end {
+            nll -= likelihoods.double_value(&[(position - begin - 1) as i64, window[position - begin]]);
             tokens += 1;
         }
         windows += 1;
@@ -51,7 +52,7 @@ fn by_hand(folder: &str, text: &str) -> (f64, usize, usize) {
 }
 
 #[test]
-fn both_models_get_a_perplexity_and_a_stopped_run_goes_on() {
+fn both_models_get_a_perplexity_and_an_interrupted_run_resumes() {
     let dir = tempfile::tempdir().unwrap();
     let [teacher, student, data, output] = ["teacher", "student", "a.txt", "output"].map(|name| path(dir.path(), name));
     model(Path::new(&teacher), 1);
@@ -60,35 +61,35 @@ fn both_models_get_a_perplexity_and_a_stopped_run_goes_on() {
     let words = run(&[("teacher", &teacher), ("student", &student)], &data, &output);
     let results: Value = serde_json::from_slice(&EVAL.succeed(&words).stdout).unwrap();
     for (number, folder) in [&teacher, &student].into_iter().enumerate() {
-        let found = &results["models"][number];
+        let model = &results["models"][number];
         let (nll, tokens, windows) = by_hand(folder, &text());
         assert!(windows > 4, "{windows}");
-        let figure = |key: &str| found["perplexity"][key].as_f64().unwrap();
-        assert!((figure("nll") - nll).abs() < 1e-4 && (figure("value") - nll.exp()).abs() < 0.05, "{found} {nll}");
+        let figure = |key: &str| model["perplexity"][key].as_f64().unwrap();
+        assert!((figure("nll") - nll).abs() < 1e-4 && (figure("value") - nll.exp()).abs() < 0.05, "{model} {nll}");
         assert_eq!((figure("tokens"), figure("windows")), (tokens as f64, windows as f64));
-        let ends = &found["perplexity"]["ci95"];
+        let ends = &model["perplexity"]["ci95"];
         assert!(ends[0].as_f64().unwrap() < figure("value") && figure("value") < ends[1].as_f64().unwrap(), "{ends}");
-        assert_eq!(found["strategies"], Value::Array(vec![]));
+        assert_eq!(model["strategies"], Value::Array(vec![]));
     }
     assert_eq!(results["paired"], Value::Array(vec![]));
-    // What a kill left: the teacher's windows and the first of the student's, and half a line.
+    // A kill left the teacher's windows, the first of the student's and half a line.
     let samples = Path::new(&output).join("samples.jsonl");
     let whole = fs::read_to_string(&samples).unwrap();
     let measured = Records::read(&samples).unwrap();
     let lines: Vec<&str> = whole.split_inclusive('\n').collect();
     assert!(lines[1..].iter().all(|line| line.contains(r#""kind":"window""#)), "{whole}");
     let kept = 1 + (lines.len() - 1) / 2 + 1;
-    // The mark shows that what was there is not measured again.
+    // The changed likelihood shows that finished windows are not measured again.
     let mut left = Records::read(&samples).unwrap();
     left.windows.truncate(kept - 1);
     left.windows[0].nll += 1.0;
     left.write(&samples).unwrap();
     fs::write(&samples, fs::read_to_string(&samples).unwrap() + &lines[kept][..20]).unwrap();
     EVAL.succeed(&words);
-    let mut went_on = Records::read(&samples).unwrap();
-    went_on.windows[0].nll -= 1.0;
-    assert_eq!(went_on, measured);
-    // What was saved is enough for what comes after a run; a comparison of answers has none.
+    let mut resumed = Records::read(&samples).unwrap();
+    resumed.windows[0].nll -= 1.0;
+    assert_eq!(resumed, measured);
+    // The saved records are enough to score and to report; there are no answers to compare.
     let score: Value = serde_json::from_slice(&EVAL.succeed(&["score", &output, "--json"]).stdout).unwrap();
     assert_eq!(score["models"][1], results["models"][1]);
     EVAL.succeed(&["report", &output]);
@@ -96,13 +97,13 @@ fn both_models_get_a_perplexity_and_a_stopped_run_goes_on() {
     assert!(text.contains("teacher: perplexity ") && text.contains("student: perplexity "), "{text}");
     EVAL.fail(&["compare", &output], 2, &["perplexities"]);
     EVAL.fail(&["tradeoff", &output], 2, &["no answer"]);
-    // The settings as they were given run again.
+    // The saved settings can be run again.
     let settings = Path::new(&output).join("config.yaml").display().to_string();
     EVAL.succeed(&["run", "-c", &settings]);
 }
 
 #[test]
-fn rows_are_texts_of_their_own_and_what_is_no_text_is_refused() {
+fn each_row_is_a_text_and_files_without_text_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let [teacher, data, output] = ["teacher", "data", "output"].map(|name| path(dir.path(), name));
     model(Path::new(&teacher), 1);
@@ -112,9 +113,9 @@ fn rows_are_texts_of_their_own_and_what_is_no_text_is_refused() {
         .unwrap();
     let of = [("teacher", teacher.as_str())];
     EVAL.succeed(&run(&of, &data, &output));
-    let found = Records::read(&Path::new(&output).join("samples.jsonl")).unwrap().windows;
-    let places: Vec<_> = found.iter().map(|window| (window.index, window.id.as_str(), window.start)).collect();
-    assert_eq!(places, [(0, "text-1", 0), (2, "text-3", 0)]);
+    let windows = Records::read(&Path::new(&output).join("samples.jsonl")).unwrap().windows;
+    let starts: Vec<_> = windows.iter().map(|window| (window.index, window.id.as_str(), window.start)).collect();
+    assert_eq!(starts, [(0, "text-1", 0), (2, "text-3", 0)]);
     let other = path(dir.path(), "other");
     EVAL.fail(&run(&of, "no/such.txt", &other), 2, &["no/such.txt"]);
     let empty = path(dir.path(), "empty.txt");

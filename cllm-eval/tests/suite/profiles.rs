@@ -1,4 +1,4 @@
-//! `profile` of trajectories made by hand.
+//! `profile` of hand-written trajectories.
 
 use std::path::Path;
 
@@ -48,13 +48,13 @@ fn write(folder: &Path, n: usize, rows: &[Trajectory]) {
     writer.finish().unwrap();
 }
 
-/// Of the teacher: every iteration fixes one token, and behind EOS (token 5) guesses still change.
+/// Every iteration fixes one token, and draft tokens after EOS (position 5) still change.
 fn teacher() -> Trajectory {
     let first = vec![[1, 9, 9, 9], [1, 2, 9, 9], [1, 2, 3, 9], [1, 2, 3, 4]];
     row("a", &[1, 2, 3, 4, 5, 0], [first, vec![[5, 0, 7, 7], [5, 0, 8, 8]]])
 }
 
-/// Of the student: one iteration fixes three tokens, of which 3 was right before 2 was.
+/// One iteration fixes three tokens; token 3 was correct before token 2 was.
 fn student() -> [Trajectory; 3] {
     let first = || vec![[1, 9, 3, 9], [1, 2, 3, 4]];
     let ended = row("a", &[1, 2, 3, 4, 5, 0], [first(), vec![[5, 0, 7, 7]]]);
@@ -65,17 +65,17 @@ fn student() -> [Trajectory; 3] {
 }
 
 #[test]
-fn the_figures_are_those_worked_out_by_hand() {
+fn the_figures_agree_with_a_computation_by_hand() {
     let dir = tempfile::tempdir().unwrap();
     write(&dir.path().join("of-teacher"), 4, &[teacher()]);
     write(&dir.path().join("of-student"), 4, &student());
     let (one, two) = (path(dir.path(), "of-teacher"), format!("student={}", path(dir.path(), "of-student")));
     let file = path(dir.path(), "profile.json");
     let ended = EVAL.succeed(&["profile", &one, &two, "-o", &file, "--json"]);
-    let found: Value = serde_json::from_slice(&ended.stdout).unwrap();
-    assert_eq!(found, serde_json::from_str::<Value>(&std::fs::read_to_string(&file).unwrap()).unwrap());
-    assert!(ended.stderr.contains("1 augmented rows were left out"), "{}", ended.stderr);
-    let [first, second] = &found["sets"].as_array().unwrap()[..] else { panic!("{found}") };
+    let profiles: Value = serde_json::from_slice(&ended.stdout).unwrap();
+    assert_eq!(profiles, serde_json::from_str::<Value>(&std::fs::read_to_string(&file).unwrap()).unwrap());
+    assert!(ended.stderr.contains("left out 1 augmented row"), "{}", ended.stderr);
+    let [first, second] = &profiles["sets"].as_array().unwrap()[..] else { panic!("{profiles}") };
     assert_eq!(
         (&first["name"], &second["name"], &second["augmented_rows"]),
         (&json!(one), &json!("student"), &json!(1))
@@ -104,7 +104,7 @@ fn the_figures_are_those_worked_out_by_hand() {
         "iterations_per_block": 0.5, "tokens_per_forward": 1.5 });
     assert_eq!(second["ratio_to_first"], ratios);
     let text = String::from_utf8(EVAL.succeed(&["profile", &one, &two]).stdout).unwrap();
-    assert!(text.contains("all over the first") && text.contains("2.33x"), "{text}");
+    assert!(text.contains("over the first set") && text.contains("2.33x"), "{text}");
     let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/data-format.md")).unwrap();
     for key in second.as_object().unwrap().keys().chain(all.as_object().unwrap().keys()) {
         assert!(page.contains(&format!("`{key}`")), "{key} is missing in docs/data-format.md");
@@ -112,18 +112,18 @@ fn the_figures_are_those_worked_out_by_hand() {
 }
 
 #[test]
-fn what_cannot_be_profiled_is_named() {
+fn data_sets_that_cannot_be_profiled_are_named() {
     let dir = tempfile::tempdir().unwrap();
     let [_, _, augmented] = student();
     write(&dir.path().join("augmented"), 4, &[augmented]);
-    EVAL.fail(&["profile", &path(dir.path(), "augmented")], 2, &["holds no row as it was decoded"]);
+    EVAL.fail(&["profile", &path(dir.path(), "augmented")], 2, &["every row is augmented"]);
     EVAL.fail(&["profile", "teacher=nowhere"], 2, &["nowhere"]);
-    // Ratios are of the same n alone.
+    // Ratios need the same n.
     write(&dir.path().join("four"), 4, &[teacher()]);
     let mut wide = teacher();
     wide.blocks = vec![Block { start: 0, states: vec![vec![1, 2, 3, 4, 5, 0]] }];
     write(&dir.path().join("six"), 6, &[wide]);
-    let found = profile(&[path(dir.path(), "four"), path(dir.path(), "six")]).unwrap();
-    assert_eq!((found.sets[1].n, found.sets[1].ratio_to_first), (6, None));
-    assert_eq!(found.sets[1].all.means.fast_forwarded, None);
+    let profiles = profile(&[path(dir.path(), "four"), path(dir.path(), "six")]).unwrap();
+    assert_eq!((profiles.sets[1].n, profiles.sets[1].ratio_to_first), (6, None));
+    assert_eq!(profiles.sets[1].all.means.fast_forwarded, None);
 }

@@ -15,7 +15,7 @@ pub fn drawn() -> (tempfile::TempDir, [String; 4]) {
     let dir = tempfile::tempdir().unwrap();
     let records = told(records());
     records.write(&dir.path().join(SAMPLES)).unwrap();
-    atomic_file::write_json(&dir.path().join(RESULTS), &Results::of(&records)).unwrap();
+    atomic_file::write_json(&dir.path().join(RESULTS), &Results::from_records(&records)).unwrap();
     let written = report(&[dir.path().to_owned()], None).unwrap();
     let names = ["report.md", "report.html", "report.tex", "model-card.md"];
     assert_eq!(written, names.map(|name| dir.path().join(name)));
@@ -79,7 +79,7 @@ fn the_card_names_a_teacher_of_the_hub_the_data_set_the_decoding_and_the_command
     made.header.settings.teacher = Some("some/base".into());
     made.answers.iter_mut().filter(|answer| answer.strategy == JACOBI).for_each(|answer| answer.strategy = rolling);
     made.speeds.iter_mut().filter(|speed| speed.strategy == JACOBI).for_each(|speed| speed.strategy = rolling);
-    atomic_file::write_json(&dir.path().join(RESULTS), &Results::of(&made)).unwrap();
+    atomic_file::write_json(&dir.path().join(RESULTS), &Results::from_records(&made)).unwrap();
     report(&[dir.path().to_owned()], None).unwrap();
     let card = std::fs::read_to_string(dir.path().join("model-card.md")).unwrap();
     for line in [
@@ -103,7 +103,7 @@ fn a_report_of_several_runs_begins_with_a_row_for_each() {
         let mut made = records();
         made.header.split = split.into();
         std::fs::create_dir_all(folder).unwrap();
-        atomic_file::write_json(&folder.join(RESULTS), &Results::of(&made)).unwrap();
+        atomic_file::write_json(&folder.join(RESULTS), &Results::from_records(&made)).unwrap();
     }
     report(&folders, Some(dir.path())).unwrap();
     let read = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
@@ -154,7 +154,7 @@ fn results_and_samples_of_another_version_are_refused_by_name() {
     let (results, samples) = (dir.path().join(RESULTS), dir.path().join(SAMPLES));
     let mut records = records();
     records.write(&samples).unwrap();
-    let mut value = serde_json::to_value(Results::of(&records)).unwrap();
+    let mut value = serde_json::to_value(Results::from_records(&records)).unwrap();
     value["schema_version"] = 7.into();
     atomic_file::write_json(&results, &value).unwrap();
     let error = report(std::slice::from_ref(&results), None).unwrap_err();

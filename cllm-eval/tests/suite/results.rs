@@ -1,7 +1,7 @@
 //! `results.json` on made-up records.
 
 use cllm_core::decode::Strategy;
-use cllm_eval::acceptance::Stretch;
+use cllm_eval::acceptance::Segment;
 use cllm_eval::results::Results;
 use cllm_eval::role::Role;
 use serde_json::Value;
@@ -9,11 +9,11 @@ use serde_json::Value;
 use crate::made_up::records;
 
 fn value() -> Value {
-    serde_json::to_value(Results::of(&records())).unwrap()
+    serde_json::to_value(Results::from_records(&records())).unwrap()
 }
 
 #[test]
-fn the_file_has_the_fields_of_the_contract() {
+fn the_file_has_the_documented_fields() {
     let value = value();
     for key in ["schema_version", "benchmark", "split", "examples", "hardware", "toolkit", "models", "settings"] {
         assert!(!value[key].is_null(), "{key}");
@@ -62,7 +62,7 @@ fn every_committed_results_file_can_be_read() {
     let files = entries.map(|entry| entry.unwrap().path()).filter(|path| path.is_file());
     let mut num_read = 0;
     for file in files {
-        // Files of `bench` are beside them.
+        // The folder also has the files of `bench`.
         if std::fs::read_to_string(&file).unwrap().contains("\"benchmark\"") {
             Results::read(&file).unwrap();
             num_read += 1;
@@ -72,7 +72,7 @@ fn every_committed_results_file_can_be_read() {
 }
 
 #[test]
-fn figures_are_what_the_records_say() {
+fn figures_follow_from_the_records() {
     let value = value();
     let teacher = &value["models"][0]["strategies"][0];
     assert_eq!(teacher["accuracy"], 0.75);
@@ -91,7 +91,7 @@ fn figures_are_what_the_records_say() {
         (&0.25.into(), &0.25.into())
     );
     assert!(teacher["max_logit_gap_at_difference"].is_null());
-    // 16 tokens in 4 s, against 16 in 16 s; with prefill 6 s against 18 s.
+    // 16 tokens in 4 s against 16 in 16 s; including prefill, 6 s against 18 s.
     assert_eq!(student["tokens_per_second"], 4.0);
     assert_eq!(student["speedup_vs_teacher_ar"], 4.0);
     assert_eq!(student["speedup_vs_student_ar"], 4.0);
@@ -99,13 +99,13 @@ fn figures_are_what_the_records_say() {
     let paired = &value["paired"][1];
     assert_eq!((&paired["student_only"], &paired["teacher_only"]), (&1.into(), &2.into()));
     assert_eq!(paired["difference"], -0.25);
-    // Of the teacher's three right answers the student has one right.
+    // The student keeps one of the teacher's three correct answers.
     assert!((paired["correct_kept_fraction"].as_f64().unwrap() - 1.0 / 3.0).abs() < 1e-12);
     assert!((value["paired"][0]["correct_kept_fraction"].as_f64().unwrap() - 2.0 / 3.0).abs() < 1e-12);
 }
 
 #[test]
-fn memory_stands_beside_that_of_the_same_models_autoregressive_decoding() {
+fn memory_is_compared_with_that_of_the_same_models_autoregressive_decoding() {
     let mut records = records();
     let memory = |role: Role, strategy: Strategy| match (role, strategy) {
         (Role::Teacher, _) => 1000,
@@ -116,10 +116,10 @@ fn memory_stands_beside_that_of_the_same_models_autoregressive_decoding() {
         answer.peak_memory_bytes = Some(2 * memory(answer.role, answer.strategy));
     }
     for speed in &mut records.speeds {
-        // The most of the examples counts.
+        // The largest peak of the examples counts.
         speed.peak_memory_bytes = Some(memory(speed.role, speed.strategy) - speed.index as u64);
     }
-    let results = Results::of(&records);
+    let results = Results::from_records(&records);
     let [ar, jacobi] = &results.models[1].strategies[..] else { panic!("two strategies") };
     assert_eq!((ar.speed_peak_memory_bytes, jacobi.speed_peak_memory_bytes), (Some(400), Some(500)));
     assert_eq!((ar.speed_peak_memory_over_ar, jacobi.speed_peak_memory_over_ar), (Some(1.0), Some(1.25)));
@@ -131,7 +131,7 @@ fn memory_stands_beside_that_of_the_same_models_autoregressive_decoding() {
 fn without_timings_speeds_are_null() {
     let mut records = records();
     records.speeds.clear();
-    let value = serde_json::to_value(Results::of(&records)).unwrap();
+    let value = serde_json::to_value(Results::from_records(&records)).unwrap();
     let strategy = &value["models"][1]["strategies"][1];
     for key in ["prefill_seconds", "seconds", "tokens_per_second", "speedup_vs_teacher_ar", "speedup_vs_student_ar"] {
         assert!(strategy[key].is_null(), "{key}");
@@ -141,11 +141,11 @@ fn without_timings_speeds_are_null() {
 
 #[test]
 fn acceptance_counts_every_forward() {
-    let results = Results::of(&records());
+    let results = Results::from_records(&records());
     assert_eq!(results.models[0].strategies[0].acceptance, None);
-    // Four answers of 8 tokens in 2 forwards of 4.
-    let found = results.models[1].strategies[1].acceptance.clone().unwrap();
-    assert_eq!(found.forwards, [0, 0, 0, 8]);
-    assert_eq!(found.by_position, [1.0, 1.0, 1.0]);
-    assert_eq!(found.over_answer, [Stretch { start: 0, tokens: 32, forwards: 8 }]);
+    // Four answers of 8 tokens, each in 2 forwards of 4.
+    let acceptance = results.models[1].strategies[1].acceptance.clone().unwrap();
+    assert_eq!(acceptance.forwards, [0, 0, 0, 8]);
+    assert_eq!(acceptance.by_position, [1.0, 1.0, 1.0]);
+    assert_eq!(acceptance.over_answer, [Segment { start: 0, tokens: 32, forwards: 8 }]);
 }

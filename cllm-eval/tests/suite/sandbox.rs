@@ -1,4 +1,4 @@
-//! The sandbox against programs that mean harm: each gets nothing done, harms nothing, and the next one runs.
+//! The sandbox against malicious programs: none achieves anything or leaves anything behind, and the next program runs.
 
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
@@ -11,14 +11,14 @@ use rayon::prelude::*;
 
 use cllm_testing::programs::path;
 
-/// One test at a time has programs running, so that what is left of them can be told.
+/// Only one test at a time runs programs, so that each can check that none is left.
 static ALONE: Mutex<()> = Mutex::new(());
 
 pub fn alone() -> MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A sandbox with limits that are soon reached. What starts it has limits of its own, in case that those of the sandbox fail.
+/// A sandbox with low limits. Its launcher has limits of its own, in case those of the sandbox fail.
 fn sandbox(folder: &Path) -> Sandbox {
     launched_by(
         folder,
@@ -27,7 +27,7 @@ fn sandbox(folder: &Path) -> Sandbox {
     .unwrap()
 }
 
-/// The same behind any script.
+/// The same sandbox, launched by a script.
 fn launched_by(folder: &Path, script: &str) -> cllm_core::Result<Sandbox> {
     let launcher = PathBuf::from(path(folder, "launcher"));
     std::fs::write(&launcher, script).unwrap();
@@ -36,7 +36,7 @@ fn launched_by(folder: &Path, script: &str) -> cllm_core::Result<Sandbox> {
     Sandbox::with_launcher(&launcher, limits)
 }
 
-/// Processes that run the harness: a child that got away would keep its command line.
+/// Number of processes that run the harness. A child that escaped would keep its command line.
 pub fn left_running() -> usize {
     let entries = std::fs::read_dir("/proc").unwrap().flatten();
     let lines = entries.filter_map(|entry| std::fs::read(entry.path().join("cmdline")).ok());
@@ -47,7 +47,7 @@ fn error(name: &str) -> ProgramOutcome {
     ProgramOutcome::Exception(name.to_owned())
 }
 
-/// Runs programs that would each pass if they got what they want.
+/// Runs programs that pass only if they achieve what they try.
 #[track_caller]
 fn none_passes<'p>(sandbox: &Sandbox, programs: &[(&'p str, &[ProgramOutcome])]) {
     let other = |&(program, allowed): &(&'p str, &[ProgramOutcome])| {
@@ -61,7 +61,7 @@ fn none_passes<'p>(sandbox: &Sandbox, programs: &[(&'p str, &[ProgramOutcome])])
 }
 
 #[test]
-fn an_honest_program_has_what_it_needs() {
+fn a_harmless_program_has_what_it_needs() {
     let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
     let sandbox = sandbox(dir.path());
     assert!(sandbox.layers().contains(&"seccomp".to_owned()), "{:?}", sandbox.layers());
@@ -78,7 +78,7 @@ fn an_honest_program_has_what_it_needs() {
     ] {
         assert_eq!(sandbox.run(program).unwrap(), ProgramOutcome::Passed, "{program:.200}");
     }
-    // The order of a set of texts is the same each time, and so is a verdict that hangs on it.
+    // The order of a set of strings is always the same, and so is a verdict that depends on it.
     let first = sandbox.run("raise type(''.join({'a', 'b', 'c', 'd', 'e', 'f', 'g'}), (Exception,), {})()").unwrap();
     assert_eq!(
         sandbox.run("raise type(''.join({'a', 'b', 'c', 'd', 'e', 'f', 'g'}), (Exception,), {})()").unwrap(),
@@ -152,7 +152,7 @@ fn memory_disk_time_and_output_are_bounded() {
 }
 
 #[test]
-fn files_network_and_environment_are_out_of_reach() {
+fn files_network_and_environment_cannot_be_reached() {
     let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
     std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
     let canary = PathBuf::from(path(dir.path(), "canary"));
@@ -207,7 +207,7 @@ fn files_network_and_environment_are_out_of_reach() {
 }
 
 #[test]
-fn only_what_runs_to_its_end_passes() {
+fn only_a_program_that_runs_to_its_end_passes() {
     let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
     let left = &[error("it left before its end")][..];
     let wrong = &[ProgramOutcome::AssertionFailed][..];
@@ -243,10 +243,10 @@ fn only_what_runs_to_its_end_passes() {
     );
 }
 
-/// A sandbox on a kernel that refuses these system calls (numbers of x86-64).
+/// A sandbox on a kernel that refuses these system calls (by their x86-64 numbers).
 #[cfg(target_arch = "x86_64")]
 fn without(folder: &Path, calls: &[u32]) -> cllm_core::Result<Sandbox> {
-    // A filter of system calls: load the number, compare it with each, answer "not permitted" or go on.
+    // A BPF filter: load the number of the system call, return EPERM if it is one of these, else allow it.
     let script = format!(
         "#!/usr/bin/python3\n\
          import ctypes, os, struct, sys\n\
@@ -265,32 +265,50 @@ fn without(folder: &Path, calls: &[u32]) -> cllm_core::Result<Sandbox> {
     launched_by(folder, &script)
 }
 
+#[cfg(target_arch = "x86_64")]
+mod system_calls {
+    pub(super) const SECCOMP: u32 = 317;
+    pub(super) const UNSHARE: u32 = 272;
+    pub(super) const LANDLOCK: u32 = 444;
+}
+
+fn has_layer(sandbox: &Sandbox, name: &str) -> bool {
+    sandbox.layers().iter().any(|layer| layer == name)
+}
+
 #[test]
 #[cfg(target_arch = "x86_64")]
-fn a_layer_that_the_kernel_refuses_is_not_named_and_the_others_hold() {
-    const SECCOMP: u32 = 317;
-    const UNSHARE: u32 = 272;
-    const LANDLOCK: u32 = 444;
+fn a_layer_that_the_kernel_refuses_is_not_listed() {
+    use system_calls::{LANDLOCK, SECCOMP, UNSHARE};
     let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
-    let names = |sandbox: &Sandbox, name: &str| sandbox.layers().iter().any(|layer| layer == name);
-    let all = sandbox(dir.path());
-    if names(&all, "private root") {
+    if has_layer(&sandbox(dir.path()), "private root") {
         let sandbox = without(dir.path(), &[LANDLOCK]).unwrap();
-        assert!(names(&sandbox, "private root") && !names(&sandbox, "landlock"), "{:?}", sandbox.layers());
+        assert!(has_layer(&sandbox, "private root") && !has_layer(&sandbox, "landlock"), "{:?}", sandbox.layers());
     }
-    if !names(&all, "landlock") {
-        println!("skipped: this kernel has no Landlock");
-        return;
+    for (calls, reason) in [(&[UNSHARE, LANDLOCK][..], "neither Landlock"), (&[SECCOMP], "filter of system calls")] {
+        let refusal = without(dir.path(), calls).unwrap_err();
+        assert!(refusal.exit_code() == 3 && refusal.to_string().contains(reason), "{refusal}");
     }
-    // Many containers permit no namespaces.
-    let sandbox = without(dir.path(), &[UNSHARE]).unwrap();
-    assert!(names(&sandbox, "landlock") && names(&sandbox, "seccomp"), "{:?}", sandbox.layers());
-    assert!(!names(&sandbox, "private root") && !names(&sandbox, "network namespace"), "{:?}", sandbox.layers());
+}
+
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn landlock_and_seccomp_hold_without_namespaces() {
+    let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
+    assert!(has_layer(&sandbox(dir.path()), "landlock"), "this kernel has no Landlock, which the sandbox needs here");
+    // Many containers do not permit namespaces.
+    let sandbox = without(dir.path(), &[system_calls::UNSHARE]).unwrap();
+    assert!(has_layer(&sandbox, "landlock") && has_layer(&sandbox, "seccomp"), "{:?}", sandbox.layers());
+    assert!(
+        !has_layer(&sandbox, "private root") && !has_layer(&sandbox, "network namespace"),
+        "{:?}",
+        sandbox.layers()
+    );
     let here = env!("CARGO_MANIFEST_DIR");
     let (home, manifest) = (std::env::home_dir().unwrap(), format!("open('{here}/Cargo.toml').read()"));
     let list = format!("import os\nos.listdir('{}')", home.display());
     let (hidden, refused) = (&[error("PermissionError")][..], &[error("OSError")][..]);
-    // No file is too large; it is the folder that grows too large.
+    // No single file is too large, but the folder is.
     let many = "import os, time\nos.makedirs('a/b')\nfor i in range(40):\n    open(f'a/b/{i}', 'wb').write(bytes(4 << 20))\n\
                 time.sleep(100000)";
     none_passes(
@@ -315,8 +333,4 @@ fn a_layer_that_the_kernel_refuses_is_not_named_and_the_others_hold() {
             ),
         ],
     );
-    for (calls, why) in [(&[UNSHARE, LANDLOCK][..], "neither Landlock"), (&[SECCOMP], "filter of system calls")] {
-        let refusal = without(dir.path(), calls).unwrap_err();
-        assert!(refusal.exit_code() == 3 && refusal.to_string().contains(why), "{refusal}");
-    }
 }

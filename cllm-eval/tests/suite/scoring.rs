@@ -1,4 +1,4 @@
-//! Verdicts: what counts as right, while a run goes on and when its answers are scored again.
+//! Verdicts: what counts as correct, during a run and when its answers are scored again.
 
 use std::fs;
 use std::path::Path;
@@ -18,7 +18,7 @@ fn read(output: &str) -> Records {
 }
 
 #[test]
-fn an_answer_cut_at_the_length_limit_is_wrong_whatever_it_says() {
+fn an_answer_cut_at_the_length_limit_is_incorrect_whatever_it_says() {
     let dir = tempfile::tempdir().unwrap();
     let (teacher, prompts) = (path(dir.path(), "teacher"), path(dir.path(), "prompts.jsonl"));
     model(Path::new(&teacher), 1);
@@ -37,7 +37,7 @@ fn an_answer_cut_at_the_length_limit_is_wrong_whatever_it_says() {
     assert_eq!(answer.verdict, Verdict::Incorrect);
     EVAL.succeed(&["score", &output]);
     assert_eq!(read(&output).answers[0].verdict, Verdict::Incorrect);
-    // The same text is right where the answer ended by itself.
+    // The same text is correct if the answer ended on its own.
     let mut records = read(&output);
     records.answers[0].finish_reason = FinishReason::Eos;
     records.write(&Path::new(&output).join("samples.jsonl")).unwrap();
@@ -49,42 +49,42 @@ fn an_answer_cut_at_the_length_limit_is_wrong_whatever_it_says() {
 fn spider(folder: &Path) -> String {
     let database = folder.join("spider/database/zoo");
     fs::create_dir_all(&database).unwrap();
-    let made = rusqlite::Connection::open(database.join("zoo.sqlite")).unwrap();
-    made.execute_batch("CREATE TABLE pen (id, size); INSERT INTO pen VALUES (1, 5), (2, 9);").unwrap();
+    let connection = rusqlite::Connection::open(database.join("zoo.sqlite")).unwrap();
+    connection.execute_batch("CREATE TABLE pen (id, size); INSERT INTO pen VALUES (1, 5), (2, 9);").unwrap();
     path(folder, "spider")
 }
 
 #[test]
-fn spider_is_scored_where_its_databases_are() {
+fn spider_is_scored_if_its_databases_are_there() {
     let dir = tempfile::tempdir().unwrap();
     let run = path(dir.path(), "run");
     fs::create_dir(&run).unwrap();
-    let mut made = records();
-    made.header.benchmark = Task::Spider;
-    for answer in &mut made.answers {
+    let mut records = records();
+    let expected: Vec<Verdict> = records.answers.iter().map(|answer| answer.verdict).collect();
+    records.header.benchmark = Task::Spider;
+    for answer in &mut records.answers {
         answer.source = "spider/dev".into();
         answer.meta = Some(json!({ "db_id": "zoo" }));
         answer.reference = Some("SELECT count(*) FROM pen".into());
         answer.text = if answer.verdict == Verdict::Correct { "SELECT 2".into() } else { "SELECT 3".into() };
         answer.verdict = Verdict::Unscored;
     }
-    made.write(&Path::new(&run).join("samples.jsonl")).unwrap();
-    let said = EVAL.succeed(&["score", &run]).stderr;
-    assert!(said.contains("--data"), "{said}");
+    records.write(&Path::new(&run).join("samples.jsonl")).unwrap();
+    let stderr = EVAL.succeed(&["score", &run]).stderr;
+    assert!(stderr.contains("--data"), "{stderr}");
     assert!(read(&run).answers.iter().all(|answer| answer.verdict == Verdict::Unscored));
     EVAL.fail(&["score", &run, "--data", "no/such"], 2, &["no/such/database/zoo/zoo.sqlite", "data folder"]);
     let data = spider(dir.path());
     EVAL.succeed(&["score", &run, "--data", &data]);
-    let found: Vec<Verdict> = read(&run).answers.iter().map(|answer| answer.verdict).collect();
-    let wanted: Vec<Verdict> = records().answers.iter().map(|answer| answer.verdict).collect();
-    assert_eq!(found, wanted);
-    // The folder stays known.
+    let verdicts: Vec<Verdict> = read(&run).answers.iter().map(|answer| answer.verdict).collect();
+    assert_eq!(verdicts, expected);
+    // The run remembers the folder.
     EVAL.succeed(&["score", &run]);
     assert_eq!(read(&run).answers[0].verdict, Verdict::Correct);
 }
 
 #[test]
-fn prompts_of_a_file_are_of_one_benchmark_which_the_results_name() {
+fn prompts_of_a_file_must_be_of_one_benchmark_which_the_results_name() {
     let dir = tempfile::tempdir().unwrap();
     let (teacher, prompts) = (path(dir.path(), "teacher"), path(dir.path(), "prompts.jsonl"));
     model(Path::new(&teacher), 1);
@@ -123,7 +123,7 @@ fn prompts_of_a_file_are_of_one_benchmark_which_the_results_name() {
 }
 
 #[test]
-fn jsonl_has_a_scorer_and_a_broken_pattern_is_refused_with_its_row() {
+fn jsonl_has_a_scorer_and_the_row_of_a_broken_pattern_is_named() {
     let dir = tempfile::tempdir().unwrap();
     let (teacher, prompts, output) =
         (path(dir.path(), "teacher"), path(dir.path(), "prompts.jsonl"), path(dir.path(), "output"));
@@ -138,7 +138,7 @@ fn jsonl_has_a_scorer_and_a_broken_pattern_is_refused_with_its_row() {
         [&fixed.map(str::to_owned)[..], &given].concat()
     };
     put("(");
-    // There is no model yet: the pattern is looked at first.
+    // There is no model yet: the pattern is checked first.
     EVAL.fail(&run("scorer=regex"), 2, &["prompts.jsonl", "row 2", "`b`", "no pattern"]);
     EVAL.fail(&run("scorer=fuzzy"), 2, &["scorer", "exact"]);
     put("^nothing$");
@@ -151,35 +151,35 @@ fn jsonl_has_a_scorer_and_a_broken_pattern_is_refused_with_its_row() {
     }
     records.write(&Path::new(&output).join("samples.jsonl")).unwrap();
     EVAL.succeed(&["score", &output]);
-    let found: Vec<Verdict> = read(&output).answers.iter().map(|answer| answer.verdict).collect();
-    assert_eq!(found, [Verdict::Correct, Verdict::Incorrect]);
+    let verdicts: Vec<Verdict> = read(&output).answers.iter().map(|answer| answer.verdict).collect();
+    assert_eq!(verdicts, [Verdict::Correct, Verdict::Incorrect]);
 }
 
 #[test]
-fn spider_is_counted_by_difficulty() {
-    let mut made = records();
-    made.header.benchmark = Task::Spider;
-    for answer in &mut made.answers {
+fn accuracy_on_spider_is_broken_down_by_difficulty() {
+    let mut records = records();
+    records.header.benchmark = Task::Spider;
+    for answer in &mut records.answers {
         let query = if answer.index < 3 { "SELECT a FROM t" } else { "SELECT a FROM t WHERE b IN (SELECT b FROM u)" };
         answer.reference = Some(query.to_owned());
     }
-    let results = serde_json::to_value(cllm_eval::results::Results::of(&made)).unwrap();
+    let results = serde_json::to_value(cllm_eval::results::Results::from_records(&records)).unwrap();
     let classes = &results["models"][1]["strategies"][1]["by_difficulty"];
     assert_eq!((&classes["easy"]["correct"], &classes["easy"]["scored"]), (&1.into(), &3.into()));
     assert_eq!((&classes["hard"]["accuracy"], classes.as_object().unwrap().len()), (&1.0.into(), 2));
 }
 
 #[test]
-fn code_is_compared_with_its_reference() {
-    let mut made = records();
-    made.header.benchmark = Task::Codesearchnet;
-    for answer in &mut made.answers {
+fn codesearchnet_is_compared_with_its_references() {
+    let mut records = records();
+    records.header.benchmark = Task::Codesearchnet;
+    for answer in &mut records.answers {
         (answer.text, answer.reference) = ("a b c d e".to_owned(), Some("a b c d e".to_owned()));
         answer.verdict = Verdict::Unscored;
     }
-    let results = cllm_eval::results::Results::of(&made);
-    let found = serde_json::to_value(&results).unwrap();
-    let similarity = &found["models"][1]["strategies"][0]["similarity"];
+    let results = cllm_eval::results::Results::from_records(&records);
+    let document = serde_json::to_value(&results).unwrap();
+    let similarity = &document["models"][1]["strategies"][0]["similarity"];
     assert_eq!(similarity, &json!({ "bleu": 1.0, "exact_prefix": 1.0 }));
-    assert!(cllm_eval::table::summary(&results).contains("BLEU 100.0, prefix 100.0 %"));
+    assert!(cllm_eval::table::summarize(&results).contains("BLEU 100.0, prefix 100.0 %"));
 }

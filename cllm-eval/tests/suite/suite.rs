@@ -1,4 +1,4 @@
-//! Several benchmarks at once.
+//! `suite`: several benchmarks in one go.
 
 use std::fs;
 use std::path::Path;
@@ -11,7 +11,7 @@ use cllm_testing::programs::{Program, path};
 const EVAL: Program = Program("cllm-eval");
 
 #[test]
-fn a_suite_runs_what_is_there_skips_the_rest_and_outlives_a_failure() {
+fn a_suite_runs_what_has_data_skips_the_rest_and_survives_a_failure() {
     let dir = tempfile::tempdir().unwrap();
     let [teacher, data, output] = ["teacher", "data", "output"].map(|name| path(dir.path(), name));
     model(Path::new(&teacher), 1);
@@ -28,14 +28,14 @@ fn a_suite_runs_what_is_there_skips_the_rest_and_outlives_a_failure() {
         let more: Vec<String> = more.iter().map(|&word| word.to_owned()).collect();
         [&fixed.map(str::to_owned)[..], &given, &more].concat()
     };
-    let states = |document: &[u8]| -> Vec<(String, String)> {
-        let found: Value = serde_json::from_slice(document).unwrap();
+    let states = |stdout: &[u8]| -> Vec<(String, String)> {
+        let document: Value = serde_json::from_slice(stdout).unwrap();
         let text = |value: &Value| value.as_str().unwrap().to_owned();
-        let entries = found["benchmarks"].as_array().unwrap().iter();
+        let entries = document["benchmarks"].as_array().unwrap().iter();
         entries.map(|entry| (text(&entry["name"]), text(&entry["state"]))).collect()
     };
-    let found = EVAL.succeed(&arguments(&["--json"]));
-    for (name, state) in states(&found.stdout) {
+    let ended = EVAL.succeed(&arguments(&["--json"]));
+    for (name, state) in states(&ended.stdout) {
         assert_eq!(
             state == "done",
             ["jsonl", "mt-bench", "perplexity", "synthetic"].contains(&name.as_str()),
@@ -44,12 +44,12 @@ fn a_suite_runs_what_is_there_skips_the_rest_and_outlives_a_failure() {
     }
     let report = fs::read_to_string(Path::new(&output).join("report.md")).unwrap();
     assert!(report.contains("## jsonl") && report.contains("## synthetic"), "{report}");
-    // It goes on with what is there, and a benchmark that fails leaves the others alone.
+    // It resumes finished benchmarks, and one that fails does not stop the others.
     let before = fs::read(Path::new(&output).join("synthetic/samples.jsonl")).unwrap();
     fs::create_dir_all(Path::new(&data).join("gsm8k")).unwrap();
-    let found = EVAL.run(&arguments(&[]));
-    let text = String::from_utf8(found.stdout).unwrap();
-    assert_eq!(found.code, Some(1), "{}", found.stderr);
+    let ended = EVAL.run(&arguments(&[]));
+    let text = String::from_utf8(ended.stdout).unwrap();
+    assert_eq!(ended.code, Some(1), "{}", ended.stderr);
     assert!(
         text.contains("gsm8k: failed: ")
             && text.contains("perplexity 2")

@@ -1,4 +1,4 @@
-//! `tradeoff` on made-up results, and the recipe that makes real ones.
+//! `tradeoff` on made-up results, and the recipe that produces real ones.
 
 use cllm_core::atomic_file;
 use cllm_eval::records::Records;
@@ -15,12 +15,12 @@ fn results(change: impl Fn(&mut Records)) -> Results {
     let mut records = records();
     records.header.models[1].fingerprint = "g".into();
     change(&mut records);
-    Results::of(&records)
+    Results::from_records(&records)
 }
 
 #[test]
-fn points_the_front_and_the_area_are_what_the_results_say() {
-    let found = Tradeoff::of(&[results(|_| ())]).unwrap();
+fn points_front_and_area_follow_from_the_results() {
+    let found = Tradeoff::from_results(&[results(|_| ())]).unwrap();
     let points: Vec<_> = found
         .points
         .iter()
@@ -44,17 +44,17 @@ fn points_the_front_and_the_area_are_what_the_results_say() {
 }
 
 #[test]
-fn a_checkpoint_measured_twice_counts_once_and_one_without_a_teacher_is_its_own_baseline() {
-    let once = Tradeoff::of(&[results(|_| ())]).unwrap();
-    assert_eq!(Tradeoff::of(&[results(|_| ()), results(|_| ())]).unwrap(), once);
+fn a_checkpoint_measured_twice_counts_once_and_a_model_without_a_teacher_is_its_own_baseline() {
+    let once = Tradeoff::from_results(&[results(|_| ())]).unwrap();
+    assert_eq!(Tradeoff::from_results(&[results(|_| ()), results(|_| ())]).unwrap(), once);
     let alone = results(|records| drop(records.header.models.remove(0)));
-    let speedups: Vec<_> = Tradeoff::of(&[alone]).unwrap().points.iter().map(|point| point.speedup).collect();
+    let speedups: Vec<_> = Tradeoff::from_results(&[alone]).unwrap().points.iter().map(|point| point.speedup).collect();
     assert_eq!(speedups, [Some(1.0), Some(4.0)]);
-    assert_eq!(Tradeoff::of(&[]), None);
+    assert_eq!(Tradeoff::from_results(&[]), None);
 }
 
 #[test]
-fn results_of_other_examples_or_settings_are_refused() {
+fn results_with_different_examples_or_settings_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     let written = |name: &str, results: Results| {
         std::fs::create_dir_all(dir.path().join(name)).unwrap();
@@ -68,12 +68,12 @@ fn results_of_other_examples_or_settings_are_refused() {
         let error = tradeoff::read(&[first.clone(), other]).unwrap_err().to_string();
         assert!(error.contains("other/results.json") && error.contains(word), "{error}");
     };
-    refused(&|records| records.header.split = "dev".into(), "split dev, the first results have test");
-    refused(&|records| records.header.examples = 3, "examples of 3");
-    refused(&|records| records.header.settings.max_new_tokens = 7, "max_new_tokens 7");
-    refused(&|records| records.header.settings.temperature = 0.5, "temperature 0.5");
+    refused(&|records| records.header.split = "dev".into(), "split=dev, the first results have test");
+    refused(&|records| records.header.examples = 3, "examples=3");
+    refused(&|records| records.header.settings.max_new_tokens = 7, "max_new_tokens=7");
+    refused(&|records| records.header.settings.temperature = 0.5, "temperature=0.5");
     let folder = first.parent().unwrap().to_owned();
-    assert_eq!(tradeoff::read(&[folder]).unwrap(), Tradeoff::of(&[results(|_| ())]).unwrap());
+    assert_eq!(tradeoff::read(&[folder]).unwrap(), Tradeoff::from_results(&[results(|_| ())]).unwrap());
     let unscored = written("unscored", results(|records| records.answers.clear()));
     assert!(tradeoff::read(&[unscored]).unwrap_err().to_string().contains("no answer of these results was scored"));
     std::fs::write(&first, "{}").unwrap();

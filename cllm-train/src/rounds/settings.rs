@@ -195,7 +195,7 @@ mod tests {
         for (round, parts) in [
             (json!({"collect": {"m": 1}}), ["collect.m", "did you mean `collect.n`"]),
             (json!({"train": {"optimizer": {"lr": 7}}}), ["train.optimizer.lr", "greater than 1"]),
-            (json!({"train": {"epochs": "many"}}), ["train.epochs", "invalid type"]),
+            (json!({"train": {"epochs": "many"}}), ["train.epochs", "expected a whole number"]),
             (json!({"train": {"output": "x"}}), ["train.output", "leave it out"]),
             (json!({"train": {"objective": "sft"}}), ["train.objective", "sft"]),
             (json!({"train": {"validation": {"patience": 2}}}), ["train: validation.patience", "validation.prompts"]),

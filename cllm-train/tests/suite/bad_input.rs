@@ -128,7 +128,7 @@ fn bad_settings_are_named_with_file_line_and_value() {
     for (wrong, said) in [
         ("optimizer.beta1=1", "greater than 0.99999"),
         ("optimizer.beta2=1", "greater than 0.99999"),
-        ("optimizer.eps=0", "optimizer.eps=0: lower than"),
+        ("optimizer.eps=0", "`optimizer.eps=0`: lower than"),
     ] {
         TRAIN.fail(&["validate", wrong], 2, &[wrong, said]);
     }

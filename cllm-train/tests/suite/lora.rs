@@ -169,7 +169,7 @@ fn bad_settings_are_named() {
         ("lora.rank=0", "lower than 1"),
         ("lora.alpha=0", "lower than 0.001"),
         ("lora.targets=[]", "lora.targets is not set"),
-        ("lora.targets=[q_proj, lm_head]", "unknown variant"),
+        ("lora.targets=[q_proj, lm_head]", "expected one of"),
         ("lora.ranks=4", "did you mean `lora.rank`"),
     ] {
         let key = wrong.split('=').next().unwrap();

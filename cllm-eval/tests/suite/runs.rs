@@ -1,8 +1,7 @@
-//! The program as a user runs it.
+//! `run` as a user starts it: resuming, drafted strategies, temperatures, adapters.
 
 use std::path::Path;
 
-use assert_cmd::Command;
 use cllm_core::checkpoint;
 use cllm_core::decode::Strategy;
 use cllm_core::model::LoraConfig;
@@ -11,11 +10,7 @@ use cllm_eval::role::Role;
 use serde_json::Value;
 use tch::{Device, Kind};
 
-use crate::made_up::{eloquent_model, model};
-
-fn program() -> Command {
-    Command::cargo_bin("cllm-eval").unwrap()
-}
+use crate::made_up::{eloquent_model, model, program};
 
 fn run(folder: &Path) -> Value {
     let output = program()
@@ -29,7 +24,7 @@ fn run(folder: &Path) -> Value {
 }
 
 #[test]
-fn a_run_goes_on_after_a_kill_and_score_gives_the_same_numbers() {
+fn a_killed_run_resumes_and_score_gives_the_same_figures() {
     let dir = tempfile::tempdir().unwrap();
     model(&dir.path().join("teacher"), 1);
     model(&dir.path().join("student"), 2);
@@ -41,7 +36,7 @@ fn a_run_goes_on_after_a_kill_and_score_gives_the_same_numbers() {
     let text = std::fs::read_to_string(&samples).unwrap();
     assert_eq!(text.lines().count(), 1 + 4 * 6 + 4 * 2);
 
-    // A kill in the middle of line 12: what was whole before it is kept, byte for byte.
+    // A kill in the middle of line 12: the whole lines before it are kept, byte for byte.
     let lines: Vec<&str> = text.lines().collect();
     let cut = format!("{}\n{}", lines[..11].join("\n"), &lines[11][..20]);
     std::fs::write(&samples, cut).unwrap();
@@ -63,11 +58,11 @@ fn a_run_goes_on_after_a_kill_and_score_gives_the_same_numbers() {
     assert!(program().current_dir(dir.path()).args(["report", "out"]).output().unwrap().status.success());
     assert!(dir.path().join("out/report.html").exists());
 
-    // A token that left the autoregressive answer gets the margin of the model's choice there.
+    // An answer that differs from the autoregressive one gets the logit gap at its first difference.
     let changed = |line: &str| {
         let mut record: Value = serde_json::from_str(line).unwrap();
-        let mine = record["role"] == "student" && record["index"] == 0 && record["strategy"] != "ar";
-        if mine && record["response_ids"].is_array() {
+        let is_changed = record["role"] == "student" && record["index"] == 0 && record["strategy"] != "ar";
+        if is_changed && record["response_ids"].is_array() {
             record["response_ids"][2] = (record["response_ids"][2].as_i64().unwrap() ^ 1).into();
         }
         record.to_string()
@@ -75,18 +70,18 @@ fn a_run_goes_on_after_a_kill_and_score_gives_the_same_numbers() {
     let text = std::fs::read_to_string(&samples).unwrap();
     std::fs::write(&samples, text.lines().map(changed).collect::<Vec<_>>().join("\n") + "\n").unwrap();
     let third = run(dir.path());
-    let margins = |strategy: usize| third["models"][1]["strategies"][strategy]["max_logit_gap_at_difference"].as_f64();
-    assert!(margins(1).is_some_and(|margin| margin > 0.0) && margins(0).is_none(), "{third}");
+    let max_gap = |strategy: usize| third["models"][1]["strategies"][strategy]["max_logit_gap_at_difference"].as_f64();
+    assert!(max_gap(1).is_some_and(|gap| gap > 0.0) && max_gap(0).is_none(), "{third}");
 
-    // Other settings must not mix into the same folder.
+    // Answers with other settings are never mixed into the same folder.
     let arguments = ["run", "teacher=teacher", "num_problems=5", "device=cpu", "output=out"];
     let output = program().current_dir(dir.path()).args(arguments).output().unwrap();
     assert_eq!(output.status.code(), Some(2));
-    assert!(String::from_utf8_lossy(&output.stderr).contains("other settings"));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("was started with student="));
 }
 
 #[test]
-fn a_student_that_guesses_leaves_its_teachers_answers_as_they_are() {
+fn a_student_as_draft_model_leaves_the_answers_of_its_teacher_unchanged() {
     let dir = tempfile::tempdir().unwrap();
     eloquent_model(&dir.path().join("teacher"), 1);
     eloquent_model(&dir.path().join("student"), 2);
@@ -117,7 +112,7 @@ fn a_student_that_guesses_leaves_its_teachers_answers_as_they_are() {
 }
 
 #[test]
-fn a_temperature_draws_the_same_answers_with_every_strategy_and_is_written_down() {
+fn every_strategy_samples_the_same_answers_at_a_temperature() {
     let dir = tempfile::tempdir().unwrap();
     model(&dir.path().join("student"), 2);
     let run = |temperature: &str| {
@@ -136,41 +131,27 @@ fn a_temperature_draws_the_same_answers_with_every_strategy_and_is_written_down(
     let ids = |records: &Records| -> Vec<Vec<i32>> {
         records.answers.iter().map(|answer| answer.response_ids.clone()).collect()
     };
-    let (greedy, likeliest) = run("0");
-    let (warm, drawn) = run("1.5");
-    assert_eq!((&greedy["settings"]["temperature"], &warm["settings"]["temperature"]), (&0.0.into(), &1.5.into()));
-    assert_ne!(ids(&likeliest), ids(&drawn));
-    for strategy in warm["models"][0]["strategies"].as_array().unwrap() {
+    let (greedy, greedy_records) = run("0");
+    let (sampled, sampled_records) = run("1.5");
+    assert_eq!((&greedy["settings"]["temperature"], &sampled["settings"]["temperature"]), (&0.0.into(), &1.5.into()));
+    assert_ne!(ids(&greedy_records), ids(&sampled_records));
+    for strategy in sampled["models"][0]["strategies"].as_array().unwrap() {
         assert_eq!(strategy["exact_match_vs_ar"], 1.0, "{strategy}");
     }
-    // What is timed is drawn too: an answer takes as many forwards as in its batch.
-    assert_eq!(drawn.speeds.len(), 3 * 2);
-    for speed in &drawn.speeds {
-        let same = drawn.answers.iter().find(|one| (one.strategy, one.index) == (speed.strategy, speed.index)).unwrap();
+    // Timed answers are sampled, too: each takes as many forwards as in its batch.
+    assert_eq!(sampled_records.speeds.len(), 3 * 2);
+    for speed in &sampled_records.speeds {
+        let same = sampled_records
+            .answers
+            .iter()
+            .find(|one| (one.strategy, one.index) == (speed.strategy, speed.index))
+            .unwrap();
         assert_eq!((speed.forwards, speed.tokens), (same.forwards, same.response_ids.len()));
     }
 }
 
 #[test]
-fn generate_answers_both_ways_alike() {
-    let dir = tempfile::tempdir().unwrap();
-    model(dir.path(), 3);
-    let output = program()
-        .args(["generate", "What is 2 and 2?", "--n", "5", "--max-new-tokens", "20", "--device", "cpu", "--json"])
-        .arg("--model")
-        .arg(dir.path())
-        .output()
-        .unwrap();
-    let message = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{message}");
-    assert!(message.contains("jacobi n=5") && message.contains("gives the same tokens"), "{message}");
-    let value: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(value["equal"], true);
-    assert_eq!(value["strategies"][0]["tokens"], value["strategies"][0]["forwards"]);
-}
-
-#[test]
-fn an_adapter_is_a_model_by_its_folder() {
+fn an_adapter_is_evaluated_by_its_folder() {
     let dir = tempfile::tempdir().unwrap();
     let (base, adapter, merged) = (dir.path().join("base"), dir.path().join("adapter"), dir.path().join("merged"));
     [&base, &merged].into_iter().for_each(|folder| model(folder, 3));
@@ -204,27 +185,7 @@ fn an_adapter_is_a_model_by_its_folder() {
 }
 
 #[test]
-fn generate_ends_at_the_ids_it_is_given() {
-    let dir = tempfile::tempdir().unwrap();
-    model(dir.path(), 3);
-    let generate = |more: &[&str]| {
-        let fixed = ["generate", "What is 2 and 2?", "--max-new-tokens", "20", "--device", "cpu", "--json", "--model"];
-        let output = program().args(fixed).arg(dir.path()).args(more).output().unwrap();
-        let value: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
-        (value["strategies"][1].clone(), String::from_utf8_lossy(&output.stderr).into_owned())
-    };
-    let (whole, message) = generate(&[]);
-    let ids: Vec<i64> = whole["response_ids"].as_array().expect(&message).iter().filter_map(Value::as_i64).collect();
-    let (cut, _) = generate(&["--eos-ids", &format!("299,{}", ids[3])]);
-    let end = ids.iter().position(|&id| id == ids[3] || id == 299).unwrap() + 1;
-    assert_eq!(cut["response_ids"], serde_json::json!(ids[..end]));
-    assert_eq!(cut["finish_reason"], "eos");
-    let (_, message) = generate(&["--eos-ids", "2,999"]);
-    assert!(message.contains("eos_ids: 999 is no token") && message.contains("300"), "{message}");
-}
-
-#[test]
-fn bad_settings_and_missing_devices_have_their_exit_codes() {
+fn bad_settings_exit_with_code_2_and_missing_devices_with_code_3() {
     let exit = |arguments: &[&str]| {
         let output = program().args(arguments).output().unwrap();
         (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
@@ -243,46 +204,4 @@ fn bad_settings_and_missing_devices_have_their_exit_codes() {
     assert_eq!(code, Some(3));
     assert!(message.contains("cuda:4096"), "{message}");
     assert_eq!(exit(&["run"]).0, Some(2));
-}
-
-#[test]
-fn the_cache_that_doctor_names_is_the_one_models_are_looked_for_in() {
-    let dir = tempfile::tempdir().unwrap();
-    let home = dir.path().display().to_string();
-    for (set, wanted) in [
-        (["", "", &home], format!("{home}/huggingface/hub")),
-        (["", &home, ""], format!("{home}/hub")),
-        ([&home, "", ""], home.clone()),
-    ] {
-        let with = |arguments: &[&str]| {
-            let names = ["HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"];
-            program().envs(names.into_iter().zip(set)).args(arguments).output().unwrap()
-        };
-        let value: Value = serde_json::from_slice(&with(&["doctor", "--json"]).stdout).unwrap();
-        assert_eq!(value["hub_cache"], wanted.as_str());
-        #[cfg(not(feature = "hub"))]
-        {
-            let output = with(&["generate", "2 + 2?", "--model", "org/not-there"]);
-            let message = String::from_utf8_lossy(&output.stderr);
-            assert!(message.contains(&format!("cache {wanted};")), "{message}");
-        }
-    }
-}
-
-#[test]
-fn an_installed_program_finds_libtorch() {
-    let dir = tempfile::tempdir().unwrap();
-    let installed = dir.path().join("cllm-eval");
-    std::fs::copy(assert_cmd::cargo::cargo_bin("cllm-eval"), &installed).unwrap();
-    let output = std::process::Command::new(&installed).arg("ls").env_remove("LD_LIBRARY_PATH").output().unwrap();
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-}
-
-#[test]
-fn doctor_runs_on_any_machine() {
-    let output = program().args(["doctor", "--json"]).output().unwrap();
-    assert!(output.status.success());
-    let value: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert!(value["libtorch"].as_str().unwrap().starts_with("2.11.0"), "{value}");
-    assert_eq!(value["cuda_available"].as_bool().unwrap(), value["cuda_problem"].is_null());
 }

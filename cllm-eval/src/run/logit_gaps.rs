@@ -1,4 +1,5 @@
-//! How near the two best tokens were where a decoding first left the autoregressive answer: rounding or a fault.
+//! Logit gaps: how close the two best tokens were where an answer first differs from the autoregressive one. A gap near 0 means
+//! that rounding decided; a large one means a fault.
 
 use std::collections::HashMap;
 
@@ -7,44 +8,43 @@ use cllm_core::model::Transformer;
 use cllm_core::{Result, interrupt};
 use tch::{Kind, Tensor};
 
+use super::models::LoadedModel;
 use crate::records::AnswerRecord;
-use crate::run::measure::Subject;
 
-/// Fills in the margins of a model's answers that differ from its autoregressive ones to the same prompts, and have none yet.
+/// Fills in the gaps of a model's answers that differ from its autoregressive answers to the same prompts and have none yet.
 ///
 /// # Errors
 /// libtorch's errors; interruption.
-pub fn add(subject: &Subject, answers: &mut [AnswerRecord]) -> Result<()> {
-    let own = |answer: &&AnswerRecord| answer.role == subject.role && answer.strategy == Strategy::Ar;
-    let greedy: HashMap<usize, (String, Vec<i32>)> = answers
+pub(super) fn add(model: &LoadedModel, answers: &mut [AnswerRecord]) -> Result<()> {
+    let ar: HashMap<usize, (String, Vec<i32>)> = answers
         .iter()
-        .filter(own)
+        .filter(|answer| answer.role == model.role && answer.strategy == Strategy::Ar)
         .map(|answer| (answer.index, (answer.prompt.clone(), answer.response_ids.clone())))
         .collect();
-    let open = |answer: &&mut AnswerRecord| answer.role == subject.role && answer.logit_gap_at_difference.is_none();
-    for answer in answers.iter_mut().filter(open) {
-        // Second turns have other prompts where the answers to the first differ.
-        let same = |(prompt, _): &&(String, Vec<i32>)| *prompt == answer.prompt;
-        let Some((_, greedy)) = greedy.get(&answer.index).filter(same) else { continue };
-        let Some(first) = first_difference(greedy, &answer.response_ids) else { continue };
+    let is_open = |answer: &&mut AnswerRecord| answer.role == model.role && answer.logit_gap_at_difference.is_none();
+    for answer in answers.iter_mut().filter(is_open) {
+        // Second turns have other prompts if the answers to the first turn differ.
+        let Some((_, ar_ids)) = ar.get(&answer.index).filter(|(prompt, _)| *prompt == answer.prompt) else { continue };
+        let Some(position) = first_difference(ar_ids, &answer.response_ids) else { continue };
         interrupt::check()?;
-        let before = [subject.prompt_ids(answer.index), &greedy[..first]].concat();
-        answer.logit_gap_at_difference = Some(margin(&subject.model, &before)?);
+        let prompt_ids = &model.prompts.get(answer.index).request.prompt_ids;
+        let ids = [prompt_ids, &ar_ids[..position]].concat();
+        answer.logit_gap_at_difference = Some(logit_gap(&model.model, &ids)?);
     }
     Ok(())
 }
 
-/// The first place where two answers have different tokens.
+/// The first position at which two answers have different tokens.
 fn first_difference(one: &[i32], other: &[i32]) -> Option<usize> {
     one.iter().zip(other).position(|(one, other)| one != other)
 }
 
-/// The best logit less the second, for the token after `ids`.
-fn margin(model: &Transformer, ids: &[i32]) -> Result<f64> {
+/// The best minus the second-best logit of the token after `ids`.
+fn logit_gap(model: &Transformer, ids: &[i32]) -> Result<f64> {
     let _no_grad = tch::no_grad_guard();
-    let place = model.device();
-    let tokens = Tensor::from_slice(ids).to_kind(Kind::Int64).to_device(place).unsqueeze(0);
-    let positions = Tensor::arange(ids.len() as i64, (Kind::Int64, place)).unsqueeze(0);
+    let device = model.device();
+    let tokens = Tensor::from_slice(ids).to_kind(Kind::Int64).to_device(device).unsqueeze(0);
+    let positions = Tensor::arange(ids.len() as i64, (Kind::Int64, device)).unsqueeze(0);
     let last = model.forward(&tokens, &positions).select(1, -1);
     let (best, _) = model.compute_logits(&last)?.topk(2, -1, true, true);
     Ok(best.double_value(&[0, 0]) - best.double_value(&[0, 1]))
@@ -59,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_margin_is_that_of_the_logits_after_the_common_tokens() {
+    fn the_gap_is_that_of_the_logits_after_the_common_tokens() {
         assert_eq!(first_difference(&[1, 2, 3], &[1, 2, 3]), None);
         assert_eq!(first_difference(&[1, 2, 3], &[1, 4, 3]), Some(1));
         let config = serde_json::json!({
@@ -72,7 +72,7 @@ mod tests {
         let options = DecodeOptions::greedy(Strategy::Ar, 0);
         let (answers, _) = decode(&model, &requests, &stop, options).unwrap();
         let ids = [&requests[0].prompt_ids[..], &answers[0].response_ids].concat();
-        // One pass over the whole answer shows the logits after every prefix of it.
+        // One forward over the whole answer gives the logits after each of its prefixes.
         let tokens = Tensor::from_slice(&ids).to_kind(Kind::Int64).unsqueeze(0);
         let positions = Tensor::arange(ids.len() as i64, (Kind::Int64, Device::Cpu)).unsqueeze(0);
         let logits = tch::no_grad(|| model.compute_logits(&model.forward(&tokens, &positions))).unwrap();
@@ -81,8 +81,8 @@ mod tests {
             let chosen = row[ids[end] as usize];
             row.sort_by(|a, b| b.total_cmp(a));
             assert_eq!(chosen, row[0]);
-            let found = margin(&model, &ids[..end]).unwrap();
-            assert!((found - (row[0] - row[1])).abs() < 1e-5, "{end}: {found}");
+            let gap = logit_gap(&model, &ids[..end]).unwrap();
+            assert!((gap - (row[0] - row[1])).abs() < 1e-5, "{end}: {gap}");
         }
     }
 }

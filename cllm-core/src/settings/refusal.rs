@@ -1,0 +1,233 @@
+//! Why a value is not accepted, in the words of somebody who writes settings: "expected a number", not "invalid type:
+//! string, expected f64". serde-saphyr gives its errors as data, with locations; those of serde_json are prose, so that a
+//! value which serde_json refuses is written as YAML and read again to learn why.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use garde::Validate;
+use serde::Serialize;
+use serde::de::{DeserializeOwned, IgnoredAny};
+use serde_json::Value;
+use serde_saphyr::path_map::{PathKey, PathKind};
+use serde_saphyr::{Error as YamlError, options};
+
+use super::keys::{all_keys, did_you_mean, to_value};
+use crate::{Error, Result};
+
+/// Reads the settings of a file.
+///
+/// # Errors
+/// [`Error::Usage`] with file, line and key.
+pub(super) fn parse<T: Serialize + DeserializeOwned + Default>(file: &Path, text: &str) -> Result<T> {
+    let at_line = |error: &YamlError, message: String| {
+        let line = error.location().map(|location| format!(", line {}", location.line())).unwrap_or_default();
+        Error::usage(format!("{}{line}: {message}", file.display()))
+    };
+    let settings: T = parse_typed(text).map_err(|(path, error)| {
+        // What is no YAML at all is better told as that than by the key where reading stopped.
+        match serde_saphyr::from_str_with_options::<IgnoredAny>(text, options! { with_snippet: false }) {
+            Err(syntax) => at_line(&syntax, explain(&path, &syntax, &[])),
+            Ok(_) => {
+                let keys = to_value(&T::default()).map(|value| all_keys(&value)).unwrap_or_default();
+                at_line(&error, explain(&path, &error, &keys))
+            }
+        }
+    })?;
+    // JSON, in which the other layers are applied, has no infinite numbers, and no rule of a range refuses them.
+    if let Err(error) = serde_path_to_error::deserialize::<_, T>(&to_value(&settings)?) {
+        let message = format!("{}: expected a finite number", error.path());
+        let untyped = serde_saphyr::from_str_with_options::<Value>(text, options! { with_snippet: false });
+        return Err(match untyped {
+            Err(infinite @ YamlError::NonFiniteFloat { .. }) => at_line(&infinite, message),
+            _ => Error::usage(format!("{}: {message}", file.display())),
+        });
+    }
+    Ok(settings)
+}
+
+/// The settings that `value` holds.
+///
+/// # Errors
+/// The message of a refusal, with the key.
+pub(super) fn check<T: DeserializeOwned>(value: &Value) -> std::result::Result<T, String> {
+    serde_path_to_error::deserialize(value).map_err(|error| {
+        let yaml = serde_saphyr::to_string(value).unwrap_or_default();
+        match parse_typed::<T>(&yaml) {
+            Err((path, refusal)) => explain(&path, &refusal, &all_keys(value)),
+            // YAML reads a number as text; JSON does not.
+            Ok(_) => format!("{}: expected text", error.path()),
+        }
+    })
+}
+
+/// The lines of all values that the rules do not allow, by their keys.
+pub(super) fn lines_of_invalid_keys<T: DeserializeOwned + Validate<Context = ()>>(text: &str) -> BTreeMap<String, u64> {
+    let result = serde_saphyr::from_str_with_options_valid::<T>(text, options! { with_snippet: false });
+    let Err(YamlError::ValidationError { issues, locations, .. }) = result else { return BTreeMap::new() };
+    let line = |path: &PathKey| Some((dotted(path), locations.locations_for(path)?.primary_location()?.line()));
+    issues.iter().filter_map(|issue| line(&issue.path)).collect()
+}
+
+/// A path as garde and serde_path_to_error write it: `strategies[0].n`.
+fn dotted(path: &PathKey) -> String {
+    let mut text = String::new();
+    for (kind, name) in path.segments() {
+        match kind {
+            PathKind::Index => text.push_str(&format!("[{name}]")),
+            PathKind::Key if text.is_empty() => text.push_str(name),
+            PathKind::Key => text.push_str(&format!(".{name}")),
+        }
+    }
+    text
+}
+
+/// Parses YAML; the error comes with the path of the key where it happened.
+fn parse_typed<T: DeserializeOwned>(text: &str) -> std::result::Result<T, (String, YamlError)> {
+    let mut path = String::new();
+    serde_saphyr::with_deserializer_from_str_with_options(text, options! { with_snippet: false }, |deserializer| {
+        serde_path_to_error::deserialize(deserializer).map_err(|error| {
+            path = error.path().to_string();
+            error.into_inner()
+        })
+    })
+    .map_err(|error| (path, error))
+}
+
+/// What was expected at `path`, in a user's words. `keys` are those that a misspelt one is compared with.
+fn explain(path: &str, error: &YamlError, keys: &[String]) -> String {
+    match error {
+        YamlError::InvalidScalar { ty: expected, .. } | YamlError::Unexpected { expected, .. } => {
+            format!("{path}: expected {}", type_in_words(expected))
+        }
+        YamlError::SerdeInvalidType { expected, .. } | YamlError::SerdeInvalidValue { expected, .. } => {
+            format!("{path}: expected {}", type_in_words(expected))
+        }
+        YamlError::SerdeUnknownVariant { variant, expected, .. } => {
+            let names: Vec<String> = expected.iter().map(ToString::to_string).collect();
+            let hint = did_you_mean(variant, &names);
+            format!("{path}: expected one of {}, not `{variant}`{hint}", names.join(", "))
+        }
+        YamlError::SerdeUnknownField { field, expected, .. } => {
+            let section = path.strip_suffix(field.as_str()).unwrap_or_default();
+            let siblings = expected.iter().map(|key| format!("{section}{key}"));
+            let keys: Vec<String> = siblings.chain(keys.iter().cloned()).collect();
+            format!("unknown key `{section}{field}`{}", did_you_mean(&format!("{section}{field}"), &keys))
+        }
+        YamlError::NullIntoString { .. } => format!("{path}: expected text"),
+        YamlError::SerdeMissingField { field, .. } => format!("{path}: `{field}` is missing"),
+        YamlError::UnexpectedValueForUnitEnumVariant { .. } => format!("{path}: has no settings of its own"),
+        YamlError::ExternallyTaggedEnumExpectedScalarOrMapping { .. } => format!("{path}: expected a single choice"),
+        YamlError::DuplicateMappingKey { key: Some(key), .. } => format!("the key `{key}` is there twice"),
+        other => other.to_string(),
+    }
+}
+
+/// What serde-saphyr calls a type, as a user knows it.
+fn type_in_words(name: &str) -> &str {
+    match name {
+        "floating point" | "f64" | "f32" => "a number",
+        "u64" | "u32" | "u16" | "u8" | "usize" => "a whole number from 0",
+        "i64" | "i32" | "i16" | "i8" | "isize" => "a whole number",
+        "boolean" => "true or false",
+        "sequence start" => "a list, such as [a, b]",
+        "mapping start" => "a section, such as {key: value}",
+        "string scalar" => "text",
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use serde::Deserialize;
+    use serde_json::json;
+
+    use super::*;
+
+    #[derive(Debug, Default, Serialize, Deserialize, Validate)]
+    #[serde(default, deny_unknown_fields)]
+    #[garde(allow_unvalidated)]
+    struct Settings {
+        lr: f64,
+        steps: usize,
+        offset: i64,
+        greedy: bool,
+        datasets: Vec<PathBuf>,
+        #[garde(dive)]
+        lora: Option<Lora>,
+        strategies: Vec<Strategy>,
+        output: Option<String>,
+    }
+
+    #[derive(Debug, Default, Serialize, Deserialize, Validate)]
+    #[serde(default, deny_unknown_fields)]
+    #[garde(allow_unvalidated)]
+    struct Lora {
+        #[garde(range(min = 1))]
+        rank: usize,
+    }
+
+    #[derive(Debug, Serialize, Deserialize)]
+    #[serde(rename_all = "lowercase", deny_unknown_fields)]
+    enum Strategy {
+        Ar,
+        Rolling { n: usize },
+    }
+
+    /// If this fails after an update of serde-saphyr, it gives its errors or names its types in another way: adapt
+    /// `explain` and `type_in_words`, so that the messages stay as they are here.
+    #[test]
+    fn a_refusal_says_what_is_expected_in_a_users_words() {
+        for (text, message) in [
+            ("lr: fast", "lr: expected a number"),
+            ("steps: -1", "steps: expected a whole number from 0"),
+            ("steps: 1.5", "steps: expected a whole number from 0"),
+            ("offset: x", "offset: expected a whole number"),
+            ("greedy: maybe", "greedy: expected true or false"),
+            ("datasets: x", "datasets: expected a list, such as [a, b]"),
+            ("lora: 3", "lora: expected a section, such as {key: value}"),
+            ("lora: {rank: x}", "lora.rank: expected a whole number from 0"),
+            ("lora: {rang: 1}", "unknown key `lora.rang`; did you mean `lora.rank`?"),
+            ("step: 1", "unknown key `step`; did you mean `steps`?"),
+            (
+                "strategies: [roling]",
+                "strategies[0]: expected one of ar, rolling, not `roling`; did you mean `rolling`?",
+            ),
+            ("strategies: [rolling]", "strategies[0].rolling: expected a section, such as {key: value}"),
+            ("strategies: [{rolling: {}}]", "strategies[0].rolling: `n` is missing"),
+            ("strategies: [{ar: {n: 1}}]", "strategies[0].ar: has no settings of its own"),
+            ("output: [x]", "output: expected text"),
+        ] {
+            let error = parse::<Settings>(Path::new("run.yaml"), &format!("# A comment.\n{text}\n")).unwrap_err();
+            assert_eq!(error.to_string(), format!("run.yaml, line 2: {message}"));
+            // The same value from another layer: in JSON.
+            let mut value = to_value(&Settings::default()).unwrap();
+            let changes: Value = serde_saphyr::from_str(text).unwrap();
+            value.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+            assert_eq!(check::<Settings>(&value).unwrap_err(), message);
+        }
+        assert_eq!(check::<Settings>(&json!({ "output": 3 })).unwrap_err(), "output: expected text");
+        assert_eq!(
+            check::<Settings>(&json!({ "datasets": null })).unwrap_err(),
+            "datasets: expected a list, such as [a, b]"
+        );
+    }
+
+    #[test]
+    fn broken_yaml_is_told_by_its_line() {
+        for (text, parts) in
+            [("lr: 1\nsteps: [\n", ["line 2", "bracket"]), ("lr: 1\nlr: 2\n", ["line 2", "`lr` is there twice"])]
+        {
+            let message = parse::<Settings>(Path::new("run.yaml"), text).unwrap_err().to_string();
+            assert!(parts.iter().all(|part| message.contains(part)), "{message}");
+        }
+    }
+
+    #[test]
+    fn values_out_of_range_have_lines() {
+        let lines = lines_of_invalid_keys::<Settings>("lr: 1\nlora:\n  rank: 0\n");
+        assert_eq!(lines, BTreeMap::from([("lora.rank".to_owned(), 3)]));
+    }
+}

@@ -1,0 +1,65 @@
+//! A comparison as the terminal shows it.
+
+use super::{Comparison, Side, SpeedComparison};
+use crate::table::{self, count, format_accuracy, format_interval, format_number, format_percent, format_points};
+
+const HEADS: [&str; 7] = ["", "model/strategy", "run", "accuracy (95 %)", "unfinished", "tokens/forward", "tokens/s"];
+
+impl Comparison {
+    /// A table of both sides, the differences, and what follows.
+    pub fn text(&self) -> String {
+        let speed = self.speed.as_ref();
+        let rows = [
+            self.row("A", &self.a, speed.and_then(|speed| speed.a_tokens_per_second)),
+            self.row("B", &self.b, speed.and_then(|speed| speed.b_tokens_per_second)),
+        ];
+        let speed = speed.map_or_else(String::new, SpeedComparison::text);
+        table::render(&HEADS, 3, rows) + &self.accuracy_text() + &speed + &self.verdict + "\n"
+    }
+
+    fn row(&self, name: &str, side: &Side, tokens_per_second: Option<f64>) -> Vec<String> {
+        vec![
+            name.to_owned(),
+            format!("{}/{}", side.role, side.strategy),
+            side.run.display().to_string(),
+            format_accuracy(side.accuracy, side.ci95),
+            format!("{} of {}", side.unfinished, self.pairs),
+            format_number(side.tokens_per_forward, 2, ""),
+            format_number(tokens_per_second, 1, ""),
+        ]
+    }
+
+    fn accuracy_text(&self) -> String {
+        let left_out = match (self.unpaired_a, self.unpaired_b) {
+            (0, 0) => String::new(),
+            (a, b) => format!("; left out: {a} only in A, {b} only in B"),
+        };
+        format!(
+            "{} of {} / {}, {} of them scored{left_out}\n\
+             accuracy, B − A: {} points{}\n\
+             correct only in A: {}; correct only in B: {}; of A's correct answers B keeps {}; same tokens: {}\n",
+            count(self.pairs, "example"),
+            self.benchmark.name(),
+            self.split,
+            self.scored,
+            self.difference.map_or_else(|| "-".to_owned(), format_points),
+            format_interval(self.ci95, format_points),
+            self.a_only,
+            self.b_only,
+            format_percent(self.correct_kept_fraction),
+            format_percent(self.equal_tokens),
+        )
+    }
+}
+
+impl SpeedComparison {
+    fn text(&self) -> String {
+        let caveat = if self.same_machine { "" } else { "; the machines or libraries differ" };
+        format!(
+            "speed-up of B over A: {}{} on {} timed in both{caveat}\n",
+            format_number(self.ratio, 2, "x"),
+            format_interval(self.ci95, |ratio| format!("{ratio:.2}x")),
+            count(self.examples, "example")
+        )
+    }
+}

@@ -1,0 +1,144 @@
+//! The journal of a run: its records in memory, and on disk as soon as they are there.
+//!
+//! A run that was killed is resumed from the lines that it wrote whole. Records of other settings, models, prompts or
+//! machines are never mixed: the header of the file must say that it belongs to the same run.
+
+use std::fs::{File, OpenOptions};
+use std::io::{Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use cllm_core::{Error, Result};
+use serde_json::Value;
+
+use crate::records::{AnswerRecord, Header, LineRef, Records, SpeedRecord, WindowRecord};
+use crate::role::Role;
+
+pub struct Journal {
+    path: PathBuf,
+    file: File,
+    records: Records,
+}
+
+impl Journal {
+    /// Opens the file of a run: a new one, or what an interrupted run with the same header left.
+    ///
+    /// # Errors
+    /// When the file belongs to another run; file-system errors.
+    pub fn open(path: &Path, header: Header) -> Result<Self> {
+        let left = if path.exists() { Records::read_interrupted(path)? } else { None };
+        match left {
+            // A run that ended before its first answer leaves nothing to lose.
+            Some((records, whole_bytes)) if !records.is_empty() => {
+                expect_same_run(path, &records.header, &header)?;
+                let mut file = OpenOptions::new().write(true).open(path).map_err(Error::write(path))?;
+                file.set_len(whole_bytes).and_then(|()| file.seek(SeekFrom::End(0))).map_err(Error::write(path))?;
+                Ok(Journal { path: path.to_owned(), file, records })
+            }
+            _ => Self::create(path, header),
+        }
+    }
+
+    fn create(path: &Path, header: Header) -> Result<Self> {
+        let records = Records::new(header);
+        records.write(path)?;
+        let file = OpenOptions::new().append(true).open(path).map_err(Error::write(path))?;
+        Ok(Journal { path: path.to_owned(), file, records })
+    }
+
+    pub fn records(&self) -> &Records {
+        &self.records
+    }
+
+    /// The answers, to complete what was not known when they were appended. [`Journal::finish`] writes the changes.
+    pub fn answers_mut(&mut self) -> &mut [AnswerRecord] {
+        &mut self.records.answers
+    }
+
+    /// Adds answers, which are on disk when this returns.
+    ///
+    /// # Errors
+    /// File-system errors.
+    pub fn append_answers(&mut self, answers: Vec<AnswerRecord>) -> Result<()> {
+        self.append(answers.iter().map(LineRef::Answer))?;
+        self.records.answers.extend(answers);
+        Ok(())
+    }
+
+    /// Adds a timing, which is on disk when this returns.
+    ///
+    /// # Errors
+    /// File-system errors.
+    pub fn append_speed(&mut self, speed: SpeedRecord) -> Result<()> {
+        self.append(std::iter::once(LineRef::Speed(&speed)))?;
+        self.records.speeds.push(speed);
+        Ok(())
+    }
+
+    /// Adds a text window, which is on disk when this returns.
+    ///
+    /// # Errors
+    /// File-system errors.
+    pub fn append_window(&mut self, window: WindowRecord) -> Result<()> {
+        self.append(std::iter::once(LineRef::Window(&window)))?;
+        self.records.windows.push(window);
+        Ok(())
+    }
+
+    fn append<'r>(&mut self, lines: impl Iterator<Item = LineRef<'r>>) -> Result<()> {
+        let mut text = String::new();
+        for line in lines {
+            text.push_str(&line.to_json()?);
+        }
+        self.file.write_all(text.as_bytes()).and_then(|()| self.file.sync_data()).map_err(Error::write(&self.path))
+    }
+
+    /// Rewrites the file in the order of models, strategies and prompts: batches ran by length.
+    ///
+    /// # Errors
+    /// File-system errors.
+    pub fn finish(self) -> Result<Records> {
+        let Journal { path, mut records, .. } = self;
+        let strategies = records.header.settings.strategies.clone();
+        let order =
+            |role: Role, strategy| (role == Role::Student, strategies.iter().position(|&other| other == strategy));
+        records.answers.sort_by_key(|answer| (order(answer.role, answer.strategy), answer.index));
+        records.speeds.sort_by_key(|speed| (order(speed.role, speed.strategy), speed.index));
+        records.write(&path)?;
+        Ok(records)
+    }
+}
+
+/// Refuses to resume another run, naming what differs.
+fn expect_same_run(path: &Path, before: &Header, now: &Header) -> Result<()> {
+    if before.identity != now.identity {
+        let difference = difference(before, now);
+        return Err(Error::file(path, format!("{difference}; choose another `output`, or remove the file")));
+    }
+    let (there, here) = (before.environment(), now.environment());
+    if there != here {
+        return Err(Error::file(
+            path,
+            format!(
+                "belongs to a run on [{there}]; this is [{here}], and timings of two machines must not be mixed: resume \
+                 it there, or choose another `output`"
+            ),
+        ));
+    }
+    Ok(())
+}
+
+/// What tells two runs apart, in words.
+fn difference(before: &Header, now: &Header) -> String {
+    let settings = |header: &Header| serde_json::to_value(&header.settings).unwrap_or(Value::Null);
+    let (old, new) = (settings(before), settings(now));
+    let keys = new.as_object().into_iter().flatten().map(|(key, _)| key.as_str());
+    let changed = keys.filter(|&key| key != "output").find(|&key| old[key] != new[key]);
+    if let Some(key) = changed {
+        return format!("was started with {key}={}; this command says {}", old[key], new[key]);
+    }
+    let other_model = now.models.iter().find(|model| before.model(model.role) != Some(model));
+    match other_model {
+        Some(model) => format!("was started with another {}: {} has changed since", model.role, model.path),
+        None => "was started with other prompts".to_owned(),
+    }
+}

@@ -1,0 +1,117 @@
+//! The examples of a run: prompts to answer or texts to read, and the benchmark that they belong to.
+
+use std::path::Path;
+
+use cllm_core::prompt_set::{self, Sample};
+use cllm_core::task::{Task, synthetic};
+use cllm_core::{Error, Result};
+
+use crate::config::RunSettings;
+use crate::mt_bench_turns;
+use crate::score::AnswerScorer;
+
+pub(super) struct Examples {
+    /// The benchmark, which decides how answers are scored.
+    pub(super) task: Task,
+    /// `mixed` if the prompts come from several splits.
+    pub(super) split: String,
+    pub(super) samples: Vec<Sample>,
+}
+
+impl Examples {
+    /// Loads the prompts of a file or of a benchmark's own files, or generates synthetic ones.
+    ///
+    /// # Errors
+    /// When files are missing, no example is left, or prompts of several benchmarks are mixed.
+    pub(super) fn load(settings: &RunSettings) -> Result<Self> {
+        let (task, split) =
+            (settings.benchmark.unwrap_or(Task::Synthetic), settings.split.as_deref().unwrap_or("test"));
+        let file = prompt_file(settings);
+        let mut samples = match file {
+            Some(path) => prompt_set::read(path)?,
+            None => load_benchmark(settings, task, split)?,
+        };
+        samples.truncate(settings.limit.unwrap_or(usize::MAX));
+        let (task, split) = match (file, samples.first()) {
+            (Some(path), Some(_)) => infer_from_sources(path, settings, &samples)?,
+            (Some(path), None) => {
+                return Err(Error::file(path, "holds no prompts: make it again with `cllm-data prepare`"));
+            }
+            (None, Some(_)) => (task, split.to_owned()),
+            (None, None) => return Err(Error::usage(format!("split `{split}` of {} has no examples", task.name()))),
+        };
+        if let Some(scorer) = settings.scorer {
+            if task != Task::Jsonl {
+                let name = task.name();
+                return Err(Error::usage(format!("`scorer` is for jsonl only; {name} has its own: leave it out")));
+            }
+            samples.iter_mut().for_each(|sample| scorer.note(sample));
+        }
+        if task == Task::MtBench {
+            samples = mt_bench_turns::both_turns(samples)?;
+        }
+        Ok(Examples { task, split, samples })
+    }
+
+    /// Refuses prompts whose answers could not be scored, naming the row if they come from a file of the user's own.
+    ///
+    /// # Errors
+    /// As [`AnswerScorer::check`].
+    pub(super) fn expect_scorable(&self, settings: &RunSettings, scorer: AnswerScorer<'_>) -> Result<()> {
+        let file = settings.prompts.as_ref().or(settings.data.as_ref()).filter(|_| self.task == Task::Jsonl);
+        self.samples.iter().enumerate().try_for_each(|(index, sample)| {
+            scorer.check(sample).map_err(|error| match file {
+                Some(path) => Error::file(path, format!("row {}: {error}", index + 1)),
+                None => error,
+            })
+        })
+    }
+}
+
+/// The prompt set to answer, if there is one. The data of the benchmark jsonl are a prompt set, too.
+fn prompt_file(settings: &RunSettings) -> Option<&Path> {
+    let jsonl = settings.data.as_deref().filter(|_| settings.benchmark == Some(Task::Jsonl));
+    settings.prompts.as_deref().or(jsonl)
+}
+
+fn load_benchmark(settings: &RunSettings, task: Task, split: &str) -> Result<Vec<Sample>> {
+    match (task, &settings.data) {
+        (Task::Synthetic, _) => Ok(synthetic::generate(settings.seed, split, settings.num_problems)),
+        (_, Some(data)) => task.load(data, split),
+        (_, None) => Err(Error::usage(format!("{} needs `data`: {}", task.name(), task.expected_data()))),
+    }
+}
+
+/// Benchmark and split of a file's prompts, from their sources. They must agree with each other and with the settings: the
+/// score of an answer by another task than its own means nothing.
+fn infer_from_sources(path: &Path, settings: &RunSettings, samples: &[Sample]) -> Result<(Task, String)> {
+    let first = samples.first().map_or("", |sample| &sample.source);
+    let task = settings.benchmark.unwrap_or(Task::from_source(first));
+    let split = settings.split.as_deref().unwrap_or(split_of(first));
+    let mut is_mixed = false;
+    for (index, sample) in samples.iter().enumerate() {
+        let refuse = |contradiction: &str, advice: &str| {
+            let (row, Sample { id, source, .. }) = (index + 1, sample);
+            Err(Error::file(path, format!("row {row}, `{id}`: its source is `{source}`, {contradiction}: {advice}")))
+        };
+        if Task::from_source(&sample.source) != task {
+            let contradiction = match settings.benchmark {
+                Some(_) => format!("but `benchmark` is {}", task.name()),
+                None => format!("but row 1 is of {}", task.name()),
+            };
+            return refuse(&contradiction, "one run evaluates one benchmark; keep each in a file of its own");
+        }
+        if split_of(&sample.source) != split {
+            if settings.split.is_some() {
+                return refuse(&format!("but `split` is {split}"), "leave `split` out, or these prompts");
+            }
+            is_mixed = true;
+        }
+    }
+    Ok((task, if is_mixed { "mixed" } else { split }.to_owned()))
+}
+
+/// The split in a source such as `gsm8k/test`; a source without one is its own split.
+fn split_of(source: &str) -> &str {
+    source.split_once('/').map_or(source, |(_, split)| split)
+}

@@ -1,0 +1,97 @@
+//! The models of a run, before and after their weights are loaded.
+
+use std::path::PathBuf;
+use std::rc::Rc;
+
+use cllm_core::checkpoint::{self, hub};
+use cllm_core::cuda::libtorch;
+use cllm_core::decode::{DecodeOptions, Decoder, Strategy, required_slots};
+use cllm_core::model::Transformer;
+use cllm_core::{Result, device};
+use tch::Device;
+
+use super::prompts::Prompts;
+use crate::config::RunSettings;
+use crate::records::ModelEntry;
+use crate::role::Role;
+
+/// A model whose weights are not loaded yet.
+pub(super) struct IdentifiedModel {
+    pub(super) role: Role,
+    pub(super) folder: PathBuf,
+    pub(super) entry: ModelEntry,
+}
+
+impl IdentifiedModel {
+    /// Finds a model by its folder or id.
+    ///
+    /// # Errors
+    /// When there is no such model, or one of its files is missing or broken.
+    pub(super) fn locate(role: Role, name: &str) -> Result<Self> {
+        let folder = hub::locate(name)?;
+        let config = checkpoint::load_config(&folder)?;
+        checkpoint::check(&folder)?;
+        let entry = ModelEntry {
+            role,
+            path: folder.display().to_string(),
+            fingerprint: checkpoint::fingerprint(&folder)?,
+            parameters: config.num_parameters(),
+        };
+        Ok(IdentifiedModel { role, folder, entry })
+    }
+}
+
+/// A model on its device, with its prompts.
+pub(super) struct LoadedModel {
+    pub(super) role: Role,
+    pub(super) model: Rc<Transformer>,
+    /// The model that proposes tokens in [`Strategy::Drafted`].
+    pub(super) draft_model: Option<Rc<Transformer>>,
+    pub(super) prompts: Prompts,
+    /// GPU memory that was in use before this model was loaded.
+    memory_before_bytes: u64,
+    /// Peak GPU memory at batch 1 by strategy; empty on the CPU.
+    pub(super) batch1_peak_bytes: Vec<(Strategy, u64)>,
+}
+
+impl LoadedModel {
+    /// # Errors
+    /// When a file of the model is missing or broken, or memory does not suffice.
+    pub(super) fn load(model: IdentifiedModel, prompts: Prompts, device: Device) -> Result<Self> {
+        let memory_before_bytes = libtorch::gpu_memory(device).map_or(0, |(current, _)| current);
+        let transformer = checkpoint::load(&model.folder, device, device::default_kind(device))?;
+        Ok(LoadedModel {
+            role: model.role,
+            model: Rc::new(transformer),
+            draft_model: None,
+            prompts,
+            memory_before_bytes,
+            batch1_peak_bytes: Vec::new(),
+        })
+    }
+
+    /// A decoder for `rows` answers at once to any of the prompts, with the draft model if a strategy needs it.
+    ///
+    /// # Errors
+    /// As [`Decoder::new`].
+    pub(super) fn decoder(&self, rows: usize, strategies: &[Strategy]) -> Result<Decoder<'_>> {
+        let longest = self.prompts.max_prompt_tokens();
+        let slots = |&strategy: &Strategy| required_slots(longest, &self.prompts.stop, strategy);
+        let decoder = Decoder::new(&self.model, rows, strategies.iter().map(slots).max().unwrap_or(0))?;
+        match &self.draft_model {
+            Some(draft_model) if strategies.iter().any(|strategy| strategy.needs_draft_model()) => {
+                decoder.with_draft_model(draft_model)
+            }
+            _ => Ok(decoder),
+        }
+    }
+
+    /// Peak GPU memory since it was last reset, without what was in use before this model was loaded. None on the CPU.
+    pub(super) fn peak_memory_bytes(&self) -> Option<u64> {
+        libtorch::gpu_memory(self.model.device()).map(|(_, peak)| peak.saturating_sub(self.memory_before_bytes))
+    }
+}
+
+pub(super) fn decode_options(strategy: Strategy, settings: &RunSettings) -> DecodeOptions {
+    DecodeOptions { sampling: settings.sampling(), ..DecodeOptions::greedy(strategy, settings.seed) }
+}

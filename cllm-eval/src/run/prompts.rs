@@ -1,0 +1,87 @@
+//! The examples as a model reads them: its chat template and its tokens.
+
+use std::path::Path;
+
+use cllm_core::decode::{Request, StopConditions, check_fits_context};
+use cllm_core::prompt_set::Sample;
+use cllm_core::tokenizer::Tokenizer;
+use cllm_core::{Result, checkpoint};
+
+use crate::config::RunSettings;
+use crate::eos_ids;
+use crate::mt_bench_turns;
+use crate::records::AnswerRecord;
+
+pub(super) struct Prompts {
+    pub(super) tokenizer: Tokenizer,
+    pub(super) stop: StopConditions,
+    /// One for each example.
+    rendered: Vec<RenderedPrompt>,
+}
+
+pub(super) struct RenderedPrompt {
+    pub(super) text: String,
+    pub(super) request: Request,
+}
+
+impl RenderedPrompt {
+    fn new(tokenizer: &Tokenizer, sample: &Sample) -> Result<Self> {
+        let (text, prompt_ids) = tokenizer.encode_prompt(&sample.prompt)?;
+        Ok(RenderedPrompt { text, request: Request { sample_id: sample.id.clone(), prompt_ids } })
+    }
+
+    pub(super) fn num_tokens(&self) -> usize {
+        self.request.prompt_ids.len()
+    }
+}
+
+impl Prompts {
+    /// Renders the examples before any weights are loaded, so a prompt that does not fit is found before hours of work.
+    ///
+    /// # Errors
+    /// When a file of the tokenizer is missing or broken, its template refuses a prompt, or a prompt does not fit the context.
+    pub(super) fn render(folder: &Path, samples: &[Sample], settings: &RunSettings) -> Result<Self> {
+        let tokenizer = Tokenizer::load(folder)?;
+        let config = checkpoint::load_config(folder)?;
+        let eos_ids = eos_ids::resolve(settings.eos_ids.as_deref(), &tokenizer, folder, &config)?;
+        let stop = StopConditions { max_new_tokens: settings.max_new_tokens, eos_ids };
+        let render = |sample: &Sample| {
+            let prompt = RenderedPrompt::new(&tokenizer, sample)?;
+            // The prompt of a second turn will hold the answer to the first.
+            let num_answers = if mt_bench_turns::is_second(sample) { 2 } else { 1 };
+            let max_new_tokens = stop.max_new_tokens.saturating_mul(num_answers);
+            let room = StopConditions { max_new_tokens, ..stop.clone() };
+            check_fits_context(&prompt.request, &room, config.max_positions)?;
+            Ok(prompt)
+        };
+        let rendered = samples.iter().map(render).collect::<Result<_>>()?;
+        Ok(Prompts { tokenizer, stop, rendered })
+    }
+
+    pub(super) fn get(&self, index: usize) -> &RenderedPrompt {
+        &self.rendered[index]
+    }
+
+    pub(super) fn max_prompt_tokens(&self) -> usize {
+        self.rendered.iter().map(RenderedPrompt::num_tokens).max().unwrap_or(0)
+    }
+
+    /// Puts answers to first turns of MT-bench into the prompts of their second turns.
+    ///
+    /// # Errors
+    /// When the template refuses a prompt.
+    pub(super) fn fill_second_turns<'r>(
+        &mut self,
+        samples: &[Sample],
+        answers: impl Iterator<Item = &'r AnswerRecord>,
+    ) -> Result<()> {
+        for first in answers {
+            let index = first.index + 1;
+            if let Some(second) = samples.get(index).filter(|sample| mt_bench_turns::is_second(sample)) {
+                let prompt = mt_bench_turns::conversation(second, &first.text)?;
+                self.rendered[index] = RenderedPrompt::new(&self.tokenizer, &Sample { prompt, ..second.clone() })?;
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,104 @@
+//! A run whose inputs were checked and whose journal is open: what the stages share.
+
+use std::path::{Path, PathBuf};
+
+use cllm_core::environment::{Hardware, Toolkit};
+use cllm_core::prompt_set::Sample;
+use cllm_core::sandbox::Sandbox;
+use cllm_core::task::Task;
+use cllm_core::{Error, Result, atomic_file, fingerprint, settings};
+use tch::Device;
+
+use super::examples::Examples;
+use super::models::IdentifiedModel;
+use crate::config::RunSettings;
+use crate::journal::Journal;
+use crate::records::{Header, ModelEntry, SAMPLES, SCHEMA_VERSION};
+use crate::score::AnswerScorer;
+
+/// Name of the file with the settings of a run, beside its results.
+const CONFIG: &str = "config.yaml";
+
+pub(super) struct Session<'a> {
+    /// The settings that matter for this benchmark.
+    pub(super) settings: RunSettings,
+    pub(super) samples: &'a [Sample],
+    pub(super) scorer: AnswerScorer<'a>,
+    pub(super) device: Device,
+    /// Indices of the examples to time at batch 1.
+    pub(super) timed: Vec<usize>,
+    pub(super) journal: Journal,
+}
+
+impl<'a> Session<'a> {
+    /// Creates the output folder, or opens that of an interrupted run.
+    ///
+    /// # Errors
+    /// When the folder belongs to another run; file-system errors.
+    pub(super) fn open(
+        settings: &RunSettings,
+        examples: &'a Examples,
+        scorer: AnswerScorer<'a>,
+        sandbox: Option<&Sandbox>,
+        models: &[IdentifiedModel],
+        device: Device,
+    ) -> Result<Self> {
+        let used = relevant_settings(settings, examples.task);
+        let models: Vec<ModelEntry> = models.iter().map(|model| model.entry.clone()).collect();
+        let header = Header {
+            schema_version: SCHEMA_VERSION,
+            identity: identity(&used, &models, &examples.samples)?,
+            benchmark: examples.task,
+            split: examples.split.clone(),
+            examples: examples.samples.len(),
+            hardware: Hardware::detect(device),
+            toolkit: Toolkit::current(),
+            sandbox: sandbox.map(|sandbox| sandbox.layers().to_vec()),
+            models,
+            settings: used.clone(),
+        };
+        let journal = open_journal(&settings.output, header)?;
+        atomic_file::write(&settings.output.join(CONFIG), settings::to_yaml(settings)?.as_bytes())?;
+        let samples = &examples.samples[..];
+        let timed = spread_evenly(used.num_speed_examples, samples.len());
+        Ok(Session { settings: used, samples, scorer, device, timed, journal })
+    }
+}
+
+fn open_journal(output: &Path, header: Header) -> Result<Journal> {
+    std::fs::create_dir_all(output).map_err(Error::write(output))?;
+    Journal::open(&output.join(SAMPLES), header)
+}
+
+/// Texts are read, not answered, so strategies and timing have no part in their run.
+fn relevant_settings(settings: &RunSettings, task: Task) -> RunSettings {
+    match task {
+        Task::Perplexity => RunSettings { strategies: Vec::new(), num_speed_examples: 0, ..settings.clone() },
+        _ => settings.clone(),
+    }
+}
+
+/// Fingerprint of what must be unchanged for a run to resume. The folder that it writes to may change.
+fn identity(settings: &RunSettings, models: &[ModelEntry], samples: &[Sample]) -> Result<String> {
+    let settings = RunSettings { output: PathBuf::new(), ..settings.clone() };
+    let text = serde_json::to_vec(&(settings, models, samples)).map_err(Error::serialization)?;
+    Ok(fingerprint::hash_bytes(&text))
+}
+
+/// Indices of `num` of `total` examples, spread evenly: neighbours are often alike, such as questions about one database.
+fn spread_evenly(num: usize, total: usize) -> Vec<usize> {
+    let num = num.min(total);
+    (0..num).map(|number| number * total / num).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timed_examples_are_spread_evenly() {
+        assert_eq!(spread_evenly(3, 10), [0, 3, 6]);
+        assert_eq!(spread_evenly(5, 4), [0, 1, 2, 3]);
+        assert!(spread_evenly(0, 4).is_empty() && spread_evenly(3, 0).is_empty());
+    }
+}
