@@ -1,34 +1,35 @@
-//! `augment`: corrects a random part of the wrong tokens of the states, never the first wrong one (CLLM, section 3.1).
+//! `augment`: replaces some of the wrong tokens of each state with the correct ones, never the first wrong token (CLLM,
+//! arXiv 2403.00835, section 3.1).
 //!
-//! Real states look like "right right wrong wrong wrong"; islands of right tokens are rare, and the student should see them.
+//! Real states are a correct prefix followed by wrong tokens. Correct tokens after a wrong one are rare, and augmenting
+//! shows them to the student.
 
 use std::path::PathBuf;
 
-use cllm_core::program::{Outcome, print_json};
-use cllm_core::trajectory::Trajectory;
+use cllm_core::progress::count;
+use cllm_core::trajectory::{Block, Trajectory};
 use cllm_core::{Result, fingerprint, progress, settings};
 use garde::Validate;
 use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 
-use crate::rewrite::{self as copying, Copying};
+use crate::rewrite::Rewrite;
 
-/// Settings of `augment`.
 #[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
-    /// The data set.
+    /// The data set to augment.
     #[garde(custom(settings::required_path))]
     pub input: PathBuf,
-    /// The folder to write.
+    /// Folder of the augmented data set.
     #[garde(custom(settings::required_path))]
     pub output: PathBuf,
-    /// Share of a state's wrong tokens, its first aside, that is corrected.
+    /// Fraction of a state's wrong tokens, not counting the first, to correct.
     #[garde(range(min = 0.0, max = 1.0))]
     pub fraction: f64,
-    /// Seed of the choice.
+    /// Seed of the random choice of tokens.
     #[garde(skip)]
     pub seed: u64,
 }
@@ -39,52 +40,68 @@ impl Default for Settings {
     }
 }
 
+/// The result of `augment`, which `--json` prints.
+#[derive(Debug, Serialize)]
+pub struct Summary {
+    schema_version: u32,
+    rows: usize,
+    states_changed: usize,
+}
+
 /// Augments a data set.
 ///
 /// # Errors
-/// Bad data sets and folders.
-pub fn run(settings: &Settings, json: bool) -> Result<Outcome> {
+/// When the input is not a complete data set, or the output cannot be written.
+pub fn augment(settings: &Settings) -> Result<Summary> {
     let step = format!("augment: fraction {}, seed {}", settings.fraction, settings.seed);
-    let mut copying = Copying::open(&settings.input, &settings.output, step)?;
-    let mut changed = 0;
-    let change = |row| Ok(augment(row, settings.fraction, settings.seed));
-    copying.run(change, |rows| {
-        let flags = rows.iter().flat_map(|row| row.augmented.iter().flatten().flatten());
-        changed += flags.filter(|&&flag| flag).count();
+    let mut rewrite = Rewrite::open(&settings.input, &settings.output, step)?;
+    let mut states_changed = 0;
+    let map = |row| Ok(augment_row(row, settings.fraction, settings.seed));
+    rewrite.run(map, |rows| {
+        states_changed += rows.iter().map(num_augmented).sum::<usize>();
         Ok(rows)
     })?;
-    copying::save_settings(&settings.output, settings)?;
-    let rows = copying::finish(copying.writer, &settings.output)?;
-    if json {
-        print_json(&json!({ "schema_version": 1, "rows": rows, "states_changed": changed }))?;
-    }
-    progress::log(format!("{rows} rows, {changed} states changed, in {}", settings.output.display()));
-    Ok(Outcome::Done)
+    let rows = rewrite.finish(settings)?;
+    progress::log(format!(
+        "augmented {} in {} of {}",
+        count(states_changed, "state"),
+        count(rows, "row"),
+        settings.output.display()
+    ));
+    Ok(Summary { schema_version: 1, rows, states_changed })
 }
 
-/// The row with corrected states; the fixed points stay as they are.
-pub fn augment(mut row: Trajectory, fraction: f64, seed: u64) -> Trajectory {
-    let mut flags = Vec::with_capacity(row.blocks.len());
+fn num_augmented(row: &Trajectory) -> usize {
+    row.augmented.iter().flatten().flatten().filter(|&&flag| flag).count()
+}
+
+fn augment_row(mut row: Trajectory, fraction: f64, seed: u64) -> Trajectory {
+    let mut augmented = Vec::with_capacity(row.blocks.len());
     for (index, block) in row.blocks.iter_mut().enumerate() {
         let mut rng = fingerprint::derive_rng(seed, &row.sample_id, index as u64);
-        let mut changed = vec![false; block.states.len()];
-        if let Some((fixed_point, states)) = block.states.split_last_mut() {
-            for (state, changed) in states.iter_mut().zip(&mut changed) {
-                let wrong = (0..state.len()).filter(|&position| state[position] != fixed_point[position]);
-                let mut wrong: Vec<usize> = wrong.skip(1).collect();
-                wrong.shuffle(&mut rng);
-                wrong.truncate((wrong.len() as f64 * fraction).round() as usize);
-                for &position in &wrong {
-                    state[position] = fixed_point[position];
-                }
-                *changed = !wrong.is_empty();
-            }
-        }
-        // What an earlier augment changed stays marked.
-        let before = row.augmented.as_ref().and_then(|before| before.get(index));
-        changed.iter_mut().zip(before.into_iter().flatten()).for_each(|(changed, before)| *changed |= before);
-        flags.push(changed);
+        let mut flags = augment_block(block, fraction, &mut rng);
+        // States that an earlier `augment` changed stay marked.
+        let earlier = row.augmented.as_ref().and_then(|earlier| earlier.get(index));
+        flags.iter_mut().zip(earlier.into_iter().flatten()).for_each(|(flag, earlier)| *flag |= earlier);
+        augmented.push(flags);
     }
-    row.augmented = Some(flags);
+    row.augmented = Some(augmented);
     row
+}
+
+/// Corrects tokens in all states but the fixed point; returns for each state whether it changed.
+fn augment_block(block: &mut Block, fraction: f64, rng: &mut ChaCha8Rng) -> Vec<bool> {
+    let mut flags = vec![false; block.states.len()];
+    let Some((fixed_point, states)) = block.states.split_last_mut() else { return flags };
+    for (state, flag) in states.iter_mut().zip(&mut flags) {
+        let wrong = (0..state.len()).filter(|&position| state[position] != fixed_point[position]);
+        let mut corrected: Vec<usize> = wrong.skip(1).collect();
+        corrected.shuffle(rng);
+        corrected.truncate((corrected.len() as f64 * fraction).round() as usize);
+        for &position in &corrected {
+            state[position] = fixed_point[position];
+        }
+        *flag = !corrected.is_empty();
+    }
+    flags
 }

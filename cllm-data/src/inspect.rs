@@ -1,4 +1,4 @@
-//! `inspect`: one response's trajectory, token by token: final, right early, or wrong.
+//! `inspect`: shows one response's trajectory token by token, each compared with the fixed point.
 
 use std::fmt::Write;
 use std::io::IsTerminal;
@@ -13,45 +13,44 @@ use cllm_core::{Error, Result, interrupt};
 use serde::Serialize;
 use serde_json::json;
 
-/// Command line of `inspect`.
 #[derive(Args)]
-pub struct Arguments {
-    /// The data set.
+pub(crate) struct Arguments {
+    /// Folder of the data set, or one of its shards.
     data: PathBuf,
-    /// The response with this sample id; without it, the first.
-    #[arg(long)]
+    /// The sample_id of the response to show [default: that of the first].
+    #[arg(long, value_name = "ID")]
     sample: Option<String>,
-    /// The model whose tokenizer shows text instead of ids: a folder or an id.
+    /// The model whose tokenizer decodes the tokens (a folder or an id); without it, show token ids.
     #[arg(long)]
     model: Option<String>,
-    /// Print it as JSON on stdout.
+    /// Print the result as one JSON document on stdout.
     #[arg(long)]
     json: bool,
 }
 
-/// What a token of a state is, compared with the fixed point.
+/// How a token of a state compares with the fixed point.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Standing {
-    /// It and all before it are right.
+enum TokenStatus {
+    /// It and all tokens before it are correct.
     Final,
-    /// Right, after a wrong one.
+    /// It is correct, but a token before it is wrong.
     Early,
-    /// Wrong.
     Wrong,
 }
 
-/// The standing of each token of each state of a block.
-pub fn standings(block: &Block) -> Vec<Vec<Standing>> {
+/// The status of each token of each state of a block.
+fn token_statuses(block: &Block) -> Vec<Vec<TokenStatus>> {
     let Some(fixed_point) = block.states.last() else { return Vec::new() };
     let of_state = |state: &Vec<i32>| {
-        let mut all_right = true;
-        let of_token = |(token, right): (&i32, &i32)| {
-            all_right &= token == right;
-            match (token == right, all_right) {
-                (true, true) => Standing::Final,
-                (true, false) => Standing::Early,
-                (false, _) => Standing::Wrong,
+        let mut all_correct = true;
+        let of_token = |(token, final_token): (&i32, &i32)| {
+            let is_correct = token == final_token;
+            all_correct &= is_correct;
+            match (is_correct, all_correct) {
+                (true, true) => TokenStatus::Final,
+                (true, false) => TokenStatus::Early,
+                (false, _) => TokenStatus::Wrong,
             }
         };
         state.iter().zip(fixed_point).map(of_token).collect()
@@ -62,52 +61,56 @@ pub fn standings(block: &Block) -> Vec<Vec<Standing>> {
 /// Shows one response.
 ///
 /// # Errors
-/// Bad data sets, and a sample id that none has.
-pub fn run(arguments: &Arguments) -> Result<Outcome> {
+/// When the data set cannot be read, or has no row with the sample_id.
+pub(crate) fn run(arguments: &Arguments) -> Result<Outcome> {
     let reader = Reader::open_incomplete(&arguments.data)?;
-    let row = find(&reader, arguments)?;
-    let tokenizer = match &arguments.model {
-        Some(model) => {
-            let tokenizer = Tokenizer::load(&hub::locate(model)?)?;
-            reader.check_tokenizer(tokenizer.fingerprint())?;
-            Some(tokenizer)
-        }
-        None => None,
-    };
+    let row = find_row(&reader, arguments)?;
+    let tokenizer = load_tokenizer(&reader, arguments.model.as_deref())?;
     let text = |id: i32| match &tokenizer {
         Some(tokenizer) => tokenizer.decode(&[id]).map(|text| if text.is_empty() { format!("<{id}>") } else { text }),
         None => Ok(id.to_string()),
     };
     if arguments.json {
-        return as_json(&row, &text).map(|()| Outcome::Done);
+        print_as_json(&row, &text)?;
+    } else {
+        print(&draw(&row, color_is_wanted(), &text)?)?;
     }
-    let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty());
-    print(&drawing(&row, colour, &text)?)?;
     Ok(Outcome::Done)
 }
 
-fn find(reader: &Reader, arguments: &Arguments) -> Result<Trajectory> {
+fn color_is_wanted() -> bool {
+    std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
+}
+
+fn load_tokenizer(reader: &Reader, model: Option<&str>) -> Result<Option<Tokenizer>> {
+    let Some(model) = model else { return Ok(None) };
+    let tokenizer = Tokenizer::load(&hub::locate(model)?)?;
+    reader.check_tokenizer(tokenizer.fingerprint())?;
+    Ok(Some(tokenizer))
+}
+
+fn find_row(reader: &Reader, arguments: &Arguments) -> Result<Trajectory> {
     for row in reader.rows() {
         interrupt::check()?;
         let row = row?;
-        if arguments.sample.as_ref().is_none_or(|wanted| *wanted == row.sample_id) {
+        if arguments.sample.as_ref().is_none_or(|sample_id| *sample_id == row.sample_id) {
             return Ok(row);
         }
     }
     let message = match &arguments.sample {
-        Some(sample) => format!("has no row with sample id `{sample}`"),
+        Some(sample_id) => format!("has no row with the sample_id `{sample_id}`"),
         None => "has no rows".to_owned(),
     };
     Err(Error::file(&arguments.data, message))
 }
 
-fn as_json(row: &Trajectory, text: &impl Fn(i32) -> Result<String>) -> Result<()> {
+fn print_as_json(row: &Trajectory, text: &impl Fn(i32) -> Result<String>) -> Result<()> {
     let mut blocks = Vec::new();
     for block in &row.blocks {
         let mut states = Vec::new();
-        for (state, standings) in block.states.iter().zip(standings(block)) {
+        for (state, statuses) in block.states.iter().zip(token_statuses(block)) {
             let texts = state.iter().map(|&id| text(id)).collect::<Result<Vec<_>>>()?;
-            states.push(json!({ "ids": state, "texts": texts, "standings": standings }));
+            states.push(json!({ "ids": state, "texts": texts, "statuses": statuses }));
         }
         blocks.push(json!({ "start": block.start, "states": states }));
     }
@@ -124,38 +127,49 @@ fn as_json(row: &Trajectory, text: &impl Fn(i32) -> Result<String>) -> Result<()
     }))
 }
 
-/// The blocks of a response, one state a line. Without colour, `+` marks what is right early and `-` what is wrong.
-fn drawing(row: &Trajectory, colour: bool, text: &impl Fn(i32) -> Result<String>) -> Result<String> {
-    let paint = |standing, token: &str| match (colour, standing) {
-        (true, Standing::Final) => format!("\x1b[32m{token}\x1b[0m"),
-        (true, Standing::Early) => format!("\x1b[36m{token}\x1b[0m"),
-        (true, Standing::Wrong) => format!("\x1b[31m{token}\x1b[0m"),
-        (false, Standing::Final) => token.to_owned(),
-        (false, Standing::Early) => format!("+{token}"),
-        (false, Standing::Wrong) => format!("-{token}"),
-    };
-    let legend: Vec<_> = [(Standing::Final, "final"), (Standing::Early, "right early"), (Standing::Wrong, "wrong")]
-        .map(|(standing, name)| paint(standing, name))
-        .into();
-    let mut drawn = format!("{} ({}): {}\n", row.sample_id, row.source, legend.join(", "));
-    for (index, block) in row.blocks.iter().enumerate() {
-        let _ = write!(drawn, "\nblock {index}, from token {}\n", block.start);
-        for (number, (state, standings)) in block.states.iter().zip(standings(block)).enumerate() {
-            let changed = row.augmented.as_ref().is_some_and(|flags| flags[index][number]);
-            let _ = write!(drawn, "{number:>4}{}", if changed { "a " } else { "  " });
-            for (&id, standing) in state.iter().zip(standings) {
-                // A token never breaks the line or sends the terminal a command.
-                let token: String = text(id)?.chars().flat_map(printable).collect();
-                let _ = write!(drawn, " {}", paint(standing, &token));
+/// Draws the blocks of a response, one state per line. Without colour, `+` marks early tokens and `-` wrong ones; an `a`
+/// after the state's number marks an augmented state.
+fn draw(row: &Trajectory, in_color: bool, text: &impl Fn(i32) -> Result<String>) -> Result<String> {
+    let legend = [(TokenStatus::Final, "final"), (TokenStatus::Early, "early"), (TokenStatus::Wrong, "wrong")]
+        .map(|(status, name)| paint(name, status, in_color))
+        .join(", ");
+    let mut drawing = format!("{} ({}): {legend}\n", row.sample_id, row.source);
+    for (block_index, block) in row.blocks.iter().enumerate() {
+        let _ = write!(drawing, "\nblock {block_index}, from token {}\n", block.start);
+        for (state_index, (state, statuses)) in block.states.iter().zip(token_statuses(block)).enumerate() {
+            let is_augmented = row.augmented.as_ref().is_some_and(|flags| flags[block_index][state_index]);
+            let _ = write!(drawing, "{state_index:>4}{}", if is_augmented { "a " } else { "  " });
+            for (&id, status) in state.iter().zip(statuses) {
+                let _ = write!(drawing, " {}", paint(&escape_controls(&text(id)?), status, in_color));
             }
-            drawn.push('\n');
+            drawing.push('\n');
         }
     }
-    Ok(drawn.trim_end().to_owned())
+    Ok(drawing.trim_end().to_owned())
 }
 
-fn printable(letter: char) -> Vec<char> {
-    if letter.is_control() { letter.escape_default().collect() } else { vec![letter] }
+fn paint(token: &str, status: TokenStatus, in_color: bool) -> String {
+    match (in_color, status) {
+        (true, TokenStatus::Final) => format!("\x1b[32m{token}\x1b[0m"),
+        (true, TokenStatus::Early) => format!("\x1b[36m{token}\x1b[0m"),
+        (true, TokenStatus::Wrong) => format!("\x1b[31m{token}\x1b[0m"),
+        (false, TokenStatus::Final) => token.to_owned(),
+        (false, TokenStatus::Early) => format!("+{token}"),
+        (false, TokenStatus::Wrong) => format!("-{token}"),
+    }
+}
+
+/// Escapes control characters, so that a token neither breaks the line nor sends the terminal a command.
+fn escape_controls(token: &str) -> String {
+    let mut escaped = String::new();
+    for character in token.chars() {
+        if character.is_control() {
+            escaped.extend(character.escape_default());
+        } else {
+            escaped.push(character);
+        }
+    }
+    escaped
 }
 
 #[cfg(test)]
@@ -165,8 +179,8 @@ mod tests {
     #[test]
     fn tokens_are_final_early_or_wrong() {
         let block = Block { start: 0, states: vec![vec![1, 9, 3], vec![1, 2, 3]] };
-        let expected = [[Standing::Final, Standing::Wrong, Standing::Early], [Standing::Final; 3]];
-        assert_eq!(standings(&block), expected.map(|state| state.to_vec()));
-        assert_eq!(printable('\x1b').into_iter().collect::<String>(), "\\u{1b}");
+        let expected = [[TokenStatus::Final, TokenStatus::Wrong, TokenStatus::Early], [TokenStatus::Final; 3]];
+        assert_eq!(token_statuses(&block), expected.map(|state| state.to_vec()));
+        assert_eq!(escape_controls("a\x1b"), "a\\u{1b}");
     }
 }

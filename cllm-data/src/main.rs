@@ -1,10 +1,10 @@
-//! Command line of `cllm-data`.
+//! The program `cllm-data`.
 
 use std::process::ExitCode;
 
 use clap::Parser;
 
 fn main() -> ExitCode {
-    let arguments = cllm_data::Arguments::parse();
-    cllm_core::program::main(|| cllm_data::run(arguments))
+    let arguments = cllm_data::cli::Arguments::parse();
+    cllm_core::program::main(|| cllm_data::cli::run(arguments))
 }

@@ -1,74 +1,83 @@
-//! `prepare`: a benchmark's files, or problems made from a seed, as a prompt set.
+//! `prepare`: converts a benchmark's files into a prompt set, or generates synthetic problems from a seed.
 
 use std::path::PathBuf;
 
-use crate::variants::variants;
 use clap::Args;
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use cllm_core::program::Outcome;
+use cllm_core::progress::{self, count};
+use cllm_core::prompt_set::Sample;
 use cllm_core::task::{Task, synthetic};
-use cllm_core::{Error, Result, interrupt, progress, prompt_set};
+use cllm_core::{Error, Result, interrupt, prompt_set};
 
-/// Most synthetic problems: they are made in memory.
-const MOST: u64 = 10_000_000;
+use crate::variants::variants;
 
-/// Command line of `prepare`.
+/// Synthetic problems are generated in memory.
+const MAX_SYNTHETIC_PROBLEMS: u64 = 10_000_000;
+
 #[derive(Args)]
-pub struct Arguments {
+pub(crate) struct Arguments {
     /// The benchmark.
     #[arg(value_parser = PossibleValuesParser::new(Task::ALL.map(Task::name)).map(|name| Task::from_source(&name)))]
     task: Task,
-    /// Its folder (for jsonl: the file).
+    /// Folder of the benchmark's files (for jsonl: the file).
     #[arg(long)]
     data: Option<PathBuf>,
-    /// The split; without it train, or test of the benchmarks that have no other.
+    /// The split [default: train, or test for benchmarks that have no other].
     #[arg(long)]
     split: Option<String>,
-    /// The prompt set to write: Parquet where the name ends in .parquet, else JSONL.
+    /// The prompt set to write: Parquet if the name ends in .parquet, otherwise JSONL.
     #[arg(long, short)]
     output: PathBuf,
-    /// Only the first so many.
-    #[arg(long)]
+    /// Use only the first N prompts.
+    #[arg(long, value_name = "N")]
     limit: Option<usize>,
-    /// So many variants of each prompt beside it, without answers: for a teacher to answer (gsm8k: other numbers; spider: other databases'
-    /// schemas).
-    #[arg(long, default_value_t = 0)]
+    /// Add N variants of each prompt, without answers, for a teacher to answer (gsm8k: other numbers; spider: the schemas
+    /// of other databases).
+    #[arg(long, value_name = "N", default_value_t = 0)]
     variants: usize,
     /// Seed of synthetic problems and of variants.
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Number of synthetic problems.
-    #[arg(long, default_value_t = synthetic::DEFAULT_NUM_PROBLEMS, value_parser = RangedU64ValueParser::<usize>::new().range(1..=MOST))]
-    count: usize,
+    #[arg(
+        long,
+        value_name = "N",
+        default_value_t = synthetic::DEFAULT_NUM_PROBLEMS,
+        value_parser = RangedU64ValueParser::<usize>::new().range(1..=MAX_SYNTHETIC_PROBLEMS)
+    )]
+    num_problems: usize,
 }
 
 /// Writes the prompt set.
 ///
 /// # Errors
-/// Missing or broken files.
-pub fn run(arguments: &Arguments) -> Result<Outcome> {
-    let task = arguments.task;
-    let split = arguments.split.as_deref().unwrap_or(if task.has_only_test_split() { "test" } else { "train" });
-    let mut samples = if task == Task::Synthetic {
-        synthetic::generate(arguments.seed, split, arguments.count)
-    } else {
-        let needed = || Error::usage(format!("{} needs --data: {}", task.name(), task.expected_data()));
-        let data = arguments.data.as_deref().ok_or_else(needed)?;
-        let found = task.load(data, split)?;
-        if found.is_empty() {
-            let (data, name) = (data.display(), task.name());
-            return Err(Error::usage(format!(
-                "{data} holds no prompts of the split `{split}` of {name}: name another"
-            )));
-        }
-        found
-    };
+/// When a file of the benchmark is missing or broken, or the split has no prompts.
+pub(crate) fn run(arguments: &Arguments) -> Result<Outcome> {
+    let mut samples = load(arguments)?;
     samples.truncate(arguments.limit.unwrap_or(usize::MAX));
     if arguments.variants > 0 {
-        samples.extend(variants(task, &samples, arguments.variants, arguments.seed)?);
+        samples.extend(variants(arguments.task, &samples, arguments.variants, arguments.seed)?);
     }
     interrupt::check()?;
     prompt_set::write(&arguments.output, &samples)?;
-    progress::log(format!("{} prompts in {}", samples.len(), arguments.output.display()));
+    progress::log(format!("{} in {}", count(samples.len(), "prompt"), arguments.output.display()));
     Ok(Outcome::Done)
+}
+
+fn load(arguments: &Arguments) -> Result<Vec<Sample>> {
+    let task = arguments.task;
+    let default_split = if task.has_only_test_split() { "test" } else { "train" };
+    let split = arguments.split.as_deref().unwrap_or(default_split);
+    if task == Task::Synthetic {
+        return Ok(synthetic::generate(arguments.seed, split, arguments.num_problems));
+    }
+    let no_data = || Error::usage(format!("{} needs --data: {}", task.name(), task.expected_data()));
+    let data = arguments.data.as_deref().ok_or_else(no_data)?;
+    let samples = task.load(data, split)?;
+    if samples.is_empty() {
+        let message = format!("holds no prompts of the split `{split}` of {}: choose another split", task.name());
+        return Err(Error::file(data, message));
+    }
+    Ok(samples)
 }

@@ -1,5 +1,5 @@
-//! The JSON trajectory files of the CLLM reference implementation (github.com/hao-ai-lab/Consistency_LLM): one array with a
-//! record a block.
+//! The JSON trajectory files of the CLLM reference implementation (github.com/hao-ai-lab/Consistency_LLM): one array with one
+//! record per block.
 
 use std::fmt;
 use std::fs::File;
@@ -10,7 +10,7 @@ use cllm_core::{Error, Result};
 use serde::de::{DeserializeSeed, IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
 
-/// Token ids, wrapped in as many lists as the tensor had dimensions.
+/// Token ids, nested in as many lists as the tensor that they come from had dimensions.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(untagged)]
 pub(crate) enum Ids {
@@ -18,23 +18,23 @@ pub(crate) enum Ids {
     Many(Vec<Ids>),
 }
 
-/// One block of one response. The last four are ours: other readers pass over them.
+/// One block of one response. The last four fields are extensions that other readers ignore.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Record {
-    /// Same for all blocks of a response.
+    /// Id of the response, the same for all of its blocks.
     pub data_id: String,
-    /// `itr_0` and so on.
+    /// `itr_0` for the first block, and so on.
     pub jacobian_itr_id: String,
-    /// Length of the prompt, in a list; written, never used.
+    /// Length of the prompt in a list. It is written but never read.
     #[serde(default)]
     pub prompt_ids_len: serde_json::Value,
-    /// Prompt and the fixed points of the blocks before.
+    /// The prompt and the fixed points of the blocks before this one.
     pub prompt_ids: Ids,
-    /// Every state of the block.
+    /// Every state of the block, the fixed point last.
     pub answer_trajectory_ids: Vec<Vec<i32>>,
     /// `prompt_ids` and the fixed point.
     pub teacher_output_ids: Ids,
-    /// Prompt and the whole response.
+    /// The prompt and the whole response.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub complete_teacher_output_ids: Option<Ids>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -48,11 +48,17 @@ pub(crate) struct Record {
 }
 
 impl Ids {
-    pub(crate) fn nested(ids: Vec<i32>) -> Self {
-        Ids::Many(vec![Ids::Many(ids.into_iter().map(Ids::One).collect())])
+    /// A list of ids.
+    pub(crate) fn from_list(ids: &[i32]) -> Self {
+        Ids::Many(ids.iter().copied().map(Ids::One).collect())
     }
 
-    pub(crate) fn flat(self) -> Vec<i32> {
+    /// A list with one list of ids, as the reference implementation writes tensors of batch size 1.
+    pub(crate) fn from_batch_of_one(ids: &[i32]) -> Self {
+        Ids::Many(vec![Ids::from_list(ids)])
+    }
+
+    pub(crate) fn flatten(self) -> Vec<i32> {
         let mut flat = Vec::new();
         self.append_to(&mut flat);
         flat
@@ -67,34 +73,36 @@ impl Ids {
 }
 
 impl Record {
-    /// Number of the block in its response.
-    pub(crate) fn block(&self) -> Option<usize> {
+    /// Index of the block in its response; `None` if the id is malformed.
+    pub(crate) fn block_index(&self) -> Option<usize> {
         self.jacobian_itr_id.strip_prefix("itr_")?.parse().ok()
     }
 }
 
-/// Hands every record of the file to `each`, in constant memory.
-pub(crate) fn read(path: &Path, mut each: impl FnMut(Record) -> Result<()>) -> Result<()> {
+/// Calls `on_record` with every record of a file. Memory use does not grow with the file.
+pub(crate) fn read(path: &Path, mut on_record: impl FnMut(Record) -> Result<()>) -> Result<()> {
     let file = File::open(path).map_err(Error::io(path))?;
     let mut failure = None;
     let mut json = serde_json::Deserializer::from_reader(BufReader::new(file));
-    let records = Records { each: &mut each, failure: &mut failure };
+    let records = RecordVisitor { on_record: &mut on_record, failure: &mut failure };
     let parsed = records.deserialize(&mut json).and_then(|()| json.end());
     match (failure, parsed) {
         (Some(failure), _) => Err(failure),
         (None, Ok(())) => Ok(()),
         (None, Err(error)) => {
-            Err(Error::file(path, format!("is no trajectory file of the reference implementation: {error}")))
+            Err(Error::file(path, format!("is not a trajectory file of the reference implementation: {error}")))
         }
     }
 }
 
-struct Records<'r, F> {
-    each: &'r mut F,
+/// Visits the records as they are parsed, instead of collecting them first.
+struct RecordVisitor<'r, F> {
+    on_record: &'r mut F,
+    /// The error of `on_record`. After it the remaining records are parsed but not visited.
     failure: &'r mut Option<Error>,
 }
 
-impl<'de, F: FnMut(Record) -> Result<()>> DeserializeSeed<'de> for Records<'_, F> {
+impl<'de, F: FnMut(Record) -> Result<()>> DeserializeSeed<'de> for RecordVisitor<'_, F> {
     type Value = ();
 
     fn deserialize<D: serde::Deserializer<'de>>(self, deserializer: D) -> std::result::Result<(), D::Error> {
@@ -102,7 +110,7 @@ impl<'de, F: FnMut(Record) -> Result<()>> DeserializeSeed<'de> for Records<'_, F
     }
 }
 
-impl<'de, F: FnMut(Record) -> Result<()>> Visitor<'de> for Records<'_, F> {
+impl<'de, F: FnMut(Record) -> Result<()>> Visitor<'de> for RecordVisitor<'_, F> {
     type Value = ();
 
     fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -111,7 +119,7 @@ impl<'de, F: FnMut(Record) -> Result<()>> Visitor<'de> for Records<'_, F> {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut records: A) -> std::result::Result<(), A::Error> {
         while let Some(record) = records.next_element()? {
-            if let Err(error) = (self.each)(record) {
+            if let Err(error) = (self.on_record)(record) {
                 *self.failure = Some(error);
                 while records.next_element::<IgnoredAny>()?.is_some() {}
                 break;

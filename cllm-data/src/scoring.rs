@@ -1,21 +1,41 @@
-//! Scores the answer of a row by its task. Code in answers is not run here: only `cllm-eval` does, where that was asked for.
+//! Scores recorded responses by their task, for `collect` and `clean`. Code in responses is never run here: only
+//! `cllm-eval` runs code, and only when asked to.
 
 use std::path::Path;
 
 use cllm_core::prompt_set::{Prompt, Sample};
 use cllm_core::task::{ScoreContext, Task, Verdict};
+use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::Trajectory;
 use cllm_core::{Error, Result};
 
-/// Scores a row of the data set `file` whose answer reads `text`; `data` is the folder of the benchmark's files.
-pub(crate) fn score(file: &Path, row: &Trajectory, text: &str, data: Option<&Path>) -> Result<Verdict> {
-    let bad_meta = |error| Error::file(file, format!("row `{}`: meta is no JSON: {error}", row.sample_id));
-    let sample = Sample {
-        id: row.sample_id.clone(),
-        source: row.source.clone(),
-        prompt: Prompt::Text(row.prompt.clone()),
-        reference: row.reference.clone(),
-        meta: row.meta.as_deref().map(serde_json::from_str).transpose().map_err(bad_meta)?,
-    };
-    Task::from_source(&row.source).score(ScoreContext { data, sandbox: None }, &sample, text, row.finish_reason)
+/// Scores the rows of one data set.
+#[derive(Clone, Copy)]
+pub(crate) struct Scorer<'a> {
+    /// The data set, for error messages.
+    pub(crate) data_set: &'a Path,
+    pub(crate) tokenizer: &'a Tokenizer,
+    /// Folder of the benchmark's files. Without it, tasks that need them leave responses unscored.
+    pub(crate) data: Option<&'a Path>,
+}
+
+impl Scorer<'_> {
+    pub(crate) fn score(&self, row: &Trajectory) -> Result<Verdict> {
+        self.score_text(row, &self.tokenizer.decode(&row.response_ids)?)
+    }
+
+    /// Scores a row whose response has been decoded to `text` already.
+    pub(crate) fn score_text(&self, row: &Trajectory, text: &str) -> Result<Verdict> {
+        let bad_meta =
+            |error| Error::file(self.data_set, format!("row `{}`: meta is not JSON: {error}", row.sample_id));
+        let sample = Sample {
+            id: row.sample_id.clone(),
+            source: row.source.clone(),
+            prompt: Prompt::Text(row.prompt.clone()),
+            reference: row.reference.clone(),
+            meta: row.meta.as_deref().map(serde_json::from_str).transpose().map_err(bad_meta)?,
+        };
+        let context = ScoreContext { data: self.data, sandbox: None };
+        Task::from_source(&row.source).score(context, &sample, text, row.finish_reason)
+    }
 }

@@ -1,85 +1,138 @@
-//! `stats`: what a data set holds, and the paper's profile of its blocks (CLLM, table 3).
+//! `stats`: counts of a data set, and the convergence profile of its blocks (CLLM, table 3).
 
-use std::path::Path;
+use std::path::PathBuf;
 
+use clap::Args;
 use cllm_core::program::{Outcome, print, print_json};
-use cllm_core::trajectory::{FinishReason, INCOMPLETE_DATA_SET, Profile, Reader};
-use cllm_core::{Result, interrupt, progress};
+use cllm_core::progress::{self, count};
+use cllm_core::trajectory::{FinishReason, INCOMPLETE_DATA_SET, Profile, Reader, Trajectory};
+use cllm_core::{Result, interrupt};
 use serde::Serialize;
 
-/// Figures of a data set.
-#[derive(Debug, Default, Serialize)]
-pub struct Stats {
-    /// Version of this document.
-    pub schema_version: u32,
-    /// Responses.
-    pub rows: usize,
-    /// Responses that hit the length limit.
-    pub unfinished: usize,
-    /// Tokens of the prompts.
-    pub prompt_tokens: usize,
-    /// Tokens of the responses.
-    pub response_tokens: usize,
-    /// Blocks.
-    pub blocks: usize,
-    /// Mean number of states of a block, first guess and fixed point counted.
-    pub states_per_block: f64,
-    /// Response tokens over forwards, as the states tell them; none where augment changed states.
-    pub tokens_per_forward: Option<f64>,
-    /// Mean number of tokens that an iteration adds to the right prefix, in whole blocks; none where augment changed all.
-    pub fast_forwarded: Option<f64>,
-    /// Mean number of tokens of a whole block that were right before their turn and stayed right; likewise.
-    pub stationary: Option<f64>,
+#[derive(Args)]
+pub(crate) struct Arguments {
+    /// Folder of the data set, or one of its shards.
+    data: PathBuf,
+    /// Print the result as one JSON document on stdout.
+    #[arg(long)]
+    json: bool,
 }
 
-/// Prints the figures of a data set.
+#[derive(Debug, Serialize)]
+struct Stats {
+    schema_version: u32,
+    rows: usize,
+    /// Responses that reached the length limit.
+    unfinished: usize,
+    prompt_tokens: usize,
+    response_tokens: usize,
+    blocks: usize,
+    /// Mean number of states per block, initial guess and fixed point included.
+    states_per_block: f64,
+    /// Response tokens per forward, derived from the states; null if any states were augmented.
+    tokens_per_forward: Option<f64>,
+    /// Mean number of tokens by which an iteration extends the converged prefix of a whole block; null if all rows were
+    /// augmented.
+    fast_forwarded: Option<f64>,
+    /// Mean number of stationary tokens per whole block; null if all rows were augmented.
+    stationary: Option<f64>,
+}
+
+/// Sums over the rows of a data set.
+#[derive(Default)]
+struct Sums {
+    num_rows: usize,
+    num_unfinished: usize,
+    num_prompt_tokens: usize,
+    num_response_tokens: usize,
+    num_blocks: usize,
+    num_states: usize,
+    num_forwards: usize,
+    num_augmented_rows: usize,
+    /// Profile of the whole blocks of rows that were not augmented.
+    profile: Profile,
+}
+
+/// Prints the statistics of a data set.
 ///
 /// # Errors
-/// When it cannot be read.
-pub fn run(data: &Path, as_json: bool) -> Result<Outcome> {
-    let reader = Reader::open_incomplete(data)?;
+/// When the data set cannot be read.
+pub(crate) fn run(arguments: &Arguments) -> Result<Outcome> {
+    let reader = Reader::open_incomplete(&arguments.data)?;
     if !reader.is_complete() {
-        progress::log(format!("{} {INCOMPLETE_DATA_SET}", data.display()));
+        progress::log(format!("{} {INCOMPLETE_DATA_SET}", arguments.data.display()));
     }
-    let mut stats = Stats { schema_version: 1, ..Default::default() };
-    let mut forwards = Some(0);
-    let (mut states, mut profile) = (0, Profile::default());
+    let mut sums = Sums::default();
     for row in reader.rows() {
         interrupt::check()?;
-        let row = row?;
-        stats.rows += 1;
-        stats.unfinished += usize::from(row.finish_reason == FinishReason::Length);
-        stats.prompt_tokens += row.prompt_ids.len();
-        stats.response_tokens += row.response_ids.len();
-        stats.blocks += row.blocks.len();
-        states += row.blocks.iter().map(|block| block.states.len()).sum::<usize>();
-        forwards = forwards.filter(|_| row.augmented.is_none()).map(|sum| sum + row.num_forwards());
-        // Augmented states never occurred in decoding; a block cut by the end of the answer did not converge to n tokens.
-        if row.augmented.is_none() {
-            row.block_profiles().filter(|&(_, whole)| whole).for_each(|(of_block, _)| profile += of_block);
-        }
+        sums.add(&row?);
     }
-    let ratio = |a: usize, b: usize| a as f64 / (b as f64).max(1.0);
-    stats.states_per_block = ratio(states, stats.blocks);
-    stats.tokens_per_forward = forwards.map(|forwards| ratio(stats.response_tokens, forwards));
-    stats.fast_forwarded = profile.fast_forwarded_per_iteration();
-    stats.stationary = profile.stationary_per_block();
-    if as_json {
+    let stats = sums.stats();
+    if arguments.json {
         print_json(&stats)?;
     } else {
-        let known = |figure: Option<f64>| figure.map_or("unknown".to_owned(), |figure| format!("{figure:.2}"));
-        print(&format!(
-            "{} responses ({} unfinished), {} prompt tokens, {} response tokens\n{} blocks, {:.2} states a block; in whole \
-             blocks as they were decoded, tokens fast-forwarded an iteration: {}, stationary a block: {}",
-            stats.rows,
-            stats.unfinished,
-            stats.prompt_tokens,
-            stats.response_tokens,
-            stats.blocks,
-            stats.states_per_block,
-            known(stats.fast_forwarded),
-            known(stats.stationary)
-        ))?;
+        print(&stats.text())?;
     }
     Ok(Outcome::Done)
+}
+
+impl Sums {
+    fn add(&mut self, row: &Trajectory) {
+        self.num_rows += 1;
+        self.num_unfinished += usize::from(row.finish_reason == FinishReason::Length);
+        self.num_prompt_tokens += row.prompt_ids.len();
+        self.num_response_tokens += row.response_ids.len();
+        self.num_blocks += row.blocks.len();
+        self.num_states += row.blocks.iter().map(|block| block.states.len()).sum::<usize>();
+        // Augmented states never occurred in decoding, so they tell nothing about it.
+        if row.augmented.is_some() {
+            self.num_augmented_rows += 1;
+            return;
+        }
+        self.num_forwards += row.num_forwards();
+        // A block that EOS cuts did not converge to n tokens.
+        for block in row.block_profiles().filter(|block| block.is_whole) {
+            self.profile += block.profile;
+        }
+    }
+
+    fn stats(&self) -> Stats {
+        let ratio = |a: usize, b: usize| a as f64 / (b as f64).max(1.0);
+        let tokens_per_forward = ratio(self.num_response_tokens, self.num_forwards);
+        Stats {
+            schema_version: 1,
+            rows: self.num_rows,
+            unfinished: self.num_unfinished,
+            prompt_tokens: self.num_prompt_tokens,
+            response_tokens: self.num_response_tokens,
+            blocks: self.num_blocks,
+            states_per_block: ratio(self.num_states, self.num_blocks),
+            tokens_per_forward: (self.num_augmented_rows == 0).then_some(tokens_per_forward),
+            fast_forwarded: self.profile.fast_forwarded_per_iteration(),
+            stationary: self.profile.stationary_per_block(),
+        }
+    }
+}
+
+impl Stats {
+    fn text(&self) -> String {
+        let number = |mean: Option<f64>| mean.map_or("n/a".to_owned(), |mean| format!("{mean:.2}"));
+        let profile = match self.stationary {
+            None => "n/a (no whole blocks in rows that were not augmented)".to_owned(),
+            stationary => format!(
+                "{} tokens fast-forwarded per iteration, {} stationary tokens per block",
+                number(self.fast_forwarded),
+                number(stationary)
+            ),
+        };
+        format!(
+            "{} ({} unfinished): {}, {}\n{}, {:.2} states per block\nwhole blocks: {profile}",
+            count(self.rows, "response"),
+            self.unfinished,
+            count(self.prompt_tokens, "prompt token"),
+            count(self.response_tokens, "response token"),
+            count(self.blocks, "block"),
+            self.states_per_block,
+        )
+    }
 }

@@ -1,29 +1,28 @@
-//! `validate`: every row against what the data format promises, and against a model.
+//! `validate`: checks every row of a data set against the data format, and the data set against a model.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
 
 use clap::Args;
-use cllm_core::checkpoint::hub;
-use cllm_core::checkpoint::{self, fingerprint};
-use cllm_core::interrupt;
+use cllm_core::checkpoint::{self, hub};
 use cllm_core::program::{Outcome, print, print_json};
+use cllm_core::progress::count;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{FinishReason, INCOMPLETE_DATA_SET, Provenance, Reader, Trajectory};
+use cllm_core::{Result, interrupt};
 use serde_json::json;
 
-/// Violations that are listed; all are counted.
-const LISTED: usize = 20;
+/// Violations that are printed; all are counted.
+const MAX_LISTED_VIOLATIONS: usize = 20;
 
-/// Command line of `validate`.
 #[derive(Args)]
-pub struct Arguments {
-    /// The data set.
+pub(crate) struct Arguments {
+    /// Folder of the data set, or one of its shards.
     data: PathBuf,
-    /// The model that it should be of: teacher, tokenizer and vocabulary are compared. A folder or an id.
+    /// The model that should have collected it (a folder or an id): compare teacher, tokenizer and vocabulary.
     #[arg(long)]
     model: Option<String>,
-    /// Print the report as JSON on stdout.
+    /// Print the result as one JSON document on stdout.
     #[arg(long)]
     json: bool,
 }
@@ -31,14 +30,14 @@ pub struct Arguments {
 /// Checks a data set.
 ///
 /// # Errors
-/// When it, or the model, cannot be read at all.
-pub fn run(arguments: &Arguments) -> cllm_core::Result<Outcome> {
+/// When the data set or the model cannot be read at all.
+pub(crate) fn run(arguments: &Arguments) -> Result<Outcome> {
     let reader = Reader::open_incomplete(&arguments.data)?;
-    let mut promised = reader.provenance().clone();
-    let mut violations = match &arguments.model {
-        Some(model) => foreign_model(model, &mut promised)?,
-        None => Vec::new(),
-    };
+    let mut provenance = reader.provenance().clone();
+    let mut violations = Vec::new();
+    if let Some(model) = &arguments.model {
+        violations.extend(compare_with_model(&mut provenance, model)?);
+    }
     if !reader.is_complete() {
         violations.push(format!("the data set {INCOMPLETE_DATA_SET}"));
     }
@@ -46,47 +45,53 @@ pub fn run(arguments: &Arguments) -> cllm_core::Result<Outcome> {
     for row in reader.unchecked_rows() {
         interrupt::check()?;
         let row = row?;
-        if let Err(message) = row.check(&promised).and_then(|()| ends_in_time(&row, &promised)) {
+        if let Err(message) = row.check(&provenance).and_then(|()| check_length(&row, &provenance)) {
             violations.push(format!("{}: {message}", row.sample_id));
         }
         if !seen.insert(row.sample_id.clone()) {
-            violations.push(format!("{}: this sample_id stands in an earlier row too", row.sample_id));
+            violations.push(format!("{}: an earlier row has the same sample_id", row.sample_id));
         }
     }
-    let listed = &violations[..violations.len().min(LISTED)];
-    if arguments.json {
-        let count = violations.len();
-        print_json(&json!({ "schema_version": 1, "rows": reader.len(), "violations": count, "first": listed }))?;
-    } else {
-        listed.iter().try_for_each(|line| print(line))?;
-        print(&format!("{} rows, {} violations", reader.len(), violations.len()))?;
-    }
+    report(&violations, reader.num_rows(), arguments.json)?;
     Ok(if violations.is_empty() { Outcome::Done } else { Outcome::Negative })
 }
 
-/// A response that the length limit ended is exactly as long as that, unless it comes from a file of the reference
-/// implementation: there single blocks may be gone, and it ends before the first of them.
-fn ends_in_time(row: &Trajectory, promised: &Provenance) -> Result<(), String> {
-    let (length, most) = (row.response_ids.len(), promised.max_new_tokens);
-    let imported = promised.steps.first().is_some_and(|step| step.starts_with("import"));
+fn report(violations: &[String], num_rows: usize, as_json: bool) -> Result<()> {
+    let listed = &violations[..violations.len().min(MAX_LISTED_VIOLATIONS)];
+    if as_json {
+        let num_violations = violations.len();
+        return print_json(
+            &json!({ "schema_version": 1, "rows": num_rows, "violations": num_violations, "first": listed }),
+        );
+    }
+    listed.iter().try_for_each(|line| print(line))?;
+    print(&format!("{}, {}", count(num_rows, "row"), count(violations.len(), "violation")))
+}
+
+/// Checks that a response with the finish reason `length` has reached the limit. An imported response may be shorter: it
+/// ends where the file lacks a block.
+fn check_length(row: &Trajectory, provenance: &Provenance) -> std::result::Result<(), String> {
+    let (length, max_new_tokens) = (row.response_ids.len(), provenance.max_new_tokens);
+    let is_imported = provenance.steps.first().is_some_and(|step| step.starts_with("import"));
     match row.finish_reason {
-        FinishReason::Length if length < most && !imported => {
-            Err(format!("finish_reason is length at {length} tokens, and max_new_tokens was {most}"))
+        FinishReason::Length if length < max_new_tokens && !is_imported => {
+            Err(format!("finish_reason is length at {length} tokens, but max_new_tokens was {max_new_tokens}"))
         }
         FinishReason::Length | FinishReason::Eos => Ok(()),
     }
 }
 
-/// In what the data set is not of this model. Rows are then held to the smaller of the two vocabularies.
-fn foreign_model(name: &str, promised: &mut Provenance) -> cllm_core::Result<Vec<String>> {
-    let folder = hub::locate(name)?;
+/// The violations of a data set that is not of this model. The rows are then checked against the smaller vocabulary.
+fn compare_with_model(provenance: &mut Provenance, model: &str) -> Result<Vec<String>> {
+    let folder = hub::locate(model)?;
     let vocab_size = checkpoint::load_config(&folder)?.vocab_size as usize;
     let compared = [
-        ("teacher", promised.teacher.clone(), fingerprint(&folder)?),
-        ("tokenizer", promised.tokenizer.clone(), Tokenizer::load(&folder)?.fingerprint().to_owned()),
-        ("vocabulary", promised.vocab_size.to_string(), vocab_size.to_string()),
+        ("teacher", provenance.teacher.clone(), checkpoint::fingerprint(&folder)?),
+        ("tokenizer", provenance.tokenizer.clone(), Tokenizer::load(&folder)?.fingerprint().to_owned()),
+        ("vocabulary", provenance.vocab_size.to_string(), vocab_size.to_string()),
     ];
-    promised.vocab_size = promised.vocab_size.min(vocab_size);
-    let different = compared.into_iter().filter(|(_, there, here)| there != here);
-    Ok(different.map(|(what, there, here)| format!("{what}: {there} in the data set, {here} in {name}")).collect())
+    provenance.vocab_size = provenance.vocab_size.min(vocab_size);
+    let different = compared.into_iter().filter(|(_, recorded, actual)| recorded != actual);
+    let violation = |(name, recorded, actual)| format!("{name}: {recorded} in the data set, {actual} in {model}");
+    Ok(different.map(violation).collect())
 }

@@ -1,28 +1,27 @@
-//! Prompts without answers, made from those of a benchmark: a teacher answers them itself, and a student that learns from more
-//! distinct prompts keeps more of the teacher on those it never saw.
+//! Variants of a benchmark's prompts, without answers: the teacher answers them itself. A student that has learned from more
+//! distinct prompts stays closer to its teacher on prompts that it has never seen.
 
 use std::sync::LazyLock;
 
+use cllm_core::prompt_set::{Prompt, Sample};
+use cllm_core::task::Task;
+use cllm_core::{Error, Result, fingerprint};
 use rand::RngExt;
 use rand::seq::{IndexedRandom, SliceRandom};
 use rand_chacha::ChaCha8Rng;
 use regex::{Captures, Regex};
 
-use cllm_core::prompt_set::{Prompt, Sample};
-use cllm_core::task::Task;
-use cllm_core::{Error, Result, fingerprint};
-
-/// What makes a variant of a question's text.
+/// Changes the text of a question.
 type Vary<'s> = Box<dyn Fn(&str, &mut ChaCha8Rng) -> String + 's>;
 
-static WHOLE_NUMBER: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"\d+").ok());
+static WHOLE_NUMBER: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"\d+").expect("the pattern is valid"));
 
-/// `count` variants of each sample, without reference and meta: GSM8K's questions with other numbers, Spider's with the schema of
-/// another database of `samples`, its tables and columns shuffled. The same seed gives the same variants.
+/// Makes `per_sample` variants of each sample, without reference and meta: GSM8K's questions get other numbers, Spider's the
+/// schema of another database in `samples` with its tables and columns shuffled. The same seed gives the same variants.
 ///
 /// # Errors
-/// [`Error::Usage`] for a benchmark whose prompts have no such parts.
-pub fn variants(task: Task, samples: &[Sample], count: usize, seed: u64) -> Result<Vec<Sample>> {
+/// [`Error::Usage`] for a benchmark whose prompts have nothing to vary.
+pub(crate) fn variants(task: Task, samples: &[Sample], per_sample: usize, seed: u64) -> Result<Vec<Sample>> {
     let vary: Vary<'_> = match task {
         Task::Gsm8k => Box::new(with_other_numbers),
         Task::Spider => {
@@ -44,31 +43,27 @@ pub fn variants(task: Task, samples: &[Sample], count: usize, seed: u64) -> Resu
         let id = format!("{}-variant-{number}", sample.id);
         Sample { id, source: sample.source.clone(), prompt, reference: None, meta: None }
     };
-    Ok(samples
-        .iter()
-        .flat_map(|sample| (0..count).map(move |number| (sample, number)))
-        .map(|(s, n)| variant(s, n))
-        .collect())
+    let numbered = samples.iter().flat_map(|sample| (0..per_sample).map(move |number| (sample, number)));
+    Ok(numbered.map(|(sample, number)| variant(sample, number)).collect())
 }
 
-/// Other whole numbers of as many digits, at least 2 where there was one digit above 1.
+/// Replaces whole numbers by others with as many digits. The digits 0 and 1 stay; another single digit becomes 2 to 9.
 fn with_other_numbers(question: &str, rng: &mut ChaCha8Rng) -> String {
-    let Some(numbers) = WHOLE_NUMBER.as_ref() else { return question.to_owned() };
-    let other = |found: &Captures<'_>| match found[0].len() {
-        1 if ["0", "1"].contains(&&found[0]) => found[0].to_owned(),
+    let replace = |number: &Captures<'_>| match number[0].len() {
+        1 if ["0", "1"].contains(&&number[0]) => number[0].to_owned(),
         1 => rng.random_range(2..10).to_string(),
-        digits @ 2..=9 if !found[0].starts_with('0') => {
-            let least = 10u64.pow(digits as u32 - 1);
-            // Round numbers stay round: prices and percentages are read by them.
-            let step = if found[0].ends_with('0') { 10 } else { 1 };
-            (rng.random_range(least..least * 10) / step * step).to_string()
+        num_digits @ 2..=9 if !number[0].starts_with('0') => {
+            let smallest = 10u64.pow(num_digits as u32 - 1);
+            // Round numbers stay round, since prices and percentages usually are.
+            let step = if number[0].ends_with('0') { 10 } else { 1 };
+            (rng.random_range(smallest..smallest * 10) / step * step).to_string()
         }
-        _ => found[0].to_owned(),
+        _ => number[0].to_owned(),
     };
-    numbers.replace_all(question, other).into_owned()
+    WHOLE_NUMBER.replace_all(question, replace).into_owned()
 }
 
-/// The schemas of some prompts, each once: what stands before the first empty line.
+/// The distinct schemas in some prompts: a schema is the text before the first empty line.
 fn schemas(samples: &[Sample]) -> Vec<String> {
     let text = |sample: &Sample| match &sample.prompt {
         Prompt::Text(text) => text.split_once("\n\n").map(|(schema, _)| schema.to_owned()),
@@ -86,12 +81,12 @@ fn with_another_schema(question: &str, schemas: &[String], rng: &mut ChaCha8Rng)
     format!("{}\n\n{rest}", shuffled(other, rng))
 }
 
-/// A schema whose tables, and the columns of each, stand in another order; foreign keys come last as before.
+/// Shuffles the tables of a schema and the columns of each table. Foreign keys stay last.
 fn shuffled(schema: &str, rng: &mut ChaCha8Rng) -> String {
     let (mut tables, keys): (Vec<&str>, Vec<&str>) =
         schema.lines().partition(|line| !line.starts_with("foreign keys: "));
     tables.shuffle(rng);
-    let columns_shuffled = |table: &str, rng: &mut ChaCha8Rng| {
+    let shuffle_columns = |table: &str, rng: &mut ChaCha8Rng| {
         let Some((name, columns)) = table.strip_suffix(')').and_then(|table| table.split_once('(')) else {
             return table.to_owned();
         };
@@ -99,7 +94,7 @@ fn shuffled(schema: &str, rng: &mut ChaCha8Rng) -> String {
         columns.shuffle(rng);
         format!("{name}({})", columns.join(", "))
     };
-    let lines: Vec<String> = tables.into_iter().map(|table| columns_shuffled(table, rng)).collect();
+    let lines: Vec<String> = tables.into_iter().map(|table| shuffle_columns(table, rng)).collect();
     lines.into_iter().chain(keys.into_iter().map(str::to_owned)).collect::<Vec<_>>().join("\n")
 }
 
@@ -139,7 +134,7 @@ mod tests {
     }
 
     #[test]
-    fn questions_meet_the_schemas_of_other_databases() {
+    fn questions_get_the_schemas_of_other_databases() {
         let first = "pen(id, size)\ncat(name, pen)\nforeign keys: cat.pen = pen.id\n\nHow many pens?\nSQL only.";
         let samples = [sample("a", first), sample("b", "car(id, speed, year)\n\nHow fast?\nSQL only.")];
         let made = variants(Task::Spider, &samples, 20, 0).unwrap();

@@ -130,9 +130,21 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
+    /// Draw one example as an animated SVG: teacher and student side by side, paced by measured time.
+    #[command(after_help = "Example:\n  cllm-eval animate runs/eval --output answers.svg")]
+    Animate {
+        /// Folder of a run, or its samples.jsonl.
+        run: PathBuf,
+        /// File for the SVG.
+        #[arg(long, short)]
+        output: PathBuf,
+        /// Id of the example. Default: the first that both models answer correctly.
+        #[arg(long, value_name = "ID")]
+        example: Option<String>,
+    },
     /// Measure how fast a model decodes: forwards by their number of tokens, prefill, batches, strategies, collection, memory.
     #[command(
-        after_help = "Examples:\n  cllm-eval bench model=configs/tiny-teacher 'steps=[1, 16]' 'batches=[8]' repeats=2 \\\n    \
+        after_help = "Examples:\n  cllm-eval bench model=configs/tiny-teacher 'step_tokens=[1, 16]' 'batch_sizes=[8]' num_repeats=2 \\\n    \
         output=runs/bench.json\n  cllm-eval bench -c configs/bench.yaml \\\n    \
         'strategies=[{jacobi: {n: 16}}, {rolling: {n: 16, pool: 4}}, {lookahead: {}}]'"
     )]
@@ -220,6 +232,10 @@ impl Cli {
                 show(&profiles, json, Profiles::text)
             }
             Verb::Report { results, output, json } => draw_report(&results, output.as_deref(), json),
+            Verb::Animate { run, output, example } => {
+                report::animate(&run, example.as_deref(), &output)?;
+                print(&output.display().to_string())
+            }
             Verb::Generate { prompt, model, raw, n, max_new_tokens, eos_ids, device, seed, json } => {
                 let options = GenerateOptions { model, raw, n, max_new_tokens, eos_ids, device, seed };
                 generate_or_chat(prompt.as_deref(), &options, json, self.quiet)
@@ -245,11 +261,11 @@ fn print_results(results: &Results, json: bool) -> Result<()> {
 
 fn generate_or_chat(prompt: Option<&str>, options: &GenerateOptions, json: bool, quiet: bool) -> Result<()> {
     let Some(prompt) = prompt else {
-        let no_prompt = || Err(Error::usage("--json needs a prompt: without one this is a chat"));
+        let no_prompt = || Err(Error::usage("--json needs a prompt: without one, generate is a chat"));
         return if json { no_prompt() } else { generate::chat(options) };
     };
     let document = generate::generate(prompt, options, !quiet)?;
-    let text = document["strategies"][1]["text"].as_str().unwrap_or("");
+    let text = &document.strategies[1].text;
     match json {
         true => print_json(&document),
         false if std::io::stdout().is_terminal() => print(&visible(text)),

@@ -1,60 +1,63 @@
-//! The text that each forward made final.
+//! Turns tokens that arrive forward by forward into the text that each forward added.
 
-use cllm_core::Result;
-use cllm_core::tokenizer::Tokenizer;
+use cllm_core::tokenizer::{DecodeStream, Tokenizer};
+use cllm_core::{Error, Result};
 
-/// Turns tokens that come in parts into text in parts; a character whose bytes are not all there waits for the rest.
+/// Decodes a growing answer. A character whose bytes are in several tokens comes with the last of them.
 pub struct Detokenizer<'t> {
     tokenizer: &'t Tokenizer,
+    stream: DecodeStream<'t>,
     ids: Vec<i32>,
-    shown: usize,
+    /// Length of the text that was returned so far.
+    num_bytes: usize,
 }
 
 impl<'t> Detokenizer<'t> {
-    /// Nothing so far.
     pub fn new(tokenizer: &'t Tokenizer) -> Self {
-        Detokenizer { tokenizer, ids: Vec::new(), shown: 0 }
+        Detokenizer { tokenizer, stream: tokenizer.decode_stream(), ids: Vec::new(), num_bytes: 0 }
     }
 
-    /// The text that `ids` add.
+    /// The text that `ids` complete.
     ///
     /// # Errors
-    /// When an id is none of the tokenizer's.
+    /// When the tokenizer fails.
     pub fn push(&mut self, ids: &[i32]) -> Result<String> {
+        let mut text = String::new();
+        for &id in ids {
+            let added = self.stream.step(id as u32).map_err(|error| Error::usage(format!("tokenizer: {error}")))?;
+            text += added.as_deref().unwrap_or_default();
+        }
         self.ids.extend(ids);
-        let text = self.tokenizer.decode(&self.ids)?;
-        let whole = text.trim_end_matches('\u{fffd}');
-        let piece = whole.get(self.shown..).unwrap_or_default().to_owned();
-        self.shown = self.shown.max(whole.len());
-        Ok(piece)
+        self.num_bytes += text.len();
+        Ok(text)
     }
 
-    /// What was still waiting when the answer ended.
+    /// What is left at the end of the answer: a character that is not complete.
     ///
     /// # Errors
-    /// When an id is none of the tokenizer's.
+    /// When the tokenizer fails.
     pub fn finish(self) -> Result<String> {
-        Ok(self.tokenizer.decode(&self.ids)?.get(self.shown..).unwrap_or_default().to_owned())
+        Ok(self.tokenizer.decode(&self.ids)?.get(self.num_bytes..).unwrap_or_default().to_owned())
     }
 }
 
-/// The text of each forward's tokens.
+/// Splits the text of an answer by the forwards that accepted its tokens, given the number of tokens of each.
 ///
 /// # Errors
-/// When an id is none of the tokenizer's.
-pub fn split_by_forward(tokenizer: &Tokenizer, ids: &[i32], accepted: &[u32]) -> Result<Vec<String>> {
-    let mut writer = Detokenizer::new(tokenizer);
+/// When the tokenizer fails.
+pub fn split_by_forward(tokenizer: &Tokenizer, ids: &[i32], num_accepted: &[u32]) -> Result<Vec<String>> {
+    let mut detokenizer = Detokenizer::new(tokenizer);
     let mut rest = ids;
-    let mut found = Vec::with_capacity(accepted.len());
-    for &count in accepted {
-        let (now, later) = rest.split_at((count as usize).min(rest.len()));
-        found.push(writer.push(now)?);
+    let mut texts = Vec::with_capacity(num_accepted.len());
+    for &count in num_accepted {
+        let (accepted, later) = rest.split_at((count as usize).min(rest.len()));
+        texts.push(detokenizer.push(accepted)?);
         rest = later;
     }
-    if let Some(last) = found.last_mut() {
-        last.push_str(&writer.finish()?);
+    if let Some(last) = texts.last_mut() {
+        last.push_str(&detokenizer.finish()?);
     }
-    Ok(found)
+    Ok(texts)
 }
 
 #[cfg(test)]

@@ -110,7 +110,7 @@ fn profile_set(argument: &str) -> Result<SetProfile> {
     if sums.augmented_rows > 0 {
         progress::log(format!("{}: left out {}", path.display(), count(sums.augmented_rows, "augmented row")));
     }
-    if all.blocks.blocks == 0 {
+    if all.blocks.num_blocks == 0 {
         return Err(Error::file(&path, "every row is augmented: profile the data set that `cllm-data collect` wrote"));
     }
     Ok(SetProfile {
@@ -203,10 +203,10 @@ impl Sums {
             FinishReason::Length => &mut self.length,
         };
         answer.num_forwards += row.num_forwards();
-        for (of_block, is_whole) in row.block_profiles() {
-            answer.blocks += of_block;
-            if is_whole {
-                self.whole_blocks += of_block;
+        for block in row.block_profiles() {
+            answer.blocks += block.profile;
+            if block.is_whole {
+                self.whole_blocks += block.profile;
             }
         }
     }
@@ -239,9 +239,9 @@ impl BlockFigures {
             beyond_one_per_block: profile.beyond_one_per_block(),
             stationary: profile.stationary_per_block(),
             iterations_per_block: profile.iterations_per_block(),
-            tokens_per_forward: ratio(profile.tokens as f64, num_forwards.map(|number| number as f64)),
+            tokens_per_forward: ratio(profile.num_tokens as f64, num_forwards.map(|number| number as f64)),
         };
-        BlockFigures { blocks: profile.blocks, tokens: profile.tokens, means }
+        BlockFigures { blocks: profile.num_blocks, tokens: profile.num_tokens, means }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Prompt sets as Parquet: the fields of a row as columns, `messages` as a list of structs, `meta` as JSON text.
+//! Prompt sets in Parquet: one column per field, `messages` as a list of structs, `meta` as JSON text.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -13,24 +13,23 @@ use parquet::file::properties::WriterProperties;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::{Prompt, Sample};
+use super::dataset_file;
+use super::sample::{Prompt, Sample};
 use crate::chat_template::Message;
-use crate::prompt_set::dataset_file;
 use crate::{Error, Result, atomic_file, interrupt, parquet_file};
 
-/// Rows of a row group.
-const GROUP_ROWS: usize = 4096;
+const ROWS_PER_GROUP: usize = 4096;
 
 pub(super) fn read<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     let row = |(index, mut row): (usize, Value)| {
-        // Other tools may have written it as a struct, which is JSON as it is.
+        // Other tools may write `meta` as a struct, which is a JSON object already.
         if let Some(meta) = row.get_mut("meta")
             && let Some(text) = meta.as_str()
         {
-            let bad = |error| Error::file(path, format!("row {}: meta is text, but not JSON: {error}", index + 1));
-            *meta = serde_json::from_str(text).map_err(bad)?;
+            let not_json = |error| Error::file(path, format!("row {}: meta is text, but not JSON: {error}", index + 1));
+            *meta = serde_json::from_str(text).map_err(not_json)?;
         }
-        dataset_file::fit(path, index, row)
+        dataset_file::parse_row(path, index, row)
     };
     dataset_file::read_parquet(path)?.into_iter().enumerate().map(row).collect()
 }
@@ -43,7 +42,7 @@ pub(super) fn write(path: &Path, samples: &[Sample]) -> Result<()> {
         .build();
     atomic_file::write_with(path, |file| {
         let mut writer = ArrowWriter::try_new(file, schema(), Some(properties)).map_err(failed)?;
-        for group in samples.chunks(GROUP_ROWS) {
+        for group in samples.chunks(ROWS_PER_GROUP) {
             interrupt::check()?;
             let batch = to_batch(group).map_err(|error| Error::file(path, error.to_string()))?;
             writer.write(&batch).and_then(|()| writer.flush()).map_err(failed)?;
@@ -76,10 +75,11 @@ fn to_batch(samples: &[Sample]) -> std::result::Result<RecordBatch, ArrowError> 
     let text =
         |get: fn(&Sample) -> Option<&str>| -> ArrayRef { Arc::new(StringArray::from_iter(samples.iter().map(get))) };
     let messages = || samples.iter().filter_map(messages_of).flatten();
-    let part = |get: fn(&Message) -> &str| -> ArrayRef { Arc::new(StringArray::from_iter_values(messages().map(get))) };
+    let message_text =
+        |get: fn(&Message) -> &str| -> ArrayRef { Arc::new(StringArray::from_iter_values(messages().map(get))) };
     let structs = StructArray::try_new(
         message_fields(),
-        vec![part(|message| &message.role), part(|message| &message.content)],
+        vec![message_text(|message| &message.role), message_text(|message| &message.content)],
         None,
     )?;
     let lengths = samples.iter().map(|sample| messages_of(sample).map_or(0, <[_]>::len));

@@ -1,5 +1,5 @@
-//! Rows of files as they are published: JSONL (packed with gzip too), a JSON list, or Parquet, such as that of a Hugging
-//! Face export.
+//! Reads data set files as they are published: JSONL (also gzipped), a JSON list, or Parquet such as a Hugging Face
+//! export.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -14,88 +14,88 @@ use serde_json::{Map, Value};
 
 use crate::{Error, Result, interrupt, parquet_file, text_file};
 
-/// The rows of the first of `stems` (paths in `data` without their ending) that is there; `data` may be the file itself.
+/// Reads the first of `stems` (paths in `data` without an extension) that exists. `data` may also be the file itself.
 pub(crate) fn read<T: DeserializeOwned>(data: &Path, stems: &[&str]) -> Result<Vec<T>> {
     if data.is_file() {
         return read_file(data);
     }
     for stem in stems {
-        for ending in ["jsonl", "jsonl.gz", "json", "parquet"] {
-            let path = data.join(format!("{stem}.{ending}"));
+        for extension in ["jsonl", "jsonl.gz", "json", "parquet"] {
+            let path = data.join(format!("{stem}.{extension}"));
             if path.is_file() {
                 return read_file(&path);
             }
         }
-        let shards = shards(&data.join(stem));
+        let shards = find_shards(&data.join(stem));
         if !shards.is_empty() {
-            let parts: Result<Vec<Vec<T>>> = shards.iter().map(|path| read_file(path)).collect();
-            return Ok(parts?.into_iter().flatten().collect());
+            let rows: Result<Vec<Vec<T>>> = shards.iter().map(|path| read_file(path)).collect();
+            return Ok(rows?.into_iter().flatten().collect());
         }
     }
     let names: Vec<String> = stems.iter().map(|stem| format!("{stem}.jsonl")).collect();
-    let wanted = names.join(" or ");
-    Err(Error::file(
-        data,
-        format!("expected {wanted} here (or .jsonl.gz, .json, .parquet, -00000-of-00001.parquet); found none"),
-    ))
+    let expected = names.join(" or ");
+    let message = format!(
+        "expected {expected} here, or the same with .jsonl.gz, .json, .parquet or -00000-of-00001.parquet; found none"
+    );
+    Err(Error::file(data, message))
 }
 
-/// The files `STEM-00000-of-00002.parquet` and so on, in order.
-fn shards(stem: &Path) -> Vec<PathBuf> {
+/// Finds the files `STEM-00000-of-00002.parquet` and so on, in order.
+fn find_shards(stem: &Path) -> Vec<PathBuf> {
     let (Some(folder), Some(name)) = (stem.parent(), stem.file_name()) else { return Vec::new() };
-    let start = format!("{}-", name.to_string_lossy());
+    let prefix = format!("{}-", name.to_string_lossy());
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
-    let mut found: Vec<PathBuf> = entries
+    let mut shards: Vec<PathBuf> = entries
         .map(|entry| entry.path())
         .filter(|path| {
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            name.strip_prefix(&start).is_some_and(|rest| {
+            name.strip_prefix(&prefix).is_some_and(|rest| {
                 rest.ends_with(".parquet") && rest.contains("-of-") && rest.starts_with(|c: char| c.is_ascii_digit())
             })
         })
         .collect();
-    found.sort();
-    found
+    shards.sort();
+    shards
 }
 
-/// The rows of one file; its ending says of which kind it is.
+/// Reads one file, whose extension tells its format.
 pub(crate) fn read_file<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     let rows = if is_parquet(path) {
         read_parquet(path)?
-    } else if path.extension().is_some_and(|ending| ending == "json") {
+    } else if path.extension().is_some_and(|extension| extension == "json") {
         let text = text_file::read(path)?;
         serde_json::from_str(&text).map_err(|error| Error::file(path, format!("expected a list of rows: {error}")))?
     } else {
         return read_lines(path);
     };
-    let fitted = |(index, row)| interrupt::check().and_then(|()| fit(path, index, row));
-    rows.into_iter().enumerate().map(fitted).collect()
+    let parse = |(index, row)| interrupt::check().and_then(|()| parse_row(path, index, row));
+    rows.into_iter().enumerate().map(parse).collect()
 }
 
-/// Whether the name says so.
+/// Whether the file name has Parquet's extension.
 pub(crate) fn is_parquet(path: &Path) -> bool {
-    path.extension().is_some_and(|ending| ending == "parquet")
+    path.extension().is_some_and(|extension| extension == "parquet")
 }
 
-/// A row as what it should be.
-///
-/// # Errors
-/// Names file and row.
-pub(crate) fn fit<T: DeserializeOwned>(path: &Path, index: usize, row: Value) -> Result<T> {
+/// Converts the row at `index` to its type; an error names the file and the row, counted from 1.
+pub(super) fn parse_row<T: DeserializeOwned>(path: &Path, index: usize, row: Value) -> Result<T> {
     serde_json::from_value(row).map_err(|error| Error::file(path, format!("row {}: {error}", index + 1)))
 }
 
-/// The rows of a JSONL file; empty lines are skipped.
+/// Reads a JSONL file, gzipped or not. Empty lines are skipped.
 fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     let file = File::open(path).map_err(Error::io(path))?;
-    let packed = path.extension().is_some_and(|ending| ending == "gz");
-    let plain: Box<dyn Read> = if packed { Box::new(MultiGzDecoder::new(file)) } else { Box::new(file) };
+    let is_gzip = path.extension().is_some_and(|extension| extension == "gz");
+    let contents: Box<dyn Read> = if is_gzip { Box::new(MultiGzDecoder::new(file)) } else { Box::new(file) };
     let mut rows = Vec::new();
-    for (number, line) in BufReader::new(plain).split(b'\n').enumerate() {
+    for (number, line) in BufReader::new(contents).split(b'\n').enumerate() {
         interrupt::check()?;
-        let line = line.map_err(|error| match packed {
-            true => Error::file(path, format!("is no whole gzip file ({error}): download it again")),
-            false => Error::io(path)(error),
+        let line = line.map_err(|error| {
+            if is_gzip {
+                Error::file(path, format!("is not a complete gzip file ({error}): download it again"))
+            } else {
+                Error::io(path)(error)
+            }
         })?;
         let line = text_file::decode(path, number + 1, line)?;
         if !line.trim().is_empty() {
@@ -107,30 +107,29 @@ fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     Ok(rows)
 }
 
-/// The rows of a Parquet file, each an object of its columns.
-pub(crate) fn read_parquet(path: &Path) -> Result<Vec<Value>> {
-    parquet_file::catch_panic(path, || read_whole_parquet(path))
+/// Reads the rows of a Parquet file as JSON objects, one key per column. A null becomes a missing key.
+pub(super) fn read_parquet(path: &Path) -> Result<Vec<Value>> {
+    parquet_file::catch_panic(path, || read_parquet_rows(path))
 }
 
-fn read_whole_parquet(path: &Path) -> Result<Vec<Value>> {
-    let bad = |error: ParquetError| Error::file(path, format!("is not a whole Parquet file: {error}"));
-    let reader = SerializedFileReader::new(File::open(path).map_err(Error::io(path))?).map_err(bad)?;
-    let rows = reader.get_row_iter(None).map_err(bad)?;
+fn read_parquet_rows(path: &Path) -> Result<Vec<Value>> {
+    let damaged = |error: ParquetError| Error::file(path, format!("is not a complete Parquet file: {error}"));
+    let reader = SerializedFileReader::new(File::open(path).map_err(Error::io(path))?).map_err(damaged)?;
+    let rows = reader.get_row_iter(None).map_err(damaged)?;
     let read = |row: std::result::Result<Row, ParquetError>| {
         interrupt::check()?;
-        row.map(|row| object(&row)).map_err(bad)
+        row.map(|row| to_object(&row)).map_err(damaged)
     };
     rows.map(read).collect()
 }
 
-/// A column that is null is as one that is not there.
-fn object(row: &Row) -> Value {
-    let columns = row.get_column_iter().map(|(name, field)| (name.clone(), value(field)));
+fn to_object(row: &Row) -> Value {
+    let columns = row.get_column_iter().map(|(name, field)| (name.clone(), to_value(field)));
     Value::Object(columns.filter(|(_, value)| !value.is_null()).collect::<Map<_, _>>())
 }
 
-/// The kinds of values that JSON has too; any other becomes null, and the row's type refuses it.
-fn value(field: &Field) -> Value {
+/// Converts the types that JSON has too. Any other becomes null, which the row's own type refuses if it needs the field.
+fn to_value(field: &Field) -> Value {
     match field {
         Field::Bool(v) => Value::from(*v),
         Field::Byte(v) => Value::from(*v),
@@ -144,8 +143,8 @@ fn value(field: &Field) -> Value {
         Field::Float(v) => Value::from(*v),
         Field::Double(v) => Value::from(*v),
         Field::Str(v) => Value::from(v.as_str()),
-        Field::Group(row) => object(row),
-        Field::ListInternal(list) => Value::Array(list.elements().iter().map(value).collect()),
+        Field::Group(row) => to_object(row),
+        Field::ListInternal(list) => Value::Array(list.elements().iter().map(to_value).collect()),
         _ => Value::Null,
     }
 }
@@ -168,7 +167,7 @@ mod tests {
     }
 
     #[test]
-    fn the_three_forms_give_the_same_rows() {
+    fn all_file_formats_give_the_same_rows() {
         let dir = tempfile::tempdir().unwrap();
         let row = |text: &str| Row { text: text.into(), number: 7, list: vec![1, 2] };
         let line = |text: &str| format!("{{\"text\": \"{text}\", \"number\": 7, \"list\": [1, 2]}}");
@@ -195,8 +194,8 @@ mod tests {
             #[allow(dead_code)]
             question: String,
         }
-        let wrong = read::<Other>(dir.path(), &["c"]).unwrap_err().to_string();
-        assert!(wrong.contains("row 1") && wrong.contains("question"), "{wrong}");
+        let error = read::<Other>(dir.path(), &["c"]).unwrap_err().to_string();
+        assert!(error.contains("row 1") && error.contains("question"), "{error}");
         assert!(read::<Row>(dir.path(), &["d"]).unwrap_err().to_string().contains("d.jsonl"));
         let cut = dir.path().join("cut.parquet");
         std::fs::write(&cut, b"PAR1 half").unwrap();

@@ -104,7 +104,7 @@ mod tests {
         }
         std::fs::write(&path, &packed[..packed.len() / 2]).unwrap();
         let error = load(dir.path(), "test").unwrap_err();
-        assert!(error.exit_code() == 2 && error.to_string().contains("no whole gzip file"), "{error}");
+        assert!(error.exit_code() == 2 && error.to_string().contains("not a complete gzip file"), "{error}");
     }
 
     #[test]

@@ -21,7 +21,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::Result;
-use crate::prompt_set::Sample;
+use crate::prompt_set::{self, Sample};
 use crate::sandbox::Sandbox;
 use crate::trajectory::FinishReason;
 
@@ -101,7 +101,7 @@ impl Task {
             Task::MtBench => "mt-bench",
             Task::Codesearchnet => "codesearchnet",
             Task::Perplexity => "perplexity",
-            Task::Jsonl => "jsonl",
+            Task::Jsonl => prompt_set::DEFAULT_SOURCE,
             Task::Synthetic => "synthetic",
         }
     }
@@ -145,7 +145,7 @@ impl Task {
             Task::MtBench => mt_bench::load(data, split),
             Task::Codesearchnet => codesearchnet::load(data, split),
             Task::Perplexity => perplexity::load(data, split),
-            Task::Jsonl => crate::prompt_set::read_with_generated_ids(data),
+            Task::Jsonl => prompt_set::read_with_generated_ids(data),
             Task::Synthetic => Ok(synthetic::generate(0, split, synthetic::DEFAULT_NUM_PROBLEMS)),
         }
     }

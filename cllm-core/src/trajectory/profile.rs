@@ -1,114 +1,126 @@
-//! The profile of blocks: fast-forwarded and stationary tokens (CLLM, section 4 and table 3), told by the recorded states.
+//! Convergence profiles: fast-forwarded and stationary tokens (CLLM, arXiv 2403.00835, section 4 and table 3), derived
+//! from the recorded states.
 //!
-//! A block is looked at as far as the answer goes: what stands after EOS, or after the length limit, counts nowhere.
+//! The converged prefix of a state is its longest prefix that agrees with the fixed point. Only tokens of the response
+//! count: what follows EOS or the length limit in the last block is ignored.
 
 use std::ops::AddAssign;
 
-use super::{Block, Trajectory};
+use super::row::{Block, Trajectory};
 
-/// Sums over blocks.
+/// Counts over some blocks.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Profile {
-    /// Blocks.
-    pub blocks: usize,
-    /// Tokens of the answer in them.
-    pub tokens: usize,
-    /// Iterations from the first guess until all of these tokens are right.
-    pub iterations: usize,
-    /// Tokens that the iterations added to the right prefix: one that each of them adds in any case, and what is beyond it.
-    pub fast_forwarded: usize,
-    /// Tokens that were right while one before them was wrong, and stayed right.
-    pub stationary: usize,
+    pub num_blocks: usize,
+    /// Tokens of the response in these blocks.
+    pub num_tokens: usize,
+    /// Iterations from the initial guess until all of these tokens have converged.
+    pub num_iterations: usize,
+    /// Tokens by which iterations extended the converged prefix. An iteration adds at least one; those beyond it are
+    /// included.
+    pub num_fast_forwarded: usize,
+    /// Tokens that were correct while a token before them was not, and that stayed correct.
+    pub num_stationary: usize,
+}
+
+/// The profile of one block.
+#[derive(Debug, Clone, Copy)]
+pub struct BlockProfile {
+    pub profile: Profile,
+    /// Whether all n tokens of the block belong to the response.
+    pub is_whole: bool,
 }
 
 impl Profile {
-    /// That of one block, of whose tokens the first `answer` belong to the answer.
-    pub fn of(block: &Block, answer: usize) -> Self {
+    /// The profile of a block whose first `num_response_tokens` tokens belong to the response.
+    fn from_block(block: &Block, num_response_tokens: usize) -> Self {
         let Some(fixed_point) = block.states.last() else { return Profile::default() };
-        let answer = answer.min(fixed_point.len());
-        let right = |state: &[i32], position: usize| state[position] == fixed_point[position];
-        let prefix = |state: &[i32]| (0..answer).take_while(|&position| right(state, position)).count();
-        let prefixes: Vec<usize> = block.states.iter().map(|state| prefix(state)).collect();
-        let first = prefixes[0];
+        let num_tokens = num_response_tokens.min(fixed_point.len());
+        let is_correct = |state: &[i32], position: usize| state[position] == fixed_point[position];
+        let converged = |state: &[i32]| (0..num_tokens).take_while(|&position| is_correct(state, position)).count();
+        let converged: Vec<usize> = block.states.iter().map(|state| converged(state)).collect();
+        let initially_converged = converged[0];
         let is_stationary = |&position: &usize| {
-            let turn = prefixes.iter().position(|&prefix| prefix > position).unwrap_or(0);
-            // Right in the last state before its turn, and from its turn on it is in the right prefix.
-            turn > 0 && right(&block.states[turn - 1], position)
+            let first_converged = converged.iter().position(|&prefix| prefix > position).unwrap_or(0);
+            // From this state on the token is in the converged prefix; it was stationary if it was correct just before.
+            first_converged > 0 && is_correct(&block.states[first_converged - 1], position)
         };
         Profile {
-            blocks: 1,
-            tokens: answer,
-            iterations: prefixes.iter().take_while(|&&prefix| prefix < answer).count(),
-            fast_forwarded: answer - first,
-            stationary: (first..answer).filter(is_stationary).count(),
+            num_blocks: 1,
+            num_tokens,
+            num_iterations: converged.iter().take_while(|&&prefix| prefix < num_tokens).count(),
+            num_fast_forwarded: num_tokens - initially_converged,
+            num_stationary: (initially_converged..num_tokens).filter(is_stationary).count(),
         }
     }
 
-    /// Mean number of tokens that an iteration adds to the right prefix, the one of any iteration among them, as the paper
-    /// counts; none without iterations.
+    /// Mean number of tokens by which an iteration extends the converged prefix, at least one, as the paper counts.
+    /// `None` if there were no iterations.
     pub fn fast_forwarded_per_iteration(&self) -> Option<f64> {
-        mean(self.fast_forwarded, self.iterations)
+        mean(self.num_fast_forwarded, self.num_iterations)
     }
 
-    /// Mean number of tokens of a block that came to the right prefix beyond one an iteration; none without blocks.
+    /// Mean number of tokens per block that were added to the converged prefix beyond one per iteration.
     pub fn beyond_one_per_block(&self) -> Option<f64> {
-        mean(self.fast_forwarded.saturating_sub(self.iterations), self.blocks)
+        mean(self.num_fast_forwarded.saturating_sub(self.num_iterations), self.num_blocks)
     }
 
-    /// Mean number of stationary tokens of a block; none without blocks.
+    /// Mean number of stationary tokens per block.
     pub fn stationary_per_block(&self) -> Option<f64> {
-        mean(self.stationary, self.blocks)
+        mean(self.num_stationary, self.num_blocks)
     }
 
-    /// Mean number of iterations of a block; none without blocks.
+    /// Mean number of iterations per block.
     pub fn iterations_per_block(&self) -> Option<f64> {
-        mean(self.iterations, self.blocks)
+        mean(self.num_iterations, self.num_blocks)
     }
 }
 
 impl AddAssign for Profile {
     fn add_assign(&mut self, other: Profile) {
-        self.blocks += other.blocks;
-        self.tokens += other.tokens;
-        self.iterations += other.iterations;
-        self.fast_forwarded += other.fast_forwarded;
-        self.stationary += other.stationary;
+        self.num_blocks += other.num_blocks;
+        self.num_tokens += other.num_tokens;
+        self.num_iterations += other.num_iterations;
+        self.num_fast_forwarded += other.num_fast_forwarded;
+        self.num_stationary += other.num_stationary;
     }
 }
 
-fn mean(sum: usize, of: usize) -> Option<f64> {
-    (of > 0).then(|| sum as f64 / of as f64)
+fn mean(sum: usize, count: usize) -> Option<f64> {
+    (count > 0).then(|| sum as f64 / count as f64)
 }
 
 impl Trajectory {
-    /// The profile of every block, and whether the answer goes through all of it.
-    pub fn block_profiles(&self) -> impl Iterator<Item = (Profile, bool)> {
+    /// The profile of every block, in order.
+    pub fn block_profiles(&self) -> impl Iterator<Item = BlockProfile> {
         self.blocks.iter().map(|block| {
-            let answer = self.answer_in(block);
-            (Profile::of(block, answer), block.states.last().is_some_and(|state| state.len() == answer))
+            let num_tokens = self.response_tokens_in(block);
+            let is_whole = block.states.last().is_some_and(|state| state.len() == num_tokens);
+            BlockProfile { profile: Profile::from_block(block, num_tokens), is_whole }
         })
     }
 
-    /// Forwards that the response took: one for its first token; in a block one for each state after the first, and one more
-    /// that finds the last state to be a fixed point and opens the next block, or ends the answer.
+    /// Forwards that decoding the response took: one for its first token; in each block one for every state after the
+    /// initial guess, and one that confirms the fixed point and opens the next block or ends the response.
     pub fn num_forwards(&self) -> usize {
         let in_block = |block: &Block| {
             let Some(fixed_point) = block.states.last() else { return 0 };
-            // Tokens known once the last state stands: a forward knows the guesses that it confirms and one more.
-            let mut known = 1;
+            // A forward accepts the draft tokens that it confirms and one more.
+            let mut num_accepted = 1;
             for pair in block.states.windows(2) {
-                known += (known..pair[0].len()).take_while(|&at| pair[0][at] == pair[1][at]).count() + 1;
+                let confirmed = (num_accepted..pair[0].len()).take_while(|&at| pair[0][at] == pair[1][at]).count();
+                num_accepted += confirmed + 1;
             }
             let opens_next = (block.start as usize + fixed_point.len()) < self.response_ids.len();
-            block.states.len() - 1 + usize::from(known < self.answer_in(block) || opens_next)
+            let needs_confirmation = num_accepted < self.response_tokens_in(block) || opens_next;
+            block.states.len() - 1 + usize::from(needs_confirmation)
         };
         usize::from(!self.response_ids.is_empty()) + self.blocks.iter().map(in_block).sum::<usize>()
     }
 
-    /// Tokens of a block that belong to the answer.
-    fn answer_in(&self, block: &Block) -> usize {
-        let left = self.response_ids.len().saturating_sub(block.start as usize);
-        block.states.last().map_or(0, |state| state.len().min(left))
+    fn response_tokens_in(&self, block: &Block) -> usize {
+        let after_start = self.response_ids.len().saturating_sub(block.start as usize);
+        block.states.last().map_or(0, |state| state.len().min(after_start))
     }
 }
 
@@ -116,35 +128,37 @@ impl Trajectory {
 mod tests {
     use super::*;
 
-    /// Iteration 1 fixes token 1 and knows 3 before its turn; iteration 2 fixes the rest.
+    /// Iteration 1 accepts token 1 and already has token 3; iteration 2 accepts the rest.
     fn block() -> Block {
         Block { start: 0, states: vec![vec![1, 9, 9, 9], vec![1, 2, 8, 4], vec![1, 2, 3, 4]] }
     }
 
     #[test]
     fn the_profile_counts_what_the_paper_counts() {
-        let found = Profile::of(&block(), 4);
-        let by_hand = Profile { blocks: 1, tokens: 4, iterations: 2, fast_forwarded: 3, stationary: 1 };
-        assert_eq!(found, by_hand);
-        assert_eq!(found.fast_forwarded_per_iteration(), Some(1.5));
-        assert_eq!(found.beyond_one_per_block(), Some(1.0));
-        let at_once = Profile::of(&Block { start: 0, states: vec![vec![1, 2]] }, 2);
-        assert_eq!(at_once, Profile { blocks: 1, tokens: 2, ..Profile::default() });
+        let profile = Profile::from_block(&block(), 4);
+        let by_hand =
+            Profile { num_blocks: 1, num_tokens: 4, num_iterations: 2, num_fast_forwarded: 3, num_stationary: 1 };
+        assert_eq!(profile, by_hand);
+        assert_eq!(profile.fast_forwarded_per_iteration(), Some(1.5));
+        assert_eq!(profile.beyond_one_per_block(), Some(1.0));
+        let at_once = Profile::from_block(&Block { start: 0, states: vec![vec![1, 2]] }, 2);
+        assert_eq!(at_once, Profile { num_blocks: 1, num_tokens: 2, ..Profile::default() });
         assert_eq!(at_once.fast_forwarded_per_iteration(), None);
     }
 
     #[test]
-    fn what_stands_after_the_answer_counts_nowhere() {
-        // With three tokens the stationary one is gone, with two the second iteration too.
-        let three = Profile { blocks: 1, tokens: 3, iterations: 2, fast_forwarded: 2, stationary: 0 };
-        assert_eq!(Profile::of(&block(), 3), three);
-        let two = Profile { blocks: 1, tokens: 2, iterations: 1, fast_forwarded: 1, stationary: 0 };
-        assert_eq!(Profile::of(&block(), 2), two);
+    fn tokens_after_the_response_are_not_counted() {
+        // Three tokens leave out the stationary one, two tokens the second iteration too.
+        let three =
+            Profile { num_blocks: 1, num_tokens: 3, num_iterations: 2, num_fast_forwarded: 2, num_stationary: 0 };
+        assert_eq!(Profile::from_block(&block(), 3), three);
+        let two = Profile { num_blocks: 1, num_tokens: 2, num_iterations: 1, num_fast_forwarded: 1, num_stationary: 0 };
+        assert_eq!(Profile::from_block(&block(), 2), two);
     }
 
     #[test]
-    fn a_token_that_was_right_and_became_wrong_again_is_not_stationary() {
+    fn a_token_that_was_correct_and_became_wrong_again_is_not_stationary() {
         let states = vec![vec![1, 9, 9, 4], vec![1, 2, 8, 7], vec![1, 2, 3, 4]];
-        assert_eq!(Profile::of(&Block { start: 0, states }, 4).stationary, 0);
+        assert_eq!(Profile::from_block(&Block { start: 0, states }, 4).num_stationary, 0);
     }
 }

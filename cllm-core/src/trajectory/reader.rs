@@ -1,238 +1,248 @@
-//! Reads a data set in constant memory: row by row, or in pieces on all cores.
+//! Reads a data set in constant memory: row by row, or in chunks of rows that several threads can read at once.
 
-use std::collections::BTreeSet;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use arrow::datatypes::Schema;
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
 use parquet::file::metadata::{ColumnChunkMetaData, RowGroupMetaData};
-use serde_json::json;
 
-use super::schema::{PROVENANCE_KEY, VERSION_KEY, from_batch, schema};
-use super::writer::{Manifest, difference, read_manifest};
-use super::{Provenance, SCHEMA_VERSION, Trajectory};
-use crate::{Error, Result, fingerprint, interrupt, parquet_file};
+use super::manifest::{INCOMPLETE_DATA_SET, Manifest, Provenance};
+use super::row::Trajectory;
+use super::schema::{PROVENANCE_KEY, SCHEMA_VERSION, VERSION_KEY, batch_to_rows, schema};
+use crate::{Error, Result, interrupt, parquet_file};
 
 /// Rows that are decoded at once.
 const BATCH_ROWS: usize = 64;
-/// Most rows of a piece, and most values (tokens, nearly all), unless a single row group has more.
-const PIECE_ROWS: usize = 1024;
-const PIECE_VALUES: usize = 8 << 20;
+/// Limits of a [`RowChunk`]: rows, and values (nearly all of them tokens). A single row group may exceed them.
+const MAX_CHUNK_ROWS: usize = 1024;
+const MAX_CHUNK_VALUES: usize = 8 << 20;
 
-/// What is said of a data set whose manifest is not complete.
-pub const INCOMPLETE_DATA_SET: &str = "is not complete: the run that writes it was stopped, or still goes on; run the same command \
-                                   (collect, augment, clean or import) again to finish it";
+const DAMAGED_ADVICE: &str = "copy it again, or delete the data set's folder and collect again";
 
 /// A data set opened for reading.
 pub struct Reader {
     path: PathBuf,
     shards: Vec<Shard>,
-    rows: usize,
     provenance: Provenance,
     complete: bool,
 }
 
+/// An open shard: its footer has been read, its rows have not.
 struct Shard {
     path: PathBuf,
-    /// Rows and values of each row group.
-    groups: Vec<(usize, usize)>,
+    row_groups: Vec<RowGroup>,
+    provenance: Provenance,
+}
+
+struct RowGroup {
+    num_rows: usize,
+    num_values: usize,
+}
+
+/// Some row groups of one shard.
+#[derive(Clone)]
+struct ShardSlice {
+    path: PathBuf,
+    row_groups: Vec<usize>,
 }
 
 /// Consecutive rows of a data set, few enough to be held in memory.
 pub struct RowChunk {
-    rows: usize,
-    /// Shards and row groups in them.
-    places: Vec<(PathBuf, Vec<usize>)>,
+    num_rows: usize,
+    slices: Vec<ShardSlice>,
 }
 
 impl RowChunk {
-    /// Number of rows.
-    pub fn len(&self) -> usize {
-        self.rows
+    pub fn num_rows(&self) -> usize {
+        self.num_rows
     }
 
-    /// Whether there are no rows.
-    pub fn is_empty(&self) -> bool {
-        self.rows == 0
+    fn push(&mut self, shard: &Path, row_group: usize) {
+        match self.slices.last_mut() {
+            Some(slice) if slice.path == shard => slice.row_groups.push(row_group),
+            _ => self.slices.push(ShardSlice { path: shard.to_owned(), row_groups: vec![row_group] }),
+        }
+    }
+}
+
+impl Shard {
+    fn open(path: &Path) -> Result<Self> {
+        let (builder, provenance) = open_shard(path)?;
+        let num_values =
+            |group: &RowGroupMetaData| group.columns().iter().map(ColumnChunkMetaData::num_values).sum::<i64>();
+        let row_group = |group: &RowGroupMetaData| RowGroup {
+            num_rows: group.num_rows() as usize,
+            num_values: num_values(group) as usize,
+        };
+        let row_groups = builder.metadata().row_groups().iter().map(row_group).collect();
+        Ok(Shard { path: path.to_owned(), row_groups, provenance })
+    }
+
+    fn num_rows(&self) -> usize {
+        self.row_groups.iter().map(|group| group.num_rows).sum()
     }
 }
 
 impl Reader {
-    /// Opens a whole data set: its folder, or one shard.
+    /// Opens a complete data set: its folder, or one of its shards.
     ///
     /// # Errors
-    /// [`Error::File`] for a folder without a manifest, a data set that is not complete, a shard that is missing or cut off,
-    /// of another schema or version.
+    /// [`Error::File`] for a folder without a manifest, a data set that is not complete, and a shard that is missing,
+    /// damaged or of another schema version.
     pub fn open(path: &Path) -> Result<Self> {
-        // Before its shards, of which there may be none yet.
-        if path.is_dir() && !expect_manifest(path)?.complete {
+        // Checked before the shards are opened: an incomplete data set may not have any yet.
+        if path.is_dir() && !Manifest::load(path)?.complete {
             return Err(Error::file(path, INCOMPLETE_DATA_SET));
         }
         Reader::open_incomplete(path)
     }
 
-    /// Opens what there is of a data set, whether the run that writes it has ended or not.
+    /// Opens a data set, whether the run that writes it has ended or not.
     ///
     /// # Errors
-    /// As [`Reader::open`], but for a data set that is not complete.
+    /// As [`Reader::open`], except for a data set that is not complete.
     pub fn open_incomplete(path: &Path) -> Result<Self> {
-        let (shards, complete): (Vec<(PathBuf, Option<usize>)>, bool) = if path.is_dir() {
-            let manifest = expect_manifest(path)?;
-            let shards = manifest.shards.into_iter().map(|(name, rows)| (path.join(name), Some(rows)));
-            (shards.collect(), manifest.complete)
-        } else {
-            (vec![(path.to_owned(), None)], true)
-        };
-        let mut rows = 0;
-        let mut provenance = None;
-        let mut opened = Vec::with_capacity(shards.len());
-        for (shard, promised) in &shards {
-            // Not before the first: what a stopped run kept, a single file, is read even while the next one is stopped.
-            if !opened.is_empty() {
-                interrupt::check()?;
-            }
-            let (builder, found) = open_shard(shard)?;
-            let count = builder.metadata().file_metadata().num_rows() as usize;
-            if let Some(promised) = promised.filter(|&promised| promised != count) {
-                let message = format!("has {count} rows, manifest.json says {promised}: copy the whole folder again");
-                return Err(Error::file(shard, message));
-            }
-            rows += count;
-            if let Some(difference) = provenance.as_ref().and_then(|first| difference(first, &found)) {
-                let message = format!("is of another data set than the shards before it ({difference})");
-                return Err(Error::file(shard, message));
-            }
-            provenance.get_or_insert(found);
-            let values =
-                |group: &RowGroupMetaData| group.columns().iter().map(ColumnChunkMetaData::num_values).sum::<i64>();
-            let groups = builder.metadata().row_groups().iter();
-            let groups = groups.map(|group| (group.num_rows() as usize, values(group) as usize)).collect();
-            opened.push(Shard { path: shard.clone(), groups });
+        if !path.is_dir() {
+            let shard = Shard::open(path)?;
+            let provenance = shard.provenance.clone();
+            return Ok(Reader { path: path.to_owned(), shards: vec![shard], provenance, complete: true });
         }
-        let provenance = provenance.ok_or_else(|| Error::file(path, "holds no rows yet"))?;
-        Ok(Reader { path: path.to_owned(), shards: opened, rows, provenance, complete })
+        let manifest = Manifest::load(path)?;
+        let mut shards: Vec<Shard> = Vec::with_capacity(manifest.shards.len());
+        for (name, num_rows) in &manifest.shards {
+            interrupt::check()?;
+            let shard = Shard::open(&path.join(name))?;
+            check_shard(&shard, *num_rows, shards.first())?;
+            shards.push(shard);
+        }
+        let first = shards.first().ok_or_else(|| Error::file(path, "has no rows yet"))?;
+        let provenance = first.provenance.clone();
+        Ok(Reader { path: path.to_owned(), shards, provenance, complete: manifest.complete })
     }
 
-    /// Number of rows.
-    pub fn len(&self) -> usize {
-        self.rows
+    pub fn num_rows(&self) -> usize {
+        self.shards.iter().map(Shard::num_rows).sum()
     }
 
-    /// Whether there are no rows.
-    pub fn is_empty(&self) -> bool {
-        self.rows == 0
-    }
-
-    /// How the data set came to be.
     pub fn provenance(&self) -> &Provenance {
         &self.provenance
     }
 
-    /// Whether the run that writes it has ended.
+    /// Whether the run that writes the data set has ended.
     pub fn is_complete(&self) -> bool {
         self.complete
     }
 
-    /// Refuses a tokenizer that is not the one of the data set, by its fingerprint.
+    /// Refuses a model whose tokenizer, given by its fingerprint, is not the data set's.
     ///
     /// # Errors
-    /// [`Error::File`] with both fingerprints.
+    /// [`Error::File`].
     pub fn check_tokenizer(&self, fingerprint: &str) -> Result<()> {
-        let collected_with = &self.provenance.tokenizer;
-        if collected_with == fingerprint {
+        if self.provenance.tokenizer == fingerprint {
             return Ok(());
         }
-        let message = format!(
-            "was collected with tokenizer {collected_with}, the model given has {fingerprint}: give the model that it was \
-             collected with, or one of the same tokenizer"
-        );
+        let message = "the data set's tokenizer is not that of the model: name the model that collected it, or one with \
+                       the same tokenizer";
         Err(Error::file(&self.path, message))
     }
 
-    /// The rows in order; one that breaks its promises ends them with an error.
+    /// The rows in order. The first row that breaks a guarantee of [`Trajectory::check`] ends them with an error.
     pub fn rows(&self) -> Rows {
-        Rows { promised: Some(self.provenance.clone()), ..self.unchecked_rows() }
+        Rows { check_against: Some(self.provenance.clone()), ..self.unchecked_rows() }
     }
 
-    /// The rows in order, as they are; for those who count what is wrong with them.
+    /// The rows in order without checks, for code that reports what is wrong with them.
     pub fn unchecked_rows(&self) -> Rows {
-        let all = |shard: &Shard| (shard.path.clone(), (0..shard.groups.len()).collect());
-        Rows::of(self.shards.iter().map(all).collect())
+        let whole =
+            |shard: &Shard| ShardSlice { path: shard.path.clone(), row_groups: (0..shard.row_groups.len()).collect() };
+        Rows::new(self.shards.iter().map(whole).collect())
     }
 
-    /// All rows in pieces, in order. They depend on the files alone, not on the machine.
+    /// All rows in chunks, in order. The chunks depend on the files alone, not on the machine.
     pub fn row_chunks(&self) -> Vec<RowChunk> {
-        let mut pieces: Vec<RowChunk> = Vec::new();
-        let mut values = 0;
+        let mut chunks: Vec<RowChunk> = Vec::new();
+        let mut num_values = 0;
         for shard in &self.shards {
-            for (index, &(rows, more)) in shard.groups.iter().enumerate() {
-                let fits = |piece: &&mut RowChunk| piece.rows + rows <= PIECE_ROWS && values + more <= PIECE_VALUES;
-                match pieces.last_mut().filter(fits) {
-                    Some(piece) => {
-                        piece.rows += rows;
-                        values += more;
-                        match piece.places.last_mut().filter(|(path, _)| *path == shard.path) {
-                            Some((_, groups)) => groups.push(index),
-                            None => piece.places.push((shard.path.clone(), vec![index])),
-                        }
+            for (index, group) in shard.row_groups.iter().enumerate() {
+                let fits = |chunk: &&mut RowChunk| {
+                    chunk.num_rows + group.num_rows <= MAX_CHUNK_ROWS
+                        && num_values + group.num_values <= MAX_CHUNK_VALUES
+                };
+                match chunks.last_mut().filter(fits) {
+                    Some(chunk) => {
+                        chunk.num_rows += group.num_rows;
+                        num_values += group.num_values;
+                        chunk.push(&shard.path, index);
                     }
                     None => {
-                        pieces.push(RowChunk { rows, places: vec![(shard.path.clone(), vec![index])] });
-                        values = more;
+                        let slice = ShardSlice { path: shard.path.clone(), row_groups: vec![index] };
+                        chunks.push(RowChunk { num_rows: group.num_rows, slices: vec![slice] });
+                        num_values = group.num_values;
                     }
                 }
             }
         }
-        pieces
+        chunks
     }
 
-    /// The rows of a piece, as [`Reader::rows`] gives them.
-    pub fn chunk_rows(&self, piece: &RowChunk) -> Rows {
-        Rows { promised: Some(self.provenance.clone()), ..Rows::of(piece.places.clone()) }
+    /// The rows of one chunk, checked as those of [`Reader::rows`] are.
+    pub fn chunk_rows(&self, chunk: &RowChunk) -> Rows {
+        Rows { check_against: Some(self.provenance.clone()), ..Rows::new(chunk.slices.clone()) }
+    }
+}
+
+/// Refuses a shard that does not have the manifest's number of rows, or whose provenance is not that of the first shard.
+fn check_shard(shard: &Shard, expected_rows: usize, first: Option<&Shard>) -> Result<()> {
+    let num_rows = shard.num_rows();
+    if num_rows != expected_rows {
+        let message =
+            format!("has {num_rows} rows, but manifest.json says {expected_rows}: copy the whole folder again");
+        return Err(Error::file(&shard.path, message));
+    }
+    match first.and_then(|first| first.provenance.difference(&shard.provenance)) {
+        Some(difference) => {
+            let (field, theirs, its) = (difference.field, difference.existing, difference.expected);
+            let message =
+                format!("belongs to another data set than the shards before it: its {field} is {its}, theirs {theirs}");
+            Err(Error::file(&shard.path, message))
+        }
+        None => Ok(()),
     }
 }
 
 /// Iterator over the rows of a data set.
 pub struct Rows {
-    /// Shards and row groups to come, the next one last.
-    waiting: Vec<(PathBuf, Vec<usize>)>,
-    shard: Option<(PathBuf, ParquetRecordBatchReader)>,
-    ready: std::vec::IntoIter<Trajectory>,
-    /// What each row is checked against.
-    promised: Option<Provenance>,
+    /// Slices that have not been opened yet, the next one last.
+    remaining: Vec<ShardSlice>,
+    open: Option<(PathBuf, ParquetRecordBatchReader)>,
+    /// Decoded rows that have not been returned yet.
+    decoded: std::vec::IntoIter<Trajectory>,
+    check_against: Option<Provenance>,
 }
 
 impl Rows {
-    fn of(mut places: Vec<(PathBuf, Vec<usize>)>) -> Self {
-        places.reverse();
-        Rows { waiting: places, shard: None, ready: Vec::new().into_iter(), promised: None }
+    fn new(mut slices: Vec<ShardSlice>) -> Self {
+        slices.reverse();
+        Rows { remaining: slices, open: None, decoded: Vec::new().into_iter(), check_against: None }
     }
 
-    /// Decodes the next batch; false at the end.
-    fn fill(&mut self) -> Result<bool> {
+    /// Decodes and checks the next batch; false at the end of the data set.
+    fn decode_batch(&mut self) -> Result<bool> {
         loop {
-            if let Some((path, batches)) = &mut self.shard {
-                let decoded = parquet_file::catch_panic(path, || {
-                    let Some(batch) = batches.next() else { return Ok(None) };
-                    let batch = batch.map_err(|error| damaged(path, error))?;
-                    from_batch(&batch).map(Some).map_err(|message| Error::file(&*path, message))
-                })?;
-                if let Some(rows) = decoded {
-                    for row in &rows {
-                        let checked = self.promised.as_ref().map_or(Ok(()), |provenance| row.check(provenance));
-                        checked.map_err(|message| Error::file(&*path, format!("`{}`: {message}", row.sample_id)))?;
-                    }
-                    self.ready = rows.into_iter();
+            if let Some((path, batches)) = &mut self.open {
+                if let Some(rows) = next_batch(path, batches)? {
+                    check_rows(path, &rows, self.check_against.as_ref())?;
+                    self.decoded = rows.into_iter();
                     return Ok(true);
                 }
-                self.shard = None;
+                self.open = None;
             }
-            let Some((path, groups)) = self.waiting.pop() else { return Ok(false) };
+            let Some(ShardSlice { path, row_groups }) = self.remaining.pop() else { return Ok(false) };
             let (builder, _) = open_shard(&path)?;
-            let builder = builder.with_row_groups(groups).with_batch_size(BATCH_ROWS);
+            let builder = builder.with_row_groups(row_groups).with_batch_size(BATCH_ROWS);
             let batches = parquet_file::catch_panic(&path, || builder.build().map_err(|error| damaged(&path, error)))?;
-            self.shard = Some((path, batches));
+            self.open = Some((path, batches));
         }
     }
 }
@@ -242,15 +252,15 @@ impl Iterator for Rows {
 
     fn next(&mut self) -> Option<Self::Item> {
         loop {
-            if let Some(row) = self.ready.next() {
+            if let Some(row) = self.decoded.next() {
                 return Some(Ok(row));
             }
-            match self.fill() {
+            match self.decode_batch() {
                 Ok(true) => {}
                 Ok(false) => return None,
                 Err(error) => {
-                    self.waiting.clear();
-                    self.shard = None;
+                    self.remaining.clear();
+                    self.open = None;
                     return Some(Err(error));
                 }
             }
@@ -258,117 +268,74 @@ impl Iterator for Rows {
     }
 }
 
-/// Fingerprint of a data set without a look at its rows: its provenance, and name, rows and bytes of each shard. Of a single
-/// shard, that of its content.
-///
-/// # Errors
-/// A folder without a manifest, a shard that is missing.
-pub fn fingerprint(path: &Path) -> Result<String> {
-    if !path.is_dir() {
-        return fingerprint::hash_files(&[path]);
-    }
-    let manifest = expect_manifest(path)?;
-    let bytes = |(name, _): &(String, usize)| {
-        let shard = path.join(name);
-        Ok(std::fs::metadata(&shard).map_err(Error::io(&shard))?.len())
-    };
-    let bytes = manifest.shards.iter().map(bytes).collect::<Result<Vec<u64>>>()?;
-    Ok(fingerprint::hash_bytes(json!([manifest.provenance, manifest.shards, bytes]).to_string().as_bytes()))
+fn next_batch(path: &Path, batches: &mut ParquetRecordBatchReader) -> Result<Option<Vec<Trajectory>>> {
+    parquet_file::catch_panic(path, || {
+        let Some(batch) = batches.next() else { return Ok(None) };
+        let batch = batch.map_err(|error| damaged(path, error))?;
+        batch_to_rows(&batch).map(Some).map_err(|message| Error::file(path, message))
+    })
 }
 
-fn expect_manifest(folder: &Path) -> Result<Manifest> {
-    let found = match read_manifest(folder)? {
-        Some(manifest) => Some(manifest),
-        None => joined_manifest(folder)?,
-    };
-    found.ok_or_else(|| Error::file(folder, "holds no manifest.json: it is no trajectory data set"))
-}
-
-/// The name of the share that process `rank` of `world` collects, a folder of the data set's.
-pub fn rank_folder(rank: usize, world: usize) -> String {
-    format!("rank-{rank}-of-{world}")
-}
-
-/// The manifest of a data set in shares, which several processes collected; `None` where there are none.
-fn joined_manifest(folder: &Path) -> Result<Option<Manifest>> {
-    let entries = std::fs::read_dir(folder).map_err(Error::io(folder))?;
-    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-    let worlds: BTreeSet<usize> =
-        names.filter_map(|name| name.strip_prefix("rank-")?.split_once("-of-")?.1.parse().ok()).collect();
-    let Some(&world) = worlds.first() else { return Ok(None) };
-    if worlds.len() > 1 {
-        let message = format!("holds shares of runs of {worlds:?} processes: keep those of one");
-        return Err(Error::file(folder, message));
-    }
-    let mut joined: Option<Manifest> = None;
-    for name in (0..world).map(|rank| rank_folder(rank, world)) {
-        let part = folder.join(&name);
-        let Some(mut manifest) = (if part.is_dir() { read_manifest(&part)? } else { None }) else {
-            let message = format!("is missing: the process that collects it was stopped early; {INCOMPLETE_DATA_SET}");
-            return Err(Error::file(part, message));
-        };
-        manifest.shards.iter_mut().for_each(|(shard, _)| *shard = format!("{name}/{shard}"));
-        match &mut joined {
-            None => joined = Some(manifest),
-            Some(joined) => {
-                joined.shards.extend(manifest.shards);
-                joined.complete &= manifest.complete;
-            }
-        }
-    }
-    Ok(joined)
+fn check_rows(path: &Path, rows: &[Trajectory], provenance: Option<&Provenance>) -> Result<()> {
+    let Some(provenance) = provenance else { return Ok(()) };
+    rows.iter().try_for_each(|row| {
+        row.check(provenance).map_err(|message| Error::file(path, format!("row `{}`: {message}", row.sample_id)))
+    })
 }
 
 fn damaged(path: &Path, error: impl std::fmt::Display) -> Error {
-    Error::file(path, format!("is damaged ({error}); copy it again, or delete the data set's folder and collect again"))
+    Error::file(path, format!("is damaged ({error}); {DAMAGED_ADVICE}"))
 }
 
+/// Opens a shard and checks that its footer is that of a trajectory shard which this version can read.
 pub(super) fn open_shard(path: &Path) -> Result<(ParquetRecordBatchReaderBuilder<File>, Provenance)> {
-    parquet_file::catch_panic(path, || open_whole_shard(path))
+    parquet_file::catch_panic(path, || {
+        let builder = open_parquet(path)?;
+        let provenance = read_metadata(path, &builder)?;
+        Ok((builder, provenance))
+    })
 }
 
-fn open_whole_shard(path: &Path) -> Result<(ParquetRecordBatchReaderBuilder<File>, Provenance)> {
+fn open_parquet(path: &Path) -> Result<ParquetRecordBatchReaderBuilder<File>> {
     let file = File::open(path).map_err(Error::io(path))?;
-    if path.extension().is_some_and(|ending| ending == "jsonl") {
-        let message =
-            "is no trajectory data set, perhaps a prompt set: expected the folder that `cllm-data collect` made";
+    if path.extension().is_some_and(|extension| extension == "jsonl") {
+        let message = "is JSONL, perhaps a prompt set: expected a trajectory data set, the folder that `cllm-data \
+                       collect` wrote";
         return Err(Error::file(path, message));
     }
-    let builder = ParquetRecordBatchReaderBuilder::try_new(file).map_err(|error| {
-        let advice = "copy it again, or delete the data set's folder and collect again";
-        Error::file(path, format!("is no whole Parquet file ({error}); {advice}"))
-    })?;
-    let metadata = builder.metadata().file_metadata().key_value_metadata().cloned().unwrap_or_default();
-    let value = |key: &str| metadata.iter().find(|entry| entry.key == key).and_then(|entry| entry.value.clone());
-    let version =
-        value(VERSION_KEY).ok_or_else(|| Error::file(path, "is no trajectory shard: it has no schema version"))?;
-    if version != SCHEMA_VERSION.to_string() {
-        return Err(Error::file(
-            path,
-            format!("has schema version {version}, this toolkit ({}) reads {SCHEMA_VERSION}", crate::VERSION),
-        ));
-    }
-    if let Some(message) = other_columns(builder.schema()) {
-        return Err(Error::file(path, format!("is no trajectory shard: {message} (see docs/data-format.md)")));
-    }
-    let provenance = serde_json::from_str(&value(PROVENANCE_KEY).unwrap_or_default())
-        .map_err(|error| Error::file(path, format!("has no readable provenance: {error}")))?;
-    Ok((builder, provenance))
+    ParquetRecordBatchReaderBuilder::try_new(file)
+        .map_err(|error| Error::file(path, format!("is not a complete Parquet file ({error}); {DAMAGED_ADVICE}")))
 }
 
-/// The first column that is not as it should be.
-fn other_columns(found: &Schema) -> Option<String> {
-    let wanted = schema();
-    for field in wanted.fields() {
-        match found.field_with_name(field.name()) {
+fn read_metadata(path: &Path, builder: &ParquetRecordBatchReaderBuilder<File>) -> Result<Provenance> {
+    let metadata = builder.metadata().file_metadata().key_value_metadata().cloned().unwrap_or_default();
+    let value = |key: &str| metadata.iter().find(|entry| entry.key == key).and_then(|entry| entry.value.clone());
+    let version = value(VERSION_KEY)
+        .ok_or_else(|| Error::file(path, "is not a trajectory shard: it has no schema version in its metadata"))?;
+    if version != SCHEMA_VERSION.to_string() {
+        let message = format!("has schema version {version}; this version ({}) reads {SCHEMA_VERSION}", crate::VERSION);
+        return Err(Error::file(path, message));
+    }
+    if let Some(problem) = column_problem(builder.schema()) {
+        return Err(Error::file(path, format!("is not a trajectory shard: {problem} (see docs/data-format.md)")));
+    }
+    serde_json::from_str(&value(PROVENANCE_KEY).unwrap_or_default())
+        .map_err(|error| Error::file(path, format!("has no readable provenance: {error}")))
+}
+
+/// The first column that is missing, superfluous or of another type.
+fn column_problem(actual: &Schema) -> Option<String> {
+    let expected = schema();
+    for field in expected.fields() {
+        match actual.field_with_name(field.name()) {
             Err(_) => return Some(format!("it has no column `{}`", field.name())),
-            Ok(other) if other.data_type() != field.data_type() => {
-                let (name, found, wanted) = (field.name(), other.data_type(), field.data_type());
-                return Some(format!("its column `{name}` is {found}, expected {wanted}"));
+            Ok(column) if column.data_type() != field.data_type() => {
+                let (name, actual, expected) = (field.name(), column.data_type(), field.data_type());
+                return Some(format!("its column `{name}` is {actual}, expected {expected}"));
             }
             Ok(_) => {}
         }
     }
-    let extra = found.fields().iter().find(|field| wanted.field_with_name(field.name()).is_err())?;
-    Some(format!("it has a column `{}`, which none should", extra.name()))
+    let extra = actual.fields().iter().find(|field| expected.field_with_name(field.name()).is_err())?;
+    Some(format!("it has an unknown column `{}`", extra.name()))
 }

@@ -1,4 +1,4 @@
-//! Rows as Arrow columns and back.
+//! Converts rows to Arrow columns and back. The columns are described in `docs/data-format.md`.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -11,13 +11,13 @@ use arrow::buffer::OffsetBuffer;
 use arrow::datatypes::{DataType, Field, Fields, Int32Type, Schema, SchemaRef};
 use arrow::error::ArrowError;
 
-use super::{Block, FinishReason, Trajectory};
+use super::row::{Block, FinishReason, Trajectory};
 
-/// Version of the schema; a reader refuses any other.
+/// Version of the schema. A reader refuses any other.
 pub const SCHEMA_VERSION: u32 = 1;
-/// Metadata key of the schema version.
+/// Key of the schema version in a shard's metadata.
 pub(super) const VERSION_KEY: &str = "cllm.schema_version";
-/// Metadata key of the provenance (JSON).
+/// Key of the provenance (JSON) in a shard's metadata.
 pub(super) const PROVENANCE_KEY: &str = "cllm.provenance";
 
 fn list(item: DataType) -> DataType {
@@ -29,7 +29,7 @@ fn block_fields() -> Fields {
     vec![Field::new("start", DataType::Int32, false), Field::new("states", states, false)].into()
 }
 
-/// The columns, without metadata.
+/// The columns of a shard, without metadata.
 pub(super) fn schema() -> SchemaRef {
     let ids = || list(DataType::Int32);
     Arc::new(Schema::new(vec![
@@ -46,8 +46,7 @@ pub(super) fn schema() -> SchemaRef {
     ]))
 }
 
-/// Rows as one record batch.
-pub(super) fn to_batch(rows: &[Trajectory]) -> Result<RecordBatch, ArrowError> {
+pub(super) fn rows_to_batch(rows: &[Trajectory]) -> Result<RecordBatch, ArrowError> {
     let text =
         |get: fn(&Trajectory) -> &str| -> ArrayRef { Arc::new(StringArray::from_iter_values(rows.iter().map(get))) };
     let optional =
@@ -109,37 +108,28 @@ fn flags_to_array(rows: &[Trajectory]) -> ListArray {
     builder.finish()
 }
 
-/// The rows of a record batch whose schema was checked.
-pub(super) fn from_batch(batch: &RecordBatch) -> Result<Vec<Trajectory>, String> {
+/// Converts a record batch whose schema has been checked.
+pub(super) fn batch_to_rows(batch: &RecordBatch) -> Result<Vec<Trajectory>, String> {
     let column = |name: &str| batch.column_by_name(name).ok_or_else(|| format!("column `{name}` is missing"));
     let text = |name: &str| Ok::<_, String>(column(name)?.as_string::<i32>());
-    let ids = |name: &str| Ok::<_, String>(column(name)?.as_list::<i32>());
+    let list = |name: &str| Ok::<_, String>(column(name)?.as_list::<i32>());
     let (sample_id, source, prompt) = (text("sample_id")?, text("source")?, text("prompt")?);
-    let (prompt_ids, response_ids) = (ids("prompt_ids")?, ids("response_ids")?);
+    let (prompt_ids, response_ids) = (list("prompt_ids")?, list("response_ids")?);
     let (reference, meta, finish_reason) = (text("reference")?, text("meta")?, text("finish_reason")?);
-    let (blocks, augmented) = (ids("blocks")?, ids("augmented")?);
-    let structs = blocks.values().as_struct();
-    let (starts, states) = (structs.column(0).as_primitive::<Int32Type>(), structs.column(1).as_list::<i32>());
-    let flags = augmented.values().as_list::<i32>();
-    let booleans = flags.values().as_boolean();
-    let block = |index: usize| Block {
-        start: starts.value(index) as u32,
-        states: span(states, index).map(|state| numbers(states.values().as_list::<i32>(), state)).collect(),
-    };
-    let flags_of = |index: usize| span(flags, index).map(|at| booleans.is_valid(at) && booleans.value(at)).collect();
-    let trajectory = |row: usize| {
+    let (blocks, augmented) = (list("blocks")?, list("augmented")?);
+    let row = |row: usize| {
         let optional = |values: &StringArray| values.is_valid(row).then(|| values.value(row).to_owned());
-        let needed = |name: &str, values| optional(values).ok_or_else(|| format!("row {row}: `{name}` is null"));
+        let required = |name: &str, values| optional(values).ok_or_else(|| format!("row {row}: `{name}` is null"));
         Ok(Trajectory {
-            sample_id: needed("sample_id", sample_id)?,
-            source: needed("source", source)?,
-            prompt: needed("prompt", prompt)?,
-            prompt_ids: numbers(prompt_ids, row),
-            response_ids: numbers(response_ids, row),
+            sample_id: required("sample_id", sample_id)?,
+            source: required("source", source)?,
+            prompt: required("prompt", prompt)?,
+            prompt_ids: ids_in(prompt_ids, row),
+            response_ids: ids_in(response_ids, row),
             reference: optional(reference),
-            blocks: span(blocks, row).map(block).collect(),
-            augmented: augmented.is_valid(row).then(|| span(augmented, row).map(flags_of).collect()),
-            finish_reason: match needed("finish_reason", finish_reason)?.as_str() {
+            blocks: blocks_in(blocks, row),
+            augmented: augmented.is_valid(row).then(|| flags_in(augmented, row)),
+            finish_reason: match required("finish_reason", finish_reason)?.as_str() {
                 "eos" => FinishReason::Eos,
                 "length" => FinishReason::Length,
                 other => return Err(format!("row {row}: finish_reason is `{other}`, expected eos or length")),
@@ -147,15 +137,34 @@ pub(super) fn from_batch(batch: &RecordBatch) -> Result<Vec<Trajectory>, String>
             meta: optional(meta),
         })
     };
-    (0..batch.num_rows()).map(trajectory).collect()
+    (0..batch.num_rows()).map(row).collect()
 }
 
-/// Where the items of one list stand among the values of all.
-fn span(lists: &ListArray, index: usize) -> Range<usize> {
+/// Indices of one list's items among the values of all lists.
+fn item_range(lists: &ListArray, index: usize) -> Range<usize> {
     let offsets = lists.value_offsets();
     offsets[index] as usize..offsets[index + 1] as usize
 }
 
-fn numbers(lists: &ListArray, index: usize) -> Vec<i32> {
-    lists.values().as_primitive::<Int32Type>().values()[span(lists, index)].to_vec()
+fn ids_in(lists: &ListArray, index: usize) -> Vec<i32> {
+    lists.values().as_primitive::<Int32Type>().values()[item_range(lists, index)].to_vec()
+}
+
+fn blocks_in(lists: &ListArray, index: usize) -> Vec<Block> {
+    let structs = lists.values().as_struct();
+    let (starts, state_lists) = (structs.column(0).as_primitive::<Int32Type>(), structs.column(1).as_list::<i32>());
+    let states = state_lists.values().as_list::<i32>();
+    let block = |index: usize| Block {
+        start: starts.value(index) as u32,
+        states: item_range(state_lists, index).map(|state| ids_in(states, state)).collect(),
+    };
+    item_range(lists, index).map(block).collect()
+}
+
+fn flags_in(lists: &ListArray, index: usize) -> Vec<Vec<bool>> {
+    let of_blocks = lists.values().as_list::<i32>();
+    let flags = of_blocks.values().as_boolean();
+    let of_block =
+        |index: usize| item_range(of_blocks, index).map(|flag| flags.is_valid(flag) && flags.value(flag)).collect();
+    item_range(lists, index).map(of_block).collect()
 }

@@ -1,4 +1,4 @@
-//! Shards that appear whole or not at all, and the manifest over them.
+//! Writes shards that appear whole or not at all, and updates the manifest after each.
 
 use std::path::{Path, PathBuf};
 
@@ -8,107 +8,88 @@ use parquet::errors::ParquetError;
 use parquet::file::metadata::KeyValue;
 use parquet::file::properties::WriterProperties;
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
 
+use super::manifest::{Manifest, Provenance};
 use super::reader::{Reader, open_shard};
-use super::schema::{PROVENANCE_KEY, VERSION_KEY, schema, to_batch};
-use super::{Provenance, SCHEMA_VERSION, Trajectory};
-use crate::{Error, Result, atomic_file, parquet_file, text_file};
+use super::row::Trajectory;
+use super::schema::{PROVENANCE_KEY, SCHEMA_VERSION, VERSION_KEY, rows_to_batch, schema};
+use crate::{Error, Result, atomic_file, parquet_file};
 
-/// Rows of a row group, and tokens of their states: bounds what a reader holds in memory.
-const ROW_GROUP_ROWS: usize = 256;
-const ROW_GROUP_TOKENS: usize = 4 << 20;
+/// Limits of a row group: rows, and tokens in their states. They bound what a reader holds in memory.
+const MAX_GROUP_ROWS: usize = 256;
+const MAX_GROUP_TOKENS: usize = 4 << 20;
 
-const MANIFEST: &str = "manifest.json";
-/// How the names of shards begin.
-const PART: &str = "part-";
-/// File of the rows that a stopped run kept of a shard; not `*.parquet`, which readers of the data set ask for.
-const STOPPED: &str = "stopped.partial";
+const SHARD_PREFIX: &str = "part-";
+/// Holds the rows of a shard that a stopped run had not finished. It is not called `*.parquet`, so that globs over the
+/// data set leave it out.
+const PARTIAL_SHARD: &str = "stopped.partial";
 
-/// The shards of a data set.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Manifest {
-    /// Version of the schema.
-    pub schema_version: u32,
-    /// How the data set came to be.
-    pub provenance: Provenance,
-    /// Name and rows of each shard, in order.
-    pub shards: Vec<(String, usize)>,
-    /// Whether the run that writes it has ended.
-    pub complete: bool,
-}
-
-impl Manifest {
-    /// Rows of all shards.
-    pub fn rows(&self) -> usize {
-        self.shards.iter().map(|(_, rows)| rows).sum()
-    }
-}
-
-/// Writes a data set shard by shard; after each, the manifest names it.
+/// Writes a data set shard by shard.
 pub struct Writer {
     folder: PathBuf,
     manifest: Manifest,
 }
 
 impl Writer {
-    /// Opens `folder` for writing, going on after the shards that an earlier run of the same provenance left there.
+    /// Opens `folder` for writing and resumes after the shards that an earlier run with the same provenance wrote.
     ///
     /// # Errors
-    /// [`Error::File`] when the folder holds a data set of another provenance, naming the field that differs.
+    /// [`Error::File`] naming the field that differs if the folder holds a data set with another provenance.
     pub fn open(folder: &Path, provenance: Provenance) -> Result<Self> {
-        // Nothing of ours is in a folder without a manifest.
-        if folder.join(MANIFEST).exists() {
+        // A folder without a manifest is none of ours, and nothing in it may be removed.
+        if Manifest::exists(folder) {
             atomic_file::recover(folder)?;
         }
-        let manifest = match read_manifest(folder)? {
+        let manifest = match Manifest::read(folder)? {
             None => Manifest { schema_version: SCHEMA_VERSION, provenance, shards: Vec::new(), complete: false },
-            Some(mut found) => {
-                if let Some(difference) = difference(&found.provenance, &provenance) {
-                    return Err(Error::file(
-                        folder,
-                        format!(
-                            "holds a data set made otherwise ({difference}); choose another output folder, or delete it"
-                        ),
-                    ));
+            Some(mut existing) => {
+                if let Some(difference) = existing.provenance.difference(&provenance) {
+                    let message = format!("{difference}; choose another output folder, or delete this one");
+                    return Err(Error::file(folder, message));
                 }
-                let whole = found.shards.iter().take_while(|(name, rows)| holds(&folder.join(name), *rows)).count();
-                found.shards.truncate(whole);
-                found.complete = false;
-                found
+                let is_intact = |(name, rows): &&(String, usize)| is_intact(&folder.join(name), *rows);
+                let num_intact = existing.shards.iter().take_while(is_intact).count();
+                existing.shards.truncate(num_intact);
+                existing.complete = false;
+                existing
             }
         };
         let writer = Writer { folder: folder.to_owned(), manifest };
-        // At once, so that a folder that cannot be written is found before there are rows to lose.
+        // Written now, so that a read-only folder is noticed before there are rows to lose.
         writer.write_manifest()?;
         Ok(writer)
     }
 
-    /// Opens `folder` for a data set that is made in one go: what a stopped run of the same provenance left is made again.
+    /// Opens `folder` for a data set that is written in one run. The shards of a stopped run with the same provenance
+    /// are removed.
     ///
     /// # Errors
-    /// As [`Writer::open`], and when the folder holds a whole data set.
+    /// As [`Writer::open`], and if the folder holds a complete data set.
     pub fn create(folder: &Path, provenance: Provenance) -> Result<Self> {
-        if read_manifest(folder)?.is_some_and(|found| found.complete) {
+        if Manifest::read(folder)?.is_some_and(|existing| existing.complete) {
             return Err(Error::file(folder, "holds a data set already; choose another output folder, or delete it"));
         }
-        let stopped_before = folder.join(MANIFEST).exists();
+        let was_stopped = Manifest::exists(folder);
         let mut writer = Writer::open(folder, provenance)?;
         writer.manifest.shards.clear();
         writer.write_manifest()?;
-        if stopped_before {
+        if was_stopped {
             remove_shards(folder)?;
         }
         Ok(writer)
     }
 
-    /// What is there so far.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
+    /// The manifest as it is on disk now.
     pub fn manifest(&self) -> &Manifest {
         &self.manifest
     }
 
-    /// Number of shards that are there.
-    pub fn shards(&self) -> usize {
+    /// Number of shards written so far, including those of earlier runs.
+    pub fn num_shards(&self) -> usize {
         self.manifest.shards.len()
     }
 
@@ -125,68 +106,39 @@ impl Writer {
     /// # Errors
     /// File-system errors.
     pub fn write_shards(&mut self, shards: &[&[Trajectory]]) -> Result<()> {
-        let first = self.manifest.shards.len();
+        let first = self.num_shards();
         let names: Vec<String> =
-            (first..first + shards.len()).map(|index| format!("{PART}{index:05}.parquet")).collect();
+            (first..first + shards.len()).map(|index| format!("{SHARD_PREFIX}{index:05}.parquet")).collect();
         names.par_iter().zip(shards).try_for_each(|(name, rows)| self.write_rows(name, rows))?;
         self.manifest.shards.extend(names.into_iter().zip(shards.iter().map(|rows| rows.len())));
         self.write_manifest()
     }
 
-    /// The folder of the data set.
-    pub fn folder(&self) -> &Path {
-        &self.folder
-    }
-
-    /// Keeps the rows of the shards that a stopped run had begun. They are no part of the data set yet.
+    /// Saves the rows of unfinished shards when a run is stopped. They are not part of the data set yet.
     ///
     /// # Errors
     /// File-system errors.
     pub fn save_partial_rows(&self, rows: &[Trajectory]) -> Result<()> {
-        self.write_rows(STOPPED, rows)
+        self.write_rows(PARTIAL_SHARD, rows)
     }
 
-    /// The rows that a stopped run kept, some of which may be in shards by now; they stay there until the data set is whole.
+    /// The rows that a stopped run saved, some of which may be in shards by now. They stay on disk until
+    /// [`Writer::remove_partial_rows`]. A file that cannot be read counts as empty: its rows are decoded again.
     pub fn partial_rows(&self) -> Vec<Trajectory> {
-        // What cannot be read is made again.
-        let rows = || Reader::open(&self.folder.join(STOPPED)).ok()?.rows().collect::<Result<Vec<_>>>().ok();
+        let rows = || Reader::open(&self.folder.join(PARTIAL_SHARD)).ok()?.rows().collect::<Result<Vec<_>>>().ok();
         rows().unwrap_or_default()
     }
 
-    /// Forgets the rows that a stopped run kept.
+    /// Removes the rows that a stopped run saved.
     ///
     /// # Errors
     /// File-system errors.
     pub fn remove_partial_rows(&self) -> Result<()> {
-        let path = self.folder.join(STOPPED);
+        let path = self.folder.join(PARTIAL_SHARD);
         match std::fs::remove_file(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::write(path)(error)),
             _ => Ok(()),
         }
-    }
-
-    fn write_rows(&self, name: &str, rows: &[Trajectory]) -> Result<()> {
-        let path = self.folder.join(name);
-        let failed = |error: ParquetError| parquet_file::write_error(&path, error);
-        let provenance =
-            serde_json::to_string(&self.manifest.provenance).map_err(|error| Error::file(&path, error.to_string()))?;
-        let properties = WriterProperties::builder()
-            .set_compression(Compression::ZSTD(Default::default()))
-            .set_created_by(format!("cllm {}", crate::VERSION))
-            .set_key_value_metadata(Some(vec![
-                KeyValue::new(VERSION_KEY.to_owned(), SCHEMA_VERSION.to_string()),
-                KeyValue::new(PROVENANCE_KEY.to_owned(), provenance),
-            ]))
-            .build();
-        atomic_file::write_with(&path, |file| {
-            let mut writer = ArrowWriter::try_new(file, schema(), Some(properties)).map_err(failed)?;
-            for group in row_groups(rows) {
-                let batch = to_batch(group).map_err(|error| Error::file(&path, error.to_string()))?;
-                writer.write(&batch).and_then(|()| writer.flush()).map_err(failed)?;
-            }
-            writer.close().map_err(failed)?;
-            Ok(())
-        })
     }
 
     /// Marks the data set as complete.
@@ -194,7 +146,7 @@ impl Writer {
     /// # Errors
     /// File-system errors.
     pub fn finish(mut self) -> Result<Manifest> {
-        // Without rows there still is a shard, so that columns and provenance can be read.
+        // A data set without rows still gets a shard, so that its columns and provenance can be read.
         if self.manifest.shards.is_empty() {
             self.write_shard(&[])?;
         }
@@ -203,34 +155,63 @@ impl Writer {
         Ok(self.manifest)
     }
 
+    fn write_rows(&self, name: &str, rows: &[Trajectory]) -> Result<()> {
+        let path = self.folder.join(name);
+        let failed = |error: ParquetError| parquet_file::write_error(&path, error);
+        let properties = self.shard_properties(&path)?;
+        atomic_file::write_with(&path, |file| {
+            let mut writer = ArrowWriter::try_new(file, schema(), Some(properties)).map_err(failed)?;
+            for group in row_groups(rows) {
+                let batch = rows_to_batch(group).map_err(|error| Error::file(&path, error.to_string()))?;
+                writer.write(&batch).and_then(|()| writer.flush()).map_err(failed)?;
+            }
+            writer.close().map_err(failed)?;
+            Ok(())
+        })
+    }
+
+    fn shard_properties(&self, path: &Path) -> Result<WriterProperties> {
+        let provenance =
+            serde_json::to_string(&self.manifest.provenance).map_err(|error| Error::file(path, error.to_string()))?;
+        let metadata = vec![
+            KeyValue::new(VERSION_KEY.to_owned(), SCHEMA_VERSION.to_string()),
+            KeyValue::new(PROVENANCE_KEY.to_owned(), provenance),
+        ];
+        Ok(WriterProperties::builder()
+            .set_compression(Compression::ZSTD(Default::default()))
+            .set_created_by(format!("cllm {}", crate::VERSION))
+            .set_key_value_metadata(Some(metadata))
+            .build())
+    }
+
     fn write_manifest(&self) -> Result<()> {
-        atomic_file::write_json(&self.folder.join(MANIFEST), &self.manifest)
+        self.manifest.write(&self.folder)
     }
 }
 
-/// The rows in stretches of a row group each.
+/// Splits rows into row groups within the limits; a row that exceeds them gets a group of its own.
 fn row_groups(rows: &[Trajectory]) -> impl Iterator<Item = &[Trajectory]> {
-    let tokens = |row: &Trajectory| row.blocks.iter().flat_map(|block| &block.states).map(Vec::len).sum::<usize>();
-    let mut rest = rows;
+    let num_tokens = |row: &Trajectory| row.blocks.iter().flat_map(|block| &block.states).map(Vec::len).sum::<usize>();
+    let mut remaining = rows;
     std::iter::from_fn(move || {
         let mut sum = 0;
         let fits = |row: &&Trajectory| {
-            sum += tokens(row);
-            sum <= ROW_GROUP_TOKENS
+            sum += num_tokens(row);
+            sum <= MAX_GROUP_TOKENS
         };
-        let count = rest.iter().take(ROW_GROUP_ROWS).take_while(fits).count().max(1);
-        let (group, after) = rest.split_at_checked(count)?;
-        rest = after;
+        let count = remaining.iter().take(MAX_GROUP_ROWS).take_while(fits).count().max(1);
+        let (group, rest) = remaining.split_at_checked(count)?;
+        remaining = rest;
         Some(group)
     })
 }
 
-/// Removes the shards that a run left which was killed, named in the manifest or not.
+/// Removes the shards that a killed run left, whether the manifest lists them or not.
 fn remove_shards(folder: &Path) -> Result<()> {
     for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
         let entry = entry.map_err(Error::io(folder))?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        if name.starts_with(PART) && name.ends_with(".parquet") {
+        if name.starts_with(SHARD_PREFIX) && name.ends_with(".parquet") {
             let path = entry.path();
             std::fs::remove_file(&path).map_err(Error::write(&path))?;
         }
@@ -238,24 +219,7 @@ fn remove_shards(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Whether a shard is there, whole as far as its footer tells, with so many rows.
-fn holds(path: &Path, rows: usize) -> bool {
-    open_shard(path).is_ok_and(|(builder, _)| builder.metadata().file_metadata().num_rows() == rows as i64)
-}
-
-/// The manifest of a data set, if the folder holds one.
-pub(super) fn read_manifest(folder: &Path) -> Result<Option<Manifest>> {
-    let path = folder.join(MANIFEST);
-    if !path.exists() {
-        return Ok(None);
-    }
-    let text = text_file::read(&path)?;
-    serde_json::from_str(&text).map(Some).map_err(|error| Error::file(&path, format!("is no manifest: {error}")))
-}
-
-pub(super) fn difference(found: &Provenance, wanted: &Provenance) -> Option<String> {
-    let (found, wanted) = (serde_json::to_value(found).ok()?, serde_json::to_value(wanted).ok()?);
-    let wanted = wanted.as_object()?;
-    let (key, value) = wanted.iter().find(|(key, value)| found[key.as_str()] != **value)?;
-    Some(format!("{key} is {} there and {value} here", found[key.as_str()]))
+/// Whether a shard exists, has a readable footer, and has this number of rows.
+fn is_intact(path: &Path, num_rows: usize) -> bool {
+    open_shard(path).is_ok_and(|(builder, _)| builder.metadata().file_metadata().num_rows() == num_rows as i64)
 }

@@ -1,4 +1,4 @@
-//! Parquet files that hold something else than trajectories.
+//! Parquet files that are not trajectory shards.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use parquet::arrow::ArrowWriter;
 use parquet::file::metadata::KeyValue;
 use parquet::file::properties::WriterProperties;
 
-/// A file of one column of text, which says or does not say that it is a trajectory shard.
+/// Writes a file with one text column. With a `schema_version`, its metadata claims that it is a trajectory shard.
 pub fn write(path: &Path, column: &str, schema_version: Option<&str>) {
     let schema = Arc::new(Schema::new(vec![Field::new(column, DataType::Utf8, false)]));
     let rows = RecordBatch::try_new(schema.clone(), vec![Arc::new(StringArray::from(vec!["a", "b"]))]).unwrap();

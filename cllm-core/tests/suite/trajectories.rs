@@ -1,8 +1,9 @@
-//! The data set: round trips, same rows same bytes, bad files.
+//! Trajectory data sets: round trips, the same bytes for the same rows, and files that must be refused.
 
+use std::ops::Range;
 use std::path::Path;
 
-use cllm_core::trajectory::{Block, FinishReason, Provenance, Reader, Trajectory, Writer};
+use cllm_core::trajectory::{Block, FinishReason, Provenance, Reader, RowChunk, Trajectory, Writer};
 
 fn provenance() -> Provenance {
     Provenance {
@@ -37,7 +38,8 @@ fn row(index: i32) -> Trajectory {
     }
 }
 
-fn write(folder: &Path, rows: std::ops::Range<i32>) {
+/// Writes rows in shards of 300.
+fn write(folder: &Path, rows: Range<i32>) {
     let mut writer = Writer::open(folder, provenance()).unwrap();
     for start in rows.clone().step_by(300) {
         writer.write_shard(&(start..(start + 300).min(rows.end)).map(row).collect::<Vec<_>>()).unwrap();
@@ -46,30 +48,33 @@ fn write(folder: &Path, rows: std::ops::Range<i32>) {
 }
 
 #[test]
-fn rows_survive_in_order_and_keep_their_promises() {
+fn rows_come_back_in_order_and_pass_their_checks() {
     let dir = tempfile::tempdir().unwrap();
     write(dir.path(), 0..700);
     let reader = Reader::open(dir.path()).unwrap();
-    assert_eq!((reader.len(), reader.provenance()), (700, &provenance()));
-    for (index, found) in reader.rows().enumerate() {
-        let found = found.unwrap();
-        assert_eq!(found, row(index as i32));
-        found.check(&provenance()).unwrap();
+    assert_eq!((reader.num_rows(), reader.provenance()), (700, &provenance()));
+    for (index, read) in reader.rows().enumerate() {
+        let read = read.unwrap();
+        assert_eq!(read, row(index as i32));
+        read.check(&provenance()).unwrap();
     }
     assert_eq!(reader.rows().count(), 700);
 }
 
 #[test]
-fn pieces_are_bounded_and_hold_every_row_once_in_order() {
+fn chunks_are_bounded_and_hold_every_row_once_in_order() {
     let dir = tempfile::tempdir().unwrap();
     write(dir.path(), 0..2500);
     let reader = Reader::open(dir.path()).unwrap();
-    let pieces = reader.row_chunks();
-    assert!(pieces.len() >= 3 && pieces.iter().all(|piece| !piece.is_empty() && piece.len() <= 1024));
-    let rows: Vec<Trajectory> = pieces.iter().flat_map(|piece| reader.chunk_rows(piece)).map(Result::unwrap).collect();
+    let chunks = reader.row_chunks();
+    assert!(chunks.len() >= 3 && chunks.iter().all(|chunk| (1..=1024).contains(&chunk.num_rows())));
+    let rows: Vec<Trajectory> = chunks.iter().flat_map(|chunk| reader.chunk_rows(chunk)).map(Result::unwrap).collect();
     assert!(rows == (0..2500).map(row).collect::<Vec<_>>());
-    // Rows of very many tokens make pieces of few rows.
-    let many = |index: i32| {
+}
+
+#[test]
+fn chunks_of_long_rows_hold_few_rows() {
+    let long = |index: i32| {
         let states = vec![vec![4; 1 << 19]; 6];
         let response_ids = vec![4; 1 << 19];
         Trajectory {
@@ -82,10 +87,10 @@ fn pieces_are_bounded_and_hold_every_row_once_in_order() {
     let provenance = Provenance { n: 1 << 19, max_new_tokens: 1 << 19, ..provenance() };
     let dir = tempfile::tempdir().unwrap();
     let mut writer = Writer::open(dir.path(), provenance).unwrap();
-    writer.write_shard(&(1..6).map(many).collect::<Vec<_>>()).unwrap();
+    writer.write_shard(&(1..6).map(long).collect::<Vec<_>>()).unwrap();
     writer.finish().unwrap();
-    let pieces = Reader::open(dir.path()).unwrap().row_chunks();
-    assert_eq!(pieces.iter().map(cllm_core::trajectory::RowChunk::len).collect::<Vec<_>>(), [2, 2, 1]);
+    let chunks = Reader::open(dir.path()).unwrap().row_chunks();
+    assert_eq!(chunks.iter().map(RowChunk::num_rows).collect::<Vec<_>>(), [2, 2, 1]);
 }
 
 #[test]
@@ -101,21 +106,23 @@ fn the_same_rows_give_the_same_bytes() {
 fn another_provenance_a_cut_shard_and_another_schema_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     write(dir.path(), 0..50);
-    let other = Provenance { seed: 2, ..provenance() };
-    let message = Writer::open(dir.path(), other).err().unwrap().to_string();
-    assert!(message.contains("seed is 1 there and 2 here"), "{message}");
+    let open_error = |provenance| Writer::open(dir.path(), provenance).err().unwrap().to_string();
+    let message = open_error(Provenance { seed: 2, ..provenance() });
+    assert!(message.contains("was started with seed=1; this command says seed=2"), "{message}");
+    let message = open_error(Provenance { teacher: "u".into(), ..provenance() });
+    assert!(message.contains("was collected from another teacher (\"t\", not \"u\")"), "{message}");
     let shard = dir.path().join("part-00000.parquet");
     let bytes = std::fs::read(&shard).unwrap();
     std::fs::write(&shard, &bytes[..bytes.len() / 2]).unwrap();
     let message = Reader::open(dir.path()).err().unwrap().to_string();
-    assert!(message.contains("part-00000.parquet") && message.contains("no whole Parquet file"), "{message}");
+    assert!(message.contains("part-00000.parquet") && message.contains("not a complete Parquet file"), "{message}");
     let text = dir.path().join("rows.parquet");
     std::fs::write(&text, "id,text\n").unwrap();
     assert!(Reader::open(&text).is_err());
 }
 
 #[test]
-fn broken_promises_are_named() {
+fn every_broken_guarantee_is_named() {
     let check = |change: fn(&mut Trajectory)| {
         let mut broken = row(0);
         change(&mut broken);
@@ -126,13 +133,13 @@ fn broken_promises_are_named() {
     assert!(check(|row| row.blocks[1].start = 4).contains("block 1 starts at 4"));
     assert!(check(|row| row.finish_reason = FinishReason::Length).contains("finish_reason"));
     assert!(check(|row| row.augmented = Some(vec![])).contains("augmented"));
-    let past = |row: &mut Trajectory| row.blocks.push(Block { start: 6, states: vec![vec![4, 4, 4]] });
-    assert!(check(past).contains("block 2 starts at 6, past the response of 4 tokens"));
-    let early = |row: &mut Trajectory| {
+    let past_the_end = |row: &mut Trajectory| row.blocks.push(Block { start: 6, states: vec![vec![4, 4, 4]] });
+    assert!(check(past_the_end).contains("block 2 starts at 6, past the response of 4 tokens"));
+    let early_eos = |row: &mut Trajectory| {
         row.response_ids[1] = 9;
         row.blocks[0].states[2][1] = 9;
     };
-    assert!(check(early).contains("token 1 of the response ends it, and 2 follow"));
-    let long = |row: &mut Trajectory| row.response_ids.extend([4; 5]);
-    assert!(check(long).contains("has 9 tokens, and max_new_tokens was 8"));
+    assert!(check(early_eos).contains("token 1 of the response is an EOS, but 2 follow"));
+    let too_long = |row: &mut Trajectory| row.response_ids.extend([4; 5]);
+    assert!(check(too_long).contains("has 9 tokens, but max_new_tokens was 8"));
 }

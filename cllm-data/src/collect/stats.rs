@@ -1,143 +1,140 @@
-//! What the responses of a collection amount to: those of one run, and all that are in the data set.
+//! Statistics of collected responses: of those of one run, and of the whole data set.
 
+use std::fmt;
+use std::ops::AddAssign;
 use std::path::Path;
 
+use cllm_core::progress::count;
 use cllm_core::task::Verdict;
-use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{FinishReason, Reader, Trajectory};
 use cllm_core::{Result, interrupt};
 use rayon::prelude::*;
 use serde::Serialize;
 
-use crate::scoring::score;
+use crate::scoring::Scorer;
 
 /// Sums over responses.
 #[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct Tally {
+pub(super) struct Counts {
     all: Sums,
-    /// Of the responses that ended with EOS: what loops until the length limit decodes fast and flatters the whole.
+    /// Sums over the responses that ended with EOS. A loop that runs into the length limit decodes fast and would flatter
+    /// the speed of all.
     finished: Sums,
-    blocks: usize,
-    scored: usize,
-    right: usize,
+    num_blocks: usize,
+    num_scored: usize,
+    num_correct: usize,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Sums {
-    rows: usize,
-    tokens: usize,
-    forwards: usize,
+    num_rows: usize,
+    num_tokens: usize,
+    num_forwards: usize,
 }
 
-/// A [`Tally`] as it is shown.
+/// Statistics of some responses, as they are printed and saved.
 #[derive(Debug, Serialize)]
-pub(crate) struct Figures {
-    /// Responses.
+pub struct ResponseStats {
     rows: usize,
-    /// Those that ended with EOS.
+    /// Responses that ended with EOS.
     finished: usize,
-    /// Those that hit the length limit.
+    /// Responses that reached the length limit.
     unfinished: usize,
-    /// Tokens of the responses.
-    pub(crate) response_tokens: usize,
-    /// Forwards that they took.
+    pub(super) response_tokens: usize,
+    /// Forwards that decoding them took.
     forwards: usize,
-    /// Tokens over forwards; none without a forward.
     tokens_per_forward: Option<f64>,
-    /// The same of the finished responses alone.
+    /// Tokens per forward of the finished responses alone.
     tokens_per_forward_finished: Option<f64>,
-    /// Blocks.
     blocks: usize,
     /// Responses that the task could score.
     scored: usize,
-    /// Share of these that are right.
+    /// Fraction of the scored responses that are correct.
     accuracy: Option<f64>,
 }
 
-impl std::fmt::Display for Figures {
-    fn fmt(&self, out: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(out, "{} responses, {} of them unfinished", self.rows, self.unfinished)?;
+impl fmt::Display for ResponseStats {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(out, "{}, {} unfinished", count(self.rows, "response"), self.unfinished)?;
         self.tokens_per_forward.map_or(Ok(()), |all| write!(out, ", {all:.2} tokens per forward"))?;
-        self.tokens_per_forward_finished.map_or(Ok(()), |finished| write!(out, " ({finished:.2} of the finished)"))
+        self.tokens_per_forward_finished.map_or(Ok(()), |finished| write!(out, " (finished: {finished:.2})"))
     }
 }
 
-impl Sums {
-    fn add(&mut self, other: Sums) {
-        self.rows += other.rows;
-        self.tokens += other.tokens;
-        self.forwards += other.forwards;
+impl AddAssign for Sums {
+    fn add_assign(&mut self, other: Sums) {
+        self.num_rows += other.num_rows;
+        self.num_tokens += other.num_tokens;
+        self.num_forwards += other.num_forwards;
     }
 }
 
-impl Tally {
-    /// That of one response.
-    pub(crate) fn of(row: &Trajectory, forwards: usize, verdict: Verdict) -> Self {
-        let sums = Sums { rows: 1, tokens: row.response_ids.len(), forwards };
-        Tally {
+impl AddAssign for Counts {
+    fn add_assign(&mut self, other: Counts) {
+        self.all += other.all;
+        self.finished += other.finished;
+        self.num_blocks += other.num_blocks;
+        self.num_scored += other.num_scored;
+        self.num_correct += other.num_correct;
+    }
+}
+
+impl Counts {
+    /// The counts of one response that took `num_forwards` to decode.
+    pub(super) fn from_row(row: &Trajectory, num_forwards: usize, verdict: Verdict) -> Self {
+        let sums = Sums { num_rows: 1, num_tokens: row.response_ids.len(), num_forwards };
+        Counts {
             all: sums,
             finished: if row.finish_reason == FinishReason::Eos { sums } else { Sums::default() },
-            blocks: row.blocks.len(),
-            scored: usize::from(verdict != Verdict::Unscored),
-            right: usize::from(verdict == Verdict::Correct),
+            num_blocks: row.blocks.len(),
+            num_scored: usize::from(verdict != Verdict::Unscored),
+            num_correct: usize::from(verdict == Verdict::Correct),
         }
     }
 
-    /// That of rows which an earlier run had collected; their forwards are told by their states.
-    pub(crate) fn of_rows(
-        rows: impl Iterator<Item = Result<Trajectory>>,
-        file: &Path,
-        tokenizer: &Tokenizer,
-        data: Option<&Path>,
-    ) -> Result<Self> {
-        let mut tally = Tally::default();
+    /// The counts of rows that an earlier run collected. Their forwards are derived from their states.
+    pub(super) fn from_rows(rows: impl Iterator<Item = Result<Trajectory>>, scorer: Scorer<'_>) -> Result<Self> {
+        let mut counts = Counts::default();
         for row in rows {
             interrupt::check()?;
             let row = row?;
-            let verdict = score(file, &row, &tokenizer.decode(&row.response_ids)?, data)?;
-            tally.add(Tally::of(&row, row.num_forwards(), verdict));
+            counts += Counts::from_row(&row, row.num_forwards(), scorer.score(&row)?);
         }
-        Ok(tally)
+        Ok(counts)
     }
 
-    /// That of a whole data set.
-    pub(crate) fn of_data_set(folder: &Path, tokenizer: &Tokenizer, data: Option<&Path>) -> Result<Self> {
+    /// The counts of all shards that are written so far.
+    pub(super) fn from_data_set(folder: &Path, scorer: Scorer<'_>) -> Result<Self> {
         let reader = Reader::open_incomplete(folder)?;
-        let tally = |piece| Tally::of_rows(reader.chunk_rows(piece), folder, tokenizer, data);
-        let of_pieces = reader.row_chunks().par_iter().map(tally).collect::<Result<Vec<_>>>()?;
-        let mut sum = Tally::default();
-        of_pieces.into_iter().for_each(|tally| sum.add(tally));
-        Ok(sum)
+        let chunks = reader.row_chunks();
+        let of_chunks = chunks.par_iter().map(|chunk| Counts::from_rows(reader.chunk_rows(chunk), scorer));
+        let mut counts = Counts::default();
+        of_chunks.collect::<Result<Vec<_>>>()?.into_iter().for_each(|of_chunk| counts += of_chunk);
+        Ok(counts)
     }
 
-    /// Adds another.
-    pub(crate) fn add(&mut self, other: Tally) {
-        self.all.add(other.all);
-        self.finished.add(other.finished);
-        self.blocks += other.blocks;
-        self.scored += other.scored;
-        self.right += other.right;
+    pub(super) fn num_rows(&self) -> usize {
+        self.all.num_rows
     }
 
-    /// Number of responses.
-    pub(crate) fn rows(&self) -> usize {
-        self.all.rows
+    /// Tokens of the responses.
+    pub(super) fn num_tokens(&self) -> usize {
+        self.all.num_tokens
     }
 
-    /// As it is shown.
-    pub(crate) fn figures(&self) -> Figures {
+    pub(super) fn stats(&self) -> ResponseStats {
         let ratio = |a: usize, b: usize| (b > 0).then(|| a as f64 / b as f64);
-        Figures {
-            rows: self.all.rows,
-            finished: self.finished.rows,
-            unfinished: self.all.rows - self.finished.rows,
-            response_tokens: self.all.tokens,
-            forwards: self.all.forwards,
-            tokens_per_forward: ratio(self.all.tokens, self.all.forwards),
-            tokens_per_forward_finished: ratio(self.finished.tokens, self.finished.forwards),
-            blocks: self.blocks,
-            scored: self.scored,
-            accuracy: ratio(self.right, self.scored),
+        ResponseStats {
+            rows: self.all.num_rows,
+            finished: self.finished.num_rows,
+            unfinished: self.all.num_rows - self.finished.num_rows,
+            response_tokens: self.all.num_tokens,
+            forwards: self.all.num_forwards,
+            tokens_per_forward: ratio(self.all.num_tokens, self.all.num_forwards),
+            tokens_per_forward_finished: ratio(self.finished.num_tokens, self.finished.num_forwards),
+            blocks: self.num_blocks,
+            scored: self.num_scored,
+            accuracy: ratio(self.num_correct, self.num_scored),
         }
     }
 }
@@ -147,29 +144,27 @@ mod tests {
     use super::*;
 
     #[test]
-    fn answers_that_never_end_are_told_apart() {
-        let row = |tokens: usize, finish_reason| Trajectory {
+    fn unfinished_responses_are_counted_apart() {
+        let row = |num_tokens: usize, finish_reason| Trajectory {
             sample_id: "a".into(),
             source: "jsonl/train".into(),
             prompt: String::new(),
             prompt_ids: vec![],
-            response_ids: vec![1; tokens],
+            response_ids: vec![1; num_tokens],
             reference: None,
             blocks: vec![],
             augmented: None,
             finish_reason,
             meta: None,
         };
-        let mut tally = Tally::of(&row(6, FinishReason::Eos), 4, Verdict::Correct);
-        assert_eq!(
-            tally.figures().to_string(),
-            "1 responses, 0 of them unfinished, 1.50 tokens per forward (1.50 of the finished)"
-        );
-        tally.add(Tally::of(&row(40, FinishReason::Length), 6, Verdict::Unscored));
-        let figures = tally.figures();
-        assert_eq!((figures.rows, figures.finished, figures.unfinished, figures.forwards), (2, 1, 1, 10));
-        assert_eq!((figures.tokens_per_forward, figures.tokens_per_forward_finished), (Some(4.6), Some(1.5)));
-        assert_eq!((figures.scored, figures.accuracy), (1, Some(1.0)));
-        assert_eq!(Tally::default().figures().tokens_per_forward, None);
+        let mut counts = Counts::from_row(&row(6, FinishReason::Eos), 4, Verdict::Correct);
+        let text = "1 response, 0 unfinished, 1.50 tokens per forward (finished: 1.50)";
+        assert_eq!(counts.stats().to_string(), text);
+        counts += Counts::from_row(&row(40, FinishReason::Length), 6, Verdict::Unscored);
+        let stats = counts.stats();
+        assert_eq!((stats.rows, stats.finished, stats.unfinished, stats.forwards), (2, 1, 1, 10));
+        assert_eq!((stats.tokens_per_forward, stats.tokens_per_forward_finished), (Some(4.6), Some(1.5)));
+        assert_eq!((stats.scored, stats.accuracy), (1, Some(1.0)));
+        assert_eq!(Counts::default().stats().tokens_per_forward, None);
     }
 }

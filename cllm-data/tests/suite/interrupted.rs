@@ -1,22 +1,21 @@
-//! Signals: a collection that is told to stop keeps its shards, and the same command goes on.
+//! Signals: a stopped collection keeps its answers, and the same command resumes it.
 
 use std::fs;
 use std::path::Path;
 
 use cllm_core::trajectory::{Reader, Writer};
+use cllm_testing::programs::path;
+use serde_json::Value;
 
-use crate::{WORLD, collect, rows, shard};
-use cllm_testing::programs::{Program, path};
-
-const DATA: Program = Program("cllm-data");
+use crate::fixtures::{DATA, collect, rows, shard, teacher};
 
 #[test]
-fn a_collection_stopped_within_a_shard_keeps_what_it_had_answered() {
+fn a_collection_stopped_within_a_shard_keeps_its_answers() {
     let dir = tempfile::tempdir().unwrap();
     let (whole, stopped) = (path(dir.path(), "whole"), path(dir.path(), "stopped"));
     collect(&whole, &[]);
     collect(&stopped, &["rows_per_shard=24"]);
-    // As a signal leaves it: no shard, and seven of its rows beside.
+    // As a signal leaves it: no shard, but seven of its rows in the partial file.
     let mut kept = rows(&stopped);
     kept.rotate_left(10);
     kept.truncate(7);
@@ -31,27 +30,27 @@ fn a_collection_stopped_within_a_shard_keeps_what_it_had_answered() {
 }
 
 #[test]
-fn what_only_reads_or_makes_prompts_stops_at_once() {
+fn verbs_that_only_read_or_prepare_stop_at_once() {
     let dir = tempfile::tempdir().unwrap();
     let (data, prompts) = (path(dir.path(), "data"), path(dir.path(), "prompts.jsonl"));
     let at_once = || true;
-    DATA.interrupt(&["prepare", "synthetic", "--count", "9000000", "--output", &prompts], "INT", 130, at_once);
+    DATA.interrupt(&["prepare", "synthetic", "--num-problems", "9000000", "--output", &prompts], "INT", 130, at_once);
     assert!(!Path::new(&prompts).exists());
-    // Much to read: one shard, many times over.
+    // One shard, listed many times, takes long to read.
     collect(&data, &["limit=8"]);
     let manifest = Path::new(&data).join("manifest.json");
-    let mut found: serde_json::Value = serde_json::from_slice(&fs::read(&manifest).unwrap()).unwrap();
-    let shard = found["shards"][0].clone();
-    found["shards"] = vec![shard; 20_000].into();
-    fs::write(&manifest, found.to_string()).unwrap();
+    let mut contents: Value = serde_json::from_slice(&fs::read(&manifest).unwrap()).unwrap();
+    let shard = contents["shards"][0].clone();
+    contents["shards"] = vec![shard; 20_000].into();
+    fs::write(&manifest, contents.to_string()).unwrap();
     DATA.interrupt(&["validate", &data], "INT", 130, at_once);
     DATA.interrupt(&["stats", &data], "TERM", 143, at_once);
 }
 
 #[test]
-fn a_data_set_that_is_not_complete_is_described_but_not_taken_for_whole() {
+fn an_incomplete_data_set_can_be_described_but_not_used() {
     let dir = tempfile::tempdir().unwrap();
-    let (data, output, model) = (path(dir.path(), "data"), path(dir.path(), "output"), path(WORLD.path(), "model"));
+    let (data, output, model) = (path(dir.path(), "data"), path(dir.path(), "output"), teacher());
     collect(&data, &[]);
     let manifest = Path::new(&data).join("manifest.json");
     let text = fs::read_to_string(&manifest).unwrap();
@@ -66,20 +65,20 @@ fn a_data_set_that_is_not_complete_is_described_but_not_taken_for_whole() {
     let stats = DATA.succeed(&["stats", &data]);
     assert!(stats.stderr.contains("is not complete"), "{}", stats.stderr);
     DATA.succeed(&["inspect", &data]);
-    let found = DATA.run(&["validate", &data]);
-    let text = String::from_utf8(found.stdout).unwrap();
-    assert!(found.code == Some(1) && text.contains("is not complete") && text.contains("1 violations"), "{text}");
-    // One shard by itself is whole.
+    let finished = DATA.run(&["validate", &data]);
+    let text = String::from_utf8(finished.stdout).unwrap();
+    assert!(finished.code == Some(1) && text.contains("is not complete") && text.contains("1 violation"), "{text}");
+    // A single shard is always complete.
     DATA.succeed(&["validate", &shard(&data, 0).display().to_string()]);
 }
 
 #[test]
-fn a_collection_that_was_stopped_twice_equals_one_that_was_not() {
+fn a_collection_stopped_twice_equals_one_that_was_not_stopped() {
     let dir = tempfile::tempdir().unwrap();
     let prompts = path(dir.path(), "prompts.jsonl");
-    DATA.succeed(&["prepare", "synthetic", "--count", "60", "--output", &prompts]);
+    DATA.succeed(&["prepare", "synthetic", "--num-problems", "60", "--output", &prompts]);
     let (whole, stopped) = (path(dir.path(), "whole"), path(dir.path(), "stopped"));
-    let (model, prompts) = (format!("model={}", path(WORLD.path(), "model")), format!("prompts={prompts}"));
+    let (model, prompts) = (format!("model={}", teacher()), format!("prompts={prompts}"));
     let (into_whole, into_stopped) = (format!("output={whole}"), format!("output={stopped}"));
     let arguments =
         ["collect", "n=8", "max_new_tokens=40", "device=cpu", "rows_per_shard=2", "batch_size=2", &model, &prompts];

@@ -1,4 +1,4 @@
-//! `augment` and `clean` as copies: the order of the rows, the same files on any number of cores, and after a kill.
+//! Rewriting data sets: the order of the rows, and the same files on any number of cores and after a kill.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -6,13 +6,13 @@ use std::path::Path;
 use std::process::Command;
 
 use cllm_core::trajectory::{Trajectory, Writer};
+use cllm_testing::programs::path;
 use serde_json::Value;
 
-use crate::{WORLD, provenance, row, rows, run};
-use cllm_testing::programs::path;
+use crate::fixtures::{provenance, row, rows, run, teacher};
 
-/// 3,000 rows in shards of 700; each seventh is unfinished, each eleventh has the prompt of the one before.
-fn many() -> (tempfile::TempDir, Vec<Trajectory>) {
+/// Writes 3,000 rows in shards of 700. Every seventh is unfinished, every eleventh has the prompt of the row before it.
+fn write_many_rows() -> (tempfile::TempDir, Vec<Trajectory>) {
     let mut rows: Vec<Trajectory> = Vec::new();
     for index in 0..3000 {
         let answer: Vec<i32> = (0..7).map(|at| 20 + (index * 7 + at * 13) % 200).chain([0]).collect();
@@ -29,20 +29,19 @@ fn many() -> (tempfile::TempDir, Vec<Trajectory>) {
     (dir, rows)
 }
 
-/// The files of a data set, but for its settings, which name its folder.
+/// The files of a data set except its settings, which name the folder.
 fn files(folder: &str) -> BTreeMap<String, Vec<u8>> {
     let entry = |entry: fs::DirEntry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap());
-    let mut files: BTreeMap<_, _> = fs::read_dir(folder).unwrap().map(|found| entry(found.unwrap())).collect();
-    let settings = String::from_utf8(files.remove("settings.yaml").unwrap()).unwrap();
+    let mut files: BTreeMap<_, _> = fs::read_dir(folder).unwrap().map(|result| entry(result.unwrap())).collect();
+    let settings = String::from_utf8(files.remove("config.yaml").unwrap()).unwrap();
     assert!(settings.contains(&format!("output: {folder}")) && settings.contains("input: "), "{settings}");
     files
 }
 
 #[test]
-fn cleaned_and_dropped_rows_stand_in_order_on_any_number_of_cores() {
-    let (dir, all) = many();
-    let (input, model) =
-        (format!("input={}", path(dir.path(), "raw")), format!("model={}", path(WORLD.path(), "model")));
+fn kept_and_dropped_rows_are_in_order_on_any_number_of_cores() {
+    let (dir, all) = write_many_rows();
+    let (input, model) = (format!("input={}", path(dir.path(), "raw")), format!("model={}", teacher()));
     let clean = |name: &str, threads: &str| {
         let output = path(dir.path(), name);
         let mut command = Command::new(env!("CARGO_BIN_EXE_cllm-data"));
@@ -52,27 +51,28 @@ fn cleaned_and_dropped_rows_stand_in_order_on_any_number_of_cores() {
     };
     let (one, four) = (clean("one", "1"), clean("four", "4"));
     assert!(files(&one) == files(&four));
-    // A row whose prompt was that of a dropped one is no duplicate.
+    // A row with the prompt of a dropped row is not a duplicate.
     let unfinished = |index: usize| index.is_multiple_of(7);
     let dropped = |index: usize| unfinished(index) || (index % 11 == 10 && !unfinished(index - 1));
-    let (mut gone, kept): (Vec<_>, Vec<_>) = all.into_iter().enumerate().partition(|(index, _)| dropped(*index));
+    let (mut dropped_rows, kept): (Vec<_>, Vec<_>) =
+        all.into_iter().enumerate().partition(|(index, _)| dropped(*index));
     assert_eq!(rows(&one), kept.into_iter().map(|(_, row)| row).collect::<Vec<_>>());
     let lines = fs::read_to_string(Path::new(&one).join("dropped.jsonl")).unwrap();
-    let found = lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-    for (line, (index, row)) in found.zip(gone.drain(..)) {
+    let lines = lines.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+    for (line, (index, row)) in lines.zip(dropped_rows.drain(..)) {
         let rule = if unfinished(index) { "unfinished" } else { "duplicate" };
         assert_eq!((&line["row"]["sample_id"], &line["rule"]), (&row.sample_id.into(), &rule.into()));
     }
 }
 
 #[test]
-fn a_killed_copy_is_made_again_with_nothing_left_of_the_first() {
-    let (dir, _) = many();
+fn after_a_kill_the_data_set_is_written_again_from_the_start() {
+    let (dir, _) = write_many_rows();
     let (input, output) = (format!("input={}", path(dir.path(), "raw")), path(dir.path(), "augmented"));
     let into = format!("output={output}");
     run(&["augment", &input, &into]).success();
     let whole = files(&output);
-    // As a kill leaves it: one shard in the manifest, later ones beside it, a file half written, no card.
+    // As a kill leaves it: one shard in the manifest, shards that the manifest does not list, a half-written file, no card.
     let mut manifest: Value = serde_json::from_slice(&whole["manifest.json"]).unwrap();
     manifest["complete"] = false.into();
     manifest["shards"].as_array_mut().unwrap().truncate(1);

@@ -1,15 +1,15 @@
-//! Scores in `collect` and `clean` that need the benchmark's files.
+//! Scoring in `collect` and `clean` that needs the benchmark's files.
 
 use std::fs;
 
 use cllm_core::trajectory::Trajectory;
+use cllm_testing::programs::path;
 use serde_json::{Value, json};
 
-use crate::{WORLD, collect, json_of, made, message, row, tokenizer};
-use cllm_testing::programs::path;
+use crate::fixtures::{collect, row, run_error, run_json, teacher, tokenizer, write_data_set};
 
 #[test]
-fn spider_is_scored_where_the_databases_are_given() {
+fn spider_is_scored_if_its_databases_are_given() {
     let dir = tempfile::tempdir().unwrap();
     let data = dir.path().join("spider");
     fs::create_dir_all(data.join("database/zoo")).unwrap();
@@ -21,11 +21,11 @@ fn spider_is_scored_where_the_databases_are_given() {
         meta: Some(json!({ "db_id": "zoo" }).to_string()),
         ..row(id, &[tokenizer().encode(answer).unwrap(), vec![0]].concat())
     };
-    let input = made(&[question("right", "SELECT 2"), question("wrong", "SELECT 3")]);
-    let model = path(WORLD.path(), "model");
+    let input = write_data_set(&[question("right", "SELECT 2"), question("wrong", "SELECT 3")]);
+    let model = teacher();
     let clean = |name: &str, given: &str| {
         let (from, to) = (format!("input={}", input.path().display()), format!("output={}", path(dir.path(), name)));
-        json_of(&["clean", &from, &to, &format!("model={model}"), given, "drop_incorrect=true", "--json"])
+        run_json(&["clean", &from, &to, &format!("model={model}"), given, "drop_incorrect=true", "--json"])
     };
     assert_eq!(clean("scored", &format!("data={}", data.display()))["rules"], json!({ "incorrect_answer": 1 }));
     assert_eq!(clean("unscored", "data=null")["kept"], 2);
@@ -44,6 +44,6 @@ fn spider_is_scored_where_the_databases_are_given() {
     assert_eq!(collect(&path(dir.path(), "b"), &[&given[0]])["total"]["accuracy"], Value::Null);
     fs::write(&prompts, prompt("aquarium").to_string()).unwrap();
     let output = format!("output={}", path(dir.path(), "c"));
-    let said = message(&["collect", &format!("model={model}"), &given[0], &given[1], &output], 2);
+    let said = run_error(&["collect", &format!("model={model}"), &given[0], &given[1], &output], 2);
     assert!(said.contains("aquarium.sqlite") && said.contains("`a`"), "{said}");
 }

@@ -5,22 +5,19 @@ use std::path::{Path, PathBuf};
 
 use cllm_core::decode::Strategy;
 use cllm_core::task::Task;
-use cllm_core::trajectory::FinishReason;
 use cllm_core::{Error, Result, progress};
 
-use super::Side;
-use super::selector::{Default, answered, select};
+use super::selector::{DefaultChoice, answered, select};
 use crate::records::{AnswerRecord, Header, Records, SAMPLES, SpeedRecord};
 use crate::results::Results;
 use crate::role::Role;
-use crate::statistics::{ratio, wilson};
 
 pub(super) struct Selection {
     /// Folder of the run.
-    run: PathBuf,
+    pub(super) run: PathBuf,
     records: Records,
-    role: Role,
-    strategy: Strategy,
+    pub(super) role: Role,
+    pub(super) strategy: Strategy,
 }
 
 impl Selection {
@@ -28,7 +25,7 @@ impl Selection {
     ///
     /// # Errors
     /// When the run is missing or broken, or the selector matches nothing.
-    pub(super) fn read(path: &Path, selector: Option<&str>, option: &str, default: Default) -> Result<Self> {
+    pub(super) fn read(path: &Path, selector: Option<&str>, option: &str, default: DefaultChoice) -> Result<Self> {
         let run = if path.is_dir() { path } else { path.parent().unwrap_or(Path::new("")) }.to_owned();
         if !path.exists() {
             return Err(Error::file(
@@ -135,22 +132,5 @@ impl Selection {
             .collect();
         pairs.sort_by_key(|(speed, _)| speed.index);
         pairs
-    }
-
-    /// The figures of this side, from its answers to the pairs and whether the scored ones are correct.
-    pub(super) fn side(&self, answers: &[&AnswerRecord], correct: &[bool]) -> Side {
-        let num_correct = correct.iter().filter(|&&correct| correct).count();
-        let tokens: usize = answers.iter().map(|answer| answer.response_ids.len()).sum();
-        let forwards: usize = answers.iter().map(|answer| answer.forwards).sum();
-        Side {
-            run: self.run.clone(),
-            role: self.role,
-            checkpoint: self.header().model(self.role).map(|model| model.path.clone()).unwrap_or_default(),
-            strategy: self.strategy.to_string(),
-            accuracy: ratio(num_correct as f64, correct.len() as f64),
-            ci95: wilson(num_correct, correct.len()),
-            unfinished: answers.iter().filter(|answer| answer.finish_reason == FinishReason::Length).count(),
-            tokens_per_forward: ratio(tokens as f64, forwards as f64),
-        }
     }
 }

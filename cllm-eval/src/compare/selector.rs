@@ -9,7 +9,7 @@ use crate::role::Role;
 
 /// What to take if a selector leaves it open.
 #[derive(Clone, Copy, PartialEq)]
-pub(super) enum Default {
+pub(super) enum DefaultChoice {
     /// The teacher's autoregressive answers.
     Baseline,
     /// The student's fastest strategy.
@@ -44,18 +44,22 @@ impl<'t> Selector<'t> {
 ///
 /// # Errors
 /// What is wrong, in words.
-pub(super) fn select(results: &Results, text: Option<&str>, default: Default) -> Result<(Role, Strategy), String> {
+pub(super) fn select(
+    results: &Results,
+    text: Option<&str>,
+    default: DefaultChoice,
+) -> Result<(Role, Strategy), String> {
     let selector = Selector::parse(text)?;
     let has_answers = |role: Role| answered(results).any(|(other, _)| other == role);
     let preferred = match default {
-        Default::Baseline => [Role::Teacher, Role::Student],
-        Default::Fastest => [Role::Student, Role::Teacher],
+        DefaultChoice::Baseline => [Role::Teacher, Role::Student],
+        DefaultChoice::Fastest => [Role::Student, Role::Teacher],
     };
     let role = selector.role.or_else(|| preferred.into_iter().find(|&role| has_answers(role)));
     let role = role.ok_or("it has no answers")?;
     let matches = |figures: &StrategyResults| match selector.strategy {
         Some(name) => figures.name == name || figures.label == name,
-        None => default == Default::Fastest || figures.strategy == Strategy::Ar,
+        None => default == DefaultChoice::Fastest || figures.strategy == Strategy::Ar,
     };
     let candidates = answered(results).filter(|&(other, figures)| other == role && matches(figures));
     match fastest(candidates.map(|(_, figures)| figures)) {

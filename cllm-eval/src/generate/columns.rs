@@ -1,75 +1,77 @@
-//! Two answers beside each other in a terminal, each forward's text in a colour of its own.
+//! Two answers side by side in a terminal, with the text of each forward in a colour of its own.
 
 use unicode_width::UnicodeWidthChar;
 
-/// Colours that neighbouring forwards take in turn.
+/// Successive forwards take these colours in turn.
 pub(super) const COLOURS: [&str; 4] = ["\x1b[36m", "\x1b[33m", "\x1b[32m", "\x1b[35m"];
-pub(super) const PLAIN: &str = "\x1b[0m";
-/// Terminals with fewer columns have the answers one under the other.
-const NARROW: usize = 60;
+pub(super) const RESET_COLOUR: &str = "\x1b[0m";
+/// In terminals with fewer columns, the answers are shown one below the other.
+const MIN_WIDTH: usize = 60;
 const GAP: &str = " │ ";
+/// Lines of the terminal that show no answer: title, status, and the prompt below.
+const NUM_OTHER_LINES: usize = 4;
 
-/// Lines of a terminal that no answer's text has: titles, states, and the line below.
-const OTHER_LINES: usize = 4;
-
-/// Lines of each answer's text that a terminal of so many columns and lines has room for.
-pub(super) fn room(width: usize, height: usize) -> usize {
-    let lines = match width < NARROW {
-        true => height.saturating_sub(2 * OTHER_LINES) / 2,
-        false => height.saturating_sub(OTHER_LINES),
+/// How many lines of each answer fit into a terminal of this size.
+pub(super) fn max_text_lines(width: usize, height: usize) -> usize {
+    let lines = match width < MIN_WIDTH {
+        true => height.saturating_sub(2 * NUM_OTHER_LINES) / 2,
+        false => height.saturating_sub(NUM_OTHER_LINES),
     };
     lines.max(1)
 }
 
-/// An answer as far as it is there.
+/// One of the two answers, as far as it has grown.
 #[derive(Debug, Clone, Default)]
 pub(super) struct Column {
     pub(super) title: String,
-    /// The text that each forward made final, fit for a terminal.
-    pub(super) pieces: Vec<String>,
-    /// How it stands.
+    /// The text of each forward, already safe for a terminal.
+    pub(super) texts: Vec<String>,
     pub(super) status: String,
 }
 
-/// A line on the screen: characters, and the number of the forward that each came with; none for what is no answer.
+/// Characters of a line, each with the number of its forward; `None` outside the answer's text.
 type Line = Vec<(char, Option<usize>)>;
 
-/// The lines of both answers for a terminal of `width` columns: of each answer's text the last `most` lines. `colour` marks the
-/// forwards.
-pub(super) fn screen(columns: &[Column; 2], width: usize, most: usize, colour: bool) -> Vec<String> {
-    let paint = |line: &Line| painted(line, colour);
-    if width < NARROW {
-        return columns.iter().flat_map(|column| lines(column, width.max(1), most)).map(|line| paint(&line)).collect();
+/// The lines that show both answers in a terminal of `width` columns, with the last `max_lines` of each answer's text.
+/// `colour` tells the forwards apart.
+pub(super) fn side_by_side(columns: &[Column; 2], width: usize, max_lines: usize, colour: bool) -> Vec<String> {
+    let paint = |line: &Line| paint(line, colour);
+    if width < MIN_WIDTH {
+        return columns
+            .iter()
+            .flat_map(|column| lines(column, width.max(1), max_lines))
+            .map(|line| paint(&line))
+            .collect();
     }
-    let each = (width - GAP.chars().count()) / 2;
-    let [left, right] = columns.each_ref().map(|column| lines(column, each, most));
-    // Titles first and states last stand level.
+    let column_width = (width - GAP.chars().count()) / 2;
+    let [left, right] = columns.each_ref().map(|column| lines(column, column_width, max_lines));
+    // Titles and statuses are level.
     let height = left.len().max(right.len());
-    let [left, right] = [left, right].map(|lines| stretched(lines, height));
-    let beside = |(left, right): (Line, Line)| {
-        let padding = " ".repeat(each - width_of(&left));
+    let [left, right] = [left, right].map(|lines| pad_to_height(lines, height));
+    let join = |(left, right): (Line, Line)| {
+        let padding = " ".repeat(column_width - width_of(&left));
         format!("{}{padding}{GAP}{}", paint(&left), paint(&right))
     };
-    left.into_iter().zip(right).map(beside).collect()
+    left.into_iter().zip(right).map(join).collect()
 }
 
-fn lines(column: &Column, width: usize, most: usize) -> Vec<Line> {
+fn lines(column: &Column, width: usize, max_lines: usize) -> Vec<Line> {
     let plain = |text: &str| -> Line { text.chars().map(|character| (character, None)).collect() };
-    let cut = |text: &str| wrapped(&plain(text), width).into_iter().next().unwrap_or_default();
+    let cut = |text: &str| wrap(&plain(text), width).into_iter().next().unwrap_or_default();
     let text: Line = column
-        .pieces
+        .texts
         .iter()
         .enumerate()
-        .flat_map(|(forward, piece)| piece.chars().map(move |character| (character, Some(forward))))
+        .flat_map(|(forward, text)| text.chars().map(move |character| (character, Some(forward))))
         .collect();
-    let body = wrapped(&text, width);
-    let skipped = body.len().saturating_sub(most);
+    let body = wrap(&text, width);
+    let skipped = body.len().saturating_sub(max_lines);
     let shown = body.into_iter().skip(skipped);
     std::iter::once(cut(&column.title)).chain(shown).chain([cut(&column.status)]).collect()
 }
 
-/// Cut at line ends and wherever the next character finds no room.
-fn wrapped(text: &Line, width: usize) -> Vec<Line> {
+/// Breaks a text at line ends, and wherever the next character does not fit.
+fn wrap(text: &Line, width: usize) -> Vec<Line> {
     let mut lines = vec![Line::new()];
     let mut used = 0;
     for &(character, forward) in text {
@@ -87,8 +89,8 @@ fn wrapped(text: &Line, width: usize) -> Vec<Line> {
     lines
 }
 
-/// As many lines as `height`, the new ones before the last.
-fn stretched(mut lines: Vec<Line>, height: usize) -> Vec<Line> {
+/// Adds empty lines before the last.
+fn pad_to_height(mut lines: Vec<Line>, height: usize) -> Vec<Line> {
     let last = lines.pop().unwrap_or_default();
     lines.resize(height - 1, Line::new());
     lines.push(last);
@@ -99,18 +101,18 @@ fn width_of(line: &Line) -> usize {
     line.iter().map(|(character, _)| character.width().unwrap_or(0)).sum()
 }
 
-fn painted(line: &Line, colour: bool) -> String {
+fn paint(line: &Line, colour: bool) -> String {
     let mut text = String::new();
-    let mut now = None;
+    let mut current = None;
     for &(character, forward) in line {
-        if colour && forward != now {
-            text.push_str(forward.map_or(PLAIN, |forward| COLOURS[forward % COLOURS.len()]));
-            now = forward;
+        if colour && forward != current {
+            text.push_str(forward.map_or(RESET_COLOUR, |forward| COLOURS[forward % COLOURS.len()]));
+            current = forward;
         }
         text.push(character);
     }
-    if now.is_some() {
-        text.push_str(PLAIN);
+    if current.is_some() {
+        text.push_str(RESET_COLOUR);
     }
     text
 }
@@ -119,19 +121,15 @@ fn painted(line: &Line, colour: bool) -> String {
 mod tests {
     use super::*;
 
-    fn column(title: &str, pieces: &[&str], status: &str) -> Column {
-        Column {
-            title: title.into(),
-            pieces: pieces.iter().map(|&piece| piece.into()).collect(),
-            status: status.into(),
-        }
+    fn column(title: &str, texts: &[&str], status: &str) -> Column {
+        Column { title: title.into(), texts: texts.iter().map(|&text| text.into()).collect(), status: status.into() }
     }
 
     #[test]
-    fn two_answers_stand_level_beside_each_other() {
+    fn two_answers_are_level_side_by_side() {
         let columns =
             [column("ar", &["one ", "two\n", "three"], "3 tokens"), column("jacobi", &["one two"], "2 tokens")];
-        let shown = screen(&columns, 63, 9, false);
+        let shown = side_by_side(&columns, 63, 9, false);
         let row = |left: &str, right: &str| format!("{left:<30} │ {right}");
         assert_eq!(
             shown,
@@ -140,24 +138,24 @@ mod tests {
     }
 
     #[test]
-    fn a_narrow_terminal_has_them_one_under_the_other_and_wraps() {
-        assert_eq!([room(59, 30), room(60, 30), room(90, 2)], [11, 26, 1]);
+    fn a_narrow_terminal_shows_one_answer_below_the_other_and_wraps() {
+        assert_eq!([max_text_lines(59, 30), max_text_lines(60, 30), max_text_lines(90, 2)], [11, 26, 1]);
         let columns = [column("ar", &["abcdefg"], "-"), column("jacobi", &["hi"], "-")];
-        assert_eq!(screen(&columns, 5, 9, false), ["ar", "abcde", "fg", "-", "jacob", "hi", "-"]);
+        assert_eq!(side_by_side(&columns, 5, 9, false), ["ar", "abcde", "fg", "-", "jacob", "hi", "-"]);
     }
 
     #[test]
-    fn wide_characters_take_two_places_and_the_last_lines_are_shown() {
+    fn wide_characters_take_two_columns_and_the_last_lines_are_shown() {
         let columns = [column("", &["数数数a"], ""), column("", &["1\n2\n3"], "")];
-        let body = |width: usize, most: usize| {
-            lines(&columns[0], width, most).iter().map(|line| painted(line, false)).collect::<Vec<_>>()
+        let body = |width: usize, max_lines: usize| {
+            lines(&columns[0], width, max_lines).iter().map(|line| paint(line, false)).collect::<Vec<_>>()
         };
         assert_eq!(body(3, 9), ["", "数", "数", "数a", ""]);
         assert_eq!(body(1, 9), ["", "a", ""]);
-        let last: Vec<String> = lines(&columns[1], 9, 2).iter().map(|line| painted(line, false)).collect();
+        let last: Vec<String> = lines(&columns[1], 9, 2).iter().map(|line| paint(line, false)).collect();
         assert_eq!(last, ["", "2", "3", ""]);
-        // Padding counts places, not characters.
-        let shown = screen(&columns, 63, 9, false);
+        // Padding counts columns, not characters.
+        let shown = side_by_side(&columns, 63, 9, false);
         assert!(
             shown[1].starts_with("数数数a")
                 && shown[1].ends_with("│ 1")
@@ -167,8 +165,8 @@ mod tests {
     }
 
     #[test]
-    fn neighbouring_forwards_have_different_colours() {
-        let line = &screen(&[column("t", &["a", "b"], "s"), Column::default()], 80, 9, true)[1];
+    fn successive_forwards_have_different_colours() {
+        let line = &side_by_side(&[column("t", &["a", "b"], "s"), Column::default()], 80, 9, true)[1];
         assert!(line.starts_with("\x1b[36ma\x1b[33mb\x1b[0m "), "{line:?}");
     }
 }

@@ -1,7 +1,9 @@
-//! `generate`: autoregressive beside Jacobi decoding, of one prompt or in a chat.
+//! `generate` answers one prompt autoregressively and by Jacobi decoding, one after the other; without a prompt it is a
+//! chat that shows both side by side.
 
 mod chat;
 mod columns;
+mod keys;
 mod visible;
 
 use std::io::IsTerminal;
@@ -14,163 +16,211 @@ use cllm_core::decode::{
 use cllm_core::model::ModelConfig;
 use cllm_core::prompt_set::Prompt;
 use cllm_core::tokenizer::Tokenizer;
+use cllm_core::trajectory::FinishReason;
 use cllm_core::{Error, Result, device, progress};
-use serde_json::{Value, json};
+use serde::Serialize;
 
 use crate::detokenize::Detokenizer;
 use crate::eos_ids;
 use crate::statistics::ratio;
 pub use chat::chat;
-use columns::{COLOURS, PLAIN};
+use columns::{COLOURS, RESET_COLOUR};
 pub use visible::visible;
 
-/// How to generate.
+/// The arguments of `generate`, except the prompt.
 #[derive(Debug, Clone)]
 pub struct GenerateOptions {
     /// Folder or id.
     pub model: String,
-    /// Take a prompt as it is, without the chat template.
+    /// Whether prompts are taken as they are, without the chat template.
     pub raw: bool,
     /// Tokens of a Jacobi block.
     pub n: usize,
-    /// Most tokens.
     pub max_new_tokens: usize,
-    /// Ids that end the answer, in place of the model's own.
+    /// Ids that end an answer; `None` for the model's own.
     pub eos_ids: Option<Vec<i32>>,
-    /// Where.
     pub device: String,
-    /// Of the first guesses.
+    /// Seed of the first draft tokens.
     pub seed: u64,
 }
 
 impl GenerateOptions {
     fn stop_conditions(&self, tokenizer: &Tokenizer, folder: &Path, config: &ModelConfig) -> Result<StopConditions> {
-        let (new, context) = (self.max_new_tokens, config.max_positions);
-        if new >= context {
+        let (max_new_tokens, context) = (self.max_new_tokens, config.max_positions);
+        if max_new_tokens >= context {
             return Err(Error::usage(format!(
-                "--max-new-tokens {new}: with a prompt it does not fit the model's context of {context}; give fewer"
+                "--max-new-tokens {max_new_tokens} leaves no room for a prompt in the model's context of {context} \
+                 tokens: use a lower number"
             )));
         }
-        Ok(StopConditions {
-            max_new_tokens: new,
-            eos_ids: eos_ids::resolve(self.eos_ids.as_deref(), tokenizer, folder, config)?,
-        })
+        let eos_ids = eos_ids::resolve(self.eos_ids.as_deref(), tokenizer, folder, config)?;
+        Ok(StopConditions { max_new_tokens, eos_ids })
     }
 }
 
-/// Answers the prompt both ways; what becomes final is shown on stderr as it does, unless quiet. Each answer is made
-/// twice: watched, which also warms up, and then timed without a watcher.
+/// Both answers to a prompt: the document of `generate --json`.
+#[derive(Debug, Serialize)]
+pub struct Generation {
+    pub schema_version: u32,
+    pub prompt: String,
+    /// Whether both answers have the same tokens.
+    pub equal: bool,
+    /// Tokens per second of Jacobi decoding over those of autoregressive decoding, excluding prefill.
+    pub speedup: Option<f64>,
+    /// The autoregressive answer, then the one by Jacobi decoding.
+    pub strategies: [GeneratedAnswer; 2],
+}
+
+/// One answer with its timings.
+#[derive(Debug, Serialize)]
+pub struct GeneratedAnswer {
+    /// Name of the strategy.
+    pub name: String,
+    /// 1 for `ar`.
+    pub max_tokens_per_forward: usize,
+    pub text: String,
+    pub response_ids: Vec<i32>,
+    pub finish_reason: FinishReason,
+    pub tokens: usize,
+    pub forwards: usize,
+    /// Tokens that each forward accepted.
+    pub accepted: Vec<u32>,
+    pub prefill_seconds: f64,
+    /// Seconds after prefill.
+    pub seconds: f64,
+    /// `tokens` over `seconds`.
+    pub tokens_per_second: Option<f64>,
+}
+
+/// Answers a prompt both ways. Each answer is generated twice: first with `show` watched on stderr, which also warms the
+/// decoder up, and then timed without a watcher.
 ///
 /// # Errors
-/// When the model cannot be loaded or the prompt does not fit.
-pub fn generate(prompt: &str, how: &GenerateOptions, show: bool) -> Result<Value> {
-    let device = device::parse(&how.device)?;
-    let folder = hub::locate(&how.model)?;
+/// When the model cannot be loaded or the prompt does not fit its context.
+pub fn generate(prompt: &str, options: &GenerateOptions, show: bool) -> Result<Generation> {
+    let device = device::parse(&options.device)?;
+    let folder = hub::locate(&options.model)?;
     let tokenizer = Tokenizer::load(&folder)?;
-    let asked = if how.raw { Prompt::Text(prompt.to_owned()) } else { Prompt::question(prompt) };
-    let (_, prompt_ids) = tokenizer.encode_prompt(&asked)?;
+    let question = if options.raw { Prompt::Text(prompt.to_owned()) } else { Prompt::question(prompt) };
+    let (_, prompt_ids) = tokenizer.encode_prompt(&question)?;
     let config = checkpoint::load_config(&folder)?;
-    let stop = how.stop_conditions(&tokenizer, &folder, &config)?;
-    let requests = [Request { sample_id: "generate".to_owned(), prompt_ids }];
-    check_fits_context(&requests[0], &stop, config.max_positions)?;
+    let stop = options.stop_conditions(&tokenizer, &folder, &config)?;
+    let request = Request { sample_id: "generate".to_owned(), prompt_ids };
+    check_fits_context(&request, &stop, config.max_positions)?;
     let model = checkpoint::load(&folder, device, device::default_kind(device))?;
-    let jacobi = Strategy::Jacobi { n: how.n };
-    let mut decoder = Decoder::new(&model, 1, required_slots(requests[0].prompt_ids.len(), &stop, jacobi))?;
-    let mut runs = Vec::new();
-    for strategy in [Strategy::Ar, jacobi] {
-        let options = DecodeOptions::greedy(strategy, how.seed);
-        if show {
-            progress::log(format!("{}:", strategy.to_string()));
-        }
-        let mut screen = Screen::new(&tokenizer, show);
-        let mut watch = |_: usize, ids: &[i32]| screen.add(ids);
-        decoder.answer(&requests, &stop, options, Some(&mut watch))?;
-        screen.end()?;
-        let (mut answers, timing) = decoder.answer(&requests, &stop, options, None)?;
-        let answer = answers.pop().ok_or_else(|| Error::internal("decoding gave no answer"))?;
-        let run = describe(&tokenizer, strategy, &answer, timing)?;
-        if show {
-            progress::log(line(&run));
-        }
-        runs.push((answer, run));
-    }
-    let equal = runs[0].0.response_ids == runs[1].0.response_ids;
-    let speed = |index: usize| runs[index].1["tokens_per_second"].as_f64();
-    let speedup = ratio(speed(1), speed(0));
+    let jacobi = Strategy::Jacobi { n: options.n };
+    let num_slots = required_slots(request.prompt_ids.len(), &stop, jacobi);
+    let decoder = Decoder::new(&model, 1, num_slots)?;
+    let mut generator = Generator { tokenizer: &tokenizer, decoder, request, stop, seed: options.seed, show };
+    let strategies = [generator.answer(Strategy::Ar)?, generator.answer(jacobi)?];
+    let equal = strategies[0].response_ids == strategies[1].response_ids;
+    let speedup = ratio(strategies[1].tokens_per_second, strategies[0].tokens_per_second);
     if show {
-        let verdict = if equal { "the same" } else { "not the same" };
-        progress::log(format!("Jacobi gives {verdict} tokens, {:.2} times as fast", speedup.unwrap_or(0.0)));
+        let tokens = if equal { "same tokens" } else { "different tokens" };
+        let speedup = speedup.unwrap_or(0.0);
+        progress::log(format!("{tokens}; Jacobi is {speedup:.2}x as fast (excluding prefill)"));
     }
-    let runs: Vec<Value> = runs.into_iter().map(|(_, run)| run).collect();
-    Ok(json!({ "schema_version": 1, "prompt": prompt, "equal": equal, "speedup": speedup, "strategies": runs }))
+    Ok(Generation { schema_version: 1, prompt: prompt.to_owned(), equal, speedup, strategies })
 }
 
-fn describe(tokenizer: &Tokenizer, strategy: Strategy, answer: &Answer, timing: Timing) -> Result<Value> {
-    let tokens = answer.response_ids.len();
-    Ok(json!({
-        "name": strategy.name(),
-        "n": (strategy != Strategy::Ar).then(|| strategy.max_window_tokens()),
-        "text": tokenizer.decode(&answer.response_ids)?,
-        "response_ids": answer.response_ids,
-        "finish_reason": answer.finish_reason,
-        "tokens": tokens,
-        "forwards": answer.num_forwards,
-        "accepted": answer.num_new_tokens,
-        "prefill_seconds": timing.prefill_seconds,
-        "seconds": timing.decode_seconds,
-        "tokens_per_second": ratio(tokens as f64, timing.decode_seconds),
-    }))
+struct Generator<'m> {
+    tokenizer: &'m Tokenizer,
+    decoder: Decoder<'m>,
+    request: Request,
+    stop: StopConditions,
+    seed: u64,
+    /// Whether the answers are shown on stderr.
+    show: bool,
 }
 
-fn line(run: &Value) -> String {
-    format!(
-        "{} tokens in {} forwards, {:.1} tokens/s without prefill ({:.3} s)",
-        run["tokens"],
-        run["forwards"],
-        run["tokens_per_second"].as_f64().unwrap_or(0.0),
-        run["prefill_seconds"].as_f64().unwrap_or(0.0)
-    )
+impl Generator<'_> {
+    fn answer(&mut self, strategy: Strategy) -> Result<GeneratedAnswer> {
+        let options = DecodeOptions::greedy(strategy, self.seed);
+        let requests = std::slice::from_ref(&self.request);
+        if self.show {
+            progress::log(format!("{strategy}:"));
+        }
+        let mut live_text = LiveText::new(self.tokenizer, self.show);
+        let mut watch = |_: usize, ids: &[i32]| live_text.add(ids);
+        self.decoder.answer(requests, &self.stop, options, Some(&mut watch))?;
+        live_text.finish()?;
+        let (mut answers, timing) = self.decoder.answer(requests, &self.stop, options, None)?;
+        let answer = answers.pop().ok_or_else(|| Error::internal("decoding returned no answer"))?;
+        let answer = GeneratedAnswer::new(self.tokenizer, strategy, answer, timing)?;
+        if self.show {
+            progress::log(answer.summary());
+        }
+        Ok(answer)
+    }
 }
 
-/// Text that appears as it becomes final, each forward in another colour.
-struct Screen<'t> {
-    writer: Detokenizer<'t>,
+impl GeneratedAnswer {
+    fn new(tokenizer: &Tokenizer, strategy: Strategy, answer: Answer, timing: Timing) -> Result<Self> {
+        let num_tokens = answer.response_ids.len();
+        Ok(GeneratedAnswer {
+            name: strategy.name().to_owned(),
+            max_tokens_per_forward: strategy.max_window_tokens(),
+            text: tokenizer.decode(&answer.response_ids)?,
+            response_ids: answer.response_ids,
+            finish_reason: answer.finish_reason,
+            tokens: num_tokens,
+            forwards: answer.num_forwards,
+            accepted: answer.num_new_tokens,
+            prefill_seconds: timing.prefill_seconds,
+            seconds: timing.decode_seconds,
+            tokens_per_second: ratio(num_tokens as f64, timing.decode_seconds),
+        })
+    }
+
+    fn summary(&self) -> String {
+        let plural = |count: usize, noun: &str| format!("{count} {noun}{}", if count == 1 { "" } else { "s" });
+        format!(
+            "{} in {}, {:.0} tokens/s (prefill: {:.3} s, not counted)",
+            plural(self.tokens, "token"),
+            plural(self.forwards, "forward"),
+            self.tokens_per_second.unwrap_or(0.0),
+            self.prefill_seconds
+        )
+    }
+}
+
+/// An answer on stderr that grows with each forward, in alternating colours.
+struct LiveText<'t> {
+    detokenizer: Detokenizer<'t>,
     show: bool,
     colour: bool,
-    forwards: usize,
-    failure: Option<Error>,
+    num_forwards: usize,
+    /// The watcher of a decoder cannot fail, so that an error waits here.
+    error: Option<Error>,
 }
 
-impl<'t> Screen<'t> {
+impl<'t> LiveText<'t> {
     fn new(tokenizer: &'t Tokenizer, show: bool) -> Self {
         let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-        Screen { writer: Detokenizer::new(tokenizer), show, colour, forwards: 0, failure: None }
+        LiveText { detokenizer: Detokenizer::new(tokenizer), show, colour, num_forwards: 0, error: None }
     }
 
     fn add(&mut self, ids: &[i32]) {
-        if !self.show || self.failure.is_some() {
+        if !self.show || self.error.is_some() {
             return;
         }
-        match self.writer.push(ids) {
-            Ok(piece) if self.colour => {
-                progress::write_stderr(&format!(
-                    "{}{}{PLAIN}",
-                    COLOURS[self.forwards % COLOURS.len()],
-                    visible(&piece)
-                ));
+        match self.detokenizer.push(ids) {
+            Ok(text) if self.colour => {
+                let colour = COLOURS[self.num_forwards % COLOURS.len()];
+                progress::write_stderr(&format!("{colour}{}{RESET_COLOUR}", visible(&text)));
             }
-            Ok(piece) => progress::write_stderr(&visible(&piece)),
-            Err(error) => self.failure = Some(error),
+            Ok(text) => progress::write_stderr(&visible(&text)),
+            Err(error) => self.error = Some(error),
         }
-        self.forwards += 1;
+        self.num_forwards += 1;
     }
 
-    fn end(self) -> Result<()> {
-        if let Some(error) = self.failure {
+    fn finish(self) -> Result<()> {
+        if let Some(error) = self.error {
             return Err(error);
         }
         if self.show {
-            progress::write_stderr(&format!("{}\n", visible(&self.writer.finish()?)));
+            progress::write_stderr(&format!("{}\n", visible(&self.detokenizer.finish()?)));
         }
         Ok(())
     }

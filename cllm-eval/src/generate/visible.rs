@@ -1,6 +1,7 @@
-//! Text of a model as a terminal may see it.
+//! Makes the text of a model safe to show.
 
-/// Characters that a terminal would obey rather than show, in visible forms; line ends stay, and tabs become spaces.
+/// Replaces control characters, which a terminal would obey instead of showing them, by visible ones. Line feeds stay, and
+/// tabs become spaces.
 pub fn visible(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for character in text.chars() {
@@ -8,10 +9,10 @@ pub fn visible(text: &str) -> String {
             '\n' => shown.push('\n'),
             '\t' => shown.push_str("    "),
             '\r' => {}
-            // The pictures of control characters: U+2400 and on.
+            // The block of control pictures starts at U+2400.
             '\u{0}'..='\u{1f}' => shown.extend(char::from_u32(0x2400 + character as u32)),
             '\u{7f}' => shown.push('\u{2421}'),
-            // The other controls, and those that turn the direction of writing.
+            // The C1 controls, and the characters that change the direction of writing.
             '\u{80}'..='\u{9f}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => {
                 shown.push('\u{fffd}')
             }
@@ -26,7 +27,7 @@ mod tests {
     use super::visible;
 
     #[test]
-    fn a_terminal_gets_no_commands() {
+    fn a_terminal_gets_no_control_characters() {
         let nasty = "a\x1b[2J\x1b]0;title\x07b\x08\x7f\u{9b}31m\u{202e}c\r\n\td";
         let shown = visible(nasty);
         assert_eq!(shown, "a␛[2J␛]0;title␇b␈␡\u{fffd}31m\u{fffd}c\n    d");

@@ -1,20 +1,22 @@
-//! The charts of a run.
+//! The charts of a run, in the order in which the report shows them.
+//!
+//! To add a chart, write a function that makes a [`Chart`] with a primitive of [`crate::svg`], and call it in [`charts`].
 
 use serde::Serialize;
 
 use super::Run;
 use crate::acceptance::Acceptance;
-use crate::records::Records;
+use crate::records::{Records, SpeedRecord};
 use crate::results::StrategyResults;
 use crate::role::Role;
-use crate::svg::{Bar, Dot, Series, bars, lines, scatter};
+use crate::svg::{Bar, ScatterPoint, Series, bars, lines, scatter};
 use crate::table::format_number;
 use crate::tradeoff::Tradeoff;
 
-/// Bars of the histogram; longer runs of tokens count in its last.
-const HISTOGRAM_BARS: usize = 12;
-/// Answers of neighbouring lengths that stand for a point.
-const LENGTH_GROUP: usize = 10;
+/// Number of bars of a histogram; the last one also counts everything above it.
+const MAX_HISTOGRAM_BARS: usize = 12;
+/// Number of answers, ordered by length, whose speeds are averaged into one point.
+const ANSWERS_PER_POINT: usize = 10;
 
 #[derive(Debug, Serialize)]
 pub(super) struct Chart {
@@ -23,153 +25,188 @@ pub(super) struct Chart {
 }
 
 impl Chart {
+    /// `draw` gets the title, which the SVG needs for screen readers.
     fn new(title: impl Into<String>, draw: impl FnOnce(&str) -> String) -> Self {
         let title = title.into();
         Chart { svg: draw(&title), title }
     }
 }
 
-type Found<'r> = (Role, &'r StrategyResults);
-
-/// Every chart that the run has figures for.
+/// Every chart that the run has the measurements for.
 pub(super) fn charts(run: &Run, tradeoff: Option<&Tradeoff>) -> Vec<Chart> {
-    let models = run.results.models.iter();
-    let found: Vec<Found<'_>> =
-        models.flat_map(|model| model.strategies.iter().map(move |strategy| (model.model.role, strategy))).collect();
+    let entries: Vec<Entry<'_>> = run.results.strategies().map(|(role, results)| Entry { role, results }).collect();
+    let accepted: Vec<(&Entry<'_>, &Acceptance)> = entries
+        .iter()
+        .filter_map(|entry| Some((entry, entry.results.acceptance.as_ref()?)))
+        .filter(|(_, acceptance)| !acceptance.forwards.is_empty())
+        .collect();
     let mut charts = Vec::new();
-    charts.extend(tradeoff.map(speed_and_accuracy));
-    if found.iter().any(|(_, strategy)| strategy.tokens_per_second.is_some()) {
-        let rate = |strategy: &StrategyResults| strategy.tokens_per_second;
-        charts.push(bars_of("Tokens per second at batch 1, without prefill", &found, rate, 1));
-    }
-    charts.push(bars_of("Tokens per forward", &found, |strategy| strategy.tokens_per_forward, 2));
-    charts.extend(acceptance(&found));
-    charts.extend(run.records.as_ref().and_then(by_length));
+    charts.extend(tradeoff.map(accuracy_against_speed));
+    charts.extend(tokens_per_second(&entries));
+    charts.push(tokens_per_forward(&entries));
+    charts.extend(accepted.iter().map(|&(entry, acceptance)| accepted_per_forward(entry, acceptance)));
+    charts.extend(accepted_by_window_position(&accepted));
+    charts.extend(tokens_per_forward_over_answer(&accepted));
+    charts.extend(run.records.as_ref().and_then(tokens_per_second_by_length));
     charts
 }
 
-fn name(role: Role, label: &str) -> String {
-    format!("{} {label}", role.name())
+/// A model and a strategy of the run.
+struct Entry<'r> {
+    role: Role,
+    results: &'r StrategyResults,
 }
 
-/// Speed-up where it was measured, tokens per forward where not, against accuracy.
-fn speed_and_accuracy(tradeoff: &Tradeoff) -> Chart {
+impl Entry<'_> {
+    fn name(&self) -> String {
+        format!("{} {}", self.role.name(), self.results.label)
+    }
+
+    /// The CSS class that colours it.
+    fn class(&self) -> &'static str {
+        self.role.name()
+    }
+}
+
+/// The x axis is the speed-up if every point was timed, and tokens per forward if not.
+fn accuracy_against_speed(tradeoff: &Tradeoff) -> Chart {
     let timed = tradeoff.points.iter().all(|point| point.speedup.is_some());
-    let axis = if timed { "speed-up over the teacher's AR" } else { "tokens per forward" };
-    let dots: Vec<Dot> = tradeoff
+    let x_name = if timed { "speed-up over the teacher's AR" } else { "tokens per forward" };
+    let points: Vec<ScatterPoint> = tradeoff
         .points
         .iter()
-        .map(|point| Dot {
-            label: name(point.role, &point.strategy),
+        .map(|point| ScatterPoint {
+            label: format!("{} {}", point.role.name(), point.strategy),
             class: point.role.name(),
-            at: (point.speedup.filter(|_| timed).unwrap_or(point.tokens_per_forward), 100.0 * point.accuracy),
+            x: point.speedup.filter(|_| timed).unwrap_or(point.tokens_per_forward),
+            y: 100.0 * point.accuracy,
             interval: point.ci95.map(|ends| ends.map(|end| 100.0 * end)),
         })
         .collect();
-    Chart::new("Speed against accuracy, with its 95 % interval", |title| scatter(title, [axis, "accuracy, %"], &dots))
+    Chart::new("Accuracy (95 % interval) against speed", |title| scatter(title, [x_name, "accuracy, %"], &points))
 }
 
-fn bars_of(title: &str, found: &[Found<'_>], figure: fn(&StrategyResults) -> Option<f64>, digits: usize) -> Chart {
-    let rows: Vec<Bar> = found
+fn tokens_per_second(entries: &[Entry<'_>]) -> Option<Chart> {
+    let measured = entries.iter().any(|entry| entry.results.tokens_per_second.is_some());
+    measured.then(|| {
+        let title = "Tokens per second at batch 1, excluding prefill";
+        bar_per_entry(title, entries, |results| results.tokens_per_second, 1)
+    })
+}
+
+fn tokens_per_forward(entries: &[Entry<'_>]) -> Chart {
+    bar_per_entry("Tokens per forward", entries, |results| results.tokens_per_forward, 2)
+}
+
+fn bar_per_entry(
+    title: &str,
+    entries: &[Entry<'_>],
+    value: fn(&StrategyResults) -> Option<f64>,
+    digits: usize,
+) -> Chart {
+    let rows: Vec<Bar> = entries
         .iter()
-        .map(|&(role, strategy)| Bar {
-            label: name(role, &strategy.label),
-            class: role.name(),
-            value: figure(strategy),
+        .map(|entry| Bar {
+            label: entry.name(),
+            class: entry.class(),
+            value: value(entry.results),
             interval: None,
-            text: format_number(figure(strategy), digits, ""),
+            text: format_number(value(entry.results), digits, ""),
         })
         .collect();
     Chart::new(title, |title| bars(title, &rows))
 }
 
-/// What the forwards made final: how many tokens, which guesses, and over the course of the answers.
-fn acceptance(found: &[Found<'_>]) -> Vec<Chart> {
-    let with: Vec<(Role, &str, &Acceptance)> = found
-        .iter()
-        .filter_map(|&(role, strategy)| Some((role, strategy.label.as_str(), strategy.acceptance.as_ref()?)))
-        .filter(|(.., acceptance)| !acceptance.forwards.is_empty())
-        .collect();
-    if with.is_empty() {
-        return Vec::new();
-    }
-    let series = |points: &dyn Fn(&Acceptance) -> Vec<(f64, f64)>| -> Vec<Series> {
-        let numbered = with.iter().enumerate();
-        let earlier = |index: usize, role: Role| with[..index].iter().filter(|(other, ..)| *other == role).count();
-        numbered
-            .map(|(index, &(role, label, acceptance))| Series {
-                label: name(role, label),
-                class: role.name(),
-                dash: earlier(index, role),
-                points: points(acceptance),
-            })
-            .collect()
-    };
-    let positions = series(&|acceptance| {
-        acceptance.by_position.iter().enumerate().map(|(guess, &share)| (guess as f64 + 1.0, 100.0 * share)).collect()
-    });
-    let course = series(&|acceptance| {
-        let reached = acceptance.over_answer.iter().filter(|stretch| stretch.forwards > 0);
-        reached.map(|stretch| (stretch.start as f64, stretch.tokens as f64 / stretch.forwards as f64)).collect()
-    });
-    let mut charts: Vec<Chart> =
-        with.iter().map(|&(role, label, acceptance)| histogram(role, label, acceptance)).collect();
-    charts.push(Chart::new("Share of the forwards in which a guess was right, by its place in the window", |title| {
-        lines(title, ["place of the guess", "right, %"], true, &positions)
-    }));
-    charts.push(Chart::new("Tokens per forward over the course of the answers", |title| {
-        lines(title, ["tokens of the answer before", "tokens per forward"], true, &course)
-    }));
-    charts
-}
-
-fn histogram(role: Role, label: &str, acceptance: &Acceptance) -> Chart {
-    let most = HISTOGRAM_BARS.min(acceptance.forwards.len());
+/// How many of the forwards accepted 1, 2, 3 ... tokens.
+fn accepted_per_forward(entry: &Entry<'_>, acceptance: &Acceptance) -> Chart {
+    let num_bars = MAX_HISTOGRAM_BARS.min(acceptance.forwards.len());
     let total = acceptance.forwards.iter().sum::<u64>().max(1) as f64;
-    let rows: Vec<Bar> = (0..most)
+    let rows: Vec<Bar> = (0..num_bars)
         .map(|index| {
-            let last = index + 1 == most;
-            let counts = if last { &acceptance.forwards[index..] } else { &acceptance.forwards[index..=index] };
-            let share = 100.0 * counts.iter().sum::<u64>() as f64 / total;
-            let more = if last && counts.len() > 1 { " or more" } else { "" };
+            let is_last = index + 1 == num_bars;
+            let counts = if is_last { &acceptance.forwards[index..] } else { &acceptance.forwards[index..=index] };
+            let percent = 100.0 * counts.iter().sum::<u64>() as f64 / total;
+            let or_more = if is_last && counts.len() > 1 { " or more" } else { "" };
             Bar {
-                label: format!("{}{more}", index + 1),
-                class: role.name(),
-                value: Some(share),
+                label: format!("{}{or_more}", index + 1),
+                class: entry.class(),
+                value: Some(percent),
                 interval: None,
-                text: format!("{share:.1} %"),
+                text: format!("{percent:.1} %"),
             }
         })
         .collect();
-    Chart::new(format!("Tokens made final by a forward: {}", name(role, label)), |title| bars(title, &rows))
+    Chart::new(format!("Tokens accepted per forward: {}", entry.name()), |title| bars(title, &rows))
 }
 
-/// Tokens per second of the timed answers, those of neighbouring lengths together.
-fn by_length(records: &Records) -> Option<Chart> {
+fn accepted_by_window_position(accepted: &[(&Entry<'_>, &Acceptance)]) -> Option<Chart> {
+    let series = line_per_entry(accepted, |acceptance| {
+        let fractions = acceptance.by_position.iter().enumerate();
+        fractions.map(|(index, &fraction)| (index as f64 + 1.0, 100.0 * fraction)).collect()
+    });
+    (!series.is_empty()).then(|| {
+        Chart::new("Draft tokens accepted, by position in the window", |title| {
+            lines(title, ["position in the window", "forwards that accepted it, %"], true, &series)
+        })
+    })
+}
+
+fn tokens_per_forward_over_answer(accepted: &[(&Entry<'_>, &Acceptance)]) -> Option<Chart> {
+    let series = line_per_entry(accepted, |acceptance| {
+        let reached = acceptance.over_answer.iter().filter(|stretch| stretch.forwards > 0);
+        reached.map(|stretch| (stretch.start as f64, stretch.tokens as f64 / stretch.forwards as f64)).collect()
+    });
+    (!series.is_empty()).then(|| {
+        Chart::new("Tokens per forward, by position in the answer", |title| {
+            lines(title, ["position in the answer (tokens)", "tokens per forward"], true, &series)
+        })
+    })
+}
+
+/// Strategies of one model share its colour and differ in their dashes.
+fn line_per_entry(
+    accepted: &[(&Entry<'_>, &Acceptance)],
+    points: impl Fn(&Acceptance) -> Vec<(f64, f64)>,
+) -> Vec<Series> {
+    let same_role = |index: usize, role: Role| accepted[..index].iter().filter(|(entry, _)| entry.role == role).count();
+    accepted
+        .iter()
+        .enumerate()
+        .map(|(index, &(entry, acceptance))| Series {
+            label: entry.name(),
+            class: entry.class(),
+            dash: same_role(index, entry.role),
+            points: points(acceptance),
+        })
+        .collect()
+}
+
+fn tokens_per_second_by_length(records: &Records) -> Option<Chart> {
     let header = &records.header;
     let mut series = Vec::new();
     for model in &header.models {
         for (dash, strategy) in header.settings.strategies_of(model.role).enumerate() {
-            let mine = records.speeds.iter().filter(|speed| (speed.role, speed.strategy) == (model.role, strategy));
-            let mut timed: Vec<(usize, f64)> = mine.map(|speed| (speed.tokens, speed.seconds)).collect();
-            timed.sort_by_key(|&(tokens, _)| tokens);
-            let point = |group: &[(usize, f64)]| {
-                let (tokens, seconds): (usize, f64) =
-                    group.iter().fold((0, 0.0), |(tokens, seconds), one| (tokens + one.0, seconds + one.1));
-                (seconds > 0.0).then(|| (tokens as f64 / group.len() as f64, tokens as f64 / seconds))
-            };
-            let points: Vec<(f64, f64)> = timed.chunks(LENGTH_GROUP).filter_map(point).collect();
-            series.push(Series {
-                label: name(model.role, &strategy.to_string()),
-                class: model.role.name(),
-                dash,
-                points,
-            });
+            let label = format!("{} {strategy}", model.role.name());
+            let timed = records.speeds_of(model.role, strategy).collect();
+            series.push(Series { label, class: model.role.name(), dash, points: speed_by_length(timed) });
         }
     }
-    series.iter().any(|one| !one.points.is_empty()).then(|| {
-        Chart::new("Tokens per second at batch 1, by the length of the answer", |title| {
-            lines(title, ["tokens of the answer", "tokens/s"], true, &series)
+    series.iter().any(|line| !line.points.is_empty()).then(|| {
+        Chart::new("Tokens per second at batch 1, by answer length", |title| {
+            lines(title, ["answer length (tokens)", "tokens/s"], true, &series)
         })
     })
+}
+
+/// Mean length and tokens per second of groups of answers that are similarly long.
+fn speed_by_length(mut timed: Vec<&SpeedRecord>) -> Vec<(f64, f64)> {
+    timed.sort_by_key(|speed| speed.tokens);
+    timed
+        .chunks(ANSWERS_PER_POINT)
+        .filter_map(|group| {
+            let tokens = group.iter().map(|speed| speed.tokens).sum::<usize>() as f64;
+            let seconds: f64 = group.iter().map(|speed| speed.seconds).sum();
+            (seconds > 0.0).then(|| (tokens / group.len() as f64, tokens / seconds))
+        })
+        .collect()
 }

@@ -1,76 +1,77 @@
-//! An example, as every model and strategy answered it: the text that each forward made final.
+//! One example as every model and strategy answered it, with the text that each forward added.
 
 use cllm_core::task::Verdict;
 use serde::Serialize;
 
 use crate::records::{AnswerRecord, Records};
 
-/// Colours of neighbouring forwards in the page's style.
-const FORWARD_COLOURS: usize = 5;
+/// Number of colours in the page's style; successive forwards take them in turn.
+const NUM_COLOURS: usize = 5;
 
 #[derive(Debug, Serialize)]
 pub(super) struct Example {
     id: String,
     prompt: String,
     reference: Option<String>,
-    /// Most forwards of an answer.
-    forwards: usize,
-    answers: Vec<Answer>,
+    /// Forwards of the answer that needed most of them.
+    max_forwards: usize,
+    answers: Vec<ExampleAnswer>,
 }
 
 #[derive(Debug, Serialize)]
-struct Answer {
+struct ExampleAnswer {
+    /// Model and strategy.
     name: String,
     verdict: Verdict,
-    tokens: usize,
-    forwards: usize,
+    num_tokens: usize,
+    num_forwards: usize,
     text: String,
-    pieces: Vec<Piece>,
+    forwards: Vec<Forward>,
 }
 
-/// What one forward made final.
+/// What one forward added to an answer.
 #[derive(Debug, Serialize)]
-struct Piece {
-    text: String,
-    colour: usize,
+struct Forward {
     /// Counted from 1.
-    forward: usize,
-    tokens: u32,
+    number: usize,
+    text: String,
+    num_tokens: u32,
+    colour: usize,
 }
 
 impl Example {
-    /// Of the examples whose forwards' texts were kept, the first that somebody answered right; the first, where nobody did.
-    pub(super) fn of(records: &Records) -> Option<Self> {
-        let with_pieces = || records.answers.iter().filter(|answer| answer.forward_texts.is_some());
-        let right = with_pieces().filter(|answer| answer.verdict == Verdict::Correct).map(|answer| answer.index).min();
-        let index = right.or_else(|| with_pieces().map(|answer| answer.index).min())?;
-        let chosen: Vec<&AnswerRecord> = with_pieces().filter(|answer| answer.index == index).collect();
-        let first = chosen.first()?;
+    /// The first example that an answer is correct for, else the first; of those whose texts were kept by forward.
+    pub(super) fn choose(records: &Records) -> Option<Self> {
+        let shown = || records.answers.iter().filter(|answer| answer.forward_texts.is_some());
+        let correct = shown().filter(|answer| answer.verdict == Verdict::Correct).map(|answer| answer.index).min();
+        let index = correct.or_else(|| shown().map(|answer| answer.index).min())?;
+        let answers: Vec<&AnswerRecord> = shown().filter(|answer| answer.index == index).collect();
+        let first = answers.first()?;
         Some(Example {
             id: first.id.clone(),
             prompt: first.prompt.clone(),
             reference: first.reference.clone(),
-            forwards: chosen.iter().map(|answer| answer.accepted.len()).max()?,
-            answers: chosen.iter().map(|answer| Answer::of(answer)).collect(),
+            max_forwards: answers.iter().map(|answer| answer.accepted.len()).max()?,
+            answers: answers.iter().map(|answer| ExampleAnswer::new(answer)).collect(),
         })
     }
 }
 
-impl Answer {
-    fn of(answer: &AnswerRecord) -> Self {
-        let pieces = answer.forward_texts.iter().flatten().zip(&answer.accepted).enumerate();
-        Answer {
-            name: format!("{} {}", answer.role.name(), answer.strategy.to_string()),
+impl ExampleAnswer {
+    fn new(answer: &AnswerRecord) -> Self {
+        let forwards = answer.forward_texts.iter().flatten().zip(&answer.accepted).enumerate();
+        ExampleAnswer {
+            name: format!("{} {}", answer.role.name(), answer.strategy),
             verdict: answer.verdict,
-            tokens: answer.response_ids.len(),
-            forwards: answer.forwards,
+            num_tokens: answer.response_ids.len(),
+            num_forwards: answer.forwards,
             text: answer.text.clone(),
-            pieces: pieces
-                .map(|(index, (text, &tokens))| Piece {
+            forwards: forwards
+                .map(|(index, (text, &num_tokens))| Forward {
+                    number: index + 1,
                     text: text.clone(),
-                    colour: index % FORWARD_COLOURS,
-                    forward: index + 1,
-                    tokens,
+                    num_tokens,
+                    colour: index % NUM_COLOURS,
                 })
                 .collect(),
         }

@@ -1,9 +1,10 @@
-//! `report`: what people send around, drawn from results and their samples: one HTML page that needs nothing else, Markdown, LaTeX
-//! tables and a model card.
+//! Reports for people, drawn from results.json and samples.jsonl alone: `report` renders a self-contained HTML page,
+//! Markdown, LaTeX tables and a model card from templates/; `animate` draws one example as an animated SVG.
 
-mod card;
+mod animation;
 mod charts;
 mod example;
+mod headline;
 mod model_card;
 mod overview;
 mod section;
@@ -17,61 +18,70 @@ use minijinja::{Environment, context};
 use crate::records::{Records, SAMPLES};
 use crate::results::{RESULTS, Results};
 use crate::table::HEADS;
-use model_card::{decoding, front_matter};
+pub use animation::animate;
 use section::Section;
 
-/// What a report draws of one run.
+/// The files of a report with their templates. The extension decides how minijinja escapes values.
+const TEMPLATES: [(&str, &str); 4] = [
+    ("report.md", include_str!("../../templates/report.md")),
+    ("report.html", include_str!("../../templates/report.html")),
+    ("report.tex", include_str!("../../templates/report.tex")),
+    ("model-card.md", include_str!("../../templates/model-card.md")),
+];
+
 struct Run {
-    /// Benchmark and split, and its folder where runs that are drawn together have the same.
+    /// Benchmark and split, and the folder too if several runs of one report have the same.
     title: String,
     results: Results,
-    /// Its answers and timings, where the file lies beside the results.
+    /// `None` if there is no samples.jsonl beside the results.
     records: Option<Records>,
 }
 
-/// Draws the reports of some runs into `output`, or beside the first of them, and says what was written.
+/// Renders the report of one or several runs into `output`, or beside the first of them, and returns the files that were
+/// written.
 ///
 /// # Errors
-/// When a file is missing or is no results file.
+/// When a file is missing, is not a results.json, or cannot be written.
 pub fn report(results: &[PathBuf], output: Option<&Path>) -> Result<Vec<PathBuf>> {
     let files: Vec<PathBuf> =
         results.iter().map(|path| if path.is_dir() { path.join(RESULTS) } else { path.clone() }).collect();
-    let mut runs: Vec<Run> = files.iter().map(|path| Run::read(path)).collect::<Result<_>>()?;
-    let titles: Vec<String> = runs.iter().map(|run| run.title.clone()).collect();
-    for (run, file) in runs.iter_mut().zip(&files) {
-        if titles.iter().filter(|title| **title == run.title).count() > 1 {
-            run.title += &format!(" / {}", file.parent().unwrap_or(Path::new("")).display());
-        }
-    }
+    let runs = read_runs(&files)?;
     let folder = match output {
         Some(folder) => folder.to_owned(),
         None => files.first().and_then(|file| file.parent()).unwrap_or(Path::new(".")).to_owned(),
     };
-    let sections: Vec<Section> = runs.iter().map(Section::of).collect::<Result<_>>()?;
+    let sections: Vec<Section> = runs.iter().map(Section::from_run).collect::<Result<_>>()?;
     let values = context! {
         sections => minijinja::Value::from(Serde(&sections)),
-        heads => HEADS,
-        overview_heads => overview::HEADS,
+        headings => HEADS,
+        overview_headings => overview::HEADINGS,
         overview => overview::rows(&runs),
-        decoding => decoding(&runs),
-        front_matter => front_matter(&runs)?,
+        headline_strategies => model_card::headline_strategies(&runs),
+        front_matter => model_card::front_matter(&runs)?,
     };
     let environment = environment();
-    let mut written = Vec::new();
-    // The ending of a name decides whether minijinja escapes what it is given.
-    for (name, template) in [
-        ("report.md", include_str!("../../templates/report.md")),
-        ("report.html", include_str!("../../templates/report.html")),
-        ("report.tex", include_str!("../../templates/report.tex")),
-        ("model-card.md", include_str!("../../templates/model-card.md")),
-    ] {
-        let text = environment
-            .render_named_str(name, template, &values)
-            .map_err(|error| Error::file(folder.join(name), format!("cannot be drawn: {error:#}")))?;
-        atomic_file::write(&folder.join(name), text.as_bytes())?;
-        written.push(folder.join(name));
+    TEMPLATES
+        .into_iter()
+        .map(|(name, template)| {
+            let path = folder.join(name);
+            let text = environment
+                .render_named_str(name, template, &values)
+                .map_err(|error| Error::internal(format!("rendering {name}: {error:#}")))?;
+            atomic_file::write(&path, text.as_bytes())?;
+            Ok(path)
+        })
+        .collect()
+}
+
+fn read_runs(files: &[PathBuf]) -> Result<Vec<Run>> {
+    let mut runs: Vec<Run> = files.iter().map(|path| Run::read(path)).collect::<Result<_>>()?;
+    let titles: Vec<String> = runs.iter().map(|run| run.title.clone()).collect();
+    for (run, file) in runs.iter_mut().zip(files) {
+        if titles.iter().filter(|title| **title == run.title).count() > 1 {
+            run.title += &format!(" / {}", file.parent().unwrap_or(Path::new("")).display());
+        }
     }
-    Ok(written)
+    Ok(runs)
 }
 
 impl Run {
@@ -87,13 +97,12 @@ impl Run {
 fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
     environment.add_filter("one_line", |text: &str| text.replace(['\n', '\r'], " ").replace('|', "\\|"));
-    environment.add_filter("block", |text: &str| format!("    {}", text.replace('\n', "\n    ")));
-    environment.add_filter("tex", tex);
+    environment.add_filter("code_block", |text: &str| format!("    {}", text.replace('\n', "\n    ")));
+    environment.add_filter("tex", escape_latex);
     environment
 }
 
-/// `text` as LaTeX shows it.
-fn tex(text: &str) -> String {
+fn escape_latex(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for character in text.chars() {
         match character {
@@ -113,12 +122,12 @@ fn tex(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::tex;
+    use super::escape_latex;
 
     #[test]
-    fn what_latex_reads_as_commands_is_escaped() {
+    fn characters_that_latex_would_interpret_are_escaped() {
         assert_eq!(
-            tex("50 % of a_b & {c} \\d ~^#$ <e>\n|"),
+            escape_latex("50 % of a_b & {c} \\d ~^#$ <e>\n|"),
             r"50 \% of a\_b \& \{c\} \textbackslash{}d \textasciitilde{}\textasciicircum{}\#\$ \textless{}e\textgreater{} \textbar{}"
         );
     }

@@ -1,4 +1,4 @@
-//! The head of a model card: what the Hugging Face Hub reads (its model card metadata, `model-index`).
+//! The head of a model card: the metadata that the Hugging Face Hub reads (`model-index`), and how to repeat the runs.
 
 use std::path::Path;
 
@@ -8,10 +8,15 @@ use serde::Serialize;
 use serde_json::Value;
 
 use super::Run;
-use super::card::best;
 use crate::config::RunSettings;
 use crate::records::ModelEntry;
 use crate::role::Role;
+
+/// Names of folders that say where a model is, not which model it is.
+const GENERIC_FOLDERS: [&str; 13] =
+    ["/", ".", "..", "final", "best", "latest", "last", "student", "teacher", "model", "models", "rounds", "runs"];
+/// Such names that end in a number.
+const NUMBERED_FOLDERS: [&str; 4] = ["round", "step", "epoch", "checkpoint"];
 
 #[derive(Serialize)]
 struct FrontMatter {
@@ -27,18 +32,18 @@ struct FrontMatter {
 #[derive(Serialize)]
 struct ModelIndex {
     name: String,
-    results: Vec<Entry>,
+    results: Vec<IndexedResult>,
 }
 
 #[derive(Serialize)]
-struct Entry {
-    task: Kind,
+struct IndexedResult {
+    task: TaskType,
     dataset: Dataset,
     metrics: Vec<Metric>,
 }
 
 #[derive(Serialize)]
-struct Kind {
+struct TaskType {
     r#type: &'static str,
 }
 
@@ -56,54 +61,51 @@ struct Metric {
     value: f64,
 }
 
-/// The YAML between the card's two lines of dashes: of each run, accuracy, tokens per forward and speed-up of the fastest strategy
-/// of the student, or of the only model.
-///
-/// # Errors
-/// When it cannot be written as YAML.
+/// The YAML between the card's two lines of dashes: accuracy, tokens per forward and speed-up of each run's fastest
+/// strategy.
 pub(super) fn front_matter(runs: &[Run]) -> Result<String> {
-    let model = |role: Role| runs.iter().flat_map(|run| &run.results.models).find(|found| found.model.role == role);
-    let teacher = model(Role::Teacher).map(|found| &found.model);
-    let subject = model(Role::Student).map(|found| &found.model).or(teacher);
+    let model = |role: Role| runs.iter().flat_map(|run| &run.results.models).find(|model| model.model.role == role);
+    let (teacher, student) = (model(Role::Teacher), model(Role::Student));
+    let described = student.or(teacher);
     settings::to_yaml(&FrontMatter {
         library_name: "transformers",
         pipeline_tag: "text-generation",
         tags: ["consistency-llm", "jacobi-decoding", "cllm"],
-        base_model: teacher.filter(|_| model(Role::Student).is_some()).and_then(hub_id),
+        base_model: teacher.filter(|_| student.is_some()).and_then(|teacher| hub_id(&teacher.model)),
         model_index: vec![ModelIndex {
-            name: subject.map_or_else(|| "model".to_owned(), name),
-            results: runs.iter().filter_map(entry).collect(),
+            name: described.map_or_else(|| "model".to_owned(), |model| model_name(&model.model)),
+            results: runs.iter().filter_map(indexed_result).collect(),
         }],
     })
 }
 
-/// `owner/name` of a model in the Hugging Face cache, whose folder is `models--owner--name/snapshots/…`; none of another folder.
+/// `owner/name` of a model in the Hugging Face cache, whose folder is `models--owner--name/snapshots/…`; `None` for any
+/// other folder.
 fn hub_id(model: &ModelEntry) -> Option<String> {
-    let mut parts = Path::new(&model.path).iter().filter_map(|part| part.to_str());
-    let (owner, name) = parts.find_map(|part| part.strip_prefix("models--")?.split_once("--"))?;
+    let mut folders = Path::new(&model.path).iter().filter_map(|folder| folder.to_str());
+    let (owner, name) = folders.find_map(|folder| folder.strip_prefix("models--")?.split_once("--"))?;
     Some(format!("{owner}/{name}"))
 }
 
-/// Its name on the Hub, or the last part of its folder that says something.
-fn name(model: &ModelEntry) -> String {
-    let folders = || Path::new(&model.path).iter().rev().filter_map(|part| part.to_str());
-    let of_hub = hub_id(model).and_then(|id| Some(id.split_once('/')?.1.to_owned()));
-    of_hub.or_else(|| folders().find(|part| tells(part)).map(str::to_owned)).unwrap_or_else(|| "model".to_owned())
+/// The model's name on the Hub, or the last folder of its path that tells models apart.
+pub(super) fn model_name(model: &ModelEntry) -> String {
+    let mut folders = Path::new(&model.path).iter().rev().filter_map(|folder| folder.to_str());
+    let on_hub = hub_id(model).and_then(|id| Some(id.split_once('/')?.1.to_owned()));
+    on_hub
+        .or_else(|| folders.find(|folder| is_descriptive(folder)).map(str::to_owned))
+        .unwrap_or_else(|| "model".to_owned())
 }
 
-/// Whether the name of a folder says which model it holds.
-fn tells(folder: &str) -> bool {
-    let numbered = |kind: &str| {
+fn is_descriptive(folder: &str) -> bool {
+    let is_numbered = |kind: &&str| {
         let number = folder.strip_prefix(kind).map(|rest| rest.trim_start_matches(['-', '_']));
         number.is_some_and(|number| number.chars().all(|digit| digit.is_ascii_digit()))
     };
-    let places =
-        ["/", ".", "..", "final", "best", "latest", "last", "student", "teacher", "model", "models", "rounds", "runs"];
-    !places.contains(&folder) && !["round", "step", "epoch", "checkpoint"].into_iter().any(numbered)
+    !GENERIC_FOLDERS.contains(&folder) && !NUMBERED_FOLDERS.iter().any(is_numbered)
 }
 
 /// The Hub's id of a benchmark's data set.
-fn data_set(benchmark: Task) -> Option<&'static str> {
+fn hub_dataset(benchmark: Task) -> Option<&'static str> {
     match benchmark {
         Task::Gsm8k => Some("openai/gsm8k"),
         Task::Spider => Some("xlangai/spider"),
@@ -115,11 +117,11 @@ fn data_set(benchmark: Task) -> Option<&'static str> {
     }
 }
 
-/// The strategies whose figures head the card, as people read them.
-pub(super) fn decoding(runs: &[Run]) -> String {
+/// The strategies that the card's headline figures are measured with, spelt out.
+pub(super) fn headline_strategies(runs: &[Run]) -> String {
     let mut names: Vec<&str> = Vec::new();
-    for (_, found) in runs.iter().filter_map(|run| best(&run.results)) {
-        let name = match found.name.as_str() {
+    for (_, fastest) in runs.iter().filter_map(|run| run.results.headline()) {
+        let name = match fastest.name.as_str() {
             "ar" => "autoregressive decoding",
             "jacobi" => "Jacobi decoding",
             "rolling" => "Jacobi decoding with a rolling window (`rolling`)",
@@ -134,36 +136,36 @@ pub(super) fn decoding(runs: &[Run]) -> String {
     names.join(" and ")
 }
 
-/// The command that measures a run again, with every setting that is not as it is by default.
+/// The command that repeats a run, with every setting that differs from its default.
 pub(super) fn command(settings: &RunSettings) -> String {
-    let (given, usual) = (serde_json::to_value(settings), serde_json::to_value(RunSettings::default()));
-    let (Ok(Value::Object(given)), Ok(usual)) = (given, usual) else { return String::new() };
-    let changed = given.iter().filter(|(key, value)| usual[key.as_str()] != **value);
-    let word = |(key, value): (&String, &Value)| {
+    let (settings, defaults) = (serde_json::to_value(settings), serde_json::to_value(RunSettings::default()));
+    let (Ok(Value::Object(settings)), Ok(defaults)) = (settings, defaults) else { return String::new() };
+    let changed = settings.iter().filter(|(key, value)| defaults[key.as_str()] != **value);
+    let shell_word = |(key, value): (&String, &Value)| {
         let word = format!("{key}={}", value.as_str().map_or_else(|| value.to_string(), str::to_owned));
-        let plain = |c: char| c.is_ascii_alphanumeric() || "=_-./:".contains(c);
-        if word.chars().all(plain) { word } else { format!("'{}'", word.replace('\'', r"'\''")) }
+        let is_plain = |c: char| c.is_ascii_alphanumeric() || "=_-./:".contains(c);
+        if word.chars().all(is_plain) { word } else { format!("'{}'", word.replace('\'', r"'\''")) }
     };
-    std::iter::once("cllm-eval run".to_owned()).chain(changed.map(word)).collect::<Vec<_>>().join(" \\\n  ")
+    std::iter::once("cllm-eval run".to_owned()).chain(changed.map(shell_word)).collect::<Vec<_>>().join(" \\\n  ")
 }
 
-fn entry(run: &Run) -> Option<Entry> {
+fn indexed_result(run: &Run) -> Option<IndexedResult> {
     let results = &run.results;
-    let (_, found) = best(results)?;
+    let (_, fastest) = results.headline()?;
     let metric = |what: &str, r#type: &'static str, value: Option<f64>| {
-        Some(Metric { name: format!("{what} ({})", found.label), r#type, value: value? })
+        Some(Metric { name: format!("{what} ({})", fastest.label), r#type, value: value? })
     };
-    let percent = found.accuracy.map(|rate| 100.0 * rate);
+    let percent = fastest.accuracy.map(|accuracy| 100.0 * accuracy);
     let metrics = [
         metric("accuracy, %", "accuracy", percent),
-        metric("tokens per forward of answers that ended", "tokens_per_forward", found.tokens_per_forward_finished),
-        metric("speed-up over the teacher's autoregressive decoding", "speedup", found.speedup_vs_teacher_ar),
+        metric("tokens per forward, finished answers", "tokens_per_forward", fastest.tokens_per_forward_finished),
+        metric("speed-up over the teacher's autoregressive decoding", "speedup", fastest.speedup_vs_teacher_ar),
     ];
     let benchmark = results.benchmark.name().to_owned();
-    Some(Entry {
-        task: Kind { r#type: "text-generation" },
+    Some(IndexedResult {
+        task: TaskType { r#type: "text-generation" },
         dataset: Dataset {
-            r#type: data_set(results.benchmark).map_or_else(|| benchmark.clone(), str::to_owned),
+            r#type: hub_dataset(results.benchmark).map_or_else(|| benchmark.clone(), str::to_owned),
             name: benchmark,
             split: results.split.clone(),
         },

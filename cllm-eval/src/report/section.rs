@@ -1,105 +1,98 @@
-//! What the templates draw of one run.
+//! What the templates show of one run.
 
 use cllm_core::{Result, settings};
 use serde::Serialize;
 use serde_json::Value;
 
 use super::Run;
-use super::card::Card;
 use super::charts::{Chart, charts};
 use super::example::Example;
+use super::headline::Headline;
 use super::model_card::command;
-use crate::results::{ModelResults, StrategyResults};
-use crate::role::Role;
+use crate::results::{ModelResults, Results};
 use crate::table::{describe, notes, rows};
-use crate::tradeoff::Tradeoff;
+use crate::tradeoff::{Aup, Tradeoff};
 
 #[derive(Debug, Serialize)]
 pub(super) struct Section {
     title: String,
-    card: Option<Card>,
+    headline: Option<Headline>,
+    /// What was measured, in a sentence.
     summary: String,
+    /// The table of strategies; empty where no answers were generated.
     rows: Vec<Vec<String>>,
-    /// Perplexity, accuracy by difficulty, the student against the teacher, a line each.
+    /// Sentences about perplexity, accuracy by difficulty, and student against teacher.
     notes: Vec<String>,
-    /// Areas under accuracy and parallelism, a line each.
+    /// Sentences about the area under accuracy and parallelism.
     aup: Vec<String>,
     charts: Vec<Chart>,
-    columns: Vec<String>,
+    /// Column headings of `figures`.
+    figure_columns: Vec<String>,
+    /// Every number of results.json: its name, and its value for each model and strategy.
     figures: Vec<(String, Vec<String>)>,
     models: Vec<String>,
     hardware: String,
     toolkit: String,
     sandbox: Option<String>,
+    /// As YAML.
     settings: String,
-    /// The command that measures it again.
+    /// Repeats the run.
     command: String,
     example: Option<Example>,
 }
 
 impl Section {
-    pub(super) fn of(run: &Run) -> Result<Self> {
+    pub(super) fn from_run(run: &Run) -> Result<Self> {
         let results = &run.results;
-        let models = || results.models.iter();
-        let found: Vec<(Role, &StrategyResults)> = models()
-            .flat_map(|model| model.strategies.iter().map(move |strategy| (model.model.role, strategy)))
-            .collect();
         let tradeoff = Tradeoff::from_results(std::slice::from_ref(results));
-        let areas = tradeoff.iter().flat_map(|tradeoff| &tradeoff.aup);
+        let sandbox = results.sandbox.as_ref();
         Ok(Section {
             title: run.title.clone(),
-            card: Card::of(run),
+            headline: Headline::from_run(run),
             summary: describe(results),
-            rows: models().flat_map(rows).collect(),
+            rows: results.models.iter().flat_map(rows).collect(),
             notes: notes(results),
-            aup: areas
-                .map(|area| {
-                    format!(
-                        "AUP of {}: {:.1}, over {} points (the area under accuracy and parallelism)",
-                        area.checkpoint, area.aup, area.points
-                    )
-                })
-                .collect(),
+            aup: tradeoff.iter().flat_map(|tradeoff| &tradeoff.aup).map(aup_sentence).collect(),
             charts: charts(run, tradeoff.as_ref()),
-            columns: found.iter().map(|(role, strategy)| format!("{} {}", role.name(), strategy.label)).collect(),
-            figures: figures(&found),
-            models: models().map(named).collect(),
+            figure_columns: results.strategies().map(|(role, of)| format!("{} {}", role.name(), of.label)).collect(),
+            figures: figures(results),
+            models: results.models.iter().map(model_line).collect(),
             hardware: results.hardware.summary(),
-            toolkit: format!(
-                "cllm {}, libtorch {}",
-                results.toolkit.version,
-                results.toolkit.libtorch.as_deref().unwrap_or("of unknown version")
-            ),
-            sandbox: results
-                .sandbox
-                .as_ref()
-                .map(|layers| format!("code of answers ran in a sandbox: {}", layers.join(", "))),
+            toolkit: toolkit_line(results),
+            sandbox: sandbox.map(|layers| format!("the code in answers ran in a sandbox: {}", layers.join(", "))),
             settings: settings::to_yaml(&results.settings)?,
             command: command(&results.settings),
-            example: run.records.as_ref().and_then(Example::of),
+            example: run.records.as_ref().and_then(Example::choose),
         })
     }
 }
 
-fn named(ModelResults { model, .. }: &ModelResults) -> String {
+fn aup_sentence(area: &Aup) -> String {
+    let Aup { checkpoint, aup, points, .. } = area;
+    format!(
+        "AUP of {checkpoint}: {aup:.1} (area under the curve of accuracy against tokens per forward, {points} points)"
+    )
+}
+
+fn model_line(ModelResults { model, .. }: &ModelResults) -> String {
     let role = model.role.name();
     format!("{role}: {} ({} parameters, fingerprint {})", model.path, model.parameters, model.fingerprint)
 }
 
-/// Every figure, a row each, with a column for each model and strategy.
-fn figures(found: &[(Role, &StrategyResults)]) -> Vec<(String, Vec<String>)> {
+fn toolkit_line(results: &Results) -> String {
+    let libtorch = results.toolkit.libtorch.as_deref().unwrap_or("of unknown version");
+    format!("cllm {}, libtorch {libtorch}", results.toolkit.version)
+}
+
+fn figures(results: &Results) -> Vec<(String, Vec<String>)> {
     let values: Vec<Value> =
-        found.iter().map(|(_, strategy)| serde_json::to_value(strategy).unwrap_or_default()).collect();
+        results.strategies().map(|(_, strategy)| serde_json::to_value(strategy).unwrap_or_default()).collect();
     let Some(Value::Object(first)) = values.first() else { return Vec::new() };
-    let elsewhere = |key: &str| {
-        matches!(
-            key,
-            "name" | "label" | "strategy" | "max_tokens_per_forward" | "acceptance" | "by_difficulty" | "similarity"
-        )
-    };
+    // Names, and what charts and notes show.
+    let omitted = ["name", "label", "strategy", "max_tokens_per_forward", "acceptance", "by_difficulty", "similarity"];
     first
         .keys()
-        .filter(|key| !elsewhere(key))
+        .filter(|key| !omitted.contains(&key.as_str()))
         .map(|key| (key.clone(), values.iter().map(|value| plain(&value[key])).collect()))
         .collect()
 }

@@ -1,192 +1,16 @@
 //! `results.json`: every figure of a run, computed from its records alone.
 
+mod document;
 mod paired;
 mod ratios;
 mod strategy;
 
-use std::collections::BTreeMap;
-use std::path::Path;
-
-use cllm_core::decode::Strategy;
-use cllm_core::environment::{Hardware, Toolkit};
-use cllm_core::task::{Task, Verdict};
-use cllm_core::{Error, Result};
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
-
-use crate::acceptance::Acceptance;
-use crate::config::RunSettings;
 use crate::perplexity::Perplexity;
-use crate::records::{ModelEntry, Records, check_version};
-use crate::role::Role;
-use crate::similarity::Similarity;
-use crate::spider_difficulty::Difficulty;
-use crate::statistics::{ratio, wilson};
+use crate::records::{ModelEntry, Records};
 
-/// Name of the file in a run's folder.
-pub const RESULTS: &str = "results.json";
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Results {
-    pub schema_version: u32,
-    pub benchmark: Task,
-    /// `mixed` if the prompts come from several splits.
-    pub split: String,
-    /// Number of prompts answered.
-    pub examples: usize,
-    /// Number of these timed at batch 1.
-    pub speed_examples: usize,
-    pub hardware: Hardware,
-    pub toolkit: Toolkit,
-    /// Layers of the sandbox that ran the code of answers. None if no code ran.
-    #[serde(default)]
-    pub sandbox: Option<Vec<String>>,
-    pub models: Vec<ModelResults>,
-    /// The student's accuracy against the teacher's on the same examples, per strategy of the student.
-    pub paired: Vec<PairedDifference>,
-    /// The resolved settings.
-    pub settings: RunSettings,
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct ModelResults {
-    #[serde(flatten)]
-    pub model: ModelEntry,
-    pub strategies: Vec<StrategyResults>,
-    /// Only for the benchmark perplexity, which has no strategies.
-    #[serde(default)]
-    pub perplexity: Option<Perplexity>,
-}
-
-/// Figures of a model with a strategy.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct StrategyResults {
-    /// `ar`, `jacobi`, `rolling`, `multiblock`, `drafted` or `lookahead`.
-    pub name: String,
-    /// The strategy with its settings, such as `rolling n=16`.
-    pub label: String,
-    pub strategy: Strategy,
-    /// 1 for `ar`.
-    pub max_tokens_per_forward: usize,
-    /// Number of answers.
-    pub examples: usize,
-    /// Number of answers with a score.
-    pub scored: usize,
-    /// Number of correct answers.
-    pub correct: usize,
-    /// `correct` over `scored`.
-    pub accuracy: Option<f64>,
-    /// Wilson's 95 % interval of the accuracy.
-    pub ci95: Option<[f64; 2]>,
-    /// Number of answers that reached the length limit.
-    pub unfinished: usize,
-    /// Tokens of all answers.
-    pub tokens: usize,
-    /// Forwards of all answers.
-    pub forwards: usize,
-    pub tokens_per_forward: Option<f64>,
-    /// Tokens per forward of the answers that ended on their own.
-    pub tokens_per_forward_finished: Option<f64>,
-    /// Number of answers timed at batch 1. The figures of speed are theirs, and null if there are none.
-    pub speed_examples: usize,
-    pub speed_tokens: Option<usize>,
-    pub speed_forwards: Option<usize>,
-    pub speed_unfinished: Option<usize>,
-    pub prefill_seconds: Option<f64>,
-    /// Seconds of decoding, excluding prefill.
-    pub seconds: Option<f64>,
-    /// `speed_tokens` over `seconds`.
-    pub tokens_per_second: Option<f64>,
-    /// Tokens per second of the answers that ended on their own.
-    pub tokens_per_second_finished: Option<f64>,
-    /// Tokens per second over those of the teacher's autoregressive decoding on the same examples.
-    pub speedup_vs_teacher_ar: Option<f64>,
-    /// Tokens per second over those of the student's autoregressive decoding on the same examples.
-    pub speedup_vs_student_ar: Option<f64>,
-    /// Seconds of prefill and decoding.
-    pub end_to_end_seconds: Option<f64>,
-    /// `speed_tokens` over `end_to_end_seconds`.
-    pub end_to_end_tokens_per_second: Option<f64>,
-    pub end_to_end_speedup_vs_teacher_ar: Option<f64>,
-    pub end_to_end_speedup_vs_student_ar: Option<f64>,
-    /// Fraction of answers with the same tokens as the same model's autoregressive answer to the same prompt.
-    pub exact_match_vs_ar: Option<f64>,
-    /// Median over the other answers of the best minus the second-best logit where the tokens first differ. A gap near 0 means
-    /// that rounding decided. None at a temperature above 0.
-    pub median_logit_gap_at_difference: Option<f64>,
-    pub max_logit_gap_at_difference: Option<f64>,
-    /// Tokens per second of the batched accuracy run, including prefill.
-    pub batched_tokens_per_second: Option<f64>,
-    /// Peak GPU memory of the batched accuracy run, without what was in use before this model was loaded: the model's weights,
-    /// caches and temporaries. Null on the CPU.
-    pub peak_memory_bytes: Option<u64>,
-    /// `peak_memory_bytes` over that of the same model's autoregressive decoding.
-    #[serde(default)]
-    pub peak_memory_over_ar: Option<f64>,
-    /// Peak GPU memory of this model and strategy at batch 1 on the longest timed prompt. Null on the CPU.
-    #[serde(default)]
-    pub speed_peak_memory_bytes: Option<u64>,
-    /// `speed_peak_memory_bytes` over that of the same model's autoregressive decoding.
-    #[serde(default)]
-    pub speed_peak_memory_over_ar: Option<f64>,
-    /// How many tokens the forwards accepted. None for `ar`, whose forwards accept one each.
-    #[serde(default)]
-    pub acceptance: Option<Acceptance>,
-    /// CodeSearchNet only: similarity to the references.
-    #[serde(default)]
-    pub similarity: Option<Similarity>,
-    /// Spider only: accuracy by difficulty of the reference query.
-    #[serde(default)]
-    pub by_difficulty: Option<BTreeMap<Difficulty, Accuracy>>,
-}
-
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct Accuracy {
-    /// Number of answers with a score.
-    pub scored: usize,
-    pub correct: usize,
-    /// `correct` over `scored`.
-    pub accuracy: Option<f64>,
-    /// Wilson's 95 % interval of the accuracy.
-    pub ci95: Option<[f64; 2]>,
-}
-
-/// Accuracy of the student against that of the teacher, paired by example.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-pub struct PairedDifference {
-    /// The student's strategy with its settings.
-    pub student: String,
-    /// The teacher's strategy with its settings.
-    pub teacher: String,
-    /// Number of examples for which both have a score.
-    pub examples: usize,
-    /// Number of examples that only the student has correct.
-    pub student_only: usize,
-    /// Number of examples that only the teacher has correct.
-    pub teacher_only: usize,
-    /// Accuracy of the student minus that of the teacher.
-    pub difference: Option<f64>,
-    /// 95 % interval of the difference.
-    pub ci95: Option<[f64; 2]>,
-    /// Fraction of the teacher's correct answers that the student has correct too.
-    #[serde(default)]
-    pub correct_kept_fraction: Option<f64>,
-}
+pub use document::{Accuracy, ModelResults, PairedDifference, RESULTS, Results, StrategyResults, fastest};
 
 impl Results {
-    /// Reads `results.json`, or that of a folder.
-    ///
-    /// # Errors
-    /// When it is missing, is no results file, or has another schema version.
-    pub fn read(path: &Path) -> Result<Self> {
-        let file = if path.is_dir() { path.join(RESULTS) } else { path.to_owned() };
-        let text = std::fs::read_to_string(&file).map_err(Error::io(&file))?;
-        let invalid = |error| Error::file(&file, format!("is not a results.json of cllm-eval: {error}"));
-        let document: Value = serde_json::from_str(&text).map_err(invalid)?;
-        check_version(&file, &document)?;
-        serde_json::from_value(document).map_err(invalid)
-    }
-
     /// Computes every figure.
     pub fn from_records(records: &Records) -> Self {
         let header = &records.header;
@@ -207,29 +31,6 @@ impl Results {
             settings: header.settings.clone(),
         }
     }
-
-    pub fn model(&self, role: Role) -> Option<&ModelResults> {
-        self.models.iter().find(|results| results.model.role == role)
-    }
-
-    /// Figures of every model and strategy, in the order of the file.
-    pub fn strategies(&self) -> impl Iterator<Item = (Role, &StrategyResults)> {
-        self.models.iter().flat_map(|model| model.strategies.iter().map(|figures| (model.model.role, figures)))
-    }
-
-    /// The strategy that stands for the run: the fastest of the student, or of the only model.
-    pub fn headline(&self) -> Option<(Role, &StrategyResults)> {
-        let model = self.model(Role::Student).or(self.models.first())?;
-        Some((model.model.role, model.fastest()?))
-    }
-
-    /// How tokens were chosen, in words.
-    pub fn sampling(&self) -> String {
-        match self.settings.temperature {
-            0.0 => "greedy".to_owned(),
-            temperature => format!("sampled at temperature {temperature}"),
-        }
-    }
 }
 
 impl ModelResults {
@@ -243,39 +44,5 @@ impl ModelResults {
             perplexity: Perplexity::from_windows(&windows),
             model,
         }
-    }
-
-    /// Figures of autoregressive decoding.
-    pub fn autoregressive(&self) -> Option<&StrategyResults> {
-        self.strategies.iter().find(|figures| figures.strategy == Strategy::Ar)
-    }
-
-    /// The fastest strategy that accepts several tokens per forward; autoregressive decoding if there is no other.
-    pub fn fastest(&self) -> Option<&StrategyResults> {
-        fastest(self.strategies.iter())
-    }
-}
-
-/// The fastest of some strategies of one model. Autoregressive decoding is what the others are compared with, so it is chosen
-/// only if there is no other. Speed is tokens per second if all are timed, else tokens per forward; of equally fast ones the
-/// last is chosen.
-pub fn fastest<'r>(strategies: impl Iterator<Item = &'r StrategyResults>) -> Option<&'r StrategyResults> {
-    let (ar, several): (Vec<_>, Vec<_>) = strategies.partition(|figures| figures.strategy == Strategy::Ar);
-    let candidates = if several.is_empty() { ar } else { several };
-    let all_timed = candidates.iter().all(|figures| figures.tokens_per_second.is_some());
-    let speed = |figures: &StrategyResults| {
-        if all_timed { figures.tokens_per_second } else { figures.tokens_per_forward }.unwrap_or(0.0)
-    };
-    candidates.into_iter().max_by(|a, b| speed(a).total_cmp(&speed(b)))
-}
-
-impl Accuracy {
-    fn from_verdicts(verdicts: impl Iterator<Item = Verdict>) -> Self {
-        let (mut scored, mut correct) = (0, 0);
-        for verdict in verdicts {
-            scored += usize::from(verdict != Verdict::Unscored);
-            correct += usize::from(verdict == Verdict::Correct);
-        }
-        Accuracy { scored, correct, accuracy: ratio(correct as f64, scored as f64), ci95: wilson(correct, scored) }
     }
 }

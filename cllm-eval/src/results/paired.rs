@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use cllm_core::decode::Strategy;
 use cllm_core::task::Verdict;
 
-use super::PairedDifference;
+use super::document::PairedDifference;
 use crate::records::Records;
 use crate::role::Role;
 use crate::statistics::{paired_difference, ratio};

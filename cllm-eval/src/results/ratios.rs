@@ -1,6 +1,6 @@
 //! Speed and memory against autoregressive decoding.
 
-use super::ModelResults;
+use super::document::ModelResults;
 use crate::role::Role;
 use crate::statistics::ratio;
 

@@ -7,13 +7,13 @@ use cllm_core::statistics::median;
 use cllm_core::task::{Task, Verdict};
 use cllm_core::trajectory::FinishReason;
 
-use super::{Accuracy, StrategyResults};
+use super::document::{Accuracy, StrategyResults};
 use crate::acceptance::Acceptance;
 use crate::records::{AnswerRecord, Records, SpeedRecord};
 use crate::role::Role;
 use crate::similarity::Similarity;
 use crate::spider_difficulty::{Difficulty, difficulty};
-use crate::statistics::ratio;
+use crate::statistics::{ratio, wilson};
 
 impl StrategyResults {
     /// All figures but the ratios to other strategies and models, which are None.
@@ -150,4 +150,15 @@ fn by_difficulty(answers: &[&AnswerRecord]) -> BTreeMap<Difficulty, Accuracy> {
         }
     }
     verdicts.into_iter().map(|(class, verdicts)| (class, Accuracy::from_verdicts(verdicts.into_iter()))).collect()
+}
+
+impl Accuracy {
+    fn from_verdicts(verdicts: impl Iterator<Item = Verdict>) -> Self {
+        let (mut scored, mut correct) = (0, 0);
+        for verdict in verdicts {
+            scored += usize::from(verdict != Verdict::Unscored);
+            correct += usize::from(verdict == Verdict::Correct);
+        }
+        Accuracy { scored, correct, accuracy: ratio(correct as f64, scored as f64), ci95: wilson(correct, scored) }
+    }
 }

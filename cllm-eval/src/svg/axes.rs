@@ -1,64 +1,67 @@
-//! The frame of a chart with two axes.
+//! Two axes with their grid: what line charts and scatter plots are drawn on.
 
 use std::fmt::Write;
 use std::ops::RangeInclusive;
 
-use super::{escape, opened};
+use super::{escape, open};
 
 pub(super) const WIDTH: f64 = 460.0;
 pub(super) const HEIGHT: f64 = 330.0;
+/// Height of a line of the legend below the axes.
+pub(super) const LEGEND_LINE: f64 = 22.0;
 const LEFT: f64 = 68.0;
 const RIGHT: f64 = 16.0;
 const TOP: f64 = 14.0;
 const BOTTOM: f64 = 52.0;
-/// About so many marks an axis has.
-const MARKS: f64 = 6.0;
+/// Approximate number of ticks of an axis.
+const NUM_TICKS: f64 = 6.0;
 
-/// What an axis shows.
+/// A named axis with its ticks.
 pub struct Axis {
-    /// Its name, with the unit.
-    pub name: &'static str,
-    /// First and last mark, and the step between marks.
-    first: f64,
-    last: f64,
+    name: &'static str,
+    first_tick: f64,
+    last_tick: f64,
     step: f64,
 }
 
 impl Axis {
-    /// Marks at round numbers around all of `values`, which are finite; a single value has one on either side. Among whole numbers, such
-    /// as places, there are no marks.
-    pub fn around(name: &'static str, values: impl Iterator<Item = f64>) -> Self {
+    /// An axis whose round ticks enclose all `values`, which must be finite. Between whole numbers, such as positions,
+    /// there are no ticks.
+    pub fn from_values(name: &'static str, values: impl Iterator<Item = f64>) -> Self {
         let (low, high, whole) = values.fold((f64::INFINITY, f64::NEG_INFINITY, true), |(low, high, whole), value| {
             (low.min(value), high.max(value), whole && value.fract() == 0.0)
         });
         let (low, high, whole) = if low <= high { (low, high, whole) } else { (0.0, 1.0, false) };
-        let spread = if high > low { high - low } else { high.abs().max(1.0) / 2.0 };
-        let step = round_step((spread / MARKS).max(if whole { 1.0 } else { 0.0 }));
-        let (first, last) = ((low / step).floor() * step, (high / step).ceil() * step);
-        Axis { name, first, last: if last > first { last } else { first + step }, step }
+        let range = if high > low { high - low } else { high.abs().max(1.0) / 2.0 };
+        let step = round_step((range / NUM_TICKS).max(if whole { 1.0 } else { 0.0 }));
+        let (first_tick, last_tick) = ((low / step).floor() * step, (high / step).ceil() * step);
+        let last_tick = if last_tick > first_tick { last_tick } else { first_tick + step };
+        Axis { name, first_tick, last_tick, step }
     }
 
-    fn share(&self, value: f64) -> f64 {
-        (value - self.first) / (self.last - self.first)
+    /// 0 at the first tick, 1 at the last.
+    fn fraction(&self, value: f64) -> f64 {
+        (value - self.first_tick) / (self.last_tick - self.first_tick)
     }
 
-    fn marks(&self) -> impl Iterator<Item = f64> {
-        (0..=((self.last - self.first) / self.step).round() as usize).map(|mark| self.first + mark as f64 * self.step)
+    fn ticks(&self) -> impl Iterator<Item = f64> {
+        let num_steps = ((self.last_tick - self.first_tick) / self.step).round() as usize;
+        (0..=num_steps).map(|index| self.first_tick + index as f64 * self.step)
     }
 
-    fn text(&self, mark: f64) -> String {
+    fn tick_label(&self, tick: f64) -> String {
         let digits = (-self.step.log10().floor()).clamp(0.0, 6.0) as usize;
-        format!("{mark:.digits$}")
+        format!("{tick:.digits$}")
     }
 }
 
-/// 1, 2 or 5 times a power of ten, at least `least`.
-fn round_step(least: f64) -> f64 {
-    let power = 10f64.powf(least.log10().floor());
-    [1.0, 2.0, 5.0].into_iter().map(|digit| digit * power).find(|&step| step >= least).unwrap_or(10.0 * power)
+/// The smallest of 1, 2 and 5 times a power of ten that is at least `min`.
+fn round_step(min: f64) -> f64 {
+    let power = 10f64.powf(min.log10().floor());
+    [1.0, 2.0, 5.0].into_iter().map(|digit| digit * power).find(|&step| step >= min).unwrap_or(10.0 * power)
 }
 
-/// The part of the picture in which points lie.
+/// The plot area between two axes.
 pub(super) struct Frame {
     x: Axis,
     y: Axis,
@@ -69,48 +72,49 @@ impl Frame {
         Frame { x, y }
     }
 
-    pub(super) fn at(&self, x: f64, y: f64) -> (f64, f64) {
-        let across = LEFT + (WIDTH - LEFT - RIGHT) * self.x.share(x);
-        (across, HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * self.y.share(y))
+    /// Pixels of a point given in the units of the axes.
+    pub(super) fn to_pixels(&self, x: f64, y: f64) -> (f64, f64) {
+        let (width, height) = (WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM);
+        (LEFT + width * self.x.fraction(x), HEIGHT - BOTTOM - height * self.y.fraction(y))
     }
 
-    /// Places between which points and labels may stand, across.
-    pub(super) fn width(&self) -> RangeInclusive<f64> {
+    /// Where points and labels may be, in pixels from the left.
+    pub(super) fn label_columns(&self) -> RangeInclusive<f64> {
         LEFT - 6.0..=WIDTH
     }
 
-    /// Places between which labels may stand, from the top.
-    pub(super) fn height(&self) -> RangeInclusive<f64> {
+    /// Where the baselines of labels may be, in pixels from the top.
+    pub(super) fn label_baselines(&self) -> RangeInclusive<f64> {
         TOP + 8.0..=HEIGHT - BOTTOM - 4.0
     }
 
-    /// The picture up to where its points come.
-    pub(super) fn opened(&self, title: &str) -> String {
-        let mut svg = opened(title, WIDTH, HEIGHT);
+    /// Opens a chart with its grid and axes drawn, and room for `num_legend_lines` below; the caller adds the rest.
+    pub(super) fn open(&self, title: &str, num_legend_lines: usize) -> String {
+        let mut svg = open(title, WIDTH, HEIGHT + LEGEND_LINE * num_legend_lines as f64);
         let (bottom, right) = (HEIGHT - BOTTOM, WIDTH - RIGHT);
-        for mark in self.x.marks() {
-            let (x, _) = self.at(mark, self.y.first);
-            let text = self.x.text(mark);
+        for tick in self.x.ticks() {
+            let (x, _) = self.to_pixels(tick, self.y.first_tick);
+            let label = self.x.tick_label(tick);
             let _ = write!(
                 svg,
-                r#"<path class="grid" d="M{x:.1} {TOP}V{bottom}"/><text class="mark" x="{x:.1}" y="{:.1}" text-anchor="middle">{text}</text>"#,
+                r#"<path class="grid" d="M{x:.1} {TOP}V{bottom}"/><text class="tick" x="{x:.1}" y="{:.1}" text-anchor="middle">{label}</text>"#,
                 bottom + 20.0
             );
         }
-        for mark in self.y.marks() {
-            let (_, y) = self.at(self.x.first, mark);
-            let text = self.y.text(mark);
+        for tick in self.y.ticks() {
+            let (_, y) = self.to_pixels(self.x.first_tick, tick);
+            let label = self.y.tick_label(tick);
             let _ = write!(
                 svg,
-                r#"<path class="grid" d="M{LEFT} {y:.1}H{right}"/><text class="mark" x="{:.1}" y="{:.1}" text-anchor="end">{text}</text>"#,
+                r#"<path class="grid" d="M{LEFT} {y:.1}H{right}"/><text class="tick" x="{:.1}" y="{:.1}" text-anchor="end">{label}</text>"#,
                 LEFT - 8.0,
                 y + 4.5
             );
         }
-        let (middle, centre) = ((LEFT + right) / 2.0, (TOP + bottom) / 2.0);
+        let (middle_x, middle_y) = ((LEFT + right) / 2.0, (TOP + bottom) / 2.0);
         let _ = write!(
             svg,
-            r#"<text class="axis" x="{middle:.1}" y="{:.1}" text-anchor="middle">{}</text><text class="axis" transform="translate(16 {centre:.1}) rotate(-90)" text-anchor="middle">{}</text>"#,
+            r#"<text class="axis" x="{middle_x:.1}" y="{:.1}" text-anchor="middle">{}</text><text class="axis" transform="translate(16 {middle_y:.1}) rotate(-90)" text-anchor="middle">{}</text>"#,
             HEIGHT - 8.0,
             escape(self.x.name),
             escape(self.y.name)
@@ -124,7 +128,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn marks_are_round_and_hold_all_values() {
+    fn ticks_are_round_and_enclose_all_values() {
         for (values, first, last, step) in [
             (vec![0.3, 97.0], 0.0, 100.0, 20.0),
             (vec![1.0, 4.16], 1.0, 5.0, 1.0),
@@ -134,16 +138,16 @@ mod tests {
             (vec![1.0, 2.0, 3.0], 1.0, 3.0, 1.0),
             (vec![], 0.0, 1.0, 0.2),
         ] {
-            let axis = Axis::around("x", values.iter().copied());
+            let axis = Axis::from_values("x", values.iter().copied());
             let near = |a: f64, b: f64| (a - b).abs() < 1e-9;
             assert!(
-                near(axis.first, first) && near(axis.last, last) && near(axis.step, step),
+                near(axis.first_tick, first) && near(axis.last_tick, last) && near(axis.step, step),
                 "{values:?}: {} {} {}",
-                axis.first,
-                axis.last,
+                axis.first_tick,
+                axis.last_tick,
                 axis.step
             );
-            assert!(values.iter().all(|&value| (0.0..=1.0).contains(&axis.share(value))));
+            assert!(values.iter().all(|&value| (0.0..=1.0).contains(&axis.fraction(value))));
         }
     }
 }

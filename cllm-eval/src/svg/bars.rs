@@ -3,57 +3,53 @@
 use std::fmt::Write;
 
 use super::axes::WIDTH;
-use super::{LETTER, escape, opened};
+use super::{CHAR_WIDTH, escape, open};
 
 /// One bar.
 pub struct Bar {
-    /// Its name.
     pub label: String,
-    /// Class that colours it.
+    /// CSS class that colours it.
     pub class: &'static str,
-    /// Its length; nothing is drawn where there is none.
+    /// Its length; `None` draws the label and `text` alone.
     pub value: Option<f64>,
-    /// Whisker from and to.
+    /// Ends of the whisker.
     pub interval: Option<[f64; 2]>,
-    /// The value as people read it.
+    /// The value as text, written after the bar.
     pub text: String,
 }
 
-const ROW: f64 = 30.0;
-/// Room for a name above its bar.
-const NAME: f64 = 20.0;
+const BAR_LINE: f64 = 30.0;
+/// Extra height of a bar whose label is above it.
+const LABEL_LINE: f64 = 20.0;
 
-/// Horizontal bars from 0.
+/// Horizontal bars from 0. Labels are on the left, or above their bars where they would leave too little width for them.
 pub fn bars(title: &str, bars: &[Bar]) -> String {
-    let reach = |bar: &Bar| bar.interval.map_or(0.0, |[_, high]| high).max(bar.value.unwrap_or(0.0));
-    let most = bars.iter().map(reach).fold(0.0, f64::max).max(f64::MIN_POSITIVE);
-    let longest = |text: fn(&Bar) -> &str| {
-        bars.iter().map(|bar| text(bar).chars().count()).max().unwrap_or(0) as f64 * LETTER + 12.0
+    let end_value = |bar: &Bar| bar.interval.map_or(0.0, |[_, high]| high).max(bar.value.unwrap_or(0.0));
+    let max_value = bars.iter().map(end_value).fold(0.0, f64::max).max(f64::MIN_POSITIVE);
+    let text_width = |text: fn(&Bar) -> &str| {
+        bars.iter().map(|bar| text(bar).chars().count()).max().unwrap_or(0) as f64 * CHAR_WIDTH + 12.0
     };
-    // Names that would leave no room for bars stand above them.
-    let (left, right) = (longest(|bar| &bar.label), longest(|bar| &bar.text));
-    let above = left > WIDTH / 2.0;
-    let (left, row) = if above { (0.0, ROW + NAME) } else { (left, ROW) };
-    let room = (WIDTH - left - right).max(0.0);
-    let at = |value: f64| left + room * value / most;
-    let mut svg = opened(title, left + room + right, row * bars.len() as f64 + 6.0);
+    let (label_width, right) = (text_width(|bar| &bar.label), text_width(|bar| &bar.text));
+    let above = label_width > WIDTH / 2.0;
+    let (left, line) = if above { (0.0, BAR_LINE + LABEL_LINE) } else { (label_width, BAR_LINE) };
+    let bar_width = (WIDTH - left - right).max(0.0);
+    let to_pixels = |value: f64| left + bar_width * value / max_value;
+    let mut svg = open(title, left + bar_width + right, line * bars.len() as f64 + 6.0);
     for (index, bar) in bars.iter().enumerate() {
-        let top = row * index as f64 + 5.0 + if above { NAME } else { 0.0 };
-        let (middle, base) = (top + 10.0, top + 15.0);
-        let (x, y, anchor) = if above { (0.0, base - NAME, "start") } else { (left - 8.0, base, "end") };
+        let top = line * index as f64 + 5.0 + if above { LABEL_LINE } else { 0.0 };
+        let (middle, baseline) = (top + 10.0, top + 15.0);
+        let (x, y, anchor) = if above { (0.0, baseline - LABEL_LINE, "start") } else { (left - 8.0, baseline, "end") };
         let label = escape(&bar.label);
         let _ = write!(svg, r#"<text class="label" x="{x:.1}" y="{y:.1}" text-anchor="{anchor}">{label}</text>"#);
-        let end = at(bar.value.unwrap_or(0.0));
+        let end = to_pixels(bar.value.unwrap_or(0.0));
         if bar.value.is_some() {
-            let length = (end - left).max(1.0);
-            let class = bar.class;
+            let (class, length) = (bar.class, (end - left).max(1.0));
             let _ = write!(
                 svg,
                 r#"<rect class="{class}" x="{left:.1}" y="{top:.1}" width="{length:.1}" height="20" rx="3"/>"#
             );
         }
-        if let Some([low, high]) = bar.interval {
-            let (low, high) = (at(low), at(high));
+        if let Some([low, high]) = bar.interval.map(|ends| ends.map(to_pixels)) {
             let _ = write!(
                 svg,
                 r#"<path class="whisker" d="M{low:.1} {middle:.1}H{high:.1}M{low:.1} {:.1}v10M{high:.1} {:.1}v10"/>"#,
@@ -61,8 +57,9 @@ pub fn bars(title: &str, bars: &[Bar]) -> String {
                 middle - 5.0
             );
         }
-        let after = bar.interval.map_or(end, |[_, high]| at(high).max(end)) + 8.0;
-        let _ = write!(svg, r#"<text class="value" x="{after:.1}" y="{base:.1}">{}</text>"#, escape(&bar.text));
+        let text_x = bar.interval.map_or(end, |[_, high]| to_pixels(high).max(end)) + 8.0;
+        let text = escape(&bar.text);
+        let _ = write!(svg, r#"<text class="value" x="{text_x:.1}" y="{baseline:.1}">{text}</text>"#);
     }
     svg.push_str("</svg>");
     svg

@@ -1,4 +1,7 @@
-//! Charts of reports, drawn as SVG; colours come from the page's style, so that they fit dark and light.
+//! SVG primitives: bars, lines and scatter plots, with the axes that they share.
+//!
+//! A primitive knows numbers and labels but nothing about evaluation; which charts a report shows is decided in
+//! `report/charts.rs`. Colours come from CSS classes of the page, so that a chart fits both its themes.
 
 mod axes;
 mod bars;
@@ -7,13 +10,13 @@ mod scatter;
 
 pub use bars::{Bar, bars};
 pub use lines::{Series, lines};
-pub use scatter::{Dot, scatter};
+pub use scatter::{ScatterPoint, scatter};
 
-/// About the width of a letter of a label, of the page's 15 px: the pictures are about as wide as a telephone, so that what is written
-/// in them can be read there.
-const LETTER: f64 = 8.6;
+/// Approximate width of a character in the page's 15 px font. Charts are about as wide as a phone, so that their text
+/// stays readable there.
+const CHAR_WIDTH: f64 = 8.6;
 
-/// `text` for SVG and HTML.
+/// Escapes `text` for SVG and HTML.
 pub fn escape(text: &str) -> String {
     let mut escaped = String::with_capacity(text.len());
     for character in text.chars() {
@@ -29,8 +32,8 @@ pub fn escape(text: &str) -> String {
     escaped
 }
 
-/// The opening of a picture that reads its title aloud.
-fn opened(title: &str, width: f64, height: f64) -> String {
+/// The opening tag of a chart, with its title for screen readers.
+fn open(title: &str, width: f64, height: f64) -> String {
     let title = escape(title);
     format!(r#"<svg viewBox="0 0 {width} {height}" role="img" aria-label="{title}"><title>{title}</title>"#)
 }

@@ -1,198 +1,246 @@
-//! Points over two axes, each with its name.
+//! A scatter plot whose points carry their labels. Points and labels that would overlap are moved apart.
 
 use std::fmt::Write;
 
-use super::axes::{Axis, Frame, HEIGHT, WIDTH};
-use super::{LETTER, escape};
+use super::axes::{Axis, Frame, HEIGHT, LEGEND_LINE, WIDTH};
+use super::{CHAR_WIDTH, escape};
 
-/// Lines of labels are so far apart.
-const LINE: f64 = 17.0;
+/// Height of a label.
+const LABEL_LINE: f64 = 17.0;
 /// Radius of a point.
 const RADIUS: f64 = 6.0;
-/// Points are drawn so far apart across.
-const APART: f64 = 14.0;
-/// Between a point and its label.
-const GAP: f64 = 12.0;
+/// Horizontal distance between points that would overlap.
+const POINT_DISTANCE: f64 = 14.0;
+/// Distance between a point and its label.
+const LABEL_DISTANCE: f64 = 12.0;
+/// How far a label may move up or down, in half lines.
+const MAX_HALF_LINES: u32 = 40;
 
 /// One point.
-pub struct Dot {
-    /// Its name.
+pub struct ScatterPoint {
     pub label: String,
-    /// Class that colours it.
+    /// CSS class that colours it.
     pub class: &'static str,
-    /// Where it is.
-    pub at: (f64, f64),
-    /// Its whisker along y, from and to.
+    pub x: f64,
+    pub y: f64,
+    /// Ends of the whisker along y.
     pub interval: Option<[f64; 2]>,
 }
 
-/// A part of the picture: left, right, top, bottom.
+/// A rectangle in pixels.
 #[derive(Clone, Copy)]
-struct Area([f64; 4]);
+struct Rect {
+    left: f64,
+    right: f64,
+    top: f64,
+    bottom: f64,
+}
 
-impl Area {
-    fn meets(self, Area([left, right, top, bottom]): Area) -> bool {
-        self.0[0] < right && left < self.0[1] && self.0[2] < bottom && top < self.0[3]
+impl Rect {
+    fn overlaps(self, other: Rect) -> bool {
+        self.left < other.right && other.left < self.right && self.top < other.bottom && other.top < self.bottom
     }
 }
 
-/// Where a label stands, and whether it ends there.
+/// Where a label is written.
 #[derive(Clone, Copy)]
-struct Place {
+struct LabelPosition {
     x: f64,
+    /// The baseline.
     y: f64,
-    end: bool,
+    /// Whether the text ends at `x`, being left of its point, or starts there.
+    ends_at_x: bool,
 }
 
-/// Points with whiskers; nothing without points. Where names are too long to stand at their points, numbers do, and the names under
-/// the picture.
-pub fn scatter(title: &str, names: [&'static str; 2], dots: &[Dot]) -> String {
-    let across = dots.iter().map(|dot| dot.at.0);
-    let up = dots
-        .iter()
-        .flat_map(|dot| [Some(dot.at.1), dot.interval.map(|ends| ends[0]), dot.interval.map(|ends| ends[1])]);
-    let frame = Frame::new(Axis::around(names[0], across), Axis::around(names[1], up.flatten()));
-    let mut svg = frame.opened(title);
-    let short = dots.iter().all(|dot| LETTER * (dot.label.chars().count() as f64) < WIDTH / 2.0);
-    let tags: Vec<String> = if short {
-        dots.iter().map(|dot| dot.label.clone()).collect()
+impl LabelPosition {
+    fn bounds(self, text: &str) -> Rect {
+        let width = CHAR_WIDTH * text.chars().count() as f64;
+        let left = if self.ends_at_x { self.x - width } else { self.x };
+        Rect { left, right: left + width, top: self.y + 3.0 - LABEL_LINE, bottom: self.y + 3.0 }
+    }
+}
+
+/// Points with whiskers and labels. Labels that are too long to be written at their points are numbered in a legend below.
+pub fn scatter(title: &str, axis_names: [&'static str; 2], points: &[ScatterPoint]) -> String {
+    let ys = points.iter().flat_map(|point| point.interval.into_iter().flatten().chain([point.y]));
+    let frame = Frame::new(
+        Axis::from_values(axis_names[0], points.iter().map(|point| point.x)),
+        Axis::from_values(axis_names[1], ys),
+    );
+    let fits = |point: &ScatterPoint| CHAR_WIDTH * (point.label.chars().count() as f64) < WIDTH / 2.0;
+    let numbered = !points.iter().all(fits);
+    let labels: Vec<String> = if numbered {
+        (1..=points.len()).map(|number| number.to_string()).collect()
     } else {
-        let height = HEIGHT + 22.0 * dots.len() as f64;
-        svg = svg.replacen(&format!("{WIDTH} {HEIGHT}"), &format!("{WIDTH} {height}"), 1);
-        (1..=dots.len()).map(|number| number.to_string()).collect()
+        points.iter().map(|point| point.label.clone()).collect()
     };
-    let centres = centres(&frame, dots);
-    for (dot, &(x, y)) in dots.iter().zip(&centres) {
-        if let Some([low, high]) = dot.interval {
-            let (low, high) = (frame.at(dot.at.0, low).1, frame.at(dot.at.0, high).1);
-            let _ = write!(
-                svg,
-                r#"<path class="whisker" d="M{x:.1} {low:.1}V{high:.1}M{0:.1} {low:.1}h8M{0:.1} {high:.1}h8"/>"#,
-                x - 4.0
-            );
-        }
-        let (class, label) = (dot.class, escape(&dot.label));
-        let _ = write!(
-            svg,
-            r#"<circle class="{class}" cx="{x:.1}" cy="{y:.1}" r="{RADIUS}"><title>{label}</title></circle>"#
-        );
+    let mut svg = frame.open(title, if numbered { points.len() } else { 0 });
+    let centres = spread_points(&frame, points);
+    for (point, &centre) in points.iter().zip(&centres) {
+        draw_point(&mut svg, &frame, point, centre);
     }
-    for ((tag, place), &(from, to)) in tags.iter().zip(places(&frame, dots, &tags, &centres)).zip(&centres) {
-        let Place { x, y, end } = place;
-        let anchor = if end { "end" } else { "start" };
-        if (y - 5.0 - to).abs() > LINE / 2.0 || (x - from).abs() > GAP + 1.0 {
-            let gap = if end { 2.0 } else { -2.0 };
-            let _ = write!(svg, r#"<path class="leader" d="M{from:.1} {to:.1}L{:.1} {:.1}"/>"#, x + gap, y - 5.0);
-        }
-        let _ =
-            write!(svg, r#"<text class="label" x="{x:.1}" y="{y:.1}" text-anchor="{anchor}">{}</text>"#, escape(tag));
+    for ((label, position), &centre) in labels.iter().zip(place_labels(&frame, points, &labels, &centres)).zip(&centres)
+    {
+        draw_label(&mut svg, label, position, centre);
     }
-    for (index, dot) in dots.iter().enumerate().filter(|_| !short) {
-        let (number, y, label) = (index + 1, HEIGHT + 14.0 + 22.0 * index as f64, escape(&dot.label));
+    for (index, point) in points.iter().enumerate().filter(|_| numbered) {
+        let (number, y, label) = (index + 1, HEIGHT + 14.0 + LEGEND_LINE * index as f64, escape(&point.label));
         let _ = write!(svg, r#"<text class="label" x="4" y="{y:.1}">{number}: {label}</text>"#);
     }
     svg.push_str("</svg>");
     svg
 }
 
-/// Where each point is drawn: at its place, or beside points before it that are at about the same x.
-fn centres(frame: &Frame, dots: &[Dot]) -> Vec<(f64, f64)> {
-    let mut drawn: Vec<(f64, f64)> = Vec::new();
-    for dot in dots {
-        let (x, y) = frame.at(dot.at.0, dot.at.1);
-        let shifts = (0..=2 * dots.len() as u32).flat_map(|step| [f64::from(step), -f64::from(step)]);
-        let mut places = shifts.map(|step| x + step * APART / 2.0);
-        // Whiskers need less room than points of one height.
-        let clear = |at: f64, (other, height): (f64, f64)| {
-            (other - at).abs() >= if (height - y).abs() < APART { APART } else { APART / 2.0 }
-        };
-        let free = |&at: &f64| frame.width().contains(&at) && drawn.iter().all(|&other| clear(at, other));
-        drawn.push((places.find(free).unwrap_or(x), y));
+fn draw_point(svg: &mut String, frame: &Frame, point: &ScatterPoint, (x, y): (f64, f64)) {
+    if let Some(ends) = point.interval {
+        let [low, high] = ends.map(|end| frame.to_pixels(point.x, end).1);
+        let _ = write!(
+            svg,
+            r#"<path class="whisker" d="M{x:.1} {low:.1}V{high:.1}M{0:.1} {low:.1}h8M{0:.1} {high:.1}h8"/>"#,
+            x - 4.0
+        );
     }
-    drawn
+    let (class, label) = (point.class, escape(&point.label));
+    let _ =
+        write!(svg, r#"<circle class="{class}" cx="{x:.1}" cy="{y:.1}" r="{RADIUS}"><title>{label}</title></circle>"#);
 }
 
-/// Where the label of each point stands: right or left of it, moved up or down and away as far as points, whiskers and labels placed
-/// before it make it.
-fn places(frame: &Frame, dots: &[Dot], tags: &[String], centres: &[(f64, f64)]) -> Vec<Place> {
-    let mut taken: Vec<Area> = Vec::new();
-    for (dot, &(x, y)) in dots.iter().zip(centres) {
-        taken.push(Area([x - RADIUS, x + RADIUS, y - RADIUS, y + RADIUS]));
-        if let Some([low, high]) = dot.interval {
-            taken.push(Area([x - 5.0, x + 5.0, frame.at(dot.at.0, high).1 - 2.0, frame.at(dot.at.0, low).1 + 2.0]));
+/// Writes a label, with a line to its point where it had to move away from it.
+fn draw_label(svg: &mut String, text: &str, position: LabelPosition, (point_x, point_y): (f64, f64)) {
+    let LabelPosition { x, y, ends_at_x } = position;
+    let anchor = if ends_at_x { "end" } else { "start" };
+    if (y - 5.0 - point_y).abs() > LABEL_LINE / 2.0 || (x - point_x).abs() > LABEL_DISTANCE + 1.0 {
+        let (end_x, end_y) = (if ends_at_x { x + 2.0 } else { x - 2.0 }, y - 5.0);
+        let _ = write!(svg, r#"<path class="leader" d="M{point_x:.1} {point_y:.1}L{end_x:.1} {end_y:.1}"/>"#);
+    }
+    let text = escape(text);
+    let _ = write!(svg, r#"<text class="label" x="{x:.1}" y="{y:.1}" text-anchor="{anchor}">{text}</text>"#);
+}
+
+/// The centre of each point in pixels: its own, or shifted sideways from earlier points that it would overlap.
+fn spread_points(frame: &Frame, points: &[ScatterPoint]) -> Vec<(f64, f64)> {
+    let mut centres: Vec<(f64, f64)> = Vec::new();
+    for point in points {
+        let (x, y) = frame.to_pixels(point.x, point.y);
+        let shifts = (0..=2 * points.len() as u32).flat_map(|step| [f64::from(step), -f64::from(step)]);
+        let mut candidates = shifts.map(|step| x + step * POINT_DISTANCE / 2.0);
+        // Whiskers need less distance than points of one height.
+        let is_clear_of = |at: f64, (other_x, other_y): (f64, f64)| {
+            let same_height = (other_y - y).abs() < POINT_DISTANCE;
+            (other_x - at).abs() >= if same_height { POINT_DISTANCE } else { POINT_DISTANCE / 2.0 }
+        };
+        let is_free =
+            |&at: &f64| frame.label_columns().contains(&at) && centres.iter().all(|&other| is_clear_of(at, other));
+        let chosen = candidates.find(is_free).unwrap_or(x);
+        centres.push((chosen, y));
+    }
+    centres
+}
+
+/// Positions for the labels: beside their points, and moved up or down and away until they overlap neither points and
+/// whiskers nor earlier labels.
+fn place_labels(
+    frame: &Frame,
+    points: &[ScatterPoint],
+    labels: &[String],
+    centres: &[(f64, f64)],
+) -> Vec<LabelPosition> {
+    let mut occupied = marks(frame, points, centres);
+    let mut positions = Vec::with_capacity(labels.len());
+    for (label, &(x, y)) in labels.iter().zip(centres) {
+        let padded = |position: LabelPosition| {
+            let bounds = position.bounds(label);
+            Rect { left: bounds.left - 4.0, right: bounds.right + 4.0, ..bounds }
+        };
+        let is_free = |&position: &LabelPosition| {
+            let bounds = padded(position);
+            frame.label_columns().contains(&bounds.left)
+                && frame.label_columns().contains(&bounds.right)
+                && frame.label_baselines().contains(&position.y)
+                && occupied.iter().all(|&other| !bounds.overlaps(other))
+        };
+        let position = candidates(x, y).find(is_free).unwrap_or_else(|| beside(x, y, x > WIDTH / 2.0));
+        occupied.push(padded(position));
+        positions.push(position);
+    }
+    positions
+}
+
+/// What points and whiskers cover.
+fn marks(frame: &Frame, points: &[ScatterPoint], centres: &[(f64, f64)]) -> Vec<Rect> {
+    let mut occupied = Vec::new();
+    for (point, &(x, y)) in points.iter().zip(centres) {
+        occupied.push(Rect { left: x - RADIUS, right: x + RADIUS, top: y - RADIUS, bottom: y + RADIUS });
+        if let Some(ends) = point.interval {
+            let [low, high] = ends.map(|end| frame.to_pixels(point.x, end).1);
+            occupied.push(Rect { left: x - 5.0, right: x + 5.0, top: high - 2.0, bottom: low + 2.0 });
         }
     }
-    let mut place = |(tag, &(x, y)): (&String, &(f64, f64))| {
-        let width = LETTER * tag.chars().count() as f64;
-        let area = |place: &Place| {
-            let left = if place.end { place.x - width } else { place.x };
-            Area([left - 4.0, left + width + 4.0, place.y + 3.0 - LINE, place.y + 3.0])
-        };
-        let lines = (0..40).flat_map(|step| [f64::from(step), -f64::from(step)]);
-        let around = lines.flat_map(|line| {
-            let away = [0.0, 1.0, 2.0, 4.0, 6.0];
-            away.into_iter().flat_map(move |far| [(line, far, false), (line, far, true)])
-        });
-        let at = |(line, far, end): (f64, f64, bool)| {
-            let gap = GAP + far * APART;
-            Place { x: if end { x - gap } else { x + gap }, y: y + 5.0 + line * LINE / 2.0, end }
-        };
-        let inside = |place: &Place| {
-            let Area([left, right, ..]) = area(place);
-            frame.width().contains(&left) && frame.width().contains(&right) && frame.height().contains(&place.y)
-        };
-        let free = |place: &Place| inside(place) && taken.iter().all(|&other| !area(place).meets(other));
-        let mut places = around.map(at);
-        let nearest = at((0.0, 0.0, x > WIDTH / 2.0));
-        let found = places.find(free).unwrap_or(nearest);
-        taken.push(area(&found));
-        found
-    };
-    tags.iter().zip(centres).map(&mut place).collect()
+    occupied
+}
+
+fn beside(x: f64, y: f64, ends_at_x: bool) -> LabelPosition {
+    let x = if ends_at_x { x - LABEL_DISTANCE } else { x + LABEL_DISTANCE };
+    LabelPosition { x, y: y + 5.0, ends_at_x }
+}
+
+/// Positions for a label of the point at `x`, `y`, the nearest lines first.
+fn candidates(x: f64, y: f64) -> impl Iterator<Item = LabelPosition> {
+    let half_lines = (0..MAX_HALF_LINES).flat_map(|step| [f64::from(step), -f64::from(step)]);
+    half_lines.flat_map(move |half_line| {
+        [0.0, 1.0, 2.0, 4.0, 6.0].into_iter().flat_map(move |away| {
+            [false, true].map(|ends_at_x| {
+                let away = away * POINT_DISTANCE;
+                let beside = beside(if ends_at_x { x - away } else { x + away }, y, ends_at_x);
+                LabelPosition { y: beside.y + half_line * LABEL_LINE / 2.0, ..beside }
+            })
+        })
+    })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn dot(label: &str, at: (f64, f64)) -> Dot {
-        Dot { label: label.to_owned(), class: "student", at, interval: Some([at.1 - 1.0, at.1 + 1.0]) }
+    fn point(label: &str, x: f64, y: f64) -> ScatterPoint {
+        ScatterPoint { label: label.to_owned(), class: "student", x, y, interval: Some([y - 1.0, y + 1.0]) }
     }
 
     #[test]
-    fn points_at_one_place_and_their_labels_stand_apart() {
-        let mut dots: Vec<Dot> = (0..4).map(|index| dot(&format!("<point {index}>"), (2.0, 50.0))).collect();
-        dots.push(dot("<another>", (2.05, 50.5)));
-        let across = dots.iter().map(|dot| dot.at.0).chain([1.0, 4.0]);
-        let frame = Frame::new(Axis::around("x", across), Axis::around("y", [49.0, 52.0].into_iter()));
-        let centres = centres(&frame, &dots);
+    fn equal_points_and_their_labels_are_moved_apart() {
+        let mut points: Vec<ScatterPoint> = (0..4).map(|index| point(&format!("<point {index}>"), 2.0, 50.0)).collect();
+        points.push(point("<another>", 2.05, 50.5));
+        let xs = points.iter().map(|point| point.x).chain([1.0, 4.0]);
+        let frame = Frame::new(Axis::from_values("x", xs), Axis::from_values("y", [49.0, 52.0].into_iter()));
+        let centres = spread_points(&frame, &points);
         for (index, (x, _)) in centres.iter().enumerate() {
             let before = if index < 4 { &centres[..index] } else { &[] };
             assert!(before.iter().all(|(other, _)| (x - other).abs() > 2.0 * RADIUS), "{centres:?}");
         }
-        let tags: Vec<String> = dots.iter().map(|dot| dot.label.clone()).collect();
-        let area = |(dot, place): (&Dot, &Place)| {
-            let width = LETTER * dot.label.chars().count() as f64;
-            let left = if place.end { place.x - width } else { place.x };
-            Area([left, left + width, place.y - 12.0, place.y])
+        let labels: Vec<String> = points.iter().map(|point| point.label.clone()).collect();
+        let bounds = |(label, position): (&String, LabelPosition)| {
+            let bounds = position.bounds(label);
+            Rect { top: position.y - 12.0, bottom: position.y, ..bounds }
         };
-        let areas: Vec<Area> = dots.iter().zip(&places(&frame, &dots, &tags, &centres)).map(area).collect();
-        for (index, one) in areas.iter().enumerate() {
-            assert!(areas[..index].iter().all(|&other| !one.meets(other)), "label {index} lies on another");
-            for (dot, &(x, _)) in dots.iter().zip(&centres) {
-                let ends = dot.interval.unwrap().map(|end| frame.at(dot.at.0, end).1);
-                assert!(!one.meets(Area([x - 4.0, x + 4.0, ends[1], ends[0]])), "label {index} lies on a whisker");
+        let positions = place_labels(&frame, &points, &labels, &centres);
+        let bounds: Vec<Rect> = labels.iter().zip(positions).map(bounds).collect();
+        for (index, label) in bounds.iter().enumerate() {
+            assert!(bounds[..index].iter().all(|&other| !label.overlaps(other)), "label {index} covers another");
+            for (point, &(x, _)) in points.iter().zip(&centres) {
+                let [low, high] = point.interval.unwrap().map(|end| frame.to_pixels(point.x, end).1);
+                let whisker = Rect { left: x - 4.0, right: x + 4.0, top: high, bottom: low };
+                assert!(!label.overlaps(whisker), "label {index} covers a whisker");
             }
         }
-        let svg = scatter("t", ["x", "y"], &dots);
+        let svg = scatter("t", ["x", "y"], &points);
         assert_eq!((svg.matches("<circle").count(), svg.matches("NaN").count()), (5, 0));
         assert!(svg.contains("&lt;point 0&gt;") && !svg.contains("<point"), "{svg}");
     }
 
     #[test]
-    fn long_names_stand_under_the_picture() {
+    fn long_labels_are_numbered_in_a_legend() {
         let long = "student lookahead window=5 ngram=4 candidates=5";
-        let svg = scatter("t", ["x", "y"], &[dot(long, (2.0, 50.0)), dot("short", (3.0, 50.0))]);
+        let svg = scatter("t", ["x", "y"], &[point(long, 2.0, 50.0), point("short", 3.0, 50.0)]);
         assert!(svg.contains(&format!(">1: {long}<")) && svg.contains(">2<") && svg.contains(">2: short<"), "{svg}");
     }
 

@@ -1,15 +1,23 @@
-//! `bench` on a small random model: what it writes, and what it refuses.
+//! `bench` on a small random model: its output file, and the settings that it refuses.
 
 use std::path::Path;
 
+use cllm_eval::bench::DecodeBenchResults;
 use serde_json::Value;
 
 use crate::made_up::model;
 use cllm_testing::programs::{Program, path};
 
 const EVAL: Program = Program("cllm-eval");
-const BENCH: &[&str] =
-    &["bench", "steps=[2]", "batches=[3]", "repeats=1", "prompt_tokens=9", "new_tokens=6", "device=cpu"];
+const BENCH: &[&str] = &[
+    "bench",
+    "step_tokens=[2]",
+    "batch_sizes=[3]",
+    "num_repeats=1",
+    "num_prompt_tokens=9",
+    "num_new_tokens=6",
+    "device=cpu",
+];
 
 fn bench(folder: &Path, arguments: &[&str]) -> Value {
     let output = format!("output={}", path(folder, "bench.json"));
@@ -18,7 +26,7 @@ fn bench(folder: &Path, arguments: &[&str]) -> Value {
 }
 
 #[test]
-fn every_figure_of_the_file_is_there_and_models_stand_side_by_side() {
+fn the_file_holds_every_measurement_and_one_record_per_model() {
     let dir = tempfile::tempdir().unwrap();
     model(&dir.path().join("one"), 1);
     model(&dir.path().join("two"), 2);
@@ -28,51 +36,53 @@ fn every_figure_of_the_file_is_there_and_models_stand_side_by_side() {
     let baseline = path(dir.path(), "baseline.json");
     std::fs::write(&baseline, r#"{"ar_tokens_per_second": 25.5}"#).unwrap();
     let one = format!("model={}", path(dir.path(), "one"));
-    let found = bench(
+    let results = bench(
         dir.path(),
         &[
             &one,
             &format!("prompts={prompts}"),
             "strategies=[{jacobi: {n: 4}}]",
             "max_new_tokens=10",
-            "collect_rows=2",
+            "collect_batch_size=2",
             "collect_n=4",
             &format!("baseline={baseline}"),
         ],
     );
-    let first = &found["models"][0];
+    let first = &results["models"][0];
     assert_eq!((&first["name"], &first["transformers_ar_tokens_per_second"]), (&"one".into(), &25.5.into()));
-    let number = |value: &Value| value.as_f64().is_some_and(|value| value > 0.0);
-    for figure in ["ar_tokens_per_second", "prefill_ms", "collect_tokens_per_second", "collect_tokens_per_forward"] {
-        assert!(number(&first[figure]), "{figure}: {first}");
+    let is_positive = |value: &Value| value.as_f64().is_some_and(|value| value > 0.0);
+    for value in [&first["ar_tokens_per_second"], &first["prefill_ms"], &first["batch_tokens_per_second"]["3"]] {
+        assert!(is_positive(value), "{first}");
     }
     assert_eq!(first["step_ms"].as_object().unwrap().keys().collect::<Vec<_>>(), ["1", "2"]);
-    assert_eq!(first["step_over_one"]["1"], 1.0);
-    assert!(number(&first["batch_tokens_per_second"]["3"]) && number(&first["floor"]["share"]));
-    assert_eq!(first["collect_responses"], 4);
+    assert_eq!(first["relative_step_time"]["1"], 1.0);
+    assert!(is_positive(&first["memory_floor"]["fraction_of_step"]), "{first}");
+    let collection = &first["collection"];
+    assert_eq!(collection["responses"], 4);
+    assert!(is_positive(&collection["tokens_per_second"]) && is_positive(&collection["tokens_per_forward"]));
     let strategies = first["strategies"].as_array().unwrap();
     assert_eq!(strategies.len(), 2);
-    // Float32 on the CPU: every strategy gives the answer of autoregressive decoding.
+    // In float32 on the CPU every strategy gives the answer of autoregressive decoding.
     assert!(strategies.iter().all(|strategy| strategy["exact_match_vs_ar"] == 1.0 && strategy["examples"] == 4));
 
     let two = format!("model={}", path(dir.path(), "two"));
-    let names = |found: &Value| -> Vec<String> {
-        found["models"].as_array().unwrap().iter().map(|model| model["name"].as_str().unwrap().to_owned()).collect()
+    let names = |results: &Value| -> Vec<String> {
+        results["models"].as_array().unwrap().iter().map(|model| model["name"].as_str().unwrap().to_owned()).collect()
     };
     assert_eq!(names(&bench(dir.path(), &[&two])), ["one", "two"]);
-    assert_eq!(names(&bench(dir.path(), &[&one])), ["two", "one"], "measured again, it stands once");
+    assert_eq!(names(&bench(dir.path(), &[&one])), ["two", "one"], "a second record replaces the first");
 }
 
 #[test]
-fn the_recipe_measures_every_strategy() {
+fn the_recipe_compares_every_strategy() {
     let dir = tempfile::tempdir().unwrap();
     model(&dir.path().join("one"), 1);
     let prompts = path(dir.path(), "prompts.jsonl");
     std::fs::write(&prompts, r#"{"id":"0","prompt":"1 and 2 and 1 and 2 and"}"#).unwrap();
     let recipe = concat!(env!("CARGO_MANIFEST_DIR"), "/../configs/bench.yaml");
     let (one, prompts) = (format!("model={}", path(dir.path(), "one")), format!("prompts={prompts}"));
-    let found = bench(dir.path(), &["-c", recipe, &one, &prompts, "max_new_tokens=20"]);
-    let strategies = found["models"][0]["strategies"].as_array().unwrap();
+    let results = bench(dir.path(), &["-c", recipe, &one, &prompts, "max_new_tokens=20"]);
+    let strategies = results["models"][0]["strategies"].as_array().unwrap();
     let name = |strategy: &Value| match &strategy["strategy"] {
         Value::String(name) => name.clone(),
         with_settings => with_settings.as_object().unwrap().keys().next().unwrap().clone(),
@@ -83,7 +93,7 @@ fn the_recipe_measures_every_strategy() {
 }
 
 #[test]
-fn settings_that_do_not_fit_and_files_of_other_machines_are_refused() {
+fn contradictory_settings_and_files_of_other_machines_are_refused() {
     let dir = tempfile::tempdir().unwrap();
     model(&dir.path().join("one"), 1);
     let (one, file) = (format!("model={}", path(dir.path(), "one")), path(dir.path(), "bench.json"));
@@ -91,13 +101,23 @@ fn settings_that_do_not_fit_and_files_of_other_machines_are_refused() {
     let refused = |arguments: &[&str], word: &str| {
         EVAL.fail(&[BENCH, &[&output], arguments].concat(), 2, &[word]);
     };
-    refused(&[], "`shape`");
-    refused(&[&one, "shape=135M"], "`shape`");
-    refused(&["shape=135M", "prompts=x.jsonl"], "prompts");
-    refused(&[&one, "steps=[0]"], "steps");
+    refused(&[], "`preset`");
+    refused(&[&one, "preset=135M"], "`preset`");
+    refused(&["preset=135M", "prompts=x.jsonl"], "prompts");
+    refused(&[&one, "step_tokens=[0]"], "step_tokens");
     refused(&[&one, "strategies=[{lookahead: {window: 30}}]"], "window 30, ngram 4 and candidates 5 of lookahead");
-    let mut found = bench(dir.path(), &[&one]);
-    found["hardware"]["cpu"] = "another".into();
-    std::fs::write(&file, found.to_string()).unwrap();
+    let mut results = bench(dir.path(), &[&one]);
+    results["hardware"]["cpu"] = "another".into();
+    std::fs::write(&file, results.to_string()).unwrap();
     refused(&[&one], "another machine");
+}
+
+#[test]
+fn the_committed_results_have_the_fields_of_this_version() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/results/");
+    for name in ["decode-h100.json", "decode-beside-transformers-h100.json", "strategies-h100.json"] {
+        let text = std::fs::read_to_string(format!("{folder}{name}")).unwrap();
+        let results: DecodeBenchResults = serde_json::from_str(&text).unwrap_or_else(|error| panic!("{name}: {error}"));
+        assert!(!results.models.is_empty());
+    }
 }

@@ -1,6 +1,7 @@
 //! Tests of `cllm-eval`: its figures on made-up records, its files, its exit codes.
 #![allow(clippy::unwrap_used)]
 
+mod animations;
 mod bad_input;
 mod bench;
 mod browser;

@@ -1,4 +1,4 @@
-//! Reports of made-up results.
+//! Reports of synthetic results.
 
 use cllm_core::atomic_file;
 use cllm_core::decode::Strategy;
@@ -10,10 +10,10 @@ use serde_json::Value;
 
 use crate::made_up::{JACOBI, records};
 
-/// The four files of the report of the made-up records: Markdown, page, LaTeX, card.
-pub fn drawn() -> (tempfile::TempDir, [String; 4]) {
+/// The report of the synthetic records: Markdown, page, LaTeX, model card.
+pub fn rendered_report() -> (tempfile::TempDir, [String; 4]) {
     let dir = tempfile::tempdir().unwrap();
-    let records = told(records());
+    let records = with_forward_texts(records());
     records.write(&dir.path().join(SAMPLES)).unwrap();
     atomic_file::write_json(&dir.path().join(RESULTS), &Results::from_records(&records)).unwrap();
     let written = report(&[dir.path().to_owned()], None).unwrap();
@@ -24,8 +24,8 @@ pub fn drawn() -> (tempfile::TempDir, [String; 4]) {
 }
 
 #[test]
-fn a_report_holds_the_figures_names_no_address_and_escapes_answers() {
-    let (_dir, [markdown, page, tex, card]) = drawn();
+fn a_report_holds_the_figures_loads_nothing_and_escapes_answers() {
+    let (_dir, [markdown, page, tex, card]) = rendered_report();
     for text in [&markdown, &page] {
         assert!(text.contains("75.0 %") && text.contains("4.00x"), "{text}");
         assert!(text.contains("speedup_vs_teacher_ar") && text.contains("max_new_tokens"), "{text}");
@@ -40,7 +40,7 @@ fn a_report_holds_the_figures_names_no_address_and_escapes_answers() {
         "{page}"
     );
     assert!(page.contains(r#"title="forward 1, 4 tokens""#), "{page}");
-    // The headline is the student's fastest, with what it cost.
+    // The headline is the student's fastest strategy and its cost.
     assert!(
         page.contains(r#"<div class="figure">4.00x</div>"#) && page.contains("1 of 4 answers unfinished (teacher: 1)"),
         "{page}"
@@ -49,44 +49,44 @@ fn a_report_holds_the_figures_names_no_address_and_escapes_answers() {
     assert!(card.contains("| student | jacobi n=4 |"), "{card}");
 }
 
-/// The answer of the example that the report shows.
+/// The answer to the example that the report shows.
 pub const STORY: &str = "2 & 2 are <script>alert(1)</script> = 4.";
 
-/// The records with that answer to their first example, of which each forward made some letters final.
-fn told(mut records: Records) -> Records {
-    for answer in records.answers.iter_mut().filter(|answer| answer.index == 0) {
-        let letters: Vec<char> = STORY.chars().collect();
-        let each = letters.len() / answer.forwards;
-        let piece = |forward: usize| {
-            let end = if forward + 1 == answer.forwards { letters.len() } else { (forward + 1) * each };
-            letters[forward * each..end].iter().collect()
+/// The records with that answer to the two timed examples, some characters from each forward.
+pub fn with_forward_texts(mut records: Records) -> Records {
+    for answer in records.answers.iter_mut().filter(|answer| answer.index < 2) {
+        let characters: Vec<char> = STORY.chars().collect();
+        let per_forward = characters.len() / answer.forwards;
+        let text = |forward: usize| {
+            let end = if forward + 1 == answer.forwards { characters.len() } else { (forward + 1) * per_forward };
+            characters[forward * per_forward..end].iter().collect()
         };
-        answer.forward_texts = Some((0..answer.forwards).map(piece).collect());
+        answer.forward_texts = Some((0..answer.forwards).map(text).collect());
         answer.text = STORY.into();
     }
     records
 }
 
 #[test]
-fn the_card_names_a_teacher_of_the_hub_the_data_set_the_decoding_and_the_commands() {
+fn the_card_names_the_base_model_the_data_set_the_strategy_and_the_command() {
     let dir = tempfile::tempdir().unwrap();
-    let mut made = records();
-    made.header.benchmark = Task::Gsm8k;
-    made.header.models[0].path = "/c/hub/models--some--base/snapshots/0123".into();
-    made.header.models[1].path = "runs/maths-cllm/rounds/round-02/student/final".into();
+    let mut records = records();
+    records.header.benchmark = Task::Gsm8k;
+    records.header.models[0].path = "/c/hub/models--some--base/snapshots/0123".into();
+    records.header.models[1].path = "runs/maths-cllm/rounds/round-02/student/final".into();
     let rolling = Strategy::Rolling { n: 4, pool: 0 };
-    made.header.settings.strategies[1] = rolling;
-    made.header.settings.teacher = Some("some/base".into());
-    made.answers.iter_mut().filter(|answer| answer.strategy == JACOBI).for_each(|answer| answer.strategy = rolling);
-    made.speeds.iter_mut().filter(|speed| speed.strategy == JACOBI).for_each(|speed| speed.strategy = rolling);
-    atomic_file::write_json(&dir.path().join(RESULTS), &Results::from_records(&made)).unwrap();
+    records.header.settings.strategies[1] = rolling;
+    records.header.settings.teacher = Some("some/base".into());
+    records.answers.iter_mut().filter(|answer| answer.strategy == JACOBI).for_each(|answer| answer.strategy = rolling);
+    records.speeds.iter_mut().filter(|speed| speed.strategy == JACOBI).for_each(|speed| speed.strategy = rolling);
+    atomic_file::write_json(&dir.path().join(RESULTS), &Results::from_records(&records)).unwrap();
     report(&[dir.path().to_owned()], None).unwrap();
     let card = std::fs::read_to_string(dir.path().join("model-card.md")).unwrap();
     for line in [
         "base_model: some/base",
         "name: maths-cllm",
         "type: openai/gsm8k",
-        "those of Jacobi decoding with a rolling window (`rolling`).",
+        "The headline figures are for Jacobi decoding with a rolling window (`rolling`).",
         "    cllm-eval run",
         "      teacher=some/base",
         "    cllm-eval generate --model MODEL --n 16 ",
@@ -96,14 +96,14 @@ fn the_card_names_a_teacher_of_the_hub_the_data_set_the_decoding_and_the_command
 }
 
 #[test]
-fn a_report_of_several_runs_begins_with_a_row_for_each() {
+fn a_report_of_several_runs_begins_with_one_row_per_run() {
     let dir = tempfile::tempdir().unwrap();
     let folders = ["one", "two"].map(|name| dir.path().join(name));
     for (folder, split) in folders.iter().zip(["test", "dev_50%"]) {
-        let mut made = records();
-        made.header.split = split.into();
+        let mut records = records();
+        records.header.split = split.into();
         std::fs::create_dir_all(folder).unwrap();
-        atomic_file::write_json(&folder.join(RESULTS), &Results::from_records(&made)).unwrap();
+        atomic_file::write_json(&folder.join(RESULTS), &Results::from_records(&records)).unwrap();
     }
     report(&folders, Some(dir.path())).unwrap();
     let read = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
@@ -120,9 +120,9 @@ fn a_report_of_several_runs_begins_with_a_row_for_each() {
         (tex.matches(r"\resizebox{\linewidth}{!}").count(), tex.matches(r"\begin{tabular}{llr").count()),
         (3, 3)
     );
-    let (_dir, [alone, ..]) = drawn();
-    assert!(markdown.contains("Of each run the fastest strategy") && !alone.contains("Of each run"), "{alone}");
-    // Runs that only their folders tell apart.
+    let (_dir, [alone, ..]) = rendered_report();
+    assert!(markdown.contains("The fastest strategy of each run") && !alone.contains("of each run"), "{alone}");
+    // Runs of the same benchmark and split are distinguished by their folders.
     report(&[&folders[0], &folders[0]].map(Clone::clone), Some(dir.path())).unwrap();
     let title = format!("jsonl / test / {}", folders[0].display());
     assert!(read("report.md").contains(&format!("| {title} | student")), "{title}");
@@ -130,8 +130,8 @@ fn a_report_of_several_runs_begins_with_a_row_for_each() {
 }
 
 #[test]
-fn the_card_begins_with_what_the_hub_reads() {
-    let (_dir, [.., card]) = drawn();
+fn the_card_begins_with_the_metadata_of_the_hub() {
+    let (_dir, [.., card]) = rendered_report();
     let front = card.strip_prefix("---\n").and_then(|rest| rest.split_once("\n---\n")).unwrap().0;
     let value: Value = serde_saphyr::from_str(front).unwrap();
     assert_eq!((&value["library_name"], &value["base_model"]), (&"transformers".into(), &Value::Null), "{front}");

@@ -174,17 +174,17 @@ impl Stage<'_> {
         match self {
             Stage::Collect(settings) => {
                 let summary = collect::collect(settings)?;
-                Ok(json!(summary)["total"].take())
+                Ok(json!(summary.total))
             }
             Stage::Augment(settings) => {
                 if !whole {
-                    augment::run(settings, false)?;
+                    augment::augment(settings)?;
                 }
                 Ok(Value::Null)
             }
             Stage::Clean(settings) => {
                 if !whole {
-                    clean::run(settings, false)?;
+                    clean::clean(settings)?;
                 }
                 read_json(&settings.output.join("clean-report.json"))
             }

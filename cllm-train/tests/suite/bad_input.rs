@@ -56,7 +56,7 @@ fn every_damaged_model_is_named_and_nothing_is_written() {
     copy_folder(model_of(&settings), &model);
     cllm_testing::train_tokenizer(["Other words make other ids."], 261, &model);
     let other = Settings { model: Some(model.display().to_string()), ..settings.clone() };
-    TRAIN.fail(&["run", "-c", &file(&other)], 2, &["trajectories", "was collected with tokenizer"]);
+    TRAIN.fail(&["run", "-c", &file(&other)], 2, &["trajectories", "tokenizer is not that of the model"]);
     let output = path(dir.path(), "run");
     TRAIN.fail(&["export", "no/such/model", "--output", &output], 2, &["no/such/model"]);
     let cut = path(dir.path(), "cut-weights");
@@ -87,8 +87,11 @@ fn every_bad_shard_is_named_and_nothing_is_written() {
     let good = fs::read(&shard).unwrap();
     type Damage<'d> = Box<dyn Fn() + 'd>;
     let damages: [(Damage<'_>, &[&str]); 4] = [
-        (Box::new(|| fs::write(&shard, &good[..good.len() / 2]).unwrap()), &["no whole Parquet file", "collect again"]),
-        (Box::new(|| foreign_parquet::write(&shard, "text", None)), &["no trajectory shard"]),
+        (
+            Box::new(|| fs::write(&shard, &good[..good.len() / 2]).unwrap()),
+            &["not a complete Parquet file", "collect again"],
+        ),
+        (Box::new(|| foreign_parquet::write(&shard, "text", None)), &["not a trajectory shard"]),
         (Box::new(|| foreign_parquet::write(&shard, "text", Some("1"))), &["no column `sample_id`"]),
         (Box::new(|| fs::remove_file(&shard).unwrap()), &["there is no such file"]),
     ];

@@ -141,7 +141,7 @@ pub fn collect(model_folder: &Path, folder: &Path) -> PathBuf {
     let mut writer = Writer::open(&data, provenance).unwrap();
     writer.write_shard(&rows).unwrap();
     writer.finish().unwrap();
-    assert!(trajectory::Reader::open(&data).unwrap().len() == 12);
+    assert!(trajectory::Reader::open(&data).unwrap().num_rows() == 12);
     data
 }
 

@@ -1,0 +1,172 @@
+//! The manifest: which shards a data set has, how it was made, and whether it is complete.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+use crate::{Error, Result, atomic_file, fingerprint, text_file};
+
+const MANIFEST: &str = "manifest.json";
+
+/// Clause about a data set whose manifest says that it is not complete.
+pub const INCOMPLETE_DATA_SET: &str = "is not complete: the run that writes it was stopped or is still running; run the same \
+                                       command (collect, augment, clean or import) again to finish it";
+
+/// How a data set was made. It is in the manifest and in the metadata of every shard.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Provenance {
+    /// Fingerprint of the teacher's config and weights.
+    pub teacher: String,
+    /// Fingerprint of its tokenizer.
+    pub tokenizer: String,
+    /// Size of the teacher's vocabulary.
+    pub vocab_size: usize,
+    /// Tokens per block.
+    pub n: usize,
+    pub max_new_tokens: usize,
+    /// Token ids that end a response.
+    pub eos_ids: Vec<i32>,
+    /// Seed of the initial guesses.
+    pub seed: u64,
+    /// Fingerprint of the prompt file's contents.
+    pub prompts: String,
+    /// Version of the toolkit that collected the data set.
+    pub toolkit: String,
+    /// What `collect`, `augment` and `clean` did, in order.
+    pub steps: Vec<String>,
+}
+
+/// The contents of `manifest.json`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Manifest {
+    pub schema_version: u32,
+    pub provenance: Provenance,
+    /// File name and number of rows of each shard, in order.
+    pub shards: Vec<(String, usize)>,
+    /// Whether the run that writes the data set has ended.
+    pub complete: bool,
+}
+
+/// The first field in which two provenances differ.
+pub(super) struct Difference {
+    pub(super) field: String,
+    pub(super) existing: Value,
+    pub(super) expected: Value,
+}
+
+impl Provenance {
+    pub(super) fn difference(&self, expected: &Provenance) -> Option<Difference> {
+        let (existing, expected) = (json!(self), json!(expected));
+        let fields = expected.as_object()?;
+        let (field, value) = fields.iter().find(|(field, value)| existing[field.as_str()] != **value)?;
+        Some(Difference { field: field.clone(), existing: existing[field.as_str()].clone(), expected: value.clone() })
+    }
+}
+
+/// A clause about the existing data set, such as `was started with n=8; this command says n=4`.
+impl fmt::Display for Difference {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Difference { field, existing, expected } = self;
+        match field.as_str() {
+            "teacher" => write!(out, "was collected from another teacher ({existing}, not {expected})"),
+            "tokenizer" => write!(out, "was collected with another tokenizer ({existing}, not {expected})"),
+            "prompts" => write!(out, "was collected from other prompts ({existing}, not {expected})"),
+            "toolkit" => write!(out, "was started by version {existing} of this toolkit; this is {expected}"),
+            "steps" => write!(out, "was made in other steps ({existing}, not {expected})"),
+            setting => write!(out, "was started with {setting}={existing}; this command says {setting}={expected}"),
+        }
+    }
+}
+
+impl Manifest {
+    /// Number of rows in all shards.
+    pub fn num_rows(&self) -> usize {
+        self.shards.iter().map(|(_, rows)| rows).sum()
+    }
+
+    /// Whether `folder` has a manifest.
+    pub(super) fn exists(folder: &Path) -> bool {
+        folder.join(MANIFEST).exists()
+    }
+
+    /// Reads the manifest of `folder`, if it has one.
+    pub(super) fn read(folder: &Path) -> Result<Option<Self>> {
+        let path = folder.join(MANIFEST);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let text = text_file::read(&path)?;
+        serde_json::from_str(&text).map(Some).map_err(|error| Error::file(&path, format!("is no manifest: {error}")))
+    }
+
+    /// Reads the manifest of a data set, which several processes may have collected: then the manifests of their folders
+    /// are joined.
+    pub(super) fn load(folder: &Path) -> Result<Self> {
+        let manifest = match Manifest::read(folder)? {
+            Some(manifest) => Some(manifest),
+            None => Manifest::join_ranks(folder)?,
+        };
+        manifest.ok_or_else(|| Error::file(folder, "has no manifest.json, so it is no trajectory data set"))
+    }
+
+    /// Joins the manifests of the folders of all ranks; `None` if there are no such folders.
+    fn join_ranks(folder: &Path) -> Result<Option<Self>> {
+        let entries = std::fs::read_dir(folder).map_err(Error::io(folder))?;
+        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let world_sizes: BTreeSet<usize> =
+            names.filter_map(|name| name.strip_prefix("rank-")?.split_once("-of-")?.1.parse().ok()).collect();
+        let Some(&world_size) = world_sizes.first() else { return Ok(None) };
+        if world_sizes.len() > 1 {
+            let message =
+                format!("holds folders of runs of {world_sizes:?} processes: keep those of one run, delete the others");
+            return Err(Error::file(folder, message));
+        }
+        let mut joined: Option<Manifest> = None;
+        for name in (0..world_size).map(|rank| rank_folder(rank, world_size)) {
+            let path = folder.join(&name);
+            let Some(mut manifest) = Manifest::read(&path)? else {
+                let message = format!("is missing: the process that collects it was stopped; {INCOMPLETE_DATA_SET}");
+                return Err(Error::file(path, message));
+            };
+            manifest.shards.iter_mut().for_each(|(shard, _)| *shard = format!("{name}/{shard}"));
+            match &mut joined {
+                None => joined = Some(manifest),
+                Some(joined) => {
+                    joined.shards.extend(manifest.shards);
+                    joined.complete &= manifest.complete;
+                }
+            }
+        }
+        Ok(joined)
+    }
+
+    pub(super) fn write(&self, folder: &Path) -> Result<()> {
+        atomic_file::write_json(&folder.join(MANIFEST), self)
+    }
+}
+
+/// Name of the folder in which process `rank` of `world_size` collects, inside the folder of the data set.
+pub fn rank_folder(rank: usize, world_size: usize) -> String {
+    format!("rank-{rank}-of-{world_size}")
+}
+
+/// Fingerprint of a data set that does not read its rows: it covers the provenance and the name, rows and bytes of each
+/// shard. For a single shard it is the fingerprint of the file.
+///
+/// # Errors
+/// When the folder has no manifest, or a shard is missing.
+pub fn fingerprint(path: &Path) -> Result<String> {
+    if !path.is_dir() {
+        return fingerprint::hash_files(&[path]);
+    }
+    let manifest = Manifest::load(path)?;
+    let bytes = |(name, _): &(String, usize)| {
+        let shard = path.join(name);
+        Ok(std::fs::metadata(&shard).map_err(Error::io(&shard))?.len())
+    };
+    let bytes = manifest.shards.iter().map(bytes).collect::<Result<Vec<u64>>>()?;
+    Ok(fingerprint::hash_bytes(json!([manifest.provenance, manifest.shards, bytes]).to_string().as_bytes()))
+}

@@ -1,0 +1,116 @@
+//! A row of a data set, and what every row guarantees.
+
+use serde::{Deserialize, Serialize};
+
+use super::manifest::Provenance;
+
+/// Why a response ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FinishReason {
+    /// It reached an EOS token, which is its last token.
+    Eos,
+    /// It reached the length limit.
+    Length,
+}
+
+/// How one block of n tokens converged.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Block {
+    /// Position of the block's first token in the response.
+    pub start: u32,
+    /// Every Jacobi state from the initial guess to the fixed point, each exactly n tokens long.
+    pub states: Vec<Vec<i32>>,
+}
+
+/// One response and the trajectory of each of its blocks.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Trajectory {
+    /// Id of the prompt in its prompt set.
+    pub sample_id: String,
+    /// Benchmark and split, such as `gsm8k/train`.
+    pub source: String,
+    /// The prompt as text, after the chat template.
+    pub prompt: String,
+    pub prompt_ids: Vec<i32>,
+    /// The fixed points joined, through EOS or the length limit.
+    pub response_ids: Vec<i32>,
+    /// The benchmark's own answer.
+    pub reference: Option<String>,
+    pub blocks: Vec<Block>,
+    /// For each state of each block, whether `augment` changed it. `None`: nothing was augmented.
+    pub augmented: Option<Vec<Vec<bool>>>,
+    pub finish_reason: FinishReason,
+    /// What the task needs to score the answer, as JSON text.
+    pub meta: Option<String>,
+}
+
+impl Trajectory {
+    /// Checks what every row of a data set guarantees: blocks of n tokens that follow one another and whose fixed points
+    /// are the response, token ids inside the vocabulary, an end that agrees with the finish reason, and one augmented
+    /// flag per state.
+    ///
+    /// # Errors
+    /// The first guarantee that the row breaks, in words.
+    pub fn check(&self, provenance: &Provenance) -> Result<(), String> {
+        let (length, max_new_tokens) = (self.response_ids.len(), provenance.max_new_tokens);
+        if length > max_new_tokens {
+            return Err(format!("the response has {length} tokens, but max_new_tokens was {max_new_tokens}"));
+        }
+        self.check_blocks(provenance.n)?;
+        self.check_ids(provenance.vocab_size)?;
+        self.check_end(&provenance.eos_ids)?;
+        self.check_augmented()
+    }
+
+    fn check_blocks(&self, n: usize) -> Result<(), String> {
+        let length = self.response_ids.len();
+        let mut fixed_points: Vec<i32> = Vec::new();
+        for (index, block) in self.blocks.iter().enumerate() {
+            if block.start as usize != fixed_points.len() {
+                return Err(format!("block {index} starts at {}, expected {}", block.start, fixed_points.len()));
+            }
+            if fixed_points.len() >= length {
+                return Err(format!("block {index} starts at {}, past the response of {length} tokens", block.start));
+            }
+            if let Some(state) = block.states.iter().find(|state| state.len() != n) {
+                return Err(format!("block {index} has a state of {} tokens, expected {n}", state.len()));
+            }
+            let fixed_point = block.states.last().ok_or_else(|| format!("block {index} has no states"))?;
+            fixed_points.extend(fixed_point);
+        }
+        if fixed_points.len() < length || fixed_points[..length] != self.response_ids {
+            return Err("the joined fixed points are not the response".to_owned());
+        }
+        Ok(())
+    }
+
+    fn check_ids(&self, vocab_size: usize) -> Result<(), String> {
+        let states = self.blocks.iter().flat_map(|block| block.states.iter().flatten());
+        let mut ids = self.prompt_ids.iter().chain(&self.response_ids).chain(states);
+        match ids.find(|&&id| id < 0 || id as usize >= vocab_size) {
+            Some(id) => Err(format!("token {id} is outside the vocabulary of {vocab_size}")),
+            None => Ok(()),
+        }
+    }
+
+    fn check_end(&self, eos_ids: &[i32]) -> Result<(), String> {
+        let length = self.response_ids.len();
+        let ends_with_eos = self.response_ids.last().is_some_and(|last| eos_ids.contains(last));
+        if ends_with_eos != (self.finish_reason == FinishReason::Eos) {
+            return Err(format!("finish_reason is {:?}, but the last token says otherwise", self.finish_reason));
+        }
+        let before_last = &self.response_ids[..length.saturating_sub(1)];
+        match before_last.iter().position(|id| eos_ids.contains(id)) {
+            Some(index) => Err(format!("token {index} of the response is an EOS, but {} follow", length - 1 - index)),
+            None => Ok(()),
+        }
+    }
+
+    fn check_augmented(&self) -> Result<(), String> {
+        let Some(augmented) = &self.augmented else { return Ok(()) };
+        let one_flag_per_state = augmented.len() == self.blocks.len()
+            && augmented.iter().zip(&self.blocks).all(|(flags, block)| flags.len() == block.states.len());
+        if one_flag_per_state { Ok(()) } else { Err("`augmented` does not have one flag per state".to_owned()) }
+    }
+}

@@ -1,0 +1,202 @@
+//! `clean`: drops responses that would teach loops or incorrect answers, and counts them by rule.
+
+mod repetition;
+mod rules;
+mod settings;
+
+use std::collections::{BTreeMap, HashSet};
+use std::io::Write;
+
+use cllm_core::checkpoint::hub;
+use cllm_core::progress::{self, count};
+use cllm_core::tokenizer::Tokenizer;
+use cllm_core::trajectory::{Reader, Trajectory};
+use cllm_core::{Error, Result, atomic_file, interrupt, prompt_set};
+use serde::Serialize;
+use serde_json::json;
+
+use crate::rewrite::Rewrite;
+use crate::scoring::Scorer;
+use rules::{Candidate, DUPLICATE, RULES, RuleContext};
+pub use settings::Settings;
+
+/// The result of `clean`, which `clean-report.json` holds and `--json` prints.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    schema_version: u32,
+    /// Rows kept.
+    kept: usize,
+    /// Rows dropped.
+    dropped: usize,
+    /// Rows dropped, by rule.
+    rules: BTreeMap<&'static str, usize>,
+    /// Rows kept although `drop_incorrect` could not score them.
+    unscored: usize,
+}
+
+/// A row with what the rules say of it on its own.
+struct CheckedRow {
+    row: Trajectory,
+    prompt_hash: u128,
+    broken_rule: Option<&'static str>,
+    is_unscored: bool,
+}
+
+/// A line of `dropped.jsonl`.
+#[derive(Serialize)]
+struct DroppedRow<'r> {
+    rule: &'static str,
+    row: &'r Trajectory,
+}
+
+/// Cleans a data set.
+///
+/// # Errors
+/// When the input is not a complete data set of the model's tokenizer, or the output cannot be written.
+pub fn clean(settings: &Settings) -> Result<Report> {
+    let tokenizer = Tokenizer::load(&hub::locate(&settings.model)?)?;
+    // Decoded by another tokenizer the responses would be noise, and would be judged as if it were the answers.
+    Reader::open(&settings.input)?.check_tokenizer(tokenizer.fingerprint())?;
+    let context = RuleContext {
+        settings,
+        scorer: Scorer { data_set: &settings.input, tokenizer: &tokenizer, data: settings.data.as_deref() },
+        evaluation_prompts: hash_evaluation_prompts(settings, &tokenizer)?,
+    };
+    let mut rewrite = Rewrite::open(&settings.input, &settings.output, describe_step(settings))?;
+    let report = if settings.keep_dropped {
+        apply_rules_and_save_dropped(&mut rewrite, &context)?
+    } else {
+        apply_rules(&mut rewrite, &context, |_| Ok(()))?
+    };
+    atomic_file::write_json(&settings.output.join("clean-report.json"), &report)?;
+    rewrite.finish(settings)?;
+    report.log(settings);
+    Ok(report)
+}
+
+/// The step for the provenance: the rules without the paths, so that the same rows cleaned elsewhere give the same file.
+fn describe_step(settings: &Settings) -> String {
+    let mut rules = json!(settings);
+    if let Some(rules) = rules.as_object_mut() {
+        for path in ["input", "output", "model", "data"] {
+            rules.shift_remove(path);
+        }
+    }
+    format!("clean: {rules}")
+}
+
+fn hash_evaluation_prompts(settings: &Settings, tokenizer: &Tokenizer) -> Result<HashSet<u128>> {
+    let mut hashes = HashSet::new();
+    for path in &settings.evaluation_prompts {
+        for sample in prompt_set::read(path)? {
+            interrupt::check()?;
+            let (_, ids) = tokenizer.encode_prompt(&sample.prompt)?;
+            hashes.insert(hash_ids(&ids));
+        }
+    }
+    Ok(hashes)
+}
+
+/// Hashes a prompt to 16 bytes, which is what finding duplicates keeps per row. Prompts with equal hashes count as equal.
+fn hash_ids(ids: &[i32]) -> u128 {
+    let mut hasher = blake3::Hasher::new();
+    for id in ids {
+        hasher.update(&id.to_le_bytes());
+    }
+    let mut bytes = [0; 16];
+    hasher.finalize_xof().fill(&mut bytes);
+    u128::from_le_bytes(bytes)
+}
+
+fn apply_rules_and_save_dropped(rewrite: &mut Rewrite, context: &RuleContext<'_>) -> Result<Report> {
+    let path = context.settings.output.join("dropped.jsonl");
+    let mut report = None;
+    atomic_file::write_with(&path, |file| {
+        let save = |dropped: &DroppedRow<'_>| {
+            let line = serde_json::to_string(dropped).map_err(Error::serialization)?;
+            writeln!(file, "{line}").map_err(Error::write(&path))
+        };
+        report = Some(apply_rules(rewrite, context, save)?);
+        Ok(())
+    })?;
+    report.ok_or_else(|| Error::internal("dropped.jsonl was written without a report"))
+}
+
+/// Writes the rows that break no rule, and hands the others to `on_drop`, both in order.
+fn apply_rules(
+    rewrite: &mut Rewrite,
+    context: &RuleContext<'_>,
+    mut on_drop: impl FnMut(&DroppedRow<'_>) -> Result<()>,
+) -> Result<Report> {
+    let mut report = Report { schema_version: 1, kept: 0, dropped: 0, rules: BTreeMap::new(), unscored: 0 };
+    let mut kept_prompts = HashSet::new();
+    rewrite.run(
+        |row| check_row(row, context),
+        |checked| {
+            let mut kept = Vec::with_capacity(checked.len());
+            for CheckedRow { row, prompt_hash, broken_rule, is_unscored } in checked {
+                let duplicate = || (!kept_prompts.insert(prompt_hash)).then_some(DUPLICATE);
+                if let Some(rule) = broken_rule.or_else(duplicate) {
+                    *report.rules.entry(rule).or_default() += 1;
+                    report.dropped += 1;
+                    on_drop(&DroppedRow { rule, row: &row })?;
+                } else {
+                    report.unscored += usize::from(is_unscored);
+                    report.kept += 1;
+                    kept.push(row);
+                }
+            }
+            Ok(kept)
+        },
+    )?;
+    Ok(report)
+}
+
+fn check_row(row: Trajectory, context: &RuleContext<'_>) -> Result<CheckedRow> {
+    let text = context.scorer.tokenizer.decode(&row.response_ids)?;
+    let prompt_hash = hash_ids(&row.prompt_ids);
+    let candidate = Candidate::new(&row, &text, prompt_hash, context);
+    let (broken_rule, is_unscored) = (candidate.broken_rule()?, candidate.is_unscored());
+    Ok(CheckedRow { row, prompt_hash, broken_rule, is_unscored })
+}
+
+impl Report {
+    fn log(&self, settings: &Settings) {
+        if self.unscored > 0 {
+            let rows = count(self.unscored, "row");
+            progress::log(format!("kept {rows} that the task could not score (Spider needs data=FOLDER)"));
+        }
+        progress::log(format!("{}, in {}", self.text(), settings.output.display()));
+    }
+
+    /// `kept 2 of 6 rows; dropped: 1 duplicate, 3 unfinished (raise max_new_tokens, or drop_unfinished=false)`
+    fn text(&self) -> String {
+        let kept = format!("kept {} of {}", self.kept, count(self.kept + self.dropped, "row"));
+        if self.dropped == 0 {
+            return kept;
+        }
+        let by_rule = |(name, number): (&&str, &usize)| {
+            let advice = RULES.iter().find(|rule| rule.name == *name).and_then(|rule| rule.advice);
+            format!("{number} {name}{}", advice.map(|advice| format!(" ({advice})")).unwrap_or_default())
+        };
+        format!("{kept}; dropped: {}", self.rules.iter().map(by_rule).collect::<Vec<_>>().join(", "))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_report_counts_dropped_rows_by_rule_and_gives_advice() {
+        let report = |kept, rules: &[(&'static str, usize)]| {
+            let dropped = rules.iter().map(|(_, number)| number).sum();
+            Report { schema_version: 1, kept, dropped, rules: rules.iter().copied().collect(), unscored: 0 }.text()
+        };
+        assert_eq!(report(60, &[]), "kept 60 of 60 rows");
+        assert_eq!(
+            report(2, &[("unfinished", 3), ("duplicate", 1)]),
+            "kept 2 of 6 rows; dropped: 1 duplicate, 3 unfinished (raise max_new_tokens, or drop_unfinished=false)"
+        );
+    }
+}

@@ -1,0 +1,89 @@
+//! The prompts that are to be answered: read, checked, shared out among processes, rendered.
+
+use std::path::Path;
+
+use cllm_core::decode::Request;
+use cllm_core::distributed::ProcessEnv;
+use cllm_core::progress::{self, count};
+use cllm_core::prompt_set::{self, Sample};
+use cllm_core::task::{ScoreContext, Task};
+use cllm_core::{Error, Result};
+
+use super::settings::Settings;
+use super::teacher::Teacher;
+
+/// A prompt as the teacher reads it.
+pub(super) struct RenderedPrompt {
+    pub(super) sample: Sample,
+    /// The prompt after the chat template.
+    pub(super) text: String,
+    pub(super) ids: Vec<i32>,
+}
+
+impl RenderedPrompt {
+    pub(super) fn request(&self) -> Request {
+        Request { sample_id: self.sample.id.clone(), prompt_ids: self.ids.clone() }
+    }
+}
+
+/// Reads the prompt set, and makes sure before the long work that the answers can be scored.
+pub(super) fn read(settings: &Settings) -> Result<Vec<Sample>> {
+    let mut samples = prompt_set::read(&settings.prompts)?;
+    if samples.is_empty() {
+        return Err(Error::file(&settings.prompts, "holds no prompts: create it again with `cllm-data prepare`"));
+    }
+    samples.truncate(settings.limit.unwrap_or(usize::MAX));
+    let context = ScoreContext { data: settings.data.as_deref(), sandbox: None };
+    for sample in &samples {
+        Task::from_source(&sample.source).check_scorable(context, sample)?;
+    }
+    Ok(samples)
+}
+
+/// The samples that this process answers: all of them, or every `world_size`-th one.
+pub(super) fn samples_of_process(samples: Vec<Sample>, process: Option<&ProcessEnv>) -> Vec<Sample> {
+    match process {
+        Some(process) => samples.into_iter().skip(process.rank).step_by(process.world_size).collect(),
+        None => samples,
+    }
+}
+
+/// Renders and tokenizes the prompts. Those that are empty or too long for the context are returned apart.
+pub(super) fn render(
+    samples: Vec<Sample>,
+    teacher: &Teacher,
+    max_new_tokens: usize,
+) -> Result<(Vec<RenderedPrompt>, Vec<Sample>)> {
+    let max_positions = teacher.model.config().max_positions;
+    let (mut prompts, mut skipped) = (Vec::new(), Vec::new());
+    for sample in samples {
+        let (text, ids) = teacher.tokenizer.encode_prompt(&sample.prompt)?;
+        if ids.is_empty() || ids.len().saturating_add(max_new_tokens) > max_positions {
+            skipped.push(sample);
+        } else {
+            prompts.push(RenderedPrompt { sample, text, ids });
+        }
+    }
+    Ok((prompts, skipped))
+}
+
+/// Saves the prompts that are skipped as `skipped.jsonl` beside the shards.
+pub(super) fn save_skipped(skipped: &[Sample], output: &Path) -> Result<()> {
+    if skipped.is_empty() {
+        return Ok(());
+    }
+    let prompts = count(skipped.len(), "prompt");
+    progress::log(format!("skipping {prompts}, empty or too long for the context: see skipped.jsonl"));
+    prompt_set::write(&output.join("skipped.jsonl"), skipped)
+}
+
+/// The error for a prompt set of which no prompt fits.
+pub(super) fn none_fits(settings: &Settings, teacher: &Teacher) -> Error {
+    Error::usage(format!(
+        "no prompt of {} fits the context: with max_new_tokens={} a prompt may have at most {} tokens; lower \
+         max_new_tokens",
+        settings.prompts.display(),
+        settings.max_new_tokens,
+        teacher.max_prompt_tokens(settings.max_new_tokens)
+    ))
+}

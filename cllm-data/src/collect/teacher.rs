@@ -1,0 +1,43 @@
+//! The model that answers the prompts.
+
+use std::path::PathBuf;
+
+use cllm_core::checkpoint::{self, hub};
+use cllm_core::distributed::ProcessEnv;
+use cllm_core::model::Transformer;
+use cllm_core::tokenizer::Tokenizer;
+use cllm_core::{Error, Result, device};
+
+use super::settings::Settings;
+
+pub(super) struct Teacher {
+    pub(super) folder: PathBuf,
+    pub(super) tokenizer: Tokenizer,
+    pub(super) model: Transformer,
+}
+
+impl Teacher {
+    /// Loads the model onto the device of this process.
+    pub(super) fn load(settings: &Settings, process: Option<&ProcessEnv>) -> Result<Self> {
+        let device = device::for_process(&settings.device, process)?;
+        let folder = hub::locate(&settings.model)?;
+        let tokenizer = Tokenizer::load(&folder)?.with_eos_ids(settings.eos_ids.as_deref());
+        let model = checkpoint::load(&folder, device, device::default_kind(device))?;
+        let teacher = Teacher { folder, tokenizer, model };
+        let vocab_size = teacher.vocab_size();
+        if let Some(id) = settings.eos_ids.iter().flatten().find(|&&id| id < 0 || id as usize >= vocab_size) {
+            let model = &settings.model;
+            return Err(Error::usage(format!("eos_ids: {id} is not a token of {model}, which has {vocab_size}")));
+        }
+        Ok(teacher)
+    }
+
+    pub(super) fn vocab_size(&self) -> usize {
+        self.model.config().vocab_size as usize
+    }
+
+    /// The longest prompt that fits the context together with its response.
+    pub(super) fn max_prompt_tokens(&self, max_new_tokens: usize) -> usize {
+        self.model.config().max_positions.saturating_sub(max_new_tokens)
+    }
+}

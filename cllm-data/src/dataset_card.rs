@@ -1,0 +1,67 @@
+//! Completes a data set: writes its card, a README.md with the front matter of the Hugging Face Hub, and marks the
+//! manifest as complete. Every verb that makes a data set ends here.
+
+use cllm_core::trajectory::{Manifest, Writer};
+use cllm_core::{Result, atomic_file};
+
+/// Completes a data set and returns its number of rows.
+pub(crate) fn finish_with_card(writer: Writer) -> Result<usize> {
+    // The card comes first: a run that finds the data set complete would not write what is missing.
+    atomic_file::write(&writer.folder().join("README.md"), card(writer.manifest()).as_bytes())?;
+    Ok(writer.finish()?.num_rows())
+}
+
+fn card(manifest: &Manifest) -> String {
+    let num_rows = manifest.num_rows();
+    let provenance = &manifest.provenance;
+    let size = size_category(num_rows);
+    let steps: Vec<_> = provenance.steps.iter().map(|step| format!("- {step}")).collect();
+    format!(
+        "---\npretty_name: Jacobi trajectories\ntask_categories:\n- text-generation\ntags:\n- cllm\n- jacobi-decoding\n\
+         size_categories:\n- {size}\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    \
+         path: part-*.parquet\n---\n\
+         # Jacobi trajectories\n\n{num_rows} greedy responses of one teacher with every state of their Jacobi decoding, \
+         in blocks of {} tokens, with at most {} tokens per response.\n\n- teacher: `{}`\n- tokenizer: `{}`\n- seed: \
+         {}\n- toolkit: cllm {}\n\nSteps:\n\n{}\n",
+        provenance.n,
+        provenance.max_new_tokens,
+        provenance.teacher,
+        provenance.tokenizer,
+        provenance.seed,
+        provenance.toolkit,
+        steps.join("\n")
+    )
+}
+
+/// The Hub's name for a number of rows.
+fn size_category(num_rows: usize) -> &'static str {
+    match num_rows {
+        0..1_000 => "n<1K",
+        1_000..10_000 => "1K<n<10K",
+        10_000..100_000 => "10K<n<100K",
+        100_000..1_000_000 => "100K<n<1M",
+        1_000_000..10_000_000 => "1M<n<10M",
+        10_000_000..100_000_000 => "10M<n<100M",
+        100_000_000..1_000_000_000 => "100M<n<1B",
+        _ => "n>1B",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::size_category;
+
+    #[test]
+    fn size_categories_are_named_as_on_the_hub() {
+        for (num_rows, name) in [
+            (999, "n<1K"),
+            (1_000, "1K<n<10K"),
+            (999_999, "100K<n<1M"),
+            (1_000_000, "1M<n<10M"),
+            (99_999_999, "10M<n<100M"),
+            (2_000_000_000, "n>1B"),
+        ] {
+            assert_eq!(size_category(num_rows), name, "{num_rows}");
+        }
+    }
+}

@@ -1,0 +1,92 @@
+//! One example as an animated SVG: the teacher's autoregressive answer beside the student's fastest, each forward's text
+//! appearing when that forward ended, on one common time scale.
+//!
+//! The animation is CSS inside the SVG, with no script, so that it also plays where an SVG is embedded as an image, such
+//! as in a README. Without animation (and for readers who prefer reduced motion) the picture is its own last frame.
+
+mod drawing;
+mod layout;
+
+use std::path::Path;
+
+use cllm_core::decode::Strategy;
+use cllm_core::task::Verdict;
+use cllm_core::{Error, Result, atomic_file};
+
+use crate::records::{AnswerRecord, Records, SAMPLES, SpeedRecord};
+use crate::results::Results;
+use crate::role::Role;
+use drawing::Drawing;
+
+/// Writes the animation of an example of a run (its folder, or its samples.jsonl) to `output`. Without an id, the example
+/// is the first that both answers are correct for, or else the first.
+///
+/// # Errors
+/// When no example has all that is needed, or a file cannot be read or written.
+pub fn animate(run: &Path, example: Option<&str>, output: &Path) -> Result<()> {
+    let samples = if run.is_dir() { run.join(SAMPLES) } else { run.to_owned() };
+    let records = Records::read(&samples)?;
+    let contenders = contenders(&records).ok_or_else(|| {
+        Error::file(&samples, "has no autoregressive answers beside those of another strategy: run both")
+    })?;
+    let pair = choose(&records, contenders, example).ok_or_else(|| {
+        let which = example.map_or_else(|| "no example".to_owned(), |id| format!("no example `{id}`"));
+        let [a, b] = contenders.map(|(role, strategy)| format!("{} {strategy}", role.name()));
+        Error::file(
+            &samples,
+            format!(
+                "has {which} with timings and the text of each forward for both {a} and {b}: only the first 5 examples \
+                 keep these texts, so run with limit=5 num_speed_examples=5"
+            ),
+        )
+    })?;
+    atomic_file::write(output, Drawing::new(&records.header, pair).to_svg().as_bytes())
+}
+
+/// A model and a strategy.
+type Contender = (Role, Strategy);
+
+/// The autoregressive answers of the teacher (or the only model), and the fastest strategy.
+fn contenders(records: &Records) -> Option<[Contender; 2]> {
+    let results = Results::from_records(records);
+    let (role, fastest) = results.headline().filter(|(_, fastest)| fastest.strategy != Strategy::Ar)?;
+    let baseline = results.model(Role::Teacher).or(results.model(role))?;
+    baseline.autoregressive()?;
+    Some([(baseline.model.role, Strategy::Ar), (role, fastest.strategy)])
+}
+
+/// The two answers to one example.
+fn choose<'r>(records: &'r Records, contenders: [Contender; 2], id: Option<&str>) -> Option<[TimedAnswer<'r>; 2]> {
+    let [(role, strategy), other] = contenders;
+    let answers = records.answers_of(role, strategy).filter(|answer| id.is_none_or(|id| answer.id == id));
+    let pairs = answers.filter_map(|answer| {
+        let find = |contender| TimedAnswer::find(records, contender, answer.index);
+        Some([find((role, strategy))?, find(other)?])
+    });
+    pairs.min_by_key(|pair| {
+        let num_incorrect = pair.iter().filter(|one| one.answer.verdict != Verdict::Correct).count();
+        (num_incorrect, pair[0].answer.index)
+    })
+}
+
+/// An answer with the text of each forward, and how long it took at batch 1.
+struct TimedAnswer<'r> {
+    answer: &'r AnswerRecord,
+    texts: &'r [String],
+    speed: &'r SpeedRecord,
+}
+
+impl<'r> TimedAnswer<'r> {
+    /// `None` if the answer was not timed, or its timed repetition was another answer (as rounding may cause).
+    fn find(records: &'r Records, (role, strategy): Contender, index: usize) -> Option<Self> {
+        let answer = records.answers_of(role, strategy).find(|answer| answer.index == index)?;
+        let speed = records.speeds_of(role, strategy).find(|speed| speed.index == index)?;
+        let texts = answer.forward_texts.as_deref()?;
+        let same = (speed.tokens, speed.forwards) == (answer.response_ids.len(), texts.len());
+        (same && !texts.is_empty()).then_some(TimedAnswer { answer, texts, speed })
+    }
+
+    fn tokens_per_second(&self) -> f64 {
+        self.speed.tokens as f64 / self.speed.seconds
+    }
+}

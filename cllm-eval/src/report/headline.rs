@@ -1,0 +1,71 @@
+//! The headline of a run: the speed-up of its fastest strategy over the teacher's autoregressive decoding, and its cost.
+
+use serde::Serialize;
+
+use super::Run;
+use crate::results::{ModelResults, Results, StrategyResults};
+use crate::role::Role;
+use crate::table::{format_accuracy, format_number, notes};
+
+#[derive(Debug, Serialize)]
+pub(super) struct Headline {
+    /// Benchmark and split.
+    title: String,
+    /// The number in large type.
+    figure: String,
+    /// What `figure` means.
+    caption: String,
+    /// Accuracy, unfinished answers and hardware.
+    details: Vec<String>,
+}
+
+impl Headline {
+    /// `None` for a run that measured nothing.
+    pub(super) fn from_run(run: &Run) -> Option<Self> {
+        let (results, title) = (&run.results, run.title.clone());
+        let Some((role, fastest)) = results.headline() else {
+            let model = results.models.last()?;
+            let figure = format!("{:.2}", model.perplexity.as_ref()?.value);
+            let caption = format!("perplexity of the {}", model.model.role.name());
+            return Some(Headline { title, figure, caption, details: notes(results) });
+        };
+        let name = format!("{}, {}", role.name(), fastest.label);
+        let (figure, caption) = match (fastest.speedup_vs_teacher_ar, fastest.tokens_per_second) {
+            (Some(speedup), _) => {
+                (format!("{speedup:.2}x"), format!("faster than the teacher ({name}, against autoregressive)"))
+            }
+            (None, Some(speed)) => (format!("{speed:.0}"), format!("tokens/s at batch 1 ({name})")),
+            (None, None) => (format_number(fastest.tokens_per_forward, 2, ""), format!("tokens per forward ({name})")),
+        };
+        let own_accuracy =
+            (fastest.scored > 0).then(|| format!("accuracy {}", format_accuracy(fastest.accuracy, fastest.ci95)));
+        let finished = fastest.tokens_per_forward_finished;
+        let details = [
+            accuracy_difference(results, role, fastest),
+            own_accuracy,
+            finished.map(|value| format!("{value:.2} tokens per forward in finished answers")),
+            Some(unfinished(results, role, fastest)),
+            Some(results.hardware.summary()),
+        ];
+        Some(Headline { title, figure, caption, details: details.into_iter().flatten().collect() })
+    }
+}
+
+fn accuracy_difference(results: &Results, role: Role, fastest: &StrategyResults) -> Option<String> {
+    let pair = results.paired.iter().find(|pair| role == Role::Student && pair.student == fastest.label)?;
+    let points = |value: f64| format!("{:+.1}", 100.0 * value);
+    let (difference, [low, high]) = (points(pair.difference?), pair.ci95?);
+    Some(format!(
+        "accuracy {difference} points against the teacher (95 % interval: {} to {})",
+        points(low),
+        points(high)
+    ))
+}
+
+fn unfinished(results: &Results, role: Role, fastest: &StrategyResults) -> String {
+    let own = format!("{} of {} answers unfinished", fastest.unfinished, fastest.examples);
+    match results.model(Role::Teacher).and_then(ModelResults::autoregressive).filter(|_| role == Role::Student) {
+        Some(teacher) => format!("{own} (teacher: {})", teacher.unfinished),
+        None => own,
+    }
+}
