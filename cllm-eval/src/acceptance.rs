@@ -1,5 +1,5 @@
-//! How many tokens the forwards of a strategy accepted: how often each number, up to which draft token, and over the course of
-//! an answer.
+//! How many tokens the forwards of a strategy accepted: how often each number, up to which draft
+//! token, and over the course of an answer.
 
 use serde::{Deserialize, Serialize};
 
@@ -11,9 +11,11 @@ const SEGMENT_TOKENS: usize = 32;
 /// Counts over all forwards of a model with a strategy, those of unfinished answers included.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Acceptance {
-    /// `forwards[k]` is the number of forwards that accepted `k + 1` tokens, the last known token included.
+    /// `forwards[k]` is the number of forwards that accepted `k + 1` tokens, the last known token
+    /// included.
     pub forwards: Vec<u64>,
-    /// `by_position[k]` is the fraction of forwards that accepted the draft token at position `k + 1` of the window.
+    /// `by_position[k]` is the fraction of forwards that accepted the draft token at position `k +
+    /// 1` of the window.
     pub by_position: Vec<f64>,
     /// Segments of 32 tokens, from the first token of an answer on.
     pub over_answer: Vec<Segment>,

@@ -15,7 +15,8 @@ use crate::bench::{BenchSettings, bench, summary};
 use crate::compare::{Comparison, compare};
 use crate::config::RunSettings;
 use crate::doctor::Findings;
-use crate::generate::{GenerateOptions, visible};
+use crate::generate::GenerateOptions;
+use crate::printable::to_printable;
 use crate::profile::{Profiles, profile};
 use crate::results::Results;
 use crate::suite::{Suite, SuiteSettings, suite};
@@ -40,13 +41,15 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Measure accuracy and speed of a teacher and a student; an interrupted run resumes where it stopped.
+    /// Measure accuracy and speed of a teacher and a student; an interrupted run resumes where it
+    /// stopped.
     #[command(
         after_help = "Example:\n  cllm-eval run teacher=configs/tiny-teacher student=runs/student/final \\\n    \
         num_problems=100 'strategies=[ar, {jacobi: {n: 16}}]' output=runs/first-100"
     )]
     Run(SettingsArgs),
-    /// Run every benchmark whose data are there and draw one report; an interrupted suite resumes where it stopped.
+    /// Run every benchmark whose data are there and draw one report; an interrupted suite resumes
+    /// where it stopped.
     #[command(
         after_help = "Example:\n  cllm-eval suite teacher=configs/tiny-teacher data=benchmarks limit=3 output=runs/suite"
     )]
@@ -56,40 +59,47 @@ enum Verb {
     Score {
         /// Folder of the run, with samples.jsonl.
         folder: PathBuf,
-        /// Folder of the benchmark's files, if not the run's own: where Spider's databases are on this machine.
+        /// Folder of the benchmark's files, if not the run's own: where Spider's databases are on
+        /// this machine.
         #[arg(long)]
         data: Option<PathBuf>,
-        /// Run the Python code in answers to humaneval and mbpp, which a model wrote, in a sandbox; otherwise they stay unscored.
+        /// Run the Python code in answers to humaneval and mbpp, which a model wrote, in a sandbox;
+        /// otherwise they stay unscored.
         #[arg(long)]
         execute_code: bool,
         /// Print results.json on stdout.
         #[arg(long)]
         json: bool,
     },
-    /// Compare two results example by example: accuracy (and whether its difference is significant), tokens, speed.
+    /// Compare two results example by example: accuracy (and whether its difference is
+    /// significant), tokens, speed.
     #[command(
         after_help = "Examples:\n  cllm-eval compare runs/eval\n  cllm-eval compare runs/first runs/second --a student/ar --b \
         'student/rolling n=16' --json"
     )]
     Compare {
-        /// Folder of a run, or its results.json. Without B, its student is compared with its teacher.
+        /// Folder of a run, or its results.json. Without B, its student is compared with its
+        /// teacher.
         #[arg(value_name = "A")]
         first: PathBuf,
         /// Folder of the run to compare with it, or its results.json.
         #[arg(value_name = "B")]
         second: Option<PathBuf>,
-        /// Model and strategy of A, or one of the two: teacher/ar, student, rolling, student/jacobi n=16. Default: the fastest
-        /// strategy of the student that accepts several tokens per forward; without B, the teacher's AR.
+        /// Model and strategy of A, or one of the two: teacher/ar, student, rolling, student/jacobi
+        /// n=16. Default: the fastest strategy of the student that accepts several tokens per
+        /// forward; without B, the teacher's AR.
         #[arg(long = "a", value_name = "MODEL/STRATEGY")]
         select_a: Option<String>,
-        /// Model and strategy of B. Default: the fastest strategy of the student, or of the teacher if there is no student.
+        /// Model and strategy of B. Default: the fastest strategy of the student, or of the teacher
+        /// if there is no student.
         #[arg(long = "b", value_name = "MODEL/STRATEGY")]
         select_b: Option<String>,
         /// Print one JSON document.
         #[arg(long)]
         json: bool,
     },
-    /// Compare checkpoints and strategies of several results: accuracy, parallelism, Pareto front, AUP.
+    /// Compare checkpoints and strategies of several results: accuracy, parallelism, Pareto front,
+    /// AUP.
     #[command(
         after_help = "Examples:\n  cllm-eval tradeoff runs/sweep\n  cllm-eval tradeoff runs/first/results.json runs/second --json"
     )]
@@ -101,7 +111,8 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
-    /// Profile trajectories as table 3 of the paper does: fast-forwarded and stationary tokens per block.
+    /// Profile trajectories as table 3 of the paper does: fast-forwarded and stationary tokens per
+    /// block.
     #[command(
         after_help = "Example:\n  cllm-eval profile teacher=runs/trajectories student=runs/student-trajectories \
                             -o runs/profile.json"
@@ -130,7 +141,8 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
-    /// Draw one example as an animated SVG: teacher and student side by side, paced by measured time.
+    /// Draw one example as an animated SVG: teacher and student side by side, paced by measured
+    /// time.
     #[command(after_help = "Example:\n  cllm-eval animate runs/eval --output answers.svg")]
     Animate {
         /// Folder of a run, or its samples.jsonl.
@@ -142,15 +154,16 @@ enum Verb {
         #[arg(long, value_name = "ID")]
         example: Option<String>,
     },
-    /// Measure how fast a model decodes: forwards by their number of tokens, prefill, batches, strategies, collection, memory.
+    /// Measure how fast a model decodes: forwards by their number of tokens, prefill, batches,
+    /// strategies, collection, memory.
     #[command(
         after_help = "Examples:\n  cllm-eval bench model=configs/tiny-teacher 'step_tokens=[1, 16]' 'batch_sizes=[8]' num_repeats=2 \\\n    \
         output=runs/bench.json\n  cllm-eval bench -c configs/bench.yaml \\\n    \
         'strategies=[{jacobi: {n: 16}}, {rolling: {n: 16, pool: 4}}, {lookahead: {}}]'"
     )]
     Bench(SettingsArgs),
-    /// Answer a prompt autoregressively and by Jacobi decoding, showing tokens as they are accepted; without a prompt, chat with
-    /// both side by side.
+    /// Answer a prompt autoregressively and by Jacobi decoding, showing tokens as they are
+    /// accepted; without a prompt, chat with both side by side.
     #[command(after_help = "Examples:\n  cllm-eval generate --model runs/student/final --n 16 \\\n    \
         \"Mia fills 3 packs with 5 cards each and sells 2 cards. How many cards does Mia keep?\"\n  \
         cllm-eval generate --model runs/student/final")]
@@ -268,7 +281,7 @@ fn generate_or_chat(prompt: Option<&str>, options: &GenerateOptions, json: bool,
     let text = &document.strategies[1].text;
     match json {
         true => print_json(&document),
-        false if std::io::stdout().is_terminal() => print(&visible(text)),
+        false if std::io::stdout().is_terminal() => print(&to_printable(text)),
         false => print(text),
     }
 }

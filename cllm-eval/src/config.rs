@@ -19,23 +19,28 @@ pub struct RunSettings {
     /// Folder or id of the model after consistency training.
     #[garde(skip)]
     pub student: Option<String>,
-    /// Benchmark to answer, one of `cllm-eval ls`. Default: the one that the sources of `prompts` name, or else synthetic.
+    /// Benchmark to answer, one of `cllm-eval ls`. Default: the one that the sources of `prompts`
+    /// name, or else synthetic.
     #[garde(skip)]
     pub benchmark: Option<Task>,
-    /// Folder with the benchmark's data; a file for jsonl, either for perplexity, none for synthetic.
+    /// Folder with the benchmark's data; a file for jsonl, either for perplexity, none for
+    /// synthetic.
     #[garde(skip)]
     pub data: Option<PathBuf>,
     /// Split to answer. Default: that of `prompts`, or else test.
     #[garde(length(min = 1))]
     pub split: Option<String>,
-    /// Run the Python code in answers to humaneval and mbpp to score it; otherwise they stay unscored. A model wrote that code, so
-    /// it runs in a sandbox without files, network or other processes (docs/sandbox.md).
+    /// Run the Python code in answers to humaneval and mbpp to score it; otherwise they stay
+    /// unscored. A model wrote that code, so it runs in a sandbox without files, network or other
+    /// processes (docs/sandbox.md).
     #[garde(skip)]
     pub execute_code: bool,
-    /// Prompt set to answer instead of a benchmark's own files. All its prompts must be of one benchmark.
+    /// Prompt set to answer instead of a benchmark's own files. All its prompts must be of one
+    /// benchmark.
     #[garde(skip)]
     pub prompts: Option<PathBuf>,
-    /// For jsonl: when an answer is correct. Default: if the texts or the numbers are equal. `meta.scorer` of a row overrides it.
+    /// For jsonl: when an answer is correct. Default: if the texts or the numbers are equal.
+    /// `meta.scorer` of a row overrides it.
     #[garde(skip)]
     pub scorer: Option<Scorer>,
     /// Seed of the synthetic problems, of the first draft tokens and of sampling.
@@ -50,12 +55,12 @@ pub struct RunSettings {
     /// Number of examples to time at batch 1, spread evenly over all; 0 measures only accuracy.
     #[garde(skip)]
     pub num_speed_examples: usize,
-    /// How to decode, such as `ar`, `jacobi: {n: 16}`, `rolling: {n: 16, pool: 4}` or `lookahead: {}`. Settings that a strategy leaves
-    /// out have their defaults. Perplexity decodes nothing.
+    /// How to decode, such as `ar`, `jacobi: {n: 16}`, `rolling: {n: 16, pool: 4}` or `lookahead:
+    /// {}`. Settings that a strategy leaves out have their defaults. Perplexity decodes nothing.
     #[garde(length(min = 1), custom(valid_strategies))]
     pub strategies: Vec<Strategy>,
-    /// 0 chooses the likeliest token. Above 0, tokens are sampled from the softmax of the logits divided by it; every strategy
-    /// samples the same ones.
+    /// 0 chooses the likeliest token. Above 0, tokens are sampled from the softmax of the logits
+    /// divided by it; every strategy samples the same ones.
     #[garde(range(min = 0.0, max = 10.0))]
     pub temperature: f64,
     /// Maximum number of tokens of an answer.
@@ -106,7 +111,8 @@ impl RunSettings {
         Sampling::from_temperature(self.temperature)
     }
 
-    /// The strategies of a model. Those with a draft model are of the teacher only, with the student as its draft model.
+    /// The strategies of a model. Those with a draft model are of the teacher only, with the
+    /// student as its draft model.
     pub fn strategies_of(&self, role: Role) -> impl Iterator<Item = Strategy> + '_ {
         self.strategies.iter().copied().filter(move |strategy| role == Role::Teacher || !strategy.needs_draft_model())
     }

@@ -1,61 +1,24 @@
-//! Turns tokens that arrive forward by forward into the text that each forward added.
+//! The text of an answer, split by the forwards that accepted its tokens.
 
-use cllm_core::tokenizer::{DecodeStream, Tokenizer};
-use cllm_core::{Error, Result};
+use cllm_core::Result;
+use cllm_core::tokenizer::Tokenizer;
 
-/// Decodes a growing answer. A character whose bytes are in several tokens comes with the last of them.
-pub struct Detokenizer<'t> {
-    tokenizer: &'t Tokenizer,
-    stream: DecodeStream<'t>,
-    ids: Vec<i32>,
-    /// Length of the text that was returned so far.
-    num_bytes: usize,
-}
-
-impl<'t> Detokenizer<'t> {
-    pub fn new(tokenizer: &'t Tokenizer) -> Self {
-        Detokenizer { tokenizer, stream: tokenizer.decode_stream(), ids: Vec::new(), num_bytes: 0 }
-    }
-
-    /// The text that `ids` complete.
-    ///
-    /// # Errors
-    /// When the tokenizer fails.
-    pub fn push(&mut self, ids: &[i32]) -> Result<String> {
-        let mut text = String::new();
-        for &id in ids {
-            let added = self.stream.step(id as u32).map_err(|error| Error::usage(format!("tokenizer: {error}")))?;
-            text += added.as_deref().unwrap_or_default();
-        }
-        self.ids.extend(ids);
-        self.num_bytes += text.len();
-        Ok(text)
-    }
-
-    /// What is left at the end of the answer: a character that is not complete.
-    ///
-    /// # Errors
-    /// When the tokenizer fails.
-    pub fn finish(self) -> Result<String> {
-        Ok(self.tokenizer.decode(&self.ids)?.get(self.num_bytes..).unwrap_or_default().to_owned())
-    }
-}
-
-/// Splits the text of an answer by the forwards that accepted its tokens, given the number of tokens of each.
+/// The text that each forward added, given the number of tokens that it accepted. A character whose
+/// bytes are in several tokens belongs to the forward of the last of them.
 ///
 /// # Errors
 /// When the tokenizer fails.
 pub fn split_by_forward(tokenizer: &Tokenizer, ids: &[i32], num_accepted: &[u32]) -> Result<Vec<String>> {
-    let mut detokenizer = Detokenizer::new(tokenizer);
+    let mut stream = tokenizer.decode_stream();
     let mut rest = ids;
     let mut texts = Vec::with_capacity(num_accepted.len());
     for &count in num_accepted {
         let (accepted, later) = rest.split_at((count as usize).min(rest.len()));
-        texts.push(detokenizer.push(accepted)?);
+        texts.push(stream.push(accepted)?);
         rest = later;
     }
     if let Some(last) = texts.last_mut() {
-        last.push_str(&detokenizer.finish()?);
+        last.push_str(&stream.finish()?);
     }
     Ok(texts)
 }

@@ -1,7 +1,8 @@
 //! The journal of a run: its records in memory, and on disk as soon as they are there.
 //!
-//! A run that was killed is resumed from the lines that it wrote whole. Records of other settings, models, prompts or
-//! machines are never mixed: the header of the file must say that it belongs to the same run.
+//! A run that was killed is resumed from the lines that it wrote whole. Records of other settings,
+//! models, prompts or machines are never mixed: the header of the file must say that it belongs to
+//! the same run.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
@@ -49,7 +50,8 @@ impl Journal {
         &self.records
     }
 
-    /// The answers, to complete what was not known when they were appended. [`Journal::finish`] writes the changes.
+    /// The answers, to complete what was not known when they were appended. [`Journal::finish`]
+    /// writes the changes.
     pub fn answers_mut(&mut self) -> &mut [AnswerRecord] {
         &mut self.records.answers
     }

@@ -1,4 +1,5 @@
-//! Measures what a checkpoint gained and lost: accuracy, forwards, speed; draws reports from what was measured.
+//! Measures what a checkpoint gained and lost: accuracy, forwards, speed; draws reports from what
+//! was measured.
 
 pub mod acceptance;
 pub mod bench;
@@ -13,6 +14,7 @@ pub mod generate;
 pub mod journal;
 pub mod mt_bench_turns;
 pub mod perplexity;
+pub mod printable;
 pub mod profile;
 pub mod records;
 pub mod report;

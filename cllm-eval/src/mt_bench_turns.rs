@@ -1,5 +1,5 @@
-//! The two turns of an MT-bench question. The prompt of the second turn contains the model's own answer to the first, so it is
-//! completed once that answer is there.
+//! The two turns of an MT-bench question. The prompt of the second turn contains the model's own
+//! answer to the first, so it is completed once that answer is there.
 
 use cllm_core::chat_template::Message;
 use cllm_core::prompt_set::{Prompt, Sample};

@@ -1,4 +1,5 @@
-//! `profile`: fast-forwarded and stationary tokens of collected trajectories, side by side (CLLM, table 3).
+//! `profile`: fast-forwarded and stationary tokens of collected trajectories, side by side (CLLM,
+//! table 3).
 
 use std::path::{Path, PathBuf};
 
@@ -54,14 +55,16 @@ pub struct BlockFigures {
 /// Means over blocks, or ratios of such means.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct BlockMeans {
-    /// Tokens that an iteration adds to the correct prefix. At least one, which the paper counts, too.
+    /// Tokens that an iteration adds to the correct prefix. At least one, which the paper counts,
+    /// too.
     pub fast_forwarded: Option<f64>,
     /// Tokens per block that iterations added beyond one each.
     pub beyond_one_per_block: Option<f64>,
     /// Tokens per block that were correct while a token before them was wrong, and stayed correct.
     pub stationary: Option<f64>,
     pub iterations_per_block: Option<f64>,
-    /// Tokens over all forwards, including those that confirm or open a block. None for blocks without their whole answers.
+    /// Tokens over all forwards, including those that confirm or open a block. None for blocks
+    /// without their whole answers.
     pub tokens_per_forward: Option<f64>,
 }
 

@@ -1,7 +1,8 @@
 //! The records of a run, and the file that holds them: `samples.jsonl`.
 //!
-//! The file begins with a header. Every answer, timing and text window follows as a line of its own, written as soon as it
-//! is there. The file alone is enough to resume a run after a kill, to score its answers again and to draw a report.
+//! The file begins with a header. Every answer, timing and text window follows as a line of its
+//! own, written as soon as it is there. The file alone is enough to resume a run after a kill, to
+//! score its answers again and to draw a report.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
@@ -90,10 +91,12 @@ pub struct AnswerRecord {
     pub batch_prefill_seconds: f64,
     /// Seconds of the batch's decoding over the number of its answers.
     pub batch_seconds: f64,
-    /// Peak GPU memory up to the end of its batch, without what was in use before this model was loaded. Null on the CPU.
+    /// Peak GPU memory up to the end of its batch, without what was in use before this model was
+    /// loaded. Null on the CPU.
     pub peak_memory_bytes: Option<u64>,
-    /// Best minus second-best logit at the first token that differs from the same model's autoregressive answer, computed in
-    /// one forward over all tokens before it. None if no token differs.
+    /// Best minus second-best logit at the first token that differs from the same model's
+    /// autoregressive answer, computed in one forward over all tokens before it. None if no token
+    /// differs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logit_gap_at_difference: Option<f64>,
     /// Text of each forward's tokens. Only the first few examples keep it, for reports.
@@ -118,7 +121,8 @@ pub struct SpeedRecord {
     pub prefill_seconds: f64,
     /// Seconds of decoding, excluding prefill.
     pub seconds: f64,
-    /// Peak GPU memory of this model and strategy at batch 1 on the longest timed prompt. Null on the CPU.
+    /// Peak GPU memory of this model and strategy at batch 1 on the longest timed prompt. Null on
+    /// the CPU.
     #[serde(default)]
     pub peak_memory_bytes: Option<u64>,
 }
@@ -159,7 +163,8 @@ pub(crate) enum LineRef<'r> {
     Window(&'r WindowRecord),
 }
 
-/// All records of a run. Those of each kind are in the order in which they were made until the run has ended.
+/// All records of a run. Those of each kind are in the order in which they were made until the run
+/// has ended.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Records {
     pub header: Header,
@@ -226,8 +231,8 @@ impl Records {
         Ok(Self::read_lines(path, false)?.ok_or_else(empty)?.0)
     }
 
-    /// Reads the file of a run that was killed, which may have cut the last line. Returns the records of the whole lines and
-    /// the number of bytes of these; None if there is no whole line.
+    /// Reads the file of a run that was killed, which may have cut the last line. Returns the
+    /// records of the whole lines and the number of bytes of these; None if there is no whole line.
     ///
     /// # Errors
     /// Names file and line of what is not a record.
@@ -294,7 +299,8 @@ impl LineRef<'_> {
     }
 }
 
-/// Refuses a document of another schema version. One without a version is left to whoever parses it.
+/// Refuses a document of another schema version. One without a version is left to whoever parses
+/// it.
 ///
 /// # Errors
 /// Names both versions.

@@ -1,4 +1,5 @@
-//! Scoring of answers, and the verb `score`, which scores saved answers again with no model and no GPU.
+//! Scoring of answers, and the verb `score`, which scores saved answers again with no model and no
+//! GPU.
 
 use std::path::{Path, PathBuf};
 
@@ -47,8 +48,8 @@ impl<'a> AnswerScorer<'a> {
     }
 }
 
-/// Opens the sandbox for the code of a task's answers. None if the task has no code, or if `execute` is false; `advice` then
-/// tells how to allow it.
+/// Opens the sandbox for the code of a task's answers. None if the task has no code, or if
+/// `execute` is false; `advice` then tells how to allow it.
 ///
 /// # Errors
 /// As [`Sandbox::open`].
@@ -72,8 +73,9 @@ pub fn open_sandbox(task: Task, execute: bool, advice: &str) -> Result<Option<Sa
     Ok(Some(sandbox))
 }
 
-/// Scores the answers in a run's folder again and rewrites its files. `data` overrides the run's own folder of the benchmark's
-/// files. Code in answers runs only if `execute` says so, whatever the settings of the run say: its files may come from anywhere.
+/// Scores the answers in a run's folder again and rewrites its files. `data` overrides the run's
+/// own folder of the benchmark's files. Code in answers runs only if `execute` says so, whatever
+/// the settings of the run say: its files may come from anywhere.
 ///
 /// # Errors
 /// When the folder holds no run, or a file that scoring needs is missing.
@@ -88,7 +90,8 @@ pub fn score(folder: &Path, data: Option<PathBuf>, execute: bool) -> Result<Resu
     if task == Task::Spider && data.is_none() {
         progress::log("no answer was scored: name Spider's folder with --data");
     }
-    // The header tells where the verdicts come from, and the next scoring starts from the same folder.
+    // The header tells where the verdicts come from, and the next scoring starts from the same
+    // folder.
     records.header.sandbox = sandbox.map(|sandbox| sandbox.layers().to_vec());
     records.header.settings.execute_code = execute;
     records.header.settings.data = data;

@@ -1,7 +1,7 @@
 //! How similar code is to its reference, for benchmarks that cannot tell whether it is correct.
 //!
-//! Code is split into words (runs of letters, digits and `_`) and single other characters; white space does not count. Of an
-//! answer with a code fence, only the code in the first fence counts.
+//! Code is split into words (runs of letters, digits and `_`) and single other characters; white
+//! space does not count. Of an answer with a code fence, only the code in the first fence counts.
 
 use std::collections::HashMap;
 
@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 /// Similarity of answers to their references, over all of them.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Similarity {
-    /// BLEU-4 of the whole corpus (Papineni et al., 2002) with one reference each, from 0 to 1. Not smoothed: 0 if no four
-    /// tokens in a row agree.
+    /// BLEU-4 of the whole corpus (Papineni et al., 2002) with one reference each, from 0 to 1. Not
+    /// smoothed: 0 if no four tokens in a row agree.
     pub bleu: Option<f64>,
     /// Fraction of the references' tokens that precede the first difference of each answer.
     pub exact_prefix: Option<f64>,
@@ -25,7 +25,8 @@ struct Pair<'t> {
 }
 
 impl Similarity {
-    /// Of pairs of an answer and its reference. Both fields are None if the references have no token.
+    /// Of pairs of an answer and its reference. Both fields are None if the references have no
+    /// token.
     pub fn from_pairs<'t>(pairs: impl Iterator<Item = (&'t str, &'t str)>) -> Self {
         let pairs: Vec<Pair<'_>> = pairs
             .map(|(answer, reference)| Pair {

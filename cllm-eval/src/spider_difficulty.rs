@@ -1,9 +1,11 @@
-//! The difficulty of a Spider query: one of the four classes of the official evaluation (`Evaluator.eval_hardness` in
-//! evaluation.py of taoyds/spider), counted on the words of the query.
+//! The difficulty of a Spider query: one of the four classes of the official evaluation
+//! (`Evaluator.eval_hardness` in evaluation.py of taoyds/spider), counted on the words of the
+//! query.
 //!
-//! The counts follow the quirks of the official ones. Of queries joined by UNION, INTERSECT or EXCEPT only the first counts; an
-//! ORDER BY after such a word belongs to the second. A subquery counts only in conditions, and its own components never count.
-//! Aggregates include every NOT of a condition and every AND and OR of HAVING.
+//! The counts follow the quirks of the official ones. Of queries joined by UNION, INTERSECT or
+//! EXCEPT only the first counts; an ORDER BY after such a word belongs to the second. A subquery
+//! counts only in conditions, and its own components never count. Aggregates include every NOT of a
+//! condition and every AND and OR of HAVING.
 
 use std::fmt;
 
@@ -63,7 +65,8 @@ pub fn difficulty(query: &str) -> Difficulty {
     }
 }
 
-/// Counts the first of joined queries, word by word. Words in parentheses belong to the word before them.
+/// Counts the first of joined queries, word by word. Words in parentheses belong to the word before
+/// them.
 fn count(words: &[String]) -> Counts {
     let mut counts = Counts::default();
     let (mut clause, mut depth, mut between) = ("", 0usize, false);

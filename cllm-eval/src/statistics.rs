@@ -11,7 +11,8 @@ const Z95: f64 = 1.959_963_984_540_054;
 pub const NUM_RESAMPLES: usize = 10_000;
 const BOOTSTRAP_SEED: u64 = 0;
 
-/// Wilson's score interval (1927) of a fraction, at 95 %. It holds for few examples and for fractions near 0 and 1.
+/// Wilson's score interval (1927) of a fraction, at 95 %. It holds for few examples and for
+/// fractions near 0 and 1.
 pub fn wilson(correct: usize, total: usize) -> Option<[f64; 2]> {
     if total == 0 {
         return None;
@@ -24,8 +25,8 @@ pub fn wilson(correct: usize, total: usize) -> Option<[f64; 2]> {
     Some([(centre - half).max(0.0), (centre + half).min(1.0)])
 }
 
-/// Bonett and Price's interval (2012) of the difference of two paired fractions, at 95 %. The counts are those of the pairs in
-/// which only the first, or only the second, is correct.
+/// Bonett and Price's interval (2012) of the difference of two paired fractions, at 95 %. The
+/// counts are those of the pairs in which only the first, or only the second, is correct.
 pub fn paired_difference(only_first: usize, only_second: usize, pairs: usize) -> Option<[f64; 2]> {
     if pairs == 0 {
         return None;
@@ -37,15 +38,17 @@ pub fn paired_difference(only_first: usize, only_second: usize, pairs: usize) ->
     Some([(difference - half).max(-1.0), (difference + half).min(1.0)])
 }
 
-/// The 95 % percentile bootstrap interval (Efron, 1979) of a statistic of some examples: between the 2.5th and the 97.5th
-/// percentile of the statistic of resamples, each of which draws as many examples with replacement. `statistic` gets the
-/// indices of the drawn examples. None without examples, or if a statistic is None.
+/// The 95 % percentile bootstrap interval (Efron, 1979) of a statistic of some examples: between
+/// the 2.5th and the 97.5th percentile of the statistic of resamples, each of which draws as many
+/// examples with replacement. `statistic` gets the indices of the drawn examples. None without
+/// examples, or if a statistic is None.
 pub fn bootstrap(examples: usize, statistic: impl Fn(&[usize]) -> Option<f64> + Sync) -> Option<[f64; 2]> {
     if examples == 0 {
         return None;
     }
     let resample = |number: usize| {
-        // Each resample has its own generator, so the interval does not depend on the number of threads.
+        // Each resample has its own generator, so the interval does not depend on the number of
+        // threads.
         let mut rng = fingerprint::derive_rng(BOOTSTRAP_SEED, "bootstrap", number as u64);
         let drawn: Vec<usize> = (0..examples).map(|_| rng.random_range(0..examples)).collect();
         statistic(&drawn)
@@ -55,11 +58,13 @@ pub fn bootstrap(examples: usize, statistic: impl Fn(&[usize]) -> Option<f64> + 
     Some([statistics[NUM_RESAMPLES / 40], statistics[NUM_RESAMPLES - 1 - NUM_RESAMPLES / 40]])
 }
 
-/// The two-sided p value of the exact McNemar test (1947): the probability of counts at least as unequal as these if a pair
-/// with exactly one correct answer were as often correct in the first as in the second.
+/// The two-sided p value of the exact McNemar test (1947): the probability of counts at least as
+/// unequal as these if a pair with exactly one correct answer were as often correct in the first as
+/// in the second.
 pub fn mcnemar(only_first: usize, only_second: usize) -> f64 {
     let (pairs, fewer) = (only_first + only_second, only_first.min(only_second));
-    // The first binomial probabilities underflow a float, so each logarithm is computed from the one before.
+    // The first binomial probabilities underflow a float, so each logarithm is computed from the
+    // one before.
     let mut log_term = -(pairs as f64) * std::f64::consts::LN_2;
     let mut tail = log_term.exp();
     for k in 0..fewer {
@@ -110,7 +115,8 @@ mod tests {
 
     #[test]
     fn the_bootstrap_interval_of_a_mean_is_that_of_the_normal_distribution() {
-        // 100 examples, a quarter of them 1: the mean's standard error is √(0.25 · 0.75 / 100) = 0.0433.
+        // 100 examples, a quarter of them 1: the mean's standard error is √(0.25 · 0.75 / 100) =
+        // 0.0433.
         let mean = |drawn: &[usize]| Some(drawn.iter().filter(|&&at| at % 4 == 0).count() as f64 / drawn.len() as f64);
         let [low, high] = bootstrap(100, mean).unwrap();
         assert!((low - 0.165).abs() < 0.011 && (high - 0.335).abs() < 0.011, "{low} {high}");

@@ -27,14 +27,15 @@ pub struct SuiteSettings {
     /// Folder or id of the model after consistency training.
     #[garde(skip)]
     pub student: Option<String>,
-    /// Folder that contains a folder (or file) for each benchmark, named as in `cllm-eval ls` or code_search_net, human_eval,
-    /// mt_bench. Benchmarks without one are skipped.
+    /// Folder that contains a folder (or file) for each benchmark, named as in `cllm-eval ls` or
+    /// code_search_net, human_eval, mt_bench. Benchmarks without one are skipped.
     #[garde(custom(settings::required_path))]
     pub data: PathBuf,
     /// Use only the first N examples of each benchmark.
     #[garde(range(min = 1))]
     pub limit: Option<usize>,
-    /// Number of examples of each benchmark to time at batch 1, spread evenly over all; 0 measures only accuracy.
+    /// Number of examples of each benchmark to time at batch 1, spread evenly over all; 0 measures
+    /// only accuracy.
     #[garde(skip)]
     pub num_speed_examples: usize,
     /// How to decode, as in `run`.
@@ -101,8 +102,8 @@ pub enum BenchmarkOutcome {
     Failed { reason: String },
 }
 
-/// Runs every benchmark whose data are there, or resumes an interrupted suite, and draws one report. A benchmark that fails
-/// does not stop the others.
+/// Runs every benchmark whose data are there, or resumes an interrupted suite, and draws one
+/// report. A benchmark that fails does not stop the others.
 ///
 /// # Errors
 /// A data folder that does not exist, interruption, a report that cannot be written.

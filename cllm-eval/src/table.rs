@@ -1,4 +1,5 @@
-//! Figures of a run in words: cells, sentences and the table that the terminal shows. Reports use the same.
+//! Figures of a run in words: cells, sentences and the table that the terminal shows. Reports use
+//! the same.
 
 use cllm_core::task::Task;
 use comfy_table::{CellAlignment, Table, presets};
@@ -108,7 +109,8 @@ pub fn describe(results: &Results) -> String {
     format!("{examples}, {}, answered in batches for accuracy; {speed}.", results.sampling())
 }
 
-/// The lines below a run's table: perplexity, accuracy by difficulty, and the student against the teacher.
+/// The lines below a run's table: perplexity, accuracy by difficulty, and the student against the
+/// teacher.
 pub fn notes(results: &Results) -> Vec<String> {
     let perplexities = results.models.iter().filter_map(|model| {
         let perplexity = model.perplexity.as_ref()?;
@@ -147,7 +149,8 @@ pub fn summarize(results: &Results) -> String {
     format!("{table}{}\n{}\n{notes}", describe(results), results.hardware.summary())
 }
 
-/// A table for the terminal. Its first `num_names` columns name the row; the others are aligned to the right.
+/// A table for the terminal. Its first `num_names` columns name the row; the others are aligned to
+/// the right.
 pub fn render(heads: &[&str], num_names: usize, rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::UTF8_FULL_CONDENSED);

@@ -1,5 +1,5 @@
-//! `tradeoff`: accuracy against parallelism over checkpoints and strategies, with the Pareto front and one number for the curve of
-//! each checkpoint (AUP).
+//! `tradeoff`: accuracy against parallelism over checkpoints and strategies, with the Pareto front
+//! and one number for the curve of each checkpoint (AUP).
 
 use std::path::PathBuf;
 
@@ -14,7 +14,8 @@ use crate::table::{self, count, format_accuracy, format_number};
 
 /// How strongly AUP weighs a loss of accuracy.
 const ALPHA: f64 = 3.0;
-/// A point that is more percentage points of accuracy below the first of its curve does not count in AUP.
+/// A point that is more percentage points of accuracy below the first of its curve does not count
+/// in AUP.
 const MAX_LOST_POINTS: f64 = 5.0;
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -49,9 +50,11 @@ pub struct Point {
     pub tokens_per_forward: f64,
     /// At batch 1, excluding prefill.
     pub tokens_per_second: Option<f64>,
-    /// Over autoregressive decoding of the run's teacher, or of the model itself in a run without a teacher.
+    /// Over autoregressive decoding of the run's teacher, or of the model itself in a run without a
+    /// teacher.
     pub speedup: Option<f64>,
-    /// Whether no other point is better in accuracy or tokens per forward and at least as good in both.
+    /// Whether no other point is better in accuracy or tokens per forward and at least as good in
+    /// both.
     pub on_front: bool,
 }
 
@@ -123,8 +126,8 @@ impl Tradeoff {
         text
     }
 
-    /// Puts the points of comparable results side by side. A checkpoint and strategy that several results hold counts once, as
-    /// in the first of them. None if nothing was scored.
+    /// Puts the points of comparable results side by side. A checkpoint and strategy that several
+    /// results hold counts once, as in the first of them. None if nothing was scored.
     pub fn from_results(results: &[Results]) -> Option<Self> {
         let first = results.first()?;
         let mut points = distinct_points(results);
@@ -164,7 +167,8 @@ fn scored_points(results: &Results) -> impl Iterator<Item = Point> {
     results.models.iter().flat_map(of_model)
 }
 
-/// Checkpoints stay in the order of their first points. Those of a checkpoint go from few to many tokens per forward.
+/// Checkpoints stay in the order of their first points. Those of a checkpoint go from few to many
+/// tokens per forward.
 fn sort_by_checkpoint(points: &mut [Point]) {
     let mut checkpoints: Vec<String> = Vec::new();
     for point in points.iter() {
@@ -221,16 +225,18 @@ impl Aup {
     }
 }
 
-/// Accuracy under parallelism, and the number of points that count: the area under the curve of accuracy (in percent) over
-/// tokens per forward, weighted by quality.
+/// Accuracy under parallelism, and the number of points that count: the area under the curve of
+/// accuracy (in percent) over tokens per forward, weighted by quality.
 ///
-/// `curve` holds pairs `(ρ, y)` from few tokens per forward to many; `y_max` is the best accuracy of all that is compared.
-/// With `W(y) = min(exp(-3 (1 - y / y_max)), 1)` over the points with `y >= y_1 - 5`,
+/// `curve` holds pairs `(ρ, y)` from few tokens per forward to many; `y_max` is the best accuracy
+/// of all that is compared. With `W(y) = min(exp(-3 (1 - y / y_max)), 1)` over the points with `y
+/// >= y_1 - 5`,
 ///
 /// `AUP = ρ_1 y_1 + Σ_{i >= 2} (ρ_i - ρ_{i-1}) (y_i W(y_i) + y_{i-1} W(y_{i-1})) / 2`.
 ///
-/// The definition is that of d3LLM (arXiv 2601.07568), computed by `aup_utils.py` of the leaderboard of hao-ai-lab. That program
-/// refuses a curve whose last point lost more than 5 points; here such points do not count, as in the definition.
+/// The definition is that of d3LLM (arXiv 2601.07568), computed by `aup_utils.py` of the
+/// leaderboard of hao-ai-lab. That program refuses a curve whose last point lost more than 5
+/// points; here such points do not count, as in the definition.
 pub fn aup(curve: &[(f64, f64)], y_max: f64) -> (f64, usize) {
     let Some(&(first_rho, first_y)) = curve.first() else { return (0.0, 0) };
     let weighted = |y: f64| if y > 0.0 { y * (-ALPHA * (1.0 - y / y_max)).exp().min(1.0) } else { 0.0 };
@@ -245,12 +251,14 @@ mod tests {
 
     #[test]
     fn aup_agrees_with_a_computation_by_hand() {
-        // The last point lost more than 5 points, so it does not count. W(80) = 1, W(78) = exp(-3 · 2/80) = 0.927743.
+        // The last point lost more than 5 points, so it does not count.
+        // W(80) = 1, W(78) = exp(-3 · 2/80) = 0.927743.
         let curve = [(1.0, 80.0), (2.0, 80.0), (4.0, 78.0), (5.0, 70.0)];
         let by_hand = 1.0 * 80.0 + 1.0 * 80.0 + 2.0 * (80.0 + 78.0 * 0.927_743_486) / 2.0;
         let (area, points) = aup(&curve, 80.0);
         assert!((area - by_hand).abs() < 1e-4 && points == 3, "{area} {by_hand}");
-        // If another model has 90 %, W(80) = exp(-1/3) = 0.716531, W(78) = exp(-0.4) = 0.670320; the first rectangle has no weight.
+        // If another model has 90 %, W(80) = exp(-1/3) = 0.716531, W(78) = exp(-0.4) = 0.670320;
+        // the first rectangle has no weight.
         let by_hand = 80.0 + 80.0 * 0.716_531_311 + (80.0 * 0.716_531_311 + 78.0 * 0.670_320_046);
         assert!((aup(&curve, 90.0).0 - by_hand).abs() < 1e-4);
         assert_eq!(aup(&curve[..1], 80.0), (80.0, 1));

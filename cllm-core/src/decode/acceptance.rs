@@ -1,12 +1,14 @@
-//! The rule by which draft tokens are accepted: a token stays if it is the one that the model samples at its position, given
-//! tokens that all stay themselves. The answer is therefore the model's own, token for token.
+//! The acceptance rule. A draft token is accepted if it is the token that the model samples at its
+//! position, given a prefix of accepted tokens. The answer is therefore the model's own, token for
+//! token.
 
 use super::backend::Window;
 use super::tree::Node;
 
-/// Offsets of the accepted tokens, in the order of their positions. The first is 0, the last token of the sequence; each
-/// later one is the token that was `predicted` after the one before it. A tree may hold several such paths: the longest
-/// wins, and of equally long ones the one whose end comes first in the window.
+/// Returns the offsets of the accepted tokens, in the order of their positions. The path begins
+/// with offset 0, the last token of the sequence; each token after it equals the one `predicted`
+/// after its parent. Of several such paths in a tree the longest is returned, and of equally long
+/// ones the one whose end comes first in the window.
 pub(super) fn accepted_path(window: &Window<'_>, predicted: &[i32]) -> Vec<usize> {
     let mut is_accepted = vec![true];
     let (mut end, mut max_depth) = (0, 0);

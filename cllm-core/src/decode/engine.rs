@@ -1,10 +1,13 @@
-//! The engine: a model, a KV cache for a number of sequences, and the three ways to ask it for answers.
+//! The engine: a model, a KV cache for a number of sequences, and the three ways to ask it for
+//! answers.
 
 use super::backend::Backend;
 use super::backend::cuda_graph::CudaGraphBackend;
 use super::backend::eager::EagerBackend;
 use super::backend::speculative::SpeculativeBackend;
-use super::request::{Answer, DecodeOptions, Request, StopConditions, Timing, check_fits_context, required_slots};
+use super::request::{
+    Answer, DecodeOptions, OnTokens, Request, StopConditions, Timing, check_fits_context, required_slots,
+};
 use super::scheduler::{Events, PrefillPolicy, Scheduler};
 use super::strategy::Strategy;
 use crate::model::Transformer;
@@ -28,7 +31,8 @@ struct CacheLimits {
 }
 
 impl<'m> Decoder<'m> {
-    /// Allocates a cache for up to `max_sequences` sequences at once, each of up to `capacity` slots ([`required_slots`]).
+    /// Allocates a cache for up to `max_sequences` sequences at once, each of up to `capacity`
+    /// slots ([`required_slots`]).
     ///
     /// # Errors
     /// [`Error::Torch`], for example if the cache does not fit the device's memory.
@@ -39,7 +43,8 @@ impl<'m> Decoder<'m> {
         Ok(Decoder { model, draft_model: None, limits, vocab_size: config.vocab_size })
     }
 
-    /// Adds the draft model that [`Strategy::Drafted`] needs. It must have the vocabulary of the target model.
+    /// Adds the draft model that [`Strategy::Drafted`] needs. It must have the vocabulary of the
+    /// target model.
     ///
     /// # Errors
     /// [`Error::Usage`] if the vocabularies differ in size; otherwise as [`Decoder::new`].
@@ -55,18 +60,19 @@ impl<'m> Decoder<'m> {
         Ok(Decoder { draft_model, ..self })
     }
 
-    /// Answers all requests as one batch. Every prompt is cached before the first token is decoded, so prefill and decoding
-    /// can be timed separately. `on_tokens` gets the index of a request and its new tokens after each forward.
+    /// Answers all requests as one batch. Every prompt is cached before the first token is decoded,
+    /// so prefill and decoding can be timed separately.
     ///
     /// # Errors
-    /// [`Error::Usage`] if there are more requests than the cache has rows, a prompt and its answer do not fit the context
-    /// or the cache, or the strategy is invalid ([`Strategy::check`]); libtorch's errors; interruption.
+    /// [`Error::Usage`] if there are more requests than the cache has rows, a prompt and its answer
+    /// do not fit the context or the cache, or the strategy is invalid ([`Strategy::check`]);
+    /// libtorch's errors; interruption.
     pub fn answer(
         &mut self,
         requests: &[Request],
         stop: &StopConditions,
         options: DecodeOptions,
-        on_tokens: Option<&mut dyn FnMut(usize, &[i32])>,
+        on_tokens: Option<OnTokens<'_>>,
     ) -> Result<(Vec<Answer>, Timing)> {
         let max_sequences = self.limits.max_sequences;
         if requests.len() > max_sequences {
@@ -88,8 +94,9 @@ impl<'m> Decoder<'m> {
         Ok((answers.collect(), timing))
     }
 
-    /// Answers requests with continuous batching: when a sequence finishes, the next request takes its row of the cache.
-    /// `on_finished` gets the index of a request and its answer, in the order in which the answers finish.
+    /// Answers requests with continuous batching: when a sequence finishes, the next request takes
+    /// its row of the cache. `on_finished` gets the index of a request and its answer, in the order
+    /// in which the answers finish.
     ///
     /// # Errors
     /// As [`Decoder::answer`], and any error of `on_finished`.
@@ -104,7 +111,8 @@ impl<'m> Decoder<'m> {
         self.run(requests, stop, options, PrefillPolicy::Chunked, &mut events).map(drop)
     }
 
-    /// Begins to answer one request; the caller asks for each forward, so it can do something else in between.
+    /// Begins to answer one request; the caller asks for each forward, so it can do something else
+    /// in between.
     ///
     /// # Errors
     /// As [`Decoder::answer`]. [`Strategy::Drafted`] is refused.
@@ -185,8 +193,8 @@ pub struct RunningAnswer<'d> {
 }
 
 impl RunningAnswer<'_> {
-    /// Runs the next forward and returns the tokens that it added to the answer: none while the prompt is being cached.
-    /// Returns `None` once the answer has ended.
+    /// Runs the next forward and returns the tokens that it added to the answer: none while the
+    /// prompt is being cached. Returns `None` once the answer has ended.
     ///
     /// # Errors
     /// libtorch's errors; interruption.

@@ -8,7 +8,8 @@ use crate::{Error, Result};
 /// One prompt to answer.
 #[derive(Debug, Clone)]
 pub struct Request {
-    /// Seeds the randomness of this request, so an answer does not depend on the batch it is decoded in.
+    /// Seeds the randomness of this request, so an answer does not depend on the batch it is
+    /// decoded in.
     pub sample_id: String,
     /// Token ids, at least one.
     pub prompt_ids: Vec<i32>,
@@ -47,14 +48,19 @@ pub struct Answer {
     /// Token ids through EOS or the length limit.
     pub response_ids: Vec<i32>,
     pub finish_reason: FinishReason,
-    /// Forwards of this sequence after prefill. Prefill covers all but the last prompt token, so autoregressive decoding
-    /// needs exactly one forward per token.
+    /// Forwards of this sequence after prefill. Prefill covers all but the last prompt token, so
+    /// autoregressive decoding needs exactly one forward per token.
     pub num_forwards: usize,
-    /// Tokens that each forward added to the answer, in order; they sum to the length of the answer.
+    /// Tokens that each forward added to the answer, in order; they sum to the length of the
+    /// answer.
     pub num_new_tokens: Vec<u32>,
     /// The trajectory, if it was asked for and the strategy decodes in fixed blocks; else empty.
     pub blocks: Vec<Block>,
 }
+
+/// Called after each forward with the index of a request and the tokens that were added to its
+/// answer.
+pub type OnTokens<'f> = &'f mut dyn FnMut(usize, &[i32]);
 
 /// How long a batch of answers took.
 #[derive(Debug, Clone, Copy, Default)]
@@ -65,13 +71,14 @@ pub struct Timing {
     pub decode_seconds: f64,
 }
 
-/// Slots of the KV cache that one sequence needs: its prompt, its answer, and draft tokens past the end of the answer.
+/// Slots of the KV cache that one sequence needs: its prompt, its answer, and draft tokens past the
+/// end of the answer.
 pub fn required_slots(num_prompt_tokens: usize, stop: &StopConditions, strategy: Strategy) -> usize {
     num_prompt_tokens.saturating_add(stop.max_new_tokens).saturating_add(strategy.max_window_tokens())
 }
 
-/// Checks that the prompt is not empty and fits the model's context together with its answer. Callers use it to refuse a
-/// prompt set before a long run.
+/// Checks that the prompt is not empty and fits the model's context together with its answer.
+/// Callers use it to refuse a prompt set before a long run.
 ///
 /// # Errors
 /// [`Error::Usage`] that names the sample.

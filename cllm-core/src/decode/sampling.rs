@@ -1,10 +1,11 @@
 //! Sampling: how a token is chosen from the logits.
 //!
-//! Above temperature 0, noise is added to the scaled logits and the largest sum wins, which draws from the softmax (the
-//! Gumbel-max trick; Maddison et al., arXiv 1411.0030). The noise is a hash of (seed, sample, position, token) rather than
-//! the state of a generator: whichever forward reaches a position samples the same token there, so every strategy gives the
-//! answer of autoregressive decoding, and a draft token is accepted with the probability that the model gives it.
-//! csrc/decode.cu computes the same noise.
+//! Above temperature 0, noise is added to the scaled logits and the largest sum wins, which draws
+//! from the softmax (the Gumbel-max trick; Maddison et al., arXiv 1411.0030). The noise is a hash
+//! of (seed, sample, position, token) rather than the state of a generator: whichever forward
+//! reaches a position samples the same token there, so every strategy gives the answer of
+//! autoregressive decoding, and a draft token is accepted with the probability that the model gives
+//! it. csrc/decode.cu computes the same noise.
 
 /// How the next token is chosen from the logits.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -61,8 +62,8 @@ fn gumbel(position_key: u64, token: u64) -> f32 {
     gumbel_from_bits((mix(position_key.wrapping_add(GOLDEN.wrapping_mul(token + 1))) >> 32) as u32)
 }
 
-/// Uses 23 bits, so that adding a half to any of them is exact. With 24 bits the largest would round to 1, and its noise
-/// would be infinite.
+/// Uses 23 bits, so that adding a half to any of them is exact. With 24 bits the largest would
+/// round to 1, and its noise would be infinite.
 fn gumbel_from_bits(bits: u32) -> f32 {
     let uniform = ((bits >> 9) as f32 + 0.5) / (1u32 << 23) as f32;
     -(-uniform.ln()).ln()
@@ -101,7 +102,8 @@ mod tests {
             let expected = weights.iter().map(|weight| weight / total * num_draws as f64);
             let chi_squared: f64 =
                 counts.iter().zip(expected).map(|(&count, expected)| (count - expected).powi(2) / expected).sum();
-            // With 4 degrees of freedom, one set of draws in 1,000 exceeds 18.5. These draws are fixed.
+            // With 4 degrees of freedom, one set of draws in 1,000 exceeds 18.5. These draws are
+            // fixed.
             assert!(chi_squared < 18.5, "temperature {temperature}: {chi_squared}, {counts:?}");
         }
     }

@@ -1,9 +1,10 @@
-//! The scheduler: what runs in each forward. [`Scheduler::step`] is one forward from top to bottom.
+//! The scheduler decides what runs in each forward. [`Scheduler::step`] is one forward from top to
+//! bottom.
 
 use std::time::Instant;
 
 use super::backend::{Backend, PromptChunk, Window};
-use super::request::{Answer, DecodeOptions, Request, StopConditions, Timing};
+use super::request::{Answer, DecodeOptions, OnTokens, Request, StopConditions, Timing};
 use super::sequence::Sequence;
 use crate::model::SlotMove;
 use crate::{Result, interrupt};
@@ -19,16 +20,16 @@ pub(super) enum PrefillPolicy {
 
 /// What the caller is told. Sequences are known by the index of their request.
 pub(super) struct Events<'e> {
-    /// Gets the tokens that a forward added to an answer.
-    pub(super) on_tokens: &'e mut dyn FnMut(usize, &[i32]),
-    /// Gets each answer as it finishes.
+    pub(super) on_tokens: OnTokens<'e>,
+    /// Called with each answer as it finishes.
     pub(super) on_finished: &'e mut dyn FnMut(usize, Answer) -> Result<()>,
 }
 
 /// Decides which sequences run in each forward.
 ///
-/// The sequence at an index of `running` owns the row of the KV cache with the same index. Those that decode come first,
-/// those whose prompt is still being cached last, so a batch of windows is always a batch of leading rows.
+/// The sequence at an index of `running` owns the row of the KV cache with the same index. Those
+/// that decode come first, those whose prompt is still being cached last, so a batch of windows is
+/// always a batch of leading rows.
 pub(super) struct Scheduler<'r> {
     waiting: Box<dyn Iterator<Item = Result<Request>> + 'r>,
     num_admitted: usize,
@@ -73,7 +74,8 @@ impl<'r> Scheduler<'r> {
         let chunks = self.prompt_chunks(backend.max_prompt_tokens());
         let cached: Vec<(usize, usize)> = chunks.iter().map(|chunk| (chunk.row, chunk.tokens.len())).collect();
 
-        // 3. Build the windows: the last token and the draft tokens of each sequence that decodes.
+        // 3. Build the windows: the last token and the draft of each sequence whose prompt is cached.
+        //    With `PrefillPolicy::First`, they wait until all prompts are.
         let windows = if self.prefill == PrefillPolicy::First && !chunks.is_empty() { vec![] } else { self.windows() };
 
         // 4. Forward. The backend samples a token after each token of each window.
@@ -83,7 +85,8 @@ impl<'r> Scheduler<'r> {
             self.running[row].add_cached(num_tokens);
         }
 
-        // 5. Accept the draft tokens that the model would have chosen itself. Each proposer makes its next draft.
+        // 5. Accept the draft tokens that the model would have chosen itself. Each proposer makes
+        //    its next draft.
         let mut moves = Vec::new();
         for (row, (sequence, predictions)) in self.running.iter_mut().zip(&predictions).enumerate() {
             let accepted = sequence.accept(predictions);
@@ -91,14 +94,16 @@ impl<'r> Scheduler<'r> {
             (events.on_tokens)(accepted.request_index, accepted.tokens);
         }
 
-        // 6. Move the keys and values of accepted tokens to the slots of their positions. Only trees need this.
+        // 6. Move the keys and values of accepted tokens to the slots of their positions. Only
+        //    trees need this.
         if !moves.is_empty() {
             backend.move_slots(&moves)?;
         }
         let seconds = started.elapsed().as_secs_f64();
-        match predictions.is_empty() {
-            true => self.timing.prefill_seconds += seconds,
-            false => self.timing.decode_seconds += seconds,
+        if predictions.is_empty() {
+            self.timing.prefill_seconds += seconds;
+        } else {
+            self.timing.decode_seconds += seconds;
         }
 
         // 7. Evict the sequences that have finished. Others move up into their rows.
@@ -139,8 +144,8 @@ impl<'r> Scheduler<'r> {
         self.running.iter().take_while(|sequence| sequence.is_decoding()).map(Sequence::window).collect()
     }
 
-    /// Hands out the answers of finished sequences and fills the gaps that they leave, so that rows stay without gaps and
-    /// the sequences that decode stay in front.
+    /// Hands out the answers of finished sequences and fills the gaps that they leave, so that rows
+    /// stay without gaps and the sequences that decode stay in front.
     fn evict_finished(&mut self, backend: &mut dyn Backend, events: &mut Events<'_>) -> Result<()> {
         let running = &mut self.running;
         let mut row = 0;
@@ -149,7 +154,8 @@ impl<'r> Scheduler<'r> {
                 row += 1;
                 continue;
             }
-            // The last decoding sequence fills the gap, and the last sequence of all fills that one's gap.
+            // The last decoding sequence fills the gap, and the last sequence of all fills that
+            // one's gap.
             let last_decoding = running.iter().rposition(Sequence::is_decoding).unwrap_or(row);
             let last = running.len() - 1;
             running.swap(row, last_decoding);

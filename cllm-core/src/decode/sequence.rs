@@ -1,4 +1,5 @@
-//! A sequence: one request that is being answered, its tokens so far and the proposer of its drafts.
+//! A sequence: one request that is being answered, its tokens so far and the proposer of its
+//! drafts.
 
 use super::acceptance::accepted_path;
 use super::backend::{Predictions, Window};
@@ -13,7 +14,8 @@ pub(super) struct Accepted<'s> {
     pub(super) request_index: usize,
     /// The new tokens of the answer.
     pub(super) tokens: &'s [i32],
-    /// Slots of the cache, from and to, whose keys and values must move so that the slot of each token is its position.
+    /// Slots of the cache, from and to, whose keys and values must move so that the slot of each
+    /// token is its position.
     pub(super) moves: Vec<(usize, usize)>,
 }
 
@@ -26,7 +28,8 @@ pub(super) struct Sequence<'r> {
     /// Prompt tokens in the cache.
     num_cached: usize,
     proposer: Box<dyn Proposer>,
-    noise_key: u64,
+    /// Key of the noise that tokens are sampled with.
+    sequence_key: u64,
     num_new_tokens: Vec<u32>,
     finish_reason: Option<FinishReason>,
 }
@@ -45,7 +48,7 @@ impl<'r> Sequence<'r> {
             num_prompt_tokens: request.prompt_ids.len(),
             num_cached: 0,
             proposer: options.strategy.proposer(&request.prompt_ids, random, options.record_trajectory),
-            noise_key: fingerprint::derive_seed(options.seed, &request.sample_id),
+            sequence_key: fingerprint::derive_seed(options.seed, &request.sample_id),
             tokens: request.prompt_ids,
             num_new_tokens: Vec::new(),
             finish_reason: (stop.max_new_tokens == 0).then_some(FinishReason::Length),
@@ -61,7 +64,8 @@ impl<'r> Sequence<'r> {
         self.num_cached
     }
 
-    /// The part of the prompt that must be cached before decoding: all but its last token, which begins the first window.
+    /// The part of the prompt that must be cached before decoding: all but its last token, which
+    /// begins the first window.
     pub(super) fn uncached_prompt(&self) -> &[i32] {
         &self.tokens[self.num_cached..self.num_prompt_tokens - 1]
     }
@@ -86,12 +90,13 @@ impl<'r> Sequence<'r> {
             last_token: self.tokens[start],
             draft: self.proposer.draft(),
             tree: self.proposer.tree(),
-            sequence_key: self.noise_key,
+            sequence_key: self.sequence_key,
         }
     }
 
-    /// Takes what the backend sampled after each token of the window: appends the accepted draft tokens and the token after
-    /// the last of them, as far as the answer goes, and has the proposer make the next draft.
+    /// Takes what the backend sampled after each token of the window: appends the accepted draft
+    /// tokens and the token after the last of them, as far as the answer goes, and has the proposer
+    /// make the next draft.
     pub(super) fn accept(&mut self, predictions: &Predictions) -> Accepted<'_> {
         let predicted = &predictions.tokens;
         let path = accepted_path(&self.window(), predicted);

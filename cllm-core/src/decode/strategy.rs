@@ -20,16 +20,16 @@ use crate::{Error, Result};
 pub enum Strategy {
     /// Autoregressive decoding, one token per forward.
     Ar,
-    /// Jacobi decoding of fixed blocks of n tokens, each iterated to its fixed point (Song et al., arXiv 2002.03629; CLLM,
-    /// arXiv 2403.00835).
+    /// Jacobi decoding of fixed blocks of n tokens, each iterated to its fixed point (Song et al.,
+    /// arXiv 2002.03629; CLLM, arXiv 2403.00835).
     Jacobi {
         /// Tokens of a block, at least 2.
         #[serde(default = "default_n")]
         n: usize,
     },
-    /// A window of n tokens that moves on with every accepted token, so n - 1 draft tokens are always in flight. The
-    /// predictions after the accepted tokens are the next draft. With `pool` > 0, the last `pool` rejected drafts are kept
-    /// and drafted again after a token that they contain.
+    /// A window of n tokens that moves on with every accepted token, so n - 1 draft tokens are
+    /// always in flight. The predictions after the accepted tokens are the next draft. The last
+    /// `pool` (0) rejected drafts are kept, and drafted again after a token that they contain.
     Rolling {
         /// Tokens of the window, at least 2.
         #[serde(default = "default_n")]
@@ -38,8 +38,9 @@ pub enum Strategy {
         #[serde(default)]
         pool: usize,
     },
-    /// Blocks of n tokens, of which up to `blocks` (2) are in flight: a new one begins once the fraction `ratio` (0.85) of
-    /// the newest is accepted. `pool` is that of `rolling` (Jacobi Forcing, arXiv 2512.14681).
+    /// Blocks of n tokens, of which up to `blocks` (2) are in flight: a new one begins once the
+    /// fraction `ratio` (0.85) of the newest is accepted. `pool` is that of `rolling` (Jacobi
+    /// Forcing, arXiv 2512.14681).
     MultiBlock {
         /// Tokens of a block, at least 2.
         #[serde(default = "default_n")]
@@ -54,17 +55,19 @@ pub enum Strategy {
         #[serde(default)]
         pool: usize,
     },
-    /// Speculative decoding with a draft model. Both models forward the same rolling window of n tokens, the target model
-    /// decides what is accepted, and the draft model's predictions are the next draft. The answer is the target model's own.
-    /// In an evaluation the student drafts for its teacher.
+    /// Speculative decoding with a draft model. Both models forward the same rolling window of n
+    /// tokens, the target model decides what is accepted, and the draft model's predictions are the
+    /// next draft. The answer is the target model's own. In an evaluation, the student is the draft
+    /// model of its teacher.
     Drafted {
         /// Tokens of the window, at least 2.
         #[serde(default = "default_n")]
         n: usize,
     },
-    /// Lookahead decoding. Jacobi iterations on the next `window` (5) tokens collect n-grams of `ngram` (4) tokens. The
-    /// newest `candidates` (5) that begin with the last token are verified in the same forward, a tree of at most
-    /// (window + candidates) x (ngram - 1) tokens (Fu et al., arXiv 2402.02057).
+    /// Lookahead decoding. Jacobi iterations on the next `window` (5) tokens collect n-grams of
+    /// `ngram` (4) tokens. The newest `candidates` (5) that begin with the last token are verified
+    /// in the same forward, a tree of at most (window + candidates) x (ngram - 1) tokens (Fu et
+    /// al., arXiv 2402.02057).
     Lookahead {
         /// Tokens of each level of the lookahead window, at least 1.
         #[serde(default = "default_window")]

@@ -10,8 +10,9 @@ use crate::Result;
 use crate::model::SlotMove;
 use crate::trajectory::FinishReason;
 
-/// Predicts the next token by a fixed rule from the whole sequence so far, and checks that chunks and windows continue what
-/// is cached. A token of a window is predicted from the slots that it sees.
+/// Predicts the next token by a fixed rule from the whole sequence so far, and checks that chunks
+/// and windows continue what is cached. A token of a window is predicted from the slots that it
+/// sees.
 struct MockBackend {
     /// The token in each slot of each row.
     rows: Vec<Vec<i32>>,
@@ -84,15 +85,15 @@ impl Backend for MockBackend {
     }
 }
 
-/// Depends on the last token, for a third of the tokens on all of them: blocks converge in fewer than n forwards, but not in
-/// one.
+/// Depends on the last token, for a third of the tokens on all of them: blocks converge in fewer
+/// than n forwards, but not in one.
 fn hard(tokens: &[i32]) -> i32 {
     let last = tokens[tokens.len() - 1];
     if last % 3 == 0 { (tokens.iter().sum::<i32>() * 7 + 5) % 29 } else { (last * 5 + 1) % 29 }
 }
 
-/// Depends on the position alone, but for every sixth token: a consistency model's predictions hardly depend on wrong draft
-/// tokens either.
+/// Depends on the position alone, but for every sixth token: a consistency model's predictions
+/// hardly depend on wrong draft tokens either.
 fn easy(tokens: &[i32]) -> i32 {
     let (length, last) = (tokens.len() as i32, tokens[tokens.len() - 1]);
     if length % 6 == 0 { (last * 5 + length) % 29 } else { length * 7 % 29 }
@@ -200,7 +201,8 @@ fn a_rolling_window_drafts_what_was_proposed_and_keeps_its_length() {
     let mut sequence = sequence(vec![1, 2, 3], &stop, Strategy::rolling(4));
     let window = sequence.window();
     assert_eq!((window.start, window.last_token, window.draft.len()), (2, 3, 3));
-    // The first draft token is accepted and the second is not, so two tokens are new; the proposals after them stay.
+    // The first draft token is accepted and the second is not, so two tokens are new; the proposals
+    // after them stay.
     let (first, other) = (window.draft[0], window.draft[1] + 1);
     let proposed = Predictions { drafted: Some(vec![31, 32, 33, 34]), ..predictions(&[first, other, 21, 22]) };
     assert_eq!(sequence.accept(&proposed).tokens, [first, other]);
@@ -218,7 +220,8 @@ fn a_draft_model_changes_the_number_of_forwards_and_never_the_answer() {
     };
     let greedy = answers(Strategy::Ar, &stop());
     let rolling = answers(Strategy::rolling(8), &stop());
-    // A draft model equal to the target saves as many forwards as a rolling window; another one saves fewer.
+    // A draft model equal to the target saves as many forwards as a rolling window; another one
+    // saves fewer.
     let (same_model, other_model) = (answers_with(hard), answers_with(repeating));
     for (index, greedy) in greedy.iter().enumerate() {
         assert_eq!(same_model[index].response_ids, greedy.response_ids);
@@ -232,7 +235,8 @@ fn a_draft_model_changes_the_number_of_forwards_and_never_the_answer() {
 fn a_block_begins_when_the_newest_is_nearly_accepted_and_moves_to_the_front() {
     let stop = stop_after(40);
     let mut sequence = sequence(vec![1, 2, 3], &stop, Strategy::MultiBlock { n: 4, blocks: 2, ratio: 0.75, pool: 0 });
-    // Accepts the given number of draft tokens, and no others; returns the length of the next draft.
+    // Accepts the given number of draft tokens, and no others; returns the length of the next
+    // draft.
     let mut accept = |num_accepted: usize| {
         let draft = sequence.window().draft.to_vec();
         let token = |offset| if offset < num_accepted { draft[offset] } else { 100 + offset as i32 };
@@ -257,7 +261,8 @@ fn multi_block_with_a_pool_takes_fewer_forwards_than_a_rolling_window() {
         let with_pool = Strategy::MultiBlock { n, blocks: 2, ratio: 0.85, pool: 4 };
         let (blocks, rolling) = (forwards(hard, with_pool), forwards(hard, Strategy::rolling(n)));
         assert!(blocks < rolling, "n = {n}: {blocks} forwards, a rolling window takes {rolling}");
-        // When predictions hardly depend on the draft, tokens beyond the border of a block are accepted as well.
+        // When predictions hardly depend on the draft, tokens beyond the border of a block are
+        // accepted as well.
         let (blocks, one) = (forwards(easy, Strategy::multi_block(n)), forwards(easy, Strategy::Jacobi { n }));
         assert!(blocks < one, "n = {n}: {blocks} forwards, one block at a time takes {one}");
     }
@@ -268,7 +273,8 @@ fn lookahead_sequence(stop: &StopConditions) -> Sequence<'_> {
     sequence(vec![7, 8, 9, 7], stop, Strategy::Lookahead { window: 3, ngram: 3, candidates: 1 })
 }
 
-/// Predictions that accept the candidate of [`lookahead_sequence`] and nothing of its lookahead branch.
+/// Predictions that accept the candidate of [`lookahead_sequence`] and nothing of its lookahead
+/// branch.
 fn predictions_of_candidate(sequence: &Sequence<'_>) -> Predictions {
     let tokens: Vec<i32> = sequence.window().tokens().collect();
     assert_eq!((tokens.len(), tokens[0]), (8, 7));
@@ -294,13 +300,16 @@ fn a_lookahead_window_is_a_tree_of_columns_and_candidates() {
     let predictions = predictions_of_candidate(&sequence);
     let Accepted { tokens, moves, .. } = sequence.accept(&predictions);
     assert_eq!(tokens, [8, 9, 7]);
-    // The candidate's tokens are at offsets 6 and 7; they move to the slots after that of the first token.
+    // The candidate's tokens are at offsets 6 and 7; they move to the slots after that of the first
+    // token.
     assert_eq!(moves, [(3 + 6, 3 + 1), (3 + 7, 3 + 2)]);
-    // Three tokens are new, so the columns at the positions of the first two are over and the third becomes the first.
+    // Three tokens are new, so the columns at the positions of the first two are over and the third
+    // becomes the first.
     let new: Vec<i32> = sequence.window().tokens().collect();
     assert_eq!((new[0], new[3]), (7, predictions.tokens[5]));
     assert!(new[1..3].iter().chain(&new[4..6]).all(|token| [7, 8, 9].contains(token)), "other columns are random");
-    // The forward completed an n-gram in each column; the newest that begins with 7 is the first column's.
+    // The forward completed an n-gram in each column; the newest that begins with 7 is the first
+    // column's.
     assert_eq!(&new[6..], [old[3], predictions.tokens[3]]);
 }
 

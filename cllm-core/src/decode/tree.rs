@@ -1,4 +1,5 @@
-//! Drafts that branch: a window of tokens as a tree, so that one forward verifies several continuations.
+//! Drafts that branch: a window of tokens as a tree, so that one forward verifies several
+//! continuations.
 
 /// Maximum number of tokens in a tree: what a token sees of its window is a mask of 64 bits.
 pub(super) const MAX_TREE_TOKENS: usize = 64;
@@ -10,8 +11,9 @@ pub(super) struct Node {
     pub(super) parent: usize,
     /// Distance from the first token, in positions of the sequence.
     pub(super) depth: usize,
-    /// Attention mask within the window: bit i is set if the token sees the one at offset i. Only windows in order are longer
-    /// than 64 tokens; there, every token also sees all earlier ones from offset 64 on.
+    /// Attention mask within the window: bit i is set if the token sees the one at offset i. Only
+    /// windows in order are longer than 64 tokens; there, every token also sees all earlier ones
+    /// from offset 64 on.
     pub(super) visible: u64,
 }
 
@@ -27,7 +29,8 @@ impl Node {
 pub(super) struct TokenTree(Vec<Node>);
 
 impl TokenTree {
-    /// Makes a tree from the parents of all tokens but the first; at most [`MAX_TREE_TOKENS`] - 1 of them.
+    /// Makes a tree from the parents of all tokens but the first; at most [`MAX_TREE_TOKENS`] - 1
+    /// of them.
     pub(super) fn new(parents: impl IntoIterator<Item = usize>) -> Self {
         let mut nodes = vec![Node { parent: 0, depth: 0, visible: 1 }];
         for parent in parents {

@@ -22,15 +22,17 @@ pub struct Draws {
 /// How far the sampled answers are from their probabilities.
 #[derive(Debug)]
 pub struct Misfit {
-    /// Pearson's sum over cells. A cell is a sequence of groups of token ids, one of [`NUM_GROUPS`] for each token; cells that are
-    /// expected fewer than five times are counted as one.
+    /// Pearson's sum over cells. A cell is a sequence of groups of token ids, one of [`NUM_GROUPS`]
+    /// for each token; cells that are expected fewer than five times are counted as one.
     pub chi_squared: f64,
-    /// A correct sampler exceeds this once in 30,000 runs. It includes what the rounding of the sampled model may add.
+    /// A correct sampler exceeds this once in 30,000 runs. It includes what the rounding of the
+    /// sampled model may add.
     pub allowed: f64,
     pub num_forwards: usize,
 }
 
-/// One cell: how many answers fell into it, how many were expected, and how many were expected of the model that rounds.
+/// One cell: how many answers fell into it, how many were expected, and how many were expected of
+/// the model that rounds.
 #[derive(Debug, Clone, Copy, Default)]
 struct Cell {
     counted: f64,
@@ -39,7 +41,8 @@ struct Cell {
 }
 
 impl Draws {
-    /// Samples with `model` and compares with the probabilities of `exact`, which has the same weights.
+    /// Samples with `model` and compares with the probabilities of `exact`, which has the same
+    /// weights.
     pub fn misfit(&self, model: &Transformer, exact: &Transformer, strategy: Strategy, seed: u64) -> Misfit {
         let (counts, num_forwards) = self.counts(model, strategy, seed);
         let (expected, rounded) = (self.probabilities(exact), self.probabilities(model));
@@ -83,7 +86,8 @@ impl Draws {
         (counts, num_forwards)
     }
 
-    /// The probability of each cell: products of softmaxes, from one uncached forward over every possible prefix of an answer.
+    /// The probability of each cell: products of softmaxes, from one uncached forward over every
+    /// possible prefix of an answer.
     fn probabilities(&self, model: &Transformer) -> Vec<f64> {
         let _no_grad = tch::no_grad_guard();
         let (vocab, device) = (model.config().vocab_size, model.device());
@@ -111,8 +115,8 @@ impl Draws {
     }
 }
 
-/// The value that a chi-squared variable exceeds as rarely as a normal one exceeds that many standard deviations (Wilson and
-/// Hilferty, 1931).
+/// The value that a chi-squared variable exceeds as rarely as a normal one exceeds that many
+/// standard deviations (Wilson and Hilferty, 1931).
 fn quantile(degrees_of_freedom: f64, deviations: f64) -> f64 {
     let term = 2.0 / (9.0 * degrees_of_freedom);
     degrees_of_freedom * (1.0 - term + deviations * term.sqrt()).powi(3)

@@ -218,7 +218,8 @@ impl Bench<'_> {
     fn memory_floor(&self, step_ms: f64) -> Result<MemoryFloor> {
         let config = self.model.config();
         let element_bytes = self.model.kind().elt_size_in_bytes() as i64;
-        // A step reads one row of the embedding, unless the embedding is also the output projection.
+        // A step reads one row of the embedding, unless the embedding is also the output
+        // projection.
         let embedding = config.vocab_size * config.hidden_size;
         let weights = config.num_parameters() - if config.tied_embeddings { 0 } else { embedding };
         // The mean length of the cache during a timing.
@@ -237,8 +238,8 @@ struct TimedAnswer {
     seconds: f64,
 }
 
-/// Answers every example with every strategy. Another strategy begins with each example, so that a machine that slows down
-/// slows all of them.
+/// Answers every example with every strategy. A different strategy goes first on each example, so
+/// that a machine that slows down affects all of them alike.
 fn time_in_turns(
     strategies: &[Strategy],
     mut decoders: Vec<Decoder<'_>>,

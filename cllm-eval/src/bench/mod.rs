@@ -1,7 +1,8 @@
-//! `bench`: how fast a model decodes, and how close its steps come to what the memory bandwidth allows.
+//! `bench`: how fast a model decodes, and how close its steps come to what the memory bandwidth
+//! allows.
 //!
-//! Steps, prefill and batches are timed on synthetic prompts, because their time does not depend on the tokens. Strategies
-//! and collection need real prompts, because their gain does.
+//! Steps, prefill and batches are timed on synthetic prompts, because their time does not depend on
+//! the tokens. Strategies and collection need real prompts, because their gain does.
 
 mod measure;
 
@@ -36,8 +37,8 @@ pub struct BenchSettings {
     /// Name of the model in the results. Default: the last part of its folder, or its preset.
     #[garde(skip)]
     pub name: Option<String>,
-    /// Prompt set to measure strategies and collection on. Without one they are left out, because random prompts would say
-    /// nothing about them.
+    /// Prompt set to measure strategies and collection on. Without one they are left out, because
+    /// random prompts would say nothing about them.
     #[garde(skip)]
     pub prompts: Option<PathBuf>,
     /// Use the first N prompts to compare strategies, one at a time.
@@ -55,7 +56,8 @@ pub struct BenchSettings {
     /// Decode this many tokens per timing of a step.
     #[garde(range(min = 2))]
     pub num_new_tokens: usize,
-    /// Repeat each timing this many times, after two repetitions that warm up; the median is reported.
+    /// Repeat each timing this many times, after two repetitions that warm up; the median is
+    /// reported.
     #[garde(range(min = 1))]
     pub num_repeats: usize,
     /// Measure the autoregressive throughput of these batch sizes.
@@ -76,7 +78,8 @@ pub struct BenchSettings {
     /// auto, cpu, cuda or cuda:N.
     #[garde(skip)]
     pub device: String,
-    /// File for the results. It keeps the results of other models if they were measured on the same machine.
+    /// File for the results. It keeps the results of other models if they were measured on the same
+    /// machine.
     #[garde(skip)]
     pub output: PathBuf,
 }
@@ -115,7 +118,8 @@ impl BenchSettings {
 /// The output file: one record per model.
 pub type DecodeBenchResults = BenchResults<DecodeBench>;
 
-/// Measurements of a model. Times are medians; a step is one forward with everything around it, including the host's work.
+/// Measurements of a model. Times are medians; a step is one forward with everything around it,
+/// including the host's work.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct DecodeBench {
     pub name: String,
@@ -134,7 +138,8 @@ pub struct DecodeBench {
     /// Autoregressive tokens per second of the whole batch, by batch size.
     pub batch_tokens_per_second: BTreeMap<usize, f64>,
     pub memory_floor: MemoryFloor,
-    /// Most GPU memory in use while steps were timed, beyond what was in use before the model was loaded; null on the CPU.
+    /// Peak GPU memory while steps were timed, excluding what was in use before the model was
+    /// loaded; null on the CPU.
     pub peak_memory_bytes: Option<u64>,
     /// On the prompts; the first is autoregressive. Empty without prompts.
     pub strategies: Vec<StrategyBench>,
@@ -154,7 +159,8 @@ impl BenchRecord for DecodeBench {
 pub struct MemoryFloor {
     /// Weights, keys and values that the step reads.
     pub bytes: u64,
-    /// Of a large copy on the device, counting bytes read and bytes written; measured in the same run.
+    /// Bandwidth of a large copy on the device, counting bytes read and bytes written; measured in
+    /// the same run.
     pub bandwidth_bytes_per_second: f64,
     /// `bytes` at that bandwidth, in milliseconds.
     pub ms: f64,
@@ -177,7 +183,7 @@ pub struct StrategyBench {
     pub speedup_vs_ar: f64,
     /// Fraction of the answers that equal the autoregressive ones, token for token.
     pub exact_match_vs_ar: f64,
-    /// Most GPU memory in use, beyond what was in use before the model was loaded; null on the CPU.
+    /// Peak GPU memory, excluding what was in use before the model was loaded; null on the CPU.
     pub peak_memory_bytes: Option<u64>,
 }
 

@@ -146,7 +146,8 @@ impl Side {
     }
 }
 
-/// Second turns of MT-bench have other prompts if the answers to the first turn differ. Only answers to one prompt count.
+/// Second turns of MT-bench have other prompts if the answers to the first turn differ. Only
+/// answers to one prompt count.
 fn equal_tokens(pairs: &[(&AnswerRecord, &AnswerRecord)]) -> Option<f64> {
     let same_prompt = || pairs.iter().filter(|(a, b)| a.prompt == b.prompt);
     let num_equal = same_prompt().filter(|(a, b)| a.response_ids == b.response_ids).count();

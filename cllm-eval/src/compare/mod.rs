@@ -1,4 +1,5 @@
-//! `compare`: two results, paired by example, with what chance alone would do beside each difference.
+//! `compare`: two results, paired by example, with what chance alone would do beside each
+//! difference.
 
 mod comparison;
 mod selection;
@@ -14,11 +15,12 @@ use selector::DefaultChoice;
 
 pub use comparison::{Comparison, Side, SpeedComparison};
 
-/// Compares B with A, or the student of one folder with its teacher. A selector names a role, a strategy or both:
-/// `student/rolling`, `teacher`, `jacobi n=16`.
+/// Compares B with A, or the student of one folder with its teacher. A selector names a role, a
+/// strategy or both: `student/rolling`, `teacher`, `jacobi n=16`.
 ///
 /// # Errors
-/// When a run is missing or broken, a selector matches nothing, or the two answered different prompts.
+/// When a run is missing or broken, a selector matches nothing, or the two answered different
+/// prompts.
 pub fn compare(a: &Path, b: Option<&Path>, select_a: Option<&str>, select_b: Option<&str>) -> Result<Comparison> {
     let default_a = if b.is_some() { DefaultChoice::Fastest } else { DefaultChoice::Baseline };
     let a_selection = Selection::read(a, select_a, "--a", default_a)?;

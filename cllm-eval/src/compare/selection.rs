@@ -21,7 +21,8 @@ pub(super) struct Selection {
 }
 
 impl Selection {
-    /// Reads a run, given its folder or a file in it. `option` is the name of the selector on the command line.
+    /// Reads a run, given its folder or a file in it. `option` is the name of the selector on the
+    /// command line.
     ///
     /// # Errors
     /// When the run is missing or broken, or the selector matches nothing.
@@ -92,8 +93,8 @@ impl Selection {
         self.answers().len()
     }
 
-    /// The answers of both sides to the same examples, in the order of the prompt set, so that the same files always give the
-    /// same intervals.
+    /// The answers of both sides to the same examples, in the order of the prompt set, so that the
+    /// same files always give the same intervals.
     ///
     /// # Errors
     /// When there is no such example, or examples of the same id are not the same.

@@ -39,8 +39,8 @@ impl<'t> Selector<'t> {
     }
 }
 
-/// The role and strategy that a selector names. What it leaves open is as the default says; of several strategies it is the
-/// fastest.
+/// The role and strategy that a selector names. What it leaves open is as the default says; of
+/// several strategies it is the fastest.
 ///
 /// # Errors
 /// What is wrong, in words.

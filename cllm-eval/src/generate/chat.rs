@@ -1,5 +1,5 @@
-//! A chat in the terminal. Every question is answered twice at the same time, autoregressively and by Jacobi decoding,
-//! side by side, so that their speeds can be watched.
+//! A chat in the terminal. Every question is answered twice at the same time, autoregressively and
+//! by Jacobi decoding, side by side, so that their speeds can be watched.
 
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
@@ -11,7 +11,7 @@ use cllm_core::decode::{
 };
 use cllm_core::model::Transformer;
 use cllm_core::prompt_set::Prompt;
-use cllm_core::tokenizer::Tokenizer;
+use cllm_core::tokenizer::{DecodeStream, Tokenizer};
 use cllm_core::{Error, Result, device, interrupt, progress};
 use console::Term;
 use rustyline::DefaultEditor;
@@ -19,8 +19,7 @@ use rustyline::DefaultEditor;
 use super::GenerateOptions;
 use super::columns::{Column, max_text_lines, side_by_side};
 use super::keys::{self, Input};
-use super::visible::visible;
-use crate::detokenize::Detokenizer;
+use crate::printable::to_printable;
 use crate::statistics::ratio;
 
 /// Minimal time between two frames on the screen.
@@ -147,8 +146,8 @@ impl<'m> Chat<'m> {
     }
 }
 
-/// Two decoders that have run once. On a GPU the first steps of each size are captured, and the first answer must not be
-/// slower than the others for it.
+/// Creates both decoders and warms them up. On a GPU the first steps of each size are captured as
+/// CUDA graphs, which must not slow the first answer down.
 fn warm_decoders<'m>(
     model: &'m Transformer,
     stop: &StopConditions,
@@ -171,7 +170,7 @@ fn warm_decoders<'m>(
 struct Side<'t> {
     running: RunningAnswer<'t>,
     /// `None` once the answer has ended.
-    detokenizer: Option<Detokenizer<'t>>,
+    text_stream: Option<DecodeStream<'t>>,
     ids: Vec<i32>,
     num_forwards: usize,
     column: Column,
@@ -188,7 +187,7 @@ fn run_both(sides: &mut [Side<'_>; 2], screen: &mut Screen) -> Result<()> {
 
 /// The unfinished answer whose forwards have taken less time so far.
 fn next_side<'s, 't>(sides: &'s mut [Side<'t>; 2]) -> Option<&'s mut Side<'t>> {
-    let unfinished = sides.iter_mut().filter(|side| side.detokenizer.is_some());
+    let unfinished = sides.iter_mut().filter(|side| side.text_stream.is_some());
     unfinished.min_by(|a, b| a.seconds().total_cmp(&b.seconds()))
 }
 
@@ -202,7 +201,7 @@ fn comparison(sides: &[Side<'_>; 2]) -> String {
 impl<'t> Side<'t> {
     fn new(running: RunningAnswer<'t>, tokenizer: &'t Tokenizer, strategy: Strategy) -> Self {
         let column = Column { title: strategy.to_string(), ..Column::default() };
-        Side { running, detokenizer: Some(Detokenizer::new(tokenizer)), ids: Vec::new(), num_forwards: 0, column }
+        Side { running, text_stream: Some(tokenizer.decode_stream()), ids: Vec::new(), num_forwards: 0, column }
     }
 
     fn seconds(&self) -> f64 {
@@ -215,14 +214,14 @@ impl<'t> Side<'t> {
     }
 
     fn step(&mut self) -> Result<()> {
-        match (self.running.step()?, &mut self.detokenizer) {
-            (None, detokenizer) => {
-                let rest = detokenizer.take().map(Detokenizer::finish).transpose()?;
-                self.column.texts.extend(rest.map(|text| visible(&text)));
+        match (self.running.step()?, &mut self.text_stream) {
+            (None, text_stream) => {
+                let rest = text_stream.take().map(DecodeStream::finish).transpose()?;
+                self.column.texts.extend(rest.map(|text| to_printable(&text)));
             }
-            (Some(ids), Some(detokenizer)) if !ids.is_empty() => {
+            (Some(ids), Some(text_stream)) if !ids.is_empty() => {
                 self.num_forwards += 1;
-                self.column.texts.push(visible(&detokenizer.push(&ids)?));
+                self.column.texts.push(to_printable(&text_stream.push(&ids)?));
                 self.ids.extend(ids);
             }
             (Some(_), _) => {}

@@ -32,8 +32,8 @@ pub(super) struct Column {
 /// Characters of a line, each with the number of its forward; `None` outside the answer's text.
 type Line = Vec<(char, Option<usize>)>;
 
-/// The lines that show both answers in a terminal of `width` columns, with the last `max_lines` of each answer's text.
-/// `colour` tells the forwards apart.
+/// The lines that show both answers in a terminal of `width` columns, with the last `max_lines` of
+/// each answer's text. `colour` tells the forwards apart.
 pub(super) fn side_by_side(columns: &[Column; 2], width: usize, max_lines: usize, colour: bool) -> Vec<String> {
     let paint = |line: &Line| paint(line, colour);
     if width < MIN_WIDTH {

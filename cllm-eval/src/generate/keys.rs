@@ -3,7 +3,8 @@
 use rustyline::DefaultEditor;
 use rustyline::error::ReadlineError;
 
-/// Every command, with its help. Ctrl-D and Ctrl-C are handled in [`read_input`] and in the chat's answer loop.
+/// Every command, with its help. Ctrl-D and Ctrl-C are handled in [`read_input`] and in the chat's
+/// answer loop.
 const COMMANDS: [(&str, Input, &str); 3] = [
     ("/reset", Input::Reset, "forget the conversation and start over"),
     ("/help", Input::Help, "show this help"),
@@ -45,8 +46,8 @@ pub(super) fn help() -> String {
     format!(
         "Every question is answered twice: on the left one token per forward, on the right by Jacobi decoding. The two\n\
          take turns; the answer whose forwards have taken less time so far runs the next one, so that both fill as fast\n\
-         as they would alone. The conversation continues from the answer on the left; with --raw, every prompt stands\n\
-         alone and no chat template is applied.\n\
+         as they would alone. The conversation continues from the answer on the left; with --raw, every prompt is\n\
+         answered on its own, without the chat template.\n\
          {commands}{:<8}stop the answer; twice: end the chat",
         "Ctrl-C"
     )

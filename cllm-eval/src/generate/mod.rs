@@ -1,10 +1,9 @@
-//! `generate` answers one prompt autoregressively and by Jacobi decoding, one after the other; without a prompt it is a
-//! chat that shows both side by side.
+//! `generate` answers one prompt autoregressively and by Jacobi decoding, one after the other;
+//! without a prompt it is a chat that shows both side by side.
 
 mod chat;
 mod columns;
 mod keys;
-mod visible;
 
 use std::io::IsTerminal;
 use std::path::Path;
@@ -15,17 +14,17 @@ use cllm_core::decode::{
 };
 use cllm_core::model::ModelConfig;
 use cllm_core::prompt_set::Prompt;
-use cllm_core::tokenizer::Tokenizer;
+use cllm_core::tokenizer::{DecodeStream, Tokenizer};
 use cllm_core::trajectory::FinishReason;
 use cllm_core::{Error, Result, device, progress};
 use serde::Serialize;
 
-use crate::detokenize::Detokenizer;
 use crate::eos_ids;
+use crate::printable::to_printable;
 use crate::statistics::ratio;
+use crate::table::count;
 pub use chat::chat;
 use columns::{COLOURS, RESET_COLOUR};
-pub use visible::visible;
 
 /// The arguments of `generate`, except the prompt.
 #[derive(Debug, Clone)]
@@ -65,7 +64,8 @@ pub struct Generation {
     pub prompt: String,
     /// Whether both answers have the same tokens.
     pub equal: bool,
-    /// Tokens per second of Jacobi decoding over those of autoregressive decoding, excluding prefill.
+    /// Tokens per second of Jacobi decoding over those of autoregressive decoding, excluding
+    /// prefill.
     pub speedup: Option<f64>,
     /// The autoregressive answer, then the one by Jacobi decoding.
     pub strategies: [GeneratedAnswer; 2],
@@ -92,8 +92,8 @@ pub struct GeneratedAnswer {
     pub tokens_per_second: Option<f64>,
 }
 
-/// Answers a prompt both ways. Each answer is generated twice: first with `show` watched on stderr, which also warms the
-/// decoder up, and then timed without a watcher.
+/// Answers a prompt both ways. Each answer is generated twice: first with `show` watched on stderr,
+/// which also warms the decoder up, and then timed without a watcher.
 ///
 /// # Errors
 /// When the model cannot be loaded or the prompt does not fit its context.
@@ -173,11 +173,10 @@ impl GeneratedAnswer {
     }
 
     fn summary(&self) -> String {
-        let plural = |count: usize, noun: &str| format!("{count} {noun}{}", if count == 1 { "" } else { "s" });
         format!(
             "{} in {}, {:.0} tokens/s (prefill: {:.3} s, not counted)",
-            plural(self.tokens, "token"),
-            plural(self.forwards, "forward"),
+            count(self.tokens, "token"),
+            count(self.forwards, "forward"),
             self.tokens_per_second.unwrap_or(0.0),
             self.prefill_seconds
         )
@@ -186,7 +185,7 @@ impl GeneratedAnswer {
 
 /// An answer on stderr that grows with each forward, in alternating colours.
 struct LiveText<'t> {
-    detokenizer: Detokenizer<'t>,
+    text_stream: DecodeStream<'t>,
     show: bool,
     colour: bool,
     num_forwards: usize,
@@ -197,19 +196,19 @@ struct LiveText<'t> {
 impl<'t> LiveText<'t> {
     fn new(tokenizer: &'t Tokenizer, show: bool) -> Self {
         let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-        LiveText { detokenizer: Detokenizer::new(tokenizer), show, colour, num_forwards: 0, error: None }
+        LiveText { text_stream: tokenizer.decode_stream(), show, colour, num_forwards: 0, error: None }
     }
 
     fn add(&mut self, ids: &[i32]) {
         if !self.show || self.error.is_some() {
             return;
         }
-        match self.detokenizer.push(ids) {
+        match self.text_stream.push(ids) {
             Ok(text) if self.colour => {
                 let colour = COLOURS[self.num_forwards % COLOURS.len()];
-                progress::write_stderr(&format!("{colour}{}{RESET_COLOUR}", visible(&text)));
+                progress::write_stderr(&format!("{colour}{}{RESET_COLOUR}", to_printable(&text)));
             }
-            Ok(text) => progress::write_stderr(&visible(&text)),
+            Ok(text) => progress::write_stderr(&to_printable(&text)),
             Err(error) => self.error = Some(error),
         }
         self.num_forwards += 1;
@@ -220,7 +219,7 @@ impl<'t> LiveText<'t> {
             return Err(error);
         }
         if self.show {
-            progress::write_stderr(&format!("{}\n", visible(&self.detokenizer.finish()?)));
+            progress::write_stderr(&format!("{}\n", to_printable(&self.text_stream.finish()?)));
         }
         Ok(())
     }

@@ -1,6 +1,7 @@
 //! The charts of a run, in the order in which the report shows them.
 //!
-//! To add a chart, write a function that makes a [`Chart`] with a primitive of [`crate::svg`], and call it in [`charts`].
+//! To add a chart, write a function that makes a [`Chart`] with a primitive of [`crate::svg`], and
+//! call it in [`charts`].
 
 use serde::Serialize;
 
@@ -59,7 +60,7 @@ struct Entry<'r> {
 
 impl Entry<'_> {
     fn name(&self) -> String {
-        format!("{} {}", self.role.name(), self.results.label)
+        format!("{} {}", self.role, self.results.label)
     }
 
     /// The CSS class that colours it.
@@ -76,7 +77,7 @@ fn accuracy_against_speed(tradeoff: &Tradeoff) -> Chart {
         .points
         .iter()
         .map(|point| ScatterPoint {
-            label: format!("{} {}", point.role.name(), point.strategy),
+            label: format!("{} {}", point.role, point.strategy),
             class: point.role.name(),
             x: point.speedup.filter(|_| timed).unwrap_or(point.tokens_per_forward),
             y: 100.0 * point.accuracy,
@@ -186,7 +187,7 @@ fn tokens_per_second_by_length(records: &Records) -> Option<Chart> {
     let mut series = Vec::new();
     for model in &header.models {
         for (dash, strategy) in header.settings.strategies_of(model.role).enumerate() {
-            let label = format!("{} {strategy}", model.role.name());
+            let label = format!("{} {strategy}", model.role);
             let timed = records.speeds_of(model.role, strategy).collect();
             series.push(Series { label, class: model.role.name(), dash, points: speed_by_length(timed) });
         }

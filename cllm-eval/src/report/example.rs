@@ -13,7 +13,7 @@ pub(super) struct Example {
     id: String,
     prompt: String,
     reference: Option<String>,
-    /// Forwards of the answer that needed most of them.
+    /// Number of forwards of the slowest answer.
     max_forwards: usize,
     answers: Vec<ExampleAnswer>,
 }
@@ -40,7 +40,8 @@ struct Forward {
 }
 
 impl Example {
-    /// The first example that an answer is correct for, else the first; of those whose texts were kept by forward.
+    /// Of the examples whose texts were kept by forward, the first with a correct answer, or else
+    /// the first.
     pub(super) fn choose(records: &Records) -> Option<Self> {
         let shown = || records.answers.iter().filter(|answer| answer.forward_texts.is_some());
         let correct = shown().filter(|answer| answer.verdict == Verdict::Correct).map(|answer| answer.index).min();
@@ -61,7 +62,7 @@ impl ExampleAnswer {
     fn new(answer: &AnswerRecord) -> Self {
         let forwards = answer.forward_texts.iter().flatten().zip(&answer.accepted).enumerate();
         ExampleAnswer {
-            name: format!("{} {}", answer.role.name(), answer.strategy),
+            name: format!("{} {}", answer.role, answer.strategy),
             verdict: answer.verdict,
             num_tokens: answer.response_ids.len(),
             num_forwards: answer.forwards,

@@ -1,19 +1,20 @@
-//! The headline of a run: the speed-up of its fastest strategy over the teacher's autoregressive decoding, and its cost.
+//! The headline of a run: the speed-up of its fastest strategy over the teacher's autoregressive
+//! decoding, and its cost.
 
 use serde::Serialize;
 
 use super::Run;
 use crate::results::{ModelResults, Results, StrategyResults};
 use crate::role::Role;
-use crate::table::{format_accuracy, format_number, notes};
+use crate::table::{format_accuracy, format_interval, format_number, format_points, notes};
 
 #[derive(Debug, Serialize)]
 pub(super) struct Headline {
     /// Benchmark and split.
     title: String,
-    /// The number in large type.
-    figure: String,
-    /// What `figure` means.
+    /// Written in large type.
+    number: String,
+    /// What `number` is.
     caption: String,
     /// Accuracy, unfinished answers and hardware.
     details: Vec<String>,
@@ -25,14 +26,15 @@ impl Headline {
         let (results, title) = (&run.results, run.title.clone());
         let Some((role, fastest)) = results.headline() else {
             let model = results.models.last()?;
-            let figure = format!("{:.2}", model.perplexity.as_ref()?.value);
-            let caption = format!("perplexity of the {}", model.model.role.name());
-            return Some(Headline { title, figure, caption, details: notes(results) });
+            let number = format!("{:.2}", model.perplexity.as_ref()?.value);
+            let caption = format!("perplexity of the {}", model.model.role);
+            return Some(Headline { title, number, caption, details: notes(results) });
         };
-        let name = format!("{}, {}", role.name(), fastest.label);
-        let (figure, caption) = match (fastest.speedup_vs_teacher_ar, fastest.tokens_per_second) {
+        let name = format!("{role}, {}", fastest.label);
+        let (number, caption) = match (fastest.speedup_vs_teacher_ar, fastest.tokens_per_second) {
             (Some(speedup), _) => {
-                (format!("{speedup:.2}x"), format!("faster than the teacher ({name}, against autoregressive)"))
+                let than = if speedup >= 1.0 { "faster than" } else { "as fast as" };
+                (format!("{speedup:.2}x"), format!("{than} the teacher ({name}, against autoregressive)"))
             }
             (None, Some(speed)) => (format!("{speed:.0}"), format!("tokens/s at batch 1 ({name})")),
             (None, None) => (format_number(fastest.tokens_per_forward, 2, ""), format!("tokens per forward ({name})")),
@@ -47,19 +49,14 @@ impl Headline {
             Some(unfinished(results, role, fastest)),
             Some(results.hardware.summary()),
         ];
-        Some(Headline { title, figure, caption, details: details.into_iter().flatten().collect() })
+        Some(Headline { title, number, caption, details: details.into_iter().flatten().collect() })
     }
 }
 
 fn accuracy_difference(results: &Results, role: Role, fastest: &StrategyResults) -> Option<String> {
     let pair = results.paired.iter().find(|pair| role == Role::Student && pair.student == fastest.label)?;
-    let points = |value: f64| format!("{:+.1}", 100.0 * value);
-    let (difference, [low, high]) = (points(pair.difference?), pair.ci95?);
-    Some(format!(
-        "accuracy {difference} points against the teacher (95 % interval: {} to {})",
-        points(low),
-        points(high)
-    ))
+    let (difference, interval) = (format_points(pair.difference?), format_interval(pair.ci95, format_points));
+    Some(format!("accuracy {difference} points against the teacher{interval}"))
 }
 
 fn unfinished(results: &Results, role: Role, fastest: &StrategyResults) -> String {

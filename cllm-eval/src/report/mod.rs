@@ -1,5 +1,6 @@
-//! Reports for people, drawn from results.json and samples.jsonl alone: `report` renders a self-contained HTML page,
-//! Markdown, LaTeX tables and a model card from templates/; `animate` draws one example as an animated SVG.
+//! Reports for people, drawn from results.json and samples.jsonl alone: `report` renders a
+//! self-contained HTML page, Markdown, LaTeX tables and a model card from templates/; `animate`
+//! draws one example as an animated SVG.
 
 mod animation;
 mod charts;
@@ -37,8 +38,8 @@ struct Run {
     records: Option<Records>,
 }
 
-/// Renders the report of one or several runs into `output`, or beside the first of them, and returns the files that were
-/// written.
+/// Renders the report of one or several runs into `output`, or beside the first of them, and
+/// returns the files that were written.
 ///
 /// # Errors
 /// When a file is missing, is not a results.json, or cannot be written.
@@ -53,8 +54,8 @@ pub fn report(results: &[PathBuf], output: Option<&Path>) -> Result<Vec<PathBuf>
     let sections: Vec<Section> = runs.iter().map(Section::from_run).collect::<Result<_>>()?;
     let values = context! {
         sections => minijinja::Value::from(Serde(&sections)),
-        headings => HEADS,
-        overview_headings => overview::HEADINGS,
+        heads => HEADS,
+        overview_heads => overview::HEADS,
         overview => overview::rows(&runs),
         headline_strategies => model_card::headline_strategies(&runs),
         front_matter => model_card::front_matter(&runs)?,

@@ -1,4 +1,5 @@
-//! The head of a model card: the metadata that the Hugging Face Hub reads (`model-index`), and how to repeat the runs.
+//! The head of a model card: the metadata that the Hugging Face Hub reads (`model-index`), and how
+//! to repeat the runs.
 
 use std::path::Path;
 
@@ -61,8 +62,8 @@ struct Metric {
     value: f64,
 }
 
-/// The YAML between the card's two lines of dashes: accuracy, tokens per forward and speed-up of each run's fastest
-/// strategy.
+/// The YAML between the card's two lines of dashes: accuracy, tokens per forward and speed-up of
+/// each run's fastest strategy.
 pub(super) fn front_matter(runs: &[Run]) -> Result<String> {
     let model = |role: Role| runs.iter().flat_map(|run| &run.results.models).find(|model| model.model.role == role);
     let (teacher, student) = (model(Role::Teacher), model(Role::Student));
@@ -79,8 +80,8 @@ pub(super) fn front_matter(runs: &[Run]) -> Result<String> {
     })
 }
 
-/// `owner/name` of a model in the Hugging Face cache, whose folder is `models--owner--name/snapshots/…`; `None` for any
-/// other folder.
+/// `owner/name` of a model in the Hugging Face cache, whose folder is
+/// `models--owner--name/snapshots/…`; `None` for any other folder.
 fn hub_id(model: &ModelEntry) -> Option<String> {
     let mut folders = Path::new(&model.path).iter().filter_map(|folder| folder.to_str());
     let (owner, name) = folders.find_map(|folder| folder.strip_prefix("models--")?.split_once("--"))?;
@@ -117,7 +118,7 @@ fn hub_dataset(benchmark: Task) -> Option<&'static str> {
     }
 }
 
-/// The strategies that the card's headline figures are measured with, spelt out.
+/// The strategies that the card's headline numbers are measured with, spelt out.
 pub(super) fn headline_strategies(runs: &[Run]) -> String {
     let mut names: Vec<&str> = Vec::new();
     for (_, fastest) in runs.iter().filter_map(|run| run.results.headline()) {

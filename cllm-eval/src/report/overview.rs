@@ -5,15 +5,15 @@ use crate::results::ModelResults;
 use crate::role::Role;
 use crate::table::{format_accuracy, format_number};
 
-/// Column headings. The first two columns name the run and its strategy.
-pub(super) const HEADINGS: [&str; 7] = [
+/// Column heads. The first two columns name the run and its strategy.
+pub(super) const HEADS: [&str; 7] = [
     "run",
     "strategy",
     "accuracy (95 %)",
     "teacher AR accuracy (95 %)",
     "unfinished",
     "tokens/forward, finished answers",
-    "vs teacher AR",
+    "speed-up over teacher AR",
 ];
 
 /// One row per run; empty for a single run, whose own table says the same.
@@ -28,7 +28,7 @@ fn row(run: &Run) -> Vec<String> {
     let teacher = results.model(Role::Teacher).and_then(ModelResults::autoregressive);
     vec![
         run.title.clone(),
-        or_dash(fastest.map(|(role, strategy)| format!("{} {}", role.name(), strategy.label))),
+        or_dash(fastest.map(|(role, strategy)| format!("{role} {}", strategy.label))),
         or_dash(fastest.map(|(_, strategy)| format_accuracy(strategy.accuracy, strategy.ci95))),
         or_dash(teacher.map(|strategy| format_accuracy(strategy.accuracy, strategy.ci95))),
         or_dash(fastest.map(|(_, strategy)| format!("{} of {}", strategy.unfinished, strategy.examples))),

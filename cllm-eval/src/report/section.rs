@@ -9,8 +9,9 @@ use super::charts::{Chart, charts};
 use super::example::Example;
 use super::headline::Headline;
 use super::model_card::command;
+use crate::records::ModelEntry;
 use crate::results::{ModelResults, Results};
-use crate::table::{describe, notes, rows};
+use crate::table::{count, describe, notes, rows};
 use crate::tradeoff::{Aup, Tradeoff};
 
 #[derive(Debug, Serialize)]
@@ -26,10 +27,10 @@ pub(super) struct Section {
     /// Sentences about the area under accuracy and parallelism.
     aup: Vec<String>,
     charts: Vec<Chart>,
-    /// Column headings of `figures`.
-    figure_columns: Vec<String>,
+    /// Column heads of `metrics`.
+    metric_columns: Vec<String>,
     /// Every number of results.json: its name, and its value for each model and strategy.
-    figures: Vec<(String, Vec<String>)>,
+    metrics: Vec<(String, Vec<String>)>,
     models: Vec<String>,
     hardware: String,
     toolkit: String,
@@ -54,8 +55,8 @@ impl Section {
             notes: notes(results),
             aup: tradeoff.iter().flat_map(|tradeoff| &tradeoff.aup).map(aup_sentence).collect(),
             charts: charts(run, tradeoff.as_ref()),
-            figure_columns: results.strategies().map(|(role, of)| format!("{} {}", role.name(), of.label)).collect(),
-            figures: figures(results),
+            metric_columns: results.strategies().map(|(role, of)| format!("{role} {}", of.label)).collect(),
+            metrics: metrics(results),
             models: results.models.iter().map(model_line).collect(),
             hardware: results.hardware.summary(),
             toolkit: toolkit_line(results),
@@ -69,14 +70,13 @@ impl Section {
 
 fn aup_sentence(area: &Aup) -> String {
     let Aup { checkpoint, aup, points, .. } = area;
-    format!(
-        "AUP of {checkpoint}: {aup:.1} (area under the curve of accuracy against tokens per forward, {points} points)"
-    )
+    let points = count(*points, "point");
+    format!("AUP of {checkpoint}: {aup:.1} (area under the curve of accuracy against tokens per forward, {points})")
 }
 
 fn model_line(ModelResults { model, .. }: &ModelResults) -> String {
-    let role = model.role.name();
-    format!("{role}: {} ({} parameters, fingerprint {})", model.path, model.parameters, model.fingerprint)
+    let ModelEntry { role, path, fingerprint, parameters } = model;
+    format!("{role}: {path} ({parameters} parameters, fingerprint {fingerprint})")
 }
 
 fn toolkit_line(results: &Results) -> String {
@@ -84,7 +84,7 @@ fn toolkit_line(results: &Results) -> String {
     format!("cllm {}, libtorch {libtorch}", results.toolkit.version)
 }
 
-fn figures(results: &Results) -> Vec<(String, Vec<String>)> {
+fn metrics(results: &Results) -> Vec<(String, Vec<String>)> {
     let values: Vec<Value> =
         results.strategies().map(|(_, strategy)| serde_json::to_value(strategy).unwrap_or_default()).collect();
     let Some(Value::Object(first)) = values.first() else { return Vec::new() };

@@ -37,7 +37,8 @@ pub struct Results {
     #[serde(default)]
     pub sandbox: Option<Vec<String>>,
     pub models: Vec<ModelResults>,
-    /// The student's accuracy against the teacher's on the same examples, per strategy of the student.
+    /// The student's accuracy against the teacher's on the same examples, per strategy of the
+    /// student.
     pub paired: Vec<PairedDifference>,
     /// The resolved settings.
     pub settings: RunSettings,
@@ -82,7 +83,8 @@ pub struct StrategyResults {
     pub tokens_per_forward: Option<f64>,
     /// Tokens per forward of the answers that ended on their own.
     pub tokens_per_forward_finished: Option<f64>,
-    /// Number of answers timed at batch 1. The figures of speed are theirs, and null if there are none.
+    /// Number of answers timed at batch 1. The figures of speed are theirs, and null if there are
+    /// none.
     pub speed_examples: usize,
     pub speed_tokens: Option<usize>,
     pub speed_forwards: Option<usize>,
@@ -104,21 +106,23 @@ pub struct StrategyResults {
     pub end_to_end_tokens_per_second: Option<f64>,
     pub end_to_end_speedup_vs_teacher_ar: Option<f64>,
     pub end_to_end_speedup_vs_student_ar: Option<f64>,
-    /// Fraction of answers with the same tokens as the same model's autoregressive answer to the same prompt.
+    /// Fraction of answers with the same tokens as the same model's autoregressive answer to the
+    /// same prompt.
     pub exact_match_vs_ar: Option<f64>,
-    /// Median over the other answers of the best minus the second-best logit where the tokens first differ. A gap near 0 means
-    /// that rounding decided. None at a temperature above 0.
+    /// Median over the other answers of the best minus the second-best logit where the tokens first
+    /// differ. A gap near 0 means that rounding decided. None at a temperature above 0.
     pub median_logit_gap_at_difference: Option<f64>,
     pub max_logit_gap_at_difference: Option<f64>,
     /// Tokens per second of the batched accuracy run, including prefill.
     pub batched_tokens_per_second: Option<f64>,
-    /// Peak GPU memory of the batched accuracy run, without what was in use before this model was loaded: the model's weights,
-    /// caches and temporaries. Null on the CPU.
+    /// Peak GPU memory of the batched accuracy run, without what was in use before this model was
+    /// loaded: the model's weights, caches and temporaries. Null on the CPU.
     pub peak_memory_bytes: Option<u64>,
     /// `peak_memory_bytes` over that of the same model's autoregressive decoding.
     #[serde(default)]
     pub peak_memory_over_ar: Option<f64>,
-    /// Peak GPU memory of this model and strategy at batch 1 on the longest timed prompt. Null on the CPU.
+    /// Peak GPU memory of this model and strategy at batch 1 on the longest timed prompt. Null on
+    /// the CPU.
     #[serde(default)]
     pub speed_peak_memory_bytes: Option<u64>,
     /// `speed_peak_memory_bytes` over that of the same model's autoregressive decoding.
@@ -212,15 +216,16 @@ impl ModelResults {
         self.strategies.iter().find(|figures| figures.strategy == Strategy::Ar)
     }
 
-    /// The fastest strategy that accepts several tokens per forward; autoregressive decoding if there is no other.
+    /// The fastest strategy that accepts several tokens per forward; autoregressive decoding if
+    /// there is no other.
     pub fn fastest(&self) -> Option<&StrategyResults> {
         fastest(self.strategies.iter())
     }
 }
 
-/// The fastest of some strategies of one model. Autoregressive decoding is what the others are compared with, so it is chosen
-/// only if there is no other. Speed is tokens per second if all are timed, else tokens per forward; of equally fast ones the
-/// last is chosen.
+/// The fastest of some strategies of one model. Autoregressive decoding is what the others are
+/// compared with, so it is chosen only if there is no other. Speed is tokens per second if all are
+/// timed, else tokens per forward; of equally fast ones the last is chosen.
 pub fn fastest<'r>(strategies: impl Iterator<Item = &'r StrategyResults>) -> Option<&'r StrategyResults> {
     let (ar, several): (Vec<_>, Vec<_>) = strategies.partition(|figures| figures.strategy == Strategy::Ar);
     let candidates = if several.is_empty() { ar } else { several };

@@ -10,8 +10,8 @@ use crate::records::Records;
 use crate::role::Role;
 use crate::statistics::{paired_difference, ratio};
 
-/// Each strategy of the student against the teacher's autoregressive answers, or against the same strategy's if the teacher
-/// has no autoregressive ones.
+/// Each strategy of the student against the teacher's autoregressive answers, or against the same
+/// strategy's if the teacher has no autoregressive ones.
 pub(super) fn differences(records: &Records) -> Vec<PairedDifference> {
     let header = &records.header;
     if Role::ALL.iter().any(|&role| header.model(role).is_none()) {

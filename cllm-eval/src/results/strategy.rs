@@ -101,7 +101,8 @@ impl StrategyResults {
     }
 
     fn add_comparison_with_ar<'r>(&mut self, answers: &[&AnswerRecord], ar: impl Iterator<Item = &'r AnswerRecord>) {
-        // Second turns have other prompts if the answers to the first turn differ. Only answers to one prompt are compared.
+        // Second turns have other prompts if the answers to the first turn differ. Only answers to
+        // one prompt are compared.
         let ar: HashMap<(usize, &str), &[i32]> =
             ar.map(|answer| ((answer.index, answer.prompt.as_str()), answer.response_ids.as_slice())).collect();
         let is_equal: Vec<bool> = answers

@@ -17,7 +17,8 @@ use crate::records::AnswerRecord;
 /// Number of examples, the first ones, that keep the text of each forward for reports.
 const NUM_EXAMPLES_WITH_TEXTS: usize = 5;
 
-/// Answers the examples that the journal does not hold yet. Second turns come after all first turns.
+/// Answers the examples that the journal does not hold yet. Second turns come after all first
+/// turns.
 ///
 /// # Errors
 /// What decoding, scoring or writing fails with. Finished batches are in the journal.
@@ -55,7 +56,8 @@ fn answer_in_batches(
     if indices.is_empty() {
         return Ok(());
     }
-    // Rows of similar length waste least padding. The longest come first, so that a lack of memory shows at once.
+    // Rows of similar length waste least padding. The longest come first, so that a lack of memory
+    // shows at once.
     indices.sort_by_key(|&index| (Reverse(model.prompts.get(index).num_tokens()), index));
     let batch_size = session.settings.batch_size;
     let mut decoder = model.decoder(batch_size.min(indices.len()), &[strategy])?;

@@ -1,4 +1,5 @@
-//! The examples of a run: prompts to answer or texts to read, and the benchmark that they belong to.
+//! The examples of a run: prompts to answer or texts to read, and the benchmark that they belong
+//! to.
 
 use std::path::Path;
 
@@ -53,7 +54,8 @@ impl Examples {
         Ok(Examples { task, split, samples })
     }
 
-    /// Refuses prompts whose answers could not be scored, naming the row if they come from a file of the user's own.
+    /// Refuses prompts whose answers could not be scored, naming the row if they come from a file
+    /// of the user's own.
     ///
     /// # Errors
     /// As [`AnswerScorer::check`].
@@ -68,7 +70,8 @@ impl Examples {
     }
 }
 
-/// The prompt set to answer, if there is one. The data of the benchmark jsonl are a prompt set, too.
+/// The prompt set to answer, if there is one. The data of the benchmark jsonl are a prompt set,
+/// too.
 fn prompt_file(settings: &RunSettings) -> Option<&Path> {
     let jsonl = settings.data.as_deref().filter(|_| settings.benchmark == Some(Task::Jsonl));
     settings.prompts.as_deref().or(jsonl)
@@ -82,8 +85,8 @@ fn load_benchmark(settings: &RunSettings, task: Task, split: &str) -> Result<Vec
     }
 }
 
-/// Benchmark and split of a file's prompts, from their sources. They must agree with each other and with the settings: the
-/// score of an answer by another task than its own means nothing.
+/// Benchmark and split of a file's prompts, from their sources. They must agree with each other and
+/// with the settings: the score of an answer by another task than its own means nothing.
 fn infer_from_sources(path: &Path, settings: &RunSettings, samples: &[Sample]) -> Result<(Task, String)> {
     let first = samples.first().map_or("", |sample| &sample.source);
     let task = settings.benchmark.unwrap_or(Task::from_source(first));

@@ -1,5 +1,5 @@
-//! Logit gaps: how close the two best tokens were where an answer first differs from the autoregressive one. A gap near 0 means
-//! that rounding decided; a large one means a fault.
+//! Logit gaps: how close the two best tokens were where an answer first differs from the
+//! autoregressive one. A gap near 0 means that rounding decided; a large one means a fault.
 
 use std::collections::HashMap;
 
@@ -11,7 +11,8 @@ use tch::{Kind, Tensor};
 use super::models::LoadedModel;
 use crate::records::AnswerRecord;
 
-/// Fills in the gaps of a model's answers that differ from its autoregressive answers to the same prompts and have none yet.
+/// Fills in the gaps of a model's answers that differ from its autoregressive answers to the same
+/// prompts and have none yet.
 ///
 /// # Errors
 /// libtorch's errors; interruption.

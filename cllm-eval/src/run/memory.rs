@@ -8,8 +8,9 @@ use super::models::LoadedModel;
 use super::session::Session;
 use super::timing;
 
-/// Measures the memory of one model with the longest of the timed prompts; nothing on the CPU. Timing cannot measure it: its
-/// decoders have room for every strategy, and CUDA graphs allocate nothing when they are replayed.
+/// Measures the memory of one model with the longest of the timed prompts; nothing on the CPU.
+/// Timing cannot measure it: its decoders have room for every strategy, and CUDA graphs allocate
+/// nothing when they are replayed.
 ///
 /// # Errors
 /// What decoding fails with.

@@ -1,8 +1,8 @@
 //! `run`: measures accuracy and speed of a teacher, a student or both.
 //!
-//! A run is a session of stages, in the order of [`run`]. Whatever can be refused is refused before the weights of a model are
-//! loaded. From then on every answer, timing and text window goes to a journal as soon as it is there, so an interrupted run
-//! resumes where it stopped.
+//! A run is a session of stages, in the order of [`run`]. Whatever can be refused is refused before
+//! the weights of a model are loaded. From then on every answer, timing and text window goes to a
+//! journal as soon as it is there, so an interrupted run resumes where it stopped.
 
 mod answers;
 mod examples;
@@ -99,7 +99,8 @@ impl Input {
     }
 }
 
-/// Measures one model after the other, then what takes both: strategies with a draft model, and timing.
+/// Measures one model after the other, then what takes both: strategies with a draft model, and
+/// timing.
 fn answer_prompts(session: &mut Session<'_>, models: Vec<IdentifiedModel>, prompts: Vec<Prompts>) -> Result<()> {
     let (drafted, alone): (Vec<Strategy>, Vec<Strategy>) =
         session.settings.strategies.iter().partition(|strategy| strategy.needs_draft_model());
@@ -132,7 +133,8 @@ fn measure_strategies(session: &mut Session<'_>, model: &mut LoadedModel, strate
     memory::measure_batch1(session, model, strategies)
 }
 
-/// The strategy whose first answers are part of the second turns that are timed and compared for logit gaps: one for all.
+/// The strategy whose first answers are part of the second turns that are timed and compared for
+/// logit gaps: one for all.
 fn reference_strategy(strategies: &[Strategy]) -> Strategy {
     let ar = strategies.iter().find(|&&strategy| strategy == Strategy::Ar);
     ar.or(strategies.first()).copied().unwrap_or(Strategy::Ar)

@@ -70,7 +70,8 @@ impl LoadedModel {
         })
     }
 
-    /// A decoder for `rows` answers at once to any of the prompts, with the draft model if a strategy needs it.
+    /// A decoder for `rows` answers at once to any of the prompts, with the draft model if a
+    /// strategy needs it.
     ///
     /// # Errors
     /// As [`Decoder::new`].
@@ -86,7 +87,8 @@ impl LoadedModel {
         }
     }
 
-    /// Peak GPU memory since it was last reset, without what was in use before this model was loaded. None on the CPU.
+    /// Peak GPU memory since it was last reset, without what was in use before this model was
+    /// loaded. None on the CPU.
     pub(super) fn peak_memory_bytes(&self) -> Option<u64> {
         libtorch::gpu_memory(self.model.device()).map(|(_, peak)| peak.saturating_sub(self.memory_before_bytes))
     }

@@ -1,7 +1,8 @@
 //! The benchmark perplexity: texts are read in windows, nothing is generated.
 //!
-//! Windows overlap by half, as in Hugging Face's guide "Perplexity of fixed-length models": every token of a text but its first
-//! is scored once, with at least half a window of context before it, except in the text's first window.
+//! Windows overlap by half, as in Hugging Face's guide "Perplexity of fixed-length models": every
+//! token of a text but its first is scored once, with at least half a window of context before it,
+//! except in the text's first window.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -20,8 +21,8 @@ use crate::records::WindowRecord;
 
 /// A model with a shorter context has windows of that length.
 const MAX_WINDOW_TOKENS: usize = 1024;
-/// Positions whose logits are in memory at once. Those of a whole window and a large vocabulary would need more memory than
-/// the model.
+/// Positions whose logits are in memory at once. Those of a whole window and a large vocabulary
+/// would need more memory than the model.
 const MAX_LOGIT_POSITIONS: usize = 256;
 
 /// A stretch of a text that a model reads in one forward.
@@ -83,7 +84,8 @@ impl Texts {
 /// Measures a model on the windows that the journal does not hold yet.
 ///
 /// # Errors
-/// When the model cannot be loaded, its likelihoods are not finite, or writing fails. Finished windows are in the journal.
+/// When the model cannot be loaded, its likelihoods are not finite, or writing fails. Finished
+/// windows are in the journal.
 pub(super) fn measure(session: &mut Session<'_>, model: &IdentifiedModel, texts: &Texts) -> Result<()> {
     let role = model.role;
     let done: HashSet<(usize, usize)> =

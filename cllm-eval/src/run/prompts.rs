@@ -36,10 +36,12 @@ impl RenderedPrompt {
 }
 
 impl Prompts {
-    /// Renders the examples before any weights are loaded, so a prompt that does not fit is found before hours of work.
+    /// Renders the examples before any weights are loaded, so a prompt that does not fit is found
+    /// before hours of work.
     ///
     /// # Errors
-    /// When a file of the tokenizer is missing or broken, its template refuses a prompt, or a prompt does not fit the context.
+    /// When a file of the tokenizer is missing or broken, its template refuses a prompt, or a
+    /// prompt does not fit the context.
     pub(super) fn render(folder: &Path, samples: &[Sample], settings: &RunSettings) -> Result<Self> {
         let tokenizer = Tokenizer::load(folder)?;
         let config = checkpoint::load_config(folder)?;

@@ -78,14 +78,16 @@ fn relevant_settings(settings: &RunSettings, task: Task) -> RunSettings {
     }
 }
 
-/// Fingerprint of what must be unchanged for a run to resume. The folder that it writes to may change.
+/// Fingerprint of what must be unchanged for a run to resume. The folder that it writes to may
+/// change.
 fn identity(settings: &RunSettings, models: &[ModelEntry], samples: &[Sample]) -> Result<String> {
     let settings = RunSettings { output: PathBuf::new(), ..settings.clone() };
     let text = serde_json::to_vec(&(settings, models, samples)).map_err(Error::serialization)?;
     Ok(fingerprint::hash_bytes(&text))
 }
 
-/// Indices of `num` of `total` examples, spread evenly: neighbours are often alike, such as questions about one database.
+/// Indices of `num` of `total` examples, spread evenly: neighbours are often alike, such as
+/// questions about one database.
 fn spread_evenly(num: usize, total: usize) -> Vec<usize> {
     let num = num.min(total);
     (0..num).map(|number| number * total / num).collect()

@@ -8,8 +8,8 @@ use super::models::{LoadedModel, decode_options};
 use super::session::Session;
 use crate::records::SpeedRecord;
 
-/// Times the examples that the journal does not hold yet. All models and strategies take turns on each example, so a machine
-/// that slows down slows all of them.
+/// Times the examples that the journal does not hold yet. All models and strategies take turns on
+/// each example, so a machine that slows down slows all of them.
 ///
 /// # Errors
 /// What decoding or writing fails with. Finished timings are in the journal.
@@ -33,7 +33,8 @@ pub(super) fn time_strategies(session: &mut Session<'_>, models: &[LoadedModel])
     for (round, index) in session.timed.clone().into_iter().enumerate() {
         for turn in 0..turns.len() {
             interrupt::check()?;
-            // Each example begins with another turn, so that none always comes first after a change of prompt.
+            // Each example begins with another turn, so that none always comes first after a change
+            // of prompt.
             let (number, strategy) = turns[(round + turn) % turns.len()];
             let model = &models[number];
             if is_timed(session, model, strategy, index) {

@@ -25,8 +25,8 @@ pub struct Axis {
 }
 
 impl Axis {
-    /// An axis whose round ticks enclose all `values`, which must be finite. Between whole numbers, such as positions,
-    /// there are no ticks.
+    /// An axis whose round ticks enclose all `values`, which must be finite. Between whole numbers,
+    /// such as positions, there are no ticks.
     pub fn from_values(name: &'static str, values: impl Iterator<Item = f64>) -> Self {
         let (low, high, whole) = values.fold((f64::INFINITY, f64::NEG_INFINITY, true), |(low, high, whole), value| {
             (low.min(value), high.max(value), whole && value.fract() == 0.0)
@@ -88,7 +88,8 @@ impl Frame {
         TOP + 8.0..=HEIGHT - BOTTOM - 4.0
     }
 
-    /// Opens a chart with its grid and axes drawn, and room for `num_legend_lines` below; the caller adds the rest.
+    /// Opens a chart with its grid and axes drawn, and room for `num_legend_lines` below; the
+    /// caller adds the rest.
     pub(super) fn open(&self, title: &str, num_legend_lines: usize) -> String {
         let mut svg = open(title, WIDTH, HEIGHT + LEGEND_LINE * num_legend_lines as f64);
         let (bottom, right) = (HEIGHT - BOTTOM, WIDTH - RIGHT);

@@ -1,7 +1,8 @@
 //! SVG primitives: bars, lines and scatter plots, with the axes that they share.
 //!
-//! A primitive knows numbers and labels but nothing about evaluation; which charts a report shows is decided in
-//! `report/charts.rs`. Colours come from CSS classes of the page, so that a chart fits both its themes.
+//! A primitive knows numbers and labels but nothing about evaluation; which charts a report shows
+//! is decided in `report/charts.rs`. Colours come from CSS classes of the page, so that a chart
+//! fits both its themes.
 
 mod axes;
 mod bars;
@@ -12,8 +13,8 @@ pub use bars::{Bar, bars};
 pub use lines::{Series, lines};
 pub use scatter::{ScatterPoint, scatter};
 
-/// Approximate width of a character in the page's 15 px font. Charts are about as wide as a phone, so that their text
-/// stays readable there.
+/// Approximate width of a character in the page's 15 px font. Charts are about as wide as a phone,
+/// so that their text stays readable there.
 const CHAR_WIDTH: f64 = 8.6;
 
 /// Escapes `text` for SVG and HTML.

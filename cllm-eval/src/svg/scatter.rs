@@ -1,4 +1,5 @@
-//! A scatter plot whose points carry their labels. Points and labels that would overlap are moved apart.
+//! A scatter plot whose points carry their labels. Points and labels that would overlap are moved
+//! apart.
 
 use std::fmt::Write;
 
@@ -60,7 +61,8 @@ impl LabelPosition {
     }
 }
 
-/// Points with whiskers and labels. Labels that are too long to be written at their points are numbered in a legend below.
+/// Points with whiskers and labels. Labels that are too long to be written at their points are
+/// numbered in a legend below.
 pub fn scatter(title: &str, axis_names: [&'static str; 2], points: &[ScatterPoint]) -> String {
     let ys = points.iter().flat_map(|point| point.interval.into_iter().flatten().chain([point.y]));
     let frame = Frame::new(
@@ -117,7 +119,8 @@ fn draw_label(svg: &mut String, text: &str, position: LabelPosition, (point_x, p
     let _ = write!(svg, r#"<text class="label" x="{x:.1}" y="{y:.1}" text-anchor="{anchor}">{text}</text>"#);
 }
 
-/// The centre of each point in pixels: its own, or shifted sideways from earlier points that it would overlap.
+/// The centre of each point in pixels: its own, or shifted sideways from earlier points that it
+/// would overlap.
 fn spread_points(frame: &Frame, points: &[ScatterPoint]) -> Vec<(f64, f64)> {
     let mut centres: Vec<(f64, f64)> = Vec::new();
     for point in points {
@@ -137,8 +140,8 @@ fn spread_points(frame: &Frame, points: &[ScatterPoint]) -> Vec<(f64, f64)> {
     centres
 }
 
-/// Positions for the labels: beside their points, and moved up or down and away until they overlap neither points and
-/// whiskers nor earlier labels.
+/// Positions for the labels: beside their points, and moved up or down and away until they overlap
+/// neither points and whiskers nor earlier labels.
 fn place_labels(
     frame: &Frame,
     points: &[ScatterPoint],

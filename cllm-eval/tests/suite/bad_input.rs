@@ -1,4 +1,5 @@
-//! Messages and exit codes for bad input, for folders that cannot be written and for devices that do not exist.
+//! Messages and exit codes for bad input, for folders that cannot be written and for devices that
+//! do not exist.
 
 use std::fs;
 use std::path::Path;

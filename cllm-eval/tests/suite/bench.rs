@@ -105,7 +105,7 @@ fn contradictory_settings_and_files_of_other_machines_are_refused() {
     refused(&[&one, "preset=135M"], "`preset`");
     refused(&["preset=135M", "prompts=x.jsonl"], "prompts");
     refused(&[&one, "step_tokens=[0]"], "step_tokens");
-    refused(&[&one, "strategies=[{lookahead: {window: 30}}]"], "window 30, ngram 4 and candidates 5 of lookahead");
+    refused(&[&one, "strategies=[{lookahead: {window: 30}}]"], "window=30, ngram=4 and candidates=5");
     let mut results = bench(dir.path(), &[&one]);
     results["hardware"]["cpu"] = "another".into();
     std::fs::write(&file, results.to_string()).unwrap();

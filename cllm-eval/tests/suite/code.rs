@@ -41,7 +41,8 @@ fn largest() -> Sample {
     }
 }
 
-/// Completions, and whether they pass `check_correctness(problem, completion, 3.0)` of openai/human-eval (commit 6d43fb98).
+/// Completions, and whether they pass `check_correctness(problem, completion, 3.0)` of
+/// openai/human-eval (commit 6d43fb98).
 const RECORDED: [(&str, bool); 32] = [
     ("    return max(numbers, default=0)\n", true),
     ("    return max(numbers, default=0)", true),

@@ -51,7 +51,8 @@ fn a_run_alone_compares_its_student_with_its_teacher() {
     assert_eq!((a.role, a.strategy.as_str(), a.checkpoint.as_str()), (Role::Teacher, "ar", "t"));
     assert_eq!((b.role, b.strategy.as_str(), b.checkpoint.as_str()), (Role::Student, "jacobi n=4", "s"));
     assert_eq!((comparison.pairs, comparison.scored, comparison.unpaired_a, comparison.unpaired_b), (4, 4, 0, 0));
-    // The teacher has examples 0, 1 and 2 correct, the student 0 and 3. Three differ: 2 · (1 + 3) / 8 = 1.
+    // The teacher has examples 0, 1 and 2 correct, the student 0 and 3. Three differ:
+    // 2 · (1 + 3) / 8 = 1.
     assert_eq!((comparison.a_only, comparison.b_only, comparison.mcnemar_p), (2, 1, Some(1.0)));
     assert_eq!((a.accuracy, b.accuracy, comparison.difference), (Some(0.75), Some(0.5), Some(-0.25)));
     assert_eq!((comparison.correct_kept_fraction, comparison.equal_tokens), (Some(1.0 / 3.0), Some(0.75)));
@@ -165,7 +166,8 @@ fn selectors_choose_model_and_strategy() {
     let error = refused(run.path(), None, Some("student"), Some("student/ar"));
     assert!(error.contains("both sides are student/ar"), "{error}");
 
-    // The baseline of a single model is its own autoregressive decoding. Of several strategies the fastest is chosen.
+    // The baseline of a single model is its own autoregressive decoding. Of several strategies the
+    // fastest is chosen.
     let mut alone = records();
     alone.answers.retain(|answer| answer.role == Role::Student);
     alone.header.models.remove(0);

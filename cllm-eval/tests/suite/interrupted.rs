@@ -1,4 +1,5 @@
-//! Signals and full disks: an interrupted run keeps its answers, and the same command completes it with the same results.
+//! Signals and full disks: an interrupted run keeps its answers, and the same command completes it
+//! with the same results.
 
 use std::fs;
 use std::path::Path;

@@ -158,7 +158,7 @@ fn questions_without_two_turns_or_without_room_are_refused() {
     };
     let data = format!("data={data}");
     // Two answers and the questions must fit into the context of 1,024 tokens.
-    EVAL.fail(&words(&[&data, "max_new_tokens=500"]), 2, &["81/2", "up to 1000 new ones"]);
+    EVAL.fail(&words(&[&data, "max_new_tokens=500"]), 2, &["81/2", "up to 1000 new tokens"]);
     EVAL.fail(&words(&[&data, "split=dev"]), 2, &["the split test only"]);
     let prompts = path(dir.path(), "prompts.jsonl");
     let row = json!({ "id": "81/1", "source": "mt-bench/test", "prompt": "Tom?" });

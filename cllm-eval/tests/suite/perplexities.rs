@@ -25,8 +25,8 @@ fn run(of: &[(&str, &str)], data: &str, output: &str) -> Vec<String> {
     fixed.into_iter().chain(models).chain([format!("data={data}"), format!("output={output}")]).collect()
 }
 
-/// Mean negative log-likelihood, tokens and windows as Hugging Face's guide computes them, with a window of 1,024 and a stride
-/// of 512.
+/// Mean negative log-likelihood, tokens and windows as Hugging Face's guide computes them, with a
+/// window of 1,024 and a stride of 512.
 fn by_hand(folder: &str, text: &str) -> (f64, usize, usize) {
     let model = checkpoint::load(Path::new(folder), Device::Cpu, Kind::Float).unwrap();
     let ids = Tokenizer::load(Path::new(folder)).unwrap().encode(text).unwrap();

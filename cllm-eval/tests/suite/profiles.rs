@@ -80,8 +80,8 @@ fn the_figures_agree_with_a_computation_by_hand() {
         (&first["name"], &second["name"], &second["augmented_rows"]),
         (&json!(one), &json!("student"), &json!(1))
     );
-    // Three iterations of one token each. Six forwards: one for the first token, three that make states and one that
-    // opens the second block, one in it.
+    // Three iterations of one token each. Six forwards: one for the first token, three that make
+    // states and one that opens the second block, one in it.
     let all = json!({ "blocks": 2, "tokens": 6, "fast_forwarded": 1.0, "beyond_one_per_block": 0.0, "stationary": 0.0,
         "iterations_per_block": 1.5, "tokens_per_forward": 1.0 });
     assert_eq!(first["all"], all);

@@ -42,7 +42,7 @@ fn a_report_holds_the_figures_loads_nothing_and_escapes_answers() {
     assert!(page.contains(r#"title="forward 1, 4 tokens""#), "{page}");
     // The headline is the student's fastest strategy and its cost.
     assert!(
-        page.contains(r#"<div class="figure">4.00x</div>"#) && page.contains("1 of 4 answers unfinished (teacher: 1)"),
+        page.contains(r#"<div class="number">4.00x</div>"#) && page.contains("1 of 4 answers unfinished (teacher: 1)"),
         "{page}"
     );
     assert!(tex.contains(r"75.0 \% (30.1 to 95.4)") && tex.contains(r"\toprule") && !tex.contains(" % "), "{tex}");
@@ -86,7 +86,7 @@ fn the_card_names_the_base_model_the_data_set_the_strategy_and_the_command() {
         "base_model: some/base",
         "name: maths-cllm",
         "type: openai/gsm8k",
-        "The headline figures are for Jacobi decoding with a rolling window (`rolling`).",
+        "The headline numbers are for Jacobi decoding with a rolling window (`rolling`).",
         "    cllm-eval run",
         "      teacher=some/base",
         "    cllm-eval generate --model MODEL --n 16 ",

@@ -58,7 +58,8 @@ fn a_killed_run_resumes_and_score_gives_the_same_figures() {
     assert!(program().current_dir(dir.path()).args(["report", "out"]).output().unwrap().status.success());
     assert!(dir.path().join("out/report.html").exists());
 
-    // An answer that differs from the autoregressive one gets the logit gap at its first difference.
+    // An answer that differs from the autoregressive one gets the logit gap at its first
+    // difference.
     let changed = |line: &str| {
         let mut record: Value = serde_json::from_str(line).unwrap();
         let is_changed = record["role"] == "student" && record["index"] == 0 && record["strategy"] != "ar";

@@ -1,4 +1,5 @@
-//! The sandbox against malicious programs: none achieves anything or leaves anything behind, and the next program runs.
+//! The sandbox against malicious programs: none achieves anything or leaves anything behind, and
+//! the next program runs.
 
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
@@ -18,7 +19,8 @@ pub fn alone() -> MutexGuard<'static, ()> {
     ALONE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A sandbox with low limits. Its launcher has limits of its own, in case those of the sandbox fail.
+/// A sandbox with low limits. Its launcher has limits of its own, in case those of the sandbox
+/// fail.
 fn sandbox(folder: &Path) -> Sandbox {
     launched_by(
         folder,
@@ -246,7 +248,8 @@ fn only_a_program_that_runs_to_its_end_passes() {
 /// A sandbox on a kernel that refuses these system calls (by their x86-64 numbers).
 #[cfg(target_arch = "x86_64")]
 fn without(folder: &Path, calls: &[u32]) -> cllm_core::Result<Sandbox> {
-    // A BPF filter: load the number of the system call, return EPERM if it is one of these, else allow it.
+    // A BPF filter: load the number of the system call, return EPERM if it is one of these, else
+    // allow it.
     let script = format!(
         "#!/usr/bin/python3\n\
          import ctypes, os, struct, sys\n\

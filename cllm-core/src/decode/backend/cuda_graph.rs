@@ -1,10 +1,11 @@
 //! The backend for GPUs: forwards as CUDA graphs.
 //!
-//! Launching the kernels of a forward one by one takes a host longer than they run, so forwards are captured as graphs. A
-//! graph has fixed shapes and addresses. A forward therefore packs its tokens without padding between sequences, pads the
-//! total to one of a few sizes ([`captured_size`]), and reads its input from buffers that never move. The second forward of a
-//! shape is captured; from then on a single launch copies the input from pinned memory, runs the model and copies the
-//! predictions back.
+//! Launching the kernels of a forward one by one can take the CPU longer than the GPU needs to run
+//! them, so forwards are captured as graphs. A graph has fixed shapes and addresses. A forward
+//! therefore packs its tokens without padding between sequences, pads the total to one of a few
+//! sizes ([`captured_size`]), and reads its input from buffers that never move. The second forward
+//! of a shape is captured; from then on a single launch copies the input from pinned memory, runs
+//! the model and copies the predictions back.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -22,8 +23,9 @@ use crate::{Error, Result};
 
 const MAX_PROMPT_TOKENS: usize = 4096;
 
-/// The number of tokens that a forward of `num_tokens` is padded to: a power of two, a midpoint between two powers from 64
-/// on, or a multiple of 1,024 above that. Each size costs a capture and the memory of a graph.
+/// The number of tokens that a forward of `num_tokens` is padded to: a power of two, a midpoint
+/// between two powers from 64 on, or a multiple of 1,024 above that. Each size costs a capture and
+/// the memory of a graph.
 fn captured_size(num_tokens: usize) -> usize {
     match num_tokens {
         0 => 0,
@@ -51,7 +53,8 @@ pub(in crate::decode) struct CudaGraphBackend<'m> {
 type GraphKey = (ForwardShape, u32);
 
 enum GraphState {
-    /// One forward of this shape has run. It warmed up what must not happen during a capture.
+    /// One forward of this shape has run. It did the first-time work, such as allocating
+    /// workspaces, that a capture must not contain.
     SeenOnce,
     Captured(Graph),
 }
@@ -75,8 +78,8 @@ impl Buffers {
             host_predicted: PinnedInts::new(num_outputs)?,
             predicted: zeros(num_outputs)?,
         };
-        // Forwards run on a stream of their own, so weights, the empty cache and these zeros must be there before the first:
-        // zeros that arrive late would wipe out its input.
+        // Forwards run on a stream of their own, so weights, the empty cache and these zeros must
+        // be there before the first: zeros that arrive late would wipe out its input.
         graphs::synchronize_current_stream(device)?;
         Ok(buffers)
     }
@@ -109,7 +112,8 @@ impl<'m> CudaGraphBackend<'m> {
         ForwardShape { num_tokens, num_outputs, num_tiles }
     }
 
-    /// Grows the buffers if they are too small. Graphs that were captured with the old ones are dropped.
+    /// Grows the buffers if they are too small. Graphs that were captured with the old ones are
+    /// dropped.
     fn reserve(&mut self, num_ints: usize, num_outputs: usize) -> Result<()> {
         let (old_ints, old_outputs) = (self.buffers.input.numel(), self.buffers.predicted.numel());
         if num_ints > old_ints || num_outputs > old_outputs {
@@ -149,8 +153,8 @@ impl<'m> CudaGraphBackend<'m> {
 }
 
 impl Drop for CudaGraphBackend<'_> {
-    /// Waits for work that is still running, since it uses memory that is about to be freed. An error here was or will be
-    /// reported by whoever collects the forward.
+    /// Waits for work that is still running, since it uses memory that is about to be freed. An
+    /// error here was or will be reported by whoever collects the forward.
     fn drop(&mut self) {
         let _ = self.stream.synchronize();
     }
@@ -171,7 +175,8 @@ impl Backend for CudaGraphBackend<'_> {
         self.stream.synchronize()?;
         let num_outputs: usize = windows.iter().map(Window::len).sum();
         let sampled = &self.buffers.host_predicted.as_mut_slice()[..num_outputs];
-        // NaN logits have no largest one. The next forward would use such a token as an index into the embedding.
+        // NaN logits have no largest one. The next forward would use such a token as an index into
+        // the embedding.
         if sampled.iter().any(|&token| token < 0 || token as usize >= self.vocab_size) {
             return Err(Error::negative(
                 "the model's logits are not numbers: its weights are damaged, or they overflow in bfloat16",
@@ -197,7 +202,8 @@ impl Backend for CudaGraphBackend<'_> {
     }
 }
 
-/// The parts of a forward's input in one buffer of int32: a single copy to the device brings all of them.
+/// The parts of a forward's input in one buffer of int32: a single copy to the device brings all of
+/// them.
 struct InputLayout {
     // Numbers of 64 bits come first, because they need even addresses.
     visible: Range<usize>,
@@ -259,8 +265,8 @@ impl InputLayout {
     }
 }
 
-/// Writes the input of one forward into pinned memory. A tile is a run of tokens of one row, of at most `tile_tokens`, whose
-/// attention one thread block computes.
+/// Writes the input of one forward into pinned memory. A tile is a run of tokens of one row, of at
+/// most `tile_tokens`, whose attention one thread block computes.
 struct InputWriter<'b> {
     ints: &'b mut [i32],
     layout: InputLayout,
@@ -291,8 +297,8 @@ impl<'b> InputWriter<'b> {
 
     /// Padding belongs to row -1, which kernels skip.
     fn write_padding(&mut self) {
-        // Thread blocks of empty tiles end at once. At least one tile must wait for the projection before it, or the kernels
-        // after the attention could start too early.
+        // Thread blocks of empty tiles end at once. At least one tile must wait for the projection
+        // before it, or the kernels after the attention could start too early.
         debug_assert!(self.num_tiles > 0, "a forward without tokens");
         let InputLayout { tokens, row, slot, position, tile_row, .. } = &self.layout;
         self.ints[row.start + self.num_tokens..row.end].fill(-1);

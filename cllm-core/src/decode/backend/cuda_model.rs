@@ -1,6 +1,6 @@
-//! A transformer's forward on a GPU in bfloat16, made of our own kernels and its own KV cache. Tokens of different sequences
-//! are packed into one ragged batch, each with a slot and a position of its own. Shapes are static, so that a forward can be
-//! captured as a CUDA graph.
+//! A transformer's forward on a GPU in bfloat16, made of our own kernels and its own KV cache.
+//! Tokens of different sequences are packed into one ragged batch, each with a slot and a position
+//! of its own. Shapes are static, so that a forward can be captured as a CUDA graph.
 
 use tch::{Device, Kind, Tensor};
 
@@ -22,7 +22,8 @@ pub(super) struct CudaModel<'m> {
     rope_table: (Tensor, Tensor),
     /// `[layers, rows, kv_heads, capacity, head_dim]`
     keys: Tensor,
-    /// `[layers, rows, kv_heads, head_dim, capacity]`: transposed, as the attention kernel multiplies them.
+    /// `[layers, rows, kv_heads, head_dim, capacity]`: transposed, as the attention kernel
+    /// multiplies them.
     values: Tensor,
     capacity: usize,
 }
@@ -45,7 +46,8 @@ pub(super) struct ForwardInput {
 }
 
 impl<'m> CudaModel<'m> {
-    /// Returns `None` for models that the kernels do not support, such as those with adapters that are not merged.
+    /// Returns `None` for models that the kernels do not support, such as those with adapters that
+    /// are not merged.
     pub(super) fn new(model: &'m Transformer, num_rows: usize, capacity: usize) -> Result<Option<Self>> {
         let Device::Cuda(device) = model.device() else { return Ok(None) };
         let (shape, num_layers) = (model.config().kernel_shape(), model.config().num_layers);
@@ -98,8 +100,9 @@ impl<'m> CudaModel<'m> {
         let _ = self.values.index_put_(&values(&to), &read_values, false);
     }
 
-    /// Forwards the tokens, writes their keys and values into the cache, and samples a token after each of the leading
-    /// `num_outputs`: int32 `predicted [num_outputs]`. The fused kernels sample after every token.
+    /// Forwards the tokens, writes their keys and values into the cache, and samples a token after
+    /// each of the leading `num_outputs`: int32 `predicted [num_outputs]`. The fused kernels sample
+    /// after every token.
     pub(super) fn forward(&self, input: &ForwardInput, predicted: &Tensor) -> Result<()> {
         let num_tokens = input.tokens.numel();
         let x = self.empty(num_tokens, self.model.config().hidden_size)?;
@@ -111,8 +114,8 @@ impl<'m> CudaModel<'m> {
         }
     }
 
-    /// Few tokens: reading the weights is all the time, and kernels that fuse norms, projections and activations read them
-    /// fastest.
+    /// With few tokens, the time goes into reading the weights. Kernels that fuse norms,
+    /// projections and activations read them fastest.
     fn forward_fused(&self, input: &ForwardInput, x: &Tensor, predicted: &Tensor) -> Result<()> {
         let (kernels, config, num_tokens) = (&self.kernels, self.model.config(), input.tokens.numel());
         let heads = |num_heads: i64| self.empty(num_tokens, num_heads * config.head_dim);
@@ -131,7 +134,7 @@ impl<'m> CudaModel<'m> {
         kernels.fused_sample(self.model.projection(), x, &self.model.norm, &input.sampling, predicted)
     }
 
-    /// More tokens: cuBLAS multiplies faster.
+    /// With more tokens, the products take the time, and cuBLAS computes them fastest.
     fn forward_with_cublas(&self, input: &ForwardInput, x: &Tensor, predicted: &Tensor) -> Result<()> {
         let (kernels, config, num_tokens) = (&self.kernels, self.model.config(), input.tokens.numel());
         let attn_out = self.empty(num_tokens, config.num_heads * config.head_dim)?;

@@ -1,4 +1,5 @@
-//! The backend made of libtorch's operations: for the CPU, for float32, and for shapes that our kernels do not support.
+//! The backend made of libtorch's operations: for the CPU, for float32, and for shapes that our
+//! kernels do not support.
 
 use tch::{Kind, Tensor};
 
@@ -16,7 +17,7 @@ pub(in crate::decode) struct EagerBackend<'m> {
     sampled: Vec<i32>,
 }
 
-/// Tokens of neighbouring rows of the cache.
+/// Tokens of neighboring rows of the cache.
 struct RowBatch {
     first_row: usize,
     rows: Vec<RowTokens>,
@@ -62,7 +63,8 @@ impl<'m> EagerBackend<'m> {
     fn forward(&self, batch: &RowBatch) -> Tensor {
         let rows = &batch.rows;
         let lengths: Vec<usize> = rows.iter().map(|row| row.tokens.len()).collect();
-        // Shorter rows are padded at the end. What padding writes into the cache is overwritten before any token sees it.
+        // Shorter rows are padded at the end. What padding writes into the cache is overwritten
+        // before any token sees it.
         let width = lengths.iter().max().copied().unwrap_or(0);
         let shape = [rows.len() as i64, width as i64];
         let per_token = |value: &dyn Fn(&RowTokens, usize) -> i64| {

@@ -1,7 +1,8 @@
 //! Backends: what runs a forward.
 //!
-//! A [`Backend`] owns a KV cache with one row per sequence, in slots. The slot of a token is its position in the sequence;
-//! draft tokens occupy the slots after it and, if they are rejected, are overwritten by the next window.
+//! A [`Backend`] owns a KV cache with one row per sequence, in slots. The slot of a token is its
+//! position in the sequence; draft tokens occupy the slots after it and, if they are rejected, are
+//! overwritten by the next window.
 
 pub(super) mod cuda_graph;
 mod cuda_model;
@@ -13,10 +14,11 @@ use super::tree::{Node, TokenTree};
 use crate::Result;
 use crate::model::SlotMove;
 
-/// Forwards batches of prompt chunks and windows. Rows of the cache are numbered from 0 without gaps.
+/// Forwards batches of prompt chunks and windows. Rows of the cache are numbered from 0 without
+/// gaps.
 pub(super) trait Backend {
-    /// Starts a forward: caches the chunks, and samples a token after each token of each window. A window at an index
-    /// belongs to the row with the same index; chunks belong to later rows.
+    /// Starts a forward: caches the chunks, and samples a token after each token of each window.
+    /// Window i belongs to row i of the cache; chunks belong to later rows.
     fn launch(&mut self, chunks: &[PromptChunk<'_>], windows: &[Window<'_>], sampling: Sampling) -> Result<()>;
 
     /// Waits for the forward and returns what it sampled, for each window.
@@ -41,8 +43,8 @@ pub(super) struct PromptChunk<'s> {
     pub(super) tokens: &'s [i32],
 }
 
-/// The tokens of a sequence to forward: its last token, then the draft. The token at an offset of the window takes that slot
-/// after `start`, whether or not the window branches.
+/// The tokens of a sequence to forward: its last token, then the draft. The token at offset i
+/// occupies slot `start + i`, even if the window branches.
 pub(super) struct Window<'s> {
     /// Position of `last_token`.
     pub(super) start: usize,

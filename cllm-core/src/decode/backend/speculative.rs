@@ -1,4 +1,5 @@
-//! Speculative decoding: a target model and a draft model forward the same windows. On a GPU their forwards overlap.
+//! Speculative decoding: a target model and a draft model forward the same windows. On a GPU their
+//! forwards overlap.
 
 use super::{Backend, Predictions, PromptChunk, Window};
 use crate::Result;

@@ -1,5 +1,5 @@
-//! Jacobi decoding: fixed blocks, each iterated to its fixed point before the next begins (Song et al., arXiv 2002.03629;
-//! CLLM, arXiv 2403.00835). Blocks of one token are autoregressive decoding.
+//! Jacobi decoding: fixed blocks, each iterated to its fixed point before the next begins (Song et
+//! al., arXiv 2002.03629; CLLM, arXiv 2403.00835). Blocks of one token are autoregressive decoding.
 
 use super::random_draft::RandomDraft;
 use super::{Proposer, Verification};
@@ -10,7 +10,8 @@ pub(in crate::decode) struct Jacobi {
     num_prompt_tokens: usize,
     record_trajectory: bool,
     random: RandomDraft,
-    /// The tokens of the block that are not final yet; empty between two blocks, and always if n = 1.
+    /// The tokens of the block that are not final yet; empty between two blocks, and always for
+    /// blocks of one token.
     draft: Vec<i32>,
     /// The trajectory so far, if it is recorded.
     blocks: Vec<Block>,
@@ -34,7 +35,8 @@ impl Jacobi {
         }
     }
 
-    /// Records the state of the open block in which `new_tokens` became final, with `draft` after them.
+    /// Records the state of the open block in which `new_tokens` became final, with `draft` after
+    /// them.
     fn record_state(&mut self, new_tokens: &[i32], draft: &[i32]) {
         if !self.record_trajectory {
             return;
@@ -55,7 +57,8 @@ impl Proposer for Jacobi {
     fn update(&mut self, verification: &Verification<'_>) {
         let Verification { predicted, num_accepted, .. } = *verification;
         if num_accepted == self.draft.len() {
-            // The block is at its fixed point and the newest token begins the next, unless the answer ended before that.
+            // The block is at its fixed point and the newest token begins the next, unless the
+            // answer ended before that.
             if !verification.is_truncated {
                 self.open_block(verification.tokens);
             }

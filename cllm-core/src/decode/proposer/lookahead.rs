@@ -1,5 +1,5 @@
-//! Lookahead decoding (Fu et al., arXiv 2402.02057): Jacobi iterations on future tokens collect n-grams, which become
-//! candidates when the last token is their first.
+//! Lookahead decoding (Fu et al., arXiv 2402.02057): Jacobi iterations on future tokens collect
+//! n-grams, which become candidates when the last token is their first.
 
 use super::ngram_pool::NgramPool;
 use super::random_draft::RandomDraft;
@@ -8,13 +8,14 @@ use crate::decode::tree::TokenTree;
 
 /// One tree of tokens holds both branches of the method.
 ///
-/// The lookahead branch is a grid of `num_levels` levels and `width` columns. The first level begins with the last token of
-/// the sequence, and each of its tokens follows the one before it. A token of another level follows the token of its column
-/// in the level before, so it is one position further on. Each column is a Jacobi trajectory: a forward appends the token
-/// predicted after its last one, which makes it an n-gram for the pool, and its first token is dropped.
+/// The lookahead branch is a grid of `num_levels` levels and `width` columns. The first level
+/// begins with the last token of the sequence, and each of its tokens follows the one before it. A
+/// token of another level follows the token of its column in the level before, so it is one
+/// position further on. Each column is a Jacobi trajectory: a forward appends the token predicted
+/// after its last one, which makes it an n-gram for the pool, and its first token is dropped.
 ///
-/// The verification branch holds the n-grams of the pool that begin with the last token. Acceptance does not distinguish
-/// the two branches.
+/// The verification branch holds the n-grams of the pool that begin with the last token. Acceptance
+/// does not distinguish the two branches.
 pub(in crate::decode) struct Lookahead {
     width: usize,
     num_levels: usize,
@@ -43,7 +44,8 @@ impl Lookahead {
         lookahead
     }
 
-    /// Fills up the columns with random tokens and lays out the tree after the last of the tokens.
+    /// Replaces missing columns by random tokens and lays out the window that begins with the last
+    /// token.
     fn build_window(&mut self, tokens: &[i32]) {
         let Lookahead { width, num_levels, .. } = *self;
         let mut random_tokens = Vec::new();

@@ -1,7 +1,8 @@
 //! Proposers: how a strategy drafts the tokens of the next forward.
 //!
-//! A proposer sees the tokens of one sequence and what each forward predicted, and proposes draft tokens; it never decides
-//! which are accepted. Each strategy in `strategy.rs` names the proposer that it uses.
+//! A proposer sees the tokens of one sequence and what each forward predicted, and proposes draft
+//! tokens; it never decides which are accepted. Each strategy in `strategy.rs` names the proposer
+//! that it uses.
 
 pub(super) mod jacobi;
 pub(super) mod lookahead;
@@ -19,7 +20,8 @@ pub(super) trait Proposer {
     /// The draft tokens to forward after the last token.
     fn draft(&self) -> &[i32];
 
-    /// How the window branches, last token included; `None` if each of its tokens follows the one before it.
+    /// How the window branches, last token included; `None` if each of its tokens follows the one
+    /// before it.
     fn tree(&self) -> Option<&TokenTree> {
         None
     }
@@ -33,14 +35,16 @@ pub(super) trait Proposer {
     }
 }
 
-/// What the forward of a draft gave. Offsets count from the window's first token, which is the last token of the sequence.
+/// What the forward of a draft gave. Offsets count from the window's first token, which is the last
+/// token of the sequence.
 pub(super) struct Verification<'s> {
     /// The token that the model predicts after each token of the window.
     pub(super) predicted: &'s [i32],
-    /// What may be drafted after each token of the window: `predicted`, or the predictions of a draft model.
+    /// What may be drafted after each token of the window: `predicted`, or the predictions of a
+    /// draft model.
     pub(super) proposed: &'s [i32],
-    /// Number of accepted draft tokens. The token predicted after the last of them is new as well. If the window does not
-    /// branch, they are its leading draft tokens.
+    /// Number of accepted draft tokens. The token predicted after the last of them is new as well.
+    /// If the window does not branch, they are its leading draft tokens.
     pub(super) num_accepted: usize,
     /// Prompt and answer, new tokens included.
     pub(super) tokens: &'s [i32],
@@ -54,7 +58,8 @@ impl Verification<'_> {
         self.predicted[self.num_accepted]
     }
 
-    /// What was proposed at the positions after the newest token. Only for a window that does not branch.
+    /// What was proposed at the positions after the newest token. Only for a window that does not
+    /// branch.
     pub(super) fn tail(&self) -> &[i32] {
         &self.proposed[self.num_accepted + 1..]
     }

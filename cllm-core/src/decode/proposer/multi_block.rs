@@ -1,15 +1,17 @@
-//! Multi-block decoding (Jacobi Forcing, arXiv 2512.14681): the next block begins before the one in front of it is final.
+//! Multi-block decoding (Jacobi Forcing, arXiv 2512.14681): the next block begins before the one in
+//! front of it is final.
 
 use super::random_draft::RandomDraft;
 use super::tail_pool::TailPool;
 use super::{Proposer, Verification};
 
-/// The draft is what is not final of the front block (real-active in the paper), followed by the blocks behind it
-/// (pseudo-active), n tokens each.
+/// The draft is what is not final of the front block (real-active in the paper), followed by the
+/// blocks behind it (pseudo-active), n tokens each.
 ///
-/// Acceptance ignores the borders of blocks: a draft token is accepted as soon as it equals its prediction and everything
-/// before it is accepted. What a block behind the front predicts correctly, given a prefix that is not final, only decides
-/// when the next block begins; its tokens are verified again.
+/// Acceptance ignores the borders of blocks: a draft token is accepted as soon as it equals its
+/// prediction and everything before it is accepted. What a block behind the front predicts
+/// correctly, given a prefix that is not final, only decides when the next block begins; its tokens
+/// are verified again.
 pub(in crate::decode) struct MultiBlock {
     n: usize,
     max_blocks: usize,
@@ -17,7 +19,8 @@ pub(in crate::decode) struct MultiBlock {
     min_accepted: usize,
     pool: TailPool,
     random: RandomDraft,
-    /// Final tokens of the front block: 1 to n, since its first token is the last one of the sequence or an earlier one.
+    /// Final tokens of the front block: 1 to n, since its first token is the last one of the
+    /// sequence or an earlier one.
     num_final: usize,
     num_blocks_behind: usize,
     draft: Vec<i32>,

@@ -1,4 +1,5 @@
-//! N-grams that were predicted or seen, by their first tokens: the candidates of lookahead decoding.
+//! N-grams that were predicted or seen, by their first tokens: the candidates of lookahead
+//! decoding.
 
 use std::collections::{HashMap, VecDeque};
 

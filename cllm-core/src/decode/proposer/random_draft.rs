@@ -4,8 +4,8 @@ use rand::RngExt;
 
 use crate::fingerprint;
 
-/// Draws draft tokens uniformly from the tokens seen so far. Each draw has a generator of its own, seeded by (seed, sample,
-/// number of the draw), so a sequence gets the same drafts in any batch.
+/// Draws draft tokens uniformly from the tokens seen so far. Each draw has a generator of its own,
+/// seeded by (seed, sample, number of the draw), so a sequence gets the same drafts in any batch.
 pub(in crate::decode) struct RandomDraft {
     seed: u64,
     sample_id: String,
@@ -22,7 +22,7 @@ impl RandomDraft {
         let draw = self.num_draws;
         self.num_draws += 1;
         let missing = len - draft.len();
-        // Seeding a generator is not free, and most calls have nothing to draw.
+        // Seeding a generator takes time, and many calls have nothing to draw.
         if missing == 0 {
             return;
         }

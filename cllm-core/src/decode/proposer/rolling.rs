@@ -1,10 +1,12 @@
-//! A rolling window: accepted tokens leave it and new draft tokens fill it up, so its length never changes.
+//! A rolling window: accepted tokens leave it and new draft tokens fill it up, so its length never
+//! changes.
 
 use super::random_draft::RandomDraft;
 use super::tail_pool::TailPool;
 use super::{Proposer, Verification};
 
-/// Drafts n - 1 tokens after the last one: what was proposed after the newest token, then random tokens.
+/// Drafts n - 1 tokens after the last one: what was proposed after the newest token, then random
+/// tokens.
 pub(in crate::decode) struct Rolling {
     n: usize,
     pool: TailPool,

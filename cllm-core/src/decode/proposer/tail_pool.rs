@@ -1,7 +1,8 @@
 //! Rejection recycling (Jacobi Forcing, arXiv 2512.14681).
 //!
-//! What was proposed after a rejected draft token is often correct, only too early or too late. So the last few rejected
-//! tails are kept, and when a new token occurs in one of them, what followed it there is drafted again.
+//! What was proposed after a rejected draft token is often correct, only too early or too late. So
+//! the last few rejected tails are kept, and when a new token occurs in one of them, what followed
+//! it there is drafted again.
 
 use std::collections::VecDeque;
 
@@ -18,8 +19,8 @@ impl TailPool {
         TailPool { tails: VecDeque::new(), max_tails }
     }
 
-    /// To be called after a rejection. Overwrites the leading draft tokens with what followed the newest token in the newest
-    /// tail that has it, then keeps the tail that was rejected now.
+    /// To be called after a rejection. Overwrites the leading draft tokens with what followed the
+    /// newest token in the newest tail that has it, then keeps the tail that was rejected now.
     pub(super) fn recycle(&mut self, verification: &Verification<'_>, draft: &mut [i32]) {
         let tail = verification.tail();
         if self.max_tails == 0 || tail.is_empty() {

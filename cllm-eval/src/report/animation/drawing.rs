@@ -20,7 +20,8 @@ const MARGIN: f64 = 26.0;
 /// Distance between the two columns.
 const GUTTER: f64 = 28.0;
 const COLUMN_WIDTH: f64 = (WIDTH - 2.0 * MARGIN - GUTTER) / 2.0;
-/// Width of a character of the answers. Every piece of text is stretched to it, whatever monospace font there is.
+/// Width of a character of the answers. Text is stretched to it, so that the layout fits any
+/// monospace font.
 const CHAR_WIDTH: f64 = 8.4;
 const LINE_HEIGHT: f64 = 23.0;
 /// Baseline of an answer's first line.
@@ -106,7 +107,8 @@ impl<'r> Drawing<'r> {
         svg
     }
 
-    /// One step-wise animation per forward, which shows its text, and one per column for the bar that shows its time.
+    /// One step-wise animation per forward, which shows its text, and one per column for the bar
+    /// that shows its time.
     fn keyframes(&self) -> String {
         let period = self.period();
         let mut css =

@@ -2,7 +2,7 @@
 
 use unicode_width::UnicodeWidthChar;
 
-use crate::generate::visible;
+use crate::printable::to_printable;
 
 /// Part of a line of an answer, accepted by one forward.
 #[derive(Debug, PartialEq)]
@@ -21,7 +21,7 @@ pub(super) fn layout(texts: &[String], max_width: usize) -> Vec<Fragment> {
     let mut characters: Vec<(usize, char)> = Vec::new();
     for (forward, text) in texts.iter().enumerate() {
         // XML has no way to write these two characters.
-        let text = visible(text).replace(['\u{fffe}', '\u{ffff}'], "\u{fffd}");
+        let text = to_printable(text).replace(['\u{fffe}', '\u{ffff}'], "\u{fffd}");
         characters.extend(text.chars().map(|character| (forward, character)));
     }
     let paragraphs = characters.split(|&(_, character)| character == '\n');

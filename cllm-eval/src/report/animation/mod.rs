@@ -1,8 +1,9 @@
-//! One example as an animated SVG: the teacher's autoregressive answer beside the student's fastest, each forward's text
-//! appearing when that forward ended, on one common time scale.
+//! One example as an animated SVG: the teacher's autoregressive answer beside the student's
+//! fastest, each forward's text appearing when that forward ended, on one common time scale.
 //!
-//! The animation is CSS inside the SVG, with no script, so that it also plays where an SVG is embedded as an image, such
-//! as in a README. Without animation (and for readers who prefer reduced motion) the picture is its own last frame.
+//! The animation is CSS inside the SVG, with no script, so that it also plays where an SVG is
+//! embedded as an image, such as in a README. Without animation (and for readers who prefer reduced
+//! motion) the picture is its own last frame.
 
 mod drawing;
 mod layout;
@@ -18,8 +19,8 @@ use crate::results::Results;
 use crate::role::Role;
 use drawing::Drawing;
 
-/// Writes the animation of an example of a run (its folder, or its samples.jsonl) to `output`. Without an id, the example
-/// is the first that both answers are correct for, or else the first.
+/// Writes the animation of an example of a run (its folder, or its samples.jsonl) to `output`.
+/// Without an id, the example is the first that both answers are correct for, or else the first.
 ///
 /// # Errors
 /// When no example has all that is needed, or a file cannot be read or written.
@@ -31,7 +32,7 @@ pub fn animate(run: &Path, example: Option<&str>, output: &Path) -> Result<()> {
     })?;
     let pair = choose(&records, contenders, example).ok_or_else(|| {
         let which = example.map_or_else(|| "no example".to_owned(), |id| format!("no example `{id}`"));
-        let [a, b] = contenders.map(|(role, strategy)| format!("{} {strategy}", role.name()));
+        let [a, b] = contenders.map(|(role, strategy)| format!("{role} {strategy}"));
         Error::file(
             &samples,
             format!(
@@ -77,7 +78,8 @@ struct TimedAnswer<'r> {
 }
 
 impl<'r> TimedAnswer<'r> {
-    /// `None` if the answer was not timed, or its timed repetition was another answer (as rounding may cause).
+    /// `None` if the answer was not timed, or its timed repetition was another answer (as rounding
+    /// may cause).
     fn find(records: &'r Records, (role, strategy): Contender, index: usize) -> Option<Self> {
         let answer = records.answers_of(role, strategy).find(|answer| answer.index == index)?;
         let speed = records.speeds_of(role, strategy).find(|speed| speed.index == index)?;

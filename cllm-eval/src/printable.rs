@@ -1,8 +1,8 @@
 //! Makes the text of a model safe to show.
 
-/// Replaces control characters, which a terminal would obey instead of showing them, by visible ones. Line feeds stay, and
-/// tabs become spaces.
-pub fn visible(text: &str) -> String {
+/// Replaces control characters, which a terminal would obey instead of showing them, by visible
+/// ones. Line feeds stay, and tabs become spaces.
+pub fn to_printable(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for character in text.chars() {
         match character {
@@ -24,14 +24,14 @@ pub fn visible(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::visible;
+    use super::to_printable;
 
     #[test]
     fn a_terminal_gets_no_control_characters() {
         let nasty = "a\x1b[2J\x1b]0;title\x07b\x08\x7f\u{9b}31m\u{202e}c\r\n\td";
-        let shown = visible(nasty);
+        let shown = to_printable(nasty);
         assert_eq!(shown, "a␛[2J␛]0;title␇b␈␡\u{fffd}31m\u{fffd}c\n    d");
         assert!(shown.chars().all(|character| character == '\n' || !character.is_control()));
-        assert_eq!(visible("Größe 数"), "Größe 数");
+        assert_eq!(to_printable("Größe 数"), "Größe 数");
     }
 }
