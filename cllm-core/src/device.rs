@@ -1,14 +1,14 @@
-//! Names of devices: `auto`, `cpu`, `cuda`, `cuda:N`.
+//! Devices by name: `auto`, `cpu`, `cuda`, `cuda:N`.
 
 use tch::{Cuda, Device, Kind};
 
 use crate::distributed::ProcessEnv;
 use crate::{Error, Result};
 
-/// The device that `name` means on this machine; `auto` is the first GPU, or the CPU where there is none.
+/// The device of a name; `auto` is the first GPU, or the CPU on a machine without GPUs.
 ///
 /// # Errors
-/// [`Error::Usage`] for a name that is none, [`Error::Environment`] for a GPU that is not there.
+/// [`Error::Usage`] for an unknown name, [`Error::Environment`] for a GPU that this machine lacks.
 pub fn parse(name: &str) -> Result<Device> {
     let index = match name {
         "cpu" => return Ok(Device::Cpu),
@@ -19,25 +19,25 @@ pub fn parse(name: &str) -> Result<Device> {
             .and_then(|index| index.parse().ok())
             .ok_or_else(|| Error::usage(format!("device `{name}` is unknown: use auto, cpu, cuda or cuda:N")))?,
     };
-    let count = if Cuda::is_available() { Cuda::device_count() } else { 0 };
-    if (index as i64) < count {
+    let num_gpus = if Cuda::is_available() { Cuda::device_count() } else { 0 };
+    if (index as i64) < num_gpus {
         Ok(Device::Cuda(index))
-    } else if count == 0 {
+    } else if num_gpus == 0 {
         Err(Error::environment(format!(
             "device `{name}`: libtorch sees no CUDA device here; use device=cpu, or see `cllm-eval doctor`"
         )))
     } else {
-        Err(Error::environment(format!("device `{name}`: this machine has cuda:0 to cuda:{}", count - 1)))
+        Err(Error::environment(format!("device `{name}`: this machine has cuda:0 to cuda:{}", num_gpus - 1)))
     }
 }
 
-/// The device of one of several processes: where `name` leaves the GPU open, the one of its number on this machine.
+/// The device of one process of a run. If `name` does not say which GPU, it is that of the process's local rank.
 ///
 /// # Errors
 /// As [`parse`].
 pub fn for_process(name: &str, process: Option<&ProcessEnv>) -> Result<Device> {
     match process {
-        // Some launchers show each process its own GPU alone.
+        // Some launchers show each process its own GPU only.
         Some(_) if Cuda::device_count() == 1 => parse(name),
         Some(process) if ["auto", "cuda"].contains(&name) && Cuda::is_available() => {
             parse(&format!("cuda:{}", process.local_rank))
@@ -46,12 +46,12 @@ pub fn for_process(name: &str, process: Option<&ProcessEnv>) -> Result<Device> {
     }
 }
 
-/// What models compute in on a device: bf16 on GPUs, float32 on CPUs.
+/// The type that models compute in: bf16 on GPUs, float32 on CPUs.
 pub fn default_kind(device: Device) -> Kind {
     if device.is_cuda() { Kind::BFloat16 } else { Kind::Float }
 }
 
-/// Waits until the device has done all work given to it; for timings.
+/// Waits until the device has finished all its work, for timings.
 pub fn synchronize(device: Device) {
     if let Device::Cuda(index) = device {
         Cuda::synchronize(index as i64);
@@ -63,7 +63,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_are_checked() {
+    fn unknown_and_missing_devices_are_refused() {
         assert_eq!(parse("cpu").unwrap(), Device::Cpu);
         assert!(matches!(parse("gpu"), Err(Error::Usage(_))));
         assert!(matches!(parse("cuda:4096"), Err(Error::Environment(_))));

@@ -7,14 +7,15 @@ use parquet::errors::ParquetError;
 
 use crate::{Error, Result};
 
-/// Runs code that reads Parquet. The `parquet` crate panics on some files whose header and footer are intact but whose
-/// contents are damaged.
+/// Runs code that reads Parquet. The `parquet` crate panics on some files whose header and footer
+/// are intact but whose contents are damaged.
 pub(crate) fn catch_panic<T>(path: &Path, read: impl FnOnce() -> Result<T>) -> Result<T> {
     let damaged = |_| Err(Error::file(path, "is damaged: copy it again, or regenerate it"));
     catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(damaged)
 }
 
-/// Unwraps the operating-system error behind a failed write, so that a full disk is reported as one.
+/// Unwraps the operating-system error behind a failed write, so that a full disk is reported as
+/// one.
 pub(crate) fn write_error(path: &Path, error: ParquetError) -> Error {
     match error {
         ParquetError::External(inner) => match inner.downcast::<std::io::Error>() {

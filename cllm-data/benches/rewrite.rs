@@ -1,5 +1,6 @@
-//! Time and memory that `augment` and `clean` take on generated trajectories: `cargo bench -p cllm-data [-- MIB]`, with MIB
-//! of uncompressed states (default 1024). Memory is shown if /usr/bin/time exists.
+//! Time and memory that `augment` and `clean` take on generated trajectories:
+//! `cargo bench -p cllm-data [-- MIB]`, with MIB of uncompressed states (default 1024). Memory is
+//! shown if /usr/bin/time exists.
 #![allow(clippy::unwrap_used)]
 
 use std::path::{Path, PathBuf};
@@ -12,7 +13,8 @@ use cllm_core::trajectory::{Block, FinishReason, Provenance, Reader, Trajectory,
 use rand::RngExt;
 use rayon::prelude::*;
 
-// Like a teacher's trajectories: responses of 256 tokens, in blocks of 16 that take about as many states.
+// Like a teacher's trajectories: responses of 256 tokens, in blocks of 16 that take about as many
+// states.
 const N: usize = 16;
 const NUM_BLOCKS: usize = 16;
 const NUM_STATES: usize = 16;

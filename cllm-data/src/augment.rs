@@ -1,8 +1,8 @@
-//! `augment`: replaces some of the wrong tokens of each state with the correct ones, never the first wrong token (CLLM,
-//! arXiv 2403.00835, section 3.1).
+//! `augment`: replaces some of the wrong tokens of each state with the correct ones, never the
+//! first wrong token (CLLM, arXiv 2403.00835, section 3.1).
 //!
-//! Real states are a correct prefix followed by wrong tokens. Correct tokens after a wrong one are rare, and augmenting
-//! shows them to the student.
+//! Real states are a correct prefix followed by wrong tokens. Correct tokens after a wrong one are
+//! rare, and augmenting shows them to the student.
 
 use std::path::PathBuf;
 

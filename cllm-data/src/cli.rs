@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::{augment, clean, collect, export, import, inspect, prepare, stats, validate};
 
-/// Prepare prompts and trajectories for consistency training.
+/// The command line of `cllm-data`; its help begins with the description in Cargo.toml.
 #[derive(Parser)]
 #[command(
     name = "cllm-data",
@@ -33,7 +33,8 @@ enum Verb {
         after_help = "Example:\n  cllm-data prepare synthetic --split train --num-problems 500 --output runs/prompts.jsonl"
     )]
     Prepare(prepare::Arguments),
-    /// Record how Jacobi decoding converges on a teacher's answers; resume where an earlier run stopped.
+    /// Record how Jacobi decoding converges on a teacher's answers; resume where an earlier run
+    /// stopped.
     #[command(
         after_help = "Example:\n  cllm-data collect model=configs/tiny-teacher prompts=runs/prompts.jsonl \\\n    output=runs/trajectories n=16"
     )]

@@ -1,5 +1,5 @@
-//! Completes a data set: writes its card, a README.md with the front matter of the Hugging Face Hub, and marks the
-//! manifest as complete. Every verb that makes a data set ends here.
+//! Completes a data set: writes its card, a README.md with the front matter of the Hugging Face
+//! Hub, and marks the manifest as complete. Every verb that makes a data set ends here.
 
 use cllm_core::trajectory::{Manifest, Writer};
 use cllm_core::{Result, atomic_file};

@@ -1,7 +1,7 @@
 //! `import`: reads a JSON trajectory file of the reference implementation into a data set.
 //!
-//! The file has one record per block. The reference implementation cleans block by block, so a response may lack some of
-//! its blocks: its row ends before the first one that is missing.
+//! The file has one record per block. The reference implementation cleans block by block, so a
+//! response may lack some of its blocks: its row ends before the first one that is missing.
 
 use std::path::{Path, PathBuf};
 
@@ -182,7 +182,8 @@ impl Importer<'_> {
     }
 }
 
-/// Shortens a response that reached the length limit inside its last block to the length of the complete output.
+/// Shortens a response that reached the length limit inside its last block to the length of the
+/// complete output.
 fn truncate_to_complete_output(row: &mut Trajectory, complete: Option<&[i32]>) {
     let length = complete.map_or(usize::MAX, |complete| complete.len().saturating_sub(row.prompt_ids.len()));
     let last_start = row.blocks.last().map_or(0, |block| block.start as usize);

@@ -20,7 +20,8 @@ pub(crate) struct Arguments {
     /// The sample_id of the response to show [default: that of the first].
     #[arg(long, value_name = "ID")]
     sample: Option<String>,
-    /// The model whose tokenizer decodes the tokens (a folder or an id); without it, show token ids.
+    /// The model whose tokenizer decodes the tokens (a folder or an id); without it, show token
+    /// ids.
     #[arg(long)]
     model: Option<String>,
     /// Print the result as one JSON document on stdout.
@@ -73,12 +74,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome> {
     if arguments.json {
         print_as_json(&row, &text)?;
     } else {
-        print(&draw(&row, color_is_wanted(), &text)?)?;
+        print(&draw(&row, stdout_shows_colour(), &text)?)?;
     }
     Ok(Outcome::Done)
 }
 
-fn color_is_wanted() -> bool {
+fn stdout_shows_colour() -> bool {
     std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
@@ -127,11 +128,11 @@ fn print_as_json(row: &Trajectory, text: &impl Fn(i32) -> Result<String>) -> Res
     }))
 }
 
-/// Draws the blocks of a response, one state per line. Without colour, `+` marks early tokens and `-` wrong ones; an `a`
-/// after the state's number marks an augmented state.
-fn draw(row: &Trajectory, in_color: bool, text: &impl Fn(i32) -> Result<String>) -> Result<String> {
+/// Draws the blocks of a response, one state per line. Without colour, `+` marks early tokens and
+/// `-` wrong ones; an `a` after the state's number marks an augmented state.
+fn draw(row: &Trajectory, in_colour: bool, text: &impl Fn(i32) -> Result<String>) -> Result<String> {
     let legend = [(TokenStatus::Final, "final"), (TokenStatus::Early, "early"), (TokenStatus::Wrong, "wrong")]
-        .map(|(status, name)| paint(name, status, in_color))
+        .map(|(status, name)| paint(name, status, in_colour))
         .join(", ");
     let mut drawing = format!("{} ({}): {legend}\n", row.sample_id, row.source);
     for (block_index, block) in row.blocks.iter().enumerate() {
@@ -140,7 +141,7 @@ fn draw(row: &Trajectory, in_color: bool, text: &impl Fn(i32) -> Result<String>)
             let is_augmented = row.augmented.as_ref().is_some_and(|flags| flags[block_index][state_index]);
             let _ = write!(drawing, "{state_index:>4}{}", if is_augmented { "a " } else { "  " });
             for (&id, status) in state.iter().zip(statuses) {
-                let _ = write!(drawing, " {}", paint(&escape_controls(&text(id)?), status, in_color));
+                let _ = write!(drawing, " {}", paint(&escape_controls(&text(id)?), status, in_colour));
             }
             drawing.push('\n');
         }
@@ -148,8 +149,8 @@ fn draw(row: &Trajectory, in_color: bool, text: &impl Fn(i32) -> Result<String>)
     Ok(drawing.trim_end().to_owned())
 }
 
-fn paint(token: &str, status: TokenStatus, in_color: bool) -> String {
-    match (in_color, status) {
+fn paint(token: &str, status: TokenStatus, in_colour: bool) -> String {
+    match (in_colour, status) {
         (true, TokenStatus::Final) => format!("\x1b[32m{token}\x1b[0m"),
         (true, TokenStatus::Early) => format!("\x1b[36m{token}\x1b[0m"),
         (true, TokenStatus::Wrong) => format!("\x1b[31m{token}\x1b[0m"),
@@ -159,7 +160,8 @@ fn paint(token: &str, status: TokenStatus, in_color: bool) -> String {
     }
 }
 
-/// Escapes control characters, so that a token neither breaks the line nor sends the terminal a command.
+/// Escapes control characters, so that a token neither breaks the line nor sends the terminal a
+/// command.
 fn escape_controls(token: &str) -> String {
     let mut escaped = String::new();
     for character in token.chars() {

@@ -1,7 +1,9 @@
-//! Prepares prompts and makes trajectory data sets: collects, augments, cleans, checks and describes them.
+//! Prepares prompts and makes trajectory data sets: collects, augments, cleans, checks and
+//! describes them.
 //!
-//! Each verb of `cllm-data` is a module. `cllm-train rounds` runs [`collect::collect`], [`augment::augment`] and
-//! [`clean::clean`] in its own process, so these return their results and leave printing to [`cli`].
+//! Each verb of `cllm-data` is a module. `cllm-train rounds` runs [`collect::collect`],
+//! [`augment::augment`] and [`clean::clean`] in its own process, so these return their results and
+//! leave printing to [`cli`].
 
 pub mod augment;
 pub mod clean;

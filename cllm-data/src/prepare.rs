@@ -1,4 +1,5 @@
-//! `prepare`: converts a benchmark's files into a prompt set, or generates synthetic problems from a seed.
+//! `prepare`: converts a benchmark's files into a prompt set, or generates synthetic problems from
+//! a seed.
 
 use std::path::PathBuf;
 
@@ -32,8 +33,8 @@ pub(crate) struct Arguments {
     /// Use only the first N prompts.
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
-    /// Add N variants of each prompt, without answers, for a teacher to answer (gsm8k: other numbers; spider: the schemas
-    /// of other databases).
+    /// Add N variants of each prompt, without answers, for a teacher to answer (gsm8k: other
+    /// numbers; spider: the schemas of other databases).
     #[arg(long, value_name = "N", default_value_t = 0)]
     variants: usize,
     /// Seed of synthetic problems and of variants.

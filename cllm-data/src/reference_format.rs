@@ -1,5 +1,5 @@
-//! The JSON trajectory files of the CLLM reference implementation (github.com/hao-ai-lab/Consistency_LLM): one array with one
-//! record per block.
+//! The JSON trajectory files of the CLLM reference implementation
+//! (github.com/hao-ai-lab/Consistency_LLM): one array with one record per block.
 
 use std::fmt;
 use std::fs::File;

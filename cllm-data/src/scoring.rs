@@ -1,4 +1,5 @@
-//! Scores recorded responses by their task, for `collect` and `clean`. Code in responses is never run here: only
+//! Scores recorded responses by their task, for `collect` and `clean`. Code in responses is never
+//! run here: only
 //! `cllm-eval` runs code, and only when asked to.
 
 use std::path::Path;

@@ -31,8 +31,8 @@ struct Stats {
     states_per_block: f64,
     /// Response tokens per forward, derived from the states; null if any states were augmented.
     tokens_per_forward: Option<f64>,
-    /// Mean number of tokens by which an iteration extends the converged prefix of a whole block; null if all rows were
-    /// augmented.
+    /// Mean number of tokens by which an iteration extends the converged prefix of a whole block;
+    /// null if all rows were augmented.
     fast_forwarded: Option<f64>,
     /// Mean number of stationary tokens per whole block; null if all rows were augmented.
     stationary: Option<f64>,

@@ -1,4 +1,5 @@
-//! `validate`: checks every row of a data set against the data format, and the data set against a model.
+//! `validate`: checks every row of a data set against the data format, and the data set against a
+//! model.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -19,7 +20,8 @@ const MAX_LISTED_VIOLATIONS: usize = 20;
 pub(crate) struct Arguments {
     /// Folder of the data set, or one of its shards.
     data: PathBuf,
-    /// The model that should have collected it (a folder or an id): compare teacher, tokenizer and vocabulary.
+    /// The model that should have collected it (a folder or an id): compare teacher, tokenizer and
+    /// vocabulary.
     #[arg(long)]
     model: Option<String>,
     /// Print the result as one JSON document on stdout.
@@ -68,8 +70,8 @@ fn report(violations: &[String], num_rows: usize, as_json: bool) -> Result<()> {
     print(&format!("{}, {}", count(num_rows, "row"), count(violations.len(), "violation")))
 }
 
-/// Checks that a response with the finish reason `length` has reached the limit. An imported response may be shorter: it
-/// ends where the file lacks a block.
+/// Checks that a response with the finish reason `length` has reached the limit. An imported
+/// response may be shorter: it ends where the file lacks a block.
 fn check_length(row: &Trajectory, provenance: &Provenance) -> std::result::Result<(), String> {
     let (length, max_new_tokens) = (row.response_ids.len(), provenance.max_new_tokens);
     let is_imported = provenance.steps.first().is_some_and(|step| step.starts_with("import"));
@@ -81,7 +83,8 @@ fn check_length(row: &Trajectory, provenance: &Provenance) -> std::result::Resul
     }
 }
 
-/// The violations of a data set that is not of this model. The rows are then checked against the smaller vocabulary.
+/// The violations of a data set that is not of this model. The rows are then checked against the
+/// smaller vocabulary.
 fn compare_with_model(provenance: &mut Provenance, model: &str) -> Result<Vec<String>> {
     let folder = hub::locate(model)?;
     let vocab_size = checkpoint::load_config(&folder)?.vocab_size as usize;

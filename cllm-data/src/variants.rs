@@ -1,5 +1,6 @@
-//! Variants of a benchmark's prompts, without answers: the teacher answers them itself. A student that has learned from more
-//! distinct prompts stays closer to its teacher on prompts that it has never seen.
+//! Variants of a benchmark's prompts, without answers: the teacher answers them itself. A student
+//! that has learned from more distinct prompts stays closer to its teacher on prompts that it has
+//! never seen.
 
 use std::sync::LazyLock;
 
@@ -16,8 +17,9 @@ type Vary<'s> = Box<dyn Fn(&str, &mut ChaCha8Rng) -> String + 's>;
 
 static WHOLE_NUMBER: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"\d+").expect("the pattern is valid"));
 
-/// Makes `per_sample` variants of each sample, without reference and meta: GSM8K's questions get other numbers, Spider's the
-/// schema of another database in `samples` with its tables and columns shuffled. The same seed gives the same variants.
+/// Makes `per_sample` variants of each sample, without reference and meta: GSM8K's questions get
+/// other numbers, Spider's the schema of another database in `samples` with its tables and columns
+/// shuffled. The same seed gives the same variants.
 ///
 /// # Errors
 /// [`Error::Usage`] for a benchmark whose prompts have nothing to vary.
@@ -47,7 +49,8 @@ pub(crate) fn variants(task: Task, samples: &[Sample], per_sample: usize, seed: 
     Ok(numbered.map(|(sample, number)| variant(sample, number)).collect())
 }
 
-/// Replaces whole numbers by others with as many digits. The digits 0 and 1 stay; another single digit becomes 2 to 9.
+/// Replaces whole numbers by others with as many digits. The digits 0 and 1 stay; another single
+/// digit becomes 2 to 9.
 fn with_other_numbers(question: &str, rng: &mut ChaCha8Rng) -> String {
     let replace = |number: &Captures<'_>| match number[0].len() {
         1 if ["0", "1"].contains(&&number[0]) => number[0].to_owned(),

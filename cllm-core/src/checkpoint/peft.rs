@@ -1,24 +1,25 @@
-//! Adapters in the files of PEFT: adapter_config.json, which names the model they belong to, and adapter_model.safetensors.
+//! Adapters in the format of PEFT: adapter_config.json, which names the model that they belong to, and
+//! adapter_model.safetensors.
 
 use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 
-use safetensors::SafeTensors;
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-use super::safetensors as weights;
+use super::hub::{self, ADAPTER_CONFIG_FILE, is_adapter};
+use super::safetensors::{self, write_safetensors};
 use crate::cuda::libtorch;
-use crate::model::{Adapter, Adapters, LoraConfig, LoraTarget, ModelConfig, Transformer};
+use crate::model::{LoraAdapter, LoraAdapters, LoraConfig, LoraTarget, ModelConfig, Transformer};
 use crate::{Error, Result, atomic_file, text_file};
 
-const CONFIG: &str = "adapter_config.json";
-const WEIGHTS: &str = "adapter_model.safetensors";
-/// What PEFT puts before the names of the model's own modules.
-const PREFIX: &str = "base_model.model.";
+const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+/// PEFT's prefix of the model's own module names.
+const NAME_PREFIX: &str = "base_model.model.";
 
-/// Settings of PEFT that change what an adapter computes, and that this toolkit does not know: they must be off.
+/// Settings of PEFT that change what an adapter computes and that are not supported: they must be off.
 const UNSUPPORTED: [&str; 16] = [
     "use_rslora",
     "use_dora",
@@ -38,7 +39,7 @@ const UNSUPPORTED: [&str; 16] = [
     "monteclora_config",
 ];
 
-/// The part of adapter_config.json that is read.
+/// The fields of adapter_config.json that are read.
 #[derive(Deserialize)]
 struct AdapterConfig {
     peft_type: String,
@@ -47,137 +48,144 @@ struct AdapterConfig {
     lora_alpha: f64,
 }
 
-/// Whether a folder holds an adapter; as in `transformers`, that counts before a model beside it.
-pub fn is_adapter(folder: &Path) -> bool {
-    folder.join(CONFIG).exists()
-}
-
-/// The folder of the model itself: `folder`, or for an adapter that of the model it belongs to.
+/// The folder of the model itself: `folder`, or for an adapter the folder of its model.
 ///
 /// # Errors
-/// When adapter_config.json is broken, or names no model that can be found.
+/// When adapter_config.json is invalid or names no model that can be located.
 pub fn base_folder(folder: &Path) -> Result<PathBuf> {
     if !is_adapter(folder) {
         return Ok(folder.to_owned());
     }
-    let (path, config) = read_config(folder)?;
-    let name = config.base_model_name_or_path.filter(|name| !name.is_empty());
+    let path = folder.join(ADAPTER_CONFIG_FILE);
+    let name = read_config(&path)?.base_model_name_or_path.filter(|name| !name.is_empty());
     let name = name.ok_or_else(|| Error::file(&path, "has no `base_model_name_or_path`: name the model there"))?;
-    let wrong = |why: &dyn std::fmt::Display| Error::file(&path, format!("base_model_name_or_path `{name}`: {why}"));
-    let base = super::hub::locate(&name).map_err(|error| wrong(&error))?;
+    let invalid = |why: &dyn Display| Error::file(&path, format!("base_model_name_or_path `{name}`: {why}"));
+    let base = hub::locate(&name).map_err(|error| invalid(&error))?;
     if is_adapter(&base) {
-        return Err(wrong(&"is an adapter too: merge it with `cllm-train export`, and name the result here"));
+        return Err(invalid(&"is an adapter too: merge it with `cllm-train export`, and name the result here"));
     }
     Ok(base)
 }
 
-/// The files of a folder's adapter, if it holds one.
-pub(crate) fn files(folder: &Path) -> Vec<PathBuf> {
-    if is_adapter(folder) { vec![folder.join(CONFIG), folder.join(WEIGHTS)] } else { Vec::new() }
+/// The files of a folder's adapter; none for a model without one.
+pub(super) fn adapter_files(folder: &Path) -> Vec<PathBuf> {
+    if is_adapter(folder) { vec![folder.join(ADAPTER_CONFIG_FILE), folder.join(WEIGHTS_FILE)] } else { Vec::new() }
 }
 
-/// The adapter of a folder, if it holds one, for a model of this shape; in float32 on `device`.
+/// The adapters of a folder, in float32 on `device`; `None` for a model without any.
 ///
 /// # Errors
-/// Names a file that is missing, cut off or does not fit the model, and a setting that is not supported.
-pub(crate) fn read(folder: &Path, config: &ModelConfig, device: Device) -> Result<Option<Adapters>> {
+/// Names a file that is missing, incomplete or does not fit the model, and a setting that is not supported.
+pub(super) fn load_adapters(folder: &Path, model: &ModelConfig, device: Device) -> Result<Option<LoraAdapters>> {
     if !is_adapter(folder) {
         return Ok(None);
     }
     let _no_grad = tch::no_grad_guard();
-    let (_, settings) = read_config(folder)?;
-    let file = folder.join(WEIGHTS);
-    let map = libtorch::map_file(&file)?;
-    let tensors = SafeTensors::deserialize(&map)
-        .map_err(|error| Error::file(&file, format!("is no whole safetensors file ({error}); copy it again")))?;
-    let mut found: BTreeMap<String, Tensor> = BTreeMap::new();
-    for (name, view) in tensors.iter() {
-        let tensor = weights::tensor(&file, name, &view)?.f_to_device(device)?.f_to_kind(Kind::Float)?;
-        found.insert(name.to_owned(), tensor);
-    }
-    // Which projections have an adapter is told by the tensors: `target_modules` may be a pattern, and may leave layers out.
-    let lora = LoraConfig { rank: settings.r, alpha: settings.lora_alpha, targets: LoraTarget::ALL.into() };
-    let mut each = Vec::new();
-    for place in lora.places(config) {
-        let names = ["lora_A", "lora_B"].map(|part| format!("{PREFIX}{}.{part}.weight", place.module));
-        let [down, up] = match names.each_ref().map(|name| found.remove(name)) {
+    let config = read_config(&folder.join(ADAPTER_CONFIG_FILE))?;
+    let file = folder.join(WEIGHTS_FILE);
+    let mut tensors = read_tensors(&file, device)?;
+    // The tensors tell which projections have an adapter: `target_modules` may be a pattern, and layers may be excluded.
+    let lora = LoraConfig { rank: config.r, alpha: config.lora_alpha, targets: LoraTarget::ALL.into() };
+    let mut modules = Vec::new();
+    for module in lora.target_modules(model) {
+        let names = ["lora_A", "lora_B"].map(|matrix| format!("{NAME_PREFIX}{}.{matrix}.weight", module.name));
+        let (lora_a, lora_b) = match names.each_ref().map(|name| tensors.remove(name)) {
             [None, None] => continue,
-            [Some(down), Some(up)] => [down, up],
-            [down, _] => {
-                let lacking = &names[usize::from(down.is_some())];
-                return Err(Error::file(&file, format!("lacks `{lacking}`, the other half of an adapter")));
+            [Some(lora_a), Some(lora_b)] => (lora_a, lora_b),
+            [lora_a, _] => {
+                let missing = &names[usize::from(lora_a.is_some())];
+                return Err(Error::file(&file, format!("lacks `{missing}`, the other half of an adapter")));
             }
         };
-        let shapes = [[lora.rank, place.inputs], [place.outputs, lora.rank]];
-        for ((name, tensor), shape) in names.iter().zip([&down, &up]).zip(shapes) {
-            if tensor.size() != shape {
-                let message = format!("`{name}` has shape {:?}, the model and `r` call for {shape:?}", tensor.size());
-                return Err(Error::file(&file, message));
-            }
-        }
-        each.push((place, Adapter { down, up, scale: lora.alpha / lora.rank as f64, first: 0 }));
+        check_shape(&file, &names[0], &lora_a, [lora.rank, module.in_features])?;
+        check_shape(&file, &names[1], &lora_b, [module.out_features, lora.rank])?;
+        modules.push((module, LoraAdapter::new(lora_a, lora_b, &lora)));
     }
-    match found.keys().next() {
-        Some(name) => Err(Error::file(&file, format!("`{name}` has no place in the model that it belongs to"))),
-        None if each.is_empty() => Err(Error::file(&file, "holds no adapters")),
-        None => Ok(Some(Adapters::new(lora, each, device, Kind::Float))),
+    match tensors.keys().next() {
+        Some(name) => Err(Error::file(&file, format!("`{name}` belongs to no projection of the model"))),
+        None if modules.is_empty() => Err(Error::file(&file, "holds no adapters")),
+        None => Ok(Some(LoraAdapters::new(lora, modules, device, Kind::Float))),
     }
 }
 
-fn read_config(folder: &Path) -> Result<(PathBuf, AdapterConfig)> {
-    let path = folder.join(CONFIG);
-    let text = text_file::read(&path)?;
-    let wrong = |error: &dyn std::fmt::Display| Error::file(&path, format!("is no LoRA configuration: {error}"));
-    let whole: Value = serde_json::from_str(&text).map_err(|error| wrong(&error))?;
-    let config: AdapterConfig = serde_path_to_error::deserialize(&whole).map_err(|error| wrong(&error))?;
+/// Every tensor of a file, in float32 on `device`.
+fn read_tensors(file: &Path, device: Device) -> Result<BTreeMap<String, Tensor>> {
+    let map = libtorch::map_file(file)?;
+    let mut tensors = BTreeMap::new();
+    for (name, view) in safetensors::parse(file, &map)?.iter() {
+        let tensor = safetensors::to_tensor(file, name, &view)?.f_to_device(device)?.f_to_kind(Kind::Float)?;
+        tensors.insert(name.to_owned(), tensor);
+    }
+    Ok(tensors)
+}
+
+fn check_shape(file: &Path, name: &str, tensor: &Tensor, expected: [i64; 2]) -> Result<()> {
+    if tensor.size() == expected {
+        return Ok(());
+    }
+    let actual = tensor.size();
+    Err(Error::file(file, format!("`{name}` has shape {actual:?}, but the model and `r` call for {expected:?}")))
+}
+
+fn read_config(path: &Path) -> Result<AdapterConfig> {
+    let text = text_file::read(path)?;
+    let invalid = |error: &dyn Display| Error::file(path, format!("is not a LoRA configuration: {error}"));
+    let json: Value = serde_json::from_str(&text).map_err(|error| invalid(&error))?;
+    let config: AdapterConfig = serde_path_to_error::deserialize(&json).map_err(|error| invalid(&error))?;
     if config.peft_type != "LORA" {
-        return Err(Error::file(&path, format!("peft_type `{}` is not supported: use LORA", config.peft_type)));
+        return Err(Error::file(path, format!("peft_type `{}` is not supported: use LORA", config.peft_type)));
     }
     if config.r < 1 {
-        return Err(Error::file(&path, format!("r is {}: expected at least 1", config.r)));
+        return Err(Error::file(path, format!("r is {}: expected at least 1", config.r)));
     }
+    match unsupported_setting(&json) {
+        None => Ok(config),
+        Some(key) => {
+            let message =
+                format!("`{key}` is {}, which is not supported: merge the adapter with PEFT first", json[key]);
+            Err(Error::file(path, message))
+        }
+    }
+}
+
+fn unsupported_setting(config: &Value) -> Option<&'static str> {
     let is_off = |value: &Value| match value {
         Value::Null | Value::Bool(false) => true,
         Value::Array(values) => values.is_empty(),
         Value::Object(fields) => fields.is_empty(),
         _ => false,
     };
-    let get = |key: &str| &whole[key];
-    // Some ways to begin take a part out of the model's own weights.
-    let wrong =
-        UNSUPPORTED.into_iter().find(|key| !is_off(get(key))).or(match (get("bias"), get("init_lora_weights")) {
-            (Value::String(bias), _) if bias != "none" => Some("bias"),
-            (_, Value::String(way)) if way != "gaussian" => Some("init_lora_weights"),
-            _ => None,
-        });
-    match wrong {
-        Some(key) => Err(Error::file(
-            &path,
-            format!("`{key}` is {}, which is not supported: merge the adapter with PEFT first", get(key)),
-        )),
-        None => Ok((path, config)),
+    if let Some(key) = UNSUPPORTED.into_iter().find(|key| !is_off(&config[key])) {
+        return Some(key);
+    }
+    match (&config["bias"], &config["init_lora_weights"]) {
+        (Value::String(bias), _) if bias != "none" => Some("bias"),
+        // Some initializations subtract the fresh adapter from the model's own weights.
+        (_, Value::String(initialization)) if initialization != "gaussian" => Some("init_lora_weights"),
+        _ => None,
     }
 }
 
-/// Writes the adapters alone, in the model's type, as PEFT does: into an existing folder, which names `base` as the model
+/// Writes a model's adapters alone, in its type, as PEFT does, into an existing folder. `base` is the name or path of the model
 /// that they belong to.
 ///
 /// # Errors
 /// [`Error::Usage`] for a model without adapters; file-system errors.
 pub fn save_adapter(model: &Transformer, folder: &Path, base: &str) -> Result<()> {
-    let adapters = model.adapters.as_ref().ok_or_else(|| Error::usage("the model has no adapters to save"))?;
-    let tensors: Vec<_> =
-        adapters.numbers.tensors().into_iter().map(|(name, tensor)| (format!("{PREFIX}{name}"), tensor)).collect();
-    let shapes: Vec<_> = tensors.iter().map(|(name, tensor)| (name.clone(), tensor.size())).collect();
-    let (code, _) = weights::type_names(model.kind())?;
-    weights::write_safetensors(&folder.join(WEIGHTS), code, model.kind().elt_size_in_bytes(), &shapes, |index| {
+    let adapters = model.adapters().ok_or_else(|| Error::usage("the model has no adapters to save"))?;
+    let tensors = adapters.params.tensors();
+    let shapes: Vec<_> = tensors.iter().map(|(name, tensor)| (format!("{NAME_PREFIX}{name}"), tensor.size())).collect();
+    let dtype = safetensors::dtype_names(model.kind())?.safetensors;
+    let element_bytes = model.kind().elt_size_in_bytes();
+    write_safetensors(&folder.join(WEIGHTS_FILE), dtype, element_bytes, &shapes, |index| {
         libtorch::tensor_to_bytes(&tensors[index].1)
     })?;
-    atomic_file::write_json(&folder.join(CONFIG), &adapter_config(&adapters.lora, base))
+    atomic_file::write_json(&folder.join(ADAPTER_CONFIG_FILE), &to_config_json(&adapters.config, base))
 }
-/// adapter_config.json; what is not there has PEFT's default.
-fn adapter_config(lora: &LoraConfig, base: &str) -> Value {
-    // PEFT writes whole numbers as such, and some readers expect no other.
+
+/// adapter_config.json. Fields that it lacks have PEFT's defaults.
+fn to_config_json(lora: &LoraConfig, base: &str) -> Value {
+    // PEFT writes whole numbers as integers, and some readers expect an integer here.
     let alpha = if lora.alpha.fract() == 0.0 { json!(lora.alpha as i64) } else { json!(lora.alpha) };
     json!({
         "base_model_name_or_path": base,

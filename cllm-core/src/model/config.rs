@@ -1,14 +1,15 @@
-//! config.json as the model uses it: nothing optional.
+//! The configuration of a model, resolved from config.json: nothing is optional any more.
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::hf_config::{RawConfig, positive, rope_json};
+use super::hf_config::{HfConfig, positive, rope_scaling_json};
+use super::rope::RopeScaling;
 
-/// Larger sizes are mistakes; below it no product of two overflows.
-const LARGEST_SIZE: i64 = 1 << 31;
+/// Sizes from here on are mistakes. Below, the product of two does not overflow.
+const SIZE_LIMIT: i64 = 1 << 31;
 
-/// Families that are supported; they differ in biases and in the norm of queries and keys.
+/// The supported families. They differ in their biases and in the norm of queries and keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Family {
@@ -22,91 +23,49 @@ pub enum Family {
     Qwen3,
 }
 
-/// How rotary positions are stretched past the trained context.
-#[derive(Debug, Clone, PartialEq)]
-pub enum RopeScaling {
-    /// Not at all.
-    None,
-    /// Positions divided by a factor.
-    Linear {
-        /// The factor.
-        factor: f64,
-    },
-    /// Llama 3: long wavelengths divided by a factor, short ones kept, a ramp between.
-    Llama3 {
-        /// The factor.
-        factor: f64,
-        /// Bound of the long wavelengths.
-        low_freq_factor: f64,
-        /// Bound of the short wavelengths.
-        high_freq_factor: f64,
-        /// The trained context.
-        original_max_positions: f64,
-    },
-    /// YaRN (Peng et al., arXiv 2309.00071).
-    Yarn {
-        /// The factor.
-        factor: f64,
-        /// Rotations above which a dimension is kept.
-        beta_fast: f64,
-        /// Rotations below which a dimension is divided.
-        beta_slow: f64,
-        /// The trained context.
-        original_max_positions: f64,
-        /// Scale of cosine and sine.
-        attention_factor: f64,
-    },
-}
-
-/// A resolved model configuration: no field is optional any more.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelConfig {
-    /// The family.
     pub family: Family,
-    /// Ids of the vocabulary.
     pub vocab_size: i64,
     /// Width of the residual stream.
     pub hidden_size: i64,
     /// Width of the feed-forward layer.
     pub intermediate_size: i64,
-    /// Layers.
     pub num_layers: i64,
     /// Query heads.
     pub num_heads: i64,
     /// Key and value heads; each serves `num_heads / num_kv_heads` query heads.
     pub num_kv_heads: i64,
-    /// Width of a head.
     pub head_dim: i64,
-    /// Most positions the model knows.
+    /// Longest context, in tokens.
     pub max_positions: usize,
     /// Added to the variance in the norms.
     pub rms_norm_eps: f64,
-    /// Base of the rotary wavelengths.
+    /// Base of the frequencies of RoPE.
     pub rope_theta: f64,
-    /// Stretching of positions.
     pub rope_scaling: RopeScaling,
-    /// Bias of the query, key and value projections.
+    /// Whether the query, key and value projections have biases.
     pub qkv_bias: bool,
-    /// Bias of the attention's output projection.
+    /// Whether the output projection of the attention has a bias.
     pub output_bias: bool,
-    /// Whether the output projection is the embedding.
+    /// Whether the embedding is the output projection too.
     pub tied_embeddings: bool,
-    /// The token before every text, where the model has one.
+    /// The token before every text, if the model has one.
     pub bos_id: Option<i64>,
-    /// The tokens that end a text, as far as config.json knows them.
+    /// The tokens that end a text, as far as config.json names them.
     pub eos_ids: Vec<i64>,
-    /// config.json as it was read; what is written back keeps its other fields.
-    raw: Value,
+    /// config.json as it was read. Its other fields are kept when it is written back.
+    json: Value,
 }
 
 impl ModelConfig {
     /// Resolves a config.json.
     ///
     /// # Errors
-    /// What is missing, wrong or not supported, in words.
-    pub fn from_json(value: &Value) -> Result<Self, String> {
-        let raw: RawConfig = serde_path_to_error::deserialize(value).map_err(|error| error.to_string())?;
-        let family = match raw.model_type.as_str() {
+    /// A message that says what is missing, invalid or not supported.
+    pub fn from_json(json: &Value) -> Result<Self, String> {
+        let hf: HfConfig = serde_path_to_error::deserialize(json).map_err(|error| error.to_string())?;
+        let family = match hf.model_type.as_str() {
             "llama" => Family::Llama,
             "mistral" => Family::Mistral,
             "qwen2" => Family::Qwen2,
@@ -115,52 +74,52 @@ impl ModelConfig {
                 return Err(format!("model_type `{other}` is not supported: use llama, mistral, qwen2 or qwen3"));
             }
         };
-        let max_positions = raw.max_position_embeddings.unwrap_or(2048);
-        raw.refuse_unsupported(family, max_positions)?;
-        let head_dim = raw.head_dim.unwrap_or(match family {
-            // What `transformers` takes for a Qwen3 that does not say.
+        let max_positions = hf.max_position_embeddings.unwrap_or(2048);
+        hf.refuse_unsupported(max_positions)?;
+        let head_dim = hf.head_dim.unwrap_or(match family {
+            // The default of `transformers`.
             Family::Qwen3 => 128,
-            _ => raw.hidden_size / raw.num_attention_heads.max(1),
+            _ => hf.hidden_size / hf.num_attention_heads.max(1),
         });
-        let attention_bias = raw.attention_bias.unwrap_or(false);
+        let attention_bias = hf.attention_bias.unwrap_or(false);
         let config = ModelConfig {
             family,
-            vocab_size: raw.vocab_size,
-            hidden_size: raw.hidden_size,
-            intermediate_size: raw.intermediate_size,
-            num_layers: raw.num_hidden_layers,
-            num_heads: raw.num_attention_heads,
-            num_kv_heads: raw.num_key_value_heads.unwrap_or(raw.num_attention_heads),
+            vocab_size: hf.vocab_size,
+            hidden_size: hf.hidden_size,
+            intermediate_size: hf.intermediate_size,
+            num_layers: hf.num_hidden_layers,
+            num_heads: hf.num_attention_heads,
+            num_kv_heads: hf.num_key_value_heads.unwrap_or(hf.num_attention_heads),
             head_dim,
             max_positions,
-            rms_norm_eps: positive(raw.rms_norm_eps.unwrap_or(1e-6), "rms_norm_eps")?,
-            rope_theta: positive(raw.rope_theta(), "rope_theta")?,
-            rope_scaling: raw.rope_scaling(max_positions)?,
-            // Qwen2 always has it and Mistral never, whatever the file says.
+            rms_norm_eps: positive(hf.rms_norm_eps.unwrap_or(1e-6), "rms_norm_eps")?,
+            rope_theta: positive(hf.rope_theta(), "rope_theta")?,
+            rope_scaling: hf.rope_scaling(max_positions)?,
+            // Qwen2 always has biases and Mistral never, whatever the file says.
             qkv_bias: match family {
                 Family::Qwen2 => true,
                 Family::Mistral => false,
                 Family::Llama | Family::Qwen3 => attention_bias,
             },
             output_bias: matches!(family, Family::Llama | Family::Qwen3) && attention_bias,
-            tied_embeddings: raw.tie_word_embeddings.unwrap_or(false),
-            bos_id: raw.bos_token_id,
-            eos_ids: raw.eos_ids(),
-            raw: value.clone(),
+            tied_embeddings: hf.tie_word_embeddings.unwrap_or(false),
+            bos_id: hf.bos_token_id,
+            eos_ids: hf.eos_ids(),
+            json: json.clone(),
         };
         config.check_sizes()?;
         Ok(config)
     }
 
-    /// Number of weights, tied ones once.
+    /// Number of parameters; tied ones count once.
     pub fn num_parameters(&self) -> i64 {
         self.parameter_shapes().iter().map(|(_, shape)| shape.iter().product::<i64>()).sum()
     }
 
     /// config.json for weights of type `dtype` (`float32`, `bfloat16`, `float16`).
     pub fn to_json(&self, dtype: &str) -> Value {
-        let mut raw = self.raw.clone();
-        if let Some(object) = raw.as_object_mut() {
+        let mut config = self.json.clone();
+        if let Some(object) = config.as_object_mut() {
             let architecture = match self.family {
                 Family::Llama => "LlamaForCausalLM",
                 Family::Mistral => "MistralForCausalLM",
@@ -168,7 +127,7 @@ impl ModelConfig {
                 Family::Qwen3 => "Qwen3ForCausalLM",
             };
             object.entry("architectures").or_insert_with(|| json!([architecture]));
-            // Every default is written out: those of `transformers` differ between families and versions.
+            // Defaults are written out, because those of `transformers` differ between families and versions.
             for (key, value) in [
                 ("hidden_act", json!("silu")),
                 ("num_key_value_heads", json!(self.num_kv_heads)),
@@ -176,7 +135,7 @@ impl ModelConfig {
                 ("max_position_embeddings", json!(self.max_positions)),
                 ("rms_norm_eps", json!(self.rms_norm_eps)),
                 ("rope_theta", json!(self.rope_theta)),
-                ("rope_scaling", rope_json(&self.rope_scaling)),
+                ("rope_scaling", rope_scaling_json(&self.rope_scaling)),
                 ("attention_bias", json!(self.output_bias)),
                 ("tie_word_embeddings", json!(self.tied_embeddings)),
                 ("sliding_window", Value::Null),
@@ -188,29 +147,29 @@ impl ModelConfig {
                 object.shift_remove(newer_name);
             }
         }
-        raw
+        config
     }
 
-    /// Name and shape of every weight, in file order.
+    /// Name and shape of every weight, in the order of the file.
     pub fn parameter_shapes(&self) -> Vec<(String, Vec<i64>)> {
         let (hidden, inner) = (self.hidden_size, self.intermediate_size);
-        let (queries, keys) = (self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim);
+        let (q_width, kv_width) = (self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim);
         let mut shapes = vec![("model.embed_tokens.weight".to_owned(), vec![self.vocab_size, hidden])];
         for layer in 0..self.num_layers {
             let mut add =
                 |name: &str, shape: &[i64]| shapes.push((format!("model.layers.{layer}.{name}"), shape.to_vec()));
             add("input_layernorm.weight", &[hidden]);
-            for (name, rows) in [("q", queries), ("k", keys), ("v", keys)] {
-                add(&format!("self_attn.{name}_proj.weight"), &[rows, hidden]);
+            for (name, width) in [("q", q_width), ("k", kv_width), ("v", kv_width)] {
+                add(&format!("self_attn.{name}_proj.weight"), &[width, hidden]);
                 if self.qkv_bias {
-                    add(&format!("self_attn.{name}_proj.bias"), &[rows]);
+                    add(&format!("self_attn.{name}_proj.bias"), &[width]);
                 }
             }
             if self.family == Family::Qwen3 {
                 add("self_attn.q_norm.weight", &[self.head_dim]);
                 add("self_attn.k_norm.weight", &[self.head_dim]);
             }
-            add("self_attn.o_proj.weight", &[hidden, queries]);
+            add("self_attn.o_proj.weight", &[hidden, q_width]);
             if self.output_bias {
                 add("self_attn.o_proj.bias", &[hidden]);
             }
@@ -231,9 +190,9 @@ impl ModelConfig {
         if let Some(size) = sizes
             .iter()
             .chain([&self.num_kv_heads, &self.head_dim, &(self.max_positions as i64)])
-            .find(|size| !(1..LARGEST_SIZE).contains(*size))
+            .find(|size| !(1..SIZE_LIMIT).contains(*size))
         {
-            return Err(format!("every size must lie between 1 and 2^31, found {size}"));
+            return Err(format!("every size must be between 1 and 2^31, found {size}"));
         }
         if self.num_heads % self.num_kv_heads != 0 {
             return Err(format!(
@@ -242,7 +201,7 @@ impl ModelConfig {
             ));
         }
         if self.head_dim % 2 != 0 {
-            return Err(format!("head_dim ({}) must be even for rotary positions", self.head_dim));
+            return Err(format!("head_dim ({}) must be even for rotary embeddings", self.head_dim));
         }
         Ok(())
     }

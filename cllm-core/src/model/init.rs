@@ -1,29 +1,18 @@
-//! Random weights.
+//! Random weights. They depend on the seed alone: the same seed gives the same bytes on every device and machine.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use tch::{Device, Kind, Tensor};
 
-use super::{ModelConfig, ParamBuffer, Transformer};
+use super::config::ModelConfig;
+use super::params::ParamBuffer;
 
-impl Transformer {
-    /// Random weights (normal, 0.02; norms 1, biases 0), drawn on the CPU: the same for the same seed on every device.
-    pub fn random(config: ModelConfig, seed: u64, device: Device, kind: Kind) -> Self {
-        let weights = random_params(&config, seed, device, kind);
-        Self::assemble(config, weights)
-    }
+/// Standard deviation of the weights of projections and embeddings, as in Llama.
+const STANDARD_DEVIATION: f64 = 0.02;
 
-    /// Noise drawn on the device: a shape to measure speed with, where drawing on the CPU would take minutes.
-    pub fn random_on_device(config: ModelConfig, device: Device, kind: Kind) -> Self {
-        let _no_grad = tch::no_grad_guard();
-        let weights = ParamBuffer::zeros(config.parameter_shapes(), device, kind);
-        let _ = weights.buffer().shallow_clone().normal_(0.0, 0.02);
-        Self::assemble(config, weights)
-    }
-}
-
-/// Random weights, drawn on the CPU in float32 whatever the device.
-fn random_params(config: &ModelConfig, seed: u64, device: Device, kind: Kind) -> ParamBuffer {
+/// Weights for training from scratch: normal matrices, norms of 1, biases of 0. Drawn on the CPU in float32, whatever the
+/// device and the type.
+pub(super) fn random_params(config: &ModelConfig, seed: u64, device: Device, kind: Kind) -> ParamBuffer {
     let _no_grad = tch::no_grad_guard();
     let draw = |index: usize, name: &str, shape: &[i64]| {
         let options = (Kind::Float, Device::Cpu);
@@ -32,29 +21,38 @@ fn random_params(config: &ModelConfig, seed: u64, device: Device, kind: Kind) ->
         } else if name.ends_with(".bias") {
             Tensor::zeros(shape, options)
         } else {
-            // Not libtorch's generator: it is shared by all threads of the process.
-            let mut random = ChaCha8Rng::seed_from_u64(seed);
-            random.set_stream(index as u64);
+            // Not libtorch's generator, which all threads of the process share.
+            let mut rng = ChaCha8Rng::seed_from_u64(seed);
+            rng.set_stream(index as u64);
             let count = shape.iter().product::<i64>() as usize;
-            Tensor::from_slice(&normals(&mut random, count, 0.02)).view(shape)
+            Tensor::from_slice(&draw_normals(&mut rng, count, STANDARD_DEVIATION)).view(shape)
         }
     };
-    let weights = ParamBuffer::zeros(config.parameter_shapes(), device, kind);
-    for (index, (name, mut weight)) in weights.tensors().into_iter().enumerate() {
+    let params = ParamBuffer::zeros(config.parameter_shapes(), device, kind);
+    for (index, (name, mut weight)) in params.tensors().into_iter().enumerate() {
         weight.copy_(&draw(index, &name, &weight.size()));
     }
-    weights
+    params
 }
 
-/// Normal numbers by Box and Muller's method.
-fn normals(random: &mut ChaCha8Rng, count: usize, deviation: f64) -> Vec<f32> {
-    let mut unit = || ((random.next_u32() as f64) + 0.5) / 2f64.powi(32);
-    let mut numbers = Vec::with_capacity(count + 1);
-    while numbers.len() < count {
-        let radius = deviation * (-2.0 * unit().ln()).sqrt();
-        let (sine, cosine) = (std::f64::consts::TAU * unit()).sin_cos();
-        numbers.extend([(radius * cosine) as f32, (radius * sine) as f32]);
+/// Weights for measurements of speed alone, drawn on the device: on the CPU, those of a large model would take minutes.
+pub(super) fn random_params_on_device(config: &ModelConfig, device: Device, kind: Kind) -> ParamBuffer {
+    let _no_grad = tch::no_grad_guard();
+    let params = ParamBuffer::zeros(config.parameter_shapes(), device, kind);
+    let _ = params.buffer().shallow_clone().normal_(0.0, STANDARD_DEVIATION);
+    params
+}
+
+/// Normal numbers by the Box-Muller transform. `rand_distr` draws them with the ziggurat algorithm, which would give other
+/// weights for the seeds of runs that exist.
+fn draw_normals(rng: &mut ChaCha8Rng, count: usize, standard_deviation: f64) -> Vec<f32> {
+    let mut draw_uniform = || ((rng.next_u32() as f64) + 0.5) / 2f64.powi(32);
+    let mut normals = Vec::with_capacity(count + 1);
+    while normals.len() < count {
+        let radius = standard_deviation * (-2.0 * draw_uniform().ln()).sqrt();
+        let (sine, cosine) = (std::f64::consts::TAU * draw_uniform()).sin_cos();
+        normals.extend([(radius * cosine) as f32, (radius * sine) as f32]);
     }
-    numbers.truncate(count);
-    numbers
+    normals.truncate(count);
+    normals
 }

@@ -1,10 +1,9 @@
-//! The sizes that CUDA kernels are compiled for.
+//! The sizes that CUDA kernels are compiled for, from a model's configuration.
 
-use super::{Family, ModelConfig};
+use super::config::{Family, ModelConfig};
 use crate::cuda::shape::KernelShape;
 
 impl ModelConfig {
-    /// What kernels are compiled for.
     pub(crate) fn kernel_shape(&self) -> KernelShape {
         let size = |value: i64| value as usize;
         KernelShape {

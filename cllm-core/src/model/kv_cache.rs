@@ -1,10 +1,17 @@
-//! Preallocated keys and values. The slot of a known token is its position, so that a rollback is only bookkeeping.
+//! Keys and values of the tokens read so far, in preallocated slots.
+//!
+//! A token's slot is its position in the sequence, so rejecting draft tokens needs no work here: the next forward
+//! overwrites their slots before any query sees them.
 
 use tch::{Device, IndexOp, Kind, Tensor};
 
-use super::{ALIGNED, ModelConfig};
+use super::config::ModelConfig;
 
-/// A slot of a row to copy to another.
+/// Capacities and the number of attended slots are multiples of this. Otherwise the GPU's attention kernel copies the bias
+/// in every layer.
+pub(super) const SLOT_ALIGNMENT: usize = 8;
+
+/// Copies the key and value of one slot to another slot of the same row.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct SlotMove {
     pub(crate) row: usize,
@@ -13,37 +20,46 @@ pub(crate) struct SlotMove {
 }
 
 impl SlotMove {
-    /// Rows, slots to read and slots to write of some moves: int64 `[moves]` each.
-    pub(crate) fn indices(moves: &[SlotMove], device: Device) -> [Tensor; 3] {
-        let parts: [fn(&SlotMove) -> usize; 3] = [|one| one.row, |one| one.from, |one| one.to];
-        parts.map(|part| {
-            let numbers: Vec<i64> = moves.iter().map(|one| part(one) as i64).collect();
-            Tensor::from_slice(&numbers).to_device(device)
+    /// The rows, sources and destinations of some moves, int64 `[moves]` each.
+    pub(crate) fn to_indices(moves: &[SlotMove], device: Device) -> [Tensor; 3] {
+        let fields: [fn(&SlotMove) -> usize; 3] = [|slot| slot.row, |slot| slot.from, |slot| slot.to];
+        fields.map(|field| {
+            let indices: Vec<i64> = moves.iter().map(|slot| field(slot) as i64).collect();
+            Tensor::from_slice(&indices).to_device(device)
         })
     }
 }
 
-/// Keys and values of `rows` sequences.
 pub struct KvCache {
-    /// Per layer: keys and values, each `[rows, kv_heads, capacity, head_dim]`.
+    /// Keys and values of each layer, `[rows, kv_heads, capacity, head_dim]` each.
     layers: Vec<(Tensor, Tensor)>,
     capacity: usize,
+    kind: Kind,
 }
 
 impl KvCache {
-    /// An empty cache of at least `capacity` slots a row.
-    pub fn new(config: &ModelConfig, rows: usize, capacity: usize, device: Device, kind: Kind) -> Self {
-        let capacity = capacity.next_multiple_of(ALIGNED);
-        let shape = [rows as i64, config.num_kv_heads, capacity as i64, config.head_dim];
-        let empty = || Tensor::zeros(shape, (kind, device));
-        KvCache { layers: (0..config.num_layers).map(|_| (empty(), empty())).collect(), capacity }
+    /// An empty cache of at least `capacity` slots for each of `num_rows` sequences.
+    pub fn new(config: &ModelConfig, num_rows: usize, capacity: usize, device: Device, kind: Kind) -> Self {
+        let capacity = capacity.next_multiple_of(SLOT_ALIGNMENT);
+        let shape = [num_rows as i64, config.num_kv_heads, capacity as i64, config.head_dim];
+        let zeros = || Tensor::zeros(shape, (kind, device));
+        KvCache { layers: (0..config.num_layers).map(|_| (zeros(), zeros())).collect(), capacity, kind }
     }
 
-    /// Some neighbouring rows, sharing their memory.
-    pub fn rows(&self, first: usize, count: usize) -> Self {
-        let part = |whole: &Tensor| whole.narrow(0, first as i64, count as i64);
-        let layers = self.layers.iter().map(|(keys, values)| (part(keys), part(values))).collect();
-        KvCache { layers, capacity: self.capacity }
+    /// Slots of each row.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    pub(super) fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Consecutive rows, in the same memory.
+    pub fn rows(&self, first_row: usize, num_rows: usize) -> Self {
+        let narrow = |tensor: &Tensor| tensor.narrow(0, first_row as i64, num_rows as i64);
+        let layers = self.layers.iter().map(|(keys, values)| (narrow(keys), narrow(values))).collect();
+        KvCache { layers, ..*self }
     }
 
     /// Copies one row over another.
@@ -53,36 +69,31 @@ impl KvCache {
         }
     }
 
-    /// Copies keys and values between slots; all are read before any is written.
+    /// Copies keys and values between slots; every source is read before any destination is written.
     pub(crate) fn move_slots(&mut self, moves: &[SlotMove]) {
         let Some((first, _)) = self.layers.first() else { return };
-        let [rows, from, to] = SlotMove::indices(moves, first.device());
+        let [rows, from, to] = SlotMove::to_indices(moves, first.device());
         for tensor in self.layers.iter_mut().flat_map(|(keys, values)| [keys, values]) {
-            let read = tensor.index(&[Some(&rows), None, Some(&from)]);
-            let _ = tensor.index_put_(&[Some(&rows), None, Some(&to)], &read, false);
+            let moved = tensor.index(&[Some(&rows), None, Some(&from)]);
+            let _ = tensor.index_put_(&[Some(&rows), None, Some(&to)], &moved, false);
         }
     }
 
-    /// Slots of each row.
-    pub fn capacity(&self) -> usize {
-        self.capacity
-    }
-
-    /// Writes `[rows, kv_heads, width, head_dim]` at slots `[rows, width]` of a layer and returns its leading
-    /// `attended` slots of keys and values.
-    pub(crate) fn update(
+    /// Writes `keys` and `values`, `[rows, kv_heads, width, head_dim]`, to `slots [rows, width]` of a layer, and returns the
+    /// layer's keys and values in its leading `num_attended` slots.
+    pub(super) fn update(
         &mut self,
         layer: usize,
         keys: &Tensor,
         values: &Tensor,
         slots: &Tensor,
-        attended: usize,
+        num_attended: usize,
     ) -> (Tensor, Tensor) {
         let (all_keys, all_values) = &mut self.layers[layer];
         let index = slots.unsqueeze(1).unsqueeze(-1).expand_as(keys);
         let _ = all_keys.scatter_(2, &index, keys);
         let _ = all_values.scatter_(2, &index, values);
-        let attended = attended as i64;
+        let attended = num_attended as i64;
         (all_keys.i((.., .., ..attended)), all_values.i((.., .., ..attended)))
     }
 }

@@ -1,22 +1,28 @@
-//! Decoder-only transformers of the Llama line from Hugging Face folders.
+//! Decoder-only transformers of the Llama line: their configuration, weights and forward pass.
 
+mod attention;
 mod config;
 mod hf_config;
 mod init;
 mod kernel_shape;
 mod kv_cache;
+mod linear;
 mod lora;
 mod params;
 mod presets;
 mod rope;
 mod transformer;
 
-pub use config::{Family, ModelConfig, RopeScaling};
+pub(crate) use attention::{Attention, attention_bias, scaled_dot_product_attention};
+pub use attention::{SlotMapping, TreeMask};
+pub use config::{Family, ModelConfig};
 pub use kv_cache::KvCache;
 pub(crate) use kv_cache::SlotMove;
-pub(crate) use lora::{Adapter, Adapters};
+pub(crate) use linear::Linear;
+pub(crate) use lora::{LoraAdapter, LoraAdapters};
 pub use lora::{LoraConfig, LoraTarget};
 pub use params::ParamBuffer;
 pub use presets::ModelPreset;
-pub use transformer::{ALIGNED, SlotMapping, Transformer, TreeMask};
-pub(crate) use transformer::{Context, Layer, Linear, attend};
+pub use rope::RopeScaling;
+pub(crate) use transformer::Layer;
+pub use transformer::Transformer;

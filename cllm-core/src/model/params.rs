@@ -2,98 +2,107 @@
 
 use tch::{Device, Kind, Tensor};
 
-/// The number of elements is a multiple of this, so that 1 to 10, and 12, 14, 15, 16, 32, 64, 128, 256 and many more processes can have
-/// equal parts of it that begin where 16 bytes do.
-const SHARED_AMONG: u64 = 8 * 5040 * 16;
+/// The number of elements is a multiple of this. So 1 to 10 processes, and 12, 14, 15, 16, 32, 64, 128, 256 and many other
+/// numbers of them, can own equal shards of the buffer that are aligned to 16 bytes.
+const SIZE_MULTIPLE: u64 = 8 * 5040 * 16;
 
-/// A buffer and what lies in it: matrices first, then vectors (which no weight decay touches), both in the order given.
+/// A buffer and the layout of its tensors: matrices first, then vectors (which get no weight decay), each in the order given.
 #[derive(Debug)]
 pub struct ParamBuffer {
     buffer: Tensor,
-    parts: Vec<Part>,
-    matrices: i64,
+    entries: Vec<Entry>,
+    num_matrix_elements: i64,
 }
 
 #[derive(Debug, Clone)]
-struct Part {
+struct Entry {
     name: String,
     shape: Vec<i64>,
+    /// Index of the first element in the buffer.
     start: i64,
+}
+
+impl Entry {
+    fn num_elements(&self) -> i64 {
+        self.shape.iter().product()
+    }
 }
 
 impl ParamBuffer {
     /// A buffer of zeros for tensors of these names and shapes.
     pub fn zeros(shapes: Vec<(String, Vec<i64>)>, device: Device, kind: Kind) -> Self {
-        let mut parts: Vec<Part> = shapes.into_iter().map(|(name, shape)| Part { name, shape, start: 0 }).collect();
-        let (mut end, mut matrices) = (0, 0);
-        for of_matrices in [true, false] {
-            for part in parts.iter_mut().filter(|part| (part.shape.len() > 1) == of_matrices) {
-                part.start = end;
-                end += part.len();
+        let mut entries: Vec<Entry> = shapes.into_iter().map(|(name, shape)| Entry { name, shape, start: 0 }).collect();
+        let mut end = 0;
+        let mut lay_out = |is_matrix: bool| {
+            for entry in entries.iter_mut().filter(|entry| (entry.shape.len() > 1) == is_matrix) {
+                entry.start = end;
+                end += entry.num_elements();
             }
-            if of_matrices {
-                matrices = end;
-            }
-        }
-        let padded = (end as u64).next_multiple_of(SHARED_AMONG) as i64;
-        ParamBuffer { buffer: Tensor::zeros([padded], (kind, device)), parts, matrices }
+            end
+        };
+        let num_matrix_elements = lay_out(true);
+        let num_elements = lay_out(false);
+        let padded = (num_elements as u64).next_multiple_of(SIZE_MULTIPLE) as i64;
+        ParamBuffer { buffer: Tensor::zeros([padded], (kind, device)), entries, num_matrix_elements }
     }
 
-    /// Zeros for the same tensors.
+    /// Zeros in the same layout.
     pub fn zeros_like(&self, kind: Kind) -> Self {
         self.with_buffer(Tensor::zeros(self.buffer.size(), (kind, self.buffer.device())))
     }
 
-    /// The same layout in another buffer of as many elements.
+    /// The same layout over another buffer of the same size.
     pub fn with_buffer(&self, buffer: Tensor) -> Self {
         assert_eq!(buffer.size(), self.buffer.size());
-        ParamBuffer { buffer, parts: self.parts.clone(), matrices: self.matrices }
+        ParamBuffer { buffer, entries: self.entries.clone(), num_matrix_elements: self.num_matrix_elements }
     }
 
-    /// Copies of the same tensors.
+    /// A copy in memory of its own.
     pub fn copy(&self) -> Self {
         self.with_buffer(self.buffer.copy())
     }
 
-    /// The same tensors in the same buffer.
+    /// The same tensors in the same memory.
     pub fn shallow_clone(&self) -> Self {
         self.with_buffer(self.buffer.shallow_clone())
     }
 
-    /// Type of the elements.
     pub fn kind(&self) -> Kind {
         self.buffer.kind()
     }
 
-    /// All of it, `[elements]`, with some zeros at the end.
+    /// The whole buffer, `[elements]`, with zeros of padding at the end.
     pub fn buffer(&self) -> &Tensor {
         &self.buffer
     }
 
-    /// How many leading elements belong to matrices.
+    /// How many leading elements of the buffer belong to matrices.
     pub fn num_matrix_elements(&self) -> i64 {
-        self.matrices
+        self.num_matrix_elements
     }
 
-    /// Every tensor under its name, in the order given; they share the buffer.
+    /// Every tensor with its name, in the order given; they are views of the buffer.
     pub fn tensors(&self) -> Vec<(String, Tensor)> {
-        self.parts.iter().map(|part| (part.name.clone(), self.view(part.start, &part.shape))).collect()
+        self.entries.iter().map(|entry| (entry.name.clone(), self.view(entry.start, &entry.shape))).collect()
     }
 
-    /// The tensor of a name.
+    /// The tensor of this name, a view of the buffer.
     pub fn get(&self, name: &str) -> Option<Tensor> {
-        self.joined(&[name.to_owned()])
+        self.get_joined(&[name.to_owned()])
     }
 
-    /// Tensors that lie one behind another as one, along their first dimension; `None` where one is missing.
-    pub(crate) fn joined(&self, names: &[String]) -> Option<Tensor> {
-        let find = |name: &String| self.parts.iter().find(|part| part.name == *name);
-        let parts: Vec<&Part> = names.iter().map(find).collect::<Option<_>>()?;
-        let adjacent = parts.windows(2).all(|pair| pair[0].start + pair[0].len() == pair[1].start);
-        assert!(adjacent, "{names:?} do not lie one behind another");
-        let mut shape = parts[0].shape.clone();
-        shape[0] = parts.iter().map(|part| part.shape[0]).sum();
-        Some(self.view(parts[0].start, &shape))
+    /// One view over tensors that are neighbors in the buffer, joined along their first dimension; `None` if one is missing.
+    ///
+    /// # Panics
+    /// When they are not neighbors.
+    pub(crate) fn get_joined(&self, names: &[String]) -> Option<Tensor> {
+        let find = |name: &String| self.entries.iter().find(|entry| entry.name == *name);
+        let entries: Vec<&Entry> = names.iter().map(find).collect::<Option<_>>()?;
+        let adjacent = entries.windows(2).all(|pair| pair[0].start + pair[0].num_elements() == pair[1].start);
+        assert!(adjacent, "{names:?} are not neighbors in the buffer");
+        let mut shape = entries[0].shape.clone();
+        shape[0] = entries.iter().map(|entry| entry.shape[0]).sum();
+        Some(self.view(entries[0].start, &shape))
     }
 
     fn view(&self, start: i64, shape: &[i64]) -> Tensor {
@@ -102,30 +111,24 @@ impl ParamBuffer {
     }
 }
 
-impl Part {
-    fn len(&self) -> i64 {
-        self.shape.iter().product()
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn matrices_come_first_and_neighbours_join() {
+    fn matrices_come_first_and_neighbors_can_be_joined() {
         let shapes = [("a", vec![2, 3]), ("norm", vec![3]), ("b", vec![1, 3]), ("bias", vec![2])];
         let shapes = shapes.map(|(name, shape)| (name.to_owned(), shape));
-        let flat = ParamBuffer::zeros(shapes.into(), Device::Cpu, Kind::Float);
-        assert_eq!((flat.num_matrix_elements(), flat.buffer().numel()), (9, SHARED_AMONG as usize));
-        let both = flat.joined(&["a".to_owned(), "b".to_owned()]).unwrap();
-        assert_eq!(both.size(), [3, 3]);
-        let _ = both.get(2).fill_(5.0);
-        assert_eq!(Vec::<f32>::try_from(flat.get("b").unwrap().view(-1)).unwrap(), [5.0; 3]);
+        let params = ParamBuffer::zeros(shapes.into(), Device::Cpu, Kind::Float);
+        assert_eq!((params.num_matrix_elements(), params.buffer().numel()), (9, SIZE_MULTIPLE as usize));
+        let joined = params.get_joined(&["a".to_owned(), "b".to_owned()]).unwrap();
+        assert_eq!(joined.size(), [3, 3]);
+        let _ = joined.get(2).fill_(5.0);
+        assert_eq!(Vec::<f32>::try_from(params.get("b").unwrap().view(-1)).unwrap(), [5.0; 3]);
         assert_eq!(
-            flat.tensors().iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(),
+            params.tensors().iter().map(|(name, _)| name.as_str()).collect::<Vec<_>>(),
             ["a", "norm", "b", "bias"]
         );
-        assert!(flat.get("c").is_none());
+        assert!(params.get("c").is_none());
     }
 }

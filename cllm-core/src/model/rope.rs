@@ -1,78 +1,132 @@
-//! Rotary positions (Su et al., arXiv 2104.09864), computed from positions in float32.
+//! Rotary position embeddings (RoPE; Su et al., arXiv 2104.09864) and their scalings past the trained context.
+//!
+//! A new scaling is a variant of [`RopeScaling`], its frequencies in [`RopeScaling::frequencies`], and its keys of
+//! config.json in `hf_config.rs`.
+
+use std::f64::consts::TAU;
 
 use tch::{Device, Kind, Tensor};
 
-use super::config::{ModelConfig, RopeScaling};
-
-/// Inverse wavelengths and the scale of cosine and sine.
-pub(crate) struct Rope {
-    /// float32 `[head_dim / 2]`.
-    inverse: Tensor,
-    scale: f64,
+/// How frequencies are scaled so that a model can read more positions than it was trained on.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RopeScaling {
+    None,
+    /// Every frequency is divided by the factor.
+    Linear {
+        factor: f64,
+    },
+    /// Llama 3: low frequencies are divided by the factor, high ones are kept, with a ramp between them.
+    Llama3 {
+        factor: f64,
+        /// Rotations within the trained context up to which a frequency is divided.
+        low_freq_factor: f64,
+        /// Rotations within the trained context from which on a frequency is kept.
+        high_freq_factor: f64,
+        original_max_positions: f64,
+    },
+    /// YaRN (Peng et al., arXiv 2309.00071).
+    Yarn {
+        factor: f64,
+        /// Rotations within the trained context from which on a dimension is kept.
+        beta_fast: f64,
+        /// Rotations within the trained context up to which a dimension is divided.
+        beta_slow: f64,
+        original_max_positions: f64,
+        /// Scale of cosines and sines, and so of queries and keys.
+        attention_factor: f64,
+    },
 }
 
-/// Cosine, and sine with its first half negated, `[batch, 1, seq, head_dim]` of some positions.
+impl RopeScaling {
+    /// Radians per position of each of the `head_dim / 2` pairs of dimensions.
+    fn frequencies(&self, head_dim: i64, theta: f64) -> Vec<f64> {
+        let unscaled = (0..head_dim / 2).map(|i| theta.powf(-(2 * i) as f64 / head_dim as f64));
+        match self {
+            RopeScaling::None => unscaled.collect(),
+            RopeScaling::Linear { factor } => unscaled.map(|frequency| frequency / factor).collect(),
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions } => unscaled
+                .map(|frequency| {
+                    let rotations = original_max_positions * frequency / TAU;
+                    let kept = ((rotations - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
+                    frequency * kept + frequency / factor * (1.0 - kept)
+                })
+                .collect(),
+            RopeScaling::Yarn { factor, beta_fast, beta_slow, original_max_positions, .. } => {
+                let dim = head_dim as f64;
+                // The dimension that rotates this often within the trained context.
+                let dimension_with =
+                    |rotations: f64| dim * (original_max_positions / (rotations * TAU)).ln() / (2.0 * theta.ln());
+                let low = dimension_with(*beta_fast).floor().max(0.0);
+                let high = dimension_with(*beta_slow).ceil().min(dim - 1.0);
+                let width = if high == low { 0.001 } else { high - low };
+                unscaled
+                    .enumerate()
+                    .map(|(i, frequency)| {
+                        let divided = ((i as f64 - low) / width).clamp(0.0, 1.0);
+                        frequency / factor * divided + frequency * (1.0 - divided)
+                    })
+                    .collect()
+            }
+        }
+    }
+
+    fn attention_factor(&self) -> f64 {
+        match self {
+            RopeScaling::Yarn { attention_factor, .. } => *attention_factor,
+            RopeScaling::None | RopeScaling::Linear { .. } | RopeScaling::Llama3 { .. } => 1.0,
+        }
+    }
+}
+
+pub(crate) struct RotaryEmbedding {
+    /// Radians per position, float32 `[head_dim / 2]`.
+    inv_freq: Tensor,
+    attention_factor: f64,
+}
+
+impl RotaryEmbedding {
+    pub(crate) fn new(scaling: &RopeScaling, head_dim: i64, theta: f64, device: Device) -> Self {
+        let frequencies = scaling.frequencies(head_dim, theta);
+        let inv_freq: Vec<f32> = frequencies.into_iter().map(|frequency| frequency as f32).collect();
+        RotaryEmbedding {
+            inv_freq: Tensor::from_slice(&inv_freq).to_device(device),
+            attention_factor: scaling.attention_factor(),
+        }
+    }
+
+    /// Cosines and sines, float32 `[count, head_dim / 2]` each, of the angles at `positions [count]`.
+    pub(crate) fn cos_sin(&self, positions: &Tensor) -> (Tensor, Tensor) {
+        let angles = self.angles(positions);
+        ((angles.cos() * self.attention_factor).contiguous(), (angles.sin() * self.attention_factor).contiguous())
+    }
+
+    /// The rotation of tokens at `positions`, int64 `[batch, seq]`, for queries and keys of type `kind`.
+    pub(crate) fn rotation(&self, positions: &Tensor, kind: Kind) -> Rotation {
+        let angles = self.angles(positions);
+        let (cos, sin) = (angles.cos(), angles.sin());
+        let join = |first: &Tensor, second: &Tensor| {
+            (Tensor::cat(&[first, second], -1).unsqueeze(1) * self.attention_factor).to_kind(kind)
+        };
+        Rotation { cos: join(&cos, &cos), sin: join(&sin.neg(), &sin) }
+    }
+
+    /// `[.., head_dim / 2]`, in float32: bf16 would confuse neighboring positions.
+    fn angles(&self, positions: &Tensor) -> Tensor {
+        positions.to_kind(Kind::Float).unsqueeze(-1) * &self.inv_freq
+    }
+}
+
+/// Cosines, and sines with their first half negated, `[batch, 1, seq, head_dim]` each: so the rotation of the two halves of
+/// a head is two products and a sum.
 pub(crate) struct Rotation {
     cos: Tensor,
     sin: Tensor,
 }
 
-impl Rope {
-    pub(crate) fn new(config: &ModelConfig, device: Device) -> Self {
-        let half = config.head_dim / 2;
-        let plain = (0..half).map(|i| config.rope_theta.powf(-(2 * i) as f64 / config.head_dim as f64));
-        let (inverse, scale): (Vec<f64>, f64) = match &config.rope_scaling {
-            RopeScaling::None => (plain.collect(), 1.0),
-            RopeScaling::Linear { factor } => (plain.map(|frequency| frequency / factor).collect(), 1.0),
-            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions } => {
-                let stretched = plain.map(|frequency| {
-                    let rotations = original_max_positions * frequency / std::f64::consts::TAU;
-                    let kept = ((rotations - low_freq_factor) / (high_freq_factor - low_freq_factor)).clamp(0.0, 1.0);
-                    frequency * kept + frequency / factor * (1.0 - kept)
-                });
-                (stretched.collect(), 1.0)
-            }
-            RopeScaling::Yarn { factor, beta_fast, beta_slow, original_max_positions, attention_factor } => {
-                let dim = config.head_dim as f64;
-                let dimension_of = |rotations: f64| {
-                    dim * (original_max_positions / (rotations * std::f64::consts::TAU)).ln()
-                        / (2.0 * config.rope_theta.ln())
-                };
-                let low = dimension_of(*beta_fast).floor().max(0.0);
-                let high = dimension_of(*beta_slow).ceil().min(dim - 1.0);
-                let width = if high == low { 0.001 } else { high - low };
-                let stretched = plain.enumerate().map(|(i, frequency)| {
-                    let divided = ((i as f64 - low) / width).clamp(0.0, 1.0);
-                    frequency / factor * divided + frequency * (1.0 - divided)
-                });
-                (stretched.collect(), *attention_factor)
-            }
-        };
-        let inverse: Vec<f32> = inverse.into_iter().map(|frequency| frequency as f32).collect();
-        Rope { inverse: Tensor::from_slice(&inverse).to_device(device), scale }
-    }
-
-    /// Cosines and sines, float32 `[count, head_dim / 2]`, of some positions `[count]`.
-    pub(crate) fn angles(&self, positions: &Tensor) -> (Tensor, Tensor) {
-        let angles = positions.to_kind(Kind::Float).unsqueeze(-1) * &self.inverse;
-        ((angles.cos() * self.scale).contiguous(), (angles.sin() * self.scale).contiguous())
-    }
-
-    /// `positions`: int64 `[batch, seq]`.
-    pub(crate) fn rotation(&self, positions: &Tensor, kind: Kind) -> Rotation {
-        let angles = positions.to_kind(Kind::Float).unsqueeze(-1) * &self.inverse;
-        let (cos, sin) = (angles.cos(), angles.sin());
-        let whole = |first: &Tensor, second: &Tensor| {
-            (Tensor::cat(&[first, second], -1).unsqueeze(1) * self.scale).to_kind(kind)
-        };
-        Rotation { cos: whole(&cos, &cos), sin: whole(&sin.neg(), &sin) }
-    }
-}
-
 impl Rotation {
-    /// Rotates `[batch, heads, seq, head_dim]`.
+    /// Rotates queries or keys `[batch, heads, seq, head_dim]`.
     pub(crate) fn apply(&self, x: &Tensor) -> Tensor {
-        let width = self.cos.size()[3];
-        (x * &self.cos).addcmul(&x.roll([width / 2], [3]), &self.sin)
+        let head_dim = self.cos.size()[3];
+        (x * &self.cos).addcmul(&x.roll([head_dim / 2], [3]), &self.sin)
     }
 }

@@ -1,33 +1,32 @@
-//! The forward pass. Shapes: `b` batch, `s` sequence, `h` heads, `d` width of a head.
+//! The forward pass of a decoder-only transformer: Llama, Mistral, Qwen2 and Qwen3.
+//!
+//! Shapes in comments: `b` batch, `s` sequence, `d` width of a head.
 
 use tch::{Device, Kind, Tensor};
 
+use super::attention::{Attention, CachedAttention, CausalAttention, Padding, SlotMapping};
 use super::config::ModelConfig;
-use super::kv_cache::KvCache;
-use super::lora::{Adapter, Adapters};
+use super::init;
+use super::kv_cache::{KvCache, SLOT_ALIGNMENT};
+use super::linear::Linear;
+use super::lora::{LoraAdapters, LoraConfig, LoraTarget};
 use super::params::ParamBuffer;
-use super::rope::{Rope, Rotation};
+use super::rope::{RotaryEmbedding, Rotation};
 use crate::Result;
 use crate::cuda::libtorch;
-use crate::train::EagerBatch;
 
-pub(crate) struct Linear {
-    pub(crate) weight: Tensor,
-    pub(crate) bias: Option<Tensor>,
-    pub(crate) adapters: Vec<Adapter>,
-}
-
+/// A layer, with the names of its weights in Hugging Face checkpoints.
 pub(crate) struct Layer {
-    pub(crate) attention_norm: Tensor,
-    /// Queries, keys and values in one product.
-    pub(crate) query_key_value: Linear,
-    /// Norms of queries and keys (Qwen3).
-    pub(crate) query_key_norm: Option<(Tensor, Tensor)>,
-    pub(crate) output: Linear,
-    pub(crate) feed_forward_norm: Tensor,
-    /// Gate and up in one product.
-    pub(crate) gate_up: Linear,
-    pub(crate) down: Linear,
+    pub(crate) input_layernorm: Tensor,
+    /// `q_proj`, `k_proj` and `v_proj` in one product.
+    pub(crate) qkv_proj: Linear,
+    /// `q_norm` and `k_norm` (Qwen3).
+    pub(crate) qk_norm: Option<(Tensor, Tensor)>,
+    pub(crate) o_proj: Linear,
+    pub(crate) post_attention_layernorm: Tensor,
+    /// `gate_proj` and `up_proj` in one product.
+    pub(crate) gate_up_proj: Linear,
+    pub(crate) down_proj: Linear,
 }
 
 /// A transformer with its weights on one device.
@@ -35,103 +34,220 @@ pub struct Transformer {
     config: ModelConfig,
     device: Device,
     kind: Kind,
-    pub(crate) rope: Rope,
-    pub(crate) embedding: Tensor,
+    pub(crate) rope: RotaryEmbedding,
+    pub(crate) embed_tokens: Tensor,
     pub(crate) layers: Vec<Layer>,
     pub(crate) norm: Tensor,
-    /// `None` where the embedding is the output projection.
-    head: Option<Tensor>,
-    /// Every weight under its Hugging Face name; the tensors above are views of it.
-    weights: ParamBuffer,
-    /// What collects gradients: the tensors above, with the names that each joins.
+    /// `None` if the embedding is the output projection too.
+    lm_head: Option<Tensor>,
+    /// Every weight under its Hugging Face name. The tensors above are views of it.
+    params: ParamBuffer,
+    /// The tensors above, each with the names of the weights that it joins: they collect gradients.
     leaves: Vec<(Tensor, Vec<String>)>,
-    pub(crate) adapters: Option<Adapters>,
+    adapters: Option<LoraAdapters>,
 }
 
-/// Attended slots and packed widths are multiples of this, or the GPU's attention copies the bias in every layer.
-pub const ALIGNED: usize = 8;
-
-/// Where the tokens of a forward with a cache belong: int64 `[rows, width]`.
-#[derive(Debug)]
-pub struct SlotMapping {
-    /// Positions in the sequence.
-    pub positions: Tensor,
-    /// Slots of the cache, where keys and values are written.
-    pub slots: Tensor,
-    /// What queries see of the slots at or before their own; without it, all.
-    pub tree_mask: Option<TreeMask>,
-}
-
-/// Windows whose tokens do not follow one another.
-#[derive(Debug)]
-pub struct TreeMask {
-    /// Slot that the window of a row begins with, int64 `[rows, 1]`; a query sees every slot before it.
-    pub first_slot: Tensor,
-    /// Bit i, as of an unsigned number: the query sees slot `first_slot + i`. int64 `[rows, width]`.
-    pub visible: Tensor,
-}
-
-impl SlotMapping {
-    /// Of tokens whose slots are their positions.
-    pub fn sequential(positions: Tensor) -> Self {
-        SlotMapping { slots: positions.shallow_clone(), positions, tree_mask: None }
-    }
-
-    /// True where a query sees a slot: `[rows, 1, group x width, attended]`, the queries `group` times one behind another.
-    fn mask(&self, group: i64, attended: usize) -> Tensor {
-        let queries = |of: &Tensor| of.repeat([1, group]).unsqueeze(1).unsqueeze(-1);
-        let slots = Tensor::arange(attended as i64, (Kind::Int64, self.slots.device())).view([1, 1, 1, -1]);
-        let before = slots.le_tensor(&queries(&self.slots));
-        let Some(TreeMask { first_slot, visible }) = &self.tree_mask else { return before };
-        let offset = slots - first_slot.unsqueeze(-1).unsqueeze(-1);
-        let bit = queries(visible).bitwise_right_shift(&offset.clamp(0, 63)).bitwise_and(1);
-        before.logical_and(&bit.ne(0).logical_or(&offset.lt(0)))
-    }
-}
-
-/// What a query may attend to.
-pub(crate) enum Context<'c> {
-    /// Everything before it in the same sequence.
-    Causal,
-    /// What the stream lets it see.
-    Packed(&'c EagerBatch),
-    /// The leading slots of a cache, written at these positions first, as far as what is added to the scores allows.
-    Cache { cache: &'c mut KvCache, slots: &'c Tensor, attended: usize, bias: Tensor, ragged: Option<&'c Ragged> },
-}
-
-/// Rows of different lengths: all but attention sees their tokens one behind another, without the padding.
-pub(crate) struct Ragged {
-    /// Number of each token among the places `[rows x width]`, int64 `[tokens]`.
-    places: Tensor,
-    /// Token of each place, the first one for padding, int64 `[rows x width]`.
-    tokens: Tensor,
-}
-
-impl Ragged {
-    /// `None` where every row is full.
-    fn new(lengths: &[usize], width: usize, device: Device) -> Option<Self> {
-        if lengths.iter().all(|&length| length == width) {
-            return None;
-        }
-        let (mut places, mut tokens) = (Vec::new(), vec![0; lengths.len() * width]);
-        for (row, &length) in lengths.iter().enumerate() {
-            for (offset, token) in tokens[row * width..][..length].iter_mut().enumerate() {
-                *token = places.len() as i64;
-                places.push((row * width + offset) as i64);
-            }
-        }
-        let on_device = |numbers: Vec<i64>| Tensor::from_slice(&numbers).to_device(device);
-        Some(Ragged { places: on_device(places), tokens: on_device(tokens) })
-    }
-}
-
+// Construction.
 impl Transformer {
-    /// The configuration.
+    /// Random weights for training from scratch, the same on every device for the same seed.
+    pub fn random(config: ModelConfig, seed: u64, device: Device, kind: Kind) -> Self {
+        let params = init::random_params(&config, seed, device, kind);
+        Self::from_params(config, params)
+    }
+
+    /// Random weights for measurements of speed alone, drawn on the device.
+    pub fn random_on_device(config: ModelConfig, device: Device, kind: Kind) -> Self {
+        let params = init::random_params_on_device(&config, device, kind);
+        Self::from_params(config, params)
+    }
+
+    /// The model over a buffer that holds every weight of the configuration.
+    pub(crate) fn from_params(config: ModelConfig, params: ParamBuffer) -> Self {
+        let mut weights = Weights { params: &params, leaves: Vec::new() };
+        let embed_tokens = weights.get("model.embed_tokens.weight");
+        let layers = (0..config.num_layers)
+            .map(|index| {
+                let layer = format!("model.layers.{index}");
+                let q_norm = weights.find(&format!("{layer}.self_attn.q_norm.weight"));
+                let k_norm = weights.find(&format!("{layer}.self_attn.k_norm.weight"));
+                Layer {
+                    input_layernorm: weights.get(&format!("{layer}.input_layernorm.weight")),
+                    qkv_proj: weights.linear(&format!("{layer}.self_attn"), &["q_proj", "k_proj", "v_proj"]),
+                    qk_norm: q_norm.zip(k_norm),
+                    o_proj: weights.linear(&format!("{layer}.self_attn"), &["o_proj"]),
+                    post_attention_layernorm: weights.get(&format!("{layer}.post_attention_layernorm.weight")),
+                    gate_up_proj: weights.linear(&format!("{layer}.mlp"), &["gate_proj", "up_proj"]),
+                    down_proj: weights.linear(&format!("{layer}.mlp"), &["down_proj"]),
+                }
+            })
+            .collect();
+        let norm = weights.get("model.norm.weight");
+        let lm_head = weights.find("lm_head.weight");
+        let leaves = weights.leaves;
+        let (device, kind) = (params.buffer().device(), params.kind());
+        let rope = RotaryEmbedding::new(&config.rope_scaling, config.head_dim, config.rope_theta, device);
+        Transformer { config, device, kind, rope, embed_tokens, layers, norm, lm_head, params, leaves, adapters: None }
+    }
+}
+
+/// The weights of a buffer by their names, with a record of those that were taken.
+struct Weights<'p> {
+    params: &'p ParamBuffer,
+    leaves: Vec<(Tensor, Vec<String>)>,
+}
+
+impl Weights<'_> {
+    fn find(&mut self, name: &str) -> Option<Tensor> {
+        self.find_joined(vec![name.to_owned()])
+    }
+
+    fn get(&mut self, name: &str) -> Tensor {
+        self.find(name).expect("the buffer holds every weight of the configuration")
+    }
+
+    /// Projections of the same input, joined: their weights are neighbors in the buffer.
+    fn linear(&mut self, module: &str, projections: &[&str]) -> Linear {
+        let names = |tensor: &str| projections.iter().map(|name| format!("{module}.{name}.{tensor}")).collect();
+        let weight = self.find_joined(names("weight")).expect("the buffer holds every weight of the configuration");
+        Linear { weight, bias: self.find_joined(names("bias")), adapters: Vec::new() }
+    }
+
+    fn find_joined(&mut self, names: Vec<String>) -> Option<Tensor> {
+        let tensor = self.params.get_joined(&names)?;
+        self.leaves.push((tensor.shallow_clone(), names));
+        Some(tensor)
+    }
+}
+
+// The forward pass.
+impl Transformer {
+    /// Final hidden states `[b, s, hidden]`, after the last norm, of causal attention without a cache; gradients flow.
+    /// `tokens` and `positions`: int64 `[b, s]`.
+    pub fn forward(&self, tokens: &Tensor, positions: &Tensor) -> Tensor {
+        self.forward_with(tokens, positions, &mut CausalAttention)
+    }
+
+    /// Final hidden states `[tokens, hidden]` of the leading `lengths` tokens of each row; the rest of a row is padding. Keys
+    /// and values are written to the cache. `tokens`: int64 `[rows, width]`. `num_attended`: the number of leading slots that
+    /// contain all that any row sees. No gradient flows.
+    pub fn forward_cached(
+        &self,
+        tokens: &Tensor,
+        mapping: &SlotMapping,
+        lengths: &[usize],
+        cache: &mut KvCache,
+        num_attended: usize,
+    ) -> Tensor {
+        let _no_grad = tch::no_grad_guard();
+        let width = tokens.size()[1] as usize;
+        let padding = Padding::new(lengths, width, self.device);
+        let pack = |x: &Tensor| padding.as_ref().map_or_else(|| x.shallow_clone(), |padding| padding.pack(x));
+        let num_attended = num_attended.next_multiple_of(SLOT_ALIGNMENT);
+        let group = self.config.num_heads / self.config.num_kv_heads;
+        let mut attention = CachedAttention::new(cache, mapping, num_attended, group, padding.as_ref());
+        self.forward_with(&pack(tokens), &pack(&mapping.positions), &mut attention).flatten(0, 1)
+    }
+
+    fn forward_with(&self, tokens: &Tensor, positions: &Tensor, attention: &mut dyn Attention) -> Tensor {
+        let rotation = self.rope.rotation(positions, self.kind);
+        let mut x = self.embed(tokens);
+        for index in 0..self.layers.len() {
+            x = self.layer_forward(index, &x, &rotation, attention);
+        }
+        self.rms_norm(&x, &self.norm)
+    }
+
+    pub(crate) fn embed(&self, tokens: &Tensor) -> Tensor {
+        Tensor::embedding(&self.embed_tokens, tokens, -1, false, false)
+    }
+
+    /// `[b, s, hidden]` to the same.
+    pub(crate) fn layer_forward(
+        &self,
+        index: usize,
+        x: &Tensor,
+        rotation: &Rotation,
+        attention: &mut dyn Attention,
+    ) -> Tensor {
+        let layer = &self.layers[index];
+        let x = self.self_attention(index, &self.rms_norm(x, &layer.input_layernorm), rotation, attention) + x;
+        mlp(layer, &self.rms_norm(&x, &layer.post_attention_layernorm)) + x
+    }
+
+    fn self_attention(&self, index: usize, x: &Tensor, rotation: &Rotation, attention: &mut dyn Attention) -> Tensor {
+        let layer = &self.layers[index];
+        let (b, s, _) = x.size3().expect("hidden states have three dimensions");
+        let ModelConfig { num_heads, num_kv_heads, head_dim, .. } = self.config;
+
+        // 1. Project, and split into heads: [b, s, heads, d].
+        let qkv = layer.qkv_proj.forward(x).view([b, s, num_heads + 2 * num_kv_heads, head_dim]);
+        let [q, k, v] = split(&qkv, [num_heads, num_kv_heads, num_kv_heads]);
+
+        // 2. Norm of each head (Qwen3).
+        let (q, k) = match &layer.qk_norm {
+            Some((q_norm, k_norm)) => (self.rms_norm(&q, q_norm), self.rms_norm(&k, k_norm)),
+            None => (q, k),
+        };
+
+        // 3. Heads first, [b, heads, s, d], and RoPE.
+        let q = rotation.apply(&q.transpose(1, 2));
+        let k = rotation.apply(&k.transpose(1, 2));
+        let v = v.transpose(1, 2);
+
+        // 4. Attend; a cache is read and written here.
+        let out = attention.attend(index, &q, &k, &v);
+
+        // 5. Join the heads, and project.
+        layer.o_proj.forward(&out.transpose(1, 2).reshape([b, s, num_heads * head_dim]))
+    }
+
+    /// RMS norm over the last dimension, computed in float32.
+    pub(crate) fn rms_norm(&self, x: &Tensor, weight: &Tensor) -> Tensor {
+        x.rms_norm(weight.size(), Some(weight), self.config.rms_norm_eps)
+    }
+
+    /// Logits `[.., vocab]` in the model's own type, with gradients.
+    pub fn project(&self, hidden: &Tensor) -> Tensor {
+        hidden.linear::<&Tensor>(self.lm_head(), None)
+    }
+
+    /// Logits `[.., vocab]` in float32 with gradients, for losses.
+    pub fn logits_with_grad(&self, hidden: &Tensor) -> Tensor {
+        self.project(hidden).to_kind(Kind::Float)
+    }
+
+    /// Logits `[.., vocab]` computed in float32 without gradients, for sampling: bf16 results would tie too often.
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`], for instance when memory runs out.
+    pub fn compute_logits(&self, hidden: &Tensor) -> Result<Tensor> {
+        let _no_grad = tch::no_grad_guard();
+        libtorch::matmul_float32(hidden, self.lm_head())
+    }
+
+    /// The output projection `[vocab, hidden]`.
+    pub(crate) fn lm_head(&self) -> &Tensor {
+        self.lm_head.as_ref().unwrap_or(&self.embed_tokens)
+    }
+}
+
+/// SwiGLU.
+fn mlp(layer: &Layer, x: &Tensor) -> Tensor {
+    let gate_up = layer.gate_up_proj.forward(x).chunk(2, -1);
+    layer.down_proj.forward(&(gate_up[0].silu() * &gate_up[1]))
+}
+
+/// Splits the heads of `[b, s, heads, d]`.
+fn split<const N: usize>(x: &Tensor, num_heads: [i64; N]) -> [Tensor; N] {
+    x.split_with_sizes(num_heads, 2).try_into().expect("there is one tensor for each size")
+}
+
+// Weights, gradients and adapters.
+impl Transformer {
     pub fn config(&self) -> &ModelConfig {
         &self.config
     }
 
-    /// Where the weights are.
     pub fn device(&self) -> Device {
         self.device
     }
@@ -141,44 +257,26 @@ impl Transformer {
         self.kind
     }
 
-    /// Every weight under its Hugging Face name, in a fixed order, adapters aside; tied weights once. They share storage with
-    /// the model.
-    pub fn named_parameters(&self) -> Vec<(String, Tensor)> {
-        self.weights.tensors()
-    }
-
-    /// The buffer that holds every weight.
+    /// The buffer of all weights, without adapters.
     pub fn weights(&self) -> &ParamBuffer {
-        &self.weights
+        &self.params
     }
 
-    /// What training changes: every weight, or the adapters alone where there are any.
+    /// Every weight under its Hugging Face name, in a fixed order, without adapters. Tied weights come once. The tensors share
+    /// their memory with the model.
+    pub fn named_parameters(&self) -> Vec<(String, Tensor)> {
+        self.params.tensors()
+    }
+
+    /// What training changes: the adapters if there are any, otherwise every weight.
     pub fn trainable(&self) -> &ParamBuffer {
-        self.adapters.as_ref().map_or(&self.weights, |adapters| &adapters.numbers)
+        self.adapters.as_ref().map_or(&self.params, |adapters| &adapters.params)
     }
 
-    /// The same weights, in the same storage, without adapters.
-    pub fn without_adapters(&self) -> Self {
-        Self::assemble(self.config.clone(), self.weights.shallow_clone())
-    }
-
-    /// Weights and adapters become what collects no gradients; adapters are taken away.
-    pub(crate) fn freeze(&mut self) {
-        for (leaf, _) in &self.leaves {
-            let _ = leaf.set_requires_grad(false);
-        }
-        for layer in &mut self.layers {
-            for linear in [&mut layer.query_key_value, &mut layer.output, &mut layer.gate_up, &mut layer.down] {
-                linear.adapters.clear();
-            }
-        }
-        self.adapters = None;
-    }
-
-    /// From now on every backward adds to the gradients in the buffer that is returned, laid out as [`Self::trainable`].
+    /// From now on every backward adds to the gradients in the returned buffer, which has the layout of [`Self::trainable`].
     ///
     /// # Errors
-    /// [`crate::Error::Torch`], such as memory that ran out.
+    /// [`crate::Error::Torch`], for instance when memory runs out.
     pub fn collect_gradients(&self) -> Result<ParamBuffer> {
         let gradients = self.trainable().zeros_like(self.kind);
         let leaves = match &self.adapters {
@@ -186,219 +284,77 @@ impl Transformer {
             Some(adapters) => &adapters.leaves(),
         };
         for (leaf, names) in leaves {
-            let gradient = gradients.joined(names).unwrap_or_else(|| unreachable!("the layouts are the same"));
+            let gradient = gradients.get_joined(names).expect("gradients have the layout of what is trained");
             libtorch::accumulate_grad_into(&leaf.set_requires_grad(true), &gradient)?;
         }
         Ok(gradients)
     }
 
-    /// Final hidden states `[b, s, hidden]` (after the last norm) of plain causal attention without a cache, with gradients.
-    /// `tokens`, `positions`: int64 `[b, s]`.
-    pub fn forward(&self, tokens: &Tensor, positions: &Tensor) -> Tensor {
-        self.forward_in(tokens, positions, Context::Causal)
+    pub(crate) fn adapters(&self) -> Option<&LoraAdapters> {
+        self.adapters.as_ref()
     }
 
-    /// Final hidden states `[tokens, hidden]` of the leading `lengths` tokens of each row, with a cache: keys and values are
-    /// written at their slots, then each query attends to those at or before its own, as far as it sees them. `tokens`: int64
-    /// `[rows, width]`; `attended`: number of leading slots that any row needs. No gradient flows.
-    pub fn forward_cached(
-        &self,
-        tokens: &Tensor,
-        places: &SlotMapping,
-        lengths: &[usize],
-        cache: &mut KvCache,
-        attended: usize,
-    ) -> Tensor {
-        let _no_grad = tch::no_grad_guard();
-        let ragged = Ragged::new(lengths, tokens.size()[1] as usize, self.device);
-        let tokens = match &ragged {
-            Some(ragged) => tokens.view([-1]).index_select(0, &ragged.places).unsqueeze(0),
-            None => tokens.shallow_clone(),
-        };
-        let attended = attended.next_multiple_of(ALIGNED);
-        // The query heads that share a key head stand behind one another in the sequence of queries (see `attention`).
-        let bias = self.bias(&places.mask(self.config.num_heads / self.config.num_kv_heads, attended));
-        let context = Context::Cache { cache, slots: &places.slots, attended, bias, ragged: ragged.as_ref() };
-        self.forward_in(&tokens, &places.positions, context).flatten(0, 1)
+    /// Adds fresh adapters drawn from `seed`, and drops any that exist; the weights no longer collect gradients. Until the
+    /// adapters are trained, the model computes what it did without them.
+    pub fn add_adapters(&mut self, lora: &LoraConfig, seed: u64) {
+        self.freeze();
+        let adapters = LoraAdapters::random(lora, seed, &self.config, self.device, self.kind);
+        for (module, adapter) in &adapters.modules {
+            let (linear, output_offset) = self.layers[module.layer].linear_mut(module.target, &self.config);
+            linear.adapters.push(adapter.with_output_offset(output_offset));
+        }
+        self.adapters = Some(adapters);
     }
 
-    /// What is added to the scores where `mask` is true (0) and false (minus infinity); made once, not once a layer.
-    pub(crate) fn bias(&self, mask: &Tensor) -> Tensor {
-        let bias = Tensor::full(mask.size(), f64::NEG_INFINITY, (self.kind, self.device));
-        bias.masked_fill(mask, 0.0)
+    /// The weights stop collecting gradients, and the adapters are dropped.
+    fn freeze(&mut self) {
+        for (leaf, _) in &self.leaves {
+            let _ = leaf.set_requires_grad(false);
+        }
+        for layer in &mut self.layers {
+            for linear in [&mut layer.qkv_proj, &mut layer.o_proj, &mut layer.gate_up_proj, &mut layer.down_proj] {
+                linear.adapters.clear();
+            }
+        }
+        self.adapters = None;
     }
 
-    /// Logits in float32 `[.., vocab]` of hidden states, computed in float32 (no gradient); for choosing tokens.
+    /// The same weights, in the same memory, without adapters.
+    pub fn without_adapters(&self) -> Self {
+        Self::from_params(self.config.clone(), self.params.shallow_clone())
+    }
+
+    /// A copy with the adapters merged into its weights, for decoding; `None` if there are no adapters. Later changes of the
+    /// adapters do not reach it.
     ///
     /// # Errors
-    /// [`crate::Error::Torch`], such as memory that ran out.
-    pub fn compute_logits(&self, hidden: &Tensor) -> Result<Tensor> {
+    /// [`crate::Error::Torch`], for instance when memory runs out.
+    pub fn to_merged(&self) -> Result<Option<Self>> {
+        let Some(adapters) = &self.adapters else { return Ok(None) };
         let _no_grad = tch::no_grad_guard();
-        libtorch::matmul_float32(hidden, self.projection())
-    }
-
-    /// Logits `[.., vocab]` in the model's own type, with gradients.
-    pub fn project(&self, hidden: &Tensor) -> Tensor {
-        hidden.linear::<&Tensor>(self.projection(), None)
-    }
-
-    /// Logits in float32 `[.., vocab]` with gradients; for losses.
-    pub fn logits_with_grad(&self, hidden: &Tensor) -> Tensor {
-        self.project(hidden).to_kind(Kind::Float)
-    }
-
-    /// The output projection `[vocab, hidden]`.
-    pub(crate) fn projection(&self) -> &Tensor {
-        self.head.as_ref().unwrap_or(&self.embedding)
-    }
-
-    pub(crate) fn embed(&self, tokens: &Tensor) -> Tensor {
-        Tensor::embedding(&self.embedding, tokens, -1, false, false)
-    }
-
-    fn forward_in(&self, tokens: &Tensor, positions: &Tensor, mut context: Context<'_>) -> Tensor {
-        let rotation = self.rope.rotation(positions, self.kind);
-        let mut x = self.embed(tokens);
-        for index in 0..self.layers.len() {
-            x = self.layer(index, &x, &rotation, &mut context);
-        }
-        self.rms_norm(&x, &self.norm)
-    }
-
-    /// One layer: `[b, s, hidden]` to the same.
-    pub(crate) fn layer(&self, index: usize, x: &Tensor, rotation: &Rotation, context: &mut Context<'_>) -> Tensor {
-        let layer = &self.layers[index];
-        let x = self.attention(index, layer, &self.rms_norm(x, &layer.attention_norm), rotation, context) + x;
-        let gate_up = layer.gate_up.apply(&self.rms_norm(&x, &layer.feed_forward_norm)).chunk(2, -1);
-        layer.down.apply(&(gate_up[0].silu() * &gate_up[1])) + x
-    }
-
-    fn attention(
-        &self,
-        index: usize,
-        layer: &Layer,
-        x: &Tensor,
-        rotation: &Rotation,
-        context: &mut Context<'_>,
-    ) -> Tensor {
-        let ragged = match context {
-            Context::Cache { ragged, .. } => *ragged,
-            Context::Causal | Context::Packed(_) => None,
-        };
-        let (batch, length) = match context {
-            Context::Cache { slots, .. } => slots.size2().unwrap_or_default(),
-            Context::Causal | Context::Packed(_) => (x.size()[0], x.size()[1]),
-        };
-        let projected = match (layer.query_key_value.apply(x), ragged) {
-            (projected, Some(ragged)) => projected.squeeze_dim(0).index_select(0, &ragged.tokens),
-            (projected, None) => projected,
-        };
-        let (key_heads, width) = (self.config.num_kv_heads, self.config.head_dim);
-        let heads = [self.config.num_heads, key_heads, key_heads];
-        let parts = projected.view([batch, length, -1, width]).split_with_sizes(heads, 2);
-        let [mut queries, mut keys] = [0, 1].map(|part| parts[part].shallow_clone());
-        if let Some((query_norm, key_norm)) = &layer.query_key_norm {
-            queries = self.rms_norm(&queries, query_norm);
-            keys = self.rms_norm(&keys, key_norm);
-        }
-        let queries = rotation.apply(&queries.transpose(1, 2));
-        let keys = rotation.apply(&keys.transpose(1, 2));
-        let values = parts[2].transpose(1, 2);
-        let mixed = match context {
-            Context::Causal => attend(&queries, &keys, &values, None),
-            Context::Packed(stream) => stream.attend(&queries, &keys, &values),
-            Context::Cache { cache, slots, attended, bias, .. } => {
-                let (keys, values) = cache.update(index, &keys, &values, slots, *attended);
-                // No copy of the cache: a group's heads become more queries of the same key head.
-                let folded = queries.reshape([batch, key_heads, -1, width]);
-                attend(&folded, &keys, &values, Some(bias)).reshape([batch, -1, length, width])
+        let params = self.params.copy();
+        for (name, mut weight) in params.tensors() {
+            if let Some(adapter) = adapters.find(&name) {
+                weight.f_copy_(&adapter.merge(&weight, self.kind)?)?;
             }
-        };
-        let mixed = mixed.transpose(1, 2).reshape([batch, length, -1]);
-        layer.output.apply(&match ragged {
-            Some(ragged) => mixed.flatten(0, 1).index_select(0, &ragged.places).unsqueeze(0),
-            None => mixed,
-        })
-    }
-
-    /// Root-mean-square norm over the last dimension, computed in float32.
-    pub(crate) fn rms_norm(&self, x: &Tensor, weight: &Tensor) -> Tensor {
-        x.rms_norm(weight.size(), Some(weight), self.config.rms_norm_eps)
-    }
-
-    pub(crate) fn assemble(config: ModelConfig, weights: ParamBuffer) -> Self {
-        let mut leaves = Vec::new();
-        let mut leaf = |names: Vec<String>| {
-            let tensor = weights.joined(&names)?;
-            leaves.push((tensor.shallow_clone(), names));
-            Some(tensor)
-        };
-        let expected =
-            |found: Option<Tensor>| found.unwrap_or_else(|| unreachable!("there is every name of the config"));
-        let embedding = expected(leaf(vec!["model.embed_tokens.weight".to_owned()]));
-        let layers = (0..config.num_layers)
-            .map(|layer| {
-                let mut part = |parts: &[&str], kind: &str| {
-                    leaf(parts.iter().map(|part| format!("model.layers.{layer}.{part}.{kind}")).collect())
-                };
-                let mut linear = |parts: &[&str]| Linear {
-                    weight: expected(part(parts, "weight")),
-                    bias: part(parts, "bias"),
-                    adapters: Vec::new(),
-                };
-                let query_key_value = linear(&["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]);
-                let output = linear(&["self_attn.o_proj"]);
-                let (gate_up, down) = (linear(&["mlp.gate_proj", "mlp.up_proj"]), linear(&["mlp.down_proj"]));
-                let mut norm = |name: &str| part(&[name], "weight");
-                Layer {
-                    attention_norm: expected(norm("input_layernorm")),
-                    query_key_norm: norm("self_attn.q_norm").zip(norm("self_attn.k_norm")),
-                    feed_forward_norm: expected(norm("post_attention_layernorm")),
-                    query_key_value,
-                    output,
-                    gate_up,
-                    down,
-                }
-            })
-            .collect();
-        Transformer {
-            device: weights.buffer().device(),
-            kind: weights.buffer().kind(),
-            rope: Rope::new(&config, weights.buffer().device()),
-            embedding,
-            layers,
-            norm: expected(leaf(vec!["model.norm.weight".to_owned()])),
-            head: leaf(vec!["lm_head.weight".to_owned()]),
-            config,
-            weights,
-            leaves,
-            adapters: None,
         }
+        Ok(Some(Self::from_params(self.config.clone(), params)))
     }
 }
 
-/// Attention of queries `[b, h, s, d]` to keys and values `[b, kv_heads, t, d]`, with what is added to the scores or plainly
-/// causal without.
-pub(crate) fn attend(queries: &Tensor, keys: &Tensor, values: &Tensor, bias: Option<&Tensor>) -> Tensor {
-    let group = queries.size()[1] / keys.size()[1];
-    // `enable_gqa` leaves only the slow kernel that holds every score when there is a mask, so groups are laid out here.
-    let widened = |x: &Tensor| {
-        let [batch, heads, length, width] = <[i64; 4]>::try_from(x.size()).unwrap_or_default();
-        match group {
-            1 => x.shallow_clone(),
-            _ => x.unsqueeze(2).expand([batch, heads, group, length, width], false).flatten(1, 2),
+impl Layer {
+    /// The product that computes a projection, and the projection's first output in it.
+    fn linear_mut(&mut self, target: LoraTarget, config: &ModelConfig) -> (&mut Linear, i64) {
+        let q_width = config.num_heads * config.head_dim;
+        let kv_width = config.num_kv_heads * config.head_dim;
+        match target {
+            LoraTarget::QProj => (&mut self.qkv_proj, 0),
+            LoraTarget::KProj => (&mut self.qkv_proj, q_width),
+            LoraTarget::VProj => (&mut self.qkv_proj, q_width + kv_width),
+            LoraTarget::OProj => (&mut self.o_proj, 0),
+            LoraTarget::GateProj => (&mut self.gate_up_proj, 0),
+            LoraTarget::UpProj => (&mut self.gate_up_proj, config.intermediate_size),
+            LoraTarget::DownProj => (&mut self.down_proj, 0),
         }
-    };
-    let (keys, values) = (widened(keys), widened(values));
-    Tensor::scaled_dot_product_attention(queries, &keys, &values, bias, 0.0, bias.is_none(), None, false)
-}
-
-impl Linear {
-    pub(crate) fn apply(&self, x: &Tensor) -> Tensor {
-        let product = x.linear(&self.weight, self.bias.as_ref());
-        for adapter in &self.adapters {
-            let _ = adapter.of(&product, -1).g_add_(&adapter.apply(x));
-        }
-        product
     }
 }

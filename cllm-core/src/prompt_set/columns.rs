@@ -1,4 +1,5 @@
-//! Prompt sets in Parquet: one column per field, `messages` as a list of structs, `meta` as JSON text.
+//! Prompt sets in Parquet: one column per field, `messages` as a list of structs, `meta` as JSON
+//! text.
 
 use std::path::Path;
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! Reads data set files as they are published: JSONL (also gzipped), a JSON list, or Parquet such as a Hugging Face
-//! export.
+//! Reads data set files as they are published: JSONL (also gzipped), a JSON list, or Parquet such
+//! as a Hugging Face export.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
@@ -14,7 +14,8 @@ use serde_json::{Map, Value};
 
 use crate::{Error, Result, interrupt, parquet_file, text_file};
 
-/// Reads the first of `stems` (paths in `data` without an extension) that exists. `data` may also be the file itself.
+/// Reads the first of `stems` (paths in `data` without an extension) that exists. `data` may also
+/// be the file itself.
 pub(crate) fn read<T: DeserializeOwned>(data: &Path, stems: &[&str]) -> Result<Vec<T>> {
     if data.is_file() {
         return read_file(data);
@@ -107,7 +108,8 @@ fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     Ok(rows)
 }
 
-/// Reads the rows of a Parquet file as JSON objects, one key per column. A null becomes a missing key.
+/// Reads the rows of a Parquet file as JSON objects, one key per column. A null becomes a missing
+/// key.
 pub(super) fn read_parquet(path: &Path) -> Result<Vec<Value>> {
     parquet_file::catch_panic(path, || read_parquet_rows(path))
 }
@@ -128,7 +130,8 @@ fn to_object(row: &Row) -> Value {
     Value::Object(columns.filter(|(_, value)| !value.is_null()).collect::<Map<_, _>>())
 }
 
-/// Converts the types that JSON has too. Any other becomes null, which the row's own type refuses if it needs the field.
+/// Converts the types that JSON has too. Any other becomes null, which the row's own type refuses
+/// if it needs the field.
 fn to_value(field: &Field) -> Value {
     match field {
         Field::Bool(v) => Value::from(*v),

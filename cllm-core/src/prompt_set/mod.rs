@@ -1,7 +1,8 @@
 //! Prompt sets: prompts with what a task needs to score their answers.
 //!
-//! People have prompts as JSONL, as JSON lists, and as Parquet from other tools, with and without ids or a source.
-//! Reading turns all of these into [`Sample`]s; only JSONL and Parquet are written.
+//! People have prompts as JSONL, as JSON lists, and as Parquet from other tools, with and without
+//! ids or a source. Reading turns all of these into [`Sample`]s; only JSONL and Parquet are
+//! written.
 
 mod columns;
 pub(crate) mod dataset_file;
@@ -18,7 +19,8 @@ use sample::Row;
 
 pub use sample::{DEFAULT_SOURCE, Prompt, Sample};
 
-/// Reads a prompt set: Parquet if the name ends in `.parquet`, a JSON list if it ends in `.json`, otherwise JSONL.
+/// Reads a prompt set: Parquet if the name ends in `.parquet`, a JSON list if it ends in `.json`,
+/// otherwise JSONL.
 ///
 /// # Errors
 /// Names the file and the line of a bad row, or an id that occurs twice.

@@ -1,5 +1,6 @@
-//! A training pass on a GPU in bf16: every layer forward and backward by hand, with kernels of our own, so that only what the
-//! backward needs is kept and gradients are added to where they belong by the products themselves.
+//! The training pass on a GPU in bf16: forward and backward of every layer by hand, with kernels of our own.
+//!
+//! Only what the backward needs is saved, and matrix products add to the gradients where they are collected.
 
 use tch::{Device, Kind, Tensor};
 
@@ -10,153 +11,161 @@ use crate::cuda::nvrtc::{compute_capability, max_shared_bytes};
 use crate::cuda::train::TrainKernels;
 use crate::model::{Layer, Linear, ModelConfig, Transformer};
 
-/// A stream and the kernels for the model that it is made for.
-pub(crate) struct CudaBatch {
+/// Whether our own kernels can train a model of this configuration, in bf16 on a GPU with enough shared memory.
+pub fn has_kernels(config: &ModelConfig) -> bool {
+    TrainKernels::supports(&config.kernel_shape())
+}
+
+/// A batch on the GPU, padded to whole tiles of attention, and the kernels for its model.
+pub(super) struct CudaBatch {
     kernels: TrainKernels,
     attention: AttentionKernels,
-    sight: AttentionMask,
+    attention_mask: AttentionMask,
     /// int64 `[tokens]`, padding included.
     tokens: Tensor,
     /// Cosines and sines of each token, float32 `[tokens, head_dim / 2]`.
-    angles: (Tensor, Tensor),
-    /// Tokens without the padding.
-    length: i64,
+    cos_sin: (Tensor, Tensor),
+    /// Number of tokens without the padding.
+    num_tokens: i64,
 }
 
-/// What the backward of a layer needs; `[tokens, ..]` each.
-struct Kept {
-    x: Tensor,
-    normed: Tensor,
-    /// Queries and keys rotated.
+/// What the backward of a layer needs, `[tokens, ..]` each.
+struct SavedActivations {
+    input: Tensor,
+    /// After the first norm.
+    attn_input: Tensor,
+    /// With RoPE applied to queries and keys.
     qkv: Tensor,
-    mixed: Tensor,
-    log_sums: Tensor,
-    attended: Tensor,
-    attended_normed: Tensor,
+    attn_out: Tensor,
+    /// Of the attention scores, to base 2.
+    logsumexp: Tensor,
+    /// The residual stream between attention and feed-forward.
+    residual: Tensor,
+    /// After the second norm.
+    mlp_input: Tensor,
     gate_up: Tensor,
 }
 
-/// What the backward of the whole needs.
-pub(crate) struct FusedPass {
-    /// Inputs of the leading layers, which are computed again.
-    inputs: Vec<Tensor>,
-    kept: Vec<Kept>,
+/// What the backward of the whole model needs.
+pub(super) struct CudaPass<'p> {
+    model: &'p Transformer,
+    batch: &'p CudaBatch,
+    /// Inputs of the checkpointed layers.
+    checkpoints: Vec<Tensor>,
+    /// Of the layers after those.
+    saved: Vec<SavedActivations>,
+    /// Output of the last layer.
     last: Tensor,
 }
 
 impl CudaBatch {
-    /// `None` for models that the kernels cannot compute.
-    pub(crate) fn new(stream: &PackedBatch, model: &Transformer) -> Result<Option<Self>> {
+    /// `None` for models and GPUs that the kernels do not support.
+    pub(super) fn new(batch: &PackedBatch, model: &Transformer) -> Result<Option<Self>> {
         let Device::Cuda(device) = model.device() else { return Ok(None) };
         let shape = model.config().kernel_shape();
-        let room = max_shared_bytes(compute_capability(device)?);
+        let available_bytes = max_shared_bytes(compute_capability(device)?);
         if model.kind() != Kind::BFloat16
             || !TrainKernels::supports(&shape)
-            || room < AttentionKernels::shared_bytes(&shape)
+            || available_bytes < AttentionKernels::shared_bytes(&shape)
         {
             return Ok(None);
         }
-        let mut padded = stream.clone();
-        let length = stream.tokens.len();
-        padded.push_causal(&vec![0; length.next_multiple_of(AttentionKernels::TILE) - length]);
-        let numbers = |ids: &[i32]| Tensor::from_slice(ids).to_device(model.device()).to_kind(Kind::Int64);
+        let num_tokens = batch.tokens.len();
+        let mut padded = batch.clone();
+        padded.push_causal(&vec![0; num_tokens.next_multiple_of(AttentionKernels::TILE) - num_tokens]);
+        let to_device = |ids: &[i32]| Tensor::from_slice(ids).to_device(model.device()).to_kind(Kind::Int64);
         Ok(Some(CudaBatch {
             kernels: TrainKernels::new(device, shape)?,
-            sight: AttentionMask::new(&padded.attention_ranges, model.device()),
             attention: AttentionKernels::new(device, shape)?,
-            tokens: numbers(&padded.tokens),
-            angles: model.rope.angles(&numbers(&padded.positions)),
-            length: length as i64,
+            attention_mask: AttentionMask::new(&padded.attention_ranges, model.device()),
+            tokens: to_device(&padded.tokens),
+            cos_sin: model.rope.cos_sin(&to_device(&padded.positions)),
+            num_tokens: num_tokens as i64,
         }))
     }
 
-    pub(crate) fn kernels(&self) -> &TrainKernels {
+    pub(super) fn kernels(&self) -> &TrainKernels {
         &self.kernels
     }
 
-    /// Final hidden states `[tokens, hidden]`, and what the backward needs where the leading `recomputed` layers are computed
-    /// again; nothing without.
-    pub(crate) fn forward(&self, model: &Transformer, recomputed: Option<usize>) -> Result<(Tensor, FusedPass)> {
+    /// Final hidden states `[tokens, hidden]`.
+    pub(super) fn forward<'p>(
+        &'p self,
+        model: &'p Transformer,
+        checkpointed_layers: usize,
+    ) -> Result<(Tensor, CudaPass<'p>)> {
         let _no_grad = tch::no_grad_guard();
-        let mut x = model.embedding.f_index_select(0, &self.tokens)?;
-        let (mut inputs, mut all) = (Vec::new(), Vec::new());
+        let mut x = self.embed(model)?;
+        let (mut checkpoints, mut saved) = (Vec::new(), Vec::new());
         for (index, layer) in model.layers.iter().enumerate() {
-            let (kept, output) = self.layer(layer, x)?;
+            let (output, activations) = self.layer_forward(layer, x)?;
             x = output;
-            match recomputed {
-                None => {}
-                Some(recomputed) if index < recomputed => inputs.push(kept.x),
-                Some(_) => all.push(kept),
-            }
+            if index < checkpointed_layers { checkpoints.push(activations.input) } else { saved.push(activations) }
         }
-        let hidden = self.kernels.rms_norm(&x, &model.norm)?.f_narrow(0, 0, self.length)?;
-        Ok((hidden, FusedPass { inputs, kept: all, last: x }))
+        let hidden = self.final_norm(model, &x)?;
+        Ok((hidden, CudaPass { model, batch: self, checkpoints, saved, last: x }))
     }
 
-    fn layer(&self, layer: &Layer, x: Tensor) -> Result<(Kept, Tensor)> {
-        let normed = self.kernels.rms_norm(&x, &layer.attention_norm)?;
-        let qkv = layer.query_key_value.apply(&normed);
-        self.kernels.rotate(&qkv, (&self.angles.0, &self.angles.1), false)?;
-        let (mixed, log_sums) = self.attention.forward(&qkv, &self.sight)?;
-        let attended = layer.output.add_to(&x, &mixed)?;
-        let attended_normed = self.kernels.rms_norm(&attended, &layer.feed_forward_norm)?;
-        let gate_up = layer.gate_up.apply(&attended_normed);
-        let output = layer.down.add_to(&attended, &self.kernels.swiglu(&gate_up)?)?;
-        Ok((Kept { x, normed, qkv, mixed, log_sums, attended, attended_normed, gate_up }, output))
-    }
-
-    /// Adds to the gradients of the weights what follows from that of the hidden states.
-    pub(crate) fn backward(&self, model: &Transformer, pass: FusedPass, gradient: &Tensor) -> Result<()> {
+    /// As [`Self::forward`], with nothing saved.
+    pub(super) fn hidden_states(&self, model: &Transformer) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
-        let FusedPass { mut inputs, mut kept, last } = pass;
-        let padding = self.tokens.numel() as i64 - self.length;
-        let gradient = gradient.f_constant_pad_nd([0, 0, 0, padding])?;
-        let d_x = gradient.f_zeros_like()?;
-        self.norm_backward(&last, &model.norm, &gradient, &d_x)?;
-        drop((gradient, last));
-        for layer in model.layers.iter().rev() {
-            let kept = match (kept.pop(), inputs.pop()) {
-                (Some(kept), input) => {
-                    inputs.extend(input);
-                    kept
-                }
-                (None, Some(input)) => self.layer(layer, input)?.0,
-                (None, None) => unreachable!("every layer left something"),
-            };
-            self.layer_backward(layer, kept, &d_x)?;
+        let mut x = self.embed(model)?;
+        for layer in &model.layers {
+            x = self.layer_forward(layer, x)?.0;
         }
-        if model.embedding.requires_grad() {
-            let rows = model.embedding.size()[0];
-            let added = Tensor::f_embedding_dense_backward(&d_x, &self.tokens, rows, -1, false)?;
-            let _ = model.embedding.grad().f_add_(&added)?;
-        }
-        Ok(())
+        self.final_norm(model, &x)
     }
 
-    /// `d_x` comes as the gradient of the layer's output and becomes that of its input.
-    fn layer_backward(&self, layer: &Layer, kept: Kept, d_x: &Tensor) -> Result<()> {
-        let Kept { x, normed, qkv, mixed, log_sums, attended, attended_normed, gate_up } = kept;
-        let d_inner = layer.down.input_gradient(d_x)?;
-        self.kernels.swiglu_backward(&gate_up, &d_inner)?;
-        // What was the gradient of the product is now the product.
-        let (d_gate_up, inner) = (gate_up, d_inner);
-        layer.down.collect(&inner, d_x)?;
-        drop(inner);
-        let d_normed = layer.gate_up.input_gradient(&d_gate_up)?;
-        layer.gate_up.collect(&attended_normed, &d_gate_up)?;
-        drop((d_gate_up, attended_normed));
-        self.norm_backward(&attended, &layer.feed_forward_norm, &d_normed, d_x)?;
-        drop((d_normed, attended));
-        let d_mixed = layer.output.input_gradient(d_x)?;
-        layer.output.collect(&mixed, d_x)?;
-        let d_qkv = self.attention.backward(&qkv, &mixed, &log_sums, &d_mixed, &self.sight)?;
-        drop((qkv, mixed, d_mixed));
-        self.kernels.rotate(&d_qkv, (&self.angles.0, &self.angles.1), true)?;
-        let d_normed = layer.query_key_value.input_gradient(&d_qkv)?;
-        layer.query_key_value.collect(&normed, &d_qkv)?;
-        self.norm_backward(&x, &layer.attention_norm, &d_normed, d_x)
+    fn embed(&self, model: &Transformer) -> Result<Tensor> {
+        Ok(model.embed_tokens.f_index_select(0, &self.tokens)?)
     }
 
+    fn final_norm(&self, model: &Transformer, x: &Tensor) -> Result<Tensor> {
+        Ok(self.kernels.rms_norm(x, &model.norm)?.f_narrow(0, 0, self.num_tokens)?)
+    }
+
+    fn layer_forward(&self, layer: &Layer, input: Tensor) -> Result<(Tensor, SavedActivations)> {
+        let attn_input = self.kernels.rms_norm(&input, &layer.input_layernorm)?;
+        let qkv = layer.qkv_proj.forward(&attn_input);
+        self.kernels.rotate(&qkv, (&self.cos_sin.0, &self.cos_sin.1), false)?;
+        let (attn_out, logsumexp) = self.attention.forward(&qkv, &self.attention_mask)?;
+        let residual = layer.o_proj.forward_add(&input, &attn_out)?;
+
+        let mlp_input = self.kernels.rms_norm(&residual, &layer.post_attention_layernorm)?;
+        let gate_up = layer.gate_up_proj.forward(&mlp_input);
+        let output = layer.down_proj.forward_add(&residual, &self.kernels.swiglu(&gate_up)?)?;
+
+        Ok((output, SavedActivations { input, attn_input, qkv, attn_out, logsumexp, residual, mlp_input, gate_up }))
+    }
+
+    /// `d_x` is the gradient of the layer's output and becomes, in place, that of its input. Tensors are dropped as soon as
+    /// they are no longer needed.
+    fn layer_backward(&self, layer: &Layer, saved: SavedActivations, d_x: &Tensor) -> Result<()> {
+        let SavedActivations { input, attn_input, qkv, attn_out, logsumexp, residual, mlp_input, gate_up } = saved;
+
+        let d_activated = layer.down_proj.backward_input(d_x)?;
+        self.kernels.swiglu_backward(&gate_up, &d_activated)?;
+        // The kernel worked in place: it left the gradient of gate and up, and their product.
+        let (d_gate_up, activated) = (gate_up, d_activated);
+        layer.down_proj.backward_weights(&activated, d_x)?;
+        drop(activated);
+        let d_mlp_input = layer.gate_up_proj.backward_input(&d_gate_up)?;
+        layer.gate_up_proj.backward_weights(&mlp_input, &d_gate_up)?;
+        drop((d_gate_up, mlp_input));
+        self.norm_backward(&residual, &layer.post_attention_layernorm, &d_mlp_input, d_x)?;
+        drop((d_mlp_input, residual));
+
+        let d_attn_out = layer.o_proj.backward_input(d_x)?;
+        layer.o_proj.backward_weights(&attn_out, d_x)?;
+        let d_qkv = self.attention.backward(&qkv, &attn_out, &logsumexp, &d_attn_out, &self.attention_mask)?;
+        drop((qkv, attn_out, d_attn_out));
+        self.kernels.rotate(&d_qkv, (&self.cos_sin.0, &self.cos_sin.1), true)?;
+        let d_attn_input = layer.qkv_proj.backward_input(&d_qkv)?;
+        layer.qkv_proj.backward_weights(&attn_input, &d_qkv)?;
+        self.norm_backward(&input, &layer.input_layernorm, &d_attn_input, d_x)
+    }
+
+    /// Adds to `d_x` the gradient of the norm's input `x`, and to the gradient of its weight.
     fn norm_backward(&self, x: &Tensor, weight: &Tensor, d_out: &Tensor, d_x: &Tensor) -> Result<()> {
         let d_weight = self.kernels.rms_norm_backward(x, weight, d_out, d_x)?;
         if weight.requires_grad() {
@@ -166,57 +175,41 @@ impl CudaBatch {
     }
 }
 
-/// Whether there are kernels of our own to train it in bf16, on a GPU that has room for them.
-pub fn has_kernels(config: &ModelConfig) -> bool {
-    TrainKernels::supports(&config.kernel_shape())
-}
-
-/// Adds to the gradient of the output projection what follows from that of the logits `[rows, vocab]` of some hidden states
-/// `[rows, hidden]`; theirs is returned.
-///
-/// # Errors
-/// [`crate::Error::Torch`], such as memory that ran out.
-pub fn project_backward(model: &Transformer, hidden: &Tensor, d_logits: &Tensor) -> Result<Tensor> {
-    let projection = Linear { weight: model.projection().shallow_clone(), bias: None, adapters: Vec::new() };
-    projection.collect(hidden, d_logits)?;
-    projection.input_gradient(d_logits)
-}
-impl Linear {
-    /// `x` + the projection of `input`.
-    fn add_to(&self, x: &Tensor, input: &Tensor) -> Result<Tensor> {
-        let sum = x.f_addmm(input, &self.weight.f_tr()?)?;
-        for adapter in &self.adapters {
-            let _ = adapter.of(&sum, 1).f_add_(&adapter.apply(input))?;
+impl CudaPass<'_> {
+    pub(super) fn backward(self, d_hidden: &Tensor) -> Result<()> {
+        let _no_grad = tch::no_grad_guard();
+        let CudaPass { model, batch, mut checkpoints, mut saved, last } = self;
+        let num_padding_tokens = batch.tokens.numel() as i64 - batch.num_tokens;
+        let d_hidden = d_hidden.f_constant_pad_nd([0, 0, 0, num_padding_tokens])?;
+        let d_x = d_hidden.f_zeros_like()?;
+        batch.norm_backward(&last, &model.norm, &d_hidden, &d_x)?;
+        drop((d_hidden, last));
+        for layer in model.layers.iter().rev() {
+            let activations = match saved.pop() {
+                Some(activations) => activations,
+                None => {
+                    let input = checkpoints.pop().expect("every layer is saved or checkpointed");
+                    batch.layer_forward(layer, input)?.1
+                }
+            };
+            batch.layer_backward(layer, activations, &d_x)?;
         }
-        Ok(match &self.bias {
-            Some(bias) => sum.f_add(bias)?,
-            None => sum,
-        })
-    }
-
-    /// The gradient of the input from that of the output.
-    fn input_gradient(&self, d_output: &Tensor) -> Result<Tensor> {
-        let d_input = d_output.f_mm(&self.weight)?;
-        for adapter in &self.adapters {
-            let d_thin = adapter.of(d_output, 1).f_mm(&adapter.up)? * adapter.scale;
-            let _ = d_input.shallow_clone().f_addmm_(&d_thin, &adapter.down)?;
-        }
-        Ok(d_input)
-    }
-
-    /// Adds to the gradients of the weights, where they collect any.
-    fn collect(&self, input: &Tensor, d_output: &Tensor) -> Result<()> {
-        if self.weight.requires_grad() {
-            let _ = self.weight.grad().f_addmm_(&d_output.f_tr()?, input)?;
-        }
-        if let Some(bias) = self.bias.as_ref().filter(|bias| bias.requires_grad()) {
-            let _ = bias.grad().f_add_(&d_output.f_sum_dim_intlist(0, false, Kind::Float)?)?;
-        }
-        for adapter in self.adapters.iter().filter(|adapter| adapter.up.requires_grad()) {
-            let own = adapter.of(d_output, 1) * adapter.scale;
-            let _ = adapter.up.grad().f_addmm_(&own.f_tr()?, &input.f_mm(&adapter.down.f_tr()?)?)?;
-            let _ = adapter.down.grad().f_addmm_(&own.f_mm(&adapter.up)?.f_tr()?, input)?;
+        if model.embed_tokens.requires_grad() {
+            let vocab_size = model.embed_tokens.size()[0];
+            let d_embedding = Tensor::f_embedding_dense_backward(&d_x, &batch.tokens, vocab_size, -1, false)?;
+            let _ = model.embed_tokens.grad().f_add_(&d_embedding)?;
         }
         Ok(())
     }
+}
+
+/// Adds to the gradient of the output projection, and returns the gradient of `hidden [rows, hidden]`. `d_logits`: the
+/// gradient of its logits, `[rows, vocab]`.
+///
+/// # Errors
+/// [`crate::Error::Torch`], for instance when memory runs out.
+pub fn project_backward(model: &Transformer, hidden: &Tensor, d_logits: &Tensor) -> Result<Tensor> {
+    let lm_head = Linear { weight: model.lm_head().shallow_clone(), bias: None, adapters: Vec::new() };
+    lm_head.backward_weights(hidden, d_logits)?;
+    lm_head.backward_input(d_logits)
 }

@@ -1,8 +1,16 @@
-//! Training forwards and backwards over packed batches.
+//! Forward and backward passes of training over packed batches.
+//!
+//! [`forward`] runs a batch and [`ForwardPass::backward`] adds to the gradients of the weights. Both have two
+//! implementations: `cuda.rs`, by hand with kernels of our own, and `eager.rs`, with libtorch's operations and autograd,
+//! for the CPU and for models that the kernels do not support.
 
 mod cuda;
+mod eager;
+mod forward;
+mod linear;
 mod packed_batch;
 
+pub use crate::cuda::block_mask::AttentionRanges;
 pub use cuda::{has_kernels, project_backward};
-pub(crate) use packed_batch::EagerBatch;
-pub use packed_batch::{AttentionRanges, DeviceBatch, ForwardPass, PackedBatch, forward, hidden_states};
+pub use forward::{DeviceBatch, ForwardPass, forward, hidden_states};
+pub use packed_batch::PackedBatch;

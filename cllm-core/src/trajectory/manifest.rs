@@ -102,8 +102,8 @@ impl Manifest {
         serde_json::from_str(&text).map(Some).map_err(|error| Error::file(&path, format!("is no manifest: {error}")))
     }
 
-    /// Reads the manifest of a data set, which several processes may have collected: then the manifests of their folders
-    /// are joined.
+    /// Reads the manifest of a data set, which several processes may have collected: then the
+    /// manifests of their folders are joined.
     pub(super) fn load(folder: &Path) -> Result<Self> {
         let manifest = match Manifest::read(folder)? {
             Some(manifest) => Some(manifest),
@@ -148,13 +148,14 @@ impl Manifest {
     }
 }
 
-/// Name of the folder in which process `rank` of `world_size` collects, inside the folder of the data set.
+/// Name of the folder in which process `rank` of `world_size` collects, inside the folder of the
+/// data set.
 pub fn rank_folder(rank: usize, world_size: usize) -> String {
     format!("rank-{rank}-of-{world_size}")
 }
 
-/// Fingerprint of a data set that does not read its rows: it covers the provenance and the name, rows and bytes of each
-/// shard. For a single shard it is the fingerprint of the file.
+/// Fingerprint of a data set that does not read its rows: it covers the provenance and the name,
+/// rows and bytes of each shard. For a single shard it is the fingerprint of the file.
 ///
 /// # Errors
 /// When the folder has no manifest, or a shard is missing.

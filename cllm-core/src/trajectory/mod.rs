@@ -1,8 +1,10 @@
-//! Jacobi trajectories: the data set that `collect` writes, and that training and the profiles read.
+//! Jacobi trajectories: the data set that `collect` writes, and that training and the profiles
+//! read.
 //!
-//! A data set is a folder of Parquet shards and a manifest that lists them. A row is one response with every state of
-//! each of its blocks, so that a prefix is stored once. Shards appear whole or not at all, which lets a stopped run
-//! resume; rows are checked as they are read, so that code behind a [`Reader`] can rely on their shape.
+//! A data set is a folder of Parquet shards and a manifest that lists them. A row is one response
+//! with every state of each of its blocks, so that a prefix is stored once. Shards appear whole or
+//! not at all, which lets a stopped run resume; rows are checked as they are read, so that code
+//! behind a [`Reader`] can rely on their shape.
 
 mod manifest;
 mod profile;

@@ -1,8 +1,8 @@
-//! Convergence profiles: fast-forwarded and stationary tokens (CLLM, arXiv 2403.00835, section 4 and table 3), derived
-//! from the recorded states.
+//! Convergence profiles: fast-forwarded and stationary tokens (CLLM, arXiv 2403.00835, section 4
+//! and table 3), derived from the recorded states.
 //!
-//! The converged prefix of a state is its longest prefix that agrees with the fixed point. Only tokens of the response
-//! count: what follows EOS or the length limit in the last block is ignored.
+//! The converged prefix of a state is its longest prefix that agrees with the fixed point. Only
+//! tokens of the response count: what follows EOS or the length limit in the last block is ignored.
 
 use std::ops::AddAssign;
 
@@ -16,8 +16,8 @@ pub struct Profile {
     pub num_tokens: usize,
     /// Iterations from the initial guess until all of these tokens have converged.
     pub num_iterations: usize,
-    /// Tokens by which iterations extended the converged prefix. An iteration adds at least one; those beyond it are
-    /// included.
+    /// Tokens by which iterations extended the converged prefix. An iteration adds at least one;
+    /// those beyond it are included.
     pub num_fast_forwarded: usize,
     /// Tokens that were correct while a token before them was not, and that stayed correct.
     pub num_stationary: usize,
@@ -42,7 +42,8 @@ impl Profile {
         let initially_converged = converged[0];
         let is_stationary = |&position: &usize| {
             let first_converged = converged.iter().position(|&prefix| prefix > position).unwrap_or(0);
-            // From this state on the token is in the converged prefix; it was stationary if it was correct just before.
+            // From this state on the token is in the converged prefix; it was stationary if it was
+            // correct just before.
             first_converged > 0 && is_correct(&block.states[first_converged - 1], position)
         };
         Profile {
@@ -54,13 +55,15 @@ impl Profile {
         }
     }
 
-    /// Mean number of tokens by which an iteration extends the converged prefix, at least one, as the paper counts.
+    /// Mean number of tokens by which an iteration extends the converged prefix, at least one, as
+    /// the paper counts.
     /// `None` if there were no iterations.
     pub fn fast_forwarded_per_iteration(&self) -> Option<f64> {
         mean(self.num_fast_forwarded, self.num_iterations)
     }
 
-    /// Mean number of tokens per block that were added to the converged prefix beyond one per iteration.
+    /// Mean number of tokens per block that were added to the converged prefix beyond one per
+    /// iteration.
     pub fn beyond_one_per_block(&self) -> Option<f64> {
         mean(self.num_fast_forwarded.saturating_sub(self.num_iterations), self.num_blocks)
     }
@@ -100,8 +103,9 @@ impl Trajectory {
         })
     }
 
-    /// Forwards that decoding the response took: one for its first token; in each block one for every state after the
-    /// initial guess, and one that confirms the fixed point and opens the next block or ends the response.
+    /// Forwards that decoding the response took: one for its first token; in each block one for
+    /// every state after the initial guess, and one that confirms the fixed point and opens the
+    /// next block or ends the response.
     pub fn num_forwards(&self) -> usize {
         let in_block = |block: &Block| {
             let Some(fixed_point) = block.states.last() else { return 0 };

@@ -1,4 +1,5 @@
-//! Reads a data set in constant memory: row by row, or in chunks of rows that several threads can read at once.
+//! Reads a data set in constant memory: row by row, or in chunks of rows that several threads can
+//! read at once.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -14,7 +15,8 @@ use crate::{Error, Result, interrupt, parquet_file};
 
 /// Rows that are decoded at once.
 const BATCH_ROWS: usize = 64;
-/// Limits of a [`RowChunk`]: rows, and values (nearly all of them tokens). A single row group may exceed them.
+/// Limits of a [`RowChunk`]: rows, and values (nearly all of them tokens). A single row group may
+/// exceed them.
 const MAX_CHUNK_ROWS: usize = 1024;
 const MAX_CHUNK_VALUES: usize = 8 << 20;
 
@@ -88,8 +90,8 @@ impl Reader {
     /// Opens a complete data set: its folder, or one of its shards.
     ///
     /// # Errors
-    /// [`Error::File`] for a folder without a manifest, a data set that is not complete, and a shard that is missing,
-    /// damaged or of another schema version.
+    /// [`Error::File`] for a folder without a manifest, a data set that is not complete, and a
+    /// shard that is missing, damaged or of another schema version.
     pub fn open(path: &Path) -> Result<Self> {
         // Checked before the shards are opened: an incomplete data set may not have any yet.
         if path.is_dir() && !Manifest::load(path)?.complete {
@@ -147,7 +149,8 @@ impl Reader {
         Err(Error::file(&self.path, message))
     }
 
-    /// The rows in order. The first row that breaks a guarantee of [`Trajectory::check`] ends them with an error.
+    /// The rows in order. The first row that breaks a guarantee of [`Trajectory::check`] ends them
+    /// with an error.
     pub fn rows(&self) -> Rows {
         Rows { check_against: Some(self.provenance.clone()), ..self.unchecked_rows() }
     }
@@ -192,7 +195,8 @@ impl Reader {
     }
 }
 
-/// Refuses a shard that does not have the manifest's number of rows, or whose provenance is not that of the first shard.
+/// Refuses a shard that does not have the manifest's number of rows, or whose provenance is not
+/// that of the first shard.
 fn check_shard(shard: &Shard, expected_rows: usize, first: Option<&Shard>) -> Result<()> {
     let num_rows = shard.num_rows();
     if num_rows != expected_rows {
@@ -287,7 +291,8 @@ fn damaged(path: &Path, error: impl std::fmt::Display) -> Error {
     Error::file(path, format!("is damaged ({error}); {DAMAGED_ADVICE}"))
 }
 
-/// Opens a shard and checks that its footer is that of a trajectory shard which this version can read.
+/// Opens a shard and checks that its footer is that of a trajectory shard which this version can
+/// read.
 pub(super) fn open_shard(path: &Path) -> Result<(ParquetRecordBatchReaderBuilder<File>, Provenance)> {
     parquet_file::catch_panic(path, || {
         let builder = open_parquet(path)?;

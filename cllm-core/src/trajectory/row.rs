@@ -46,9 +46,9 @@ pub struct Trajectory {
 }
 
 impl Trajectory {
-    /// Checks what every row of a data set guarantees: blocks of n tokens that follow one another and whose fixed points
-    /// are the response, token ids inside the vocabulary, an end that agrees with the finish reason, and one augmented
-    /// flag per state.
+    /// Checks what every row of a data set guarantees: blocks of n tokens that follow one another
+    /// and whose fixed points are the response, token ids inside the vocabulary, an end that agrees
+    /// with the finish reason, and one augmented flag per state.
     ///
     /// # Errors
     /// The first guarantee that the row breaks, in words.

@@ -15,13 +15,14 @@ use super::row::Trajectory;
 use super::schema::{PROVENANCE_KEY, SCHEMA_VERSION, VERSION_KEY, rows_to_batch, schema};
 use crate::{Error, Result, atomic_file, parquet_file};
 
-/// Limits of a row group: rows, and tokens in their states. They bound what a reader holds in memory.
+/// Limits of a row group: rows, and tokens in their states. They bound what a reader holds in
+/// memory.
 const MAX_GROUP_ROWS: usize = 256;
 const MAX_GROUP_TOKENS: usize = 4 << 20;
 
 const SHARD_PREFIX: &str = "part-";
-/// Holds the rows of a shard that a stopped run had not finished. It is not called `*.parquet`, so that globs over the
-/// data set leave it out.
+/// Holds the rows of a shard that a stopped run had not finished. It is not called `*.parquet`, so
+/// that globs over the data set leave it out.
 const PARTIAL_SHARD: &str = "stopped.partial";
 
 /// Writes a data set shard by shard.
@@ -31,10 +32,12 @@ pub struct Writer {
 }
 
 impl Writer {
-    /// Opens `folder` for writing and resumes after the shards that an earlier run with the same provenance wrote.
+    /// Opens `folder` for writing and resumes after the shards that an earlier run with the same
+    /// provenance wrote.
     ///
     /// # Errors
-    /// [`Error::File`] naming the field that differs if the folder holds a data set with another provenance.
+    /// [`Error::File`] naming the field that differs if the folder holds a data set with another
+    /// provenance.
     pub fn open(folder: &Path, provenance: Provenance) -> Result<Self> {
         // A folder without a manifest is none of ours, and nothing in it may be removed.
         if Manifest::exists(folder) {
@@ -60,8 +63,8 @@ impl Writer {
         Ok(writer)
     }
 
-    /// Opens `folder` for a data set that is written in one run. The shards of a stopped run with the same provenance
-    /// are removed.
+    /// Opens `folder` for a data set that is written in one run. The shards of a stopped run with
+    /// the same provenance are removed.
     ///
     /// # Errors
     /// As [`Writer::open`], and if the folder holds a complete data set.
@@ -114,7 +117,8 @@ impl Writer {
         self.write_manifest()
     }
 
-    /// Saves the rows of unfinished shards when a run is stopped. They are not part of the data set yet.
+    /// Saves the rows of unfinished shards when a run is stopped. They are not part of the data set
+    /// yet.
     ///
     /// # Errors
     /// File-system errors.
@@ -122,8 +126,9 @@ impl Writer {
         self.write_rows(PARTIAL_SHARD, rows)
     }
 
-    /// The rows that a stopped run saved, some of which may be in shards by now. They stay on disk until
-    /// [`Writer::remove_partial_rows`]. A file that cannot be read counts as empty: its rows are decoded again.
+    /// The rows that a stopped run saved, some of which may be in shards by now. They stay on disk
+    /// until [`Writer::remove_partial_rows`]. A file that cannot be read counts as empty: its rows
+    /// are decoded again.
     pub fn partial_rows(&self) -> Vec<Trajectory> {
         let rows = || Reader::open(&self.folder.join(PARTIAL_SHARD)).ok()?.rows().collect::<Result<Vec<_>>>().ok();
         rows().unwrap_or_default()
@@ -146,7 +151,8 @@ impl Writer {
     /// # Errors
     /// File-system errors.
     pub fn finish(mut self) -> Result<Manifest> {
-        // A data set without rows still gets a shard, so that its columns and provenance can be read.
+        // A data set without rows still gets a shard, so that its columns and provenance can be
+        // read.
         if self.manifest.shards.is_empty() {
             self.write_shard(&[])?;
         }

@@ -1,10 +1,10 @@
-//! Every family and form of RoPE as a tiny random model; shared by the tests of all who run models.
+//! Every family and RoPE scaling as a tiny random model.
 
 use cllm_core::model::{ModelConfig, Transformer};
 use serde_json::{Value, json};
 use tch::{Device, Kind};
 
-/// A name and a config.json for each.
+/// The names and the config.json of all of them.
 pub fn shapes() -> Vec<(&'static str, Value)> {
     let base = json!({
         "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -34,7 +34,7 @@ pub fn shapes() -> Vec<(&'static str, Value)> {
     ]
 }
 
-/// A random model whose logits are far enough apart to have clear winners.
+/// A random model with logits that are far enough apart for a clear maximum.
 pub fn random_model(config: &Value, seed: u64) -> Transformer {
     let model = Transformer::random(ModelConfig::from_json(config).unwrap(), seed, Device::Cpu, Kind::Float);
     let _no_grad = tch::no_grad_guard();

@@ -9,7 +9,8 @@ use parquet::arrow::ArrowWriter;
 use parquet::file::metadata::KeyValue;
 use parquet::file::properties::WriterProperties;
 
-/// Writes a file with one text column. With a `schema_version`, its metadata claims that it is a trajectory shard.
+/// Writes a file with one text column. With a `schema_version`, its metadata claims that it is a
+/// trajectory shard.
 pub fn write(path: &Path, column: &str, schema_version: Option<&str>) {
     let schema = Arc::new(Schema::new(vec![Field::new(column, DataType::Utf8, false)]));
     let rows = RecordBatch::try_new(schema.clone(), vec![Arc::new(StringArray::from(vec!["a", "b"]))]).unwrap();

@@ -137,7 +137,7 @@ pub fn damaged_models(good: &Path, into: &Path) -> Vec<(String, Vec<&'static str
         (
             "cut-weights",
             Box::new(|model| cut(model.join("model.safetensors"))),
-            vec!["cut-weights/model.safetensors", "no whole safetensors file", "download it again"],
+            vec!["cut-weights/model.safetensors", "not a complete safetensors file", "download it again"],
         ),
         (
             "other-family",

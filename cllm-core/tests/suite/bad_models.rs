@@ -1,4 +1,4 @@
-//! Broken model folders: each error names the file, and the tensor or key, that is wrong.
+//! Broken model folders: every error names the file, and the tensor or the key, that is to blame.
 
 use cllm_core::checkpoint;
 use std::path::Path;
@@ -10,7 +10,7 @@ use tch::{Device, Kind};
 
 use crate::parity::fixture_folder;
 
-/// A copy of a recorded model, changed by `damage`, and the message of loading it.
+/// Damages a copy of a recorded model, and returns the message of the attempt to load it.
 fn refusal(name: &str, damage: impl FnOnce(&Path)) -> String {
     let dir = tempfile::tempdir().unwrap();
     for file in ["config.json", "model.safetensors"] {
@@ -30,7 +30,7 @@ fn edit_config(folder: &Path, edit: impl FnOnce(&mut Value)) {
 }
 
 #[track_caller]
-fn mentions(message: &str, parts: &[&str]) {
+fn assert_mentions(message: &str, parts: &[&str]) {
     for part in parts {
         assert!(message.contains(part), "`{part}` is not in: {message}");
     }
@@ -40,38 +40,41 @@ fn mentions(message: &str, parts: &[&str]) {
 fn a_missing_folder_or_file_is_named() {
     let error = checkpoint::load(Path::new("no/such/model"), Device::Cpu, Kind::Float).err().unwrap();
     assert!(matches!(error, Error::File { .. }));
-    mentions(&error.to_string(), &["no/such/model", "no such model folder"]);
-    mentions(&refusal("llama", |folder| std::fs::remove_file(folder.join("config.json")).unwrap()), &["config.json"]);
+    assert_mentions(&error.to_string(), &["no/such/model", "no such model folder"]);
+    assert_mentions(
+        &refusal("llama", |folder| std::fs::remove_file(folder.join("config.json")).unwrap()),
+        &["config.json"],
+    );
     let no_weights = refusal("llama", |folder| std::fs::remove_file(folder.join("model.safetensors")).unwrap());
-    mentions(&no_weights, &["model.safetensors", "model.safetensors.index.json"]);
+    assert_mentions(&no_weights, &["model.safetensors", "model.safetensors.index.json"]);
 }
 
 #[test]
-fn a_file_cut_anywhere_is_named() {
-    let whole = std::fs::read(fixture_folder("llama").join("model.safetensors")).unwrap();
-    for length in [0, 5, 100, whole.len() / 2, whole.len() - 1] {
+fn a_truncated_file_is_named() {
+    let complete = std::fs::read(fixture_folder("llama").join("model.safetensors")).unwrap();
+    for length in [0, 5, 100, complete.len() / 2, complete.len() - 1] {
         let message = refusal("llama", |folder| {
-            std::fs::write(folder.join("model.safetensors"), &whole[..length]).unwrap();
+            std::fs::write(folder.join("model.safetensors"), &complete[..length]).unwrap();
         });
-        mentions(&message, &["model.safetensors", "no whole safetensors file"]);
+        assert_mentions(&message, &["model.safetensors", "not a complete safetensors file"]);
     }
     let config =
         refusal("llama", |folder| std::fs::write(folder.join("config.json"), "{\"model_type\": \"lla").unwrap());
-    mentions(&config, &["config.json"]);
+    assert_mentions(&config, &["config.json"]);
 }
 
 #[test]
-fn a_tensor_that_is_missing_misshaped_or_out_of_place_is_named() {
+fn a_tensor_that_is_missing_misshaped_or_unknown_is_named() {
     let deeper = refusal("llama", |folder| edit_config(folder, |config| config["num_hidden_layers"] = json!(3)));
-    mentions(&deeper, &["model.safetensors", "`model.layers.2.input_layernorm.weight`"]);
+    assert_mentions(&deeper, &["model.safetensors", "`model.layers.2.input_layernorm.weight`"]);
     let wider = refusal("llama", |folder| edit_config(folder, |config| config["intermediate_size"] = json!(40)));
-    mentions(&wider, &["model.safetensors", "`model.layers.", "has shape", "48", "config.json calls for", "40"]);
+    assert_mentions(&wider, &["model.safetensors", "`model.layers.", "has shape", "48", "config.json calls for", "40"]);
     let untied = refusal("llama", |folder| edit_config(folder, |config| config["tie_word_embeddings"] = json!(false)));
-    mentions(&untied, &["`lm_head.weight`"]);
+    assert_mentions(&untied, &["`lm_head.weight`"]);
     let no_bias = refusal("llama-bias", |folder| edit_config(folder, |config| config["attention_bias"] = json!(false)));
-    mentions(&no_bias, &["_proj.bias` has no place"]);
-    let other = refusal("qwen3", |folder| edit_config(folder, |config| config["model_type"] = json!("llama")));
-    mentions(&other, &["_norm.weight` has no place"]);
+    assert_mentions(&no_bias, &["_proj.bias` is not a weight"]);
+    let other_family = refusal("qwen3", |folder| edit_config(folder, |config| config["model_type"] = json!("llama")));
+    assert_mentions(&other_family, &["_norm.weight` is not a weight"]);
 }
 
 #[test]
@@ -81,11 +84,11 @@ fn an_index_that_names_a_missing_shard_is_refused() {
         let index = json!({"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}});
         std::fs::write(folder.join("model.safetensors.index.json"), index.to_string()).unwrap();
     });
-    mentions(&message, &["model-00001-of-00002.safetensors", "missing"]);
+    assert_mentions(&message, &["model-00001-of-00002.safetensors", "missing"]);
 }
 
 #[test]
-fn features_that_would_change_the_result_are_refused_by_name() {
+fn unsupported_features_are_refused_by_name() {
     let base: Value =
         serde_json::from_slice(&std::fs::read(fixture_folder("mistral").join("config.json")).unwrap()).unwrap();
     for (key, value) in [
@@ -106,22 +109,22 @@ fn features_that_would_change_the_result_are_refused_by_name() {
         let mut config = base.clone();
         config[key] = value;
         let message = ModelConfig::from_json(&config).unwrap_err();
-        let named = match key {
+        let expected = match key {
             "rope_parameters" => "longrope",
             "sliding_window" => "sliding-window",
             "vocab_size" => "between 1",
             key => key,
         };
-        mentions(&message, &[named]);
+        assert_mentions(&message, &[expected]);
     }
-    // A window that no context reaches changes nothing.
+    // A window as long as the context changes nothing.
     let mut config = base.clone();
     config["sliding_window"] = json!(4096);
     ModelConfig::from_json(&config).unwrap();
 }
 
 #[test]
-fn both_spellings_of_the_rotary_settings_mean_the_same() {
+fn both_spellings_of_the_rope_settings_mean_the_same() {
     let shape = json!({"model_type": "llama", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8,
         "num_hidden_layers": 1, "num_attention_heads": 2});
     let with = |extra: Value| {
@@ -138,7 +141,7 @@ fn both_spellings_of_the_rotary_settings_mean_the_same() {
 }
 
 #[test]
-fn random_weights_depend_on_the_seed_alone() {
+fn random_weights_depend_only_on_the_seed() {
     let config = checkpoint::load_config(&fixture_folder("qwen2")).unwrap();
     let draw = |seed, kind| Transformer::random(config.clone(), seed, Device::Cpu, kind).named_parameters();
     tch::manual_seed(1);

@@ -1,5 +1,5 @@
-//! Low-rank adapters on every family: they change nothing at first, a forward with them equals one of the merged weights, and
-//! what is saved is what PEFT loads.
+//! Low-rank adapters on every family: fresh ones change nothing, a forward with them equals a forward of the merged
+//! weights, and PEFT loads what is saved.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -14,12 +14,12 @@ use tch::{Device, Kind, Tensor};
 use crate::models::{random_model, shapes};
 use crate::parity::fixture_folder;
 
-fn small(targets: impl Into<BTreeSet<LoraTarget>>) -> LoraConfig {
+fn rank_3(targets: impl Into<BTreeSet<LoraTarget>>) -> LoraConfig {
     LoraConfig { rank: 3, alpha: 4.5, targets: targets.into() }
 }
 
-/// Fills every B with small numbers that are the same on every machine, so that the adapters change something.
-fn teach(model: &Transformer) {
+/// Fills every B with small numbers, the same on every machine, so that the adapters change something.
+fn fill_adapters(model: &Transformer) {
     let _no_grad = tch::no_grad_guard();
     for (name, mut tensor) in model.trainable().tensors() {
         if name.ends_with("lora_B.weight") {
@@ -40,7 +40,7 @@ fn logits(model: &Transformer) -> Tensor {
     model.compute_logits(&model.forward(&tokens, &positions)).unwrap()
 }
 
-fn apart(a: &Tensor, b: &Tensor) -> f64 {
+fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!(a.size(), b.size());
     (a - b).abs().max().double_value(&[])
 }
@@ -55,11 +55,11 @@ fn load(folder: &Path) -> Transformer {
 }
 
 #[test]
-fn fresh_adapters_change_nothing_and_follow_from_the_seed() {
+fn fresh_adapters_change_nothing_and_depend_only_on_the_seed() {
     for (name, config) in shapes() {
         let mut model = random_model(&config);
         let before = logits(&model);
-        let lora = small(LoraTarget::ALL);
+        let lora = rank_3(LoraTarget::ALL);
         model.add_adapters(&lora, 4);
         assert_eq!(logits(&model), before, "{name}");
         let count: usize = model.trainable().tensors().iter().map(|(_, tensor)| tensor.numel()).sum();
@@ -67,25 +67,25 @@ fn fresh_adapters_change_nothing_and_follow_from_the_seed() {
         let first = model.trainable().tensors();
         assert_eq!(first.len(), 2 * 7 * 2, "{name}");
         for (name, tensor) in first.iter().filter(|(name, _)| name.ends_with("lora_A.weight")) {
-            // Kaiming's bound for a = sqrt(5), which the largest of so many numbers comes near.
+            // Kaiming's bound for a = sqrt(5). The largest of many draws comes close to it.
             let (bound, largest) = (1.0 / (tensor.size()[1] as f64).sqrt(), tensor.abs().max().double_value(&[]));
             assert!(largest <= bound && largest > 0.9 * bound, "{name}: {largest} of {bound}");
             assert!(tensor.mean(Kind::Float).double_value(&[]).abs() < 0.2 * bound, "{name}");
         }
-        // What a projection gets does not depend on which others have adapters.
-        model.add_adapters(&small([LoraTarget::VProj]), 4);
+        // The draw for a projection does not depend on the other targets.
+        model.add_adapters(&rank_3([LoraTarget::VProj]), 4);
         let alone = model.trainable().tensors();
         assert_eq!(alone.len(), 4, "{name}");
         for (name, tensor) in &alone {
             assert_eq!(Some(tensor), first.iter().find(|(other, _)| other == name).map(|(_, tensor)| tensor), "{name}");
         }
-        model.add_adapters(&small([LoraTarget::VProj]), 5);
+        model.add_adapters(&rank_3([LoraTarget::VProj]), 5);
         assert_ne!(model.trainable().tensors()[0].1, alone[0].1, "{name}");
     }
 }
 
 #[test]
-fn a_forward_with_adapters_equals_one_of_the_merged_weights() {
+fn a_forward_with_adapters_equals_a_forward_of_the_merged_weights() {
     let requests: Vec<Request> = (0..3)
         .map(|row| Request { sample_id: format!("s{row}"), prompt_ids: (1..4 + row * 3).map(|i| i * 5 % 61).collect() })
         .collect();
@@ -100,23 +100,27 @@ fn a_forward_with_adapters_equals_one_of_the_merged_weights() {
         let (plain, plain_answers) = (logits(&model), answers(&model, Strategy::Ar));
         let weights = copies(model.named_parameters());
         for target in LoraTarget::ALL {
-            model.add_adapters(&small([target]), 4);
-            teach(&model);
+            model.add_adapters(&rank_3([target]), 4);
+            fill_adapters(&model);
             let (adapted, merged) = (logits(&model), logits(&model.to_merged().unwrap().unwrap()));
-            assert!(apart(&adapted, &plain) > 1e-2, "{name}: {target:?} does not show");
-            assert!(apart(&adapted, &merged) < 1e-3, "{name}, {target:?}: {}", apart(&adapted, &merged));
+            assert!(max_difference(&adapted, &plain) > 1e-2, "{name}: {target:?} changes nothing");
+            assert!(
+                max_difference(&adapted, &merged) < 1e-3,
+                "{name}, {target:?}: {}",
+                max_difference(&adapted, &merged)
+            );
         }
-        model.add_adapters(&small(LoraTarget::ALL), 4);
-        teach(&model);
+        model.add_adapters(&rank_3(LoraTarget::ALL), 4);
+        fill_adapters(&model);
         let merged = model.to_merged().unwrap().unwrap();
-        assert!(apart(&logits(&model), &logits(&merged)) < 1e-3, "{name}");
+        assert!(max_difference(&logits(&model), &logits(&merged)) < 1e-3, "{name}");
         let wanted = answers(&model, Strategy::Ar);
         assert_ne!(wanted, plain_answers, "{name}: nothing to compare");
         for strategy in [Strategy::Ar, Strategy::Jacobi { n: 8 }] {
             assert_eq!(answers(&merged, strategy), wanted, "{name}, {strategy:?}, merged");
             assert_eq!(answers(&model, strategy), wanted, "{name}, {strategy:?}, beside");
         }
-        // The weights below the adapters are what they were, bit for bit, and still to be had.
+        // The weights under the adapters have not changed by a bit, and are still available.
         assert_eq!(model.named_parameters(), weights, "{name}");
         assert_eq!(logits(&model.without_adapters()), plain, "{name}");
         assert_eq!(model.without_adapters().trainable().tensors(), weights, "{name}");
@@ -128,8 +132,8 @@ fn only_the_adapters_get_gradients() {
     for (name, config) in shapes() {
         let mut model = random_model(&config);
         let whole = model.collect_gradients().unwrap();
-        model.add_adapters(&small(LoraTarget::ALL), 4);
-        teach(&model);
+        model.add_adapters(&rank_3(LoraTarget::ALL), 4);
+        fill_adapters(&model);
         let gradients = model.collect_gradients().unwrap();
         let (tokens, positions) = tokens();
         let hidden = model.forward(&tokens, &positions);
@@ -141,14 +145,14 @@ fn only_the_adapters_get_gradients() {
     }
 }
 
-/// A model in `base`, and one with taught adapters on it, which are saved in `adapter`.
+/// Saves a model in `base` and adapters for it in `adapter`, and returns the model with its adapters.
 fn saved(folder: &Path, config: &Value) -> Transformer {
     let (base, adapter) = (folder.join("base"), folder.join("adapter"));
     [&base, &adapter].into_iter().for_each(|folder| std::fs::create_dir(folder).unwrap());
     let mut model = random_model(config);
     checkpoint::save(&model, &base, Kind::Float).unwrap();
-    model.add_adapters(&small(LoraTarget::ALL), 4);
-    teach(&model);
+    model.add_adapters(&rank_3(LoraTarget::ALL), 4);
+    fill_adapters(&model);
     checkpoint::save_adapter(&model, &adapter, &base.display().to_string()).unwrap();
     model
 }
@@ -196,7 +200,7 @@ fn what_an_adapter_does_not_bring_is_that_of_its_base() {
     std::fs::create_dir(&copy).unwrap();
     tokenizer::copy_files(&adapter, &copy).unwrap();
     assert_eq!(fingerprint(&copy), fingerprint(&base));
-    // One of its own goes first, and so do its ids.
+    // A tokenizer of the adapter's own has precedence, and so do its ids.
     cllm_testing::train_tokenizer(["Other words make other ids."], 261, &adapter);
     assert_ne!(fingerprint(&adapter), fingerprint(&base));
     tokenizer::write_eos_ids(&adapter, &[9]).unwrap();
@@ -211,7 +215,7 @@ fn edit(adapter: &Path, change: &dyn Fn(&mut Value)) {
 }
 
 #[test]
-fn a_bad_adapter_is_named_with_what_is_wrong() {
+fn an_error_names_the_bad_adapter_file_and_what_is_wrong_in_it() {
     let dir = tempfile::tempdir().unwrap();
     let (_, config) = shapes().remove(0);
     let adapter = dir.path().join("adapter");
@@ -229,10 +233,10 @@ fn a_bad_adapter_is_named_with_what_is_wrong() {
     let base = dir.path().join("base").display().to_string();
     for (key, value, said) in [
         ("peft_type", json!("IA3"), "`IA3` is not supported"),
-        ("r", json!(2), "has shape [3, 32], the model and `r` call for [2, 32]"),
+        ("r", json!(2), "has shape [3, 32], but the model and `r` call for [2, 32]"),
         ("r", json!(0), "r is 0"),
         ("lora_alpha", json!("much"), "lora_alpha"),
-        ("lora_alpha", Value::Null, "is no LoRA configuration"),
+        ("lora_alpha", Value::Null, "is not a LoRA configuration"),
         ("use_dora", json!(true), "`use_dora` is true, which is not supported: merge"),
         ("rank_pattern", json!({"q_proj": 2}), "`rank_pattern`"),
         ("modules_to_save", json!(["lm_head"]), "`modules_to_save`"),
@@ -255,13 +259,13 @@ fn a_bad_adapter_is_named_with_what_is_wrong() {
     let good = std::fs::read(&weights).unwrap();
     let renamed = |from: &str, to: &str| {
         let header = String::from_utf8_lossy(&good[..good.len() / 4]).into_owned();
-        let place = header.find(from).unwrap();
+        let offset = header.find(from).unwrap();
         let mut bytes = good.clone();
-        bytes[place..place + to.len()].copy_from_slice(to.as_bytes());
+        bytes[offset..offset + to.len()].copy_from_slice(to.as_bytes());
         std::fs::write(&weights, bytes).unwrap();
     };
     std::fs::write(&weights, &good[..good.len() / 2]).unwrap();
-    refused(&["adapter_model.safetensors", "no whole safetensors file"]);
+    refused(&["adapter_model.safetensors", "not a complete safetensors file"]);
     renamed("layers.1.mlp.up_proj.lora_B", "layers.1.mlp.up_proj.lora_X");
     refused(&["adapter_model.safetensors", "lacks `base_model.model.model.layers.1.mlp.up_proj.lora_B.weight`"]);
     renamed("layers.0.self_attn.q_proj.lora_A", "layers.7.self_attn.q_proj.lora_A");
@@ -276,12 +280,12 @@ fn adapter_folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/adapters").join(name)
 }
 
-/// The adapters that PEFT has to load; they name their model by its path from the crate, where tests run.
+/// The adapters that PEFT must load. They name their model by its path from the crate's folder, in which tests run.
 fn save_ours(folder: &Path) {
     let base = "tests/fixtures/models/llama";
     let mut model = load(Path::new(base));
     model.add_adapters(&LoraConfig { rank: 2, alpha: 5.0, targets: LoraTarget::ALL.into() }, 4);
-    teach(&model);
+    fill_adapters(&model);
     checkpoint::save_adapter(&model, folder, base).unwrap();
 }
 
@@ -296,10 +300,10 @@ fn peft_computes_the_same_from_its_adapters_and_from_ours() {
         let tokens = Tensor::from_slice(&ids).unsqueeze(0);
         let positions = Tensor::arange(ids.len() as i64, (Kind::Int64, Device::Cpu)).unsqueeze(0);
         let logits = model.compute_logits(&model.forward(&tokens, &positions)).unwrap().squeeze_dim(0);
-        let difference = apart(&logits, &Tensor::from_slice2(&wanted));
+        let difference = max_difference(&logits, &Tensor::from_slice2(&wanted));
         assert!(difference < 1e-4, "{name}: logits differ by {difference}");
     }
-    // The proof is for these bytes: where they change, PEFT has to read them anew.
+    // The recorded logits are PEFT's for exactly these bytes: if they change, PEFT must read them again.
     let again = tempfile::tempdir().unwrap();
     save_ours(again.path());
     for file in ["adapter_config.json", "adapter_model.safetensors"] {

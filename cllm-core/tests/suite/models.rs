@@ -1,4 +1,4 @@
-//! Every family: cached equals uncached, saved equals loaded, bad files are refused.
+//! Every family: cached forwards equal uncached ones, and saved models equal loaded ones.
 
 use cllm_core::checkpoint;
 use cllm_core::model::{KvCache, ModelConfig, SlotMapping, Transformer, TreeMask};
@@ -7,7 +7,7 @@ use tch::{Device, IndexOp, Kind, Tensor};
 
 pub use cllm_testing::families::shapes;
 
-/// One random model of a shape.
+/// A random model of this configuration.
 pub fn random_model(config: &Value) -> Transformer {
     cllm_testing::families::random_model(config, 7)
 }
@@ -17,7 +17,7 @@ fn difference(a: &Tensor, b: &Tensor) -> f64 {
 }
 
 #[test]
-fn cached_equals_uncached_with_each_row_at_its_own_position() {
+fn cached_forwards_equal_uncached_ones_with_each_row_at_its_own_position() {
     let _no_grad = tch::no_grad_guard();
     for (name, config) in shapes() {
         let model = random_model(&config);
@@ -25,7 +25,7 @@ fn cached_equals_uncached_with_each_row_at_its_own_position() {
         let positions = Tensor::arange(20, (Kind::Int64, Device::Cpu)).expand([2, 20], false);
         let whole = model.compute_logits(&model.forward(&tokens, &positions)).unwrap();
         let mut cache = KvCache::new(model.config(), 2, 32, Device::Cpu, Kind::Float);
-        // Row 0 has seen 9 tokens, row 1 only 5; then both go on for 6.
+        // Row 0 continues after 9 tokens and row 1 after 5, both with 6 tokens.
         let _ = model.forward_cached(
             &tokens.i((.., ..9)),
             &SlotMapping::sequential(positions.i((.., ..9))),
@@ -41,7 +41,7 @@ fn cached_equals_uncached_with_each_row_at_its_own_position() {
             model.forward_cached(&pick(&tokens), &SlotMapping::sequential(pick(&positions)), &[6, 6], &mut cache, 15);
         let apart = difference(&model.compute_logits(&hidden.view([2, 6, -1])).unwrap(), &pick(&whole));
         assert!(apart < 1e-3, "{name}: {apart}");
-        // A row may be shorter than the others: its padding is computed nowhere and changes nothing.
+        // A row may be shorter than the others: its padding changes nothing.
         let hidden =
             model.forward_cached(&pick(&tokens), &SlotMapping::sequential(pick(&positions)), &[2, 6], &mut cache, 15);
         let wanted = pick(&whole).flatten(0, 1).index_select(0, &Tensor::from_slice(&[0i64, 1, 6, 7, 8, 9, 10, 11]));
@@ -51,7 +51,7 @@ fn cached_equals_uncached_with_each_row_at_its_own_position() {
 }
 
 #[test]
-fn a_branch_sees_its_own_tokens_at_their_positions_and_no_others() {
+fn a_branch_of_a_tree_sees_its_own_tokens_and_no_others() {
     let _no_grad = tch::no_grad_guard();
     let numbers = |values: &[i64]| Tensor::from_slice(values).unsqueeze(0);
     for (name, config) in shapes() {
@@ -60,7 +60,7 @@ fn a_branch_sees_its_own_tokens_at_their_positions_and_no_others() {
         let prefix = [3i64, 8, 2, 9];
         let places = SlotMapping::sequential(numbers(&[0, 1, 2, 3]));
         let _ = model.forward_cached(&numbers(&prefix), &places, &[4], &mut cache, 4);
-        // The token at slot 4 is followed by 11 and by 12, the latter by 13.
+        // A tree: token 10 is followed by 11 and by 12, and 12 is followed by 13.
         let tree_mask = TreeMask { first_slot: numbers(&[4]), visible: numbers(&[0b1, 0b11, 0b101, 0b1101]) };
         let places = SlotMapping {
             positions: numbers(&[4, 5, 5, 6]),
@@ -80,7 +80,7 @@ fn a_branch_sees_its_own_tokens_at_their_positions_and_no_others() {
 }
 
 #[test]
-fn saved_equals_loaded_and_a_cut_file_is_refused() {
+fn saved_models_equal_loaded_ones_and_a_truncated_file_is_refused() {
     let _no_grad = tch::no_grad_guard();
     for (name, config) in shapes() {
         let dir = tempfile::tempdir().unwrap();
@@ -100,7 +100,7 @@ fn saved_equals_loaded_and_a_cut_file_is_refused() {
 }
 
 #[test]
-fn what_is_not_supported_is_refused_by_name() {
+fn unsupported_settings_are_refused_by_name() {
     let (_, base) = shapes().remove(0);
     for (key, value) in [
         ("model_type", json!("gemma")),

@@ -1,4 +1,4 @@
-//! Agreement with `transformers` on recorded tiny models: one per family and RoPE variant (tests/fixtures/record-models).
+//! Agreement with `transformers` on recorded tiny models: one for each family and RoPE scaling (tests/fixtures/record-models).
 
 use cllm_core::checkpoint;
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ struct Fixture {
     tokens: Tensor,
     positions: Tensor,
     /// The positions whose logits were recorded.
-    kept: Tensor,
+    recorded: Tensor,
     logits: Tensor,
     loss: f64,
 }
@@ -47,21 +47,21 @@ fn fixture(name: &str) -> Fixture {
     let expected: Value = serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
     let model = checkpoint::load(&folder, Device::Cpu, Kind::Float).unwrap();
     let tensor = |key: &str| Tensor::from_slice(&numbers(&expected[key]));
-    let kept = tensor("positions").to_kind(Kind::Int64);
+    let recorded = tensor("positions").to_kind(Kind::Int64);
     let tokens = tensor("input_ids").to_kind(Kind::Int64).view([2, -1]);
     let positions = Tensor::arange(tokens.size()[1], (Kind::Int64, Device::Cpu)).expand_as(&tokens);
-    let logits = tensor("logits").to_kind(Kind::Float).view([2, kept.size()[0], -1]);
-    Fixture { folder, model, tokens, positions, kept, logits, loss: expected["loss"].as_f64().unwrap() }
+    let logits = tensor("logits").to_kind(Kind::Float).view([2, recorded.size()[0], -1]);
+    Fixture { folder, model, tokens, positions, recorded, logits, loss: expected["loss"].as_f64().unwrap() }
 }
 
-fn apart(a: &Tensor, b: &Tensor) -> f64 {
+fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
     assert_eq!(a.size(), b.size());
     (a - b).abs().max().double_value(&[])
 }
 
 impl Fixture {
     fn check(&self, what: &str, logits: &Tensor) {
-        let difference = apart(&logits.index_select(1, &self.kept), &self.logits);
+        let difference = max_difference(&logits.index_select(1, &self.recorded), &self.logits);
         assert!(difference < TOLERANCE, "{what}: logits differ by {difference}");
     }
 }
@@ -85,41 +85,44 @@ fn logits_and_loss_agree_with_transformers() {
 }
 
 #[test]
-fn sequences_in_a_stream_agree_with_transformers() {
+fn packed_sequences_agree_with_transformers() {
     for (name, fixture) in fixtures() {
         let Fixture { model, tokens, .. } = &fixture;
-        let mut stream = PackedBatch::default();
-        stream.push_causal(&[3, 1, 4, 1, 5]);
+        let mut packed = PackedBatch::default();
+        packed.push_causal(&[3, 1, 4, 1, 5]);
         for row in 0..2 {
-            stream.push_causal(&Vec::<i32>::try_from(tokens.get(row).to_kind(Kind::Int)).unwrap());
+            packed.push_causal(&Vec::<i32>::try_from(tokens.get(row).to_kind(Kind::Int)).unwrap());
         }
-        let stream = DeviceBatch::new(&stream, model).unwrap();
-        for recomputed in [0, 1] {
-            let hidden =
-                train::forward(model, &stream, recomputed).unwrap().hidden.i(5..).view([2, tokens.size()[1], -1]);
+        let batch = DeviceBatch::new(&packed, model).unwrap();
+        for checkpointed_layers in [0, 1] {
+            let hidden = train::forward(model, &batch, checkpointed_layers).unwrap().hidden.i(5..).view([
+                2,
+                tokens.size()[1],
+                -1,
+            ]);
             fixture.check(&name, &model.compute_logits(&hidden).unwrap());
         }
     }
 }
 
 #[test]
-fn cached_forwards_in_uneven_pieces_agree_with_transformers() {
+fn cached_forwards_of_uneven_chunks_agree_with_transformers() {
     for (name, fixture) in fixtures() {
         let Fixture { model, tokens, positions, .. } = &fixture;
         let mut cache = KvCache::new(model.config(), 2, 96, Device::Cpu, Kind::Float);
-        let mut pieces = Vec::new();
+        let mut chunks = Vec::new();
         let mut start = 0;
         for width in [30, 1, 16, 1, 32] {
-            // Guesses that are wrong are written first, as Jacobi decoding does; the next forward writes over them.
+            // Wrong draft tokens are written first, as in Jacobi decoding; the next forward overwrites them.
             let wrong = (tokens.narrow(1, start, width) + 7).remainder(60);
-            let (places, end) = (SlotMapping::sequential(positions.narrow(1, start, width)), (start + width) as usize);
+            let (mapping, end) = (SlotMapping::sequential(positions.narrow(1, start, width)), (start + width) as usize);
             let lengths = [width as usize; 2];
-            let _ = model.forward_cached(&wrong, &places, &lengths, &mut cache, end);
-            let piece = model.forward_cached(&tokens.narrow(1, start, width), &places, &lengths, &mut cache, end);
-            pieces.push(piece.view([2, width, -1]));
+            let _ = model.forward_cached(&wrong, &mapping, &lengths, &mut cache, end);
+            let chunk = model.forward_cached(&tokens.narrow(1, start, width), &mapping, &lengths, &mut cache, end);
+            chunks.push(chunk.view([2, width, -1]));
             start += width;
         }
-        fixture.check(&name, &model.compute_logits(&Tensor::cat(&pieces, 1)).unwrap());
+        fixture.check(&name, &model.compute_logits(&Tensor::cat(&chunks, 1)).unwrap());
     }
 }
 
@@ -130,7 +133,7 @@ fn a_saved_model_reloads_to_the_same_logits() {
         checkpoint::save(&fixture.model, dir.path(), Kind::Float).unwrap();
         let again = checkpoint::load(dir.path(), Device::Cpu, Kind::Float).unwrap();
         fixture.check(&name, &again.compute_logits(&again.forward(&fixture.tokens, &fixture.positions)).unwrap());
-        // What is written once more is the same file: nothing of the configuration is lost or added on the way.
+        // Saving it again writes the same files: nothing of the configuration is lost or added.
         let twice = tempfile::tempdir().unwrap();
         checkpoint::save(&again, twice.path(), Kind::Float).unwrap();
         for file in ["config.json", "model.safetensors"] {
@@ -164,25 +167,25 @@ fn gradients_reach_every_weight_and_updates_are_seen_by_the_model() {
 }
 
 #[test]
-fn a_backward_that_computes_layers_again_gives_the_same_gradients() {
+fn checkpointed_layers_give_the_same_gradients() {
     for (name, fixture) in fixtures() {
         let Fixture { model, tokens, .. } = &fixture;
         let gradients = model.collect_gradients().unwrap();
-        let mut stream = PackedBatch::default();
+        let mut packed = PackedBatch::default();
         for row in 0..2 {
-            stream.push_causal(&Vec::<i32>::try_from(tokens.get(row).to_kind(Kind::Int)).unwrap());
+            packed.push_causal(&Vec::<i32>::try_from(tokens.get(row).to_kind(Kind::Int)).unwrap());
         }
-        let stream = DeviceBatch::new(&stream, model).unwrap();
-        let mut found: Vec<Tensor> = Vec::new();
-        for recomputed in [0, 1, 99] {
-            let pass = train::forward(model, &stream, recomputed).unwrap();
+        let batch = DeviceBatch::new(&packed, model).unwrap();
+        let mut all_gradients: Vec<Tensor> = Vec::new();
+        for checkpointed_layers in [0, 1, 99] {
+            let pass = train::forward(model, &batch, checkpointed_layers).unwrap();
             let direction = tch::no_grad(|| pass.hidden.cos());
             pass.backward(&direction).unwrap();
-            found.push(gradients.buffer().copy());
+            all_gradients.push(gradients.buffer().copy());
             let _ = gradients.buffer().shallow_clone().zero_();
         }
-        assert!(found[0].abs().max().double_value(&[]) > 0.1, "{name}");
-        assert!(found.iter().all(|gradient| *gradient == found[0]), "{name}");
+        assert!(all_gradients[0].abs().max().double_value(&[]) > 0.1, "{name}");
+        assert!(all_gradients.iter().all(|gradient| *gradient == all_gradients[0]), "{name}");
     }
 }
 

@@ -1,5 +1,5 @@
-//! What `Transformer::save` writes is what `transformers` loads: folders that it wrote for every family and RoPE variant,
-//! with the logits that `transformers` computed from them (tests/fixtures/record-saved).
+//! `transformers` loads what `checkpoint::save` writes: folders that it wrote for every family and RoPE scaling, with the
+//! logits that `transformers` computed from them (tests/fixtures/record-saved).
 
 use cllm_core::checkpoint;
 use std::path::{Path, PathBuf};
@@ -9,12 +9,12 @@ use tch::{Device, Kind, Tensor};
 
 use crate::models::{random_model, shapes};
 
-/// The shapes of the other tests, smaller: their weights are files of the repository.
+/// Smaller configurations than in the other tests, because their weights are files of the repository.
 fn small_shapes() -> Vec<(&'static str, Value)> {
     let mut shapes = shapes();
     for (_, config) in &mut shapes {
         for (key, size) in [("vocab_size", 40), ("hidden_size", 16), ("intermediate_size", 24), ("head_dim", 8)] {
-            // Where the width of a head follows from the others, it stays so.
+            // A `head_dim` that follows from the other sizes is not set.
             if key != "head_dim" || config[key].is_number() {
                 config[key] = json!(size);
             }
@@ -33,16 +33,16 @@ fn transformers_loads_what_was_saved_to_the_same_logits() {
         let folder = folder(name);
         let expected: Value = serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
         let ids: Vec<i64> = serde_json::from_value(expected["input_ids"].clone()).unwrap();
-        let wanted: Vec<Vec<f32>> = serde_json::from_value(expected["logits"].clone()).unwrap();
+        let expected_logits: Vec<Vec<f32>> = serde_json::from_value(expected["logits"].clone()).unwrap();
         let model = checkpoint::load(&folder, Device::Cpu, Kind::Float).unwrap();
         let tokens = Tensor::from_slice(&ids).unsqueeze(0);
         let positions = Tensor::arange(ids.len() as i64, (Kind::Int64, Device::Cpu)).unsqueeze(0);
         let logits = model.compute_logits(&model.forward(&tokens, &positions)).unwrap().squeeze_dim(0);
-        let wanted = Tensor::from_slice2(&wanted);
-        assert_eq!(logits.size(), wanted.size(), "{name}");
-        let apart = (logits - wanted).abs().max().double_value(&[]);
-        assert!(apart < 1e-4, "{name}: logits differ by {apart}");
-        // The proof is for these bytes: where they change, transformers has to read them anew.
+        let expected_logits = Tensor::from_slice2(&expected_logits);
+        assert_eq!(logits.size(), expected_logits.size(), "{name}");
+        let difference = (logits - expected_logits).abs().max().double_value(&[]);
+        assert!(difference < 1e-4, "{name}: logits differ by {difference}");
+        // The recorded logits are for exactly these bytes: if they change, `transformers` must read them again.
         let again = tempfile::tempdir().unwrap();
         checkpoint::save(&model, again.path(), Kind::Float).unwrap();
         for file in ["config.json", "model.safetensors"] {

@@ -1,4 +1,5 @@
-//! Trajectory data sets: round trips, the same bytes for the same rows, and files that must be refused.
+//! Trajectory data sets: round trips, the same bytes for the same rows, and files that must be
+//! refused.
 
 use std::ops::Range;
 use std::path::Path;

@@ -52,10 +52,12 @@ struct DroppedRow<'r> {
 /// Cleans a data set.
 ///
 /// # Errors
-/// When the input is not a complete data set of the model's tokenizer, or the output cannot be written.
+/// When the input is not a complete data set of the model's tokenizer, or the output cannot be
+/// written.
 pub fn clean(settings: &Settings) -> Result<Report> {
     let tokenizer = Tokenizer::load(&hub::locate(&settings.model)?)?;
-    // Decoded by another tokenizer the responses would be noise, and would be judged as if it were the answers.
+    // Decoded by another tokenizer the responses would be noise, and would be judged as if it were
+    // the answers.
     Reader::open(&settings.input)?.check_tokenizer(tokenizer.fingerprint())?;
     let context = RuleContext {
         settings,
@@ -74,7 +76,8 @@ pub fn clean(settings: &Settings) -> Result<Report> {
     Ok(report)
 }
 
-/// The step for the provenance: the rules without the paths, so that the same rows cleaned elsewhere give the same file.
+/// The step for the provenance: the rules without the paths, so that the same rows cleaned
+/// elsewhere give the same file.
 fn describe_step(settings: &Settings) -> String {
     let mut rules = json!(settings);
     if let Some(rules) = rules.as_object_mut() {
@@ -97,7 +100,8 @@ fn hash_evaluation_prompts(settings: &Settings, tokenizer: &Tokenizer) -> Result
     Ok(hashes)
 }
 
-/// Hashes a prompt to 16 bytes, which is what finding duplicates keeps per row. Prompts with equal hashes count as equal.
+/// Hashes a prompt to 16 bytes, which is what finding duplicates keeps per row. Prompts with equal
+/// hashes count as equal.
 fn hash_ids(ids: &[i32]) -> u128 {
     let mut hasher = blake3::Hasher::new();
     for id in ids {
@@ -169,7 +173,8 @@ impl Report {
         progress::log(format!("{}, in {}", self.text(), settings.output.display()));
     }
 
-    /// `kept 2 of 6 rows; dropped: 1 duplicate, 3 unfinished (raise max_new_tokens, or drop_unfinished=false)`
+    /// `kept 2 of 6 rows; dropped: 1 duplicate, 3 unfinished (raise max_new_tokens, or
+    /// drop_unfinished=false)`
     fn text(&self) -> String {
         let kept = format!("kept {} of {}", self.kept, count(self.kept + self.dropped, "row"));
         if self.dropped == 0 {

@@ -1,7 +1,9 @@
-//! The cleaning rules, in the order in which they apply: a row is dropped by the first rule that it breaks.
+//! The cleaning rules, in the order in which they apply: a row is dropped by the first rule that it
+//! breaks.
 //!
-//! To add a rule, add an entry to [`RULES`] and, if it can be tuned, a field to [`Settings`] and its default. The rules
-//! here see one row at a time; duplicates, which only the whole data set shows, are found in `clean` itself.
+//! To add a rule, add an entry to [`RULES`] and, if it can be tuned, a field to [`Settings`] and
+//! its default. The rules here see one row at a time; duplicates, which only the whole data set
+//! shows, are found in `clean` itself.
 
 use std::cell::Cell;
 use std::collections::HashSet;
@@ -60,7 +62,8 @@ pub(super) const RULES: [Rule; 8] = [
     },
 ];
 
-/// Name of the rule that drops a row whose prompt occurs in an earlier row that was kept; `clean` applies it last.
+/// Name of the rule that drops a row whose prompt occurs in an earlier row that was kept; `clean`
+/// applies it last.
 pub(super) const DUPLICATE: &str = "duplicate";
 
 /// What the rules need besides a row.

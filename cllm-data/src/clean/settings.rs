@@ -16,10 +16,12 @@ pub struct Settings {
     /// Folder of the cleaned data set.
     #[garde(custom(settings::required_path))]
     pub output: PathBuf,
-    /// The model whose tokenizer decodes the responses: a folder, or an id in the Hugging Face cache.
+    /// The model whose tokenizer decodes the responses: a folder, or an id in the Hugging Face
+    /// cache.
     #[garde(length(min = 1))]
     pub model: String,
-    /// Folder of the benchmark's files, for tasks that need them to score answers (Spider's databases).
+    /// Folder of the benchmark's files, for tasks that need them to score answers (Spider's
+    /// databases).
     #[garde(skip)]
     pub data: Option<PathBuf>,
     /// Drop responses in which one token occurs at least this many times in a row.

@@ -87,8 +87,8 @@ fn store_on_a_thread(
     })
 }
 
-/// Stores `answers_per_turn` answers at a time between two steps of decoding. On the CPU, decoding uses all cores: a
-/// thread beside it would only slow it down.
+/// Stores `answers_per_turn` answers at a time between two steps of decoding. On the CPU, decoding
+/// uses all cores: a thread beside it would only slow it down.
 fn store_in_turns(
     decode: impl FnOnce(&mut OnAnswer<'_>) -> Result<()>,
     mut store: impl FnMut(Vec<IndexedAnswer>) -> Result<()>,

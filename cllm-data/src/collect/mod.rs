@@ -1,7 +1,8 @@
 //! `collect`: decodes prompts with a teacher and records every Jacobi state.
 //!
-//! Rows are written in the order of the prompts, whatever the batching, and all randomness is drawn from (seed, sample,
-//! block). So in float32 on the CPU the same seed gives the same files, also after a stop.
+//! Rows are written in the order of the prompts, whatever the batching, and all randomness is drawn
+//! from (seed, sample, block). So in float32 on the CPU the same seed gives the same files, also
+//! after a stop.
 
 mod decoding;
 mod prompts;

@@ -48,7 +48,8 @@ pub(super) fn samples_of_process(samples: Vec<Sample>, process: Option<&ProcessE
     }
 }
 
-/// Renders and tokenizes the prompts. Those that are empty or too long for the context are returned apart.
+/// Renders and tokenizes the prompts. Those that are empty or too long for the context are returned
+/// apart.
 pub(super) fn render(
     samples: Vec<Sample>,
     teacher: &Teacher,

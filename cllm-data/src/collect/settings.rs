@@ -19,7 +19,8 @@ pub struct Settings {
     /// Folder of the data set.
     #[garde(custom(settings::required_path))]
     pub output: PathBuf,
-    /// Folder of the benchmark's files, for tasks that need them to score answers (Spider's databases).
+    /// Folder of the benchmark's files, for tasks that need them to score answers (Spider's
+    /// databases).
     #[garde(skip)]
     pub data: Option<PathBuf>,
     /// Tokens per block.

@@ -1,4 +1,5 @@
-//! Holds answers until their shard is complete: they end in any order, and are written in the order of the prompts.
+//! Holds answers until their shard is complete: they end in any order, and are written in the order
+//! of the prompts.
 
 use std::collections::BTreeMap;
 
@@ -21,7 +22,8 @@ pub(super) struct ShardBuffer<'p> {
 }
 
 impl<'p> ShardBuffer<'p> {
-    /// Takes over the shards and the partial rows of earlier runs; returns the counts of these rows, too.
+    /// Takes over the shards and the partial rows of earlier runs; returns the counts of these
+    /// rows, too.
     pub(super) fn open(
         writer: Writer,
         prompts: &'p [RenderedPrompt],
@@ -54,8 +56,8 @@ impl<'p> ShardBuffer<'p> {
         (self.writer.num_shards() * self.rows_per_shard).min(self.prompts.len())
     }
 
-    /// Indices of the prompts without a response: shard by shard, so that shards are completed early, and within a shard
-    /// by length, so that prompts of similar length share a batch.
+    /// Indices of the prompts without a response: shard by shard, so that shards are completed
+    /// early, and within a shard by length, so that prompts of similar length share a batch.
     pub(super) fn missing_by_length(&self) -> Vec<usize> {
         let mut missing: Vec<usize> =
             (self.num_written()..self.prompts.len()).filter(|index| !self.rows.contains_key(index)).collect();
@@ -63,7 +65,8 @@ impl<'p> ShardBuffer<'p> {
         missing
     }
 
-    /// Scores answers, each with the index of its prompt, and writes the shards that become complete.
+    /// Scores answers, each with the index of its prompt, and writes the shards that become
+    /// complete.
     pub(super) fn store(&mut self, answers: Vec<(usize, Answer)>) -> Result<Counts> {
         let scored: Vec<(usize, Trajectory, Counts)> =
             answers.into_par_iter().map(|(index, answer)| self.score(index, answer)).collect::<Result<_>>()?;
@@ -107,8 +110,8 @@ impl<'p> ShardBuffer<'p> {
         }
     }
 
-    /// Ends the collection and returns the writer. Without `all_decoded`, the rows of incomplete shards are saved for the
-    /// next run.
+    /// Ends the collection and returns the writer. Without `all_decoded`, the rows of incomplete
+    /// shards are saved for the next run.
     pub(super) fn close(self, all_decoded: bool) -> Result<Writer> {
         if all_decoded {
             self.writer.remove_partial_rows()?;

@@ -17,8 +17,8 @@ use crate::scoring::Scorer;
 #[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Counts {
     all: Sums,
-    /// Sums over the responses that ended with EOS. A loop that runs into the length limit decodes fast and would flatter
-    /// the speed of all.
+    /// Sums over the responses that ended with EOS. A loop that runs into the length limit decodes
+    /// fast and would flatter the speed of all.
     finished: Sums,
     num_blocks: usize,
     num_scored: usize,
@@ -92,7 +92,8 @@ impl Counts {
         }
     }
 
-    /// The counts of rows that an earlier run collected. Their forwards are derived from their states.
+    /// The counts of rows that an earlier run collected. Their forwards are derived from their
+    /// states.
     pub(super) fn from_rows(rows: impl Iterator<Item = Result<Trajectory>>, scorer: Scorer<'_>) -> Result<Self> {
         let mut counts = Counts::default();
         for row in rows {

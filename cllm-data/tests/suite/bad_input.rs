@@ -1,4 +1,5 @@
-//! Error messages and exit codes for bad input, paths that cannot be written, full disks, and missing devices.
+//! Error messages and exit codes for bad input, paths that cannot be written, full disks, and
+//! missing devices.
 
 use std::fs;
 use std::path::Path;
@@ -17,7 +18,8 @@ fn collect_command(model: &str, output: &str) -> Vec<String> {
     [&settings[..], &paths].concat()
 }
 
-/// The command lines of all verbs that read a data set. The first three write nothing, the others write `output`.
+/// The command lines of all verbs that read a data set. The first three write nothing, the others
+/// write `output`.
 fn commands_that_read(data: &str, output: &str) -> Vec<Vec<String>> {
     let model = teacher();
     let (input, into) = (format!("input={data}"), format!("output={output}"));

@@ -1,4 +1,5 @@
-//! `collect`: the same files for the same seed, resuming, several processes, and prompts that do not fit.
+//! `collect`: the same files for the same seed, resuming, several processes, and prompts that do
+//! not fit.
 
 use std::fs;
 use std::path::Path;
@@ -54,7 +55,8 @@ fn the_same_seed_gives_the_same_files_whatever_the_batch_size_and_after_a_stop()
     fs::write(&second, &fs::read(&second).unwrap()[..300]).unwrap();
     fs::remove_file(Path::new(&again).join("part-00002.parquet")).unwrap();
     let resumed = collect(&again, &[]);
-    // The forwards of earlier rows are derived from their states, so the total is that of a run without a stop.
+    // The forwards of earlier rows are derived from their states, so the total is that of a run
+    // without a stop.
     assert_eq!((&resumed["resumed"], &resumed["total"]), (&json!(8), &summary["total"]));
     assert_eq!((&resumed["run"]["rows"], &summary["run"]["rows"]), (&json!(16), &json!(24)));
     assert_eq!(shards(&once), shards(&again));

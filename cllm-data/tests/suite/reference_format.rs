@@ -26,8 +26,8 @@ fn exported_rows_can_be_imported_again() {
 fn files_of_the_reference_implementation_are_read() {
     let dir = tempfile::tempdir().unwrap();
     let (file, output) = (path(dir.path(), "r.json"), path(dir.path(), "a"));
-    // As it writes them: the first prompt is nested once more than the others, blocks continue after EOS, and cleaning has
-    // removed single blocks.
+    // As it writes them: the first prompt is nested once more than the others, blocks continue
+    // after EOS, and cleaning has removed single blocks.
     let record = |id: &str, block: usize, prompt: Value, states: Value| {
         json!({ "data_id": id, "jacobian_itr_id": format!("itr_{block}"), "prompt_ids_len": [2], "prompt_ids": prompt,
             "answer_trajectory_ids": states, "teacher_output_ids": [[0]] })

@@ -1,4 +1,5 @@
-//! Rewriting data sets: the order of the rows, and the same files on any number of cores and after a kill.
+//! Rewriting data sets: the order of the rows, and the same files on any number of cores and after
+//! a kill.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,7 +12,8 @@ use serde_json::Value;
 
 use crate::fixtures::{provenance, row, rows, run, teacher};
 
-/// Writes 3,000 rows in shards of 700. Every seventh is unfinished, every eleventh has the prompt of the row before it.
+/// Writes 3,000 rows in shards of 700. Every seventh is unfinished, every eleventh has the prompt
+/// of the row before it.
 fn write_many_rows() -> (tempfile::TempDir, Vec<Trajectory>) {
     let mut rows: Vec<Trajectory> = Vec::new();
     for index in 0..3000 {
@@ -72,7 +74,8 @@ fn after_a_kill_the_data_set_is_written_again_from_the_start() {
     let into = format!("output={output}");
     run(&["augment", &input, &into]).success();
     let whole = files(&output);
-    // As a kill leaves it: one shard in the manifest, shards that the manifest does not list, a half-written file, no card.
+    // As a kill leaves it: one shard in the manifest, shards that the manifest does not list, a
+    // half-written file, no card.
     let mut manifest: Value = serde_json::from_slice(&whole["manifest.json"]).unwrap();
     manifest["complete"] = false.into();
     manifest["shards"].as_array_mut().unwrap().truncate(1);

@@ -21,7 +21,7 @@ fn spider_is_scored_if_its_databases_are_given() {
         meta: Some(json!({ "db_id": "zoo" }).to_string()),
         ..row(id, &[tokenizer().encode(answer).unwrap(), vec![0]].concat())
     };
-    let input = write_data_set(&[question("right", "SELECT 2"), question("wrong", "SELECT 3")]);
+    let input = write_data_set(&[question("correct", "SELECT 2"), question("incorrect", "SELECT 3")]);
     let model = teacher();
     let clean = |name: &str, given: &str| {
         let (from, to) = (format!("input={}", input.path().display()), format!("output={}", path(dir.path(), name)));

@@ -6,7 +6,8 @@ use crate::fixtures::{row, run_json, run_text, write_data_set};
 
 #[test]
 fn stats_profile_whole_blocks_that_were_not_augmented() {
-    // Two whole blocks in which token 2 is correct while token 1 is still wrong, and one that EOS cuts.
+    // Two whole blocks in which token 2 is correct while token 1 is still wrong, and one that EOS
+    // cuts.
     let mut shown = row("a", &[10, 11, 12, 13, 14, 15, 16, 17, 0]);
     for block in &mut shown.blocks[..2] {
         let last = block.states[2].clone();

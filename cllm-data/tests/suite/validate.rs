@@ -50,7 +50,8 @@ fn validate_compares_the_data_set_with_the_model() {
     let (data, model) = (path(dir.path(), "data"), teacher());
     collect(&data, &["limit=4"]);
     DATA.succeed(&["validate", &data, "--model", &model]);
-    // A model with another tokenizer and a smaller vocabulary: all three differ, and some ids are out of range.
+    // A model with another tokenizer and a smaller vocabulary: all three differ, and some ids are
+    // out of range.
     let other = dir.path().join("other");
     fs::create_dir(&other).unwrap();
     let config = json!({

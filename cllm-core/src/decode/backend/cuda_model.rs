@@ -52,7 +52,7 @@ impl<'m> CudaModel<'m> {
         let Device::Cuda(device) = model.device() else { return Ok(None) };
         let (shape, num_layers) = (model.config().kernel_shape(), model.config().num_layers);
         if model.kind() != Kind::BFloat16
-            || model.adapters.is_some()
+            || model.adapters().is_some()
             || !shape.is_supported()
             || compute_capability(device)?.0 < MIN_COMPUTE_CAPABILITY
         {
@@ -66,7 +66,7 @@ impl<'m> CudaModel<'m> {
         Ok(Some(CudaModel {
             model,
             kernels: DecodeKernels::new(device, shape)?,
-            rope_table: model.rope.angles(&Tensor::arange(capacity as i64, (Kind::Float, model.device()))),
+            rope_table: model.rope.cos_sin(&Tensor::arange(capacity as i64, (Kind::Float, model.device()))),
             keys: zeros([capacity, shape.head_dim])?,
             values: zeros([shape.head_dim, capacity])?,
             capacity,
@@ -92,7 +92,7 @@ impl<'m> CudaModel<'m> {
 
     /// Copies keys and values between slots of the cache. All slots are read before any is written.
     pub(super) fn move_slots(&mut self, moves: &[SlotMove]) {
-        let [rows, from, to] = SlotMove::indices(moves, self.keys.device());
+        let [rows, from, to] = SlotMove::to_indices(moves, self.keys.device());
         let keys = |slots| [None, Some(&rows), None, Some(slots)];
         let values = |slots| [None, Some(&rows), None, None, Some(slots)];
         let (read_keys, read_values) = (self.keys.index(&keys(&from)), self.values.index(&values(&from)));
@@ -106,7 +106,7 @@ impl<'m> CudaModel<'m> {
     pub(super) fn forward(&self, input: &ForwardInput, predicted: &Tensor) -> Result<()> {
         let num_tokens = input.tokens.numel();
         let x = self.empty(num_tokens, self.model.config().hidden_size)?;
-        self.kernels.embed(&self.model.embedding, &input.tokens, &x)?;
+        self.kernels.embed(&self.model.embed_tokens, &input.tokens, &x)?;
         if num_tokens <= self.max_fused_tokens() {
             self.forward_fused(input, &x, predicted)
         } else {
@@ -122,16 +122,16 @@ impl<'m> CudaModel<'m> {
         let (qkv, attn_out) = (heads(config.num_heads + 2 * config.num_kv_heads)?, heads(config.num_heads)?);
         let inner = self.empty(num_tokens, config.intermediate_size)?;
         for (index, layer) in self.model.layers.iter().enumerate() {
-            let projection = (&layer.query_key_value.weight, layer.query_key_value.bias.as_ref());
+            let projection = (&layer.qkv_proj.weight, layer.qkv_proj.bias.as_ref());
             self.with_cache(index, layer, |cache| {
-                let queries = kernels.fused_qkv(projection, x, &layer.attention_norm, &qkv, &input.places, cache)?;
+                let queries = kernels.fused_qkv(projection, x, &layer.input_layernorm, &qkv, &input.places, cache)?;
                 kernels.attention(queries, &qkv, &input.places, cache, &attn_out)
             })?;
-            kernels.fused_output(&layer.output.weight, &attn_out, layer.output.bias.as_ref(), x)?;
-            kernels.fused_gate_up(&layer.gate_up.weight, x, &layer.feed_forward_norm, &inner)?;
-            kernels.fused_down(&layer.down.weight, &inner, x)?;
+            kernels.fused_output(&layer.o_proj.weight, &attn_out, layer.o_proj.bias.as_ref(), x)?;
+            kernels.fused_gate_up(&layer.gate_up_proj.weight, x, &layer.post_attention_layernorm, &inner)?;
+            kernels.fused_down(&layer.down_proj.weight, &inner, x)?;
         }
-        kernels.fused_sample(self.model.projection(), x, &self.model.norm, &input.sampling, predicted)
+        kernels.fused_sample(self.model.lm_head(), x, &self.model.norm, &input.sampling, predicted)
     }
 
     /// With more tokens, the products take the time, and cuBLAS computes them fastest.
@@ -143,20 +143,20 @@ impl<'m> CudaModel<'m> {
         // What the layer before adds to `x`; the next norm adds it.
         let mut delta: Option<Tensor> = None;
         for (index, layer) in self.model.layers.iter().enumerate() {
-            kernels.add_rms_norm(x, delta.as_ref(), &layer.attention_norm, &normed)?;
+            kernels.add_rms_norm(x, delta.as_ref(), &layer.input_layernorm, &normed)?;
             drop(delta.take());
-            let projection = &layer.query_key_value;
+            let projection = &layer.qkv_proj;
             let qkv = normed.f_linear(&projection.weight, projection.bias.as_ref())?;
             self.with_cache(index, layer, |cache| {
                 kernels.attention(Queries::Plain, &qkv, &input.places, cache, &attn_out)
             })?;
-            let projected = attn_out.f_linear(&layer.output.weight, layer.output.bias.as_ref())?;
-            kernels.add_rms_norm(x, Some(&projected), &layer.feed_forward_norm, &normed)?;
+            let projected = attn_out.f_linear(&layer.o_proj.weight, layer.o_proj.bias.as_ref())?;
+            kernels.add_rms_norm(x, Some(&projected), &layer.post_attention_layernorm, &normed)?;
             drop(projected);
-            let gate_up = normed.f_linear::<&Tensor>(&layer.gate_up.weight, None)?;
+            let gate_up = normed.f_linear::<&Tensor>(&layer.gate_up_proj.weight, None)?;
             kernels.swiglu(&gate_up, &inner)?;
             drop(gate_up);
-            delta = Some(inner.f_linear::<&Tensor>(&layer.down.weight, None)?);
+            delta = Some(inner.f_linear::<&Tensor>(&layer.down_proj.weight, None)?);
         }
         let num_outputs = predicted.numel() as i64;
         if num_outputs == 0 {
@@ -166,7 +166,7 @@ impl<'m> CudaModel<'m> {
         let last_delta = delta.as_ref().map(leading);
         let normed = leading(&normed);
         kernels.add_rms_norm(&leading(x), last_delta.as_ref(), &self.model.norm, &normed)?;
-        let logits = libtorch::matmul_float32(&normed, self.model.projection())?;
+        let logits = libtorch::matmul_float32(&normed, self.model.lm_head())?;
         kernels.sample(&logits, &input.sampling, predicted)
     }
 
@@ -176,7 +176,7 @@ impl<'m> CudaModel<'m> {
             values: &self.values.get(index as i64),
             capacity: self.capacity,
             table: &self.rope_table,
-            norms: layer.query_key_norm.as_ref(),
+            norms: layer.qk_norm.as_ref(),
         })
     }
 
