@@ -1,4 +1,4 @@
-//! `bench`: how fast a run trains, and how near that is to what the device can do.
+//! `bench`: how fast a recipe trains, and how close that comes to the peak of the device.
 
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -8,269 +8,380 @@ use cllm_core::bench_results::{BenchRecord, BenchResults};
 use cllm_core::cuda::libtorch;
 use cllm_core::distributed::ProcessGroup;
 use cllm_core::environment::Hardware;
-use cllm_core::model::{ModelPreset, Transformer};
-use cllm_core::program::{SettingsArgs, print, print_json};
+use cllm_core::model::{ModelConfig, ModelPreset};
+use cllm_core::program::{print, print_json};
+use cllm_core::progress::count;
+use cllm_core::settings::required_path;
 use cllm_core::{Error, Result, device, interrupt, progress, text_file};
+use garde::Validate;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
-use crate::data::dataset as examples;
-use crate::data::loader::{Packer, StepBatches};
+use crate::data::dataset;
+use crate::data::loader::{BatchLoader, RankShard, StepBatches};
 use crate::data::schedule::Schedule;
-use crate::memory::Memory;
-use crate::optimizer::{State, learning_rate};
+use crate::memory::MemoryEstimate;
+use crate::models::{Models, load_tokenizer};
+use crate::optimizer::{OptimizerState, learning_rate};
+use crate::processes;
 use crate::settings::Settings;
-use crate::step::Models;
-use crate::trainer;
+use crate::step::train_step;
 
-/// Steps before those that are timed.
-const WARM_UP: usize = 3;
+/// Steps before the timed ones.
+const NUM_WARMUP_STEPS: usize = 3;
 
-/// What `bench` is given beside the settings of the run.
-#[derive(clap::Args)]
-pub struct Arguments {
-    #[command(flatten)]
-    pub given: SettingsArgs,
-    /// Steps that are timed, after three that warm up.
-    #[arg(long, default_value_t = 20, value_parser = clap::builder::RangedU64ValueParser::<usize>::new().range(1..))]
-    steps: usize,
-    /// Random weights of a known shape, with the vocabulary of the run's model, instead of its weights.
-    #[arg(long)]
-    shape: Option<ModelPreset>,
-    /// What the model is called in the results; else its shape or the last part of its folder.
-    #[arg(long)]
-    name: Option<String>,
-    /// What scripts/bench-train-transformers wrote, to stand beside.
-    #[arg(long)]
-    baseline: Option<PathBuf>,
-    /// File of the results; other models that it holds of the same machine are kept.
-    #[arg(long, default_value = "runs/bench-train.json")]
-    results: PathBuf,
+/// Settings of `cllm-train bench`.
+#[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct BenchSettings {
+    /// Folder or id of the model to train; or set `train.init`.
+    #[garde(skip)]
+    pub model: Option<String>,
+    /// Train random weights in the shape of a known model (with the vocabulary of `model`) instead of the weights of `model`.
+    #[garde(skip)]
+    pub preset: Option<ModelPreset>,
+    /// Name of the model in the results. Default: its preset, or the last part of its folder.
+    #[garde(skip)]
+    pub name: Option<String>,
+    /// Data sets to train on, as in `run`.
+    #[garde(length(min = 1))]
+    pub datasets: Vec<PathBuf>,
+    /// Time N steps, after three that warm up.
+    #[garde(range(min = 1))]
+    pub num_steps: usize,
+    /// All other settings of the training, as in `run`; `bench` sets model, datasets, output and device.
+    #[garde(skip)]
+    #[schemars(extend("elsewhere" = true))]
+    pub train: Settings,
+    /// Output of scripts/bench-train-transformers, to report beside the results.
+    #[garde(skip)]
+    pub baseline: Option<PathBuf>,
+    /// auto, cpu, cuda or cuda:N.
+    #[garde(skip)]
+    pub device: String,
+    /// File for the results. It keeps the results of other models if they were measured on the same machine.
+    #[garde(custom(required_path))]
+    pub output: PathBuf,
 }
 
-/// Figures of a model.
+impl Default for BenchSettings {
+    fn default() -> Self {
+        BenchSettings {
+            model: None,
+            preset: None,
+            name: None,
+            datasets: Vec::new(),
+            num_steps: 20,
+            train: Settings::default(),
+            baseline: None,
+            device: "auto".to_owned(),
+            output: PathBuf::from("runs/bench-train.json"),
+        }
+    }
+}
+
+impl BenchSettings {
+    /// The settings of the training to measure.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] naming a key that is out of range or must not be set.
+    pub fn training(&self) -> Result<Settings> {
+        let defaults = Settings::default();
+        let set_by_bench = [
+            ("train.model", self.train.model.is_some()),
+            ("train.datasets", !self.train.datasets.is_empty()),
+            ("train.output", self.train.output != defaults.output),
+            ("train.device", self.train.device != defaults.device),
+        ];
+        if let Some((key, _)) = set_by_bench.into_iter().find(|(_, is_set)| *is_set) {
+            let own_key = key.trim_start_matches("train.");
+            return Err(Error::usage(format!("{key} is set by bench: leave it out and set {own_key}")));
+        }
+        let training = Settings {
+            model: self.model.clone(),
+            datasets: self.datasets.clone(),
+            // Nothing is written there.
+            output: PathBuf::from("unused"),
+            device: self.device.clone(),
+            ..self.train.clone()
+        };
+        training.validate().map_err(|report| {
+            let lines = report.iter().map(|(path, error)| format!("train.{path}: {error}"));
+            Error::usage(lines.collect::<Vec<_>>().join("\n"))
+        })?;
+        training.check().map_err(|error| Error::usage(format!("train: {error}")))?;
+        Ok(training)
+    }
+}
+
+/// Measurements of one model; docs/data-format.md describes the fields.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct TrainFigures {
-    /// Its name.
+pub struct TrainBenchRecord {
     name: String,
-    /// Number of weights.
     parameters: i64,
-    /// Processes, each with a GPU of its own.
-    processes: usize,
-    /// Steps that were timed.
-    steps: usize,
-    /// Median of a step, the optimizer's part and waiting for batches included.
+    /// Each with a GPU of its own.
+    num_processes: usize,
+    /// Timed steps.
+    num_steps: usize,
+    /// Median over the timed steps, including the optimizer and waiting for batches.
     step_seconds: f64,
-    /// Packed tokens over seconds, in all timed steps.
+    /// Packed tokens over the seconds of all timed steps.
     tokens_per_second: f64,
-    /// Noisy blocks over seconds.
+    /// Noisy blocks over the seconds.
     blocks_per_second: f64,
-    /// Responses over seconds.
-    responses_per_second: f64,
-    /// Mean tokens of a forward.
-    tokens_per_batch: f64,
-    /// Floating-point operations of a step over its time and the device's peak: 6 x parameters x tokens, and 12 x layers x
-    /// width of all heads for each pair of tokens that attention does not mask. None of what is computed twice.
+    examples_per_second: f64,
+    /// Mean number of tokens in a forward.
+    mean_batch_tokens: f64,
+    /// Model FLOPs over the seconds and `peak_flops`: 6 x parameters x tokens, plus 12 x layers x width of all heads for each pair of
+    /// tokens that attention does not mask. Recomputation does not count. `None` on devices whose peak is not known.
     mfu: Option<f64>,
-    /// The same, where attention counts every pair of a sequence of `max_example_tokens`, masked or not.
+    /// The same if attention counts every pair of tokens in a sequence of `max_example_tokens`.
     mfu_dense_attention: Option<f64>,
-    /// The peak of all GPUs that they are shares of, operations a second.
+    /// Peak of all GPUs together, in operations per second.
     peak_flops: Option<f64>,
-    /// Bytes of memory at most on the GPU of the first process.
+    /// Of the main process; `None` on the CPU.
     peak_memory_bytes: Option<u64>,
-    /// What `plan` says about it.
+    /// What `plan` estimates.
     planned_memory_bytes: u64,
-    /// Seconds that the training thread waited for batches.
-    waited_seconds: f64,
-    /// Blocks a second of the paper's step with `transformers`, from the baseline's file.
+    /// Seconds that the training thread waited for batches, in all timed steps.
+    batch_wait_seconds: f64,
+    /// Blocks per second of the paper's training step with `transformers`, from the baseline's file.
     transformers_blocks_per_second: Option<f64>,
-    /// The resolved configuration.
-    settings: Settings,
+    settings: BenchSettings,
 }
 
-impl BenchRecord for TrainFigures {
+impl BenchRecord for TrainBenchRecord {
     fn name(&self) -> &str {
         &self.name
     }
 }
 
-/// Takes some steps of the run and puts their figures into the file. Nothing else is written.
-pub fn run(arguments: &Arguments, settings: &Settings) -> Result<()> {
-    let (place, group) = trainer::join(settings)?;
+/// Takes some steps and adds the measurements to the results file. Nothing else is written.
+///
+/// # Errors
+/// Bad settings and data; fewer steps in the data than there are to measure.
+pub fn run(settings: &BenchSettings, json: bool) -> Result<()> {
+    let training = settings.training()?;
+    let (device, group) = processes::join(&training)?;
     if !group.is_main() {
-        return measure(arguments, settings, place, group).map(drop);
+        return measure(settings, &training, device, group).map(drop);
     }
-    let mut file = BenchResults::<TrainFigures>::open(&arguments.results, place)?;
-    let baseline = arguments.baseline.as_deref().map(baseline).transpose()?;
-    let mut figures = measure(arguments, settings, place, group)?;
-    figures.transformers_blocks_per_second = baseline;
-    let text = figures.text();
-    file.put(&arguments.results, figures)?;
-    progress::log(format!("wrote {}", arguments.results.display()));
-    if arguments.given.json { print_json(&file) } else { print(&text) }
+    let mut results = BenchResults::<TrainBenchRecord>::open(&settings.output, device)?;
+    let baseline = settings.baseline.as_deref().map(read_baseline).transpose()?;
+    let mut record = measure(settings, &training, device, group)?;
+    record.transformers_blocks_per_second = baseline;
+    let text = record.text();
+    results.put(&settings.output, record)?;
+    progress::log(format!("wrote {}", settings.output.display()));
+    if json { print_json(&results) } else { print(&text) }
 }
 
-fn measure(arguments: &Arguments, settings: &Settings, place: Device, group: Rc<ProcessGroup>) -> Result<TrainFigures> {
-    libtorch::reset_peak_gpu_memory(place);
-    let (tokenizer, folder) = trainer::tokenizer(settings)?;
-    let (models, name) = match arguments.shape {
-        Some(shape) => {
-            let config = shape.config(Some(tokenizer.vocab_size()))?;
-            (Models::noise(config, settings, place)?, shape.name().to_owned())
-        }
-        None => {
-            let name = folder.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-            (Models::load(settings, &tokenizer, &folder, place)?, name)
-        }
+fn measure(
+    settings: &BenchSettings,
+    training: &Settings,
+    device: Device,
+    group: Rc<ProcessGroup>,
+) -> Result<TrainBenchRecord> {
+    libtorch::reset_peak_gpu_memory(device);
+    let (tokenizer, folder) = load_tokenizer(training)?;
+    let models = match settings.preset {
+        Some(preset) => Models::random(preset.config(Some(tokenizer.vocab_size()))?, training, device)?,
+        None => Models::load(training, &tokenizer, &folder, device)?,
     };
-    let student = &models.student;
-    let examples = examples::read(settings, &tokenizer, student.config())?;
-    let schedule = Schedule::new(&examples, settings)?;
-    let total = WARM_UP + arguments.steps;
-    if schedule.steps() < total {
+    let (config, kind) = (models.student.config(), models.student.kind());
+    let examples = dataset::read(training, &tokenizer, config)?;
+    let schedule = Schedule::new(&examples, training)?;
+    let batches = schedule.batches(0);
+    let planned = MemoryEstimate::new(config, kind, training, &examples, &batches, group.world_size());
+    let loader = BatchLoader::new(training, &examples, config);
+    let timings = time_steps(training, &models, loader, &schedule, settings.num_steps, &group)?;
+    let throughput = Throughput::new(&timings, config, training.max_example_tokens, device, group.world_size());
+    Ok(TrainBenchRecord {
+        name: settings.name.clone().unwrap_or_else(|| default_name(settings.preset, &folder)),
+        parameters: config.num_parameters(),
+        num_processes: group.world_size(),
+        num_steps: settings.num_steps,
+        step_seconds: timings.median_step_seconds(),
+        tokens_per_second: timings.per_second(timings.num_tokens),
+        blocks_per_second: timings.per_second(timings.num_blocks),
+        examples_per_second: timings.per_second(timings.num_examples),
+        mean_batch_tokens: timings.num_tokens as f64 / timings.num_batches as f64,
+        mfu: throughput.mfu,
+        mfu_dense_attention: throughput.mfu_dense_attention,
+        peak_flops: throughput.peak_flops,
+        peak_memory_bytes: libtorch::gpu_memory(device).map(|(_, peak)| peak),
+        planned_memory_bytes: planned.peak,
+        batch_wait_seconds: timings.wait_seconds,
+        transformers_blocks_per_second: None,
+        settings: settings.clone(),
+    })
+}
+
+/// Takes the steps that warm up and then the timed ones.
+fn time_steps(
+    training: &Settings,
+    models: &Models,
+    loader: BatchLoader<'_>,
+    schedule: &Schedule,
+    num_timed_steps: usize,
+    group: &Rc<ProcessGroup>,
+) -> Result<Timings> {
+    let (student, num_steps) = (&models.student, NUM_WARMUP_STEPS + num_timed_steps);
+    if schedule.num_steps() < num_steps {
         return Err(Error::usage(format!(
-            "data: {} steps are in the run, {total} are measured: give more data or epochs, or fewer --steps",
-            schedule.steps()
+            "datasets: there are only {}, and {num_steps} are needed ({NUM_WARMUP_STEPS} of them to warm up): give more data \
+             or train.epochs, or a smaller num_steps",
+            count(schedule.num_steps(), "step")
         )));
     }
-    let planned =
-        Memory::of(student.config(), student.kind(), settings, &examples, &schedule.batches(0), group.world_size());
-    let mut state = State::new(student, &settings.optimizer, settings.seed, Rc::clone(&group))?;
-    let packer = Packer::new(settings, &examples, student.config());
-    let mut timed = Timed::default();
+    let mut optimizer = OptimizerState::new(student, &training.optimizer, training.seed, Rc::clone(group))?;
+    let mut timings = Timings::default();
     std::thread::scope(|scope| -> Result<()> {
-        let batches = packer.ahead(scope, &schedule, 0, (group.rank(), group.world_size()));
-        for number in 1..=total {
+        let batches = loader.load_ahead(scope, schedule, 0, RankShard::for_process(group));
+        for number in 1..=num_steps {
             interrupt::check()?;
             let started = Instant::now();
             let batches = batches.recv().map_err(|_| Error::internal("the thread that packs batches has ended"))?;
-            let waited = started.elapsed().as_secs_f64();
-            let _ = models.gradients(settings, &batches)?;
-            let rate = learning_rate(&settings.optimizer, number, total);
-            let _ = state.step(&settings.optimizer, rate, number)?;
-            device::synchronize(place);
-            if number > WARM_UP {
-                timed.add(&batches, started.elapsed().as_secs_f64(), waited);
+            let wait_seconds = started.elapsed().as_secs_f64();
+            let lr = learning_rate(&training.optimizer, number, num_steps);
+            let _ = train_step(models, &mut optimizer, training, &batches, number, lr)?;
+            device::synchronize(student.device());
+            if number > NUM_WARMUP_STEPS {
+                timings.add(&batches, started.elapsed().as_secs_f64(), wait_seconds);
             }
         }
         Ok(())
     })?;
-    timed.share(&group, place)?;
-    Ok(timed.figures(arguments.name.clone().unwrap_or(name), student, settings, planned, group.world_size()))
+    timings.sum_over_processes(group, student.device())?;
+    Ok(timings)
+}
+
+fn default_name(preset: Option<ModelPreset>, folder: &Path) -> String {
+    match preset {
+        Some(preset) => preset.name().to_owned(),
+        None => folder.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned()),
+    }
 }
 
 /// What the timed steps held and took.
 #[derive(Default)]
-struct Timed {
-    seconds: Vec<f64>,
-    waited: f64,
-    batches: usize,
-    tokens: usize,
-    blocks: usize,
-    responses: usize,
+struct Timings {
+    step_seconds: Vec<f64>,
+    wait_seconds: f64,
+    num_batches: usize,
+    num_tokens: usize,
+    num_blocks: usize,
+    num_examples: usize,
     /// Pairs of tokens that attention does not mask.
-    pairs: usize,
+    num_attended_pairs: usize,
 }
 
-impl Timed {
-    fn add(&mut self, step: &StepBatches, seconds: f64, waited: f64) {
-        self.seconds.push(seconds);
-        self.waited += waited;
-        self.tokens += step.counts.tokens;
-        self.blocks += step.counts.blocks;
+impl Timings {
+    fn add(&mut self, step: &StepBatches, seconds: f64, wait_seconds: f64) {
+        self.step_seconds.push(seconds);
+        self.wait_seconds += wait_seconds;
+        self.num_tokens += step.counts.num_tokens;
+        self.num_blocks += step.counts.num_blocks;
         for batch in &step.batches {
-            self.batches += 1;
-            self.responses += batch.stream.sequence_ends.len();
-            let seen = batch.stream.attention_ranges.iter().flatten();
-            self.pairs += seen.map(|(start, end)| (end - start).max(0) as usize).sum::<usize>();
+            self.num_batches += 1;
+            self.num_examples += batch.packed.sequence_ends.len();
+            let ranges = batch.packed.attention_ranges.iter().flatten();
+            self.num_attended_pairs += ranges.map(|(start, end)| (end - start).max(0) as usize).sum::<usize>();
         }
     }
 
-    /// Adds up what only each process knows.
-    fn share(&mut self, group: &ProcessGroup, place: Device) -> Result<()> {
-        let counts = [&mut self.batches, &mut self.responses, &mut self.pairs];
-        let all = Tensor::from_slice(&counts.each_ref().map(|count| **count as i64)).to_device(place);
-        group.all_reduce(&all)?;
+    /// Sums up what each process knows of its own batches only.
+    fn sum_over_processes(&mut self, group: &ProcessGroup, device: Device) -> Result<()> {
+        let counts = [&mut self.num_batches, &mut self.num_examples, &mut self.num_attended_pairs];
+        let sums = Tensor::from_slice(&counts.each_ref().map(|count| **count as i64)).to_device(device);
+        group.all_reduce(&sums)?;
         for (index, count) in counts.into_iter().enumerate() {
-            *count = all.int64_value(&[index as i64]) as usize;
+            *count = sums.int64_value(&[index as i64]) as usize;
         }
         Ok(())
     }
 
-    fn figures(
-        self,
-        name: String,
-        model: &Transformer,
-        settings: &Settings,
-        planned: Memory,
-        processes: usize,
-    ) -> TrainFigures {
-        let config = model.config();
-        let seconds: f64 = self.seconds.iter().sum();
-        let mut sorted = self.seconds.clone();
+    fn seconds(&self) -> f64 {
+        self.step_seconds.iter().sum()
+    }
+
+    fn per_second(&self, count: usize) -> f64 {
+        count as f64 / self.seconds()
+    }
+
+    fn median_step_seconds(&self) -> f64 {
+        let mut sorted = self.step_seconds.clone();
         sorted.sort_by(f64::total_cmp);
-        let rate = |count: usize| count as f64 / seconds;
-        let attention = (12 * config.num_layers * config.num_heads * config.head_dim) as f64;
-        let products = 6.0 * config.num_parameters() as f64 * self.tokens as f64;
-        let peak = peak_flops(&Hardware::detect(model.device())).map(|peak| peak * processes as f64);
-        let utilisation = |pairs: f64| peak.map(|peak| (products + attention * pairs) / seconds / peak);
-        TrainFigures {
-            parameters: config.num_parameters(),
-            processes,
-            steps: self.seconds.len(),
-            step_seconds: sorted[sorted.len() / 2],
-            tokens_per_second: rate(self.tokens),
-            blocks_per_second: rate(self.blocks),
-            responses_per_second: rate(self.responses),
-            tokens_per_batch: self.tokens as f64 / self.batches as f64,
-            mfu: utilisation(self.pairs as f64),
-            mfu_dense_attention: utilisation((self.tokens * settings.max_example_tokens) as f64),
-            peak_flops: peak,
-            peak_memory_bytes: libtorch::gpu_memory(model.device()).map(|(_, peak)| peak),
-            planned_memory_bytes: planned.peak,
-            waited_seconds: self.waited,
-            transformers_blocks_per_second: None,
-            settings: settings.clone(),
-            name,
+        sorted[sorted.len() / 2]
+    }
+}
+
+/// Floating-point operations per second, compared with the peak of the GPUs.
+struct Throughput {
+    mfu: Option<f64>,
+    mfu_dense_attention: Option<f64>,
+    peak_flops: Option<f64>,
+}
+
+impl Throughput {
+    fn new(
+        timings: &Timings,
+        config: &ModelConfig,
+        max_example_tokens: usize,
+        device: Device,
+        world_size: usize,
+    ) -> Self {
+        let peak_flops = peak_flops(&Hardware::detect(device)).map(|peak| peak * world_size as f64);
+        let flops_per_pair = (12 * config.num_layers * config.num_heads * config.head_dim) as f64;
+        let matmul_flops = 6.0 * config.num_parameters() as f64 * timings.num_tokens as f64;
+        let mfu = |num_pairs: usize| {
+            peak_flops.map(|peak| (matmul_flops + flops_per_pair * num_pairs as f64) / timings.seconds() / peak)
+        };
+        Throughput {
+            mfu: mfu(timings.num_attended_pairs),
+            mfu_dense_attention: mfu(timings.num_tokens * max_example_tokens),
+            peak_flops,
         }
     }
 }
 
-impl TrainFigures {
+impl TrainBenchRecord {
     fn text(&self) -> String {
-        let share =
-            |share: Option<f64>| share.map_or_else(|| "-".to_owned(), |share| format!("{:.1} %", 100.0 * share));
         let gigabytes = |bytes: u64| format!("{:.2} GB", bytes as f64 / 1e9);
-        format!(
-            "{}: {:.1} M parameters, {} steps of {:.3} s (median), {:.0} tokens a forward\n\
-             {:.0} packed tokens/s, {:.0} blocks/s, {:.1} responses/s; waited {:.2} s for batches\n\
-             {} of the device's bf16 peak ({} with every pair of attention)\n\
-             memory {} at the peak, {} planned",
+        let mut text = format!(
+            "{}: {:.1} M parameters, {} of {:.3} s (median), {:.0} tokens per forward\n\
+             {:.0} packed tokens/s, {:.0} blocks/s, {:.1} examples/s; waited {:.2} s for batches\n",
             self.name,
             self.parameters as f64 / 1e6,
-            self.steps,
+            count(self.num_steps, "step"),
             self.step_seconds,
-            self.tokens_per_batch,
+            self.mean_batch_tokens,
             self.tokens_per_second,
             self.blocks_per_second,
-            self.responses_per_second,
-            self.waited_seconds,
-            share(self.mfu),
-            share(self.mfu_dense_attention),
-            self.peak_memory_bytes.map_or_else(|| "-".to_owned(), gigabytes),
-            gigabytes(self.planned_memory_bytes),
-        )
+            self.examples_per_second,
+            self.batch_wait_seconds,
+        );
+        if let (Some(mfu), Some(dense)) = (self.mfu, self.mfu_dense_attention) {
+            let (mfu, dense) = (100.0 * mfu, 100.0 * dense);
+            text += &format!("{mfu:.1} % of the device's bf16 peak ({dense:.1} % counting masked attention too)\n");
+        }
+        let planned = gigabytes(self.planned_memory_bytes);
+        text + &match self.peak_memory_bytes {
+            Some(peak) => format!("memory {} at the peak, {planned} planned", gigabytes(peak)),
+            None => format!("memory {planned} planned"),
+        }
     }
 }
 
-/// Dense bf16 operations a second that the vendor names, for GPUs that are known.
+/// Dense bf16 operations per second according to the vendor; `None` for other GPUs.
 fn peak_flops(hardware: &Hardware) -> Option<f64> {
     let name = hardware.gpu.as_deref()?;
     let known = [("H100", 989e12), ("H200", 989e12), ("A100", 312e12)];
     known.iter().find(|(gpu, _)| name.contains(gpu)).map(|(_, peak)| *peak)
 }
 
-fn baseline(path: &Path) -> Result<f64> {
+fn read_baseline(path: &Path) -> Result<f64> {
     let value: serde_json::Value =
         serde_json::from_str(&text_file::read(path)?).map_err(|error| Error::file(path, error.to_string()))?;
     value["blocks_per_second"]

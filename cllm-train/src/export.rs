@@ -1,53 +1,63 @@
-//! `export`: a checkpoint as a model folder with weights of another type, adapters merged.
+//! `export`: writes a checkpoint as a model folder with weights of another type, adapters merged.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
-use cllm_core::checkpoint::hub;
+use cllm_core::checkpoint::{self, hub};
 use cllm_core::{Error, Result, atomic_file, progress, tokenizer};
 use tch::{Device, Kind};
 
-/// What to write.
+/// Arguments of `export`.
 #[derive(Args)]
-pub struct Arguments {
+pub struct ExportArgs {
     /// The checkpoint, model or adapter: a folder, or an id in the Hugging Face cache.
     model: String,
     /// Type of the weights.
     #[arg(long, value_enum, default_value = "bf16")]
-    dtype: Dtype,
-    /// Folder to write; must not exist yet.
+    dtype: ExportDtype,
+    /// Folder to write; it must not exist yet.
     #[arg(long, short)]
     output: PathBuf,
 }
 
-/// Types of weights.
 #[derive(Debug, Clone, Copy, ValueEnum)]
-enum Dtype {
-    /// 32-bit floats.
+enum ExportDtype {
+    /// float32.
     F32,
-    /// Brain floats.
+    /// bfloat16.
     Bf16,
-    /// 16-bit floats.
+    /// float16.
     F16,
 }
 
-/// Writes the folder.
-pub fn run(arguments: &Arguments) -> Result<()> {
-    let from = hub::locate(&arguments.model)?;
-    if arguments.output.exists() {
-        return Err(Error::file(&arguments.output, "exists already: choose another output folder, or delete it"));
+impl From<ExportDtype> for Kind {
+    fn from(dtype: ExportDtype) -> Self {
+        match dtype {
+            ExportDtype::F32 => Kind::Float,
+            ExportDtype::Bf16 => Kind::BFloat16,
+            ExportDtype::F16 => Kind::Half,
+        }
     }
-    let kind = match arguments.dtype {
-        Dtype::F32 => Kind::Float,
-        Dtype::Bf16 => Kind::BFloat16,
-        Dtype::F16 => Kind::Half,
-    };
-    // Read in float32, so that whatever the source holds is rounded once.
-    let model = cllm_core::checkpoint::load(&from, Device::Cpu, Kind::Float)?;
-    atomic_file::write_folder_with(&arguments.output, |folder| {
-        cllm_core::checkpoint::save(&model, folder, kind)?;
-        tokenizer::copy_files(&from, folder)
-    })?;
-    progress::log(format!("the model is in {}", arguments.output.display()));
+}
+
+/// Writes the folder.
+///
+/// # Errors
+/// A bad model, an output folder that exists, file-system errors.
+pub fn run(args: &ExportArgs) -> Result<()> {
+    export(&hub::locate(&args.model)?, args.dtype.into(), &args.output)?;
+    progress::log(format!("the model is in {}", args.output.display()));
     Ok(())
+}
+
+fn export(source: &Path, kind: Kind, output: &Path) -> Result<()> {
+    if output.exists() {
+        return Err(Error::file(output, "already exists: choose another output folder, or delete it"));
+    }
+    // Loaded in float32, so that the weights are rounded only once, whatever type they have.
+    let model = checkpoint::load(source, Device::Cpu, Kind::Float)?;
+    atomic_file::write_folder_with(output, |folder| {
+        checkpoint::save(&model, folder, kind)?;
+        tokenizer::copy_files(source, folder)
+    })
 }

@@ -1,208 +1,225 @@
-//! The losses of a batch, and their gradients: the vocabulary is met in chunks, so that the logits of a whole batch never
-//! exist at once.
+//! Computes the losses of a batch and their gradients.
+//!
+//! One forward over the packed batch gives the hidden states of all tokens. The vocabulary projection is then applied chunk by
+//! chunk: each chunk's logits become losses and, right away, the gradient of its hidden states. The gradients of all chunks
+//! together go through the model in one backward. On a GPU the logits are turned into their own gradients in place by kernels;
+//! elsewhere autograd does it.
 
+use cllm_core::Result;
 use cllm_core::cuda::train::{Logits, TrainKernels};
 use cllm_core::model::Transformer;
 use cllm_core::train::{self, DeviceBatch, PackedBatch};
-use cllm_core::{Error, Result};
 use tch::{Device, Kind, Tensor};
 
-use crate::data::packing::{Batch, Chunk, NO_LABEL};
+use crate::data::batch::{Batch, Chunk, LocalChunk, NO_LABEL};
+use crate::losses::Losses;
 use crate::settings::{ConsistencySettings, Divergence};
 
-/// Sums over tokens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Loss {
-    /// Cross-entropy of the labels.
-    Ar,
-    /// Divergence of the noisy tokens from the fixed point.
-    Global,
-    /// Divergence of the noisy tokens from the next state.
-    Local,
-    /// KL of the response tokens from the frozen teacher.
-    Anchor,
-}
-
-/// How the gradients of a batch come about.
+/// How to compute gradients.
 #[derive(Debug, Clone, Copy)]
 pub struct Backward {
-    /// What each loss is multiplied by, in the order of [`Loss`].
-    pub scale: [f64; 4],
-    /// Leading layers that are computed again rather than kept.
-    pub recomputed: usize,
+    /// Factor of each loss in the gradient.
+    pub scale: Losses<f64>,
+    pub checkpointed_layers: usize,
 }
 
-/// The sums of a batch, float32 scalars on the device in the order of [`Loss`], from one forward over the stream, and one of
-/// the frozen teacher over its clean part where there is one. With `backward`, the gradients are added to the weights'.
+/// The sum of each loss over the tokens of a batch, as float32 scalars on the device. The anchor loss needs the frozen model
+/// `anchor`. With `backward`, gradients are added to those of the model.
 ///
 /// # Errors
-/// [`cllm_core::Error::Torch`], such as memory that ran out.
-pub fn losses(
+/// [`cllm_core::Error::Torch`], for example when memory runs out.
+pub fn batch_losses(
     model: &Transformer,
-    teacher: Option<&Transformer>,
+    anchor: Option<&Transformer>,
     batch: &Batch,
     settings: &ConsistencySettings,
     backward: Option<Backward>,
-) -> Result<[Tensor; 4]> {
+) -> Result<Losses<Tensor>> {
     let _no_grad = backward.is_none().then(tch::no_grad_guard);
-    let stream = DeviceBatch::new(&batch.stream, model)?;
-    let pass = backward.map(|backward| train::forward(model, &stream, backward.recomputed)).transpose()?;
+    let device_batch = DeviceBatch::new(&batch.packed, model)?;
+    let pass =
+        backward.map(|backward| train::forward(model, &device_batch, backward.checkpointed_layers)).transpose()?;
     let hidden = match &pass {
         Some(pass) => pass.hidden.detach(),
-        None => train::hidden_states(model, &stream)?,
+        None => train::hidden_states(model, &device_batch)?,
     };
-    let frozen = teacher.map(|teacher| Ok::<_, Error>((teacher, clean_hidden(teacher, &batch.clean)?))).transpose()?;
-    let vocabulary =
-        Vocabulary { model, kernels: stream.kernels(), settings, scale: backward.map(|backward| backward.scale) };
-    let mut gathered = Gathered::new(&hidden, backward.is_some());
+    let anchor = anchor.map(|model| AnchorLogits::new(model, &batch.clean)).transpose()?;
+    let scale = backward.map(|backward| backward.scale);
+    let head = LossHead { model, kernels: device_batch.kernels(), settings, scale };
+    let mut totals = Totals::new(&hidden, backward.is_some());
     for chunk in &batch.chunks {
-        let noisy = if settings.global_weight > 0.0 { chunk.noisy.as_slice() } else { &[] };
-        let rows = gathered.rows(&[chunk.places.as_slice(), noisy].concat());
-        let frozen = frozen.as_ref().map(|(teacher, hidden)| logits_of(teacher, hidden, &chunk.clean_places));
-        gathered.add(vocabulary.chunk(&rows.1, frozen, chunk)?, &rows.0);
+        let noisy_rows = if settings.global_weight > 0.0 { chunk.noisy_rows.as_slice() } else { &[] };
+        let rows = totals.rows(&[chunk.rows.as_slice(), noisy_rows].concat());
+        let anchor_logits = anchor.as_ref().map(|anchor| anchor.logits(&chunk.clean_rows));
+        totals.add(&rows, head.chunk(&rows.hidden, anchor_logits, chunk)?);
     }
     if settings.local_weight > 0.0 {
-        for chunk in &batch.local {
-            let rows = gathered.rows(&chunk.places);
-            gathered.add(vocabulary.local(&rows.1, logits_of(model, &hidden, &chunk.next))?, &rows.0);
+        for LocalChunk { rows, next_rows } in &batch.local_chunks {
+            let rows = totals.rows(rows);
+            totals.add(&rows, head.local_chunk(&rows.hidden, frozen_logits(model, &hidden, next_rows))?);
         }
     }
-    let Gathered { gradient, sums, .. } = gathered;
-    if let (Some(gradient), Some(pass)) = (gradient, pass) {
-        pass.backward(&gradient)?;
+    let Totals { d_hidden, sums, .. } = totals;
+    if let (Some(d_hidden), Some(pass)) = (d_hidden, pass) {
+        pass.backward(&d_hidden)?;
     }
     Ok(sums)
 }
 
-/// Sums so far, and the gradient of the hidden states.
-struct Gathered<'h> {
+/// Some rows of the hidden states.
+struct Rows {
+    /// int64 `[rows]`.
+    indices: Tensor,
+    /// `[rows, hidden]`.
+    hidden: Tensor,
+}
+
+/// What a chunk of rows gives.
+struct ChunkLosses {
+    /// Sums over the rows; `None` for losses without a part in the chunk.
+    sums: Losses<Option<Tensor>>,
+    /// Gradient of the rows' hidden states, if one was asked for.
+    d_rows: Option<Tensor>,
+}
+
+/// Sums over all chunks so far, and the gradient of all hidden states.
+struct Totals<'h> {
     hidden: &'h Tensor,
-    gradient: Option<Tensor>,
-    sums: [Tensor; 4],
+    d_hidden: Option<Tensor>,
+    sums: Losses<Tensor>,
 }
 
-/// Sums over some rows, and the gradient of their hidden states where one is asked for.
-type Sums = (Vec<(Loss, Tensor)>, Option<Tensor>);
-
-impl<'h> Gathered<'h> {
-    fn new(hidden: &'h Tensor, backward: bool) -> Self {
-        let sums = [0; 4].map(|_| Tensor::zeros([], (Kind::Float, hidden.device())));
-        Gathered { hidden, gradient: backward.then(|| hidden.zeros_like()), sums }
+impl<'h> Totals<'h> {
+    fn new(hidden: &'h Tensor, has_backward: bool) -> Self {
+        let zero = || Tensor::zeros([], (Kind::Float, hidden.device()));
+        let sums = Losses { ar: zero(), global: zero(), local: zero(), anchor: zero() };
+        Totals { hidden, d_hidden: has_backward.then(|| hidden.zeros_like()), sums }
     }
 
-    /// Some places on the device, and their hidden states.
-    fn rows(&self, places: &[i64]) -> (Tensor, Tensor) {
-        let places = to_device(places, self.hidden.device());
-        let rows = self.hidden.index_select(0, &places);
-        (places, rows)
+    fn rows(&self, indices: &[i64]) -> Rows {
+        let indices = to_device(indices, self.hidden.device());
+        Rows { hidden: self.hidden.index_select(0, &indices), indices }
     }
 
-    /// Adds what some rows gave. No place comes twice in one call, but where a prompt is empty.
-    fn add(&mut self, (sums, d_rows): Sums, places: &Tensor) {
-        for (loss, sum) in sums {
-            self.sums[loss as usize] += sum.detach();
+    /// Adds a chunk. Its rows are distinct, except that an empty prompt leaves the first two response tokens the same row.
+    fn add(&mut self, rows: &Rows, chunk: ChunkLosses) {
+        for (total, sum) in self.sums.as_mut().zip(chunk.sums).into_array() {
+            if let Some(sum) = sum {
+                *total += sum.detach();
+            }
         }
-        if let (Some(d_rows), Some(gradient)) = (d_rows, &mut self.gradient) {
-            let _ = gradient.index_add_(0, places, &d_rows);
+        if let (Some(d_rows), Some(d_hidden)) = (chunk.d_rows, &mut self.d_hidden) {
+            let _ = d_hidden.index_add_(0, &rows.indices, &d_rows);
         }
     }
 }
 
-/// Where hidden states meet the vocabulary.
-struct Vocabulary<'v> {
+/// The vocabulary projection and the losses after it.
+struct LossHead<'v> {
     model: &'v Transformer,
     kernels: Option<&'v TrainKernels>,
     settings: &'v ConsistencySettings,
-    /// What each loss is multiplied by in the gradient, where there is one.
-    scale: Option<[f64; 4]>,
+    /// Factor of each loss in the gradient; `None` without a backward.
+    scale: Option<Losses<f64>>,
 }
 
-impl Vocabulary<'_> {
-    /// The sums of a chunk from the student's hidden states, clean places first, and the logits of the frozen teacher.
-    fn chunk(&self, rows: &Tensor, frozen: Option<Tensor>, chunk: &Chunk) -> Result<Sums> {
-        let labels = to_device(&chunk.labels, rows.device());
-        let targets = to_device(&chunk.targets, rows.device());
-        let clean_rows = chunk.labels.len() as i64;
-        let noisy_rows = rows.size()[0] - clean_rows;
+impl LossHead<'_> {
+    /// The losses of a chunk, from the hidden states of its rows and then its noisy rows, and the frozen model's logits.
+    fn chunk(&self, hidden: &Tensor, anchor_logits: Option<Tensor>, chunk: &Chunk) -> Result<ChunkLosses> {
+        let labels = to_device(&chunk.labels, hidden.device());
+        let targets = to_device(&chunk.noisy_targets, hidden.device());
+        let num_rows = chunk.rows.len() as i64;
+        let num_noisy_rows = hidden.size()[0] - num_rows;
         let Some(kernels) = self.kernels else {
-            return Ok(self.autograd(rows, |logits| {
-                let student = logits.log_softmax(-1, Kind::Float);
-                let clean = student.narrow(0, 0, clean_rows);
-                let taught = labels.ne(NO_LABEL).unsqueeze(-1);
+            return Ok(self.with_autograd(hidden, |logits| {
+                let log_probs = logits.log_softmax(-1, Kind::Float);
+                let clean = log_probs.narrow(0, 0, num_rows);
+                let is_labelled = labels.ne(NO_LABEL).unsqueeze(-1);
                 let of_labels = clean.gather(1, &labels.clamp_min(0).unsqueeze(-1), false);
-                let mut sums = vec![(Loss::Ar, -(of_labels * taught).sum(Kind::Float))];
-                if noisy_rows > 0 {
-                    let noisy = student.narrow(0, clean_rows, noisy_rows);
-                    let target = clean.detach().index_select(0, &targets);
-                    sums.push((Loss::Global, divergence(&target, &noisy, self.settings.divergence)));
-                }
-                let frozen = frozen.map(|logits| logits.log_softmax(-1, Kind::Float));
-                sums.extend(frozen.map(|target| (Loss::Anchor, divergence(&target, &clean, Divergence::Forward))));
-                sums
+                let global = (num_noisy_rows > 0).then(|| {
+                    let noisy = log_probs.narrow(0, num_rows, num_noisy_rows);
+                    divergence(&clean.detach().index_select(0, &targets), &noisy, self.settings.divergence)
+                });
+                let anchor = anchor_logits
+                    .map(|logits| divergence(&logits.log_softmax(-1, Kind::Float), &clean, Divergence::Forward));
+                Losses { ar: Some(-(of_labels * is_labelled).sum(Kind::Float)), global, local: None, anchor }
             }));
         };
         let _no_grad = tch::no_grad_guard();
-        let logits = kernels.logits(self.model.project(rows))?;
-        let mut sums = Vec::new();
-        // First, since the targets are clean rows, which become gradients afterwards.
-        if noisy_rows > 0 {
-            let noisy = (clean_rows, noisy_rows);
-            let kind = self.settings.divergence;
-            let of_rows =
-                kernels.divergence(&logits, noisy, &logits, &targets, code(kind), self.scaled(Loss::Global))?;
-            sums.push((Loss::Global, of_rows.sum(Kind::Float)));
+        let scale = self.scale.unwrap_or_default();
+        let logits = kernels.logits(self.model.project(hidden))?;
+        let mut sums = Losses::default();
+        // This comes first: its targets are clean rows, which the cross-entropy turns into their gradients.
+        if num_noisy_rows > 0 {
+            let noisy_rows = (num_rows, num_noisy_rows);
+            let code = divergence_code(self.settings.divergence);
+            let per_row = kernels.divergence(&logits, noisy_rows, &logits, &targets, code, scale.global)?;
+            sums.global = Some(per_row.sum(Kind::Float));
         }
-        let frozen = frozen.map(|values| kernels.logits(values)).transpose()?;
-        let teacher = frozen.as_ref().map(|frozen| (frozen, self.scaled(Loss::Anchor)));
-        let (ar, anchor) = kernels.cross_entropy(&logits, &labels, self.scaled(Loss::Ar), teacher)?;
-        sums.push((Loss::Ar, ar.sum(Kind::Float)));
-        sums.extend(anchor.map(|of_rows| (Loss::Anchor, of_rows.sum(Kind::Float))));
-        Ok((sums, self.d_rows(rows, &logits)?))
+        let anchor_logits = anchor_logits.map(|logits| kernels.logits(logits)).transpose()?;
+        let anchor = anchor_logits.as_ref().map(|logits| (logits, scale.anchor));
+        let (ar, anchor) = kernels.cross_entropy(&logits, &labels, scale.ar, anchor)?;
+        sums.ar = Some(ar.sum(Kind::Float));
+        sums.anchor = anchor.map(|per_row| per_row.sum(Kind::Float));
+        Ok(ChunkLosses { sums, d_rows: self.d_rows(hidden, &logits)? })
     }
 
-    /// The sum of a local chunk from the hidden states, and the logits of the next state.
-    fn local(&self, rows: &Tensor, next: Tensor) -> Result<Sums> {
+    /// The local loss of a chunk, from the hidden states of its rows and the logits of their counterparts in the next state.
+    fn local_chunk(&self, hidden: &Tensor, next_logits: Tensor) -> Result<ChunkLosses> {
         let Some(kernels) = self.kernels else {
-            return Ok(self.autograd(rows, |logits| {
-                let (student, target) = (logits.log_softmax(-1, Kind::Float), next.log_softmax(-1, Kind::Float));
-                vec![(Loss::Local, divergence(&target, &student, self.settings.divergence))]
+            return Ok(self.with_autograd(hidden, |logits| {
+                let (log_probs, target) =
+                    (logits.log_softmax(-1, Kind::Float), next_logits.log_softmax(-1, Kind::Float));
+                let local = divergence(&target, &log_probs, self.settings.divergence);
+                Losses { local: Some(local), ..Losses::default() }
             }));
         };
         let _no_grad = tch::no_grad_guard();
-        let (logits, next) = (kernels.logits(self.model.project(rows))?, kernels.logits(next)?);
-        let count = rows.size()[0];
-        let targets = Tensor::arange(count, (Kind::Int64, rows.device()));
-        let kind = self.settings.divergence;
-        let of_rows = kernels.divergence(&logits, (0, count), &next, &targets, code(kind), self.scaled(Loss::Local))?;
-        Ok((vec![(Loss::Local, of_rows.sum(Kind::Float))], self.d_rows(rows, &logits)?))
+        let scale = self.scale.unwrap_or_default();
+        let (logits, next_logits) = (kernels.logits(self.model.project(hidden))?, kernels.logits(next_logits)?);
+        let num_rows = hidden.size()[0];
+        let targets = Tensor::arange(num_rows, (Kind::Int64, hidden.device()));
+        let code = divergence_code(self.settings.divergence);
+        let per_row = kernels.divergence(&logits, (0, num_rows), &next_logits, &targets, code, scale.local)?;
+        let sums = Losses { local: Some(per_row.sum(Kind::Float)), ..Losses::default() };
+        Ok(ChunkLosses { sums, d_rows: self.d_rows(hidden, &logits)? })
     }
 
-    /// Sums of logits, and by autograd what follows from them.
-    fn autograd(&self, rows: &Tensor, sums: impl FnOnce(Tensor) -> Vec<(Loss, Tensor)>) -> Sums {
-        let rows = rows.detach().set_requires_grad(self.scale.is_some());
-        let sums = sums(self.model.logits_with_grad(&rows));
-        let Some(scale) = self.scale else { return (sums, None) };
-        sums.iter().map(|(loss, sum)| sum * scale[*loss as usize]).sum::<Tensor>().backward();
-        (sums, Some(rows.grad()))
+    /// Losses of logits, differentiated by autograd.
+    fn with_autograd(&self, hidden: &Tensor, losses: impl FnOnce(Tensor) -> Losses<Option<Tensor>>) -> ChunkLosses {
+        let hidden = hidden.detach().set_requires_grad(self.scale.is_some());
+        let sums = losses(self.model.logits_with_grad(&hidden));
+        let Some(scale) = self.scale else { return ChunkLosses { sums, d_rows: None } };
+        let scaled = |(sum, scale): (&Option<Tensor>, f64)| sum.as_ref().map(|sum| sum * scale);
+        sums.as_ref().zip(scale).into_array().into_iter().filter_map(scaled).sum::<Tensor>().backward();
+        ChunkLosses { sums, d_rows: Some(hidden.grad()) }
     }
 
-    fn scaled(&self, loss: Loss) -> f64 {
-        self.scale.map_or(0.0, |scale| scale[loss as usize])
-    }
-
-    /// What follows from logits that have become their gradient.
-    fn d_rows(&self, rows: &Tensor, logits: &Logits) -> Result<Option<Tensor>> {
-        self.scale.map(|_| train::project_backward(self.model, rows, &logits.values)).transpose()
+    /// The gradient of hidden states, and of the vocabulary projection, from logits that have become their own gradient.
+    fn d_rows(&self, hidden: &Tensor, d_logits: &Logits) -> Result<Option<Tensor>> {
+        self.scale.map(|_| train::project_backward(self.model, hidden, &d_logits.values)).transpose()
     }
 }
 
-fn clean_hidden(teacher: &Transformer, clean: &PackedBatch) -> Result<Tensor> {
-    train::hidden_states(teacher, &DeviceBatch::new(clean, teacher)?)
+/// The frozen model's view of the clean part of a batch.
+struct AnchorLogits<'m> {
+    model: &'m Transformer,
+    hidden: Tensor,
 }
 
-/// Logits `[places, vocab]` after some hidden states, without gradients.
-fn logits_of(model: &Transformer, hidden: &Tensor, places: &[i64]) -> Tensor {
-    tch::no_grad(|| model.project(&hidden.index_select(0, &to_device(places, hidden.device()))))
+impl<'m> AnchorLogits<'m> {
+    fn new(model: &'m Transformer, clean: &PackedBatch) -> Result<Self> {
+        Ok(AnchorLogits { model, hidden: train::hidden_states(model, &DeviceBatch::new(clean, model)?)? })
+    }
+
+    fn logits(&self, rows: &[i64]) -> Tensor {
+        frozen_logits(self.model, &self.hidden, rows)
+    }
+}
+
+/// Logits `[rows, vocab]` of some rows of the hidden states, without gradients.
+fn frozen_logits(model: &Transformer, hidden: &Tensor, rows: &[i64]) -> Tensor {
+    tch::no_grad(|| model.project(&hidden.index_select(0, &to_device(rows, hidden.device()))))
 }
 
 fn to_device(numbers: &[i64], device: Device) -> Tensor {
@@ -210,18 +227,18 @@ fn to_device(numbers: &[i64], device: Device) -> Tensor {
 }
 
 /// What the kernels call a divergence.
-fn code(kind: Divergence) -> i32 {
-    match kind {
+fn divergence_code(divergence: Divergence) -> i32 {
+    match divergence {
         Divergence::Forward => 0,
         Divergence::Reverse => 1,
         Divergence::Jsd => 2,
     }
 }
 
-/// Sum over rows of the divergence between two log-distributions `[rows, vocab]`.
-pub fn divergence(target: &Tensor, student: &Tensor, kind: Divergence) -> Tensor {
+/// The divergence of log-probabilities `[rows, vocab]` from their targets, summed over the rows.
+pub fn divergence(target: &Tensor, student: &Tensor, divergence: Divergence) -> Tensor {
     let kl = |p: &Tensor, q: &Tensor| (p.exp() * (p - q)).sum(Kind::Float);
-    match kind {
+    match divergence {
         Divergence::Forward => kl(target, student),
         Divergence::Reverse => kl(student, target),
         Divergence::Jsd => {

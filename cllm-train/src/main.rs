@@ -1,10 +1,11 @@
-//! Command line of `cllm-train`.
+//! The program `cllm-train`.
 
 use std::process::ExitCode;
 
 use clap::Parser;
+use cllm_train::cli::Cli;
 
 fn main() -> ExitCode {
-    let arguments = cllm_train::Arguments::parse();
-    cllm_core::program::main(|| cllm_train::run(arguments))
+    let cli = Cli::parse();
+    cllm_core::program::main(|| cli.execute())
 }

@@ -1,108 +1,126 @@
-//! What a step takes of memory, estimated from shapes: the tensors alone, without what an allocator keeps beside them.
+//! Estimates the memory of a training step from shapes. It counts tensors only, not what an allocator keeps in reserve.
 
 use cllm_core::model::{Family, ModelConfig};
 use cllm_core::train;
 use serde::Serialize;
 use tch::Kind;
 
+use crate::data::batch::max_chunk_rows;
 use crate::data::dataset::Example;
-use crate::data::loader as prefetch;
-use crate::optimizer;
+use crate::optimizer::MAX_UPDATE_ELEMENTS;
 use crate::settings::{ConsistencySettings, Divergence, Objective, Settings, StateDtype};
 
-/// Bytes, at the largest batch.
+/// Estimated bytes on each process, for the largest of its batches.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Memory {
-    /// The model and its adapters; with an anchor, also the one that the run starts from, unless that lies below adapters.
+pub struct MemoryEstimate {
+    /// The model with its adapters. With an anchor also the frozen model, unless that is the one below the adapters.
     pub weights: u64,
-    /// One for each number that is trained, in its type.
+    /// One for each trained number, in its type.
     pub gradients: u64,
-    /// Both moments; of bf16 weights also the float32 masters, unless the state is bf16; the moving average where there is
-    /// one.
+    /// Moments, float32 master weights of bfloat16 weights (unless the state is bfloat16), and the moving average.
     pub optimizer: u64,
-    /// What the forward keeps for the backward, and the largest temporaries beside it.
+    /// What the forward saves for the backward, and the largest temporary tensors at the same time.
     pub activations: u64,
-    /// All of it together, at the moment that takes most.
+    /// Everything together, at the moment that needs most.
     pub peak: u64,
 }
 
-/// Sizes of a batch.
+/// Sizes of a batch that its activations depend on.
 #[derive(Debug, Clone, Copy)]
-struct Shape {
-    tokens: f64,
-    /// Sum of the squares of the sequences' lengths.
-    squares: f64,
-    /// Rows of logits that exist at once: of the autoregressive loss and the divergence.
-    rows: f64,
+struct BatchSize {
+    num_tokens: f64,
+    /// Sum of the squared lengths of its sequences.
+    squared_lengths: f64,
+    /// Rows of logits in memory at a time, of the autoregressive and consistency losses.
+    num_logit_rows: f64,
 }
 
-impl Memory {
-    /// The estimate for the batch that takes most of those given, on each of so many processes.
-    pub fn of(
+impl MemoryEstimate {
+    /// Estimates a run with these batches (indices of examples) and weights of type `kind`.
+    pub fn new(
         config: &ModelConfig,
         kind: Kind,
         settings: &Settings,
         examples: &[Example],
         batches: &[Vec<usize>],
-        processes: usize,
+        world_size: usize,
     ) -> Self {
-        let (parameters, trained) = (config.num_parameters() as f64, settings.trained_parameters(config) as f64);
-        let bytes = kind.elt_size_in_bytes() as f64;
-        let state = match (settings.optimizer.state_dtype, kind) {
-            (StateDtype::Bfloat16, _) => 4.0,
-            (StateDtype::Float32, Kind::Float) => 8.0,
-            (StateDtype::Float32, _) => 12.0,
-        };
-        let most_rows = prefetch::rows_at_once(config) as f64;
+        let max_rows = max_chunk_rows(config) as f64;
         let activations = batches
             .iter()
-            .map(|batch| Shape::of(batch, examples, &settings.consistency, most_rows))
-            .map(|shape| match kind {
-                Kind::BFloat16 if train::has_kernels(config) => fused(config, settings, shape),
-                _ => eager(config, bytes, settings, shape),
+            .map(|batch| BatchSize::new(batch, examples, &settings.consistency, max_rows))
+            .map(|batch| match kind {
+                Kind::BFloat16 if train::has_kernels(config) => cuda_activations(config, settings, batch),
+                _ => eager_activations(config, kind.elt_size_in_bytes() as f64, settings, batch),
             })
             .fold(0.0, f64::max);
-        let share = trained / processes as f64;
-        // The update makes float32 copies of some gradients, when the activations are gone; a bf16 state, of all it touches.
-        let copies = if settings.optimizer.state_dtype == StateDtype::Bfloat16 { 8.0 } else { 1.0 };
-        let update = match kind {
-            Kind::Float => 0.0,
-            _ => copies * 4.0 * share.min(optimizer::PIECE as f64),
-        };
-        let average = if settings.optimizer.ema_decay.is_some() { 4.0 } else { 0.0 };
-        // What the other processes' gradients are added up to.
-        let summed = if processes > 1 { bytes * share } else { 0.0 };
-        // Below adapters lies the model that the run starts from, which then is the anchor unless another is named.
-        let own = if settings.lora.is_some() { parameters + trained } else { parameters };
-        let another = settings.lora.is_none() || settings.consistency.anchor.is_some();
-        let held = own + if settings.is_anchored() && another { parameters } else { 0.0 };
-        let (weights, gradients, optimizer) = (bytes * held, bytes * trained, (state + average) * share);
-        Memory {
+        let static_bytes = StaticBytes::new(config, kind, settings, world_size);
+        let StaticBytes { weights, gradients, optimizer, update } = static_bytes;
+        MemoryEstimate {
             weights: weights as u64,
             gradients: gradients as u64,
             optimizer: optimizer as u64,
             activations: activations as u64,
-            peak: (weights + gradients + optimizer + activations.max(update + summed)) as u64,
+            peak: (weights + gradients + optimizer + activations.max(update)) as u64,
         }
     }
 }
 
-impl Shape {
-    fn of(batch: &[usize], examples: &[Example], consistency: &ConsistencySettings, most_rows: f64) -> Self {
-        let rows = || batch.iter().map(|&index| &examples[index]);
-        let sum = |size: &dyn Fn(&Example) -> usize| rows().map(size).sum::<usize>() as f64;
-        Shape {
-            tokens: sum(&|example| example.packed_len(consistency)),
-            squares: sum(&|example| example.packed_len(consistency).pow(2)),
-            rows: (sum(&|example| example.response.len() + example.noisy_len(consistency))
-                + consistency.anchor_prompt_fraction * sum(&|example| example.prompt.len()))
-            .min(most_rows),
+/// Bytes that do not depend on the batches.
+struct StaticBytes {
+    weights: f64,
+    gradients: f64,
+    optimizer: f64,
+    /// Temporary tensors of the update, when the activations are already freed.
+    update: f64,
+}
+
+impl StaticBytes {
+    fn new(config: &ModelConfig, kind: Kind, settings: &Settings, world_size: usize) -> Self {
+        let element = kind.elt_size_in_bytes() as f64;
+        let (parameters, trained) = (config.num_parameters() as f64, settings.trained_parameters(config) as f64);
+        let shard = trained / world_size as f64;
+        let is_bf16_state = settings.optimizer.state_dtype == StateDtype::Bfloat16;
+        let state = match kind {
+            _ if is_bf16_state => 4.0,
+            Kind::Float => 8.0,
+            _ => 12.0,
+        };
+        let average = if settings.optimizer.ema_decay.is_some() { 4.0 } else { 0.0 };
+        // The update makes float32 copies of some gradients; with a bfloat16 state, of everything it works on.
+        let num_copies = if is_bf16_state { 8.0 } else { 1.0 };
+        let copies = if kind == Kind::Float { 0.0 } else { num_copies * 4.0 * shard.min(MAX_UPDATE_ELEMENTS as f64) };
+        // The sum over the gradients of all processes.
+        let reduced = if world_size > 1 { element * shard } else { 0.0 };
+        let own = if settings.lora.is_some() { parameters + trained } else { parameters };
+        // Below adapters is the initial model, which is the anchor too unless another is named.
+        let has_second_model =
+            settings.is_anchored() && (settings.lora.is_none() || settings.consistency.anchor.is_some());
+        StaticBytes {
+            weights: element * (own + if has_second_model { parameters } else { 0.0 }),
+            gradients: element * trained,
+            optimizer: (state + average) * shard,
+            update: copies + reduced,
         }
     }
 }
 
-/// Elements that a layer's parts have for a token.
-struct Sizes {
+impl BatchSize {
+    fn new(batch: &[usize], examples: &[Example], consistency: &ConsistencySettings, max_rows: f64) -> Self {
+        let sum =
+            |size: &dyn Fn(&Example) -> usize| batch.iter().map(|&index| size(&examples[index])).sum::<usize>() as f64;
+        let num_rows = sum(&|example| example.response_ids.len() + example.max_noisy_tokens(consistency))
+            + consistency.anchor_prompt_fraction * sum(&|example| example.prompt_ids.len());
+        BatchSize {
+            num_tokens: sum(&|example| example.max_packed_tokens(consistency)),
+            squared_lengths: sum(&|example| example.max_packed_tokens(consistency).pow(2)),
+            num_logit_rows: num_rows.min(max_rows),
+        }
+    }
+}
+
+/// Widths of a layer's activations, in elements per token.
+struct LayerWidths {
     hidden: f64,
     queries: f64,
     qkv: f64,
@@ -110,64 +128,70 @@ struct Sizes {
     ffn: f64,
 }
 
-impl Sizes {
-    fn of(config: &ModelConfig) -> Self {
-        let size = |size: i64| size as f64;
-        Sizes {
-            hidden: size(config.hidden_size),
-            queries: size(config.num_heads * config.head_dim),
-            qkv: size((config.num_heads + 2 * config.num_kv_heads) * config.head_dim),
-            heads: size(config.num_heads),
-            ffn: size(config.intermediate_size),
+impl LayerWidths {
+    fn new(config: &ModelConfig) -> Self {
+        let width = |size: i64| size as f64;
+        LayerWidths {
+            hidden: width(config.hidden_size),
+            queries: width(config.num_heads * config.head_dim),
+            qkv: width((config.num_heads + 2 * config.num_kv_heads) * config.head_dim),
+            heads: width(config.num_heads),
+            ffn: width(config.intermediate_size),
         }
     }
 }
 
-/// With kernels of our own, in bf16, a token of a layer keeps two inputs of norms and what they give, queries, keys and values,
-/// the mixed values with a float32 log-sum a head, gate and up. A layer that is computed again keeps its input, and one of them
-/// at a time all the rest. Beside them there are, in turn: the output of the feed-forward's first half; the last hidden states,
-/// their gradient and the logits of a chunk; two gradients of a layer.
-fn fused(config: &ModelConfig, settings: &Settings, shape: Shape) -> f64 {
-    let Sizes { hidden, queries, qkv, heads, ffn } = Sizes::of(config);
-    let kept = 8.0 * hidden + 2.0 * (qkv + queries) + 4.0 * heads + 4.0 * ffn;
-    let layers = config.num_layers as f64;
-    let again = layers.min(settings.checkpointed_layers as f64);
-    let once = if again > 0.0 { kept } else { 0.0 };
-    let all = (layers - again) * kept + again * 2.0 * hidden + once;
-    let in_losses = shape.rows * (2.0 * config.vocab_size as f64 + 4.0 * hidden);
-    let in_layer = shape.tokens * 2.0 * ffn.max(qkv + queries);
-    let targets = if settings.is_anchored() || settings.consistency.local_weight > 0.0 { 2.0 } else { 1.0 };
-    shape.tokens * (all + 6.0 * hidden) + (targets * in_losses).max(in_layer)
+/// Bytes per token that all layers save, if a layer saves `saved` and a checkpointed one `input`. One checkpointed layer at a time
+/// is recomputed in full.
+fn saved_by_layers(config: &ModelConfig, settings: &Settings, saved: f64, input: f64) -> f64 {
+    let num_layers = config.num_layers as f64;
+    let num_checkpointed = num_layers.min(settings.checkpointed_layers as f64);
+    let recomputed = if num_checkpointed > 0.0 { saved } else { 0.0 };
+    (num_layers - num_checkpointed) * saved + num_checkpointed * input + recomputed
 }
 
-/// With libtorch's operations and b bytes an element, a token of a layer has
-/// - two norms over the hidden size: their input in float32, the normed input and the output: 4 + 2b each;
-/// - queries, keys and values (laid out for every query head) and the mixed values, once by sequence and once together: 5b over
-///   all heads, and a float32 log-sum a head;
-/// - with norms of queries and keys: their float32 input and the normed one;
+/// Activations of our CUDA kernels, in bfloat16. For each token a layer saves the inputs and outputs of two norms, queries, keys and
+/// values, the attention output with a float32 logsumexp per head, gate and up. The temporary tensors are, one after another: the
+/// output of the first half of the feed-forward layer; the last hidden states, their gradient and the logits of a chunk; two
+/// gradients of a layer.
+fn cuda_activations(config: &ModelConfig, settings: &Settings, batch: BatchSize) -> f64 {
+    let LayerWidths { hidden, queries, qkv, heads, ffn } = LayerWidths::new(config);
+    let saved = 8.0 * hidden + 2.0 * (qkv + queries) + 4.0 * heads + 4.0 * ffn;
+    let by_layers = saved_by_layers(config, settings, saved, 2.0 * hidden);
+    let losses = batch.num_logit_rows * (2.0 * config.vocab_size as f64 + 4.0 * hidden);
+    let layer = batch.num_tokens * 2.0 * ffn.max(qkv + queries);
+    let num_logits = if settings.is_anchored() || settings.consistency.local_weight > 0.0 { 2.0 } else { 1.0 };
+    batch.num_tokens * (by_layers + 6.0 * hidden) + (num_logits * losses).max(layer)
+}
+
+/// Activations of libtorch's operations, with b bytes per element. For each token a layer saves
+/// - for each of two norms, the input in float32, the normalized input and the output: 4 + 2b over the hidden size;
+/// - queries, keys and values (expanded to all query heads) and the attention output, per sequence and joined: 5b over all heads,
+///   and a float32 logsumexp per head;
+/// - with norms of queries and keys, their input in float32 and the normalized input;
 /// - gate, its activation, up and their product: 4b over the feed-forward width;
-/// - what each adapter makes of it on the way: b times the rank.
+/// - the low-rank output of each adapter: b over the rank.
 ///
-/// The last norm is one more, and every sequence has a mask, as numbers.
-fn eager(config: &ModelConfig, bytes: f64, settings: &Settings, shape: Shape) -> f64 {
-    let Sizes { hidden, queries, qkv, heads, ffn } = Sizes::of(config);
-    let norm = (4.0 + 2.0 * bytes) * hidden;
+/// In addition there are the last norm, and a mask of numbers for every sequence.
+fn eager_activations(config: &ModelConfig, element: f64, settings: &Settings, batch: BatchSize) -> f64 {
+    let LayerWidths { hidden, queries, qkv, heads, ffn } = LayerWidths::new(config);
+    let norm = (4.0 + 2.0 * element) * hidden;
     let head_norms = match config.family {
-        Family::Qwen3 => (4.0 + bytes) * (queries + (qkv - queries) / 2.0),
+        Family::Qwen3 => (4.0 + element) * (queries + (qkv - queries) / 2.0),
         Family::Llama | Family::Mistral | Family::Qwen2 => 0.0,
     };
     let adapters = settings.lora.as_ref().map_or(0.0, |lora| lora.rank as f64 * lora.targets.len() as f64);
-    let kept = bytes * adapters + 2.0 * norm + 5.0 * bytes * queries + 4.0 * heads + head_norms + 4.0 * bytes * ffn;
-    let layers = config.num_layers as f64;
-    let again = layers.min(settings.checkpointed_layers as f64);
-    let once = if again > 0.0 { kept } else { 0.0 };
-    let all = (layers - again) * kept + again * bytes * hidden + once;
-    shape.tokens * (all + norm) + bytes * shape.squares + eager_losses(config, settings, shape)
+    let saved =
+        element * adapters + 2.0 * norm + 5.0 * element * queries + 4.0 * heads + head_norms + 4.0 * element * ffn;
+    let by_layers = saved_by_layers(config, settings, saved, element * hidden);
+    batch.num_tokens * (by_layers + norm)
+        + element * batch.squared_lengths
+        + eager_losses(config, settings, batch.num_logit_rows)
 }
 
-/// Rows of float32 over the vocabulary, at most at once: the logits, their log-probabilities, and what a divergence and the
-/// backward make of them.
-fn eager_losses(config: &ModelConfig, settings: &Settings, shape: Shape) -> f64 {
+/// Float32 copies `[rows, vocab]` in memory at a time: the logits, their log-probabilities, and the temporary tensors of a divergence
+/// and of its backward.
+fn eager_losses(config: &ModelConfig, settings: &Settings, num_rows: f64) -> f64 {
     let copies = match (settings.objective, settings.consistency.divergence) {
         (Objective::Sft, _) => 4.0,
         (Objective::Consistency, Divergence::Forward) => 5.0,
@@ -175,5 +199,5 @@ fn eager_losses(config: &ModelConfig, settings: &Settings, shape: Shape) -> f64 
         (Objective::Consistency, Divergence::Jsd) => 9.0,
     };
     let anchor = if settings.is_anchored() { 3.0 } else { 0.0 };
-    (copies + anchor) * shape.rows * 4.0 * config.vocab_size as f64
+    (copies + anchor) * num_rows * 4.0 * config.vocab_size as f64
 }

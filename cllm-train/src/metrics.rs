@@ -1,4 +1,4 @@
-//! The course of a run: metrics.jsonl, and the same numbers as TensorBoard events.
+//! The metrics of a run over its steps: metrics.jsonl, and the same numbers as TensorBoard events.
 
 use std::cmp::Ordering;
 use std::fs::File;
@@ -6,62 +6,136 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use cllm_core::{Error, Result, atomic_file};
-use serde_json::Value;
+use serde::Serialize;
+use serde_json::{Map, Value};
 
-use crate::tensorboard::Events;
+use crate::losses::Losses;
+use crate::tensorboard::EventFile;
+use crate::validation::ValidationOutput;
 
-/// Both files of a run.
-pub struct Metrics {
-    path: PathBuf,
-    file: File,
-    events: Events,
-    last_losses: Value,
+/// One line of metrics.jsonl about training; docs/data-format.md describes the fields.
+#[derive(Serialize)]
+pub struct StepMetrics {
+    pub step: usize,
+    pub loss: f64,
+    #[serde(flatten)]
+    pub losses: NamedLosses,
+    pub lr: f64,
+    pub grad_norm: f64,
+    pub tokens: usize,
+    pub step_tokens: usize,
+    pub noisy_tokens: usize,
+    pub seconds: f64,
+    pub tokens_per_second: f64,
 }
 
-impl Metrics {
-    /// Opens the files; what an earlier run wrote after its checkpoint at `step` is dropped, since it comes again. So does the
-    /// probe there unless it is `probed`.
-    pub fn open(run: &Path, step: usize, probed: bool) -> Result<Self> {
+/// Losses without their weights, as metrics.jsonl names them.
+#[derive(Serialize)]
+pub struct NamedLosses {
+    ar_loss: f64,
+    global_loss: f64,
+    local_loss: f64,
+    anchor_loss: f64,
+}
+
+impl From<Losses<f64>> for NamedLosses {
+    fn from(Losses { ar, global, local, anchor }: Losses<f64>) -> Self {
+        NamedLosses { ar_loss: ar, global_loss: global, local_loss: local, anchor_loss: anchor }
+    }
+}
+
+/// Both files of a run.
+pub struct MetricsLog {
+    path: PathBuf,
+    file: File,
+    events: EventFile,
+    last_step_metrics: Value,
+}
+
+impl MetricsLog {
+    /// Opens the files of a run that starts or resumes after `step`. Lines of later steps are removed, since those steps are taken
+    /// again. So is a validation after `step`, unless the checkpoint knows of it.
+    ///
+    /// # Errors
+    /// File-system errors.
+    pub fn open(run: &Path, step: usize, is_validated: bool) -> Result<Self> {
         let path = run.join("metrics.jsonl");
         let old = match std::fs::read(&path) {
             Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
             Err(error) => return Err(Error::io(&path)(error)),
         };
-        let lines = old.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-        let before = |line: &Value| match line["step"].as_u64().map(|at| at.cmp(&(step as u64))) {
+        let is_kept = |line: &Value| match line["step"].as_u64().map(|line_step| line_step.cmp(&(step as u64))) {
             Some(Ordering::Less) => true,
-            Some(Ordering::Equal) => probed || line["loss"].is_number(),
+            Some(Ordering::Equal) => is_validated || is_step(line),
             _ => false,
         };
-        let kept: Vec<Value> = lines.filter(before).collect();
+        // A line that a kill cut off is not JSON.
+        let lines = old.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+        let kept: Vec<Value> = lines.filter(is_kept).collect();
         let text: String = kept.iter().map(|line| format!("{line}\n")).collect();
         atomic_file::write(&path, text.as_bytes())?;
         let file = std::fs::OpenOptions::new().append(true).open(&path).map_err(Error::write(&path))?;
-        let mut events = Events::create(&run.join("tensorboard"))?;
+        let mut events = EventFile::create(&run.join("tensorboard"))?;
         for line in &kept {
             write_events(&mut events, line)?;
         }
-        let last_losses = kept.into_iter().rfind(|line| line["loss"].is_number()).unwrap_or_default();
-        Ok(Metrics { path, file, events, last_losses })
+        let last_step_metrics = kept.into_iter().rfind(is_step).unwrap_or_default();
+        Ok(MetricsLog { path, file, events, last_step_metrics })
     }
 
-    /// Writes one line: an object of numbers with its `step`.
-    pub fn write(&mut self, line: &Value) -> Result<()> {
-        writeln!(self.file, "{line}").map_err(Error::write(&self.path))?;
-        if !line["loss"].is_null() {
-            self.last_losses = line.clone();
+    /// # Errors
+    /// File-system errors.
+    pub fn write_step(&mut self, metrics: &StepMetrics) -> Result<()> {
+        let line = to_fields(metrics)?.into();
+        self.write(&line)?;
+        if is_step(&line) {
+            self.last_step_metrics = line;
         }
+        Ok(())
+    }
+
+    /// # Errors
+    /// File-system errors.
+    pub fn write_validation(&mut self, step: usize, output: &ValidationOutput, weights: Losses<f64>) -> Result<()> {
+        let mut fields = Map::new();
+        if let Some(generation) = &output.generation {
+            fields.extend(to_fields(generation)?);
+        }
+        if let Some(losses) = output.losses {
+            fields.insert("loss".to_owned(), losses.weighted_sum(weights).into());
+            fields.extend(to_fields(&NamedLosses::from(losses))?);
+        }
+        let mut line: Map<String, Value> =
+            fields.into_iter().map(|(name, value)| (format!("validation_{name}"), value)).collect();
+        line.insert("step".to_owned(), step.into());
+        self.write(&line.into())
+    }
+
+    fn write(&mut self, line: &Value) -> Result<()> {
+        writeln!(self.file, "{line}").map_err(Error::write(&self.path))?;
         write_events(&mut self.events, line)
     }
 
-    /// The last line with losses.
-    pub fn last_losses(&self) -> Value {
-        self.last_losses.clone()
+    /// The last line about training; null before the first.
+    pub fn last_step_metrics(&self) -> &Value {
+        &self.last_step_metrics
     }
 }
 
-fn write_events(events: &mut Events, line: &Value) -> Result<()> {
+fn to_fields(metrics: &impl Serialize) -> Result<Map<String, Value>> {
+    match serde_json::to_value(metrics).map_err(Error::serialization)? {
+        Value::Object(fields) => Ok(fields),
+        _ => Err(Error::internal("metrics are not an object")),
+    }
+}
+
+/// Whether a line is about training (with a finite loss), not about a validation.
+fn is_step(line: &Value) -> bool {
+    line["loss"].is_number()
+}
+
+fn write_events(events: &mut EventFile, line: &Value) -> Result<()> {
     let numbers = line.as_object().into_iter().flatten().filter(|(name, _)| *name != "step");
     let values: Vec<(&str, f32)> =
         numbers.filter_map(|(name, value)| Some((name.as_str(), value.as_f64()? as f32))).collect();

@@ -1,4 +1,5 @@
-//! `plan`: what a run will take, before anything is written.
+//! `plan`: what a run will need, before it writes anything. Some of its steps are taken on a copy of the model to estimate how
+//! long it will last.
 
 use std::path::Path;
 use std::rc::Rc;
@@ -6,53 +7,51 @@ use std::time::{Duration, Instant};
 
 use cllm_core::distributed::{ProcessEnv, ProcessGroup};
 use cllm_core::program::{catch_panics, print, print_json};
+use cllm_core::progress::count;
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::{Error, Result, device, interrupt, progress};
+use cllm_core::{Error, Result, checkpoint, device, interrupt, progress};
 use serde::Serialize;
 use tch::Device;
 
-use crate::data::dataset::{self as examples, Example};
-use crate::data::loader::{Packer, StepBatches};
+use crate::data::dataset::{self, Example};
+use crate::data::loader::{BatchLoader, RankShard};
 use crate::data::schedule::Schedule;
-use crate::memory::Memory;
-use crate::optimizer::State;
+use crate::memory::MemoryEstimate;
+use crate::models::{Models, init_config, load_tokenizer};
+use crate::optimizer::OptimizerState;
 use crate::settings::Settings;
-use crate::step::Models;
-use crate::trainer;
+use crate::step::train_step;
 
-/// Steps that are timed after the first, which warms up.
-const TIMED_STEPS: usize = 3;
-/// After so long no further step is timed.
-const TIMED_FOR: Duration = Duration::from_secs(20);
+/// Steps to time, after one that warms up.
+const NUM_TIMED_STEPS: usize = 3;
+/// No further step is timed after this.
+const MAX_TIMING: Duration = Duration::from_secs(20);
 
-/// What a run will take.
+/// What a run will need; docs/data-format.md describes the fields.
 #[derive(Serialize)]
 struct Plan {
     schema_version: u32,
-    device: &'static str,
+    device: String,
     parameters: i64,
-    /// Those that are trained: all, or the adapters'.
     trained_parameters: i64,
-    responses: usize,
-    /// Those of them that are too long.
-    left_out: usize,
+    num_examples: usize,
+    /// Examples of more than `max_example_tokens`.
+    num_excluded: usize,
     epochs: usize,
     steps: usize,
     batches_per_step: usize,
     max_batch_tokens: usize,
-    /// Packed tokens of all steps, padding aside.
+    /// Packed tokens of all steps, without padding.
     tokens: usize,
-    /// Estimated from shapes.
-    memory_bytes: Memory,
-    duration: Timing,
+    memory_bytes: MemoryEstimate,
+    duration: DurationEstimate,
 }
 
-/// How long a run takes, or why that is not known.
 #[derive(Serialize)]
 #[serde(rename_all = "snake_case")]
-enum Timing {
+enum DurationEstimate {
     Estimated {
-        /// Of all steps; probes and checkpoints come on top.
+        /// All steps, without validation and checkpoints.
         seconds: f64,
         seconds_per_step: f64,
         timed_steps: usize,
@@ -62,46 +61,54 @@ enum Timing {
     },
 }
 
-/// Prints the plan of a run; with `timing`, some of its steps are taken (and thrown away) to tell how long it lasts.
-pub fn run(settings: &Settings, timing: bool, json: bool) -> Result<()> {
-    let member = ProcessEnv::from_env(|name| std::env::var(name).ok())?;
-    let place = device::for_process(&settings.device, member.as_ref())?;
-    let processes = member.map_or(1, |member| member.world_size);
-    let (tokenizer, folder) = trainer::tokenizer(settings)?;
+/// Prints the plan of a run. Unless `skip_timing`, it takes a few steps and discards them.
+///
+/// # Errors
+/// Bad settings and data.
+pub fn run(settings: &Settings, skip_timing: bool, json: bool) -> Result<()> {
+    let env = ProcessEnv::from_env(|name| std::env::var(name).ok())?;
+    let device = device::for_process(&settings.device, env.as_ref())?;
+    let world_size = env.map_or(1, |env| env.world_size);
+    let (tokenizer, folder) = load_tokenizer(settings)?;
     let config = match &settings.init {
-        None => cllm_core::checkpoint::load_config(&folder)?,
-        Some(init) => trainer::random_config(init, &tokenizer)?,
+        None => checkpoint::load_config(&folder)?,
+        Some(init) => init_config(init, &tokenizer)?,
     };
-    let examples = examples::read(settings, &tokenizer, &config)?;
+    let examples = dataset::read(settings, &tokenizer, &config)?;
     let schedule = Schedule::new(&examples, settings)?;
-    let memory = Memory::of(&config, device::default_kind(place), settings, &examples, &schedule.batches(0), processes);
-    let free = if place.is_cuda() { None } else { available_memory() };
-    let duration = match free {
-        _ if !timing => Timing::Unknown { reason: "--no-timing".to_owned() },
-        Some(free) if free < memory.peak => {
-            Timing::Unknown { reason: format!("no step was timed: {} are free here", megabytes(free)) }
+    let kind = device::default_kind(device);
+    let memory = MemoryEstimate::new(&config, kind, settings, &examples, &schedule.batches(0), world_size);
+    let duration = match available_memory().filter(|_| !device.is_cuda()) {
+        _ if skip_timing => DurationEstimate::Unknown { reason: "--no-timing".to_owned() },
+        Some(available) if available < memory.peak => {
+            let available = format_bytes(available);
+            DurationEstimate::Unknown { reason: format!("no step was timed: only {available} are available here") }
         }
         _ => {
-            progress::log("timing some steps (--no-timing leaves this out)");
-            match catch_panics(|| time(settings, &tokenizer, &folder, &examples, &schedule, place)) {
-                Err(stopped @ Error::Interrupted(_)) => return Err(stopped),
-                Err(error) => Timing::Unknown { reason: format!("a step was tried: {error}") },
+            progress::log("timing some steps (--no-timing skips this)");
+            let timed = catch_panics(|| time_steps(settings, &tokenizer, &folder, &examples, &schedule, device));
+            match timed {
+                Err(interrupted @ Error::Interrupted(_)) => return Err(interrupted),
+                Err(error) => DurationEstimate::Unknown { reason: format!("a step failed: {error}") },
                 Ok(timing) => timing,
             }
         }
     };
     let plan = Plan {
         schema_version: 1,
-        device: if place.is_cuda() { "the GPU" } else { "the CPU" },
+        device: match device {
+            Device::Cuda(index) => format!("cuda:{index}"),
+            _ => "cpu".to_owned(),
+        },
         parameters: config.num_parameters(),
         trained_parameters: settings.trained_parameters(&config),
-        responses: examples.len(),
-        left_out: schedule.left_out,
+        num_examples: examples.len(),
+        num_excluded: schedule.num_excluded,
         epochs: settings.epochs,
-        steps: schedule.steps(),
+        steps: schedule.num_steps(),
         batches_per_step: settings.accumulation,
         max_batch_tokens: settings.max_batch_tokens,
-        tokens: schedule.tokens,
+        tokens: schedule.num_tokens,
         memory_bytes: memory,
         duration,
     };
@@ -112,86 +119,82 @@ impl Plan {
     fn text(&self) -> String {
         let memory = &self.memory_bytes;
         let duration = match &self.duration {
-            Timing::Estimated { seconds, seconds_per_step, timed_steps } => format!(
-                "about {} without probes and checkpoints: {seconds_per_step:.3} s a step, the mean of {timed_steps} timed here",
-                span(*seconds)
+            DurationEstimate::Estimated { seconds, seconds_per_step, timed_steps } => format!(
+                "about {}, without validation and checkpoints: {seconds_per_step:.3} s per step, the mean of {timed_steps} timed \
+                 here",
+                format_seconds(*seconds)
             ),
-            Timing::Unknown { reason } => format!("unknown ({reason})"),
+            DurationEstimate::Unknown { reason } => format!("unknown ({reason})"),
         };
         format!(
             "parameters  {:.2} M, trained: {:.2} M\n\
-             responses   {} ({} too long, left out)\n\
-             steps       {}, batches a step: {} of up to {} tokens, epochs: {}\n\
+             examples    {} ({} too long and excluded)\n\
+             steps       {} in {}, each of {} with up to {} tokens\n\
              tokens      {}\n\
-             memory      about {} at the peak on {}: the tensors alone, estimated from shapes\n            \
+             memory      about {} at the peak ({}), counting tensors only\n            \
              weights {}, gradients {}, optimizer {}, activations {}\n\
              time        {duration}",
             self.parameters as f64 / 1e6,
             self.trained_parameters as f64 / 1e6,
-            self.responses,
-            self.left_out,
+            self.num_examples,
+            self.num_excluded,
             self.steps,
-            self.batches_per_step,
+            count(self.epochs, "epoch"),
+            count(self.batches_per_step, "batch"),
             self.max_batch_tokens,
-            self.epochs,
             self.tokens,
-            megabytes(memory.peak),
+            format_bytes(memory.peak),
             self.device,
-            megabytes(memory.weights),
-            megabytes(memory.gradients),
-            megabytes(memory.optimizer),
-            megabytes(memory.activations),
+            format_bytes(memory.weights),
+            format_bytes(memory.gradients),
+            format_bytes(memory.optimizer),
+            format_bytes(memory.activations),
         )
     }
 }
 
-/// Takes the first steps of the run on a copy of the model, without a change to it.
-fn time(
+/// Takes the first steps of a run with a learning rate of 0.
+fn time_steps(
     settings: &Settings,
     tokenizer: &Tokenizer,
     folder: &Path,
     examples: &[Example],
     schedule: &Schedule,
-    place: Device,
-) -> Result<Timing> {
-    let models = Models::load(settings, tokenizer, folder, place)?;
-    let mut state = State::new(&models.student, &settings.optimizer, settings.seed, Rc::new(ProcessGroup::single()))?;
-    let packer = Packer::new(settings, examples, models.student.config());
+    device: Device,
+) -> Result<DurationEstimate> {
+    let models = Models::load(settings, tokenizer, folder, device)?;
+    let group = Rc::new(ProcessGroup::single());
+    let mut optimizer = OptimizerState::new(&models.student, &settings.optimizer, settings.seed, group)?;
+    let loader = BatchLoader::new(settings, examples, models.student.config());
     let batches = schedule.batches(0);
-    let mut seconds = Vec::new();
-    let begun = Instant::now();
-    for group in batches.chunks(settings.accumulation).cycle().take(1 + TIMED_STEPS) {
+    let mut step_seconds = Vec::new();
+    let began = Instant::now();
+    for batches in batches.chunks(settings.accumulation).cycle().take(1 + NUM_TIMED_STEPS) {
         interrupt::check()?;
-        let mut packed = StepBatches::default();
-        for responses in group {
-            let batch = packer.batch(responses, 0);
-            packed.counts.add(batch.counts);
-            packed.batches.push(batch);
-        }
+        let batches = loader.step_batches(batches, 0, RankShard::all());
         let started = Instant::now();
-        let _ = models.gradients(settings, &packed)?;
-        let _ = state.step(&settings.optimizer, 0.0, 1)?;
-        device::synchronize(place);
-        seconds.push(started.elapsed().as_secs_f64());
-        if begun.elapsed() > TIMED_FOR {
+        let _ = train_step(&models, &mut optimizer, settings, &batches, 1, 0.0)?;
+        device::synchronize(device);
+        step_seconds.push(started.elapsed().as_secs_f64());
+        if began.elapsed() > MAX_TIMING {
             break;
         }
     }
-    // The first one warms up; where it took all the time there was, it is all that is known.
-    let timed = if seconds.len() > 1 { &seconds[1..] } else { &seconds[..] };
+    // The first step warms up, but if it took all the time there was, it is the only measurement.
+    let timed = if step_seconds.len() > 1 { &step_seconds[1..] } else { &step_seconds[..] };
     let seconds_per_step = timed.iter().sum::<f64>() / timed.len() as f64;
-    let seconds = seconds_per_step * schedule.steps() as f64;
-    Ok(Timing::Estimated { seconds, seconds_per_step, timed_steps: timed.len() })
+    let seconds = seconds_per_step * schedule.num_steps() as f64;
+    Ok(DurationEstimate::Estimated { seconds, seconds_per_step, timed_steps: timed.len() })
 }
 
-/// Bytes that a program may still take on this machine, where the system tells.
+/// Bytes that a program may still allocate on this machine, if the system tells.
 fn available_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
     Some(line.split_whitespace().next()?.parse::<u64>().ok()? * 1024)
 }
 
-fn megabytes(bytes: u64) -> String {
+fn format_bytes(bytes: u64) -> String {
     match bytes as f64 / 1e6 {
         megabytes if megabytes >= 1e4 => format!("{:.1} GB", megabytes / 1e3),
         megabytes if megabytes >= 100.0 => format!("{megabytes:.0} MB"),
@@ -199,7 +202,7 @@ fn megabytes(bytes: u64) -> String {
     }
 }
 
-fn span(seconds: f64) -> String {
+fn format_seconds(seconds: f64) -> String {
     match seconds {
         seconds if seconds < 120.0 => format!("{seconds:.0} s"),
         seconds if seconds < 7200.0 => format!("{:.0} min", seconds / 60.0),

@@ -1,130 +1,77 @@
-//! The models of a run, and the gradients of a step.
+//! One training step: the gradients of its batches, then an update of the weights. `run`, `bench` and `plan` all take it.
 
-use std::path::Path;
-
-use cllm_core::checkpoint::hub;
+use cllm_core::Result;
 use cllm_core::distributed::ProcessGroup;
-use cllm_core::model::{ModelConfig, Transformer};
-use cllm_core::tokenizer::Tokenizer;
-use cllm_core::{Error, Result, device};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
+use crate::data::batch::Batch;
 use crate::data::loader::StepBatches;
-use crate::data::packing::Batch;
-use crate::loss::{Backward, losses};
-use crate::settings::{Objective, Settings};
-use crate::trainer::random_config;
+use crate::loss::{Backward, batch_losses};
+use crate::losses::Losses;
+use crate::models::Models;
+use crate::optimizer::OptimizerState;
+use crate::settings::Settings;
 
-/// What a run trains, and what it holds on to.
-pub struct Models {
-    /// Learns.
-    pub student: Transformer,
-    /// The frozen model that the student is anchored to, if it is.
-    teacher: Option<Transformer>,
+/// What a step reports. Everything is still on the device, so that taking a step does not wait for it.
+pub struct StepOutput {
+    pub losses: DeviceLosses,
+    /// Norm of the gradient before clipping, float32 scalar.
+    pub grad_norm: Tensor,
 }
 
-impl Models {
-    /// Loads them, or makes random weights.
-    ///
-    /// # Errors
-    /// Bad model folders and shapes.
-    pub fn load(settings: &Settings, tokenizer: &Tokenizer, folder: &Path, place: Device) -> Result<Self> {
-        let kind = device::default_kind(place);
-        let mut student = match &settings.init {
-            None => cllm_core::checkpoint::load(folder, place, kind)?,
-            Some(init) => Transformer::random(random_config(init, tokenizer)?, settings.seed, place, kind),
-        };
-        if let Some(lora) = &settings.lora {
-            student.add_adapters(lora, settings.seed);
-        }
-        let teacher = match (settings.is_anchored(), &settings.consistency.anchor, &settings.lora) {
-            (false, ..) => None,
-            (true, Some(name), _) => Some(anchor(name, student.config(), place)?),
-            // The weights that it starts from are still there, frozen.
-            (true, None, Some(_)) => Some(student.without_adapters()),
-            (true, None, None) => Some(cllm_core::checkpoint::load(folder, place, kind)?),
-        };
-        Ok(Models { student, teacher })
-    }
-
-    /// Random weights of a shape, drawn on the device, to measure speed with.
-    ///
-    /// # Errors
-    /// [`cllm_core::Error::Usage`] where an anchor is asked for, which such weights are none of.
-    pub fn noise(config: ModelConfig, settings: &Settings, place: Device) -> Result<Self> {
-        if settings.is_anchored() {
-            return Err(Error::usage("consistency.anchor_weight: random weights have no teacher; leave it at 0"));
-        }
-        let mut student = Transformer::random_on_device(config, place, device::default_kind(place));
-        if let Some(lora) = &settings.lora {
-            student.add_adapters(lora, settings.seed);
-        }
-        Ok(Models { student, teacher: None })
-    }
-
-    /// Adds up the gradients of this process's batches of a step, each loss a mean over its tokens in those of all processes.
-    /// Returns this process's part of the losses, still on the device: nothing here waits for it.
-    ///
-    /// # Errors
-    /// [`cllm_core::Error::Torch`], such as memory that ran out.
-    pub fn gradients(&self, settings: &Settings, step: &StepBatches) -> Result<Means> {
-        let divisors = step.counts.divisors().map(|count| (count as f64).max(1.0));
-        let weights = weights(settings);
-        let scale = std::array::from_fn(|loss| weights[loss] / divisors[loss]);
-        let backward = Backward { scale, recomputed: settings.checkpointed_layers };
-        let mut means = [0; 4].map(|_| Tensor::zeros([], (Kind::Float, self.student.device())));
-        for batch in &step.batches {
-            let sums = losses(&self.student, self.teacher.as_ref(), batch, &settings.consistency, Some(backward))?;
-            for (index, sum) in sums.into_iter().enumerate() {
-                means[index] += sum / divisors[index];
-            }
-        }
-        Ok(Means(means))
-    }
-
-    /// The sums of the losses of a batch, without gradients.
-    ///
-    /// # Errors
-    /// [`cllm_core::Error::Torch`], such as memory that ran out.
-    pub fn sums(&self, settings: &Settings, batch: &Batch) -> Result<[f64; 4]> {
-        let sums = losses(&self.student, self.teacher.as_ref(), batch, &settings.consistency, None)?;
-        Ok(sums.map(|sum| sum.double_value(&[])))
-    }
+/// Trains on the batches of a step. `number` counts steps from 1.
+///
+/// # Errors
+/// [`cllm_core::Error::Torch`], for example when memory runs out; a process that is gone.
+pub fn train_step(
+    models: &Models,
+    optimizer: &mut OptimizerState,
+    settings: &Settings,
+    step: &StepBatches,
+    number: usize,
+    lr: f64,
+) -> Result<StepOutput> {
+    let losses = accumulate_gradients(models, settings, step)?;
+    let grad_norm = optimizer.step(lr, number)?;
+    Ok(StepOutput { losses, grad_norm })
 }
 
-/// A frozen model with the student's vocabulary.
-fn anchor(name: &str, student: &ModelConfig, place: Device) -> Result<Transformer> {
-    let folder = hub::locate(name)?;
-    let (found, wanted) = (cllm_core::checkpoint::load_config(&folder)?.vocab_size, student.vocab_size);
-    if found != wanted {
-        let what = format!("has {found} tokens, the model of the run {wanted}: an anchor needs the same vocabulary");
-        return Err(Error::file(folder, format!("consistency.anchor {what}")));
+/// Adds up the gradients of this process's batches. Each loss is a mean over its tokens in the batches of all processes.
+fn accumulate_gradients(models: &Models, settings: &Settings, step: &StepBatches) -> Result<DeviceLosses> {
+    let divisors = step.counts.num_loss_tokens.divisors();
+    let scale = settings.loss_weights().zip(divisors).map(|(weight, divisor)| weight / divisor);
+    let backward = Backward { scale, checkpointed_layers: settings.checkpointed_layers };
+    let zero = || Tensor::zeros([], (Kind::Float, models.student.device()));
+    let mut means = Losses { ar: zero(), global: zero(), local: zero(), anchor: zero() };
+    for batch in &step.batches {
+        let sums = batch_losses(&models.student, models.anchor.as_ref(), batch, &settings.consistency, Some(backward))?;
+        for (mean, (sum, divisor)) in means.as_mut().zip(sums.zip(divisors)).into_array() {
+            *mean += sum / divisor;
+        }
     }
-    cllm_core::checkpoint::load(&folder, place, device::default_kind(place))
+    Ok(DeviceLosses(means))
 }
 
-/// This process's part of the losses of a step, on the device: autoregressive, global, local, anchor.
-pub struct Means([Tensor; 4]);
+/// The sum of each loss over the tokens of a batch, without gradients.
+///
+/// # Errors
+/// [`cllm_core::Error::Torch`], for example when memory runs out.
+pub fn evaluate_batch(models: &Models, settings: &Settings, batch: &Batch) -> Result<Losses<f64>> {
+    let sums = batch_losses(&models.student, models.anchor.as_ref(), batch, &settings.consistency, None)?;
+    Ok(sums.map(|sum| sum.double_value(&[])))
+}
 
-impl Means {
-    /// The losses of all processes as numbers. Waits for the device.
+/// This process's part of the losses of a step, as float32 scalars on the device.
+pub struct DeviceLosses(Losses<Tensor>);
+
+impl DeviceLosses {
+    /// Sums the losses over all processes and waits for the device.
     ///
     /// # Errors
     /// A process that is gone.
-    pub fn read(&self, group: &ProcessGroup) -> Result<[f64; 4]> {
-        let all = Tensor::f_stack(&self.0, 0)?;
-        group.all_reduce(&all)?;
-        Ok(std::array::from_fn(|loss| all.double_value(&[loss as i64])))
-    }
-}
-
-/// Weights of the losses, in the order of [`Means`].
-pub fn weights(settings: &Settings) -> [f64; 4] {
-    let consistency = &settings.consistency;
-    match settings.objective {
-        Objective::Sft => [1.0, 0.0, 0.0, 0.0],
-        Objective::Consistency => {
-            [consistency.ar_weight, consistency.global_weight, consistency.local_weight, consistency.anchor_weight]
-        }
+    pub fn read(&self, group: &ProcessGroup) -> Result<Losses<f64>> {
+        let stacked = Tensor::f_stack(&self.0.as_ref().into_array(), 0)?;
+        group.all_reduce(&stacked)?;
+        Ok(Losses::from_array(std::array::from_fn(|loss| stacked.double_value(&[loss as i64]))))
     }
 }

@@ -1,4 +1,5 @@
-//! TensorBoard's event files: protocol-buffer messages in TFRecord framing, both small enough to be written by hand.
+//! Writes TensorBoard's event files: protocol buffer messages in TFRecord framing. Both are simple enough to write by hand, which
+//! saves a dependency on TensorFlow's formats.
 
 use std::fs::File;
 use std::io::Write;
@@ -10,13 +11,14 @@ use cllm_core::{Error, Result};
 const VERSION: &str = "brain.Event:2";
 
 /// An event file.
-pub struct Events {
+pub struct EventFile {
     path: PathBuf,
     file: File,
 }
 
-impl Events {
-    /// Starts the only event file of `folder`: those of earlier runs are removed, because the caller repeats them.
+impl EventFile {
+    /// Creates the only event file of a folder. Those of earlier parts of a run are removed, because the caller writes their events
+    /// again.
     ///
     /// # Errors
     /// File-system errors.
@@ -30,14 +32,14 @@ impl Events {
         }
         let path = folder.join(format!("events.out.tfevents.{}.cllm", now().as_secs()));
         let file = File::create(&path).map_err(Error::write(&path))?;
-        let mut events = Events { path, file };
-        let mut event = time();
-        bytes(&mut event, 3, VERSION.as_bytes());
-        events.record(&event)?;
+        let mut events = EventFile { path, file };
+        let mut event = new_event();
+        push_bytes(&mut event, 3, VERSION.as_bytes());
+        events.write_record(&event)?;
         Ok(events)
     }
 
-    /// Writes named numbers of a step.
+    /// Writes the values of a step.
     ///
     /// # Errors
     /// File-system errors.
@@ -45,23 +47,23 @@ impl Events {
         let mut summary = Vec::new();
         for (tag, value) in values {
             let mut message = Vec::new();
-            bytes(&mut message, 1, tag.as_bytes());
+            push_bytes(&mut message, 1, tag.as_bytes());
             message.push(2 << 3 | 5);
             message.extend(value.to_le_bytes());
-            bytes(&mut summary, 1, &message);
+            push_bytes(&mut summary, 1, &message);
         }
-        let mut event = time();
+        let mut event = new_event();
         event.push(2 << 3);
-        varint(&mut event, step as u64);
-        bytes(&mut event, 5, &summary);
-        self.record(&event)
+        push_varint(&mut event, step as u64);
+        push_bytes(&mut event, 5, &summary);
+        self.write_record(&event)
     }
 
-    /// Length, its checksum, the message, its checksum.
-    fn record(&mut self, message: &[u8]) -> Result<()> {
+    /// A record is a length, its checksum, a message of that length, and its checksum.
+    fn write_record(&mut self, message: &[u8]) -> Result<()> {
         let length = (message.len() as u64).to_le_bytes();
-        let parts = [&length[..], &checksum(&length), message, &checksum(message)];
-        self.file.write_all(&parts.concat()).map_err(Error::write(&self.path))
+        let record = [&length[..], &checksum(&length), message, &checksum(message)].concat();
+        self.file.write_all(&record).map_err(Error::write(&self.path))
     }
 }
 
@@ -69,21 +71,21 @@ fn now() -> Duration {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
-/// An event that holds only its time.
-fn time() -> Vec<u8> {
+/// An event with only its time.
+fn new_event() -> Vec<u8> {
     let mut event = vec![1 << 3 | 1];
     event.extend(now().as_secs_f64().to_le_bytes());
     event
 }
 
-/// A length-delimited field.
-fn bytes(message: &mut Vec<u8>, field: u8, content: &[u8]) {
+/// Appends a length-delimited field.
+fn push_bytes(message: &mut Vec<u8>, field: u8, content: &[u8]) {
     message.push(field << 3 | 2);
-    varint(message, content.len() as u64);
+    push_varint(message, content.len() as u64);
     message.extend(content);
 }
 
-fn varint(message: &mut Vec<u8>, mut value: u64) {
+fn push_varint(message: &mut Vec<u8>, mut value: u64) {
     while value >= 0x80 {
         message.push(value as u8 | 0x80);
         value >>= 7;
@@ -101,9 +103,9 @@ mod tests {
     use super::*;
 
     #[test]
-    fn records_are_framed_as_tensorboard_reads_them() {
+    fn records_are_framed_as_tensorboard_expects() {
         let dir = std::env::temp_dir().join(format!("cllm-events-{}", std::process::id()));
-        let mut events = Events::create(&dir).unwrap();
+        let mut events = EventFile::create(&dir).unwrap();
         events.write(300, &[("loss", 1.5)]).unwrap();
         let data = std::fs::read(&events.path).unwrap();
         std::fs::remove_dir_all(&dir).unwrap();

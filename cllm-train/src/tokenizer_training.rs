@@ -1,4 +1,4 @@
-//! Trains a small tokenizer for a model made from nothing: byte-level BPE, one token a digit, with a chat template.
+//! Trains a small tokenizer for a model with random weights: byte-level BPE with one token per digit, and a chat template.
 
 use std::path::Path;
 
@@ -12,27 +12,29 @@ use tokenizers::{AddedToken, DecoderWrapper, PostProcessorWrapper, PreTokenizerW
 
 use cllm_core::{Error, Result, atomic_file, interrupt};
 
-/// Tokens of the chat turns; `<|end|>` ends each and is the EOS token.
-const TURNS: [&str; 4] = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"];
+/// Tokens of the chat template. `<|end|>` ends every turn and is the EOS token.
+const TURN_TOKENS: [&str; 4] = ["<|end|>", "<|system|>", "<|user|>", "<|assistant|>"];
 const CHAT_TEMPLATE: &str = "{% for message in messages %}{{ '<|' + message.role + '|>' + message.content + '<|end|>' }}\
 {% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}";
 
 /// Trains a tokenizer of at most `vocab_size` ids on `texts` and writes its files into `folder`.
 ///
 /// # Errors
-/// [`Error::Usage`] when `vocab_size` leaves no room for the 256 bytes and the turn tokens; file-system errors.
+/// [`Error::Usage`] if `vocab_size` is too small for the 256 bytes and the turn tokens; file-system errors.
 pub fn train(texts: &[String], vocab_size: usize, folder: &Path) -> Result<()> {
-    let least = 256 + TURNS.len();
-    if vocab_size < least {
-        return Err(Error::usage(format!("vocab_size is {vocab_size}: at least {least} ids are needed")));
+    let min_vocab_size = 256 + TURN_TOKENS.len();
+    if vocab_size < min_vocab_size {
+        return Err(Error::usage(format!(
+            "vocab_size={vocab_size} is too small: at least {min_vocab_size} ids are needed"
+        )));
     }
-    let failed = |error: tokenizers::Error| Error::usage(format!("training the tokenizer: {error}"));
+    let failed = |error: tokenizers::Error| Error::usage(format!("the tokenizer cannot be trained: {error}"));
     let byte_level = ByteLevel::default().add_prefix_space(false);
-    let digits_alone: Vec<PreTokenizerWrapper> = vec![Digits::new(true).into(), byte_level.into()];
+    let pre_tokenizers: Vec<PreTokenizerWrapper> = vec![Digits::new(true).into(), byte_level.into()];
     let mut tokenizer = TokenizerBuilder::new()
         .with_model(BPE::default())
         .with_normalizer(Some(NFC))
-        .with_pre_tokenizer(Some(Sequence::new(digits_alone)))
+        .with_pre_tokenizer(Some(Sequence::new(pre_tokenizers)))
         .with_post_processor(Some(PostProcessorWrapper::from(byte_level)))
         .with_decoder(Some(DecoderWrapper::from(byte_level)))
         .build()
@@ -41,9 +43,9 @@ pub fn train(texts: &[String], vocab_size: usize, folder: &Path) -> Result<()> {
         .show_progress(false)
         .vocab_size(vocab_size)
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
-        .special_tokens(TURNS.iter().map(|&token| AddedToken::from(token, true)).collect())
+        .special_tokens(TURN_TOKENS.iter().map(|&token| AddedToken::from(token, true)).collect())
         .build();
-    // The words of the texts are counted first, which takes long for many texts.
+    // Counting the words of many texts takes long, so a signal ends it.
     let texts = texts.iter().map(String::as_str).take_while(|_| interrupt::requested().is_none());
     tokenizer.train(&mut trainer, texts).map_err(failed)?;
     interrupt::check()?;
@@ -51,8 +53,8 @@ pub fn train(texts: &[String], vocab_size: usize, folder: &Path) -> Result<()> {
     atomic_file::write(&folder.join("tokenizer.json"), text.as_bytes())?;
     let config = json!({
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": TURNS[0],
-        "pad_token": TURNS[0],
+        "eos_token": TURN_TOKENS[0],
+        "pad_token": TURN_TOKENS[0],
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": false,
     });
@@ -65,7 +67,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn digits_stay_alone_and_turns_are_single_tokens() {
+    fn digits_and_turns_are_single_tokens() {
         let dir = tempfile::tempdir().unwrap();
         let texts = vec!["Tom has 12 apples. Tom has 12 apples.".to_owned(); 50];
         train(&texts, 300, dir.path()).unwrap();

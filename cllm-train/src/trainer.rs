@@ -1,397 +1,322 @@
-//! The training loop. Order, blocks and states are drawn from (seed, epoch, response), so that a resumed run goes on as if
-//! it had never stopped.
+//! The training loop. Order, blocks and states are drawn from (seed, epoch, example), so a run that resumes continues exactly as
+//! if it had never stopped.
+//!
+//! With several processes, each takes its share of the batches of every step, and the main one writes.
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::rc::Rc;
 use std::time::Instant;
 
-use cllm_core::checkpoint::hub;
-use cllm_core::checkpoint::is_adapter;
 use cllm_core::cuda::libtorch;
-use cllm_core::distributed::{ProcessEnv, ProcessGroup};
+use cllm_core::distributed::ProcessGroup;
 use cllm_core::interrupt::SIGTERM;
-use cllm_core::model::ModelConfig;
-use cllm_core::progress::Progress;
-use cllm_core::tokenizer::Tokenizer;
-use cllm_core::{Error, Result, atomic_file, device, interrupt, progress};
-use serde::Serialize;
-use serde_json::{Value, json};
-use tch::{Device, Tensor};
+use cllm_core::progress::{Progress, count};
+use cllm_core::{Error, Result, atomic_file, interrupt, progress};
+use tch::Tensor;
 
-use crate::checkpoint::{self, Origin, Position};
-use crate::data::dataset::{self as examples, Example};
-use crate::data::loader::{Packer, StepBatches};
-use crate::data::packing::Counts;
+use crate::checkpoint::Checkpoints;
+use crate::data::batch::BatchCounts;
+use crate::data::dataset::{self, Example};
+use crate::data::loader::{BatchLoader, RankShard, StepBatches};
 use crate::data::schedule::Schedule;
-use crate::metrics::Metrics;
-use crate::optimizer::{State, learning_rate};
-use crate::settings::{InitSettings, Objective, Settings};
-use crate::step::{Models, weights};
-use crate::validation::best_checkpoint::Selection;
-use crate::validation::generation_probe::Probe;
+use crate::metrics::{MetricsLog, StepMetrics};
+use crate::models::{Models, load_tokenizer};
+use crate::optimizer::{OptimizerState, learning_rate};
+use crate::processes;
+use crate::run_fingerprint::RunFingerprint;
+use crate::settings::Settings;
+use crate::step::{StepOutput, train_step};
+use crate::summary::{SUMMARY_FILE, Summary};
+use crate::train_state::TrainState;
+use crate::validation::Validator;
 
-/// Steps in a row without a finite gradient after which a run stops, once it logs.
-const MOST_SKIPPED: usize = 20;
+/// A run stops when this many steps in a row had no finite gradient. It notices when it writes its next metrics.
+const MAX_SKIPPED_IN_A_ROW: usize = 20;
 
-/// What a run did.
-#[derive(Debug, Serialize)]
-struct Summary {
-    schema_version: u32,
-    objective: Objective,
-    parameters: i64,
-    trained_parameters: i64,
-    steps: usize,
-    skipped_steps: usize,
-    tokens: usize,
-    blocks: usize,
-    seconds: f64,
-    tokens_per_second: f64,
-    blocks_per_second: f64,
-    final_losses: Value,
-    /// Whether the run ended before its last step, for want of a new best.
-    stopped_early: bool,
-    /// Of the last probe.
-    tokens_per_forward: Option<f64>,
-    /// Of its finished answers alone.
-    tokens_per_forward_finished: Option<f64>,
-    /// Its answers that hit the length limit.
-    unfinished: Option<usize>,
-    /// Share of its answers that are right.
-    accuracy: Option<f64>,
-    /// The same of the model that the run started from.
-    start_accuracy: Option<f64>,
-    /// Step of the best probe, and its tokens per forward in finished answers.
-    best_probe: Option<(usize, f64)>,
-    peak_memory_bytes: Option<u64>,
-    model: PathBuf,
-}
-
-struct Run<'t> {
+/// A run of training in one process.
+struct Trainer<'t> {
     settings: Settings,
     group: Rc<ProcessGroup>,
-    folder: PathBuf,
-    /// Folder whose tokenizer files go with every checkpoint.
-    tokenizer_folder: PathBuf,
     models: Models,
-    state: State,
-    position: Position,
-    /// When this process began, and the seconds of training before it.
-    started: (Instant, f64),
-    probe: Option<Probe<'t>>,
-    /// Whether some process was asked to stop, as all of them hear in the step after.
-    asked: Option<Tensor>,
+    optimizer: OptimizerState,
+    checkpoints: Checkpoints,
+    validator: Option<Validator<'t>>,
+    state: TrainState,
+    /// Steps of the whole run.
+    num_steps: usize,
+    started: Instant,
+    /// Seconds of training before this process started.
+    seconds_before: f64,
+    /// Whether any process was asked to stop, summed over all of them in the last step: float32 `[1]`.
+    stop_requests: Option<Tensor>,
 }
 
-/// Trains, or goes on with what the output folder holds. Of several processes each takes its batches of every step, and one
-/// writes.
+/// Trains, resuming from what the output folder holds.
+///
+/// # Errors
+/// Bad settings and data; [`Error::Interrupted`] after a checkpoint; [`Error::Negative`] for weights that are not finite.
 pub fn run(settings: Settings) -> Result<()> {
-    let (place, group) = join(&settings)?;
-    let folder = settings.output.clone();
-    let (tokenizer, tokenizer_folder) = tokenizer(&settings)?;
-    let models = Models::load(&settings, &tokenizer, &tokenizer_folder, place)?;
-    let examples = examples::read(&settings, &tokenizer, models.student.config())?;
-    let probe = Probe::of(&settings, &tokenizer, models.student.config())?;
-    let origin = Origin::of(&settings, &tokenizer, &tokenizer_folder)?;
-    let mut state = State::new(&models.student, &settings.optimizer, settings.seed, Rc::clone(&group))?;
+    let (device, group) = processes::join(&settings)?;
+    let (tokenizer, tokenizer_folder) = load_tokenizer(&settings)?;
+    let models = Models::load(&settings, &tokenizer, &tokenizer_folder, device)?;
+    let examples = dataset::read(&settings, &tokenizer, models.student.config())?;
+    let validator = Validator::load(&settings, &tokenizer, models.student.config())?;
+    let fingerprint = RunFingerprint::for_training(&settings, &tokenizer, &tokenizer_folder)?;
+    let mut optimizer = OptimizerState::new(&models.student, &settings.optimizer, settings.seed, Rc::clone(&group))?;
+    let checkpoints = Checkpoints::new(&settings, &tokenizer_folder);
     if group.is_main() {
-        std::fs::create_dir_all(&folder).map_err(Error::write(&folder))?;
-        checkpoint::recover(&folder)?;
+        std::fs::create_dir_all(&settings.output).map_err(Error::write(&settings.output))?;
+        checkpoints.recover()?;
     }
-    group.barrier(place)?;
-    let position = match checkpoint::resume(&folder, &mut state, &origin)? {
-        Some(position) => {
-            progress::log(format!("going on after step {}", position.step));
-            position
-        }
-        None => {
-            let selection = Selection::default();
-            Position { step: 0, tokens: 0, blocks: 0, skipped: 0, seconds: 0.0, selection, origin }
-        }
+    group.barrier(device)?;
+    let resumed = checkpoints.resume(&mut optimizer, &fingerprint)?;
+    if group.is_main() {
+        let config = cllm_core::settings::to_yaml(&settings)?;
+        atomic_file::write(&settings.output.join("config.yaml"), config.as_bytes())?;
+    }
+    libtorch::reset_peak_gpu_memory(device);
+    let started = Instant::now();
+    let schedule = Schedule::new(&examples, &settings)?;
+    let state = resumed.unwrap_or_else(|| TrainState::initial(fingerprint));
+    let trainer = Trainer {
+        group,
+        models,
+        optimizer,
+        checkpoints,
+        validator,
+        num_steps: schedule.num_steps(),
+        started,
+        seconds_before: state.seconds,
+        state,
+        stop_requests: None,
+        settings,
     };
-    if group.is_main() {
-        atomic_file::write(&folder.join("config.yaml"), cllm_core::settings::to_yaml(&settings)?.as_bytes())?;
-    }
-    libtorch::reset_peak_gpu_memory(place);
-    let started = (Instant::now(), position.seconds);
-    Run { settings, group, folder, tokenizer_folder, models, state, position, started, probe, asked: None }
-        .train(&examples)
+    trainer.train(&examples, &schedule)
 }
 
-/// The device of this process, and the other processes, if there are any. Those that do not write show no progress.
-pub fn join(settings: &Settings) -> Result<(Device, Rc<ProcessGroup>)> {
-    let member = ProcessEnv::from_env(|name| std::env::var(name).ok())?;
-    let place = device::for_process(&settings.device, member.as_ref())?;
-    let group = match &member {
-        Some(member) if settings.accumulation < member.world_size => {
-            return Err(Error::usage(format!(
-                "accumulation is {}, for {} processes: a step has at least one forward for each of them",
-                settings.accumulation, member.world_size
-            )));
-        }
-        Some(member) => ProcessGroup::join(member, place)?,
-        None => ProcessGroup::single(),
-    };
-    if !group.is_main() {
-        progress::set_quiet(true);
-    }
-    Ok((place, Rc::new(group)))
-}
-
-impl Run<'_> {
-    fn train(mut self, examples: &[Example]) -> Result<()> {
-        let schedule = Schedule::new(examples, &self.settings)?;
-        let total = schedule.steps();
-        if self.is_over(total) && self.folder.join("summary.json").exists() {
-            progress::log(format!(
-                "done already, after {} steps; the model is in {}",
-                self.position.step,
-                self.folder.join("final").display()
-            ));
+impl Trainer<'_> {
+    fn train(mut self, examples: &[Example], schedule: &Schedule) -> Result<()> {
+        let run = self.settings.output.clone();
+        if self.is_over() && run.join(SUMMARY_FILE).exists() {
+            let steps = count(self.state.step, "step");
+            progress::log(format!("already complete: {steps}; the model is in {}", run.join("final").display()));
             return Ok(());
         }
-        if schedule.left_out > 0 {
-            progress::log(format!(
-                "{} responses of more than {} packed tokens are left out",
-                schedule.left_out, self.settings.max_example_tokens
-            ));
+        if self.state.step > 0 {
+            progress::log(format!("resuming after step {}", self.state.step));
         }
-        let mut metrics = match self.group.is_main() {
-            true => Some(Metrics::open(&self.folder, self.position.step, self.is_probed())?),
-            false => None,
-        };
-        // Of the model that the run starts from; or one that a signal cut short.
-        if self.probe_if_due(total, metrics.as_mut())? {
+        if schedule.num_excluded > 0 {
+            let (examples, max_tokens) = (count(schedule.num_excluded, "example"), self.settings.max_example_tokens);
+            progress::log(format!("excluded {examples} of more than {max_tokens} packed tokens"));
+        }
+        let is_main = self.group.is_main();
+        let mut metrics = is_main.then(|| MetricsLog::open(&run, self.state.step, self.is_validated())).transpose()?;
+        // Due here is the validation of the initial model, or one that a signal interrupted.
+        if self.validate_if_due(metrics.as_mut())? {
             self.save()?;
         }
+        self.take_steps(examples, schedule, metrics.as_mut())?;
+        self.save()?;
+        self.finish(metrics.as_ref())
+    }
+
+    fn take_steps(
+        &mut self,
+        examples: &[Example],
+        schedule: &Schedule,
+        mut metrics: Option<&mut MetricsLog>,
+    ) -> Result<()> {
         let (settings, config) = (self.settings.clone(), self.models.student.config().clone());
-        let packer = Packer::new(&settings, examples, &config);
-        let mut bar = Progress::new("train", self.position.step as u64, total as u64);
+        let loader = BatchLoader::new(&settings, examples, &config);
+        let mut bar = Progress::new("train", self.state.step as u64, self.num_steps as u64);
         std::thread::scope(|scope| {
-            let share = (self.group.rank(), self.group.world_size());
-            let batches = packer.ahead(scope, &schedule, self.position.step, share);
-            while !self.is_over(total) {
+            let batches = loader.load_ahead(scope, schedule, self.state.step, RankShard::for_process(&self.group));
+            while !self.is_over() {
                 let batches = batches.recv().map_err(|_| Error::internal("the thread that packs batches has ended"))?;
-                self.step(&batches, total, &mut bar, metrics.as_mut())?;
+                self.take_step(&batches, &mut bar, metrics.as_deref_mut())?;
             }
             Ok::<_, Error>(())
         })?;
         bar.finish();
-        self.save()?;
-        self.finish(metrics.map(|metrics| metrics.last_losses()), total)
+        Ok(())
     }
 
-    /// Takes one step, and what is due after it.
-    fn step(
+    /// Takes one step, and then logs, validates and saves as far as that is due.
+    fn take_step(
         &mut self,
         batches: &StepBatches,
-        total: usize,
         bar: &mut Progress,
-        mut metrics: Option<&mut Metrics>,
+        mut metrics: Option<&mut MetricsLog>,
     ) -> Result<()> {
-        if let Some(signal) = self.asked_to_stop()? {
+        if let Some(signal) = self.stop_signal()? {
             self.save()?;
             return Err(Error::Interrupted(signal));
         }
-        let number = self.position.step + 1;
-        let rate = learning_rate(&self.settings.optimizer, number, total);
-        let means = self.models.gradients(&self.settings, batches)?;
-        let norm = self.state.step(&self.settings.optimizer, rate, number)?;
-        self.position.step = number;
-        self.position.tokens += batches.counts.tokens;
-        self.position.blocks += batches.counts.blocks;
+        let number = self.state.step + 1;
+        let lr = learning_rate(&self.settings.optimizer, number, self.num_steps);
+        let output = train_step(&self.models, &mut self.optimizer, &self.settings, batches, number, lr)?;
+        self.state.step = number;
+        self.state.num_tokens += batches.counts.num_tokens;
+        self.state.num_blocks += batches.counts.num_blocks;
         bar.advance(1);
-        if number.is_multiple_of(self.settings.log_every) || number == total {
-            let skipped_in_a_row = self.settle();
-            let losses = means.read(&self.group)?;
-            let line = line(losses, batches.counts, &self.settings, &self.position, rate, &norm);
-            bar.set_message(format!("loss {:.4}", line["loss"].as_f64().unwrap_or(f64::NAN)));
-            if let Some(metrics) = metrics.as_mut() {
-                metrics.write(&line)?;
+        if number.is_multiple_of(self.settings.log_every) || number == self.num_steps {
+            let step_metrics = self.log_step(&output, batches.counts, lr)?;
+            bar.set_message(format!("loss {:.4}", step_metrics.loss));
+            if let Some(metrics) = metrics.as_deref_mut() {
+                metrics.write_step(&step_metrics)?;
             }
-            if skipped_in_a_row >= MOST_SKIPPED {
-                return Err(self.no_good(format!("the gradient was not finite {skipped_in_a_row} steps in a row")));
-            }
+            self.check_progress()?;
         }
-        let best = self.probe_if_due(total, metrics)?;
-        let due = self.settings.save_every.is_some_and(|every| number.is_multiple_of(every));
-        if number < total && (best || due) { self.save() } else { Ok(()) }
+        let is_new_best = self.validate_if_due(metrics)?;
+        let is_due = self.settings.save_every.is_some_and(|every| number.is_multiple_of(every));
+        if number < self.num_steps && (is_new_best || is_due) { self.save() } else { Ok(()) }
     }
 
-    /// The signal that asked to stop, if one did. Processes are not at the same place when one of them is signalled; so each
-    /// step tells all whether anyone was, and all read what the step before told: nobody waits for it.
-    fn asked_to_stop(&mut self) -> Result<Option<i32>> {
-        let own = interrupt::requested();
+    /// The signal that asks the run to stop, if any. Processes are not in the same step when one of them gets a signal. So each
+    /// step sums over all processes whether they got one, and reads the sum of the step before, for which nobody waits.
+    fn stop_signal(&mut self) -> Result<Option<i32>> {
+        let own_signal = interrupt::requested();
         if self.group.world_size() == 1 {
-            return Ok(own);
+            return Ok(own_signal);
         }
-        let asked = Tensor::from_slice(&[f32::from(u8::from(own.is_some()))]).to_device(self.models.student.device());
-        self.group.all_reduce(&asked)?;
-        let before = self.asked.replace(asked);
-        let any = before.is_some_and(|before| before.double_value(&[0]) > 0.0);
-        Ok(any.then(|| own.unwrap_or(SIGTERM)))
+        let requests = Tensor::from_slice(&[f32::from(u8::from(own_signal.is_some()))]);
+        let requests = requests.to_device(self.models.student.device());
+        self.group.all_reduce(&requests)?;
+        let last_requests = self.stop_requests.replace(requests);
+        let is_stopping = last_requests.is_some_and(|requests| requests.double_value(&[0]) > 0.0);
+        Ok(is_stopping.then(|| own_signal.unwrap_or(SIGTERM)))
     }
 
-    fn is_over(&self, total: usize) -> bool {
-        self.position.step >= total || self.position.selection.is_over(&self.settings.validation)
+    fn is_over(&self) -> bool {
+        self.state.step >= self.num_steps || self.state.validation.should_stop(&self.settings.validation)
     }
 
-    /// Whether the probe where the run stands was taken.
-    fn is_probed(&self) -> bool {
-        self.position.selection.probed == Some(self.position.step)
+    /// Whether the last validation was after the last step.
+    fn is_validated(&self) -> bool {
+        self.state.validation.last_step == Some(self.state.step)
     }
 
-    /// Probes where the run stands if that is a step to probe at; whether what was found is the best so far. The process that
-    /// writes probes, and tells the others.
-    fn probe_if_due(&mut self, total: usize, metrics: Option<&mut Metrics>) -> Result<bool> {
-        let step = self.position.step;
-        let due = step.is_multiple_of(self.settings.validation.every) || step == total;
-        let Some(probe) = self.probe.as_ref().filter(|_| due && !self.is_probed()) else { return Ok(false) };
-        let run = || match metrics {
-            Some(metrics) => {
-                let (found, mut line) = probe.run(&self.models, &self.settings)?;
-                line.insert("step".to_owned(), step.into());
-                metrics.write(&line.into())?;
-                Ok(found)
-            }
-            None => Ok(None),
+    /// Validates if the last step is one to validate after. Returns whether it is the best so far. The main process validates and
+    /// tells the others.
+    fn validate_if_due(&mut self, metrics: Option<&mut MetricsLog>) -> Result<bool> {
+        let step = self.state.step;
+        let is_due = step.is_multiple_of(self.settings.validation.every) || step == self.num_steps;
+        let Some(validator) = self.validator.as_ref().filter(|_| is_due && !self.is_validated()) else {
+            return Ok(false);
         };
-        let (stopped, found) = match self.state.with_average(run) {
+        let result = match metrics {
+            Some(metrics) => self.optimizer.with_average(|| {
+                let output = validator.run(&self.models, &self.settings)?;
+                metrics.write_validation(step, &output, self.settings.loss_weights())?;
+                Ok(output.generation)
+            }),
+            None => self.optimizer.join_average().map(|()| None),
+        };
+        let (signal, generation) = match result {
             Err(Error::Interrupted(signal)) => (Some(signal), None),
             other => (None, other?),
         };
-        // What the others take is the same.
-        let (stopped, found) = self.group.broadcast((stopped, found), self.models.student.device())?;
-        if let Some(signal) = stopped {
+        let (signal, generation) = self.group.broadcast((signal, generation), self.models.student.device())?;
+        if let Some(signal) = signal {
             self.save()?;
             return Err(Error::Interrupted(signal));
         }
-        Ok(self.position.selection.take(step, found, &self.settings.validation))
+        Ok(self.state.validation.record(step, generation, &self.settings.validation))
     }
 
-    /// Waits for the device and brings the position up to date; steps skipped in a row up to the last.
-    fn settle(&mut self) -> usize {
-        let (skipped, in_a_row) = self.state.skipped();
-        self.position.skipped = skipped;
-        self.position.seconds = self.started.1 + self.started.0.elapsed().as_secs_f64();
-        in_a_row
+    /// Waits for the device and measures the step.
+    fn log_step(&mut self, output: &StepOutput, counts: BatchCounts, lr: f64) -> Result<StepMetrics> {
+        self.update_state();
+        let losses = output.losses.read(&self.group)?;
+        Ok(StepMetrics {
+            step: self.state.step,
+            loss: losses.weighted_sum(self.settings.loss_weights()),
+            losses: losses.into(),
+            lr,
+            grad_norm: output.grad_norm.double_value(&[]),
+            tokens: self.state.num_tokens,
+            step_tokens: counts.num_tokens,
+            noisy_tokens: counts.num_loss_tokens.global,
+            seconds: self.state.seconds,
+            tokens_per_second: self.state.num_tokens as f64 / self.state.seconds,
+        })
     }
 
-    /// Saves a checkpoint; refuses to where the weights are no longer numbers, which nobody wants to go on from.
-    fn save(&mut self) -> Result<()> {
-        if !self.state.is_finite() {
-            return Err(
-                self.no_good(format!("after step {} there are weights that are not finite", self.position.step))
-            );
+    /// Brings the parts of the state up to date that are not counted in each step. Waits for the device.
+    fn update_state(&mut self) {
+        self.state.num_skipped_steps = self.optimizer.skipped_steps().total;
+        self.state.seconds = self.seconds_before + self.started.elapsed().as_secs_f64();
+    }
+
+    /// # Errors
+    /// [`Error::Negative`] if too many steps in a row were skipped.
+    fn check_progress(&self) -> Result<()> {
+        match self.optimizer.skipped_steps().in_a_row {
+            in_a_row if in_a_row >= MAX_SKIPPED_IN_A_ROW => {
+                Err(self.diverged(format!("the gradient was not finite {in_a_row} steps in a row")))
+            }
+            _ => Ok(()),
         }
-        self.settle();
-        let Run { folder, models, tokenizer_folder, state, position, settings, group, .. } = self;
-        checkpoint::save(folder, &models.student, tokenizer_folder, state, position, settings, group.is_main())
     }
 
-    fn no_good(&self, why: String) -> Error {
-        let kept = match self.folder.join("checkpoints/latest").exists() {
-            true => "the last checkpoint is kept, which is from before",
-            false => "there is no checkpoint from before",
+    /// Saves a checkpoint, unless the weights are no longer finite: nobody wants to resume from those.
+    fn save(&mut self) -> Result<()> {
+        if !self.optimizer.is_finite() {
+            let step = self.state.step;
+            return Err(self.diverged(format!("the weights are not finite after step {step}")));
+        }
+        self.update_state();
+        let Trainer { models, optimizer, state, group, .. } = self;
+        self.checkpoints.save(&models.student, optimizer, state, group.is_main())
+    }
+
+    fn diverged(&self, problem: String) -> Error {
+        let kept = match self.checkpoints.exist() {
+            true => "the last checkpoint is from before that and is kept",
+            false => "there is no earlier checkpoint",
         };
-        let advice = "lower optimizer.lr, or look at the model that the run starts from";
-        Error::negative(format!("{}: {why}; {kept}: {advice}", self.folder.display()))
+        let advice = "lower optimizer.lr, or check the initial model";
+        Error::negative(format!("{}: {problem}; {kept}: {advice}", self.settings.output.display()))
     }
 
     /// Writes the final model and the summary.
-    fn finish(self, last: Option<Value>, total: usize) -> Result<()> {
-        let target = self.folder.join("final");
-        let Some(last) = last else { return self.state.with_average(|| Ok(())) };
-        self.state.with_average(|| {
-            atomic_file::write_folder_with(&target, |folder| {
-                checkpoint::save_model(folder, &self.models.student, &self.tokenizer_folder, &self.settings)
-            })
-        })?;
-        let position = &self.position;
-        let Selection { start, last: probe, best, .. } = position.selection;
+    fn finish(self, metrics: Option<&MetricsLog>) -> Result<()> {
+        let student = &self.models.student;
+        let model = self.checkpoints.save_final(student, &self.optimizer, self.group.is_main())?;
+        let Some(metrics) = metrics else { return Ok(()) };
+        let state = &self.state;
         let summary = Summary {
             schema_version: 1,
             objective: self.settings.objective,
-            parameters: self.models.student.config().num_parameters(),
-            trained_parameters: self.settings.trained_parameters(self.models.student.config()),
-            steps: position.step,
-            skipped_steps: position.skipped,
-            tokens: position.tokens,
-            blocks: position.blocks,
-            seconds: position.seconds,
-            tokens_per_second: position.tokens as f64 / position.seconds,
-            blocks_per_second: position.blocks as f64 / position.seconds,
-            final_losses: last,
-            stopped_early: position.step < total,
-            tokens_per_forward: probe.map(|found| found.tokens_per_forward),
-            tokens_per_forward_finished: probe.and_then(|found| found.tokens_per_forward_finished),
-            unfinished: probe.map(|found| found.unfinished),
-            accuracy: probe.and_then(|found| found.accuracy),
-            start_accuracy: start.and_then(|found| found.accuracy),
-            best_probe: best,
-            peak_memory_bytes: libtorch::gpu_memory(self.models.student.device()).map(|(_, peak)| peak),
-            model: target.clone(),
+            parameters: student.config().num_parameters(),
+            trained_parameters: self.settings.trained_parameters(student.config()),
+            steps: state.step,
+            skipped_steps: state.num_skipped_steps,
+            tokens: state.num_tokens,
+            blocks: state.num_blocks,
+            seconds: state.seconds,
+            tokens_per_second: state.num_tokens as f64 / state.seconds,
+            blocks_per_second: state.num_blocks as f64 / state.seconds,
+            final_losses: metrics.last_step_metrics().clone(),
+            stopped_early: state.step < self.num_steps,
+            validation: state.validation.into(),
+            peak_memory_bytes: libtorch::gpu_memory(student.device()).map(|(_, peak)| peak),
+            model: model.clone(),
         };
-        atomic_file::write_json(&self.folder.join("summary.json"), &summary)?;
-        let early = match best {
-            _ if position.step == total => String::new(),
-            Some((step, _)) => format!(" of {total}, since no probe was better than that after step {step},"),
-            None => format!(" of {total}, since no probe was good enough,"),
-        };
-        progress::log(format!(
-            "{} steps{early} in {:.0} s; the model is in {}",
-            position.step,
-            position.seconds,
-            target.display()
-        ));
+        summary.write(&self.settings.output)?;
+        self.log_end(&model);
         Ok(())
     }
-}
 
-/// A line of metrics; here the norm is read from the device.
-fn line(values: [f64; 4], counts: Counts, settings: &Settings, position: &Position, rate: f64, norm: &Tensor) -> Value {
-    let loss: f64 = values.iter().zip(weights(settings)).map(|(value, weight)| value * weight).sum();
-    json!({
-        "step": position.step, "loss": loss, "ar_loss": values[0], "consistency_loss": values[1],
-        "local_loss": values[2], "anchor_loss": values[3], "lr": rate, "grad_norm": norm.double_value(&[]),
-        "tokens": position.tokens,
-        "step_tokens": counts.tokens, "noisy_tokens": counts.noisy, "seconds": position.seconds,
-        "tokens_per_second": position.tokens as f64 / position.seconds,
-    })
-}
-
-/// The tokenizer of a run, and the folder of its files (which is the model's, unless the weights are random).
-pub fn tokenizer(settings: &Settings) -> Result<(Tokenizer, PathBuf)> {
-    let folder = match &settings.init {
-        None => model_folder(settings)?,
-        Some(init) => init.tokenizer.clone(),
-    };
-    let tokenizer = Tokenizer::load(&folder)?;
-    let ids = tokenizer.vocab_size();
-    if let Some(id) = settings.eos_ids.iter().flatten().find(|&&id| id < 0 || id as usize >= ids) {
-        return Err(Error::usage(format!("eos_ids: {id} is no token of {}, which has {ids}", folder.display())));
+    fn log_end(&self, model: &Path) {
+        let early = match self.state.validation.best {
+            _ if self.state.step == self.num_steps => String::new(),
+            Some(best) => {
+                format!(" of {} (no validation was better than that after step {})", self.num_steps, best.step)
+            }
+            None => format!(" of {} (no validation was good enough)", self.num_steps),
+        };
+        let (steps, seconds) = (count(self.state.step, "step"), self.state.seconds);
+        progress::log(format!("{steps}{early} in {seconds:.0} s; the model is in {}", model.display()));
     }
-    Ok((tokenizer.with_eos_ids(settings.eos_ids.as_deref()), folder))
-}
-
-/// The folder of the model that a run starts from.
-fn model_folder(settings: &Settings) -> Result<PathBuf> {
-    let folder = hub::locate(settings.model.as_deref().unwrap_or_default())?;
-    if settings.lora.is_some() && is_adapter(&folder) {
-        let message = "is an adapter, which other adapters cannot belong to: merge it with `cllm-train export` first";
-        return Err(Error::file(folder, message));
-    }
-    Ok(folder)
-}
-
-/// A Llama of the shape asked for.
-pub fn random_config(init: &InitSettings, tokenizer: &Tokenizer) -> Result<ModelConfig> {
-    let config = json!({
-        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
-        "vocab_size": tokenizer.vocab_size(), "hidden_size": init.hidden_size,
-        "intermediate_size": init.intermediate_size, "num_hidden_layers": init.num_layers,
-        "num_attention_heads": init.num_heads, "num_key_value_heads": init.num_kv_heads,
-        "max_position_embeddings": init.max_positions, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
-        "tie_word_embeddings": true, "eos_token_id": tokenizer.eos_ids(), "bos_token_id": null,
-    });
-    ModelConfig::from_json(&config).map_err(|message| Error::usage(format!("init: {message}")))
 }

@@ -170,9 +170,9 @@ fn unsupported_setting(config: &Value) -> Option<&'static str> {
 /// that they belong to.
 ///
 /// # Errors
-/// [`Error::Usage`] for a model without adapters; file-system errors.
+/// [`Error::Internal`] for a model without adapters; file-system errors.
 pub fn save_adapter(model: &Transformer, folder: &Path, base: &str) -> Result<()> {
-    let adapters = model.adapters().ok_or_else(|| Error::usage("the model has no adapters to save"))?;
+    let adapters = model.adapters().ok_or_else(|| Error::internal("the model has no adapters to save"))?;
     let tensors = adapters.params.tensors();
     let shapes: Vec<_> = tensors.iter().map(|(name, tensor)| (format!("{NAME_PREFIX}{name}"), tensor.size())).collect();
     let dtype = safetensors::dtype_names(model.kind())?.safetensors;

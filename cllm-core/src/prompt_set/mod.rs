@@ -70,7 +70,7 @@ pub fn write(path: &Path, samples: &[Sample]) -> Result<()> {
     atomic_file::write_with(path, |file| {
         for sample in samples {
             interrupt::check()?;
-            let line = serde_json::to_string(sample).map_err(|error| Error::file(path, error.to_string()))?;
+            let line = serde_json::to_string(sample).map_err(Error::serialization)?;
             writeln!(file, "{line}").map_err(Error::write(path))?;
         }
         Ok(())

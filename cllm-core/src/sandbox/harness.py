@@ -1,9 +1,9 @@
-# Runs a program that a model wrote, inside the sandbox, and tells on a channel of its own how it ended.
-# Everything used after the program ran is bound before: the program may replace builtins and functions of modules.
+# Runs a program that a model wrote, inside the sandbox, and reports on a channel of its own how it ended.
+# Everything that is used after the program ran is bound before, since the program may replace builtins and functions.
 import os
 
 
-def run(read, write, end, base, wrong, memory):
+def run(read, write, end, base, assertion, memory):
     os.closerange(3, 65536)
     source, channel = os.dup(0), os.dup(1)
     null = os.open("/dev/null", os.O_RDWR)
@@ -11,28 +11,28 @@ def run(read, write, end, base, wrong, memory):
     os.dup2(2, 1)
     os.close(null)
 
-    def take(count):
-        found = b""
-        while len(found) < count:
-            piece = read(source, count - len(found))
-            if not piece:
+    def read_exactly(count):
+        data = b""
+        while len(data) < count:
+            more = read(source, count - len(data))
+            if not more:
                 end(1)
-            found += piece
-        return found
+            data += more
+        return data
 
-    program = take(int(take(20)))
+    program = read_exactly(int(read_exactly(20)))
     try:
         exec(compile(program, "answer", "exec"), {})
-    except wrong:
-        said = b"wrong"
+    except assertion:
+        verdict = b"assertion"
     except memory:
-        said = b"memory"
+        verdict = b"memory"
     except base as error:
-        said = b"error " + type(error).__name__.encode()[:100]
+        verdict = b"error " + type(error).__name__.encode()[:100]
     else:
-        # The token comes last on the pipe, so that nothing in memory holds it while the program runs.
-        said = b"passed " + take(32)
-    write(channel, said + b"\n")
+        # The token comes last on the pipe, so that it is not in memory while the program runs.
+        verdict = b"passed " + read_exactly(32)
+    write(channel, verdict + b"\n")
     end(0)
 
 

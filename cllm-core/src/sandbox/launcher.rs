@@ -1,5 +1,5 @@
-//! The launcher: a process of this program that gives up everything that Python does not need, and then becomes Python.
-//! What it gives up cannot be had again, and holds for all that Python does.
+//! The launcher: a process that restricts itself and then becomes Python. The kernel does not give back what a process gave
+//! up, so that the restrictions hold for everything Python does.
 
 use std::ffi::{CString, OsString};
 use std::io::Write;
@@ -17,50 +17,25 @@ use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::Signal;
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Gid, Uid, chown, execve, setgroups, setresgid, setresuid, setsid};
-use serde::{Deserialize, Serialize};
 
-use super::{Limits, private_root, system_calls};
+use super::protocol::{Greeting, LaunchOrder, Limits, Problem};
+use super::{private_root, system_calls};
 
-/// Why no code can run here, in words.
-pub(super) type Problem = String;
-
-/// Threads and open files of a program.
 const MAX_THREADS: u64 = 64;
 const MAX_OPEN_FILES: u64 = 64;
-/// The user that a program is in a user namespace.
-const INSIDE: u32 = 1000;
-/// Files outside of `Order::readable` that Python opens.
+/// The user id that a program has inside a user namespace.
+const NAMESPACE_USER: u32 = 1000;
+/// Files that Python opens besides those of [`LaunchOrder::readable`].
 const DEVICES: [&str; 2] = ["/dev/null", "/dev/urandom"];
 
-/// What the launcher is told.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct Order {
-    pub(super) python: PathBuf,
-    /// What it may read and execute.
-    pub(super) readable: Vec<PathBuf>,
-    /// An empty folder of its own.
-    pub(super) folder: PathBuf,
-    pub(super) limits: Limits,
-}
-
-/// What the launcher says on stdout before it becomes Python.
-#[derive(Debug, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub(super) enum Greeting {
-    /// The layers that hold.
-    Layers(Vec<String>),
-    /// Nothing runs.
-    Problem(Problem),
-}
-
-/// Does what `order` says; returns only where that is impossible.
+/// Carries out an order; returns only if that is impossible.
 pub(super) fn launch(order: Option<OsString>) -> ExitCode {
     let text = order.and_then(|text| text.into_string().ok()).unwrap_or_default();
     let problem = match serde_json::from_str(&text) {
         Ok(order) => become_python(&order),
-        Err(error) => format!("the launcher was started by hand: {error}"),
+        Err(error) => format!("the launcher has no valid order: {error}"),
     };
-    // Whoever reads is gone, if this fails.
+    // If this fails, the reader is gone.
     let _ = greet(&Greeting::Problem(problem));
     ExitCode::from(3)
 }
@@ -71,17 +46,18 @@ fn greet(greeting: &Greeting) -> Result<(), Problem> {
     writeln!(out, "{text}").and_then(|()| out.flush()).map_err(|error| format!("stdout cannot be written: {error}"))
 }
 
-fn become_python(order: &Order) -> Problem {
+/// Replaces this process by Python, and returns only if that fails.
+fn become_python(order: &LaunchOrder) -> Problem {
     let run = || -> Result<std::convert::Infallible, Problem> {
         let arguments = ["-s", "-B", "-X", "utf8", "-c", include_str!("harness.py")].map(c_string);
         let arguments: Vec<CString> =
             std::iter::once(c_string(&order.python)).chain(arguments).collect::<Result<_, _>>()?;
-        // A set of texts then has the same order each time.
+        // So that a set of strings has the same order in every run.
         let environment = [c_string("PYTHONHASHSEED=0")?];
         let layers = restrict(order)?;
         greet(&Greeting::Layers(layers))?;
-        // Last: this process itself is larger than what Python may take.
-        limit(Resource::RLIMIT_AS, order.limits.memory_bytes)?;
+        // Last, since this process itself needs more memory than Python may have.
+        set_limit(Resource::RLIMIT_AS, order.limits.memory_bytes)?;
         execve(&arguments[0], &arguments, &environment)
             .map_err(|error| cannot(&format!("become {}", order.python.display()), error))
     };
@@ -99,55 +75,57 @@ fn cannot(what: &str, error: impl std::fmt::Display) -> Problem {
     format!("the launcher cannot {what}: {error}")
 }
 
-/// Applies every layer that the kernel has; the names of those that hold.
-fn restrict(order: &Order) -> Result<Vec<String>, Problem> {
+/// Applies every layer that the kernel supports, and returns the names of those in force.
+fn restrict(order: &LaunchOrder) -> Result<Vec<String>, Problem> {
     setsid().map_err(|error| cannot("begin a session", error))?;
     umask(Mode::from_bits_truncate(0o022));
-    let root = Uid::effective().is_root();
-    let other = if root { other_user() } else { None };
-    let namespace = other.is_none() && user_namespace();
-    if root && other.is_none() && !namespace {
+    let is_root = Uid::effective().is_root();
+    let own_user = if is_root { unused_user() } else { None };
+    let in_namespace = own_user.is_none() && enter_user_namespace();
+    if is_root && own_user.is_none() && !in_namespace {
         return Err(cannot("give up being root", "run as an ordinary user"));
     }
-    let inside = namespace.then(|| (Uid::from_raw(INSIDE), Gid::from_raw(INSIDE)));
-    let owner = other.or(inside).unwrap_or((Uid::effective(), Gid::effective()));
+    let namespace_user = in_namespace.then(|| (Uid::from_raw(NAMESPACE_USER), Gid::from_raw(NAMESPACE_USER)));
+    let owner = own_user.or(namespace_user).unwrap_or((Uid::effective(), Gid::effective()));
     let mut layers = Vec::new();
-    let mut note = |name: &str, holds: bool| {
-        layers.extend(holds.then(|| name.to_owned()));
-        holds
+    let mut add_layer = |name: &str, is_in_force: bool| {
+        layers.extend(is_in_force.then(|| name.to_owned()));
+        is_in_force
     };
-    note("user namespace", namespace);
+    add_layer("user namespace", in_namespace);
     let others = CloneFlags::CLONE_NEWNET | CloneFlags::CLONE_NEWIPC | CloneFlags::CLONE_NEWUTS;
-    note("network namespace", unshare(others).is_ok());
+    add_layer("network namespace", unshare(others).is_ok());
     let mut readable = order.readable.clone();
     readable.extend(DEVICES.map(PathBuf::from));
     let entered = private_root::enter(&order.folder, &readable, order.limits.disk_bytes, owner);
-    let private = note("private root", entered.is_ok());
-    let writable = if private { Path::new(private_root::WRITABLE) } else { &order.folder };
+    let has_private_root = add_layer("private root", entered.is_ok());
+    let writable = if has_private_root { Path::new(private_root::WRITABLE) } else { &order.folder };
     std::env::set_current_dir(writable).map_err(|error| cannot("enter its folder", error))?;
-    if let Some(other) = other {
-        become_user(other, writable)
+    if let Some(own_user) = own_user {
+        become_user(own_user, writable)
             .map_err(|error| cannot("give up being root, so run as an ordinary user", error))?;
     }
-    note("own user", other.is_some());
-    // It is lost with a change of user, so it comes after.
+    add_layer("own user", own_user.is_some());
+    // A change of user clears this, so it comes after.
     set_pdeathsig(Signal::SIGKILL).map_err(|error| cannot("end with the program that started it", error))?;
-    let ruled = note("landlock", landlock(&readable, writable).map_err(|error| cannot("set rules of files", error))?);
-    if !ruled && !private {
-        return Err("neither Landlock (Linux 5.13 or later) nor a mount namespace is to be had here, so code of a model could read \
-                    and change files: it is not run. Use a kernel or a container that permits one of them"
-            .to_owned());
+    let file_rules = apply_landlock(&readable, writable).map_err(|error| cannot("set rules of files", error))?;
+    if !add_layer("landlock", file_rules) && !has_private_root {
+        return Err(
+            "neither Landlock (Linux 5.13 or later) nor mount namespaces are available here, so the code of a model \
+                    could read and change files, and does not run. Use a kernel or a container that permits one of them"
+                .to_owned(),
+        );
     }
-    limits(&order.limits, other.is_some() || namespace)?;
-    note("limits", true);
+    set_limits(&order.limits, own_user.is_some() || in_namespace)?;
+    add_layer("limits", true);
     system_calls::restrict()?;
-    note("seccomp", true);
+    add_layer("seccomp", true);
     Ok(layers)
 }
 
-/// A user that nothing else runs as, so that limits on its processes count those of one program: near the end of the ids that
-/// there are here. None where there are too few.
-fn other_user() -> Option<(Uid, Gid)> {
+/// A user id that nothing else runs as, so that a limit on its processes counts those of one program: one near the end of the
+/// ids that exist here. None if there are too few.
+fn unused_user() -> Option<(Uid, Gid)> {
     let map = std::fs::read_to_string("/proc/self/uid_map").ok()?;
     let ranges = map.lines().filter_map(|line| {
         let mut numbers = line.split_whitespace().map(str::parse::<u32>);
@@ -166,19 +144,20 @@ fn become_user((user, group): (Uid, Gid), folder: &Path) -> nix::Result<()> {
     setresuid(user, user, user)
 }
 
-/// A user namespace of its own, in which an ordinary user may have the other namespaces. Its user is none with privileges.
-fn user_namespace() -> bool {
+/// Enters a user namespace, in which an ordinary user may create the other namespaces. The user inside has no privileges.
+fn enter_user_namespace() -> bool {
     let (user, group) = (Uid::effective(), Gid::effective());
-    let map = |file: &str, id: u32| std::fs::write(Path::new("/proc/self").join(file), format!("{INSIDE} {id} 1"));
+    let map =
+        |file: &str, id: u32| std::fs::write(Path::new("/proc/self").join(file), format!("{NAMESPACE_USER} {id} 1"));
     unshare(CloneFlags::CLONE_NEWUSER).is_ok()
         && std::fs::write("/proc/self/setgroups", "deny").is_ok()
         && map("uid_map", user.as_raw()).is_ok()
         && map("gid_map", group.as_raw()).is_ok()
 }
 
-/// Files by Landlock: whether the kernel holds to it.
-fn landlock(readable: &[PathBuf], writable: &Path) -> Result<bool, RulesetError> {
-    // Taken as far as the kernel has them: files since 1, ports since 4, abstract sockets and signals since 6.
+/// Sets Landlock's rules; returns whether the kernel enforces them.
+fn apply_landlock(readable: &[PathBuf], writable: &Path) -> Result<bool, RulesetError> {
+    // Applied as far as the kernel supports it: files since ABI 1, ports since 4, abstract sockets and signals since 6.
     let abi = ABI::V6;
     let status = Ruleset::default()
         .handle_access(AccessFs::from_all(abi))?
@@ -192,19 +171,19 @@ fn landlock(readable: &[PathBuf], writable: &Path) -> Result<bool, RulesetError>
     Ok(status.ruleset != RulesetStatus::NotEnforced)
 }
 
-/// `alone`: nothing else counts as this user's.
-fn limits(given: &Limits, alone: bool) -> Result<(), Problem> {
-    limit(Resource::RLIMIT_CORE, 0)?;
-    limit(Resource::RLIMIT_NOFILE, MAX_OPEN_FILES)?;
-    limit(Resource::RLIMIT_FSIZE, given.disk_bytes)?;
-    if alone {
-        limit(Resource::RLIMIT_NPROC, MAX_THREADS)?;
+/// `has_own_user`: no other process counts towards the limit of the user's threads.
+fn set_limits(limits: &Limits, has_own_user: bool) -> Result<(), Problem> {
+    set_limit(Resource::RLIMIT_CORE, 0)?;
+    set_limit(Resource::RLIMIT_NOFILE, MAX_OPEN_FILES)?;
+    set_limit(Resource::RLIMIT_FSIZE, limits.disk_bytes)?;
+    if has_own_user {
+        set_limit(Resource::RLIMIT_NPROC, MAX_THREADS)?;
     }
-    let seconds = given.cpu_seconds;
-    // At the first a signal that tells why; at the second the end.
+    let seconds = limits.cpu_seconds;
+    // The soft limit sends a signal that says why; the hard limit kills.
     setrlimit(Resource::RLIMIT_CPU, seconds, seconds + 1).map_err(|error| cannot("limit its time", error))
 }
 
-fn limit(resource: Resource, most: u64) -> Result<(), Problem> {
-    setrlimit(resource, most, most).map_err(|error| cannot(&format!("set {resource:?} to {most}"), error))
+fn set_limit(resource: Resource, max: u64) -> Result<(), Problem> {
+    setrlimit(resource, max, max).map_err(|error| cannot(&format!("set {resource:?} to {max}"), error))
 }

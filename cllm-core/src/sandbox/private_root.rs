@@ -1,5 +1,5 @@
-//! A root folder of the process's own, in memory: it holds read-only views of what Python needs and an empty /tmp, and
-//! nothing else.
+//! A root folder of the process's own, in memory. It has only read-only views of what Python needs and an empty /tmp, so that
+//! other files cannot even be named.
 
 use std::path::{Path, PathBuf};
 
@@ -7,12 +7,12 @@ use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::unistd::{Gid, Uid, chown, pivot_root};
 
-/// Where the program may write in it.
+/// The folder in it that the program may write to.
 pub(super) const WRITABLE: &str = "/tmp";
 const NONE: Option<&str> = None;
 
-/// Enters it, mounted over `folder`; everything in it together takes at most `bytes`. Where that fails nothing has changed that
-/// the process sees.
+/// Mounts the root over `folder` and enters it; its files may have `bytes` in all. If that fails, the process sees the same
+/// files as before.
 pub(super) fn enter(folder: &Path, readable: &[PathBuf], bytes: u64, owner: (Uid, Gid)) -> std::io::Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
     mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE)?;

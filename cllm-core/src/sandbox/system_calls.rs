@@ -1,5 +1,5 @@
-//! The system calls that Python may make in the sandbox. All others are answered as a kernel would that lacks them: none makes a
-//! process, opens a connection, mounts, traces, or reaches another process.
+//! The system calls that Python may make in the sandbox. The kernel answers all others as if it lacked them, so that no program
+//! starts a process, opens a connection, mounts, traces, or reaches another process.
 
 use std::collections::BTreeMap;
 
@@ -8,11 +8,11 @@ use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
 };
 
-use super::launcher::Problem;
+use super::protocol::Problem;
 
 /// Calls allowed with any arguments.
 const ALLOWED: &[libc::c_long] = &[
-    // Files, as far as the other layers let them be reached.
+    // Files, as far as the other layers permit.
     libc::SYS_read,
     libc::SYS_pread64,
     libc::SYS_readv,
@@ -69,7 +69,7 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_mprotect,
     libc::SYS_madvise,
     libc::SYS_membarrier,
-    // Threads and signals of the process itself.
+    // Threads and signals within the process.
     libc::SYS_futex,
     libc::SYS_set_robust_list,
     libc::SYS_set_tid_address,
@@ -87,9 +87,9 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_wait4,
     libc::SYS_exit,
     libc::SYS_exit_group,
-    // Another program in place of this one is held by the same layers; this is also how Python itself starts.
+    // Python itself starts by this call. Another program would have the same restrictions.
     libc::SYS_execve,
-    // Who and when.
+    // Ids, usage and time.
     libc::SYS_getpid,
     libc::SYS_getppid,
     libc::SYS_gettid,
@@ -112,9 +112,9 @@ const ALLOWED: &[libc::c_long] = &[
     libc::SYS_gettimeofday,
 ];
 
-/// Older forms of the same, which newer architectures lack.
+/// Older forms of the same calls, which newer architectures lack.
 #[cfg(target_arch = "x86_64")]
-const ALLOWED_HERE: &[libc::c_long] = &[
+const ALLOWED_LEGACY: &[libc::c_long] = &[
     libc::SYS_open,
     libc::SYS_stat,
     libc::SYS_lstat,
@@ -137,18 +137,20 @@ const ALLOWED_HERE: &[libc::c_long] = &[
     libc::SYS_arch_prctl,
 ];
 #[cfg(not(target_arch = "x86_64"))]
-const ALLOWED_HERE: &[libc::c_long] = &[];
+const ALLOWED_LEGACY: &[libc::c_long] = &[];
 
-/// What a terminal or a descriptor is asked by Python's own files: TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX.
+/// The requests that Python's file objects make of a descriptor: TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX.
 const IOCTLS: [u64; 6] = [0x5401, 0x5413, 0x541b, 0x5421, 0x5450, 0x5451];
+/// Names regions of memory; glibc does that for its allocations.
+const PR_SET_VMA: u64 = 0x5356_4d41;
 
-/// Puts the filter on this process for good.
+/// Puts the filter on this process, for good.
 pub(super) fn restrict() -> Result<(), Problem> {
     let failed = |error: &dyn std::fmt::Display| format!("its filter of system calls cannot be set: {error}");
     let arch: TargetArch = std::env::consts::ARCH.try_into().map_err(|error| failed(&error))?;
-    let lacking = SeccompAction::Errno(u32::try_from(libc::ENOSYS).unwrap_or_default());
+    let not_implemented = SeccompAction::Errno(u32::try_from(libc::ENOSYS).expect("ENOSYS is positive"));
     let rules = rules().map_err(|error| failed(&error))?;
-    let program: BpfProgram = SeccompFilter::new(rules, lacking, SeccompAction::Allow, arch)
+    let program: BpfProgram = SeccompFilter::new(rules, not_implemented, SeccompAction::Allow, arch)
         .and_then(TryInto::try_into)
         .map_err(|error| failed(&error))?;
     seccompiler::apply_filter(&program).map_err(|error| failed(&error))
@@ -160,22 +162,23 @@ fn rules() -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompiler::BackendError>
             .and_then(|condition| SeccompRule::new(vec![condition]))
     };
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
-        ALLOWED.iter().chain(ALLOWED_HERE).map(|&call| (call, Vec::new())).collect();
-    // A thread is allowed, a process is not. `clone3` has its flags in memory, where no filter sees them: libc then takes `clone`.
+        ALLOWED.iter().chain(ALLOWED_LEGACY).map(|&call| (call, Vec::new())).collect();
+    // Threads are allowed, processes are not. `clone3` has its flags in memory, which no filter can see; libc falls back to
+    // `clone`.
     let thread = libc::CLONE_THREAD as u64;
     let flag = SeccompCondition::new(0, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(thread), thread)?;
     rules.insert(libc::SYS_clone, vec![SeccompRule::new(vec![flag])?]);
     rules.insert(libc::SYS_ioctl, IOCTLS.iter().map(|&request| equals(1, request)).collect::<Result<_, _>>()?);
-    // Signals and limits of itself alone.
-    let own = u64::from(std::process::id());
+    // Signals to itself, and its own limits.
+    let own_id = u64::from(std::process::id());
     for call in [libc::SYS_kill, libc::SYS_tgkill] {
-        rules.insert(call, vec![equals(0, own)?]);
+        rules.insert(call, vec![equals(0, own_id)?]);
     }
     rules.insert(libc::SYS_prlimit64, vec![equals(0, 0)?]);
-    rules.insert(libc::SYS_prctl, vec![equals(0, libc::PR_SET_NAME as u64)?, equals(0, 0x5356_4d41)?]);
-    // A pair of connected sockets, which event loops wake themselves with, leads nowhere.
+    rules.insert(libc::SYS_prctl, vec![equals(0, libc::PR_SET_NAME as u64)?, equals(0, PR_SET_VMA)?]);
+    // A pair of connected sockets, by which event loops wake themselves, reaches no other process.
     rules.insert(libc::SYS_socketpair, vec![equals(0, libc::AF_UNIX as u64)?]);
-    let nowhere = SeccompCondition::new(4, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?;
-    rules.insert(libc::SYS_sendto, vec![SeccompRule::new(vec![nowhere])?]);
+    let no_address = SeccompCondition::new(4, SeccompCmpArgLen::Qword, SeccompCmpOp::Eq, 0)?;
+    rules.insert(libc::SYS_sendto, vec![SeccompRule::new(vec![no_address])?]);
     Ok(rules)
 }

@@ -1,18 +1,26 @@
-//! CodeSearchNet, Python: a docstring, and the function that it was written for. Its functions have no tests, so there is no
-//! right and wrong.
+//! CodeSearchNet (Python): write a function from its docstring. Its functions have no tests, so that answers are compared with
+//! the reference but not scored.
+//!
+//! ```text
+//! row     {"func_name": "area", "docstring": "Return the area of a circle.", "code": "def area(r): return 3.14 * r * r"}
+//! prompt  Write the Python function `area` from its docstring. Answer with code only.\n\nReturn the area of a circle.
+//! target  def area(r): return 3.14 * r * r
+//! score   none
+//! ```
+//!
+//! The data: <https://github.com/github/CodeSearchNet>.
 
 use std::path::Path;
 
 use serde::Deserialize;
 
-use crate::prompt_set::dataset_file;
-use crate::prompt_set::{Prompt, Sample};
+use crate::prompt_set::{Prompt, Sample, dataset_file};
 use crate::{Error, Result, fingerprint};
 
-/// One in so many functions of a file without splits is of `test`.
-const TEST_SHARE: u64 = 10;
+/// In a file without splits, one in this many functions belongs to `test`.
+const TEST_INTERVAL: u64 = 10;
 
-/// A row of CodeSearchNet's own files, of its Hugging Face form, or of what was made from them.
+/// A row of CodeSearchNet's own files, of its Hugging Face form, or of a data set derived from them.
 #[derive(Deserialize)]
 struct Row {
     #[serde(alias = "func_documentation_string")]
@@ -25,8 +33,7 @@ struct Row {
     partition: Option<String>,
 }
 
-/// Functions of `python.jsonl` that name no split of their own are split by a hash of the code: every tenth is `test`, the
-/// others are `train`.
+/// Reads the functions of a split. Rows of `python.jsonl` that name no split are split by a hash of their code.
 pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
     if !["train", "validation", "valid", "test"].contains(&split) {
         return Err(Error::usage(format!("codesearchnet has the splits train, validation and test, not `{split}`")));
@@ -34,27 +41,27 @@ pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
     let of_split = [split.to_owned(), format!("python/{split}"), format!("data/{split}")];
     let stems = ["python", &of_split[0], &of_split[1], &of_split[2]];
     let rows: Vec<Row> = dataset_file::read(data, &stems)?;
-    let whole = data.is_file()
+    let holds_all_splits = data.is_file()
         || ["jsonl", "jsonl.gz", "json", "parquet"]
             .iter()
             .any(|ending| data.join(format!("python.{ending}")).is_file());
     let mut samples = Vec::new();
     for (index, row) in rows.into_iter().enumerate() {
         let Some(code) = row.whole_func_string.or(row.code) else {
-            let wanted = "expected the function as `code`, `whole_func_string` or `func_code_string`";
-            return Err(Error::file(data, format!("row {} of {split}: {wanted}", index + 1)));
+            let expected = "expected the function as `code`, `whole_func_string` or `func_code_string`";
+            return Err(Error::file(data, format!("row {} of {split}: {expected}", index + 1)));
         };
-        let of = row.partition.as_deref().unwrap_or(if whole { drawn(&code) } else { split });
-        if of.starts_with("valid") && split.starts_with("valid") || of == split {
+        let row_split = row.partition.as_deref().unwrap_or(if holds_all_splits { split_by_hash(&code) } else { split });
+        if row_split.starts_with("valid") && split.starts_with("valid") || row_split == split {
             samples.push(sample(index, split, &row.func_name, &row.docstring, &code));
         }
     }
     Ok(samples)
 }
 
-/// The same code is always of the same split, so that none is learnt from and tested on.
-fn drawn(code: &str) -> &'static str {
-    if fingerprint::derive_seed(0, code).is_multiple_of(TEST_SHARE) { "test" } else { "train" }
+/// The same code is always in the same split, so that no function is both trained on and tested on.
+fn split_by_hash(code: &str) -> &'static str {
+    if fingerprint::derive_seed(0, code).is_multiple_of(TEST_INTERVAL) { "test" } else { "train" }
 }
 
 fn sample(index: usize, split: &str, name: &str, docstring: &str, code: &str) -> Sample {
@@ -86,7 +93,7 @@ mod tests {
         assert_eq!(train.len() + test.len(), 200);
         assert!((5..40).contains(&test.len()) && train.iter().all(|id| !test.contains(id)), "{}", test.len());
         assert!(load(dir.path(), "dev").is_err());
-        // What says its split is in that one, and the whole function is preferred to its code.
+        // A row that names its split belongs to it, and the whole function is preferred to its code.
         let path = dir.path().join("other.jsonl");
         let row = r#"{"func_name": "f", "func_documentation_string": "D", "func_code_string": "pass",
             "whole_func_string": "def f(): pass", "split_name": "test"}"#;
@@ -99,12 +106,10 @@ mod tests {
     }
 
     #[test]
-    fn the_real_file_loads() {
-        let Some(data) = std::env::var_os("CLLM_DATA") else {
-            println!("skipped: CLLM_DATA is not set");
-            return;
-        };
-        let count = |split: &str| load(&Path::new(&data).join("code_search_net"), split).unwrap().len();
-        assert_eq!(count("train") + count("test"), 6226);
+    #[ignore = "needs the benchmarks' data: scripts/test --data DIR"]
+    fn the_published_file_loads() {
+        let data = cllm_testing::benchmark_data("code_search_net");
+        let num_samples = |split: &str| load(&data, split).unwrap().len();
+        assert_eq!(num_samples("train") + num_samples("test"), 6226);
     }
 }

@@ -1,4 +1,15 @@
-//! GSM8K: `{question, answer}`, the answer worked out and ending in `#### N`.
+//! GSM8K: grade-school word problems, scored by the final number.
+//!
+//! ```text
+//! row     {"question": "Tom has 3 pens and buys 4. How many?", "answer": "3 + 4 = <<3+4=7>>7 pens.\n#### 7"}
+//! prompt  Tom has 3 pens and buys 4. How many?
+//! target  3 + 4 = 7 pens.\n#### 7
+//! score   the number after the last `####` of the answer, or else its last number, equals 7
+//! ```
+//!
+//! The official normaliser (`extract_answer` in
+//! <https://github.com/openai/grade-school-math/blob/master/grade_school_math/dataset.py>) accepts an answer with `####`
+//! only, and compares texts. Models that were not trained on this format end with the number alone, so it counts here too.
 
 use std::path::Path;
 use std::sync::LazyLock;
@@ -7,8 +18,7 @@ use regex::Regex;
 use serde::Deserialize;
 
 use crate::Result;
-use crate::prompt_set::dataset_file;
-use crate::prompt_set::{Prompt, Sample};
+use crate::prompt_set::{Prompt, Sample, dataset_file};
 
 #[derive(Deserialize)]
 struct Row {
@@ -16,40 +26,39 @@ struct Row {
     answer: String,
 }
 
-static CALCULATION: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"<<[^>]*>>").ok());
-static NUMBER: LazyLock<Option<Regex>> = LazyLock::new(|| Regex::new(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+").ok());
+/// A calculator annotation: `<<3+4=7>>`.
+static ANNOTATION: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"<<[^>]*>>").expect("the pattern is valid"));
+static NUMBER: LazyLock<Regex> =
+    LazyLock::new(|| Regex::new(r"-?\$?\d[\d,]*(?:\.\d+)?|-?\$?\.\d+").expect("the pattern is valid"));
 
 pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
     let rows: Vec<Row> = dataset_file::read(data, &[split, &format!("main/{split}"), &format!("data/{split}")])?;
-    Ok(rows.into_iter().enumerate().map(|(index, row)| sample(index, split, row)).collect())
+    Ok(rows.into_iter().enumerate().map(|(index, row)| sample(index, split, &row)).collect())
 }
 
-fn sample(index: usize, split: &str, row: Row) -> Sample {
-    let answer =
-        CALCULATION.as_ref().map_or(row.answer.clone(), |marks| marks.replace_all(&row.answer, "").into_owned());
+fn sample(index: usize, split: &str, row: &Row) -> Sample {
     Sample {
         id: format!("gsm8k-{split}-{index}"),
         source: format!("gsm8k/{split}"),
         prompt: Prompt::question(row.question.trim()),
-        reference: Some(answer.trim().to_owned()),
+        reference: Some(ANNOTATION.replace_all(&row.answer, "").trim().to_owned()),
         meta: None,
     }
 }
 
 /// Whether the final number of an answer equals the reference's.
-pub(super) fn is_right(reference: &str, answer: &str) -> bool {
-    final_number(reference).is_some_and(|wanted| final_number(answer) == Some(wanted))
+pub(super) fn is_correct(reference: &str, answer: &str) -> bool {
+    final_number(reference).is_some_and(|expected| final_number(answer) == Some(expected))
 }
 
-/// The number after the last `####`, else the last number.
+/// The first number after the last `####`, or else the last number.
 pub(super) fn final_number(text: &str) -> Option<f64> {
-    let numbers = NUMBER.as_ref()?;
-    let marked = text.rsplit_once("####").and_then(|(_, after)| numbers.find(after));
-    marked.or_else(|| numbers.find_iter(text).last()).and_then(|found| number(found.as_str()))
+    let marked = text.rsplit_once("####").and_then(|(_, after)| NUMBER.find(after));
+    marked.or_else(|| NUMBER.find_iter(text).last()).and_then(|number| parse_number(number.as_str()))
 }
 
-/// `1,000`, `$18.00`, `50%`, `7.` as numbers.
-pub(super) fn number(text: &str) -> Option<f64> {
+/// Parses `1,000`, `$18.00`, `50%` or `7.`.
+pub(super) fn parse_number(text: &str) -> Option<f64> {
     let plain: String = text.chars().filter(|c| !matches!(c, ',' | '$' | '%') && !c.is_whitespace()).collect();
     plain.trim_end_matches('.').parse().ok()
 }
@@ -59,8 +68,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_final_number_is_found_and_normalised() {
-        for (text, wanted) in [
+    fn the_final_number_is_normalised() {
+        for (text, number) in [
             ("so 3 * 4 = 12\n#### 12", Some(12.0)),
             ("#### 1,234", Some(1234.0)),
             ("The answer is $18.00.", Some(18.0)),
@@ -68,9 +77,9 @@ mod tests {
             ("#### 7 apples, not 8", Some(7.0)),
             ("none", None),
         ] {
-            assert_eq!(final_number(text), wanted, "{text}");
+            assert_eq!(final_number(text), number, "{text}");
         }
-        assert!(is_right("#### 18", "18.0") && !is_right("#### 18", "") && !is_right("#### 18", "#### 81"));
+        assert!(is_correct("#### 18", "18.0") && !is_correct("#### 18", "") && !is_correct("#### 18", "#### 81"));
     }
 
     #[test]
@@ -86,13 +95,10 @@ mod tests {
     }
 
     #[test]
-    fn the_real_files_load() {
-        let Some(data) = std::env::var_os("CLLM_DATA") else {
-            println!("skipped: CLLM_DATA is not set");
-            return;
-        };
-        let samples = load(&Path::new(&data).join("gsm8k"), "test").unwrap();
+    #[ignore = "needs the benchmarks' data: scripts/test --data DIR"]
+    fn the_published_files_load() {
+        let samples = load(&cllm_testing::benchmark_data("gsm8k"), "test").unwrap();
         assert_eq!(samples.len(), 1319);
-        assert!(samples.iter().all(|s| final_number(s.reference.as_deref().unwrap()).is_some()));
+        assert!(samples.iter().all(|sample| final_number(sample.reference.as_deref().unwrap()).is_some()));
     }
 }

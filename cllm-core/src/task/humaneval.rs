@@ -1,4 +1,15 @@
-//! HumanEval: the head of a Python function to complete, scored by running it with the data set's tests.
+//! HumanEval: complete a Python function, scored by running the data set's tests.
+//!
+//! ```text
+//! row     {"task_id": "HumanEval/0", "entry_point": "add", "prompt": "def add(a, b):\n    \"\"\"Add.\"\"\"\n",
+//!          "canonical_solution": "    return a + b\n", "test": "def check(f):\n    assert f(1, 2) == 3"}
+//! prompt  Complete this Python function. Answer with code only.\n\ndef add(a, b):\n    """Add."""\n
+//! target  def add(a, b):\n    """Add."""\n    return a + b\n
+//! score   prompt + answer + test + "check(add)" runs to its end in the sandbox
+//! ```
+//!
+//! The official evaluator, whose program this is:
+//! <https://github.com/openai/human-eval/blob/master/human_eval/execution.py>.
 
 use std::path::Path;
 
@@ -6,8 +17,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{Verdict, python};
-use crate::prompt_set::dataset_file;
-use crate::prompt_set::{Prompt, Sample};
+use crate::prompt_set::{Prompt, Sample, dataset_file};
 use crate::sandbox::Sandbox;
 use crate::{Error, Result};
 
@@ -20,20 +30,21 @@ struct Row {
     test: String,
 }
 
-/// What scoring needs of a row.
+/// What scoring needs of a row: the sample's `meta`.
 #[derive(Serialize, Deserialize)]
 pub(super) struct Tests {
     task_id: String,
-    /// The head of the function, with what stands before it.
+    /// Imports, helper functions, and the head of the function.
     prompt: String,
+    /// Name of the function.
     entry_point: String,
-    /// Defines `check(candidate)`.
+    /// Python code that defines `check(candidate)`.
     test: String,
 }
 
 pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
     if split != "test" {
-        return Err(Error::usage(format!("humaneval has the split test only, not `{split}`")));
+        return Err(Error::usage(format!("humaneval has only the split test, not `{split}`")));
     }
     let rows: Vec<Row> = dataset_file::read(data, &["HumanEval", "test", "openai_humaneval/test"])?;
     let sample = |row: Row| Sample {
@@ -53,17 +64,17 @@ pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
 
 /// Runs the answer with its tests.
 pub(super) fn score(sandbox: &Sandbox, sample: &Sample, answer: &str) -> Result<Verdict> {
-    python::verdict(sandbox, &python::meta::<Tests>(sample)?.program(answer))
+    python::run_tests(sandbox, &python::read_meta::<Tests>(sample)?.build_program(answer))
 }
 
 impl Tests {
-    /// The program of the official evaluator. A chat model answers with the whole function, which then stands in place of
-    /// the prompt's own, behind the imports and helpers before that; any other answer goes on where the prompt ends.
-    fn program(&self, answer: &str) -> String {
+    /// The program of the official evaluator. A chat model answers with the whole function, which then replaces that of the
+    /// prompt but keeps the imports and helpers before it; any other answer continues the prompt.
+    fn build_program(&self, answer: &str) -> String {
         let Tests { prompt, entry_point, test, .. } = self;
-        let code = python::extract_code(answer, |block| python::definition(block, entry_point).is_some());
-        let before = match python::definition(code, entry_point) {
-            Some(_) => &prompt[..python::definition(prompt, entry_point).unwrap_or(0)],
+        let code = python::extract_code(answer, |block| python::find_definition(block, entry_point).is_some());
+        let before = match python::find_definition(code, entry_point) {
+            Some(_) => &prompt[..python::find_definition(prompt, entry_point).unwrap_or(0)],
             None => prompt,
         };
         format!("{before}{code}\n{test}\ncheck({entry_point})")
@@ -77,7 +88,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn wrong_columns_are_named() {
+    fn missing_columns_are_named() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("HumanEval.jsonl"), "{\"task_id\": \"a\"}\n").unwrap();
         let error = load(dir.path(), "test").unwrap_err().to_string();
@@ -86,29 +97,32 @@ mod tests {
     }
 
     #[test]
-    fn the_packed_file_of_the_release_loads_and_a_cut_one_is_named() {
+    fn the_compressed_file_of_the_release_loads_and_a_truncated_one_is_named() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("HumanEval.jsonl.gz");
         let row = r#"{"task_id": "HumanEval/0", "prompt": "def one():\n", "entry_point": "one",
             "canonical_solution": "    return 1\n", "test": "assert one() == 1"}"#
             .replace('\n', " ");
-        let mut packer = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
-        packer.write_all(row.as_bytes()).unwrap();
-        let packed = packer.finish().unwrap();
-        std::fs::write(&path, &packed).unwrap();
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+        encoder.write_all(row.as_bytes()).unwrap();
+        let compressed = encoder.finish().unwrap();
+        std::fs::write(&path, &compressed).unwrap();
         for data in [dir.path(), &path] {
             let samples = load(data, "test").unwrap();
             assert_eq!(samples[0].reference.as_deref(), Some("def one():\n    return 1\n"));
-            let tests: Tests = python::meta(&samples[0]).unwrap();
-            assert_eq!(tests.program("    return 1\n"), "def one():\n    return 1\n\nassert one() == 1\ncheck(one)");
+            let tests: Tests = python::read_meta(&samples[0]).unwrap();
+            assert_eq!(
+                tests.build_program("    return 1\n"),
+                "def one():\n    return 1\n\nassert one() == 1\ncheck(one)"
+            );
         }
-        std::fs::write(&path, &packed[..packed.len() / 2]).unwrap();
+        std::fs::write(&path, &compressed[..compressed.len() / 2]).unwrap();
         let error = load(dir.path(), "test").unwrap_err();
         assert!(error.exit_code() == 2 && error.to_string().contains("not a complete gzip file"), "{error}");
     }
 
     #[test]
-    fn an_answer_is_the_whole_function_or_goes_on_with_it() {
+    fn an_answer_is_the_whole_function_or_continues_the_prompt() {
         let tests = Tests {
             task_id: "a".into(),
             prompt: "import math\n\ndef help(): pass\n\ndef f(x):\n".into(),
@@ -127,16 +141,13 @@ mod tests {
             ),
             ("def f(y): return y", "import math\n\ndef help(): pass\n\ndef f(y): return y\nT\ncheck(f)"),
         ] {
-            assert_eq!(tests.program(answer), program, "{answer}");
+            assert_eq!(tests.build_program(answer), program, "{answer}");
         }
     }
 
     #[test]
-    fn the_real_file_loads() {
-        let Some(data) = std::env::var_os("CLLM_DATA") else {
-            println!("skipped: CLLM_DATA is not set");
-            return;
-        };
-        assert_eq!(load(&Path::new(&data).join("humaneval"), "test").unwrap().len(), 164);
+    #[ignore = "needs the benchmarks' data: scripts/test --data DIR"]
+    fn the_published_file_loads() {
+        assert_eq!(load(&cllm_testing::benchmark_data("humaneval"), "test").unwrap().len(), 164);
     }
 }

@@ -1,69 +1,78 @@
-//! Any prompts with a reference, and how answers are compared with it.
+//! Any prompts with a reference, from a JSONL, JSON or Parquet file.
+//!
+//! ```text
+//! row     {"prompt": "What is the capital of France?", "reference": "Paris", "scorer": "exact"}
+//! prompt  What is the capital of France?
+//! target  Paris
+//! score   by `scorer` of the row, or else of the settings; without one, the same text or the same number
+//! ```
 
 use regex::Regex;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::gsm8k::{final_number, number};
+use super::gsm8k::{final_number, parse_number};
 use crate::prompt_set::Sample;
 use crate::{Error, Result};
 
-/// When an answer is right.
+/// When an answer is correct.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Scorer {
-    /// It is the reference, white space at the ends aside.
+    /// The answer is the reference, apart from white space at the ends.
     Exact,
-    /// Its last number (or that after its last `####`) is that of the reference.
+    /// The last number of the answer (or the first after its last `####`) is that of the reference.
     Numeric,
-    /// The reference, a pattern, is found anywhere in it; `^` and `$` are the ends of the answer without its outer white space.
+    /// The reference is a regular expression that matches anywhere in the answer; `^` and `$` are the ends of the answer without
+    /// outer white space.
     Regex,
 }
 
 impl Scorer {
-    /// Notes on a sample how its answers are compared; what the sample says itself stays.
-    pub fn note(self, sample: &mut Sample) {
+    /// Makes this the scorer of a sample that names none.
+    pub fn set_default(self, sample: &mut Sample) {
         let meta = sample.meta.get_or_insert_with(|| Map::new().into());
         if !meta.is_object() {
             *meta = serde_json::json!({ "meta": meta.take() });
         }
         if meta["scorer"].is_null() {
-            meta["scorer"] = serde_json::to_value(self).unwrap_or_default();
+            meta["scorer"] = serde_json::json!(self);
         }
     }
 }
 
-/// How a sample's answers are compared, by `scorer` in its meta; none: with both the text and the number.
+/// The scorer that a sample names in its meta.
 fn scorer(sample: &Sample) -> Result<Option<Scorer>> {
-    let named = sample.meta.as_ref().map_or(&Value::Null, |meta| &meta["scorer"]);
-    let bad = |_| {
+    let name = sample.meta.as_ref().map_or(&Value::Null, |meta| &meta["scorer"]);
+    let invalid = |_| {
         let id = &sample.id;
-        Error::usage(format!("prompt `{id}`: meta.scorer is {named}: expected exact, numeric or regex"))
+        Error::usage(format!("prompt `{id}`: meta.scorer is {name}: expected exact, numeric or regex"))
     };
-    Option::deserialize(named).map_err(bad)
+    Option::deserialize(name).map_err(invalid)
 }
 
-fn pattern(sample: &Sample, reference: &str) -> Result<Regex> {
-    let bad = |error| Error::usage(format!("prompt `{}`: its reference is no pattern: {error}", sample.id));
-    Regex::new(reference).map_err(bad)
+fn compile_pattern(sample: &Sample, reference: &str) -> Result<Regex> {
+    let invalid =
+        |error| Error::usage(format!("prompt `{}`: its reference is not a valid pattern: {error}", sample.id));
+    Regex::new(reference).map_err(invalid)
 }
 
 /// Refuses an unknown scorer and a broken pattern.
 pub(super) fn check(sample: &Sample) -> Result<()> {
     match (scorer(sample)?, &sample.reference) {
-        (Some(Scorer::Regex), Some(reference)) => pattern(sample, reference).map(drop),
+        (Some(Scorer::Regex), Some(reference)) => compile_pattern(sample, reference).map(drop),
         _ => Ok(()),
     }
 }
 
-pub(super) fn is_right(sample: &Sample, reference: &str, answer: &str) -> Result<bool> {
-    let (wanted, answer) = (reference.trim(), answer.trim());
+pub(super) fn is_correct(sample: &Sample, reference: &str, answer: &str) -> Result<bool> {
+    let (expected, answer) = (reference.trim(), answer.trim());
     Ok(match scorer(sample)? {
-        Some(Scorer::Exact) => wanted == answer,
-        Some(Scorer::Numeric) => final_number(wanted).is_some_and(|wanted| final_number(answer) == Some(wanted)),
-        Some(Scorer::Regex) => pattern(sample, reference)?.is_match(answer),
-        None => wanted == answer || number(wanted).is_some_and(|wanted| number(answer) == Some(wanted)),
+        Some(Scorer::Exact) => expected == answer,
+        Some(Scorer::Numeric) => final_number(expected).is_some_and(|number| final_number(answer) == Some(number)),
+        Some(Scorer::Regex) => compile_pattern(sample, reference)?.is_match(answer),
+        None => expected == answer || parse_number(expected).is_some_and(|number| parse_number(answer) == Some(number)),
     })
 }
 
@@ -80,36 +89,36 @@ mod tests {
     }
 
     #[test]
-    fn texts_and_numbers() {
-        let is_right = |reference: &str, answer: &str| is_right(&sample(None), reference, answer).unwrap();
-        assert!(is_right("Paris", " Paris\n") && !is_right("Paris", "paris"));
-        assert!(is_right("1,000", "1000.0") && !is_right("1000", "1001"));
+    fn texts_and_numbers_are_compared() {
+        let is_correct = |reference: &str, answer: &str| is_correct(&sample(None), reference, answer).unwrap();
+        assert!(is_correct("Paris", " Paris\n") && !is_correct("Paris", "paris"));
+        assert!(is_correct("1,000", "1000.0") && !is_correct("1000", "1001"));
     }
 
     #[test]
     fn each_scorer_has_its_rule() {
-        let is_right = |scorer: &str, reference: &str, answer: &str| {
-            is_right(&sample(Some(json!({ "scorer": scorer }))), reference, answer).unwrap()
+        let is_correct = |scorer: &str, reference: &str, answer: &str| {
+            is_correct(&sample(Some(json!({ "scorer": scorer }))), reference, answer).unwrap()
         };
-        assert!(is_right("exact", "1000", " 1000 ") && !is_right("exact", "1000", "1,000"));
-        assert!(is_right("numeric", "1000", "It is 1 or 1,000.0.") && !is_right("numeric", "1000", "1000 or 1"));
-        assert!(is_right("regex", "(?i)par[ií]s", "It is Paris.") && !is_right("regex", "^Paris$", "It is Paris."));
-        assert!(is_right("regex", "^Paris$", "\nParis ") && !is_right("regex", "1.0", "10"));
+        assert!(is_correct("exact", "1000", " 1000 ") && !is_correct("exact", "1000", "1,000"));
+        assert!(is_correct("numeric", "1000", "It is 1 or 1,000.0.") && !is_correct("numeric", "1000", "1000 or 1"));
+        assert!(is_correct("regex", "(?i)par[ií]s", "It is Paris.") && !is_correct("regex", "^Paris$", "It is Paris."));
+        assert!(is_correct("regex", "^Paris$", "\nParis ") && !is_correct("regex", "1.0", "10"));
     }
 
     #[test]
-    fn a_row_wins_over_the_setting_and_is_checked() {
+    fn a_row_overrides_the_setting_and_is_checked() {
         let mut row = sample(Some(json!({ "scorer": "exact", "level": 1 })));
-        Scorer::Regex.note(&mut row);
+        Scorer::Regex.set_default(&mut row);
         assert_eq!(row.meta, Some(json!({ "scorer": "exact", "level": 1 })));
         for (before, after) in
             [(None, json!({ "scorer": "regex" })), (Some(json!(3)), json!({ "scorer": "regex", "meta": 3 }))]
         {
             let mut row = sample(before);
-            Scorer::Regex.note(&mut row);
+            Scorer::Regex.set_default(&mut row);
             assert_eq!(row.meta, Some(after));
             row.reference = Some("(".to_owned());
-            assert!(check(&row).unwrap_err().to_string().contains("`a`: its reference is no pattern"));
+            assert!(check(&row).unwrap_err().to_string().contains("`a`: its reference is not a valid pattern"));
         }
         let error = check(&sample(Some(json!({ "scorer": "fuzzy" })))).unwrap_err().to_string();
         assert!(error.contains("fuzzy") && error.contains("exact, numeric or regex"), "{error}");

@@ -1,4 +1,14 @@
-//! MBPP: small Python tasks, the full or the sanitized set, scored by running answers with the data set's assertions.
+//! MBPP: small Python tasks (the full or the sanitized set), scored by running the data set's assertions.
+//!
+//! ```text
+//! row     {"task_id": 11, "text": "Write a function to add two numbers.", "code": "def add(a, b): return a + b",
+//!          "test_list": ["assert add(1, 2) == 3"]}
+//! prompt  Write a function to add two numbers. Answer with Python code only. It must pass these tests:\n\nassert add(1, 2) == 3
+//! target  def add(a, b): return a + b
+//! score   answer + assertions run to their end in the sandbox
+//! ```
+//!
+//! The data and its evaluation: <https://github.com/google-research/google-research/tree/master/mbpp>.
 
 use std::path::Path;
 
@@ -6,15 +16,14 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{Verdict, python};
-use crate::prompt_set::dataset_file;
-use crate::prompt_set::{Prompt, Sample};
+use crate::prompt_set::{Prompt, Sample, dataset_file};
 use crate::sandbox::Sandbox;
 use crate::{Error, Result};
 
 #[derive(Deserialize)]
 struct Row {
     task_id: u32,
-    /// `text` in the full set.
+    /// Called `text` in the full set.
     #[serde(alias = "text")]
     prompt: String,
     code: String,
@@ -23,17 +32,18 @@ struct Row {
     test_imports: Vec<String>,
 }
 
-/// What scoring needs of a row.
+/// What scoring needs of a row: the sample's `meta`.
 #[derive(Serialize, Deserialize)]
 pub(super) struct Tests {
     task_id: u32,
+    /// Assertions, one a line.
     test_list: Vec<String>,
     #[serde(default)]
     test_imports: Vec<String>,
 }
 
 pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
-    // The published files hold all splits; the paper tells them apart by task id.
+    // The published files hold all splits; the paper defines them by task id.
     let ids = match split {
         "test" => 11..=510,
         "validation" => 511..=600,
@@ -62,11 +72,11 @@ pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
 
 /// Runs the answer with its tests.
 pub(super) fn score(sandbox: &Sandbox, sample: &Sample, answer: &str) -> Result<Verdict> {
-    python::verdict(sandbox, &python::meta::<Tests>(sample)?.program(answer))
+    python::run_tests(sandbox, &python::read_meta::<Tests>(sample)?.build_program(answer))
 }
 
 impl Tests {
-    fn program(&self, answer: &str) -> String {
+    fn build_program(&self, answer: &str) -> String {
         let code = python::extract_code(answer, |block| block.contains("def "));
         let lines = std::iter::once(code).chain(self.test_imports.iter().chain(&self.test_list).map(String::as_str));
         lines.collect::<Vec<_>>().join("\n")
@@ -78,7 +88,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn splits_are_told_apart_by_id() {
+    fn the_task_id_decides_the_split() {
         let dir = tempfile::tempdir().unwrap();
         let row =
             |id: u32| format!("{{\"task_id\": {id}, \"text\": \"T\", \"code\": \"c\", \"test_list\": [\"t\"]}}\n");
@@ -94,20 +104,17 @@ mod tests {
         let tests =
             Tests { task_id: 1, test_list: vec!["assert f() == 1".into()], test_imports: vec!["import math".into()] };
         let program = "def f(): return 1\nimport math\nassert f() == 1";
-        assert_eq!(tests.program("def f(): return 1"), program);
+        assert_eq!(tests.build_program("def f(): return 1"), program);
         assert_eq!(
-            tests.program("```sh\nls\n```\n```python\ndef f(): return 1\n```"),
+            tests.build_program("```sh\nls\n```\n```python\ndef f(): return 1\n```"),
             program.replacen('\n', "\n\n", 1)
         );
     }
 
     #[test]
-    fn the_real_file_loads() {
-        let Some(data) = std::env::var_os("CLLM_DATA") else {
-            println!("skipped: CLLM_DATA is not set");
-            return;
-        };
-        let path = Path::new(&data).join("mbpp/sanitized-mbpp-100.json");
+    #[ignore = "needs the benchmarks' data: scripts/test --data DIR"]
+    fn the_published_file_loads() {
+        let path = cllm_testing::benchmark_data("mbpp/sanitized-mbpp-100.json");
         assert!(!load(&path, "test").unwrap().is_empty());
     }
 }

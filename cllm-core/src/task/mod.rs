@@ -1,4 +1,5 @@
-//! Benchmarks, one file each: load, prompt, score; used for prompts, cleaning and evaluation alike.
+//! Benchmarks, one file each: how its published files become prompts, and how an answer is scored. Collection, cleaning,
+//! training and evaluation all score here, so that they agree on what is correct.
 
 mod codesearchnet;
 mod gsm8k;
@@ -29,56 +30,54 @@ use crate::trajectory::FinishReason;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase")]
 pub enum Task {
-    /// Grade-school maths (Cobbe et al., arXiv 2110.14168).
+    /// Grade-school word problems (Cobbe et al., arXiv 2110.14168).
     Gsm8k,
     /// Text to SQL (Yu et al., arXiv 1809.08887), scored by execution.
     Spider,
-    /// Python functions (Chen et al., arXiv 2107.03374), scored by running them where that was asked for.
+    /// Python functions (Chen et al., arXiv 2107.03374), scored by running their tests where code may be executed.
     Humaneval,
-    /// Python functions (Austin et al., arXiv 2108.07732), scored by running them where that was asked for.
+    /// Python functions (Austin et al., arXiv 2108.07732), scored by running their tests where code may be executed.
     Mbpp,
-    /// Questions of two turns (Zheng et al., arXiv 2306.05685); not scored: the answers are written for a judge.
+    /// Questions of two turns (Zheng et al., arXiv 2306.05685); not scored: a judge model reads the answers.
     #[serde(rename = "mt-bench")]
     MtBench,
     /// Python functions from their docstrings (Husain et al., arXiv 1909.09436); compared with the reference, not scored.
     Codesearchnet,
-    /// Texts, which the models are measured on and do not answer.
+    /// Texts that the models read; reports their perplexity.
     Perplexity,
-    /// Any prompts with an exact answer.
+    /// Any prompts, with an optional reference.
     Jsonl,
-    /// Word problems and SQL made by this project from a seed.
+    /// Word problems and SQL, generated from a seed.
     Synthetic,
 }
 
-/// The verdict on one answer.
+/// The score of one answer.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Verdict {
-    /// Right.
     Correct,
-    /// Wrong, or no answer found.
+    /// Wrong, or no answer could be extracted.
     Incorrect,
-    /// The sample has nothing to score against.
+    /// There is nothing to score the answer with.
     Unscored,
 }
 
 impl Verdict {
-    fn of(right: bool) -> Self {
-        if right { Verdict::Correct } else { Verdict::Incorrect }
+    fn from_correct(is_correct: bool) -> Self {
+        if is_correct { Verdict::Correct } else { Verdict::Incorrect }
     }
 }
 
-/// What scoring has at hand beside the sample.
+/// What scoring needs besides the sample and the answer.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct ScoreContext<'a> {
-    /// The benchmark's folder, in which Spider has its databases: without it Spider is [`Verdict::Unscored`].
+    /// The benchmark's folder with the databases of Spider, whose answers are [`Verdict::Unscored`] without it.
     pub data: Option<&'a Path>,
-    /// Where the code of answers runs: without it HumanEval and MBPP are [`Verdict::Unscored`].
+    /// Runs the code of answers to HumanEval and MBPP, which are [`Verdict::Unscored`] without it.
     pub sandbox: Option<&'a Sandbox>,
 }
 
 impl Task {
-    /// Every task.
     pub const ALL: [Task; 9] = [
         Task::Gsm8k,
         Task::Spider,
@@ -91,7 +90,7 @@ impl Task {
         Task::Synthetic,
     ];
 
-    /// Its name in prompts' sources and on the command line.
+    /// The name in prompts' sources and on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Task::Gsm8k => "gsm8k",
@@ -106,28 +105,28 @@ impl Task {
         }
     }
 
-    /// What it needs, in one line.
+    /// The files that [`Task::load`] reads, in one line for messages.
     pub fn expected_data(self) -> &'static str {
         match self {
             Task::Gsm8k => "a folder with train.jsonl and test.jsonl of grade-school-math",
             Task::Spider => "a folder with train_spider.json, dev.json, tables.json and database/ of Spider",
-            Task::Humaneval => "a folder with HumanEval.jsonl.gz, packed or not",
+            Task::Humaneval => "a folder with HumanEval.jsonl.gz or HumanEval.jsonl",
             Task::Mbpp => "a folder with mbpp.jsonl or sanitized-mbpp.json",
             Task::MtBench => "a folder with question.jsonl of FastChat",
-            Task::Codesearchnet => "a folder with python.jsonl of CodeSearchNet, or with a file a split",
+            Task::Codesearchnet => "a folder with python.jsonl of CodeSearchNet, or with one file per split",
             Task::Perplexity => "a .txt file, a .jsonl file with `text`, or a folder of them",
             Task::Jsonl => "a JSONL or Parquet file of prompts; the answer is compared with `reference`",
-            Task::Synthetic => "nothing: it is made from a seed",
+            Task::Synthetic => "nothing: it is generated from a seed",
         }
     }
 
-    /// The task of a prompt's `source` (`gsm8k/test`), by its first part; [`Task::Jsonl`] for what is none of ours.
+    /// The task that a prompt's `source` (`gsm8k/test`) begins with; [`Task::Jsonl`] for a source of unknown origin.
     pub fn from_source(source: &str) -> Task {
         let name = source.split('/').next().unwrap_or_default();
         Task::ALL.into_iter().find(|task| task.name() == name).unwrap_or(Task::Jsonl)
     }
 
-    /// Whether the benchmark has no split but test.
+    /// Whether the benchmark has no split for training.
     pub fn has_only_test_split(self) -> bool {
         matches!(self, Task::Humaneval | Task::MtBench)
     }
@@ -135,7 +134,7 @@ impl Task {
     /// Reads one split of the benchmark's files in `data`.
     ///
     /// # Errors
-    /// When a file is missing or a row is not as expected.
+    /// When a file is missing or a row lacks a field.
     pub fn load(self, data: &Path, split: &str) -> Result<Vec<Sample>> {
         match self {
             Task::Gsm8k => gsm8k::load(data, split),
@@ -150,50 +149,52 @@ impl Task {
         }
     }
 
-    /// Whether its answers are scored by running the code in them.
+    /// Whether scoring runs the code of the answers.
     pub fn runs_code(self) -> bool {
         matches!(self, Task::Humaneval | Task::Mbpp)
     }
 
-    /// Refuses a sample that [`Task::score`] could not score, for want of a file or of tests or for a broken pattern: for use before
-    /// there are answers to lose.
+    /// Checks that [`Task::score`] can score answers to `sample`: its database or tests are there and its pattern is valid. To
+    /// be called before answers are generated, which would be lost.
     ///
     /// # Errors
     /// As [`Task::score`].
-    pub fn check_scorable(self, judge: ScoreContext<'_>, sample: &Sample) -> Result<()> {
-        match (self, judge) {
-            (Task::Spider, ScoreContext { data: Some(data), .. }) => spider::database(data, sample).map(drop),
+    pub fn check_scorable(self, context: ScoreContext<'_>, sample: &Sample) -> Result<()> {
+        match (self, context) {
+            (Task::Spider, ScoreContext { data: Some(data), .. }) => spider::database_path(data, sample).map(drop),
             (Task::Humaneval, ScoreContext { sandbox: Some(_), .. }) => {
-                python::meta::<humaneval::Tests>(sample).map(drop)
+                python::read_meta::<humaneval::Tests>(sample).map(drop)
             }
-            (Task::Mbpp, ScoreContext { sandbox: Some(_), .. }) => python::meta::<mbpp::Tests>(sample).map(drop),
+            (Task::Mbpp, ScoreContext { sandbox: Some(_), .. }) => python::read_meta::<mbpp::Tests>(sample).map(drop),
             (Task::Jsonl, _) => jsonl::check(sample),
             _ => Ok(()),
         }
     }
 
-    /// The verdict on an answer to `sample`; a broken answer is [`Verdict::Incorrect`]. So is one that was cut at the length limit,
-    /// whatever stands in it: it gave no answer, and a number or query that happens to be its last would be luck.
+    /// Scores an answer to `sample`. An answer that was cut at the length limit is never correct: it did not reach its end, and
+    /// a number or query that happens to be its last would be luck.
     ///
     /// # Errors
-    /// Only when scoring itself is impossible: a database is missing, the sample's `meta` lacks what it needs, code cannot be run.
+    /// Only when scoring itself is impossible: a database is missing, the sample's `meta` lacks what it needs, or the sandbox
+    /// does not work. A broken answer is [`Verdict::Incorrect`].
     pub fn score(
         self,
-        judge: ScoreContext<'_>,
+        context: ScoreContext<'_>,
         sample: &Sample,
         answer: &str,
         finish_reason: FinishReason,
     ) -> Result<Verdict> {
-        let verdict = self.score_complete(judge, sample, answer)?;
-        let cut = finish_reason == FinishReason::Length;
-        Ok(if cut && verdict == Verdict::Correct { Verdict::Incorrect } else { verdict })
+        let verdict = self.score_complete(context, sample, answer)?;
+        let is_cut = finish_reason == FinishReason::Length;
+        Ok(if is_cut && verdict == Verdict::Correct { Verdict::Incorrect } else { verdict })
     }
 
-    fn score_complete(self, judge: ScoreContext<'_>, sample: &Sample, answer: &str) -> Result<Verdict> {
+    /// Scores an answer that reached its end.
+    fn score_complete(self, context: ScoreContext<'_>, sample: &Sample, answer: &str) -> Result<Verdict> {
         let Some(reference) = &sample.reference else { return Ok(Verdict::Unscored) };
-        match (self, judge) {
-            (Task::Gsm8k, _) => Ok(Verdict::of(gsm8k::is_right(reference, answer))),
-            (Task::Jsonl, _) => jsonl::is_right(sample, reference, answer).map(Verdict::of),
+        match (self, context) {
+            (Task::Gsm8k, _) => Ok(Verdict::from_correct(gsm8k::is_correct(reference, answer))),
+            (Task::Jsonl, _) => jsonl::is_correct(sample, reference, answer).map(Verdict::from_correct),
             (Task::Synthetic, _) => synthetic::score(sample, reference, answer),
             (Task::Spider, ScoreContext { data: Some(data), .. }) => spider::score(data, sample, reference, answer),
             (Task::Humaneval, ScoreContext { sandbox: Some(sandbox), .. }) => humaneval::score(sandbox, sample, answer),
@@ -210,7 +211,7 @@ mod tests {
     use crate::prompt_set::Prompt;
 
     #[test]
-    fn an_answer_that_was_cut_is_never_right() {
+    fn a_truncated_answer_is_never_correct() {
         let sample = |reference: Option<&str>| Sample {
             id: "a".to_owned(),
             source: "jsonl/test".to_owned(),
@@ -218,12 +219,21 @@ mod tests {
             reference: reference.map(str::to_owned),
             meta: None,
         };
-        let judge = |reference: Option<&str>, answer: &str, finish_reason| {
+        let score = |reference: Option<&str>, answer: &str, finish_reason| {
             Task::Jsonl.score(ScoreContext::default(), &sample(reference), answer, finish_reason).unwrap()
         };
-        assert_eq!(judge(Some("2"), "2", FinishReason::Eos), Verdict::Correct);
-        assert_eq!(judge(Some("2"), "2", FinishReason::Length), Verdict::Incorrect);
-        assert_eq!(judge(Some("2"), "3", FinishReason::Length), Verdict::Incorrect);
-        assert_eq!(judge(None, "2", FinishReason::Length), Verdict::Unscored);
+        assert_eq!(score(Some("2"), "2", FinishReason::Eos), Verdict::Correct);
+        assert_eq!(score(Some("2"), "2", FinishReason::Length), Verdict::Incorrect);
+        assert_eq!(score(Some("2"), "3", FinishReason::Length), Verdict::Incorrect);
+        assert_eq!(score(None, "2", FinishReason::Length), Verdict::Unscored);
+    }
+
+    #[test]
+    fn every_task_is_known_by_its_name() {
+        for task in Task::ALL {
+            assert_eq!(Task::from_source(&format!("{}/test", task.name())), task);
+            assert_eq!(serde_json::to_value(task).unwrap(), task.name());
+        }
+        assert_eq!(Task::from_source("mine"), Task::Jsonl);
     }
 }

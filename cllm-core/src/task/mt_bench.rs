@@ -1,12 +1,20 @@
-//! MT-bench (Zheng et al., arXiv 2306.05685): questions of two turns in FastChat's form. A judge scores them, not this toolkit.
+//! MT-bench: questions of two turns in FastChat's form. A judge model scores the answers, not this toolkit.
+//!
+//! ```text
+//! row     {"question_id": 81, "category": "writing", "turns": ["Write a travel blog post.", "Now as a limerick."]}
+//! prompt  Write a travel blog post.
+//! target  none
+//! score   none; the second turn, kept in `meta`, is asked after the first answer
+//! ```
+//!
+//! The judge: <https://github.com/lm-sys/FastChat/tree/main/fastchat/llm_judge>.
 
 use std::path::Path;
 
 use serde::Deserialize;
 use serde_json::json;
 
-use crate::prompt_set::dataset_file;
-use crate::prompt_set::{Prompt, Sample};
+use crate::prompt_set::{Prompt, Sample, dataset_file};
 use crate::{Error, Result};
 
 #[derive(Deserialize)]
@@ -16,10 +24,9 @@ struct Row {
     turns: [String; 2],
 }
 
-/// The first turns; the second stands in `meta`.
 pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
     if split != "test" {
-        return Err(Error::usage(format!("mt-bench has the split test only, not `{split}`")));
+        return Err(Error::usage(format!("mt-bench has only the split test, not `{split}`")));
     }
     let rows: Vec<Row> = dataset_file::read(data, &["question"])?;
     let sample = |Row { question_id, category, turns }: Row| Sample {
@@ -37,11 +44,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_real_file_loads() {
-        let Some(data) = std::env::var_os("CLLM_DATA") else {
-            println!("skipped: CLLM_DATA is not set");
-            return;
-        };
-        assert_eq!(load(&Path::new(&data).join("mt_bench"), "test").unwrap().len(), 80);
+    #[ignore = "needs the benchmarks' data: scripts/test --data DIR"]
+    fn the_published_file_loads() {
+        assert_eq!(load(&cllm_testing::benchmark_data("mt_bench"), "test").unwrap().len(), 80);
     }
 }

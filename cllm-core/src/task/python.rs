@@ -1,4 +1,4 @@
-//! What tasks of Python have in common: the code in an answer, and running it with its tests.
+//! What tasks of Python have in common: extracting the code of an answer, and running it with its tests.
 
 use serde::de::DeserializeOwned;
 
@@ -7,49 +7,48 @@ use crate::prompt_set::Sample;
 use crate::sandbox::{ProgramOutcome, Sandbox};
 use crate::{Error, Result};
 
-/// The code of an answer: the first fenced block for which `wanted` holds, or else the first, or else all up to a fence that was
-/// closed only.
-pub fn extract_code(answer: &str, wanted: impl Fn(&str) -> bool) -> &str {
+/// The code in an answer: the first fenced block for which `is_wanted` holds, or else the first one. Without a fence it is the
+/// whole answer, up to a fence that is only closed.
+pub fn extract_code(answer: &str, is_wanted: impl Fn(&str) -> bool) -> &str {
     let mut parts = answer.split("```");
     let before = parts.next().unwrap_or(answer);
     let blocks: Vec<&str> = parts.step_by(2).map(without_language).filter(|block| !block.trim().is_empty()).collect();
-    blocks.iter().find(|block| wanted(block)).or(blocks.first()).copied().unwrap_or(before)
+    blocks.iter().find(|block| is_wanted(block)).or(blocks.first()).copied().unwrap_or(before)
 }
 
-/// A fenced block without the rest of the line that opens it, which names the language.
+/// A fenced block without the rest of its first line, which names the language.
 fn without_language(block: &str) -> &str {
     block.split_once('\n').map_or(block, |(_, code)| code)
 }
 
-/// The byte at which the line `def NAME(` begins.
-pub(super) fn definition(code: &str, name: &str) -> Option<usize> {
+/// The byte offset of the line `def NAME(`.
+pub(super) fn find_definition(code: &str, name: &str) -> Option<usize> {
     let defines = |line: &str| {
         let line = line.strip_prefix("async ").unwrap_or(line);
         let rest = line.strip_prefix("def ").and_then(|line| line.trim_start().strip_prefix(name));
         rest.is_some_and(|rest| rest.trim_start().starts_with('('))
     };
-    let mut at = 0;
+    let mut next = 0;
     code.split_inclusive('\n').find_map(|line| {
-        let start = at;
-        at += line.len();
+        let start = next;
+        next += line.len();
         defines(line).then_some(start)
     })
 }
 
-/// What a sample's `meta` holds for scoring.
-pub(super) fn meta<T: DeserializeOwned>(sample: &Sample) -> Result<T> {
-    let found = sample.meta.clone().unwrap_or_default();
-    serde_json::from_value(found).map_err(|error| {
+/// Reads what a sample's `meta` holds for scoring.
+pub(super) fn read_meta<T: DeserializeOwned>(sample: &Sample) -> Result<T> {
+    serde_json::from_value(sample.meta.clone().unwrap_or_default()).map_err(|error| {
         let id = &sample.id;
         Error::usage(format!(
-            "prompt `{id}`: meta does not hold what its tests need ({error}): make it anew with `cllm-data prepare`"
+            "prompt `{id}`: meta lacks what its tests need ({error}): make the prompt set again with `cllm-data prepare`"
         ))
     })
 }
 
-/// Whether a program runs to its end.
-pub(super) fn verdict(sandbox: &Sandbox, program: &str) -> Result<Verdict> {
-    Ok(Verdict::of(sandbox.run(program)? == ProgramOutcome::Passed))
+/// Runs a program, which is correct if it reaches its end.
+pub(super) fn run_tests(sandbox: &Sandbox, program: &str) -> Result<Verdict> {
+    Ok(Verdict::from_correct(sandbox.run(program)? == ProgramOutcome::Passed))
 }
 
 #[cfg(test)]
@@ -57,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn code_is_taken_out_of_its_fence() {
+    fn code_is_extracted_from_its_fence() {
         let any = |_: &str| true;
         assert_eq!(extract_code("    return 1\n", any), "    return 1\n");
         assert_eq!(
@@ -67,15 +66,15 @@ mod tests {
         assert_eq!(extract_code("```\nx = 1", any), "x = 1", "a fence that is never closed");
         assert_eq!(extract_code("    return 1\n```\n", any), "    return 1\n", "a fence that was never opened");
         let two = "```sh\npip install x\n```\n```python\ndef f(): pass\n```";
-        assert_eq!(extract_code(two, |block| definition(block, "f").is_some()), "def f(): pass\n");
+        assert_eq!(extract_code(two, |block| find_definition(block, "f").is_some()), "def f(): pass\n");
     }
 
     #[test]
-    fn a_definition_is_a_line_of_its_own() {
-        assert_eq!(definition("import math\ndef f (x):\n", "f"), Some(12));
-        assert_eq!(definition("async def f(x):\n", "f"), Some(0));
+    fn a_definition_is_a_line_at_the_margin() {
+        assert_eq!(find_definition("import math\ndef f (x):\n", "f"), Some(12));
+        assert_eq!(find_definition("async def f(x):\n", "f"), Some(0));
         for other in ["def ff(x):\n", "    def f(x):\n", "# def f(x)\n", "    return f(x)\n"] {
-            assert_eq!(definition(other, "f"), None, "{other}");
+            assert_eq!(find_definition(other, "f"), None, "{other}");
         }
     }
 }

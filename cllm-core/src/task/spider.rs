@@ -1,4 +1,14 @@
-//! Spider: a question and a database's schema, answered by a query, scored by executing it.
+//! Spider: text to SQL, scored by executing the query.
+//!
+//! ```text
+//! row     {"db_id": "zoo", "question": "How many pens are there?", "query": "SELECT count(*) FROM pen"}
+//! prompt  pen(id, size)\ncat(name, pen)\nforeign keys: cat.pen = pen.id\n\nHow many pens are there?\nAnswer with one SQLite query only.
+//! target  SELECT count(*) FROM pen
+//! score   on database/zoo/zoo.sqlite the answer gives the same rows, in the same order if the reference says ORDER BY
+//! ```
+//!
+//! The official judges: <https://github.com/taoyds/spider/blob/master/evaluation.py>, and by execution
+//! <https://github.com/taoyds/test-suite-sql-eval>, which also compares the queries on further generated databases.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
@@ -8,12 +18,11 @@ use serde_json::json;
 
 use super::Verdict;
 use super::sql::Database;
-use crate::prompt_set::dataset_file;
-use crate::prompt_set::{Prompt, Sample};
+use crate::prompt_set::{Prompt, Sample, dataset_file};
 use crate::{Error, Result, fingerprint};
 
-/// Questions of the split `heldout`, at least.
-const HELD_OUT: usize = 700;
+/// The split `heldout` has at least this many questions.
+const MIN_HELDOUT: usize = 700;
 
 #[derive(Deserialize)]
 struct Row {
@@ -27,14 +36,15 @@ struct Row {
 struct Schema {
     db_id: String,
     table_names_original: Vec<String>,
-    /// Index of the table (-1 for `*`) and name.
+    /// Index of the table (-1 for `*`) and name of the column.
     column_names_original: Vec<(i64, String)>,
     /// Pairs of column indices.
     foreign_keys: Vec<(usize, usize)>,
 }
 
 impl Schema {
-    fn text(&self) -> String {
+    /// `table(column, ...)`, one a line, and the foreign keys.
+    fn to_prompt(&self) -> String {
         let mut text = String::new();
         for (index, table) in self.table_names_original.iter().enumerate() {
             let columns: Vec<&str> = self
@@ -48,7 +58,7 @@ impl Schema {
         let keys: Vec<String> = self
             .foreign_keys
             .iter()
-            .filter_map(|&(from, to)| Some(format!("{} = {}", self.column(from)?, self.column(to)?)))
+            .filter_map(|&(from, to)| Some(format!("{} = {}", self.column_name(from)?, self.column_name(to)?)))
             .collect();
         if !keys.is_empty() {
             text.push_str(&format!("foreign keys: {}\n", keys.join(", ")));
@@ -56,7 +66,8 @@ impl Schema {
         text
     }
 
-    fn column(&self, index: usize) -> Option<String> {
+    /// `table.column`.
+    fn column_name(&self, index: usize) -> Option<String> {
         let (table, name) = self.column_names_original.get(index)?;
         Some(format!("{}.{name}", self.table_names_original.get(usize::try_from(*table).ok()?)?))
     }
@@ -68,32 +79,24 @@ pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
         "dev" | "validation" => &["dev", "validation", "spider/validation", "data/validation"],
         "test" => &["test"],
         other => {
-            let splits = "train, dev and test, and heldout and rest, which are two parts of train";
+            let splits = "train, dev and test, and heldout and rest, into which train is divided";
             return Err(Error::usage(format!("spider has the splits {splits}, not `{other}`")));
         }
     };
     let questions: Vec<Row> = dataset_file::read(data, stems)?;
     let tables = data.join("tables.json");
-    if !tables.is_file() {
-        return Err(Error::file(
-            &tables,
-            "is missing: the prompts are made from the schemas in it. It comes with Spider's own archive, spider_data.zip \
-             (https://yale-lily.github.io/spider), as do the databases; the Hugging Face form has neither: put them beside it",
-        ));
-    }
-    let schemas: Vec<Schema> = dataset_file::read(&tables, &[])?;
-    let schemas: HashMap<&str, String> = schemas.iter().map(|schema| (schema.db_id.as_str(), schema.text())).collect();
-    let held_out = if ["heldout", "rest"].contains(&split) { held_out(data, &questions) } else { BTreeSet::new() };
-    // A question keeps its number in train.
+    let schemas = load_schemas(&tables)?;
+    let heldout = if ["heldout", "rest"].contains(&split) { draw_heldout(data, &questions) } else { BTreeSet::new() };
+    // A question of `heldout` or `rest` keeps its number in train.
     let stem = if stems.contains(&"train") { "train" } else { split };
-    let chosen = |(_, row): &(usize, Row)| match split {
-        "heldout" => held_out.contains(&pair(row)),
-        "rest" => !held_out.contains(&pair(row)),
+    let is_in_split = |(_, row): &(usize, Row)| match split {
+        "heldout" => heldout.contains(&query_key(row)),
+        "rest" => !heldout.contains(&query_key(row)),
         _ => true,
     };
     let sample = |(index, row): (usize, Row)| {
-        let schema = schemas.get(row.db_id.as_str()).ok_or_else(|| {
-            Error::file(&tables, format!("has no database `{}`, which row {} of {split} asks", row.db_id, index + 1))
+        let schema = schemas.get(&row.db_id).ok_or_else(|| {
+            Error::file(&tables, format!("has no database `{}`, which row {} of {split} needs", row.db_id, index + 1))
         })?;
         let question = row.question.trim();
         Ok(Sample {
@@ -104,54 +107,72 @@ pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
             meta: Some(json!({ "db_id": row.db_id })),
         })
     };
-    questions.into_iter().enumerate().filter(chosen).map(sample).collect()
+    questions.into_iter().enumerate().filter(is_in_split).map(sample).collect()
 }
 
-/// A database and a query, spaces aside.
-fn pair(row: &Row) -> (String, String) {
+/// The schema of each database as prompts show it.
+fn load_schemas(tables: &Path) -> Result<HashMap<String, String>> {
+    if !tables.is_file() {
+        return Err(Error::file(
+            tables,
+            "is missing: the prompts are made from the schemas in it. It comes with Spider's own archive, spider_data.zip \
+             (https://yale-lily.github.io/spider), as do the databases; the Hugging Face form has neither: put them beside it",
+        ));
+    }
+    let schemas: Vec<Schema> = dataset_file::read(tables, &[])?;
+    Ok(schemas.into_iter().map(|schema| (schema.db_id.clone(), schema.to_prompt())).collect())
+}
+
+/// A database and a query with normalised white space.
+type QueryKey = (String, String);
+
+fn query_key(row: &Row) -> QueryKey {
     (row.db_id.clone(), row.query.split_whitespace().collect::<Vec<_>>().join(" "))
 }
 
-/// The pairs of train that `heldout` asks and `rest` does not, so that what is learnt from the rest was seen neither in the words of another
-/// question: drawn from a fixed seed, among those whose database is there to score them.
-fn held_out(data: &Path, questions: &[Row]) -> BTreeSet<(String, String)> {
-    let there = |row: &&Row| data.join("database").join(&row.db_id).is_dir();
-    let mut pairs: BTreeMap<(String, String), usize> = BTreeMap::new();
-    questions.iter().filter(there).for_each(|row| *pairs.entry(pair(row)).or_default() += 1);
-    let mut drawn: Vec<_> = pairs.into_iter().collect();
-    drawn.sort_by_key(|((database, query), _)| fingerprint::derive_seed(0, &format!("{database}\n{query}")));
-    let mut rows = 0;
-    let before = |(_, count): &((String, String), usize)| {
-        let more = rows < HELD_OUT;
-        rows += count;
-        more
-    };
-    drawn.into_iter().take_while(before).map(|(pair, _)| pair).collect()
+/// The queries of train that belong to `heldout`, drawn with a fixed seed among those whose database exists. Whole queries are
+/// drawn, not questions: `rest` must not teach the answer to a held-out question that is worded differently.
+fn draw_heldout(data: &Path, questions: &[Row]) -> BTreeSet<QueryKey> {
+    let has_database = |row: &&Row| data.join("database").join(&row.db_id).is_dir();
+    let mut num_questions: BTreeMap<QueryKey, usize> = BTreeMap::new();
+    questions.iter().filter(has_database).for_each(|row| *num_questions.entry(query_key(row)).or_default() += 1);
+    let mut shuffled: Vec<_> = num_questions.into_iter().collect();
+    shuffled.sort_by_key(|((database, query), _)| fingerprint::derive_seed(0, &format!("{database}\n{query}")));
+    let mut drawn = 0;
+    let mut heldout = BTreeSet::new();
+    for (key, count) in shuffled {
+        if drawn >= MIN_HELDOUT {
+            break;
+        }
+        drawn += count;
+        heldout.insert(key);
+    }
+    heldout
 }
 
 /// The file of a sample's database: `DATA/database/ID/ID.sqlite`.
 ///
 /// # Errors
-/// When `meta` names none, or it is missing.
-pub(super) fn database(data: &Path, sample: &Sample) -> Result<PathBuf> {
+/// When `meta` names no database, or the file is missing.
+pub(super) fn database_path(data: &Path, sample: &Sample) -> Result<PathBuf> {
     let name = sample.meta.as_ref().and_then(|meta| meta["db_id"].as_str());
-    // The name becomes a path: nothing that leads out of the folder.
+    // The name becomes a part of a path, which must not leave the folder.
     let Some(name) = name.filter(|name| !name.is_empty() && !name.contains(['/', '\\']) && !name.starts_with('.'))
     else {
-        return Err(Error::usage(format!("prompt `{}`: meta has no usable `db_id`; prepare Spider again", sample.id)));
+        return Err(Error::usage(format!("prompt `{}`: meta has no valid `db_id`: prepare Spider again", sample.id)));
     };
     let path = data.join("database").join(name).join(format!("{name}.sqlite"));
     if !path.is_file() {
-        let advice = "point the data folder at all databases of Spider, or leave its questions out";
+        let advice = "use a data folder with all of the databases of Spider, or remove these questions";
         return Err(Error::file(path, format!("prompt `{}`: its database is missing: {advice}", sample.id)));
     }
     Ok(path)
 }
 
-/// Runs both queries; a gold query that does not run leaves the answer unscored.
-pub(super) fn score(data: &Path, sample: &Sample, gold: &str, answer: &str) -> Result<Verdict> {
-    let mut database = Database::open(&database(data, sample)?)?;
-    Ok(database.same_result(gold, answer).map_or(Verdict::Unscored, Verdict::of))
+/// Runs both queries. A reference that does not run leaves the answer unscored.
+pub(super) fn score(data: &Path, sample: &Sample, reference: &str, answer: &str) -> Result<Verdict> {
+    let mut database = Database::open(&database_path(data, sample)?)?;
+    Ok(database.same_result(reference, answer).map_or(Verdict::Unscored, Verdict::from_correct))
 }
 
 #[cfg(test)]
@@ -182,61 +203,59 @@ mod tests {
                 .content
                 .starts_with("pen(id, size)\ncat(name, pen)\nforeign keys: cat.pen = pen.id\n\nHow many pens?")
         );
-        let judge = ScoreContext { data: Some(dir.path()), sandbox: None };
-        let score = |answer: &str| Task::Spider.score_complete(judge, &samples[0], answer);
+        let context = ScoreContext { data: Some(dir.path()), sandbox: None };
+        let score = |answer: &str| Task::Spider.score_complete(context, &samples[0], answer);
         assert_eq!(score("SELECT 2").unwrap(), Verdict::Correct);
         assert_eq!(score("SELECT 3").unwrap(), Verdict::Incorrect);
         assert_eq!(
             Task::Spider.score_complete(ScoreContext::default(), &samples[0], "SELECT 2").unwrap(),
             Verdict::Unscored
         );
-        let mut astray = samples[0].clone();
-        astray.meta = Some(json!({ "db_id": "../zoo" }));
-        assert!(Task::Spider.score_complete(judge, &astray, "SELECT 2").is_err());
-        astray.meta = Some(json!({ "db_id": "aquarium" }));
-        let error = Task::Spider.check_scorable(judge, &astray).unwrap_err().to_string();
+        let mut broken = samples[0].clone();
+        broken.meta = Some(json!({ "db_id": "../zoo" }));
+        assert!(Task::Spider.score_complete(context, &broken, "SELECT 2").is_err());
+        broken.meta = Some(json!({ "db_id": "aquarium" }));
+        let error = Task::Spider.check_scorable(context, &broken).unwrap_err().to_string();
         assert!(error.contains("aquarium.sqlite") && error.contains("spider-dev-0"), "{error}");
-        Task::Spider.check_scorable(judge, &samples[0]).unwrap();
+        Task::Spider.check_scorable(context, &samples[0]).unwrap();
         assert!(load(dir.path(), "nosuch").is_err());
-        // Questions of the same pair stay together, whatever the spaces.
+        // Questions with the same query stay together, whatever its white space.
         let row = |index: usize, space: &str| {
             format!(r#"{{"db_id": "zoo", "question": "q{index}", "query": "SELECT{space}{}"}}"#, index / 2)
         };
         let rows = (0..3000).map(|index| row(index, [" ", "  "][index % 2])).collect::<Vec<_>>().join("\n");
         std::fs::write(dir.path().join("train.jsonl"), rows).unwrap();
-        let numbers = |split: &str| -> BTreeSet<String> {
+        let ids = |split: &str| -> BTreeSet<String> {
             load(dir.path(), split).unwrap().into_iter().map(|sample| sample.id).collect()
         };
-        let (held_out, rest, all) = (numbers("heldout"), numbers("rest"), numbers("train"));
-        assert_eq!((held_out.len(), rest.len()), (HELD_OUT, 3000 - HELD_OUT));
-        assert!(held_out.is_disjoint(&rest) && held_out.union(&rest).eq(&all));
+        let (heldout, rest, all) = (ids("heldout"), ids("rest"), ids("train"));
+        assert_eq!((heldout.len(), rest.len()), (MIN_HELDOUT, 3000 - MIN_HELDOUT));
+        assert!(heldout.is_disjoint(&rest) && heldout.union(&rest).eq(&all));
         let twin = |id: &String| format!("spider-train-{}", id[13..].parse::<usize>().unwrap() ^ 1);
-        assert!(held_out.iter().all(|id| held_out.contains(&twin(id))));
+        assert!(heldout.iter().all(|id| heldout.contains(&twin(id))));
         assert_eq!(load(dir.path(), "heldout").unwrap()[0].source, "spider/heldout");
     }
 
     #[test]
-    fn every_real_gold_query_matches_itself() {
-        let Some(data) = std::env::var_os("CLLM_DATA") else {
-            println!("skipped: CLLM_DATA is not set");
-            return;
-        };
-        let data = Path::new(&data).join("spider");
-        let judge = ScoreContext { data: Some(&data), sandbox: None };
-        // In train, 96 rows ask databases that the folder lacks, and three queries do not run.
+    #[ignore = "needs the benchmarks' data: scripts/test --data DIR"]
+    fn every_published_reference_matches_itself() {
+        let data = cllm_testing::benchmark_data("spider");
+        let context = ScoreContext { data: Some(&data), sandbox: None };
+        // In train, 96 rows use databases that the folder lacks, and three queries do not run.
         let faulty = ["spider-train-3153", "spider-train-4513", "spider-train-4514"];
-        for (split, count, scored, faulty) in [("dev", 1034, 1034, &[][..]), ("train", 7000, 6904, &faulty)] {
+        for (split, num_samples, num_scored, faulty) in [("dev", 1034, 1034, &[][..]), ("train", 7000, 6904, &faulty)] {
             let samples = load(&data, split).unwrap();
-            assert_eq!(samples.len(), count);
-            let there = |sample: &&Sample| Task::Spider.check_scorable(judge, sample).is_ok();
+            assert_eq!(samples.len(), num_samples);
+            let is_scorable = |sample: &&Sample| Task::Spider.check_scorable(context, sample).is_ok();
             let verdict = |sample: &Sample| {
-                let gold = sample.reference.as_deref().unwrap();
-                (sample.id.clone(), Task::Spider.score_complete(judge, sample, gold).unwrap())
+                let reference = sample.reference.as_deref().unwrap();
+                (sample.id.clone(), Task::Spider.score_complete(context, sample, reference).unwrap())
             };
-            let found: Vec<_> = samples.par_iter().filter(there).map(verdict).collect();
-            assert_eq!(found.len(), scored);
-            let other: Vec<_> = found.into_iter().filter(|(_, verdict)| *verdict != Verdict::Correct).collect();
-            assert_eq!(other, faulty.iter().map(|id| ((*id).to_owned(), Verdict::Unscored)).collect::<Vec<_>>());
+            let verdicts: Vec<_> = samples.par_iter().filter(is_scorable).map(verdict).collect();
+            assert_eq!(verdicts.len(), num_scored);
+            let not_correct: Vec<_> =
+                verdicts.into_iter().filter(|(_, verdict)| *verdict != Verdict::Correct).collect();
+            assert_eq!(not_correct, faulty.iter().map(|id| ((*id).to_owned(), Verdict::Unscored)).collect::<Vec<_>>());
         }
     }
 }

@@ -1,4 +1,5 @@
-//! Runs queries of unknown origin on a SQLite database without harm to it, and compares what they give.
+//! Runs queries that a model wrote on a SQLite database, and compares their results. The queries can only read, and have
+//! limits of time and size: a model writes `DROP TABLE`, joins without a condition, and recursions without an end.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -10,14 +11,14 @@ use rusqlite::{Connection, OpenFlags};
 
 use crate::{Error, Result};
 
-/// A query on a benchmark's own file may take so long.
+/// Time limit of a query on a benchmark's database.
 const FILE_TIME_LIMIT: Duration = Duration::from_secs(10);
-/// A result beyond these is taken for a runaway join.
+/// A larger result is taken for a runaway join.
 const MAX_ROWS: usize = 200_000;
-const MAX_BYTES: usize = 64 << 20;
+const MAX_RESULT_BYTES: usize = 64 << 20;
 
-/// The first statement of an answer, out of its code fence if it has one.
-pub(super) fn extract(answer: &str) -> &str {
+/// The first statement of an answer, taken from its code fence if it has one.
+fn extract_query(answer: &str) -> &str {
     let body = match answer.split_once("```") {
         Some((_, fenced)) => {
             let inside = fenced.split("```").next().unwrap_or(fenced);
@@ -38,7 +39,7 @@ pub(super) fn extract(answer: &str) -> &str {
     body[..end.map_or(body.len(), |(at, _)| at)].trim()
 }
 
-/// A database on which queries of unknown origin do no harm: they can only read, and neither run nor return without end.
+/// A database on which untrusted queries are safe to run.
 pub(super) struct Database {
     connection: Connection,
     time_limit: Duration,
@@ -48,7 +49,7 @@ impl Database {
     /// Opens a file so that nothing is written, not even a journal beside it.
     ///
     /// # Errors
-    /// When it is no database.
+    /// When the file is not a database.
     pub(super) fn open(path: &Path) -> Result<Self> {
         let bad = |error: rusqlite::Error| Error::file(path, format!("is not a readable SQLite database: {error}"));
         let name = path.to_string_lossy().replace('%', "%25").replace('?', "%3f").replace('#', "%23");
@@ -58,38 +59,40 @@ impl Database {
         Self::guard(connection, FILE_TIME_LIMIT).map_err(bad)
     }
 
-    /// Puts the guards on a connection; `time_limit` is that of one query.
+    /// Restricts a connection to reading. `time_limit` is that of one query.
     pub(super) fn guard(mut connection: Connection, time_limit: Duration) -> rusqlite::Result<Self> {
-        for (limit, most) in [
+        for (limit, max) in [
             (Limit::SQLITE_LIMIT_ATTACHED, 0),
             (Limit::SQLITE_LIMIT_LENGTH, 16 << 20),
             (Limit::SQLITE_LIMIT_LIKE_PATTERN_LENGTH, 1000),
         ] {
-            connection.set_limit(limit, most)?;
+            connection.set_limit(limit, max)?;
         }
-        let judge = |context: AuthContext<'_>| match context.action {
+        let authorize = |context: AuthContext<'_>| match context.action {
             AuthAction::Select | AuthAction::Read { .. } | AuthAction::Function { .. } | AuthAction::Recursive => {
                 Authorization::Allow
             }
             _ => Authorization::Deny,
         };
-        connection.authorizer(Some(judge))?;
+        connection.authorizer(Some(authorize))?;
         Ok(Database { connection, time_limit })
     }
 
-    /// Whether `answer` gives what `gold` gives; `None` when the gold query itself does not run.
-    pub(super) fn same_result(&mut self, gold: &str, answer: &str) -> Option<bool> {
-        let mut wanted = self.rows(extract(gold)).ok()?;
-        let Ok(mut found) = self.rows(extract(answer)) else { return Some(false) };
-        let words: Vec<String> = gold.split_whitespace().map(str::to_lowercase).collect();
-        if !words.windows(2).any(|pair| pair[0].ends_with("order") && pair[1].starts_with("by")) {
-            wanted.sort();
-            found.sort();
+    /// Whether `answer` has the result of `reference`; `None` when the reference itself does not run. The order of the rows
+    /// counts only if the reference asks for one.
+    pub(super) fn same_result(&mut self, reference: &str, answer: &str) -> Option<bool> {
+        let mut expected = self.rows(extract_query(reference)).ok()?;
+        let Ok(mut actual) = self.rows(extract_query(answer)) else { return Some(false) };
+        let words: Vec<String> = reference.split_whitespace().map(str::to_lowercase).collect();
+        let is_ordered = words.windows(2).any(|pair| pair[0].ends_with("order") && pair[1].starts_with("by"));
+        if !is_ordered {
+            expected.sort();
+            actual.sort();
         }
-        Some(wanted == found)
+        Some(expected == actual)
     }
 
-    /// The rows of a query, each value as a text by which equal values are equal.
+    /// The rows of a query's result, with each value in its canonical text.
     fn rows(&mut self, query: &str) -> rusqlite::Result<Vec<Vec<String>>> {
         let deadline = Instant::now() + self.time_limit;
         self.connection.progress_handler(10_000, Some(move || Instant::now() > deadline))?;
@@ -98,13 +101,15 @@ impl Database {
         if columns == 0 || !statement.readonly() {
             return Err(rusqlite::Error::InvalidQuery);
         }
-        let mut found = statement.query([])?;
+        let mut result = statement.query([])?;
         let (mut rows, mut bytes) = (Vec::new(), 0);
-        while let Some(row) = found.next()? {
-            let values = (0..columns).map(|at| row.get_ref(at).map(key)).collect::<rusqlite::Result<Vec<String>>>()?;
+        while let Some(row) = result.next()? {
+            let values = (0..columns)
+                .map(|column| row.get_ref(column).map(canonical_text))
+                .collect::<rusqlite::Result<Vec<String>>>()?;
             bytes += values.iter().map(String::len).sum::<usize>();
             rows.push(values);
-            if rows.len() > MAX_ROWS || bytes > MAX_BYTES {
+            if rows.len() > MAX_ROWS || bytes > MAX_RESULT_BYTES {
                 return Err(rusqlite::Error::InvalidQuery);
             }
         }
@@ -112,8 +117,9 @@ impl Database {
     }
 }
 
-/// 1 and 1.0 are the same; so are averages that differ by rounding; text need not be UTF-8.
-fn key(value: ValueRef<'_>) -> String {
+/// A text that is equal for values that count as equal: 1 and 1.0, or averages that differ by rounding. Text values need not
+/// be UTF-8.
+fn canonical_text(value: ValueRef<'_>) -> String {
     match value {
         ValueRef::Null => "null".to_owned(),
         ValueRef::Integer(number) => format!("n{number}"),
@@ -221,9 +227,9 @@ mod tests {
     }
 
     #[test]
-    fn the_first_statement_is_found() {
-        assert_eq!(extract("SELECT ';' FROM t; DROP TABLE t"), "SELECT ';' FROM t");
-        assert_eq!(extract("Here it is:\n```sqlite\nSELECT 1;\n```\nDone."), "SELECT 1");
-        assert_eq!(extract("```\nSELECT 2\n```"), "SELECT 2");
+    fn the_first_statement_is_extracted() {
+        assert_eq!(extract_query("SELECT ';' FROM t; DROP TABLE t"), "SELECT ';' FROM t");
+        assert_eq!(extract_query("Here it is:\n```sqlite\nSELECT 1;\n```\nDone."), "SELECT 1");
+        assert_eq!(extract_query("```\nSELECT 2\n```"), "SELECT 2");
     }
 }

@@ -1,6 +1,17 @@
-//! Problems made from a seed, in GSM8K's form and as text to SQL: small enough for a model of a few million parameters,
-//! checkable, and shipped with the toolkit so that nothing has to be downloaded.
+//! Problems generated from a seed: word problems in GSM8K's form, and text to SQL. They are easy enough for a model of a few
+//! million parameters, and need no download.
+//!
+//! ```text
+//! prompt  Tom has 7 pens. Tom buys 2 boxes with 3 pens each. How many pens does Tom have now?
+//! target  Tom buys 2 boxes with 3 pens each, so Tom buys 2 * 3 = 6 pens. ... 7 + 6 = 13 pens.\n#### 13
+//! score   as GSM8K: the final number is 13
+//!
+//! prompt  pets(name, kind, age). How many pets have the kind cat?
+//! target  SELECT COUNT(*) FROM pets WHERE kind = 'cat'
+//! score   as Spider: the same result on a generated table of 60 rows
+//! ```
 
+use std::collections::HashSet;
 use std::time::Duration;
 
 use rand::RngExt;
@@ -14,154 +25,182 @@ use super::{Verdict, gsm8k};
 use crate::prompt_set::{Prompt, Sample};
 use crate::{Error, Result, fingerprint, interrupt};
 
-/// Samples of a split where no count is given.
+/// Number of samples of a split unless the user asks for another.
 pub const DEFAULT_NUM_PROBLEMS: usize = 2000;
-/// A query on so small a table that takes longer has no end.
+/// No sensible query on such a small table needs longer.
 const TIME_LIMIT: Duration = Duration::from_secs(1);
 
 const NAMES: [&str; 12] = ["Tom", "Ann", "Ben", "Eva", "Sam", "Mia", "Leo", "Zoe", "Max", "Ida", "Jim", "Amy"];
 const THINGS: [&str; 10] =
     ["apples", "pens", "books", "cards", "coins", "eggs", "shells", "stamps", "marbles", "cookies"];
 const BOXES: [&str; 4] = ["bags", "boxes", "baskets", "packs"];
-/// Table, its text column with values, its number column.
-const TABLES: [(&str, &str, [&str; 4], &str); 6] = [
-    ("pets", "kind", ["cat", "dog", "bird", "fish"], "age"),
-    ("cars", "color", ["red", "blue", "green", "black"], "price"),
-    ("books", "genre", ["drama", "poetry", "history", "crime"], "pages"),
-    ("songs", "style", ["rock", "jazz", "folk", "blues"], "seconds"),
-    ("trees", "species", ["oak", "pine", "birch", "maple"], "height"),
-    ("rooms", "floor", ["ground", "first", "second", "third"], "seats"),
+const NUM_TABLE_ROWS: usize = 60;
+
+/// A table with a name, a text and a number in each row.
+struct Table {
+    name: &'static str,
+    text_column: &'static str,
+    values: [&'static str; 4],
+    number_column: &'static str,
+}
+
+#[rustfmt::skip]
+const TABLES: [Table; 6] = [
+    Table { name: "pets", text_column: "kind", values: ["cat", "dog", "bird", "fish"], number_column: "age" },
+    Table { name: "cars", text_column: "color", values: ["red", "blue", "green", "black"], number_column: "price" },
+    Table { name: "books", text_column: "genre", values: ["drama", "poetry", "history", "crime"], number_column: "pages" },
+    Table { name: "songs", text_column: "style", values: ["rock", "jazz", "folk", "blues"], number_column: "seconds" },
+    Table { name: "trees", text_column: "species", values: ["oak", "pine", "birch", "maple"], number_column: "height" },
+    Table { name: "rooms", text_column: "floor", values: ["ground", "first", "second", "third"], number_column: "seats" },
 ];
 
-/// `count` samples of a split. Splits are disjoint: a problem belongs to `test` or to the others by its own hash. Ends early
-/// when a signal asks to stop, for which the caller looks.
+/// A generated problem before it is a sample.
+struct Problem {
+    question: String,
+    answer: String,
+    /// Name of the table that a query is for.
+    table: Option<&'static str>,
+}
+
+/// Generates `count` samples of a split. Splits are disjoint: the hash of a question decides whether it belongs to `test`.
+/// Returns fewer samples when a signal asks to stop, which the caller has to check.
 pub fn generate(seed: u64, split: &str, count: usize) -> Vec<Sample> {
     let mut samples = Vec::new();
-    // Far more problems exist than anyone asks for; the bound only makes the loop's end plain.
-    let most_draws = (count as u64).saturating_mul(100).saturating_add(1000);
-    let mut seen = std::collections::HashSet::new();
-    for draw in 0.. {
-        if samples.len() == count || draw > most_draws || interrupt::requested().is_some() {
+    // There are far more problems than anyone asks for; the bound guarantees that the loop ends.
+    let max_draws = (count as u64).saturating_mul(100).saturating_add(1000);
+    let mut seen = HashSet::new();
+    for draw in 0..=max_draws {
+        if samples.len() == count || interrupt::requested().is_some() {
             break;
         }
         let mut rng = fingerprint::derive_rng(seed, &format!("synthetic/{split}"), draw);
-        let (question, answer, meta) =
-            if rng.random_range(0..4) == 0 { sql_problem(&mut rng) } else { word_problem(&mut rng) };
-        let for_test = blake3::hash(question.as_bytes()).as_bytes()[0] < 26;
-        if for_test == (split == "test") && seen.insert(question.clone()) {
+        let problem = if rng.random_range(0..4) == 0 { sql_problem(&mut rng) } else { word_problem(&mut rng) };
+        let is_for_test = blake3::hash(problem.question.as_bytes()).as_bytes()[0] < 26;
+        if is_for_test == (split == "test") && seen.insert(problem.question.clone()) {
             samples.push(Sample {
                 id: format!("synthetic-{split}-{seed}-{}", samples.len()),
                 source: format!("synthetic/{split}"),
-                prompt: Prompt::question(question),
-                reference: Some(answer),
-                meta,
+                prompt: Prompt::question(problem.question),
+                reference: Some(problem.answer),
+                meta: problem.table.map(|table| json!({ "table": table })),
             });
         }
     }
     samples
 }
 
-type Problem = (String, String, Option<serde_json::Value>);
-
 fn word_problem(rng: &mut ChaCha8Rng) -> Problem {
     let name = pick(rng, &NAMES);
     let thing = pick(rng, &THINGS);
-    let (question, steps, result) = match rng.random_range(0..5) {
-        0 => {
-            let (a, b, c) = (rng.random_range(2..50), rng.random_range(2..10), rng.random_range(2..10));
-            let boxes = pick(rng, &BOXES);
-            (
-                format!(
-                    "{name} has {a} {thing}. {name} buys {b} {boxes} with {c} {thing} each. How many {thing} does {name} have now?"
-                ),
-                format!(
-                    "{name} buys {b} {boxes} with {c} {thing} each, so {name} buys {b} * {c} = {} {thing}. \
-                     {name} had {a} {thing}, so now {name} has {a} + {} = {} {thing}.",
-                    b * c,
-                    b * c,
-                    a + b * c
-                ),
-                a + b * c,
-            )
-        }
-        1 => {
-            let (a, b) = (rng.random_range(20..60), rng.random_range(2..40));
-            let c = rng.random_range(1..20);
-            let friend = pick(rng, &NAMES);
-            (
-                format!(
-                    "{name} has {a} {thing}. {friend} gives {name} {b} more {thing}. Then {name} loses {c} {thing}. How many {thing} are left?"
-                ),
-                format!(
-                    "{name} has {a} {thing} and gets {b} more {thing}, so {name} has {a} + {b} = {} {thing}. \
-                     {name} loses {c} {thing}, so {name} has {} - {c} = {} {thing} left.",
-                    a + b,
-                    a + b,
-                    a + b - c
-                ),
-                a + b - c,
-            )
-        }
-        2 => {
-            let (a, b) = (rng.random_range(2..10), rng.random_range(2..10));
-            let c = rng.random_range(1..a * b);
-            let boxes = pick(rng, &BOXES);
-            (
-                format!(
-                    "{name} fills {a} {boxes} with {b} {thing} each and sells {c} {thing}. How many {thing} does {name} keep?"
-                ),
-                format!(
-                    "{name} fills {a} {boxes} with {b} {thing} each, so {name} has {a} * {b} = {} {thing}. \
-                     {name} sells {c} {thing}, so {name} keeps {} - {c} = {} {thing}.",
-                    a * b,
-                    a * b,
-                    a * b - c
-                ),
-                a * b - c,
-            )
-        }
-        3 => {
-            let (a, b, c) = (rng.random_range(2..30), rng.random_range(2..30), rng.random_range(2..30));
-            (
-                format!(
-                    "{name} finds {a} {thing} on Monday, {b} {thing} on Tuesday and {c} {thing} on Friday. How many {thing} does {name} find in all?"
-                ),
-                format!(
-                    "On Monday and Tuesday {name} finds {a} + {b} = {} {thing}. \
-                     With the {thing} of Friday {name} finds {} + {c} = {} {thing} in all.",
-                    a + b,
-                    a + b,
-                    a + b + c
-                ),
-                a + b + c,
-            )
-        }
-        _ => {
-            let (a, b) = (rng.random_range(2..40), rng.random_range(2..30));
-            let friend = pick(rng, &NAMES);
-            (
-                format!(
-                    "{name} has {a} {thing}. {friend} has {b} more {thing} than {name}. How many {thing} do they have together?"
-                ),
-                format!(
-                    "{friend} has {b} more {thing} than {name}, so {friend} has {a} + {b} = {} {thing}. \
-                     Together they have {a} + {} = {} {thing}.",
-                    a + b,
-                    a + b,
-                    a + a + b
-                ),
-                a + a + b,
-            )
-        }
+    let Story { question, steps, result } = match rng.random_range(0..5) {
+        0 => buying(rng, name, thing),
+        1 => getting_and_losing(rng, name, thing),
+        2 => filling_and_selling(rng, name, thing),
+        3 => finding(rng, name, thing),
+        _ => comparing(rng, name, thing),
     };
-    (question, format!("{steps}\n#### {result}"), None)
+    Problem { question, answer: format!("{steps}\n#### {result}"), table: None }
+}
+
+/// A word problem with its solution.
+struct Story {
+    question: String,
+    steps: String,
+    result: i32,
+}
+
+fn buying(rng: &mut ChaCha8Rng, name: &str, thing: &str) -> Story {
+    let (a, b, c) = (rng.random_range(2..50), rng.random_range(2..10), rng.random_range(2..10));
+    let boxes = pick(rng, &BOXES);
+    let (bought, result) = (b * c, a + b * c);
+    Story {
+        question: format!(
+            "{name} has {a} {thing}. {name} buys {b} {boxes} with {c} {thing} each. \
+             How many {thing} does {name} have now?"
+        ),
+        steps: format!(
+            "{name} buys {b} {boxes} with {c} {thing} each, so {name} buys {b} * {c} = {bought} {thing}. \
+             {name} had {a} {thing}, so now {name} has {a} + {bought} = {result} {thing}."
+        ),
+        result,
+    }
+}
+
+fn getting_and_losing(rng: &mut ChaCha8Rng, name: &str, thing: &str) -> Story {
+    let (a, b) = (rng.random_range(20..60), rng.random_range(2..40));
+    let c = rng.random_range(1..20);
+    let friend = pick(rng, &NAMES);
+    let (sum, result) = (a + b, a + b - c);
+    Story {
+        question: format!(
+            "{name} has {a} {thing}. {friend} gives {name} {b} more {thing}. Then {name} loses {c} {thing}. \
+             How many {thing} are left?"
+        ),
+        steps: format!(
+            "{name} has {a} {thing} and gets {b} more {thing}, so {name} has {a} + {b} = {sum} {thing}. \
+             {name} loses {c} {thing}, so {name} has {sum} - {c} = {result} {thing} left."
+        ),
+        result,
+    }
+}
+
+fn filling_and_selling(rng: &mut ChaCha8Rng, name: &str, thing: &str) -> Story {
+    let (a, b) = (rng.random_range(2..10), rng.random_range(2..10));
+    let c = rng.random_range(1..a * b);
+    let boxes = pick(rng, &BOXES);
+    let (all, result) = (a * b, a * b - c);
+    Story {
+        question: format!(
+            "{name} fills {a} {boxes} with {b} {thing} each and sells {c} {thing}. \
+             How many {thing} does {name} keep?"
+        ),
+        steps: format!(
+            "{name} fills {a} {boxes} with {b} {thing} each, so {name} has {a} * {b} = {all} {thing}. \
+             {name} sells {c} {thing}, so {name} keeps {all} - {c} = {result} {thing}."
+        ),
+        result,
+    }
+}
+
+fn finding(rng: &mut ChaCha8Rng, name: &str, thing: &str) -> Story {
+    let (a, b, c) = (rng.random_range(2..30), rng.random_range(2..30), rng.random_range(2..30));
+    let (sum, result) = (a + b, a + b + c);
+    Story {
+        question: format!(
+            "{name} finds {a} {thing} on Monday, {b} {thing} on Tuesday and {c} {thing} on Friday. \
+             How many {thing} does {name} find in all?"
+        ),
+        steps: format!(
+            "On Monday and Tuesday {name} finds {a} + {b} = {sum} {thing}. \
+             With the {thing} of Friday {name} finds {sum} + {c} = {result} {thing} in all."
+        ),
+        result,
+    }
+}
+
+fn comparing(rng: &mut ChaCha8Rng, name: &str, thing: &str) -> Story {
+    let (a, b) = (rng.random_range(2..40), rng.random_range(2..30));
+    let friend = pick(rng, &NAMES);
+    let (more, result) = (a + b, a + a + b);
+    Story {
+        question: format!(
+            "{name} has {a} {thing}. {friend} has {b} more {thing} than {name}. \
+             How many {thing} do they have together?"
+        ),
+        steps: format!(
+            "{friend} has {b} more {thing} than {name}, so {friend} has {a} + {b} = {more} {thing}. \
+             Together they have {a} + {more} = {result} {thing}."
+        ),
+        result,
+    }
 }
 
 fn sql_problem(rng: &mut ChaCha8Rng) -> Problem {
-    let (table, text, values, number) = TABLES[rng.random_range(0..TABLES.len())];
-    let value = pick(rng, &values);
+    let Table { name: table, text_column: text, values, number_column: number } =
+        &TABLES[rng.random_range(0..TABLES.len())];
+    let value = pick(rng, values);
     let limit = rng.random_range(2..90);
-    let (wish, query) = match rng.random_range(0..5) {
+    let (request, query) = match rng.random_range(0..5) {
         0 => (
             format!("How many {table} have the {text} {value}?"),
             format!("SELECT COUNT(*) FROM {table} WHERE {text} = '{value}'"),
@@ -186,35 +225,41 @@ fn sql_problem(rng: &mut ChaCha8Rng) -> Problem {
             )
         }
     };
-    (format!("{table}(name, {text}, {number}). {wish}"), query, Some(json!({ "table": table })))
+    let question = format!("{table}(name, {text}, {number}). {request}");
+    Problem { question, answer: query, table: Some(table) }
 }
 
 fn pick<'a>(rng: &mut ChaCha8Rng, choices: &[&'a str]) -> &'a str {
-    choices.choose(rng).copied().unwrap_or_default()
+    choices.choose(rng).copied().expect("there is something to choose from")
 }
 
-/// A word problem by its number, SQL by what it gives on the table.
+/// Scores a word problem by its number, and a query by its result on the table.
 pub(super) fn score(sample: &Sample, reference: &str, answer: &str) -> Result<Verdict> {
-    let Some(table) = sample.meta.as_ref().and_then(|meta| meta["table"].as_str()) else {
-        return Ok(Verdict::of(gsm8k::is_right(reference, answer)));
+    let Some(name) = sample.meta.as_ref().and_then(|meta| meta["table"].as_str()) else {
+        return Ok(Verdict::from_correct(gsm8k::is_correct(reference, answer)));
     };
-    let Some(columns) = TABLES.into_iter().find(|entry| entry.0 == table) else {
-        let known = TABLES.map(|entry| entry.0).join(", ");
-        return Err(Error::usage(format!("prompt `{}`: meta names the table `{table}`; there are {known}", sample.id)));
+    let Some(table) = TABLES.iter().find(|table| table.name == name) else {
+        let known = TABLES.map(|table| table.name).join(", ");
+        let id = &sample.id;
+        return Err(Error::usage(format!(
+            "prompt `{id}`: meta has the unknown table `{name}`; the tables are {known}"
+        )));
     };
-    let mut database = database(columns).map_err(|error| Error::environment(format!("SQLite: {error}")))?;
-    Ok(database.same_result(reference, answer).map_or(Verdict::Unscored, Verdict::of))
+    let mut database = create_database(table).map_err(|error| Error::environment(format!("SQLite: {error}")))?;
+    Ok(database.same_result(reference, answer).map_or(Verdict::Unscored, Verdict::from_correct))
 }
 
-/// A table of 60 rows, the same on every machine.
-fn database((table, text, values, number): (&str, &str, [&str; 4], &str)) -> rusqlite::Result<Database> {
+/// Fills a table, the same on every machine.
+fn create_database(table: &Table) -> rusqlite::Result<Database> {
+    let Table { name, text_column, values, number_column } = table;
     let connection = Connection::open_in_memory()?;
-    connection.execute_batch(&format!("CREATE TABLE {table} (name TEXT, {text} TEXT, {number} INTEGER)"))?;
-    let mut rng = fingerprint::derive_rng(0, table, 0);
-    for row in 0..60 {
-        let (value, amount) = (pick(&mut rng, &values), rng.random_range(1..100));
-        connection
-            .execute(&format!("INSERT INTO {table} VALUES (?1, ?2, ?3)"), (format!("{table}{row}"), value, amount))?;
+    connection
+        .execute_batch(&format!("CREATE TABLE {name} (name TEXT, {text_column} TEXT, {number_column} INTEGER)"))?;
+    let mut rng = fingerprint::derive_rng(0, name, 0);
+    let insert = format!("INSERT INTO {name} VALUES (?1, ?2, ?3)");
+    for row in 0..NUM_TABLE_ROWS {
+        let (value, number) = (pick(&mut rng, values), rng.random_range(1..100));
+        connection.execute(&insert, (format!("{name}{row}"), value, number))?;
     }
     Database::guard(connection, TIME_LIMIT)
 }
@@ -225,7 +270,7 @@ mod tests {
     use crate::task::{ScoreContext, Task};
 
     #[test]
-    fn every_reference_is_right_and_splits_are_disjoint() {
+    fn every_reference_is_correct_and_splits_are_disjoint() {
         let (train, test) = (generate(1, "train", 500), generate(1, "test", 300));
         assert_eq!((train.len(), test.len()), (500, 300));
         for sample in train.iter().chain(&test) {
@@ -240,13 +285,13 @@ mod tests {
                 Verdict::Incorrect
             );
         }
-        let many = generate(2, "train", 3000);
-        assert!(test.iter().all(|a| many.iter().all(|b| a.prompt != b.prompt)));
+        let others = generate(2, "train", 3000);
+        assert!(test.iter().all(|a| others.iter().all(|b| a.prompt != b.prompt)));
         assert_eq!(generate(1, "train", 500), train);
     }
 
     #[test]
-    fn sql_is_judged_by_its_result_and_cannot_do_harm() {
+    fn queries_are_scored_by_their_result_and_cannot_do_harm() {
         let sample = |reference: &str| Sample {
             id: "a".into(),
             source: "synthetic/test".into(),
@@ -268,13 +313,13 @@ mod tests {
         assert_eq!(
             score(&table, "PRAGMA table_info(pets)"),
             Verdict::Unscored,
-            "the authorizer allows plain reading only"
+            "the authorizer allows only plain reading"
         );
         let ordered = sample("SELECT name FROM pets ORDER BY age DESC LIMIT 3");
         assert_eq!(score(&ordered, "SELECT name FROM pets ORDER BY age ASC LIMIT 3"), Verdict::Incorrect);
-        let astray = Sample { meta: Some(json!({ "table": "cats" })), ..count };
+        let broken = Sample { meta: Some(json!({ "table": "cats" })), ..count };
         let error =
-            Task::Synthetic.score_complete(ScoreContext::default(), &astray, "SELECT 1").unwrap_err().to_string();
+            Task::Synthetic.score_complete(ScoreContext::default(), &broken, "SELECT 1").unwrap_err().to_string();
         assert!(error.contains("`a`") && error.contains("`cats`"), "{error}");
     }
 }

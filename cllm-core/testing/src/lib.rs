@@ -6,10 +6,15 @@ pub mod foreign_parquet;
 pub mod help;
 pub mod programs;
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// Trains a tokenizer of at most `vocab_size` ids on some texts and writes its files into `folder`.
 pub fn train_tokenizer(texts: impl IntoIterator<Item: Into<String>>, vocab_size: usize, folder: &Path) {
     let texts: Vec<String> = texts.into_iter().map(Into::into).collect();
     cllm_train::tokenizer_training::train(&texts, vocab_size, folder).unwrap();
+}
+
+/// The folder of a benchmark's published files, below the folder that `CLLM_DATA` names (`scripts/test --data DIR`).
+pub fn benchmark_data(name: &str) -> PathBuf {
+    Path::new(&std::env::var_os("CLLM_DATA").expect("CLLM_DATA names the folder with the benchmarks' data")).join(name)
 }

@@ -46,7 +46,7 @@ impl Examples {
                 let name = task.name();
                 return Err(Error::usage(format!("`scorer` is for jsonl only; {name} has its own: leave it out")));
             }
-            samples.iter_mut().for_each(|sample| scorer.note(sample));
+            samples.iter_mut().for_each(|sample| scorer.set_default(sample));
         }
         if task == Task::MtBench {
             samples = mt_bench_turns::both_turns(samples)?;

@@ -34,7 +34,8 @@ fn launched_by(folder: &Path, script: &str) -> cllm_core::Result<Sandbox> {
     let launcher = PathBuf::from(path(folder, "launcher"));
     std::fs::write(&launcher, script).unwrap();
     std::fs::set_permissions(&launcher, std::fs::Permissions::from_mode(0o755)).unwrap();
-    let limits = Limits { time: Duration::from_secs(6), cpu_seconds: 2, memory_bytes: 256 << 20, ..Limits::default() };
+    let limits =
+        Limits { wall_time: Duration::from_secs(6), cpu_seconds: 2, memory_bytes: 256 << 20, ..Limits::default() };
     Sandbox::with_launcher(&launcher, limits)
 }
 

@@ -139,7 +139,7 @@ fn jsonl_has_a_scorer_and_the_row_of_a_broken_pattern_is_named() {
     };
     put("(");
     // There is no model yet: the pattern is checked first.
-    EVAL.fail(&run("scorer=regex"), 2, &["prompts.jsonl", "row 2", "`b`", "no pattern"]);
+    EVAL.fail(&run("scorer=regex"), 2, &["prompts.jsonl", "row 2", "`b`", "not a valid pattern"]);
     EVAL.fail(&run("scorer=fuzzy"), 2, &["scorer", "exact"]);
     put("^nothing$");
     model(Path::new(&teacher), 1);

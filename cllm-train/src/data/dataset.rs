@@ -1,31 +1,27 @@
-//! What a run learns from, in memory: references of prompt sets or trajectories.
+//! Reads the data sets of a run into memory: references of prompt sets for sft, trajectories for consistency.
 
 use std::path::Path;
 
 use cllm_core::model::ModelConfig;
+use cllm_core::progress::count;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{Reader, Trajectory};
 use cllm_core::{Error, Result, interrupt, progress, prompt_set};
-use rand::seq::SliceRandom;
-use rand_chacha::ChaCha8Rng;
 
-use crate::data::packing::{NoisyBlock, Packed};
-use crate::data::state_sampling as states;
 use crate::settings::{BlockContext, ConsistencySettings, LabelSource, Objective, Settings};
 
-/// One response to learn from.
+/// One response to learn from, with its prompt.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Example {
-    /// Names the randomness.
+    /// Random draws for this example are seeded with it.
     pub id: String,
-    /// Token ids of the prompt.
-    pub prompt: Vec<i32>,
-    /// Token ids of the response, EOS included.
-    pub response: Vec<i32>,
-    /// In the order of their starts.
+    pub prompt_ids: Vec<i32>,
+    /// EOS included.
+    pub response_ids: Vec<i32>,
+    /// Sorted by their start.
     pub blocks: Vec<Block>,
     /// Whether the autoregressive loss teaches the response.
-    pub labels: bool,
+    pub has_labels: bool,
 }
 
 /// One block of a response.
@@ -33,126 +29,25 @@ pub struct Example {
 pub struct Block {
     /// Position of its first token in the response.
     pub start: usize,
-    /// Its states; the last is the fixed point.
+    /// Token ids of each state; the last is the fixed point.
     pub states: Vec<Vec<i32>>,
-    /// Which of them `augment` changed; empty where it changed none.
+    /// Which of the states `augment` changed; empty if it changed none.
     pub augmented: Vec<bool>,
 }
 
-/// Reads every data set of a run. What is longer than the model's context is left out, and counted on stderr.
-///
-/// # Errors
-/// Bad files, a data set of another tokenizer or of a larger vocabulary, no rows that fit.
-pub fn read(settings: &Settings, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Vec<Example>> {
-    let mut examples = Vec::new();
-    for path in &settings.datasets {
-        match settings.objective {
-            Objective::Sft => examples.extend(references(path, tokenizer)?),
-            Objective::Consistency => {
-                examples.extend(trajectories(path, tokenizer, config, settings.consistency.labels, usize::MAX)?);
-            }
-        }
-    }
-    if !examples.is_empty() && examples.iter().all(|example| !example.labels) {
-        let message = "consistency.labels is dataset, but no row of the data has a reference: collect from prompts that \
-                       have one, or set it to teacher";
-        return Err(Error::usage(message));
-    }
-    let all = examples.len();
-    examples.retain(|example: &Example| example.prompt.len() + example.response.len() <= config.max_positions);
-    let too_long = all - examples.len();
-    let of_context = format!("longer, with their prompts, than the model's context of {}", config.max_positions);
-    if examples.is_empty() {
-        let why = if all == 0 { String::new() } else { format!(": all {all} are {of_context}") };
-        return Err(Error::usage(format!("data: no responses to learn from in {:?}{why}", settings.datasets)));
-    }
-    if too_long > 0 {
-        progress::log(format!("{too_long} responses are {of_context}: they are left out"));
-    }
-    Ok(examples)
-}
-
-fn references(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Example>> {
-    let samples = prompt_set::read(path)?;
-    let all = samples.len();
-    let with_reference: Vec<_> = samples
-        .into_iter()
-        .filter_map(|mut sample| {
-            let reference = sample.reference.take()?;
-            Some((sample, reference))
-        })
-        .collect();
-    if with_reference.len() < all {
-        let lacking = all - with_reference.len();
-        progress::log(format!("{}: {lacking} of {all} prompts have no reference: they are left out", path.display()));
-    }
-    with_reference
-        .into_iter()
-        .map(|(sample, reference)| {
-            interrupt::check()?;
-            let (_, prompt) = tokenizer.encode_prompt(&sample.prompt)?;
-            let response = tokenizer.encode_target(&reference)?;
-            Ok(Example { id: sample.id, prompt, response, blocks: Vec::new(), labels: true })
-        })
-        .collect()
-}
-
-/// Reads the first rows of a data set, at most `most`. Where the labels are the data set's own answers, each is an example
-/// of its own beside its trajectory, which then has none; rows without one are counted on stderr.
-///
-/// # Errors
-/// As [`read`], but for there being no rows.
-pub fn trajectories(
-    path: &Path,
-    tokenizer: &Tokenizer,
-    config: &ModelConfig,
-    labels: LabelSource,
-    most: usize,
-) -> Result<Vec<Example>> {
-    let reader = Reader::open(path)?;
-    reader.check_tokenizer(tokenizer.fingerprint())?;
-    // The teacher may have had ids that this model has not.
-    let mut promised = reader.provenance().clone();
-    promised.vocab_size = promised.vocab_size.min(config.vocab_size as usize);
-    let mut examples = Vec::new();
-    let (mut rows, mut lacking) = (0, 0);
-    for row in reader.unchecked_rows().take(most) {
-        interrupt::check()?;
-        let mut row = row?;
-        row.check(&promised).map_err(|message| Error::file(path, format!("row `{}`: {message}", row.sample_id)))?;
-        rows += 1;
-        match row.reference.take() {
-            _ if labels == LabelSource::Teacher => {}
-            None => lacking += 1,
-            Some(reference) => examples.push(Example {
-                id: row.sample_id.clone(),
-                prompt: row.prompt_ids.clone(),
-                response: tokenizer.encode_target(&reference)?,
-                blocks: Vec::new(),
-                labels: true,
-            }),
-        }
-        examples.push(Example::of(row, labels == LabelSource::Teacher));
-    }
-    if lacking > 0 {
-        let without = "have no reference: they are in no autoregressive loss";
-        progress::log(format!("{}: {lacking} of {rows} rows {without}", path.display()));
-    }
-    Ok(examples)
-}
-
 impl Block {
-    /// The state after one, where decoding went from the one to the other: a state that `augment` changed never was there.
-    fn next(&self, state: usize) -> Option<&[i32]> {
-        let changed = |state: usize| self.augmented.get(state).is_some_and(|&changed| changed);
-        self.states.get(state + 1).filter(|_| !changed(state) && !changed(state + 1)).map(Vec::as_slice)
+    /// The state that decoding went to from `state`; none if `augment` changed either of them, since decoding never saw it then.
+    pub(crate) fn next_state(&self, state: usize) -> Option<&[i32]> {
+        let is_augmented = |state: usize| self.augmented.get(state).is_some_and(|&augmented| augmented);
+        let is_adjacent = !is_augmented(state) && !is_augmented(state + 1);
+        self.states.get(state + 1).filter(|_| is_adjacent).map(Vec::as_slice)
     }
 }
 
 impl Example {
-    fn of(row: Trajectory, labels: bool) -> Self {
-        let flags = row.augmented.unwrap_or_default().into_iter().chain(std::iter::repeat(Vec::new()));
-        let blocks = row.blocks.into_iter().zip(flags).map(|(block, augmented)| Block {
+    fn from_trajectory(row: Trajectory, has_labels: bool) -> Self {
+        let augmented = row.augmented.unwrap_or_default().into_iter().chain(std::iter::repeat(Vec::new()));
+        let blocks = row.blocks.into_iter().zip(augmented).map(|(block, augmented)| Block {
             start: block.start as usize,
             states: block.states,
             augmented,
@@ -160,57 +55,144 @@ impl Example {
         Example {
             blocks: blocks.filter(|block| block.start < row.response_ids.len()).collect(),
             id: row.sample_id,
-            prompt: row.prompt_ids,
-            response: row.response_ids,
-            labels,
+            prompt_ids: row.prompt_ids,
+            response_ids: row.response_ids,
+            has_labels,
         }
     }
 
-    /// Tokens of its noisy blocks in a pass, at most; with local consistency as many stand in the next states.
-    pub fn noisy_len(&self, consistency: &ConsistencySettings) -> usize {
-        let candidates = self.candidates(consistency).len();
-        let chosen = consistency.max_blocks.map_or(candidates, |max| candidates.min(max));
-        chosen * self.blocks.first().map_or(0, |block| block.states[0].len())
+    /// Tokens of the prompt and the response.
+    pub fn num_clean_tokens(&self) -> usize {
+        self.prompt_ids.len() + self.response_ids.len()
     }
 
-    /// Tokens of its packed sequence, at most.
-    pub fn packed_len(&self, consistency: &ConsistencySettings) -> usize {
-        let streams = if consistency.local_weight > 0.0 { 2 } else { 1 };
-        self.prompt.len() + self.response.len() + self.noisy_len(consistency) * streams
+    /// The maximum number of tokens in its noisy blocks; with local consistency the next states have as many again.
+    pub fn max_noisy_tokens(&self, consistency: &ConsistencySettings) -> usize {
+        let num_candidates = self.candidate_blocks(consistency).len();
+        let num_blocks = consistency.max_blocks.map_or(num_candidates, |max_blocks| num_candidates.min(max_blocks));
+        num_blocks * self.blocks.first().map_or(0, |block| block.states[0].len())
     }
 
-    /// The blocks that a pass may hold. One that was right at once has nothing to learn, but in a window the blocks
-    /// after it see it.
-    fn candidates(&self, consistency: &ConsistencySettings) -> Vec<usize> {
-        let all = consistency.context == BlockContext::NoisyWindow;
-        (0..self.blocks.len()).filter(|&index| all || self.blocks[index].states.len() > 1).collect()
+    /// The maximum number of tokens in its packed sequence.
+    pub fn max_packed_tokens(&self, consistency: &ConsistencySettings) -> usize {
+        let num_noisy_streams = if consistency.local_weight > 0.0 { 2 } else { 1 };
+        self.num_clean_tokens() + self.max_noisy_tokens(consistency) * num_noisy_streams
     }
 
-    /// The packed sequence of one pass: blocks and, for each, one of its noisy states drawn with `rng`.
-    pub fn pack(&self, consistency: &ConsistencySettings, rng: &mut ChaCha8Rng) -> Packed {
-        let mut chosen = self.candidates(consistency);
-        if let Some(max_blocks) = consistency.max_blocks {
-            chosen.shuffle(rng);
-            chosen.truncate(max_blocks);
-            chosen.sort_unstable();
+    /// Indices of the blocks that may be trained. A block that was correct from its first state has nothing to learn, but in a
+    /// noisy window the later blocks attend to it.
+    pub(crate) fn candidate_blocks(&self, consistency: &ConsistencySettings) -> Vec<usize> {
+        let needs_all = consistency.context == BlockContext::NoisyWindow;
+        (0..self.blocks.len()).filter(|&index| needs_all || self.blocks[index].states.len() > 1).collect()
+    }
+}
+
+/// Reads all data sets of a run. Examples longer than the model's context are excluded, and counted on stderr.
+///
+/// # Errors
+/// Bad files, a data set of another tokenizer or of a larger vocabulary, no examples that fit.
+pub fn read(settings: &Settings, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Vec<Example>> {
+    let mut examples = Vec::new();
+    for path in &settings.datasets {
+        match settings.objective {
+            Objective::Sft => examples.extend(read_references(path, tokenizer)?),
+            Objective::Consistency => {
+                examples.extend(read_trajectories(path, tokenizer, config, settings.consistency.labels, usize::MAX)?);
+            }
         }
-        let noisy = chosen.into_iter().map(|index| {
-            let block @ Block { start, states, .. } = &self.blocks[index];
-            let drawn = states::choose(states, index, consistency, rng);
-            let state = &states[drawn];
-            let n = state.len();
-            let window = match consistency.context {
-                BlockContext::Clean => *start,
-                BlockContext::NoisyWindow => start / (n * consistency.window_blocks) * (n * consistency.window_blocks),
-            };
-            let inside = n.min(self.response.len() - start);
-            let next = match block.next(drawn) {
-                Some(next) if consistency.local_weight > 0.0 => next[..inside].to_vec(),
-                _ => Vec::new(),
-            };
-            NoisyBlock { start: *start, window, tokens: state[..inside].to_vec(), next }
-        });
-        let packed = Packed::new(&self.prompt, &self.response, noisy.collect());
-        if self.labels { packed } else { packed.without_labels() }
     }
+    if !examples.is_empty() && examples.iter().all(|example| !example.has_labels) {
+        let message = "consistency.labels is dataset, but no row of the data has a reference: collect from prompts that \
+                       have one, or set it to teacher";
+        return Err(Error::usage(message));
+    }
+    let num_read = examples.len();
+    examples.retain(|example: &Example| example.num_clean_tokens() <= config.max_positions);
+    let num_excluded = num_read - examples.len();
+    let max_positions = config.max_positions;
+    if examples.is_empty() {
+        let reason = match num_read {
+            0 => String::new(),
+            _ => {
+                format!(": all {num_read} are longer, with their prompts, than the model's context of {max_positions}")
+            }
+        };
+        return Err(Error::usage(format!("datasets: no examples to learn from in {:?}{reason}", settings.datasets)));
+    }
+    if num_excluded > 0 {
+        progress::log(format!(
+            "excluded {}: longer, with the prompt, than the model's context of {max_positions} tokens",
+            count(num_excluded, "example")
+        ));
+    }
+    Ok(examples)
+}
+
+fn read_references(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Example>> {
+    let mut examples = Vec::new();
+    let samples = prompt_set::read(path)?;
+    let num_samples = samples.len();
+    for sample in samples {
+        interrupt::check()?;
+        let Some(reference) = sample.reference else { continue };
+        let (_, prompt_ids) = tokenizer.encode_prompt(&sample.prompt)?;
+        let response_ids = tokenizer.encode_target(&reference)?;
+        examples.push(Example { id: sample.id, prompt_ids, response_ids, blocks: Vec::new(), has_labels: true });
+    }
+    if examples.len() < num_samples {
+        let num_excluded = num_samples - examples.len();
+        progress::log(format!(
+            "{}: excluded {num_excluded} of {}, which have no reference",
+            path.display(),
+            count(num_samples, "prompt")
+        ));
+    }
+    Ok(examples)
+}
+
+/// Reads the first rows of a trajectory data set, at most `max_rows`. If the labels are the data set's own answers, each of those is
+/// an example of its own next to its trajectory, which then has no labels; rows without one are counted on stderr.
+///
+/// # Errors
+/// As [`read`], except that a data set may be empty.
+pub fn read_trajectories(
+    path: &Path,
+    tokenizer: &Tokenizer,
+    config: &ModelConfig,
+    labels: LabelSource,
+    max_rows: usize,
+) -> Result<Vec<Example>> {
+    let reader = Reader::open(path)?;
+    reader.check_tokenizer(tokenizer.fingerprint())?;
+    // The teacher's vocabulary may be larger than this model's.
+    let mut provenance = reader.provenance().clone();
+    provenance.vocab_size = provenance.vocab_size.min(config.vocab_size as usize);
+    let mut examples = Vec::new();
+    let (mut num_rows, mut num_unlabelled) = (0, 0);
+    for row in reader.unchecked_rows().take(max_rows) {
+        interrupt::check()?;
+        let mut row = row?;
+        row.check(&provenance).map_err(|message| Error::file(path, format!("row `{}`: {message}", row.sample_id)))?;
+        num_rows += 1;
+        match row.reference.take() {
+            _ if labels == LabelSource::Teacher => {}
+            None => num_unlabelled += 1,
+            Some(reference) => examples.push(Example {
+                id: row.sample_id.clone(),
+                prompt_ids: row.prompt_ids.clone(),
+                response_ids: tokenizer.encode_target(&reference)?,
+                blocks: Vec::new(),
+                has_labels: true,
+            }),
+        }
+        examples.push(Example::from_trajectory(row, labels == LabelSource::Teacher));
+    }
+    if num_unlabelled > 0 {
+        progress::log(format!(
+            "{}: {num_unlabelled} of {} have no reference and are not in the autoregressive loss",
+            path.display(),
+            count(num_rows, "row")
+        ));
+    }
+    Ok(examples)
 }

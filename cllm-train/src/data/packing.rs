@@ -1,302 +1,209 @@
-//! One sequence that yields both losses: prompt, clean response, and noisy blocks that share the response's positions.
+//! Packs an example into one sequence that yields every loss: the prompt, the clean response, and noisy blocks that share the
+//! response's position ids. An attention mask shows each noisy block only the context that it would have when decoding.
 //!
-//! The idea of packing both streams is Jacobi Forcing's (arXiv 2512.14681).
+//! Packing the clean and the noisy tokens together is an idea of Jacobi Forcing (arXiv 2512.14681).
 
-use cllm_core::train::{AttentionRanges, PackedBatch};
+use cllm_core::train::AttentionRanges;
+use rand::seq::SliceRandom;
+use rand_chacha::ChaCha8Rng;
 
-/// The label of a token that the autoregressive loss passes over.
-pub const NO_LABEL: i64 = -100;
-/// An empty range.
-const NOTHING: (i32, i32) = (0, 0);
+use crate::data::dataset::Example;
+use crate::data::state_sampling::sample_state;
+use crate::settings::{BlockContext, ConsistencySettings};
+
+const EMPTY_RANGE: (i32, i32) = (0, 0);
 
 /// One noisy state of a block.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NoisyBlock {
     /// Position of its first token in the response.
     pub start: usize,
-    /// The block sees clean tokens before this position of the response, and from there on the noisy blocks before it.
-    pub window: usize,
-    /// Its tokens, cut at the end of the response.
-    pub tokens: Vec<i32>,
-    /// The state after it, cut likewise; empty without local consistency.
-    pub next: Vec<i32>,
+    /// The block attends to clean tokens before this position of the response, and from there on to the noisy blocks before it.
+    pub window_start: usize,
+    /// Token ids of the state, cut at the end of the response.
+    pub state: Vec<i32>,
+    /// Token ids of the state after it, cut likewise; empty without local consistency.
+    pub next_state: Vec<i32>,
 }
 
-/// A packed sequence.
+/// An example as one sequence: prompt, response, noisy states, next states. Indices count its tokens from 0.
 #[derive(Debug, Clone, PartialEq)]
-pub struct Packed {
-    prompt_len: usize,
-    response: Vec<i32>,
-    /// Prompt, response, noisy blocks, their next states.
-    tokens: Vec<i32>,
-    positions: Vec<i32>,
-    noisy: Vec<NoisyBlock>,
-    /// Whether the response is one that the autoregressive loss teaches.
-    labels: bool,
+pub struct PackedSequence {
+    pub(crate) prompt_len: usize,
+    pub(crate) response_ids: Vec<i32>,
+    pub(crate) token_ids: Vec<i32>,
+    /// Position id of each token: noisy tokens have those of the response tokens that they stand for.
+    pub(crate) positions: Vec<i32>,
+    noisy_blocks: Vec<NoisyBlock>,
+    /// Whether the autoregressive loss teaches the response.
+    pub(crate) has_labels: bool,
 }
 
-impl Packed {
-    /// Packs a response and noisy states of its blocks, which are in the order of their starts.
-    pub fn new(prompt: &[i32], response: &[i32], noisy: Vec<NoisyBlock>) -> Self {
-        let mut tokens = [prompt, response].concat();
-        let mut positions: Vec<i32> = (0..tokens.len() as i32).collect();
-        let streams =
-            noisy.iter().map(|block| (block, &block.tokens)).chain(noisy.iter().map(|block| (block, &block.next)));
-        for (block, state) in streams {
-            tokens.extend(state);
-            positions.extend((0..state.len()).map(|offset| (prompt.len() + block.start + offset) as i32));
+impl PackedSequence {
+    /// Packs a response with noisy states of some of its blocks, which are sorted by their start.
+    pub fn new(prompt_ids: &[i32], response_ids: &[i32], noisy_blocks: Vec<NoisyBlock>) -> Self {
+        let mut token_ids = [prompt_ids, response_ids].concat();
+        let mut positions: Vec<i32> = (0..token_ids.len() as i32).collect();
+        let states = noisy_blocks.iter().map(|block| (block.start, &block.state));
+        let next_states = noisy_blocks.iter().map(|block| (block.start, &block.next_state));
+        for (start, state) in states.chain(next_states) {
+            token_ids.extend(state);
+            positions.extend((0..state.len()).map(|offset| (prompt_ids.len() + start + offset) as i32));
         }
-        Packed { prompt_len: prompt.len(), response: response.to_vec(), tokens, positions, noisy, labels: true }
+        PackedSequence {
+            prompt_len: prompt_ids.len(),
+            response_ids: response_ids.to_vec(),
+            token_ids,
+            positions,
+            noisy_blocks,
+            has_labels: true,
+        }
     }
 
-    /// The same, whose response has no part in the autoregressive loss: it only is what noisy blocks are drawn to.
-    pub fn without_labels(self) -> Self {
-        Packed { labels: false, ..self }
+    /// Draws blocks of an example, and one noisy state of each, and packs them.
+    pub fn sample(example: &Example, consistency: &ConsistencySettings, rng: &mut ChaCha8Rng) -> Self {
+        let mut block_indices = example.candidate_blocks(consistency);
+        if let Some(max_blocks) = consistency.max_blocks {
+            block_indices.shuffle(rng);
+            block_indices.truncate(max_blocks);
+            block_indices.sort_unstable();
+        }
+        let noisy_blocks =
+            block_indices.into_iter().map(|index| sample_noisy_block(example, index, consistency, rng)).collect();
+        let packed = PackedSequence::new(&example.prompt_ids, &example.response_ids, noisy_blocks);
+        PackedSequence { has_labels: example.has_labels, ..packed }
     }
 
     /// Number of tokens.
     pub fn len(&self) -> usize {
-        self.tokens.len()
+        self.token_ids.len()
     }
 
-    /// Whether there are no tokens.
     pub fn is_empty(&self) -> bool {
-        self.tokens.is_empty()
+        self.token_ids.is_empty()
     }
 
-    /// The noisy blocks.
-    pub fn noisy(&self) -> &[NoisyBlock] {
-        &self.noisy
+    /// Number of tokens of the prompt and the response.
+    pub(crate) fn num_clean_tokens(&self) -> usize {
+        self.prompt_len + self.response_ids.len()
     }
 
-    /// Place of each noisy block's first token in the sequence.
-    fn places(&self) -> impl Iterator<Item = (usize, &NoisyBlock)> {
-        let mut place = self.prompt_len + self.response.len();
-        self.noisy.iter().map(move |block| {
-            let here = place;
-            place += block.tokens.len();
-            (here, block)
-        })
+    pub fn noisy_blocks(&self) -> &[NoisyBlock] {
+        &self.noisy_blocks
     }
 
-    /// Place of each block's next state.
-    fn next_places(&self) -> impl Iterator<Item = (usize, &NoisyBlock)> {
-        let noisy: usize = self.noisy.iter().map(|block| block.tokens.len()).sum();
-        let mut place = self.prompt_len + self.response.len() + noisy;
-        self.noisy.iter().map(move |block| {
-            let here = place;
-            place += block.next.len();
-            (here, block)
-        })
+    /// Index of the first token of each noisy state.
+    fn state_starts(&self) -> Vec<usize> {
+        running_starts(self.num_clean_tokens(), self.noisy_blocks.iter().map(|block| block.state.len()))
     }
 
-    /// What each token sees, in places of this sequence.
-    fn seen(&self) -> Vec<AttentionRanges> {
-        let until = |place: usize| place as i32 + 1;
-        let clean = self.prompt_len + self.response.len();
-        let mut seen: Vec<AttentionRanges> = (0..clean).map(|place| [(0, until(place)), NOTHING, NOTHING]).collect();
-        let places: Vec<_> = self.places().collect();
-        // The blocks before one that it sees stand together, right before it: blocks are in the order of their starts.
-        let first_seen = |index: usize, window: usize| {
-            let first = places[..index].iter().find(|(_, other)| other.start >= window);
-            first.map_or(places[index].0, |&(place, _)| place) as i32
-        };
-        let clean_of = |block: &NoisyBlock| (0, (self.prompt_len + block.window.min(block.start)) as i32);
-        for (index, &(place, block)) in places.iter().enumerate() {
-            let first = first_seen(index, block.window);
-            seen.extend(
-                (place..place + block.tokens.len()).map(|query| [clean_of(block), (first, until(query)), NOTHING]),
-            );
+    /// Index of the first token of each next state.
+    fn next_state_starts(&self) -> Vec<usize> {
+        let num_noisy_tokens: usize = self.noisy_blocks.iter().map(|block| block.state.len()).sum();
+        let start = self.num_clean_tokens() + num_noisy_tokens;
+        running_starts(start, self.noisy_blocks.iter().map(|block| block.next_state.len()))
+    }
+
+    /// The indices that each token attends to.
+    pub(crate) fn attention_ranges(&self) -> Vec<AttentionRanges> {
+        let causal = |start: i32, index: usize| (start, index as i32 + 1);
+        let mut ranges: Vec<AttentionRanges> =
+            (0..self.num_clean_tokens()).map(|index| [causal(0, index), EMPTY_RANGE, EMPTY_RANGE]).collect();
+        let starts = self.state_starts();
+        // Blocks are sorted by their start, so the noisy blocks that one attends to are the ones right before it.
+        let window_starts: Vec<i32> = (0..starts.len())
+            .map(|number| {
+                let window_start = self.noisy_blocks[number].window_start;
+                let first = self.noisy_blocks[..number].iter().position(|other| other.start >= window_start);
+                starts[first.unwrap_or(number)] as i32
+            })
+            .collect();
+        let clean = |block: &NoisyBlock| (0, (self.prompt_len + block.window_start.min(block.start)) as i32);
+        for ((block, &start), &window_start) in self.noisy_blocks.iter().zip(&starts).zip(&window_starts) {
+            let indices = start..start + block.state.len();
+            ranges.extend(indices.map(|index| [clean(block), causal(window_start, index), EMPTY_RANGE]));
         }
-        // A next state sees what its block sees: only the states of the blocks before it.
-        for (index, (place, block)) in self.next_places().enumerate() {
-            let before = (first_seen(index, block.window), places[index].0 as i32);
-            seen.extend(
-                (place..place + block.next.len()).map(|query| [clean_of(block), before, (place as i32, until(query))]),
-            );
+        // A next state attends to what its block attends to, but to its own tokens in place of the block's.
+        let next_starts = self.next_state_starts();
+        for (number, (block, &start)) in self.noisy_blocks.iter().zip(&next_starts).enumerate() {
+            let before = (window_starts[number], starts[number] as i32);
+            let indices = start..start + block.next_state.len();
+            ranges.extend(indices.map(|index| [clean(block), before, causal(start as i32, index)]));
         }
-        seen
+        ranges
     }
 
-    /// For each noisy token that the loss keeps: its place, and the index of the response token that it predicts. Kept is
-    /// what comes at or after the first difference from the clean response in all that the block sees, as long as
-    /// the predicted token exists.
-    fn noisy_targets(&self) -> Vec<(usize, usize)> {
-        let differs = |block: &NoisyBlock| {
-            let clean = &self.response[block.start..block.start + block.tokens.len()];
-            block.tokens.iter().zip(clean).position(|(noisy, clean)| noisy != clean)
+    /// For each noisy token in the global loss: its index, and the response token that it predicts, by its position in the
+    /// response. These are the tokens from the first one on at which the noisy context differs from the clean one, as far as
+    /// the response goes.
+    pub(crate) fn global_targets(&self) -> Vec<(usize, usize)> {
+        let first_difference = |block: &NoisyBlock| {
+            let clean = &self.response_ids[block.start..block.start + block.state.len()];
+            block.state.iter().zip(clean).position(|(noisy, clean)| noisy != clean)
         };
         let mut targets = Vec::new();
-        let all: Vec<_> = self.places().collect();
-        for (index, &(place, block)) in all.iter().enumerate() {
-            let before = all[..index].iter().any(|(_, other)| other.start >= block.window && differs(other).is_some());
-            let Some(first) = (if before { Some(0) } else { differs(block) }) else { continue };
-            for offset in first..block.tokens.len() {
+        for (number, (block, start)) in self.noisy_blocks.iter().zip(self.state_starts()).enumerate() {
+            let context_differs = self.noisy_blocks[..number]
+                .iter()
+                .any(|other| other.start >= block.window_start && first_difference(other).is_some());
+            let Some(first) = (if context_differs { Some(0) } else { first_difference(block) }) else { continue };
+            for offset in first..block.state.len() {
                 let predicted = block.start + offset + 1;
-                if predicted < self.response.len() {
-                    targets.push((place + offset, predicted));
+                if predicted < self.response_ids.len() {
+                    targets.push((start + offset, predicted));
                 }
             }
         }
         targets
     }
 
-    /// For each noisy token of the local loss: its place, and that of the token beside it in the next state. Kept is what
-    /// comes at or after the first difference of the two, as long as the predicted token exists.
-    fn next_targets(&self) -> Vec<(usize, usize)> {
+    /// For each noisy token in the local loss: its index, and that of its counterpart in the next state. These are the tokens
+    /// from the first one on at which the two states differ, as far as the response goes.
+    pub(crate) fn local_targets(&self) -> Vec<(usize, usize)> {
         let mut targets = Vec::new();
-        for ((place, block), (next, _)) in self.places().zip(self.next_places()) {
-            let pairs = block.tokens.iter().zip(&block.next);
-            let first = pairs.clone().position(|(now, then)| now != then).unwrap_or(block.tokens.len());
-            let predicted = self.response.len().saturating_sub(block.start + 1);
-            targets.extend((first..pairs.len().min(predicted)).map(|offset| (place + offset, next + offset)));
+        let starts = self.state_starts().into_iter().zip(self.next_state_starts());
+        for (block, (start, next_start)) in self.noisy_blocks.iter().zip(starts) {
+            let pairs = block.state.iter().zip(&block.next_state);
+            let first = pairs.clone().position(|(now, next)| now != next).unwrap_or(block.state.len());
+            let num_predicted = self.response_ids.len().saturating_sub(block.start + 1);
+            let offsets = first..pairs.len().min(num_predicted);
+            targets.extend(offsets.map(|offset| (start + offset, next_start + offset)));
         }
         targets
     }
 }
 
-/// Packed sequences one behind another, and what the losses take of them, on the host.
-pub struct Batch {
-    /// All sequences.
-    pub stream: PackedBatch,
-    /// Their prompts and responses alone, for the frozen teacher; empty where none is asked.
-    pub clean: PackedBatch,
-    /// Every response token, and the noisy tokens that are kept.
-    pub chunks: Vec<Chunk>,
-    /// Every noisy token of the local loss.
-    pub local: Vec<LocalChunk>,
-    /// What it holds.
-    pub counts: Counts,
-}
-
-/// So much of a batch that its logits may exist at once.
-#[derive(Debug, Default, PartialEq)]
-pub struct Chunk {
-    /// Places before response tokens, and those of prompts that the anchor holds.
-    pub places: Vec<i64>,
-    /// The tokens after them, [`NO_LABEL`] where the autoregressive loss has no part.
-    pub labels: Vec<i64>,
-    /// The same places in the clean stream.
-    pub clean_places: Vec<i64>,
-    /// Places of noisy tokens.
-    pub noisy: Vec<i64>,
-    /// For each of them, which of `places` predicts the same token.
-    pub targets: Vec<i64>,
-}
-
-/// Likewise, for the local loss.
-#[derive(Debug, Default, PartialEq)]
-pub struct LocalChunk {
-    /// Places of noisy tokens.
-    pub places: Vec<i64>,
-    /// For each of them, the place beside it in the next state.
-    pub next: Vec<i64>,
-}
-
-/// What a batch holds.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct Counts {
-    /// Tokens without padding.
-    pub tokens: usize,
-    /// Tokens of the responses.
-    pub clean: usize,
-    /// Tokens of the anchor.
-    pub anchored: usize,
-    /// Tokens of the autoregressive loss.
-    pub labels: usize,
-    /// Tokens of the consistency loss.
-    pub noisy: usize,
-    /// Tokens of the local consistency loss.
-    pub local: usize,
-    /// Noisy blocks.
-    pub blocks: usize,
-}
-
-impl Counts {
-    /// By what the sums of the losses are divided: autoregressive, global, local, anchor.
-    pub fn divisors(&self) -> [usize; 4] {
-        [self.labels, self.noisy, self.local, self.anchored]
-    }
-
-    /// Counts of several batches together.
-    pub fn add(&mut self, other: Counts) {
-        self.tokens += other.tokens;
-        self.clean += other.clean;
-        self.anchored += other.anchored;
-        self.labels += other.labels;
-        self.noisy += other.noisy;
-        self.local += other.local;
-        self.blocks += other.blocks;
-    }
-}
-
-impl Batch {
-    /// Packs sequences. `rows`: most logits at once; `anchor`: where a frozen model reads the clean part too, the share of the
-    /// prompts' tokens that it holds besides the responses.
-    pub fn new(sequences: &[Packed], rows: usize, anchor: Option<f64>) -> Self {
-        let (mut stream, mut clean, mut counts) = (PackedBatch::default(), PackedBatch::default(), Counts::default());
-        let (mut chunks, mut local) = (vec![Chunk::default()], vec![LocalChunk::default()]);
-        for sequence in sequences {
-            let base = stream.tokens.len();
-            let clean_base = clean.tokens.len();
-            stream.push(&sequence.tokens, &sequence.positions, &sequence.seen());
-            if let Some(share) = anchor {
-                clean.push_causal(&sequence.tokens[..sequence.prompt_len + sequence.response.len()]);
-                for place in spread(share, sequence.prompt_len.saturating_sub(1)) {
-                    Chunk::add(&mut chunks, rows, (base + place, clean_base + place, NO_LABEL), Vec::new());
-                    counts.anchored += 1;
-                }
-                counts.anchored += sequence.response.len();
-            }
-            let mut noisy = vec![Vec::new(); sequence.response.len()];
-            for (place, predicted) in sequence.noisy_targets() {
-                noisy[predicted].push((base + place) as i64);
-                counts.noisy += 1;
-            }
-            for (offset, (&label, noisy)) in sequence.response.iter().zip(noisy).enumerate() {
-                // A response token at 0 has no token before it where the prompt is empty.
-                let before = (sequence.prompt_len + offset).saturating_sub(1);
-                let label = if sequence.labels { i64::from(label) } else { NO_LABEL };
-                Chunk::add(&mut chunks, rows, (base + before, clean_base + before, label), noisy);
-            }
-            for (place, next) in sequence.next_targets() {
-                if local[local.len() - 1].places.len() >= rows {
-                    local.push(LocalChunk::default());
-                }
-                let last = local.len() - 1;
-                local[last].places.push((base + place) as i64);
-                local[last].next.push((base + next) as i64);
-                counts.local += 1;
-            }
-            counts.tokens += sequence.len();
-            counts.clean += sequence.response.len();
-            counts.labels += if sequence.labels { sequence.response.len() } else { 0 };
-            counts.blocks += sequence.noisy().len();
+/// Draws a noisy state of a block of an example.
+fn sample_noisy_block(
+    example: &Example,
+    block_index: usize,
+    consistency: &ConsistencySettings,
+    rng: &mut ChaCha8Rng,
+) -> NoisyBlock {
+    let block = &example.blocks[block_index];
+    let drawn = sample_state(&block.states, block_index, consistency, rng);
+    let state = &block.states[drawn];
+    let window_start = match consistency.context {
+        BlockContext::Clean => block.start,
+        BlockContext::NoisyWindow => {
+            let window_tokens = state.len() * consistency.window_blocks;
+            block.start / window_tokens * window_tokens
         }
-        local.retain(|chunk| !chunk.places.is_empty());
-        Batch { stream, clean, chunks, local, counts }
-    }
+    };
+    let num_tokens = state.len().min(example.response_ids.len() - block.start);
+    let next_state = match block.next_state(drawn) {
+        Some(next_state) if consistency.local_weight > 0.0 => next_state[..num_tokens].to_vec(),
+        _ => Vec::new(),
+    };
+    NoisyBlock { start: block.start, window_start, state: state[..num_tokens].to_vec(), next_state }
 }
 
-/// A share of the first `count` places, evenly spread.
-fn spread(share: f64, count: usize) -> impl Iterator<Item = usize> {
-    let before = move |place: usize| (place as f64 * share) as usize;
-    (0..count).filter(move |&place| before(place + 1) > before(place))
-}
-
-impl Chunk {
-    /// Adds a response token, and the noisy tokens before which its distribution is the target, to the last chunk or a new one.
-    fn add(chunks: &mut Vec<Chunk>, rows: usize, clean: (usize, usize, i64), noisy: Vec<i64>) {
-        let full = |chunk: &Chunk| chunk.labels.len() + chunk.noisy.len() + 1 + noisy.len() > rows;
-        if chunks.last().is_some_and(|chunk| !chunk.labels.is_empty() && full(chunk)) {
-            chunks.push(Chunk::default());
-        }
-        let last = chunks.len() - 1;
-        let chunk = &mut chunks[last];
-        chunk.targets.extend(noisy.iter().map(|_| chunk.labels.len() as i64));
-        chunk.noisy.extend(noisy);
-        chunk.places.push(clean.0 as i64);
-        chunk.clean_places.push(clean.1 as i64);
-        chunk.labels.push(clean.2);
-    }
+/// Where parts of these lengths begin when they follow one another from `start`.
+fn running_starts(start: usize, lengths: impl Iterator<Item = usize>) -> Vec<usize> {
+    let next_start = |next: &mut usize, length: usize| {
+        let start = *next;
+        *next += length;
+        Some(start)
+    };
+    lengths.scan(start, next_start).collect()
 }

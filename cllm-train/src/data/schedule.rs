@@ -1,4 +1,4 @@
-//! Which responses make which step: a function of (seed, epoch), so that no order is ever saved.
+//! Decides which examples make which step. The order is a function of (seed, epoch), so it never has to be saved.
 
 use cllm_core::{Error, Result, fingerprint, interrupt};
 use rand::seq::SliceRandom;
@@ -6,58 +6,60 @@ use rand::seq::SliceRandom;
 use crate::data::dataset::Example;
 use crate::settings::Settings;
 
-/// Batches that are filled together, longest response first: full to the brim, and still a random order.
-const POOL_BATCHES: usize = 16;
+/// Batches that are filled together, longest example first. A larger pool leaves less space unused, a smaller one keeps the order
+/// more random.
+const NUM_POOLED_BATCHES: usize = 16;
 
 /// The order of a run.
 pub struct Schedule {
-    /// Packed length of each response.
-    lengths: Vec<usize>,
+    /// Maximum packed tokens of each example.
+    example_tokens: Vec<usize>,
     seed: u64,
     max_batch_tokens: usize,
     max_example_tokens: usize,
-    /// Steps before the end of each epoch.
-    ends: Vec<usize>,
-    /// Responses that are too long.
-    pub left_out: usize,
-    /// Packed tokens of the whole run, padding aside.
-    pub tokens: usize,
+    /// Number of steps before the end of each epoch.
+    epoch_ends: Vec<usize>,
+    /// Examples that are longer than `max_example_tokens`.
+    pub num_excluded: usize,
+    /// Packed tokens of the whole run, without padding.
+    pub num_tokens: usize,
 }
 
 impl Schedule {
-    /// The schedule of a run over these responses.
+    /// Schedules a run over these examples.
     ///
     /// # Errors
-    /// [`Error::Usage`] when every response is too long.
+    /// [`Error::Usage`] if every example is too long.
     pub fn new(examples: &[Example], settings: &Settings) -> Result<Self> {
-        let lengths: Vec<usize> = examples.iter().map(|example| example.packed_len(&settings.consistency)).collect();
-        let left_out = lengths.iter().filter(|&&length| length > settings.max_example_tokens).count();
-        if left_out == lengths.len() {
-            let least = lengths.iter().min().copied().unwrap_or(0);
+        let example_tokens: Vec<usize> =
+            examples.iter().map(|example| example.max_packed_tokens(&settings.consistency)).collect();
+        let num_excluded = example_tokens.iter().filter(|&&tokens| tokens > settings.max_example_tokens).count();
+        if num_excluded == example_tokens.len() {
             return Err(Error::usage(format!(
-                "max_example_tokens ({}) leaves out every response: the shortest has {least} packed tokens",
-                settings.max_example_tokens
+                "max_example_tokens={} excludes every example: the shortest has {} packed tokens",
+                settings.max_example_tokens,
+                example_tokens.iter().min().copied().unwrap_or(0)
             )));
         }
         let mut schedule = Schedule {
-            lengths,
+            example_tokens,
             seed: settings.seed,
             max_batch_tokens: settings.max_batch_tokens,
             max_example_tokens: settings.max_example_tokens,
-            ends: Vec::new(),
-            left_out,
-            tokens: 0,
+            epoch_ends: Vec::new(),
+            num_excluded,
+            num_tokens: 0,
         };
-        let most = settings.max_steps.unwrap_or(usize::MAX);
-        let mut steps = 0;
+        let max_steps = settings.max_steps.unwrap_or(usize::MAX);
+        let mut num_steps = 0;
         for epoch in 0..settings.epochs {
             interrupt::check()?;
             let batches = schedule.batches(epoch);
-            let groups = batches.chunks(settings.accumulation).take(most - steps);
-            steps += groups.len();
-            schedule.tokens += groups.flatten().flatten().map(|&index| schedule.lengths[index]).sum::<usize>();
-            schedule.ends.push(steps);
-            if steps >= most {
+            let steps = batches.chunks(settings.accumulation).take(max_steps - num_steps);
+            num_steps += steps.len();
+            schedule.num_tokens += steps.flatten().map(|batch| schedule.batch_tokens(batch)).sum::<usize>();
+            schedule.epoch_ends.push(num_steps);
+            if num_steps >= max_steps {
                 break;
             }
         }
@@ -65,43 +67,47 @@ impl Schedule {
     }
 
     /// Steps of the whole run.
-    pub fn steps(&self) -> usize {
-        self.ends.last().copied().unwrap_or(0)
+    pub fn num_steps(&self) -> usize {
+        self.epoch_ends.last().copied().unwrap_or(0)
     }
 
-    /// Epoch of a step (counted from 0), and the steps of that epoch before it.
-    pub fn place(&self, step: usize) -> (usize, usize) {
-        let epoch = self.ends.partition_point(|&end| end <= step);
-        (epoch, step - if epoch == 0 { 0 } else { self.ends[epoch - 1] })
+    /// The epoch of a step, and the step's number within it; all counted from 0.
+    pub fn locate(&self, step: usize) -> (usize, usize) {
+        let epoch = self.epoch_ends.partition_point(|&end| end <= step);
+        let epoch_start = if epoch == 0 { 0 } else { self.epoch_ends[epoch - 1] };
+        (epoch, step - epoch_start)
     }
 
-    /// The batches of an epoch, drawn anew each: indices of responses, first fit.
+    /// The batches of an epoch as indices of examples, in a new random order each epoch. Within a pool, each example goes into the
+    /// first batch with enough space, longest first.
     pub fn batches(&self, epoch: usize) -> Vec<Vec<usize>> {
         let mut rng = fingerprint::derive_rng(self.seed, "order", epoch as u64);
-        let mut order: Vec<usize> =
-            (0..self.lengths.len()).filter(|&index| self.lengths[index] <= self.max_example_tokens).collect();
+        let mut order: Vec<usize> = (0..self.example_tokens.len())
+            .filter(|&index| self.example_tokens[index] <= self.max_example_tokens)
+            .collect();
         order.shuffle(&mut rng);
-        let mean = order.iter().map(|&index| self.lengths[index]).sum::<usize>() / order.len().max(1);
-        let pool = (self.max_batch_tokens / mean.max(1)).max(1) * POOL_BATCHES;
-        // What is left of a pool goes on to the next, so that only the last batch of an epoch is not full.
-        let mut open: Vec<(usize, Vec<usize>)> = Vec::new();
+        let mean_tokens = self.batch_tokens(&order) / order.len().max(1);
+        let pool_size = (self.max_batch_tokens / mean_tokens.max(1)).max(1) * NUM_POOLED_BATCHES;
         let mut batches: Vec<Vec<usize>> = Vec::new();
-        for pool in order.chunks_mut(pool) {
-            pool.sort_by_key(|&index| std::cmp::Reverse(self.lengths[index]));
+        // Space left in each open batch, and its examples.
+        let mut open: Vec<(usize, Vec<usize>)> = Vec::new();
+        for pool in order.chunks_mut(pool_size) {
+            pool.sort_by_key(|&index| std::cmp::Reverse(self.example_tokens[index]));
             for &index in pool.iter() {
-                let length = self.lengths[index];
-                match open.iter_mut().find(|(free, _)| *free >= length) {
-                    Some((free, batch)) => {
-                        *free -= length;
+                let tokens = self.example_tokens[index];
+                match open.iter_mut().find(|(space, _)| *space >= tokens) {
+                    Some((space, batch)) => {
+                        *space -= tokens;
                         batch.push(index);
                     }
-                    None => open.push((self.max_batch_tokens - length, vec![index])),
+                    None => open.push((self.max_batch_tokens - tokens, vec![index])),
                 }
             }
-            let emptiest = open.iter().enumerate().max_by_key(|(_, (free, _))| *free).map(|(place, _)| place);
-            let kept = emptiest.map(|place| open.swap_remove(place));
+            // The emptiest batch stays open for the next pool, so that only the last batch of an epoch is not full.
+            let emptiest = open.iter().enumerate().max_by_key(|(_, (space, _))| *space).map(|(number, _)| number);
+            let kept_open = emptiest.map(|number| open.swap_remove(number));
             batches.extend(open.drain(..).map(|(_, batch)| batch));
-            open.extend(kept);
+            open.extend(kept_open);
         }
         batches.extend(open.into_iter().map(|(_, batch)| batch));
         for batch in &mut batches {
@@ -109,6 +115,10 @@ impl Schedule {
         }
         batches.shuffle(&mut rng);
         batches
+    }
+
+    fn batch_tokens(&self, example_indices: &[usize]) -> usize {
+        example_indices.iter().map(|&index| self.example_tokens[index]).sum()
     }
 }
 
@@ -119,41 +129,38 @@ mod tests {
     fn schedule(settings: &Settings) -> Schedule {
         let example = |index: usize| Example {
             id: format!("s{index}"),
-            prompt: vec![1; 5],
-            response: vec![2; 1 + index * 7 % 40],
+            prompt_ids: vec![1; 5],
+            response_ids: vec![2; 1 + index * 7 % 40],
             blocks: Vec::new(),
-            labels: true,
+            has_labels: true,
         };
         Schedule::new(&(0..50).map(example).collect::<Vec<_>>(), settings).unwrap()
     }
 
     #[test]
-    fn an_epoch_holds_every_response_once_within_the_budget() {
+    fn an_epoch_has_every_example_once_and_its_batches_are_full() {
         let settings = Settings { max_batch_tokens: 100, max_example_tokens: 44, epochs: 3, ..Settings::default() };
         let schedule = schedule(&settings);
         let batches = schedule.batches(0);
-        let mut seen: Vec<usize> = batches.iter().flatten().copied().collect();
-        seen.sort_unstable();
+        let mut scheduled: Vec<usize> = batches.iter().flatten().copied().collect();
+        scheduled.sort_unstable();
         let short: Vec<usize> = (0..50).filter(|index| 6 + index * 7 % 40 <= 44).collect();
-        assert_eq!((seen, schedule.left_out), (short.clone(), 50 - short.len()));
-        for batch in &batches {
-            assert!(batch.iter().map(|&index| schedule.lengths[index]).sum::<usize>() <= 100);
-        }
-        let tokens: usize = short.iter().map(|&index| schedule.lengths[index]).sum();
-        assert_eq!(batches.len(), tokens.div_ceil(100), "little is left free");
+        assert_eq!((scheduled, schedule.num_excluded), (short.clone(), 50 - short.len()));
+        assert!(batches.iter().all(|batch| schedule.batch_tokens(batch) <= 100));
+        assert_eq!(batches.len(), schedule.batch_tokens(&short).div_ceil(100), "almost no space is left unused");
         assert_ne!(batches, schedule.batches(1));
     }
 
     #[test]
-    fn every_step_has_its_place_in_an_epoch() {
+    fn every_step_belongs_to_an_epoch() {
         let settings = Settings { max_batch_tokens: 100, max_example_tokens: 100, epochs: 3, ..Settings::default() };
         let all = schedule(&settings);
-        let lengths: Vec<usize> = (0..3).map(|epoch| all.batches(epoch).len()).collect();
-        assert_eq!(all.steps(), lengths.iter().sum::<usize>());
-        let places: Vec<_> = (0..all.steps()).map(|step| all.place(step)).collect();
+        let epoch_steps: Vec<usize> = (0..3).map(|epoch| all.batches(epoch).len()).collect();
+        assert_eq!(all.num_steps(), epoch_steps.iter().sum::<usize>());
+        let located: Vec<_> = (0..all.num_steps()).map(|step| all.locate(step)).collect();
         let expected: Vec<_> =
-            (0..3).flat_map(|epoch| (0..lengths[epoch]).map(move |within| (epoch, within))).collect();
-        assert_eq!(places, expected);
-        assert_eq!(schedule(&Settings { max_steps: Some(2), ..settings }).steps(), 2);
+            (0..3).flat_map(|epoch| (0..epoch_steps[epoch]).map(move |step| (epoch, step))).collect();
+        assert_eq!(located, expected);
+        assert_eq!(schedule(&Settings { max_steps: Some(2), ..settings }).num_steps(), 2);
     }
 }

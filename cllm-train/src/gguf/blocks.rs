@@ -1,10 +1,10 @@
-//! Stored number formats and their values. A block of a quantised format holds 32 or 256 small integers with scales.
+//! The number formats of GGUF tensors. A block of a quantized format holds 32 or 256 small integers and their scales.
 
 use half::{bf16, f16};
 
-/// A stored format that can be read.
+/// A supported number format.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[allow(non_camel_case_types)] // The names that the format's users know.
+#[allow(non_camel_case_types)] // These are llama.cpp's own names.
 pub(super) enum Format {
     F32,
     F16,
@@ -22,7 +22,7 @@ pub(super) enum Format {
 impl Format {
     pub const NAMES: &str = "F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q4_K, Q5_K or Q6_K";
 
-    /// The format of a type code, or the name of one that is not supported.
+    /// The format with this type code, or the name of one that is not supported.
     pub fn from_code(code: u32) -> Result<Self, String> {
         let unsupported = match code {
             0 => return Ok(Format::F32),
@@ -57,8 +57,8 @@ impl Format {
         Err(unsupported.to_owned())
     }
 
-    /// Values and bytes of a block.
-    pub fn block(self) -> (usize, usize) {
+    /// Values per block and bytes per block.
+    pub fn block_size(self) -> (usize, usize) {
         match self {
             Format::F32 => (1, 4),
             Format::F16 | Format::BF16 => (1, 2),
@@ -73,16 +73,16 @@ impl Format {
         }
     }
 
-    /// Bytes of a row of `width` values; `None` when it is not whole blocks.
+    /// Bytes of a row of `width` values; `None` if the row does not consist of whole blocks.
     pub fn row_bytes(self, width: i64) -> Option<usize> {
-        let (values, bytes) = self.block();
+        let (values, bytes) = self.block_size();
         let width = usize::try_from(width).ok()?;
         if width.is_multiple_of(values) { (width / values).checked_mul(bytes) } else { None }
     }
 
-    /// The values of whole blocks.
-    pub fn dequantise(self, bytes: &[u8], out: &mut Vec<f32>) {
-        for block in bytes.chunks_exact(self.block().1) {
+    /// Appends the values of whole blocks to `out`.
+    pub fn dequantize(self, bytes: &[u8], out: &mut Vec<f32>) {
+        for block in bytes.chunks_exact(self.block_size().1) {
             match self {
                 Format::F32 => out.push(f32::from_le_bytes([block[0], block[1], block[2], block[3]])),
                 Format::F16 => out.push(half_at(block, 0)),
@@ -110,7 +110,7 @@ fn word_at(block: &[u8], at: usize) -> u32 {
     u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]])
 }
 
-/// 32 values: low nibbles, then high ones; bit `i` of `fifth` is the fifth bit of value `i`.
+/// Unpacks 32 values: the low nibbles, then the high ones. Bit `i` of `fifth` is the fifth bit of value `i`.
 fn nibbles(packed: &[u8], fifth: u32, scale: f32, offset: f32, out: &mut Vec<f32>) {
     let quants = packed.iter().map(|byte| byte & 15).chain(packed.iter().map(|byte| byte >> 4));
     out.extend(quants.enumerate().map(|(index, low)| {
@@ -119,7 +119,7 @@ fn nibbles(packed: &[u8], fifth: u32, scale: f32, offset: f32, out: &mut Vec<f32
     }));
 }
 
-/// Q4_K and Q5_K: eight groups of 32 values, each with a 6-bit scale and minimum.
+/// Unpacks Q4_K and Q5_K: eight groups of 32 values, each with a 6-bit scale and minimum.
 fn super_block(block: &[u8], fifth: &[u8], packed: &[u8], out: &mut Vec<f32>) {
     let (scale, minimum) = (half_at(block, 0), half_at(block, 2));
     for group in 0..8 {
@@ -134,7 +134,8 @@ fn super_block(block: &[u8], fifth: &[u8], packed: &[u8], out: &mut Vec<f32>) {
     }
 }
 
-/// The 12 bytes hold eight scales and eight minimums: the last four of each have their upper two bits in the first's.
+/// The 6-bit scale and minimum of a group. The 12 bytes hold eight of each; the upper two bits of the last four are in the bytes of
+/// the first four.
 fn scale_and_minimum(packed: &[u8], group: usize) -> (u8, u8) {
     if group < 4 {
         return (packed[group] & 63, packed[group + 4] & 63);
@@ -143,16 +144,16 @@ fn scale_and_minimum(packed: &[u8], group: usize) -> (u8, u8) {
     ((low & 15) | (packed[group - 4] >> 6) << 4, (low >> 4) | (packed[group] >> 6) << 4)
 }
 
-/// Q6_K: 128 low-nibble bytes, 64 bytes of upper bits, 16 signed scales of 16 values each, the block's scale.
+/// Unpacks Q6_K: 128 bytes of low nibbles, 64 bytes of upper bits, a signed scale for each 16 values, and the block's scale.
 fn six_bits(block: &[u8], out: &mut Vec<f32>) {
     let (low, rest) = block.split_at(128);
     let (high, scales) = rest.split_at(64);
     let scale = half_at(block, 208);
     for index in 0..256 {
-        let (part, quarter, lane) = (index / 128, index % 128 / 32, index % 32);
-        let byte = low[part * 64 + quarter % 2 * 32 + lane];
+        let (half, quarter, lane) = (index / 128, index % 128 / 32, index % 32);
+        let byte = low[half * 64 + quarter % 2 * 32 + lane];
         let nibble = if quarter < 2 { byte & 15 } else { byte >> 4 };
-        let upper = high[part * 32 + lane] >> (2 * quarter) & 3;
+        let upper = high[half * 32 + lane] >> (2 * quarter) & 3;
         let step = scale * f32::from(scales[index / 16] as i8);
         out.push(step * (f32::from(nibble | upper << 4) - 32.0));
     }
@@ -164,7 +165,7 @@ mod tests {
 
     use super::*;
 
-    /// Random blocks with the values that the `gguf` Python package gives them.
+    /// The recorded values are those of the Python package `gguf`.
     #[test]
     fn every_format_gives_the_recorded_values() {
         let recorded = include_str!("../../tests/fixtures/gguf/blocks.json");
@@ -178,7 +179,7 @@ mod tests {
             let expected: Vec<f32> =
                 case["values"].as_array().unwrap().iter().map(|value| value.as_f64().unwrap() as f32).collect();
             let mut values = Vec::new();
-            format.dequantise(&bytes, &mut values);
+            format.dequantize(&bytes, &mut values);
             assert_eq!(values.len(), expected.len(), "{format:?}");
             for (index, (value, expected)) in values.iter().zip(&expected).enumerate() {
                 assert!((value - expected).abs() <= 1e-5, "{format:?} value {index}: {value}, recorded {expected}");
@@ -187,7 +188,7 @@ mod tests {
     }
 
     #[test]
-    fn other_formats_are_named_and_rows_must_be_whole_blocks() {
+    fn unsupported_formats_are_named_and_rows_must_be_whole_blocks() {
         assert_eq!(Format::from_code(10).unwrap_err(), "Q2_K");
         assert_eq!(Format::from_code(99).unwrap_err(), "type 99");
         assert_eq!(Format::Q4_K.row_bytes(512), Some(288));

@@ -1,44 +1,44 @@
-//! config.json of a GGUF file, from its metadata and the tensors that it has.
+//! The model configuration of a GGUF file, from its metadata and the names of its tensors.
 
 use serde_json::{Value, json};
 
-use super::file::Gguf;
+use super::file::{GgufFile, Parsed};
 use cllm_core::model::ModelConfig;
 
-/// The tensor in which Llama 3 files keep the factors of their stretched rotary frequencies.
+/// The tensor with the factors by which Llama 3 scales its RoPE frequencies.
 pub(super) const ROPE_FACTORS: &str = "rope_freqs.weight";
 
-/// The resolved configuration of the file's model.
-pub(super) fn read(file: &Gguf<'_>) -> Result<ModelConfig, String> {
+/// The configuration of the file's model.
+pub(super) fn read(file: &GgufFile<'_>) -> Parsed<ModelConfig> {
     let architecture = file.text("general.architecture")?.ok_or("names no general.architecture")?;
     if !matches!(architecture, "llama" | "qwen2") {
         return Err(format!("holds a model of architecture `{architecture}`; only llama and qwen2 are supported"));
     }
     let key = |name: &str| format!("{architecture}.{name}");
     let optional = |name: &str| file.integer(&key(name));
-    let need = |name: &str| optional(name)?.ok_or_else(|| format!("lacks the key `{}`", key(name)));
+    let required = |name: &str| optional(name)?.ok_or_else(|| format!("lacks the key `{}`", key(name)));
     if optional("expert_count")?.unwrap_or(0) > 0 {
         return Err("holds a mixture of experts, which is not supported".to_owned());
     }
-    let layers = need("block_count")?;
+    let layers = required("block_count")?;
     if layers > file.tensors.len() as i64 {
-        return Err(format!("says that it has {layers} layers, but has only {} tensors", file.tensors.len()));
+        return Err(format!("claims to have {layers} layers, but has only {} tensors", file.tensors.len()));
     }
     let embedding = file.tensors.get("token_embd.weight").ok_or("lacks the tensor `token_embd.weight`")?;
-    let (heads, hidden) = (need("attention.head_count")?, need("embedding_length")?);
+    let (heads, hidden) = (required("attention.head_count")?, required("embedding_length")?);
     let head_dim = optional("attention.key_length")?.unwrap_or(hidden / heads.max(1));
     let rotated = optional("rope.dimension_count")?.unwrap_or(head_dim);
     if rotated != head_dim {
         return Err(format!("rotates {rotated} of the {head_dim} dimensions of a head, which is not supported"));
     }
-    let context = need("context_length")?;
+    let context = required("context_length")?;
     let theta = file.float(&key("rope.freq_base"))?.unwrap_or(10_000.0);
     let epsilon = file.float(&key("attention.layer_norm_rms_epsilon"))?;
     let mut config = json!({
         "model_type": architecture,
         "vocab_size": embedding.shape[0],
         "hidden_size": hidden,
-        "intermediate_size": need("feed_forward_length")?,
+        "intermediate_size": required("feed_forward_length")?,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": optional("attention.head_count_kv")?.unwrap_or(heads),
@@ -58,16 +58,18 @@ pub(super) fn read(file: &Gguf<'_>) -> Result<ModelConfig, String> {
     ModelConfig::from_json(&config)
 }
 
-fn rope_scaling(file: &Gguf<'_>, architecture: &str, theta: f64, head_dim: i64) -> Result<Value, String> {
+fn rope_scaling(file: &GgufFile<'_>, architecture: &str, theta: f64, head_dim: i64) -> Parsed<Value> {
     if let Some(factors) = file.tensors.get(ROPE_FACTORS) {
         let mut stored = Vec::new();
-        factors.format.dequantise(factors.data, &mut stored);
+        factors.format.dequantize(factors.data, &mut stored);
         return llama3_scaling(&stored, theta, head_dim);
     }
     let key = |name: &str| format!("{architecture}.rope.scaling.{name}");
-    let old = file.float(&format!("{architecture}.rope.scale_linear"))?.filter(|&factor| factor != 1.0);
-    let kind = file.text(&key("type"))?.unwrap_or(if old.is_some() { "linear" } else { "none" });
-    let factor = || file.float(&key("factor"))?.or(old).ok_or_else(|| format!("lacks the key `{}`", key("factor")));
+    // Old files have only this key.
+    let old_factor = file.float(&format!("{architecture}.rope.scale_linear"))?.filter(|&factor| factor != 1.0);
+    let kind = file.text(&key("type"))?.unwrap_or(if old_factor.is_some() { "linear" } else { "none" });
+    let factor =
+        || file.float(&key("factor"))?.or(old_factor).ok_or_else(|| format!("lacks the key `{}`", key("factor")));
     match kind {
         "none" => Ok(Value::Null),
         "linear" => Ok(json!({ "rope_type": "linear", "factor": factor()? })),
@@ -78,13 +80,13 @@ fn rope_scaling(file: &Gguf<'_>, architecture: &str, theta: f64, head_dim: i64) 
             }
             Ok(scaling)
         }
-        other => Err(format!("stretches rotary positions by `{other}`; only linear, yarn and llama3 are supported")),
+        other => Err(format!("scales RoPE by the rule `{other}`; only linear, yarn and llama3 are supported")),
     }
 }
 
-/// The file has only the factors that Llama 3's rule gave. All its releases use the same bounds, so the rule is
-/// taken with the largest factor, and refused unless it gives the stored ones again.
-fn llama3_scaling(stored: &[f32], theta: f64, head_dim: i64) -> Result<Value, String> {
+/// Llama 3's rule, recovered from the factors that it gave. All releases use the same bounds, so the largest factor determines the
+/// rule, which is refused unless it reproduces all stored factors.
+fn llama3_scaling(stored: &[f32], theta: f64, head_dim: i64) -> Parsed<Value> {
     const CONTEXT: f64 = 8192.0;
     const LOW: f64 = 1.0;
     const HIGH: f64 = 4.0;
@@ -94,10 +96,10 @@ fn llama3_scaling(stored: &[f32], theta: f64, head_dim: i64) -> Result<Value, St
         let smooth = ((CONTEXT / wavelength - LOW) / (HIGH - LOW)).clamp(0.0, 1.0);
         1.0 / ((1.0 - smooth) / factor + smooth)
     };
-    let fits = stored.len() as i64 == head_dim / 2
+    let is_reproduced = stored.len() as i64 == head_dim / 2
         && stored.iter().enumerate().all(|(index, &value)| (f64::from(value) / expected(index) - 1.0).abs() < 1e-3);
-    if !fits {
-        return Err(format!("its `{ROPE_FACTORS}` does not follow Llama 3's rule, and no other is supported"));
+    if !is_reproduced {
+        return Err(format!("has a `{ROPE_FACTORS}` that does not follow Llama 3's rule, the only one supported"));
     }
     Ok(json!({
         "rope_type": "llama3", "factor": factor, "low_freq_factor": LOW, "high_freq_factor": HIGH,
@@ -111,7 +113,7 @@ mod tests {
 
     #[test]
     fn llama3_factors_are_recognised_and_others_refused() {
-        // As llama.cpp computes them for Llama 3.1: wavelengths below 2048 stay, those above 8192 grow by 8.
+        // As llama.cpp computes them for Llama 3.1: wavelengths below 2048 are kept, those above 8192 grow by a factor of 8.
         let mut factors: Vec<f32> = (0..64)
             .map(|index| {
                 let wavelength = 2.0 * std::f64::consts::PI * 500_000f64.powf(index as f64 / 64.0);

@@ -1,12 +1,16 @@
-//! The container: header, key-value metadata and where each tensor lies.
+//! The container: header, key-value metadata, and the position of each tensor.
 
 use std::collections::BTreeMap;
 
 use super::blocks::Format;
 
-type Parsed<T> = Result<T, String>;
+/// Type code of a list.
+const LIST: u32 = 9;
 
-/// A metadata value; integers of every width are one kind.
+/// The error is the rest of a sentence that begins with the path of the file.
+pub(super) type Parsed<T> = Result<T, String>;
+
+/// A metadata value. All integer types are one.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Value {
     Integer(i64),
@@ -16,26 +20,26 @@ pub(super) enum Value {
     List(Vec<Value>),
 }
 
-/// One tensor: rows of whole blocks.
+/// One tensor. Its rows consist of whole blocks.
 #[derive(Debug, Clone)]
 pub(super) struct TensorInfo<'a> {
-    /// Sizes with the fastest dimension last, as in safetensors.
+    /// The fastest dimension is the last, as in safetensors.
     pub shape: Vec<i64>,
     pub format: Format,
     pub data: &'a [u8],
 }
 
-/// A parsed file; tensor data stays where it is mapped.
-pub(super) struct Gguf<'a> {
+/// A parsed file. The data of the tensors are borrowed.
+pub(super) struct GgufFile<'a> {
     pub values: BTreeMap<String, Value>,
     pub tensors: BTreeMap<String, TensorInfo<'a>>,
 }
 
-impl<'a> Gguf<'a> {
+impl<'a> GgufFile<'a> {
     pub fn parse(bytes: &'a [u8]) -> Parsed<Self> {
         let mut cursor = Cursor { bytes, at: 0 };
         if cursor.bytes.get(..4) != Some(b"GGUF") {
-            return Err("is no GGUF file (it does not start with `GGUF`)".to_owned());
+            return Err("is not a GGUF file (it does not start with `GGUF`)".to_owned());
         }
         cursor.at = 4;
         let version = cursor.u32()?;
@@ -51,9 +55,9 @@ impl<'a> Gguf<'a> {
             let value = cursor.value(kind, &key)?;
             values.insert(key, value);
         }
-        let mut places = Vec::new();
+        let mut headers = Vec::new();
         for _ in 0..tensor_count {
-            places.push(Place::read(&mut cursor)?);
+            headers.push(TensorHeader::read(&mut cursor)?);
         }
         let alignment = match values.get("general.alignment") {
             None => 32,
@@ -62,11 +66,11 @@ impl<'a> Gguf<'a> {
         };
         let start = cursor.at.next_multiple_of(alignment);
         let mut tensors = BTreeMap::new();
-        for place in places {
-            let info = place.locate(bytes, start)?;
-            tensors.insert(place.name, info);
+        for header in headers {
+            let info = header.locate(bytes, start)?;
+            tensors.insert(header.name, info);
         }
-        Ok(Gguf { values, tensors })
+        Ok(GgufFile { values, tensors })
     }
 
     pub fn integer(&self, key: &str) -> Parsed<Option<i64>> {
@@ -76,7 +80,7 @@ impl<'a> Gguf<'a> {
         })
     }
 
-    /// A number; one stored in 32 bits is read as the short decimal that it was written from.
+    /// A number. One stored in 32 bits becomes the shortest decimal with that value: 1e-5, not 9.99999974e-6.
     pub fn float(&self, key: &str) -> Parsed<Option<f64>> {
         self.typed(key, "a number", |value| match value {
             Value::Float(number) if f64::from(*number as f32) == *number => (*number as f32).to_string().parse().ok(),
@@ -94,14 +98,14 @@ impl<'a> Gguf<'a> {
     }
 
     pub fn text(&self, key: &str) -> Parsed<Option<&str>> {
-        self.typed(key, "a text", |value| match value {
+        self.typed(key, "a string", |value| match value {
             Value::Text(text) => Some(text.as_str()),
             _ => None,
         })
     }
 
     pub fn texts(&self, key: &str) -> Parsed<Option<Vec<&str>>> {
-        self.list(key, "texts", |value| match value {
+        self.list(key, "strings", |value| match value {
             Value::Text(text) => Some(text.as_str()),
             _ => None,
         })
@@ -136,15 +140,16 @@ impl<'a> Gguf<'a> {
     }
 }
 
-/// A tensor as the header describes it.
-struct Place {
+/// What the header says about a tensor.
+struct TensorHeader {
     name: String,
     shape: Vec<i64>,
     format: Format,
+    /// In bytes, from the start of the tensor data.
     offset: u64,
 }
 
-impl Place {
+impl TensorHeader {
     fn read(cursor: &mut Cursor<'_>) -> Parsed<Self> {
         let name = cursor.text()?;
         let dimensions = cursor.u32()?;
@@ -160,21 +165,22 @@ impl Place {
         let format = Format::from_code(cursor.u32()?).map_err(|kind| {
             format!("tensor `{name}` is stored as {kind}, which is not supported: use {}", Format::NAMES)
         })?;
-        Ok(Place { name, shape, format, offset: cursor.u64()? })
+        Ok(TensorHeader { name, shape, format, offset: cursor.u64()? })
     }
 
+    /// Finds the data of the tensor in the file, whose tensor data begin at byte `start`.
     fn locate<'a>(&self, bytes: &'a [u8], start: usize) -> Parsed<TensorInfo<'a>> {
-        let Place { name, shape, format, offset } = self;
+        let TensorHeader { name, shape, format, offset } = self;
         let size = format.row_bytes(shape[shape.len() - 1]).and_then(|row| {
             shape[..shape.len() - 1].iter().try_fold(row, |size, &rows| size.checked_mul(usize::try_from(rows).ok()?))
         });
-        let size =
-            size.ok_or_else(|| format!("tensor `{name}` of shape {shape:?} cannot be made of {format:?} blocks"))?;
+        let size = size
+            .ok_or_else(|| format!("tensor `{name}` of shape {shape:?} does not consist of whole {format:?} blocks"))?;
         let first = usize::try_from(*offset).ok().and_then(|offset| offset.checked_add(start));
         let data = first.and_then(|first| bytes.get(first..first.checked_add(size)?)).ok_or_else(|| {
             format!(
-                "is cut off: tensor `{name}` has {size} bytes at {offset} of the data that start at byte {start}, the \
-                 file ends at {}; copy or download it again",
+                "is cut off: tensor `{name}` ends at byte {offset} + {size} of the tensor data, which begin at byte {start}, but the \
+                 file has only {} bytes; copy or download it again",
                 bytes.len()
             )
         })?;
@@ -182,6 +188,7 @@ impl Place {
     }
 }
 
+/// Reads the header from front to back.
 struct Cursor<'a> {
     bytes: &'a [u8],
     at: usize,
@@ -215,7 +222,7 @@ impl<'a> Cursor<'a> {
         let at = self.at;
         let length = self.u64()?;
         let bytes = self.take(length)?;
-        String::from_utf8(bytes.to_vec()).map_err(|_| format!("holds a text at byte {at} that is not UTF-8"))
+        String::from_utf8(bytes.to_vec()).map_err(|_| format!("holds a string at byte {at} that is not UTF-8"))
     }
 
     fn value(&mut self, kind: u32, key: &str) -> Parsed<Value> {
@@ -252,5 +259,3 @@ impl<'a> Cursor<'a> {
         })
     }
 }
-
-const LIST: u32 = 9;

@@ -1,4 +1,7 @@
-//! Import of GGUF files: dequantised weights, config and tokenizer as a Hugging Face folder.
+//! Converts GGUF files (llama.cpp's format) to Hugging Face folders: dequantized weights, config and tokenizer.
+//!
+//! `file` parses the container, `blocks` the number formats in it; `config`, `tokenizer` and `weights` translate one part each.
+//! Their errors are the rest of a sentence that begins with the path of the file.
 
 mod blocks;
 mod config;
@@ -11,21 +14,21 @@ use std::path::Path;
 use cllm_core::cuda::libtorch;
 use cllm_core::{Error, Result, atomic_file};
 
-/// Writes the model of a GGUF file as a Hugging Face folder (bf16 safetensors, config, generation_config, tokenizer).
-/// The folder appears whole or not at all.
+/// Writes the model of a GGUF file as a Hugging Face folder (bfloat16 safetensors, config, generation_config, tokenizer). The
+/// folder appears whole or not at all.
 ///
 /// # Errors
-/// When the file is cut off, of an unsupported type or architecture, or the folder holds something already.
+/// If the file is cut off or of an unsupported type or architecture, or if the folder holds something already.
 pub fn convert(gguf: &Path, folder: &Path) -> Result<()> {
-    refuse_full(folder)?;
+    refuse_nonempty(folder)?;
     if gguf.is_dir() {
         return Err(Error::file(gguf, "is a folder: name the .gguf file in it"));
     }
     let map = libtorch::map_file(gguf)?;
     let bad = |message: String| Error::file(gguf, message);
-    let file = file::Gguf::parse(&map).map_err(bad)?;
+    let file = file::GgufFile::parse(&map).map_err(bad)?;
     let config = config::read(&file).map_err(bad)?;
-    let sources = weights::sources(&file, &config).map_err(bad)?;
+    let sources = weights::find_sources(&file, &config).map_err(bad)?;
     let tokenizer = tokenizer::read(&file, config.vocab_size).map_err(bad)?;
     atomic_file::write_folder_with(folder, |work| {
         atomic_file::write_json(&work.join("config.json"), &config.to_json("bfloat16"))?;
@@ -34,11 +37,11 @@ pub fn convert(gguf: &Path, folder: &Path) -> Result<()> {
     })
 }
 
-/// The output takes the place of the whole folder, so there must be nothing in it to lose.
-fn refuse_full(folder: &Path) -> Result<()> {
-    let empty = folder.is_dir() && std::fs::read_dir(folder).map_err(Error::io(folder))?.next().is_none();
-    if empty || !folder.exists() {
+/// The output replaces the whole folder, so there must be nothing in it to lose.
+fn refuse_nonempty(folder: &Path) -> Result<()> {
+    let is_empty = folder.is_dir() && std::fs::read_dir(folder).map_err(Error::io(folder))?.next().is_none();
+    if is_empty || !folder.exists() {
         return Ok(());
     }
-    Err(Error::file(folder, "exists already: choose another output folder, or delete it"))
+    Err(Error::file(folder, "already exists: choose another output folder, or delete it"))
 }

@@ -1,14 +1,12 @@
-//! tokenizer.json and its companions, from the tokens, merges and scores of a GGUF file.
+//! The tokenizer files of a model, from the tokens, merges and scores in a GGUF file.
 
 use std::collections::HashMap;
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
-use super::file::Gguf;
+use super::file::{GgufFile, Parsed};
 use cllm_core::{Error, Result, atomic_file};
-
-type Parsed<T> = std::result::Result<T, String>;
 
 // Kinds of tokens in `tokenizer.ggml.token_type`.
 const NORMAL: i64 = 1;
@@ -17,7 +15,7 @@ const CONTROL: i64 = 3;
 const USER_DEFINED: i64 = 4;
 const UNUSED: i64 = 5;
 
-/// Llama 3's and Qwen2's split of text into words; they differ in how many digits stay together.
+/// How Llama 3 and Qwen2 split text into words. They differ in how many digits stay together.
 const LLAMA3_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN2_WORDS: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -33,9 +31,9 @@ impl TokenizerFiles {
     pub fn write(&self, folder: &Path) -> Result<()> {
         let path = folder.join("tokenizer.json");
         let text = self.tokenizer.to_string();
-        // What cannot be read back must not be written.
+        // A tokenizer that cannot be read back must not be written.
         text.parse::<tokenizers::Tokenizer>()
-            .map_err(|error| Error::usage(format!("the GGUF file's tokenizer does not hold together: {error}")))?;
+            .map_err(|error| Error::usage(format!("the tokenizer of the GGUF file is inconsistent: {error}")))?;
         atomic_file::write(&path, text.as_bytes())?;
         atomic_file::write_json(&folder.join("tokenizer_config.json"), &self.config)?;
         atomic_file::write_json(&folder.join("generation_config.json"), &self.generation)
@@ -43,14 +41,14 @@ impl TokenizerFiles {
 }
 
 /// Reads the tokenizer of a model with `vocab_size` ids.
-pub(super) fn read(file: &Gguf<'_>, vocab_size: i64) -> Parsed<TokenizerFiles> {
+pub(super) fn read(file: &GgufFile<'_>, vocab_size: i64) -> Parsed<TokenizerFiles> {
     let vocabulary = Vocabulary::read(file, vocab_size)?;
     let model = file.text("tokenizer.ggml.model")?.ok_or("lacks the key `tokenizer.ggml.model`")?;
     let (mut tokenizer, adds_bos) = match model {
         "gpt2" => byte_level(file, &vocabulary)?,
         "llama" => sentencepiece(file, &vocabulary)?,
         other => {
-            let message = format!("its tokenizer is of the type `{other}`; only gpt2 and llama are supported");
+            let message = format!("has a tokenizer of type `{other}`; only gpt2 and llama are supported");
             return Err(message);
         }
     };
@@ -94,17 +92,17 @@ pub(super) fn read(file: &Gguf<'_>, vocab_size: i64) -> Parsed<TokenizerFiles> {
     Ok(TokenizerFiles { tokenizer, config, generation: generation.into() })
 }
 
-/// Tokens by id, with their kinds.
+/// Tokens and their kinds, by id.
 struct Vocabulary<'a> {
     tokens: Vec<&'a str>,
     kinds: Vec<i64>,
 }
 
 impl<'a> Vocabulary<'a> {
-    fn read(file: &'a Gguf<'_>, vocab_size: i64) -> Parsed<Self> {
+    fn read(file: &'a GgufFile<'_>, vocab_size: i64) -> Parsed<Self> {
         let tokens = file.texts("tokenizer.ggml.tokens")?.ok_or("holds no tokenizer (`tokenizer.ggml.tokens`)")?;
         if tokens.len() as i64 > vocab_size {
-            return Err(format!("its tokenizer has {} ids, its embedding only {vocab_size}", tokens.len()));
+            return Err(format!("has a tokenizer with {} ids, but an embedding with only {vocab_size}", tokens.len()));
         }
         let kinds = file.integers("tokenizer.ggml.token_type")?.unwrap_or_else(|| vec![NORMAL; tokens.len()]);
         if kinds.len() != tokens.len() {
@@ -113,7 +111,7 @@ impl<'a> Vocabulary<'a> {
         Ok(Vocabulary { tokens, kinds })
     }
 
-    /// Ids by token, without the entries that only fill up the embedding.
+    /// Ids by token, without the entries that only pad the embedding.
     fn ids(&self) -> Parsed<HashMap<&'a str, usize>> {
         let mut ids = HashMap::new();
         for (id, (&token, &kind)) in self.tokens.iter().zip(&self.kinds).enumerate() {
@@ -121,13 +119,13 @@ impl<'a> Vocabulary<'a> {
                 continue;
             }
             if let Some(other) = ids.insert(token, id) {
-                return Err(format!("the ids {other} and {id} of its tokenizer are both `{token}`"));
+                return Err(format!("has a tokenizer whose ids {other} and {id} are both `{token}`"));
             }
         }
         Ok(ids)
     }
 
-    /// Tokens that are found in a text before anything else is done with it.
+    /// Tokens that are matched in a text before it is split into words.
     fn added(&self) -> Value {
         let all = self.tokens.iter().zip(&self.kinds).enumerate();
         all.filter(|(_, (_, kind))| matches!(**kind, UNKNOWN | CONTROL | USER_DEFINED))
@@ -140,54 +138,27 @@ impl<'a> Vocabulary<'a> {
             .collect()
     }
 
-    /// Id and text of the token that the metadata name for a purpose.
-    fn special(&self, file: &Gguf<'_>, purpose: &str) -> Parsed<Option<(usize, &'a str)>> {
+    /// The id and text of the token that the metadata name for a purpose, such as `eos`.
+    fn special(&self, file: &GgufFile<'_>, purpose: &str) -> Parsed<Option<(usize, &'a str)>> {
         let key = format!("tokenizer.ggml.{purpose}_token_id");
         let Some(id) = file.integer(&key)? else { return Ok(None) };
-        let found = usize::try_from(id).ok().and_then(|id| Some((id, *self.tokens.get(id)?)));
-        found.map(Some).ok_or_else(|| format!("`{key}` is {id}, the tokenizer has {} ids", self.tokens.len()))
+        let token = usize::try_from(id).ok().and_then(|id| Some((id, *self.tokens.get(id)?)));
+        token.map(Some).ok_or_else(|| format!("`{key}` is {id}, but the tokenizer has {} ids", self.tokens.len()))
     }
 }
 
-/// A byte-level BPE, and whether its texts start with BOS by default.
-fn byte_level(file: &Gguf<'_>, vocabulary: &Vocabulary<'_>) -> Parsed<(Value, bool)> {
-    let merges = file.texts("tokenizer.ggml.merges")?.ok_or("its tokenizer has no `tokenizer.ggml.merges`")?;
+/// A byte-level BPE tokenizer, and whether it adds BOS by default.
+fn byte_level(file: &GgufFile<'_>, vocabulary: &Vocabulary<'_>) -> Parsed<(Value, bool)> {
+    let merges = file.texts("tokenizer.ggml.merges")?.ok_or("has a tokenizer without `tokenizer.ggml.merges`")?;
     let pairs = merges.iter().map(|merge| {
-        let (left, right) = merge.split_once(' ').ok_or_else(|| format!("its merge `{merge}` is no pair"))?;
+        let (left, right) = merge.split_once(' ').ok_or_else(|| format!("has a merge `{merge}` that is not a pair"))?;
         Ok([left, right])
     });
     let pairs = pairs.collect::<Parsed<Vec<_>>>()?;
-    let pre = file.text("tokenizer.ggml.pre")?;
-    let name =
-        pre.ok_or("does not say how its tokenizer splits text (`tokenizer.ggml.pre`); convert the model again")?;
-    let words = |pattern: &str| json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false });
-    let digits = json!({ "type": "Digits", "individual_digits": true });
-    let bytes = |split: bool| json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": split });
-    let sequence = |parts: Vec<Value>| json!({ "type": "Sequence", "pretokenizers": parts });
-    let mut normalizer = Value::Null;
-    let mut whole_words_first = false;
-    let pre_tokenizer = match name {
-        "gpt-2" => bytes(true),
-        "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" => sequence(vec![digits, bytes(true)]),
-        "llama-bpe" | "llama3" | "llama-v3" => {
-            whole_words_first = true;
-            sequence(vec![words(LLAMA3_WORDS), bytes(false)])
-        }
-        "qwen2" | "deepseek-r1-qwen" => {
-            normalizer = json!({ "type": "NFC" });
-            sequence(vec![words(QWEN2_WORDS), bytes(false)])
-        }
-        "deepseek-coder" => {
-            let patterns = ["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+"];
-            sequence(patterns.into_iter().map(words).chain([digits, bytes(false)]).collect())
-        }
-        other => {
-            return Err(format!(
-                "its tokenizer splits text as `{other}` does, which is not supported: use gpt-2, smollm, llama-bpe, \
-                 qwen2 or deepseek-coder"
-            ));
-        }
-    };
+    let rule = file
+        .text("tokenizer.ggml.pre")?
+        .ok_or("does not say how its tokenizer splits text (`tokenizer.ggml.pre`); convert the model to GGUF again")?;
+    let WordSplit { normalizer, pre_tokenizer, is_llama3 } = WordSplit::from_rule(rule)?;
     let tokenizer = json!({
         "version": "1.0",
         "truncation": null,
@@ -195,31 +166,79 @@ fn byte_level(file: &Gguf<'_>, vocabulary: &Vocabulary<'_>) -> Parsed<(Value, bo
         "added_tokens": [],
         "normalizer": normalizer,
         "pre_tokenizer": pre_tokenizer,
-        "post_processor": bytes(true),
-        "decoder": bytes(true),
+        "post_processor": byte_level_step(true),
+        "decoder": byte_level_step(true),
         "model": {
             "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
             "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false,
-            "ignore_merges": whole_words_first, "vocab": in_order(&vocabulary.ids()?), "merges": pairs,
+            "ignore_merges": is_llama3, "vocab": vocab_json(&vocabulary.ids()?), "merges": pairs,
         },
     });
-    Ok((tokenizer, whole_words_first))
+    Ok((tokenizer, is_llama3))
 }
 
-/// A SentencePiece BPE with byte fallback, as Llama 2 has it. It always joins the pair whose result has the best
-/// score, so every split of a piece into two pieces becomes a merge, ranked by the score of the piece.
-fn sentencepiece(file: &Gguf<'_>, vocabulary: &Vocabulary<'_>) -> Parsed<(Value, bool)> {
-    let scores = file.floats("tokenizer.ggml.scores")?.ok_or("its tokenizer has no `tokenizer.ggml.scores`")?;
+fn byte_level_step(use_regex: bool) -> Value {
+    json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex })
+}
+
+/// How a byte-level tokenizer splits text into words before it merges bytes.
+struct WordSplit {
+    normalizer: Value,
+    pre_tokenizer: Value,
+    /// Llama 3 takes a word that is a token as it is, without merging, and adds BOS by default.
+    is_llama3: bool,
+}
+
+impl WordSplit {
+    /// The split that llama.cpp calls `rule`.
+    fn from_rule(rule: &str) -> Parsed<Self> {
+        let words = |pattern: &str| json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false });
+        let digits = json!({ "type": "Digits", "individual_digits": true });
+        let sequence = |steps: Vec<Value>| json!({ "type": "Sequence", "pretokenizers": steps });
+        let (mut normalizer, mut is_llama3) = (Value::Null, false);
+        let pre_tokenizer = match rule {
+            "gpt-2" => byte_level_step(true),
+            "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" => {
+                sequence(vec![digits, byte_level_step(true)])
+            }
+            "llama-bpe" | "llama3" | "llama-v3" => {
+                is_llama3 = true;
+                sequence(vec![words(LLAMA3_WORDS), byte_level_step(false)])
+            }
+            "qwen2" | "deepseek-r1-qwen" => {
+                normalizer = json!({ "type": "NFC" });
+                sequence(vec![words(QWEN2_WORDS), byte_level_step(false)])
+            }
+            "deepseek-coder" => {
+                let patterns = ["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+"];
+                sequence(patterns.into_iter().map(words).chain([digits, byte_level_step(false)]).collect())
+            }
+            other => {
+                return Err(format!(
+                    "has a tokenizer that splits text by the rule `{other}`; only gpt-2, smollm, llama-bpe, qwen2 and \
+                     deepseek-coder are supported"
+                ));
+            }
+        };
+        Ok(WordSplit { normalizer, pre_tokenizer, is_llama3 })
+    }
+}
+
+/// A SentencePiece BPE tokenizer with byte fallback, as in Llama 2, and whether it adds BOS by default. SentencePiece always joins the
+/// pair whose result has the best score, so every split of a token into two tokens becomes a merge, ranked by the score of
+/// the whole.
+fn sentencepiece(file: &GgufFile<'_>, vocabulary: &Vocabulary<'_>) -> Parsed<(Value, bool)> {
+    let scores = file.floats("tokenizer.ggml.scores")?.ok_or("has a tokenizer without `tokenizer.ggml.scores`")?;
     if scores.len() != vocabulary.tokens.len() {
         return Err(format!("has {} tokens but {} scores", vocabulary.tokens.len(), scores.len()));
     }
     let ids = vocabulary.ids()?;
     let mut merges = Vec::new();
-    for ((&piece, &score), _) in
+    for ((&token, &score), _) in
         vocabulary.tokens.iter().zip(&scores).zip(&vocabulary.kinds).filter(|(_, kind)| **kind == NORMAL)
     {
-        for (at, _) in piece.char_indices().skip(1) {
-            let (left, right) = piece.split_at(at);
+        for (at, _) in token.char_indices().skip(1) {
+            let (left, right) = token.split_at(at);
             if let (Some(first), Some(second)) = (ids.get(left), ids.get(right)) {
                 merges.push((score, first, second, [left, right]));
             }
@@ -227,11 +246,11 @@ fn sentencepiece(file: &Gguf<'_>, vocabulary: &Vocabulary<'_>) -> Parsed<(Value,
     }
     merges.sort_by(|one, two| two.0.total_cmp(&one.0).then(one.1.cmp(two.1)).then(one.2.cmp(two.2)));
     let pairs: Vec<_> = merges.into_iter().map(|(_, _, _, pair)| pair).collect();
-    let spaced = file.bool("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
+    let adds_space = file.bool("tokenizer.ggml.add_space_prefix")?.unwrap_or(true);
     let replace = |from: &str, to: &str| json!({ "type": "Replace", "pattern": { "String": from }, "content": to });
     let mut normalizers = vec![replace(" ", "▁")];
     let mut decoders = vec![replace("▁", " "), json!({ "type": "ByteFallback" }), json!({ "type": "Fuse" })];
-    if spaced {
+    if adds_space {
         normalizers.insert(0, json!({ "type": "Prepend", "prepend": "▁" }));
         decoders.push(json!({ "type": "Strip", "content": " ", "start": 1, "stop": 0 }));
     }
@@ -249,14 +268,14 @@ fn sentencepiece(file: &Gguf<'_>, vocabulary: &Vocabulary<'_>) -> Parsed<(Value,
         "model": {
             "type": "BPE", "dropout": null, "unk_token": unknown, "continuing_subword_prefix": null,
             "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
-            "vocab": in_order(&ids), "merges": pairs,
+            "vocab": vocab_json(&ids), "merges": pairs,
         },
     });
     Ok((tokenizer, true))
 }
 
-/// The vocabulary as JSON, in the order of its ids, so that the same file always gives the same bytes.
-fn in_order(ids: &HashMap<&str, usize>) -> Value {
+/// The vocabulary as JSON, sorted by id, so that the same file always gives the same bytes.
+fn vocab_json(ids: &HashMap<&str, usize>) -> Value {
     let mut entries: Vec<_> = ids.iter().collect();
     entries.sort_unstable_by_key(|(_, id)| **id);
     entries.into_iter().map(|(token, id)| ((*token).to_owned(), json!(id))).collect::<Map<_, _>>().into()
@@ -271,29 +290,35 @@ mod tests {
 
     #[test]
     fn a_sentencepiece_vocabulary_merges_by_score_and_falls_back_to_bytes() {
-        let mut pieces: Vec<(String, i64, f64)> =
+        let mut tokens: Vec<(String, i64, f64)> =
             vec![("<unk>".into(), UNKNOWN, 0.0), ("<s>".into(), CONTROL, 0.0), ("</s>".into(), CONTROL, 0.0)];
-        pieces.extend((0..256).map(|byte| (format!("<0x{byte:02X}>"), 6, 0.0)));
-        // `bc` has the better score, so `abc` is a + bc although `ab` stands first.
-        for (rank, piece) in ["bc", "ab", "▁a", "▁", "a", "b", "c"].into_iter().enumerate() {
-            pieces.push((piece.into(), NORMAL, -(rank as f64)));
+        tokens.extend((0..256).map(|byte| (format!("<0x{byte:02X}>"), 6, 0.0)));
+        // `bc` has a better score than `ab`, so `abc` becomes a + bc although `ab` comes first in the text.
+        for (rank, token) in ["bc", "ab", "▁a", "▁", "a", "b", "c"].into_iter().enumerate() {
+            tokens.push((token.into(), NORMAL, -(rank as f64)));
         }
         let list = |items: Vec<Stored>| Stored::List(items);
         let values = BTreeMap::from([
             ("tokenizer.ggml.model".to_owned(), Stored::Text("llama".into())),
-            ("tokenizer.ggml.tokens".to_owned(), list(pieces.iter().map(|p| Stored::Text(p.0.clone())).collect())),
-            ("tokenizer.ggml.token_type".to_owned(), list(pieces.iter().map(|p| Stored::Integer(p.1)).collect())),
-            ("tokenizer.ggml.scores".to_owned(), list(pieces.iter().map(|p| Stored::Float(p.2)).collect())),
+            (
+                "tokenizer.ggml.tokens".to_owned(),
+                list(tokens.iter().map(|token| Stored::Text(token.0.clone())).collect()),
+            ),
+            (
+                "tokenizer.ggml.token_type".to_owned(),
+                list(tokens.iter().map(|token| Stored::Integer(token.1)).collect()),
+            ),
+            ("tokenizer.ggml.scores".to_owned(), list(tokens.iter().map(|token| Stored::Float(token.2)).collect())),
             ("tokenizer.ggml.bos_token_id".to_owned(), Stored::Integer(1)),
             ("tokenizer.ggml.eos_token_id".to_owned(), Stored::Integer(2)),
         ]);
-        let file = Gguf { values, tensors: BTreeMap::new() };
+        let file = GgufFile { values, tensors: BTreeMap::new() };
         let dir = tempfile::tempdir().unwrap();
         read(&file, 300).unwrap().write(dir.path()).unwrap();
         let tokenizer = tokenizers::Tokenizer::from_file(dir.path().join("tokenizer.json")).unwrap();
         let encoding = tokenizer.encode("abc é</s>", true).unwrap();
         assert_eq!(encoding.get_tokens(), ["<s>", "▁a", "bc", "▁", "<0xC3>", "<0xA9>", "</s>"]);
         assert_eq!(tokenizer.decode(encoding.get_ids(), true).unwrap(), "abc é");
-        assert_eq!(read(&file, 100).err().unwrap(), "its tokenizer has 266 ids, its embedding only 100");
+        assert_eq!(read(&file, 100).err().unwrap(), "has a tokenizer with 266 ids, but an embedding with only 100");
     }
 }

@@ -1,4 +1,4 @@
-//! Weights under their Hugging Face names, dequantised to bf16 one tensor at a time.
+//! The weights under their Hugging Face names, dequantized to bfloat16 one tensor at a time.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -7,23 +7,23 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::config::ROPE_FACTORS;
-use super::file::{Gguf, TensorInfo};
+use super::file::{GgufFile, Parsed, TensorInfo};
 use cllm_core::checkpoint::write_safetensors;
 use cllm_core::model::{Family, ModelConfig};
 use cllm_core::progress::Progress;
 use cllm_core::{Result, interrupt};
 
-/// Where a weight comes from.
-pub(super) struct Source<'a> {
+/// A weight to write, and the tensor it comes from.
+pub(super) struct WeightSource<'a> {
     name: String,
     shape: Vec<i64>,
     tensor: TensorInfo<'a>,
-    /// Heads whose rows llama.cpp reordered.
+    /// Number of heads, if llama.cpp has reordered the rows of each head.
     reordered_heads: Option<usize>,
 }
 
-/// Every weight that the configuration calls for; a tensor that it has no place for is refused.
-pub(super) fn sources<'a>(file: &Gguf<'a>, config: &ModelConfig) -> std::result::Result<Vec<Source<'a>>, String> {
+/// The source of every weight of the model. A tensor that belongs to no weight is refused.
+pub(super) fn find_sources<'a>(file: &GgufFile<'a>, config: &ModelConfig) -> Parsed<Vec<WeightSource<'a>>> {
     let mut unused: BTreeSet<&str> = file.tensors.keys().map(String::as_str).collect();
     unused.remove(ROPE_FACTORS);
     let mut sources = Vec::new();
@@ -31,10 +31,13 @@ pub(super) fn sources<'a>(file: &Gguf<'a>, config: &ModelConfig) -> std::result:
         let stored = gguf_name(&name);
         let tensor = file.tensors.get(&stored).ok_or_else(|| format!("lacks the tensor `{stored}`"))?.clone();
         if tensor.shape != shape {
-            return Err(format!("tensor `{stored}` has shape {:?}, its metadata call for {shape:?}", tensor.shape));
+            return Err(format!(
+                "has a tensor `{stored}` of shape {:?}, but its metadata require {shape:?}",
+                tensor.shape
+            ));
         }
-        if shape.len() == 1 && tensor.format.block().0 > 1 {
-            return Err(format!("tensor `{stored}` is quantised, which only matrices can be"));
+        if shape.len() == 1 && tensor.format.block_size().0 > 1 {
+            return Err(format!("has a quantized tensor `{stored}`, which only a matrix can be"));
         }
         unused.remove(stored.as_str());
         let heads = if config.family != Family::Llama {
@@ -47,29 +50,30 @@ pub(super) fn sources<'a>(file: &Gguf<'a>, config: &ModelConfig) -> std::result:
             None
         };
         let reordered_heads = heads.and_then(|heads| usize::try_from(heads).ok());
-        sources.push(Source { name, shape, tensor, reordered_heads });
+        sources.push(WeightSource { name, shape, tensor, reordered_heads });
     }
     match unused.first() {
-        Some(name) => Err(format!("tensor `{name}` has no place in the supported models")),
+        Some(name) => Err(format!("has a tensor `{name}` that is not part of any supported model")),
         None => Ok(sources),
     }
 }
 
 /// Writes the weights as one bf16 safetensors file.
-pub(super) fn write(path: &Path, sources: &[Source<'_>]) -> Result<()> {
+pub(super) fn write(path: &Path, sources: &[WeightSource<'_>]) -> Result<()> {
     let shapes: Vec<_> = sources.iter().map(|source| (source.name.clone(), source.shape.clone())).collect();
     let mut progress = Progress::new("convert", 0, sources.len() as u64);
     write_safetensors(path, "BF16", 2, &shapes, |index| {
         interrupt::check()?;
         progress.advance(1);
-        Ok(sources[index].bytes())
+        Ok(sources[index].to_bytes())
     })?;
     progress.finish();
     Ok(())
 }
 
-impl Source<'_> {
-    fn bytes(&self) -> Vec<u8> {
+impl WeightSource<'_> {
+    /// The weight as bfloat16.
+    fn to_bytes(&self) -> Vec<u8> {
         let rows = if self.shape.len() == 1 && self.reordered_heads.is_none() { 1 } else { self.shape[0] as usize };
         let row_bytes = self.tensor.data.len() / rows;
         let width = self.shape.iter().product::<i64>() as usize / rows;
@@ -77,7 +81,7 @@ impl Source<'_> {
         out.par_chunks_exact_mut(width * 2).enumerate().for_each_init(Vec::new, |values, (row, out)| {
             let from = self.reordered_heads.map_or(row, |heads| stored_row(row, rows / heads));
             values.clear();
-            self.tensor.format.dequantise(&self.tensor.data[from * row_bytes..][..row_bytes], values);
+            self.tensor.format.dequantize(&self.tensor.data[from * row_bytes..][..row_bytes], values);
             for (value, bytes) in values.iter().zip(out.chunks_exact_mut(2)) {
                 bytes.copy_from_slice(&bf16::from_f32(*value).to_le_bytes());
             }
@@ -86,8 +90,8 @@ impl Source<'_> {
     }
 }
 
-/// Where llama.cpp keeps a row of a query or key projection. Hugging Face rotates dimension `i` of a head with
-/// `i + head_dim / 2`, llama.cpp's Llama neighbours with each other, so it interleaves the two halves of each head.
+/// The row of the GGUF tensor that holds a row of a query or key projection. In a head, Hugging Face rotates dimension `i` together with
+/// `i + head_dim / 2`, while llama.cpp rotates neighbours in Llama models, and so interleaves the two halves of each head.
 fn stored_row(row: usize, head_dim: usize) -> usize {
     let (head, within) = (row / head_dim, row % head_dim);
     let (half, pair) = (within / (head_dim / 2), within % (head_dim / 2));

@@ -1,4 +1,4 @@
-//! `rounds.json`: which stages are finished and from what, and what each gave.
+//! `rounds.json`: which stages of which rounds are finished, what each was made from, and its summary.
 
 use std::path::{Path, PathBuf};
 
@@ -6,130 +6,132 @@ use cllm_core::{Error, Result, atomic_file, text_file};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::run_fingerprint::RunFingerprint;
+
 /// Its name in the folder of the rounds.
-pub const FILE: &str = "rounds.json";
+pub const REPORT_FILE: &str = "rounds.json";
 
-const SCHEMA_VERSION: u32 = 1;
+const SCHEMA_VERSION: u32 = 2;
 
-/// The course of all rounds.
+/// All rounds so far; docs/data-format.md describes the fields.
 #[derive(Debug, Default, Serialize, Deserialize)]
-pub struct Report {
+pub struct RoundsReport {
     schema_version: u32,
-    /// Whether every round is done.
+    /// Whether every round is finished.
     pub complete: bool,
-    /// The student of the last round that is done.
+    /// The student of the last finished round.
     pub model: Option<PathBuf>,
-    rounds: Vec<Round>,
+    rounds: Vec<RoundReport>,
 }
 
-/// One round.
 #[derive(Debug, Serialize, Deserialize)]
-struct Round {
+struct RoundReport {
     /// Its number, from 1.
     round: usize,
-    /// Tokens of a block.
+    /// Block size, in tokens.
     n: usize,
-    stages: Vec<Stage>,
+    stages: Vec<StageReport>,
 }
 
 /// A stage that has begun.
 #[derive(Debug, Serialize, Deserialize)]
-struct Stage {
+struct StageReport {
     name: String,
-    /// Fingerprint of what it began from: settings, model, data.
-    inputs: String,
-    /// Fingerprint of what it left; none while it is not finished.
+    inputs: RunFingerprint,
+    /// Fingerprint of what the stage left; `None` while it is not finished.
     output: Option<String>,
-    /// What it tells of itself.
-    figures: Value,
+    /// Null while the stage is not finished.
+    summary: Value,
 }
 
-/// Where a stage stands.
+/// How far a stage is.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Standing {
-    /// Nothing is there.
+pub enum StageProgress {
+    /// It has left nothing.
     New,
-    /// It began from these inputs.
+    /// It began from the same inputs.
     Begun,
-    /// It is finished, and what it left is still there.
+    /// It is finished, and what it left is unchanged.
     Finished,
 }
 
-impl Report {
-    /// That of an output folder; empty where there is none.
+impl RoundsReport {
+    /// Reads the report in an output folder; empty if there is none.
     ///
     /// # Errors
-    /// A file that is none.
+    /// A file that is no report, or one of another version.
     pub fn read(output: &Path) -> Result<Self> {
-        let path = output.join(FILE);
+        let path = output.join(REPORT_FILE);
         if !path.exists() {
-            return Ok(Report { schema_version: SCHEMA_VERSION, ..Report::default() });
+            return Ok(RoundsReport { schema_version: SCHEMA_VERSION, ..RoundsReport::default() });
         }
-        let bad =
-            |why: String| Error::file(&path, format!("is no record of rounds ({why}): choose another output folder"));
-        let report: Report = serde_json::from_str(&text_file::read(&path)?).map_err(|error| bad(error.to_string()))?;
-        match report.schema_version {
-            SCHEMA_VERSION => Ok(report),
-            other => Err(bad(format!("its schema_version is {other}, this program knows {SCHEMA_VERSION}"))),
+        let bad = |problem: String| {
+            Error::file(&path, format!("is not a report of rounds ({problem}): choose another output folder"))
+        };
+        let value: Value = serde_json::from_str(&text_file::read(&path)?).map_err(|error| bad(error.to_string()))?;
+        if value["schema_version"] != SCHEMA_VERSION {
+            let version = &value["schema_version"];
+            return Err(bad(format!("its schema_version is {version}, this program reads {SCHEMA_VERSION}")));
         }
+        serde_json::from_value(value).map_err(|error| bad(error.to_string()))
     }
 
-    /// Writes it.
+    /// Writes the report into an output folder.
     ///
     /// # Errors
     /// File-system errors.
     pub fn write(&self, output: &Path) -> Result<()> {
-        atomic_file::write_json(&output.join(FILE), self)
+        atomic_file::write_json(&output.join(REPORT_FILE), self)
     }
 
-    /// Where the stage `name` of round `index` (from 0) stands, which would begin from `inputs`. `found` is the fingerprint of
-    /// what its `folder` holds now, if that is whole.
+    /// How far the stage `name` of round `index` (from 0) is, if it is to be made from `inputs`. `output` is the fingerprint of
+    /// what its `folder` holds now, if that is complete.
     ///
     /// # Errors
-    /// When the stage was done from other inputs, or what it left is another now.
-    pub fn standing(
+    /// If the stage was made from other inputs, or its output has changed since.
+    pub fn stage_progress(
         &self,
         index: usize,
         name: &str,
-        inputs: &str,
-        (folder, found): (&Path, Option<&str>),
-    ) -> Result<Standing> {
-        let stages = self.rounds.get(index).map(|round| round.stages.as_slice()).unwrap_or_default();
+        inputs: &RunFingerprint,
+        folder: &Path,
+        output: Option<&str>,
+    ) -> Result<StageProgress> {
+        let stages = self.rounds.get(index).map_or(&[][..], |round| round.stages.as_slice());
         let Some(stage) = stages.iter().find(|stage| stage.name == name).filter(|_| folder.exists()) else {
-            return Ok(Standing::New);
+            return Ok(StageProgress::New);
         };
-        let again = "choose another output folder, or delete this one to do it again";
-        if stage.inputs != inputs {
-            let message = format!("was made with other settings, from another model or from other data; {again}");
-            return Err(Error::file(folder, message));
+        let advice = "choose another output folder, or delete this one to make it again";
+        if let Some(difference) = stage.inputs.difference("was made", inputs) {
+            return Err(Error::file(folder, format!("{difference}; {advice}")));
         }
-        match (&stage.output, found) {
-            (None, _) => Ok(Standing::Begun),
-            (Some(left), Some(found)) if left == found => Ok(Standing::Finished),
-            (Some(_), _) => Err(Error::file(folder, format!("is no longer what the stage left there; {again}"))),
+        match (&stage.output, output) {
+            (None, _) => Ok(StageProgress::Begun),
+            (Some(then), Some(now)) if then == now => Ok(StageProgress::Finished),
+            (Some(_), _) => Err(Error::file(folder, format!("has changed since its stage finished; {advice}"))),
         }
     }
 
-    /// Notes that a stage begins, from these inputs, in a round of blocks of `n` tokens.
-    pub fn begin(&mut self, index: usize, n: usize, name: &str, inputs: String) {
+    /// Records that a stage begins, in a round with blocks of `n` tokens.
+    pub fn begin(&mut self, index: usize, n: usize, name: &str, inputs: RunFingerprint) {
         self.complete = false;
         if self.rounds.len() == index {
-            self.rounds.push(Round { round: index + 1, n, stages: Vec::new() });
+            self.rounds.push(RoundReport { round: index + 1, n, stages: Vec::new() });
         }
         let round = &mut self.rounds[index];
         round.n = n;
-        let stage = Stage { name: name.to_owned(), inputs, output: None, figures: Value::Null };
-        // What was noted of later stages stays: whether it still holds is told by their own inputs.
+        let stage = StageReport { name: name.to_owned(), inputs, output: None, summary: Value::Null };
+        // The records of later stages stay: their own inputs tell whether they are still valid.
         match round.stages.iter_mut().find(|stage| stage.name == name) {
-            Some(before) => *before = stage,
+            Some(earlier) => *earlier = stage,
             None => round.stages.push(stage),
         }
     }
 
-    /// Notes that a stage which began is finished.
-    pub fn finish(&mut self, index: usize, name: &str, output: String, figures: Value) {
+    /// Records that a stage is finished.
+    pub fn finish(&mut self, index: usize, name: &str, output: String, summary: Value) {
         if let Some(stage) = self.rounds[index].stages.iter_mut().find(|stage| stage.name == name) {
-            (stage.output, stage.figures) = (Some(output), figures);
+            (stage.output, stage.summary) = (Some(output), summary);
         }
     }
 }

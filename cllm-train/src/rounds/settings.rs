@@ -1,4 +1,4 @@
-//! Settings of the rounds: sections that all of them share, and what each does otherwise.
+//! Settings of the rounds: sections that all rounds share, and what each round changes.
 
 use std::path::{Path, PathBuf};
 
@@ -10,138 +10,146 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::settings::{Objective, Settings as Train};
+use crate::rounds::stage::Stage;
+use crate::settings::{Objective, Settings};
 
-/// On-policy rounds: each collects from the student of the round before it.
+/// On-policy rounds. Each collects from the student of the round before it.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
-pub struct Settings {
+pub struct RoundsSettings {
     /// The model of the first round: a folder, or an id in the Hugging Face cache.
     #[garde(length(min = 1))]
     pub model: String,
     /// Folder of the rounds.
     #[garde(custom(required_path))]
     pub output: PathBuf,
-    /// What `cllm-data collect` takes; the rounds set model and output.
+    /// Settings of `cllm-data collect`; `rounds` sets model and output.
     #[garde(skip)]
     #[schemars(extend("elsewhere" = true))]
     pub collect: collect::Settings,
-    /// What `cllm-data augment` takes; the rounds set input and output. Left out, nothing is augmented.
+    /// Settings of `cllm-data augment`; `rounds` sets input and output. `null` augments nothing.
     #[garde(skip)]
     #[schemars(extend("elsewhere" = true))]
     pub augment: Option<augment::Settings>,
-    /// What `cllm-data clean` takes; the rounds set model, input and output. Left out, nothing is cleaned.
+    /// Settings of `cllm-data clean`; `rounds` sets model, input and output. `null` cleans nothing.
     #[garde(skip)]
     #[schemars(extend("elsewhere" = true))]
     pub clean: Option<clean::Settings>,
-    /// What `cllm-train run` takes; the rounds set model, data and output. Every round's anchor is the model of the first, unless
-    /// another is named.
+    /// Settings of `cllm-train run`; `rounds` sets model, datasets and output. Unless another is named, the anchor of every round is
+    /// the model of the first.
     #[garde(skip)]
     #[schemars(extend("elsewhere" = true))]
-    pub train: Train,
-    /// The rounds, in order: of each, what it does otherwise than the sections above, such as `{collect: {n: 32}}`; `{}` for
-    /// nothing.
+    pub train: Settings,
+    /// What each round changes in the sections above, such as `{collect: {n: 32}}`; `{}` changes nothing. There are as many
+    /// rounds as items.
     #[garde(length(min = 1))]
     pub rounds: Vec<Map<String, Value>>,
 }
 
-/// What one round does, in full.
+/// The settings of one round.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
-pub struct Round {
+pub struct RoundSettings {
     pub collect: collect::Settings,
     pub augment: Option<augment::Settings>,
     pub clean: Option<clean::Settings>,
-    pub train: Train,
+    pub train: Settings,
 }
 
-impl Settings {
-    /// Rules that no single key tells, for every round, before anything starts.
+impl RoundsSettings {
+    /// Checks every round, before any starts.
     ///
     /// # Errors
-    /// [`Error::Usage`] naming round and key.
+    /// [`Error::Usage`] naming the round and the key.
     pub fn check(&self) -> Result<()> {
         (0..self.rounds.len()).try_for_each(|index| self.round(index, Path::new("model")).map(drop))
     }
 
-    /// Folder of a round, counted from 0.
-    pub fn folder(&self, index: usize) -> PathBuf {
-        self.output.join(format!("round-{:02}", index + 1))
-    }
-
-    /// What round `index` (from 0) does, whose model is in the folder `model`.
+    /// The settings of round `index` (from 0), which starts from the model in the folder `model`.
     ///
     /// # Errors
-    /// [`Error::Usage`] naming round and key.
-    pub fn round(&self, index: usize, model: &Path) -> Result<Round> {
-        let of_round = |error: Error| Error::usage(format!("round {}: {error}", index + 1));
-        let Settings { collect, augment, clean, train, .. } = self.clone();
-        let mut round = merge(&Round { collect, augment, clean, train }, &self.rounds[index]).map_err(of_round)?;
-        round.refuse_what_rounds_set().map_err(of_round)?;
-        round.place(&self.folder(index), model);
-        // A later round that held on to the student before it would lose the teacher step by step.
+    /// [`Error::Usage`] naming the round and the key.
+    pub fn round(&self, index: usize, model: &Path) -> Result<RoundSettings> {
+        let in_round = |error: Error| Error::usage(format!("round {}: {error}", index + 1));
+        let RoundsSettings { collect, augment, clean, train, .. } = self.clone();
+        let shared = RoundSettings { collect, augment, clean, train };
+        let mut round = merge(&shared, &self.rounds[index]).map_err(in_round)?;
+        round.refuse_what_rounds_set().map_err(in_round)?;
+        round.set_paths(&self.output.join(format!("round-{:02}", index + 1)), model);
+        // Anchored to the student before it, a later round would drift from the teacher step by step.
         if round.train.is_anchored() {
             round.train.consistency.anchor.get_or_insert_with(|| self.model.clone());
         }
-        round.check().map_err(of_round)?;
+        round.check().map_err(in_round)?;
         Ok(round)
     }
 }
 
-impl Round {
+impl RoundSettings {
+    pub fn stages(&self) -> Vec<Stage<'_>> {
+        let stages = [
+            Some(Stage::Collect(&self.collect)),
+            self.augment.as_ref().map(Stage::Augment),
+            self.clean.as_ref().map(Stage::Clean),
+            Some(Stage::Train(&self.train)),
+        ];
+        stages.into_iter().flatten().collect()
+    }
+
     fn refuse_what_rounds_set(&self) -> Result<()> {
-        let Round { collect, augment, clean, train } = self;
-        let some = |path: &PathBuf| !path.as_os_str().is_empty();
-        let set = [
+        let RoundSettings { collect, augment, clean, train } = self;
+        let is_set = |path: &PathBuf| !path.as_os_str().is_empty();
+        let set_by_rounds = [
             ("collect.model", !collect.model.is_empty()),
-            ("collect.output", some(&collect.output)),
-            ("augment.input", augment.as_ref().is_some_and(|augment| some(&augment.input))),
-            ("augment.output", augment.as_ref().is_some_and(|augment| some(&augment.output))),
+            ("collect.output", is_set(&collect.output)),
+            ("augment.input", augment.as_ref().is_some_and(|augment| is_set(&augment.input))),
+            ("augment.output", augment.as_ref().is_some_and(|augment| is_set(&augment.output))),
             ("clean.model", clean.as_ref().is_some_and(|clean| !clean.model.is_empty())),
-            ("clean.input", clean.as_ref().is_some_and(|clean| some(&clean.input))),
-            ("clean.output", clean.as_ref().is_some_and(|clean| some(&clean.output))),
+            ("clean.input", clean.as_ref().is_some_and(|clean| is_set(&clean.input))),
+            ("clean.output", clean.as_ref().is_some_and(|clean| is_set(&clean.output))),
             ("train.model", train.model.is_some()),
             ("train.init", train.init.is_some()),
             ("train.datasets", !train.datasets.is_empty()),
-            ("train.output", some(&train.output)),
+            ("train.output", is_set(&train.output)),
         ];
-        match set.into_iter().find(|(_, set)| *set) {
-            Some((key, _)) => Err(Error::usage(format!("{key} is what the rounds set: leave it out"))),
+        match set_by_rounds.into_iter().find(|(_, is_set)| *is_set) {
+            Some((key, _)) => Err(Error::usage(format!("{key} is set by rounds: leave it out"))),
             None if train.objective == Objective::Sft => {
-                Err(Error::usage("train.objective is sft: a round learns from the trajectories that it collects"))
+                Err(Error::usage("train.objective must be consistency: rounds train on the trajectories they collect"))
             }
             None => Ok(()),
         }
     }
 
     /// Sets where each stage reads and writes.
-    fn place(&mut self, folder: &Path, model: &Path) {
+    fn set_paths(&mut self, folder: &Path, model: &Path) {
         let model = model.display().to_string();
-        let trajectories = folder.join("trajectories");
-        (self.collect.model, self.collect.output) = (model.clone(), trajectories.clone());
-        let mut data = trajectories;
+        self.collect.model = model.clone();
+        self.collect.output = folder.join("trajectories");
+        let mut data_set = self.collect.output.clone();
         if let Some(augment) = &mut self.augment {
-            (augment.input, augment.output) = (data, folder.join("augmented"));
-            data = augment.output.clone();
+            (augment.input, augment.output) = (data_set, folder.join("augmented"));
+            data_set = augment.output.clone();
         }
         if let Some(clean) = &mut self.clean {
-            (clean.model, clean.input, clean.output) = (model.clone(), data, folder.join("clean"));
-            data = clean.output.clone();
+            (clean.model, clean.input, clean.output) = (model.clone(), data_set, folder.join("clean"));
+            data_set = clean.output.clone();
         }
-        (self.train.model, self.train.datasets) = (Some(model), vec![data]);
+        self.train.model = Some(model);
+        self.train.datasets = vec![data_set];
         self.train.output = folder.join("student");
     }
 
     fn check(&self) -> Result<()> {
-        let in_section = |section: &'static str| {
-            move |report: garde::Report| {
+        fn in_section(section: &'static str) -> impl FnOnce(garde::Report) -> Error {
+            move |report| {
                 let lines = report.iter().map(|(path, error)| format!("{section}.{path}: {error}"));
                 Error::usage(lines.collect::<Vec<_>>().join("\n"))
             }
-        };
+        }
         self.collect.validate().map_err(in_section("collect"))?;
-        self.augment.as_ref().map_or(Ok(()), |augment| augment.validate().map_err(in_section("augment")))?;
-        self.clean.as_ref().map_or(Ok(()), |clean| clean.validate().map_err(in_section("clean")))?;
+        self.augment.as_ref().map_or(Ok(()), Validate::validate).map_err(in_section("augment"))?;
+        self.clean.as_ref().map_or(Ok(()), Validate::validate).map_err(in_section("clean"))?;
         self.train.validate().map_err(in_section("train"))?;
         self.train.check().map_err(|error| Error::usage(format!("train: {error}")))
     }
@@ -153,16 +161,16 @@ mod tests {
 
     use super::*;
 
-    fn settings(rounds: Value) -> Settings {
-        let text = json!({
+    fn settings(rounds: Value) -> RoundsSettings {
+        let settings = json!({
             "model": "m", "output": "out", "collect": {"prompts": "p.jsonl", "n": 8},
             "clean": {}, "train": {"epochs": 3, "optimizer": {"ema_decay": 0.9}}, "rounds": rounds,
         });
-        serde_json::from_value(text).unwrap()
+        serde_json::from_value(settings).unwrap()
     }
 
     #[test]
-    fn a_round_has_the_shared_settings_but_for_what_it_names() {
+    fn a_round_has_the_shared_settings_except_those_it_changes() {
         let settings = settings(json!([
             {}, {"collect": {"n": 16}, "augment": {}, "clean": null, "train": {"optimizer": {"lr": 0.5}}}
         ]));
@@ -179,7 +187,7 @@ mod tests {
     }
 
     #[test]
-    fn every_round_holds_on_to_the_model_of_the_first() {
+    fn every_round_is_anchored_to_the_model_of_the_first() {
         let weight = |weight: f64| json!({"train": {"consistency": {"anchor_weight": weight}}});
         let other = json!({"train": {"consistency": {"anchor_weight": 1.0, "anchor": "other"}}});
         let settings = settings(json!([weight(1.0), weight(1.0), other, weight(0.0)]));
@@ -191,13 +199,13 @@ mod tests {
     }
 
     #[test]
-    fn what_a_round_may_not_say_is_refused_with_its_number_and_key() {
+    fn a_bad_round_is_named_by_its_number_and_key() {
         for (round, parts) in [
             (json!({"collect": {"m": 1}}), ["collect.m", "did you mean `collect.n`"]),
             (json!({"train": {"optimizer": {"lr": 7}}}), ["train.optimizer.lr", "greater than 1"]),
             (json!({"train": {"epochs": "many"}}), ["train.epochs", "expected a whole number"]),
             (json!({"train": {"output": "x"}}), ["train.output", "leave it out"]),
-            (json!({"train": {"objective": "sft"}}), ["train.objective", "sft"]),
+            (json!({"train": {"objective": "sft"}}), ["train.objective", "consistency"]),
             (json!({"train": {"validation": {"patience": 2}}}), ["train: validation.patience", "validation.prompts"]),
         ] {
             let message = settings(json!([{}, round])).check().unwrap_err().to_string();

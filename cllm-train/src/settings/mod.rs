@@ -15,6 +15,7 @@ use garde::Validate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::losses::Losses;
 pub use consistency::{BlockContext, ConsistencySettings, Divergence, LabelSource, StateSampling};
 pub use init::InitSettings;
 pub use optimizer::{OptimizerSettings, StateDtype};
@@ -95,7 +96,7 @@ pub struct Settings {
     pub max_checkpoints: usize,
     /// Ids that end an answer, in place of the model's own. `sft` ends its answers with the first. The trained model records them
     /// too.
-    #[garde(skip)]
+    #[garde(length(min = 1))]
     pub eos_ids: Option<Vec<i32>>,
     /// auto, cpu, cuda or cuda:N.
     #[garde(skip)]
@@ -134,6 +135,17 @@ impl Settings {
     /// Whether a frozen model anchors the student.
     pub fn is_anchored(&self) -> bool {
         self.objective == Objective::Consistency && self.consistency.anchor_weight > 0.0
+    }
+
+    /// The weight of each loss in the total.
+    pub fn loss_weights(&self) -> Losses<f64> {
+        let ConsistencySettings { ar_weight, global_weight, local_weight, anchor_weight, .. } = self.consistency;
+        match self.objective {
+            Objective::Sft => Losses { ar: 1.0, ..Losses::default() },
+            Objective::Consistency => {
+                Losses { ar: ar_weight, global: global_weight, local: local_weight, anchor: anchor_weight }
+            }
+        }
     }
 
     /// How many numbers of a model with this configuration the run trains: all weights, or the adapters only.

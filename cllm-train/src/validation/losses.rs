@@ -1,68 +1,66 @@
-//! The losses on held-out trajectories, during training.
+//! The losses of training on held-out trajectories.
 
 use cllm_core::model::ModelConfig;
+use cllm_core::progress::count;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Error, Result, interrupt, progress};
-use serde_json::{Value, json};
 
-use crate::data::dataset::{self as examples, Example};
-use crate::data::loader::Packer;
-use crate::data::packing::Counts;
+use crate::data::batch::BatchCounts;
+use crate::data::dataset::{self, Example};
+use crate::data::loader::BatchLoader;
 use crate::data::schedule::Schedule;
+use crate::losses::Losses;
+use crate::models::Models;
 use crate::settings::Settings;
-use crate::step::{Models, weights};
+use crate::step::evaluate_batch;
 
-/// Trajectories that are not trained on, in batches.
-pub struct HeldOut {
+/// Held-out trajectories, in batches.
+pub struct ValidationLosses {
     examples: Vec<Example>,
+    /// Indices of examples.
     batches: Vec<Vec<usize>>,
 }
 
-impl HeldOut {
-    /// Reads those of a run, if it has some.
+impl ValidationLosses {
+    /// Reads the validation trajectories of a run, if it has any.
     ///
     /// # Errors
-    /// Bad data sets, and one of which no response fits a batch.
-    pub fn of(settings: &Settings, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Option<Self>> {
-        let labels = settings.consistency.labels;
+    /// Bad data sets; one without an example that fits into a batch.
+    pub fn load(settings: &Settings, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Option<Self>> {
         let Some(path) = &settings.validation.trajectories else { return Ok(None) };
-        let mut examples = examples::trajectories(path, tokenizer, config, labels, settings.validation.num_examples)?;
-        let all = examples.len();
-        examples.retain(|example| example.prompt.len() + example.response.len() <= config.max_positions);
+        let (labels, num_examples) = (settings.consistency.labels, settings.validation.num_examples);
+        let mut examples = dataset::read_trajectories(path, tokenizer, config, labels, num_examples)?;
+        let num_read = examples.len();
+        examples.retain(|example| example.num_clean_tokens() <= config.max_positions);
         if examples.is_empty() {
-            let message = "holds no responses to probe with: leave probe.trajectories out, or fill it";
+            let message = "holds no examples to validate with: add some, or leave validation.trajectories out";
             return Err(Error::file(path, message));
         }
-        let once = Settings { epochs: 1, max_steps: None, ..settings.clone() };
-        let schedule = Schedule::new(&examples, &once)?;
-        let left_out = all - examples.len() + schedule.left_out;
-        if left_out > 0 {
-            progress::log(format!("{}: {left_out} of {all} responses are too long for the probe", path.display()));
+        let one_epoch = Settings { epochs: 1, max_steps: None, ..settings.clone() };
+        let schedule = Schedule::new(&examples, &one_epoch)?;
+        let num_excluded = num_read - examples.len() + schedule.num_excluded;
+        if num_excluded > 0 {
+            let num_read = count(num_read, "example");
+            progress::log(format!("{}: excluded {num_excluded} of {num_read}, which are too long", path.display()));
         }
-        Ok(Some(HeldOut { batches: schedule.batches(0), examples }))
+        Ok(Some(ValidationLosses { batches: schedule.batches(0), examples }))
     }
 
-    /// The losses, as lines of metrics name them: each a mean over its tokens in all batches. Blocks and states are the
-    /// same each time.
+    /// Each loss as a mean over its tokens in all batches. Blocks and states are the same every time.
     ///
     /// # Errors
-    /// A signal that asks to stop.
-    pub fn losses(&self, models: &Models, settings: &Settings) -> Result<Value> {
-        let packer = Packer::new(settings, &self.examples, models.student.config());
-        let mut sums = [0.0; 4];
-        let mut all = Counts::default();
+    /// [`Error::Interrupted`]; [`Error::Torch`], for example when memory runs out.
+    pub fn evaluate(&self, models: &Models, settings: &Settings) -> Result<Losses<f64>> {
+        let loader = BatchLoader::new(settings, &self.examples, models.student.config());
+        let mut sums = Losses::<f64>::default();
+        let mut counts = BatchCounts::default();
         for batch in &self.batches {
             interrupt::check()?;
-            let batch = packer.batch(batch, 0);
-            sums.iter_mut().zip(models.sums(settings, &batch)?).for_each(|(sum, more)| *sum += more);
-            all.add(batch.counts);
+            let batch = loader.batch(batch, 0);
+            let batch_sums = evaluate_batch(models, settings, &batch)?;
+            sums = sums.zip(batch_sums).map(|(total, sum)| total + sum);
+            counts.add(batch.counts);
         }
-        let tokens = all.divisors();
-        let means: Vec<f64> = sums.iter().zip(tokens).map(|(sum, tokens)| sum / (tokens as f64).max(1.0)).collect();
-        let loss: f64 = means.iter().zip(weights(settings)).map(|(mean, weight)| mean * weight).sum();
-        Ok(json!({
-            "held_out_loss": loss, "held_out_ar_loss": means[0], "held_out_consistency_loss": means[1],
-            "held_out_local_loss": means[2], "held_out_anchor_loss": means[3],
-        }))
+        Ok(sums.zip(counts.num_loss_tokens.divisors()).map(|(sum, divisor)| sum / divisor))
     }
 }

@@ -1,4 +1,4 @@
-//! Several processes on the CPU, over Gloo: they train as one does, one of them writes, and a run goes on with any number.
+//! Several processes on the CPU, over Gloo: they train as one does, the main one writes, and a run resumes with any number.
 
 use std::fs;
 use std::net::TcpListener;
@@ -7,39 +7,41 @@ use std::process::{Child, Command, Stdio};
 
 use cllm_core::checkpoint;
 use cllm_core::model::LoraConfig;
-use cllm_train::settings::{ConsistencySettings, Objective, OptimizerSettings, Settings, ValidationSettings};
-use serde_json::Value;
+use cllm_train::settings::{ConsistencySettings, OptimizerSettings, Settings, ValidationSettings};
+use cllm_train::trainer;
 use tch::{Device, Kind};
 
-use crate::runs::{N, collect, curve, cut_back, prepare, same_weights, sft, summary};
-use cllm_testing::programs::{Program, path};
+use crate::setup::{
+    N, TRAIN, consistency, have_same_weights, loss_curve, metrics, num_metrics, prepare, rewind_to, settings_file, sft,
+    summary,
+};
 
-const TRAIN: Program = Program("cllm-train");
-
-/// Starts `world` processes of a run as torchrun does.
-fn start(file: &str, world: usize) -> Vec<Child> {
+/// Starts the processes of a run as torchrun does.
+fn start(file: &str, world_size: usize) -> Vec<Child> {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let process = |rank: usize| {
-        let numbers = [("WORLD_SIZE", world), ("RANK", rank), ("LOCAL_RANK", rank), ("MASTER_PORT", usize::from(port))];
+        let variables =
+            [("WORLD_SIZE", world_size), ("RANK", rank), ("LOCAL_RANK", rank), ("MASTER_PORT", usize::from(port))];
         let mut command = TRAIN.command(&[]);
         command.args(["run", "-c", file]).env("MASTER_ADDR", "127.0.0.1");
-        command.envs(numbers.map(|(name, value)| (name, value.to_string())));
+        command.envs(variables.map(|(name, value)| (name, value.to_string())));
         command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
     };
-    // The one that keeps the store comes last.
-    (0..world).rev().map(process).collect()
+    // The process that serves the store starts last.
+    (0..world_size).rev().map(process).collect()
 }
 
-/// Exit codes, and what all of them said.
-fn ended(processes: Vec<Child>) -> (Vec<Option<i32>>, String) {
-    let ends: Vec<_> = processes.into_iter().map(|process| process.wait_with_output().unwrap()).collect();
-    let said = ends.iter().map(|end| String::from_utf8_lossy(&end.stderr).into_owned()).collect();
-    (ends.iter().map(|end| end.status.code()).collect(), said)
+/// Exit codes of the processes, and everything they wrote to stderr.
+fn wait(processes: Vec<Child>) -> (Vec<Option<i32>>, String) {
+    let outputs: Vec<_> = processes.into_iter().map(|process| process.wait_with_output().unwrap()).collect();
+    let stderr = outputs.iter().map(|output| String::from_utf8_lossy(&output.stderr).into_owned()).collect();
+    (outputs.iter().map(|output| output.status.code()).collect(), stderr)
 }
 
-fn succeed(file: &str, world: usize) {
-    let (codes, said) = ended(start(file, world));
-    assert!(codes.iter().all(|code| *code == Some(0)), "{said}");
+#[track_caller]
+fn run_processes(file: &str, world_size: usize) {
+    let (codes, stderr) = wait(start(file, world_size));
+    assert!(codes.iter().all(|code| *code == Some(0)), "{stderr}");
 }
 
 fn settings(folder: &Path, output: &str) -> Settings {
@@ -48,150 +50,129 @@ fn settings(folder: &Path, output: &str) -> Settings {
     Settings { accumulation: 4, max_batch_tokens: 64, max_example_tokens: 64, optimizer, ..sft(folder, output) }
 }
 
-fn written(folder: &Path, settings: &Settings) -> String {
-    let file = path(folder, "run.yaml");
-    fs::write(&file, cllm_core::settings::to_yaml(settings).unwrap()).unwrap();
-    file
-}
-
-fn near(a: &Path, b: &Path) {
-    let (one, other) = (curve(a), curve(b));
-    assert_eq!(one.len(), other.len());
-    let number = |value: &Value| value.as_f64().unwrap();
-    for ((step, loss, _), (_, other, _)) in one.iter().zip(&other) {
-        let apart = (number(loss) - number(other)).abs();
-        assert!(apart < 1e-5 * number(loss).max(1.0), "step {step}: {loss} {other}");
+/// Two runs have the same losses and final weights up to the order in which numbers are added.
+#[track_caller]
+fn assert_close(a: &Path, b: &Path) {
+    let (losses_a, losses_b) = (loss_curve(a), loss_curve(b));
+    assert_eq!(losses_a.len(), losses_b.len());
+    for (a, b) in losses_a.iter().zip(&losses_b) {
+        assert!((a.ar - b.ar).abs() < 1e-5 * a.ar.max(1.0), "{a:?} {b:?}");
     }
-    let load = |run: &Path| checkpoint::load(&run.join("final"), Device::Cpu, Kind::Float).unwrap();
-    let (one, other) = (load(a), load(b));
-    let apart = (one.weights().buffer() - other.weights().buffer()).abs().max().double_value(&[]);
-    assert!(apart < 1e-5, "{apart}");
+    let [a, b] = [a, b].map(|run| checkpoint::load(&run.join("final"), Device::Cpu, Kind::Float).unwrap());
+    let difference = (a.weights().buffer() - b.weights().buffer()).abs().max().double_value(&[]);
+    assert!(difference < 1e-5, "{difference}");
 }
 
 #[test]
 fn two_and_three_processes_train_as_one_does() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
-    let run = |name: &str| settings(dir.path(), name);
-    cllm_train::trainer::run(run("one")).unwrap();
-    for world in [2, 3] {
-        let name = format!("of-{world}");
-        succeed(&written(dir.path(), &run(&name)), world);
-        near(&dir.path().join("one"), &dir.path().join(&name));
-        let files = |name: &str| {
-            let names = fs::read_dir(dir.path().join(name)).unwrap().map(|entry| entry.unwrap().file_name());
-            let mut names: Vec<_> = names.filter(|name| !name.to_string_lossy().contains("tfevents")).collect();
+    trainer::run(settings(dir.path(), "one")).unwrap();
+    let one = dir.path().join("one");
+    for world_size in [2, 3] {
+        let run = dir.path().join(format!("of-{world_size}"));
+        let settings = Settings { output: run.clone(), ..settings(dir.path(), "") };
+        run_processes(&settings_file(dir.path(), &settings), world_size);
+        assert_close(&one, &run);
+        let file_names = |run: &Path| {
+            let mut names: Vec<_> = fs::read_dir(run).unwrap().map(|entry| entry.unwrap().file_name()).collect();
             names.sort();
             names
         };
-        assert_eq!(files(&name), files("one"));
+        assert_eq!(file_names(&run), file_names(&one));
     }
-    let few = written(dir.path(), &Settings { accumulation: 1, ..run("few") });
-    let (codes, said) = ended(start(&few, 2));
-    assert!(codes == [Some(2), Some(2)] && said.contains("accumulation is 1, for 2 processes"), "{codes:?} {said}");
+    let too_few = Settings { accumulation: 1, ..settings(dir.path(), "too-few") };
+    let (codes, stderr) = wait(start(&settings_file(dir.path(), &too_few), 2));
+    assert_eq!(codes, [Some(2), Some(2)]);
+    assert!(stderr.contains("accumulation=1 is too few for 2 processes"), "{stderr}");
 }
 
 #[test]
-fn a_run_of_two_that_was_stopped_goes_on_to_the_same_weights_with_two_and_to_near_ones_with_one() {
+fn an_interrupted_run_of_two_resumes_exactly_with_two_and_closely_with_one() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
-    let run = |name: &str| Settings { epochs: 60, save_every: None, ..settings(dir.path(), name) };
-    succeed(&written(dir.path(), &run("whole")), 2);
-    let file = written(dir.path(), &run("stopped"));
-    let stopped = dir.path().join("stopped");
+    let settings = |output: &str| Settings { epochs: 60, save_every: None, ..settings(dir.path(), output) };
+    run_processes(&settings_file(dir.path(), &settings("whole")), 2);
+    let file = settings_file(dir.path(), &settings("interrupted"));
+    let (whole, interrupted) = (dir.path().join("whole"), dir.path().join("interrupted"));
     let processes = start(&file, 2);
-    while curve_so_far(&stopped) < 3 {
+    while num_metrics(&interrupted) < 3 {
         std::thread::yield_now();
     }
-    // One of them hears it; all of them stop.
-    signal(&processes[0], "TERM");
-    let (codes, said) = ended(processes);
-    assert_eq!(codes, [Some(143), Some(143)], "{said}");
-    let steps = curve(&stopped).len();
-    assert!((3..curve(&dir.path().join("whole")).len()).contains(&steps), "{steps}");
-    succeed(&file, 2);
-    let whole = dir.path().join("whole");
-    assert!(curve(&stopped) == curve(&whole) && same_weights(&stopped.join("final"), &whole.join("final")));
-    cut_back(&stopped, steps);
-    cllm_train::trainer::run(run("stopped")).unwrap();
-    near(&stopped, &whole);
+    // One process gets the signal, and both stop.
+    send_signal(&processes[0], "TERM");
+    let (codes, stderr) = wait(processes);
+    assert_eq!(codes, [Some(143), Some(143)], "{stderr}");
+    let steps = loss_curve(&interrupted).len();
+    assert!((3..loss_curve(&whole).len()).contains(&steps), "{steps}");
+    run_processes(&file, 2);
+    assert_eq!(loss_curve(&interrupted), loss_curve(&whole));
+    assert!(have_same_weights(&interrupted.join("final"), &whole.join("final")));
+    rewind_to(&interrupted, steps);
+    trainer::run(settings("interrupted")).unwrap();
+    assert_close(&interrupted, &whole);
 }
 
 #[test]
-fn two_processes_probe_with_an_anchor_and_adapters_as_one_does() {
+fn two_processes_validate_with_an_anchor_and_adapters_as_one_does() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
-    cllm_train::trainer::run(sft(dir.path(), "teacher")).unwrap();
-    let model = dir.path().join("teacher/final");
-    let data = collect(&model, dir.path());
-    // What is probed is losses alone, losses and answers, and nothing; the second ends early.
-    let kinds = [
-        ("losses", true, false, None),
-        ("both", true, true, None),
-        ("adapters", false, true, Some(LoraConfig::default())),
-    ];
-    for (name, trajectories, prompts, lora) in kinds {
-        let path = |wanted: bool, path: std::path::PathBuf| wanted.then_some(path);
-        let run = |name: String| Settings {
-            init: None,
+    trainer::run(sft(dir.path(), "teacher")).unwrap();
+    let student = consistency(dir.path(), &dir.path().join("teacher/final"), "student");
+    let prompts = Some(dir.path().join("prompts.jsonl"));
+    let trajectories = Some(student.datasets[0].clone());
+    let validation = ValidationSettings { every: 1, n: N, max_new_tokens: 8, ..ValidationSettings::default() };
+    let losses_only = ValidationSettings { trajectories: trajectories.clone(), ..validation.clone() };
+    let both = ValidationSettings { trajectories, prompts: prompts.clone(), patience: Some(2), ..validation.clone() };
+    let answers_only = ValidationSettings { prompts, ..validation };
+    for (name, validation, lora) in
+        [("losses", losses_only, None), ("both", both, None), ("adapters", answers_only, Some(LoraConfig::default()))]
+    {
+        let run = |output: &str| Settings {
+            output: dir.path().join(output),
             lora: lora.clone(),
-            model: Some(model.display().to_string()),
-            objective: Objective::Consistency,
-            datasets: vec![data.clone()],
             max_batch_tokens: 256,
             max_example_tokens: 256,
             epochs: 4,
+            accumulation: 4,
+            optimizer: settings(dir.path(), "").optimizer,
             consistency: ConsistencySettings {
                 anchor_weight: 1.0,
                 local_weight: 0.5,
                 ..ConsistencySettings::default()
             },
-            validation: ValidationSettings {
-                trajectories: path(trajectories, data.clone()),
-                prompts: path(prompts, dir.path().join("prompts.jsonl")),
-                every: 1,
-                n: N,
-                max_new_tokens: 8,
-                patience: (name == "both").then_some(2),
-                ..ValidationSettings::default()
-            },
-            ..settings(dir.path(), &name)
+            validation: validation.clone(),
+            ..student.clone()
         };
-        let (one, two) = (format!("{name}-one"), format!("{name}-two"));
-        cllm_train::trainer::run(run(one.clone())).unwrap();
-        succeed(&written(dir.path(), &run(two.clone())), 2);
-        near(&dir.path().join(&one), &dir.path().join(&two));
-        let early = |name: &str| summary(&dir.path().join(name))["stopped_early"].clone();
-        assert_eq!(early(&one), early(&two));
-        let probes = |name: &str| {
-            let text = fs::read_to_string(dir.path().join(name).join("metrics.jsonl")).unwrap();
-            text.lines().filter(|line| line.contains("held_out") || line.contains("probe_")).count()
-        };
-        assert!(probes(&one) > 1 && probes(&one) == probes(&two), "{name}");
+        let (one, two) = (run(&format!("{name}-one")), run(&format!("{name}-two")));
+        trainer::run(one.clone()).unwrap();
+        run_processes(&settings_file(dir.path(), &two), 2);
+        assert_close(&one.output, &two.output);
+        assert_eq!(summary(&one.output)["stopped_early"], summary(&two.output)["stopped_early"]);
+        let num_validations = [&one, &two].map(|run| {
+            let is_validation = |line: &&serde_json::Value| line.to_string().contains("validation_");
+            metrics(&run.output).iter().filter(is_validation).count()
+        });
+        assert!(num_validations[0] > 1 && num_validations[0] == num_validations[1], "{name}: {num_validations:?}");
     }
 }
 
 #[test]
-fn where_one_process_is_killed_the_other_says_so() {
+fn a_process_reports_that_another_was_killed() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
-    let run = Settings { epochs: 100_000, ..settings(dir.path(), "killed") };
-    let mut processes = start(&written(dir.path(), &run), 2);
-    while curve_so_far(&dir.path().join("killed")) < 3 {
+    let settings = Settings { epochs: 100_000, ..settings(dir.path(), "killed") };
+    let mut processes = start(&settings_file(dir.path(), &settings), 2);
+    while num_metrics(&settings.output) < 3 {
         std::thread::yield_now();
     }
     processes[0].kill().unwrap();
-    let (codes, said) = ended(processes);
-    assert_eq!(codes[1], Some(1), "{said}");
-    assert!(said.contains("one of them has ended or hangs"), "{said}");
+    let (codes, stderr) = wait(processes);
+    assert_eq!(codes[1], Some(1), "{stderr}");
+    assert!(stderr.contains("one of them has ended or hangs"), "{stderr}");
 }
 
-/// Lines of metrics.jsonl.
-fn curve_so_far(run: &Path) -> usize {
-    fs::read_to_string(run.join("metrics.jsonl")).unwrap_or_default().lines().count()
-}
-
-fn signal(process: &Child, name: &str) {
+fn send_signal(process: &Child, name: &str) {
     let id = process.id().to_string();
     assert!(Command::new("kill").args([&format!("-{name}"), &id]).status().unwrap().success());
 }

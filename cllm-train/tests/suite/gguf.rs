@@ -256,7 +256,7 @@ fn a_file_cut_anywhere_is_refused() {
         let message = refused(dir.path(), &whole[..length]);
         assert!(message.contains("cut off"), "{length}: {message}");
     }
-    assert!(refused(dir.path(), b"PK\x03\x04 no such thing").contains("no GGUF file"));
+    assert!(refused(dir.path(), b"PK\x03\x04 no such thing").contains("not a GGUF file"));
 }
 
 #[test]
@@ -279,7 +279,7 @@ fn what_is_not_supported_is_named() {
     says(&refusal(|parts| parts.tensors[1].1[0] /= 2), "shape");
     let extra =
         |parts: &mut Parts| parts.tensors.push(("blk.0.ffn_gate_exps.weight".to_owned(), vec![1], 0, vec![0; 4]));
-    says(&refusal(extra), "`blk.0.ffn_gate_exps.weight` has no place");
+    says(&refusal(extra), "`blk.0.ffn_gate_exps.weight` that is not part of any supported model");
 }
 
 #[test]

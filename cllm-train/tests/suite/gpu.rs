@@ -4,8 +4,10 @@
 use cllm_core::cuda::libtorch;
 use cllm_core::fingerprint;
 use cllm_core::model::{LoraConfig, ModelConfig, ParamBuffer, Transformer};
-use cllm_train::data::packing::{Batch, Packed};
-use cllm_train::loss::{Backward, losses};
+use cllm_train::data::batch::Batch;
+use cllm_train::data::packing::PackedSequence;
+use cllm_train::loss::{Backward, batch_losses};
+use cllm_train::losses::Losses;
 use cllm_train::settings::{BlockContext, ConsistencySettings, Divergence};
 use serde_json::{Value, json};
 use tch::{Cuda, Device, Kind, Tensor};
@@ -57,10 +59,13 @@ fn run(
     batch: &Batch,
     settings: &ConsistencySettings,
     recomputed: usize,
-) -> ([f64; 4], Tensor) {
+) -> (Losses<f64>, Tensor) {
     let _ = gradients.buffer().shallow_clone().zero_();
-    let backward = Backward { scale: [0.02, 0.01, 0.01, 0.02], recomputed };
-    let sums = losses(model, teacher, batch, settings, Some(backward)).unwrap();
+    let backward = Backward {
+        scale: Losses { ar: 0.02, global: 0.01, local: 0.01, anchor: 0.02 },
+        checkpointed_layers: recomputed,
+    };
+    let sums = batch_losses(model, teacher, batch, settings, Some(backward)).unwrap();
     (sums.map(|sum| sum.double_value(&[])), gradients.buffer().to_device(Device::Cpu).to_kind(Kind::Float))
 }
 
@@ -87,7 +92,7 @@ fn gpu_gradients_of_adapters_are_those_of_the_cpu_but_for_rounding() {
         let (fast, exact) = (on_gpu.collect_gradients().unwrap(), on_cpu.collect_gradients().unwrap());
         let settings = ConsistencySettings::default();
         let packed = [("a", 3, 9), ("b", 70, 90)].map(|(id, prompt, length)| {
-            example(id, prompt, length).pack(&settings, &mut fingerprint::derive_rng(1, id, 0))
+            PackedSequence::sample(&example(id, prompt, length), &settings, &mut fingerprint::derive_rng(1, id, 0))
         });
         let batch = Batch::new(&packed, 100, None);
         let (_, gradient) = run(&on_gpu, &fast, None, &batch, &settings, 1);
@@ -119,16 +124,20 @@ fn gpu_losses_and_gradients_are_those_of_the_cpu_but_for_rounding() {
                 local_weight: 1.0,
                 ..ConsistencySettings::default()
             };
-            let packed: Vec<Packed> = [("a", 3, 9), ("b", 70, 90), ("c", 12, 60), ("d", 1, 1)]
+            let packed: Vec<PackedSequence> = [("a", 3, 9), ("b", 70, 90), ("c", 12, 60), ("d", 1, 1)]
                 .map(|(id, prompt, length)| {
-                    example(id, prompt, length).pack(&settings, &mut fingerprint::derive_rng(1, id, 0))
+                    PackedSequence::sample(
+                        &example(id, prompt, length),
+                        &settings,
+                        &mut fingerprint::derive_rng(1, id, 0),
+                    )
                 })
                 .into();
             let batch = Batch::new(&packed, 100, Some(0.0));
             assert!(batch.chunks.len() > 1);
             let (found, gradient) = run(&on_gpu, &fast, Some(&teacher_gpu), &batch, &settings, 0);
             let (expected, truth) = run(&on_cpu, &exact, Some(&teacher_cpu), &batch, &settings, 0);
-            for (found, expected) in found.iter().zip(expected) {
+            for (found, expected) in found.zip(expected).into_array() {
                 assert!(expected > 0.0 && (found - expected).abs() < 0.02 * expected, "{name}: {found} {expected}");
             }
             for ((weight, gradient), (_, truth)) in fast.tensors().iter().zip(exact.tensors()) {

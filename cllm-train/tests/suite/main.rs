@@ -12,3 +12,4 @@ mod program;
 mod recipes;
 mod rounds;
 mod runs;
+mod setup;

@@ -1,0 +1,214 @@
+//! The command line.
+
+use std::path::{Path, PathBuf};
+
+use clap::builder::RangedU64ValueParser;
+use clap::{CommandFactory, Parser, Subcommand};
+use cllm_core::program::{Outcome, SettingsArgs, print, print_completions, print_json};
+use cllm_core::settings::{reference, to_yaml};
+use cllm_core::{Error, Result, progress, prompt_set, text_file};
+use serde_json::json;
+
+use crate::bench::{self, BenchSettings};
+use crate::export::{self, ExportArgs};
+use crate::rounds::{self, RoundsSettings};
+use crate::settings::Settings;
+use crate::summary::SUMMARY_FILE;
+use crate::{gguf, plan, tokenizer_training, trainer};
+
+/// Training a tokenizer reserves memory for all its ids.
+const MAX_VOCAB_SIZE: u64 = 10_000_000;
+
+/// Train teachers and consistency models.
+#[derive(Parser)]
+#[command(
+    name = "cllm-train",
+    version,
+    about,
+    after_help = "Example:
+  cllm-train run -c configs/quickstart-student.yaml 'datasets=[runs/clean]' output=runs/student"
+)]
+pub struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+    /// Show no progress on stderr.
+    #[arg(long, short, global = true)]
+    quiet: bool,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Train a model; resumes where an interrupted run stopped.
+    #[command(
+        after_help = "Example:\n  cllm-train run -c configs/quickstart-student.yaml 'datasets=[runs/clean]' output=runs/student"
+    )]
+    Run(SettingsArgs),
+    /// Show the size, memory, steps and duration of a run, without writing anything.
+    #[command(after_help = "Example:\n  cllm-train plan -c configs/quickstart-student.yaml 'datasets=[runs/clean]'")]
+    Plan {
+        #[command(flatten)]
+        settings: SettingsArgs,
+        /// Skip the timing of steps: load no model and estimate no duration.
+        #[arg(long)]
+        no_timing: bool,
+    },
+    /// Measure the speed of training: tokens and blocks per second, fraction of the device's peak, memory.
+    #[command(
+        after_help = "Example:\n  cllm-train bench model=configs/tiny-teacher 'datasets=[runs/clean]' num_steps=5 \\\n    \
+        train.max_batch_tokens=4096 output=runs/bench-train.json"
+    )]
+    Bench(SettingsArgs),
+    /// Collect, augment, clean and train in rounds, each starting from the student of the round before; resumes where interrupted
+    /// rounds stopped.
+    #[command(after_help = "Example:\n  cllm-train rounds -c configs/rounds.yaml output=runs/rounds")]
+    Rounds(SettingsArgs),
+    /// Check the settings of a run and print all of them.
+    #[command(after_help = "Example:\n  cllm-train validate -c configs/quickstart-student.yaml")]
+    Validate(SettingsArgs),
+    /// Train a small tokenizer on the prompts and references of a prompt set, for a model with random weights.
+    #[command(
+        after_help = "Example:\n  cllm-train tokenizer runs/prompts.jsonl --vocab-size 512 --output runs/tokenizer"
+    )]
+    Tokenizer {
+        /// The prompt set.
+        prompts: PathBuf,
+        /// Maximum number of ids.
+        #[arg(long, default_value_t = 512, value_parser = RangedU64ValueParser::<usize>::new().range(1..=MAX_VOCAB_SIZE))]
+        vocab_size: usize,
+        /// Folder to write the tokenizer's files to.
+        #[arg(long, short)]
+        output: PathBuf,
+    },
+    /// Convert a checkpoint to a model folder with weights of another type; an adapter is merged into its model.
+    #[command(
+        after_help = "Example:\n  cllm-train export runs/student/checkpoints/latest --dtype bf16 --output runs/student-bf16"
+    )]
+    Export(ExportArgs),
+    /// Convert a GGUF file to a Hugging Face folder: bfloat16 weights, config and tokenizer.
+    #[command(
+        after_help = "Example:\n  cllm-train convert SmolLM2-135M-Instruct.Q4_1.gguf models/SmolLM2-135M-Instruct"
+    )]
+    Convert {
+        /// The file; its architecture must be llama or qwen2.
+        gguf: PathBuf,
+        /// Folder to write; it must not exist yet.
+        folder: PathBuf,
+    },
+    /// Print every setting of every verb as Markdown: type, default, allowed values, description.
+    #[command(after_help = "Example:\n  cllm-train settings")]
+    Settings,
+    /// Print completions for a shell.
+    #[command(after_help = "Example:\n  cllm-train completions bash > cllm-train.bash")]
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+impl Cli {
+    /// Runs the verb.
+    ///
+    /// # Errors
+    /// What the verb fails with.
+    pub fn execute(self) -> Result<Outcome> {
+        progress::set_quiet(self.quiet);
+        match self.verb {
+            Verb::Run(args) => {
+                let settings = load(&args)?;
+                let summary = settings.output.join(SUMMARY_FILE);
+                trainer::run(settings)?;
+                print_file(&summary, args.json)?;
+            }
+            Verb::Plan { settings, no_timing } => plan::run(&load(&settings)?, no_timing, settings.json)?,
+            Verb::Bench(args) => bench::run(&args.load()?, args.json)?,
+            Verb::Rounds(args) => {
+                let report = rounds::run(&load_rounds(&args)?)?;
+                print_file(&report, args.json)?;
+            }
+            Verb::Validate(args) => {
+                let settings = load(&args)?;
+                if args.json {
+                    print_json(&json!({ "schema_version": 1, "settings": settings }))?;
+                } else {
+                    print(&to_yaml(&settings)?)?;
+                }
+            }
+            Verb::Tokenizer { prompts, vocab_size, output } => train_tokenizer(&prompts, vocab_size, &output)?,
+            Verb::Export(args) => export::run(&args)?,
+            Verb::Convert { gguf, folder } => {
+                gguf::convert(&gguf, &folder)?;
+                progress::log(format!("the model is in {}", folder.display()));
+            }
+            Verb::Settings => print(&settings_reference())?,
+            Verb::Completions { shell } => print_completions(shell, Cli::command())?,
+        }
+        Ok(Outcome::Done)
+    }
+}
+
+fn load(args: &SettingsArgs) -> Result<Settings> {
+    let settings: Settings = args.load()?;
+    settings.check()?;
+    Ok(settings)
+}
+
+fn load_rounds(args: &SettingsArgs) -> Result<RoundsSettings> {
+    let settings: RoundsSettings = args.load()?;
+    settings.check()?;
+    Ok(settings)
+}
+
+/// Prints what a verb wrote, if its JSON was asked for.
+fn print_file(path: &Path, json: bool) -> Result<()> {
+    if json { print(&text_file::read(path)?) } else { Ok(()) }
+}
+
+/// The settings of every verb, as docs/configuration.md shows them.
+fn settings_reference() -> String {
+    let verbs = [
+        reference::<Settings>("cllm-train run, plan, validate"),
+        reference::<BenchSettings>("cllm-train bench"),
+        reference::<RoundsSettings>("cllm-train rounds"),
+    ];
+    verbs.join("\n")
+}
+
+fn train_tokenizer(prompts: &Path, vocab_size: usize, output: &Path) -> Result<()> {
+    let mut texts = Vec::new();
+    for sample in prompt_set::read(prompts)? {
+        match sample.prompt {
+            prompt_set::Prompt::Text(text) => texts.push(text),
+            prompt_set::Prompt::Messages(messages) => texts.extend(messages.into_iter().map(|message| message.content)),
+        }
+        texts.extend(sample.reference);
+    }
+    if texts.is_empty() {
+        return Err(Error::file(prompts, "holds no prompts to train a tokenizer on"));
+    }
+    tokenizer_training::train(&texts, vocab_size, output)?;
+    progress::log(format!("the tokenizer is in {}", output.display()));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_example_of_the_help_is_a_command_line() {
+        for words in cllm_testing::help::example_commands(Cli::command()) {
+            let settings = match Cli::try_parse_from(&words).unwrap().verb {
+                Verb::Run(args) | Verb::Plan { settings: args, .. } | Verb::Validate(args) => load(&args).map(drop),
+                Verb::Bench(args) => args.load::<BenchSettings>().and_then(|settings| settings.training()).map(drop),
+                Verb::Rounds(args) => load_rounds(&args).map(drop),
+                _ => Ok(()),
+            };
+            settings.unwrap_or_else(|error| panic!("{words:?}: {error}"));
+        }
+    }
+
+    #[test]
+    fn the_configuration_reference_is_up_to_date() {
+        cllm_testing::help::assert_documented(&settings_reference());
+    }
+}

@@ -1,0 +1,167 @@
+//! Joins packed sequences into a batch, and notes for each loss which rows of the hidden states it needs. A row is the index of a
+//! token in the batch; the hidden state of a row predicts the token after it.
+//!
+//! The vocabulary is applied to one chunk of rows at a time, since the logits of a whole batch would not fit into memory.
+
+use cllm_core::model::ModelConfig;
+use cllm_core::train::PackedBatch;
+
+use crate::data::packing::PackedSequence;
+use crate::losses::Losses;
+
+/// The label of a row without a part in the autoregressive loss.
+pub const NO_LABEL: i64 = -100;
+/// Logits in memory at a time: 256 MiB in float32, for each of a few copies.
+const MAX_CHUNK_LOGITS: usize = 1 << 26;
+
+/// The maximum number of rows in a chunk for a model with this vocabulary.
+pub fn max_chunk_rows(config: &ModelConfig) -> usize {
+    (MAX_CHUNK_LOGITS / config.vocab_size as usize).max(1)
+}
+
+/// Packed sequences, and what the losses need of them, on the host.
+pub struct Batch {
+    pub packed: PackedBatch,
+    /// The prompts and responses alone, for the frozen model; empty without an anchor.
+    pub clean: PackedBatch,
+    /// Rows of the autoregressive, global and anchor losses.
+    pub chunks: Vec<Chunk>,
+    /// Rows of the local loss.
+    pub local_chunks: Vec<LocalChunk>,
+    pub counts: BatchCounts,
+}
+
+/// Rows whose logits are in memory at the same time.
+#[derive(Debug, Default, PartialEq)]
+pub struct Chunk {
+    /// Rows before response tokens, and those of prompts in the anchor loss.
+    pub rows: Vec<i64>,
+    /// The token after each of `rows`, or [`NO_LABEL`].
+    pub labels: Vec<i64>,
+    /// The same rows in [`Batch::clean`].
+    pub clean_rows: Vec<i64>,
+    /// Rows of noisy tokens in the global loss.
+    pub noisy_rows: Vec<i64>,
+    /// For each of `noisy_rows`, the index in `rows` of the row that predicts the same token in the clean response.
+    pub noisy_targets: Vec<i64>,
+}
+
+/// Rows of the local loss whose logits are in memory at the same time.
+#[derive(Debug, Default, PartialEq)]
+pub struct LocalChunk {
+    /// Rows of noisy tokens.
+    pub rows: Vec<i64>,
+    /// For each of them, the row of its counterpart in the next state.
+    pub next_rows: Vec<i64>,
+}
+
+/// Numbers of tokens and blocks in one or more batches.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct BatchCounts {
+    /// All tokens, without padding.
+    pub num_tokens: usize,
+    pub num_response_tokens: usize,
+    /// Tokens in each loss.
+    pub num_loss_tokens: Losses<usize>,
+    /// Noisy blocks.
+    pub num_blocks: usize,
+}
+
+impl BatchCounts {
+    pub fn add(&mut self, other: BatchCounts) {
+        self.num_tokens += other.num_tokens;
+        self.num_response_tokens += other.num_response_tokens;
+        self.num_loss_tokens = self.num_loss_tokens.zip(other.num_loss_tokens).map(|(own, other)| own + other);
+        self.num_blocks += other.num_blocks;
+    }
+}
+
+/// A row before a response token, or of a prompt in the anchor loss.
+struct CleanRow {
+    row: usize,
+    /// The same row in [`Batch::clean`].
+    clean_row: usize,
+    label: i64,
+}
+
+impl Batch {
+    /// Joins sequences, with at most `max_chunk_rows` rows in a chunk. With an anchor, `anchor_prompt_fraction` is the fraction of
+    /// the prompt tokens in its loss.
+    pub fn new(sequences: &[PackedSequence], max_chunk_rows: usize, anchor_prompt_fraction: Option<f64>) -> Self {
+        let mut batch = Batch {
+            packed: PackedBatch::default(),
+            clean: PackedBatch::default(),
+            chunks: vec![Chunk::default()],
+            local_chunks: Vec::new(),
+            counts: BatchCounts::default(),
+        };
+        for sequence in sequences {
+            batch.push(sequence, max_chunk_rows, anchor_prompt_fraction);
+        }
+        batch
+    }
+
+    fn push(&mut self, sequence: &PackedSequence, max_chunk_rows: usize, anchor_prompt_fraction: Option<f64>) {
+        let first_row = self.packed.tokens.len();
+        let first_clean_row = self.clean.tokens.len();
+        self.packed.push(&sequence.token_ids, &sequence.positions, &sequence.attention_ranges());
+        if let Some(fraction) = anchor_prompt_fraction {
+            self.clean.push_causal(&sequence.token_ids[..sequence.num_clean_tokens()]);
+            for index in spread_evenly(fraction, sequence.prompt_len.saturating_sub(1)) {
+                let row = CleanRow { row: first_row + index, clean_row: first_clean_row + index, label: NO_LABEL };
+                self.push_row(row, Vec::new(), max_chunk_rows);
+                self.counts.num_loss_tokens.anchor += 1;
+            }
+            self.counts.num_loss_tokens.anchor += sequence.response_ids.len();
+        }
+        let mut noisy_rows = vec![Vec::new(); sequence.response_ids.len()];
+        for (index, predicted) in sequence.global_targets() {
+            noisy_rows[predicted].push((first_row + index) as i64);
+            self.counts.num_loss_tokens.global += 1;
+        }
+        for (offset, (&token_id, noisy_rows)) in sequence.response_ids.iter().zip(noisy_rows).enumerate() {
+            // After an empty prompt, no token comes before the first of the response.
+            let index = (sequence.prompt_len + offset).saturating_sub(1);
+            let label = if sequence.has_labels { i64::from(token_id) } else { NO_LABEL };
+            let row = CleanRow { row: first_row + index, clean_row: first_clean_row + index, label };
+            self.push_row(row, noisy_rows, max_chunk_rows);
+        }
+        for (index, next_index) in sequence.local_targets() {
+            self.push_local_row((first_row + index) as i64, (first_row + next_index) as i64, max_chunk_rows);
+            self.counts.num_loss_tokens.local += 1;
+        }
+        self.counts.num_tokens += sequence.len();
+        self.counts.num_response_tokens += sequence.response_ids.len();
+        self.counts.num_loss_tokens.ar += if sequence.has_labels { sequence.response_ids.len() } else { 0 };
+        self.counts.num_blocks += sequence.noisy_blocks().len();
+    }
+
+    /// Adds a row, and the noisy rows whose target it is, to the last chunk, or to a new one if that is full.
+    fn push_row(&mut self, clean: CleanRow, noisy_rows: Vec<i64>, max_chunk_rows: usize) {
+        let is_full = |chunk: &Chunk| chunk.rows.len() + chunk.noisy_rows.len() + 1 + noisy_rows.len() > max_chunk_rows;
+        if self.chunks.last().is_none_or(|chunk| !chunk.rows.is_empty() && is_full(chunk)) {
+            self.chunks.push(Chunk::default());
+        }
+        let chunk = self.chunks.last_mut().expect("a chunk was pushed if there was none");
+        chunk.noisy_targets.extend(noisy_rows.iter().map(|_| chunk.rows.len() as i64));
+        chunk.noisy_rows.extend(noisy_rows);
+        chunk.rows.push(clean.row as i64);
+        chunk.clean_rows.push(clean.clean_row as i64);
+        chunk.labels.push(clean.label);
+    }
+
+    fn push_local_row(&mut self, row: i64, next_row: i64, max_chunk_rows: usize) {
+        if self.local_chunks.last().is_none_or(|chunk| chunk.rows.len() >= max_chunk_rows) {
+            self.local_chunks.push(LocalChunk::default());
+        }
+        let chunk = self.local_chunks.last_mut().expect("a chunk was pushed if there was none");
+        chunk.rows.push(row);
+        chunk.next_rows.push(next_row);
+    }
+}
+
+/// A fraction of the indices below `count`, evenly spread.
+fn spread_evenly(fraction: f64, count: usize) -> impl Iterator<Item = usize> {
+    let num_before = move |index: usize| (index as f64 * fraction) as usize;
+    (0..count).filter(move |&index| num_before(index + 1) > num_before(index))
+}

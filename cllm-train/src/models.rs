@@ -1,0 +1,118 @@
+//! Loads what a run starts from: the tokenizer, the student, and the frozen model that anchors it.
+
+use std::path::{Path, PathBuf};
+
+use cllm_core::checkpoint::{self, hub, is_adapter};
+use cllm_core::model::{ModelConfig, Transformer};
+use cllm_core::tokenizer::Tokenizer;
+use cllm_core::{Error, Result, device};
+use serde_json::json;
+use tch::Device;
+
+use crate::settings::{InitSettings, Settings};
+
+/// The models of a run.
+pub struct Models {
+    pub student: Transformer,
+    /// The frozen model of the anchor loss; `None` without that loss.
+    pub anchor: Option<Transformer>,
+}
+
+impl Models {
+    /// Loads the models of a run whose student and tokenizer are in `folder`, or makes random weights.
+    ///
+    /// # Errors
+    /// Bad model folders, shapes and vocabularies.
+    pub fn load(settings: &Settings, tokenizer: &Tokenizer, folder: &Path, device: Device) -> Result<Self> {
+        let kind = device::default_kind(device);
+        let mut student = match &settings.init {
+            None => checkpoint::load(folder, device, kind)?,
+            Some(init) => Transformer::random(init_config(init, tokenizer)?, settings.seed, device, kind),
+        };
+        if let Some(lora) = &settings.lora {
+            student.add_adapters(lora, settings.seed);
+        }
+        let anchor = match (settings.is_anchored(), &settings.consistency.anchor, &settings.lora) {
+            (false, ..) => None,
+            (true, Some(name), _) => Some(load_anchor(name, student.config(), device)?),
+            // The weights below the adapters are still those that the run starts from.
+            (true, None, Some(_)) => Some(student.without_adapters()),
+            (true, None, None) => Some(checkpoint::load(folder, device, kind)?),
+        };
+        Ok(Models { student, anchor })
+    }
+
+    /// Random weights drawn on the device, to measure speed with.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if the settings ask for an anchor.
+    pub fn random(config: ModelConfig, settings: &Settings, device: Device) -> Result<Self> {
+        if settings.is_anchored() {
+            return Err(Error::usage("consistency.anchor_weight: random weights cannot be an anchor; leave it at 0"));
+        }
+        let mut student = Transformer::random_on_device(config, device, device::default_kind(device));
+        if let Some(lora) = &settings.lora {
+            student.add_adapters(lora, settings.seed);
+        }
+        Ok(Models { student, anchor: None })
+    }
+}
+
+fn load_anchor(name: &str, student: &ModelConfig, device: Device) -> Result<Transformer> {
+    let folder = hub::locate(name)?;
+    let vocab_size = checkpoint::load_config(&folder)?.vocab_size;
+    if vocab_size != student.vocab_size {
+        let message = format!(
+            "consistency.anchor has a vocabulary of {vocab_size} tokens, the model of the run one of {}: they must be the \
+             same",
+            student.vocab_size
+        );
+        return Err(Error::file(folder, message));
+    }
+    checkpoint::load(&folder, device, device::default_kind(device))
+}
+
+/// The tokenizer of a run, and the folder that it is in. Unless the weights are random, the model is there too.
+///
+/// # Errors
+/// Missing folders and files; end-of-answer ids that are not in the vocabulary.
+pub fn load_tokenizer(settings: &Settings) -> Result<(Tokenizer, PathBuf)> {
+    let folder = match (&settings.init, &settings.model) {
+        (Some(init), _) => init.tokenizer.clone(),
+        (None, Some(model)) => locate_model(model, settings)?,
+        (None, None) => return Err(Error::usage("model is not set: add `model=...`")),
+    };
+    let tokenizer = Tokenizer::load(&folder)?;
+    let vocab_size = tokenizer.vocab_size();
+    if let Some(id) = settings.eos_ids.iter().flatten().find(|&&id| id < 0 || id as usize >= vocab_size) {
+        let message = format!("eos_ids: {id} is not a token of {}, which has {vocab_size}", folder.display());
+        return Err(Error::usage(message));
+    }
+    Ok((tokenizer.with_eos_ids(settings.eos_ids.as_deref()), folder))
+}
+
+fn locate_model(model: &str, settings: &Settings) -> Result<PathBuf> {
+    let folder = hub::locate(model)?;
+    if settings.lora.is_some() && is_adapter(&folder) {
+        let message =
+            "is an adapter, and adapters cannot be stacked: merge it into its model with `cllm-train export` first";
+        return Err(Error::file(folder, message));
+    }
+    Ok(folder)
+}
+
+/// The configuration of a Llama with random weights.
+///
+/// # Errors
+/// [`Error::Usage`] for sizes that do not fit together.
+pub fn init_config(init: &InitSettings, tokenizer: &Tokenizer) -> Result<ModelConfig> {
+    let config = json!({
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
+        "vocab_size": tokenizer.vocab_size(), "hidden_size": init.hidden_size,
+        "intermediate_size": init.intermediate_size, "num_hidden_layers": init.num_layers,
+        "num_attention_heads": init.num_heads, "num_key_value_heads": init.num_kv_heads,
+        "max_position_embeddings": init.max_positions, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+        "tie_word_embeddings": true, "eos_token_id": tokenizer.eos_ids(), "bos_token_id": null,
+    });
+    ModelConfig::from_json(&config).map_err(|message| Error::usage(format!("init: {message}")))
+}

@@ -1,0 +1,377 @@
+//! AdamW over flat buffers, with its state sharded over the processes (ZeRO stage 1; Rajbhandari et al., arXiv 1910.02054).
+//!
+//! Every process holds all weights and gradients. Each updates its own shard of the weights, for which it alone holds the
+//! state; the shards are gathered afterwards. Clipping, and skipping a step whose gradient is not finite, are decided on the
+//! device, so a step never waits for it.
+
+mod adamw_bf16;
+mod ema;
+mod lr_schedule;
+
+use std::ops::Range;
+use std::rc::Rc;
+
+use cllm_core::cuda::libtorch::{self, AdamW};
+use cllm_core::distributed::ProcessGroup;
+use cllm_core::model::{ParamBuffer, Transformer};
+use cllm_core::{Error, Result, fingerprint};
+use tch::{Device, Kind, Tensor};
+
+use crate::settings::{OptimizerSettings, StateDtype};
+use ema::Ema;
+pub use lr_schedule::learning_rate;
+
+/// The update works on at most this many elements at a time, which bounds its temporary tensors.
+pub const MAX_UPDATE_ELEMENTS: i64 = 1 << 26;
+
+/// The weights of a model, their gradients, and this process's shard of the optimizer's state. Shards are `[elements]`.
+pub struct OptimizerState {
+    settings: OptimizerSettings,
+    group: Rc<ProcessGroup>,
+    weights: ParamBuffer,
+    gradients: ParamBuffer,
+    /// What the update changes. If the types allow it, this is the shard of the weights itself and no copy.
+    master_weights: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    ema: Option<Ema>,
+    /// Seeds stochastic rounding.
+    seed: u64,
+    /// Steps skipped so far, and those in a row up to the last step; float32 scalars on the device.
+    num_skipped: Tensor,
+    num_skipped_in_a_row: Tensor,
+}
+
+/// Steps that were skipped because a gradient was not finite.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SkippedSteps {
+    pub total: usize,
+    /// Up to the last step.
+    pub in_a_row: usize,
+}
+
+/// Parameters of one update that are the same for every element.
+struct Update {
+    lr: f64,
+    /// Number of the step, from 1.
+    number: usize,
+    /// What the gradients are divided by to clip them, float32 scalar.
+    scale: Tensor,
+    /// Float32 scalar: 1 skips the update, 0 applies it.
+    skip: Tensor,
+}
+
+impl OptimizerState {
+    /// Initial state for the trainable weights of a model, which collects gradients from now on.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] for a bfloat16 state with other weights, or a number of processes that does not divide the weights;
+    /// [`Error::Torch`], for example when memory runs out.
+    pub fn new(model: &Transformer, settings: &OptimizerSettings, seed: u64, group: Rc<ProcessGroup>) -> Result<Self> {
+        let _no_grad = tch::no_grad_guard();
+        let is_bf16 = settings.state_dtype == StateDtype::Bfloat16;
+        if is_bf16 && model.kind() != Kind::BFloat16 {
+            return Err(Error::usage(
+                "optimizer.state_dtype=bfloat16 needs bfloat16 weights, as on a GPU: on the CPU they are float32",
+            ));
+        }
+        let weights = model.trainable().shallow_clone();
+        if !weights.buffer().numel().is_multiple_of(8 * group.world_size()) {
+            return Err(Error::usage(format!("the weights cannot be divided among {} processes", group.world_size())));
+        }
+        let kind = if is_bf16 { Kind::BFloat16 } else { Kind::Float };
+        // `to_kind` copies only if the type is another.
+        let master_weights = group.shard(weights.buffer()).to_kind(kind);
+        let zero = || Tensor::zeros([], (Kind::Float, model.device()));
+        Ok(OptimizerState {
+            settings: settings.clone(),
+            gradients: model.collect_gradients()?,
+            exp_avg: master_weights.f_zeros_like()?,
+            exp_avg_sq: master_weights.f_zeros_like()?,
+            ema: settings.ema_decay.map(|decay| Ema::new(&master_weights, decay)),
+            master_weights,
+            weights,
+            group,
+            seed,
+            num_skipped: zero(),
+            num_skipped_in_a_row: zero(),
+        })
+    }
+
+    /// Updates the weights from the gradients collected by all processes, and clears the gradients. `number` counts steps from 1.
+    /// If the norm of the gradient is not finite, the step changes nothing and is counted. Returns the norm before clipping, on
+    /// the device.
+    ///
+    /// # Errors
+    /// libtorch's errors, a process that is gone.
+    pub fn step(&mut self, lr: f64, number: usize) -> Result<Tensor> {
+        let _no_grad = tch::no_grad_guard();
+        let gradients = self.group.reduce_scatter(self.gradients.buffer())?;
+        let squared_norm = gradients.f_norm_scalaropt_dtype(2, Kind::Float)?.square();
+        self.group.all_reduce(&squared_norm)?;
+        let norm = squared_norm.sqrt();
+        let scale = match self.settings.max_grad_norm {
+            Some(max_norm) => (&norm / max_norm).clamp_min(1.0),
+            None => Tensor::ones_like(&norm),
+        };
+        let skip = norm.isfinite().logical_not().to_kind(Kind::Float);
+        let update = Update { lr, number, scale, skip };
+        self.update_shard(&update, &gradients)?;
+        self.group.all_gather(self.weights.buffer())?;
+        if let Some(ema) = &self.ema {
+            ema.update(&self.master_weights, number, MAX_UPDATE_ELEMENTS)?;
+        }
+        // Not before the update: in a single process `gradients` is a view of this buffer.
+        let _ = self.gradients.buffer().shallow_clone().zero_();
+        self.num_skipped += &update.skip;
+        self.num_skipped_in_a_row = (&self.num_skipped_in_a_row + 1.0) * &update.skip;
+        Ok(norm)
+    }
+
+    /// Updates this process's shard, matrices with weight decay and vectors without.
+    fn update_shard(&self, update: &Update, gradients: &Tensor) -> Result<()> {
+        if self.settings.state_dtype == StateDtype::Bfloat16 {
+            tch::manual_seed(fingerprint::derive_seed(self.seed, &update.number.to_string()) as i64);
+        }
+        let num_elements = self.master_weights.numel() as i64;
+        let first_element = self.group.rank() as i64 * num_elements;
+        let num_in_matrices = (self.weights.num_matrix_elements() - first_element).clamp(0, num_elements);
+        let (matrices, vectors) = (0..num_in_matrices, num_in_matrices..num_elements);
+        for (range, weight_decay) in [(matrices, self.settings.weight_decay), (vectors, 0.0)] {
+            for start in range.clone().step_by(MAX_UPDATE_ELEMENTS as usize) {
+                let elements = start..range.end.min(start + MAX_UPDATE_ELEMENTS);
+                self.update_elements(update, gradients, elements, weight_decay)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn update_elements(
+        &self,
+        update: &Update,
+        gradients: &Tensor,
+        elements: Range<i64>,
+        weight_decay: f64,
+    ) -> Result<()> {
+        let slice = |shard: &Tensor| shard.narrow(0, elements.start, elements.end - elements.start);
+        let master_weights = slice(&self.master_weights);
+        let (exp_avg, exp_avg_sq) = (slice(&self.exp_avg), slice(&self.exp_avg_sq));
+        let gradients = slice(gradients).to_kind(Kind::Float);
+        let params = AdamW {
+            lr: update.lr,
+            beta1: self.settings.beta1,
+            beta2: self.settings.beta2,
+            weight_decay,
+            eps: self.settings.eps,
+            number: update.number,
+            scale: &update.scale,
+            skip: &update.skip,
+        };
+        if self.settings.state_dtype == StateDtype::Bfloat16 {
+            return adamw_bf16::step(&params, master_weights, &gradients, exp_avg, exp_avg_sq);
+        }
+        libtorch::fused_adamw(&params, &master_weights, &gradients, &exp_avg, &exp_avg_sq)?;
+        if self.weights.kind() != Kind::Float {
+            slice(&self.group.shard(self.weights.buffer())).f_copy_(&master_weights)?;
+        }
+        Ok(())
+    }
+
+    /// Counts the skipped steps. Waits for the device.
+    pub fn skipped_steps(&self) -> SkippedSteps {
+        let read = |count: &Tensor| count.double_value(&[]) as usize;
+        SkippedSteps { total: read(&self.num_skipped), in_a_row: read(&self.num_skipped_in_a_row) }
+    }
+
+    /// Whether every weight is a finite number. Waits for the device.
+    pub fn is_finite(&self) -> bool {
+        let _no_grad = tch::no_grad_guard();
+        let (min, max) = self.weights.buffer().aminmax(None, false);
+        min.double_value(&[]).is_finite() && max.double_value(&[]).is_finite()
+    }
+
+    /// Runs `body` while the model has the average of its weights, if one is kept; afterwards it has its own weights again, whatever
+    /// failed. The processes that do not run a body call [`Self::join_average`] instead.
+    ///
+    /// # Errors
+    /// The body's own, libtorch's, a process that is gone.
+    pub fn with_average<T>(&self, body: impl FnOnce() -> Result<T>) -> Result<T> {
+        let Some(ema) = &self.ema else { return body() };
+        let mut weights = self.weights.buffer().shallow_clone();
+        let own_weights = weights.detach().copy();
+        let result = self.gather_average(ema, &weights).and_then(|()| body());
+        tch::no_grad(|| weights.f_copy_(&own_weights))?;
+        result
+    }
+
+    /// Contributes this process's shard of the average to another process's [`Self::with_average`]. The weights stay as they
+    /// are.
+    ///
+    /// # Errors
+    /// libtorch's, a process that is gone.
+    pub fn join_average(&self) -> Result<()> {
+        let Some(ema) = &self.ema else { return Ok(()) };
+        self.gather_average(ema, &self.weights.buffer().f_empty_like()?)
+    }
+
+    /// Fills `buffer` with the average of all weights, gathered from all processes.
+    fn gather_average(&self, ema: &Ema, buffer: &Tensor) -> Result<()> {
+        tch::no_grad(|| self.group.shard(buffer).f_copy_(&ema.average))?;
+        self.group.all_gather(buffer)
+    }
+
+    /// This process's shards of all that a checkpoint needs, by name.
+    fn shards(&self) -> Vec<(&'static str, &Tensor)> {
+        let shards =
+            [("master_weights", &self.master_weights), ("exp_avg", &self.exp_avg), ("exp_avg_sq", &self.exp_avg_sq)];
+        shards.into_iter().chain(self.ema.iter().map(|ema| ("ema", &ema.average))).collect()
+    }
+
+    /// All tensors of the state by name, for a checkpoint; empty on all but the main process. Every process must call it.
+    ///
+    /// # Errors
+    /// A process that is gone; memory that ran out.
+    pub fn named_tensors(&self) -> Result<Vec<(String, Tensor)>> {
+        let mut named = Vec::new();
+        for (prefix, shard) in self.shards() {
+            let Some(buffer) = self.gather_to_main(shard)? else { continue };
+            let whole = self.weights.with_buffer(buffer);
+            named.extend(whole.tensors().into_iter().map(|(name, tensor)| (format!("{prefix}.{name}"), tensor)));
+        }
+        Ok(named)
+    }
+
+    /// Concatenates the shards of all processes on the main one; in host memory unless it is the only one.
+    fn gather_to_main(&self, shard: &Tensor) -> Result<Option<Tensor>> {
+        let _no_grad = tch::no_grad_guard();
+        if self.group.world_size() == 1 {
+            return Ok(Some(shard.shallow_clone()));
+        }
+        let mut shards = Vec::new();
+        for rank in 0..self.group.world_size() {
+            let received = if rank == self.group.rank() { shard.copy() } else { shard.f_empty_like()? };
+            self.group.broadcast_tensor(&received, rank)?;
+            if self.group.is_main() {
+                shards.push(received.f_to(Device::Cpu)?);
+            }
+        }
+        Ok(if shards.is_empty() { None } else { Some(Tensor::f_cat(&shards, 0)?) })
+    }
+
+    /// Restores the state of a checkpoint, weights and average included. `find` returns the saved tensor of a name, shaped like the
+    /// given one; `num_skipped` is the number of steps skipped before the checkpoint. Every process must call it.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if a tensor is missing or of another shape.
+    pub fn restore(&mut self, num_skipped: usize, mut find: impl FnMut(&str, &Tensor) -> Option<Tensor>) -> Result<()> {
+        let _no_grad = tch::no_grad_guard();
+        for (prefix, shard) in self.shards() {
+            let buffer = Tensor::f_zeros(self.weights.buffer().size(), (shard.kind(), Device::Cpu))?;
+            let whole = self.weights.with_buffer(buffer);
+            for (name, mut tensor) in whole.tensors() {
+                let name = format!("{prefix}.{name}");
+                let saved = find(&name, &tensor)
+                    .ok_or_else(|| Error::usage(format!("the checkpoint's optimizer state lacks `{name}`")))?;
+                tensor.f_copy_(&saved)?;
+            }
+            shard.shallow_clone().f_copy_(&self.group.shard(whole.buffer()))?;
+        }
+        self.group.shard(self.weights.buffer()).f_copy_(&self.master_weights)?;
+        self.group.all_gather(self.weights.buffer())?;
+        let _ = self.num_skipped.fill_(num_skipped as f64);
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use cllm_core::model::ModelConfig;
+    use serde_json::json;
+
+    use super::*;
+
+    fn tiny_model(size: i64, kind: Kind) -> Transformer {
+        let config = ModelConfig::from_json(&json!({
+            "model_type": "llama", "vocab_size": size, "hidden_size": size, "intermediate_size": size, "num_hidden_layers": 1,
+            "num_attention_heads": 1, "tie_word_embeddings": true,
+        }));
+        Transformer::random(config.unwrap(), 1, Device::Cpu, kind)
+    }
+
+    /// A tiny model after a step whose gradient is `gradient` everywhere, and the norm of that.
+    fn after_a_step(gradient: f64, max_grad_norm: Option<f64>) -> (OptimizerState, f64) {
+        let settings = OptimizerSettings { max_grad_norm, ..OptimizerSettings::default() };
+        let model = tiny_model(4, Kind::Float);
+        let mut state = OptimizerState::new(&model, &settings, 0, Rc::new(ProcessGroup::single())).unwrap();
+        for (_, mut tensor) in state.gradients.tensors() {
+            let _ = tensor.fill_(gradient);
+        }
+        let norm = state.step(0.1, 1).unwrap();
+        (state, norm.double_value(&[]))
+    }
+
+    #[test]
+    fn gradients_are_clipped_only_above_the_maximum_norm() {
+        let applied = |gradient: f64, max_grad_norm: Option<f64>| {
+            let (state, norm) = after_a_step(gradient, max_grad_norm);
+            (state.exp_avg.double_value(&[0]) / 0.1, norm)
+        };
+        let (plain, norm) = applied(2.0, None);
+        assert!((plain - 2.0).abs() < 1e-6 && norm > 4.0, "{plain} {norm}");
+        let (clipped, same_norm) = applied(2.0, Some(1.0));
+        assert!((clipped - 2.0 / norm).abs() < 1e-6 && same_norm == norm, "{clipped} {same_norm}");
+        assert_eq!(applied(2.0, Some(1e3)).0, plain);
+    }
+
+    /// A change of a thousandth is less than half the spacing of bfloat16 at 1: rounded to the nearest, no weight would move.
+    #[test]
+    fn a_bf16_state_moves_as_a_float32_one_does() {
+        let mean_after = |state_dtype: StateDtype| {
+            let model = tiny_model(64, Kind::BFloat16);
+            let _no_grad = tch::no_grad_guard();
+            let _ = model.weights().buffer().shallow_clone().fill_(1.0);
+            let settings = OptimizerSettings { weight_decay: 0.1, state_dtype, ..OptimizerSettings::default() };
+            let mut state = OptimizerState::new(&model, &settings, 3, Rc::new(ProcessGroup::single())).unwrap();
+            for number in 1..=50 {
+                let _ = state.gradients.buffer().shallow_clone().fill_(if number <= 25 { 1e-3 } else { 2e-3 });
+                let _ = state.step(1e-3, number).unwrap();
+            }
+            let _ = state.gradients.buffer().shallow_clone().fill_(f64::NAN);
+            let before = state.weights.buffer().copy();
+            let _ = state.step(1e-3, 51).unwrap();
+            assert_eq!(before, *state.weights.buffer(), "a skipped step changes nothing");
+            let mean = |start: i64, length: i64| before.narrow(0, start, length).mean(Kind::Float).double_value(&[]);
+            let num_in_matrices = state.weights.num_matrix_elements();
+            [mean(0, num_in_matrices), mean(num_in_matrices, before.numel() as i64 - num_in_matrices)]
+        };
+        let (exact, rounded) = (mean_after(StateDtype::Float32), mean_after(StateDtype::Bfloat16));
+        assert!(exact.iter().all(|mean| *mean < 0.97));
+        for (exact, rounded) in exact.iter().zip(rounded) {
+            assert!((exact - rounded).abs() < 3e-3, "{exact} {rounded}");
+        }
+        assert_eq!(rounded, mean_after(StateDtype::Bfloat16), "the same seed rounds the same way");
+    }
+
+    #[test]
+    fn skipped_steps_are_counted_in_total_and_in_a_row() {
+        let (mut state, _) = after_a_step(f64::NAN, Some(1.0));
+        assert_eq!(state.skipped_steps(), SkippedSteps { total: 1, in_a_row: 1 });
+        let _ = state.step(0.1, 2).unwrap();
+        assert_eq!(state.skipped_steps(), SkippedSteps { total: 1, in_a_row: 0 });
+    }
+
+    #[test]
+    fn the_model_has_its_own_weights_again_after_a_body_that_fails() {
+        let settings = OptimizerSettings { ema_decay: Some(0.9), ..OptimizerSettings::default() };
+        let model = tiny_model(4, Kind::Float);
+        let state = OptimizerState::new(&model, &settings, 0, Rc::new(ProcessGroup::single())).unwrap();
+        let _ = tch::no_grad(|| model.weights().buffer().shallow_clone().fill_(3.0));
+        let own_weights = model.weights().buffer().copy();
+        let failed = state.with_average(|| {
+            assert_ne!(own_weights, *model.weights().buffer(), "the model has the average in the meantime");
+            Err::<(), _>(Error::usage("no"))
+        });
+        assert_eq!(failed.unwrap_err().to_string(), "no");
+        assert_eq!(own_weights, *model.weights().buffer());
+    }
+}

@@ -1,0 +1,34 @@
+//! The processes of a run, and the device of this one.
+
+use std::rc::Rc;
+
+use cllm_core::distributed::{ProcessEnv, ProcessGroup};
+use cllm_core::{Error, Result, device, progress};
+use tch::Device;
+
+use crate::settings::Settings;
+
+/// Joins the other processes that a launcher started, if any. All but the main process become quiet.
+///
+/// # Errors
+/// [`Error::Usage`] for an environment that does not fit, or if the other processes do not answer.
+pub fn join(settings: &Settings) -> Result<(Device, Rc<ProcessGroup>)> {
+    let env = ProcessEnv::from_env(|name| std::env::var(name).ok())?;
+    let device = device::for_process(&settings.device, env.as_ref())?;
+    let group = match &env {
+        Some(env) if settings.accumulation < env.world_size => {
+            let ProcessEnv { world_size, .. } = env;
+            return Err(Error::usage(format!(
+                "accumulation={} is too few for {world_size} processes, each of which needs a batch: set \
+                 accumulation={world_size} (or a multiple of it)",
+                settings.accumulation
+            )));
+        }
+        Some(env) => ProcessGroup::join(env, device)?,
+        None => ProcessGroup::single(),
+    };
+    if !group.is_main() {
+        progress::set_quiet(true);
+    }
+    Ok((device, Rc::new(group)))
+}

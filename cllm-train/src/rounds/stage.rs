@@ -1,0 +1,145 @@
+//! The stages of a round: what each depends on, what it leaves, and how to run it.
+
+use std::path::{Path, PathBuf};
+
+use cllm_core::tokenizer::Tokenizer;
+use cllm_core::trajectory::Reader;
+use cllm_core::{Error, Result, checkpoint, fingerprint, text_file, trajectory};
+use cllm_data::{augment, clean, collect};
+use serde_json::{Value, json};
+
+use crate::run_fingerprint::RunFingerprint;
+use crate::settings::Settings;
+use crate::summary::SUMMARY_FILE;
+use crate::trainer;
+
+/// One stage of a round, with its settings.
+pub enum Stage<'r> {
+    Collect(&'r collect::Settings),
+    Augment(&'r augment::Settings),
+    Clean(&'r clean::Settings),
+    Train(&'r Settings),
+}
+
+impl Stage<'_> {
+    pub fn name(&self) -> &'static str {
+        match self {
+            Stage::Collect(_) => "collect",
+            Stage::Augment(_) => "augment",
+            Stage::Clean(_) => "clean",
+            Stage::Train(_) => "train",
+        }
+    }
+
+    /// The folder that the stage writes.
+    pub fn folder(&self) -> &Path {
+        match self {
+            Stage::Collect(settings) => &settings.output,
+            Stage::Augment(settings) => &settings.output,
+            Stage::Clean(settings) => &settings.output,
+            Stage::Train(settings) => &settings.output,
+        }
+    }
+
+    /// Everything that the result depends on. Paths are not part of it (their contents are), nor is the batch size.
+    ///
+    /// # Errors
+    /// Files that cannot be read.
+    pub fn inputs(&self) -> Result<RunFingerprint> {
+        let mut inputs = RunFingerprint::default();
+        match self {
+            Stage::Collect(settings) => {
+                inputs.add_settings(settings, &["model", "prompts", "output", "data", "device", "batch_size"])?;
+                inputs.add_contents("the model", checkpoint::fingerprint(Path::new(&settings.model))?);
+                inputs.add_contents("the prompts", fingerprint::hash_contents(&settings.prompts)?);
+            }
+            Stage::Augment(settings) => {
+                inputs.add_settings(settings, &["input", "output"])?;
+                inputs.add_contents("the trajectories", trajectory::fingerprint(&settings.input)?);
+            }
+            Stage::Clean(settings) => {
+                inputs.add_settings(settings, &["input", "output", "model", "data", "evaluation_prompts"])?;
+                inputs.add_contents("the trajectories", trajectory::fingerprint(&settings.input)?);
+                for (index, path) in settings.evaluation_prompts.iter().enumerate() {
+                    let name = format!("evaluation prompts {}", index + 1);
+                    inputs.add_contents(name, fingerprint::hash_contents(path)?);
+                }
+            }
+            Stage::Train(settings) => {
+                let model = settings.model.as_ref().ok_or_else(|| Error::internal("a round trains without a model"))?;
+                let folder = Path::new(model);
+                return RunFingerprint::for_training(settings, &Tokenizer::load(folder)?, folder);
+            }
+        }
+        Ok(inputs)
+    }
+
+    /// The fingerprint of what the stage left, if that is complete.
+    ///
+    /// # Errors
+    /// Files that cannot be read.
+    pub fn output_fingerprint(&self) -> Result<Option<String>> {
+        let folder = self.folder();
+        let is_complete = match self {
+            Stage::Train(_) => folder.join(SUMMARY_FILE).exists(),
+            _ => Reader::open(folder).is_ok_and(|reader| reader.is_complete()),
+        };
+        let fingerprint = |_| match self {
+            Stage::Train(_) => checkpoint::fingerprint(&best_model(folder)),
+            _ => trajectory::fingerprint(folder),
+        };
+        is_complete.then_some(()).map(fingerprint).transpose()
+    }
+
+    /// Runs the stage, or what is left of it, and returns its summary. With `is_done` its output is complete already.
+    ///
+    /// # Errors
+    /// What the stage fails with.
+    pub fn run(&self, is_done: bool) -> Result<Value> {
+        match self {
+            Stage::Collect(settings) => {
+                let summary = collect::collect(settings)?;
+                Ok(json!(summary.total))
+            }
+            Stage::Augment(settings) => {
+                if !is_done {
+                    augment::augment(settings)?;
+                }
+                Ok(Value::Null)
+            }
+            Stage::Clean(settings) => {
+                if !is_done {
+                    clean::clean(settings)?;
+                }
+                read_json(&settings.output.join("clean-report.json"))
+            }
+            Stage::Train(settings) => {
+                trainer::run((*settings).clone())?;
+                read_json(&settings.output.join(SUMMARY_FILE))
+            }
+        }
+    }
+}
+
+/// The model that a training run hands to the next round: its best checkpoint if validation found one, else the final model.
+pub fn best_model(run: &Path) -> PathBuf {
+    let best = run.join("checkpoints/best");
+    if best.exists() { best } else { run.join("final") }
+}
+
+fn read_json(path: &Path) -> Result<Value> {
+    serde_json::from_str(&text_file::read(path)?).map_err(|error| Error::file(path, format!("is not JSON: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_next_round_starts_from_the_best_checkpoint_if_there_is_one() {
+        let run = tempfile::tempdir().unwrap();
+        assert_eq!(best_model(run.path()), run.path().join("final"));
+        std::fs::create_dir_all(run.path().join("checkpoints/best")).unwrap();
+        assert_eq!(best_model(run.path()), run.path().join("checkpoints/best"));
+    }
+}

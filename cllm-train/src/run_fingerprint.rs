@@ -1,0 +1,128 @@
+//! What the result of a run depends on. It is saved with the run, which resumes only if nothing of it has changed; the
+//! error then names what did.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use cllm_core::checkpoint::{self, hub};
+use cllm_core::tokenizer::Tokenizer;
+use cllm_core::{Error, Result, fingerprint, trajectory};
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use crate::settings::{Objective, Settings};
+
+/// Settings that do not change the result of a run, and so may change between its parts.
+const FREE_SETTINGS: [&str; 6] =
+    ["log_every", "save_every", "max_checkpoints", "checkpointed_layers", "output", "device"];
+
+/// Settings and contents that a result depends on.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct RunFingerprint {
+    /// Settings as JSON, by their full key.
+    settings: BTreeMap<String, String>,
+    /// Fingerprints of the files that settings only name, such as `the model runs/teacher/final`.
+    contents: BTreeMap<String, String>,
+}
+
+impl RunFingerprint {
+    /// The fingerprint of a training run with this tokenizer, which is in `model_folder` together with the model.
+    ///
+    /// # Errors
+    /// Files that cannot be read.
+    pub fn for_training(settings: &Settings, tokenizer: &Tokenizer, model_folder: &Path) -> Result<Self> {
+        let mut fingerprint = RunFingerprint::default();
+        fingerprint.add_settings(settings, &FREE_SETTINGS)?;
+        fingerprint.add_contents("the tokenizer", tokenizer.fingerprint().to_owned());
+        if let Some(model) = &settings.model {
+            fingerprint.add_contents(format!("the model {model}"), checkpoint::fingerprint(model_folder)?);
+        }
+        if let Some(name) = settings.consistency.anchor.as_ref().filter(|_| settings.is_anchored()) {
+            fingerprint.add_contents(format!("the anchor {name}"), checkpoint::fingerprint(&hub::locate(name)?)?);
+        }
+        for path in &settings.datasets {
+            let contents = match settings.objective {
+                Objective::Sft => fingerprint::hash_files(&[path])?,
+                Objective::Consistency => trajectory::fingerprint(path)?,
+            };
+            fingerprint.add_contents(format!("the data set {}", path.display()), contents);
+        }
+        if let Some(path) = &settings.validation.prompts {
+            let name = format!("the validation prompts {}", path.display());
+            fingerprint.add_contents(name, fingerprint::hash_files(&[path])?);
+        }
+        if let Some(path) = &settings.validation.trajectories {
+            let name = format!("the validation trajectories {}", path.display());
+            fingerprint.add_contents(name, trajectory::fingerprint(path)?);
+        }
+        Ok(fingerprint)
+    }
+
+    /// Adds every setting except some keys of the first level.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] for settings that are not JSON.
+    pub fn add_settings(&mut self, settings: &impl Serialize, except: &[&str]) -> Result<()> {
+        let mut settings = serde_json::to_value(settings).map_err(Error::serialization)?;
+        if let Some(fields) = settings.as_object_mut() {
+            fields.retain(|key, _| !except.contains(&key.as_str()));
+        }
+        self.add_section("", &settings);
+        Ok(())
+    }
+
+    fn add_section(&mut self, key: &str, value: &Value) {
+        let Value::Object(section) = value else {
+            self.settings.insert(key.to_owned(), value.to_string());
+            return;
+        };
+        for (inner_key, value) in section {
+            let full_key = if key.is_empty() { inner_key.clone() } else { format!("{key}.{inner_key}") };
+            self.add_section(&full_key, value);
+        }
+    }
+
+    /// Adds the fingerprint of some contents under a name that reads well in `from another version of NAME`.
+    pub fn add_contents(&mut self, name: impl Into<String>, fingerprint: String) {
+        self.contents.insert(name.into(), fingerprint);
+    }
+
+    /// What has changed from `self` to `now`, if anything: a clause for an error message that follows the name of a folder and
+    /// `verb`, such as `was started`.
+    pub fn difference(&self, verb: &str, now: &RunFingerprint) -> Option<String> {
+        let changed = |then: &BTreeMap<String, String>, now: &BTreeMap<String, String>| {
+            let keys = then.keys().chain(now.keys());
+            keys.into_iter().find(|key| then.get(*key) != now.get(*key)).cloned()
+        };
+        if let Some(key) = changed(&self.settings, &now.settings) {
+            let show = |settings: &BTreeMap<String, String>| settings.get(&key).cloned().unwrap_or("null".to_owned());
+            let (then, now) = (show(&self.settings), show(&now.settings));
+            return Some(format!("{verb} with {key}={then}; this command says {now}"));
+        }
+        changed(&self.contents, &now.contents).map(|name| format!("{verb} from another version of {name}"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_difference_is_named_settings_before_contents() {
+        let fingerprint = |settings: &Settings, data: &str| {
+            let mut fingerprint = RunFingerprint::default();
+            fingerprint.add_settings(settings, &FREE_SETTINGS).unwrap();
+            fingerprint.add_contents("the data set runs/clean", data.to_owned());
+            fingerprint
+        };
+        let mut settings = Settings::default();
+        let then = fingerprint(&settings, "a");
+        settings.log_every = 99;
+        assert_eq!(then.difference("was started", &fingerprint(&settings, "a")), None);
+        let message = then.difference("was started", &fingerprint(&settings, "b")).unwrap();
+        assert_eq!(message, "was started from another version of the data set runs/clean");
+        settings.optimizer.lr = 0.5;
+        let message = then.difference("was started", &fingerprint(&settings, "b")).unwrap();
+        assert_eq!(message, "was started with optimizer.lr=0.0003; this command says 0.5");
+    }
+}
