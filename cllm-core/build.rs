@@ -11,7 +11,8 @@ fn main() {
     libtorch::link();
     let torch = std::fs::canonicalize(libtorch::folder()).expect("LIBTORCH is a folder");
     let site_packages = torch.parent().expect("torch lies in site-packages");
-    // The .cu files are not compiled here: the library embeds them and NVRTC compiles them at run time.
+    // The .cu files are not compiled here: the library embeds them and NVRTC compiles them at run
+    // time.
     for path in SOURCES.into_iter().chain(["csrc/guarded.h", "csrc/gloo", "link"]) {
         println!("cargo:rerun-if-changed={path}");
     }
@@ -42,7 +43,8 @@ fn main() {
     doctest_search_path(&torch.join("lib"));
 }
 
-/// Doc tests do not see the run path; cargo puts search paths inside OUT_DIR into their library path.
+/// Doc tests do not see the run path; cargo puts search paths inside OUT_DIR into their library
+/// path.
 fn doctest_search_path(lib: &std::path::Path) {
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let link = out.join("libtorch");

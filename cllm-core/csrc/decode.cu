@@ -1,26 +1,32 @@
 // The kernels of one decoding step, compiled at run time for one model's shape (NVRTC; no headers).
 //
-// A step forwards a ragged batch: T tokens of several rows. Token i belongs to cache row `row[i]` (-1: padding), its key and
-// value go to slot `slot[i]`, its rotary position is `position[i]`. A tile is some tokens that follow one another in a row.
+// A step forwards a ragged batch: T tokens of several cache rows, with nothing between the rows. A
+// step of few tokens goes through the fused kernels, which read each weight once and do in the same
+// pass everything around the product; for more tokens cuBLAS multiplies and smaller kernels do the
+// rest.
 //
-// Given as macros: HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, EPS, QK_NORM, ATTENTION_WARPS, DEPTH (chunks of a weight that a
-// warp asks for at once), MOST_STAGED_BYTES (of tokens, in shared memory).
+// Macros from the host: HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, EPS, QK_NORM, WARPS (of a
+// fused kernel's block), BLOCK_ROWS (rows of a weight per block), DEPTH (chunks of a weight that a
+// warp loads ahead), SUMS_BYTES and MAX_STAGED_BYTES (shared memory of a fused kernel for sums and
+// for tokens, at most), STAGING_PAD, ATTENTION_WARPS.
 //
-// Matrix products use mma.m16n8k16 with the weights as the left operand. The order of k inside a product is free as long as
-// both sides agree, so each thread takes 8 neighbouring values (16 bytes) of a row for two products at once.
+// Products use mma.m16n8k16 with the weight as the left operand. The order of k within a product
+// does not matter as long as both operands agree, so each thread loads 8 neighbouring values (16
+// bytes) of a row and uses them in two products. In a fragment g = lane / 4 is a row of the weight
+// (and g + 8 the other), t = lane % 4 a pair of columns.
 #define QKV ((HEADS + 2 * KV_HEADS) * HEAD_DIM)
 #define GROUP (HEADS / KV_HEADS)
 #define HALF (HEAD_DIM / 2)
-#define WARPS 8
 #define CHUNKS (HEAD_DIM / 32)
 
-// Both products of two pairs, each rounded once.
-__device__ __forceinline__ u32 times(u32 a, u32 b) {
+// The products of two pairs of bf16, each rounded once.
+__device__ __forceinline__ u32 multiply_pairs(u32 a, u32 b) {
   u32 pair;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(0x80008000u));
   return pair;
 }
-// Weights pass through once a step: they need no place in L1.
+
+// Weights are read once per step, so they bypass L1.
 __device__ __forceinline__ uint4 load_once(const uint4 *from) {
   uint4 x;
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -29,26 +35,29 @@ __device__ __forceinline__ uint4 load_once(const uint4 *from) {
   return x;
 }
 
-// Room for tokens in shared memory: 64 bytes after each row keep threads that read a column of several apart.
-#define STAGED_BYTES(T, K) ((T) * ((K) + 32) * 2)
-__device__ __forceinline__ void copy_async(uint4 *to, const uint4 *from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+// Shared memory for T tokens of width K. Padding after each row keeps threads that read the same
+// column of several rows in different banks.
+#define STAGED_BYTES(T, K) ((T) * ((K) + STAGING_PAD) * 2)
+__device__ __forceinline__ void cp_async_16(uint4 *to, const uint4 *from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from)
+               : "memory");
 }
-__device__ __forceinline__ void wait_for_copies() {
+__device__ __forceinline__ void cp_async_wait_all() {
   asm volatile("cp.async.wait_all;" ::: "memory");
   __syncthreads();
 }
 
-__device__ __forceinline__ void prefetch(const bf16 *from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+__device__ __forceinline__ void prefetch_l2(const bf16 *from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
-// Two products over the 32 values of k that `a` (row g), `b` (row g + 8) and `x` (column g) hold.
+// c += products over 32 values of k: `a` holds row g of the weight, `b` row g + 8, `x` token g.
 __device__ __forceinline__ void mma_chunk(float (&c)[4], uint4 a, uint4 b, uint4 x) {
   mma(c, a.x, b.x, a.y, b.y, x.x, x.y);
   mma(c, a.z, b.z, a.w, b.w, x.z, x.w);
 }
 
-// Programmatic dependent launch: a kernel may begin while the one before it ends, but reads nothing of it before `wait`.
-// GPUs before Hopper run kernels one after another.
+// Programmatic dependent launch: a kernel may start while its predecessor ends, but must not read
+// the predecessor's results before wait_for_predecessor(). GPUs before Hopper run kernels one after
+// another.
 __device__ __forceinline__ void wait_for_predecessor() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -60,7 +69,8 @@ __device__ __forceinline__ void let_successor_start() {
 #endif
 }
 
-// A hash of (key of the position, token): 32 bits (the finaliser of SplitMix64, Steele et al. 2014).
+// 32 random bits for a token at the position that `key` stands for: the finaliser of SplitMix64
+// (Steele et al. 2014).
 __device__ __forceinline__ u32 hash(u64 key, u32 token) {
   u64 z = key + 0x9e3779b97f4a7c15ull * (u64)(token + 1);
   z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
@@ -68,52 +78,63 @@ __device__ __forceinline__ u32 hash(u64 key, u32 token) {
   return (u32)((z ^ (z >> 31)) >> 32);
 }
 
-// What is compared to choose a token: the logit, or with a temperature its Gumbel-max perturbation.
-__device__ __forceinline__ float score(float logit, float inverse_temperature, u64 key, int token) {
+// The token with the largest score is sampled: the score is the logit itself for greedy decoding
+// (inverse_temperature 0), or else the logit with Gumbel noise, which makes the maximum a sample of
+// the softmax.
+__device__ __forceinline__ float sampling_score(float logit, float inverse_temperature, u64 key, int token) {
   if (inverse_temperature == 0.f) return logit;
-  // 23 bits: with one more, the half would round the largest up to 1.
+  // 23 bits: with 24, adding one half would round the largest up to 1.
   float uniform = ((float)(hash(key, (u32)token) >> 9) + 0.5f) * (1.f / 8388608.f);
   return logit * inverse_temperature - logf(-logf(uniform));
 }
 
-__device__ __forceinline__ bool better(float value, int id, float than, int than_id) {
-  return value > than || (value == than && id < than_id);
+// Ties go to the lower id. A NaN never wins.
+__device__ __forceinline__ bool is_better(float score, int id, float best, int best_id) {
+  return score > best || (score == best && id < best_id);
 }
 
-// The best of what so many neighbouring lanes have found, for each of them.
-__device__ __forceinline__ void take_best_of_lanes(int lanes, float &top, int &top_id) {
+// Every one of `lanes` neighbouring lanes gets the best score among them.
+__device__ __forceinline__ void warp_argmax(int lanes, float &best, int &best_id) {
   for (int step = lanes / 2; step > 0; step >>= 1) {
-    float value = __shfl_xor_sync(0xffffffffu, top, step);
-    int id = __shfl_xor_sync(0xffffffffu, top_id, step);
-    if (better(value, id, top, top_id)) top = value, top_id = id;
+    float score = __shfl_xor_sync(0xffffffffu, best, step);
+    int id = __shfl_xor_sync(0xffffffffu, best_id, step);
+    if (is_better(score, id, best, best_id)) best = score, best_id = id;
   }
 }
 
-// The best of what the threads of a block have found.
-__device__ __forceinline__ void write_best_of_block(float top, int top_id, int *to) {
-  __shared__ float values[32];
+// Writes the id of the best score among the threads of a block.
+__device__ __forceinline__ void block_argmax(float best, int best_id, int *to) {
+  __shared__ float scores[32];
   __shared__ int ids[32];
-  take_best_of_lanes(32, top, top_id);
-  if (threadIdx.x % 32 == 0) values[threadIdx.x / 32] = top, ids[threadIdx.x / 32] = top_id;
+  warp_argmax(32, best, best_id);
+  if (threadIdx.x % 32 == 0) scores[threadIdx.x / 32] = best, ids[threadIdx.x / 32] = best_id;
   __syncthreads();
   if (threadIdx.x == 0) {
     for (int w = 1; w < blockDim.x / 32; w++)
-      if (better(values[w], ids[w], top, top_id)) top = values[w], top_id = ids[w];
-    *to = top_id;
+      if (is_better(scores[w], ids[w], best, best_id)) best = scores[w], best_id = ids[w];
+    *to = best_id;
   }
 }
 
-// The first of a step: those after it, which may read the step's input before they wait, begin when it is there.
-extern "C" __global__ void embed(const bf16 *table, const int *tokens, bf16 *x) {
-  wait_for_predecessor();
-  let_successor_start();
-  const uint4 *from = (const uint4 *)(table + (size_t)tokens[blockIdx.x] * HIDDEN);
-  uint4 *to = (uint4 *)(x + (size_t)blockIdx.x * HIDDEN);
-  for (int i = threadIdx.x; i < HIDDEN / 8; i += blockDim.x) to[i] = from[i];
-}
+// Groups of arguments. Kernels take them flat, a group per line: as parameters of a kernel, structs
+// made the compiler use up to 8 more registers in the same code.
 
-// Where keys and values of a layer lie: keys [rows, KV_HEADS, capacity, HEAD_DIM], values transposed, [rows, KV_HEADS,
-// HEAD_DIM, capacity].
+// Tokens of a step. Token i belongs to row `row[i]` of the cache (-1 for padding); its key and
+// value go to slot `slot[i]`, its rotary position is `position[i]`. `visible[i]` says which slots
+// of its own window the token attends to (see `attend`).
+struct Tokens {
+  const int *row, *slot, *position;
+  const u64 *visible;
+};
+
+// Tiles of queries: `length` consecutive tokens of one row from token `first_token` on (row -1: an
+// empty tile). All tokens of the row in this step are its window, whose first slot is `window`.
+struct Tiles {
+  const int *row, *first_token, *length, *window;
+};
+
+// The cache of one layer: keys [rows, KV_HEADS, capacity, HEAD_DIM], and values transposed, [rows,
+// KV_HEADS, HEAD_DIM, capacity].
 struct Cache {
   bf16 *keys, *values;
   int capacity;
@@ -125,40 +146,78 @@ struct Cache {
   }
 };
 
-// Tables of cosines and sines [positions, HALF], the norms of Qwen3's queries and keys, and each token's position.
-struct Rotation {
+// Tables of cosines and sines [positions, HALF].
+struct Rope {
   const float *cosines, *sines;
-  const bf16 *query_norm, *key_norm;
-  const int *position;
 };
 
-// ---- Few tokens: the weights are read once, everything around them is fused. ----
+// Weights of the norms of queries and keys (Qwen3), else null.
+struct QkNorm {
+  const bf16 *query, *key;
+};
 
-enum { PLAIN, ROTATED, RESIDUAL, GATED, BEST };
+// The first kernel of a step copies the embeddings. Its successors may read the step's input before
+// wait_for_predecessor(), so it lets them start only when that input has arrived.
+extern "C" __global__ void embed(const bf16 *table, const int *tokens, bf16 *x) {
+  wait_for_predecessor();
+  let_successor_start();
+  const uint4 *from = (const uint4 *)(table + (size_t)tokens[blockIdx.x] * HIDDEN);
+  uint4 *to = (uint4 *)(x + (size_t)blockIdx.x * HIDDEN);
+  for (int i = threadIdx.x; i < HIDDEN / 8; i += blockDim.x) to[i] = from[i];
+}
 
-// out[t, o] = sum_k weight[o, k] x[t, k] for T = 8 NT tokens; NORM: of x's RMS norm. One block makes 16 rows of the weight
-// (GATED: 8 of the gate and the 8 of the up projection beside them; ROTATED: 8 of the first half of a head and the 8 that are
-// rotated with them), its warps share k. More than 8 tokens are copied to shared memory first, if there is room: warps would ask L2 for
-// them in halves of lines. Not for the widest products (GATED, BEST), whose many blocks would each copy them.
-template <int NT, int MODE, bool NORM, int K, int O>
-__device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const bf16 *norm_weight, const bf16 *bias,
-                                       bf16 *out, float *best, int *best_id, int real, float inverse_temperature,
-                                       const u64 *keys, const Cache cache = {}, const Rotation rotation = {},
-                                       const int *row = 0, const int *slot = 0) {
-  constexpr int T = NT * 8, ROWS = MODE == GATED ? 8 : 16;
-  constexpr bool STAGED = NT > 1 && MODE != GATED && MODE != BEST && STAGED_BYTES(T, K) <= MOST_STAGED_BYTES;
-  // With this pitch a warp writes without conflicts.
+// ---- Fused kernels, for few tokens ----
+
+// What happens to the product of a fused kernel.
+enum Epilogue {
+  STORE,
+  ROTATE_AND_CACHE,  // rotate queries and keys; keys and values go to the cache
+  ADD_RESIDUAL,
+  SWIGLU,
+  ARGMAX,  // the best token among the block's rows, which are logits
+};
+
+// What ROTATE_AND_CACHE needs.
+struct RotateAndCache {
+  Tokens tokens;
+  Rope rope;
+  Cache cache;
+};
+
+// out[t, o] = sum over k of weight[o, k] x[t, k], for up to T = 8 NT tokens, `num_tokens` of which
+// exist. NORM: of the RMS norm of x. One block computes BLOCK_ROWS rows of the weight, and its
+// warps split k. The rows are neighbours, but for SWIGLU (half of them of the gate and the same
+// half of the up projection) and ROTATE_AND_CACHE (half of them in the first half of a head, and
+// those that they are rotated with).
+//
+// More than 8 tokens are first copied to shared memory if there is room, since warps would load
+// them from L2 in halves of cache lines. The widest products (SWIGLU and ARGMAX) do without: each
+// of their many blocks would make a copy.
+//
+// ARGMAX writes the best score and its token to best and best_id [blocks, T]; `keys` holds each
+// token's sampling noise.
+template <int NT, Epilogue EPILOGUE, bool NORM, int K, int O>
+__device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x, const bf16 *norm, const bf16 *bias,
+                                              bf16 *out, int num_tokens, const RotateAndCache rotate = {},
+                                              float *best = 0, int *best_id = 0, float inverse_temperature = 0.f,
+                                              const u64 *keys = 0) {
+  constexpr int T = NT * 8, ROWS = EPILOGUE == SWIGLU ? BLOCK_ROWS / 2 : BLOCK_ROWS;
+  constexpr bool STAGED = NT > 1 && EPILOGUE != SWIGLU && EPILOGUE != ARGMAX && STAGED_BYTES(T, K) <= MAX_STAGED_BYTES;
+  static_assert(BLOCK_ROWS == 16, "the rows of one mma");
+  // The padding of BLOCK_ROWS to 20 makes a warp's writes free of bank conflicts.
   __shared__ float partial[WARPS][T][20];
   __shared__ float squares[WARPS][T];
-  static_assert(sizeof(partial) + sizeof(squares) <= 24 << 10, "SUMS_BYTES of the host");
-  constexpr int COLUMNS = K / 8, PITCH = COLUMNS + 4;  // of a token's row, 16 bytes each
-  extern __shared__ uint4 staged[];                    // STAGED: [T][PITCH]
+  static_assert(sizeof(partial) + sizeof(squares) <= SUMS_BYTES, "the host reserves this much");
+  constexpr int COLUMNS = K / 8, PITCH = (K + STAGING_PAD) / 8;  // of a token's row, in chunks of 16 bytes
+  extern __shared__ uint4 staged[];                              // if STAGED: [T][PITCH]
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  // ROTATED: the head of this block, and its first row.
-  const int head = blockIdx.x / (HALF / 8), part = blockIdx.x % (HALF / 8) * 8;
-  const int first = MODE == ROTATED ? head * HEAD_DIM + part : blockIdx.x * ROWS;
+  // ROTATE_AND_CACHE: the head of this block and the first row within it.
+  const int head = blockIdx.x / (HALF / 8), head_row = blockIdx.x % (HALF / 8) * 8;
+  const int first = EPILOGUE == ROTATE_AND_CACHE ? head * HEAD_DIM + head_row : blockIdx.x * ROWS;
   const int upper = min(first + g, O - 1);
-  const int lower = MODE == GATED ? O + upper : MODE == ROTATED ? upper + HALF : min(first + g + 8, O - 1);
+  const int lower = EPILOGUE == SWIGLU             ? O + upper
+                    : EPILOGUE == ROTATE_AND_CACHE ? upper + HALF
+                                                   : min(first + g + 8, O - 1);
   const uint4 *row_a = (const uint4 *)(weight + (size_t)upper * K) + t;
   const uint4 *row_b = (const uint4 *)(weight + (size_t)lower * K) + t;
   constexpr int chunks = K / 32;
@@ -170,35 +229,36 @@ __device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const 
     if (c < chunks) a[d] = load_once(row_a + c * 4), b[d] = load_once(row_b + c * 4);
   }
   let_successor_start();
-  // ROTATED: a thread ends one pair of one token, whose place is a part of the step's input.
-  const int own = threadIdx.x / 8, dim = part + threadIdx.x % 8;
+  // ROTATE_AND_CACHE: each thread finishes one pair of one token. Where it goes is part of the
+  // step's input.
+  const int own = threadIdx.x / 8, dim = head_row + threadIdx.x % 8;
   int own_row = -1, own_slot = 0;
   float cosine = 1.f, sine = 0.f;
-  if (MODE == ROTATED && own < real) {
+  if (EPILOGUE == ROTATE_AND_CACHE && own < num_tokens) {
     static_assert(8 * T <= WARPS * 32, "a thread for every pair");
-    own_row = row[own], own_slot = slot[own];
+    own_row = rotate.tokens.row[own], own_slot = rotate.tokens.slot[own];
     if (head < HEADS + KV_HEADS) {
-      const size_t at = (size_t)rotation.position[own] * HALF + dim;
-      cosine = rotation.cosines[at], sine = rotation.sines[at];
+      const size_t at = (size_t)rotate.tokens.position[own] * HALF + dim;
+      cosine = rotate.rope.cosines[at], sine = rotate.rope.sines[at];
     }
   }
   wait_for_predecessor();
 
   if (STAGED) {
-    for (int i = threadIdx.x; i < real * COLUMNS; i += WARPS * 32)
-      copy_async(&staged[i / COLUMNS * PITCH + i % COLUMNS], (const uint4 *)x + i);
+    for (int i = threadIdx.x; i < num_tokens * COLUMNS; i += WARPS * 32)
+      cp_async_16(&staged[i / COLUMNS * PITCH + i % COLUMNS], (const uint4 *)x + i);
   }
-  // Sums that a thread ends: that of row i % ROWS for token i / ROWS, i = its index, and so on a block's width further.
-  constexpr int ENDS = (ROWS * T + WARPS * 32 - 1) / (WARPS * 32);
-  bf16 residual[ENDS];
-  if (MODE == RESIDUAL) {
+  // Each thread finishes SUMS results: result i is row i % ROWS for token i / ROWS.
+  constexpr int SUMS = (ROWS * T + WARPS * 32 - 1) / (WARPS * 32);
+  bf16 residual[SUMS];
+  if (EPILOGUE == ADD_RESIDUAL) {
 #pragma unroll
-    for (int j = 0; j < ENDS; j++) {
+    for (int j = 0; j < SUMS; j++) {
       const int i = threadIdx.x + j * WARPS * 32, token = i / ROWS, o = first + i % ROWS;
-      residual[j] = token < real && o < O ? out[(size_t)token * O + o] : 0;
+      residual[j] = token < num_tokens && o < O ? out[(size_t)token * O + o] : 0;
     }
   }
-  if (STAGED) wait_for_copies();
+  if (STAGED) cp_async_wait_all();
 
   float acc[NT][4] = {};
   float square[NT] = {};
@@ -209,24 +269,25 @@ __device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const 
       int c = base + (DEPTH + d) * WARPS;
       if (c < chunks) next_a[d] = load_once(row_a + c * 4), next_b[d] = load_once(row_b + c * 4);
     }
-    uint4 inputs[DEPTH][NT], scales_of[DEPTH];
+    uint4 inputs[DEPTH][NT], norms[DEPTH];
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) {
       int c = base + d * WARPS;
-      if (NORM && c < chunks) scales_of[d] = ((const uint4 *)norm_weight)[c * 4 + t];
+      if (NORM && c < chunks) norms[d] = ((const uint4 *)norm)[c * 4 + t];
 #pragma unroll
       for (int nt = 0; nt < NT; nt++) {
         int token = nt * 8 + g;
         inputs[d][nt] = make_uint4(0, 0, 0, 0);
-        if (c < chunks && token < real)
-          inputs[d][nt] = STAGED ? staged[token * PITCH + c * 4 + t] : ((const uint4 *)(x + (size_t)token * K))[c * 4 + t];
+        if (c < chunks && token < num_tokens)
+          inputs[d][nt] =
+              STAGED ? staged[token * PITCH + c * 4 + t] : ((const uint4 *)(x + (size_t)token * K))[c * 4 + t];
       }
     }
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) {
       int c = base + d * WARPS;
       if (c < chunks) {
-        uint4 scale = scales_of[d];
+        uint4 scale = norms[d];
 #pragma unroll
         for (int nt = 0; nt < NT; nt++) {
           uint4 v = inputs[d][nt];
@@ -235,9 +296,9 @@ __device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const 
             const u32 *scales = (const u32 *)&scale;
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-              float l = low(pairs[i]), h = high(pairs[i]);
+              float l = low_to_f32(pairs[i]), h = high_to_f32(pairs[i]);
               square[nt] += l * l + h * h;
-              pairs[i] = times(pairs[i], scales[i]);
+              pairs[i] = multiply_pairs(pairs[i], scales[i]);
             }
           }
           mma_chunk(acc[nt], a[d], b[d], v);
@@ -262,115 +323,128 @@ __device__ __forceinline__ void skinny(const bf16 *weight, const bf16 *x, const 
     }
   }
   __syncthreads();
-  auto scale_of = [&](int token) {
+  auto norm_scale = [&](int token) {
     if (!NORM) return 1.f;
     float s = 0.f;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) s += squares[w][token];
     return rsqrtf(s / K + EPS);
   };
-  auto sum_of = [&](int r, int token) {
+  auto sum_warps = [&](int r, int token) {
     float s = 0.f;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) s += partial[w][token][r];
     return s;
   };
-  if (MODE == BEST) {
+  if constexpr (EPILOGUE == ARGMAX) {
 #pragma unroll
-    for (int j = 0; j < ENDS; j++) {
+    for (int j = 0; j < SUMS; j++) {
       const int i = threadIdx.x + j * WARPS * 32, token = i / ROWS;
       float top = -INFINITY;
       int top_id = 0x7fffffff;
-      if (token < real && first + i % ROWS < O) {
+      if (token < num_tokens && first + i % ROWS < O) {
         int id = first + i % ROWS;
-        float value = score(sum_of(i % ROWS, token) * scale_of(token), inverse_temperature, keys[token], id);
-        if (better(value, id, top, top_id)) top = value, top_id = id;  // never what is no number
+        float score =
+            sampling_score(sum_warps(i % ROWS, token) * norm_scale(token), inverse_temperature, keys[token], id);
+        if (is_better(score, id, top, top_id)) top = score, top_id = id;
       }
-      take_best_of_lanes(ROWS, top, top_id);
-      if (i % ROWS == 0 && token < real) {
+      warp_argmax(ROWS, top, top_id);
+      if (i % ROWS == 0 && token < num_tokens) {
         best[(size_t)blockIdx.x * T + token] = top;
         best_id[(size_t)blockIdx.x * T + token] = top_id;
       }
     }
-    return;
-  }
-  if (MODE == ROTATED) {
+  } else if constexpr (EPILOGUE == ROTATE_AND_CACHE) {
     if (own_row < 0) return;
-    const float scale = scale_of(own);
-    float one = sum_of(threadIdx.x % 8, own) * scale, two = sum_of(threadIdx.x % 8 + 8, own) * scale;
-    if (bias) one += wide(bias[first + threadIdx.x % 8]), two += wide(bias[first + threadIdx.x % 8 + HALF]);
+    const Cache &cache = rotate.cache;
+    const float scale = norm_scale(own);
+    float one = sum_warps(threadIdx.x % 8, own) * scale, two = sum_warps(threadIdx.x % 8 + 8, own) * scale;
+    if (bias) {
+      one += bf16_to_f32(bias[first + threadIdx.x % 8]);
+      two += bf16_to_f32(bias[first + threadIdx.x % 8 + HALF]);
+    }
     if (head >= HEADS + KV_HEADS) {
-      cache.value(own_row, head - HEADS - KV_HEADS, dim)[own_slot] = narrow(one);
-      cache.value(own_row, head - HEADS - KV_HEADS, dim + HALF)[own_slot] = narrow(two);
+      cache.value(own_row, head - HEADS - KV_HEADS, dim)[own_slot] = f32_to_bf16(one);
+      cache.value(own_row, head - HEADS - KV_HEADS, dim + HALF)[own_slot] = f32_to_bf16(two);
       return;
     }
     bf16 *to = head < HEADS ? out + (size_t)own * QKV + head * HEAD_DIM : cache.key(own_row, head - HEADS, own_slot);
-    to[dim] = narrow(one * cosine - two * sine);
-    to[dim + HALF] = narrow(two * cosine + one * sine);
-    return;
-  }
+    to[dim] = f32_to_bf16(one * cosine - two * sine);
+    to[dim + HALF] = f32_to_bf16(two * cosine + one * sine);
+  } else {
 #pragma unroll
-  for (int j = 0; j < ENDS; j++) {
-    const int i = threadIdx.x + j * WARPS * 32, r = i % ROWS, token = i / ROWS, o = first + r;
-    if (token >= real || o >= O) continue;
-    float value = sum_of(r, token) * scale_of(token);
-    if (MODE == GATED) value = silu(value) * sum_of(r + ROWS, token) * scale_of(token);
-    if (bias) value += wide(bias[o]);
-    if (MODE == RESIDUAL) value += wide(residual[j]);
-    out[(size_t)token * O + o] = narrow(value);
+    for (int j = 0; j < SUMS; j++) {
+      const int i = threadIdx.x + j * WARPS * 32, r = i % ROWS, token = i / ROWS, o = first + r;
+      if (token >= num_tokens || o >= O) continue;
+      float value = sum_warps(r, token) * norm_scale(token);
+      if (EPILOGUE == SWIGLU) value = silu(value) * sum_warps(r + ROWS, token) * norm_scale(token);
+      if (bias) value += bf16_to_f32(bias[o]);
+      if (EPILOGUE == ADD_RESIDUAL) value += bf16_to_f32(residual[j]);
+      out[(size_t)token * O + o] = f32_to_bf16(value);
+    }
   }
 }
 
-#define SKINNY(NT)                                                                                                     \
-  extern "C" __global__ void __launch_bounds__(WARPS * 32) qkv_##NT(const bf16 *w, const bf16 *x, const bf16 *norm,           \
-                                                             const bf16 *bias, bf16 *out, int real) {                  \
-    skinny<NT, PLAIN, true, HIDDEN, QKV>(w, x, norm, bias, out, 0, 0, real, 0.f, 0);                                \
+// The fused kernels for up to 8 NT tokens. Grid: a block for every BLOCK_ROWS rows of the weight.
+// qkv [T, QKV] is the projection of the norm of x [T, HIDDEN]; fused_qkv_rotated writes only the
+// queries to it, rotated, and puts keys and values into the cache. x += the output projection of
+// attn_out [T, HEADS * HEAD_DIM], and the down projection of inner [T, FFN] = silu(gate) * up.
+// fused_sample writes the best score and token of each block [blocks, 8 NT]; argmax_of_blocks
+// finishes it.
+#define FUSED_KERNEL extern "C" __global__ void __launch_bounds__(WARPS * 32)
+#define FUSED_KERNELS(NT)                                                                                              \
+  FUSED_KERNEL fused_qkv_##NT(const bf16 *weight, const bf16 *x, const bf16 *norm, const bf16 *bias, bf16 *qkv,        \
+                              int num_tokens) {                                                                        \
+    fused_product<NT, STORE, true, HIDDEN, QKV>(weight, x, norm, bias, qkv, num_tokens);                               \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(WARPS * 32)                                                             \
-      qkv_rotated_##NT(const bf16 *w, const bf16 *x, const bf16 *norm, const bf16 *bias, bf16 *out, int real,          \
-                       const int *row, const int *slot, const int *position, const float *cosines,                     \
-                       const float *sines, bf16 *keys, bf16 *values, int capacity) {                                   \
-    skinny<NT, ROTATED, true, HIDDEN, QKV>(w, x, norm, bias, out, 0, 0, real, 0.f, 0, {keys, values, capacity},        \
-                              {cosines, sines, 0, 0, position}, row, slot);                                            \
+  FUSED_KERNEL fused_qkv_rotated_##NT(const bf16 *weight, const bf16 *x, const bf16 *norm, const bf16 *bias,           \
+                                      bf16 *qkv, int num_tokens,                                                       \
+                                      const int *row, const int *slot, const int *position, const u64 *visible,        \
+                                      const float *cosines, const float *sines,                                        \
+                                      bf16 *keys, bf16 *values, int capacity) {                                        \
+    fused_product<NT, ROTATE_AND_CACHE, true, HIDDEN, QKV>(                                                            \
+        weight, x, norm, bias, qkv, num_tokens,                                                                        \
+        {{row, slot, position, visible}, {cosines, sines}, {keys, values, capacity}});                                 \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(WARPS * 32) output_##NT(const bf16 *w, const bf16 *x, const bf16 *bias,        \
-                                                                bf16 *out, int real) {                                 \
-    skinny<NT, RESIDUAL, false, HEADS * HEAD_DIM, HIDDEN>(w, x, 0, bias, out, 0, 0, real, 0.f, 0);                  \
+  FUSED_KERNEL fused_output_##NT(const bf16 *weight, const bf16 *attn_out, const bf16 *bias, bf16 *x,                  \
+                                 int num_tokens) {                                                                     \
+    fused_product<NT, ADD_RESIDUAL, false, HEADS * HEAD_DIM, HIDDEN>(weight, attn_out, 0, bias, x, num_tokens);        \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(WARPS * 32) gate_up_##NT(const bf16 *w, const bf16 *x, const bf16 *norm,       \
-                                                                 bf16 *out, int real) {                                \
-    skinny<NT, GATED, true, HIDDEN, FFN>(w, x, norm, 0, out, 0, 0, real, 0.f, 0);                                   \
+  FUSED_KERNEL fused_gate_up_##NT(const bf16 *weight, const bf16 *x, const bf16 *norm, bf16 *inner, int num_tokens) {  \
+    fused_product<NT, SWIGLU, true, HIDDEN, FFN>(weight, x, norm, 0, inner, num_tokens);                               \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(WARPS * 32) down_##NT(const bf16 *w, const bf16 *x, bf16 *out, int real) {     \
-    skinny<NT, RESIDUAL, false, FFN, HIDDEN>(w, x, 0, 0, out, 0, 0, real, 0.f, 0);                                  \
+  FUSED_KERNEL fused_down_##NT(const bf16 *weight, const bf16 *inner, bf16 *x, int num_tokens) {                       \
+    fused_product<NT, ADD_RESIDUAL, false, FFN, HIDDEN>(weight, inner, 0, 0, x, num_tokens);                           \
   }                                                                                                                    \
-  extern "C" __global__ void __launch_bounds__(WARPS * 32) head_##NT(const bf16 *w, const bf16 *x, const bf16 *norm,          \
-                                                              float *best, int *best_id, int real,                     \
-                                                              float inverse_temperature, const u64 *keys) {            \
-    skinny<NT, BEST, true, HIDDEN, VOCAB>(w, x, norm, 0, 0, best, best_id, real, inverse_temperature, keys);        \
+  FUSED_KERNEL fused_sample_##NT(const bf16 *weight, const bf16 *x, const bf16 *norm, float *best, int *best_id,       \
+                                 int num_tokens, float inverse_temperature, const u64 *keys) {                         \
+    fused_product<NT, ARGMAX, true, HIDDEN, VOCAB>(weight, x, norm, 0, 0, num_tokens, {}, best, best_id,               \
+                                                   inverse_temperature, keys);                                         \
   }
-SKINNY(1)
-SKINNY(2)
-SKINNY(4)
+FUSED_KERNELS(1)
+FUSED_KERNELS(2)
+FUSED_KERNELS(4)
 
-// The best of all blocks of `head`: one block a token.
-extern "C" __global__ void best_of_blocks(const float *best, const int *best_id, int blocks, int stride, int *predicted) {
+// predicted[token] = the best token of all blocks of fused_sample, whose results are `stride`
+// apart. One block per token.
+extern "C" __global__ void argmax_of_blocks(const float *best, const int *best_id, int num_blocks, int stride,
+                                            int *predicted) {
   let_successor_start();
   wait_for_predecessor();
   float top = -INFINITY;
   int top_id = 0x7fffffff;
-  for (int i = threadIdx.x; i < blocks; i += blockDim.x) {
-    float value = best[(size_t)i * stride + blockIdx.x];
+  for (int i = threadIdx.x; i < num_blocks; i += blockDim.x) {
+    float score = best[(size_t)i * stride + blockIdx.x];
     int id = best_id[(size_t)i * stride + blockIdx.x];
-    if (better(value, id, top, top_id)) top = value, top_id = id;
+    if (is_better(score, id, top, top_id)) top = score, top_id = id;
   }
-  write_best_of_block(top, top_id, &predicted[blockIdx.x]);
+  block_argmax(top, top_id, &predicted[blockIdx.x]);
 }
 
-// ---- Many tokens: cuBLAS multiplies, these do the rest. ----
+// ---- Beside cuBLAS, for many tokens ----
 
-// x += delta (where there is one); normed = RMS norm of x. One block a token.
-extern "C" __global__ void add_norm(bf16 *x, const bf16 *delta, const bf16 *weight, bf16 *normed) {
+// x += delta (unless it is null); normed = the RMS norm of x. One block per token.
+extern "C" __global__ void add_rms_norm(bf16 *x, const bf16 *delta, const bf16 *weight, bf16 *normed) {
   __shared__ float sums[32];
   let_successor_start();
   wait_for_predecessor();
@@ -383,10 +457,13 @@ extern "C" __global__ void add_norm(bf16 *x, const bf16 *delta, const bf16 *weig
     if (delta) {
       uint4 d = added[i];
       const u32 *others = (const u32 *)&d;
-      for (int j = 0; j < 4; j++) pairs[j] = pack(low(pairs[j]) + low(others[j]), high(pairs[j]) + high(others[j]));
+      for (int j = 0; j < 4; j++)
+        pairs[j] = pack_bf16(low_to_f32(pairs[j]) + low_to_f32(others[j]),
+                             high_to_f32(pairs[j]) + high_to_f32(others[j]));
       row[i] = v;
     }
-    for (int j = 0; j < 4; j++) square += low(pairs[j]) * low(pairs[j]) + high(pairs[j]) * high(pairs[j]);
+    for (int j = 0; j < 4; j++)
+      square += low_to_f32(pairs[j]) * low_to_f32(pairs[j]) + high_to_f32(pairs[j]) * high_to_f32(pairs[j]);
   }
   square = warp_sum(square);
   if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = square;
@@ -400,60 +477,65 @@ extern "C" __global__ void add_norm(bf16 *x, const bf16 *delta, const bf16 *weig
     u32 *pairs = (u32 *)&v;
     const u32 *scales = (const u32 *)&w;
     for (int j = 0; j < 4; j++)
-      pairs[j] = pack(low(pairs[j]) * scale * low(scales[j]), high(pairs[j]) * scale * high(scales[j]));
+      pairs[j] = pack_bf16(low_to_f32(pairs[j]) * scale * low_to_f32(scales[j]),
+                           high_to_f32(pairs[j]) * scale * high_to_f32(scales[j]));
     to[i] = v;
   }
 }
 
-// gate and up [T, 2 FFN] -> silu(gate) * up [T, FFN].
-extern "C" __global__ void gated(const bf16 *both, bf16 *out, int tokens) {
+// inner [T, FFN] = silu(gate) * up, where gate_up [T, 2 FFN] holds both.
+extern "C" __global__ void swiglu(const bf16 *gate_up, bf16 *inner, int num_tokens) {
   let_successor_start();
   wait_for_predecessor();
   size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= (size_t)tokens * (FFN / 8)) return;
+  if (i >= (size_t)num_tokens * (FFN / 8)) return;
   size_t token = i / (FFN / 8), column = i % (FFN / 8);
-  uint4 g = ((const uint4 *)(both + token * 2 * FFN))[column], u = ((const uint4 *)(both + token * 2 * FFN + FFN))[column];
+  const bf16 *row = gate_up + token * 2 * FFN;
+  uint4 g = ((const uint4 *)row)[column], u = ((const uint4 *)(row + FFN))[column];
   u32 *gates = (u32 *)&g;
   const u32 *ups = (const u32 *)&u;
   for (int j = 0; j < 4; j++)
-    gates[j] = pack(silu(low(gates[j])) * low(ups[j]), silu(high(gates[j])) * high(ups[j]));
-  ((uint4 *)(out + token * FFN))[column] = g;
+    gates[j] = pack_bf16(silu(low_to_f32(gates[j])) * low_to_f32(ups[j]),
+                         silu(high_to_f32(gates[j])) * high_to_f32(ups[j]));
+  ((uint4 *)(inner + token * FFN))[column] = g;
 }
 
-// The best token of each row of logits [tokens, VOCAB]: one block a token.
-extern "C" __global__ void best_token(const float *logits, float inverse_temperature, const u64 *keys, int *predicted) {
+// predicted[token] = the token sampled from each row of logits [T, VOCAB]. One block per token.
+extern "C" __global__ void sample(const float *logits, float inverse_temperature, const u64 *keys, int *predicted) {
   let_successor_start();
   wait_for_predecessor();
   const float *row = logits + (size_t)blockIdx.x * VOCAB;
   u64 key = keys[blockIdx.x];
-  float top = -INFINITY;
-  int top_id = 0x7fffffff;
+  float best = -INFINITY;
+  int best_id = 0x7fffffff;
   for (int i = threadIdx.x; i < VOCAB; i += blockDim.x) {
-    float value = score(row[i], inverse_temperature, key, i);
-    if (better(value, i, top, top_id)) top = value, top_id = i;
+    float score = sampling_score(row[i], inverse_temperature, key, i);
+    if (is_better(score, i, best, best_id)) best = score, best_id = i;
   }
-  write_best_of_block(top, top_id, &predicted[blockIdx.x]);
+  block_argmax(best, best_id, &predicted[blockIdx.x]);
 }
 
 // ---- Attention ----
 
-// Rotates a head `from` to `to`, after its RMS norm by `norm` where the model has one (Qwen3). A warp does it together.
-__device__ __forceinline__ void rotate(const bf16 *from, bf16 *to, const bf16 *norm, const float *cosine, const float *sine) {
+// Rotates a head, after its RMS norm if the model has one (Qwen3). The lanes of a warp share the
+// work.
+__device__ __forceinline__ void rotate_head(const bf16 *from, bf16 *to, const bf16 *norm, const float *cosine,
+                                            const float *sine) {
   const int lane = threadIdx.x & 31;
   float scale = 1.f;
   if (QK_NORM) {
     float square = 0.f;
-    for (int i = lane; i < HEAD_DIM; i += 32) square += wide(from[i]) * wide(from[i]);
+    for (int i = lane; i < HEAD_DIM; i += 32) square += bf16_to_f32(from[i]) * bf16_to_f32(from[i]);
     scale = rsqrtf(warp_sum(square) / HEAD_DIM + EPS);
   }
   for (int i = lane; i < HALF; i += 32) {
-    float first = wide(from[i]), second = wide(from[i + HALF]);
+    float first = bf16_to_f32(from[i]), second = bf16_to_f32(from[i + HALF]);
     if (QK_NORM) {
-      first = wide(narrow(first * scale * wide(norm[i])));
-      second = wide(narrow(second * scale * wide(norm[i + HALF])));
+      first = bf16_to_f32(f32_to_bf16(first * scale * bf16_to_f32(norm[i])));
+      second = bf16_to_f32(f32_to_bf16(second * scale * bf16_to_f32(norm[i + HALF])));
     }
-    to[i] = narrow(first * cosine[i] - second * sine[i]);
-    to[i + HALF] = narrow(second * cosine[i] + first * sine[i]);
+    to[i] = f32_to_bf16(first * cosine[i] - second * sine[i]);
+    to[i + HALF] = f32_to_bf16(second * cosine[i] + first * sine[i]);
   }
 }
 
@@ -461,57 +543,70 @@ __device__ __forceinline__ void store_value(const bf16 *from, const Cache &cache
   for (int i = threadIdx.x & 31; i < HEAD_DIM; i += 32) cache.value(row, head, i)[slot] = from[i];
 }
 
-// Rotates queries in place, and puts keys and values into the cache. One block a token.
-extern "C" __global__ void rotate_and_cache(bf16 *qkv, const int *row, const int *slot, const int *position,
-                                            const float *cosines, const float *sines, const bf16 *query_norm,
-                                            const bf16 *key_norm, bf16 *keys, bf16 *values, int capacity) {
+// Rotates queries in place, and puts rotated keys and values into the cache. One block per token.
+extern "C" __global__ void rotate_and_cache(bf16 *qkv,
+                                            const int *row, const int *slot, const int *position, const u64 *visible,
+                                            const float *cosines, const float *sines,
+                                            const bf16 *query_norm, const bf16 *key_norm,
+                                            bf16 *keys, bf16 *values, int capacity) {
+  const Tokens tokens = {row, slot, position, visible};
+  const Rope rope = {cosines, sines};
+  const QkNorm norm = {query_norm, key_norm};
+  const Cache cache = {keys, values, capacity};
   let_successor_start();
   wait_for_predecessor();
   const int token = blockIdx.x;
-  if (row[token] < 0) return;
-  const Cache cache = {keys, values, capacity};
-  const float *cosine = cosines + (size_t)position[token] * HALF, *sine = sines + (size_t)position[token] * HALF;
+  if (tokens.row[token] < 0) return;
+  const float *cosine = rope.cosines + (size_t)tokens.position[token] * HALF;
+  const float *sine = rope.sines + (size_t)tokens.position[token] * HALF;
   for (int head = threadIdx.x >> 5; head < HEADS + 2 * KV_HEADS; head += blockDim.x >> 5) {
     bf16 *x = qkv + (size_t)token * QKV + head * HEAD_DIM;
     if (head < HEADS)
-      rotate(x, x, query_norm, cosine, sine);
+      rotate_head(x, x, norm.query, cosine, sine);
     else if (head < HEADS + KV_HEADS)
-      rotate(x, cache.key(row[token], head - HEADS, slot[token]), key_norm, cosine, sine);
+      rotate_head(x, cache.key(tokens.row[token], head - HEADS, tokens.slot[token]), norm.key, cosine, sine);
     else
-      store_value(x, cache, row[token], head - HEADS - KV_HEADS, slot[token]);
+      store_value(x, cache, tokens.row[token], head - HEADS - KV_HEADS, tokens.slot[token]);
   }
 }
 
-// out[token, head] = softmax(q k^T / sqrt(HEAD_DIM)) v over the slots that a token sees: all before its row's window (which
-// starts at `window`), and of the window those at or before its own slot whose bit is set in `visible` (bits from the window's
-// start on; what lies 64 or more after it is always visible). Blocks: (tile, key head). Warps share the 16-row pieces of the tile's
-// GROUP * length query vectors, and the keys of each piece in chunks of 32.
+// out[token, head] = softmax(q k^T / sqrt(HEAD_DIM)) v over the slots that the token attends to:
+// all slots before its window, and those slots of the window, up to its own, whose bit is set in
+// `visible` (bit i is the slot i after the window's start; slots 64 or more after it always count).
+// Grid: (tiles, KV_HEADS).
 //
-// ROTATE: for few tokens, does the work of `rotate_and_cache` too, and saves that kernel. A tile's block puts all that its window
-// holds up to the tile's end into the cache, so blocks of one window write the same.
+// A block has GROUP * length query vectors (the query heads that share its head of keys, for each
+// token of its tile). They are split into groups of 16; the host makes tiles so small that there
+// are no more groups than warps. The warps of a group split the keys in chunks of 32, and their
+// results are merged at the end.
+//
+// ROTATE, for small steps, does the work of rotate_and_cache too, which saves a kernel. Each block
+// caches all keys and values of its window up to the end of its tile, so blocks of the same window
+// write the same values.
 template <bool ROTATE>
-__device__ __forceinline__ void attend(const bf16 *qkv, const Cache cache, const int *tile_row, const int *tile_token,
-                                       const int *tile_length, const int *tile_window, const int *slot,
-                                       const u64 *visible, bf16 *out, const Rotation rotation) {
-  extern __shared__ float merged[];  // [WARPS][16][HEAD_DIM + 2], then with ROTATE the queries [16 x pieces][HEAD_DIM + 8]
+__device__ __forceinline__ void attend(const bf16 *qkv, const Tokens &tokens, const Tiles &tiles, const Rope &rope,
+                                       const QkNorm &norm, const Cache &cache, bf16 *out) {
+  // [ATTENTION_WARPS][16][HEAD_DIM + 2]; for ROTATE then the queries [16 groups][HEAD_DIM + 8].
+  extern __shared__ float merged[];
   bf16 *queries = (bf16 *)(merged + ATTENTION_WARPS * 16 * (HEAD_DIM + 2));
   constexpr int PITCH = HEAD_DIM + 8;
   let_successor_start();
-  // Places are the step's input: they do not wait for the predecessor. Nor do keys and values on their way to L2.
-  const int tile = blockIdx.x, key_head = blockIdx.y, cache_row = tile_row[tile];
+  // Tiles and slots are the step's input, so they do not wait for the predecessor; nor does the
+  // prefetch of keys and values.
+  const int tile = blockIdx.x, key_head = blockIdx.y, cache_row = tiles.row[tile];
   if (cache_row < 0) return;
-  const int first = tile_token[tile], length = tile_length[tile], window = tile_window[tile];
+  const int first = tiles.first_token[tile], length = tiles.length[tile], window = tiles.window[tile];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
-  const int count = length * GROUP, pieces = (count + 15) / 16;
-  const int last_slot = slot[first + length - 1];
-  // Warps that share a piece, and no more of them than there are chunks of keys. The host keeps pieces <= warps.
-  const int sharers = min(ATTENTION_WARPS / pieces, last_slot / 32 + 1);
-  const int piece = warp / sharers, share = warp % sharers;
+  const int count = length * GROUP, groups = (count + 15) / 16;
+  const int last_slot = tokens.slot[first + length - 1];
+  // Warps per group of query vectors, but no more than there are chunks of keys.
+  const int splits = min(ATTENTION_WARPS / groups, last_slot / 32 + 1);
+  const int group = warp / splits, split = warp % splits;
   const bf16 *k = cache.key(cache_row, key_head, 0), *v = cache.value(cache_row, key_head, 0);
-  if (piece < pieces)
-    for (int chunk = share; chunk * 32 <= last_slot; chunk += sharers) {
-      for (int part = 0; part < HEAD_DIM; part += 64) prefetch(k + (size_t)(chunk * 32 + lane) * HEAD_DIM + part);
-      for (int d = lane; d < HEAD_DIM; d += 32) prefetch(v + (size_t)d * cache.capacity + chunk * 32);
+  if (group < groups)
+    for (int chunk = split; chunk * 32 <= last_slot; chunk += splits) {
+      for (int d = 0; d < HEAD_DIM; d += 64) prefetch_l2(k + (size_t)(chunk * 32 + lane) * HEAD_DIM + d);
+      for (int d = lane; d < HEAD_DIM; d += 32) prefetch_l2(v + (size_t)d * cache.capacity + chunk * 32);
     }
   wait_for_predecessor();
 
@@ -521,37 +616,39 @@ __device__ __forceinline__ void attend(const bf16 *qkv, const Cache cache, const
       const int m = item - 2 * fresh;
       const int token = m >= 0 ? first + m / GROUP : window_token + item / 2;
       const bf16 *from = qkv + (size_t)token * QKV;
-      const float *cosine = rotation.cosines + (size_t)rotation.position[token] * HALF;
-      const float *sine = rotation.sines + (size_t)rotation.position[token] * HALF;
+      const float *cosine = rope.cosines + (size_t)tokens.position[token] * HALF;
+      const float *sine = rope.sines + (size_t)tokens.position[token] * HALF;
       if (m >= 0)
-        rotate(from + (key_head * GROUP + m % GROUP) * HEAD_DIM, queries + m * PITCH, rotation.query_norm, cosine, sine);
+        rotate_head(from + (key_head * GROUP + m % GROUP) * HEAD_DIM, queries + m * PITCH, norm.query, cosine, sine);
       else if (item % 2 == 0)
-        rotate(from + (HEADS + key_head) * HEAD_DIM, cache.key(cache_row, key_head, slot[token]), rotation.key_norm, cosine, sine);
+        rotate_head(from + (HEADS + key_head) * HEAD_DIM, cache.key(cache_row, key_head, tokens.slot[token]), norm.key,
+                    cosine, sine);
       else
-        store_value(from + (HEADS + KV_HEADS + key_head) * HEAD_DIM, cache, cache_row, key_head, slot[token]);
+        store_value(from + (HEADS + KV_HEADS + key_head) * HEAD_DIM, cache, cache_row, key_head, tokens.slot[token]);
     }
     __syncthreads();
   }
 
   float o[HEAD_DIM / 8][4] = {};
-  float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.f, 0.f};
+  float row_max[2] = {-INFINITY, -INFINITY}, weight_sum[2] = {0.f, 0.f};
   uint4 q[2][CHUNKS];
   int own_slot[2];
   u64 own_visible[2];
-  if (piece < pieces) {
+  if (group < groups) {
     for (int r = 0; r < 2; r++) {
-      int m = piece * 16 + g + 8 * r;
-      bool there = m < count;
-      int token = first + (there ? m / GROUP : 0), head = key_head * GROUP + (there ? m % GROUP : 0);
-      own_slot[r] = there ? slot[token] : -1;
-      own_visible[r] = visible[token];
-      const bf16 *vector = ROTATE ? queries + (there ? m : 0) * PITCH : qkv + (size_t)token * QKV + head * HEAD_DIM;
+      int m = group * 16 + g + 8 * r;
+      bool exists = m < count;
+      int token = first + (exists ? m / GROUP : 0), head = key_head * GROUP + (exists ? m % GROUP : 0);
+      own_slot[r] = exists ? tokens.slot[token] : -1;
+      own_visible[r] = tokens.visible[token];
+      const bf16 *vector = ROTATE ? queries + (exists ? m : 0) * PITCH : qkv + (size_t)token * QKV + head * HEAD_DIM;
       for (int c = 0; c < CHUNKS; c++) q[r][c] = ((const uint4 *)vector)[c * 4 + t];
     }
-    const float scale = rsqrtf((float)HEAD_DIM) * 1.44269504f;  // exponents of two
-    for (int chunk = share; chunk * 32 <= last_slot; chunk += sharers) {
+    const float scale = rsqrtf((float)HEAD_DIM) * 1.44269504f;  // log2(e): weights are computed with exp2
+    for (int chunk = split; chunk * 32 <= last_slot; chunk += splits) {
       float s[4][4] = {};
-      // The key at column n of product j is chosen so that a thread's scores are of 8 neighbouring keys.
+      // Keys are assigned to the columns of product j so that a thread's scores belong to 8
+      // neighbouring keys.
 #pragma unroll
       for (int j = 0; j < 4; j++) {
         int key = chunk * 32 + 8 * (g >> 1) + 2 * j + (g & 1);
@@ -560,32 +657,31 @@ __device__ __forceinline__ void attend(const bf16 *qkv, const Cache cache, const
         for (int c = 0; c < CHUNKS; c++) mma_chunk(s[j], q[0][c], q[1][c], from[c * 4]);
       }
 #if HEAD_DIM > 64
-      // Eight warps have the registers to ask for the values before the scores are there.
-      uint4 ahead[HEAD_DIM / 8];
+      // With eight warps there are enough registers to load the values before the scores are known.
+      uint4 values[HEAD_DIM / 8];
 #pragma unroll
       for (int d = 0; d < HEAD_DIM / 8; d++)
-        ahead[d] = *((const uint4 *)(v + (size_t)(d * 8 + g) * cache.capacity + chunk * 32) + t);
+        values[d] = *((const uint4 *)(v + (size_t)(d * 8 + g) * cache.capacity + chunk * 32) + t);
 #endif
 #pragma unroll
       for (int r = 0; r < 2; r++) {
-        float best = -INFINITY;
+        float chunk_max = -INFINITY;
 #pragma unroll
         for (int j = 0; j < 4; j++)
 #pragma unroll
           for (int i = 0; i < 2; i++) {
-            int key = chunk * 32 + 8 * t + 2 * j + i, after = key - window;
-            bool seen = key <= own_slot[r] && (after < 0 || after >= 64 || ((own_visible[r] >> after) & 1));
+            int key = chunk * 32 + 8 * t + 2 * j + i, offset = key - window;
+            bool is_visible = key <= own_slot[r] && (offset < 0 || offset >= 64 || ((own_visible[r] >> offset) & 1));
             float &value = s[j][2 * r + i];
-            value = seen ? value * scale : -INFINITY;
-            best = fmaxf(best, value);
+            value = is_visible ? value * scale : -INFINITY;
+            chunk_max = fmaxf(chunk_max, value);
           }
-        best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 1));
-        best = fmaxf(best, __shfl_xor_sync(0xffffffffu, best, 2));
-        float higher = fmaxf(top[r], best);
-        float base = higher == -INFINITY ? 0.f : higher;
-        float shrink = exp2f(top[r] - base);
-        top[r] = higher;
-        sum[r] *= shrink;
+        chunk_max = quad_max(chunk_max);
+        float max = fmaxf(row_max[r], chunk_max);
+        float shift = max == -INFINITY ? 0.f : max;
+        float shrink = exp2f(row_max[r] - shift);
+        row_max[r] = max;
+        weight_sum[r] *= shrink;
 #pragma unroll
         for (int d = 0; d < HEAD_DIM / 8; d++) o[d][2 * r] *= shrink, o[d][2 * r + 1] *= shrink;
 #pragma unroll
@@ -593,17 +689,17 @@ __device__ __forceinline__ void attend(const bf16 *qkv, const Cache cache, const
 #pragma unroll
           for (int i = 0; i < 2; i++) {
             float &value = s[j][2 * r + i];
-            value = exp2f(value - base);
-            sum[r] += value;
+            value = exp2f(value - shift);
+            weight_sum[r] += value;
           }
       }
       u32 p[4][2];
 #pragma unroll
-      for (int j = 0; j < 4; j++) p[j][0] = pack(s[j][0], s[j][1]), p[j][1] = pack(s[j][2], s[j][3]);
+      for (int j = 0; j < 4; j++) p[j][0] = pack_bf16(s[j][0], s[j][1]), p[j][1] = pack_bf16(s[j][2], s[j][3]);
 #pragma unroll
       for (int d = 0; d < HEAD_DIM / 8; d++) {
 #if HEAD_DIM > 64
-        uint4 x = ahead[d];
+        uint4 x = values[d];
 #else
         uint4 x = *((const uint4 *)(v + (size_t)(d * 8 + g) * cache.capacity + chunk * 32) + t);
 #endif
@@ -611,43 +707,57 @@ __device__ __forceinline__ void attend(const bf16 *qkv, const Cache cache, const
         mma(o[d], p[2][0], p[2][1], p[3][0], p[3][1], x.z, x.w);
       }
     }
+    for (int r = 0; r < 2; r++) weight_sum[r] = quad_sum(weight_sum[r]);
+    // Each line: a warp's sum for one query vector, its maximum, and its sum of weights.
+    float *own_lines = merged + (size_t)warp * 16 * (HEAD_DIM + 2);
     for (int r = 0; r < 2; r++) {
-      sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 1);
-      sum[r] += __shfl_xor_sync(0xffffffffu, sum[r], 2);
-    }
-    float *mine = merged + (size_t)warp * 16 * (HEAD_DIM + 2);
-    for (int r = 0; r < 2; r++) {
-      float *line = mine + (g + 8 * r) * (HEAD_DIM + 2);
-      for (int d = 0; d < HEAD_DIM / 8; d++) line[d * 8 + 2 * t] = o[d][2 * r], line[d * 8 + 2 * t + 1] = o[d][2 * r + 1];
-      if (t == 0) line[HEAD_DIM] = top[r], line[HEAD_DIM + 1] = sum[r];
+      float *line = own_lines + (g + 8 * r) * (HEAD_DIM + 2);
+      for (int d = 0; d < HEAD_DIM / 8; d++) {
+        line[d * 8 + 2 * t] = o[d][2 * r];
+        line[d * 8 + 2 * t + 1] = o[d][2 * r + 1];
+      }
+      if (t == 0) line[HEAD_DIM] = row_max[r], line[HEAD_DIM + 1] = weight_sum[r];
     }
   }
   __syncthreads();
-  // One warp joins the shares of a query vector.
+  // One warp merges the splits of a query vector.
   for (int m = warp; m < count; m += ATTENTION_WARPS) {
-    const float *lines = merged + ((size_t)(m / 16) * sharers * 16 + m % 16) * (HEAD_DIM + 2);
-    float highest = -INFINITY;
-    for (int i = 0; i < sharers; i++) highest = fmaxf(highest, lines[(size_t)i * 16 * (HEAD_DIM + 2) + HEAD_DIM]);
-    float total = 0.f, parts[HEAD_DIM / 32] = {};
-    for (int i = 0; i < sharers; i++) {
+    const float *lines = merged + ((size_t)(m / 16) * splits * 16 + m % 16) * (HEAD_DIM + 2);
+    float max = -INFINITY;
+    for (int i = 0; i < splits; i++) max = fmaxf(max, lines[(size_t)i * 16 * (HEAD_DIM + 2) + HEAD_DIM]);
+    float total = 0.f, sums[HEAD_DIM / 32] = {};
+    for (int i = 0; i < splits; i++) {
       const float *line = lines + (size_t)i * 16 * (HEAD_DIM + 2);
-      float factor = exp2f(line[HEAD_DIM] - highest);
+      float factor = exp2f(line[HEAD_DIM] - max);
       total += factor * line[HEAD_DIM + 1];
-      for (int d = 0; d < HEAD_DIM / 32; d++) parts[d] += factor * line[d * 32 + lane];
+      for (int d = 0; d < HEAD_DIM / 32; d++) sums[d] += factor * line[d * 32 + lane];
     }
     bf16 *to = out + ((size_t)(first + m / GROUP) * HEADS + key_head * GROUP + m % GROUP) * HEAD_DIM;
-    for (int d = 0; d < HEAD_DIM / 32; d++) to[d * 32 + lane] = narrow(parts[d] / total);
+    for (int d = 0; d < HEAD_DIM / 32; d++) to[d * 32 + lane] = f32_to_bf16(sums[d] / total);
   }
 }
 
-#define ATTENTION(NAME, ROTATE)                                                                                        \
-  extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32)                                                   \
-      NAME(const bf16 *qkv, bf16 *keys, bf16 *values, const int *tile_row, const int *tile_token,                      \
-           const int *tile_length, const int *tile_window, const int *slot, const u64 *visible, bf16 *out,             \
-           int capacity, const float *cosines, const float *sines, const bf16 *query_norm, const bf16 *key_norm,       \
-           const int *position) {                                                                                      \
-    attend<ROTATE>(qkv, {keys, values, capacity}, tile_row, tile_token, tile_length, tile_window, slot, visible, out,  \
-                   {cosines, sines, query_norm, key_norm, position});                                                  \
-  }
-ATTENTION(attention, false)
-ATTENTION(rotate_and_attend, true)
+// Attention for queries that are rotated already, with all keys and values in the cache.
+extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
+    attention(const bf16 *qkv,
+              const int *row, const int *slot, const int *position, const u64 *visible,
+              const int *tile_row, const int *tile_first_token, const int *tile_length, const int *tile_window,
+              const float *cosines, const float *sines,
+              const bf16 *query_norm, const bf16 *key_norm,
+              bf16 *keys, bf16 *values, int capacity,
+              bf16 *attn_out) {
+  attend<false>(qkv, {row, slot, position, visible}, {tile_row, tile_first_token, tile_length, tile_window},
+                {cosines, sines}, {query_norm, key_norm}, {keys, values, capacity}, attn_out);
+}
+
+extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
+    rotate_and_attend(const bf16 *qkv,
+                      const int *row, const int *slot, const int *position, const u64 *visible,
+                      const int *tile_row, const int *tile_first_token, const int *tile_length, const int *tile_window,
+                      const float *cosines, const float *sines,
+                      const bf16 *query_norm, const bf16 *key_norm,
+                      bf16 *keys, bf16 *values, int capacity,
+                      bf16 *attn_out) {
+  attend<true>(qkv, {row, slot, position, visible}, {tile_row, tile_first_token, tile_length, tile_window},
+               {cosines, sines}, {query_norm, key_norm}, {keys, values, capacity}, attn_out);
+}

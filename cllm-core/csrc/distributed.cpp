@@ -1,5 +1,6 @@
-// Processes that train together: c10d's collectives, over NCCL on GPUs and Gloo on CPUs, found through a TCP store. Every function
-// returns 0, or 1 with the message in cllm_last_error().
+// Collectives of processes that train together: those of c10d, over NCCL on GPUs and Gloo on CPUs.
+// The processes meet through a TCP store. Every function returns 0, or 1 with the message in
+// cllm_last_error().
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
@@ -15,37 +16,38 @@ struct Group {
 
 at::Tensor &tensor(void *pointer) { return *static_cast<at::Tensor *>(pointer); }
 
-// With NCCL this makes the current stream wait, with Gloo the thread.
-int waited(void *group, const std::function<c10::intrusive_ptr<c10d::Work>(c10d::Backend &)> &start) {
+// Starts a collective and waits for it: with NCCL the current stream waits, with Gloo the thread.
+int run(void *group, const std::function<c10::intrusive_ptr<c10d::Work>(c10d::Backend &)> &start) {
   return guarded([&] { start(*static_cast<Group *>(group)->backend)->wait(); });
 }
 }  // namespace
 
 extern "C" {
 
-// `serves`: whether this process keeps the store. `prefix`: of its keys. `device`: of NCCL, or -1 for Gloo.
-int cllm_group_new(const char *host, int port, int serves, const char *prefix, int rank, int world, int device, int64_t timeout_ms,
-                   void **group) {
+// Meets the other processes at the store, which this process itself keeps if it `serves`. `prefix`
+// begins the store's keys. `gpu` is the GPU of NCCL, or -1 for Gloo. The caller owns the group.
+int cllm_group_new(const char *host, int port, int serves, const char *prefix, int rank, int world_size, int gpu,
+                   int64_t timeout_ms, void **group) {
   return guarded([&] {
     auto timeout = std::chrono::milliseconds(timeout_ms);
     c10d::TCPStoreOptions options;
     options.port = static_cast<uint16_t>(port);
     options.isServer = serves;
-    options.numWorkers = static_cast<size_t>(world);
+    options.numWorkers = static_cast<size_t>(world_size);
     options.waitWorkers = false;
     options.timeout = timeout;
     auto tcp = c10::make_intrusive<c10d::TCPStore>(host, options);
     c10::intrusive_ptr<c10d::Store> store = c10::make_intrusive<c10d::PrefixStore>(prefix, tcp);
     c10::intrusive_ptr<c10d::Backend> backend;
-    if (device < 0) {
+    if (gpu < 0) {
       auto settings = c10d::ProcessGroupGloo::Options::create(timeout);
       settings->devices.push_back(c10d::ProcessGroupGloo::createDefaultDevice());
-      backend = c10::make_intrusive<c10d::ProcessGroupGloo>(store, rank, world, settings);
+      backend = c10::make_intrusive<c10d::ProcessGroupGloo>(store, rank, world_size, settings);
     } else {
       auto settings = c10d::ProcessGroupNCCL::Options::create();
       settings->timeout = timeout;
-      auto nccl = c10::make_intrusive<c10d::ProcessGroupNCCL>(store, rank, world, settings);
-      nccl->setBoundDeviceId(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(device)));
+      auto nccl = c10::make_intrusive<c10d::ProcessGroupNCCL>(store, rank, world_size, settings);
+      nccl->setBoundDeviceId(at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(gpu)));
       backend = nccl;
     }
     *group = new Group{store, backend};
@@ -53,22 +55,24 @@ int cllm_group_new(const char *host, int port, int serves, const char *prefix, i
 }
 
 int cllm_group_all_reduce(void *group, void *values) {
-  return waited(group, [&](c10d::Backend &backend) {
+  return run(group, [&](c10d::Backend &backend) {
     std::vector<at::Tensor> tensors{tensor(values)};
     return backend.allreduce(tensors);
   });
 }
 
 int cllm_group_reduce_scatter(void *group, void *output, void *input) {
-  return waited(group, [&](c10d::Backend &backend) { return backend._reduce_scatter_base(tensor(output), tensor(input)); });
+  return run(group, [&](c10d::Backend &backend) {
+    return backend._reduce_scatter_base(tensor(output), tensor(input));
+  });
 }
 
 int cllm_group_all_gather(void *group, void *output, void *input) {
-  return waited(group, [&](c10d::Backend &backend) { return backend._allgather_base(tensor(output), tensor(input)); });
+  return run(group, [&](c10d::Backend &backend) { return backend._allgather_base(tensor(output), tensor(input)); });
 }
 
 int cllm_group_broadcast(void *group, void *values, int root) {
-  return waited(group, [&](c10d::Backend &backend) {
+  return run(group, [&](c10d::Backend &backend) {
     c10d::BroadcastOptions options;
     options.rootRank = root;
     std::vector<at::Tensor> tensors{tensor(values)};
@@ -76,7 +80,7 @@ int cllm_group_broadcast(void *group, void *values, int root) {
   });
 }
 
-// The NCCL group warns where a process ends without this.
+// Without this, an NCCL group warns when the process ends.
 void cllm_group_free(void *group) {
   guarded([&] {
     std::unique_ptr<Group> owned(static_cast<Group *>(group));

@@ -1,4 +1,5 @@
-// C++ exceptions end here: a function that fails returns 1 and leaves its message in cllm_last_error().
+// Keeps C++ exceptions from reaching Rust: a function that fails returns 1 and leaves its message
+// in cllm_last_error().
 #pragma once
 #include <exception>
 #include <stdexcept>

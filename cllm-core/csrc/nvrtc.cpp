@@ -1,5 +1,6 @@
-// Kernels compiled at run time: NVRTC and the CUDA driver are opened when they are first needed, so that the programs start
-// on machines without either. Every function returns 0, or 1 with the message in cllm_last_error().
+// Compiles kernels at run time and launches them. NVRTC and the CUDA driver are opened when they
+// are first needed, so that the programs start on machines without either. Every function returns
+// 0, or 1 with the message in cllm_last_error().
 #include <c10/core/Allocator.h>
 #include <c10/cuda/CUDAFunctions.h>
 #include <c10/cuda/CUDAStream.h>
@@ -24,8 +25,8 @@ void *open_library(const std::vector<std::string> &names) {
   throw std::runtime_error(tried);
 }
 
-// The wheel keeps NVRTC in a folder beside torch's; elsewhere the loader finds it or nobody does. NVRTC looks for its own
-// second library only among what is loaded.
+// The wheel of torch has NVRTC in a folder beside torch's own; otherwise the loader must find it.
+// NVRTC needs a second library, which it finds only if it is loaded already.
 void *open_nvrtc() {
   const std::string compiler = "libnvrtc.so.13", builtins = "libnvrtc-builtins.so.13.0";
   Dl_info info;
@@ -42,16 +43,17 @@ void *open_nvrtc() {
 
 template <typename F>
 F *symbol(void *library, const char *name) {
-  void *found = dlsym(library, name);
-  if (!found) throw std::runtime_error(dlerror());
-  return reinterpret_cast<F *>(found);
+  void *address = dlsym(library, name);
+  if (!address) throw std::runtime_error(dlerror());
+  return reinterpret_cast<F *>(address);
 }
 
 struct Nvrtc {
   void *library = open_nvrtc();
   decltype(&nvrtcCreateProgram) create = symbol<decltype(nvrtcCreateProgram)>(library, "nvrtcCreateProgram");
   decltype(&nvrtcCompileProgram) compile = symbol<decltype(nvrtcCompileProgram)>(library, "nvrtcCompileProgram");
-  decltype(&nvrtcGetProgramLogSize) log_size = symbol<decltype(nvrtcGetProgramLogSize)>(library, "nvrtcGetProgramLogSize");
+  decltype(&nvrtcGetProgramLogSize) log_size =
+      symbol<decltype(nvrtcGetProgramLogSize)>(library, "nvrtcGetProgramLogSize");
   decltype(&nvrtcGetProgramLog) log = symbol<decltype(nvrtcGetProgramLog)>(library, "nvrtcGetProgramLog");
   decltype(&nvrtcGetCUBINSize) code_size = symbol<decltype(nvrtcGetCUBINSize)>(library, "nvrtcGetCUBINSize");
   decltype(&nvrtcGetCUBIN) code = symbol<decltype(nvrtcGetCUBIN)>(library, "nvrtcGetCUBIN");
@@ -84,13 +86,14 @@ void check(CUresult result, const std::string &what) {
 
 extern "C" {
 
-// Compiles CUDA source to machine code; needs no GPU. `code` is malloc'ed and the caller's.
-int cllm_compile(const char *source, const char *const *options, size_t count, char **code, size_t *size) {
+// Compiles CUDA C++ to machine code. Needs no GPU. The caller frees the code with cllm_free_code().
+int cllm_compile(const char *source, const char *const *options, size_t num_options, char **code, size_t *code_bytes) {
   return guarded([&] {
     static const Nvrtc nvrtc;
     nvrtcProgram program = nullptr;
-    if (nvrtc.create(&program, source, "kernels.cu", 0, nullptr, nullptr)) throw std::runtime_error("NVRTC took no program");
-    nvrtcResult failed = nvrtc.compile(program, static_cast<int>(count), options);
+    if (nvrtc.create(&program, source, "kernels.cu", 0, nullptr, nullptr))
+      throw std::runtime_error("NVRTC cannot create a program");
+    nvrtcResult failed = nvrtc.compile(program, static_cast<int>(num_options), options);
     if (failed != NVRTC_SUCCESS) {
       size_t length = 0;
       nvrtc.log_size(program, &length);
@@ -99,30 +102,31 @@ int cllm_compile(const char *source, const char *const *options, size_t count, c
       nvrtc.destroy(&program);
       throw std::runtime_error("kernels do not compile: " + log);
     }
-    nvrtc.code_size(program, size);
-    *code = static_cast<char *>(std::malloc(*size));
+    nvrtc.code_size(program, code_bytes);
+    *code = static_cast<char *>(std::malloc(*code_bytes));
     nvrtc.code(program, *code);
     nvrtc.destroy(&program);
   });
 }
 
-void cllm_free(char *code) { std::free(code); }
+void cllm_free_code(char *code) { std::free(code); }
 
 // Major and minor compute capability of a device.
-int cllm_capability(int device, int *capability) {
+int cllm_compute_capability(int device, int *capability) {
   return guarded([&] {
-    CUdevice found;
-    check(driver().device(&found, device), "finding the device");
-    check(driver().property(&capability[0], CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, found), "asking the device");
-    check(driver().property(&capability[1], CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, found), "asking the device");
+    CUdevice handle;
+    check(driver().device(&handle, device), "opening the GPU");
+    check(driver().property(&capability[0], CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, handle), "querying the GPU");
+    check(driver().property(&capability[1], CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, handle), "querying the GPU");
   });
 }
 
-// Loads machine code into the context of a device. Modules live as long as the process.
-int cllm_module(int device, const char *code, void **module) {
+// Loads machine code into the context of a device. It stays loaded until the process ends.
+int cllm_load_module(int device, const char *code, void **module) {
   return guarded([&] {
     c10::cuda::set_device(static_cast<c10::DeviceIndex>(device));
-    // Makes the context. Waiting for the whole device would do so too, and break what another thread records.
+    // This creates the context. Synchronizing the whole device would, too, but would break what
+    // another thread captures.
     c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(device)).synchronize();
     CUmodule loaded;
     check(driver().load(&loaded, code), "loading kernels");
@@ -130,30 +134,32 @@ int cllm_module(int device, const char *code, void **module) {
   });
 }
 
-int cllm_kernel(void *module, const char *name, int shared_bytes, void **kernel) {
+// A kernel by its name. Its blocks may use this much dynamic shared memory.
+int cllm_get_kernel(void *module, const char *name, int shared_bytes, void **kernel) {
   return guarded([&] {
-    CUfunction found;
-    check(driver().function(&found, static_cast<CUmodule>(module), name), name);
+    CUfunction function;
+    check(driver().function(&function, static_cast<CUmodule>(module), name), name);
     if (shared_bytes > 0)
-      check(driver().attribute(found, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes), name);
-    *kernel = found;
+      check(driver().attribute(function, CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, shared_bytes), name);
+    *kernel = function;
   });
 }
 
-// Puts a kernel on the current stream. `overlap`: it may begin before the one before it ends (griddepcontrol.wait).
-int cllm_launch(int device, void *kernel, const unsigned *grid, unsigned threads, unsigned shared_bytes, int overlap,
-                void **arguments) {
+// Puts a kernel on the current stream. If it `overlaps`, it may start before its predecessor ends,
+// and waits for it by itself (griddepcontrol.wait).
+int cllm_launch(int device, void *kernel, const unsigned *grid, unsigned num_threads, unsigned shared_bytes,
+                int overlaps, void **arguments) {
   return guarded([&] {
     CUlaunchAttribute attribute = {};
     attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
     attribute.value.programmaticStreamSerializationAllowed = 1;
     CUlaunchConfig config = {};
     config.gridDimX = grid[0], config.gridDimY = grid[1], config.gridDimZ = 1;
-    config.blockDimX = threads, config.blockDimY = 1, config.blockDimZ = 1;
+    config.blockDimX = num_threads, config.blockDimY = 1, config.blockDimZ = 1;
     config.sharedMemBytes = shared_bytes;
     config.hStream = c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(device)).stream();
     config.attrs = &attribute;
-    config.numAttrs = overlap ? 1 : 0;
+    config.numAttrs = overlaps ? 1 : 0;
     check(driver().launch(&config, static_cast<CUfunction>(kernel), arguments, nullptr), "launching a kernel");
   });
 }

@@ -6,7 +6,7 @@
 //! elsewhere autograd does it.
 
 use cllm_core::Result;
-use cllm_core::cuda::train::{Logits, TrainKernels};
+use cllm_core::cuda::train::{self as kernels, Labels, Logits, TargetRows, TrainKernels};
 use cllm_core::model::Transformer;
 use cllm_core::train::{self, DeviceBatch, PackedBatch};
 use tch::{Device, Kind, Tensor};
@@ -126,11 +126,11 @@ struct LossHead<'v> {
 impl LossHead<'_> {
     /// The losses of a chunk, from the hidden states of its rows and then its noisy rows, and the frozen model's logits.
     fn chunk(&self, hidden: &Tensor, anchor_logits: Option<Tensor>, chunk: &Chunk) -> Result<ChunkLosses> {
-        let labels = to_device(&chunk.labels, hidden.device());
-        let targets = to_device(&chunk.noisy_targets, hidden.device());
         let num_rows = chunk.rows.len() as i64;
         let num_noisy_rows = hidden.size()[0] - num_rows;
         let Some(kernels) = self.kernels else {
+            let labels = to_device(&chunk.labels, hidden.device());
+            let targets = to_device(&chunk.noisy_targets, hidden.device());
             return Ok(self.with_autograd(hidden, |logits| {
                 let log_probs = logits.log_softmax(-1, Kind::Float);
                 let clean = log_probs.narrow(0, 0, num_rows);
@@ -147,13 +147,14 @@ impl LossHead<'_> {
         };
         let _no_grad = tch::no_grad_guard();
         let scale = self.scale.unwrap_or_default();
+        let labels = Labels::new(&chunk.labels, self.model.config().vocab_size as usize, hidden.device())?;
+        let targets = TargetRows::new(&chunk.noisy_targets, hidden.size()[0] as usize, hidden.device())?;
         let logits = kernels.logits(self.model.project(hidden))?;
         let mut sums = Losses::default();
         // This comes first: its targets are clean rows, which the cross-entropy turns into their gradients.
         if num_noisy_rows > 0 {
-            let noisy_rows = (num_rows, num_noisy_rows);
-            let code = divergence_code(self.settings.divergence);
-            let per_row = kernels.divergence(&logits, noisy_rows, &logits, &targets, code, scale.global)?;
+            let (student, target) = ((&logits, num_rows as usize), (&logits, &targets));
+            let per_row = kernels.divergence(student, target, self.settings.divergence.into(), scale.global)?;
             sums.global = Some(per_row.sum(Kind::Float));
         }
         let anchor_logits = anchor_logits.map(|logits| kernels.logits(logits)).transpose()?;
@@ -177,10 +178,9 @@ impl LossHead<'_> {
         let _no_grad = tch::no_grad_guard();
         let scale = self.scale.unwrap_or_default();
         let (logits, next_logits) = (kernels.logits(self.model.project(hidden))?, kernels.logits(next_logits)?);
-        let num_rows = hidden.size()[0];
-        let targets = Tensor::arange(num_rows, (Kind::Int64, hidden.device()));
-        let code = divergence_code(self.settings.divergence);
-        let per_row = kernels.divergence(&logits, (0, num_rows), &next_logits, &targets, code, scale.local)?;
+        let targets = TargetRows::identity(hidden.size()[0] as usize, hidden.device())?;
+        let (student, target) = ((&logits, 0), (&next_logits, &targets));
+        let per_row = kernels.divergence(student, target, self.settings.divergence.into(), scale.local)?;
         let sums = Losses { local: Some(per_row.sum(Kind::Float)), ..Losses::default() };
         Ok(ChunkLosses { sums, d_rows: self.d_rows(hidden, &logits)? })
     }
@@ -197,7 +197,7 @@ impl LossHead<'_> {
 
     /// The gradient of hidden states, and of the vocabulary projection, from logits that have become their own gradient.
     fn d_rows(&self, hidden: &Tensor, d_logits: &Logits) -> Result<Option<Tensor>> {
-        self.scale.map(|_| train::project_backward(self.model, hidden, &d_logits.values)).transpose()
+        self.scale.map(|_| train::project_backward(self.model, hidden, d_logits.values())).transpose()
     }
 }
 
@@ -226,12 +226,13 @@ fn to_device(numbers: &[i64], device: Device) -> Tensor {
     Tensor::from_slice(numbers).to_device(device)
 }
 
-/// What the kernels call a divergence.
-fn divergence_code(divergence: Divergence) -> i32 {
-    match divergence {
-        Divergence::Forward => 0,
-        Divergence::Reverse => 1,
-        Divergence::Jsd => 2,
+impl From<Divergence> for kernels::Divergence {
+    fn from(divergence: Divergence) -> Self {
+        match divergence {
+            Divergence::Forward => kernels::Divergence::ForwardKl,
+            Divergence::Reverse => kernels::Divergence::ReverseKl,
+            Divergence::Jsd => kernels::Divergence::JensenShannon,
+        }
     }
 }
 

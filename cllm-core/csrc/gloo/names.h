@@ -1,5 +1,7 @@
-// The names of Gloo that libtorch's header for its Gloo group mentions. libtorch holds Gloo itself but ships none of its headers;
-// nothing here is ever made or called by us, so declarations are enough.
+// Declarations of the names of Gloo that libtorch's header ProcessGroupGloo.hpp mentions. libtorch
+// contains Gloo, compiled, but ships none of its headers. The toolkit never creates or calls any of
+// this itself, so declarations are enough; the other files here only have the paths that the header
+// includes.
 #pragma once
 #include <chrono>
 #include <string>

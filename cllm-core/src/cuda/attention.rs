@@ -1,157 +1,226 @@
-//! The kernels of attention over a packed stream (csrc/attention.cu), compiled for one model's shape.
+//! The kernels of attention over a packed batch (csrc/attention.cu), compiled for one model's
+//! shape.
 
 use tch::{Device, Kind, Tensor};
 
-use super::block_mask::{AttentionRanges, Meetings, meetings};
-use super::nvrtc::{Argument, Kernel, Module};
+use super::block_mask::{AttentionRanges, BlockMask, block_masks};
+use super::launch::{Argument, Kernel, Param, Signature, aligned, bf16, count, float, float32, int32};
+use super::nvrtc::{Macros, Module, max_shared_bytes};
 use super::shape::KernelShape;
-use crate::Result;
-use Argument::{Data, Float, Int};
+use crate::{Error, Result};
+use Argument::{Float, Tensor as Data};
 
 const SOURCE: &str = concat!(include_str!("../../csrc/bf16.cuh"), include_str!("../../csrc/attention.cu"));
-/// Tokens of a tile, of queries and of keys.
+/// Tokens of a tile of queries, and of a tile of keys.
 const TILE: usize = 64;
-const THREADS: usize = 128;
+/// Threads of a block: a warp for every 16 tokens of a tile.
+const THREADS: usize = TILE / 16 * 32;
 
-/// Kernels of one shape on one device. Tensors are contiguous, bf16 unless said; `T` tokens, a multiple of [`Self::TILE`].
-pub struct AttentionKernels {
-    shape: KernelShape,
-    forward: Kernel,
-    d_queries: Kernel,
-    d_keys: Kernel,
+fn macros(shape: &KernelShape) -> Macros {
+    let mut macros = shape.macros();
+    macros.extend([("TILE", TILE.to_string()), ("THREADS", THREADS.to_string())]);
+    macros
 }
 
-/// What each token of a stream sees, on the device.
+/// What each token of a batch attends to, on a device.
 pub struct AttentionMask {
-    /// First place and number of places of three ranges, int32 `[T, 3, 2]`.
+    /// First key and number of keys of three ranges, int32 `[T, 3, 2]`.
     ranges: Tensor,
-    of_queries: Lists,
-    of_keys: Lists,
+    of_queries: DeviceBlockMask,
+    of_keys: DeviceBlockMask,
 }
 
-/// [`Meetings`] on the device, int32.
-struct Lists {
-    starts: Tensor,
-    with: Tensor,
+/// A [`BlockMask`] on a device, int32.
+struct DeviceBlockMask {
+    offsets: Tensor,
+    blocks: Tensor,
 }
 
-impl Lists {
-    fn new(meetings: &Meetings, device: Device) -> Self {
-        let numbers = |list: &[i32]| Tensor::from_slice(list).to_device(device);
-        Lists { starts: numbers(&meetings.starts), with: numbers(&meetings.with) }
+impl DeviceBlockMask {
+    fn new(mask: &BlockMask, device: Device) -> Self {
+        let to_device = |list: &[i32]| Tensor::from_slice(list).to_device(device);
+        DeviceBlockMask { offsets: to_device(&mask.offsets), blocks: to_device(&mask.blocks) }
     }
 }
 
 impl AttentionMask {
-    /// `seen`: of each token; a multiple of [`AttentionKernels::TILE`] of them, each of which sees itself.
-    pub fn new(seen: &[AttentionRanges], device: Device) -> Self {
-        let sees_itself = |(place, ranges): (usize, &AttentionRanges)| {
-            ranges.iter().any(|&(start, end)| (start..end).contains(&(place as i32)))
+    /// The mask of a batch, whose number of tokens is a multiple of [`AttentionKernels::TILE`].
+    ///
+    /// # Errors
+    /// [`Error::Internal`] for another number of tokens, or if a token does not attend to itself or
+    /// attends to one outside the batch.
+    pub fn new(ranges: &[AttentionRanges], device: Device) -> Result<Self> {
+        let num_tokens = ranges.len() as i32;
+        let is_valid = |(token, ranges): (usize, &AttentionRanges)| {
+            ranges.iter().any(|&(start, end)| (start..end).contains(&(token as i32)))
+                && ranges.iter().all(|&(start, end)| start >= end || (start >= 0 && end <= num_tokens))
         };
-        assert!(seen.iter().enumerate().all(sees_itself) && seen.len().is_multiple_of(TILE));
-        let ranges: Vec<i32> =
-            seen.iter().flatten().flat_map(|&(start, end)| [start, end.saturating_sub(start).max(0)]).collect();
-        let (of_queries, of_keys) = meetings(seen, TILE, TILE);
-        AttentionMask {
-            ranges: Tensor::from_slice(&ranges).to_device(device),
-            of_queries: Lists::new(&of_queries, device),
-            of_keys: Lists::new(&of_keys, device),
+        if !ranges.iter().enumerate().all(is_valid) || !ranges.len().is_multiple_of(TILE) {
+            return Err(Error::internal(format!("attention over {num_tokens} tokens whose ranges do not fit them")));
         }
+        let lengths = |&(start, end): &(i32, i32)| [start, end.saturating_sub(start).max(0)];
+        let numbers: Vec<i32> = ranges.iter().flatten().flat_map(lengths).collect();
+        let (of_queries, of_keys) = block_masks(ranges, TILE, TILE);
+        Ok(AttentionMask {
+            ranges: Tensor::from_slice(&numbers).to_device(device),
+            of_queries: DeviceBlockMask::new(&of_queries, device),
+            of_keys: DeviceBlockMask::new(&of_keys, device),
+        })
+    }
+
+    fn num_tokens(&self) -> usize {
+        self.ranges.numel() / 6
+    }
+
+    /// The arguments for a kernel that goes over tiles of queries.
+    fn by_queries(&self) -> [Argument<'_>; 3] {
+        [&self.ranges, &self.of_queries.offsets, &self.of_queries.blocks].map(Data)
+    }
+
+    /// The arguments for a kernel that goes over tiles of keys.
+    fn by_keys(&self) -> [Argument<'_>; 3] {
+        [&self.ranges, &self.of_keys.offsets, &self.of_keys.blocks].map(Data)
     }
 }
 
+/// What the sizes of the kernels' arguments depend on.
+struct Sizes {
+    shape: KernelShape,
+    tokens: usize,
+    /// Pairs of tiles of the block mask.
+    blocks: usize,
+}
+
+const MASK: &[Param<Sizes>] = &[
+    aligned(16, int32("ranges", |s| s.tokens * 6)),
+    int32("offsets", |s| s.tokens / TILE + 1),
+    int32("blocks", |s| s.blocks),
+];
+const QKV: Param<Sizes> = bf16("qkv", |s| s.tokens * s.shape.qkv());
+const D_QKV: Param<Sizes> = bf16("d_qkv", |s| s.tokens * s.shape.qkv());
+const ATTN_OUT: Param<Sizes> = bf16("attn_out", |s| s.tokens * s.shape.attn());
+const D_ATTN_OUT: Param<Sizes> = bf16("d_attn_out", |s| s.tokens * s.shape.attn());
+const LOGSUMEXP: Param<Sizes> = float32("logsumexp", |s| s.tokens * s.shape.heads);
+const DELTAS: Param<Sizes> = float32("deltas", |s| s.tokens * s.shape.heads);
+const SCALE: Param<Sizes> = float("scale");
+const NUM_TOKENS: Param<Sizes> = count("tokens", |s| s.tokens);
+
+const FORWARD: Signature<Sizes> = Signature {
+    name: "attention",
+    grid: |s| [s.tokens / TILE, s.shape.heads],
+    threads: |_| THREADS,
+    params: &[&[QKV], MASK, &[SCALE, ATTN_OUT, LOGSUMEXP, NUM_TOKENS]],
+};
+const D_QUERIES: Signature<Sizes> = Signature {
+    name: "attention_d_queries",
+    params: &[&[QKV], MASK, &[SCALE, ATTN_OUT, LOGSUMEXP, D_ATTN_OUT, D_QKV, DELTAS, NUM_TOKENS]],
+    ..FORWARD
+};
+const D_KV: Signature<Sizes> = Signature {
+    name: "attention_d_kv",
+    grid: |s| [s.tokens / TILE, s.shape.kv_heads],
+    threads: |_| THREADS,
+    params: &[&[QKV], MASK, &[SCALE, LOGSUMEXP, DELTAS, D_ATTN_OUT, D_QKV, NUM_TOKENS]],
+};
+
+/// Kernels of one shape on one device. Tensors are contiguous, bfloat16 unless said otherwise; `T`
+/// is the number of tokens, a multiple of [`Self::TILE`].
+pub struct AttentionKernels {
+    shape: KernelShape,
+    forward: Kernel<Sizes>,
+    d_queries: Kernel<Sizes>,
+    d_kv: Kernel<Sizes>,
+}
+
 impl AttentionKernels {
-    /// Tokens of a stream are a multiple of this.
+    /// Tokens of a tile.
     pub const TILE: usize = TILE;
 
-    /// Shared memory of a block, the most that a kernel takes: six tiles, and beside them log-sums, deltas and ranges of two
-    /// tiles of queries.
-    pub fn shared_bytes(shape: &KernelShape) -> usize {
-        6 * TILE * shape.head_dim * 2 + 2 * TILE * 8 * 4
+    /// Whether GPUs of a compute capability have the shared memory that the kernels need.
+    pub fn supports(shape: &KernelShape, capability: (u32, u32)) -> bool {
+        d_kv_shared_bytes(shape) <= max_shared_bytes(capability)
     }
 
-    /// Compiles and loads them.
+    /// Compiles and loads the kernels.
     ///
     /// # Errors
-    /// [`crate::Error::Torch`] with the words of the compiler or the driver.
+    /// [`Error::Torch`] with the message of the compiler or the driver.
     pub fn new(device: usize, shape: KernelShape) -> Result<Self> {
-        let module = Module::compiled(device, SOURCE, &shape.macros())?;
-        let tile_bytes = TILE * shape.head_dim * 2;
+        let module = Module::compiled(device, SOURCE, &macros(&shape))?;
+        let kernel = |signature, shared_bytes| Kernel::new(&module, signature, "", shared_bytes, false);
         Ok(AttentionKernels {
-            forward: module.kernel("attention", 5 * tile_bytes, false)?,
-            d_queries: module.kernel("attention_d_queries", 6 * tile_bytes, false)?,
-            d_keys: module.kernel("attention_d_keys", Self::shared_bytes(&shape), false)?,
+            // Queries, and two stages of keys and values.
+            forward: kernel(&FORWARD, 5 * tile_bytes(&shape))?,
+            // The same, and the gradients of the queries' outputs.
+            d_queries: kernel(&D_QUERIES, 6 * tile_bytes(&shape))?,
+            d_kv: kernel(&D_KV, d_kv_shared_bytes(&shape))?,
             shape,
         })
     }
 
-    /// Mixed values `[T, heads x head_dim]` of `qkv [T, (heads + 2 kv_heads) x head_dim]`, and what the backward needs: the
-    /// logarithms to base 2 of the sums of the weights, float32 `[heads, T]`.
+    /// The attention's output `[T, heads x head_dim]` for `qkv [T, (heads + 2 kv_heads) x
+    /// head_dim]`, and what the backward needs: the logsumexp of each row of scores to base 2,
+    /// float32 `[heads, T]`.
     ///
     /// # Errors
-    /// [`crate::Error::Torch`], here and below.
-    pub fn forward(&self, qkv: &Tensor, sight: &AttentionMask) -> Result<(Tensor, Tensor)> {
-        let tokens = self.tokens(qkv, sight);
-        let KernelShape { heads, head_dim, .. } = self.shape;
-        let mixed = Tensor::f_empty([tokens as i64, (heads * head_dim) as i64], (Kind::BFloat16, qkv.device()))?;
-        let log_sums = Tensor::f_empty([heads as i64, tokens as i64], (Kind::Float, qkv.device()))?;
-        let lists = [&sight.ranges, &sight.of_queries.starts, &sight.of_queries.with].map(Data);
-        let arguments =
-            [&[Data(qkv)], &lists[..], &[self.scale(), Data(&mixed), Data(&log_sums), Int(tokens as i32)]].concat();
-        // SAFETY: as declared in the source, sizes just checked; the lists name tiles of the stream.
-        unsafe { self.forward.launch([tokens / TILE, heads], THREADS, &arguments)? };
-        Ok((mixed, log_sums))
+    /// [`Error::Internal`] if a tensor does not fit, else [`Error::Torch`]; here and below.
+    pub fn forward(&self, qkv: &Tensor, mask: &AttentionMask) -> Result<(Tensor, Tensor)> {
+        let sizes = self.sizes(mask, &mask.of_queries);
+        let KernelShape { heads, .. } = self.shape;
+        let empty = |size: [usize; 2], kind| Tensor::f_empty(size.map(|size| size as i64), (kind, qkv.device()));
+        let attn_out = empty([sizes.tokens, self.shape.attn()], Kind::BFloat16)?;
+        let logsumexp = empty([heads, sizes.tokens], Kind::Float)?;
+        let rest = [self.scale(), Data(&attn_out), Data(&logsumexp)];
+        // SAFETY: the mask names tiles and tokens of the batch alone.
+        unsafe { self.forward.launch(&sizes, &[&[Data(qkv)], &mask.by_queries()[..], &rest].concat())? };
+        Ok((attn_out, logsumexp))
     }
 
-    /// The gradient of `qkv` from that of the mixed values.
+    /// The gradient of `qkv` from that of the attention's output.
     pub fn backward(
         &self,
         qkv: &Tensor,
-        mixed: &Tensor,
-        log_sums: &Tensor,
-        d_mixed: &Tensor,
-        sight: &AttentionMask,
+        attn_out: &Tensor,
+        logsumexp: &Tensor,
+        d_attn_out: &Tensor,
+        mask: &AttentionMask,
     ) -> Result<Tensor> {
-        let tokens = self.tokens(qkv, sight);
-        let KernelShape { heads, kv_heads, head_dim, .. } = self.shape;
-        assert!([mixed, d_mixed].iter().all(|x| x.numel() == tokens * heads * head_dim));
-        assert_eq!(log_sums.numel(), tokens * heads);
-        let (d_qkv, deltas) = (qkv.f_empty_like()?, log_sums.f_empty_like()?);
-        let AttentionMask { ranges, of_queries, of_keys } = sight;
-        let (scale, count) = ([self.scale()], [Int(tokens as i32)]);
-        let lists = [qkv, ranges, &of_queries.starts, &of_queries.with].map(Data);
-        let rest = [mixed, log_sums, d_mixed, &d_qkv, &deltas].map(Data);
+        let (d_qkv, deltas) = (qkv.f_empty_like()?, logsumexp.f_empty_like()?);
+        let rest = [attn_out, logsumexp, d_attn_out, &d_qkv, &deltas].map(Data);
+        let arguments = [&[Data(qkv)], &mask.by_queries()[..], &[self.scale()], &rest].concat();
+        // SAFETY: the mask names tiles and tokens of the batch alone.
+        unsafe { self.d_queries.launch(&self.sizes(mask, &mask.of_queries), &arguments)? };
+        let rest = [logsumexp, &deltas, d_attn_out, &d_qkv].map(Data);
+        let arguments = [&[Data(qkv)], &mask.by_keys()[..], &[self.scale()], &rest].concat();
         // SAFETY: as above.
-        unsafe {
-            let arguments = [&lists[..], &scale, &rest, &count].concat();
-            self.d_queries.launch([tokens / TILE, heads], THREADS, &arguments)?;
-        }
-        let lists = [qkv, ranges, &of_keys.starts, &of_keys.with].map(Data);
-        let rest = [log_sums, &deltas, d_mixed, &d_qkv].map(Data);
-        // SAFETY: as above.
-        unsafe {
-            let arguments = [&lists[..], &scale, &rest, &count].concat();
-            self.d_keys.launch([tokens / TILE, kv_heads], THREADS, &arguments)?;
-        }
+        unsafe { self.d_kv.launch(&self.sizes(mask, &mask.of_keys), &arguments)? };
         Ok(d_qkv)
     }
 
-    fn tokens(&self, qkv: &Tensor, sight: &AttentionMask) -> usize {
-        let KernelShape { heads, kv_heads, head_dim, .. } = self.shape;
-        let tokens = sight.ranges.numel() / 6;
-        assert!(tokens.is_multiple_of(TILE) && qkv.numel() == tokens * (heads + 2 * kv_heads) * head_dim);
-        tokens
+    fn sizes(&self, mask: &AttentionMask, block_mask: &DeviceBlockMask) -> Sizes {
+        Sizes { shape: self.shape, tokens: mask.num_tokens(), blocks: block_mask.blocks.numel() }
     }
 
-    /// Of the scores, times the logarithm of e to base 2.
+    /// Factor of the scores. It includes log2(e), since kernels compute weights with exp2.
     fn scale(&self) -> Argument<'static> {
         Float(std::f32::consts::LOG2_E / (self.shape.head_dim as f32).sqrt())
     }
 }
 
+fn tile_bytes(shape: &KernelShape) -> usize {
+    TILE * shape.head_dim * 2
+}
+
+/// Shared memory of a block of `attention_d_kv`, which needs the most: keys, values, and two stages
+/// of queries and gradients with 8 numbers for each query (its ranges, logsumexp and delta).
+fn d_kv_shared_bytes(shape: &KernelShape) -> usize {
+    6 * tile_bytes(shape) + 2 * TILE * 8 * 4
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cuda::launch::tests::assert_declared;
     use crate::cuda::nvrtc::compile;
 
     #[test]
@@ -167,7 +236,28 @@ mod tests {
                 eps: 1e-5,
                 query_key_norm: false,
             };
-            assert!(compile(SOURCE, (9, 0), &shape.macros()).unwrap().starts_with(b"\x7fELF"));
+            assert!(compile(SOURCE, (9, 0), &macros(&shape)).unwrap().is_elf());
+            assert!(AttentionKernels::supports(&shape, (9, 0)) && !AttentionKernels::supports(&shape, (7, 5)));
         }
+    }
+
+    #[test]
+    fn the_signatures_are_those_of_the_source() {
+        let signatures = [FORWARD, D_QUERIES, D_KV];
+        for signature in &signatures {
+            assert_declared(SOURCE, signature);
+        }
+        assert_eq!(SOURCE.matches("\"C\" __global__").count(), signatures.len(), "a kernel has no signature");
+    }
+
+    #[test]
+    fn a_mask_that_leads_outside_the_batch_is_refused() {
+        let causal: Vec<AttentionRanges> = (0..64).map(|token| [(0, token + 1), (0, 0), (0, 0)]).collect();
+        let refused = |ranges: &[AttentionRanges]| AttentionMask::new(ranges, Device::Cpu).is_err();
+        let with = |ranges: AttentionRanges| [&causal[..63], &[ranges]].concat();
+        assert!(!refused(&causal) && !refused(&with([(0, 1), (63, 64), (9, 2)])));
+        assert!(refused(&causal[..63]), "no multiple of the tile");
+        assert!(refused(&with([(0, 63), (0, 0), (0, 0)])), "not the token itself");
+        assert!(refused(&with([(0, 65), (0, 0), (0, 0)])) && refused(&with([(-1, 64), (0, 0), (0, 0)])));
     }
 }

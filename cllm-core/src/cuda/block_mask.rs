@@ -1,95 +1,112 @@
-//! Which tiles of keys a tile of queries sees, so that attention passes over the rest.
+//! Block masks: which tiles of keys a tile of queries attends to, so that attention skips the
+//! others.
 
-/// The places that a token sees: ranges `start..end` of the stream, disjoint, empty where `start >= end`. They lie in its own
-/// sequence and hold the token itself.
+/// What a token attends to: ranges `start..end` of tokens of a packed batch, disjoint, empty if
+/// `start >= end`. They are part of its own sequence and contain the token itself.
 pub type AttentionRanges = [(i32, i32); 3];
 
-/// For each tile of one kind, in order, the tiles of the other kind that it meets.
+/// For each tile, the tiles of the other kind (keys for queries, or queries for keys) that it is
+/// paired with.
 #[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Meetings {
-    /// Where the meetings of each tile begin in `with`, and their end: one number more than tiles.
-    pub(crate) starts: Vec<i32>,
-    /// Twice the number of the other tile, plus 1 where every query sees every key.
-    pub(crate) with: Vec<i32>,
+pub(super) struct BlockMask {
+    /// The pairs of tile i are `blocks[offsets[i]..offsets[i + 1]]`.
+    pub(super) offsets: Vec<i32>,
+    /// Twice the index of the other tile, plus 1 if every query of the pair attends to every key.
+    pub(super) blocks: Vec<i32>,
 }
 
-/// The meetings of query tiles, and those of key tiles. `seen`: of each query; its length is a multiple of both tiles.
-pub(crate) fn meetings(seen: &[AttentionRanges], query_tile: usize, key_tile: usize) -> (Meetings, Meetings) {
-    let key_tiles = seen.len() / key_tile;
-    let (mut starts, mut with) = (vec![0], Vec::new());
-    let mut of_keys: Vec<Vec<i32>> = vec![Vec::new(); key_tiles];
-    // Of each key tile: how many queries of the tile at hand see some of it, and all of it.
-    let (mut some, mut all) = (vec![0; key_tiles], vec![0; key_tiles]);
-    for (query, tile) in seen.chunks(query_tile).enumerate() {
-        let mut met = Vec::new();
-        for &(start, end) in tile.iter().flatten().filter(|(start, end)| start < end) {
+/// The block masks of the tiles of queries and of the tiles of keys. The number of queries is a
+/// multiple of both tile sizes.
+pub(super) fn block_masks(
+    ranges: &[AttentionRanges],
+    query_tile_tokens: usize,
+    key_tile_tokens: usize,
+) -> (BlockMask, BlockMask) {
+    let num_key_tiles = ranges.len() / key_tile_tokens;
+    let (mut offsets, mut blocks) = (vec![0], Vec::new());
+    let mut query_tiles_of_keys: Vec<Vec<i32>> = vec![Vec::new(); num_key_tiles];
+    // For each tile of keys: how many queries of the current tile attend to some of it, and to all
+    // of it.
+    let (mut num_some, mut num_all) = (vec![0; num_key_tiles], vec![0; num_key_tiles]);
+    for (query_tile, queries) in ranges.chunks(query_tile_tokens).enumerate() {
+        let mut key_tiles = Vec::new();
+        for &(start, end) in queries.iter().flatten().filter(|(start, end)| start < end) {
             let (start, end) = (start as usize, end as usize);
-            for key in start / key_tile..end.div_ceil(key_tile) {
-                if some[key] == 0 {
-                    met.push(key);
+            for key_tile in start / key_tile_tokens..end.div_ceil(key_tile_tokens) {
+                if num_some[key_tile] == 0 {
+                    key_tiles.push(key_tile);
                 }
-                some[key] += 1;
-                all[key] += usize::from(start <= key * key_tile && (key + 1) * key_tile <= end);
+                num_some[key_tile] += 1;
+                let covers = start <= key_tile * key_tile_tokens && (key_tile + 1) * key_tile_tokens <= end;
+                num_all[key_tile] += usize::from(covers);
             }
         }
-        met.sort_unstable();
-        for key in met {
-            let full = i32::from(all[key] == tile.len());
-            with.push(key as i32 * 2 + full);
-            of_keys[key].push(query as i32 * 2 + full);
-            (some[key], all[key]) = (0, 0);
+        key_tiles.sort_unstable();
+        for key_tile in key_tiles {
+            let is_full = i32::from(num_all[key_tile] == queries.len());
+            blocks.push(key_tile as i32 * 2 + is_full);
+            query_tiles_of_keys[key_tile].push(query_tile as i32 * 2 + is_full);
+            (num_some[key_tile], num_all[key_tile]) = (0, 0);
         }
-        starts.push(with.len() as i32);
+        offsets.push(blocks.len() as i32);
     }
-    let ends = of_keys.iter().scan(0, |end, met| {
-        *end += met.len() as i32;
+    let ends = query_tiles_of_keys.iter().scan(0, |end, tiles| {
+        *end += tiles.len() as i32;
         Some(*end)
     });
-    let key_starts = std::iter::once(0).chain(ends).collect();
-    (Meetings { starts, with }, Meetings { starts: key_starts, with: of_keys.concat() })
+    let key_offsets = std::iter::once(0).chain(ends).collect();
+    (BlockMask { offsets, blocks }, BlockMask { offsets: key_offsets, blocks: query_tiles_of_keys.concat() })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::train::PackedBatch;
 
-    /// Whether each query sees each key.
-    fn dense(seen: &[AttentionRanges]) -> Vec<Vec<bool>> {
-        let sees = |ranges: &AttentionRanges, key: i32| ranges.iter().any(|&(start, end)| (start..end).contains(&key));
-        seen.iter().map(|ranges| (0..seen.len() as i32).map(|key| sees(ranges, key)).collect()).collect()
+    /// The ranges of a sequence that starts at `base`.
+    fn shifted(base: i32, ranges: impl IntoIterator<Item = AttentionRanges>) -> Vec<AttentionRanges> {
+        ranges.into_iter().map(|token| token.map(|(start, end)| (start + base, end + base))).collect()
+    }
+
+    fn causal(length: i32) -> impl Iterator<Item = AttentionRanges> {
+        (0..length).map(|token| [(0, token + 1), (0, 0), (0, 0)])
+    }
+
+    /// Whether each query attends to each key.
+    fn dense(ranges: &[AttentionRanges]) -> Vec<Vec<bool>> {
+        let attends =
+            |ranges: &AttentionRanges, key: i32| ranges.iter().any(|&(start, end)| (start..end).contains(&key));
+        let row = |query| (0..ranges.len() as i32).map(|key| attends(query, key)).collect();
+        ranges.iter().map(row).collect()
     }
 
     #[test]
-    fn tiles_meet_where_a_query_sees_a_key_and_are_full_where_every_one_does() {
-        let mut stream = PackedBatch::default();
-        stream.push_causal(&[1; 13]);
-        // A clean part of 9 tokens, then two blocks of 4 that see some of it.
-        let mut seen: Vec<AttentionRanges> = (0..9).map(|place| [(0, place + 1), (0, 0), (0, 0)]).collect();
-        seen.extend((9..13).map(|place| [(0, 8), (9, place + 1), (0, 0)]));
-        seen.extend((13..17).map(|place| [(0, 8), (9, 13), (13, place + 1)]));
-        stream.push(&[2; 17], &[0; 17], &seen);
-        stream.push_causal(&[3; 2]);
-        let dense = dense(&stream.attention_ranges);
-        for (query_tile, key_tile) in [(4, 4), (8, 4), (4, 8), (32, 32)] {
-            let (queries, keys) = meetings(&stream.attention_ranges, query_tile, key_tile);
-            let mut found = 0;
-            for query in 0..32 / query_tile {
-                for key in 0..32 / key_tile {
-                    let rows = &dense[query * query_tile..(query + 1) * query_tile];
-                    let cells: Vec<bool> =
-                        rows.iter().flat_map(|row| row[key * key_tile..(key + 1) * key_tile].to_vec()).collect();
-                    let listed = |meetings: &Meetings, of: usize, other: usize| {
-                        let met = &meetings.with[meetings.starts[of] as usize..meetings.starts[of + 1] as usize];
-                        met.iter().find(|met| **met as usize / 2 == other).map(|met| met % 2 == 1)
+    fn tiles_are_paired_if_a_query_attends_to_a_key_and_full_if_every_query_attends_to_every_key() {
+        // Three sequences. The second has a clean part of 9 tokens, then two blocks of 4 that
+        // attend to some of it.
+        let noisy = (9..13)
+            .map(|token| [(0, 8), (9, token + 1), (0, 0)])
+            .chain((13..17).map(|token| [(0, 8), (9, 13), (13, token + 1)]));
+        let ranges = [shifted(0, causal(13)), shifted(13, causal(9).chain(noisy)), shifted(30, causal(2))].concat();
+        let dense = dense(&ranges);
+        for (query_tile_tokens, key_tile_tokens) in [(4, 4), (8, 4), (4, 8), (32, 32)] {
+            let (queries, keys) = block_masks(&ranges, query_tile_tokens, key_tile_tokens);
+            let mut num_pairs = 0;
+            for query in 0..32 / query_tile_tokens {
+                for key in 0..32 / key_tile_tokens {
+                    let rows = &dense[query * query_tile_tokens..(query + 1) * query_tile_tokens];
+                    let columns = key * key_tile_tokens..(key + 1) * key_tile_tokens;
+                    let cells: Vec<bool> = rows.iter().flat_map(|row| row[columns.clone()].to_vec()).collect();
+                    let listed = |mask: &BlockMask, tile: usize, other: usize| {
+                        let blocks = &mask.blocks[mask.offsets[tile] as usize..mask.offsets[tile + 1] as usize];
+                        blocks.iter().find(|block| **block as usize / 2 == other).map(|block| block % 2 == 1)
                     };
                     let expected = cells.contains(&true).then(|| !cells.contains(&false));
                     assert_eq!(listed(&queries, query, key), expected, "{query} {key}");
                     assert_eq!(listed(&keys, key, query), expected, "{query} {key}");
-                    found += usize::from(expected.is_some());
+                    num_pairs += usize::from(expected.is_some());
                 }
             }
-            assert_eq!((queries.with.len(), keys.with.len()), (found, found));
+            assert_eq!((queries.blocks.len(), keys.blocks.len()), (num_pairs, num_pairs));
         }
     }
 }

@@ -1,9 +1,13 @@
-//! c10d's collectives (csrc/distributed.cpp).
+//! Collectives of processes that train together: those of PyTorch's c10d (csrc/distributed.cpp).
+//!
+//! Each process checks its own tensors. That all processes call the same function with tensors of
+//! the same size only they can see to; otherwise c10d reports an error or waits until its timeout,
+//! but no process touches memory outside its own tensors.
 
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::time::Duration;
 
-use tch::Tensor;
+use tch::{Device, Tensor};
 
 use super::{checked, pointer};
 use crate::{Error, Result};
@@ -15,8 +19,8 @@ unsafe extern "C" {
         serves: c_int,
         prefix: *const c_char,
         rank: c_int,
-        world: c_int,
-        device: c_int,
+        world_size: c_int,
+        gpu: c_int,
         timeout_ms: i64,
         group: *mut *mut c_void,
     ) -> c_int;
@@ -27,42 +31,45 @@ unsafe extern "C" {
     fn cllm_group_free(group: *mut c_void);
 }
 
-/// Where the processes of a group find one another.
+/// Where the processes of a group meet: a store that one of them serves.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Rendezvous {
-    /// Name or address of the machine that keeps the store.
     pub host: String,
-    /// Its port.
     pub port: u16,
-    /// Whether this process keeps the store itself.
+    /// Whether this process serves the store.
     pub serves: bool,
-    /// Of the store's keys.
+    /// Prefix of the store's keys.
     pub prefix: String,
 }
 
-/// A group of processes; NCCL on a GPU, Gloo on the CPU. Every process of the group calls the same functions in the same order,
-/// with tensors of the same shape and type, contiguous on the group's device. With NCCL they return at once, and the device's
-/// current stream waits.
-pub struct Collectives(*mut c_void);
+/// A group of processes, over NCCL on GPUs and Gloo on CPUs. Every process calls the same functions
+/// in the same order, with contiguous tensors of the same size and type on the group's device. With
+/// NCCL they return at once, and the device's current stream waits.
+pub struct Collectives {
+    handle: *mut c_void,
+    world_size: usize,
+    /// The device of the tensors.
+    device: Device,
+}
 
 impl Collectives {
-    /// Meets the other processes. `gpu`: the GPU of NCCL, none for Gloo.
+    /// Meets the other processes. `gpu` is the GPU of NCCL, `None` for Gloo.
     ///
     /// # Errors
-    /// [`Error::Torch`] where the store cannot be reached in time.
+    /// [`Error::Torch`] if the store cannot be reached in time.
     pub fn new(
         rendezvous: &Rendezvous,
         rank: usize,
-        world: usize,
+        world_size: usize,
         gpu: Option<usize>,
         timeout: Duration,
     ) -> Result<Self> {
         let c_string = |text: &str| {
-            CString::new(text).map_err(|_| Error::usage(format!("`{text}` holds a zero byte, as no address does")))
+            CString::new(text).map_err(|_| Error::usage(format!("`{text}` contains a zero byte, as no address does")))
         };
         let (host, prefix) = (c_string(&rendezvous.host)?, c_string(&rendezvous.prefix)?);
-        let mut group = std::ptr::null_mut();
-        // SAFETY: the strings outlive the call; on success `group` is this side's to free.
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: the strings outlive the call. On success the group belongs to this side.
         checked(unsafe {
             cllm_group_new(
                 host.as_ptr(),
@@ -70,43 +77,59 @@ impl Collectives {
                 c_int::from(rendezvous.serves),
                 prefix.as_ptr(),
                 rank as c_int,
-                world as c_int,
+                world_size as c_int,
                 gpu.map_or(-1, |index| index as c_int),
                 timeout.as_millis() as i64,
-                &mut group,
+                &mut handle,
             )
         })?;
-        Ok(Collectives(group))
+        Ok(Collectives { handle, world_size, device: gpu.map_or(Device::Cpu, Device::Cuda) })
     }
 
     /// The sum over all processes, in place.
     ///
     /// # Errors
-    /// [`Error::Torch`], here and below, such as a process that is gone.
+    /// [`Error::Internal`] for a tensor that does not fit, else [`Error::Torch`], such as if a
+    /// process is gone; here and below.
     pub fn all_reduce(&self, values: &Tensor) -> Result<()> {
-        // SAFETY: both are valid, here and below.
-        checked(unsafe { cllm_group_all_reduce(self.0, pointer(values)) })
+        self.check(values, values, values.numel())?;
+        // SAFETY: the group and the tensors are valid and fit each other; here and below.
+        checked(unsafe { cllm_group_all_reduce(self.handle, pointer(values)) })
     }
 
-    /// `output [count]` = this process's part of the sum over all processes of `input [world x count]`.
+    /// `output [count]` = this process's part of the sum over all processes of `input [world_size x
+    /// count]`.
     pub fn reduce_scatter(&self, output: &Tensor, input: &Tensor) -> Result<()> {
-        checked(unsafe { cllm_group_reduce_scatter(self.0, pointer(output), pointer(input)) })
+        self.check(output, input, output.numel() * self.world_size)?;
+        checked(unsafe { cllm_group_reduce_scatter(self.handle, pointer(output), pointer(input)) })
     }
 
-    /// `output [world x count]` = the `input [count]` of every process.
+    /// `output [world_size x count]` = the `input [count]` of every process.
     pub fn all_gather(&self, output: &Tensor, input: &Tensor) -> Result<()> {
-        checked(unsafe { cllm_group_all_gather(self.0, pointer(output), pointer(input)) })
+        self.check(input, output, input.numel() * self.world_size)?;
+        checked(unsafe { cllm_group_all_gather(self.handle, pointer(output), pointer(input)) })
     }
 
     /// The values of process `root`, in place.
     pub fn broadcast(&self, values: &Tensor, root: usize) -> Result<()> {
-        checked(unsafe { cllm_group_broadcast(self.0, pointer(values), root as c_int) })
+        self.check(values, values, values.numel())?;
+        checked(unsafe { cllm_group_broadcast(self.handle, pointer(values), root as c_int) })
+    }
+
+    /// Fails unless both tensors suit the group and the second has this number of elements.
+    fn check(&self, part: &Tensor, whole: &Tensor, num_elements: usize) -> Result<()> {
+        let is_valid = |x: &Tensor| x.is_contiguous() && x.device() == self.device && x.kind() == part.kind();
+        if is_valid(part) && is_valid(whole) && whole.numel() == num_elements {
+            return Ok(());
+        }
+        let sizes = format!("{:?} and {:?}", part.size(), whole.size());
+        Err(Error::internal(format!("tensors {sizes} do not suit a collective of {} processes", self.world_size)))
     }
 }
 
 impl Drop for Collectives {
     fn drop(&mut self) {
-        // SAFETY: it was made by `cllm_group_new` and is freed once.
-        unsafe { cllm_group_free(self.0) }
+        // SAFETY: the group was made by `cllm_group_new` and is freed once.
+        unsafe { cllm_group_free(self.handle) }
     }
 }

@@ -1,85 +1,300 @@
 //! The kernels of a decoding step (csrc/decode.cu), compiled for one model's shape.
+//!
+//! All functions are safe: a launch checks its tensors against the kernel's signature, and the
+//! indices that kernels follow come in a [`ForwardInput`], whose contents were checked when they
+//! were written.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
-use super::nvrtc::{Argument, Kernel, Module, compile, compute_capability, max_shared_bytes};
-use super::shape::{KernelShape, MAX_FUSED_TOKENS, SMALL_STEP};
-use crate::Result;
-use Argument::{Data, Float, Int, MaybeData};
+use super::forward_input::ForwardInput;
+use super::launch::{
+    Argument, Kernel, Param, Signature, aligned, bf16, count, float, float32, int32, nullable, uint64,
+};
+use super::nvrtc::{Macros, Module, compute_capability, max_shared_bytes};
+use super::shape::KernelShape;
+use crate::{Error, Result};
+use Argument::{Float, Optional, Tensor as Data};
 
 const SOURCE: &str = concat!(include_str!("../../csrc/bf16.cuh"), include_str!("../../csrc/decode.cu"));
-/// Rows of a weight that one block multiplies.
-const BLOCK_ROWS: usize = 16;
-/// Shared memory that the sums of a fused kernel take at most.
-const SUMS_BYTES: usize = 24 << 10;
-const FEW_THREADS: usize = 256;
 
-/// Most shared memory for the tokens of a fused kernel.
-fn most_staged_bytes(capability: (u32, u32)) -> usize {
+/// Maximum number of tokens that the largest of the fused kernels takes.
+const MAX_FUSED_TOKENS: usize = 32;
+/// Up to this number of tokens, attention rotates and caches by itself.
+const MAX_SMALL_STEP_TOKENS: usize = 32;
+/// Rows of a weight that a block of a fused kernel multiplies.
+const BLOCK_ROWS: usize = 16;
+/// Warps of a fused kernel's block.
+const WARPS: usize = 8;
+/// Maximum shared memory that a fused kernel needs for its sums.
+const SUMS_BYTES: usize = 24 << 10;
+/// Elements between the tokens that a fused kernel keeps in shared memory.
+const STAGING_PAD: usize = 32;
+/// Query vectors that a warp of the attention takes.
+const WARP_QUERIES: usize = 16;
+/// Attention reads this many slots of the cache at a time: the capacity of a row is a multiple of
+/// it.
+pub const SLOTS_PER_READ: usize = 32;
+/// Threads of a block where each takes neighbouring values.
+const THREADS: usize = 256;
+
+/// Whether the kernels can compute a model: they take 32 values of a row at a time.
+pub fn supports(shape: &KernelShape) -> bool {
+    [shape.hidden, shape.ffn, shape.head_dim].iter().all(|size| size.is_multiple_of(32))
+        && shape.head_dim <= 256
+        && shape.group() <= WARP_QUERIES * attention_warps(shape)
+}
+
+/// Maximum number of tokens of a step for which the fused kernels are faster than cuBLAS.
+pub fn max_fused_tokens(shape: &KernelShape) -> usize {
+    if is_wide(shape) { 8 } else { MAX_FUSED_TOKENS }
+}
+
+/// Maximum number of tokens in a tile of queries, in a step of `num_tokens`. Its query vectors must
+/// fit the warps of a block.
+pub fn tile_tokens(shape: &KernelShape, num_tokens: usize) -> usize {
+    if num_tokens <= MAX_SMALL_STEP_TOKENS {
+        // Small tiles let more multiprocessors share few tokens.
+        (WARP_QUERIES / shape.group()).max(1)
+    } else {
+        (WARP_QUERIES * attention_warps(shape) / shape.group()).min(16)
+    }
+}
+
+fn is_wide(shape: &KernelShape) -> bool {
+    shape.hidden > 2048
+}
+
+fn attention_warps(shape: &KernelShape) -> usize {
+    // A thread needs more registers for wide heads.
+    if shape.head_dim <= 64 { 16 } else { 8 }
+}
+
+/// Shared memory in which the warps of the attention merge their sums (`merged` in the source).
+fn merging_bytes(shape: &KernelShape) -> usize {
+    attention_warps(shape) * WARP_QUERIES * (shape.head_dim + 2) * 4
+}
+
+/// Shared memory for the rotated queries of a small step's tile (`queries` in the source).
+fn query_bytes(shape: &KernelShape) -> usize {
+    (tile_tokens(shape, 1) * shape.group()).next_multiple_of(WARP_QUERIES) * (shape.head_dim + 8) * 2
+}
+
+fn max_staged_bytes(capability: (u32, u32)) -> usize {
     max_shared_bytes(capability).saturating_sub(SUMS_BYTES)
 }
 
-/// Shared memory for the tokens of a fused kernel, rows of `width` (`STAGED_BYTES` in the source); 0 where they are not copied.
-fn staged_bytes(tokens: usize, width: usize, capability: (u32, u32)) -> usize {
-    let bytes = tokens * (width + 32) * 2;
-    if tokens > 8 && bytes <= most_staged_bytes(capability) { bytes } else { 0 }
+/// Shared memory for the tokens of a fused kernel, in rows of `width`; 0 if the kernel does not
+/// copy them (`STAGED_BYTES` and `STAGED` in the source).
+fn staged_bytes(num_tokens: usize, width: usize, capability: (u32, u32)) -> usize {
+    let bytes = num_tokens * (width + STAGING_PAD) * 2;
+    if num_tokens > 8 && bytes <= max_staged_bytes(capability) { bytes } else { 0 }
 }
 
-/// What the source is told.
-fn macros(shape: &KernelShape, capability: (u32, u32)) -> Vec<(&'static str, String)> {
+fn macros(shape: &KernelShape, capability: (u32, u32)) -> Macros {
     let mut macros = shape.macros();
-    macros.push(("MOST_STAGED_BYTES", most_staged_bytes(capability).to_string()));
+    macros.extend([
+        ("QK_NORM", u8::from(shape.query_key_norm).to_string()),
+        ("WARPS", WARPS.to_string()),
+        ("BLOCK_ROWS", BLOCK_ROWS.to_string()),
+        // Short rows are loaded at once. For long ones, more blocks on a multiprocessor help more
+        // than loading far ahead.
+        ("DEPTH", if is_wide(shape) { 2 } else { 4 }.to_string()),
+        ("SUMS_BYTES", SUMS_BYTES.to_string()),
+        ("MAX_STAGED_BYTES", max_staged_bytes(capability).to_string()),
+        ("STAGING_PAD", STAGING_PAD.to_string()),
+        ("ATTENTION_WARPS", attention_warps(shape).to_string()),
+    ]);
     macros
 }
 
-/// The kernels that multiply weights with at most so many tokens.
-struct Few {
+/// What the sizes of the kernels' arguments depend on. What a kernel does not use is 0.
+#[derive(Clone, Copy)]
+struct Sizes {
+    shape: KernelShape,
     tokens: usize,
-    qkv: Kernel,
-    qkv_rotated: Kernel,
-    output: Kernel,
-    gate_up: Kernel,
-    down: Kernel,
-    head: Kernel,
+    outputs: usize,
+    tiles: usize,
+    rows: usize,
+    capacity: usize,
+    /// Tokens that the fused kernel is compiled for.
+    max_tokens: usize,
 }
 
-/// Kernels of one shape on one device. Tensors are contiguous, bf16 unless said; `T` tokens.
+const TOKENS: &[Param<Sizes>] = &[
+    int32("row", |s| s.tokens),
+    int32("slot", |s| s.tokens),
+    int32("position", |s| s.tokens),
+    uint64("visible", |s| 2 * s.tokens),
+];
+const TILES: &[Param<Sizes>] = &[
+    int32("tile_row", |s| s.tiles),
+    int32("tile_first_token", |s| s.tiles),
+    int32("tile_length", |s| s.tiles),
+    int32("tile_window", |s| s.tiles),
+];
+/// A position is at most that of the last slot.
+const ROPE: &[Param<Sizes>] = &[
+    float32("cosines", |s| s.capacity * s.shape.head_dim / 2),
+    float32("sines", |s| s.capacity * s.shape.head_dim / 2),
+];
+const QK_NORM: &[Param<Sizes>] =
+    &[nullable(bf16("query_norm", |s| s.shape.head_dim)), nullable(bf16("key_norm", |s| s.shape.head_dim))];
+const CACHE: &[Param<Sizes>] = &[
+    bf16("keys", |s| s.rows * s.shape.kv_heads * s.capacity * s.shape.head_dim),
+    bf16("values", |s| s.rows * s.shape.kv_heads * s.capacity * s.shape.head_dim),
+    count("capacity", |s| s.capacity),
+];
+
+const WEIGHT_QKV: Param<Sizes> = bf16("weight", |s| s.shape.qkv() * s.shape.hidden);
+const X: Param<Sizes> = bf16("x", |s| s.tokens * s.shape.hidden);
+const NORM: Param<Sizes> = bf16("norm", |s| s.shape.hidden);
+const QKV: Param<Sizes> = bf16("qkv", |s| s.tokens * s.shape.qkv());
+const BIAS_QKV: Param<Sizes> = nullable(aligned(2, bf16("bias", |s| s.shape.qkv())));
+const ATTN_OUT: Param<Sizes> = bf16("attn_out", |s| s.tokens * s.shape.attn());
+const INNER: Param<Sizes> = bf16("inner", |s| s.tokens * s.shape.ffn);
+const NUM_TOKENS: Param<Sizes> = count("num_tokens", |s| s.tokens);
+const KEYS: Param<Sizes> = uint64("keys", |s| 2 * s.outputs);
+const PREDICTED: Param<Sizes> = int32("predicted", |s| s.outputs);
+
+/// Blocks of `fused_sample`.
+fn num_sample_blocks(sizes: &Sizes) -> usize {
+    sizes.shape.vocab.div_ceil(BLOCK_ROWS)
+}
+
+const FUSED_QKV: Signature<Sizes> = Signature {
+    name: "fused_qkv_",
+    grid: |s| [s.shape.qkv().div_ceil(BLOCK_ROWS), 1],
+    threads: |_| WARPS * 32,
+    params: &[&[WEIGHT_QKV, X, NORM, BIAS_QKV, QKV, NUM_TOKENS]],
+};
+const FUSED_QKV_ROTATED: Signature<Sizes> = Signature {
+    name: "fused_qkv_rotated_",
+    params: &[&[WEIGHT_QKV, X, NORM, BIAS_QKV, QKV, NUM_TOKENS], TOKENS, ROPE, CACHE],
+    ..FUSED_QKV
+};
+const FUSED_OUTPUT: Signature<Sizes> = Signature {
+    name: "fused_output_",
+    grid: |s| [s.shape.hidden.div_ceil(BLOCK_ROWS), 1],
+    threads: |_| WARPS * 32,
+    params: &[&[
+        bf16("weight", |s| s.shape.hidden * s.shape.attn()),
+        ATTN_OUT,
+        nullable(aligned(2, bf16("bias", |s| s.shape.hidden))),
+        X,
+        NUM_TOKENS,
+    ]],
+};
+const FUSED_GATE_UP: Signature<Sizes> = Signature {
+    name: "fused_gate_up_",
+    // A block takes half of its rows from the gate and half from the up projection.
+    grid: |s| [s.shape.ffn.div_ceil(BLOCK_ROWS / 2), 1],
+    threads: |_| WARPS * 32,
+    params: &[&[bf16("weight", |s| 2 * s.shape.ffn * s.shape.hidden), X, NORM, INNER, NUM_TOKENS]],
+};
+const FUSED_DOWN: Signature<Sizes> = Signature {
+    name: "fused_down_",
+    grid: |s| [s.shape.hidden.div_ceil(BLOCK_ROWS), 1],
+    threads: |_| WARPS * 32,
+    params: &[&[bf16("weight", |s| s.shape.hidden * s.shape.ffn), INNER, X, NUM_TOKENS]],
+};
+const FUSED_SAMPLE: Signature<Sizes> = Signature {
+    name: "fused_sample_",
+    grid: |s| [num_sample_blocks(s), 1],
+    threads: |_| WARPS * 32,
+    params: &[&[
+        bf16("weight", |s| s.shape.vocab * s.shape.hidden),
+        X,
+        NORM,
+        float32("best", |s| num_sample_blocks(s) * s.max_tokens),
+        int32("best_id", |s| num_sample_blocks(s) * s.max_tokens),
+        NUM_TOKENS,
+        float("inverse_temperature"),
+        KEYS,
+    ]],
+};
+const ARGMAX_OF_BLOCKS: Signature<Sizes> = Signature {
+    name: "argmax_of_blocks",
+    grid: |s| [s.outputs, 1],
+    threads: |_| 1024,
+    params: &[&[
+        float32("best", |s| num_sample_blocks(s) * s.max_tokens),
+        int32("best_id", |s| num_sample_blocks(s) * s.max_tokens),
+        count("num_blocks", num_sample_blocks),
+        count("stride", |s| s.max_tokens),
+        PREDICTED,
+    ]],
+};
+const EMBED: Signature<Sizes> = Signature {
+    name: "embed",
+    grid: |s| [s.tokens, 1],
+    threads: |_| 64,
+    params: &[&[bf16("table", |s| s.shape.vocab * s.shape.hidden), int32("tokens", |s| s.tokens), X]],
+};
+const ADD_RMS_NORM: Signature<Sizes> = Signature {
+    name: "add_rms_norm",
+    grid: |s| [s.tokens, 1],
+    threads: |s| (s.shape.hidden / 8).next_multiple_of(32).min(THREADS),
+    params: &[&[
+        X,
+        nullable(bf16("delta", |s| s.tokens * s.shape.hidden)),
+        bf16("weight", |s| s.shape.hidden),
+        bf16("normed", |s| s.tokens * s.shape.hidden),
+    ]],
+};
+const SWIGLU: Signature<Sizes> = Signature {
+    name: "swiglu",
+    grid: |s| [(s.tokens * s.shape.ffn / 8).div_ceil(THREADS), 1],
+    threads: |_| THREADS,
+    params: &[&[bf16("gate_up", |s| s.tokens * 2 * s.shape.ffn), INNER, NUM_TOKENS]],
+};
+const SAMPLE: Signature<Sizes> = Signature {
+    name: "sample",
+    grid: |s| [s.outputs, 1],
+    threads: |_| 512,
+    params: &[&[float32("logits", |s| s.outputs * s.shape.vocab), float("inverse_temperature"), KEYS, PREDICTED]],
+};
+const ROTATE_AND_CACHE: Signature<Sizes> = Signature {
+    name: "rotate_and_cache",
+    grid: |s| [s.tokens, 1],
+    threads: |_| THREADS,
+    params: &[&[QKV], TOKENS, ROPE, QK_NORM, CACHE],
+};
+const ATTENTION: Signature<Sizes> = Signature {
+    name: "attention",
+    grid: |s| [s.tiles, s.shape.kv_heads],
+    threads: |s| attention_warps(&s.shape) * 32,
+    params: &[&[QKV], TOKENS, TILES, ROPE, QK_NORM, CACHE, &[ATTN_OUT]],
+};
+const ROTATE_AND_ATTEND: Signature<Sizes> = Signature { name: "rotate_and_attend", ..ATTENTION };
+
+/// The fused kernels for up to `max_tokens` tokens.
+struct FusedKernels {
+    max_tokens: usize,
+    qkv: Kernel<Sizes>,
+    qkv_rotated: Kernel<Sizes>,
+    output: Kernel<Sizes>,
+    gate_up: Kernel<Sizes>,
+    down: Kernel<Sizes>,
+    sample: Kernel<Sizes>,
+}
+
+/// Kernels of one shape on one device. Tensors are contiguous, bfloat16 unless said otherwise; `T`
+/// is the number of tokens.
 pub struct DecodeKernels {
-    /// What they were compiled for.
-    pub shape: KernelShape,
-    few: [Few; 3],
-    embed: Kernel,
-    best_of_blocks: Kernel,
-    add_norm: Kernel,
-    gated: Kernel,
-    best_token: Kernel,
-    rotate_and_cache: Kernel,
-    attention: Kernel,
-    rotate_and_attend: Kernel,
+    shape: KernelShape,
+    /// For 8, 16 and 32 tokens.
+    fused: [FusedKernels; 3],
+    embed: Kernel<Sizes>,
+    argmax_of_blocks: Kernel<Sizes>,
+    add_rms_norm: Kernel<Sizes>,
+    swiglu: Kernel<Sizes>,
+    sample: Kernel<Sizes>,
+    rotate_and_cache: Kernel<Sizes>,
+    attention: Kernel<Sizes>,
+    rotate_and_attend: Kernel<Sizes>,
 }
 
-/// Where the tokens of a step belong; int32 unless said.
-#[derive(Debug)]
-pub struct Places {
-    /// Cache row of each token `[T]`, -1 for padding.
-    pub row: Tensor,
-    /// Slot of its key and value `[T]`.
-    pub slot: Tensor,
-    /// Its rotary position `[T]`.
-    pub position: Tensor,
-    /// Slots of its window that it sees, as bits of 64-bit numbers: int32 `[2 T]`.
-    pub visible: Tensor,
-    /// Cache row of each tile, -1 for none.
-    pub tile_row: Tensor,
-    /// First token of each tile.
-    pub tile_token: Tensor,
-    /// Tokens of each tile.
-    pub tile_length: Tensor,
-    /// First slot of the window that each tile belongs to.
-    pub tile_window: Tensor,
-}
-
-/// What attention finds in a projection.
+/// What a projection left for the attention.
 #[derive(Debug, Clone, Copy)]
 pub enum Queries {
     /// Queries, keys and values as they were projected.
@@ -88,251 +303,259 @@ pub enum Queries {
     Rotated,
 }
 
-/// The cache of a layer and how keys get there.
+/// The cache of a layer, and how keys are changed on the way to it.
 #[derive(Debug)]
 pub struct LayerCache<'t> {
     /// `[rows, kv_heads, capacity, head_dim]`
     pub keys: &'t Tensor,
     /// `[rows, kv_heads, head_dim, capacity]`
     pub values: &'t Tensor,
-    /// Slots of a row.
-    pub capacity: usize,
-    /// Cosines and sines, float32 `[positions, head_dim / 2]`.
-    pub table: &'t (Tensor, Tensor),
-    /// Weights of the norms of queries and keys, where the model has them.
+    /// Cosines and sines of every position, float32 `[capacity, head_dim / 2]`.
+    pub rope_table: &'t (Tensor, Tensor),
+    /// Weights of the norms of queries and keys, if the model has them.
     pub norms: Option<&'t (Tensor, Tensor)>,
 }
 
-/// How tokens are chosen.
-#[derive(Debug)]
-pub struct SamplingParams {
-    /// 0 for the likeliest.
-    pub inverse_temperature: f32,
-    /// Key of each output's randomness, 64-bit numbers: int32 `[2 outputs]`.
-    pub keys: Tensor,
-}
-
-/// Machine code for a shape; needs no GPU.
-///
-/// # Errors
-/// [`crate::Error::Torch`] with the compiler's words.
-pub fn machine_code(shape: &KernelShape, capability: (u32, u32)) -> Result<Vec<u8>> {
-    compile(SOURCE, capability, &macros(shape, capability))
-}
-
 impl DecodeKernels {
-    /// Compiles and loads them.
+    /// Compiles and loads the kernels.
     ///
     /// # Errors
-    /// [`crate::Error::Torch`] with the words of the compiler or the driver.
+    /// [`Error::Torch`] with the message of the compiler or the driver.
     pub fn new(device: usize, shape: KernelShape) -> Result<Self> {
         let capability = compute_capability(device)?;
         let module = Module::compiled(device, SOURCE, &macros(&shape, capability))?;
-        // Hopper and later start a kernel while the one before it ends.
+        // GPUs from Hopper on can start a kernel while the one before it ends.
         let overlaps = capability.0 >= 9;
-        let overlapping = |name: &str| module.kernel(name, 0, overlaps);
-        let few = |tiles: usize| {
-            let tokens = tiles * 8;
-            let named = |name: &str, shared_bytes| module.kernel(&format!("{name}_{tiles}"), shared_bytes, overlaps);
-            let staged = |width| staged_bytes(tokens, width, capability);
-            Ok::<_, crate::Error>(Few {
-                tokens,
-                qkv: named("qkv", staged(shape.hidden))?,
-                qkv_rotated: named("qkv_rotated", staged(shape.hidden))?,
-                output: named("output", staged(shape.heads * shape.head_dim))?,
-                gate_up: named("gate_up", 0)?,
-                down: named("down", staged(shape.ffn))?,
-                head: named("head", 0)?,
+        let kernel = |signature, shared_bytes| Kernel::new(&module, signature, "", shared_bytes, overlaps);
+        let fused = |num_tiles: usize| {
+            let max_tokens = num_tiles * 8;
+            let kernel = |signature, shared| Kernel::new(&module, signature, &num_tiles.to_string(), shared, overlaps);
+            let staged = |width| staged_bytes(max_tokens, width, capability);
+            Ok::<_, Error>(FusedKernels {
+                max_tokens,
+                qkv: kernel(&FUSED_QKV, staged(shape.hidden))?,
+                qkv_rotated: kernel(&FUSED_QKV_ROTATED, staged(shape.hidden))?,
+                output: kernel(&FUSED_OUTPUT, staged(shape.attn()))?,
+                gate_up: kernel(&FUSED_GATE_UP, 0)?,
+                down: kernel(&FUSED_DOWN, staged(shape.ffn))?,
+                sample: kernel(&FUSED_SAMPLE, 0)?,
             })
         };
         Ok(DecodeKernels {
-            few: [few(1)?, few(2)?, few(4)?],
-            embed: overlapping("embed")?,
-            best_of_blocks: overlapping("best_of_blocks")?,
-            add_norm: overlapping("add_norm")?,
-            gated: overlapping("gated")?,
-            best_token: overlapping("best_token")?,
-            rotate_and_cache: overlapping("rotate_and_cache")?,
-            attention: module.kernel("attention", shape.merging_bytes(), overlaps)?,
-            rotate_and_attend: module.kernel(
-                "rotate_and_attend",
-                shape.merging_bytes() + shape.query_bytes(),
-                overlaps,
-            )?,
+            fused: [fused(1)?, fused(2)?, fused(4)?],
+            embed: kernel(&EMBED, 0)?,
+            argmax_of_blocks: kernel(&ARGMAX_OF_BLOCKS, 0)?,
+            add_rms_norm: kernel(&ADD_RMS_NORM, 0)?,
+            swiglu: kernel(&SWIGLU, 0)?,
+            sample: kernel(&SAMPLE, 0)?,
+            rotate_and_cache: kernel(&ROTATE_AND_CACHE, 0)?,
+            attention: kernel(&ATTENTION, merging_bytes(&shape))?,
+            rotate_and_attend: kernel(&ROTATE_AND_ATTEND, merging_bytes(&shape) + query_bytes(&shape))?,
             shape,
         })
     }
 
-    /// The smallest that takes so many tokens.
-    fn few(&self, tokens: usize) -> &Few {
-        self.few
+    /// The smallest kernels that take this number of tokens.
+    fn fused(&self, num_tokens: usize) -> Result<&FusedKernels> {
+        self.fused
             .iter()
-            .find(|few| tokens <= few.tokens)
-            .unwrap_or_else(|| unreachable!("at most {MAX_FUSED_TOKENS} tokens"))
+            .find(|fused| num_tokens <= fused.max_tokens)
+            .ok_or_else(|| Error::internal(format!("fused kernels were given {num_tokens} tokens")))
     }
 
-    /// `x [T, hidden]` = rows of `table [vocab, hidden]`; tokens int32 `[T]`.
+    fn sizes(&self, num_tokens: usize) -> Sizes {
+        Sizes { shape: self.shape, tokens: num_tokens, outputs: 0, tiles: 0, rows: 0, capacity: 0, max_tokens: 0 }
+    }
+
+    /// Sizes of an input, which must have been checked for this shape.
+    fn input_sizes(&self, input: &ForwardInput) -> Result<Sizes> {
+        let (limits, forward) = (input.limits(), input.shape());
+        if limits.model != self.shape {
+            return Err(Error::internal("the input was written for another model"));
+        }
+        Ok(Sizes {
+            outputs: forward.num_outputs,
+            tiles: forward.num_tiles,
+            rows: limits.num_rows,
+            capacity: limits.capacity,
+            ..self.sizes(forward.num_tokens)
+        })
+    }
+
+    /// `x [T, hidden]` = rows of `table [vocab, hidden]`.
     ///
     /// # Errors
-    /// [`crate::Error::Torch`], here and below.
-    pub fn embed(&self, table: &Tensor, tokens: &Tensor, x: &Tensor) -> Result<()> {
-        let count = tokens.numel();
-        assert_eq!(x.numel(), count * self.shape.hidden);
-        // SAFETY: as declared in the source; ids were checked against the vocabulary by whoever made them.
-        unsafe { self.embed.launch([count, 1], 64, &[Data(table), Data(tokens), Data(x)]) }
+    /// [`Error::Internal`] if a tensor does not fit, else [`Error::Torch`]; here and below.
+    pub fn embed(&self, table: &Tensor, input: &ForwardInput, x: &Tensor) -> Result<()> {
+        let arguments = [Data(table), Data(&input.tokens), Data(x)];
+        // SAFETY: the input's tokens are ids of the vocabulary.
+        unsafe { self.embed.launch(&self.input_sizes(input)?, &arguments) }
     }
 
-    /// `out [T, qkv]` = projections of the RMS norm of `x [T, hidden]`; T <= [`MAX_FUSED_TOKENS`]. Queries are rotated, keys and
-    /// values go into the layer's cache, unless a norm wants to see whole heads first.
+    /// `qkv [T, qkv]` = the projection of the RMS norm of `x [T, hidden]`, for steps of few tokens.
+    /// Queries are rotated, and keys and values go to the layer's cache, unless the model norms
+    /// whole heads first.
     pub fn fused_qkv(
         &self,
         (weight, bias): (&Tensor, Option<&Tensor>),
         x: &Tensor,
         norm: &Tensor,
-        out: &Tensor,
-        places: &Places,
+        qkv: &Tensor,
+        input: &ForwardInput,
         layer: &LayerCache<'_>,
     ) -> Result<Queries> {
-        let tokens = x.numel() / self.shape.hidden;
-        assert_eq!((weight.numel(), out.numel()), (self.shape.qkv() * self.shape.hidden, tokens * self.shape.qkv()));
-        let grid = [self.shape.qkv().div_ceil(BLOCK_ROWS), 1];
-        let few = self.few(tokens);
-        let plain = [Data(weight), Data(x), Data(norm), MaybeData(bias), Data(out), Int(tokens as i32)];
+        let sizes = self.input_sizes(input)?;
+        let kernels = self.fused(sizes.tokens)?;
+        let projection = [Data(weight), Data(x), Data(norm), Optional(bias), Data(qkv)];
         if self.shape.query_key_norm {
-            // SAFETY: as declared in the source, sizes just checked.
-            unsafe { few.qkv.launch(grid, FEW_THREADS, &plain)? };
+            // SAFETY: no argument is an index.
+            unsafe { kernels.qkv.launch(&sizes, &projection)? };
             return Ok(Queries::Plain);
         }
-        let places = [&places.row, &places.slot, &places.position, &layer.table.0, &layer.table.1].map(Data);
-        let cache = [Data(layer.keys), Data(layer.values), Int(layer.capacity as i32)];
-        let arguments = [&plain[..], &places, &cache].concat();
-        // SAFETY: as declared in the source; whoever made the places keeps slots and positions within the capacity.
-        unsafe { few.qkv_rotated.launch(grid, FEW_THREADS, &arguments)? };
+        let arguments = [&projection[..], &token_arguments(input), &layer.rope(), &layer.cache()].concat();
+        // SAFETY: the input's rows, slots and positions are those of the cache.
+        unsafe { kernels.qkv_rotated.launch(&sizes, &arguments)? };
         Ok(Queries::Rotated)
     }
 
-    /// `x [T, hidden]` += the output projection of `mixed [T, heads x head_dim]`; T <= [`MAX_FUSED_TOKENS`].
-    pub fn fused_output(&self, weight: &Tensor, mixed: &Tensor, bias: Option<&Tensor>, x: &Tensor) -> Result<()> {
-        let tokens = x.numel() / self.shape.hidden;
-        assert_eq!(mixed.numel(), tokens * self.shape.heads * self.shape.head_dim);
-        let arguments = [Data(weight), Data(mixed), MaybeData(bias), Data(x), Int(tokens as i32)];
-        // SAFETY: as declared in the source, sizes just checked.
-        unsafe { self.few(tokens).output.launch([self.shape.hidden.div_ceil(BLOCK_ROWS), 1], FEW_THREADS, &arguments) }
+    /// `x [T, hidden]` += the output projection of `attn_out [T, heads x head_dim]`, for steps of
+    /// few tokens.
+    pub fn fused_output(
+        &self,
+        (weight, bias): (&Tensor, Option<&Tensor>),
+        attn_out: &Tensor,
+        x: &Tensor,
+    ) -> Result<()> {
+        let sizes = self.sizes(x.numel() / self.shape.hidden);
+        let arguments = [Data(weight), Data(attn_out), Optional(bias), Data(x)];
+        // SAFETY: no argument is an index.
+        unsafe { self.fused(sizes.tokens)?.output.launch(&sizes, &arguments) }
     }
 
-    /// `inner [T, ffn]` = silu(gate) * up of the RMS norm of `x [T, hidden]`; T <= [`MAX_FUSED_TOKENS`].
+    /// `inner [T, ffn]` = silu(gate) * up of the RMS norm of `x [T, hidden]`, for steps of few
+    /// tokens.
     pub fn fused_gate_up(&self, weight: &Tensor, x: &Tensor, norm: &Tensor, inner: &Tensor) -> Result<()> {
-        let tokens = x.numel() / self.shape.hidden;
-        assert_eq!((weight.numel(), inner.numel()), (2 * self.shape.ffn * self.shape.hidden, tokens * self.shape.ffn));
-        let arguments = [Data(weight), Data(x), Data(norm), Data(inner), Int(tokens as i32)];
-        // SAFETY: as declared in the source, sizes just checked.
-        unsafe {
-            self.few(tokens).gate_up.launch([self.shape.ffn.div_ceil(BLOCK_ROWS / 2), 1], FEW_THREADS, &arguments)
-        }
+        let sizes = self.sizes(x.numel() / self.shape.hidden);
+        let arguments = [Data(weight), Data(x), Data(norm), Data(inner)];
+        // SAFETY: no argument is an index.
+        unsafe { self.fused(sizes.tokens)?.gate_up.launch(&sizes, &arguments) }
     }
 
-    /// `x [T, hidden]` += the down projection of `inner [T, ffn]`; T <= [`MAX_FUSED_TOKENS`].
+    /// `x [T, hidden]` += the down projection of `inner [T, ffn]`, for steps of few tokens.
     pub fn fused_down(&self, weight: &Tensor, inner: &Tensor, x: &Tensor) -> Result<()> {
-        let tokens = x.numel() / self.shape.hidden;
-        assert_eq!(inner.numel(), tokens * self.shape.ffn);
-        let arguments = [Data(weight), Data(inner), Data(x), Int(tokens as i32)];
-        // SAFETY: as declared in the source, sizes just checked.
-        unsafe { self.few(tokens).down.launch([self.shape.hidden.div_ceil(BLOCK_ROWS), 1], FEW_THREADS, &arguments) }
+        let sizes = self.sizes(x.numel() / self.shape.hidden);
+        let arguments = [Data(weight), Data(inner), Data(x)];
+        // SAFETY: no argument is an index.
+        unsafe { self.fused(sizes.tokens)?.down.launch(&sizes, &arguments) }
     }
 
-    /// The token chosen after each of `x [T, hidden]`: int32 `predicted [T]`; T <= [`MAX_FUSED_TOKENS`].
+    /// Samples the token after each of `x [T, hidden]`, all of which are outputs: int32 `predicted
+    /// [T]`. For steps of few tokens.
     pub fn fused_sample(
         &self,
         head: &Tensor,
         x: &Tensor,
         norm: &Tensor,
-        sampling: &SamplingParams,
+        input: &ForwardInput,
         predicted: &Tensor,
     ) -> Result<()> {
-        let tokens = predicted.numel();
-        assert_eq!((x.numel(), sampling.keys.numel()), (tokens * self.shape.hidden, tokens * 2));
-        let few = self.few(tokens);
-        let blocks = self.shape.vocab.div_ceil(BLOCK_ROWS);
-        let empty = |kind| Tensor::f_empty([(blocks * few.tokens) as i64], (kind, x.device()));
-        let (best, best_id) = (empty(tch::Kind::Float)?, empty(tch::Kind::Int)?);
-        let arguments = [
-            Data(head),
-            Data(x),
-            Data(norm),
-            Data(&best),
-            Data(&best_id),
-            Int(tokens as i32),
-            Float(sampling.inverse_temperature),
-            Data(&sampling.keys),
-        ];
-        let joined = [Data(&best), Data(&best_id), Int(blocks as i32), Int(few.tokens as i32), Data(predicted)];
-        // SAFETY: as declared in the source, sizes just checked.
+        let sizes = self.input_sizes(input)?;
+        if sizes.outputs != sizes.tokens {
+            return Err(Error::internal("the fused kernels sample after every token"));
+        }
+        let kernels = self.fused(sizes.tokens)?;
+        let sizes = Sizes { max_tokens: kernels.max_tokens, ..sizes };
+        let empty = |kind| Tensor::f_empty([(num_sample_blocks(&sizes) * sizes.max_tokens) as i64], (kind, x.device()));
+        let (best, best_id) = (empty(Kind::Float)?, empty(Kind::Int)?);
+        let (blocks, keys) = ([Data(&best), Data(&best_id)], Data(&input.keys));
+        let arguments = [&[Data(head), Data(x), Data(norm)], &blocks[..], &[Float(input.inverse_temperature), keys]];
+        // SAFETY: no argument is an index.
         unsafe {
-            few.head.launch([blocks, 1], FEW_THREADS, &arguments)?;
-            self.best_of_blocks.launch([tokens, 1], 1024, &joined)
+            kernels.sample.launch(&sizes, &arguments.concat())?;
+            self.argmax_of_blocks.launch(&sizes, &[&blocks[..], &[Data(predicted)]].concat())
         }
     }
 
-    /// `x [T, hidden]` += `delta`; `normed` = its RMS norm.
+    /// `x [T, hidden]` += `delta`; `normed` = the RMS norm of `x`.
     pub fn add_rms_norm(&self, x: &Tensor, delta: Option<&Tensor>, weight: &Tensor, normed: &Tensor) -> Result<()> {
-        let hidden = self.shape.hidden;
-        assert!(x.numel() == normed.numel() && delta.is_none_or(|delta| delta.numel() == x.numel()));
-        let threads = (hidden / 8).next_multiple_of(32).min(256);
-        let arguments = [Data(x), MaybeData(delta), Data(weight), Data(normed)];
-        // SAFETY: as declared in the source, sizes just checked.
-        unsafe { self.add_norm.launch([x.numel() / hidden, 1], threads, &arguments) }
+        let sizes = self.sizes(x.numel() / self.shape.hidden);
+        // SAFETY: no argument is an index.
+        unsafe { self.add_rms_norm.launch(&sizes, &[Data(x), Optional(delta), Data(weight), Data(normed)]) }
     }
 
-    /// `out [T, ffn]` = silu of the first half of `both [T, 2 ffn]`, times the second.
-    pub fn swiglu(&self, both: &Tensor, out: &Tensor) -> Result<()> {
-        assert_eq!(both.numel(), out.numel() * 2);
-        let arguments = [Data(both), Data(out), Int((out.numel() / self.shape.ffn) as i32)];
-        // SAFETY: as declared in the source, sizes just checked.
-        unsafe { self.gated.launch([(out.numel() / 8).div_ceil(256), 1], 256, &arguments) }
+    /// `inner [T, ffn]` = silu of the first half of `gate_up [T, 2 ffn]`, times the second.
+    pub fn swiglu(&self, gate_up: &Tensor, inner: &Tensor) -> Result<()> {
+        let sizes = self.sizes(inner.numel() / self.shape.ffn);
+        // SAFETY: no argument is an index.
+        unsafe { self.swiglu.launch(&sizes, &[Data(gate_up), Data(inner)]) }
     }
 
-    /// The token chosen by each row of float32 `logits [T, vocab]`: int32 `predicted [T]`.
-    pub fn sample(&self, logits: &Tensor, sampling: &SamplingParams, predicted: &Tensor) -> Result<()> {
-        let tokens = predicted.numel();
-        assert_eq!((logits.numel(), sampling.keys.numel()), (tokens * self.shape.vocab, tokens * 2));
-        let arguments = [Data(logits), Float(sampling.inverse_temperature), Data(&sampling.keys), Data(predicted)];
-        // SAFETY: as declared in the source, sizes just checked.
-        unsafe { self.best_token.launch([tokens, 1], 512, &arguments) }
+    /// Samples a token from each row of float32 `logits [outputs, vocab]`: int32 `predicted
+    /// [outputs]`.
+    pub fn sample(&self, logits: &Tensor, input: &ForwardInput, predicted: &Tensor) -> Result<()> {
+        let arguments = [Data(logits), Float(input.inverse_temperature), Data(&input.keys), Data(predicted)];
+        // SAFETY: no argument is an index.
+        unsafe { self.sample.launch(&self.input_sizes(input)?, &arguments) }
     }
 
-    /// `mixed [T, heads x head_dim]`: the attention of the queries of `qkv [T, qkv]` over what each sees of the layer's cache.
-    /// Plain queries and keys are normed (where the model does) and rotated, and keys and values put into the cache; the
-    /// rotated queries may take the place of the plain ones.
+    /// `attn_out [T, heads x head_dim]`: attention of the queries in `qkv [T, qkv]` over what each
+    /// sees of the layer's cache. Plain queries and keys are first normed (if the model does so)
+    /// and rotated, and keys and values go to the cache; the rotated queries may overwrite the
+    /// plain ones.
     pub fn attention(
         &self,
         queries: Queries,
         qkv: &Tensor,
-        places: &Places,
+        input: &ForwardInput,
         layer: &LayerCache<'_>,
-        mixed: &Tensor,
+        attn_out: &Tensor,
     ) -> Result<()> {
-        let Places { row, slot, position, visible, tile_row, tile_token, tile_length, tile_window } = places;
-        let (query_norm, key_norm) = (layer.norms.map(|norms| &norms.0), layer.norms.map(|norms| &norms.1));
-        let rotation = [Data(&layer.table.0), Data(&layer.table.1), MaybeData(query_norm), MaybeData(key_norm)];
-        let cache = [Data(layer.keys), Data(layer.values), Int(layer.capacity as i32)];
-        let by_itself = matches!(queries, Queries::Plain) && row.numel() <= SMALL_STEP;
-        if matches!(queries, Queries::Plain) && !by_itself {
-            let places = [qkv, row, slot, position].map(Data);
-            let arguments = [&places[..], &rotation, &cache].concat();
-            // SAFETY: as declared in the source; whoever made the places keeps slots and positions within the capacity.
-            unsafe { self.rotate_and_cache.launch([row.numel(), 1], 256, &arguments)? };
+        let sizes = self.input_sizes(input)?;
+        if self.shape.query_key_norm != layer.norms.is_some() {
+            return Err(Error::internal("the norms of queries and keys are missing or too much"));
         }
-        let tiles = [tile_row, tile_token, tile_length, tile_window, slot, visible, mixed].map(Data);
-        let arguments = [&[Data(qkv)], &cache[..2], &tiles, &cache[2..], &rotation, &[Data(position)]].concat();
-        let kernel = if by_itself { &self.rotate_and_attend } else { &self.attention };
-        // SAFETY: as above.
-        unsafe { kernel.launch([tile_row.numel(), self.shape.kv_heads], self.shape.attention_warps() * 32, &arguments) }
+        let tokens = token_arguments(input);
+        let (rope, norms, cache) = (layer.rope(), layer.norms(), layer.cache());
+        let is_plain = matches!(queries, Queries::Plain);
+        let rotates = is_plain && sizes.tokens <= MAX_SMALL_STEP_TOKENS;
+        if is_plain && !rotates {
+            let arguments = [&[Data(qkv)], &tokens[..], &rope, &norms, &cache].concat();
+            // SAFETY: the input's rows, slots and positions are those of the cache.
+            unsafe { self.rotate_and_cache.launch(&sizes, &arguments)? };
+        }
+        let ForwardInput { tile_row, tile_first_token, tile_length, tile_window, .. } = input;
+        let tiles = [tile_row, tile_first_token, tile_length, tile_window].map(Data);
+        let arguments = [&[Data(qkv)], &tokens[..], &tiles, &rope, &norms, &cache, &[Data(attn_out)]].concat();
+        let kernel = if rotates { &self.rotate_and_attend } else { &self.attention };
+        // SAFETY: the same, and the input's tiles lie within one row's tokens, and are no longer
+        // than `tile_tokens`.
+        unsafe { kernel.launch(&sizes, &arguments) }
+    }
+}
+
+fn token_arguments(input: &ForwardInput) -> [Argument<'_>; 4] {
+    [&input.row, &input.slot, &input.position, &input.visible].map(Data)
+}
+
+impl LayerCache<'_> {
+    fn rope(&self) -> [Argument<'_>; 2] {
+        [Data(&self.rope_table.0), Data(&self.rope_table.1)]
+    }
+
+    fn norms(&self) -> [Argument<'_>; 2] {
+        [Optional(self.norms.map(|norms| &norms.0)), Optional(self.norms.map(|norms| &norms.1))]
+    }
+
+    fn cache(&self) -> [Argument<'_>; 2] {
+        [Data(self.keys), Data(self.values)]
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cuda::launch::tests::assert_declared;
+    use crate::cuda::nvrtc::compile;
 
     #[test]
     fn the_kernels_compile_for_every_kind_of_model_without_a_gpu() {
@@ -351,10 +574,22 @@ mod tests {
         // GPUs differ in the shared memory that tokens are copied to.
         let gpus = [(8, 0), (8, 6), (12, 0)].map(|capability| (small, capability));
         for (shape, capability) in [(small, (9, 0)), (qwen3, (9, 0)), (tiny, (9, 0))].into_iter().chain(gpus) {
-            assert!(shape.is_supported());
-            let code = machine_code(&shape, capability).unwrap();
-            assert!(code.starts_with(b"\x7fELF"), "{shape:?} {capability:?}");
+            assert!(supports(&shape));
+            let code = compile(SOURCE, capability, &macros(&shape, capability)).unwrap();
+            assert!(code.is_elf(), "{shape:?} {capability:?}");
         }
-        assert!(!KernelShape { head_dim: 80, ..small }.is_supported());
+        assert!(!supports(&KernelShape { head_dim: 80, ..small }));
+    }
+
+    #[test]
+    fn the_signatures_are_those_of_the_source() {
+        let fused = [FUSED_QKV, FUSED_QKV_ROTATED, FUSED_OUTPUT, FUSED_GATE_UP, FUSED_DOWN, FUSED_SAMPLE];
+        let others = [EMBED, ARGMAX_OF_BLOCKS, ADD_RMS_NORM, SWIGLU, SAMPLE];
+        let attention = [ROTATE_AND_CACHE, ATTENTION, ROTATE_AND_ATTEND];
+        for signature in fused.iter().chain(&others).chain(&attention) {
+            assert_declared(SOURCE, signature);
+        }
+        let num_kernels = SOURCE.matches("FUSED_KERNEL fused").count() + SOURCE.matches("\"C\" __global__").count() - 1;
+        assert_eq!(num_kernels, fused.len() + others.len() + attention.len(), "a kernel has no signature");
     }
 }

@@ -1,14 +1,32 @@
-//! The safe face of `csrc/` and of what libtorch has but tch lacks: the only room with `unsafe`.
+//! CUDA kernels, graphs and collectives, and the few functions of libtorch that tch lacks: the safe
+//! side of `csrc/`.
+//!
+//! This module alone may use `unsafe`, and no function that it offers relies on its caller for
+//! memory safety, with one exception ([`graph_runner::GraphRunner::launch`]). What makes that true:
+//!
+//! - [`launch`]: a kernel has a declared signature. Every launch checks the device, type,
+//!   contiguity, alignment and size of its tensors. Forwards that are captured in graphs are
+//!   checked once, at the capture.
+//! - Indices inside tensors, which only the data could violate, come in types that check them where
+//!   the host writes them: [`forward_input::InputWriter`] for decoding,
+//!   [`attention::AttentionMask`], [`train::Labels`] and [`train::TargetRows`] for training.
+//! - A graph keeps addresses, so [`graph_runner::GraphRunner`] owns the buffers and graphs of
+//!   forwards and waits before it touches pinned memory that a copy may still use.
+//!
+//! Kernels know no model: a [`shape::KernelShape`] says what they are compiled for.
 #![allow(unsafe_code)]
 
-pub mod attention;
-pub mod block_mask;
-pub mod collectives;
-pub mod decode;
-pub mod graphs;
+pub(crate) mod attention;
+pub(crate) mod block_mask;
+pub(crate) mod collectives;
+pub(crate) mod decode;
+pub(crate) mod forward_input;
+pub(crate) mod graph_runner;
+pub(crate) mod graphs;
+mod launch;
 pub mod libtorch;
-pub mod nvrtc;
-pub mod shape;
+pub(crate) mod nvrtc;
+pub(crate) mod shape;
 pub mod train;
 
 use libtorch::{checked, pointer};

@@ -1,66 +1,263 @@
 //! The kernels of a training step (csrc/train.cu), compiled for one model's shape.
 
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
-use super::nvrtc::{Argument, Kernel, Module};
+use super::launch::{Argument, Kernel, Param, Signature, bf16, count, float, float32, int, int64, nullable};
+use super::nvrtc::{Macros, Module};
 use super::shape::KernelShape;
-use crate::Result;
-use Argument::{Data, Float, Int, MaybeData};
+use crate::{Error, Result};
+use Argument::{Float, Int, Optional, Tensor as Data};
 
 const SOURCE: &str = concat!(include_str!("../../csrc/bf16.cuh"), include_str!("../../csrc/train.cu"));
 /// Threads of a block where each takes 8 neighbouring values.
 const THREADS: usize = 256;
 /// Blocks that share the rows of a norm's backward: two for each multiprocessor of an H100.
-const NORM_BLOCKS: usize = 264;
-/// Threads of a row of logits.
+const MAX_NORM_BLOCKS: usize = 264;
+/// Threads of a block that goes over a row of logits.
 const LOGITS_THREADS: usize = 512;
+/// A block has a thread for every 8 values of a token.
+const MAX_HIDDEN: usize = 1024 * 8;
 
-/// Kernels of one shape on one device. Tensors are contiguous, bf16 unless said; `T` tokens.
-pub struct TrainKernels {
-    shape: KernelShape,
-    norm: Kernel,
-    norm_backward: Kernel,
-    gate: Kernel,
-    gate_backward: Kernel,
-    rotate: Kernel,
-    log_sum: Kernel,
-    divergence: Kernel,
-    cross_entropy: Kernel,
+/// A divergence between the distributions of a target and a student.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Divergence {
+    /// KL(target || student).
+    ForwardKl,
+    /// KL(student || target).
+    ReverseKl,
+    JensenShannon,
 }
 
-/// Logits of some rows `[rows, vocab]`, and the logarithms of the sums of their exponentials, float32 `[rows]`.
+fn macros(shape: &KernelShape) -> Macros {
+    let mut macros = shape.macros();
+    let kinds = [
+        ("FORWARD_KL", Divergence::ForwardKl),
+        ("REVERSE_KL", Divergence::ReverseKl),
+        ("JENSEN_SHANNON", Divergence::JensenShannon),
+    ];
+    macros.extend(kinds.map(|(name, kind)| (name, (kind as i32).to_string())));
+    macros
+}
+
+/// What the sizes of the kernels' arguments depend on. What a kernel does not use is 0.
+#[derive(Clone, Copy)]
+struct Sizes {
+    shape: KernelShape,
+    /// Tokens, or rows of a student's logits.
+    rows: usize,
+    /// Rows of a target's logits.
+    target_rows: usize,
+}
+
+fn num_norm_blocks(sizes: &Sizes) -> usize {
+    MAX_NORM_BLOCKS.min(sizes.rows)
+}
+
+fn norm_threads(sizes: &Sizes) -> usize {
+    (sizes.shape.hidden / 8).next_multiple_of(32)
+}
+
+const X: Param<Sizes> = bf16("x", |s| s.rows * s.shape.hidden);
+const WEIGHT: Param<Sizes> = bf16("weight", |s| s.shape.hidden);
+const LOGITS: Param<Sizes> = bf16("logits", |s| s.rows * s.shape.vocab);
+const LOGSUMEXPS: Param<Sizes> = float32("logsumexps", |s| s.rows);
+const OUT: Param<Sizes> = float32("out", |s| s.rows);
+const NUM_TOKENS: Param<Sizes> = count("tokens", |s| s.rows);
+
+const RMS_NORM: Signature<Sizes> = Signature {
+    name: "rms_norm",
+    grid: |s| [s.rows, 1],
+    threads: norm_threads,
+    params: &[&[X, WEIGHT, bf16("out", |s| s.rows * s.shape.hidden)]],
+};
+const RMS_NORM_BACKWARD: Signature<Sizes> = Signature {
+    name: "rms_norm_backward",
+    grid: |s| [num_norm_blocks(s), 1],
+    threads: norm_threads,
+    params: &[&[
+        X,
+        WEIGHT,
+        bf16("d_out", |s| s.rows * s.shape.hidden),
+        bf16("d_residual", |s| s.rows * s.shape.hidden),
+        bf16("d_x", |s| s.rows * s.shape.hidden),
+        float32("d_weight_partial", |s| num_norm_blocks(s) * s.shape.hidden),
+        count("rows", |s| s.rows),
+    ]],
+};
+const SWIGLU: Signature<Sizes> = Signature {
+    name: "swiglu",
+    grid: |s| [(s.rows * s.shape.ffn / 8).div_ceil(THREADS), 1],
+    threads: |_| THREADS,
+    params: &[&[bf16("gate_up", |s| s.rows * 2 * s.shape.ffn), bf16("inner", |s| s.rows * s.shape.ffn), NUM_TOKENS]],
+};
+const SWIGLU_BACKWARD: Signature<Sizes> = Signature {
+    name: "swiglu_backward",
+    params: &[&[bf16("gate_up", |s| s.rows * 2 * s.shape.ffn), bf16("d_inner", |s| s.rows * s.shape.ffn), NUM_TOKENS]],
+    ..SWIGLU
+};
+const ROTATE: Signature<Sizes> = Signature {
+    name: "rotate",
+    // A thread takes 8 pairs of a query's or key's head.
+    grid: |s| [(s.rows * (s.shape.heads + s.shape.kv_heads) * s.shape.head_dim / 16).div_ceil(THREADS), 1],
+    threads: |_| THREADS,
+    params: &[&[
+        bf16("qkv", |s| s.rows * s.shape.qkv()),
+        float32("cosines", |s| s.rows * s.shape.head_dim / 2),
+        float32("sines", |s| s.rows * s.shape.head_dim / 2),
+        float("sign"),
+        NUM_TOKENS,
+    ]],
+};
+const LOGSUMEXP: Signature<Sizes> =
+    Signature { name: "logsumexp", grid: |s| [s.rows, 1], threads: |_| LOGITS_THREADS, params: &[&[LOGITS, OUT]] };
+const DIVERGENCE: Signature<Sizes> = Signature {
+    name: "divergence",
+    grid: |s| [s.rows, 1],
+    threads: |_| LOGITS_THREADS,
+    params: &[&[
+        LOGITS,
+        LOGSUMEXPS,
+        bf16("targets", |s| s.target_rows * s.shape.vocab),
+        float32("target_logsumexps", |s| s.target_rows),
+        int64("target_rows", |s| s.rows),
+        int("kind"),
+        float("scale"),
+        OUT,
+    ]],
+};
+const CROSS_ENTROPY: Signature<Sizes> = Signature {
+    name: "cross_entropy",
+    grid: |s| [s.rows, 1],
+    threads: |_| LOGITS_THREADS,
+    params: &[&[
+        LOGITS,
+        LOGSUMEXPS,
+        int64("labels", |s| s.rows),
+        float("scale"),
+        nullable(bf16("teacher", |s| s.rows * s.shape.vocab)),
+        nullable(float32("teacher_logsumexps", |s| s.rows)),
+        float("teacher_scale"),
+        OUT,
+        nullable(float32("teacher_out", |s| s.rows)),
+    ]],
+};
+
+/// Kernels of one shape on one device. Tensors are contiguous, bfloat16 unless said otherwise; `T`
+/// is the number of tokens.
+pub struct TrainKernels {
+    shape: KernelShape,
+    rms_norm: Kernel<Sizes>,
+    rms_norm_backward: Kernel<Sizes>,
+    swiglu: Kernel<Sizes>,
+    swiglu_backward: Kernel<Sizes>,
+    rotate: Kernel<Sizes>,
+    logsumexp: Kernel<Sizes>,
+    divergence: Kernel<Sizes>,
+    cross_entropy: Kernel<Sizes>,
+}
+
+/// Logits `[rows, vocab]` with the logsumexp of each row, float32 `[rows]`.
 pub struct Logits {
-    /// The logits; those of a student become their own gradient.
-    pub values: Tensor,
-    log_sums: Tensor,
+    values: Tensor,
+    logsumexps: Tensor,
+}
+
+/// The row of a target's logits for each row of a student.
+pub struct TargetRows {
+    /// int64, each below `bound`.
+    rows: Tensor,
+    bound: usize,
+}
+
+/// The token that each row of logits should predict; negative for none.
+pub struct Labels {
+    /// int64; each is negative or below `vocab`.
+    ids: Tensor,
+    vocab: usize,
+}
+
+impl Logits {
+    /// The logits, or their gradient once a loss has replaced them.
+    pub fn values(&self) -> &Tensor {
+        &self.values
+    }
+
+    fn num_rows(&self) -> usize {
+        self.logsumexps.numel()
+    }
+
+    /// The leading rows, at most as many as there are.
+    fn leading(&self, num_rows: usize) -> Result<(Tensor, Tensor)> {
+        self.narrow(0, num_rows)
+    }
+
+    fn narrow(&self, first: usize, num_rows: usize) -> Result<(Tensor, Tensor)> {
+        let part = |tensor: &Tensor| tensor.f_narrow(0, first as i64, num_rows as i64);
+        Ok((part(&self.values)?, part(&self.logsumexps)?))
+    }
+}
+
+impl TargetRows {
+    /// Rows of logits that have `num_rows`.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] for a row that such logits do not have, else [`Error::Torch`].
+    pub fn new(rows: &[i64], num_rows: usize, device: Device) -> Result<Self> {
+        if let Some(row) = rows.iter().find(|row| !(0..num_rows as i64).contains(row)) {
+            return Err(Error::internal(format!("row {row} of {num_rows} rows of logits as a target")));
+        }
+        Ok(TargetRows { rows: Tensor::f_from_slice(rows)?.f_to_device(device)?, bound: num_rows })
+    }
+
+    /// For each row of a student the target's row of the same index.
+    ///
+    /// # Errors
+    /// [`Error::Torch`].
+    pub fn identity(num_rows: usize, device: Device) -> Result<Self> {
+        Ok(TargetRows { rows: Tensor::f_arange(num_rows as i64, (Kind::Int64, device))?, bound: num_rows })
+    }
+}
+
+impl Labels {
+    /// # Errors
+    /// [`Error::Internal`] for an id that the vocabulary does not have, else [`Error::Torch`].
+    pub fn new(ids: &[i64], vocab: usize, device: Device) -> Result<Self> {
+        // Kernels read the low 32 bits.
+        let is_valid = |id: i64| i32::try_from(id).is_ok_and(|id| i64::from(id) < vocab as i64);
+        if let Some(id) = ids.iter().find(|id| !is_valid(**id)) {
+            return Err(Error::internal(format!("label {id} in a vocabulary of {vocab} tokens")));
+        }
+        Ok(Labels { ids: Tensor::f_from_slice(ids)?.f_to_device(device)?, vocab })
+    }
 }
 
 impl TrainKernels {
-    /// Whether the kernels can compute it: they take 8 values at a time, a row of the residual stream in a block.
+    /// Whether the kernels can compute a model: they take 8 values at a time, and a token in a
+    /// block.
     pub fn supports(shape: &KernelShape) -> bool {
         let sizes = [shape.hidden, shape.ffn, shape.vocab];
         sizes.iter().all(|size| size.is_multiple_of(8))
-            && shape.hidden <= 8192
+            && shape.hidden <= MAX_HIDDEN
             && [64, 128].contains(&shape.head_dim)
             && !shape.query_key_norm
     }
 
-    /// Compiles and loads them.
+    /// Compiles and loads the kernels.
     ///
     /// # Errors
-    /// [`crate::Error::Torch`] with the words of the compiler or the driver.
+    /// [`Error::Torch`] with the message of the compiler or the driver.
     pub fn new(device: usize, shape: KernelShape) -> Result<Self> {
-        let module = Module::compiled(device, SOURCE, &shape.macros())?;
-        let named = |name: &str| module.kernel(name, 0, false);
+        let module = Module::compiled(device, SOURCE, &macros(&shape))?;
+        let kernel = |signature| Kernel::new(&module, signature, "", 0, false);
         Ok(TrainKernels {
-            norm: named("rms_norm")?,
-            norm_backward: named("rms_norm_backward")?,
-            gate: named("gate")?,
-            gate_backward: named("gate_backward")?,
-            rotate: named("rotate")?,
-            log_sum: named("log_sum")?,
-            divergence: named("divergence")?,
-            cross_entropy: named("cross_entropy")?,
+            rms_norm: kernel(&RMS_NORM)?,
+            rms_norm_backward: kernel(&RMS_NORM_BACKWARD)?,
+            swiglu: kernel(&SWIGLU)?,
+            swiglu_backward: kernel(&SWIGLU_BACKWARD)?,
+            rotate: kernel(&ROTATE)?,
+            logsumexp: kernel(&LOGSUMEXP)?,
+            divergence: kernel(&DIVERGENCE)?,
+            cross_entropy: kernel(&CROSS_ENTROPY)?,
             shape,
         })
     }
@@ -68,16 +265,16 @@ impl TrainKernels {
     /// RMS norm of `x [T, hidden]`.
     ///
     /// # Errors
-    /// [`crate::Error::Torch`], here and below.
+    /// [`Error::Internal`] if a tensor does not fit, else [`Error::Torch`]; here and below.
     pub fn rms_norm(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
         let out = x.f_empty_like()?;
-        // SAFETY: as declared in the source; a row of x is HIDDEN wide.
-        unsafe { self.norm.launch([self.rows(x), 1], self.norm_threads(), &[Data(x), Data(weight), Data(&out)])? };
+        // SAFETY: no argument is an index.
+        unsafe { self.rms_norm.launch(&self.tokens_of(x), &[Data(x), Data(weight), Data(&out)])? };
         Ok(out)
     }
 
-    /// Adds to `d_residual [T, hidden]` what follows from `d_out` for the input `x` of a norm; the weight's gradient, float32
-    /// `[hidden]`, is returned.
+    /// Adds to `d_residual [T, hidden]` the gradient that `d_out` gives the input `x` of a norm.
+    /// Returns the gradient of the weight, float32 `[hidden]`.
     pub fn rms_norm_backward(
         &self,
         x: &Tensor,
@@ -85,147 +282,165 @@ impl TrainKernels {
         d_out: &Tensor,
         d_residual: &Tensor,
     ) -> Result<Tensor> {
-        let rows = self.rows(x);
-        assert!(self.rows(d_out) == rows && self.rows(d_residual) == rows);
-        let blocks = NORM_BLOCKS.min(rows);
-        let parts = Tensor::f_empty([blocks as i64, self.shape.hidden as i64], (Kind::Float, x.device()))?;
-        let tensors = [x, weight, d_out, d_residual, d_residual, &parts].map(Data);
-        let arguments = [&tensors[..], &[Int(rows as i32)]].concat();
-        // SAFETY: as declared in the source, sizes just checked.
-        unsafe { self.norm_backward.launch([blocks, 1], self.norm_threads(), &arguments)? };
-        Ok(parts.f_sum_dim_intlist(0, false, Kind::Float)?)
+        let sizes = self.tokens_of(x);
+        let partial_size = [num_norm_blocks(&sizes) as i64, self.shape.hidden as i64];
+        let partial = Tensor::f_empty(partial_size, (Kind::Float, x.device()))?;
+        let arguments = [x, weight, d_out, d_residual, d_residual, &partial].map(Data);
+        // SAFETY: no argument is an index.
+        unsafe { self.rms_norm_backward.launch(&sizes, &arguments)? };
+        Ok(partial.f_sum_dim_intlist(0, false, Kind::Float)?)
     }
 
-    /// `silu(gate) * up [T, ffn]` of `[T, 2 ffn]`.
+    /// `silu(gate) * up [T, ffn]` of `gate_up [T, 2 ffn]`.
     pub fn swiglu(&self, gate_up: &Tensor) -> Result<Tensor> {
-        let tokens = gate_up.size()[0];
-        assert_eq!(gate_up.numel(), tokens as usize * 2 * self.shape.ffn);
-        let inner = Tensor::f_empty([tokens, self.shape.ffn as i64], (Kind::BFloat16, gate_up.device()))?;
-        let arguments = [Data(gate_up), Data(&inner), Int(tokens as i32)];
-        // SAFETY: as declared in the source, sizes just checked.
-        unsafe { self.gate.launch([(inner.numel() / 8).div_ceil(THREADS), 1], THREADS, &arguments)? };
+        let sizes = self.sizes(gate_up.numel() / (2 * self.shape.ffn));
+        let inner_size = [sizes.rows as i64, self.shape.ffn as i64];
+        let inner = Tensor::f_empty(inner_size, (Kind::BFloat16, gate_up.device()))?;
+        // SAFETY: no argument is an index.
+        unsafe { self.swiglu.launch(&sizes, &[Data(gate_up), Data(&inner)])? };
         Ok(inner)
     }
 
-    /// In place: `gate_up [T, 2 ffn]` becomes its gradient, and `d_inner [T, ffn]`, the gradient of the result, the result.
+    /// In place: `gate_up [T, 2 ffn]` becomes its gradient, and `d_inner [T, ffn]`, the gradient of
+    /// [`Self::swiglu`]'s result, becomes that result.
     pub fn swiglu_backward(&self, gate_up: &Tensor, d_inner: &Tensor) -> Result<()> {
-        let tokens = gate_up.size()[0];
-        assert_eq!((gate_up.numel(), d_inner.numel() * 2), (tokens as usize * 2 * self.shape.ffn, gate_up.numel()));
-        let arguments = [Data(gate_up), Data(d_inner), Int(tokens as i32)];
-        // SAFETY: as declared in the source, sizes just checked.
-        unsafe { self.gate_backward.launch([(d_inner.numel() / 8).div_ceil(THREADS), 1], THREADS, &arguments) }
+        let sizes = self.sizes(gate_up.numel() / (2 * self.shape.ffn));
+        // SAFETY: no argument is an index.
+        unsafe { self.swiglu_backward.launch(&sizes, &[Data(gate_up), Data(d_inner)]) }
     }
 
-    /// Rotates the queries and keys of `qkv [T, (heads + 2 kv_heads) head_dim]` in place by angles whose cosines and sines,
-    /// float32 `[T, head_dim / 2]`, are given; or back.
-    pub fn rotate(&self, qkv: &Tensor, (cos, sin): (&Tensor, &Tensor), back: bool) -> Result<()> {
-        let KernelShape { heads, kv_heads, head_dim, .. } = self.shape;
-        let tokens = qkv.size()[0] as usize;
-        assert_eq!(qkv.numel(), tokens * (heads + 2 * kv_heads) * head_dim);
-        assert!([cos, sin].iter().all(|angles| angles.numel() == tokens * head_dim / 2));
-        let sign = if back { -1.0 } else { 1.0 };
-        let arguments = [Data(qkv), Data(cos), Data(sin), Float(sign), Int(tokens as i32)];
-        let work = tokens * (heads + kv_heads) * head_dim / 16;
-        // SAFETY: as declared in the source, sizes just checked.
-        unsafe { self.rotate.launch([work.div_ceil(THREADS), 1], THREADS, &arguments) }
+    /// Rotates the queries and keys of `qkv [T, (heads + 2 kv_heads) head_dim]` in place, by angles
+    /// with these cosines and sines, float32 `[T, head_dim / 2]`; or `back` by the same angles.
+    pub fn rotate(&self, qkv: &Tensor, (cosines, sines): (&Tensor, &Tensor), back: bool) -> Result<()> {
+        let sizes = self.sizes(qkv.numel() / self.shape.qkv());
+        let sign = Float(if back { -1.0 } else { 1.0 });
+        // SAFETY: no argument is an index.
+        unsafe { self.rotate.launch(&sizes, &[Data(qkv), Data(cosines), Data(sines), sign]) }
     }
 
-    /// Logits `[rows, vocab]` with what their distributions need.
+    /// Prepares logits `[rows, vocab]` for losses.
     pub fn logits(&self, values: Tensor) -> Result<Logits> {
-        let rows = values.numel() / self.shape.vocab;
-        let log_sums = Tensor::f_empty([rows as i64], (Kind::Float, values.device()))?;
-        // SAFETY: as declared in the source; a row is VOCAB wide.
-        unsafe { self.log_sum.launch([rows, 1], LOGITS_THREADS, &[Data(&values), Data(&log_sums)])? };
-        Ok(Logits { values, log_sums })
+        let sizes = self.sizes(values.numel() / self.shape.vocab);
+        let logsumexps = Tensor::f_empty([sizes.rows as i64], (Kind::Float, values.device()))?;
+        // SAFETY: no argument is an index.
+        unsafe { self.logsumexp.launch(&sizes, &[Data(&values), Data(&logsumexps)])? };
+        Ok(Logits { values, logsumexps })
     }
 
-    /// The divergence of each of `count` rows of a student from `first` on from the target's row of `target_rows` (int64
-    /// `[count]`): float32 `[count]`. The student's logits become the gradient, times `scale`. `kind`: 0 for KL(target ||
-    /// student), 1 for KL(student || target), 2 for Jensen-Shannon. Targets may be other rows of the same logits.
+    /// The divergence of rows of a student, from `first` on, from rows of a target: float32, one
+    /// for each of `target_rows`. The student's logits become the gradient, times `scale`. The
+    /// target may be other rows of the same logits.
     pub fn divergence(
         &self,
-        student: &Logits,
-        (first, count): (i64, i64),
-        target: &Logits,
-        target_rows: &Tensor,
-        kind: i32,
+        (student, first): (&Logits, usize),
+        (target, target_rows): (&Logits, &TargetRows),
+        divergence: Divergence,
         scale: f64,
     ) -> Result<Tensor> {
-        assert_eq!(target_rows.numel() as i64, count);
-        let out = Tensor::f_empty([count], (Kind::Float, target_rows.device()))?;
-        let own = [student.values.f_narrow(0, first, count)?, student.log_sums.f_narrow(0, first, count)?];
-        let tensors = [&own[0], &own[1], &target.values, &target.log_sums, target_rows].map(Data);
-        let arguments = [&tensors[..], &[Int(kind), Float(scale as f32), Data(&out)]].concat();
-        // SAFETY: as declared in the source; whoever made the rows keeps them within the target's.
-        unsafe { self.divergence.launch([count as usize, 1], LOGITS_THREADS, &arguments)? };
+        if target_rows.bound > target.num_rows() {
+            return Err(Error::internal("target rows of other logits"));
+        }
+        let num_rows = target_rows.rows.numel();
+        let sizes = Sizes { target_rows: target.num_rows(), ..self.sizes(num_rows) };
+        let (logits, logsumexps) = student.narrow(first, num_rows)?;
+        let out = Tensor::f_empty([num_rows as i64], (Kind::Float, logits.device()))?;
+        let tensors = [&logits, &logsumexps, &target.values, &target.logsumexps, &target_rows.rows];
+        let rest = [Int(divergence as i32), Float(scale as f32), Data(&out)];
+        // SAFETY: every target row is one of the target's.
+        unsafe { self.divergence.launch(&sizes, &[&tensors.map(Data)[..], &rest].concat())? };
         Ok(out)
     }
 
-    /// Cross-entropy of `labels` (int64 `[count]`, negative for none) with as many leading rows of a student, and with a teacher's logits of the
-    /// same rows also KL(teacher || student): float32 `[count]` each. The student's logits become the gradient of both, each
-    /// times its scale.
+    /// Cross-entropy of the labels with the leading rows of a student, one row for each label; and,
+    /// with a teacher's logits of the same rows, KL(teacher || student): float32 each. The
+    /// student's logits become the gradient of both, each times its own scale.
     pub fn cross_entropy(
         &self,
         student: &Logits,
-        labels: &Tensor,
+        labels: &Labels,
         scale: f64,
         teacher: Option<(&Logits, f64)>,
     ) -> Result<(Tensor, Option<Tensor>)> {
-        let count = labels.numel() as i64;
-        let empty = || Tensor::f_empty([count], (Kind::Float, labels.device()));
+        if labels.vocab > self.shape.vocab {
+            return Err(Error::internal("labels of another vocabulary"));
+        }
+        let num_rows = labels.ids.numel();
+        let empty = || Tensor::f_empty([num_rows as i64], (Kind::Float, student.values.device()));
         let (out, teacher_out) = (empty()?, teacher.is_some().then(empty).transpose()?);
-        let rows = |logits: &Logits| assert!(logits.log_sums.numel() as i64 >= count);
-        rows(student);
-        teacher.iter().for_each(|(teacher, _)| rows(teacher));
+        let (logits, logsumexps) = student.leading(num_rows)?;
+        let teacher_scale = teacher.map_or(0.0, |(_, scale)| scale);
+        let teacher = teacher.map(|(teacher, _)| teacher.leading(num_rows)).transpose()?;
         let arguments = [
-            Data(&student.values),
-            Data(&student.log_sums),
-            Data(labels),
+            Data(&logits),
+            Data(&logsumexps),
+            Data(&labels.ids),
             Float(scale as f32),
-            MaybeData(teacher.map(|(teacher, _)| &teacher.values)),
-            MaybeData(teacher.map(|(teacher, _)| &teacher.log_sums)),
-            Float(teacher.map_or(0.0, |(_, scale)| scale) as f32),
+            Optional(teacher.as_ref().map(|teacher| &teacher.0)),
+            Optional(teacher.as_ref().map(|teacher| &teacher.1)),
+            Float(teacher_scale as f32),
             Data(&out),
-            MaybeData(teacher_out.as_ref()),
+            Optional(teacher_out.as_ref()),
         ];
-        // SAFETY: as declared in the source, sizes just checked; labels are ids of the vocabulary or negative.
-        unsafe { self.cross_entropy.launch([count as usize, 1], LOGITS_THREADS, &arguments)? };
+        // SAFETY: `Labels` holds ids of the vocabulary, or negative numbers, which the kernel
+        // skips. The three pointers of the teacher are null together.
+        unsafe { self.cross_entropy.launch(&self.sizes(num_rows), &arguments)? };
         Ok((out, teacher_out))
     }
 
-    fn rows(&self, x: &Tensor) -> usize {
-        assert!(x.numel().is_multiple_of(self.shape.hidden));
-        x.numel() / self.shape.hidden
+    fn sizes(&self, rows: usize) -> Sizes {
+        Sizes { shape: self.shape, rows, target_rows: 0 }
     }
 
-    fn norm_threads(&self) -> usize {
-        (self.shape.hidden / 8).next_multiple_of(32)
+    fn tokens_of(&self, x: &Tensor) -> Sizes {
+        self.sizes(x.numel() / self.shape.hidden)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cuda::launch::tests::assert_declared;
     use crate::cuda::nvrtc::compile;
+
+    const SMALL: KernelShape = KernelShape {
+        hidden: 576,
+        heads: 9,
+        kv_heads: 3,
+        head_dim: 64,
+        ffn: 1536,
+        vocab: 49152,
+        eps: 1e-5,
+        query_key_norm: false,
+    };
 
     #[test]
     fn the_kernels_compile_without_a_gpu() {
-        let small = KernelShape {
-            hidden: 576,
-            heads: 9,
-            kv_heads: 3,
-            head_dim: 64,
-            ffn: 1536,
-            vocab: 49152,
-            eps: 1e-5,
-            query_key_norm: false,
-        };
         let large =
-            KernelShape { hidden: 4096, heads: 32, kv_heads: 8, head_dim: 128, ffn: 11008, vocab: 32000, ..small };
-        for shape in [small, large] {
+            KernelShape { hidden: 4096, heads: 32, kv_heads: 8, head_dim: 128, ffn: 11008, vocab: 32000, ..SMALL };
+        for shape in [SMALL, large] {
             assert!(TrainKernels::supports(&shape));
-            assert!(compile(SOURCE, (9, 0), &shape.macros()).unwrap().starts_with(b"\x7fELF"));
+            assert!(compile(SOURCE, (9, 0), &macros(&shape)).unwrap().is_elf());
         }
-        assert!(!TrainKernels::supports(&KernelShape { head_dim: 96, ..small }));
+        assert!(!TrainKernels::supports(&KernelShape { head_dim: 96, ..SMALL }));
+    }
+
+    #[test]
+    fn the_signatures_are_those_of_the_source() {
+        let logits = [LOGSUMEXP, DIVERGENCE, CROSS_ENTROPY];
+        let signatures = [RMS_NORM, RMS_NORM_BACKWARD, SWIGLU, SWIGLU_BACKWARD, ROTATE];
+        for signature in signatures.iter().chain(&logits) {
+            assert_declared(SOURCE, signature);
+        }
+        let num_kernels = SOURCE.matches("\"C\" __global__").count();
+        assert_eq!(num_kernels, signatures.len() + logits.len(), "a kernel has no signature");
+    }
+
+    #[test]
+    fn rows_and_labels_that_do_not_exist_are_refused() {
+        let refused = |rows: &[i64]| TargetRows::new(rows, 3, Device::Cpu).is_err();
+        assert!(!refused(&[0, 2, 2]) && refused(&[0, 3]) && refused(&[-1]));
+        assert_eq!(Vec::<i64>::try_from(&TargetRows::identity(3, Device::Cpu).unwrap().rows).unwrap(), [0, 1, 2]);
+        assert!(Labels::new(&[-100, 0, 7], 8, Device::Cpu).is_ok());
+        assert!(Labels::new(&[8], 8, Device::Cpu).is_err() && Labels::new(&[i64::MIN], 8, Device::Cpu).is_err());
     }
 }

@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 use super::packed_batch::PackedBatch;
 use crate::Result;
 use crate::cuda::attention::{AttentionKernels, AttentionMask};
-use crate::cuda::nvrtc::{compute_capability, max_shared_bytes};
+use crate::cuda::nvrtc::compute_capability;
 use crate::cuda::train::TrainKernels;
 use crate::model::{Layer, Linear, ModelConfig, Transformer};
 
@@ -63,10 +63,9 @@ impl CudaBatch {
     pub(super) fn new(batch: &PackedBatch, model: &Transformer) -> Result<Option<Self>> {
         let Device::Cuda(device) = model.device() else { return Ok(None) };
         let shape = model.config().kernel_shape();
-        let available_bytes = max_shared_bytes(compute_capability(device)?);
         if model.kind() != Kind::BFloat16
             || !TrainKernels::supports(&shape)
-            || available_bytes < AttentionKernels::shared_bytes(&shape)
+            || !AttentionKernels::supports(&shape, compute_capability(device)?)
         {
             return Ok(None);
         }
@@ -77,7 +76,7 @@ impl CudaBatch {
         Ok(Some(CudaBatch {
             kernels: TrainKernels::new(device, shape)?,
             attention: AttentionKernels::new(device, shape)?,
-            attention_mask: AttentionMask::new(&padded.attention_ranges, model.device()),
+            attention_mask: AttentionMask::new(&padded.attention_ranges, model.device())?,
             tokens: to_device(&padded.tokens),
             cos_sin: model.rope.cos_sin(&to_device(&padded.positions)),
             num_tokens: num_tokens as i64,

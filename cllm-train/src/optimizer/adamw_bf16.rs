@@ -17,12 +17,12 @@ pub fn step(
     mut exp_avg: Tensor,
     mut exp_avg_sq: Tensor,
 ) -> Result<()> {
-    let AdamW { lr, beta1, beta2, weight_decay, eps, number, scale, skip } = *params;
+    let AdamW { lr, beta1, beta2, weight_decay, eps, step, scale, skip } = *params;
     let gradients = gradients / scale;
     let averaged = |old: &Tensor, beta: f64, new: &Tensor| old.to_kind(Kind::Float) * beta + new * (1.0 - beta);
     let mean = averaged(&exp_avg, beta1, &gradients);
     let mean_square = averaged(&exp_avg_sq, beta2, &gradients.square());
-    let bias_correction = |beta: f64| 1.0 - beta.powi(number as i32);
+    let bias_correction = |beta: f64| 1.0 - beta.powi(step as i32);
     let deviation = (&mean_square / bias_correction(beta2)).sqrt() + eps;
     let updated =
         weights.to_kind(Kind::Float) * (1.0 - lr * weight_decay) - (&mean / deviation) * (lr / bias_correction(beta1));

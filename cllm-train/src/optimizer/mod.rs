@@ -163,7 +163,7 @@ impl OptimizerState {
             beta2: self.settings.beta2,
             weight_decay,
             eps: self.settings.eps,
-            number: update.number,
+            step: update.number,
             scale: &update.scale,
             skip: &update.skip,
         };

@@ -41,7 +41,8 @@ impl Stage<'_> {
         }
     }
 
-    /// Everything that the result depends on. Paths are not part of it (their contents are), nor is the batch size.
+    /// Everything that the result depends on. Paths are not part of it (their contents are), nor is
+    /// the batch size.
     ///
     /// # Errors
     /// Files that cannot be read.
@@ -82,7 +83,7 @@ impl Stage<'_> {
         let folder = self.folder();
         let is_complete = match self {
             Stage::Train(_) => folder.join(SUMMARY_FILE).exists(),
-            _ => Reader::open(folder).is_ok_and(|reader| reader.is_complete()),
+            _ => is_complete_data_set(folder)?,
         };
         let fingerprint = |_| match self {
             Stage::Train(_) => checkpoint::fingerprint(&best_model(folder)),
@@ -91,7 +92,8 @@ impl Stage<'_> {
         is_complete.then_some(()).map(fingerprint).transpose()
     }
 
-    /// Runs the stage, or what is left of it, and returns its summary. With `is_done` its output is complete already.
+    /// Runs the stage, or what is left of it, and returns its summary. With `is_done` its output is
+    /// complete already.
     ///
     /// # Errors
     /// What the stage fails with.
@@ -121,10 +123,20 @@ impl Stage<'_> {
     }
 }
 
-/// The model that a training run hands to the next round: its best checkpoint if validation found one, else the final model.
+/// The model that a training run hands to the next round: its best checkpoint if validation found
+/// one, else the final model.
 pub fn best_model(run: &Path) -> PathBuf {
     let best = run.join("checkpoints/best");
     if best.exists() { best } else { run.join("final") }
+}
+
+/// Whether a folder holds a complete data set. A run that is interrupted while it checks has not
+/// found out.
+fn is_complete_data_set(folder: &Path) -> Result<bool> {
+    match Reader::open(folder) {
+        Err(interrupted @ Error::Interrupted(_)) => Err(interrupted),
+        opened => Ok(opened.is_ok()),
+    }
 }
 
 fn read_json(path: &Path) -> Result<Value> {

@@ -4,20 +4,21 @@
 
 use tch::{Device, Kind, Tensor};
 
-use crate::cuda::decode::{DecodeKernels, LayerCache, Places, Queries, SamplingParams};
+use crate::cuda::decode::{self, DecodeKernels, LayerCache, Queries};
+use crate::cuda::forward_input::{ForwardInput, InputLimits};
 use crate::cuda::libtorch;
 use crate::cuda::nvrtc::compute_capability;
+use crate::cuda::shape::KernelShape;
 use crate::model::{Layer, SlotMove, Transformer};
 use crate::{Error, Result};
 
-/// The attention kernel reads this many slots at a time.
-const SLOTS_PER_READ: usize = 32;
 /// Older GPUs lack bfloat16 arithmetic in their tensor cores.
 const MIN_COMPUTE_CAPABILITY: u32 = 8;
 
 pub(super) struct CudaModel<'m> {
     model: &'m Transformer,
     kernels: DecodeKernels,
+    shape: KernelShape,
     /// Cosines and sines of every position.
     rope_table: (Tensor, Tensor),
     /// `[layers, rows, kv_heads, capacity, head_dim]`
@@ -25,24 +26,6 @@ pub(super) struct CudaModel<'m> {
     /// `[layers, rows, kv_heads, head_dim, capacity]`: transposed, as the attention kernel
     /// multiplies them.
     values: Tensor,
-    capacity: usize,
-}
-
-/// The sizes of a forward, padding included.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(super) struct ForwardShape {
-    pub(super) num_tokens: usize,
-    /// A token is sampled after each of this many leading tokens.
-    pub(super) num_outputs: usize,
-    pub(super) num_tiles: usize,
-}
-
-/// What a forward reads, on the model's device.
-pub(super) struct ForwardInput {
-    /// int32 `[T]`.
-    pub(super) tokens: Tensor,
-    pub(super) places: Places,
-    pub(super) sampling: SamplingParams,
 }
 
 impl<'m> CudaModel<'m> {
@@ -53,12 +36,12 @@ impl<'m> CudaModel<'m> {
         let (shape, num_layers) = (model.config().kernel_shape(), model.config().num_layers);
         if model.kind() != Kind::BFloat16
             || model.adapters().is_some()
-            || !shape.is_supported()
+            || !decode::supports(&shape)
             || compute_capability(device)?.0 < MIN_COMPUTE_CAPABILITY
         {
             return Ok(None);
         }
-        let capacity = capacity.next_multiple_of(SLOTS_PER_READ);
+        let capacity = capacity.next_multiple_of(decode::SLOTS_PER_READ);
         let zeros = |inner: [usize; 2]| {
             let [rows, kv_heads, outer, inner] = [num_rows, shape.kv_heads, inner[0], inner[1]].map(|size| size as i64);
             Tensor::f_zeros([num_layers, rows, kv_heads, outer, inner], (Kind::BFloat16, model.device()))
@@ -66,21 +49,27 @@ impl<'m> CudaModel<'m> {
         Ok(Some(CudaModel {
             model,
             kernels: DecodeKernels::new(device, shape)?,
+            shape,
             rope_table: model.rope.cos_sin(&Tensor::arange(capacity as i64, (Kind::Float, model.device()))),
             keys: zeros([capacity, shape.head_dim])?,
             values: zeros([shape.head_dim, capacity])?,
-            capacity,
         }))
+    }
+
+    /// What a forward's input may refer to.
+    pub(super) fn input_limits(&self) -> InputLimits {
+        let size = |dimension| self.keys.size()[dimension] as usize;
+        InputLimits { model: self.shape, num_rows: size(1), capacity: size(3) }
     }
 
     /// Maximum number of tokens in a tile, in a forward of `num_tokens`.
     pub(super) fn tile_tokens(&self, num_tokens: usize) -> usize {
-        self.kernels.shape.tile(num_tokens)
+        decode::tile_tokens(&self.shape, num_tokens)
     }
 
     /// Maximum number of tokens that the fused kernels take.
     pub(super) fn max_fused_tokens(&self) -> usize {
-        self.kernels.shape.max_fused_tokens()
+        decode::max_fused_tokens(&self.shape)
     }
 
     /// Copies a row of the cache over another.
@@ -104,9 +93,9 @@ impl<'m> CudaModel<'m> {
     /// each of the leading `num_outputs`: int32 `predicted [num_outputs]`. The fused kernels sample
     /// after every token.
     pub(super) fn forward(&self, input: &ForwardInput, predicted: &Tensor) -> Result<()> {
-        let num_tokens = input.tokens.numel();
+        let num_tokens = input.shape().num_tokens;
         let x = self.empty(num_tokens, self.model.config().hidden_size)?;
-        self.kernels.embed(&self.model.embed_tokens, &input.tokens, &x)?;
+        self.kernels.embed(&self.model.embed_tokens, input, &x)?;
         if num_tokens <= self.max_fused_tokens() {
             self.forward_fused(input, &x, predicted)
         } else {
@@ -117,26 +106,26 @@ impl<'m> CudaModel<'m> {
     /// With few tokens, the time goes into reading the weights. Kernels that fuse norms,
     /// projections and activations read them fastest.
     fn forward_fused(&self, input: &ForwardInput, x: &Tensor, predicted: &Tensor) -> Result<()> {
-        let (kernels, config, num_tokens) = (&self.kernels, self.model.config(), input.tokens.numel());
+        let (kernels, config, num_tokens) = (&self.kernels, self.model.config(), input.shape().num_tokens);
         let heads = |num_heads: i64| self.empty(num_tokens, num_heads * config.head_dim);
         let (qkv, attn_out) = (heads(config.num_heads + 2 * config.num_kv_heads)?, heads(config.num_heads)?);
         let inner = self.empty(num_tokens, config.intermediate_size)?;
         for (index, layer) in self.model.layers.iter().enumerate() {
             let projection = (&layer.qkv_proj.weight, layer.qkv_proj.bias.as_ref());
             self.with_cache(index, layer, |cache| {
-                let queries = kernels.fused_qkv(projection, x, &layer.input_layernorm, &qkv, &input.places, cache)?;
-                kernels.attention(queries, &qkv, &input.places, cache, &attn_out)
+                let queries = kernels.fused_qkv(projection, x, &layer.input_layernorm, &qkv, input, cache)?;
+                kernels.attention(queries, &qkv, input, cache, &attn_out)
             })?;
-            kernels.fused_output(&layer.o_proj.weight, &attn_out, layer.o_proj.bias.as_ref(), x)?;
+            kernels.fused_output((&layer.o_proj.weight, layer.o_proj.bias.as_ref()), &attn_out, x)?;
             kernels.fused_gate_up(&layer.gate_up_proj.weight, x, &layer.post_attention_layernorm, &inner)?;
             kernels.fused_down(&layer.down_proj.weight, &inner, x)?;
         }
-        kernels.fused_sample(self.model.lm_head(), x, &self.model.norm, &input.sampling, predicted)
+        kernels.fused_sample(self.model.lm_head(), x, &self.model.norm, input, predicted)
     }
 
     /// With more tokens, the products take the time, and cuBLAS computes them fastest.
     fn forward_with_cublas(&self, input: &ForwardInput, x: &Tensor, predicted: &Tensor) -> Result<()> {
-        let (kernels, config, num_tokens) = (&self.kernels, self.model.config(), input.tokens.numel());
+        let (kernels, config, num_tokens) = (&self.kernels, self.model.config(), input.shape().num_tokens);
         let attn_out = self.empty(num_tokens, config.num_heads * config.head_dim)?;
         let normed = self.empty(num_tokens, config.hidden_size)?;
         let inner = self.empty(num_tokens, config.intermediate_size)?;
@@ -147,9 +136,7 @@ impl<'m> CudaModel<'m> {
             drop(delta.take());
             let projection = &layer.qkv_proj;
             let qkv = normed.f_linear(&projection.weight, projection.bias.as_ref())?;
-            self.with_cache(index, layer, |cache| {
-                kernels.attention(Queries::Plain, &qkv, &input.places, cache, &attn_out)
-            })?;
+            self.with_cache(index, layer, |cache| kernels.attention(Queries::Plain, &qkv, input, cache, &attn_out))?;
             let projected = attn_out.f_linear(&layer.o_proj.weight, layer.o_proj.bias.as_ref())?;
             kernels.add_rms_norm(x, Some(&projected), &layer.post_attention_layernorm, &normed)?;
             drop(projected);
@@ -167,15 +154,14 @@ impl<'m> CudaModel<'m> {
         let normed = leading(&normed);
         kernels.add_rms_norm(&leading(x), last_delta.as_ref(), &self.model.norm, &normed)?;
         let logits = libtorch::matmul_float32(&normed, self.model.lm_head())?;
-        kernels.sample(&logits, &input.sampling, predicted)
+        kernels.sample(&logits, input, predicted)
     }
 
     fn with_cache(&self, index: usize, layer: &Layer, work: impl FnOnce(&LayerCache<'_>) -> Result<()>) -> Result<()> {
         work(&LayerCache {
             keys: &self.keys.get(index as i64),
             values: &self.values.get(index as i64),
-            capacity: self.capacity,
-            table: &self.rope_table,
+            rope_table: &self.rope_table,
             norms: layer.qk_norm.as_ref(),
         })
     }

@@ -1,0 +1,315 @@
+//! The input of a forward: which tokens it takes and where each belongs in the cache.
+//!
+//! Kernels follow these numbers as indices without checking them, so they are checked here, where
+//! they are written. The host writes all parts into one buffer, which a single copy brings to the
+//! device.
+
+use std::ops::Range;
+
+use tch::Tensor;
+
+use super::decode::{SLOTS_PER_READ, tile_tokens};
+use super::shape::KernelShape;
+use crate::{Error, Result};
+
+/// The sizes of a forward, padding included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct ForwardShape {
+    pub(crate) num_tokens: usize,
+    /// A token is sampled after each of this many leading tokens.
+    pub(crate) num_outputs: usize,
+    /// Maximum number of tiles. A tile is a run of tokens of one row whose attention one thread
+    /// block computes.
+    pub(crate) num_tiles: usize,
+}
+
+/// What the numbers of an input may lead to.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct InputLimits {
+    pub(crate) model: KernelShape,
+    /// Rows of the cache.
+    pub(crate) num_rows: usize,
+    /// Slots of a row, and positions of the table of rotations.
+    pub(crate) capacity: usize,
+}
+
+impl InputLimits {
+    /// # Errors
+    /// [`Error::Internal`] if kernels could not read the last slots of the cache.
+    pub(super) fn check(&self) -> Result<()> {
+        if self.capacity.is_multiple_of(SLOTS_PER_READ) {
+            return Ok(());
+        }
+        Err(Error::internal(format!("the cache has {} slots, no multiple of {SLOTS_PER_READ}", self.capacity)))
+    }
+}
+
+/// A token to forward.
+pub(crate) struct InputToken {
+    pub(crate) id: i32,
+    /// Position that it is rotated to.
+    pub(crate) position: usize,
+    /// The slots of its window that it attends to: bit i stands for the slot i after the window's
+    /// first.
+    pub(crate) visible: u64,
+    /// Key of the noise that the token after it is sampled with, if one is.
+    pub(crate) noise_key: Option<u64>,
+}
+
+/// The parts of an input, as ranges of one buffer of int32.
+pub(crate) struct InputLayout {
+    // Numbers of 64 bits come first, because they need even addresses.
+    pub(crate) visible: Range<usize>,
+    pub(crate) keys: Range<usize>,
+    pub(crate) tokens: Range<usize>,
+    pub(crate) row: Range<usize>,
+    pub(crate) slot: Range<usize>,
+    pub(crate) position: Range<usize>,
+    pub(crate) tile_row: Range<usize>,
+    pub(crate) tile_first_token: Range<usize>,
+    pub(crate) tile_length: Range<usize>,
+    pub(crate) tile_window: Range<usize>,
+}
+
+impl InputLayout {
+    pub(crate) fn new(shape: ForwardShape) -> Self {
+        let ForwardShape { num_tokens, num_outputs, num_tiles } = shape;
+        let mut end = 0;
+        let mut next = |length: usize| {
+            let start = end;
+            end += length;
+            start..end
+        };
+        InputLayout {
+            visible: next(2 * num_tokens),
+            keys: next(2 * num_outputs),
+            tokens: next(num_tokens),
+            row: next(num_tokens),
+            slot: next(num_tokens),
+            position: next(num_tokens),
+            tile_row: next(num_tiles),
+            tile_first_token: next(num_tiles),
+            tile_length: next(num_tiles),
+            tile_window: next(num_tiles),
+        }
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        self.tile_window.end
+    }
+}
+
+/// Writes an input into a buffer of the host. Whatever has been written so far is an input that
+/// kernels can take: all else is padding.
+pub(crate) struct InputWriter<'b> {
+    ints: &'b mut [i32],
+    layout: InputLayout,
+    shape: ForwardShape,
+    limits: InputLimits,
+    tile_tokens: usize,
+    num_tokens: usize,
+    num_tiles: usize,
+}
+
+impl<'b> InputWriter<'b> {
+    /// An input of padding alone. The buffer is as long as the shape's [`InputLayout`].
+    pub(crate) fn new(ints: &'b mut [i32], shape: ForwardShape, limits: InputLimits) -> Self {
+        let layout = InputLayout::new(shape);
+        // Kernels skip the tokens and tiles of row -1.
+        for (part, value) in
+            [(&layout.tokens, 0), (&layout.row, -1), (&layout.slot, 0), (&layout.position, 0), (&layout.tile_row, -1)]
+        {
+            ints[part.clone()].fill(value);
+        }
+        let tile_tokens = tile_tokens(&limits.model, shape.num_tokens);
+        InputWriter { ints, layout, shape, limits, tile_tokens, num_tokens: 0, num_tiles: 0 }
+    }
+
+    /// Adds tokens of a row of the cache. They take the slots from `start` on, and are each other's
+    /// window.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] if a token does not fit the model, the cache or the forward.
+    pub(crate) fn push_row(
+        &mut self,
+        row: usize,
+        start: usize,
+        tokens: impl IntoIterator<Item = InputToken>,
+    ) -> Result<()> {
+        let first = self.num_tokens;
+        for (offset, token) in tokens.into_iter().enumerate() {
+            self.push(row, start + offset, &token)?;
+        }
+        for token in (first..self.num_tokens).step_by(self.tile_tokens) {
+            if self.num_tiles == self.shape.num_tiles {
+                return Err(Error::internal(format!("an input has more tiles than {:?}", self.shape)));
+            }
+            let (layout, index) = (&self.layout, self.num_tiles);
+            self.ints[layout.tile_row.start + index] = row as i32;
+            self.ints[layout.tile_first_token.start + index] = token as i32;
+            self.ints[layout.tile_length.start + index] = self.tile_tokens.min(self.num_tokens - token) as i32;
+            self.ints[layout.tile_window.start + index] = start as i32;
+            self.num_tiles += 1;
+        }
+        Ok(())
+    }
+
+    fn push(&mut self, row: usize, slot: usize, token: &InputToken) -> Result<()> {
+        let (index, InputLimits { model, num_rows, capacity }) = (self.num_tokens, self.limits);
+        let InputToken { id, position, visible, noise_key } = *token;
+        let fits = index < self.shape.num_tokens
+            && usize::try_from(id).is_ok_and(|id| id < model.vocab)
+            && row < num_rows
+            && slot < capacity
+            && position < capacity
+            && (noise_key.is_none() || index < self.shape.num_outputs);
+        if !fits {
+            let limits = format!("{:?}, {num_rows} rows of {capacity} slots, {} tokens", self.shape, model.vocab);
+            let token = format!("token {id} at index {index}, row {row}, slot {slot}, position {position}");
+            return Err(Error::internal(format!("{token} does not fit a forward of {limits}")));
+        }
+        let layout = &self.layout;
+        self.ints[layout.tokens.start + index] = id;
+        self.ints[layout.row.start + index] = row as i32;
+        self.ints[layout.slot.start + index] = slot as i32;
+        self.ints[layout.position.start + index] = position as i32;
+        let (visible_start, key_start) = (layout.visible.start, layout.keys.start);
+        self.write_u64(visible_start + 2 * index, visible);
+        if let Some(key) = noise_key {
+            self.write_u64(key_start + 2 * index, key);
+        }
+        self.num_tokens += 1;
+        Ok(())
+    }
+
+    fn write_u64(&mut self, index: usize, value: u64) {
+        (self.ints[index], self.ints[index + 1]) = (value as i32, (value >> 32) as i32);
+    }
+}
+
+/// An input on the device. Its indices are within its limits when kernels read them.
+pub(crate) struct ForwardInput {
+    shape: ForwardShape,
+    limits: InputLimits,
+    /// Factor of the logits before sampling, or 0 to take the largest.
+    pub(super) inverse_temperature: f32,
+    pub(super) tokens: Tensor,
+    pub(super) row: Tensor,
+    pub(super) slot: Tensor,
+    pub(super) position: Tensor,
+    pub(super) visible: Tensor,
+    pub(super) keys: Tensor,
+    pub(super) tile_row: Tensor,
+    pub(super) tile_first_token: Tensor,
+    pub(super) tile_length: Tensor,
+    pub(super) tile_window: Tensor,
+}
+
+impl ForwardInput {
+    /// Views of a buffer on the device.
+    ///
+    /// # Safety
+    /// When a kernel reads the buffer, it holds what an [`InputWriter`] wrote for this shape and
+    /// these limits.
+    pub(super) unsafe fn new(
+        buffer: &Tensor,
+        shape: ForwardShape,
+        limits: InputLimits,
+        inverse_temperature: f32,
+    ) -> Self {
+        let layout = InputLayout::new(shape);
+        let view = |range: &Range<usize>| buffer.narrow(0, range.start as i64, range.len() as i64);
+        ForwardInput {
+            shape,
+            limits,
+            inverse_temperature,
+            tokens: view(&layout.tokens),
+            row: view(&layout.row),
+            slot: view(&layout.slot),
+            position: view(&layout.position),
+            visible: view(&layout.visible),
+            keys: view(&layout.keys),
+            tile_row: view(&layout.tile_row),
+            tile_first_token: view(&layout.tile_first_token),
+            tile_length: view(&layout.tile_length),
+            tile_window: view(&layout.tile_window),
+        }
+    }
+
+    pub(crate) fn shape(&self) -> ForwardShape {
+        self.shape
+    }
+
+    pub(super) fn limits(&self) -> &InputLimits {
+        &self.limits
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MODEL: KernelShape = KernelShape {
+        hidden: 128,
+        // Tiles of 2 tokens, since a warp takes 16 query vectors.
+        heads: 8,
+        kv_heads: 1,
+        head_dim: 32,
+        ffn: 256,
+        vocab: 100,
+        eps: 1e-5,
+        query_key_norm: false,
+    };
+    const LIMITS: InputLimits = InputLimits { model: MODEL, num_rows: 3, capacity: 32 };
+
+    fn token(id: i32, position: usize) -> InputToken {
+        InputToken { id, position, visible: u64::MAX, noise_key: None }
+    }
+
+    #[test]
+    fn rows_are_packed_one_after_another_and_cut_into_tiles() {
+        let shape = ForwardShape { num_tokens: 8, num_outputs: 8, num_tiles: 5 };
+        let layout = InputLayout::new(shape);
+        let mut ints = vec![7; layout.len()];
+        let mut writer = InputWriter::new(&mut ints, shape, LIMITS);
+        let window = [(11, 4), (12, 5), (13, 6)];
+        let with_key = |(id, position)| InputToken { noise_key: Some(9 << 32 | 1), ..token(id, position) };
+        writer.push_row(0, 4, window.map(with_key)).unwrap();
+        writer.push_row(2, 0, [(21, 0), (22, 1), (23, 2)].map(|(id, position)| token(id, position))).unwrap();
+        assert_eq!(ints[layout.tokens], [11, 12, 13, 21, 22, 23, 0, 0]);
+        assert_eq!(ints[layout.row], [0, 0, 0, 2, 2, 2, -1, -1]);
+        assert_eq!(ints[layout.slot], [4, 5, 6, 0, 1, 2, 0, 0]);
+        assert_eq!(ints[layout.position], [4, 5, 6, 0, 1, 2, 0, 0]);
+        assert_eq!(ints[layout.visible.start..layout.visible.start + 12], [-1; 12]);
+        assert_eq!(ints[layout.keys.start..layout.keys.start + 6], [1, 9, 1, 9, 1, 9]);
+        assert_eq!(ints[layout.tile_row], [0, 0, 2, 2, -1]);
+        assert_eq!(ints[layout.tile_first_token.start..layout.tile_first_token.start + 4], [0, 2, 3, 5]);
+        assert_eq!(ints[layout.tile_length.start..layout.tile_length.start + 4], [2, 1, 2, 1]);
+        assert_eq!(ints[layout.tile_window.start..layout.tile_window.start + 4], [4, 4, 0, 0]);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused_and_leaves_an_input_that_kernels_can_take() {
+        let shape = ForwardShape { num_tokens: 4, num_outputs: 1, num_tiles: 1 };
+        let layout = InputLayout::new(shape);
+        for (row, start, tokens) in [
+            (0, 0, vec![token(100, 0)]),
+            (0, 0, vec![token(-1, 0)]),
+            (3, 0, vec![token(1, 0)]),
+            (0, 32, vec![token(1, 0)]),
+            (0, 31, vec![token(1, 31), token(1, 31)]),
+            (0, 0, vec![token(1, 32)]),
+            (0, 0, vec![token(1, 0), InputToken { noise_key: Some(1), ..token(1, 1) }]),
+            (0, 0, (0..5).map(|position| token(1, position)).collect()),
+            // One tile of two tokens is not enough.
+            (0, 0, (0..3).map(|position| token(1, position)).collect()),
+        ] {
+            let mut ints = vec![i32::MAX; layout.len()];
+            let error = InputWriter::new(&mut ints, shape, LIMITS).push_row(row, start, tokens).unwrap_err();
+            assert!(matches!(error, Error::Internal(_)), "{error}");
+            let within = |part: &Range<usize>, range: Range<i32>| ints[part.clone()].iter().all(|n| range.contains(n));
+            assert!(within(&layout.tokens, 0..100) && within(&layout.row, -1..3), "{error}");
+            assert!(within(&layout.slot, 0..32) && within(&layout.position, 0..32), "{error}");
+        }
+    }
+}

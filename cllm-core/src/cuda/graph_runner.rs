@@ -1,0 +1,193 @@
+//! Runs forwards as CUDA graphs.
+//!
+//! Launching the kernels of a forward one by one can take the CPU longer than the GPU needs to run
+//! them, so forwards are captured as graphs. A graph has fixed shapes and addresses, so the runner
+//! owns the buffers that forwards read and write. The second forward of a shape is captured; from
+//! then on a single launch copies the input from pinned memory, runs the model and copies the
+//! predictions back.
+
+use std::collections::HashMap;
+
+use tch::{Device, Kind, Tensor};
+
+use super::forward_input::{ForwardInput, ForwardShape, InputLayout, InputLimits, InputWriter};
+use super::graphs::{self, Graph, GraphPool, PinnedInts, Stream};
+use crate::{Error, Result};
+
+/// Forwards of one model over one cache, on a stream of their own.
+pub(crate) struct GraphRunner {
+    // Dropped in this order: graphs before the memory that they use.
+    graphs: HashMap<GraphKey, GraphState>,
+    buffers: Buffers,
+    stream: Stream,
+    device: Device,
+    limits: InputLimits,
+    /// The forward whose input the buffer holds.
+    shape: Option<ForwardShape>,
+    /// Whether a forward may still read or write pinned memory.
+    is_running: bool,
+}
+
+/// Everything that is fixed in a graph; the inverse temperature as its bits.
+type GraphKey = (ForwardShape, u32);
+
+enum GraphState {
+    /// One forward of this shape has run. It did the first-time work, such as allocating
+    /// workspaces, that a capture must not contain.
+    SeenOnce,
+    Captured(Graph),
+}
+
+/// The memory whose addresses the graphs hold.
+struct Buffers {
+    pool: GraphPool,
+    host_input: PinnedInts,
+    input: Tensor,
+    host_predicted: PinnedInts,
+    predicted: Tensor,
+}
+
+impl Buffers {
+    fn new(num_ints: usize, num_outputs: usize, device: Device) -> Result<Self> {
+        let zeros = |length: usize| Tensor::f_zeros([length as i64], (Kind::Int, device));
+        let buffers = Buffers {
+            pool: GraphPool::new()?,
+            host_input: PinnedInts::new(num_ints)?,
+            input: zeros(num_ints)?,
+            host_predicted: PinnedInts::new(num_outputs)?,
+            predicted: zeros(num_outputs)?,
+        };
+        // Forwards run on a stream of their own, so weights, the empty cache and these zeros must
+        // be there before the first: zeros that arrive late would wipe out its input.
+        graphs::synchronize_current_stream(device)?;
+        Ok(buffers)
+    }
+}
+
+impl GraphRunner {
+    /// A runner for a GPU. Weights and cache must be complete on the current stream.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] for limits that kernels cannot take, else [`Error::Torch`]; here and
+    /// below.
+    pub(crate) fn new(gpu: usize, limits: InputLimits) -> Result<Self> {
+        limits.check()?;
+        let device = Device::Cuda(gpu);
+        Ok(GraphRunner {
+            graphs: HashMap::new(),
+            buffers: Buffers::new(1, 1, device)?,
+            stream: Stream::new(gpu)?,
+            device,
+            limits,
+            shape: None,
+            is_running: false,
+        })
+    }
+
+    /// Starts to write the input of a forward. If the forward before it is still running, waits for
+    /// it.
+    pub(crate) fn write_input(&mut self, shape: ForwardShape) -> Result<InputWriter<'_>> {
+        self.wait()?;
+        let num_ints = InputLayout::new(shape).len();
+        self.reserve(num_ints, shape.num_outputs)?;
+        self.shape = Some(shape);
+        // SAFETY: no forward is running, so no copy of this memory is under way.
+        let ints = unsafe { self.buffers.host_input.as_mut_slice() };
+        Ok(InputWriter::new(&mut ints[..num_ints], shape, self.limits))
+    }
+
+    /// Starts the forward whose input was written. `forward` puts the model's work on the current
+    /// stream; it gets the input and the int32 tensor `[num_outputs]` for the tokens that it
+    /// samples.
+    ///
+    /// # Safety
+    /// Whenever `forward` is called for a shape, its work is the same, and all that it uses beside
+    /// its arguments and what it allocates itself (weights, cache) stays alive and at its address
+    /// for as long as the runner lives: a graph keeps only addresses.
+    pub(crate) unsafe fn launch(
+        &mut self,
+        inverse_temperature: f32,
+        forward: impl Fn(&ForwardInput, &Tensor) -> Result<()>,
+    ) -> Result<()> {
+        let shape = self.shape.ok_or_else(|| Error::internal("a forward without input"))?;
+        self.is_running = true;
+        let enqueue = || self.enqueue(shape, inverse_temperature, &forward);
+        let key = (shape, inverse_temperature.to_bits());
+        let _on_stream = self.stream.enter()?;
+        match self.graphs.get(&key) {
+            None => {
+                enqueue()?;
+                self.graphs.insert(key, GraphState::SeenOnce);
+            }
+            Some(GraphState::SeenOnce) => {
+                let (graph, ()) = self.stream.record(&self.buffers.pool, enqueue)?;
+                // SAFETY: as for the next one.
+                unsafe { graph.replay()? };
+                self.graphs.insert(key, GraphState::Captured(graph));
+            }
+            // SAFETY: the buffers are those of the capture (`reserve` drops graphs with them), they
+            // hold an input of the captured shape, and the caller vouches for all else.
+            Some(GraphState::Captured(graph)) => unsafe { graph.replay()? },
+        }
+        Ok(())
+    }
+
+    /// Waits for the forward and returns what it sampled, `[num_outputs]`.
+    pub(crate) fn predicted(&mut self) -> Result<&[i32]> {
+        self.wait()?;
+        let num_outputs = self.shape.map_or(0, |shape| shape.num_outputs);
+        // SAFETY: no forward is running, so no copy of this memory is under way.
+        Ok(unsafe { &self.buffers.host_predicted.as_mut_slice()[..num_outputs] })
+    }
+
+    /// Puts other work on the stream of the forwards, after those that were started.
+    pub(crate) fn on_stream(&self, work: impl FnOnce()) -> Result<()> {
+        let _on_stream = self.stream.enter()?;
+        work();
+        Ok(())
+    }
+
+    fn wait(&mut self) -> Result<()> {
+        if self.is_running {
+            self.stream.synchronize()?;
+            self.is_running = false;
+        }
+        Ok(())
+    }
+
+    /// Grows the buffers if they are too small. Graphs that were captured with the old ones are
+    /// dropped.
+    fn reserve(&mut self, num_ints: usize, num_outputs: usize) -> Result<()> {
+        let (old_ints, old_outputs) = (self.buffers.input.numel(), self.buffers.predicted.numel());
+        if num_ints > old_ints || num_outputs > old_outputs {
+            self.graphs.clear();
+            self.buffers = Buffers::new((2 * num_ints).max(old_ints), (2 * num_outputs).max(old_outputs), self.device)?;
+        }
+        Ok(())
+    }
+
+    /// Puts the work of one forward on the stream.
+    fn enqueue(
+        &self,
+        shape: ForwardShape,
+        inverse_temperature: f32,
+        forward: impl Fn(&ForwardInput, &Tensor) -> Result<()>,
+    ) -> Result<()> {
+        let input = self.buffers.input.narrow(0, 0, InputLayout::new(shape).len() as i64);
+        let predicted = self.buffers.predicted.narrow(0, 0, shape.num_outputs as i64);
+        self.buffers.host_input.send(&input)?;
+        // SAFETY: the copy brings what the writer wrote for this shape, and nothing else writes to
+        // the buffer.
+        let input = unsafe { ForwardInput::new(&input, shape, self.limits, inverse_temperature) };
+        forward(&input, &predicted)?;
+        if shape.num_outputs > 0 { self.buffers.host_predicted.receive(&predicted) } else { Ok(()) }
+    }
+}
+
+impl Drop for GraphRunner {
+    /// Waits for work that is still running, since it uses memory that is about to be freed. An
+    /// error here was or will be reported by whoever collects the forward.
+    fn drop(&mut self) {
+        let _ = self.stream.synchronize();
+    }
+}

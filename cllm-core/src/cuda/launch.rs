@@ -1,0 +1,344 @@
+//! Kernels with declared signatures. A [`Signature`] repeats what a kernel's source says about its
+//! arguments and adds what the source cannot say: how many elements it reads and writes behind each
+//! pointer, as a function of some sizes. A launch checks every tensor against it (device, type,
+//! contiguity, alignment, number of elements), and works out the grid and all counts itself, so the
+//! only mistakes left to a caller are indices inside tensors. The checks cost about a microsecond
+//! per launch and none when a captured graph is replayed.
+
+use std::ffi::{c_int, c_uint, c_void};
+use std::fmt::{self, Display, Formatter};
+
+use tch::{Device, Kind, Tensor};
+
+use super::checked;
+use super::nvrtc::Module;
+use crate::{Error, Result};
+
+unsafe extern "C" {
+    fn cllm_launch(
+        device: c_int,
+        kernel: *mut c_void,
+        grid: *const c_uint,
+        num_threads: c_uint,
+        shared_bytes: c_uint,
+        overlaps: c_int,
+        arguments: *mut *mut c_void,
+    ) -> c_int;
+}
+
+/// What is launched: `Sizes` holds all that the grid and the arguments depend on.
+pub(super) struct Signature<Sizes: 'static> {
+    pub(super) name: &'static str,
+    /// Number of blocks in both dimensions.
+    pub(super) grid: fn(&Sizes) -> [usize; 2],
+    /// Number of threads of a block.
+    pub(super) threads: fn(&Sizes) -> usize,
+    /// In groups, so that kernels can share some.
+    pub(super) params: &'static [&'static [Param<Sizes>]],
+}
+
+/// One parameter of a kernel.
+pub(super) struct Param<Sizes> {
+    name: &'static str,
+    value: Value<Sizes>,
+}
+
+enum Value<Sizes> {
+    Pointer(Pointer<Sizes>),
+    /// A number that follows from the sizes: no argument is given for it.
+    Count(fn(&Sizes) -> usize),
+    Int,
+    Float,
+}
+
+struct Pointer<Sizes> {
+    /// Of the elements, in the source.
+    c_type: &'static str,
+    kind: Kind,
+    align_bytes: usize,
+    is_nullable: bool,
+    num_elements: fn(&Sizes) -> usize,
+}
+
+impl<Sizes> Param<Sizes> {
+    const fn pointer(
+        name: &'static str,
+        (c_type, kind): (&'static str, Kind),
+        align_bytes: usize,
+        num_elements: fn(&Sizes) -> usize,
+    ) -> Self {
+        let pointer = Pointer { c_type, kind, align_bytes, is_nullable: false, num_elements };
+        Param { name, value: Value::Pointer(pointer) }
+    }
+}
+
+/// The pointer may be null.
+pub(super) const fn nullable<Sizes>(mut param: Param<Sizes>) -> Param<Sizes> {
+    if let Value::Pointer(pointer) = &mut param.value {
+        pointer.is_nullable = true;
+    }
+    param
+}
+
+/// The elements begin at a multiple of this many bytes.
+pub(super) const fn aligned<Sizes>(align_bytes: usize, mut param: Param<Sizes>) -> Param<Sizes> {
+    if let Value::Pointer(pointer) = &mut param.value {
+        pointer.align_bytes = align_bytes;
+    }
+    param
+}
+
+/// As the source declares it.
+impl<Sizes> Display for Param<Sizes> {
+    fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
+        match &self.value {
+            Value::Pointer(pointer) => write!(f, "{} *{}", pointer.c_type, self.name),
+            Value::Count(_) | Value::Int => write!(f, "int {}", self.name),
+            Value::Float => write!(f, "float {}", self.name),
+        }
+    }
+}
+
+/// bfloat16. Kernels read 16 bytes at a time unless [`aligned`] says less.
+pub(super) const fn bf16<Sizes>(name: &'static str, num_elements: fn(&Sizes) -> usize) -> Param<Sizes> {
+    Param::pointer(name, ("bf16", Kind::BFloat16), 16, num_elements)
+}
+
+pub(super) const fn float32<Sizes>(name: &'static str, num_elements: fn(&Sizes) -> usize) -> Param<Sizes> {
+    Param::pointer(name, ("float", Kind::Float), 4, num_elements)
+}
+
+pub(super) const fn int32<Sizes>(name: &'static str, num_elements: fn(&Sizes) -> usize) -> Param<Sizes> {
+    Param::pointer(name, ("int", Kind::Int), 4, num_elements)
+}
+
+pub(super) const fn int64<Sizes>(name: &'static str, num_elements: fn(&Sizes) -> usize) -> Param<Sizes> {
+    Param::pointer(name, ("long long", Kind::Int64), 8, num_elements)
+}
+
+/// Unsigned numbers of 64 bits in an int32 tensor of twice as many elements: libtorch has no
+/// arithmetic for them.
+pub(super) const fn uint64<Sizes>(name: &'static str, num_ints: fn(&Sizes) -> usize) -> Param<Sizes> {
+    Param::pointer(name, ("u64", Kind::Int), 8, num_ints)
+}
+
+pub(super) const fn count<Sizes>(name: &'static str, value: fn(&Sizes) -> usize) -> Param<Sizes> {
+    Param { name, value: Value::Count(value) }
+}
+
+pub(super) const fn int<Sizes>(name: &'static str) -> Param<Sizes> {
+    Param { name, value: Value::Int }
+}
+
+pub(super) const fn float<Sizes>(name: &'static str) -> Param<Sizes> {
+    Param { name, value: Value::Float }
+}
+
+/// What a kernel is given for a parameter.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Argument<'t> {
+    Tensor(&'t Tensor),
+    /// A null pointer without a tensor.
+    Optional(Option<&'t Tensor>),
+    Int(i32),
+    Float(f32),
+}
+
+/// A kernel that is loaded on a device.
+pub(super) struct Kernel<Sizes: 'static> {
+    signature: &'static Signature<Sizes>,
+    device: Device,
+    handle: *mut c_void,
+    shared_bytes: usize,
+    overlaps: bool,
+}
+
+impl<Sizes> Kernel<Sizes> {
+    /// The kernel of a signature. `suffix` is added to its name. Its blocks get `shared_bytes` of
+    /// dynamic shared memory. With `overlaps` it may start before the kernel in front of it ends,
+    /// and waits for it by itself (`griddepcontrol.wait`).
+    ///
+    /// # Errors
+    /// [`Error::Torch`] if the module has no such kernel, or if the device has less shared memory.
+    pub(super) fn new(
+        module: &Module,
+        signature: &'static Signature<Sizes>,
+        suffix: &str,
+        shared_bytes: usize,
+        overlaps: bool,
+    ) -> Result<Self> {
+        let handle = module.kernel(&format!("{}{suffix}", signature.name), shared_bytes)?;
+        Ok(Kernel { signature, device: Device::Cuda(module.device), handle, shared_bytes, overlaps })
+    }
+
+    /// Puts the kernel on the current stream of its device. One argument for each parameter but the
+    /// counts.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] if an argument is not what the signature says, else [`Error::Torch`]
+    /// with the driver's message.
+    ///
+    /// # Safety
+    /// Tensors that the kernel reads as indices (tokens, rows, slots, positions, tiles) hold none
+    /// that leads outside the tensor that it indexes.
+    pub(super) unsafe fn launch(&self, sizes: &Sizes, arguments: &[Argument<'_>]) -> Result<()> {
+        let Device::Cuda(device) = self.device else { return Err(Error::internal("kernels run on GPUs alone")) };
+        let mut values = self.values(sizes, arguments)?;
+        let mut pointers: Vec<*mut c_void> =
+            values.iter_mut().map(|value| std::ptr::from_mut(value).cast::<c_void>()).collect();
+        let grid = (self.signature.grid)(sizes).map(|blocks| blocks as c_uint);
+        // SAFETY: each pointer leads to the value of one parameter, for the length of the call. The
+        // tensors were checked against the signature, which a test compares with the source; the
+        // caller vouches for the indices.
+        checked(unsafe {
+            cllm_launch(
+                device as c_int,
+                self.handle,
+                grid.as_ptr(),
+                (self.signature.threads)(sizes) as c_uint,
+                self.shared_bytes as c_uint,
+                c_int::from(self.overlaps),
+                pointers.as_mut_ptr(),
+            )
+        })
+    }
+
+    /// The bits of each parameter, of which a kernel reads as many of the low ones as its type has
+    /// (little endian).
+    fn values(&self, sizes: &Sizes, arguments: &[Argument<'_>]) -> Result<Vec<u64>> {
+        let mut rest = arguments.iter();
+        let values = self.signature.params.iter().flat_map(|group| group.iter()).map(|param| {
+            if let Value::Count(value) = param.value {
+                return u32::try_from(value(sizes)).map(u64::from).map_err(|_| self.mismatch(param, "is too large"));
+            }
+            match (&param.value, rest.next()) {
+                (Value::Pointer(pointer), Some(Argument::Tensor(tensor) | Argument::Optional(Some(tensor)))) => {
+                    let expected = (pointer.num_elements)(sizes);
+                    check(tensor, pointer, expected, self.device).map_err(|problem| self.mismatch(param, &problem))
+                }
+                (Value::Pointer(pointer), Some(Argument::Optional(None))) if pointer.is_nullable => Ok(0),
+                (Value::Int, Some(Argument::Int(value))) => Ok(u64::from(value.cast_unsigned())),
+                (Value::Float, Some(Argument::Float(value))) => Ok(u64::from(value.to_bits())),
+                (_, argument) => Err(self.mismatch(param, &format!("cannot be {argument:?}"))),
+            }
+        });
+        let values = values.collect::<Result<_>>()?;
+        match rest.next() {
+            None => Ok(values),
+            Some(argument) => Err(Error::internal(format!("kernel {}: {argument:?} is too much", self.signature.name))),
+        }
+    }
+
+    fn mismatch(&self, param: &Param<Sizes>, problem: &str) -> Error {
+        Error::internal(format!("kernel {}: argument `{param}` {problem}", self.signature.name))
+    }
+}
+
+/// The address of a tensor's elements, once it is what the parameter says.
+fn check<Sizes>(
+    tensor: &Tensor,
+    pointer: &Pointer<Sizes>,
+    num_elements: usize,
+    device: Device,
+) -> std::result::Result<u64, String> {
+    let Pointer { kind, align_bytes, .. } = *pointer;
+    if tensor.device() != device {
+        return Err(format!("is on {:?}: expected {device:?}", tensor.device()));
+    }
+    if tensor.kind() != kind || tensor.numel() != num_elements || !tensor.is_contiguous() {
+        let layout = if tensor.is_contiguous() { "" } else { ", not contiguous" };
+        let actual = format!("{:?} {:?}{layout}", tensor.kind(), tensor.size());
+        return Err(format!("is {actual}: expected {num_elements} contiguous elements of {kind:?}"));
+    }
+    let address = tensor.data_ptr() as u64;
+    if !address.is_multiple_of(align_bytes as u64) {
+        return Err(format!("does not start at a multiple of {align_bytes} bytes"));
+    }
+    Ok(address)
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// Fails unless the source declares a kernel of this name with these parameters. A name that
+    /// ends in `_` stands for one that a macro completes.
+    pub(crate) fn assert_declared<Sizes>(source: &str, signature: &Signature<Sizes>) {
+        let source = source.replace("\\\n", " ").replace('\n', " ");
+        let name = format!(" {}{}(", signature.name, if signature.name.ends_with('_') { "##NT" } else { "" });
+        // Calls do not end in a body.
+        let declarations: Vec<&str> = source
+            .match_indices(&name)
+            .filter_map(|(index, _)| source[index + name.len()..].split_once(')'))
+            .filter_map(|(params, rest)| rest.trim_start().starts_with('{').then_some(params))
+            .collect();
+        let [params] = declarations[..] else { panic!("{name}: {} declarations in the source", declarations.len()) };
+        let params = params.split(',');
+        let declared: Vec<String> = params
+            .map(|param| param.split_whitespace().filter(|word| *word != "const").collect::<Vec<_>>().join(" "))
+            .collect();
+        let params = signature.params.iter().flat_map(|group| group.iter());
+        let expected: Vec<String> = params.map(ToString::to_string).collect();
+        assert_eq!(declared, expected, "{}", signature.name);
+    }
+
+    struct Sizes {
+        rows: usize,
+    }
+
+    const SIGNATURE: Signature<Sizes> = Signature {
+        name: "scale",
+        grid: |sizes| [sizes.rows, 1],
+        threads: |_| 32,
+        params: &[
+            &[bf16("x", |sizes| sizes.rows * 8), nullable(int32("row", |sizes| sizes.rows))],
+            &[count("rows", |sizes| sizes.rows), float("factor")],
+        ],
+    };
+
+    /// The values that a kernel gets, if tensors were expected on the CPU.
+    fn values(arguments: &[Argument<'_>]) -> Result<Vec<u64>> {
+        let (device, handle) = (Device::Cpu, std::ptr::null_mut());
+        Kernel { signature: &SIGNATURE, device, handle, shared_bytes: 0, overlaps: false }
+            .values(&Sizes { rows: 2 }, arguments)
+    }
+
+    #[test]
+    fn arguments_that_are_not_as_declared_are_refused() {
+        let zeros = |count: i64, kind| Tensor::zeros([count], (kind, Device::Cpu));
+        let (x, rows) = (zeros(24, Kind::BFloat16), zeros(2, Kind::Int));
+        let (row, factor) = (Argument::Optional(Some(&rows)), Argument::Float(1.0));
+        let whole = x.narrow(0, 0, 16);
+        let address = |tensor: &Tensor| tensor.data_ptr() as u64;
+        let expected = vec![address(&x), address(&rows), 2, u64::from(1f32.to_bits())];
+        assert_eq!(values(&[Argument::Tensor(&whole), row, factor]).unwrap(), expected);
+        assert_eq!(values(&[Argument::Tensor(&whole), Argument::Optional(None), factor]).unwrap()[1], 0);
+        for (tensor, problem) in [
+            (x.shallow_clone(), "`bf16 *x` is BFloat16 [24]: expected 16 contiguous elements of BFloat16"),
+            (zeros(16, Kind::Half), "`bf16 *x` is Half [16]: expected"),
+            (zeros(32, Kind::BFloat16).slice(0, 0, 32, 2), "`bf16 *x` is BFloat16 [16], not contiguous: expected"),
+            (x.narrow(0, 1, 16), "`bf16 *x` does not start at a multiple of 16 bytes"),
+        ] {
+            let error = values(&[Argument::Tensor(&tensor), row, factor]).unwrap_err().to_string();
+            assert!(error.contains(&format!("kernel scale: argument {problem}")), "{error}");
+        }
+        let whole = Argument::Tensor(&whole);
+        for arguments in [
+            &[] as &[_],
+            &[whole, row],
+            &[row, whole, factor],
+            &[Argument::Optional(None), row, factor],
+            &[whole, row, Argument::Int(1)],
+            &[whole, row, factor, factor],
+        ] {
+            assert!(matches!(values(arguments), Err(Error::Internal(_))), "{arguments:?}");
+        }
+    }
+
+    #[test]
+    fn a_signature_is_that_of_the_source() {
+        let source =
+            "extern \"C\" __global__ void scale(const bf16 *x,\n   const int *row, int rows, float factor) { }";
+        assert_declared(source, &SIGNATURE);
+    }
+}
