@@ -1,5 +1,6 @@
-//! Files and folders that appear whole or not at all. They are written under a temporary name in the same folder, synced to
-//! disk, and renamed, so that a crash at any moment leaves the old content or the new.
+//! Files and folders that appear whole or not at all. They are written under a temporary name in
+//! the same folder, synced to disk, and renamed, so that a crash at any moment leaves the old
+//! content or the new.
 
 use std::fs::{self, File};
 use std::io::{BufWriter, ErrorKind, Write};
@@ -58,7 +59,8 @@ pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
     write(path, text.as_bytes())
 }
 
-/// Writes a folder through `fill`, which gets the path of a temporary folder. An existing folder `path` is replaced.
+/// Writes a folder through `fill`, which gets the path of a temporary folder. An existing folder
+/// `path` is replaced.
 ///
 /// # Errors
 /// What `fill` returns, and file-system errors with the path.
@@ -91,8 +93,8 @@ pub fn write_folder_with(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) ->
     sync_folder(parent)
 }
 
-/// Cleans up a folder in which a killed process was writing: unfinished files are removed, and a folder that was about to be
-/// replaced gets its name back. No other process may be writing there.
+/// Cleans up a folder in which a killed process was writing: unfinished files are removed, and a
+/// folder that was about to be replaced gets its name back. No other process may be writing there.
 ///
 /// # Errors
 /// File-system errors with the path.

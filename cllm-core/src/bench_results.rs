@@ -1,5 +1,6 @@
-//! The file that a `bench` verb writes: several models measured on one machine. A model is added or replaced by a run of its
-//! own, and never beside figures of another machine or build, with which it could not be compared.
+//! The file that a `bench` verb writes: several models measured on one machine. A model is added or
+//! replaced by a run of its own, and never beside figures of another machine or build, with which
+//! it could not be compared.
 
 use std::path::Path;
 
@@ -27,7 +28,8 @@ pub struct BenchResults<M> {
 }
 
 impl<M: BenchRecord> BenchResults<M> {
-    /// Reads the results in `path`, or begins new ones for measurements on `device` and creates their folder.
+    /// Reads the results in `path`, or begins new ones for measurements on `device` and creates
+    /// their folder.
     ///
     /// # Errors
     /// When the file is of another kind, machine or build.

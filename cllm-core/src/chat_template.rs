@@ -1,5 +1,6 @@
-//! Chat templates: Jinja programs in a model's tokenizer files that turn a conversation into a prompt. They are written for
-//! `transformers`, so that its settings of Jinja and the functions it adds are reproduced here, byte for byte.
+//! Chat templates: Jinja programs in a model's tokenizer files that turn a conversation into a
+//! prompt. They are written for `transformers`, so that its settings of Jinja and the functions it
+//! adds are reproduced here, byte for byte.
 
 use std::sync::LazyLock;
 
@@ -11,8 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
-/// The tag by which `transformers` marks the assistant's text. An `if true` renders the same text, and keeps the effect that
-/// the tag's dashes and line end have on the white space around it.
+/// The tag by which `transformers` marks the assistant's text. An `if true` renders the same text,
+/// and keeps the effect that the tag's dashes and line end have on the white space around it.
 static GENERATION_TAG: LazyLock<Regex> =
     LazyLock::new(|| Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}").expect("the pattern is valid"));
 
@@ -59,7 +60,8 @@ impl ChatTemplate {
         Ok(ChatTemplate { environment, bos_token: bos_token.to_owned(), eos_token: eos_token.to_owned() })
     }
 
-    /// Renders a conversation as the model's prompt. `add_generation_prompt` opens the assistant's turn.
+    /// Renders a conversation as the model's prompt. `add_generation_prompt` opens the assistant's
+    /// turn.
     ///
     /// # Errors
     /// When the template rejects the conversation (`raise_exception`).

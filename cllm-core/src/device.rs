@@ -31,7 +31,8 @@ pub fn parse(name: &str) -> Result<Device> {
     }
 }
 
-/// The device of one process of a run. If `name` does not say which GPU, it is that of the process's local rank.
+/// The device of one process of a run. If `name` does not say which GPU, it is that of the
+/// process's local rank.
 ///
 /// # Errors
 /// As [`parse`].

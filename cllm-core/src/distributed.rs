@@ -1,4 +1,5 @@
-//! The processes of a distributed run, started by torchrun, Slurm or any launcher that sets the usual variables.
+//! The processes of a distributed run, started by torchrun, Slurm or any launcher that sets the
+//! usual variables.
 
 use std::time::Duration;
 
@@ -23,8 +24,9 @@ pub struct ProcessEnv {
 }
 
 impl ProcessEnv {
-    /// Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them, or Slurm's SLURM_PROCID,
-    /// SLURM_STEP_NUM_TASKS and SLURM_LOCALID with MASTER_ADDR and MASTER_PORT. `None` for a single process.
+    /// Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them, or
+    /// Slurm's SLURM_PROCID, SLURM_STEP_NUM_TASKS and SLURM_LOCALID with MASTER_ADDR and
+    /// MASTER_PORT. `None` for a single process.
     ///
     /// # Errors
     /// [`Error::Usage`] naming a variable that is missing or is not a number in its range.
@@ -32,7 +34,8 @@ impl ProcessEnv {
         let [world_size_name, rank_name, local_rank_name] = if get("WORLD_SIZE").is_some() {
             ["WORLD_SIZE", "RANK", "LOCAL_RANK"]
         } else if get("SLURM_STEP_NUM_TASKS").is_some() {
-            // srun sets it. A batch script is a single process, although it has Slurm's other variables.
+            // srun sets it. A batch script is a single process, although it has Slurm's other
+            // variables.
             ["SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"]
         } else {
             return Ok(None);
@@ -53,7 +56,8 @@ impl ProcessEnv {
             Some(_) => number(local_rank_name, world_size - 1)?,
             None => rank,
         };
-        // torchrun's agent serves the store itself, and changes the keys when it restarts the processes.
+        // torchrun's agent serves the store itself, and changes the keys when it restarts the
+        // processes.
         let agent_serves = get("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|text| text == "True");
         let attempt = get("TORCHELASTIC_RESTART_COUNT").unwrap_or_else(|| "0".to_owned());
         let rendezvous = Rendezvous {
@@ -68,8 +72,8 @@ impl ProcessEnv {
 
 /// The processes of a run. In a group of one, every collective does nothing.
 ///
-/// Tensors given to collectives are contiguous and on the group's device, and every process calls the same collectives in the
-/// same order.
+/// Tensors given to collectives are contiguous and on the group's device, and every process calls
+/// the same collectives in the same order.
 pub struct ProcessGroup {
     rank: usize,
     world_size: usize,
@@ -82,7 +86,8 @@ impl ProcessGroup {
         ProcessGroup { rank: 0, world_size: 1, collectives: None }
     }
 
-    /// Waits until all processes have joined. They communicate over NCCL if `device` is a GPU, otherwise over Gloo.
+    /// Waits until all processes have joined. They communicate over NCCL if `device` is a GPU,
+    /// otherwise over Gloo.
     ///
     /// # Errors
     /// [`Error::Usage`] when the others cannot be reached in time.
@@ -117,7 +122,8 @@ impl ProcessGroup {
         self.run(|collectives| collectives.all_reduce(values))
     }
 
-    /// This process's shard `[count]` of the sum over all processes of `values [world_size * count]`.
+    /// This process's shard `[count]` of the sum over all processes of
+    /// `values [world_size * count]`.
     pub fn reduce_scatter(&self, values: &Tensor) -> Result<Tensor> {
         let shard = self.shard(values);
         if self.world_size == 1 {

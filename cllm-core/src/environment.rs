@@ -1,5 +1,5 @@
-//! The machine and the versions that a measurement comes from. They are saved with every result, since a speed means nothing
-//! without them.
+//! The machine and the versions that a measurement comes from. They are saved with every result,
+//! since a speed means nothing without them.
 
 use std::path::PathBuf;
 use std::process::Command;
@@ -102,7 +102,8 @@ pub fn libtorch_folder() -> Option<PathBuf> {
     Some(PathBuf::from(&line[line.find('/')?..]).parent()?.to_owned())
 }
 
-/// Version of the loaded libtorch: from version.py of a Python wheel, or from build-version of a C++ archive.
+/// Version of the loaded libtorch: from version.py of a Python wheel, or from build-version of a
+/// C++ archive.
 pub fn libtorch_version() -> Option<String> {
     let root = libtorch_folder()?.parent()?.to_owned();
     if let Ok(text) = std::fs::read_to_string(root.join("version.py")) {

@@ -1,5 +1,5 @@
-//! The one error type of the toolkit. A message names the file, row or key, says what was expected and what is there, and
-//! ends with what to do about it.
+//! The one error type of the toolkit. A message names the file, row or key, says what was expected
+//! and what is there, and ends with what to do about it.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -86,8 +86,9 @@ impl Error {
         Error::Internal(format!("a value cannot be serialized: {error}"))
     }
 
-    /// Exit code of a program that ends with this error: 1 for a negative result, 2 for usage, configuration or bad input,
-    /// 3 for the environment, 70 (`EX_SOFTWARE` of sysexits.h) for a bug of the toolkit, 128 + signal when interrupted.
+    /// Exit code of a program that ends with this error: 1 for a negative result, 2 for usage,
+    /// configuration or bad input, 3 for the environment, 70 (`EX_SOFTWARE` of sysexits.h) for a
+    /// bug of the toolkit, 128 + signal when interrupted.
     pub fn exit_code(&self) -> u8 {
         use ErrorKind::{InvalidData, InvalidInput, IsADirectory, NotADirectory, NotFound};
         match self {
@@ -129,7 +130,8 @@ fn write_advice(source: &std::io::Error) -> &'static str {
     }
 }
 
-/// The first line of libtorch's message, without its C++ backtrace, and what to do when memory ran out.
+/// The first line of libtorch's message, without its C++ backtrace, and what to do when memory ran
+/// out.
 fn torch_message(error: &tch::TchError) -> String {
     let text = error.to_string();
     let first_line = text.lines().next().unwrap_or_default();

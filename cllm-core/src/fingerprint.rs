@@ -1,5 +1,5 @@
-//! Short hashes (16 hex digits of BLAKE3) that say whether two files or runs are the same, and random numbers derived from
-//! names, which do not depend on the order of the work.
+//! Short hashes (16 hex digits of BLAKE3) that say whether two files or runs are the same, and
+//! random numbers derived from names, which do not depend on the order of the work.
 
 use std::fs::File;
 use std::path::Path;
@@ -36,8 +36,8 @@ pub fn hash_bytes(bytes: &[u8]) -> String {
     blake3::hash(bytes).to_hex()[..16].to_owned()
 }
 
-/// A random generator for one (seed, name, index). What is drawn does not depend on what was drawn for others, so that no
-/// generator state is ever saved.
+/// A random generator for one (seed, name, index). What is drawn does not depend on what was drawn
+/// for others, so that no generator state is ever saved.
 pub fn derive_rng(seed: u64, name: &str, index: u64) -> rand_chacha::ChaCha8Rng {
     rand::SeedableRng::from_seed(*hash(seed, name, index).as_bytes())
 }

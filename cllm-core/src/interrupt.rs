@@ -1,4 +1,5 @@
-//! Signals: the first SIGINT or SIGTERM asks the program to save the work in hand and stop; the second ends it at once.
+//! Signals: the first SIGINT or SIGTERM asks the program to save the work in hand and stop; the
+//! second ends it at once.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock};
@@ -13,8 +14,8 @@ static REQUESTED: LazyLock<Arc<AtomicUsize>> = LazyLock::new(Default::default);
 /// Whether a SIGINT came already, so that the next one ends the process.
 static SIGINT_RECEIVED: LazyLock<Arc<AtomicBool>> = LazyLock::new(Default::default);
 
-/// Installs the handlers; call once, first thing in `main`. SIGXFSZ is caught too, so that a file that grows past the
-/// process's limit is an error of the write instead of a silent death.
+/// Installs the handlers; call once, first thing in `main`. SIGXFSZ is caught too, so that a file
+/// that grows past the process's limit is an error of the write instead of a silent death.
 ///
 /// # Errors
 /// When the system refuses a handler.
@@ -39,7 +40,8 @@ pub fn requested() -> Option<i32> {
     }
 }
 
-/// Forgets a SIGINT, for a program in which Ctrl-C ends a part of the work only. Returns whether there was one.
+/// Forgets a SIGINT, for a program in which Ctrl-C ends a part of the work only. Returns whether
+/// there was one.
 pub fn clear_sigint() -> bool {
     let cleared = REQUESTED.compare_exchange(SIGINT as usize, 0, Ordering::Relaxed, Ordering::Relaxed).is_ok();
     if cleared {

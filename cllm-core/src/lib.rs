@@ -1,5 +1,5 @@
-//! What `cllm-data`, `cllm-train` and `cllm-eval` share: models, decoding, trajectories and tasks, so that a prompt, a forward
-//! pass and a score are defined once.
+//! What `cllm-data`, `cllm-train` and `cllm-eval` share: models, decoding, trajectories and tasks,
+//! so that a prompt, a forward pass and a score are defined once.
 
 pub mod atomic_file;
 pub mod bench_results;

@@ -1,5 +1,5 @@
-//! The frame of the three programs: what their command lines have in common, signal handlers, the error line and the exit
-//! code. No other module of this crate knows that there is a command line.
+//! The frame of the three programs: what their command lines have in common, signal handlers, the
+//! error line and the exit code. No other module of this crate knows that there is a command line.
 
 use std::any::Any;
 use std::io::Write;
@@ -25,7 +25,8 @@ pub enum Outcome {
     Negative,
 }
 
-/// Runs a program: installs the signal handlers, prints an error as one line on stderr, and returns the exit code.
+/// Runs a program: installs the signal handlers, prints an error as one line on stderr, and returns
+/// the exit code.
 pub fn main(body: impl FnOnce() -> Result<Outcome>) -> ExitCode {
     std::panic::set_hook(Box::new(|panic| {
         let location = panic.location().map(ToString::to_string).unwrap_or_default();
@@ -42,8 +43,8 @@ pub fn main(body: impl FnOnce() -> Result<Outcome>) -> ExitCode {
     }
 }
 
-/// Runs `body` and returns a panic in it as an error: tch's plain operations panic where libtorch fails (for lack of
-/// memory, say), and any other panic is a bug.
+/// Runs `body` and returns a panic in it as an error: tch's plain operations panic where libtorch
+/// fails (for lack of memory, say), and any other panic is a bug.
 ///
 /// # Errors
 /// The error of `body`, [`Error::Torch`], or [`Error::Internal`].
@@ -51,8 +52,9 @@ pub fn catch_panics<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
     catch_unwind(AssertUnwindSafe(body)).unwrap_or_else(|payload| Err(error_of_panic(&*payload)))
 }
 
-/// tch unwraps a `Result<_, TchError>` in its plain operations, so that only the formatted text of the error reaches the
-/// panic's payload: its `Debug` form, with escaped line ends. There is no other way to tell it from a bug of ours.
+/// tch unwraps a `Result<_, TchError>` in its plain operations, so that only the formatted text of
+/// the error reaches the panic's payload: its `Debug` form, with escaped line ends. There is no
+/// other way to tell it from a bug of ours.
 fn error_of_panic(payload: &(dyn Any + Send)) -> Error {
     let text = payload.downcast_ref::<String>().cloned();
     let text = text.or_else(|| payload.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default();
@@ -93,7 +95,8 @@ pub fn print_json(value: &impl serde::Serialize) -> Result<()> {
 mod tests {
     use super::*;
 
-    /// If this fails after an update of tch, its panic message has changed: adapt `error_of_panic` to the new form.
+    /// If this fails after an update of tch, its panic message has changed: adapt `error_of_panic`
+    /// to the new form.
     #[test]
     fn a_panic_of_libtorch_is_told_apart_from_a_bug_of_ours() {
         let caught = |body: fn()| error_of_panic(&*catch_unwind(body).unwrap_err());

@@ -1,5 +1,6 @@
-//! What a program says on stderr while it works: single lines, and the progress of long work with its rate and the time
-//! left. A terminal gets a bar; a log file gets a plain line every ten seconds, so that it stays readable.
+//! What a program says on stderr while it works: single lines, and the progress of long work with
+//! its rate and the time left. A terminal gets a bar; a log file gets a plain line every ten
+//! seconds, so that it stays readable.
 
 use std::fmt::Display;
 use std::io::{IsTerminal, Write};
@@ -114,11 +115,11 @@ impl Progress {
         let (seconds, units) = (elapsed.as_secs_f64().max(1e-9), self.done - self.done_before);
         let mut parts = Vec::new();
         if units > 0 {
-            let rate = units as f64 / seconds;
-            parts.push(pace(rate));
+            let per_second = units as f64 / seconds;
+            parts.push(pace(per_second));
             parts.push(match self.total.saturating_sub(self.done) {
                 0 => format!("{} in all", duration(seconds)),
-                left => format!("{} left", duration(left as f64 / rate)),
+                left => format!("{} left", duration(left as f64 / per_second)),
             });
         } else if self.done >= self.total {
             parts.push("done already".to_owned());
@@ -133,10 +134,10 @@ impl Progress {
 /// Units per second, or seconds per unit where a unit takes longer than one.
 fn pace(per_second: f64) -> String {
     match per_second {
-        rate if rate >= 99.95 => format!("{rate:.0}/s"),
-        rate if rate >= 0.95 => format!("{rate:.1}/s"),
-        rate if rate > 0.1 => format!("{:.1} s each", 1.0 / rate),
-        rate => format!("{:.0} s each", 1.0 / rate),
+        99.95.. => format!("{per_second:.0}/s"),
+        0.95.. => format!("{per_second:.1}/s"),
+        0.1.. => format!("{:.1} s each", 1.0 / per_second),
+        _ => format!("{:.0} s each", 1.0 / per_second),
     }
 }
 
@@ -144,8 +145,8 @@ fn pace(per_second: f64) -> String {
 fn duration(seconds: f64) -> String {
     let minutes = (seconds / 60.0).round();
     match seconds {
-        seconds if seconds < 90.0 => format!("{seconds:.0} s"),
-        seconds if seconds < 5400.0 => format!("{minutes} min"),
+        ..90.0 => format!("{seconds:.0} s"),
+        ..5400.0 => format!("{minutes} min"),
         _ => format!("{} h {} min", (minutes / 60.0).floor(), minutes % 60.0),
     }
 }

@@ -1,8 +1,9 @@
 //! Typed configuration: default < YAML file < environment < `section.key=value`.
 //!
-//! A settings struct derives `Serialize`, `Deserialize` (with `#[serde(default, deny_unknown_fields)]`), `Default`,
-//! `garde::Validate` and, for its reference, `schemars::JsonSchema`. The file is parsed straight into the struct, so that an
-//! error has its line; the other layers change single keys of the resulting value.
+//! A settings struct derives `Serialize`, `Deserialize` (with `#[serde(default,
+//! deny_unknown_fields)]`), `Default`, `garde::Validate` and, for its reference,
+//! `schemars::JsonSchema`. The file is parsed straight into the struct, so that an error has its
+//! line; the other layers change single keys of the resulting value.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -28,7 +29,8 @@ use refusal::{lines_of_invalid_keys, parse};
 /// Loads settings from an optional file, the environment and `overrides`.
 ///
 /// # Errors
-/// [`Error::Usage`] that names file and line, variable or override, with the nearest key where one is unknown.
+/// [`Error::Usage`] that names file and line, variable or override, with the nearest key where one
+/// is unknown.
 pub fn load<T>(file: Option<&Path>, overrides: &[String]) -> Result<T>
 where
     T: Serialize + DeserializeOwned + Default + Validate<Context = ()>,
@@ -42,8 +44,8 @@ where
     let mut layers = Vec::new();
     for assignment in from_environment(std::env::vars_os())? {
         match assignment.apply::<T>(&mut value) {
-            // All verbs and programs read the same environment: a key that this verb lacks may be meant for another. A
-            // misspelt one is seen all the same.
+            // All verbs and programs read the same environment: a key that this verb lacks may be
+            // meant for another. A misspelt one is seen all the same.
             Err(Refused::UnknownKey(message)) => {
                 progress::log(format!("{} is ignored: {message}", assignment.origin));
                 continue;
@@ -68,7 +70,8 @@ where
     Ok(settings)
 }
 
-/// `base` with the values of `changes`, which has the same sections and keys. Ranges are left to the caller.
+/// `base` with the values of `changes`, which has the same sections and keys. Ranges are left to
+/// the caller.
 ///
 /// # Errors
 /// [`Error::Usage`] that names the key, with the nearest one where it is unknown.
@@ -213,8 +216,8 @@ mod tests {
 
     #[test]
     fn wrong_types_and_ranges_are_refused() {
-        let wrong = with_file("", &["optimizer.lr=fast"]).unwrap_err().to_string();
-        assert_eq!(wrong, "`optimizer.lr=fast`: optimizer.lr: expected a number");
+        let message = with_file("", &["optimizer.lr=fast"]).unwrap_err().to_string();
+        assert_eq!(message, "`optimizer.lr=fast`: optimizer.lr: expected a number");
         let range = with_file("output: x\noptimizer:\n  lr: 3\n", &[]).unwrap_err().to_string();
         assert!(range.ends_with("run.yaml, line 3: optimizer.lr=3.0: greater than 1"), "{range}");
         let range = with_file("optimizer:\n  lr: 3\n", &["optimizer.lr=-1"]).unwrap_err().to_string();

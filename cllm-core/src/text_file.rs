@@ -1,4 +1,5 @@
-//! Text files, read whole. A file that is not UTF-8 is refused with the line, since no editor shows the byte.
+//! Text files, read whole. A file that is not UTF-8 is refused with the line, since no editor shows
+//! the byte.
 
 use std::path::Path;
 

@@ -1,5 +1,6 @@
-//! A model's tokenizer with its chat template and the ids that end an answer. Models scatter these over several files, and
-//! some forget to name the token that ends a turn; everything that the programs need to know of them is gathered here once.
+//! A model's tokenizer with its chat template and the ids that end an answer. Models scatter these
+//! over several files, and some forget to name the token that ends a turn; everything that the
+//! programs need to know of them is gathered here once.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -31,8 +32,9 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
-    /// Loads `tokenizer.json`, the chat template, and the EOS ids of generation_config.json, config.json and
-    /// tokenizer_config.json together. An adapter without a tokenizer uses its base model's.
+    /// Loads `tokenizer.json`, the chat template, and the EOS ids of generation_config.json,
+    /// config.json and tokenizer_config.json together. An adapter without a tokenizer uses its base
+    /// model's.
     ///
     /// # Errors
     /// When a file is missing or broken, or the tokenizer has ids past the model's vocabulary.
@@ -108,8 +110,9 @@ impl Tokenizer {
         DecodeStream { tokenizer: &self.inner, ids: Vec::new(), prefix: String::new(), prefix_index: 0 }
     }
 
-    /// The rendered prompt and its ids. Messages go through the chat template, which opens the assistant's turn; plain text
-    /// stays as it is, after the BOS token where the tokenizer adds one.
+    /// The rendered prompt and its ids. Messages go through the chat template, which opens the
+    /// assistant's turn; plain text stays as it is, after the BOS token where the tokenizer adds
+    /// one.
     ///
     /// # Errors
     /// When the template refuses the messages, or the model has no template.
@@ -152,10 +155,12 @@ impl Tokenizer {
     }
 }
 
-/// Decodes tokens as they come. A character whose bytes are spread over several tokens is withheld until its last one.
+/// Decodes tokens as they come. A character whose bytes are spread over several tokens is withheld
+/// until its last one.
 pub struct DecodeStream<'t> {
     tokenizer: &'t tokenizers::Tokenizer,
-    // The state of `tokenizers::DecodeStream`, which does not show what it still withholds when an answer ends.
+    // The state of `tokenizers::DecodeStream`, which does not show what it still withholds when an
+    // answer ends.
     ids: Vec<u32>,
     prefix: String,
     prefix_index: usize,
@@ -176,7 +181,8 @@ impl DecodeStream<'_> {
         Ok(text)
     }
 
-    /// The text that was still withheld: the incomplete character of an answer that was cut inside it.
+    /// The text that was still withheld: the incomplete character of an answer that was cut inside
+    /// it.
     ///
     /// # Errors
     /// When the tokenizer fails.
@@ -203,8 +209,8 @@ fn check_vocab_size(path: &Path, tokenizer: &tokenizers::Tokenizer, config: &Val
     Err(Error::file(path, message))
 }
 
-/// Path of a tokenizer file. An adapter may bring a whole tokenizer, and a generation_config.json; what it lacks is in the
-/// folder of its base model.
+/// Path of a tokenizer file. An adapter may bring a whole tokenizer, and a generation_config.json;
+/// what it lacks is in the folder of its base model.
 fn find_file(folder: &Path, name: &str) -> Result<PathBuf> {
     let marker = if name == GENERATION { GENERATION } else { TOKENIZER };
     let owner = if folder.join(marker).exists() { folder.to_owned() } else { base_folder(folder)? };
@@ -225,7 +231,8 @@ pub fn copy_files(from: &Path, to: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Writes the ids that end an answer into a model folder's generation_config.json, where every loader looks for them.
+/// Writes the ids that end an answer into a model folder's generation_config.json, where every
+/// loader looks for them.
 ///
 /// # Errors
 /// File-system errors.

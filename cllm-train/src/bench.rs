@@ -38,7 +38,8 @@ pub struct BenchSettings {
     /// Folder or id of the model to train; or set `train.init`.
     #[garde(skip)]
     pub model: Option<String>,
-    /// Train random weights in the shape of a known model (with the vocabulary of `model`) instead of the weights of `model`.
+    /// Train random weights in the shape of a known model (with the vocabulary of `model`) instead
+    /// of the weights of `model`.
     #[garde(skip)]
     pub preset: Option<ModelPreset>,
     /// Name of the model in the results. Default: its preset, or the last part of its folder.
@@ -50,7 +51,8 @@ pub struct BenchSettings {
     /// Time N steps, after three that warm up.
     #[garde(range(min = 1))]
     pub num_steps: usize,
-    /// All other settings of the training, as in `run`; `bench` sets model, datasets, output and device.
+    /// All other settings of the training, as in `run`; `bench` sets model, datasets, output and
+    /// device.
     #[garde(skip)]
     #[schemars(extend("elsewhere" = true))]
     pub train: Settings,
@@ -60,7 +62,8 @@ pub struct BenchSettings {
     /// auto, cpu, cuda or cuda:N.
     #[garde(skip)]
     pub device: String,
-    /// File for the results. It keeps the results of other models if they were measured on the same machine.
+    /// File for the results. It keeps the results of other models if they were measured on the same
+    /// machine.
     #[garde(custom(required_path))]
     pub output: PathBuf,
 }
@@ -133,8 +136,9 @@ pub struct TrainBenchRecord {
     examples_per_second: f64,
     /// Mean number of tokens in a forward.
     mean_batch_tokens: f64,
-    /// Model FLOPs over the seconds and `peak_flops`: 6 x parameters x tokens, plus 12 x layers x width of all heads for each pair of
-    /// tokens that attention does not mask. Recomputation does not count. `None` on devices whose peak is not known.
+    /// Model FLOPs over the seconds and `peak_flops`: 6 x parameters x tokens, plus 12 x layers x
+    /// width of all heads for each pair of tokens that attention does not mask. Recomputation does
+    /// not count. `None` on devices whose peak is not known.
     mfu: Option<f64>,
     /// The same if attention counts every pair of tokens in a sequence of `max_example_tokens`.
     mfu_dense_attention: Option<f64>,
@@ -146,7 +150,8 @@ pub struct TrainBenchRecord {
     planned_memory_bytes: u64,
     /// Seconds that the training thread waited for batches, in all timed steps.
     batch_wait_seconds: f64,
-    /// Blocks per second of the paper's training step with `transformers`, from the baseline's file.
+    /// Blocks per second of the paper's training step with `transformers`, from the baseline's
+    /// file.
     transformers_blocks_per_second: Option<f64>,
     settings: BenchSettings,
 }

@@ -1,5 +1,6 @@
-//! Checkpoints of a run: a Hugging Face folder (or an adapter alone) with the training state beside it. A checkpoint appears
-//! whole or not at all, so that a run that was killed at any moment resumes from the one before.
+//! Checkpoints of a run: a Hugging Face folder (or an adapter alone) with the training state beside
+//! it. A checkpoint appears whole or not at all, so that a run that was killed at any moment
+//! resumes from the one before.
 //!
 //! `checkpoints/step-NNNNNN` are the folders; the links `latest` and `best` point to two of them.
 
@@ -48,7 +49,8 @@ impl Checkpoints {
         self.folder().join("latest").exists()
     }
 
-    /// Writes a checkpoint, moves `latest` (and `best`) to it and removes old ones. Every process must call it; the main one writes.
+    /// Writes a checkpoint, moves `latest` (and `best`) to it and removes old ones. Every process
+    /// must call it; the main one writes.
     ///
     /// # Errors
     /// File-system errors, a process that is gone.
@@ -65,7 +67,8 @@ impl Checkpoints {
         }
         let name = format!("step-{:06}", state.step);
         atomic_file::write_folder_with(&self.folder().join(&name), |folder| {
-            // The master weights may be the model's own, so they are written before the average takes their place.
+            // The master weights may be the model's own, so they are written before the average
+            // takes their place.
             write_tensors(&folder.join("optimizer.safetensors"), &optimizer_tensors)?;
             optimizer.with_average(|| match &self.adapter_base {
                 Some(base) => self.write_adapter(folder, model, base),
@@ -74,7 +77,8 @@ impl Checkpoints {
             atomic_file::write_json(&folder.join("state.json"), state)
         })?;
         let best_step = state.validation.best.map(|best| best.step);
-        // `best` goes first: a kill in between must not leave `latest` with a best checkpoint that no link points to.
+        // `best` goes first: a kill in between must not leave `latest` with a best checkpoint that
+        // no link points to.
         if best_step == Some(state.step) {
             replace_link(&self.folder(), "best", &name)?;
         }
@@ -97,7 +101,8 @@ impl Checkpoints {
         Ok(target)
     }
 
-    /// Writes a model with its tokenizer. Adapters are merged, and saved once more by themselves in `adapter`.
+    /// Writes a model with its tokenizer. Adapters are merged, and saved once more by themselves in
+    /// `adapter`.
     fn write_model(&self, folder: &Path, model: &Transformer) -> Result<()> {
         checkpoint::save(model, folder, model.kind())?;
         self.write_tokenizer(folder)?;
@@ -158,7 +163,8 @@ impl Checkpoints {
         Ok(Some(state))
     }
 
-    /// The checkpoint that `latest` points to. If someone has deleted it, the newest of the others is closer than the start.
+    /// The checkpoint that `latest` points to. If someone has deleted it, the newest of the others
+    /// is closer than the start.
     fn newest(&self) -> Result<Option<PathBuf>> {
         let latest = self.folder().join("latest");
         if latest.exists() {

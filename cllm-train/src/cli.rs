@@ -52,20 +52,22 @@ enum Verb {
         #[arg(long)]
         no_timing: bool,
     },
-    /// Measure the speed of training: tokens and blocks per second, fraction of the device's peak, memory.
+    /// Measure the speed of training: tokens and blocks per second, fraction of the device's peak,
+    /// memory.
     #[command(
         after_help = "Example:\n  cllm-train bench model=configs/tiny-teacher 'datasets=[runs/clean]' num_steps=5 \\\n    \
         train.max_batch_tokens=4096 output=runs/bench-train.json"
     )]
     Bench(SettingsArgs),
-    /// Collect, augment, clean and train in rounds, each starting from the student of the round before; resumes where interrupted
-    /// rounds stopped.
+    /// Collect, augment, clean and train in rounds, each starting from the student of the round
+    /// before; resumes where interrupted rounds stopped.
     #[command(after_help = "Example:\n  cllm-train rounds -c configs/rounds.yaml output=runs/rounds")]
     Rounds(SettingsArgs),
     /// Check the settings of a run and print all of them.
     #[command(after_help = "Example:\n  cllm-train validate -c configs/quickstart-student.yaml")]
     Validate(SettingsArgs),
-    /// Train a small tokenizer on the prompts and references of a prompt set, for a model with random weights.
+    /// Train a small tokenizer on the prompts and references of a prompt set, for a model with
+    /// random weights.
     #[command(
         after_help = "Example:\n  cllm-train tokenizer runs/prompts.jsonl --vocab-size 512 --output runs/tokenizer"
     )]
@@ -79,7 +81,8 @@ enum Verb {
         #[arg(long, short)]
         output: PathBuf,
     },
-    /// Convert a checkpoint to a model folder with weights of another type; an adapter is merged into its model.
+    /// Convert a checkpoint to a model folder with weights of another type; an adapter is merged
+    /// into its model.
     #[command(
         after_help = "Example:\n  cllm-train export runs/student/checkpoints/latest --dtype bf16 --output runs/student-bf16"
     )]

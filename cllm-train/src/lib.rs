@@ -1,5 +1,6 @@
-//! Trains teachers (supervised) and students (consistency). `trainer` is the loop of a run; from there, `data` makes batches,
-//! `step` trains on them, `validation` measures the model, and `checkpoint` saves it.
+//! Trains teachers (supervised) and students (consistency). `trainer` is the loop of a run; from
+//! there, `data` makes batches, `step` trains on them, `validation` measures the model, and
+//! `checkpoint` saves it.
 
 mod bench;
 mod checkpoint;

@@ -1,8 +1,9 @@
 //! Computes the losses of a batch and their gradients.
 //!
-//! One forward over the packed batch gives the hidden states of all tokens. The vocabulary projection is then applied chunk by
-//! chunk: each chunk's logits become losses and, right away, the gradient of its hidden states. The gradients of all chunks
-//! together go through the model in one backward. On a GPU the logits are turned into their own gradients in place by kernels;
+//! One forward over the packed batch gives the hidden states of all tokens. The vocabulary
+//! projection is then applied chunk by chunk: each chunk's logits become losses and, right away,
+//! the gradient of its hidden states. The gradients of all chunks together go through the model in
+//! one backward. On a GPU the logits are turned into their own gradients in place by kernels;
 //! elsewhere autograd does it.
 
 use cllm_core::Result;
@@ -23,8 +24,9 @@ pub struct Backward {
     pub checkpointed_layers: usize,
 }
 
-/// The sum of each loss over the tokens of a batch, as float32 scalars on the device. The anchor loss needs the frozen model
-/// `anchor`. With `backward`, gradients are added to those of the model.
+/// The sum of each loss over the tokens of a batch, as float32 scalars on the device. The anchor
+/// loss needs the frozen model `anchor`. With `backward`, gradients are added to those of the
+/// model.
 ///
 /// # Errors
 /// [`cllm_core::Error::Torch`], for example when memory runs out.
@@ -101,7 +103,8 @@ impl<'h> Totals<'h> {
         Rows { hidden: self.hidden.index_select(0, &indices), indices }
     }
 
-    /// Adds a chunk. Its rows are distinct, except that an empty prompt leaves the first two response tokens the same row.
+    /// Adds a chunk. Its rows are distinct, except that an empty prompt leaves the first two
+    /// response tokens the same row.
     fn add(&mut self, rows: &Rows, chunk: ChunkLosses) {
         for (total, sum) in self.sums.as_mut().zip(chunk.sums).into_array() {
             if let Some(sum) = sum {
@@ -124,7 +127,8 @@ struct LossHead<'v> {
 }
 
 impl LossHead<'_> {
-    /// The losses of a chunk, from the hidden states of its rows and then its noisy rows, and the frozen model's logits.
+    /// The losses of a chunk, from the hidden states of its rows and then its noisy rows, and the
+    /// frozen model's logits.
     fn chunk(&self, hidden: &Tensor, anchor_logits: Option<Tensor>, chunk: &Chunk) -> Result<ChunkLosses> {
         let num_rows = chunk.rows.len() as i64;
         let num_noisy_rows = hidden.size()[0] - num_rows;
@@ -151,7 +155,8 @@ impl LossHead<'_> {
         let targets = TargetRows::new(&chunk.noisy_targets, hidden.size()[0] as usize, hidden.device())?;
         let logits = kernels.logits(self.model.project(hidden))?;
         let mut sums = Losses::default();
-        // This comes first: its targets are clean rows, which the cross-entropy turns into their gradients.
+        // This comes first: its targets are clean rows, which the cross-entropy turns into their
+        // gradients.
         if num_noisy_rows > 0 {
             let (student, target) = ((&logits, num_rows as usize), (&logits, &targets));
             let per_row = kernels.divergence(student, target, self.settings.divergence.into(), scale.global)?;
@@ -165,7 +170,8 @@ impl LossHead<'_> {
         Ok(ChunkLosses { sums, d_rows: self.d_rows(hidden, &logits)? })
     }
 
-    /// The local loss of a chunk, from the hidden states of its rows and the logits of their counterparts in the next state.
+    /// The local loss of a chunk, from the hidden states of its rows and the logits of their
+    /// counterparts in the next state.
     fn local_chunk(&self, hidden: &Tensor, next_logits: Tensor) -> Result<ChunkLosses> {
         let Some(kernels) = self.kernels else {
             return Ok(self.with_autograd(hidden, |logits| {
@@ -195,7 +201,8 @@ impl LossHead<'_> {
         ChunkLosses { sums, d_rows: Some(hidden.grad()) }
     }
 
-    /// The gradient of hidden states, and of the vocabulary projection, from logits that have become their own gradient.
+    /// The gradient of hidden states, and of the vocabulary projection, from logits that have
+    /// become their own gradient.
     fn d_rows(&self, hidden: &Tensor, d_logits: &Logits) -> Result<Option<Tensor>> {
         self.scale.map(|_| train::project_backward(self.model, hidden, d_logits.values())).transpose()
     }

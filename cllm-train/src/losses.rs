@@ -1,5 +1,5 @@
-//! One value for each of the four losses, by name. Weights, sums, token counts and gradients of the losses all have this shape, so
-//! that none can be taken for another's.
+//! One value for each of the four losses, by name. Weights, sums, token counts and gradients of the
+//! losses all have this shape, so that none can be taken for another's.
 
 /// A value per loss.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]

@@ -1,4 +1,5 @@
-//! Estimates the memory of a training step from shapes. It counts tensors only, not what an allocator keeps in reserve.
+//! Estimates the memory of a training step from shapes. It counts tensors only, not what an
+//! allocator keeps in reserve.
 
 use cllm_core::model::{Family, ModelConfig};
 use cllm_core::train;
@@ -13,11 +14,13 @@ use crate::settings::{ConsistencySettings, Divergence, Objective, Settings, Stat
 /// Estimated bytes on each process, for the largest of its batches.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct MemoryEstimate {
-    /// The model with its adapters. With an anchor also the frozen model, unless that is the one below the adapters.
+    /// The model with its adapters. With an anchor also the frozen model, unless that is the one
+    /// below the adapters.
     pub weights: u64,
     /// One for each trained number, in its type.
     pub gradients: u64,
-    /// Moments, float32 master weights of bfloat16 weights (unless the state is bfloat16), and the moving average.
+    /// Moments, float32 master weights of bfloat16 weights (unless the state is bfloat16), and the
+    /// moving average.
     pub optimizer: u64,
     /// What the forward saves for the backward, and the largest temporary tensors at the same time.
     pub activations: u64,
@@ -87,7 +90,8 @@ impl StaticBytes {
             _ => 12.0,
         };
         let average = if settings.optimizer.ema_decay.is_some() { 4.0 } else { 0.0 };
-        // The update makes float32 copies of some gradients; with a bfloat16 state, of everything it works on.
+        // The update makes float32 copies of some gradients; with a bfloat16 state, of everything
+        // it works on.
         let num_copies = if is_bf16_state { 8.0 } else { 1.0 };
         let copies = if kind == Kind::Float { 0.0 } else { num_copies * 4.0 * shard.min(MAX_UPDATE_ELEMENTS as f64) };
         // The sum over the gradients of all processes.
@@ -141,8 +145,8 @@ impl LayerWidths {
     }
 }
 
-/// Bytes per token that all layers save, if a layer saves `saved` and a checkpointed one `input`. One checkpointed layer at a time
-/// is recomputed in full.
+/// Bytes per token that all layers save, if a layer saves `saved` and a checkpointed one `input`.
+/// One checkpointed layer at a time is recomputed in full.
 fn saved_by_layers(config: &ModelConfig, settings: &Settings, saved: f64, input: f64) -> f64 {
     let num_layers = config.num_layers as f64;
     let num_checkpointed = num_layers.min(settings.checkpointed_layers as f64);
@@ -150,10 +154,11 @@ fn saved_by_layers(config: &ModelConfig, settings: &Settings, saved: f64, input:
     (num_layers - num_checkpointed) * saved + num_checkpointed * input + recomputed
 }
 
-/// Activations of our CUDA kernels, in bfloat16. For each token a layer saves the inputs and outputs of two norms, queries, keys and
-/// values, the attention output with a float32 logsumexp per head, gate and up. The temporary tensors are, one after another: the
-/// output of the first half of the feed-forward layer; the last hidden states, their gradient and the logits of a chunk; two
-/// gradients of a layer.
+/// Activations of our CUDA kernels, in bfloat16. For each token a layer saves the inputs and
+/// outputs of two norms, queries, keys and values, the attention output with a float32 logsumexp
+/// per head, gate and up. The temporary tensors are, one after another: the output of the first
+/// half of the feed-forward layer; the last hidden states, their gradient and the logits of a
+/// chunk; two gradients of a layer.
 fn cuda_activations(config: &ModelConfig, settings: &Settings, batch: BatchSize) -> f64 {
     let LayerWidths { hidden, queries, qkv, heads, ffn } = LayerWidths::new(config);
     let saved = 8.0 * hidden + 2.0 * (qkv + queries) + 4.0 * heads + 4.0 * ffn;
@@ -165,9 +170,10 @@ fn cuda_activations(config: &ModelConfig, settings: &Settings, batch: BatchSize)
 }
 
 /// Activations of libtorch's operations, with b bytes per element. For each token a layer saves
-/// - for each of two norms, the input in float32, the normalized input and the output: 4 + 2b over the hidden size;
-/// - queries, keys and values (expanded to all query heads) and the attention output, per sequence and joined: 5b over all heads,
-///   and a float32 logsumexp per head;
+/// - for each of two norms, the input in float32, the normalized input and the output: 4 + 2b over
+///   the hidden size;
+/// - queries, keys and values (expanded to all query heads) and the attention output, per sequence
+///   and joined: 5b over all heads, and a float32 logsumexp per head;
 /// - with norms of queries and keys, their input in float32 and the normalized input;
 /// - gate, its activation, up and their product: 4b over the feed-forward width;
 /// - the low-rank output of each adapter: b over the rank.
@@ -189,8 +195,8 @@ fn eager_activations(config: &ModelConfig, element: f64, settings: &Settings, ba
         + eager_losses(config, settings, batch.num_logit_rows)
 }
 
-/// Float32 copies `[rows, vocab]` in memory at a time: the logits, their log-probabilities, and the temporary tensors of a divergence
-/// and of its backward.
+/// Float32 copies `[rows, vocab]` in memory at a time: the logits, their log-probabilities, and the
+/// temporary tensors of a divergence and of its backward.
 fn eager_losses(config: &ModelConfig, settings: &Settings, num_rows: f64) -> f64 {
     let copies = match (settings.objective, settings.consistency.divergence) {
         (Objective::Sft, _) => 4.0,

@@ -53,8 +53,9 @@ pub struct MetricsLog {
 }
 
 impl MetricsLog {
-    /// Opens the files of a run that starts or resumes after `step`. Lines of later steps are removed, since those steps are taken
-    /// again. So is a validation after `step`, unless the checkpoint knows of it.
+    /// Opens the files of a run that starts or resumes after `step`. Lines of later steps are
+    /// removed, since those steps are taken again. So is a validation after `step`, unless the
+    /// checkpoint knows of it.
     ///
     /// # Errors
     /// File-system errors.

@@ -19,7 +19,8 @@ pub struct Models {
 }
 
 impl Models {
-    /// Loads the models of a run whose student and tokenizer are in `folder`, or makes random weights.
+    /// Loads the models of a run whose student and tokenizer are in `folder`, or makes random
+    /// weights.
     ///
     /// # Errors
     /// Bad model folders, shapes and vocabularies.
@@ -72,7 +73,8 @@ fn load_anchor(name: &str, student: &ModelConfig, device: Device) -> Result<Tran
     checkpoint::load(&folder, device, device::default_kind(device))
 }
 
-/// The tokenizer of a run, and the folder that it is in. Unless the weights are random, the model is there too.
+/// The tokenizer of a run, and the folder that it is in. Unless the weights are random, the model
+/// is there too.
 ///
 /// # Errors
 /// Missing folders and files; end-of-answer ids that are not in the vocabulary.

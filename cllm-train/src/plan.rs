@@ -1,5 +1,5 @@
-//! `plan`: what a run will need, before it writes anything. Some of its steps are taken on a copy of the model to estimate how
-//! long it will last.
+//! `plan`: what a run will need, before it writes anything. Some of its steps are taken on a copy
+//! of the model to estimate how long it will last.
 
 use std::path::Path;
 use std::rc::Rc;

@@ -8,7 +8,8 @@ use tch::Device;
 
 use crate::settings::Settings;
 
-/// Joins the other processes that a launcher started, if any. All but the main process become quiet.
+/// Joins the other processes that a launcher started, if any. All but the main process become
+/// quiet.
 ///
 /// # Errors
 /// [`Error::Usage`] for an environment that does not fit, or if the other processes do not answer.

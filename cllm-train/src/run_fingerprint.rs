@@ -1,5 +1,5 @@
-//! What the result of a run depends on. It is saved with the run, which resumes only if nothing of it has changed; the
-//! error then names what did.
+//! What the result of a run depends on. It is saved with the run, which resumes only if nothing of
+//! it has changed; the error then names what did.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -26,7 +26,8 @@ pub struct RunFingerprint {
 }
 
 impl RunFingerprint {
-    /// The fingerprint of a training run with this tokenizer, which is in `model_folder` together with the model.
+    /// The fingerprint of a training run with this tokenizer, which is in `model_folder` together
+    /// with the model.
     ///
     /// # Errors
     /// Files that cannot be read.
@@ -82,13 +83,14 @@ impl RunFingerprint {
         }
     }
 
-    /// Adds the fingerprint of some contents under a name that reads well in `from another version of NAME`.
+    /// Adds the fingerprint of some contents under a name that reads well in
+    /// `from another version of NAME`.
     pub fn add_contents(&mut self, name: impl Into<String>, fingerprint: String) {
         self.contents.insert(name.into(), fingerprint);
     }
 
-    /// What has changed from `self` to `now`, if anything: a clause for an error message that follows the name of a folder and
-    /// `verb`, such as `was started`.
+    /// What has changed from `self` to `now`, if anything: a clause for an error message that
+    /// follows the name of a folder and `verb`, such as `was started`.
     pub fn difference(&self, verb: &str, now: &RunFingerprint) -> Option<String> {
         let changed = |then: &BTreeMap<String, String>, now: &BTreeMap<String, String>| {
             let keys = then.keys().chain(now.keys());

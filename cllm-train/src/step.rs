@@ -1,4 +1,5 @@
-//! One training step: the gradients of its batches, then an update of the weights. `run`, `bench` and `plan` all take it.
+//! One training step: the gradients of its batches, then an update of the weights. `run`, `bench`
+//! and `plan` all take it.
 
 use cllm_core::Result;
 use cllm_core::distributed::ProcessGroup;
@@ -12,7 +13,8 @@ use crate::models::Models;
 use crate::optimizer::OptimizerState;
 use crate::settings::Settings;
 
-/// What a step reports. Everything is still on the device, so that taking a step does not wait for it.
+/// What a step reports. Everything is still on the device, so that taking a step does not wait for
+/// it.
 pub struct StepOutput {
     pub losses: DeviceLosses,
     /// Norm of the gradient before clipping, float32 scalar.
@@ -36,7 +38,8 @@ pub fn train_step(
     Ok(StepOutput { losses, grad_norm })
 }
 
-/// Adds up the gradients of this process's batches. Each loss is a mean over its tokens in the batches of all processes.
+/// Adds up the gradients of this process's batches. Each loss is a mean over its tokens in the
+/// batches of all processes.
 fn accumulate_gradients(models: &Models, settings: &Settings, step: &StepBatches) -> Result<DeviceLosses> {
     let divisors = step.counts.num_loss_tokens.divisors();
     let scale = settings.loss_weights().zip(divisors).map(|(weight, divisor)| weight / divisor);

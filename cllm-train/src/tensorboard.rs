@@ -1,5 +1,5 @@
-//! Writes TensorBoard's event files: protocol buffer messages in TFRecord framing. Both are simple enough to write by hand, which
-//! saves a dependency on TensorFlow's formats.
+//! Writes TensorBoard's event files: protocol buffer messages in TFRecord framing. Both are simple
+//! enough to write by hand, which saves a dependency on TensorFlow's formats.
 
 use std::fs::File;
 use std::io::Write;
@@ -17,8 +17,8 @@ pub struct EventFile {
 }
 
 impl EventFile {
-    /// Creates the only event file of a folder. Those of earlier parts of a run are removed, because the caller writes their events
-    /// again.
+    /// Creates the only event file of a folder. Those of earlier parts of a run are removed,
+    /// because the caller writes their events again.
     ///
     /// # Errors
     /// File-system errors.
@@ -118,7 +118,8 @@ mod tests {
             assert_eq!(rest[12 + length..16 + length], checksum(&rest[12..12 + length]));
             rest = &rest[16 + length..];
         }
-        // Time (9 bytes), then file_version = 3; time, step = 2 as a varint, summary = 5 { value = 1 { tag, simple_value } }.
+        // Time (9 bytes), then file_version = 3; time, step = 2 as a varint, summary = 5 { value =
+        // 1 { tag, simple_value } }.
         assert_eq!(messages[0][9..], [&[3 << 3 | 2, 13], VERSION.as_bytes()].concat());
         let value = [&[1 << 3 | 2, 4][..], b"loss", &[2 << 3 | 5], &1.5f32.to_le_bytes()].concat();
         let expected = [&[2 << 3, 0xac, 0x02, 5 << 3 | 2, 13, 1 << 3 | 2, 11], value.as_slice()].concat();

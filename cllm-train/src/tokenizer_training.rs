@@ -1,4 +1,5 @@
-//! Trains a small tokenizer for a model with random weights: byte-level BPE with one token per digit, and a chat template.
+//! Trains a small tokenizer for a model with random weights: byte-level BPE with one token per
+//! digit, and a chat template.
 
 use std::path::Path;
 
@@ -20,7 +21,8 @@ const CHAT_TEMPLATE: &str = "{% for message in messages %}{{ '<|' + message.role
 /// Trains a tokenizer of at most `vocab_size` ids on `texts` and writes its files into `folder`.
 ///
 /// # Errors
-/// [`Error::Usage`] if `vocab_size` is too small for the 256 bytes and the turn tokens; file-system errors.
+/// [`Error::Usage`] if `vocab_size` is too small for the 256 bytes and the turn tokens; file-system
+/// errors.
 pub fn train(texts: &[String], vocab_size: usize, folder: &Path) -> Result<()> {
     let min_vocab_size = 256 + TURN_TOKENS.len();
     if vocab_size < min_vocab_size {

@@ -1,7 +1,8 @@
-//! The training loop. Order, blocks and states are drawn from (seed, epoch, example), so a run that resumes continues exactly as
-//! if it had never stopped.
+//! The training loop. Order, blocks and states are drawn from (seed, epoch, example), so a run that
+//! resumes continues exactly as if it had never stopped.
 //!
-//! With several processes, each takes its share of the batches of every step, and the main one writes.
+//! With several processes, each takes its share of the batches of every step, and the main one
+//! writes.
 
 use std::path::Path;
 use std::rc::Rc;
@@ -30,7 +31,8 @@ use crate::summary::{SUMMARY_FILE, Summary};
 use crate::train_state::TrainState;
 use crate::validation::Validator;
 
-/// A run stops when this many steps in a row had no finite gradient. It notices when it writes its next metrics.
+/// A run stops when this many steps in a row had no finite gradient. It notices when it writes its
+/// next metrics.
 const MAX_SKIPPED_IN_A_ROW: usize = 20;
 
 /// A run of training in one process.
@@ -47,14 +49,16 @@ struct Trainer<'t> {
     started: Instant,
     /// Seconds of training before this process started.
     seconds_before: f64,
-    /// Whether any process was asked to stop, summed over all of them in the last step: float32 `[1]`.
+    /// Whether any process was asked to stop, summed over all of them in the last step: float32
+    /// `[1]`.
     stop_requests: Option<Tensor>,
 }
 
 /// Trains, resuming from what the output folder holds.
 ///
 /// # Errors
-/// Bad settings and data; [`Error::Interrupted`] after a checkpoint; [`Error::Negative`] for weights that are not finite.
+/// Bad settings and data; [`Error::Interrupted`] after a checkpoint; [`Error::Negative`] for
+/// weights that are not finite.
 pub fn run(settings: Settings) -> Result<()> {
     let (device, group) = processes::join(&settings)?;
     let (tokenizer, tokenizer_folder) = load_tokenizer(&settings)?;
@@ -172,8 +176,9 @@ impl Trainer<'_> {
         if number < self.num_steps && (is_new_best || is_due) { self.save() } else { Ok(()) }
     }
 
-    /// The signal that asks the run to stop, if any. Processes are not in the same step when one of them gets a signal. So each
-    /// step sums over all processes whether they got one, and reads the sum of the step before, for which nobody waits.
+    /// The signal that asks the run to stop, if any. Processes are not in the same step when one of
+    /// them gets a signal. So each step sums over all processes whether they got one, and reads the
+    /// sum of the step before, for which nobody waits.
     fn stop_signal(&mut self) -> Result<Option<i32>> {
         let own_signal = interrupt::requested();
         if self.group.world_size() == 1 {
@@ -196,8 +201,8 @@ impl Trainer<'_> {
         self.state.validation.last_step == Some(self.state.step)
     }
 
-    /// Validates if the last step is one to validate after. Returns whether it is the best so far. The main process validates and
-    /// tells the others.
+    /// Validates if the last step is one to validate after. Returns whether it is the best so far.
+    /// The main process validates and tells the others.
     fn validate_if_due(&mut self, metrics: Option<&mut MetricsLog>) -> Result<bool> {
         let step = self.state.step;
         let is_due = step.is_multiple_of(self.settings.validation.every) || step == self.num_steps;
@@ -242,7 +247,8 @@ impl Trainer<'_> {
         })
     }
 
-    /// Brings the parts of the state up to date that are not counted in each step. Waits for the device.
+    /// Brings the parts of the state up to date that are not counted in each step. Waits for the
+    /// device.
     fn update_state(&mut self) {
         self.state.num_skipped_steps = self.optimizer.skipped_steps().total;
         self.state.seconds = self.seconds_before + self.started.elapsed().as_secs_f64();
@@ -259,7 +265,8 @@ impl Trainer<'_> {
         }
     }
 
-    /// Saves a checkpoint, unless the weights are no longer finite: nobody wants to resume from those.
+    /// Saves a checkpoint, unless the weights are no longer finite: nobody wants to resume from
+    /// those.
     fn save(&mut self) -> Result<()> {
         if !self.optimizer.is_finite() {
             let step = self.state.step;

@@ -7,11 +7,13 @@ use crate::{Error, Result};
 /// PEFT's configuration of an adapter.
 pub(super) const ADAPTER_CONFIG_FILE: &str = "adapter_config.json";
 
-/// The folder of a model. `model` is a path, or an id such as `HuggingFaceTB/SmolLM2-135M-Instruct` in the Hugging Face cache
-/// (`HF_HUB_CACHE`, `HF_HOME`). A build with the feature `hub` downloads what the cache lacks.
+/// The folder of a model. `model` is a path, or an id such as `HuggingFaceTB/SmolLM2-135M-Instruct`
+/// in the Hugging Face cache (`HF_HUB_CACHE`, `HF_HOME`). A build with the feature `hub` downloads
+/// what the cache lacks.
 ///
 /// # Errors
-/// When there is neither such a folder nor such a model in the cache; the message says where the cache is.
+/// When there is neither such a folder nor such a model in the cache; the message says where the
+/// cache is.
 pub fn locate(model: &str) -> Result<PathBuf> {
     let folder = PathBuf::from(model);
     if folder.is_dir() {
@@ -28,8 +30,8 @@ pub fn locate(model: &str) -> Result<PathBuf> {
     }
 }
 
-/// `HF_HUB_CACHE`, else `$HF_HOME/hub`, else `$XDG_CACHE_HOME/huggingface/hub`, else `~/.cache/huggingface/hub`. Empty
-/// variables count as unset.
+/// `HF_HUB_CACHE`, else `$HF_HOME/hub`, else `$XDG_CACHE_HOME/huggingface/hub`, else
+/// `~/.cache/huggingface/hub`. Empty variables count as unset.
 pub fn cache_folder() -> PathBuf {
     let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let user_cache =
@@ -39,7 +41,8 @@ pub fn cache_folder() -> PathBuf {
         .unwrap_or_else(|| user_cache().join("huggingface/hub"))
 }
 
-/// Whether a folder holds an adapter. As in `transformers`, it has precedence over a model in the same folder.
+/// Whether a folder holds an adapter. As in `transformers`, it has precedence over a model in the
+/// same folder.
 pub fn is_adapter(folder: &Path) -> bool {
     folder.join(ADAPTER_CONFIG_FILE).exists()
 }

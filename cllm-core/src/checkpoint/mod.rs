@@ -1,7 +1,8 @@
-//! Model folders in Hugging Face's format: config.json, weights in safetensors files, and PEFT adapters.
+//! Model folders in Hugging Face's format: config.json, weights in safetensors files, and PEFT
+//! adapters.
 //!
-//! A folder with an adapter means the model that the adapter belongs to, with the adapter merged in. [`hub`] finds the
-//! folder of a model by its name.
+//! A folder with an adapter means the model that the adapter belongs to, with the adapter merged
+//! in. [`hub`] finds the folder of a model by its name.
 
 pub mod hub;
 mod peft;
@@ -48,7 +49,8 @@ pub fn load(folder: &Path, device: Device, kind: Kind) -> Result<Transformer> {
 /// Reads config.json, of an adapter that of its model.
 ///
 /// # Errors
-/// [`Error::File`] when it is missing or invalid, or names a family or a feature that is not supported.
+/// [`Error::File`] when it is missing or invalid, or names a family or a feature that is not
+/// supported.
 pub fn load_config(folder: &Path) -> Result<ModelConfig> {
     if !folder.is_dir() {
         return Err(Error::file(folder, "there is no such model folder"));
@@ -59,7 +61,8 @@ pub fn load_config(folder: &Path) -> Result<ModelConfig> {
     ModelConfig::from_json(&json).map_err(|message| Error::file(&path, message))
 }
 
-/// Checks that a folder holds every weight of its config.json, complete and of the expected shape, without loading them.
+/// Checks that a folder holds every weight of its config.json, complete and of the expected shape,
+/// without loading them.
 ///
 /// # Errors
 /// As [`load`].
@@ -83,8 +86,8 @@ pub fn fingerprint(folder: &Path) -> Result<String> {
     hash_files(&files)
 }
 
-/// Writes config.json and the weights, with adapters merged, as `kind` into an existing folder. Weights of more than 5 GB are
-/// split over several files.
+/// Writes config.json and the weights, with adapters merged, as `kind` into an existing folder.
+/// Weights of more than 5 GB are split over several files.
 ///
 /// # Errors
 /// File-system errors.

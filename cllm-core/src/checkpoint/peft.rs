@@ -1,5 +1,5 @@
-//! Adapters in the format of PEFT: adapter_config.json, which names the model that they belong to, and
-//! adapter_model.safetensors.
+//! Adapters in the format of PEFT: adapter_config.json, which names the model that they belong to,
+//! and adapter_model.safetensors.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -19,7 +19,8 @@ const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 /// PEFT's prefix of the model's own module names.
 const NAME_PREFIX: &str = "base_model.model.";
 
-/// Settings of PEFT that change what an adapter computes and that are not supported: they must be off.
+/// Settings of PEFT that change what an adapter computes and that are not supported: they must be
+/// off.
 const UNSUPPORTED: [&str; 16] = [
     "use_rslora",
     "use_dora",
@@ -75,7 +76,8 @@ pub(super) fn adapter_files(folder: &Path) -> Vec<PathBuf> {
 /// The adapters of a folder, in float32 on `device`; `None` for a model without any.
 ///
 /// # Errors
-/// Names a file that is missing, incomplete or does not fit the model, and a setting that is not supported.
+/// Names a file that is missing, incomplete or does not fit the model, and a setting that is not
+/// supported.
 pub(super) fn load_adapters(folder: &Path, model: &ModelConfig, device: Device) -> Result<Option<LoraAdapters>> {
     if !is_adapter(folder) {
         return Ok(None);
@@ -84,7 +86,8 @@ pub(super) fn load_adapters(folder: &Path, model: &ModelConfig, device: Device) 
     let config = read_config(&folder.join(ADAPTER_CONFIG_FILE))?;
     let file = folder.join(WEIGHTS_FILE);
     let mut tensors = read_tensors(&file, device)?;
-    // The tensors tell which projections have an adapter: `target_modules` may be a pattern, and layers may be excluded.
+    // The tensors tell which projections have an adapter: `target_modules` may be a pattern, and
+    // layers may be excluded.
     let lora = LoraConfig { rank: config.r, alpha: config.lora_alpha, targets: LoraTarget::ALL.into() };
     let mut modules = Vec::new();
     for module in lora.target_modules(model) {
@@ -166,8 +169,8 @@ fn unsupported_setting(config: &Value) -> Option<&'static str> {
     }
 }
 
-/// Writes a model's adapters alone, in its type, as PEFT does, into an existing folder. `base` is the name or path of the model
-/// that they belong to.
+/// Writes a model's adapters alone, in its type, as PEFT does, into an existing folder. `base` is
+/// the name or path of the model that they belong to.
 ///
 /// # Errors
 /// [`Error::Internal`] for a model without adapters; file-system errors.

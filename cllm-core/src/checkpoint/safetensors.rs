@@ -64,7 +64,8 @@ pub(super) fn parse<'m>(file: &Path, bytes: &'m [u8]) -> Result<SafeTensors<'m>>
     })
 }
 
-/// What older files hold beside the weights: tables that are computed, and a second copy of tied embeddings.
+/// What older files hold beside the weights: tables that are computed, and a second copy of tied
+/// embeddings.
 fn is_redundant(name: &str, config: &ModelConfig) -> bool {
     name.ends_with(".rotary_emb.inv_freq") || (config.tied_embeddings && name == "lm_head.weight")
 }
@@ -87,7 +88,8 @@ pub(super) fn to_tensor(file: &Path, name: &str, view: &TensorView<'_>) -> Resul
     libtorch::tensor_from_bytes(view.data(), &shape_of(view), to_kind(file, name, view)?)
 }
 
-/// The safetensors files of a folder, in order. As in `transformers`, a single file is preferred to several.
+/// The safetensors files of a folder, in order. As in `transformers`, a single file is preferred to
+/// several.
 pub(super) fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
     let (single, index) = (folder.join(SINGLE_FILE), folder.join(INDEX_FILE));
     if single.exists() {
@@ -127,8 +129,8 @@ pub(super) fn dtype_names(kind: Kind) -> Result<DtypeNames> {
     }
 }
 
-/// Writes weights as `kind` into an existing folder, in files of at most `max_shard_bytes` (a larger tensor gets a file of its
-/// own).
+/// Writes weights as `kind` into an existing folder, in files of at most `max_shard_bytes` (a
+/// larger tensor gets a file of its own).
 pub(super) fn write_weights(
     folder: &Path,
     weights: &[(String, Tensor)],
@@ -155,7 +157,8 @@ pub(super) fn write_weights(
         let index = json!({ "metadata": { "total_size": total_bytes }, "weight_map": weight_map });
         atomic_file::write_json(&folder.join(INDEX_FILE), &index)?;
     }
-    // An earlier save may have left the other form, and a reader could not tell which of the two is current.
+    // An earlier save may have left the other form, and a reader could not tell which of the two is
+    // current.
     let stale = folder.join(if shards.len() > 1 { SINGLE_FILE } else { INDEX_FILE });
     if stale.exists() {
         std::fs::remove_file(&stale).map_err(Error::write(&stale))?;
@@ -182,8 +185,9 @@ fn split_into_shards(
     shards
 }
 
-/// Writes one safetensors file of tensors of one type. `tensor_bytes` gives the data of the tensor of an index and is called
-/// for one tensor at a time, so that memory never holds a second copy of the model.
+/// Writes one safetensors file of tensors of one type. `tensor_bytes` gives the data of the tensor
+/// of an index and is called for one tensor at a time, so that memory never holds a second copy of
+/// the model.
 ///
 /// # Errors
 /// Those of `tensor_bytes`, and file-system errors.

@@ -1,6 +1,7 @@
 //! Attention, and which keys and values the queries of a forward see.
 //!
-//! Plain, cached and packed forwards compute the same layers and differ here alone: each brings its own [`Attention`].
+//! Plain, cached and packed forwards compute the same layers and differ here alone: each brings its
+//! own [`Attention`].
 
 use tch::{Device, Kind, Tensor};
 
@@ -8,8 +9,8 @@ use super::kv_cache::KvCache;
 
 /// What a forward's queries attend to. Shapes: `b` batch, `s` sequence, `d` width of a head.
 pub(crate) trait Attention {
-    /// Attention of one layer. `q [b, heads, s, d]`, `k` and `v [b, kv_heads, s, d]`, with RoPE applied; returns
-    /// `[b, heads, s, d]`.
+    /// Attention of one layer. `q [b, heads, s, d]`, `k` and `v [b, kv_heads, s, d]`, with RoPE
+    /// applied; returns `[b, heads, s, d]`.
     fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor;
 }
 
@@ -22,10 +23,12 @@ impl Attention for CausalAttention {
     }
 }
 
-/// `q [b, heads, s, d]`, `k` and `v [b, kv_heads, t, d]`. `bias` is added to the scores; without one, attention is causal.
+/// `q [b, heads, s, d]`, `k` and `v [b, kv_heads, t, d]`. `bias` is added to the scores; without
+/// one, attention is causal.
 pub(crate) fn scaled_dot_product_attention(q: &Tensor, k: &Tensor, v: &Tensor, bias: Option<&Tensor>) -> Tensor {
     let group = q.size()[1] / k.size()[1];
-    // With a mask, `enable_gqa` leaves only the slow kernel that stores all scores, so keys and values are repeated here.
+    // With a mask, `enable_gqa` leaves only the slow kernel that stores all scores, so keys and
+    // values are repeated here.
     let repeat = |x: &Tensor| {
         let (b, kv_heads, t, d) = x.size4().expect("keys and values have four dimensions");
         match group {
@@ -58,7 +61,8 @@ pub struct SlotMapping {
 pub struct TreeMask {
     /// First slot of each row's tree, int64 `[rows, 1]`. All slots before it are visible.
     pub first_slot: Tensor,
-    /// Bit i of an unsigned 64-bit number: the token sees slot `first_slot + i`. int64 `[rows, width]`.
+    /// Bit i of an unsigned 64-bit number: the token sees slot `first_slot + i`. int64
+    /// `[rows, width]`.
     pub visible: Tensor,
 }
 
@@ -68,7 +72,8 @@ impl SlotMapping {
         SlotMapping { slots: positions.shallow_clone(), positions, tree_mask: None }
     }
 
-    /// True where a query sees a slot: `[rows, 1, group * width, num_attended]`, with the queries repeated `group` times.
+    /// True where a query sees a slot: `[rows, 1, group * width, num_attended]`, with the queries
+    /// repeated `group` times.
     fn mask(&self, group: i64, num_attended: usize) -> Tensor {
         let per_query = |x: &Tensor| x.repeat([1, group]).unsqueeze(1).unsqueeze(-1);
         let slots = Tensor::arange(num_attended as i64, (Kind::Int64, self.slots.device())).view([1, 1, 1, -1]);
@@ -80,7 +85,8 @@ impl SlotMapping {
     }
 }
 
-/// Writes keys and values into a cache, then attends to the cache's leading slots as far as the slot mapping allows.
+/// Writes keys and values into a cache, then attends to the cache's leading slots as far as the
+/// slot mapping allows.
 pub(crate) struct CachedAttention<'c> {
     cache: &'c mut KvCache,
     /// int64 `[rows, width]`.
@@ -110,7 +116,8 @@ impl Attention for CachedAttention<'_> {
         let pad = |x: &Tensor| self.padding.map_or_else(|| x.shallow_clone(), |padding| padding.insert(x));
         let (q, k, v) = (pad(q), pad(k), pad(v));
         let (keys, values) = self.cache.update(layer, &k, &v, self.slots, self.num_attended);
-        // The query heads of a key head become further queries of it: no copy of the cache is needed.
+        // The query heads of a key head become further queries of it: no copy of the cache is
+        // needed.
         let (rows, heads, width, head_dim) = q.size4().expect("queries have four dimensions");
         let grouped = q.reshape([rows, k.size()[1], -1, head_dim]);
         let out = scaled_dot_product_attention(&grouped, &keys, &values, Some(&self.bias));
@@ -119,13 +126,15 @@ impl Attention for CachedAttention<'_> {
     }
 }
 
-/// Rows of different lengths. Outside of attention their tokens are packed into one row, `[1, tokens]`, so that nothing is
-/// computed for padding; attention needs them padded to one width, `[rows, width]`.
+/// Rows of different lengths. Outside of attention their tokens are packed into one row,
+/// `[1, tokens]`, so that nothing is computed for padding; attention needs them padded to one
+/// width, `[rows, width]`.
 pub(crate) struct Padding {
     num_rows: i64,
     /// Index in the padded rows of each packed token, int64 `[tokens]`.
     padded_index: Tensor,
-    /// Index among the packed tokens of each padded one, the first token for padding, int64 `[rows * width]`.
+    /// Index among the packed tokens of each padded one, the first token for padding, int64
+    /// `[rows * width]`.
     packed_index: Tensor,
 }
 

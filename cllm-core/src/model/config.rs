@@ -127,7 +127,8 @@ impl ModelConfig {
                 Family::Qwen3 => "Qwen3ForCausalLM",
             };
             object.entry("architectures").or_insert_with(|| json!([architecture]));
-            // Defaults are written out, because those of `transformers` differ between families and versions.
+            // Defaults are written out, because those of `transformers` differ between families and
+            // versions.
             for (key, value) in [
                 ("hidden_act", json!("silu")),
                 ("num_key_value_heads", json!(self.num_kv_heads)),

@@ -1,4 +1,5 @@
-//! config.json as Hugging Face models have it: nearly everything is optional, and RoPE settings have two spellings.
+//! config.json as Hugging Face models have it: nearly everything is optional, and RoPE settings
+//! have two spellings.
 //!
 //! `config.rs` resolves it to a [`super::ModelConfig`], in which nothing is optional.
 
@@ -159,7 +160,7 @@ impl HfConfig {
 }
 
 impl HfRope {
-    /// As `transformers` derives it where the file does not say.
+    /// Derived as in `transformers` if the file does not set it.
     fn yarn_attention_factor(&self, factor: f64) -> f64 {
         let scale = |weight: f64| if factor <= 1.0 { 1.0 } else { 0.1 * weight * factor.ln() + 1.0 };
         let derived = match (self.mscale, self.mscale_all_dim) {

@@ -1,4 +1,5 @@
-//! Random weights. They depend on the seed alone: the same seed gives the same bytes on every device and machine.
+//! Random weights. They depend on the seed alone: the same seed gives the same bytes on every
+//! device and machine.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -10,8 +11,8 @@ use super::params::ParamBuffer;
 /// Standard deviation of the weights of projections and embeddings, as in Llama.
 const STANDARD_DEVIATION: f64 = 0.02;
 
-/// Weights for training from scratch: normal matrices, norms of 1, biases of 0. Drawn on the CPU in float32, whatever the
-/// device and the type.
+/// Weights for training from scratch: normal matrices, norms of 1, biases of 0. Drawn on the CPU in
+/// float32, whatever the device and the type.
 pub(super) fn random_params(config: &ModelConfig, seed: u64, device: Device, kind: Kind) -> ParamBuffer {
     let _no_grad = tch::no_grad_guard();
     let draw = |index: usize, name: &str, shape: &[i64]| {
@@ -35,7 +36,8 @@ pub(super) fn random_params(config: &ModelConfig, seed: u64, device: Device, kin
     params
 }
 
-/// Weights for measurements of speed alone, drawn on the device: on the CPU, those of a large model would take minutes.
+/// Weights for measurements of speed alone, drawn on the device: on the CPU, those of a large model
+/// would take minutes.
 pub(super) fn random_params_on_device(config: &ModelConfig, device: Device, kind: Kind) -> ParamBuffer {
     let _no_grad = tch::no_grad_guard();
     let params = ParamBuffer::zeros(config.parameter_shapes(), device, kind);
@@ -43,8 +45,8 @@ pub(super) fn random_params_on_device(config: &ModelConfig, device: Device, kind
     params
 }
 
-/// Normal numbers by the Box-Muller transform. `rand_distr` draws them with the ziggurat algorithm, which would give other
-/// weights for the seeds of runs that exist.
+/// Normal numbers by the Box-Muller transform. `rand_distr` draws them with the ziggurat algorithm,
+/// which would give other weights for the seeds of runs that exist.
 fn draw_normals(rng: &mut ChaCha8Rng, count: usize, standard_deviation: f64) -> Vec<f32> {
     let mut draw_uniform = || ((rng.next_u32() as f64) + 0.5) / 2f64.powi(32);
     let mut normals = Vec::with_capacity(count + 1);

@@ -1,14 +1,14 @@
 //! Keys and values of the tokens read so far, in preallocated slots.
 //!
-//! A token's slot is its position in the sequence, so rejecting draft tokens needs no work here: the next forward
-//! overwrites their slots before any query sees them.
+//! A token's slot is its position in the sequence, so rejecting draft tokens needs no work here:
+//! the next forward overwrites their slots before any query sees them.
 
 use tch::{Device, IndexOp, Kind, Tensor};
 
 use super::config::ModelConfig;
 
-/// Capacities and the number of attended slots are multiples of this. Otherwise the GPU's attention kernel copies the bias
-/// in every layer.
+/// Capacities and the number of attended slots are multiples of this. Otherwise the GPU's attention
+/// kernel copies the bias in every layer.
 pub(super) const SLOT_ALIGNMENT: usize = 8;
 
 /// Copies the key and value of one slot to another slot of the same row.
@@ -69,7 +69,8 @@ impl KvCache {
         }
     }
 
-    /// Copies keys and values between slots; every source is read before any destination is written.
+    /// Copies keys and values between slots; every source is read before any destination is
+    /// written.
     pub(crate) fn move_slots(&mut self, moves: &[SlotMove]) {
         let Some((first, _)) = self.layers.first() else { return };
         let [rows, from, to] = SlotMove::to_indices(moves, first.device());
@@ -79,8 +80,8 @@ impl KvCache {
         }
     }
 
-    /// Writes `keys` and `values`, `[rows, kv_heads, width, head_dim]`, to `slots [rows, width]` of a layer, and returns the
-    /// layer's keys and values in its leading `num_attended` slots.
+    /// Writes `keys` and `values`, `[rows, kv_heads, width, head_dim]`, to `slots [rows, width]` of
+    /// a layer, and returns the layer's keys and values in its leading `num_attended` slots.
     pub(super) fn update(
         &mut self,
         layer: usize,

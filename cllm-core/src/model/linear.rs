@@ -1,4 +1,5 @@
-//! A projection, or several of the same input in one matrix product, with the low-rank adapters beside it.
+//! A projection, or several of the same input in one matrix product, with the low-rank adapters
+//! beside it.
 
 use tch::Tensor;
 

@@ -1,11 +1,13 @@
-//! Low-rank adapters (LoRA; Hu et al., arXiv 2106.09685). Beside the frozen weight W of a projection there are two small
-//! matrices, A `[rank, in]` and B `[out, rank]`, and the output becomes x Wᵀ + alpha / rank · (x Aᵀ) Bᵀ.
+//! Low-rank adapters (LoRA; Hu et al., arXiv 2106.09685). Beside the frozen weight W of a
+//! projection there are two small matrices, A `[rank, in]` and B `[out, rank]`, and the output
+//! becomes x Wᵀ + alpha / rank · (x Aᵀ) Bᵀ.
 //!
-//! A model with adapters is used like any other: every forward includes them, and what is saved has them merged in. They
-//! cost two small products for each projection, and the CUDA kernels of decoding do not know them. For decoding, a merged
-//! copy is therefore made first (`Transformer::to_merged`): its changed weights are computed in float32 into a buffer of
-//! their own. The copy takes memory while it lives, but nothing has to be undone afterwards: the frozen weights are never
-//! written, and training continues from exactly the same bits.
+//! A model with adapters is used like any other: every forward includes them, and what is saved has
+//! them merged in. They cost two small products for each projection, and the CUDA kernels of
+//! decoding do not know them. For decoding, a merged copy is therefore made first
+//! (`Transformer::to_merged`): its changed weights are computed in float32 into a buffer of their
+//! own. The copy takes memory while it lives, but nothing has to be undone afterwards: the frozen
+//! weights are never written, and training continues from exactly the same bits.
 
 use std::collections::BTreeSet;
 
@@ -19,7 +21,7 @@ use super::config::ModelConfig;
 use super::params::ParamBuffer;
 use crate::{Result, fingerprint};
 
-/// Which projections get adapters, and of what size.
+/// Low-rank adapters: their size, and the projections that get one.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct LoraConfig {
@@ -76,7 +78,7 @@ pub enum LoraTarget {
     OProj,
     /// Gate of the feed-forward layer.
     GateProj,
-    /// What the gate lets through.
+    /// Values of the feed-forward layer that the gate scales.
     UpProj,
     /// Output of the feed-forward layer.
     DownProj,
@@ -125,7 +127,8 @@ pub(crate) struct LoraAdapter {
     pub(crate) lora_b: Tensor,
     /// alpha / rank.
     pub(crate) scale: f64,
-    /// Its first output among those of the joined product that computes the projection, such as that of Q, K and V.
+    /// Its first output among those of the joined product that computes the projection, such as
+    /// that of Q, K and V.
     pub(super) output_offset: i64,
 }
 
@@ -134,7 +137,8 @@ impl LoraAdapter {
         LoraAdapter { lora_a, lora_b, scale: config.alpha / config.rank as f64, output_offset: 0 }
     }
 
-    /// A is drawn uniformly between ±1/√in (Kaiming with a = √5, as in PEFT), B is zero: the adapter changes nothing yet.
+    /// A is drawn uniformly between ±1/√in (Kaiming with a = √5, as in PEFT), B is zero: the
+    /// adapter changes nothing yet.
     fn random(module: &TargetModule, config: &LoraConfig, seed: u64) -> Self {
         let bound = 1.0 / (module.in_features as f64).sqrt();
         // Not libtorch's generator, which all threads of the process share.
@@ -146,7 +150,8 @@ impl LoraAdapter {
         Self::new(lora_a, lora_b, config)
     }
 
-    /// The same adapter, in the same memory, of a projection whose outputs begin at `output_offset` of a joined product.
+    /// The same adapter, in the same memory, of a projection whose outputs begin at `output_offset`
+    /// of a joined product.
     pub(super) fn with_output_offset(&self, output_offset: i64) -> Self {
         let (lora_a, lora_b) = (self.lora_a.shallow_clone(), self.lora_b.shallow_clone());
         LoraAdapter { lora_a, lora_b, scale: self.scale, output_offset }
@@ -175,7 +180,8 @@ impl LoraAdapter {
 pub(crate) struct LoraAdapters {
     pub(crate) config: LoraConfig,
     pub(super) modules: Vec<(TargetModule, LoraAdapter)>,
-    /// Every A and B under the name of its projection, layer by layer. The tensors of `modules` are views of it.
+    /// Every A and B under the name of its projection, layer by layer. The tensors of `modules` are
+    /// views of it.
     pub(crate) params: ParamBuffer,
 }
 

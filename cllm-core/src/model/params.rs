@@ -1,12 +1,15 @@
-//! Named tensors as views of one buffer, so that one update, one norm and one collective serve all of them.
+//! Named tensors as views of one buffer, so that one update, one norm and one collective serve all
+//! of them.
 
 use tch::{Device, Kind, Tensor};
 
-/// The number of elements is a multiple of this. So 1 to 10 processes, and 12, 14, 15, 16, 32, 64, 128, 256 and many other
-/// numbers of them, can own equal shards of the buffer that are aligned to 16 bytes.
+/// The number of elements is a multiple of this. So 1 to 10 processes, and 12, 14, 15, 16, 32, 64,
+/// 128, 256 and many other numbers of them, can own equal shards of the buffer that are aligned to
+/// 16 bytes.
 const SIZE_MULTIPLE: u64 = 8 * 5040 * 16;
 
-/// A buffer and the layout of its tensors: matrices first, then vectors (which get no weight decay), each in the order given.
+/// A buffer and the layout of its tensors: matrices first, then vectors (which get no weight
+/// decay), each in the order given.
 #[derive(Debug)]
 pub struct ParamBuffer {
     buffer: Tensor,
@@ -91,7 +94,8 @@ impl ParamBuffer {
         self.get_joined(&[name.to_owned()])
     }
 
-    /// One view over tensors that are neighbors in the buffer, joined along their first dimension; `None` if one is missing.
+    /// One view over tensors that are neighbors in the buffer, joined along their first dimension;
+    /// `None` if one is missing.
     ///
     /// # Panics
     /// When they are not neighbors.

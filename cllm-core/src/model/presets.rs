@@ -1,60 +1,60 @@
-//! Shapes of models to measure without their weights.
+//! Published model shapes by name, to measure speed without downloading weights.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::ModelConfig;
+use super::config::ModelConfig;
 use crate::{Error, Result};
 
-/// A shape that is known by name.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema, clap::ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub enum ModelPreset {
     /// SmolLM2-135M.
     #[serde(rename = "135M")]
-    #[value(name = "135M")]
-    Small,
+    SmolLm2_135M,
     /// SmolLM2-1.7B.
     #[serde(rename = "1.7B")]
-    #[value(name = "1.7B")]
-    Middle,
+    SmolLm2_1_7B,
     /// Llama 2 7B.
     #[serde(rename = "7B")]
-    #[value(name = "7B")]
-    Large,
+    Llama2_7B,
 }
 
 impl ModelPreset {
-    /// Its configuration, with another number of ids than its own if one is given.
+    /// Its configuration, with the given vocabulary size instead of its own if there is one.
     ///
     /// # Errors
-    /// A vocabulary of no size.
+    /// [`Error::Usage`] when the vocabulary size is out of range.
     pub fn config(self, vocab_size: Option<usize>) -> Result<ModelConfig> {
-        let mut value = match self {
-            ModelPreset::Small => {
-                json!({ "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+        let mut config = match self {
+            ModelPreset::SmolLm2_135M => json!({
+                "model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
                 "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-                "max_position_embeddings": 8192, "tie_word_embeddings": true })
-            }
-            ModelPreset::Middle => json!({ "model_type": "llama", "vocab_size": 49152, "hidden_size": 2048,
-                "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 32,
-                "max_position_embeddings": 8192, "tie_word_embeddings": true }),
-            ModelPreset::Large => json!({ "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096,
-                "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
-                "max_position_embeddings": 4096 }),
+                "max_position_embeddings": 8192, "tie_word_embeddings": true,
+            }),
+            ModelPreset::SmolLm2_1_7B => json!({
+                "model_type": "llama", "vocab_size": 49152, "hidden_size": 2048, "intermediate_size": 8192,
+                "num_hidden_layers": 24, "num_attention_heads": 32,
+                "max_position_embeddings": 8192, "tie_word_embeddings": true,
+            }),
+            ModelPreset::Llama2_7B => json!({
+                "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008,
+                "num_hidden_layers": 32, "num_attention_heads": 32,
+                "max_position_embeddings": 4096,
+            }),
         };
-        if let Some(ids) = vocab_size {
-            value["vocab_size"] = json!(ids);
+        if let Some(vocab_size) = vocab_size {
+            config["vocab_size"] = json!(vocab_size);
         }
-        ModelConfig::from_json(&value).map_err(Error::usage)
+        ModelConfig::from_json(&config).map_err(Error::usage)
     }
 
-    /// Its name.
+    /// Its name in settings.
     pub fn name(self) -> &'static str {
         match self {
-            ModelPreset::Small => "135M",
-            ModelPreset::Middle => "1.7B",
-            ModelPreset::Large => "7B",
+            ModelPreset::SmolLm2_135M => "135M",
+            ModelPreset::SmolLm2_1_7B => "1.7B",
+            ModelPreset::Llama2_7B => "7B",
         }
     }
 }

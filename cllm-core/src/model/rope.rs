@@ -1,7 +1,8 @@
-//! Rotary position embeddings (RoPE; Su et al., arXiv 2104.09864) and their scalings past the trained context.
+//! Rotary position embeddings (RoPE; Su et al., arXiv 2104.09864) and their scalings past the
+//! trained context.
 //!
-//! A new scaling is a variant of [`RopeScaling`], its frequencies in [`RopeScaling::frequencies`], and its keys of
-//! config.json in `hf_config.rs`.
+//! A new scaling is a variant of [`RopeScaling`], its frequencies in [`RopeScaling::frequencies`],
+//! and its keys of config.json in `hf_config.rs`.
 
 use std::f64::consts::TAU;
 
@@ -15,7 +16,8 @@ pub enum RopeScaling {
     Linear {
         factor: f64,
     },
-    /// Llama 3: low frequencies are divided by the factor, high ones are kept, with a ramp between them.
+    /// Llama 3: low frequencies are divided by the factor, high ones are kept, with a ramp between
+    /// them.
     Llama3 {
         factor: f64,
         /// Rotations within the trained context up to which a frequency is divided.
@@ -94,13 +96,15 @@ impl RotaryEmbedding {
         }
     }
 
-    /// Cosines and sines, float32 `[count, head_dim / 2]` each, of the angles at `positions [count]`.
+    /// Cosines and sines, float32 `[count, head_dim / 2]` each, of the angles at
+    /// `positions [count]`.
     pub(crate) fn cos_sin(&self, positions: &Tensor) -> (Tensor, Tensor) {
         let angles = self.angles(positions);
         ((angles.cos() * self.attention_factor).contiguous(), (angles.sin() * self.attention_factor).contiguous())
     }
 
-    /// The rotation of tokens at `positions`, int64 `[batch, seq]`, for queries and keys of type `kind`.
+    /// The rotation of tokens at `positions`, int64 `[batch, seq]`, for queries and keys of type
+    /// `kind`.
     pub(crate) fn rotation(&self, positions: &Tensor, kind: Kind) -> Rotation {
         let angles = self.angles(positions);
         let (cos, sin) = (angles.cos(), angles.sin());
@@ -116,8 +120,8 @@ impl RotaryEmbedding {
     }
 }
 
-/// Cosines, and sines with their first half negated, `[batch, 1, seq, head_dim]` each: so the rotation of the two halves of
-/// a head is two products and a sum.
+/// Cosines, and sines with their first half negated, `[batch, 1, seq, head_dim]` each: so the
+/// rotation of the two halves of a head is two products and a sum.
 pub(crate) struct Rotation {
     cos: Tensor,
     sin: Tensor,

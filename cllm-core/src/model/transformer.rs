@@ -121,15 +121,16 @@ impl Weights<'_> {
 
 // The forward pass.
 impl Transformer {
-    /// Final hidden states `[b, s, hidden]`, after the last norm, of causal attention without a cache; gradients flow.
-    /// `tokens` and `positions`: int64 `[b, s]`.
+    /// Final hidden states `[b, s, hidden]`, after the last norm, of causal attention without a
+    /// cache; gradients flow. `tokens` and `positions`: int64 `[b, s]`.
     pub fn forward(&self, tokens: &Tensor, positions: &Tensor) -> Tensor {
         self.forward_with(tokens, positions, &mut CausalAttention)
     }
 
-    /// Final hidden states `[tokens, hidden]` of the leading `lengths` tokens of each row; the rest of a row is padding. Keys
-    /// and values are written to the cache. `tokens`: int64 `[rows, width]`. `num_attended`: the number of leading slots that
-    /// contain all that any row sees. No gradient flows.
+    /// Final hidden states `[tokens, hidden]` of the leading `lengths` tokens of each row; the rest
+    /// of a row is padding. Keys and values are written to the cache. `tokens`: int64
+    /// `[rows, width]`. `num_attended`: the number of leading slots that contain all that any row
+    /// sees. No gradient flows.
     pub fn forward_cached(
         &self,
         tokens: &Tensor,
@@ -216,7 +217,8 @@ impl Transformer {
         self.project(hidden).to_kind(Kind::Float)
     }
 
-    /// Logits `[.., vocab]` computed in float32 without gradients, for sampling: bf16 results would tie too often.
+    /// Logits `[.., vocab]` computed in float32 without gradients, for sampling: bf16 results would
+    /// tie too often.
     ///
     /// # Errors
     /// [`crate::Error::Torch`], for instance when memory runs out.
@@ -262,8 +264,8 @@ impl Transformer {
         &self.params
     }
 
-    /// Every weight under its Hugging Face name, in a fixed order, without adapters. Tied weights come once. The tensors share
-    /// their memory with the model.
+    /// Every weight under its Hugging Face name, in a fixed order, without adapters. Tied weights
+    /// come once. The tensors share their memory with the model.
     pub fn named_parameters(&self) -> Vec<(String, Tensor)> {
         self.params.tensors()
     }
@@ -273,7 +275,8 @@ impl Transformer {
         self.adapters.as_ref().map_or(&self.params, |adapters| &adapters.params)
     }
 
-    /// From now on every backward adds to the gradients in the returned buffer, which has the layout of [`Self::trainable`].
+    /// From now on every backward adds to the gradients in the returned buffer, which has the
+    /// layout of [`Self::trainable`].
     ///
     /// # Errors
     /// [`crate::Error::Torch`], for instance when memory runs out.
@@ -294,8 +297,9 @@ impl Transformer {
         self.adapters.as_ref()
     }
 
-    /// Adds fresh adapters drawn from `seed`, and drops any that exist; the weights no longer collect gradients. Until the
-    /// adapters are trained, the model computes what it did without them.
+    /// Adds fresh adapters drawn from `seed`, and drops any that exist; the weights no longer
+    /// collect gradients. Until the adapters are trained, the model computes what it did without
+    /// them.
     pub fn add_adapters(&mut self, lora: &LoraConfig, seed: u64) {
         self.freeze();
         let adapters = LoraAdapters::random(lora, seed, &self.config, self.device, self.kind);
@@ -324,8 +328,8 @@ impl Transformer {
         Self::from_params(self.config.clone(), self.params.shallow_clone())
     }
 
-    /// A copy with the adapters merged into its weights, for decoding; `None` if there are no adapters. Later changes of the
-    /// adapters do not reach it.
+    /// A copy with the adapters merged into its weights, for decoding; `None` if there are no
+    /// adapters. Later changes of the adapters do not reach it.
     ///
     /// # Errors
     /// [`crate::Error::Torch`], for instance when memory runs out.

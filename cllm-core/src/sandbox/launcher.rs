@@ -1,5 +1,5 @@
-//! The launcher: a process that restricts itself and then becomes Python. The kernel does not give back what a process gave
-//! up, so that the restrictions hold for everything Python does.
+//! The launcher: a process that restricts itself and then becomes Python. The kernel does not give
+//! back what a process gave up, so that the restrictions hold for everything Python does.
 
 use std::ffi::{CString, OsString};
 use std::io::Write;
@@ -123,8 +123,8 @@ fn restrict(order: &LaunchOrder) -> Result<Vec<String>, Problem> {
     Ok(layers)
 }
 
-/// A user id that nothing else runs as, so that a limit on its processes counts those of one program: one near the end of the
-/// ids that exist here. None if there are too few.
+/// A user id that nothing else runs as, so that a limit on its processes counts those of one
+/// program: one near the end of the ids that exist here. None if there are too few.
 fn unused_user() -> Option<(Uid, Gid)> {
     let map = std::fs::read_to_string("/proc/self/uid_map").ok()?;
     let ranges = map.lines().filter_map(|line| {
@@ -144,7 +144,8 @@ fn become_user((user, group): (Uid, Gid), folder: &Path) -> nix::Result<()> {
     setresuid(user, user, user)
 }
 
-/// Enters a user namespace, in which an ordinary user may create the other namespaces. The user inside has no privileges.
+/// Enters a user namespace, in which an ordinary user may create the other namespaces. The user
+/// inside has no privileges.
 fn enter_user_namespace() -> bool {
     let (user, group) = (Uid::effective(), Gid::effective());
     let map =
@@ -157,7 +158,8 @@ fn enter_user_namespace() -> bool {
 
 /// Sets Landlock's rules; returns whether the kernel enforces them.
 fn apply_landlock(readable: &[PathBuf], writable: &Path) -> Result<bool, RulesetError> {
-    // Applied as far as the kernel supports it: files since ABI 1, ports since 4, abstract sockets and signals since 6.
+    // Applied as far as the kernel supports it: files since ABI 1, ports since 4, abstract sockets
+    // and signals since 6.
     let abi = ABI::V6;
     let status = Ruleset::default()
         .handle_access(AccessFs::from_all(abi))?

@@ -1,6 +1,7 @@
-//! Runs Python programs that a model wrote, so that they can do no harm. The program that uses the sandbox starts itself again
-//! as a launcher, which gives up everything that Python does not need and then becomes Python; this process feeds it the
-//! program, watches its limits and reads how it ended. docs/sandbox.md says what each layer protects from.
+//! Runs Python programs that a model wrote, so that they can do no harm. The program that uses the
+//! sandbox starts itself again as a launcher, which gives up everything that Python does not need
+//! and then becomes Python; this process feeds it the program, watches its limits and reads how it
+//! ended. docs/sandbox.md says what each layer protects from.
 
 mod launcher;
 mod monitor;
@@ -30,15 +31,16 @@ pub struct Sandbox {
     layers: Vec<String>,
 }
 
-/// Becomes Python if this process was started as the launcher of a sandbox, and returns only if it was not or cannot. To be
-/// called in `main` before anything else.
+/// Becomes Python if this process was started as the launcher of a sandbox, and returns only if it
+/// was not or cannot. To be called in `main` before anything else.
 pub fn launch_if_requested() -> Option<ExitCode> {
     let mut arguments = std::env::args_os().skip(1);
     (arguments.next()? == LAUNCHER_VERB).then(|| launcher::launch(arguments.next()))
 }
 
 impl Sandbox {
-    /// Finds Python and tries the sandbox out. The running program must call [`launch_if_requested`].
+    /// Finds Python and tries the sandbox out. The running program must call
+    /// [`launch_if_requested`].
     ///
     /// # Errors
     /// When there is no Python, or no layer here protects files: then no code runs.
@@ -52,7 +54,8 @@ impl Sandbox {
     /// As [`Sandbox::open`].
     pub fn with_launcher(launcher: &Path, limits: Limits) -> Result<Self> {
         let mut first_error = None;
-        // A Python in a home folder may be out of reach for the user that code runs as; then the system's own is used.
+        // A Python in a home folder may be out of reach for the user that code runs as; then the
+        // system's own is used.
         for python in ["python3", "/usr/bin/python3"] {
             match Self::with_python(Path::new(python), launcher, limits.clone()) {
                 Ok(sandbox) => return Ok(sandbox),
@@ -126,7 +129,7 @@ fn find_python(command: &Path) -> Result<(PathBuf, PathBuf)> {
     let script =
         "import os, sys\nprint(os.path.realpath(sys.executable), os.path.realpath(sys.base_prefix), sep='\\n')";
     let missing = |why: &str| {
-        Error::environment(format!("python3 is needed to run code: {why}; install it or put it on the PATH"))
+        Error::environment(format!("python3 is needed to run code: {why}; install it, or add it to the PATH"))
     };
     let output =
         Command::new(command).args(["-I", "-c", script]).output().map_err(|error| missing(&error.to_string()))?;

@@ -31,7 +31,8 @@ const FILE_OVERHEAD_BYTES: u64 = 4096;
 struct Output {
     /// On its stdout: the greeting of the launcher and the verdict of the harness.
     channel: Vec<u8>,
-    /// On its stderr, to which the program's own output goes too. An error of the launcher would be here.
+    /// On its stderr, to which the program's own output goes too. An error of the launcher would be
+    /// here.
     printed: Vec<u8>,
     /// Of both, including what was not kept.
     num_bytes: u64,
@@ -39,8 +40,8 @@ struct Output {
     exceeded: Option<ProgramOutcome>,
 }
 
-/// Runs a program to its end; returns how it ended, and the names of the layers that were in force. Afterwards no process of it
-/// runs and `folder` is empty.
+/// Runs a program to its end; returns how it ended, and the names of the layers that were in force.
+/// Afterwards no process of it runs and `folder` is empty.
 pub(super) fn watch(
     mut child: Child,
     program: &str,
@@ -50,7 +51,8 @@ pub(super) fn watch(
     let token = random_token()?;
     let input = format!("{:<20}{program}{token}", program.len());
     let output = exchange(&mut child, input.as_bytes(), folder, limits);
-    // The launcher began a session, whose process group has the launcher's id. Until then it is a single process.
+    // The launcher began a session, whose process group has the launcher's id. Until then it is a
+    // single process.
     let group = Pid::from_raw(i32::try_from(child.id()).expect("Linux numbers processes with 32 bits"));
     let _ = killpg(group, Signal::SIGKILL);
     let _ = child.kill();
@@ -71,7 +73,8 @@ pub(super) fn watch(
     Ok((outcome, layers))
 }
 
-/// A secret that the harness reads after the program ran to its end, so that no program can claim to have passed.
+/// A secret that the harness reads after the program ran to its end, so that no program can claim
+/// to have passed.
 fn random_token() -> Result<String> {
     let mut bytes = [0; 16];
     SysRng.try_fill_bytes(&mut bytes).map_err(|error| Error::environment(format!("no random numbers: {error}")))?;
@@ -91,7 +94,8 @@ fn outcome(verdict: &str, token: &str, status: ExitStatus) -> ProgramOutcome {
     }
 }
 
-/// Writes `input` to the process and reads its output until it closes both pipes or exceeds a limit.
+/// Writes `input` to the process and reads its output until it closes both pipes or exceeds a
+/// limit.
 fn exchange(child: &mut Child, mut input: &[u8], folder: &Path, limits: &Limits) -> Result<Output> {
     let started = Instant::now();
     let failed = |error: std::io::Error| Error::environment(format!("the sandbox cannot be watched: {error}"));
@@ -120,7 +124,8 @@ fn exchange(child: &mut Child, mut input: &[u8], folder: &Path, limits: &Limits)
     Ok(output)
 }
 
-/// Reads once from a pipe, and closes it at its end. Returns the number of bytes, of which `kept` gets what it has room for.
+/// Reads once from a pipe, and closes it at its end. Returns the number of bytes, of which `kept`
+/// gets what it has room for.
 fn read_once(pipe: &mut Option<impl Read>, kept: &mut Vec<u8>) -> std::io::Result<u64> {
     let Some(open) = pipe else { return Ok(0) };
     let mut buffer = [0; 16 << 10];

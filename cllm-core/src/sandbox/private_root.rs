@@ -1,5 +1,5 @@
-//! A root folder of the process's own, in memory. It has only read-only views of what Python needs and an empty /tmp, so that
-//! other files cannot even be named.
+//! A root folder of the process's own, in memory. It has only read-only views of what Python needs
+//! and an empty /tmp, so that other files cannot even be named.
 
 use std::path::{Path, PathBuf};
 
@@ -11,8 +11,8 @@ use nix::unistd::{Gid, Uid, chown, pivot_root};
 pub(super) const WRITABLE: &str = "/tmp";
 const NONE: Option<&str> = None;
 
-/// Mounts the root over `folder` and enters it; its files may have `bytes` in all. If that fails, the process sees the same
-/// files as before.
+/// Mounts the root over `folder` and enters it; its files may have `bytes` in all. If that fails,
+/// the process sees the same files as before.
 pub(super) fn enter(folder: &Path, readable: &[PathBuf], bytes: u64, owner: (Uid, Gid)) -> std::io::Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
     mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE)?;

@@ -1,4 +1,5 @@
-//! What the toolkit and the launcher tell each other, and what a run of a program needs and results in.
+//! What the toolkit and the launcher tell each other, and what a run of a program needs and results
+//! in.
 
 use std::path::PathBuf;
 use std::time::Duration;

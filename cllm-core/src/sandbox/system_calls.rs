@@ -1,5 +1,6 @@
-//! The system calls that Python may make in the sandbox. The kernel answers all others as if it lacked them, so that no program
-//! starts a process, opens a connection, mounts, traces, or reaches another process.
+//! The system calls that Python may make in the sandbox. The kernel answers all others as if it
+//! lacked them, so that no program starts a process, opens a connection, mounts, traces, or reaches
+//! another process.
 
 use std::collections::BTreeMap;
 
@@ -139,7 +140,8 @@ const ALLOWED_LEGACY: &[libc::c_long] = &[
 #[cfg(not(target_arch = "x86_64"))]
 const ALLOWED_LEGACY: &[libc::c_long] = &[];
 
-/// The requests that Python's file objects make of a descriptor: TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX.
+/// The requests that Python's file objects make of a descriptor: TCGETS, TIOCGWINSZ, FIONREAD,
+/// FIONBIO, FIONCLEX, FIOCLEX.
 const IOCTLS: [u64; 6] = [0x5401, 0x5413, 0x541b, 0x5421, 0x5450, 0x5451];
 /// Names regions of memory; glibc does that for its allocations.
 const PR_SET_VMA: u64 = 0x5356_4d41;
@@ -163,8 +165,8 @@ fn rules() -> Result<BTreeMap<i64, Vec<SeccompRule>>, seccompiler::BackendError>
     };
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
         ALLOWED.iter().chain(ALLOWED_LEGACY).map(|&call| (call, Vec::new())).collect();
-    // Threads are allowed, processes are not. `clone3` has its flags in memory, which no filter can see; libc falls back to
-    // `clone`.
+    // Threads are allowed, processes are not. `clone3` has its flags in memory, which no filter can
+    // see; libc falls back to `clone`.
     let thread = libc::CLONE_THREAD as u64;
     let flag = SeccompCondition::new(0, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(thread), thread)?;
     rules.insert(libc::SYS_clone, vec![SeccompRule::new(vec![flag])?]);

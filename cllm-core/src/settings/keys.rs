@@ -24,8 +24,8 @@ pub(super) fn all_keys(section: &Value) -> Vec<String> {
     keys
 }
 
-/// `; did you mean ...?` with the word most like `misspelt`, or nothing where none is like it. A key is compared by its
-/// full path, and by its last part where `misspelt` has no path.
+/// `; did you mean ...?` with the word that is most like `misspelt`, or an empty text if no word is
+/// like it. A key is compared by its full path, and by its last part where `misspelt` has no path.
 pub(super) fn did_you_mean(misspelt: &str, words: &[String]) -> String {
     let likeness = |word: &String| {
         let last = word.rsplit('.').next().unwrap_or(word);

@@ -1,4 +1,5 @@
-//! The layers above the settings file: variables of the environment, and `section.key=value` on the command line.
+//! The layers above the settings file: variables of the environment, and `section.key=value` on the
+//! command line.
 
 use std::ffi::OsString;
 
@@ -39,8 +40,8 @@ impl Refused {
     }
 }
 
-/// The assignments among some environment variables, in the order of their names. Other variables may hold anything, even
-/// what is not UTF-8.
+/// The assignments among some environment variables, in the order of their names. Other variables
+/// may hold anything, even what is not UTF-8.
 pub(super) fn from_environment(variables: impl Iterator<Item = (OsString, OsString)>) -> Result<Vec<Assignment>> {
     let mut assignments = Vec::new();
     for (name, value) in variables {
@@ -98,8 +99,9 @@ impl Assignment {
     }
 }
 
-/// What `text` may mean, in the order to try: YAML, then plain text; plain text first where the current value is text, since
-/// `y`, `2024` and `a: b` are good names. There, too, quotes are taken off and `null` is null where the key accepts it.
+/// What `text` may mean, in the order to try: YAML, then plain text; plain text first where the
+/// current value is text, since `y`, `2024` and `a: b` are good names. There, too, quotes are taken
+/// off and `null` is null where the key accepts it.
 fn readings(text: &str, current: &Value) -> [std::result::Result<Value, String>; 2] {
     let yaml: std::result::Result<Value, String> =
         serde_saphyr::from_str_with_options(text, options! { with_snippet: false }).map_err(|error| match error {

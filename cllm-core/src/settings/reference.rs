@@ -1,5 +1,6 @@
-//! The settings of a verb as a Markdown table. It is made from the struct itself, so that it cannot go out of date: doc
-//! comments say what a key does, `Default` and the rules of `garde` give the rest.
+//! The settings of a verb as a Markdown table. It is made from the struct itself, so that it cannot
+//! go out of date: doc comments say what a key does, `Default` and the rules of `garde` give the
+//! rest.
 
 use std::collections::HashSet;
 
@@ -8,8 +9,8 @@ use schemars::JsonSchema;
 use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value};
 
-/// Describes every key of `T` under a heading. A section that is marked `elsewhere` gets one row, since its keys are
-/// described under a heading of their own.
+/// Describes every key of `T` under a heading. A section that is marked `elsewhere` gets one row,
+/// since its keys are described under a heading of their own.
 pub fn reference<T: JsonSchema + Default + Validate<Context = ()>>(heading: &str) -> String {
     let settings = SchemaSettings::draft2020_12().with(|settings| settings.inline_subschemas = true);
     let schema = settings.into_generator().into_root_schema_for::<T>();

@@ -1,6 +1,7 @@
-//! Why a value is not accepted, in the words of somebody who writes settings: "expected a number", not "invalid type:
-//! string, expected f64". serde-saphyr gives its errors as data, with locations; those of serde_json are prose, so that a
-//! value which serde_json refuses is written as YAML and read again to learn why.
+//! Why a value is not accepted, in the words of somebody who writes settings: "expected a number",
+//! not "invalid type: string, expected f64". serde-saphyr gives its errors as data, with locations;
+//! those of serde_json are prose, so that a value which serde_json refuses is written as YAML and
+//! read again to learn why.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -25,7 +26,7 @@ pub(super) fn parse<T: Serialize + DeserializeOwned + Default>(file: &Path, text
         Error::usage(format!("{}{line}: {message}", file.display()))
     };
     let settings: T = parse_typed(text).map_err(|(path, error)| {
-        // What is no YAML at all is better told as that than by the key where reading stopped.
+        // Broken YAML also fails at some key; the error of its syntax is the more helpful one.
         match serde_saphyr::from_str_with_options::<IgnoredAny>(text, options! { with_snippet: false }) {
             Err(syntax) => at_line(&syntax, explain(&path, &syntax, &[])),
             Ok(_) => {
@@ -34,7 +35,8 @@ pub(super) fn parse<T: Serialize + DeserializeOwned + Default>(file: &Path, text
             }
         }
     })?;
-    // JSON, in which the other layers are applied, has no infinite numbers, and no rule of a range refuses them.
+    // JSON, in which the other layers are applied, has no infinite numbers, and no rule of a range
+    // refuses them.
     if let Err(error) = serde_path_to_error::deserialize::<_, T>(&to_value(&settings)?) {
         let message = format!("{}: expected a finite number", error.path());
         let untyped = serde_saphyr::from_str_with_options::<Value>(text, options! { with_snippet: false });
@@ -94,7 +96,8 @@ fn parse_typed<T: DeserializeOwned>(text: &str) -> std::result::Result<T, (Strin
     .map_err(|error| (path, error))
 }
 
-/// What was expected at `path`, in a user's words. `keys` are those that a misspelt one is compared with.
+/// What was expected at `path`, in a user's words. `keys` are those that a misspelt one is compared
+/// with.
 fn explain(path: &str, error: &YamlError, keys: &[String]) -> String {
     match error {
         YamlError::InvalidScalar { ty: expected, .. } | YamlError::Unexpected { expected, .. } => {
@@ -176,8 +179,9 @@ mod tests {
         Rolling { n: usize },
     }
 
-    /// If this fails after an update of serde-saphyr, it gives its errors or names its types in another way: adapt
-    /// `explain` and `type_in_words`, so that the messages stay as they are here.
+    /// If this fails after an update of serde-saphyr, it gives its errors or names its types in
+    /// another way: adapt `explain` and `type_in_words`, so that the messages stay as they are
+    /// here.
     #[test]
     fn a_refusal_says_what_is_expected_in_a_users_words() {
         for (text, message) in [

@@ -1,9 +1,12 @@
-//! CodeSearchNet (Python): write a function from its docstring. Its functions have no tests, so that answers are compared with
-//! the reference but not scored.
+//! CodeSearchNet (Python): write a function from its docstring. Its functions have no tests, so
+//! that answers are compared with the reference but not scored.
 //!
 //! ```text
-//! row     {"func_name": "area", "docstring": "Return the area of a circle.", "code": "def area(r): return 3.14 * r * r"}
-//! prompt  Write the Python function `area` from its docstring. Answer with code only.\n\nReturn the area of a circle.
+//! row     {"func_name": "area", "docstring": "The area of a circle.",
+//!          "code": "def area(r): return 3.14 * r * r"}
+//! prompt  Write the Python function `area` from its docstring. Answer with code only.
+//!
+//!         The area of a circle.
 //! target  def area(r): return 3.14 * r * r
 //! score   none
 //! ```
@@ -20,7 +23,8 @@ use crate::{Error, Result, fingerprint};
 /// In a file without splits, one in this many functions belongs to `test`.
 const TEST_INTERVAL: u64 = 10;
 
-/// A row of CodeSearchNet's own files, of its Hugging Face form, or of a data set derived from them.
+/// A row of CodeSearchNet's own files, of its Hugging Face form, or of a data set derived from
+/// them.
 #[derive(Deserialize)]
 struct Row {
     #[serde(alias = "func_documentation_string")]
@@ -33,7 +37,8 @@ struct Row {
     partition: Option<String>,
 }
 
-/// Reads the functions of a split. Rows of `python.jsonl` that name no split are split by a hash of their code.
+/// Reads the functions of a split. Rows of `python.jsonl` that name no split are split by a hash of
+/// their code.
 pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
     if !["train", "validation", "valid", "test"].contains(&split) {
         return Err(Error::usage(format!("codesearchnet has the splits train, validation and test, not `{split}`")));
@@ -93,7 +98,8 @@ mod tests {
         assert_eq!(train.len() + test.len(), 200);
         assert!((5..40).contains(&test.len()) && train.iter().all(|id| !test.contains(id)), "{}", test.len());
         assert!(load(dir.path(), "dev").is_err());
-        // A row that names its split belongs to it, and the whole function is preferred to its code.
+        // A row that names its split belongs to it, and the whole function is preferred to its
+        // code.
         let path = dir.path().join("other.jsonl");
         let row = r#"{"func_name": "f", "func_documentation_string": "D", "func_code_string": "pass",
             "whole_func_string": "def f(): pass", "split_name": "test"}"#;

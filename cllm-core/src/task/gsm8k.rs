@@ -1,15 +1,18 @@
 //! GSM8K: grade-school word problems, scored by the final number.
 //!
 //! ```text
-//! row     {"question": "Tom has 3 pens and buys 4. How many?", "answer": "3 + 4 = <<3+4=7>>7 pens.\n#### 7"}
-//! prompt  Tom has 3 pens and buys 4. How many?
-//! target  3 + 4 = 7 pens.\n#### 7
+//! row     {"question": "Tom has 3 pens and buys 4. How many has he now?",
+//!          "answer": "He has 3 + 4 = <<3+4=7>>7 pens.\n#### 7"}
+//! prompt  Tom has 3 pens and buys 4. How many has he now?
+//! target  He has 3 + 4 = 7 pens.
+//!         #### 7
 //! score   the number after the last `####` of the answer, or else its last number, equals 7
 //! ```
 //!
 //! The official normaliser (`extract_answer` in
-//! <https://github.com/openai/grade-school-math/blob/master/grade_school_math/dataset.py>) accepts an answer with `####`
-//! only, and compares texts. Models that were not trained on this format end with the number alone, so it counts here too.
+//! <https://github.com/openai/grade-school-math/blob/master/grade_school_math/dataset.py>) accepts
+//! an answer with `####` only, and compares texts. Models that were not trained on this format end
+//! with the number alone, so it counts here too.
 
 use std::path::Path;
 use std::sync::LazyLock;

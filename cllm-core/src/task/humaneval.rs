@@ -1,10 +1,16 @@
 //! HumanEval: complete a Python function, scored by running the data set's tests.
 //!
 //! ```text
-//! row     {"task_id": "HumanEval/0", "entry_point": "add", "prompt": "def add(a, b):\n    \"\"\"Add.\"\"\"\n",
-//!          "canonical_solution": "    return a + b\n", "test": "def check(f):\n    assert f(1, 2) == 3"}
-//! prompt  Complete this Python function. Answer with code only.\n\ndef add(a, b):\n    """Add."""\n
-//! target  def add(a, b):\n    """Add."""\n    return a + b\n
+//! row     {"task_id": "HumanEval/0", "entry_point": "add",
+//!          "prompt": "def add(a, b):\n    \"Add.\"\n", "canonical_solution": "    return a + b\n",
+//!          "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n"}
+//! prompt  Complete this Python function. Answer with code only.
+//!
+//!         def add(a, b):
+//!             "Add."
+//! target  def add(a, b):
+//!             "Add."
+//!             return a + b
 //! score   prompt + answer + test + "check(add)" runs to its end in the sandbox
 //! ```
 //!
@@ -68,8 +74,9 @@ pub(super) fn score(sandbox: &Sandbox, sample: &Sample, answer: &str) -> Result<
 }
 
 impl Tests {
-    /// The program of the official evaluator. A chat model answers with the whole function, which then replaces that of the
-    /// prompt but keeps the imports and helpers before it; any other answer continues the prompt.
+    /// The program of the official evaluator. A chat model answers with the whole function, which
+    /// then replaces that of the prompt but keeps the imports and helpers before it; any other
+    /// answer continues the prompt.
     fn build_program(&self, answer: &str) -> String {
         let Tests { prompt, entry_point, test, .. } = self;
         let code = python::extract_code(answer, |block| python::find_definition(block, entry_point).is_some());

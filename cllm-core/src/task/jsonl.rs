@@ -4,7 +4,7 @@
 //! row     {"prompt": "What is the capital of France?", "reference": "Paris", "scorer": "exact"}
 //! prompt  What is the capital of France?
 //! target  Paris
-//! score   by `scorer` of the row, or else of the settings; without one, the same text or the same number
+//! score   by the row's `scorer`, or else the settings'; without one, equal texts or equal numbers
 //! ```
 
 use regex::Regex;
@@ -24,8 +24,8 @@ pub enum Scorer {
     Exact,
     /// The last number of the answer (or the first after its last `####`) is that of the reference.
     Numeric,
-    /// The reference is a regular expression that matches anywhere in the answer; `^` and `$` are the ends of the answer without
-    /// outer white space.
+    /// The reference is a regular expression that matches anywhere in the answer; `^` and `$` are
+    /// the ends of the answer without outer white space.
     Regex,
 }
 

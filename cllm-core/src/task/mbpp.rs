@@ -1,14 +1,19 @@
-//! MBPP: small Python tasks (the full or the sanitized set), scored by running the data set's assertions.
+//! MBPP: small Python tasks (the full or the sanitized set), scored by running the data set's
+//! assertions.
 //!
 //! ```text
-//! row     {"task_id": 11, "text": "Write a function to add two numbers.", "code": "def add(a, b): return a + b",
-//!          "test_list": ["assert add(1, 2) == 3"]}
-//! prompt  Write a function to add two numbers. Answer with Python code only. It must pass these tests:\n\nassert add(1, 2) == 3
+//! row     {"task_id": 11, "text": "Write a function to add two numbers.",
+//!          "code": "def add(a, b): return a + b", "test_list": ["assert add(1, 2) == 3"]}
+//! prompt  Write a function to add two numbers. Answer with Python code only. It must pass these
+//!         tests:
+//!
+//!         assert add(1, 2) == 3
 //! target  def add(a, b): return a + b
 //! score   answer + assertions run to their end in the sandbox
 //! ```
 //!
-//! The data and its evaluation: <https://github.com/google-research/google-research/tree/master/mbpp>.
+//! The data and its evaluation:
+//! <https://github.com/google-research/google-research/tree/master/mbpp>.
 
 use std::path::Path;
 

@@ -1,5 +1,6 @@
-//! Benchmarks, one file each: how its published files become prompts, and how an answer is scored. Collection, cleaning,
-//! training and evaluation all score here, so that they agree on what is correct.
+//! Benchmarks, one file each: how its published files become prompts, and how an answer is scored.
+//! Collection, cleaning, training and evaluation all score here, so that they agree on what is
+//! correct.
 
 mod codesearchnet;
 mod gsm8k;
@@ -34,14 +35,18 @@ pub enum Task {
     Gsm8k,
     /// Text to SQL (Yu et al., arXiv 1809.08887), scored by execution.
     Spider,
-    /// Python functions (Chen et al., arXiv 2107.03374), scored by running their tests where code may be executed.
+    /// Python functions (Chen et al., arXiv 2107.03374), scored by running their tests where code
+    /// may be executed.
     Humaneval,
-    /// Python functions (Austin et al., arXiv 2108.07732), scored by running their tests where code may be executed.
+    /// Python functions (Austin et al., arXiv 2108.07732), scored by running their tests where code
+    /// may be executed.
     Mbpp,
-    /// Questions of two turns (Zheng et al., arXiv 2306.05685); not scored: a judge model reads the answers.
+    /// Questions of two turns (Zheng et al., arXiv 2306.05685); not scored: a judge model reads the
+    /// answers.
     #[serde(rename = "mt-bench")]
     MtBench,
-    /// Python functions from their docstrings (Husain et al., arXiv 1909.09436); compared with the reference, not scored.
+    /// Python functions from their docstrings (Husain et al., arXiv 1909.09436); compared with the
+    /// reference, not scored.
     Codesearchnet,
     /// Texts that the models read; reports their perplexity.
     Perplexity,
@@ -71,7 +76,8 @@ impl Verdict {
 /// What scoring needs besides the sample and the answer.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct ScoreContext<'a> {
-    /// The benchmark's folder with the databases of Spider, whose answers are [`Verdict::Unscored`] without it.
+    /// The benchmark's folder with the databases of Spider, whose answers are [`Verdict::Unscored`]
+    /// without it.
     pub data: Option<&'a Path>,
     /// Runs the code of answers to HumanEval and MBPP, which are [`Verdict::Unscored`] without it.
     pub sandbox: Option<&'a Sandbox>,
@@ -120,7 +126,8 @@ impl Task {
         }
     }
 
-    /// The task that a prompt's `source` (`gsm8k/test`) begins with; [`Task::Jsonl`] for a source of unknown origin.
+    /// The task that a prompt's `source` (`gsm8k/test`) begins with; [`Task::Jsonl`] for a source
+    /// of unknown origin.
     pub fn from_source(source: &str) -> Task {
         let name = source.split('/').next().unwrap_or_default();
         Task::ALL.into_iter().find(|task| task.name() == name).unwrap_or(Task::Jsonl)
@@ -154,8 +161,8 @@ impl Task {
         matches!(self, Task::Humaneval | Task::Mbpp)
     }
 
-    /// Checks that [`Task::score`] can score answers to `sample`: its database or tests are there and its pattern is valid. To
-    /// be called before answers are generated, which would be lost.
+    /// Checks that [`Task::score`] can score answers to `sample`: its database or tests are there
+    /// and its pattern is valid. To be called before answers are generated, which would be lost.
     ///
     /// # Errors
     /// As [`Task::score`].
@@ -171,12 +178,12 @@ impl Task {
         }
     }
 
-    /// Scores an answer to `sample`. An answer that was cut at the length limit is never correct: it did not reach its end, and
-    /// a number or query that happens to be its last would be luck.
+    /// Scores an answer to `sample`. An answer that was cut at the length limit is never correct:
+    /// it did not reach its end, and a number or query that happens to be its last would be luck.
     ///
     /// # Errors
-    /// Only when scoring itself is impossible: a database is missing, the sample's `meta` lacks what it needs, or the sandbox
-    /// does not work. A broken answer is [`Verdict::Incorrect`].
+    /// Only when scoring itself is impossible: a database is missing, the sample's `meta` lacks
+    /// what it needs, or the sandbox does not work. A broken answer is [`Verdict::Incorrect`].
     pub fn score(
         self,
         context: ScoreContext<'_>,

@@ -1,7 +1,9 @@
-//! MT-bench: questions of two turns in FastChat's form. A judge model scores the answers, not this toolkit.
+//! MT-bench: questions of two turns in FastChat's form. A judge model scores the answers, not this
+//! toolkit.
 //!
 //! ```text
-//! row     {"question_id": 81, "category": "writing", "turns": ["Write a travel blog post.", "Now as a limerick."]}
+//! row     {"question_id": 81, "category": "writing",
+//!          "turns": ["Write a travel blog post.", "Rewrite it as a limerick."]}
 //! prompt  Write a travel blog post.
 //! target  none
 //! score   none; the second turn, kept in `meta`, is asked after the first answer

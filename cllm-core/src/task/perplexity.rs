@@ -19,8 +19,8 @@ struct Row {
     text: String,
 }
 
-/// Reads the texts of a file, or of all files in a folder in the order of their names. A `.txt` file is one text; other files
-/// have one in each row.
+/// Reads the texts of a file, or of all files in a folder in the order of their names. A `.txt`
+/// file is one text; other files have one in each row.
 pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
     let files = if data.is_dir() { list_files(data)? } else { vec![data.to_owned()] };
     let row_files = ["jsonl", "json", "gz", "parquet"];

@@ -1,4 +1,5 @@
-//! What tasks of Python have in common: extracting the code of an answer, and running it with its tests.
+//! What tasks of Python have in common: extracting the code of an answer, and running it with its
+//! tests.
 
 use serde::de::DeserializeOwned;
 
@@ -7,8 +8,8 @@ use crate::prompt_set::Sample;
 use crate::sandbox::{ProgramOutcome, Sandbox};
 use crate::{Error, Result};
 
-/// The code in an answer: the first fenced block for which `is_wanted` holds, or else the first one. Without a fence it is the
-/// whole answer, up to a fence that is only closed.
+/// The code in an answer: the first fenced block for which `is_wanted` holds, or else the first
+/// one. Without a fence it is the whole answer, up to a fence that is only closed.
 pub fn extract_code(answer: &str, is_wanted: impl Fn(&str) -> bool) -> &str {
     let mut parts = answer.split("```");
     let before = parts.next().unwrap_or(answer);

@@ -1,14 +1,20 @@
 //! Spider: text to SQL, scored by executing the query.
 //!
 //! ```text
-//! row     {"db_id": "zoo", "question": "How many pens are there?", "query": "SELECT count(*) FROM pen"}
-//! prompt  pen(id, size)\ncat(name, pen)\nforeign keys: cat.pen = pen.id\n\nHow many pens are there?\nAnswer with one SQLite query only.
+//! row     {"db_id": "zoo", "question": "How many pens?", "query": "SELECT count(*) FROM pen"}
+//! prompt  pen(id, size)
+//!         cat(name, pen)
+//!         foreign keys: cat.pen = pen.id
+//!
+//!         How many pens?
+//!         Answer with one SQLite query only.
 //! target  SELECT count(*) FROM pen
-//! score   on database/zoo/zoo.sqlite the answer gives the same rows, in the same order if the reference says ORDER BY
+//! score   the same rows from database/zoo/zoo.sqlite, in order if the reference has ORDER BY
 //! ```
 //!
-//! The official judges: <https://github.com/taoyds/spider/blob/master/evaluation.py>, and by execution
-//! <https://github.com/taoyds/test-suite-sql-eval>, which also compares the queries on further generated databases.
+//! The official judges: <https://github.com/taoyds/spider/blob/master/evaluation.py>, and by
+//! execution <https://github.com/taoyds/test-suite-sql-eval>, which also compares the queries on
+//! further generated databases.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
@@ -130,8 +136,9 @@ fn query_key(row: &Row) -> QueryKey {
     (row.db_id.clone(), row.query.split_whitespace().collect::<Vec<_>>().join(" "))
 }
 
-/// The queries of train that belong to `heldout`, drawn with a fixed seed among those whose database exists. Whole queries are
-/// drawn, not questions: `rest` must not teach the answer to a held-out question that is worded differently.
+/// The queries of train that belong to `heldout`, drawn with a fixed seed among those whose
+/// database exists. Whole queries are drawn, not questions: `rest` must not teach the answer to a
+/// held-out question that is worded differently.
 fn draw_heldout(data: &Path, questions: &[Row]) -> BTreeSet<QueryKey> {
     let has_database = |row: &&Row| data.join("database").join(&row.db_id).is_dir();
     let mut num_questions: BTreeMap<QueryKey, usize> = BTreeMap::new();

@@ -1,5 +1,6 @@
-//! Runs queries that a model wrote on a SQLite database, and compares their results. The queries can only read, and have
-//! limits of time and size: a model writes `DROP TABLE`, joins without a condition, and recursions without an end.
+//! Runs queries that a model wrote on a SQLite database, and compares their results. The queries
+//! can only read, and have limits of time and size: a model writes `DROP TABLE`, joins without a
+//! condition, and recursions without an end.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -78,8 +79,8 @@ impl Database {
         Ok(Database { connection, time_limit })
     }
 
-    /// Whether `answer` has the result of `reference`; `None` when the reference itself does not run. The order of the rows
-    /// counts only if the reference asks for one.
+    /// Whether `answer` has the result of `reference`; `None` when the reference itself does not
+    /// run. The order of the rows counts only if the reference asks for one.
     pub(super) fn same_result(&mut self, reference: &str, answer: &str) -> Option<bool> {
         let mut expected = self.rows(extract_query(reference)).ok()?;
         let Ok(mut actual) = self.rows(extract_query(answer)) else { return Some(false) };
@@ -117,8 +118,8 @@ impl Database {
     }
 }
 
-/// A text that is equal for values that count as equal: 1 and 1.0, or averages that differ by rounding. Text values need not
-/// be UTF-8.
+/// A text that is equal for values that count as equal: 1 and 1.0, or averages that differ by
+/// rounding. Text values need not be UTF-8.
 fn canonical_text(value: ValueRef<'_>) -> String {
     match value {
         ValueRef::Null => "null".to_owned(),

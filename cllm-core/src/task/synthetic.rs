@@ -1,14 +1,16 @@
-//! Problems generated from a seed: word problems in GSM8K's form, and text to SQL. They are easy enough for a model of a few
-//! million parameters, and need no download.
+//! Problems generated from a seed: word problems in GSM8K's form, and text to SQL. They are easy
+//! enough for a model of a few million parameters, and need no download.
 //!
 //! ```text
 //! prompt  Tom has 7 pens. Tom buys 2 boxes with 3 pens each. How many pens does Tom have now?
-//! target  Tom buys 2 boxes with 3 pens each, so Tom buys 2 * 3 = 6 pens. ... 7 + 6 = 13 pens.\n#### 13
+//! target  Tom buys 2 boxes with 3 pens each, so Tom buys 2 * 3 = 6 pens.
+//!         Tom had 7 pens, so now Tom has 7 + 6 = 13 pens.
+//!         #### 13
 //! score   as GSM8K: the final number is 13
 //!
 //! prompt  pets(name, kind, age). How many pets have the kind cat?
 //! target  SELECT COUNT(*) FROM pets WHERE kind = 'cat'
-//! score   as Spider: the same result on a generated table of 60 rows
+//! score   as Spider: the same rows from a generated table
 //! ```
 
 use std::collections::HashSet;
@@ -62,8 +64,9 @@ struct Problem {
     table: Option<&'static str>,
 }
 
-/// Generates `count` samples of a split. Splits are disjoint: the hash of a question decides whether it belongs to `test`.
-/// Returns fewer samples when a signal asks to stop, which the caller has to check.
+/// Generates `count` samples of a split. Splits are disjoint: the hash of a question decides
+/// whether it belongs to `test`. Returns fewer samples when a signal asks to stop, which the caller
+/// has to check.
 pub fn generate(seed: u64, split: &str, count: usize) -> Vec<Sample> {
     let mut samples = Vec::new();
     // There are far more problems than anyone asks for; the bound guarantees that the loop ends.

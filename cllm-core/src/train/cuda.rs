@@ -1,6 +1,8 @@
-//! The training pass on a GPU in bf16: forward and backward of every layer by hand, with kernels of our own.
+//! The training pass on a GPU in bf16: forward and backward of every layer by hand, with kernels of
+//! our own.
 //!
-//! Only what the backward needs is saved, and matrix products add to the gradients where they are collected.
+//! Only what the backward needs is saved, and matrix products accumulate directly into the buffer of
+//! the gradients.
 
 use tch::{Device, Kind, Tensor};
 
@@ -11,7 +13,8 @@ use crate::cuda::nvrtc::compute_capability;
 use crate::cuda::train::TrainKernels;
 use crate::model::{Layer, Linear, ModelConfig, Transformer};
 
-/// Whether our own kernels can train a model of this configuration, in bf16 on a GPU with enough shared memory.
+/// Whether our own kernels can train a model of this configuration, in bf16 on a GPU with enough
+/// shared memory.
 pub fn has_kernels(config: &ModelConfig) -> bool {
     TrainKernels::supports(&config.kernel_shape())
 }
@@ -137,8 +140,8 @@ impl CudaBatch {
         Ok((output, SavedActivations { input, attn_input, qkv, attn_out, logsumexp, residual, mlp_input, gate_up }))
     }
 
-    /// `d_x` is the gradient of the layer's output and becomes, in place, that of its input. Tensors are dropped as soon as
-    /// they are no longer needed.
+    /// `d_x` is the gradient of the layer's output and becomes, in place, that of its input.
+    /// Tensors are dropped as soon as they are no longer needed.
     fn layer_backward(&self, layer: &Layer, saved: SavedActivations, d_x: &Tensor) -> Result<()> {
         let SavedActivations { input, attn_input, qkv, attn_out, logsumexp, residual, mlp_input, gate_up } = saved;
 
@@ -202,8 +205,8 @@ impl CudaPass<'_> {
     }
 }
 
-/// Adds to the gradient of the output projection, and returns the gradient of `hidden [rows, hidden]`. `d_logits`: the
-/// gradient of its logits, `[rows, vocab]`.
+/// Adds to the gradient of the output projection, and returns the gradient of
+/// `hidden [rows, hidden]`. `d_logits`: the gradient of its logits, `[rows, vocab]`.
 ///
 /// # Errors
 /// [`crate::Error::Torch`], for instance when memory runs out.

@@ -1,5 +1,5 @@
-//! The training pass with libtorch's operations: autograd computes the backward, in several parts if layers are
-//! checkpointed.
+//! The training pass with libtorch's operations: autograd computes the backward, in several parts
+//! if layers are checkpointed.
 
 use tch::{Kind, Tensor};
 
@@ -75,7 +75,8 @@ impl Attention for PackedAttention<'_> {
     }
 }
 
-/// What one sequence sees, bool `[1, 1, length, length]`. `base`: index of its first token in the batch.
+/// What one sequence sees, bool `[1, 1, length, length]`. `base`: index of its first token in the
+/// batch.
 fn attention_mask(ranges: &[AttentionRanges], base: i32) -> Tensor {
     let length = ranges.len();
     let mut mask = vec![false; length * length];
@@ -87,7 +88,8 @@ fn attention_mask(ranges: &[AttentionRanges], base: i32) -> Tensor {
     Tensor::from_slice(&mask).view([1, 1, length as i64, length as i64])
 }
 
-/// What the backward needs: the ends of autograd's graph, and the inputs of the layers that have no graph yet.
+/// What the backward needs: the ends of autograd's graph, and the inputs of the layers that have no
+/// graph yet.
 pub(super) struct EagerPass<'p> {
     model: &'p Transformer,
     batch: &'p EagerBatch,
@@ -95,7 +97,8 @@ pub(super) struct EagerPass<'p> {
     embedded: Tensor,
     /// Inputs of the checkpointed layers.
     checkpoints: Vec<Tensor>,
-    /// Input of the first layer that is not checkpointed, where the graph of the hidden states begins.
+    /// Input of the first layer that is not checkpointed, where the graph of the hidden states
+    /// begins.
     graph_input: Tensor,
 }
 

@@ -50,8 +50,8 @@ enum Pass<'p> {
     Eager(EagerPass<'p>),
 }
 
-/// Runs the forward over a batch. Of the leading `checkpointed_layers`, only the inputs are saved; the backward computes
-/// these layers again, one at a time (Chen et al., arXiv 1604.06174).
+/// Runs the forward over a batch. Of the leading `checkpointed_layers`, only the inputs are saved;
+/// the backward computes these layers again, one at a time (Chen et al., arXiv 1604.06174).
 ///
 /// # Errors
 /// [`crate::Error::Torch`], for instance when memory runs out.
@@ -85,7 +85,8 @@ pub fn hidden_states(model: &Transformer, batch: &DeviceBatch) -> Result<Tensor>
 }
 
 impl ForwardPass<'_> {
-    /// Adds to the gradients of the weights. `d_hidden`: the gradient of the hidden states, of their shape.
+    /// Adds to the gradients of the weights. `d_hidden`: the gradient of the hidden states, of
+    /// their shape.
     ///
     /// # Errors
     /// [`crate::Error::Torch`], for instance when memory runs out.

@@ -14,7 +14,8 @@ pub fn train_tokenizer(texts: impl IntoIterator<Item: Into<String>>, vocab_size:
     cllm_train::tokenizer_training::train(&texts, vocab_size, folder).unwrap();
 }
 
-/// The folder of a benchmark's published files, below the folder that `CLLM_DATA` names (`scripts/test --data DIR`).
+/// The folder of a benchmark's published files, below the folder that `CLLM_DATA` names
+/// (`scripts/test --data DIR`).
 pub fn benchmark_data(name: &str) -> PathBuf {
     Path::new(&std::env::var_os("CLLM_DATA").expect("CLLM_DATA names the folder with the benchmarks' data")).join(name)
 }

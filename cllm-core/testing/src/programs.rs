@@ -1,4 +1,5 @@
-//! Runs the built programs as a user does, on bad input and into bad places; shared by the tests of all three.
+//! Runs the built programs as a user does: on good and bad input, without space on the disk, and
+//! interrupted.
 
 use std::ffi::OsStr;
 use std::fmt::Debug;
@@ -7,75 +8,79 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::Value;
 
-/// A word of a command line.
-pub trait Word: AsRef<OsStr> + Debug {}
-impl<W: AsRef<OsStr> + Debug> Word for W {}
+/// An argument of a command line.
+pub trait Argument: AsRef<OsStr> + Debug {}
+impl<W: AsRef<OsStr> + Debug> Argument for W {}
 
-/// One of the built programs.
+/// One of the built programs, by its name.
 pub struct Program(pub &'static str);
 
-/// How a run ended.
+/// A run that ended.
 pub struct FinishedProcess {
-    /// Exit code; none when a signal killed it.
+    /// `None` if a signal killed the process.
     pub code: Option<i32>,
     pub stdout: Vec<u8>,
     pub stderr: String,
 }
 
 impl Program {
-    pub fn run(&self, arguments: &[impl Word]) -> FinishedProcess {
+    pub fn run(&self, arguments: &[impl Argument]) -> FinishedProcess {
         finished(self.command(&[]).args(arguments).output().unwrap())
     }
 
-    /// Runs it to its end, which must be a good one.
+    /// Runs it, and asserts that it succeeds.
     #[track_caller]
-    pub fn succeed(&self, arguments: &[impl Word]) -> FinishedProcess {
-        let found = self.run(arguments);
-        assert_eq!(found.code, Some(0), "{arguments:?}: {}", found.stderr);
-        found
+    pub fn succeed(&self, arguments: &[impl Argument]) -> FinishedProcess {
+        let run = self.run(arguments);
+        assert_eq!(run.code, Some(0), "{arguments:?}: {}", run.stderr);
+        run
     }
 
-    /// Runs it to an error, whose message must be one of ours and hold these parts.
+    /// Runs it, and asserts that it ends with this exit code and with an error message that
+    /// contains these parts.
     #[track_caller]
-    pub fn fail(&self, arguments: &[impl Word], code: i32, parts: &[&str]) {
-        self.run(arguments).must_say(arguments, code, parts);
+    pub fn fail(&self, arguments: &[impl Argument], code: i32, parts: &[&str]) {
+        self.run(arguments).assert_error(arguments, code, parts);
     }
 
-    /// Runs it where no file may grow past so many blocks of 512 bytes: as on a full disk, a write fails midway.
+    /// Runs it where no file may have more than `blocks` of 512 bytes, so that a write fails midway
+    /// as on a full disk.
     #[track_caller]
-    pub fn fail_on_full_disk(&self, blocks: usize, arguments: &[impl Word], parts: &[&str]) {
+    pub fn fail_on_full_disk(&self, blocks: usize, arguments: &[impl Argument], parts: &[&str]) {
         let limit = format!("ulimit -f {blocks}; exec \"$@\"");
-        let found = finished(self.command(&["sh", "-c", &limit, "sh"]).args(arguments).output().unwrap());
-        found.must_say(arguments, 3, &[parts, &["cannot be written", "run the same command again"]].concat());
+        let run = finished(self.command(&["sh", "-c", &limit, "sh"]).args(arguments).output().unwrap());
+        run.assert_error(arguments, 3, &[parts, &["cannot be written", "run the same command again"]].concat());
     }
 
-    /// Runs it with a stdout that takes nothing.
+    /// Runs it with a stdout that cannot be written.
     #[track_caller]
-    pub fn fail_on_full_stdout(&self, arguments: &[impl Word]) {
+    pub fn fail_on_full_stdout(&self, arguments: &[impl Argument]) {
         let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
-        let found = finished(self.command(&[]).args(arguments).stdout(full).output().unwrap());
-        found.must_say(arguments, 3, &["stdout: cannot be written"]);
+        let run = finished(self.command(&[]).args(arguments).stdout(full).output().unwrap());
+        run.assert_error(arguments, 3, &["stdout: cannot be written"]);
     }
 
-    /// Runs it until it handles `signal` and is `ready`, then sends `signal` ("INT", "TERM"); it must end with `code` by itself.
+    /// Runs it until it handles `signal` ("INT", "TERM") and `is_ready`, sends the signal, and
+    /// asserts that it ends by itself with this exit code.
     #[track_caller]
-    pub fn interrupt(&self, arguments: &[impl Word], signal: &str, code: i32, ready: impl Fn() -> bool) {
+    pub fn interrupt(&self, arguments: &[impl Argument], signal: &str, code: i32, is_ready: impl Fn() -> bool) {
         let mut command = self.command(&[]);
         let mut child = command.args(arguments).stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
-        while !handles(child.id(), signal) || !ready() {
+        while !handles_signal(child.id(), signal) || !is_ready() {
             assert!(child.try_wait().unwrap().is_none(), "{arguments:?} ended before it could be stopped");
             std::thread::yield_now();
         }
         let sent = Command::new("kill").args([&format!("-{signal}"), &child.id().to_string()]).status().unwrap();
         assert!(sent.success());
-        finished(child.wait_with_output().unwrap()).must_say(
+        finished(child.wait_with_output().unwrap()).assert_error(
             arguments,
             code,
             &["interrupted", "run the same command again"],
         );
     }
 
-    /// The program behind a `prefix`. One thread: sums come out the same each time, and tests share the machine.
+    /// A command that runs the program, through the command `prefix` if it is not empty. With one
+    /// thread, sums have the same rounding in every run, and tests do not compete for processors.
     pub fn command(&self, prefix: &[&str]) -> Command {
         let program = assert_cmd::cargo::cargo_bin(self.0).display().to_string();
         let words = [prefix, &[&program]].concat();
@@ -87,7 +92,7 @@ impl Program {
 
 impl FinishedProcess {
     #[track_caller]
-    fn must_say(&self, arguments: &[impl Word], code: i32, parts: &[&str]) {
+    fn assert_error(&self, arguments: &[impl Argument], code: i32, parts: &[&str]) {
         let message = &self.stderr;
         assert_eq!(self.code, Some(code), "{arguments:?}: {message}");
         assert!(self.stdout.is_empty(), "{arguments:?}: stdout is for data");
@@ -98,8 +103,8 @@ impl FinishedProcess {
     }
 }
 
-/// Whether a process has a handler for a signal by now: before, it would die of it without a word.
-fn handles(process: u32, signal: &str) -> bool {
+/// Whether a process has installed its handler of a signal, which would kill it before.
+fn handles_signal(process: u32, signal: &str) -> bool {
     let number = if signal == "INT" { 2 } else { 15 };
     let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
     let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap_or_default();
@@ -111,11 +116,13 @@ fn finished(output: Output) -> FinishedProcess {
     FinishedProcess { code: output.status.code(), stdout: output.stdout, stderr }
 }
 
+/// `folder/name` as an argument.
 pub fn path(folder: &Path, name: &str) -> String {
     folder.join(name).display().to_string()
 }
 
-/// Copies of a good model, each damaged in one way, with what an error must say of it.
+/// Copies of a valid model, each damaged in one way, with the parts that the error message must
+/// contain.
 pub fn damaged_models(good: &Path, into: &Path) -> Vec<(String, Vec<&'static str>)> {
     let cut = |file: PathBuf| {
         let bytes = std::fs::read(&file).unwrap();
@@ -180,7 +187,7 @@ pub fn copy_folder(from: &Path, to: &Path) {
     }
 }
 
-/// A path below a regular file: nobody can write there, not even root.
+/// A path below a regular file, where not even root can write.
 pub fn unwritable_path(folder: &Path) -> String {
     std::fs::write(folder.join("file"), "").unwrap();
     path(folder, "file/output")

@@ -1,9 +1,9 @@
 //! Broken model folders: every error names the file, and the tensor or the key, that is to blame.
 
-use cllm_core::checkpoint;
 use std::path::Path;
 
 use cllm_core::Error;
+use cllm_core::checkpoint;
 use cllm_core::model::{ModelConfig, Transformer};
 use serde_json::{Value, json};
 use tch::{Device, Kind};

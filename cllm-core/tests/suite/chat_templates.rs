@@ -4,7 +4,7 @@ use cllm_core::chat_template::{ChatTemplate, Message};
 use serde_json::Value;
 
 #[test]
-fn every_recorded_conversation_renders_alike() {
+fn every_conversation_renders_as_transformers_recorded_it() {
     let recorded: Value = serde_json::from_str(include_str!("../fixtures/text/chat-templates.json")).unwrap();
     let cases = recorded["cases"].as_array().unwrap();
     assert_eq!(cases.len(), 48);

@@ -1,5 +1,5 @@
-//! Low-rank adapters on every family: fresh ones change nothing, a forward with them equals a forward of the merged
-//! weights, and PEFT loads what is saved.
+//! Low-rank adapters on every family: fresh ones change nothing, a forward with them equals a
+//! forward of the merged weights, and PEFT loads what is saved.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,8 @@ fn rank_3(targets: impl Into<BTreeSet<LoraTarget>>) -> LoraConfig {
     LoraConfig { rank: 3, alpha: 4.5, targets: targets.into() }
 }
 
-/// Fills every B with small numbers, the same on every machine, so that the adapters change something.
+/// Fills every B with small numbers, the same on every machine, so that the adapters change
+/// something.
 fn fill_adapters(model: &Transformer) {
     let _no_grad = tch::no_grad_guard();
     for (name, mut tensor) in model.trainable().tensors() {
@@ -114,11 +115,11 @@ fn a_forward_with_adapters_equals_a_forward_of_the_merged_weights() {
         fill_adapters(&model);
         let merged = model.to_merged().unwrap().unwrap();
         assert!(max_difference(&logits(&model), &logits(&merged)) < 1e-3, "{name}");
-        let wanted = answers(&model, Strategy::Ar);
-        assert_ne!(wanted, plain_answers, "{name}: nothing to compare");
+        let expected_answers = answers(&model, Strategy::Ar);
+        assert_ne!(expected_answers, plain_answers, "{name}: nothing to compare");
         for strategy in [Strategy::Ar, Strategy::Jacobi { n: 8 }] {
-            assert_eq!(answers(&merged, strategy), wanted, "{name}, {strategy:?}, merged");
-            assert_eq!(answers(&model, strategy), wanted, "{name}, {strategy:?}, beside");
+            assert_eq!(answers(&merged, strategy), expected_answers, "{name}, {strategy:?}, merged");
+            assert_eq!(answers(&model, strategy), expected_answers, "{name}, {strategy:?}, adapters");
         }
         // The weights under the adapters have not changed by a bit, and are still available.
         assert_eq!(model.named_parameters(), weights, "{name}");
@@ -128,24 +129,25 @@ fn a_forward_with_adapters_equals_a_forward_of_the_merged_weights() {
 }
 
 #[test]
-fn only_the_adapters_get_gradients() {
+fn only_adapters_get_gradients() {
     for (name, config) in shapes() {
         let mut model = random_model(&config);
-        let whole = model.collect_gradients().unwrap();
+        let weight_gradients = model.collect_gradients().unwrap();
         model.add_adapters(&rank_3(LoraTarget::ALL), 4);
         fill_adapters(&model);
         let gradients = model.collect_gradients().unwrap();
         let (tokens, positions) = tokens();
         let hidden = model.forward(&tokens, &positions);
         model.logits_with_grad(&hidden).log_softmax(-1, Kind::Float).max().backward();
-        for (name_of, gradient) in gradients.tensors() {
-            assert!(gradient.abs().max().double_value(&[]) > 0.0, "{name}: no gradient of {name_of}");
+        for (parameter, gradient) in gradients.tensors() {
+            assert!(gradient.abs().max().double_value(&[]) > 0.0, "{name}: no gradient of {parameter}");
         }
-        assert_eq!(whole.buffer().abs().max().double_value(&[]), 0.0, "{name}: the weights are not frozen");
+        assert_eq!(weight_gradients.buffer().abs().max().double_value(&[]), 0.0, "{name}: the weights are not frozen");
     }
 }
 
-/// Saves a model in `base` and adapters for it in `adapter`, and returns the model with its adapters.
+/// Saves a model in `base` and adapters for it in `adapter`, and returns the model with its
+/// adapters.
 fn saved(folder: &Path, config: &Value) -> Transformer {
     let (base, adapter) = (folder.join("base"), folder.join("adapter"));
     [&base, &adapter].into_iter().for_each(|folder| std::fs::create_dir(folder).unwrap());
@@ -169,22 +171,22 @@ fn an_adapter_folder_is_the_merged_model() {
         assert_eq!(load(&merged).named_parameters(), load(&adapter).named_parameters(), "{name}");
         checkpoint::check(&adapter).unwrap();
         assert_eq!(checkpoint::load_config(&adapter).unwrap(), checkpoint::load_config(&base).unwrap());
-        // In bf16 the sum is rounded once, not the weight before it.
+        // In bf16 only the sum is rounded, not the weight before it.
         let rounded = checkpoint::load(&adapter, Device::Cpu, Kind::BFloat16).unwrap().named_parameters();
-        for ((weight, tensor), (_, whole)) in rounded.iter().zip(load(&adapter).named_parameters()) {
-            assert_eq!(*tensor, whole.to_kind(Kind::BFloat16), "{name}: {weight}");
+        for ((weight, tensor), (_, exact)) in rounded.iter().zip(load(&adapter).named_parameters()) {
+            assert_eq!(*tensor, exact.to_kind(Kind::BFloat16), "{name}: {weight}");
         }
-        let print = |folder: &Path| checkpoint::fingerprint(folder).unwrap();
-        let before = print(&adapter);
-        assert_ne!(before, print(&base));
+        let fingerprint = |folder: &Path| checkpoint::fingerprint(folder).unwrap();
+        let before = fingerprint(&adapter);
+        assert_ne!(before, fingerprint(&base));
         edit(&adapter, &|config| config["lora_alpha"] = 5.into());
-        assert_ne!(before, print(&adapter), "{name}: alpha counts");
+        assert_ne!(before, fingerprint(&adapter), "{name}: alpha is part of it");
         assert!(checkpoint::save_adapter(&load(&base), &adapter, "x").is_err());
     }
 }
 
 #[test]
-fn what_an_adapter_does_not_bring_is_that_of_its_base() {
+fn an_adapter_without_a_tokenizer_uses_that_of_its_base() {
     let dir = tempfile::tempdir().unwrap();
     let (base, adapter) = (dir.path().join("base"), dir.path().join("adapter"));
     let (_, mut config) = shapes().remove(0);
@@ -214,26 +216,28 @@ fn edit(adapter: &Path, change: &dyn Fn(&mut Value)) {
     std::fs::write(&path, config.to_string()).unwrap();
 }
 
+/// Asserts that neither loading nor checking accepts the folder, with a message that has these
+/// parts.
+#[track_caller]
+fn assert_refused(adapter: &Path, parts: &[&str]) {
+    for error in [
+        checkpoint::load(adapter, Device::Cpu, Kind::Float).err().expect("it must be refused"),
+        checkpoint::check(adapter).unwrap_err(),
+    ] {
+        let message = error.to_string();
+        assert!(error.exit_code() == 2 && parts.iter().all(|part| message.contains(part)), "{parts:?}: {message}");
+    }
+}
+
 #[test]
-fn an_error_names_the_bad_adapter_file_and_what_is_wrong_in_it() {
+fn an_error_names_the_bad_setting_of_an_adapter() {
     let dir = tempfile::tempdir().unwrap();
     let (_, config) = shapes().remove(0);
     let adapter = dir.path().join("adapter");
     saved(dir.path(), &config);
-    let refused = |parts: &[&str]| {
-        for error in [
-            checkpoint::load(&adapter, Device::Cpu, Kind::Float).err().expect("it must be refused"),
-            checkpoint::check(&adapter).unwrap_err(),
-        ] {
-            let message = error.to_string();
-            assert!(error.exit_code() == 2 && parts.iter().all(|part| message.contains(part)), "{parts:?}: {message}");
-        }
-    };
     let settings = std::fs::read(adapter.join("adapter_config.json")).unwrap();
-    let base = dir.path().join("base").display().to_string();
-    for (key, value, said) in [
+    for (key, value, expected) in [
         ("peft_type", json!("IA3"), "`IA3` is not supported"),
-        ("r", json!(2), "has shape [3, 32], but the model and `r` call for [2, 32]"),
         ("r", json!(0), "r is 0"),
         ("lora_alpha", json!("much"), "lora_alpha"),
         ("lora_alpha", Value::Null, "is not a LoRA configuration"),
@@ -249,38 +253,55 @@ fn an_error_names_the_bad_adapter_file_and_what_is_wrong_in_it() {
             "base_model_name_or_path `./no/where`: ./no/where: there is no",
         ),
         ("base_model_name_or_path", json!(adapter.display().to_string()), "is an adapter too: merge it"),
+    ] {
+        edit(&adapter, &|config| config[key] = value.clone());
+        assert_refused(&adapter, &["adapter_config.json", expected]);
+        std::fs::write(adapter.join("adapter_config.json"), &settings).unwrap();
+    }
+    for (key, value, expected) in [
+        ("r", json!(2), "has shape [3, 32], but the model and `r` call for [2, 32]"),
         ("base_model_name_or_path", json!(fixture_folder("mistral").display().to_string()), "call for"),
     ] {
         edit(&adapter, &|config| config[key] = value.clone());
-        refused(&[said, if said.contains("call for") { "adapter_model.safetensors" } else { "adapter_config.json" }]);
+        assert_refused(&adapter, &["adapter_model.safetensors", expected]);
         std::fs::write(adapter.join("adapter_config.json"), &settings).unwrap();
     }
+}
+
+#[test]
+fn an_error_names_the_bad_weights_of_an_adapter() {
+    let dir = tempfile::tempdir().unwrap();
+    let (_, config) = shapes().remove(0);
+    let (base, adapter) = (dir.path().join("base"), dir.path().join("adapter"));
+    saved(dir.path(), &config);
     let weights = adapter.join("adapter_model.safetensors");
     let good = std::fs::read(&weights).unwrap();
-    let renamed = |from: &str, to: &str| {
+    let rename = |from: &str, to: &str| {
         let header = String::from_utf8_lossy(&good[..good.len() / 4]).into_owned();
         let offset = header.find(from).unwrap();
         let mut bytes = good.clone();
         bytes[offset..offset + to.len()].copy_from_slice(to.as_bytes());
         std::fs::write(&weights, bytes).unwrap();
     };
+    let assert_refused = |expected: &str| assert_refused(&adapter, &["adapter_model.safetensors", expected]);
     std::fs::write(&weights, &good[..good.len() / 2]).unwrap();
-    refused(&["adapter_model.safetensors", "not a complete safetensors file"]);
-    renamed("layers.1.mlp.up_proj.lora_B", "layers.1.mlp.up_proj.lora_X");
-    refused(&["adapter_model.safetensors", "lacks `base_model.model.model.layers.1.mlp.up_proj.lora_B.weight`"]);
-    renamed("layers.0.self_attn.q_proj.lora_A", "layers.7.self_attn.q_proj.lora_A");
-    refused(&["adapter_model.safetensors", "lacks `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`"]);
+    assert_refused("not a complete safetensors file");
+    rename("layers.1.mlp.up_proj.lora_B", "layers.1.mlp.up_proj.lora_X");
+    assert_refused("lacks `base_model.model.model.layers.1.mlp.up_proj.lora_B.weight`");
+    rename("layers.0.self_attn.q_proj.lora_A", "layers.7.self_attn.q_proj.lora_A");
+    assert_refused("lacks `base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight`");
     std::fs::remove_file(&weights).unwrap();
-    refused(&["adapter_model.safetensors"]);
+    assert_refused("");
     std::fs::write(&weights, &good).unwrap();
-    assert!(load(&adapter).named_parameters() != load(Path::new(&base)).named_parameters());
+    assert!(load(&adapter).named_parameters() != load(&base).named_parameters());
 }
 
 fn adapter_folder(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/adapters").join(name)
 }
 
-/// The adapters that PEFT must load. They name their model by its path from the crate's folder, in which tests run.
+/// The adapters that PEFT must load. They name their model by its path from the crate's folder, in
+/// which tests run.
 fn save_ours(folder: &Path) {
     let base = "tests/fixtures/models/llama";
     let mut model = load(Path::new(base));
@@ -295,15 +316,16 @@ fn peft_computes_the_same_from_its_adapters_and_from_ours() {
         let folder = adapter_folder(name);
         let expected: Value = serde_json::from_slice(&std::fs::read(folder.join("expected.json")).unwrap()).unwrap();
         let ids: Vec<i64> = serde_json::from_value(expected["input_ids"].clone()).unwrap();
-        let wanted: Vec<Vec<f32>> = serde_json::from_value(expected["logits"].clone()).unwrap();
+        let expected_logits: Vec<Vec<f32>> = serde_json::from_value(expected["logits"].clone()).unwrap();
         let model = load(&folder);
         let tokens = Tensor::from_slice(&ids).unsqueeze(0);
         let positions = Tensor::arange(ids.len() as i64, (Kind::Int64, Device::Cpu)).unsqueeze(0);
         let logits = model.compute_logits(&model.forward(&tokens, &positions)).unwrap().squeeze_dim(0);
-        let difference = max_difference(&logits, &Tensor::from_slice2(&wanted));
+        let difference = max_difference(&logits, &Tensor::from_slice2(&expected_logits));
         assert!(difference < 1e-4, "{name}: logits differ by {difference}");
     }
-    // The recorded logits are PEFT's for exactly these bytes: if they change, PEFT must read them again.
+    // The recorded logits are PEFT's for exactly these bytes: if they change, PEFT must read them
+    // again.
     let again = tempfile::tempdir().unwrap();
     save_ours(again.path());
     for file in ["adapter_config.json", "adapter_model.safetensors"] {

@@ -1,8 +1,9 @@
-//! Agreement with `transformers` on recorded tiny models: one for each family and RoPE scaling (tests/fixtures/record-models).
+//! Agreement with `transformers` on recorded tiny models: one for each family and RoPE scaling
+//! (tests/fixtures/record-models).
 
-use cllm_core::checkpoint;
 use std::path::{Path, PathBuf};
 
+use cllm_core::checkpoint;
 use cllm_core::model::{KvCache, SlotMapping, Transformer};
 use cllm_core::train::{self, DeviceBatch, PackedBatch};
 use serde_json::Value;
@@ -95,11 +96,8 @@ fn packed_sequences_agree_with_transformers() {
         }
         let batch = DeviceBatch::new(&packed, model).unwrap();
         for checkpointed_layers in [0, 1] {
-            let hidden = train::forward(model, &batch, checkpointed_layers).unwrap().hidden.i(5..).view([
-                2,
-                tokens.size()[1],
-                -1,
-            ]);
+            let hidden = train::forward(model, &batch, checkpointed_layers).unwrap().hidden;
+            let hidden = hidden.i(5..).view([2, tokens.size()[1], -1]);
             fixture.check(&name, &model.compute_logits(&hidden).unwrap());
         }
     }
@@ -113,7 +111,8 @@ fn cached_forwards_of_uneven_chunks_agree_with_transformers() {
         let mut chunks = Vec::new();
         let mut start = 0;
         for width in [30, 1, 16, 1, 32] {
-            // Wrong draft tokens are written first, as in Jacobi decoding; the next forward overwrites them.
+            // Wrong draft tokens are written first, as in Jacobi decoding; the next forward
+            // overwrites them.
             let wrong = (tokens.narrow(1, start, width) + 7).remainder(60);
             let (mapping, end) = (SlotMapping::sequential(positions.narrow(1, start, width)), (start + width) as usize);
             let lengths = [width as usize; 2];
@@ -131,14 +130,14 @@ fn a_saved_model_reloads_to_the_same_logits() {
     for (name, fixture) in fixtures() {
         let dir = tempfile::tempdir().unwrap();
         checkpoint::save(&fixture.model, dir.path(), Kind::Float).unwrap();
-        let again = checkpoint::load(dir.path(), Device::Cpu, Kind::Float).unwrap();
-        fixture.check(&name, &again.compute_logits(&again.forward(&fixture.tokens, &fixture.positions)).unwrap());
+        let reloaded = checkpoint::load(dir.path(), Device::Cpu, Kind::Float).unwrap();
+        fixture.check(&name, &reloaded.compute_logits(&reloaded.forward(&fixture.tokens, &fixture.positions)).unwrap());
         // Saving it again writes the same files: nothing of the configuration is lost or added.
-        let twice = tempfile::tempdir().unwrap();
-        checkpoint::save(&again, twice.path(), Kind::Float).unwrap();
+        let resaved = tempfile::tempdir().unwrap();
+        checkpoint::save(&reloaded, resaved.path(), Kind::Float).unwrap();
         for file in ["config.json", "model.safetensors"] {
             let read = |folder: &Path| std::fs::read(folder.join(file)).unwrap();
-            assert_eq!(read(dir.path()), read(twice.path()), "{name}: {file}");
+            assert_eq!(read(dir.path()), read(resaved.path()), "{name}: {file}");
         }
     }
 }

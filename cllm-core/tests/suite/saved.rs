@@ -1,15 +1,17 @@
-//! `transformers` loads what `checkpoint::save` writes: folders that it wrote for every family and RoPE scaling, with the
-//! logits that `transformers` computed from them (tests/fixtures/record-saved).
+//! `transformers` loads what `checkpoint::save` writes: folders that it wrote for every family and
+//! RoPE scaling, with the logits that `transformers` computed from them
+//! (tests/fixtures/record-saved).
 
-use cllm_core::checkpoint;
 use std::path::{Path, PathBuf};
 
+use cllm_core::checkpoint;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use crate::models::{random_model, shapes};
 
-/// Smaller configurations than in the other tests, because their weights are files of the repository.
+/// Smaller configurations than in the other tests, because their weights are files of the
+/// repository.
 fn small_shapes() -> Vec<(&'static str, Value)> {
     let mut shapes = shapes();
     for (_, config) in &mut shapes {
@@ -42,7 +44,8 @@ fn transformers_loads_what_was_saved_to_the_same_logits() {
         assert_eq!(logits.size(), expected_logits.size(), "{name}");
         let difference = (logits - expected_logits).abs().max().double_value(&[]);
         assert!(difference < 1e-4, "{name}: logits differ by {difference}");
-        // The recorded logits are for exactly these bytes: if they change, `transformers` must read them again.
+        // The recorded logits are for exactly these bytes: if they change, `transformers` must read
+        // them again.
         let again = tempfile::tempdir().unwrap();
         checkpoint::save(&model, again.path(), Kind::Float).unwrap();
         for file in ["config.json", "model.safetensors"] {

@@ -1,9 +1,9 @@
 //! Made-up records and models, and the program under test.
 
-use cllm_core::checkpoint;
 use std::path::Path;
 
 use assert_cmd::Command;
+use cllm_core::checkpoint;
 use cllm_core::decode::Strategy;
 use cllm_core::environment::{Hardware, Toolkit};
 use cllm_core::model::{ModelConfig, Transformer};

@@ -1,9 +1,9 @@
 //! Perplexity of texts: its files, resuming, and what is refused.
 
-use cllm_core::checkpoint;
 use std::fs;
 use std::path::Path;
 
+use cllm_core::checkpoint;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_eval::records::Records;
 use serde_json::Value;

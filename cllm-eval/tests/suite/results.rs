@@ -59,7 +59,9 @@ fn every_committed_results_file_can_be_read() {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/results");
     let levers = format!("{folder}/spider-levers");
     let entries = [folder, &levers].into_iter().flat_map(|folder| std::fs::read_dir(folder).unwrap());
-    let files = entries.map(|entry| entry.unwrap().path()).filter(|path| path.is_file());
+    let files = entries
+        .map(|entry| entry.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "json"));
     let mut num_read = 0;
     for file in files {
         // The folder also has the files of `bench`.

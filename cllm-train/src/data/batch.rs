@@ -1,7 +1,9 @@
-//! Joins packed sequences into a batch, and notes for each loss which rows of the hidden states it needs. A row is the index of a
-//! token in the batch; the hidden state of a row predicts the token after it.
+//! Joins packed sequences into a batch, and notes for each loss which rows of the hidden states it
+//! needs. A row is the index of a token in the batch; the hidden state of a row predicts the token
+//! after it.
 //!
-//! The vocabulary is applied to one chunk of rows at a time, since the logits of a whole batch would not fit into memory.
+//! The vocabulary is applied to one chunk of rows at a time, since the logits of a whole batch
+//! would not fit into memory.
 
 use cllm_core::model::ModelConfig;
 use cllm_core::train::PackedBatch;
@@ -42,7 +44,8 @@ pub struct Chunk {
     pub clean_rows: Vec<i64>,
     /// Rows of noisy tokens in the global loss.
     pub noisy_rows: Vec<i64>,
-    /// For each of `noisy_rows`, the index in `rows` of the row that predicts the same token in the clean response.
+    /// For each of `noisy_rows`, the index in `rows` of the row that predicts the same token in the
+    /// clean response.
     pub noisy_targets: Vec<i64>,
 }
 
@@ -85,8 +88,8 @@ struct CleanRow {
 }
 
 impl Batch {
-    /// Joins sequences, with at most `max_chunk_rows` rows in a chunk. With an anchor, `anchor_prompt_fraction` is the fraction of
-    /// the prompt tokens in its loss.
+    /// Joins sequences, with at most `max_chunk_rows` rows in a chunk. With an anchor,
+    /// `anchor_prompt_fraction` is the fraction of the prompt tokens in its loss.
     pub fn new(sequences: &[PackedSequence], max_chunk_rows: usize, anchor_prompt_fraction: Option<f64>) -> Self {
         let mut batch = Batch {
             packed: PackedBatch::default(),
@@ -136,7 +139,8 @@ impl Batch {
         self.counts.num_blocks += sequence.noisy_blocks().len();
     }
 
-    /// Adds a row, and the noisy rows whose target it is, to the last chunk, or to a new one if that is full.
+    /// Adds a row, and the noisy rows whose target it is, to the last chunk, or to a new one if
+    /// that is full.
     fn push_row(&mut self, clean: CleanRow, noisy_rows: Vec<i64>, max_chunk_rows: usize) {
         let is_full = |chunk: &Chunk| chunk.rows.len() + chunk.noisy_rows.len() + 1 + noisy_rows.len() > max_chunk_rows;
         if self.chunks.last().is_none_or(|chunk| !chunk.rows.is_empty() && is_full(chunk)) {

@@ -1,4 +1,5 @@
-//! Reads the data sets of a run into memory: references of prompt sets for sft, trajectories for consistency.
+//! Reads the data sets of a run into memory: references of prompt sets for sft, trajectories for
+//! consistency.
 
 use std::path::Path;
 
@@ -36,7 +37,8 @@ pub struct Block {
 }
 
 impl Block {
-    /// The state that decoding went to from `state`; none if `augment` changed either of them, since decoding never saw it then.
+    /// The state that decoding went to from `state`; none if `augment` changed either of them,
+    /// since decoding never saw it then.
     pub(crate) fn next_state(&self, state: usize) -> Option<&[i32]> {
         let is_augmented = |state: usize| self.augmented.get(state).is_some_and(|&augmented| augmented);
         let is_adjacent = !is_augmented(state) && !is_augmented(state + 1);
@@ -66,7 +68,8 @@ impl Example {
         self.prompt_ids.len() + self.response_ids.len()
     }
 
-    /// The maximum number of tokens in its noisy blocks; with local consistency the next states have as many again.
+    /// The maximum number of tokens in its noisy blocks; with local consistency the next states
+    /// have as many again.
     pub fn max_noisy_tokens(&self, consistency: &ConsistencySettings) -> usize {
         let num_candidates = self.candidate_blocks(consistency).len();
         let num_blocks = consistency.max_blocks.map_or(num_candidates, |max_blocks| num_candidates.min(max_blocks));
@@ -79,15 +82,16 @@ impl Example {
         self.num_clean_tokens() + self.max_noisy_tokens(consistency) * num_noisy_streams
     }
 
-    /// Indices of the blocks that may be trained. A block that was correct from its first state has nothing to learn, but in a
-    /// noisy window the later blocks attend to it.
+    /// Indices of the blocks that may be trained. A block that was correct from its first state has
+    /// nothing to learn, but in a noisy window the later blocks attend to it.
     pub(crate) fn candidate_blocks(&self, consistency: &ConsistencySettings) -> Vec<usize> {
         let needs_all = consistency.context == BlockContext::NoisyWindow;
         (0..self.blocks.len()).filter(|&index| needs_all || self.blocks[index].states.len() > 1).collect()
     }
 }
 
-/// Reads all data sets of a run. Examples longer than the model's context are excluded, and counted on stderr.
+/// Reads all data sets of a run. Examples longer than the model's context are excluded, and counted
+/// on stderr.
 ///
 /// # Errors
 /// Bad files, a data set of another tokenizer or of a larger vocabulary, no examples that fit.
@@ -150,8 +154,9 @@ fn read_references(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Example>> {
     Ok(examples)
 }
 
-/// Reads the first rows of a trajectory data set, at most `max_rows`. If the labels are the data set's own answers, each of those is
-/// an example of its own next to its trajectory, which then has no labels; rows without one are counted on stderr.
+/// Reads the first rows of a trajectory data set, at most `max_rows`. If the labels are the data
+/// set's own answers, each of those is an example of its own next to its trajectory, which then has
+/// no labels; rows without one are counted on stderr.
 ///
 /// # Errors
 /// As [`read`], except that a data set may be empty.

@@ -1,4 +1,5 @@
-//! Packs the batches of a run on a thread of its own, ahead of training, so that the device never waits for them.
+//! Packs the batches of a run on a thread of its own, ahead of training, so that the device never
+//! waits for them.
 
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::Scope;
@@ -24,7 +25,8 @@ pub struct StepBatches {
     pub counts: BatchCounts,
 }
 
-/// Which batches of a step a process trains on: every `world_size`-th, beginning with number `rank`.
+/// Which batches of a step a process trains on: every `world_size`-th, beginning with number
+/// `rank`.
 #[derive(Clone, Copy)]
 pub struct RankShard {
     rank: usize,
@@ -55,7 +57,8 @@ impl<'l> BatchLoader<'l> {
         BatchLoader { settings, examples, max_chunk_rows: max_chunk_rows(config) }
     }
 
-    /// Packs some examples, by their indices, for an epoch. The same epoch always draws the same blocks and states.
+    /// Packs some examples, by their indices, for an epoch. The same epoch always draws the same
+    /// blocks and states.
     pub fn batch(&self, example_indices: &[usize], epoch: usize) -> Batch {
         let consistency = &self.settings.consistency;
         let pack = |&index: &usize| {
@@ -68,7 +71,8 @@ impl<'l> BatchLoader<'l> {
         Batch::new(&sequences, self.max_chunk_rows, anchor_prompt_fraction)
     }
 
-    /// Packs the batches of a step. Those of the other processes are packed too, since every process needs the counts of all.
+    /// Packs the batches of a step. Those of the other processes are packed too, since every
+    /// process needs the counts of all.
     pub fn step_batches(&self, batches: &[Vec<usize>], epoch: usize, shard: RankShard) -> StepBatches {
         let mut step = StepBatches::default();
         for (number, example_indices) in batches.iter().enumerate() {

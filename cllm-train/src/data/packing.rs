@@ -1,5 +1,6 @@
-//! Packs an example into one sequence that yields every loss: the prompt, the clean response, and noisy blocks that share the
-//! response's position ids. An attention mask shows each noisy block only the context that it would have when decoding.
+//! Packs an example into one sequence that yields every loss: the prompt, the clean response, and
+//! noisy blocks that share the response's position ids. An attention mask shows each noisy block
+//! only the context that it would have when decoding.
 //!
 //! Packing the clean and the noisy tokens together is an idea of Jacobi Forcing (arXiv 2512.14681).
 
@@ -18,7 +19,8 @@ const EMPTY_RANGE: (i32, i32) = (0, 0);
 pub struct NoisyBlock {
     /// Position of its first token in the response.
     pub start: usize,
-    /// The block attends to clean tokens before this position of the response, and from there on to the noisy blocks before it.
+    /// The block attends to clean tokens before this position of the response, and from there on to
+    /// the noisy blocks before it.
     pub window_start: usize,
     /// Token ids of the state, cut at the end of the response.
     pub state: Vec<i32>,
@@ -26,13 +28,15 @@ pub struct NoisyBlock {
     pub next_state: Vec<i32>,
 }
 
-/// An example as one sequence: prompt, response, noisy states, next states. Indices count its tokens from 0.
+/// An example as one sequence: prompt, response, noisy states, next states. Indices count its
+/// tokens from 0.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PackedSequence {
     pub(crate) prompt_len: usize,
     pub(crate) response_ids: Vec<i32>,
     pub(crate) token_ids: Vec<i32>,
-    /// Position id of each token: noisy tokens have those of the response tokens that they stand for.
+    /// Position id of each token: noisy tokens have those of the response tokens that they stand
+    /// for.
     pub(crate) positions: Vec<i32>,
     noisy_blocks: Vec<NoisyBlock>,
     /// Whether the autoregressive loss teaches the response.
@@ -110,7 +114,8 @@ impl PackedSequence {
         let mut ranges: Vec<AttentionRanges> =
             (0..self.num_clean_tokens()).map(|index| [causal(0, index), EMPTY_RANGE, EMPTY_RANGE]).collect();
         let starts = self.state_starts();
-        // Blocks are sorted by their start, so the noisy blocks that one attends to are the ones right before it.
+        // Blocks are sorted by their start, so the noisy blocks that one attends to are the ones
+        // right before it.
         let window_starts: Vec<i32> = (0..starts.len())
             .map(|number| {
                 let window_start = self.noisy_blocks[number].window_start;
@@ -123,7 +128,8 @@ impl PackedSequence {
             let indices = start..start + block.state.len();
             ranges.extend(indices.map(|index| [clean(block), causal(window_start, index), EMPTY_RANGE]));
         }
-        // A next state attends to what its block attends to, but to its own tokens in place of the block's.
+        // A next state attends to what its block attends to, but to its own tokens in place of the
+        // block's.
         let next_starts = self.next_state_starts();
         for (number, (block, &start)) in self.noisy_blocks.iter().zip(&next_starts).enumerate() {
             let before = (window_starts[number], starts[number] as i32);
@@ -133,9 +139,9 @@ impl PackedSequence {
         ranges
     }
 
-    /// For each noisy token in the global loss: its index, and the response token that it predicts, by its position in the
-    /// response. These are the tokens from the first one on at which the noisy context differs from the clean one, as far as
-    /// the response goes.
+    /// For each noisy token in the global loss: its index, and the response token that it predicts,
+    /// by its position in the response. These are the tokens from the first one on at which the
+    /// noisy context differs from the clean one, as far as the response goes.
     pub(crate) fn global_targets(&self) -> Vec<(usize, usize)> {
         let first_difference = |block: &NoisyBlock| {
             let clean = &self.response_ids[block.start..block.start + block.state.len()];
@@ -157,8 +163,9 @@ impl PackedSequence {
         targets
     }
 
-    /// For each noisy token in the local loss: its index, and that of its counterpart in the next state. These are the tokens
-    /// from the first one on at which the two states differ, as far as the response goes.
+    /// For each noisy token in the local loss: its index, and that of its counterpart in the next
+    /// state. These are the tokens from the first one on at which the two states differ, as far as
+    /// the response goes.
     pub(crate) fn local_targets(&self) -> Vec<(usize, usize)> {
         let mut targets = Vec::new();
         let starts = self.state_starts().into_iter().zip(self.next_state_starts());

@@ -1,4 +1,5 @@
-//! Decides which examples make which step. The order is a function of (seed, epoch), so it never has to be saved.
+//! Decides which examples make which step. The order is a function of (seed, epoch), so it never
+//! has to be saved.
 
 use cllm_core::{Error, Result, fingerprint, interrupt};
 use rand::seq::SliceRandom;
@@ -6,8 +7,8 @@ use rand::seq::SliceRandom;
 use crate::data::dataset::Example;
 use crate::settings::Settings;
 
-/// Batches that are filled together, longest example first. A larger pool leaves less space unused, a smaller one keeps the order
-/// more random.
+/// Batches that are filled together, longest example first. A larger pool leaves less space unused,
+/// a smaller one keeps the order more random.
 const NUM_POOLED_BATCHES: usize = 16;
 
 /// The order of a run.
@@ -78,8 +79,8 @@ impl Schedule {
         (epoch, step - epoch_start)
     }
 
-    /// The batches of an epoch as indices of examples, in a new random order each epoch. Within a pool, each example goes into the
-    /// first batch with enough space, longest first.
+    /// The batches of an epoch as indices of examples, in a new random order each epoch. Within a
+    /// pool, each example goes into the first batch with enough space, longest first.
     pub fn batches(&self, epoch: usize) -> Vec<Vec<usize>> {
         let mut rng = fingerprint::derive_rng(self.seed, "order", epoch as u64);
         let mut order: Vec<usize> = (0..self.example_tokens.len())
@@ -103,7 +104,8 @@ impl Schedule {
                     None => open.push((self.max_batch_tokens - tokens, vec![index])),
                 }
             }
-            // The emptiest batch stays open for the next pool, so that only the last batch of an epoch is not full.
+            // The emptiest batch stays open for the next pool, so that only the last batch of an
+            // epoch is not full.
             let emptiest = open.iter().enumerate().max_by_key(|(_, (space, _))| *space).map(|(number, _)| number);
             let kept_open = emptiest.map(|number| open.swap_remove(number));
             batches.extend(open.drain(..).map(|(_, batch)| batch));

@@ -5,8 +5,8 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::settings::{ConsistencySettings, StateSampling};
 
-/// The index of the state to train for block `block_index` of a response. The last of the `states` is the fixed point, which is
-/// drawn only if it is the only one.
+/// The index of the state to train for block `block_index` of a response. The last of the `states`
+/// is the fixed point, which is drawn only if it is the only one.
 pub fn sample_state(
     states: &[Vec<i32>],
     block_index: usize,
@@ -21,21 +21,23 @@ pub fn sample_state(
             let fractions = incorrect_fractions(states);
             let distance = |state: usize| (fractions[state] - target).abs();
             let min_distance = (0..num_noisy).map(distance).fold(f64::INFINITY, f64::min);
-            // Ties are broken at random, so that over the epochs each of the tied states is trained.
+            // Ties are broken at random, so that over the epochs each of the tied states is
+            // trained.
             let nearest: Vec<usize> = (0..num_noisy).filter(|&state| distance(state) <= min_distance).collect();
             nearest[rng.random_range(0..nearest.len())]
         }
     }
 }
 
-/// The fraction of incorrect tokens that block `block_index` of a response should have: it rises linearly from 0 in the first
-/// block of a window to 1 in the last, and starts over with the next window (Jacobi Forcing, arXiv 2512.14681). In a window
-/// of one block it is 1.
+/// The fraction of incorrect tokens that block `block_index` of a response should have: it rises
+/// linearly from 0 in the first block of a window to 1 in the last, and starts over with the next
+/// window (Jacobi Forcing, arXiv 2512.14681). In a window of one block it is 1.
 fn target_noise(block_index: usize, window_blocks: usize) -> f64 {
     if window_blocks < 2 { 1.0 } else { (block_index % window_blocks) as f64 / (window_blocks - 1) as f64 }
 }
 
-/// For each state, the fraction of its tokens that differ from the fixed point, which is the last state.
+/// For each state, the fraction of its tokens that differ from the fixed point, which is the last
+/// state.
 fn incorrect_fractions(states: &[Vec<i32>]) -> Vec<f64> {
     let fixed_point = states.last().expect("a block has at least one state");
     let num_incorrect =
@@ -70,7 +72,8 @@ mod tests {
     #[test]
     fn progressive_sampling_takes_the_state_nearest_to_the_target_noise() {
         assert_eq!(incorrect_fractions(&states()), [1.0, 0.75, 0.75, 0.25, 0.0]);
-        // The targets are 0, 1/3, 2/3 and 1. The fixed point is the nearest to the first, but it is never drawn.
+        // The targets are 0, 1/3, 2/3 and 1. The fixed point is the nearest to the first, but it is
+        // never drawn.
         let window = [0, 1, 3].map(|index| sampled(index, 4, 0));
         assert_eq!(window, [3, 3, 0]);
         assert_eq!([4, 5, 7].map(|index| sampled(index, 4, 0)), window);

@@ -1,4 +1,5 @@
-//! The number formats of GGUF tensors. A block of a quantized format holds 32 or 256 small integers and their scales.
+//! The number formats of GGUF tensors. A block of a quantized format holds 32 or 256 small integers
+//! and their scales.
 
 use half::{bf16, f16};
 
@@ -110,7 +111,8 @@ fn word_at(block: &[u8], at: usize) -> u32 {
     u32::from_le_bytes([block[at], block[at + 1], block[at + 2], block[at + 3]])
 }
 
-/// Unpacks 32 values: the low nibbles, then the high ones. Bit `i` of `fifth` is the fifth bit of value `i`.
+/// Unpacks 32 values: the low nibbles, then the high ones. Bit `i` of `fifth` is the fifth bit of
+/// value `i`.
 fn nibbles(packed: &[u8], fifth: u32, scale: f32, offset: f32, out: &mut Vec<f32>) {
     let quants = packed.iter().map(|byte| byte & 15).chain(packed.iter().map(|byte| byte >> 4));
     out.extend(quants.enumerate().map(|(index, low)| {
@@ -134,8 +136,8 @@ fn super_block(block: &[u8], fifth: &[u8], packed: &[u8], out: &mut Vec<f32>) {
     }
 }
 
-/// The 6-bit scale and minimum of a group. The 12 bytes hold eight of each; the upper two bits of the last four are in the bytes of
-/// the first four.
+/// The 6-bit scale and minimum of a group. The 12 bytes hold eight of each; the upper two bits of
+/// the last four are in the bytes of the first four.
 fn scale_and_minimum(packed: &[u8], group: usize) -> (u8, u8) {
     if group < 4 {
         return (packed[group] & 63, packed[group + 4] & 63);
@@ -144,7 +146,8 @@ fn scale_and_minimum(packed: &[u8], group: usize) -> (u8, u8) {
     ((low & 15) | (packed[group - 4] >> 6) << 4, (low >> 4) | (packed[group] >> 6) << 4)
 }
 
-/// Unpacks Q6_K: 128 bytes of low nibbles, 64 bytes of upper bits, a signed scale for each 16 values, and the block's scale.
+/// Unpacks Q6_K: 128 bytes of low nibbles, 64 bytes of upper bits, a signed scale for each 16
+/// values, and the block's scale.
 fn six_bits(block: &[u8], out: &mut Vec<f32>) {
     let (low, rest) = block.split_at(128);
     let (high, scales) = rest.split_at(64);

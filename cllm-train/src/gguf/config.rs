@@ -84,8 +84,9 @@ fn rope_scaling(file: &GgufFile<'_>, architecture: &str, theta: f64, head_dim: i
     }
 }
 
-/// Llama 3's rule, recovered from the factors that it gave. All releases use the same bounds, so the largest factor determines the
-/// rule, which is refused unless it reproduces all stored factors.
+/// Llama 3's rule, recovered from the factors that it gave. All releases use the same bounds, so
+/// the largest factor determines the rule, which is refused unless it reproduces all stored
+/// factors.
 fn llama3_scaling(stored: &[f32], theta: f64, head_dim: i64) -> Parsed<Value> {
     const CONTEXT: f64 = 8192.0;
     const LOW: f64 = 1.0;
@@ -113,7 +114,8 @@ mod tests {
 
     #[test]
     fn llama3_factors_are_recognised_and_others_refused() {
-        // As llama.cpp computes them for Llama 3.1: wavelengths below 2048 are kept, those above 8192 grow by a factor of 8.
+        // As llama.cpp computes them for Llama 3.1: wavelengths below 2048 are kept, those above
+        // 8192 grow by a factor of 8.
         let mut factors: Vec<f32> = (0..64)
             .map(|index| {
                 let wavelength = 2.0 * std::f64::consts::PI * 500_000f64.powf(index as f64 / 64.0);

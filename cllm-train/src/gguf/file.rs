@@ -80,7 +80,8 @@ impl<'a> GgufFile<'a> {
         })
     }
 
-    /// A number. One stored in 32 bits becomes the shortest decimal with that value: 1e-5, not 9.99999974e-6.
+    /// A number. One stored in 32 bits becomes the shortest decimal with that value: 1e-5, not
+    /// 9.99999974e-6.
     pub fn float(&self, key: &str) -> Parsed<Option<f64>> {
         self.typed(key, "a number", |value| match value {
             Value::Float(number) if f64::from(*number as f32) == *number => (*number as f32).to_string().parse().ok(),

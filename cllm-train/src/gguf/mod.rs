@@ -1,7 +1,9 @@
-//! Converts GGUF files (llama.cpp's format) to Hugging Face folders: dequantized weights, config and tokenizer.
+//! Converts GGUF files (llama.cpp's format) to Hugging Face folders: dequantized weights, config
+//! and tokenizer.
 //!
-//! `file` parses the container, `blocks` the number formats in it; `config`, `tokenizer` and `weights` translate one part each.
-//! Their errors are the rest of a sentence that begins with the path of the file.
+//! `file` parses the container, `blocks` the number formats in it; `config`, `tokenizer` and
+//! `weights` translate one part each. Their errors are the rest of a sentence that begins with the
+//! path of the file.
 
 mod blocks;
 mod config;
@@ -14,11 +16,12 @@ use std::path::Path;
 use cllm_core::cuda::libtorch;
 use cllm_core::{Error, Result, atomic_file};
 
-/// Writes the model of a GGUF file as a Hugging Face folder (bfloat16 safetensors, config, generation_config, tokenizer). The
-/// folder appears whole or not at all.
+/// Writes the model of a GGUF file as a Hugging Face folder (bfloat16 safetensors, config,
+/// generation_config, tokenizer). The folder appears whole or not at all.
 ///
 /// # Errors
-/// If the file is cut off or of an unsupported type or architecture, or if the folder holds something already.
+/// If the file is cut off or of an unsupported type or architecture, or if the folder holds
+/// something already.
 pub fn convert(gguf: &Path, folder: &Path) -> Result<()> {
     refuse_nonempty(folder)?;
     if gguf.is_dir() {

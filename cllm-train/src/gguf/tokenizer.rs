@@ -224,9 +224,9 @@ impl WordSplit {
     }
 }
 
-/// A SentencePiece BPE tokenizer with byte fallback, as in Llama 2, and whether it adds BOS by default. SentencePiece always joins the
-/// pair whose result has the best score, so every split of a token into two tokens becomes a merge, ranked by the score of
-/// the whole.
+/// A SentencePiece BPE tokenizer with byte fallback, as in Llama 2, and whether it adds BOS by
+/// default. SentencePiece always joins the pair whose result has the best score, so every split of
+/// a token into two tokens becomes a merge, ranked by the score of the whole.
 fn sentencepiece(file: &GgufFile<'_>, vocabulary: &Vocabulary<'_>) -> Parsed<(Value, bool)> {
     let scores = file.floats("tokenizer.ggml.scores")?.ok_or("has a tokenizer without `tokenizer.ggml.scores`")?;
     if scores.len() != vocabulary.tokens.len() {
@@ -293,7 +293,8 @@ mod tests {
         let mut tokens: Vec<(String, i64, f64)> =
             vec![("<unk>".into(), UNKNOWN, 0.0), ("<s>".into(), CONTROL, 0.0), ("</s>".into(), CONTROL, 0.0)];
         tokens.extend((0..256).map(|byte| (format!("<0x{byte:02X}>"), 6, 0.0)));
-        // `bc` has a better score than `ab`, so `abc` becomes a + bc although `ab` comes first in the text.
+        // `bc` has a better score than `ab`, so `abc` becomes a + bc although `ab` comes first in
+        // the text.
         for (rank, token) in ["bc", "ab", "▁a", "▁", "a", "b", "c"].into_iter().enumerate() {
             tokens.push((token.into(), NORMAL, -(rank as f64)));
         }

@@ -90,8 +90,9 @@ impl WeightSource<'_> {
     }
 }
 
-/// The row of the GGUF tensor that holds a row of a query or key projection. In a head, Hugging Face rotates dimension `i` together with
-/// `i + head_dim / 2`, while llama.cpp rotates neighbours in Llama models, and so interleaves the two halves of each head.
+/// The row of the GGUF tensor that holds a row of a query or key projection. In a head, Hugging
+/// Face rotates dimension `i` together with `i + head_dim / 2`, while llama.cpp rotates neighbours
+/// in Llama models, and so interleaves the two halves of each head.
 fn stored_row(row: usize, head_dim: usize) -> usize {
     let (head, within) = (row / head_dim, row % head_dim);
     let (half, pair) = (within / (head_dim / 2), within % (head_dim / 2));

@@ -1,6 +1,7 @@
-//! AdamW with weights and moments in bfloat16 and no float32 copy of either. Updates are computed in float32 and rounded
-//! stochastically: up or down at random, in proportion to the distance. So even changes smaller than the spacing of bfloat16
-//! numbers add up over many steps (Gupta et al., arXiv 1502.02551).
+//! AdamW with weights and moments in bfloat16 and no float32 copy of either. Updates are computed
+//! in float32 and rounded stochastically: up or down at random, in proportion to the distance. So
+//! even changes smaller than the spacing of bfloat16 numbers add up over many steps (Gupta et al.,
+//! arXiv 1502.02551).
 
 use cllm_core::Result;
 use cllm_core::cuda::libtorch::AdamW;
@@ -34,10 +35,11 @@ pub fn step(
     Ok(())
 }
 
-/// Rounds float32 numbers to ones that bfloat16 can represent, to either neighbour with a probability in proportion to its
-/// nearness.
+/// Rounds float32 numbers to ones that bfloat16 can represent, to either neighbour with a
+/// probability in proportion to its nearness.
 fn round_stochastically(x: &Tensor) -> Tensor {
-    // bfloat16 is the upper half of float32: noise in the lower half carries into the upper half as often as it should.
+    // bfloat16 is the upper half of float32: noise in the lower half carries into the upper half as
+    // often as it should.
     let noise = Tensor::randint(1 << 16, x.size(), (Kind::Int, x.device()));
     (x.view_dtype(Kind::Int) + noise).bitwise_and(-(1i64 << 16)).view_dtype(Kind::Float)
 }

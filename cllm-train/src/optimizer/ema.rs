@@ -1,5 +1,5 @@
-//! The exponential moving average of the weights. The averaged model decodes slightly slower than the last one and keeps more of
-//! the teacher's answers.
+//! The exponential moving average of the weights. The averaged model decodes slightly slower than
+//! the last one and keeps more of the teacher's answers.
 
 use cllm_core::Result;
 use tch::{Kind, Tensor};
@@ -11,13 +11,15 @@ pub struct Ema {
 }
 
 impl Ema {
-    /// An average of weights `[elements]` that starts with the first update: the initial weights have no part in it.
+    /// An average of weights `[elements]` that starts with the first update: the initial weights
+    /// have no part in it.
     pub fn new(weights: &Tensor, decay: f64) -> Self {
         Ema { average: weights.to_kind(Kind::Float).copy(), decay }
     }
 
-    /// Adds the weights after step `number` (from 1) to the average. The weights of step i count decay^(number - i), divided by
-    /// the sum of these over all steps. Weights that are not float32 are converted at most `max_elements` at a time.
+    /// Adds the weights after step `number` (from 1) to the average. The weights of step i count
+    /// decay^(number - i), divided by the sum of these over all steps. Weights that are not float32
+    /// are converted at most `max_elements` at a time.
     ///
     /// # Errors
     /// [`cllm_core::Error::Torch`], for example when memory runs out.

@@ -1,8 +1,9 @@
-//! AdamW over flat buffers, with its state sharded over the processes (ZeRO stage 1; Rajbhandari et al., arXiv 1910.02054).
+//! AdamW over flat buffers, with its state sharded over the processes (ZeRO stage 1; Rajbhandari et
+//! al., arXiv 1910.02054).
 //!
-//! Every process holds all weights and gradients. Each updates its own shard of the weights, for which it alone holds the
-//! state; the shards are gathered afterwards. Clipping, and skipping a step whose gradient is not finite, are decided on the
-//! device, so a step never waits for it.
+//! Every process holds all weights and gradients. Each updates its own shard of the weights, for
+//! which it alone holds the state; the shards are gathered afterwards. Clipping, and skipping a
+//! step whose gradient is not finite, are decided on the device, so a step never waits for it.
 
 mod adamw_bf16;
 mod ema;
@@ -24,13 +25,15 @@ pub use lr_schedule::learning_rate;
 /// The update works on at most this many elements at a time, which bounds its temporary tensors.
 pub const MAX_UPDATE_ELEMENTS: i64 = 1 << 26;
 
-/// The weights of a model, their gradients, and this process's shard of the optimizer's state. Shards are `[elements]`.
+/// The weights of a model, their gradients, and this process's shard of the optimizer's state.
+/// Shards are `[elements]`.
 pub struct OptimizerState {
     settings: OptimizerSettings,
     group: Rc<ProcessGroup>,
     weights: ParamBuffer,
     gradients: ParamBuffer,
-    /// What the update changes. If the types allow it, this is the shard of the weights itself and no copy.
+    /// What the update changes. If the types allow it, this is the shard of the weights itself and
+    /// no copy.
     master_weights: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
@@ -65,8 +68,8 @@ impl OptimizerState {
     /// Initial state for the trainable weights of a model, which collects gradients from now on.
     ///
     /// # Errors
-    /// [`Error::Usage`] for a bfloat16 state with other weights, or a number of processes that does not divide the weights;
-    /// [`Error::Torch`], for example when memory runs out.
+    /// [`Error::Usage`] for a bfloat16 state with other weights, or a number of processes that does
+    /// not divide the weights; [`Error::Torch`], for example when memory runs out.
     pub fn new(model: &Transformer, settings: &OptimizerSettings, seed: u64, group: Rc<ProcessGroup>) -> Result<Self> {
         let _no_grad = tch::no_grad_guard();
         let is_bf16 = settings.state_dtype == StateDtype::Bfloat16;
@@ -98,9 +101,9 @@ impl OptimizerState {
         })
     }
 
-    /// Updates the weights from the gradients collected by all processes, and clears the gradients. `number` counts steps from 1.
-    /// If the norm of the gradient is not finite, the step changes nothing and is counted. Returns the norm before clipping, on
-    /// the device.
+    /// Updates the weights from the gradients collected by all processes, and clears the gradients.
+    /// `number` counts steps from 1. If the norm of the gradient is not finite, the step changes
+    /// nothing and is counted. Returns the norm before clipping, on the device.
     ///
     /// # Errors
     /// libtorch's errors, a process that is gone.
@@ -190,8 +193,9 @@ impl OptimizerState {
         min.double_value(&[]).is_finite() && max.double_value(&[]).is_finite()
     }
 
-    /// Runs `body` while the model has the average of its weights, if one is kept; afterwards it has its own weights again, whatever
-    /// failed. The processes that do not run a body call [`Self::join_average`] instead.
+    /// Runs `body` while the model has the average of its weights, if one is kept; afterwards it
+    /// has its own weights again, whatever failed. The processes that do not run a body call
+    /// [`Self::join_average`] instead.
     ///
     /// # Errors
     /// The body's own, libtorch's, a process that is gone.
@@ -204,8 +208,8 @@ impl OptimizerState {
         result
     }
 
-    /// Contributes this process's shard of the average to another process's [`Self::with_average`]. The weights stay as they
-    /// are.
+    /// Contributes this process's shard of the average to another process's [`Self::with_average`].
+    /// The weights stay as they are.
     ///
     /// # Errors
     /// libtorch's, a process that is gone.
@@ -227,7 +231,8 @@ impl OptimizerState {
         shards.into_iter().chain(self.ema.iter().map(|ema| ("ema", &ema.average))).collect()
     }
 
-    /// All tensors of the state by name, for a checkpoint; empty on all but the main process. Every process must call it.
+    /// All tensors of the state by name, for a checkpoint; empty on all but the main process. Every
+    /// process must call it.
     ///
     /// # Errors
     /// A process that is gone; memory that ran out.
@@ -241,7 +246,8 @@ impl OptimizerState {
         Ok(named)
     }
 
-    /// Concatenates the shards of all processes on the main one; in host memory unless it is the only one.
+    /// Concatenates the shards of all processes on the main one; in host memory unless it is the
+    /// only one.
     fn gather_to_main(&self, shard: &Tensor) -> Result<Option<Tensor>> {
         let _no_grad = tch::no_grad_guard();
         if self.group.world_size() == 1 {
@@ -258,8 +264,9 @@ impl OptimizerState {
         Ok(if shards.is_empty() { None } else { Some(Tensor::f_cat(&shards, 0)?) })
     }
 
-    /// Restores the state of a checkpoint, weights and average included. `find` returns the saved tensor of a name, shaped like the
-    /// given one; `num_skipped` is the number of steps skipped before the checkpoint. Every process must call it.
+    /// Restores the state of a checkpoint, weights and average included. `find` returns the saved
+    /// tensor of a name, shaped like the given one; `num_skipped` is the number of steps skipped
+    /// before the checkpoint. Every process must call it.
     ///
     /// # Errors
     /// [`Error::Usage`] if a tensor is missing or of another shape.
@@ -323,7 +330,8 @@ mod tests {
         assert_eq!(applied(2.0, Some(1e3)).0, plain);
     }
 
-    /// A change of a thousandth is less than half the spacing of bfloat16 at 1: rounded to the nearest, no weight would move.
+    /// A change of a thousandth is less than half the spacing of bfloat16 at 1: rounded to the
+    /// nearest, no weight would move.
     #[test]
     fn a_bf16_state_moves_as_a_float32_one_does() {
         let mean_after = |state_dtype: StateDtype| {

@@ -1,8 +1,9 @@
-//! `rounds`: on-policy rounds of collection and training. A student's own trajectories show it the states that it meets itself,
-//! and as it gets faster, n may grow (Jacobi Forcing, arXiv 2512.14681, trains a second round with twice the n).
+//! `rounds`: on-policy rounds of collection and training. A student's own trajectories show it the
+//! states that it meets itself, and as it gets faster, n may grow (Jacobi Forcing, arXiv
+//! 2512.14681, trains a second round with twice the n).
 //!
-//! Each round has up to four stages: collect, augment, clean, train. `rounds.json` records which are finished and what each
-//! was made from, so the same command resumes after any interruption.
+//! Each round has up to four stages: collect, augment, clean, train. `rounds.json` records which
+//! are finished and what each was made from, so the same command resumes after any interruption.
 
 mod report;
 mod settings;
@@ -64,7 +65,8 @@ impl Rounds<'_> {
         progress::log(format!("round {}: {name}", index + 1));
         self.report.begin(index, n, name, inputs);
         self.save()?;
-        // A kill between the last file of a stage and its record leaves a stage with nothing left to do but the record.
+        // A kill between the last file of a stage and its record leaves a stage with nothing left
+        // to do but the record.
         let is_done = stage_progress == StageProgress::Begun && output.is_some();
         let summary = stage.run(is_done)?;
         let output = stage

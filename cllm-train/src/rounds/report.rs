@@ -1,4 +1,5 @@
-//! `rounds.json`: which stages of which rounds are finished, what each was made from, and its summary.
+//! `rounds.json`: which stages of which rounds are finished, what each was made from, and its
+//! summary.
 
 use std::path::{Path, PathBuf};
 
@@ -84,8 +85,8 @@ impl RoundsReport {
         atomic_file::write_json(&output.join(REPORT_FILE), self)
     }
 
-    /// How far the stage `name` of round `index` (from 0) is, if it is to be made from `inputs`. `output` is the fingerprint of
-    /// what its `folder` holds now, if that is complete.
+    /// How far the stage `name` of round `index` (from 0) is, if it is to be made from `inputs`.
+    /// `output` is the fingerprint of what its `folder` holds now, if that is complete.
     ///
     /// # Errors
     /// If the stage was made from other inputs, or its output has changed since.

@@ -35,13 +35,13 @@ pub struct RoundsSettings {
     #[garde(skip)]
     #[schemars(extend("elsewhere" = true))]
     pub clean: Option<clean::Settings>,
-    /// Settings of `cllm-train run`; `rounds` sets model, datasets and output. Unless another is named, the anchor of every round is
-    /// the model of the first.
+    /// Settings of `cllm-train run`; `rounds` sets model, datasets and output. Unless another is
+    /// named, the anchor of every round is the model of the first.
     #[garde(skip)]
     #[schemars(extend("elsewhere" = true))]
     pub train: Settings,
-    /// What each round changes in the sections above, such as `{collect: {n: 32}}`; `{}` changes nothing. There are as many
-    /// rounds as items.
+    /// What each round changes in the sections above, such as `{collect: {n: 32}}`; `{}` changes
+    /// nothing. There are as many rounds as items.
     #[garde(length(min = 1))]
     pub rounds: Vec<Map<String, Value>>,
 }
@@ -76,7 +76,8 @@ impl RoundsSettings {
         let mut round = merge(&shared, &self.rounds[index]).map_err(in_round)?;
         round.refuse_what_rounds_set().map_err(in_round)?;
         round.set_paths(&self.output.join(format!("round-{:02}", index + 1)), model);
-        // Anchored to the student before it, a later round would drift from the teacher step by step.
+        // Anchored to the student before it, a later round would drift from the teacher step by
+        // step.
         if round.train.is_anchored() {
             round.train.consistency.anchor.get_or_insert_with(|| self.model.clone());
         }

@@ -81,15 +81,15 @@ impl Stage<'_> {
     /// Files that cannot be read.
     pub fn output_fingerprint(&self) -> Result<Option<String>> {
         let folder = self.folder();
-        let is_complete = match self {
-            Stage::Train(_) => folder.join(SUMMARY_FILE).exists(),
-            _ => is_complete_data_set(folder)?,
-        };
-        let fingerprint = |_| match self {
-            Stage::Train(_) => checkpoint::fingerprint(&best_model(folder)),
-            _ => trajectory::fingerprint(folder),
-        };
-        is_complete.then_some(()).map(fingerprint).transpose()
+        if let Stage::Train(_) = self {
+            let is_complete = folder.join(SUMMARY_FILE).exists();
+            return is_complete.then(|| checkpoint::fingerprint(&best_model(folder))).transpose();
+        }
+        match Reader::open(folder) {
+            Ok(_) => trajectory::fingerprint(folder).map(Some),
+            Err(interrupted @ Error::Interrupted(_)) => Err(interrupted),
+            Err(_) => Ok(None),
+        }
     }
 
     /// Runs the stage, or what is left of it, and returns its summary. With `is_done` its output is
@@ -128,15 +128,6 @@ impl Stage<'_> {
 pub fn best_model(run: &Path) -> PathBuf {
     let best = run.join("checkpoints/best");
     if best.exists() { best } else { run.join("final") }
-}
-
-/// Whether a folder holds a complete data set. A run that is interrupted while it checks has not
-/// found out.
-fn is_complete_data_set(folder: &Path) -> Result<bool> {
-    match Reader::open(folder) {
-        Err(interrupted @ Error::Interrupted(_)) => Err(interrupted),
-        opened => Ok(opened.is_ok()),
-    }
 }
 
 fn read_json(path: &Path) -> Result<Value> {

@@ -20,7 +20,8 @@ pub enum Divergence {
 pub enum BlockContext {
     /// The clean response up to the block (CLLM).
     Clean,
-    /// The noisy blocks before it in its window, and the clean response before the window (Jacobi Forcing).
+    /// The noisy blocks before it in its window, and the clean response before the window (Jacobi
+    /// Forcing).
     NoisyWindow,
 }
 
@@ -30,8 +31,8 @@ pub enum BlockContext {
 pub enum LabelSource {
     /// The teacher's response in each trajectory.
     Teacher,
-    /// The data set's own answer to each prompt, packed as a sequence of its own. Rows without one contribute to the other losses
-    /// only.
+    /// The data set's own answer to each prompt, packed as a sequence of its own. Rows without one
+    /// contribute to the other losses only.
     Dataset,
 }
 
@@ -41,8 +42,8 @@ pub enum LabelSource {
 pub enum StateSampling {
     /// Every state but the fixed point is equally likely (CLLM).
     Uniform,
-    /// The state whose fraction of incorrect tokens is closest to a target that rises from 0 to 1 over the blocks of a window
-    /// (Jacobi Forcing).
+    /// The state whose fraction of incorrect tokens is closest to a target that rises from 0 to 1
+    /// over the blocks of a window (Jacobi Forcing).
     Progressive,
 }
 
@@ -50,11 +51,12 @@ pub enum StateSampling {
 #[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct ConsistencySettings {
-    /// Weight of the global consistency loss, which draws a state's predictions towards the fixed point.
+    /// Weight of the global consistency loss, which draws a state's predictions towards the fixed
+    /// point.
     #[garde(range(min = 0.0))]
     pub global_weight: f64,
-    /// Weight of the local consistency loss, which draws a state's predictions towards those of the next state; 0 turns it off. States
-    /// changed by `augment` have no next state.
+    /// Weight of the local consistency loss, which draws a state's predictions towards those of the
+    /// next state; 0 turns it off. States changed by `augment` have no next state.
     #[garde(range(min = 0.0))]
     pub local_weight: f64,
     /// Weight of the autoregressive loss on `labels`.
@@ -63,11 +65,12 @@ pub struct ConsistencySettings {
     /// Answers that the autoregressive loss teaches.
     #[garde(skip)]
     pub labels: LabelSource,
-    /// Weight of the anchor loss, KL(frozen model || student), which keeps the student's answers close to the frozen model's on
-    /// prompts it was not trained on; 0 turns it off.
+    /// Weight of the anchor loss, KL(frozen model || student), which keeps the student's answers
+    /// close to the frozen model's on prompts it was not trained on; 0 turns it off.
     #[garde(range(min = 0.0))]
     pub anchor_weight: f64,
-    /// Folder or Hugging Face id of the frozen model; `null` uses the model that the run starts from.
+    /// Folder or Hugging Face id of the frozen model; `null` uses the model that the run starts
+    /// from.
     #[garde(skip)]
     pub anchor: Option<String>,
     /// Fraction of the prompt tokens included in the anchor loss. All response tokens always are.
@@ -85,7 +88,8 @@ pub struct ConsistencySettings {
     /// Blocks per window (for `noisy_window` and `progressive`).
     #[garde(range(min = 1))]
     pub window_blocks: usize,
-    /// Blocks of a response trained in one pass over the data, drawn anew each epoch; `null` trains all of them.
+    /// Blocks of a response trained in one pass over the data, drawn anew each epoch; `null` trains
+    /// all of them.
     #[garde(range(min = 1))]
     pub max_blocks: Option<usize>,
 }

@@ -1,5 +1,5 @@
-//! Settings of a training run: one file per section. The doc comments are what `cllm-train settings` and docs/configuration.md
-//! show.
+//! Settings of a training run: one file per section. The doc comments are what
+//! `cllm-train settings` and docs/configuration.md show.
 
 mod consistency;
 mod init;
@@ -27,7 +27,8 @@ pub use validation::ValidationSettings;
 pub enum Objective {
     /// Supervised fine-tuning on the references of prompt sets. Makes a teacher.
     Sft,
-    /// Consistency training on trajectories: predict the fixed point from any state. Makes a student.
+    /// Consistency training on trajectories: predict the fixed point from any state. Makes a
+    /// student.
     Consistency,
 }
 
@@ -35,13 +36,15 @@ pub enum Objective {
 #[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
-    /// The model to start from: a folder, or an id in the Hugging Face cache. Either this or `init` must be given.
+    /// The model to start from: a folder, or an id in the Hugging Face cache. Either this or `init`
+    /// must be given.
     #[garde(skip)]
     pub model: Option<String>,
     /// Start from random weights of this shape instead of `model`.
     #[garde(dive)]
     pub init: Option<InitSettings>,
-    /// Train low-rank adapters beside the frozen weights of `model` (LoRA, arXiv 2106.09685); `null` trains every weight.
+    /// Train low-rank adapters beside the frozen weights of `model` (LoRA, arXiv 2106.09685);
+    /// `null` trains every weight.
     #[garde(dive)]
     pub lora: Option<LoraConfig>,
     /// What the run trains.
@@ -62,7 +65,8 @@ pub struct Settings {
     /// Stop after N steps, where the learning rate schedule then ends too; `null` runs all epochs.
     #[garde(range(min = 1))]
     pub max_steps: Option<usize>,
-    /// Maximum number of tokens in a forward. Examples, with their noisy blocks, are packed into batches of up to this size.
+    /// Maximum number of tokens in a forward. Examples, with their noisy blocks, are packed into
+    /// batches of up to this size.
     #[garde(range(min = 1))]
     pub max_batch_tokens: usize,
     /// Number of batches whose gradients are accumulated into one step, over all processes.
@@ -71,8 +75,8 @@ pub struct Settings {
     /// Examples with more packed tokens are excluded, and counted on stderr.
     #[garde(range(min = 1))]
     pub max_example_tokens: usize,
-    /// Number of leading layers with activation checkpointing: they save only their input and are recomputed in the backward, which
-    /// takes less memory and more time.
+    /// Number of leading layers with activation checkpointing: they save only their input and are
+    /// recomputed in the backward, which takes less memory and more time.
     #[garde(skip)]
     pub checkpointed_layers: usize,
     /// The optimizer.
@@ -81,8 +85,8 @@ pub struct Settings {
     /// The consistency objective.
     #[garde(dive)]
     pub consistency: ConsistencySettings,
-    /// Measurements on held-out data. The checkpoint `best` is the one with the most tokens per forward in finished answers
-    /// among those that are accurate enough.
+    /// Measurements on held-out data. The checkpoint `best` is the one with the most tokens per
+    /// forward in finished answers among those that are accurate enough.
     #[garde(dive)]
     pub validation: ValidationSettings,
     /// Steps between lines of metrics.jsonl.
@@ -94,8 +98,8 @@ pub struct Settings {
     /// Number of checkpoints to keep, in addition to the best one.
     #[garde(range(min = 1))]
     pub max_checkpoints: usize,
-    /// Ids that end an answer, in place of the model's own. `sft` ends its answers with the first. The trained model records them
-    /// too.
+    /// Ids that end an answer, in place of the model's own. `sft` ends its answers with the first.
+    /// The trained model records them too.
     #[garde(length(min = 1))]
     pub eos_ids: Option<Vec<i32>>,
     /// auto, cpu, cuda or cuda:N.
@@ -148,7 +152,8 @@ impl Settings {
         }
     }
 
-    /// How many numbers of a model with this configuration the run trains: all weights, or the adapters only.
+    /// How many numbers of a model with this configuration the run trains: all weights, or the
+    /// adapters only.
     pub fn trained_parameters(&self, config: &ModelConfig) -> i64 {
         self.lora.as_ref().map_or_else(|| config.num_parameters(), |lora| lora.num_parameters(config))
     }

@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 pub enum StateDtype {
     /// Moments in float32, and a float32 master copy of weights in any other type.
     Float32,
-    /// Moments in bfloat16 without a master copy, rounded stochastically: 4 bytes per weight instead of 12. Requires bfloat16
-    /// weights, and so a GPU.
+    /// Moments in bfloat16 without a master copy, rounded stochastically: 4 bytes per weight
+    /// instead of 12. Requires bfloat16 weights, and so a GPU.
     Bfloat16,
 }
 
@@ -44,8 +44,9 @@ pub struct OptimizerSettings {
     /// Type of the optimizer's state.
     #[garde(skip)]
     pub state_dtype: StateDtype,
-    /// Decay of an exponential moving average of the weights. Checkpoints, the final model and validation then use the average.
-    /// 0.999 averages roughly the last thousand steps; `null` keeps no average.
+    /// Decay of an exponential moving average of the weights. Checkpoints, the final model and
+    /// validation then use the average. 0.999 averages roughly the last thousand steps; `null`
+    /// keeps no average.
     #[garde(range(min = 0.0, max = 0.999_999))]
     pub ema_decay: Option<f64>,
 }

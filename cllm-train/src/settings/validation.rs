@@ -14,7 +14,8 @@ pub struct ValidationSettings {
     /// Folder of the benchmark's files, for tasks whose scores need them (Spider's databases).
     #[garde(skip)]
     pub data: Option<PathBuf>,
-    /// Held-out trajectory data set for the validation losses (objective `consistency` only); `null` skips them.
+    /// Held-out trajectory data set for the validation losses (objective `consistency` only);
+    /// `null` skips them.
     #[garde(skip)]
     pub trajectories: Option<PathBuf>,
     /// Use only the first N prompts, and the first N rows of the trajectories.
@@ -23,7 +24,8 @@ pub struct ValidationSettings {
     /// Steps between validations. The first validates the initial model.
     #[garde(range(min = 1))]
     pub every: usize,
-    /// How far the accuracy of the best checkpoint may fall below that of the initial model, as a fraction of the answers.
+    /// How far the accuracy of the best checkpoint may fall below that of the initial model, as a
+    /// fraction of the answers.
     #[garde(range(min = 0.0, max = 1.0))]
     pub max_accuracy_drop: f64,
     /// Stop after N validations in a row without a new best checkpoint; `null` never stops early.

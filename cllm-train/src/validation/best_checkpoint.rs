@@ -27,9 +27,9 @@ pub struct BestCheckpoint {
 }
 
 impl BestCheckpointTracker {
-    /// Records the validation after `step`, with its metrics if prompts were answered. Returns whether it is the best so far: the
-    /// one with the most tokens per forward in finished answers, among those whose accuracy is not too far below that of the
-    /// initial model.
+    /// Records the validation after `step`, with its metrics if prompts were answered. Returns
+    /// whether it is the best so far: the one with the most tokens per forward in finished answers,
+    /// among those whose accuracy is not too far below that of the initial model.
     pub fn record(&mut self, step: usize, metrics: Option<GenerationMetrics>, settings: &ValidationSettings) -> bool {
         self.last_step = Some(step);
         let Some(metrics) = metrics else { return false };
@@ -57,7 +57,8 @@ impl BestCheckpointTracker {
 
     fn is_accurate(&self, metrics: &GenerationMetrics, max_drop: f64) -> bool {
         let initial = self.initial.and_then(|initial| initial.accuracy);
-        // Fractions of a few answers are not exact in binary: an accuracy exactly at the bound must pass.
+        // Fractions of a few answers are not exact in binary: an accuracy exactly at the bound must
+        // pass.
         initial.zip(metrics.accuracy).is_none_or(|(initial, accuracy)| accuracy >= initial - max_drop - 1e-9)
     }
 }

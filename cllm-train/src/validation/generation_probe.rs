@@ -25,7 +25,8 @@ pub struct GenerationProbe<'t> {
 }
 
 impl<'t> GenerationProbe<'t> {
-    /// Reads the prompts of a run, if it has any, and checks that each fits into the context and can be scored.
+    /// Reads the prompts of a run, if it has any, and checks that each fits into the context and
+    /// can be scored.
     ///
     /// # Errors
     /// Bad prompt sets; prompts that are too long or whose score needs files that are missing.

@@ -46,7 +46,8 @@ impl ValidationLosses {
         Ok(Some(ValidationLosses { batches: schedule.batches(0), examples }))
     }
 
-    /// Each loss as a mean over its tokens in all batches. Blocks and states are the same every time.
+    /// Each loss as a mean over its tokens in all batches. Blocks and states are the same every
+    /// time.
     ///
     /// # Errors
     /// [`Error::Interrupted`]; [`Error::Torch`], for example when memory runs out.

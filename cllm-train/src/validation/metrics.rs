@@ -7,13 +7,13 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct GenerationMetrics {
     pub tokens_per_forward: f64,
-    /// Over the answers that ended with EOS, if any did. Text that loops until the length limit decodes fast and flatters
-    /// `tokens_per_forward`.
+    /// Over the answers that ended with EOS, if any did. Text that loops until the length limit
+    /// decodes fast and flatters `tokens_per_forward`.
     pub tokens_per_forward_finished: Option<f64>,
     /// Number of answers that reached the length limit.
     pub unfinished: usize,
-    /// Fraction of correct answers among those with a score; `None` if none has one. An answer that reached the length limit is
-    /// never correct.
+    /// Fraction of correct answers among those with a score; `None` if none has one. An answer that
+    /// reached the length limit is never correct.
     pub accuracy: Option<f64>,
 }
 

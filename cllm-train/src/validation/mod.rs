@@ -1,5 +1,5 @@
-//! Measurements on held-out data during training: answers to prompts (speed and accuracy), losses on trajectories, and the
-//! choice of the best checkpoint from them.
+//! Measurements on held-out data during training: answers to prompts (speed and accuracy), losses
+//! on trajectories, and the choice of the best checkpoint from them.
 
 pub(crate) mod best_checkpoint;
 mod generation_probe;
@@ -32,8 +32,8 @@ pub(crate) struct ValidationOutput {
 }
 
 impl<'t> Validator<'t> {
-    /// Reads and checks all validation data, so that a bad prompt stops a run before its first step and not midway. `None` if the
-    /// settings name no data.
+    /// Reads and checks all validation data, so that a bad prompt stops a run before its first step
+    /// and not midway. `None` if the settings name no data.
     pub(crate) fn load(settings: &Settings, tokenizer: &'t Tokenizer, config: &ModelConfig) -> Result<Option<Self>> {
         let probe = GenerationProbe::load(settings, tokenizer, config)?;
         let losses = ValidationLosses::load(settings, tokenizer, config)?;

@@ -1,4 +1,5 @@
-//! Bad input, paths that cannot be written, and devices that do not exist: each is named, and nothing is written.
+//! Bad input, paths that cannot be written, and devices that do not exist: each is named, and
+//! nothing is written.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -59,7 +60,8 @@ fn a_bad_gguf_file_is_named_and_nothing_is_written() {
     let (gguf, output) = (path(dir.path(), "model.gguf"), path(dir.path(), "output"));
     let arguments = ["convert", &gguf, &output];
     TRAIN.fail(&arguments, 2, &["model.gguf", "there is no such file"]);
-    // A header that promises one tensor and ends there; a header that is cut; a file of another kind; an empty file.
+    // A header that promises one tensor and ends there; a header that is cut; a file of another
+    // kind; an empty file.
     let header = [&b"GGUF"[..], &3u32.to_le_bytes(), &1u64.to_le_bytes(), &0u64.to_le_bytes()].concat();
     for bytes in [&header[..], &header[..10], b"PK\x03\x04 is a zip", b""] {
         fs::write(&gguf, bytes).unwrap();

@@ -1,8 +1,8 @@
-//! Whole GGUF files, written here: what they become, and how broken ones are refused.
+//! Converts GGUF files written by the test itself, and refuses broken ones.
 
-use cllm_core::checkpoint;
 use std::path::Path;
 
+use cllm_core::checkpoint;
 use cllm_core::cuda::libtorch;
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::prompt_set::Prompt;
@@ -11,15 +11,16 @@ use cllm_train::gguf::convert;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
-/// The parts of a GGUF file; each metadata value is its type code and bytes.
+/// The contents of a GGUF file.
 #[derive(Clone)]
-struct Parts {
+struct GgufContents {
+    /// Key, type code and bytes of each metadata value.
     values: Vec<(String, u32, Vec<u8>)>,
-    /// Name, sizes with the fastest first, type code, data.
+    /// Name, sizes (fastest dimension first), type code and bytes of each tensor.
     tensors: Vec<(String, Vec<u64>, u32, Vec<u8>)>,
 }
 
-impl Parts {
+impl GgufContents {
     fn set(&mut self, key: &str, kind: u32, bytes: Vec<u8>) {
         self.values.retain(|(old, ..)| old != key);
         self.values.push((key.to_owned(), kind, bytes));
@@ -81,7 +82,7 @@ fn config(family: &str, tied: bool) -> ModelConfig {
     .unwrap()
 }
 
-/// As llama.cpp's converter orders the rows of Llama's query and key projections.
+/// A query or key projection of Llama with its rows in the order of llama.cpp's converter.
 fn interleaved(weight: &Tensor, heads: i64) -> Tensor {
     let shape = weight.size();
     weight.view([heads, 2, shape[0] / heads / 2, shape[1]]).transpose(1, 2).reshape(shape)
@@ -103,11 +104,11 @@ fn stored_name(name: &str) -> String {
     pairs.iter().fold(name.to_owned(), |name, (from, to)| name.replace(from, to))
 }
 
-/// The GGUF of a model with a tokenizer that is trained into `folder`.
-fn parts(model: &Transformer, family: &str, folder: &Path) -> Parts {
+/// The GGUF contents of a model, with a tokenizer that is trained into `folder`.
+fn contents(model: &Transformer, family: &str, folder: &Path) -> GgufContents {
     let config = model.config();
-    let mut parts = Parts { values: Vec::new(), tensors: Vec::new() };
-    parts.text("general.architecture", family);
+    let mut contents = GgufContents { values: Vec::new(), tensors: Vec::new() };
+    contents.text("general.architecture", family);
     for (key, number) in [
         ("block_count", config.num_layers),
         ("context_length", config.max_positions as i64),
@@ -116,10 +117,10 @@ fn parts(model: &Transformer, family: &str, folder: &Path) -> Parts {
         ("attention.head_count", config.num_heads),
         ("attention.head_count_kv", config.num_kv_heads),
     ] {
-        parts.integer(&format!("{family}.{key}"), number);
+        contents.integer(&format!("{family}.{key}"), number);
     }
     for (key, number) in [("rope.freq_base", 100_000f32), ("attention.layer_norm_rms_epsilon", 1e-5)] {
-        parts.set(&format!("{family}.{key}"), 6, number.to_le_bytes().to_vec());
+        contents.set(&format!("{family}.{key}"), 6, number.to_le_bytes().to_vec());
     }
     for (name, weight) in model.named_parameters() {
         let stored = if family == "llama" && name.contains("q_proj") {
@@ -131,10 +132,10 @@ fn parts(model: &Transformer, family: &str, folder: &Path) -> Parts {
         };
         let sizes = stored.size().iter().rev().map(|&size| size as u64).collect();
         let (kind, data) = if name.contains("up_proj") { (8, q8_0(&stored)) } else { (0, bytes(&stored)) };
-        parts.tensors.push((stored_name(&name), sizes, kind, data));
+        contents.tensors.push((stored_name(&name), sizes, kind, data));
     }
-    tokenizer(&mut parts, folder);
-    parts
+    tokenizer(&mut contents, folder);
+    contents
 }
 
 fn bytes(tensor: &Tensor) -> Vec<u8> {
@@ -145,7 +146,7 @@ fn q8_0(tensor: &Tensor) -> Vec<u8> {
     let values: Vec<f32> = tensor.flatten(0, -1).try_into().unwrap();
     let mut out = Vec::new();
     for block in values.chunks(32) {
-        // A power of two, which float16 holds exactly.
+        // A power of two, which is exact in float16.
         let scale = 2f32.powi(-10);
         out.extend([0x00, 0x14]);
         out.extend(block.iter().map(|value| (value / scale).round().clamp(-127.0, 127.0) as i8 as u8));
@@ -153,7 +154,7 @@ fn q8_0(tensor: &Tensor) -> Vec<u8> {
     out
 }
 
-fn tokenizer(parts: &mut Parts, folder: &Path) {
+fn tokenizer(contents: &mut GgufContents, folder: &Path) {
     cllm_testing::train_tokenizer(["Tom has 12 apples and Ann has 7 pears. ".repeat(20)], 300, folder);
     let read = |name: &str| -> Value { serde_json::from_slice(&std::fs::read(folder.join(name)).unwrap()).unwrap() };
     let trained = read("tokenizer.json");
@@ -167,21 +168,21 @@ fn tokenizer(parts: &mut Parts, folder: &Path) {
         .map(|pair| format!("{} {}", pair[0].as_str().unwrap(), pair[1].as_str().unwrap()))
         .collect();
     let kinds = (0..tokens.len()).flat_map(|id| if id < 4 { 3i32 } else { 1 }.to_le_bytes());
-    parts.set("tokenizer.ggml.token_type", 9, list_head(5, tokens.len()).into_iter().chain(kinds).collect());
-    parts.texts("tokenizer.ggml.tokens", &tokens);
-    parts.texts("tokenizer.ggml.merges", &merges);
-    parts.text("tokenizer.ggml.model", "gpt2");
-    parts.text("tokenizer.ggml.pre", "smollm");
-    parts.text("tokenizer.chat_template", read("tokenizer_config.json")["chat_template"].as_str().unwrap());
-    parts.integer("tokenizer.ggml.bos_token_id", 1);
-    parts.integer("tokenizer.ggml.eos_token_id", 0);
-    parts.integer("tokenizer.ggml.eot_token_id", 3);
+    contents.set("tokenizer.ggml.token_type", 9, list_head(5, tokens.len()).into_iter().chain(kinds).collect());
+    contents.texts("tokenizer.ggml.tokens", &tokens);
+    contents.texts("tokenizer.ggml.merges", &merges);
+    contents.text("tokenizer.ggml.model", "gpt2");
+    contents.text("tokenizer.ggml.pre", "smollm");
+    contents.text("tokenizer.chat_template", read("tokenizer_config.json")["chat_template"].as_str().unwrap());
+    contents.integer("tokenizer.ggml.bos_token_id", 1);
+    contents.integer("tokenizer.ggml.eos_token_id", 0);
+    contents.integer("tokenizer.ggml.eot_token_id", 3);
 }
 
-fn converted(family: &str, tied: bool) {
+fn assert_converts(family: &str, tied: bool) {
     let dir = tempfile::tempdir().unwrap();
     let model = Transformer::random(config(family, tied), 5, Device::Cpu, Kind::Float);
-    // Biases and norms that are all alike would not show a wrong order.
+    // A wrong order would not show in biases and norms whose elements are all equal.
     let _no_grad = tch::no_grad_guard();
     for (index, (_, mut weight)) in model.named_parameters().into_iter().enumerate() {
         if weight.dim() == 1 {
@@ -190,18 +191,18 @@ fn converted(family: &str, tied: bool) {
         }
     }
     let gguf = dir.path().join("model.gguf");
-    std::fs::write(&gguf, parts(&model, family, dir.path()).file()).unwrap();
+    std::fs::write(&gguf, contents(&model, family, dir.path()).file()).unwrap();
     let folder = dir.path().join("model");
     convert(&gguf, &folder).unwrap();
 
     let read = checkpoint::load(&folder, Device::Cpu, Kind::Float).unwrap();
-    let (found, expected) = (read.config(), model.config());
-    assert_eq!(found.parameter_shapes(), expected.parameter_shapes());
-    assert_eq!((found.rope_theta, found.rms_norm_eps), (100_000.0, 1e-5));
-    assert_eq!((found.max_positions, &found.rope_scaling), (expected.max_positions, &expected.rope_scaling));
+    let (actual, expected) = (read.config(), model.config());
+    assert_eq!(actual.parameter_shapes(), expected.parameter_shapes());
+    assert_eq!((actual.rope_theta, actual.rms_norm_eps), (100_000.0, 1e-5));
+    assert_eq!((actual.max_positions, &actual.rope_scaling), (expected.max_positions, &expected.rope_scaling));
     for ((name, weight), (_, original)) in read.named_parameters().iter().zip(model.named_parameters()) {
         let rounded = original.to_kind(Kind::BFloat16).to_kind(Kind::Float);
-        // Half a step of Q8_0, and bf16's rounding.
+        // Half a step of Q8_0, and rounding to bfloat16.
         let bound = if name.contains("up_proj") { 2f64.powi(-11) + 1e-3 } else { 0.0 };
         let difference = (weight - rounded).abs().max().double_value(&[]);
         assert!(difference <= bound, "{name} differs by {difference}");
@@ -215,28 +216,29 @@ fn converted(family: &str, tied: bool) {
 }
 
 #[test]
-fn a_llama_file_becomes_the_model_it_was_made_from() {
-    converted("llama", false);
+fn a_llama_file_converts_to_the_model_it_was_made_from() {
+    assert_converts("llama", false);
 }
 
 #[test]
 fn a_qwen2_file_keeps_its_biases_order_and_tied_embedding() {
-    converted("qwen2", true);
+    assert_converts("qwen2", true);
 }
 
-/// The message of converting a file that `damage` has changed; nothing may be left behind.
-fn refusal(damage: impl FnOnce(&mut Parts)) -> String {
+/// The error message for a file that `damage` has changed. Nothing may be left behind.
+fn refusal_of_damaged(damage: impl FnOnce(&mut GgufContents)) -> String {
     let dir = tempfile::tempdir().unwrap();
     let model = Transformer::random(config("llama", true), 5, Device::Cpu, Kind::Float);
-    let mut parts = parts(&model, "llama", dir.path());
-    damage(&mut parts);
-    refused(dir.path(), &parts.file())
+    let mut contents = contents(&model, "llama", dir.path());
+    damage(&mut contents);
+    refusal(dir.path(), &contents.file())
 }
 
-fn refused(dir: &Path, bytes: &[u8]) -> String {
+/// The error message for a file with these bytes.
+fn refusal(dir: &Path, bytes: &[u8]) -> String {
     let gguf = dir.join("model.gguf");
     std::fs::write(&gguf, bytes).unwrap();
-    let error = convert(&gguf, &dir.join("out")).expect_err("it must be refused");
+    let error = convert(&gguf, &dir.join("out")).expect_err("the file is bad");
     assert_eq!(error.exit_code(), 2, "{error}");
     assert!(error.to_string().contains("model.gguf"), "{error}");
     assert!(!dir.join("out").exists(), "{error}");
@@ -251,47 +253,49 @@ fn refused(dir: &Path, bytes: &[u8]) -> String {
 fn a_file_cut_anywhere_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let model = Transformer::random(config("llama", true), 5, Device::Cpu, Kind::Float);
-    let whole = parts(&model, "llama", dir.path()).file();
+    let whole = contents(&model, "llama", dir.path()).file();
     for length in [4, 20, 200, 5000, whole.len() / 2, whole.len() - 100] {
-        let message = refused(dir.path(), &whole[..length]);
+        let message = refusal(dir.path(), &whole[..length]);
         assert!(message.contains("cut off"), "{length}: {message}");
     }
-    assert!(refused(dir.path(), b"PK\x03\x04 no such thing").contains("not a GGUF file"));
+    assert!(refusal(dir.path(), b"PK\x03\x04 no such thing").contains("not a GGUF file"));
 }
 
 #[test]
-fn what_is_not_supported_is_named() {
+fn unsupported_features_are_named() {
     #[track_caller]
-    fn says(message: &str, part: &str) {
+    fn assert_refused(damage: impl FnOnce(&mut GgufContents), part: &str) {
+        let message = refusal_of_damaged(damage);
         assert!(message.contains(part), "`{part}` is not in: {message}");
     }
-    says(&refusal(|parts| parts.text("general.architecture", "gemma2")), "`gemma2`");
-    says(&refusal(|parts| parts.tensors[3].2 = 10), "Q2_K");
-    says(&refusal(|parts| parts.text("tokenizer.ggml.pre", "tekken")), "`tekken`");
-    says(&refusal(|parts| parts.text("tokenizer.ggml.model", "t5")), "`t5`");
-    says(&refusal(|parts| parts.text("llama.rope.scaling.type", "longrope")), "`longrope`");
-    says(&refusal(|parts| parts.integer("llama.rope.dimension_count", 8)), "rotates 8 of the 16");
-    says(&refusal(|parts| parts.integer("llama.expert_count", 4)), "mixture of experts");
-    says(&refusal(|parts| parts.integer("llama.block_count", 2_000_000_000)), "2000000000 layers");
-    says(&refusal(|parts| parts.integer("tokenizer.ggml.eos_token_id", 3000)), "eos_token_id` is 3000");
-    says(&refusal(|parts| parts.text("llama.embedding_length", "many")), "not an integer");
-    says(&refusal(|parts| drop(parts.tensors.remove(5))), "lacks the tensor");
-    says(&refusal(|parts| parts.tensors[1].1[0] /= 2), "shape");
-    let extra =
-        |parts: &mut Parts| parts.tensors.push(("blk.0.ffn_gate_exps.weight".to_owned(), vec![1], 0, vec![0; 4]));
-    says(&refusal(extra), "`blk.0.ffn_gate_exps.weight` that is not part of any supported model");
+    assert_refused(|contents| contents.text("general.architecture", "gemma2"), "`gemma2`");
+    assert_refused(|contents| contents.tensors[3].2 = 10, "Q2_K");
+    assert_refused(|contents| contents.text("tokenizer.ggml.pre", "tekken"), "`tekken`");
+    assert_refused(|contents| contents.text("tokenizer.ggml.model", "t5"), "`t5`");
+    assert_refused(|contents| contents.text("llama.rope.scaling.type", "longrope"), "`longrope`");
+    assert_refused(|contents| contents.integer("llama.rope.dimension_count", 8), "rotates 8 of the 16");
+    assert_refused(|contents| contents.integer("llama.expert_count", 4), "mixture of experts");
+    assert_refused(|contents| contents.integer("llama.block_count", 2_000_000_000), "2000000000 layers");
+    assert_refused(|contents| contents.integer("tokenizer.ggml.eos_token_id", 3000), "eos_token_id` is 3000");
+    assert_refused(|contents| contents.text("llama.embedding_length", "many"), "not an integer");
+    assert_refused(|contents| drop(contents.tensors.remove(5)), "lacks the tensor");
+    assert_refused(|contents| contents.tensors[1].1[0] /= 2, "shape");
+    let extra = |contents: &mut GgufContents| {
+        contents.tensors.push(("blk.0.ffn_gate_exps.weight".to_owned(), vec![1], 0, vec![0; 4]))
+    };
+    assert_refused(extra, "`blk.0.ffn_gate_exps.weight` that is not part of any supported model");
 }
 
 #[test]
-fn a_folder_that_holds_something_is_not_replaced() {
+fn a_folder_with_files_is_not_replaced() {
     let dir = tempfile::tempdir().unwrap();
     let model = Transformer::random(config("llama", true), 5, Device::Cpu, Kind::Float);
     let gguf = dir.path().join("model.gguf");
-    std::fs::write(&gguf, parts(&model, "llama", dir.path()).file()).unwrap();
+    std::fs::write(&gguf, contents(&model, "llama", dir.path()).file()).unwrap();
     let folder = dir.path().join("letters");
     std::fs::create_dir(&folder).unwrap();
     std::fs::write(folder.join("letter.txt"), "dear").unwrap();
-    assert!(convert(&gguf, &folder).unwrap_err().to_string().contains("exists already"));
+    assert!(convert(&gguf, &folder).unwrap_err().to_string().contains("already exists"));
     assert_eq!(std::fs::read(folder.join("letter.txt")).unwrap(), b"dear");
     std::fs::remove_file(folder.join("letter.txt")).unwrap();
     convert(&gguf, &folder).unwrap();

@@ -1,5 +1,5 @@
-//! A training pass with the kernels of the GPU, in bf16, against libtorch's operations on the CPU in float32. Skipped, and saying
-//! so, where there is no GPU.
+//! A training pass with the kernels of the GPU, in bf16, against libtorch's operations on the CPU
+//! in float32. Skipped, and saying so, where there is no GPU.
 
 use cllm_core::cuda::libtorch;
 use cllm_core::fingerprint;

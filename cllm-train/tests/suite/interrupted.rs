@@ -1,4 +1,5 @@
-//! Signals and full disks: an interrupted run keeps its steps, and the same command resumes to the same weights.
+//! Signals and full disks: an interrupted run keeps its steps, and the same command resumes to the
+//! same weights.
 
 use std::fs;
 use std::path::Path;
@@ -80,7 +81,8 @@ fn a_damaged_checkpoint_is_named_and_the_one_before_it_serves() {
         TRAIN.fail(&arguments, 2, &[name, "is damaged", "delete ", advice]);
     }
     fs::remove_dir_all(&newest).unwrap();
-    // What a kill leaves during a save: a folder and a file half written, and a checkpoint about to be replaced.
+    // What a kill leaves during a save: a folder and a file half written, and a checkpoint about to
+    // be replaced.
     fs::create_dir(run.join("checkpoints/.writing-abc")).unwrap();
     fs::write(run.join(".writing-def"), "half").unwrap();
     fs::remove_file(run.join("checkpoints/latest")).unwrap();

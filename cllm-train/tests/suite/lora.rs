@@ -1,4 +1,5 @@
-//! Runs that train adapters only: they learn, resume exactly, leave the model below them unchanged, and save little.
+//! Runs that train adapters only: they learn, resume exactly, leave the model below them unchanged,
+//! and save little.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,7 +21,8 @@ use crate::setup::{
 use cllm_testing::families::{random_model, shapes};
 use cllm_testing::programs::path;
 
-/// Settings of a run that trains adapters on the trajectories of a random model with this configuration.
+/// Settings of a run that trains adapters on the trajectories of a random model with this
+/// configuration.
 fn student(folder: &Path, mut config: Value) -> Settings {
     prepare(folder);
     let model = folder.join("tokenizer");
@@ -72,7 +74,8 @@ fn a_run_of_every_family_resumes_exactly_and_validation_changes_nothing() {
         assert!(contents(&run.join("final/adapter")) == adapter, "{name}: the adapter of the resumed run differs");
         assert!(!have_same_weights(&run.join("final"), &base), "{name}: it learnt nothing");
         assert!(contents(&base) == base_contents, "{name}: the model below the adapters has changed");
-        // The anchor is the frozen model below the adapters, from which the student differs only after the first step.
+        // The anchor is the frozen model below the adapters, from which the student differs only
+        // after the first step.
         assert!(losses[0].anchor.abs() < 1e-6 && losses[losses.len() - 1].anchor > 1e-5, "{name}: {losses:?}");
     }
 }
@@ -141,7 +144,8 @@ fn plan_counts_gradients_and_state_of_the_adapters_only() {
     let (all, trained) = (number(&adapters, "parameters"), number(&adapters, "trained_parameters"));
     assert_eq!(number(&full, "trained_parameters"), all);
     assert!(trained < all / 4, "{adapters}");
-    // The model below the adapters is also the anchor. When every weight is trained, the anchor is a second model.
+    // The model below the adapters is also the anchor. When every weight is trained, the anchor is
+    // a second model.
     assert_eq!(bytes("weights"), [4 * (all + trained), 8 * all]);
     assert_eq!(bytes("gradients"), [4 * trained, 4 * all]);
     assert_eq!(bytes("optimizer"), [8 * trained, 8 * all]);

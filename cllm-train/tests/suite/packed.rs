@@ -1,4 +1,5 @@
-//! The losses of packed sequences equal those of plain causal forwards, token by token and loss by loss.
+//! The losses of packed sequences equal those of plain causal forwards, token by token and loss by
+//! loss.
 
 use cllm_core::fingerprint;
 use cllm_core::model::Transformer;
@@ -34,8 +35,8 @@ fn token_ids(first: i32, count: usize) -> Vec<i32> {
     (0..count as i32).map(|index| (first + index * 7) % 37).collect()
 }
 
-/// A response of `response_len` tokens. Each of its blocks has two noisy states, the later of them correct in its first token; only
-/// block 1 is correct from its first state.
+/// A response of `response_len` tokens. Each of its blocks has two noisy states, the later of them
+/// correct in its first token; only block 1 is correct from its first state.
 pub fn example(id: &str, prompt_len: usize, response_len: usize) -> Example {
     let response_ids = token_ids(2, response_len);
     let mut padded = response_ids.clone();
@@ -89,7 +90,8 @@ fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
 fn every_token_attends_to_what_its_own_causal_forward_would() {
     for_each_family(|family, model, _| {
         let (prompt, response) = (token_ids(5, 6), token_ids(2, 18));
-        // One window of two blocks after the first two blocks, then a block that is cut by the end of the response.
+        // One window of two blocks after the first two blocks, then a block that is cut by the end
+        // of the response.
         let blocks = [(8, 8), (12, 8), (16, 16)];
         let state = |start: usize| token_ids(13 + start as i32, N.min(response.len() - start));
         let next_state = |start: usize| token_ids(29 + start as i32, N.min(response.len() - start));
@@ -223,7 +225,8 @@ fn the_gradient_predicts_how_a_loss_changes() {
     };
     let scale = Losses { ar: 1.0, ..Losses::default() };
     let before = ar_loss(Some(Backward { scale, checkpointed_layers: 0 }));
-    // To first order, a small step against the gradient lowers the loss by the gradient's squared norm.
+    // To first order, a small step against the gradient lowers the loss by the gradient's squared
+    // norm.
     let step_size = 1e-4;
     let squared_norm = gradients.buffer().square().sum(Kind::Double).double_value(&[]);
     tch::no_grad(|| {
@@ -236,7 +239,8 @@ fn the_gradient_predicts_how_a_loss_changes() {
 #[test]
 fn an_augmented_state_is_in_no_local_loss() {
     let settings = ConsistencySettings { local_weight: 1.0, ..ConsistencySettings::default() };
-    // Blocks 0 and 2 have the states 0, 1 and the fixed point. Which of 0 and 1 is drawn depends on the epoch.
+    // Blocks 0 and 2 have the states 0, 1 and the fixed point. Which of 0 and 1 is drawn depends on
+    // the epoch.
     for (augmented, state_0_has_next, state_1_has_next) in
         [(None, true, true), (Some(0), false, true), (Some(1), false, false)]
     {
@@ -260,8 +264,8 @@ fn the_losses_are_those_of_a_naive_loop() {
     for_each_family(|family, model, anchor| {
         let (prompt, response) = (token_ids(5, 6), token_ids(2, 10));
         let whole = [prompt.clone(), response.clone()].concat();
-        // The first block is correct in its first two tokens. The last block is cut by the end of the response, whose last token
-        // predicts nothing.
+        // The first block is correct in its first two tokens. The last block is cut by the end of
+        // the response, whose last token predicts nothing.
         let first = vec![response[4], response[5], 0, 1];
         let next_of_first = vec![response[4], response[5], 0, 9];
         let last = vec![3, response[9]];
@@ -294,7 +298,8 @@ fn the_losses_are_those_of_a_naive_loop() {
         assert_eq!((counts.num_loss_tokens.global, counts.num_response_tokens), (3, 10));
         assert!(is_close(actual.global, global), "{family}: {actual:?} {global}");
 
-        // The local loss starts where a state and the next one differ: at the last token of the first block.
+        // The local loss starts where a state and the next one differ: at the last token of the
+        // first block.
         let last_row = |state: &[i32]| {
             let context = [prompt.as_slice(), &response[..4], state].concat();
             causal_log_probs(&model, &context).i(context.len() as i64 - 1..)

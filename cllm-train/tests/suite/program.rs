@@ -63,7 +63,8 @@ fn plan_shows_parameters_memory_steps_and_time_and_writes_nothing() {
     let plan_json = |more: &[&str]| serde_json::from_str::<Value>(&plan(&[&["--json"], more].concat())).unwrap();
     let (small, large) = (plan_json(&[]), plan_json(&["max_batch_tokens=256", "--no-timing"]));
     let bytes = |plan: &Value, key: &str| plan["memory_bytes"][key].as_f64().unwrap();
-    // In float32, each parameter has a weight, a gradient and two moments. Only the activations depend on the batch.
+    // In float32, each parameter has a weight, a gradient and two moments. Only the activations
+    // depend on the batch.
     let static_bytes = 16.0 * small["parameters"].as_f64().unwrap();
     for plan in [&small, &large] {
         assert_eq!(bytes(plan, "peak"), static_bytes + bytes(plan, "activations"));

@@ -1,4 +1,5 @@
-//! What a recipe chooses besides the weights of its losses: labels, validation, early stopping, the average of the weights.
+//! What a recipe chooses besides the weights of its losses: labels, validation, early stopping, the
+//! average of the weights.
 
 use std::path::Path;
 
@@ -76,7 +77,8 @@ fn validation_losses_are_those_of_training() {
         let line = lines.iter().find(|line| line["step"] == step && line[key].is_number());
         line.unwrap_or_else(|| panic!("no {key} of step {step}"))[key].as_f64().unwrap()
     };
-    // All examples fit into one batch, so the first step trains on exactly what the first validation measured.
+    // All examples fit into one batch, so the first step trains on exactly what the first
+    // validation measured.
     for loss in ["loss", "ar_loss", "global_loss", "local_loss", "anchor_loss"] {
         let (validated, trained) = (at_step(0, &format!("validation_{loss}")), at_step(1, loss));
         assert!((validated - trained).abs() < 1e-6 * trained.abs().max(1.0), "{loss}: {validated} {trained}");
@@ -121,7 +123,8 @@ fn a_run_without_a_new_best_stops_early_and_resumes_exactly() {
 
     assert_resumes_exactly(&settings, steps as usize - 1);
     assert_eq!(summary(&run)["steps"], steps);
-    // A signal during the last validation but one: its step is saved, and the validation comes again.
+    // A signal during the last validation but one: its step is saved, and the validation comes
+    // again.
     let state_file = run.join(format!("checkpoints/step-{:06}/state.json", steps - 1));
     let mut state: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&state_file).unwrap()).unwrap();
     state["validation"]["last_step"] = (steps - 2).into();

@@ -1,4 +1,5 @@
-//! On-policy rounds: interrupted between and within stages, they leave what uninterrupted ones leave.
+//! On-policy rounds: interrupted between and within stages, they leave what uninterrupted ones
+//! leave.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -9,7 +10,8 @@ use serde_json::{Value, json};
 
 use crate::setup::{N, TRAIN, num_metrics, prepare, settings_file, trained_teacher};
 
-/// Writes the settings of two rounds that start from a trained teacher. The blocks of the second round are twice as long.
+/// Writes the settings of two rounds that start from a trained teacher. The blocks of the second
+/// round are twice as long.
 fn write_settings(folder: &Path) -> String {
     prepare(folder);
     let teacher = trained_teacher(folder);
@@ -50,8 +52,8 @@ fn comparable(mut report: Value) -> Value {
     report
 }
 
-/// The files of data sets and models below a folder, by their relative path. Checkpoints and files that hold durations or paths are
-/// not among them.
+/// The files of data sets and models below a folder, by their relative path. Checkpoints and files
+/// that hold durations or paths are not among them.
 fn outputs(root: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     const VARYING: [&str; 4] = ["metrics.jsonl", "summary.json", "rounds.json", "config.yaml"];
     let mut outputs = BTreeMap::new();
@@ -144,7 +146,8 @@ fn each_round_learns_from_the_student_before_it_and_is_reported() {
         assert!(train["summary"]["validation"]["last"]["accuracy"].is_number());
         assert!(train["summary"]["final_losses"]["global_loss"].is_number());
     }
-    // Round 2 collects with the best checkpoint of round 1, whose validation answered the same prompts.
+    // Round 2 collects with the best checkpoint of round 1, whose validation answered the same
+    // prompts.
     let (trained, collected) = (&stages(0)[3]["summary"]["validation"], &stages(1)[0]["summary"]);
     assert_eq!(trained["best"]["step"], 10, "{trained}");
     assert_eq!(collected["accuracy"], trained["last"]["accuracy"]);
@@ -154,7 +157,8 @@ fn each_round_learns_from_the_student_before_it_and_is_reported() {
         assert!(page.contains(&format!("`{key}`")) || key == "duplicate", "{key} is missing in docs/data-format.md");
     }
 
-    // After a kill between the last file of a stage and its record, the stage is recorded and not done again.
+    // After a kill between the last file of a stage and its record, the stage is recorded and not
+    // done again.
     let mut unrecorded = finished.clone();
     for round in unrecorded["rounds"].as_array_mut().unwrap() {
         for stage in round["stages"].as_array_mut().unwrap() {
@@ -177,7 +181,8 @@ fn changed_settings_and_outputs_of_finished_stages_are_refused() {
     let file = write_settings(dir.path());
     let output = dir.path().join("rounds");
     TRAIN.succeed(&["rounds", "-c", &file, "train.max_steps=10"]);
-    // Another setting of training does not concern the trajectories of round 1, but it does concern its student.
+    // Another setting of training does not concern the trajectories of round 1, but it does concern
+    // its student.
     let changed = ["rounds", "-c", &file, "train.max_steps=11"];
     let message = "was made with max_steps=10; this command says 11";
     TRAIN.fail(&changed, 2, &["round-01/student", message, "delete this one"]);

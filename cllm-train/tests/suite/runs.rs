@@ -1,4 +1,5 @@
-//! Whole runs on a tiny random model: they learn, they resume exactly, and a run that has become another is refused.
+//! Whole runs on a tiny random model: they learn, they resume exactly, and a run that has become
+//! another is refused.
 
 use std::path::{Path, PathBuf};
 
@@ -62,7 +63,8 @@ fn validation_counts_unfinished_answers_apart() {
     let is_validation = |line: &Value| line["validation_tokens_per_forward"].is_number();
     let validations: Vec<Value> = metrics(&settings.output).into_iter().filter(is_validation).collect();
     assert_eq!(validations.iter().map(|line| &line["step"]).collect::<Vec<_>>(), [0, 1, 2]);
-    // Two steps are too few to learn how an answer ends. An answer that is cut is incorrect, and no checkpoint is the best.
+    // Two steps are too few to learn how an answer ends. An answer that is cut is incorrect, and no
+    // checkpoint is the best.
     for line in &validations {
         assert_eq!(line["validation_unfinished"], 12);
         assert_eq!(line["validation_tokens_per_forward_finished"], Value::Null);

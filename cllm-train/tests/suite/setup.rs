@@ -1,4 +1,5 @@
-//! What the tests share: a tiny prompt set with a tokenizer, settings of tiny runs, trajectories, and what runs leave.
+//! What the tests share: a tiny prompt set with a tokenizer, settings of tiny runs, trajectories,
+//! and what runs leave.
 
 use std::path::{Path, PathBuf};
 
@@ -212,7 +213,8 @@ pub fn rewind_to(run: &Path, step: usize) {
     std::fs::remove_file(run.join("summary.json")).unwrap();
 }
 
-/// Rewinds a finished run to `step` and resumes it. It must have the same course and the same final weights as before.
+/// Rewinds a finished run to `step` and resumes it. It must have the same course and the same final
+/// weights as before.
 #[track_caller]
 pub fn assert_resumes_exactly(settings: &Settings, step: usize) {
     let run = &settings.output;
