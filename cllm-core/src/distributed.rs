@@ -164,7 +164,7 @@ impl ProcessGroup {
         self.broadcast_tensor(&bytes, 0)?;
         let json = Vec::<u8>::try_from(bytes.to_device(Device::Cpu))?;
         serde_json::from_slice(&json)
-            .map_err(|error| Error::negative(format!("process 0 sent what process {} cannot read: {error}", self.rank)))
+            .map_err(|error| Error::internal(format!("process 0 sent what process {} cannot read: {error}", self.rank)))
     }
 
     /// Waits until all processes are here.

@@ -70,7 +70,7 @@ fn error_of_panic(payload: &(dyn Any + Send)) -> Error {
     }
 }
 
-/// Prints data on stdout. A reader that has closed the pipe (`| head`) is no error.
+/// Prints data on stdout. A reader that has closed the pipe (`| head`) is not an error.
 ///
 /// # Errors
 /// When stdout cannot be written for another reason.

@@ -27,7 +27,7 @@ struct Stats {
     prompt_tokens: usize,
     response_tokens: usize,
     blocks: usize,
-    /// Mean number of states per block, initial guess and fixed point included.
+    /// Mean number of states per block, first draft and fixed point included.
     states_per_block: f64,
     /// Response tokens per forward, derived from the states; null if any states were augmented.
     tokens_per_forward: Option<f64>,

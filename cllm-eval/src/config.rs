@@ -23,8 +23,8 @@ pub struct RunSettings {
     /// name, or else synthetic.
     #[garde(skip)]
     pub benchmark: Option<Task>,
-    /// Folder with the benchmark's data; a file for jsonl, either for perplexity, none for
-    /// synthetic.
+    /// Folder with the benchmark's data. jsonl takes a file, perplexity a file or a folder,
+    /// synthetic nothing.
     #[garde(skip)]
     pub data: Option<PathBuf>,
     /// Split to answer. Default: that of `prompts`, or else test.
@@ -39,8 +39,8 @@ pub struct RunSettings {
     /// benchmark.
     #[garde(skip)]
     pub prompts: Option<PathBuf>,
-    /// For jsonl: when an answer is correct. Default: if the texts or the numbers are equal.
-    /// `meta.scorer` of a row overrides it.
+    /// For jsonl: when an answer is correct. Default: if the texts or the numbers are equal to
+    /// those of the reference. `meta.scorer` of a row overrides it.
     #[garde(skip)]
     pub scorer: Option<Scorer>,
     /// Seed of the synthetic problems, of the first draft tokens and of sampling.
@@ -60,10 +60,10 @@ pub struct RunSettings {
     #[garde(length(min = 1), custom(valid_strategies))]
     pub strategies: Vec<Strategy>,
     /// 0 chooses the likeliest token. Above 0, tokens are sampled from the softmax of the logits
-    /// divided by it; every strategy samples the same ones.
+    /// divided by it; every strategy samples the same tokens.
     #[garde(range(min = 0.0, max = 10.0))]
     pub temperature: f64,
-    /// Maximum number of tokens of an answer.
+    /// Maximum number of tokens in an answer.
     #[garde(range(min = 1))]
     pub max_new_tokens: usize,
     /// Number of answers decoded at once to measure accuracy.

@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use cllm_core::progress::count;
 use cllm_core::trajectory::{FinishReason, INCOMPLETE_DATA_SET, Profile, Reader, RowChunk, Trajectory};
 use cllm_core::{Error, Result, interrupt, progress};
 use rayon::prelude::*;
@@ -10,7 +11,7 @@ use serde::Serialize;
 
 use crate::records::SCHEMA_VERSION;
 use crate::statistics::ratio;
-use crate::table::{self, count, format_number};
+use crate::table::{self, format_number};
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Profiles {

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use cllm_core::decode::Strategy;
 use cllm_core::program::catch_panics;
+use cllm_core::progress::count;
 use cllm_core::task::Task;
 use cllm_core::{Error, Result, progress, settings};
 use comfy_table::{Table, presets};
@@ -14,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::{RunSettings, valid_strategies};
 use crate::records::SCHEMA_VERSION;
 use crate::results::Results;
-use crate::table::{HEADS, break_head, cells, count, format_perplexity, notes};
+use crate::table::{HEADS, break_head, cells, format_perplexity, notes};
 use crate::{report, run};
 
 /// Settings of a suite. Every other setting has the default of `run`.
@@ -44,7 +45,7 @@ pub struct SuiteSettings {
     /// Run the Python code in answers to humaneval and mbpp, as in `run`.
     #[garde(skip)]
     pub execute_code: bool,
-    /// Maximum number of tokens of an answer.
+    /// Maximum number of tokens in an answer.
     #[garde(range(min = 1))]
     pub max_new_tokens: usize,
     /// Number of answers decoded at once to measure accuracy.

@@ -1,6 +1,7 @@
 //! Figures of a run in words: cells, sentences and the table that the terminal shows. Reports use
 //! the same.
 
+use cllm_core::progress::count;
 use cllm_core::task::Task;
 use comfy_table::{CellAlignment, Table, presets};
 
@@ -89,11 +90,6 @@ pub fn format_perplexity(perplexity: &Perplexity) -> String {
 fn format_similarity(similarity: &Similarity) -> String {
     let bleu = format_number(similarity.bleu.map(|bleu| 100.0 * bleu), 1, "");
     format!("BLEU {bleu}, prefix {}", format_percent(similarity.exact_prefix))
-}
-
-/// A number of things, in the plural unless it is 1.
-pub fn count(number: usize, thing: &str) -> String {
-    format!("{number} {thing}{}", if number == 1 { "" } else { "s" })
 }
 
 /// What a run measured, in a sentence.
@@ -187,8 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn differences_have_a_sign_and_counts_a_plural() {
+    fn differences_have_a_sign() {
         assert_eq!([format_points(0.0123), format_points(-0.083)], ["+1.2", "−8.3"]);
-        assert_eq!([count(1, "window"), count(2, "window")], ["1 window", "2 windows"]);
     }
 }

@@ -3,6 +3,7 @@
 
 use std::path::PathBuf;
 
+use cllm_core::progress::count;
 use cllm_core::task::Task;
 use cllm_core::{Error, Result, progress};
 use serde::Serialize;
@@ -10,7 +11,7 @@ use serde::Serialize;
 use crate::records::SCHEMA_VERSION;
 use crate::results::{ModelResults, Results, StrategyResults};
 use crate::role::Role;
-use crate::table::{self, count, format_accuracy, format_number};
+use crate::table::{self, format_accuracy, format_number};
 
 /// How strongly AUP weighs a loss of accuracy.
 const ALPHA: f64 = 3.0;

@@ -12,6 +12,7 @@ use cllm_core::model::{ModelConfig, ModelPreset};
 use cllm_core::program::{print, print_json};
 use cllm_core::progress::count;
 use cllm_core::settings::required_path;
+use cllm_core::statistics::median;
 use cllm_core::{Error, Result, device, interrupt, progress, text_file};
 use garde::Validate;
 use schemars::JsonSchema;
@@ -35,7 +36,7 @@ const NUM_WARMUP_STEPS: usize = 3;
 #[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct BenchSettings {
-    /// Folder or id of the model to train; or set `train.init`.
+    /// Folder or id of the model to train. Alternatively, set `train.init`.
     #[garde(skip)]
     pub model: Option<String>,
     /// Train random weights in the shape of a known model (with the vocabulary of `model`) instead
@@ -48,7 +49,7 @@ pub struct BenchSettings {
     /// Data sets to train on, as in `run`.
     #[garde(length(min = 1))]
     pub datasets: Vec<PathBuf>,
-    /// Time N steps, after three that warm up.
+    /// Number of steps to time, after three warm-up steps.
     #[garde(range(min = 1))]
     pub num_steps: usize,
     /// All other settings of the training, as in `run`; `bench` sets model, datasets, output and
@@ -316,9 +317,7 @@ impl Timings {
     }
 
     fn median_step_seconds(&self) -> f64 {
-        let mut sorted = self.step_seconds.clone();
-        sorted.sort_by(f64::total_cmp);
-        sorted[sorted.len() / 2]
+        median(self.step_seconds.iter().copied()).expect("num_steps is at least 1")
     }
 }
 

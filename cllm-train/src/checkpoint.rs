@@ -45,7 +45,7 @@ impl Checkpoints {
     }
 
     /// Whether there is a checkpoint to resume from.
-    pub fn exist(&self) -> bool {
+    pub fn has_latest(&self) -> bool {
         self.folder().join("latest").exists()
     }
 

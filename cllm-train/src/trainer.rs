@@ -278,7 +278,7 @@ impl Trainer<'_> {
     }
 
     fn diverged(&self, problem: String) -> Error {
-        let kept = match self.checkpoints.exist() {
+        let kept = match self.checkpoints.has_latest() {
             true => "the last checkpoint is from before that and is kept",
             false => "there is no earlier checkpoint",
         };

@@ -125,7 +125,7 @@ pub(super) fn dtype_names(kind: Kind) -> Result<DtypeNames> {
         Kind::Float => Ok(DtypeNames { safetensors: "F32", torch: "float32" }),
         Kind::Half => Ok(DtypeNames { safetensors: "F16", torch: "float16" }),
         Kind::BFloat16 => Ok(DtypeNames { safetensors: "BF16", torch: "bfloat16" }),
-        other => Err(Error::usage(format!("weights cannot be saved as {other:?}"))),
+        other => Err(Error::internal(format!("weights cannot be saved as {other:?}"))),
     }
 }
 

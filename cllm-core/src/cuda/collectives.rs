@@ -65,7 +65,8 @@ impl Collectives {
         timeout: Duration,
     ) -> Result<Self> {
         let c_string = |text: &str| {
-            CString::new(text).map_err(|_| Error::usage(format!("`{text}` contains a zero byte, as no address does")))
+            CString::new(text)
+                .map_err(|_| Error::internal(format!("`{text}` contains a zero byte, as no address does")))
         };
         let (host, prefix) = (c_string(&rendezvous.host)?, c_string(&rendezvous.prefix)?);
         let mut handle = std::ptr::null_mut();

@@ -76,7 +76,7 @@ impl<'m> Decoder<'m> {
     ) -> Result<(Vec<Answer>, Timing)> {
         let max_sequences = self.limits.max_sequences;
         if requests.len() > max_sequences {
-            return Err(Error::usage(format!(
+            return Err(Error::internal(format!(
                 "{} requests in one batch, but the cache holds {max_sequences} sequences",
                 requests.len()
             )));

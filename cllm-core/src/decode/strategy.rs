@@ -39,7 +39,7 @@ pub enum Strategy {
         pool: usize,
     },
     /// Blocks of n tokens, of which up to `blocks` (2) are in flight: a new one begins once the
-    /// fraction `ratio` (0.85) of the newest is accepted. `pool` is that of `rolling` (Jacobi
+    /// fraction `ratio` (0.85) of the newest is accepted. `pool` works as in `rolling` (Jacobi
     /// Forcing, arXiv 2512.14681).
     MultiBlock {
         /// Tokens of a block, at least 2.

@@ -25,10 +25,10 @@ use crate::{Result, fingerprint};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct LoraConfig {
-    /// Rank of the change of a weight.
+    /// Rank of the adapters.
     #[garde(range(min = 1, max = 65536))]
     pub rank: i64,
-    /// The change is scaled by alpha / rank.
+    /// The output of an adapter is scaled by alpha / rank.
     #[garde(range(min = 0.001))]
     pub alpha: f64,
     /// The projections of every layer that get an adapter.

@@ -25,13 +25,13 @@ pub(super) fn parse<T: Serialize + DeserializeOwned + Default>(file: &Path, text
         let line = error.location().map(|location| format!(", line {}", location.line())).unwrap_or_default();
         Error::usage(format!("{}{line}: {message}", file.display()))
     };
-    let settings: T = parse_typed(text).map_err(|(path, error)| {
+    let settings: T = parse_typed(text).map_err(|refusal| {
         // Broken YAML also fails at some key; the error of its syntax is the more helpful one.
         match serde_saphyr::from_str_with_options::<IgnoredAny>(text, options! { with_snippet: false }) {
-            Err(syntax) => at_line(&syntax, explain(&path, &syntax, &[])),
+            Err(syntax) => at_line(&syntax, explain(&refusal.path, &syntax, &[])),
             Ok(_) => {
                 let keys = to_value(&T::default()).map(|value| all_keys(&value)).unwrap_or_default();
-                at_line(&error, explain(&path, &error, &keys))
+                at_line(&refusal.error, explain(&refusal.path, &refusal.error, &keys))
             }
         }
     })?;
@@ -56,7 +56,7 @@ pub(super) fn check<T: DeserializeOwned>(value: &Value) -> std::result::Result<T
     serde_path_to_error::deserialize(value).map_err(|error| {
         let yaml = serde_saphyr::to_string(value).unwrap_or_default();
         match parse_typed::<T>(&yaml) {
-            Err((path, refusal)) => explain(&path, &refusal, &all_keys(value)),
+            Err(refusal) => explain(&refusal.path, &refusal.error, &all_keys(value)),
             // YAML reads a number as text; JSON does not.
             Ok(_) => format!("{}: expected text", error.path()),
         }
@@ -84,8 +84,13 @@ fn dotted(path: &PathKey) -> String {
     text
 }
 
-/// Parses YAML; the error comes with the path of the key where it happened.
-fn parse_typed<T: DeserializeOwned>(text: &str) -> std::result::Result<T, (String, YamlError)> {
+/// An error of YAML with the path of the key where it happened.
+struct Refusal {
+    path: String,
+    error: YamlError,
+}
+
+fn parse_typed<T: DeserializeOwned>(text: &str) -> std::result::Result<T, Box<Refusal>> {
     let mut path = String::new();
     serde_saphyr::with_deserializer_from_str_with_options(text, options! { with_snippet: false }, |deserializer| {
         serde_path_to_error::deserialize(deserializer).map_err(|error| {
@@ -93,7 +98,7 @@ fn parse_typed<T: DeserializeOwned>(text: &str) -> std::result::Result<T, (Strin
             error.into_inner()
         })
     })
-    .map_err(|error| (path, error))
+    .map_err(|error| Box::new(Refusal { path, error }))
 }
 
 /// What was expected at `path`, in a user's words. `keys` are those that a misspelt one is compared

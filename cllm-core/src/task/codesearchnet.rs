@@ -111,11 +111,15 @@ mod tests {
         assert!(error.contains("row 1") && error.contains("func_code_string"), "{error}");
     }
 
-    #[test]
-    #[ignore = "needs the benchmarks' data: scripts/test --data DIR"]
-    fn the_published_file_loads() {
-        let data = cllm_testing::benchmark_data("code_search_net");
-        let num_samples = |split: &str| load(&data, split).unwrap().len();
-        assert_eq!(num_samples("train") + num_samples("test"), 6226);
+    mod needs_data {
+        use super::*;
+
+        #[test]
+        #[ignore = "needs the benchmarks' data: scripts/test --data DIR"]
+        fn the_published_file_loads() {
+            let data = cllm_testing::benchmark_data("code_search_net");
+            let num_samples = |split: &str| load(&data, split).unwrap().len();
+            assert_eq!(num_samples("train") + num_samples("test"), 6226);
+        }
     }
 }

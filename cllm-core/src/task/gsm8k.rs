@@ -97,11 +97,15 @@ mod tests {
         assert!(load(dir.path(), "test").unwrap_err().to_string().contains("line 1"));
     }
 
-    #[test]
-    #[ignore = "needs the benchmarks' data: scripts/test --data DIR"]
-    fn the_published_files_load() {
-        let samples = load(&cllm_testing::benchmark_data("gsm8k"), "test").unwrap();
-        assert_eq!(samples.len(), 1319);
-        assert!(samples.iter().all(|sample| final_number(sample.reference.as_deref().unwrap()).is_some()));
+    mod needs_data {
+        use super::*;
+
+        #[test]
+        #[ignore = "needs the benchmarks' data: scripts/test --data DIR"]
+        fn the_published_files_load() {
+            let samples = load(&cllm_testing::benchmark_data("gsm8k"), "test").unwrap();
+            assert_eq!(samples.len(), 1319);
+            assert!(samples.iter().all(|sample| final_number(sample.reference.as_deref().unwrap()).is_some()));
+        }
     }
 }

@@ -152,9 +152,13 @@ mod tests {
         }
     }
 
-    #[test]
-    #[ignore = "needs the benchmarks' data: scripts/test --data DIR"]
-    fn the_published_file_loads() {
-        assert_eq!(load(&cllm_testing::benchmark_data("humaneval"), "test").unwrap().len(), 164);
+    mod needs_data {
+        use super::*;
+
+        #[test]
+        #[ignore = "needs the benchmarks' data: scripts/test --data DIR"]
+        fn the_published_file_loads() {
+            assert_eq!(load(&cllm_testing::benchmark_data("humaneval"), "test").unwrap().len(), 164);
+        }
     }
 }

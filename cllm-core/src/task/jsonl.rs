@@ -22,7 +22,8 @@ use crate::{Error, Result};
 pub enum Scorer {
     /// The answer is the reference, apart from white space at the ends.
     Exact,
-    /// The last number of the answer (or the first after its last `####`) is that of the reference.
+    /// The last number of the answer (or the first after its last `####`) equals that of the
+    /// reference.
     Numeric,
     /// The reference is a regular expression that matches anywhere in the answer; `^` and `$` are
     /// the ends of the answer without outer white space.

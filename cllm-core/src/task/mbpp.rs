@@ -116,10 +116,14 @@ mod tests {
         );
     }
 
-    #[test]
-    #[ignore = "needs the benchmarks' data: scripts/test --data DIR"]
-    fn the_published_file_loads() {
-        let path = cllm_testing::benchmark_data("mbpp/sanitized-mbpp-100.json");
-        assert!(!load(&path, "test").unwrap().is_empty());
+    mod needs_data {
+        use super::*;
+
+        #[test]
+        #[ignore = "needs the benchmarks' data: scripts/test --data DIR"]
+        fn the_published_file_loads() {
+            let path = cllm_testing::benchmark_data("mbpp/sanitized-mbpp-100.json");
+            assert!(!load(&path, "test").unwrap().is_empty());
+        }
     }
 }

@@ -35,14 +35,14 @@ pub enum Task {
     Gsm8k,
     /// Text to SQL (Yu et al., arXiv 1809.08887), scored by execution.
     Spider,
-    /// Python functions (Chen et al., arXiv 2107.03374), scored by running their tests where code
-    /// may be executed.
+    /// Python functions (Chen et al., arXiv 2107.03374), scored by running their tests if code may
+    /// be executed.
     Humaneval,
-    /// Python functions (Austin et al., arXiv 2108.07732), scored by running their tests where code
+    /// Python functions (Austin et al., arXiv 2108.07732), scored by running their tests if code
     /// may be executed.
     Mbpp,
-    /// Questions of two turns (Zheng et al., arXiv 2306.05685); not scored: a judge model reads the
-    /// answers.
+    /// Questions with two turns (Zheng et al., arXiv 2306.05685); not scored: a judge model reads
+    /// the answers.
     #[serde(rename = "mt-bench")]
     MtBench,
     /// Python functions from their docstrings (Husain et al., arXiv 1909.09436); compared with the

@@ -45,9 +45,13 @@ pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
 mod tests {
     use super::*;
 
-    #[test]
-    #[ignore = "needs the benchmarks' data: scripts/test --data DIR"]
-    fn the_published_file_loads() {
-        assert_eq!(load(&cllm_testing::benchmark_data("mt_bench"), "test").unwrap().len(), 80);
+    mod needs_data {
+        use super::*;
+
+        #[test]
+        #[ignore = "needs the benchmarks' data: scripts/test --data DIR"]
+        fn the_published_file_loads() {
+            assert_eq!(load(&cllm_testing::benchmark_data("mt_bench"), "test").unwrap().len(), 80);
+        }
     }
 }

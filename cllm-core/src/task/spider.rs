@@ -243,26 +243,35 @@ mod tests {
         assert_eq!(load(dir.path(), "heldout").unwrap()[0].source, "spider/heldout");
     }
 
-    #[test]
-    #[ignore = "needs the benchmarks' data: scripts/test --data DIR"]
-    fn every_published_reference_matches_itself() {
-        let data = cllm_testing::benchmark_data("spider");
-        let context = ScoreContext { data: Some(&data), sandbox: None };
-        // In train, 96 rows use databases that the folder lacks, and three queries do not run.
-        let faulty = ["spider-train-3153", "spider-train-4513", "spider-train-4514"];
-        for (split, num_samples, num_scored, faulty) in [("dev", 1034, 1034, &[][..]), ("train", 7000, 6904, &faulty)] {
-            let samples = load(&data, split).unwrap();
-            assert_eq!(samples.len(), num_samples);
-            let is_scorable = |sample: &&Sample| Task::Spider.check_scorable(context, sample).is_ok();
-            let verdict = |sample: &Sample| {
-                let reference = sample.reference.as_deref().unwrap();
-                (sample.id.clone(), Task::Spider.score_complete(context, sample, reference).unwrap())
-            };
-            let verdicts: Vec<_> = samples.par_iter().filter(is_scorable).map(verdict).collect();
-            assert_eq!(verdicts.len(), num_scored);
-            let not_correct: Vec<_> =
-                verdicts.into_iter().filter(|(_, verdict)| *verdict != Verdict::Correct).collect();
-            assert_eq!(not_correct, faulty.iter().map(|id| ((*id).to_owned(), Verdict::Unscored)).collect::<Vec<_>>());
+    mod needs_data {
+        use super::*;
+
+        #[test]
+        #[ignore = "needs the benchmarks' data: scripts/test --data DIR"]
+        fn every_published_reference_matches_itself() {
+            let data = cllm_testing::benchmark_data("spider");
+            let context = ScoreContext { data: Some(&data), sandbox: None };
+            // In train, 96 rows use databases that the folder lacks, and three queries do not run.
+            let faulty = ["spider-train-3153", "spider-train-4513", "spider-train-4514"];
+            for (split, num_samples, num_scored, faulty) in
+                [("dev", 1034, 1034, &[][..]), ("train", 7000, 6904, &faulty)]
+            {
+                let samples = load(&data, split).unwrap();
+                assert_eq!(samples.len(), num_samples);
+                let is_scorable = |sample: &&Sample| Task::Spider.check_scorable(context, sample).is_ok();
+                let verdict = |sample: &Sample| {
+                    let reference = sample.reference.as_deref().unwrap();
+                    (sample.id.clone(), Task::Spider.score_complete(context, sample, reference).unwrap())
+                };
+                let verdicts: Vec<_> = samples.par_iter().filter(is_scorable).map(verdict).collect();
+                assert_eq!(verdicts.len(), num_scored);
+                let not_correct: Vec<_> =
+                    verdicts.into_iter().filter(|(_, verdict)| *verdict != Verdict::Correct).collect();
+                assert_eq!(
+                    not_correct,
+                    faulty.iter().map(|id| ((*id).to_owned(), Verdict::Unscored)).collect::<Vec<_>>()
+                );
+            }
         }
     }
 }

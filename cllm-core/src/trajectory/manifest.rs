@@ -29,7 +29,7 @@ pub struct Provenance {
     pub max_new_tokens: usize,
     /// Token ids that end a response.
     pub eos_ids: Vec<i32>,
-    /// Seed of the initial guesses.
+    /// Seed of the first draft tokens.
     pub seed: u64,
     /// Fingerprint of the prompt file's contents.
     pub prompts: String,

@@ -14,7 +14,7 @@ pub struct Profile {
     pub num_blocks: usize,
     /// Tokens of the response in these blocks.
     pub num_tokens: usize,
-    /// Iterations from the initial guess until all of these tokens have converged.
+    /// Iterations from the first draft until all of these tokens have converged.
     pub num_iterations: usize,
     /// Tokens by which iterations extended the converged prefix. An iteration adds at least one;
     /// those beyond it are included.
@@ -104,7 +104,7 @@ impl Trajectory {
     }
 
     /// Forwards that decoding the response took: one for its first token; in each block one for
-    /// every state after the initial guess, and one that confirms the fixed point and opens the
+    /// every state after the first draft, and one that confirms the fixed point and opens the
     /// next block or ends the response.
     pub fn num_forwards(&self) -> usize {
         let in_block = |block: &Block| {

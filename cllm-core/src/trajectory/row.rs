@@ -19,7 +19,7 @@ pub enum FinishReason {
 pub struct Block {
     /// Position of the block's first token in the response.
     pub start: u32,
-    /// Every Jacobi state from the initial guess to the fixed point, each exactly n tokens long.
+    /// Every Jacobi state from the first draft to the fixed point, each exactly n tokens long.
     pub states: Vec<Vec<i32>>,
 }
 

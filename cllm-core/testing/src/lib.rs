@@ -1,8 +1,14 @@
 //! What the tests of several crates share: tiny models, tokenizers, and the built programs.
+//!
+//! A test that needs something that a machine may lack is in a module named after it: `needs_gpu`,
+//! `needs_data` (the benchmarks' published files), `needs_browser` (Chromium) or `needs_landlock`
+//! (a kernel that has it). It is `#[ignore]`d with the command that runs it, and fails if the thing
+//! is missing. `scripts/test` selects these tests by module.
 #![allow(clippy::unwrap_used, missing_docs)] // A test that cannot go on fails.
 
 pub mod families;
 pub mod foreign_parquet;
+pub mod gpu;
 pub mod help;
 pub mod programs;
 

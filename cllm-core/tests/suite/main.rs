@@ -4,9 +4,9 @@
 mod bad_models;
 mod chat_templates;
 mod decoding;
-mod gpu;
 mod lora;
 mod models;
+mod needs_gpu;
 mod parity;
 mod sampling;
 mod saved;

@@ -30,7 +30,7 @@ pub struct Settings {
     /// Drop responses in which more than this fraction of the 4-grams repeat an earlier one.
     #[garde(range(min = 0.0, max = 1.0))]
     pub repeated_4grams: f64,
-    /// Drop responses that end in this many copies of one sequence of tokens.
+    /// Drop responses that end in at least this many copies of one sequence of tokens.
     #[garde(range(min = 2))]
     pub periodic_tail: usize,
     /// Drop responses in which one line or sentence occurs at least this many times.

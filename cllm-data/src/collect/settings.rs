@@ -29,13 +29,13 @@ pub struct Settings {
     /// Maximum number of tokens in a response.
     #[garde(range(min = 1))]
     pub max_new_tokens: usize,
-    /// Seed of the initial guesses.
+    /// Seed of the first draft tokens.
     #[garde(skip)]
     pub seed: u64,
     /// auto, cpu, cuda or cuda:N.
     #[garde(skip)]
     pub device: String,
-    /// Responses decoded at once. A run that is stopped loses at most these.
+    /// Number of responses decoded at once. An interrupted run loses at most these.
     #[garde(range(min = 1))]
     pub batch_size: usize,
     /// Responses per shard.

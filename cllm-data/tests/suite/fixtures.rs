@@ -107,7 +107,7 @@ pub fn provenance() -> Provenance {
     }
 }
 
-/// A row whose blocks converge in three states: a wrong guess, one whose second half is wrong, the
+/// A row whose blocks converge in three states: a wrong draft, one whose second half is wrong, the
 /// fixed point.
 pub fn row(id: &str, response: &[i32]) -> Trajectory {
     let block = |(index, tokens): (usize, &[i32])| {

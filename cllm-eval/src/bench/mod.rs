@@ -53,23 +53,23 @@ pub struct BenchSettings {
     /// Length of the synthetic prompts, which is also the length of the timed prefill.
     #[garde(range(min = 1))]
     pub num_prompt_tokens: usize,
-    /// Decode this many tokens per timing of a step.
+    /// Number of tokens to decode for each timing of a step.
     #[garde(range(min = 2))]
     pub num_new_tokens: usize,
-    /// Repeat each timing this many times, after two repetitions that warm up; the median is
-    /// reported.
+    /// Number of repetitions of each timing, after two that warm up; the median is reported.
     #[garde(range(min = 1))]
     pub num_repeats: usize,
     /// Measure the autoregressive throughput of these batch sizes.
     #[garde(inner(range(min = 1)))]
     pub batch_sizes: Vec<usize>,
-    /// Measure a collection over all prompts with this batch size. Null: leave it out.
+    /// Batch size of a collection over all prompts, which is then measured too; `null` measures
+    /// none.
     #[garde(range(min = 1))]
     pub collect_batch_size: Option<usize>,
     /// Block size of the collection, in tokens.
     #[garde(range(min = 2, max = 1024))]
     pub collect_n: usize,
-    /// Maximal number of tokens of an answer to a prompt.
+    /// Maximum number of tokens in an answer to a prompt.
     #[garde(range(min = 1))]
     pub max_new_tokens: usize,
     /// Output of `scripts/bench-transformers`, to report beside the results.

@@ -1,7 +1,9 @@
 //! A comparison as the terminal shows it.
 
+use cllm_core::progress::count;
+
 use super::comparison::{Comparison, Side, SpeedComparison};
-use crate::table::{self, count, format_accuracy, format_interval, format_number, format_percent, format_points};
+use crate::table::{self, format_accuracy, format_interval, format_number, format_percent, format_points};
 
 const HEADS: [&str; 7] = ["", "model/strategy", "run", "accuracy (95 %)", "unfinished", "tokens/forward", "tokens/s"];
 

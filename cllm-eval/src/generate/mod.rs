@@ -13,6 +13,7 @@ use cllm_core::decode::{
     Answer, DecodeOptions, Decoder, Request, StopConditions, Strategy, Timing, check_fits_context, required_slots,
 };
 use cllm_core::model::ModelConfig;
+use cllm_core::progress::count;
 use cllm_core::prompt_set::Prompt;
 use cllm_core::tokenizer::{DecodeStream, Tokenizer};
 use cllm_core::trajectory::FinishReason;
@@ -22,7 +23,6 @@ use serde::Serialize;
 use crate::eos_ids;
 use crate::printable::to_printable;
 use crate::statistics::ratio;
-use crate::table::count;
 pub use chat::chat;
 use columns::{COLOURS, RESET_COLOUR};
 

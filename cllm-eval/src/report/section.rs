@@ -1,5 +1,6 @@
 //! What the templates show of one run.
 
+use cllm_core::progress::count;
 use cllm_core::{Result, settings};
 use serde::Serialize;
 use serde_json::Value;
@@ -11,7 +12,7 @@ use super::headline::Headline;
 use super::model_card::command;
 use crate::records::ModelEntry;
 use crate::results::{ModelResults, Results};
-use crate::table::{count, describe, notes, rows};
+use crate::table::{describe, notes, rows};
 use crate::tradeoff::{Aup, Tradeoff};
 
 #[derive(Debug, Serialize)]

@@ -139,30 +139,35 @@ fn mbpp_needs_every_assertion_to_pass() {
     }
 }
 
-#[test]
-#[ignore = "needs the benchmarks' data: scripts/test --data DIR"]
-fn every_real_reference_passes_its_own_tests() {
-    let data = std::env::var_os("CLLM_DATA").expect("CLLM_DATA names the folder with the benchmarks' data");
-    let (_alone, sandbox, data) = (alone(), sandbox(), Path::new(&data));
-    let mbpp = data.join("mbpp/sanitized-mbpp-100.json");
-    let load = |task: Task, path: &Path, split: &str| task.load(path, split).unwrap();
-    let problems = load(Task::Humaneval, &data.join("humaneval"), "test");
-    let all_splits = ["test", "validation", "train", "prompt"].map(|split| load(Task::Mbpp, &mbpp, split)).concat();
-    assert_eq!((problems.len(), all_splits.len()), (164, 100));
-    for (task, samples) in [(Task::Humaneval, problems), (Task::Mbpp, all_splits)] {
-        let passes = |sample: &Sample| {
-            let reference = sample.reference.as_deref().unwrap();
-            let meta: &Value = sample.meta.as_ref().unwrap();
-            // HumanEval's own solutions are continuations of the prompt.
-            let rest = meta["prompt"].as_str().and_then(|prompt| reference.strip_prefix(prompt)).unwrap_or(reference);
-            let answers = [rest.to_owned(), format!("Sure:\n```python\n{reference}\n```")];
-            answers.iter().all(|answer| score(task, &sandbox, sample, answer) == Verdict::Correct)
-        };
-        let failed: Vec<&str> = samples.par_iter().filter(|&s| !passes(s)).map(|s| s.id.as_str()).collect();
-        assert!(failed.is_empty(), "{failed:?}");
-        // The same tests tell an incorrect answer from a correct one.
-        let nothing = samples.par_iter().filter(|&s| score(task, &sandbox, s, "    return None\n") == Verdict::Correct);
-        assert_eq!(nothing.count(), 0);
+mod needs_data {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs the benchmarks' data: scripts/test --data DIR"]
+    fn every_real_reference_passes_its_own_tests() {
+        let (_alone, sandbox) = (alone(), sandbox());
+        let mbpp = cllm_testing::benchmark_data("mbpp").join("sanitized-mbpp-100.json");
+        let load = |task: Task, path: &Path, split: &str| task.load(path, split).unwrap();
+        let problems = load(Task::Humaneval, &cllm_testing::benchmark_data("humaneval"), "test");
+        let all_splits = ["test", "validation", "train", "prompt"].map(|split| load(Task::Mbpp, &mbpp, split)).concat();
+        assert_eq!((problems.len(), all_splits.len()), (164, 100));
+        for (task, samples) in [(Task::Humaneval, problems), (Task::Mbpp, all_splits)] {
+            let passes = |sample: &Sample| {
+                let reference = sample.reference.as_deref().unwrap();
+                let meta: &Value = sample.meta.as_ref().unwrap();
+                // HumanEval's own solutions are continuations of the prompt.
+                let rest =
+                    meta["prompt"].as_str().and_then(|prompt| reference.strip_prefix(prompt)).unwrap_or(reference);
+                let answers = [rest.to_owned(), format!("Sure:\n```python\n{reference}\n```")];
+                answers.iter().all(|answer| score(task, &sandbox, sample, answer) == Verdict::Correct)
+            };
+            let failed: Vec<&str> = samples.par_iter().filter(|&s| !passes(s)).map(|s| s.id.as_str()).collect();
+            assert!(failed.is_empty(), "{failed:?}");
+            // The same tests tell an incorrect answer from a correct one.
+            let nothing =
+                samples.par_iter().filter(|&s| score(task, &sandbox, s, "    return None\n") == Verdict::Correct);
+            assert_eq!(nothing.count(), 0);
+        }
     }
 }
 

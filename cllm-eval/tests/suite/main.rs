@@ -4,7 +4,6 @@
 mod animations;
 mod bad_input;
 mod bench;
-mod browser;
 mod chat;
 mod code;
 mod comparisons;
@@ -13,6 +12,7 @@ mod generate;
 mod interrupted;
 mod made_up;
 mod mt_bench;
+mod needs_browser;
 mod perplexities;
 mod profiles;
 mod reports;

@@ -35,13 +35,14 @@ pub struct RoundsSettings {
     #[garde(skip)]
     #[schemars(extend("elsewhere" = true))]
     pub clean: Option<clean::Settings>,
-    /// Settings of `cllm-train run`; `rounds` sets model, datasets and output. Unless another is
-    /// named, the anchor of every round is the model of the first.
+    /// Settings of `cllm-train run`; `rounds` sets model, datasets and output. Unless
+    /// `consistency.anchor` names another model, the anchor of every round is the model of the
+    /// first round.
     #[garde(skip)]
     #[schemars(extend("elsewhere" = true))]
     pub train: Settings,
     /// What each round changes in the sections above, such as `{collect: {n: 32}}`; `{}` changes
-    /// nothing. There are as many rounds as items.
+    /// nothing. Each item is a round.
     #[garde(length(min = 1))]
     pub rounds: Vec<Map<String, Value>>,
 }

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct InitSettings {
-    /// Folder of its tokenizer (`cllm-train tokenizer` makes one).
+    /// Folder of the tokenizer (`cllm-train tokenizer` trains one).
     #[garde(custom(cllm_core::settings::required_path))]
     pub tokenizer: PathBuf,
     /// Width of the residual stream.

@@ -56,13 +56,13 @@ pub struct Settings {
     /// Folder of the run.
     #[garde(custom(required_path))]
     pub output: PathBuf,
-    /// Seed of the order of the examples, the states drawn from them, and random weights.
+    /// Seed of random weights, of the order of the examples, and of the states drawn from them.
     #[garde(skip)]
     pub seed: u64,
     /// Passes over the data.
     #[garde(range(min = 1))]
     pub epochs: usize,
-    /// Stop after N steps, where the learning rate schedule then ends too; `null` runs all epochs.
+    /// Stop after N steps; the learning rate schedule ends there too. `null` runs all epochs.
     #[garde(range(min = 1))]
     pub max_steps: Option<usize>,
     /// Maximum number of tokens in a forward. Examples, with their noisy blocks, are packed into
@@ -72,11 +72,12 @@ pub struct Settings {
     /// Number of batches whose gradients are accumulated into one step, over all processes.
     #[garde(range(min = 1))]
     pub accumulation: usize,
-    /// Examples with more packed tokens are excluded, and counted on stderr.
+    /// Maximum number of packed tokens in an example. Longer examples are excluded, and their
+    /// number is logged.
     #[garde(range(min = 1))]
     pub max_example_tokens: usize,
     /// Number of leading layers with activation checkpointing: they save only their input and are
-    /// recomputed in the backward, which takes less memory and more time.
+    /// recomputed in the backward. This saves memory and costs time.
     #[garde(skip)]
     pub checkpointed_layers: usize,
     /// The optimizer.
@@ -99,7 +100,7 @@ pub struct Settings {
     #[garde(range(min = 1))]
     pub max_checkpoints: usize,
     /// Ids that end an answer, in place of the model's own. `sft` ends its answers with the first.
-    /// The trained model records them too.
+    /// They are also saved with the trained model.
     #[garde(length(min = 1))]
     pub eos_ids: Option<Vec<i32>>,
     /// auto, cpu, cuda or cuda:N.

@@ -4,9 +4,9 @@
 mod bad_input;
 mod distributed;
 mod gguf;
-mod gpu;
 mod interrupted;
 mod lora;
+mod needs_gpu;
 mod packed;
 mod program;
 mod recipes;

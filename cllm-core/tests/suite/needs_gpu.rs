@@ -1,13 +1,15 @@
-//! Decoding on a GPU with our own kernels against the eager float32 path on the CPU.
+//! Decoding with the kernels of a GPU in bfloat16, against the eager backend on the CPU in float32.
 
 use cllm_core::decode::{Answer, DecodeOptions, Decoder, Request, StopConditions, Strategy, required_slots};
-use cllm_core::model::{ModelConfig, Transformer};
+use cllm_core::model::Transformer;
+use cllm_testing::gpu;
 use serde_json::{Value, json};
-use tch::{Cuda, Device, IndexOp, Kind, Tensor};
+use tch::{Device, IndexOp, Kind, Tensor};
 
 use crate::sampling::Draws;
 
-/// Shapes that the kernels take: one a family, head width and number of query heads to a key head.
+/// Models that the kernels support: several families, widths of a head, and numbers of query heads
+/// per head of keys.
 fn shapes() -> Vec<(&'static str, Value)> {
     let base = json!({
         "vocab_size": 203, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3, "head_dim": 32,
@@ -31,32 +33,13 @@ fn shapes() -> Vec<(&'static str, Value)> {
     ]
 }
 
-/// The same weights, as bf16 can hold them, on the GPU in bf16 and on the CPU in float32.
-fn models(config: &Value) -> (Transformer, Transformer) {
-    let config = ModelConfig::from_json(config).unwrap();
-    let on_gpu = Transformer::random(config.clone(), 7, Device::Cuda(0), Kind::BFloat16);
-    let on_cpu = Transformer::random(config, 7, Device::Cpu, Kind::Float);
-    let _no_grad = tch::no_grad_guard();
-    for ((name, mut fast), (_, mut exact)) in on_gpu.named_parameters().into_iter().zip(on_cpu.named_parameters()) {
-        if name.ends_with("bias") {
-            let _ = exact.normal_(0.0, 0.3);
-        } else if name.ends_with("norm.weight") {
-            let _ = exact.uniform_(0.5, 1.5);
-        } else {
-            exact *= 8.0;
-        }
-        fast.copy_(&exact);
-        exact.copy_(&fast.to_device(Device::Cpu));
-    }
-    (on_gpu, on_cpu)
-}
-
-/// How an answer looks to the float32 model, in standard deviations of its logits.
+/// How far an answer is from the float32 model's, in standard deviations of its logits.
 #[derive(Debug, Default, Clone, Copy)]
 struct Error {
-    /// By how much the logit of a token misses the largest, at most: 0 where each is the likeliest.
-    miss: f64,
-    /// By how much libtorch's own bf16 operations move a logit, at most: what rounding alone does.
+    /// How far the logit of a chosen token is below the largest, at most: 0 if each is the
+    /// likeliest.
+    gap: f64,
+    /// How far libtorch's own bfloat16 operations move a logit, at most: what rounding alone does.
     rounding: f64,
 }
 
@@ -73,9 +56,9 @@ fn error(on_gpu: &Transformer, exact: &Transformer, request: &Request, answer: &
     let (rounded, logits) = (logits(on_gpu), logits(exact));
     let spread = logits.std_dim(1, true, true);
     let chosen = logits.gather(1, &tokens.i((0, first + 1..)).unsqueeze(1), false);
-    let missed = (logits.max_dim(1, true).0 - chosen) / &spread;
+    let gaps = (logits.max_dim(1, true).0 - chosen) / &spread;
     let rounding = (rounded - &logits).abs() / &spread;
-    Error { miss: missed.max().double_value(&[]), rounding: rounding.max().double_value(&[]) }
+    Error { gap: gaps.max().double_value(&[]), rounding: rounding.max().double_value(&[]) }
 }
 
 fn worst<'e>(
@@ -84,22 +67,20 @@ fn worst<'e>(
 ) -> Error {
     answers
         .map(|(request, answer)| error(on_gpu, exact, request, answer))
-        .fold(Error::default(), |a, b| Error { miss: a.miss.max(b.miss), rounding: a.rounding.max(b.rounding) })
+        .fold(Error::default(), |a, b| Error { gap: a.gap.max(b.gap), rounding: a.rounding.max(b.rounding) })
 }
 
 impl Error {
-    /// Two logits that change places are each off by what rounding does; ours are rounded fewer times than libtorch's.
+    /// Two logits that swap ranks are each off by what rounding does. Our kernels round fewer times
+    /// than libtorch.
     fn is_rounding(self) -> bool {
-        self.miss < 2.0 * self.rounding
+        self.gap < 2.0 * self.rounding
     }
 }
 
 #[test]
-fn every_token_of_a_gpu_is_the_likeliest_of_the_float32_model_to_rounding() {
-    if !Cuda::is_available() {
-        eprintln!("skipped: no GPU");
-        return;
-    }
+#[ignore = "needs a GPU: scripts/test --gpu"]
+fn every_token_is_the_likeliest_of_the_float32_model_up_to_rounding() {
     let lengths = [1, 2, 17, 40, 130, 300, 33, 64, 5, 90].into_iter().cycle().take(45);
     let requests: Vec<Request> = lengths
         .enumerate()
@@ -110,8 +91,9 @@ fn every_token_of_a_gpu_is_the_likeliest_of_the_float32_model_to_rounding() {
         .collect();
     let stop = StopConditions { max_new_tokens: 60, eos_ids: vec![3] };
     for (name, config) in shapes() {
-        let models = models(&config);
-        // Its tree of 64 tokens is the widest window here; of one row it goes through cuBLAS, the default one does not.
+        let models = gpu::on_gpu_and_cpu(&config, 7, 8.0);
+        // Its tree of 64 tokens is the widest window here. Even a single row of it goes through
+        // cuBLAS, unlike the default.
         let wide = Strategy::Lookahead { window: 10, ngram: 5, candidates: 6 };
         let mut decoder = Decoder::new(&models.0, requests.len(), required_slots(300, &stop, wide)).unwrap();
         let mut plain: Vec<Answer> = Vec::new();
@@ -144,11 +126,8 @@ fn every_token_of_a_gpu_is_the_likeliest_of_the_float32_model_to_rounding() {
 }
 
 #[test]
-fn a_stream_of_requests_gives_the_answers_of_single_ones() {
-    if !Cuda::is_available() {
-        eprintln!("skipped: no GPU");
-        return;
-    }
+#[ignore = "needs a GPU: scripts/test --gpu"]
+fn streamed_requests_get_the_answers_of_single_ones() {
     let requests: Vec<Request> = (0..60)
         .map(|row| Request {
             sample_id: format!("s{row}"),
@@ -157,7 +136,7 @@ fn a_stream_of_requests_gives_the_answers_of_single_ones() {
         .collect();
     let stop = StopConditions { max_new_tokens: 50, eos_ids: vec![3, 7] };
     let (_, config) = shapes().remove(0);
-    let models = models(&config);
+    let models = gpu::on_gpu_and_cpu(&config, 7, 8.0);
     for strategy in [Strategy::Jacobi { n: 8 }, Strategy::lookahead()] {
         let mut decoder = Decoder::new(&models.0, 10, required_slots(90, &stop, strategy)).unwrap();
         let mut answered = 0;
@@ -173,25 +152,22 @@ fn a_stream_of_requests_gives_the_answers_of_single_ones() {
     }
 }
 
-/// The kernels choose with noise of each position; what they draw is held against the softmax of the float32 model. Few ids, so
-/// that guesses are often right: the second and third token are drawn behind guesses that were accepted or corrected.
+/// With few ids, draft tokens are often correct, so the second and third tokens are sampled after
+/// drafts that were accepted and after ones that were corrected.
 #[test]
-fn what_a_gpu_draws_follows_the_softmax_of_the_float32_model() {
-    if !Cuda::is_available() {
-        eprintln!("skipped: no GPU");
-        return;
-    }
+#[ignore = "needs a GPU: scripts/test --gpu"]
+fn samples_follow_the_softmax_of_the_float32_model() {
     for (name, mut config) in shapes() {
         config["vocab_size"] = 29.into();
-        let (on_gpu, exact) = models(&config);
+        let (on_gpu, exact) = gpu::on_gpu_and_cpu(&config, 7, 8.0);
         // One row goes through the fused kernels, 64 rows through cuBLAS.
         for (rows, count) in [(1, 1000), (64, 6000)] {
             let prompt = (0..24).map(|i| i % 8 * 3).collect();
             let draws = Draws { prompt, num_tokens: 3, temperature: 0.8, num_answers: count, max_sequences: rows };
             for (strategy, seed) in [(Strategy::Ar, 21), (Strategy::rolling(8), 22), (Strategy::lookahead(), 23)] {
-                let found = draws.misfit(&on_gpu, &exact, strategy, seed);
-                println!("{name} {strategy:?} in {rows} rows: {found:.1?}");
-                assert!(found.chi_squared < found.allowed, "{name}, {strategy:?} in {rows} rows: {found:?}");
+                let misfit = draws.misfit(&on_gpu, &exact, strategy, seed);
+                println!("{name} {strategy:?} in {rows} rows: {misfit:.1?}");
+                assert!(misfit.chi_squared < misfit.allowed, "{name}, {strategy:?} in {rows} rows: {misfit:?}");
             }
         }
     }

@@ -1,0 +1,75 @@
+//! The losses with our CUDA kernels, which turn the student's logits into their own gradient in
+//! place.
+
+use cllm_core::Result;
+use cllm_core::cuda::train::{self as kernels, Labels, Logits, TargetRows, TrainKernels};
+use cllm_core::train::project_backward;
+use tch::{Kind, Tensor};
+
+use crate::data::batch::Chunk;
+use crate::loss::head::{ChunkLosses, LossHead};
+use crate::losses::Losses;
+use crate::settings::Divergence;
+
+/// As `eager::chunk_losses`.
+pub fn chunk_losses(
+    head: &LossHead<'_>,
+    kernels: &TrainKernels,
+    hidden: &Tensor,
+    anchor_logits: Option<Tensor>,
+    chunk: &Chunk,
+) -> Result<ChunkLosses> {
+    let _no_grad = tch::no_grad_guard();
+    let (num_rows, num_all_rows) = (chunk.rows.len(), hidden.size()[0] as usize);
+    let scale = head.scale.unwrap_or_default();
+    let labels = Labels::new(&chunk.labels, head.model.config().vocab_size as usize, hidden.device())?;
+    let targets = TargetRows::new(&chunk.noisy_targets, num_all_rows, hidden.device())?;
+    let logits = kernels.logits(head.model.project(hidden))?;
+    let mut sums = Losses::default();
+    // This comes first: its targets are clean rows, which the cross-entropy turns into their
+    // gradients.
+    if num_all_rows > num_rows {
+        let (student, target) = ((&logits, num_rows), (&logits, &targets));
+        let per_row = kernels.divergence(student, target, head.divergence.into(), scale.global)?;
+        sums.global = Some(per_row.sum(Kind::Float));
+    }
+    let anchor_logits = anchor_logits.map(|logits| kernels.logits(logits)).transpose()?;
+    let anchor = anchor_logits.as_ref().map(|logits| (logits, scale.anchor));
+    let (ar, anchor) = kernels.cross_entropy(&logits, &labels, scale.ar, anchor)?;
+    sums.ar = Some(ar.sum(Kind::Float));
+    sums.anchor = anchor.map(|per_row| per_row.sum(Kind::Float));
+    Ok(ChunkLosses { sums, d_rows: d_rows(head, hidden, &logits)? })
+}
+
+/// As `eager::local_losses`.
+pub fn local_losses(
+    head: &LossHead<'_>,
+    kernels: &TrainKernels,
+    hidden: &Tensor,
+    next_logits: Tensor,
+) -> Result<ChunkLosses> {
+    let _no_grad = tch::no_grad_guard();
+    let scale = head.scale.unwrap_or_default();
+    let (logits, next_logits) = (kernels.logits(head.model.project(hidden))?, kernels.logits(next_logits)?);
+    let targets = TargetRows::identity(hidden.size()[0] as usize, hidden.device())?;
+    let (student, target) = ((&logits, 0), (&next_logits, &targets));
+    let per_row = kernels.divergence(student, target, head.divergence.into(), scale.local)?;
+    let sums = Losses { local: Some(per_row.sum(Kind::Float)), ..Losses::default() };
+    Ok(ChunkLosses { sums, d_rows: d_rows(head, hidden, &logits)? })
+}
+
+/// The gradient of hidden states, from logits that have become their own gradient. That of the
+/// vocabulary projection is added to the model's.
+fn d_rows(head: &LossHead<'_>, hidden: &Tensor, d_logits: &Logits) -> Result<Option<Tensor>> {
+    head.scale.map(|_| project_backward(head.model, hidden, d_logits.values())).transpose()
+}
+
+impl From<Divergence> for kernels::Divergence {
+    fn from(divergence: Divergence) -> Self {
+        match divergence {
+            Divergence::Forward => kernels::Divergence::ForwardKl,
+            Divergence::Reverse => kernels::Divergence::ReverseKl,
+            Divergence::Jsd => kernels::Divergence::JensenShannon,
+        }
+    }
+}

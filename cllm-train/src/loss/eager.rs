@@ -1,0 +1,70 @@
+//! The losses in libtorch's operations, on any device. Autograd differentiates them.
+
+use tch::{Kind, Tensor};
+
+use crate::data::batch::{Chunk, NO_LABEL};
+use crate::loss::head::{ChunkLosses, LossHead};
+use crate::losses::Losses;
+use crate::settings::Divergence;
+
+/// The autoregressive, global and anchor losses of a chunk, from the hidden states of its rows and
+/// then its noisy rows, and the frozen model's logits.
+pub fn chunk_losses(head: &LossHead<'_>, hidden: &Tensor, anchor_logits: Option<Tensor>, chunk: &Chunk) -> ChunkLosses {
+    let to_device = |numbers: &[i64]| Tensor::from_slice(numbers).to_device(hidden.device());
+    let (labels, targets) = (to_device(&chunk.labels), to_device(&chunk.noisy_targets));
+    let num_rows = chunk.rows.len() as i64;
+    let num_noisy_rows = hidden.size()[0] - num_rows;
+    with_autograd(head, hidden, |logits| {
+        let log_probs = logits.log_softmax(-1, Kind::Float);
+        let clean = log_probs.narrow(0, 0, num_rows);
+        let is_labelled = labels.ne(NO_LABEL).unsqueeze(-1);
+        let label_log_probs = clean.gather(1, &labels.clamp_min(0).unsqueeze(-1), false);
+        let ar = -(label_log_probs * is_labelled).sum(Kind::Float);
+        let global = (num_noisy_rows > 0).then(|| {
+            let noisy = log_probs.narrow(0, num_rows, num_noisy_rows);
+            divergence(&clean.detach().index_select(0, &targets), &noisy, head.divergence)
+        });
+        let anchor =
+            anchor_logits.map(|logits| divergence(&logits.log_softmax(-1, Kind::Float), &clean, Divergence::Forward));
+        Losses { ar: Some(ar), global, local: None, anchor }
+    })
+}
+
+/// The local loss of a chunk, from the hidden states of its rows and the logits of their
+/// counterparts in the next state.
+pub fn local_losses(head: &LossHead<'_>, hidden: &Tensor, next_logits: &Tensor) -> ChunkLosses {
+    with_autograd(head, hidden, |logits| {
+        let log_probs = logits.log_softmax(-1, Kind::Float);
+        let target = next_logits.log_softmax(-1, Kind::Float);
+        let local = divergence(&target, &log_probs, head.divergence);
+        Losses { local: Some(local), ..Losses::default() }
+    })
+}
+
+/// The divergence of log-probabilities `[rows, vocab]` from their targets, summed over the rows.
+pub fn divergence(target: &Tensor, student: &Tensor, divergence: Divergence) -> Tensor {
+    let kl = |p: &Tensor, q: &Tensor| (p.exp() * (p - q)).sum(Kind::Float);
+    match divergence {
+        Divergence::Forward => kl(target, student),
+        Divergence::Reverse => kl(student, target),
+        Divergence::Jsd => {
+            let middle = target.logaddexp(student) - std::f64::consts::LN_2;
+            (kl(target, &middle) + kl(student, &middle)) * 0.5
+        }
+    }
+}
+
+/// Computes losses from the logits of hidden states and, if there is a backward, the gradient of
+/// the hidden states.
+fn with_autograd(
+    head: &LossHead<'_>,
+    hidden: &Tensor,
+    losses: impl FnOnce(Tensor) -> Losses<Option<Tensor>>,
+) -> ChunkLosses {
+    let hidden = hidden.detach().set_requires_grad(head.scale.is_some());
+    let sums = losses(head.model.logits_with_grad(&hidden));
+    let Some(scale) = head.scale else { return ChunkLosses { sums, d_rows: None } };
+    let scaled = |(sum, scale): (&Option<Tensor>, f64)| sum.as_ref().map(|sum| sum * scale);
+    sums.as_ref().zip(scale).into_array().into_iter().filter_map(scaled).sum::<Tensor>().backward();
+    ChunkLosses { sums, d_rows: Some(hidden.grad()) }
+}

@@ -1,0 +1,24 @@
+//! What both implementations of the losses take and give.
+
+use cllm_core::model::Transformer;
+use tch::Tensor;
+
+use crate::losses::Losses;
+use crate::settings::Divergence;
+
+/// The vocabulary projection of a model, and how losses follow from it.
+pub struct LossHead<'m> {
+    pub model: &'m Transformer,
+    /// Divergence of the global and local losses.
+    pub divergence: Divergence,
+    /// Factor of each loss in the gradient; `None` without a backward.
+    pub scale: Option<Losses<f64>>,
+}
+
+/// The losses of a chunk of rows.
+pub struct ChunkLosses {
+    /// Sums over the rows; `None` for a loss that is not computed from these rows.
+    pub sums: Losses<Option<Tensor>>,
+    /// Gradient of the rows' hidden states, if there is a backward.
+    pub d_rows: Option<Tensor>,
+}
