@@ -181,6 +181,10 @@ fn byte_level_step(use_regex: bool) -> Value {
     json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": use_regex })
 }
 
+fn split_step(pattern: &str) -> Value {
+    json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false })
+}
+
 /// How a byte-level tokenizer splits text into words before it merges bytes.
 struct WordSplit {
     normalizer: Value,
@@ -192,7 +196,6 @@ struct WordSplit {
 impl WordSplit {
     /// The split that llama.cpp calls `rule`.
     fn from_rule(rule: &str) -> Parsed<Self> {
-        let words = |pattern: &str| json!({ "type": "Split", "pattern": { "Regex": pattern }, "behavior": "Isolated", "invert": false });
         let digits = json!({ "type": "Digits", "individual_digits": true });
         let sequence = |steps: Vec<Value>| json!({ "type": "Sequence", "pretokenizers": steps });
         let (mut normalizer, mut is_llama3) = (Value::Null, false);
@@ -203,15 +206,15 @@ impl WordSplit {
             }
             "llama-bpe" | "llama3" | "llama-v3" => {
                 is_llama3 = true;
-                sequence(vec![words(LLAMA3_WORDS), byte_level_step(false)])
+                sequence(vec![split_step(LLAMA3_WORDS), byte_level_step(false)])
             }
             "qwen2" | "deepseek-r1-qwen" => {
                 normalizer = json!({ "type": "NFC" });
-                sequence(vec![words(QWEN2_WORDS), byte_level_step(false)])
+                sequence(vec![split_step(QWEN2_WORDS), byte_level_step(false)])
             }
             "deepseek-coder" => {
                 let patterns = ["[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-퟿]+"];
-                sequence(patterns.into_iter().map(words).chain([digits, byte_level_step(false)]).collect())
+                sequence(patterns.into_iter().map(split_step).chain([digits, byte_level_step(false)]).collect())
             }
             other => {
                 return Err(format!(

@@ -1,10 +1,10 @@
 //! Measurements on held-out data during training: answers to prompts (speed and accuracy), losses
 //! on trajectories, and the choice of the best checkpoint from them.
 
-pub(crate) mod best_checkpoint;
+pub mod best_checkpoint;
 mod generation_probe;
 mod losses;
-pub(crate) mod metrics;
+pub mod metrics;
 
 use cllm_core::Result;
 use cllm_core::model::ModelConfig;
@@ -18,29 +18,29 @@ use losses::ValidationLosses;
 use metrics::GenerationMetrics;
 
 /// What a run validates with.
-pub(crate) struct Validator<'t> {
+pub struct Validator<'t> {
     probe: Option<GenerationProbe<'t>>,
     losses: Option<ValidationLosses>,
 }
 
 /// What a validation found.
-pub(crate) struct ValidationOutput {
+pub struct ValidationOutput {
     /// `None` without prompts to answer.
-    pub(crate) generation: Option<GenerationMetrics>,
+    pub generation: Option<GenerationMetrics>,
     /// `None` without trajectories.
-    pub(crate) losses: Option<Losses<f64>>,
+    pub losses: Option<Losses<f64>>,
 }
 
 impl<'t> Validator<'t> {
     /// Reads and checks all validation data, so that a bad prompt stops a run before its first step
     /// and not midway. `None` if the settings name no data.
-    pub(crate) fn load(settings: &Settings, tokenizer: &'t Tokenizer, config: &ModelConfig) -> Result<Option<Self>> {
+    pub fn load(settings: &Settings, tokenizer: &'t Tokenizer, config: &ModelConfig) -> Result<Option<Self>> {
         let probe = GenerationProbe::load(settings, tokenizer, config)?;
         let losses = ValidationLosses::load(settings, tokenizer, config)?;
         Ok((probe.is_some() || losses.is_some()).then_some(Validator { probe, losses }))
     }
 
-    pub(crate) fn run(&self, models: &Models, settings: &Settings) -> Result<ValidationOutput> {
+    pub fn run(&self, models: &Models, settings: &Settings) -> Result<ValidationOutput> {
         let generation = self.probe.as_ref().map(|probe| probe.run(&models.student)).transpose()?;
         let losses = self.losses.as_ref().map(|losses| losses.evaluate(models, settings)).transpose()?;
         Ok(ValidationOutput { generation, losses })
