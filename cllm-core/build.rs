@@ -1,4 +1,4 @@
-//! Compiles the C++ beside tch and links libtorch.
+//! Compiles the C++ functions that tch lacks and links libtorch.
 
 use std::path::PathBuf;
 
@@ -10,9 +10,8 @@ const SOURCES: [&str; 4] = ["csrc/libtorch.cpp", "csrc/graphs.cpp", "csrc/nvrtc.
 fn main() {
     libtorch::link();
     let torch = std::fs::canonicalize(libtorch::folder()).expect("LIBTORCH is a folder");
-    let site_packages = torch.parent().expect("torch lies in site-packages");
-    // The .cu files are not compiled here: the library embeds them and NVRTC compiles them at run
-    // time.
+    let site_packages = torch.parent().expect("the torch folder is in site-packages");
+    // NVRTC compiles the .cu files at run time; the library only embeds them.
     for path in SOURCES.into_iter().chain(["csrc/guarded.h", "csrc/gloo", "link"]) {
         println!("cargo:rerun-if-changed={path}");
     }
@@ -29,7 +28,7 @@ fn main() {
         .flag(site_packages.join("nvidia/cu13/include/cccl").display().to_string())
         .flag("-isystem")
         .flag(site_packages.join("nvidia/nccl/include").display().to_string())
-        // Names of Gloo, which libtorch holds without its headers.
+        // For csrc/gloo: libtorch contains Gloo but ships none of its headers.
         .include("csrc")
         .define("_GLIBCXX_USE_CXX11_ABI", "1")
         .define("USE_DISTRIBUTED", None)
@@ -43,7 +42,7 @@ fn main() {
     doctest_search_path(&torch.join("lib"));
 }
 
-/// Doc tests do not see the run path; cargo puts search paths inside OUT_DIR into their library
+/// Doc tests do not see the run path, but cargo adds search paths inside OUT_DIR to their library
 /// path.
 fn doctest_search_path(lib: &std::path::Path) {
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));

@@ -310,14 +310,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
   store_rows(d_qkv + (size_t)token * QKV + head * HEAD_DIM, QKV, sum, factor, factor);
 }
 
-// The gradients of keys and values. The block of a tile of keys and a head of keys goes over all
-// query heads that share it, and over the tiles of queries in its list. Scores are transposed: a
+// The gradients of keys and values. The block for a tile and a head of keys iterates over all query
+// heads that share the head, and over the tiles of queries in its list. Scores are transposed: a
 // row belongs to a key. Grid: (tiles of keys, KV_HEADS).
 extern "C" __global__ void __launch_bounds__(THREADS)
     attention_d_kv(const bf16 *qkv, const int *ranges, const int *offsets, const int *blocks, float scale,
                    const float *logsumexp, const float *deltas, const bf16 *d_attn_out, bf16 *d_qkv, int tokens) {
   extern __shared__ uint4 memory[];
-  // A stage: queries, their gradients, and beside them ranges, logsumexp and delta of each query.
+  // A stage: queries and their gradients, followed by the ranges, logsumexp and delta of each
+  // query.
   const int row_bytes = TILE * 8 * 4;
   const u32 stage_bytes = 2 * TILE_BYTES + row_bytes;
   u32 keys = (u32)__cvta_generic_to_shared(memory), values = keys + TILE_BYTES, queries = values + TILE_BYTES;

@@ -1,4 +1,4 @@
-// What every source of kernels begins with: bfloat16 conversions, tensor-core products and warp
+// The beginning of every kernel source: bfloat16 conversions, tensor-core products and warp
 // reductions. Kernels are compiled at run time by NVRTC, which has no headers, so even INFINITY is
 // defined here.
 typedef unsigned short bf16;

@@ -8,7 +8,8 @@
 // Macros from the host: HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, EPS, QK_NORM, WARPS (of a
 // fused kernel's block), BLOCK_ROWS (rows of a weight per block), DEPTH (chunks of a weight that a
 // warp loads ahead), SUMS_BYTES and MAX_STAGED_BYTES (shared memory of a fused kernel for sums and
-// for tokens, at most), STAGING_PAD, ATTENTION_WARPS.
+// for tokens, at most), STAGING_PAD, ATTENTION_WARPS, WARP_QUERIES (query vectors of a warp of the
+// attention), SLOTS_PER_READ (slots of the cache that it reads at a time), QUERY_PAD.
 //
 // Products use mma.m16n8k16 with the weight as the left operand. The order of k within a product
 // does not matter as long as both operands agree, so each thread loads 8 neighbouring values (16
@@ -69,7 +70,7 @@ __device__ __forceinline__ void let_successor_start() {
 #endif
 }
 
-// 32 random bits for a token at the position that `key` stands for: the finaliser of SplitMix64
+// 32 random bits for a token at the position with the noise key `key`: the finaliser of SplitMix64
 // (Steele et al. 2014).
 __device__ __forceinline__ u32 hash(u64 key, u32 token) {
   u64 z = key + 0x9e3779b97f4a7c15ull * (u64)(token + 1);
@@ -168,7 +169,7 @@ extern "C" __global__ void embed(const bf16 *table, const int *tokens, bf16 *x) 
 
 // ---- Fused kernels, for few tokens ----
 
-// What happens to the product of a fused kernel.
+// How a fused kernel processes its product.
 enum Epilogue {
   STORE,
   ROTATE_AND_CACHE,  // rotate queries and keys; keys and values go to the cache
@@ -177,18 +178,19 @@ enum Epilogue {
   ARGMAX,  // the best token among the block's rows, which are logits
 };
 
-// What ROTATE_AND_CACHE needs.
+// The arguments of ROTATE_AND_CACHE.
 struct RotateAndCache {
   Tokens tokens;
   Rope rope;
   Cache cache;
 };
 
-// out[t, o] = sum over k of weight[o, k] x[t, k], for up to T = 8 NT tokens, `num_tokens` of which
-// exist. NORM: of the RMS norm of x. One block computes BLOCK_ROWS rows of the weight, and its
-// warps split k. The rows are neighbours, but for SWIGLU (half of them of the gate and the same
-// half of the up projection) and ROTATE_AND_CACHE (half of them in the first half of a head, and
-// those that they are rotated with).
+// out[t, o] = sum over k of weight[o, k] x[t, k], for up to T = 8 NT tokens; only the first
+// `num_tokens` exist. With NORM, the RMS norm of x is multiplied instead of x itself. One block
+// computes BLOCK_ROWS rows of the weight, and its warps split k. The rows are neighbours, with two
+// exceptions: half of the rows for SWIGLU belong to the gate, and the others are the same rows of
+// the up projection; half of the rows for ROTATE_AND_CACHE are in the first half of a head, and the
+// others are those that they are rotated with.
 //
 // More than 8 tokens are first copied to shared memory if there is room, since warps would load
 // them from L2 in halves of cache lines. The widest products (SWIGLU and ARGMAX) do without: each
@@ -441,7 +443,7 @@ extern "C" __global__ void argmax_of_blocks(const float *best, const int *best_i
   block_argmax(top, top_id, &predicted[blockIdx.x]);
 }
 
-// ---- Beside cuBLAS, for many tokens ----
+// ---- Kernels between the products of cuBLAS, for many tokens ----
 
 // x += delta (unless it is null); normed = the RMS norm of x. One block per token.
 extern "C" __global__ void add_rms_norm(bf16 *x, const bf16 *delta, const bf16 *weight, bf16 *normed) {
@@ -571,7 +573,7 @@ extern "C" __global__ void rotate_and_cache(bf16 *qkv,
 }
 
 // out[token, head] = softmax(q k^T / sqrt(HEAD_DIM)) v over the slots that the token attends to:
-// all slots before its window, and those slots of the window, up to its own, whose bit is set in
+// all slots before its window, and the slots of the window up to its own whose bit is set in
 // `visible` (bit i is the slot i after the window's start; slots 64 or more after it always count).
 // Grid: (tiles, KV_HEADS).
 //
@@ -586,10 +588,13 @@ extern "C" __global__ void rotate_and_cache(bf16 *qkv,
 template <bool ROTATE>
 __device__ __forceinline__ void attend(const bf16 *qkv, const Tokens &tokens, const Tiles &tiles, const Rope &rope,
                                        const QkNorm &norm, const Cache &cache, bf16 *out) {
-  // [ATTENTION_WARPS][16][HEAD_DIM + 2]; for ROTATE then the queries [16 groups][HEAD_DIM + 8].
+  static_assert(WARP_QUERIES == 16, "the rows of one mma");
+  static_assert(SLOTS_PER_READ == 32, "a chunk of keys has a slot per lane");
+  // [ATTENTION_WARPS][16][HEAD_DIM + 2]; for ROTATE then the queries [16 groups][HEAD_DIM +
+  // QUERY_PAD].
   extern __shared__ float merged[];
   bf16 *queries = (bf16 *)(merged + ATTENTION_WARPS * 16 * (HEAD_DIM + 2));
-  constexpr int PITCH = HEAD_DIM + 8;
+  constexpr int PITCH = HEAD_DIM + QUERY_PAD;
   let_successor_start();
   // Tiles and slots are the step's input, so they do not wait for the predecessor; nor does the
   // prefetch of keys and values.

@@ -24,8 +24,9 @@ int run(void *group, const std::function<c10::intrusive_ptr<c10d::Work>(c10d::Ba
 
 extern "C" {
 
-// Meets the other processes at the store, which this process itself keeps if it `serves`. `prefix`
-// begins the store's keys. `gpu` is the GPU of NCCL, or -1 for Gloo. The caller owns the group.
+// Joins the other processes at the store, which this process serves itself if `serves`. The store's
+// keys begin with `prefix`. `gpu` is the index of the GPU for NCCL, or -1 for Gloo. The caller owns
+// the group.
 int cllm_group_new(const char *host, int port, int serves, const char *prefix, int rank, int world_size, int gpu,
                    int64_t timeout_ms, void **group) {
   return guarded([&] {

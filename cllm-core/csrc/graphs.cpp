@@ -44,8 +44,8 @@ int cllm_graph_pool_new(uint64_t *pool) {
   });
 }
 
-// Starts to capture what this thread puts on its current stream, which must not be the default one.
-// The caller owns the graph.
+// Starts to capture the work that this thread puts on its current stream, which must not be the
+// default one. The caller owns the graph.
 int cllm_graph_capture_begin(const uint64_t *pool, void **graph) {
   return guarded([&] {
     auto owned = std::make_unique<at::cuda::CUDAGraph>();

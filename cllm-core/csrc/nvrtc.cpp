@@ -25,7 +25,7 @@ void *open_library(const std::vector<std::string> &names) {
   throw std::runtime_error(tried);
 }
 
-// The wheel of torch has NVRTC in a folder beside torch's own; otherwise the loader must find it.
+// The wheel of torch has NVRTC in a folder next to torch's own; otherwise the loader must find it.
 // NVRTC needs a second library, which it finds only if it is loaded already.
 void *open_nvrtc() {
   const std::string compiler = "libnvrtc.so.13", builtins = "libnvrtc-builtins.so.13.0";

@@ -1,4 +1,4 @@
-// The kernels of a training step beside its matrix products and its attention, compiled at run time
+// The kernels of a training step except its matrix products and its attention, compiled at run time
 // for one model's shape. Tensors are bf16 unless their type says otherwise, sums are float32. T is
 // the number of tokens; rows are contiguous.
 //
@@ -63,8 +63,8 @@ extern "C" __global__ void rms_norm(const bf16 *x, const bf16 *weight, bf16 *out
   store8(out + offset, v);
 }
 
-// d_x = d_residual + the gradient that d_out gives x; d_x may be d_residual. A block takes every
-// gridDim.x-th row and writes its sum of the weight's gradient to d_weight_partial [blocks,
+// d_x = d_residual + the gradient that d_out gives x; d_x may be d_residual. A block processes
+// every gridDim.x-th row and writes its sum of the weight's gradient to d_weight_partial [blocks,
 // HIDDEN].
 extern "C" __global__ void rms_norm_backward(const bf16 *x, const bf16 *weight, const bf16 *d_out,
                                              const bf16 *d_residual, bf16 *d_x, float *d_weight_partial, int rows) {
@@ -202,8 +202,8 @@ extern "C" __global__ void divergence(bf16 *logits, const float *logsumexps, con
   }
 }
 
-// out[row] = the cross-entropy of a label (0 for a negative one, which means none). Where there is
-// a frozen teacher (else its pointers are null), teacher_out[row] = KL(teacher || student) of the
+// out[row] = the cross-entropy of a label (0 for a negative one, which means none). With a frozen
+// teacher (without one, its pointers are null), teacher_out[row] = KL(teacher || student) of the
 // same row. The student's logits become the gradient of both, each times its own scale. One block
 // per row.
 extern "C" __global__ void cross_entropy(bf16 *logits, const float *logsumexps, const long long *labels, float scale,

@@ -1,5 +1,5 @@
-//! Link arguments that make a package's programs and tests find libtorch; included by each
-//! `build.rs`.
+//! Link arguments with which a package's programs and tests find libtorch. Each `build.rs` includes
+//! this file.
 
 use std::path::PathBuf;
 
@@ -13,9 +13,10 @@ pub fn folder() -> PathBuf {
     folder
 }
 
-/// Prints the link arguments. `libtorch.so` pulls in the CUDA library, which rustc's `--as-needed`
-/// would drop; the run path finds it from target/PROFILE and target/PROFILE/deps of a checkout,
-/// wherever that is, and its last entry from where `cargo install` puts a program.
+/// Prints the link arguments. `libtorch.so` depends on the CUDA library, which rustc's
+/// `--as-needed` would drop. The run path's first entries work from target/PROFILE and
+/// target/PROFILE/deps of a checkout, wherever that is; the last one works for programs that
+/// `cargo install` puts elsewhere.
 pub fn link() {
     let lib = folder().join("lib");
     println!("cargo:rustc-link-arg=-Wl,--no-as-needed");

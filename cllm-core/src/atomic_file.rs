@@ -1,5 +1,5 @@
 //! Files and folders that appear whole or not at all. They are written under a temporary name in
-//! the same folder, synced to disk, and renamed, so that a crash at any moment leaves the old
+//! the same folder, synced to disk, and renamed, so a crash at any moment leaves either the old
 //! content or the new.
 
 use std::fs::{self, File};
@@ -8,15 +8,16 @@ use std::path::{Path, PathBuf};
 
 use crate::{Error, Result};
 
-/// Prefix of files and folders that are not complete yet. A killed process leaves them behind.
+/// Prefix of the names of incomplete files and folders. A killed process leaves them behind.
 const UNFINISHED_PREFIX: &str = ".writing-";
-/// Prefix of a folder while another replaces it, followed by the process id and the folder's name.
+/// Prefix of the name that a folder has while another replaces it. The process id and the folder's
+/// own name follow.
 const REPLACED_PREFIX: &str = ".old-";
 
 /// Writes a file through `fill`. It appears under `path` only once it is complete and on disk.
 ///
 /// # Errors
-/// What `fill` returns, and file-system errors with the path.
+/// The error of `fill`, or a file-system error with the path.
 pub fn write_with(path: &Path, fill: impl FnOnce(&mut BufWriter<&mut File>) -> Result<()>) -> Result<()> {
     // A device or a pipe is written directly: renaming a file to its path would replace it.
     if fs::metadata(path).is_ok_and(|metadata| !metadata.is_file() && !metadata.is_dir()) {
@@ -63,7 +64,7 @@ pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
 /// `path` is replaced.
 ///
 /// # Errors
-/// What `fill` returns, and file-system errors with the path.
+/// The error of `fill`, or a file-system error with the path.
 pub fn write_folder_with(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let parent = parent(path);
     fs::create_dir_all(parent).map_err(Error::write(parent))?;
@@ -117,7 +118,7 @@ pub fn recover(folder: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The error with the path that the user knows instead of the temporary one.
+/// Replaces the temporary path in an error by the path that the user knows.
 fn with_final_path(error: Error, work: &Path, path: &Path) -> Error {
     match error {
         Error::Write { path: failed, source } => {
@@ -128,7 +129,7 @@ fn with_final_path(error: Error, work: &Path, path: &Path) -> Error {
     }
 }
 
-/// The name of a folder while another replaces it.
+/// The name that a folder has while another replaces it.
 fn replaced_path(path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     parent(path).join(format!("{REPLACED_PREFIX}{}-{name}", std::process::id()))
@@ -166,7 +167,7 @@ mod tests {
     #[test]
     fn a_device_is_written_directly_and_stays_a_device() {
         let dir = tempfile::tempdir().unwrap();
-        // Through links, so that a failing test replaces no device.
+        // The test writes through links, so that a failure does not replace the device itself.
         let link = |device: &str| {
             let link = dir.path().join(device);
             std::os::unix::fs::symlink(Path::new("/dev").join(device), &link).unwrap();
@@ -202,10 +203,11 @@ mod tests {
     }
 
     #[test]
-    fn what_a_killed_process_left_is_cleaned_up() {
+    fn leftovers_of_a_killed_process_are_cleaned_up() {
         let dir = tempfile::tempdir().unwrap();
         let put = |name: &str| write(&dir.path().join(name).join("weights"), name.as_bytes()).unwrap();
-        // Killed before the new folder was renamed, and killed before the old one was removed.
+        // One process was killed before it renamed the new folder, another before it removed the
+        // old one.
         ["step-1", ".old-77-step-1", ".old-77-my-final", ".writing-abc"].into_iter().for_each(put);
         write(&dir.path().join(".writing-def"), b"half").unwrap();
         write(&dir.path().join("mine.txt"), b"x").unwrap();

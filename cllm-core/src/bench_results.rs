@@ -1,6 +1,6 @@
-//! The file that a `bench` verb writes: several models measured on one machine. A model is added or
-//! replaced by a run of its own, and never beside figures of another machine or build, with which
-//! it could not be compared.
+//! The file that a `bench` verb writes: several models measured on one machine. Each run adds or
+//! replaces one model. A file of another machine or build is refused, because its figures could not
+//! be compared with the new ones.
 
 use std::path::Path;
 
@@ -42,9 +42,10 @@ impl<M: BenchRecord> BenchResults<M> {
             return Ok(BenchResults { schema_version: SCHEMA_VERSION, hardware, toolkit, models: Vec::new() });
         }
         let results: BenchResults<M> = serde_json::from_str(&text_file::read(path)?)
-            .map_err(|error| Error::file(path, format!("is not a result of bench ({error}); choose another output")))?;
+            .map_err(|error| Error::file(path, format!("is not a bench result ({error}); choose another output")))?;
         if results.schema_version != SCHEMA_VERSION || results.hardware != hardware || results.toolkit != toolkit {
-            let message = "holds results of another machine or build, which these cannot join; choose another output";
+            let message =
+                "holds results of another machine or build, which cannot be mixed with new ones; choose another output";
             return Err(Error::file(path, message));
         }
         Ok(results)

@@ -1,6 +1,6 @@
 //! Chat templates: Jinja programs in a model's tokenizer files that turn a conversation into a
-//! prompt. They are written for `transformers`, so that its settings of Jinja and the functions it
-//! adds are reproduced here, byte for byte.
+//! prompt. They are written for `transformers`, so this module reproduces its Jinja settings and
+//! the functions that it adds, byte for byte.
 
 use std::sync::LazyLock;
 
@@ -12,8 +12,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Error, Result};
 
-/// The tag by which `transformers` marks the assistant's text. An `if true` renders the same text,
-/// and keeps the effect that the tag's dashes and line end have on the white space around it.
+/// The tag with which `transformers` marks the assistant's text. We replace it by `if true`, which
+/// renders the same text and keeps the effect that the tag's dashes and line end have on white
+/// space.
 static GENERATION_TAG: LazyLock<Regex> =
     LazyLock::new(|| Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}").expect("the pattern is valid"));
 

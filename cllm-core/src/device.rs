@@ -5,7 +5,7 @@ use tch::{Cuda, Device, Kind};
 use crate::distributed::ProcessEnv;
 use crate::{Error, Result};
 
-/// The device of a name; `auto` is the first GPU, or the CPU on a machine without GPUs.
+/// Parses the name of a device; `auto` is the first GPU, or the CPU on a machine without GPUs.
 ///
 /// # Errors
 /// [`Error::Usage`] for an unknown name, [`Error::Environment`] for a GPU that this machine lacks.
@@ -31,14 +31,14 @@ pub fn parse(name: &str) -> Result<Device> {
     }
 }
 
-/// The device of one process of a run. If `name` does not say which GPU, it is that of the
-/// process's local rank.
+/// The device of one process of a distributed run. If `name` does not say which GPU, the process's
+/// local rank does.
 ///
 /// # Errors
 /// As [`parse`].
 pub fn for_process(name: &str, process: Option<&ProcessEnv>) -> Result<Device> {
     match process {
-        // Some launchers show each process its own GPU only.
+        // Some launchers let each process see only its own GPU.
         Some(_) if Cuda::device_count() == 1 => parse(name),
         Some(process) if ["auto", "cuda"].contains(&name) && Cuda::is_available() => {
             parse(&format!("cuda:{}", process.local_rank))

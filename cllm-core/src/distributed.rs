@@ -13,7 +13,7 @@ use crate::{Error, Result};
 /// How long a process waits for the others, at the start and in every collective.
 const TIMEOUT: Duration = Duration::from_secs(1800);
 
-/// This process among the others, as its environment variables say.
+/// This process and its distributed run, as the environment variables describe them.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ProcessEnv {
     pub rank: usize,
@@ -34,8 +34,8 @@ impl ProcessEnv {
         let [world_size_name, rank_name, local_rank_name] = if get("WORLD_SIZE").is_some() {
             ["WORLD_SIZE", "RANK", "LOCAL_RANK"]
         } else if get("SLURM_STEP_NUM_TASKS").is_some() {
-            // srun sets it. A batch script is a single process, although it has Slurm's other
-            // variables.
+            // Only srun sets this variable. A batch script is a single process although it has
+            // Slurm's other variables.
             ["SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"]
         } else {
             return Ok(None);
@@ -122,8 +122,8 @@ impl ProcessGroup {
         self.run(|collectives| collectives.all_reduce(values))
     }
 
-    /// This process's shard `[count]` of the sum over all processes of
-    /// `values [world_size * count]`.
+    /// Sums `values [world_size * count]` over all processes and returns this process's shard
+    /// `[count]` of the sum.
     pub fn reduce_scatter(&self, values: &Tensor) -> Result<Tensor> {
         let shard = self.shard(values);
         if self.world_size == 1 {
@@ -136,7 +136,7 @@ impl ProcessGroup {
 
     /// Fills `values [world_size * count]` with every process's own shard of it.
     pub fn all_gather(&self, values: &Tensor) -> Result<()> {
-        // The copy is for Gloo, whose input must not be a part of its output.
+        // Gloo needs the copy: its input must not overlap its output.
         self.run(|collectives| collectives.all_gather(values, &self.shard(values).copy()))
     }
 
@@ -164,10 +164,10 @@ impl ProcessGroup {
         self.broadcast_tensor(&bytes, 0)?;
         let json = Vec::<u8>::try_from(bytes.to_device(Device::Cpu))?;
         serde_json::from_slice(&json)
-            .map_err(|error| Error::internal(format!("process 0 sent what process {} cannot read: {error}", self.rank)))
+            .map_err(|error| Error::internal(format!("process {} cannot read what process 0 sent: {error}", self.rank)))
     }
 
-    /// Waits until all processes are here.
+    /// Waits until every process has called this.
     pub fn barrier(&self, device: Device) -> Result<()> {
         let one = Tensor::ones([1], (Kind::Float, device));
         self.all_reduce(&one)?;

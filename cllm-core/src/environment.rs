@@ -59,7 +59,7 @@ impl Hardware {
         Hardware { device: name, gpu, cpu: cpu_name(), cores: num_cores(), threads, dtype: dtype.to_owned() }
     }
 
-    /// One line for tables and reports.
+    /// Describes the machine in one line, for tables and reports.
     pub fn summary(&self) -> String {
         let gpu = self.gpu.as_ref().map(|name| format!("{name}; ")).unwrap_or_default();
         let (cores, threads) = (count(self.cores, "core"), count(self.threads, "thread"));

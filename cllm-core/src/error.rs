@@ -7,13 +7,13 @@ use std::path::{Path, PathBuf};
 /// Result with [`Error`].
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// What can go wrong, grouped by who can fix it. The group decides the exit code of a program.
+/// Errors, grouped by who can fix them. The group decides the exit code of a program.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The command line or the configuration is wrong.
     #[error("{0}")]
     Usage(String),
-    /// An input file or folder does not hold what it should.
+    /// An input file or folder does not have the expected content.
     #[error("{}: {message}", path.display())]
     File { path: PathBuf, message: String },
     /// The operating system refused to open or read a file.
@@ -31,7 +31,7 @@ pub enum Error {
     /// The work ran, but its result is negative: rows failed, or a threshold was missed.
     #[error("{0}")]
     Negative(String),
-    /// A bug of the toolkit: something happened that no input may cause.
+    /// A bug in the toolkit: something that no input should be able to cause.
     #[error(
         "internal error: {0}: this is a bug in the toolkit; please report it, with the command line, the version ({version}) \
          and this message",
@@ -44,27 +44,28 @@ pub enum Error {
 }
 
 impl Error {
-    /// An [`Error::Usage`].
+    /// Creates an [`Error::Usage`].
     pub fn usage(message: impl Into<String>) -> Self {
         Error::Usage(message.into())
     }
 
-    /// An [`Error::File`].
+    /// Creates an [`Error::File`].
     pub fn file(path: impl AsRef<Path>, message: impl Into<String>) -> Self {
         Error::File { path: path.as_ref().to_owned(), message: message.into() }
     }
 
-    /// An [`Error::Environment`].
+    /// Creates an [`Error::Environment`].
     pub fn environment(message: impl Into<String>) -> Self {
         Error::Environment(message.into())
     }
 
-    /// An [`Error::Negative`].
+    /// Creates an [`Error::Negative`].
     pub fn negative(message: impl Into<String>) -> Self {
         Error::Negative(message.into())
     }
 
-    /// An [`Error::Internal`]. The message says what happened; asking for a report is added to it.
+    /// Creates an [`Error::Internal`]. The message says what happened; the request to report it is
+    /// added.
     pub fn internal(message: impl Into<String>) -> Self {
         Error::Internal(message.into())
     }
@@ -88,7 +89,7 @@ impl Error {
 
     /// Exit code of a program that ends with this error: 1 for a negative result, 2 for usage,
     /// configuration or bad input, 3 for the environment, 70 (`EX_SOFTWARE` of sysexits.h) for a
-    /// bug of the toolkit, 128 + signal when interrupted.
+    /// bug in the toolkit, 128 + signal when interrupted.
     pub fn exit_code(&self) -> u8 {
         use ErrorKind::{InvalidData, InvalidInput, IsADirectory, NotADirectory, NotFound};
         match self {
@@ -106,7 +107,7 @@ impl Error {
     }
 }
 
-/// Why a file cannot be read, in words where the system's own would not help.
+/// Why a file cannot be read. Replaces the system's own message where that would not help.
 fn read_failure(source: &std::io::Error) -> String {
     match source.kind() {
         ErrorKind::NotFound => "there is no such file or folder".to_owned(),

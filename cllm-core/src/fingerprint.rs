@@ -36,8 +36,8 @@ pub fn hash_bytes(bytes: &[u8]) -> String {
     blake3::hash(bytes).to_hex()[..16].to_owned()
 }
 
-/// A random generator for one (seed, name, index). What is drawn does not depend on what was drawn
-/// for others, so that no generator state is ever saved.
+/// A random generator for one (seed, name, index). Its numbers do not depend on what other
+/// generators drew, so no generator state is ever saved.
 pub fn derive_rng(seed: u64, name: &str, index: u64) -> rand_chacha::ChaCha8Rng {
     rand::SeedableRng::from_seed(*hash(seed, name, index).as_bytes())
 }

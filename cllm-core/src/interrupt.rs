@@ -11,11 +11,11 @@ use crate::{Error, Result};
 
 /// The signal that asked to stop, 0 for none.
 static REQUESTED: LazyLock<Arc<AtomicUsize>> = LazyLock::new(Default::default);
-/// Whether a SIGINT came already, so that the next one ends the process.
+/// Whether a SIGINT has already arrived, so that the next one ends the process.
 static SIGINT_RECEIVED: LazyLock<Arc<AtomicBool>> = LazyLock::new(Default::default);
 
-/// Installs the handlers; call once, first thing in `main`. SIGXFSZ is caught too, so that a file
-/// that grows past the process's limit is an error of the write instead of a silent death.
+/// Installs the handlers; call once, first thing in `main`. SIGXFSZ is caught too, so that a write
+/// past the process's file-size limit returns an error instead of silently killing the process.
 ///
 /// # Errors
 /// When the system refuses a handler.
@@ -40,8 +40,8 @@ pub fn requested() -> Option<i32> {
     }
 }
 
-/// Forgets a SIGINT, for a program in which Ctrl-C ends a part of the work only. Returns whether
-/// there was one.
+/// Forgets a SIGINT, for programs in which Ctrl-C ends only part of the work. Returns whether there
+/// was one.
 pub fn clear_sigint() -> bool {
     let cleared = REQUESTED.compare_exchange(SIGINT as usize, 0, Ordering::Relaxed, Ordering::Relaxed).is_ok();
     if cleared {
@@ -50,7 +50,7 @@ pub fn clear_sigint() -> bool {
     cleared
 }
 
-/// Ends the work once a signal asked to stop: to be called wherever the work can be left.
+/// Returns an error once a signal has asked to stop. Call it wherever the work can be abandoned.
 ///
 /// # Errors
 /// [`Error::Interrupted`].

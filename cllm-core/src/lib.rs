@@ -1,5 +1,5 @@
-//! What `cllm-data`, `cllm-train` and `cllm-eval` share: models, decoding, trajectories and tasks,
-//! so that a prompt, a forward pass and a score are defined once.
+//! The library behind `cllm-data`, `cllm-train` and `cllm-eval`: models, decoding, trajectories and
+//! tasks. The programs share it so that a prompt, a forward pass and a score are each defined once.
 
 pub mod atomic_file;
 pub mod bench_results;

@@ -1,5 +1,5 @@
-//! The frame of the three programs: what their command lines have in common, signal handlers, the
-//! error line and the exit code. No other module of this crate knows that there is a command line.
+//! What the three programs have in common: command-line arguments, signal handlers, the error line
+//! and the exit code. No other module of this crate knows about command lines.
 
 use std::any::Any;
 use std::io::Write;
@@ -13,10 +13,10 @@ mod command_line;
 
 pub use command_line::{SettingsArgs, print_completions};
 
-/// Source location of the last panic. A panic's payload does not have it, only the hook sees it.
+/// Source location of the last panic. Only the panic hook sees it; the payload does not contain it.
 static PANIC_LOCATION: Mutex<String> = Mutex::new(String::new());
 
-/// How a program that ran to its end went.
+/// The outcome of a program that ran to its end.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Outcome {
     /// Exit code 0.

@@ -1,6 +1,6 @@
-//! What a program says on stderr while it works: single lines, and the progress of long work with
-//! its rate and the time left. A terminal gets a bar; a log file gets a plain line every ten
-//! seconds, so that it stays readable.
+//! Messages on stderr while a program works: single lines, and the progress of long work with its
+//! rate and the time left. A terminal gets a bar; a log file gets a plain line every ten seconds,
+//! so that it stays readable.
 
 use std::fmt::Display;
 use std::io::{IsTerminal, Write};
@@ -48,7 +48,7 @@ pub struct Progress {
     label: String,
     total: u64,
     done: u64,
-    /// Units that an earlier run had done: they do not count in the rate.
+    /// Units done by an earlier run. They do not count towards the rate.
     done_before: u64,
     started: Instant,
     last_line: Instant,
@@ -78,7 +78,7 @@ impl Progress {
         }
     }
 
-    /// Sets what is shown beside the numbers, such as a loss.
+    /// Sets the text shown after the numbers, such as a loss.
     pub fn set_message(&mut self, message: impl Into<String>) {
         self.message = message.into();
     }
@@ -110,7 +110,7 @@ impl Progress {
         format!("{} {}/{}{}", self.label, self.done, self.total, self.details(elapsed))
     }
 
-    /// What follows the count: `, 14.2/s, 5 s left, loss 1.3`.
+    /// The text after the count: `, 14.2/s, 5 s left, loss 1.3`.
     fn details(&self, elapsed: Duration) -> String {
         let (seconds, units) = (elapsed.as_secs_f64().max(1e-9), self.done - self.done_before);
         let mut parts = Vec::new();
@@ -131,7 +131,7 @@ impl Progress {
     }
 }
 
-/// Units per second, or seconds per unit where a unit takes longer than one.
+/// Units per second, or seconds per unit if a unit takes longer than one second.
 fn pace(per_second: f64) -> String {
     match per_second {
         99.95.. => format!("{per_second:.0}/s"),
@@ -141,7 +141,7 @@ fn pace(per_second: f64) -> String {
     }
 }
 
-/// A time in the unit that a person would choose.
+/// Formats a time in the unit that a person would choose.
 fn duration(seconds: f64) -> String {
     let minutes = (seconds / 60.0).round();
     match seconds {
@@ -168,7 +168,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_claimed_of_a_rate_where_nothing_was_done() {
+    fn no_rate_is_shown_if_nothing_was_done() {
         assert_eq!(Progress::new("collect", 0, 60).line(Duration::ZERO), "collect 0/60");
         assert_eq!(Progress::new("collect", 60, 60).line(Duration::ZERO), "collect 60/60, done already");
     }

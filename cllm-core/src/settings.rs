@@ -29,8 +29,8 @@ use refusal::{lines_of_invalid_keys, parse};
 /// Loads settings from an optional file, the environment and `overrides`.
 ///
 /// # Errors
-/// [`Error::Usage`] that names file and line, variable or override, with the nearest key where one
-/// is unknown.
+/// [`Error::Usage`] that names the file and line, the variable or the override, and suggests the
+/// nearest key for an unknown one.
 pub fn load<T>(file: Option<&Path>, overrides: &[String]) -> Result<T>
 where
     T: Serialize + DeserializeOwned + Default + Validate<Context = ()>,
@@ -44,8 +44,8 @@ where
     let mut layers = Vec::new();
     for assignment in from_environment(std::env::vars_os())? {
         match assignment.apply::<T>(&mut value) {
-            // All verbs and programs read the same environment: a key that this verb lacks may be
-            // meant for another. A misspelt one is seen all the same.
+            // All verbs of all programs read the same environment, so a key that this verb lacks
+            // may be meant for another. The log line still exposes a misspelt key.
             Err(Refused::UnknownKey(message)) => {
                 progress::log(format!("{} is ignored: {message}", assignment.origin));
                 continue;
@@ -70,11 +70,11 @@ where
     Ok(settings)
 }
 
-/// `base` with the values of `changes`, which has the same sections and keys. Ranges are left to
-/// the caller.
+/// Returns `base` with the values in `changes`, which has the same sections and keys. The caller
+/// has to check ranges.
 ///
 /// # Errors
-/// [`Error::Usage`] that names the key, with the nearest one where it is unknown.
+/// [`Error::Usage`] that names the key, and suggests the nearest one if it is unknown.
 pub fn merge<T: Serialize + DeserializeOwned>(base: &T, changes: &Map<String, Value>) -> Result<T> {
     let mut value = to_value(base)?;
     let keys = all_keys(&value);
@@ -116,7 +116,7 @@ fn from_value<T: DeserializeOwned>(value: &Value) -> Result<T> {
     refusal::check(value).map_err(Error::usage)
 }
 
-/// The message on a value that no rule allows, or that is missing.
+/// The message for a value that is missing or that the rules forbid.
 fn invalid(
     settings: &Value,
     path: &str,

@@ -1,6 +1,7 @@
-//! Statistics that measurements of several programs share.
+//! Statistics that several programs use in their measurements.
 
-/// The middle value, or the mean of the middle two of an even number. None without values.
+/// The middle value, or the mean of the two middle values of an even number. `None` if there are no
+/// values.
 pub fn median(values: impl IntoIterator<Item = f64>) -> Option<f64> {
     let mut values: Vec<f64> = values.into_iter().collect();
     values.sort_by(f64::total_cmp);

@@ -1,5 +1,5 @@
-//! Text files, read whole. A file that is not UTF-8 is refused with the line, since no editor shows
-//! the byte.
+//! Reads whole text files. The error for a file that is not UTF-8 names the line, since editors do
+//! not show byte offsets.
 
 use std::path::Path;
 

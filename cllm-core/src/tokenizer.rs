@@ -1,6 +1,6 @@
 //! A model's tokenizer with its chat template and the ids that end an answer. Models scatter these
-//! over several files, and some forget to name the token that ends a turn; everything that the
-//! programs need to know of them is gathered here once.
+//! over several files, and some forget to name the token that ends a turn; this module gathers
+//! everything that the programs need from them.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -156,18 +156,18 @@ impl Tokenizer {
 }
 
 /// Decodes tokens as they come. A character whose bytes are spread over several tokens is withheld
-/// until its last one.
+/// until the last of them.
 pub struct DecodeStream<'t> {
     tokenizer: &'t tokenizers::Tokenizer,
-    // The state of `tokenizers::DecodeStream`, which does not show what it still withholds when an
-    // answer ends.
+    // The same state as in `tokenizers::DecodeStream`, which does not reveal the text that it still
+    // withholds when an answer ends.
     ids: Vec<u32>,
     prefix: String,
     prefix_index: usize,
 }
 
 impl DecodeStream<'_> {
-    /// The text that these tokens complete.
+    /// Returns the text that these tokens complete.
     ///
     /// # Errors
     /// When the tokenizer fails.
@@ -181,8 +181,8 @@ impl DecodeStream<'_> {
         Ok(text)
     }
 
-    /// The text that was still withheld: the incomplete character of an answer that was cut inside
-    /// it.
+    /// Returns the text that is still withheld: the incomplete character of an answer that was cut
+    /// inside a character.
     ///
     /// # Errors
     /// When the tokenizer fails.
@@ -209,8 +209,8 @@ fn check_vocab_size(path: &Path, tokenizer: &tokenizers::Tokenizer, config: &Val
     Err(Error::file(path, message))
 }
 
-/// Path of a tokenizer file. An adapter may bring a whole tokenizer, and a generation_config.json;
-/// what it lacks is in the folder of its base model.
+/// Path of a tokenizer file. An adapter may have a complete tokenizer and a generation_config.json
+/// of its own; the files that it lacks are in the folder of its base model.
 fn find_file(folder: &Path, name: &str) -> Result<PathBuf> {
     let marker = if name == GENERATION { GENERATION } else { TOKENIZER };
     let owner = if folder.join(marker).exists() { folder.to_owned() } else { base_folder(folder)? };
@@ -303,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn a_character_of_several_tokens_comes_whole_with_the_last_of_them() {
+    fn a_character_of_several_tokens_appears_with_its_last_token() {
         let dir = folder();
         let tokenizer = Tokenizer::load(dir.path()).unwrap();
         let ids = tokenizer.encode("a数b has apples").unwrap();

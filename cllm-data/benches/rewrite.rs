@@ -13,7 +13,7 @@ use cllm_core::trajectory::{Block, FinishReason, Provenance, Reader, Trajectory,
 use rand::RngExt;
 use rayon::prelude::*;
 
-// Like a teacher's trajectories: responses of 256 tokens, in blocks of 16 that take about as many
+// Modelled on a teacher's trajectories: responses of 256 tokens, in blocks of 16 with about as many
 // states.
 const N: usize = 16;
 const NUM_BLOCKS: usize = 16;

@@ -6,7 +6,8 @@ use cllm_core::{Result, atomic_file};
 
 /// Completes a data set and returns its number of rows.
 pub(crate) fn finish_with_card(writer: Writer) -> Result<usize> {
-    // The card comes first: a run that finds the data set complete would not write what is missing.
+    // The card is written first: a later run that finds a complete manifest would not write a
+    // missing card.
     atomic_file::write(&writer.folder().join("README.md"), card(writer.manifest()).as_bytes())?;
     Ok(writer.finish()?.num_rows())
 }

@@ -109,9 +109,9 @@ struct Importer<'a> {
     source: &'a str,
     tokenizer: Tokenizer,
     provenance: Provenance,
-    /// Rows that end before a missing block.
+    /// Number of rows that end before a missing block.
     num_truncated: usize,
-    /// Responses without a first block, which have no row.
+    /// Number of responses without a first block, which have no row.
     num_dropped: usize,
 }
 

@@ -25,7 +25,7 @@ pub(crate) struct Record {
     pub data_id: String,
     /// `itr_0` for the first block, and so on.
     pub jacobian_itr_id: String,
-    /// Length of the prompt in a list. It is written but never read.
+    /// Length of the prompt, inside a list. It is written but never read.
     #[serde(default)]
     pub prompt_ids_len: serde_json::Value,
     /// The prompt and the fixed points of the blocks before this one.
@@ -98,7 +98,7 @@ pub(crate) fn read(path: &Path, mut on_record: impl FnMut(Record) -> Result<()>)
 /// Visits the records as they are parsed, instead of collecting them first.
 struct RecordVisitor<'r, F> {
     on_record: &'r mut F,
-    /// The error of `on_record`. After it the remaining records are parsed but not visited.
+    /// The error of `on_record`. The records that follow it are parsed but not visited.
     failure: &'r mut Option<Error>,
 }
 

@@ -1,6 +1,5 @@
 //! Rewrites a data set: reads one, maps its rows on all cores, and writes another in the same
-//! order. `augment` and
-//! `clean` are such maps.
+//! order. `augment` and `clean` are such maps.
 
 use std::path::Path;
 
@@ -28,8 +27,8 @@ impl Rewrite {
     }
 
     /// Maps all rows. `map` runs on each row, on all cores. `select` gets its results chunk by
-    /// chunk, in order, and returns the rows to write. Memory holds one chunk per core, whatever
-    /// the size of the data set.
+    /// chunk, in order, and returns the rows to write. Only one chunk per core is in memory,
+    /// whatever the size of the data set.
     pub(crate) fn run<T: Send>(
         &mut self,
         map: impl Fn(Trajectory) -> Result<T> + Sync,

@@ -1,6 +1,5 @@
-//! Scores recorded responses by their task, for `collect` and `clean`. Code in responses is never
-//! run here: only
-//! `cllm-eval` runs code, and only when asked to.
+//! Scores recorded responses by their task, for `collect` and `clean`. Code in responses never runs
+//! here: only `cllm-eval` runs code, and only when asked to.
 
 use std::path::Path;
 

@@ -90,7 +90,7 @@ impl Sums {
             return;
         }
         self.num_forwards += row.num_forwards();
-        // A block that EOS cuts did not converge to n tokens.
+        // A block that EOS cuts short did not converge to n tokens.
         for block in row.block_profiles().filter(|block| block.is_whole) {
             self.profile += block.profile;
         }

@@ -83,8 +83,8 @@ fn check_length(row: &Trajectory, provenance: &Provenance) -> std::result::Resul
     }
 }
 
-/// The violations of a data set that is not of this model. The rows are then checked against the
-/// smaller vocabulary.
+/// The violations of a data set that this model did not collect. The rows are then checked against
+/// the smaller vocabulary.
 fn compare_with_model(provenance: &mut Provenance, model: &str) -> Result<Vec<String>> {
     let folder = hub::locate(model)?;
     let vocab_size = checkpoint::load_config(&folder)?.vocab_size as usize;

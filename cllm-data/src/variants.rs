@@ -1,6 +1,5 @@
 //! Variants of a benchmark's prompts, without answers: the teacher answers them itself. A student
-//! that has learned from more distinct prompts stays closer to its teacher on prompts that it has
-//! never seen.
+//! that has learned from more distinct prompts stays closer to its teacher on new prompts.
 
 use std::sync::LazyLock;
 
@@ -22,7 +21,7 @@ static WHOLE_NUMBER: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"\d+").expec
 /// shuffled. The same seed gives the same variants.
 ///
 /// # Errors
-/// [`Error::Usage`] for a benchmark whose prompts have nothing to vary.
+/// [`Error::Usage`] for a benchmark that has no variants.
 pub(crate) fn variants(task: Task, samples: &[Sample], per_sample: usize, seed: u64) -> Result<Vec<Sample>> {
     let vary: Vary<'_> = match task {
         Task::Gsm8k => Box::new(with_other_numbers),
@@ -30,7 +29,7 @@ pub(crate) fn variants(task: Task, samples: &[Sample], per_sample: usize, seed: 
             let schemas = schemas(samples);
             Box::new(move |question, rng| with_another_schema(question, &schemas, rng))
         }
-        _ => return Err(Error::usage(format!("{} has no variants: only gsm8k and spider have", task.name()))),
+        _ => return Err(Error::usage(format!("{} has no variants: only gsm8k and spider have them", task.name()))),
     };
     let variant = |sample: &Sample, number: usize| {
         let mut rng = fingerprint::derive_rng(seed, &format!("variant/{}", sample.id), number as u64);

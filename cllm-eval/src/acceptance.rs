@@ -1,14 +1,15 @@
-//! How many tokens the forwards of a strategy accepted: how often each number, up to which draft
-//! token, and over the course of an answer.
+//! How many tokens the forwards of a strategy accepted: how often each number occurred, how often
+//! the draft token at each position was accepted, and how this changes over the course of an
+//! answer.
 
 use serde::{Deserialize, Serialize};
 
 use crate::records::AnswerRecord;
 
-/// Tokens of a [`Segment`].
+/// Length of a [`Segment`], in tokens.
 const SEGMENT_TOKENS: usize = 32;
 
-/// Counts over all forwards of a model with a strategy, those of unfinished answers included.
+/// Counts over all forwards of a model with a strategy, including those of unfinished answers.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct Acceptance {
     /// `forwards[k]` is the number of forwards that accepted `k + 1` tokens, the last known token
@@ -48,7 +49,7 @@ impl Acceptance {
             num_beyond -= num_forwards;
             acceptance.by_position.push(num_beyond as f64 / total as f64);
         }
-        // The last fraction is of a draft token that no forward accepted.
+        // The last fraction belongs to a draft token that no forward accepted.
         acceptance.by_position.pop();
         acceptance
     }

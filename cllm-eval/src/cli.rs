@@ -41,20 +41,20 @@ pub struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Measure accuracy and speed of a teacher and a student; an interrupted run resumes where it
+    /// Measure accuracy and speed of a teacher and a student; resume where an interrupted run
     /// stopped.
     #[command(
         after_help = "Example:\n  cllm-eval run teacher=configs/tiny-teacher student=runs/student/final \\\n    \
         num_problems=100 'strategies=[ar, {jacobi: {n: 16}}]' output=runs/first-100"
     )]
     Run(SettingsArgs),
-    /// Run every benchmark whose data are there and draw one report; an interrupted suite resumes
-    /// where it stopped.
+    /// Run every benchmark whose files are present and draw one report; resume where an interrupted
+    /// suite stopped.
     #[command(
         after_help = "Example:\n  cllm-eval suite teacher=configs/tiny-teacher data=benchmarks limit=3 output=runs/suite"
     )]
     Suite(SettingsArgs),
-    /// Score the saved answers of a run again; needs no model and no GPU.
+    /// Score the saved answers of a run again, without a model or a GPU.
     #[command(after_help = "Example:\n  cllm-eval score runs/eval --json")]
     Score {
         /// Folder of the run, with samples.jsonl.
@@ -286,7 +286,7 @@ fn generate_or_chat(prompt: Option<&str>, options: &GenerateOptions, json: bool,
     }
 }
 
-/// The reference of all settings, as docs/configuration.md has it.
+/// The reference of all settings, as in docs/configuration.md.
 fn all_settings() -> String {
     cllm_core::settings::reference::<RunSettings>("cllm-eval run")
         + "\n"

@@ -111,8 +111,8 @@ impl RunSettings {
         Sampling::from_temperature(self.temperature)
     }
 
-    /// The strategies of a model. Those with a draft model are of the teacher only, with the
-    /// student as its draft model.
+    /// The strategies of a model. Only the teacher has those with a draft model, which is the
+    /// student.
     pub fn strategies_of(&self, role: Role) -> impl Iterator<Item = Strategy> + '_ {
         self.strategies.iter().copied().filter(move |strategy| role == Role::Teacher || !strategy.needs_draft_model())
     }

@@ -3,8 +3,8 @@
 use cllm_core::Result;
 use cllm_core::tokenizer::Tokenizer;
 
-/// The text that each forward added, given the number of tokens that it accepted. A character whose
-/// bytes are in several tokens belongs to the forward of the last of them.
+/// Returns the text that each forward added, given the number of tokens that it accepted. A
+/// character that spans several tokens belongs to the forward of the last of them.
 ///
 /// # Errors
 /// When the tokenizer fails.

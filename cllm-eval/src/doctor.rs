@@ -15,11 +15,11 @@ pub struct Findings {
     pub features: Vec<&'static str>,
     /// Version of libtorch.
     pub libtorch: Option<String>,
-    /// Folder that it was loaded from.
+    /// Folder that libtorch was loaded from.
     pub libtorch_folder: Option<PathBuf>,
     /// Whether libtorch can use a GPU.
     pub cuda_available: bool,
-    /// Why it cannot.
+    /// Why libtorch cannot use a GPU.
     pub cuda_problem: Option<String>,
     /// GPUs that the driver lists.
     pub gpus: Vec<Gpu>,
@@ -94,7 +94,7 @@ fn cached_models(cache: &Path) -> Vec<String> {
 }
 
 impl Findings {
-    /// One line for each finding.
+    /// Formats one line for each finding.
     pub fn text(&self) -> String {
         let or_none = |list: &[String]| if list.is_empty() { "none".to_owned() } else { list.join(", ") };
         let cuda = match &self.cuda_problem {

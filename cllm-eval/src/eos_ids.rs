@@ -6,7 +6,7 @@ use cllm_core::model::ModelConfig;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Error, Result};
 
-/// The given ids, or else the model's own.
+/// Returns the given ids, or the model's own if none are given.
 ///
 /// # Errors
 /// When one of them is not in the model's vocabulary.

@@ -30,7 +30,7 @@ struct Choice<'a> {
     turns: [&'a str; 2],
 }
 
-/// Writes the files of a finished run. The judge takes a file's name for the name of the model.
+/// Writes the files of a finished run. The judge uses the name of a file as the name of the model.
 ///
 /// # Errors
 /// When an answer has no `question_id`; file-system errors.

@@ -1,8 +1,8 @@
-//! The journal of a run: its records in memory, and on disk as soon as they are there.
+//! The journal of a run: its records, kept in memory and written to disk as soon as they exist.
 //!
-//! A run that was killed is resumed from the lines that it wrote whole. Records of other settings,
-//! models, prompts or machines are never mixed: the header of the file must say that it belongs to
-//! the same run.
+//! A run that was killed resumes from the complete lines of its file. Records of different
+//! settings, models, prompts or machines are never mixed: the header of the file must say that it
+//! belongs to the same run.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom, Write};
@@ -21,14 +21,15 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Opens the file of a run: a new one, or what an interrupted run with the same header left.
+    /// Opens the file of a run: a new one, or the one that an interrupted run with the same header
+    /// left.
     ///
     /// # Errors
     /// When the file belongs to another run; file-system errors.
     pub fn open(path: &Path, header: Header) -> Result<Self> {
         let left = if path.exists() { Records::read_interrupted(path)? } else { None };
         match left {
-            // A run that ended before its first answer leaves nothing to lose.
+            // A run that ended before its first answer has nothing to lose.
             Some((records, whole_bytes)) if !records.is_empty() => {
                 expect_same_run(path, &records.header, &header)?;
                 let mut file = OpenOptions::new().write(true).open(path).map_err(Error::write(path))?;
@@ -50,13 +51,13 @@ impl Journal {
         &self.records
     }
 
-    /// The answers, to complete what was not known when they were appended. [`Journal::finish`]
+    /// The answers, for filling in what was unknown when they were appended. [`Journal::finish`]
     /// writes the changes.
     pub fn answers_mut(&mut self) -> &mut [AnswerRecord] {
         &mut self.records.answers
     }
 
-    /// Adds answers, which are on disk when this returns.
+    /// Appends answers. They are on disk when this returns.
     ///
     /// # Errors
     /// File-system errors.
@@ -66,7 +67,7 @@ impl Journal {
         Ok(())
     }
 
-    /// Adds a timing, which is on disk when this returns.
+    /// Appends a timing. It is on disk when this returns.
     ///
     /// # Errors
     /// File-system errors.
@@ -76,7 +77,7 @@ impl Journal {
         Ok(())
     }
 
-    /// Adds a text window, which is on disk when this returns.
+    /// Appends a text window. It is on disk when this returns.
     ///
     /// # Errors
     /// File-system errors.
@@ -94,7 +95,8 @@ impl Journal {
         self.file.write_all(text.as_bytes()).and_then(|()| self.file.sync_data()).map_err(Error::write(&self.path))
     }
 
-    /// Rewrites the file in the order of models, strategies and prompts: batches ran by length.
+    /// Rewrites the file in the order of models, strategies and prompts, because batches ran by
+    /// length.
     ///
     /// # Errors
     /// File-system errors.
@@ -129,7 +131,7 @@ fn expect_same_run(path: &Path, before: &Header, now: &Header) -> Result<()> {
     Ok(())
 }
 
-/// What tells two runs apart, in words.
+/// Describes how two runs differ.
 fn difference(before: &Header, now: &Header) -> String {
     let settings = |header: &Header| serde_json::to_value(&header.settings).unwrap_or(Value::Null);
     let (old, new) = (settings(before), settings(now));

@@ -1,5 +1,5 @@
-//! Measures what a checkpoint gained and lost: accuracy, forwards, speed; draws reports from what
-//! was measured.
+//! Measures what a checkpoint gained and lost in accuracy, forwards and speed, and draws reports of
+//! the measurements.
 
 pub mod acceptance;
 pub mod bench;

@@ -1,12 +1,13 @@
 //! The two turns of an MT-bench question. The prompt of the second turn contains the model's own
-//! answer to the first, so it is completed once that answer is there.
+//! answer to the first, so it is completed once that answer exists.
 
 use cllm_core::chat_template::Message;
 use cllm_core::prompt_set::{Prompt, Sample};
 use cllm_core::task::Task;
 use cllm_core::{Error, Result};
 
-/// Each first turn followed by its second, whose [`conversation`] still lacks the first answer.
+/// Returns each first turn followed by its second turn. The [`conversation`] of the second still
+/// lacks the first answer.
 ///
 /// # Errors
 /// When a sample is not a first turn.
@@ -28,7 +29,7 @@ pub fn is_second(sample: &Sample) -> bool {
 /// The prompt of a second turn: the first question, the answer to it, and the second question.
 ///
 /// # Errors
-/// When the sample's `meta` does not hold two turns.
+/// When the sample's `meta` does not contain two turns.
 pub fn conversation(sample: &Sample, answer: &str) -> Result<Prompt> {
     let turn = |index: usize| sample.meta.as_ref().and_then(|meta| meta["turns"][index].as_str());
     let (Some(first), Some(second)) = (turn(0), turn(1)) else { return Err(not_a_first_turn(sample)) };

@@ -7,7 +7,7 @@ use crate::statistics::bootstrap;
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Perplexity {
-    /// e to the power of `nll`.
+    /// `exp(nll)`.
     pub value: f64,
     /// 95 % interval by a bootstrap over the windows. None for a single window.
     pub ci95: Option<[f64; 2]>,
@@ -15,12 +15,12 @@ pub struct Perplexity {
     pub nll: f64,
     /// Number of tokens scored.
     pub tokens: usize,
-    /// Number of windows that contain them.
+    /// Number of windows that these tokens come from.
     pub windows: usize,
 }
 
 impl Perplexity {
-    /// Of the windows of a model. None without any.
+    /// Computes the perplexity over the windows of a model. `None` without windows.
     pub fn from_windows(windows: &[&WindowRecord]) -> Option<Self> {
         if windows.is_empty() {
             return None;
@@ -33,7 +33,7 @@ impl Perplexity {
     }
 }
 
-/// Over tokens, not over windows.
+/// Averages over tokens, not over windows.
 fn mean_nll<'w>(windows: impl Iterator<Item = &'w WindowRecord>) -> f64 {
     let (mut nll, mut tokens) = (0.0, 0);
     for window in windows {

@@ -1,7 +1,7 @@
 //! Makes the text of a model safe to show.
 
-/// Replaces control characters, which a terminal would obey instead of showing them, by visible
-/// ones. Line feeds stay, and tabs become spaces.
+/// Replaces control characters, which a terminal would obey instead of showing them, with visible
+/// ones. Keeps line feeds, and turns tabs into spaces.
 pub fn to_printable(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     for character in text.chars() {
@@ -12,7 +12,7 @@ pub fn to_printable(text: &str) -> String {
             // The block of control pictures starts at U+2400.
             '\u{0}'..='\u{1f}' => shown.extend(char::from_u32(0x2400 + character as u32)),
             '\u{7f}' => shown.push('\u{2421}'),
-            // The C1 controls, and the characters that change the direction of writing.
+            // The C1 controls, and the characters that change the direction of the text.
             '\u{80}'..='\u{9f}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => {
                 shown.push('\u{fffd}')
             }

@@ -25,7 +25,6 @@ pub struct Profiles {
 pub struct SetProfile {
     /// The name given, or else the folder.
     pub name: String,
-    /// Folder of the data set.
     pub path: PathBuf,
     /// Tokens per block.
     pub n: usize,
@@ -56,8 +55,7 @@ pub struct BlockFigures {
 /// Means over blocks, or ratios of such means.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct BlockMeans {
-    /// Tokens that an iteration adds to the correct prefix. At least one, which the paper counts,
-    /// too.
+    /// Tokens that an iteration adds to the correct prefix: at least one, as the paper counts.
     pub fast_forwarded: Option<f64>,
     /// Tokens per block that iterations added beyond one each.
     pub beyond_one_per_block: Option<f64>,
@@ -121,17 +119,17 @@ fn profile_set(argument: &str) -> Result<SetProfile> {
         name: name.to_owned(),
         n: reader.provenance().n,
         augmented_rows: sums.augmented_rows,
-        all: BlockFigures::of_answers(all),
+        all: BlockFigures::from_answers(all),
         whole_blocks: BlockFigures::new(&sums.whole_blocks, None),
-        eos: BlockFigures::of_answers(sums.eos),
-        length: BlockFigures::of_answers(sums.length),
+        eos: BlockFigures::from_answers(sums.eos),
+        length: BlockFigures::from_answers(sums.length),
         ratio_to_first: None,
         path,
     })
 }
 
 impl Profiles {
-    /// A table of the sets, and what its columns mean.
+    /// Formats a table of the data sets, followed by the meaning of its columns.
     pub fn text(&self) -> String {
         const HEADS: [&str; 9] = [
             "data set",
@@ -233,7 +231,7 @@ impl AnswerSums {
 }
 
 impl BlockFigures {
-    fn of_answers(answers: AnswerSums) -> Self {
+    fn from_answers(answers: AnswerSums) -> Self {
         Self::new(&answers.blocks, Some(answers.num_forwards))
     }
 

@@ -1,7 +1,7 @@
 //! The records of a run, and the file that holds them: `samples.jsonl`.
 //!
-//! The file begins with a header. Every answer, timing and text window follows as a line of its
-//! own, written as soon as it is there. The file alone is enough to resume a run after a kill, to
+//! The file begins with a header. Every answer, timing and text window follows on a line of its
+//! own, written as soon as it exists. The file alone is enough to resume a run after a kill, to
 //! score its answers again and to draw a report.
 
 use std::fs::File;
@@ -29,7 +29,7 @@ pub const SAMPLES: &str = "samples.jsonl";
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ModelEntry {
     pub role: Role,
-    /// Its folder.
+    /// The folder that the model was loaded from.
     pub path: String,
     /// Hash of its configuration and weights.
     pub fingerprint: String,
@@ -51,7 +51,7 @@ pub struct Header {
     pub examples: usize,
     pub hardware: Hardware,
     pub toolkit: Toolkit,
-    /// Layers of the sandbox that ran the code of answers. None if no code ran.
+    /// Layers of the sandbox that ran the code of answers. `None` if no code ran.
     #[serde(default)]
     pub sandbox: Option<Vec<String>>,
     pub models: Vec<ModelEntry>,
@@ -87,15 +87,15 @@ pub struct AnswerRecord {
     pub forwards: usize,
     /// Tokens accepted per forward. They sum to the length of the answer.
     pub accepted: Vec<u32>,
-    /// Seconds of the batch's prefill over the number of its answers.
+    /// Seconds of the batch's prefill, divided by the number of its answers.
     pub batch_prefill_seconds: f64,
-    /// Seconds of the batch's decoding over the number of its answers.
+    /// Seconds of the batch's decoding, divided by the number of its answers.
     pub batch_seconds: f64,
-    /// Peak GPU memory up to the end of its batch, without what was in use before this model was
+    /// Peak GPU memory up to the end of its batch, excluding what was in use before this model was
     /// loaded. Null on the CPU.
     pub peak_memory_bytes: Option<u64>,
     /// Best minus second-best logit at the first token that differs from the same model's
-    /// autoregressive answer, computed in one forward over all tokens before it. None if no token
+    /// autoregressive answer, computed in one forward over all tokens before it. `None` if no token
     /// differs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logit_gap_at_difference: Option<f64>,
@@ -137,9 +137,9 @@ pub struct WindowRecord {
     pub id: String,
     /// Position in the text of the window's first token, from 0.
     pub start: usize,
-    /// Number of tokens scored: the last ones of the window.
+    /// Number of tokens scored, which are the last ones of the window.
     pub tokens: usize,
-    /// Sum of their negative log-likelihoods, in nats.
+    /// Sum of the scored tokens' negative log-likelihoods, in nats.
     pub nll: f64,
 }
 
@@ -163,8 +163,8 @@ pub(crate) enum LineRef<'r> {
     Window(&'r WindowRecord),
 }
 
-/// All records of a run. Those of each kind are in the order in which they were made until the run
-/// has ended.
+/// All records of a run. Until the run has ended, those of each kind are in the order in which they
+/// were made.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Records {
     pub header: Header,
@@ -186,7 +186,7 @@ impl Header {
 }
 
 impl AnswerRecord {
-    /// The prompt as far as scoring needs it.
+    /// The parts of the prompt that scoring needs.
     pub fn sample(&self) -> Sample {
         Sample {
             id: self.id.clone(),
@@ -225,17 +225,17 @@ impl Records {
     /// Reads a whole file.
     ///
     /// # Errors
-    /// Names file and line of what is not a record.
+    /// When a line is not a record: names file and line.
     pub fn read(path: &Path) -> Result<Self> {
         let empty = || Error::file(path, "holds no answers yet: run the same `cllm-eval run` again");
         Ok(Self::read_lines(path, false)?.ok_or_else(empty)?.0)
     }
 
-    /// Reads the file of a run that was killed, which may have cut the last line. Returns the
-    /// records of the whole lines and the number of bytes of these; None if there is no whole line.
+    /// Reads the file of a run that was killed, which may have cut off the last line. Returns the
+    /// records of the complete lines and their length in bytes, or `None` if no line is complete.
     ///
     /// # Errors
-    /// Names file and line of what is not a record.
+    /// When a line is not a record: names file and line.
     pub(crate) fn read_interrupted(path: &Path) -> Result<Option<(Self, u64)>> {
         Self::read_lines(path, true)
     }
@@ -299,11 +299,11 @@ impl LineRef<'_> {
     }
 }
 
-/// Refuses a document of another schema version. One without a version is left to whoever parses
-/// it.
+/// Refuses a document of another schema version. A document without a version passes, so that the
+/// code that parses it can report what it is.
 ///
 /// # Errors
-/// Names both versions.
+/// When the versions differ: names both.
 pub fn check_version(path: &Path, document: &Value) -> Result<()> {
     match &document["schema_version"] {
         Value::Null => Ok(()),

@@ -20,7 +20,7 @@ pub struct AnswerScorer<'a> {
 }
 
 impl<'a> AnswerScorer<'a> {
-    /// `data` is the folder of the benchmark's files; `sandbox` is where the code of answers runs.
+    /// `data` is the folder of the benchmark's files; the code of answers runs in `sandbox`.
     pub fn new(task: Task, data: Option<&'a Path>, sandbox: Option<&'a Sandbox>) -> Self {
         AnswerScorer { task, context: ScoreContext { data, sandbox } }
     }
@@ -33,7 +33,8 @@ impl<'a> AnswerScorer<'a> {
         self.task.check_scorable(self.context, sample)
     }
 
-    /// Sets the verdicts of the answers, in parallel. If one cannot be scored, none is changed.
+    /// Sets the verdicts of the answers, in parallel. If one answer cannot be scored, none is
+    /// changed.
     ///
     /// # Errors
     /// As [`Task::score`].
@@ -48,8 +49,8 @@ impl<'a> AnswerScorer<'a> {
     }
 }
 
-/// Opens the sandbox for the code of a task's answers. None if the task has no code, or if
-/// `execute` is false; `advice` then tells how to allow it.
+/// Opens the sandbox for the code of a task's answers. `None` if the answers contain no code, or if
+/// `execute` is false; `advice` then says how to allow it.
 ///
 /// # Errors
 /// As [`Sandbox::open`].
@@ -74,11 +75,11 @@ pub fn open_sandbox(task: Task, execute: bool, advice: &str) -> Result<Option<Sa
 }
 
 /// Scores the answers in a run's folder again and rewrites its files. `data` overrides the run's
-/// own folder of the benchmark's files. Code in answers runs only if `execute` says so, whatever
-/// the settings of the run say: its files may come from anywhere.
+/// own folder of the benchmark's files. Code in answers runs only with `execute`, whatever the
+/// settings of the run say, because its files may come from anywhere.
 ///
 /// # Errors
-/// When the folder holds no run, or a file that scoring needs is missing.
+/// When the folder contains no run, or a file that scoring needs is missing.
 pub fn score(folder: &Path, data: Option<PathBuf>, execute: bool) -> Result<Results> {
     let path = folder.join(SAMPLES);
     let mut records = Records::read(&path)?;
@@ -90,7 +91,7 @@ pub fn score(folder: &Path, data: Option<PathBuf>, execute: bool) -> Result<Resu
     if task == Task::Spider && data.is_none() {
         progress::log("no answer was scored: name Spider's folder with --data");
     }
-    // The header tells where the verdicts come from, and the next scoring starts from the same
+    // The header records where the verdicts come from, and the next scoring starts from the same
     // folder.
     records.header.sandbox = sandbox.map(|sandbox| sandbox.layers().to_vec());
     records.header.settings.execute_code = execute;

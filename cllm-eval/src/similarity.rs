@@ -1,14 +1,14 @@
 //! How similar code is to its reference, for benchmarks that cannot tell whether it is correct.
 //!
 //! Code is split into words (runs of letters, digits and `_`) and single other characters; white
-//! space does not count. Of an answer with a code fence, only the code in the first fence counts.
+//! space does not count. If an answer has code fences, only the code in the first one counts.
 
 use std::collections::HashMap;
 
 use cllm_core::task::extract_code;
 use serde::{Deserialize, Serialize};
 
-/// Similarity of answers to their references, over all of them.
+/// Similarity over all answers to their references.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Similarity {
     /// BLEU-4 of the whole corpus (Papineni et al., 2002) with one reference each, from 0 to 1. Not
@@ -25,8 +25,8 @@ struct Pair<'t> {
 }
 
 impl Similarity {
-    /// Of pairs of an answer and its reference. Both fields are None if the references have no
-    /// token.
+    /// Computes the similarity over pairs of an answer and its reference. Both fields are `None` if
+    /// the references have no tokens.
     pub fn from_pairs<'t>(pairs: impl Iterator<Item = (&'t str, &'t str)>) -> Self {
         let pairs: Vec<Pair<'_>> = pairs
             .map(|(answer, reference)| Pair {
@@ -103,12 +103,13 @@ mod tests {
         let similarity = |pairs: &[(&str, &str)]| Similarity::from_pairs(pairs.iter().copied());
         let same = similarity(&[("```python\na b  c d e\n```\nDone.", "a b c d e")]);
         assert_eq!((same.bleu, same.exact_prefix), (Some(1.0), Some(1.0)));
-        // Of orders 1 to 4: 5 of 6, 4 of 5, 3 of 4, 2 of 3 (a clipped `e`); 6 tokens for 8.
-        let found = similarity(&[("a b c d e e", "a b c d e f g h")]);
+        // Precisions of orders 1 to 4: 5 of 6, 4 of 5, 3 of 4, 2 of 3 (a clipped `e`); 6 tokens for
+        // 8.
+        let actual = similarity(&[("a b c d e e", "a b c d e f g h")]);
         let precision: f64 = (5.0 / 6.0) * (4.0 / 5.0) * (3.0 / 4.0) * (2.0 / 3.0);
         let expected = precision.powf(0.25) * (1.0 - 8.0_f64 / 6.0).exp();
-        assert!((found.bleu.unwrap() - expected).abs() < 1e-12, "{found:?}, {expected}");
-        assert_eq!(found.exact_prefix, Some(5.0 / 8.0));
+        assert!((actual.bleu.unwrap() - expected).abs() < 1e-12, "{actual:?}, {expected}");
+        assert_eq!(actual.exact_prefix, Some(5.0 / 8.0));
         let short = similarity(&[("a b c d", "a b c d a")]).bleu.unwrap();
         assert!((short - (-0.25_f64).exp()).abs() < 1e-12, "nothing counts more often than it was written: {short}");
         assert_eq!(similarity(&[("a b c", "a b c d")]).bleu, Some(0.0), "not smoothed");

@@ -1,11 +1,11 @@
 //! The difficulty of a Spider query: one of the four classes of the official evaluation
-//! (`Evaluator.eval_hardness` in evaluation.py of taoyds/spider), counted on the words of the
+//! (`Evaluator.eval_hardness` in evaluation.py of taoyds/spider), counted from the words of the
 //! query.
 //!
-//! The counts follow the quirks of the official ones. Of queries joined by UNION, INTERSECT or
-//! EXCEPT only the first counts; an ORDER BY after such a word belongs to the second. A subquery
-//! counts only in conditions, and its own components never count. Aggregates include every NOT of a
-//! condition and every AND and OR of HAVING.
+//! The counts follow the quirks of the official ones. Only the first of several queries joined by
+//! UNION, INTERSECT or EXCEPT counts; an ORDER BY after such a word belongs to the second query. A
+//! subquery counts only in conditions, and its own components never count. Aggregates include every
+//! NOT of a condition and every AND and OR of HAVING.
 
 use std::fmt;
 
@@ -28,7 +28,8 @@ struct Counts {
     /// Queries within conditions or behind a set operation: "components 2".
     nested: usize,
     aggregates: usize,
-    /// Selected columns, conditions of WHERE and columns of GROUP BY, each without the first.
+    /// Selected columns, conditions of WHERE and columns of GROUP BY, not counting the first of
+    /// each.
     more_columns: usize,
     more_conditions: usize,
     more_groups: usize,
@@ -46,7 +47,7 @@ impl fmt::Display for Difficulty {
 }
 
 impl Counts {
-    /// Number of kinds of which there is more than one: "others".
+    /// Number of kinds that occur more than once: "others".
     fn others(&self) -> usize {
         let more = [self.aggregates.saturating_sub(1), self.more_columns, self.more_conditions, self.more_groups];
         more.iter().filter(|&&count| count > 0).count()
@@ -60,13 +61,13 @@ pub fn difficulty(query: &str) -> Difficulty {
         (0..=1, 0, 0) => Difficulty::Easy,
         (0..=1, 0..=2, 0) | (2, 0..=1, 0) => Difficulty::Medium,
         (0..=2, 3.., 0) | (3, 0..=2, 0) | (0..=1, 0, 1) => Difficulty::Hard,
-        // Two components and two others fall through every rule of the first three classes.
+        // Queries with two components and two others match no rule of the first three classes.
         _ => Difficulty::Extra,
     }
 }
 
-/// Counts the first of joined queries, word by word. Words in parentheses belong to the word before
-/// them.
+/// Counts the components of the first of several joined queries, word by word. Words in parentheses
+/// belong to the word before them.
 fn count(words: &[String]) -> Counts {
     let mut counts = Counts::default();
     let (mut clause, mut depth, mut between) = ("", 0usize, false);
@@ -120,7 +121,8 @@ fn opens_table(before: &str) -> bool {
     matches!(before, "from" | "join" | ",")
 }
 
-/// Lower-case words and single other characters. A quoted text is one word, unlike any keyword.
+/// Splits a query into lower-case words and single other characters. A quoted text becomes one
+/// word, which is no keyword.
 fn words(query: &str) -> Vec<String> {
     let mut words = Vec::new();
     let mut rest = query.trim_start();

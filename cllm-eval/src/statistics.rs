@@ -1,4 +1,4 @@
-//! Confidence intervals of counts, and tests of whether a difference is more than chance.
+//! Confidence intervals of counts, and tests of whether a difference is due to chance.
 
 use cllm_core::fingerprint;
 use rand::RngExt;
@@ -11,7 +11,7 @@ const Z95: f64 = 1.959_963_984_540_054;
 pub const NUM_RESAMPLES: usize = 10_000;
 const BOOTSTRAP_SEED: u64 = 0;
 
-/// Wilson's score interval (1927) of a fraction, at 95 %. It holds for few examples and for
+/// Wilson's 95 % score interval (1927) of a fraction. It is valid for few examples and for
 /// fractions near 0 and 1.
 pub fn wilson(correct: usize, total: usize) -> Option<[f64; 2]> {
     if total == 0 {
@@ -25,8 +25,8 @@ pub fn wilson(correct: usize, total: usize) -> Option<[f64; 2]> {
     Some([(centre - half).max(0.0), (centre + half).min(1.0)])
 }
 
-/// Bonett and Price's interval (2012) of the difference of two paired fractions, at 95 %. The
-/// counts are those of the pairs in which only the first, or only the second, is correct.
+/// Bonett and Price's 95 % interval (2012) of the difference of two paired fractions. The counts
+/// are those of the pairs in which only the first, or only the second, is correct.
 pub fn paired_difference(only_first: usize, only_second: usize, pairs: usize) -> Option<[f64; 2]> {
     if pairs == 0 {
         return None;
@@ -38,10 +38,10 @@ pub fn paired_difference(only_first: usize, only_second: usize, pairs: usize) ->
     Some([(difference - half).max(-1.0), (difference + half).min(1.0)])
 }
 
-/// The 95 % percentile bootstrap interval (Efron, 1979) of a statistic of some examples: between
-/// the 2.5th and the 97.5th percentile of the statistic of resamples, each of which draws as many
-/// examples with replacement. `statistic` gets the indices of the drawn examples. None without
-/// examples, or if a statistic is None.
+/// The 95 % percentile bootstrap interval (Efron, 1979) of a statistic of some examples: from the
+/// 2.5th to the 97.5th percentile over resamples, each of which draws as many examples as there
+/// are, with replacement. `statistic` gets the indices of the drawn examples. `None` without
+/// examples, or if a statistic is `None`.
 pub fn bootstrap(examples: usize, statistic: impl Fn(&[usize]) -> Option<f64> + Sync) -> Option<[f64; 2]> {
     if examples == 0 {
         return None;
@@ -58,13 +58,13 @@ pub fn bootstrap(examples: usize, statistic: impl Fn(&[usize]) -> Option<f64> + 
     Some([statistics[NUM_RESAMPLES / 40], statistics[NUM_RESAMPLES - 1 - NUM_RESAMPLES / 40]])
 }
 
-/// The two-sided p value of the exact McNemar test (1947): the probability of counts at least as
-/// unequal as these if a pair with exactly one correct answer were as often correct in the first as
-/// in the second.
+/// The two-sided p value of the exact McNemar test (1947): the probability of counts at least this
+/// unequal if, in a pair with exactly one correct answer, either side were equally likely to be the
+/// correct one.
 pub fn mcnemar(only_first: usize, only_second: usize) -> f64 {
     let (pairs, fewer) = (only_first + only_second, only_first.min(only_second));
     // The first binomial probabilities underflow a float, so each logarithm is computed from the
-    // one before.
+    // previous one.
     let mut log_term = -(pairs as f64) * std::f64::consts::LN_2;
     let mut tail = log_term.exp();
     for k in 0..fewer {
@@ -74,7 +74,7 @@ pub fn mcnemar(only_first: usize, only_second: usize) -> f64 {
     (2.0 * tail).min(1.0)
 }
 
-/// `a / b`; None if either is unknown or `b` is not above 0.
+/// `a / b`; `None` if either is unknown or `b` is not positive.
 pub fn ratio(a: impl Into<Option<f64>>, b: impl Into<Option<f64>>) -> Option<f64> {
     match (a.into(), b.into()) {
         (Some(a), Some(b)) if b > 0.0 => Some(a / b),

@@ -1,4 +1,4 @@
-//! `suite`: one run for every benchmark whose data are there, and one report of all.
+//! `suite`: runs every benchmark that has data, and draws one report of all of them.
 
 use std::path::{Path, PathBuf};
 
@@ -83,13 +83,12 @@ pub struct Suite {
     pub schema_version: u32,
     /// Every benchmark, in the order of `ls`.
     pub benchmarks: Vec<Entry>,
-    /// Files of the report.
+    /// Files of the report that were written.
     pub report: Vec<PathBuf>,
 }
 
 #[derive(Debug, Serialize)]
 pub struct Entry {
-    /// Name of the benchmark.
     pub name: &'static str,
     #[serde(flatten)]
     pub outcome: BenchmarkOutcome,
@@ -103,8 +102,8 @@ pub enum BenchmarkOutcome {
     Failed { reason: String },
 }
 
-/// Runs every benchmark whose data are there, or resumes an interrupted suite, and draws one
-/// report. A benchmark that fails does not stop the others.
+/// Runs every benchmark that has data, or resumes an interrupted suite, and draws one report. A
+/// benchmark that fails does not stop the others.
 ///
 /// # Errors
 /// A data folder that does not exist, interruption, a report that cannot be written.
@@ -164,7 +163,7 @@ fn run_benchmark(task: Task, settings: &SuiteSettings) -> Result<BenchmarkOutcom
     }
 }
 
-/// The data of a benchmark in the folder of a suite.
+/// Finds the data of a benchmark in the folder of a suite.
 fn find_data(task: Task, data: &Path) -> Option<PathBuf> {
     let names = match task {
         Task::Codesearchnet => vec!["codesearchnet", "code_search_net"],
@@ -178,12 +177,12 @@ fn find_data(task: Task, data: &Path) -> Option<PathBuf> {
         [data.join(name)].into_iter().chain(files).find(|path| path.exists())
     };
     let path = names.into_iter().find_map(find)?;
-    // These are a single file of any name.
+    // The data of these benchmarks is a single file, whatever its name.
     let is_one_file = matches!(task, Task::Jsonl | Task::Mbpp | Task::Humaneval);
     Some(if is_one_file { only_file(&path).unwrap_or(path) } else { path })
 }
 
-/// The file of rows in a folder, if there is exactly one.
+/// Finds the file of rows in a folder, if there is exactly one.
 fn only_file(folder: &Path) -> Option<PathBuf> {
     let has_rows = |path: &PathBuf| {
         path.extension()

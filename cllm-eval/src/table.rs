@@ -1,5 +1,5 @@
-//! Figures of a run in words: cells, sentences and the table that the terminal shows. Reports use
-//! the same.
+//! Formats the figures of a run as cells, sentences and the table that the terminal shows. Reports
+//! use the same ones.
 
 use cllm_core::progress::count;
 use cllm_core::task::Task;
@@ -92,7 +92,7 @@ fn format_similarity(similarity: &Similarity) -> String {
     format!("BLEU {bleu}, prefix {}", format_percent(similarity.exact_prefix))
 }
 
-/// What a run measured, in a sentence.
+/// One sentence that says what a run measured.
 pub fn describe(results: &Results) -> String {
     if results.benchmark == Task::Perplexity {
         return format!("{}; nothing is generated.", count(results.examples, "text"));
@@ -116,17 +116,17 @@ pub fn notes(results: &Results) -> Vec<String> {
     });
     let difficulties = results.strategies().filter_map(|(role, figures)| {
         let classes = figures.by_difficulty.as_ref()?.iter();
-        let classes: Vec<String> = classes.map(|(class, accuracy)| of_class(*class, accuracy)).collect();
+        let classes: Vec<String> = classes.map(|(class, accuracy)| difficulty_text(*class, accuracy)).collect();
         Some(format!("{role} {} by difficulty: {}", figures.label, classes.join(", ")))
     });
-    perplexities.chain(difficulties).chain(results.paired.iter().map(of_pairs)).collect()
+    perplexities.chain(difficulties).chain(results.paired.iter().map(paired_text)).collect()
 }
 
-fn of_class(class: Difficulty, accuracy: &Accuracy) -> String {
+fn difficulty_text(class: Difficulty, accuracy: &Accuracy) -> String {
     format!("{class} {} of {}", format_percent(accuracy.accuracy), accuracy.scored)
 }
 
-fn of_pairs(pairs: &PairedDifference) -> String {
+fn paired_text(pairs: &PairedDifference) -> String {
     let difference = pairs.difference.map_or_else(|| "-".to_owned(), format_points);
     format!(
         "accuracy, student {} − teacher {}: {difference} points{} on {}",
@@ -145,8 +145,8 @@ pub fn summarize(results: &Results) -> String {
     format!("{table}{}\n{}\n{notes}", describe(results), results.hardware.summary())
 }
 
-/// A table for the terminal. Its first `num_names` columns name the row; the others are aligned to
-/// the right.
+/// Formats a table for the terminal. The first `num_names` columns name the row; the others are
+/// aligned to the right.
 pub fn render(heads: &[&str], num_names: usize, rows: impl IntoIterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::UTF8_FULL_CONDENSED);
@@ -160,7 +160,7 @@ pub fn render(heads: &[&str], num_names: usize, rows: impl IntoIterator<Item = V
     format!("{table}\n")
 }
 
-/// A column head on two lines if it is long, so that the column stays narrow.
+/// Breaks a long column head into two lines, so that the column stays narrow.
 pub fn break_head(head: &str) -> String {
     const MAX_HEAD_CHARS: usize = 15;
     let middle = head.len() / 2;

@@ -13,10 +13,10 @@ use crate::results::{ModelResults, Results, StrategyResults};
 use crate::role::Role;
 use crate::table::{self, format_accuracy, format_number};
 
-/// How strongly AUP weighs a loss of accuracy.
+/// How strongly AUP penalizes a loss of accuracy.
 const ALPHA: f64 = 3.0;
-/// A point that is more percentage points of accuracy below the first of its curve does not count
-/// in AUP.
+/// A point that is more than this many percentage points of accuracy below the first of its curve
+/// does not count in AUP.
 const MAX_LOST_POINTS: f64 = 5.0;
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -75,7 +75,7 @@ pub struct Aup {
 /// Reads results (files, or the folders that hold them) and puts their points side by side.
 ///
 /// # Errors
-/// When one is no results file, they measured different things, or no answer was scored.
+/// When a file is not a results file, the files measured different things, or no answer was scored.
 pub fn read(paths: &[PathBuf]) -> Result<Tradeoff> {
     let results: Vec<Results> = paths.iter().map(|path| Results::read(path)).collect::<Result<_>>()?;
     for (path, other) in paths.iter().zip(&results).skip(1) {
@@ -84,11 +84,11 @@ pub fn read(paths: &[PathBuf]) -> Result<Tradeoff> {
         })?;
     }
     Tradeoff::from_results(&results)
-        .ok_or_else(|| Error::usage("no answer of these results was scored: nothing to compare"))
+        .ok_or_else(|| Error::usage("these results contain no scored answer: nothing to compare"))
 }
 
 /// # Errors
-/// The first difference, in words.
+/// Describes the first difference.
 fn expect_comparable(first: &Results, other: &Results) -> std::result::Result<(), String> {
     let expect_same = |name: &str, actual: String, expected: String| match actual == expected {
         true => Ok(()),
@@ -103,7 +103,7 @@ fn expect_comparable(first: &Results, other: &Results) -> std::result::Result<()
 }
 
 impl Tradeoff {
-    /// A table of the points, then the area under each curve.
+    /// Formats a table of the points, then the area under each curve.
     pub fn text(&self) -> String {
         const HEADS: [&str; 8] =
             ["checkpoint", "", "strategy", "accuracy (95 %)", "tokens/forward", "tokens/s", "speed-up", "Pareto front"];
@@ -128,7 +128,7 @@ impl Tradeoff {
     }
 
     /// Puts the points of comparable results side by side. A checkpoint and strategy that several
-    /// results hold counts once, as in the first of them. None if nothing was scored.
+    /// results contain counts once, as in the first of them. `None` if nothing was scored.
     pub fn from_results(results: &[Results]) -> Option<Self> {
         let first = results.first()?;
         let mut points = distinct_points(results);
@@ -168,8 +168,8 @@ fn scored_points(results: &Results) -> impl Iterator<Item = Point> {
     results.models.iter().flat_map(of_model)
 }
 
-/// Checkpoints stay in the order of their first points. Those of a checkpoint go from few to many
-/// tokens per forward.
+/// Keeps checkpoints in the order of their first points, and sorts the points of each from few to
+/// many tokens per forward.
 fn sort_by_checkpoint(points: &mut [Point]) {
     let mut checkpoints: Vec<String> = Vec::new();
     for point in points.iter() {
@@ -197,7 +197,7 @@ fn mark_front(points: &mut [Point]) {
 }
 
 impl Point {
-    /// None if no answer was scored.
+    /// `None` if no answer was scored.
     fn new(model: &ModelResults, figures: &StrategyResults) -> Option<Self> {
         Some(Point {
             checkpoint: model.model.path.clone(),
@@ -216,7 +216,8 @@ impl Point {
 }
 
 impl Aup {
-    /// Of the points of one checkpoint; `best` is the best accuracy of all that is compared.
+    /// Computes the area for the points of one checkpoint. `best` is the best accuracy among all
+    /// points compared.
     fn new(curve: &[Point], best: f64) -> Self {
         let pairs: Vec<(f64, f64)> =
             curve.iter().map(|point| (point.tokens_per_forward, 100.0 * point.accuracy)).collect();
@@ -226,18 +227,18 @@ impl Aup {
     }
 }
 
-/// Accuracy under parallelism, and the number of points that count: the area under the curve of
-/// accuracy (in percent) over tokens per forward, weighted by quality.
+/// Returns the accuracy under parallelism and the number of points that count. It is the area under
+/// the curve of accuracy (in percent) over tokens per forward, weighted by quality.
 ///
-/// `curve` holds pairs `(ρ, y)` from few tokens per forward to many; `y_max` is the best accuracy
-/// of all that is compared. With `W(y) = min(exp(-3 (1 - y / y_max)), 1)` over the points with `y
-/// >= y_1 - 5`,
+/// `curve` contains pairs `(ρ, y)` from few tokens per forward to many; `y_max` is the best
+/// accuracy among all points compared. With `W(y) = min(exp(-3 (1 - y / y_max)), 1)` over the
+/// points with `y >= y_1 - 5`,
 ///
 /// `AUP = ρ_1 y_1 + Σ_{i >= 2} (ρ_i - ρ_{i-1}) (y_i W(y_i) + y_{i-1} W(y_{i-1})) / 2`.
 ///
-/// The definition is that of d3LLM (arXiv 2601.07568), computed by `aup_utils.py` of the
+/// The definition is that of d3LLM (arXiv 2601.07568), as computed by `aup_utils.py` of the
 /// leaderboard of hao-ai-lab. That program refuses a curve whose last point lost more than 5
-/// points; here such points do not count, as in the definition.
+/// points; here, as in the definition, such points do not count.
 pub fn aup(curve: &[(f64, f64)], y_max: f64) -> (f64, usize) {
     let Some(&(first_rho, first_y)) = curve.first() else { return (0.0, 0) };
     let weighted = |y: f64| if y > 0.0 { y * (-ALPHA * (1.0 - y / y_max)).exp().min(1.0) } else { 0.0 };

@@ -29,7 +29,7 @@ use crate::processes;
 use crate::settings::Settings;
 use crate::step::train_step;
 
-/// Steps before the timed ones.
+/// Number of steps before the timed ones.
 const NUM_WARMUP_STEPS: usize = 3;
 
 /// Settings of `cllm-train bench`.
@@ -105,7 +105,7 @@ impl BenchSettings {
         let training = Settings {
             model: self.model.clone(),
             datasets: self.datasets.clone(),
-            // Nothing is written there.
+            // Nothing is written to this folder.
             output: PathBuf::from("unused"),
             device: self.device.clone(),
             ..self.train.clone()
@@ -126,13 +126,12 @@ pub struct TrainBenchRecord {
     parameters: i64,
     /// Each with a GPU of its own.
     num_processes: usize,
-    /// Timed steps.
     num_steps: usize,
     /// Median over the timed steps, including the optimizer and waiting for batches.
     step_seconds: f64,
-    /// Packed tokens over the seconds of all timed steps.
+    /// Packed tokens, divided by the seconds of all timed steps.
     tokens_per_second: f64,
-    /// Noisy blocks over the seconds.
+    /// Noisy blocks, divided by the same seconds.
     blocks_per_second: f64,
     examples_per_second: f64,
     /// Mean number of tokens in a forward.
@@ -141,13 +140,13 @@ pub struct TrainBenchRecord {
     /// width of all heads for each pair of tokens that attention does not mask. Recomputation does
     /// not count. `None` on devices whose peak is not known.
     mfu: Option<f64>,
-    /// The same if attention counts every pair of tokens in a sequence of `max_example_tokens`.
+    /// The same, if attention counts every pair of tokens in a sequence of `max_example_tokens`.
     mfu_dense_attention: Option<f64>,
     /// Peak of all GPUs together, in operations per second.
     peak_flops: Option<f64>,
     /// Of the main process; `None` on the CPU.
     peak_memory_bytes: Option<u64>,
-    /// What `plan` estimates.
+    /// The peak that `plan` estimates.
     planned_memory_bytes: u64,
     /// Seconds that the training thread waited for batches, in all timed steps.
     batch_wait_seconds: f64,
@@ -224,7 +223,7 @@ fn measure(
     })
 }
 
-/// Takes the steps that warm up and then the timed ones.
+/// Takes the warm-up steps and then the timed ones.
 fn time_steps(
     training: &Settings,
     models: &Models,
@@ -270,7 +269,7 @@ fn default_name(preset: Option<ModelPreset>, folder: &Path) -> String {
     }
 }
 
-/// What the timed steps held and took.
+/// Totals over the timed steps, and the seconds of each.
 #[derive(Default)]
 struct Timings {
     step_seconds: Vec<f64>,
@@ -297,7 +296,7 @@ impl Timings {
         }
     }
 
-    /// Sums up what each process knows of its own batches only.
+    /// Sums the counts that each process knows only for its own batches.
     fn sum_over_processes(&mut self, group: &ProcessGroup, device: Device) -> Result<()> {
         let counts = [&mut self.num_batches, &mut self.num_examples, &mut self.num_attended_pairs];
         let sums = Tensor::from_slice(&counts.each_ref().map(|count| **count as i64)).to_device(device);

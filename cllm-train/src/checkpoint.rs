@@ -18,7 +18,7 @@ use crate::run_fingerprint::RunFingerprint;
 use crate::settings::Settings;
 use crate::train_state::TrainState;
 
-/// Where a run saves its models, and what goes with them.
+/// The folder in which a run saves its models, and what is saved with them.
 pub struct Checkpoints {
     run: PathBuf,
     /// Folder with the tokenizer files that every saved model gets.
@@ -53,7 +53,7 @@ impl Checkpoints {
     /// must call it; the main one writes.
     ///
     /// # Errors
-    /// File-system errors, a process that is gone.
+    /// File-system errors, a process that has died.
     pub fn save(
         &self,
         model: &Transformer,
@@ -68,7 +68,7 @@ impl Checkpoints {
         let name = format!("step-{:06}", state.step);
         atomic_file::write_folder_with(&self.folder().join(&name), |folder| {
             // The master weights may be the model's own, so they are written before the average
-            // takes their place.
+            // replaces them.
             write_tensors(&folder.join("optimizer.safetensors"), &optimizer_tensors)?;
             optimizer.with_average(|| match &self.adapter_base {
                 Some(base) => self.write_adapter(folder, model, base),
@@ -77,8 +77,8 @@ impl Checkpoints {
             atomic_file::write_json(&folder.join("state.json"), state)
         })?;
         let best_step = state.validation.best.map(|best| best.step);
-        // `best` goes first: a kill in between must not leave `latest` with a best checkpoint that
-        // no link points to.
+        // `best` is moved first: a kill in between must not leave `latest` with a best checkpoint
+        // that no link points to.
         if best_step == Some(state.step) {
             replace_link(&self.folder(), "best", &name)?;
         }
@@ -89,7 +89,7 @@ impl Checkpoints {
     /// Writes the final model. Every process must call it; the main one writes.
     ///
     /// # Errors
-    /// File-system errors, a process that is gone.
+    /// File-system errors, a process that has died.
     pub fn save_final(&self, model: &Transformer, optimizer: &OptimizerState, is_main: bool) -> Result<PathBuf> {
         let target = self.run.join("final");
         if is_main {
@@ -124,7 +124,7 @@ impl Checkpoints {
         self.eos_ids.as_ref().map_or(Ok(()), |ids| tokenizer::write_eos_ids(folder, ids))
     }
 
-    /// Removes what a killed process left half-written.
+    /// Removes half-written files that a killed process left.
     ///
     /// # Errors
     /// File-system errors.
@@ -135,7 +135,7 @@ impl Checkpoints {
     /// Restores the newest checkpoint, if there is one. Every process must call it.
     ///
     /// # Errors
-    /// A damaged checkpoint; one of a run with another fingerprint.
+    /// A damaged checkpoint, or one of a run with another fingerprint.
     pub fn resume(&self, optimizer: &mut OptimizerState, fingerprint: &RunFingerprint) -> Result<Option<TrainState>> {
         let Some(folder) = self.newest()? else { return Ok(None) };
         let damaged = |path: &Path, problem: &dyn std::fmt::Display| {
@@ -163,8 +163,8 @@ impl Checkpoints {
         Ok(Some(state))
     }
 
-    /// The checkpoint that `latest` points to. If someone has deleted it, the newest of the others
-    /// is closer than the start.
+    /// The checkpoint that `latest` points to. If someone has deleted it, the newest of the others,
+    /// which loses less than starting over.
     fn newest(&self) -> Result<Option<PathBuf>> {
         let latest = self.folder().join("latest");
         if latest.exists() {

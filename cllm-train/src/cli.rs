@@ -16,7 +16,7 @@ use crate::settings::Settings;
 use crate::summary::SUMMARY_FILE;
 use crate::{gguf, plan, tokenizer_training, trainer};
 
-/// Training a tokenizer reserves memory for all its ids.
+/// Maximum number of ids, because training a tokenizer reserves memory for all of them.
 const MAX_VOCAB_SIZE: u64 = 10_000_000;
 
 /// Train teachers and consistency models.
@@ -24,7 +24,6 @@ const MAX_VOCAB_SIZE: u64 = 10_000_000;
 #[command(
     name = "cllm-train",
     version,
-    about,
     after_help = "Example:
   cllm-train run -c configs/quickstart-student.yaml 'datasets=[runs/clean]' output=runs/student"
 )]
@@ -38,7 +37,7 @@ pub struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Train a model; resumes where an interrupted run stopped.
+    /// Train a model; resume where an interrupted run stopped.
     #[command(
         after_help = "Example:\n  cllm-train run -c configs/quickstart-student.yaml 'datasets=[runs/clean]' output=runs/student"
     )]
@@ -60,7 +59,7 @@ enum Verb {
     )]
     Bench(SettingsArgs),
     /// Collect, augment, clean and train in rounds, each starting from the student of the round
-    /// before; resumes where interrupted rounds stopped.
+    /// before; resume where interrupted rounds stopped.
     #[command(after_help = "Example:\n  cllm-train rounds -c configs/rounds.yaml output=runs/rounds")]
     Rounds(SettingsArgs),
     /// Check the settings of a run and print all of them.
@@ -97,22 +96,19 @@ enum Verb {
         /// Folder to write; it must not exist yet.
         folder: PathBuf,
     },
-    /// Print every setting of every verb as Markdown: type, default, allowed values, description.
+    /// Print every setting of every verb as Markdown: type, default, allowed values, meaning.
     #[command(after_help = "Example:\n  cllm-train settings")]
     Settings,
     /// Print completions for a shell.
     #[command(after_help = "Example:\n  cllm-train completions bash > cllm-train.bash")]
-    Completions {
-        /// The shell.
-        shell: clap_complete::Shell,
-    },
+    Completions { shell: clap_complete::Shell },
 }
 
 impl Cli {
     /// Runs the verb.
     ///
     /// # Errors
-    /// What the verb fails with.
+    /// Those of the verb.
     pub fn execute(self) -> Result<Outcome> {
         progress::set_quiet(self.quiet);
         match self.verb {
@@ -161,12 +157,12 @@ fn load_rounds(args: &SettingsArgs) -> Result<RoundsSettings> {
     Ok(settings)
 }
 
-/// Prints what a verb wrote, if its JSON was asked for.
+/// Prints the document of a verb, if `--json` asks for it.
 fn print_file(path: &Path, json: bool) -> Result<()> {
     if json { print(&text_file::read(path)?) } else { Ok(()) }
 }
 
-/// The settings of every verb, as docs/configuration.md shows them.
+/// The settings of every verb, as in docs/configuration.md.
 fn settings_reference() -> String {
     let verbs = [
         reference::<Settings>("cllm-train run, plan, validate"),

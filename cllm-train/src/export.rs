@@ -1,4 +1,4 @@
-//! `export`: writes a checkpoint as a model folder with weights of another type, adapters merged.
+//! `export`: converts a checkpoint to a model folder with weights of another type, adapters merged.
 
 use std::path::{Path, PathBuf};
 

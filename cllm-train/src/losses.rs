@@ -1,5 +1,5 @@
 //! One value for each of the four losses, by name. Weights, sums, token counts and gradients of the
-//! losses all have this shape, so that none can be taken for another's.
+//! losses all have this form, so that no loss can be mistaken for another.
 
 /// A value per loss.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -54,7 +54,7 @@ impl Losses<f64> {
 }
 
 impl Losses<usize> {
-    /// What sums over tokens are divided by to become means; 1 for a loss without tokens.
+    /// Divisors that turn sums over tokens into means; 1 for a loss without tokens.
     pub fn divisors(self) -> Losses<f64> {
         self.map(|num_tokens| (num_tokens as f64).max(1.0))
     }

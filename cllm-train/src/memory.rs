@@ -14,21 +14,21 @@ use crate::settings::{ConsistencySettings, Divergence, Objective, Settings, Stat
 /// Estimated bytes on each process, for the largest of its batches.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct MemoryEstimate {
-    /// The model with its adapters. With an anchor also the frozen model, unless that is the one
-    /// below the adapters.
+    /// The model with its adapters, and with an anchor also the frozen model, unless that is the
+    /// model below the adapters.
     pub weights: u64,
-    /// One for each trained number, in its type.
+    /// One number for each trained number, of the same type.
     pub gradients: u64,
     /// Moments, float32 master weights of bfloat16 weights (unless the state is bfloat16), and the
     /// moving average.
     pub optimizer: u64,
     /// What the forward saves for the backward, and the largest temporary tensors at the same time.
     pub activations: u64,
-    /// Everything together, at the moment that needs most.
+    /// The total at the moment when it is largest.
     pub peak: u64,
 }
 
-/// Sizes of a batch that its activations depend on.
+/// The sizes of a batch that determine its activations.
 #[derive(Debug, Clone, Copy)]
 struct BatchSize {
     num_tokens: f64,
@@ -97,7 +97,8 @@ impl StaticBytes {
         // The sum over the gradients of all processes.
         let reduced = if world_size > 1 { element * shard } else { 0.0 };
         let own = if settings.lora.is_some() { parameters + trained } else { parameters };
-        // Below adapters is the initial model, which is the anchor too unless another is named.
+        // Below adapters is the initial model. It is also the anchor, unless the settings name
+        // another.
         let has_second_model =
             settings.is_anchored() && (settings.lora.is_none() || settings.consistency.anchor.is_some());
         StaticBytes {

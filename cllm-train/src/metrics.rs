@@ -29,7 +29,7 @@ pub struct StepMetrics {
     pub tokens_per_second: f64,
 }
 
-/// Losses without their weights, as metrics.jsonl names them.
+/// The unweighted losses, by their names in metrics.jsonl.
 #[derive(Serialize)]
 pub struct NamedLosses {
     ar_loss: f64,
@@ -44,7 +44,7 @@ impl From<Losses<f64>> for NamedLosses {
     }
 }
 
-/// Both files of a run.
+/// The metrics files of a run.
 pub struct MetricsLog {
     path: PathBuf,
     file: File,
@@ -118,7 +118,7 @@ impl MetricsLog {
         write_events(&mut self.events, line)
     }
 
-    /// The last line about training; null before the first.
+    /// The last line about training; null if there is none.
     pub fn last_step_metrics(&self) -> &Value {
         &self.last_step_metrics
     }

@@ -64,8 +64,8 @@ fn load_anchor(name: &str, student: &ModelConfig, device: Device) -> Result<Tran
     let vocab_size = checkpoint::load_config(&folder)?.vocab_size;
     if vocab_size != student.vocab_size {
         let message = format!(
-            "consistency.anchor has a vocabulary of {vocab_size} tokens, the model of the run one of {}: they must be the \
-             same",
+            "consistency.anchor has a vocabulary of {vocab_size} tokens, but the model of the run has {}: they must be \
+             the same",
             student.vocab_size
         );
         return Err(Error::file(folder, message));

@@ -1,5 +1,5 @@
-//! `plan`: what a run will need, before it writes anything. Some of its steps are taken on a copy
-//! of the model to estimate how long it will last.
+//! `plan`: estimates what a run will need, before it writes anything. To estimate the duration, it
+//! takes some steps on a copy of the model.
 
 use std::path::Path;
 use std::rc::Rc;
@@ -22,9 +22,9 @@ use crate::optimizer::OptimizerState;
 use crate::settings::Settings;
 use crate::step::train_step;
 
-/// Steps to time, after one that warms up.
+/// Number of steps to time, after one that warms up.
 const NUM_TIMED_STEPS: usize = 3;
-/// No further step is timed after this.
+/// After this time, no further step is timed.
 const MAX_TIMING: Duration = Duration::from_secs(20);
 
 /// What a run will need; docs/data-format.md describes the fields.
@@ -35,7 +35,7 @@ struct Plan {
     parameters: i64,
     trained_parameters: i64,
     num_examples: usize,
-    /// Examples of more than `max_example_tokens`.
+    /// Number of examples with more than `max_example_tokens`.
     num_excluded: usize,
     epochs: usize,
     steps: usize,
@@ -51,7 +51,7 @@ struct Plan {
 #[serde(rename_all = "snake_case")]
 enum DurationEstimate {
     Estimated {
-        /// All steps, without validation and checkpoints.
+        /// Over all steps, without validation and checkpoints.
         seconds: f64,
         seconds_per_step: f64,
         timed_steps: usize,
@@ -180,14 +180,14 @@ fn time_steps(
             break;
         }
     }
-    // The first step warms up, but if it took all the time there was, it is the only measurement.
+    // The first step warms up. If it took all the available time, it is the only measurement.
     let timed = if step_seconds.len() > 1 { &step_seconds[1..] } else { &step_seconds[..] };
     let seconds_per_step = timed.iter().sum::<f64>() / timed.len() as f64;
     let seconds = seconds_per_step * schedule.num_steps() as f64;
     Ok(DurationEstimate::Estimated { seconds, seconds_per_step, timed_steps: timed.len() })
 }
 
-/// Bytes that a program may still allocate on this machine, if the system tells.
+/// Bytes that a program may still allocate on this machine; `None` if the system does not say.
 fn available_memory() -> Option<u64> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;

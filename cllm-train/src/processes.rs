@@ -12,7 +12,8 @@ use crate::settings::Settings;
 /// quiet.
 ///
 /// # Errors
-/// [`Error::Usage`] for an environment that does not fit, or if the other processes do not answer.
+/// [`Error::Usage`] if the environment does not fit the settings, or the other processes do not
+/// answer.
 pub fn join(settings: &Settings) -> Result<(Device, Rc<ProcessGroup>)> {
     let env = ProcessEnv::from_env(|name| std::env::var(name).ok())?;
     let device = device::for_process(&settings.device, env.as_ref())?;
@@ -20,7 +21,7 @@ pub fn join(settings: &Settings) -> Result<(Device, Rc<ProcessGroup>)> {
         Some(env) if settings.accumulation < env.world_size => {
             let ProcessEnv { world_size, .. } = env;
             return Err(Error::usage(format!(
-                "accumulation={} is too few for {world_size} processes, each of which needs a batch: set \
+                "accumulation={} is too few for {world_size} processes, because each needs a batch: set \
                  accumulation={world_size} (or a multiple of it)",
                 settings.accumulation
             )));

@@ -1,5 +1,5 @@
-//! What the result of a run depends on. It is saved with the run, which resumes only if nothing of
-//! it has changed; the error then names what did.
+//! Everything that the result of a run depends on. It is saved with the run, which resumes only if
+//! nothing has changed; otherwise the error names the change.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -21,7 +21,8 @@ const FREE_SETTINGS: [&str; 6] =
 pub struct RunFingerprint {
     /// Settings as JSON, by their full key.
     settings: BTreeMap<String, String>,
-    /// Fingerprints of the files that settings only name, such as `the model runs/teacher/final`.
+    /// Fingerprints of the files that settings only name; a key is for example `the model
+    /// runs/teacher/final`.
     contents: BTreeMap<String, String>,
 }
 

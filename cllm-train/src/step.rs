@@ -1,5 +1,5 @@
 //! One training step: the gradients of its batches, then an update of the weights. `run`, `bench`
-//! and `plan` all take it.
+//! and `plan` all use it.
 
 use cllm_core::Result;
 use cllm_core::distributed::ProcessGroup;
@@ -13,8 +13,7 @@ use crate::models::Models;
 use crate::optimizer::OptimizerState;
 use crate::settings::Settings;
 
-/// What a step reports. Everything is still on the device, so that taking a step does not wait for
-/// it.
+/// The results of a step. They stay on the device, so that a step does not wait for it.
 pub struct StepOutput {
     pub losses: DeviceLosses,
     /// Norm of the gradient before clipping, float32 scalar.
@@ -24,7 +23,7 @@ pub struct StepOutput {
 /// Trains on the batches of a step. `number` counts steps from 1.
 ///
 /// # Errors
-/// [`cllm_core::Error::Torch`], for example when memory runs out; a process that is gone.
+/// [`cllm_core::Error::Torch`], for example when memory runs out; a process that has died.
 pub fn train_step(
     models: &Models,
     optimizer: &mut OptimizerState,
@@ -64,14 +63,14 @@ pub fn evaluate_batch(models: &Models, settings: &Settings, batch: &Batch) -> Re
     Ok(sums.map(|sum| sum.double_value(&[])))
 }
 
-/// This process's part of the losses of a step, as float32 scalars on the device.
+/// The sums of a step's losses over the batches of this process, as float32 scalars on the device.
 pub struct DeviceLosses(Losses<Tensor>);
 
 impl DeviceLosses {
     /// Sums the losses over all processes and waits for the device.
     ///
     /// # Errors
-    /// A process that is gone.
+    /// A process that has died.
     pub fn read(&self, group: &ProcessGroup) -> Result<Losses<f64>> {
         let stacked = Tensor::f_stack(&self.0.as_ref().into_array(), 0)?;
         group.all_reduce(&stacked)?;

@@ -10,7 +10,7 @@ use crate::settings::Objective;
 use crate::validation::best_checkpoint::{BestCheckpoint, BestCheckpointTracker};
 use crate::validation::metrics::GenerationMetrics;
 
-/// Its name in the folder of a run.
+/// Name of the file in the folder of a run.
 pub const SUMMARY_FILE: &str = "summary.json";
 
 /// What a finished run did; docs/data-format.md describes the fields.
@@ -29,7 +29,8 @@ pub struct Summary {
     pub blocks_per_second: f64,
     /// The last line of metrics.jsonl about training.
     pub final_losses: Value,
-    /// Whether the run ended before its last step because validation brought no new best.
+    /// Whether the run ended before its last step because validation brought no new best
+    /// checkpoint.
     pub stopped_early: bool,
     pub validation: ValidationSummary,
     /// `None` on the CPU.

@@ -47,7 +47,7 @@ pub fn train(texts: &[String], vocab_size: usize, folder: &Path) -> Result<()> {
         .initial_alphabet(ByteLevel::alphabet().into_iter().collect())
         .special_tokens(TURN_TOKENS.iter().map(|&token| AddedToken::from(token, true)).collect())
         .build();
-    // Counting the words of many texts takes long, so a signal ends it.
+    // Counting the words of many texts takes long, so a signal can end it.
     let texts = texts.iter().map(String::as_str).take_while(|_| interrupt::requested().is_none());
     tokenizer.train(&mut trainer, texts).map_err(failed)?;
     interrupt::check()?;

@@ -16,7 +16,7 @@ pub struct TrainState {
     pub num_blocks: usize,
     /// Steps skipped because a gradient was not finite.
     pub num_skipped_steps: usize,
-    /// Seconds of training, over all parts of a run that was interrupted.
+    /// Seconds of training, over all parts of an interrupted run.
     pub seconds: f64,
     pub validation: BestCheckpointTracker,
     pub fingerprint: RunFingerprint,

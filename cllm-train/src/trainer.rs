@@ -1,7 +1,7 @@
 //! The training loop. Order, blocks and states are drawn from (seed, epoch, example), so a run that
 //! resumes continues exactly as if it had never stopped.
 //!
-//! With several processes, each takes its share of the batches of every step, and the main one
+//! With several processes, each trains on some of the batches of every step, and the main one
 //! writes.
 
 use std::path::Path;
@@ -31,11 +31,11 @@ use crate::summary::{SUMMARY_FILE, Summary};
 use crate::train_state::TrainState;
 use crate::validation::Validator;
 
-/// A run stops when this many steps in a row had no finite gradient. It notices when it writes its
-/// next metrics.
+/// A run stops after this many steps in a row without a finite gradient. It checks this whenever it
+/// writes metrics.
 const MAX_SKIPPED_IN_A_ROW: usize = 20;
 
-/// A run of training in one process.
+/// A training run, in one process.
 struct Trainer<'t> {
     settings: Settings,
     group: Rc<ProcessGroup>,
@@ -44,12 +44,12 @@ struct Trainer<'t> {
     checkpoints: Checkpoints,
     validator: Option<Validator<'t>>,
     state: TrainState,
-    /// Steps of the whole run.
+    /// Number of steps of the whole run.
     num_steps: usize,
     started: Instant,
     /// Seconds of training before this process started.
     seconds_before: f64,
-    /// Whether any process was asked to stop, summed over all of them in the last step: float32
+    /// Whether any process was asked to stop, summed over all processes in the last step; float32
     /// `[1]`.
     stop_requests: Option<Tensor>,
 }
@@ -115,7 +115,7 @@ impl Trainer<'_> {
         }
         let is_main = self.group.is_main();
         let mut metrics = is_main.then(|| MetricsLog::open(&run, self.state.step, self.is_validated())).transpose()?;
-        // Due here is the validation of the initial model, or one that a signal interrupted.
+        // The validation of the initial model, or one that a signal interrupted, is due here.
         if self.validate_if_due(metrics.as_mut())? {
             self.save()?;
         }
@@ -145,7 +145,7 @@ impl Trainer<'_> {
         Ok(())
     }
 
-    /// Takes one step, and then logs, validates and saves as far as that is due.
+    /// Takes one step, then logs, validates and saves if that is due.
     fn take_step(
         &mut self,
         batches: &StepBatches,
@@ -176,9 +176,9 @@ impl Trainer<'_> {
         if number < self.num_steps && (is_new_best || is_due) { self.save() } else { Ok(()) }
     }
 
-    /// The signal that asks the run to stop, if any. Processes are not in the same step when one of
-    /// them gets a signal. So each step sums over all processes whether they got one, and reads the
-    /// sum of the step before, for which nobody waits.
+    /// The signal that asks the run to stop, if any. A signal reaches the processes in different
+    /// steps, so in each step they sum whether any of them got one. They read the sum of the step
+    /// before, which needs no waiting.
     fn stop_signal(&mut self) -> Result<Option<i32>> {
         let own_signal = interrupt::requested();
         if self.group.world_size() == 1 {
@@ -201,7 +201,7 @@ impl Trainer<'_> {
         self.state.validation.last_step == Some(self.state.step)
     }
 
-    /// Validates if the last step is one to validate after. Returns whether it is the best so far.
+    /// Validates if a validation is due after the last step. Returns whether it is the best so far.
     /// The main process validates and tells the others.
     fn validate_if_due(&mut self, metrics: Option<&mut MetricsLog>) -> Result<bool> {
         let step = self.state.step;
@@ -247,8 +247,7 @@ impl Trainer<'_> {
         })
     }
 
-    /// Brings the parts of the state up to date that are not counted in each step. Waits for the
-    /// device.
+    /// Updates the parts of the state that are not counted in each step. Waits for the device.
     fn update_state(&mut self) {
         self.state.num_skipped_steps = self.optimizer.skipped_steps().total;
         self.state.seconds = self.seconds_before + self.started.elapsed().as_secs_f64();
@@ -265,8 +264,8 @@ impl Trainer<'_> {
         }
     }
 
-    /// Saves a checkpoint, unless the weights are no longer finite: nobody wants to resume from
-    /// those.
+    /// Saves a checkpoint, unless the weights are no longer finite, since nobody wants to resume
+    /// from those.
     fn save(&mut self) -> Result<()> {
         if !self.optimizer.is_finite() {
             let step = self.state.step;
@@ -279,7 +278,7 @@ impl Trainer<'_> {
 
     fn diverged(&self, problem: String) -> Error {
         let kept = match self.checkpoints.has_latest() {
-            true => "the last checkpoint is from before that and is kept",
+            true => "the last checkpoint was saved before that and is kept",
             false => "there is no earlier checkpoint",
         };
         let advice = "lower optimizer.lr, or check the initial model";

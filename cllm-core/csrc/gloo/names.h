@@ -1,7 +1,7 @@
 // Declarations of the names of Gloo that libtorch's header ProcessGroupGloo.hpp mentions. libtorch
 // contains Gloo, compiled, but ships none of its headers. The toolkit never creates or calls any of
-// this itself, so declarations are enough; the other files here only have the paths that the header
-// includes.
+// this itself, so declarations are enough; the other files here exist only because the header
+// includes their paths.
 #pragma once
 #include <chrono>
 #include <string>

@@ -9,7 +9,7 @@ pub(super) const ADAPTER_CONFIG_FILE: &str = "adapter_config.json";
 
 /// The folder of a model. `model` is a path, or an id such as `HuggingFaceTB/SmolLM2-135M-Instruct`
 /// in the Hugging Face cache (`HF_HUB_CACHE`, `HF_HOME`). A build with the feature `hub` downloads
-/// what the cache lacks.
+/// models that the cache lacks.
 ///
 /// # Errors
 /// When there is neither such a folder nor such a model in the cache; the message says where the

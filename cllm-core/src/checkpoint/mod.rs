@@ -1,8 +1,8 @@
 //! Model folders in Hugging Face's format: config.json, weights in safetensors files, and PEFT
 //! adapters.
 //!
-//! A folder with an adapter means the model that the adapter belongs to, with the adapter merged
-//! in. [`hub`] finds the folder of a model by its name.
+//! Loading a folder with an adapter gives the base model with the adapter merged in. [`hub`] finds
+//! the folder of a model by its name.
 
 pub mod hub;
 mod peft;
@@ -22,13 +22,13 @@ pub use peft::{base_folder, save_adapter};
 pub use safetensors::write_safetensors;
 
 const CONFIG_FILE: &str = "config.json";
-/// As in `transformers`.
+/// Maximum size of a weights file, as in `transformers`.
 const MAX_SHARD_BYTES: usize = 5_000_000_000;
 
 /// Loads a model. An adapter is merged in float32 and rounded once.
 ///
 /// # Errors
-/// Names a file that is missing or incomplete, or that holds what is not supported.
+/// Names the file that is missing or incomplete, or that needs an unsupported feature.
 pub fn load(folder: &Path, device: Device, kind: Kind) -> Result<Transformer> {
     let _no_grad = tch::no_grad_guard();
     let config = load_config(folder)?;
@@ -46,7 +46,7 @@ pub fn load(folder: &Path, device: Device, kind: Kind) -> Result<Transformer> {
     Ok(Transformer::from_params(config, params))
 }
 
-/// Reads config.json, of an adapter that of its model.
+/// Reads config.json; for an adapter, that of its base model.
 ///
 /// # Errors
 /// [`Error::File`] when it is missing or invalid, or names a family or a feature that is not
@@ -74,7 +74,7 @@ pub fn check(folder: &Path) -> Result<()> {
     })
 }
 
-/// Fingerprint of a model: of its config.json and weights, and of its adapter.
+/// Fingerprint of a model's config.json and weights, and of its adapter if it has one.
 ///
 /// # Errors
 /// When a file is missing.

@@ -16,11 +16,10 @@ use crate::model::{LoraAdapter, LoraAdapters, LoraConfig, LoraTarget, ModelConfi
 use crate::{Error, Result, atomic_file, text_file};
 
 const WEIGHTS_FILE: &str = "adapter_model.safetensors";
-/// PEFT's prefix of the model's own module names.
+/// Prefix that PEFT puts before the model's own module names.
 const NAME_PREFIX: &str = "base_model.model.";
 
-/// Settings of PEFT that change what an adapter computes and that are not supported: they must be
-/// off.
+/// PEFT settings that change what an adapter computes and that we do not support. They must be off.
 const UNSUPPORTED: [&str; 16] = [
     "use_rslora",
     "use_dora",
@@ -49,7 +48,8 @@ struct AdapterConfig {
     lora_alpha: f64,
 }
 
-/// The folder of the model itself: `folder`, or for an adapter the folder of its model.
+/// The folder of the model itself: `folder`, or the folder of the base model if `folder` holds an
+/// adapter.
 ///
 /// # Errors
 /// When adapter_config.json is invalid or names no model that can be located.
@@ -76,7 +76,7 @@ pub(super) fn adapter_files(folder: &Path) -> Vec<PathBuf> {
 /// The adapters of a folder, in float32 on `device`; `None` for a model without any.
 ///
 /// # Errors
-/// Names a file that is missing, incomplete or does not fit the model, and a setting that is not
+/// Names the file that is missing, incomplete or does not fit the model, or the setting that is not
 /// supported.
 pub(super) fn load_adapters(folder: &Path, model: &ModelConfig, device: Device) -> Result<Option<LoraAdapters>> {
     if !is_adapter(folder) {
@@ -169,8 +169,8 @@ fn unsupported_setting(config: &Value) -> Option<&'static str> {
     }
 }
 
-/// Writes a model's adapters alone, in its type, as PEFT does, into an existing folder. `base` is
-/// the name or path of the model that they belong to.
+/// Writes only a model's adapters, in the model's type and in PEFT's format, into an existing
+/// folder. `base` is the name or path of the model that they belong to.
 ///
 /// # Errors
 /// [`Error::Internal`] for a model without adapters; file-system errors.
@@ -186,7 +186,7 @@ pub fn save_adapter(model: &Transformer, folder: &Path, base: &str) -> Result<()
     atomic_file::write_json(&folder.join(ADAPTER_CONFIG_FILE), &to_config_json(&adapters.config, base))
 }
 
-/// adapter_config.json. Fields that it lacks have PEFT's defaults.
+/// The content of adapter_config.json. PEFT uses its defaults for the fields that are missing.
 fn to_config_json(lora: &LoraConfig, base: &str) -> Value {
     // PEFT writes whole numbers as integers, and some readers expect an integer here.
     let alpha = if lora.alpha.fract() == 0.0 { json!(lora.alpha as i64) } else { json!(lora.alpha) };

@@ -1,4 +1,4 @@
-//! Weights in safetensors files, one or several; they are mapped into memory to be read.
+//! Weights in one or several safetensors files, which are memory-mapped for reading.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write as _;
@@ -57,15 +57,15 @@ pub(super) fn for_each_weight(
     }
 }
 
-/// The tensors of a file that was read or mapped.
+/// Parses the content of a file.
 pub(super) fn parse<'m>(file: &Path, bytes: &'m [u8]) -> Result<SafeTensors<'m>> {
     SafeTensors::deserialize(bytes).map_err(|error| {
         Error::file(file, format!("is not a complete safetensors file ({error}); copy or download it again"))
     })
 }
 
-/// What older files hold beside the weights: tables that are computed, and a second copy of tied
-/// embeddings.
+/// Whether a tensor is one that older files hold in addition to the weights: a table that the model
+/// computes itself, or a second copy of tied embeddings.
 fn is_redundant(name: &str, config: &ModelConfig) -> bool {
     name.ends_with(".rotary_emb.inv_freq") || (config.tied_embeddings && name == "lm_head.weight")
 }
@@ -113,10 +113,10 @@ pub(super) fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
     }
 }
 
-/// The names of a type.
+/// The names of a type in safetensors files and in config.json.
 pub(super) struct DtypeNames {
     pub(super) safetensors: &'static str,
-    /// As in config.json.
+    /// As in config.json and in PyTorch.
     pub(super) torch: &'static str,
 }
 
@@ -185,9 +185,9 @@ fn split_into_shards(
     shards
 }
 
-/// Writes one safetensors file of tensors of one type. `tensor_bytes` gives the data of the tensor
-/// of an index and is called for one tensor at a time, so that memory never holds a second copy of
-/// the model.
+/// Writes one safetensors file of tensors of one type. `tensor_bytes` returns the data of the
+/// tensor at an index and is called for one tensor at a time, so that memory never holds a second
+/// copy of the model.
 ///
 /// # Errors
 /// Those of `tensor_bytes`, and file-system errors.

@@ -11,7 +11,7 @@ use crate::{Error, Result};
 use Argument::{Float, Tensor as Data};
 
 const SOURCE: &str = concat!(include_str!("../../csrc/bf16.cuh"), include_str!("../../csrc/attention.cu"));
-/// Tokens of a tile of queries, and of a tile of keys.
+/// Number of tokens in a tile, whether of queries or of keys.
 const TILE: usize = 64;
 /// Threads of a block: a warp for every 16 tokens of a tile.
 const THREADS: usize = TILE / 16 * 32;
@@ -22,7 +22,7 @@ fn macros(shape: &KernelShape) -> Macros {
     macros
 }
 
-/// What each token of a batch attends to, on a device.
+/// The tokens that each token of a batch attends to, on a device.
 pub struct AttentionMask {
     /// First key and number of keys of three ranges, int32 `[T, 3, 2]`.
     ranges: Tensor,
@@ -56,7 +56,7 @@ impl AttentionMask {
                 && ranges.iter().all(|&(start, end)| start >= end || (start >= 0 && end <= num_tokens))
         };
         if !ranges.iter().enumerate().all(is_valid) || !ranges.len().is_multiple_of(TILE) {
-            return Err(Error::internal(format!("attention over {num_tokens} tokens whose ranges do not fit them")));
+            return Err(Error::internal(format!("the attention ranges do not fit a batch of {num_tokens} tokens")));
         }
         let lengths = |&(start, end): &(i32, i32)| [start, end.saturating_sub(start).max(0)];
         let numbers: Vec<i32> = ranges.iter().flatten().flat_map(lengths).collect();
@@ -72,18 +72,18 @@ impl AttentionMask {
         self.ranges.numel() / 6
     }
 
-    /// The arguments for a kernel that goes over tiles of queries.
+    /// The arguments for a kernel that iterates over tiles of queries.
     fn by_queries(&self) -> [Argument<'_>; 3] {
         [&self.ranges, &self.of_queries.offsets, &self.of_queries.blocks].map(Data)
     }
 
-    /// The arguments for a kernel that goes over tiles of keys.
+    /// The arguments for a kernel that iterates over tiles of keys.
     fn by_keys(&self) -> [Argument<'_>; 3] {
         [&self.ranges, &self.of_keys.offsets, &self.of_keys.blocks].map(Data)
     }
 }
 
-/// What the sizes of the kernels' arguments depend on.
+/// The sizes that determine the shapes of the kernels' arguments.
 struct Sizes {
     shape: KernelShape,
     tokens: usize,
@@ -133,7 +133,7 @@ pub struct AttentionKernels {
 }
 
 impl AttentionKernels {
-    /// Tokens of a tile.
+    /// Number of tokens in a tile.
     pub const TILE: usize = TILE;
 
     /// Whether GPUs of a compute capability have the shared memory that the kernels need.
@@ -171,7 +171,7 @@ impl AttentionKernels {
         let attn_out = empty([sizes.tokens, self.shape.attn()], Kind::BFloat16)?;
         let logsumexp = empty([heads, sizes.tokens], Kind::Float)?;
         let rest = [self.scale(), Data(&attn_out), Data(&logsumexp)];
-        // SAFETY: the mask names tiles and tokens of the batch alone.
+        // SAFETY: the mask refers only to tiles and tokens of the batch.
         unsafe { self.forward.launch(&sizes, &[&[Data(qkv)], &mask.by_queries()[..], &rest].concat())? };
         Ok((attn_out, logsumexp))
     }
@@ -188,7 +188,7 @@ impl AttentionKernels {
         let (d_qkv, deltas) = (qkv.f_empty_like()?, logsumexp.f_empty_like()?);
         let rest = [attn_out, logsumexp, d_attn_out, &d_qkv, &deltas].map(Data);
         let arguments = [&[Data(qkv)], &mask.by_queries()[..], &[self.scale()], &rest].concat();
-        // SAFETY: the mask names tiles and tokens of the batch alone.
+        // SAFETY: the mask refers only to tiles and tokens of the batch.
         unsafe { self.d_queries.launch(&self.sizes(mask, &mask.of_queries), &arguments)? };
         let rest = [logsumexp, &deltas, d_attn_out, &d_qkv].map(Data);
         let arguments = [&[Data(qkv)], &mask.by_keys()[..], &[self.scale()], &rest].concat();
@@ -242,7 +242,7 @@ mod tests {
     }
 
     #[test]
-    fn the_signatures_are_those_of_the_source() {
+    fn the_signatures_match_the_source() {
         let signatures = [FORWARD, D_QUERIES, D_KV];
         for signature in &signatures {
             assert_declared(SOURCE, signature);
@@ -256,7 +256,7 @@ mod tests {
         let refused = |ranges: &[AttentionRanges]| AttentionMask::new(ranges, Device::Cpu).is_err();
         let with = |ranges: AttentionRanges| [&causal[..63], &[ranges]].concat();
         assert!(!refused(&causal) && !refused(&with([(0, 1), (63, 64), (9, 2)])));
-        assert!(refused(&causal[..63]), "no multiple of the tile");
+        assert!(refused(&causal[..63]), "not a multiple of the tile");
         assert!(refused(&with([(0, 63), (0, 0), (0, 0)])), "not the token itself");
         assert!(refused(&with([(0, 65), (0, 0), (0, 0)])) && refused(&with([(-1, 64), (0, 0), (0, 0)])));
     }

@@ -1,8 +1,8 @@
 //! Block masks: which tiles of keys a tile of queries attends to, so that attention skips the
 //! others.
 
-/// What a token attends to: ranges `start..end` of tokens of a packed batch, disjoint, empty if
-/// `start >= end`. They are part of its own sequence and contain the token itself.
+/// The tokens that a token attends to: ranges `start..end` of tokens of a packed batch, disjoint,
+/// empty if `start >= end`. They are part of its own sequence and contain the token itself.
 pub type AttentionRanges = [(i32, i32); 3];
 
 /// For each tile, the tiles of the other kind (keys for queries, or queries for keys) that it is

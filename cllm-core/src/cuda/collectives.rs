@@ -1,8 +1,8 @@
 //! Collectives of processes that train together: those of PyTorch's c10d (csrc/distributed.cpp).
 //!
-//! Each process checks its own tensors. That all processes call the same function with tensors of
-//! the same size only they can see to; otherwise c10d reports an error or waits until its timeout,
-//! but no process touches memory outside its own tensors.
+//! Each process checks its own tensors. Whether all processes call the same function with tensors of
+//! the same size cannot be checked here. If they do not, c10d reports an error or waits until its
+//! timeout, but no process touches memory outside its own tensors.
 
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::time::Duration;
@@ -48,12 +48,12 @@ pub struct Rendezvous {
 pub struct Collectives {
     handle: *mut c_void,
     world_size: usize,
-    /// The device of the tensors.
+    /// Device that tensors must be on.
     device: Device,
 }
 
 impl Collectives {
-    /// Meets the other processes. `gpu` is the GPU of NCCL, `None` for Gloo.
+    /// Joins the other processes. `gpu` is the index of the GPU for NCCL, or `None` for Gloo.
     ///
     /// # Errors
     /// [`Error::Torch`] if the store cannot be reached in time.
@@ -66,7 +66,7 @@ impl Collectives {
     ) -> Result<Self> {
         let c_string = |text: &str| {
             CString::new(text)
-                .map_err(|_| Error::internal(format!("`{text}` contains a zero byte, as no address does")))
+                .map_err(|_| Error::internal(format!("`{text}` contains a zero byte, which no address does")))
         };
         let (host, prefix) = (c_string(&rendezvous.host)?, c_string(&rendezvous.prefix)?);
         let mut handle = std::ptr::null_mut();
@@ -87,19 +87,19 @@ impl Collectives {
         Ok(Collectives { handle, world_size, device: gpu.map_or(Device::Cpu, Device::Cuda) })
     }
 
-    /// The sum over all processes, in place.
+    /// Replaces `values` with their sum over all processes.
     ///
     /// # Errors
-    /// [`Error::Internal`] for a tensor that does not fit, else [`Error::Torch`], such as if a
-    /// process is gone; here and below.
+    /// [`Error::Internal`] for a tensor that does not fit, else [`Error::Torch`], for example if
+    /// another process has ended; here and below.
     pub fn all_reduce(&self, values: &Tensor) -> Result<()> {
         self.check(values, values, values.numel())?;
         // SAFETY: the group and the tensors are valid and fit each other; here and below.
         checked(unsafe { cllm_group_all_reduce(self.handle, pointer(values)) })
     }
 
-    /// `output [count]` = this process's part of the sum over all processes of `input [world_size x
-    /// count]`.
+    /// `output [count]` = this process's shard of the sum over all processes of `input [world_size
+    /// x count]`.
     pub fn reduce_scatter(&self, output: &Tensor, input: &Tensor) -> Result<()> {
         self.check(output, input, output.numel() * self.world_size)?;
         checked(unsafe { cllm_group_reduce_scatter(self.handle, pointer(output), pointer(input)) })
@@ -111,19 +111,19 @@ impl Collectives {
         checked(unsafe { cllm_group_all_gather(self.handle, pointer(output), pointer(input)) })
     }
 
-    /// The values of process `root`, in place.
+    /// Replaces `values` with those of process `root`.
     pub fn broadcast(&self, values: &Tensor, root: usize) -> Result<()> {
         self.check(values, values, values.numel())?;
         checked(unsafe { cllm_group_broadcast(self.handle, pointer(values), root as c_int) })
     }
 
-    /// Fails unless both tensors suit the group and the second has this number of elements.
-    fn check(&self, part: &Tensor, whole: &Tensor, num_elements: usize) -> Result<()> {
-        let is_valid = |x: &Tensor| x.is_contiguous() && x.device() == self.device && x.kind() == part.kind();
-        if is_valid(part) && is_valid(whole) && whole.numel() == num_elements {
+    /// Fails unless both tensors suit the group and `whole` has this number of elements.
+    fn check(&self, shard: &Tensor, whole: &Tensor, num_elements: usize) -> Result<()> {
+        let is_valid = |x: &Tensor| x.is_contiguous() && x.device() == self.device && x.kind() == shard.kind();
+        if is_valid(shard) && is_valid(whole) && whole.numel() == num_elements {
             return Ok(());
         }
-        let sizes = format!("{:?} and {:?}", part.size(), whole.size());
+        let sizes = format!("{:?} and {:?}", shard.size(), whole.size());
         Err(Error::internal(format!("tensors {sizes} do not suit a collective of {} processes", self.world_size)))
     }
 }

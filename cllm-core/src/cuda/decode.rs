@@ -12,15 +12,14 @@ use super::launch::{
 };
 use super::nvrtc::{Macros, Module, compute_capability, max_shared_bytes};
 use super::shape::KernelShape;
+use super::tiles::{MAX_SMALL_STEP_TOKENS, SLOTS_PER_READ, WARP_QUERIES, attention_warps, tile_tokens};
 use crate::{Error, Result};
 use Argument::{Float, Optional, Tensor as Data};
 
 const SOURCE: &str = concat!(include_str!("../../csrc/bf16.cuh"), include_str!("../../csrc/decode.cu"));
 
-/// Maximum number of tokens that the largest of the fused kernels takes.
+/// Maximum number of tokens of the fused kernels.
 const MAX_FUSED_TOKENS: usize = 32;
-/// Up to this number of tokens, attention rotates and caches by itself.
-const MAX_SMALL_STEP_TOKENS: usize = 32;
 /// Rows of a weight that a block of a fused kernel multiplies.
 const BLOCK_ROWS: usize = 16;
 /// Warps of a fused kernel's block.
@@ -29,15 +28,12 @@ const WARPS: usize = 8;
 const SUMS_BYTES: usize = 24 << 10;
 /// Elements between the tokens that a fused kernel keeps in shared memory.
 const STAGING_PAD: usize = 32;
-/// Query vectors that a warp of the attention takes.
-const WARP_QUERIES: usize = 16;
-/// Attention reads this many slots of the cache at a time: the capacity of a row is a multiple of
-/// it.
-pub const SLOTS_PER_READ: usize = 32;
-/// Threads of a block where each takes neighbouring values.
+/// Elements between the queries that a small step's attention rotates in shared memory.
+const QUERY_PAD: usize = 8;
+/// Threads per block of kernels whose threads each process neighbouring values.
 const THREADS: usize = 256;
 
-/// Whether the kernels can compute a model: they take 32 values of a row at a time.
+/// Whether the kernels can compute a model: they process 32 values of a row at a time.
 pub fn supports(shape: &KernelShape) -> bool {
     [shape.hidden, shape.ffn, shape.head_dim].iter().all(|size| size.is_multiple_of(32))
         && shape.head_dim <= 256
@@ -49,24 +45,8 @@ pub fn max_fused_tokens(shape: &KernelShape) -> usize {
     if is_wide(shape) { 8 } else { MAX_FUSED_TOKENS }
 }
 
-/// Maximum number of tokens in a tile of queries, in a step of `num_tokens`. Its query vectors must
-/// fit the warps of a block.
-pub fn tile_tokens(shape: &KernelShape, num_tokens: usize) -> usize {
-    if num_tokens <= MAX_SMALL_STEP_TOKENS {
-        // Small tiles let more multiprocessors share few tokens.
-        (WARP_QUERIES / shape.group()).max(1)
-    } else {
-        (WARP_QUERIES * attention_warps(shape) / shape.group()).min(16)
-    }
-}
-
 fn is_wide(shape: &KernelShape) -> bool {
     shape.hidden > 2048
-}
-
-fn attention_warps(shape: &KernelShape) -> usize {
-    // A thread needs more registers for wide heads.
-    if shape.head_dim <= 64 { 16 } else { 8 }
 }
 
 /// Shared memory in which the warps of the attention merge their sums (`merged` in the source).
@@ -76,7 +56,7 @@ fn merging_bytes(shape: &KernelShape) -> usize {
 
 /// Shared memory for the rotated queries of a small step's tile (`queries` in the source).
 fn query_bytes(shape: &KernelShape) -> usize {
-    (tile_tokens(shape, 1) * shape.group()).next_multiple_of(WARP_QUERIES) * (shape.head_dim + 8) * 2
+    (tile_tokens(shape, 1) * shape.group()).next_multiple_of(WARP_QUERIES) * (shape.head_dim + QUERY_PAD) * 2
 }
 
 fn max_staged_bytes(capability: (u32, u32)) -> usize {
@@ -103,11 +83,15 @@ fn macros(shape: &KernelShape, capability: (u32, u32)) -> Macros {
         ("MAX_STAGED_BYTES", max_staged_bytes(capability).to_string()),
         ("STAGING_PAD", STAGING_PAD.to_string()),
         ("ATTENTION_WARPS", attention_warps(shape).to_string()),
+        ("WARP_QUERIES", WARP_QUERIES.to_string()),
+        ("SLOTS_PER_READ", SLOTS_PER_READ.to_string()),
+        ("QUERY_PAD", QUERY_PAD.to_string()),
     ]);
     macros
 }
 
-/// What the sizes of the kernels' arguments depend on. What a kernel does not use is 0.
+/// The sizes that determine the shapes of the kernels' arguments. Sizes that a kernel does not use
+/// are 0.
 #[derive(Clone, Copy)]
 struct Sizes {
     shape: KernelShape,
@@ -132,7 +116,7 @@ const TILES: &[Param<Sizes>] = &[
     int32("tile_length", |s| s.tiles),
     int32("tile_window", |s| s.tiles),
 ];
-/// A position is at most that of the last slot.
+/// The largest position is that of the last slot.
 const ROPE: &[Param<Sizes>] = &[
     float32("cosines", |s| s.capacity * s.shape.head_dim / 2),
     float32("sines", |s| s.capacity * s.shape.head_dim / 2),
@@ -186,7 +170,7 @@ const FUSED_OUTPUT: Signature<Sizes> = Signature {
 };
 const FUSED_GATE_UP: Signature<Sizes> = Signature {
     name: "fused_gate_up_",
-    // A block takes half of its rows from the gate and half from the up projection.
+    // Half of the rows of a block are from the gate and half from the up projection.
     grid: |s| [s.shape.ffn.div_ceil(BLOCK_ROWS / 2), 1],
     threads: |_| WARPS * 32,
     params: &[&[bf16("weight", |s| 2 * s.shape.ffn * s.shape.hidden), X, NORM, INNER, NUM_TOKENS]],
@@ -282,7 +266,7 @@ struct FusedKernels {
 /// is the number of tokens.
 pub struct DecodeKernels {
     shape: KernelShape,
-    /// For 8, 16 and 32 tokens.
+    /// For up to 8, 16 and 32 tokens.
     fused: [FusedKernels; 3],
     embed: Kernel<Sizes>,
     argmax_of_blocks: Kernel<Sizes>,
@@ -294,16 +278,16 @@ pub struct DecodeKernels {
     rotate_and_attend: Kernel<Sizes>,
 }
 
-/// What a projection left for the attention.
+/// The state of the queries, keys and values that the attention kernel reads.
 #[derive(Debug, Clone, Copy)]
 pub enum Queries {
-    /// Queries, keys and values as they were projected.
+    /// All three are as they were projected.
     Plain,
-    /// Rotated queries; keys and values are in the cache.
+    /// Queries are rotated; keys and values are in the cache.
     Rotated,
 }
 
-/// The cache of a layer, and how keys are changed on the way to it.
+/// The KV cache of a layer, with the rotations and norms of queries and keys.
 #[derive(Debug)]
 pub struct LayerCache<'t> {
     /// `[rows, kv_heads, capacity, head_dim]`
@@ -355,7 +339,7 @@ impl DecodeKernels {
         })
     }
 
-    /// The smallest kernels that take this number of tokens.
+    /// The smallest kernels for at least this number of tokens.
     fn fused(&self, num_tokens: usize) -> Result<&FusedKernels> {
         self.fused
             .iter()
@@ -449,8 +433,8 @@ impl DecodeKernels {
         unsafe { self.fused(sizes.tokens)?.down.launch(&sizes, &arguments) }
     }
 
-    /// Samples the token after each of `x [T, hidden]`, all of which are outputs: int32 `predicted
-    /// [T]`. For steps of few tokens.
+    /// Samples the token after each row of `x [T, hidden]`: int32 `predicted [T]`. For steps of few
+    /// tokens that are all outputs.
     pub fn fused_sample(
         &self,
         head: &Tensor,
@@ -498,10 +482,10 @@ impl DecodeKernels {
         unsafe { self.sample.launch(&self.input_sizes(input)?, &arguments) }
     }
 
-    /// `attn_out [T, heads x head_dim]`: attention of the queries in `qkv [T, qkv]` over what each
-    /// sees of the layer's cache. Plain queries and keys are first normed (if the model does so)
-    /// and rotated, and keys and values go to the cache; the rotated queries may overwrite the
-    /// plain ones.
+    /// `attn_out [T, heads x head_dim]`: attention of the queries in `qkv [T, qkv]` over the slots
+    /// of the layer's cache that each of them sees. Plain queries and keys are first normed (if the
+    /// model does so) and rotated, and keys and values go to the cache; the rotated queries may
+    /// overwrite the plain ones.
     pub fn attention(
         &self,
         queries: Queries,
@@ -512,7 +496,7 @@ impl DecodeKernels {
     ) -> Result<()> {
         let sizes = self.input_sizes(input)?;
         if self.shape.query_key_norm != layer.norms.is_some() {
-            return Err(Error::internal("the norms of queries and keys are missing or too much"));
+            return Err(Error::internal("the norms of queries and keys are missing or unexpected"));
         }
         let tokens = token_arguments(input);
         let (rope, norms, cache) = (layer.rope(), layer.norms(), layer.cache());
@@ -527,8 +511,8 @@ impl DecodeKernels {
         let tiles = [tile_row, tile_first_token, tile_length, tile_window].map(Data);
         let arguments = [&[Data(qkv)], &tokens[..], &tiles, &rope, &norms, &cache, &[Data(attn_out)]].concat();
         let kernel = if rotates { &self.rotate_and_attend } else { &self.attention };
-        // SAFETY: the same, and the input's tiles lie within one row's tokens, and are no longer
-        // than `tile_tokens`.
+        // SAFETY: as above; also, each tile of the input is within the tokens of one row and no
+        // longer than `tile_tokens`.
         unsafe { kernel.launch(&sizes, &arguments) }
     }
 }
@@ -571,7 +555,7 @@ mod tests {
         };
         let qwen3 = KernelShape { hidden: 1024, heads: 16, kv_heads: 8, head_dim: 128, query_key_norm: true, ..small };
         let tiny = KernelShape { hidden: 128, heads: 4, kv_heads: 4, head_dim: 32, ffn: 256, vocab: 512, ..small };
-        // GPUs differ in the shared memory that tokens are copied to.
+        // GPUs differ in how much shared memory there is for copies of tokens.
         let gpus = [(8, 0), (8, 6), (12, 0)].map(|capability| (small, capability));
         for (shape, capability) in [(small, (9, 0)), (qwen3, (9, 0)), (tiny, (9, 0))].into_iter().chain(gpus) {
             assert!(supports(&shape));
@@ -582,7 +566,7 @@ mod tests {
     }
 
     #[test]
-    fn the_signatures_are_those_of_the_source() {
+    fn the_signatures_match_the_source() {
         let fused = [FUSED_QKV, FUSED_QKV_ROTATED, FUSED_OUTPUT, FUSED_GATE_UP, FUSED_DOWN, FUSED_SAMPLE];
         let others = [EMBED, ARGMAX_OF_BLOCKS, ADD_RMS_NORM, SWIGLU, SAMPLE];
         let attention = [ROTATE_AND_CACHE, ATTENTION, ROTATE_AND_ATTEND];

@@ -1,4 +1,4 @@
-//! The input of a forward: which tokens it takes and where each belongs in the cache.
+//! The input of a forward: its tokens, and where each belongs in the cache.
 //!
 //! Kernels follow these numbers as indices without checking them, so they are checked here, where
 //! they are written. The host writes all parts into one buffer, which a single copy brings to the
@@ -8,28 +8,28 @@ use std::ops::Range;
 
 use tch::Tensor;
 
-use super::decode::{SLOTS_PER_READ, tile_tokens};
 use super::shape::KernelShape;
+use super::tiles::{SLOTS_PER_READ, tile_tokens};
 use crate::{Error, Result};
 
 /// The sizes of a forward, padding included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct ForwardShape {
     pub(crate) num_tokens: usize,
-    /// A token is sampled after each of this many leading tokens.
+    /// Number of leading tokens after which a token is sampled.
     pub(crate) num_outputs: usize,
     /// Maximum number of tiles. A tile is a run of tokens of one row whose attention one thread
     /// block computes.
     pub(crate) num_tiles: usize,
 }
 
-/// What the numbers of an input may lead to.
+/// Upper bounds of the indices in an input.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct InputLimits {
     pub(crate) model: KernelShape,
     /// Rows of the cache.
     pub(crate) num_rows: usize,
-    /// Slots of a row, and positions of the table of rotations.
+    /// Number of slots in a row, and of positions in the rotation table.
     pub(crate) capacity: usize,
 }
 
@@ -40,7 +40,7 @@ impl InputLimits {
         if self.capacity.is_multiple_of(SLOTS_PER_READ) {
             return Ok(());
         }
-        Err(Error::internal(format!("the cache has {} slots, no multiple of {SLOTS_PER_READ}", self.capacity)))
+        Err(Error::internal(format!("the cache has {} slots: expected a multiple of {SLOTS_PER_READ}", self.capacity)))
     }
 }
 
@@ -49,8 +49,7 @@ pub(crate) struct InputToken {
     pub(crate) id: i32,
     /// Position that it is rotated to.
     pub(crate) position: usize,
-    /// The slots of its window that it attends to: bit i stands for the slot i after the window's
-    /// first.
+    /// The slots of its window that it attends to: bit i is the slot i after the window's first.
     pub(crate) visible: u64,
     /// Key of the noise that the token after it is sampled with, if one is.
     pub(crate) noise_key: Option<u64>,
@@ -58,7 +57,7 @@ pub(crate) struct InputToken {
 
 /// The parts of an input, as ranges of one buffer of int32.
 pub(crate) struct InputLayout {
-    // Numbers of 64 bits come first, because they need even addresses.
+    // 64-bit numbers come first, because they must start at even indices of the int32 buffer.
     pub(crate) visible: Range<usize>,
     pub(crate) keys: Range<usize>,
     pub(crate) tokens: Range<usize>,
@@ -99,8 +98,8 @@ impl InputLayout {
     }
 }
 
-/// Writes an input into a buffer of the host. Whatever has been written so far is an input that
-/// kernels can take: all else is padding.
+/// Writes an input into a buffer of the host. The buffer is a valid input at any time: all that has
+/// not been written yet is padding.
 pub(crate) struct InputWriter<'b> {
     ints: &'b mut [i32],
     layout: InputLayout,
@@ -112,20 +111,20 @@ pub(crate) struct InputWriter<'b> {
 }
 
 impl<'b> InputWriter<'b> {
-    /// An input of padding alone. The buffer is as long as the shape's [`InputLayout`].
+    /// An input that is all padding. The buffer is as long as the shape's [`InputLayout`].
     pub(crate) fn new(ints: &'b mut [i32], shape: ForwardShape, limits: InputLimits) -> Self {
         let layout = InputLayout::new(shape);
         // Kernels skip the tokens and tiles of row -1.
-        for (part, value) in
+        for (range, value) in
             [(&layout.tokens, 0), (&layout.row, -1), (&layout.slot, 0), (&layout.position, 0), (&layout.tile_row, -1)]
         {
-            ints[part.clone()].fill(value);
+            ints[range.clone()].fill(value);
         }
         let tile_tokens = tile_tokens(&limits.model, shape.num_tokens);
         InputWriter { ints, layout, shape, limits, tile_tokens, num_tokens: 0, num_tiles: 0 }
     }
 
-    /// Adds tokens of a row of the cache. They take the slots from `start` on, and are each other's
+    /// Adds tokens of a row of the cache. They occupy the slots from `start` on and form one
     /// window.
     ///
     /// # Errors
@@ -191,7 +190,7 @@ impl<'b> InputWriter<'b> {
 pub(crate) struct ForwardInput {
     shape: ForwardShape,
     limits: InputLimits,
-    /// Factor of the logits before sampling, or 0 to take the largest.
+    /// Factor of the logits before sampling, or 0 to choose the token with the largest.
     pub(super) inverse_temperature: f32,
     pub(super) tokens: Tensor,
     pub(super) row: Tensor,
@@ -251,7 +250,7 @@ mod tests {
 
     const MODEL: KernelShape = KernelShape {
         hidden: 128,
-        // Tiles of 2 tokens, since a warp takes 16 query vectors.
+        // Tiles have 2 tokens, since a warp processes 16 query vectors.
         heads: 8,
         kv_heads: 1,
         head_dim: 32,
@@ -289,7 +288,7 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_fit_is_refused_and_leaves_an_input_that_kernels_can_take() {
+    fn tokens_that_do_not_fit_are_refused_and_leave_a_valid_input() {
         let shape = ForwardShape { num_tokens: 4, num_outputs: 1, num_tiles: 1 };
         let layout = InputLayout::new(shape);
         for (row, start, tokens) in [
@@ -307,7 +306,8 @@ mod tests {
             let mut ints = vec![i32::MAX; layout.len()];
             let error = InputWriter::new(&mut ints, shape, LIMITS).push_row(row, start, tokens).unwrap_err();
             assert!(matches!(error, Error::Internal(_)), "{error}");
-            let within = |part: &Range<usize>, range: Range<i32>| ints[part.clone()].iter().all(|n| range.contains(n));
+            let within =
+                |field: &Range<usize>, valid: Range<i32>| ints[field.clone()].iter().all(|n| valid.contains(n));
             assert!(within(&layout.tokens, 0..100) && within(&layout.row, -1..3), "{error}");
             assert!(within(&layout.slot, 0..32) && within(&layout.position, 0..32), "{error}");
         }

@@ -22,13 +22,13 @@ pub(crate) struct GraphRunner {
     stream: Stream,
     device: Device,
     limits: InputLimits,
-    /// The forward whose input the buffer holds.
+    /// Shape of the forward whose input the buffer holds.
     shape: Option<ForwardShape>,
     /// Whether a forward may still read or write pinned memory.
     is_running: bool,
 }
 
-/// Everything that is fixed in a graph; the inverse temperature as its bits.
+/// Everything that is fixed in a graph: the shape, and the bits of the inverse temperature.
 type GraphKey = (ForwardShape, u32);
 
 enum GraphState {
@@ -68,8 +68,8 @@ impl GraphRunner {
     /// A runner for a GPU. Weights and cache must be complete on the current stream.
     ///
     /// # Errors
-    /// [`Error::Internal`] for limits that kernels cannot take, else [`Error::Torch`]; here and
-    /// below.
+    /// [`Error::Internal`] for limits that the kernels do not support, else [`Error::Torch`]; here
+    /// and below.
     pub(crate) fn new(gpu: usize, limits: InputLimits) -> Result<Self> {
         limits.check()?;
         let device = Device::Cuda(gpu);
@@ -101,9 +101,9 @@ impl GraphRunner {
     /// samples.
     ///
     /// # Safety
-    /// Whenever `forward` is called for a shape, its work is the same, and all that it uses beside
-    /// its arguments and what it allocates itself (weights, cache) stays alive and at its address
-    /// for as long as the runner lives: a graph keeps only addresses.
+    /// Whenever `forward` is called for a shape, its work is the same. All memory that it uses
+    /// besides its arguments and its own allocations, such as weights and the cache, stays alive
+    /// and at its address for as long as the runner lives: a graph keeps only addresses.
     pub(crate) unsafe fn launch(
         &mut self,
         inverse_temperature: f32,
@@ -132,7 +132,7 @@ impl GraphRunner {
         Ok(())
     }
 
-    /// Waits for the forward and returns what it sampled, `[num_outputs]`.
+    /// Waits for the forward and returns the tokens that it sampled, `[num_outputs]`.
     pub(crate) fn predicted(&mut self) -> Result<&[i32]> {
         self.wait()?;
         let num_outputs = self.shape.map_or(0, |shape| shape.num_outputs);
@@ -140,7 +140,7 @@ impl GraphRunner {
         Ok(unsafe { &self.buffers.host_predicted.as_mut_slice()[..num_outputs] })
     }
 
-    /// Puts other work on the stream of the forwards, after those that were started.
+    /// Runs other work on the stream of the forwards, after those that have been started.
     pub(crate) fn on_stream(&self, work: impl FnOnce()) -> Result<()> {
         let _on_stream = self.stream.enter()?;
         work();

@@ -1,5 +1,5 @@
-//! CUDA streams and graphs: a series of kernels is captured once and from then on launched as one
-//! piece of work.
+//! CUDA streams and graphs: a series of kernels is captured once and from then on launched as a
+//! unit.
 
 use std::ffi::{c_int, c_void};
 use std::sync::{Mutex, PoisonError};
@@ -27,7 +27,7 @@ unsafe extern "C" {
 /// stream that it has seen, so they are reused.
 static FREE: Mutex<Vec<(c_int, i64)>> = Mutex::new(Vec::new());
 
-/// A stream of a CUDA device beside the default one. Nobody else uses it while it lives.
+/// A CUDA stream other than the device's default one. Nobody else uses it while it lives.
 #[derive(Debug)]
 pub(super) struct Stream {
     device: c_int,
@@ -91,7 +91,7 @@ impl Drop for Stream {
     }
 }
 
-/// While it lives, this thread's work for the device goes to another stream than before.
+/// While it lives, this thread's work for the device goes to the stream that was entered.
 #[derive(Debug)]
 pub(super) struct OnStream {
     device: c_int,
@@ -137,7 +137,7 @@ impl GraphPool {
     }
 }
 
-/// Captured work.
+/// A captured series of kernels.
 #[derive(Debug)]
 pub(super) struct Graph {
     handle: *mut c_void,
@@ -163,14 +163,14 @@ impl Drop for Graph {
     }
 }
 
-/// Numbers in pinned memory of the host, which a device reads and writes by itself.
+/// int32 numbers in pinned host memory, which a device reads and writes by itself.
 #[derive(Debug)]
 pub(super) struct PinnedInts {
     tensor: Tensor,
 }
 
 impl PinnedInts {
-    /// Zeros.
+    /// Allocates `length` zeros.
     ///
     /// # Errors
     /// [`crate::Error::Torch`] if memory runs out or there is no CUDA device.

@@ -1,9 +1,9 @@
-//! Kernels with declared signatures. A [`Signature`] repeats what a kernel's source says about its
-//! arguments and adds what the source cannot say: how many elements it reads and writes behind each
+//! Kernels with declared signatures. A [`Signature`] repeats the parameters in a kernel's source
+//! and adds what the source cannot express: how many elements it reads and writes behind each
 //! pointer, as a function of some sizes. A launch checks every tensor against it (device, type,
 //! contiguity, alignment, number of elements), and works out the grid and all counts itself, so the
-//! only mistakes left to a caller are indices inside tensors. The checks cost about a microsecond
-//! per launch and none when a captured graph is replayed.
+//! only mistakes left to a caller are indices inside tensors. Graphs are checked while they are
+//! captured, and replayed without checks.
 
 use std::ffi::{c_int, c_uint, c_void};
 use std::fmt::{self, Display, Formatter};
@@ -26,7 +26,7 @@ unsafe extern "C" {
     ) -> c_int;
 }
 
-/// What is launched: `Sizes` holds all that the grid and the arguments depend on.
+/// The declaration of a kernel. `Sizes` holds everything that its grid and arguments depend on.
 pub(super) struct Signature<Sizes: 'static> {
     pub(super) name: &'static str,
     /// Number of blocks in both dimensions.
@@ -45,14 +45,14 @@ pub(super) struct Param<Sizes> {
 
 enum Value<Sizes> {
     Pointer(Pointer<Sizes>),
-    /// A number that follows from the sizes: no argument is given for it.
+    /// A number that follows from the sizes, so a launch has no argument for it.
     Count(fn(&Sizes) -> usize),
     Int,
     Float,
 }
 
 struct Pointer<Sizes> {
-    /// Of the elements, in the source.
+    /// Type of the elements in the source.
     c_type: &'static str,
     kind: Kind,
     align_bytes: usize,
@@ -72,7 +72,7 @@ impl<Sizes> Param<Sizes> {
     }
 }
 
-/// The pointer may be null.
+/// Marks a pointer that may be null.
 pub(super) const fn nullable<Sizes>(mut param: Param<Sizes>) -> Param<Sizes> {
     if let Value::Pointer(pointer) = &mut param.value {
         pointer.is_nullable = true;
@@ -80,7 +80,7 @@ pub(super) const fn nullable<Sizes>(mut param: Param<Sizes>) -> Param<Sizes> {
     param
 }
 
-/// The elements begin at a multiple of this many bytes.
+/// Sets the alignment of the first element.
 pub(super) const fn aligned<Sizes>(align_bytes: usize, mut param: Param<Sizes>) -> Param<Sizes> {
     if let Value::Pointer(pointer) = &mut param.value {
         pointer.align_bytes = align_bytes;
@@ -88,7 +88,7 @@ pub(super) const fn aligned<Sizes>(align_bytes: usize, mut param: Param<Sizes>) 
     param
 }
 
-/// As the source declares it.
+/// Writes the parameter as the source declares it.
 impl<Sizes> Display for Param<Sizes> {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         match &self.value {
@@ -116,7 +116,7 @@ pub(super) const fn int64<Sizes>(name: &'static str, num_elements: fn(&Sizes) ->
     Param::pointer(name, ("long long", Kind::Int64), 8, num_elements)
 }
 
-/// Unsigned numbers of 64 bits in an int32 tensor of twice as many elements: libtorch has no
+/// Unsigned 64-bit numbers, in an int32 tensor with two elements for each: libtorch has no
 /// arithmetic for them.
 pub(super) const fn uint64<Sizes>(name: &'static str, num_ints: fn(&Sizes) -> usize) -> Param<Sizes> {
     Param::pointer(name, ("u64", Kind::Int), 8, num_ints)
@@ -134,11 +134,11 @@ pub(super) const fn float<Sizes>(name: &'static str) -> Param<Sizes> {
     Param { name, value: Value::Float }
 }
 
-/// What a kernel is given for a parameter.
+/// The argument for a parameter.
 #[derive(Debug, Clone, Copy)]
 pub(super) enum Argument<'t> {
     Tensor(&'t Tensor),
-    /// A null pointer without a tensor.
+    /// A null pointer if there is no tensor.
     Optional(Option<&'t Tensor>),
     Int(i32),
     Float(f32),
@@ -171,18 +171,18 @@ impl<Sizes> Kernel<Sizes> {
         Ok(Kernel { signature, device: Device::Cuda(module.device), handle, shared_bytes, overlaps })
     }
 
-    /// Puts the kernel on the current stream of its device. One argument for each parameter but the
-    /// counts.
+    /// Puts the kernel on the current stream of its device. There is one argument for each
+    /// parameter except the counts.
     ///
     /// # Errors
-    /// [`Error::Internal`] if an argument is not what the signature says, else [`Error::Torch`]
-    /// with the driver's message.
+    /// [`Error::Internal`] if an argument does not match the signature, else [`Error::Torch`] with
+    /// the driver's message.
     ///
     /// # Safety
-    /// Tensors that the kernel reads as indices (tokens, rows, slots, positions, tiles) hold none
-    /// that leads outside the tensor that it indexes.
+    /// Tensors of indices (tokens, rows, slots, positions, tiles) hold only indices inside the
+    /// tensors that they index.
     pub(super) unsafe fn launch(&self, sizes: &Sizes, arguments: &[Argument<'_>]) -> Result<()> {
-        let Device::Cuda(device) = self.device else { return Err(Error::internal("kernels run on GPUs alone")) };
+        let Device::Cuda(device) = self.device else { return Err(Error::internal("kernels run only on GPUs")) };
         let mut values = self.values(sizes, arguments)?;
         let mut pointers: Vec<*mut c_void> =
             values.iter_mut().map(|value| std::ptr::from_mut(value).cast::<c_void>()).collect();
@@ -203,8 +203,8 @@ impl<Sizes> Kernel<Sizes> {
         })
     }
 
-    /// The bits of each parameter, of which a kernel reads as many of the low ones as its type has
-    /// (little endian).
+    /// The bits of each parameter. A kernel reads only as many of the low bits as the parameter's
+    /// type has (little endian).
     fn values(&self, sizes: &Sizes, arguments: &[Argument<'_>]) -> Result<Vec<u64>> {
         let mut rest = arguments.iter();
         let values = self.signature.params.iter().flat_map(|group| group.iter()).map(|param| {
@@ -225,7 +225,7 @@ impl<Sizes> Kernel<Sizes> {
         let values = values.collect::<Result<_>>()?;
         match rest.next() {
             None => Ok(values),
-            Some(argument) => Err(Error::internal(format!("kernel {}: {argument:?} is too much", self.signature.name))),
+            Some(argument) => Err(Error::internal(format!("kernel {}: unexpected {argument:?}", self.signature.name))),
         }
     }
 
@@ -234,7 +234,7 @@ impl<Sizes> Kernel<Sizes> {
     }
 }
 
-/// The address of a tensor's elements, once it is what the parameter says.
+/// Checks a tensor against its parameter and returns the address of its elements.
 fn check<Sizes>(
     tensor: &Tensor,
     pointer: &Pointer<Sizes>,
@@ -261,8 +261,8 @@ fn check<Sizes>(
 pub(super) mod tests {
     use super::*;
 
-    /// Fails unless the source declares a kernel of this name with these parameters. A name that
-    /// ends in `_` stands for one that a macro completes.
+    /// Fails unless the source declares a kernel of this name with these parameters. A macro
+    /// completes a name that ends in `_`.
     pub(crate) fn assert_declared<Sizes>(source: &str, signature: &Signature<Sizes>) {
         let source = source.replace("\\\n", " ").replace('\n', " ");
         let name = format!(" {}{}(", signature.name, if signature.name.ends_with('_') { "##NT" } else { "" });
@@ -336,7 +336,7 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn a_signature_is_that_of_the_source() {
+    fn a_signature_must_match_the_source() {
         let source =
             "extern \"C\" __global__ void scale(const bf16 *x,\n   const int *row, int rows, float factor) { }";
         assert_declared(source, &SIGNATURE);

@@ -1,4 +1,4 @@
-//! What libtorch can do but tch does not offer, and memory maps.
+//! Functions of libtorch that tch does not offer, and memory maps.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::fs::File;
@@ -41,7 +41,7 @@ pub(super) fn pointer(tensor: &Tensor) -> *mut c_void {
     tensor.as_ptr().cast_mut().cast()
 }
 
-/// The numbers of one AdamW step (Loshchilov & Hutter, arXiv 1711.05101).
+/// The hyperparameters and scalars of one AdamW step (Loshchilov & Hutter, arXiv 1711.05101).
 #[derive(Debug, Clone, Copy)]
 pub struct AdamW<'t> {
     pub lr: f64,
@@ -150,9 +150,9 @@ pub fn matmul_float32(left: &Tensor, right: &Tensor) -> Result<Tensor> {
 /// If it cannot be opened or mapped.
 pub fn map_file(path: &Path) -> Result<memmap2::Mmap> {
     let file = File::open(path).map_err(Error::io(path))?;
-    // SAFETY: a mapped file must not change. This program and its siblings never write to a file in
-    // place: they write a new one and rename it. What other programs do, no caller could vouch for;
-    // a file that they truncate ends the process with SIGBUS.
+    // SAFETY: a mapped file must not change. The toolkit never writes to a file in place: it writes
+    // a new one and renames it. No caller could vouch for other programs; if one truncates the
+    // file, this process ends with SIGBUS.
     unsafe { memmap2::Mmap::map(&file) }.map_err(Error::io(path))
 }
 

@@ -1,19 +1,21 @@
 //! CUDA kernels, graphs and collectives, and the few functions of libtorch that tch lacks: the safe
 //! side of `csrc/`.
 //!
-//! This module alone may use `unsafe`, and no function that it offers relies on its caller for
-//! memory safety, with one exception ([`graph_runner::GraphRunner::launch`]). What makes that true:
+//! `unsafe` is confined to this module and to the callers of `graph_runner::GraphRunner::launch`,
+//! its only function that relies on its caller for memory safety. The other functions are sound
+//! because:
 //!
-//! - [`launch`]: a kernel has a declared signature. Every launch checks the device, type,
+//! - `launch`: a kernel has a declared signature. Every launch checks the device, type,
 //!   contiguity, alignment and size of its tensors. Forwards that are captured in graphs are
 //!   checked once, at the capture.
 //! - Indices inside tensors, which only the data could violate, come in types that check them where
-//!   the host writes them: [`forward_input::InputWriter`] for decoding,
-//!   [`attention::AttentionMask`], [`train::Labels`] and [`train::TargetRows`] for training.
-//! - A graph keeps addresses, so [`graph_runner::GraphRunner`] owns the buffers and graphs of
+//!   the host writes them: `forward_input::InputWriter` for decoding,
+//!   `attention::AttentionMask`, `train::Labels` and `train::TargetRows` for training.
+//! - A graph keeps addresses, so `graph_runner::GraphRunner` owns the buffers and graphs of
 //!   forwards and waits before it touches pinned memory that a copy may still use.
 //!
-//! Kernels know no model: a [`shape::KernelShape`] says what they are compiled for.
+//! Kernels do not depend on a particular model: a `shape::KernelShape` has the sizes that they are
+//! compiled for.
 #![allow(unsafe_code)]
 
 pub(crate) mod attention;
@@ -27,6 +29,7 @@ mod launch;
 pub mod libtorch;
 pub(crate) mod nvrtc;
 pub(crate) mod shape;
+pub(crate) mod tiles;
 pub mod train;
 
 use libtorch::{checked, pointer};

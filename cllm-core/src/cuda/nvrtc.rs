@@ -28,7 +28,7 @@ unsafe extern "C" {
     ) -> c_int;
 }
 
-/// Names and values that the preprocessor replaces.
+/// Preprocessor macros: names and values.
 pub(super) type Macros = Vec<(&'static str, String)>;
 
 /// Machine code for GPUs of one compute capability (an ELF file).
@@ -78,7 +78,7 @@ pub fn compute_capability(device: usize) -> Result<(u32, u32)> {
 }
 
 /// Maximum shared memory of a block, in bytes, by compute capability (CUDA C++ programming guide,
-/// technical specifications). 0 for GPUs whose tensor cores have no bfloat16.
+/// technical specifications). 0 for GPUs whose tensor cores do not support bfloat16.
 pub fn max_shared_bytes(capability: (u32, u32)) -> usize {
     match capability {
         (0..=7, _) => 0,
@@ -97,7 +97,7 @@ pub(super) struct Module {
 }
 
 thread_local! {
-    /// Compiling takes a second or two, and several decoders of one program ask for the same
+    /// Compiling is slow (a second or two), and several decoders of one program ask for the same
     /// module.
     static MODULES: RefCell<HashMap<(usize, String), Module>> = RefCell::new(HashMap::new());
 }
@@ -119,8 +119,8 @@ impl Module {
 
     fn load(device: usize, code: &MachineCode) -> Result<Self> {
         let mut handle = std::ptr::null_mut();
-        // SAFETY: the driver copies the code, whose length its header says; only the compiler makes
-        // `MachineCode`.
+        // SAFETY: the driver copies the code and reads its length from the header; only the
+        // compiler makes `MachineCode`.
         checked(unsafe { cllm_load_module(device as c_int, code.0.as_ptr().cast(), &mut handle) })?;
         Ok(Module { device, handle })
     }

@@ -1,7 +1,7 @@
-//! The sizes of a model. Kernels are compiled for them, so that loops have constant bounds and are
+//! Kernels are compiled for the sizes of a model, so that loops have constant bounds and are
 //! unrolled.
 
-/// What kernels are compiled for.
+/// The model sizes that kernels are compiled for.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct KernelShape {
     /// Width of the residual stream.

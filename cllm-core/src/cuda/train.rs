@@ -9,11 +9,11 @@ use crate::{Error, Result};
 use Argument::{Float, Int, Optional, Tensor as Data};
 
 const SOURCE: &str = concat!(include_str!("../../csrc/bf16.cuh"), include_str!("../../csrc/train.cu"));
-/// Threads of a block where each takes 8 neighbouring values.
+/// Threads per block of kernels whose threads each process 8 neighbouring values.
 const THREADS: usize = 256;
 /// Blocks that share the rows of a norm's backward: two for each multiprocessor of an H100.
 const MAX_NORM_BLOCKS: usize = 264;
-/// Threads of a block that goes over a row of logits.
+/// Threads of a block that processes a row of logits.
 const LOGITS_THREADS: usize = 512;
 /// A block has a thread for every 8 values of a token.
 const MAX_HIDDEN: usize = 1024 * 8;
@@ -39,7 +39,8 @@ fn macros(shape: &KernelShape) -> Macros {
     macros
 }
 
-/// What the sizes of the kernels' arguments depend on. What a kernel does not use is 0.
+/// The sizes that determine the shapes of the kernels' arguments. Sizes that a kernel does not use
+/// are 0.
 #[derive(Clone, Copy)]
 struct Sizes {
     shape: KernelShape,
@@ -97,7 +98,7 @@ const SWIGLU_BACKWARD: Signature<Sizes> = Signature {
 };
 const ROTATE: Signature<Sizes> = Signature {
     name: "rotate",
-    // A thread takes 8 pairs of a query's or key's head.
+    // A thread processes 8 pairs of a query's or key's head.
     grid: |s| [(s.rows * (s.shape.heads + s.shape.kv_heads) * s.shape.head_dim / 16).div_ceil(THREADS), 1],
     threads: |_| THREADS,
     params: &[&[
@@ -162,7 +163,7 @@ pub struct Logits {
     logsumexps: Tensor,
 }
 
-/// The row of a target's logits for each row of a student.
+/// For each row of the student's logits, the row of the target's logits that it is compared with.
 pub struct TargetRows {
     /// int64, each below `bound`.
     rows: Tensor,
@@ -186,30 +187,32 @@ impl Logits {
         self.logsumexps.numel()
     }
 
-    /// The leading rows, at most as many as there are.
+    /// The leading `num_rows` rows.
     fn leading(&self, num_rows: usize) -> Result<(Tensor, Tensor)> {
         self.narrow(0, num_rows)
     }
 
     fn narrow(&self, first: usize, num_rows: usize) -> Result<(Tensor, Tensor)> {
-        let part = |tensor: &Tensor| tensor.f_narrow(0, first as i64, num_rows as i64);
-        Ok((part(&self.values)?, part(&self.logsumexps)?))
+        let rows = |tensor: &Tensor| tensor.f_narrow(0, first as i64, num_rows as i64);
+        Ok((rows(&self.values)?, rows(&self.logsumexps)?))
     }
 }
 
 impl TargetRows {
-    /// Rows of logits that have `num_rows`.
+    /// Copies `rows`, indices into a target's `num_rows` rows, to the device.
     ///
     /// # Errors
-    /// [`Error::Internal`] for a row that such logits do not have, else [`Error::Torch`].
+    /// [`Error::Internal`] for an index that is out of range, else [`Error::Torch`].
     pub fn new(rows: &[i64], num_rows: usize, device: Device) -> Result<Self> {
         if let Some(row) = rows.iter().find(|row| !(0..num_rows as i64).contains(row)) {
-            return Err(Error::internal(format!("row {row} of {num_rows} rows of logits as a target")));
+            return Err(Error::internal(format!(
+                "target row {row} is out of range: there are {num_rows} rows of logits"
+            )));
         }
         Ok(TargetRows { rows: Tensor::f_from_slice(rows)?.f_to_device(device)?, bound: num_rows })
     }
 
-    /// For each row of a student the target's row of the same index.
+    /// Pairs each row of the student with the target's row at the same index.
     ///
     /// # Errors
     /// [`Error::Torch`].
@@ -225,14 +228,14 @@ impl Labels {
         // Kernels read the low 32 bits.
         let is_valid = |id: i64| i32::try_from(id).is_ok_and(|id| i64::from(id) < vocab as i64);
         if let Some(id) = ids.iter().find(|id| !is_valid(**id)) {
-            return Err(Error::internal(format!("label {id} in a vocabulary of {vocab} tokens")));
+            return Err(Error::internal(format!("label {id} is outside the vocabulary of {vocab} tokens")));
         }
         Ok(Labels { ids: Tensor::f_from_slice(ids)?.f_to_device(device)?, vocab })
     }
 }
 
 impl TrainKernels {
-    /// Whether the kernels can compute a model: they take 8 values at a time, and a token in a
+    /// Whether the kernels can compute a model: they process 8 values at a time, and one token per
     /// block.
     pub fn supports(shape: &KernelShape) -> bool {
         let sizes = [shape.hidden, shape.ffn, shape.vocab];
@@ -310,7 +313,8 @@ impl TrainKernels {
     }
 
     /// Rotates the queries and keys of `qkv [T, (heads + 2 kv_heads) head_dim]` in place, by angles
-    /// with these cosines and sines, float32 `[T, head_dim / 2]`; or `back` by the same angles.
+    /// with these cosines and sines, float32 `[T, head_dim / 2]`. With `back`, it undoes that
+    /// rotation.
     pub fn rotate(&self, qkv: &Tensor, (cosines, sines): (&Tensor, &Tensor), back: bool) -> Result<()> {
         let sizes = self.sizes(qkv.numel() / self.shape.qkv());
         let sign = Float(if back { -1.0 } else { 1.0 });
@@ -327,7 +331,7 @@ impl TrainKernels {
         Ok(Logits { values, logsumexps })
     }
 
-    /// The divergence of rows of a student, from `first` on, from rows of a target: float32, one
+    /// The divergence of the student's rows, from `first` on, from the target's rows: float32, one
     /// for each of `target_rows`. The student's logits become the gradient, times `scale`. The
     /// target may be other rows of the same logits.
     pub fn divergence(
@@ -338,7 +342,7 @@ impl TrainKernels {
         scale: f64,
     ) -> Result<Tensor> {
         if target_rows.bound > target.num_rows() {
-            return Err(Error::internal("target rows of other logits"));
+            return Err(Error::internal("the target rows belong to other logits"));
         }
         let num_rows = target_rows.rows.numel();
         let sizes = Sizes { target_rows: target.num_rows(), ..self.sizes(num_rows) };
@@ -362,7 +366,7 @@ impl TrainKernels {
         teacher: Option<(&Logits, f64)>,
     ) -> Result<(Tensor, Option<Tensor>)> {
         if labels.vocab > self.shape.vocab {
-            return Err(Error::internal("labels of another vocabulary"));
+            return Err(Error::internal("the labels belong to another vocabulary"));
         }
         let num_rows = labels.ids.numel();
         let empty = || Tensor::f_empty([num_rows as i64], (Kind::Float, student.values.device()));
@@ -425,7 +429,7 @@ mod tests {
     }
 
     #[test]
-    fn the_signatures_are_those_of_the_source() {
+    fn the_signatures_match_the_source() {
         let logits = [LOGSUMEXP, DIVERGENCE, CROSS_ENTROPY];
         let signatures = [RMS_NORM, RMS_NORM_BACKWARD, SWIGLU, SWIGLU_BACKWARD, ROTATE];
         for signature in signatures.iter().chain(&logits) {

@@ -7,8 +7,8 @@ use super::tree::Node;
 
 /// Returns the offsets of the accepted tokens, in the order of their positions. The path begins
 /// with offset 0, the last token of the sequence; each token after it equals the one `predicted`
-/// after its parent. Of several such paths in a tree the longest is returned, and of equally long
-/// ones the one whose end comes first in the window.
+/// after its parent. If a tree has several such paths, the longest is returned, or among equally
+/// long ones the one that ends first in the window.
 pub(super) fn accepted_path(window: &Window<'_>, predicted: &[i32]) -> Vec<usize> {
     let mut is_accepted = vec![true];
     let (mut end, mut max_depth) = (0, 0);

@@ -21,7 +21,7 @@ pub struct Decoder<'m> {
     vocab_size: i64,
 }
 
-/// What the requests of a decoder must fit.
+/// The limits that the requests of a decoder must fit.
 struct CacheLimits {
     max_sequences: usize,
     /// Slots of the KV cache for each sequence.
@@ -159,7 +159,7 @@ impl<'m> Decoder<'m> {
     }
 }
 
-/// CUDA graphs where our kernels support the model, libtorch's operations elsewhere.
+/// The backend for a model: CUDA graphs if our kernels support it, otherwise libtorch's operations.
 fn new_backend<'m>(model: &'m Transformer, max_sequences: usize, capacity: usize) -> Result<Box<dyn Backend + 'm>> {
     let _no_grad = tch::no_grad_guard();
     Ok(match CudaGraphBackend::new(model, max_sequences, capacity)? {
@@ -169,7 +169,7 @@ fn new_backend<'m>(model: &'m Transformer, max_sequences: usize, capacity: usize
 }
 
 fn no_draft_model() -> Error {
-    Error::usage("strategy `drafted` needs a draft model beside the target model")
+    Error::usage("strategy `drafted` needs a draft model in addition to the target model")
 }
 
 impl CacheLimits {
@@ -207,7 +207,7 @@ impl RunningAnswer<'_> {
         Ok(is_running.then_some(new_tokens))
     }
 
-    /// The time taken so far.
+    /// Time spent so far.
     pub fn timing(&self) -> Timing {
         self.scheduler.timing()
     }

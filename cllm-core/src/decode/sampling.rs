@@ -10,7 +10,7 @@
 /// How the next token is chosen from the logits.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Sampling {
-    /// The token with the largest logit; of equal ones the lowest id.
+    /// The token with the largest logit; ties go to the lowest id.
     Greedy,
     /// A draw from the softmax of the logits divided by this temperature, which is above 0.
     Temperature(f64),
@@ -22,12 +22,12 @@ impl Sampling {
         if temperature == 0.0 { Sampling::Greedy } else { Sampling::Temperature(temperature) }
     }
 
-    /// Whether the token with the largest logit is taken.
+    /// Whether the token with the largest logit is always chosen.
     pub fn is_greedy(self) -> bool {
         self == Sampling::Greedy
     }
 
-    /// The factor that kernels scale logits by; they take 0 as greedy.
+    /// The factor that kernels scale logits by; 0 means greedy.
     pub(super) fn inverse_temperature(self) -> f32 {
         match self {
             Sampling::Greedy => 0.0,
@@ -45,7 +45,7 @@ pub(super) fn position_key(sequence_key: u64, position: usize) -> u64 {
     mix(sequence_key.wrapping_add(GOLDEN.wrapping_mul(position as u64 + 1)))
 }
 
-/// The token whose scaled logit with noise is largest; of equal ones the lowest id.
+/// The token whose scaled logit with noise is largest; ties go to the lowest id.
 pub(super) fn sample(logits: &[f32], temperature: f64, position_key: u64) -> i32 {
     let inverse = inverse(temperature);
     let (mut max_score, mut best) = (f32::NEG_INFINITY, 0);

@@ -18,7 +18,7 @@ pub(super) enum PrefillPolicy {
     Chunked,
 }
 
-/// What the caller is told. Sequences are known by the index of their request.
+/// Callbacks to the caller. They identify a sequence by the index of its request.
 pub(super) struct Events<'e> {
     pub(super) on_tokens: OnTokens<'e>,
     /// Called with each answer as it finishes.
@@ -27,9 +27,9 @@ pub(super) struct Events<'e> {
 
 /// Decides which sequences run in each forward.
 ///
-/// The sequence at an index of `running` owns the row of the KV cache with the same index. Those
-/// that decode come first, those whose prompt is still being cached last, so a batch of windows is
-/// always a batch of leading rows.
+/// The sequence at an index of `running` owns the row of the KV cache with the same index.
+/// Sequences that decode come before those whose prompt is still being cached, so a batch of
+/// windows is always a batch of leading rows.
 pub(super) struct Scheduler<'r> {
     waiting: Box<dyn Iterator<Item = Result<Request>> + 'r>,
     num_admitted: usize,
@@ -70,12 +70,12 @@ impl<'r> Scheduler<'r> {
         interrupt::check()?;
         let started = Instant::now();
 
-        // 2. Cut the prompts that are not cached yet into chunks that this forward takes.
+        // 2. Cut the prompts that are not cached yet into chunks for this forward.
         let chunks = self.prompt_chunks(backend.max_prompt_tokens());
         let cached: Vec<(usize, usize)> = chunks.iter().map(|chunk| (chunk.row, chunk.tokens.len())).collect();
 
         // 3. Build the windows: the last token and the draft of each sequence whose prompt is cached.
-        //    With `PrefillPolicy::First`, they wait until all prompts are.
+        //    With `PrefillPolicy::First`, they wait until all prompts are cached.
         let windows = if self.prefill == PrefillPolicy::First && !chunks.is_empty() { vec![] } else { self.windows() };
 
         // 4. Forward. The backend samples a token after each token of each window.
@@ -111,7 +111,7 @@ impl<'r> Scheduler<'r> {
         Ok(true)
     }
 
-    /// The time taken so far.
+    /// Time spent so far.
     pub(super) fn timing(&self) -> Timing {
         self.timing
     }
@@ -125,7 +125,7 @@ impl<'r> Scheduler<'r> {
         Ok(())
     }
 
-    /// The next chunk of each prompt, together at most `budget` tokens.
+    /// The next chunk of each prompt: at most `budget` tokens in total.
     fn prompt_chunks(&self, mut budget: usize) -> Vec<PromptChunk<'_>> {
         let mut chunks = Vec::new();
         for (row, sequence) in self.running.iter().enumerate() {

@@ -14,8 +14,8 @@ pub(super) struct Accepted<'s> {
     pub(super) request_index: usize,
     /// The new tokens of the answer.
     pub(super) tokens: &'s [i32],
-    /// Slots of the cache, from and to, whose keys and values must move so that the slot of each
-    /// token is its position.
+    /// Pairs of cache slots, from and to, between which keys and values must move so that the slot
+    /// of each token is its position.
     pub(super) moves: Vec<(usize, usize)>,
 }
 
@@ -82,7 +82,7 @@ impl<'r> Sequence<'r> {
         self.finish_reason.is_some()
     }
 
-    /// What to forward next: the last token and the draft.
+    /// The window of the next forward: the last token and the draft.
     pub(super) fn window(&self) -> Window<'_> {
         let start = self.tokens.len() - 1;
         Window {
@@ -94,9 +94,9 @@ impl<'r> Sequence<'r> {
         }
     }
 
-    /// Takes what the backend sampled after each token of the window: appends the accepted draft
-    /// tokens and the token after the last of them, as far as the answer goes, and has the proposer
-    /// make the next draft.
+    /// Processes the tokens that the backend sampled after each token of the window: appends the
+    /// accepted draft tokens and the token sampled after the last of them, up to the end of the
+    /// answer, and has the proposer make the next draft.
     pub(super) fn accept(&mut self, predictions: &Predictions) -> Accepted<'_> {
         let predicted = &predictions.tokens;
         let path = accepted_path(&self.window(), predicted);

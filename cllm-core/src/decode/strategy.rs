@@ -1,4 +1,4 @@
-//! The strategies: their settings, the ranges of these, and the proposer of each.
+//! The strategies: their settings with the allowed ranges, and the proposer of each.
 
 use std::fmt;
 

@@ -85,15 +85,15 @@ impl Backend for MockBackend {
     }
 }
 
-/// Depends on the last token, for a third of the tokens on all of them: blocks converge in fewer
-/// than n forwards, but not in one.
+/// Depends on the last token, and for a third of the tokens on all of them: blocks converge in
+/// fewer than n forwards, but not in one.
 fn hard(tokens: &[i32]) -> i32 {
     let last = tokens[tokens.len() - 1];
     if last % 3 == 0 { (tokens.iter().sum::<i32>() * 7 + 5) % 29 } else { (last * 5 + 1) % 29 }
 }
 
-/// Depends on the position alone, but for every sixth token: a consistency model's predictions
-/// hardly depend on wrong draft tokens either.
+/// Depends only on the position, except for every sixth token: a consistency model's predictions
+/// hardly depend on incorrect draft tokens either.
 fn easy(tokens: &[i32]) -> i32 {
     let (length, last) = (tokens.len() as i32, tokens[tokens.len() - 1]);
     if length % 6 == 0 { (last * 5 + length) % 29 } else { length * 7 % 29 }
@@ -376,7 +376,7 @@ fn blocks_join_to_the_answer_and_their_states_lead_to_the_fixed_point() {
 }
 
 #[test]
-fn initial_drafts_depend_on_the_tokens_so_far_and_the_seed_alone() {
+fn initial_drafts_depend_only_on_the_tokens_so_far_and_the_seed() {
     let first = answers(Strategy::Jacobi { n: 8 }, &stop());
     let again = answers(Strategy::Jacobi { n: 8 }, &stop());
     for ((a, b), request) in first.iter().zip(&again).zip(requests()) {

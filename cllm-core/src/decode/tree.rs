@@ -1,7 +1,8 @@
 //! Drafts that branch: a window of tokens as a tree, so that one forward verifies several
 //! continuations.
 
-/// Maximum number of tokens in a tree: what a token sees of its window is a mask of 64 bits.
+/// Maximum number of tokens in a tree: each token has a mask of 64 bits for the tokens that it
+/// sees.
 pub(super) const MAX_TREE_TOKENS: usize = 64;
 
 /// How a token of a window relates to the others. Offsets count from the window's first token.

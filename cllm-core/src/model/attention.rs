@@ -1,13 +1,13 @@
 //! Attention, and which keys and values the queries of a forward see.
 //!
-//! Plain, cached and packed forwards compute the same layers and differ here alone: each brings its
-//! own [`Attention`].
+//! Plain, cached and packed forwards compute the same layers and differ only here: each has its own
+//! [`Attention`].
 
 use tch::{Device, Kind, Tensor};
 
 use super::kv_cache::KvCache;
 
-/// What a forward's queries attend to. Shapes: `b` batch, `s` sequence, `d` width of a head.
+/// The attention of a forward. Shapes: `b` batch, `s` sequence, `d` width of a head.
 pub(crate) trait Attention {
     /// Attention of one layer. `q [b, heads, s, d]`, `k` and `v [b, kv_heads, s, d]`, with RoPE
     /// applied; returns `[b, heads, s, d]`.
@@ -40,7 +40,7 @@ pub(crate) fn scaled_dot_product_attention(q: &Tensor, k: &Tensor, v: &Tensor, b
     Tensor::scaled_dot_product_attention(q, &k, &v, bias, 0.0, bias.is_none(), None, false)
 }
 
-/// What is added to the scores: 0 where `mask` is true, minus infinity where it is false.
+/// The bias of the scores: 0 where `mask` is true, minus infinity where it is false.
 pub(crate) fn attention_bias(mask: &Tensor, kind: Kind) -> Tensor {
     Tensor::full(mask.size(), f64::NEG_INFINITY, (kind, mask.device())).masked_fill(mask, 0.0)
 }
@@ -52,17 +52,17 @@ pub struct SlotMapping {
     pub positions: Tensor,
     /// Slot of the cache that the token's key and value are written to.
     pub slots: Tensor,
-    /// Without it, a query sees every slot up to its own.
+    /// `None` if every query sees all slots up to its own.
     pub tree_mask: Option<TreeMask>,
 }
 
-/// What the tokens of a tree see of one another: the path to the root, not their siblings.
+/// Which tokens of a tree a token sees: those on its path to the root, not its siblings.
 #[derive(Debug)]
 pub struct TreeMask {
     /// First slot of each row's tree, int64 `[rows, 1]`. All slots before it are visible.
     pub first_slot: Tensor,
-    /// Bit i of an unsigned 64-bit number: the token sees slot `first_slot + i`. int64
-    /// `[rows, width]`.
+    /// Unsigned 64-bit masks in an int64 `[rows, width]`: bit i is set if the token sees slot
+    /// `first_slot + i`.
     pub visible: Tensor,
 }
 

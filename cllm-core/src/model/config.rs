@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 use super::hf_config::{HfConfig, positive, rope_scaling_json};
 use super::rope::RopeScaling;
 
-/// Sizes from here on are mistakes. Below, the product of two does not overflow.
+/// Sizes from this one on are refused as mistakes. Products of two smaller sizes do not overflow.
 const SIZE_LIMIT: i64 = 1 << 31;
 
 /// The supported families. They differ in their biases and in the norm of queries and keys.

@@ -1,5 +1,5 @@
-//! Random weights. They depend on the seed alone: the same seed gives the same bytes on every
-//! device and machine.
+//! Random weights. They depend only on the seed: the same seed gives the same bytes on every device
+//! and machine.
 
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
@@ -36,7 +36,7 @@ pub(super) fn random_params(config: &ModelConfig, seed: u64, device: Device, kin
     params
 }
 
-/// Weights for measurements of speed alone, drawn on the device: on the CPU, those of a large model
+/// Weights for speed measurements only, drawn on the device: on the CPU, those of a large model
 /// would take minutes.
 pub(super) fn random_params_on_device(config: &ModelConfig, device: Device, kind: Kind) -> ParamBuffer {
     let _no_grad = tch::no_grad_guard();

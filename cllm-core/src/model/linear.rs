@@ -1,5 +1,5 @@
-//! A projection, or several of the same input in one matrix product, with the low-rank adapters
-//! beside it.
+//! A projection, or several projections of the same input in one matrix product, with their
+//! low-rank adapters.
 
 use tch::Tensor;
 

@@ -2,12 +2,12 @@
 //! projection there are two small matrices, A `[rank, in]` and B `[out, rank]`, and the output
 //! becomes x Wᵀ + alpha / rank · (x Aᵀ) Bᵀ.
 //!
-//! A model with adapters is used like any other: every forward includes them, and what is saved has
-//! them merged in. They cost two small products for each projection, and the CUDA kernels of
-//! decoding do not know them. For decoding, a merged copy is therefore made first
-//! (`Transformer::to_merged`): its changed weights are computed in float32 into a buffer of their
-//! own. The copy takes memory while it lives, but nothing has to be undone afterwards: the frozen
-//! weights are never written, and training continues from exactly the same bits.
+//! A model with adapters is used like any other: every forward includes them, and
+//! `checkpoint::save` writes the merged weights. They cost two small products for each projection,
+//! and the CUDA kernels of decoding do not know them. For decoding, a merged copy is therefore made
+//! first (`Transformer::to_merged`): its changed weights are computed in float32 into a buffer of
+//! their own. The copy takes memory while it lives, but nothing has to be undone afterwards: the
+//! frozen weights are never written, and training continues from exactly the same bits.
 
 use std::collections::BTreeSet;
 
@@ -162,7 +162,7 @@ impl LoraAdapter {
         product.narrow(dimension, self.output_offset, self.lora_b.size()[0])
     }
 
-    /// What it adds to the projection of `x [.., in]`: `[.., out]`.
+    /// The term that the adapter adds to the projection of `x [.., in]`: `[.., out]`.
     pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
         (x.linear::<&Tensor>(&self.lora_a, None) * self.scale).linear::<&Tensor>(&self.lora_b, None)
     }

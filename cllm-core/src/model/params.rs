@@ -79,7 +79,7 @@ impl ParamBuffer {
         &self.buffer
     }
 
-    /// How many leading elements of the buffer belong to matrices.
+    /// Number of leading elements of the buffer that belong to matrices.
     pub fn num_matrix_elements(&self) -> i64 {
         self.num_matrix_elements
     }

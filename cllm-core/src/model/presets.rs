@@ -21,7 +21,7 @@ pub enum ModelPreset {
 }
 
 impl ModelPreset {
-    /// Its configuration, with the given vocabulary size instead of its own if there is one.
+    /// The configuration of the preset. `vocab_size`, if given, replaces the preset's own.
     ///
     /// # Errors
     /// [`Error::Usage`] when the vocabulary size is out of range.

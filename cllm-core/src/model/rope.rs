@@ -20,21 +20,21 @@ pub enum RopeScaling {
     /// them.
     Llama3 {
         factor: f64,
-        /// Rotations within the trained context up to which a frequency is divided.
+        /// Frequencies with at most this many rotations within the trained context are divided.
         low_freq_factor: f64,
-        /// Rotations within the trained context from which on a frequency is kept.
+        /// Frequencies with at least this many rotations within the trained context are kept.
         high_freq_factor: f64,
         original_max_positions: f64,
     },
     /// YaRN (Peng et al., arXiv 2309.00071).
     Yarn {
         factor: f64,
-        /// Rotations within the trained context from which on a dimension is kept.
+        /// Dimensions with at least this many rotations within the trained context are kept.
         beta_fast: f64,
-        /// Rotations within the trained context up to which a dimension is divided.
+        /// Dimensions with at most this many rotations within the trained context are divided.
         beta_slow: f64,
         original_max_positions: f64,
-        /// Scale of cosines and sines, and so of queries and keys.
+        /// Scale of cosines and sines, and therefore of queries and keys.
         attention_factor: f64,
     },
 }
@@ -120,8 +120,8 @@ impl RotaryEmbedding {
     }
 }
 
-/// Cosines, and sines with their first half negated, `[batch, 1, seq, head_dim]` each: so the
-/// rotation of the two halves of a head is two products and a sum.
+/// Cosines, and sines with their first half negated, `[batch, 1, seq, head_dim]` each. In this
+/// form, rotating the two halves of a head is two products and a sum.
 pub(crate) struct Rotation {
     cos: Tensor,
     sin: Tensor,

@@ -55,7 +55,7 @@ impl Transformer {
         Self::from_params(config, params)
     }
 
-    /// Random weights for measurements of speed alone, drawn on the device.
+    /// Random weights for speed measurements only, drawn on the device.
     pub fn random_on_device(config: ModelConfig, device: Device, kind: Kind) -> Self {
         let params = init::random_params_on_device(&config, device, kind);
         Self::from_params(config, params)
@@ -90,7 +90,7 @@ impl Transformer {
     }
 }
 
-/// The weights of a buffer by their names, with a record of those that were taken.
+/// The weights of a buffer by their names, with a record of those that were used.
 struct Weights<'p> {
     params: &'p ParamBuffer,
     leaves: Vec<(Tensor, Vec<String>)>,
@@ -270,7 +270,7 @@ impl Transformer {
         self.params.tensors()
     }
 
-    /// What training changes: the adapters if there are any, otherwise every weight.
+    /// The parameters that training changes: the adapters if there are any, otherwise every weight.
     pub fn trainable(&self) -> &ParamBuffer {
         self.adapters.as_ref().map_or(&self.params, |adapters| &adapters.params)
     }
@@ -287,7 +287,7 @@ impl Transformer {
             Some(adapters) => &adapters.leaves(),
         };
         for (leaf, names) in leaves {
-            let gradient = gradients.get_joined(names).expect("gradients have the layout of what is trained");
+            let gradient = gradients.get_joined(names).expect("gradients have the layout of the trained parameters");
             libtorch::accumulate_grad_into(&leaf.set_requires_grad(true), &gradient)?;
         }
         Ok(gradients)

@@ -59,7 +59,7 @@ fn find_shards(stem: &Path) -> Vec<PathBuf> {
     shards
 }
 
-/// Reads one file, whose extension tells its format.
+/// Reads one file. Its extension tells the format.
 pub(crate) fn read_file<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     let rows = if is_parquet(path) {
         read_parquet(path)?

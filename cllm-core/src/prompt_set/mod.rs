@@ -1,4 +1,4 @@
-//! Prompt sets: prompts with what a task needs to score their answers.
+//! Prompt sets: prompts, with the data that a task needs to score their answers.
 //!
 //! People have prompts as JSONL, as JSON lists, and as Parquet from other tools, with and without
 //! ids or a source. Reading turns all of these into [`Sample`]s; only JSONL and Parquet are

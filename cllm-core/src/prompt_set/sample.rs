@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 
 use crate::chat_template::Message;
 
-/// `source` of a prompt that names none.
+/// The `source` of a prompt that does not name one.
 pub const DEFAULT_SOURCE: &str = "jsonl";
 
 /// Plain text, or a conversation for the model's chat template.
@@ -39,7 +39,7 @@ pub struct Sample {
     /// The benchmark's own answer, which is also the target of supervised fine-tuning.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reference: Option<String>,
-    /// What the task needs to score an answer, such as `db_id`.
+    /// Data that the task needs to score an answer, such as `db_id`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub meta: Option<Value>,
 }

@@ -1,5 +1,6 @@
-# Runs a program that a model wrote, inside the sandbox, and reports on a channel of its own how it ended.
-# Everything that is used after the program ran is bound before, since the program may replace builtins and functions.
+# Runs a program that a model wrote inside the sandbox, and reports on a separate channel how it
+# ended. Everything that is used after the program ran is bound before it starts, since the program
+# may replace builtins and functions.
 import os
 
 

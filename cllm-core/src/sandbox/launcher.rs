@@ -1,5 +1,5 @@
-//! The launcher: a process that restricts itself and then becomes Python. The kernel does not give
-//! back what a process gave up, so that the restrictions hold for everything Python does.
+//! The launcher: a process that restricts itself and then becomes Python. A process cannot regain
+//! privileges that it has given up, so the restrictions hold for everything that Python does.
 
 use std::ffi::{CString, OsString};
 use std::io::Write;
@@ -71,8 +71,8 @@ fn c_string(text: impl AsRef<std::ffi::OsStr>) -> Result<CString, Problem> {
     CString::new(text.as_ref().as_bytes()).map_err(|error| error.to_string())
 }
 
-fn cannot(what: &str, error: impl std::fmt::Display) -> Problem {
-    format!("the launcher cannot {what}: {error}")
+fn cannot(action: &str, error: impl std::fmt::Display) -> Problem {
+    format!("the launcher cannot {action}: {error}")
 }
 
 /// Applies every layer that the kernel supports, and returns the names of those in force.
@@ -123,8 +123,8 @@ fn restrict(order: &LaunchOrder) -> Result<Vec<String>, Problem> {
     Ok(layers)
 }
 
-/// A user id that nothing else runs as, so that a limit on its processes counts those of one
-/// program: one near the end of the ids that exist here. None if there are too few.
+/// A user id that nothing else runs as, so that the limit on its processes counts only those of one
+/// program. It is near the end of the ids that exist here; `None` if there are too few.
 fn unused_user() -> Option<(Uid, Gid)> {
     let map = std::fs::read_to_string("/proc/self/uid_map").ok()?;
     let ranges = map.lines().filter_map(|line| {

@@ -32,7 +32,7 @@ pub struct Sandbox {
 }
 
 /// Becomes Python if this process was started as the launcher of a sandbox, and returns only if it
-/// was not or cannot. To be called in `main` before anything else.
+/// was not or cannot. Call it in `main` before anything else.
 pub fn launch_if_requested() -> Option<ExitCode> {
     let mut arguments = std::env::args_os().skip(1);
     (arguments.next()? == LAUNCHER_VERB).then(|| launcher::launch(arguments.next()))
@@ -43,12 +43,13 @@ impl Sandbox {
     /// [`launch_if_requested`].
     ///
     /// # Errors
-    /// When there is no Python, or no layer here protects files: then no code runs.
+    /// When there is no Python, or when no layer that protects files is available. No code runs
+    /// then.
     pub fn open() -> Result<Self> {
         Self::with_launcher(Path::new("/proc/self/exe"), Limits::default())
     }
 
-    /// The same with another program as the launcher, and other limits.
+    /// Like [`Sandbox::open`], but with another program as the launcher, and other limits.
     ///
     /// # Errors
     /// As [`Sandbox::open`].
@@ -85,12 +86,12 @@ impl Sandbox {
         Ok(sandbox)
     }
 
-    /// The names of the layers that protect here.
+    /// The names of the layers that are in force on this machine.
     pub fn layers(&self) -> &[String] {
         &self.layers
     }
 
-    /// The interpreter.
+    /// Path of the Python interpreter.
     pub fn python(&self) -> &Path {
         &self.python
     }

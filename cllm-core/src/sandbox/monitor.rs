@@ -21,22 +21,22 @@ use crate::{Error, Result, interrupt};
 const POLL_MILLISECONDS: u16 = 50;
 /// A pipe that is ready accepts this much without blocking (PIPE_BUF of Linux).
 const PIPE_BUF_BYTES: usize = 4096;
-/// How much is kept of what a pipe delivers.
+/// Maximum number of bytes of a pipe's output that are kept.
 const MAX_KEPT_BYTES: usize = 64 << 10;
-/// Counted for each file besides its content, so that empty files have a price.
+/// Bytes counted for each file in addition to its content, so that empty files count too.
 const FILE_OVERHEAD_BYTES: u64 = 4096;
 
-/// What a process wrote.
+/// The output of a process.
 #[derive(Default)]
 struct Output {
-    /// On its stdout: the greeting of the launcher and the verdict of the harness.
+    /// Its stdout: the greeting of the launcher and the verdict of the harness.
     channel: Vec<u8>,
-    /// On its stderr, to which the program's own output goes too. An error of the launcher would be
-    /// here.
+    /// Its stderr, which the program's own output goes to as well. An error of the launcher would
+    /// be here.
     printed: Vec<u8>,
-    /// Of both, including what was not kept.
+    /// Length of both, including the bytes that were not kept.
     num_bytes: u64,
-    /// The limit for which the process was ended.
+    /// The limit that the process exceeded, if it was ended for that.
     exceeded: Option<ProgramOutcome>,
 }
 
@@ -124,8 +124,8 @@ fn exchange(child: &mut Child, mut input: &[u8], folder: &Path, limits: &Limits)
     Ok(output)
 }
 
-/// Reads once from a pipe, and closes it at its end. Returns the number of bytes, of which `kept`
-/// gets what it has room for.
+/// Reads once from a pipe, and closes it at its end. Returns the number of bytes read. `kept` gets
+/// as many of them as it has room for.
 fn read_once(pipe: &mut Option<impl Read>, kept: &mut Vec<u8>) -> std::io::Result<u64> {
     let Some(open) = pipe else { return Ok(0) };
     let mut buffer = [0; 16 << 10];

@@ -1,5 +1,4 @@
-//! What the toolkit and the launcher tell each other, and what a run of a program needs and results
-//! in.
+//! Messages between the toolkit and the launcher, and the limits and outcome of a program's run.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -14,7 +13,7 @@ pub(super) type Problem = String;
 pub struct Limits {
     pub wall_time: Duration,
     pub cpu_seconds: u64,
-    /// Address space.
+    /// Size of the address space of each process.
     pub memory_bytes: u64,
     /// All files of the program together.
     pub disk_bytes: u64,
@@ -40,7 +39,7 @@ pub enum ProgramOutcome {
     /// It ran to its end.
     Passed,
     AssertionFailed,
-    /// Another exception, by its name; or it left before its end.
+    /// The name of another exception, or a message that it exited before its end.
     Exception(String),
     TimedOut,
     OutOfMemory,
@@ -53,7 +52,7 @@ pub enum ProgramOutcome {
 /// The launcher's argument.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct LaunchOrder {
-    /// The interpreter.
+    /// Path of the Python interpreter.
     pub(super) python: PathBuf,
     /// Files and folders that the program may read and execute.
     pub(super) readable: Vec<PathBuf>,
@@ -68,6 +67,6 @@ pub(super) struct LaunchOrder {
 pub(super) enum Greeting {
     /// The names of the layers in force.
     Layers(Vec<String>),
-    /// Nothing runs.
+    /// Why nothing can run.
     Problem(Problem),
 }

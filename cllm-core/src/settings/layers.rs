@@ -18,9 +18,9 @@ pub const ENVIRONMENT_PREFIX: &str = "CLLM_SET_";
 /// One value of a layer.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Assignment {
-    /// Where it comes from, as a message begins.
+    /// Where it comes from; messages begin with it.
     pub(super) origin: String,
-    /// Full path of the key; all of an override that has no `=`.
+    /// Full path of the key, or the whole text of an override without `=`.
     pub(super) path: String,
     text: Option<String>,
     pub(super) is_override: bool,
@@ -29,7 +29,7 @@ pub(super) struct Assignment {
 /// Why an assignment is refused.
 pub(super) enum Refused {
     UnknownKey(String),
-    /// The key does not accept this value, or the text is no assignment.
+    /// The key does not accept this value, or the text is not an assignment.
     InvalidValue(String),
 }
 
@@ -41,7 +41,7 @@ impl Refused {
 }
 
 /// The assignments among some environment variables, in the order of their names. Other variables
-/// may hold anything, even what is not UTF-8.
+/// may hold anything, even bytes that are not UTF-8.
 pub(super) fn from_environment(variables: impl Iterator<Item = (OsString, OsString)>) -> Result<Vec<Assignment>> {
     let mut assignments = Vec::new();
     for (name, value) in variables {
@@ -68,7 +68,7 @@ impl Assignment {
         }
     }
 
-    /// Sets the key in `root`, which stays as it is where the assignment is refused.
+    /// Sets the key in `root`, which does not change if the assignment is refused.
     pub(super) fn apply<T: Serialize + DeserializeOwned>(&self, root: &mut Value) -> std::result::Result<(), Refused> {
         let Some(text) = &self.text else {
             return Err(Refused::InvalidValue("expected KEY=VALUE; flags start with --".to_owned()));
@@ -99,9 +99,9 @@ impl Assignment {
     }
 }
 
-/// What `text` may mean, in the order to try: YAML, then plain text; plain text first where the
-/// current value is text, since `y`, `2024` and `a: b` are good names. There, too, quotes are taken
-/// off and `null` is null where the key accepts it.
+/// The possible meanings of `text`, in the order to try: YAML, then plain text; plain text comes
+/// first where the current value is text, since `y`, `2024` and `a: b` are good names. Even then,
+/// quotes are removed, and `null` is null if the key accepts it.
 fn readings(text: &str, current: &Value) -> [std::result::Result<Value, String>; 2] {
     let yaml: std::result::Result<Value, String> =
         serde_saphyr::from_str_with_options(text, options! { with_snippet: false }).map_err(|error| match error {
@@ -113,14 +113,14 @@ fn readings(text: &str, current: &Value) -> [std::result::Result<Value, String>;
     if current.is_string() && text != "null" && !is_quoted { [plain, yaml] } else { [yaml, plain] }
 }
 
-/// Gives every section that is null and on the way to `path` its defaults.
+/// Replaces every null section on the way to `path` by its defaults.
 fn open_null_sections<T: Serialize + DeserializeOwned>(root: &mut Value, path: &str) {
     for (end, _) in path.match_indices('.') {
         let pointer = format!("/{}", path[..end].replace('.', "/"));
         if root.pointer(&pointer).is_some_and(Value::is_null) {
             let mut opened = root.clone();
             opened.pointer_mut(&pointer).into_iter().for_each(|section| *section = Value::Object(Map::new()));
-            // A key that is not a section refuses the empty one, and stays null.
+            // A key that is not a section refuses an empty section and stays null.
             if let Some(opened) = serde_json::from_value::<T>(opened).ok().and_then(|all| to_value(&all).ok()) {
                 *root = opened;
             }

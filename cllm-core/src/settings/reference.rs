@@ -1,6 +1,6 @@
 //! The settings of a verb as a Markdown table. It is made from the struct itself, so that it cannot
-//! go out of date: doc comments say what a key does, `Default` and the rules of `garde` give the
-//! rest.
+//! go out of date: doc comments say what a key does, and the rest comes from `Default` and the
+//! rules of `garde`.
 
 use std::collections::HashSet;
 
@@ -51,7 +51,7 @@ fn add_rows(prefix: &str, section: &Map<String, Value>, required: &HashSet<Strin
     }
 }
 
-/// The schema of the value itself where it may also be null.
+/// The schema of a value that may also be null, without the null.
 fn not_null(schema: &Value) -> &Value {
     let alternatives = schema["anyOf"].as_array();
     alternatives.and_then(|schemas| schemas.iter().find(|schema| schema["type"] != "null")).unwrap_or(schema)

@@ -1,7 +1,7 @@
 //! Why a value is not accepted, in the words of somebody who writes settings: "expected a number",
 //! not "invalid type: string, expected f64". serde-saphyr gives its errors as data, with locations;
-//! those of serde_json are prose, so that a value which serde_json refuses is written as YAML and
-//! read again to learn why.
+//! those of serde_json are prose, so a value that serde_json refuses is written as YAML and read
+//! again to learn why.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -35,8 +35,8 @@ pub(super) fn parse<T: Serialize + DeserializeOwned + Default>(file: &Path, text
             }
         }
     })?;
-    // JSON, in which the other layers are applied, has no infinite numbers, and no rule of a range
-    // refuses them.
+    // The other layers are applied to JSON, which has no infinite numbers, and the rules for ranges
+    // would not refuse them.
     if let Err(error) = serde_path_to_error::deserialize::<_, T>(&to_value(&settings)?) {
         let message = format!("{}: expected a finite number", error.path());
         let untyped = serde_saphyr::from_str_with_options::<Value>(text, options! { with_snippet: false });
@@ -101,8 +101,7 @@ fn parse_typed<T: DeserializeOwned>(text: &str) -> std::result::Result<T, Box<Re
     .map_err(|error| Box::new(Refusal { path, error }))
 }
 
-/// What was expected at `path`, in a user's words. `keys` are those that a misspelt one is compared
-/// with.
+/// Says what was expected at `path`, in a user's words. A misspelt key is compared with `keys`.
 fn explain(path: &str, error: &YamlError, keys: &[String]) -> String {
     match error {
         YamlError::InvalidScalar { ty: expected, .. } | YamlError::Unexpected { expected, .. } => {
@@ -126,12 +125,12 @@ fn explain(path: &str, error: &YamlError, keys: &[String]) -> String {
         YamlError::SerdeMissingField { field, .. } => format!("{path}: `{field}` is missing"),
         YamlError::UnexpectedValueForUnitEnumVariant { .. } => format!("{path}: has no settings of its own"),
         YamlError::ExternallyTaggedEnumExpectedScalarOrMapping { .. } => format!("{path}: expected a single choice"),
-        YamlError::DuplicateMappingKey { key: Some(key), .. } => format!("the key `{key}` is there twice"),
+        YamlError::DuplicateMappingKey { key: Some(key), .. } => format!("the key `{key}` is listed twice"),
         other => other.to_string(),
     }
 }
 
-/// What serde-saphyr calls a type, as a user knows it.
+/// Translates the name that serde-saphyr gives a type into the words of a user.
 fn type_in_words(name: &str) -> &str {
     match name {
         "floating point" | "f64" | "f32" => "a number",
@@ -184,11 +183,11 @@ mod tests {
         Rolling { n: usize },
     }
 
-    /// If this fails after an update of serde-saphyr, it gives its errors or names its types in
-    /// another way: adapt `explain` and `type_in_words`, so that the messages stay as they are
+    /// If this fails after an update of serde-saphyr, it reports its errors or names its types
+    /// differently: adapt `explain` and `type_in_words`, so that the messages stay as they are
     /// here.
     #[test]
-    fn a_refusal_says_what_is_expected_in_a_users_words() {
+    fn a_refusal_says_in_a_users_words_what_was_expected() {
         for (text, message) in [
             ("lr: fast", "lr: expected a number"),
             ("steps: -1", "steps: expected a whole number from 0"),
@@ -225,9 +224,9 @@ mod tests {
     }
 
     #[test]
-    fn broken_yaml_is_told_by_its_line() {
+    fn an_error_in_yaml_syntax_names_its_line() {
         for (text, parts) in
-            [("lr: 1\nsteps: [\n", ["line 2", "bracket"]), ("lr: 1\nlr: 2\n", ["line 2", "`lr` is there twice"])]
+            [("lr: 1\nsteps: [\n", ["line 2", "bracket"]), ("lr: 1\nlr: 2\n", ["line 2", "`lr` is listed twice"])]
         {
             let message = parse::<Settings>(Path::new("run.yaml"), text).unwrap_err().to_string();
             assert!(parts.iter().all(|part| message.contains(part)), "{message}");
@@ -235,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn values_out_of_range_have_lines() {
+    fn values_out_of_range_are_reported_with_their_lines() {
         let lines = lines_of_invalid_keys::<Settings>("lr: 1\nlora:\n  rank: 0\n");
         assert_eq!(lines, BTreeMap::from([("lora.rank".to_owned(), 3)]));
     }

@@ -22,7 +22,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::{Verdict, python};
+use super::python;
+use super::verdict::Verdict;
 use crate::prompt_set::{Prompt, Sample, dataset_file};
 use crate::sandbox::Sandbox;
 use crate::{Error, Result};
@@ -36,7 +37,7 @@ struct Row {
     test: String,
 }
 
-/// What scoring needs of a row: the sample's `meta`.
+/// The fields of a row that scoring needs; they are the sample's `meta`.
 #[derive(Serialize, Deserialize)]
 pub(super) struct Tests {
     task_id: String,

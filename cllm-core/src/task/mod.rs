@@ -13,9 +13,11 @@ mod python;
 mod spider;
 mod sql;
 pub mod synthetic;
+mod verdict;
 
 pub use jsonl::Scorer;
 pub use python::extract_code;
+pub use verdict::Verdict;
 
 use std::path::Path;
 
@@ -56,24 +58,7 @@ pub enum Task {
     Synthetic,
 }
 
-/// The score of one answer.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Verdict {
-    Correct,
-    /// Wrong, or no answer could be extracted.
-    Incorrect,
-    /// There is nothing to score the answer with.
-    Unscored,
-}
-
-impl Verdict {
-    fn from_correct(is_correct: bool) -> Self {
-        if is_correct { Verdict::Correct } else { Verdict::Incorrect }
-    }
-}
-
-/// What scoring needs besides the sample and the answer.
+/// The inputs of scoring other than the sample and the answer.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct ScoreContext<'a> {
     /// The benchmark's folder with the databases of Spider, whose answers are [`Verdict::Unscored`]
@@ -162,7 +147,8 @@ impl Task {
     }
 
     /// Checks that [`Task::score`] can score answers to `sample`: its database or tests are there
-    /// and its pattern is valid. To be called before answers are generated, which would be lost.
+    /// and its pattern is valid. Call it before answers are generated, which would otherwise be
+    /// lost.
     ///
     /// # Errors
     /// As [`Task::score`].

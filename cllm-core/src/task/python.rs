@@ -1,15 +1,15 @@
-//! What tasks of Python have in common: extracting the code of an answer, and running it with its
+//! What Python tasks have in common: extracting the code of an answer, and running it with its
 //! tests.
 
 use serde::de::DeserializeOwned;
 
-use super::Verdict;
+use super::verdict::Verdict;
 use crate::prompt_set::Sample;
 use crate::sandbox::{ProgramOutcome, Sandbox};
 use crate::{Error, Result};
 
 /// The code in an answer: the first fenced block for which `is_wanted` holds, or else the first
-/// one. Without a fence it is the whole answer, up to a fence that is only closed.
+/// one. Without a fence it is the whole answer, up to a closing fence that was never opened.
 pub fn extract_code(answer: &str, is_wanted: impl Fn(&str) -> bool) -> &str {
     let mut parts = answer.split("```");
     let before = parts.next().unwrap_or(answer);
@@ -37,7 +37,7 @@ pub(super) fn find_definition(code: &str, name: &str) -> Option<usize> {
     })
 }
 
-/// Reads what a sample's `meta` holds for scoring.
+/// Reads the fields of a sample's `meta` that scoring needs.
 pub(super) fn read_meta<T: DeserializeOwned>(sample: &Sample) -> Result<T> {
     serde_json::from_value(sample.meta.clone().unwrap_or_default()).map_err(|error| {
         let id = &sample.id;

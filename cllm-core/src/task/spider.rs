@@ -22,8 +22,8 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::json;
 
-use super::Verdict;
 use super::sql::Database;
+use super::verdict::Verdict;
 use crate::prompt_set::{Prompt, Sample, dataset_file};
 use crate::{Error, Result, fingerprint};
 
@@ -163,7 +163,7 @@ fn draw_heldout(data: &Path, questions: &[Row]) -> BTreeSet<QueryKey> {
 /// When `meta` names no database, or the file is missing.
 pub(super) fn database_path(data: &Path, sample: &Sample) -> Result<PathBuf> {
     let name = sample.meta.as_ref().and_then(|meta| meta["db_id"].as_str());
-    // The name becomes a part of a path, which must not leave the folder.
+    // The name becomes part of a path, which must not lead outside the folder.
     let Some(name) = name.filter(|name| !name.is_empty() && !name.contains(['/', '\\']) && !name.starts_with('.'))
     else {
         return Err(Error::usage(format!("prompt `{}`: meta has no valid `db_id`: prepare Spider again", sample.id)));

@@ -1,5 +1,5 @@
 //! Runs queries that a model wrote on a SQLite database, and compares their results. The queries
-//! can only read, and have limits of time and size: a model writes `DROP TABLE`, joins without a
+//! can only read, and their time and size are limited: a model writes `DROP TABLE`, joins without a
 //! condition, and recursions without an end.
 
 use std::path::Path;
@@ -14,7 +14,7 @@ use crate::{Error, Result};
 
 /// Time limit of a query on a benchmark's database.
 const FILE_TIME_LIMIT: Duration = Duration::from_secs(10);
-/// A larger result is taken for a runaway join.
+/// A larger result is treated as a runaway join.
 const MAX_ROWS: usize = 200_000;
 const MAX_RESULT_BYTES: usize = 64 << 20;
 
@@ -60,7 +60,7 @@ impl Database {
         Self::guard(connection, FILE_TIME_LIMIT).map_err(bad)
     }
 
-    /// Restricts a connection to reading. `time_limit` is that of one query.
+    /// Restricts a connection to reading. `time_limit` applies to each query.
     pub(super) fn guard(mut connection: Connection, time_limit: Duration) -> rusqlite::Result<Self> {
         for (limit, max) in [
             (Limit::SQLITE_LIMIT_ATTACHED, 0),
@@ -80,7 +80,7 @@ impl Database {
     }
 
     /// Whether `answer` has the result of `reference`; `None` when the reference itself does not
-    /// run. The order of the rows counts only if the reference asks for one.
+    /// run. The order of the rows matters only if the reference specifies one.
     pub(super) fn same_result(&mut self, reference: &str, answer: &str) -> Option<bool> {
         let mut expected = self.rows(extract_query(reference)).ok()?;
         let Ok(mut actual) = self.rows(extract_query(answer)) else { return Some(false) };
@@ -173,12 +173,12 @@ mod tests {
     }
 
     #[test]
-    fn harm_and_nonsense_are_wrong_and_change_nothing() {
+    fn harmful_and_invalid_queries_are_incorrect_and_change_nothing() {
         let (dir, path) = shop();
         let before = std::fs::read(&path).unwrap();
         let attach = format!("ATTACH '{}' AS other", dir.path().join("other").display());
         let copy = format!("VACUUM INTO '{}'", dir.path().join("copy").display());
-        let many = "SELECT a.name FROM item a, item b, item c, item d, item e, item f, item g, item h, item i, item j, \
+        let runaway_join = "SELECT a.name FROM item a, item b, item c, item d, item e, item f, item g, item h, item i, item j, \
                     item k, item l";
         for answer in [
             "",
@@ -195,7 +195,7 @@ mod tests {
             "SELECT writefile('new', 'x')",
             &attach,
             &copy,
-            many,
+            runaway_join,
         ] {
             let mut database = Database::open(&path).unwrap();
             assert_eq!(database.same_result("SELECT name FROM item", answer), Some(false), "{answer}");
@@ -206,7 +206,7 @@ mod tests {
     }
 
     #[test]
-    fn queries_neither_run_nor_grow_without_end() {
+    fn endless_and_oversized_queries_are_stopped() {
         let (_dir, path) = shop();
         let limited = || Database::guard(Connection::open(&path).unwrap(), Duration::from_millis(200)).unwrap();
         let endless = "WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n)";

@@ -22,8 +22,9 @@ use rand_chacha::ChaCha8Rng;
 use rusqlite::Connection;
 use serde_json::json;
 
+use super::gsm8k;
 use super::sql::Database;
-use super::{Verdict, gsm8k};
+use super::verdict::Verdict;
 use crate::prompt_set::{Prompt, Sample};
 use crate::{Error, Result, fingerprint, interrupt};
 
@@ -56,11 +57,11 @@ const TABLES: [Table; 6] = [
     Table { name: "rooms", text_column: "floor", values: ["ground", "first", "second", "third"], number_column: "seats" },
 ];
 
-/// A generated problem before it is a sample.
+/// A generated problem, before it becomes a sample.
 struct Problem {
     question: String,
     answer: String,
-    /// Name of the table that a query is for.
+    /// Name of the table that the query reads; `None` for a word problem.
     table: Option<&'static str>,
 }
 

@@ -1,8 +1,8 @@
 //! The training pass on a GPU in bf16: forward and backward of every layer by hand, with kernels of
 //! our own.
 //!
-//! Only what the backward needs is saved, and matrix products accumulate directly into the buffer of
-//! the gradients.
+//! Only the tensors that the backward needs are saved, and matrix products accumulate directly into
+//! the buffer of the gradients.
 
 use tch::{Device, Kind, Tensor};
 
@@ -32,7 +32,7 @@ pub(super) struct CudaBatch {
     num_tokens: i64,
 }
 
-/// What the backward of a layer needs, `[tokens, ..]` each.
+/// Saved activations of a layer, `[tokens, ..]` each.
 struct SavedActivations {
     input: Tensor,
     /// After the first norm.
@@ -49,7 +49,7 @@ struct SavedActivations {
     gate_up: Tensor,
 }
 
-/// What the backward of the whole model needs.
+/// Saved activations of the whole model.
 pub(super) struct CudaPass<'p> {
     model: &'p Transformer,
     batch: &'p CudaBatch,
@@ -108,7 +108,7 @@ impl CudaBatch {
         Ok((hidden, CudaPass { model, batch: self, checkpoints, saved, last: x }))
     }
 
-    /// As [`Self::forward`], with nothing saved.
+    /// Like [`Self::forward`], but saves nothing for a backward.
     pub(super) fn hidden_states(&self, model: &Transformer) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
         let mut x = self.embed(model)?;

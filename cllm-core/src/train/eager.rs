@@ -21,7 +21,7 @@ struct Sequence {
     /// Index of its first token in the batch.
     start: i64,
     length: i64,
-    /// What is added to its attention scores, `[1, 1, length, length]`.
+    /// Bias of its attention scores, `[1, 1, length, length]`.
     bias: Tensor,
 }
 
@@ -75,8 +75,8 @@ impl Attention for PackedAttention<'_> {
     }
 }
 
-/// What one sequence sees, bool `[1, 1, length, length]`. `base`: index of its first token in the
-/// batch.
+/// Which tokens of one sequence see each other, bool `[1, 1, length, length]`. `base`: index of its
+/// first token in the batch.
 fn attention_mask(ranges: &[AttentionRanges], base: i32) -> Tensor {
     let length = ranges.len();
     let mut mask = vec![false; length * length];
@@ -88,7 +88,7 @@ fn attention_mask(ranges: &[AttentionRanges], base: i32) -> Tensor {
     Tensor::from_slice(&mask).view([1, 1, length as i64, length as i64])
 }
 
-/// What the backward needs: the ends of autograd's graph, and the inputs of the layers that have no
+/// State for the backward: the ends of autograd's graph, and the inputs of the layers that have no
 /// graph yet.
 pub(super) struct EagerPass<'p> {
     model: &'p Transformer,

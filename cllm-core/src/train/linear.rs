@@ -29,8 +29,7 @@ impl Linear {
         Ok(d_input)
     }
 
-    /// Adds to the gradients of the weight, the bias and the adapters, as far as they collect
-    /// gradients.
+    /// Adds to the gradients of the weight, the bias and the adapters, if they collect gradients.
     pub(super) fn backward_weights(&self, input: &Tensor, d_output: &Tensor) -> Result<()> {
         if self.weight.requires_grad() {
             let _ = self.weight.grad().f_addmm_(&d_output.f_tr()?, input)?;

@@ -1,4 +1,4 @@
-//! Sequences packed one behind another, on the host.
+//! Sequences packed one after another, on the host.
 
 use crate::cuda::block_mask::AttentionRanges;
 
@@ -7,7 +7,8 @@ pub struct PackedBatch {
     pub tokens: Vec<i32>,
     /// Position of each token in its sequence, for RoPE.
     pub positions: Vec<i32>,
-    /// What each token sees, as ranges of indices in the batch; they lie within its own sequence.
+    /// The tokens that each token sees, as ranges of indices in the batch. They are within its own
+    /// sequence.
     pub attention_ranges: Vec<AttentionRanges>,
     /// Index one past the last token of each sequence.
     pub sequence_ends: Vec<usize>,

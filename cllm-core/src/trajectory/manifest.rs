@@ -35,7 +35,7 @@ pub struct Provenance {
     pub prompts: String,
     /// Version of the toolkit that collected the data set.
     pub toolkit: String,
-    /// What `collect`, `augment` and `clean` did, in order.
+    /// The runs of `collect`, `augment` and `clean` that made the data set, in order.
     pub steps: Vec<String>,
 }
 
@@ -99,7 +99,7 @@ impl Manifest {
             return Ok(None);
         }
         let text = text_file::read(&path)?;
-        serde_json::from_str(&text).map(Some).map_err(|error| Error::file(&path, format!("is no manifest: {error}")))
+        serde_json::from_str(&text).map(Some).map_err(|error| Error::file(&path, format!("is not a manifest: {error}")))
     }
 
     /// Reads the manifest of a data set, which several processes may have collected: then the
@@ -109,7 +109,7 @@ impl Manifest {
             Some(manifest) => Some(manifest),
             None => Manifest::join_ranks(folder)?,
         };
-        manifest.ok_or_else(|| Error::file(folder, "has no manifest.json, so it is no trajectory data set"))
+        manifest.ok_or_else(|| Error::file(folder, "has no manifest.json, so it is not a trajectory data set"))
     }
 
     /// Joins the manifests of the folders of all ranks; `None` if there are no such folders.

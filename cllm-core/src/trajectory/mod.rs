@@ -3,8 +3,8 @@
 //!
 //! A data set is a folder of Parquet shards and a manifest that lists them. A row is one response
 //! with every state of each of its blocks, so that a prefix is stored once. Shards appear whole or
-//! not at all, which lets a stopped run resume; rows are checked as they are read, so that code
-//! behind a [`Reader`] can rely on their shape.
+//! not at all, which lets a stopped run resume; rows are checked as they are read, so that users of
+//! a [`Reader`] can rely on their shape.
 
 mod manifest;
 mod profile;

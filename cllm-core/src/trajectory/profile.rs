@@ -16,8 +16,8 @@ pub struct Profile {
     pub num_tokens: usize,
     /// Iterations from the first draft until all of these tokens have converged.
     pub num_iterations: usize,
-    /// Tokens by which iterations extended the converged prefix. An iteration adds at least one;
-    /// those beyond it are included.
+    /// Tokens by which iterations extended the converged prefix. This includes the one token that
+    /// every iteration adds at least.
     pub num_fast_forwarded: usize,
     /// Tokens that were correct while a token before them was not, and that stayed correct.
     pub num_stationary: usize,
@@ -55,9 +55,8 @@ impl Profile {
         }
     }
 
-    /// Mean number of tokens by which an iteration extends the converged prefix, at least one, as
-    /// the paper counts.
-    /// `None` if there were no iterations.
+    /// Mean number of tokens by which an iteration extends the converged prefix, at least 1. The
+    /// paper counts this way. `None` if there were no iterations.
     pub fn fast_forwarded_per_iteration(&self) -> Option<f64> {
         mean(self.num_fast_forwarded, self.num_iterations)
     }
@@ -103,9 +102,9 @@ impl Trajectory {
         })
     }
 
-    /// Forwards that decoding the response took: one for its first token; in each block one for
-    /// every state after the first draft, and one that confirms the fixed point and opens the
-    /// next block or ends the response.
+    /// Number of forwards in which the response was decoded: one for its first token and, in each
+    /// block, one for every state after the first draft plus one that confirms the fixed point and
+    /// opens the next block or ends the response.
     pub fn num_forwards(&self) -> usize {
         let in_block = |block: &Block| {
             let Some(fixed_point) = block.states.last() else { return 0 };

@@ -113,7 +113,8 @@ impl Reader {
         let manifest = Manifest::load(path)?;
         let mut shards: Vec<Shard> = Vec::with_capacity(manifest.shards.len());
         for (name, num_rows) in &manifest.shards {
-            // A data set of one shard opens at once: a run that is being stopped can still check it.
+            // A data set of one shard opens at once: a run that is being stopped can still check
+            // it.
             if !shards.is_empty() {
                 interrupt::check()?;
             }
@@ -165,7 +166,7 @@ impl Reader {
         Rows::new(self.shards.iter().map(whole).collect())
     }
 
-    /// All rows in chunks, in order. The chunks depend on the files alone, not on the machine.
+    /// All rows in chunks, in order. The chunks depend only on the files, not on the machine.
     pub fn row_chunks(&self) -> Vec<RowChunk> {
         let mut chunks: Vec<RowChunk> = Vec::new();
         let mut num_values = 0;

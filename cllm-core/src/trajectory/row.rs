@@ -1,4 +1,4 @@
-//! A row of a data set, and what every row guarantees.
+//! A row of a data set, and the guarantees that every row keeps.
 
 use serde::{Deserialize, Serialize};
 
@@ -41,7 +41,7 @@ pub struct Trajectory {
     /// For each state of each block, whether `augment` changed it. `None`: nothing was augmented.
     pub augmented: Option<Vec<Vec<bool>>>,
     pub finish_reason: FinishReason,
-    /// What the task needs to score the answer, as JSON text.
+    /// Data that the task needs to score the answer, as JSON text.
     pub meta: Option<String>,
 }
 

@@ -15,8 +15,7 @@ use super::row::Trajectory;
 use super::schema::{PROVENANCE_KEY, SCHEMA_VERSION, VERSION_KEY, rows_to_batch, schema};
 use crate::{Error, Result, atomic_file, parquet_file};
 
-/// Limits of a row group: rows, and tokens in their states. They bound what a reader holds in
-/// memory.
+/// Limits of a row group: rows, and tokens in their states. They bound the memory of a reader.
 const MAX_GROUP_ROWS: usize = 256;
 const MAX_GROUP_TOKENS: usize = 4 << 20;
 
@@ -39,7 +38,7 @@ impl Writer {
     /// [`Error::File`] naming the field that differs if the folder holds a data set with another
     /// provenance.
     pub fn open(folder: &Path, provenance: Provenance) -> Result<Self> {
-        // A folder without a manifest is none of ours, and nothing in it may be removed.
+        // A folder without a manifest is not ours, and nothing in it may be removed.
         if Manifest::exists(folder) {
             atomic_file::recover(folder)?;
         }

@@ -9,7 +9,7 @@ pub fn example_commands(program: clap::Command) -> Vec<Vec<String>> {
     let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs/").display().to_string();
     let mut commands = Vec::new();
     for command in std::iter::once(&program).chain(program.get_subcommands()) {
-        // A backslash continues an example in the next line, as in a shell.
+        // A backslash continues an example on the next line, as in a shell.
         let help = command.get_after_help().map(ToString::to_string).unwrap_or_default().replace("\\\n", " ");
         let lines: Vec<&str> =
             help.lines().map(str::trim).filter(|line| line.starts_with(program.get_name())).collect();
@@ -22,7 +22,7 @@ pub fn example_commands(program: clap::Command) -> Vec<Vec<String>> {
     }
     let recipes = Path::new(&configs).read_dir().unwrap().map(|entry| entry.unwrap().path());
     for recipe in recipes.filter(|path| path.extension().is_some_and(|ending| ending == "yaml")) {
-        let text = std::fs::read_to_string(&recipe).unwrap();
+        let text = std::fs::read_to_string(&recipe).unwrap().replace("\\\n#", " ");
         let line = text.lines().next().and_then(|line| line.strip_prefix("# cllm-")).map(|line| format!("cllm-{line}"));
         let line = line.unwrap_or_else(|| panic!("{} does not begin with its command", recipe.display()));
         assert!(line.contains(&format!("configs/{}", recipe.file_name().unwrap().display())), "{line}");
@@ -35,7 +35,7 @@ pub fn example_commands(program: clap::Command) -> Vec<Vec<String>> {
     commands
 }
 
-/// Asserts that docs/configuration.md has a program's settings as they are now.
+/// Asserts that docs/configuration.md describes a program's current settings.
 pub fn assert_documented(settings: &str) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/configuration.md");
     let documented = std::fs::read_to_string(path).unwrap();

@@ -1,4 +1,4 @@
-//! What the tests of several crates share: tiny models, tokenizers, and the built programs.
+//! Helpers for the tests of several crates: tiny models, tokenizers, and the built programs.
 //!
 //! A test that needs something that a machine may lack is in a module named after it: `needs_gpu`,
 //! `needs_data` (the benchmarks' published files), `needs_browser` (Chromium) or `needs_landlock`

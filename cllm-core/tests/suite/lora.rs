@@ -1,5 +1,5 @@
 //! Low-rank adapters on every family: fresh ones change nothing, a forward with them equals a
-//! forward of the merged weights, and PEFT loads what is saved.
+//! forward of the merged weights, and PEFT loads the saved files.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};

@@ -36,10 +36,11 @@ fn shapes() -> Vec<(&'static str, Value)> {
 /// How far an answer is from the float32 model's, in standard deviations of its logits.
 #[derive(Debug, Default, Clone, Copy)]
 struct Error {
-    /// How far the logit of a chosen token is below the largest, at most: 0 if each is the
-    /// likeliest.
+    /// Largest gap between the logit of a chosen token and the largest logit; 0 if every chosen
+    /// token is the likeliest.
     gap: f64,
-    /// How far libtorch's own bfloat16 operations move a logit, at most: what rounding alone does.
+    /// Largest change of a logit by libtorch's own bfloat16 operations, which is the effect of
+    /// rounding alone.
     rounding: f64,
 }
 
@@ -71,8 +72,8 @@ fn worst<'e>(
 }
 
 impl Error {
-    /// Two logits that swap ranks are each off by what rounding does. Our kernels round fewer times
-    /// than libtorch.
+    /// Two logits that swap ranks may each be off by a rounding error. Our kernels round fewer
+    /// times than libtorch.
     fn is_rounding(self) -> bool {
         self.gap < 2.0 * self.rounding
     }

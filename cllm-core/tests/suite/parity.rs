@@ -61,9 +61,9 @@ fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
 }
 
 impl Fixture {
-    fn check(&self, what: &str, logits: &Tensor) {
+    fn check(&self, case: &str, logits: &Tensor) {
         let difference = max_difference(&logits.index_select(1, &self.recorded), &self.logits);
-        assert!(difference < TOLERANCE, "{what}: logits differ by {difference}");
+        assert!(difference < TOLERANCE, "{case}: logits differ by {difference}");
     }
 }
 

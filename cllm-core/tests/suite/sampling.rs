@@ -25,8 +25,8 @@ pub struct Misfit {
     /// Pearson's sum over cells. A cell is a sequence of groups of token ids, one of [`NUM_GROUPS`]
     /// for each token; cells that are expected fewer than five times are counted as one.
     pub chi_squared: f64,
-    /// A correct sampler exceeds this once in 30,000 runs. It includes what the rounding of the
-    /// sampled model may add.
+    /// A correct sampler exceeds this once in 30,000 runs. It allows for the rounding of the
+    /// sampled model.
     pub allowed: f64,
     pub num_forwards: usize,
 }
@@ -115,8 +115,8 @@ impl Draws {
     }
 }
 
-/// The value that a chi-squared variable exceeds as rarely as a normal one exceeds that many
-/// standard deviations (Wilson and Hilferty, 1931).
+/// The value that a chi-squared variable exceeds as rarely as a normal variable exceeds
+/// `deviations` standard deviations (Wilson and Hilferty, 1931).
 fn quantile(degrees_of_freedom: f64, deviations: f64) -> f64 {
     let term = 2.0 / (9.0 * degrees_of_freedom);
     degrees_of_freedom * (1.0 - term + deviations * term.sqrt()).powi(3)

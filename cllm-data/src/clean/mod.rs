@@ -34,7 +34,7 @@ pub struct Report {
     unscored: usize,
 }
 
-/// A row with what the rules say of it on its own.
+/// A row with the findings of the rules that look at one row at a time.
 struct CheckedRow {
     row: Trajectory,
     prompt_hash: u128,
@@ -56,8 +56,8 @@ struct DroppedRow<'r> {
 /// written.
 pub fn clean(settings: &Settings) -> Result<Report> {
     let tokenizer = Tokenizer::load(&hub::locate(&settings.model)?)?;
-    // Decoded by another tokenizer the responses would be noise, and would be judged as if it were
-    // the answers.
+    // If another tokenizer decoded the responses, they would be noise, yet the rules would judge
+    // them as if they were the answers.
     Reader::open(&settings.input)?.check_tokenizer(tokenizer.fingerprint())?;
     let context = RuleContext {
         settings,
@@ -100,8 +100,8 @@ fn hash_evaluation_prompts(settings: &Settings, tokenizer: &Tokenizer) -> Result
     Ok(hashes)
 }
 
-/// Hashes a prompt to 16 bytes, which is what finding duplicates keeps per row. Prompts with equal
-/// hashes count as equal.
+/// Hashes a prompt to 16 bytes, which is all that the search for duplicates keeps per row. Prompts
+/// with equal hashes count as equal.
 fn hash_ids(ids: &[i32]) -> u128 {
     let mut hasher = blake3::Hasher::new();
     for id in ids {

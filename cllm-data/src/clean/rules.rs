@@ -62,7 +62,7 @@ pub(super) const RULES: [Rule; 8] = [
     },
 ];
 
-/// Name of the rule that drops a row whose prompt occurs in an earlier row that was kept; `clean`
+/// Name of the rule that drops a row if an earlier row with the same prompt was kept. `clean`
 /// applies it last.
 pub(super) const DUPLICATE: &str = "duplicate";
 

@@ -1,4 +1,4 @@
-//! Decodes the prompts that have no response yet, and stores the answers as they end.
+//! Decodes the prompts that have no response yet, and stores the answers as they finish.
 
 use std::sync::mpsc;
 
@@ -12,18 +12,18 @@ use super::shard_buffer::ShardBuffer;
 use super::stats::Counts;
 use super::teacher::Teacher;
 
-/// Answers that may wait to be stored before decoding waits for them.
+/// Number of answers that may wait to be stored before decoding pauses.
 const MAX_WAITING_ANSWERS: usize = 4096;
-/// Answers that are stored at once when decoding and storing take turns.
+/// Number of answers stored at a time when decoding and storing take turns.
 const ANSWERS_PER_TURN: usize = 64;
 
 /// An answer with the index of its prompt.
 type IndexedAnswer = (usize, Answer);
 
-/// Gets each answer as it ends.
+/// Gets each answer as it finishes.
 type OnAnswer<'a> = dyn FnMut(usize, Answer) -> Result<()> + 'a;
 
-/// Decodes what `buffer` is missing and returns the counts of the new rows.
+/// Decodes the prompts that `buffer` has no response for, and returns the counts of the new rows.
 pub(super) fn decode_missing(
     teacher: &Teacher,
     prompts: &[RenderedPrompt],

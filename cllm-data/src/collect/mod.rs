@@ -1,8 +1,8 @@
 //! `collect`: decodes prompts with a teacher and records every Jacobi state.
 //!
 //! Rows are written in the order of the prompts, whatever the batching, and all randomness is drawn
-//! from (seed, sample, block). So in float32 on the CPU the same seed gives the same files, also
-//! after a stop.
+//! from (seed, sample, block). So in float32 on the CPU the same seed gives the same files, even
+//! after an interruption.
 
 mod decoding;
 mod prompts;
@@ -33,9 +33,9 @@ pub use stats::ResponseStats;
 #[derive(Serialize)]
 pub struct Summary {
     schema_version: u32,
-    /// Prompts that were to be answered.
+    /// Number of prompts to answer.
     prompts: usize,
-    /// Prompts that were empty, or too long for the context.
+    /// Number of prompts that were empty or too long for the context.
     skipped: usize,
     /// Responses of earlier runs.
     resumed: usize,
@@ -57,7 +57,7 @@ struct RunStats {
 /// Collects a data set, or resumes where an earlier run stopped.
 ///
 /// # Errors
-/// Bad models, prompts and folders. An interrupted run keeps the answers that have ended.
+/// Bad models, prompts and folders. An interrupted run keeps the answers that have finished.
 pub fn collect(settings: &Settings) -> Result<Summary> {
     let process = ProcessEnv::from_env(|name| std::env::var(name).ok())?;
     let teacher = Teacher::load(settings, process.as_ref())?;
@@ -80,7 +80,7 @@ pub fn collect(settings: &Settings) -> Result<Summary> {
     let mut progress = Progress::new("collect", buffer.num_rows() as u64, prompts.len() as u64);
     let started = Instant::now();
     let decoded = decoding::decode_missing(&teacher, &prompts, settings, &mut buffer, &mut progress);
-    // Answers that have ended are kept, whatever failed after them.
+    // Finished answers are kept, whatever failed after them.
     let writer = buffer.close(decoded.is_ok())?;
     let decoded = decoded?;
     finish_with_card(writer)?;

@@ -1,4 +1,4 @@
-//! The prompts that are to be answered: read, checked, shared out among processes, rendered.
+//! The prompts to answer: reads and checks them, divides them among processes, and renders them.
 
 use std::path::Path;
 
@@ -26,7 +26,7 @@ impl RenderedPrompt {
     }
 }
 
-/// Reads the prompt set, and makes sure before the long work that the answers can be scored.
+/// Reads the prompt set, and checks before the long work that the answers can be scored.
 pub(super) fn read(settings: &Settings) -> Result<Vec<Sample>> {
     let mut samples = prompt_set::read(&settings.prompts)?;
     if samples.is_empty() {
@@ -48,8 +48,8 @@ pub(super) fn samples_of_process(samples: Vec<Sample>, process: Option<&ProcessE
     }
 }
 
-/// Renders and tokenizes the prompts. Those that are empty or too long for the context are returned
-/// apart.
+/// Renders and tokenizes the prompts. Returns those that are empty or too long for the context
+/// separately.
 pub(super) fn render(
     samples: Vec<Sample>,
     teacher: &Teacher,
@@ -68,7 +68,7 @@ pub(super) fn render(
     Ok((prompts, skipped))
 }
 
-/// Saves the prompts that are skipped as `skipped.jsonl` beside the shards.
+/// Saves the skipped prompts as `skipped.jsonl` beside the shards.
 pub(super) fn save_skipped(skipped: &[Sample], output: &Path) -> Result<()> {
     if skipped.is_empty() {
         return Ok(());
@@ -78,7 +78,7 @@ pub(super) fn save_skipped(skipped: &[Sample], output: &Path) -> Result<()> {
     prompt_set::write(&output.join("skipped.jsonl"), skipped)
 }
 
-/// The error for a prompt set of which no prompt fits.
+/// The error for a prompt set in which no prompt fits the context.
 pub(super) fn none_fits(settings: &Settings, teacher: &Teacher) -> Error {
     Error::usage(format!(
         "no prompt of {} fits the context: with max_new_tokens={} a prompt may have at most {} tokens; lower \

@@ -1,5 +1,5 @@
-//! Holds answers until their shard is complete: they end in any order, and are written in the order
-//! of the prompts.
+//! Holds answers until their shard is complete: they finish in any order, but are written in the
+//! order of the prompts.
 
 use std::collections::BTreeMap;
 
@@ -22,8 +22,8 @@ pub(super) struct ShardBuffer<'p> {
 }
 
 impl<'p> ShardBuffer<'p> {
-    /// Takes over the shards and the partial rows of earlier runs; returns the counts of these
-    /// rows, too.
+    /// Takes over the shards and the partial rows of earlier runs, and returns the counts of their
+    /// rows.
     pub(super) fn open(
         writer: Writer,
         prompts: &'p [RenderedPrompt],
@@ -47,7 +47,7 @@ impl<'p> ShardBuffer<'p> {
         unwritten.filter_map(|(index, prompt)| Some((index, partial.remove(&prompt.sample.id)?))).collect()
     }
 
-    /// Number of responses that exist, written or not.
+    /// Number of responses so far, written or not.
     pub(super) fn num_rows(&self) -> usize {
         self.num_written() + self.rows.len()
     }

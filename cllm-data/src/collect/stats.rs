@@ -1,4 +1,4 @@
-//! Statistics of collected responses: of those of one run, and of the whole data set.
+//! Statistics of collected responses, of one run and of the whole data set.
 
 use std::fmt;
 use std::ops::AddAssign;
@@ -41,7 +41,7 @@ pub struct ResponseStats {
     /// Responses that reached the length limit.
     unfinished: usize,
     pub(super) response_tokens: usize,
-    /// Forwards that decoding them took.
+    /// Number of forwards that decoded them.
     forwards: usize,
     tokens_per_forward: Option<f64>,
     /// Tokens per forward of the finished responses alone.
@@ -104,7 +104,7 @@ impl Counts {
         Ok(counts)
     }
 
-    /// The counts of all shards that are written so far.
+    /// The counts of all shards written so far.
     pub(super) fn from_data_set(folder: &Path, scorer: Scorer<'_>) -> Result<Self> {
         let reader = Reader::open_incomplete(folder)?;
         let chunks = reader.row_chunks();
@@ -145,7 +145,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn unfinished_responses_are_counted_apart() {
+    fn unfinished_responses_are_counted_separately() {
         let row = |num_tokens: usize, finish_reason| Trajectory {
             sample_id: "a".into(),
             source: "jsonl/train".into(),

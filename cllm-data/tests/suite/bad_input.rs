@@ -88,7 +88,7 @@ fn every_bad_shard_is_named_by_every_verb_and_nothing_is_written() {
         (|shard| foreign_parquet::write(shard, "text", Some("99")), &["part-00000.parquet", "schema version 99"]),
         (
             |shard| fs::write(shard.with_file_name("manifest.json"), "{\"schema_ver").unwrap(),
-            &["manifest.json", "is no manifest"],
+            &["manifest.json", "is not a manifest"],
         ),
     ];
     for (damage, parts) in damages {

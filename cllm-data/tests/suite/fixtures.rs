@@ -1,4 +1,4 @@
-//! What the tests share: a teacher with prompts, the program, and data sets written by hand.
+//! Shared by the tests: a teacher with prompts, the program, and data sets written by hand.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -15,7 +15,7 @@ fn a_collection_stopped_within_a_shard_keeps_its_answers() {
     let (whole, stopped) = (path(dir.path(), "whole"), path(dir.path(), "stopped"));
     collect(&whole, &[]);
     collect(&stopped, &["rows_per_shard=24"]);
-    // As a signal leaves it: no shard, but seven of its rows in the partial file.
+    // The state that a signal leaves: no shard, but seven of its rows in the partial file.
     let mut kept = rows(&stopped);
     kept.rotate_left(10);
     kept.truncate(7);
@@ -36,7 +36,7 @@ fn verbs_that_only_read_or_prepare_stop_at_once() {
     let at_once = || true;
     DATA.interrupt(&["prepare", "synthetic", "--num-problems", "9000000", "--output", &prompts], "INT", 130, at_once);
     assert!(!Path::new(&prompts).exists());
-    // One shard, listed many times, takes long to read.
+    // Reading one shard that is listed many times takes long.
     collect(&data, &["limit=8"]);
     let manifest = Path::new(&data).join("manifest.json");
     let mut contents: Value = serde_json::from_slice(&fs::read(&manifest).unwrap()).unwrap();

@@ -74,8 +74,8 @@ fn after_a_kill_the_data_set_is_written_again_from_the_start() {
     let into = format!("output={output}");
     run(&["augment", &input, &into]).success();
     let whole = files(&output);
-    // As a kill leaves it: one shard in the manifest, shards that the manifest does not list, a
-    // half-written file, no card.
+    // The state that a kill leaves: one shard in the manifest, shards that the manifest does not
+    // list, a half-written file, no card.
     let mut manifest: Value = serde_json::from_slice(&whole["manifest.json"]).unwrap();
     manifest["complete"] = false.into();
     manifest["shards"].as_array_mut().unwrap().truncate(1);

@@ -14,16 +14,17 @@ use cllm_core::trajectory::FinishReason;
 use cllm_core::{Error, Result, device, interrupt};
 use tch::{Device, Kind, Tensor};
 
-use super::{BenchSettings, CollectionBench, DecodeBench, MemoryFloor, StrategyBench};
+use super::record::{CollectionBench, DecodeBench, MemoryFloor, StrategyBench};
+use super::settings::BenchSettings;
 
-/// Repetitions before those that count: the first steps of each size are captured as CUDA graphs.
+/// Number of warm-up repetitions: the first steps of each size are captured as CUDA graphs.
 const NUM_WARM_UPS: usize = 2;
 const NUM_COPIES: usize = 10;
 
 pub(super) struct Bench<'m> {
     pub(super) model: &'m Transformer,
     pub(super) settings: &'m BenchSettings,
-    /// GPU memory that was in use before the model was loaded.
+    /// GPU memory in use before the model was loaded, in bytes.
     pub(super) other_memory_bytes: u64,
 }
 
@@ -100,7 +101,7 @@ impl Bench<'_> {
         median_time(speeds.into_iter())
     }
 
-    /// Measures strategies, and collection if it is asked for, on a prompt set.
+    /// Measures strategies on a prompt set, and collection if the settings ask for it.
     pub(super) fn measure_prompts(
         &self,
         samples: &[Sample],
@@ -143,7 +144,7 @@ impl Bench<'_> {
             }
             Ok(decoder)
         };
-        // One decoder at a time, before all of them are in memory.
+        // Memory is measured with one decoder at a time, before all of them are in memory.
         let peak_memory = |strategy| {
             libtorch::reset_peak_gpu_memory(self.model.device());
             warm_decoder(strategy).map(|_| self.peak_memory_bytes())
@@ -222,7 +223,7 @@ impl Bench<'_> {
         // projection.
         let embedding = config.vocab_size * config.hidden_size;
         let weights = config.num_parameters() - if config.tied_embeddings { 0 } else { embedding };
-        // The mean length of the cache during a timing.
+        // The mean number of tokens in the cache during a timing.
         let context = (self.settings.num_prompt_tokens + self.settings.num_new_tokens / 2) as i64;
         let cached = 2 * config.num_layers * config.num_kv_heads * config.head_dim * context;
         let bytes = (element_bytes * (weights + cached)) as u64;
@@ -232,7 +233,7 @@ impl Bench<'_> {
     }
 }
 
-/// An answer and the seconds that it took after prefill.
+/// An answer and its decoding time after prefill.
 struct TimedAnswer {
     answer: Answer,
     seconds: f64,

@@ -5,202 +5,28 @@
 //! the tokens. Strategies and collection need real prompts, because their gain does.
 
 mod measure;
+mod record;
+mod settings;
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use cllm_core::bench_results::{BenchRecord, BenchResults};
 use cllm_core::checkpoint::{self, hub};
 use cllm_core::cuda::libtorch;
-use cllm_core::decode::Strategy;
-use cllm_core::model::{ModelPreset, Transformer};
+use cllm_core::model::Transformer;
 use cllm_core::prompt_set::{self, Sample};
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::{Error, Result, device, progress, settings, text_file};
-use garde::Validate;
-use schemars::JsonSchema;
-use serde::{Deserialize, Serialize};
+use cllm_core::{Error, Result, device, progress, text_file};
 use tch::Device;
 
 use measure::Bench;
-
-/// Settings of `cllm-eval bench`.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Validate, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct BenchSettings {
-    /// Folder or id of the model to measure.
-    #[garde(skip)]
-    pub model: Option<String>,
-    /// Measure random weights in the shape of a known model, instead of `model`.
-    #[garde(skip)]
-    pub preset: Option<ModelPreset>,
-    /// Name of the model in the results. Default: the last part of its folder, or its preset.
-    #[garde(skip)]
-    pub name: Option<String>,
-    /// Prompt set to measure strategies and collection on. Without one they are left out, because
-    /// random prompts would say nothing about them.
-    #[garde(skip)]
-    pub prompts: Option<PathBuf>,
-    /// Use the first N prompts to compare strategies, one at a time.
-    #[garde(range(min = 1))]
-    pub num_examples: usize,
-    /// Strategies to compare with autoregressive decoding.
-    #[garde(custom(crate::config::valid_strategies))]
-    pub strategies: Vec<Strategy>,
-    /// Time steps of these numbers of tokens; a step of one token is always timed.
-    #[garde(length(min = 1), inner(range(min = 1, max = 1024)))]
-    pub step_tokens: Vec<usize>,
-    /// Length of the synthetic prompts, which is also the length of the timed prefill.
-    #[garde(range(min = 1))]
-    pub num_prompt_tokens: usize,
-    /// Number of tokens to decode for each timing of a step.
-    #[garde(range(min = 2))]
-    pub num_new_tokens: usize,
-    /// Number of repetitions of each timing, after two that warm up; the median is reported.
-    #[garde(range(min = 1))]
-    pub num_repeats: usize,
-    /// Measure the autoregressive throughput of these batch sizes.
-    #[garde(inner(range(min = 1)))]
-    pub batch_sizes: Vec<usize>,
-    /// Batch size of a collection over all prompts, which is then measured too; `null` measures
-    /// none.
-    #[garde(range(min = 1))]
-    pub collect_batch_size: Option<usize>,
-    /// Block size of the collection, in tokens.
-    #[garde(range(min = 2, max = 1024))]
-    pub collect_n: usize,
-    /// Maximum number of tokens in an answer to a prompt.
-    #[garde(range(min = 1))]
-    pub max_new_tokens: usize,
-    /// Output of `scripts/bench-transformers`, to report beside the results.
-    #[garde(skip)]
-    pub baseline: Option<PathBuf>,
-    /// auto, cpu, cuda or cuda:N.
-    #[garde(skip)]
-    pub device: String,
-    /// File for the results. It keeps the results of other models if they were measured on the same
-    /// machine.
-    #[garde(skip)]
-    pub output: PathBuf,
-}
-
-impl Default for BenchSettings {
-    fn default() -> Self {
-        BenchSettings {
-            model: None,
-            preset: None,
-            name: None,
-            prompts: None,
-            num_examples: 50,
-            strategies: vec![Strategy::Jacobi { n: 16 }, Strategy::rolling(16), Strategy::rolling(32)],
-            step_tokens: vec![1, 2, 4, 8, 16, 32, 64],
-            num_prompt_tokens: 200,
-            num_new_tokens: 128,
-            num_repeats: 5,
-            batch_sizes: vec![8, 64, 256],
-            collect_batch_size: None,
-            collect_n: 16,
-            max_new_tokens: 256,
-            baseline: None,
-            device: "auto".to_owned(),
-            output: PathBuf::from("runs/bench.json"),
-        }
-    }
-}
-
-impl BenchSettings {
-    /// The reference of the settings, in Markdown.
-    pub fn reference() -> String {
-        settings::reference::<BenchSettings>("cllm-eval bench")
-    }
-}
-
-/// The output file: one record per model.
-pub type DecodeBenchResults = BenchResults<DecodeBench>;
-
-/// Measurements of a model. Times are medians; a step is one forward with everything around it,
-/// including the host's work.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct DecodeBench {
-    pub name: String,
-    /// Number of weights.
-    pub parameters: i64,
-    /// Autoregressive decoding at batch 1, excluding prefill.
-    pub ar_tokens_per_second: f64,
-    /// The same with `transformers`, from the baseline file.
-    pub transformers_ar_tokens_per_second: Option<f64>,
-    /// Milliseconds of a step at batch 1, by its number of tokens.
-    pub step_ms: BTreeMap<usize, f64>,
-    /// `step_ms` over that of a step of one token.
-    pub relative_step_time: BTreeMap<usize, f64>,
-    /// Milliseconds of the prefill of `num_prompt_tokens` tokens at batch 1.
-    pub prefill_ms: f64,
-    /// Autoregressive tokens per second of the whole batch, by batch size.
-    pub batch_tokens_per_second: BTreeMap<usize, f64>,
-    pub memory_floor: MemoryFloor,
-    /// Peak GPU memory while steps were timed, excluding what was in use before the model was
-    /// loaded; null on the CPU.
-    pub peak_memory_bytes: Option<u64>,
-    /// On the prompts; the first is autoregressive. Empty without prompts.
-    pub strategies: Vec<StrategyBench>,
-    /// Null unless `collect_batch_size` is set.
-    pub collection: Option<CollectionBench>,
-    pub settings: BenchSettings,
-}
-
-impl BenchRecord for DecodeBench {
-    fn name(&self) -> &str {
-        &self.name
-    }
-}
-
-/// The shortest time in which the memory can deliver what a step of one token reads.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
-pub struct MemoryFloor {
-    /// Weights, keys and values that the step reads.
-    pub bytes: u64,
-    /// Bandwidth of a large copy on the device, counting bytes read and bytes written; measured in
-    /// the same run.
-    pub bandwidth_bytes_per_second: f64,
-    /// `bytes` at that bandwidth, in milliseconds.
-    pub ms: f64,
-    /// `ms` over the measured step.
-    pub fraction_of_step: f64,
-}
-
-/// A strategy on the prompts at batch 1.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct StrategyBench {
-    pub strategy: Strategy,
-    /// Number of answers.
-    pub examples: usize,
-    /// Answers that reached the length limit.
-    pub unfinished: usize,
-    pub tokens_per_forward: f64,
-    /// Excluding prefill.
-    pub tokens_per_second: f64,
-    /// Tokens per second over those of autoregressive decoding.
-    pub speedup_vs_ar: f64,
-    /// Fraction of the answers that equal the autoregressive ones, token for token.
-    pub exact_match_vs_ar: f64,
-    /// Peak GPU memory, excluding what was in use before the model was loaded; null on the CPU.
-    pub peak_memory_bytes: Option<u64>,
-}
-
-/// A collection over all prompts: trajectories are recorded but not written.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct CollectionBench {
-    /// Number of responses.
-    pub responses: usize,
-    pub tokens_per_forward: f64,
-    /// Response tokens per second.
-    pub tokens_per_second: f64,
-}
+pub use record::{DecodeBench, DecodeBenchResults};
+pub use settings::BenchSettings;
 
 /// Measures a model and adds it to the output file.
 ///
 /// # Errors
-/// When settings contradict each other, a file is missing, or the output holds results of another machine.
+/// When settings contradict each other, a file is missing, or the output contains results of
+/// another machine.
 pub fn bench(settings: &BenchSettings) -> Result<DecodeBenchResults> {
     let device = device::parse(&settings.device)?;
     let other_memory_bytes = libtorch::gpu_memory(device).map_or(0, |(current, _)| current);

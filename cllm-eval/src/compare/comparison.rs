@@ -12,7 +12,7 @@ use crate::records::{AnswerRecord, SCHEMA_VERSION, SpeedRecord};
 use crate::role::Role;
 use crate::statistics::{bootstrap, mcnemar, ratio, wilson};
 
-/// A difference with a p value below this one is significant.
+/// A difference is significant if its p value is below this.
 const SIGNIFICANCE_LEVEL: f64 = 0.05;
 
 /// Two sides, A and B, over the examples that both answered.
@@ -29,25 +29,25 @@ pub struct Comparison {
     pub unpaired_a: usize,
     /// Number of examples that only B answered.
     pub unpaired_b: usize,
-    /// Number of pairs with a score in both. The figures of accuracy are theirs.
+    /// Number of pairs that are scored on both sides. The accuracies are computed from these.
     pub scored: usize,
-    /// Number of pairs that only A has correct.
+    /// Number of pairs that only A answered correctly.
     pub a_only: usize,
-    /// Number of pairs that only B has correct.
+    /// Number of pairs that only B answered correctly.
     pub b_only: usize,
     /// Accuracy of B minus that of A.
     pub difference: Option<f64>,
     /// 95 % interval of the difference by a paired percentile bootstrap.
     pub ci95: Option<[f64; 2]>,
-    /// Two-sided p value of the exact McNemar test. None if nothing is scored.
+    /// Two-sided p value of the exact McNemar test. `None` if nothing is scored.
     pub mcnemar_p: Option<f64>,
-    /// Fraction of A's correct answers that B has correct too.
+    /// Fraction of A's correct answers that B also answered correctly.
     pub correct_kept_fraction: Option<f64>,
     /// Fraction of the pairs with the same prompt that have the same tokens.
     pub equal_tokens: Option<f64>,
-    /// None if no example was timed in both.
+    /// `None` if no example was timed in both.
     pub speed: Option<SpeedComparison>,
-    /// What follows for the accuracy, in a sentence.
+    /// The conclusion about the accuracy, in one sentence.
     pub verdict: String,
 }
 
@@ -60,7 +60,7 @@ pub struct Side {
     pub checkpoint: String,
     /// The strategy with its settings, such as `rolling n=16`.
     pub strategy: String,
-    /// Fraction of the scored pairs that this side has correct.
+    /// Fraction of the scored pairs that this side answered correctly.
     pub accuracy: Option<f64>,
     /// Wilson's 95 % interval of the accuracy.
     pub ci95: Option<[f64; 2]>,
@@ -74,7 +74,7 @@ pub struct Side {
 pub struct SpeedComparison {
     /// Number of examples timed in both.
     pub examples: usize,
-    /// Whether hardware and libraries are the same. If not, the ratio is one of machines, too.
+    /// Whether hardware and libraries are the same. If not, the ratio also reflects the machines.
     pub same_machine: bool,
     pub a_tokens_per_second: Option<f64>,
     pub b_tokens_per_second: Option<f64>,
@@ -127,7 +127,7 @@ impl Comparison {
 }
 
 impl Side {
-    /// From the answers to the pairs, and whether the scored ones are correct.
+    /// `answers` are those of the pairs; `correct` says which of the scored ones are correct.
     fn new(selection: &Selection, answers: &[&AnswerRecord], correct: &[bool]) -> Self {
         let num_correct = correct.iter().filter(|&&correct| correct).count();
         let tokens: usize = answers.iter().map(|answer| answer.response_ids.len()).sum();
@@ -146,8 +146,8 @@ impl Side {
     }
 }
 
-/// Second turns of MT-bench have other prompts if the answers to the first turn differ. Only
-/// answers to one prompt count.
+/// Second turns of MT-bench have different prompts if the answers to the first turn differ. Only
+/// answers to the same prompt count.
 fn equal_tokens(pairs: &[(&AnswerRecord, &AnswerRecord)]) -> Option<f64> {
     let same_prompt = || pairs.iter().filter(|(a, b)| a.prompt == b.prompt);
     let num_equal = same_prompt().filter(|(a, b)| a.response_ids == b.response_ids).count();
@@ -174,7 +174,7 @@ impl SpeedComparison {
     }
 }
 
-/// Of the timings with these indices.
+/// Tokens per second over the timings with these indices.
 fn tokens_per_second(speeds: &[&SpeedRecord], indices: &[usize]) -> Option<f64> {
     let tokens: usize = indices.iter().map(|&index| speeds[index].tokens).sum();
     ratio(tokens as f64, indices.iter().map(|&index| speeds[index].seconds).sum::<f64>())
@@ -191,7 +191,7 @@ fn verdict(difference: Option<f64>, p: Option<f64>) -> String {
     }
 }
 
-/// Two digits, or more if these would all be 0.
+/// Formats a p value with two decimals, or four if it is small.
 fn format_p(p: f64) -> String {
     if p < 0.01 { format!("{p:.4}") } else { format!("{p:.2}") }
 }

@@ -1,5 +1,5 @@
-//! `compare`: two results, paired by example, with what chance alone would do beside each
-//! difference.
+//! `compare`: pairs two results by example, and shows beside each difference how far chance alone
+//! could explain it.
 
 mod comparison;
 mod selection;

@@ -62,21 +62,23 @@ impl Selection {
         self.run == other.run && (self.role, self.strategy) == (other.role, other.strategy)
     }
 
-    /// Refuses other prompts, and tells of settings that may make a difference of their own.
+    /// Refuses a run of different prompts, and logs settings that could by themselves cause a
+    /// difference.
     ///
     /// # Errors
-    /// When benchmark or split differ.
+    /// When benchmark or split differs.
     pub(super) fn expect_comparable(&self, other: &Selection) -> Result<()> {
         let (a, b) = (self.header(), other.header());
-        let of = |header: &Header| format!("{} / {}", header.benchmark.name(), header.split);
-        if of(a) != of(b) {
+        let describe = |header: &Header| format!("{} / {}", header.benchmark.name(), header.split);
+        if describe(a) != describe(b) {
             let run = self.run.display();
-            let message = format!("answers {}, but {run} answers {}: compare runs of the same prompts", of(b), of(a));
+            let message =
+                format!("answers {}, but {run} answers {}: compare runs of the same prompts", describe(b), describe(a));
             return Err(Error::file(&other.run, message));
         }
         let differs = |key: &str, a: String, b: String| {
             if a != b {
-                progress::log(format!("{key} is {a} in A and {b} in B, which may make a difference, too"));
+                progress::log(format!("{key} is {a} in A and {b} in B, which may also cause a difference"));
             }
         };
         let (a, b) = (&a.settings, &b.settings);
@@ -93,11 +95,11 @@ impl Selection {
         self.answers().len()
     }
 
-    /// The answers of both sides to the same examples, in the order of the prompt set, so that the
-    /// same files always give the same intervals.
+    /// Returns the answers of both sides to the same examples, in the order of the prompt set, so
+    /// that the same files always give the same intervals.
     ///
     /// # Errors
-    /// When there is no such example, or examples of the same id are not the same.
+    /// When there is no such example, or examples with the same id differ.
     pub(super) fn pair_answers<'s>(
         &'s self,
         other: &'s Selection,
@@ -122,7 +124,7 @@ impl Selection {
         Ok(pairs)
     }
 
-    /// The timings of both sides of the same examples, in the order of the prompt set.
+    /// Returns the timings of both sides on the same examples, in the order of the prompt set.
     pub(super) fn pair_speeds<'s>(&'s self, other: &'s Selection) -> Vec<(&'s SpeedRecord, &'s SpeedRecord)> {
         let of_other: HashMap<&str, &SpeedRecord> =
             other.records.speeds_of(other.role, other.strategy).map(|speed| (speed.id.as_str(), speed)).collect();

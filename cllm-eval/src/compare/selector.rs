@@ -1,4 +1,4 @@
-//! Selectors of a model and a strategy: `student/rolling n=16`, or a part of it.
+//! Selectors of a model and a strategy: `student/rolling n=16`, or only one of the two.
 
 use std::result::Result;
 
@@ -7,7 +7,7 @@ use cllm_core::decode::Strategy;
 use crate::results::{Results, StrategyResults, fastest};
 use crate::role::Role;
 
-/// What to take if a selector leaves it open.
+/// The answers to select where a selector names no role or strategy.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum DefaultChoice {
     /// The teacher's autoregressive answers.
@@ -39,11 +39,11 @@ impl<'t> Selector<'t> {
     }
 }
 
-/// The role and strategy that a selector names. What it leaves open is as the default says; of
-/// several strategies it is the fastest.
+/// Finds the role and strategy that a selector names. `default` decides what the selector leaves
+/// open; if several strategies match, the fastest is chosen.
 ///
 /// # Errors
-/// What is wrong, in words.
+/// A description of the problem.
 pub(super) fn select(
     results: &Results,
     text: Option<&str>,
@@ -56,7 +56,7 @@ pub(super) fn select(
         DefaultChoice::Fastest => [Role::Student, Role::Teacher],
     };
     let role = selector.role.or_else(|| preferred.into_iter().find(|&role| has_answers(role)));
-    let role = role.ok_or("it has no answers")?;
+    let role = role.ok_or("has no answers")?;
     let matches = |figures: &StrategyResults| match selector.strategy {
         Some(name) => figures.name == name || figures.label == name,
         None => default == DefaultChoice::Fastest || figures.strategy == Strategy::Ar,

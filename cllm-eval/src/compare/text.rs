@@ -1,4 +1,4 @@
-//! A comparison as the terminal shows it.
+//! Formats a comparison for the terminal.
 
 use cllm_core::progress::count;
 
@@ -8,7 +8,7 @@ use crate::table::{self, format_accuracy, format_interval, format_number, format
 const HEADS: [&str; 7] = ["", "model/strategy", "run", "accuracy (95 %)", "unfinished", "tokens/forward", "tokens/s"];
 
 impl Comparison {
-    /// A table of both sides, the differences, and what follows.
+    /// Formats a table of both sides, the differences, and the conclusion.
     pub fn text(&self) -> String {
         let speed = self.speed.as_ref();
         let rows = [

@@ -22,9 +22,9 @@ use super::keys::{self, Input};
 use crate::printable::to_printable;
 use crate::statistics::ratio;
 
-/// Minimal time between two frames on the screen.
+/// Minimum time between two frames on the screen.
 const FRAME_TIME: Duration = Duration::from_millis(40);
-/// Tokens of an answer that warms a decoder up.
+/// Number of tokens in an answer that warms a decoder up.
 const WARM_UP_TOKENS: usize = 8;
 
 /// Reads questions and answers them until the user quits.
@@ -66,9 +66,9 @@ struct Chat<'m> {
     model: &'m Transformer,
     tokenizer: Tokenizer,
     stop: StopConditions,
-    /// Whether prompts go without a chat template, each for itself.
+    /// Whether prompts skip the chat template; each is then answered without the ones before it.
     raw: bool,
-    /// Of the left and the right answer.
+    /// The options of the left and the right answer.
     options: [DecodeOptions; 2],
     decoders: [Decoder<'m>; 2],
     /// Cache slots of each decoder. They at least double when a conversation outgrows them.
@@ -102,7 +102,7 @@ impl<'m> Chat<'m> {
     fn ask(&mut self, question: String) -> Result<()> {
         self.history.push(Message { role: "user".to_owned(), content: question.clone() });
         let prompt = if self.raw { Prompt::Text(question) } else { Prompt::Messages(self.history.clone()) };
-        // A Ctrl-C from before the answer must not stop it.
+        // A Ctrl-C pressed before the answer must not stop it.
         interrupt::clear_sigint();
         match self.answer(&prompt) {
             Ok(answer) => self.history.push(Message { role: "assistant".to_owned(), content: answer }),
@@ -129,7 +129,7 @@ impl<'m> Chat<'m> {
         ];
         let mut screen = Screen { term: Term::stderr(), num_lines: 0, last_frame: None };
         let outcome = run_both(&mut sides, &mut screen);
-        // Both answers stay on the screen in full, also after an error.
+        // Both answers stay on the screen in full, even after an error.
         screen.draw_all(&sides)?;
         outcome?;
         progress::log(comparison(&sides));
@@ -147,7 +147,7 @@ impl<'m> Chat<'m> {
 }
 
 /// Creates both decoders and warms them up. On a GPU the first steps of each size are captured as
-/// CUDA graphs, which must not slow the first answer down.
+/// CUDA graphs, which must not slow down the first answer.
 fn warm_decoders<'m>(
     model: &'m Transformer,
     stop: &StopConditions,
@@ -245,7 +245,7 @@ struct Screen {
 }
 
 impl Screen {
-    /// Draws as much as the terminal has room for, unless the last frame is quite new.
+    /// Draws as much as the terminal has room for, unless the last frame is recent.
     fn draw(&mut self, sides: &[Side<'_>; 2]) -> Result<()> {
         if self.last_frame.is_some_and(|at| at.elapsed() < FRAME_TIME) {
             return Ok(());

@@ -2,7 +2,7 @@
 
 use unicode_width::UnicodeWidthChar;
 
-/// Successive forwards take these colours in turn.
+/// Successive forwards cycle through these colours.
 pub(super) const COLOURS: [&str; 4] = ["\x1b[36m", "\x1b[33m", "\x1b[32m", "\x1b[35m"];
 pub(super) const RESET_COLOUR: &str = "\x1b[0m";
 /// In terminals with fewer columns, the answers are shown one below the other.
@@ -45,7 +45,7 @@ pub(super) fn side_by_side(columns: &[Column; 2], width: usize, max_lines: usize
     }
     let column_width = (width - GAP.chars().count()) / 2;
     let [left, right] = columns.each_ref().map(|column| lines(column, column_width, max_lines));
-    // Titles and statuses are level.
+    // Titles and statuses line up.
     let height = left.len().max(right.len());
     let [left, right] = [left, right].map(|lines| pad_to_height(lines, height));
     let join = |(left, right): (Line, Line)| {
@@ -89,7 +89,7 @@ fn wrap(text: &Line, width: usize) -> Vec<Line> {
     lines
 }
 
-/// Adds empty lines before the last.
+/// Inserts empty lines before the last line.
 fn pad_to_height(mut lines: Vec<Line>, height: usize) -> Vec<Line> {
     let last = lines.pop().unwrap_or_default();
     lines.resize(height - 1, Line::new());

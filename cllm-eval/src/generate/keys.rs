@@ -18,7 +18,7 @@ pub(super) enum Input {
     Reset,
     Help,
     Quit,
-    /// An empty line, or Ctrl-C where there is no answer to stop.
+    /// An empty line, or Ctrl-C while there is no answer to stop.
     Nothing,
 }
 

@@ -31,7 +31,7 @@ use columns::{COLOURS, RESET_COLOUR};
 pub struct GenerateOptions {
     /// Folder or id.
     pub model: String,
-    /// Whether prompts are taken as they are, without the chat template.
+    /// Whether prompts are used as they are, without the chat template.
     pub raw: bool,
     /// Tokens of a Jacobi block.
     pub n: usize,
@@ -92,8 +92,8 @@ pub struct GeneratedAnswer {
     pub tokens_per_second: Option<f64>,
 }
 
-/// Answers a prompt both ways. Each answer is generated twice: first with `show` watched on stderr,
-/// which also warms the decoder up, and then timed without a watcher.
+/// Answers a prompt both ways. Each answer is generated twice: first as a warm-up, during which
+/// `show` displays it on stderr, and then timed without a watcher.
 ///
 /// # Errors
 /// When the model cannot be loaded or the prompt does not fit its context.
@@ -189,7 +189,7 @@ struct LiveText<'t> {
     show: bool,
     colour: bool,
     num_forwards: usize,
-    /// The watcher of a decoder cannot fail, so that an error waits here.
+    /// An error to return later, because the watcher of a decoder cannot fail.
     error: Option<Error>,
 }
 

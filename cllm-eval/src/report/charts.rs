@@ -5,7 +5,7 @@
 
 use serde::Serialize;
 
-use super::Run;
+use super::run::Run;
 use crate::acceptance::Acceptance;
 use crate::records::{Records, SpeedRecord};
 use crate::results::StrategyResults;

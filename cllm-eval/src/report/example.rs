@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use crate::records::{AnswerRecord, Records};
 
-/// Number of colours in the page's style; successive forwards take them in turn.
+/// Number of colours in the page's style; successive forwards cycle through them.
 const NUM_COLOURS: usize = 5;
 
 #[derive(Debug, Serialize)]
@@ -40,8 +40,8 @@ struct Forward {
 }
 
 impl Example {
-    /// Of the examples whose texts were kept by forward, the first with a correct answer, or else
-    /// the first.
+    /// Picks the first example with a correct answer among those that keep the text of each
+    /// forward, or else the first of them.
     pub(super) fn choose(records: &Records) -> Option<Self> {
         let shown = || records.answers.iter().filter(|answer| answer.forward_texts.is_some());
         let correct = shown().filter(|answer| answer.verdict == Verdict::Correct).map(|answer| answer.index).min();

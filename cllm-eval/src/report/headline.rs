@@ -3,7 +3,7 @@
 
 use serde::Serialize;
 
-use super::Run;
+use super::run::Run;
 use crate::results::{ModelResults, Results, StrategyResults};
 use crate::role::Role;
 use crate::table::{format_accuracy, format_interval, format_number, format_points, notes};
@@ -12,9 +12,9 @@ use crate::table::{format_accuracy, format_interval, format_number, format_point
 pub(super) struct Headline {
     /// Benchmark and split.
     title: String,
-    /// Written in large type.
+    /// The figure, shown in large type.
     number: String,
-    /// What `number` is.
+    /// What the figure measures.
     caption: String,
     /// Accuracy, unfinished answers and hardware.
     details: Vec<String>,

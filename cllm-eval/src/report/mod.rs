@@ -8,6 +8,7 @@ mod example;
 mod headline;
 mod model_card;
 mod overview;
+mod run;
 mod section;
 
 use std::path::{Path, PathBuf};
@@ -16,10 +17,10 @@ use cllm_core::{Error, Result, atomic_file};
 use minijinja::value::Serde;
 use minijinja::{Environment, context};
 
-use crate::records::{Records, SAMPLES};
-use crate::results::{RESULTS, Results};
+use crate::results::RESULTS;
 use crate::table::HEADS;
 pub use animation::animate;
+use run::Run;
 use section::Section;
 
 /// The files of a report with their templates. The extension decides how minijinja escapes values.
@@ -30,14 +31,6 @@ const TEMPLATES: [(&str, &str); 4] = [
     ("model-card.md", include_str!("../../templates/model-card.md")),
 ];
 
-struct Run {
-    /// Benchmark and split, and the folder too if several runs of one report have the same.
-    title: String,
-    results: Results,
-    /// `None` if there is no samples.jsonl beside the results.
-    records: Option<Records>,
-}
-
 /// Renders the report of one or several runs into `output`, or beside the first of them, and
 /// returns the files that were written.
 ///
@@ -46,7 +39,7 @@ struct Run {
 pub fn report(results: &[PathBuf], output: Option<&Path>) -> Result<Vec<PathBuf>> {
     let files: Vec<PathBuf> =
         results.iter().map(|path| if path.is_dir() { path.join(RESULTS) } else { path.clone() }).collect();
-    let runs = read_runs(&files)?;
+    let runs = Run::read_all(&files)?;
     let folder = match output {
         Some(folder) => folder.to_owned(),
         None => files.first().and_then(|file| file.parent()).unwrap_or(Path::new(".")).to_owned(),
@@ -72,27 +65,6 @@ pub fn report(results: &[PathBuf], output: Option<&Path>) -> Result<Vec<PathBuf>
             Ok(path)
         })
         .collect()
-}
-
-fn read_runs(files: &[PathBuf]) -> Result<Vec<Run>> {
-    let mut runs: Vec<Run> = files.iter().map(|path| Run::read(path)).collect::<Result<_>>()?;
-    let titles: Vec<String> = runs.iter().map(|run| run.title.clone()).collect();
-    for (run, file) in runs.iter_mut().zip(files) {
-        if titles.iter().filter(|title| **title == run.title).count() > 1 {
-            run.title += &format!(" / {}", file.parent().unwrap_or(Path::new("")).display());
-        }
-    }
-    Ok(runs)
-}
-
-impl Run {
-    fn read(path: &Path) -> Result<Self> {
-        let results = Results::read(path)?;
-        let samples = path.with_file_name(SAMPLES);
-        let records = if samples.exists() { Some(Records::read(&samples)?) } else { None };
-        let title = format!("{} / {}", results.benchmark.name(), results.split);
-        Ok(Run { title, results, records })
-    }
 }
 
 fn environment() -> Environment<'static> {

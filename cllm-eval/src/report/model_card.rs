@@ -8,15 +8,15 @@ use cllm_core::{Result, settings};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::Run;
+use super::run::Run;
 use crate::config::RunSettings;
 use crate::records::ModelEntry;
 use crate::role::Role;
 
-/// Names of folders that say where a model is, not which model it is.
+/// Folder names that say where a model is stored, not which model it is.
 const GENERIC_FOLDERS: [&str; 13] =
     ["/", ".", "..", "final", "best", "latest", "last", "student", "teacher", "model", "models", "rounds", "runs"];
-/// Such names that end in a number.
+/// Names that are just as generic when a number follows them.
 const NUMBERED_FOLDERS: [&str; 4] = ["round", "step", "epoch", "checkpoint"];
 
 #[derive(Serialize)]
@@ -62,8 +62,8 @@ struct Metric {
     value: f64,
 }
 
-/// The YAML between the card's two lines of dashes: accuracy, tokens per forward and speed-up of
-/// each run's fastest strategy.
+/// The YAML front matter of the card: accuracy, tokens per forward and speed-up of each run's
+/// fastest strategy.
 pub(super) fn front_matter(runs: &[Run]) -> Result<String> {
     let model = |role: Role| runs.iter().flat_map(|run| &run.results.models).find(|model| model.model.role == role);
     let (teacher, student) = (model(Role::Teacher), model(Role::Student));
@@ -88,7 +88,7 @@ fn hub_id(model: &ModelEntry) -> Option<String> {
     Some(format!("{owner}/{name}"))
 }
 
-/// The model's name on the Hub, or the last folder of its path that tells models apart.
+/// The model's name on the Hub, or the last folder of its path that says which model it is.
 pub(super) fn model_name(model: &ModelEntry) -> String {
     let mut folders = Path::new(&model.path).iter().rev().filter_map(|folder| folder.to_str());
     let on_hub = hub_id(model).and_then(|id| Some(id.split_once('/')?.1.to_owned()));
@@ -118,7 +118,7 @@ fn hub_dataset(benchmark: Task) -> Option<&'static str> {
     }
 }
 
-/// The strategies that the card's headline numbers are measured with, spelt out.
+/// Spells out the strategies that the card's headline numbers were measured with.
 pub(super) fn headline_strategies(runs: &[Run]) -> String {
     let mut names: Vec<&str> = Vec::new();
     for (_, fastest) in runs.iter().filter_map(|run| run.results.headline()) {

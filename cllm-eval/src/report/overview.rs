@@ -1,6 +1,6 @@
-//! The table that begins the report of several runs: the fastest strategy of each.
+//! The first table of a report on several runs: the fastest strategy of each.
 
-use super::Run;
+use super::run::Run;
 use crate::results::ModelResults;
 use crate::role::Role;
 use crate::table::{format_accuracy, format_number};
@@ -16,7 +16,7 @@ pub(super) const HEADS: [&str; 7] = [
     "speed-up over teacher AR",
 ];
 
-/// One row per run; empty for a single run, whose own table says the same.
+/// One row per run. Empty for a single run, because its own table shows the same.
 pub(super) fn rows(runs: &[Run]) -> Vec<Vec<String>> {
     if runs.len() < 2 { Vec::new() } else { runs.iter().map(row).collect() }
 }

@@ -5,11 +5,11 @@ use cllm_core::{Result, settings};
 use serde::Serialize;
 use serde_json::Value;
 
-use super::Run;
 use super::charts::{Chart, charts};
 use super::example::Example;
 use super::headline::Headline;
 use super::model_card::command;
+use super::run::Run;
 use crate::records::ModelEntry;
 use crate::results::{ModelResults, Results};
 use crate::table::{describe, notes, rows};
@@ -19,7 +19,7 @@ use crate::tradeoff::{Aup, Tradeoff};
 pub(super) struct Section {
     title: String,
     headline: Option<Headline>,
-    /// What was measured, in a sentence.
+    /// One sentence that says what was measured.
     summary: String,
     /// The table of strategies; empty where no answers were generated.
     rows: Vec<Vec<String>>,
@@ -36,9 +36,9 @@ pub(super) struct Section {
     hardware: String,
     toolkit: String,
     sandbox: Option<String>,
-    /// As YAML.
+    /// The settings of the run as YAML.
     settings: String,
-    /// Repeats the run.
+    /// The command that repeats the run.
     command: String,
     example: Option<Example>,
 }
@@ -89,7 +89,7 @@ fn metrics(results: &Results) -> Vec<(String, Vec<String>)> {
     let values: Vec<Value> =
         results.strategies().map(|(_, strategy)| serde_json::to_value(strategy).unwrap_or_default()).collect();
     let Some(Value::Object(first)) = values.first() else { return Vec::new() };
-    // Names, and what charts and notes show.
+    // Names, and values that charts and notes already show.
     let omitted = ["name", "label", "strategy", "max_tokens_per_forward", "acceptance", "by_difficulty", "similarity"];
     first
         .keys()

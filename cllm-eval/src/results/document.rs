@@ -1,4 +1,4 @@
-//! The document `results.json`, and look-ups of models and strategies in it.
+//! The document `results.json`, and lookups of models and strategies in it.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -29,15 +29,15 @@ pub struct Results {
     pub split: String,
     /// Number of prompts answered.
     pub examples: usize,
-    /// Number of these timed at batch 1.
+    /// Number of these prompts that were timed at batch 1.
     pub speed_examples: usize,
     pub hardware: Hardware,
     pub toolkit: Toolkit,
-    /// Layers of the sandbox that ran the code of answers. None if no code ran.
+    /// Layers of the sandbox that ran the code of answers. `None` if no code ran.
     #[serde(default)]
     pub sandbox: Option<Vec<String>>,
     pub models: Vec<ModelResults>,
-    /// The student's accuracy against the teacher's on the same examples, per strategy of the
+    /// The student's accuracy against the teacher's on the same examples, for each strategy of the
     /// student.
     pub paired: Vec<PairedDifference>,
     /// The resolved settings.
@@ -49,7 +49,7 @@ pub struct ModelResults {
     #[serde(flatten)]
     pub model: ModelEntry,
     pub strategies: Vec<StrategyResults>,
-    /// Only for the benchmark perplexity, which has no strategies.
+    /// Only for the benchmark `perplexity`, which has no strategies.
     #[serde(default)]
     pub perplexity: Option<Perplexity>,
 }
@@ -70,7 +70,7 @@ pub struct StrategyResults {
     pub scored: usize,
     /// Number of correct answers.
     pub correct: usize,
-    /// `correct` over `scored`.
+    /// `correct` divided by `scored`.
     pub accuracy: Option<f64>,
     /// Wilson's 95 % interval of the accuracy.
     pub ci95: Option<[f64; 2]>,
@@ -83,8 +83,8 @@ pub struct StrategyResults {
     pub tokens_per_forward: Option<f64>,
     /// Tokens per forward of the answers that ended on their own.
     pub tokens_per_forward_finished: Option<f64>,
-    /// Number of answers timed at batch 1. The figures of speed are theirs, and null if there are
-    /// none.
+    /// Number of answers timed at batch 1. The figures of speed are computed from these answers,
+    /// and are null if there are none.
     pub speed_examples: usize,
     pub speed_tokens: Option<usize>,
     pub speed_forwards: Option<usize>,
@@ -92,43 +92,46 @@ pub struct StrategyResults {
     pub prefill_seconds: Option<f64>,
     /// Seconds of decoding, excluding prefill.
     pub seconds: Option<f64>,
-    /// `speed_tokens` over `seconds`.
+    /// `speed_tokens` divided by `seconds`.
     pub tokens_per_second: Option<f64>,
     /// Tokens per second of the answers that ended on their own.
     pub tokens_per_second_finished: Option<f64>,
-    /// Tokens per second over those of the teacher's autoregressive decoding on the same examples.
+    /// Tokens per second, divided by those of the teacher's autoregressive decoding on the same
+    /// examples.
     pub speedup_vs_teacher_ar: Option<f64>,
-    /// Tokens per second over those of the student's autoregressive decoding on the same examples.
+    /// Tokens per second, divided by those of the student's autoregressive decoding on the same
+    /// examples.
     pub speedup_vs_student_ar: Option<f64>,
     /// Seconds of prefill and decoding.
     pub end_to_end_seconds: Option<f64>,
-    /// `speed_tokens` over `end_to_end_seconds`.
+    /// `speed_tokens` divided by `end_to_end_seconds`.
     pub end_to_end_tokens_per_second: Option<f64>,
     pub end_to_end_speedup_vs_teacher_ar: Option<f64>,
     pub end_to_end_speedup_vs_student_ar: Option<f64>,
     /// Fraction of answers with the same tokens as the same model's autoregressive answer to the
     /// same prompt.
     pub exact_match_vs_ar: Option<f64>,
-    /// Median over the other answers of the best minus the second-best logit where the tokens first
-    /// differ. A gap near 0 means that rounding decided. None at a temperature above 0.
+    /// Median, over the other answers, of the best minus the second-best logit at the first token
+    /// that differs. A gap near 0 means that rounding decided. `None` at a temperature above 0.
     pub median_logit_gap_at_difference: Option<f64>,
     pub max_logit_gap_at_difference: Option<f64>,
     /// Tokens per second of the batched accuracy run, including prefill.
     pub batched_tokens_per_second: Option<f64>,
-    /// Peak GPU memory of the batched accuracy run, without what was in use before this model was
+    /// Peak GPU memory of the batched accuracy run, excluding what was in use before this model was
     /// loaded: the model's weights, caches and temporaries. Null on the CPU.
     pub peak_memory_bytes: Option<u64>,
-    /// `peak_memory_bytes` over that of the same model's autoregressive decoding.
+    /// `peak_memory_bytes` divided by that of the same model's autoregressive decoding.
     #[serde(default)]
     pub peak_memory_over_ar: Option<f64>,
     /// Peak GPU memory of this model and strategy at batch 1 on the longest timed prompt. Null on
     /// the CPU.
     #[serde(default)]
     pub speed_peak_memory_bytes: Option<u64>,
-    /// `speed_peak_memory_bytes` over that of the same model's autoregressive decoding.
+    /// `speed_peak_memory_bytes` divided by that of the same model's autoregressive decoding.
     #[serde(default)]
     pub speed_peak_memory_over_ar: Option<f64>,
-    /// How many tokens the forwards accepted. None for `ar`, whose forwards accept one each.
+    /// How many tokens the forwards accepted. `None` for `ar`, because its forwards accept one
+    /// each.
     #[serde(default)]
     pub acceptance: Option<Acceptance>,
     /// CodeSearchNet only: similarity to the references.
@@ -144,7 +147,7 @@ pub struct Accuracy {
     /// Number of answers with a score.
     pub scored: usize,
     pub correct: usize,
-    /// `correct` over `scored`.
+    /// `correct` divided by `scored`.
     pub accuracy: Option<f64>,
     /// Wilson's 95 % interval of the accuracy.
     pub ci95: Option<[f64; 2]>,
@@ -159,24 +162,24 @@ pub struct PairedDifference {
     pub teacher: String,
     /// Number of examples for which both have a score.
     pub examples: usize,
-    /// Number of examples that only the student has correct.
+    /// Number of examples that only the student answered correctly.
     pub student_only: usize,
-    /// Number of examples that only the teacher has correct.
+    /// Number of examples that only the teacher answered correctly.
     pub teacher_only: usize,
     /// Accuracy of the student minus that of the teacher.
     pub difference: Option<f64>,
     /// 95 % interval of the difference.
     pub ci95: Option<[f64; 2]>,
-    /// Fraction of the teacher's correct answers that the student has correct too.
+    /// Fraction of the teacher's correct answers that the student also answered correctly.
     #[serde(default)]
     pub correct_kept_fraction: Option<f64>,
 }
 
 impl Results {
-    /// Reads `results.json`, or that of a folder.
+    /// Reads a `results.json`, given the file or its folder.
     ///
     /// # Errors
-    /// When it is missing, is no results file, or has another schema version.
+    /// When it is missing, is not a results file, or has another schema version.
     pub fn read(path: &Path) -> Result<Self> {
         let file = if path.is_dir() { path.join(RESULTS) } else { path.to_owned() };
         let text = std::fs::read_to_string(&file).map_err(Error::io(&file))?;
@@ -195,13 +198,13 @@ impl Results {
         self.models.iter().flat_map(|model| model.strategies.iter().map(|figures| (model.model.role, figures)))
     }
 
-    /// The strategy that stands for the run: the fastest of the student, or of the only model.
+    /// The strategy that represents the run: the fastest of the student, or of the only model.
     pub fn headline(&self) -> Option<(Role, &StrategyResults)> {
         let model = self.model(Role::Student).or(self.models.first())?;
         Some((model.model.role, model.fastest()?))
     }
 
-    /// How tokens were chosen, in words.
+    /// Describes how tokens were chosen.
     pub fn sampling(&self) -> String {
         match self.settings.temperature {
             0.0 => "greedy".to_owned(),
@@ -223,9 +226,9 @@ impl ModelResults {
     }
 }
 
-/// The fastest of some strategies of one model. Autoregressive decoding is what the others are
-/// compared with, so it is chosen only if there is no other. Speed is tokens per second if all are
-/// timed, else tokens per forward; of equally fast ones the last is chosen.
+/// The fastest of several strategies of one model. Autoregressive decoding is the baseline, so it
+/// is chosen only if there is no other strategy. Speed means tokens per second if all strategies
+/// are timed, otherwise tokens per forward; of equally fast strategies the last is chosen.
 pub fn fastest<'r>(strategies: impl Iterator<Item = &'r StrategyResults>) -> Option<&'r StrategyResults> {
     let (ar, several): (Vec<_>, Vec<_>) = strategies.partition(|figures| figures.strategy == Strategy::Ar);
     let candidates = if several.is_empty() { ar } else { several };

@@ -10,8 +10,8 @@ use crate::records::Records;
 use crate::role::Role;
 use crate::statistics::{paired_difference, ratio};
 
-/// Each strategy of the student against the teacher's autoregressive answers, or against the same
-/// strategy's if the teacher has no autoregressive ones.
+/// Compares each strategy of the student with the teacher's autoregressive answers, or with the
+/// same strategy of the teacher if it has no autoregressive answers.
 pub(super) fn differences(records: &Records) -> Vec<PairedDifference> {
     let header = &records.header;
     if Role::ALL.iter().any(|&role| header.model(role).is_none()) {
@@ -47,7 +47,7 @@ fn difference(records: &Records, student: Strategy, teacher: Strategy) -> Paired
     }
 }
 
-/// Whether each scored answer is correct, by the position of its prompt.
+/// Maps the prompt position of each scored answer to whether the answer is correct.
 fn scores(records: &Records, role: Role, strategy: Strategy) -> HashMap<usize, bool> {
     let answers = records.answers_of(role, strategy).filter(|answer| answer.verdict != Verdict::Unscored);
     answers.map(|answer| (answer.index, answer.verdict == Verdict::Correct)).collect()

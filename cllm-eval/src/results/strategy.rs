@@ -16,7 +16,7 @@ use crate::spider_difficulty::{Difficulty, difficulty};
 use crate::statistics::{ratio, wilson};
 
 impl StrategyResults {
-    /// All figures but the ratios to other strategies and models, which are None.
+    /// Computes all figures except the ratios to other strategies and models, which are `None`.
     pub(super) fn from_records(records: &Records, role: Role, strategy: Strategy) -> Self {
         let answers: Vec<&AnswerRecord> = records.answers_of(role, strategy).collect();
         let speeds: Vec<&SpeedRecord> = records.speeds_of(role, strategy).collect();
@@ -101,8 +101,8 @@ impl StrategyResults {
     }
 
     fn add_comparison_with_ar<'r>(&mut self, answers: &[&AnswerRecord], ar: impl Iterator<Item = &'r AnswerRecord>) {
-        // Second turns have other prompts if the answers to the first turn differ. Only answers to
-        // one prompt are compared.
+        // Second turns have different prompts if the answers to the first turn differ. Only answers
+        // to the same prompt are compared.
         let ar: HashMap<(usize, &str), &[i32]> =
             ar.map(|answer| ((answer.index, answer.prompt.as_str()), answer.response_ids.as_slice())).collect();
         let is_equal: Vec<bool> = answers

@@ -14,14 +14,14 @@ use crate::detokenize::split_by_forward;
 use crate::mt_bench_turns;
 use crate::records::AnswerRecord;
 
-/// Number of examples, the first ones, that keep the text of each forward for reports.
+/// Number of leading examples that keep the text of each forward for reports.
 const NUM_EXAMPLES_WITH_TEXTS: usize = 5;
 
-/// Answers the examples that the journal does not hold yet. Second turns come after all first
+/// Answers the examples that the journal does not contain yet. Second turns come after all first
 /// turns.
 ///
 /// # Errors
-/// What decoding, scoring or writing fails with. Finished batches are in the journal.
+/// When decoding, scoring or writing fails. Finished batches are in the journal.
 pub(super) fn answer_examples(session: &mut Session<'_>, model: &mut LoadedModel, strategy: Strategy) -> Result<()> {
     let samples = session.samples;
     let mut is_answered = vec![false; samples.len()];
@@ -56,8 +56,8 @@ fn answer_in_batches(
     if indices.is_empty() {
         return Ok(());
     }
-    // Rows of similar length waste least padding. The longest come first, so that a lack of memory
-    // shows at once.
+    // Rows of similar length waste the least padding. The longest come first, so that running out
+    // of memory shows at once.
     indices.sort_by_key(|&index| (Reverse(model.prompts.get(index).num_tokens()), index));
     let batch_size = session.settings.batch_size;
     let mut decoder = model.decoder(batch_size.min(indices.len()), &[strategy])?;

@@ -54,8 +54,8 @@ impl Examples {
         Ok(Examples { task, split, samples })
     }
 
-    /// Refuses prompts whose answers could not be scored, naming the row if they come from a file
-    /// of the user's own.
+    /// Refuses prompts whose answers could not be scored. Names the row if they come from a file of
+    /// the user.
     ///
     /// # Errors
     /// As [`AnswerScorer::check`].
@@ -70,7 +70,7 @@ impl Examples {
     }
 }
 
-/// The prompt set to answer, if there is one. The data of the benchmark jsonl are a prompt set,
+/// The prompt set to answer, if there is one. The data of the benchmark `jsonl` is a prompt set
 /// too.
 fn prompt_file(settings: &RunSettings) -> Option<&Path> {
     let jsonl = settings.data.as_deref().filter(|_| settings.benchmark == Some(Task::Jsonl));
@@ -85,8 +85,8 @@ fn load_benchmark(settings: &RunSettings, task: Task, split: &str) -> Result<Vec
     }
 }
 
-/// Benchmark and split of a file's prompts, from their sources. They must agree with each other and
-/// with the settings: the score of an answer by another task than its own means nothing.
+/// Finds benchmark and split of a file's prompts from their sources. These must agree with each
+/// other and with the settings, because scoring an answer by another task means nothing.
 fn infer_from_sources(path: &Path, settings: &RunSettings, samples: &[Sample]) -> Result<(Task, String)> {
     let first = samples.first().map_or("", |sample| &sample.source);
     let task = settings.benchmark.unwrap_or(Task::from_source(first));

@@ -11,8 +11,8 @@ use tch::{Kind, Tensor};
 use super::models::LoadedModel;
 use crate::records::AnswerRecord;
 
-/// Fills in the gaps of a model's answers that differ from its autoregressive answers to the same
-/// prompts and have none yet.
+/// Fills in the missing logit gaps of a model's answers that differ from its autoregressive answers
+/// to the same prompts.
 ///
 /// # Errors
 /// libtorch's errors; interruption.
@@ -24,7 +24,7 @@ pub(super) fn add(model: &LoadedModel, answers: &mut [AnswerRecord]) -> Result<(
         .collect();
     let is_open = |answer: &&mut AnswerRecord| answer.role == model.role && answer.logit_gap_at_difference.is_none();
     for answer in answers.iter_mut().filter(is_open) {
-        // Second turns have other prompts if the answers to the first turn differ.
+        // Second turns have different prompts if the answers to the first turn differ.
         let Some((_, ar_ids)) = ar.get(&answer.index).filter(|(prompt, _)| *prompt == answer.prompt) else { continue };
         let Some(position) = first_difference(ar_ids, &answer.response_ids) else { continue };
         interrupt::check()?;

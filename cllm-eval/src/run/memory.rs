@@ -8,12 +8,12 @@ use super::models::LoadedModel;
 use super::session::Session;
 use super::timing;
 
-/// Measures the memory of one model with the longest of the timed prompts; nothing on the CPU.
-/// Timing cannot measure it: its decoders have room for every strategy, and CUDA graphs allocate
-/// nothing when they are replayed.
+/// Measures the memory of one model with the longest of the timed prompts; does nothing on the CPU.
+/// Timing cannot measure it, because its decoders have room for every strategy, and because CUDA
+/// graphs allocate nothing when they are replayed.
 ///
 /// # Errors
-/// What decoding fails with.
+/// When decoding fails.
 pub(super) fn measure_batch1(session: &Session<'_>, model: &mut LoadedModel, strategies: &[Strategy]) -> Result<()> {
     let num_tokens = |&index: &usize| model.prompts.get(index).num_tokens();
     let Some(longest) = session.timed.iter().copied().max_by_key(num_tokens) else { return Ok(()) };

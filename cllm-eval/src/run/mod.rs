@@ -1,8 +1,8 @@
 //! `run`: measures accuracy and speed of a teacher, a student or both.
 //!
-//! A run is a session of stages, in the order of [`run`]. Whatever can be refused is refused before
-//! the weights of a model are loaded. From then on every answer, timing and text window goes to a
-//! journal as soon as it is there, so an interrupted run resumes where it stopped.
+//! A run is a session of stages, in the order of [`run`]. Bad input is refused before any weights
+//! are loaded. From then on every answer, timing and text window goes to a journal as soon as it
+//! exists, so an interrupted run resumes where it stopped.
 
 mod answers;
 mod examples;
@@ -35,7 +35,7 @@ use session::Session;
 /// Runs an evaluation, or resumes an interrupted one, and writes its files.
 ///
 /// # Errors
-/// Settings that do not fit together, missing files, a device that is not there, interruption.
+/// Settings that contradict each other, missing files, a device that does not exist, interruption.
 pub fn run(settings: &RunSettings) -> Result<Results> {
     let names = model_names(settings)?;
     let device = device::parse(&settings.device)?;
@@ -78,9 +78,9 @@ fn model_names(settings: &RunSettings) -> Result<Vec<(Role, &str)>> {
 
 /// The examples as each model reads them.
 enum Input {
-    /// To answer.
+    /// Prompts to answer.
     Prompts(Vec<Prompts>),
-    /// To read: the benchmark perplexity.
+    /// Texts to read, for the benchmark `perplexity`.
     Texts(Vec<Texts>),
 }
 
@@ -99,8 +99,8 @@ impl Input {
     }
 }
 
-/// Measures one model after the other, then what takes both: strategies with a draft model, and
-/// timing.
+/// Measures one model after the other, then what needs both models: strategies with a draft model,
+/// and timing.
 fn answer_prompts(session: &mut Session<'_>, models: Vec<IdentifiedModel>, prompts: Vec<Prompts>) -> Result<()> {
     let (drafted, alone): (Vec<Strategy>, Vec<Strategy>) =
         session.settings.strategies.iter().partition(|strategy| strategy.needs_draft_model());
@@ -120,7 +120,7 @@ fn answer_prompts(session: &mut Session<'_>, models: Vec<IdentifiedModel>, promp
     timing::time_strategies(session, &kept)
 }
 
-/// Everything about a model with some strategies but the timing.
+/// Measures everything except the timing of one model with some strategies.
 fn measure_strategies(session: &mut Session<'_>, model: &mut LoadedModel, strategies: &[Strategy]) -> Result<()> {
     for &strategy in strategies {
         answers::answer_examples(session, model, strategy)?;
@@ -133,8 +133,8 @@ fn measure_strategies(session: &mut Session<'_>, model: &mut LoadedModel, strate
     memory::measure_batch1(session, model, strategies)
 }
 
-/// The strategy whose first answers are part of the second turns that are timed and compared for
-/// logit gaps: one for all.
+/// The strategy that provides the first answers in second turns, where these are timed or compared
+/// for logit gaps. It is the same for all strategies, so that they get equal prompts.
 fn reference_strategy(strategies: &[Strategy]) -> Strategy {
     let ar = strategies.iter().find(|&&strategy| strategy == Strategy::Ar);
     ar.or(strategies.first()).copied().unwrap_or(Strategy::Ar)

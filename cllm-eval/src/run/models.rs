@@ -48,7 +48,7 @@ pub(super) struct LoadedModel {
     /// The model that proposes tokens in [`Strategy::Drafted`].
     pub(super) draft_model: Option<Rc<Transformer>>,
     pub(super) prompts: Prompts,
-    /// GPU memory that was in use before this model was loaded.
+    /// GPU memory in use before this model was loaded, in bytes.
     memory_before_bytes: u64,
     /// Peak GPU memory at batch 1 by strategy; empty on the CPU.
     pub(super) batch1_peak_bytes: Vec<(Strategy, u64)>,
@@ -56,7 +56,7 @@ pub(super) struct LoadedModel {
 
 impl LoadedModel {
     /// # Errors
-    /// When a file of the model is missing or broken, or memory does not suffice.
+    /// When a file of the model is missing or broken, or memory runs out.
     pub(super) fn load(model: IdentifiedModel, prompts: Prompts, device: Device) -> Result<Self> {
         let memory_before_bytes = libtorch::gpu_memory(device).map_or(0, |(current, _)| current);
         let transformer = checkpoint::load(&model.folder, device, device::default_kind(device))?;
@@ -70,8 +70,8 @@ impl LoadedModel {
         })
     }
 
-    /// A decoder for `rows` answers at once to any of the prompts, with the draft model if a
-    /// strategy needs it.
+    /// Creates a decoder for `rows` answers at once to any of the prompts, with the draft model if
+    /// a strategy needs it.
     ///
     /// # Errors
     /// As [`Decoder::new`].
@@ -87,8 +87,8 @@ impl LoadedModel {
         }
     }
 
-    /// Peak GPU memory since it was last reset, without what was in use before this model was
-    /// loaded. None on the CPU.
+    /// Peak GPU memory since the last reset, excluding what was in use before this model was
+    /// loaded. `None` on the CPU.
     pub(super) fn peak_memory_bytes(&self) -> Option<u64> {
         libtorch::gpu_memory(self.model.device()).map(|(_, peak)| peak.saturating_sub(self.memory_before_bytes))
     }

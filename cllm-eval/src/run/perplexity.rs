@@ -1,4 +1,4 @@
-//! The benchmark perplexity: texts are read in windows, nothing is generated.
+//! The benchmark `perplexity`: the models read texts in windows and generate nothing.
 //!
 //! Windows overlap by half, as in Hugging Face's guide "Perplexity of fixed-length models": every
 //! token of a text but its first is scored once, with at least half a window of context before it,
@@ -19,10 +19,10 @@ use super::models::IdentifiedModel;
 use super::session::Session;
 use crate::records::WindowRecord;
 
-/// A model with a shorter context has windows of that length.
+/// A model with a shorter context uses windows of the length of its context.
 const MAX_WINDOW_TOKENS: usize = 1024;
-/// Positions whose logits are in memory at once. Those of a whole window and a large vocabulary
-/// would need more memory than the model.
+/// Number of positions whose logits are in memory at once. The logits of a whole window with a
+/// large vocabulary would need more memory than the model.
 const MAX_LOGIT_POSITIONS: usize = 256;
 
 /// A stretch of a text that a model reads in one forward.
@@ -30,7 +30,7 @@ const MAX_LOGIT_POSITIONS: usize = 256;
 struct Window {
     start: usize,
     end: usize,
-    /// Number of tokens to score: the last ones of the window.
+    /// Number of tokens to score, which are the last ones of the window.
     num_scored: usize,
 }
 
@@ -45,7 +45,7 @@ fn windows(num_tokens: usize, window_tokens: usize) -> Vec<Window> {
     windows
 }
 
-/// Texts as a model reads them.
+/// Texts, tokenized for one model.
 pub(super) struct Texts {
     /// Tokens of each text.
     ids: Vec<Vec<i32>>,
@@ -65,8 +65,8 @@ impl Texts {
         if window_tokens < 2 || ids.iter().all(|ids| ids.len() < 2) {
             let folder = folder.display();
             return Err(Error::usage(format!(
-                "perplexity needs a text of at least 2 tokens, and a model whose context has 2: the longest text here has \
-                 fewer tokens for {folder}, or its context of {window_tokens} is too short"
+                "perplexity needs a text of at least 2 tokens and a model with a context of at least 2: the longest \
+                 text here has fewer tokens for {folder}, or its context of {window_tokens} is too short"
             )));
         }
         Ok(Texts { ids, window_tokens })
@@ -81,7 +81,7 @@ impl Texts {
     }
 }
 
-/// Measures a model on the windows that the journal does not hold yet.
+/// Measures a model on the windows that the journal does not contain yet.
 ///
 /// # Errors
 /// When the model cannot be loaded, its likelihoods are not finite, or writing fails. Finished
@@ -115,7 +115,8 @@ pub(super) fn measure(session: &mut Session<'_>, model: &IdentifiedModel, texts:
     Ok(())
 }
 
-/// Sum over the last `num_scored` tokens, in nats. The softmax is computed in float32.
+/// Sum of the negative log-likelihoods of the last `num_scored` tokens, in nats. The softmax is
+/// computed in float32.
 fn negative_log_likelihood(model: &Transformer, ids: &[i32], num_scored: usize) -> Result<f64> {
     let _no_grad = tch::no_grad_guard();
     let tokens = Tensor::from_slice(ids).to_kind(Kind::Int64).to_device(model.device());
@@ -168,7 +169,7 @@ mod tests {
     #[test]
     fn the_likelihood_of_a_window_is_that_of_its_tokens_one_by_one() {
         let model = model(3);
-        // More positions than are in memory at once.
+        // More positions than fit in memory at once.
         let ids: Vec<i32> = (0..600).map(|position| position * position % 47).collect();
         let scored = 550;
         let mut by_hand = 0.0;

@@ -1,4 +1,4 @@
-//! The examples as a model reads them: its chat template and its tokens.
+//! The examples as a model reads them: rendered with its chat template, and tokenized.
 
 use std::path::Path;
 
@@ -36,8 +36,8 @@ impl RenderedPrompt {
 }
 
 impl Prompts {
-    /// Renders the examples before any weights are loaded, so a prompt that does not fit is found
-    /// before hours of work.
+    /// Renders the examples before any weights are loaded, so that a prompt that does not fit is
+    /// reported before hours of work.
     ///
     /// # Errors
     /// When a file of the tokenizer is missing or broken, its template refuses a prompt, or a
@@ -49,7 +49,7 @@ impl Prompts {
         let stop = StopConditions { max_new_tokens: settings.max_new_tokens, eos_ids };
         let render = |sample: &Sample| {
             let prompt = RenderedPrompt::new(&tokenizer, sample)?;
-            // The prompt of a second turn will hold the answer to the first.
+            // The prompt of a second turn will contain the answer to the first.
             let num_answers = if mt_bench_turns::is_second(sample) { 2 } else { 1 };
             let max_new_tokens = stop.max_new_tokens.saturating_mul(num_answers);
             let room = StopConditions { max_new_tokens, ..stop.clone() };

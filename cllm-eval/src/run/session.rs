@@ -1,4 +1,4 @@
-//! A run whose inputs were checked and whose journal is open: what the stages share.
+//! A run with checked inputs and an open journal: the state that the stages share.
 
 use std::path::{Path, PathBuf};
 
@@ -70,7 +70,7 @@ fn open_journal(output: &Path, header: Header) -> Result<Journal> {
     Journal::open(&output.join(SAMPLES), header)
 }
 
-/// Texts are read, not answered, so strategies and timing have no part in their run.
+/// Texts are read, not answered, so strategies and timing do not apply to them.
 fn relevant_settings(settings: &RunSettings, task: Task) -> RunSettings {
     match task {
         Task::Perplexity => RunSettings { strategies: Vec::new(), num_speed_examples: 0, ..settings.clone() },
@@ -78,7 +78,7 @@ fn relevant_settings(settings: &RunSettings, task: Task) -> RunSettings {
     }
 }
 
-/// Fingerprint of what must be unchanged for a run to resume. The folder that it writes to may
+/// Fingerprint of everything that must be unchanged for a run to resume. The output folder may
 /// change.
 fn identity(settings: &RunSettings, models: &[ModelEntry], samples: &[Sample]) -> Result<String> {
     let settings = RunSettings { output: PathBuf::new(), ..settings.clone() };
@@ -86,8 +86,8 @@ fn identity(settings: &RunSettings, models: &[ModelEntry], samples: &[Sample]) -
     Ok(fingerprint::hash_bytes(&text))
 }
 
-/// Indices of `num` of `total` examples, spread evenly: neighbours are often alike, such as
-/// questions about one database.
+/// Indices of `num` of `total` examples. They are spread evenly because neighbours are often alike,
+/// such as questions about one database.
 fn spread_evenly(num: usize, total: usize) -> Vec<usize> {
     let num = num.min(total);
     (0..num).map(|number| number * total / num).collect()

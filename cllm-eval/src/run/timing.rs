@@ -8,11 +8,11 @@ use super::models::{LoadedModel, decode_options};
 use super::session::Session;
 use crate::records::SpeedRecord;
 
-/// Times the examples that the journal does not hold yet. All models and strategies take turns on
-/// each example, so a machine that slows down slows all of them.
+/// Times the examples that the journal does not contain yet. All models and strategies take turns
+/// on each example, so that a machine that slows down slows all of them.
 ///
 /// # Errors
-/// What decoding or writing fails with. Finished timings are in the journal.
+/// When decoding or writing fails. Finished timings are in the journal.
 pub(super) fn time_strategies(session: &mut Session<'_>, models: &[LoadedModel]) -> Result<()> {
     let strategies = |model: &LoadedModel| session.settings.strategies_of(model.role).collect::<Vec<_>>();
     let mut decoders: Vec<Decoder<'_>> =
@@ -33,8 +33,8 @@ pub(super) fn time_strategies(session: &mut Session<'_>, models: &[LoadedModel])
     for (round, index) in session.timed.clone().into_iter().enumerate() {
         for turn in 0..turns.len() {
             interrupt::check()?;
-            // Each example begins with another turn, so that none always comes first after a change
-            // of prompt.
+            // A different model and strategy goes first on each example, so that none always comes
+            // right after a change of prompt.
             let (number, strategy) = turns[(round + turn) % turns.len()];
             let model = &models[number];
             if is_timed(session, model, strategy, index) {
@@ -56,7 +56,7 @@ fn is_timed(session: &Session<'_>, model: &LoadedModel, strategy: Strategy, inde
 /// Answers one example at batch 1.
 ///
 /// # Errors
-/// What decoding fails with.
+/// When decoding fails.
 pub(super) fn time_answer(
     session: &Session<'_>,
     model: &LoadedModel,

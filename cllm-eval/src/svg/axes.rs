@@ -1,4 +1,4 @@
-//! Two axes with their grid: what line charts and scatter plots are drawn on.
+//! Two axes and their grid, on which line charts and scatter plots are drawn.
 
 use std::fmt::Write;
 use std::ops::RangeInclusive;
@@ -25,8 +25,8 @@ pub struct Axis {
 }
 
 impl Axis {
-    /// An axis whose round ticks enclose all `values`, which must be finite. Between whole numbers,
-    /// such as positions, there are no ticks.
+    /// Creates an axis whose round ticks enclose all `values`, which must be finite. If all values
+    /// are whole numbers, such as positions, so are the ticks.
     pub fn from_values(name: &'static str, values: impl Iterator<Item = f64>) -> Self {
         let (low, high, whole) = values.fold((f64::INFINITY, f64::NEG_INFINITY, true), |(low, high, whole), value| {
             (low.min(value), high.max(value), whole && value.fract() == 0.0)
@@ -39,7 +39,7 @@ impl Axis {
         Axis { name, first_tick, last_tick, step }
     }
 
-    /// 0 at the first tick, 1 at the last.
+    /// Maps the first tick to 0 and the last to 1.
     fn fraction(&self, value: f64) -> f64 {
         (value - self.first_tick) / (self.last_tick - self.first_tick)
     }
@@ -72,18 +72,18 @@ impl Frame {
         Frame { x, y }
     }
 
-    /// Pixels of a point given in the units of the axes.
+    /// Converts a point from the units of the axes to pixels.
     pub(super) fn to_pixels(&self, x: f64, y: f64) -> (f64, f64) {
         let (width, height) = (WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM);
         (LEFT + width * self.x.fraction(x), HEIGHT - BOTTOM - height * self.y.fraction(y))
     }
 
-    /// Where points and labels may be, in pixels from the left.
+    /// The horizontal range of points and labels, in pixels from the left.
     pub(super) fn label_columns(&self) -> RangeInclusive<f64> {
         LEFT - 6.0..=WIDTH
     }
 
-    /// Where the baselines of labels may be, in pixels from the top.
+    /// The vertical range of the labels' baselines, in pixels from the top.
     pub(super) fn label_baselines(&self) -> RangeInclusive<f64> {
         TOP + 8.0..=HEIGHT - BOTTOM - 4.0
     }

@@ -10,7 +10,7 @@ pub struct Bar {
     pub label: String,
     /// CSS class that colours it.
     pub class: &'static str,
-    /// Its length; `None` draws the label and `text` alone.
+    /// Length of the bar. `None` draws only the label and `text`.
     pub value: Option<f64>,
     /// Ends of the whisker.
     pub interval: Option<[f64; 2]>,
@@ -22,8 +22,8 @@ const BAR_LINE: f64 = 30.0;
 /// Extra height of a bar whose label is above it.
 const LABEL_LINE: f64 = 20.0;
 
-/// Horizontal bars from 0. Labels are on the left, or above their bars where they would leave too
-/// little width for them.
+/// Draws horizontal bars from 0. Labels are to the left of their bars, or above them if they would
+/// leave the bars too little width.
 pub fn bars(title: &str, bars: &[Bar]) -> String {
     let end_value = |bar: &Bar| bar.interval.map_or(0.0, |[_, high]| high).max(bar.value.unwrap_or(0.0));
     let max_value = bars.iter().map(end_value).fold(0.0, f64::max).max(f64::MIN_POSITIVE);

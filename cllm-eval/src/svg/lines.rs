@@ -5,7 +5,7 @@ use std::fmt::Write;
 use super::axes::{Axis, Frame, HEIGHT, LEGEND_LINE};
 use super::escape;
 
-/// Number of dash patterns that the page's style has.
+/// Number of dash patterns in the page's style.
 const NUM_DASHES: usize = 4;
 
 /// One line.
@@ -19,7 +19,7 @@ pub struct Series {
     pub points: Vec<(f64, f64)>,
 }
 
-/// Lines through points, named `[x, y]`. `from_zero` makes the y axis start at 0.
+/// Draws lines through points, with axes named `[x, y]`. With `from_zero`, the y axis starts at 0.
 pub fn lines(title: &str, axis_names: [&'static str; 2], from_zero: bool, series: &[Series]) -> String {
     let points = || series.iter().flat_map(|line| line.points.iter().copied());
     let zero = from_zero.then_some(0.0);

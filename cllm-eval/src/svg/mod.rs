@@ -1,8 +1,8 @@
 //! SVG primitives: bars, lines and scatter plots, with the axes that they share.
 //!
-//! A primitive knows numbers and labels but nothing about evaluation; which charts a report shows
-//! is decided in `report/charts.rs`. Colours come from CSS classes of the page, so that a chart
-//! fits both its themes.
+//! A primitive knows numbers and labels but nothing about evaluation; `report/charts.rs` decides
+//! which charts a report shows. Colours come from CSS classes of the page, so that charts fit both
+//! of its themes.
 
 mod axes;
 mod bars;

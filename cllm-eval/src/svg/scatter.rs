@@ -43,13 +43,13 @@ impl Rect {
     }
 }
 
-/// Where a label is written.
+/// Where a label is drawn.
 #[derive(Clone, Copy)]
 struct LabelPosition {
     x: f64,
     /// The baseline.
     y: f64,
-    /// Whether the text ends at `x`, being left of its point, or starts there.
+    /// Whether the text ends at `x`, because it is left of its point, rather than starting there.
     ends_at_x: bool,
 }
 
@@ -61,8 +61,8 @@ impl LabelPosition {
     }
 }
 
-/// Points with whiskers and labels. Labels that are too long to be written at their points are
-/// numbered in a legend below.
+/// Draws points with whiskers and labels. Labels that are too long to fit beside their points are
+/// numbered and listed in a legend below.
 pub fn scatter(title: &str, axis_names: [&'static str; 2], points: &[ScatterPoint]) -> String {
     let ys = points.iter().flat_map(|point| point.interval.into_iter().flatten().chain([point.y]));
     let frame = Frame::new(
@@ -107,7 +107,7 @@ fn draw_point(svg: &mut String, frame: &Frame, point: &ScatterPoint, (x, y): (f6
         write!(svg, r#"<circle class="{class}" cx="{x:.1}" cy="{y:.1}" r="{RADIUS}"><title>{label}</title></circle>"#);
 }
 
-/// Writes a label, with a line to its point where it had to move away from it.
+/// Writes a label, and a line to its point if it had to move away from it.
 fn draw_label(svg: &mut String, text: &str, position: LabelPosition, (point_x, point_y): (f64, f64)) {
     let LabelPosition { x, y, ends_at_x } = position;
     let anchor = if ends_at_x { "end" } else { "start" };
@@ -119,15 +119,14 @@ fn draw_label(svg: &mut String, text: &str, position: LabelPosition, (point_x, p
     let _ = write!(svg, r#"<text class="label" x="{x:.1}" y="{y:.1}" text-anchor="{anchor}">{text}</text>"#);
 }
 
-/// The centre of each point in pixels: its own, or shifted sideways from earlier points that it
-/// would overlap.
+/// The centre of each point in pixels, shifted sideways if the point would overlap an earlier one.
 fn spread_points(frame: &Frame, points: &[ScatterPoint]) -> Vec<(f64, f64)> {
     let mut centres: Vec<(f64, f64)> = Vec::new();
     for point in points {
         let (x, y) = frame.to_pixels(point.x, point.y);
         let shifts = (0..=2 * points.len() as u32).flat_map(|step| [f64::from(step), -f64::from(step)]);
         let mut candidates = shifts.map(|step| x + step * POINT_DISTANCE / 2.0);
-        // Whiskers need less distance than points of one height.
+        // Whiskers need less distance than points at the same height.
         let is_clear_of = |at: f64, (other_x, other_y): (f64, f64)| {
             let same_height = (other_y - y).abs() < POINT_DISTANCE;
             (other_x - at).abs() >= if same_height { POINT_DISTANCE } else { POINT_DISTANCE / 2.0 }
@@ -140,8 +139,8 @@ fn spread_points(frame: &Frame, points: &[ScatterPoint]) -> Vec<(f64, f64)> {
     centres
 }
 
-/// Positions for the labels: beside their points, and moved up or down and away until they overlap
-/// neither points and whiskers nor earlier labels.
+/// Chooses positions for the labels: beside their points, then moved up or down and away until they
+/// overlap neither points and whiskers nor earlier labels.
 fn place_labels(
     frame: &Frame,
     points: &[ScatterPoint],
@@ -169,7 +168,7 @@ fn place_labels(
     positions
 }
 
-/// What points and whiskers cover.
+/// The areas that points and whiskers cover.
 fn marks(frame: &Frame, points: &[ScatterPoint], centres: &[(f64, f64)]) -> Vec<Rect> {
     let mut occupied = Vec::new();
     for (point, &(x, y)) in points.iter().zip(centres) {
@@ -187,7 +186,7 @@ fn beside(x: f64, y: f64, ends_at_x: bool) -> LabelPosition {
     LabelPosition { x, y: y + 5.0, ends_at_x }
 }
 
-/// Positions for a label of the point at `x`, `y`, the nearest lines first.
+/// Possible positions for the label of the point at `x`, `y`, nearest lines first.
 fn candidates(x: f64, y: f64) -> impl Iterator<Item = LabelPosition> {
     let half_lines = (0..MAX_HALF_LINES).flat_map(|step| [f64::from(step), -f64::from(step)]);
     half_lines.flat_map(move |half_line| {

@@ -17,7 +17,7 @@ fn draw(records: &Records, example: Option<&str>) -> cllm_core::Result<String> {
     Ok(std::fs::read_to_string(output).unwrap())
 }
 
-/// When each animation is done, in percent of the loop; and the seconds of a loop.
+/// When each animation is done, in percent of the loop, and the duration of a loop in seconds.
 fn timeline(style: &str) -> (BTreeMap<String, f64>, f64) {
     let percent = |rule: &str| {
         let (name, steps) = rule.split_once('{').unwrap();
@@ -34,7 +34,7 @@ fn every_forward_appears_when_it_ended_on_one_time_scale() {
     let document = roxmltree::Document::parse(&svg).unwrap();
     let style = document.descendants().find(|node| node.has_tag_name("style")).unwrap().text().unwrap();
     let (ends, period) = timeline(style);
-    // The teacher takes 8 s for 8 forwards, the student 2 s for 2.
+    // The teacher needs 8 s for 8 forwards, the student 2 s for 2.
     let seconds = |prefix: char, forward: usize| ends[&format!("{prefix}{forward}")] / 100.0 * period;
     let scale = seconds('a', 7) / 8.0;
     for (prefix, num_forwards) in [('a', 8), ('b', 2)] {

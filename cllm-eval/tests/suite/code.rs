@@ -163,7 +163,7 @@ mod needs_data {
             };
             let failed: Vec<&str> = samples.par_iter().filter(|&s| !passes(s)).map(|s| s.id.as_str()).collect();
             assert!(failed.is_empty(), "{failed:?}");
-            // The same tests tell an incorrect answer from a correct one.
+            // The same tests distinguish an incorrect answer from a correct one.
             let nothing =
                 samples.par_iter().filter(|&s| score(task, &sandbox, s, "    return None\n") == Verdict::Correct);
             assert_eq!(nothing.count(), 0);
@@ -240,7 +240,7 @@ fn a_run_scores_code_if_its_settings_say_so() {
 #[test]
 fn a_signal_ends_running_answers_and_leaves_no_process() {
     let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
-    // A name of its own tells it from the program that probes the sandbox.
+    // This name distinguishes it from the program that probes the sandbox.
     let sleeping =
         "    import ctypes, time\n    ctypes.CDLL(None).prctl(15, b'asleep', 0, 0, 0)\n    time.sleep(100000)\n";
     let asleep = || {
@@ -253,7 +253,7 @@ fn a_signal_ends_running_answers_and_leaves_no_process() {
     EVAL.interrupt(&["score", &run, "--execute-code"], "INT", 130, || asleep() > 0);
     assert_eq!(left_running(), 0);
     assert!(verdicts(&run).iter().all(|&verdict| verdict == Verdict::Unscored));
-    // When the program is killed, the answers that it runs die, too.
+    // When the program is killed, the answers that it runs die too.
     let mut command = EVAL.command(&[]);
     command.args(["score", &run, "--execute-code"]).env("TMPDIR", dir.path()).stderr(Stdio::null());
     let mut child = command.spawn().unwrap();

@@ -1,4 +1,4 @@
-//! `compare` on records-up records.
+//! `compare` on made-up records.
 
 use std::path::Path;
 
@@ -21,7 +21,7 @@ fn refused(a: &Path, b: Option<&Path>, take_a: Option<&str>, take_b: Option<&str
     compare(a, b, take_a, take_b).unwrap_err().to_string()
 }
 
-/// Forty examples: the teacher has all correct, the student all but the first `lost`.
+/// Forty examples. The teacher answers all correctly, the student all but the first `lost`.
 fn forty(lost: usize) -> Records {
     let mut records = records();
     let last: Vec<_> = records.answers.iter().filter(|answer| answer.index == 0).cloned().collect();
@@ -51,7 +51,7 @@ fn a_run_alone_compares_its_student_with_its_teacher() {
     assert_eq!((a.role, a.strategy.as_str(), a.checkpoint.as_str()), (Role::Teacher, "ar", "t"));
     assert_eq!((b.role, b.strategy.as_str(), b.checkpoint.as_str()), (Role::Student, "jacobi n=4", "s"));
     assert_eq!((comparison.pairs, comparison.scored, comparison.unpaired_a, comparison.unpaired_b), (4, 4, 0, 0));
-    // The teacher has examples 0, 1 and 2 correct, the student 0 and 3. Three differ:
+    // The teacher answered examples 0, 1 and 2 correctly, the student 0 and 3. Three differ:
     // 2 · (1 + 3) / 8 = 1.
     assert_eq!((comparison.a_only, comparison.b_only, comparison.mcnemar_p), (2, 1, Some(1.0)));
     assert_eq!((a.accuracy, b.accuracy, comparison.difference), (Some(0.75), Some(0.5), Some(-0.25)));
@@ -61,7 +61,7 @@ fn a_run_alone_compares_its_student_with_its_teacher() {
     let speed = comparison.speed.as_ref().unwrap();
     assert_eq!((speed.examples, speed.same_machine), (2, true));
     assert_eq!((speed.a_tokens_per_second, speed.b_tokens_per_second), (Some(1.0), Some(4.0)));
-    // Every example is four times as fast, so every resample is, too.
+    // Every example is four times as fast, and so is every resample.
     assert_eq!((speed.ratio, speed.ci95), (Some(4.0), Some([4.0, 4.0])));
     let text = comparison.text();
     assert!(text.contains("−25.0 points") && text.contains("4.00x (95 %: 4.00x to 4.00x)"), "{text}");
@@ -166,8 +166,8 @@ fn selectors_choose_model_and_strategy() {
     let error = refused(run.path(), None, Some("student"), Some("student/ar"));
     assert!(error.contains("both sides are student/ar"), "{error}");
 
-    // The baseline of a single model is its own autoregressive decoding. Of several strategies the
-    // fastest is chosen.
+    // The baseline of a single model is its own autoregressive decoding. If several strategies
+    // match, the fastest is chosen.
     let mut alone = records();
     alone.answers.retain(|answer| answer.role == Role::Student);
     alone.header.models.remove(0);

@@ -21,8 +21,8 @@ pub fn program() -> Command {
 
 pub const JACOBI: Strategy = Strategy::Jacobi { n: 4 };
 
-/// Four examples. Teacher AR: 3 correct, the other unfinished. Student Jacobi: 2 correct, a quarter
-/// of the forwards.
+/// Four examples. Teacher AR: 3 correct, the other unfinished. Student Jacobi: 2 correct, with a
+/// quarter of the forwards.
 pub fn records() -> Records {
     let model =
         |role, path: &str| ModelEntry { role, path: path.into(), fingerprint: format!("f{path}"), parameters: 10 };

@@ -1,4 +1,5 @@
-//! MT-bench: second turns contain the first answers of the same model and strategy, runs resume, FastChat's files are written.
+//! MT-bench: second turns contain the first answers of the same model and strategy, runs resume,
+//! and FastChat's files are written.
 
 use std::fs;
 use std::path::Path;
@@ -84,7 +85,8 @@ fn second_turns_contain_first_answers_and_an_interrupted_run_resumes() {
     questions(&data);
     let fixed = ["run", "benchmark=mt-bench", "strategies=[ar, {jacobi: {n: 4}}]", "max_new_tokens=24", "batch_size=2"];
     let more = ["num_speed_examples=6", "device=cpu", "--json"];
-    // Answers of various lengths tell prompts apart in the timings, which keep only the length.
+    // Answers of various lengths distinguish the prompts in the timings, which keep only the
+    // length.
     let eos_ids = format!("{:?}", (20..50).collect::<Vec<_>>());
     let given =
         [("teacher", &teacher), ("student", &student), ("data", &data), ("output", &output), ("eos_ids", &eos_ids)];
@@ -99,7 +101,8 @@ fn second_turns_contain_first_answers_and_an_interrupted_run_resumes() {
     expect_own_first_answers(&whole, [&teacher, &student]);
     expect_fastchat(&output, &whole);
 
-    // An interruption left the first turns and one second turn. One first answer is changed, to find it in its second turn.
+    // An interruption left the first turns and one second turn. One first answer is changed, so
+    // that it can be recognised in its second turn.
     let mut left = whole.clone();
     let (changed, text) = ((Role::Student, JACOBI, 2), "Ann has 12 pears and gives 7 of them to Tom. ".repeat(3));
     left.speeds.clear();
@@ -159,7 +162,7 @@ fn questions_without_two_turns_or_without_room_are_refused() {
     let data = format!("data={data}");
     // Two answers and the questions must fit into the context of 1,024 tokens.
     EVAL.fail(&words(&[&data, "max_new_tokens=500"]), 2, &["81/2", "up to 1000 new tokens"]);
-    EVAL.fail(&words(&[&data, "split=dev"]), 2, &["the split test only"]);
+    EVAL.fail(&words(&[&data, "split=dev"]), 2, &["only the split test"]);
     let prompts = path(dir.path(), "prompts.jsonl");
     let row = json!({ "id": "81/1", "source": "mt-bench/test", "prompt": "Tom?" });
     fs::write(&prompts, row.to_string()).unwrap();

@@ -79,8 +79,8 @@ fn the_slider_shows_tokens_forward_by_forward_and_the_button_switches_the_theme(
         (&serde_json::json!([]), &0.into(), &false.into()),
         "{seen}"
     );
-    // Four answers of 8 tokens each. From its forward on, a text is visible and coloured unlike the
-    // one before it.
+    // Four answers of 8 tokens each. Once its forward is reached, a text is visible and coloured
+    // unlike the one before it.
     for (state, (value, tokens)) in
         [(0, [0; 4]), (1, [1, 2, 1, 4]), (4, [4, 8, 4, 8]), (8, [8; 4])].into_iter().enumerate()
     {

@@ -72,7 +72,7 @@ fn both_models_get_a_perplexity_and_an_interrupted_run_resumes() {
         assert_eq!(model["strategies"], Value::Array(vec![]));
     }
     assert_eq!(results["paired"], Value::Array(vec![]));
-    // A kill left the teacher's windows, the first of the student's and half a line.
+    // A kill left the teacher's windows, the first of the student's windows, and half a line.
     let samples = Path::new(&output).join("samples.jsonl");
     let whole = fs::read_to_string(&samples).unwrap();
     let measured = Records::read(&samples).unwrap();
@@ -89,14 +89,14 @@ fn both_models_get_a_perplexity_and_an_interrupted_run_resumes() {
     let mut resumed = Records::read(&samples).unwrap();
     resumed.windows[0].nll -= 1.0;
     assert_eq!(resumed, measured);
-    // The saved records are enough to score and to report; there are no answers to compare.
+    // The saved records are enough to score and to report; there are no scored answers to compare.
     let score: Value = serde_json::from_slice(&EVAL.succeed(&["score", &output, "--json"]).stdout).unwrap();
     assert_eq!(score["models"][1], results["models"][1]);
     EVAL.succeed(&["report", &output]);
     let text = String::from_utf8(EVAL.succeed(&["score", &output]).stdout).unwrap();
     assert!(text.contains("teacher: perplexity ") && text.contains("student: perplexity "), "{text}");
     EVAL.fail(&["compare", &output], 2, &["perplexities"]);
-    EVAL.fail(&["tradeoff", &output], 2, &["no answer"]);
+    EVAL.fail(&["tradeoff", &output], 2, &["no scored answer"]);
     // The saved settings can be run again.
     let settings = Path::new(&output).join("config.yaml").display().to_string();
     EVAL.succeed(&["run", "-c", &settings]);

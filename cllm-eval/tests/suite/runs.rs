@@ -102,7 +102,8 @@ fn a_student_as_draft_model_leaves_the_answers_of_its_teacher_unchanged() {
     assert!(both.status.success(), "{}", String::from_utf8_lossy(&both.stderr));
     let results: Value = serde_json::from_slice(&both.stdout).unwrap();
     let strategies = |model: usize| results["models"][model]["strategies"].as_array().unwrap();
-    let labels = |model| strategies(model).iter().map(|found| found["label"].as_str().unwrap()).collect::<Vec<_>>();
+    let labels =
+        |model| strategies(model).iter().map(|strategy| strategy["label"].as_str().unwrap()).collect::<Vec<_>>();
     assert_eq!((labels(0), labels(1)), (vec!["drafted n=6", "ar"], vec!["ar"]));
     let drafted = &strategies(0)[0];
     assert_eq!((&drafted["exact_match_vs_ar"], &drafted["speed_examples"]), (&1.0.into(), &2.into()));
@@ -139,7 +140,7 @@ fn every_strategy_samples_the_same_answers_at_a_temperature() {
     for strategy in sampled["models"][0]["strategies"].as_array().unwrap() {
         assert_eq!(strategy["exact_match_vs_ar"], 1.0, "{strategy}");
     }
-    // Timed answers are sampled, too: each takes as many forwards as in its batch.
+    // Timed answers are sampled too: each needs as many forwards as in its batch.
     assert_eq!(sampled_records.speeds.len(), 3 * 2);
     for speed in &sampled_records.speeds {
         let same = sampled_records

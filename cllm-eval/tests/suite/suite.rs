@@ -1,4 +1,4 @@
-//! `suite`: several benchmarks in one go.
+//! `suite`: several benchmarks in one command.
 
 use std::fs;
 use std::path::Path;

@@ -20,8 +20,8 @@ fn results(change: impl Fn(&mut Records)) -> Results {
 
 #[test]
 fn points_front_and_area_follow_from_the_results() {
-    let found = Tradeoff::from_results(&[results(|_| ())]).unwrap();
-    let points: Vec<_> = found
+    let tradeoff = Tradeoff::from_results(&[results(|_| ())]).unwrap();
+    let points: Vec<_> = tradeoff
         .points
         .iter()
         .map(|point| {
@@ -37,9 +37,9 @@ fn points_front_and_area_follow_from_the_results() {
     ];
     assert_eq!(points, expected);
     // Teacher: 75 + 1 · 75. Student: 50 + 3 · 50 · exp(-3 (1 - 50/75)) = 50 + 150 / e.
-    let areas: Vec<f64> = found.aup.iter().map(|curve| curve.aup).collect();
+    let areas: Vec<f64> = tradeoff.aup.iter().map(|curve| curve.aup).collect();
     assert!((areas[0] - 150.0).abs() < 1e-9 && (areas[1] - (50.0 + 150.0 / 1f64.exp())).abs() < 1e-9, "{areas:?}");
-    let text = found.text();
+    let text = tradeoff.text();
     assert!(text.contains("AUP of t: 150.0, over 2 points") && text.contains("75.0 %"), "{text}");
 }
 
@@ -75,7 +75,7 @@ fn results_with_different_examples_or_settings_are_refused() {
     let folder = first.parent().unwrap().to_owned();
     assert_eq!(tradeoff::read(&[folder]).unwrap(), Tradeoff::from_results(&[results(|_| ())]).unwrap());
     let unscored = written("unscored", results(|records| records.answers.clear()));
-    assert!(tradeoff::read(&[unscored]).unwrap_err().to_string().contains("no answer of these results was scored"));
+    assert!(tradeoff::read(&[unscored]).unwrap_err().to_string().contains("these results contain no scored answer"));
     std::fs::write(&first, "{}").unwrap();
     assert!(tradeoff::read(&[first]).unwrap_err().to_string().contains("is not a results.json"));
 }
@@ -91,8 +91,8 @@ fn the_recipe_sweeps_n_and_its_results_can_be_read_and_compared() {
     let run = ["run".to_owned(), "-c".to_owned(), recipe, setting("teacher"), setting("student"), setting("output")];
     EVAL.succeed(&[&run[..], &small].concat());
     let output = path(dir.path(), "output");
-    let found: Value = serde_json::from_slice(&EVAL.succeed(&["tradeoff", &output, "--json"]).stdout).unwrap();
-    let points = found["points"].as_array().unwrap();
+    let tradeoff: Value = serde_json::from_slice(&EVAL.succeed(&["tradeoff", &output, "--json"]).stdout).unwrap();
+    let points = tradeoff["points"].as_array().unwrap();
     let of_student: Vec<&Value> = points.iter().filter(|point| point["role"] == "student").collect();
     let widths = |name: &str| {
         let mine = |point: &&&Value| point["strategy"].as_str().unwrap().starts_with(name);
@@ -103,13 +103,13 @@ fn the_recipe_sweeps_n_and_its_results_can_be_read_and_compared() {
     };
     assert_eq!(widths("ar"), [Some(1)]);
     assert_eq!(widths("jacobi"), [Some(4), Some(8), Some(16), Some(32)]);
-    assert!(widths("rolling").len() > 2 && widths("multiblock").len() > 1, "{found:#}");
-    assert_eq!(found["aup"].as_array().unwrap().len(), 2);
+    assert!(widths("rolling").len() > 2 && widths("multiblock").len() > 1, "{tradeoff:#}");
+    assert_eq!(tradeoff["aup"].as_array().unwrap().len(), 2);
     let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/data-format.md")).unwrap();
     let compared: Value = serde_json::from_slice(&EVAL.succeed(&["compare", &output, "--json"]).stdout).unwrap();
     assert_eq!((&compared["pairs"], &compared["speed"]["examples"]), (&2.into(), &1.into()));
-    let documents =
-        [&found, &points[0], &found["aup"][0], &compared, &compared["a"], &compared["speed"]].map(Value::as_object);
+    let documents = [&tradeoff, &points[0], &tradeoff["aup"][0], &compared, &compared["a"], &compared["speed"]]
+        .map(Value::as_object);
     for key in documents.into_iter().flat_map(|document| document.unwrap().keys()) {
         assert!(page.contains(&format!("`{key}`")), "{key} is missing in docs/data-format.md");
     }

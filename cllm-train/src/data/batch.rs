@@ -11,9 +11,9 @@ use cllm_core::train::PackedBatch;
 use crate::data::packing::PackedSequence;
 use crate::losses::Losses;
 
-/// The label of a row without a part in the autoregressive loss.
+/// The label of a row that is not in the autoregressive loss.
 pub const NO_LABEL: i64 = -100;
-/// Logits in memory at a time: 256 MiB in float32, for each of a few copies.
+/// Maximum number of logits in memory at a time: 256 MiB in float32, for each of a few copies.
 const MAX_CHUNK_LOGITS: usize = 1 << 26;
 
 /// The maximum number of rows in a chunk for a model with this vocabulary.
@@ -21,7 +21,7 @@ pub fn max_chunk_rows(config: &ModelConfig) -> usize {
     (MAX_CHUNK_LOGITS / config.vocab_size as usize).max(1)
 }
 
-/// Packed sequences, and what the losses need of them, on the host.
+/// Packed sequences and the rows that the losses need, on the host.
 pub struct Batch {
     pub packed: PackedBatch,
     /// The prompts and responses alone, for the frozen model; empty without an anchor.
@@ -139,8 +139,8 @@ impl Batch {
         self.counts.num_blocks += sequence.noisy_blocks().len();
     }
 
-    /// Adds a row, and the noisy rows whose target it is, to the last chunk, or to a new one if
-    /// that is full.
+    /// Adds a row and the noisy rows that have it as their target to the last chunk, or to a new
+    /// one if the last is full.
     fn push_row(&mut self, clean: CleanRow, noisy_rows: Vec<i64>, max_chunk_rows: usize) {
         let is_full = |chunk: &Chunk| chunk.rows.len() + chunk.noisy_rows.len() + 1 + noisy_rows.len() > max_chunk_rows;
         if self.chunks.last().is_none_or(|chunk| !chunk.rows.is_empty() && is_full(chunk)) {

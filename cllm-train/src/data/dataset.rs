@@ -14,7 +14,7 @@ use crate::settings::{BlockContext, ConsistencySettings, LabelSource, Objective,
 /// One response to learn from, with its prompt.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Example {
-    /// Random draws for this example are seeded with it.
+    /// Also seeds the random draws for this example.
     pub id: String,
     pub prompt_ids: Vec<i32>,
     /// EOS included.
@@ -32,13 +32,13 @@ pub struct Block {
     pub start: usize,
     /// Token ids of each state; the last is the fixed point.
     pub states: Vec<Vec<i32>>,
-    /// Which of the states `augment` changed; empty if it changed none.
+    /// Whether `augment` changed each state; empty if it changed none.
     pub augmented: Vec<bool>,
 }
 
 impl Block {
-    /// The state that decoding went to from `state`; none if `augment` changed either of them,
-    /// since decoding never saw it then.
+    /// The state that decoding reached from `state`. `None` if `augment` changed either of them,
+    /// because decoding never took that step.
     pub(crate) fn next_state(&self, state: usize) -> Option<&[i32]> {
         let is_augmented = |state: usize| self.augmented.get(state).is_some_and(|&augmented| augmented);
         let is_adjacent = !is_augmented(state) && !is_augmented(state + 1);
@@ -68,8 +68,8 @@ impl Example {
         self.prompt_ids.len() + self.response_ids.len()
     }
 
-    /// The maximum number of tokens in its noisy blocks; with local consistency the next states
-    /// have as many again.
+    /// The maximum number of tokens in its noisy blocks. With local consistency, the next states
+    /// add as many again.
     pub fn max_noisy_tokens(&self, consistency: &ConsistencySettings) -> usize {
         let num_candidates = self.candidate_blocks(consistency).len();
         let num_blocks = consistency.max_blocks.map_or(num_candidates, |max_blocks| num_candidates.min(max_blocks));
@@ -118,14 +118,16 @@ pub fn read(settings: &Settings, tokenizer: &Tokenizer, config: &ModelConfig) ->
         let reason = match num_read {
             0 => String::new(),
             _ => {
-                format!(": all {num_read} are longer, with their prompts, than the model's context of {max_positions}")
+                format!(
+                    ": all {num_read} are longer than the model's context of {max_positions} tokens, prompts included"
+                )
             }
         };
         return Err(Error::usage(format!("datasets: no examples to learn from in {:?}{reason}", settings.datasets)));
     }
     if num_excluded > 0 {
         progress::log(format!(
-            "excluded {}: longer, with the prompt, than the model's context of {max_positions} tokens",
+            "excluded {}: longer than the model's context of {max_positions} tokens, prompt included",
             count(num_excluded, "example")
         ));
     }
@@ -146,7 +148,7 @@ fn read_references(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Example>> {
     if examples.len() < num_samples {
         let num_excluded = num_samples - examples.len();
         progress::log(format!(
-            "{}: excluded {num_excluded} of {}, which have no reference",
+            "{}: excluded {num_excluded} of {} for lack of a reference",
             path.display(),
             count(num_samples, "prompt")
         ));

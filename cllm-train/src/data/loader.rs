@@ -19,14 +19,14 @@ const MAX_STEPS_AHEAD: usize = 2;
 /// The batches of one step.
 #[derive(Default)]
 pub struct StepBatches {
-    /// Those that this process trains on.
+    /// The batches that this process trains on.
     pub batches: Vec<Batch>,
     /// Counts over the batches of all processes.
     pub counts: BatchCounts,
 }
 
-/// Which batches of a step a process trains on: every `world_size`-th, beginning with number
-/// `rank`.
+/// Selects the batches of a step that a process trains on: every `world_size`-th one, starting with
+/// number `rank`.
 #[derive(Clone, Copy)]
 pub struct RankShard {
     rank: usize,
@@ -71,8 +71,8 @@ impl<'l> BatchLoader<'l> {
         Batch::new(&sequences, self.max_chunk_rows, anchor_prompt_fraction)
     }
 
-    /// Packs the batches of a step. Those of the other processes are packed too, since every
-    /// process needs the counts of all.
+    /// Packs the batches of a step. The batches of the other processes are packed too, because
+    /// every process needs the counts of all.
     pub fn step_batches(&self, batches: &[Vec<usize>], epoch: usize, shard: RankShard) -> StepBatches {
         let mut step = StepBatches::default();
         for (number, example_indices) in batches.iter().enumerate() {

@@ -1,7 +1,7 @@
-//! From data sets to batches on the host. `dataset` reads examples, `schedule` decides which
-//! examples make which step, `packing` turns an example into one sequence of tokens, `batch` joins
-//! sequences and notes what each loss needs of them, and `loader` does both on a thread ahead of
-//! training. Nothing here touches a device.
+//! From data sets to batches on the host. `dataset` reads examples, `schedule` assigns them to
+//! steps, `packing` turns an example into one sequence of tokens, `batch` joins sequences and notes
+//! which rows each loss needs, and `loader` packs and joins on a thread ahead of training. Nothing
+//! here touches a device.
 
 pub mod batch;
 pub mod dataset;

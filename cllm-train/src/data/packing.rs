@@ -24,7 +24,8 @@ pub struct NoisyBlock {
     pub window_start: usize,
     /// Token ids of the state, cut at the end of the response.
     pub state: Vec<i32>,
-    /// Token ids of the state after it, cut likewise; empty without local consistency.
+    /// Token ids of the next state, cut at the end of the response; empty without local
+    /// consistency.
     pub next_state: Vec<i32>,
 }
 
@@ -35,8 +36,7 @@ pub struct PackedSequence {
     pub(crate) prompt_len: usize,
     pub(crate) response_ids: Vec<i32>,
     pub(crate) token_ids: Vec<i32>,
-    /// Position id of each token: noisy tokens have those of the response tokens that they stand
-    /// for.
+    /// Position id of each token. A noisy token has that of the response token that it replaces.
     pub(crate) positions: Vec<i32>,
     noisy_blocks: Vec<NoisyBlock>,
     /// Whether the autoregressive loss teaches the response.
@@ -128,8 +128,8 @@ impl PackedSequence {
             let indices = start..start + block.state.len();
             ranges.extend(indices.map(|index| [clean(block), causal(window_start, index), EMPTY_RANGE]));
         }
-        // A next state attends to what its block attends to, but to its own tokens in place of the
-        // block's.
+        // A next state attends to the same tokens as its block, but to its own tokens in place of
+        // the block's.
         let next_starts = self.next_state_starts();
         for (number, (block, &start)) in self.noisy_blocks.iter().zip(&next_starts).enumerate() {
             let before = (window_starts[number], starts[number] as i32);
@@ -139,9 +139,9 @@ impl PackedSequence {
         ranges
     }
 
-    /// For each noisy token in the global loss: its index, and the response token that it predicts,
-    /// by its position in the response. These are the tokens from the first one on at which the
-    /// noisy context differs from the clean one, as far as the response goes.
+    /// For each noisy token in the global loss: its index, and the position in the response of the
+    /// token that it predicts. The loss covers the tokens from the first one at which the noisy
+    /// context differs from the clean one, up to the end of the response.
     pub(crate) fn global_targets(&self) -> Vec<(usize, usize)> {
         let first_difference = |block: &NoisyBlock| {
             let clean = &self.response_ids[block.start..block.start + block.state.len()];
@@ -163,9 +163,9 @@ impl PackedSequence {
         targets
     }
 
-    /// For each noisy token in the local loss: its index, and that of its counterpart in the next
-    /// state. These are the tokens from the first one on at which the two states differ, as far as
-    /// the response goes.
+    /// For each noisy token in the local loss: its index, and the index of its counterpart in the
+    /// next state. The loss covers the tokens from the first one at which the two states differ, up
+    /// to the end of the response.
     pub(crate) fn local_targets(&self) -> Vec<(usize, usize)> {
         let mut targets = Vec::new();
         let starts = self.state_starts().into_iter().zip(self.next_state_starts());
@@ -205,7 +205,7 @@ fn sample_noisy_block(
     NoisyBlock { start: block.start, window_start, state: state[..num_tokens].to_vec(), next_state }
 }
 
-/// Where parts of these lengths begin when they follow one another from `start`.
+/// The start of each part, when parts of these lengths follow one another from `start`.
 fn running_starts(start: usize, lengths: impl Iterator<Item = usize>) -> Vec<usize> {
     let next_start = |next: &mut usize, length: usize| {
         let start = *next;

@@ -1,4 +1,4 @@
-//! Decides which examples make which step. The order is a function of (seed, epoch), so it never
+//! Assigns the examples to batches and steps. The order is a function of (seed, epoch), so it never
 //! has to be saved.
 
 use cllm_core::{Error, Result, fingerprint, interrupt};
@@ -11,16 +11,16 @@ use crate::settings::Settings;
 /// a smaller one keeps the order more random.
 const NUM_POOLED_BATCHES: usize = 16;
 
-/// The order of a run.
+/// The order of a run's examples.
 pub struct Schedule {
-    /// Maximum packed tokens of each example.
+    /// Maximum number of packed tokens of each example.
     example_tokens: Vec<usize>,
     seed: u64,
     max_batch_tokens: usize,
     max_example_tokens: usize,
     /// Number of steps before the end of each epoch.
     epoch_ends: Vec<usize>,
-    /// Examples that are longer than `max_example_tokens`.
+    /// Number of examples that are longer than `max_example_tokens`.
     pub num_excluded: usize,
     /// Packed tokens of the whole run, without padding.
     pub num_tokens: usize,
@@ -67,7 +67,7 @@ impl Schedule {
         Ok(schedule)
     }
 
-    /// Steps of the whole run.
+    /// Number of steps of the whole run.
     pub fn num_steps(&self) -> usize {
         self.epoch_ends.last().copied().unwrap_or(0)
     }

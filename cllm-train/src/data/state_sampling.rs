@@ -1,4 +1,4 @@
-//! Draws which recorded state of a block is trained in a pass over the data.
+//! Draws the recorded state of each block that a pass over the data trains.
 
 use rand::RngExt;
 use rand_chacha::ChaCha8Rng;
@@ -6,7 +6,7 @@ use rand_chacha::ChaCha8Rng;
 use crate::settings::{ConsistencySettings, StateSampling};
 
 /// The index of the state to train for block `block_index` of a response. The last of the `states`
-/// is the fixed point, which is drawn only if it is the only one.
+/// is the fixed point, which is drawn only if there is no other.
 pub fn sample_state(
     states: &[Vec<i32>],
     block_index: usize,

@@ -10,7 +10,7 @@ pub(super) const ROPE_FACTORS: &str = "rope_freqs.weight";
 
 /// The configuration of the file's model.
 pub(super) fn read(file: &GgufFile<'_>) -> Parsed<ModelConfig> {
-    let architecture = file.text("general.architecture")?.ok_or("names no general.architecture")?;
+    let architecture = file.text("general.architecture")?.ok_or("lacks the key `general.architecture`")?;
     if !matches!(architecture, "llama" | "qwen2") {
         return Err(format!("holds a model of architecture `{architecture}`; only llama and qwen2 are supported"));
     }
@@ -84,9 +84,9 @@ fn rope_scaling(file: &GgufFile<'_>, architecture: &str, theta: f64, head_dim: i
     }
 }
 
-/// Llama 3's rule, recovered from the factors that it gave. All releases use the same bounds, so
-/// the largest factor determines the rule, which is refused unless it reproduces all stored
-/// factors.
+/// Llama 3's scaling rule, recovered from the stored factors. All releases use the same bounds, so
+/// the largest factor determines the rule. A rule that does not reproduce all stored factors is
+/// refused.
 fn llama3_scaling(stored: &[f32], theta: f64, head_dim: i64) -> Parsed<Value> {
     const CONTEXT: f64 = 8192.0;
     const LOW: f64 = 1.0;

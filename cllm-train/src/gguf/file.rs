@@ -1,4 +1,4 @@
-//! The container: header, key-value metadata, and the position of each tensor.
+//! The container: header, key-value metadata, and the location of each tensor.
 
 use std::collections::BTreeMap;
 
@@ -10,7 +10,7 @@ const LIST: u32 = 9;
 /// The error is the rest of a sentence that begins with the path of the file.
 pub(super) type Parsed<T> = Result<T, String>;
 
-/// A metadata value. All integer types are one.
+/// A metadata value. All integer types are read into one.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Value {
     Integer(i64),
@@ -23,7 +23,7 @@ pub(super) enum Value {
 /// One tensor. Its rows consist of whole blocks.
 #[derive(Debug, Clone)]
 pub(super) struct TensorInfo<'a> {
-    /// The fastest dimension is the last, as in safetensors.
+    /// In the order of safetensors: the dimension that varies fastest is the last.
     pub shape: Vec<i64>,
     pub format: Format,
     pub data: &'a [u8],
@@ -141,7 +141,7 @@ impl<'a> GgufFile<'a> {
     }
 }
 
-/// What the header says about a tensor.
+/// A tensor's entry in the header.
 struct TensorHeader {
     name: String,
     shape: Vec<i64>,
@@ -169,7 +169,7 @@ impl TensorHeader {
         Ok(TensorHeader { name, shape, format, offset: cursor.u64()? })
     }
 
-    /// Finds the data of the tensor in the file, whose tensor data begin at byte `start`.
+    /// Finds the data of the tensor in the file. The data of all tensors begins at byte `start`.
     fn locate<'a>(&self, bytes: &'a [u8], start: usize) -> Parsed<TensorInfo<'a>> {
         let TensorHeader { name, shape, format, offset } = self;
         let size = format.row_bytes(shape[shape.len() - 1]).and_then(|row| {
@@ -180,7 +180,7 @@ impl TensorHeader {
         let first = usize::try_from(*offset).ok().and_then(|offset| offset.checked_add(start));
         let data = first.and_then(|first| bytes.get(first..first.checked_add(size)?)).ok_or_else(|| {
             format!(
-                "is cut off: tensor `{name}` ends at byte {offset} + {size} of the tensor data, which begin at byte {start}, but the \
+                "is cut off: tensor `{name}` ends at byte {offset} + {size} of the tensor data, which begins at byte {start}, but the \
                  file has only {} bytes; copy or download it again",
                 bytes.len()
             )

@@ -189,7 +189,7 @@ fn split_step(pattern: &str) -> Value {
 struct WordSplit {
     normalizer: Value,
     pre_tokenizer: Value,
-    /// Llama 3 takes a word that is a token as it is, without merging, and adds BOS by default.
+    /// Llama 3 keeps a word that is a token whole, without merging, and adds BOS by default.
     is_llama3: bool,
 }
 

@@ -26,8 +26,8 @@ pub fn chunk_losses(
     let targets = TargetRows::new(&chunk.noisy_targets, num_all_rows, hidden.device())?;
     let logits = kernels.logits(head.model.project(hidden))?;
     let mut sums = Losses::default();
-    // This comes first: its targets are clean rows, which the cross-entropy turns into their
-    // gradients.
+    // The global loss comes first: its targets are clean rows, which the cross-entropy turns into
+    // their gradients.
     if num_all_rows > num_rows {
         let (student, target) = ((&logits, num_rows), (&logits, &targets));
         let per_row = kernels.divergence(student, target, head.divergence.into(), scale.global)?;
@@ -58,8 +58,8 @@ pub fn local_losses(
     Ok(ChunkLosses { sums, d_rows: d_rows(head, hidden, &logits)? })
 }
 
-/// The gradient of hidden states, from logits that have become their own gradient. That of the
-/// vocabulary projection is added to the model's.
+/// Returns the gradient of hidden states, given logits that have become their own gradient. Adds
+/// the gradient of the vocabulary projection to the model's gradients.
 fn d_rows(head: &LossHead<'_>, hidden: &Tensor, d_logits: &Logits) -> Result<Option<Tensor>> {
     head.scale.map(|_| project_backward(head.model, hidden, d_logits.values())).transpose()
 }

@@ -1,4 +1,4 @@
-//! What both implementations of the losses take and give.
+//! The inputs and outputs that both implementations of the losses share.
 
 use cllm_core::model::Transformer;
 use tch::Tensor;
@@ -6,7 +6,7 @@ use tch::Tensor;
 use crate::losses::Losses;
 use crate::settings::Divergence;
 
-/// The vocabulary projection of a model, and how losses follow from it.
+/// The vocabulary projection of a model, and how losses are computed from its logits.
 pub struct LossHead<'m> {
     pub model: &'m Transformer,
     /// Divergence of the global and local losses.

@@ -11,8 +11,8 @@ pub struct Ema {
 }
 
 impl Ema {
-    /// An average of weights `[elements]` that starts with the first update: the initial weights
-    /// have no part in it.
+    /// Creates an average of weights `[elements]` that starts with the first update and excludes
+    /// the initial weights.
     pub fn new(weights: &Tensor, decay: f64) -> Self {
         Ema { average: weights.to_kind(Kind::Float).copy(), decay }
     }

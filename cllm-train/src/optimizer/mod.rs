@@ -32,15 +32,16 @@ pub struct OptimizerState {
     group: Rc<ProcessGroup>,
     weights: ParamBuffer,
     gradients: ParamBuffer,
-    /// What the update changes. If the types allow it, this is the shard of the weights itself and
-    /// no copy.
+    /// The weights that the update changes. If the types allow it, this is the shard of the weights
+    /// itself, not a copy.
     master_weights: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
     ema: Option<Ema>,
     /// Seeds stochastic rounding.
     seed: u64,
-    /// Steps skipped so far, and those in a row up to the last step; float32 scalars on the device.
+    /// Steps skipped so far, in total and in a row up to the last step; float32 scalars on the
+    /// device.
     num_skipped: Tensor,
     num_skipped_in_a_row: Tensor,
 }
@@ -49,7 +50,7 @@ pub struct OptimizerState {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SkippedSteps {
     pub total: usize,
-    /// Up to the last step.
+    /// Number of skipped steps in a row up to the last step; 0 if the last step was not skipped.
     pub in_a_row: usize,
 }
 
@@ -58,7 +59,7 @@ struct Update {
     lr: f64,
     /// Number of the step, from 1.
     number: usize,
-    /// What the gradients are divided by to clip them, float32 scalar.
+    /// Divisor of the gradients that clips them; float32 scalar.
     scale: Tensor,
     /// Float32 scalar: 1 skips the update, 0 applies it.
     skip: Tensor,
@@ -83,7 +84,7 @@ impl OptimizerState {
             return Err(Error::usage(format!("the weights cannot be divided among {} processes", group.world_size())));
         }
         let kind = if is_bf16 { Kind::BFloat16 } else { Kind::Float };
-        // `to_kind` copies only if the type is another.
+        // `to_kind` copies only if the type differs.
         let master_weights = group.shard(weights.buffer()).to_kind(kind);
         let zero = || Tensor::zeros([], (Kind::Float, model.device()));
         Ok(OptimizerState {
@@ -106,7 +107,7 @@ impl OptimizerState {
     /// nothing and is counted. Returns the norm before clipping, on the device.
     ///
     /// # Errors
-    /// libtorch's errors, a process that is gone.
+    /// libtorch's errors, a process that has died.
     pub fn step(&mut self, lr: f64, number: usize) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
         let gradients = self.group.reduce_scatter(self.gradients.buffer())?;
@@ -124,7 +125,7 @@ impl OptimizerState {
         if let Some(ema) = &self.ema {
             ema.update(&self.master_weights, number, MAX_UPDATE_ELEMENTS)?;
         }
-        // Not before the update: in a single process `gradients` is a view of this buffer.
+        // Cleared only after the update: in a single process `gradients` is a view of this buffer.
         let _ = self.gradients.buffer().shallow_clone().zero_();
         self.num_skipped += &update.skip;
         self.num_skipped_in_a_row = (&self.num_skipped_in_a_row + 1.0) * &update.skip;
@@ -193,12 +194,12 @@ impl OptimizerState {
         min.double_value(&[]).is_finite() && max.double_value(&[]).is_finite()
     }
 
-    /// Runs `body` while the model has the average of its weights, if one is kept; afterwards it
-    /// has its own weights again, whatever failed. The processes that do not run a body call
-    /// [`Self::join_average`] instead.
+    /// Runs `body` while the model has the average of its weights, if one is kept. Afterwards the
+    /// model has its own weights again, even if `body` failed. The processes that do not run a body
+    /// call [`Self::join_average`] instead.
     ///
     /// # Errors
-    /// The body's own, libtorch's, a process that is gone.
+    /// Those of the body, libtorch's, a process that has died.
     pub fn with_average<T>(&self, body: impl FnOnce() -> Result<T>) -> Result<T> {
         let Some(ema) = &self.ema else { return body() };
         let mut weights = self.weights.buffer().shallow_clone();
@@ -212,7 +213,7 @@ impl OptimizerState {
     /// The weights stay as they are.
     ///
     /// # Errors
-    /// libtorch's, a process that is gone.
+    /// libtorch's errors, a process that has died.
     pub fn join_average(&self) -> Result<()> {
         let Some(ema) = &self.ema else { return Ok(()) };
         self.gather_average(ema, &self.weights.buffer().f_empty_like()?)
@@ -224,7 +225,7 @@ impl OptimizerState {
         self.group.all_gather(buffer)
     }
 
-    /// This process's shards of all that a checkpoint needs, by name.
+    /// This process's shards of everything that a checkpoint needs, by name.
     fn shards(&self) -> Vec<(&'static str, &Tensor)> {
         let shards =
             [("master_weights", &self.master_weights), ("exp_avg", &self.exp_avg), ("exp_avg_sq", &self.exp_avg_sq)];
@@ -235,7 +236,7 @@ impl OptimizerState {
     /// process must call it.
     ///
     /// # Errors
-    /// A process that is gone; memory that ran out.
+    /// A process that has died; memory that ran out.
     pub fn named_tensors(&self) -> Result<Vec<(String, Tensor)>> {
         let mut named = Vec::new();
         for (prefix, shard) in self.shards() {
@@ -246,8 +247,8 @@ impl OptimizerState {
         Ok(named)
     }
 
-    /// Concatenates the shards of all processes on the main one; in host memory unless it is the
-    /// only one.
+    /// Concatenates the shards of all processes on the main one. The result is in host memory
+    /// unless there is only one process.
     fn gather_to_main(&self, shard: &Tensor) -> Result<Option<Tensor>> {
         let _no_grad = tch::no_grad_guard();
         if self.group.world_size() == 1 {
@@ -305,7 +306,8 @@ mod tests {
         Transformer::random(config.unwrap(), 1, Device::Cpu, kind)
     }
 
-    /// A tiny model after a step whose gradient is `gradient` everywhere, and the norm of that.
+    /// A tiny model after a step in which every gradient is `gradient`, and the norm of that
+    /// gradient.
     fn after_a_step(gradient: f64, max_grad_norm: Option<f64>) -> (OptimizerState, f64) {
         let settings = OptimizerSettings { max_grad_norm, ..OptimizerSettings::default() };
         let model = tiny_model(4, Kind::Float);

@@ -1,5 +1,5 @@
 //! `rounds`: on-policy rounds of collection and training. A student's own trajectories show it the
-//! states that it meets itself, and as it gets faster, n may grow (Jacobi Forcing, arXiv
+//! states that it will meet when it decodes. As it gets faster, n may grow (Jacobi Forcing, arXiv
 //! 2512.14681, trains a second round with twice the n).
 //!
 //! Each round has up to four stages: collect, augment, clean, train. `rounds.json` records which
@@ -23,7 +23,7 @@ use stage::{Stage, best_model};
 /// Runs the rounds, resuming from what the output folder holds. Returns the path of `rounds.json`.
 ///
 /// # Errors
-/// What a stage fails with; a finished stage whose inputs or output have changed since.
+/// Errors of a stage; a finished stage whose inputs or output have changed since.
 pub fn run(settings: &RoundsSettings) -> Result<PathBuf> {
     if ProcessEnv::from_env(|name| std::env::var(name).ok())?.is_some() {
         let message =
@@ -65,8 +65,8 @@ impl Rounds<'_> {
         progress::log(format!("round {}: {name}", index + 1));
         self.report.begin(index, n, name, inputs);
         self.save()?;
-        // A kill between the last file of a stage and its record leaves a stage with nothing left
-        // to do but the record.
+        // A kill between a stage's last file and its record leaves a stage that only has to be
+        // recorded.
         let is_done = stage_progress == StageProgress::Begun && output.is_some();
         let summary = stage.run(is_done)?;
         let output = stage

@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::run_fingerprint::RunFingerprint;
 
-/// Its name in the folder of the rounds.
+/// Name of the file in the folder of the rounds.
 pub const REPORT_FILE: &str = "rounds.json";
 
 const SCHEMA_VERSION: u32 = 2;
@@ -27,7 +27,7 @@ pub struct RoundsReport {
 
 #[derive(Debug, Serialize, Deserialize)]
 struct RoundReport {
-    /// Its number, from 1.
+    /// Number of the round, from 1.
     round: usize,
     /// Block size, in tokens.
     n: usize,
@@ -39,20 +39,20 @@ struct RoundReport {
 struct StageReport {
     name: String,
     inputs: RunFingerprint,
-    /// Fingerprint of what the stage left; `None` while it is not finished.
+    /// Fingerprint of the stage's output; `None` while it is not finished.
     output: Option<String>,
     /// Null while the stage is not finished.
     summary: Value,
 }
 
-/// How far a stage is.
+/// The progress of a stage.
 #[derive(Debug, PartialEq, Eq)]
 pub enum StageProgress {
-    /// It has left nothing.
+    /// It has not begun.
     New,
-    /// It began from the same inputs.
+    /// It has begun, from the same inputs.
     Begun,
-    /// It is finished, and what it left is unchanged.
+    /// It is finished, and its output is unchanged.
     Finished,
 }
 
@@ -60,7 +60,7 @@ impl RoundsReport {
     /// Reads the report in an output folder; empty if there is none.
     ///
     /// # Errors
-    /// A file that is no report, or one of another version.
+    /// A file that is not a report, or one of another version.
     pub fn read(output: &Path) -> Result<Self> {
         let path = output.join(REPORT_FILE);
         if !path.exists() {
@@ -85,8 +85,8 @@ impl RoundsReport {
         atomic_file::write_json(&output.join(REPORT_FILE), self)
     }
 
-    /// How far the stage `name` of round `index` (from 0) is, if it is to be made from `inputs`.
-    /// `output` is the fingerprint of what its `folder` holds now, if that is complete.
+    /// The progress of the stage `name` of round `index` (from 0), if it is to run on `inputs`.
+    /// `output` is the fingerprint of what its `folder` contains now, if that is complete.
     ///
     /// # Errors
     /// If the stage was made from other inputs, or its output has changed since.

@@ -77,8 +77,8 @@ impl RoundsSettings {
         let mut round = merge(&shared, &self.rounds[index]).map_err(in_round)?;
         round.refuse_what_rounds_set().map_err(in_round)?;
         round.set_paths(&self.output.join(format!("round-{:02}", index + 1)), model);
-        // Anchored to the student before it, a later round would drift from the teacher step by
-        // step.
+        // If a later round were anchored to the student before it, the students would drift from
+        // the teacher step by step.
         if round.train.is_anchored() {
             round.train.consistency.anchor.get_or_insert_with(|| self.model.clone());
         }
@@ -123,7 +123,7 @@ impl RoundSettings {
         }
     }
 
-    /// Sets where each stage reads and writes.
+    /// Sets the folders that each stage reads and writes.
     fn set_paths(&mut self, folder: &Path, model: &Path) {
         let model = model.display().to_string();
         self.collect.model = model.clone();

@@ -1,4 +1,4 @@
-//! The stages of a round: what each depends on, what it leaves, and how to run it.
+//! The stages of a round: what each depends on, what it produces, and how it runs.
 
 use std::path::{Path, PathBuf};
 
@@ -41,8 +41,8 @@ impl Stage<'_> {
         }
     }
 
-    /// Everything that the result depends on. Paths are not part of it (their contents are), nor is
-    /// the batch size.
+    /// Everything that the result depends on. The contents of paths are part of it, but not the
+    /// paths themselves, nor the batch size.
     ///
     /// # Errors
     /// Files that cannot be read.
@@ -75,7 +75,7 @@ impl Stage<'_> {
         Ok(inputs)
     }
 
-    /// The fingerprint of what the stage left, if that is complete.
+    /// The fingerprint of the stage's output, if that is complete.
     ///
     /// # Errors
     /// Files that cannot be read.
@@ -92,11 +92,11 @@ impl Stage<'_> {
         }
     }
 
-    /// Runs the stage, or what is left of it, and returns its summary. With `is_done` its output is
-    /// complete already.
+    /// Runs the stage, or the rest of it, and returns its summary. `is_done` says that its output
+    /// is already complete.
     ///
     /// # Errors
-    /// What the stage fails with.
+    /// Those of the stage.
     pub fn run(&self, is_done: bool) -> Result<Value> {
         match self {
             Stage::Collect(settings) => {
@@ -123,8 +123,8 @@ impl Stage<'_> {
     }
 }
 
-/// The model that a training run hands to the next round: its best checkpoint if validation found
-/// one, else the final model.
+/// The model that a training run hands to the next round: its best checkpoint if validation chose
+/// one, otherwise the final model.
 pub fn best_model(run: &Path) -> PathBuf {
     let best = run.join("checkpoints/best");
     if best.exists() { best } else { run.join("final") }

@@ -172,7 +172,7 @@ impl Settings {
         }
         if self.init.is_some() && self.is_anchored() && self.consistency.anchor.is_none() {
             return usage(
-                "consistency.anchor_weight needs `model` or consistency.anchor: random weights are no anchor",
+                "consistency.anchor_weight needs `model` or consistency.anchor: random weights cannot be an anchor",
             );
         }
         if self.init.is_some() && self.lora.is_some() {

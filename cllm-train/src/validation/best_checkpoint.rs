@@ -1,25 +1,25 @@
-//! Which checkpoint of a run is the best, and whether it is worth waiting for a better one.
+//! Chooses the best checkpoint of a run, and decides whether to wait for a better one.
 
 use serde::{Deserialize, Serialize};
 
 use crate::settings::ValidationSettings;
 use crate::validation::metrics::GenerationMetrics;
 
-/// What the validations of a run have found so far.
+/// The results of a run's validations so far.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct BestCheckpointTracker {
     /// Step of the last validation.
     pub last_step: Option<usize>,
-    /// Answers of the initial model.
+    /// Metrics of the initial model's answers.
     pub initial: Option<GenerationMetrics>,
-    /// Answers of the last validation after that.
+    /// Metrics of the answers in the last validation after that.
     pub last: Option<GenerationMetrics>,
     pub best: Option<BestCheckpoint>,
-    /// Validations since the best one, or since the start.
+    /// Number of validations since the best one, or since the start.
     pub num_without_best: usize,
 }
 
-/// The best checkpoint of a run.
+/// The best checkpoint so far.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct BestCheckpoint {
     pub step: usize,
@@ -50,15 +50,15 @@ impl BestCheckpointTracker {
         self.num_without_best == 0
     }
 
-    /// Whether so many validations in a row brought no new best that the run should stop.
+    /// Whether `patience` validations in a row brought no new best checkpoint.
     pub fn should_stop(&self, settings: &ValidationSettings) -> bool {
         settings.patience.is_some_and(|patience| self.num_without_best >= patience)
     }
 
     fn is_accurate(&self, metrics: &GenerationMetrics, max_drop: f64) -> bool {
         let initial = self.initial.and_then(|initial| initial.accuracy);
-        // Fractions of a few answers are not exact in binary: an accuracy exactly at the bound must
-        // pass.
+        // Fractions of a few answers are not exact in binary, and an accuracy exactly at the bound
+        // must pass.
         initial.zip(metrics.accuracy).is_none_or(|(initial, accuracy)| accuracy >= initial - max_drop - 1e-9)
     }
 }

@@ -17,7 +17,7 @@ use crate::step::evaluate_batch;
 /// Held-out trajectories, in batches.
 pub struct ValidationLosses {
     examples: Vec<Example>,
-    /// Indices of examples.
+    /// Indices of the examples in each batch.
     batches: Vec<Vec<usize>>,
 }
 
@@ -25,7 +25,7 @@ impl ValidationLosses {
     /// Reads the validation trajectories of a run, if it has any.
     ///
     /// # Errors
-    /// Bad data sets; one without an example that fits into a batch.
+    /// Bad data sets, or a data set in which no example fits into a batch.
     pub fn load(settings: &Settings, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Option<Self>> {
         let Some(path) = &settings.validation.trajectories else { return Ok(None) };
         let (labels, num_examples) = (settings.consistency.labels, settings.validation.num_examples);
@@ -41,7 +41,7 @@ impl ValidationLosses {
         let num_excluded = num_read - examples.len() + schedule.num_excluded;
         if num_excluded > 0 {
             let num_read = count(num_read, "example");
-            progress::log(format!("{}: excluded {num_excluded} of {num_read}, which are too long", path.display()));
+            progress::log(format!("{}: excluded {num_excluded} of {num_read}: too long", path.display()));
         }
         Ok(Some(ValidationLosses { batches: schedule.batches(0), examples }))
     }

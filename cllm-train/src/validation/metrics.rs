@@ -45,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn unfinished_and_unscored_answers_are_counted_apart() {
+    fn unfinished_and_unscored_answers_are_counted_separately() {
         let answer = |num_tokens: usize, num_forwards: usize, finish_reason| Answer {
             response_ids: vec![1; num_tokens],
             num_forwards,

@@ -17,13 +17,13 @@ use generation_probe::GenerationProbe;
 use losses::ValidationLosses;
 use metrics::GenerationMetrics;
 
-/// What a run validates with.
+/// The held-out data of a run: prompts to answer and trajectories to compute losses on.
 pub struct Validator<'t> {
     probe: Option<GenerationProbe<'t>>,
     losses: Option<ValidationLosses>,
 }
 
-/// What a validation found.
+/// The results of a validation.
 pub struct ValidationOutput {
     /// `None` without prompts to answer.
     pub generation: Option<GenerationMetrics>,

@@ -133,7 +133,7 @@ fn examples_longer_than_the_context_are_excluded_and_counted() {
     };
     fs::write(&prompts, short.clone() + &long("a") + &long("b")).unwrap();
     let stderr = TRAIN.succeed(&["run", "-c", &settings_file(dir.path(), &settings)]).stderr;
-    let message = "excluded 2 examples: longer, with the prompt, than the model's context of 128 tokens";
+    let message = "excluded 2 examples: longer than the model's context of 128 tokens, prompt included";
     assert!(stderr.contains(message), "{stderr}");
 
     let unlabelled = dir.path().join("unlabelled.jsonl");
@@ -141,7 +141,7 @@ fn examples_longer_than_the_context_are_excluded_and_counted() {
     let with_unlabelled =
         Settings { datasets: vec![unlabelled], output: dir.path().join("unlabelled"), ..settings.clone() };
     let stderr = TRAIN.succeed(&["run", "-c", &settings_file(dir.path(), &with_unlabelled)]).stderr;
-    assert!(stderr.contains("unlabelled.jsonl: excluded 1 of 13 prompts, which have no reference"), "{stderr}");
+    assert!(stderr.contains("unlabelled.jsonl: excluded 1 of 13 prompts for lack of a reference"), "{stderr}");
 
     let only_long = dir.path().join("long.jsonl");
     fs::write(&only_long, long("a")).unwrap();
@@ -188,7 +188,7 @@ fn ids_outside_the_vocabulary_of_the_student_are_refused() {
 }
 
 #[test]
-fn missing_devices_and_unwritable_paths_end_with_3() {
+fn missing_devices_and_unwritable_paths_exit_with_code_3() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
     let settings = sft(dir.path(), "run");

@@ -1,5 +1,5 @@
 //! Several processes on the CPU, over Gloo: they train as one does, the main one writes, and a run
-//! resumes with any number.
+//! resumes with any number of processes.
 
 use std::fs;
 use std::net::TcpListener;

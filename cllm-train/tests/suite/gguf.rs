@@ -182,7 +182,7 @@ fn tokenizer(contents: &mut GgufContents, folder: &Path) {
 fn assert_converts(family: &str, tied: bool) {
     let dir = tempfile::tempdir().unwrap();
     let model = Transformer::random(config(family, tied), 5, Device::Cpu, Kind::Float);
-    // A wrong order would not show in biases and norms whose elements are all equal.
+    // A wrong order would not show in biases and norms with equal elements.
     let _no_grad = tch::no_grad_guard();
     for (index, (_, mut weight)) in model.named_parameters().into_iter().enumerate() {
         if weight.dim() == 1 {

@@ -50,7 +50,7 @@ fn a_run_that_met_signals_and_a_full_disk_equals_one_that_did_not() {
     TRAIN.succeed(&["run", "-c", &file, &format!("output={}", whole.display())]);
     assert_eq!(reproducible_metrics(&interrupted), reproducible_metrics(&whole));
     assert_same_final_model(&interrupted, &whole);
-    // An exported model that does not fit is not there in part.
+    // If an exported model does not fit on the disk, no part of it is left.
     let exported = path(dir.path(), "exported");
     let export = ["export", &path(&whole, "final"), "--output", &exported];
     TRAIN.fail_on_full_disk(16, &export, &["exported/model.safetensors"]);
@@ -81,8 +81,8 @@ fn a_damaged_checkpoint_is_named_and_the_one_before_it_serves() {
         TRAIN.fail(&arguments, 2, &[name, "is damaged", "delete ", advice]);
     }
     fs::remove_dir_all(&newest).unwrap();
-    // What a kill leaves during a save: a folder and a file half written, and a checkpoint about to
-    // be replaced.
+    // The state that a kill during a save leaves: a folder and a file half written, and a
+    // checkpoint about to be replaced.
     fs::create_dir(run.join("checkpoints/.writing-abc")).unwrap();
     fs::write(run.join(".writing-def"), "half").unwrap();
     fs::remove_file(run.join("checkpoints/latest")).unwrap();

@@ -128,7 +128,7 @@ fn losses_and_gradients_are_those_of_the_cpu_up_to_rounding() {
             let error = relative_error(&gradient, &expected);
             eprintln!("{name}, {context:?}, {divergence:?}: gradients differ by {error:.4} of their norm");
             assert!(error < 0.03, "{name}: {error}");
-            // Every run gives the same numbers, whatever layers are checkpointed.
+            // Every run gives the same numbers, whichever layers are checkpointed.
             for checkpointed_layers in [0, 2, 99] {
                 let again = run(&on_gpu, &gradients_gpu, Some(&teacher_gpu), &batch, &settings, checkpointed_layers);
                 assert_eq!(again, (losses, gradient.shallow_clone()), "{name}: {checkpointed_layers}");

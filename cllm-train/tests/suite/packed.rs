@@ -35,8 +35,8 @@ fn token_ids(first: i32, count: usize) -> Vec<i32> {
     (0..count as i32).map(|index| (first + index * 7) % 37).collect()
 }
 
-/// A response of `response_len` tokens. Each of its blocks has two noisy states, the later of them
-/// correct in its first token; only block 1 is correct from its first state.
+/// A response of `response_len` tokens. Each of its blocks has two noisy states. The first token of
+/// the second one is correct; only block 1 is correct from its first state.
 pub fn example(id: &str, prompt_len: usize, response_len: usize) -> Example {
     let response_ids = token_ids(2, response_len);
     let mut padded = response_ids.clone();

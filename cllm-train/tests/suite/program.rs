@@ -9,7 +9,7 @@ use crate::setup::{TRAIN, prepare, settings_file, sft};
 use cllm_testing::programs::path;
 
 #[test]
-fn a_misspelt_key_ends_with_2_and_names_the_nearest() {
+fn a_misspelt_key_exits_with_code_2_and_names_the_nearest() {
     let dir = tempfile::tempdir().unwrap();
     let file = path(dir.path(), "run.yaml");
     std::fs::write(&file, "optimizer:\n  learning: 1\n").unwrap();
@@ -80,7 +80,7 @@ fn plan_shows_parameters_memory_steps_and_time_and_writes_nothing() {
 }
 
 #[test]
-fn a_missing_model_and_a_missing_data_set_end_with_2() {
+fn a_missing_model_and_a_missing_data_set_exit_with_code_2() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
     let output = format!("output={}", path(dir.path(), "run"));

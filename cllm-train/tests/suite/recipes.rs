@@ -1,5 +1,5 @@
-//! What a recipe chooses besides the weights of its losses: labels, validation, early stopping, the
-//! average of the weights.
+//! The settings of a recipe besides the weights of its losses: labels, validation, early stopping,
+//! the average of the weights.
 
 use std::path::Path;
 
@@ -123,8 +123,8 @@ fn a_run_without_a_new_best_stops_early_and_resumes_exactly() {
 
     assert_resumes_exactly(&settings, steps as usize - 1);
     assert_eq!(summary(&run)["steps"], steps);
-    // A signal during the last validation but one: its step is saved, and the validation comes
-    // again.
+    // A signal during the last validation but one: its step is saved, and the validation is
+    // repeated.
     let state_file = run.join(format!("checkpoints/step-{:06}/state.json", steps - 1));
     let mut state: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&state_file).unwrap()).unwrap();
     state["validation"]["last_step"] = (steps - 2).into();

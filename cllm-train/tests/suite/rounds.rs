@@ -74,7 +74,7 @@ fn outputs(root: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     outputs
 }
 
-/// Every key of a report, but not those of inputs, which are settings and paths.
+/// Every key of a report, except those of inputs, which are settings and paths.
 fn keys(value: &Value) -> Vec<String> {
     match value {
         Value::Object(fields) => fields

@@ -1,5 +1,5 @@
-//! Whole runs on a tiny random model: they learn, they resume exactly, and a run that has become
-//! another is refused.
+//! Whole runs on a tiny random model: they learn, they resume exactly, and a run whose settings or
+//! data have changed is refused.
 
 use std::path::{Path, PathBuf};
 
@@ -51,7 +51,7 @@ fn a_teacher_and_its_student_learn_and_resume_exactly() {
 }
 
 #[test]
-fn validation_counts_unfinished_answers_apart() {
+fn validation_counts_unfinished_answers_separately() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
     let mut settings = Settings { max_steps: Some(2), ..sft(dir.path(), "run") };
@@ -170,7 +170,7 @@ fn a_run_whose_data_or_model_has_changed_is_refused_by_name() {
 }
 
 #[test]
-fn a_run_that_diverges_ends_with_1_and_keeps_its_last_good_checkpoint() {
+fn a_run_that_diverges_exits_with_code_1_and_keeps_its_last_good_checkpoint() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
     let model_with_last_norm = |name: &str, value: f64| {
@@ -223,7 +223,7 @@ fn a_run_that_diverges_ends_with_1_and_keeps_its_last_good_checkpoint() {
     };
     assert_diverges(
         &skipping,
-        &["not finite 30 steps in a row", "the last checkpoint is from before that and is kept"],
+        &["not finite 30 steps in a row", "the last checkpoint was saved before that and is kept"],
     );
     assert!(have_same_weights(&dir.path().join("skipping/checkpoints/latest"), Path::new(&overflowing)));
     let short = settings("short", &overflowing);

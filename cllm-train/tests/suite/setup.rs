@@ -1,5 +1,5 @@
-//! What the tests share: a tiny prompt set with a tokenizer, settings of tiny runs, trajectories,
-//! and what runs leave.
+//! Shared by the tests: a tiny prompt set with a tokenizer, settings of tiny runs, trajectories,
+//! and the outputs of runs.
 
 use std::path::{Path, PathBuf};
 

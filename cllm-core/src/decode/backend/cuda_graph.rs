@@ -80,8 +80,8 @@ impl Backend for CudaGraphBackend<'_> {
     fn collect(&mut self, windows: &[Window<'_>]) -> Result<Vec<Predictions>> {
         let num_outputs: usize = windows.iter().map(Window::len).sum();
         let sampled = &self.runner.predicted()?[..num_outputs];
-        // NaN logits have no largest one. The next forward would use such a token as an index into
-        // the embedding.
+        // NaN logits have no maximum. The next forward would use such a token as an index into the
+        // embedding.
         if sampled.iter().any(|&token| token < 0 || token as usize >= self.vocab_size) {
             return Err(Error::negative(
                 "the model's logits are not numbers: its weights are damaged, or they overflow in bfloat16",
@@ -132,11 +132,11 @@ mod tests {
     use crate::cuda::shape::KernelShape;
     use crate::decode::tree::TokenTree;
 
-    /// What is written for these chunks and windows, into a buffer of sevens.
+    /// The input for these chunks and windows, written into a buffer that was filled with sevens.
     fn written(shape: ForwardShape, chunks: &[PromptChunk<'_>], windows: &[Window<'_>]) -> (InputLayout, Vec<i32>) {
         let model = KernelShape {
             hidden: 128,
-            // Tiles of 2 tokens, since a warp takes 16 query vectors.
+            // Tiles have 2 tokens, since a warp processes 16 query vectors.
             heads: 8,
             kv_heads: 1,
             head_dim: 32,
@@ -173,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tree_takes_neighboring_slots_at_the_positions_of_its_branches() {
+    fn a_tree_occupies_neighboring_slots_at_the_positions_of_its_branches() {
         let shape = ForwardShape { num_tokens: 4, num_outputs: 4, num_tiles: 4 };
         let tree = TokenTree::new([0, 0, 2]);
         let window = Window { start: 4, last_token: 11, draft: &[12, 13, 14], tree: Some(&tree), sequence_key: 1 };

@@ -1,6 +1,6 @@
-//! A transformer's forward on a GPU in bfloat16, made of our own kernels and its own KV cache.
-//! Tokens of different sequences are packed into one ragged batch, each with a slot and a position
-//! of its own. Shapes are static, so that a forward can be captured as a CUDA graph.
+//! A transformer's forward on a GPU in bfloat16, made of our own kernels, with a KV cache of its
+//! own. Tokens of different sequences are packed into one ragged batch, each with a slot and a
+//! position of its own. Shapes are static, so that a forward can be captured as a CUDA graph.
 
 use tch::{Device, Kind, Tensor};
 
@@ -9,6 +9,7 @@ use crate::cuda::forward_input::{ForwardInput, InputLimits};
 use crate::cuda::libtorch;
 use crate::cuda::nvrtc::compute_capability;
 use crate::cuda::shape::KernelShape;
+use crate::cuda::tiles;
 use crate::model::{Layer, SlotMove, Transformer};
 use crate::{Error, Result};
 
@@ -41,7 +42,7 @@ impl<'m> CudaModel<'m> {
         {
             return Ok(None);
         }
-        let capacity = capacity.next_multiple_of(decode::SLOTS_PER_READ);
+        let capacity = capacity.next_multiple_of(tiles::SLOTS_PER_READ);
         let zeros = |inner: [usize; 2]| {
             let [rows, kv_heads, outer, inner] = [num_rows, shape.kv_heads, inner[0], inner[1]].map(|size| size as i64);
             Tensor::f_zeros([num_layers, rows, kv_heads, outer, inner], (Kind::BFloat16, model.device()))
@@ -56,7 +57,7 @@ impl<'m> CudaModel<'m> {
         }))
     }
 
-    /// What a forward's input may refer to.
+    /// Upper bounds of the indices in a forward's input.
     pub(super) fn input_limits(&self) -> InputLimits {
         let size = |dimension| self.keys.size()[dimension] as usize;
         InputLimits { model: self.shape, num_rows: size(1), capacity: size(3) }
@@ -64,10 +65,10 @@ impl<'m> CudaModel<'m> {
 
     /// Maximum number of tokens in a tile, in a forward of `num_tokens`.
     pub(super) fn tile_tokens(&self, num_tokens: usize) -> usize {
-        decode::tile_tokens(&self.shape, num_tokens)
+        tiles::tile_tokens(&self.shape, num_tokens)
     }
 
-    /// Maximum number of tokens that the fused kernels take.
+    /// Maximum number of tokens of the fused kernels.
     pub(super) fn max_fused_tokens(&self) -> usize {
         decode::max_fused_tokens(&self.shape)
     }
@@ -103,7 +104,7 @@ impl<'m> CudaModel<'m> {
         }
     }
 
-    /// With few tokens, the time goes into reading the weights. Kernels that fuse norms,
+    /// With few tokens, reading the weights dominates the time. Kernels that fuse norms,
     /// projections and activations read them fastest.
     fn forward_fused(&self, input: &ForwardInput, x: &Tensor, predicted: &Tensor) -> Result<()> {
         let (kernels, config, num_tokens) = (&self.kernels, self.model.config(), input.shape().num_tokens);
@@ -123,13 +124,13 @@ impl<'m> CudaModel<'m> {
         kernels.fused_sample(self.model.lm_head(), x, &self.model.norm, input, predicted)
     }
 
-    /// With more tokens, the products take the time, and cuBLAS computes them fastest.
+    /// With more tokens, the matrix products dominate the time, and cuBLAS computes them fastest.
     fn forward_with_cublas(&self, input: &ForwardInput, x: &Tensor, predicted: &Tensor) -> Result<()> {
         let (kernels, config, num_tokens) = (&self.kernels, self.model.config(), input.shape().num_tokens);
         let attn_out = self.empty(num_tokens, config.num_heads * config.head_dim)?;
         let normed = self.empty(num_tokens, config.hidden_size)?;
         let inner = self.empty(num_tokens, config.intermediate_size)?;
-        // What the layer before adds to `x`; the next norm adds it.
+        // The output of the previous layer. The next norm adds it to `x`.
         let mut delta: Option<Tensor> = None;
         for (index, layer) in self.model.layers.iter().enumerate() {
             kernels.add_rms_norm(x, delta.as_ref(), &layer.input_layernorm, &normed)?;

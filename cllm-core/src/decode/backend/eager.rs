@@ -13,7 +13,7 @@ use crate::model::{KvCache, SlotMapping, SlotMove, Transformer, TreeMask};
 pub(in crate::decode) struct EagerBackend<'m> {
     model: &'m Transformer,
     cache: KvCache,
-    /// What the last forward sampled after each token of its windows.
+    /// The tokens that the last forward sampled after each token of its windows.
     sampled: Vec<i32>,
 }
 

@@ -30,7 +30,7 @@ pub(super) trait Backend {
     /// Copies a row of the cache over another.
     fn copy_row(&mut self, from: usize, to: usize) -> Result<()>;
 
-    /// Maximum number of prompt tokens that a forward takes beside its windows.
+    /// Maximum number of prompt tokens in a forward, in addition to its windows.
     fn max_prompt_tokens(&self) -> usize;
 }
 
@@ -75,7 +75,7 @@ impl Window<'_> {
     }
 }
 
-/// What a forward gave for one window.
+/// The result of a forward for one window.
 pub(super) struct Predictions {
     /// The token sampled after each token of the window.
     pub(super) tokens: Vec<i32>,

@@ -82,7 +82,8 @@ impl Proposer for Lookahead {
             self.pool.add(column);
             column.remove(0);
         }
-        // A column keeps its positions, so those before the newest token are over.
+        // The columns keep their positions, so those at positions before the newest token are
+        // dropped.
         self.columns.drain(..verification.num_accepted.min(self.width));
         self.build_window(verification.tokens);
     }

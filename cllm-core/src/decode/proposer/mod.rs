@@ -26,7 +26,7 @@ pub(super) trait Proposer {
         None
     }
 
-    /// Makes the next draft from what a forward of this one gave.
+    /// Makes the next draft from the result of forwarding this one.
     fn update(&mut self, verification: &Verification<'_>);
 
     /// The trajectory of a proposer that recorded one.
@@ -35,13 +35,13 @@ pub(super) trait Proposer {
     }
 }
 
-/// What the forward of a draft gave. Offsets count from the window's first token, which is the last
+/// The result of forwarding a draft. Offsets count from the window's first token, which is the last
 /// token of the sequence.
 pub(super) struct Verification<'s> {
     /// The token that the model predicts after each token of the window.
     pub(super) predicted: &'s [i32],
-    /// What may be drafted after each token of the window: `predicted`, or the predictions of a
-    /// draft model.
+    /// The proposal for the token after each token of the window: `predicted`, or the predictions
+    /// of a draft model.
     pub(super) proposed: &'s [i32],
     /// Number of accepted draft tokens. The token predicted after the last of them is new as well.
     /// If the window does not branch, they are its leading draft tokens.
@@ -58,8 +58,8 @@ impl Verification<'_> {
         self.predicted[self.num_accepted]
     }
 
-    /// What was proposed at the positions after the newest token. Only for a window that does not
-    /// branch.
+    /// The tokens that were proposed at the positions after the newest token. Only for a window
+    /// that does not branch.
     pub(super) fn tail(&self) -> &[i32] {
         &self.proposed[self.num_accepted + 1..]
     }

@@ -5,8 +5,8 @@ use super::random_draft::RandomDraft;
 use super::tail_pool::TailPool;
 use super::{Proposer, Verification};
 
-/// The draft is what is not final of the front block (real-active in the paper), followed by the
-/// blocks behind it (pseudo-active), n tokens each.
+/// The draft consists of the tokens of the front block that are not final (real-active in the
+/// paper), followed by the blocks behind it (pseudo-active), n tokens each.
 ///
 /// Acceptance ignores the borders of blocks: a draft token is accepted as soon as it equals its
 /// prediction and everything before it is accepted. What a block behind the front predicts

@@ -27,7 +27,7 @@ impl NgramPool {
         kept.push_back(rest.to_vec());
     }
 
-    /// What followed a token, the newest first.
+    /// The tokens that followed a token, newest first.
     pub(super) fn after(&self, token: i32) -> impl Iterator<Item = &[i32]> {
         self.continuations.get(&token).into_iter().flat_map(|kept| kept.iter().rev()).map(Vec::as_slice)
     }

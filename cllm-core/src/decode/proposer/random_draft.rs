@@ -22,7 +22,7 @@ impl RandomDraft {
         let draw = self.num_draws;
         self.num_draws += 1;
         let missing = len - draft.len();
-        // Seeding a generator takes time, and many calls have nothing to draw.
+        // Seeding a generator is slow, and many calls have nothing to draw.
         if missing == 0 {
             return;
         }

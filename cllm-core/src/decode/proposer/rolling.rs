@@ -5,8 +5,8 @@ use super::random_draft::RandomDraft;
 use super::tail_pool::TailPool;
 use super::{Proposer, Verification};
 
-/// Drafts n - 1 tokens after the last one: what was proposed after the newest token, then random
-/// tokens.
+/// Drafts n - 1 tokens after the last one: first those that were proposed after the newest token,
+/// then random ones.
 pub(in crate::decode) struct Rolling {
     n: usize,
     pool: TailPool,

@@ -19,8 +19,8 @@ impl TailPool {
         TailPool { tails: VecDeque::new(), max_tails }
     }
 
-    /// To be called after a rejection. Overwrites the leading draft tokens with what followed the
-    /// newest token in the newest tail that has it, then keeps the tail that was rejected now.
+    /// Call it after a rejection. Overwrites the leading draft tokens with what followed the newest
+    /// token in the newest tail that has it, then keeps the tail that was rejected now.
     pub(super) fn recycle(&mut self, verification: &Verification<'_>, draft: &mut [i32]) {
         let tail = verification.tail();
         if self.max_tails == 0 || tail.is_empty() {

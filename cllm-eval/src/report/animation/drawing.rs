@@ -4,15 +4,15 @@ use std::fmt::Write;
 
 use cllm_core::decode::Strategy;
 
-use super::TimedAnswer;
 use super::layout::{Fragment, layout};
+use super::timed_answer::TimedAnswer;
 use crate::records::{AnswerRecord, Header, SpeedRecord};
 use crate::role::Role;
 use crate::svg::escape;
 
-/// Seconds that the slower answer takes in the animation.
+/// How long the slower answer plays in the animation, in seconds.
 const PLAY_SECONDS: f64 = 8.0;
-/// Seconds that the finished answers stay before the animation starts again.
+/// How long the finished answers stay before the animation starts again, in seconds.
 const PAUSE_SECONDS: f64 = 3.0;
 
 const WIDTH: f64 = 880.0;
@@ -45,7 +45,7 @@ text{fill:#1c2330;font:15px system-ui,-apple-system,'Segoe UI',Helvetica,Arial,s
 struct Column<'r> {
     timed: TimedAnswer<'r>,
     fragments: Vec<Fragment>,
-    /// Its left edge.
+    /// Left edge, in units of the picture.
     x: f64,
     /// Prefix of its keyframes.
     prefix: char,
@@ -70,7 +70,7 @@ impl<'r> Drawing<'r> {
         Drawing { header, columns, time_scale: PLAY_SECONDS / max_seconds }
     }
 
-    /// Seconds of one loop.
+    /// Duration of one loop, in seconds.
     fn period(&self) -> f64 {
         PLAY_SECONDS + PAUSE_SECONDS
     }
@@ -158,7 +158,7 @@ impl<'r> Drawing<'r> {
         );
     }
 
-    /// What follows the speed of the second column.
+    /// The speed-up, which follows the speed of the second column.
     fn speedup(&self, column: &Column<'_>) -> String {
         if column.prefix == self.columns[0].prefix {
             return String::new();
@@ -240,7 +240,7 @@ fn duration(seconds: f64) -> String {
     if seconds < 1.0 { format!("{:.1} ms", 1000.0 * seconds) } else { format!("{seconds:.2} s") }
 }
 
-/// How fast the animation is, given the seconds of it per measured second.
+/// Describes the speed of the animation, given how many of its seconds show one measured second.
 fn playback_speed(time_scale: f64) -> String {
     match time_scale {
         slower if slower >= 1.05 => format!("{slower:.0} times slower than measured"),

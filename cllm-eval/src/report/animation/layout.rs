@@ -1,4 +1,4 @@
-//! Breaks an answer into lines, and these into the fragments that appear at once.
+//! Breaks an answer into lines, and the lines into the fragments that appear at once.
 
 use unicode_width::UnicodeWidthChar;
 
@@ -9,7 +9,7 @@ use crate::printable::to_printable;
 pub(super) struct Fragment {
     pub(super) forward: usize,
     pub(super) line: usize,
-    /// Characters before it in its line.
+    /// Number of characters before it in its line.
     pub(super) column: usize,
     /// Width in characters.
     pub(super) width: usize,

@@ -7,6 +7,7 @@
 
 mod drawing;
 mod layout;
+mod timed_answer;
 
 use std::path::Path;
 
@@ -14,16 +15,18 @@ use cllm_core::decode::Strategy;
 use cllm_core::task::Verdict;
 use cllm_core::{Error, Result, atomic_file};
 
-use crate::records::{AnswerRecord, Records, SAMPLES, SpeedRecord};
+use crate::records::{Records, SAMPLES};
 use crate::results::Results;
 use crate::role::Role;
 use drawing::Drawing;
+use timed_answer::{Contender, TimedAnswer};
 
 /// Writes the animation of an example of a run (its folder, or its samples.jsonl) to `output`.
-/// Without an id, the example is the first that both answers are correct for, or else the first.
+/// Without an id, draws the first example that both sides answered correctly, or else the first
+/// one.
 ///
 /// # Errors
-/// When no example has all that is needed, or a file cannot be read or written.
+/// When no example has everything that is needed, or a file cannot be read or written.
 pub fn animate(run: &Path, example: Option<&str>, output: &Path) -> Result<()> {
     let samples = if run.is_dir() { run.join(SAMPLES) } else { run.to_owned() };
     let records = Records::read(&samples)?;
@@ -43,9 +46,6 @@ pub fn animate(run: &Path, example: Option<&str>, output: &Path) -> Result<()> {
     })?;
     atomic_file::write(output, Drawing::new(&records.header, pair).to_svg().as_bytes())
 }
-
-/// A model and a strategy.
-type Contender = (Role, Strategy);
 
 /// The autoregressive answers of the teacher (or the only model), and the fastest strategy.
 fn contenders(records: &Records) -> Option<[Contender; 2]> {
@@ -68,27 +68,4 @@ fn choose<'r>(records: &'r Records, contenders: [Contender; 2], id: Option<&str>
         let num_incorrect = pair.iter().filter(|one| one.answer.verdict != Verdict::Correct).count();
         (num_incorrect, pair[0].answer.index)
     })
-}
-
-/// An answer with the text of each forward, and how long it took at batch 1.
-struct TimedAnswer<'r> {
-    answer: &'r AnswerRecord,
-    texts: &'r [String],
-    speed: &'r SpeedRecord,
-}
-
-impl<'r> TimedAnswer<'r> {
-    /// `None` if the answer was not timed, or its timed repetition was another answer (as rounding
-    /// may cause).
-    fn find(records: &'r Records, (role, strategy): Contender, index: usize) -> Option<Self> {
-        let answer = records.answers_of(role, strategy).find(|answer| answer.index == index)?;
-        let speed = records.speeds_of(role, strategy).find(|speed| speed.index == index)?;
-        let texts = answer.forward_texts.as_deref()?;
-        let same = (speed.tokens, speed.forwards) == (answer.response_ids.len(), texts.len());
-        (same && !texts.is_empty()).then_some(TimedAnswer { answer, texts, speed })
-    }
-
-    fn tokens_per_second(&self) -> f64 {
-        self.speed.tokens as f64 / self.speed.seconds
-    }
 }

@@ -1,0 +1,91 @@
+//! What `bench` writes.
+
+use std::collections::BTreeMap;
+
+use cllm_core::bench_results::{BenchRecord, BenchResults};
+use cllm_core::decode::Strategy;
+use serde::{Deserialize, Serialize};
+
+use super::settings::BenchSettings;
+
+/// The output file: one record per model.
+pub type DecodeBenchResults = BenchResults<DecodeBench>;
+
+/// Measurements of a model. Times are medians; a step is one forward with everything around it,
+/// including the host's work.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct DecodeBench {
+    pub name: String,
+    /// Number of weights.
+    pub parameters: i64,
+    /// Autoregressive decoding at batch 1, excluding prefill.
+    pub ar_tokens_per_second: f64,
+    /// The same with `transformers`, from the baseline file.
+    pub transformers_ar_tokens_per_second: Option<f64>,
+    /// Milliseconds of a step at batch 1, by its number of tokens.
+    pub step_ms: BTreeMap<usize, f64>,
+    /// `step_ms` divided by that of a step of one token.
+    pub relative_step_time: BTreeMap<usize, f64>,
+    /// Milliseconds of the prefill of `num_prompt_tokens` tokens at batch 1.
+    pub prefill_ms: f64,
+    /// Autoregressive tokens per second of the whole batch, by batch size.
+    pub batch_tokens_per_second: BTreeMap<usize, f64>,
+    pub memory_floor: MemoryFloor,
+    /// Peak GPU memory while steps were timed, excluding what was in use before the model was
+    /// loaded; null on the CPU.
+    pub peak_memory_bytes: Option<u64>,
+    /// Measured on the prompts; the first is autoregressive. Empty without prompts.
+    pub strategies: Vec<StrategyBench>,
+    /// Null unless `collect_batch_size` is set.
+    pub collection: Option<CollectionBench>,
+    pub settings: BenchSettings,
+}
+
+impl BenchRecord for DecodeBench {
+    fn name(&self) -> &str {
+        &self.name
+    }
+}
+
+/// The shortest time in which the memory can deliver what a step of one token reads.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct MemoryFloor {
+    /// Weights, keys and values that the step reads.
+    pub bytes: u64,
+    /// Bandwidth of a large copy on the device, counting bytes read and bytes written; measured in
+    /// the same run.
+    pub bandwidth_bytes_per_second: f64,
+    /// `bytes` at that bandwidth, in milliseconds.
+    pub ms: f64,
+    /// `ms` divided by the measured time of the step.
+    pub fraction_of_step: f64,
+}
+
+/// A strategy on the prompts at batch 1.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct StrategyBench {
+    pub strategy: Strategy,
+    /// Number of answers.
+    pub examples: usize,
+    /// Answers that reached the length limit.
+    pub unfinished: usize,
+    pub tokens_per_forward: f64,
+    /// Excluding prefill.
+    pub tokens_per_second: f64,
+    /// Tokens per second, divided by those of autoregressive decoding.
+    pub speedup_vs_ar: f64,
+    /// Fraction of the answers that equal the autoregressive ones, token for token.
+    pub exact_match_vs_ar: f64,
+    /// Peak GPU memory, excluding what was in use before the model was loaded; null on the CPU.
+    pub peak_memory_bytes: Option<u64>,
+}
+
+/// A collection over all prompts: trajectories are recorded but not written.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct CollectionBench {
+    /// Number of responses.
+    pub responses: usize,
+    pub tokens_per_forward: f64,
+    /// Response tokens per second.
+    pub tokens_per_second: f64,
+}

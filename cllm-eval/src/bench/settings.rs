@@ -1,0 +1,101 @@
+//! Settings of `bench`.
+
+use std::path::PathBuf;
+
+use cllm_core::decode::Strategy;
+use cllm_core::model::ModelPreset;
+use cllm_core::settings;
+use garde::Validate;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+/// Settings of `cllm-eval bench`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Validate, JsonSchema)]
+#[serde(default, deny_unknown_fields)]
+pub struct BenchSettings {
+    /// Folder or id of the model to measure.
+    #[garde(skip)]
+    pub model: Option<String>,
+    /// Measure random weights in the shape of a known model, instead of `model`.
+    #[garde(skip)]
+    pub preset: Option<ModelPreset>,
+    /// Name of the model in the results. Default: the last part of its folder, or its preset.
+    #[garde(skip)]
+    pub name: Option<String>,
+    /// Prompt set to measure strategies and collection on. Without one they are left out, because
+    /// random prompts would say nothing about them.
+    #[garde(skip)]
+    pub prompts: Option<PathBuf>,
+    /// Use the first N prompts to compare strategies, one at a time.
+    #[garde(range(min = 1))]
+    pub num_examples: usize,
+    /// Strategies to compare with autoregressive decoding.
+    #[garde(custom(crate::config::valid_strategies))]
+    pub strategies: Vec<Strategy>,
+    /// Time steps of these numbers of tokens; a step of one token is always timed.
+    #[garde(length(min = 1), inner(range(min = 1, max = 1024)))]
+    pub step_tokens: Vec<usize>,
+    /// Length of the synthetic prompts, which is also the length of the timed prefill.
+    #[garde(range(min = 1))]
+    pub num_prompt_tokens: usize,
+    /// Number of tokens to decode for each timing of a step.
+    #[garde(range(min = 2))]
+    pub num_new_tokens: usize,
+    /// Number of repetitions of each timing, after two that warm up; the median is reported.
+    #[garde(range(min = 1))]
+    pub num_repeats: usize,
+    /// Measure the autoregressive throughput of these batch sizes.
+    #[garde(inner(range(min = 1)))]
+    pub batch_sizes: Vec<usize>,
+    /// Batch size of a collection over all prompts, which is then measured too; `null` measures
+    /// none.
+    #[garde(range(min = 1))]
+    pub collect_batch_size: Option<usize>,
+    /// Block size of the collection, in tokens.
+    #[garde(range(min = 2, max = 1024))]
+    pub collect_n: usize,
+    /// Maximum number of tokens in an answer to a prompt.
+    #[garde(range(min = 1))]
+    pub max_new_tokens: usize,
+    /// Output of `scripts/bench-transformers`, to report beside the results.
+    #[garde(skip)]
+    pub baseline: Option<PathBuf>,
+    /// auto, cpu, cuda or cuda:N.
+    #[garde(skip)]
+    pub device: String,
+    /// File for the results. It keeps the results of other models if they were measured on the same
+    /// machine.
+    #[garde(skip)]
+    pub output: PathBuf,
+}
+
+impl Default for BenchSettings {
+    fn default() -> Self {
+        BenchSettings {
+            model: None,
+            preset: None,
+            name: None,
+            prompts: None,
+            num_examples: 50,
+            strategies: vec![Strategy::Jacobi { n: 16 }, Strategy::rolling(16), Strategy::rolling(32)],
+            step_tokens: vec![1, 2, 4, 8, 16, 32, 64],
+            num_prompt_tokens: 200,
+            num_new_tokens: 128,
+            num_repeats: 5,
+            batch_sizes: vec![8, 64, 256],
+            collect_batch_size: None,
+            collect_n: 16,
+            max_new_tokens: 256,
+            baseline: None,
+            device: "auto".to_owned(),
+            output: PathBuf::from("runs/bench.json"),
+        }
+    }
+}
+
+impl BenchSettings {
+    /// The reference of the settings, in Markdown.
+    pub fn reference() -> String {
+        settings::reference::<BenchSettings>("cllm-eval bench")
+    }
+}
