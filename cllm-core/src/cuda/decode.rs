@@ -543,16 +543,7 @@ mod tests {
 
     #[test]
     fn the_kernels_compile_for_every_kind_of_model_without_a_gpu() {
-        let small = KernelShape {
-            hidden: 576,
-            heads: 9,
-            kv_heads: 3,
-            head_dim: 64,
-            ffn: 1536,
-            vocab: 49152,
-            eps: 1e-5,
-            query_key_norm: false,
-        };
+        let small = KernelShape::SMOLLM2;
         let qwen3 = KernelShape { hidden: 1024, heads: 16, kv_heads: 8, head_dim: 128, query_key_norm: true, ..small };
         let tiny = KernelShape { hidden: 128, heads: 4, kv_heads: 4, head_dim: 32, ffn: 256, vocab: 512, ..small };
         // GPUs differ in how much shared memory there is for copies of tokens.

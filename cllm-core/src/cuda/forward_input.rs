@@ -248,18 +248,7 @@ impl ForwardInput {
 mod tests {
     use super::*;
 
-    const MODEL: KernelShape = KernelShape {
-        hidden: 128,
-        // Tiles have 2 tokens, since a warp processes 16 query vectors.
-        heads: 8,
-        kv_heads: 1,
-        head_dim: 32,
-        ffn: 256,
-        vocab: 100,
-        eps: 1e-5,
-        query_key_norm: false,
-    };
-    const LIMITS: InputLimits = InputLimits { model: MODEL, num_rows: 3, capacity: 32 };
+    const LIMITS: InputLimits = InputLimits { model: KernelShape::TWO_TOKEN_TILES, num_rows: 3, capacity: 32 };
 
     fn token(id: i32, position: usize) -> InputToken {
         InputToken { id, position, visible: u64::MAX, noise_key: None }

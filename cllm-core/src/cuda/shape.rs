@@ -48,3 +48,23 @@ impl KernelShape {
         ]
     }
 }
+
+/// Shapes that the tests of several modules use.
+#[cfg(test)]
+impl KernelShape {
+    /// SmolLM2-135M.
+    pub(crate) const SMOLLM2: KernelShape = KernelShape {
+        hidden: 576,
+        heads: 9,
+        kv_heads: 3,
+        head_dim: 64,
+        ffn: 1536,
+        vocab: 49152,
+        eps: 1e-5,
+        query_key_norm: false,
+    };
+
+    /// A tiny model whose tiles have 2 tokens, since a warp processes 16 query vectors.
+    pub(crate) const TWO_TOKEN_TILES: KernelShape =
+        KernelShape { hidden: 128, heads: 8, kv_heads: 1, head_dim: 32, ffn: 256, vocab: 100, ..Self::SMOLLM2 };
+}

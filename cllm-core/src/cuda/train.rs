@@ -406,16 +406,7 @@ mod tests {
     use crate::cuda::launch::tests::assert_declared;
     use crate::cuda::nvrtc::compile;
 
-    const SMALL: KernelShape = KernelShape {
-        hidden: 576,
-        heads: 9,
-        kv_heads: 3,
-        head_dim: 64,
-        ffn: 1536,
-        vocab: 49152,
-        eps: 1e-5,
-        query_key_norm: false,
-    };
+    const SMALL: KernelShape = KernelShape::SMOLLM2;
 
     #[test]
     fn the_kernels_compile_without_a_gpu() {

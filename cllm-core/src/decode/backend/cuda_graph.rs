@@ -134,17 +134,7 @@ mod tests {
 
     /// The input for these chunks and windows, written into a buffer that was filled with sevens.
     fn written(shape: ForwardShape, chunks: &[PromptChunk<'_>], windows: &[Window<'_>]) -> (InputLayout, Vec<i32>) {
-        let model = KernelShape {
-            hidden: 128,
-            // Tiles have 2 tokens, since a warp processes 16 query vectors.
-            heads: 8,
-            kv_heads: 1,
-            head_dim: 32,
-            ffn: 256,
-            vocab: 100,
-            eps: 1e-5,
-            query_key_norm: false,
-        };
+        let model = KernelShape::TWO_TOKEN_TILES;
         let layout = InputLayout::new(shape);
         let mut ints = vec![7; layout.len()];
         let mut writer = InputWriter::new(&mut ints, shape, InputLimits { model, num_rows: 3, capacity: 32 });
