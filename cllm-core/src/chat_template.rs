@@ -9,6 +9,7 @@ use minijinja::value::{Kwargs, Serde};
 use minijinja::{Environment, ErrorKind, Value, context};
 use regex::Regex;
 use serde::{Deserialize, Serialize};
+use serde_json::Map;
 
 use crate::{Error, Result};
 
@@ -21,9 +22,37 @@ static GENERATION_TAG: LazyLock<Regex> =
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {
-    /// `system`, `user` or `assistant`.
+    /// `system`, `user`, `assistant` or `tool`.
     pub role: String,
     pub content: String,
+    /// Other keys, which some templates read, such as `tool_calls`, `name` or `reasoning_content`.
+    #[serde(flatten)]
+    pub other: Map<String, serde_json::Value>,
+}
+
+impl Message {
+    /// A message without other keys.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Message { role: role.into(), content: content.into(), other: Map::new() }
+    }
+}
+
+/// What a chat template renders: messages, and what they need besides.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Conversation {
+    pub messages: Vec<Message>,
+    /// The tools that the model may call, each as a JSON schema. Empty: none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tools: Vec<serde_json::Value>,
+    /// Variables of the template, such as `enable_thinking`.
+    #[serde(default, skip_serializing_if = "Map::is_empty")]
+    pub chat_template_kwargs: Map<String, serde_json::Value>,
+}
+
+impl From<Vec<Message>> for Conversation {
+    fn from(messages: Vec<Message>) -> Self {
+        Conversation { messages, ..Conversation::default() }
+    }
 }
 
 /// A compiled chat template with the special tokens that it may use.
@@ -117,7 +146,7 @@ mod tests {
     use super::*;
 
     fn message(role: &str, content: &str) -> Message {
-        Message { role: role.into(), content: content.into() }
+        Message::new(role, content)
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 use tokenizers::tokenizer::step_decode_stream;
 
-use crate::chat_template::{ChatTemplate, Message};
+use crate::chat_template::{ChatTemplate, Conversation};
 use crate::checkpoint::base_folder;
 use crate::prompt_set::Prompt;
 use crate::{Error, Result, atomic_file, fingerprint, text_file};
@@ -119,19 +119,19 @@ impl Tokenizer {
     pub fn encode_prompt(&self, prompt: &Prompt) -> Result<(String, Vec<i32>)> {
         match prompt {
             Prompt::Text(text) => Ok((text.clone(), self.encode_with(text, true)?)),
-            Prompt::Messages(messages) => {
-                let text = self.render(messages)?;
+            Prompt::Conversation(conversation) => {
+                let text = self.render(conversation)?;
                 let ids = self.encode_with(&text, false)?;
                 Ok((text, ids))
             }
         }
     }
 
-    fn render(&self, messages: &[Message]) -> Result<String> {
+    fn render(&self, conversation: &Conversation) -> Result<String> {
         let template = self.template.as_ref().ok_or_else(|| {
             Error::usage("the prompt is a conversation, but the model has no chat template: use plain-text prompts")
         })?;
-        template.render(messages, true)
+        template.render(&conversation.messages, true)
     }
 
     /// Ids of a training target: the text and the id that ends the assistant's turn.

@@ -3,6 +3,7 @@
 
 use std::sync::LazyLock;
 
+use cllm_core::chat_template::Conversation;
 use cllm_core::prompt_set::{Prompt, Sample};
 use cllm_core::task::Task;
 use cllm_core::{Error, Result, fingerprint};
@@ -35,10 +36,10 @@ pub(crate) fn variants(task: Task, samples: &[Sample], per_sample: usize, seed: 
         let mut rng = fingerprint::derive_rng(seed, &format!("variant/{}", sample.id), number as u64);
         let prompt = match &sample.prompt {
             Prompt::Text(text) => Prompt::Text(vary(text, &mut rng)),
-            Prompt::Messages(messages) => {
-                let mut messages = messages.clone();
-                messages.iter_mut().for_each(|message| message.content = vary(&message.content, &mut rng));
-                Prompt::Messages(messages)
+            Prompt::Conversation(conversation) => {
+                let mut conversation = conversation.clone();
+                conversation.messages.iter_mut().for_each(|message| message.content = vary(&message.content, &mut rng));
+                Prompt::Conversation(conversation)
             }
         };
         let id = format!("{}-variant-{number}", sample.id);
@@ -69,7 +70,9 @@ fn with_other_numbers(question: &str, rng: &mut ChaCha8Rng) -> String {
 fn schemas(samples: &[Sample]) -> Vec<String> {
     let text = |sample: &Sample| match &sample.prompt {
         Prompt::Text(text) => text.split_once("\n\n").map(|(schema, _)| schema.to_owned()),
-        Prompt::Messages(messages) => messages.last()?.content.split_once("\n\n").map(|(schema, _)| schema.to_owned()),
+        Prompt::Conversation(Conversation { messages, .. }) => {
+            messages.last()?.content.split_once("\n\n").map(|(schema, _)| schema.to_owned())
+        }
     };
     let mut schemas: Vec<String> = samples.iter().filter_map(text).collect();
     schemas.sort();
@@ -115,7 +118,9 @@ mod tests {
     }
 
     fn content(sample: &Sample) -> &str {
-        let Prompt::Messages(messages) = &sample.prompt else { panic!("messages expected") };
+        let Prompt::Conversation(Conversation { messages, .. }) = &sample.prompt else {
+            panic!("a conversation expected")
+        };
         &messages[0].content
     }
 

@@ -34,8 +34,7 @@ pub fn conversation(sample: &Sample, answer: &str) -> Result<Prompt> {
     let turn = |index: usize| sample.meta.as_ref().and_then(|meta| meta["turns"][index].as_str());
     let (Some(first), Some(second)) = (turn(0), turn(1)) else { return Err(not_a_first_turn(sample)) };
     let messages = [("user", first), ("assistant", answer), ("user", second)];
-    let message = |(role, content): (&str, &str)| Message { role: role.to_owned(), content: content.to_owned() };
-    Ok(Prompt::Messages(messages.map(message).to_vec()))
+    Ok(Prompt::Conversation(messages.map(|(role, content)| Message::new(role, content)).to_vec().into()))
 }
 
 fn not_a_first_turn(sample: &Sample) -> Error {
@@ -47,6 +46,8 @@ fn not_a_first_turn(sample: &Sample) -> Error {
 
 #[cfg(test)]
 mod tests {
+    use cllm_core::chat_template::Conversation;
+
     use super::*;
 
     #[test]
@@ -57,7 +58,9 @@ mod tests {
         let both = both_turns(Task::MtBench.load(dir.path(), "test").unwrap()).unwrap();
         assert_eq!([both[0].id.as_str(), &both[1].id], ["81/1", "81/2"]);
         assert_eq!([is_second(&both[0]), is_second(&both[1])], [false, true]);
-        let Prompt::Messages(messages) = conversation(&both[1], "1.").unwrap() else { panic!("messages expected") };
+        let Prompt::Conversation(Conversation { messages, .. }) = conversation(&both[1], "1.").unwrap() else {
+            panic!("a conversation expected")
+        };
         let actual: Vec<_> = messages.iter().map(|message| (message.role.as_str(), message.content.as_str())).collect();
         assert_eq!(actual, [("user", "One?"), ("assistant", "1."), ("user", "Two?")]);
         assert!(both_turns(both).is_err(), "a second turn has no second turn");

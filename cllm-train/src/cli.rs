@@ -177,7 +177,9 @@ fn train_tokenizer(prompts: &Path, vocab_size: usize, output: &Path) -> Result<(
     for sample in prompt_set::read(prompts)? {
         match sample.prompt {
             prompt_set::Prompt::Text(text) => texts.push(text),
-            prompt_set::Prompt::Messages(messages) => texts.extend(messages.into_iter().map(|message| message.content)),
+            prompt_set::Prompt::Conversation(conversation) => {
+                texts.extend(conversation.messages.into_iter().map(|message| message.content))
+            }
         }
         texts.extend(sample.reference);
     }

@@ -93,7 +93,7 @@ fn to_batch(samples: &[Sample]) -> std::result::Result<RecordBatch, ArrowError> 
             text(|sample| Some(&sample.source)),
             text(|sample| match &sample.prompt {
                 Prompt::Text(text) => Some(text),
-                Prompt::Messages(_) => None,
+                Prompt::Conversation(_) => None,
             }),
             Arc::new(ListArray::try_new(
                 message_item(),
@@ -110,6 +110,6 @@ fn to_batch(samples: &[Sample]) -> std::result::Result<RecordBatch, ArrowError> 
 fn messages_of(sample: &Sample) -> Option<&[Message]> {
     match &sample.prompt {
         Prompt::Text(_) => None,
-        Prompt::Messages(messages) => Some(messages),
+        Prompt::Conversation(conversation) => Some(&conversation.messages),
     }
 }

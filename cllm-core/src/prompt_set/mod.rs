@@ -86,6 +86,7 @@ mod tests {
     use serde_json::{Value, json};
 
     use super::*;
+    use crate::chat_template::Conversation;
 
     #[test]
     fn rows_survive_a_round_trip_and_bad_ones_are_named() {
@@ -101,7 +102,7 @@ mod tests {
         let other = Sample {
             reference: None,
             meta: Some(json!({ "db_id": "zoo", "n": [1, 2.5] })),
-            ..sample("c", Prompt::Messages(vec![]))
+            ..sample("c", Prompt::Conversation(Conversation::default()))
         };
         let samples = [sample("a", Prompt::Text("2+2=".into())), sample("b", Prompt::question("2+2?")), other];
         for path in [&path, &dir.path().join("prompts.parquet")] {

@@ -1,29 +1,36 @@
 //! One prompt of a prompt set, and the forms in which files hold it.
 
-use serde::{Deserialize, Serialize};
+use serde::ser::SerializeMap;
+use serde::{Deserialize, Serialize, Serializer};
 use serde_json::{Map, Value};
 
-use crate::chat_template::Message;
+use crate::chat_template::{Conversation, Message};
 
 /// The `source` of a prompt that does not name one.
 pub const DEFAULT_SOURCE: &str = "jsonl";
 
 /// Plain text, or a conversation for the model's chat template.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
 pub enum Prompt {
     /// Text that the model continues as it is.
-    #[serde(rename = "prompt")]
-    Text(String),
+    Text(#[serde(serialize_with = "serialize_text")] String),
     /// A conversation that the model's chat template renders.
-    #[serde(rename = "messages")]
-    Messages(Vec<Message>),
+    Conversation(Conversation),
 }
 
 impl Prompt {
     /// A conversation that consists of one question.
     pub fn question(content: impl Into<String>) -> Self {
-        Prompt::Messages(vec![Message { role: "user".to_owned(), content: content.into() }])
+        Prompt::Conversation(vec![Message::new("user", content)].into())
     }
+}
+
+/// Writes a text as the field `prompt`, beside the other fields of its sample.
+fn serialize_text<S: Serializer>(text: &str, serializer: S) -> Result<S::Ok, S::Error> {
+    let mut fields = serializer.serialize_map(Some(1))?;
+    fields.serialize_entry("prompt", text)?;
+    fields.end()
 }
 
 /// One row of a prompt set.
@@ -51,6 +58,10 @@ pub(super) struct Row {
     source: Option<String>,
     prompt: Option<String>,
     messages: Option<Vec<Message>>,
+    #[serde(default)]
+    tools: Vec<Value>,
+    #[serde(default)]
+    chat_template_kwargs: Map<String, Value>,
     reference: Option<String>,
     meta: Option<Value>,
     #[serde(flatten)]
@@ -84,7 +95,11 @@ impl TryFrom<Row> for Sample {
             source: row.source.unwrap_or_else(|| DEFAULT_SOURCE.to_owned()),
             prompt: match (row.prompt, row.messages) {
                 (Some(text), None) => Prompt::Text(text),
-                (None, Some(messages)) => Prompt::Messages(messages),
+                (None, Some(messages)) => Prompt::Conversation(Conversation {
+                    messages,
+                    tools: row.tools,
+                    chat_template_kwargs: row.chat_template_kwargs,
+                }),
                 (None, None) => return Err("missing field `prompt` or `messages`"),
                 (Some(_), Some(_)) => return Err("has both `prompt` and `messages`: keep the one to answer"),
             },

@@ -187,6 +187,7 @@ mod tests {
     use rayon::prelude::*;
 
     use super::*;
+    use crate::chat_template::Conversation;
     use crate::task::{ScoreContext, Task};
 
     #[test]
@@ -204,7 +205,9 @@ mod tests {
             "column_names_original": [[-1, "*"], [0, "id"], [0, "size"], [1, "name"], [1, "pen"]]}]"#;
         std::fs::write(dir.path().join("tables.json"), schema).unwrap();
         let samples = load(dir.path(), "dev").unwrap();
-        let Prompt::Messages(messages) = &samples[0].prompt else { panic!("messages expected") };
+        let Prompt::Conversation(Conversation { messages, .. }) = &samples[0].prompt else {
+            panic!("a conversation expected")
+        };
         assert!(
             messages[0]
                 .content

@@ -100,12 +100,12 @@ impl<'m> Chat<'m> {
 
     /// Answers a question. Ctrl-C and a conversation that is too long end the answer, not the chat.
     fn ask(&mut self, question: String) -> Result<()> {
-        self.history.push(Message { role: "user".to_owned(), content: question.clone() });
-        let prompt = if self.raw { Prompt::Text(question) } else { Prompt::Messages(self.history.clone()) };
+        self.history.push(Message::new("user", question.clone()));
+        let prompt = if self.raw { Prompt::Text(question) } else { Prompt::Conversation(self.history.clone().into()) };
         // A Ctrl-C pressed before the answer must not stop it.
         interrupt::clear_sigint();
         match self.answer(&prompt) {
-            Ok(answer) => self.history.push(Message { role: "assistant".to_owned(), content: answer }),
+            Ok(answer) => self.history.push(Message::new("assistant", answer)),
             Err(Error::Interrupted(_)) if interrupt::clear_sigint() => drop(self.history.pop()),
             Err(error @ Error::Usage(_)) => {
                 self.history.pop();
