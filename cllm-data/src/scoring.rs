@@ -36,6 +36,6 @@ impl Scorer<'_> {
             meta: row.meta.as_deref().map(serde_json::from_str).transpose().map_err(bad_meta)?,
         };
         let context = ScoreContext { data: self.data, sandbox: None };
-        Task::from_source(&row.source).score(context, &sample, text, row.finish_reason)
+        Task::from_source(&row.source).score(context, &sample, text, row.finish_reason).map(|score| score.verdict)
     }
 }

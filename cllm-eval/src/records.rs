@@ -11,7 +11,7 @@ use std::path::Path;
 use cllm_core::decode::Strategy;
 use cllm_core::environment::{Hardware, Toolkit};
 use cllm_core::prompt_set::{Prompt, Sample};
-use cllm_core::task::{Task, Verdict};
+use cllm_core::task::{Alternative, Task, Verdict};
 use cllm_core::trajectory::FinishReason;
 use cllm_core::{Error, Result, atomic_file};
 use serde::{Deserialize, Serialize};
@@ -82,6 +82,9 @@ pub struct AnswerRecord {
     pub response_ids: Vec<i32>,
     pub text: String,
     pub verdict: Verdict,
+    /// The verdict by the benchmark's other rule of what is correct. Absent if it has one rule.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alternative: Option<Alternative>,
     pub finish_reason: FinishReason,
     /// Forwards of this answer after prefill.
     pub forwards: usize,

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use cllm_core::prompt_set::Sample;
 use cllm_core::sandbox::Sandbox;
-use cllm_core::task::{ScoreContext, Task, Verdict};
+use cllm_core::task::{Score, ScoreContext, Task};
 use cllm_core::{Result, atomic_file, interrupt, progress};
 use rayon::prelude::*;
 
@@ -39,11 +39,11 @@ impl<'a> AnswerScorer<'a> {
     /// # Errors
     /// As [`Task::score`].
     pub fn score(&self, answers: &mut [AnswerRecord]) -> Result<()> {
-        let verdict =
+        let score =
             |answer: &AnswerRecord| self.task.score(self.context, &answer.sample(), &answer.text, answer.finish_reason);
-        let verdicts: Vec<Verdict> = answers.par_iter().map(verdict).collect::<Result<_>>()?;
-        for (answer, verdict) in answers.iter_mut().zip(verdicts) {
-            answer.verdict = verdict;
+        let scores: Vec<Score> = answers.par_iter().map(score).collect::<Result<_>>()?;
+        for (answer, Score { verdict, alternative }) in answers.iter_mut().zip(scores) {
+            (answer.verdict, answer.alternative) = (verdict, alternative);
         }
         Ok(())
     }

@@ -6,7 +6,7 @@ use cllm_core::task::Task;
 use comfy_table::{CellAlignment, Table, presets};
 
 use crate::perplexity::Perplexity;
-use crate::results::{Accuracy, ModelResults, PairedDifference, Results, StrategyResults};
+use crate::results::{Accuracy, AlternativeAccuracy, ModelResults, PairedDifference, Results, StrategyResults};
 use crate::similarity::Similarity;
 use crate::spider_difficulty::Difficulty;
 
@@ -105,7 +105,7 @@ pub fn describe(results: &Results) -> String {
     format!("{examples}, {}, answered in batches for accuracy; {speed}.", results.sampling())
 }
 
-/// The lines below a run's table: perplexity, accuracy by difficulty, and the student against the
+/// The lines below a run's table: perplexity, accuracy by another rule and by difficulty, and the student against the
 /// teacher.
 pub fn notes(results: &Results) -> Vec<String> {
     let perplexities = results.models.iter().filter_map(|model| {
@@ -119,7 +119,18 @@ pub fn notes(results: &Results) -> Vec<String> {
         let classes: Vec<String> = classes.map(|(class, accuracy)| difficulty_text(*class, accuracy)).collect();
         Some(format!("{role} {} by difficulty: {}", figures.label, classes.join(", ")))
     });
-    perplexities.chain(difficulties).chain(results.paired.iter().map(paired_text)).collect()
+    let alternatives = results.strategies().filter_map(|(role, figures)| {
+        let alternative = alternative_text(figures.alternative.as_ref()?);
+        Some(format!("{role} {}: {alternative}", figures.label))
+    });
+    perplexities.chain(alternatives).chain(difficulties).chain(results.paired.iter().map(paired_text)).collect()
+}
+
+/// Says which of a benchmark's two rules the table shows, and the accuracy by the other one.
+fn alternative_text(alternative: &AlternativeAccuracy) -> String {
+    let AlternativeAccuracy { metric, figures } = alternative;
+    let accuracy = format_accuracy(figures.accuracy, figures.ci95);
+    format!("accuracy is {}; {}: {accuracy}", metric.counterpart().description(), metric.description())
 }
 
 fn difficulty_text(class: Difficulty, accuracy: &Accuracy) -> String {

@@ -20,6 +20,7 @@ use std::sync::LazyLock;
 use regex::Regex;
 use serde::Deserialize;
 
+use super::verdict::{Metric, Score, Verdict};
 use crate::Result;
 use crate::prompt_set::{Prompt, Sample, dataset_file};
 
@@ -47,6 +48,21 @@ fn sample(index: usize, split: &str, row: &Row) -> Sample {
         reference: Some(ANNOTATION.replace_all(&row.answer, "").trim().to_owned()),
         meta: None,
     }
+}
+
+/// The official extraction, without the check that its group holds a number.
+static OFFICIAL: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"#### (-?[0-9.,]+)").expect("the pattern is valid"));
+
+/// Scores by the final number, and by the official rule beside it.
+pub(super) fn score(reference: &str, answer: &str) -> Score {
+    let verdict = Verdict::from_correct(is_correct(reference, answer));
+    let official = official_number(reference).is_some_and(|expected| official_number(answer) == Some(expected));
+    Score::with_alternative(verdict, Metric::Strict, Verdict::from_correct(official))
+}
+
+/// What the official `extract_answer` returns: the text after the first `#### `, without commas.
+fn official_number(text: &str) -> Option<String> {
+    OFFICIAL.captures(text).map(|found| found[1].replace(',', ""))
 }
 
 /// Whether the final number of an answer equals the reference's.

@@ -17,7 +17,7 @@ mod verdict;
 
 pub use jsonl::Scorer;
 pub use python::extract_code;
-pub use verdict::Verdict;
+pub use verdict::{Alternative, Metric, Score, Verdict};
 
 use std::path::Path;
 
@@ -176,25 +176,27 @@ impl Task {
         sample: &Sample,
         answer: &str,
         finish_reason: FinishReason,
-    ) -> Result<Verdict> {
-        let verdict = self.score_complete(context, sample, answer)?;
-        let is_cut = finish_reason == FinishReason::Length;
-        Ok(if is_cut && verdict == Verdict::Correct { Verdict::Incorrect } else { verdict })
+    ) -> Result<Score> {
+        let score = self.score_complete(context, sample, answer)?;
+        Ok(if finish_reason == FinishReason::Length { score.of_cut_answer() } else { score })
     }
 
     /// Scores an answer that reached its end.
-    fn score_complete(self, context: ScoreContext<'_>, sample: &Sample, answer: &str) -> Result<Verdict> {
-        let Some(reference) = &sample.reference else { return Ok(Verdict::Unscored) };
-        match (self, context) {
-            (Task::Gsm8k, _) => Ok(Verdict::from_correct(gsm8k::is_correct(reference, answer))),
-            (Task::Jsonl, _) => jsonl::is_correct(sample, reference, answer).map(Verdict::from_correct),
-            (Task::Synthetic, _) => synthetic::score(sample, reference, answer),
-            (Task::Spider, ScoreContext { data: Some(data), .. }) => spider::score(data, sample, reference, answer),
-            (Task::Humaneval, ScoreContext { sandbox: Some(sandbox), .. }) => humaneval::score(sandbox, sample, answer),
-            (Task::Mbpp, ScoreContext { sandbox: Some(sandbox), .. }) => mbpp::score(sandbox, sample, answer),
-            (Task::Spider | Task::Humaneval | Task::Mbpp, _) => Ok(Verdict::Unscored),
-            (Task::MtBench | Task::Codesearchnet | Task::Perplexity, _) => Ok(Verdict::Unscored),
-        }
+    fn score_complete(self, context: ScoreContext<'_>, sample: &Sample, answer: &str) -> Result<Score> {
+        let Some(reference) = &sample.reference else { return Ok(Verdict::Unscored.into()) };
+        let verdict = match (self, context) {
+            (Task::Gsm8k, _) => return Ok(gsm8k::score(reference, answer)),
+            (Task::Jsonl, _) => Verdict::from_correct(jsonl::is_correct(sample, reference, answer)?),
+            (Task::Synthetic, _) => synthetic::score(sample, reference, answer)?,
+            (Task::Spider, ScoreContext { data: Some(data), .. }) => spider::score(data, sample, reference, answer)?,
+            (Task::Humaneval, ScoreContext { sandbox: Some(sandbox), .. }) => {
+                humaneval::score(sandbox, sample, answer)?
+            }
+            (Task::Mbpp, ScoreContext { sandbox: Some(sandbox), .. }) => mbpp::score(sandbox, sample, answer)?,
+            (Task::Spider | Task::Humaneval | Task::Mbpp, _) => Verdict::Unscored,
+            (Task::MtBench | Task::Codesearchnet | Task::Perplexity, _) => Verdict::Unscored,
+        };
+        Ok(verdict.into())
     }
 }
 
@@ -213,7 +215,7 @@ mod tests {
             meta: None,
         };
         let score = |reference: Option<&str>, answer: &str, finish_reason| {
-            Task::Jsonl.score(ScoreContext::default(), &sample(reference), answer, finish_reason).unwrap()
+            Task::Jsonl.score(ScoreContext::default(), &sample(reference), answer, finish_reason).unwrap().verdict
         };
         assert_eq!(score(Some("2"), "2", FinishReason::Eos), Verdict::Correct);
         assert_eq!(score(Some("2"), "2", FinishReason::Length), Verdict::Incorrect);

@@ -214,11 +214,11 @@ mod tests {
                 .starts_with("pen(id, size)\ncat(name, pen)\nforeign keys: cat.pen = pen.id\n\nHow many pens?")
         );
         let context = ScoreContext { data: Some(dir.path()), sandbox: None };
-        let score = |answer: &str| Task::Spider.score_complete(context, &samples[0], answer);
+        let score = |answer: &str| Task::Spider.score_complete(context, &samples[0], answer).map(|score| score.verdict);
         assert_eq!(score("SELECT 2").unwrap(), Verdict::Correct);
         assert_eq!(score("SELECT 3").unwrap(), Verdict::Incorrect);
         assert_eq!(
-            Task::Spider.score_complete(ScoreContext::default(), &samples[0], "SELECT 2").unwrap(),
+            Task::Spider.score_complete(ScoreContext::default(), &samples[0], "SELECT 2").unwrap().verdict,
             Verdict::Unscored
         );
         let mut broken = samples[0].clone();
@@ -264,7 +264,7 @@ mod tests {
                 let is_scorable = |sample: &&Sample| Task::Spider.check_scorable(context, sample).is_ok();
                 let verdict = |sample: &Sample| {
                     let reference = sample.reference.as_deref().unwrap();
-                    (sample.id.clone(), Task::Spider.score_complete(context, sample, reference).unwrap())
+                    (sample.id.clone(), Task::Spider.score_complete(context, sample, reference).unwrap().verdict)
                 };
                 let verdicts: Vec<_> = samples.par_iter().filter(is_scorable).map(verdict).collect();
                 assert_eq!(verdicts.len(), num_scored);

@@ -280,12 +280,12 @@ mod tests {
         for sample in train.iter().chain(&test) {
             let reference = sample.reference.as_deref().unwrap();
             assert_eq!(
-                Task::Synthetic.score_complete(ScoreContext::default(), sample, reference).unwrap(),
+                Task::Synthetic.score_complete(ScoreContext::default(), sample, reference).unwrap().verdict,
                 Verdict::Correct,
                 "{sample:?}"
             );
             assert_eq!(
-                Task::Synthetic.score_complete(ScoreContext::default(), sample, "no idea").unwrap(),
+                Task::Synthetic.score_complete(ScoreContext::default(), sample, "no idea").unwrap().verdict,
                 Verdict::Incorrect
             );
         }
@@ -305,7 +305,7 @@ mod tests {
         };
         let count = sample("SELECT COUNT(*) FROM pets WHERE kind = 'cat'");
         let score = |sample: &Sample, answer: &str| {
-            Task::Synthetic.score_complete(ScoreContext::default(), sample, answer).unwrap()
+            Task::Synthetic.score_complete(ScoreContext::default(), sample, answer).unwrap().verdict
         };
         assert_eq!(score(&count, "select count(name) from pets where kind='cat';"), Verdict::Correct);
         assert_eq!(score(&count, "SELECT COUNT(*) FROM pets WHERE kind = 'dog'"), Verdict::Incorrect);

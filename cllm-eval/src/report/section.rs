@@ -90,7 +90,17 @@ fn metrics(results: &Results) -> Vec<(String, Vec<String>)> {
         results.strategies().map(|(_, strategy)| serde_json::to_value(strategy).unwrap_or_default()).collect();
     let Some(Value::Object(first)) = values.first() else { return Vec::new() };
     // Names, and values that charts and notes already show.
-    let omitted = ["name", "label", "strategy", "max_tokens_per_forward", "acceptance", "by_difficulty", "similarity"];
+    let omitted = [
+        "name",
+        "label",
+        "strategy",
+        "max_tokens_per_forward",
+        "acceptance",
+        "by_difficulty",
+        "similarity",
+        "metric",
+        "alternative",
+    ];
     first
         .keys()
         .filter(|key| !omitted.contains(&key.as_str()))

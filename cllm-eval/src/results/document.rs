@@ -5,7 +5,7 @@ use std::path::Path;
 
 use cllm_core::decode::Strategy;
 use cllm_core::environment::{Hardware, Toolkit};
-use cllm_core::task::Task;
+use cllm_core::task::{Metric, Task};
 use cllm_core::{Error, Result};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -74,6 +74,12 @@ pub struct StrategyResults {
     pub accuracy: Option<f64>,
     /// Wilson's 95 % interval of the accuracy.
     pub ci95: Option<[f64; 2]>,
+    /// The rule that `accuracy` counts. `None` if the benchmark has one rule.
+    #[serde(default)]
+    pub metric: Option<Metric>,
+    /// Accuracy by the benchmark's other rule.
+    #[serde(default)]
+    pub alternative: Option<AlternativeAccuracy>,
     /// Number of answers that reached the length limit.
     pub unfinished: usize,
     /// Tokens of all answers.
@@ -151,6 +157,14 @@ pub struct Accuracy {
     pub accuracy: Option<f64>,
     /// Wilson's 95 % interval of the accuracy.
     pub ci95: Option<[f64; 2]>,
+}
+
+/// Accuracy by the rule that the strategy's `accuracy` does not count.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct AlternativeAccuracy {
+    pub metric: Metric,
+    #[serde(flatten)]
+    pub figures: Accuracy,
 }
 
 /// Accuracy of the student against that of the teacher, paired by example.

@@ -8,7 +8,9 @@ mod strategy;
 use crate::perplexity::Perplexity;
 use crate::records::{ModelEntry, Records};
 
-pub use document::{Accuracy, ModelResults, PairedDifference, RESULTS, Results, StrategyResults, fastest};
+pub use document::{
+    Accuracy, AlternativeAccuracy, ModelResults, PairedDifference, RESULTS, Results, StrategyResults, fastest,
+};
 
 impl Results {
     /// Computes every figure.

@@ -7,7 +7,7 @@ use cllm_core::statistics::median;
 use cllm_core::task::{Task, Verdict};
 use cllm_core::trajectory::FinishReason;
 
-use super::document::{Accuracy, StrategyResults};
+use super::document::{Accuracy, AlternativeAccuracy, StrategyResults};
 use crate::acceptance::Acceptance;
 use crate::records::{AnswerRecord, Records, SpeedRecord};
 use crate::role::Role;
@@ -41,6 +41,8 @@ impl StrategyResults {
             correct: 0,
             accuracy: None,
             ci95: None,
+            metric: None,
+            alternative: None,
             unfinished: 0,
             tokens: 0,
             forwards: 0,
@@ -81,6 +83,8 @@ impl StrategyResults {
         self.correct = verdicts.correct;
         self.accuracy = verdicts.accuracy;
         self.ci95 = verdicts.ci95;
+        self.alternative = AlternativeAccuracy::from_answers(answers);
+        self.metric = self.alternative.as_ref().map(|alternative| alternative.metric.counterpart());
         self.unfinished = answers.iter().filter(|answer| answer.finish_reason == FinishReason::Length).count();
         self.similarity = (benchmark == Task::Codesearchnet).then(|| similarity(answers));
         self.by_difficulty = (benchmark == Task::Spider).then(|| by_difficulty(answers));
@@ -151,6 +155,16 @@ fn by_difficulty(answers: &[&AnswerRecord]) -> BTreeMap<Difficulty, Accuracy> {
         }
     }
     verdicts.into_iter().map(|(class, verdicts)| (class, Accuracy::from_verdicts(verdicts.into_iter()))).collect()
+}
+
+impl AlternativeAccuracy {
+    /// `None` if no answer has a second verdict.
+    fn from_answers(answers: &[&AnswerRecord]) -> Option<Self> {
+        let alternatives = || answers.iter().filter_map(|answer| answer.alternative);
+        let metric = alternatives().next()?.metric;
+        let figures = Accuracy::from_verdicts(alternatives().map(|alternative| alternative.verdict));
+        Some(AlternativeAccuracy { metric, figures })
+    }
 }
 
 impl Accuracy {

@@ -112,6 +112,7 @@ fn record(
         meta: sample.meta.clone(),
         text: tokenizer.decode(&answer.response_ids)?,
         verdict: Verdict::Unscored,
+        alternative: None,
         finish_reason: answer.finish_reason,
         forwards: answer.num_forwards,
         forward_texts: (index < NUM_EXAMPLES_WITH_TEXTS).then(texts).transpose()?,

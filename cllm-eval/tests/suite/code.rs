@@ -25,7 +25,7 @@ fn sandbox() -> Sandbox {
 fn score(task: Task, sandbox: &Sandbox, sample: &Sample, answer: &str) -> Verdict {
     let by = ScoreContext { data: None, sandbox: Some(sandbox) };
     task.check_scorable(by, sample).unwrap();
-    task.score(by, sample, answer, FinishReason::Eos).unwrap()
+    task.score(by, sample, answer, FinishReason::Eos).unwrap().verdict
 }
 
 /// A problem like those of HumanEval.
@@ -110,7 +110,7 @@ fn a_chat_answer_is_scored_by_the_code_in_it() {
     }
     let by = ScoreContext { data: None, sandbox: Some(&sandbox) };
     let cut = Task::Humaneval.score(by, &sample, whole, FinishReason::Length).unwrap();
-    assert_eq!(cut, Verdict::Incorrect);
+    assert_eq!(cut.verdict, Verdict::Incorrect);
     let old = Sample { meta: Some(json!({ "task_id": "T/0", "entry_point": "largest", "test": "" })), ..sample };
     let error = Task::Humaneval.check_scorable(by, &old).unwrap_err().to_string();
     assert!(error.contains("`T/0`") && error.contains("`prompt`") && error.contains("cllm-data prepare"), "{error}");

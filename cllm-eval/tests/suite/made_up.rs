@@ -94,6 +94,7 @@ fn answer(role: Role, strategy: Strategy, index: usize, correct: bool, forwards:
         response_ids,
         text: text.into(),
         verdict: if correct { Verdict::Correct } else { Verdict::Incorrect },
+        alternative: None,
         finish_reason: if !correct && index > 1 { FinishReason::Length } else { FinishReason::Eos },
         forwards,
         accepted: vec![(8 / forwards) as u32; forwards],

@@ -156,6 +156,34 @@ fn jsonl_has_a_scorer_and_the_row_of_a_broken_pattern_is_named() {
 }
 
 #[test]
+fn accuracy_on_gsm8k_stands_beside_that_of_the_official_extraction() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = path(dir.path(), "run");
+    fs::create_dir(&run).unwrap();
+    let mut records = records();
+    records.header.benchmark = Task::Gsm8k;
+    for answer in &mut records.answers {
+        answer.source = "gsm8k/test".into();
+        answer.reference = Some("2 + 2 = 4\n#### 4".into());
+        // The official extraction needs the mark, and no answer that was cut is correct.
+        let text = ["2 + 2 = 4\n#### 4", "The answer is 4.", "#### 5", "#### 4"][answer.index];
+        answer.text = text.to_owned();
+        answer.finish_reason = if answer.index == 3 { FinishReason::Length } else { FinishReason::Eos };
+    }
+    records.write(&Path::new(&run).join("samples.jsonl")).unwrap();
+    let stdout = String::from_utf8(EVAL.succeed(&["score", &run]).stdout).unwrap();
+    assert!(stdout.contains("accuracy is by the final number; by the official extraction: 25.0 %"), "{stdout}");
+    let results = fs::read_to_string(Path::new(&run).join("results.json")).unwrap();
+    let results: serde_json::Value = serde_json::from_str(&results).unwrap();
+    let figures = &results["models"][0]["strategies"][0];
+    assert_eq!((&figures["metric"], &figures["correct"]), (&json!("final_number"), &json!(2)));
+    let other = &figures["alternative"];
+    assert_eq!((&other["metric"], &other["scored"], &other["correct"]), (&json!("strict"), &json!(4), &json!(1)));
+    let verdicts: Vec<Verdict> = read(&run).answers[..4].iter().map(|a| a.alternative.unwrap().verdict).collect();
+    assert_eq!(verdicts.iter().filter(|&&verdict| verdict == Verdict::Correct).count(), 1);
+}
+
+#[test]
 fn accuracy_on_spider_is_broken_down_by_difficulty() {
     let mut records = records();
     records.header.benchmark = Task::Spider;

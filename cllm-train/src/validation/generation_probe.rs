@@ -69,6 +69,6 @@ impl<'t> GenerationProbe<'t> {
     fn score(&self, sample: &Sample, answer: &Answer) -> Result<Verdict> {
         let text = self.tokenizer.decode(&answer.response_ids)?;
         let context = ScoreContext { data: self.data.as_deref(), sandbox: None };
-        Task::from_source(&sample.source).score(context, sample, &text, answer.finish_reason)
+        Task::from_source(&sample.source).score(context, sample, &text, answer.finish_reason).map(|score| score.verdict)
     }
 }
