@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use cllm_core::task::extract_code;
+use cllm_core::task::{extract_code, without_thought};
 use serde::{Deserialize, Serialize};
 
 /// Similarity over all answers to their references.
@@ -30,7 +30,7 @@ impl Similarity {
     pub fn from_pairs<'t>(pairs: impl Iterator<Item = (&'t str, &'t str)>) -> Self {
         let pairs: Vec<Pair<'_>> = pairs
             .map(|(answer, reference)| Pair {
-                answer: tokens(extract_code(answer, |_| true)),
+                answer: tokens(extract_code(without_thought(answer), |_| true)),
                 reference: tokens(reference),
             })
             .collect();

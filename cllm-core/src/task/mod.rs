@@ -2,6 +2,7 @@
 //! Collection, cleaning, training and evaluation all score here, so that they agree on what is
 //! correct.
 
+mod answer;
 mod codesearchnet;
 mod gsm8k;
 mod humaneval;
@@ -15,6 +16,7 @@ mod sql;
 pub mod synthetic;
 mod verdict;
 
+pub use answer::without_thought;
 pub use jsonl::Scorer;
 pub use python::extract_code;
 pub use verdict::{Alternative, Metric, Score, Verdict};
@@ -164,7 +166,7 @@ impl Task {
         }
     }
 
-    /// Scores an answer to `sample`. An answer that was cut at the length limit is never correct:
+    /// Scores an answer to `sample`, without what the model thought before it. An answer that was cut at the length limit is never correct:
     /// it did not reach its end, and a number or query that happens to be its last would be luck.
     ///
     /// # Errors
@@ -184,6 +186,7 @@ impl Task {
     /// Scores an answer that reached its end.
     fn score_complete(self, context: ScoreContext<'_>, sample: &Sample, answer: &str) -> Result<Score> {
         let Some(reference) = &sample.reference else { return Ok(Verdict::Unscored.into()) };
+        let (reference, answer) = (without_thought(reference), without_thought(answer));
         let verdict = match (self, context) {
             (Task::Gsm8k, _) => return Ok(gsm8k::score(reference, answer)),
             (Task::Jsonl, _) => Verdict::from_correct(jsonl::is_correct(sample, reference, answer)?),
@@ -221,6 +224,26 @@ mod tests {
         assert_eq!(score(Some("2"), "2", FinishReason::Length), Verdict::Incorrect);
         assert_eq!(score(Some("2"), "3", FinishReason::Length), Verdict::Incorrect);
         assert_eq!(score(None, "2", FinishReason::Length), Verdict::Unscored);
+    }
+
+    #[test]
+    fn a_thought_is_no_part_of_an_answer_or_a_reference() {
+        let sample = Sample {
+            id: "a".to_owned(),
+            source: "jsonl/test".to_owned(),
+            prompt: Prompt::question("What is 1 and 1?"),
+            reference: Some("<think>\n1 + 1\n</think>\n\n2".to_owned()),
+            meta: None,
+        };
+        for (answer, verdict) in [
+            ("2", Verdict::Correct),
+            ("<think>\n\n</think>\n\n2", Verdict::Correct),
+            ("2</think>3", Verdict::Incorrect),
+            ("<think>2", Verdict::Incorrect),
+        ] {
+            let score = Task::Jsonl.score(ScoreContext::default(), &sample, answer, FinishReason::Eos);
+            assert_eq!(score.unwrap().verdict, verdict, "{answer}");
+        }
     }
 
     #[test]

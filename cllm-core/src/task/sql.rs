@@ -10,6 +10,7 @@ use rusqlite::limits::Limit;
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, OpenFlags};
 
+use super::answer::FencedText;
 use crate::{Error, Result};
 
 /// Time limit of a query on a benchmark's database.
@@ -18,16 +19,11 @@ const FILE_TIME_LIMIT: Duration = Duration::from_secs(10);
 const MAX_ROWS: usize = 200_000;
 const MAX_RESULT_BYTES: usize = 64 << 20;
 
-/// The first statement of an answer, taken from its code fence if it has one.
-fn extract_query(answer: &str) -> &str {
-    let body = match answer.split_once("```") {
-        Some((_, fenced)) => {
-            let inside = fenced.split("```").next().unwrap_or(fenced);
-            let tagged = inside.get(..3).is_some_and(|tag| tag.eq_ignore_ascii_case("sql"));
-            if tagged { inside[3..].trim_start_matches(|c: char| c.is_alphanumeric()) } else { inside }
-        }
-        None => answer,
-    };
+/// The first statement of an answer: of its last fenced block, or else of its text.
+fn extract_query(answer: &str) -> String {
+    let FencedText { blocks, unfenced } = FencedText::read(answer);
+    let block = blocks.into_iter().map(|block| block.content).rfind(|content| !content.trim().is_empty());
+    let body = block.unwrap_or(unfenced);
     let mut quote = None;
     let end = body.char_indices().find(|&(_, c)| {
         match quote {
@@ -37,7 +33,7 @@ fn extract_query(answer: &str) -> &str {
         }
         quote.is_none() && c == ';'
     });
-    body[..end.map_or(body.len(), |(at, _)| at)].trim()
+    body[..end.map_or(body.len(), |(at, _)| at)].trim().to_owned()
 }
 
 /// A database on which untrusted queries are safe to run.
@@ -82,8 +78,8 @@ impl Database {
     /// Whether `answer` has the result of `reference`; `None` when the reference itself does not
     /// run. The order of the rows matters only if the reference specifies one.
     pub(super) fn same_result(&mut self, reference: &str, answer: &str) -> Option<bool> {
-        let mut expected = self.rows(extract_query(reference)).ok()?;
-        let Ok(mut actual) = self.rows(extract_query(answer)) else { return Some(false) };
+        let mut expected = self.rows(&extract_query(reference)).ok()?;
+        let Ok(mut actual) = self.rows(&extract_query(answer)) else { return Some(false) };
         let words: Vec<String> = reference.split_whitespace().map(str::to_lowercase).collect();
         let is_ordered = words.windows(2).any(|pair| pair[0].ends_with("order") && pair[1].starts_with("by"));
         if !is_ordered {
