@@ -23,6 +23,7 @@ pub mod settings;
 pub mod statistics;
 pub mod task;
 pub mod text_file;
+pub mod thought;
 pub mod tokenizer;
 pub mod train;
 pub mod trajectory;

@@ -88,6 +88,11 @@ impl Tokenizer {
         self.inner.get_vocab_size(true)
     }
 
+    /// The id of a token, given as it is written.
+    pub fn token_id(&self, token: &str) -> Option<i32> {
+        self.inner.token_to_id(token).map(|id| id as i32)
+    }
+
     /// Token ids of `text`. No special tokens are added; those written in the text are recognised.
     ///
     /// # Errors

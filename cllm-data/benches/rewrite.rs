@@ -66,6 +66,7 @@ fn write_data_set(folder: &Path, tokenizer: &Tokenizer, num_rows: usize) {
         vocab_size: VOCAB_SIZE as usize,
         n: N,
         max_new_tokens: N * NUM_BLOCKS,
+        thought_closing: None,
         eos_ids: tokenizer.eos_ids().to_vec(),
         seed: 0,
         prompts: "none".into(),

@@ -16,13 +16,17 @@ fn card(manifest: &Manifest) -> String {
     let num_rows = manifest.num_rows();
     let provenance = &manifest.provenance;
     let size = size_category(num_rows);
+    let thoughts = provenance
+        .thought_closing
+        .as_ref()
+        .map_or(String::new(), |closing| format!(" and thoughts closed after {} tokens", closing.max_thinking_tokens));
     let steps: Vec<_> = provenance.steps.iter().map(|step| format!("- {step}")).collect();
     format!(
         "---\npretty_name: Jacobi trajectories\ntask_categories:\n- text-generation\ntags:\n- cllm\n- jacobi-decoding\n\
          size_categories:\n- {size}\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    \
          path: part-*.parquet\n---\n\
          # Jacobi trajectories\n\n{num_rows} greedy responses of one teacher with every state of their Jacobi decoding, \
-         in blocks of {} tokens, with at most {} tokens per response.\n\n- teacher: `{}`\n- tokenizer: `{}`\n- seed: \
+         in blocks of {} tokens, with at most {} tokens per response{thoughts}.\n\n- teacher: `{}`\n- tokenizer: `{}`\n- seed: \
          {}\n- toolkit: cllm {}\n\nSteps:\n\n{}\n",
         provenance.n,
         provenance.max_new_tokens,

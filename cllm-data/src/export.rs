@@ -51,9 +51,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome> {
 
 fn records_of(row: Trajectory) -> Vec<Record> {
     let complete = [row.prompt_ids.as_slice(), &row.response_ids].concat();
-    let mut prefix = row.prompt_ids.clone();
     let mut records = Vec::with_capacity(row.blocks.len());
     for (index, block) in row.blocks.into_iter().enumerate() {
+        let mut prefix = [row.prompt_ids.as_slice(), &row.response_ids[..block.start as usize]].concat();
         let before = Ids::from_batch_of_one(&prefix);
         prefix.extend(block.states.last().into_iter().flatten());
         let is_first = index == 0;

@@ -84,6 +84,7 @@ fn provenance(arguments: &Arguments, model_folder: &Path, tokenizer: &Tokenizer)
         vocab_size: checkpoint::load_config(model_folder)?.vocab_size as usize,
         n: block_size(&arguments.file)?,
         max_new_tokens: arguments.max_new_tokens,
+        thought_closing: None,
         eos_ids: tokenizer.eos_ids().to_vec(),
         seed: 0,
         prompts: fingerprint::hash_contents(&arguments.file)?,

@@ -124,6 +124,7 @@ fn print_as_json(row: &Trajectory, text: &impl Fn(i32) -> Result<String>) -> Res
         "finish_reason": row.finish_reason,
         "response_ids": row.response_ids,
         "augmented": row.augmented,
+        "forced": (!row.forced_tokens().is_empty()).then(|| row.forced_tokens()),
         "blocks": blocks,
     }))
 }
@@ -135,7 +136,15 @@ fn draw(row: &Trajectory, in_colour: bool, text: &impl Fn(i32) -> Result<String>
         .map(|(status, name)| paint(name, status, in_colour))
         .join(", ");
     let mut drawing = format!("{} ({}): {legend}\n", row.sample_id, row.source);
+    let forced = row.forced_tokens();
     for (block_index, block) in row.blocks.iter().enumerate() {
+        if !forced.is_empty() && forced.end == block.start as usize {
+            let _ = write!(drawing, "\nthe thought was closed at its limit, from token {}\n      ", forced.start);
+            for &id in &row.response_ids[forced.clone()] {
+                let _ = write!(drawing, " {}", escape_controls(&text(id)?));
+            }
+            drawing.push('\n');
+        }
         let _ = write!(drawing, "\nblock {block_index}, from token {}\n", block.start);
         for (state_index, (state, statuses)) in block.states.iter().zip(token_statuses(block)).enumerate() {
             let is_augmented = row.augmented.as_ref().is_some_and(|flags| flags[block_index][state_index]);

@@ -24,12 +24,14 @@ struct Stats {
     rows: usize,
     /// Responses that reached the length limit.
     unfinished: usize,
+    /// Responses whose thought was closed at its limit.
+    closed_thoughts: usize,
     prompt_tokens: usize,
     response_tokens: usize,
     blocks: usize,
     /// Mean number of states per block, first draft and fixed point included.
     states_per_block: f64,
-    /// Response tokens per forward, derived from the states; null if any states were augmented.
+    /// Decoded response tokens per forward, derived from the states; null if any states were augmented.
     tokens_per_forward: Option<f64>,
     /// Mean number of tokens by which an iteration extends the converged prefix of a whole block;
     /// null if all rows were augmented.
@@ -43,8 +45,10 @@ struct Stats {
 struct Sums {
     num_rows: usize,
     num_unfinished: usize,
+    num_closed_thoughts: usize,
     num_prompt_tokens: usize,
     num_response_tokens: usize,
+    num_decoded_tokens: usize,
     num_blocks: usize,
     num_states: usize,
     num_forwards: usize,
@@ -80,8 +84,10 @@ impl Sums {
     fn add(&mut self, row: &Trajectory) {
         self.num_rows += 1;
         self.num_unfinished += usize::from(row.finish_reason == FinishReason::Length);
+        self.num_closed_thoughts += usize::from(!row.forced_tokens().is_empty());
         self.num_prompt_tokens += row.prompt_ids.len();
         self.num_response_tokens += row.response_ids.len();
+        self.num_decoded_tokens += row.num_decoded_tokens();
         self.num_blocks += row.blocks.len();
         self.num_states += row.blocks.iter().map(|block| block.states.len()).sum::<usize>();
         // Augmented states never occurred in decoding, so they tell nothing about it.
@@ -98,11 +104,12 @@ impl Sums {
 
     fn stats(&self) -> Stats {
         let ratio = |a: usize, b: usize| a as f64 / (b as f64).max(1.0);
-        let tokens_per_forward = ratio(self.num_response_tokens, self.num_forwards);
+        let tokens_per_forward = ratio(self.num_decoded_tokens, self.num_forwards);
         Stats {
             schema_version: 1,
             rows: self.num_rows,
             unfinished: self.num_unfinished,
+            closed_thoughts: self.num_closed_thoughts,
             prompt_tokens: self.num_prompt_tokens,
             response_tokens: self.num_response_tokens,
             blocks: self.num_blocks,
@@ -125,8 +132,12 @@ impl Stats {
                 number(stationary)
             ),
         };
+        let thoughts = match self.closed_thoughts {
+            0 => String::new(),
+            closed => format!(", {} closed at the limit", count(closed, "thought")),
+        };
         format!(
-            "{} ({} unfinished): {}, {}\n{}, {:.2} states per block\nwhole blocks: {profile}",
+            "{} ({} unfinished{thoughts}): {}, {}\n{}, {:.2} states per block\nwhole blocks: {profile}",
             count(self.rows, "response"),
             self.unfinished,
             count(self.prompt_tokens, "prompt token"),

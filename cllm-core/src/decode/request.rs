@@ -2,6 +2,7 @@
 
 use super::sampling::Sampling;
 use super::strategy::Strategy;
+use crate::thought::{Thought, ThoughtLimit};
 use crate::trajectory::{Block, FinishReason};
 use crate::{Error, Result};
 
@@ -15,13 +16,22 @@ pub struct Request {
     pub prompt_ids: Vec<i32>,
 }
 
-/// When an answer ends.
+/// When an answer ends, and when its thought does.
 #[derive(Debug, Clone)]
 pub struct StopConditions {
     /// Maximum length of an answer, EOS included.
     pub max_new_tokens: usize,
     /// Any of these ids ends an answer.
     pub eos_ids: Vec<i32>,
+    /// `None`: a thought may be as long as the answer.
+    pub thought_limit: Option<ThoughtLimit>,
+}
+
+impl StopConditions {
+    /// Conditions without a limit on thoughts.
+    pub fn new(max_new_tokens: usize, eos_ids: Vec<i32>) -> Self {
+        StopConditions { max_new_tokens, eos_ids, thought_limit: None }
+    }
 }
 
 /// How to decode a batch of requests.
@@ -51,11 +61,20 @@ pub struct Answer {
     /// Forwards of this sequence after prefill. Prefill covers all but the last prompt token, so
     /// autoregressive decoding needs exactly one forward per token.
     pub num_forwards: usize,
-    /// Tokens that each forward added to the answer, in order; they sum to the length of the
-    /// answer.
+    /// Tokens that each forward decoded, in order. With the tokens that closed a thought at its
+    /// limit, which were not decoded, they sum to the length of the answer.
     pub num_new_tokens: Vec<u32>,
+    /// How its thought ended. `None` without a limit on thoughts, or if it has no thought.
+    pub thought: Option<Thought>,
     /// The trajectory, if it was asked for and the strategy decodes in fixed blocks; else empty.
     pub blocks: Vec<Block>,
+}
+
+impl Answer {
+    /// Length of the answer without the tokens that closed its thought at the limit.
+    pub fn num_decoded_tokens(&self) -> usize {
+        self.num_new_tokens.iter().map(|&number| number as usize).sum()
+    }
 }
 
 /// Called after each forward with the index of a request and the tokens that were added to its

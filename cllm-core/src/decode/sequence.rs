@@ -1,12 +1,15 @@
 //! A sequence: one request that is being answered, its tokens so far and the proposer of its
 //! drafts.
 
+use std::ops::Range;
+
 use super::acceptance::accepted_path;
 use super::backend::{Predictions, Window};
 use super::proposer::random_draft::RandomDraft;
 use super::proposer::{Proposer, Verification};
 use super::request::{Answer, DecodeOptions, Request, StopConditions};
 use crate::fingerprint;
+use crate::thought::Thought;
 use crate::trajectory::FinishReason;
 
 /// What a forward added to a sequence.
@@ -31,6 +34,11 @@ pub(super) struct Sequence<'r> {
     /// Key of the noise that tokens are sampled with.
     sequence_key: u64,
     num_new_tokens: Vec<u32>,
+    /// The tokens of the next window that close the thought, which has reached its limit; usually
+    /// none.
+    closing: &'r [i32],
+    /// Positions in the answer of the tokens that closed the thought.
+    forced: Option<Range<usize>>,
     finish_reason: Option<FinishReason>,
 }
 
@@ -51,6 +59,8 @@ impl<'r> Sequence<'r> {
             sequence_key: fingerprint::derive_seed(options.seed, &request.sample_id),
             tokens: request.prompt_ids,
             num_new_tokens: Vec::new(),
+            closing: &[],
+            forced: None,
             finish_reason: (stop.max_new_tokens == 0).then_some(FinishReason::Length),
         }
     }
@@ -82,29 +92,40 @@ impl<'r> Sequence<'r> {
         self.finish_reason.is_some()
     }
 
-    /// The window of the next forward: the last token and the draft.
+    /// The window of the next forward: the last token, and the draft or the tokens that close the
+    /// thought.
     pub(super) fn window(&self) -> Window<'_> {
         let start = self.tokens.len() - 1;
-        Window {
-            start,
-            last_token: self.tokens[start],
-            draft: self.proposer.draft(),
-            tree: self.proposer.tree(),
-            sequence_key: self.sequence_key,
-        }
+        let (draft, tree) = match self.closing {
+            [] => (self.proposer.draft(), self.proposer.tree()),
+            closing => (closing, None),
+        };
+        Window { start, last_token: self.tokens[start], draft, tree, sequence_key: self.sequence_key }
     }
 
-    /// Processes the tokens that the backend sampled after each token of the window: appends the
-    /// accepted draft tokens and the token sampled after the last of them, up to the end of the
-    /// answer, and has the proposer make the next draft.
+    /// Processes the tokens that the backend sampled after each token of the window.
     pub(super) fn accept(&mut self, predictions: &Predictions) -> Accepted<'_> {
+        let num_before = self.tokens.len();
+        let moves = match self.closing {
+            [] => self.accept_draft(predictions),
+            closing => {
+                self.close_thought(closing, predictions.tokens[closing.len()]);
+                Vec::new()
+            }
+        };
+        Accepted { request_index: self.request_index, tokens: &self.tokens[num_before..], moves }
+    }
+
+    /// Appends the accepted draft tokens and the token sampled after the last of them, up to the end
+    /// of the answer or the limit of its thought, and has the proposer make the next draft. Returns
+    /// the moves in the cache.
+    fn accept_draft(&mut self, predictions: &Predictions) -> Vec<(usize, usize)> {
         let predicted = &predictions.tokens;
         let path = accepted_path(&self.window(), predicted);
         let (num_before, num_accepted) = (self.tokens.len(), path.len() - 1);
         for &offset in &path {
-            self.tokens.push(predicted[offset]);
-            self.finish_reason = self.finish_reason_after(predicted[offset]);
-            if self.is_finished() {
+            self.push(predicted[offset]);
+            if self.is_finished() || !self.closing.is_empty() {
                 break;
             }
         }
@@ -119,10 +140,30 @@ impl<'r> Sequence<'r> {
         });
         let start = num_before - 1;
         let misplaced = path.into_iter().enumerate().filter(|(depth, offset)| depth != offset);
-        Accepted {
-            request_index: self.request_index,
-            tokens: &self.tokens[num_before..],
-            moves: misplaced.map(|(depth, offset)| (start + offset, start + depth)).collect(),
+        misplaced.map(|(depth, offset)| (start + offset, start + depth)).collect()
+    }
+
+    /// Appends the tokens that close the thought, whatever the model predicted in their place, and
+    /// the token sampled after them.
+    fn close_thought(&mut self, closing: &[i32], sampled_after: i32) {
+        let start = self.answer().len();
+        self.forced = Some(start..start + closing.len());
+        self.closing = &[];
+        self.tokens.extend(closing);
+        self.push(sampled_after);
+        self.num_new_tokens.push(1);
+        self.proposer.restart(&self.tokens);
+    }
+
+    /// Appends a token of the model, and notes whether the answer has ended or its thought is at the
+    /// limit.
+    fn push(&mut self, token: i32) {
+        self.tokens.push(token);
+        self.finish_reason = self.finish_reason_after(token);
+        let Some(limit) = self.stop.thought_limit.as_ref().filter(|_| !self.is_finished()) else { return };
+        let (prompt, answer) = self.tokens.split_at(self.num_prompt_tokens);
+        if answer.len() == limit.closing.max_thinking_tokens && limit.tokens.is_open(prompt, answer) {
+            self.closing = &limit.closing.closing_ids;
         }
     }
 
@@ -140,8 +181,20 @@ impl<'r> Sequence<'r> {
         &self.tokens[self.num_prompt_tokens..]
     }
 
+    /// How the thought ended, if thoughts have a limit.
+    fn thought(&self) -> Option<Thought> {
+        let tokens = &self.stop.thought_limit.as_ref()?.tokens;
+        let (prompt, answer) = self.tokens.split_at(self.num_prompt_tokens);
+        match &self.forced {
+            Some(positions) => Some(Thought::Forced(positions.clone())),
+            None if tokens.is_open(prompt, answer) => Some(Thought::Open),
+            None => tokens.has_thought(prompt, answer).then_some(Thought::Closed),
+        }
+    }
+
     pub(super) fn into_answer(self) -> Answer {
         Answer {
+            thought: self.thought(),
             response_ids: self.answer().to_vec(),
             finish_reason: self.finish_reason.unwrap_or(FinishReason::Length),
             num_forwards: self.num_new_tokens.len(),

@@ -8,6 +8,7 @@ use super::tree::Node;
 use super::{Answer, DecodeOptions, Request, Sampling, StopConditions, Strategy};
 use crate::Result;
 use crate::model::SlotMove;
+use crate::thought::{Thought, ThoughtClosing, ThoughtLimit, ThoughtTokens};
 use crate::trajectory::FinishReason;
 
 /// Predicts the next token by a fixed rule from the whole sequence so far, and checks that chunks
@@ -164,11 +165,11 @@ fn strategies() -> Vec<Strategy> {
 }
 
 fn stop() -> StopConditions {
-    StopConditions { max_new_tokens: 40, eos_ids: vec![14, 5] }
+    StopConditions::new(40, vec![14, 5])
 }
 
 fn stop_after(max_new_tokens: usize) -> StopConditions {
-    StopConditions { max_new_tokens, eos_ids: vec![] }
+    StopConditions::new(max_new_tokens, vec![])
 }
 
 #[test]
@@ -316,9 +317,9 @@ fn a_lookahead_window_is_a_tree_of_columns_and_candidates() {
 #[test]
 fn an_answer_ends_at_an_eos_or_the_limit_inside_an_accepted_candidate() {
     for (stop, response, reason) in [
-        (StopConditions { max_new_tokens: 40, eos_ids: vec![9] }, &[8, 9][..], FinishReason::Eos),
+        (StopConditions::new(40, vec![9]), &[8, 9][..], FinishReason::Eos),
         (stop_after(2), &[8, 9], FinishReason::Length),
-        (StopConditions { max_new_tokens: 1, eos_ids: vec![8] }, &[8], FinishReason::Eos),
+        (StopConditions::new(1, vec![8]), &[8], FinishReason::Eos),
     ] {
         let mut sequence = lookahead_sequence(&stop);
         let predictions = predictions_of_candidate(&sequence);
@@ -343,7 +344,7 @@ fn lookahead_takes_far_fewer_forwards_when_text_repeats() {
 
 #[test]
 fn an_answer_ends_at_the_first_eos_or_at_the_limit() {
-    let stop = StopConditions { max_new_tokens: 5, eos_ids: vec![14, 5] };
+    let stop = StopConditions::new(5, vec![14, 5]);
     for answer in answers(Strategy::Jacobi { n: 8 }, &stop) {
         let ids = &answer.response_ids;
         let eos = ids.iter().position(|id| stop.eos_ids.contains(id));
@@ -409,6 +410,69 @@ fn answers_do_not_depend_on_the_batch_or_on_when_prompts_are_cached() {
                 assert_eq!(streamed.num_new_tokens, together.num_new_tokens);
                 assert_eq!(streamed.blocks, together.blocks);
             }
+        }
+    }
+}
+
+/// Conditions under which every answer begins with a thought, which token 4 ends and which is closed
+/// after 12 tokens.
+fn stop_with_thought_limit() -> StopConditions {
+    let tokens = ThoughtTokens::new(101, 4, vec![vec![]]);
+    let closing = ThoughtClosing { max_thinking_tokens: 12, closing_ids: vec![30, 4, 31] };
+    StopConditions { thought_limit: Some(ThoughtLimit { tokens, closing }), ..StopConditions::new(40, vec![5]) }
+}
+
+#[test]
+fn every_strategy_closes_a_thought_at_the_limit_and_no_other() {
+    let stop = stop_with_thought_limit();
+    let unlimited = answers(Strategy::Ar, &StopConditions::new(40, vec![5]));
+    let ar = answers(Strategy::Ar, &stop);
+    let is_forced = |answer: &Answer| answer.thought == Some(Thought::Forced(12..15));
+    assert!(ar.iter().any(is_forced), "{ar:?}");
+    assert!(ar.iter().any(|answer| answer.thought == Some(Thought::Closed)), "{ar:?}");
+    for (limited, unlimited) in ar.iter().zip(&unlimited) {
+        let num_forced = if is_forced(limited) { 3 } else { 0 };
+        assert_eq!(limited.num_decoded_tokens() + num_forced, limited.response_ids.len());
+        assert_eq!(limited.num_forwards, limited.num_decoded_tokens(), "a forward decodes one token");
+        assert_eq!(unlimited.thought, None);
+        if is_forced(limited) {
+            assert_eq!(limited.response_ids[..12], unlimited.response_ids[..12]);
+            assert_eq!(limited.response_ids[12..15], [30, 4, 31]);
+        } else {
+            assert_eq!(limited.response_ids, unlimited.response_ids);
+        }
+    }
+    for strategy in strategies() {
+        for (answer, ar) in answers(strategy, &stop).iter().zip(&ar) {
+            assert_eq!((&answer.response_ids, &answer.thought), (&ar.response_ids, &ar.thought), "{strategy:?}");
+            assert_eq!(answer.finish_reason, ar.finish_reason);
+            assert!(answer.num_forwards <= ar.num_forwards, "{strategy:?}");
+        }
+        // Neither the batch nor the time at which prompts are cached matters.
+        let mut backend = MockBackend { max_prompt_tokens: 3, ..MockBackend::new(2) };
+        let streamed = run(&mut backend, 2, strategy, &stop, PrefillPolicy::Chunked, &mut |_, _| ());
+        for (streamed, together) in streamed.iter().zip(answers(strategy, &stop)) {
+            assert_eq!(streamed.response_ids, together.response_ids, "{strategy:?}");
+            assert_eq!(streamed.num_new_tokens, together.num_new_tokens);
+            assert_eq!(streamed.blocks, together.blocks);
+        }
+    }
+}
+
+#[test]
+fn an_answer_goes_on_after_a_closed_thought_as_after_a_prompt() {
+    let stop = stop_with_thought_limit();
+    for answer in answers(Strategy::Jacobi { n: 4 }, &stop).iter().filter(|answer| answer.response_ids.len() > 15) {
+        let starts: Vec<usize> = answer.blocks.iter().map(|block| block.start as usize).collect();
+        let forced = answer.thought == Some(Thought::Forced(12..15));
+        let expected = (0..answer.response_ids.len())
+            .step_by(4)
+            .map(|start| if forced && start >= 12 { start + 3 } else { start });
+        assert_eq!(starts, expected.take(starts.len()).collect::<Vec<_>>());
+        for block in &answer.blocks {
+            let start = block.start as usize;
+            let len = (answer.response_ids.len() - start).min(4);
+            assert_eq!(block.states.last().unwrap()[..len], answer.response_ids[start..start + len]);
         }
     }
 }

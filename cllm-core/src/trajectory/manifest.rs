@@ -7,6 +7,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::thought::ThoughtClosing;
 use crate::{Error, Result, atomic_file, fingerprint, text_file};
 
 const MANIFEST: &str = "manifest.json";
@@ -27,6 +28,10 @@ pub struct Provenance {
     /// Tokens per block.
     pub n: usize,
     pub max_new_tokens: usize,
+    /// `max_thinking_tokens` and the `closing_ids` of thoughts that reached it; absent without a
+    /// limit.
+    #[serde(flatten)]
+    pub thought_closing: Option<ThoughtClosing>,
     /// Token ids that end a response.
     pub eos_ids: Vec<i32>,
     /// Seed of the first draft tokens.
@@ -60,9 +65,9 @@ pub(super) struct Difference {
 impl Provenance {
     pub(super) fn difference(&self, expected: &Provenance) -> Option<Difference> {
         let (existing, expected) = (json!(self), json!(expected));
-        let fields = expected.as_object()?;
-        let (field, value) = fields.iter().find(|(field, value)| existing[field.as_str()] != **value)?;
-        Some(Difference { field: field.clone(), existing: existing[field.as_str()].clone(), expected: value.clone() })
+        let mut fields = expected.as_object()?.keys().chain(existing.as_object()?.keys());
+        let field = fields.find(|&field| existing[field] != expected[field])?;
+        Some(Difference { field: field.clone(), existing: existing[field].clone(), expected: expected[field].clone() })
     }
 }
 

@@ -102,23 +102,25 @@ impl Trajectory {
         })
     }
 
-    /// Number of forwards in which the response was decoded: one for its first token and, in each
-    /// block, one for every state after the first draft plus one that confirms the fixed point and
-    /// opens the next block or ends the response.
+    /// Number of forwards in which the response was decoded: one for its first token, one for the
+    /// first token after a thought that was closed at its limit and, in each block, one for every
+    /// state after the first draft plus one that confirms the fixed point and opens the next block or
+    /// ends the response.
     pub fn num_forwards(&self) -> usize {
+        let forced = self.forced_tokens();
         let in_block = |block: &Block| {
-            let Some(fixed_point) = block.states.last() else { return 0 };
             // A forward accepts the draft tokens that it confirms and one more.
             let mut num_accepted = 1;
             for pair in block.states.windows(2) {
                 let confirmed = (num_accepted..pair[0].len()).take_while(|&at| pair[0][at] == pair[1][at]).count();
                 num_accepted += confirmed + 1;
             }
-            let opens_next = (block.start as usize + fixed_point.len()) < self.response_ids.len();
+            let opens_next = block.end() < self.response_ids.len() && block.end() != forced.start;
             let needs_confirmation = num_accepted < self.response_tokens_in(block) || opens_next;
-            block.states.len() - 1 + usize::from(needs_confirmation)
+            block.states.len().saturating_sub(1) + usize::from(needs_confirmation)
         };
-        usize::from(!self.response_ids.is_empty()) + self.blocks.iter().map(in_block).sum::<usize>()
+        let num_first_tokens = usize::from(!self.response_ids.is_empty()) + usize::from(!forced.is_empty());
+        num_first_tokens + self.blocks.iter().map(in_block).sum::<usize>()
     }
 
     fn response_tokens_in(&self, block: &Block) -> usize {

@@ -1,8 +1,11 @@
 //! A row of a data set, and the guarantees that every row keeps.
 
+use std::ops::Range;
+
 use serde::{Deserialize, Serialize};
 
 use super::manifest::Provenance;
+use crate::thought::ThoughtTokens;
 
 /// Why a response ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -23,6 +26,13 @@ pub struct Block {
     pub states: Vec<Vec<i32>>,
 }
 
+impl Block {
+    /// Position in the response after its last token.
+    pub(super) fn end(&self) -> usize {
+        self.start as usize + self.states.last().map_or(0, Vec::len)
+    }
+}
+
 /// One response and the trajectory of each of its blocks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Trajectory {
@@ -33,7 +43,8 @@ pub struct Trajectory {
     /// The prompt as text, after the chat template.
     pub prompt: String,
     pub prompt_ids: Vec<i32>,
-    /// The fixed points joined, through EOS or the length limit.
+    /// The fixed points joined, through EOS or the length limit. If the thought was closed at its
+    /// limit, the tokens that closed it stand between two blocks and belong to neither.
     pub response_ids: Vec<i32>,
     /// The benchmark's own answer.
     pub reference: Option<String>,
@@ -46,8 +57,30 @@ pub struct Trajectory {
 }
 
 impl Trajectory {
+    /// Positions in the response of the tokens that closed the thought at its limit; an empty range
+    /// if there are none.
+    pub fn forced_tokens(&self) -> Range<usize> {
+        let gap = |pair: &[Block]| {
+            let gap = pair[0].end()..pair[1].start as usize;
+            (!gap.is_empty()).then_some(gap)
+        };
+        self.blocks.windows(2).find_map(gap).unwrap_or(0..0)
+    }
+
+    /// Number of tokens of the response that the teacher decoded: all but those that closed its
+    /// thought.
+    pub fn num_decoded_tokens(&self) -> usize {
+        self.response_ids.len() - self.forced_tokens().len()
+    }
+
+    /// Whether the response reached the length limit inside a thought.
+    pub fn is_cut_inside_thought(&self, tokens: &ThoughtTokens) -> bool {
+        self.finish_reason == FinishReason::Length && tokens.is_open(&self.prompt_ids, &self.response_ids)
+    }
+
     /// Checks what every row of a data set guarantees: blocks of n tokens that follow one another
-    /// and whose fixed points are the response, token ids inside the vocabulary, an end that agrees
+    /// and whose fixed points are the response, but for the tokens that close a thought at its limit
+    /// between two of them, token ids inside the vocabulary, an end that agrees
     /// with the finish reason, and one augmented flag per state.
     ///
     /// # Errors
@@ -57,16 +90,22 @@ impl Trajectory {
         if length > max_new_tokens {
             return Err(format!("the response has {length} tokens, but max_new_tokens was {max_new_tokens}"));
         }
-        self.check_blocks(provenance.n)?;
+        self.check_blocks(provenance)?;
         self.check_ids(provenance.vocab_size)?;
         self.check_end(&provenance.eos_ids)?;
         self.check_augmented()
     }
 
-    fn check_blocks(&self, n: usize) -> Result<(), String> {
-        let length = self.response_ids.len();
+    fn check_blocks(&self, Provenance { n, thought_closing, .. }: &Provenance) -> Result<(), String> {
+        let (n, length) = (*n, self.response_ids.len());
         let mut fixed_points: Vec<i32> = Vec::new();
         for (index, block) in self.blocks.iter().enumerate() {
+            if let Some(closing) = thought_closing
+                && closing.max_thinking_tokens == fixed_points.len()
+                && block.start as usize > fixed_points.len()
+            {
+                fixed_points.extend(&closing.closing_ids);
+            }
             if block.start as usize != fixed_points.len() {
                 return Err(format!("block {index} starts at {}, expected {}", block.start, fixed_points.len()));
             }

@@ -3,6 +3,7 @@
 use cllm_core::decode::{
     Answer, DecodeOptions, Decoder, Request, Sampling, StopConditions, Strategy, decode, required_slots,
 };
+use cllm_core::thought::{Thought, ThoughtClosing, ThoughtLimit, ThoughtTokens};
 
 use crate::models::{random_model, shapes};
 
@@ -36,7 +37,7 @@ fn assert_equal_to_autoregressive(sampling: Sampling) {
             prompt_ids: (1..2 + index * 3).map(|i| i * 5 % 61).collect(),
         })
         .collect();
-    let stop = StopConditions { max_new_tokens: 40, eos_ids: vec![3, 9] };
+    let stop = StopConditions::new(40, vec![3, 9]);
     for (name, config) in shapes() {
         let model = random_model(&config);
         let run = |strategy, requests: &[Request]| {
@@ -62,7 +63,7 @@ fn a_draft_model_leaves_the_target_models_answer_unchanged_on_every_family() {
     let requests: Vec<Request> = (1..4)
         .map(|index| Request { sample_id: format!("s{index}"), prompt_ids: (1..2 + index * 3).collect() })
         .collect();
-    let stop = StopConditions { max_new_tokens: 30, eos_ids: vec![3, 9] };
+    let stop = StopConditions::new(30, vec![3, 9]);
     let strategy = Strategy::Drafted { n: 6 };
     let options = |strategy| DecodeOptions::greedy(strategy, 5);
     for ((name, config), (_, other)) in shapes().into_iter().zip(shapes().into_iter().cycle().skip(1)) {
@@ -90,7 +91,74 @@ fn a_prompt_longer_than_the_context_is_refused_by_the_name_of_its_sample() {
     let (_, config) = shapes().remove(0);
     let model = random_model(&config);
     let request = Request { sample_id: "long".into(), prompt_ids: vec![1; 250] };
-    let stop = StopConditions { max_new_tokens: 40, eos_ids: vec![] };
+    let stop = StopConditions::new(40, vec![]);
     let message = decode(&model, &[request], &stop, DecodeOptions::greedy(Strategy::Ar, 0)).err().unwrap().to_string();
     assert!(message.contains("`long`") && message.contains("256"), "{message}");
+}
+
+/// Limits thoughts to 10 tokens. Every answer begins inside a thought, which token 11 ends.
+fn thought_limit() -> ThoughtLimit {
+    let closing = ThoughtClosing { max_thinking_tokens: 10, closing_ids: vec![7, 11, 8] };
+    ThoughtLimit { tokens: ThoughtTokens::new(12, 11, vec![vec![]]), closing }
+}
+
+#[test]
+fn a_thought_closed_at_its_limit_equals_the_construction_by_hand_on_every_family() {
+    let requests: Vec<Request> = (0..4)
+        .map(|index| Request { sample_id: format!("s{index}"), prompt_ids: (1..2 + index * 3).collect() })
+        .collect();
+    let with_limit = StopConditions { thought_limit: Some(thought_limit()), ..StopConditions::new(32, vec![3, 9]) };
+    let mut num_forced = 0;
+    for ((name, config), sampling) in shapes()
+        .into_iter()
+        .flat_map(|shape| [Sampling::Greedy, Sampling::Temperature(0.8)].map(|s| (shape.clone(), s)))
+    {
+        let model = random_model(&config);
+        let run = |strategy, requests: &[Request], stop: &StopConditions| {
+            let options = DecodeOptions { sampling, ..DecodeOptions::greedy(strategy, 5) };
+            decode(&model, requests, stop, options).unwrap().0
+        };
+        let ids_by_hand = |request: &Request| {
+            let request = std::slice::from_ref(request);
+            let whole = run(Strategy::Ar, request, &StopConditions::new(32, vec![3, 9])).remove(0).response_ids;
+            let last_mark = whole.iter().take(10).rfind(|&&id| id == 11 || id == 12);
+            if whole.len() <= 10 || last_mark == Some(&11) {
+                return whole;
+            }
+            let so_far = [&whole[..10], &[7, 11, 8]].concat();
+            let prompt_ids = [&request[0].prompt_ids[..], &so_far].concat();
+            let rest = Request { prompt_ids, ..request[0].clone() };
+            let rest = run(Strategy::Ar, &[rest], &StopConditions::new(32 - 13, vec![3, 9])).remove(0).response_ids;
+            [so_far, rest].concat()
+        };
+        let by_hand: Vec<Vec<i32>> = requests.iter().map(ids_by_hand).collect();
+        for strategy in strategies().into_iter().chain([Strategy::Ar]) {
+            for (index, answer) in run(strategy, &requests, &with_limit).iter().enumerate() {
+                assert_eq!(answer.response_ids, by_hand[index], "{name}, {strategy:?}, {sampling:?}, request {index}");
+                num_forced += usize::from(answer.thought == Some(Thought::Forced(10..13)));
+            }
+        }
+    }
+    assert!(num_forced > 100, "only {num_forced} thoughts reached the limit");
+}
+
+#[test]
+fn a_draft_model_reads_the_closed_thought_too() {
+    let (_, config) = shapes().remove(0);
+    let (model, draft_model) = (random_model(&config), random_model(&shapes().remove(1).1));
+    let stop = StopConditions { thought_limit: Some(thought_limit()), ..StopConditions::new(32, vec![3, 9]) };
+    let requests: Vec<Request> = (1..4)
+        .map(|index| Request { sample_id: format!("s{index}"), prompt_ids: (1..2 + index * 3).collect() })
+        .collect();
+    let greedy = decode(&model, &requests, &stop, DecodeOptions::greedy(Strategy::Ar, 5)).unwrap().0;
+    let answers = |draft_model| {
+        let strategy = Strategy::Drafted { n: 6 };
+        let decoder = Decoder::new(&model, 3, required_slots(20, &stop, strategy)).unwrap();
+        let mut decoder = decoder.with_draft_model(draft_model).unwrap();
+        decoder.answer(&requests, &stop, DecodeOptions::greedy(strategy, 5), None).unwrap().0
+    };
+    for (answer, greedy) in answers(&draft_model).iter().chain(&answers(&model)).zip(greedy.iter().cycle()) {
+        assert_eq!((&answer.response_ids, &answer.thought), (&greedy.response_ids, &greedy.thought));
+    }
+    assert!(greedy.iter().any(|answer| answer.thought == Some(Thought::Forced(10..13))));
 }

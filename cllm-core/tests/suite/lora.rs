@@ -90,7 +90,7 @@ fn a_forward_with_adapters_equals_a_forward_of_the_merged_weights() {
     let requests: Vec<Request> = (0..3)
         .map(|row| Request { sample_id: format!("s{row}"), prompt_ids: (1..4 + row * 3).map(|i| i * 5 % 61).collect() })
         .collect();
-    let stop = StopConditions { max_new_tokens: 24, eos_ids: vec![3] };
+    let stop = StopConditions::new(24, vec![3]);
     let answers = |model: &Transformer, strategy| -> Vec<Vec<i32>> {
         let (answers, _) = decode(model, &requests, &stop, DecodeOptions::greedy(strategy, 5)).unwrap();
         answers.into_iter().map(|answer| answer.response_ids).collect()

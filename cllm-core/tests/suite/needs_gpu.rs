@@ -90,7 +90,7 @@ fn every_token_is_the_likeliest_of_the_float32_model_up_to_rounding() {
             prompt_ids: (0..length).map(|i| (i * 37 + row as i32 * 11) % 203).collect(),
         })
         .collect();
-    let stop = StopConditions { max_new_tokens: 60, eos_ids: vec![3] };
+    let stop = StopConditions::new(60, vec![3]);
     for (name, config) in shapes() {
         let models = gpu::on_gpu_and_cpu(&config, 7, 8.0);
         // Its tree of 64 tokens is the widest window here. Even a single row of it goes through
@@ -135,7 +135,7 @@ fn streamed_requests_get_the_answers_of_single_ones() {
             prompt_ids: (0..1 + row * 7 % 90).map(|i| (i * 37 + row * 11) % 203).collect(),
         })
         .collect();
-    let stop = StopConditions { max_new_tokens: 50, eos_ids: vec![3, 7] };
+    let stop = StopConditions::new(50, vec![3, 7]);
     let (_, config) = shapes().remove(0);
     let models = gpu::on_gpu_and_cpu(&config, 7, 8.0);
     for strategy in [Strategy::Jacobi { n: 8 }, Strategy::lookahead()] {

@@ -68,7 +68,7 @@ impl Draws {
 
     /// The number of answers in each cell, and the forwards of all.
     fn counts(&self, model: &Transformer, strategy: Strategy, seed: u64) -> (Vec<f64>, usize) {
-        let stop = StopConditions { max_new_tokens: self.num_tokens, eos_ids: Vec::new() };
+        let stop = StopConditions::new(self.num_tokens, Vec::new());
         let sampling = Sampling::Temperature(self.temperature);
         let options = DecodeOptions { sampling, ..DecodeOptions::greedy(strategy, seed) };
         let capacity = required_slots(self.prompt.len(), &stop, strategy);

@@ -4,6 +4,7 @@
 use std::ops::Range;
 use std::path::Path;
 
+use cllm_core::thought::ThoughtClosing;
 use cllm_core::trajectory::{Block, FinishReason, Provenance, Reader, RowChunk, Trajectory, Writer};
 
 fn provenance() -> Provenance {
@@ -13,6 +14,7 @@ fn provenance() -> Provenance {
         vocab_size: 100,
         n: 3,
         max_new_tokens: 8,
+        thought_closing: None,
         eos_ids: vec![9],
         seed: 1,
         prompts: "p".into(),
@@ -120,6 +122,35 @@ fn another_provenance_a_cut_shard_and_another_schema_are_refused() {
     let text = dir.path().join("rows.parquet");
     std::fs::write(&text, "id,text\n").unwrap();
     assert!(Reader::open(&text).is_err());
+}
+
+#[test]
+fn tokens_that_closed_a_thought_stand_between_two_blocks_where_the_limit_is() {
+    // The fixture's blocks have three tokens. The thought is closed after the first.
+    let limited = |max_thinking_tokens: usize| Provenance {
+        thought_closing: Some(ThoughtClosing { max_thinking_tokens, closing_ids: vec![6, 7] }),
+        ..provenance()
+    };
+    let mut closed = row(0);
+    let last = closed.response_ids.split_off(3);
+    closed.response_ids.extend([6, 7].into_iter().chain(last));
+    closed.blocks[1].start = 5;
+    assert_eq!(closed.check(&limited(3)), Ok(()));
+    assert_eq!((closed.forced_tokens(), closed.num_decoded_tokens()), (3..5, closed.response_ids.len() - 2));
+    // The forward that confirmed the first block and opened the second now opens it after the closing.
+    assert_eq!((closed.num_forwards(), row(0).num_forwards()), (4, 4));
+    assert!(closed.check(&limited(6)).unwrap_err().contains("block 1 starts at 5, expected 3"));
+    assert!(closed.check(&provenance()).unwrap_err().contains("block 1 starts at 5, expected 3"));
+    let mut other = closed.clone();
+    other.response_ids[4] = 4;
+    assert!(other.check(&limited(3)).unwrap_err().contains("not the response"));
+    // A row whose thought ended by itself has no such tokens.
+    assert_eq!((row(0).check(&limited(3)), row(0).forced_tokens()), (Ok(()), 0..0));
+    let json = serde_json::to_value(limited(3)).unwrap();
+    assert_eq!((&json["max_thinking_tokens"], &json["closing_ids"]), (&3.into(), &serde_json::json!([6, 7])));
+    assert_eq!(serde_json::from_value::<Provenance>(json).unwrap(), limited(3));
+    let json = serde_json::to_value(provenance()).unwrap();
+    assert_eq!(serde_json::from_value::<Provenance>(json).unwrap(), provenance());
 }
 
 #[test]

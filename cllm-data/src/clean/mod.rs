@@ -9,6 +9,7 @@ use std::io::Write;
 
 use cllm_core::checkpoint::hub;
 use cllm_core::progress::{self, count};
+use cllm_core::thought::ThoughtTokens;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{Reader, Trajectory};
 use cllm_core::{Error, Result, atomic_file, interrupt, prompt_set};
@@ -62,6 +63,7 @@ pub fn clean(settings: &Settings) -> Result<Report> {
     let context = RuleContext {
         settings,
         scorer: Scorer { data_set: &settings.input, tokenizer: &tokenizer, data: settings.data.as_deref() },
+        thought_tokens: ThoughtTokens::find(&tokenizer)?,
         evaluation_prompts: hash_evaluation_prompts(settings, &tokenizer)?,
     };
     let mut rewrite = Rewrite::open(&settings.input, &settings.output, describe_step(settings))?;

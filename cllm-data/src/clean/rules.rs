@@ -10,6 +10,7 @@ use std::collections::HashSet;
 
 use cllm_core::Result;
 use cllm_core::task::Verdict;
+use cllm_core::thought::ThoughtTokens;
 use cllm_core::trajectory::{FinishReason, Trajectory};
 
 use super::repetition::{has_periodic_tail, has_repeated_sentence, has_token_run, repeated_ngram_fraction};
@@ -25,9 +26,14 @@ pub(super) struct Rule {
     is_broken: fn(&Candidate<'_>) -> Result<bool>,
 }
 
-pub(super) const RULES: [Rule; 8] = [
+pub(super) const RULES: [Rule; 9] = [
     Rule { name: "empty", advice: None, is_broken: |candidate| Ok(candidate.text.trim().is_empty()) },
     Rule { name: "evaluation_prompt", advice: None, is_broken: |candidate| Ok(candidate.is_evaluation_prompt()) },
+    Rule {
+        name: "unfinished_thought",
+        advice: Some("set max_thinking_tokens in collect, or drop_unfinished=false"),
+        is_broken: |candidate| Ok(candidate.settings().drop_unfinished && candidate.is_cut_inside_thought()),
+    },
     Rule {
         name: "unfinished",
         advice: Some("raise max_new_tokens, or drop_unfinished=false"),
@@ -70,6 +76,8 @@ pub(super) const DUPLICATE: &str = "duplicate";
 pub(super) struct RuleContext<'c> {
     pub(super) settings: &'c Settings,
     pub(super) scorer: Scorer<'c>,
+    /// The tokens around thoughts, if the model thinks.
+    pub(super) thought_tokens: Option<ThoughtTokens>,
     /// Hashes of the prompts of evaluations.
     pub(super) evaluation_prompts: HashSet<u128>,
 }
@@ -113,6 +121,10 @@ impl<'c> Candidate<'c> {
 
     fn settings(&self) -> &Settings {
         self.context.settings
+    }
+
+    fn is_cut_inside_thought(&self) -> bool {
+        self.context.thought_tokens.as_ref().is_some_and(|tokens| self.row.is_cut_inside_thought(tokens))
     }
 
     fn is_evaluation_prompt(&self) -> bool {

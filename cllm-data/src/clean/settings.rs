@@ -36,7 +36,8 @@ pub struct Settings {
     /// Drop responses in which one line or sentence occurs at least this many times.
     #[garde(range(min = 2))]
     pub repeated_sentence: usize,
-    /// Drop responses that reached the length limit.
+    /// Drop responses that reached the length limit. Those that reached it inside a thought are
+    /// counted apart.
     #[garde(skip)]
     pub drop_unfinished: bool,
     /// Drop responses that the task scores as incorrect.

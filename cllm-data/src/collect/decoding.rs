@@ -35,8 +35,10 @@ pub(super) fn decode_missing(
     let Some(longest) = order.iter().map(|&index| prompts[index].ids.len()).max() else {
         return Ok(Counts::default());
     };
-    let stop =
-        StopConditions { max_new_tokens: settings.max_new_tokens, eos_ids: teacher.tokenizer.eos_ids().to_vec() };
+    let stop = StopConditions {
+        thought_limit: teacher.thought_limit.clone(),
+        ..StopConditions::new(settings.max_new_tokens, teacher.tokenizer.eos_ids().to_vec())
+    };
     let strategy = Strategy::Jacobi { n: settings.n };
     let options = DecodeOptions { record_trajectory: true, ..DecodeOptions::greedy(strategy, settings.seed) };
     let batch_size = settings.batch_size.min(order.len());
@@ -51,7 +53,7 @@ pub(super) fn decode_missing(
     let store = |answers: Vec<IndexedAnswer>| -> Result<()> {
         let num_answers = answers.len() as u64;
         counts += buffer.store(answers)?;
-        progress.set_message(count(counts.num_tokens(), "token"));
+        progress.set_message(count(counts.num_decoded_tokens(), "token"));
         progress.advance(num_answers);
         Ok(())
     };

@@ -75,7 +75,8 @@ pub fn collect(settings: &Settings) -> Result<Summary> {
         return Err(prompts::none_fits(settings, &teacher));
     }
     let scorer = Scorer { data_set: &output, tokenizer: &teacher.tokenizer, data: settings.data.as_deref() };
-    let (mut buffer, resumed) = ShardBuffer::open(writer, &prompts, settings.rows_per_shard, scorer)?;
+    let (mut buffer, resumed) =
+        ShardBuffer::open(writer, &prompts, settings.rows_per_shard, scorer, teacher.thought_tokens.as_ref())?;
 
     let mut progress = Progress::new("collect", buffer.num_rows() as u64, prompts.len() as u64);
     let started = Instant::now();
@@ -106,6 +107,7 @@ fn provenance(settings: &Settings, teacher: &Teacher, num_prompts: usize) -> Res
         vocab_size: teacher.vocab_size(),
         n: settings.n,
         max_new_tokens: settings.max_new_tokens,
+        thought_closing: teacher.thought_limit.as_ref().map(|limit| limit.closing.clone()),
         eos_ids: teacher.tokenizer.eos_ids().to_vec(),
         seed: settings.seed,
         prompts: fingerprint::hash_contents(&settings.prompts)?,
@@ -118,7 +120,7 @@ fn summarize(prompts: usize, skipped: usize, resumed: Counts, decoded: Counts, s
     let mut total = resumed;
     total += decoded;
     let responses = decoded.stats();
-    let tokens_per_second = responses.response_tokens as f64 / seconds;
+    let tokens_per_second = decoded.num_decoded_tokens() as f64 / seconds;
     Summary {
         schema_version: 1,
         prompts,

@@ -29,6 +29,11 @@ pub struct Settings {
     /// Maximum number of tokens in a response.
     #[garde(range(min = 1))]
     pub max_new_tokens: usize,
+    /// For thinking models: maximum number of tokens in the thought before an answer, a multiple of
+    /// `n`. A response of this length that is still inside its thought gets the text
+    /// `\n</think>\n\n`, and goes on from there. Default: no limit.
+    #[garde(range(min = 1), custom(whole_blocks(self.n)))]
+    pub max_thinking_tokens: Option<usize>,
     /// Seed of the first draft tokens.
     #[garde(skip)]
     pub seed: u64,
@@ -58,6 +63,7 @@ impl Default for Settings {
             data: None,
             n: 16,
             max_new_tokens: 256,
+            max_thinking_tokens: None,
             seed: 0,
             device: "auto".to_owned(),
             batch_size: 64,
@@ -65,5 +71,17 @@ impl Default for Settings {
             limit: None,
             eos_ids: None,
         }
+    }
+}
+
+/// Checks that a thought which is closed at its limit consists of whole blocks.
+fn whole_blocks(n: usize) -> impl Fn(&Option<usize>, &()) -> garde::Result {
+    move |max_thinking_tokens, ()| match *max_thinking_tokens {
+        Some(max) if n > 0 && !max.is_multiple_of(n) => {
+            let (below, above) = (max / n * n, max.next_multiple_of(n));
+            let nearest = if below > 0 { format!("{below} or {above}") } else { above.to_string() };
+            Err(garde::Error::new(format!("must be a multiple of n={n}, such as {nearest}")))
+        }
+        _ => Ok(()),
     }
 }

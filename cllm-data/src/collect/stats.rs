@@ -6,6 +6,7 @@ use std::path::Path;
 
 use cllm_core::progress::count;
 use cllm_core::task::Verdict;
+use cllm_core::thought::ThoughtTokens;
 use cllm_core::trajectory::{FinishReason, Reader, Trajectory};
 use cllm_core::{Result, interrupt};
 use rayon::prelude::*;
@@ -23,12 +24,16 @@ pub(super) struct Counts {
     num_blocks: usize,
     num_scored: usize,
     num_correct: usize,
+    num_unfinished_thoughts: usize,
+    num_closed_thoughts: usize,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
 struct Sums {
     num_rows: usize,
     num_tokens: usize,
+    /// Tokens without those that closed a thought at its limit.
+    num_decoded_tokens: usize,
     num_forwards: usize,
 }
 
@@ -40,9 +45,14 @@ pub struct ResponseStats {
     finished: usize,
     /// Responses that reached the length limit.
     unfinished: usize,
-    pub(super) response_tokens: usize,
+    /// Responses that reached the length limit inside a thought.
+    unfinished_thoughts: usize,
+    /// Responses whose thought was closed at `max_thinking_tokens`.
+    closed_thoughts: usize,
+    response_tokens: usize,
     /// Number of forwards that decoded them.
     forwards: usize,
+    /// The tokens that closed thoughts are not counted: no forward decoded them.
     tokens_per_forward: Option<f64>,
     /// Tokens per forward of the finished responses alone.
     tokens_per_forward_finished: Option<f64>,
@@ -56,6 +66,12 @@ pub struct ResponseStats {
 impl fmt::Display for ResponseStats {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(out, "{}, {} unfinished", count(self.rows, "response"), self.unfinished)?;
+        if self.unfinished_thoughts > 0 {
+            write!(out, " ({} inside a thought)", self.unfinished_thoughts)?;
+        }
+        if self.closed_thoughts > 0 {
+            write!(out, ", {} closed at max_thinking_tokens", count(self.closed_thoughts, "thought"))?;
+        }
         self.tokens_per_forward.map_or(Ok(()), |all| write!(out, ", {all:.2} tokens per forward"))?;
         self.tokens_per_forward_finished.map_or(Ok(()), |finished| write!(out, " (finished: {finished:.2})"))
     }
@@ -65,6 +81,7 @@ impl AddAssign for Sums {
     fn add_assign(&mut self, other: Sums) {
         self.num_rows += other.num_rows;
         self.num_tokens += other.num_tokens;
+        self.num_decoded_tokens += other.num_decoded_tokens;
         self.num_forwards += other.num_forwards;
     }
 }
@@ -76,39 +93,60 @@ impl AddAssign for Counts {
         self.num_blocks += other.num_blocks;
         self.num_scored += other.num_scored;
         self.num_correct += other.num_correct;
+        self.num_unfinished_thoughts += other.num_unfinished_thoughts;
+        self.num_closed_thoughts += other.num_closed_thoughts;
     }
 }
 
 impl Counts {
     /// The counts of one response that took `num_forwards` to decode.
-    pub(super) fn from_row(row: &Trajectory, num_forwards: usize, verdict: Verdict) -> Self {
-        let sums = Sums { num_rows: 1, num_tokens: row.response_ids.len(), num_forwards };
+    pub(super) fn from_row(
+        row: &Trajectory,
+        num_forwards: usize,
+        verdict: Verdict,
+        thought_tokens: Option<&ThoughtTokens>,
+    ) -> Self {
+        let (num_tokens, num_decoded_tokens) = (row.response_ids.len(), row.num_decoded_tokens());
+        let sums = Sums { num_rows: 1, num_tokens, num_decoded_tokens, num_forwards };
         Counts {
             all: sums,
             finished: if row.finish_reason == FinishReason::Eos { sums } else { Sums::default() },
             num_blocks: row.blocks.len(),
             num_scored: usize::from(verdict != Verdict::Unscored),
             num_correct: usize::from(verdict == Verdict::Correct),
+            num_unfinished_thoughts: usize::from(
+                thought_tokens.is_some_and(|tokens| row.is_cut_inside_thought(tokens)),
+            ),
+            num_closed_thoughts: usize::from(!row.forced_tokens().is_empty()),
         }
     }
 
     /// The counts of rows that an earlier run collected. Their forwards are derived from their
     /// states.
-    pub(super) fn from_rows(rows: impl Iterator<Item = Result<Trajectory>>, scorer: Scorer<'_>) -> Result<Self> {
+    pub(super) fn from_rows(
+        rows: impl Iterator<Item = Result<Trajectory>>,
+        scorer: Scorer<'_>,
+        thought_tokens: Option<&ThoughtTokens>,
+    ) -> Result<Self> {
         let mut counts = Counts::default();
         for row in rows {
             interrupt::check()?;
             let row = row?;
-            counts += Counts::from_row(&row, row.num_forwards(), scorer.score(&row)?);
+            counts += Counts::from_row(&row, row.num_forwards(), scorer.score(&row)?, thought_tokens);
         }
         Ok(counts)
     }
 
     /// The counts of all shards written so far.
-    pub(super) fn from_data_set(folder: &Path, scorer: Scorer<'_>) -> Result<Self> {
+    pub(super) fn from_data_set(
+        folder: &Path,
+        scorer: Scorer<'_>,
+        thought_tokens: Option<&ThoughtTokens>,
+    ) -> Result<Self> {
         let reader = Reader::open_incomplete(folder)?;
         let chunks = reader.row_chunks();
-        let of_chunks = chunks.par_iter().map(|chunk| Counts::from_rows(reader.chunk_rows(chunk), scorer));
+        let of_chunks =
+            chunks.par_iter().map(|chunk| Counts::from_rows(reader.chunk_rows(chunk), scorer, thought_tokens));
         let mut counts = Counts::default();
         of_chunks.collect::<Result<Vec<_>>>()?.into_iter().for_each(|of_chunk| counts += of_chunk);
         Ok(counts)
@@ -118,9 +156,9 @@ impl Counts {
         self.all.num_rows
     }
 
-    /// Tokens of the responses.
-    pub(super) fn num_tokens(&self) -> usize {
-        self.all.num_tokens
+    /// Tokens that the teacher decoded.
+    pub(super) fn num_decoded_tokens(&self) -> usize {
+        self.all.num_decoded_tokens
     }
 
     pub(super) fn stats(&self) -> ResponseStats {
@@ -129,10 +167,12 @@ impl Counts {
             rows: self.all.num_rows,
             finished: self.finished.num_rows,
             unfinished: self.all.num_rows - self.finished.num_rows,
+            unfinished_thoughts: self.num_unfinished_thoughts,
+            closed_thoughts: self.num_closed_thoughts,
             response_tokens: self.all.num_tokens,
             forwards: self.all.num_forwards,
-            tokens_per_forward: ratio(self.all.num_tokens, self.all.num_forwards),
-            tokens_per_forward_finished: ratio(self.finished.num_tokens, self.finished.num_forwards),
+            tokens_per_forward: ratio(self.all.num_decoded_tokens, self.all.num_forwards),
+            tokens_per_forward_finished: ratio(self.finished.num_decoded_tokens, self.finished.num_forwards),
             blocks: self.num_blocks,
             scored: self.num_scored,
             accuracy: ratio(self.num_correct, self.num_scored),
@@ -158,10 +198,10 @@ mod tests {
             finish_reason,
             meta: None,
         };
-        let mut counts = Counts::from_row(&row(6, FinishReason::Eos), 4, Verdict::Correct);
+        let mut counts = Counts::from_row(&row(6, FinishReason::Eos), 4, Verdict::Correct, None);
         let text = "1 response, 0 unfinished, 1.50 tokens per forward (finished: 1.50)";
         assert_eq!(counts.stats().to_string(), text);
-        counts += Counts::from_row(&row(40, FinishReason::Length), 6, Verdict::Unscored);
+        counts += Counts::from_row(&row(40, FinishReason::Length), 6, Verdict::Unscored, None);
         let stats = counts.stats();
         assert_eq!((stats.rows, stats.finished, stats.unfinished, stats.forwards), (2, 1, 1, 10));
         assert_eq!((stats.tokens_per_forward, stats.tokens_per_forward_finished), (Some(4.6), Some(1.5)));

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use cllm_core::checkpoint::{self, hub};
 use cllm_core::distributed::ProcessEnv;
 use cllm_core::model::Transformer;
+use cllm_core::thought::{ThoughtLimit, ThoughtTokens};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Error, Result, device};
 
@@ -13,6 +14,9 @@ use super::settings::Settings;
 pub(super) struct Teacher {
     pub(super) folder: PathBuf,
     pub(super) tokenizer: Tokenizer,
+    /// The tokens around its thoughts, if it is a thinking model.
+    pub(super) thought_tokens: Option<ThoughtTokens>,
+    pub(super) thought_limit: Option<ThoughtLimit>,
     pub(super) model: Transformer,
 }
 
@@ -22,8 +26,11 @@ impl Teacher {
         let device = device::for_process(&settings.device, process)?;
         let folder = hub::locate(&settings.model)?;
         let tokenizer = Tokenizer::load(&folder)?.with_eos_ids(settings.eos_ids.as_deref());
+        let thought_tokens = ThoughtTokens::find(&tokenizer)?;
+        let new_limit = |max| ThoughtLimit::new(&tokenizer, max, settings.max_new_tokens);
+        let thought_limit = settings.max_thinking_tokens.map(new_limit).transpose()?;
         let model = checkpoint::load(&folder, device, device::default_kind(device))?;
-        let teacher = Teacher { folder, tokenizer, model };
+        let teacher = Teacher { folder, tokenizer, thought_tokens, thought_limit, model };
         let vocab_size = teacher.vocab_size();
         if let Some(id) = settings.eos_ids.iter().flatten().find(|&&id| id < 0 || id as usize >= vocab_size) {
             let model = &settings.model;

@@ -99,6 +99,7 @@ pub fn provenance() -> Provenance {
         vocab_size: 300,
         n: N,
         max_new_tokens: 400,
+        thought_closing: None,
         eos_ids: vec![0],
         seed: 1,
         prompts: "p".into(),

@@ -14,4 +14,5 @@ mod reference_format;
 mod rewrite;
 mod scoring;
 mod stats;
+mod thinking;
 mod validate;

@@ -109,7 +109,7 @@ impl Bench<'_> {
         record: &mut DecodeBench,
     ) -> Result<()> {
         let eos_ids = tokenizer.eos_ids().to_vec();
-        let stop = StopConditions { max_new_tokens: self.settings.max_new_tokens, eos_ids };
+        let stop = StopConditions::new(self.settings.max_new_tokens, eos_ids);
         let requests: Vec<Request> = samples
             .iter()
             .map(|sample| {
@@ -190,7 +190,7 @@ impl Bench<'_> {
     }
 
     fn synthetic_stop(&self) -> StopConditions {
-        StopConditions { max_new_tokens: self.settings.num_new_tokens, eos_ids: Vec::new() }
+        StopConditions::new(self.settings.num_new_tokens, Vec::new())
     }
 
     fn synthetic_request(&self, row: usize) -> Request {

@@ -157,7 +157,7 @@ fn warm_decoders<'m>(
     let mut decoders = [Decoder::new(model, 1, num_slots)?, Decoder::new(model, 1, num_slots)?];
     let start = stop.eos_ids.first().copied().unwrap_or(0);
     let request = Request { sample_id: "chat".to_owned(), prompt_ids: vec![start] };
-    let stop = StopConditions { max_new_tokens: stop.max_new_tokens.min(WARM_UP_TOKENS), eos_ids: Vec::new() };
+    let stop = StopConditions::new(stop.max_new_tokens.min(WARM_UP_TOKENS), Vec::new());
     for (decoder, options) in decoders.iter_mut().zip(options) {
         for _ in 0..2 {
             decoder.answer(std::slice::from_ref(&request), &stop, options, None)?;

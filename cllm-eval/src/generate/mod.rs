@@ -53,7 +53,7 @@ impl GenerateOptions {
             )));
         }
         let eos_ids = eos_ids::resolve(self.eos_ids.as_deref(), tokenizer, folder, config)?;
-        Ok(StopConditions { max_new_tokens, eos_ids })
+        Ok(StopConditions::new(max_new_tokens, eos_ids))
     }
 }
 

@@ -69,7 +69,7 @@ mod tests {
         });
         let model = Transformer::random(ModelConfig::from_json(&config).unwrap(), 5, Device::Cpu, Kind::Float);
         let requests = [Request { sample_id: "s".to_owned(), prompt_ids: vec![3, 7, 9] }];
-        let stop = StopConditions { max_new_tokens: 8, eos_ids: vec![] };
+        let stop = StopConditions::new(8, vec![]);
         let options = DecodeOptions::greedy(Strategy::Ar, 0);
         let (answers, _) = decode(&model, &requests, &stop, options).unwrap();
         let ids = [&requests[0].prompt_ids[..], &answers[0].response_ids].concat();

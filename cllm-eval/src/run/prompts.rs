@@ -46,7 +46,7 @@ impl Prompts {
         let tokenizer = Tokenizer::load(folder)?;
         let config = checkpoint::load_config(folder)?;
         let eos_ids = eos_ids::resolve(settings.eos_ids.as_deref(), &tokenizer, folder, &config)?;
-        let stop = StopConditions { max_new_tokens: settings.max_new_tokens, eos_ids };
+        let stop = StopConditions::new(settings.max_new_tokens, eos_ids);
         let render = |sample: &Sample| {
             let prompt = RenderedPrompt::new(&tokenizer, sample)?;
             // The prompt of a second turn will contain the answer to the first.

@@ -37,6 +37,7 @@ fn write(folder: &Path, n: usize, rows: &[Trajectory]) {
         vocab_size: 10,
         n,
         max_new_tokens: 6,
+        thought_closing: None,
         eos_ids: vec![0],
         seed: 1,
         prompts: "p".into(),

@@ -82,6 +82,17 @@ impl Example {
         self.num_clean_tokens() + self.max_noisy_tokens(consistency) * num_noisy_streams
     }
 
+    /// Where the run of adjacent blocks that this block belongs to starts in the response, and the
+    /// index of the block in the run. Only tokens that closed a thought separate two runs.
+    pub(crate) fn contiguous_run(&self, block_index: usize) -> (usize, usize) {
+        let is_first = |&index: &usize| {
+            let (before, block) = (&self.blocks[index - 1], &self.blocks[index]);
+            before.start + before.states[0].len() < block.start
+        };
+        let first = (1..=block_index).rfind(is_first).unwrap_or(0);
+        (self.blocks[first].start, block_index - first)
+    }
+
     /// Indices of the blocks that may be trained. A block that was correct from its first state has
     /// nothing to learn, but in a noisy window the later blocks attend to it.
     pub(crate) fn candidate_blocks(&self, consistency: &ConsistencySettings) -> Vec<usize> {

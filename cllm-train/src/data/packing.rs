@@ -188,13 +188,16 @@ fn sample_noisy_block(
     rng: &mut ChaCha8Rng,
 ) -> NoisyBlock {
     let block = &example.blocks[block_index];
-    let drawn = sample_state(&block.states, block_index, consistency, rng);
+    // Windows are counted anew after a thought that was closed at its limit, since its closing
+    // tokens are in no block.
+    let (run_start, index_in_run) = example.contiguous_run(block_index);
+    let drawn = sample_state(&block.states, index_in_run, consistency, rng);
     let state = &block.states[drawn];
     let window_start = match consistency.context {
         BlockContext::Clean => block.start,
         BlockContext::NoisyWindow => {
             let window_tokens = state.len() * consistency.window_blocks;
-            block.start / window_tokens * window_tokens
+            block.start - (block.start - run_start) % window_tokens
         }
     };
     let num_tokens = state.len().min(example.response_ids.len() - block.start);

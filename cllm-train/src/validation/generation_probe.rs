@@ -33,7 +33,7 @@ impl<'t> GenerationProbe<'t> {
     pub fn load(settings: &Settings, tokenizer: &'t Tokenizer, config: &ModelConfig) -> Result<Option<Self>> {
         let validation = &settings.validation;
         let Some(path) = &validation.prompts else { return Ok(None) };
-        let stop = StopConditions { max_new_tokens: validation.max_new_tokens, eos_ids: tokenizer.eos_ids().to_vec() };
+        let stop = StopConditions::new(validation.max_new_tokens, tokenizer.eos_ids().to_vec());
         let mut samples = prompt_set::read(path)?;
         samples.truncate(validation.num_examples);
         let mut requests = Vec::new();

@@ -47,6 +47,7 @@ mod tests {
     #[test]
     fn unfinished_and_unscored_answers_are_counted_separately() {
         let answer = |num_tokens: usize, num_forwards: usize, finish_reason| Answer {
+            thought: None,
             response_ids: vec![1; num_tokens],
             num_forwards,
             finish_reason,

@@ -237,6 +237,25 @@ fn the_gradient_predicts_how_a_loss_changes() {
 }
 
 #[test]
+fn a_window_does_not_reach_back_over_the_tokens_that_closed_a_thought() {
+    let mut example = example("a", 3, 40);
+    // Three tokens close the thought after two blocks.
+    let forced = 2 * N..2 * N + 3;
+    for block in example.blocks.iter_mut().filter(|block| block.start >= forced.start) {
+        block.start += forced.len();
+    }
+    example.blocks.pop();
+    let settings =
+        ConsistencySettings { context: BlockContext::NoisyWindow, window_blocks: 3, ..ConsistencySettings::default() };
+    let packed = pack(&example, &settings, 0);
+    let windows: Vec<(usize, usize)> =
+        packed.noisy_blocks().iter().map(|block| (block.start, block.window_start)).collect();
+    let expected = [(0, 0), (4, 0), (11, 11), (15, 11), (19, 11), (23, 23), (27, 23), (31, 23), (35, 35)];
+    assert_eq!(windows, expected);
+    assert!(packed.noisy_blocks().iter().all(|block| block.state.len() == N), "a state reaches over the closing");
+}
+
+#[test]
 fn an_augmented_state_is_in_no_local_loss() {
     let settings = ConsistencySettings { local_weight: 1.0, ..ConsistencySettings::default() };
     // Blocks 0 and 2 have the states 0, 1 and the fixed point. Which of 0 and 1 is drawn depends on

@@ -94,7 +94,7 @@ pub fn collect(model_folder: &Path, folder: &Path) -> PathBuf {
         prompt_ids: tokenizer.encode_prompt(&sample.prompt).unwrap().1,
     };
     let requests: Vec<Request> = samples.iter().map(request).collect();
-    let stop = StopConditions { max_new_tokens: MAX_NEW_TOKENS, eos_ids: tokenizer.eos_ids().to_vec() };
+    let stop = StopConditions::new(MAX_NEW_TOKENS, tokenizer.eos_ids().to_vec());
     let options = DecodeOptions { record_trajectory: true, ..DecodeOptions::greedy(Strategy::Jacobi { n: N }, 1) };
     let (answers, _) = decode(&model, &requests, &stop, options).unwrap();
     let rows = requests.into_iter().zip(answers).map(|(request, answer)| Trajectory {
@@ -115,6 +115,7 @@ pub fn collect(model_folder: &Path, folder: &Path) -> PathBuf {
         vocab_size: tokenizer.vocab_size(),
         n: N,
         max_new_tokens: MAX_NEW_TOKENS,
+        thought_closing: None,
         eos_ids: tokenizer.eos_ids().to_vec(),
         seed: 1,
         prompts: "p".to_owned(),

@@ -70,6 +70,10 @@ impl Proposer for Jacobi {
         }
     }
 
+    fn restart(&mut self, tokens: &[i32]) {
+        self.open_block(tokens);
+    }
+
     fn into_blocks(self: Box<Self>) -> Vec<Block> {
         self.blocks
     }

@@ -40,7 +40,7 @@ impl Lookahead {
         prompt.windows(ngram_len).for_each(|ngram| pool.add(ngram));
         let (columns, window, tree) = (Vec::new(), Vec::new(), TokenTree::new([]));
         let mut lookahead = Lookahead { width, num_levels: ngram_len - 1, pool, random, columns, window, tree };
-        lookahead.build_window(prompt);
+        lookahead.restart(prompt);
         lookahead
     }
 
@@ -86,5 +86,10 @@ impl Proposer for Lookahead {
         // dropped.
         self.columns.drain(..verification.num_accepted.min(self.width));
         self.build_window(verification.tokens);
+    }
+
+    fn restart(&mut self, tokens: &[i32]) {
+        self.columns.clear();
+        self.build_window(tokens);
     }
 }

@@ -29,6 +29,10 @@ pub(super) trait Proposer {
     /// Makes the next draft from the result of forwarding this one.
     fn update(&mut self, verification: &Verification<'_>);
 
+    /// Makes a draft after the last of `tokens`, the prompt and the answer so far. The tokens before
+    /// it were appended without a draft, so what was drafted for their positions is void.
+    fn restart(&mut self, tokens: &[i32]);
+
     /// The trajectory of a proposer that recorded one.
     fn into_blocks(self: Box<Self>) -> Vec<Block> {
         Vec::new()

@@ -33,11 +33,13 @@ impl MultiBlock {
         min_accepted: usize,
         max_tails: usize,
         prompt: &[i32],
-        mut random: RandomDraft,
+        random: RandomDraft,
     ) -> Self {
-        let (mut draft, pool) = (Vec::new(), TailPool::new(max_tails));
-        random.fill(&mut draft, n - 1, prompt);
-        MultiBlock { n, max_blocks, min_accepted, pool, random, num_final: 1, num_blocks_behind: 0, draft }
+        let (draft, pool) = (Vec::new(), TailPool::new(max_tails));
+        let mut blocks =
+            MultiBlock { n, max_blocks, min_accepted, pool, random, num_final: 1, num_blocks_behind: 0, draft };
+        blocks.restart(prompt);
+        blocks
     }
 
     /// Leading tokens of the newest block that equal their predictions.
@@ -73,5 +75,11 @@ impl Proposer for MultiBlock {
         if is_rejected {
             self.pool.recycle(verification, &mut self.draft);
         }
+    }
+
+    fn restart(&mut self, tokens: &[i32]) {
+        (self.num_final, self.num_blocks_behind) = (1, 0);
+        self.draft.clear();
+        self.random.fill(&mut self.draft, self.n - 1, tokens);
     }
 }

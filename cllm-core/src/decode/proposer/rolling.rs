@@ -15,10 +15,10 @@ pub(in crate::decode) struct Rolling {
 }
 
 impl Rolling {
-    pub(in crate::decode) fn new(n: usize, max_tails: usize, prompt: &[i32], mut random: RandomDraft) -> Self {
-        let mut draft = Vec::new();
-        random.fill(&mut draft, n - 1, prompt);
-        Rolling { n, pool: TailPool::new(max_tails), random, draft }
+    pub(in crate::decode) fn new(n: usize, max_tails: usize, prompt: &[i32], random: RandomDraft) -> Self {
+        let mut rolling = Rolling { n, pool: TailPool::new(max_tails), random, draft: Vec::new() };
+        rolling.restart(prompt);
+        rolling
     }
 }
 
@@ -34,5 +34,10 @@ impl Proposer for Rolling {
         if is_rejected {
             self.pool.recycle(verification, &mut self.draft);
         }
+    }
+
+    fn restart(&mut self, tokens: &[i32]) {
+        self.draft.clear();
+        self.random.fill(&mut self.draft, self.n - 1, tokens);
     }
 }
