@@ -22,7 +22,7 @@ mod refusal;
 
 use keys::{all_keys, did_you_mean, to_value};
 pub use layers::ENVIRONMENT_PREFIX;
-use layers::{Assignment, Refused, from_environment};
+use layers::{Assignment, Refused, from_environment, with_free_key};
 pub use reference::reference;
 use refusal::{lines_of_invalid_keys, parse};
 
@@ -77,18 +77,25 @@ where
 /// [`Error::Usage`] that names the key, and suggests the nearest one if it is unknown.
 pub fn merge<T: Serialize + DeserializeOwned>(base: &T, changes: &Map<String, Value>) -> Result<T> {
     let mut value = to_value(base)?;
-    let keys = all_keys(&value);
-    merge_section(&mut value, changes, "", &keys)?;
+    let base = value.clone();
+    merge_section(&mut value, changes, "", &|path| with_free_key::<T>(&base, path).is_some(), &all_keys(&base))?;
     from_value(&value)
 }
 
-fn merge_section(base: &mut Value, changes: &Map<String, Value>, prefix: &str, keys: &[String]) -> Result<()> {
+fn merge_section(
+    base: &mut Value,
+    changes: &Map<String, Value>,
+    prefix: &str,
+    is_free: &dyn Fn(&str) -> bool,
+    keys: &[String],
+) -> Result<()> {
     for (key, value) in changes {
         let path = format!("{prefix}{key}");
         match (base.get_mut(key), value) {
+            (None, _) if is_free(&path) => base[key] = value.clone(),
             (None, _) => return Err(Error::usage(format!("unknown key `{path}`{}", did_you_mean(&path, keys)))),
             (Some(section @ Value::Object(_)), Value::Object(inner)) => {
-                merge_section(section, inner, &format!("{path}."), keys)?;
+                merge_section(section, inner, &format!("{path}."), is_free, keys)?;
             }
             (Some(current), value) => *current = value.clone(),
         }

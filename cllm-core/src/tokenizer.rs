@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 use tokenizers::tokenizer::step_decode_stream;
 
-use crate::chat_template::{ChatTemplate, Conversation};
+use crate::chat_template::{self, Renderer, Rendering, RenderingRecord, TEMPLATE_FILE, TEMPLATE_FOLDER};
 use crate::checkpoint::base_folder;
 use crate::prompt_set::Prompt;
 use crate::{Error, Result, atomic_file, fingerprint, text_file};
@@ -16,14 +16,11 @@ use crate::{Error, Result, atomic_file, fingerprint, text_file};
 const TOKENIZER: &str = "tokenizer.json";
 const GENERATION: &str = "generation_config.json";
 /// The files of a model folder that belong to its tokenizer.
-const FILES: [&str; 5] =
-    [TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", GENERATION, "chat_template.jinja"];
-/// Tokens that end a turn in widespread chat formats. Some configurations do not list them as EOS.
-const TURN_ENDS: [&str; 3] = ["<|im_end|>", "<|eot_id|>", "<|end|>"];
+const FILES: [&str; 5] = [TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", GENERATION, TEMPLATE_FILE];
 
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
-    template: Option<ChatTemplate>,
+    renderer: Renderer,
     /// The id that ends the assistant's turn in training targets.
     end_of_turn_id: Option<i32>,
     /// Every id that ends an answer, ascending.
@@ -32,13 +29,21 @@ pub struct Tokenizer {
 }
 
 impl Tokenizer {
+    /// Loads a tokenizer that renders prompts with the model's own chat template, today.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::load_for`].
+    pub fn load(folder: &Path) -> Result<Self> {
+        Tokenizer::load_for(folder, &Rendering::on(chat_template::today()))
+    }
+
     /// Loads `tokenizer.json`, the chat template, and the EOS ids of generation_config.json,
     /// config.json and tokenizer_config.json together. An adapter without a tokenizer uses its base
     /// model's.
     ///
     /// # Errors
     /// When a file is missing or broken, or the tokenizer has ids past the model's vocabulary.
-    pub fn load(folder: &Path) -> Result<Self> {
+    pub fn load_for(folder: &Path, rendering: &Rendering) -> Result<Self> {
         let path = find_file(folder, TOKENIZER)?;
         if !path.exists() {
             return Err(Error::file(
@@ -51,18 +56,16 @@ impl Tokenizer {
         let settings = read_json(&path.with_file_name("tokenizer_config.json"))?;
         let config = read_json(&base_folder(folder)?.join("config.json"))?;
         check_vocab_size(&path, &inner, &config)?;
-        let (bos, eos) = (token_text(&settings["bos_token"]), token_text(&settings["eos_token"]));
-        let source = template_source(&path.with_file_name("chat_template.jinja"), &settings)?;
-        let template = source.as_deref().map(|source| ChatTemplate::new(source, bos, eos)).transpose()?;
+        let renderer = Renderer::load(path.parent().unwrap_or(folder), &settings, rendering)?;
         let id_of = |token: &str| inner.token_to_id(token).map(|id| id as i32);
-        let turn_end =
-            source.as_deref().and_then(|source| TURN_ENDS.into_iter().find(|end| source.contains(end))).and_then(id_of);
-        let mut eos_ids: BTreeSet<i32> = id_of(eos).into_iter().chain(turn_end).collect();
+        let turn_end = renderer.turn_end().and_then(id_of);
+        let eos = renderer.special_token("eos_token").and_then(id_of);
+        let mut eos_ids: BTreeSet<i32> = eos.into_iter().chain(turn_end).collect();
         eos_ids.extend(configured_eos_ids(&config));
         eos_ids.extend(configured_eos_ids(&read_json(&find_file(folder, GENERATION)?)?));
         Ok(Tokenizer {
-            template,
-            end_of_turn_id: turn_end.or(id_of(eos)).or(eos_ids.first().copied()),
+            renderer,
+            end_of_turn_id: turn_end.or(eos).or(eos_ids.first().copied()),
             eos_ids: eos_ids.into_iter().collect(),
             fingerprint: fingerprint::hash_files(&[path])?,
             inner,
@@ -125,18 +128,16 @@ impl Tokenizer {
         match prompt {
             Prompt::Text(text) => Ok((text.clone(), self.encode_with(text, true)?)),
             Prompt::Conversation(conversation) => {
-                let text = self.render(conversation)?;
+                let text = self.renderer.render(conversation, true)?;
                 let ids = self.encode_with(&text, false)?;
                 Ok((text, ids))
             }
         }
     }
 
-    fn render(&self, conversation: &Conversation) -> Result<String> {
-        let template = self.template.as_ref().ok_or_else(|| {
-            Error::usage("the prompt is a conversation, but the model has no chat template: use plain-text prompts")
-        })?;
-        template.render(&conversation.messages, true)
+    /// How prompts are rendered, to be stored with what is made from them.
+    pub fn rendering_record(&self) -> RenderingRecord {
+        self.renderer.record()
     }
 
     /// Ids of a training target: the text and the id that ends the assistant's turn.
@@ -233,7 +234,32 @@ pub fn copy_files(from: &Path, to: &Path) -> Result<()> {
             std::fs::copy(&from, &to).map_err(Error::write(&to))?;
         }
     }
+    copy_named_templates(&find_file(from, TEMPLATE_FOLDER)?, &to.join(TEMPLATE_FOLDER))
+}
+
+fn copy_named_templates(from: &Path, to: &Path) -> Result<()> {
+    if !from.is_dir() {
+        return Ok(());
+    }
+    std::fs::create_dir_all(to).map_err(Error::write(to))?;
+    for entry in std::fs::read_dir(from).map_err(Error::io(from))? {
+        let entry = entry.map_err(Error::io(from))?;
+        let to = to.join(entry.file_name());
+        std::fs::copy(entry.path(), &to).map_err(Error::write(&to))?;
+    }
     Ok(())
+}
+
+/// Makes a template the only one of a model folder, so that every loader renders with it.
+///
+/// # Errors
+/// File-system errors.
+pub fn write_chat_template(folder: &Path, source: &str) -> Result<()> {
+    let named = folder.join(TEMPLATE_FOLDER);
+    if named.is_dir() {
+        std::fs::remove_dir_all(&named).map_err(Error::write(&named))?;
+    }
+    atomic_file::write(&folder.join(TEMPLATE_FILE), source.as_bytes())
 }
 
 /// Writes the ids that end an answer into a model folder's generation_config.json, where every
@@ -257,21 +283,6 @@ fn read_json(path: &Path) -> Result<Value> {
         return Ok(Value::Null);
     }
     serde_json::from_str(&text_file::read(path)?).map_err(|error| Error::file(path, error.to_string()))
-}
-
-/// Text of a special token, which is written as a string or as `{"content": "..."}`.
-fn token_text(value: &Value) -> &str {
-    value.as_str().or(value["content"].as_str()).unwrap_or_default()
-}
-
-fn template_source(file: &Path, settings: &Value) -> Result<Option<String>> {
-    if file.exists() {
-        return text_file::read(file).map(Some);
-    }
-    let template = &settings["chat_template"];
-    // Some models have several named templates; the one for plain chats is `default`.
-    let default = template.as_array().and_then(|named| named.iter().find(|entry| entry["name"] == "default"));
-    Ok(template.as_str().or(default.and_then(|entry| entry["template"].as_str())).map(str::to_owned))
 }
 
 /// `eos_token_id` of a configuration: a number, a list, or absent.

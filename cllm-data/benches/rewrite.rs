@@ -70,6 +70,7 @@ fn write_data_set(folder: &Path, tokenizer: &Tokenizer, num_rows: usize) {
         eos_ids: tokenizer.eos_ids().to_vec(),
         seed: 0,
         prompts: "none".into(),
+        rendering: tokenizer.rendering_record(),
         toolkit: cllm_core::VERSION.to_owned(),
         steps: Vec::new(),
     };

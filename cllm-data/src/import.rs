@@ -6,6 +6,7 @@
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use cllm_core::chat_template::RenderingRecord;
 use cllm_core::checkpoint::{self, hub};
 use cllm_core::program::Outcome;
 use cllm_core::progress::{self, count};
@@ -88,6 +89,7 @@ fn provenance(arguments: &Arguments, model_folder: &Path, tokenizer: &Tokenizer)
         eos_ids: tokenizer.eos_ids().to_vec(),
         seed: 0,
         prompts: fingerprint::hash_contents(&arguments.file)?,
+        rendering: RenderingRecord::default(),
         toolkit: cllm_core::VERSION.to_owned(),
         steps: vec!["import: a file of the reference implementation".to_owned()],
     })

@@ -4,7 +4,8 @@ use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 use clap::builder::TypedValueParser;
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use cllm_core::chat_template::RenderSettings;
 use cllm_core::program::{Outcome, SettingsArgs, print, print_completions, print_json};
 use cllm_core::task::Task;
 use cllm_core::{Error, Result, atomic_file, progress};
@@ -191,6 +192,8 @@ enum Verb {
         /// Seed of the first draft tokens.
         #[arg(long, default_value_t = 0)]
         seed: u64,
+        #[command(flatten)]
+        rendering: RenderingArgs,
         /// Print one JSON document.
         #[arg(long)]
         json: bool,
@@ -215,6 +218,32 @@ enum Verb {
     /// Print completions for a shell.
     #[command(after_help = "Example:\n  cllm-eval completions bash > cllm-eval.bash")]
     Completions { shell: clap_complete::Shell },
+}
+
+/// How prompts are rendered, as the settings of the other verbs say it.
+#[derive(Debug, Args)]
+struct RenderingArgs {
+    /// Variables of the chat template, such as '{enable_thinking: false}'.
+    #[arg(long, value_name = "VARIABLES")]
+    chat_template_kwargs: Option<String>,
+    /// File with a chat template to use instead of the model's own.
+    #[arg(long, value_name = "FILE")]
+    chat_template: Option<String>,
+    /// The date for chat templates that print it, such as 2026-11-28. Default: today.
+    #[arg(long)]
+    date: Option<String>,
+}
+
+impl RenderingArgs {
+    fn load(&self) -> Result<RenderSettings> {
+        let given = [
+            ("chat_template_kwargs", &self.chat_template_kwargs),
+            ("chat_template", &self.chat_template),
+            ("date", &self.date),
+        ];
+        let set = given.into_iter().filter_map(|(key, value)| Some(format!("{key}={}", value.as_ref()?)));
+        cllm_core::settings::load(None, &set.collect::<Vec<_>>())
+    }
 }
 
 impl Cli {
@@ -249,8 +278,9 @@ impl Cli {
                 report::animate(&run, example.as_deref(), &output)?;
                 print(&output.display().to_string())
             }
-            Verb::Generate { prompt, model, raw, n, max_new_tokens, eos_ids, device, seed, json } => {
-                let options = GenerateOptions { model, raw, n, max_new_tokens, eos_ids, device, seed };
+            Verb::Generate { prompt, model, raw, n, max_new_tokens, eos_ids, device, seed, rendering, json } => {
+                let rendering = rendering.load()?;
+                let options = GenerateOptions { model, raw, n, max_new_tokens, eos_ids, device, seed, rendering };
                 generate_or_chat(prompt.as_deref(), &options, json, self.quiet)
             }
             Verb::Bench(args) => show(&bench(&args.load::<BenchSettings>()?)?, args.json, summary),

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use cllm_core::chat_template::RenderSettings;
 use cllm_core::decode::{Sampling, Strategy};
 use cllm_core::task::{Scorer, Task};
 use garde::Validate;
@@ -78,6 +79,10 @@ pub struct RunSettings {
     /// Ids that end an answer, instead of the model's own.
     #[garde(skip)]
     pub eos_ids: Option<Vec<i32>>,
+    /// How prompts are rendered.
+    #[garde(dive)]
+    #[serde(flatten)]
+    pub rendering: RenderSettings,
 }
 
 impl Default for RunSettings {
@@ -102,6 +107,7 @@ impl Default for RunSettings {
             device: "auto".to_owned(),
             output: PathBuf::from("runs/eval"),
             eos_ids: None,
+            rendering: RenderSettings::default(),
         }
     }
 }

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use cllm_core::{Error, Result};
 use serde_json::Value;
 
-use crate::records::{AnswerRecord, Header, LineRef, Records, SpeedRecord, WindowRecord};
+use crate::records::{AnswerRecord, Header, LineRef, ModelEntry, Records, SpeedRecord, WindowRecord};
 use crate::role::Role;
 
 pub struct Journal {
@@ -139,6 +139,16 @@ fn difference(before: &Header, now: &Header) -> String {
     let changed = keys.filter(|&key| key != "output").find(|&key| old[key] != new[key]);
     if let Some(key) = changed {
         return format!("was started with {key}={}; this command says {}", old[key], new[key]);
+    }
+    let same_weights =
+        |model: &&ModelEntry| before.model(model.role).is_some_and(|old| old.fingerprint == model.fingerprint);
+    let other_template = now
+        .models
+        .iter()
+        .filter(same_weights)
+        .find(|model| before.model(model.role).is_some_and(|old| old.chat_template != model.chat_template));
+    if let Some(model) = other_template {
+        return format!("was started with another chat template of the {}", model.role);
     }
     let other_model = now.models.iter().find(|model| before.model(model.role) != Some(model));
     match other_model {

@@ -35,6 +35,9 @@ pub struct ModelEntry {
     pub fingerprint: String,
     /// Number of weights.
     pub parameters: i64,
+    /// Fingerprint of the chat template that rendered its prompts; null without one.
+    #[serde(default)]
+    pub chat_template: Option<String>,
 }
 
 /// The first line of the file: what was run, and where.
@@ -198,6 +201,21 @@ impl AnswerRecord {
             reference: self.reference.clone(),
             meta: self.meta.clone(),
         }
+    }
+}
+
+impl Header {
+    /// Reads the first line of a file, which may be missing or cut.
+    ///
+    /// # Errors
+    /// File-system errors.
+    pub fn read(path: &Path) -> Result<Option<Self>> {
+        if !path.exists() {
+            return Ok(None);
+        }
+        let mut line = String::new();
+        BufReader::new(File::open(path).map_err(Error::io(path))?).read_line(&mut line).map_err(Error::io(path))?;
+        Ok(serde_json::from_str(&line).ok())
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use cllm_core::chat_template::RenderSettings;
 use cllm_core::decode::Strategy;
 use cllm_core::program::catch_panics;
 use cllm_core::progress::count;
@@ -57,6 +58,10 @@ pub struct SuiteSettings {
     /// Folder to write the report and a folder for each benchmark to.
     #[garde(skip)]
     pub output: PathBuf,
+    /// How prompts are rendered.
+    #[garde(dive)]
+    #[serde(flatten)]
+    pub rendering: RenderSettings,
 }
 
 impl Default for SuiteSettings {
@@ -74,6 +79,7 @@ impl Default for SuiteSettings {
             batch_size: run.batch_size,
             device: run.device,
             output: PathBuf::from("runs/suite"),
+            rendering: run.rendering,
         }
     }
 }
@@ -151,6 +157,7 @@ fn run_benchmark(task: Task, settings: &SuiteSettings) -> Result<BenchmarkOutcom
         batch_size: settings.batch_size,
         device: settings.device.clone(),
         output: settings.output.join(task.name()),
+        rendering: settings.rendering.clone(),
         ..RunSettings::default()
     };
     match catch_panics(|| run::run(&run_settings)) {

@@ -6,6 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
+use cllm_core::chat_template::Date;
 use cllm_core::checkpoint;
 use cllm_core::cuda::libtorch;
 use cllm_core::model::Transformer;
@@ -26,6 +27,8 @@ pub struct Checkpoints {
     /// The model below adapters; `None` when every weight is trained.
     adapter_base: Option<String>,
     eos_ids: Option<Vec<i32>>,
+    /// File of the chat template that replaces the model's own.
+    chat_template: Option<PathBuf>,
     max_checkpoints: usize,
 }
 
@@ -36,8 +39,17 @@ impl Checkpoints {
             tokenizer_folder: tokenizer_folder.to_owned(),
             adapter_base: settings.lora.as_ref().and_then(|_| settings.model.clone()),
             eos_ids: settings.eos_ids.clone(),
+            chat_template: settings.rendering.chat_template.clone(),
             max_checkpoints: settings.max_checkpoints,
         }
+    }
+
+    /// The date on which a run was started; `None` if its folder has no readable checkpoint, which
+    /// [`Checkpoints::resume`] reports.
+    pub fn started_on(run: &Path) -> Option<Date> {
+        let path = run.join("checkpoints/latest/state.json");
+        let state: TrainState = serde_json::from_str(&text_file::read(&path).ok()?).ok()?;
+        state.fingerprint.date()
     }
 
     fn folder(&self) -> PathBuf {
@@ -121,6 +133,9 @@ impl Checkpoints {
 
     fn write_tokenizer(&self, folder: &Path) -> Result<()> {
         tokenizer::copy_files(&self.tokenizer_folder, folder)?;
+        if let Some(path) = &self.chat_template {
+            tokenizer::write_chat_template(folder, &text_file::read(path)?)?;
+        }
         self.eos_ids.as_ref().map_or(Ok(()), |ids| tokenizer::write_eos_ids(folder, ids))
     }
 

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use cllm_core::chat_template::today;
 use cllm_core::checkpoint::{self, hub, is_adapter};
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::tokenizer::Tokenizer;
@@ -84,7 +85,8 @@ pub fn load_tokenizer(settings: &Settings) -> Result<(Tokenizer, PathBuf)> {
         (None, Some(model)) => locate_model(model, settings)?,
         (None, None) => return Err(Error::usage("model is not set: add `model=...`")),
     };
-    let tokenizer = Tokenizer::load(&folder)?;
+    let rendering = settings.rendering.resolve(today())?;
+    let tokenizer = Tokenizer::load_for(&folder, &rendering)?;
     let vocab_size = tokenizer.vocab_size();
     if let Some(id) = settings.eos_ids.iter().flatten().find(|&&id| id < 0 || id as usize >= vocab_size) {
         let message = format!("eos_ids: {id} is not a token of {}, which has {vocab_size}", folder.display());

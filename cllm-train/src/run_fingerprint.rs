@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use cllm_core::chat_template::Date;
 use cllm_core::checkpoint::{self, hub};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Error, Result, fingerprint, trajectory};
@@ -36,6 +37,9 @@ impl RunFingerprint {
         let mut fingerprint = RunFingerprint::default();
         fingerprint.add_settings(settings, &FREE_SETTINGS)?;
         fingerprint.add_contents("the tokenizer", tokenizer.fingerprint().to_owned());
+        if let Some(template) = tokenizer.rendering_record().chat_template {
+            fingerprint.add_contents("the chat template", template);
+        }
         if let Some(model) = &settings.model {
             fingerprint.add_contents(format!("the model {model}"), checkpoint::fingerprint(model_folder)?);
         }
@@ -88,6 +92,11 @@ impl RunFingerprint {
     /// `from another version of NAME`.
     pub fn add_contents(&mut self, name: impl Into<String>, fingerprint: String) {
         self.contents.insert(name.into(), fingerprint);
+    }
+
+    /// The date of a training run.
+    pub fn date(&self) -> Option<Date> {
+        serde_json::from_str(self.settings.get("date")?).ok()
     }
 
     /// What has changed from `self` to `now`, if anything: a clause for an error message that

@@ -8,6 +8,7 @@ use std::path::Path;
 use std::rc::Rc;
 use std::time::Instant;
 
+use cllm_core::chat_template::{Date, today};
 use cllm_core::cuda::libtorch;
 use cllm_core::distributed::ProcessGroup;
 use cllm_core::interrupt::SIGTERM;
@@ -60,7 +61,16 @@ struct Trainer<'t> {
 /// Bad settings and data; [`Error::Interrupted`] after a checkpoint; [`Error::Negative`] for
 /// weights that are not finite.
 pub fn run(settings: Settings) -> Result<()> {
+    run_on(settings, today())
+}
+
+/// As [`run`], started on this date. A run that is resumed keeps the date on which it was started.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_on(mut settings: Settings, today: Date) -> Result<()> {
     let (device, group) = processes::join(&settings)?;
+    settings.rendering.date = settings.rendering.date.or(Checkpoints::started_on(&settings.output)).or(Some(today));
     let (tokenizer, tokenizer_folder) = load_tokenizer(&settings)?;
     let models = Models::load(&settings, &tokenizer, &tokenizer_folder, device)?;
     let examples = dataset::read(&settings, &tokenizer, models.student.config())?;

@@ -75,7 +75,8 @@ impl Assignment {
         };
         let mut opened = root.clone();
         open_null_sections::<T>(&mut opened, &self.path);
-        let pointer = format!("/{}", self.path.replace('.', "/"));
+        let pointer = pointer(&self.path);
+        opened = with_free_key::<T>(&opened, &self.path).unwrap_or(opened);
         let Some(current) = opened.pointer(&pointer) else {
             let hint = did_you_mean(&self.path, &all_keys(&opened));
             return Err(Refused::UnknownKey(format!("unknown key `{}`{hint}", self.path)));
@@ -116,7 +117,7 @@ fn readings(text: &str, current: &Value) -> [std::result::Result<Value, String>;
 /// Replaces every null section on the way to `path` by its defaults.
 fn open_null_sections<T: Serialize + DeserializeOwned>(root: &mut Value, path: &str) {
     for (end, _) in path.match_indices('.') {
-        let pointer = format!("/{}", path[..end].replace('.', "/"));
+        let pointer = pointer(&path[..end]);
         if root.pointer(&pointer).is_some_and(Value::is_null) {
             let mut opened = root.clone();
             opened.pointer_mut(&pointer).into_iter().for_each(|section| *section = Value::Object(Map::new()));
@@ -126,6 +127,21 @@ fn open_null_sections<T: Serialize + DeserializeOwned>(root: &mut Value, path: &
             }
         }
     }
+}
+
+/// `root` with a null at `path`, if there is no such key but its section takes any key, as
+/// `chat_template_kwargs` does.
+pub(super) fn with_free_key<T: Serialize + DeserializeOwned>(root: &Value, path: &str) -> Option<Value> {
+    let pointer = pointer(path);
+    let (section, key) = pointer.rsplit_once('/').filter(|_| root.pointer(&pointer).is_none())?;
+    let mut opened = root.clone();
+    opened.pointer_mut(section)?.as_object_mut()?.insert(key.to_owned(), Value::Null);
+    let kept = to_value(&check::<T>(&opened).ok()?).ok()?;
+    kept.pointer(&pointer).map(|_| opened)
+}
+
+fn pointer(path: &str) -> String {
+    format!("/{}", path.replace('.', "/"))
 }
 
 #[cfg(test)]

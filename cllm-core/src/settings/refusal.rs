@@ -22,7 +22,9 @@ use crate::{Error, Result};
 /// [`Error::Usage`] with file, line and key.
 pub(super) fn parse<T: Serialize + DeserializeOwned + Default>(file: &Path, text: &str) -> Result<T> {
     let at_line = |error: &YamlError, message: String| {
-        let line = error.location().map(|location| format!(", line {}", location.line())).unwrap_or_default();
+        let in_map = flattened_key(error).and_then(|key| line_of_key(text, key));
+        let line = in_map.or_else(|| error.location().map(|location| location.line()));
+        let line = line.map(|line| format!(", line {line}")).unwrap_or_default();
         Error::usage(format!("{}{line}: {message}", file.display()))
     };
     let settings: T = parse_typed(text).map_err(|refusal| {
@@ -101,6 +103,25 @@ fn parse_typed<T: DeserializeOwned>(text: &str) -> std::result::Result<T, Box<Re
     .map_err(|error| Box::new(Refusal { path, error }))
 }
 
+/// What serde says about an unknown key of a struct with flattened fields.
+const UNKNOWN_FIELD: &str = "unknown field `";
+
+/// The key that an error is about which serde found among the flattened fields of a struct, where
+/// neither the path nor the line of a key is known any more: the message itself names the key.
+fn flattened_key(error: &YamlError) -> Option<&str> {
+    let YamlError::Message { msg, .. } = error else { return None };
+    match msg.strip_prefix(UNKNOWN_FIELD) {
+        Some(rest) => rest.split('`').next(),
+        None => msg.split_once(": expected").map(|(key, _)| key),
+    }
+}
+
+/// The line of a key at the first level of a file, counted from 1.
+fn line_of_key(text: &str, key: &str) -> Option<u64> {
+    let index = text.lines().position(|line| line.strip_prefix(key).is_some_and(|rest| rest.starts_with(':')))?;
+    Some(index as u64 + 1)
+}
+
 /// Says what was expected at `path`, in a user's words. A misspelt key is compared with `keys`.
 fn explain(path: &str, error: &YamlError, keys: &[String]) -> String {
     match error {
@@ -121,6 +142,10 @@ fn explain(path: &str, error: &YamlError, keys: &[String]) -> String {
             let keys: Vec<String> = siblings.chain(keys.iter().cloned()).collect();
             format!("unknown key `{section}{field}`{}", did_you_mean(&format!("{section}{field}"), &keys))
         }
+        YamlError::Message { msg, .. } => match flattened_key(error) {
+            Some(key) if msg.starts_with(UNKNOWN_FIELD) => format!("unknown key `{key}`{}", did_you_mean(key, keys)),
+            _ => msg.clone(),
+        },
         YamlError::NullIntoString { .. } => format!("{path}: expected text"),
         YamlError::SerdeMissingField { field, .. } => format!("{path}: `{field}` is missing"),
         YamlError::UnexpectedValueForUnitEnumVariant { .. } => format!("{path}: has no settings of its own"),
@@ -152,6 +177,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::chat_template::RenderSettings;
 
     #[derive(Debug, Default, Serialize, Deserialize, Validate)]
     #[serde(default, deny_unknown_fields)]
@@ -166,6 +192,39 @@ mod tests {
         lora: Option<Lora>,
         strategies: Vec<Strategy>,
         output: Option<String>,
+    }
+
+    #[derive(Debug, Default, Serialize, Deserialize, Validate)]
+    #[serde(default, deny_unknown_fields)]
+    #[garde(allow_unvalidated)]
+    struct Rendered {
+        model: String,
+        #[serde(flatten)]
+        rendering: RenderSettings,
+    }
+
+    #[test]
+    fn flattened_sections_refuse_as_others_do() {
+        for (text, message) in [
+            ("modle: x", "unknown key `modle`; did you mean `model`?"),
+            ("chat_templat: x", "unknown key `chat_templat`; did you mean `chat_template`?"),
+            ("model: [x]", "model: expected text"),
+            ("chat_template: [x]", "chat_template: expected a file"),
+            ("date: tomorrow", "date: expected a date, such as 2026-11-28"),
+            ("date: 2026-13-28", "date: expected a date, such as 2026-11-28"),
+            (
+                "chat_template_kwargs: thinking",
+                "chat_template_kwargs: expected a section, such as {enable_thinking: false}",
+            ),
+        ] {
+            let file = format!("# A comment.\n{text}\n# Another.\n");
+            let error = parse::<Rendered>(Path::new("run.yaml"), &file).unwrap_err();
+            assert_eq!(error.to_string(), format!("run.yaml, line 2: {message}"));
+            let mut value = to_value(&Rendered::default()).unwrap();
+            let changes: Value = serde_saphyr::from_str(text).unwrap();
+            value.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+            assert_eq!(check::<Rendered>(&value).unwrap_err(), message);
+        }
     }
 
     #[derive(Debug, Default, Serialize, Deserialize, Validate)]

@@ -4,9 +4,11 @@ use std::collections::BTreeSet;
 use std::fmt;
 use std::path::Path;
 
+use jiff::civil::Date;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use crate::chat_template::RenderingRecord;
 use crate::thought::ThoughtClosing;
 use crate::{Error, Result, atomic_file, fingerprint, text_file};
 
@@ -38,6 +40,9 @@ pub struct Provenance {
     pub seed: u64,
     /// Fingerprint of the prompt file's contents.
     pub prompts: String,
+    /// How the prompts were rendered.
+    #[serde(flatten)]
+    pub rendering: RenderingRecord,
     /// Version of the toolkit that collected the data set.
     pub toolkit: String,
     /// The runs of `collect`, `augment` and `clean` that made the data set, in order.
@@ -79,6 +84,7 @@ impl fmt::Display for Difference {
             "teacher" => write!(out, "was collected from another teacher ({existing}, not {expected})"),
             "tokenizer" => write!(out, "was collected with another tokenizer ({existing}, not {expected})"),
             "prompts" => write!(out, "was collected from other prompts ({existing}, not {expected})"),
+            "chat_template" => write!(out, "was rendered with another chat template ({existing}, not {expected})"),
             "toolkit" => write!(out, "was started by version {existing} of this toolkit; this is {expected}"),
             "steps" => write!(out, "was made in other steps ({existing}, not {expected})"),
             setting => write!(out, "was started with {setting}={existing}; this command says {setting}={expected}"),
@@ -151,6 +157,22 @@ impl Manifest {
     pub(super) fn write(&self, folder: &Path) -> Result<()> {
         atomic_file::write_json(&folder.join(MANIFEST), self)
     }
+}
+
+/// The date on which the data set in `folder` was started, whether it is complete or not; `None` if
+/// there is none. The processes of a collection all keep the first date that one of them stored.
+///
+/// # Errors
+/// A manifest that cannot be read.
+pub fn stored_date(folder: &Path) -> Result<Option<Date>> {
+    let mut folders = vec![folder.to_owned()];
+    if folder.is_dir() {
+        let entries = std::fs::read_dir(folder).map_err(Error::io(folder))?.flatten().map(|entry| entry.path());
+        folders.extend(entries.filter(|path| Manifest::exists(path)));
+    }
+    let manifests = folders.iter().filter_map(|folder| Manifest::read(folder).transpose());
+    let dates = manifests.map(|manifest| Ok(manifest?.provenance.rendering.date)).collect::<Result<Vec<_>>>()?;
+    Ok(dates.into_iter().flatten().min())
 }
 
 /// Name of the folder in which process `rank` of `world_size` collects, inside the folder of the

@@ -1,7 +1,7 @@
 //! Chat templates against what `transformers` rendered (tests/fixtures/record-chat-templates).
 
-use cllm_core::chat_template::{ChatTemplate, Message};
-use serde_json::Value;
+use cllm_core::chat_template::ChatTemplate;
+use serde_json::{Value, json};
 
 #[test]
 fn every_conversation_renders_as_transformers_recorded_it() {
@@ -11,9 +11,13 @@ fn every_conversation_renders_as_transformers_recorded_it() {
     for case in cases {
         let name = case["template"].as_str().unwrap();
         let source = recorded["templates"][name].as_str().unwrap();
-        let template = ChatTemplate::new(source, "<s>", "</s>").unwrap();
-        let messages: Vec<Message> = serde_json::from_value(case["messages"].clone()).unwrap();
-        let rendered = template.render(&messages, case["add_generation_prompt"].as_bool().unwrap());
+        let template = ChatTemplate::new(source).unwrap();
+        let messages = &case["messages"];
+        let values = json!({
+            "messages": messages, "add_generation_prompt": case["add_generation_prompt"], "tools": null,
+            "documents": null, "bos_token": "<s>", "eos_token": "</s>",
+        });
+        let rendered = template.render(values.as_object().unwrap(), "2026-11-28".parse().unwrap());
         match case["refused"].as_str() {
             Some(reason) => {
                 let message = rendered.unwrap_err().to_string();

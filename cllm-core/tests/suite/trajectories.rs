@@ -4,6 +4,7 @@
 use std::ops::Range;
 use std::path::Path;
 
+use cllm_core::chat_template::RenderingRecord;
 use cllm_core::thought::ThoughtClosing;
 use cllm_core::trajectory::{Block, FinishReason, Provenance, Reader, RowChunk, Trajectory, Writer};
 
@@ -18,6 +19,7 @@ fn provenance() -> Provenance {
         eos_ids: vec![9],
         seed: 1,
         prompts: "p".into(),
+        rendering: RenderingRecord::default(),
         toolkit: "0".into(),
         steps: vec![],
     }

@@ -7,6 +7,7 @@ mod settings;
 use std::collections::{BTreeMap, HashSet};
 use std::io::Write;
 
+use cllm_core::chat_template::{RenderingRecord, today};
 use cllm_core::checkpoint::hub;
 use cllm_core::progress::{self, count};
 use cllm_core::thought::ThoughtTokens;
@@ -56,10 +57,12 @@ struct DroppedRow<'r> {
 /// When the input is not a complete data set of the model's tokenizer, or the output cannot be
 /// written.
 pub fn clean(settings: &Settings) -> Result<Report> {
-    let tokenizer = Tokenizer::load(&hub::locate(&settings.model)?)?;
+    let reader = Reader::open(&settings.input)?;
+    let tokenizer = load_tokenizer(settings, &reader.provenance().rendering)?;
     // If another tokenizer decoded the responses, they would be noise, yet the rules would judge
     // them as if they were the answers.
-    Reader::open(&settings.input)?.check_tokenizer(tokenizer.fingerprint())?;
+    reader.check_tokenizer(tokenizer.fingerprint())?;
+    drop(reader);
     let context = RuleContext {
         settings,
         scorer: Scorer { data_set: &settings.input, tokenizer: &tokenizer, data: settings.data.as_deref() },
@@ -78,12 +81,30 @@ pub fn clean(settings: &Settings) -> Result<Report> {
     Ok(report)
 }
 
+/// Loads the tokenizer, which renders evaluation prompts as those of the data set were rendered:
+/// rendered otherwise, they would not be found in it.
+fn load_tokenizer(settings: &Settings, of_data: &RenderingRecord) -> Result<Tokenizer> {
+    let mut rendering = settings.rendering.resolve(of_data.date.unwrap_or_else(today))?;
+    if settings.rendering.chat_template_kwargs.is_empty() {
+        rendering.chat_template_kwargs = of_data.chat_template_kwargs.clone();
+    }
+    let tokenizer = Tokenizer::load_for(&hub::locate(&settings.model)?, &rendering)?;
+    let difference = of_data.difference(&tokenizer.rendering_record());
+    match difference.filter(|_| of_data.date.is_some() && !settings.evaluation_prompts.is_empty()) {
+        Some(key) => Err(Error::file(
+            &settings.input,
+            format!("was rendered with another {key} than evaluation_prompts would be: set {key} as collect had it"),
+        )),
+        None => Ok(tokenizer),
+    }
+}
+
 /// The step for the provenance: the rules without the paths, so that the same rows cleaned
 /// elsewhere give the same file.
 fn describe_step(settings: &Settings) -> String {
     let mut rules = json!(settings);
     if let Some(rules) = rules.as_object_mut() {
-        for path in ["input", "output", "model", "data"] {
+        for path in ["input", "output", "model", "data", "chat_template"] {
             rules.shift_remove(path);
         }
     }

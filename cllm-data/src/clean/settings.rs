@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use cllm_core::chat_template::RenderSettings;
 use cllm_core::settings;
 use garde::Validate;
 use schemars::JsonSchema;
@@ -49,6 +50,10 @@ pub struct Settings {
     /// Save the dropped rows in dropped.jsonl.
     #[garde(skip)]
     pub keep_dropped: bool,
+    /// How `evaluation_prompts` are rendered: as the prompts of the data set were.
+    #[garde(dive)]
+    #[serde(flatten)]
+    pub rendering: RenderSettings,
 }
 
 impl Default for Settings {
@@ -66,6 +71,7 @@ impl Default for Settings {
             drop_incorrect: false,
             evaluation_prompts: Vec::new(),
             keep_dropped: false,
+            rendering: RenderSettings::default(),
         }
     }
 }

@@ -14,9 +14,10 @@ mod teacher;
 use std::path::PathBuf;
 use std::time::Instant;
 
+use cllm_core::chat_template::{Date, today};
 use cllm_core::distributed::ProcessEnv;
 use cllm_core::progress::Progress;
-use cllm_core::trajectory::{Provenance, Writer, rank_folder};
+use cllm_core::trajectory::{self, Provenance, Writer, rank_folder};
 use cllm_core::{Result, checkpoint, fingerprint, progress};
 use serde::Serialize;
 
@@ -59,8 +60,19 @@ struct RunStats {
 /// # Errors
 /// Bad models, prompts and folders. An interrupted run keeps the answers that have finished.
 pub fn collect(settings: &Settings) -> Result<Summary> {
+    collect_on(settings, today())
+}
+
+/// As [`collect`], started on this date. A collection that is resumed keeps the date on which it
+/// was started.
+///
+/// # Errors
+/// As [`collect`].
+pub fn collect_on(settings: &Settings, today: Date) -> Result<Summary> {
     let process = ProcessEnv::from_env(|name| std::env::var(name).ok())?;
-    let teacher = Teacher::load(settings, process.as_ref())?;
+    let started_on = trajectory::stored_date(&settings.output)?;
+    let rendering = settings.rendering.resolve(started_on.unwrap_or(today))?;
+    let teacher = Teacher::load(settings, &rendering, process.as_ref())?;
     let samples = prompts::read(settings)?;
     let provenance = provenance(settings, &teacher, samples.len())?;
     let samples = prompts::samples_of_process(samples, process.as_ref());
@@ -111,6 +123,7 @@ fn provenance(settings: &Settings, teacher: &Teacher, num_prompts: usize) -> Res
         eos_ids: teacher.tokenizer.eos_ids().to_vec(),
         seed: settings.seed,
         prompts: fingerprint::hash_contents(&settings.prompts)?,
+        rendering: teacher.tokenizer.rendering_record(),
         toolkit: cllm_core::VERSION.to_owned(),
         steps: vec![format!("collect: {num_prompts} prompts, shards of {}", settings.rows_per_shard)],
     })

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use cllm_core::chat_template::RenderSettings;
 use cllm_core::settings;
 use garde::Validate;
 use schemars::JsonSchema;
@@ -52,6 +53,10 @@ pub struct Settings {
     /// Token ids that end a response, in place of the model's own.
     #[garde(length(min = 1))]
     pub eos_ids: Option<Vec<i32>>,
+    /// How prompts are rendered.
+    #[garde(dive)]
+    #[serde(flatten)]
+    pub rendering: RenderSettings,
 }
 
 impl Default for Settings {
@@ -70,6 +75,7 @@ impl Default for Settings {
             rows_per_shard: 1024,
             limit: None,
             eos_ids: None,
+            rendering: RenderSettings::default(),
         }
     }
 }

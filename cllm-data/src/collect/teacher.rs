@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use cllm_core::chat_template::Rendering;
 use cllm_core::checkpoint::{self, hub};
 use cllm_core::distributed::ProcessEnv;
 use cllm_core::model::Transformer;
@@ -22,10 +23,10 @@ pub(super) struct Teacher {
 
 impl Teacher {
     /// Loads the model onto the device of this process.
-    pub(super) fn load(settings: &Settings, process: Option<&ProcessEnv>) -> Result<Self> {
+    pub(super) fn load(settings: &Settings, rendering: &Rendering, process: Option<&ProcessEnv>) -> Result<Self> {
         let device = device::for_process(&settings.device, process)?;
         let folder = hub::locate(&settings.model)?;
-        let tokenizer = Tokenizer::load(&folder)?.with_eos_ids(settings.eos_ids.as_deref());
+        let tokenizer = Tokenizer::load_for(&folder, rendering)?.with_eos_ids(settings.eos_ids.as_deref());
         let thought_tokens = ThoughtTokens::find(&tokenizer)?;
         let new_limit = |max| ThoughtLimit::new(&tokenizer, max, settings.max_new_tokens);
         let thought_limit = settings.max_thinking_tokens.map(new_limit).transpose()?;

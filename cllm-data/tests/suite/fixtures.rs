@@ -6,6 +6,7 @@ use std::sync::LazyLock;
 
 use assert_cmd::Command;
 use assert_cmd::assert::Assert;
+use cllm_core::chat_template::RenderingRecord;
 use cllm_core::checkpoint;
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::tokenizer::Tokenizer;
@@ -73,7 +74,7 @@ pub fn collect(output: &str, more: &[&str]) -> Value {
     let paths = [format!("model={}", teacher()), format!("prompts={}", prompt_set()), format!("output={output}")];
     let mut arguments = vec!["collect", "--json"];
     arguments.extend(paths.iter().map(String::as_str));
-    arguments.extend(["n=8", "max_new_tokens=20", "device=cpu", "rows_per_shard=8"]);
+    arguments.extend(["n=8", "max_new_tokens=20", "device=cpu", "rows_per_shard=8", "date=2026-11-28"]);
     arguments.extend(more);
     run_json(&arguments)
 }
@@ -103,6 +104,7 @@ pub fn provenance() -> Provenance {
         eos_ids: vec![0],
         seed: 1,
         prompts: "p".into(),
+        rendering: RenderingRecord::default(),
         toolkit: "0".into(),
         steps: vec![],
     }

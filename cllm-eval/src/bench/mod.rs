@@ -10,6 +10,7 @@ mod settings;
 
 use std::path::Path;
 
+use cllm_core::chat_template::today;
 use cllm_core::checkpoint::{self, hub};
 use cllm_core::cuda::libtorch;
 use cllm_core::model::Transformer;
@@ -28,6 +29,9 @@ pub use settings::BenchSettings;
 /// When settings contradict each other, a file is missing, or the output contains results of
 /// another machine.
 pub fn bench(settings: &BenchSettings) -> Result<DecodeBenchResults> {
+    let mut settings = settings.clone();
+    settings.rendering.date.get_or_insert_with(today);
+    let settings = &settings;
     let device = device::parse(&settings.device)?;
     let other_memory_bytes = libtorch::gpu_memory(device).map_or(0, |(current, _)| current);
     let (model, name, tokenizer) = load_model(settings, device)?;
@@ -51,8 +55,9 @@ fn load_model(settings: &BenchSettings, device: Device) -> Result<(Transformer, 
     match (&settings.model, settings.preset) {
         (Some(model), None) => {
             let folder = hub::locate(model)?;
+            let rendering = settings.rendering.resolve(today())?;
             let name = folder.file_name().map_or(model.clone(), |name| name.to_string_lossy().into_owned());
-            Ok((checkpoint::load(&folder, device, dtype)?, name, Some(Tokenizer::load(&folder)?)))
+            Ok((checkpoint::load(&folder, device, dtype)?, name, Some(Tokenizer::load_for(&folder, &rendering)?)))
         }
         (None, Some(preset)) => {
             let model = Transformer::random_on_device(preset.config(None)?, device, dtype);

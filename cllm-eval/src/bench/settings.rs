@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use cllm_core::chat_template::RenderSettings;
 use cllm_core::decode::Strategy;
 use cllm_core::model::ModelPreset;
 use cllm_core::settings;
@@ -67,6 +68,10 @@ pub struct BenchSettings {
     /// machine.
     #[garde(skip)]
     pub output: PathBuf,
+    /// How prompts are rendered.
+    #[garde(dive)]
+    #[serde(flatten)]
+    pub rendering: RenderSettings,
 }
 
 impl Default for BenchSettings {
@@ -89,6 +94,7 @@ impl Default for BenchSettings {
             baseline: None,
             device: "auto".to_owned(),
             output: PathBuf::from("runs/bench.json"),
+            rendering: RenderSettings::default(),
         }
     }
 }

@@ -3,9 +3,11 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use cllm_core::chat_template::Date;
 use cllm_core::decode::Strategy;
 use cllm_core::task::Task;
 use cllm_core::{Error, Result, progress};
+use serde_json::json;
 
 use super::selector::{DefaultChoice, answered, select};
 use crate::records::{AnswerRecord, Header, Records, SAMPLES, SpeedRecord};
@@ -84,6 +86,19 @@ impl Selection {
         let (a, b) = (&a.settings, &b.settings);
         differs("max_new_tokens", a.max_new_tokens.to_string(), b.max_new_tokens.to_string());
         differs("temperature", a.temperature.to_string(), b.temperature.to_string());
+        let (a, b) = (&a.rendering, &b.rendering);
+        differs(
+            "chat_template_kwargs",
+            json!(a.chat_template_kwargs).to_string(),
+            json!(b.chat_template_kwargs).to_string(),
+        );
+        let date = |date: Option<Date>| date.map_or("not recorded".to_owned(), |date| date.to_string());
+        differs("date", date(a.date), date(b.date));
+        let template = |side: &Selection| {
+            let model = side.header().model(side.role);
+            model.and_then(|model| model.chat_template.clone()).unwrap_or("none or not recorded".to_owned())
+        };
+        differs("chat_template", template(self), template(other));
         Ok(())
     }
 

@@ -37,7 +37,7 @@ pub fn chat(options: &GenerateOptions) -> Result<()> {
     }
     let device = device::parse(&options.device)?;
     let folder = hub::locate(&options.model)?;
-    let tokenizer = Tokenizer::load(&folder)?;
+    let tokenizer = options.load_tokenizer(&folder)?;
     let config = checkpoint::load_config(&folder)?;
     let stop = options.stop_conditions(&tokenizer, &folder, &config)?;
     let model = checkpoint::load(&folder, device, device::default_kind(device))?;

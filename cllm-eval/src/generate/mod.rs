@@ -8,6 +8,7 @@ mod keys;
 use std::io::IsTerminal;
 use std::path::Path;
 
+use cllm_core::chat_template::RenderSettings;
 use cllm_core::checkpoint::{self, hub};
 use cllm_core::decode::{
     Answer, DecodeOptions, Decoder, Request, StopConditions, Strategy, Timing, check_fits_context, required_slots,
@@ -17,7 +18,7 @@ use cllm_core::progress::count;
 use cllm_core::prompt_set::Prompt;
 use cllm_core::tokenizer::{DecodeStream, Tokenizer};
 use cllm_core::trajectory::FinishReason;
-use cllm_core::{Error, Result, device, progress};
+use cllm_core::{Error, Result, chat_template, device, progress};
 use serde::Serialize;
 
 use crate::eos_ids;
@@ -41,9 +42,15 @@ pub struct GenerateOptions {
     pub device: String,
     /// Seed of the first draft tokens.
     pub seed: u64,
+    /// How prompts are rendered.
+    pub rendering: RenderSettings,
 }
 
 impl GenerateOptions {
+    fn load_tokenizer(&self, folder: &Path) -> Result<Tokenizer> {
+        Tokenizer::load_for(folder, &self.rendering.resolve(chat_template::today())?)
+    }
+
     fn stop_conditions(&self, tokenizer: &Tokenizer, folder: &Path, config: &ModelConfig) -> Result<StopConditions> {
         let (max_new_tokens, context) = (self.max_new_tokens, config.max_positions);
         if max_new_tokens >= context {
@@ -100,7 +107,7 @@ pub struct GeneratedAnswer {
 pub fn generate(prompt: &str, options: &GenerateOptions, show: bool) -> Result<Generation> {
     let device = device::parse(&options.device)?;
     let folder = hub::locate(&options.model)?;
-    let tokenizer = Tokenizer::load(&folder)?;
+    let tokenizer = options.load_tokenizer(&folder)?;
     let question = if options.raw { Prompt::Text(prompt.to_owned()) } else { Prompt::question(prompt) };
     let (_, prompt_ids) = tokenizer.encode_prompt(&question)?;
     let config = checkpoint::load_config(&folder)?;

@@ -76,7 +76,7 @@ fn aup_sentence(area: &Aup) -> String {
 }
 
 fn model_line(ModelResults { model, .. }: &ModelResults) -> String {
-    let ModelEntry { role, path, fingerprint, parameters } = model;
+    let ModelEntry { role, path, fingerprint, parameters, .. } = model;
     format!("{role}: {path} ({parameters} parameters, fingerprint {fingerprint})")
 }
 

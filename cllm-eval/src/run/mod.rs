@@ -17,12 +17,14 @@ mod timing;
 use std::path::PathBuf;
 use std::rc::Rc;
 
+use cllm_core::chat_template::{Date, today};
 use cllm_core::decode::Strategy;
 use cllm_core::task::Task;
 use cllm_core::{Error, Result, atomic_file, device, progress};
 
 use crate::config::RunSettings;
 use crate::fastchat;
+use crate::records::{Header, SAMPLES};
 use crate::results::{RESULTS, Results};
 use crate::role::Role;
 use crate::score::{AnswerScorer, open_sandbox};
@@ -37,15 +39,24 @@ use session::Session;
 /// # Errors
 /// Settings that contradict each other, missing files, a device that does not exist, interruption.
 pub fn run(settings: &RunSettings) -> Result<Results> {
+    run_on(settings, today())
+}
+
+/// As [`run`], started on this date. A run that is resumed keeps the date on which it was started.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_on(settings: &RunSettings, today: Date) -> Result<Results> {
+    let settings = &with_date(settings, today)?;
     let names = model_names(settings)?;
     let device = device::parse(&settings.device)?;
     let examples = Examples::load(settings)?;
     let sandbox = open_sandbox(examples.task, settings.execute_code, "set `execute_code=true`")?;
     let scorer = AnswerScorer::new(examples.task, settings.data.as_deref(), sandbox.as_ref());
     examples.expect_scorable(settings, scorer)?;
-    let models: Vec<IdentifiedModel> =
+    let mut models: Vec<IdentifiedModel> =
         names.into_iter().map(|(role, name)| IdentifiedModel::locate(role, name)).collect::<Result<_>>()?;
-    let input = Input::prepare(settings, &examples, &models)?;
+    let input = Input::prepare(settings, &examples, &mut models, today)?;
     let mut session = Session::open(settings, &examples, scorer, sandbox.as_ref(), &models, device)?;
     match input {
         Input::Prompts(prompts) => answer_prompts(&mut session, models, prompts)?,
@@ -56,6 +67,17 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
         }
     }
     finish(session, settings)
+}
+
+/// The settings with the date that is in force: the one that they set, or that of the interrupted
+/// run in the output folder, or today's.
+fn with_date(settings: &RunSettings, today: Date) -> Result<RunSettings> {
+    let mut settings = settings.clone();
+    if settings.rendering.date.is_none() {
+        let header = Header::read(&settings.output.join(SAMPLES))?;
+        settings.rendering.date = header.and_then(|header| header.settings.rendering.date).or(Some(today));
+    }
+    Ok(settings)
 }
 
 /// The models to evaluate, by role.
@@ -85,17 +107,25 @@ enum Input {
 }
 
 impl Input {
-    fn prepare(settings: &RunSettings, examples: &Examples, models: &[IdentifiedModel]) -> Result<Self> {
-        let folders = models.iter().map(|model| model.folder.as_path());
+    /// Renders the examples for each model, whose entry then names its chat template.
+    fn prepare(
+        settings: &RunSettings,
+        examples: &Examples,
+        models: &mut [IdentifiedModel],
+        today: Date,
+    ) -> Result<Self> {
         let samples = &examples.samples;
-        Ok(match examples.task {
-            Task::Perplexity => {
-                Input::Texts(folders.map(|folder| Texts::tokenize(folder, samples)).collect::<Result<_>>()?)
-            }
-            _ => {
-                Input::Prompts(folders.map(|folder| Prompts::render(folder, samples, settings)).collect::<Result<_>>()?)
-            }
-        })
+        if examples.task == Task::Perplexity {
+            let texts = models.iter().map(|model| Texts::tokenize(&model.folder, samples));
+            return Ok(Input::Texts(texts.collect::<Result<_>>()?));
+        }
+        let rendering = settings.rendering.resolve(today)?;
+        let render = |model: &mut IdentifiedModel| {
+            let prompts = Prompts::render(&model.folder, samples, settings, &rendering)?;
+            model.entry.chat_template = prompts.tokenizer.rendering_record().chat_template;
+            Ok(prompts)
+        };
+        Ok(Input::Prompts(models.iter_mut().map(render).collect::<Result<_>>()?))
     }
 }
 

@@ -36,6 +36,7 @@ impl IdentifiedModel {
             path: folder.display().to_string(),
             fingerprint: checkpoint::fingerprint(&folder)?,
             parameters: config.num_parameters(),
+            chat_template: None,
         };
         Ok(IdentifiedModel { role, folder, entry })
     }

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use cllm_core::chat_template::Rendering;
 use cllm_core::decode::{Request, StopConditions, check_fits_context};
 use cllm_core::prompt_set::Sample;
 use cllm_core::tokenizer::Tokenizer;
@@ -42,8 +43,13 @@ impl Prompts {
     /// # Errors
     /// When a file of the tokenizer is missing or broken, its template refuses a prompt, or a
     /// prompt does not fit the context.
-    pub(super) fn render(folder: &Path, samples: &[Sample], settings: &RunSettings) -> Result<Self> {
-        let tokenizer = Tokenizer::load(folder)?;
+    pub(super) fn render(
+        folder: &Path,
+        samples: &[Sample],
+        settings: &RunSettings,
+        rendering: &Rendering,
+    ) -> Result<Self> {
+        let tokenizer = Tokenizer::load_for(folder, rendering)?;
         let config = checkpoint::load_config(folder)?;
         let eos_ids = eos_ids::resolve(settings.eos_ids.as_deref(), &tokenizer, folder, &config)?;
         let stop = StopConditions::new(settings.max_new_tokens, eos_ids);

@@ -24,8 +24,13 @@ pub const JACOBI: Strategy = Strategy::Jacobi { n: 4 };
 /// Four examples. Teacher AR: 3 correct, the other unfinished. Student Jacobi: 2 correct, with a
 /// quarter of the forwards.
 pub fn records() -> Records {
-    let model =
-        |role, path: &str| ModelEntry { role, path: path.into(), fingerprint: format!("f{path}"), parameters: 10 };
+    let model = |role, path: &str| ModelEntry {
+        role,
+        path: path.into(),
+        fingerprint: format!("f{path}"),
+        parameters: 10,
+        chat_template: None,
+    };
     let settings = RunSettings {
         teacher: Some("t".into()),
         student: Some("s".into()),

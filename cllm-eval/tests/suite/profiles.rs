@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use cllm_core::chat_template::RenderingRecord;
 use cllm_core::trajectory::{Block, FinishReason, Provenance, Trajectory, Writer};
 use cllm_eval::profile::profile;
 use serde_json::{Value, json};
@@ -41,6 +42,7 @@ fn write(folder: &Path, n: usize, rows: &[Trajectory]) {
         eos_ids: vec![0],
         seed: 1,
         prompts: "p".into(),
+        rendering: RenderingRecord::default(),
         toolkit: "0".into(),
         steps: vec![],
     };

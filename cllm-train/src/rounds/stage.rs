@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use cllm_core::chat_template::today;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::Reader;
 use cllm_core::{Error, Result, checkpoint, fingerprint, text_file, trajectory};
@@ -69,7 +70,8 @@ impl Stage<'_> {
             Stage::Train(settings) => {
                 let model = settings.model.as_ref().ok_or_else(|| Error::internal("a round trains without a model"))?;
                 let folder = Path::new(model);
-                return RunFingerprint::for_training(settings, &Tokenizer::load(folder)?, folder);
+                let tokenizer = Tokenizer::load_for(folder, &settings.rendering.resolve(today())?)?;
+                return RunFingerprint::for_training(settings, &tokenizer, folder);
             }
         }
         Ok(inputs)

@@ -8,6 +8,7 @@ mod validation;
 
 use std::path::PathBuf;
 
+use cllm_core::chat_template::RenderSettings;
 use cllm_core::model::{LoraConfig, ModelConfig};
 use cllm_core::settings::required_path;
 use cllm_core::{Error, Result};
@@ -106,6 +107,10 @@ pub struct Settings {
     /// auto, cpu, cuda or cuda:N.
     #[garde(skip)]
     pub device: String,
+    /// How prompts are rendered, for `sft` and for validation.
+    #[garde(dive)]
+    #[serde(flatten)]
+    pub rendering: RenderSettings,
 }
 
 impl Default for Settings {
@@ -132,6 +137,7 @@ impl Default for Settings {
             max_checkpoints: 2,
             eos_ids: None,
             device: "auto".to_owned(),
+            rendering: RenderSettings::default(),
         }
     }
 }

@@ -119,6 +119,7 @@ pub fn collect(model_folder: &Path, folder: &Path) -> PathBuf {
         eos_ids: tokenizer.eos_ids().to_vec(),
         seed: 1,
         prompts: "p".to_owned(),
+        rendering: tokenizer.rendering_record(),
         toolkit: cllm_core::VERSION.to_owned(),
         steps: Vec::new(),
     };
