@@ -71,6 +71,9 @@ pub fn open_sandbox(task: Task, execute: bool, advice: &str) -> Result<Option<Sa
         sandbox.python().display(),
         sandbox.layers().join(", ")
     ));
+    for packages in sandbox.lost_packages() {
+        progress::log(format!("code cannot import some packages: {packages}"));
+    }
     Ok(Some(sandbox))
 }
 

@@ -1,80 +1,80 @@
-//! Runs Python programs that a model wrote, so that they can do no harm. The program that uses the
-//! sandbox starts itself again as a launcher, which gives up everything that Python does not need
-//! and then becomes Python; this process feeds it the program, watches its limits and reads how it
+//! Runs Python programs that a model wrote, so that they can do no harm. Each program gets a process
+//! of the launcher (crate `cllm-launcher`), which gives up everything that Python does not need and
+//! then becomes Python; this process feeds it the program, watches its limits and reads how it
 //! ended. docs/sandbox.md says what each layer protects from.
 
-mod launcher;
+mod interpreter;
+mod launcher_file;
 mod monitor;
-mod private_root;
-mod protocol;
-mod system_calls;
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Command, Stdio};
+
+use cllm_launcher::LaunchOrder;
+pub use cllm_launcher::Limits;
+pub use monitor::ProgramOutcome;
 
 use crate::{Error, Result};
-use protocol::LaunchOrder;
-pub use protocol::{Limits, ProgramOutcome};
+use interpreter::Interpreter;
+use launcher_file::LauncherFile;
 
-/// The first argument that makes a program the launcher.
-const LAUNCHER_VERB: &str = "__sandbox";
 /// Where Linux has its libraries and the system's Python.
 const SYSTEM_PATHS: [&str; 5] = ["/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime"];
+const SYSTEM_PYTHON: &str = "/usr/bin/python3";
 
 /// Runs programs, one process each.
 #[derive(Debug)]
 pub struct Sandbox {
-    launcher: PathBuf,
+    launcher: LauncherFile,
+    /// A command that starts the launcher; it is given the launcher's path and argument.
+    wrapper: Option<PathBuf>,
     python: PathBuf,
     readable: Vec<PathBuf>,
     limits: Limits,
     layers: Vec<String>,
-}
-
-/// Becomes Python if this process was started as the launcher of a sandbox, and returns only if it
-/// was not or cannot. Call it in `main` before anything else.
-pub fn launch_if_requested() -> Option<ExitCode> {
-    let mut arguments = std::env::args_os().skip(1);
-    (arguments.next()? == LAUNCHER_VERB).then(|| launcher::launch(arguments.next()))
+    lost_packages: Vec<String>,
 }
 
 impl Sandbox {
-    /// Finds Python and tries the sandbox out. The running program must call
-    /// [`launch_if_requested`].
+    /// Finds Python and tries the sandbox out.
     ///
     /// # Errors
     /// When there is no Python, or when no layer that protects files is available. No code runs
     /// then.
     pub fn open() -> Result<Self> {
-        Self::with_launcher(Path::new("/proc/self/exe"), Limits::default())
+        Self::open_with(Path::new("python3"), Limits::default(), None)
     }
 
-    /// Like [`Sandbox::open`], but with another program as the launcher, and other limits.
+    /// Like [`Sandbox::open`], but with another Python, other limits, and a command that starts the
+    /// launcher.
     ///
     /// # Errors
     /// As [`Sandbox::open`].
-    pub fn with_launcher(launcher: &Path, limits: Limits) -> Result<Self> {
-        let mut first_error = None;
+    pub fn open_with(python: &Path, limits: Limits, wrapper: Option<&Path>) -> Result<Self> {
+        let open = |python: &Path| Self::with_python(python, limits.clone(), wrapper);
+        let refusal = match open(python) {
+            Err(error) if !matches!(error, Error::Interrupted(_)) => error,
+            result => return result,
+        };
         // A Python in a home folder may be out of reach for the user that code runs as; then the
         // system's own is used.
-        for python in ["python3", "/usr/bin/python3"] {
-            match Self::with_python(Path::new(python), launcher, limits.clone()) {
-                Ok(sandbox) => return Ok(sandbox),
-                Err(error @ Error::Interrupted(_)) => return Err(error),
-                Err(error) => first_error = first_error.or(Some(error)),
-            }
-        }
-        Err(first_error.expect("two were tried"))
+        let Ok(mut sandbox) = open(Path::new(SYSTEM_PYTHON)) else { return Err(refusal) };
+        sandbox.lost_packages.insert(0, format!("those of {}, which cannot run here: {refusal}", python.display()));
+        Ok(sandbox)
     }
 
-    fn with_python(python: &Path, launcher: &Path, limits: Limits) -> Result<Self> {
-        let (python, prefix) = find_python(python)?;
-        let mut readable: Vec<PathBuf> = SYSTEM_PATHS.iter().map(PathBuf::from).filter(|path| path.exists()).collect();
-        if !readable.iter().any(|path| prefix.starts_with(path)) {
-            readable.push(prefix);
-        }
-        let launcher = launcher.to_owned();
-        let mut sandbox = Sandbox { launcher, python, readable, limits, layers: Vec::new() };
+    fn with_python(python: &Path, limits: Limits, wrapper: Option<&Path>) -> Result<Self> {
+        let Interpreter { path, folders, lost_packages } = Interpreter::find(python)?;
+        let system = SYSTEM_PATHS.iter().map(PathBuf::from).filter(|path| path.exists());
+        let mut sandbox = Sandbox {
+            launcher: LauncherFile::create()?,
+            wrapper: wrapper.map(Path::to_owned),
+            python: path,
+            readable: without_nested(system.chain(folders)),
+            limits,
+            layers: Vec::new(),
+            lost_packages,
+        };
         let (outcome, layers) = sandbox.run_with_layers("import math")?;
         if outcome != ProgramOutcome::Passed {
             let python = sandbox.python.display();
@@ -96,6 +96,12 @@ impl Sandbox {
         &self.python
     }
 
+    /// Packages that the Python of the command line can import and programs in here cannot, in
+    /// words.
+    pub fn lost_packages(&self) -> &[String] {
+        &self.lost_packages
+    }
+
     /// Runs a program to its end.
     ///
     /// # Errors
@@ -114,36 +120,33 @@ impl Sandbox {
             limits: self.limits.clone(),
         };
         let order = serde_json::to_string(&order).map_err(Error::serialization)?;
-        let child = Command::new(&self.launcher)
-            .args([LAUNCHER_VERB, &order])
+        let launcher = self.launcher.path();
+        let mut command = match &self.wrapper {
+            Some(wrapper) => Command::new(wrapper),
+            None => Command::new(&launcher),
+        };
+        let child = command
+            .args(self.wrapper.is_some().then_some(&launcher))
+            .arg(order)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
-            .map_err(Error::io(&self.launcher))?;
+            .map_err(|error| Error::environment(format!("the launcher of the sandbox cannot be started: {error}")))?;
         monitor::watch(child, program, folder.path(), &self.limits)
     }
 }
 
-/// The path of the interpreter behind a command, and the folder that it was installed into.
-fn find_python(command: &Path) -> Result<(PathBuf, PathBuf)> {
-    let script =
-        "import os, sys\nprint(os.path.realpath(sys.executable), os.path.realpath(sys.base_prefix), sep='\\n')";
-    let missing = |why: &str| {
-        Error::environment(format!("python3 is needed to run code: {why}; install it, or add it to the PATH"))
-    };
-    let output =
-        Command::new(command).args(["-I", "-c", script]).output().map_err(|error| missing(&error.to_string()))?;
-    let text = String::from_utf8_lossy(&output.stdout).into_owned();
-    match text.lines().collect::<Vec<_>>()[..] {
-        [python, prefix] if !python.is_empty() => {
-            let (python, prefix) = (PathBuf::from(python), PathBuf::from(prefix));
-            let home = std::env::home_dir().unwrap_or_default();
-            if home.starts_with(&prefix) {
-                return Err(missing(&format!("{} holds the home folder, which code must not read", prefix.display())));
-            }
-            Ok((python, prefix))
+/// The paths without those inside another one.
+fn without_nested(paths: impl Iterator<Item = PathBuf>) -> Vec<PathBuf> {
+    let mut paths: Vec<PathBuf> = paths.collect();
+    // A folder comes before what it holds.
+    paths.sort();
+    let mut kept: Vec<PathBuf> = Vec::new();
+    for path in paths {
+        if !kept.iter().any(|outer| path.starts_with(outer)) {
+            kept.push(path);
         }
-        _ => Err(missing(String::from_utf8_lossy(&output.stderr).trim())),
     }
+    kept
 }

@@ -8,13 +8,13 @@ use std::path::Path;
 use std::process::{Child, ExitStatus};
 use std::time::{Duration, Instant};
 
+use cllm_launcher::{Greeting, Limits};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
 use rand::TryRng;
 use rand::rngs::SysRng;
 
-use super::protocol::{Greeting, Limits, ProgramOutcome};
 use crate::{Error, Result, interrupt};
 
 /// How often the folder, the clock and signals are checked.
@@ -25,6 +25,22 @@ const PIPE_BUF_BYTES: usize = 4096;
 const MAX_KEPT_BYTES: usize = 64 << 10;
 /// Bytes counted for each file in addition to its content, so that empty files count too.
 const FILE_OVERHEAD_BYTES: u64 = 4096;
+
+/// How a program ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ProgramOutcome {
+    /// It ran to its end.
+    Passed,
+    AssertionFailed,
+    /// The name of another exception, or a message that it exited before its end.
+    Exception(String),
+    TimedOut,
+    OutOfMemory,
+    /// A signal ended it.
+    Killed(i32),
+    TooMuchOutput,
+    TooMuchDisk,
+}
 
 /// The output of a process.
 #[derive(Default)]

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::Stdio;
 
 use cllm_core::prompt_set::{Prompt, Sample};
-use cllm_core::sandbox::{Limits, Sandbox};
+use cllm_core::sandbox::Sandbox;
 use cllm_core::task::{ScoreContext, Task, Verdict};
 use cllm_core::trajectory::FinishReason;
 use cllm_eval::records::Records;
@@ -19,7 +19,7 @@ use cllm_testing::programs::{Program, path};
 const EVAL: Program = Program("cllm-eval");
 
 fn sandbox() -> Sandbox {
-    Sandbox::with_launcher(Path::new(env!("CARGO_BIN_EXE_cllm-eval")), Limits::default()).unwrap()
+    Sandbox::open().unwrap()
 }
 
 fn score(task: Task, sandbox: &Sandbox, sample: &Sample, answer: &str) -> Verdict {

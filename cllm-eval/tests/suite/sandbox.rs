@@ -4,6 +4,7 @@
 use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -22,21 +23,17 @@ pub fn alone() -> MutexGuard<'static, ()> {
 /// A sandbox with low limits. Its launcher has limits of its own, in case those of the sandbox
 /// fail.
 fn sandbox(folder: &Path) -> Sandbox {
-    launched_by(
-        folder,
-        &format!("#!/bin/sh\nulimit -t 60 -f 2000000 -u 4096\nexec {} \"$@\"\n", env!("CARGO_BIN_EXE_cllm-eval")),
-    )
-    .unwrap()
+    started_by(folder, "#!/bin/sh\nulimit -t 60 -f 2000000 -u 4096\nexec \"$@\"\n").unwrap()
 }
 
-/// The same sandbox, launched by a script.
-fn launched_by(folder: &Path, script: &str) -> cllm_core::Result<Sandbox> {
-    let launcher = PathBuf::from(path(folder, "launcher"));
-    std::fs::write(&launcher, script).unwrap();
-    std::fs::set_permissions(&launcher, std::fs::Permissions::from_mode(0o755)).unwrap();
+/// The same sandbox, whose launcher a script starts.
+fn started_by(folder: &Path, script: &str) -> cllm_core::Result<Sandbox> {
+    let wrapper = PathBuf::from(path(folder, "wrapper"));
+    std::fs::write(&wrapper, script).unwrap();
+    std::fs::set_permissions(&wrapper, std::fs::Permissions::from_mode(0o755)).unwrap();
     let limits =
         Limits { wall_time: Duration::from_secs(6), cpu_seconds: 2, memory_bytes: 256 << 20, ..Limits::default() };
-    Sandbox::with_launcher(&launcher, limits)
+    Sandbox::open_with(Path::new("python3"), limits, Some(&wrapper))
 }
 
 /// Number of processes that run the harness. A child that escaped would keep its command line.
@@ -87,6 +84,42 @@ fn a_harmless_program_has_what_it_needs() {
         sandbox.run("raise type(''.join({'a', 'b', 'c', 'd', 'e', 'f', 'g'}), (Exception,), {})()").unwrap(),
         first
     );
+}
+
+/// A virtual environment with the module `inside`, and a link to a folder with the module `outside`.
+fn virtual_environment(folder: &Path) -> PathBuf {
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let environment = folder.join("environment");
+    let made = Command::new("python3").args(["-m", "venv", "--without-pip"]).arg(&environment).status().unwrap();
+    assert!(made.success());
+    let python = environment.join("bin/python3");
+    let ask = "import sysconfig\nprint(sysconfig.get_path('purelib'), end='')";
+    let packages = Command::new(&python).args(["-c", ask]).output().unwrap().stdout;
+    let packages = PathBuf::from(String::from_utf8(packages).unwrap());
+    std::fs::write(packages.join("inside.py"), "value = 5\n").unwrap();
+    let elsewhere = folder.join("elsewhere");
+    std::fs::create_dir(&elsewhere).unwrap();
+    std::fs::write(elsewhere.join("outside.py"), "value = 6\n").unwrap();
+    std::fs::write(packages.join("linked.pth"), elsewhere.to_str().unwrap()).unwrap();
+    python
+}
+
+#[test]
+fn packages_of_a_virtual_environment_are_found_or_named_as_lost() {
+    let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
+    let python = virtual_environment(dir.path());
+    let sandbox = Sandbox::open_with(&python, Limits::default(), None).unwrap();
+    assert_eq!(sandbox.python(), python);
+    assert_eq!(sandbox.run("import inside\nassert inside.value == 5").unwrap(), ProgramOutcome::Passed);
+    assert_eq!(sandbox.run("import outside").unwrap(), error("ModuleNotFoundError"));
+    let lost = sandbox.lost_packages();
+    assert!(lost.len() == 1 && lost[0].contains("elsewhere"), "{lost:?}");
+    let write = format!("open('{}', 'w')", python.with_file_name("new").display());
+    assert_ne!(sandbox.run(&write).unwrap(), ProgramOutcome::Passed);
+    // If that Python cannot run, the system's does, and whoever asked for its packages is told.
+    let missing = dir.path().join("python3");
+    let lost = Sandbox::open_with(&missing, Limits::default(), None).unwrap().lost_packages().to_vec();
+    assert!(lost[0].contains(missing.to_str().unwrap()), "{lost:?}");
 }
 
 #[test]
@@ -262,11 +295,9 @@ fn without(folder: &Path, calls: &[u32]) -> cllm_core::Result<Sandbox> {
          program = struct.pack('HxxxxxxQ', len(code), ctypes.addressof(text))\n\
          libc = ctypes.CDLL(None)\n\
          assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0\n\
-         program = '{}'\n\
-         os.execv(program, [program, *sys.argv[1:]])\n",
-        env!("CARGO_BIN_EXE_cllm-eval")
+         os.execv(sys.argv[1], sys.argv[1:])\n"
     );
-    launched_by(folder, &script)
+    started_by(folder, &script)
 }
 
 #[cfg(target_arch = "x86_64")]

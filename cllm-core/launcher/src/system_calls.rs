@@ -9,7 +9,7 @@ use seccompiler::{
     BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
 };
 
-use super::protocol::Problem;
+use crate::protocol::Problem;
 
 /// Calls allowed with any arguments.
 const ALLOWED: &[libc::c_long] = &[

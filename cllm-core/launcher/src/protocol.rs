@@ -1,4 +1,4 @@
-//! Messages between the toolkit and the launcher, and the limits and outcome of a program's run.
+//! Messages between the toolkit and the launcher, and the limits of a program's run.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -33,38 +33,22 @@ impl Default for Limits {
     }
 }
 
-/// How a program ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub enum ProgramOutcome {
-    /// It ran to its end.
-    Passed,
-    AssertionFailed,
-    /// The name of another exception, or a message that it exited before its end.
-    Exception(String),
-    TimedOut,
-    OutOfMemory,
-    /// A signal ended it.
-    Killed(i32),
-    TooMuchOutput,
-    TooMuchDisk,
-}
-
 /// The launcher's argument.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub(super) struct LaunchOrder {
+pub struct LaunchOrder {
     /// Path of the Python interpreter.
-    pub(super) python: PathBuf,
+    pub python: PathBuf,
     /// Files and folders that the program may read and execute.
-    pub(super) readable: Vec<PathBuf>,
+    pub readable: Vec<PathBuf>,
     /// An empty folder that the program may write to.
-    pub(super) folder: PathBuf,
-    pub(super) limits: Limits,
+    pub folder: PathBuf,
+    pub limits: Limits,
 }
 
 /// The line that the launcher writes to stdout before it becomes Python.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub(super) enum Greeting {
+pub enum Greeting {
     /// The names of the layers in force.
     Layers(Vec<String>),
     /// Why nothing can run.

@@ -1,7 +1,6 @@
-//! The launcher: a process that restricts itself and then becomes Python. A process cannot regain
-//! privileges that it has given up, so the restrictions hold for everything that Python does.
+//! The steps from a fresh process to a restricted Python.
 
-use std::ffi::{CString, OsString};
+use std::ffi::CString;
 use std::io::Write;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
@@ -18,8 +17,8 @@ use nix::sys::signal::Signal;
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Gid, Uid, chown, execve, setgroups, setresgid, setresuid, setsid};
 
-use super::protocol::{Greeting, LaunchOrder, Limits, Problem};
-use super::{private_root, system_calls};
+use crate::protocol::{Greeting, LaunchOrder, Limits, Problem};
+use crate::{private_root, system_calls};
 
 const MAX_THREADS: u64 = 64;
 const MAX_OPEN_FILES: u64 = 64;
@@ -28,16 +27,17 @@ const NAMESPACE_USER: u32 = 1000;
 /// Files that Python opens besides those of [`LaunchOrder::readable`].
 const DEVICES: [&str; 2] = ["/dev/null", "/dev/urandom"];
 
-/// Carries out an order; returns only if that is impossible.
-pub(super) fn launch(order: Option<OsString>) -> ExitCode {
-    let text = order.and_then(|text| text.into_string().ok()).unwrap_or_default();
-    let problem = match serde_json::from_str(&text) {
+/// Becomes Python if this process has an argument, which is the order. Returns only if it has none
+/// or cannot do it.
+pub fn launch_if_requested() -> Option<ExitCode> {
+    let order = std::env::args_os().nth(1)?;
+    let problem = match serde_json::from_slice(order.as_bytes()) {
         Ok(order) => become_python(&order),
         Err(error) => format!("the launcher has no valid order: {error}"),
     };
     // If this fails, the reader is gone.
     let _ = greet(&Greeting::Problem(problem));
-    ExitCode::from(3)
+    Some(ExitCode::from(3))
 }
 
 fn greet(greeting: &Greeting) -> Result<(), Problem> {

@@ -50,7 +50,8 @@ fn fill(root: &Path, readable: &[PathBuf], owner: (Uid, Gid)) -> std::io::Result
         }
     }
     let writable = inside(Path::new(WRITABLE));
-    std::fs::create_dir(&writable)?;
+    // Python itself may lie in there.
+    std::fs::create_dir_all(&writable)?;
     Ok(chown(&writable, Some(owner.0), Some(owner.1))?)
 }
 
