@@ -12,7 +12,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::gsm8k::{final_number, parse_number};
+use super::number::{final_number, whole_number};
 use crate::prompt_set::Sample;
 use crate::{Error, Result};
 
@@ -22,8 +22,8 @@ use crate::{Error, Result};
 pub enum Scorer {
     /// The answer is the reference, apart from white space at the ends.
     Exact,
-    /// The last number of the answer (or the first after its last `####`) equals that of the
-    /// reference.
+    /// The final number of the answer equals that of the reference: the number in its last box or
+    /// after its last `####`, or else its last number.
     Numeric,
     /// The reference is a regular expression that matches anywhere in the answer; `^` and `$` are
     /// the ends of the answer without outer white space.
@@ -73,7 +73,7 @@ pub(super) fn is_correct(sample: &Sample, reference: &str, answer: &str) -> Resu
         Some(Scorer::Exact) => expected == answer,
         Some(Scorer::Numeric) => final_number(expected).is_some_and(|number| final_number(answer) == Some(number)),
         Some(Scorer::Regex) => compile_pattern(sample, reference)?.is_match(answer),
-        None => expected == answer || parse_number(expected).is_some_and(|number| parse_number(answer) == Some(number)),
+        None => expected == answer || whole_number(expected).is_some_and(|number| whole_number(answer) == Some(number)),
     })
 }
 

@@ -9,6 +9,7 @@ mod humaneval;
 mod jsonl;
 mod mbpp;
 mod mt_bench;
+mod number;
 mod perplexity;
 mod python;
 mod spider;
