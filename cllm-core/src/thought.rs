@@ -54,6 +54,17 @@ pub enum Thought {
     Open,
 }
 
+impl Thought {
+    /// Positions in the answer of the tokens that closed the thought at its limit; an empty range if
+    /// there are none.
+    pub fn forced_tokens(&self) -> Range<usize> {
+        match self {
+            Thought::Forced(positions) => positions.clone(),
+            Thought::Closed | Thought::Open => 0..0,
+        }
+    }
+}
+
 impl ThoughtTokens {
     /// The tokens that begin and end a thought, and the ends of prompts that have opened one.
     pub fn new(start_id: i32, end_id: i32, openings: Vec<Vec<i32>>) -> Self {

@@ -37,8 +37,11 @@ impl Acceptance {
     pub fn from_answers(answers: &[&AnswerRecord]) -> Self {
         let mut acceptance = Acceptance::default();
         for answer in answers {
-            let mut position = 0;
+            let (mut position, forced) = (0, answer.forced_tokens());
             for &num_accepted in &answer.accepted {
+                if position == forced.start {
+                    position = forced.end;
+                }
                 acceptance.count(position, num_accepted as usize);
                 position += num_accepted as usize;
             }

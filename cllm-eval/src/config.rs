@@ -67,6 +67,11 @@ pub struct RunSettings {
     /// Maximum number of tokens in an answer.
     #[garde(range(min = 1))]
     pub max_new_tokens: usize,
+    /// For thinking models: maximum number of tokens in the thought before an answer. An answer of
+    /// this length that is still inside its thought gets the text `\n</think>\n\n`, and goes on from
+    /// there. Default: no limit.
+    #[garde(range(min = 1))]
+    pub max_thinking_tokens: Option<usize>,
     /// Number of answers decoded at once to measure accuracy.
     #[garde(range(min = 1))]
     pub batch_size: usize,
@@ -103,6 +108,7 @@ impl Default for RunSettings {
             strategies: vec![Strategy::Ar, Strategy::Jacobi { n: 16 }],
             temperature: 0.0,
             max_new_tokens: 256,
+            max_thinking_tokens: None,
             batch_size: 32,
             device: "auto".to_owned(),
             output: PathBuf::from("runs/eval"),

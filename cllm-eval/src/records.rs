@@ -6,12 +6,14 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
+use std::ops::Range;
 use std::path::Path;
 
 use cllm_core::decode::Strategy;
 use cllm_core::environment::{Hardware, Toolkit};
 use cllm_core::prompt_set::{Prompt, Sample};
 use cllm_core::task::{Alternative, Task, Verdict};
+use cllm_core::thought::Thought;
 use cllm_core::trajectory::FinishReason;
 use cllm_core::{Error, Result, atomic_file};
 use serde::{Deserialize, Serialize};
@@ -89,9 +91,13 @@ pub struct AnswerRecord {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alternative: Option<Alternative>,
     pub finish_reason: FinishReason,
+    /// How its thought ended. `None` without `max_thinking_tokens`, or if it has no thought.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub thought: Option<Thought>,
     /// Forwards of this answer after prefill.
     pub forwards: usize,
-    /// Tokens accepted per forward. They sum to the length of the answer.
+    /// Tokens accepted per forward. They sum to the length of the answer, without the tokens that
+    /// closed its thought at the limit.
     pub accepted: Vec<u32>,
     /// Seconds of the batch's prefill, divided by the number of its answers.
     pub batch_prefill_seconds: f64,
@@ -119,7 +125,7 @@ pub struct SpeedRecord {
     pub index: usize,
     /// Id of the prompt in the prompt set.
     pub id: String,
-    /// Tokens of the answer, EOS included.
+    /// Tokens of the answer, EOS included, without those that closed its thought at the limit.
     pub tokens: usize,
     /// Forwards after prefill.
     pub forwards: usize,
@@ -192,6 +198,17 @@ impl Header {
 }
 
 impl AnswerRecord {
+    /// Positions of the tokens that closed the thought at its limit; an empty range if there are
+    /// none.
+    pub fn forced_tokens(&self) -> Range<usize> {
+        self.thought.as_ref().map_or(0..0, Thought::forced_tokens)
+    }
+
+    /// Number of tokens of the answer that the model decoded: all but those that closed its thought.
+    pub fn num_decoded_tokens(&self) -> usize {
+        self.response_ids.len() - self.forced_tokens().len()
+    }
+
     /// The parts of the prompt that scoring needs.
     pub fn sample(&self) -> Sample {
         Sample {

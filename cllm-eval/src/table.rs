@@ -105,8 +105,8 @@ pub fn describe(results: &Results) -> String {
     format!("{examples}, {}, answered in batches for accuracy; {speed}.", results.sampling())
 }
 
-/// The lines below a run's table: perplexity, accuracy by another rule and by difficulty, and the student against the
-/// teacher.
+/// The lines below a run's table: perplexity, accuracy by another rule and by difficulty, thoughts
+/// closed at their limit, and the student against the teacher.
 pub fn notes(results: &Results) -> Vec<String> {
     let perplexities = results.models.iter().filter_map(|model| {
         let perplexity = model.perplexity.as_ref()?;
@@ -123,7 +123,16 @@ pub fn notes(results: &Results) -> Vec<String> {
         let alternative = alternative_text(figures.alternative.as_ref()?);
         Some(format!("{role} {}: {alternative}", figures.label))
     });
-    perplexities.chain(alternatives).chain(difficulties).chain(results.paired.iter().map(paired_text)).collect()
+    let thoughts = results.strategies().filter_map(|(role, figures)| {
+        let (closed, all) = (figures.closed_thoughts?, count(figures.thoughts?, "thought"));
+        Some(format!("{role} {}: {closed} of {all} closed at the limit", figures.label))
+    });
+    perplexities
+        .chain(alternatives)
+        .chain(thoughts)
+        .chain(difficulties)
+        .chain(results.paired.iter().map(paired_text))
+        .collect()
 }
 
 /// Says which of a benchmark's two rules the table shows, and the accuracy by the other one.

@@ -7,7 +7,9 @@ use cllm_core::progress::count;
 use cllm_core::task::Task;
 use cllm_core::{Error, Result, progress};
 use serde::Serialize;
+use serde_json::json;
 
+use crate::config::RunSettings;
 use crate::records::SCHEMA_VERSION;
 use crate::results::{ModelResults, Results, StrategyResults};
 use crate::role::Role;
@@ -99,6 +101,8 @@ fn expect_comparable(first: &Results, other: &Results) -> std::result::Result<()
     expect_same("examples", other.examples.to_string(), first.examples.to_string())?;
     let (actual, expected) = (&other.settings, &first.settings);
     expect_same("max_new_tokens", actual.max_new_tokens.to_string(), expected.max_new_tokens.to_string())?;
+    let limit = |settings: &RunSettings| json!(settings.max_thinking_tokens).to_string();
+    expect_same("max_thinking_tokens", limit(actual), limit(expected))?;
     expect_same("temperature", actual.temperature.to_string(), expected.temperature.to_string())
 }
 

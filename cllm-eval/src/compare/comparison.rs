@@ -130,7 +130,7 @@ impl Side {
     /// `answers` are those of the pairs; `correct` says which of the scored ones are correct.
     fn new(selection: &Selection, answers: &[&AnswerRecord], correct: &[bool]) -> Self {
         let num_correct = correct.iter().filter(|&&correct| correct).count();
-        let tokens: usize = answers.iter().map(|answer| answer.response_ids.len()).sum();
+        let tokens: usize = answers.iter().map(|answer| answer.num_decoded_tokens()).sum();
         let forwards: usize = answers.iter().map(|answer| answer.forwards).sum();
         let model = selection.header().model(selection.role);
         Side {

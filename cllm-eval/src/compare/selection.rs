@@ -10,6 +10,7 @@ use cllm_core::{Error, Result, progress};
 use serde_json::json;
 
 use super::selector::{DefaultChoice, answered, select};
+use crate::config::RunSettings;
 use crate::records::{AnswerRecord, Header, Records, SAMPLES, SpeedRecord};
 use crate::results::Results;
 use crate::role::Role;
@@ -85,6 +86,8 @@ impl Selection {
         };
         let (a, b) = (&a.settings, &b.settings);
         differs("max_new_tokens", a.max_new_tokens.to_string(), b.max_new_tokens.to_string());
+        let limit = |settings: &RunSettings| json!(settings.max_thinking_tokens).to_string();
+        differs("max_thinking_tokens", limit(a), limit(b));
         differs("temperature", a.temperature.to_string(), b.temperature.to_string());
         let (a, b) = (&a.rendering, &b.rendering);
         differs(

@@ -64,7 +64,7 @@ impl ExampleAnswer {
         ExampleAnswer {
             name: format!("{} {}", answer.role, answer.strategy),
             verdict: answer.verdict,
-            num_tokens: answer.response_ids.len(),
+            num_tokens: answer.num_decoded_tokens(),
             num_forwards: answer.forwards,
             text: answer.text.clone(),
             forwards: forwards

@@ -82,7 +82,13 @@ pub struct StrategyResults {
     pub alternative: Option<AlternativeAccuracy>,
     /// Number of answers that reached the length limit.
     pub unfinished: usize,
-    /// Tokens of all answers.
+    /// Number of answers with a thought. `None` without `max_thinking_tokens`.
+    #[serde(default)]
+    pub thoughts: Option<usize>,
+    /// Number of answers whose thought was closed at `max_thinking_tokens`.
+    #[serde(default)]
+    pub closed_thoughts: Option<usize>,
+    /// Tokens of all answers, without those that closed a thought.
     pub tokens: usize,
     /// Forwards of all answers.
     pub forwards: usize,

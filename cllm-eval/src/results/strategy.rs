@@ -22,6 +22,9 @@ impl StrategyResults {
         let speeds: Vec<&SpeedRecord> = records.speeds_of(role, strategy).collect();
         let mut figures = Self::unmeasured(strategy);
         figures.add_scores(&answers, records.header.benchmark);
+        if records.header.settings.max_thinking_tokens.is_some() {
+            figures.add_thoughts(&answers);
+        }
         figures.add_tokens(&answers);
         figures.add_comparison_with_ar(&answers, records.answers_of(role, Strategy::Ar));
         if !speeds.is_empty() {
@@ -44,6 +47,8 @@ impl StrategyResults {
             metric: None,
             alternative: None,
             unfinished: 0,
+            thoughts: None,
+            closed_thoughts: None,
             tokens: 0,
             forwards: 0,
             tokens_per_forward: None,
@@ -90,12 +95,17 @@ impl StrategyResults {
         self.by_difficulty = (benchmark == Task::Spider).then(|| by_difficulty(answers));
     }
 
+    fn add_thoughts(&mut self, answers: &[&AnswerRecord]) {
+        self.thoughts = Some(answers.iter().filter(|answer| answer.thought.is_some()).count());
+        self.closed_thoughts = Some(answers.iter().filter(|answer| !answer.forced_tokens().is_empty()).count());
+    }
+
     fn add_tokens(&mut self, answers: &[&AnswerRecord]) {
         let finished = || answers.iter().filter(|answer| answer.finish_reason == FinishReason::Eos);
-        let finished_tokens: usize = finished().map(|answer| answer.response_ids.len()).sum();
+        let finished_tokens: usize = finished().map(|answer| answer.num_decoded_tokens()).sum();
         let finished_forwards: usize = finished().map(|answer| answer.forwards).sum();
         let seconds: f64 = answers.iter().map(|answer| answer.batch_prefill_seconds + answer.batch_seconds).sum();
-        self.tokens = answers.iter().map(|answer| answer.response_ids.len()).sum();
+        self.tokens = answers.iter().map(|answer| answer.num_decoded_tokens()).sum();
         self.forwards = answers.iter().map(|answer| answer.forwards).sum();
         self.tokens_per_forward = ratio(self.tokens as f64, self.forwards as f64);
         self.tokens_per_forward_finished = ratio(finished_tokens as f64, finished_forwards as f64);

@@ -6,6 +6,7 @@ use cllm_core::cuda::libtorch;
 use cllm_core::decode::{Answer, Decoder, Strategy, Timing};
 use cllm_core::progress::Progress;
 use cllm_core::task::Verdict;
+use cllm_core::thought::Thought;
 use cllm_core::{Result, interrupt};
 
 use super::models::{LoadedModel, decode_options};
@@ -99,7 +100,8 @@ fn record(
     timing: Timing,
 ) -> Result<AnswerRecord> {
     let (sample, prompt, tokenizer) = (&session.samples[index], model.prompts.get(index), &model.prompts.tokenizer);
-    let texts = || split_by_forward(tokenizer, &answer.response_ids, &answer.num_new_tokens);
+    let forced = answer.thought.as_ref().map_or(0..0, Thought::forced_tokens);
+    let texts = || split_by_forward(tokenizer, &answer.response_ids, &answer.num_new_tokens, forced);
     Ok(AnswerRecord {
         role: model.role,
         strategy,
@@ -114,6 +116,7 @@ fn record(
         verdict: Verdict::Unscored,
         alternative: None,
         finish_reason: answer.finish_reason,
+        thought: answer.thought,
         forwards: answer.num_forwards,
         forward_texts: (index < NUM_EXAMPLES_WITH_TEXTS).then(texts).transpose()?,
         response_ids: answer.response_ids,

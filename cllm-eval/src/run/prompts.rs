@@ -5,6 +5,7 @@ use std::path::Path;
 use cllm_core::chat_template::Rendering;
 use cllm_core::decode::{Request, StopConditions, check_fits_context};
 use cllm_core::prompt_set::Sample;
+use cllm_core::thought::ThoughtLimit;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Result, checkpoint};
 
@@ -52,7 +53,9 @@ impl Prompts {
         let tokenizer = Tokenizer::load_for(folder, rendering)?;
         let config = checkpoint::load_config(folder)?;
         let eos_ids = eos_ids::resolve(settings.eos_ids.as_deref(), &tokenizer, folder, &config)?;
-        let stop = StopConditions::new(settings.max_new_tokens, eos_ids);
+        let new_limit = |max| ThoughtLimit::new(&tokenizer, max, settings.max_new_tokens);
+        let thought_limit = settings.max_thinking_tokens.map(new_limit).transpose()?;
+        let stop = StopConditions { thought_limit, ..StopConditions::new(settings.max_new_tokens, eos_ids) };
         let render = |sample: &Sample| {
             let prompt = RenderedPrompt::new(&tokenizer, sample)?;
             // The prompt of a second turn will contain the answer to the first.

@@ -75,7 +75,7 @@ pub(super) fn time_answer(
         strategy,
         index,
         id: request[0].sample_id.clone(),
-        tokens: answer.response_ids.len(),
+        tokens: answer.num_decoded_tokens(),
         forwards: answer.num_forwards,
         finish_reason: answer.finish_reason,
         prefill_seconds: timing.prefill_seconds,

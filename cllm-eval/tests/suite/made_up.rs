@@ -101,6 +101,7 @@ fn answer(role: Role, strategy: Strategy, index: usize, correct: bool, forwards:
         verdict: if correct { Verdict::Correct } else { Verdict::Incorrect },
         alternative: None,
         finish_reason: if !correct && index > 1 { FinishReason::Length } else { FinishReason::Eos },
+        thought: None,
         forwards,
         accepted: vec![(8 / forwards) as u32; forwards],
         batch_prefill_seconds: 0.5,
@@ -119,6 +120,14 @@ pub fn model(folder: &Path, seed: u64) {
 /// Writes a random model whose answers depend on the whole prompt.
 pub fn eloquent_model(folder: &Path, seed: u64) {
     random_model(folder, seed, false);
+}
+
+/// Writes a random model like [`eloquent_model`] whose tokenizer has the tokens of a thinking model.
+pub fn thinking_model(folder: &Path, seed: u64) {
+    eloquent_model(folder, seed);
+    // This text leaves ids free.
+    cllm_testing::train_tokenizer(["Tom has 3 apples."], 300, folder);
+    cllm_testing::add_thought_tokens(folder);
 }
 
 fn random_model(folder: &Path, seed: u64, tied: bool) {

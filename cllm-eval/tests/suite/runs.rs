@@ -6,11 +6,13 @@ use cllm_core::checkpoint;
 use cllm_core::decode::Strategy;
 use cllm_core::model::LoraConfig;
 use cllm_eval::records::Records;
+use cllm_eval::results::Results;
 use cllm_eval::role::Role;
-use serde_json::Value;
+use cllm_eval::table::notes;
+use serde_json::{Value, json};
 use tch::{Device, Kind};
 
-use crate::made_up::{eloquent_model, model, program};
+use crate::made_up::{eloquent_model, model, program, thinking_model};
 
 fn run(folder: &Path) -> Value {
     let output = program()
@@ -150,6 +152,69 @@ fn every_strategy_samples_the_same_answers_at_a_temperature() {
             .unwrap();
         assert_eq!((speed.forwards, speed.tokens), (same.forwards, same.response_ids.len()));
     }
+}
+
+#[test]
+fn a_thought_is_closed_at_its_limit_by_every_strategy_and_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    thinking_model(&dir.path().join("teacher"), 1);
+    thinking_model(&dir.path().join("student"), 2);
+    let prompt = |index: usize| {
+        let opening = if index < 6 { "<think>\n" } else { "" };
+        json!({ "id": format!("p{index}"), "prompt": format!("{index} apples{opening}"), "reference": "7" }).to_string()
+    };
+    let prompts = (0..8).map(prompt).collect::<Vec<_>>().join("\n");
+    std::fs::write(dir.path().join("prompts.jsonl"), prompts).unwrap();
+    let run = |more: &[&str]| {
+        program()
+            .current_dir(dir.path())
+            .args(["run", "--quiet", "--json", "teacher=teacher", "student=student", "prompts=prompts.jsonl"])
+            .args(["strategies=[ar, {jacobi: {n: 4}}, {rolling: {n: 5}}, {lookahead: {}}, {drafted: {n: 4}}]"])
+            .args(["max_new_tokens=30", "batch_size=3", "num_speed_examples=2", "device=cpu", "output=out"])
+            .args(more)
+            .output()
+            .unwrap()
+    };
+    for more in [&["max_thinking_tokens=10"][..], &["max_thinking_tokens=10", "temperature=0.9", "output=sampled"]] {
+        let output = run(more);
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let results: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(results["settings"]["max_thinking_tokens"], 10);
+        let samples = dir.path().join(if more.len() == 1 { "out" } else { "sampled" }).join("samples.jsonl");
+        let records = Records::read(&samples).unwrap();
+        assert!(records.answers.iter().filter(|answer| !answer.forced_tokens().is_empty()).count() > 18);
+        for answer in &records.answers {
+            assert!(answer.forced_tokens().is_empty() || answer.forced_tokens().start == 10, "{answer:?}");
+            assert_eq!(answer.accepted.iter().sum::<u32>() as usize, answer.num_decoded_tokens());
+            if let Some(texts) = &answer.forward_texts {
+                assert_eq!(texts.concat(), answer.text);
+            }
+        }
+        for speed in &records.speeds {
+            let mut answers = records.answers_of(speed.role, speed.strategy);
+            let same = answers.find(|answer| answer.index == speed.index).unwrap();
+            assert_eq!((speed.tokens, speed.forwards), (same.num_decoded_tokens(), same.forwards));
+        }
+        for (role, figures) in Results::from_records(&records).strategies() {
+            let answers: Vec<_> = records.answers_of(role, figures.strategy).collect();
+            let closed = answers.iter().filter(|answer| !answer.forced_tokens().is_empty()).count();
+            assert_eq!(figures.exact_match_vs_ar, Some(1.0), "{}", figures.label);
+            assert_eq!(figures.closed_thoughts, Some(closed));
+            assert!(figures.thoughts >= Some(6) && figures.closed_thoughts <= figures.thoughts);
+            assert_eq!(figures.tokens, answers.iter().map(|answer| answer.num_decoded_tokens()).sum::<usize>());
+            let line = format!("{closed} of {} thoughts closed at the limit", figures.thoughts.unwrap());
+            assert!(notes(&Results::from_records(&records)).iter().any(|note| note.contains(&line)), "{line}");
+        }
+    }
+    let refused = |more: &[&str], part: &str| {
+        let output = run(more);
+        let message = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(2) && message.contains(part), "{message}");
+    };
+    refused(&["max_thinking_tokens=12"], "was started with max_thinking_tokens=10; this command says 12");
+    refused(&["max_thinking_tokens=28"], "do not fit into max_new_tokens=30");
+    model(&dir.path().join("student"), 2);
+    refused(&["max_thinking_tokens=10"], "max_thinking_tokens: the model's tokenizer has no tokens <think>");
 }
 
 #[test]

@@ -22,7 +22,7 @@ impl<'r> TimedAnswer<'r> {
         let answer = records.answers_of(role, strategy).find(|answer| answer.index == index)?;
         let speed = records.speeds_of(role, strategy).find(|speed| speed.index == index)?;
         let texts = answer.forward_texts.as_deref()?;
-        let same = (speed.tokens, speed.forwards) == (answer.response_ids.len(), texts.len());
+        let same = (speed.tokens, speed.forwards) == (answer.num_decoded_tokens(), texts.len());
         (same && !texts.is_empty()).then_some(TimedAnswer { answer, texts, speed })
     }
 
