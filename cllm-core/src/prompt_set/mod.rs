@@ -1,62 +1,118 @@
 //! Prompt sets: prompts, with the data that a task needs to score their answers.
 //!
-//! People have prompts as JSONL, as JSON lists, and as Parquet from other tools, with and without
-//! ids or a source. Reading turns all of these into [`Sample`]s; only JSONL and Parquet are
-//! written.
+//! People have prompts in many forms (chat messages, ShareGPT, TRL, Alpaca, plain columns), as JSON
+//! Lines, JSON lists and Parquet, with and without ids. Reading turns all of these into
+//! [`Sample`]s, and tells which rows it had to set aside; only JSON Lines and Parquet are written.
 
 mod columns;
+mod conversation;
 pub(crate) mod dataset_file;
+mod field_map;
+mod form;
+mod notes;
 mod sample;
 
 use std::collections::HashSet;
 use std::io::Write;
 use std::path::Path;
 
-use serde::de::DeserializeOwned;
-
+use crate::chat_template::Message;
+use crate::progress::{self, count};
 use crate::{Error, Result, atomic_file, interrupt};
-use sample::Row;
+use dataset_file::{FileRow, RowError};
+use form::RowSamples;
+use notes::Notes;
 
+pub use conversation::Turns;
+pub use field_map::FieldMap;
 pub use sample::{DEFAULT_SOURCE, Prompt, Sample};
 
-/// Reads a prompt set: Parquet if the name ends in `.parquet`, a JSON list if it ends in `.json`,
-/// otherwise JSONL.
+/// How to read a file of prompts.
+#[derive(Debug, Clone, Default)]
+pub struct ReadOptions {
+    /// Names of fields that are not known here.
+    pub fields: FieldMap,
+    pub turns: Turns,
+    /// Whether a row that cannot be read is an error, instead of being set aside.
+    pub strict: bool,
+}
+
+/// Reads a prompt set of any known form. Rows that cannot be read are set aside and told on stderr;
+/// a row without an id gets one made of its number.
 ///
 /// # Errors
-/// Names the file and the line of a bad row, or an id that occurs twice.
+/// When the file cannot be read, or none of its rows.
 pub fn read(path: &Path) -> Result<Vec<Sample>> {
-    check_unique_ids(path, read_rows(path)?)
+    read_with(path, &ReadOptions::default())
 }
 
-/// Reads a prompt set whose rows may lack an id; such a row gets one made of its number.
+/// Reads a prompt set with options.
 ///
 /// # Errors
-/// As [`read`].
-pub fn read_with_generated_ids(path: &Path) -> Result<Vec<Sample>> {
-    let sample = |(index, mut row): (usize, Row)| {
-        row.ensure_id(index + 1);
-        Sample::try_from(row).map_err(|message| Error::file(path, format!("row {}: {message}", index + 1)))
-    };
-    let samples = read_rows(path)?.into_iter().enumerate().map(sample).collect::<Result<_>>()?;
-    check_unique_ids(path, samples)
-}
-
-fn read_rows<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
+/// As [`read`]; if strict, names the first row that cannot be read.
+pub fn read_with(path: &Path, options: &ReadOptions) -> Result<Vec<Sample>> {
     if path.is_dir() {
-        let message = "is a folder: expected a prompt set, the JSONL or Parquet file that `cllm-data prepare` wrote";
+        let message = "is a folder: expected a prompt set, such as the JSONL or Parquet file that `cllm-data prepare` \
+                       writes";
         return Err(Error::file(path, message));
     }
-    if dataset_file::is_parquet(path) { columns::read(path) } else { dataset_file::read_file(path) }
-}
-
-fn check_unique_ids(path: &Path, samples: Vec<Sample>) -> Result<Vec<Sample>> {
-    let mut ids = HashSet::new();
-    for (row, sample) in samples.iter().enumerate() {
-        if !ids.insert(sample.id.as_str()) {
-            return Err(Error::file(path, format!("row {}: id `{}` occurs twice", row + 1, sample.id)));
+    let rows = dataset_file::read_rows(path)?;
+    let num_rows = rows.len();
+    let (mut samples, mut ids, mut notes) = (Vec::new(), HashSet::new(), Notes::default());
+    for (index, row) in rows.into_iter().enumerate() {
+        interrupt::check()?;
+        let location = row.location;
+        match parse_row(path, index + 1, row, options).and_then(|row| expect_new_ids(row, &mut ids)) {
+            Ok(row) => {
+                notes.add_read(row.meta_fields, row.lost_keys);
+                samples.extend(row.samples);
+            }
+            Err(error) if options.strict => return Err(Error::file(path, format!("{location} {error}"))),
+            Err(error) => notes.add_set_aside(location, error),
         }
     }
+    notes.finish(path, num_rows)?;
     Ok(samples)
+}
+
+fn parse_row(
+    path: &Path,
+    number: usize,
+    row: FileRow,
+    options: &ReadOptions,
+) -> std::result::Result<RowSamples, RowError> {
+    let mut fields = row.object?;
+    if dataset_file::is_parquet(path) {
+        columns::restore(&mut fields)?;
+    }
+    form::parse_row(number, fields, &options.fields, options.turns)
+}
+
+fn expect_new_ids(row: RowSamples, ids: &mut HashSet<String>) -> std::result::Result<RowSamples, RowError> {
+    match row.samples.iter().find(|sample| ids.contains(&sample.id)) {
+        Some(Sample { id, .. }) => Err(RowError::new("has the id of another row", format!("`{id}` occurs twice"))),
+        None => {
+            ids.extend(row.samples.iter().map(|sample| sample.id.clone()));
+            Ok(row)
+        }
+    }
+}
+
+/// Puts a system message before each conversation that has none of its own. Prompts of plain text
+/// stay as they are, and are counted on stderr.
+pub fn insert_system_message(samples: &mut [Sample], text: &str) {
+    let mut num_plain = 0;
+    for sample in samples.iter_mut() {
+        match &mut sample.prompt {
+            Prompt::Text(_) => num_plain += 1,
+            Prompt::Conversation(conversation) if conversation.messages.iter().any(conversation::is_system) => {}
+            Prompt::Conversation(conversation) => conversation.messages.insert(0, Message::new("system", text)),
+        }
+    }
+    if num_plain > 0 {
+        let prompts = count(num_plain, "prompt");
+        progress::log(format!("no system message for {prompts} of plain text, which no chat template reads"));
+    }
 }
 
 /// Writes a prompt set: Parquet if the name ends in `.parquet`, otherwise JSONL.
@@ -79,81 +135,116 @@ pub fn write(path: &Path, samples: &[Sample]) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Arc;
-
-    use arrow::array::{ArrayRef, RecordBatch, StringArray, StructArray};
-    use arrow::datatypes::{DataType, Field};
     use serde_json::{Value, json};
 
     use super::*;
     use crate::chat_template::Conversation;
 
-    #[test]
-    fn rows_survive_a_round_trip_and_bad_ones_are_named() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("prompts.jsonl");
-        let sample = |id: &str, prompt| Sample {
+    fn sample(id: &str, prompt: Prompt) -> Sample {
+        Sample {
             id: id.into(),
             source: "jsonl/test".into(),
             prompt,
             reference: Some("4".into()),
             meta: None,
-        };
-        let other = Sample {
-            reference: None,
-            meta: Some(json!({ "db_id": "zoo", "n": [1, 2.5] })),
-            ..sample("c", Prompt::Conversation(Conversation::default()))
-        };
-        let samples = [sample("a", Prompt::Text("2+2=".into())), sample("b", Prompt::question("2+2?")), other];
-        for path in [&path, &dir.path().join("prompts.parquet")] {
-            write(path, &samples).unwrap();
-            assert_eq!(read(path).unwrap(), samples);
         }
-        let text = std::fs::read_to_string(&path).unwrap();
-        std::fs::write(&path, format!("{text}{}", text.lines().next().unwrap())).unwrap();
-        assert!(read(&path).unwrap_err().to_string().contains("`a` occurs twice"));
-        std::fs::write(&path, format!("{text}{{\"id\": 1}}\n")).unwrap();
-        assert!(read(&path).unwrap_err().to_string().contains("line 4"));
+    }
+
+    fn put(path: &Path, rows: &[Value]) {
+        std::fs::write(path, rows.iter().map(|row| format!("{row}\n")).collect::<String>()).unwrap();
+    }
+
+    fn strict_error(path: &Path) -> String {
+        let options = ReadOptions { strict: true, ..ReadOptions::default() };
+        read_with(path, &options).unwrap_err().to_string()
     }
 
     #[test]
-    fn plain_rows_need_only_a_prompt_and_keep_unknown_fields() {
+    fn everything_that_a_sample_holds_survives_both_formats() {
+        let dir = tempfile::tempdir().unwrap();
+        let messages = json!([
+            { "role": "system", "content": "Be brief." },
+            { "role": "user", "content": "2+2?", "name": "Ann" },
+            { "role": "assistant", "content": "", "tool_calls": [{ "function": { "name": "add", "arguments": { "n": [2, 2.5] } } }] },
+            { "role": "tool", "content": "4", "tool_call_id": "x", "other": { "deep": true } },
+        ]);
+        let conversation: Conversation = serde_json::from_value(json!({
+            "messages": messages,
+            "tools": [{ "type": "function", "function": { "name": "add" } }],
+            "chat_template_kwargs": { "enable_thinking": false, "depth": 3 },
+        }))
+        .unwrap();
+        let other = Sample {
+            reference: None,
+            meta: Some(json!({ "db_id": "zoo", "n": [1, 2.5], "nothing": null })),
+            ..sample("c", Prompt::Conversation(conversation))
+        };
+        let samples = [sample("a", Prompt::Text("2+2=".into())), sample("b", Prompt::question("2+2?")), other];
+        for name in ["prompts.jsonl", "prompts.parquet"] {
+            let path = dir.path().join(name);
+            write(&path, &samples).unwrap();
+            assert_eq!(read(&path).unwrap(), samples, "{name}");
+        }
+    }
+
+    #[test]
+    fn rows_that_cannot_be_read_are_set_aside_and_strict_names_the_first() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("prompts.jsonl");
+        let good = |id: &str| json!({ "id": id, "prompt": "2+2=" });
+        put(&path, &[good("a"), good("a"), json!({ "level": 1 }), json!([1]), good("b")]);
+        let ids: Vec<_> = read(&path).unwrap().into_iter().map(|sample| sample.id).collect();
+        assert_eq!(ids, ["a", "b"]);
+        assert!(strict_error(&path).contains("prompts.jsonl: line 2 has the id of another row: `a` occurs twice"));
+        put(&path, &[json!({ "id": 1, "level": 1 }), json!({ "id": 2, "level": 2 })]);
+        let error = read(&path).unwrap_err();
+        let message = error.to_string();
+        assert_eq!(error.exit_code(), 2);
+        for part in ["none of 2 rows", "line 1", "id, level", "`conversations`", "--map prompt=FIELD", "1 row like it"] {
+            assert!(message.contains(part), "{part}: {message}");
+        }
+        for empty in ["", "\n\n", "[]"] {
+            std::fs::write(&path, empty).unwrap();
+            assert!(read(&path).unwrap_err().to_string().contains("holds no prompts"), "{empty}");
+        }
+        assert!(read(dir.path()).unwrap_err().to_string().contains("is a folder"));
+    }
+
+    #[test]
+    fn a_row_needs_only_a_prompt_and_its_other_fields_are_kept() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("plain.jsonl");
-        let put = |rows: &[Value]| {
-            std::fs::write(&path, rows.iter().map(|row| format!("{row}\n")).collect::<String>()).unwrap();
-        };
-        put(&[
+        put(&path, &[
             json!({ "id": "a", "prompt": "2+2=", "reference": "4", "level": 3, "meta": { "n": 1 }, "none": null }),
             json!({ "id": 7, "messages": [{ "role": "user", "content": "2+2?" }] }),
+            json!({ "prompt": "c" }),
         ]);
         let samples = read(&path).unwrap();
-        assert_eq!((samples[0].source.as_str(), samples[1].id.as_str()), ("jsonl", "7"));
+        let ids: Vec<&str> = samples.iter().map(|sample| sample.id.as_str()).collect();
+        assert_eq!((ids, samples[0].source.as_str()), (vec!["a", "7", "jsonl-3"], "jsonl"));
         assert_eq!((&samples[0].meta, &samples[1].meta), (&Some(json!({ "level": 3, "n": 1 })), &None));
-        put(&[json!({ "prompt": "a" }), json!({ "id": "own", "prompt": "b" }), json!({ "prompt": "c" })]);
-        let message = read(&path).unwrap_err().to_string();
-        assert!(message.contains("line 1") && message.contains("`cllm-data prepare jsonl`"), "{message}");
-        let ids: Vec<_> = read_with_generated_ids(&path).unwrap().into_iter().map(|sample| sample.id).collect();
-        assert_eq!(ids, ["jsonl-1", "own", "jsonl-3"]);
-        put(&[json!({ "id": "a", "prompt": "a", "messages": [] })]);
-        assert!(read(&path).unwrap_err().to_string().contains("both `prompt` and `messages`"));
-        put(&[json!({ "prompt": "a" }), json!({ "answer": "b" })]);
-        let message = read_with_generated_ids(&path).unwrap_err().to_string();
-        assert!(message.contains("row 2") && message.contains("`prompt` or `messages`"), "{message}");
+    }
+
+    #[test]
+    fn a_system_message_goes_before_conversations_that_have_none() {
+        let own = vec![Message::new("system", "Own."), Message::new("user", "?")];
+        let mut samples = [
+            sample("a", Prompt::question("?")),
+            sample("b", Prompt::Conversation(own.clone().into())),
+            sample("c", Prompt::Text("x".into())),
+        ];
+        insert_system_message(&mut samples, "Be brief.");
+        let with_system = vec![Message::new("system", "Be brief."), Message::new("user", "?")];
+        let expected = [Prompt::Conversation(with_system.into()), Prompt::Conversation(own.into()), Prompt::Text("x".into())];
+        assert_eq!(samples.map(|sample| sample.prompt), expected);
     }
 
     #[test]
     fn flipped_bits_in_parquet_are_an_error_or_other_text() {
         let dir = tempfile::tempdir().unwrap();
         let (good, bad) = (dir.path().join("good.parquet"), dir.path().join("bad.parquet"));
-        let sample = |index: usize| Sample {
-            id: format!("s{index}"),
-            source: "jsonl/test".into(),
-            prompt: Prompt::question(format!("{index}+1?")),
-            reference: Some("4".into()),
-            meta: None,
-        };
-        write(&good, &(0..40).map(sample).collect::<Vec<_>>()).unwrap();
+        let samples: Vec<_> = (0..40).map(|index| sample(&format!("s{index}"), Prompt::question(format!("{index}+1?")))).collect();
+        write(&good, &samples).unwrap();
         let bytes = std::fs::read(&good).unwrap();
         let mut refused = 0;
         for position in 0..bytes.len() {
@@ -163,32 +254,7 @@ mod tests {
             refused += usize::from(read(&bad).is_err_and(|error| error.exit_code() == 2));
         }
         assert!(refused > 100, "{refused}");
-    }
-
-    #[test]
-    fn parquet_of_other_tools_is_read_and_a_bad_row_is_named() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("prompts.parquet");
-        let text = |value: &str| -> ArrayRef { Arc::new(StringArray::from(vec![value])) };
-        let put = |columns: Vec<(&str, ArrayRef)>| {
-            let batch = RecordBatch::try_from_iter(columns).unwrap();
-            let file = std::fs::File::create(&path).unwrap();
-            let mut writer = parquet::arrow::ArrowWriter::try_new(file, batch.schema(), None).unwrap();
-            writer.write(&batch).unwrap();
-            writer.close().unwrap();
-        };
-        let plain = || vec![("id", text("a")), ("source", text("jsonl/x")), ("prompt", text("2+2="))];
-        let name = Arc::new(Field::new("db_id", DataType::Utf8, true));
-        let meta: ArrayRef = Arc::new(StructArray::from(vec![(name, text("zoo"))]));
-        put([plain(), vec![("meta", meta), ("level", text("hard"))]].concat());
-        assert_eq!(read(&path).unwrap()[0].meta, Some(json!({ "level": "hard", "db_id": "zoo" })));
-        put([plain(), vec![("meta", text("{zoo"))]].concat());
-        let error = read(&path).unwrap_err().to_string();
-        assert!(error.contains("prompts.parquet: row 1: meta") && error.contains("not JSON"), "{error}");
-        put(plain().into_iter().take(2).collect());
-        let error = read(&path).unwrap_err().to_string();
-        assert!(error.contains("row 1") && error.contains("prompt"), "{error}");
-        std::fs::write(&path, "PAR1 half").unwrap();
-        assert!(read(&path).unwrap_err().to_string().contains("complete Parquet"));
+        std::fs::write(&bad, "PAR1 half").unwrap();
+        assert!(read(&bad).unwrap_err().to_string().contains("complete Parquet"));
     }
 }

@@ -139,7 +139,7 @@ impl Task {
             Task::MtBench => mt_bench::load(data, split),
             Task::Codesearchnet => codesearchnet::load(data, split),
             Task::Perplexity => perplexity::load(data, split),
-            Task::Jsonl => prompt_set::read_with_generated_ids(data),
+            Task::Jsonl => prompt_set::read(data),
             Task::Synthetic => Ok(synthetic::generate(0, split, synthetic::DEFAULT_NUM_PROBLEMS)),
         }
     }

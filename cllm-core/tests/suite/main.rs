@@ -8,6 +8,7 @@ mod lora;
 mod models;
 mod needs_gpu;
 mod parity;
+mod prompt_forms;
 mod sampling;
 mod saved;
 mod trajectories;

@@ -1,18 +1,20 @@
-//! Reads data set files as they are published: JSONL (also gzipped), a JSON list, or Parquet such
-//! as a Hugging Face export.
+//! Reads data set files as they are published and as people have them: JSON Lines, a JSON list
+//! (both also gzipped), or Parquet of any writer. The benchmarks and prompt sets read here.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+mod columns;
+mod row;
+mod surrogates;
+mod text;
+
 use std::path::{Path, PathBuf};
 
-use flate2::read::MultiGzDecoder;
-use parquet::errors::ParquetError;
-use parquet::file::reader::{FileReader, SerializedFileReader};
-use parquet::record::{Field, Row};
 use serde::de::DeserializeOwned;
-use serde_json::{Map, Value};
+use serde_json::Value;
 
-use crate::{Error, Result, interrupt, parquet_file, text_file};
+use crate::{Error, Result, interrupt};
+
+pub(crate) use row::{FileRow, Location, RowError};
+pub(crate) use text::type_name;
 
 /// Reads the first of `stems` (paths in `data` without an extension) that exists. `data` may also
 /// be the file itself.
@@ -59,18 +61,27 @@ fn find_shards(stem: &Path) -> Vec<PathBuf> {
     shards
 }
 
-/// Reads one file. Its extension tells the format.
+/// Reads one file whose rows all have the same fields.
+///
+/// # Errors
+/// Names the first row that cannot be read.
 pub(crate) fn read_file<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
-    let rows = if is_parquet(path) {
-        read_parquet(path)?
-    } else if path.extension().is_some_and(|extension| extension == "json") {
-        let text = text_file::read(path)?;
-        serde_json::from_str(&text).map_err(|error| Error::file(path, format!("expected a list of rows: {error}")))?
-    } else {
-        return read_lines(path);
+    let parse = |FileRow { location, object }: FileRow| {
+        interrupt::check()?;
+        let object = object.map_err(|error| Error::file(path, format!("{location} {error}")))?;
+        serde_json::from_value(Value::Object(object))
+            .map_err(|error| Error::file(path, format!("{location}: {error}")))
     };
-    let parse = |(index, row)| interrupt::check().and_then(|()| parse_row(path, index, row));
-    rows.into_iter().enumerate().map(parse).collect()
+    read_rows(path)?.into_iter().map(parse).collect()
+}
+
+/// Reads the rows of one file as JSON objects: Parquet if the name ends in `.parquet`, otherwise
+/// text.
+///
+/// # Errors
+/// When the file as a whole cannot be read. A row that cannot be read is marked as such.
+pub(crate) fn read_rows(path: &Path) -> Result<Vec<FileRow>> {
+    if is_parquet(path) { columns::read(path) } else { text::read(path) }
 }
 
 /// Whether the file name has Parquet's extension.
@@ -78,82 +89,9 @@ pub(crate) fn is_parquet(path: &Path) -> bool {
     path.extension().is_some_and(|extension| extension == "parquet")
 }
 
-/// Converts the row at `index` to its type; an error names the file and the row, counted from 1.
-pub(super) fn parse_row<T: DeserializeOwned>(path: &Path, index: usize, row: Value) -> Result<T> {
-    serde_json::from_value(row).map_err(|error| Error::file(path, format!("row {}: {error}", index + 1)))
-}
-
-/// Reads a JSONL file, gzipped or not. Empty lines are skipped.
-fn read_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
-    let file = File::open(path).map_err(Error::io(path))?;
-    let is_gzip = path.extension().is_some_and(|extension| extension == "gz");
-    let contents: Box<dyn Read> = if is_gzip { Box::new(MultiGzDecoder::new(file)) } else { Box::new(file) };
-    let mut rows = Vec::new();
-    for (number, line) in BufReader::new(contents).split(b'\n').enumerate() {
-        interrupt::check()?;
-        let line = line.map_err(|error| {
-            if is_gzip {
-                Error::file(path, format!("is not a complete gzip file ({error}): download it again"))
-            } else {
-                Error::io(path)(error)
-            }
-        })?;
-        let line = text_file::decode(path, number + 1, line)?;
-        if !line.trim().is_empty() {
-            let row = serde_json::from_str(&line)
-                .map_err(|error| Error::file(path, format!("line {}: {error}", number + 1)))?;
-            rows.push(row);
-        }
-    }
-    Ok(rows)
-}
-
-/// Reads the rows of a Parquet file as JSON objects, one key per column. A null becomes a missing
-/// key.
-pub(super) fn read_parquet(path: &Path) -> Result<Vec<Value>> {
-    parquet_file::catch_panic(path, || read_parquet_rows(path))
-}
-
-fn read_parquet_rows(path: &Path) -> Result<Vec<Value>> {
-    let damaged = |error: ParquetError| Error::file(path, format!("is not a complete Parquet file: {error}"));
-    let reader = SerializedFileReader::new(File::open(path).map_err(Error::io(path))?).map_err(damaged)?;
-    let rows = reader.get_row_iter(None).map_err(damaged)?;
-    let read = |row: std::result::Result<Row, ParquetError>| {
-        interrupt::check()?;
-        row.map(|row| to_object(&row)).map_err(damaged)
-    };
-    rows.map(read).collect()
-}
-
-fn to_object(row: &Row) -> Value {
-    let columns = row.get_column_iter().map(|(name, field)| (name.clone(), to_value(field)));
-    Value::Object(columns.filter(|(_, value)| !value.is_null()).collect::<Map<_, _>>())
-}
-
-/// Converts the types that JSON has too. Any other becomes null, which the row's own type refuses
-/// if it needs the field.
-fn to_value(field: &Field) -> Value {
-    match field {
-        Field::Bool(v) => Value::from(*v),
-        Field::Byte(v) => Value::from(*v),
-        Field::Short(v) => Value::from(*v),
-        Field::Int(v) => Value::from(*v),
-        Field::Long(v) => Value::from(*v),
-        Field::UByte(v) => Value::from(*v),
-        Field::UShort(v) => Value::from(*v),
-        Field::UInt(v) => Value::from(*v),
-        Field::ULong(v) => Value::from(*v),
-        Field::Float(v) => Value::from(*v),
-        Field::Double(v) => Value::from(*v),
-        Field::Str(v) => Value::from(v.as_str()),
-        Field::Group(row) => to_object(row),
-        Field::ListInternal(list) => Value::Array(list.elements().iter().map(to_value).collect()),
-        _ => Value::Null,
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs::File;
     use std::sync::Arc;
 
     use arrow::array::{ArrayRef, Int64Array, ListArray, RecordBatch, StringArray};

@@ -1,0 +1,83 @@
+//! Reads rows from Parquet, whatever program and codec wrote it: each row becomes a JSON object
+//! with one key per column. A null becomes a missing key.
+
+use std::fs::File;
+use std::path::Path;
+use std::sync::Arc;
+
+use arrow::array::{Array, AsArray, RecordBatch, StringArray};
+use arrow::compute::{can_cast_types, cast};
+use arrow::datatypes::{DataType, FieldRef};
+use arrow::error::ArrowError;
+use arrow::json::writer::{Encoder, EncoderFactory, EncoderOptions, JsonArray, NullableEncoder, WriterBuilder};
+use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
+use serde_json::{Map, Value};
+
+use super::row::{FileRow, Location};
+use crate::{Error, Result, interrupt, parquet_file};
+
+/// Reads all rows of a file.
+///
+/// # Errors
+/// When the file is not Parquet, is damaged, or has a column that JSON cannot hold.
+pub(super) fn read(path: &Path) -> Result<Vec<FileRow>> {
+    let objects = parquet_file::catch_panic(path, || read_objects(path))?;
+    let row = |(index, object)| FileRow { location: Location::Row(index + 1), object: Ok(object) };
+    Ok(objects.into_iter().enumerate().map(row).collect())
+}
+
+fn read_objects(path: &Path) -> Result<Vec<Map<String, Value>>> {
+    let damaged =
+        |error: &dyn std::fmt::Display| Error::file(path, format!("is not a complete Parquet file: {error}"));
+    let file = File::open(path).map_err(Error::io(path))?;
+    let reader = ParquetRecordBatchReaderBuilder::try_new(file)
+        .and_then(|builder| builder.build())
+        .map_err(|error| damaged(&error))?;
+    let mut objects = Vec::new();
+    for batch in reader {
+        interrupt::check()?;
+        let json = to_json(&batch.map_err(|error| damaged(&error))?).map_err(|error| Error::file(path, error.to_string()))?;
+        let rows: Vec<Map<String, Value>> = serde_json::from_slice(&json).map_err(Error::serialization)?;
+        objects.extend(rows);
+    }
+    Ok(objects)
+}
+
+/// The rows of a batch as a JSON list of objects.
+fn to_json(batch: &RecordBatch) -> std::result::Result<Vec<u8>, ArrowError> {
+    let mut writer =
+        WriterBuilder::new().with_encoder_factory(Arc::new(TextEncoders)).build::<_, JsonArray>(Vec::new());
+    writer.write(batch)?;
+    writer.finish()?;
+    Ok(writer.into_inner())
+}
+
+/// Writes as text what the `arrow` crate would write otherwise: bytes, which some writers have for
+/// text (and which are null if they are none), and decimals, which lose digits as JSON numbers.
+#[derive(Debug)]
+struct TextEncoders;
+
+impl EncoderFactory for TextEncoders {
+    fn make_default_encoder<'a>(
+        &self,
+        _: &'a FieldRef,
+        array: &'a dyn Array,
+        _: &'a EncoderOptions,
+    ) -> std::result::Result<Option<NullableEncoder<'a>>, ArrowError> {
+        let from = array.data_type();
+        if !(from.is_decimal() || from.is_binary()) || !can_cast_types(from, &DataType::Utf8) {
+            return Ok(None);
+        }
+        let text = cast(array, &DataType::Utf8)?.as_string().clone();
+        let nulls = text.nulls().cloned();
+        Ok(Some(NullableEncoder::new(Box::new(TextEncoder(text)), nulls)))
+    }
+}
+
+struct TextEncoder(StringArray);
+
+impl Encoder for TextEncoder {
+    fn encode(&mut self, index: usize, out: &mut Vec<u8>) {
+        out.extend(Value::from(self.0.value(index)).to_string().into_bytes());
+    }
+}

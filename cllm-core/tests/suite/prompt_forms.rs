@@ -1,0 +1,285 @@
+//! Prompt files in the forms and formats that people have them in: each row gives the same samples
+//! from JSON Lines, a JSON list and Parquet.
+
+use std::fs::File;
+use std::io::BufReader;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use arrow::json::ReaderBuilder;
+use arrow::json::reader::infer_json_schema;
+use cllm_core::chat_template::{Conversation, Message};
+use cllm_core::prompt_set::{self, FieldMap, Prompt, ReadOptions, Sample, Turns};
+use parquet::arrow::ArrowWriter;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+/// Writes rows in each format. Parquet has the columns that arrow infers from them.
+fn files(dir: &TempDir, rows: &[Value]) -> Vec<PathBuf> {
+    let path = |name: &str| dir.path().join(name);
+    let lines: String = rows.iter().map(|row| format!("{row}\n")).collect();
+    std::fs::write(path("rows.jsonl"), &lines).unwrap();
+    std::fs::write(path("lines.json"), &lines).unwrap();
+    std::fs::write(path("list.json"), json!(rows).to_string()).unwrap();
+    write_parquet(&path("rows.parquet"), &lines);
+    ["rows.jsonl", "lines.json", "list.json", "rows.parquet"].map(path).to_vec()
+}
+
+fn write_parquet(path: &Path, lines: &str) {
+    let (schema, _) = infer_json_schema(BufReader::new(lines.as_bytes()), None).unwrap();
+    let schema = Arc::new(schema);
+    let mut writer = ArrowWriter::try_new(File::create(path).unwrap(), schema.clone(), None).unwrap();
+    for batch in ReaderBuilder::new(schema).build(BufReader::new(lines.as_bytes())).unwrap() {
+        writer.write(&batch.unwrap()).unwrap();
+    }
+    writer.close().unwrap();
+}
+
+/// Reads rows from each format, which must agree.
+#[track_caller]
+fn read_with(rows: &[Value], options: &ReadOptions) -> cllm_core::Result<Vec<Sample>> {
+    let dir = tempfile::tempdir().unwrap();
+    let mut results: Vec<_> =
+        files(&dir, rows).into_iter().map(|path| prompt_set::read_with(&path, options)).collect();
+    let first = results.remove(0);
+    for result in results {
+        match (&first, result) {
+            (Ok(expected), Ok(samples)) => assert_eq!(*expected, samples),
+            (Err(_), Err(error)) => assert_eq!(error.exit_code(), 2),
+            (expected, result) => panic!("{expected:?} is not {result:?}"),
+        }
+    }
+    first
+}
+
+#[track_caller]
+fn read(row: Value) -> Sample {
+    let mut samples = read_with(&[row], &ReadOptions::default()).unwrap();
+    assert_eq!(samples.len(), 1);
+    samples.remove(0)
+}
+
+/// The reason for which a row is set aside, as strict reading gives it.
+#[track_caller]
+fn reason(row: Value) -> String {
+    let strict = ReadOptions { strict: true, ..ReadOptions::default() };
+    let error = read_with(std::slice::from_ref(&row), &strict).unwrap_err().to_string();
+    assert!(read_with(&[row], &ReadOptions::default()).unwrap_err().to_string().contains("none of 1 row"));
+    error
+}
+
+fn chat(turns: &[(&str, &str)]) -> Prompt {
+    let messages: Vec<Message> = turns.iter().map(|(role, content)| Message::new(*role, *content)).collect();
+    Prompt::Conversation(messages.into())
+}
+
+fn message(role: &str, content: &str) -> Value {
+    json!({ "role": role, "content": content })
+}
+
+#[test]
+fn every_known_form_gives_its_prompt_and_its_reference() {
+    let hi = || chat(&[("user", "Hi")]);
+    let plain = |text: &str| Prompt::Text(text.to_owned());
+    let (user, assistant) = (message("user", "Hi"), message("assistant", "Yo"));
+    let from = |from: &str, value: &str| json!({ "from": from, "value": value });
+    for (row, prompt) in [
+        (json!({ "messages": [user, assistant] }), hi()),
+        (json!({ "messages": [user], "reference": "Yo" }), hi()),
+        (json!({ "messages": [user, assistant], "reference": "Yo" }), hi()),
+        (json!({ "conversations": [from("human", "Hi"), from("gpt", "Yo")] }), hi()),
+        (json!({ "conversations": [from("user", "Hi"), from("assistant", "Yo")] }), hi()),
+        (json!({ "conversation": [user, assistant] }), hi()),
+        (json!({ "messages": [from("Human", "Hi"), from("model", "Yo")] }), hi()),
+        (
+            json!({ "conversations": [from("system", "S"), from("human", "Hi"), from("bot", "Call"), from("tool", "T"), from("gpt", "Yo")] }),
+            chat(&[("system", "S"), ("user", "Hi"), ("assistant", "Call"), ("tool", "T")]),
+        ),
+        (json!({ "system": "S", "conversations": [from("human", "Hi"), from("gpt", "Yo")] }), chat(&[("system", "S"), ("user", "Hi")])),
+        (json!({ "system_prompt": "S", "question": "Hi", "response": "Yo" }), chat(&[("system", "S"), ("user", "Hi")])),
+        (json!({ "prompt": "Hi", "completion": "Yo" }), plain("Hi")),
+        (json!({ "prompt": "Hi", "response": "Yo" }), plain("Hi")),
+        (json!({ "prompt": "Hi", "output": "Yo" }), plain("Hi")),
+        (json!({ "prompt": "Hi", "answer": "Yo" }), plain("Hi")),
+        (json!({ "prompt": "Hi", "reference": "Yo", "answer": "Yo" }), plain("Hi")),
+        (json!({ "prompt": [user], "completion": [assistant] }), hi()),
+        (json!({ "prompt": [user], "completion": "Yo" }), hi()),
+        (json!({ "instruction": "Add", "input": "2 2", "output": "Yo" }), chat(&[("user", "Add\n2 2")])),
+        (json!({ "instruction": "Hi", "input": "", "output": "Yo" }), hi()),
+        (json!({ "instruction": "Sum up", "context": "Long.", "response": "Yo" }), chat(&[("user", "Sum up\nLong.")])),
+        (json!({ "question": "Hi", "answer": "Yo" }), hi()),
+        (json!({ "messages": [{ "role": "user", "content": [{ "type": "text", "text": "H" }, { "type": "text", "text": "i" }] }, assistant] }), hi()),
+    ] {
+        let sample = read(row.clone());
+        assert_eq!((&sample.prompt, sample.reference.as_deref()), (&prompt, Some("Yo")), "{row}");
+        assert_eq!((sample.id.as_str(), &sample.meta), ("jsonl-1", &None), "{row}");
+    }
+}
+
+#[test]
+fn a_conversation_that_ends_with_the_user_is_to_be_answered_as_it_is() {
+    let turns = [("user", "Hi"), ("assistant", "Yo"), ("user", "And?")];
+    let sample = read(json!({ "messages": turns.map(|(role, content)| message(role, content)) }));
+    assert_eq!((sample.prompt, sample.reference), (chat(&turns), None));
+}
+
+#[test]
+fn each_turn_of_a_conversation_can_be_a_prompt_of_its_own() {
+    let turns = [("user", "1"), ("assistant", "2"), ("user", "3"), ("assistant", "4")];
+    let row = json!({ "id": "x", "messages": turns.map(|(role, content)| message(role, content)) });
+    let last = read(row.clone());
+    assert_eq!((last.id.as_str(), last.prompt, last.reference.as_deref()), ("x", chat(&turns[..3]), Some("4")));
+    let all = ReadOptions { turns: Turns::All, ..ReadOptions::default() };
+    let samples = read_with(&[row], &all).unwrap();
+    let found: Vec<_> = samples.iter().map(|it| (it.id.as_str(), &it.prompt, it.reference.as_deref())).collect();
+    assert_eq!(found, [("x#1", &chat(&turns[..1]), Some("2")), ("x#2", &chat(&turns[..3]), Some("4"))]);
+    // A greeting answers nothing, and a last question has no reference.
+    let turns = [("assistant", "Hello"), ("user", "1"), ("assistant", "2"), ("user", "3")];
+    let row = json!({ "id": "y", "messages": turns.map(|(role, content)| message(role, content)) });
+    let samples = read_with(&[row], &all).unwrap();
+    let found: Vec<_> = samples.iter().map(|it| (it.id.as_str(), &it.prompt, it.reference.as_deref())).collect();
+    assert_eq!(found, [("y#1", &chat(&turns[..2]), Some("2")), ("y#2", &chat(&turns), None)]);
+}
+
+#[test]
+fn references_that_are_numbers_or_booleans_become_text() {
+    for (value, text) in [(json!(4), "4"), (json!(true), "true"), (json!(2.5), "2.5"), (json!(-9007199254740993_i64), "-9007199254740993")] {
+        assert_eq!(read(json!({ "prompt": "2+2?", "reference": value })).reference.as_deref(), Some(text));
+    }
+    assert_eq!(read(json!({ "id": 7, "prompt": "2+2?", "reference": null })).id, "7");
+}
+
+#[test]
+fn what_templates_read_is_kept() {
+    let sample = read(json!({
+        "messages": [
+            { "role": "user", "content": "Hi", "name": "Ann" },
+            { "role": "assistant", "content": "", "tool_calls": [{ "function": { "name": "f", "arguments": { "x": 1 } } }] },
+            { "role": "tool", "content": "3", "tool_call_id": "a" },
+            { "role": "assistant", "content": "Three.", "reasoning_content": "It says 3." },
+        ],
+        "tools": [{ "type": "function", "function": { "name": "f" } }],
+        "chat_template_kwargs": { "enable_thinking": false },
+    }));
+    let expected: Conversation = serde_json::from_value(json!({
+        "messages": [
+            { "role": "user", "content": "Hi", "name": "Ann" },
+            { "role": "assistant", "content": "", "tool_calls": [{ "function": { "name": "f", "arguments": { "x": 1 } } }] },
+            { "role": "tool", "content": "3", "tool_call_id": "a" },
+        ],
+        "tools": [{ "type": "function", "function": { "name": "f" } }],
+        "chat_template_kwargs": { "enable_thinking": false },
+    }))
+    .unwrap();
+    assert_eq!(sample.prompt, Prompt::Conversation(expected));
+    assert_eq!(sample.reference.as_deref(), Some("<think>\nIt says 3.\n</think>\n\nThree."));
+    // Columns often hold lists and objects as JSON text.
+    let as_text = read(json!({ "messages": "[{\"role\": \"user\", \"content\": \"Hi\"}]", "tools": "[1]", "chat_template_kwargs": "{}" }));
+    let Prompt::Conversation(conversation) = as_text.prompt else { panic!("a conversation expected") };
+    assert_eq!((conversation.messages.len(), conversation.tools), (1, vec![json!(1)]));
+}
+
+#[test]
+fn what_cannot_be_read_or_would_be_guessed_is_set_aside_with_its_reason() {
+    let (user, assistant) = (message("user", "Hi"), message("assistant", "Yo"));
+    let calls = json!([{ "function": { "name": "f" } }]);
+    for (row, parts) in [
+        (json!({ "messages": [user, { "role": "assistant", "content": null, "tool_calls": calls }, assistant] }), &["tool calls and no text", "message 2"][..]),
+        (json!({ "messages": [user, { "role": "assistant", "content": "", "tool_calls": calls }] }), &["calls a tool"]),
+        (json!({ "messages": [user, { "role": "assistant", "content": null, "x": 1 }] }), &["message without text", "message 2"]),
+        (json!({ "messages": [{ "role": "user", "content": [{ "type": "image_url", "image_url": { "url": "u" } }] }] }), &["`image_url`", "message 1"]),
+        (json!({ "messages": [message("narrator", "Hi")] }), &["unknown role", "`narrator`"]),
+        (json!({ "messages": [{ "content": "Hi" }] }), &["without a role"]),
+        (json!({ "messages": [assistant] }), &["nothing before the assistant's turn"]),
+        (json!({ "messages": [user, assistant, assistant] }), &["two turns of the assistant in a row"]),
+        (json!({ "messages": [message("system", "S")] }), &["no messages to answer"]),
+        (json!({ "messages": "Hi" }), &["text where JSON is needed"]),
+        (json!({ "prompt": "Hi", "messages": [user, assistant] }), &["two prompts", "`messages` and `prompt`", "--map prompt=FIELD"]),
+        (json!({ "question": "Hi", "instruction": "Ho" }), &["two prompts"]),
+        (json!({ "prompt": "Hi", "answer": "a", "response": "b" }), &["two references that differ", "`response` and `answer`"]),
+        (json!({ "messages": [user, assistant], "answer": "No" }), &["two references that differ"]),
+        (json!({ "prompt": "Hi", "completion": [assistant] }), &["plain text and an answer of messages"]),
+        (json!({ "system": "S", "prompt": "Hi" }), &["system text beside a prompt of plain text", "--map question=FIELD"]),
+        (json!({ "prompt": "Hi", "answer": { "text": "Yo" } }), &["reference that is not text", "`answer` has an object"]),
+        (json!({ "query": "Hi", "solution": "Yo" }), &["no known form", "query, solution", "`instruction`", "--map prompt=FIELD,reference=FIELD"]),
+    ] {
+        let reason = reason(row.clone());
+        for part in parts {
+            assert!(reason.contains(part), "{row}: `{part}` is not in: {reason}");
+        }
+    }
+}
+
+#[test]
+fn a_map_names_the_fields_of_other_forms_and_settles_conflicts() {
+    let read = |row: Value, map: &str| {
+        let fields: FieldMap = map.parse().unwrap();
+        read_with(&[row], &ReadOptions { fields, ..ReadOptions::default() }).map(|mut samples| samples.remove(0))
+    };
+    let row = || json!({ "key": 3, "origin": "mine", "query": "Hi", "solution": "Yo", "level": 2 });
+    let sample = read(row(), "prompt=query,reference=solution,id=key,source=origin").unwrap();
+    assert_eq!((sample.id.as_str(), sample.source.as_str(), sample.reference.as_deref()), ("3", "mine", Some("Yo")));
+    assert_eq!((sample.prompt, sample.meta), (Prompt::Text("Hi".into()), Some(json!({ "level": 2 }))));
+    assert_eq!(read(row(), "question=query").unwrap().prompt, chat(&[("user", "Hi")]));
+    assert!(read(row(), "question=query,reference=none").is_err());
+    let messages = json!([message("user", "Hi"), message("assistant", "Yo")]);
+    let sample = read(json!({ "prompt": "Hi", "prompt_id": "p", "messages": messages }), "messages=messages,id=prompt_id").unwrap();
+    assert_eq!((sample.prompt, sample.reference.as_deref()), (chat(&[("user", "Hi")]), Some("Yo")));
+    assert_eq!((sample.id.as_str(), sample.meta), ("p", Some(json!({ "prompt": "Hi" }))));
+    let sample = read(json!({ "question": "Hi", "answer": "long", "response": "Yo" }), "reference=response").unwrap();
+    assert_eq!((sample.reference.as_deref(), sample.meta), (Some("Yo"), Some(json!({ "answer": "long" }))));
+}
+
+#[test]
+fn marks_broken_characters_and_bad_lines_cost_no_other_row() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name);
+    let prompts = |name: &str| -> Vec<Prompt> {
+        prompt_set::read(&path(name)).unwrap().into_iter().map(|sample| sample.prompt).collect()
+    };
+    let plain = |text: &str| Prompt::Text(text.to_owned());
+    for (name, text) in [("a.jsonl", "\u{feff}{\"prompt\": \"Hi\"}\n"), ("a.json", "\u{feff}[{\"prompt\": \"Hi\"}]"), ("b.json", "{\n  \"prompt\": \"Hi\"\n}\n")] {
+        std::fs::write(path(name), text).unwrap();
+        assert_eq!(prompts(name), [plain("Hi")], "{name}");
+    }
+    write_parquet(&path("a.parquet"), "{\"\u{feff}prompt\": \"\u{feff}Hi\"}\n");
+    assert_eq!(prompts("a.parquet"), [plain("Hi")]);
+    let halves = "{\"prompt\": \"Hi \\ud83d there\", \"reference\": \"x\"}\n{\"prompt\": \"\\ud83d\\ude00\"}\n";
+    let list = format!("[{}]", halves.trim().replace('\n', ","));
+    for (name, text) in [("halves.jsonl", halves), ("halves.json", &list)] {
+        std::fs::write(path(name), text).unwrap();
+        assert_eq!(prompts(name), [plain("Hi \u{fffd} there"), plain("\u{1f600}")], "{name}");
+    }
+    std::fs::write(path("bad.jsonl"), b"{\"prompt\": \"a\"}\n{\"prompt\": \"\xfc\"}\n{\"prompt\": \n\n{\"prompt\": \"b\"}\r\n").unwrap();
+    assert_eq!(prompts("bad.jsonl"), [plain("a"), plain("b")]);
+    let strict = ReadOptions { strict: true, ..ReadOptions::default() };
+    let error = prompt_set::read_with(&path("bad.jsonl"), &strict).unwrap_err().to_string();
+    assert!(error.contains("bad.jsonl: line 2 is not UTF-8"), "{error}");
+    std::fs::write(path("wide.jsonl"), b"\xff\xfe{\0").unwrap();
+    assert!(prompt_set::read(&path("wide.jsonl")).unwrap_err().to_string().contains("UTF-16"));
+}
+
+#[test]
+fn parquet_of_every_writer_and_codec_is_read() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/prompt-files");
+    let mut num_files = 0;
+    for entry in folder.read_dir().unwrap() {
+        let path = entry.unwrap().path();
+        if path.extension().is_none_or(|extension| extension != "parquet") {
+            continue;
+        }
+        num_files += 1;
+        let samples = prompt_set::read(&path).unwrap();
+        let name = path.display();
+        assert_eq!(samples.iter().map(|sample| sample.id.as_str()).collect::<Vec<_>>(), ["10", "11"], "{name}");
+        assert_eq!(samples[0].prompt, chat(&[("system", "Be brief."), ("user", "2+2?")]), "{name}");
+        assert_eq!(samples[1].prompt, chat(&[("user", "Grüße 😀?")]), "{name}");
+        let references: Vec<_> = samples.iter().map(|sample| sample.reference.as_deref().unwrap()).collect();
+        assert_eq!(references, ["4", "Hallo."], "{name}");
+        let meta = json!({ "level": "easy", "score": 0.5, "checked": true, "price": "1.50", "day": "2024-02-29" });
+        assert_eq!(samples[0].meta, Some(meta), "{name}");
+        let meta = json!({ "level": "hard", "score": 1.0, "checked": false, "price": "20.00", "day": "1999-12-31" });
+        assert_eq!(samples[1].meta, Some(meta), "{name}");
+    }
+    assert!(num_files >= 20, "{num_files}");
+}
