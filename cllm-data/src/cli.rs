@@ -28,9 +28,11 @@ pub struct Arguments {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Convert a benchmark's files into a prompt set.
+    /// Convert a benchmark's files, or your own chats and prompts, into a prompt set.
     #[command(
-        after_help = "Example:\n  cllm-data prepare synthetic --split train --num-problems 500 --output runs/prompts.jsonl"
+        after_help = "Examples:\n  cllm-data prepare synthetic --split train --num-problems 500 --output runs/prompts.jsonl\n  \
+        cllm-data prepare jsonl --data chats.jsonl --turns all --output runs/prompts.jsonl\n  \
+        cllm-data prepare jsonl --data rows.parquet --map question=query,reference=solution --output runs/prompts.jsonl"
     )]
     Prepare(prepare::Arguments),
     /// Record how Jacobi decoding converges on a teacher's answers; resume where an earlier run

@@ -1,5 +1,5 @@
-//! `prepare`: converts a benchmark's files into a prompt set, or generates synthetic problems from
-//! a seed.
+//! `prepare`: converts a benchmark's files, or those of a user in any known form, into a prompt set,
+//! or generates synthetic problems from a seed.
 
 use std::path::PathBuf;
 
@@ -7,7 +7,7 @@ use clap::Args;
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
 use cllm_core::program::Outcome;
 use cllm_core::progress::{self, count};
-use cllm_core::prompt_set::Sample;
+use cllm_core::prompt_set::{FieldMap, ReadOptions, Sample, Turns};
 use cllm_core::task::{Task, synthetic};
 use cllm_core::{Error, Result, interrupt, prompt_set};
 
@@ -18,7 +18,7 @@ const MAX_SYNTHETIC_PROBLEMS: u64 = 10_000_000;
 
 #[derive(Args)]
 pub(crate) struct Arguments {
-    /// The benchmark.
+    /// The benchmark; jsonl reads your own files (JSON Lines, JSON or Parquet).
     #[arg(value_parser = PossibleValuesParser::new(Task::ALL.map(Task::name)).map(|name| Task::from_source(&name)))]
     task: Task,
     /// Folder of the benchmark's files (for jsonl: the file).
@@ -33,6 +33,21 @@ pub(crate) struct Arguments {
     /// Use only the first N prompts.
     #[arg(long, value_name = "N")]
     limit: Option<usize>,
+    /// System message to put before each conversation that has none.
+    #[arg(long, value_name = "TEXT")]
+    system: Option<String>,
+    /// For jsonl: which fields hold the prompt and the reference, if their names are unknown.
+    /// question=FIELD is a prompt for the chat template, prompt=FIELD text that is continued as it
+    /// is; messages, id and source can be named too.
+    #[arg(long, value_name = "prompt=FIELD,reference=FIELD")]
+    map: Option<FieldMap>,
+    /// For jsonl: the turns of a conversation that become prompts, the last one or all of the
+    /// assistant's, with the ids ID#1, ID#2 [default: last].
+    #[arg(long, value_parser = PossibleValuesParser::new(["last", "all"]).map(|name| turns(&name)))]
+    turns: Option<Turns>,
+    /// For jsonl: fail at the first row that cannot be read, instead of setting it aside.
+    #[arg(long)]
+    strict: bool,
     /// Add N variants of each prompt, without answers, for a teacher to answer (gsm8k: other
     /// numbers; spider: the schemas of other databases).
     #[arg(long, value_name = "N", default_value_t = 0)]
@@ -50,6 +65,16 @@ pub(crate) struct Arguments {
     num_problems: usize,
 }
 
+impl Arguments {
+    fn read_options(&self) -> ReadOptions {
+        ReadOptions {
+            fields: self.map.clone().unwrap_or_default(),
+            turns: self.turns.unwrap_or_default(),
+            strict: self.strict,
+        }
+    }
+}
+
 /// Writes the prompt set.
 ///
 /// # Errors
@@ -60,14 +85,28 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome> {
     if arguments.variants > 0 {
         samples.extend(variants(arguments.task, &samples, arguments.variants, arguments.seed)?);
     }
+    if let Some(system) = &arguments.system {
+        prompt_set::insert_system_message(&mut samples, system);
+    }
     interrupt::check()?;
     prompt_set::write(&arguments.output, &samples)?;
-    progress::log(format!("{} in {}", count(samples.len(), "prompt"), arguments.output.display()));
+    let num_answered = samples.iter().filter(|sample| sample.reference.is_some()).count();
+    let prompts = count(samples.len(), "prompt");
+    progress::log(format!("{prompts} in {}, {num_answered} with a reference", arguments.output.display()));
     Ok(Outcome::Done)
+}
+
+fn turns(name: &str) -> Turns {
+    if name == "all" { Turns::All } else { Turns::Last }
 }
 
 fn load(arguments: &Arguments) -> Result<Vec<Sample>> {
     let task = arguments.task;
+    if task != Task::Jsonl && (arguments.map.is_some() || arguments.turns.is_some() || arguments.strict) {
+        let message =
+            format!("--map, --turns and --strict are for jsonl; {} has one form: leave them out", task.name());
+        return Err(Error::usage(message));
+    }
     let default_split = if task.has_only_test_split() { "test" } else { "train" };
     let split = arguments.split.as_deref().unwrap_or(default_split);
     if task == Task::Synthetic {
@@ -75,6 +114,9 @@ fn load(arguments: &Arguments) -> Result<Vec<Sample>> {
     }
     let no_data = || Error::usage(format!("{} needs --data: {}", task.name(), task.expected_data()));
     let data = arguments.data.as_deref().ok_or_else(no_data)?;
+    if task == Task::Jsonl {
+        return prompt_set::read_with(data, &arguments.read_options());
+    }
     let samples = task.load(data, split)?;
     if samples.is_empty() {
         let message = format!("holds no prompts of the split `{split}` of {}: choose another split", task.name());

@@ -175,8 +175,11 @@ enum Verb {
         #[arg(long, short)]
         model: String,
         /// Use the prompt as it is, without the model's chat template.
-        #[arg(long)]
+        #[arg(long, conflicts_with = "system")]
         raw: bool,
+        /// System message before the prompt.
+        #[arg(long, value_name = "TEXT")]
+        system: Option<String>,
         /// Tokens of a Jacobi block.
         #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u64).range(2..=1024).map(|n| n as usize))]
         n: usize,
@@ -278,9 +281,22 @@ impl Cli {
                 report::animate(&run, example.as_deref(), &output)?;
                 print(&output.display().to_string())
             }
-            Verb::Generate { prompt, model, raw, n, max_new_tokens, eos_ids, device, seed, rendering, json } => {
+            Verb::Generate {
+                prompt,
+                model,
+                raw,
+                system,
+                n,
+                max_new_tokens,
+                eos_ids,
+                device,
+                seed,
+                rendering,
+                json,
+            } => {
                 let rendering = rendering.load()?;
-                let options = GenerateOptions { model, raw, n, max_new_tokens, eos_ids, device, seed, rendering };
+                let options =
+                    GenerateOptions { model, raw, system, n, max_new_tokens, eos_ids, device, seed, rendering };
                 generate_or_chat(prompt.as_deref(), &options, json, self.quiet)
             }
             Verb::Bench(args) => show(&bench(&args.load::<BenchSettings>()?)?, args.json, summary),

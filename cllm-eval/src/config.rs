@@ -36,10 +36,13 @@ pub struct RunSettings {
     /// processes (docs/sandbox.md).
     #[garde(skip)]
     pub execute_code: bool,
-    /// Prompt set to answer instead of a benchmark's own files. All its prompts must be of one
-    /// benchmark.
+    /// Prompt set to answer instead of a benchmark's own files, in any form that `cllm-data prepare
+    /// jsonl` reads. All its prompts must be of one benchmark.
     #[garde(skip)]
     pub prompts: Option<PathBuf>,
+    /// System message to put before each prompt that is a conversation without one. Default: none.
+    #[garde(length(min = 1))]
+    pub system: Option<String>,
     /// For jsonl: when an answer is correct. Default: if the texts or the numbers are equal to
     /// those of the reference. `meta.scorer` of a row overrides it.
     #[garde(skip)]
@@ -100,6 +103,7 @@ impl Default for RunSettings {
             split: None,
             execute_code: false,
             prompts: None,
+            system: None,
             scorer: None,
             seed: 0,
             num_problems: 500,

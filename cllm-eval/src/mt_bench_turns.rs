@@ -1,7 +1,7 @@
 //! The two turns of an MT-bench question. The prompt of the second turn contains the model's own
 //! answer to the first, so it is completed once that answer exists.
 
-use cllm_core::chat_template::Message;
+use cllm_core::chat_template::{Conversation, Message};
 use cllm_core::prompt_set::{Prompt, Sample};
 use cllm_core::task::Task;
 use cllm_core::{Error, Result};
@@ -33,8 +33,14 @@ pub fn is_second(sample: &Sample) -> bool {
 pub fn conversation(sample: &Sample, answer: &str) -> Result<Prompt> {
     let turn = |index: usize| sample.meta.as_ref().and_then(|meta| meta["turns"][index].as_str());
     let (Some(first), Some(second)) = (turn(0), turn(1)) else { return Err(not_a_first_turn(sample)) };
-    let messages = [("user", first), ("assistant", answer), ("user", second)];
-    Ok(Prompt::Conversation(messages.map(|(role, content)| Message::new(role, content)).to_vec().into()))
+    let mut conversation = match &sample.prompt {
+        Prompt::Conversation(conversation) => conversation.clone(),
+        Prompt::Text(_) => Conversation::default(),
+    };
+    conversation.messages.retain(|message| message.role == "system");
+    let turns = [("user", first), ("assistant", answer), ("user", second)];
+    conversation.messages.extend(turns.map(|(role, content)| Message::new(role, content)));
+    Ok(Prompt::Conversation(conversation))
 }
 
 fn not_a_first_turn(sample: &Sample) -> Error {
@@ -46,7 +52,7 @@ fn not_a_first_turn(sample: &Sample) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use cllm_core::chat_template::Conversation;
+    use cllm_core::prompt_set;
 
     use super::*;
 
@@ -63,6 +69,12 @@ mod tests {
         };
         let actual: Vec<_> = messages.iter().map(|message| (message.role.as_str(), message.content.as_str())).collect();
         assert_eq!(actual, [("user", "One?"), ("assistant", "1."), ("user", "Two?")]);
+        let mut with_system = both.clone();
+        prompt_set::insert_system_message(&mut with_system, "Be brief.");
+        let Prompt::Conversation(Conversation { messages, .. }) = conversation(&with_system[1], "1.").unwrap() else {
+            panic!("a conversation expected")
+        };
+        assert_eq!((messages[0].role.as_str(), messages.len()), ("system", 4));
         assert!(both_turns(both).is_err(), "a second turn has no second turn");
         std::fs::write(dir.path().join("question.jsonl"), row.replace(", \"Two?\"", "")).unwrap();
         assert!(Task::MtBench.load(dir.path(), "test").unwrap_err().to_string().contains("line 1"));

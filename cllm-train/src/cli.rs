@@ -6,7 +6,7 @@ use clap::builder::RangedU64ValueParser;
 use clap::{CommandFactory, Parser, Subcommand};
 use cllm_core::program::{Outcome, SettingsArgs, print, print_completions, print_json};
 use cllm_core::settings::{reference, to_yaml};
-use cllm_core::{Error, Result, progress, prompt_set, text_file};
+use cllm_core::{Result, progress, prompt_set, text_file};
 use serde_json::json;
 
 use crate::bench::{self, BenchSettings};
@@ -182,9 +182,6 @@ fn train_tokenizer(prompts: &Path, vocab_size: usize, output: &Path) -> Result<(
             }
         }
         texts.extend(sample.reference);
-    }
-    if texts.is_empty() {
-        return Err(Error::file(prompts, "holds no prompts to train a tokenizer on"));
     }
     tokenizer_training::train(&texts, vocab_size, output)?;
     progress::log(format!("the tokenizer is in {}", output.display()));

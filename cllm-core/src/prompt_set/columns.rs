@@ -88,12 +88,10 @@ fn schema() -> SchemaRef {
 }
 
 fn to_batch(samples: &[Sample]) -> std::result::Result<RecordBatch, ArrowError> {
-    let text = |get: fn(&Sample) -> Option<&str>| -> ArrayRef {
-        Arc::new(StringArray::from_iter(samples.iter().map(get)))
-    };
-    let json = |get: fn(&Sample) -> Option<String>| -> ArrayRef {
-        Arc::new(StringArray::from_iter(samples.iter().map(get)))
-    };
+    let text =
+        |get: fn(&Sample) -> Option<&str>| -> ArrayRef { Arc::new(StringArray::from_iter(samples.iter().map(get))) };
+    let json =
+        |get: fn(&Sample) -> Option<String>| -> ArrayRef { Arc::new(StringArray::from_iter(samples.iter().map(get))) };
     let columns = vec![
         text(|sample| Some(&sample.id)),
         text(|sample| Some(&sample.source)),
@@ -124,7 +122,8 @@ fn messages_column(samples: &[Sample]) -> std::result::Result<ListArray, ArrowEr
         Arc::new(StringArray::from_iter(all().map(|message| json_unless(message.other.is_empty(), &message.other)))),
     ];
     let structs = StructArray::try_new(message_fields(), columns, None)?;
-    let lengths = samples.iter().map(|sample| conversation_of(sample).map_or(0, |conversation| conversation.messages.len()));
+    let lengths =
+        samples.iter().map(|sample| conversation_of(sample).map_or(0, |conversation| conversation.messages.len()));
     let present: NullBuffer = samples.iter().map(|sample| conversation_of(sample).is_some()).collect();
     ListArray::try_new(message_item(), OffsetBuffer::from_lengths(lengths), Arc::new(structs), Some(present))
 }

@@ -64,7 +64,9 @@ impl FromStr for FieldMap {
                 return Err(format!("`{pair}` is not NAME=FIELD with one of the names {names}"));
             };
             if map.get(role).is_some() || (role.is_prompt() && map.prompt().is_some()) {
-                return Err(format!("`{pair}` names a second field: name one of each, and one prompt, question or messages"));
+                return Err(format!(
+                    "`{pair}` names a second field: name one of each, and one prompt, question or messages"
+                ));
             }
             map.0.push((role, field.to_owned()));
         }

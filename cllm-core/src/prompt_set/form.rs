@@ -20,12 +20,13 @@ const PROMPTS: [(&str, Role); 6] = [
 ];
 /// Fields that hold what a question is about, such as Alpaca's `input` and Dolly's `context`.
 const CONTEXTS: [&str; 2] = ["input", "context"];
+/// Earlier turns in a form that is not read.
+const HISTORY: &str = "history";
 const REFERENCES: [&str; 5] = ["reference", "completion", "response", "output", "answer"];
 const SYSTEMS: [&str; 2] = ["system", "system_prompt"];
 /// Fields that only a chat template reads.
 const TEMPLATE_FIELDS: [&str; 2] = ["tools", "chat_template_kwargs"];
-const FORMS: &str =
-    "`messages`, `conversations`, `prompt`, `question`, or `instruction` with `input` or `context`; the answer in \
+const FORMS: &str = "`messages`, `conversations`, `prompt`, `question`, or `instruction` with `input` or `context`; the answer in \
      `reference`, `completion`, `response`, `output`, `answer` or the assistant's last message; for others, `cllm-data \
      prepare jsonl --map prompt=FIELD,reference=FIELD` names the fields";
 
@@ -202,7 +203,8 @@ impl<'m> Row<'m> {
     fn plain_prompt(&self, text: String) -> Result<Prompt, RowError> {
         match SYSTEMS.into_iter().find(|name| self.fields.contains_key(*name)) {
             Some(name) => {
-                let detail = format!("`{name}`: `--map question=FIELD` makes the text a question for the chat template");
+                let detail =
+                    format!("`{name}`: `--map question=FIELD` makes the text a question for the chat template");
                 Err(RowError::new("has a system text beside a prompt of plain text", detail))
             }
             None => Ok(Prompt::Text(text)),
@@ -213,6 +215,9 @@ impl<'m> Row<'m> {
     fn with_context(&mut self, text: String) -> Result<String, RowError> {
         if self.map.prompt().is_some() {
             return Ok(text);
+        }
+        if self.fields.get(HISTORY).is_some_and(|history| history.as_array().is_none_or(|turns| !turns.is_empty())) {
+            return Err(RowError::new("has a `history` beside its question", "write all turns as `messages`"));
         }
         let mut parts = vec![text];
         for field in CONTEXTS {
@@ -307,6 +312,7 @@ fn parse_answer(field: &str, value: Value) -> Result<Answer, RowError> {
 /// value that is no text is returned as it is.
 pub(super) fn parse_json_text(value: Value, field: &str) -> Result<Value, RowError> {
     match value {
+        Value::String(text) if text.trim().is_empty() => Ok(Value::Null),
         Value::String(text) => serde_json::from_str(&text)
             .map_err(|error| RowError::new("has text where JSON is needed", format!("{field}: not JSON: {error}"))),
         other => Ok(other),

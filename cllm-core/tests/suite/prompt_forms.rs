@@ -39,8 +39,7 @@ fn write_parquet(path: &Path, lines: &str) {
 #[track_caller]
 fn read_with(rows: &[Value], options: &ReadOptions) -> cllm_core::Result<Vec<Sample>> {
     let dir = tempfile::tempdir().unwrap();
-    let mut results: Vec<_> =
-        files(&dir, rows).into_iter().map(|path| prompt_set::read_with(&path, options)).collect();
+    let mut results: Vec<_> = files(&dir, rows).into_iter().map(|path| prompt_set::read_with(&path, options)).collect();
     let first = results.remove(0);
     for result in results {
         match (&first, result) {
@@ -77,6 +76,11 @@ fn message(role: &str, content: &str) -> Value {
     json!({ "role": role, "content": content })
 }
 
+fn in_parts(role: &str, texts: &[&str]) -> Value {
+    let parts: Vec<Value> = texts.iter().map(|text| json!({ "type": "text", "text": text })).collect();
+    json!({ "role": role, "content": parts })
+}
+
 #[test]
 fn every_known_form_gives_its_prompt_and_its_reference() {
     let hi = || chat(&[("user", "Hi")]);
@@ -95,7 +99,10 @@ fn every_known_form_gives_its_prompt_and_its_reference() {
             json!({ "conversations": [from("system", "S"), from("human", "Hi"), from("bot", "Call"), from("tool", "T"), from("gpt", "Yo")] }),
             chat(&[("system", "S"), ("user", "Hi"), ("assistant", "Call"), ("tool", "T")]),
         ),
-        (json!({ "system": "S", "conversations": [from("human", "Hi"), from("gpt", "Yo")] }), chat(&[("system", "S"), ("user", "Hi")])),
+        (
+            json!({ "system": "S", "conversations": [from("human", "Hi"), from("gpt", "Yo")] }),
+            chat(&[("system", "S"), ("user", "Hi")]),
+        ),
         (json!({ "system_prompt": "S", "question": "Hi", "response": "Yo" }), chat(&[("system", "S"), ("user", "Hi")])),
         (json!({ "prompt": "Hi", "completion": "Yo" }), plain("Hi")),
         (json!({ "prompt": "Hi", "response": "Yo" }), plain("Hi")),
@@ -108,7 +115,8 @@ fn every_known_form_gives_its_prompt_and_its_reference() {
         (json!({ "instruction": "Hi", "input": "", "output": "Yo" }), hi()),
         (json!({ "instruction": "Sum up", "context": "Long.", "response": "Yo" }), chat(&[("user", "Sum up\nLong.")])),
         (json!({ "question": "Hi", "answer": "Yo" }), hi()),
-        (json!({ "messages": [{ "role": "user", "content": [{ "type": "text", "text": "H" }, { "type": "text", "text": "i" }] }, assistant] }), hi()),
+        (json!({ "messages": [in_parts("user", &["H", "i"]), in_parts("assistant", &["Yo"])] }), hi()),
+        (json!({ "conversations": [in_parts("user", &["Hi"])], "answer": "Yo" }), hi()),
     ] {
         let sample = read(row.clone());
         assert_eq!((&sample.prompt, sample.reference.as_deref()), (&prompt, Some("Yo")), "{row}");
@@ -143,7 +151,12 @@ fn each_turn_of_a_conversation_can_be_a_prompt_of_its_own() {
 
 #[test]
 fn references_that_are_numbers_or_booleans_become_text() {
-    for (value, text) in [(json!(4), "4"), (json!(true), "true"), (json!(2.5), "2.5"), (json!(-9007199254740993_i64), "-9007199254740993")] {
+    for (value, text) in [
+        (json!(4), "4"),
+        (json!(true), "true"),
+        (json!(2.5), "2.5"),
+        (json!(-9007199254740993_i64), "-9007199254740993"),
+    ] {
         assert_eq!(read(json!({ "prompt": "2+2?", "reference": value })).reference.as_deref(), Some(text));
     }
     assert_eq!(read(json!({ "id": 7, "prompt": "2+2?", "reference": null })).id, "7");
@@ -174,7 +187,9 @@ fn what_templates_read_is_kept() {
     assert_eq!(sample.prompt, Prompt::Conversation(expected));
     assert_eq!(sample.reference.as_deref(), Some("<think>\nIt says 3.\n</think>\n\nThree."));
     // Columns often hold lists and objects as JSON text.
-    let as_text = read(json!({ "messages": "[{\"role\": \"user\", \"content\": \"Hi\"}]", "tools": "[1]", "chat_template_kwargs": "{}" }));
+    let as_text = read(
+        json!({ "messages": "[{\"role\": \"user\", \"content\": \"Hi\"}]", "tools": "[1]", "chat_template_kwargs": "{}" }),
+    );
     let Prompt::Conversation(conversation) = as_text.prompt else { panic!("a conversation expected") };
     assert_eq!((conversation.messages.len(), conversation.tools), (1, vec![json!(1)]));
 }
@@ -184,24 +199,49 @@ fn what_cannot_be_read_or_would_be_guessed_is_set_aside_with_its_reason() {
     let (user, assistant) = (message("user", "Hi"), message("assistant", "Yo"));
     let calls = json!([{ "function": { "name": "f" } }]);
     for (row, parts) in [
-        (json!({ "messages": [user, { "role": "assistant", "content": null, "tool_calls": calls }, assistant] }), &["tool calls and no text", "message 2"][..]),
+        (
+            json!({ "messages": [user, { "role": "assistant", "content": null, "tool_calls": calls }, assistant] }),
+            &["tool calls and no text", "message 2"][..],
+        ),
         (json!({ "messages": [user, { "role": "assistant", "content": "", "tool_calls": calls }] }), &["calls a tool"]),
-        (json!({ "messages": [user, { "role": "assistant", "content": null, "x": 1 }] }), &["message without text", "message 2"]),
-        (json!({ "messages": [{ "role": "user", "content": [{ "type": "image_url", "image_url": { "url": "u" } }] }] }), &["`image_url`", "message 1"]),
+        (
+            json!({ "messages": [user, { "role": "assistant", "content": null, "x": 1 }] }),
+            &["message without text", "message 2"],
+        ),
+        (
+            json!({ "messages": [{ "role": "user", "content": [{ "type": "image_url", "image_url": { "url": "u" } }] }] }),
+            &["`image_url`", "message 1"],
+        ),
         (json!({ "messages": [message("narrator", "Hi")] }), &["unknown role", "`narrator`"]),
         (json!({ "messages": [{ "content": "Hi" }] }), &["without a role"]),
         (json!({ "messages": [assistant] }), &["nothing before the assistant's turn"]),
         (json!({ "messages": [user, assistant, assistant] }), &["two turns of the assistant in a row"]),
         (json!({ "messages": [message("system", "S")] }), &["no messages to answer"]),
         (json!({ "messages": "Hi" }), &["text where JSON is needed"]),
-        (json!({ "prompt": "Hi", "messages": [user, assistant] }), &["two prompts", "`messages` and `prompt`", "--map prompt=FIELD"]),
+        (
+            json!({ "prompt": "Hi", "messages": [user, assistant] }),
+            &["two prompts", "`messages` and `prompt`", "--map prompt=FIELD"],
+        ),
         (json!({ "question": "Hi", "instruction": "Ho" }), &["two prompts"]),
-        (json!({ "prompt": "Hi", "answer": "a", "response": "b" }), &["two references that differ", "`response` and `answer`"]),
+        (
+            json!({ "prompt": "Hi", "answer": "a", "response": "b" }),
+            &["two references that differ", "`response` and `answer`"],
+        ),
         (json!({ "messages": [user, assistant], "answer": "No" }), &["two references that differ"]),
         (json!({ "prompt": "Hi", "completion": [assistant] }), &["plain text and an answer of messages"]),
-        (json!({ "system": "S", "prompt": "Hi" }), &["system text beside a prompt of plain text", "--map question=FIELD"]),
-        (json!({ "prompt": "Hi", "answer": { "text": "Yo" } }), &["reference that is not text", "`answer` has an object"]),
-        (json!({ "query": "Hi", "solution": "Yo" }), &["no known form", "query, solution", "`instruction`", "--map prompt=FIELD,reference=FIELD"]),
+        (
+            json!({ "system": "S", "prompt": "Hi" }),
+            &["system text beside a prompt of plain text", "--map question=FIELD"],
+        ),
+        (json!({ "instruction": "Hi", "history": [["a", "b"]] }), &["`history` beside its question"]),
+        (
+            json!({ "prompt": "Hi", "answer": { "text": "Yo" } }),
+            &["reference that is not text", "`answer` has an object"],
+        ),
+        (
+            json!({ "query": "Hi", "solution": "Yo" }),
+            &["no known form", "query, solution", "`instruction`", "--map prompt=FIELD,reference=FIELD"],
+        ),
     ] {
         let reason = reason(row.clone());
         for part in parts {
@@ -223,7 +263,9 @@ fn a_map_names_the_fields_of_other_forms_and_settles_conflicts() {
     assert_eq!(read(row(), "question=query").unwrap().prompt, chat(&[("user", "Hi")]));
     assert!(read(row(), "question=query,reference=none").is_err());
     let messages = json!([message("user", "Hi"), message("assistant", "Yo")]);
-    let sample = read(json!({ "prompt": "Hi", "prompt_id": "p", "messages": messages }), "messages=messages,id=prompt_id").unwrap();
+    let sample =
+        read(json!({ "prompt": "Hi", "prompt_id": "p", "messages": messages }), "messages=messages,id=prompt_id")
+            .unwrap();
     assert_eq!((sample.prompt, sample.reference.as_deref()), (chat(&[("user", "Hi")]), Some("Yo")));
     assert_eq!((sample.id.as_str(), sample.meta), ("p", Some(json!({ "prompt": "Hi" }))));
     let sample = read(json!({ "question": "Hi", "answer": "long", "response": "Yo" }), "reference=response").unwrap();
@@ -238,7 +280,11 @@ fn marks_broken_characters_and_bad_lines_cost_no_other_row() {
         prompt_set::read(&path(name)).unwrap().into_iter().map(|sample| sample.prompt).collect()
     };
     let plain = |text: &str| Prompt::Text(text.to_owned());
-    for (name, text) in [("a.jsonl", "\u{feff}{\"prompt\": \"Hi\"}\n"), ("a.json", "\u{feff}[{\"prompt\": \"Hi\"}]"), ("b.json", "{\n  \"prompt\": \"Hi\"\n}\n")] {
+    for (name, text) in [
+        ("a.jsonl", "\u{feff}{\"prompt\": \"Hi\"}\n"),
+        ("a.json", "\u{feff}[{\"prompt\": \"Hi\"}]"),
+        ("b.json", "{\n  \"prompt\": \"Hi\"\n}\n"),
+    ] {
         std::fs::write(path(name), text).unwrap();
         assert_eq!(prompts(name), [plain("Hi")], "{name}");
     }
@@ -250,7 +296,11 @@ fn marks_broken_characters_and_bad_lines_cost_no_other_row() {
         std::fs::write(path(name), text).unwrap();
         assert_eq!(prompts(name), [plain("Hi \u{fffd} there"), plain("\u{1f600}")], "{name}");
     }
-    std::fs::write(path("bad.jsonl"), b"{\"prompt\": \"a\"}\n{\"prompt\": \"\xfc\"}\n{\"prompt\": \n\n{\"prompt\": \"b\"}\r\n").unwrap();
+    std::fs::write(
+        path("bad.jsonl"),
+        b"{\"prompt\": \"a\"}\n{\"prompt\": \"\xfc\"}\n{\"prompt\": \n\n{\"prompt\": \"b\"}\r\n",
+    )
+    .unwrap();
     assert_eq!(prompts("bad.jsonl"), [plain("a"), plain("b")]);
     let strict = ReadOptions { strict: true, ..ReadOptions::default() };
     let error = prompt_set::read_with(&path("bad.jsonl"), &strict).unwrap_err().to_string();
@@ -282,4 +332,18 @@ fn parquet_of_every_writer_and_codec_is_read() {
         assert_eq!(samples[1].meta, Some(meta), "{name}");
     }
     assert!(num_files >= 20, "{num_files}");
+}
+
+mod needs_data {
+    use super::*;
+
+    #[test]
+    #[ignore = "needs the benchmarks' data: scripts/test --data DIR"]
+    fn every_row_of_dolly_is_a_question_with_its_reference() {
+        let samples = prompt_set::read(&cllm_testing::benchmark_data("instructions/dolly-4000.jsonl")).unwrap();
+        assert_eq!(samples.len(), 4000);
+        let is_question =
+            |sample: &Sample| matches!(&sample.prompt, Prompt::Conversation(it) if it.messages.len() == 1);
+        assert!(samples.iter().all(|sample| is_question(sample) && sample.reference.is_some()));
+    }
 }

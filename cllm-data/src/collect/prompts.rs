@@ -29,9 +29,6 @@ impl RenderedPrompt {
 /// Reads the prompt set, and checks before the long work that the answers can be scored.
 pub(super) fn read(settings: &Settings) -> Result<Vec<Sample>> {
     let mut samples = prompt_set::read(&settings.prompts)?;
-    if samples.is_empty() {
-        return Err(Error::file(&settings.prompts, "holds no prompts: create it again with `cllm-data prepare`"));
-    }
     samples.truncate(settings.limit.unwrap_or(usize::MAX));
     let context = ScoreContext { data: settings.data.as_deref(), sandbox: None };
     for sample in &samples {

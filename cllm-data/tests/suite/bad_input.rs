@@ -160,8 +160,8 @@ fn settings_that_do_not_fit_the_model_and_bad_prompt_sets_are_refused() {
     let prompts = path(dir.path(), "prompts.jsonl");
     for (contents, said) in [
         (&b""[..], "prompts.jsonl: holds no prompts"),
-        (b"\n{\"id\": \"\xfc\"}", "prompts.jsonl: line 2 is not UTF-8"),
-        (b"{\"id\": \"a\"", "prompts.jsonl: line 1"),
+        (b"\n{\"id\": \"\xfc\"}", "line 2 is not UTF-8"),
+        (b"{\"id\": \"a\"", "line 1 is not JSON"),
     ] {
         fs::write(&prompts, contents).unwrap();
         DATA.fail(&with(&format!("prompts={prompts}")), 2, &[said]);

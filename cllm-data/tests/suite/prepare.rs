@@ -46,12 +46,87 @@ fn plain_jsonl_is_a_prompt_set() {
     collect(&path(dir.path(), "data"), &[&prompts]);
     let row_of_plain = &rows(&path(dir.path(), "data"))[0];
     assert_eq!((row_of_plain.source.as_str(), row_of_plain.meta.as_deref()), ("jsonl", Some("{\"level\":3}")));
+    // Rows without an id get the same one from every program.
     fs::write(&plain, row("") + &row("")).unwrap();
-    let (model, into) = (format!("model={}", teacher()), format!("output={}", path(dir.path(), "other")));
-    assert!(run_error(&["collect", &model, &prompts, &into], 2).contains("`cllm-data prepare jsonl`"));
+    collect(&path(dir.path(), "other"), &[&prompts]);
+    let ids: Vec<String> = rows(&path(dir.path(), "other")).into_iter().map(|row| row.sample_id).collect();
+    assert_eq!(ids, ["jsonl-1", "jsonl-2"]);
     run(&["prepare", "jsonl", "--data", &plain, "--output", &output]).success();
     let text = fs::read_to_string(&output).unwrap();
     assert!(text.contains("jsonl-1") && text.contains("jsonl-2"), "{text}");
+}
+
+/// The rows of a prompt set, as JSON.
+fn json_rows(file: &str) -> Vec<Value> {
+    fs::read_to_string(file).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+#[test]
+fn chats_become_prompts_with_the_turns_the_system_message_and_the_fields_that_are_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let (chats, output) = (path(dir.path(), "chats.json"), path(dir.path(), "prompts.jsonl"));
+    let turn = |from: &str, value: &str| json!({ "from": from, "value": value });
+    let chat = json!([{ "id": "x", "conversations": [turn("human", "1"), turn("gpt", "2"), turn("human", "3"), turn("gpt", "4")] }]);
+    fs::write(&chats, chat.to_string()).unwrap();
+    let prepare = |more: &[&str]| {
+        DATA.succeed(&[&["prepare", "jsonl", "--data", &chats, "--output", &output], more].concat());
+        json_rows(&output)
+    };
+    let last = prepare(&[]);
+    assert_eq!((last.len(), &last[0]["id"], &last[0]["reference"]), (1, &json!("x"), &json!("4")));
+    assert_eq!(last[0]["messages"].as_array().unwrap().len(), 3);
+    let all = prepare(&["--turns", "all", "--system", "Be brief."]);
+    assert_eq!([&all[0]["id"], &all[1]["id"]], ["x#1", "x#2"]);
+    let user = json!({ "role": "user", "content": "1" });
+    assert_eq!(all[0]["messages"], json!([{ "role": "system", "content": "Be brief." }, user]));
+    assert_eq!([&all[0]["reference"], &all[1]["reference"]], ["2", "4"]);
+    fs::write(&chats, r#"{"query": "1?", "solution": 2, "level": 3}"#).unwrap();
+    let mapped = prepare(&["--map", "question=query,reference=solution"]);
+    let expected = json!({ "id": "jsonl-1", "source": "jsonl", "messages": [{ "role": "user", "content": "1?" }],
+        "reference": "2", "meta": { "level": 3 } });
+    assert_eq!(mapped, [expected]);
+    DATA.fail(
+        &["prepare", "jsonl", "--data", &chats, "--output", &output, "--map", "x=y"],
+        2,
+        &["`x=y` is not NAME=FIELD"],
+    );
+    DATA.fail(&["prepare", "synthetic", "--output", &output, "--strict"], 2, &["--strict are for jsonl"]);
+}
+
+#[test]
+fn what_a_file_loses_is_counted_by_reason_and_told_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let (rows, output) = (path(dir.path(), "rows.jsonl"), path(dir.path(), "prompts.jsonl"));
+    let good = r#"{"question": "2+2?", "answer": 4, "topic": "sums", "level": 1}"#;
+    let image = r#"{"messages": [{"role": "user", "content": [{"type": "image", "image": "x"}]}]}"#;
+    fs::write(&rows, [good, "{", image, good, r#"{"question": "\ud83d?", "answer": 5}"#, image].join("\n")).unwrap();
+    let arguments = ["prepare", "jsonl", "--data", &rows, "--output", &output];
+    let said = DATA.succeed(&arguments).stderr;
+    for part in [
+        "rows.jsonl: half of a character (a lone `\\ud…` escape) became U+FFFD in 1 line, first in line 5",
+        "rows.jsonl: set aside 3 of 6 rows:\n",
+        "\n  line 2 is not JSON: EOF while parsing an object at column 1\n",
+        "\n  line 3 has a message that is not text: message 1 has a part of type `image` (and 1 row like it)\n",
+        "rows.jsonl: kept in meta: topic, level\n",
+        "3 prompts in ",
+        ", 3 with a reference\n",
+    ] {
+        assert_eq!(said.matches(part).count(), 1, "`{part}` in: {said}");
+    }
+    let ids: Vec<Value> = json_rows(&output).iter().map(|row| row["id"].clone()).collect();
+    assert_eq!(ids, ["jsonl-1", "jsonl-4", "jsonl-5"]);
+    let strict = [&arguments[..], &["--strict"]].concat();
+    DATA.fail(&strict, 2, &["rows.jsonl: line 2 is not JSON"]);
+    // Other verbs read the same file in the same way, and tell the same.
+    let (model, prompts) = (format!("model={}", teacher()), format!("prompts={rows}"));
+    let data = path(dir.path(), "data");
+    let into = format!("output={data}");
+    let collected = DATA.succeed(&["collect", &model, &prompts, &into, "n=8", "max_new_tokens=8", "device=cpu"]).stderr;
+    assert!(collected.contains("set aside 3 of 6 rows"), "{collected}");
+    fs::write(&rows, "{}\n").unwrap();
+    fs::remove_file(&output).unwrap();
+    DATA.fail(&arguments, 2, &["rows.jsonl: none of 1 row can be read", "has no known form", "--map prompt=FIELD"]);
+    assert!(!Path::new(&output).exists());
 }
 
 #[test]

@@ -66,8 +66,8 @@ struct Chat<'m> {
     model: &'m Transformer,
     tokenizer: Tokenizer,
     stop: StopConditions,
-    /// Whether prompts skip the chat template; each is then answered without the ones before it.
-    raw: bool,
+    /// Raw prompts skip the chat template; each is answered without the ones before it.
+    given: &'m GenerateOptions,
     /// The options of the left and the right answer.
     options: [DecodeOptions; 2],
     decoders: [Decoder<'m>; 2],
@@ -81,7 +81,7 @@ impl<'m> Chat<'m> {
         model: &'m Transformer,
         tokenizer: Tokenizer,
         stop: StopConditions,
-        options: &GenerateOptions,
+        options: &'m GenerateOptions,
     ) -> Result<Self> {
         let strategies = [Strategy::Ar, Strategy::Jacobi { n: options.n }];
         let decode_options = strategies.map(|strategy| DecodeOptions::greedy(strategy, options.seed));
@@ -91,7 +91,7 @@ impl<'m> Chat<'m> {
             model,
             tokenizer,
             stop,
-            raw: options.raw,
+            given: options,
             options: decode_options,
             num_slots,
             history: Vec::new(),
@@ -101,7 +101,7 @@ impl<'m> Chat<'m> {
     /// Answers a question. Ctrl-C and a conversation that is too long end the answer, not the chat.
     fn ask(&mut self, question: String) -> Result<()> {
         self.history.push(Message::new("user", question.clone()));
-        let prompt = if self.raw { Prompt::Text(question) } else { Prompt::Conversation(self.history.clone().into()) };
+        let prompt = if self.given.raw { Prompt::Text(question) } else { self.given.conversation(&self.history) };
         // A Ctrl-C pressed before the answer must not stop it.
         interrupt::clear_sigint();
         match self.answer(&prompt) {

@@ -8,7 +8,7 @@ mod keys;
 use std::io::IsTerminal;
 use std::path::Path;
 
-use cllm_core::chat_template::RenderSettings;
+use cllm_core::chat_template::{Message, RenderSettings};
 use cllm_core::checkpoint::{self, hub};
 use cllm_core::decode::{
     Answer, DecodeOptions, Decoder, Request, StopConditions, Strategy, Timing, check_fits_context, required_slots,
@@ -34,6 +34,8 @@ pub struct GenerateOptions {
     pub model: String,
     /// Whether prompts are used as they are, without the chat template.
     pub raw: bool,
+    /// The system message.
+    pub system: Option<String>,
     /// Tokens of a Jacobi block.
     pub n: usize,
     pub max_new_tokens: usize,
@@ -49,6 +51,12 @@ pub struct GenerateOptions {
 impl GenerateOptions {
     fn load_tokenizer(&self, folder: &Path) -> Result<Tokenizer> {
         Tokenizer::load_for(folder, &self.rendering.resolve(chat_template::today())?)
+    }
+
+    /// The messages of a conversation, after the system message.
+    fn conversation(&self, turns: &[Message]) -> Prompt {
+        let system = self.system.iter().map(|text| Message::new("system", text));
+        Prompt::Conversation(system.chain(turns.iter().cloned()).collect::<Vec<_>>().into())
     }
 
     fn stop_conditions(&self, tokenizer: &Tokenizer, folder: &Path, config: &ModelConfig) -> Result<StopConditions> {
@@ -108,7 +116,10 @@ pub fn generate(prompt: &str, options: &GenerateOptions, show: bool) -> Result<G
     let device = device::parse(&options.device)?;
     let folder = hub::locate(&options.model)?;
     let tokenizer = options.load_tokenizer(&folder)?;
-    let question = if options.raw { Prompt::Text(prompt.to_owned()) } else { Prompt::question(prompt) };
+    let question = match options.raw {
+        true => Prompt::Text(prompt.to_owned()),
+        false => options.conversation(&[Message::new("user", prompt)]),
+    };
     let (_, prompt_ids) = tokenizer.encode_prompt(&question)?;
     let config = checkpoint::load_config(&folder)?;
     let stop = options.stop_conditions(&tokenizer, &folder, &config)?;

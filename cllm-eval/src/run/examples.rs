@@ -34,10 +34,7 @@ impl Examples {
         };
         samples.truncate(settings.limit.unwrap_or(usize::MAX));
         let (task, split) = match (file, samples.first()) {
-            (Some(path), Some(_)) => infer_from_sources(path, settings, &samples)?,
-            (Some(path), None) => {
-                return Err(Error::file(path, "holds no prompts: make it again with `cllm-data prepare`"));
-            }
+            (Some(path), _) => infer_from_sources(path, settings, &samples)?,
             (None, Some(_)) => (task, split.to_owned()),
             (None, None) => return Err(Error::usage(format!("split `{split}` of {} has no examples", task.name()))),
         };
@@ -51,19 +48,22 @@ impl Examples {
         if task == Task::MtBench {
             samples = mt_bench_turns::both_turns(samples)?;
         }
+        if let Some(system) = &settings.system {
+            prompt_set::insert_system_message(&mut samples, system);
+        }
         Ok(Examples { task, split, samples })
     }
 
-    /// Refuses prompts whose answers could not be scored. Names the row if they come from a file of
+    /// Refuses prompts whose answers could not be scored. Names the file if they come from one of
     /// the user.
     ///
     /// # Errors
     /// As [`AnswerScorer::check`].
     pub(super) fn expect_scorable(&self, settings: &RunSettings, scorer: AnswerScorer<'_>) -> Result<()> {
         let file = settings.prompts.as_ref().or(settings.data.as_ref()).filter(|_| self.task == Task::Jsonl);
-        self.samples.iter().enumerate().try_for_each(|(index, sample)| {
+        self.samples.iter().try_for_each(|sample| {
             scorer.check(sample).map_err(|error| match file {
-                Some(path) => Error::file(path, format!("row {}: {error}", index + 1)),
+                Some(path) => Error::file(path, error.to_string()),
                 None => error,
             })
         })
@@ -92,15 +92,15 @@ fn infer_from_sources(path: &Path, settings: &RunSettings, samples: &[Sample]) -
     let task = settings.benchmark.unwrap_or(Task::from_source(first));
     let split = settings.split.as_deref().unwrap_or(split_of(first));
     let mut is_mixed = false;
-    for (index, sample) in samples.iter().enumerate() {
+    for sample in samples {
         let refuse = |contradiction: &str, advice: &str| {
-            let (row, Sample { id, source, .. }) = (index + 1, sample);
-            Err(Error::file(path, format!("row {row}, `{id}`: its source is `{source}`, {contradiction}: {advice}")))
+            let Sample { id, source, .. } = sample;
+            Err(Error::file(path, format!("prompt `{id}`: its source is `{source}`, {contradiction}: {advice}")))
         };
         if Task::from_source(&sample.source) != task {
             let contradiction = match settings.benchmark {
                 Some(_) => format!("but `benchmark` is {}", task.name()),
-                None => format!("but row 1 is of {}", task.name()),
+                None => format!("but the first prompt is of {}", task.name()),
             };
             return refuse(&contradiction, "one run evaluates one benchmark; keep each in a file of its own");
         }

@@ -23,6 +23,24 @@ fn generate_gives_the_same_answer_with_both_strategies() {
 }
 
 #[test]
+fn a_system_message_goes_before_the_prompt() {
+    let dir = tempfile::tempdir().unwrap();
+    model(dir.path(), 3);
+    let generate = |more: &[&str]| {
+        let fixed = ["generate", "What is 2 and 2?", "--max-new-tokens", "8", "--device", "cpu", "--json", "--model"];
+        program().args(fixed).arg(dir.path()).args(more).output().unwrap()
+    };
+    assert!(generate(&["--system", "Be brief."]).status.success());
+    // It is in the prompt, which is too long with it.
+    let too_long = generate(&["--system", &"Be brief. ".repeat(1000)]);
+    assert_eq!(too_long.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&too_long.stderr).contains("context"));
+    let refused = generate(&["--system", "x", "--raw"]);
+    assert_eq!(refused.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("cannot be used with"));
+}
+
+#[test]
 fn generate_ends_an_answer_at_the_given_ids() {
     let dir = tempfile::tempdir().unwrap();
     model(dir.path(), 3);

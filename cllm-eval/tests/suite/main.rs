@@ -13,6 +13,7 @@ mod interrupted;
 mod made_up;
 mod mt_bench;
 mod needs_browser;
+mod own_data;
 mod perplexities;
 mod profiles;
 mod reports;

@@ -104,11 +104,11 @@ fn prompts_of_a_file_must_be_of_one_benchmark_which_the_results_name() {
     EVAL.fail(
         &arguments(&[]),
         2,
-        &["prompts.jsonl: row 3, `2`", "`synthetic/test`", "row 1 is of gsm8k", "file of its own"],
+        &["prompts.jsonl: prompt `2`", "`synthetic/test`", "the first prompt is of gsm8k", "file of its own"],
     );
     put(&["gsm8k/train", "gsm8k/test"]);
-    EVAL.fail(&arguments(&["benchmark=synthetic"]), 2, &["row 1", "`gsm8k/train`", "`benchmark` is synthetic"]);
-    EVAL.fail(&arguments(&["split=train"]), 2, &["row 2", "`gsm8k/test`", "`split` is train"]);
+    EVAL.fail(&arguments(&["benchmark=synthetic"]), 2, &["prompt `0`", "`gsm8k/train`", "`benchmark` is synthetic"]);
+    EVAL.fail(&arguments(&["split=train"]), 2, &["prompt `1`", "`gsm8k/test`", "`split` is train"]);
     fs::write(&prompts, "").unwrap();
     EVAL.fail(&arguments(&[]), 2, &["prompts.jsonl", "holds no prompts"]);
     assert!(!Path::new(&output).exists());
@@ -139,7 +139,7 @@ fn jsonl_has_a_scorer_and_the_row_of_a_broken_pattern_is_named() {
     };
     put("(");
     // There is no model yet: the pattern is checked first.
-    EVAL.fail(&run("scorer=regex"), 2, &["prompts.jsonl", "row 2", "`b`", "not a valid pattern"]);
+    EVAL.fail(&run("scorer=regex"), 2, &["prompts.jsonl: prompt `b`", "not a valid pattern"]);
     EVAL.fail(&run("scorer=fuzzy"), 2, &["scorer", "exact"]);
     put("^nothing$");
     model(Path::new(&teacher), 1);

@@ -2,12 +2,12 @@
 
 use std::path::PathBuf;
 
+use cllm_core::Result;
 use cllm_core::decode::{Answer, DecodeOptions, Request, StopConditions, Strategy, check_fits_context, decode};
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::prompt_set::{self, Sample};
 use cllm_core::task::{ScoreContext, Task, Verdict};
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::{Error, Result};
 
 use crate::settings::Settings;
 use crate::validation::metrics::GenerationMetrics;
@@ -44,10 +44,6 @@ impl<'t> GenerationProbe<'t> {
             let context = ScoreContext { data: validation.data.as_deref(), sandbox: None };
             Task::from_source(&sample.source).check_scorable(context, sample)?;
             requests.push(request);
-        }
-        if requests.is_empty() {
-            let message = "holds no prompts to validate with: add some, or leave validation.prompts out";
-            return Err(Error::file(path, message));
         }
         let options = DecodeOptions::greedy(Strategy::Jacobi { n: validation.n }, settings.seed);
         Ok(Some(GenerationProbe { tokenizer, samples, requests, stop, options, data: validation.data.clone() }))

@@ -27,8 +27,7 @@ pub(super) fn read(path: &Path) -> Result<Vec<FileRow>> {
 }
 
 fn read_objects(path: &Path) -> Result<Vec<Map<String, Value>>> {
-    let damaged =
-        |error: &dyn std::fmt::Display| Error::file(path, format!("is not a complete Parquet file: {error}"));
+    let damaged = |error: &dyn std::fmt::Display| Error::file(path, format!("is not a complete Parquet file: {error}"));
     let file = File::open(path).map_err(Error::io(path))?;
     let reader = ParquetRecordBatchReaderBuilder::try_new(file)
         .and_then(|builder| builder.build())
@@ -36,7 +35,8 @@ fn read_objects(path: &Path) -> Result<Vec<Map<String, Value>>> {
     let mut objects = Vec::new();
     for batch in reader {
         interrupt::check()?;
-        let json = to_json(&batch.map_err(|error| damaged(&error))?).map_err(|error| Error::file(path, error.to_string()))?;
+        let json =
+            to_json(&batch.map_err(|error| damaged(&error))?).map_err(|error| Error::file(path, error.to_string()))?;
         let rows: Vec<Map<String, Value>> = serde_json::from_slice(&json).map_err(Error::serialization)?;
         objects.extend(rows);
     }

@@ -69,8 +69,7 @@ pub(crate) fn read_file<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     let parse = |FileRow { location, object }: FileRow| {
         interrupt::check()?;
         let object = object.map_err(|error| Error::file(path, format!("{location} {error}")))?;
-        serde_json::from_value(Value::Object(object))
-            .map_err(|error| Error::file(path, format!("{location}: {error}")))
+        serde_json::from_value(Value::Object(object)).map_err(|error| Error::file(path, format!("{location}: {error}")))
     };
     read_rows(path)?.into_iter().map(parse).collect()
 }

@@ -52,8 +52,7 @@ fn read_bytes(path: &Path) -> Result<Vec<u8>> {
     let mut file = File::open(path).map_err(Error::io(path))?;
     let mut bytes = Vec::new();
     if path.extension().is_some_and(|extension| extension == "gz") {
-        let incomplete =
-            |error| Error::file(path, format!("is not a complete gzip file ({error}): download it again"));
+        let incomplete = |error| Error::file(path, format!("is not a complete gzip file ({error}): download it again"));
         MultiGzDecoder::new(file).read_to_end(&mut bytes).map_err(incomplete)?;
     } else {
         file.read_to_end(&mut bytes).map_err(Error::io(path))?;
