@@ -31,7 +31,7 @@ fn answers(shown: &str) -> Vec<Vec<String>> {
     let mut frame = Vec::new();
     for line in shown.lines() {
         match line.split_once(" │ ") {
-            Some((left, _)) if left.trim_start_matches("> ").trim_end() == "ar" => frame.clear(),
+            Some((left, _)) if left.trim_start_matches(['>', ' ', '\r']).trim_end() == "ar" => frame.clear(),
             Some((left, _)) => frame.push(left.trim_end().to_owned()),
             None if line.contains("tokens; Jacobi is") => {
                 frame.pop();
