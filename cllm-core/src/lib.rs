@@ -26,9 +26,11 @@ pub mod text_file;
 pub mod thought;
 pub mod tokenizer;
 pub mod train;
+mod training_turn;
 pub mod trajectory;
 
 pub use error::{Error, Result};
+pub use training_turn::TrainingTurn;
 
 /// Version of this toolkit, recorded in every file it writes.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");

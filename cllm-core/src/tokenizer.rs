@@ -25,6 +25,8 @@ pub struct Tokenizer {
     end_of_turn_id: Option<i32>,
     /// Every id that ends an answer, ascending.
     eos_ids: Vec<i32>,
+    /// The EOS ids of the model's files, whatever replaces them.
+    own_eos_ids: Vec<i32>,
     fingerprint: String,
 }
 
@@ -66,7 +68,8 @@ impl Tokenizer {
         Ok(Tokenizer {
             renderer,
             end_of_turn_id: turn_end.or(eos).or(eos_ids.first().copied()),
-            eos_ids: eos_ids.into_iter().collect(),
+            eos_ids: eos_ids.iter().copied().collect(),
+            own_eos_ids: eos_ids.into_iter().collect(),
             fingerprint: fingerprint::hash_files(&[path])?,
             inner,
         })
@@ -148,6 +151,24 @@ impl Tokenizer {
         let mut ids = self.encode(text)?;
         ids.extend(self.end_of_turn_id);
         Ok(ids)
+    }
+
+    pub(crate) fn renderer(&self) -> &Renderer {
+        &self.renderer
+    }
+
+    /// Cuts a target after its first token that ends an answer, or appends one. An end that other
+    /// EOS ids replace is replaced.
+    pub(crate) fn end_target(&self, mut ids: Vec<i32>) -> Vec<i32> {
+        let ends = |id: &i32| self.eos_ids.contains(id) || self.own_eos_ids.contains(id);
+        match ids.iter().position(ends) {
+            Some(end) if self.eos_ids.contains(&ids[end]) => ids.truncate(end + 1),
+            end => {
+                ids.truncate(end.unwrap_or(ids.len()));
+                ids.extend(self.end_of_turn_id);
+            }
+        }
+        ids
     }
 
     /// Fingerprint of tokenizer.json.

@@ -53,6 +53,7 @@ fn row(index: usize, eos: i32) -> Trajectory {
         blocks: response.chunks(N).enumerate().map(block).collect(),
         response_ids: response,
         reference: Some("An answer.".into()),
+        reference_ids: None,
         augmented: None,
         finish_reason: FinishReason::Eos,
         meta: None,

@@ -68,6 +68,7 @@ fn records_of(row: Trajectory) -> Vec<Record> {
             source: is_first.then(|| row.source.clone()),
             prompt: is_first.then(|| row.prompt.clone()),
             reference: row.reference.clone().filter(|_| is_first),
+            reference_ids: row.reference_ids.clone().filter(|_| is_first),
             meta: row.meta.clone().filter(|_| is_first),
         });
     }

@@ -133,6 +133,7 @@ impl Importer<'_> {
             prompt_ids,
             response_ids: Vec::new(),
             reference: first.reference,
+            reference_ids: first.reference_ids,
             blocks: Vec::new(),
             augmented: None,
             finish_reason: FinishReason::Length,

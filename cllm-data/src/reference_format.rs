@@ -18,7 +18,7 @@ pub(crate) enum Ids {
     Many(Vec<Ids>),
 }
 
-/// One block of one response. The last four fields are extensions that other readers ignore.
+/// One block of one response. The last five fields are extensions that other readers ignore.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Record {
     /// Id of the response, the same for all of its blocks.
@@ -43,6 +43,8 @@ pub(crate) struct Record {
     pub prompt: Option<String>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reference: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reference_ids: Option<Vec<i32>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub meta: Option<String>,
 }

@@ -2,8 +2,12 @@
 //! prompt. They are written for `transformers`, so this module reproduces its Jinja settings, the
 //! functions that it adds, and the way in which it picks a template, byte for byte.
 
+mod dates;
 mod files;
+mod filters;
 mod json;
+mod percent;
+mod python;
 mod renderer;
 mod rendering;
 mod template;

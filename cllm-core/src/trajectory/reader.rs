@@ -10,7 +10,7 @@ use parquet::file::metadata::{ColumnChunkMetaData, RowGroupMetaData};
 
 use super::manifest::{INCOMPLETE_DATA_SET, Manifest, Provenance};
 use super::row::Trajectory;
-use super::schema::{PROVENANCE_KEY, SCHEMA_VERSION, VERSION_KEY, batch_to_rows, schema};
+use super::schema::{PROVENANCE_KEY, REFERENCE_IDS, SCHEMA_VERSION, VERSION_KEY, batch_to_rows, schema};
 use crate::{Error, Result, interrupt, parquet_file};
 
 /// Rows that are decoded at once.
@@ -337,6 +337,7 @@ fn column_problem(actual: &Schema) -> Option<String> {
     let expected = schema();
     for field in expected.fields() {
         match actual.field_with_name(field.name()) {
+            Err(_) if field.name() == REFERENCE_IDS => {}
             Err(_) => return Some(format!("it has no column `{}`", field.name())),
             Ok(column) if column.data_type() != field.data_type() => {
                 let (name, actual, expected) = (field.name(), column.data_type(), field.data_type());

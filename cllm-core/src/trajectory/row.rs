@@ -48,6 +48,11 @@ pub struct Trajectory {
     pub response_ids: Vec<i32>,
     /// The benchmark's own answer.
     pub reference: Option<String>,
+    /// The reference as the chat template renders it after the prompt, through EOS. Empty if it
+    /// does not continue the prompt; `None` without a reference, and in data sets that older
+    /// versions made.
+    #[serde(default)]
+    pub reference_ids: Option<Vec<i32>>,
     pub blocks: Vec<Block>,
     /// For each state of each block, whether `augment` changed it. `None`: nothing was augmented.
     pub augmented: Option<Vec<Vec<bool>>>,
@@ -126,7 +131,8 @@ impl Trajectory {
 
     fn check_ids(&self, vocab_size: usize) -> Result<(), String> {
         let states = self.blocks.iter().flat_map(|block| block.states.iter().flatten());
-        let mut ids = self.prompt_ids.iter().chain(&self.response_ids).chain(states);
+        let mut ids =
+            self.prompt_ids.iter().chain(&self.response_ids).chain(self.reference_ids.iter().flatten()).chain(states);
         match ids.find(|&&id| id < 0 || id as usize >= vocab_size) {
             Some(id) => Err(format!("token {id} is outside the vocabulary of {vocab_size}")),
             None => Ok(()),

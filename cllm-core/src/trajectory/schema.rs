@@ -20,6 +20,9 @@ pub(super) const VERSION_KEY: &str = "cllm.schema_version";
 /// Key of the provenance (JSON) in a shard's metadata.
 pub(super) const PROVENANCE_KEY: &str = "cllm.provenance";
 
+/// The column that data sets of older versions lack.
+pub(super) const REFERENCE_IDS: &str = "reference_ids";
+
 fn list(item: DataType) -> DataType {
     DataType::List(Arc::new(Field::new("item", item, true)))
 }
@@ -39,6 +42,7 @@ pub(super) fn schema() -> SchemaRef {
         Field::new("prompt_ids", ids(), false),
         Field::new("response_ids", ids(), false),
         Field::new("reference", DataType::Utf8, true),
+        Field::new(REFERENCE_IDS, ids(), true),
         Field::new("blocks", list(DataType::Struct(block_fields())), false),
         Field::new("augmented", list(list(DataType::Boolean)), true),
         Field::new("finish_reason", DataType::Utf8, false),
@@ -68,6 +72,7 @@ pub(super) fn rows_to_batch(rows: &[Trajectory]) -> Result<RecordBatch, ArrowErr
             ids(|row| &row.prompt_ids),
             ids(|row| &row.response_ids),
             optional(|row| row.reference.as_deref()),
+            Arc::new(reference_ids_to_array(rows)),
             Arc::new(blocks_to_array(rows)?),
             Arc::new(flags_to_array(rows)),
             text(|row| match row.finish_reason {
@@ -77,6 +82,15 @@ pub(super) fn rows_to_batch(rows: &[Trajectory]) -> Result<RecordBatch, ArrowErr
             optional(|row| row.meta.as_deref()),
         ],
     )
+}
+
+fn reference_ids_to_array(rows: &[Trajectory]) -> ListArray {
+    let mut builder = ListBuilder::new(Int32Builder::new());
+    for row in rows {
+        builder.values().append_slice(row.reference_ids.as_deref().unwrap_or_default());
+        builder.append(row.reference_ids.is_some());
+    }
+    builder.finish()
 }
 
 fn blocks_to_array(rows: &[Trajectory]) -> Result<ListArray, ArrowError> {
@@ -117,6 +131,7 @@ pub(super) fn batch_to_rows(batch: &RecordBatch) -> Result<Vec<Trajectory>, Stri
     let (prompt_ids, response_ids) = (list("prompt_ids")?, list("response_ids")?);
     let (reference, meta, finish_reason) = (text("reference")?, text("meta")?, text("finish_reason")?);
     let (blocks, augmented) = (list("blocks")?, list("augmented")?);
+    let reference_ids = list(REFERENCE_IDS).ok();
     let row = |row: usize| {
         let optional = |values: &StringArray| values.is_valid(row).then(|| values.value(row).to_owned());
         let required = |name: &str, values| optional(values).ok_or_else(|| format!("row {row}: `{name}` is null"));
@@ -127,6 +142,7 @@ pub(super) fn batch_to_rows(batch: &RecordBatch) -> Result<Vec<Trajectory>, Stri
             prompt_ids: ids_in(prompt_ids, row),
             response_ids: ids_in(response_ids, row),
             reference: optional(reference),
+            reference_ids: reference_ids.filter(|ids| ids.is_valid(row)).map(|ids| ids_in(ids, row)),
             blocks: blocks_in(blocks, row),
             augmented: augmented.is_valid(row).then(|| flags_in(augmented, row)),
             finish_reason: match required("finish_reason", finish_reason)?.as_str() {

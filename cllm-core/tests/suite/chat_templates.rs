@@ -27,3 +27,20 @@ fn every_conversation_renders_as_transformers_recorded_it() {
         }
     }
 }
+
+#[test]
+fn expressions_and_statements_give_what_jinja_gives() {
+    let recorded: Value = serde_json::from_str(include_str!("../fixtures/text/jinja.json")).unwrap();
+    let cases = recorded["cases"].as_array().unwrap();
+    assert!(cases.len() > 600, "{}", cases.len());
+    for case in cases {
+        let source = case["template"].as_str().unwrap();
+        let template = ChatTemplate::new(source);
+        let date = "2026-11-28".parse().unwrap();
+        let rendered = template.and_then(|template| template.render(recorded["context"].as_object().unwrap(), date));
+        match case["text"].as_str() {
+            Some(text) => assert_eq!(rendered.as_deref().map_err(ToString::to_string), Ok(text), "{source}"),
+            None => assert!(rendered.is_err(), "{source} gives {rendered:?}"),
+        }
+    }
+}

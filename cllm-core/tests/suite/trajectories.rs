@@ -33,6 +33,7 @@ fn row(index: i32) -> Trajectory {
         prompt_ids: vec![index % 90, 2],
         response_ids: vec![4, 5, 6, 9],
         reference: (index % 2 == 0).then(|| "4".into()),
+        reference_ids: None,
         blocks: vec![
             Block { start: 0, states: vec![vec![4, 1, 2], vec![4, 5, 1], vec![4, 5, 6]] },
             Block { start: 3, states: vec![vec![9, 2, 2]] },

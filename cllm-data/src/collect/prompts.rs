@@ -18,6 +18,8 @@ pub(super) struct RenderedPrompt {
     /// The prompt after the chat template.
     pub(super) text: String,
     pub(super) ids: Vec<i32>,
+    /// The reference as the chat template renders it; empty if it does not continue the prompt.
+    pub(super) reference_ids: Option<Vec<i32>>,
 }
 
 impl RenderedPrompt {
@@ -54,13 +56,25 @@ pub(super) fn render(
 ) -> Result<(Vec<RenderedPrompt>, Vec<Sample>)> {
     let max_positions = teacher.model.config().max_positions;
     let (mut prompts, mut skipped) = (Vec::new(), Vec::new());
+    let mut first_problem = None;
     for sample in samples {
         let (text, ids) = teacher.tokenizer.encode_prompt(&sample.prompt)?;
         if ids.is_empty() || ids.len().saturating_add(max_new_tokens) > max_positions {
             skipped.push(sample);
         } else {
-            prompts.push(RenderedPrompt { sample, text, ids });
+            let encode = |reference: &String| teacher.tokenizer.encode_reference(&sample.prompt, reference);
+            let reference_ids = sample.reference.as_ref().map(encode).map(|turn| match turn {
+                Ok(turn) => turn.target_ids,
+                Err(error) => {
+                    first_problem.get_or_insert_with(|| format!("`{}`: {error}", sample.id));
+                    Vec::new()
+                }
+            });
+            prompts.push(RenderedPrompt { sample, text, ids, reference_ids });
         }
+    }
+    if let Some(problem) = first_problem {
+        progress::log(format!("references that cannot be learned with consistency.labels=dataset, such as {problem}"));
     }
     Ok((prompts, skipped))
 }

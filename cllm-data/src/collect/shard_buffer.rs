@@ -83,7 +83,7 @@ impl<'p> ShardBuffer<'p> {
     }
 
     fn score(&self, index: usize, answer: Answer) -> Result<(usize, Trajectory, Counts)> {
-        let RenderedPrompt { sample, text, ids } = &self.prompts[index];
+        let RenderedPrompt { sample, text, ids, reference_ids } = &self.prompts[index];
         let row = Trajectory {
             sample_id: sample.id.clone(),
             source: sample.source.clone(),
@@ -91,6 +91,7 @@ impl<'p> ShardBuffer<'p> {
             prompt_ids: ids.clone(),
             response_ids: answer.response_ids,
             reference: sample.reference.clone(),
+            reference_ids: reference_ids.clone(),
             blocks: answer.blocks,
             augmented: None,
             finish_reason: answer.finish_reason,

@@ -193,6 +193,7 @@ mod tests {
             prompt_ids: vec![],
             response_ids: vec![1; num_tokens],
             reference: None,
+            reference_ids: None,
             blocks: vec![],
             augmented: None,
             finish_reason,

@@ -128,6 +128,7 @@ pub fn row(id: &str, response: &[i32]) -> Trajectory {
         prompt_ids,
         response_ids: response.to_vec(),
         reference: None,
+        reference_ids: None,
         blocks: response.chunks(N).enumerate().map(block).collect(),
         augmented: None,
         finish_reason: if response.ends_with(&[0]) { FinishReason::Eos } else { FinishReason::Length },

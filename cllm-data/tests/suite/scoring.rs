@@ -18,6 +18,7 @@ fn spider_is_scored_if_its_databases_are_given() {
     let question = |id: &str, answer: &str| Trajectory {
         source: "spider/train".into(),
         reference: Some("SELECT count(*) FROM pen".into()),
+        reference_ids: None,
         meta: Some(json!({ "db_id": "zoo" }).to_string()),
         ..row(id, &[tokenizer().encode(answer).unwrap(), vec![0]].concat())
     };

@@ -24,6 +24,7 @@ fn row(id: &str, response_ids: &[i32], states: [Vec<[i32; 4]>; 2]) -> Trajectory
         prompt_ids: vec![2],
         response_ids: response_ids.to_vec(),
         reference: None,
+        reference_ids: None,
         blocks: states.into_iter().enumerate().map(block).collect(),
         augmented: None,
         finish_reason: if ends { FinishReason::Eos } else { FinishReason::Length },

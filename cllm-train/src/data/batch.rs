@@ -122,10 +122,16 @@ impl Batch {
             noisy_rows[predicted].push((first_row + index) as i64);
             self.counts.num_loss_tokens.global += 1;
         }
+        let num_labels = sequence.labelled.iter().filter(|&&labelled| labelled).count();
         for (offset, (&token_id, noisy_rows)) in sequence.response_ids.iter().zip(noisy_rows).enumerate() {
+            let is_labelled = sequence.labelled[offset];
+            // No loss needs the turns of the user between those of the assistant.
+            if num_labels > 0 && !is_labelled {
+                continue;
+            }
             // After an empty prompt, no token comes before the first of the response.
             let index = (sequence.prompt_len + offset).saturating_sub(1);
-            let label = if sequence.has_labels { i64::from(token_id) } else { NO_LABEL };
+            let label = if is_labelled { i64::from(token_id) } else { NO_LABEL };
             let row = CleanRow { row: first_row + index, clean_row: first_clean_row + index, label };
             self.push_row(row, noisy_rows, max_chunk_rows);
         }
@@ -135,7 +141,7 @@ impl Batch {
         }
         self.counts.num_tokens += sequence.len();
         self.counts.num_response_tokens += sequence.response_ids.len();
-        self.counts.num_loss_tokens.ar += if sequence.has_labels { sequence.response_ids.len() } else { 0 };
+        self.counts.num_loss_tokens.ar += num_labels;
         self.counts.num_blocks += sequence.noisy_blocks().len();
     }
 

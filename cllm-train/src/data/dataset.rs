@@ -9,7 +9,8 @@ use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{Reader, Trajectory};
 use cllm_core::{Error, Result, interrupt, progress, prompt_set};
 
-use crate::settings::{BlockContext, ConsistencySettings, LabelSource, Objective, Settings};
+use super::turns;
+use crate::settings::{BlockContext, ConsistencySettings, LabelSource, Objective, Settings, Turns};
 
 /// One response to learn from, with its prompt.
 #[derive(Debug, Clone, PartialEq)]
@@ -17,12 +18,13 @@ pub struct Example {
     /// Also seeds the random draws for this example.
     pub id: String,
     pub prompt_ids: Vec<i32>,
-    /// EOS included.
+    /// EOS included. With several turns it goes through the end of the last, and holds the user's
+    /// turns between them.
     pub response_ids: Vec<i32>,
     /// Sorted by their start.
     pub blocks: Vec<Block>,
-    /// Whether the autoregressive loss teaches the response.
-    pub has_labels: bool,
+    /// For each token of the response, whether the autoregressive loss teaches it.
+    pub labelled: Vec<bool>,
 }
 
 /// One block of a response.
@@ -47,6 +49,11 @@ impl Block {
 }
 
 impl Example {
+    /// A response that the autoregressive loss teaches.
+    pub(super) fn labelled(id: String, prompt_ids: Vec<i32>, response_ids: Vec<i32>) -> Self {
+        Example { id, prompt_ids, labelled: vec![true; response_ids.len()], response_ids, blocks: Vec::new() }
+    }
+
     fn from_trajectory(row: Trajectory, has_labels: bool) -> Self {
         let augmented = row.augmented.unwrap_or_default().into_iter().chain(std::iter::repeat(Vec::new()));
         let blocks = row.blocks.into_iter().zip(augmented).map(|(block, augmented)| Block {
@@ -58,8 +65,8 @@ impl Example {
             blocks: blocks.filter(|block| block.start < row.response_ids.len()).collect(),
             id: row.sample_id,
             prompt_ids: row.prompt_ids,
+            labelled: vec![has_labels; row.response_ids.len()],
             response_ids: row.response_ids,
-            has_labels,
         }
     }
 
@@ -110,13 +117,16 @@ pub fn read(settings: &Settings, tokenizer: &Tokenizer, config: &ModelConfig) ->
     let mut examples = Vec::new();
     for path in &settings.datasets {
         match settings.objective {
-            Objective::Sft => examples.extend(read_references(path, tokenizer)?),
+            Objective::Sft => {
+                let max_tokens = config.max_positions.min(settings.max_example_tokens);
+                examples.extend(read_references(path, tokenizer, settings.sft.turns, max_tokens)?);
+            }
             Objective::Consistency => {
                 examples.extend(read_trajectories(path, tokenizer, config, settings.consistency.labels, usize::MAX)?);
             }
         }
     }
-    if !examples.is_empty() && examples.iter().all(|example| !example.has_labels) {
+    if !examples.is_empty() && examples.iter().all(|example| !example.labelled.contains(&true)) {
         let message = "consistency.labels is dataset, but no row of the data has a reference: collect from prompts that \
                        have one, or set it to teacher";
         return Err(Error::usage(message));
@@ -145,19 +155,22 @@ pub fn read(settings: &Settings, tokenizer: &Tokenizer, config: &ModelConfig) ->
     Ok(examples)
 }
 
-fn read_references(path: &Path, tokenizer: &Tokenizer) -> Result<Vec<Example>> {
+fn read_references(path: &Path, tokenizer: &Tokenizer, turns: Turns, max_tokens: usize) -> Result<Vec<Example>> {
     let mut examples = Vec::new();
     let samples = prompt_set::read(path)?;
     let num_samples = samples.len();
-    for sample in samples {
+    let mut num_excluded = 0;
+    for (index, sample) in samples.into_iter().enumerate() {
         interrupt::check()?;
-        let Some(reference) = sample.reference else { continue };
-        let (_, prompt_ids) = tokenizer.encode_prompt(&sample.prompt)?;
-        let response_ids = tokenizer.encode_target(&reference)?;
-        examples.push(Example { id: sample.id, prompt_ids, response_ids, blocks: Vec::new(), has_labels: true });
+        let Some(reference) = &sample.reference else {
+            num_excluded += 1;
+            continue;
+        };
+        let of_sample = turns::examples(&sample, reference, turns, tokenizer, max_tokens)
+            .map_err(|error| Error::file(path, format!("row {}, `{}`: {error}", index + 1, sample.id)))?;
+        examples.extend(of_sample);
     }
-    if examples.len() < num_samples {
-        let num_excluded = num_samples - examples.len();
+    if num_excluded > 0 {
         progress::log(format!(
             "{}: excluded {num_excluded} of {} for lack of a reference",
             path.display(),
@@ -192,25 +205,30 @@ pub fn read_trajectories(
         let mut row = row?;
         row.check(&provenance).map_err(|message| Error::file(path, format!("row `{}`: {message}", row.sample_id)))?;
         num_rows += 1;
-        match row.reference.take() {
-            _ if labels == LabelSource::Teacher => {}
-            None => num_unlabelled += 1,
-            Some(reference) => examples.push(Example {
-                id: row.sample_id.clone(),
-                prompt_ids: row.prompt_ids.clone(),
-                response_ids: tokenizer.encode_target(&reference)?,
-                blocks: Vec::new(),
-                has_labels: true,
-            }),
+        if labels == LabelSource::Dataset {
+            match reference_ids(&mut row, tokenizer)? {
+                Some(ids) => examples.push(Example::labelled(row.sample_id.clone(), row.prompt_ids.clone(), ids)),
+                None => num_unlabelled += 1,
+            }
         }
         examples.push(Example::from_trajectory(row, labels == LabelSource::Teacher));
     }
     if num_unlabelled > 0 {
         progress::log(format!(
-            "{}: {num_unlabelled} of {} have no reference and are not in the autoregressive loss",
+            "{}: {num_unlabelled} of {} have no reference that continues the prompt and are not in the autoregressive \
+             loss",
             path.display(),
             count(num_rows, "row")
         ));
     }
     Ok(examples)
+}
+
+/// The tokens of a row's reference. Data sets of older versions hold its text alone.
+fn reference_ids(row: &mut Trajectory, tokenizer: &Tokenizer) -> Result<Option<Vec<i32>>> {
+    match (row.reference_ids.take(), &row.reference) {
+        (Some(ids), _) => Ok(Some(ids).filter(|ids| !ids.is_empty())),
+        (None, Some(reference)) => tokenizer.encode_target(reference).map(Some),
+        (None, None) => Ok(None),
+    }
 }

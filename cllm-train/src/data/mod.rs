@@ -9,3 +9,4 @@ pub(crate) mod loader;
 pub mod packing;
 pub mod schedule;
 mod state_sampling;
+mod turns;

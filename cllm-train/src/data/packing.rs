@@ -39,8 +39,8 @@ pub struct PackedSequence {
     /// Position id of each token. A noisy token has that of the response token that it replaces.
     pub(crate) positions: Vec<i32>,
     noisy_blocks: Vec<NoisyBlock>,
-    /// Whether the autoregressive loss teaches the response.
-    pub(crate) has_labels: bool,
+    /// For each token of the response, whether the autoregressive loss teaches it.
+    pub(crate) labelled: Vec<bool>,
 }
 
 impl PackedSequence {
@@ -60,7 +60,7 @@ impl PackedSequence {
             token_ids,
             positions,
             noisy_blocks,
-            has_labels: true,
+            labelled: vec![true; response_ids.len()],
         }
     }
 
@@ -75,7 +75,7 @@ impl PackedSequence {
         let noisy_blocks =
             block_indices.into_iter().map(|index| sample_noisy_block(example, index, consistency, rng)).collect();
         let packed = PackedSequence::new(&example.prompt_ids, &example.response_ids, noisy_blocks);
-        PackedSequence { has_labels: example.has_labels, ..packed }
+        PackedSequence { labelled: example.labelled.clone(), ..packed }
     }
 
     /// Number of tokens.

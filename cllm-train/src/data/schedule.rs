@@ -134,7 +134,7 @@ mod tests {
             prompt_ids: vec![1; 5],
             response_ids: vec![2; 1 + index * 7 % 40],
             blocks: Vec::new(),
-            has_labels: true,
+            labelled: vec![true; 1 + index * 7 % 40],
         };
         Schedule::new(&(0..50).map(example).collect::<Vec<_>>(), settings).unwrap()
     }

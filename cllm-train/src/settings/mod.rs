@@ -4,6 +4,7 @@
 mod consistency;
 mod init;
 mod optimizer;
+mod sft;
 mod validation;
 
 use std::path::PathBuf;
@@ -20,6 +21,7 @@ use crate::losses::Losses;
 pub use consistency::{BlockContext, ConsistencySettings, Divergence, LabelSource, StateSampling};
 pub use init::InitSettings;
 pub use optimizer::{OptimizerSettings, StateDtype};
+pub use sft::{SftSettings, Turns};
 pub use validation::ValidationSettings;
 
 /// What a run trains.
@@ -84,6 +86,9 @@ pub struct Settings {
     /// The optimizer.
     #[garde(dive)]
     pub optimizer: OptimizerSettings,
+    /// The supervised objective.
+    #[garde(dive)]
+    pub sft: SftSettings,
     /// The consistency objective.
     #[garde(dive)]
     pub consistency: ConsistencySettings,
@@ -130,6 +135,7 @@ impl Default for Settings {
             max_example_tokens: 4096,
             checkpointed_layers: 0,
             optimizer: OptimizerSettings::default(),
+            sft: SftSettings::default(),
             consistency: ConsistencySettings::default(),
             validation: ValidationSettings::default(),
             log_every: 10,

@@ -48,7 +48,13 @@ pub fn example(id: &str, prompt_len: usize, response_len: usize) -> Example {
         Block { start: index * N, states, augmented: Vec::new() }
     });
     let blocks = blocks.collect();
-    Example { id: id.to_owned(), prompt_ids: token_ids(5, prompt_len), response_ids, blocks, has_labels: true }
+    Example {
+        id: id.to_owned(),
+        prompt_ids: token_ids(5, prompt_len),
+        labelled: vec![true; response_ids.len()],
+        response_ids,
+        blocks,
+    }
 }
 
 fn pack(example: &Example, settings: &ConsistencySettings, epoch: u64) -> PackedSequence {
@@ -132,8 +138,13 @@ fn an_example_without_labels_is_in_every_loss_but_the_autoregressive() {
     for_each_family(|family, model, anchor| {
         let settings = ConsistencySettings { local_weight: 1.0, ..ConsistencySettings::default() };
         let trajectory = example("a", 5, 14);
-        let unlabelled = Example { has_labels: false, ..trajectory.clone() };
-        let reference = Example { response_ids: token_ids(3, 9), blocks: Vec::new(), ..trajectory.clone() };
+        let unlabelled = Example { labelled: vec![false; trajectory.response_ids.len()], ..trajectory.clone() };
+        let reference = Example {
+            response_ids: token_ids(3, 9),
+            labelled: vec![true; 9],
+            blocks: Vec::new(),
+            ..trajectory.clone()
+        };
         let evaluate = |examples: &[&Example]| {
             let sequences: Vec<_> = examples.iter().map(|example| pack(example, &settings, 0)).collect();
             evaluate(&model, &anchor, &sequences, &settings)

@@ -44,7 +44,8 @@ fn labels_of_the_data_set_are_sequences_of_their_own() {
     let (tokenizer, config) = (Tokenizer::load(model).unwrap(), checkpoint::load_config(model).unwrap());
     let read = |settings: &Settings| dataset::read(settings, &tokenizer, &config).unwrap();
     let examples = read(&settings);
-    let (labels, trajectories): (Vec<_>, Vec<_>) = examples.iter().partition(|example| example.has_labels);
+    let (labels, trajectories): (Vec<_>, Vec<_>) =
+        examples.iter().partition(|example| example.labelled.contains(&true));
     let label_ids: Vec<&str> = labels.iter().map(|example| example.id.as_str()).collect();
     let expected_ids: Vec<String> = (0..12).filter(|index| *index != 3).map(|index| format!("s{index}")).collect();
     assert_eq!(label_ids, expected_ids);
@@ -55,7 +56,7 @@ fn labels_of_the_data_set_are_sequences_of_their_own() {
     let with_teacher_labels = read(&settings);
     assert!(with_teacher_labels.len() == 12 && trajectories.len() == 12);
     for (trajectory, expected) in trajectories.into_iter().zip(&with_teacher_labels) {
-        assert_eq!(Example { has_labels: true, ..trajectory.clone() }, *expected);
+        assert_eq!(Example { labelled: expected.labelled.clone(), ..trajectory.clone() }, *expected);
     }
     settings.consistency.labels = LabelSource::Dataset;
     trainer::run(settings.clone()).unwrap();

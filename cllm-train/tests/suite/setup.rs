@@ -104,6 +104,7 @@ pub fn collect(model_folder: &Path, folder: &Path) -> PathBuf {
         prompt_ids: request.prompt_ids,
         response_ids: answer.response_ids,
         reference: None,
+        reference_ids: None,
         blocks: answer.blocks,
         augmented: None,
         finish_reason: answer.finish_reason,
