@@ -119,7 +119,9 @@ impl ThoughtLimit {
                  found; leave max_thinking_tokens out"
             ))
         })?;
-        let closing_ids = tokenizer.encode(CLOSING)?;
+        // Some tokenizers put a space before the first word of a text, which this is not.
+        let mut closing_ids = tokenizer.encode(&format!("{START}{CLOSING}"))?;
+        closing_ids.drain(..=closing_ids.iter().position(|&id| id == tokens.start_id).unwrap_or(0));
         let min_new_tokens = max_thinking_tokens.saturating_add(closing_ids.len() + 1);
         if max_new_tokens < min_new_tokens {
             let num_closing = closing_ids.len();

@@ -10,6 +10,7 @@ use cllm_core::chat_template::RenderingRecord;
 use cllm_core::checkpoint::{self, hub};
 use cllm_core::program::Outcome;
 use cllm_core::progress::{self, count};
+use cllm_core::thought::ThoughtLimit;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{Block, FinishReason, Provenance, Trajectory, Writer};
 use cllm_core::{Error, Result, fingerprint, interrupt};
@@ -35,6 +36,9 @@ pub(crate) struct Arguments {
     /// Maximum number of tokens in a response when it was collected (`max_new_seq_len`).
     #[arg(long, default_value_t = 512)]
     max_new_tokens: usize,
+    /// Number of tokens after which thoughts were closed when it was collected.
+    #[arg(long)]
+    max_thinking_tokens: Option<usize>,
 }
 
 /// Writes the data set.
@@ -79,13 +83,15 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome> {
 }
 
 fn provenance(arguments: &Arguments, model_folder: &Path, tokenizer: &Tokenizer) -> Result<Provenance> {
+    let new_limit = |max| ThoughtLimit::new(tokenizer, max, arguments.max_new_tokens);
+    let thought_limit = arguments.max_thinking_tokens.map(new_limit).transpose()?;
     Ok(Provenance {
         teacher: checkpoint::fingerprint(model_folder)?,
         tokenizer: tokenizer.fingerprint().to_owned(),
         vocab_size: checkpoint::load_config(model_folder)?.vocab_size as usize,
         n: block_size(&arguments.file)?,
         max_new_tokens: arguments.max_new_tokens,
-        thought_closing: None,
+        thought_closing: thought_limit.map(|limit| limit.closing),
         eos_ids: tokenizer.eos_ids().to_vec(),
         seed: 0,
         prompts: fingerprint::hash_contents(&arguments.file)?,
@@ -139,8 +145,9 @@ impl Importer<'_> {
             finish_reason: FinishReason::Length,
             meta: first.meta,
         };
-        let later_states = records.map(|record| record.answer_trajectory_ids);
-        self.append_blocks(&mut row, std::iter::once(first.answer_trajectory_ids).chain(later_states))?;
+        let first_block = (row.prompt_ids.len(), first.answer_trajectory_ids);
+        let later_blocks = records.map(|record| (record.prompt_ids.flatten().len(), record.answer_trajectory_ids));
+        self.append_blocks(&mut row, std::iter::once(first_block).chain(later_blocks))?;
         let complete = first.complete_teacher_output_ids.map(Ids::flatten);
         truncate_to_complete_output(&mut row, complete.as_deref());
         match row.check(&self.provenance) {
@@ -163,9 +170,15 @@ impl Importer<'_> {
         Ok(records)
     }
 
-    /// Appends blocks to the row up to the one that ends with EOS.
-    fn append_blocks(&self, row: &mut Trajectory, blocks: impl Iterator<Item = Vec<Vec<i32>>>) -> Result<()> {
-        for states in blocks {
+    /// Appends blocks, each with the number of tokens before it, to the row up to the one that ends
+    /// with EOS.
+    fn append_blocks(&self, row: &mut Trajectory, blocks: impl Iterator<Item = (usize, Vec<Vec<i32>>)>) -> Result<()> {
+        for (num_before, states) in blocks {
+            if let Some(closing) = &self.provenance.thought_closing
+                && num_before > row.prompt_ids.len() + row.response_ids.len()
+            {
+                row.response_ids.extend(&closing.closing_ids);
+            }
             let start = row.response_ids.len() as u32;
             let Some(fixed_point) = states.last() else {
                 return Err(self.error(&row.sample_id, "a block has no states"));

@@ -28,7 +28,7 @@ pub(crate) struct Record {
     /// Length of the prompt, inside a list. It is written but never read.
     #[serde(default)]
     pub prompt_ids_len: serde_json::Value,
-    /// The prompt and the fixed points of the blocks before this one.
+    /// The prompt and the response before this block.
     pub prompt_ids: Ids,
     /// Every state of the block, the fixed point last.
     pub answer_trajectory_ids: Vec<Vec<i32>>,

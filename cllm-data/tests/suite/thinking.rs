@@ -90,6 +90,18 @@ fn a_thought_is_closed_at_its_limit_and_every_verb_reads_the_rows() {
 }
 
 #[test]
+fn export_then_import_keeps_the_tokens_that_closed_a_thought() {
+    let dir = folder();
+    collect(dir.path(), "a", &["max_thinking_tokens=8"]);
+    let (data, file, again) = (path(dir.path(), "a"), path(dir.path(), "a.json"), path(dir.path(), "again"));
+    run(&["export", &data, "--output", &file]).success();
+    let fixed = ["--model", &path(dir.path(), "model"), "--max-new-tokens", "40", "--max-thinking-tokens", "8"];
+    run(&[&["import", &file, "--output", &again], &fixed[..]].concat()).success();
+    assert_eq!(rows(&again), rows(&data));
+    run(&["validate", &again]).success();
+}
+
+#[test]
 fn collected_answers_equal_autoregressive_ones_with_the_same_limit() {
     let dir = folder();
     collect(dir.path(), "a", &["max_thinking_tokens=8"]);
