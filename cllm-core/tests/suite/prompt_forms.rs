@@ -334,6 +334,27 @@ fn parquet_of_every_writer_and_codec_is_read() {
     assert!(num_files >= 20, "{num_files}");
 }
 
+#[test]
+fn columns_of_types_that_json_lacks_become_text_and_cost_no_row() {
+    let types = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/prompt-files/types");
+    let read = |name: &str| prompt_set::read(&types.join(name)).unwrap().remove(0);
+    let sample = read("duckdb.parquet");
+    assert_eq!((sample.prompt, sample.reference.as_deref()), (Prompt::Text("Hi".into()), Some("4.0")));
+    let meta = json!({
+        "zoned": "2024-02-29T08:00:00Z", "plain": "2024-02-29T10:00:00", "clock": "10:00:01", "span": "3 days",
+        "text_bytes": "abc", "by_number": "{1: x}", "by_name": { "a": 1 }, "pair": [1, null], "exact": "1.1000000000",
+    });
+    assert_eq!(sample.meta, Some(meta));
+    let sample = read("pandas.parquet");
+    assert_eq!(
+        (sample.reference.as_deref(), sample.meta),
+        (Some("4"), Some(json!({ "zoned": "2024-02-29T09:00:00Z" })))
+    );
+    let sample = read("polars.parquet");
+    let meta = json!({ "clock": "01:02:03", "bytes": "abc" });
+    assert_eq!((sample.reference.as_deref(), sample.meta), (Some("true"), Some(meta)));
+}
+
 mod needs_data {
     use super::*;
 

@@ -6,10 +6,11 @@ use std::path::Path;
 use std::sync::Arc;
 
 use arrow::array::{Array, AsArray, RecordBatch, StringArray};
-use arrow::compute::{can_cast_types, cast};
-use arrow::datatypes::{DataType, FieldRef};
+use arrow::compute::cast;
+use arrow::datatypes::{DataType, Field, FieldRef};
 use arrow::error::ArrowError;
 use arrow::json::writer::{Encoder, EncoderFactory, EncoderOptions, JsonArray, NullableEncoder, WriterBuilder};
+use arrow::util::display::{ArrayFormatter, FormatOptions};
 use parquet::arrow::arrow_reader::ParquetRecordBatchReaderBuilder;
 use serde_json::{Map, Value};
 
@@ -27,7 +28,9 @@ pub(super) fn read(path: &Path) -> Result<Vec<FileRow>> {
 }
 
 fn read_objects(path: &Path) -> Result<Vec<Map<String, Value>>> {
-    let damaged = |error: &dyn std::fmt::Display| Error::file(path, format!("is not a complete Parquet file: {error}"));
+    let damaged = |error: &dyn std::fmt::Display| {
+        Error::file(path, format!("is not a complete Parquet file, or has a type that is unknown here: {error}"))
+    };
     let file = File::open(path).map_err(Error::io(path))?;
     let reader = ParquetRecordBatchReaderBuilder::try_new(file)
         .and_then(|builder| builder.build())
@@ -52,8 +55,7 @@ fn to_json(batch: &RecordBatch) -> std::result::Result<Vec<u8>, ArrowError> {
     Ok(writer.into_inner())
 }
 
-/// Writes as text what the `arrow` crate would write otherwise: bytes, which some writers have for
-/// text (and which are null if they are none), and decimals, which lose digits as JSON numbers.
+/// Writes as text what the `arrow` crate writes otherwise or not at all.
 #[derive(Debug)]
 struct TextEncoders;
 
@@ -64,14 +66,32 @@ impl EncoderFactory for TextEncoders {
         array: &'a dyn Array,
         _: &'a EncoderOptions,
     ) -> std::result::Result<Option<NullableEncoder<'a>>, ArrowError> {
-        let from = array.data_type();
-        if !(from.is_decimal() || from.is_binary()) || !can_cast_types(from, &DataType::Utf8) {
-            return Ok(None);
-        }
-        let text = cast(array, &DataType::Utf8)?.as_string().clone();
+        let Some(text) = to_text(array)? else { return Ok(None) };
         let nulls = text.nulls().cloned();
         Ok(Some(NullableEncoder::new(Box::new(TextEncoder(text)), nulls)))
     }
+}
+
+/// The values as text, if they have a type that JSON has no counterpart of: decimals, which lose
+/// digits as JSON numbers; bytes, which some writers have for text (null if they are none); times
+/// in a named zone; maps whose keys are not text.
+fn to_text(array: &dyn Array) -> std::result::Result<Option<StringArray>, ArrowError> {
+    let has_other_keys =
+        |entries: &Field| !matches!(entries.data_type(), DataType::Struct(pair) if pair[0].data_type().is_string());
+    let text = match array.data_type() {
+        from if from.is_decimal() || from.is_binary() => cast(array, &DataType::Utf8)?,
+        DataType::Timestamp(unit, Some(_)) => {
+            let in_utc = cast(array, &DataType::Timestamp(*unit, Some("+00:00".into())))?;
+            cast(&in_utc, &DataType::Utf8)?
+        }
+        DataType::Map(entries, _) if has_other_keys(entries) => {
+            let formatter = ArrayFormatter::try_new(array, &FormatOptions::new())?;
+            let text = |index| array.is_valid(index).then(|| formatter.value(index).to_string());
+            return Ok(Some((0..array.len()).map(text).collect()));
+        }
+        _ => return Ok(None),
+    };
+    Ok(Some(text.as_string().clone()))
 }
 
 struct TextEncoder(StringArray);
