@@ -28,12 +28,10 @@ impl Similarity {
     /// Computes the similarity over pairs of an answer and its reference. Both fields are `None` if
     /// the references have no tokens.
     pub fn from_pairs<'t>(pairs: impl Iterator<Item = (&'t str, &'t str)>) -> Self {
-        let pairs: Vec<Pair<'_>> = pairs
-            .map(|(answer, reference)| Pair {
-                answer: tokens(extract_code(without_thought(answer), |_| true)),
-                reference: tokens(reference),
-            })
-            .collect();
+        let codes: Vec<(String, &str)> =
+            pairs.map(|(answer, reference)| (extract_code(without_thought(answer)), reference)).collect();
+        let pairs: Vec<Pair<'_>> =
+            codes.iter().map(|(code, reference)| Pair { answer: tokens(code), reference: tokens(reference) }).collect();
         let reference_tokens: usize = pairs.iter().map(|pair| pair.reference.len()).sum();
         if reference_tokens == 0 {
             return Similarity { bleu: None, exact_prefix: None };

@@ -21,9 +21,17 @@ def run(read, write, end, base, assertion, memory):
             data += more
         return data
 
-    program = read_exactly(int(read_exactly(20)))
+    def read_text():
+        return read_exactly(int(read_exactly(20))).decode()
+
+    preparation, program = read_text(), read_text()
+    if preparation:
+        trusted = {}
+        exec(preparation, trusted)
+        program = trusted["prepare"](program)
+        del trusted
     try:
-        exec(compile(program, "answer", "exec"), {})
+        exec(program, {})
     except assertion:
         verdict = b"assertion"
     except memory:

@@ -26,7 +26,7 @@ impl Default for Limits {
         Limits {
             wall_time: Duration::from_secs(20),
             cpu_seconds: 10,
-            memory_bytes: 1 << 30,
+            memory_bytes: 2 << 30,
             disk_bytes: 64 << 20,
             output_bytes: 8 << 20,
         }

@@ -75,7 +75,7 @@ impl Sandbox {
             layers: Vec::new(),
             lost_packages,
         };
-        let (outcome, layers) = sandbox.run_with_layers("import math")?;
+        let (outcome, layers) = sandbox.run_with_layers("", "import math")?;
         if outcome != ProgramOutcome::Passed {
             let python = sandbox.python.display();
             return Err(Error::environment(format!(
@@ -107,10 +107,19 @@ impl Sandbox {
     /// # Errors
     /// When it cannot be started, or a signal asked this process to stop.
     pub fn run(&self, program: &str) -> Result<ProgramOutcome> {
-        Ok(self.run_with_layers(program)?.0)
+        Ok(self.run_with_layers("", program)?.0)
     }
 
-    fn run_with_layers(&self, program: &str) -> Result<(ProgramOutcome, Vec<String>)> {
+    /// Runs the program that trusted Python code makes: its function `prepare` gets `input` and
+    /// returns what Python executes.
+    ///
+    /// # Errors
+    /// As [`Sandbox::run`].
+    pub fn run_prepared(&self, preparation: &str, input: &str) -> Result<ProgramOutcome> {
+        Ok(self.run_with_layers(preparation, input)?.0)
+    }
+
+    fn run_with_layers(&self, preparation: &str, program: &str) -> Result<(ProgramOutcome, Vec<String>)> {
         let folder = tempfile::Builder::new().prefix("cllm-sandbox-").tempdir();
         let folder = folder.map_err(Error::write(std::env::temp_dir()))?;
         let order = LaunchOrder {
@@ -133,7 +142,7 @@ impl Sandbox {
             .stderr(Stdio::piped())
             .spawn()
             .map_err(|error| Error::environment(format!("the launcher of the sandbox cannot be started: {error}")))?;
-        monitor::watch(child, program, folder.path(), &self.limits)
+        monitor::watch(child, [preparation, program], folder.path(), &self.limits)
     }
 }
 

@@ -56,16 +56,17 @@ struct Output {
     exceeded: Option<ProgramOutcome>,
 }
 
-/// Runs a program to its end; returns how it ended, and the names of the layers that were in force.
-/// Afterwards no process of it runs and `folder` is empty.
+/// Gives a process the texts that its harness reads, and runs it to its end. Returns how it ended,
+/// and the names of the layers that were in force. Afterwards no process of it runs and `folder` is
+/// empty.
 pub(super) fn watch(
     mut child: Child,
-    program: &str,
+    texts: [&str; 2],
     folder: &Path,
     limits: &Limits,
 ) -> Result<(ProgramOutcome, Vec<String>)> {
     let token = random_token()?;
-    let input = format!("{:<20}{program}{token}", program.len());
+    let input = texts.map(|text| format!("{:<20}{text}", text.len())).concat() + &token;
     let output = exchange(&mut child, input.as_bytes(), folder, limits);
     // The launcher began a session, whose process group has the launcher's id. Until then it is a
     // single process.

@@ -22,7 +22,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::python;
+use super::python::{self, Problem};
 use super::verdict::Verdict;
 use crate::prompt_set::{Prompt, Sample, dataset_file};
 use crate::sandbox::Sandbox;
@@ -69,24 +69,12 @@ pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
     Ok(rows.into_iter().map(sample).collect())
 }
 
-/// Runs the answer with its tests.
+/// Runs the answer with its tests. It continues the prompt or defines the whole function, which
+/// then replaces that of the prompt but keeps the imports and helpers beside it.
 pub(super) fn score(sandbox: &Sandbox, sample: &Sample, answer: &str) -> Result<Verdict> {
-    python::run_tests(sandbox, &python::read_meta::<Tests>(sample)?.build_program(answer))
-}
-
-impl Tests {
-    /// The program of the official evaluator. A chat model answers with the whole function, which
-    /// then replaces that of the prompt but keeps the imports and helpers before it; any other
-    /// answer continues the prompt.
-    fn build_program(&self, answer: &str) -> String {
-        let Tests { prompt, entry_point, test, .. } = self;
-        let code = python::extract_code(answer, |block| python::find_definition(block, entry_point).is_some());
-        let before = match python::find_definition(code, entry_point) {
-            Some(_) => &prompt[..python::find_definition(prompt, entry_point).unwrap_or(0)],
-            None => prompt,
-        };
-        format!("{before}{code}\n{test}\ncheck({entry_point})")
-    }
+    let Tests { prompt, entry_point, test, .. } = python::read_meta(sample)?;
+    let tests = format!("{test}\ncheck({entry_point})");
+    python::score(sandbox, Problem { prompt: &prompt, entry_point: Some(&entry_point), tests: &tests }, answer)
 }
 
 #[cfg(test)]
@@ -119,38 +107,11 @@ mod tests {
             let samples = load(data, "test").unwrap();
             assert_eq!(samples[0].reference.as_deref(), Some("def one():\n    return 1\n"));
             let tests: Tests = python::read_meta(&samples[0]).unwrap();
-            assert_eq!(
-                tests.build_program("    return 1\n"),
-                "def one():\n    return 1\n\nassert one() == 1\ncheck(one)"
-            );
+            assert_eq!((tests.entry_point.as_str(), tests.test.as_str()), ("one", "assert one() == 1"));
         }
         std::fs::write(&path, &compressed[..compressed.len() / 2]).unwrap();
         let error = load(dir.path(), "test").unwrap_err();
         assert!(error.exit_code() == 2 && error.to_string().contains("not a complete gzip file"), "{error}");
-    }
-
-    #[test]
-    fn an_answer_is_the_whole_function_or_continues_the_prompt() {
-        let tests = Tests {
-            task_id: "a".into(),
-            prompt: "import math\n\ndef help(): pass\n\ndef f(x):\n".into(),
-            entry_point: "f".into(),
-            test: "T".into(),
-        };
-        for (answer, program) in [
-            ("    return x\n", "import math\n\ndef help(): pass\n\ndef f(x):\n    return x\n\nT\ncheck(f)"),
-            (
-                "```python\n    return x\n```",
-                "import math\n\ndef help(): pass\n\ndef f(x):\n    return x\n\nT\ncheck(f)",
-            ),
-            (
-                "So:\n```python\ndef f(y): return y\n```",
-                "import math\n\ndef help(): pass\n\ndef f(y): return y\n\nT\ncheck(f)",
-            ),
-            ("def f(y): return y", "import math\n\ndef help(): pass\n\ndef f(y): return y\nT\ncheck(f)"),
-        ] {
-            assert_eq!(tests.build_program(answer), program, "{answer}");
-        }
     }
 
     mod needs_data {

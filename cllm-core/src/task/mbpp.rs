@@ -20,7 +20,7 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::python;
+use super::python::{self, Problem};
 use super::verdict::Verdict;
 use crate::prompt_set::{Prompt, Sample, dataset_file};
 use crate::sandbox::Sandbox;
@@ -36,6 +36,8 @@ struct Row {
     test_list: Vec<String>,
     #[serde(default)]
     test_imports: Vec<String>,
+    #[serde(default)]
+    test_setup_code: String,
 }
 
 /// The fields of a row that scoring needs; they are the sample's `meta`.
@@ -46,6 +48,9 @@ pub(super) struct Tests {
     test_list: Vec<String>,
     #[serde(default)]
     test_imports: Vec<String>,
+    /// Objects that the assertions use, made of classes that the answer defines.
+    #[serde(default)]
+    test_setup_code: String,
 }
 
 pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
@@ -71,21 +76,28 @@ pub(super) fn load(data: &Path, split: &str) -> Result<Vec<Sample>> {
             row.test_list.join("\n")
         )),
         reference: Some(row.code.trim().to_owned()),
-        meta: Some(json!(Tests { task_id: row.task_id, test_list: row.test_list, test_imports: row.test_imports })),
+        meta: Some(json!(Tests {
+            task_id: row.task_id,
+            test_list: row.test_list,
+            test_imports: row.test_imports,
+            test_setup_code: row.test_setup_code,
+        })),
     };
     Ok(rows.into_iter().filter(|row| ids.contains(&row.task_id)).map(sample).collect())
 }
 
 /// Runs the answer with its tests.
 pub(super) fn score(sandbox: &Sandbox, sample: &Sample, answer: &str) -> Result<Verdict> {
-    python::run_tests(sandbox, &python::read_meta::<Tests>(sample)?.build_program(answer))
+    let tests = python::read_meta::<Tests>(sample)?.program();
+    python::score(sandbox, Problem { prompt: "", entry_point: None, tests: &tests }, answer)
 }
 
 impl Tests {
-    fn build_program(&self, answer: &str) -> String {
-        let code = python::extract_code(answer, |block| block.contains("def "));
-        let lines = std::iter::once(code).chain(self.test_imports.iter().chain(&self.test_list).map(String::as_str));
-        lines.collect::<Vec<_>>().join("\n")
+    /// What runs after the answer.
+    fn program(&self) -> String {
+        let setup = std::iter::once(&self.test_setup_code);
+        let lines = self.test_imports.iter().chain(setup).chain(&self.test_list);
+        lines.map(String::as_str).collect::<Vec<_>>().join("\n")
     }
 }
 
@@ -106,15 +118,17 @@ mod tests {
     }
 
     #[test]
-    fn the_tests_follow_the_code() {
-        let tests =
-            Tests { task_id: 1, test_list: vec!["assert f() == 1".into()], test_imports: vec!["import math".into()] };
-        let program = "def f(): return 1\nimport math\nassert f() == 1";
-        assert_eq!(tests.build_program("def f(): return 1"), program);
-        assert_eq!(
-            tests.build_program("```sh\nls\n```\n```python\ndef f(): return 1\n```"),
-            program.replacen('\n', "\n\n", 1)
-        );
+    fn assertions_follow_their_imports_and_setup() {
+        let dir = tempfile::tempdir().unwrap();
+        let row = json!({ "task_id": 11, "text": "T", "code": "c", "test_list": ["assert a", "assert b"],
+            "test_imports": ["import math"], "test_setup_code": "a = Node(1)\r\nb = a", "challenge_test_list": ["c"] });
+        std::fs::write(dir.path().join("mbpp.jsonl"), row.to_string()).unwrap();
+        let sample = &load(dir.path(), "test").unwrap()[0];
+        let tests: Tests = python::read_meta(sample).unwrap();
+        assert_eq!(tests.program(), "import math\na = Node(1)\r\nb = a\nassert a\nassert b");
+        // Prompt sets made before there was a setup have none.
+        let tests: Tests = serde_json::from_value(json!({ "task_id": 1, "test_list": ["assert a"] })).unwrap();
+        assert_eq!(tests.program(), "\nassert a");
     }
 
     mod needs_data {

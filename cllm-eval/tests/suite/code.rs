@@ -3,13 +3,15 @@
 use std::fs;
 use std::path::Path;
 use std::process::Stdio;
+use std::time::Duration;
 
 use cllm_core::prompt_set::{Prompt, Sample};
-use cllm_core::sandbox::Sandbox;
+use cllm_core::sandbox::{Limits, Sandbox};
 use cllm_core::task::{ScoreContext, Task, Verdict};
 use cllm_core::trajectory::FinishReason;
 use cllm_eval::records::Records;
 use rayon::prelude::*;
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::made_up::{model, records};
@@ -41,58 +43,48 @@ fn largest() -> Sample {
     }
 }
 
-/// Completions, and whether they pass `check_correctness(problem, completion, 3.0)` of
-/// openai/human-eval (commit 6d43fb98).
-const RECORDED: [(&str, bool); 32] = [
-    ("    return max(numbers, default=0)\n", true),
-    ("    return max(numbers, default=0)", true),
-    ("    return sorted(numbers)[-1] if numbers else 0\n", true),
-    ("    return float(max(numbers, default=0))\n", true),
-    ("    return max(numbers, default=0)\n\nprint(largest([1]))\n", true),
-    ("    return max(numbers, default=0)\n\nif __name__ == '__main__':\n    raise ValueError\n", true),
-    ("    return max(numbers, default=0)\n\ndef check(candidate):\n    pass\n", true),
-    ("    open('scratch', 'w').write('x')\n    return max(numbers, default=0)\n", true),
-    (
-        "    import threading\n    found = []\n    thread = threading.Thread(target=lambda: found.append(max(numbers, default=0)))\n    \
-         thread.start()\n    thread.join()\n    return found[0]\n",
-        true,
-    ),
-    ("    class Same:\n        def __eq__(self, other):\n            return True\n    return Same()\n", true),
-    ("    best = 0\n    for number in numbers:\n        best = max(best, number)\n    return best\n", false),
-    ("    return max([0, *numbers])\n", false),
-    ("    return max(numbers)\n", false),
-    ("    return str(max(numbers, default=0))\n", false),
-    ("    pass\n", false),
-    ("", false),
-    ("    return max(numbers, default=0)\n\ninput()\n", false),
-    ("    return largest(numbers)\n", false),
-    ("    return max(numbers, default=0\n", false),
-    ("  return max(numbers, default=0)\n", false),
-    ("return max(numbers, default=0)\n", false),
-    ("    return undefined\n", false),
-    ("    import time\n    time.sleep(60)\n", false),
-    ("    raise SystemExit(0)\n", false),
-    ("    import sys\n    sys.exit(0)\n", false),
-    ("    import os\n    os._exit(0)\n", false),
-    ("    import os\n    os.kill(os.getpid(), 9)\n", false),
-    ("    import os\n    return max(numbers, default=0) if os.fork() else 0\n", false),
-    ("    import subprocess\n    subprocess.run(['true'])\n    return max(numbers, default=0)\n", false),
-    ("    import a_module_that_is_not_there\n", false),
-    ("    raise AssertionError\n", false),
-    ("    raise KeyboardInterrupt\n", false),
-];
+/// A problem like those of MBPP.
+fn mbpp(tests: &[&str], setup: &str) -> Sample {
+    Sample {
+        id: "mbpp-1".to_owned(),
+        source: "mbpp/test".to_owned(),
+        prompt: Prompt::question("?"),
+        reference: Some("?".to_owned()),
+        meta: Some(
+            json!({ "task_id": 1, "test_imports": ["import math"], "test_list": tests, "test_setup_code": setup }),
+        ),
+    }
+}
+
+/// Kinds of answers whose verdicts differ from those of the official evaluator, as docs/sandbox.md
+/// says.
+const DIFFERENT: [&str; 5] = ["3 GiB", "a file of 100 MB", "a socket", "files of the system", "a fence at the end"];
+
+/// Answers of 100 kinds to three problems, and whether they pass `check_correctness(problem,
+/// completion, 3.0)` of openai/human-eval (commit 6d43fb98).
+#[derive(Deserialize)]
+struct Recorded {
+    problems: Vec<Value>,
+    /// Name of the problem, kind, text, whether it passes.
+    answers: Vec<(String, String, String, bool)>,
+}
 
 #[test]
 fn verdicts_agree_with_the_official_evaluator() {
-    let (_alone, sandbox, sample) = (alone(), sandbox(), largest());
-    let different: Vec<_> = RECORDED
-        .par_iter()
-        .filter(|(answer, passes)| {
-            let expected = if *passes { Verdict::Correct } else { Verdict::Incorrect };
-            score(Task::Humaneval, &sandbox, &sample, answer) != expected
-        })
-        .collect();
-    assert!(different.is_empty(), "{different:#?}");
+    let _alone = alone();
+    let recorded: Recorded = serde_json::from_str(include_str!("../fixtures/humaneval-verdicts.json")).unwrap();
+    assert!(recorded.answers.len() > 250);
+    let limits = Limits { cpu_seconds: 3, wall_time: Duration::from_secs(8), ..Limits::default() };
+    let sandbox = Sandbox::open_with(Path::new("python3"), limits, None).unwrap();
+    let agrees = |(name, kind, answer, passes): &(String, String, String, bool)| {
+        let problem = recorded.problems.iter().find(|problem| problem["task_id"] == **name).unwrap();
+        let sample = Sample { meta: Some(problem.clone()), ..largest() };
+        let verdict = score(Task::Humaneval, &sandbox, &sample, answer);
+        let is_same = (verdict == Verdict::Correct) == *passes;
+        (is_same == DIFFERENT.contains(&kind.as_str())).then(|| format!("{name}, {kind}: {verdict:?}"))
+    };
+    let unexpected: Vec<String> = recorded.answers.par_iter().filter_map(agrees).collect();
+    assert!(unexpected.is_empty(), "{unexpected:#?}");
 }
 
 #[test]
@@ -103,7 +95,12 @@ fn a_chat_answer_is_scored_by_the_code_in_it() {
         (format!("Here it is:\n```python\n{whole}```\nIt returns the largest."), Verdict::Correct),
         (format!("```python\nlargest([1])\n```\n```python\n{whole}```"), Verdict::Correct),
         (whole.to_owned(), Verdict::Correct),
-        (format!("It is:\n{whole}"), Verdict::Incorrect),
+        (format!("It is:\n{whole}So."), Verdict::Correct),
+        (format!("```python\nfrom __future__ import annotations\n{whole}```"), Verdict::Correct),
+        (format!("from __future__ import annotations\n{whole}"), Verdict::Correct),
+        ("```python\n    return max(numbers, default=0)\n```".to_owned(), Verdict::Correct),
+        ("    return max(numbers, default=0)\n```\nThat is all.".to_owned(), Verdict::Correct),
+        ("So:\n```\n    return max(numbers, default=0)\n```\nTry\n```\nlargest([1])\n```".to_owned(), Verdict::Correct),
         (format!("```python\n{}```", whole.replace("default=0", "default=1")), Verdict::Incorrect),
     ] {
         assert_eq!(score(Task::Humaneval, &sandbox, &sample, &answer), verdict, "{answer}");
@@ -119,14 +116,7 @@ fn a_chat_answer_is_scored_by_the_code_in_it() {
 #[test]
 fn mbpp_needs_every_assertion_to_pass() {
     let (_alone, sandbox) = (alone(), sandbox());
-    let sample = Sample {
-        id: "mbpp-1".to_owned(),
-        source: "mbpp/test".to_owned(),
-        prompt: Prompt::question("?"),
-        reference: Some("?".to_owned()),
-        meta: Some(json!({ "task_id": 1, "test_imports": ["import math"],
-            "test_list": ["assert root(9) == 3", "assert math.isclose(root(2), math.sqrt(2))"] })),
-    };
+    let sample = mbpp(&["assert root(9) == 3", "assert math.isclose(root(2), math.sqrt(2))"], "");
     for (answer, verdict) in [
         ("def root(x):\n    return x ** 0.5", Verdict::Correct),
         ("```python\ndef root(x):\n    return x ** 0.5\n```", Verdict::Correct),
@@ -139,6 +129,118 @@ fn mbpp_needs_every_assertion_to_pass() {
     }
 }
 
+#[test]
+fn the_setup_of_mbpp_runs_after_the_answer_whose_classes_it_uses() {
+    let (_alone, sandbox) = (alone(), sandbox());
+    let sample = mbpp(&["assert total(root) == 3"], "root = Node(1)\r\nroot.next = Node(2)");
+    let node = "class Node:\n    def __init__(self, value):\n        self.value, self.next = value, None";
+    let total = "def total(node):\n    return node.value + total(node.next) if node else 0";
+    for answer in [format!("{node}\n\n{total}"), format!("```\n{total}\n```\nwith\n```\n{node}\n```")] {
+        assert_eq!(score(Task::Mbpp, &sandbox, &sample, &answer), Verdict::Correct, "{answer}");
+    }
+    assert_eq!(score(Task::Mbpp, &sandbox, &sample, total), Verdict::Incorrect);
+}
+
+#[test]
+fn the_code_of_an_answer_is_found_in_its_text() {
+    let (_alone, sandbox) = (alone(), sandbox());
+    let sample = mbpp(&["assert f(1) == 2"], "");
+    let different: Vec<_> = ANSWERS
+        .par_iter()
+        .filter(|(answer, is_correct)| {
+            (score(Task::Mbpp, &sandbox, &sample, answer) == Verdict::Correct) != *is_correct
+        })
+        .collect();
+    assert!(different.is_empty(), "{different:#?}");
+}
+
+/// Answers to a test that `f` adds one.
+const ANSWERS: &[(&str, bool)] = &[
+    // What stands before the last </think> is no answer.
+    (
+        "first try\n```python\ndef f(x):\n    return x - 1\n```\nno.</think>\n```python\ndef f(x):\n    return x + 1\n```",
+        true,
+    ),
+    ("<think>\n```python\ndef f(x):\n    return x + 1\n```\n</think>\nI cannot.", false),
+    // The last definition of what the tests name counts, even if it is broken.
+    ("```python\ndef f(x):\n    return x\n```\nBetter:\n```python\ndef f(x):\n    return x + 1\n```", true),
+    ("```python\ndef f(x):\n    return x + 1\n```\nBetter:\n```python\ndef f(x):\n    return x\n```", false),
+    ("```python\ndef f(x):\n    return x + 1\n```\nBetter:\n```python\ndef f(x):\n    return (x + 1\n```", false),
+    ("```python\nf = lambda x: x\n```\n```python\nf = lambda x: x + 1\n```", true),
+    ("```python\nimport functools\n@functools.lru_cache\ndef f(x):\n    return x + 1\n```", true),
+    ("```python\nclass Adder:\n    def f(self, x):\n        return x + 1\n\nf = Adder().f\n```", true),
+    (
+        "```python\nimport asyncio\nasync def g(x):\n    return x + 1\ndef f(x):\n    return asyncio.run(g(x))\n```",
+        true,
+    ),
+    // Helpers and imports of other fences belong to the answer.
+    ("```python\ndef g(x):\n    return x + 1\n```\nand\n```python\ndef f(x):\n    return g(x)\n```", true),
+    (
+        "```python\ndef f(x):\n    return g(x)\n```\nwhere\n```python\ndef g(x):\n    return h(x)\n```\n```\nh = lambda x: x + 1\n```",
+        true,
+    ),
+    (
+        "```python\ndef g(x):\n    return x\n```\nno:\n```python\ndef g(x):\n    return x + 1\n```\n```python\ndef f(x):\n    return g(x)\n```",
+        true,
+    ),
+    (
+        "```python\ndef g(x):\n    return x + 1\ndef f(x):\n    return g(x)\n```\nA slower one:\n```python\ndef g(x):\n    return x\n```",
+        true,
+    ),
+    ("```python\nimport math\n```\n```python\ndef f(x):\n    return int(math.floor(x)) + 1\n```", true),
+    ("```python\nfrom math import *\n```\n```python\ndef f(x):\n    return floor(x) + 1\n```", true),
+    (
+        "```python\ntable = {}\nfor i in range(9):\n    table[i] = i + 1\n```\n```python\ndef f(x):\n    return table[x]\n```",
+        true,
+    ),
+    // Examples and other languages do not.
+    ("```python\ndef f(x):\n    return x + 1\n```\nTry it:\n```python\nn = int(input())\nprint(f(n))\n```", true),
+    ("```python\ndef f(x):\n    return x + 1\n```\nTest:\n```python\nassert f(1) == 3\n```", true),
+    ("```python\ndef f(x):\n    return x + 1\n```\n```pycon\n>>> f(1)\n3\n```", true),
+    ("```python\ndef f(x):\n    y = x + 1\n    return y\n```\n```python\ny = int(input())\n```", true),
+    (
+        "```python\ndef f(x):\n    return x + 1\n```\nIn JavaScript:\n```javascript\nfunction f(x) { return x }\n```",
+        true,
+    ),
+    (
+        "```python\ndef f(x):\n    return list([x + 1])[0]\n```\n```python\nlist = [1]\nfor x in list: print(f(x))\n```",
+        true,
+    ),
+    (
+        "```bash\npip install x\n```\n```python\n!pip install x\n%matplotlib inline\ndef f(x):\n    return x + 1\n```",
+        true,
+    ),
+    ("```python\n>>> def f(x):\n...     return x + 1\n...\n>>> f(1)\n2\n```", true),
+    ("```text\ndef f(x):\n    return x + 1\n```", true),
+    ("```python\n    def f(x):\n        return x + 1\n```", true),
+    // Prose around code without a fence.
+    ("Here it is:\ndef f(x):\n    return x + 1\nIt adds one.", true),
+    (
+        "1. It's simple (see below\n\ndef f(x):\n    \"\"\"Adds\none. It's ``` fine.\n    \"\"\"\n# don't\n    return x + 1\n\nOutput: 2\nDone",
+        true,
+    ),
+    (
+        "Sure:\nimport math\nif math.pi > 3:\n    ONE = 1\nelse:\n    ONE = 2\ndef f(x):\n    return x + ONE\nThat's it.",
+        true,
+    ),
+    ("def f(x):\n    return x + 1\n```\nIt adds one.", true),
+    ("Here it is:\ndef f(x):\n    return (x + 1\nIt adds one.", false),
+    ("def f(x):\n    return x + 1\nundefined", false),
+    ("It adds one.", false),
+    // The future import goes first, and a text has no encoding.
+    ("from __future__ import annotations\ndef f(x):\n    return x + 1", true),
+    (
+        "```python\nimport math\n```\n```python\nfrom __future__ import annotations\ndef f(x: Unknown):\n    return math.floor(x) + 1\n```",
+        true,
+    ),
+    ("# -*- coding: ascii -*-\n# é\ndef f(x):\n    return x + 1", true),
+    ("def f(x):\r\n    return x + 1\r\n", true),
+    // Like the official evaluator.
+    ("def f(x):\n    return x + 1\n\nif __name__ == '__main__':\n    print(f(int(input())))", true),
+    ("def f(x):\n    import os\n    os.getcwd()\n    return x + 1", false),
+    ("def f(x):\n    data = bytes(1536 << 20)\n    return x + 1", true),
+];
+
 mod needs_data {
     use super::*;
 
@@ -146,11 +248,18 @@ mod needs_data {
     #[ignore = "needs the benchmarks' data: scripts/test --data DIR"]
     fn every_real_reference_passes_its_own_tests() {
         let (_alone, sandbox) = (alone(), sandbox());
-        let mbpp = cllm_testing::benchmark_data("mbpp").join("sanitized-mbpp-100.json");
+        // Any of the published files, or a part of one.
+        let files = [("mbpp.jsonl", 974), ("sanitized-mbpp.json", 427), ("sanitized-mbpp-100.json", 100)];
+        let folder = cllm_testing::benchmark_data("mbpp");
+        let (mbpp, num_rows) = files
+            .map(|(file, num_rows)| (folder.join(file), num_rows))
+            .into_iter()
+            .find(|(file, _)| file.exists())
+            .unwrap();
         let load = |task: Task, path: &Path, split: &str| task.load(path, split).unwrap();
         let problems = load(Task::Humaneval, &cllm_testing::benchmark_data("humaneval"), "test");
         let all_splits = ["test", "validation", "train", "prompt"].map(|split| load(Task::Mbpp, &mbpp, split)).concat();
-        assert_eq!((problems.len(), all_splits.len()), (164, 100));
+        assert_eq!((problems.len(), all_splits.len()), (164, num_rows));
         for (task, samples) in [(Task::Humaneval, problems), (Task::Mbpp, all_splits)] {
             let passes = |sample: &Sample| {
                 let reference = sample.reference.as_deref().unwrap();
