@@ -35,7 +35,7 @@ impl Scorer<'_> {
             reference: row.reference.clone(),
             meta: row.meta.as_deref().map(serde_json::from_str).transpose().map_err(bad_meta)?,
         };
-        let context = ScoreContext { data: self.data, sandbox: None };
+        let context = ScoreContext { data: self.data, ..ScoreContext::default() };
         Task::from_source(&row.source).score(context, &sample, text, row.finish_reason).map(|score| score.verdict)
     }
 }

@@ -64,6 +64,10 @@ enum Verb {
         /// this machine.
         #[arg(long)]
         data: Option<PathBuf>,
+        /// For spider: compare the results of the queries with their `DISTINCT`, or without. Default:
+        /// as the run did.
+        #[arg(long, num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+        keep_distinct: Option<bool>,
         /// Run the Python code in answers to humaneval and mbpp, which a model wrote, in a sandbox;
         /// otherwise they stay unscored.
         #[arg(long)]
@@ -261,8 +265,8 @@ impl Cli {
                 show(&suite, args.json, Suite::text)?;
                 return Ok(if suite.has_failed() { Outcome::Negative } else { Outcome::Done });
             }
-            Verb::Score { folder, data, execute_code, json } => {
-                print_results(&score::score(&folder, data, execute_code)?, json)
+            Verb::Score { folder, data, keep_distinct, execute_code, json } => {
+                print_results(&score::score(&folder, data, keep_distinct, execute_code)?, json)
             }
             Verb::Compare { first, second, select_a, select_b, json } => {
                 let comparison = compare(&first, second.as_deref(), select_a.as_deref(), select_b.as_deref())?;

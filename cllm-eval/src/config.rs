@@ -36,6 +36,10 @@ pub struct RunSettings {
     /// processes (docs/sandbox.md).
     #[garde(skip)]
     pub execute_code: bool,
+    /// For spider: compare the results of the queries with their `DISTINCT`. By default it is
+    /// removed from both, as Spider's official judge does. results.json has both accuracies.
+    #[garde(skip)]
+    pub keep_distinct: bool,
     /// Prompt set to answer instead of a benchmark's own files, in any form that `cllm-data prepare
     /// jsonl` reads. All its prompts must be of one benchmark.
     #[garde(skip)]
@@ -102,6 +106,7 @@ impl Default for RunSettings {
             data: None,
             split: None,
             execute_code: false,
+            keep_distinct: false,
             prompts: None,
             system: None,
             scorer: None,

@@ -9,6 +9,7 @@ use cllm_core::task::{Score, ScoreContext, Task};
 use cllm_core::{Result, atomic_file, interrupt, progress};
 use rayon::prelude::*;
 
+use crate::config::RunSettings;
 use crate::records::{AnswerRecord, Records, SAMPLES};
 use crate::results::{RESULTS, Results};
 
@@ -20,9 +21,10 @@ pub struct AnswerScorer<'a> {
 }
 
 impl<'a> AnswerScorer<'a> {
-    /// `data` is the folder of the benchmark's files; the code of answers runs in `sandbox`.
-    pub fn new(task: Task, data: Option<&'a Path>, sandbox: Option<&'a Sandbox>) -> Self {
-        AnswerScorer { task, context: ScoreContext { data, sandbox } }
+    /// The code of answers runs in `sandbox`.
+    pub fn new(task: Task, settings: &'a RunSettings, sandbox: Option<&'a Sandbox>) -> Self {
+        let data = settings.data.as_deref();
+        AnswerScorer { task, context: ScoreContext { data, sandbox, keep_distinct: settings.keep_distinct } }
     }
 
     /// Refuses a prompt whose answer could not be scored.
@@ -77,28 +79,29 @@ pub fn open_sandbox(task: Task, execute: bool, advice: &str) -> Result<Option<Sa
     Ok(Some(sandbox))
 }
 
-/// Scores the answers in a run's folder again and rewrites its files. `data` overrides the run's
-/// own folder of the benchmark's files. Code in answers runs only with `execute`, whatever the
-/// settings of the run say, because its files may come from anywhere.
+/// Scores the answers in a run's folder again and rewrites its files. `data` and `keep_distinct`
+/// override the run's own settings. Code in answers runs only with `execute`, whatever the settings
+/// of the run say, because its files may come from anywhere.
 ///
 /// # Errors
 /// When the folder contains no run, or a file that scoring needs is missing.
-pub fn score(folder: &Path, data: Option<PathBuf>, execute: bool) -> Result<Results> {
+pub fn score(folder: &Path, data: Option<PathBuf>, keep_distinct: Option<bool>, execute: bool) -> Result<Results> {
     let path = folder.join(SAMPLES);
     let mut records = Records::read(&path)?;
     let task = records.header.benchmark;
-    let data = data.or_else(|| records.header.settings.data.clone());
     let sandbox = open_sandbox(task, execute, "add --execute-code")?;
-    AnswerScorer::new(task, data.as_deref(), sandbox.as_ref()).score(&mut records.answers)?;
+    // The header records where the verdicts come from, and the next scoring starts from the same
+    // settings.
+    let settings = &mut records.header.settings;
+    settings.data = data.or(settings.data.take());
+    settings.keep_distinct = keep_distinct.unwrap_or(settings.keep_distinct);
+    settings.execute_code = execute;
+    AnswerScorer::new(task, settings, sandbox.as_ref()).score(&mut records.answers)?;
     interrupt::check()?;
-    if task == Task::Spider && data.is_none() {
+    if task == Task::Spider && settings.data.is_none() {
         progress::log("no answer was scored: name Spider's folder with --data");
     }
-    // The header records where the verdicts come from, and the next scoring starts from the same
-    // folder.
     records.header.sandbox = sandbox.map(|sandbox| sandbox.layers().to_vec());
-    records.header.settings.execute_code = execute;
-    records.header.settings.data = data;
     records.write(&path)?;
     let results = Results::from_records(&records);
     atomic_file::write_json(&folder.join(RESULTS), &results)?;

@@ -100,6 +100,7 @@ fn expect_comparable(first: &Results, other: &Results) -> std::result::Result<()
     expect_same("split", other.split.clone(), first.split.clone())?;
     expect_same("examples", other.examples.to_string(), first.examples.to_string())?;
     let (actual, expected) = (&other.settings, &first.settings);
+    expect_same("keep_distinct", actual.keep_distinct.to_string(), expected.keep_distinct.to_string())?;
     expect_same("max_new_tokens", actual.max_new_tokens.to_string(), expected.max_new_tokens.to_string())?;
     let limit = |settings: &RunSettings| json!(settings.max_thinking_tokens).to_string();
     expect_same("max_thinking_tokens", limit(actual), limit(expected))?;

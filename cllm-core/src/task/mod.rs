@@ -69,6 +69,9 @@ pub struct ScoreContext<'a> {
     pub data: Option<&'a Path>,
     /// Runs the code of answers to HumanEval and MBPP, which are [`Verdict::Unscored`] without it.
     pub sandbox: Option<&'a Sandbox>,
+    /// Whether the verdicts on Spider's answers keep `DISTINCT`, which the official judge ignores
+    /// unless told otherwise. The other verdict is the alternative.
+    pub keep_distinct: bool,
 }
 
 impl Task {
@@ -157,7 +160,7 @@ impl Task {
     /// As [`Task::score`].
     pub fn check_scorable(self, context: ScoreContext<'_>, sample: &Sample) -> Result<()> {
         match (self, context) {
-            (Task::Spider, ScoreContext { data: Some(data), .. }) => spider::database_path(data, sample).map(drop),
+            (Task::Spider, ScoreContext { data: Some(data), .. }) => spider::database_paths(data, sample).map(drop),
             (Task::Humaneval, ScoreContext { sandbox: Some(_), .. }) => {
                 python::read_meta::<humaneval::Tests>(sample).map(drop)
             }
@@ -192,7 +195,9 @@ impl Task {
             (Task::Gsm8k, _) => return Ok(gsm8k::score(reference, answer)),
             (Task::Jsonl, _) => Verdict::from_correct(jsonl::is_correct(sample, reference, answer)?),
             (Task::Synthetic, _) => synthetic::score(sample, reference, answer)?,
-            (Task::Spider, ScoreContext { data: Some(data), .. }) => spider::score(data, sample, reference, answer)?,
+            (Task::Spider, ScoreContext { data: Some(data), keep_distinct, .. }) => {
+                return spider::score(data, sample, reference, answer, keep_distinct);
+            }
             (Task::Humaneval, ScoreContext { sandbox: Some(sandbox), .. }) => {
                 humaneval::score(sandbox, sample, answer)?
             }

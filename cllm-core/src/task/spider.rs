@@ -9,12 +9,11 @@
 //!         How many pens?
 //!         Answer with one SQLite query only.
 //! target  SELECT count(*) FROM pen
-//! score   the same rows from database/zoo/zoo.sqlite, in order if the reference has ORDER BY
+//! score   the same rows from every database/zoo/*.sqlite, in order if the reference has ORDER BY
 //! ```
 //!
-//! The official judges: <https://github.com/taoyds/spider/blob/master/evaluation.py>, and by
-//! execution <https://github.com/taoyds/test-suite-sql-eval>, which also compares the queries on
-//! further generated databases.
+//! The official judge is <https://github.com/taoyds/test-suite-sql-eval>. Its test suites are further
+//! databases beside the published one, in the same folder.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
@@ -22,8 +21,8 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::json;
 
-use super::sql::Database;
-use super::verdict::Verdict;
+use super::sql::{self, Database};
+use super::verdict::{Metric, Score};
 use crate::prompt_set::{Prompt, Sample, dataset_file};
 use crate::{Error, Result, fingerprint};
 
@@ -157,29 +156,40 @@ fn draw_heldout(data: &Path, questions: &[Row]) -> BTreeSet<QueryKey> {
     heldout
 }
 
-/// The file of a sample's database: `DATA/database/ID/ID.sqlite`.
+/// The files of a sample's database: all `DATA/database/ID/*.sqlite`. Several are a test suite.
 ///
 /// # Errors
-/// When `meta` names no database, or the file is missing.
-pub(super) fn database_path(data: &Path, sample: &Sample) -> Result<PathBuf> {
+/// When `meta` names no database, or the folder has no such file.
+pub(super) fn database_paths(data: &Path, sample: &Sample) -> Result<Vec<PathBuf>> {
     let name = sample.meta.as_ref().and_then(|meta| meta["db_id"].as_str());
     // The name becomes part of a path, which must not lead outside the folder.
     let Some(name) = name.filter(|name| !name.is_empty() && !name.contains(['/', '\\']) && !name.starts_with('.'))
     else {
         return Err(Error::usage(format!("prompt `{}`: meta has no valid `db_id`: prepare Spider again", sample.id)));
     };
-    let path = data.join("database").join(name).join(format!("{name}.sqlite"));
-    if !path.is_file() {
+    let folder = data.join("database").join(name);
+    let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
+    let is_database = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "sqlite");
+    let mut paths: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(is_database).collect();
+    paths.sort();
+    if paths.is_empty() {
+        let path = folder.join(format!("{name}.sqlite"));
         let advice = "use a data folder with all of the databases of Spider, or remove these questions";
         return Err(Error::file(path, format!("prompt `{}`: its database is missing: {advice}", sample.id)));
     }
-    Ok(path)
+    Ok(paths)
 }
 
-/// Runs both queries. A reference that does not run leaves the answer unscored.
-pub(super) fn score(data: &Path, sample: &Sample, reference: &str, answer: &str) -> Result<Verdict> {
-    let mut database = Database::open(&database_path(data, sample)?)?;
-    Ok(database.same_result(reference, answer).map_or(Verdict::Unscored, Verdict::from_correct))
+/// Runs both queries on every database of the sample.
+pub(super) fn score(data: &Path, sample: &Sample, reference: &str, answer: &str, keep_distinct: bool) -> Result<Score> {
+    let paths = database_paths(data, sample)?;
+    let mut suite: Vec<Database> = paths.iter().map(|path| Database::open(path)).collect::<Result<_>>()?;
+    let results = sql::compare(&mut suite, reference, answer);
+    Ok(if keep_distinct {
+        Score::with_alternative(results.keep_distinct, Metric::IgnoreDistinct, results.ignore_distinct)
+    } else {
+        Score::with_alternative(results.ignore_distinct, Metric::KeepDistinct, results.keep_distinct)
+    })
 }
 
 #[cfg(test)]
@@ -188,7 +198,7 @@ mod tests {
 
     use super::*;
     use crate::chat_template::Conversation;
-    use crate::task::{ScoreContext, Task};
+    use crate::task::{ScoreContext, Task, Verdict};
 
     #[test]
     fn prompts_show_the_schema_and_answers_are_executed() {
@@ -213,7 +223,7 @@ mod tests {
                 .content
                 .starts_with("pen(id, size)\ncat(name, pen)\nforeign keys: cat.pen = pen.id\n\nHow many pens?")
         );
-        let context = ScoreContext { data: Some(dir.path()), sandbox: None };
+        let context = ScoreContext { data: Some(dir.path()), ..ScoreContext::default() };
         let score = |answer: &str| Task::Spider.score_complete(context, &samples[0], answer).map(|score| score.verdict);
         assert_eq!(score("SELECT 2").unwrap(), Verdict::Correct);
         assert_eq!(score("SELECT 3").unwrap(), Verdict::Incorrect);
@@ -253,7 +263,7 @@ mod tests {
         #[ignore = "needs the benchmarks' data: scripts/test --data DIR"]
         fn every_published_reference_matches_itself() {
             let data = cllm_testing::benchmark_data("spider");
-            let context = ScoreContext { data: Some(&data), sandbox: None };
+            let context = ScoreContext { data: Some(&data), ..ScoreContext::default() };
             // In train, 96 rows use databases that the folder lacks, and three queries do not run.
             let faulty = ["spider-train-3153", "spider-train-4513", "spider-train-4514"];
             for (split, num_samples, num_scored, faulty) in

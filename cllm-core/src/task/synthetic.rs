@@ -23,7 +23,7 @@ use rusqlite::Connection;
 use serde_json::json;
 
 use super::gsm8k;
-use super::sql::Database;
+use super::sql::{self, Database};
 use super::verdict::Verdict;
 use crate::prompt_set::{Prompt, Sample};
 use crate::{Error, Result, fingerprint, interrupt};
@@ -249,8 +249,8 @@ pub(super) fn score(sample: &Sample, reference: &str, answer: &str) -> Result<Ve
             "prompt `{id}`: meta has the unknown table `{name}`; the tables are {known}"
         )));
     };
-    let mut database = create_database(table).map_err(|error| Error::environment(format!("SQLite: {error}")))?;
-    Ok(database.same_result(reference, answer).map_or(Verdict::Unscored, Verdict::from_correct))
+    let database = create_database(table).map_err(|error| Error::environment(format!("SQLite: {error}")))?;
+    Ok(sql::compare(&mut [database], reference, answer).ignore_distinct)
 }
 
 /// Fills a table, the same on every machine.

@@ -55,7 +55,7 @@ impl Metric {
         match self {
             Metric::FinalNumber => "by the final number",
             Metric::Strict => "by the official extraction",
-            Metric::IgnoreDistinct => "without DISTINCT",
+            Metric::IgnoreDistinct => "with DISTINCT ignored",
             Metric::KeepDistinct => "with DISTINCT kept",
         }
     }

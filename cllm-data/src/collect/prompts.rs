@@ -32,7 +32,7 @@ impl RenderedPrompt {
 pub(super) fn read(settings: &Settings) -> Result<Vec<Sample>> {
     let mut samples = prompt_set::read(&settings.prompts)?;
     samples.truncate(settings.limit.unwrap_or(usize::MAX));
-    let context = ScoreContext { data: settings.data.as_deref(), sandbox: None };
+    let context = ScoreContext { data: settings.data.as_deref(), ..ScoreContext::default() };
     for sample in &samples {
         Task::from_source(&sample.source).check_scorable(context, sample)?;
     }

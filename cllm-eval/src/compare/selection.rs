@@ -85,6 +85,7 @@ impl Selection {
             }
         };
         let (a, b) = (&a.settings, &b.settings);
+        differs("keep_distinct", a.keep_distinct.to_string(), b.keep_distinct.to_string());
         differs("max_new_tokens", a.max_new_tokens.to_string(), b.max_new_tokens.to_string());
         let limit = |settings: &RunSettings| json!(settings.max_thinking_tokens).to_string();
         differs("max_thinking_tokens", limit(a), limit(b));

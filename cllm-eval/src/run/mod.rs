@@ -52,7 +52,7 @@ pub fn run_on(settings: &RunSettings, today: Date) -> Result<Results> {
     let device = device::parse(&settings.device)?;
     let examples = Examples::load(settings)?;
     let sandbox = open_sandbox(examples.task, settings.execute_code, "set `execute_code=true`")?;
-    let scorer = AnswerScorer::new(examples.task, settings.data.as_deref(), sandbox.as_ref());
+    let scorer = AnswerScorer::new(examples.task, settings, sandbox.as_ref());
     examples.expect_scorable(settings, scorer)?;
     let mut models: Vec<IdentifiedModel> =
         names.into_iter().map(|(role, name)| IdentifiedModel::locate(role, name)).collect::<Result<_>>()?;

@@ -184,6 +184,46 @@ fn accuracy_on_gsm8k_stands_beside_that_of_the_official_extraction() {
 }
 
 #[test]
+fn accuracy_on_spider_ignores_distinct_unless_told_to_keep_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = path(dir.path(), "run");
+    fs::create_dir(&run).unwrap();
+    let mut records = records();
+    records.header.benchmark = Task::Spider;
+    records.header.settings.data = Some(spider(dir.path()).into());
+    for answer in &mut records.answers {
+        answer.source = "spider/dev".into();
+        answer.meta = Some(json!({ "db_id": "zoo" }));
+        answer.reference = Some("SELECT 7 FROM pen".into());
+        let text = ["SELECT DISTINCT 7 FROM pen", "```sql\nSELECT 7 FROM pen\n```", "SELECT 8", "none"][answer.index];
+        answer.text = text.to_owned();
+        answer.finish_reason = FinishReason::Eos;
+    }
+    records.write(&Path::new(&run).join("samples.jsonl")).unwrap();
+    let figures = |arguments: &[&str]| {
+        let stdout = EVAL.succeed(&[&["score", &run], arguments].concat()).stdout;
+        let results = fs::read_to_string(Path::new(&run).join("results.json")).unwrap();
+        let results: serde_json::Value = serde_json::from_str(&results).unwrap();
+        (results["models"][0]["strategies"][0].clone(), String::from_utf8(stdout).unwrap())
+    };
+    let is_default = |(figures, stdout): (serde_json::Value, String)| {
+        assert_eq!((&figures["metric"], &figures["correct"]), (&json!("ignore_distinct"), &json!(2)));
+        let other = &figures["alternative"];
+        assert_eq!((&other["metric"], &other["correct"], &other["scored"]), (&json!("keep_distinct"), &1.into(), &4.into()));
+        let note = "accuracy is with DISTINCT ignored; with DISTINCT kept: 25.0 %";
+        assert!(stdout.contains(note), "{stdout}");
+    };
+    is_default(figures(&[]));
+    // The run remembers the rule.
+    for arguments in [&["--keep-distinct"][..], &[]] {
+        let (figures, _) = figures(arguments);
+        assert_eq!((&figures["metric"], &figures["correct"]), (&json!("keep_distinct"), &json!(1)));
+        assert_eq!(figures["alternative"]["correct"], 2);
+    }
+    is_default(figures(&["--keep-distinct=false"]));
+}
+
+#[test]
 fn accuracy_on_spider_is_broken_down_by_difficulty() {
     let mut records = records();
     records.header.benchmark = Task::Spider;

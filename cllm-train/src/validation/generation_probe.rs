@@ -41,7 +41,7 @@ impl<'t> GenerationProbe<'t> {
             let (_, prompt_ids) = tokenizer.encode_prompt(&sample.prompt)?;
             let request = Request { prompt_ids, sample_id: sample.id.clone() };
             check_fits_context(&request, &stop, config.max_positions)?;
-            let context = ScoreContext { data: validation.data.as_deref(), sandbox: None };
+            let context = ScoreContext { data: validation.data.as_deref(), ..ScoreContext::default() };
             Task::from_source(&sample.source).check_scorable(context, sample)?;
             requests.push(request);
         }
@@ -64,7 +64,7 @@ impl<'t> GenerationProbe<'t> {
 
     fn score(&self, sample: &Sample, answer: &Answer) -> Result<Verdict> {
         let text = self.tokenizer.decode(&answer.response_ids)?;
-        let context = ScoreContext { data: self.data.as_deref(), sandbox: None };
+        let context = ScoreContext { data: self.data.as_deref(), ..ScoreContext::default() };
         Task::from_source(&sample.source).score(context, sample, &text, answer.finish_reason).map(|score| score.verdict)
     }
 }
