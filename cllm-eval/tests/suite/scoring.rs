@@ -209,7 +209,10 @@ fn accuracy_on_spider_ignores_distinct_unless_told_to_keep_it() {
     let is_default = |(figures, stdout): (serde_json::Value, String)| {
         assert_eq!((&figures["metric"], &figures["correct"]), (&json!("ignore_distinct"), &json!(2)));
         let other = &figures["alternative"];
-        assert_eq!((&other["metric"], &other["correct"], &other["scored"]), (&json!("keep_distinct"), &1.into(), &4.into()));
+        assert_eq!(
+            (&other["metric"], &other["correct"], &other["scored"]),
+            (&json!("keep_distinct"), &1.into(), &4.into())
+        );
         let note = "accuracy is with DISTINCT ignored; with DISTINCT kept: 25.0 %";
         assert!(stdout.contains(note), "{stdout}");
     };
