@@ -16,6 +16,41 @@ pub const TEMPLATE_FOLDER: &str = "chat_templates";
 /// The special tokens that templates may name, such as `bos_token`.
 pub type SpecialTokens = BTreeMap<String, String>;
 
+/// What the tokenizer classes of `transformers` take for a special token whose key is absent.
+const CLASS_DEFAULTS: [(&str, &[(&str, &str)]); 6] = [
+    ("LlamaTokenizer", &[("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>")]),
+    (
+        "CodeLlamaTokenizer",
+        &[
+            ("bos_token", "<s>"),
+            ("eos_token", "</s>"),
+            ("unk_token", "<unk>"),
+            ("prefix_token", "▁<PRE>"),
+            ("middle_token", "▁<MID>"),
+            ("suffix_token", "▁<SUF>"),
+            ("eot_token", "▁<EOT>"),
+            ("fill_token", "<FILL_ME>"),
+        ],
+    ),
+    ("Qwen2Tokenizer", &[("eos_token", ENDOFTEXT), ("unk_token", ENDOFTEXT), ("pad_token", ENDOFTEXT)]),
+    ("GPT2Tokenizer", &[("bos_token", ENDOFTEXT), ("eos_token", ENDOFTEXT), ("unk_token", ENDOFTEXT)]),
+    (
+        "GPTNeoXTokenizer",
+        &[("bos_token", ENDOFTEXT), ("eos_token", ENDOFTEXT), ("unk_token", ENDOFTEXT), ("pad_token", "<|padding|>")],
+    ),
+    (
+        "GemmaTokenizer",
+        &[
+            ("bos_token", "<bos>"),
+            ("eos_token", "<eos>"),
+            ("unk_token", "<unk>"),
+            ("pad_token", "<pad>"),
+            ("mask_token", "<mask>"),
+        ],
+    ),
+];
+const ENDOFTEXT: &str = "<|endoftext|>";
+
 /// The sources of a model's templates by their names. Template files replace what
 /// tokenizer_config.json holds; a template without a name is `default`.
 pub(super) fn template_sources(folder: &Path, config: &Value) -> Result<BTreeMap<String, String>> {
@@ -58,12 +93,26 @@ pub(super) fn token_text(value: &Value) -> Option<&str> {
     value.as_str().or(value["content"].as_str())
 }
 
-/// The special tokens of tokenizer_config.json: the keys that end in `_token`, and the named extra
-/// tokens of some models. A token that is null or absent is not defined in templates either.
-pub(super) fn special_tokens(config: &Value) -> SpecialTokens {
-    let fields = |value: &Value| value.as_object().cloned().unwrap_or_default();
-    let own = fields(config).into_iter().filter(|(name, _)| name.ends_with("_token"));
-    let extra = ["extra_special_tokens", "model_specific_special_tokens"].map(|key| fields(&config[key]));
-    let all = own.chain(extra.into_iter().flatten());
-    all.filter_map(|(name, value)| Some((name, token_text(&value)?.to_owned()))).collect()
+/// The special tokens of tokenizer_config.json: the keys that end in `_token`, the named extra
+/// tokens of some models, and what the class of the tokenizer adds. Where the configuration is of
+/// the older form without `added_tokens_decoder`, special_tokens_map.json wins. A token that is null
+/// is not defined in templates either.
+pub(super) fn special_tokens(folder: &Path, config: &Value) -> Result<SpecialTokens> {
+    let mut fields = config.as_object().cloned().unwrap_or_default();
+    let map = folder.join("special_tokens_map.json");
+    if config.get("added_tokens_decoder").is_none() && map.exists() {
+        let map: Value =
+            serde_json::from_str(&text_file::read(&map)?).map_err(|error| Error::file(&map, error.to_string()))?;
+        fields.extend(map.as_object().cloned().unwrap_or_default());
+    }
+    for key in ["extra_special_tokens", "model_specific_special_tokens"] {
+        fields.extend(fields.get(key).and_then(Value::as_object).cloned().unwrap_or_default());
+    }
+    let class = config["tokenizer_class"].as_str().unwrap_or_default();
+    let class = class.strip_suffix("Fast").unwrap_or(class);
+    for (name, token) in CLASS_DEFAULTS.iter().filter(|(name, _)| *name == class).flat_map(|(_, tokens)| *tokens) {
+        fields.entry(*name).or_insert_with(|| (*token).into());
+    }
+    let tokens = fields.into_iter().filter(|(name, _)| name.ends_with("_token"));
+    Ok(tokens.filter_map(|(name, value)| Some((name, token_text(&value)?.to_owned()))).collect())
 }

@@ -41,7 +41,7 @@ impl Renderer {
         let compiled = [DEFAULT, TOOL_USE].into_iter().filter_map(compile);
         Ok(Renderer {
             templates: compiled.map(|(name, template)| Ok((name, template?))).collect::<Result<_>>()?,
-            special_tokens: special_tokens(config),
+            special_tokens: special_tokens(folder, config)?,
             rendering: rendering.clone(),
             sources,
         })

@@ -11,6 +11,7 @@ mod inspect;
 mod interrupted;
 mod prepare;
 mod reference_format;
+mod rendering;
 mod rewrite;
 mod scoring;
 mod stats;

@@ -22,4 +22,5 @@ mod runs;
 mod sandbox;
 mod scoring;
 mod suite;
+mod thinking_template;
 mod tradeoffs;

@@ -13,3 +13,4 @@ mod recipes;
 mod rounds;
 mod runs;
 mod setup;
+mod turns;
