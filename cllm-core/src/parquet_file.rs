@@ -1,9 +1,11 @@
 //! Turns the failures of the `parquet` crate into errors that name the file.
 
+use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use parquet::errors::ParquetError;
+use parquet::file::metadata::ParquetMetaDataReader;
 
 use crate::{Error, Result};
 
@@ -12,6 +14,17 @@ use crate::{Error, Result};
 pub(crate) fn catch_panic<T>(path: &Path, read: impl FnOnce() -> Result<T>) -> Result<T> {
     let damaged = |_| Err(Error::file(path, "is damaged: copy it again, or regenerate it"));
     catch_unwind(AssertUnwindSafe(read)).unwrap_or_else(damaged)
+}
+
+/// Number of rows that the footer of a file names.
+pub(crate) fn num_rows(path: &Path) -> Result<usize> {
+    let file = File::open(path).map_err(Error::io(path))?;
+    catch_panic(path, || {
+        let metadata = ParquetMetaDataReader::new().parse_and_finish(&file);
+        let metadata =
+            metadata.map_err(|error| Error::file(path, format!("is not a complete Parquet file: {error}")))?;
+        Ok(metadata.file_metadata().num_rows() as usize)
+    })
 }
 
 /// Unwraps the operating-system error behind a failed write, so that a full disk is reported as

@@ -24,7 +24,7 @@ fn card(manifest: &Manifest) -> String {
     format!(
         "---\npretty_name: Jacobi trajectories\ntask_categories:\n- text-generation\ntags:\n- cllm\n- jacobi-decoding\n\
          size_categories:\n- {size}\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    \
-         path: part-*.parquet\n---\n\
+         path: data/*.parquet\n---\n\
          # Jacobi trajectories\n\n{num_rows} greedy responses of one teacher with every state of their Jacobi decoding, \
          in blocks of {} tokens, with at most {} tokens per response{thoughts}.\n\n- teacher: `{}`\n- tokenizer: `{}`\n- seed: \
          {}\n- toolkit: cllm {}\n\nSteps:\n\n{}\n",

@@ -1,7 +1,8 @@
 //! `import`: reads a JSON trajectory file of the reference implementation into a data set.
 //!
-//! The file has one record per block. The reference implementation cleans block by block, so a
-//! response may lack some of its blocks: its row ends before the first one that is missing.
+//! The file has one record per block, in any order. The reference implementation cleans block by
+//! block, so a response may lack some of its blocks: its row ends before the first one that is
+//! missing. A file that `export` wrote also says what the data set was: it comes back the same.
 
 use std::path::{Path, PathBuf};
 
@@ -10,15 +11,16 @@ use cllm_core::chat_template::RenderingRecord;
 use cllm_core::checkpoint::{self, hub};
 use cllm_core::program::Outcome;
 use cllm_core::progress::{self, count};
-use cllm_core::thought::ThoughtLimit;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{Block, FinishReason, Provenance, Trajectory, Writer};
 use cllm_core::{Error, Result, fingerprint, interrupt};
 
 use crate::dataset_card::finish_with_card;
-use crate::reference_format::{self, Ids, Record};
+use crate::record_store::RecordStore;
+use crate::reference_format::{self, ExportedDataSet, Ids, Record};
 
 const ROWS_PER_SHARD: usize = 1024;
+const MAX_NEW_TOKENS: usize = 512;
 
 #[derive(Args)]
 pub(crate) struct Arguments {
@@ -27,18 +29,17 @@ pub(crate) struct Arguments {
     /// Folder of the data set to write.
     #[arg(long, short)]
     output: PathBuf,
-    /// The teacher: a folder, or an id in the Hugging Face cache.
+    /// The teacher: a folder, or an id in the Hugging Face cache. A file that `export` wrote needs
+    /// none.
     #[arg(long)]
-    model: String,
+    model: Option<String>,
     /// Benchmark and split of rows for which the file names none.
     #[arg(long, default_value = "jsonl/imported")]
     source: String,
-    /// Maximum number of tokens in a response when it was collected (`max_new_seq_len`).
-    #[arg(long, default_value_t = 512)]
-    max_new_tokens: usize,
-    /// Number of tokens after which thoughts were closed when it was collected.
+    /// Maximum number of tokens in a response when it was collected (`max_new_seq_len`). A file
+    /// that `export` wrote says it; for others it is 512.
     #[arg(long)]
-    max_thinking_tokens: Option<usize>,
+    max_new_tokens: Option<usize>,
 }
 
 /// Writes the data set.
@@ -47,31 +48,32 @@ pub(crate) struct Arguments {
 /// When the file has another format, or a row breaks a guarantee of the data format.
 pub(crate) fn run(arguments: &Arguments) -> Result<Outcome> {
     let (path, output) = (&arguments.file, &arguments.output);
-    let folder = hub::locate(&arguments.model)?;
-    let tokenizer = Tokenizer::load(&folder)?;
-    let provenance = provenance(arguments, &folder, &tokenizer)?;
-    let mut writer = Writer::create(output, provenance.clone())?;
+    let teacher = arguments.model.as_deref().map(Teacher::load).transpose()?;
+    let store = RecordStore::create(path)?;
+    let contents = Contents::read(path, &store)?;
+    let provenance = provenance(arguments, &contents, teacher.as_ref())?;
+    let mut shards = Shards {
+        writer: Writer::create(output, provenance.clone())?,
+        rows: Vec::new(),
+        num_rows: contents.data_set.map_or_else(Vec::new, |data_set| data_set.shards).into_iter(),
+    };
+    let tokenizer = teacher.map(|teacher| teacher.tokenizer);
     let mut importer =
         Importer { file: path, source: &arguments.source, tokenizer, provenance, num_truncated: 0, num_dropped: 0 };
-
-    // The records of one response are consecutive.
-    let mut records: Vec<Record> = Vec::new();
-    let mut rows = Vec::new();
-    reference_format::read(path, |record| {
+    let mut shard_size = shards.next_size();
+    store.for_each_response(|records| {
         interrupt::check()?;
-        if records.first().is_some_and(|first| first.data_id != record.data_id) {
-            rows.extend(importer.join(std::mem::take(&mut records))?);
-        }
-        records.push(record);
-        if rows.len() == ROWS_PER_SHARD {
-            writer.write_shard(&rows)?;
-            rows.clear();
+        shards.rows.extend(importer.join(records)?);
+        if shards.rows.len() == shard_size {
+            shards.write()?;
+            shard_size = shards.next_size();
         }
         Ok(())
     })?;
-    rows.extend(importer.join(records)?);
-    writer.write_shard(&rows)?;
-    let num_rows = finish_with_card(writer)?;
+    if !shards.rows.is_empty() {
+        shards.write()?;
+    }
+    let num_rows = finish_with_card(shards.writer)?;
     progress::log(format!(
         "{} in {}; {} truncated before a missing block, {} dropped because the first block is missing",
         count(num_rows, "row"),
@@ -82,33 +84,104 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-fn provenance(arguments: &Arguments, model_folder: &Path, tokenizer: &Tokenizer) -> Result<Provenance> {
-    let new_limit = |max| ThoughtLimit::new(tokenizer, max, arguments.max_new_tokens);
-    let thought_limit = arguments.max_thinking_tokens.map(new_limit).transpose()?;
+/// The model that `--model` names.
+struct Teacher {
+    fingerprint: String,
+    tokenizer: Tokenizer,
+    vocab_size: usize,
+}
+
+impl Teacher {
+    fn load(name: &str) -> Result<Self> {
+        let folder = hub::locate(name)?;
+        Ok(Teacher {
+            fingerprint: checkpoint::fingerprint(&folder)?,
+            tokenizer: Tokenizer::load(&folder)?,
+            vocab_size: checkpoint::load_config(&folder)?.vocab_size as usize,
+        })
+    }
+}
+
+/// What a file says about all of its records.
+struct Contents {
+    /// `None` for a file that `export` did not write.
+    data_set: Option<ExportedDataSet>,
+    /// Length of the first state.
+    n: usize,
+}
+
+impl Contents {
+    /// Reads the file into `store`.
+    fn read(path: &Path, store: &RecordStore) -> Result<Self> {
+        let (mut data_set, mut n) = (None, None);
+        reference_format::read(path, |mut record| {
+            interrupt::check()?;
+            n = n.or(record.answer_trajectory_ids.first().map(Vec::len));
+            if let Some(found) = record.data_set.take()
+                && *data_set.get_or_insert(found.clone()) != found
+            {
+                let message = "holds the records of several data sets: export and import each of them alone";
+                return Err(Error::file(path, message));
+            }
+            store.add(&record)
+        })?;
+        let n = n.filter(|&n| n > 0).ok_or_else(|| Error::file(path, "has no record with states"))?;
+        Ok(Contents { data_set, n })
+    }
+}
+
+fn provenance(arguments: &Arguments, contents: &Contents, teacher: Option<&Teacher>) -> Result<Provenance> {
+    let (path, max_new_tokens) = (&arguments.file, arguments.max_new_tokens);
+    if let Some(ExportedDataSet { provenance, .. }) = &contents.data_set {
+        if teacher.is_some_and(|teacher| teacher.fingerprint != provenance.teacher) {
+            return Err(Error::file(
+                path,
+                "was exported from the data set of another teacher than --model: leave it out",
+            ));
+        }
+        if let Some(given) = max_new_tokens.filter(|&given| given != provenance.max_new_tokens) {
+            let message = format!("was collected with {} tokens, not {given}", provenance.max_new_tokens);
+            return Err(Error::file(path, format!("{message}: leave --max-new-tokens out")));
+        }
+        return Ok(provenance.clone());
+    }
+    let teacher =
+        teacher.ok_or_else(|| Error::file(path, "does not say which teacher collected it: name it with --model"))?;
     Ok(Provenance {
-        teacher: checkpoint::fingerprint(model_folder)?,
-        tokenizer: tokenizer.fingerprint().to_owned(),
-        vocab_size: checkpoint::load_config(model_folder)?.vocab_size as usize,
-        n: block_size(&arguments.file)?,
-        max_new_tokens: arguments.max_new_tokens,
-        thought_closing: thought_limit.map(|limit| limit.closing),
-        eos_ids: tokenizer.eos_ids().to_vec(),
+        teacher: teacher.fingerprint.clone(),
+        tokenizer: teacher.tokenizer.fingerprint().to_owned(),
+        vocab_size: teacher.vocab_size,
+        n: contents.n,
+        max_new_tokens: max_new_tokens.unwrap_or(MAX_NEW_TOKENS),
+        thought_closing: None,
+        eos_ids: teacher.tokenizer.eos_ids().to_vec(),
         seed: 0,
-        prompts: fingerprint::hash_contents(&arguments.file)?,
+        prompts: fingerprint::hash_contents(path)?,
         rendering: RenderingRecord::default(),
         toolkit: cllm_core::VERSION.to_owned(),
         steps: vec!["import: a file of the reference implementation".to_owned()],
     })
 }
 
-/// The length of the first state in the file.
-fn block_size(path: &Path) -> Result<usize> {
-    let mut length = None;
-    reference_format::read(path, |record| {
-        length = length.or(record.answer_trajectory_ids.first().map(Vec::len));
+/// Writes rows in shards of the sizes that the exported data set had.
+struct Shards {
+    writer: Writer,
+    /// Rows of the next shard.
+    rows: Vec<Trajectory>,
+    /// Number of rows of each shard that has not begun.
+    num_rows: std::vec::IntoIter<usize>,
+}
+
+impl Shards {
+    fn next_size(&mut self) -> usize {
+        self.num_rows.next().filter(|&size| size > 0).unwrap_or(ROWS_PER_SHARD)
+    }
+
+    fn write(&mut self) -> Result<()> {
+        self.writer.write_shard(&self.rows)?;
+        self.rows.clear();
         Ok(())
-    })?;
-    length.filter(|&length| length > 0).ok_or_else(|| Error::file(path, "has no record with states"))
+    }
 }
 
 /// Joins the records of a response into its row.
@@ -116,7 +189,8 @@ struct Importer<'a> {
     file: &'a Path,
     /// Source of rows whose record names none.
     source: &'a str,
-    tokenizer: Tokenizer,
+    /// Decodes prompts that the file holds as tokens only.
+    tokenizer: Option<Tokenizer>,
     provenance: Provenance,
     /// Number of rows that end before a missing block.
     num_truncated: usize,
@@ -126,72 +200,73 @@ struct Importer<'a> {
 
 impl Importer<'_> {
     fn join(&mut self, records: Vec<Record>) -> Result<Option<Trajectory>> {
-        let mut records = self.leading_blocks(records)?.into_iter();
-        let Some(first) = records.next() else { return Ok(None) };
+        let mut records = self.leading_blocks(records)?;
+        let Some(first) = records.first_mut() else { return Ok(None) };
         let prompt_ids = first.prompt_ids.flatten();
         let mut row = Trajectory {
-            sample_id: first.data_id,
-            source: first.source.unwrap_or_else(|| self.source.to_owned()),
-            prompt: match first.prompt {
-                Some(prompt) => prompt,
-                None => self.tokenizer.decode(&prompt_ids)?,
-            },
+            sample_id: first.data_id.clone(),
+            source: first.source.take().unwrap_or_else(|| self.source.to_owned()),
+            prompt: first.prompt.take().map_or_else(|| self.decode(&prompt_ids), Ok)?,
             prompt_ids,
             response_ids: Vec::new(),
-            reference: first.reference,
-            reference_ids: first.reference_ids,
+            reference: first.reference.take(),
+            reference_ids: first.reference_ids.take(),
             blocks: Vec::new(),
             augmented: None,
             finish_reason: FinishReason::Length,
-            meta: first.meta,
+            meta: first.meta.take(),
         };
-        let first_block = (row.prompt_ids.len(), first.answer_trajectory_ids);
-        let later_blocks = records.map(|record| (record.prompt_ids.flatten().len(), record.answer_trajectory_ids));
-        self.append_blocks(&mut row, std::iter::once(first_block).chain(later_blocks))?;
-        let complete = first.complete_teacher_output_ids.map(Ids::flatten);
-        truncate_to_complete_output(&mut row, complete.as_deref());
+        row.response_ids = self.response(&row, &records)?;
+        if row.response_ids.last().is_some_and(|last| self.provenance.eos_ids.contains(last)) {
+            row.finish_reason = FinishReason::Eos;
+        }
+        append_blocks(&mut row, records);
         match row.check(&self.provenance) {
             Ok(()) => Ok(Some(row)),
             Err(message) => Err(self.error(&row.sample_id, &message)),
         }
     }
 
-    /// Sorts the records of a response by block and removes those after the first missing block.
+    fn decode(&self, prompt_ids: &[i32]) -> Result<String> {
+        let missing = || Error::file(self.file, "has prompts as tokens only: name the teacher with --model");
+        self.tokenizer.as_ref().ok_or_else(missing)?.decode(prompt_ids)
+    }
+
+    /// Removes the records after the first missing block.
     fn leading_blocks(&mut self, mut records: Vec<Record>) -> Result<Vec<Record>> {
-        if let Some(malformed) = records.iter().find(|record| record.block_index().is_none()) {
-            return Err(self.error(&malformed.data_id, "jacobian_itr_id does not have the form itr_0"));
+        let is_twice = |pair: &&[Record]| pair[0].block_index() == pair[1].block_index();
+        if let Some([twice, _]) = records.windows(2).find(is_twice) {
+            let message = format!("has two records {}: give the responses different ids", twice.jacobian_itr_id);
+            return Err(self.error(&twice.data_id, &message));
         }
-        records.sort_by_key(Record::block_index);
         let is_next = |(index, record): &(usize, &Record)| record.block_index() == Some(*index);
         let num_leading = records.iter().enumerate().take_while(is_next).count();
         self.num_truncated += usize::from(num_leading > 0 && num_leading < records.len());
-        self.num_dropped += usize::from(num_leading == 0 && !records.is_empty());
+        self.num_dropped += usize::from(num_leading == 0);
         records.truncate(num_leading);
         Ok(records)
     }
 
-    /// Appends blocks, each with the number of tokens before it, to the row up to the one that ends
-    /// with EOS.
-    fn append_blocks(&self, row: &mut Trajectory, blocks: impl Iterator<Item = (usize, Vec<Vec<i32>>)>) -> Result<()> {
-        for (num_before, states) in blocks {
-            if let Some(closing) = &self.provenance.thought_closing
-                && num_before > row.prompt_ids.len() + row.response_ids.len()
-            {
-                row.response_ids.extend(&closing.closing_ids);
-            }
-            let start = row.response_ids.len() as u32;
-            let Some(fixed_point) = states.last() else {
-                return Err(self.error(&row.sample_id, "a block has no states"));
-            };
-            let eos = fixed_point.iter().position(|id| self.provenance.eos_ids.contains(id));
-            row.response_ids.extend(&fixed_point[..eos.map_or(fixed_point.len(), |eos| eos + 1)]);
-            row.blocks.push(Block { start, states });
-            if eos.is_some() {
-                row.finish_reason = FinishReason::Eos;
-                break;
-            }
-        }
-        Ok(())
+    /// The tokens after the prompt, through EOS or the length limit. The fixed point of the last
+    /// block goes on after the limit with tokens that nothing has verified: they are not in the
+    /// complete output, and an EOS among them ends nothing.
+    fn response(&self, row: &Trajectory, records: &[Record]) -> Result<Vec<i32>> {
+        let Some(last) = records.last() else { return Ok(Vec::new()) };
+        let mut sequence = last.prompt_ids.flatten();
+        sequence.extend(last.answer_trajectory_ids.last().into_iter().flatten());
+        let Some(mut response) = sequence.strip_prefix(&row.prompt_ids[..]) else {
+            let message = format!("prompt_ids of {} do not begin with those of itr_0", last.jacobian_itr_id);
+            return Err(self.error(&row.sample_id, &message));
+        };
+        let complete = last.complete_teacher_output_ids.as_ref().map(Ids::flatten);
+        let max_new_tokens = self.provenance.max_new_tokens;
+        let num_too_many = response.len().saturating_sub(max_new_tokens);
+        // The reference implementation decodes whole blocks: the last may reach over the limit.
+        let limit = if num_too_many < self.provenance.n { max_new_tokens } else { usize::MAX };
+        let length = complete.map_or(limit, |complete| complete.len().saturating_sub(row.prompt_ids.len()).min(limit));
+        response = &response[..length.min(response.len())];
+        let eos = response.iter().position(|id| self.provenance.eos_ids.contains(id));
+        Ok(response[..eos.map_or(response.len(), |eos| eos + 1)].to_vec())
     }
 
     fn error(&self, data_id: &str, message: &str) -> Error {
@@ -199,12 +274,22 @@ impl Importer<'_> {
     }
 }
 
-/// Shortens a response that reached the length limit inside its last block to the length of the
-/// complete output.
-fn truncate_to_complete_output(row: &mut Trajectory, complete: Option<&[i32]>) {
-    let length = complete.map_or(usize::MAX, |complete| complete.len().saturating_sub(row.prompt_ids.len()));
-    let last_start = row.blocks.last().map_or(0, |block| block.start as usize);
-    if row.finish_reason == FinishReason::Length && length > last_start {
-        row.response_ids.truncate(length);
+/// Appends the blocks that begin inside the response.
+fn append_blocks(row: &mut Trajectory, records: Vec<Record>) {
+    let is_augmented = records.iter().any(|record| record.augmented.is_some());
+    let mut augmented = Vec::new();
+    for mut record in records {
+        // `export` writes a block's only state twice.
+        let states = &mut record.answer_trajectory_ids;
+        if states.len() == 2 && states[0] == states[1] {
+            states.pop();
+        }
+        let start = record.prompt_ids.flatten().len().saturating_sub(row.prompt_ids.len());
+        if start >= row.response_ids.len() {
+            break;
+        }
+        augmented.push(record.augmented.unwrap_or_else(|| vec![false; record.answer_trajectory_ids.len()]));
+        row.blocks.push(Block { start: start as u32, states: record.answer_trajectory_ids });
     }
+    row.augmented = is_augmented.then_some(augmented);
 }

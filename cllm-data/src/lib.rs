@@ -14,6 +14,7 @@ mod export;
 mod import;
 mod inspect;
 mod prepare;
+mod record_store;
 mod reference_format;
 mod rewrite;
 mod scoring;

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::BufReader;
 use std::path::Path;
 
+use cllm_core::trajectory::Provenance;
 use cllm_core::{Error, Result};
 use serde::de::{DeserializeSeed, IgnoredAny, SeqAccess, Visitor};
 use serde::{Deserialize, Serialize};
@@ -18,7 +19,7 @@ pub(crate) enum Ids {
     Many(Vec<Ids>),
 }
 
-/// One block of one response. The last five fields are extensions that other readers ignore.
+/// One block of one response. The fields from `source` on are extensions that other readers ignore.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Record {
     /// Id of the response, the same for all of its blocks.
@@ -47,6 +48,23 @@ pub(crate) struct Record {
     pub reference_ids: Option<Vec<i32>>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub meta: Option<String>,
+    /// For each state, whether `augment` changed it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub augmented: Option<Vec<bool>>,
+    /// Position of the response in the data set that was exported, from 0.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub row: Option<u32>,
+    /// The data set that was exported. Only the first record of the file has it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data_set: Option<ExportedDataSet>,
+}
+
+/// What a data set has besides its rows.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct ExportedDataSet {
+    pub provenance: Provenance,
+    /// Number of rows in each shard.
+    pub shards: Vec<usize>,
 }
 
 impl Ids {
@@ -60,16 +78,16 @@ impl Ids {
         Ids::Many(vec![Ids::from_list(ids)])
     }
 
-    pub(crate) fn flatten(self) -> Vec<i32> {
+    pub(crate) fn flatten(&self) -> Vec<i32> {
         let mut flat = Vec::new();
         self.append_to(&mut flat);
         flat
     }
 
-    fn append_to(self, flat: &mut Vec<i32>) {
+    fn append_to(&self, flat: &mut Vec<i32>) {
         match self {
-            Ids::One(id) => flat.push(id),
-            Ids::Many(inner) => inner.into_iter().for_each(|ids| ids.append_to(flat)),
+            Ids::One(id) => flat.push(*id),
+            Ids::Many(inner) => inner.iter().for_each(|ids| ids.append_to(flat)),
         }
     }
 }
@@ -78,6 +96,10 @@ impl Record {
     /// Index of the block in its response; `None` if the id is malformed.
     pub(crate) fn block_index(&self) -> Option<usize> {
         self.jacobian_itr_id.strip_prefix("itr_")?.parse().ok()
+    }
+
+    pub(crate) fn is_of_same_response(&self, other: &Record) -> bool {
+        (self.row, &self.data_id) == (other.row, &other.data_id)
     }
 }
 

@@ -10,9 +10,12 @@ use serde_json::{Value, json};
 
 use crate::chat_template::RenderingRecord;
 use crate::thought::ThoughtClosing;
-use crate::{Error, Result, atomic_file, fingerprint, text_file};
+use crate::{Error, Result, atomic_file, fingerprint, parquet_file, text_file};
 
 const MANIFEST: &str = "manifest.json";
+/// Folder of the shards in that of the data set. It holds nothing else, so that tools which open a
+/// folder of Parquet files can open it.
+pub(super) const SHARD_FOLDER: &str = "data";
 
 /// Clause about a data set whose manifest says that it is not complete.
 pub const INCOMPLETE_DATA_SET: &str = "is not complete: the run that writes it was stopped or is still running; run the same \
@@ -116,11 +119,39 @@ impl Manifest {
     /// Reads the manifest of a data set, which several processes may have collected: then the
     /// manifests of their folders are joined.
     pub(super) fn load(folder: &Path) -> Result<Self> {
-        let manifest = match Manifest::read(folder)? {
-            Some(manifest) => Some(manifest),
-            None => Manifest::join_ranks(folder)?,
-        };
-        manifest.ok_or_else(|| Error::file(folder, "has no manifest.json, so it is not a trajectory data set"))
+        match Manifest::read(folder)? {
+            Some(manifest) => manifest.with_shards_in(folder),
+            None => Manifest::join_ranks(folder)?.ok_or_else(|| {
+                let message = "has no manifest.json, so it is not a trajectory data set; if another program wrote its \
+                               Parquet files, copy the manifest.json of the data set that their rows come from into it";
+                Error::file(folder, message)
+            }),
+        }
+    }
+
+    /// Reads the manifest that goes with a file: beside it, or beside its folder of shards.
+    pub(super) fn beside(file: &Path) -> Result<Option<Self>> {
+        let Some(folder) = file.parent() else { return Ok(None) };
+        match (Manifest::read(folder)?, folder.parent()) {
+            (None, Some(above)) if folder.ends_with(SHARD_FOLDER) => Manifest::read(above),
+            (manifest, _) => Ok(manifest),
+        }
+    }
+
+    /// Another program that wrote the rows again gave its files other names: where no shard of a
+    /// complete data set exists, the Parquet files in the folder are its shards.
+    fn with_shards_in(mut self, folder: &Path) -> Result<Self> {
+        let is_there = |(name, _): &(String, usize)| folder.join(name).exists();
+        if self.complete && !self.shards.iter().any(is_there) {
+            let mut names = parquet_names(folder, "")?;
+            names.extend(parquet_names(folder, SHARD_FOLDER)?);
+            names.sort();
+            if !names.is_empty() {
+                let shard = |name: String| Ok((name.clone(), parquet_file::num_rows(&folder.join(name))?));
+                self.shards = names.into_iter().map(shard).collect::<Result<_>>()?;
+            }
+        }
+        Ok(self)
     }
 
     /// Joins the manifests of the folders of all ranks; `None` if there are no such folders.
@@ -173,6 +204,18 @@ pub fn stored_date(folder: &Path) -> Result<Option<Date>> {
     let manifests = folders.iter().filter_map(|folder| Manifest::read(folder).transpose());
     let dates = manifests.map(|manifest| Ok(manifest?.provenance.rendering.date)).collect::<Result<Vec<_>>>()?;
     Ok(dates.into_iter().flatten().min())
+}
+
+/// Names, relative to `folder`, of the Parquet files in one of its folders.
+fn parquet_names(folder: &Path, inside: &str) -> Result<Vec<String>> {
+    let path = folder.join(inside);
+    if !path.is_dir() {
+        return Ok(Vec::new());
+    }
+    let entries = std::fs::read_dir(&path).map_err(Error::io(&path))?;
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let relative = |name: String| if inside.is_empty() { name } else { format!("{inside}/{name}") };
+    Ok(names.filter(|name| name.ends_with(".parquet")).map(relative).collect())
 }
 
 /// Name of the folder in which process `rank` of `world_size` collects, inside the folder of the

@@ -10,7 +10,9 @@ use parquet::file::metadata::{ColumnChunkMetaData, RowGroupMetaData};
 
 use super::manifest::{INCOMPLETE_DATA_SET, Manifest, Provenance};
 use super::row::Trajectory;
-use super::schema::{PROVENANCE_KEY, REFERENCE_IDS, SCHEMA_VERSION, VERSION_KEY, batch_to_rows, schema};
+use super::schema::{
+    PROVENANCE_KEY, REFERENCE_IDS, SCHEMA_VERSION, VERSION_KEY, batch_to_rows, holds_same_values, schema,
+};
 use crate::{Error, Result, interrupt, parquet_file};
 
 /// Rows that are decoded at once.
@@ -35,6 +37,8 @@ struct Shard {
     path: PathBuf,
     row_groups: Vec<RowGroup>,
     provenance: Provenance,
+    /// Whether another program wrote the rows again and lost the metadata.
+    is_rewritten: bool,
 }
 
 struct RowGroup {
@@ -69,8 +73,8 @@ impl RowChunk {
 }
 
 impl Shard {
-    fn open(path: &Path) -> Result<Self> {
-        let (builder, provenance) = open_shard(path)?;
+    fn open(path: &Path, manifest: Option<&Manifest>) -> Result<Self> {
+        let (builder, provenance) = open_shard(path, manifest)?;
         let num_values =
             |group: &RowGroupMetaData| group.columns().iter().map(ColumnChunkMetaData::num_values).sum::<i64>();
         let row_group = |group: &RowGroupMetaData| RowGroup {
@@ -78,7 +82,8 @@ impl Shard {
             num_values: num_values(group) as usize,
         };
         let row_groups = builder.metadata().row_groups().iter().map(row_group).collect();
-        Ok(Shard { path: path.to_owned(), row_groups, provenance })
+        let is_rewritten = metadata_value(&builder, VERSION_KEY).is_none();
+        Ok(Shard { path: path.to_owned(), row_groups, provenance, is_rewritten })
     }
 
     fn num_rows(&self) -> usize {
@@ -106,7 +111,7 @@ impl Reader {
     /// As [`Reader::open`], except for a data set that is not complete.
     pub fn open_incomplete(path: &Path) -> Result<Self> {
         if !path.is_dir() {
-            let shard = Shard::open(path)?;
+            let shard = Shard::open(path, Manifest::beside(path)?.as_ref())?;
             let provenance = shard.provenance.clone();
             return Ok(Reader { path: path.to_owned(), shards: vec![shard], provenance, complete: true });
         }
@@ -118,7 +123,7 @@ impl Reader {
             if !shards.is_empty() {
                 interrupt::check()?;
             }
-            let shard = Shard::open(&path.join(name))?;
+            let shard = Shard::open(&path.join(name), Some(&manifest))?;
             check_shard(&shard, *num_rows, shards.first())?;
             shards.push(shard);
         }
@@ -129,6 +134,11 @@ impl Reader {
 
     pub fn num_rows(&self) -> usize {
         self.shards.iter().map(Shard::num_rows).sum()
+    }
+
+    /// Number of rows in each shard, in order.
+    pub fn shard_rows(&self) -> Vec<usize> {
+        self.shards.iter().map(Shard::num_rows).collect()
     }
 
     pub fn provenance(&self) -> &Provenance {
@@ -203,7 +213,7 @@ impl Reader {
 /// that of the first shard.
 fn check_shard(shard: &Shard, expected_rows: usize, first: Option<&Shard>) -> Result<()> {
     let num_rows = shard.num_rows();
-    if num_rows != expected_rows {
+    if num_rows != expected_rows && !shard.is_rewritten {
         let message =
             format!("has {num_rows} rows, but manifest.json says {expected_rows}: copy the whole folder again");
         return Err(Error::file(&shard.path, message));
@@ -247,7 +257,7 @@ impl Rows {
                 self.open = None;
             }
             let Some(ShardSlice { path, row_groups }) = self.remaining.pop() else { return Ok(false) };
-            let (builder, _) = open_shard(&path)?;
+            let builder = open_parquet(&path)?;
             let builder = builder.with_row_groups(row_groups).with_batch_size(BATCH_ROWS);
             let batches = parquet_file::catch_panic(&path, || builder.build().map_err(|error| damaged(&path, error)))?;
             self.open = Some((path, batches));
@@ -296,11 +306,15 @@ fn damaged(path: &Path, error: impl std::fmt::Display) -> Error {
 }
 
 /// Opens a shard and checks that its footer is that of a trajectory shard which this version can
-/// read.
-pub(super) fn open_shard(path: &Path) -> Result<(ParquetRecordBatchReaderBuilder<File>, Provenance)> {
+/// read. Other programs lose the metadata when they write rows again; the manifest then says how
+/// the rows were made.
+pub(super) fn open_shard(
+    path: &Path,
+    manifest: Option<&Manifest>,
+) -> Result<(ParquetRecordBatchReaderBuilder<File>, Provenance)> {
     parquet_file::catch_panic(path, || {
         let builder = open_parquet(path)?;
-        let provenance = read_metadata(path, &builder)?;
+        let provenance = read_metadata(path, &builder, manifest)?;
         Ok((builder, provenance))
     })
 }
@@ -316,11 +330,30 @@ fn open_parquet(path: &Path) -> Result<ParquetRecordBatchReaderBuilder<File>> {
         .map_err(|error| Error::file(path, format!("is not a complete Parquet file ({error}); {DAMAGED_ADVICE}")))
 }
 
-fn read_metadata(path: &Path, builder: &ParquetRecordBatchReaderBuilder<File>) -> Result<Provenance> {
-    let metadata = builder.metadata().file_metadata().key_value_metadata().cloned().unwrap_or_default();
-    let value = |key: &str| metadata.iter().find(|entry| entry.key == key).and_then(|entry| entry.value.clone());
-    let version = value(VERSION_KEY)
-        .ok_or_else(|| Error::file(path, "is not a trajectory shard: it has no schema version in its metadata"))?;
+fn metadata_value(builder: &ParquetRecordBatchReaderBuilder<File>, key: &str) -> Option<String> {
+    let metadata = builder.metadata().file_metadata().key_value_metadata()?;
+    metadata.iter().find(|entry| entry.key == key).and_then(|entry| entry.value.clone())
+}
+
+fn read_metadata(
+    path: &Path,
+    builder: &ParquetRecordBatchReaderBuilder<File>,
+    manifest: Option<&Manifest>,
+) -> Result<Provenance> {
+    let value = |key: &str| metadata_value(builder, key);
+    let (version, provenance) = match (value(VERSION_KEY), manifest) {
+        (Some(version), _) => {
+            let provenance = serde_json::from_str(&value(PROVENANCE_KEY).unwrap_or_default());
+            let unreadable = |error| Error::file(path, format!("has no readable provenance: {error}"));
+            (version, provenance.map_err(unreadable))
+        }
+        (None, Some(manifest)) => (manifest.schema_version.to_string(), Ok(manifest.provenance.clone())),
+        (None, None) => {
+            let message = "is not a trajectory shard: it has no schema version in its metadata; if another program wrote \
+                           its rows again, copy the manifest.json of the data set that they come from beside it";
+            return Err(Error::file(path, message));
+        }
+    };
     if version != SCHEMA_VERSION.to_string() {
         let message = format!("has schema version {version}; this version ({}) reads {SCHEMA_VERSION}", crate::VERSION);
         return Err(Error::file(path, message));
@@ -328,24 +361,29 @@ fn read_metadata(path: &Path, builder: &ParquetRecordBatchReaderBuilder<File>) -
     if let Some(problem) = column_problem(builder.schema()) {
         return Err(Error::file(path, format!("is not a trajectory shard: {problem} (see docs/data-format.md)")));
     }
-    serde_json::from_str(&value(PROVENANCE_KEY).unwrap_or_default())
-        .map_err(|error| Error::file(path, format!("has no readable provenance: {error}")))
+    provenance
 }
 
-/// The first column that is missing, superfluous or of another type.
+/// The first column that is missing, superfluous or of a type that holds other values.
 fn column_problem(actual: &Schema) -> Option<String> {
     let expected = schema();
     for field in expected.fields() {
         match actual.field_with_name(field.name()) {
             Err(_) if field.name() == REFERENCE_IDS => {}
             Err(_) => return Some(format!("it has no column `{}`", field.name())),
-            Ok(column) if column.data_type() != field.data_type() => {
+            Ok(column) if !holds_same_values(column.data_type(), field.data_type()) => {
                 let (name, actual, expected) = (field.name(), column.data_type(), field.data_type());
                 return Some(format!("its column `{name}` is {actual}, expected {expected}"));
             }
             Ok(_) => {}
         }
     }
-    let extra = actual.fields().iter().find(|field| expected.field_with_name(field.name()).is_err())?;
-    Some(format!("it has an unknown column `{}`", extra.name()))
+    let is_extra = |name: &str| expected.field_with_name(name).is_err() && !is_pandas_index(name);
+    let extra = actual.fields().iter().find(|field| is_extra(field.name()))?;
+    Some(format!("it has an unknown column `{}`: leave it out", extra.name()))
+}
+
+/// The column in which pandas keeps the numbers of rows that were left when it filtered them.
+fn is_pandas_index(name: &str) -> bool {
+    name.starts_with("__index_level_")
 }

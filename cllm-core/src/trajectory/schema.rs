@@ -5,9 +5,10 @@ use std::sync::Arc;
 
 use arrow::array::{
     Array, ArrayRef, AsArray, BooleanBuilder, Int32Array, Int32Builder, ListArray, ListBuilder, RecordBatch,
-    StringArray, StructArray,
+    StringArray, StructArray, new_null_array,
 };
 use arrow::buffer::OffsetBuffer;
+use arrow::compute::{CastOptions, cast_with_options};
 use arrow::datatypes::{DataType, Field, Fields, Int32Type, Schema, SchemaRef};
 use arrow::error::ArrowError;
 
@@ -122,8 +123,65 @@ fn flags_to_array(rows: &[Trajectory]) -> ListArray {
     builder.finish()
 }
 
+/// Whether a column of one type can be read as one of another: other programs write text, lists
+/// and numbers in types of their own, and name the items of lists in their own way.
+pub(super) fn holds_same_values(actual: &DataType, expected: &DataType) -> bool {
+    use DataType::{
+        Boolean, Dictionary, FixedSizeList, Int32, LargeList, LargeListView, LargeUtf8, List, ListView, Null, Struct,
+        Utf8, Utf8View,
+    };
+    match (actual, expected) {
+        (Dictionary(_, values), _) => holds_same_values(values, expected),
+        // A column, or a list, without any value has no type.
+        (Null, _) => true,
+        (Utf8 | LargeUtf8 | Utf8View, Utf8) | (Boolean, Boolean) => true,
+        (actual, Int32) => actual.is_integer(),
+        (
+            List(item) | LargeList(item) | ListView(item) | LargeListView(item) | FixedSizeList(item, _),
+            List(expected_item),
+        ) => holds_same_values(item.data_type(), expected_item.data_type()),
+        (Struct(fields), Struct(expected_fields)) => {
+            let holds = |expected: &Arc<Field>| {
+                let field = fields.iter().find(|field| field.name() == expected.name());
+                field.is_some_and(|field| holds_same_values(field.data_type(), expected.data_type()))
+            };
+            fields.len() == expected_fields.len() && expected_fields.iter().all(holds)
+        }
+        _ => false,
+    }
+}
+
+/// The columns of a batch in our own types.
+fn to_own_types(batch: &RecordBatch) -> Result<RecordBatch, String> {
+    let column = |field: &Arc<Field>| {
+        let (name, options) = (field.name(), CastOptions { safe: false, ..CastOptions::default() });
+        let column = match batch.column_by_name(name) {
+            Some(column) => column,
+            // Earlier versions did not write it.
+            None if name == REFERENCE_IDS => return Ok(new_null_array(field.data_type(), batch.num_rows())),
+            None => return Err(format!("column `{name}` is missing")),
+        };
+        let own = cast_with_options(column, field.data_type(), &options);
+        let own = own.map_err(|error| format!("column `{name}`: {error}"))?;
+        if has_nulls_inside(&own) { Err(format!("column `{name}` has a null inside a list")) } else { Ok(own) }
+    };
+    let columns = schema().fields().iter().map(column).collect::<Result<Vec<_>, String>>()?;
+    RecordBatch::try_new(schema(), columns).map_err(|error| error.to_string())
+}
+
+/// Whether an item of a list, at any depth, is null.
+fn has_nulls_inside(array: &ArrayRef) -> bool {
+    let is_broken = |item: &ArrayRef| item.null_count() > 0 || has_nulls_inside(item);
+    match array.data_type() {
+        DataType::List(_) => is_broken(array.as_list::<i32>().values()),
+        DataType::Struct(_) => array.as_struct().columns().iter().any(is_broken),
+        _ => false,
+    }
+}
+
 /// Converts a record batch whose schema has been checked.
 pub(super) fn batch_to_rows(batch: &RecordBatch) -> Result<Vec<Trajectory>, String> {
+    let batch = &to_own_types(batch)?;
     let column = |name: &str| batch.column_by_name(name).ok_or_else(|| format!("column `{name}` is missing"));
     let text = |name: &str| Ok::<_, String>(column(name)?.as_string::<i32>());
     let list = |name: &str| Ok::<_, String>(column(name)?.as_list::<i32>());
@@ -131,7 +189,7 @@ pub(super) fn batch_to_rows(batch: &RecordBatch) -> Result<Vec<Trajectory>, Stri
     let (prompt_ids, response_ids) = (list("prompt_ids")?, list("response_ids")?);
     let (reference, meta, finish_reason) = (text("reference")?, text("meta")?, text("finish_reason")?);
     let (blocks, augmented) = (list("blocks")?, list("augmented")?);
-    let reference_ids = list(REFERENCE_IDS).ok();
+    let reference_ids = list(REFERENCE_IDS)?;
     let row = |row: usize| {
         let optional = |values: &StringArray| values.is_valid(row).then(|| values.value(row).to_owned());
         let required = |name: &str, values| optional(values).ok_or_else(|| format!("row {row}: `{name}` is null"));
@@ -142,7 +200,7 @@ pub(super) fn batch_to_rows(batch: &RecordBatch) -> Result<Vec<Trajectory>, Stri
             prompt_ids: ids_in(prompt_ids, row),
             response_ids: ids_in(response_ids, row),
             reference: optional(reference),
-            reference_ids: reference_ids.filter(|ids| ids.is_valid(row)).map(|ids| ids_in(ids, row)),
+            reference_ids: reference_ids.is_valid(row).then(|| ids_in(reference_ids, row)),
             blocks: blocks_in(blocks, row),
             augmented: augmented.is_valid(row).then(|| flags_in(augmented, row)),
             finish_reason: match required("finish_reason", finish_reason)?.as_str() {
@@ -183,4 +241,44 @@ fn flags_in(lists: &ListArray, index: usize) -> Vec<Vec<bool>> {
     let of_block =
         |index: usize| item_range(of_blocks, index).map(|flag| flags.is_valid(flag) && flags.value(flag)).collect();
     item_range(lists, index).map(of_block).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use arrow::array::{Int64Builder, LargeListBuilder};
+
+    use super::*;
+
+    fn batch_with_prompt_ids(ids: [Option<i64>; 2]) -> RecordBatch {
+        let row = Trajectory {
+            sample_id: "a".into(),
+            source: "jsonl/train".into(),
+            prompt: "p".into(),
+            prompt_ids: vec![1, 2],
+            response_ids: vec![3],
+            reference: None,
+            reference_ids: None,
+            blocks: vec![Block { start: 0, states: vec![vec![3]] }],
+            augmented: None,
+            finish_reason: FinishReason::Length,
+            meta: None,
+        };
+        let own = rows_to_batch(&[row]).unwrap();
+        let mut builder = LargeListBuilder::new(Int64Builder::new());
+        builder.append_value(ids);
+        let fields = own.schema().fields().iter().map(Arc::clone).collect::<Vec<_>>();
+        let (mut fields, mut columns) = (fields, own.columns().to_vec());
+        columns[3] = Arc::new(builder.finish());
+        fields[3] = Arc::new(Field::new("prompt_ids", columns[3].data_type().clone(), true));
+        RecordBatch::try_new(Arc::new(Schema::new(fields)), columns).unwrap()
+    }
+
+    #[test]
+    fn ids_of_64_bits_are_read_and_none_is_lost() {
+        assert_eq!(batch_to_rows(&batch_with_prompt_ids([Some(7), Some(8)])).unwrap()[0].prompt_ids, [7, 8]);
+        let error = batch_to_rows(&batch_with_prompt_ids([Some(7), Some(1 << 40)])).unwrap_err();
+        assert!(error.contains("prompt_ids") && error.contains("1099511627776"), "{error}");
+        let error = batch_to_rows(&batch_with_prompt_ids([Some(7), None])).unwrap_err();
+        assert!(error.contains("prompt_ids") && error.contains("null"), "{error}");
+    }
 }

@@ -9,7 +9,7 @@ use parquet::file::metadata::KeyValue;
 use parquet::file::properties::WriterProperties;
 use rayon::prelude::*;
 
-use super::manifest::{Manifest, Provenance};
+use super::manifest::{Manifest, Provenance, SHARD_FOLDER};
 use super::reader::{Reader, open_shard};
 use super::row::Trajectory;
 use super::schema::{PROVENANCE_KEY, SCHEMA_VERSION, VERSION_KEY, rows_to_batch, schema};
@@ -41,6 +41,9 @@ impl Writer {
         // A folder without a manifest is not ours, and nothing in it may be removed.
         if Manifest::exists(folder) {
             atomic_file::recover(folder)?;
+            if folder.join(SHARD_FOLDER).is_dir() {
+                atomic_file::recover(&folder.join(SHARD_FOLDER))?;
+            }
         }
         let manifest = match Manifest::read(folder)? {
             None => Manifest { schema_version: SCHEMA_VERSION, provenance, shards: Vec::new(), complete: false },
@@ -76,7 +79,9 @@ impl Writer {
         writer.manifest.shards.clear();
         writer.write_manifest()?;
         if was_stopped {
+            // Earlier versions wrote shards beside the manifest.
             remove_shards(folder)?;
+            remove_shards(&folder.join(SHARD_FOLDER))?;
         }
         Ok(writer)
     }
@@ -109,8 +114,10 @@ impl Writer {
     /// File-system errors.
     pub fn write_shards(&mut self, shards: &[&[Trajectory]]) -> Result<()> {
         let first = self.num_shards();
-        let names: Vec<String> =
-            (first..first + shards.len()).map(|index| format!("{SHARD_PREFIX}{index:05}.parquet")).collect();
+        let name = |index: usize| format!("{SHARD_FOLDER}/{SHARD_PREFIX}{index:05}.parquet");
+        let names: Vec<String> = (first..first + shards.len()).map(name).collect();
+        let folder = self.folder.join(SHARD_FOLDER);
+        std::fs::create_dir_all(&folder).map_err(Error::write(&folder))?;
         names.par_iter().zip(shards).try_for_each(|(name, rows)| self.write_rows(name, rows))?;
         self.manifest.shards.extend(names.into_iter().zip(shards.iter().map(|rows| rows.len())));
         self.write_manifest()
@@ -213,6 +220,9 @@ fn row_groups(rows: &[Trajectory]) -> impl Iterator<Item = &[Trajectory]> {
 
 /// Removes the shards that a killed run left, whether the manifest lists them or not.
 fn remove_shards(folder: &Path) -> Result<()> {
+    if !folder.is_dir() {
+        return Ok(());
+    }
     for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
         let entry = entry.map_err(Error::io(folder))?;
         let name = entry.file_name().to_string_lossy().into_owned();
@@ -226,5 +236,5 @@ fn remove_shards(folder: &Path) -> Result<()> {
 
 /// Whether a shard exists, has a readable footer, and has this number of rows.
 fn is_intact(path: &Path, num_rows: usize) -> bool {
-    open_shard(path).is_ok_and(|(builder, _)| builder.metadata().file_metadata().num_rows() == num_rows as i64)
+    open_shard(path, None).is_ok_and(|(builder, _)| builder.metadata().file_metadata().num_rows() == num_rows as i64)
 }

@@ -182,8 +182,12 @@ pub fn damaged_models(good: &Path, into: &Path) -> Vec<(String, Vec<&'static str
 pub fn copy_folder(from: &Path, to: &Path) {
     std::fs::create_dir(to).unwrap();
     for entry in std::fs::read_dir(from).unwrap() {
-        let file = entry.unwrap().path();
-        std::fs::copy(&file, to.join(file.file_name().unwrap())).unwrap();
+        let (file, copy) = (entry.as_ref().unwrap().path(), to.join(entry.as_ref().unwrap().file_name()));
+        if file.is_dir() {
+            copy_folder(&file, &copy);
+        } else {
+            std::fs::copy(&file, &copy).unwrap();
+        }
     }
 }
 

@@ -53,6 +53,62 @@ fn write(folder: &Path, rows: Range<i32>) {
     writer.finish().unwrap();
 }
 
+/// What pandas, pyarrow, Polars and DuckDB wrote when they were given the data set `own`.
+#[test]
+fn rows_that_other_tools_wrote_again_are_read() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/other-tools");
+    let expected: Vec<Trajectory> = serde_json::from_slice(&std::fs::read(folder.join("rows.json")).unwrap()).unwrap();
+    let mut num_opened = 0;
+    for entry in std::fs::read_dir(&folder).unwrap() {
+        let path = entry.unwrap().path();
+        if !path.is_dir() && path.extension().is_none_or(|extension| extension != "parquet") {
+            continue;
+        }
+        let reader = Reader::open(&path).unwrap_or_else(|error| panic!("{error}"));
+        let rows: Vec<Trajectory> = reader.rows().map(|row| row.unwrap_or_else(|error| panic!("{error}"))).collect();
+        let is_filtered = path.ends_with("pandas-filtered.parquet");
+        let kept = expected.iter().filter(|row| !is_filtered || row.finish_reason == FinishReason::Length);
+        assert_eq!(rows, kept.cloned().collect::<Vec<_>>(), "{}", path.display());
+        assert_eq!(reader.provenance(), &Provenance { seed: 1, ..provenance() }, "{}", path.display());
+        num_opened += 1;
+    }
+    assert_eq!(num_opened, 16);
+}
+
+#[test]
+fn rows_without_metadata_need_the_manifest_beside_them() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/other-tools");
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("data/rows.parquet");
+    std::fs::create_dir(dir.path().join("data")).unwrap();
+    std::fs::copy(folder.join("pandas-filtered.parquet"), &file).unwrap();
+    for path in [&file, dir.path()] {
+        let message = Reader::open(path).err().unwrap().to_string();
+        assert!(message.contains("copy the manifest.json"), "{message}");
+    }
+    std::fs::copy(folder.join("manifest.json"), dir.path().join("manifest.json")).unwrap();
+    for path in [&file, dir.path()] {
+        assert_eq!(Reader::open(path).unwrap().num_rows(), 1);
+    }
+    // Rows may be written again in place, too.
+    std::fs::rename(&file, dir.path().join("data/part-00000.parquet")).unwrap();
+    assert_eq!(Reader::open(dir.path()).unwrap().rows().count(), 1);
+}
+
+#[test]
+fn shards_of_earlier_versions_stand_beside_the_manifest() {
+    let dir = tempfile::tempdir().unwrap();
+    write(dir.path(), 0..700);
+    for index in 0..3 {
+        let name = format!("part-{index:05}.parquet");
+        std::fs::rename(dir.path().join("data").join(&name), dir.path().join(name)).unwrap();
+    }
+    let manifest = dir.path().join("manifest.json");
+    let text = std::fs::read_to_string(&manifest).unwrap();
+    std::fs::write(&manifest, text.replace("data/part", "part")).unwrap();
+    assert_eq!(Reader::open(dir.path()).unwrap().rows().map(Result::unwrap).count(), 700);
+}
+
 #[test]
 fn rows_come_back_in_order_and_pass_their_checks() {
     let dir = tempfile::tempdir().unwrap();
@@ -104,7 +160,7 @@ fn the_same_rows_give_the_same_bytes() {
     let (a, b) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     write(a.path(), 0..50);
     write(b.path(), 0..50);
-    let bytes = |dir: &Path| std::fs::read(dir.join("part-00000.parquet")).unwrap();
+    let bytes = |dir: &Path| std::fs::read(dir.join("data/part-00000.parquet")).unwrap();
     assert_eq!(bytes(a.path()), bytes(b.path()));
 }
 
@@ -117,7 +173,7 @@ fn another_provenance_a_cut_shard_and_another_schema_are_refused() {
     assert!(message.contains("was started with seed=1; this command says seed=2"), "{message}");
     let message = open_error(Provenance { teacher: "u".into(), ..provenance() });
     assert!(message.contains("was collected from another teacher (\"t\", not \"u\")"), "{message}");
-    let shard = dir.path().join("part-00000.parquet");
+    let shard = dir.path().join("data/part-00000.parquet");
     let bytes = std::fs::read(&shard).unwrap();
     std::fs::write(&shard, &bytes[..bytes.len() / 2]).unwrap();
     let message = Reader::open(dir.path()).err().unwrap().to_string();

@@ -14,7 +14,8 @@ use crate::fixtures::{DATA, collect, prompt_set, row, run_error, shard, shards, 
 /// The command line of `collect` from `model` into `output`.
 fn collect_command(model: &str, output: &str) -> Vec<String> {
     let paths = [format!("model={model}"), format!("prompts={}", prompt_set()), format!("output={output}")];
-    let settings = ["collect", "n=8", "max_new_tokens=20", "device=cpu", "rows_per_shard=8"].map(str::to_owned);
+    let settings =
+        ["collect", "n=8", "max_new_tokens=20", "device=cpu", "rows_per_shard=8", "date=2026-11-28"].map(str::to_owned);
     [&settings[..], &paths].concat()
 }
 
@@ -87,7 +88,7 @@ fn every_bad_shard_is_named_by_every_verb_and_nothing_is_written() {
         (|shard| foreign_parquet::write(shard, "text", Some("1")), &["part-00000.parquet", "no column `sample_id`"]),
         (|shard| foreign_parquet::write(shard, "text", Some("99")), &["part-00000.parquet", "schema version 99"]),
         (
-            |shard| fs::write(shard.with_file_name("manifest.json"), "{\"schema_ver").unwrap(),
+            |shard| fs::write(shard.with_file_name("../manifest.json"), "{\"schema_ver").unwrap(),
             &["manifest.json", "is not a manifest"],
         ),
     ];
@@ -95,7 +96,7 @@ fn every_bad_shard_is_named_by_every_verb_and_nothing_is_written() {
         let dir = tempfile::tempdir().unwrap();
         let (data, output) = (dir.path().join("data"), path(dir.path(), "output"));
         copy_folder(good.path(), &data);
-        damage(&data.join("part-00000.parquet"));
+        damage(&data.join("data/part-00000.parquet"));
         for arguments in commands_that_read(&data.display().to_string(), &output) {
             DATA.fail(&arguments, 2, parts);
         }
@@ -107,7 +108,7 @@ fn every_bad_shard_is_named_by_every_verb_and_nothing_is_written() {
 fn a_shard_with_another_number_of_rows_than_the_manifest_says_is_refused() {
     let (a, b) = (row("a", &[5, 6, 7, 0]), row("b", &[5, 6, 7, 0]));
     let (one, two) = (write_data_set(std::slice::from_ref(&a)), write_data_set(&[a, b]));
-    fs::copy(one.path().join("part-00000.parquet"), two.path().join("part-00000.parquet")).unwrap();
+    fs::copy(one.path().join("data/part-00000.parquet"), two.path().join("data/part-00000.parquet")).unwrap();
     DATA.fail(&["stats", &path(two.path(), "")], 2, &["part-00000.parquet", "has 1 rows", "says 2"]);
 }
 
@@ -205,7 +206,7 @@ fn a_path_that_cannot_be_written_is_exit_code_3_for_every_verb() {
     }
     let reference = path(dir.path(), "reference.json");
     DATA.succeed(&["export", &data, "--output", &reference]);
-    DATA.fail(&["import", &reference, "--model", &model, "--output", &output], 3, &said);
+    DATA.fail(&["import", &reference, "--output", &output], 3, &said);
     // Naming a folder instead of a file is a mistake of the user, not of the machine.
     let folder = dir.path().display().to_string();
     DATA.fail(&["prepare", "synthetic", "--num-problems", "2", "--output", &folder], 2, &["name a file"]);
@@ -229,7 +230,7 @@ fn on_a_full_disk_collect_keeps_its_shards_and_can_be_resumed() {
     assert!(blocks[0] < blocks[2] && blocks[1] < blocks[2], "{blocks:?}");
     DATA.fail_on_full_disk(blocks[2] - 1, &command, &["part-00002.parquet"]);
     assert_eq!(shards(&whole)[..2], [0, 1].map(|index| fs::read(shard(&output, index)).unwrap()));
-    let mut left = fs::read_dir(&output).unwrap().map(|entry| entry.unwrap().file_name());
+    let mut left = fs::read_dir(Path::new(&output).join("data")).unwrap().map(|entry| entry.unwrap().file_name());
     assert!(left.all(|name| !name.to_string_lossy().starts_with('.')), "no half-written file is left");
     DATA.succeed(&command);
     assert_eq!(shards(&whole), shards(&output));
@@ -250,7 +251,7 @@ fn after_a_full_disk_the_same_augment_or_clean_makes_the_same_data_set() {
         let again_into = into(&again);
         DATA.fail_on_full_disk(2, &again_into, &["part-00000.parquet"]);
         DATA.succeed(&again_into);
-        for file in ["part-00000.parquet", "manifest.json", "README.md"] {
+        for file in ["data/part-00000.parquet", "manifest.json", "README.md"] {
             assert_eq!(read(&once, file), read(&again, file), "{} {file}", verb[0]);
         }
         DATA.fail(&again_into, 2, &["holds a data set already"]);
@@ -281,7 +282,7 @@ fn a_stdout_that_cannot_be_written_is_an_error() {
 #[test]
 fn a_cut_shard_and_foreign_parquet_are_refused() {
     let dir = write_data_set(&[row("a", &[5, 6, 7, 0])]);
-    let shard = dir.path().join("part-00000.parquet");
+    let shard = dir.path().join("data/part-00000.parquet");
     let bytes = fs::read(&shard).unwrap();
     fs::write(&shard, &bytes[..bytes.len() / 2]).unwrap();
     for verb in ["stats", "validate", "inspect"] {

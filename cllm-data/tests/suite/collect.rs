@@ -51,9 +51,9 @@ fn the_same_seed_gives_the_same_files_whatever_the_batch_size_and_after_a_stop()
     assert_eq!(shards(&once), shards(&again));
     let manifest = fs::read(Path::new(&again).join("manifest.json")).unwrap();
     // As if killed after the first shard: the second is cut off, the third was never written.
-    let second = Path::new(&again).join("part-00001.parquet");
+    let second = Path::new(&again).join("data/part-00001.parquet");
     fs::write(&second, &fs::read(&second).unwrap()[..300]).unwrap();
-    fs::remove_file(Path::new(&again).join("part-00002.parquet")).unwrap();
+    fs::remove_file(Path::new(&again).join("data/part-00002.parquet")).unwrap();
     let resumed = collect(&again, &[]);
     // The forwards of earlier rows are derived from their states, so the total is that of a run
     // without a stop.

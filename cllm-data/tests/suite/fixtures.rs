@@ -81,7 +81,7 @@ pub fn collect(output: &str, more: &[&str]) -> Value {
 
 /// Path of a shard.
 pub fn shard(folder: &str, index: usize) -> PathBuf {
-    Path::new(folder).join(format!("part-{index:05}.parquet"))
+    Path::new(folder).join(format!("data/part-{index:05}.parquet"))
 }
 
 /// The bytes of the first three shards.

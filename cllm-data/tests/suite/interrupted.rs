@@ -20,7 +20,7 @@ fn a_collection_stopped_within_a_shard_keeps_its_answers() {
     kept.rotate_left(10);
     kept.truncate(7);
     let provenance = Reader::open(Path::new(&stopped)).unwrap().provenance().clone();
-    for name in ["manifest.json", "part-00000.parquet"] {
+    for name in ["manifest.json", "data/part-00000.parquet"] {
         fs::remove_file(Path::new(&stopped).join(name)).unwrap();
     }
     Writer::open(Path::new(&stopped), provenance).unwrap().save_partial_rows(&kept).unwrap();
@@ -94,10 +94,12 @@ fn a_collection_stopped_twice_equals_one_that_was_not_stopped() {
     assert_eq!(fs::read(shard(0)).unwrap(), kept);
     DATA.succeed(&once);
     assert_eq!(rows(&stopped), rows(&whole));
-    for entry in fs::read_dir(&whole).unwrap() {
-        let name = entry.unwrap().file_name();
-        let read = |folder: &str| fs::read(Path::new(folder).join(&name)).unwrap();
-        assert!(read(&whole) == read(&stopped), "{name:?}");
+    for inside in ["", "data"] {
+        let (whole, stopped) = (Path::new(&whole).join(inside), Path::new(&stopped).join(inside));
+        for name in fs::read_dir(&whole).unwrap().map(|entry| entry.unwrap().file_name()).filter(|name| *name != "data")
+        {
+            assert!(fs::read(whole.join(&name)).unwrap() == fs::read(stopped.join(&name)).unwrap(), "{name:?}");
+        }
+        assert_eq!(fs::read_dir(&whole).unwrap().count(), fs::read_dir(&stopped).unwrap().count());
     }
-    assert_eq!(fs::read_dir(&whole).unwrap().count(), fs::read_dir(&stopped).unwrap().count());
 }

@@ -33,8 +33,13 @@ fn write_many_rows() -> (tempfile::TempDir, Vec<Trajectory>) {
 
 /// The files of a data set except its settings, which name the folder.
 fn files(folder: &str) -> BTreeMap<String, Vec<u8>> {
-    let entry = |entry: fs::DirEntry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap());
-    let mut files: BTreeMap<_, _> = fs::read_dir(folder).unwrap().map(|result| entry(result.unwrap())).collect();
+    let entries = |inside: &str| fs::read_dir(Path::new(folder).join(inside)).unwrap().map(Result::unwrap);
+    let named = |inside: &str, entry: fs::DirEntry| {
+        (format!("{inside}{}", entry.file_name().into_string().unwrap()), fs::read(entry.path()).unwrap())
+    };
+    let shards = entries("data").map(|entry| named("data/", entry));
+    let beside = entries("").filter(|entry| entry.path().is_file()).map(|entry| named("", entry));
+    let mut files: BTreeMap<_, _> = shards.chain(beside).collect();
     let settings = String::from_utf8(files.remove("config.yaml").unwrap()).unwrap();
     assert!(settings.contains(&format!("output: {folder}")) && settings.contains("input: "), "{settings}");
     files
@@ -81,7 +86,7 @@ fn after_a_kill_the_data_set_is_written_again_from_the_start() {
     manifest["shards"].as_array_mut().unwrap().truncate(1);
     let at = |name: &str| Path::new(&output).join(name);
     fs::write(at("manifest.json"), manifest.to_string()).unwrap();
-    fs::write(at("part-00077.parquet"), "half").unwrap();
+    fs::write(at("data/part-00077.parquet"), "half").unwrap();
     fs::write(at(".writing-abc"), "half").unwrap();
     fs::remove_file(at("README.md")).unwrap();
     run(&["augment", &input, &into]).success();

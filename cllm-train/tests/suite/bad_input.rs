@@ -74,7 +74,7 @@ fn a_bad_gguf_file_is_named_and_nothing_is_written() {
 fn every_bad_shard_is_named_and_nothing_is_written() {
     let dir = tempfile::tempdir().unwrap();
     let settings = student(dir.path());
-    let shard = settings.datasets[0].join("part-00000.parquet");
+    let shard = settings.datasets[0].join("data/part-00000.parquet");
     let good = fs::read(&shard).unwrap();
     let assert_fails = |settings: &Settings, parts: &[&str]| {
         for verb in ["run", "plan"] {

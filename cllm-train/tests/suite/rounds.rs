@@ -194,7 +194,7 @@ fn changed_settings_and_outputs_of_finished_stages_are_refused() {
     assert_eq!(announced_stages(&stderr), ["round 2: collect", "round 2: clean", "round 2: train"]);
     // The output of a finished stage must be unchanged.
     let message = "has changed since its stage finished";
-    fs::remove_file(output.join("round-01/clean/part-00000.parquet")).unwrap();
+    fs::remove_file(output.join("round-01/clean/data/part-00000.parquet")).unwrap();
     TRAIN.fail(&changed, 2, &["round-01/clean", message]);
     fs::remove_dir_all(output.join("round-01/clean")).unwrap();
     let stderr = TRAIN.succeed(&changed).stderr;
