@@ -34,6 +34,8 @@ pub(super) fn add_to(environment: &mut Environment<'_>) {
     environment.add_test("callable", |value: &Value| {
         value.kind() == ValueKind::Plain && value.to_string().contains("function")
     });
+    // minijinja also iterates over none.
+    environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
     environment.add_test("sequence", |value: &Value| {
         matches!(value.kind(), ValueKind::String | ValueKind::Seq | ValueKind::Map)
     });
