@@ -5,6 +5,7 @@ pub mod atomic_file;
 pub mod bench_results;
 pub mod chat_template;
 pub mod checkpoint;
+mod codec;
 pub mod cuda;
 pub mod decode;
 pub mod device;

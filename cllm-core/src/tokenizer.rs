@@ -6,10 +6,11 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
-use tokenizers::tokenizer::step_decode_stream;
 
 use crate::chat_template::{self, Renderer, Rendering, RenderingRecord, TEMPLATE_FILE, TEMPLATE_FOLDER};
 use crate::checkpoint::base_folder;
+use crate::codec::Codec;
+pub use crate::codec::DecodeStream;
 use crate::prompt_set::Prompt;
 use crate::{Error, Result, atomic_file, fingerprint, text_file};
 
@@ -19,7 +20,7 @@ const GENERATION: &str = "generation_config.json";
 const FILES: [&str; 5] = [TOKENIZER, "tokenizer_config.json", "special_tokens_map.json", GENERATION, TEMPLATE_FILE];
 
 pub struct Tokenizer {
-    inner: tokenizers::Tokenizer,
+    codec: Codec,
     renderer: Renderer,
     /// The id that ends the assistant's turn in training targets.
     end_of_turn_id: Option<i32>,
@@ -44,22 +45,21 @@ impl Tokenizer {
     /// model's.
     ///
     /// # Errors
-    /// When a file is missing or broken, or the tokenizer has ids past the model's vocabulary.
+    /// When a file is missing or broken, or the tokenizer belongs to another model.
     pub fn load_for(folder: &Path, rendering: &Rendering) -> Result<Self> {
         let path = find_file(folder, TOKENIZER)?;
         if !path.exists() {
-            return Err(Error::file(
-                folder,
-                "holds no tokenizer.json, the only tokenizer file that this toolkit reads",
-            ));
+            let message = "holds no tokenizer.json, the only tokenizer file that this toolkit reads: for other files, \
+                           such as tokenizer.model, `transformers` writes it with \
+                           AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)";
+            return Err(Error::file(folder, message));
         }
-        let inner = tokenizers::Tokenizer::from_file(&path)
-            .map_err(|error| Error::file(&path, format!("is not a readable tokenizer: {error}")))?;
         let settings = read_json(&path.with_file_name("tokenizer_config.json"))?;
         let config = read_json(&base_folder(folder)?.join("config.json"))?;
-        check_vocab_size(&path, &inner, &config)?;
+        let num_embeddings = config["vocab_size"].as_u64().and_then(|size| u32::try_from(size).ok());
+        let codec = Codec::load(&path, &settings, num_embeddings)?;
         let renderer = Renderer::load(path.parent().unwrap_or(folder), &settings, rendering)?;
-        let id_of = |token: &str| inner.token_to_id(token).map(|id| id as i32);
+        let id_of = |token: &str| codec.id_of(token);
         let turn_end = renderer.turn_end().and_then(id_of);
         let eos = renderer.special_token("eos_token").and_then(id_of);
         let mut eos_ids: BTreeSet<i32> = eos.into_iter().chain(turn_end).collect();
@@ -71,7 +71,7 @@ impl Tokenizer {
             eos_ids: eos_ids.iter().copied().collect(),
             own_eos_ids: eos_ids.into_iter().collect(),
             fingerprint: fingerprint::hash_files(&[path])?,
-            inner,
+            codec,
         })
     }
 
@@ -91,12 +91,12 @@ impl Tokenizer {
 
     /// Number of ids, including added tokens.
     pub fn vocab_size(&self) -> usize {
-        self.inner.get_vocab_size(true)
+        self.codec.vocab_size()
     }
 
     /// The id of a token, given as it is written.
     pub fn token_id(&self, token: &str) -> Option<i32> {
-        self.inner.token_to_id(token).map(|id| id as i32)
+        self.codec.id_of(token)
     }
 
     /// Token ids of `text`. No special tokens are added; those written in the text are recognised.
@@ -104,21 +104,31 @@ impl Tokenizer {
     /// # Errors
     /// When the tokenizer fails.
     pub fn encode(&self, text: &str) -> Result<Vec<i32>> {
-        self.encode_with(text, false)
+        self.codec.encode(text)
     }
 
-    /// Text of `ids`, without special tokens.
+    /// The whole text of `ids`, without special tokens.
     ///
     /// # Errors
     /// When the tokenizer fails.
     pub fn decode(&self, ids: &[i32]) -> Result<String> {
-        let ids: Vec<u32> = ids.iter().map(|&id| id as u32).collect();
-        self.inner.decode(&ids, true).map_err(tokenizer_error)
+        self.codec.decode(ids)
     }
 
-    /// Decodes an answer while it is generated.
-    pub fn decode_stream(&self) -> DecodeStream<'_> {
-        DecodeStream { tokenizer: &self.inner, ids: Vec::new(), prefix: String::new(), prefix_index: 0 }
+    /// The text of an answer to a prompt, without special tokens.
+    ///
+    /// # Errors
+    /// When the tokenizer fails.
+    pub fn decode_answer(&self, prompt_ids: &[i32], ids: &[i32]) -> Result<String> {
+        self.codec.decode_continuation(prompt_ids, ids)
+    }
+
+    /// Decodes the answer to a prompt while it is generated.
+    ///
+    /// # Errors
+    /// When the tokenizer fails.
+    pub fn decode_stream(&self, prompt_ids: &[i32]) -> Result<DecodeStream<'_>> {
+        self.codec.decode_stream(prompt_ids)
     }
 
     /// The rendered prompt and its ids. Messages go through the chat template, which opens the
@@ -129,10 +139,10 @@ impl Tokenizer {
     /// When the template refuses the messages, or the model has no template.
     pub fn encode_prompt(&self, prompt: &Prompt) -> Result<(String, Vec<i32>)> {
         match prompt {
-            Prompt::Text(text) => Ok((text.clone(), self.encode_with(text, true)?)),
+            Prompt::Text(text) => Ok((text.clone(), self.codec.encode_with_special_tokens(text)?)),
             Prompt::Conversation(conversation) => {
                 let text = self.renderer.render(conversation, true)?;
-                let ids = self.encode_with(&text, false)?;
+                let ids = self.codec.encode(&text)?;
                 Ok((text, ids))
             }
         }
@@ -143,14 +153,23 @@ impl Tokenizer {
         self.renderer.record()
     }
 
-    /// Ids of a training target: the text and the id that ends the assistant's turn.
+    /// Ids of a training target, which follows a prompt: the text and the id that ends the
+    /// assistant's turn.
     ///
     /// # Errors
     /// When the tokenizer fails.
     pub fn encode_target(&self, text: &str) -> Result<Vec<i32>> {
-        let mut ids = self.encode(text)?;
+        let mut ids = self.encode_continuation(text)?;
         ids.extend(self.end_of_turn_id);
         Ok(ids)
+    }
+
+    /// Ids of a text that follows another. No special tokens are added.
+    ///
+    /// # Errors
+    /// When the tokenizer fails.
+    pub(crate) fn encode_continuation(&self, text: &str) -> Result<Vec<i32>> {
+        self.codec.encode_continuation(text)
     }
 
     pub(crate) fn renderer(&self) -> &Renderer {
@@ -175,65 +194,6 @@ impl Tokenizer {
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
-
-    fn encode_with(&self, text: &str, add_special_tokens: bool) -> Result<Vec<i32>> {
-        let encoding = self.inner.encode(text, add_special_tokens).map_err(tokenizer_error)?;
-        Ok(encoding.get_ids().iter().map(|&id| id as i32).collect())
-    }
-}
-
-/// Decodes tokens as they come. A character whose bytes are spread over several tokens is withheld
-/// until the last of them.
-pub struct DecodeStream<'t> {
-    tokenizer: &'t tokenizers::Tokenizer,
-    // The same state as in `tokenizers::DecodeStream`, which does not reveal the text that it still
-    // withholds when an answer ends.
-    ids: Vec<u32>,
-    prefix: String,
-    prefix_index: usize,
-}
-
-impl DecodeStream<'_> {
-    /// Returns the text that these tokens complete.
-    ///
-    /// # Errors
-    /// When the tokenizer fails.
-    pub fn push(&mut self, ids: &[i32]) -> Result<String> {
-        let mut text = String::new();
-        for &id in ids {
-            let DecodeStream { tokenizer, ids, prefix, prefix_index } = self;
-            let step = step_decode_stream(tokenizer, vec![id as u32], true, ids, prefix, prefix_index);
-            text.extend(step.map_err(tokenizer_error)?);
-        }
-        Ok(text)
-    }
-
-    /// Returns the text that is still withheld: the incomplete character of an answer that was cut
-    /// inside a character.
-    ///
-    /// # Errors
-    /// When the tokenizer fails.
-    pub fn finish(self) -> Result<String> {
-        let text = self.tokenizer.decode(&self.ids, true).map_err(tokenizer_error)?;
-        Ok(text.get(self.prefix.len()..).unwrap_or_default().to_owned())
-    }
-}
-
-fn tokenizer_error(error: tokenizers::Error) -> Error {
-    Error::usage(format!("tokenizer: {error}"))
-}
-
-/// Refuses a tokenizer with ids that the model's embedding does not have.
-fn check_vocab_size(path: &Path, tokenizer: &tokenizers::Tokenizer, config: &Value) -> Result<()> {
-    let Some(vocab_size) = config["vocab_size"].as_u64() else { return Ok(()) };
-    let largest = tokenizer.get_vocab(true).into_values().max().unwrap_or(0);
-    if u64::from(largest) < vocab_size {
-        return Ok(());
-    }
-    let message = format!(
-        "has ids up to {largest}, but config.json has a vocabulary of {vocab_size}: it belongs to another model"
-    );
-    Err(Error::file(path, message))
 }
 
 /// Path of a tokenizer file. An adapter may have a complete tokenizer and a generation_config.json
@@ -344,12 +304,12 @@ mod tests {
         let dir = folder();
         let tokenizer = Tokenizer::load(dir.path()).unwrap();
         let ids = tokenizer.encode("a数b has apples").unwrap();
-        let mut stream = tokenizer.decode_stream();
+        let mut stream = tokenizer.decode_stream(&[]).unwrap();
         let texts: Vec<String> = ids.iter().map(|&id| stream.push(&[id]).unwrap()).collect();
         assert_eq!(texts[..5], ["a", "", "", "数", "b"]);
         assert_eq!(texts.concat() + &stream.finish().unwrap(), "a数b has apples");
         // An answer may end inside a character.
-        let mut stream = tokenizer.decode_stream();
+        let mut stream = tokenizer.decode_stream(&[]).unwrap();
         assert_eq!(stream.push(&ids[..2]).unwrap(), "a");
         assert_eq!(stream.push(&ids[2..3]).unwrap(), "");
         let rest = stream.finish().unwrap();
@@ -361,8 +321,8 @@ mod tests {
         let dir = folder();
         std::fs::write(dir.path().join("config.json"), r#"{"eos_token_id": [5, 2], "vocab_size": 300}"#).unwrap();
         assert_eq!(Tokenizer::load(dir.path()).unwrap().eos_ids(), [0, 2, 5]);
-        std::fs::write(dir.path().join("config.json"), r#"{"vocab_size": 100}"#).unwrap();
+        std::fs::write(dir.path().join("config.json"), r#"{"vocab_size": 200}"#).unwrap();
         let message = Tokenizer::load(dir.path()).err().unwrap().to_string();
-        assert!(message.contains("vocabulary of 100"), "{message}");
+        assert!(message.contains("vocabulary of 200"), "{message}");
     }
 }

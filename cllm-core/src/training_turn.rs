@@ -51,7 +51,7 @@ impl Tokenizer {
         // Tokens may span the end of the prompt; the model continues after the prompt's own.
         let target_ids = match ids.strip_prefix(&prompt_ids[..]) {
             Some(rest) => rest.to_vec(),
-            None => self.encode(continuation)?,
+            None => self.encode_continuation(continuation)?,
         };
         Ok(TrainingTurn { prompt_ids, target_ids: self.end_target(target_ids) })
     }

@@ -68,7 +68,10 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome> {
     let row = find_row(&reader, arguments)?;
     let tokenizer = load_tokenizer(&reader, arguments.model.as_deref())?;
     let text = |id: i32| match &tokenizer {
-        Some(tokenizer) => tokenizer.decode(&[id]).map(|text| if text.is_empty() { format!("<{id}>") } else { text }),
+        // The token after itself: what it looks like amid a text, with its leading blank.
+        Some(tokenizer) => {
+            tokenizer.decode_answer(&[id], &[id]).map(|text| if text.is_empty() { format!("<{id}>") } else { text })
+        }
         None => Ok(id.to_string()),
     };
     if arguments.json {

@@ -21,7 +21,7 @@ pub(crate) struct Scorer<'a> {
 
 impl Scorer<'_> {
     pub(crate) fn score(&self, row: &Trajectory) -> Result<Verdict> {
-        self.score_text(row, &self.tokenizer.decode(&row.response_ids)?)
+        self.score_text(row, &self.tokenizer.decode_answer(&row.prompt_ids, &row.response_ids)?)
     }
 
     /// Scores a row whose response has been decoded to `text` already.

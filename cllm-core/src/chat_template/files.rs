@@ -6,6 +6,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use crate::codec::token_text;
 use crate::{Error, Result, text_file};
 
 /// The file of a model's template, next to tokenizer.json.
@@ -86,11 +87,6 @@ fn configured_templates(value: &Value) -> Vec<(String, String)> {
         Value::Object(named) => named.iter().filter_map(|(name, source)| Some((name.clone(), text(source)?))).collect(),
         _ => Vec::new(),
     }
-}
-
-/// Text of a special token, which is written as a string or as `{"content": "..."}`.
-pub(super) fn token_text(value: &Value) -> Option<&str> {
-    value.as_str().or(value["content"].as_str())
 }
 
 /// The special tokens of tokenizer_config.json: the keys that end in `_token`, the named extra

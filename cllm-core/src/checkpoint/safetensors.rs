@@ -14,47 +14,104 @@ use crate::{Error, Result, atomic_file, text_file};
 
 const SINGLE_FILE: &str = "model.safetensors";
 const INDEX_FILE: &str = "model.safetensors.index.json";
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const LM_HEAD: &str = "lm_head.weight";
+
+/// A tensor and the file that holds it.
+struct Stored<'m> {
+    file: &'m Path,
+    view: TensorView<'m>,
+}
 
 /// Calls `visit` with the file, the name and the data of every weight of `config`.
 ///
 /// # Errors
-/// When a weight is missing, has another shape, or is not one of the model's.
+/// When a weight is missing, has another shape, or is not one of the model's, and when tied
+/// embeddings come with an output projection of their own.
 pub(super) fn for_each_weight(
     folder: &Path,
     config: &ModelConfig,
     mut visit: impl FnMut(&Path, &str, &TensorView<'_>) -> Result<()>,
 ) -> Result<()> {
     let shapes = config.parameter_shapes();
-    let expected: BTreeMap<&str, &Vec<i64>> = shapes.iter().map(|(name, shape)| (name.as_str(), shape)).collect();
-    let mut visited = BTreeSet::new();
     let files = weight_files(folder)?;
-    for file in &files {
-        let map = libtorch::map_file(file)?;
-        let tensors = parse(file, &map)?;
-        for (name, view) in tensors.iter() {
-            let Some(shape) = expected.get(name) else {
-                if is_redundant(name, config) {
-                    continue;
-                }
-                let message = format!("`{name}` is not a weight of the model that config.json describes");
-                return Err(Error::file(file, message));
-            };
-            let actual = shape_of(&view);
-            if actual != **shape {
-                let message = format!("`{name}` has shape {actual:?}, but config.json calls for {shape:?}");
+    let maps = files.iter().map(|file| libtorch::map_file(file)).collect::<Result<Vec<_>>>()?;
+    let mut stored = read_tensors(&files, &maps, &shapes)?;
+    if config.tied_embeddings {
+        tie(&mut stored)?;
+    }
+    for (name, shape) in &shapes {
+        let Some(Stored { file, view }) = stored.remove(name) else {
+            let file = if files.len() == 1 { files[0].clone() } else { folder.join(INDEX_FILE) };
+            let advice =
+                if name == LM_HEAD { ": if it is the embedding, set tie_word_embeddings to true there" } else { "" };
+            return Err(Error::file(file, format!("the weights lack `{name}`, which config.json calls for{advice}")));
+        };
+        let actual = shape_of(&view);
+        if actual != *shape {
+            let message = format!("`{name}` has shape {actual:?}, but config.json calls for {shape:?}");
+            return Err(Error::file(file, message));
+        }
+        visit(file, name, &view)?;
+    }
+    match stored.first_key_value() {
+        None => Ok(()),
+        Some((name, Stored { file, .. })) => {
+            let message = format!(
+                "`{name}` is not a weight of the model that config.json describes: correct config.json, or remove the \
+                 tensor if it is no part of the model"
+            );
+            Err(Error::file(*file, message))
+        }
+    }
+}
+
+/// The tensors of all files under the names that the model has for them. Files that were written
+/// without the output projection lack the prefix of the others.
+fn read_tensors<'m>(
+    files: &'m [PathBuf],
+    maps: &'m [memmap2::Mmap],
+    shapes: &[(String, Vec<i64>)],
+) -> Result<BTreeMap<String, Stored<'m>>> {
+    let expected: BTreeSet<&str> = shapes.iter().map(|(name, _)| name.as_str()).collect();
+    let mut stored = BTreeMap::new();
+    for (file, map) in files.iter().zip(maps) {
+        for (name, view) in parse(file, map)?.tensors() {
+            // Older files hold this table, which the model computes itself.
+            if name.ends_with(".rotary_emb.inv_freq") {
+                continue;
+            }
+            let prefixed = format!("model.{name}");
+            let name = if expected.contains(prefixed.as_str()) { prefixed } else { name };
+            if let Some(Stored { file: other, .. }) = stored.get(&name) {
+                let message = format!("`{name}` is in {} as well: remove one of the two", other.display());
                 return Err(Error::file(file, message));
             }
-            visit(file, name, &view)?;
-            visited.insert(name.to_owned());
+            stored.insert(name, Stored { file, view });
         }
     }
-    match shapes.iter().find(|(name, _)| !visited.contains(name)) {
-        None => Ok(()),
-        Some((name, _)) => {
-            let file = if files.len() == 1 { files[0].clone() } else { folder.join(INDEX_FILE) };
-            Err(Error::file(file, format!("the weights lack `{name}`, which config.json calls for")))
-        }
+    Ok(stored)
+}
+
+/// Leaves one of the two tensors that tied embeddings may be stored as. `transformers` keeps both
+/// where they differ, and so does this toolkit once config.json says it.
+fn tie(stored: &mut BTreeMap<String, Stored<'_>>) -> Result<()> {
+    let Some(head) = stored.remove(LM_HEAD) else { return Ok(()) };
+    let Some(embedding) = stored.get(EMBEDDING) else {
+        stored.insert(EMBEDDING.to_owned(), head);
+        return Ok(());
+    };
+    let load = |name: &str, stored: &Stored<'_>| -> Result<Tensor> {
+        Ok(to_tensor(stored.file, name, &stored.view)?.f_to_kind(Kind::Float)?)
+    };
+    if embedding.view == head.view || load(EMBEDDING, embedding)? == load(LM_HEAD, &head)? {
+        return Ok(());
     }
+    let message = format!(
+        "`{LM_HEAD}` differs from `{EMBEDDING}`, although config.json ties them: set tie_word_embeddings to false there \
+         to use both, or remove `{LM_HEAD}`"
+    );
+    Err(Error::file(head.file, message))
 }
 
 /// Parses the content of a file.
@@ -64,22 +121,22 @@ pub(super) fn parse<'m>(file: &Path, bytes: &'m [u8]) -> Result<SafeTensors<'m>>
     })
 }
 
-/// Whether a tensor is one that older files hold in addition to the weights: a table that the model
-/// computes itself, or a second copy of tied embeddings.
-fn is_redundant(name: &str, config: &ModelConfig) -> bool {
-    name.ends_with(".rotary_emb.inv_freq") || (config.tied_embeddings && name == "lm_head.weight")
-}
-
 fn shape_of(view: &TensorView<'_>) -> Vec<i64> {
     view.shape().iter().map(|&size| size as i64).collect()
 }
 
 pub(super) fn to_kind(file: &Path, name: &str, view: &TensorView<'_>) -> Result<Kind> {
     match view.dtype() {
+        Dtype::F64 => Ok(Kind::Double),
         Dtype::F32 => Ok(Kind::Float),
         Dtype::F16 => Ok(Kind::Half),
         Dtype::BF16 => Ok(Kind::BFloat16),
-        other => Err(Error::file(file, format!("`{name}` is {other:?}: only F32, F16 and BF16 are supported"))),
+        other => {
+            let message = format!(
+                "`{name}` is {other:?}, but only F64, F32, F16 and BF16 are supported: use the checkpoint in bfloat16"
+            );
+            Err(Error::file(file, message))
+        }
     }
 }
 
@@ -99,12 +156,20 @@ pub(super) fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
         return Err(Error::file(folder, "there is no such model folder"));
     }
     if !index.exists() {
-        return Err(Error::file(folder, format!("holds neither {SINGLE_FILE} nor {INDEX_FILE}")));
+        let message = format!(
+            "holds neither {SINGLE_FILE} nor {INDEX_FILE}: for weights in another format, `transformers` writes them with \
+             AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        );
+        return Err(Error::file(folder, message));
     }
     let text = text_file::read(&index)?;
     let json: Value = serde_json::from_str(&text).map_err(|error| Error::file(&index, error.to_string()))?;
     let weight_map = json["weight_map"].as_object().ok_or_else(|| Error::file(&index, "has no `weight_map`"))?;
-    let mut files: Vec<_> = weight_map.values().filter_map(Value::as_str).map(|name| folder.join(name)).collect();
+    let mut files = Vec::new();
+    for (name, file) in weight_map {
+        let file = file.as_str().ok_or_else(|| Error::file(&index, format!("weight_map.{name}: expected a file")))?;
+        files.push(folder.join(file));
+    }
     files.sort();
     files.dedup();
     match files.iter().find(|file| !file.exists()) {
@@ -230,7 +295,7 @@ mod tests {
     fn shards_are_read_back_and_a_missing_one_is_named() {
         let json = json!({
             "model_type": "qwen3", "vocab_size": 20, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "head_dim": 4, "tie_word_embeddings": true,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 4, "tie_word_embeddings": true,
         });
         let config = ModelConfig::from_json(&json).unwrap();
         let model = Transformer::random(config, 3, Device::Cpu, Kind::Float);

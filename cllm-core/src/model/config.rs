@@ -15,7 +15,7 @@ const SIZE_LIMIT: i64 = 1 << 31;
 pub enum Family {
     /// Llama 1-3, SmolLM2, TinyLlama, Vicuna, DeepSeek-Coder.
     Llama,
-    /// Mistral without sliding windows.
+    /// Mistral, within its sliding window.
     Mistral,
     /// Qwen2, Qwen2.5.
     Qwen2,
@@ -74,8 +74,9 @@ impl ModelConfig {
                 return Err(format!("model_type `{other}` is not supported: use llama, mistral, qwen2 or qwen3"));
             }
         };
-        let max_positions = hf.max_position_embeddings.unwrap_or(2048);
-        hf.refuse_unsupported(max_positions)?;
+        let max_positions = hf.max_positions(family);
+        let rope = hf.rope()?;
+        hf.refuse_unsupported(family, &rope)?;
         let head_dim = hf.head_dim.unwrap_or(match family {
             // The default of `transformers`.
             Family::Qwen3 => 128,
@@ -89,12 +90,12 @@ impl ModelConfig {
             intermediate_size: hf.intermediate_size,
             num_layers: hf.num_hidden_layers,
             num_heads: hf.num_attention_heads,
-            num_kv_heads: hf.num_key_value_heads.unwrap_or(hf.num_attention_heads),
+            num_kv_heads: hf.num_kv_heads(family),
             head_dim,
             max_positions,
             rms_norm_eps: positive(hf.rms_norm_eps.unwrap_or(1e-6), "rms_norm_eps")?,
-            rope_theta: positive(hf.rope_theta(), "rope_theta")?,
-            rope_scaling: hf.rope_scaling(max_positions)?,
+            rope_theta: positive(hf.rope_theta(&rope), "rope_theta")?,
+            rope_scaling: hf.rope_scaling(&rope, max_positions)?,
             // Qwen2 always has biases and Mistral never, whatever the file says.
             qkv_bias: match family {
                 Family::Qwen2 => true,
@@ -144,8 +145,16 @@ impl ModelConfig {
             ] {
                 object.insert(key.to_owned(), value);
             }
-            for newer_name in ["dtype", "rope_parameters"] {
-                object.shift_remove(newer_name);
+            // Newer names of what is written above, and windows that reach over the whole context.
+            for key in [
+                "dtype",
+                "rope_parameters",
+                "original_max_position_embeddings",
+                "use_sliding_window",
+                "max_window_layers",
+                "layer_types",
+            ] {
+                object.shift_remove(key);
             }
         }
         config

@@ -1,12 +1,20 @@
-//! config.json as Hugging Face models have it: nearly everything is optional, and RoPE settings
-//! have two spellings.
+//! config.json as Hugging Face models have it: nearly everything is optional, defaults differ
+//! between families, and RoPE settings have two spellings. What wins over what is as in
+//! `transformers` 5.17, so that a folder means the same there and here.
 //!
 //! `config.rs` resolves it to a [`super::ModelConfig`], in which nothing is optional.
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use serde_json::{Map, Value, json};
 
+use super::config::Family;
 use super::rope::RopeScaling;
+
+/// Mistral's and Qwen's window where config.json has no `sliding_window`.
+const DEFAULT_WINDOW: i64 = 4096;
+/// Qwen's `max_window_layers` where config.json has none.
+const DEFAULT_MAX_WINDOW_LAYERS: i64 = 28;
+const SLIDING: &str = "sliding_attention";
 
 /// The fields that are read. All others are ignored.
 #[derive(Deserialize)]
@@ -17,7 +25,9 @@ pub(super) struct HfConfig {
     pub(super) intermediate_size: i64,
     pub(super) num_hidden_layers: i64,
     pub(super) num_attention_heads: i64,
-    pub(super) num_key_value_heads: Option<i64>,
+    /// Absent means the family's default, `null` as many as query heads.
+    #[serde(default, deserialize_with = "present")]
+    num_key_value_heads: Option<Option<i64>>,
     pub(super) head_dim: Option<i64>,
     pub(super) max_position_embeddings: Option<usize>,
     pub(super) rms_norm_eps: Option<f64>,
@@ -26,16 +36,28 @@ pub(super) struct HfConfig {
     pub(super) bos_token_id: Option<i64>,
     eos_token_id: Option<OneOrMany>,
     rope_theta: Option<f64>,
-    rope_scaling: Option<HfRope>,
+    rope_scaling: Option<Map<String, Value>>,
     /// The newer name of `rope_scaling`, which contains `rope_theta` as well.
-    rope_parameters: Option<HfRope>,
+    rope_parameters: Option<Map<String, Value>>,
+    /// The context before scaling. Here it has precedence over the one among the RoPE settings.
+    original_max_position_embeddings: Option<f64>,
     hidden_act: Option<String>,
     mlp_bias: Option<bool>,
     partial_rotary_factor: Option<f64>,
-    sliding_window: Option<i64>,
+    /// Absent means the family's default, `null` no window.
+    #[serde(default, deserialize_with = "present")]
+    sliding_window: Option<Option<i64>>,
     use_sliding_window: Option<bool>,
+    max_window_layers: Option<i64>,
     layer_types: Option<Vec<String>>,
     quantization_config: Option<Value>,
+    per_layer_config: Option<Value>,
+    transformers_weights: Option<Value>,
+}
+
+/// Reads a key that is there, so that its `null` can be told from its absence.
+fn present<'de, T: Deserialize<'de>, D: Deserializer<'de>>(key: D) -> Result<Option<Option<T>>, D::Error> {
+    Option::deserialize(key).map(Some)
 }
 
 #[derive(Deserialize)]
@@ -45,14 +67,16 @@ enum OneOrMany {
     Many(Vec<i64>),
 }
 
-#[derive(Deserialize)]
-struct HfRope {
+#[derive(Default, Deserialize)]
+pub(super) struct HfRope {
     rope_type: Option<String>,
     /// The older name of `rope_type`; many files have both.
     #[serde(rename = "type")]
     old_type: Option<String>,
     rope_theta: Option<f64>,
-    factor: Option<f64>,
+    /// `null` lets YaRN derive it from the two contexts.
+    #[serde(default, deserialize_with = "present")]
+    factor: Option<Option<f64>>,
     low_freq_factor: Option<f64>,
     high_freq_factor: Option<f64>,
     original_max_position_embeddings: Option<f64>,
@@ -66,12 +90,42 @@ struct HfRope {
 }
 
 impl HfConfig {
-    fn rope(&self) -> Option<&HfRope> {
-        self.rope_parameters.as_ref().or(self.rope_scaling.as_ref())
+    /// The RoPE settings. As in `transformers`, a `rope_scaling` that is not empty replaces
+    /// `rope_parameters` as a whole, its `rope_theta` included.
+    pub(super) fn rope(&self) -> Result<HfRope, String> {
+        let spellings = [("rope_scaling", &self.rope_scaling), ("rope_parameters", &self.rope_parameters)];
+        let given = spellings
+            .into_iter()
+            .find_map(|(name, rope)| Some((name, rope.as_ref()?)).filter(|(_, rope)| !rope.is_empty()));
+        let Some((name, rope)) = given else { return Ok(HfRope::default()) };
+        if let Some((key, _)) = rope.iter().find(|(_, value)| value.is_object()) {
+            return Err(format!(
+                "{name} has settings of its own for `{key}`, which is not supported: if every layer has the same \
+                 settings, write them into {name} itself"
+            ));
+        }
+        serde_path_to_error::deserialize(&Value::Object(rope.clone())).map_err(|error| format!("{name}.{error}"))
     }
 
-    pub(super) fn rope_theta(&self) -> f64 {
-        self.rope().and_then(|rope| rope.rope_theta).or(self.rope_theta).unwrap_or(10_000.0)
+    pub(super) fn rope_theta(&self, rope: &HfRope) -> f64 {
+        rope.rope_theta.or(self.rope_theta).unwrap_or(10_000.0)
+    }
+
+    pub(super) fn max_positions(&self, family: Family) -> usize {
+        self.max_position_embeddings.unwrap_or(match family {
+            Family::Llama => 2048,
+            Family::Mistral => 131_072,
+            Family::Qwen2 | Family::Qwen3 => 32_768,
+        })
+    }
+
+    pub(super) fn num_kv_heads(&self, family: Family) -> i64 {
+        let default = match family {
+            Family::Llama => None,
+            Family::Mistral => Some(8),
+            Family::Qwen2 | Family::Qwen3 => Some(32),
+        };
+        self.num_key_value_heads.unwrap_or(default).unwrap_or(self.num_attention_heads)
     }
 
     pub(super) fn eos_ids(&self) -> Vec<i64> {
@@ -83,49 +137,71 @@ impl HfConfig {
     }
 
     /// Refuses what would change the model's output and is not implemented.
-    pub(super) fn refuse_unsupported(&self, max_positions: usize) -> Result<(), String> {
+    pub(super) fn refuse_unsupported(&self, family: Family, rope: &HfRope) -> Result<(), String> {
         if let Some(activation) = self.hidden_act.as_deref().filter(|&name| name != "silu" && name != "swish") {
             return Err(format!("hidden_act `{activation}` is not supported: only silu"));
         }
-        if self.quantization_config.as_ref().is_some_and(|value| !value.is_null()) {
+        let is_set = |value: &Option<Value>| value.as_ref().is_some_and(|value| !value.is_null());
+        if is_set(&self.quantization_config) {
             return Err("quantization_config: quantized weights are not supported; use the bf16 checkpoint".to_owned());
         }
-        if self.mlp_bias == Some(true) {
-            return Err("mlp_bias is not supported".to_owned());
+        if is_set(&self.per_layer_config) {
+            return Err("per_layer_config: layers that differ from each other are not supported".to_owned());
         }
-        let partial = self.partial_rotary_factor.or(self.rope().and_then(|rope| rope.partial_rotary_factor));
-        if let Some(factor) = partial.filter(|&factor| factor != 1.0) {
-            return Err(format!("partial_rotary_factor {factor} is not supported: only 1"));
-        }
-        if self.uses_sliding_window(max_positions) {
+        if is_set(&self.transformers_weights) {
             return Err(
-                "sliding-window attention is not supported; if the context you need is shorter than the window, \
-                        set sliding_window to null and max_position_embeddings to that context"
+                "transformers_weights is not supported: rename the file that it names to model.safetensors, and \
+                        remove the key"
                     .to_owned(),
             );
         }
-        if let Some(layer_type) = self.layer_types.iter().flatten().find(|name| *name != "full_attention") {
-            return Err(format!("layer_types with `{layer_type}` is not supported: only full_attention"));
+        if family == Family::Llama && self.mlp_bias == Some(true) {
+            return Err("mlp_bias is not supported: only feed-forward layers without biases".to_owned());
         }
-        Ok(())
+        let partial = rope.partial_rotary_factor.or(self.partial_rotary_factor);
+        if let Some(factor) = partial.filter(|&factor| factor != 1.0) {
+            return Err(format!(
+                "partial_rotary_factor {factor} is not supported: remove it if the model rotates whole heads"
+            ));
+        }
+        self.refuse_sliding_windows(family)
     }
 
-    fn uses_sliding_window(&self, max_positions: usize) -> bool {
-        match self.model_type.as_str() {
-            // A window as long as the context changes nothing.
-            "mistral" => self.sliding_window.is_some_and(|window| usize::try_from(window).unwrap_or(0) < max_positions),
-            _ => self.use_sliding_window == Some(true),
+    /// Windows are not implemented. A window as long as the context changes nothing.
+    fn refuse_sliding_windows(&self, family: Family) -> Result<(), String> {
+        let layer_types = self.layer_types.iter().flatten();
+        let has_windows = matches!(family, Family::Qwen2 | Family::Qwen3) && self.use_sliding_window == Some(true);
+        if let Some(other) =
+            layer_types.clone().find(|&name| name != "full_attention" && !(has_windows && name == SLIDING))
+        {
+            return Err(format!("layer_types with `{other}` is not supported: only full_attention"));
         }
+        let has_window_layers = match (family, &self.layer_types) {
+            (Family::Llama, _) => false,
+            (Family::Mistral, _) => true,
+            (_, Some(_)) => has_windows && layer_types.clone().any(|name| name == SLIDING),
+            (_, None) => {
+                has_windows && self.max_window_layers.unwrap_or(DEFAULT_MAX_WINDOW_LAYERS) < self.num_hidden_layers
+            }
+        };
+        let window = self.sliding_window.unwrap_or(Some(DEFAULT_WINDOW)).filter(|_| has_window_layers);
+        let Some(window) = window.filter(|&window| window < self.max_positions(family) as i64) else { return Ok(()) };
+        let origin = if self.sliding_window.is_none() { ", the default where sliding_window is absent" } else { "" };
+        Err(format!(
+            "sliding-window attention (a window of {window}{origin}) is not supported: set max_position_embeddings to at \
+             most {window} to work within the window, or sliding_window to null if the model was trained without one"
+        ))
     }
 
-    pub(super) fn rope_scaling(&self, max_positions: usize) -> Result<RopeScaling, String> {
-        let Some(rope) = self.rope() else { return Ok(RopeScaling::None) };
+    pub(super) fn rope_scaling(&self, rope: &HfRope, max_positions: usize) -> Result<RopeScaling, String> {
         let rope_type = rope.rope_type.as_deref().or(rope.old_type.as_deref()).unwrap_or("default");
         let required = |value: Option<f64>, name: &str| {
             value.ok_or_else(|| format!("rope_scaling of type {rope_type} needs `{name}`"))
         };
-        let factor = || required(rope.factor, "factor").and_then(|factor| positive(factor, "rope_scaling.factor"));
-        let original_max_positions = rope.original_max_position_embeddings.unwrap_or(max_positions as f64);
+        let factor =
+            || required(rope.factor.flatten(), "factor").and_then(|factor| positive(factor, "rope_scaling.factor"));
+        let original = self.original_max_position_embeddings.or(rope.original_max_position_embeddings);
+        let original_max_positions = original.unwrap_or(max_positions as f64);
         let original_max_positions = positive(original_max_positions, "original_max_position_embeddings")?;
         match rope_type {
             "default" => Ok(RopeScaling::None),
@@ -141,19 +217,25 @@ impl HfConfig {
                 let factor = factor()?;
                 Ok(RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions })
             }
-            "yarn" if rope.truncate == Some(false) => {
-                Err("rope_scaling of type yarn with truncate false is not supported".to_owned())
-            }
             "yarn" => {
-                let factor = factor()?;
+                let factor = match rope.factor {
+                    Some(None) => max_positions as f64 / original_max_positions,
+                    _ => factor()?,
+                };
+                // 0 stands for the default, as in `transformers`.
+                let beta = |value: Option<f64>, default| value.filter(|&beta| beta != 0.0).unwrap_or(default);
                 Ok(RopeScaling::Yarn {
                     factor,
-                    beta_fast: positive(rope.beta_fast.unwrap_or(32.0), "beta_fast")?,
-                    beta_slow: positive(rope.beta_slow.unwrap_or(1.0), "beta_slow")?,
+                    beta_fast: positive(beta(rope.beta_fast, 32.0), "beta_fast")?,
+                    beta_slow: positive(beta(rope.beta_slow, 1.0), "beta_slow")?,
                     original_max_positions,
                     attention_factor: rope.yarn_attention_factor(factor),
+                    truncate: rope.truncate.unwrap_or(true),
                 })
             }
+            "dynamic" => Err("rope_scaling of type `dynamic` is not supported: set it to null, because it changes \
+                              nothing within max_position_embeddings"
+                .to_owned()),
             other => Err(format!("rope_scaling of type `{other}` is not supported: use linear, llama3 or yarn")),
         }
     }
@@ -180,34 +262,35 @@ pub(super) fn positive(value: f64, name: &str) -> Result<f64, String> {
 
 /// `rope_scaling` in the spelling that every version of `transformers` reads.
 pub(super) fn rope_scaling_json(scaling: &RopeScaling) -> Value {
-    let (rope_type, numbers) = match scaling {
-        RopeScaling::None => return Value::Null,
-        RopeScaling::Linear { factor } => ("linear", vec![("factor", *factor)]),
-        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions } => (
-            "llama3",
-            vec![
-                ("factor", *factor),
-                ("low_freq_factor", *low_freq_factor),
-                ("high_freq_factor", *high_freq_factor),
-                ("original_max_position_embeddings", *original_max_positions),
-            ],
-        ),
-        RopeScaling::Yarn { factor, beta_fast, beta_slow, original_max_positions, attention_factor } => (
-            "yarn",
-            vec![
-                ("factor", *factor),
-                ("beta_fast", *beta_fast),
-                ("beta_slow", *beta_slow),
-                ("original_max_position_embeddings", *original_max_positions),
-                ("attention_factor", *attention_factor),
-            ],
-        ),
-    };
-    let mut object = Map::from_iter([("rope_type".to_owned(), json!(rope_type))]);
-    for (name, number) in numbers {
-        // `transformers` requires the context to be an integer.
-        let is_integer = name.starts_with("original");
-        object.insert(name.to_owned(), if is_integer { json!(number as u64) } else { json!(number) });
+    match *scaling {
+        RopeScaling::None => Value::Null,
+        RopeScaling::Linear { factor } => json!({ "rope_type": "linear", "factor": factor }),
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions } => json!({
+            "rope_type": "llama3",
+            "factor": factor,
+            "low_freq_factor": low_freq_factor,
+            "high_freq_factor": high_freq_factor,
+            "original_max_position_embeddings": context_json(original_max_positions),
+        }),
+        RopeScaling::Yarn { factor, beta_fast, beta_slow, original_max_positions, attention_factor, truncate } => {
+            let mut scaling = json!({
+                "rope_type": "yarn",
+                "factor": factor,
+                "beta_fast": beta_fast,
+                "beta_slow": beta_slow,
+                "original_max_position_embeddings": context_json(original_max_positions),
+                "attention_factor": attention_factor,
+            });
+            // Older versions do not know the key, and its absence means true.
+            if !truncate {
+                scaling["truncate"] = json!(false);
+            }
+            scaling
+        }
     }
-    Value::Object(object)
+}
+
+/// `transformers` asks for an integer.
+fn context_json(context: f64) -> Value {
+    if context.fract() == 0.0 { json!(context as u64) } else { json!(context) }
 }

@@ -36,6 +36,8 @@ pub enum RopeScaling {
         original_max_positions: f64,
         /// Scale of cosines and sines, and therefore of queries and keys.
         attention_factor: f64,
+        /// Whether the bounds between kept and divided dimensions are rounded outwards.
+        truncate: bool,
     },
 }
 
@@ -53,13 +55,16 @@ impl RopeScaling {
                     frequency * kept + frequency / factor * (1.0 - kept)
                 })
                 .collect(),
-            RopeScaling::Yarn { factor, beta_fast, beta_slow, original_max_positions, .. } => {
+            RopeScaling::Yarn { factor, beta_fast, beta_slow, original_max_positions, truncate, .. } => {
                 let dim = head_dim as f64;
                 // The dimension that rotates this often within the trained context.
                 let dimension_with =
                     |rotations: f64| dim * (original_max_positions / (rotations * TAU)).ln() / (2.0 * theta.ln());
-                let low = dimension_with(*beta_fast).floor().max(0.0);
-                let high = dimension_with(*beta_slow).ceil().min(dim - 1.0);
+                let (mut low, mut high) = (dimension_with(*beta_fast), dimension_with(*beta_slow));
+                if *truncate {
+                    (low, high) = (low.floor(), high.ceil());
+                }
+                let (low, high) = (low.max(0.0), high.min(dim - 1.0));
                 let width = if high == low { 0.001 } else { high - low };
                 unscaled
                     .enumerate()

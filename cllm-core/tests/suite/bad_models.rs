@@ -98,7 +98,6 @@ fn unsupported_features_are_refused_by_name() {
         ("layer_types", json!(["full_attention", "sliding_attention"])),
         ("quantization_config", json!({"quant_method": "gptq"})),
         ("partial_rotary_factor", json!(0.5)),
-        ("mlp_bias", json!(true)),
         ("rope_parameters", json!({"rope_type": "longrope", "factor": 2.0})),
         ("num_key_value_heads", json!(3)),
         ("hidden_size", json!("wide")),
@@ -117,10 +116,30 @@ fn unsupported_features_are_refused_by_name() {
         };
         assert_mentions(&message, &[expected]);
     }
-    // A window as long as the context changes nothing.
-    let mut config = base.clone();
-    config["sliding_window"] = json!(4096);
-    ModelConfig::from_json(&config).unwrap();
+}
+
+#[test]
+fn the_advice_of_a_refused_window_works() {
+    for (family, window) in
+        [("mistral", json!(64)), ("mistral", Value::Null), ("qwen2", json!(64)), ("qwen3", json!(64))]
+    {
+        let mut config = json!({
+            "model_type": family, "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32768,
+            "use_sliding_window": true, "max_window_layers": 0, "sliding_window": window,
+        });
+        if window.is_null() {
+            config.as_object_mut().unwrap().remove("sliding_window");
+        }
+        let window = window.as_i64().unwrap_or(4096);
+        let message = ModelConfig::from_json(&config).unwrap_err();
+        assert_mentions(&message, &[&format!("max_position_embeddings to at most {window}"), "sliding_window to null"]);
+        for (key, value) in [("max_position_embeddings", json!(window)), ("sliding_window", Value::Null)] {
+            let mut advised = config.clone();
+            advised[key] = value;
+            ModelConfig::from_json(&advised).unwrap();
+        }
+    }
 }
 
 #[test]

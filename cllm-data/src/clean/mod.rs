@@ -180,7 +180,7 @@ fn apply_rules(
 }
 
 fn check_row(row: Trajectory, context: &RuleContext<'_>) -> Result<CheckedRow> {
-    let text = context.scorer.tokenizer.decode(&row.response_ids)?;
+    let text = context.scorer.tokenizer.decode_answer(&row.prompt_ids, &row.response_ids)?;
     let prompt_hash = hash_ids(&row.prompt_ids);
     let candidate = Candidate::new(&row, &text, prompt_hash, context);
     let (broken_rule, is_unscored) = (candidate.broken_rule()?, candidate.is_unscored());

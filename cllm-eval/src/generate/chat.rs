@@ -123,9 +123,10 @@ impl<'m> Chat<'m> {
         check_fits_context(&request, &self.stop, self.model.config().max_positions)?;
         self.reserve_slots(request.prompt_ids.len())?;
         let Chat { tokenizer, stop, options, decoders: [left, right], .. } = self;
+        let text_stream = || tokenizer.decode_stream(&request.prompt_ids);
         let mut sides = [
-            Side::new(left.start(request.clone(), stop, options[0])?, tokenizer, options[0].strategy),
-            Side::new(right.start(request, stop, options[1])?, tokenizer, options[1].strategy),
+            Side::new(left.start(request.clone(), stop, options[0])?, text_stream()?, options[0].strategy),
+            Side::new(right.start(request.clone(), stop, options[1])?, text_stream()?, options[1].strategy),
         ];
         let mut screen = Screen { term: Term::stderr(), num_lines: 0, last_frame: None };
         let outcome = run_both(&mut sides, &mut screen);
@@ -133,7 +134,7 @@ impl<'m> Chat<'m> {
         screen.draw_all(&sides)?;
         outcome?;
         progress::log(comparison(&sides));
-        tokenizer.decode(&sides[0].ids)
+        tokenizer.decode_answer(&request.prompt_ids, &sides[0].ids)
     }
 
     fn reserve_slots(&mut self, num_prompt_tokens: usize) -> Result<()> {
@@ -199,9 +200,9 @@ fn comparison(sides: &[Side<'_>; 2]) -> String {
 }
 
 impl<'t> Side<'t> {
-    fn new(running: RunningAnswer<'t>, tokenizer: &'t Tokenizer, strategy: Strategy) -> Self {
+    fn new(running: RunningAnswer<'t>, text_stream: DecodeStream<'t>, strategy: Strategy) -> Self {
         let column = Column { title: strategy.to_string(), ..Column::default() };
-        Side { running, text_stream: Some(tokenizer.decode_stream()), ids: Vec::new(), num_forwards: 0, column }
+        Side { running, text_stream: Some(text_stream), ids: Vec::new(), num_forwards: 0, column }
     }
 
     fn seconds(&self) -> f64 {

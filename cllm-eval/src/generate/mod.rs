@@ -158,13 +158,13 @@ impl Generator<'_> {
         if self.show {
             progress::log(format!("{strategy}:"));
         }
-        let mut live_text = LiveText::new(self.tokenizer, self.show);
+        let mut live_text = LiveText::new(self.tokenizer, &self.request.prompt_ids, self.show)?;
         let mut watch = |_: usize, ids: &[i32]| live_text.add(ids);
         self.decoder.answer(requests, &self.stop, options, Some(&mut watch))?;
         live_text.finish()?;
         let (mut answers, timing) = self.decoder.answer(requests, &self.stop, options, None)?;
         let answer = answers.pop().ok_or_else(|| Error::internal("decoding returned no answer"))?;
-        let answer = GeneratedAnswer::new(self.tokenizer, strategy, answer, timing)?;
+        let answer = GeneratedAnswer::new(self.tokenizer, &self.request, strategy, answer, timing)?;
         if self.show {
             progress::log(answer.summary());
         }
@@ -173,12 +173,18 @@ impl Generator<'_> {
 }
 
 impl GeneratedAnswer {
-    fn new(tokenizer: &Tokenizer, strategy: Strategy, answer: Answer, timing: Timing) -> Result<Self> {
+    fn new(
+        tokenizer: &Tokenizer,
+        request: &Request,
+        strategy: Strategy,
+        answer: Answer,
+        timing: Timing,
+    ) -> Result<Self> {
         let num_tokens = answer.response_ids.len();
         Ok(GeneratedAnswer {
             name: strategy.name().to_owned(),
             max_tokens_per_forward: strategy.max_window_tokens(),
-            text: tokenizer.decode(&answer.response_ids)?,
+            text: tokenizer.decode_answer(&request.prompt_ids, &answer.response_ids)?,
             response_ids: answer.response_ids,
             finish_reason: answer.finish_reason,
             tokens: num_tokens,
@@ -212,9 +218,10 @@ struct LiveText<'t> {
 }
 
 impl<'t> LiveText<'t> {
-    fn new(tokenizer: &'t Tokenizer, show: bool) -> Self {
+    fn new(tokenizer: &'t Tokenizer, prompt_ids: &[i32], show: bool) -> Result<Self> {
         let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-        LiveText { text_stream: tokenizer.decode_stream(), show, colour, num_forwards: 0, error: None }
+        let text_stream = tokenizer.decode_stream(prompt_ids)?;
+        Ok(LiveText { text_stream, show, colour, num_forwards: 0, error: None })
     }
 
     fn add(&mut self, ids: &[i32]) {

@@ -101,7 +101,8 @@ fn record(
 ) -> Result<AnswerRecord> {
     let (sample, prompt, tokenizer) = (&session.samples[index], model.prompts.get(index), &model.prompts.tokenizer);
     let forced = answer.thought.as_ref().map_or(0..0, Thought::forced_tokens);
-    let texts = || split_by_forward(tokenizer, &answer.response_ids, &answer.num_new_tokens, forced);
+    let prompt_ids = &prompt.request.prompt_ids;
+    let texts = || split_by_forward(tokenizer, prompt_ids, &answer.response_ids, &answer.num_new_tokens, forced);
     Ok(AnswerRecord {
         role: model.role,
         strategy,
@@ -112,7 +113,7 @@ fn record(
         prompt_tokens: prompt.num_tokens(),
         reference: sample.reference.clone(),
         meta: sample.meta.clone(),
-        text: tokenizer.decode(&answer.response_ids)?,
+        text: tokenizer.decode_answer(prompt_ids, &answer.response_ids)?,
         verdict: Verdict::Unscored,
         alternative: None,
         finish_reason: answer.finish_reason,

@@ -5,14 +5,18 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
 
+use cllm_core::checkpoint;
+use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::prompt_set::{Prompt, Sample};
 use cllm_core::sandbox::{Limits, Sandbox};
 use cllm_core::task::{ScoreContext, Task, Verdict};
+use cllm_core::tokenizer::{self, Tokenizer};
 use cllm_core::trajectory::FinishReason;
 use cllm_eval::records::Records;
 use rayon::prelude::*;
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tch::{Device, Kind};
 
 use crate::made_up::{model, records};
 use crate::sandbox::{alone, left_running};
@@ -344,6 +348,55 @@ fn a_run_scores_code_if_its_settings_say_so() {
         assert_eq!(stderr.contains("execute_code=true"), !execute, "{stderr}");
         assert_eq!(results(&output)["sandbox"].is_array(), execute);
     }
+}
+
+/// Writes a model with a tokenizer like Llama 2's that answers `prompt` with `answer`: each token
+/// leads to the next one, so none may come twice.
+fn model_that_answers(folder: &Path, prompt: &str, answer: &str) {
+    let fixture = concat!(env!("CARGO_MANIFEST_DIR"), "/../cllm-core/tests/fixtures/tokenizers/llama-2");
+    fs::create_dir(folder).unwrap();
+    tokenizer::copy_files(Path::new(fixture), folder).unwrap();
+    let tokenizer = Tokenizer::load(folder).unwrap();
+    let mut ids = tokenizer.encode_prompt(&Prompt::Text(prompt.to_owned())).unwrap().1;
+    ids.drain(..ids.len() - 1);
+    ids.extend(tokenizer.encode_target(answer).unwrap());
+    let config = json!({
+        "model_type": "llama", "vocab_size": tokenizer.vocab_size(), "hidden_size": 64, "intermediate_size": 8,
+        "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64,
+    });
+    let model = Transformer::random(ModelConfig::from_json(&config).unwrap(), 1, Device::Cpu, Kind::Float);
+    let _no_grad = tch::no_grad_guard();
+    let find = |name: &str| model.weights().get(name).unwrap();
+    for name in ["lm_head.weight", "model.layers.0.self_attn.o_proj.weight", "model.layers.0.mlp.down_proj.weight"] {
+        let _ = find(name).zero_();
+    }
+    for pair in ids.windows(2) {
+        let embedding = find("model.embed_tokens.weight").get(pair[0].into());
+        let mut row = find("lm_head.weight").get(pair[1].into());
+        row.copy_(&embedding);
+    }
+    checkpoint::save(&model, folder, Kind::Float).unwrap();
+}
+
+#[test]
+fn an_answer_keeps_the_blanks_that_it_begins_with() {
+    let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
+    let (teacher, prompts, output) =
+        (path(dir.path(), "teacher"), path(dir.path(), "prompts.jsonl"), path(dir.path(), "run"));
+    let prompt = "def one():\n";
+    model_that_answers(Path::new(&teacher), prompt, "    return 1");
+    let test = "def check(candidate):\n    assert candidate() == 1\n";
+    let meta = json!({ "task_id": "T/1", "prompt": prompt, "entry_point": "one", "test": test });
+    let row = json!({ "id": "a", "source": "humaneval/test", "prompt": prompt, "reference": "?", "meta": meta });
+    fs::write(&prompts, row.to_string()).unwrap();
+    let given = [format!("teacher={teacher}"), format!("prompts={prompts}"), format!("output={output}")];
+    let fixed =
+        ["run", "strategies=[ar]", "max_new_tokens=20", "num_speed_examples=0", "device=cpu", "execute_code=true"];
+    EVAL.succeed(&[&fixed.map(str::to_owned)[..], &given].concat());
+    let records = Records::read(&Path::new(&output).join("samples.jsonl")).unwrap();
+    let [answer] = &records.answers[..] else { panic!("one answer was expected") };
+    assert_eq!((answer.text.as_str(), answer.verdict), ("    return 1", Verdict::Correct));
+    assert_eq!(answer.forward_texts.as_ref().unwrap().concat(), answer.text);
 }
 
 #[test]

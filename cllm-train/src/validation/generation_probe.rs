@@ -57,13 +57,13 @@ impl<'t> GenerationProbe<'t> {
         let merged = model.to_merged()?;
         let model = merged.as_ref().unwrap_or(model);
         let (answers, _) = decode(model, &self.requests, &self.stop, self.options)?;
-        let scored =
-            self.samples.iter().zip(&answers).map(|(sample, answer)| Ok((answer, self.score(sample, answer)?)));
+        let scored = answers.iter().enumerate().map(|(index, answer)| Ok((answer, self.score(index, answer)?)));
         Ok(GenerationMetrics::from_answers(&scored.collect::<Result<Vec<_>>>()?))
     }
 
-    fn score(&self, sample: &Sample, answer: &Answer) -> Result<Verdict> {
-        let text = self.tokenizer.decode(&answer.response_ids)?;
+    fn score(&self, index: usize, answer: &Answer) -> Result<Verdict> {
+        let (sample, request) = (&self.samples[index], &self.requests[index]);
+        let text = self.tokenizer.decode_answer(&request.prompt_ids, &answer.response_ids)?;
         let context = ScoreContext { data: self.data.as_deref(), ..ScoreContext::default() };
         Task::from_source(&sample.source).score(context, sample, &text, answer.finish_reason).map(|score| score.verdict)
     }
