@@ -95,7 +95,7 @@ class Source:
         self.code, self.is_broken = python_part(text)
         body = ast.parse(self.code).body
         self.statements = body if self.code == text else [s for s in body if not reads_as_prose(s)]
-        self.bound = bound_names(ast.Module(self.statements, []))
+        self.bound = set().union(*map(defined_names, self.statements))
 
     def defines(self, name):
         if not self.is_broken:
@@ -126,10 +126,9 @@ def python_part(text):
 
 def without_session_prompts(text):
     """The commands of an interactive session; another text stays as it is."""
-    lines = text.splitlines()
-    if not any(line.startswith(">>>") for line in lines):
+    if not text.lstrip().startswith(">>>"):
         return text
-    return "\n".join(line[4:] for line in lines if SESSION_LINE.match(line))
+    return "\n".join(line[4:] for line in text.splitlines() if SESSION_LINE.match(line))
 
 
 def without_prose(text):
@@ -179,6 +178,14 @@ def bound_names(node):
     if isinstance(node, ast.Name):
         return {node.id} if isinstance(node.ctx, ast.Store) else set()
     return set().union(*map(bound_names, ast.iter_child_nodes(node)))
+
+
+def defined_names(statement):
+    """The names that a statement defines: `f = cached(f)` wraps what is defined elsewhere."""
+    if isinstance(statement, ast.AugAssign):
+        return set()
+    names = bound_names(statement)
+    return names - loaded_names(statement) if isinstance(statement, ast.Assign) else names
 
 
 def loaded_names(node):

@@ -197,6 +197,14 @@ const ANSWERS: &[(&str, bool)] = &[
         "```python\ntable = {}\nfor i in range(9):\n    table[i] = i + 1\n```\n```python\ndef f(x):\n    return table[x]\n```",
         true,
     ),
+    (
+        "```python\ndef f(x):\n    return x + 1\n```\nFaster:\n```python\nimport functools\nf = functools.cache(f)\n```",
+        true,
+    ),
+    (
+        "```python\nclass Solution:\n    def f(self, x):\n        return x + 1\n```\n```python\nf = Solution().f\n```",
+        true,
+    ),
     // Examples and other languages do not.
     ("```python\ndef f(x):\n    return x + 1\n```\nTry it:\n```python\nn = int(input())\nprint(f(n))\n```", true),
     ("```python\ndef f(x):\n    return x + 1\n```\nTest:\n```python\nassert f(1) == 3\n```", true),
@@ -228,6 +236,7 @@ const ANSWERS: &[(&str, bool)] = &[
         true,
     ),
     ("def f(x):\n    return x + 1\n```\nIt adds one.", true),
+    ("Here is `f`:\n\ndef f(x):\n    return x + 1\n\nExample:\n\n>>> f(1)\n2\n", true),
     ("Here it is:\ndef f(x):\n    return (x + 1\nIt adds one.", false),
     ("def f(x):\n    return x + 1\nundefined", false),
     ("It adds one.", false),
