@@ -38,7 +38,9 @@ pub fn count<N: Display + PartialEq + From<u8>>(number: N, noun: &str) -> String
     let consonant_y = noun.strip_suffix('y').filter(|stem| !stem.ends_with(['a', 'e', 'i', 'o', 'u']));
     match consonant_y {
         Some(stem) => format!("{number} {stem}ies"),
-        None if ["s", "x", "ch", "sh"].iter().any(|end| noun.ends_with(end)) => format!("{number} {noun}es"),
+        None if noun != "epoch" && ["s", "x", "ch", "sh"].iter().any(|end| noun.ends_with(end)) => {
+            format!("{number} {noun}es")
+        }
         None => format!("{number} {noun}s"),
     }
 }
@@ -179,5 +181,6 @@ mod tests {
         assert_eq!(count(0usize, "step"), "0 steps");
         assert_eq!(count(2u64, "query"), "2 queries");
         assert_eq!((count(3, "batch"), count(4, "key")), ("3 batches".to_owned(), "4 keys".to_owned()));
+        assert_eq!(count(2, "epoch"), "2 epochs");
     }
 }

@@ -98,3 +98,22 @@ fn extend_unique(names: &mut Vec<String>, more: Vec<String>) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_row_that_is_neither_read_nor_set_aside_is_an_internal_error() {
+        let counted = || {
+            let mut notes = Notes::default();
+            notes.add_read(Vec::new(), Vec::new());
+            notes.add_set_aside(Location::Line(2), RowError::new("is not JSON", ""));
+            notes
+        };
+        let path = Path::new("rows.jsonl");
+        assert!(counted().finish(path, 2).is_ok());
+        let error = counted().finish(path, 3).unwrap_err();
+        assert!(error.exit_code() == 70 && error.to_string().contains("1 of 3 rows read, 1 set aside"), "{error}");
+    }
+}
