@@ -232,7 +232,7 @@ fn sort_dict(value: &Value, positional: Rest<Value>, named: Kwargs) -> Result<Va
     if kinds_differ {
         return Err(failed("dictsort: the items cannot be compared"));
     }
-    pairs.sort_by(|a, b| key(a).cmp(&key(b)));
+    pairs.sort_by_key(key);
     if arguments.flag(2) {
         pairs.reverse();
     }
