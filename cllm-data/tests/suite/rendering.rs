@@ -62,7 +62,7 @@ fn a_collection_that_is_resumed_the_next_day_keeps_its_date() {
     collect_on(&stopped, day("2026-11-28")).unwrap();
     // What a kill leaves: the first shard and a manifest that is not complete.
     for name in ["part-00001.parquet", "part-00002.parquet"] {
-        fs::remove_file(stopped.output.join(name)).unwrap();
+        fs::remove_file(stopped.output.join("data").join(name)).unwrap();
     }
     collect_on(&stopped, day("2026-11-29")).unwrap();
     let [whole_folder, folder] = [&whole, &stopped].map(|settings| settings.output.display().to_string());
