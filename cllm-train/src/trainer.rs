@@ -72,6 +72,8 @@ pub fn run_on(mut settings: Settings, today: Date) -> Result<()> {
     let (device, group) = processes::join(&settings)?;
     settings.rendering.date = settings.rendering.date.or(Checkpoints::started_on(&settings.output)).or(Some(today));
     let (tokenizer, tokenizer_folder) = load_tokenizer(&settings)?;
+    // A date that no template prints is no part of the run.
+    settings.rendering.date = tokenizer.rendering_record().date;
     let models = Models::load(&settings, &tokenizer, &tokenizer_folder, device)?;
     let examples = dataset::read(&settings, &tokenizer, models.student.config())?;
     let validator = Validator::load(&settings, &tokenizer, models.student.config())?;

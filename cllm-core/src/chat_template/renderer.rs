@@ -6,6 +6,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::files::{SpecialTokens, special_tokens, template_sources};
+use super::template::STRFTIME_NOW;
 use super::{ChatTemplate, Conversation, Rendering, RenderingRecord};
 use crate::{Error, Result, fingerprint};
 
@@ -90,13 +91,19 @@ impl Renderer {
         self.special_tokens.get(name).map(String::as_str)
     }
 
+    /// Whether a template may print the date. Where none does, the same prompts on another day are the
+    /// same texts.
+    fn prints_date(&self) -> bool {
+        self.templates.keys().any(|&name| self.sources[name].contains(STRFTIME_NOW))
+    }
+
     /// What is stored with the things that are made from rendered prompts.
     pub fn record(&self) -> RenderingRecord {
         let source = (!self.sources.is_empty()).then(|| json!([self.sources, self.special_tokens]).to_string());
         RenderingRecord {
             chat_template: source.map(|source| fingerprint::hash_bytes(source.as_bytes())),
             chat_template_kwargs: self.rendering.chat_template_kwargs.clone(),
-            date: Some(self.rendering.date),
+            date: self.prints_date().then_some(self.rendering.date),
         }
     }
 }

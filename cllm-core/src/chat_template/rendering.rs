@@ -101,7 +101,7 @@ pub struct RenderingRecord {
     pub chat_template: Option<String>,
     /// Variables of the template that the settings named.
     pub chat_template_kwargs: Map<String, Value>,
-    /// The date that templates were given.
+    /// The date that templates were given; null if none of them prints it.
     pub date: Option<Date>,
 }
 

@@ -13,6 +13,8 @@ use super::dates::strftime;
 use super::{filters, percent, python};
 use crate::{Error, Result};
 
+/// The function with which templates print the date.
+pub(super) const STRFTIME_NOW: &str = "strftime_now";
 /// The variable that holds the date of a rendering, for `strftime_now`.
 const DATE: &str = "cllm_date";
 
@@ -42,7 +44,7 @@ impl ChatTemplate {
         environment.add_function("raise_exception", |message: String| -> std::result::Result<String, _> {
             Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
         });
-        environment.add_function("strftime_now", strftime_now);
+        environment.add_function(STRFTIME_NOW, strftime_now);
         let source = percent::replace_operator(&source.replace("\r\n", "\n").replace('\r', "\n"));
         let source = GENERATION_TAG.replace_all(&source, |tag: &regex::Captures<'_>| {
             let word = if tag.get(2).is_some() { "endif" } else { "if true" };

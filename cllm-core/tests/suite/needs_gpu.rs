@@ -2,6 +2,7 @@
 
 use cllm_core::decode::{Answer, DecodeOptions, Decoder, Request, StopConditions, Strategy, required_slots};
 use cllm_core::model::Transformer;
+use cllm_core::thought::{Thought, ThoughtClosing, ThoughtLimit, ThoughtTokens};
 use cllm_testing::gpu;
 use serde_json::{Value, json};
 use tch::{Device, IndexOp, Kind, Tensor};
@@ -150,6 +151,63 @@ fn streamed_requests_get_the_answers_of_single_ones() {
         let options = DecodeOptions { record_trajectory: true, ..DecodeOptions::greedy(strategy, 5) };
         decoder.stream(&mut requests.iter().cloned(), &stop, options, &mut check).unwrap();
         assert_eq!(answered, requests.len());
+    }
+}
+
+/// The parts of an answer that the model chose: before the tokens that closed its thought, and after
+/// them as the answer to a longer prompt.
+fn decoded_parts(request: &Request, answer: &Answer) -> Vec<(Request, Answer)> {
+    let closed = answer.thought.as_ref().map_or(0..0, Thought::forced_tokens);
+    let parts = [0..closed.start, closed.end..answer.response_ids.len()];
+    let part = |range: std::ops::Range<usize>| {
+        let prompt_ids = [&request.prompt_ids[..], &answer.response_ids[..range.start]].concat();
+        let response_ids = answer.response_ids[range].to_vec();
+        (Request { prompt_ids, ..request.clone() }, Answer { response_ids, ..answer.clone() })
+    };
+    parts.into_iter().filter(|range| !range.is_empty()).map(part).collect()
+}
+
+#[test]
+#[ignore = "needs a GPU: scripts/test --gpu"]
+fn a_thought_closed_at_its_limit_stands_between_the_likeliest_tokens() {
+    let requests: Vec<Request> = (0..24)
+        .map(|row| Request {
+            sample_id: format!("s{row}"),
+            prompt_ids: (0..1 + row * 13 % 70).map(|i| (i * 37 + row * 11) % 203).collect(),
+        })
+        .collect();
+    // Every answer begins inside a thought, which token 11 ends.
+    let closing = ThoughtClosing { max_thinking_tokens: 10, closing_ids: vec![7, 11, 8] };
+    let thought_limit = Some(ThoughtLimit { tokens: ThoughtTokens::new(12, 11, vec![vec![]]), closing });
+    let stop = StopConditions { thought_limit, ..StopConditions::new(40, vec![3]) };
+    for (name, config) in shapes() {
+        let models = gpu::on_gpu_and_cpu(&config, 7, 8.0);
+        let mut decoder = Decoder::new(&models.0, 24, required_slots(70, &stop, Strategy::lookahead())).unwrap();
+        let mut plain: Vec<Answer> = Vec::new();
+        for (strategy, rows) in [
+            (Strategy::Ar, 24),
+            (Strategy::Jacobi { n: 5 }, 24),
+            (Strategy::Jacobi { n: 16 }, 6),
+            (Strategy::rolling(8), 24),
+            (Strategy::lookahead(), 6),
+        ] {
+            let answers: Vec<Answer> = requests
+                .chunks(rows)
+                .flat_map(|batch| decoder.answer(batch, &stop, DecodeOptions::greedy(strategy, 5), None).unwrap().0)
+                .collect();
+            if plain.is_empty() {
+                plain = answers.clone();
+            }
+            let closed = answers.iter().filter(|answer| answer.thought == Some(Thought::Forced(10..13)));
+            let num_closed = closed.inspect(|answer| assert_eq!(answer.response_ids[10..13], [7, 11, 8])).count();
+            let parts: Vec<_> =
+                requests.iter().zip(&answers).flat_map(|(request, answer)| decoded_parts(request, answer)).collect();
+            let error = worst(&models, parts.iter().map(|(request, answer)| (request, answer)));
+            let same = plain.iter().zip(&answers).filter(|(a, b)| a.response_ids == b.response_ids).count();
+            println!("{name} {strategy:?} in {rows} rows: {error:.4?}, {num_closed} closed, {same} of 24 as AR");
+            assert!(num_closed > 12, "{name}, {strategy:?} in {rows} rows: only {num_closed} reached the limit");
+            assert!(error.is_rounding(), "{name}, {strategy:?} in {rows} rows: {error:?}");
+        }
     }
 }
 

@@ -90,7 +90,7 @@ fn load_tokenizer(settings: &Settings, of_data: &RenderingRecord) -> Result<Toke
     }
     let tokenizer = Tokenizer::load_for(&hub::locate(&settings.model)?, &rendering)?;
     let difference = of_data.difference(&tokenizer.rendering_record());
-    match difference.filter(|_| of_data.date.is_some() && !settings.evaluation_prompts.is_empty()) {
+    match difference.filter(|_| of_data.chat_template.is_some() && !settings.evaluation_prompts.is_empty()) {
         Some(key) => Err(Error::file(
             &settings.input,
             format!("was rendered with another {key} than evaluation_prompts would be: set {key} as collect had it"),

@@ -14,8 +14,7 @@ use crate::fixtures::{DATA, collect, prompt_set, row, run_error, shard, shards, 
 /// The command line of `collect` from `model` into `output`.
 fn collect_command(model: &str, output: &str) -> Vec<String> {
     let paths = [format!("model={model}"), format!("prompts={}", prompt_set()), format!("output={output}")];
-    let settings =
-        ["collect", "n=8", "max_new_tokens=20", "device=cpu", "rows_per_shard=8", "date=2026-11-28"].map(str::to_owned);
+    let settings = ["collect", "n=8", "max_new_tokens=20", "device=cpu", "rows_per_shard=8"].map(str::to_owned);
     [&settings[..], &paths].concat()
 }
 

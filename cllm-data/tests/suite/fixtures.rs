@@ -74,7 +74,7 @@ pub fn collect(output: &str, more: &[&str]) -> Value {
     let paths = [format!("model={}", teacher()), format!("prompts={}", prompt_set()), format!("output={output}")];
     let mut arguments = vec!["collect", "--json"];
     arguments.extend(paths.iter().map(String::as_str));
-    arguments.extend(["n=8", "max_new_tokens=20", "device=cpu", "rows_per_shard=8", "date=2026-11-28"]);
+    arguments.extend(["n=8", "max_new_tokens=20", "device=cpu", "rows_per_shard=8"]);
     arguments.extend(more);
     run_json(&arguments)
 }

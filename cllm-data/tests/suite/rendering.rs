@@ -61,6 +61,10 @@ fn a_collection_that_is_resumed_the_next_day_keeps_its_date() {
     collect_on(&whole, day("2026-11-28")).unwrap();
     collect_on(&stopped, day("2026-11-28")).unwrap();
     // What a kill leaves: the first shard and a manifest that is not complete.
+    let manifest_file = stopped.output.join("manifest.json");
+    let mut manifest: Value = serde_json::from_slice(&fs::read(&manifest_file).unwrap()).unwrap();
+    manifest["complete"] = false.into();
+    fs::write(&manifest_file, manifest.to_string()).unwrap();
     for name in ["part-00001.parquet", "part-00002.parquet"] {
         fs::remove_file(stopped.output.join("data").join(name)).unwrap();
     }
@@ -68,7 +72,7 @@ fn a_collection_that_is_resumed_the_next_day_keeps_its_date() {
     let [whole_folder, folder] = [&whole, &stopped].map(|settings| settings.output.display().to_string());
     assert_eq!(shards(&whole_folder), shards(&folder));
     assert!(rows(&folder).iter().all(|row| row.prompt.contains("Today is 28 November 2026.")));
-    let manifest: Value = serde_json::from_slice(&fs::read(stopped.output.join("manifest.json")).unwrap()).unwrap();
+    let manifest: Value = serde_json::from_slice(&fs::read(manifest_file).unwrap()).unwrap();
     assert_eq!(manifest["provenance"]["date"], "2026-11-28");
 
     // The stored date may be named, another one not.
@@ -83,6 +87,27 @@ fn a_collection_that_is_resumed_the_next_day_keeps_its_date() {
     let next = settings(dir.path(), "next");
     collect_on(&next, day("2026-11-29")).unwrap();
     assert!(rows(&next.output.display().to_string())[0].prompt.contains("Today is 29 November 2026."));
+}
+
+#[test]
+fn a_date_that_the_template_does_not_print_changes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("own.jinja");
+    fs::write(&file, "{{ messages[0].content }}").unwrap();
+    let collected = |output: &str, on: &str, date: Option<&str>| {
+        let mut settings = settings(dir.path(), output);
+        settings.rendering =
+            RenderSettings { chat_template: Some(file.clone()), date: date.map(day), ..Default::default() };
+        collect_on(&settings, day(on)).unwrap();
+        let manifest = fs::read(settings.output.join("manifest.json")).unwrap();
+        (manifest, shards(&settings.output.display().to_string()))
+    };
+    let first = collected("first", "2026-11-28", None);
+    assert_eq!(serde_json::from_slice::<Value>(&first.0).unwrap()["provenance"]["date"], Value::Null);
+    assert_eq!(collected("next", "2026-11-29", None), first);
+    assert_eq!(collected("set", "2026-11-29", Some("2020-01-01")), first);
+    // The finished data set is the same with a date.
+    assert_eq!(collected("first", "2026-11-29", Some("2020-01-01")), first);
 }
 
 #[test]

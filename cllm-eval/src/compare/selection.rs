@@ -96,7 +96,7 @@ impl Selection {
             json!(a.chat_template_kwargs).to_string(),
             json!(b.chat_template_kwargs).to_string(),
         );
-        let date = |date: Option<Date>| date.map_or("not recorded".to_owned(), |date| date.to_string());
+        let date = |date: Option<Date>| date.map_or("none or not recorded".to_owned(), |date| date.to_string());
         differs("date", date(a.date), date(b.date));
         let template = |side: &Selection| {
             let model = side.header().model(side.role);

@@ -57,6 +57,7 @@ pub fn run_on(settings: &RunSettings, today: Date) -> Result<Results> {
     let mut models: Vec<IdentifiedModel> =
         names.into_iter().map(|(role, name)| IdentifiedModel::locate(role, name)).collect::<Result<_>>()?;
     let input = Input::prepare(settings, &examples, &mut models, today)?;
+    let settings = &recorded_settings(settings, &input);
     let mut session = Session::open(settings, &examples, scorer, sandbox.as_ref(), &models, device)?;
     match input {
         Input::Prompts(prompts) => answer_prompts(&mut session, models, prompts)?,
@@ -78,6 +79,16 @@ fn with_date(settings: &RunSettings, today: Date) -> Result<RunSettings> {
         settings.rendering.date = header.and_then(|header| header.settings.rendering.date).or(Some(today));
     }
     Ok(settings)
+}
+
+/// The settings to store: a date that no chat template prints is no part of the run.
+fn recorded_settings(settings: &RunSettings, input: &Input) -> RunSettings {
+    let mut settings = settings.clone();
+    settings.rendering.date = match input {
+        Input::Prompts(models) => models.iter().find_map(|prompts| prompts.tokenizer.rendering_record().date),
+        Input::Texts(_) => None,
+    };
+    settings
 }
 
 /// The models to evaluate, by role.

@@ -51,6 +51,18 @@ fn a_teacher_and_its_student_learn_and_resume_exactly() {
 }
 
 #[test]
+fn a_date_that_the_template_does_not_print_is_no_part_of_a_run() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let mut settings = Settings { max_steps: Some(1), ..sft(dir.path(), "run") };
+    trainer::run_on(settings.clone(), "2026-11-28".parse().unwrap()).unwrap();
+    let config = std::fs::read_to_string(dir.path().join("run/config.yaml")).unwrap();
+    assert!(config.contains("\ndate: null\n"), "{config}");
+    settings.rendering.date = Some("2020-01-01".parse().unwrap());
+    trainer::run(settings).unwrap();
+}
+
+#[test]
 fn validation_counts_unfinished_answers_separately() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
