@@ -25,6 +25,7 @@ pub mod statistics;
 pub mod task;
 pub mod text_file;
 pub mod thought;
+pub mod thought_text;
 pub mod tokenizer;
 pub mod train;
 mod training_turn;

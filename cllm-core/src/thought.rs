@@ -1,18 +1,14 @@
-//! Thoughts of thinking models (Qwen3, DeepSeek-R1): the text between `<think>` and `</think>` that
-//! comes before the answer proper. A limit on its length closes a thought that does not end by
-//! itself.
+//! Thoughts of thinking models (Qwen3, DeepSeek-R1) in tokens: where they begin and end, and a limit
+//! on their length, which closes a thought that does not end by itself.
 
 use std::ops::Range;
 
 use serde::{Deserialize, Serialize};
 
+use crate::thought_text::{CLOSING, END, START};
 use crate::tokenizer::Tokenizer;
 use crate::{Error, Result};
 
-const START: &str = "<think>";
-const END: &str = "</think>";
-/// What closes a thought at its limit, as the chat template of Qwen3 writes it.
-const CLOSING: &str = "\n</think>\n\n";
 /// What a chat template may write after `<think>` when it opens the thought in the prompt.
 const AFTER_START: [&str; 3] = ["", "\n", "\n\n"];
 

@@ -1,11 +1,13 @@
 //! How similar code is to its reference, for benchmarks that cannot tell whether it is correct.
 //!
 //! Code is split into words (runs of letters, digits and `_`) and single other characters; white
-//! space does not count. If an answer has code fences, only the code in the first one counts.
+//! space does not count. If an answer has code fences, only the code in one of them counts: the last
+//! that defines the reference's function, or else the last.
 
 use std::collections::HashMap;
 
-use cllm_core::task::{extract_code, without_thought};
+use cllm_core::task::compared_code;
+use cllm_core::thought_text::without_thought;
 use serde::{Deserialize, Serialize};
 
 /// Similarity over all answers to their references.
@@ -29,7 +31,7 @@ impl Similarity {
     /// the references have no tokens.
     pub fn from_pairs<'t>(pairs: impl Iterator<Item = (&'t str, &'t str)>) -> Self {
         let codes: Vec<(String, &str)> =
-            pairs.map(|(answer, reference)| (extract_code(without_thought(answer)), reference)).collect();
+            pairs.map(|(answer, reference)| (compared_code(without_thought(answer), reference), reference)).collect();
         let pairs: Vec<Pair<'_>> =
             codes.iter().map(|(code, reference)| Pair { answer: tokens(code), reference: tokens(reference) }).collect();
         let reference_tokens: usize = pairs.iter().map(|pair| pair.reference.len()).sum();

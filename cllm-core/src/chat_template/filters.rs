@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use minijinja::value::{Kwargs, Object, Rest, Tuple, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, State, Value};
 
-use super::python::{Arguments, escape, failed, float_of, modulo, str_of};
+use super::python::{Arguments, centered, escape, failed, float_of, modulo, str_of};
 use super::{json, percent};
 
 pub(super) fn add_to(environment: &mut Environment<'_>) {
@@ -127,10 +127,7 @@ fn word_wrap(text: String, positional: Rest<Value>, named: Kwargs) -> Result<Str
 }
 
 fn center(text: String, width: Option<usize>) -> String {
-    let width = width.unwrap_or(80);
-    let missing = width.saturating_sub(text.chars().count());
-    let left = missing / 2 + (missing & width & 1);
-    format!("{}{text}{}", " ".repeat(left), " ".repeat(missing - left))
+    centered(&text, width.unwrap_or(80), " ")
 }
 
 fn indent(text: String, positional: Rest<Value>, named: Kwargs) -> Result<String, Error> {

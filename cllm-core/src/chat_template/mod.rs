@@ -16,7 +16,7 @@ pub use jiff::civil::Date;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-pub use files::{SpecialTokens, TEMPLATE_FILE, TEMPLATE_FOLDER};
+pub use files::{TEMPLATE_FILE, TEMPLATE_FOLDER};
 pub use renderer::Renderer;
 pub use rendering::{RenderSettings, Rendering, RenderingRecord, today};
 pub use template::ChatTemplate;

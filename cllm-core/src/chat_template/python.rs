@@ -202,22 +202,26 @@ fn partition(text: &str, name: &str, args: &[Value]) -> Result<Value, Error> {
 fn pad(text: &str, name: &str, args: &[Value]) -> Result<Value, Error> {
     let arguments = Arguments::new(name, args, &["width", "fillchar"])?;
     let width = arguments.integer(0)?.ok_or_else(|| Error::from(ErrorKind::MissingArgument))?;
-    let missing = usize::try_from(width).unwrap_or(0).saturating_sub(text.chars().count());
+    let width = usize::try_from(width).unwrap_or(0);
+    let missing = width.saturating_sub(text.chars().count());
     let fill = arguments.text(1)?.unwrap_or(" ");
-    let (left, right) = match name {
+    let padded = match name {
         "zfill" => {
             let sign = text.starts_with(['+', '-']).into();
-            return Ok(format!("{}{}{}", &text[..sign], "0".repeat(missing), &text[sign..]).into());
+            format!("{}{}{}", &text[..sign], "0".repeat(missing), &text[sign..])
         }
-        "ljust" => (0, missing),
-        "rjust" => (missing, 0),
-        // CPython puts the odd blank on the left if the width is odd.
-        _ => {
-            let left = missing / 2 + (missing & width as usize & 1);
-            (left, missing - left)
-        }
+        "ljust" => format!("{text}{}", fill.repeat(missing)),
+        "rjust" => format!("{}{text}", fill.repeat(missing)),
+        _ => centered(text, width, fill),
     };
-    Ok(format!("{}{text}{}", fill.repeat(left), fill.repeat(right)).into())
+    Ok(padded.into())
+}
+
+/// Python's `center`: CPython puts the odd character on the left if the width is odd.
+pub(super) fn centered(text: &str, width: usize, fill: &str) -> String {
+    let missing = width.saturating_sub(text.chars().count());
+    let left = missing / 2 + (missing & width & 1);
+    format!("{}{text}{}", fill.repeat(left), fill.repeat(missing - left))
 }
 
 /// `text[start:end]` in characters, and how many characters come before it.

@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 
 use super::dataset_file::{RowError, type_name};
 use crate::chat_template::Message;
+use crate::thought_text::with_thought;
 
 /// The roles that templates know, each with its other names in lower case.
 const ROLES: [(&str, &[&str]); 6] = [
@@ -155,9 +156,7 @@ fn turn(before: &[Message], answer: &Message) -> Result<Turn, RowError> {
         return Err(RowError::new("has a turn to answer that calls a tool", "a reference is text alone"));
     }
     let text = match answer.other.get(REASONING).and_then(Value::as_str) {
-        Some(thought) if !thought.trim().is_empty() => {
-            format!("<think>\n{}\n</think>\n\n{}", thought.trim_matches('\n'), answer.content.trim_start_matches('\n'))
-        }
+        Some(thought) if !thought.trim().is_empty() => with_thought(thought, &answer.content),
         _ => answer.content.clone(),
     };
     let lost_keys = answer.other.keys().filter(|key| !CALLS.contains(&key.as_str()) && *key != REASONING);

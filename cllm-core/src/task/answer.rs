@@ -1,5 +1,5 @@
-//! Takes the answer out of a text: what a model thought is no answer, and code stands in fences as
-//! CommonMark defines them. What of it counts is for each benchmark to say.
+//! Divides an answer into its code and the rest: code stands in fences as CommonMark defines them.
+//! What of it counts is for each benchmark to say.
 
 use std::sync::LazyLock;
 
@@ -7,13 +7,6 @@ use regex::Regex;
 
 /// Columns of indentation from which a line is indented code, and no fence.
 const CODE_INDENT: usize = 4;
-
-/// What follows a model's thought: the text after the last `</think>`, and nothing of a thought
-/// that never ends.
-pub fn without_thought(text: &str) -> &str {
-    let answer = text.rsplit_once("</think>").map_or(text, |(_, after)| after);
-    if answer.trim_start().starts_with("<think>") { "" } else { answer }
-}
 
 /// A block of code between two fences.
 #[derive(Debug, PartialEq)]
@@ -155,21 +148,6 @@ mod tests {
         let (mut blocks, _) = read(text);
         assert_eq!(blocks.len(), 1, "{text}");
         blocks.remove(0)
-    }
-
-    #[test]
-    fn what_a_model_thought_is_no_answer() {
-        for (text, answer) in [
-            ("SELECT 1", "SELECT 1"),
-            ("<think>\n\n</think>\n\nSELECT 1", "\n\nSELECT 1"),
-            ("never opened</think>2", "2"),
-            ("<think>a</think>b<think>c</think>d", "d"),
-            ("<think>\nIt is cut", ""),
-            ("<think>a</think>\n<think>It is cut", ""),
-            ("if a <think> b", "if a <think> b"),
-        ] {
-            assert_eq!(without_thought(text), answer, "{text}");
-        }
     }
 
     #[test]

@@ -23,7 +23,7 @@ use std::sync::LazyLock;
 use regex::Regex;
 use serde::Deserialize;
 
-use super::number::final_number;
+use super::number::same_final_number;
 use super::verdict::{Metric, Score, Verdict};
 use crate::Result;
 use crate::prompt_set::{Prompt, Sample, dataset_file};
@@ -56,7 +56,7 @@ fn sample(index: usize, split: &str, row: &Row) -> Sample {
 
 /// Scores by the final number, and by the official rule beside it.
 pub(super) fn score(reference: &str, answer: &str) -> Score {
-    let verdict = Verdict::from_correct(is_correct(reference, answer));
+    let verdict = Verdict::from_correct(same_final_number(reference, answer));
     let official = official_number(reference)
         .map_or(Verdict::Unscored, |expected| Verdict::from_correct(official_number(answer) == Some(expected)));
     Score::with_alternative(verdict, Metric::Strict, official)
@@ -65,11 +65,6 @@ pub(super) fn score(reference: &str, answer: &str) -> Score {
 /// What the official `extract_answer` returns: the text after the first `#### `, without commas.
 fn official_number(text: &str) -> Option<String> {
     OFFICIAL.captures(text).map(|found| found[1].replace(',', ""))
-}
-
-/// Whether the final number of an answer equals the reference's.
-pub(super) fn is_correct(reference: &str, answer: &str) -> bool {
-    final_number(reference).is_some_and(|expected| final_number(answer) == Some(expected))
 }
 
 #[cfg(test)]
@@ -156,7 +151,8 @@ mod tests {
         fn the_published_files_load() {
             let samples = load(&cllm_testing::benchmark_data("gsm8k"), "test").unwrap();
             assert_eq!(samples.len(), 1319);
-            assert!(samples.iter().all(|sample| final_number(sample.reference.as_deref().unwrap()).is_some()));
+            let references = samples.iter().filter_map(|sample| sample.reference.as_deref());
+            assert!(references.into_iter().all(|reference| same_final_number(reference, reference)));
         }
     }
 
@@ -184,7 +180,7 @@ mod tests {
                 for solution in row.values().filter(|value| value.is_object()) {
                     let Solution { is_correct: official, solution } = serde_json::from_value(solution.clone()).unwrap();
                     num_solutions += 1;
-                    if is_correct(reference, &solution) != official {
+                    if same_final_number(reference, &solution) != official {
                         differing.push((reference.to_owned(), solution, official));
                     }
                 }

@@ -12,7 +12,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::number::{final_number, whole_number};
+use super::number::{same_final_number, whole_number};
 use crate::prompt_set::Sample;
 use crate::{Error, Result};
 
@@ -71,7 +71,7 @@ pub(super) fn is_correct(sample: &Sample, reference: &str, answer: &str) -> Resu
     let (expected, answer) = (reference.trim(), answer.trim());
     Ok(match scorer(sample)? {
         Some(Scorer::Exact) => expected == answer,
-        Some(Scorer::Numeric) => final_number(expected).is_some_and(|number| final_number(answer) == Some(number)),
+        Some(Scorer::Numeric) => same_final_number(expected, answer),
         Some(Scorer::Regex) => compile_pattern(sample, reference)?.is_match(answer),
         None => expected == answer || whole_number(expected).is_some_and(|number| whole_number(answer) == Some(number)),
     })

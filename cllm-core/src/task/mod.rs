@@ -17,9 +17,8 @@ mod sql;
 pub mod synthetic;
 mod verdict;
 
-pub use answer::without_thought;
 pub use jsonl::Scorer;
-pub use python::extract_code;
+pub use python::compared_code;
 pub use verdict::{Alternative, Metric, Score, Verdict};
 
 use std::path::Path;
@@ -30,6 +29,7 @@ use serde::{Deserialize, Serialize};
 use crate::Result;
 use crate::prompt_set::{self, Sample};
 use crate::sandbox::Sandbox;
+use crate::thought_text::without_thought;
 use crate::trajectory::FinishReason;
 
 /// A benchmark.
@@ -170,8 +170,9 @@ impl Task {
         }
     }
 
-    /// Scores an answer to `sample`, without what the model thought before it. An answer that was cut at the length limit is never correct:
-    /// it did not reach its end, and a number or query that happens to be its last would be luck.
+    /// Scores an answer to `sample`, without what the model thought before it. An answer that was
+    /// cut at the length limit is never correct: it did not reach its end, and a number or query
+    /// that happens to be its last would be luck.
     ///
     /// # Errors
     /// Only when scoring itself is impossible: a database is missing, the sample's `meta` lacks

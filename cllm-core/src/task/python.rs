@@ -1,5 +1,8 @@
 //! What Python tasks have in common: reading the code of an answer, and running it with its tests.
 
+use std::sync::LazyLock;
+
+use regex::Regex;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -33,10 +36,24 @@ struct Parts<'a> {
     unfenced: String,
 }
 
-/// The first fenced block that is not empty, or else the whole answer.
-pub fn extract_code(answer: &str) -> String {
+/// A function's definition, with its name.
+static DEFINITION: LazyLock<Regex> =
+    LazyLock::new(|| Regex::new(r"(?m)^\s*(?:async\s+)?def\s+(\w+)").expect("the pattern is valid"));
+
+/// The code of an answer that is compared with a reference: the last fenced block that defines the
+/// reference's function, or else the last one that is not empty, or else the whole answer.
+pub fn compared_code(answer: &str, reference: &str) -> String {
+    let name = |code: &str| DEFINITION.captures(code).map(|definition| definition[1].to_owned());
+    let wanted = name(reference);
+    let defines = |code: &String| DEFINITION.captures_iter(code).any(|found| Some(&found[1]) == wanted.as_deref());
     let FencedText { blocks, unfenced } = FencedText::read(answer);
-    blocks.into_iter().map(|block| block.content).find(|code| !code.trim().is_empty()).unwrap_or(unfenced)
+    let mut codes: Vec<String> =
+        blocks.into_iter().map(|block| block.content).filter(|code| !code.trim().is_empty()).collect();
+    let wanted_at = codes.iter().rposition(defines);
+    match wanted_at {
+        Some(index) => codes.swap_remove(index),
+        None => codes.pop().unwrap_or(unfenced),
+    }
 }
 
 /// Reads the fields of a sample's `meta` that scoring needs.
@@ -62,14 +79,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn code_that_is_compared_is_the_first_fenced_block() {
-        for (answer, code) in [
+    fn code_that_is_compared_is_the_last_fenced_block_that_defines_the_function() {
+        let code = "def f():\n    return 1\n";
+        for (answer, expected) in [
             ("    return 1\n", "    return 1\n"),
-            ("Here:\n```python\ndef f():\n    return 1\n```\nSo.\n```\n2\n```", "def f():\n    return 1\n"),
-            ("```\n\n```\n```\nx = 1", "x = 1"),
+            ("Here:\n```python\ndef f():\n    return 1\n```\nSo.\n```\n2\n```", code),
+            ("```python\ndef f():\n    return 2\n```\nNo:\n```python\ndef f():\n    return 1\n```", code),
+            ("```python\ndef f():\n    return 1\n```\n```python\ndef g():\n    return f()\n```", code),
+            ("```\nx = 2\n```\n```\nx = 1", "x = 1"),
+            ("```\nx = 1\n```\n```\n\n```", "x = 1\n"),
             ("    return 1\n```\n", "    return 1\n"),
         ] {
-            assert_eq!(extract_code(answer), code, "{answer}");
+            assert_eq!(compared_code(answer, "@cache\nasync def f():\n    pass"), expected, "{answer}");
         }
+        assert_eq!(compared_code("```\nx = 1\n```", "lambda: 1"), "x = 1\n");
     }
 }

@@ -22,7 +22,7 @@ use rand_chacha::ChaCha8Rng;
 use rusqlite::Connection;
 use serde_json::json;
 
-use super::gsm8k;
+use super::number::same_final_number;
 use super::sql::{self, Database};
 use super::verdict::Verdict;
 use crate::prompt_set::{Prompt, Sample};
@@ -240,7 +240,7 @@ fn pick<'a>(rng: &mut ChaCha8Rng, choices: &[&'a str]) -> &'a str {
 /// Scores a word problem by its number, and a query by its result on the table.
 pub(super) fn score(sample: &Sample, reference: &str, answer: &str) -> Result<Verdict> {
     let Some(name) = sample.meta.as_ref().and_then(|meta| meta["table"].as_str()) else {
-        return Ok(Verdict::from_correct(gsm8k::is_correct(reference, answer)));
+        return Ok(Verdict::from_correct(same_final_number(reference, answer)));
     };
     let Some(table) = TABLES.iter().find(|table| table.name == name) else {
         let known = TABLES.map(|table| table.name).join(", ");

@@ -13,6 +13,7 @@ use super::row::Trajectory;
 use super::schema::{
     PROVENANCE_KEY, REFERENCE_IDS, SCHEMA_VERSION, VERSION_KEY, batch_to_rows, holds_same_values, schema,
 };
+use crate::progress::count;
 use crate::{Error, Result, interrupt, parquet_file};
 
 /// Rows that are decoded at once.
@@ -214,8 +215,10 @@ impl Reader {
 fn check_shard(shard: &Shard, expected_rows: usize, first: Option<&Shard>) -> Result<()> {
     let num_rows = shard.num_rows();
     if num_rows != expected_rows && !shard.is_rewritten {
-        let message =
-            format!("has {num_rows} rows, but manifest.json says {expected_rows}: copy the whole folder again");
+        let message = format!(
+            "has {}, but manifest.json says {expected_rows}: copy the whole folder again",
+            count(num_rows, "row")
+        );
         return Err(Error::file(&shard.path, message));
     }
     match first.and_then(|first| first.provenance.difference(&shard.provenance)) {

@@ -108,7 +108,7 @@ fn a_shard_with_another_number_of_rows_than_the_manifest_says_is_refused() {
     let (a, b) = (row("a", &[5, 6, 7, 0]), row("b", &[5, 6, 7, 0]));
     let (one, two) = (write_data_set(std::slice::from_ref(&a)), write_data_set(&[a, b]));
     fs::copy(one.path().join("data/part-00000.parquet"), two.path().join("data/part-00000.parquet")).unwrap();
-    DATA.fail(&["stats", &path(two.path(), "")], 2, &["part-00000.parquet", "has 1 rows", "says 2"]);
+    DATA.fail(&["stats", &path(two.path(), "")], 2, &["part-00000.parquet", "has 1 row,", "says 2"]);
 }
 
 #[test]

@@ -39,6 +39,11 @@ pub(super) fn final_number(text: &str) -> Option<Number> {
     }
 }
 
+/// Whether an answer has the reference's number.
+pub(super) fn same_final_number(reference: &str, answer: &str) -> bool {
+    final_number(reference).is_some_and(|expected| final_number(answer) == Some(expected))
+}
+
 /// The number that a text consists of, apart from currency, unit signs, markup and punctuation.
 pub(super) fn whole_number(text: &str) -> Option<Number> {
     let text = plain::to_plain(text);
@@ -96,10 +101,6 @@ fn box_content(text: &str, start: usize) -> Range<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn agrees(reference: &str, answer: &str) -> bool {
-        final_number(reference).is_some_and(|expected| final_number(answer) == Some(expected))
-    }
 
     #[test]
     fn a_number_counts_however_it_is_spelled() {
@@ -159,7 +160,7 @@ mod tests {
             ("2", "Steps:\n1. Add them\n1 + 1 = 2\n2. Done\n"),
             ("18", "18. That is all."),
         ] {
-            assert!(agrees(reference, answer), "{reference}: {answer} gives {:?}", final_number(answer));
+            assert!(same_final_number(reference, answer), "{reference}: {answer} gives {:?}", final_number(answer));
         }
     }
 
@@ -217,7 +218,7 @@ mod tests {
             ("2", "1. Add\n2. Subtract"),
             ("0.3", "0.30000000000000004"),
         ] {
-            assert!(!agrees(reference, answer), "{reference}: {answer} gives {:?}", final_number(answer));
+            assert!(!same_final_number(reference, answer), "{reference}: {answer} gives {:?}", final_number(answer));
         }
     }
 
@@ -248,7 +249,7 @@ mod tests {
             ("20", "#### Step 2: total\n18 + 2 = 20\nThe answer is 20."),
             ("20", "#### 1. Start\n5\n#### 2. Total\nIt is 20"),
         ] {
-            assert!(agrees(reference, answer), "{reference}: {answer} gives {:?}", final_number(answer));
+            assert!(same_final_number(reference, answer), "{reference}: {answer} gives {:?}", final_number(answer));
         }
         for (reference, answer) in [
             ("5", r"3 + 2 = 5, \boxed{(3, 5)}"),
@@ -259,7 +260,7 @@ mod tests {
             ("5", "5\n#### (3, 5)"),
             ("18", "#### 18\n#### 17"),
         ] {
-            assert!(!agrees(reference, answer), "{reference}: {answer} gives {:?}", final_number(answer));
+            assert!(!same_final_number(reference, answer), "{reference}: {answer} gives {:?}", final_number(answer));
         }
     }
 

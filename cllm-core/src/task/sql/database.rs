@@ -1,6 +1,6 @@
-//! Runs queries that a model wrote on a SQLite database. The queries
-//! can only read, and their time and size are limited: a model writes `DROP TABLE`, joins without a
-//! condition, and recursions without an end.
+//! Runs queries that a model wrote on a SQLite database. The queries can only read, and their time
+//! and size are limited: a model writes `DROP TABLE`, joins without a condition, and recursions
+//! without an end.
 
 use std::path::Path;
 use std::time::{Duration, Instant};

@@ -1,5 +1,6 @@
 //! Takes the query out of an answer: of the last fenced block that holds one, or else of the text
-//! around the blocks, where prose may stand before it and after it.
+//! around the blocks, where prose may stand before it and after it, or else of a block that holds
+//! more than SQL (JSON with the query in a string, the session of a shell).
 
 use std::sync::LazyLock;
 
@@ -55,8 +56,9 @@ const WORDS_BEFORE_PART: [&str; 10] =
 /// counts; of statements that directly follow each other, the first one does.
 pub(super) fn find_query(answer: &str, accepts: impl Fn(&str) -> bool) -> Option<String> {
     let FencedText { blocks, unfenced } = FencedText::read(answer);
-    let of_block = blocks.iter().rev().find_map(|block| first_query(&block.content));
-    of_block.or_else(|| last_accepted(&unfenced, accepts)).map(str::to_owned)
+    let of_block = || blocks.iter().rev().find_map(|block| first_query(&block.content));
+    let within_block = || blocks.iter().rev().find_map(|block| last_accepted(&block.content, &accepts));
+    of_block().or_else(|| last_accepted(&unfenced, &accepts)).or_else(within_block).map(str::to_owned)
 }
 
 fn first_query(block: &str) -> Option<&str> {
@@ -86,7 +88,8 @@ fn last_accepted(text: &str, accepts: impl Fn(&str) -> bool) -> Option<&str> {
         let accepted = ends(text, start, end).find(|&end| may_begin && accepts(text[start..end].trim()));
         if let Some(accepted) = accepted {
             let is_same_script = last_end.is_some_and(|last: usize| is_separator(&text[last..start]));
-            last = if is_same_script { last } else { Some(text[start..accepted].trim()) };
+            let query = text[start..accepted].trim_end_matches(|c: char| c == ';' || c.is_whitespace());
+            last = if is_same_script { last } else { Some(query) };
             last_end = Some(accepted);
         }
         next = accepted.unwrap_or(keyword.end);
@@ -295,6 +298,25 @@ mod tests {
     }
 
     #[test]
+    fn a_query_in_a_fence_of_another_form_is_found_if_there_is_no_other() {
+        for answer in [
+            "```json\n{\"sql\": \"SELECT count(*) FROM pet\"}\n```",
+            "```json\n{\n  \"thought\": \"Count all.\",\n  \"sql\": \"SELECT count(*) FROM pet;\"\n}\n```\nIt counts.",
+            "```\nsqlite> SELECT count(*) FROM pet;\n3\n```",
+            "```sql\nmysql> SELECT count(*) FROM pet;\n```",
+            "```python\nrows = run(\"SELECT count(*) FROM pet\")\n```",
+            "```xml\n<sql>SELECT count(*) FROM pet</sql>\n```",
+            "```json\n{\"sql\": \"SELECT 1\"}\n```\nNo:\n```json\n{\"sql\": \"SELECT count(*) FROM pet\"}\n```",
+            "```json\n{\"sql\": \"SELECT 1\"}\n```\nThat is: SELECT count(*) FROM pet",
+            "```json\n{\"sql\": \"SELECT 1\"}\n```\n```sql\nSELECT count(*) FROM pet\n```\n```\nsqlite> SELECT 2;\n```",
+        ] {
+            assert_query(answer, COUNT);
+        }
+        assert_eq!(query("```sql\nEXPLAIN SELECT count(*) FROM pet\n```"), None);
+        assert_eq!(query("```json\n{\"sql\": \"SELECT agee FROM pet\"}\n```"), None);
+    }
+
+    #[test]
     fn a_query_in_prose_is_what_the_database_accepts() {
         for answer in [
             "SQL: SELECT count(*) FROM pet",
@@ -310,6 +332,7 @@ mod tests {
             "It is \"SELECT count(*) FROM pet\".",
             "It is “SELECT count(*) FROM pet”, in short.",
             "{\"sql\": \"SELECT count(*) FROM pet\"}",
+            "{\"sql\": \"SELECT count(*) FROM pet;\"}",
             "<sql>SELECT count(*) FROM pet</sql>",
             "**SELECT count(*) FROM pet**",
             "The SELECT statement is SELECT count(*) FROM pet. It counts.",
