@@ -273,18 +273,9 @@ impl Cli {
                 show(&comparison, json, Comparison::text)
             }
             Verb::Tradeoff { results, json } => show(&tradeoff::read(&results)?, json, Tradeoff::text),
-            Verb::Profile { sets, output, json } => {
-                let profiles = profile(&sets)?;
-                if let Some(file) = output {
-                    atomic_file::write_json(&file, &profiles)?;
-                }
-                show(&profiles, json, Profiles::text)
-            }
+            Verb::Profile { sets, output, json } => show_profiles(&sets, output.as_deref(), json),
             Verb::Report { results, output, json } => draw_report(&results, output.as_deref(), json),
-            Verb::Animate { run, output, example } => {
-                report::animate(&run, example.as_deref(), &output)?;
-                print(&output.display().to_string())
-            }
+            Verb::Animate { run, output, example } => animate(&run, example.as_deref(), &output),
             Verb::Generate {
                 prompt,
                 model,
@@ -351,6 +342,19 @@ fn draw_report(results: &[PathBuf], output: Option<&Path>, json: bool) -> Result
         return print_json(&json!({ "schema_version": 1, "written": written }));
     }
     print(&written.iter().map(|path| format!("{}\n", path.display())).collect::<String>())
+}
+
+fn show_profiles(sets: &[String], output: Option<&Path>, json: bool) -> Result<()> {
+    let profiles = profile(sets)?;
+    if let Some(file) = output {
+        atomic_file::write_json(file, &profiles)?;
+    }
+    show(&profiles, json, Profiles::text)
+}
+
+fn animate(run: &Path, example: Option<&str>, output: &Path) -> Result<()> {
+    report::animate(run, example, output)?;
+    print(&output.display().to_string())
 }
 
 fn list(json: bool) -> Result<()> {

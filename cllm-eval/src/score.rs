@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use cllm_core::prompt_set::Sample;
 use cllm_core::sandbox::Sandbox;
 use cllm_core::task::{Score, ScoreContext, Task};
-use cllm_core::{Result, atomic_file, interrupt, progress};
+use cllm_core::{Error, Result, atomic_file, interrupt, progress};
 use rayon::prelude::*;
 
 use crate::config::RunSettings;
@@ -79,16 +79,31 @@ pub fn open_sandbox(task: Task, execute: bool, advice: &str) -> Result<Option<Sa
     Ok(Some(sandbox))
 }
 
+/// Refuses the option that chooses between Spider's two rules for a benchmark that would ignore it.
+///
+/// # Errors
+/// [`Error::Usage`] for any other benchmark.
+pub fn expect_spider(task: Task, option: &str) -> Result<()> {
+    match task {
+        Task::Spider => Ok(()),
+        other => Err(Error::usage(format!("`{option}` is for spider only, not for {}: leave it out", other.name()))),
+    }
+}
+
 /// Scores the answers in a run's folder again and rewrites its files. `data` and `keep_distinct`
 /// override the run's own settings. Code in answers runs only with `execute`, whatever the settings
 /// of the run say, because its files may come from anywhere.
 ///
 /// # Errors
-/// When the folder contains no run, or a file that scoring needs is missing.
+/// When the folder contains no run, a file that scoring needs is missing, or `keep_distinct` is set
+/// for a benchmark that does not know it.
 pub fn score(folder: &Path, data: Option<PathBuf>, keep_distinct: Option<bool>, execute: bool) -> Result<Results> {
     let path = folder.join(SAMPLES);
     let mut records = Records::read(&path)?;
     let task = records.header.benchmark;
+    if keep_distinct.is_some() {
+        expect_spider(task, "--keep-distinct")?;
+    }
     let sandbox = open_sandbox(task, execute, "add --execute-code")?;
     // The header records where the verdicts come from, and the next scoring starts from the same
     // settings.

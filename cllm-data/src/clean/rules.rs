@@ -140,3 +140,16 @@ impl<'c> Candidate<'c> {
         Ok(verdict)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_reference_names_every_rule_in_order() {
+        let page = include_str!("../../../docs/data-format.md");
+        let names = RULES.iter().map(|rule| rule.name).chain([DUPLICATE]);
+        let list = names.map(|name| format!("`{name}`")).collect::<Vec<_>>().join(", ");
+        assert!(page.contains(&list), "docs/data-format.md lacks: {list}");
+    }
+}

@@ -9,7 +9,7 @@ use cllm_core::{Error, Result};
 
 use crate::config::RunSettings;
 use crate::mt_bench_turns;
-use crate::score::AnswerScorer;
+use crate::score::{AnswerScorer, expect_spider};
 
 pub(super) struct Examples {
     /// The benchmark, which decides how answers are scored.
@@ -44,6 +44,9 @@ impl Examples {
                 return Err(Error::usage(format!("`scorer` is for jsonl only; {name} has its own: leave it out")));
             }
             samples.iter_mut().for_each(|sample| scorer.set_default(sample));
+        }
+        if settings.keep_distinct {
+            expect_spider(task, "keep_distinct")?;
         }
         if task == Task::MtBench {
             samples = mt_bench_turns::both_turns(samples)?;

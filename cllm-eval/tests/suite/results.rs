@@ -1,12 +1,14 @@
 //! `results.json` on made-up records.
 
 use cllm_core::decode::Strategy;
-use cllm_eval::acceptance::Segment;
+use cllm_core::thought::Thought;
+use cllm_eval::acceptance::{Acceptance, Segment};
+use cllm_eval::records::AnswerRecord;
 use cllm_eval::results::Results;
 use cllm_eval::role::Role;
 use serde_json::Value;
 
-use crate::made_up::records;
+use crate::made_up::{JACOBI, records};
 
 fn value() -> Value {
     serde_json::to_value(Results::from_records(&records())).unwrap()
@@ -150,4 +152,22 @@ fn acceptance_counts_every_forward() {
     assert_eq!(acceptance.forwards, [0, 0, 0, 8]);
     assert_eq!(acceptance.by_position, [1.0, 1.0, 1.0]);
     assert_eq!(acceptance.over_answer, [Segment { start: 0, tokens: 32, forwards: 8 }]);
+}
+
+#[test]
+fn forwards_after_a_closed_thought_begin_behind_the_tokens_that_closed_it() {
+    let mut records = records();
+    let answer = records.answers_of(Role::Student, JACOBI).next().unwrap().clone();
+    records.answers = vec![AnswerRecord {
+        // Three forwards of 10 tokens, 5 tokens that nothing decoded, and two forwards more.
+        response_ids: (0..55).collect(),
+        thought: Some(Thought::Forced(30..35)),
+        accepted: vec![10; 5],
+        forwards: 5,
+        ..answer
+    }];
+    let acceptance = Acceptance::from_answers(&records.answers.iter().collect::<Vec<_>>());
+    let first = Segment { start: 0, tokens: 30, forwards: 3 };
+    assert_eq!(acceptance.over_answer, [first, Segment { start: 32, tokens: 20, forwards: 2 }]);
+    assert_eq!(acceptance.forwards.last(), Some(&5));
 }

@@ -227,6 +227,25 @@ fn accuracy_on_spider_ignores_distinct_unless_told_to_keep_it() {
 }
 
 #[test]
+fn the_rule_of_spider_is_refused_for_other_benchmarks() {
+    let dir = tempfile::tempdir().unwrap();
+    let run = path(dir.path(), "run");
+    fs::create_dir(&run).unwrap();
+    let samples = Path::new(&run).join("samples.jsonl");
+    records().write(&samples).unwrap();
+    let before = fs::read(&samples).unwrap();
+    for option in ["--keep-distinct", "--keep-distinct=false"] {
+        EVAL.fail(&["score", &run, option], 2, &["`--keep-distinct` is for spider only, not for jsonl"]);
+    }
+    assert_eq!(fs::read(&samples).unwrap(), before);
+    let teacher = path(dir.path(), "teacher");
+    model(Path::new(&teacher), 1);
+    let given = [format!("teacher={teacher}"), format!("output={run}-2")];
+    let words = ["run", "benchmark=synthetic", "keep_distinct=true", "device=cpu", &given[0], &given[1]];
+    EVAL.fail(&words, 2, &["`keep_distinct` is for spider only, not for synthetic"]);
+}
+
+#[test]
 fn accuracy_on_spider_is_broken_down_by_difficulty() {
     let mut records = records();
     records.header.benchmark = Task::Spider;

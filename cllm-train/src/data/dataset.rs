@@ -3,11 +3,13 @@
 
 use std::path::Path;
 
+use cllm_core::chat_template::RenderingRecord;
 use cllm_core::model::ModelConfig;
 use cllm_core::progress::count;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{Reader, Trajectory};
 use cllm_core::{Error, Result, interrupt, progress, prompt_set};
+use serde_json::json;
 
 use super::turns;
 use crate::settings::{BlockContext, ConsistencySettings, LabelSource, Objective, Settings, Turns};
@@ -112,7 +114,7 @@ impl Example {
 /// on stderr.
 ///
 /// # Errors
-/// Bad files, a data set of another tokenizer or of a larger vocabulary, no examples that fit.
+/// Bad files, a data set of another tokenizer, chat template or larger vocabulary, no examples that fit.
 pub fn read(settings: &Settings, tokenizer: &Tokenizer, config: &ModelConfig) -> Result<Vec<Example>> {
     let mut examples = Vec::new();
     for path in &settings.datasets {
@@ -195,6 +197,7 @@ pub fn read_trajectories(
 ) -> Result<Vec<Example>> {
     let reader = Reader::open(path)?;
     reader.check_tokenizer(tokenizer.fingerprint())?;
+    check_rendering(path, &reader.provenance().rendering, &tokenizer.rendering_record())?;
     // The teacher's vocabulary may be larger than this model's.
     let mut provenance = reader.provenance().clone();
     provenance.vocab_size = provenance.vocab_size.min(config.vocab_size as usize);
@@ -222,6 +225,31 @@ pub fn read_trajectories(
         ));
     }
     Ok(examples)
+}
+
+/// Refuses data that another chat template rendered: the student would be saved without the one that
+/// it learned. Other variables of the template are told, for they change only what validation
+/// decodes. A date in the prompts may be another than today's.
+fn check_rendering(path: &Path, of_data: &RenderingRecord, of_run: &RenderingRecord) -> Result<()> {
+    if of_data.chat_template.is_none() {
+        return Ok(());
+    }
+    if of_data.chat_template != of_run.chat_template {
+        let message = "was rendered with another chat template than the model of this run has: set chat_template as \
+                       collect had it, so that the student is saved with the template that it learns";
+        return Err(Error::file(path, message));
+    }
+    let (theirs, ours) = (&of_data.chat_template_kwargs, &of_run.chat_template_kwargs);
+    if theirs != ours {
+        progress::log(format!(
+            "{}: was rendered with chat_template_kwargs={}, and prompts of this run are rendered with {}: set \
+             chat_template_kwargs as collect had it",
+            path.display(),
+            json!(theirs),
+            json!(ours)
+        ));
+    }
+    Ok(())
 }
 
 /// The tokens of a row's reference. Data sets of older versions hold its text alone.

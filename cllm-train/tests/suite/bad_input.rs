@@ -4,6 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use cllm_core::chat_template::RenderingRecord;
 use cllm_train::settings::{Objective, Settings};
 use cllm_train::trainer;
 use serde_json::json;
@@ -185,6 +186,38 @@ fn ids_outside_the_vocabulary_of_the_student_are_refused() {
     settings.datasets = vec![padded];
     let parts = ["padded", "row `s3`", &format!("outside the vocabulary of {vocab_size}")];
     assert_run_fails(dir.path(), &settings, &parts);
+}
+
+#[test]
+fn trajectories_that_were_rendered_otherwise_are_refused_or_told() {
+    let dir = tempfile::tempdir().unwrap();
+    let settings = student(dir.path());
+    let (provenance, rows) = read_trajectories(&settings.datasets[0]);
+    let with = |name: &str, change: &dyn Fn(&mut RenderingRecord)| {
+        let mut provenance = provenance.clone();
+        change(&mut provenance.rendering);
+        let data_set = dir.path().join(name);
+        write_trajectories(&data_set, provenance, &rows);
+        Settings { datasets: vec![data_set], ..settings.clone() }
+    };
+    let other = with("other-template", &|rendering| rendering.chat_template = Some("another".to_owned()));
+    assert_run_fails(dir.path(), &other, &["other-template", "another chat template", "set chat_template as collect"]);
+    let plan = |settings: &Settings| TRAIN.succeed(&["plan", "-c", &settings_file(dir.path(), settings)]).stderr;
+    let told = plan(&with("other-variables", &|rendering| {
+        rendering.chat_template_kwargs.insert("enable_thinking".to_owned(), false.into());
+    }));
+    assert!(
+        told.contains(r#"other-variables: was rendered with chat_template_kwargs={"enable_thinking":false}"#),
+        "{told}"
+    );
+    // Another date is none of the run's business, and data of an earlier version say nothing.
+    for quiet in [
+        with("yesterday", &|rendering| rendering.date = Some("2025-01-02".parse().unwrap())),
+        with("unrecorded", &|rendering| *rendering = RenderingRecord::default()),
+    ] {
+        let told = plan(&quiet);
+        assert!(!told.contains("was rendered"), "{told}");
+    }
 }
 
 #[test]

@@ -153,8 +153,7 @@ fn each_round_learns_from_the_student_before_it_and_is_reported() {
     assert_eq!(collected["accuracy"], trained["last"]["accuracy"]);
     let page = fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/data-format.md")).unwrap();
     for key in keys(&finished) {
-        // `duplicate` is a rule of `clean`, which the page describes in words.
-        assert!(page.contains(&format!("`{key}`")) || key == "duplicate", "{key} is missing in docs/data-format.md");
+        assert!(page.contains(&format!("`{key}`")), "{key} is missing in docs/data-format.md");
     }
 
     // After a kill between the last file of a stage and its record, the stage is recorded and not
