@@ -19,7 +19,7 @@ const MAX_SYNTHETIC_PROBLEMS: u64 = 10_000_000;
 #[derive(Args)]
 pub(crate) struct Arguments {
     /// The benchmark; jsonl reads your own files (JSON Lines, JSON or Parquet).
-    #[arg(value_parser = PossibleValuesParser::new(Task::ALL.map(Task::name)).map(|name| Task::from_source(&name)))]
+    #[arg(value_parser = PossibleValuesParser::new(Task::ALL.map(Task::name)).try_map(|name| Task::from_name(&name).ok_or("no task")))]
     task: Task,
     /// Folder of the benchmark's files (for jsonl: the file).
     #[arg(long)]
@@ -41,9 +41,9 @@ pub(crate) struct Arguments {
     /// is; messages, id and source can be named too.
     #[arg(long, value_name = "prompt=FIELD,reference=FIELD")]
     map: Option<FieldMap>,
-    /// For jsonl: the turns of a conversation that become prompts, the last one or all of the
-    /// assistant's, with the ids ID#1, ID#2 [default: last].
-    #[arg(long, value_parser = PossibleValuesParser::new(["last", "all"]).map(|name| turns(&name)))]
+    /// For jsonl: the turns of a conversation that become prompts; all of them have the ids ID#1,
+    /// ID#2 [default: last].
+    #[arg(long)]
     turns: Option<Turns>,
     /// For jsonl: fail at the first row that cannot be read, instead of setting it aside.
     #[arg(long)]
@@ -96,10 +96,6 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome> {
     Ok(Outcome::Done)
 }
 
-fn turns(name: &str) -> Turns {
-    if name == "all" { Turns::All } else { Turns::Last }
-}
-
 fn load(arguments: &Arguments) -> Result<Vec<Sample>> {
     let task = arguments.task;
     if task != Task::Jsonl && (arguments.map.is_some() || arguments.turns.is_some() || arguments.strict) {
@@ -115,7 +111,7 @@ fn load(arguments: &Arguments) -> Result<Vec<Sample>> {
     let no_data = || Error::usage(format!("{} needs --data: {}", task.name(), task.expected_data()));
     let data = arguments.data.as_deref().ok_or_else(no_data)?;
     if task == Task::Jsonl {
-        return prompt_set::read_with(data, &arguments.read_options());
+        return prompt_set::read_with(data, &arguments.read_options()).map(|set| set.samples);
     }
     let samples = task.load(data, split)?;
     if samples.is_empty() {

@@ -21,6 +21,9 @@ pub use renderer::Renderer;
 pub use rendering::{RenderSettings, Rendering, RenderingRecord, today};
 pub use template::ChatTemplate;
 
+/// Variables of a template that the prompts themselves give. `transformers` refuses them as well.
+pub(crate) const RESERVED_KWARGS: [&str; 2] = ["messages", "add_generation_prompt"];
+
 /// One message of a conversation.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Message {

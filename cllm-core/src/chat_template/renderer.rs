@@ -55,9 +55,12 @@ impl Renderer {
     pub fn render(&self, conversation: &Conversation, add_generation_prompt: bool) -> Result<String> {
         let mut values = serde_json::Map::new();
         values.extend(self.special_tokens.iter().map(|(name, token)| (name.clone(), json!(token))));
-        let tools = if conversation.tools.is_empty() { Value::Null } else { json!(conversation.tools) };
-        values.extend([("tools".to_owned(), tools), ("documents".to_owned(), Value::Null)]);
+        values.extend(["tools", "documents"].map(|name| (name.to_owned(), Value::Null)));
         values.extend(self.rendering.chat_template_kwargs.clone());
+        // What a row says wins.
+        if !conversation.tools.is_empty() {
+            values.insert("tools".to_owned(), json!(conversation.tools));
+        }
         values.extend(conversation.chat_template_kwargs.clone());
         values.insert("messages".to_owned(), json!(conversation.messages));
         values.insert("add_generation_prompt".to_owned(), json!(add_generation_prompt));

@@ -9,6 +9,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
+use super::RESERVED_KWARGS;
 use crate::{Error, Result, text_file};
 
 /// Settings of every verb that renders prompts. They are flattened into the verb's own.
@@ -56,8 +57,7 @@ impl RenderSettings {
     /// # Errors
     /// A template file that cannot be read.
     pub fn resolve(&self, default_date: Date) -> Result<Rendering> {
-        let reserved = ["messages", "add_generation_prompt"];
-        if let Some(name) = reserved.into_iter().find(|&name| self.chat_template_kwargs.contains_key(name)) {
+        if let Some(name) = RESERVED_KWARGS.into_iter().find(|&name| self.chat_template_kwargs.contains_key(name)) {
             let message = format!("chat_template_kwargs: `{name}` comes from the prompts: leave it out");
             return Err(Error::usage(message));
         }

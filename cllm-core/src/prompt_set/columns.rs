@@ -15,7 +15,6 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use super::dataset_file::RowError;
-use super::form::parse_json_text;
 use super::sample::{Prompt, Sample};
 use crate::chat_template::Conversation;
 use crate::{Error, Result, atomic_file, interrupt, parquet_file};
@@ -26,10 +25,12 @@ const OTHER_KEYS: &str = "other";
 
 /// Undoes what a file's columns cannot hold as JSON does: parses `meta` and the other keys of
 /// messages, which are JSON text. Other tools may write `meta` as a struct, which is an object
-/// already.
+/// already, or as text of another kind, which stays as it is.
 pub(super) fn restore(row: &mut Map<String, Value>) -> std::result::Result<(), RowError> {
-    if let Some(meta) = row.get_mut("meta") {
-        *meta = parse_json_text(meta.take(), "meta")?;
+    if let Some(meta) = row.get_mut("meta")
+        && let Some(value) = meta.as_str().and_then(|text| serde_json::from_str(text).ok())
+    {
+        *meta = value;
     }
     let messages = row.get_mut("messages").and_then(Value::as_array_mut).into_iter().flatten();
     for message in messages.filter_map(Value::as_object_mut) {

@@ -1,9 +1,12 @@
 //! Messages as people have them (OpenAI's, ShareGPT's, content in parts), and the turns of a
 //! conversation that can be answered.
 
+use clap::ValueEnum;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::dataset_file::{RowError, type_name};
+use super::dataset_file::{RowError, parse_json_text, type_name};
 use crate::chat_template::Message;
 use crate::thought_text::with_thought;
 
@@ -20,14 +23,23 @@ const ROLES: [(&str, &[&str]); 6] = [
 const CALLS: [&str; 2] = ["tool_calls", "function_call"];
 const REASONING: &str = "reasoning_content";
 
-/// Which turns of a conversation become prompts.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+/// The turns of a conversation that are prompts to answer, or that supervised fine-tuning teaches.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema, ValueEnum)]
+#[serde(rename_all = "lowercase")]
 pub enum Turns {
-    /// The last one: a conversation gives one prompt.
+    /// Every turn of the assistant, each as an answer to the conversation before it.
+    All,
+    /// The last one, which is the reference.
     #[default]
     Last,
-    /// Every turn of the assistant, each with the conversation before it.
-    All,
+}
+
+/// What a conversation is divided into.
+pub(super) struct Split {
+    /// Never empty.
+    pub(super) turns: Vec<Turn>,
+    /// Number of turns that call a tool, which no text can hold.
+    pub(super) num_calling: usize,
 }
 
 /// A turn to answer: the messages before it, and its text if the data have it.
@@ -47,7 +59,7 @@ pub(super) fn is_messages(value: &Value) -> bool {
 
 /// Parses a list of messages, or JSON text that holds one.
 pub(super) fn parse_messages(value: Value) -> Result<Vec<Message>, RowError> {
-    let Value::Array(messages) = super::form::parse_json_text(value, "messages")? else {
+    let Value::Array(messages) = parse_json_text(value, "messages")? else {
         return Err(RowError::new("has messages that are no list", ""));
     };
     messages.into_iter().enumerate().map(|(index, message)| parse_message(index + 1, message)).collect()
@@ -96,7 +108,7 @@ fn has_calls(other: &Map<String, Value>) -> bool {
 }
 
 /// The text of a value: text itself, a number, a boolean, or a list of text parts, which are
-/// joined. Otherwise says what was found.
+/// joined. Otherwise says what was found. A list of texts is none: they may be alternatives.
 pub(super) fn text_of(value: Value) -> Result<String, String> {
     match value {
         Value::String(text) => Ok(match text.strip_prefix('\u{feff}') {
@@ -104,14 +116,13 @@ pub(super) fn text_of(value: Value) -> Result<String, String> {
             None => text,
         }),
         Value::Number(_) | Value::Bool(_) => Ok(value.to_string()),
-        Value::Array(parts) => parts.into_iter().map(text_of_part).collect(),
-        Value::Null | Value::Object(_) => Err(type_name(&value).to_owned()),
+        Value::Array(parts) if !parts.is_empty() => parts.into_iter().map(text_of_part).collect(),
+        Value::Null | Value::Array(_) | Value::Object(_) => Err(type_name(&value).to_owned()),
     }
 }
 
 fn text_of_part(part: Value) -> Result<String, String> {
     match part {
-        Value::String(text) => Ok(text),
         Value::Object(mut part) => match (part.get("type").and_then(Value::as_str), part.get("text")) {
             (None | Some("text" | "input_text" | "output_text"), Some(Value::String(_))) => {
                 part.remove("text").map_or(Err("null".to_owned()), text_of)
@@ -119,13 +130,13 @@ fn text_of_part(part: Value) -> Result<String, String> {
             (Some(kind), _) => Err(format!("a part of type `{kind}`")),
             (None, _) => Err("a part without text".to_owned()),
         },
-        other => Err(format!("a part that is {}", type_name(&other))),
+        other => Err(format!("a list that holds {}", type_name(&other))),
     }
 }
 
 /// Divides a conversation into the turns to answer. One that does not end with the assistant's
 /// turn is to be answered as a whole, and has no reference of its own.
-pub(super) fn split_turns(messages: Vec<Message>, turns: Turns) -> Result<Vec<Turn>, RowError> {
+pub(super) fn split_turns(messages: Vec<Message>, turns: Turns) -> Result<Split, RowError> {
     if messages.iter().all(is_system) {
         return Err(RowError::new("has no messages to answer", ""));
     }
@@ -134,33 +145,38 @@ pub(super) fn split_turns(messages: Vec<Message>, turns: Turns) -> Result<Vec<Tu
     }
     let last = messages.len() - 1;
     let is_wanted = |index: &usize| turns == Turns::All || *index == last;
-    let mut found = Vec::new();
-    for index in (0..messages.len()).filter(is_wanted) {
-        // A greeting answers no question.
-        let answers_something = messages[..index].iter().any(|message| !is_system(message));
-        if is_assistant(&messages[index]) && answers_something {
-            found.push(turn(&messages[..index], &messages[index])?);
+    let (mut found, mut num_calling) = (Vec::new(), 0);
+    for index in (0..messages.len()).filter(is_wanted).filter(|&index| answers_something(&messages, index)) {
+        if has_calls(&messages[index].other) {
+            num_calling += 1;
+        } else {
+            found.push(turn(&messages[..index], &messages[index]));
         }
     }
     if !is_assistant(&messages[last]) {
         found.push(Turn { messages, reference: None, lost_keys: Vec::new() });
     }
-    if found.is_empty() {
-        return Err(RowError::new("has nothing before the assistant's turn", ""));
+    match (found.is_empty(), num_calling) {
+        (false, _) => Ok(Split { turns: found, num_calling }),
+        (true, 0) => Err(RowError::new("has nothing before the assistant's turn", "")),
+        (true, _) => Err(RowError::new("has no turn to answer that calls no tool", "a reference is text alone")),
     }
-    Ok(found)
 }
 
-fn turn(before: &[Message], answer: &Message) -> Result<Turn, RowError> {
-    if has_calls(&answer.other) {
-        return Err(RowError::new("has a turn to answer that calls a tool", "a reference is text alone"));
-    }
+/// Whether the message at `index` is a turn of the assistant that answers another message. A
+/// greeting is none.
+pub fn answers_something(messages: &[Message], index: usize) -> bool {
+    let is_turn_of_others = |message: &Message| !is_system(message) && !is_assistant(message);
+    is_assistant(&messages[index]) && messages[..index].iter().any(is_turn_of_others)
+}
+
+fn turn(before: &[Message], answer: &Message) -> Turn {
     let text = match answer.other.get(REASONING).and_then(Value::as_str) {
         Some(thought) if !thought.trim().is_empty() => with_thought(thought, &answer.content),
         _ => answer.content.clone(),
     };
     let lost_keys = answer.other.keys().filter(|key| !CALLS.contains(&key.as_str()) && *key != REASONING);
-    Ok(Turn { messages: before.to_vec(), reference: Some(text), lost_keys: lost_keys.cloned().collect() })
+    Turn { messages: before.to_vec(), reference: Some(text), lost_keys: lost_keys.cloned().collect() }
 }
 
 fn is_assistant(message: &Message) -> bool {

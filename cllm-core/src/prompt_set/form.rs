@@ -3,11 +3,11 @@
 
 use serde_json::{Map, Value};
 
-use super::conversation::{Turn, Turns, is_messages, is_system, parse_messages, split_turns, text_of};
-use super::dataset_file::{RowError, type_name};
+use super::conversation::{Split, Turn, Turns, is_messages, is_system, parse_messages, split_turns, text_of};
+use super::dataset_file::{RowError, parse_json_text, type_name};
 use super::field_map::{FieldMap, Role};
 use super::sample::{DEFAULT_SOURCE, Prompt, Sample};
-use crate::chat_template::{Conversation, Message};
+use crate::chat_template::{Conversation, Message, RESERVED_KWARGS};
 
 /// The fields that hold a prompt, with its form.
 const PROMPTS: [(&str, Role); 6] = [
@@ -31,13 +31,15 @@ const FORMS: &str = "`messages`, `conversations`, `prompt`, `question`, or `inst
      prepare jsonl --map prompt=FIELD,reference=FIELD` names the fields";
 
 /// What a row gives.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct RowSamples {
     pub(super) samples: Vec<Sample>,
     /// Fields that only `meta` keeps.
     pub(super) meta_fields: Vec<String>,
     /// Keys of answered messages that no sample keeps.
     pub(super) lost_keys: Vec<String>,
+    /// Number of turns that are no prompts of their own, because they call a tool.
+    pub(super) num_calling: usize,
 }
 
 /// The answer that a field beside the prompt holds.
@@ -60,8 +62,8 @@ pub(super) fn parse_row(
     let source = row.take_name(Role::Source, "source")?.unwrap_or_else(|| DEFAULT_SOURCE.to_owned());
     let prompt = row.take_prompt()?;
     let answer = row.take_answer()?;
-    let answered = match (prompt, answer) {
-        (Prompt::Text(text), answer) => vec![(Prompt::Text(text), plain_answer(answer)?)],
+    let (answered, num_calling) = match (prompt, answer) {
+        (Prompt::Text(text), answer) => (vec![(Prompt::Text(text), plain_answer(answer)?)], 0),
         (Prompt::Conversation(conversation), answer) => answered_turns(conversation, answer, turns)?,
     };
     let lost_keys = answered.iter().flat_map(|(_, turn)| turn.lost_keys.clone()).collect();
@@ -76,7 +78,8 @@ pub(super) fn parse_row(
         reference,
         meta: meta.clone(),
     };
-    Ok(RowSamples { samples: answered.into_iter().enumerate().map(sample).collect(), meta_fields, lost_keys })
+    let samples = answered.into_iter().enumerate().map(sample).collect();
+    Ok(RowSamples { samples, meta_fields, lost_keys, num_calling })
 }
 
 fn plain_answer(answer: Option<Answer>) -> Result<Turn, RowError> {
@@ -90,12 +93,13 @@ fn plain_answer(answer: Option<Answer>) -> Result<Turn, RowError> {
     Ok(Turn { messages: Vec::new(), reference, lost_keys: Vec::new() })
 }
 
-/// The turns of a conversation, with the answer that a field beside it holds.
+/// The turns of a conversation, with the answer that a field beside it holds, and the number of
+/// turns that call a tool instead.
 fn answered_turns(
     mut conversation: Conversation,
     answer: Option<Answer>,
     turns: Turns,
-) -> Result<Vec<(Prompt, Turn)>, RowError> {
+) -> Result<(Vec<(Prompt, Turn)>, usize), RowError> {
     let text = match answer {
         Some(Answer::Messages(messages)) => {
             conversation.messages.extend(messages);
@@ -104,7 +108,7 @@ fn answered_turns(
         Some(Answer::Text(text)) => Some(text),
         None => None,
     };
-    let mut found = split_turns(std::mem::take(&mut conversation.messages), turns)?;
+    let Split { turns: mut found, num_calling } = split_turns(std::mem::take(&mut conversation.messages), turns)?;
     if let (Some(text), Some(last)) = (text, found.last_mut()) {
         match &last.reference {
             None => last.reference = Some(text),
@@ -119,7 +123,7 @@ fn answered_turns(
         let messages = std::mem::take(&mut turn.messages);
         (Prompt::Conversation(Conversation { messages, ..conversation.clone() }), turn)
     };
-    Ok(found.into_iter().map(prompt).collect())
+    Ok((found.into_iter().map(prompt).collect(), num_calling))
 }
 
 struct Row<'m> {
@@ -199,16 +203,17 @@ impl<'m> Row<'m> {
         }
     }
 
-    /// A text that is continued as it is, so that no template reads a system text beside it.
-    fn plain_prompt(&self, text: String) -> Result<Prompt, RowError> {
-        match SYSTEMS.into_iter().find(|name| self.fields.contains_key(*name)) {
-            Some(name) => {
+    /// A text that is continued as it is, so that nothing reads a system text, tools or variables
+    /// beside it.
+    fn plain_prompt(&mut self, text: String) -> Result<Prompt, RowError> {
+        for name in SYSTEMS.into_iter().chain(TEMPLATE_FIELDS) {
+            if self.take(name).is_some_and(|value| !is_empty(&value)) {
                 let detail =
                     format!("`{name}`: `--map question=FIELD` makes the text a question for the chat template");
-                Err(RowError::new("has a system text beside a prompt of plain text", detail))
+                return Err(RowError::new("has what a chat template reads beside a prompt of plain text", detail));
             }
-            None => Ok(Prompt::Text(text)),
         }
+        Ok(Prompt::Text(text))
     }
 
     /// An instruction followed by what it is about.
@@ -259,6 +264,10 @@ impl<'m> Row<'m> {
                 return Err(RowError::new("has chat_template_kwargs that are no object", detail));
             }
         };
+        if let Some(name) = RESERVED_KWARGS.into_iter().find(|&name| chat_template_kwargs.contains_key(name)) {
+            let detail = format!("`{name}` comes from the row itself: leave it out");
+            return Err(RowError::new("has chat_template_kwargs that no row may set", detail));
+        }
         Ok(Conversation { messages: Vec::new(), tools, chat_template_kwargs })
     }
 
@@ -300,23 +309,22 @@ impl<'m> Row<'m> {
     }
 }
 
+/// Whether a value, or the value that JSON text stands for, says nothing.
+fn is_empty(value: &Value) -> bool {
+    match value {
+        Value::String(text) => ["", "[]", "{}", "null"].contains(&text.trim()),
+        Value::Array(list) => list.is_empty(),
+        Value::Object(fields) => fields.is_empty(),
+        Value::Null | Value::Bool(_) | Value::Number(_) => false,
+    }
+}
+
 fn parse_answer(field: &str, value: Value) -> Result<Answer, RowError> {
     if is_messages(&value) {
         return parse_messages(value).map(Answer::Messages);
     }
     let not_text = |found| RowError::new("has a reference that is not text", format!("`{field}` has {found}"));
     text_of(value).map(Answer::Text).map_err(not_text)
-}
-
-/// The value that JSON text stands for, since columns often hold lists and objects as text. A
-/// value that is no text is returned as it is.
-pub(super) fn parse_json_text(value: Value, field: &str) -> Result<Value, RowError> {
-    match value {
-        Value::String(text) if text.trim().is_empty() => Ok(Value::Null),
-        Value::String(text) => serde_json::from_str(&text)
-            .map_err(|error| RowError::new("has text where JSON is needed", format!("{field}: not JSON: {error}"))),
-        other => Ok(other),
-    }
 }
 
 /// How to choose the field that holds a prompt or a reference.

@@ -23,7 +23,7 @@ use dataset_file::{FileRow, RowError};
 use form::RowSamples;
 use notes::Notes;
 
-pub use conversation::Turns;
+pub use conversation::{Turns, answers_something};
 pub use field_map::FieldMap;
 pub use sample::{DEFAULT_SOURCE, Prompt, Sample};
 
@@ -37,20 +37,28 @@ pub struct ReadOptions {
     pub strict: bool,
 }
 
+/// What a file of prompts holds.
+#[derive(Debug)]
+pub struct PromptSet {
+    pub samples: Vec<Sample>,
+    /// Number of rows that could not be read.
+    pub num_set_aside: usize,
+}
+
 /// Reads a prompt set of any known form. Rows that cannot be read are set aside and told on stderr;
 /// a row without an id gets one made of its number.
 ///
 /// # Errors
 /// When the file cannot be read, or none of its rows.
 pub fn read(path: &Path) -> Result<Vec<Sample>> {
-    read_with(path, &ReadOptions::default())
+    read_with(path, &ReadOptions::default()).map(|set| set.samples)
 }
 
 /// Reads a prompt set with options.
 ///
 /// # Errors
 /// As [`read`]; if strict, names the first row that cannot be read.
-pub fn read_with(path: &Path, options: &ReadOptions) -> Result<Vec<Sample>> {
+pub fn read_with(path: &Path, options: &ReadOptions) -> Result<PromptSet> {
     if path.is_dir() {
         let message = "is a folder: expected a prompt set, such as the JSONL or Parquet file that `cllm-data prepare` \
                        writes";
@@ -63,16 +71,13 @@ pub fn read_with(path: &Path, options: &ReadOptions) -> Result<Vec<Sample>> {
         interrupt::check()?;
         let location = row.location;
         match parse_row(path, index + 1, row, options).and_then(|row| expect_new_ids(row, &mut ids)) {
-            Ok(row) => {
-                notes.add_read(row.meta_fields, row.lost_keys);
-                samples.extend(row.samples);
-            }
+            Ok(row) => samples.extend(notes.add_read(row)),
             Err(error) if options.strict => return Err(Error::file(path, format!("{location} {error}"))),
             Err(error) => notes.add_set_aside(location, error),
         }
     }
-    notes.finish(path, num_rows)?;
-    Ok(samples)
+    let num_set_aside = notes.finish(path, num_rows)?;
+    Ok(PromptSet { samples, num_set_aside })
 }
 
 fn parse_row(

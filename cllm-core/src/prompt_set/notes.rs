@@ -4,6 +4,8 @@ use std::fmt::Write;
 use std::path::Path;
 
 use super::dataset_file::{Location, RowError};
+use super::form::RowSamples;
+use super::sample::Sample;
 use crate::progress::{self, count};
 use crate::{Error, Result};
 
@@ -15,6 +17,8 @@ pub(super) struct Notes {
     set_aside: Vec<SetAside>,
     meta_fields: Vec<String>,
     lost_keys: Vec<String>,
+    /// Turns that are no prompts of their own, because they call a tool.
+    num_calling: usize,
 }
 
 /// The rows that are set aside for one reason.
@@ -25,11 +29,13 @@ struct SetAside {
 }
 
 impl Notes {
-    /// Counts a row that was read.
-    pub(super) fn add_read(&mut self, meta_fields: Vec<String>, lost_keys: Vec<String>) {
+    /// Counts a row that was read, and returns its samples.
+    pub(super) fn add_read(&mut self, row: RowSamples) -> Vec<Sample> {
         self.num_read += 1;
-        extend_unique(&mut self.meta_fields, meta_fields);
-        extend_unique(&mut self.lost_keys, lost_keys);
+        self.num_calling += row.num_calling;
+        extend_unique(&mut self.meta_fields, row.meta_fields);
+        extend_unique(&mut self.lost_keys, row.lost_keys);
+        row.samples
     }
 
     /// Counts a row that cannot be read.
@@ -40,11 +46,11 @@ impl Notes {
         }
     }
 
-    /// Tells on stderr what was left out or moved.
+    /// Tells on stderr what was left out or moved, and returns the number of rows set aside.
     ///
     /// # Errors
     /// When no row could be read; when not all of `num_rows` have been counted.
-    pub(super) fn finish(self, path: &Path, num_rows: usize) -> Result<()> {
+    pub(super) fn finish(self, path: &Path, num_rows: usize) -> Result<usize> {
         let num_set_aside: usize = self.set_aside.iter().map(|reason| reason.num_rows).sum();
         if self.num_read + num_set_aside != num_rows {
             let counts = format!("{} of {num_rows} rows read, {num_set_aside} set aside", self.num_read);
@@ -74,7 +80,11 @@ impl Notes {
             let keys = self.lost_keys.join(", ");
             progress::log(format!("{file}: left out of the answers' messages, which are text alone: {keys}"));
         }
-        Ok(())
+        if self.num_calling > 0 {
+            let turns = count(self.num_calling, "turn");
+            progress::log(format!("{file}: no prompts for {turns} that call a tool: a reference is text alone"));
+        }
+        Ok(num_set_aside)
     }
 
     /// Each reason with the first row that has it, on a line of its own.
@@ -107,12 +117,12 @@ mod tests {
     fn a_row_that_is_neither_read_nor_set_aside_is_an_internal_error() {
         let counted = || {
             let mut notes = Notes::default();
-            notes.add_read(Vec::new(), Vec::new());
+            notes.add_read(RowSamples::default());
             notes.add_set_aside(Location::Line(2), RowError::new("is not JSON", ""));
             notes
         };
         let path = Path::new("rows.jsonl");
-        assert!(counted().finish(path, 2).is_ok());
+        assert_eq!(counted().finish(path, 2).unwrap(), 1);
         let error = counted().finish(path, 3).unwrap_err();
         assert!(error.exit_code() == 70 && error.to_string().contains("1 of 3 rows read, 1 set aside"), "{error}");
     }

@@ -117,11 +117,15 @@ impl Task {
         }
     }
 
-    /// The task that a prompt's `source` (`gsm8k/test`) begins with; [`Task::Jsonl`] for a source
-    /// of unknown origin.
+    /// The task with this name.
+    pub fn from_name(name: &str) -> Option<Task> {
+        Task::ALL.into_iter().find(|task| task.name() == name)
+    }
+
+    /// The task that a prompt's `source` names as TASK/SPLIT, such as `gsm8k/test`; [`Task::Jsonl`]
+    /// for any other source. A name alone is where people say that their rows come from.
     pub fn from_source(source: &str) -> Task {
-        let name = source.split('/').next().unwrap_or_default();
-        Task::ALL.into_iter().find(|task| task.name() == name).unwrap_or(Task::Jsonl)
+        source.split_once('/').and_then(|(name, _)| Task::from_name(name)).unwrap_or(Task::Jsonl)
     }
 
     /// Whether the benchmark has no split for training.
@@ -256,9 +260,12 @@ mod tests {
     #[test]
     fn every_task_is_known_by_its_name() {
         for task in Task::ALL {
+            assert_eq!(Task::from_name(task.name()), Some(task));
             assert_eq!(Task::from_source(&format!("{}/test", task.name())), task);
             assert_eq!(serde_json::to_value(task).unwrap(), task.name());
         }
-        assert_eq!(Task::from_source("mine"), Task::Jsonl);
+        for source in ["mine", "mine/test", "gsm8k", "synthetic", "", "/gsm8k"] {
+            assert_eq!(Task::from_source(source), Task::Jsonl, "{source}");
+        }
     }
 }

@@ -87,6 +87,18 @@ fn variables_of_the_settings_and_of_rows_render_as_transformers_recorded_it() {
     }
 }
 
+#[test]
+fn the_tools_of_a_row_win_over_those_of_the_settings() {
+    let template = json!("{{ tools | tojson }}");
+    let tokenizer = Tokenizer::load_for(&thinking_folder(), &rendering(&json!({ "tools": ["S"] }), Some(&template)));
+    let tokenizer = tokenizer.unwrap();
+    let render = |tools: &[Value]| {
+        let conversation = Conversation { tools: tools.to_vec(), ..vec![Message::new("user", "Hi")].into() };
+        tokenizer.encode_prompt(&Prompt::Conversation(conversation)).unwrap().0
+    };
+    assert_eq!([render(&[]), render(&[json!("R")])], [r#"["S"]"#, r#"["R"]"#]);
+}
+
 /// Compares what is learnt of each turn with the records; a turn that they lack must be refused.
 fn check_turns(cases: &Value, template: Option<&Value>) {
     for case in cases.as_array().unwrap() {

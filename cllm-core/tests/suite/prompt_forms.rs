@@ -39,7 +39,10 @@ fn write_parquet(path: &Path, lines: &str) {
 #[track_caller]
 fn read_with(rows: &[Value], options: &ReadOptions) -> cllm_core::Result<Vec<Sample>> {
     let dir = tempfile::tempdir().unwrap();
-    let mut results: Vec<_> = files(&dir, rows).into_iter().map(|path| prompt_set::read_with(&path, options)).collect();
+    let mut results: Vec<_> = files(&dir, rows)
+        .into_iter()
+        .map(|path| prompt_set::read_with(&path, options).map(|set| set.samples))
+        .collect();
     let first = results.remove(0);
     for result in results {
         match (&first, result) {
@@ -147,6 +150,15 @@ fn each_turn_of_a_conversation_can_be_a_prompt_of_its_own() {
     let samples = read_with(&[row], &all).unwrap();
     let found: Vec<_> = samples.iter().map(|it| (it.id.as_str(), &it.prompt, it.reference.as_deref())).collect();
     assert_eq!(found, [("y#1", &chat(&turns[..2]), Some("2")), ("y#2", &chat(&turns), None)]);
+    // A turn that calls a tool cannot be a reference, but others of its conversation can.
+    let calls = json!([{ "function": { "name": "f" } }]);
+    let row = json!({ "id": "z", "messages": [
+        message("user", "1"), { "role": "assistant", "content": "", "tool_calls": calls }, message("tool", "2"),
+        message("assistant", "3"),
+    ] });
+    let samples = read_with(&[row], &all).unwrap();
+    let found: Vec<_> = samples.iter().map(|it| (it.id.as_str(), it.reference.as_deref())).collect();
+    assert_eq!(found, [("z#1", Some("3"))]);
 }
 
 #[test]
@@ -160,6 +172,25 @@ fn references_that_are_numbers_or_booleans_become_text() {
         assert_eq!(read(json!({ "prompt": "2+2?", "reference": value })).reference.as_deref(), Some(text));
     }
     assert_eq!(read(json!({ "id": 7, "prompt": "2+2?", "reference": null })).id, "7");
+}
+
+#[test]
+fn empty_fields_of_templates_beside_plain_text_mean_nothing() {
+    for (name, value) in [
+        ("system", json!("")),
+        ("system_prompt", json!("")),
+        ("tools", json!([])),
+        ("tools", json!("[]")),
+        ("chat_template_kwargs", json!("")),
+    ] {
+        let sample = read(json!({ "prompt": "Hi", name: value }));
+        assert_eq!((sample.prompt, sample.meta), (Prompt::Text("Hi".into()), None), "{name}");
+    }
+}
+
+#[test]
+fn a_meta_of_plain_text_is_kept() {
+    assert_eq!(read(json!({ "prompt": "Hi", "meta": "from a forum" })).meta, Some(json!("from a forum")));
 }
 
 #[test]
@@ -203,7 +234,10 @@ fn what_cannot_be_read_or_would_be_guessed_is_set_aside_with_its_reason() {
             json!({ "messages": [user, { "role": "assistant", "content": null, "tool_calls": calls }, assistant] }),
             &["tool calls and no text", "message 2"][..],
         ),
-        (json!({ "messages": [user, { "role": "assistant", "content": "", "tool_calls": calls }] }), &["calls a tool"]),
+        (
+            json!({ "messages": [user, { "role": "assistant", "content": "", "tool_calls": calls }] }),
+            &["calls no tool"],
+        ),
         (
             json!({ "messages": [user, { "role": "assistant", "content": null, "x": 1 }] }),
             &["message without text", "message 2"],
@@ -231,8 +265,24 @@ fn what_cannot_be_read_or_would_be_guessed_is_set_aside_with_its_reason() {
         (json!({ "prompt": "Hi", "completion": [assistant] }), &["plain text and an answer of messages"]),
         (
             json!({ "system": "S", "prompt": "Hi" }),
-            &["system text beside a prompt of plain text", "--map question=FIELD"],
+            &["chat template reads beside a prompt of plain text", "`system`", "--map question=FIELD"],
         ),
+        (json!({ "tools": [1], "prompt": "Hi" }), &["beside a prompt of plain text", "`tools`"]),
+        (
+            json!({ "chat_template_kwargs": { "x": 1 }, "prompt": "Hi" }),
+            &["beside a prompt of plain text", "`chat_template_kwargs`"],
+        ),
+        (
+            json!({ "messages": [user], "chat_template_kwargs": { "messages": [] } }),
+            &["chat_template_kwargs that no row may set", "`messages` comes from the row"],
+        ),
+        // One of them would have to be chosen, or the two glued together.
+        (
+            json!({ "question": "When?", "answer": ["1972", "72"] }),
+            &["reference that is not text", "`answer` has a list"],
+        ),
+        (json!({ "prompt": ["q1", "q2"] }), &["prompt that is not text", "`prompt` has a list that holds text"]),
+        (json!({ "messages": [{ "role": "user", "content": ["a", "b"] }] }), &["not text", "a list that holds text"]),
         (json!({ "instruction": "Hi", "history": [["a", "b"]] }), &["`history` beside its question"]),
         (
             json!({ "prompt": "Hi", "answer": { "text": "Yo" } }),

@@ -17,6 +17,7 @@ use std::time::Instant;
 use cllm_core::chat_template::{Date, today};
 use cllm_core::distributed::ProcessEnv;
 use cllm_core::progress::Progress;
+use cllm_core::prompt_set::PromptSet;
 use cllm_core::trajectory::{self, Provenance, Writer, rank_folder};
 use cllm_core::{Result, checkpoint, fingerprint, progress};
 use serde::Serialize;
@@ -36,14 +37,23 @@ pub struct Summary {
     schema_version: u32,
     /// Number of prompts to answer.
     prompts: usize,
-    /// Number of prompts that were empty or too long for the context.
-    skipped: usize,
+    #[serde(flatten)]
+    left_out: LeftOut,
     /// Responses of earlier runs.
     resumed: usize,
     /// All responses in the data set.
     pub total: ResponseStats,
     /// Responses of this run.
     run: RunStats,
+}
+
+/// What has no response.
+#[derive(Serialize)]
+struct LeftOut {
+    /// Number of rows of the prompt set that could not be read.
+    set_aside: usize,
+    /// Number of prompts that were empty or too long for the context.
+    skipped: usize,
 }
 
 #[derive(Serialize)]
@@ -73,7 +83,7 @@ pub fn collect_on(settings: &Settings, today: Date) -> Result<Summary> {
     let started_on = trajectory::stored_date(&settings.output)?;
     let rendering = settings.rendering.resolve(started_on.unwrap_or(today))?;
     let teacher = Teacher::load(settings, &rendering, process.as_ref())?;
-    let samples = prompts::read(settings)?;
+    let PromptSet { samples, num_set_aside } = prompts::read(settings)?;
     let provenance = provenance(settings, &teacher, samples.len())?;
     let samples = prompts::samples_of_process(samples, process.as_ref());
     let num_samples = samples.len();
@@ -99,7 +109,8 @@ pub fn collect_on(settings: &Settings, today: Date) -> Result<Summary> {
     finish_with_card(writer)?;
     progress.finish();
 
-    let summary = summarize(num_samples, skipped.len(), resumed, decoded, started.elapsed().as_secs_f64());
+    let left_out = LeftOut { set_aside: num_set_aside, skipped: skipped.len() };
+    let summary = summarize(num_samples, left_out, resumed, decoded, started.elapsed().as_secs_f64());
     progress::log(format!("{}, in {}", summary.total, output.display()));
     Ok(summary)
 }
@@ -129,7 +140,7 @@ fn provenance(settings: &Settings, teacher: &Teacher, num_prompts: usize) -> Res
     })
 }
 
-fn summarize(prompts: usize, skipped: usize, resumed: Counts, decoded: Counts, seconds: f64) -> Summary {
+fn summarize(prompts: usize, left_out: LeftOut, resumed: Counts, decoded: Counts, seconds: f64) -> Summary {
     let mut total = resumed;
     total += decoded;
     let responses = decoded.stats();
@@ -137,7 +148,7 @@ fn summarize(prompts: usize, skipped: usize, resumed: Counts, decoded: Counts, s
     Summary {
         schema_version: 1,
         prompts,
-        skipped,
+        left_out,
         resumed: resumed.num_rows(),
         total: total.stats(),
         run: RunStats { responses, seconds, tokens_per_second },

@@ -5,7 +5,7 @@ use std::path::Path;
 use cllm_core::decode::Request;
 use cllm_core::distributed::ProcessEnv;
 use cllm_core::progress::{self, count};
-use cllm_core::prompt_set::{self, Sample};
+use cllm_core::prompt_set::{self, PromptSet, ReadOptions, Sample};
 use cllm_core::task::{ScoreContext, Task};
 use cllm_core::{Error, Result};
 
@@ -29,14 +29,14 @@ impl RenderedPrompt {
 }
 
 /// Reads the prompt set, and checks before the long work that the answers can be scored.
-pub(super) fn read(settings: &Settings) -> Result<Vec<Sample>> {
-    let mut samples = prompt_set::read(&settings.prompts)?;
-    samples.truncate(settings.limit.unwrap_or(usize::MAX));
+pub(super) fn read(settings: &Settings) -> Result<PromptSet> {
+    let mut set = prompt_set::read_with(&settings.prompts, &ReadOptions::default())?;
+    set.samples.truncate(settings.limit.unwrap_or(usize::MAX));
     let context = ScoreContext { data: settings.data.as_deref(), ..ScoreContext::default() };
-    for sample in &samples {
+    for sample in &set.samples {
         Task::from_source(&sample.source).check_scorable(context, sample)?;
     }
-    Ok(samples)
+    Ok(set)
 }
 
 /// The samples that this process answers: all of them, or every `world_size`-th one.
@@ -56,7 +56,7 @@ pub(super) fn render(
 ) -> Result<(Vec<RenderedPrompt>, Vec<Sample>)> {
     let max_positions = teacher.model.config().max_positions;
     let (mut prompts, mut skipped) = (Vec::new(), Vec::new());
-    let mut first_problem = None;
+    let (mut num_unlearnable, mut first_problem) = (0, None);
     for sample in samples {
         let (text, ids) = teacher.tokenizer.encode_prompt(&sample.prompt)?;
         if ids.is_empty() || ids.len().saturating_add(max_new_tokens) > max_positions {
@@ -66,6 +66,7 @@ pub(super) fn render(
             let reference_ids = sample.reference.as_ref().map(encode).map(|turn| match turn {
                 Ok(turn) => turn.target_ids,
                 Err(error) => {
+                    num_unlearnable += 1;
                     first_problem.get_or_insert_with(|| format!("`{}`: {error}", sample.id));
                     Vec::new()
                 }
@@ -74,7 +75,10 @@ pub(super) fn render(
         }
     }
     if let Some(problem) = first_problem {
-        progress::log(format!("references that cannot be learned with consistency.labels=dataset, such as {problem}"));
+        let references = count(num_unlearnable, "reference");
+        progress::log(format!(
+            "{references} cannot be learned with consistency.labels=dataset; the first is {problem}"
+        ));
     }
     Ok((prompts, skipped))
 }

@@ -123,6 +123,7 @@ fn what_a_file_loses_is_counted_by_reason_and_told_once() {
     let into = format!("output={data}");
     let collected = DATA.succeed(&["collect", &model, &prompts, &into, "n=8", "max_new_tokens=8", "device=cpu"]).stderr;
     assert!(collected.contains("set aside 3 of 6 rows"), "{collected}");
+    assert_eq!(collect(&path(dir.path(), "counted"), &[&prompts])["set_aside"], 3);
     fs::write(&rows, "{}\n").unwrap();
     fs::remove_file(&output).unwrap();
     DATA.fail(&arguments, 2, &["rows.jsonl: none of 1 row can be read", "has no known form", "--map prompt=FIELD"]);

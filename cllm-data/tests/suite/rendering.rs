@@ -9,7 +9,7 @@ use cllm_core::{Result, checkpoint};
 use cllm_data::collect::{Settings, collect_on};
 use serde_json::{Value, json};
 
-use crate::fixtures::{rows, shards};
+use crate::fixtures::{DATA, rows, shards};
 
 /// Settings of a collection over six questions that ask for the date, in shards of 2.
 fn settings(folder: &Path, output: &str) -> Settings {
@@ -133,4 +133,26 @@ fn what_was_rendered_belongs_to_the_data_set() {
     let message =
         with(&first, RenderSettings { chat_template: Some(file), ..first.rendering.clone() }).unwrap_err().to_string();
     assert!(message.contains("was rendered with another chat template"), "{message}");
+}
+
+#[test]
+fn references_that_the_template_renders_otherwise_are_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let settings = settings(dir.path(), "data");
+    let template = dir.path().join("template.jinja");
+    fs::write(&template, "{% for m in messages %}[{{ m.content }}]{% endfor %}{{ '?' if add_generation_prompt }}")
+        .unwrap();
+    let given = [
+        format!("model={}", settings.model),
+        format!("prompts={}", settings.prompts.display()),
+        format!("output={}", settings.output.display()),
+        format!("chat_template={}", template.display()),
+    ];
+    let mut arguments = vec!["collect", "n=4", "max_new_tokens=4", "device=cpu"];
+    arguments.extend(given.iter().map(String::as_str));
+    let said = DATA.succeed(&arguments).stderr;
+    assert!(
+        said.contains("6 references cannot be learned with consistency.labels=dataset; the first is `0`: "),
+        "{said}"
+    );
 }

@@ -6,13 +6,14 @@ use std::path::Path;
 use cllm_core::chat_template::RenderingRecord;
 use cllm_core::model::ModelConfig;
 use cllm_core::progress::count;
+use cllm_core::prompt_set::Turns;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{Reader, Trajectory};
 use cllm_core::{Error, Result, interrupt, progress, prompt_set};
 use serde_json::json;
 
 use super::turns;
-use crate::settings::{BlockContext, ConsistencySettings, LabelSource, Objective, Settings, Turns};
+use crate::settings::{BlockContext, ConsistencySettings, LabelSource, Objective, Settings};
 
 /// One response to learn from, with its prompt.
 #[derive(Debug, Clone, PartialEq)]
@@ -162,14 +163,11 @@ fn read_references(path: &Path, tokenizer: &Tokenizer, turns: Turns, max_tokens:
     let samples = prompt_set::read(path)?;
     let num_samples = samples.len();
     let mut num_excluded = 0;
-    for (index, sample) in samples.into_iter().enumerate() {
+    for sample in samples {
         interrupt::check()?;
-        let Some(reference) = &sample.reference else {
-            num_excluded += 1;
-            continue;
-        };
-        let of_sample = turns::examples(&sample, reference, turns, tokenizer, max_tokens)
-            .map_err(|error| Error::file(path, format!("row {}, `{}`: {error}", index + 1, sample.id)))?;
+        let of_sample = turns::examples(&sample, turns, tokenizer, max_tokens)
+            .map_err(|error| Error::file(path, format!("`{}`: {error}", sample.id)))?;
+        num_excluded += usize::from(of_sample.is_empty());
         examples.extend(of_sample);
     }
     if num_excluded > 0 {

@@ -2,18 +2,16 @@
 //! or one for several turns where the tokens of one begin the prompt of the next.
 
 use cllm_core::chat_template::Conversation;
-use cllm_core::prompt_set::{Prompt, Sample};
+use cllm_core::prompt_set::{Prompt, Sample, Turns, answers_something};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Result, TrainingTurn};
 
 use super::dataset::Example;
-use crate::settings::Turns;
 
-/// The examples of a sample with this reference. Turns are joined only as far as `max_tokens`, so
-/// that the end of a long conversation does not exclude its beginning.
+/// The examples of a sample; none if it has no turn to teach. Turns are joined only as far as
+/// `max_tokens`, so that the end of a long conversation does not exclude its beginning.
 pub(super) fn examples(
     sample: &Sample,
-    reference: &str,
     turns: Turns,
     tokenizer: &Tokenizer,
     max_tokens: usize,
@@ -22,7 +20,9 @@ pub(super) fn examples(
         (Prompt::Conversation(conversation), Turns::All) => earlier_turns(conversation, tokenizer)?,
         _ => Vec::new(),
     };
-    encoded.push(tokenizer.encode_reference(&sample.prompt, reference)?);
+    if let Some(reference) = &sample.reference {
+        encoded.push(tokenizer.encode_reference(&sample.prompt, reference)?);
+    }
     let num_turns = encoded.len();
     let mut examples: Vec<Example> = Vec::new();
     for (index, turn) in encoded.into_iter().enumerate() {
@@ -39,17 +39,14 @@ pub(super) fn examples(
     Ok(examples)
 }
 
-/// The assistant's turns in the messages, each after what a user has said.
+/// The assistant's turns in the messages, each after what it answers.
 fn earlier_turns(conversation: &Conversation, tokenizer: &Tokenizer) -> Result<Vec<TrainingTurn>> {
     let messages = &conversation.messages;
-    let is_answer = |index: &usize| {
-        messages[*index].role == "assistant" && messages[..*index].iter().any(|message| message.role == "user")
-    };
     let turn = |index: usize| {
         let before = Conversation { messages: messages[..index].to_vec(), ..conversation.clone() };
         tokenizer.encode_turn(&before, &messages[index])
     };
-    (0..messages.len()).filter(is_answer).map(turn).collect()
+    (0..messages.len()).filter(|&index| answers_something(messages, index)).map(turn).collect()
 }
 
 /// Whether the tokens of an example begin a prompt.

@@ -21,7 +21,7 @@ use crate::losses::Losses;
 pub use consistency::{BlockContext, ConsistencySettings, Divergence, LabelSource, StateSampling};
 pub use init::InitSettings;
 pub use optimizer::{OptimizerSettings, StateDtype};
-pub use sft::{SftSettings, Turns};
+pub use sft::SftSettings;
 pub use validation::ValidationSettings;
 
 /// What a run trains.

@@ -1,17 +1,7 @@
+use cllm_core::prompt_set::Turns;
 use garde::Validate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-
-/// Which turns of a conversation supervised fine-tuning teaches.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
-pub enum Turns {
-    /// Every turn of the assistant, each as an answer to the conversation before it.
-    All,
-    /// The last one, which is the reference.
-    #[default]
-    Last,
-}
 
 /// The supervised objective.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, Validate, JsonSchema)]

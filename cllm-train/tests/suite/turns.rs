@@ -6,20 +6,20 @@ use std::path::Path;
 use cllm_core::Result;
 use cllm_core::chat_template::{Conversation, Message, Rendering};
 use cllm_core::model::ModelConfig;
-use cllm_core::prompt_set::{self, Prompt, Sample};
+use cllm_core::prompt_set::{self, Prompt, Sample, Turns};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_train::data::dataset::{self, Example};
-use cllm_train::settings::{Objective, Settings, Turns};
+use cllm_train::settings::{Objective, Settings};
 use serde_json::{Value, json};
 
 fn recorded() -> Value {
     serde_json::from_str(include_str!("../../../cllm-core/tests/fixtures/thinking/recorded.json")).unwrap()
 }
 
-/// The examples of one conversation, whose last message is the reference.
+/// The examples of one conversation, whose last message is the reference if it is the assistant's.
 fn examples(case: &Value, template: Option<&Value>, turns: Turns) -> Result<Vec<Example>> {
     let mut messages: Vec<Message> = serde_json::from_value(case["messages"].clone()).unwrap();
-    let reference = messages.pop().unwrap().content;
+    let reference = messages.pop_if(|message| message.role == "assistant").map(|message| message.content);
     let rendering = Rendering {
         chat_template: template.map(|template| template.as_str().unwrap().to_owned()),
         ..Rendering::on("2026-11-28".parse().unwrap())
@@ -29,7 +29,7 @@ fn examples(case: &Value, template: Option<&Value>, turns: Turns) -> Result<Vec<
         id: "a".into(),
         source: "jsonl/train".into(),
         prompt: Prompt::Conversation(Conversation { chat_template_kwargs: kwargs, ..messages.into() }),
-        reference: Some(reference),
+        reference,
         meta: None,
     };
     let dir = tempfile::tempdir().unwrap();
@@ -71,7 +71,7 @@ fn turns_whose_thoughts_are_dropped_later_are_examples_of_their_own() {
         assert_eq!((all.is_err(), last.is_err()), (is_refused(turns), is_refused(&turns[turns.len() - 1..])), "{case}");
         if let Err(error) = all.as_ref() {
             let message = error.to_string();
-            assert!(message.contains("prompts.jsonl") && message.contains("row 1, `a`"), "{message}");
+            assert!(message.contains("prompts.jsonl") && message.contains(": `a`: "), "{message}");
             continue;
         }
         let (all, last) = (all.unwrap(), last.unwrap());
@@ -81,5 +81,17 @@ fn turns_whose_thoughts_are_dropped_later_are_examples_of_their_own() {
         assert_eq!(last.iter().map(learned).collect::<Vec<_>>(), turns[turns.len() - 1..], "{case}");
         assert!(all.iter().all(|example| !example.labelled.contains(&false)));
         assert_eq!(all.last().unwrap().id, "a");
+    }
+}
+
+#[test]
+fn a_conversation_that_ends_with_the_user_teaches_the_turns_before() {
+    let masked = &recorded()["masked"];
+    for case in masked["cases"].as_array().unwrap() {
+        let mut open = case.clone();
+        open["messages"].as_array_mut().unwrap().push(json!({ "role": "user", "content": "And?" }));
+        let taught = examples(&open, Some(&masked["template"]), Turns::All).unwrap();
+        assert_eq!(taught, examples(case, Some(&masked["template"]), Turns::All).unwrap());
+        assert!(examples(&open, Some(&masked["template"]), Turns::Last).is_err());
     }
 }

@@ -14,7 +14,7 @@ use serde_json::Value;
 use crate::{Error, Result, interrupt};
 
 pub(crate) use row::{FileRow, Location, RowError};
-pub(crate) use text::type_name;
+pub(crate) use text::{parse_json_text, type_name};
 
 /// Reads the first of `stems` (paths in `data` without an extension) that exists. `data` may also
 /// be the file itself.

@@ -97,6 +97,17 @@ fn to_object(value: Value) -> std::result::Result<serde_json::Map<String, Value>
     }
 }
 
+/// The value that JSON text stands for, since columns often hold lists and objects as text. A
+/// value that is no text is returned as it is.
+pub(crate) fn parse_json_text(value: Value, field: &str) -> std::result::Result<Value, RowError> {
+    match value {
+        Value::String(text) if text.trim().is_empty() => Ok(Value::Null),
+        Value::String(text) => serde_json::from_str(&text)
+            .map_err(|error| RowError::new("has text where JSON is needed", format!("{field}: not JSON: {error}"))),
+        other => Ok(other),
+    }
+}
+
 /// What a JSON value is, in words for messages.
 pub(crate) fn type_name(value: &Value) -> &'static str {
     match value {
