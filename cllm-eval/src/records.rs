@@ -54,6 +54,9 @@ pub struct Header {
     pub split: String,
     /// Number of prompts.
     pub examples: usize,
+    /// Number of rows of the prompt set that could not be read, and are no prompts.
+    #[serde(default)]
+    pub set_aside: usize,
     pub hardware: Hardware,
     pub toolkit: Toolkit,
     /// Layers of the sandbox that ran the code of answers. `None` if no code ran.

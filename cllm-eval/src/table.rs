@@ -105,7 +105,7 @@ pub fn describe(results: &Results) -> String {
     format!("{examples}, {}, answered in batches for accuracy; {speed}.", results.sampling())
 }
 
-/// The lines below a run's table: perplexity, accuracy by another rule and by difficulty, thoughts
+/// The lines below a run's table: rows of the prompt set that are missing, perplexity, accuracy by another rule and by difficulty, thoughts
 /// closed at their limit, and the student against the teacher.
 pub fn notes(results: &Results) -> Vec<String> {
     let perplexities = results.models.iter().filter_map(|model| {
@@ -127,7 +127,11 @@ pub fn notes(results: &Results) -> Vec<String> {
         let (closed, all) = (figures.closed_thoughts?, count(figures.thoughts?, "thought"));
         Some(format!("{role} {}: {closed} of {all} closed at the limit", figures.label))
     });
-    perplexities
+    let set_aside = (results.set_aside > 0)
+        .then(|| format!("{} of the prompt set set aside: they cannot be read", count(results.set_aside, "row")));
+    set_aside
+        .into_iter()
+        .chain(perplexities)
         .chain(alternatives)
         .chain(thoughts)
         .chain(difficulties)

@@ -29,6 +29,9 @@ pub struct Results {
     pub split: String,
     /// Number of prompts answered.
     pub examples: usize,
+    /// Number of rows of the prompt set that could not be read, and are no prompts.
+    #[serde(default)]
+    pub set_aside: usize,
     /// Number of these prompts that were timed at batch 1.
     pub speed_examples: usize,
     pub hardware: Hardware,

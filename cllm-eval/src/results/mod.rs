@@ -24,6 +24,7 @@ impl Results {
             benchmark: header.benchmark,
             split: header.split.clone(),
             examples: header.examples,
+            set_aside: header.set_aside,
             speed_examples: header.settings.num_speed_examples.min(header.examples),
             hardware: header.hardware.clone(),
             toolkit: header.toolkit.clone(),

@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use cllm_core::prompt_set::{self, Sample};
+use cllm_core::prompt_set::{self, PromptSet, ReadOptions, Sample};
 use cllm_core::task::{Task, synthetic};
 use cllm_core::{Error, Result};
 
@@ -17,6 +17,8 @@ pub(super) struct Examples {
     /// `mixed` if the prompts come from several splits.
     pub(super) split: String,
     pub(super) samples: Vec<Sample>,
+    /// Number of rows of the prompt set that could not be read.
+    pub(super) num_set_aside: usize,
 }
 
 impl Examples {
@@ -28,9 +30,9 @@ impl Examples {
         let (task, split) =
             (settings.benchmark.unwrap_or(Task::Synthetic), settings.split.as_deref().unwrap_or("test"));
         let file = prompt_file(settings);
-        let mut samples = match file {
-            Some(path) => prompt_set::read(path)?,
-            None => load_benchmark(settings, task, split)?,
+        let PromptSet { mut samples, num_set_aside } = match file {
+            Some(path) => prompt_set::read_with(path, &ReadOptions::default())?,
+            None => PromptSet { samples: load_benchmark(settings, task, split)?, num_set_aside: 0 },
         };
         samples.truncate(settings.limit.unwrap_or(usize::MAX));
         let (task, split) = match (file, samples.first()) {
@@ -54,7 +56,7 @@ impl Examples {
         if let Some(system) = &settings.system {
             prompt_set::insert_system_message(&mut samples, system);
         }
-        Ok(Examples { task, split, samples })
+        Ok(Examples { task, split, samples, num_set_aside })
     }
 
     /// Refuses prompts whose answers could not be scored. Names the file if they come from one of
@@ -105,7 +107,11 @@ fn infer_from_sources(path: &Path, settings: &RunSettings, samples: &[Sample]) -
                 Some(_) => format!("but `benchmark` is {}", task.name()),
                 None => format!("but the first prompt is of {}", task.name()),
             };
-            return refuse(&contradiction, "one run evaluates one benchmark; keep each in a file of its own");
+            let advice = match Task::from_name(&sample.source) {
+                Some(named) if named == task => "a source names a benchmark with a split, such as gsm8k/test",
+                _ => "one run evaluates one benchmark; keep each in a file of its own",
+            };
+            return refuse(&contradiction, advice);
         }
         if split_of(&sample.source) != split {
             if settings.split.is_some() {

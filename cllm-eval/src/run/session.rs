@@ -51,6 +51,7 @@ impl<'a> Session<'a> {
             benchmark: examples.task,
             split: examples.split.clone(),
             examples: examples.samples.len(),
+            set_aside: examples.num_set_aside,
             hardware: Hardware::detect(device),
             toolkit: Toolkit::current(),
             sandbox: sandbox.map(|sandbox| sandbox.layers().to_vec()),

@@ -44,6 +44,7 @@ pub fn records() -> Records {
         benchmark: Task::Jsonl,
         split: "test".into(),
         examples: 4,
+        set_aside: 0,
         hardware: Hardware::detect(Device::Cpu),
         toolkit: Toolkit { version: "0".into(), libtorch: None },
         sandbox: None,

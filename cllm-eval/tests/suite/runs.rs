@@ -170,7 +170,7 @@ fn a_thought_is_closed_at_its_limit_by_every_strategy_and_counted() {
         json!({ "id": format!("p{index}"), "prompt": format!("{index} apples{opening}"), "reference": "7" }).to_string()
     };
     let prompts = (0..8).map(prompt).collect::<Vec<_>>().join("\n");
-    std::fs::write(dir.path().join("prompts.jsonl"), prompts).unwrap();
+    std::fs::write(dir.path().join("prompts.jsonl"), prompts + "\nnot JSON").unwrap();
     let run = |more: &[&str]| {
         program()
             .current_dir(dir.path())
@@ -186,6 +186,7 @@ fn a_thought_is_closed_at_its_limit_by_every_strategy_and_counted() {
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
         let results: Value = serde_json::from_slice(&output.stdout).unwrap();
         assert_eq!(results["settings"]["max_thinking_tokens"], 10);
+        assert_eq!((&results["examples"], &results["set_aside"]), (&8.into(), &1.into()));
         let samples = dir.path().join(if more.len() == 1 { "out" } else { "sampled" }).join("samples.jsonl");
         let records = Records::read(&samples).unwrap();
         assert!(records.answers.iter().filter(|answer| !answer.forced_tokens().is_empty()).count() > 18);
@@ -211,6 +212,7 @@ fn a_thought_is_closed_at_its_limit_by_every_strategy_and_counted() {
             let line = format!("{closed} of {} thoughts closed at the limit", figures.thoughts.unwrap());
             assert!(notes(&Results::from_records(&records)).iter().any(|note| note.contains(&line)), "{line}");
         }
+        assert!(notes(&Results::from_records(&records))[0].starts_with("1 row of the prompt set set aside"));
     }
     let refused = |more: &[&str], part: &str| {
         let output = run(more);
