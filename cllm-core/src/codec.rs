@@ -25,6 +25,8 @@ pub(crate) struct Codec {
     continuation: Option<tokenizers::Tokenizer>,
     /// Size of the model's embedding. Tokens that were added later may have ids past it.
     num_embeddings: Option<u32>,
+    /// What tokenizer_config.json changes in the ids of a text; `None` if nothing.
+    changed_by_settings: Option<String>,
 }
 
 impl Codec {
@@ -46,11 +48,22 @@ impl Codec {
         // A file may ask to cut every text to a length, or to fill it up.
         tokenizer.with_truncation(None).map_err(invalid)?;
         tokenizer.with_padding(None);
+        let of_file = json!(tokenizer.get_added_vocabulary());
         let configured = configured_tokens(&tokenizer, settings);
         tokenizer.add_tokens(configured).map_err(invalid)?;
-        tokenizer.set_encode_special_tokens(settings["split_special_tokens"] == true);
+        let added = json!(tokenizer.get_added_vocabulary());
+        let splits_special_tokens = settings["split_special_tokens"] == true;
+        tokenizer.set_encode_special_tokens(splits_special_tokens);
+        let is_changed = splits_special_tokens || added != of_file;
+        let changed_by_settings = is_changed.then(|| json!([added, splits_special_tokens]).to_string());
         let continuation = without_leading_blank(&tokenizer).map_err(invalid)?;
-        Ok(Codec { tokenizer, continuation, num_embeddings })
+        Ok(Codec { tokenizer, continuation, num_embeddings, changed_by_settings })
+    }
+
+    /// What belongs to the identity of the tokenizer beside its tokenizer.json: the tokens that
+    /// tokenizer_config.json adds, and whether it splits special ones. `None` if it does neither.
+    pub(crate) fn changed_by_settings(&self) -> Option<&str> {
+        self.changed_by_settings.as_deref()
     }
 
     /// Number of ids, including added tokens.

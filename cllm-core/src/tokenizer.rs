@@ -31,6 +31,15 @@ pub struct Tokenizer {
     fingerprint: String,
 }
 
+/// Fingerprint of everything that decides the ids of a text.
+fn identity(path: &Path, codec: &Codec) -> Result<String> {
+    let of_file = fingerprint::hash_files(&[path])?;
+    Ok(match codec.changed_by_settings() {
+        Some(changed) => fingerprint::hash_bytes(format!("{of_file} {changed}").as_bytes()),
+        None => of_file,
+    })
+}
+
 impl Tokenizer {
     /// Loads a tokenizer that renders prompts with the model's own chat template, today.
     ///
@@ -70,7 +79,7 @@ impl Tokenizer {
             end_of_turn_id: turn_end.or(eos).or(eos_ids.first().copied()),
             eos_ids: eos_ids.iter().copied().collect(),
             own_eos_ids: eos_ids.into_iter().collect(),
-            fingerprint: fingerprint::hash_files(&[path])?,
+            fingerprint: identity(&path, &codec)?,
             codec,
         })
     }

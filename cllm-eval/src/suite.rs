@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use cllm_core::chat_template::RenderSettings;
+use cllm_core::chat_template::{RenderSettings, today};
 use cllm_core::decode::Strategy;
 use cllm_core::program::catch_panics;
 use cllm_core::progress::count;
@@ -46,9 +46,19 @@ pub struct SuiteSettings {
     /// Run the Python code in answers to humaneval and mbpp, as in `run`.
     #[garde(skip)]
     pub execute_code: bool,
+    /// For spider: compare the results of the queries with their `DISTINCT`, as in `run`.
+    #[garde(skip)]
+    pub keep_distinct: bool,
+    /// System message to put before each prompt that is a conversation without one. Default: none.
+    #[garde(length(min = 1))]
+    pub system: Option<String>,
     /// Maximum number of tokens in an answer.
     #[garde(range(min = 1))]
     pub max_new_tokens: usize,
+    /// For thinking models: maximum number of tokens in the thought before an answer, as in `run`.
+    /// Default: no limit.
+    #[garde(range(min = 1))]
+    pub max_thinking_tokens: Option<usize>,
     /// Number of answers decoded at once to measure accuracy.
     #[garde(range(min = 1))]
     pub batch_size: usize,
@@ -75,7 +85,10 @@ impl Default for SuiteSettings {
             num_speed_examples: run.num_speed_examples,
             strategies: run.strategies,
             execute_code: run.execute_code,
+            keep_distinct: run.keep_distinct,
+            system: run.system,
             max_new_tokens: run.max_new_tokens,
+            max_thinking_tokens: run.max_thinking_tokens,
             batch_size: run.batch_size,
             device: run.device,
             output: PathBuf::from("runs/suite"),
@@ -120,6 +133,7 @@ pub fn suite(settings: &SuiteSettings) -> Result<Suite> {
             "is not a folder: set `data` to the folder that contains a folder for each benchmark",
         ));
     }
+    let settings = &with_date(settings);
     let mut benchmarks = Vec::new();
     let mut folders = Vec::new();
     for task in Task::ALL {
@@ -133,6 +147,17 @@ pub fn suite(settings: &SuiteSettings) -> Result<Suite> {
     Ok(Suite { schema_version: SCHEMA_VERSION, benchmarks, report })
 }
 
+/// The settings with one date for all benchmarks: the one that they set, or that of an interrupted
+/// suite in the output folder, or today's.
+fn with_date(settings: &SuiteSettings) -> SuiteSettings {
+    let mut settings = settings.clone();
+    // A file that cannot be read is reported by the run of its benchmark.
+    let stored = |task: &Task| run::stored_date(&settings.output.join(task.name())).ok().flatten();
+    let date = settings.rendering.date.or_else(|| Task::ALL.iter().find_map(stored));
+    settings.rendering.date = date.or_else(|| Some(today()));
+    settings
+}
+
 fn run_benchmark(task: Task, settings: &SuiteSettings) -> Result<BenchmarkOutcome> {
     let data = find_data(task, &settings.data);
     if data.is_none() && task != Task::Synthetic {
@@ -142,7 +167,20 @@ fn run_benchmark(task: Task, settings: &SuiteSettings) -> Result<BenchmarkOutcom
         });
     }
     progress::log(format!("{}:", task.name()));
-    let run_settings = RunSettings {
+    let settings = run_settings(task, settings, data);
+    match catch_panics(|| run::run(&settings)) {
+        Ok(results) => Ok(BenchmarkOutcome::Done { results: Box::new(results) }),
+        Err(error @ Error::Interrupted(_)) => Err(error),
+        Err(error) => {
+            progress::log(format!("{} failed: {error}", task.name()));
+            Ok(BenchmarkOutcome::Failed { reason: error.to_string() })
+        }
+    }
+}
+
+/// The settings of `run` for one benchmark.
+fn run_settings(task: Task, settings: &SuiteSettings, data: Option<PathBuf>) -> RunSettings {
+    RunSettings {
         teacher: settings.teacher.clone(),
         student: settings.student.clone(),
         benchmark: Some(task),
@@ -153,20 +191,15 @@ fn run_benchmark(task: Task, settings: &SuiteSettings) -> Result<BenchmarkOutcom
         num_speed_examples: settings.num_speed_examples,
         strategies: settings.strategies.clone(),
         execute_code: settings.execute_code,
+        keep_distinct: settings.keep_distinct && task == Task::Spider,
+        system: settings.system.clone(),
         max_new_tokens: settings.max_new_tokens,
+        max_thinking_tokens: settings.max_thinking_tokens,
         batch_size: settings.batch_size,
         device: settings.device.clone(),
         output: settings.output.join(task.name()),
         rendering: settings.rendering.clone(),
         ..RunSettings::default()
-    };
-    match catch_panics(|| run::run(&run_settings)) {
-        Ok(results) => Ok(BenchmarkOutcome::Done { results: Box::new(results) }),
-        Err(error @ Error::Interrupted(_)) => Err(error),
-        Err(error) => {
-            progress::log(format!("{} failed: {error}", task.name()));
-            Ok(BenchmarkOutcome::Failed { reason: error.to_string() })
-        }
     }
 }
 
@@ -252,6 +285,26 @@ impl Entry {
             }
             BenchmarkOutcome::Skipped { reason } => vec![format!("{name}: skipped: {reason}\n")],
             BenchmarkOutcome::Failed { reason } => vec![format!("{name}: failed: {reason}\n")],
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_benchmark_gets_the_settings_of_the_suite_that_concern_it() {
+        let suite = SuiteSettings {
+            keep_distinct: true,
+            system: Some("Be brief.".to_owned()),
+            max_thinking_tokens: Some(64),
+            ..SuiteSettings::default()
+        };
+        for task in Task::ALL {
+            let run = run_settings(task, &suite, None);
+            assert_eq!((run.system, run.max_thinking_tokens), (suite.system.clone(), Some(64)));
+            assert_eq!(run.keep_distinct, task == Task::Spider);
         }
     }
 }

@@ -70,7 +70,9 @@ pub fn run(settings: Settings) -> Result<()> {
 /// As [`run`].
 pub fn run_on(mut settings: Settings, today: Date) -> Result<()> {
     let (device, group) = processes::join(&settings)?;
-    settings.rendering.date = settings.rendering.date.or(Checkpoints::started_on(&settings.output)).or(Some(today));
+    let date = settings.rendering.date.or(Checkpoints::started_on(&settings.output)).or(Some(today));
+    // Processes may start on either side of midnight.
+    settings.rendering.date = group.broadcast(date, device)?;
     let (tokenizer, tokenizer_folder) = load_tokenizer(&settings)?;
     // A date that no template prints is no part of the run.
     settings.rendering.date = tokenizer.rendering_record().date;

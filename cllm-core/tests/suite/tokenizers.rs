@@ -132,3 +132,27 @@ fn a_token_past_the_embedding_is_refused_only_where_a_text_has_it() {
     let message = Tokenizer::load(dir.path()).err().unwrap().to_string();
     assert!(message.contains("ids up to 443") && message.contains("vocabulary of 443"), "{message}");
 }
+
+#[test]
+fn what_tokenizer_config_adds_belongs_to_the_fingerprint() {
+    let dir = tempfile::tempdir().unwrap();
+    cllm_testing::train_tokenizer(["Tom has 3 apples."], 270, dir.path());
+    let file = dir.path().join("tokenizer.json");
+    let of_file = cllm_core::fingerprint::hash_files(&[&file]).unwrap();
+    let with = |settings: serde_json::Value| {
+        std::fs::write(dir.path().join("tokenizer_config.json"), settings.to_string()).unwrap();
+        Tokenizer::load(dir.path()).unwrap().fingerprint().to_owned()
+    };
+    let known: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    let known = &known["added_tokens"][0];
+    let described = json!({ (known["id"].to_string()): known });
+    assert_eq!(with(json!({ "added_tokens_decoder": described, "eos_token": known["content"] })), of_file);
+    let others =
+        [json!({ "pad_token": "<pad>" }), json!({ "pad_token": "<fill>" }), json!({ "split_special_tokens": true })];
+    let mut seen = vec![of_file];
+    for settings in others {
+        let fingerprint = with(settings.clone());
+        assert!(!seen.contains(&fingerprint), "{settings}");
+        seen.push(fingerprint);
+    }
+}

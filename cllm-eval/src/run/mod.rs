@@ -14,7 +14,7 @@ mod prompts;
 mod session;
 mod timing;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use cllm_core::chat_template::{Date, today};
@@ -75,10 +75,14 @@ pub fn run_on(settings: &RunSettings, today: Date) -> Result<Results> {
 fn with_date(settings: &RunSettings, today: Date) -> Result<RunSettings> {
     let mut settings = settings.clone();
     if settings.rendering.date.is_none() {
-        let header = Header::read(&settings.output.join(SAMPLES))?;
-        settings.rendering.date = header.and_then(|header| header.settings.rendering.date).or(Some(today));
+        settings.rendering.date = stored_date(&settings.output)?.or(Some(today));
     }
     Ok(settings)
+}
+
+/// The date of the run in a folder; `None` if there is no run, or no chat template printed the date.
+pub(crate) fn stored_date(folder: &Path) -> Result<Option<Date>> {
+    Ok(Header::read(&folder.join(SAMPLES))?.and_then(|header| header.settings.rendering.date))
 }
 
 /// The settings to store: a date that no chat template prints is no part of the run.

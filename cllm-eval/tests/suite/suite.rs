@@ -5,7 +5,9 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::made_up::model;
+use cllm_eval::records::{Records, SAMPLES};
+
+use crate::made_up::{model, thinking_model};
 use cllm_testing::programs::{Program, path};
 
 const EVAL: Program = Program("cllm-eval");
@@ -60,4 +62,34 @@ fn a_suite_runs_what_has_data_skips_the_rest_and_survives_a_failure() {
     );
     assert_eq!(fs::read(Path::new(&output).join("synthetic/samples.jsonl")).unwrap(), before);
     EVAL.fail(&["suite", "teacher=x", "data=no/such"], 2, &["no/such", "folder for each benchmark"]);
+}
+
+#[test]
+fn a_suite_that_is_resumed_on_another_day_keeps_its_date_and_its_settings_reach_every_benchmark() {
+    let dir = tempfile::tempdir().unwrap();
+    let [teacher, data, output, template] =
+        ["teacher", "data", "output", "own.jinja"].map(|name| path(dir.path(), name));
+    thinking_model(Path::new(&teacher), 1);
+    let source = "{% for m in messages %}{{ m.content }} {% endfor %}{{ strftime_now('%Y') }}";
+    fs::write(&template, source).unwrap();
+    fs::create_dir(&data).unwrap();
+    let suite = |more: &[&str]| {
+        let given = [("teacher", &teacher), ("data", &data), ("output", &output), ("chat_template", &template)];
+        let given = given.map(|(key, value)| format!("{key}={value}"));
+        let fixed = ["suite", "strategies=[ar]", "max_new_tokens=20", "max_thinking_tokens=4", "system=Be brief."];
+        let limits = ["num_speed_examples=0", "limit=1", "device=cpu"];
+        let given: Vec<&str> = given.iter().map(String::as_str).collect();
+        EVAL.succeed(&[&fixed[..], &limits, &given, more].concat());
+    };
+    suite(&["date=2020-01-01"]);
+    let row = json!({ "id": "a", "messages": [{ "role": "user", "content": "2 + 2 =" }], "reference": "4" });
+    fs::write(Path::new(&data).join("jsonl.jsonl"), row.to_string()).unwrap();
+    suite(&[]);
+    for name in ["synthetic", "jsonl"] {
+        let records = Records::read(&Path::new(&output).join(name).join(SAMPLES)).unwrap();
+        let settings = &records.header.settings;
+        assert_eq!((settings.max_thinking_tokens, settings.system.as_deref()), (Some(4), Some("Be brief.")));
+        let prompt = &records.answers[0].prompt;
+        assert!(prompt.starts_with("Be brief. ") && prompt.ends_with(" 2020"), "{name}: {prompt}");
+    }
 }

@@ -11,6 +11,7 @@ mod stage;
 
 use std::path::PathBuf;
 
+use cllm_core::chat_template::today;
 use cllm_core::checkpoint::hub;
 use cllm_core::distributed::ProcessEnv;
 use cllm_core::progress::count;
@@ -31,10 +32,12 @@ pub fn run(settings: &RoundsSettings) -> Result<PathBuf> {
         return Err(Error::usage(message));
     }
     let mut model = hub::locate(&settings.model)?;
-    let report = RoundsReport::read(&settings.output)?;
+    let mut report = RoundsReport::read(&settings.output)?;
+    let date = *report.date.get_or_insert_with(today);
     let mut rounds = Rounds { settings, report };
     for index in 0..settings.rounds.len() {
-        let round = settings.round(index, &model)?;
+        let mut round = settings.round(index, &model)?;
+        round.set_date(date);
         for stage in round.stages() {
             interrupt::check()?;
             rounds.run_stage(index, round.collect.n, &stage)?;

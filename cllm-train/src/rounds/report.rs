@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use cllm_core::chat_template::Date;
 use cllm_core::{Error, Result, atomic_file, text_file};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -20,6 +21,9 @@ pub struct RoundsReport {
     schema_version: u32,
     /// Whether every round is finished.
     pub complete: bool,
+    /// The date on which the rounds were started.
+    #[serde(default)]
+    pub date: Option<Date>,
     /// The student of the last finished round.
     pub model: Option<PathBuf>,
     rounds: Vec<RoundReport>,

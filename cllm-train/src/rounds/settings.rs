@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use cllm_core::chat_template::Date;
 use cllm_core::settings::{merge, required_path};
 use cllm_core::{Error, Result};
 use cllm_data::{augment, clean, collect};
@@ -98,6 +99,13 @@ impl RoundSettings {
         stages.into_iter().flatten().collect()
     }
 
+    /// Sets the date of every stage that names none, so that they all render prompts alike. `clean`
+    /// takes that of its input.
+    pub fn set_date(&mut self, date: Date) {
+        let collected_on = *self.collect.rendering.date.get_or_insert(date);
+        self.train.rendering.date.get_or_insert(collected_on);
+    }
+
     fn refuse_what_rounds_set(&self) -> Result<()> {
         let RoundSettings { collect, augment, clean, train } = self;
         let is_set = |path: &PathBuf| !path.as_os_str().is_empty();
@@ -186,6 +194,18 @@ mod tests {
         assert!(rounds.iter().all(|round| round.train.consistency.anchor.is_none()));
         assert_eq!(rounds[0].train.datasets, [Path::new("out/round-01/clean")]);
         assert_eq!(rounds[1].train.datasets, [Path::new("out/round-02/augmented")]);
+    }
+
+    #[test]
+    fn all_stages_have_one_date() {
+        let day = |text: &str| text.parse::<Date>().unwrap();
+        let settings = settings(json!([{}, {"collect": {"date": "2020-01-01"}}, {"train": {"date": "2020-01-01"}}]));
+        let dates = [0, 1, 2].map(|index| {
+            let mut round = settings.round(index, Path::new("m")).unwrap();
+            round.set_date(day("2026-11-28"));
+            [round.collect.rendering.date, round.train.rendering.date].map(|date| date.unwrap().to_string())
+        });
+        assert_eq!(dates, [["2026-11-28"; 2], ["2020-01-01"; 2], ["2026-11-28", "2020-01-01"]]);
     }
 
     #[test]

@@ -135,10 +135,21 @@ fn each_round_learns_from_the_student_before_it_and_is_reported() {
     let file = write_settings(dir.path());
     let output = dir.path().join("rounds");
     let arguments = ["rounds", "-c", &file, "train.max_steps=10"];
+    // Rounds that were started on another day keep its date.
+    let started = json!({ "schema_version": 2, "complete": false, "date": "2020-01-01", "model": null, "rounds": [] });
+    fs::create_dir(&output).unwrap();
+    fs::write(output.join("rounds.json"), started.to_string()).unwrap();
     TRAIN.succeed(&arguments);
     let finished = report(&output);
     assert_eq!((&finished["complete"], &finished["rounds"][1]["n"]), (&true.into(), &(2 * N).into()));
     let stages = |round: usize| finished["rounds"][round]["stages"].as_array().unwrap();
+    for stage in [0, 1]
+        .into_iter()
+        .flat_map(stages)
+        .filter(|stage| ["collect", "train"].map(Value::from).contains(&stage["name"]))
+    {
+        assert_eq!(stage["inputs"]["settings"]["date"], "\"2020-01-01\"", "{stage}");
+    }
     let names = |round: usize| stages(round).iter().map(|stage| stage["name"].as_str().unwrap()).collect::<Vec<_>>();
     assert_eq!((names(0), names(1)), (vec!["collect", "augment", "clean", "train"], vec!["collect", "clean", "train"]));
     for (collect, train) in [(&stages(0)[0], &stages(0)[3]), (&stages(1)[0], &stages(1)[2])] {
