@@ -49,6 +49,9 @@ fn a_prompt_longer_than_the_context_is_named_before_anything_is_answered() {
     EVAL.fail(&given("eos_ids=[999]"), 2, &["eos_ids: 999", "0 to 299"]);
     EVAL.fail(&given("prompts=no/such.jsonl"), 2, &["no/such.jsonl", "there is no such file"]);
     EVAL.fail(&given("benchmark=gsm8k"), 2, &["gsm8k needs `data`", "test.jsonl"]);
+    fs::write(&prompts, json!({ "source": "gsm8k", "prompt": "3+4" }).to_string()).unwrap();
+    let bare = [&arguments[..], &["benchmark=gsm8k".to_owned()]].concat();
+    EVAL.fail(&bare, 2, &["its source is `gsm8k`, but `benchmark` is gsm8k", "with a split, such as gsm8k/test"]);
     assert!(!Path::new(&output).exists());
     let long = "apples ".repeat(400);
     EVAL.fail(&["generate", &long, "--device", "cpu", "--model", &good], 2, &["context of 1024"]);
