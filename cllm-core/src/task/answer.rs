@@ -19,8 +19,9 @@ pub(super) struct FencedBlock<'a> {
 
 /// A text, divided into its fenced blocks and the rest.
 ///
-/// A fence closes only by a line of its own; the last one may stay open, for models stop early. A
-/// list item indents its fences, so an indented fence counts unless it stands in indented code.
+/// A fence closes by a line of its own. Where none closes it, it ends with the line of code that ends
+/// in its mark, or stays open, for models stop early. A list item indents its fences, so an indented
+/// fence counts unless it stands in indented code.
 #[derive(Debug, Default, PartialEq)]
 pub(super) struct FencedText<'a> {
     pub(super) blocks: Vec<FencedBlock<'a>>,
@@ -54,7 +55,26 @@ impl<'a> FencedText<'a> {
                 }
             }
         }
+        if let Some(opening) = &open {
+            read.end_within_line(opening);
+        }
         read
+    }
+
+    /// Ends the last block, which no line closes, at the first of its lines that ends in such a mark.
+    fn end_within_line(&mut self, opening: &Fence) {
+        let Some(block) = self.blocks.last_mut() else { return };
+        let mut end = 0;
+        for line in block.content.split_inclusive('\n') {
+            let text = line.trim_end();
+            let code = text.trim_end_matches(opening.marker);
+            if text.len() - code.len() >= opening.length && !code.trim().is_empty() {
+                self.unfenced.push_str(&block.content[end + line.len()..]);
+                block.content.truncate(end + code.len());
+                return block.content.push('\n');
+            }
+            end += line.len();
+        }
     }
 }
 
@@ -175,6 +195,19 @@ mod tests {
     fn the_last_fence_may_stay_open() {
         assert_eq!(one("So:\n```sql\nSELECT 1"), ("sql", "SELECT 1".to_owned()));
         assert_eq!(read("    return 1\n```\n"), (vec![("", String::new())], "    return 1\n".to_owned()));
+    }
+
+    #[test]
+    fn a_fence_that_no_line_closes_ends_at_the_end_of_a_line_of_code() {
+        for (text, content, unfenced) in [
+            ("```\na\n  b```", "a\n  b\n", ""),
+            ("So:\n```python\na\n  b ```\nIt's b.\n", "a\n  b \n", "So:\nIt's b.\n"),
+            ("````\na```\nb````\nc", "a```\nb\n", "c"),
+            ("~~~\na```\nb~~~\nc```", "a```\nb\n", "c```"),
+        ] {
+            let (blocks, rest) = read(text);
+            assert_eq!((blocks[0].1.as_str(), rest.as_str()), (content, unfenced), "{text}");
+        }
     }
 
     #[test]

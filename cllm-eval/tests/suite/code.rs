@@ -248,8 +248,12 @@ const ANSWERS: &[(&str, bool)] = &[
     ),
     ("# -*- coding: ascii -*-\n# é\ndef f(x):\n    return x + 1", true),
     ("def f(x):\r\n    return x + 1\r\n", true),
+    // A fence that no line closes ends with the line that ends in its mark.
+    ("```python\ndef f(x):\n    return x + 1```", true),
+    ("So:\n```python\ndef f(x):\n    return x + 1```\nIt's done.", true),
     // Like the official evaluator.
     ("def f(x):\n    return x + 1\n\nif __name__ == '__main__':\n    print(f(int(input())))", true),
+    ("import multiprocessing, platform, signal, contextlib, tempfile\ndef f(x):\n    return x + 1", true),
     ("def f(x):\n    import os\n    os.getcwd()\n    return x + 1", false),
     ("def f(x):\n    data = bytes(1536 << 20)\n    return x + 1", true),
 ];

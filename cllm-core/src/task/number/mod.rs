@@ -26,6 +26,14 @@ static MARK: LazyLock<Regex> = LazyLock::new(|| {
 });
 /// What stands between two equations.
 static SEPARATOR: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"[,;]|\b(?:or|and)\b").expect("the pattern is valid"));
+/// Units with their exponents, as in `12 cm^2` and `9.8 { m}/{s}^{2}`. Of single letters, only those of
+/// metres and seconds have one: `3t^2` is a term.
+static UNITS: LazyLock<Regex> = LazyLock::new(|| {
+    let raised = r"\s*\}?\s*\^\{?[+-]?\d\}?";
+    let space = format!(r"[\s{{}}/.×{}]", plain::GAP);
+    Regex::new(&format!(r"^(?:{space}|[A-Za-z]{{2,}}(?:{raised})?|[ms]{raised}|[A-Za-z])*$"))
+        .expect("the pattern is valid")
+});
 static EQUALS: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"=|≈|\\approx").expect("the pattern is valid"));
 
 /// The number that a text answers with.
@@ -77,6 +85,7 @@ fn last_boxed(text: &str, found: &[Found]) -> Option<(usize, Option<Number>)> {
     let mut inside = found.iter().filter(|found| (start..content.end).contains(&found.digits_start));
     let value = match (inside.next(), inside.next()) {
         (Some(only), None) => only.value.clone(),
+        (Some(first), Some(_)) if UNITS.is_match(&text[first.span.end..content.end]) => first.value.clone(),
         _ => None,
     };
     Some((command.start(), value))
@@ -141,6 +150,12 @@ mod tests {
             ("12", r"12^\circ"),
             ("12", r"12^{\text{th}}"),
             ("12", "12 cm^2"),
+            ("5", "5 m"),
+            ("5", "5 g of 5 h"),
+            ("5", "5m"),
+            ("5", "5 L"),
+            ("5", "It is 5x faster"),
+            ("5", "5 a day"),
             ("12", "12 m²"),
             ("12", "12 km/h"),
             ("12", "12 x_1"),
@@ -156,6 +171,24 @@ mod tests {
             ("2000000", "2 million"),
             ("5000", "5k"),
             ("5000000", "$5 million"),
+            ("12000000", "12M"),
+            ("1500000", "$1.5M"),
+            ("2000000000", "$2B"),
+            ("2000000000", "€2 bn"),
+            ("5000000", "£5m"),
+            ("2500", "2.5 k"),
+            ("2500", "$2.5 K"),
+            ("300", "300 K"),
+            ("-5", "minus 5"),
+            ("-5", "The answer is minus 5."),
+            ("5", "10 minus 5"),
+            ("1.5", "1 and a half"),
+            ("2.25", "2 and a quarter hours"),
+            ("2.5", "2 and 1/2 cups"),
+            ("100000", "1,00,000"),
+            ("1234567", "₹12,34,567.00"),
+            ("7", "7 (mod 9)"),
+            ("7", r"7 \pmod{9}"),
             ("7", "3 + 4 = 7"),
             ("2", "Steps:\n1. Add them\n1 + 1 = 2\n2. Done\n"),
             ("18", "18. That is all."),
@@ -210,6 +243,22 @@ mod tests {
             ("2", "H2O"),
             ("8", r"\log_2 8"),
             ("5", "±5"),
+            ("5", "5±1"),
+            ("5", r"5 \pm 1"),
+            ("5", "5y + 3"),
+            ("5", "x = 5y"),
+            ("5", "5a"),
+            ("5", "5n + 2"),
+            ("5", "5x"),
+            ("5", "5 x"),
+            ("5", "5 x^2"),
+            ("5", "5xy"),
+            ("12", "12M"),
+            ("2", "$2B"),
+            ("19", "COVID-19"),
+            ("3", "GPT-3"),
+            ("1", "1 and a half"),
+            ("17", "17 mod 5"),
             ("5", "-5"),
             ("-5", "5"),
             ("2", "2 million"),
@@ -236,6 +285,13 @@ mod tests {
             ("18", r"\boxed 18 in 2 days"),
             ("18", r"\boxed{18 in the end"),
             ("3/4", r"\boxed{\frac{3}{4}} of 8"),
+            ("12", r"\boxed{12 \text{ cm}^2}"),
+            ("12", r"\boxed{12\text{ m}^2}"),
+            ("12", r"\boxed{12\,\text{m}^3}"),
+            ("12", r"\boxed{12\ \mathrm{cm}^{2}}"),
+            ("12", r"\boxed{12 cm^2}"),
+            ("12", r"\boxed{12 cm²}"),
+            ("9.8", r"\boxed{a = 9.8 \text{ m}/\text{s}^2}"),
             ("18", "#### 18 apples, not 20"),
             ("18", "#### $18.00 of 20"),
             ("18", "#### **18** of 20"),
@@ -256,6 +312,11 @@ mod tests {
             ("5", r"5: \boxed{3, 5}"),
             ("6", r"\boxed{x=5, y=6}"),
             ("5", r"5: \boxed{\text{yes}}"),
+            ("3", r"3: \boxed{3(x)^2}"),
+            ("3", r"3: \boxed{3\sin^2 x}"),
+            ("3", r"3: \boxed{3-x^2}"),
+            ("3", r"3: \boxed{3t^2}"),
+            ("3", r"3: \boxed{3x^2}"),
             ("5", "5\n#### 7:30"),
             ("5", "5\n#### (3, 5)"),
             ("18", "#### 18\n#### 17"),

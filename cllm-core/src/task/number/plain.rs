@@ -36,7 +36,13 @@ static SPELLINGS: LazyLock<Vec<(Regex, String)>> = LazyLock::new(|| {
         (r"\\[()\[\]]".to_owned(), " ".to_owned()),
         (r"\\(?:times|cdot|ast)".to_owned(), "×".to_owned()),
         (r"\\div".to_owned(), "÷".to_owned()),
+        // The modulus of a residue.
+        (r"[ \u{2009}]*(?:\(\s*\\?(?:b?mod)\s*\{?\d+\}?\s*\)|\\pmod\s*\{?\d+\}?)".to_owned(), String::new()),
         (r"\\pm".to_owned(), "±".to_owned()),
+        // `1 and a half`, `2 and 1/2`.
+        (r"(?i)(\d) and (?:a|one) half\b".to_owned(), "$1 1/2".to_owned()),
+        (r"(?i)(\d) and (?:a|one) (?:quarter|fourth)\b".to_owned(), "$1 1/4".to_owned()),
+        (r"(\d) and (\d/\d)\b".to_owned(), "$1 $2".to_owned()),
         // Bold, but not the power in `2**10`.
         (r"(?m)(^|[^0-9A-Za-z_*)])\*\*([^*\n]+)\*\*".to_owned(), "$1$2".to_owned()),
         (r"\\pi|π|√\s*(?:\([^)]*\)|\d+(?:\.\d+)?)|\bsqrt\([^)]*\)".to_owned(), EXPRESSION.to_string()),
@@ -50,6 +56,8 @@ static SPELLINGS: LazyLock<Vec<(Regex, String)>> = LazyLock::new(|| {
 });
 
 static DIGIT: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"^\p{Nd}$").expect("the pattern is valid"));
+/// Longer arguments are none: no number needs them, and each command would look for the end again.
+const MAX_ARGUMENT: usize = 1000;
 /// What the arguments of a fraction must be for it to be a number.
 static ARGUMENT: LazyLock<Regex> =
     LazyLock::new(|| Regex::new(r"^\s*(-?)[$€£¥₹]?(\d[\d,]*(?:\.\d+)?)\s*$").expect("the pattern is valid"));
@@ -195,11 +203,16 @@ fn two_arguments(text: &str) -> Option<(&str, &str, &str)> {
 /// argument in brackets before it is left out.
 fn argument(text: &str) -> Option<(&str, &str)> {
     let mut text = text.trim_start();
-    if let Some((_, after)) = text.strip_prefix('[').and_then(|optional| optional.split_once(']')) {
-        text = after.trim_start();
+    let near = |text: &str| text.floor_char_boundary(MAX_ARGUMENT);
+    if let Some(end) = text.strip_prefix('[').and_then(|optional| optional[..near(optional)].find(']')) {
+        text = text[end + 2..].trim_start();
     }
     match text.strip_prefix('{') {
-        Some(inside) => Some(split_at_closing_brace(inside)),
+        Some(inside) => {
+            let content = split_at_closing_brace(&inside[..near(inside)]).0;
+            let is_too_long = content.len() < inside.len() && !inside[content.len()..].starts_with('}');
+            (!is_too_long).then(|| (content, inside[content.len()..].strip_prefix('}').unwrap_or_default()))
+        }
         None => text.chars().next().map(|first| text.split_at(first.len_utf8())),
     }
 }

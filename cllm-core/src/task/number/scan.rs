@@ -28,9 +28,9 @@ static CLUSTER: LazyLock<Regex> = LazyLock::new(|| {
         r"\.?\d+(?:[.,:'’_/{GAP} -]\d+|(?:{operator}| {operator} ){operand}|[eE][+-]\d+|[A-Za-z]+\d+|\^\{{[+-]?\d+\}}|\^[+-]?\d+)*|{EXPRESSION}"
     ))
 });
-/// A name such as `A4` or `x_2`, but not a currency such as `USD18` or a command such as `\approx18`.
-static NAME: LazyLock<Regex> = LazyLock::new(|| pattern(r"(\\?)([A-Za-z]+\.?)$|[0-9A-Za-z)}]_\{?-?$"));
-static CURRENCY: LazyLock<Regex> = LazyLock::new(|| pattern(r"^(?:Rs\.?|USD|EUR|GBP|INR|CAD|AUD|CNY|JPY)$"));
+/// A name such as `A4`, `GPT-3` or `x_2`, but not a currency such as `USD18` or a command such as `\approx18`.
+static NAME: LazyLock<Regex> = LazyLock::new(|| pattern(r"(\\?)([A-Za-z]+\.?|[A-Z]{2,}-)$|[0-9A-Za-z)}]_\{?-?$"));
+static CURRENCY: LazyLock<Regex> = LazyLock::new(|| pattern(r"^(?:Rs\.?|(?:USD|EUR|GBP|INR|CAD|AUD|CNY|JPY)-?)$"));
 /// What makes the digits after it an exponent, a root, a deviation or an operand.
 static OPERAND_AFTER: LazyLock<Regex> = LazyLock::new(|| {
     let left = format!(r"[0-9A-Za-z)\]}}%{EXPRESSION}]");
@@ -41,17 +41,35 @@ static POWER_OF_NAME: LazyLock<Regex> = LazyLock::new(|| pattern(r"[A-Za-z)\]}]\
 static RAISED_UNIT: LazyLock<Regex> = LazyLock::new(|| pattern(r"^\^\{?\s*(?:\\circ|°|\{?\s*(?:st|nd|rd|th)\b)"));
 /// What makes the digits before it a part of an expression.
 static OPERAND_BEFORE: LazyLock<Regex> = LazyLock::new(|| {
-    pattern(&format!(r"^(?:\^|\*\*[A-Za-z(]|\.{EXPRESSION}| ?[*×/+÷-]? ?{EXPRESSION}| [+×÷*] [A-Za-z(\\]|[+×÷*/]\()"))
+    pattern(&format!(
+        r"^(?:\^| ?(?:±|\+/-)|\*\*[A-Za-z(]|\.{EXPRESSION}| ?[*×/+÷-]? ?{EXPRESSION}| [+×÷*] [A-Za-z(\\]|[+×÷*/]\()"
+    ))
 });
+/// A variable whose coefficient the digits are. Letters of units are none, and after a space only what
+/// no sentence goes on with: `5 a day`.
+static VARIABLE: LazyLock<Regex> = LazyLock::new(|| {
+    pattern(&format!(r"^(?:(?:[abijnqrxyz]|[abcnxyz]{{2,3}})\b|[ {GAP}](?:[nxyz]|[xyz]{{2,3}})[ \t]*(?:$|[^\w \t]))"))
+});
+/// `5x faster` says how often.
+static TIMES: LazyLock<Regex> =
+    LazyLock::new(|| pattern(r"^x (?:as|more|less|the|that|this|what|his|her|their|its|\w+er)\b"));
 /// A minus sign before the digits. One with a space after it is a sign where it cannot be a dash, a
 /// bullet or a subtraction.
 static MINUS: LazyLock<Regex> = LazyLock::new(|| {
-    pattern(r"(?:^|[^0-9A-Za-z)\]}%-])-$|(?:^\s*|[=(\[{<≈:#]\s*|\b(?:is|equals)\s+|(?:^|[\s(])\$)- $|(?i)\bnegative\s$")
+    pattern(
+        r"(?:^|[^0-9A-Za-z)\]}%-])-$|(?:^\s*|[=(\[{<≈:#]\s*|\b(?:is|equals)\s+|(?:^|[\s(])\$)- $|(?i)\bnegative\s$|(?i)(?:^|[=(\[{:]|\b(?:is|equals|gives|get))\s*minus\s$",
+    )
 });
 static CURRENCY_SYMBOL: LazyLock<Regex> = LazyLock::new(|| pattern(r"[$€£¥₹]\s?$"));
-static SCALE: LazyLock<Regex> =
-    LazyLock::new(|| pattern(r"^(?:[ \u{2009}-]?(?i:(hundred)|(thousand)|(million)|(billion)|(trillion))|([kK]))\b"));
-const SCALES: [u64; 6] = [100, 1_000, 1_000_000, 1_000_000_000, 1_000_000_000_000, 1_000];
+/// Words and letters of scale, in the order of [`SCALES`].
+static SCALE: LazyLock<Regex> = LazyLock::new(|| {
+    let words = "(?i:(hundred)|(thousand)|(million)|(billion)|(trillion))";
+    pattern(&format!(r"^(?:[ {GAP}-]?{words}|([ {GAP}]?k|K)|(M|mn)|(B|bn))\b"))
+});
+/// With a currency, more letters can be no unit: `$5m`.
+static CURRENCY_SCALE: LazyLock<Regex> =
+    LazyLock::new(|| pattern(&format!(r"^[ {GAP}]?(?:()()()()()([kK])|([mM]|mn)|([bB]|bn))\b")));
+const SCALES: [u64; 8] = [100, 1_000, 1_000_000, 1_000_000_000, 1_000_000_000_000, 1_000, 1_000_000, 1_000_000_000];
 /// The number of an item of a list, at the start of its line.
 static ITEM: LazyLock<Regex> = LazyLock::new(|| pattern(r"(?m)^[ \t>#*-]*(\d{1,3})[.)][ \t]+\S"));
 
@@ -135,18 +153,26 @@ impl Found {
         let (before, after) = (&text[..digits.start], &text[digits.end..]);
         let value = Number::parse(&text[digits.clone()])
             .filter(|_| !OPERAND_AFTER.is_match(before))
-            .filter(|_| !OPERAND_BEFORE.is_match(after) || RAISED_UNIT.is_match(after));
+            .filter(|_| !OPERAND_BEFORE.is_match(after) || RAISED_UNIT.is_match(after))
+            .filter(|_| !VARIABLE.is_match(after) || TIMES.is_match(after));
         let (start, is_negative) = sign(before);
+        let has_currency = CURRENCY_SYMBOL.is_match(before);
         let mut end = digits.end;
         let mut scaled = value.map(|value| if is_negative { -value } else { value });
-        while let Some(scale) = SCALE.captures(&text[end..]) {
-            let factor =
-                (0..SCALES.len()).find(|&index| scale.get(index + 1).is_some()).map_or(1, |index| SCALES[index]);
+        while let Some((length, factor)) = scale(&text[end..], has_currency) {
             scaled = scaled.map(|value| value.times(Number::from(factor)));
-            end += scale[0].len();
+            end += length;
         }
         Found { digits_start: digits.start, span: start..end, value: scaled }
     }
+}
+
+/// Length and factor of the word or the letter of scale with which a text begins.
+fn scale(text: &str, has_currency: bool) -> Option<(usize, u64)> {
+    let of_currency = || CURRENCY_SCALE.captures(text).filter(|_| has_currency);
+    let found = SCALE.captures(text).or_else(of_currency)?;
+    let index = (0..SCALES.len()).find(|&index| found.get(index + 1).is_some_and(|group| !group.is_empty()))?;
+    Some((found[0].len(), SCALES[index]))
 }
 
 /// Where the sign or the currency before the digits begins, and whether the sign is a minus.

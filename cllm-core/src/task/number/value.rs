@@ -39,8 +39,10 @@ impl Neg for Number {
 /// between groups of exactly three digits and are all alike. A comma is never a decimal point:
 /// `3,5` might as well be a list.
 static DECIMAL: LazyLock<Regex> = LazyLock::new(|| {
+    // The Indian grouping is 12,34,567.
+    let indian = r"[1-9]\d?(?:,\d{2})+,\d{3}";
     let grouped = [",", "'", "’", "_", " ", &GAP.to_string()].map(|mark| format!(r"[1-9]\d{{0,2}}(?:{mark}\d{{3}})+"));
-    pattern(&format!(r"(?P<whole>{}|\d+)(?:\.(?P<decimals>\d+))?|\.(?P<only_decimals>\d+)", grouped.join("|")))
+    pattern(&format!(r"(?P<whole>{}|{indian}|\d+)(?:\.(?P<decimals>\d+))?|\.(?P<only_decimals>\d+)", grouped.join("|")))
 });
 static SCIENTIFIC: LazyLock<Regex> = LazyLock::new(|| pattern(r"(?P<factor>[\d.,]+)[eE](?P<exponent>[+-]?\d+)"));
 /// `6.02 × 10^23`; a factor that is missing is 1.
@@ -142,6 +144,7 @@ mod tests {
             ("1,234,567", "1234567"),
             ("1 234 567", "1234567.000"),
             ("9'500", "9500"),
+            ("12,34,567", "1234567"),
             ("9_500", "9500"),
             ("007", "7"),
             (".5", "0.50"),
