@@ -54,6 +54,14 @@ impl Error {
         Error::File { path: path.as_ref().to_owned(), message: message.into() }
     }
 
+    /// Says which row of a file of prompts an error is about. Errors of the machine stay as they are.
+    pub fn in_row(self, path: impl AsRef<Path>, id: &str) -> Self {
+        match self {
+            Error::Usage(_) | Error::File { .. } => Error::file(path, format!("row `{id}`: {self}")),
+            other => other,
+        }
+    }
+
     /// Creates an [`Error::Environment`].
     pub fn environment(message: impl Into<String>) -> Self {
         Error::Environment(message.into())

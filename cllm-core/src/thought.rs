@@ -93,6 +93,15 @@ impl ThoughtTokens {
         self.is_opened_by(prompt_ids) || answer_ids.iter().any(|&id| self.is_mark(id))
     }
 
+    /// How the thought of an answer ended whose thoughts have no limit. `None` if it has no thought.
+    pub fn thought(&self, prompt_ids: &[i32], answer_ids: &[i32]) -> Option<Thought> {
+        if self.is_open(prompt_ids, answer_ids) {
+            Some(Thought::Open)
+        } else {
+            self.has_thought(prompt_ids, answer_ids).then_some(Thought::Closed)
+        }
+    }
+
     fn is_mark(&self, id: i32) -> bool {
         id == self.start_id || id == self.end_id
     }

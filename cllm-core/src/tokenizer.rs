@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
 
-use crate::chat_template::{self, Renderer, Rendering, RenderingRecord, TEMPLATE_FILE, TEMPLATE_FOLDER};
+use crate::chat_template::{self, Renderer, Rendering, RenderingRecord, SystemFrame, TEMPLATE_FILE, TEMPLATE_FOLDER};
 use crate::checkpoint::base_folder;
 use crate::codec::Codec;
 pub use crate::codec::DecodeStream;
@@ -153,6 +153,23 @@ impl Tokenizer {
                 let text = self.renderer.render(conversation, true)?;
                 let ids = self.codec.encode(&text)?;
                 Ok((text, ids))
+            }
+        }
+    }
+
+    /// Where rendered prompts have their system message, if the chat template marks it.
+    pub fn system_frame(&self) -> Option<SystemFrame> {
+        SystemFrame::find(&self.renderer)
+    }
+
+    /// The prompt as it is rendered with no system message, and with one that stands for any. Empty
+    /// for plain text; a form that the template refuses is left out.
+    pub fn render_system_variants(&self, prompt: &Prompt) -> Vec<String> {
+        match prompt {
+            Prompt::Text(_) => Vec::new(),
+            Prompt::Conversation(conversation) => {
+                let variants = conversation.system_variants();
+                variants.iter().filter_map(|variant| self.renderer.render(variant, true).ok()).collect()
             }
         }
     }

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use cllm_core::prompt_set::{Prompt, Sample};
 use cllm_core::task::{ScoreContext, Task, Verdict};
+use cllm_core::thought::ThoughtTokens;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::Trajectory;
 use cllm_core::{Error, Result};
@@ -17,6 +18,8 @@ pub(crate) struct Scorer<'a> {
     pub(crate) tokenizer: &'a Tokenizer,
     /// Folder of the benchmark's files. Without it, tasks that need them leave responses unscored.
     pub(crate) data: Option<&'a Path>,
+    /// The tokens around thoughts, if the model thinks: a thought that never closed is no answer.
+    pub(crate) thought_tokens: Option<&'a ThoughtTokens>,
 }
 
 impl Scorer<'_> {
@@ -36,6 +39,11 @@ impl Scorer<'_> {
             meta: row.meta.as_deref().map(serde_json::from_str).transpose().map_err(bad_meta)?,
         };
         let context = ScoreContext { data: self.data, ..ScoreContext::default() };
-        Task::from_source(&row.source).score(context, &sample, text, row.finish_reason).map(|score| score.verdict)
+        let score = Task::from_source(&row.source).score(context, &sample, text, row.finish_reason)?;
+        Ok(if self.ends_inside_thought(row) { score.of_cut_answer() } else { score }.verdict)
+    }
+
+    pub(crate) fn ends_inside_thought(&self, row: &Trajectory) -> bool {
+        self.thought_tokens.is_some_and(|tokens| row.ends_inside_thought(tokens))
     }
 }

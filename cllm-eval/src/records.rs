@@ -94,7 +94,7 @@ pub struct AnswerRecord {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alternative: Option<Alternative>,
     pub finish_reason: FinishReason,
-    /// How its thought ended. `None` without `max_thinking_tokens`, or if it has no thought.
+    /// How its thought ended. `None` if it has no thought.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub thought: Option<Thought>,
     /// Forwards of this answer after prefill.

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use cllm_core::prompt_set::Sample;
 use cllm_core::sandbox::Sandbox;
 use cllm_core::task::{Score, ScoreContext, Task};
+use cllm_core::thought::Thought;
 use cllm_core::{Error, Result, atomic_file, interrupt, progress};
 use rayon::prelude::*;
 
@@ -41,8 +42,10 @@ impl<'a> AnswerScorer<'a> {
     /// # Errors
     /// As [`Task::score`].
     pub fn score(&self, answers: &mut [AnswerRecord]) -> Result<()> {
-        let score =
-            |answer: &AnswerRecord| self.task.score(self.context, &answer.sample(), &answer.text, answer.finish_reason);
+        let score = |answer: &AnswerRecord| {
+            let score = self.task.score(self.context, &answer.sample(), &answer.text, answer.finish_reason)?;
+            Ok(if answer.thought == Some(Thought::Open) { score.of_cut_answer() } else { score })
+        };
         let scores: Vec<Score> = answers.par_iter().map(score).collect::<Result<_>>()?;
         for (answer, Score { verdict, alternative }) in answers.iter_mut().zip(scores) {
             (answer.verdict, answer.alternative) = (verdict, alternative);

@@ -123,10 +123,9 @@ pub fn notes(results: &Results) -> Vec<String> {
         let alternative = alternative_text(figures.alternative.as_ref()?);
         Some(format!("{role} {}: {alternative}", figures.label))
     });
-    let thoughts = results.strategies().filter_map(|(role, figures)| {
-        let (closed, all) = (figures.closed_thoughts?, count(figures.thoughts?, "thought"));
-        Some(format!("{role} {}: {closed} of {all} closed at the limit", figures.label))
-    });
+    let thoughts = results
+        .strategies()
+        .filter_map(|(role, figures)| Some(format!("{role} {}: {}", figures.label, thoughts_text(figures)?)));
     let set_aside = (results.set_aside > 0)
         .then(|| format!("{} of the prompt set set aside: they cannot be read", count(results.set_aside, "row")));
     set_aside
@@ -144,6 +143,19 @@ fn alternative_text(alternative: &AlternativeAccuracy) -> String {
     let AlternativeAccuracy { metric, figures } = alternative;
     let accuracy = format_accuracy(figures.accuracy, figures.ci95);
     format!("accuracy is {}; {}: {accuracy}", metric.counterpart().description(), metric.description())
+}
+
+/// How the thoughts of the answers ended. `None` if that says nothing.
+fn thoughts_text(figures: &StrategyResults) -> Option<String> {
+    let (all, open) = (figures.thoughts?, figures.open_thoughts.unwrap_or(0));
+    if all == 0 {
+        return Some("no answer has a thought".to_owned());
+    }
+    let closed =
+        figures.closed_thoughts.map(|closed| format!("{closed} of {} closed at the limit", count(all, "thought")));
+    let open = (open > 0).then(|| format!("{} never closed, which is no answer", count(open, "thought")));
+    let parts: Vec<String> = closed.into_iter().chain(open).collect();
+    (!parts.is_empty()).then(|| parts.join(", "))
 }
 
 fn difficulty_text(class: Difficulty, accuracy: &Accuracy) -> String {

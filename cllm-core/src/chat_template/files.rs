@@ -2,7 +2,7 @@
 //! finds them.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
@@ -74,6 +74,12 @@ pub(super) fn template_sources(folder: &Path, config: &Value) -> Result<BTreeMap
         sources.extend(configured_templates(&config["chat_template"]));
     }
     Ok(sources)
+}
+
+/// The file or folder that holds a model's own templates, for messages.
+pub(super) fn template_path(folder: &Path) -> PathBuf {
+    let own = [TEMPLATE_FILE, TEMPLATE_FOLDER].map(|name| folder.join(name));
+    own.into_iter().find(|path| path.exists()).unwrap_or_else(|| folder.join("tokenizer_config.json"))
 }
 
 /// The templates in tokenizer_config.json: one text, a list of `{name, template}`, or an object.

@@ -10,6 +10,7 @@ mod percent;
 mod python;
 mod renderer;
 mod rendering;
+mod system_frame;
 mod template;
 
 pub use jiff::civil::Date;
@@ -19,6 +20,7 @@ use serde_json::{Map, Value};
 pub use files::{TEMPLATE_FILE, TEMPLATE_FOLDER};
 pub use renderer::Renderer;
 pub use rendering::{RenderSettings, Rendering, RenderingRecord, today};
+pub use system_frame::SystemFrame;
 pub use template::ChatTemplate;
 
 /// Variables of a template that the prompts themselves give. `transformers` refuses them as well.

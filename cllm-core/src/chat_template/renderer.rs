@@ -1,11 +1,11 @@
 //! Renders conversations for one model, with its own templates or the one that the settings name.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use super::files::{SpecialTokens, special_tokens, template_sources};
+use super::files::{SpecialTokens, special_tokens, template_path, template_sources};
 use super::template::STRFTIME_NOW;
 use super::{ChatTemplate, Conversation, Rendering, RenderingRecord};
 use crate::{Error, Result, fingerprint};
@@ -17,6 +17,11 @@ const TOOL_USE: &str = "tool_use";
 /// Tokens that end a turn in widespread chat formats. Some configurations do not list them as EOS.
 const TURN_ENDS: [&str; 3] = ["<|im_end|>", "<|eot_id|>", "<|end|>"];
 
+/// Names the file of a template in an error about it.
+fn of_file(path: &Path, error: Error) -> Error {
+    Error::file(path, error.to_string())
+}
+
 /// The templates of a model with everything else that they render.
 pub struct Renderer {
     /// Sources by name.
@@ -25,6 +30,8 @@ pub struct Renderer {
     templates: BTreeMap<&'static str, ChatTemplate>,
     special_tokens: SpecialTokens,
     rendering: Rendering,
+    /// The file or folder of the templates, for messages.
+    path: PathBuf,
 }
 
 impl Renderer {
@@ -38,13 +45,15 @@ impl Renderer {
             Some(source) => BTreeMap::from([(DEFAULT.to_owned(), source.clone())]),
             None => template_sources(folder, config)?,
         };
-        let compile = |name| Some((name, ChatTemplate::new(sources.get(name)?)));
+        let path = rendering.chat_template_path.clone().unwrap_or_else(|| template_path(folder));
+        let compile = |name| Some((name, ChatTemplate::new(sources.get(name)?).map_err(|error| of_file(&path, error))));
         let compiled = [DEFAULT, TOOL_USE].into_iter().filter_map(compile);
         Ok(Renderer {
             templates: compiled.map(|(name, template)| Ok((name, template?))).collect::<Result<_>>()?,
             special_tokens: special_tokens(folder, config)?,
             rendering: rendering.clone(),
             sources,
+            path,
         })
     }
 
@@ -64,7 +73,8 @@ impl Renderer {
         values.extend(conversation.chat_template_kwargs.clone());
         values.insert("messages".to_owned(), json!(conversation.messages));
         values.insert("add_generation_prompt".to_owned(), json!(add_generation_prompt));
-        self.pick(!values["tools"].is_null())?.render(&values, self.rendering.date)
+        let template = self.pick(!values["tools"].is_null())?;
+        template.render(&values, self.rendering.date).map_err(|error| of_file(&self.path, error))
     }
 
     fn pick(&self, has_tools: bool) -> Result<&ChatTemplate> {

@@ -64,6 +64,7 @@ impl RenderSettings {
         Ok(Rendering {
             chat_template_kwargs: self.chat_template_kwargs.clone(),
             chat_template: self.chat_template.as_deref().map(text_file::read).transpose()?,
+            chat_template_path: self.chat_template.clone(),
             date: self.date.unwrap_or(default_date),
         })
     }
@@ -81,6 +82,8 @@ pub struct Rendering {
     pub chat_template_kwargs: Map<String, Value>,
     /// Source of the template that replaces the model's own.
     pub chat_template: Option<String>,
+    /// The file of that template, for messages.
+    pub chat_template_path: Option<PathBuf>,
     /// What `strftime_now` prints, at midnight.
     pub date: Date,
 }
@@ -88,7 +91,7 @@ pub struct Rendering {
 impl Rendering {
     /// The model's own template without variables.
     pub fn on(date: Date) -> Self {
-        Rendering { chat_template_kwargs: Map::new(), chat_template: None, date }
+        Rendering { chat_template_kwargs: Map::new(), chat_template: None, chat_template_path: None, date }
     }
 }
 

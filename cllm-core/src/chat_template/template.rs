@@ -52,7 +52,7 @@ impl ChatTemplate {
         });
         environment
             .add_template_owned("chat", source.into_owned())
-            .map_err(|error| Error::usage(format!("the chat template cannot be read: {error:#}")))?;
+            .map_err(|error| Error::usage(format!("the chat template cannot be read{}", reason(&error))))?;
         Ok(ChatTemplate { environment })
     }
 
@@ -66,7 +66,16 @@ impl ChatTemplate {
         self.environment
             .get_template("chat")
             .and_then(|template| template.render(Value::from(Serde(values))))
-            .map_err(|error| Error::usage(format!("the chat template rejects the conversation: {error:#}")))
+            .map_err(|error| Error::usage(format!("the chat template rejects the conversation{}", reason(&error))))
+    }
+}
+
+/// ` (line 3): Only user and assistant roles are supported!`
+fn reason(error: &minijinja::Error) -> String {
+    let line = error.line().map(|line| format!(" (line {line})")).unwrap_or_default();
+    match error.detail() {
+        Some(detail) => format!("{line}: {detail}"),
+        None => format!("{line}: {}", error.kind()),
     }
 }
 
@@ -91,7 +100,7 @@ mod tests {
     #[test]
     fn a_template_that_refuses_a_conversation_says_why() {
         let message = render("{{ raise_exception('one only') }}", json!({})).unwrap_err().to_string();
-        assert!(message.contains("one only"), "{message}");
+        assert_eq!(message, "the chat template rejects the conversation (line 1): one only");
     }
 
     #[test]

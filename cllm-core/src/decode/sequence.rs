@@ -187,8 +187,7 @@ impl<'r> Sequence<'r> {
         let (prompt, answer) = self.tokens.split_at(self.num_prompt_tokens);
         match &self.forced {
             Some(positions) => Some(Thought::Forced(positions.clone())),
-            None if tokens.is_open(prompt, answer) => Some(Thought::Open),
-            None => tokens.has_thought(prompt, answer).then_some(Thought::Closed),
+            None => tokens.thought(prompt, answer),
         }
     }
 

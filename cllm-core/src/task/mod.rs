@@ -176,7 +176,8 @@ impl Task {
 
     /// Scores an answer to `sample`, without what the model thought before it. An answer that was
     /// cut at the length limit is never correct: it did not reach its end, and a number or query
-    /// that happens to be its last would be luck.
+    /// that happens to be its last would be luck. The text of a thought that the prompt opened does
+    /// not show that it never closed: who has the tokens calls [`Score::of_cut_answer`].
     ///
     /// # Errors
     /// Only when scoring itself is impossible: a database is missing, the sample's `meta` lacks

@@ -89,8 +89,9 @@ impl Score {
         Score { verdict, alternative: Some(Alternative { metric, verdict: alternative }) }
     }
 
-    /// The score of an answer that did not reach its end, which is correct by no rule.
-    pub(super) fn of_cut_answer(self) -> Self {
+    /// The score of an answer that did not reach its end, or whose thought never closed: it is
+    /// correct by no rule.
+    pub fn of_cut_answer(self) -> Self {
         let cut =
             |alternative: Alternative| Alternative { verdict: alternative.verdict.of_cut_answer(), ..alternative };
         Score { verdict: self.verdict.of_cut_answer(), alternative: self.alternative.map(cut) }

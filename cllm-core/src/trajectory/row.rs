@@ -78,9 +78,9 @@ impl Trajectory {
         self.response_ids.len() - self.forced_tokens().len()
     }
 
-    /// Whether the response reached the length limit inside a thought.
-    pub fn is_cut_inside_thought(&self, tokens: &ThoughtTokens) -> bool {
-        self.finish_reason == FinishReason::Length && tokens.is_open(&self.prompt_ids, &self.response_ids)
+    /// Whether the response ended inside a thought, by EOS or at the length limit.
+    pub fn ends_inside_thought(&self, tokens: &ThoughtTokens) -> bool {
+        tokens.is_open(&self.prompt_ids, &self.response_ids)
     }
 
     /// Checks what every row of a data set guarantees: blocks of n tokens that follow one another

@@ -45,7 +45,9 @@ impl Writer {
                 atomic_file::recover(&folder.join(SHARD_FOLDER))?;
             }
         }
-        let manifest = match Manifest::read(folder)? {
+        let is_empty = |existing: &Manifest| existing.shards.is_empty() && !folder.join(PARTIAL_SHARD).exists();
+        // A run that failed before its first row leaves a manifest that says how nothing was made.
+        let manifest = match Manifest::read(folder)?.filter(|existing| !is_empty(existing)) {
             None => Manifest { schema_version: SCHEMA_VERSION, provenance, shards: Vec::new(), complete: false },
             Some(mut existing) => {
                 if let Some(difference) = existing.provenance.difference(&provenance) {

@@ -184,6 +184,17 @@ fn another_provenance_a_cut_shard_and_another_schema_are_refused() {
 }
 
 #[test]
+fn a_run_that_failed_before_its_first_row_leaves_no_data_set() {
+    let dir = tempfile::tempdir().unwrap();
+    Writer::open(dir.path(), provenance()).unwrap();
+    let other = Provenance { seed: 2, ..provenance() };
+    let writer = Writer::open(dir.path(), other.clone()).unwrap();
+    assert_eq!(writer.manifest().provenance, other);
+    writer.save_partial_rows(&[row(0)]).unwrap();
+    assert!(Writer::open(dir.path(), provenance()).is_err());
+}
+
+#[test]
 fn tokens_that_closed_a_thought_stand_between_two_blocks_where_the_limit_is() {
     // The fixture's blocks have three tokens. The thought is closed after the first.
     let limited = |max_thinking_tokens: usize| Provenance {

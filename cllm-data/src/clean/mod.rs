@@ -1,5 +1,6 @@
 //! `clean`: drops responses that would teach loops or incorrect answers, and counts them by rule.
 
+mod evaluation_prompts;
 mod repetition;
 mod rules;
 mod settings;
@@ -13,12 +14,13 @@ use cllm_core::progress::{self, count};
 use cllm_core::thought::ThoughtTokens;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{Reader, Trajectory};
-use cllm_core::{Error, Result, atomic_file, interrupt, prompt_set};
+use cllm_core::{Error, Result, atomic_file};
 use serde::Serialize;
 use serde_json::json;
 
 use crate::rewrite::Rewrite;
 use crate::scoring::Scorer;
+use evaluation_prompts::EvaluationPrompts;
 use rules::{Candidate, DUPLICATE, RULES, RuleContext};
 pub use settings::Settings;
 
@@ -63,11 +65,16 @@ pub fn clean(settings: &Settings) -> Result<Report> {
     // them as if they were the answers.
     reader.check_tokenizer(tokenizer.fingerprint())?;
     drop(reader);
+    let thought_tokens = ThoughtTokens::find(&tokenizer)?;
     let context = RuleContext {
         settings,
-        scorer: Scorer { data_set: &settings.input, tokenizer: &tokenizer, data: settings.data.as_deref() },
-        thought_tokens: ThoughtTokens::find(&tokenizer)?,
-        evaluation_prompts: hash_evaluation_prompts(settings, &tokenizer)?,
+        scorer: Scorer {
+            data_set: &settings.input,
+            tokenizer: &tokenizer,
+            data: settings.data.as_deref(),
+            thought_tokens: thought_tokens.as_ref(),
+        },
+        evaluation_prompts: EvaluationPrompts::read(&settings.evaluation_prompts, &tokenizer)?,
     };
     let mut rewrite = Rewrite::open(&settings.input, &settings.output, describe_step(settings))?;
     let report = if settings.keep_dropped {
@@ -111,28 +118,17 @@ fn describe_step(settings: &Settings) -> String {
     format!("clean: {rules}")
 }
 
-fn hash_evaluation_prompts(settings: &Settings, tokenizer: &Tokenizer) -> Result<HashSet<u128>> {
-    let mut hashes = HashSet::new();
-    for path in &settings.evaluation_prompts {
-        for sample in prompt_set::read(path)? {
-            interrupt::check()?;
-            let (_, ids) = tokenizer.encode_prompt(&sample.prompt)?;
-            hashes.insert(hash_ids(&ids));
-        }
-    }
-    Ok(hashes)
-}
-
 /// Hashes a prompt to 16 bytes, which is all that the search for duplicates keeps per row. Prompts
 /// with equal hashes count as equal.
 fn hash_ids(ids: &[i32]) -> u128 {
-    let mut hasher = blake3::Hasher::new();
-    for id in ids {
-        hasher.update(&id.to_le_bytes());
-    }
-    let mut bytes = [0; 16];
-    hasher.finalize_xof().fill(&mut bytes);
-    u128::from_le_bytes(bytes)
+    let bytes: Vec<u8> = ids.iter().flat_map(|id| id.to_le_bytes()).collect();
+    hash_bytes(&bytes)
+}
+
+fn hash_bytes(bytes: &[u8]) -> u128 {
+    let mut hash = [0; 16];
+    blake3::Hasher::new().update(bytes).finalize_xof().fill(&mut hash);
+    u128::from_le_bytes(hash)
 }
 
 fn apply_rules_and_save_dropped(rewrite: &mut Rewrite, context: &RuleContext<'_>) -> Result<Report> {

@@ -6,13 +6,12 @@
 //! shows, are found in `clean` itself.
 
 use std::cell::Cell;
-use std::collections::HashSet;
 
 use cllm_core::Result;
 use cllm_core::task::Verdict;
-use cllm_core::thought::ThoughtTokens;
 use cllm_core::trajectory::{FinishReason, Trajectory};
 
+use super::evaluation_prompts::EvaluationPrompts;
 use super::repetition::{has_periodic_tail, has_repeated_sentence, has_token_run, repeated_ngram_fraction};
 use super::settings::Settings;
 use crate::scoring::Scorer;
@@ -32,7 +31,9 @@ pub(super) const RULES: [Rule; 9] = [
     Rule {
         name: "unfinished_thought",
         advice: Some("set max_thinking_tokens in collect, or drop_unfinished=false"),
-        is_broken: |candidate| Ok(candidate.settings().drop_unfinished && candidate.is_cut_inside_thought()),
+        is_broken: |candidate| {
+            Ok(candidate.settings().drop_unfinished && candidate.context.scorer.ends_inside_thought(candidate.row))
+        },
     },
     Rule {
         name: "unfinished",
@@ -76,10 +77,7 @@ pub(super) const DUPLICATE: &str = "duplicate";
 pub(super) struct RuleContext<'c> {
     pub(super) settings: &'c Settings,
     pub(super) scorer: Scorer<'c>,
-    /// The tokens around thoughts, if the model thinks.
-    pub(super) thought_tokens: Option<ThoughtTokens>,
-    /// Hashes of the prompts of evaluations.
-    pub(super) evaluation_prompts: HashSet<u128>,
+    pub(super) evaluation_prompts: EvaluationPrompts,
 }
 
 /// A row that the rules look at.
@@ -123,12 +121,8 @@ impl<'c> Candidate<'c> {
         self.context.settings
     }
 
-    fn is_cut_inside_thought(&self) -> bool {
-        self.context.thought_tokens.as_ref().is_some_and(|tokens| self.row.is_cut_inside_thought(tokens))
-    }
-
     fn is_evaluation_prompt(&self) -> bool {
-        self.context.evaluation_prompts.contains(&self.prompt_hash)
+        self.context.evaluation_prompts.contain(self.row, self.prompt_hash)
     }
 
     fn verdict(&self) -> Result<Verdict> {

@@ -44,7 +44,8 @@ pub struct Settings {
     /// Drop responses that the task scores as incorrect.
     #[garde(skip)]
     pub drop_incorrect: bool,
-    /// Prompt sets of evaluations; drop rows that have one of their prompts.
+    /// Prompt sets of evaluations; drop rows that have one of their prompts, with
+    /// whatever system message.
     #[garde(skip)]
     pub evaluation_prompts: Vec<PathBuf>,
     /// Save the dropped rows in dropped.jsonl.

@@ -90,15 +90,19 @@ pub fn collect_on(settings: &Settings, today: Date) -> Result<Summary> {
 
     let output = output_of_process(settings, process.as_ref());
     let writer = Writer::open(&output, provenance)?;
-    let (prompts, skipped) = prompts::render(samples, &teacher, settings.max_new_tokens)?;
+    let (prompts, skipped) = prompts::render(samples, &teacher, settings)?;
     prompts::save_skipped(&skipped, &output)?;
     // A process may have no prompts at all, when there are fewer prompts than processes.
     if prompts.is_empty() && num_samples > 0 {
         return Err(prompts::none_fits(settings, &teacher));
     }
-    let scorer = Scorer { data_set: &output, tokenizer: &teacher.tokenizer, data: settings.data.as_deref() };
-    let (mut buffer, resumed) =
-        ShardBuffer::open(writer, &prompts, settings.rows_per_shard, scorer, teacher.thought_tokens.as_ref())?;
+    let scorer = Scorer {
+        data_set: &output,
+        tokenizer: &teacher.tokenizer,
+        data: settings.data.as_deref(),
+        thought_tokens: teacher.thought_tokens.as_ref(),
+    };
+    let (mut buffer, resumed) = ShardBuffer::open(writer, &prompts, settings.rows_per_shard, scorer)?;
 
     let mut progress = Progress::new("collect", buffer.num_rows() as u64, prompts.len() as u64);
     let started = Instant::now();

@@ -52,14 +52,15 @@ pub(super) fn samples_of_process(samples: Vec<Sample>, process: Option<&ProcessE
 pub(super) fn render(
     samples: Vec<Sample>,
     teacher: &Teacher,
-    max_new_tokens: usize,
+    settings: &Settings,
 ) -> Result<(Vec<RenderedPrompt>, Vec<Sample>)> {
     let max_positions = teacher.model.config().max_positions;
     let (mut prompts, mut skipped) = (Vec::new(), Vec::new());
     let (mut num_unlearnable, mut first_problem) = (0, None);
     for sample in samples {
-        let (text, ids) = teacher.tokenizer.encode_prompt(&sample.prompt)?;
-        if ids.is_empty() || ids.len().saturating_add(max_new_tokens) > max_positions {
+        let encoded = teacher.tokenizer.encode_prompt(&sample.prompt);
+        let (text, ids) = encoded.map_err(|error| error.in_row(&settings.prompts, &sample.id))?;
+        if ids.is_empty() || ids.len().saturating_add(settings.max_new_tokens) > max_positions {
             skipped.push(sample);
         } else {
             let encode = |reference: &String| teacher.tokenizer.encode_reference(&sample.prompt, reference);

@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 
 use cllm_core::Result;
 use cllm_core::decode::Answer;
-use cllm_core::thought::ThoughtTokens;
 use cllm_core::trajectory::{Trajectory, Writer};
 use rayon::prelude::*;
 
@@ -18,7 +17,6 @@ pub(super) struct ShardBuffer<'p> {
     prompts: &'p [RenderedPrompt],
     rows_per_shard: usize,
     scorer: Scorer<'p>,
-    thought_tokens: Option<&'p ThoughtTokens>,
     /// The rows of unwritten shards, by the index of their prompt.
     rows: BTreeMap<usize, Trajectory>,
 }
@@ -31,13 +29,12 @@ impl<'p> ShardBuffer<'p> {
         prompts: &'p [RenderedPrompt],
         rows_per_shard: usize,
         scorer: Scorer<'p>,
-        thought_tokens: Option<&'p ThoughtTokens>,
     ) -> Result<(Self, Counts)> {
-        let mut buffer = ShardBuffer { writer, prompts, rows_per_shard, scorer, thought_tokens, rows: BTreeMap::new() };
+        let mut buffer = ShardBuffer { writer, prompts, rows_per_shard, scorer, rows: BTreeMap::new() };
         buffer.rows = buffer.load_partial_rows();
-        let mut counts = Counts::from_rows(buffer.rows.values().cloned().map(Ok), scorer, thought_tokens)?;
+        let mut counts = Counts::from_rows(buffer.rows.values().cloned().map(Ok), scorer)?;
         if buffer.num_written() > 0 {
-            counts += Counts::from_data_set(buffer.writer.folder(), scorer, thought_tokens)?;
+            counts += Counts::from_data_set(buffer.writer.folder(), scorer)?;
         }
         buffer.write_complete_shards()?;
         Ok((buffer, counts))
@@ -97,7 +94,8 @@ impl<'p> ShardBuffer<'p> {
             finish_reason: answer.finish_reason,
             meta: sample.meta.as_ref().map(ToString::to_string),
         };
-        let counts = Counts::from_row(&row, answer.num_forwards, self.scorer.score(&row)?, self.thought_tokens);
+        let ends_inside_thought = self.scorer.ends_inside_thought(&row);
+        let counts = Counts::from_row(&row, answer.num_forwards, self.scorer.score(&row)?, ends_inside_thought);
         Ok((index, row, counts))
     }
 

@@ -6,7 +6,6 @@ use std::path::Path;
 
 use cllm_core::progress::count;
 use cllm_core::task::Verdict;
-use cllm_core::thought::ThoughtTokens;
 use cllm_core::trajectory::{FinishReason, Reader, Trajectory};
 use cllm_core::{Result, interrupt};
 use rayon::prelude::*;
@@ -45,7 +44,7 @@ pub struct ResponseStats {
     finished: usize,
     /// Responses that reached the length limit.
     unfinished: usize,
-    /// Responses that reached the length limit inside a thought.
+    /// Responses that ended inside a thought, at the length limit or by EOS.
     unfinished_thoughts: usize,
     /// Responses whose thought was closed at `max_thinking_tokens`.
     closed_thoughts: usize,
@@ -67,7 +66,7 @@ impl fmt::Display for ResponseStats {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(out, "{}, {} unfinished", count(self.rows, "response"), self.unfinished)?;
         if self.unfinished_thoughts > 0 {
-            write!(out, " ({} inside a thought)", self.unfinished_thoughts)?;
+            write!(out, ", {} never closed", count(self.unfinished_thoughts, "thought"))?;
         }
         if self.closed_thoughts > 0 {
             write!(out, ", {} closed at max_thinking_tokens", count(self.closed_thoughts, "thought"))?;
@@ -100,12 +99,7 @@ impl AddAssign for Counts {
 
 impl Counts {
     /// The counts of one response that took `num_forwards` to decode.
-    pub(super) fn from_row(
-        row: &Trajectory,
-        num_forwards: usize,
-        verdict: Verdict,
-        thought_tokens: Option<&ThoughtTokens>,
-    ) -> Self {
+    pub(super) fn from_row(row: &Trajectory, num_forwards: usize, verdict: Verdict, ends_inside_thought: bool) -> Self {
         let (num_tokens, num_decoded_tokens) = (row.response_ids.len(), row.num_decoded_tokens());
         let sums = Sums { num_rows: 1, num_tokens, num_decoded_tokens, num_forwards };
         Counts {
@@ -114,39 +108,28 @@ impl Counts {
             num_blocks: row.blocks.len(),
             num_scored: usize::from(verdict != Verdict::Unscored),
             num_correct: usize::from(verdict == Verdict::Correct),
-            num_unfinished_thoughts: usize::from(
-                thought_tokens.is_some_and(|tokens| row.is_cut_inside_thought(tokens)),
-            ),
+            num_unfinished_thoughts: usize::from(ends_inside_thought),
             num_closed_thoughts: usize::from(!row.forced_tokens().is_empty()),
         }
     }
 
     /// The counts of rows that an earlier run collected. Their forwards are derived from their
     /// states.
-    pub(super) fn from_rows(
-        rows: impl Iterator<Item = Result<Trajectory>>,
-        scorer: Scorer<'_>,
-        thought_tokens: Option<&ThoughtTokens>,
-    ) -> Result<Self> {
+    pub(super) fn from_rows(rows: impl Iterator<Item = Result<Trajectory>>, scorer: Scorer<'_>) -> Result<Self> {
         let mut counts = Counts::default();
         for row in rows {
             interrupt::check()?;
             let row = row?;
-            counts += Counts::from_row(&row, row.num_forwards(), scorer.score(&row)?, thought_tokens);
+            counts += Counts::from_row(&row, row.num_forwards(), scorer.score(&row)?, scorer.ends_inside_thought(&row));
         }
         Ok(counts)
     }
 
     /// The counts of all shards written so far.
-    pub(super) fn from_data_set(
-        folder: &Path,
-        scorer: Scorer<'_>,
-        thought_tokens: Option<&ThoughtTokens>,
-    ) -> Result<Self> {
+    pub(super) fn from_data_set(folder: &Path, scorer: Scorer<'_>) -> Result<Self> {
         let reader = Reader::open_incomplete(folder)?;
         let chunks = reader.row_chunks();
-        let of_chunks =
-            chunks.par_iter().map(|chunk| Counts::from_rows(reader.chunk_rows(chunk), scorer, thought_tokens));
+        let of_chunks = chunks.par_iter().map(|chunk| Counts::from_rows(reader.chunk_rows(chunk), scorer));
         let mut counts = Counts::default();
         of_chunks.collect::<Result<Vec<_>>>()?.into_iter().for_each(|of_chunk| counts += of_chunk);
         Ok(counts)
@@ -199,10 +182,10 @@ mod tests {
             finish_reason,
             meta: None,
         };
-        let mut counts = Counts::from_row(&row(6, FinishReason::Eos), 4, Verdict::Correct, None);
+        let mut counts = Counts::from_row(&row(6, FinishReason::Eos), 4, Verdict::Correct, false);
         let text = "1 response, 0 unfinished, 1.50 tokens per forward (finished: 1.50)";
         assert_eq!(counts.stats().to_string(), text);
-        counts += Counts::from_row(&row(40, FinishReason::Length), 6, Verdict::Unscored, None);
+        counts += Counts::from_row(&row(40, FinishReason::Length), 6, Verdict::Unscored, false);
         let stats = counts.stats();
         assert_eq!((stats.rows, stats.finished, stats.unfinished, stats.forwards), (2, 1, 1, 10));
         assert_eq!((stats.tokens_per_forward, stats.tokens_per_forward_finished), (Some(4.6), Some(1.5)));

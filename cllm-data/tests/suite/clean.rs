@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use cllm_core::chat_template::Message;
 use cllm_core::prompt_set::Prompt;
 use cllm_core::trajectory::Trajectory;
 use cllm_testing::programs::path;
@@ -67,4 +68,34 @@ fn every_rule_drops_its_row_and_a_good_row_is_kept() {
         assert_eq!(line["rule"], line["row"]["sample_id"]);
         assert_eq!(report["rules"][line["rule"].as_str().unwrap()], 1);
     }
+}
+
+#[test]
+fn an_evaluation_prompt_is_found_whatever_system_message_it_has() {
+    let dir = tempfile::tempdir().unwrap();
+    let evaluation = path(dir.path(), "evaluation.jsonl");
+    let message = |role: &str, content: &str| json!({ "role": role, "content": content });
+    let with = json!({ "messages": [message("system", "Be kind."), message("user", "2 + 2?")] });
+    fs::write(&evaluation, format!("{with}\n{}", json!({ "messages": [message("user", "3 + 3?")] }))).unwrap();
+    let prompts = [(Some("Be brief."), "2 + 2?"), (None, "2 + 2?"), (Some("Be brief."), "3 + 3?"), (None, "4 + 4?")];
+    let rows: Vec<Trajectory> = prompts
+        .iter()
+        .enumerate()
+        .map(|(index, (system, question))| {
+            let system = system.map(|text| Message::new("system", text));
+            let messages: Vec<Message> = system.into_iter().chain([Message::new("user", *question)]).collect();
+            let (prompt, prompt_ids) = tokenizer().encode_prompt(&Prompt::Conversation(messages.into())).unwrap();
+            Trajectory {
+                prompt,
+                prompt_ids,
+                ..row(&index.to_string(), &[&(40..80).collect::<Vec<_>>()[..], &[0]].concat())
+            }
+        })
+        .collect();
+    let input = write_data_set(&rows);
+    let output = format!("output={}", path(dir.path(), "clean"));
+    let input = format!("input={}", input.path().display());
+    let (model, evaluation) = (format!("model={}", teacher()), format!("evaluation_prompts=[{evaluation}]"));
+    let report = run_json(&["clean", "--json", &input, &output, &model, &evaluation]);
+    assert_eq!((&report["kept"], &report["rules"]), (&json!(1), &json!({ "evaluation_prompt": 3 })));
 }

@@ -156,3 +156,20 @@ fn references_that_the_template_renders_otherwise_are_counted() {
         "{said}"
     );
 }
+
+#[test]
+fn a_prompt_that_the_template_rejects_is_named_with_the_template() {
+    let dir = tempfile::tempdir().unwrap();
+    let template = dir.path().join("strict.jinja");
+    let check = "{% if 'three' in messages[0].content and '4' in messages[0].content %}";
+    fs::write(&template, format!("Q\n{check}{{{{ raise_exception('no fours') }}}}{{% endif %}}A")).unwrap();
+    let settings = settings(dir.path(), "a");
+    let rendering = RenderSettings { chat_template: Some(template.clone()), ..Default::default() };
+    let message = collect_on(&Settings { rendering, ..settings }, day("2026-11-28")).err().unwrap().to_string();
+    let expected = format!(
+        "{}: row `4`: {}: the chat template rejects the conversation (line 2): no fours",
+        dir.path().join("prompts.jsonl").display(),
+        template.display()
+    );
+    assert_eq!(message, expected);
+}

@@ -85,10 +85,15 @@ pub struct StrategyResults {
     pub alternative: Option<AlternativeAccuracy>,
     /// Number of answers that reached the length limit.
     pub unfinished: usize,
-    /// Number of answers with a thought. `None` without `max_thinking_tokens`.
+    /// Number of answers with a thought. `None` if none has one and there is no
+    /// `max_thinking_tokens`.
     #[serde(default)]
     pub thoughts: Option<usize>,
-    /// Number of answers whose thought was closed at `max_thinking_tokens`.
+    /// Number of answers whose thought never closed, which are incorrect. `None` where `thoughts` is.
+    #[serde(default)]
+    pub open_thoughts: Option<usize>,
+    /// Number of answers whose thought was closed at `max_thinking_tokens`. `None` without that
+    /// setting.
     #[serde(default)]
     pub closed_thoughts: Option<usize>,
     /// Tokens of all answers, without those that closed a thought.

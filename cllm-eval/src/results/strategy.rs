@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, HashMap};
 use cllm_core::decode::Strategy;
 use cllm_core::statistics::median;
 use cllm_core::task::{Task, Verdict};
+use cllm_core::thought::Thought;
 use cllm_core::trajectory::FinishReason;
 
 use super::document::{Accuracy, AlternativeAccuracy, StrategyResults};
@@ -22,9 +23,7 @@ impl StrategyResults {
         let speeds: Vec<&SpeedRecord> = records.speeds_of(role, strategy).collect();
         let mut figures = Self::unmeasured(strategy);
         figures.add_scores(&answers, records.header.benchmark);
-        if records.header.settings.max_thinking_tokens.is_some() {
-            figures.add_thoughts(&answers);
-        }
+        figures.add_thoughts(&answers, records.header.settings.max_thinking_tokens.is_some());
         figures.add_tokens(&answers);
         figures.add_comparison_with_ar(&answers, records.answers_of(role, Strategy::Ar));
         if !speeds.is_empty() {
@@ -48,6 +47,7 @@ impl StrategyResults {
             alternative: None,
             unfinished: 0,
             thoughts: None,
+            open_thoughts: None,
             closed_thoughts: None,
             tokens: 0,
             forwards: 0,
@@ -95,9 +95,13 @@ impl StrategyResults {
         self.by_difficulty = (benchmark == Task::Spider).then(|| by_difficulty(answers));
     }
 
-    fn add_thoughts(&mut self, answers: &[&AnswerRecord]) {
-        self.thoughts = Some(answers.iter().filter(|answer| answer.thought.is_some()).count());
-        self.closed_thoughts = Some(answers.iter().filter(|answer| !answer.forced_tokens().is_empty()).count());
+    fn add_thoughts(&mut self, answers: &[&AnswerRecord], have_limit: bool) {
+        let thoughts = || answers.iter().filter_map(|answer| answer.thought.as_ref());
+        let is_counted = have_limit || thoughts().next().is_some();
+        self.thoughts = is_counted.then(|| thoughts().count());
+        self.open_thoughts = is_counted.then(|| thoughts().filter(|&thought| *thought == Thought::Open).count());
+        let num_closed = || thoughts().filter(|thought| !thought.forced_tokens().is_empty()).count();
+        self.closed_thoughts = have_limit.then(num_closed);
     }
 
     fn add_tokens(&mut self, answers: &[&AnswerRecord]) {

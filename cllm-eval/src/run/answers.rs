@@ -102,6 +102,7 @@ fn record(
     let (sample, prompt, tokenizer) = (&session.samples[index], model.prompts.get(index), &model.prompts.tokenizer);
     let forced = answer.thought.as_ref().map_or(0..0, Thought::forced_tokens);
     let prompt_ids = &prompt.request.prompt_ids;
+    let thought = || model.prompts.thought_tokens.as_ref()?.thought(prompt_ids, &answer.response_ids);
     let texts = || split_by_forward(tokenizer, prompt_ids, &answer.response_ids, &answer.num_new_tokens, forced);
     Ok(AnswerRecord {
         role: model.role,
@@ -117,7 +118,7 @@ fn record(
         verdict: Verdict::Unscored,
         alternative: None,
         finish_reason: answer.finish_reason,
-        thought: answer.thought,
+        thought: answer.thought.or_else(thought),
         forwards: answer.num_forwards,
         forward_texts: (index < NUM_EXAMPLES_WITH_TEXTS).then(texts).transpose()?,
         response_ids: answer.response_ids,

@@ -5,7 +5,7 @@ use std::path::Path;
 use cllm_core::chat_template::Rendering;
 use cllm_core::decode::{Request, StopConditions, check_fits_context};
 use cllm_core::prompt_set::Sample;
-use cllm_core::thought::ThoughtLimit;
+use cllm_core::thought::{ThoughtLimit, ThoughtTokens};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Result, checkpoint};
 
@@ -16,6 +16,8 @@ use crate::records::AnswerRecord;
 
 pub(super) struct Prompts {
     pub(super) tokenizer: Tokenizer,
+    /// The tokens around thoughts, if the model thinks.
+    pub(super) thought_tokens: Option<ThoughtTokens>,
     pub(super) stop: StopConditions,
     /// One for each example.
     rendered: Vec<RenderedPrompt>,
@@ -57,7 +59,11 @@ impl Prompts {
         let thought_limit = settings.max_thinking_tokens.map(new_limit).transpose()?;
         let stop = StopConditions { thought_limit, ..StopConditions::new(settings.max_new_tokens, eos_ids) };
         let render = |sample: &Sample| {
-            let prompt = RenderedPrompt::new(&tokenizer, sample)?;
+            let prompt = RenderedPrompt::new(&tokenizer, sample);
+            let prompt = prompt.map_err(|error| match settings.prompts.as_ref().or(settings.data.as_ref()) {
+                Some(path) => error.in_row(path, &sample.id),
+                None => error,
+            })?;
             // The prompt of a second turn will contain the answer to the first.
             let num_answers = if mt_bench_turns::is_second(sample) { 2 } else { 1 };
             let max_new_tokens = stop.max_new_tokens.saturating_mul(num_answers);
@@ -66,7 +72,7 @@ impl Prompts {
             Ok(prompt)
         };
         let rendered = samples.iter().map(render).collect::<Result<_>>()?;
-        Ok(Prompts { tokenizer, stop, rendered })
+        Ok(Prompts { thought_tokens: ThoughtTokens::find(&tokenizer)?, tokenizer, stop, rendered })
     }
 
     pub(super) fn get(&self, index: usize) -> &RenderedPrompt {

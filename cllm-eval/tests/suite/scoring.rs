@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use cllm_core::task::{Task, Verdict};
+use cllm_core::thought::Thought;
 use cllm_core::trajectory::FinishReason;
 use cllm_eval::records::Records;
 use serde_json::json;
@@ -43,6 +44,12 @@ fn an_answer_cut_at_the_length_limit_is_incorrect_whatever_it_says() {
     records.write(&Path::new(&output).join("samples.jsonl")).unwrap();
     EVAL.succeed(&["score", &output]);
     assert_eq!(read(&output).answers[0].verdict, Verdict::Correct);
+    // But not if all of it is a thought.
+    records.answers[0].thought = Some(Thought::Open);
+    records.write(&Path::new(&output).join("samples.jsonl")).unwrap();
+    let text = String::from_utf8(EVAL.succeed(&["score", &output]).stdout).unwrap();
+    assert!(text.contains("ar: 1 thought never closed"), "{text}");
+    assert_eq!(read(&output).answers[0].verdict, Verdict::Incorrect);
 }
 
 /// Spider with one small database.

@@ -165,8 +165,8 @@ fn read_references(path: &Path, tokenizer: &Tokenizer, turns: Turns, max_tokens:
     let mut num_excluded = 0;
     for sample in samples {
         interrupt::check()?;
-        let of_sample = turns::examples(&sample, turns, tokenizer, max_tokens)
-            .map_err(|error| Error::file(path, format!("`{}`: {error}", sample.id)))?;
+        let of_sample =
+            turns::examples(&sample, turns, tokenizer, max_tokens).map_err(|error| error.in_row(path, &sample.id))?;
         num_excluded += usize::from(of_sample.is_empty());
         examples.extend(of_sample);
     }

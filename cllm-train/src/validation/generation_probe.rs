@@ -7,6 +7,7 @@ use cllm_core::decode::{Answer, DecodeOptions, Request, StopConditions, Strategy
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::prompt_set::{self, Sample};
 use cllm_core::task::{ScoreContext, Task, Verdict};
+use cllm_core::thought::ThoughtTokens;
 use cllm_core::tokenizer::Tokenizer;
 
 use crate::settings::Settings;
@@ -15,6 +16,8 @@ use crate::validation::metrics::GenerationMetrics;
 /// The prompts, and how to answer them.
 pub struct GenerationProbe<'t> {
     tokenizer: &'t Tokenizer,
+    /// The tokens around thoughts, if the model thinks.
+    thought_tokens: Option<ThoughtTokens>,
     samples: Vec<Sample>,
     /// One for each of `samples`.
     requests: Vec<Request>,
@@ -38,7 +41,8 @@ impl<'t> GenerationProbe<'t> {
         samples.truncate(validation.num_examples);
         let mut requests = Vec::new();
         for sample in &samples {
-            let (_, prompt_ids) = tokenizer.encode_prompt(&sample.prompt)?;
+            let encoded = tokenizer.encode_prompt(&sample.prompt);
+            let (_, prompt_ids) = encoded.map_err(|error| error.in_row(path, &sample.id))?;
             let request = Request { prompt_ids, sample_id: sample.id.clone() };
             check_fits_context(&request, &stop, config.max_positions)?;
             let context = ScoreContext { data: validation.data.as_deref(), ..ScoreContext::default() };
@@ -46,7 +50,9 @@ impl<'t> GenerationProbe<'t> {
             requests.push(request);
         }
         let options = DecodeOptions::greedy(Strategy::Jacobi { n: validation.n }, settings.seed);
-        Ok(Some(GenerationProbe { tokenizer, samples, requests, stop, options, data: validation.data.clone() }))
+        let thought_tokens = ThoughtTokens::find(tokenizer)?;
+        let data = validation.data.clone();
+        Ok(Some(GenerationProbe { tokenizer, thought_tokens, samples, requests, stop, options, data }))
     }
 
     /// Answers the prompts by Jacobi decoding, with adapters merged.
@@ -65,6 +71,8 @@ impl<'t> GenerationProbe<'t> {
         let (sample, request) = (&self.samples[index], &self.requests[index]);
         let text = self.tokenizer.decode_answer(&request.prompt_ids, &answer.response_ids)?;
         let context = ScoreContext { data: self.data.as_deref(), ..ScoreContext::default() };
-        Task::from_source(&sample.source).score(context, sample, &text, answer.finish_reason).map(|score| score.verdict)
+        let score = Task::from_source(&sample.source).score(context, sample, &text, answer.finish_reason)?;
+        let is_open = |tokens: &ThoughtTokens| tokens.is_open(&request.prompt_ids, &answer.response_ids);
+        Ok(if self.thought_tokens.as_ref().is_some_and(is_open) { score.of_cut_answer() } else { score }.verdict)
     }
 }
