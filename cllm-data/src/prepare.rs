@@ -1,7 +1,7 @@
 //! `prepare`: converts a benchmark's files, or those of a user in any known form, into a prompt set,
 //! or generates synthetic problems from a seed.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use clap::builder::{PossibleValuesParser, RangedU64ValueParser, TypedValueParser};
@@ -27,7 +27,8 @@ pub(crate) struct Arguments {
     /// The split [default: train, or test for benchmarks that have no other].
     #[arg(long)]
     split: Option<String>,
-    /// The prompt set to write: Parquet if the name ends in .parquet, otherwise JSONL.
+    /// The prompt set to write: Parquet if the name ends in .parquet, otherwise JSONL. Replaces a
+    /// file of this name.
     #[arg(long, short)]
     output: PathBuf,
     /// Use only the first N prompts.
@@ -80,6 +81,7 @@ impl Arguments {
 /// # Errors
 /// When a file of the benchmark is missing or broken, or the split has no prompts.
 pub(crate) fn run(arguments: &Arguments) -> Result<Outcome> {
+    expect_other_output(arguments)?;
     let mut samples = load(arguments)?;
     samples.truncate(arguments.limit.unwrap_or(usize::MAX));
     if arguments.variants > 0 {
@@ -94,6 +96,16 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome> {
     let prompts = count(samples.len(), "prompt");
     progress::log(format!("{prompts} in {}, {num_answered} with a reference", arguments.output.display()));
     Ok(Outcome::Done)
+}
+
+/// Refuses to write over the file that is read.
+fn expect_other_output(arguments: &Arguments) -> Result<()> {
+    let Some(Ok(data)) = arguments.data.as_deref().map(Path::canonicalize) else { return Ok(()) };
+    if data.is_file() && arguments.output.canonicalize().is_ok_and(|output| output == data) {
+        let message = format!("--output {} is the file that is read: name another", arguments.output.display());
+        return Err(Error::usage(message));
+    }
+    Ok(())
 }
 
 fn load(arguments: &Arguments) -> Result<Vec<Sample>> {

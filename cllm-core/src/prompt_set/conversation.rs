@@ -4,7 +4,7 @@
 use clap::ValueEnum;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value};
+use serde_json::{Map, Number, Value};
 
 use super::dataset_file::{RowError, parse_json_text, type_name};
 use crate::chat_template::Message;
@@ -82,8 +82,8 @@ fn parse_message(number: usize, message: Value) -> Result<Message, RowError> {
         Some(content) => text_of(content).map_err(|found| {
             RowError::new("has a message that is not text", format!("message {number} has {found}"))
         })?,
-        None if has_calls(&message) => {
-            let detail = format!("message {number}: give it an empty text to keep it");
+        None if let Some(key) = calls_key(&message) => {
+            let detail = format!("message {number} has `{key}`: give it an empty text to keep it");
             return Err(RowError::new("has a message with tool calls and no text", detail));
         }
         None => return Err(RowError::new("has a message without text", format!("message {number}"))),
@@ -98,13 +98,18 @@ fn known_role(name: &str) -> Option<&'static str> {
 
 fn unknown_role(number: usize, found: &str) -> RowError {
     let known = ROLES.map(|(role, _)| role).join(", ");
-    let detail = format!("message {number} is from {found}: rename it to one of {known}");
+    let advice = match found {
+        "`function_call`" => "write it as the assistant's, with an empty text and `tool_calls`".to_owned(),
+        _ => format!("rename it to one of {known}"),
+    };
+    let detail = format!("message {number} is from {found}: {advice}");
     RowError::new("has a message of an unknown role", detail)
 }
 
-fn has_calls(other: &Map<String, Value>) -> bool {
+/// The key with the calls that a message makes, if it makes any.
+fn calls_key(other: &Map<String, Value>) -> Option<&'static str> {
     let is_empty = |value: &Value| value.as_array().is_some_and(Vec::is_empty) || value == "";
-    CALLS.iter().filter_map(|key| other.get(*key)).any(|calls| !is_empty(calls))
+    CALLS.into_iter().find(|key| other.get(*key).is_some_and(|calls| !is_empty(calls)))
 }
 
 /// The text of a value: text itself, a number, a boolean, or a list of text parts, which are
@@ -115,9 +120,19 @@ pub(super) fn text_of(value: Value) -> Result<String, String> {
             Some(text) => text.to_owned(),
             None => text,
         }),
-        Value::Number(_) | Value::Bool(_) => Ok(value.to_string()),
+        Value::Number(number) => Ok(number_text(&number)),
+        Value::Bool(_) => Ok(value.to_string()),
         Value::Array(parts) if !parts.is_empty() => parts.into_iter().map(text_of_part).collect(),
         Value::Null | Value::Array(_) | Value::Object(_) => Err(type_name(&value).to_owned()),
+    }
+}
+
+/// A number as text. Whole numbers have no fraction: programs write them as floats where another
+/// row has none, as pandas does.
+fn number_text(number: &Number) -> String {
+    match number.to_string().strip_suffix(".0") {
+        Some(whole) if number.is_f64() => whole.to_owned(),
+        _ => number.to_string(),
     }
 }
 
@@ -147,7 +162,7 @@ pub(super) fn split_turns(messages: Vec<Message>, turns: Turns) -> Result<Split,
     let is_wanted = |index: &usize| turns == Turns::All || *index == last;
     let (mut found, mut num_calling) = (Vec::new(), 0);
     for index in (0..messages.len()).filter(is_wanted).filter(|&index| answers_something(&messages, index)) {
-        if has_calls(&messages[index].other) {
+        if calls_key(&messages[index].other).is_some() {
             num_calling += 1;
         } else {
             found.push(turn(&messages[..index], &messages[index]));

@@ -40,6 +40,8 @@ pub(super) struct RowSamples {
     pub(super) lost_keys: Vec<String>,
     /// Number of turns that are no prompts of their own, because they call a tool.
     pub(super) num_calling: usize,
+    /// Number of samples that have no reference because their answer is empty.
+    pub(super) num_empty: usize,
 }
 
 /// The answer that a field beside the prompt holds.
@@ -62,10 +64,11 @@ pub(super) fn parse_row(
     let source = row.take_name(Role::Source, "source")?.unwrap_or_else(|| DEFAULT_SOURCE.to_owned());
     let prompt = row.take_prompt()?;
     let answer = row.take_answer()?;
-    let (answered, num_calling) = match (prompt, answer) {
+    let (mut answered, num_calling) = match (prompt, answer) {
         (Prompt::Text(text), answer) => (vec![(Prompt::Text(text), plain_answer(answer)?)], 0),
         (Prompt::Conversation(conversation), answer) => answered_turns(conversation, answer, turns)?,
     };
+    let num_empty = answered.iter_mut().filter_map(|(_, turn)| remove_empty(&mut turn.reference)).count();
     let lost_keys = answered.iter().flat_map(|(_, turn)| turn.lost_keys.clone()).collect();
     let (meta, meta_fields) = row.into_meta();
     let sample = |(index, (prompt, Turn { reference, .. })): (usize, (Prompt, Turn))| Sample {
@@ -79,14 +82,19 @@ pub(super) fn parse_row(
         meta: meta.clone(),
     };
     let samples = answered.into_iter().enumerate().map(sample).collect();
-    Ok(RowSamples { samples, meta_fields, lost_keys, num_calling })
+    Ok(RowSamples { samples, meta_fields, lost_keys, num_calling, num_empty })
 }
 
-fn plain_answer(answer: Option<Answer>) -> Result<Turn, RowError> {
+/// Removes a reference without text: fine-tuning on it would teach to end at once.
+fn remove_empty(reference: &mut Option<String>) -> Option<String> {
+    reference.take_if(|text| text.trim().is_empty())
+}
+
+fn plain_answer(answer: Option<(String, Answer)>) -> Result<Turn, RowError> {
     let reference = match answer {
-        Some(Answer::Text(text)) => Some(text),
+        Some((_, Answer::Text(text))) => Some(text),
         None => None,
-        Some(Answer::Messages(_)) => {
+        Some((_, Answer::Messages(_))) => {
             return Err(RowError::new("has a prompt of plain text and an answer of messages", "make both the same"));
         }
     };
@@ -97,24 +105,26 @@ fn plain_answer(answer: Option<Answer>) -> Result<Turn, RowError> {
 /// turns that call a tool instead.
 fn answered_turns(
     mut conversation: Conversation,
-    answer: Option<Answer>,
+    answer: Option<(String, Answer)>,
     turns: Turns,
 ) -> Result<(Vec<(Prompt, Turn)>, usize), RowError> {
     let text = match answer {
-        Some(Answer::Messages(messages)) => {
+        Some((_, Answer::Messages(messages))) => {
             conversation.messages.extend(messages);
             None
         }
-        Some(Answer::Text(text)) => Some(text),
+        Some((field, Answer::Text(text))) => Some((field, text)),
         None => None,
     };
     let Split { turns: mut found, num_calling } = split_turns(std::mem::take(&mut conversation.messages), turns)?;
-    if let (Some(text), Some(last)) = (text, found.last_mut()) {
+    if let (Some((field, text)), Some(last)) = (text, found.last_mut()) {
         match &last.reference {
             None => last.reference = Some(text),
             Some(own) if own.trim() == text.trim() => {}
             Some(_) => {
-                let detail = "the assistant's last turn, and a field beside the conversation";
+                let detail = format!(
+                    "the assistant's last turn, which is the reference of a conversation, and `{field}` beside it"
+                );
                 return Err(RowError::new("has two references that differ", detail));
             }
         }
@@ -185,13 +195,17 @@ impl<'m> Row<'m> {
     }
 
     /// The field that holds the prompt, and its form.
-    fn prompt_field(&self) -> Result<(String, Role), RowError> {
+    fn prompt_field(&mut self) -> Result<(String, Role), RowError> {
         if let Some((role, field)) = self.map.prompt() {
             return Ok((field.to_owned(), role));
         }
         let present: Vec<_> = PROMPTS.into_iter().filter(|(name, _)| self.fields.contains_key(*name)).collect();
         match present[..] {
             [(name, form)] => Ok((name.to_owned(), form)),
+            [(name, Role::Messages), (text, _)] if self.is_first_question(name, text) => {
+                self.take(text);
+                Ok((name.to_owned(), Role::Messages))
+            }
             [] => {
                 let names = if self.names.is_empty() { "none".to_owned() } else { self.names.join(", ") };
                 Err(RowError::new("has no known form", format!("its fields are {names}; known forms: {FORMS}")))
@@ -201,6 +215,14 @@ impl<'m> Row<'m> {
                 Err(RowError::new("has two prompts", detail))
             }
         }
+    }
+
+    /// Whether the field `text` only repeats the first turn of the user in `messages`.
+    fn is_first_question(&self, messages: &str, text: &str) -> bool {
+        let Some(text) = self.fields[text].as_str() else { return false };
+        let messages = parse_messages(self.fields[messages].clone()).unwrap_or_default();
+        let first = messages.iter().find(|message| message.role == "user");
+        first.is_some_and(|message| message.content.trim() == text.trim())
     }
 
     /// A text that is continued as it is, so that nothing reads a system text, tools or variables
@@ -271,7 +293,8 @@ impl<'m> Row<'m> {
         Ok(Conversation { messages: Vec::new(), tools, chat_template_kwargs })
     }
 
-    fn take_answer(&mut self) -> Result<Option<Answer>, RowError> {
+    /// The field that holds the answer, and the answer.
+    fn take_answer(&mut self) -> Result<Option<(String, Answer)>, RowError> {
         let mapped = self.map.get(Role::Reference);
         if let Some(field) = mapped.filter(|field| !self.fields.contains_key(*field)) {
             return Err(self.lacks(field));
@@ -290,7 +313,7 @@ impl<'m> Row<'m> {
                 None => first = Some((field, answer)),
             }
         }
-        Ok(first.map(|(_, answer)| answer))
+        Ok(first.map(|(field, answer)| (field.to_owned(), answer)))
     }
 
     /// What is left becomes the fields of `meta`, whose own fields win. Also returns the names of

@@ -65,12 +65,12 @@ pub fn read_with(path: &Path, options: &ReadOptions) -> Result<PromptSet> {
         return Err(Error::file(path, message));
     }
     let rows = dataset_file::read_rows(path)?;
-    let num_rows = rows.len();
+    let (num_rows, is_parquet) = (rows.len(), dataset_file::is_parquet(path)?);
     let (mut samples, mut ids, mut notes) = (Vec::new(), HashSet::new(), Notes::default());
     for (index, row) in rows.into_iter().enumerate() {
         interrupt::check()?;
         let location = row.location;
-        match parse_row(path, index + 1, row, options).and_then(|row| expect_new_ids(row, &mut ids)) {
+        match parse_row(is_parquet, index + 1, row, options).and_then(|row| expect_new_ids(row, &mut ids)) {
             Ok(row) => samples.extend(notes.add_read(row)),
             Err(error) if options.strict => return Err(Error::file(path, format!("{location} {error}"))),
             Err(error) => notes.add_set_aside(location, error),
@@ -81,13 +81,13 @@ pub fn read_with(path: &Path, options: &ReadOptions) -> Result<PromptSet> {
 }
 
 fn parse_row(
-    path: &Path,
+    is_parquet: bool,
     number: usize,
     row: FileRow,
     options: &ReadOptions,
 ) -> std::result::Result<RowSamples, RowError> {
     let mut fields = row.object?;
-    if dataset_file::is_parquet(path) {
+    if is_parquet {
         columns::restore(&mut fields)?;
     }
     form::parse_row(number, fields, &options.fields, options.turns)
@@ -125,7 +125,7 @@ pub fn insert_system_message(samples: &mut [Sample], text: &str) {
 /// # Errors
 /// File-system errors.
 pub fn write(path: &Path, samples: &[Sample]) -> Result<()> {
-    if dataset_file::is_parquet(path) {
+    if dataset_file::is_named_parquet(path) {
         return columns::write(path, samples);
     }
     atomic_file::write_with(path, |file| {

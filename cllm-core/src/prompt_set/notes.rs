@@ -3,7 +3,7 @@
 use std::fmt::Write;
 use std::path::Path;
 
-use super::dataset_file::{Location, RowError};
+use super::dataset_file::{Location, NOT_JSON, RowError};
 use super::form::RowSamples;
 use super::sample::Sample;
 use crate::progress::{self, count};
@@ -19,6 +19,8 @@ pub(super) struct Notes {
     lost_keys: Vec<String>,
     /// Turns that are no prompts of their own, because they call a tool.
     num_calling: usize,
+    /// Prompts whose answer is empty.
+    num_empty: usize,
 }
 
 /// The rows that are set aside for one reason.
@@ -33,6 +35,7 @@ impl Notes {
     pub(super) fn add_read(&mut self, row: RowSamples) -> Vec<Sample> {
         self.num_read += 1;
         self.num_calling += row.num_calling;
+        self.num_empty += row.num_empty;
         extend_unique(&mut self.meta_fields, row.meta_fields);
         extend_unique(&mut self.lost_keys, row.lost_keys);
         row.samples
@@ -60,10 +63,10 @@ impl Notes {
             return Err(Error::file(path, "holds no prompts: name another file, or create it again"));
         }
         if self.num_read == 0 {
-            return Err(Error::file(
-                path,
-                format!("none of {} can be read:{}", count(num_rows, "row"), self.reasons()),
-            ));
+            let is_not_json = self.set_aside.iter().all(|reason| reason.first.1.reason == NOT_JSON);
+            let formats = if is_not_json { "\nFiles are JSON Lines, a JSON list or Parquet" } else { "" };
+            let rows = count(num_rows, "row");
+            return Err(Error::file(path, format!("none of {rows} can be read:{}{formats}", self.reasons())));
         }
         let file = path.display();
         if num_set_aside > 0 {
@@ -83,6 +86,10 @@ impl Notes {
         if self.num_calling > 0 {
             let turns = count(self.num_calling, "turn");
             progress::log(format!("{file}: no prompts for {turns} that call a tool: a reference is text alone"));
+        }
+        if self.num_empty > 0 {
+            let prompts = count(self.num_empty, "prompt");
+            progress::log(format!("{file}: no reference for {prompts} with an empty answer"));
         }
         Ok(num_set_aside)
     }

@@ -2,10 +2,11 @@
 //! from JSON Lines, a JSON list and Parquet.
 
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use arrow::array::{ArrayRef, FixedSizeBinaryArray, Float32Array, Float64Array, RecordBatch, StringArray};
 use arrow::json::ReaderBuilder;
 use arrow::json::reader::infer_json_schema;
 use cllm_core::chat_template::{Conversation, Message};
@@ -118,6 +119,12 @@ fn every_known_form_gives_its_prompt_and_its_reference() {
         (json!({ "instruction": "Hi", "input": "", "output": "Yo" }), hi()),
         (json!({ "instruction": "Sum up", "context": "Long.", "response": "Yo" }), chat(&[("user", "Sum up\nLong.")])),
         (json!({ "question": "Hi", "answer": "Yo" }), hi()),
+        // Some sets repeat the first question in a field of its own.
+        (json!({ "prompt": " Hi", "messages": [user, assistant] }), hi()),
+        (
+            json!({ "prompt": "A", "messages": [message("system", "S"), message("user", "A"), assistant, user, assistant] }),
+            chat(&[("system", "S"), ("user", "A"), ("assistant", "Yo"), ("user", "Hi")]),
+        ),
         (json!({ "messages": [in_parts("user", &["H", "i"]), in_parts("assistant", &["Yo"])] }), hi()),
         (json!({ "conversations": [in_parts("user", &["Hi"])], "answer": "Yo" }), hi()),
     ] {
@@ -167,11 +174,118 @@ fn references_that_are_numbers_or_booleans_become_text() {
         (json!(4), "4"),
         (json!(true), "true"),
         (json!(2.5), "2.5"),
+        // pandas writes whole numbers so where another row has none.
+        (json!(4.0), "4"),
+        (json!(-0.5), "-0.5"),
+        (json!(1e22), "1e+22"),
         (json!(-9007199254740993_i64), "-9007199254740993"),
     ] {
         assert_eq!(read(json!({ "prompt": "2+2?", "reference": value })).reference.as_deref(), Some(text));
     }
     assert_eq!(read(json!({ "id": 7, "prompt": "2+2?", "reference": null })).id, "7");
+}
+
+#[test]
+fn integers_of_any_size_keep_their_digits() {
+    let dir = tempfile::tempdir().unwrap();
+    let rows = [1, 2].map(|last| {
+        let number = format!("1{}{last}", "0".repeat(28));
+        format!("{{\"id\": {number}, \"prompt\": \"Hi\", \"reference\": -{number}, \"level\": {number}}}")
+    });
+    for (name, text) in [("rows.jsonl", rows.join("\n")), ("rows.json", format!("[{}]", rows.join(",")))] {
+        std::fs::write(dir.path().join(name), text).unwrap();
+        let samples = prompt_set::read(&dir.path().join(name)).unwrap();
+        let found: Vec<_> = samples.iter().map(|it| (it.id.clone(), it.reference.clone(), it.meta.clone())).collect();
+        let expected = ["100000000000000000000000000001", "100000000000000000000000000002"]
+            .map(|id| (id.to_owned(), Some(format!("-{id}")), Some(json!({ "level": id }))));
+        assert_eq!(found, expected, "{name}");
+    }
+}
+
+#[test]
+fn an_empty_answer_is_no_reference() {
+    let user = message("user", "Hi");
+    for row in [
+        json!({ "prompt": "Hi", "reference": "" }),
+        json!({ "question": "Hi", "answer": " \n" }),
+        json!({ "messages": [user, message("assistant", "")] }),
+        json!({ "prompt": [user], "completion": [message("assistant", "")] }),
+    ] {
+        assert_eq!(read(row.clone()).reference, None, "{row}");
+    }
+}
+
+#[test]
+fn files_are_what_they_hold_whatever_their_names() {
+    let dir = tempfile::tempdir().unwrap();
+    let line = |text: &str| format!("{{\"prompt\": \"{text}\", \"meta\": \"[1]\"}}\n");
+    let lines = line("a") + &line("b");
+    let several = "{\n  \"prompt\": \"a\"\n}\n\n{\"prompt\": \"b\"}\n{\n\"prompt\":\n\"c\"} \n";
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+    gzip.write_all(lines.as_bytes()).unwrap();
+    write_parquet(&dir.path().join("rows"), &lines);
+    let parquet = std::fs::read(dir.path().join("rows")).unwrap();
+    for (name, bytes, texts) in [
+        ("gzip.jsonl", gzip.finish().unwrap(), &["a", "b"][..]),
+        ("plain.jsonl.gz", lines.clone().into_bytes(), &["a", "b"]),
+        ("parquet.jsonl", parquet.clone(), &["a", "b"]),
+        ("ROWS.PARQUET", parquet, &["a", "b"]),
+        ("several.jsonl", several.into(), &["a", "b", "c"]),
+        ("one.jsonl", "{\"prompt\":\n\"a\"}".into(), &["a"]),
+        ("broken.jsonl", format!("{{\"prompt\": \n{several}").into(), &["a", "b", "c"]),
+    ] {
+        std::fs::write(dir.path().join(name), bytes).unwrap();
+        let samples = prompt_set::read(&dir.path().join(name)).unwrap();
+        let expected: Vec<_> = texts.iter().map(|text| Prompt::Text((*text).to_owned())).collect();
+        let is_parquet = name.to_lowercase().starts_with("parquet") || name.starts_with("ROWS");
+        let prompts: Vec<Prompt> = samples.iter().map(|sample| sample.prompt.clone()).collect();
+        assert_eq!(prompts, expected, "{name}");
+        assert!(!is_parquet || samples[0].meta == Some(json!([1])), "{name}");
+    }
+    for (name, text, parts) in [
+        ("rows.csv", "prompt,reference\nHi,Yo\n", &["line 1 is not JSON", "JSON Lines, a JSON list or Parquet"][..]),
+        (
+            "columns.json",
+            r#"{"prompt": {"0": "Hi", "1": "Ho"}, "answer": {"0": "a", "1": "b"}}"#,
+            &["holds columns, not rows", "orient=\"records\""],
+        ),
+        ("lists.jsonl", "[1]\n[2]\n", &["line 1 is not an object", "found a list (and 1 row like it)"]),
+    ] {
+        std::fs::write(dir.path().join(name), text).unwrap();
+        let error = prompt_set::read(&dir.path().join(name)).unwrap_err().to_string();
+        assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+    }
+}
+
+#[test]
+fn fixed_bytes_and_infinite_numbers_in_parquet_lose_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("rows.parquet");
+    let uuid: Vec<u8> = (0..16).map(|byte| byte * 17).collect();
+    let columns: [(&str, ArrayRef); 5] = [
+        ("prompt", Arc::new(StringArray::from(vec!["a", "b", "c"]))),
+        (
+            "id",
+            Arc::new(
+                FixedSizeBinaryArray::try_from_iter([uuid.clone(), vec![7; 16], vec![8; 16]].into_iter()).unwrap(),
+            ),
+        ),
+        ("word", Arc::new(FixedSizeBinaryArray::try_from_iter([*b"abc", *b"def", [0xff; 3]].into_iter()).unwrap())),
+        ("reference", Arc::new(Float64Array::from(vec![Some(f64::INFINITY), Some(4.0), None]))),
+        ("score", Arc::new(Float32Array::from(vec![f32::NEG_INFINITY, 0.1, f32::NAN]))),
+    ];
+    let batch = RecordBatch::try_from_iter(columns).unwrap();
+    let mut writer = ArrowWriter::try_new(File::create(&path).unwrap(), batch.schema(), None).unwrap();
+    writer.write(&batch).unwrap();
+    writer.close().unwrap();
+    let samples = prompt_set::read(&path).unwrap();
+    let ids: Vec<_> = samples.iter().map(|sample| sample.id.as_str()).collect();
+    assert_eq!(ids[..2], ["00112233-4455-6677-8899-aabbccddeeff", "07070707-0707-0707-0707-070707070707"]);
+    let references: Vec<_> = samples.iter().map(|sample| sample.reference.as_deref()).collect();
+    assert_eq!(references, [Some("inf"), Some("4"), None]);
+    let metas = samples.into_iter().map(|sample| sample.meta.unwrap_or_default());
+    let expected = [json!({ "word": "abc", "score": "-inf" }), json!({ "word": "def", "score": 0.1 }), json!(null)];
+    assert_eq!(metas.collect::<Vec<_>>(), expected);
 }
 
 #[test]
@@ -232,7 +346,15 @@ fn what_cannot_be_read_or_would_be_guessed_is_set_aside_with_its_reason() {
     for (row, parts) in [
         (
             json!({ "messages": [user, { "role": "assistant", "content": null, "tool_calls": calls }, assistant] }),
-            &["tool calls and no text", "message 2"][..],
+            &["tool calls and no text", "message 2 has `tool_calls`"][..],
+        ),
+        (
+            json!({ "messages": [user, { "role": "assistant", "content": null, "function_call": { "name": "f" } }, assistant] }),
+            &["tool calls and no text", "message 2 has `function_call`"],
+        ),
+        (
+            json!({ "conversations": [{ "from": "human", "value": "Hi" }, { "from": "function_call", "value": "{}" }] }),
+            &["unknown role", "`function_call`: write it as the assistant's", "`tool_calls`"],
         ),
         (
             json!({ "messages": [user, { "role": "assistant", "content": "", "tool_calls": calls }] }),
@@ -253,7 +375,7 @@ fn what_cannot_be_read_or_would_be_guessed_is_set_aside_with_its_reason() {
         (json!({ "messages": [message("system", "S")] }), &["no messages to answer"]),
         (json!({ "messages": "Hi" }), &["text where JSON is needed"]),
         (
-            json!({ "prompt": "Hi", "messages": [user, assistant] }),
+            json!({ "prompt": "Ho", "messages": [user, assistant] }),
             &["two prompts", "`messages` and `prompt`", "--map prompt=FIELD"],
         ),
         (json!({ "question": "Hi", "instruction": "Ho" }), &["two prompts"]),
@@ -261,7 +383,10 @@ fn what_cannot_be_read_or_would_be_guessed_is_set_aside_with_its_reason() {
             json!({ "prompt": "Hi", "answer": "a", "response": "b" }),
             &["two references that differ", "`response` and `answer`"],
         ),
-        (json!({ "messages": [user, assistant], "answer": "No" }), &["two references that differ"]),
+        (
+            json!({ "messages": [user, assistant], "answer": "No" }),
+            &["two references that differ", "`answer` beside it", "which is the reference of a conversation"],
+        ),
         (json!({ "prompt": "Hi", "completion": [assistant] }), &["plain text and an answer of messages"]),
         (
             json!({ "system": "S", "prompt": "Hi" }),
@@ -389,7 +514,7 @@ fn columns_of_types_that_json_lacks_become_text_and_cost_no_row() {
     let types = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/prompt-files/types");
     let read = |name: &str| prompt_set::read(&types.join(name)).unwrap().remove(0);
     let sample = read("duckdb.parquet");
-    assert_eq!((sample.prompt, sample.reference.as_deref()), (Prompt::Text("Hi".into()), Some("4.0")));
+    assert_eq!((sample.prompt, sample.reference.as_deref()), (Prompt::Text("Hi".into()), Some("4")));
     let meta = json!({
         "zoned": "2024-02-29T08:00:00Z", "plain": "2024-02-29T10:00:00", "clock": "10:00:01", "span": "3 days",
         "text_bytes": "abc", "by_number": "{1: x}", "by_name": { "a": 1 }, "pair": [1, null], "exact": "1.1000000000",

@@ -131,6 +131,19 @@ fn what_a_file_loses_is_counted_by_reason_and_told_once() {
 }
 
 #[test]
+fn an_empty_answer_is_counted_and_the_file_that_is_read_is_not_written_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let (rows, output) = (path(dir.path(), "rows.jsonl"), path(dir.path(), "prompts.jsonl"));
+    let text = "{\"prompt\": \"Hi\", \"answer\": \"\"}\n";
+    fs::write(&rows, text).unwrap();
+    let said = DATA.succeed(&["prepare", "jsonl", "--data", &rows, "--output", &output]).stderr;
+    assert!(said.contains("no reference for 1 prompt with an empty answer"), "{said}");
+    let same = path(dir.path(), "./rows.jsonl");
+    DATA.fail(&["prepare", "jsonl", "--data", &rows, "--output", &same], 2, &["is the file that is read"]);
+    assert_eq!(fs::read_to_string(&rows).unwrap(), text);
+}
+
+#[test]
 fn the_default_split_is_one_that_the_benchmark_has_and_an_empty_split_is_refused() {
     let dir = tempfile::tempdir().unwrap();
     let (data, output) = (path(dir.path(), ""), path(dir.path(), "prompts.jsonl"));

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use arrow::array::{Array, AsArray, RecordBatch, StringArray};
 use arrow::compute::cast;
-use arrow::datatypes::{DataType, Field, FieldRef};
+use arrow::datatypes::{DataType, Field, FieldRef, Float64Type};
 use arrow::error::ArrowError;
 use arrow::json::writer::{Encoder, EncoderFactory, EncoderOptions, JsonArray, NullableEncoder, WriterBuilder};
 use arrow::util::display::{ArrayFormatter, FormatOptions};
@@ -16,6 +16,8 @@ use serde_json::{Map, Value};
 
 use super::row::{FileRow, Location};
 use crate::{Error, Result, interrupt, parquet_file};
+
+const UUID_BYTES: i32 = 16;
 
 /// Reads all rows of a file.
 ///
@@ -66,6 +68,10 @@ impl EncoderFactory for TextEncoders {
         array: &'a dyn Array,
         _: &'a EncoderOptions,
     ) -> std::result::Result<Option<NullableEncoder<'a>>, ArrowError> {
+        if let Some(numbers) = infinite_numbers(array)? {
+            let nulls = numbers.0.nulls().cloned();
+            return Ok(Some(NullableEncoder::new(Box::new(numbers), nulls)));
+        }
         let Some(text) = to_text(array)? else { return Ok(None) };
         let nulls = text.nulls().cloned();
         Ok(Some(NullableEncoder::new(Box::new(TextEncoder(text)), nulls)))
@@ -73,12 +79,14 @@ impl EncoderFactory for TextEncoders {
 }
 
 /// The values as text, if they have a type that JSON has no counterpart of: decimals, which lose
-/// digits as JSON numbers; bytes, which some writers have for text (null if they are none); times
-/// in a named zone; maps whose keys are not text.
+/// digits as JSON numbers; bytes, which some writers have for text (null if they are none); UUIDs;
+/// times in a named zone; maps whose keys are not text.
 fn to_text(array: &dyn Array) -> std::result::Result<Option<StringArray>, ArrowError> {
     let has_other_keys =
         |entries: &Field| !matches!(entries.data_type(), DataType::Struct(pair) if pair[0].data_type().is_string());
     let text = match array.data_type() {
+        DataType::FixedSizeBinary(UUID_BYTES) => return Ok(Some(uuids(array))),
+        DataType::FixedSizeBinary(_) => cast(&cast(array, &DataType::Binary)?, &DataType::Utf8)?,
         from if from.is_decimal() || from.is_binary() => cast(array, &DataType::Utf8)?,
         DataType::Timestamp(unit, Some(_)) => {
             let in_utc = cast(array, &DataType::Timestamp(*unit, Some("+00:00".into())))?;
@@ -94,10 +102,43 @@ fn to_text(array: &dyn Array) -> std::result::Result<Option<StringArray>, ArrowE
     Ok(Some(text.as_string().clone()))
 }
 
+/// The 16 bytes of each UUID as text.
+fn uuids(array: &dyn Array) -> StringArray {
+    let text = |bytes: &[u8]| {
+        let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
+        [&hex[..8], &hex[8..12], &hex[12..16], &hex[16..20], &hex[20..]].join("-")
+    };
+    array.as_fixed_size_binary().iter().map(|bytes| bytes.map(text)).collect()
+}
+
 struct TextEncoder(StringArray);
 
 impl Encoder for TextEncoder {
     fn encode(&mut self, index: usize, out: &mut Vec<u8>) {
         out.extend(Value::from(self.0.value(index)).to_string().into_bytes());
+    }
+}
+
+/// Numbers as text, some of which are infinite.
+struct NumberEncoder(StringArray);
+
+/// The numbers of a column that holds infinite ones, which would become nulls.
+fn infinite_numbers(array: &dyn Array) -> std::result::Result<Option<NumberEncoder>, ArrowError> {
+    if !array.data_type().is_floating() {
+        return Ok(None);
+    }
+    let wide = cast(array, &DataType::Float64)?;
+    let is_infinite = wide.as_primitive::<Float64Type>().iter().flatten().any(f64::is_infinite);
+    Ok(if is_infinite { Some(NumberEncoder(cast(array, &DataType::Utf8)?.as_string().clone())) } else { None })
+}
+
+impl Encoder for NumberEncoder {
+    fn encode(&mut self, index: usize, out: &mut Vec<u8>) {
+        let text = match self.0.value(index) {
+            infinite @ ("inf" | "-inf") => format!("\"{infinite}\""),
+            "NaN" => "null".to_owned(),
+            number => number.to_owned(),
+        };
+        out.extend(text.into_bytes());
     }
 }

@@ -2,10 +2,13 @@
 //! (both also gzipped), or Parquet of any writer. The benchmarks and prompt sets read here.
 
 mod columns;
+mod integers;
 mod row;
 mod surrogates;
 mod text;
 
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
@@ -14,7 +17,10 @@ use serde_json::Value;
 use crate::{Error, Result, interrupt};
 
 pub(crate) use row::{FileRow, Location, RowError};
-pub(crate) use text::{parse_json_text, type_name};
+pub(crate) use text::{NOT_JSON, parse_json_text, type_name};
+
+/// The bytes with which every Parquet file begins.
+const PARQUET_MAGIC: &[u8] = b"PAR1";
 
 /// Reads the first of `stems` (paths in `data` without an extension) that exists. `data` may also
 /// be the file itself.
@@ -74,23 +80,32 @@ pub(crate) fn read_file<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     read_rows(path)?.into_iter().map(parse).collect()
 }
 
-/// Reads the rows of one file as JSON objects: Parquet if the name ends in `.parquet`, otherwise
-/// text.
+/// Reads the rows of one file as JSON objects: Parquet if it [is that](is_parquet), otherwise text.
 ///
 /// # Errors
 /// When the file as a whole cannot be read. A row that cannot be read is marked as such.
 pub(crate) fn read_rows(path: &Path) -> Result<Vec<FileRow>> {
-    if is_parquet(path) { columns::read(path) } else { text::read(path) }
+    if is_parquet(path)? { columns::read(path) } else { text::read(path) }
+}
+
+/// Whether a file is Parquet by its name, or by its contents under any other name.
+pub(crate) fn is_parquet(path: &Path) -> Result<bool> {
+    if is_named_parquet(path) {
+        return Ok(true);
+    }
+    let mut start = Vec::new();
+    let file = File::open(path).map_err(Error::io(path))?;
+    file.take(PARQUET_MAGIC.len() as u64).read_to_end(&mut start).map_err(Error::io(path))?;
+    Ok(start == PARQUET_MAGIC)
 }
 
 /// Whether the file name has Parquet's extension.
-pub(crate) fn is_parquet(path: &Path) -> bool {
-    path.extension().is_some_and(|extension| extension == "parquet")
+pub(crate) fn is_named_parquet(path: &Path) -> bool {
+    path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("parquet"))
 }
 
 #[cfg(test)]
 mod tests {
-    use std::fs::File;
     use std::sync::Arc;
 
     use arrow::array::{ArrayRef, Int64Array, ListArray, RecordBatch, StringArray};

@@ -1,20 +1,23 @@
 //! Reads rows from text: a JSON list, JSON Lines, or a single object, gzipped or not. The contents
 //! tell which, because file names often do not.
 
-use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
 use flate2::read::MultiGzDecoder;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::row::{FileRow, Location, RowError};
-use super::surrogates;
+use super::{integers, surrogates};
 use crate::progress::{self, count};
 use crate::{Error, Result, interrupt, text_file};
 
+const GZIP_MAGIC: &[u8] = &[0x1f, 0x8b];
 const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
 const UTF16_MARKS: [&[u8]; 2] = [&[0xff, 0xfe], &[0xfe, 0xff]];
+
+/// The reason of a row that is no JSON.
+pub(crate) const NOT_JSON: &str = "is not JSON";
 
 /// Reads all rows of a file. Empty lines are skipped.
 ///
@@ -29,12 +32,17 @@ pub(super) fn read(path: &Path) -> Result<Vec<FileRow>> {
         bytes.drain(..BYTE_ORDER_MARK.len());
     }
     tell_repaired(path, &surrogates::replace_lone(&mut bytes));
-    if bytes.trim_ascii_start().starts_with(b"[") {
+    let bytes = integers::quote_wide(bytes);
+    if bytes.trim_ascii_start().starts_with(b"[") && !has_lists_by_line(&bytes) {
         return read_list(path, bytes);
     }
-    match serde_json::from_slice(&bytes) {
-        Ok(Value::Object(object)) => Ok(vec![FileRow { location: Location::Line(1), object: Ok(object) }]),
-        _ => read_lines(&bytes),
+    let rows = read_lines(&bytes)?;
+    match &rows[..] {
+        [FileRow { object: Ok(object), .. }] if is_columns(object) => {
+            let message = "holds columns, not rows: with pandas, write it by `to_json(FILE, orient=\"records\")`";
+            Err(Error::file(path, message))
+        }
+        _ => Ok(rows),
     }
 }
 
@@ -49,15 +57,14 @@ fn tell_repaired(path: &Path, lines: &[usize]) {
 }
 
 fn read_bytes(path: &Path) -> Result<Vec<u8>> {
-    let mut file = File::open(path).map_err(Error::io(path))?;
-    let mut bytes = Vec::new();
-    if path.extension().is_some_and(|extension| extension == "gz") {
-        let incomplete = |error| Error::file(path, format!("is not a complete gzip file ({error}): download it again"));
-        MultiGzDecoder::new(file).read_to_end(&mut bytes).map_err(incomplete)?;
-    } else {
-        file.read_to_end(&mut bytes).map_err(Error::io(path))?;
+    let bytes = std::fs::read(path).map_err(Error::io(path))?;
+    if !bytes.starts_with(GZIP_MAGIC) {
+        return Ok(bytes);
     }
-    Ok(bytes)
+    let mut text = Vec::new();
+    let incomplete = |error| Error::file(path, format!("is not a complete gzip file ({error}): download it again"));
+    MultiGzDecoder::new(&bytes[..]).read_to_end(&mut text).map_err(incomplete)?;
+    Ok(text)
 }
 
 fn read_list(path: &Path, bytes: Vec<u8>) -> Result<Vec<FileRow>> {
@@ -69,28 +76,63 @@ fn read_list(path: &Path, bytes: Vec<u8>) -> Result<Vec<FileRow>> {
 }
 
 fn read_lines(bytes: &[u8]) -> Result<Vec<FileRow>> {
-    let mut rows = Vec::new();
-    for (index, line) in bytes.split(|&byte| byte == b'\n').enumerate() {
+    let (mut rows, mut number, mut rest) = (Vec::new(), 1, bytes);
+    while !rest.is_empty() {
         interrupt::check()?;
-        let line = line.strip_prefix(BYTE_ORDER_MARK).unwrap_or(line).trim_ascii();
+        let mut end = rest.iter().position(|&byte| byte == b'\n').map_or(rest.len(), |position| position + 1);
+        let line = rest[..end].strip_prefix(BYTE_ORDER_MARK).unwrap_or(&rest[..end]).trim_ascii();
         if !line.is_empty() {
-            rows.push(FileRow { location: Location::Line(index + 1), object: parse_line(line) });
+            let mut object = parse_line(line);
+            if object.is_err()
+                && let Some((whole, length)) = parse_several_lines(rest)
+            {
+                (object, end) = (Ok(whole), length);
+            }
+            rows.push(FileRow { location: Location::Line(number), object });
         }
+        number += rest[..end].iter().filter(|&&byte| byte == b'\n').count();
+        rest = &rest[end..];
     }
     Ok(rows)
 }
 
-fn parse_line(line: &[u8]) -> std::result::Result<serde_json::Map<String, Value>, RowError> {
+/// The object with which the text begins, if it has lines of its own, as `jq` writes them; and the
+/// length of these lines.
+fn parse_several_lines(text: &[u8]) -> Option<(Map<String, Value>, usize)> {
+    let mut objects = serde_json::Deserializer::from_slice(text).into_iter::<Map<String, Value>>();
+    let object = objects.next()?.ok()?;
+    let after = &text[objects.byte_offset()..];
+    let line = after.split(|&byte| byte == b'\n').next().unwrap_or_default();
+    let end = (text.len() - after.len() + line.len() + 1).min(text.len());
+    line.trim_ascii().is_empty().then_some((object, end))
+}
+
+/// Whether each line is a list, so that the text as a whole is none.
+fn has_lists_by_line(bytes: &[u8]) -> bool {
+    let mut lines = bytes.split(|&byte| byte == b'\n').map(<[u8]>::trim_ascii).filter(|line| !line.is_empty());
+    let is_list = |line: &[u8]| serde_json::from_slice::<Vec<Value>>(line).is_ok();
+    lines.next().is_some_and(is_list) && lines.next().is_some_and(|line| line.starts_with(b"["))
+}
+
+/// Whether an object holds columns of numbered values, which pandas' `to_json` writes by default.
+fn is_columns(object: &Map<String, Value>) -> bool {
+    let is_number = |key: &String| key.parse::<usize>().is_ok();
+    let is_column =
+        |value: &Value| value.as_object().is_some_and(|cells| !cells.is_empty() && cells.keys().all(is_number));
+    !object.is_empty() && object.values().all(is_column)
+}
+
+fn parse_line(line: &[u8]) -> std::result::Result<Map<String, Value>, RowError> {
     let line = std::str::from_utf8(line)
         .map_err(|_| RowError::new("is not UTF-8", "save the file as UTF-8 text, or name another"))?;
     // The line that serde_json counts is always the first.
     let not_json = |error: serde_json::Error| {
-        RowError::new("is not JSON", error.to_string().replace(" at line 1 column ", " at column "))
+        RowError::new(NOT_JSON, error.to_string().replace(" at line 1 column ", " at column "))
     };
     to_object(serde_json::from_str(line).map_err(not_json)?)
 }
 
-fn to_object(value: Value) -> std::result::Result<serde_json::Map<String, Value>, RowError> {
+fn to_object(value: Value) -> std::result::Result<Map<String, Value>, RowError> {
     match value {
         Value::Object(object) => Ok(object),
         other => Err(RowError::new("is not an object", format!("expected {{…}}, found {}", type_name(&other)))),
