@@ -35,6 +35,10 @@ impl<'a> FencedText<'a> {
         let mut open: Option<Fence> = None;
         let mut surroundings = Surroundings::default();
         for line in text.split_inclusive('\n') {
+            let line = match &open {
+                Some(Fence { is_quoted: true, .. }) => unquoted(line).unwrap_or(line),
+                _ => line,
+            };
             let fence = Fence::parse(line);
             match (&open, fence) {
                 (Some(opening), Some(fence)) if fence.closes(opening) => {
@@ -80,6 +84,8 @@ impl<'a> FencedText<'a> {
 
 /// A line that begins with at least three backticks or tildes.
 struct Fence<'a> {
+    /// Whether it stands in a quotation, whose lines begin with `> `.
+    is_quoted: bool,
     indent: usize,
     marker: char,
     length: usize,
@@ -88,11 +94,12 @@ struct Fence<'a> {
 
 impl<'a> Fence<'a> {
     fn parse(line: &'a str) -> Option<Self> {
+        let (is_quoted, line) = unquoted(line).map_or((false, line), |line| (true, line));
         let text = line.trim();
         let marker = text.chars().next().filter(|c| matches!(c, '`' | '~'))?;
         let info = text.trim_start_matches(marker);
         let length = text.len() - info.len();
-        (length >= 3).then(|| Fence { indent: indent(line), marker, length, info: info.trim() })
+        (length >= 3).then(|| Fence { is_quoted, indent: indent(line), marker, length, info: info.trim() })
     }
 
     /// Backticks after the first ones make it code within a line: ```` ```SELECT 1``` ````.
@@ -101,11 +108,18 @@ impl<'a> Fence<'a> {
     }
 
     fn closes(&self, opening: &Fence) -> bool {
-        self.marker == opening.marker
+        !self.is_quoted
+            && self.marker == opening.marker
             && self.length >= opening.length
             && self.info.is_empty()
             && self.indent < opening.indent + CODE_INDENT
     }
+}
+
+/// A line of a quotation without its mark.
+fn unquoted(line: &str) -> Option<&str> {
+    let text = line.strip_prefix('>')?;
+    (!text.starts_with('>')).then(|| text.strip_prefix(' ').unwrap_or(text))
 }
 
 /// What stands before a line, outside of fences.
@@ -208,6 +222,13 @@ mod tests {
             let (blocks, rest) = read(text);
             assert_eq!((blocks[0].1.as_str(), rest.as_str()), (content, unfenced), "{text}");
         }
+    }
+
+    #[test]
+    fn a_quoted_fence_loses_the_marks_of_its_quotation() {
+        let text = "> So:\n> ```\n> a\n>   b\n>\n> c\n> ```\n> end";
+        assert_eq!(read(text), (vec![("", "a\n  b\n\nc\n".to_owned())], "> So:\n> end".to_owned()));
+        assert_eq!(one("```\n>>> f()\n> ```\n```"), ("", ">>> f()\n> ```\n".to_owned()));
     }
 
     #[test]

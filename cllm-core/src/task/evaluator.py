@@ -6,6 +6,7 @@ import builtins
 import contextlib  # noqa: F401
 import faulthandler
 import io
+import itertools
 import json
 
 # The official evaluator has imported these, too, before it takes away what they need.
@@ -22,10 +23,14 @@ import textwrap
 import warnings
 
 DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
+# Expressions that may do something.
+EFFECTS = (ast.Call, ast.Await, ast.NamedExpr, ast.ListComp, ast.SetComp, ast.DictComp)
 # A line that begins like this but belongs to no statement is broken code. Any other is prose.
 DEFINITION_LINE = re.compile(r"\s*((async\s+)?def\s+\w+\s*\(|class\s+\w+\s*[(:]|@\w)")
 CONTINUATION_LINE = re.compile(r"(elif|except)\b|(else|finally)\s*:")
 BLANK_LINE = re.compile(r"\s*(#|$)")
+# A function within a line of prose.
+INLINE_CODE = re.compile(r"(`+)((?:async\s+)?def\s[^`\n]+)\1")
 SESSION_LINE = re.compile(r"(>>>|\.\.\.)( |$)")
 BUILTINS = set(dir(builtins))
 NOT_PYTHON = (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError)
@@ -44,7 +49,7 @@ def compose(prompt, entry_point, tests, blocks, unfenced):
     """The program. `blocks` are the fenced blocks of the answer, `unfenced` is the rest of it."""
     blocks = [(info, text) for info, text in blocks if text.strip()]
     official = f"{prompt}{unfenced}\n{tests}"
-    if not blocks and compiles(official):
+    if entry_point and not blocks and compiles(official):
         return official
     wanted = {entry_point} if entry_point else wanted_names(tests)
     read = [Source(text) for _, text in blocks]
@@ -99,14 +104,20 @@ class Source:
     def __init__(self, text):
         self.text = text
         self.code, self.is_broken = python_part(text)
-        body = ast.parse(self.code).body
-        self.statements = body if self.code == text else [s for s in body if not reads_as_prose(s)]
+        self.statements = [s for s in ast.parse(self.code).body if not reads_as_prose(s)]
         self.bound = set().union(*map(defined_names, self.statements))
+        is_import = lambda s: isinstance(s, (ast.Import, ast.ImportFrom))
+        own = (defined_names(s) for s in self.statements if not is_import(s))
+        self.imported = self.bound - set().union(*own)
 
     def defines(self, name):
         if not self.is_broken:
             return name in self.bound
         return re.search(rf"^\s*(async\s+def|def|class)\s+{re.escape(name)}\b", self.text, re.M) is not None
+
+    def defines_itself(self, name):
+        """`from solution import f` in an example defines no `f`."""
+        return self.defines(name) and name not in self.imported
 
     def used_names(self):
         """The names that it takes from its surroundings."""
@@ -127,6 +138,8 @@ def python_part(text):
         if compiles(code):
             return code, False
     code, rest = without_prose(session)
+    if not any(map(DEFINITION_LINE.match, [*code.splitlines(), *rest])):
+        code = "\n".join([code, *filter(compiles, (found[1] for found in INLINE_CODE.findall(text)))])
     return code, any(map(DEFINITION_LINE.match, rest))
 
 
@@ -143,13 +156,26 @@ def without_prose(text):
     code, rest, first = [], [], 0
     while first < len(lines):
         end = statement_end(lines, first)
-        if end is None:
+        indented = indented_code(lines, first) if end is None else []
+        if indented:
+            code.extend(indented)
+            first += len(indented)
+        elif end is None:
             rest.append(lines[first])
             first += 1
         else:
             code.extend(lines[first:end])
             first = end
     return "\n".join(code), rest
+
+
+def indented_code(lines, first):
+    """The lines of an indented block of Markdown without their indentation, if they are Python."""
+    if not lines[first].startswith(("    ", "\t")) or (first and lines[first - 1].strip()):
+        return []
+    is_inside = lambda line: not line.strip() or line.startswith(("    ", "\t"))
+    block = textwrap.dedent("\n".join(itertools.takewhile(is_inside, lines[first:])))
+    return block.splitlines() if compiles(block) else []
 
 
 def statement_end(lines, first):
@@ -172,7 +198,7 @@ def reads_as_prose(statement):
     """`Done` and `Output: 3` are Python, too."""
     if isinstance(statement, ast.AnnAssign):
         return statement.value is None
-    return isinstance(statement, ast.Expr) and not isinstance(statement.value, (ast.Call, ast.Await))
+    return isinstance(statement, ast.Expr) and not isinstance(statement.value, EFFECTS)
 
 
 def bound_names(node):
@@ -201,6 +227,7 @@ def loaded_names(node):
 def answer_statements(sources, wanted):
     """The last source that defines what is wanted, and what it needs of the others."""
     some = [source for source in sources if any(map(source.defines, wanted))]
+    some = [source for source in some if any(map(source.defines_itself, wanted))] or some
     main = ([source for source in some if all(map(source.defines, wanted))] or some)[-1]
     if main.is_broken:
         raise SyntaxError
@@ -220,8 +247,17 @@ def answer_statements(sources, wanted):
 
 def changes_language(statement):
     """Imports whose effect no name shows."""
-    is_import = isinstance(statement, ast.ImportFrom)
-    return is_import and (statement.module == "__future__" or statement.names[0].name == "*")
+    if not isinstance(statement, ast.ImportFrom):
+        return False
+    is_star = statement.names[0].name == "*"
+    return statement.module == "__future__" or (is_star and is_installed(statement.module))
+
+
+def is_installed(module):
+    """Whether a module is there: examples import from files that nobody wrote."""
+    import importlib.util
+
+    return module is not None and importlib.util.find_spec(module.partition(".")[0]) is not None
 
 
 def is_help(statement, main, wanted):

@@ -238,7 +238,24 @@ const ANSWERS: &[(&str, bool)] = &[
     ("def f(x):\n    return x + 1\n```\nIt adds one.", true),
     ("Here is `f`:\n\ndef f(x):\n    return x + 1\n\nExample:\n\n>>> f(1)\n2\n", true),
     ("Here it is:\ndef f(x):\n    return (x + 1\nIt adds one.", false),
-    ("def f(x):\n    return x + 1\nundefined", false),
+    ("def f(x):\n    return x + undefined", false),
+    // Words beside it are no code, even where they are Python.
+    ("def f(x):\n    return x + 1\nundefined", true),
+    ("def f(x):\n    return x + 1\n\nDone", true),
+    ("Python\n\ndef f(x):\n    return x + 1", true),
+    ("Answer\ndef f(x):\n    return x + 1", true),
+    ("[BEGIN]\ndef f(x):\n    return x + 1\n[DONE]", true),
+    ("t = {}\n[t.setdefault(i, i + 1) for i in range(9)]\ndef f(x):\n    return t[x]", true),
+    // Indented blocks and code within a line.
+    ("Sure:\n\n    def f(x):\n        y = x\n\n        return y + 1\n\nDone.", true),
+    ("Sure:\n\n    def f(x):\n        return (x + 1\n\nDone.", false),
+    ("`def f(x): return x + 1`", true),
+    ("Use ```def f(x): return x + 1```.", true),
+    ("def f(x):\n    return x + 1\n\nWrong: `def f(x): return x`", true),
+    // An import defines nothing if something else does.
+    ("```python\ndef f(x):\n    return x + 1\n```\n```python\nfrom solution import f\nassert f(1) == 2\n```", true),
+    ("```python\ndef f(x):\n    return x + 1\n```\n```python\nfrom solution import *\nassert f(1) == 2\n```", true),
+    ("```python\nfrom solution import f\nassert f(1) == 2\n```", false),
     ("It adds one.", false),
     // The future import goes first, and a text has no encoding.
     ("from __future__ import annotations\ndef f(x):\n    return x + 1", true),

@@ -5,9 +5,10 @@
 use std::sync::LazyLock;
 
 use regex::Regex;
+use serde_json::Value;
 
 use super::lexer::{Kind, tokens};
-use crate::task::answer::FencedText;
+use crate::task::answer::{FencedBlock, FencedText};
 
 /// Words with which a line continues a query.
 const CLAUSE_WORDS: [&str; 33] = [
@@ -56,9 +57,39 @@ const WORDS_BEFORE_PART: [&str; 10] =
 /// counts; of statements that directly follow each other, the first one does.
 pub(super) fn find_query(answer: &str, accepts: impl Fn(&str) -> bool) -> Option<String> {
     let FencedText { blocks, unfenced } = FencedText::read(answer);
-    let of_block = || blocks.iter().rev().find_map(|block| first_query(&block.content));
-    let within_block = || blocks.iter().rev().find_map(|block| last_accepted(&block.content, &accepts));
-    of_block().or_else(|| last_accepted(&unfenced, &accepts)).or_else(within_block).map(str::to_owned)
+    let texts: Vec<String> = blocks.iter().map(block_text).collect();
+    let of_block = || texts.iter().rev().find_map(|text| first_query(text)).map(str::to_owned);
+    let within_block = || texts.iter().rev().find_map(|text| last_accepted_string(text, &accepts));
+    of_block().or_else(|| last_accepted_string(&unfenced, &accepts)).or_else(within_block)
+}
+
+/// What a block holds, with a query that begins beside the language on the line of the fence.
+fn block_text(block: &FencedBlock) -> String {
+    let begins = |keyword: &Keyword| keyword.is_query && !keyword.lead.contains(char::is_whitespace);
+    match Keyword::find(block.info, 0).filter(begins) {
+        Some(keyword) => format!("{}\n{}", &block.info[keyword.start..], block.content),
+        None => block.content.clone(),
+    }
+}
+
+/// The query of a text, or of the strings of the JSON in it, which may hold escapes.
+fn last_accepted_string(text: &str, accepts: impl Fn(&str) -> bool) -> Option<String> {
+    let json = text.find('{').zip(text.rfind('}')).and_then(|(start, end)| text.get(start..=end));
+    let mut strings = Vec::new();
+    if let Some(value) = json.and_then(|json| serde_json::from_str(json).ok()) {
+        add_strings(value, &mut strings);
+    }
+    let of_json = strings.iter().rev().find_map(|string| last_accepted(string, &accepts));
+    of_json.or_else(|| last_accepted(text, &accepts)).map(str::to_owned)
+}
+
+fn add_strings(value: Value, strings: &mut Vec<String>) {
+    match value {
+        Value::String(string) => strings.push(string),
+        Value::Array(items) => items.into_iter().for_each(|item| add_strings(item, strings)),
+        Value::Object(fields) => fields.into_iter().for_each(|(_, field)| add_strings(field, strings)),
+        _ => {}
+    }
 }
 
 fn first_query(block: &str) -> Option<&str> {
@@ -159,12 +190,16 @@ impl<'a> Keyword<'a> {
     /// The position of what ends a query in quotation marks, asterisks or backticks: as many
     /// backticks as before it (and before the language), or the last other mark on its line.
     fn closing_delimiter(&self, text: &str) -> Option<usize> {
-        const MARKS: [(&str, &str); 5] = [("**", "**"), ("\"", "\""), ("'", "'"), ("“", "”"), ("‘", "’")];
+        const MARKS: [(&str, &str); 7] =
+            [("**", "**"), ("*", "*"), ("$", "$"), ("\"", "\""), ("'", "'"), ("“", "”"), ("‘", "’")];
         static BACKTICKS: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"(`+)\w*$").expect("the pattern is valid"));
         let (before, rest) = text.split_at(self.start);
         let end = match BACKTICKS.captures(self.lead) {
             Some(captures) => find_backticks(rest, captures[1].len()),
             None => {
+                if before.ends_with("boxed{") || before.ends_with("text{") {
+                    return Some(self.start + rest.find('}')?);
+                }
                 let (_, closing) = MARKS.iter().find(|(opening, _)| before.ends_with(opening))?;
                 rest.lines().next()?.rfind(closing)
             }
@@ -182,7 +217,9 @@ fn find_backticks(text: &str, length: usize) -> Option<usize> {
 /// Where a statement ends: at its semicolon, or at what no SQL holds.
 fn statement_end(text: &str, start: usize) -> usize {
     let mut tokens = tokens(&text[start..]);
-    let end = tokens.find(|token| token.is_symbol(";") || token.kind == Kind::Foreign);
+    let end = tokens.find(|token| {
+        token.kind == Kind::Foreign || [";", "\u{FF1B}", "\u{3002}"].iter().any(|mark| token.is_symbol(mark))
+    });
     end.map_or(text.len(), |token| start + token.start)
 }
 
@@ -199,8 +236,8 @@ fn ends(text: &str, start: usize, end: usize) -> impl Iterator<Item = usize> {
     let may_end = move |at: usize, mark: &str| {
         let rest = &statement[at + mark.len()..];
         match mark {
-            "\n" => !continues_query(rest, keyword),
-            _ => rest.is_empty() || rest.starts_with(char::is_whitespace),
+            "\n" => !continues_query(rest, keyword) && !is_misspelled_clause(rest, keyword),
+            _ => (rest.is_empty() || rest.starts_with(char::is_whitespace)) && !begins_with_capital_clause(rest),
         }
     };
     let marks = statement.match_indices(['\n', '.']).filter(move |&(at, mark)| may_end(at, mark));
@@ -216,6 +253,23 @@ fn continues_query(text: &str, keyword: &str) -> bool {
     let is_clause = CLAUSE_WORDS.iter().any(|clause| word.eq_ignore_ascii_case(clause));
     let is_prose = is_capitalized(word) && !is_capitalized(keyword);
     text.starts_with([',', '=', '<', '>', '+', '/', '|', '%', ')', ';']) || (is_clause && !is_prose)
+}
+
+/// Whether a clause in capitals follows, which no sentence begins with.
+fn begins_with_capital_clause(text: &str) -> bool {
+    let word = text.split_whitespace().next().unwrap_or_default();
+    CLAUSE_WORDS.iter().any(|clause| word == clause.to_uppercase())
+}
+
+/// Whether the line after a query reads like a clause that SQL does not have: `LIMITT 3`.
+fn is_misspelled_clause(text: &str, keyword: &str) -> bool {
+    static CAPITALS: LazyLock<Regex> =
+        LazyLock::new(|| Regex::new(r"^[ \t]*(?P<word>[A-Z]{3,})[ \t]+[^\s:]").expect("the pattern is valid"));
+    static LIMIT: LazyLock<Regex> =
+        LazyLock::new(|| Regex::new(r"^[ \t]*[a-z]+ \d+[ \t;]*(?:\n|$)").expect("the pattern is valid"));
+    let is_statement = Keyword::find(text, 0).is_some_and(|next| text[..next.start].trim().is_empty());
+    let is_clause = CAPITALS.captures(text).is_some_and(|found| !["SQL", "NOTE"].contains(&&found["word"]));
+    !is_statement && ((is_clause && !keyword.contains(char::is_lowercase)) || LIMIT.is_match(text))
 }
 
 /// Whether the word is written like the first of a sentence.
@@ -286,6 +340,9 @@ mod tests {
             "~~~~\nSELECT count(*) FROM pet\n~~~~",
             "1. So:\n\n   ```mysql\n   SELECT count(*) FROM pet\n   ```",
             "```sql\nSQL: SELECT count(*) FROM pet\n```",
+            "```sql SELECT count(*) FROM pet\n```",
+            "```SELECT count(*) FROM pet;\n```",
+            "> ```sql\n> SELECT count(*) FROM pet\n> ```\n> It counts.",
             "```sql\nCREATE VIEW v AS SELECT 1;\nSELECT count(*) FROM pet;\nSELECT 2;\n```",
             "```sql\ninsert into pet\nselect 1, 2;\nSELECT count(*) FROM pet```\nThat's it.",
         ] {
@@ -342,10 +399,23 @@ mod tests {
             "SELECT 1\n\nCorrection:\n\nSELECT count(*) FROM pet",
             "SELECT count(*) FROM pet;\n\nSelect every pet and count.",
             "    SELECT count(*) FROM pet\n```\n",
+            "答案是 SELECT count(*) FROM pet。谢谢",
+            "SELECT count(*) FROM pet；",
+            "*SELECT count(*) FROM pet*",
+            "$SELECT count(*) FROM pet$",
+            r"\boxed{SELECT count(*) FROM pet}",
+            r"$\boxed{\text{SELECT count(*) FROM pet}}$",
+            r#"{"sql": "SELECT count(*)\u0020FROM pet", "tables": ["pet"]}"#,
+            "SELECT count(*) FROM pet\nSQL counts them all.",
+            "SELECT count(*) FROM pet\nNOTE: it counts all.",
         ] {
             assert_query(answer, COUNT);
         }
         assert_query("sql: select name from pet", "select name from pet");
+        assert_query(
+            r#"So: {"sql": "SELECT name\nFROM pet WHERE name = \"x\""}"#,
+            "SELECT name\nFROM pet WHERE name = \"x\"",
+        );
     }
 
     #[test]
@@ -373,6 +443,9 @@ mod tests {
             "count(*) FROM pet",
             "SELECT name FROM pet\nWHERE agee > 1",
             "SELECT name FROM pet\n, owner",
+            "SELECT name FROM pet\nLIMITT 3",
+            "select name from pet\nlimitt 3",
+            "SELECT name FROM pet. WHERE foo",
             "SELECT name FROM pet UNION SELECT agee FROM pet",
             "SELECT agee FROM pet UNION SELECT name FROM pet",
             "WITH old AS (SELECT agee FROM pet) SELECT name FROM old",
