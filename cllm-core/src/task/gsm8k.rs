@@ -11,7 +11,7 @@
 //! strict  what follows the first `#### ` of the answer is the text 7
 //! ```
 //!
-//! `strict` is the official rule (`extract_answer` in
+//! `strict` is the official extraction (`extract_answer` in
 //! <https://github.com/openai/grade-school-math/blob/master/grade_school_math/dataset.py>): it
 //! accepts an answer with `#### ` only, and compares texts without commas. Models that were not
 //! trained on this format end with the number alone or in a box, and a model that corrects itself
@@ -54,7 +54,7 @@ fn sample(index: usize, split: &str, row: &Row) -> Sample {
     }
 }
 
-/// Scores by the final number, and by the official rule beside it.
+/// Scores by the final number, and by the official extraction beside it.
 pub(super) fn score(reference: &str, answer: &str) -> Score {
     let verdict = Verdict::from_correct(same_final_number(reference, answer));
     let official = official_number(reference)
