@@ -122,6 +122,8 @@ pub fn score(folder: &Path, data: Option<PathBuf>, keep_distinct: Option<bool>, 
     records.header.sandbox = sandbox.map(|sandbox| sandbox.layers().to_vec());
     records.write(&path)?;
     let results = Results::from_records(&records);
-    atomic_file::write_json(&folder.join(RESULTS), &results)?;
+    let path = folder.join(RESULTS);
+    atomic_file::write_json(&path, &results)?;
+    progress::log(format!("wrote {}; `cllm-eval report {}` draws it again", path.display(), folder.display()));
     Ok(results)
 }

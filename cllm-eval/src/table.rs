@@ -117,7 +117,8 @@ pub fn notes(results: &Results) -> Vec<String> {
     let difficulties = results.strategies().filter_map(|(role, figures)| {
         let classes = figures.by_difficulty.as_ref()?.iter();
         let classes: Vec<String> = classes.map(|(class, accuracy)| difficulty_text(*class, accuracy)).collect();
-        Some(format!("{role} {} by difficulty: {}", figures.label, classes.join(", ")))
+        // Without a scored answer there is no class.
+        (!classes.is_empty()).then(|| format!("{role} {} by difficulty: {}", figures.label, classes.join(", ")))
     });
     let alternatives = results.strategies().filter_map(|(role, figures)| {
         let alternative = alternative_text(figures.alternative.as_ref()?);

@@ -190,6 +190,9 @@ impl Report {
             progress::log(format!("kept {rows} that the task could not score (Spider needs data=FOLDER)"));
         }
         progress::log(format!("{}, in {}", self.text(), settings.output.display()));
+        if self.kept == 0 {
+            progress::log("warning: no row is left to learn from");
+        }
     }
 
     /// `kept 2 of 6 rows; dropped: 1 duplicate, 3 unfinished (raise max_new_tokens, or

@@ -194,6 +194,9 @@ fn finish(session: Session<'_>, settings: &RunSettings) -> Result<Results> {
     let results = Results::from_records(&records);
     let path = output.join(RESULTS);
     atomic_file::write_json(&path, &results)?;
+    if results.benchmark == Task::Spider && settings.data.is_none() {
+        progress::log("no answer was scored: name Spider's folder with data=FOLDER");
+    }
     progress::log(format!("wrote {}", path.display()));
     Ok(results)
 }
