@@ -71,7 +71,7 @@ fn turns_whose_thoughts_are_dropped_later_are_examples_of_their_own() {
         assert_eq!((all.is_err(), last.is_err()), (is_refused(turns), is_refused(&turns[turns.len() - 1..])), "{case}");
         if let Err(error) = all.as_ref() {
             let message = error.to_string();
-            assert!(message.contains("prompts.jsonl") && message.contains(": `a`: "), "{message}");
+            assert!(message.contains("prompts.jsonl: row `a`: "), "{message}");
             continue;
         }
         let (all, last) = (all.unwrap(), last.unwrap());
