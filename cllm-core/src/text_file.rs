@@ -3,6 +3,8 @@
 
 use std::path::Path;
 
+use serde::de::DeserializeOwned;
+
 use crate::{Error, Result};
 
 /// Reads a text file.
@@ -11,6 +13,14 @@ use crate::{Error, Result};
 /// When it cannot be read, or is not UTF-8.
 pub fn read(path: &Path) -> Result<String> {
     decode(path, 1, std::fs::read(path).map_err(Error::io(path))?)
+}
+
+/// Reads a JSON file.
+///
+/// # Errors
+/// When it cannot be read, or does not hold such a value.
+pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
+    serde_json::from_str(&read(path)?).map_err(|error| Error::file(path, error.to_string()))
 }
 
 /// Decodes bytes that begin in `line` (from 1) of the file `path`.

@@ -289,7 +289,7 @@ fn read_json(path: &Path) -> Result<Value> {
     if !path.exists() {
         return Ok(Value::Null);
     }
-    serde_json::from_str(&text_file::read(path)?).map_err(|error| Error::file(path, error.to_string()))
+    text_file::read_json(path)
 }
 
 /// `eos_token_id` of a configuration: a number, a list, or absent.

@@ -385,8 +385,7 @@ fn peak_flops(hardware: &Hardware) -> Option<f64> {
 }
 
 fn read_baseline(path: &Path) -> Result<f64> {
-    let value: serde_json::Value =
-        serde_json::from_str(&text_file::read(path)?).map_err(|error| Error::file(path, error.to_string()))?;
+    let value: serde_json::Value = text_file::read_json(path)?;
     value["blocks_per_second"]
         .as_f64()
         .ok_or_else(|| Error::file(path, "has no `blocks_per_second`: make it with scripts/bench-train-transformers"))

@@ -103,8 +103,7 @@ pub(super) fn special_tokens(folder: &Path, config: &Value) -> Result<SpecialTok
     let mut fields = config.as_object().cloned().unwrap_or_default();
     let map = folder.join("special_tokens_map.json");
     if config.get("added_tokens_decoder").is_none() && map.exists() {
-        let map: Value =
-            serde_json::from_str(&text_file::read(&map)?).map_err(|error| Error::file(&map, error.to_string()))?;
+        let map: Value = text_file::read_json(&map)?;
         fields.extend(map.as_object().cloned().unwrap_or_default());
     }
     for key in ["extra_special_tokens", "model_specific_special_tokens"] {

@@ -78,8 +78,7 @@ fn load_prompts(settings: &BenchSettings, tokenizer: Option<Tokenizer>) -> Resul
 }
 
 fn read_baseline(path: &Path) -> Result<f64> {
-    let value: serde_json::Value =
-        serde_json::from_str(&text_file::read(path)?).map_err(|error| Error::file(path, error.to_string()))?;
+    let value: serde_json::Value = text_file::read_json(path)?;
     value["ar_tokens_per_second"]
         .as_f64()
         .ok_or_else(|| Error::file(path, "has no `ar_tokens_per_second`: create it with scripts/bench-transformers"))
