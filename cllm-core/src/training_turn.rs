@@ -20,18 +20,33 @@ pub struct TrainingTurn {
 }
 
 impl Tokenizer {
-    /// Encodes a prompt and its reference. The target of a plain-text prompt is the reference and
-    /// the token that ends an answer.
+    /// Encodes a prompt and its reference.
     ///
     /// # Errors
     /// As [`Tokenizer::encode_turn`].
     pub fn encode_reference(&self, prompt: &Prompt, reference: &str) -> Result<TrainingTurn> {
+        let (text, prompt_ids) = self.encode_prompt(prompt)?;
+        let target_ids = self.encode_reference_after(prompt, &text, &prompt_ids, reference)?;
+        Ok(TrainingTurn { prompt_ids, target_ids })
+    }
+
+    /// Ids of the reference of a prompt whose text and ids [`Tokenizer::encode_prompt`] gave. For a
+    /// plain-text prompt they are those of the reference and the token that ends an answer.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode_turn`].
+    pub fn encode_reference_after(
+        &self,
+        prompt: &Prompt,
+        text: &str,
+        prompt_ids: &[i32],
+        reference: &str,
+    ) -> Result<Vec<i32>> {
         match prompt {
-            Prompt::Text(_) => {
-                let (_, prompt_ids) = self.encode_prompt(prompt)?;
-                Ok(TrainingTurn { prompt_ids, target_ids: self.encode_target(reference)? })
+            Prompt::Text(_) => self.encode_target(reference),
+            Prompt::Conversation(before) => {
+                self.encode_turn_after(before, text, prompt_ids, &Message::new("assistant", reference))
             }
-            Prompt::Conversation(before) => self.encode_turn(before, &Message::new("assistant", reference)),
         }
     }
 
@@ -42,18 +57,31 @@ impl Tokenizer {
     /// When the template refuses the conversation, or renders the prompt otherwise once the answer
     /// is known: then there is nothing that the model could have continued.
     pub fn encode_turn(&self, before: &Conversation, turn: &Message) -> Result<TrainingTurn> {
+        let prompt = self.renderer().render(before, true)?;
+        let prompt_ids = self.encode(&prompt)?;
+        let target_ids = self.encode_turn_after(before, &prompt, &prompt_ids, turn)?;
+        Ok(TrainingTurn { prompt_ids, target_ids })
+    }
+
+    /// The target of a turn after a conversation that was rendered as `prompt`, with these ids.
+    fn encode_turn_after(
+        &self,
+        before: &Conversation,
+        prompt: &str,
+        prompt_ids: &[i32],
+        turn: &Message,
+    ) -> Result<Vec<i32>> {
         let mut whole = before.clone();
         whole.messages.push(turn.clone());
-        let prompt = self.renderer().render(before, true)?;
         let text = self.renderer().render(&whole, false)?;
-        let Some(continuation) = text.strip_prefix(prompt.as_str()) else { return Err(not_a_prefix(&prompt, &text)) };
-        let (prompt_ids, ids) = (self.encode(&prompt)?, self.encode(&text)?);
+        let Some(continuation) = text.strip_prefix(prompt) else { return Err(not_a_prefix(prompt, &text)) };
+        let ids = self.encode(&text)?;
         // Tokens may span the end of the prompt; the model continues after the prompt's own.
-        let target_ids = match ids.strip_prefix(&prompt_ids[..]) {
+        let target_ids = match ids.strip_prefix(prompt_ids) {
             Some(rest) => rest.to_vec(),
             None => self.encode_continuation(continuation)?,
         };
-        Ok(TrainingTurn { prompt_ids, target_ids: self.end_target(target_ids) })
+        Ok(self.end_target(target_ids))
     }
 }
 

@@ -63,9 +63,10 @@ pub(super) fn render(
         if ids.is_empty() || ids.len().saturating_add(settings.max_new_tokens) > max_positions {
             skipped.push(sample);
         } else {
-            let encode = |reference: &String| teacher.tokenizer.encode_reference(&sample.prompt, reference);
-            let reference_ids = sample.reference.as_ref().map(encode).map(|turn| match turn {
-                Ok(turn) => turn.target_ids,
+            let encode =
+                |reference: &String| teacher.tokenizer.encode_reference_after(&sample.prompt, &text, &ids, reference);
+            let reference_ids = sample.reference.as_ref().map(encode).map(|encoded| match encoded {
+                Ok(reference_ids) => reference_ids,
                 Err(error) => {
                     num_unlearnable += 1;
                     first_problem.get_or_insert_with(|| format!("`{}`: {error}", sample.id));
