@@ -14,6 +14,46 @@ const UNFINISHED_PREFIX: &str = ".writing-";
 /// own name follow.
 const REPLACED_PREFIX: &str = ".old-";
 
+/// A file that is being written. It appears under its path only in [`UnfinishedFile::finish`];
+/// dropped before that, it leaves nothing behind.
+pub struct UnfinishedFile {
+    file: tempfile::NamedTempFile,
+    path: PathBuf,
+}
+
+impl UnfinishedFile {
+    /// Begins a file, and makes its folder if there is none.
+    ///
+    /// # Errors
+    /// File-system errors with the path.
+    pub fn create(path: &Path) -> Result<Self> {
+        let folder = parent(path);
+        fs::create_dir_all(folder).map_err(Error::write(folder))?;
+        let file = tempfile::Builder::new()
+            .prefix(UNFINISHED_PREFIX)
+            .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
+            .tempfile_in(folder)
+            .map_err(Error::write(folder))?;
+        Ok(UnfinishedFile { file, path: path.to_owned() })
+    }
+
+    /// Adds bytes at the end.
+    ///
+    /// # Errors
+    /// File-system errors with the path, here and below.
+    pub fn write(&mut self, bytes: &[u8]) -> Result<()> {
+        self.file.write_all(bytes).map_err(Error::write(&self.path))
+    }
+
+    /// Syncs the file to disk and gives it its name.
+    pub fn finish(self) -> Result<()> {
+        let UnfinishedFile { file, path } = self;
+        file.as_file().sync_all().map_err(Error::write(&path))?;
+        file.persist(&path).map_err(|error| Error::Write { path: path.clone(), source: error.error })?;
+        sync_folder(parent(&path))
+    }
+}
+
 /// Writes a file through `fill`. It appears under `path` only once it is complete and on disk.
 ///
 /// # Errors
@@ -26,20 +66,12 @@ pub fn write_with(path: &Path, fill: impl FnOnce(&mut BufWriter<&mut File>) -> R
         fill(&mut buffer)?;
         return buffer.flush().map_err(Error::write(path));
     }
-    let folder = parent(path);
-    fs::create_dir_all(folder).map_err(Error::write(folder))?;
-    let mut file = tempfile::Builder::new()
-        .prefix(UNFINISHED_PREFIX)
-        .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
-        .tempfile_in(folder)
-        .map_err(Error::write(folder))?;
-    let mut buffer = BufWriter::new(file.as_file_mut());
+    let mut unfinished = UnfinishedFile::create(path)?;
+    let mut buffer = BufWriter::new(unfinished.file.as_file_mut());
     fill(&mut buffer)?;
     buffer.flush().map_err(Error::write(path))?;
     drop(buffer);
-    file.as_file().sync_all().map_err(Error::write(path))?;
-    file.persist(path).map_err(|error| Error::Write { path: path.to_owned(), source: error.error })?;
-    sync_folder(folder)
+    unfinished.finish()
 }
 
 /// Writes `bytes` as a file that appears whole or not at all.
@@ -60,38 +92,69 @@ pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
     write(path, text.as_bytes())
 }
 
+/// A folder that is being written under a temporary path. It appears under its own path only in
+/// [`UnfinishedFolder::finish`]; dropped before that, it leaves nothing behind.
+pub struct UnfinishedFolder {
+    work: tempfile::TempDir,
+    path: PathBuf,
+}
+
+impl UnfinishedFolder {
+    /// Begins a folder, and makes its parents if there are none.
+    ///
+    /// # Errors
+    /// File-system errors with the path, here and below.
+    pub fn create(path: &Path) -> Result<Self> {
+        let parent = parent(path);
+        fs::create_dir_all(parent).map_err(Error::write(parent))?;
+        let work =
+            tempfile::Builder::new().prefix(UNFINISHED_PREFIX).tempdir_in(parent).map_err(Error::write(parent))?;
+        Ok(UnfinishedFolder { work, path: path.to_owned() })
+    }
+
+    /// The temporary path, where this and other processes put the files of the folder.
+    pub fn work(&self) -> &Path {
+        self.work.path()
+    }
+
+    /// Syncs the folder and its files to disk and gives it its name. A folder that has it is
+    /// replaced.
+    pub fn finish(self) -> Result<()> {
+        let UnfinishedFolder { work, path } = self;
+        for entry in fs::read_dir(work.path()).map_err(Error::write(work.path()))? {
+            let entry = entry.map_err(Error::write(work.path()))?.path();
+            File::open(&entry).and_then(|file| file.sync_all()).map_err(Error::write(&entry))?;
+        }
+        sync_folder(work.path())?;
+        fs::set_permissions(work.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
+            .map_err(Error::write(work.path()))?;
+        let old = path.exists().then(|| replaced_path(&path));
+        if let Some(old) = &old {
+            fs::rename(&path, old).map_err(Error::write(&path))?;
+        }
+        if let Err(error) = fs::rename(work.path(), &path) {
+            // Put the old folder back.
+            old.iter().try_for_each(|old| fs::rename(old, &path)).map_err(Error::write(&path))?;
+            return Err(Error::write(&path)(error));
+        }
+        // The temporary folder was renamed: there is nothing left to remove.
+        let _ = work.keep();
+        if let Some(old) = old {
+            fs::remove_dir_all(&old).map_err(Error::write(&old))?;
+        }
+        sync_folder(parent(&path))
+    }
+}
+
 /// Writes a folder through `fill`, which gets the path of a temporary folder. An existing folder
 /// `path` is replaced.
 ///
 /// # Errors
 /// The error of `fill`, or a file-system error with the path.
 pub fn write_folder_with(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-    let parent = parent(path);
-    fs::create_dir_all(parent).map_err(Error::write(parent))?;
-    let work = tempfile::Builder::new().prefix(UNFINISHED_PREFIX).tempdir_in(parent).map_err(Error::write(parent))?;
-    fill(work.path()).map_err(|error| with_final_path(error, work.path(), path))?;
-    for entry in fs::read_dir(work.path()).map_err(Error::write(work.path()))? {
-        let entry = entry.map_err(Error::write(work.path()))?.path();
-        File::open(&entry).and_then(|file| file.sync_all()).map_err(Error::write(&entry))?;
-    }
-    sync_folder(work.path())?;
-    fs::set_permissions(work.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
-        .map_err(Error::write(work.path()))?;
-    let old = path.exists().then(|| replaced_path(path));
-    if let Some(old) = &old {
-        fs::rename(path, old).map_err(Error::write(path))?;
-    }
-    if let Err(error) = fs::rename(work.path(), path) {
-        // Put the old folder back.
-        old.iter().try_for_each(|old| fs::rename(old, path)).map_err(Error::write(path))?;
-        return Err(Error::write(path)(error));
-    }
-    // The temporary folder was renamed: there is nothing left to remove.
-    let _ = work.keep();
-    if let Some(old) = old {
-        fs::remove_dir_all(&old).map_err(Error::write(&old))?;
-    }
-    sync_folder(parent)
+    let folder = UnfinishedFolder::create(path)?;
+    fill(folder.work()).map_err(|error| with_final_path(error, folder.work(), path))?;
+    folder.finish()
 }
 
 /// Cleans up a folder in which a killed process was writing: unfinished files are removed, and a
@@ -119,7 +182,7 @@ pub fn recover(folder: &Path) -> Result<()> {
 }
 
 /// Replaces the temporary path in an error by the path that the user knows.
-fn with_final_path(error: Error, work: &Path, path: &Path) -> Error {
+pub fn with_final_path(error: Error, work: &Path, path: &Path) -> Error {
     match error {
         Error::Write { path: failed, source } => {
             let path = failed.strip_prefix(work).map(|inside| path.join(inside)).unwrap_or(failed);

@@ -16,6 +16,7 @@ pub mod fingerprint;
 pub mod interrupt;
 pub mod model;
 mod parquet_file;
+pub mod pieces;
 pub mod program;
 pub mod progress;
 pub mod prompt_set;

@@ -6,18 +6,21 @@
 
 use std::path::{Path, PathBuf};
 
+use cllm_core::atomic_file::{self, UnfinishedFolder};
 use cllm_core::chat_template::Date;
-use cllm_core::checkpoint;
-use cllm_core::cuda::libtorch;
+use cllm_core::checkpoint::{self, STREAMING_BYTES, TensorWriter};
+use cllm_core::distributed::ProcessGroup;
 use cllm_core::model::Transformer;
-use cllm_core::{Error, Result, atomic_file, text_file, tokenizer};
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
-use tch::{Kind, Tensor};
+use cllm_core::{Error, Result, text_file, tokenizer};
 
 use crate::optimizer::OptimizerState;
+use crate::optimizer_files;
 use crate::run_fingerprint::RunFingerprint;
 use crate::settings::Settings;
 use crate::train_state::TrainState;
+
+/// The file of a checkpoint that has its train state.
+const STATE_FILE: &str = "state.json";
 
 /// The folder in which a run saves its models, and what is saved with them.
 pub struct Checkpoints {
@@ -62,7 +65,7 @@ impl Checkpoints {
     }
 
     /// Writes a checkpoint, moves `latest` (and `best`) to it and removes old ones. Every process
-    /// must call it; the main one writes.
+    /// must call it: each writes its optimizer state, the main one the rest.
     ///
     /// # Errors
     /// File-system errors, a process that has died.
@@ -71,23 +74,19 @@ impl Checkpoints {
         model: &Transformer,
         optimizer: &OptimizerState,
         state: &TrainState,
-        is_main: bool,
+        group: &ProcessGroup,
     ) -> Result<()> {
-        let optimizer_tensors = optimizer.named_tensors()?;
-        if !is_main {
-            return optimizer.join_average();
-        }
         let name = format!("step-{:06}", state.step);
-        atomic_file::write_folder_with(&self.folder().join(&name), |folder| {
-            // The master weights may be the model's own, so they are written before the average
-            // replaces them.
-            write_tensors(&folder.join("optimizer.safetensors"), &optimizer_tensors)?;
-            optimizer.with_average(|| match &self.adapter_base {
-                Some(base) => self.write_adapter(folder, model, base),
-                None => self.write_model(folder, model),
-            })?;
-            atomic_file::write_json(&folder.join("state.json"), state)
-        })?;
+        let path = self.folder().join(&name);
+        let unfinished = if group.is_main() { Some(UnfinishedFolder::create(&path)?) } else { None };
+        let work = group.broadcast(unfinished.as_ref().map(|folder| folder.work().to_owned()), model.device())?;
+        let work = work.ok_or_else(|| Error::internal("the main process began no checkpoint"))?;
+        self.write_checkpoint(&work, model, optimizer, state, group)
+            .map_err(|error| atomic_file::with_final_path(error, &work, &path))?;
+        // Only when every process has written its part, the folder is whole.
+        group.barrier(model.device())?;
+        let Some(unfinished) = unfinished else { return Ok(()) };
+        unfinished.finish()?;
         let best_step = state.validation.best.map(|best| best.step);
         // `best` is moved first: a kill in between must not leave `latest` with a best checkpoint
         // that no link points to.
@@ -98,36 +97,63 @@ impl Checkpoints {
         self.remove_old(best_step)
     }
 
+    fn write_checkpoint(
+        &self,
+        folder: &Path,
+        model: &Transformer,
+        optimizer: &OptimizerState,
+        state: &TrainState,
+        group: &ProcessGroup,
+    ) -> Result<()> {
+        let mut writer = TensorWriter::new(model.device(), STREAMING_BYTES);
+        // An adapter is no model, and small.
+        let skip_masters = optimizer.masters_are_saved_weights() && self.adapter_base.is_none();
+        optimizer_files::write(&mut writer, folder, optimizer, group, skip_masters)?;
+        optimizer.with_average(|| match &self.adapter_base {
+            _ if !group.is_main() => Ok(()),
+            Some(base) => self.write_adapter(&mut writer, folder, model, base),
+            None => self.write_model(&mut writer, folder, model),
+        })?;
+        if group.is_main() {
+            atomic_file::write_json(&folder.join(STATE_FILE), state)?;
+        }
+        writer.finish()
+    }
+
     /// Writes the final model. Every process must call it; the main one writes.
     ///
     /// # Errors
     /// File-system errors, a process that has died.
-    pub fn save_final(&self, model: &Transformer, optimizer: &OptimizerState, is_main: bool) -> Result<PathBuf> {
+    pub fn save_final(&self, model: &Transformer, optimizer: &OptimizerState, group: &ProcessGroup) -> Result<PathBuf> {
         let target = self.run.join("final");
-        if is_main {
-            optimizer
-                .with_average(|| atomic_file::write_folder_with(&target, |folder| self.write_model(folder, model)))?;
-        } else {
-            optimizer.join_average()?;
-        }
+        optimizer.with_average(|| {
+            if !group.is_main() {
+                return Ok(());
+            }
+            atomic_file::write_folder_with(&target, |folder| {
+                let mut writer = TensorWriter::new(model.device(), STREAMING_BYTES);
+                self.write_model(&mut writer, folder, model)?;
+                writer.finish()
+            })
+        })?;
         Ok(target)
     }
 
     /// Writes a model with its tokenizer. Adapters are merged, and saved once more by themselves in
     /// `adapter`.
-    fn write_model(&self, folder: &Path, model: &Transformer) -> Result<()> {
-        checkpoint::save(model, folder, model.kind())?;
+    fn write_model(&self, writer: &mut TensorWriter, folder: &Path, model: &Transformer) -> Result<()> {
+        checkpoint::save_with(writer, model, folder, model.kind())?;
         self.write_tokenizer(folder)?;
         if let Some(base) = &self.adapter_base {
             let adapter = folder.join("adapter");
             std::fs::create_dir(&adapter).map_err(Error::write(&adapter))?;
-            self.write_adapter(&adapter, model, base)?;
+            self.write_adapter(writer, &adapter, model, base)?;
         }
         Ok(())
     }
 
-    fn write_adapter(&self, folder: &Path, model: &Transformer, base: &str) -> Result<()> {
-        checkpoint::save_adapter(model, folder, base)?;
+    fn write_adapter(&self, writer: &mut TensorWriter, folder: &Path, model: &Transformer, base: &str) -> Result<()> {
+        checkpoint::save_adapter_with(writer, model, folder, base)?;
         self.write_tokenizer(folder)
     }
 
@@ -151,30 +177,24 @@ impl Checkpoints {
     ///
     /// # Errors
     /// A damaged checkpoint, or one of a run with another fingerprint.
-    pub fn resume(&self, optimizer: &mut OptimizerState, fingerprint: &RunFingerprint) -> Result<Option<TrainState>> {
+    pub fn resume(
+        &self,
+        model: &Transformer,
+        optimizer: &mut OptimizerState,
+        fingerprint: &RunFingerprint,
+    ) -> Result<Option<TrainState>> {
         let Some(folder) = self.newest()? else { return Ok(None) };
-        let damaged = |path: &Path, problem: &dyn std::fmt::Display| {
-            let real_folder = folder.canonicalize().unwrap_or_else(|_| folder.clone());
-            let message = format!(
-                "is damaged ({problem}): delete {} to resume from the checkpoint before it",
-                real_folder.display()
-            );
-            Error::file(path, message)
-        };
-        let path = folder.join("state.json");
-        let state: TrainState =
-            serde_json::from_str(&text_file::read(&path)?).map_err(|error| damaged(&path, &error))?;
+        let real_folder = folder.canonicalize().unwrap_or_else(|_| folder.clone());
+        let advice = format!("delete {} to resume from the checkpoint before it", real_folder.display());
+        let path = folder.join(STATE_FILE);
+        let state: TrainState = serde_json::from_str(&text_file::read(&path)?)
+            .map_err(|error| Error::file(&path, format!("is damaged ({error}): {advice}")))?;
         if let Some(difference) = state.fingerprint.difference("was started", fingerprint) {
             let advice = "choose another output folder, or delete this one to start over";
             return Err(Error::file(&self.run, format!("{difference}; {advice}")));
         }
-        let path = folder.join("optimizer.safetensors");
-        let map = libtorch::map_file(&path)?;
-        let tensors = SafeTensors::deserialize(&map).map_err(|error| damaged(&path, &error))?;
-        optimizer.restore(state.num_skipped_steps, |name, like| {
-            let view = tensors.tensor(name).ok()?;
-            libtorch::tensor_from_bytes(view.data(), &like.size(), like.kind()).ok()
-        })?;
+        optimizer_files::read(&folder, optimizer, model.config(), &advice)?;
+        optimizer.finish_restore(state.num_skipped_steps)?;
         Ok(Some(state))
     }
 
@@ -210,17 +230,6 @@ impl Checkpoints {
         steps.sort();
         Ok(steps)
     }
-}
-
-fn write_tensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
-    let bytes = tensors.iter().map(|(_, tensor)| libtorch::tensor_to_bytes(tensor)).collect::<Result<Vec<_>>>()?;
-    let mut views = Vec::new();
-    for ((name, tensor), bytes) in tensors.iter().zip(&bytes) {
-        let shape = tensor.size().iter().map(|&size| size as usize).collect();
-        let dtype = if tensor.kind() == Kind::BFloat16 { Dtype::BF16 } else { Dtype::F32 };
-        views.push((name.as_str(), TensorView::new(dtype, shape, bytes).map_err(Error::serialization)?));
-    }
-    atomic_file::write(path, &safetensors::serialize(views, None).map_err(Error::serialization)?)
 }
 
 /// Makes the link `name` point to `target`, in one atomic step.

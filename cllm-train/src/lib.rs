@@ -14,6 +14,7 @@ mod memory;
 mod metrics;
 mod models;
 pub mod optimizer;
+mod optimizer_files;
 mod plan;
 mod processes;
 pub mod rounds;

@@ -87,7 +87,7 @@ pub fn run_on(mut settings: Settings, today: Date) -> Result<()> {
         checkpoints.recover()?;
     }
     group.barrier(device)?;
-    let resumed = checkpoints.resume(&mut optimizer, &fingerprint)?;
+    let resumed = checkpoints.resume(&models.student, &mut optimizer, &fingerprint)?;
     if group.is_main() {
         let config = cllm_core::settings::to_yaml(&settings)?;
         atomic_file::write(&settings.output.join("config.yaml"), config.as_bytes())?;
@@ -223,14 +223,12 @@ impl Trainer<'_> {
         let Some(validator) = self.validator.as_ref().filter(|_| is_due && !self.is_validated()) else {
             return Ok(false);
         };
-        let result = match metrics {
-            Some(metrics) => self.optimizer.with_average(|| {
-                let output = validator.run(&self.models, &self.settings)?;
-                metrics.write_validation(step, &output, self.settings.loss_weights())?;
-                Ok(output.generation)
-            }),
-            None => self.optimizer.join_average().map(|()| None),
-        };
+        let result = self.optimizer.with_average(|| {
+            let Some(metrics) = metrics else { return Ok(None) };
+            let output = validator.run(&self.models, &self.settings)?;
+            metrics.write_validation(step, &output, self.settings.loss_weights())?;
+            Ok(output.generation)
+        });
         let (signal, generation) = match result {
             Err(Error::Interrupted(signal)) => (Some(signal), None),
             other => (None, other?),
@@ -287,7 +285,7 @@ impl Trainer<'_> {
         }
         self.update_state();
         let Trainer { models, optimizer, state, group, .. } = self;
-        self.checkpoints.save(&models.student, optimizer, state, group.is_main())
+        self.checkpoints.save(&models.student, optimizer, state, group)
     }
 
     fn diverged(&self, problem: String) -> Error {
@@ -302,7 +300,7 @@ impl Trainer<'_> {
     /// Writes the final model and the summary.
     fn finish(self, metrics: Option<&MetricsLog>) -> Result<()> {
         let student = &self.models.student;
-        let model = self.checkpoints.save_final(student, &self.optimizer, self.group.is_main())?;
+        let model = self.checkpoints.save_final(student, &self.optimizer, &self.group)?;
         let Some(metrics) = metrics else { return Ok(()) };
         let state = &self.state;
         let summary = Summary {

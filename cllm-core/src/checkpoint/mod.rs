@@ -7,25 +7,28 @@
 pub mod hub;
 mod peft;
 mod safetensors;
+mod tensor_file;
+mod tensor_writer;
 
 use std::path::Path;
 
 use serde_json::Value;
-use tch::{Device, Kind};
+use tch::{Device, Kind, Tensor};
 
 use crate::fingerprint::hash_files;
 use crate::model::{ModelConfig, ParamBuffer, Transformer};
 use crate::{Error, Result, atomic_file, text_file};
 
 pub use hub::is_adapter;
-pub use peft::{base_folder, save_adapter};
-pub use safetensors::write_safetensors;
+pub use peft::{base_folder, save_adapter, save_adapter_with};
+pub use safetensors::{find_weights, write_weights};
+pub use tensor_file::{StoredTensor, TensorFile, TensorSpec, read_tensors};
+pub use tensor_writer::{STREAMING_BYTES, TensorWriter, WritingThread};
 
 const CONFIG_FILE: &str = "config.json";
-/// Maximum size of a weights file, as in `transformers`.
-const MAX_SHARD_BYTES: usize = 5_000_000_000;
 
-/// Loads a model. An adapter is merged in float32 and rounded once.
+/// Loads a model. An adapter is merged in float32 and rounded once. Beside the model, memory holds a
+/// few pieces of the files.
 ///
 /// # Errors
 /// Names the file that is missing or incomplete, or that needs an unsupported feature.
@@ -33,15 +36,20 @@ pub fn load(folder: &Path, device: Device, kind: Kind) -> Result<Transformer> {
     let _no_grad = tch::no_grad_guard();
     let config = load_config(folder)?;
     let adapters = peft::load_adapters(folder, &config, device)?;
+    let weights = find_weights(&base_folder(folder)?, &config)?;
     let params = ParamBuffer::zeros(config.parameter_shapes(), device, kind);
-    safetensors::for_each_weight(&base_folder(folder)?, &config, |file, name, view| {
-        let mut param = params.get(name).expect("the buffer holds every weight of the configuration");
-        let weight = safetensors::to_tensor(file, name, view)?;
-        match adapters.as_ref().and_then(|adapters| adapters.find(name)) {
-            Some(adapter) => param.f_copy_(&adapter.merge(&weight.f_to_device(device)?, kind)?)?,
-            None => param.f_copy_(&weight)?,
+    let param = |index: usize| params.get(&weights[index].0).expect("the buffer holds every weight");
+    let adapter = |index: usize| adapters.as_ref().and_then(|adapters| adapters.find(&weights[index].0));
+    let target = |index: usize| {
+        let (name, stored) = &weights[index];
+        match adapter(index) {
+            Some(_) => Ok(Tensor::f_zeros(stored.shape(), (stored.kind(name)?, device))?),
+            None => Ok(param(index)),
         }
-        Ok(())
+    };
+    read_tensors(&weights, device, target, |index, weight| match adapter(index) {
+        Some(adapter) => Ok(param(index).f_copy_(&adapter.merge(&weight, kind)?)?),
+        None => Ok(()),
     })?;
     Ok(Transformer::from_params(config, params))
 }
@@ -69,9 +77,7 @@ pub fn load_config(folder: &Path) -> Result<ModelConfig> {
 pub fn check(folder: &Path) -> Result<()> {
     let config = load_config(folder)?;
     peft::load_adapters(folder, &config, Device::Cpu)?;
-    safetensors::for_each_weight(&base_folder(folder)?, &config, |file, name, view| {
-        safetensors::to_kind(file, name, view).map(drop)
-    })
+    find_weights(&base_folder(folder)?, &config).map(drop)
 }
 
 /// Fingerprint of a model's config.json and weights, and of its adapter if it has one.
@@ -92,9 +98,25 @@ pub fn fingerprint(folder: &Path) -> Result<String> {
 /// # Errors
 /// File-system errors.
 pub fn save(model: &Transformer, folder: &Path, kind: Kind) -> Result<()> {
-    let merged = model.to_merged()?;
-    let parameters = merged.as_ref().unwrap_or(model).named_parameters();
-    let dtype = safetensors::dtype_names(kind)?.torch;
-    safetensors::write_weights(folder, &parameters, kind, MAX_SHARD_BYTES)?;
+    let mut writer = TensorWriter::new(model.device(), STREAMING_BYTES);
+    save_with(&mut writer, model, folder, kind)?;
+    writer.finish()
+}
+
+/// As [`save`], with the weights written by `writer`.
+///
+/// # Errors
+/// As [`TensorWriter::write`].
+pub fn save_with(writer: &mut TensorWriter, model: &Transformer, folder: &Path, kind: Kind) -> Result<()> {
+    let weights = model.named_parameters();
+    let shapes: Vec<_> = weights.iter().map(|(name, weight)| (name.clone(), weight.size())).collect();
+    write_weights(writer, folder, &shapes, kind, |index| {
+        let (name, weight) = &weights[index];
+        match model.adapters().and_then(|adapters| adapters.find(name)) {
+            Some(adapter) => adapter.merge(weight, model.kind()),
+            None => Ok(weight.shallow_clone()),
+        }
+    })?;
+    let dtype = tensor_file::dtype_names(kind)?.torch;
     atomic_file::write_json(&folder.join(CONFIG_FILE), &model.config().to_json(dtype))
 }

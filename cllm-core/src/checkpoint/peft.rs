@@ -10,8 +10,9 @@ use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use super::hub::{self, ADAPTER_CONFIG_FILE, is_adapter};
-use super::safetensors::{self, write_safetensors};
-use crate::cuda::libtorch;
+use super::safetensors::DOWNLOAD_ADVICE;
+use super::tensor_file::{TensorFile, TensorSpec, read_tensors};
+use super::tensor_writer::{STREAMING_BYTES, TensorWriter};
 use crate::model::{LoraAdapter, LoraAdapters, LoraConfig, LoraTarget, ModelConfig, Transformer};
 use crate::{Error, Result, atomic_file, text_file};
 
@@ -85,7 +86,7 @@ pub(super) fn load_adapters(folder: &Path, model: &ModelConfig, device: Device) 
     let _no_grad = tch::no_grad_guard();
     let config = read_config(&folder.join(ADAPTER_CONFIG_FILE))?;
     let file = folder.join(WEIGHTS_FILE);
-    let mut tensors = read_tensors(&file, device)?;
+    let mut tensors = load_tensors(&file, device)?;
     // The tensors tell which projections have an adapter: `target_modules` may be a pattern, and
     // layers may be excluded.
     let lora = LoraConfig { rank: config.r, alpha: config.lora_alpha, targets: LoraTarget::ALL.into() };
@@ -112,13 +113,14 @@ pub(super) fn load_adapters(folder: &Path, model: &ModelConfig, device: Device) 
 }
 
 /// Every tensor of a file, in float32 on `device`.
-fn read_tensors(file: &Path, device: Device) -> Result<BTreeMap<String, Tensor>> {
-    let map = libtorch::map_file(file)?;
+fn load_tensors(file: &Path, device: Device) -> Result<BTreeMap<String, Tensor>> {
+    let stored: Vec<_> = TensorFile::open(file, DOWNLOAD_ADVICE)?.tensors().collect();
     let mut tensors = BTreeMap::new();
-    for (name, view) in safetensors::parse(file, &map)?.iter() {
-        let tensor = safetensors::to_tensor(file, name, &view)?.f_to_device(device)?.f_to_kind(Kind::Float)?;
-        tensors.insert(name.to_owned(), tensor);
-    }
+    let target = |index: usize| Ok(Tensor::f_zeros(stored[index].1.shape(), (Kind::Float, device))?);
+    read_tensors(&stored, device, target, |index, tensor| {
+        tensors.insert(stored[index].0.clone(), tensor);
+        Ok(())
+    })?;
     Ok(tensors)
 }
 
@@ -175,14 +177,25 @@ fn unsupported_setting(config: &Value) -> Option<&'static str> {
 /// # Errors
 /// [`Error::Internal`] for a model without adapters; file-system errors.
 pub fn save_adapter(model: &Transformer, folder: &Path, base: &str) -> Result<()> {
+    let mut writer = TensorWriter::new(model.device(), STREAMING_BYTES);
+    save_adapter_with(&mut writer, model, folder, base)?;
+    writer.finish()
+}
+
+/// As [`save_adapter`], with the tensors written by `writer`.
+///
+/// # Errors
+/// As [`TensorWriter::write`].
+pub fn save_adapter_with(writer: &mut TensorWriter, model: &Transformer, folder: &Path, base: &str) -> Result<()> {
     let adapters = model.adapters().ok_or_else(|| Error::internal("the model has no adapters to save"))?;
     let tensors = adapters.params.tensors();
-    let shapes: Vec<_> = tensors.iter().map(|(name, tensor)| (format!("{NAME_PREFIX}{name}"), tensor.size())).collect();
-    let dtype = safetensors::dtype_names(model.kind())?.safetensors;
-    let element_bytes = model.kind().elt_size_in_bytes();
-    write_safetensors(&folder.join(WEIGHTS_FILE), dtype, element_bytes, &shapes, |index| {
-        libtorch::tensor_to_bytes(&tensors[index].1)
-    })?;
+    let spec = |(name, tensor): &(String, Tensor)| TensorSpec {
+        name: format!("{NAME_PREFIX}{name}"),
+        kind: model.kind(),
+        shape: tensor.size(),
+    };
+    writer.begin_file(&folder.join(WEIGHTS_FILE), &[], &tensors.iter().map(spec).collect::<Vec<_>>())?;
+    tensors.iter().try_for_each(|(_, tensor)| writer.write(tensor, model.kind()))?;
     atomic_file::write_json(&folder.join(ADAPTER_CONFIG_FILE), &to_config_json(&adapters.config, base))
 }
 

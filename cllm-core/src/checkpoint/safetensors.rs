@@ -1,14 +1,13 @@
-//! Weights in one or several safetensors files, which are memory-mapped for reading.
+//! The weights of a model in one or several safetensors files.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Map, Value, json};
 use tch::{Kind, Tensor};
 
-use crate::cuda::libtorch;
+use super::tensor_file::{StoredTensor, TensorFile, TensorSpec, have_same_numbers};
+use super::tensor_writer::TensorWriter;
 use crate::model::ModelConfig;
 use crate::{Error, Result, atomic_file, text_file};
 
@@ -16,78 +15,69 @@ const SINGLE_FILE: &str = "model.safetensors";
 const INDEX_FILE: &str = "model.safetensors.index.json";
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const LM_HEAD: &str = "lm_head.weight";
+/// Maximum size of a weights file, as in `transformers`.
+const MAX_SHARD_BYTES: usize = 5_000_000_000;
+/// What to do about a file that is not complete.
+pub(super) const DOWNLOAD_ADVICE: &str = "copy or download it again";
 
-/// A tensor and the file that holds it.
-struct Stored<'m> {
-    file: &'m Path,
-    view: TensorView<'m>,
-}
-
-/// Calls `visit` with the file, the name and the data of every weight of `config`.
+/// Every weight of `config` with its name, in the order of the configuration.
 ///
 /// # Errors
-/// When a weight is missing, has another shape, or is not one of the model's, and when tied
-/// embeddings come with an output projection of their own.
-pub(super) fn for_each_weight(
-    folder: &Path,
-    config: &ModelConfig,
-    mut visit: impl FnMut(&Path, &str, &TensorView<'_>) -> Result<()>,
-) -> Result<()> {
+/// When a weight is missing, has another shape or a type that is not supported, or is not one of
+/// the model's, and when tied embeddings come with an output projection of their own.
+pub fn find_weights(folder: &Path, config: &ModelConfig) -> Result<Vec<(String, StoredTensor)>> {
     let shapes = config.parameter_shapes();
     let files = weight_files(folder)?;
-    let maps = files.iter().map(|file| libtorch::map_file(file)).collect::<Result<Vec<_>>>()?;
-    let mut stored = read_tensors(&files, &maps, &shapes)?;
+    let mut stored = open_files(&files, &shapes)?;
     if config.tied_embeddings {
         tie(&mut stored)?;
     }
-    for (name, shape) in &shapes {
-        let Some(Stored { file, view }) = stored.remove(name) else {
+    let mut weights = Vec::new();
+    for (name, shape) in shapes {
+        let Some(tensor) = stored.remove(&name) else {
             let file = if files.len() == 1 { files[0].clone() } else { folder.join(INDEX_FILE) };
             let advice =
                 if name == LM_HEAD { ": if it is the embedding, set tie_word_embeddings to true there" } else { "" };
             return Err(Error::file(file, format!("the weights lack `{name}`, which config.json calls for{advice}")));
         };
-        let actual = shape_of(&view);
-        if actual != *shape {
+        let actual = tensor.shape();
+        if actual != shape {
             let message = format!("`{name}` has shape {actual:?}, but config.json calls for {shape:?}");
-            return Err(Error::file(file, message));
+            return Err(Error::file(tensor.path(), message));
         }
-        visit(file, name, &view)?;
+        tensor.kind(&name)?;
+        weights.push((name, tensor));
     }
     match stored.first_key_value() {
-        None => Ok(()),
-        Some((name, Stored { file, .. })) => {
+        None => Ok(weights),
+        Some((name, tensor)) => {
             let message = format!(
                 "`{name}` is not a weight of the model that config.json describes: correct config.json, or remove the \
                  tensor if it is no part of the model"
             );
-            Err(Error::file(*file, message))
+            Err(Error::file(tensor.path(), message))
         }
     }
 }
 
 /// The tensors of all files under the names that the model has for them. Files that were written
 /// without the output projection lack the prefix of the others.
-fn read_tensors<'m>(
-    files: &'m [PathBuf],
-    maps: &'m [memmap2::Mmap],
-    shapes: &[(String, Vec<i64>)],
-) -> Result<BTreeMap<String, Stored<'m>>> {
+fn open_files(files: &[PathBuf], shapes: &[(String, Vec<i64>)]) -> Result<BTreeMap<String, StoredTensor>> {
     let expected: BTreeSet<&str> = shapes.iter().map(|(name, _)| name.as_str()).collect();
-    let mut stored = BTreeMap::new();
-    for (file, map) in files.iter().zip(maps) {
-        for (name, view) in parse(file, map)?.tensors() {
+    let mut stored: BTreeMap<String, StoredTensor> = BTreeMap::new();
+    for file in files {
+        for (name, tensor) in TensorFile::open(file, DOWNLOAD_ADVICE)?.tensors() {
             // Older files hold this table, which the model computes itself.
             if name.ends_with(".rotary_emb.inv_freq") {
                 continue;
             }
             let prefixed = format!("model.{name}");
             let name = if expected.contains(prefixed.as_str()) { prefixed } else { name };
-            if let Some(Stored { file: other, .. }) = stored.get(&name) {
-                let message = format!("`{name}` is in {} as well: remove one of the two", other.display());
+            if let Some(other) = stored.get(&name) {
+                let message = format!("`{name}` is in {} as well: remove one of the two", other.path().display());
                 return Err(Error::file(file, message));
             }
-            stored.insert(name, Stored { file, view });
+            stored.insert(name, tensor);
         }
     }
     Ok(stored)
@@ -95,54 +85,20 @@ fn read_tensors<'m>(
 
 /// Leaves one of the two tensors that tied embeddings may be stored as. `transformers` keeps both
 /// where they differ, and so does this toolkit once config.json says it.
-fn tie(stored: &mut BTreeMap<String, Stored<'_>>) -> Result<()> {
+fn tie(stored: &mut BTreeMap<String, StoredTensor>) -> Result<()> {
     let Some(head) = stored.remove(LM_HEAD) else { return Ok(()) };
     let Some(embedding) = stored.get(EMBEDDING) else {
         stored.insert(EMBEDDING.to_owned(), head);
         return Ok(());
     };
-    let load = |name: &str, stored: &Stored<'_>| -> Result<Tensor> {
-        Ok(to_tensor(stored.file, name, &stored.view)?.f_to_kind(Kind::Float)?)
-    };
-    if embedding.view == head.view || load(EMBEDDING, embedding)? == load(LM_HEAD, &head)? {
+    if have_same_numbers((EMBEDDING, embedding), (LM_HEAD, &head))? {
         return Ok(());
     }
     let message = format!(
         "`{LM_HEAD}` differs from `{EMBEDDING}`, although config.json ties them: set tie_word_embeddings to false there \
          to use both, or remove `{LM_HEAD}`"
     );
-    Err(Error::file(head.file, message))
-}
-
-/// Parses the content of a file.
-pub(super) fn parse<'m>(file: &Path, bytes: &'m [u8]) -> Result<SafeTensors<'m>> {
-    SafeTensors::deserialize(bytes).map_err(|error| {
-        Error::file(file, format!("is not a complete safetensors file ({error}); copy or download it again"))
-    })
-}
-
-fn shape_of(view: &TensorView<'_>) -> Vec<i64> {
-    view.shape().iter().map(|&size| size as i64).collect()
-}
-
-pub(super) fn to_kind(file: &Path, name: &str, view: &TensorView<'_>) -> Result<Kind> {
-    match view.dtype() {
-        Dtype::F64 => Ok(Kind::Double),
-        Dtype::F32 => Ok(Kind::Float),
-        Dtype::F16 => Ok(Kind::Half),
-        Dtype::BF16 => Ok(Kind::BFloat16),
-        other => {
-            let message = format!(
-                "`{name}` is {other:?}, but only F64, F32, F16 and BF16 are supported: use the checkpoint in bfloat16"
-            );
-            Err(Error::file(file, message))
-        }
-    }
-}
-
-/// A copy on the CPU, in the type of the file.
-pub(super) fn to_tensor(file: &Path, name: &str, view: &TensorView<'_>) -> Result<Tensor> {
-    libtorch::tensor_from_bytes(view.data(), &shape_of(view), to_kind(file, name, view)?)
+    Err(Error::file(head.path(), message))
 }
 
 /// The safetensors files of a folder, in order. As in `transformers`, a single file is preferred to
@@ -178,47 +134,52 @@ pub(super) fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
     }
 }
 
-/// The names of a type in safetensors files and in config.json.
-pub(super) struct DtypeNames {
-    pub(super) safetensors: &'static str,
-    /// As in config.json and in PyTorch.
-    pub(super) torch: &'static str,
-}
+/// Name and shape of a weight to write.
+pub type NamedShape = (String, Vec<i64>);
 
-pub(super) fn dtype_names(kind: Kind) -> Result<DtypeNames> {
-    match kind {
-        Kind::Float => Ok(DtypeNames { safetensors: "F32", torch: "float32" }),
-        Kind::Half => Ok(DtypeNames { safetensors: "F16", torch: "float16" }),
-        Kind::BFloat16 => Ok(DtypeNames { safetensors: "BF16", torch: "bfloat16" }),
-        other => Err(Error::internal(format!("weights cannot be saved as {other:?}"))),
-    }
-}
-
-/// Writes weights as `kind` into an existing folder, in files of at most `max_shard_bytes` (a
-/// larger tensor gets a file of its own).
-pub(super) fn write_weights(
+/// Writes weights as `kind` into an existing folder, in files of at most 5 GB (a larger tensor gets
+/// a file of its own). `weight` returns the weight at an index, in any type; it is called for one at
+/// a time, in order.
+///
+/// # Errors
+/// Those of `weight` and of [`TensorWriter::write`]; file-system errors.
+pub fn write_weights(
+    writer: &mut TensorWriter,
     folder: &Path,
-    weights: &[(String, Tensor)],
+    shapes: &[NamedShape],
+    kind: Kind,
+    weight: impl FnMut(usize) -> Result<Tensor>,
+) -> Result<()> {
+    write_shards(writer, folder, shapes, kind, MAX_SHARD_BYTES, weight)
+}
+
+fn write_shards(
+    writer: &mut TensorWriter,
+    folder: &Path,
+    shapes: &[NamedShape],
     kind: Kind,
     max_shard_bytes: usize,
+    mut weight: impl FnMut(usize) -> Result<Tensor>,
 ) -> Result<()> {
-    let dtype = dtype_names(kind)?.safetensors;
-    let element_bytes = kind.elt_size_in_bytes();
-    let shards = split_into_shards(weights, element_bytes, max_shard_bytes);
+    let specs: Vec<_> =
+        shapes.iter().map(|(name, shape)| TensorSpec { name: name.clone(), kind, shape: shape.clone() }).collect();
+    let shards = split_into_shards(&specs, max_shard_bytes);
     let mut weight_map = Map::new();
-    for (index, shard) in shards.iter().enumerate() {
+    let mut index = 0;
+    for (number, shard) in shards.iter().enumerate() {
         let file = match shards.len() {
             1 => SINGLE_FILE.to_owned(),
-            num_shards => format!("model-{:05}-of-{num_shards:05}.safetensors", index + 1),
+            num_shards => format!("model-{:05}-of-{num_shards:05}.safetensors", number + 1),
         };
-        let shapes: Vec<_> = shard.iter().map(|(name, tensor)| (name.clone(), tensor.size())).collect();
-        write_safetensors(&folder.join(&file), dtype, element_bytes, &shapes, |index| {
-            libtorch::tensor_to_bytes(&shard[index].1.f_detach()?.f_to_kind(kind)?)
-        })?;
-        weight_map.extend(shard.iter().map(|(name, _)| (name.clone(), json!(file))));
+        writer.begin_file(&folder.join(&file), &[], shard)?;
+        for spec in *shard {
+            writer.write(&weight(index)?, kind)?;
+            weight_map.insert(spec.name.clone(), json!(file));
+            index += 1;
+        }
     }
     if shards.len() > 1 {
-        let total_bytes: usize = weights.iter().map(|(_, tensor)| tensor.numel() * element_bytes).sum();
+        let total_bytes: usize = specs.iter().map(TensorSpec::num_bytes).sum();
         let index = json!({ "metadata": { "total_size": total_bytes }, "weight_map": weight_map });
         atomic_file::write_json(&folder.join(INDEX_FILE), &index)?;
     }
@@ -231,56 +192,18 @@ pub(super) fn write_weights(
     Ok(())
 }
 
-fn split_into_shards(
-    weights: &[(String, Tensor)],
-    element_bytes: usize,
-    max_shard_bytes: usize,
-) -> Vec<&[(String, Tensor)]> {
+fn split_into_shards(specs: &[TensorSpec], max_shard_bytes: usize) -> Vec<&[TensorSpec]> {
     let mut shards = Vec::new();
     let (mut start, mut shard_bytes) = (0, 0);
-    for (index, (_, tensor)) in weights.iter().enumerate() {
-        let tensor_bytes = tensor.numel() * element_bytes;
-        if shard_bytes + tensor_bytes > max_shard_bytes && index > start {
-            shards.push(&weights[start..index]);
+    for (index, spec) in specs.iter().enumerate() {
+        if shard_bytes + spec.num_bytes() > max_shard_bytes && index > start {
+            shards.push(&specs[start..index]);
             (start, shard_bytes) = (index, 0);
         }
-        shard_bytes += tensor_bytes;
+        shard_bytes += spec.num_bytes();
     }
-    shards.push(&weights[start..]);
+    shards.push(&specs[start..]);
     shards
-}
-
-/// Writes one safetensors file of tensors of one type. `tensor_bytes` returns the data of the
-/// tensor at an index and is called for one tensor at a time, so that memory never holds a second
-/// copy of the model.
-///
-/// # Errors
-/// Those of `tensor_bytes`, and file-system errors.
-pub fn write_safetensors(
-    path: &Path,
-    dtype: &str,
-    element_bytes: usize,
-    tensors: &[(String, Vec<i64>)],
-    mut tensor_bytes: impl FnMut(usize) -> Result<Vec<u8>>,
-) -> Result<()> {
-    let mut header = Map::from_iter([("__metadata__".to_owned(), json!({ "format": "pt" }))]);
-    let mut end = 0;
-    for (name, shape) in tensors {
-        let start = end;
-        end += shape.iter().product::<i64>() as usize * element_bytes;
-        header.insert(name.clone(), json!({ "dtype": dtype, "shape": shape, "data_offsets": [start, end] }));
-    }
-    let mut header = Value::Object(header).to_string();
-    // The format asks for data aligned to 8 bytes.
-    header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
-    atomic_file::write_with(path, |file| {
-        file.write_all(&(header.len() as u64).to_le_bytes()).map_err(Error::write(path))?;
-        file.write_all(header.as_bytes()).map_err(Error::write(path))?;
-        for index in 0..tensors.len() {
-            file.write_all(&tensor_bytes(index)?).map_err(Error::write(path))?;
-        }
-        Ok(())
-    })
 }
 
 #[cfg(test)]
@@ -288,7 +211,7 @@ mod tests {
     use tch::Device;
 
     use super::*;
-    use crate::checkpoint;
+    use crate::checkpoint::{self, STREAMING_BYTES};
     use crate::model::Transformer;
 
     #[test]
@@ -302,7 +225,11 @@ mod tests {
         let weights = model.named_parameters();
         let dir = tempfile::tempdir().unwrap();
         checkpoint::save(&model, dir.path(), Kind::Float).unwrap();
-        write_weights(dir.path(), &weights, Kind::Float, 1500).unwrap();
+        let shapes: Vec<_> = weights.iter().map(|(name, tensor)| (name.clone(), tensor.size())).collect();
+        let mut writer = TensorWriter::new(Device::Cpu, STREAMING_BYTES);
+        let weight = |index: usize| Ok(weights[index].1.shallow_clone());
+        write_shards(&mut writer, dir.path(), &shapes, Kind::Float, 1500, weight).unwrap();
+        writer.finish().unwrap();
         let files = weight_files(dir.path()).unwrap();
         assert!(files.len() > 2, "{files:?}");
         let load = || checkpoint::load(dir.path(), Device::Cpu, Kind::Float);

@@ -175,12 +175,7 @@ impl PinnedInts {
     /// # Errors
     /// [`crate::Error::Torch`] if memory runs out or there is no CUDA device.
     pub(super) fn new(length: usize) -> Result<Self> {
-        let mut tensor = std::ptr::null_mut();
-        // SAFETY: on success `tensor` is a tensor that this side owns.
-        unsafe {
-            checked(cllm_pinned_zeros(length as i64, &mut tensor))?;
-            Ok(PinnedInts { tensor: Tensor::from_ptr(tensor.cast()) })
-        }
+        Ok(PinnedInts { tensor: pinned_zeros(length)? })
     }
 
     /// # Safety
@@ -206,6 +201,19 @@ impl PinnedInts {
     /// [`crate::Error::Torch`] if the tensor is longer.
     pub(super) fn receive(&self, from: &Tensor) -> Result<()> {
         copy_async(&self.tensor.f_narrow(0, 0, from.numel() as i64)?, from)
+    }
+}
+
+/// int32 zeros `[length]` in pinned host memory.
+///
+/// # Errors
+/// [`crate::Error::Torch`] if memory runs out or there is no CUDA device.
+pub(super) fn pinned_zeros(length: usize) -> Result<Tensor> {
+    let mut tensor = std::ptr::null_mut();
+    // SAFETY: on success `tensor` is a tensor that this side owns.
+    unsafe {
+        checked(cllm_pinned_zeros(length as i64, &mut tensor))?;
+        Ok(Tensor::from_ptr(tensor.cast()))
     }
 }
 

@@ -156,21 +156,6 @@ pub fn map_file(path: &Path) -> Result<memmap2::Mmap> {
     unsafe { memmap2::Mmap::map(&file) }.map_err(Error::io(path))
 }
 
-/// A CPU tensor copied from raw little-endian bytes.
-///
-/// # Errors
-/// [`Error::Torch`] if the number of bytes does not fit the shape.
-pub fn tensor_from_bytes(bytes: &[u8], shape: &[i64], kind: Kind) -> Result<Tensor> {
-    // tch copies as many bytes as the shape asks for without looking at the length of the slice.
-    let expected =
-        shape.iter().try_fold(kind.elt_size_in_bytes(), |bytes, &size| bytes.checked_mul(usize::try_from(size).ok()?));
-    if expected != Some(bytes.len()) {
-        let message = format!("{} bytes do not fill a {kind:?} tensor of shape {shape:?}", bytes.len());
-        return Err(Error::Torch(tch::TchError::Shape(message)));
-    }
-    Ok(Tensor::f_from_data_size(bytes, shape, kind)?)
-}
-
 /// The raw little-endian bytes of a tensor, copied to the host in its own type.
 ///
 /// # Errors

@@ -25,6 +25,7 @@ pub(crate) mod decode;
 pub(crate) mod forward_input;
 pub(crate) mod graph_runner;
 pub(crate) mod graphs;
+pub(crate) mod host_buffer;
 mod launch;
 pub mod libtorch;
 pub(crate) mod nvrtc;

@@ -1,7 +1,11 @@
 //! Named tensors as views of one buffer, so that one update, one norm and one collective serve all
 //! of them.
 
+use std::ops::Range;
+
 use tch::{Device, Kind, Tensor};
+
+use crate::fingerprint::hash_bytes;
 
 /// The number of elements is a multiple of this. So 1 to 10 processes, and 12, 14, 15, 16, 32, 64,
 /// 128, 256 and many other numbers of them, can own equal shards of the buffer that are aligned to
@@ -87,6 +91,17 @@ impl ParamBuffer {
     /// Every tensor with its name, in the order given; they are views of the buffer.
     pub fn tensors(&self) -> Vec<(String, Tensor)> {
         self.entries.iter().map(|entry| (entry.name.clone(), self.view(entry.start, &entry.shape))).collect()
+    }
+
+    /// The elements of the buffer that belong to each tensor, in the order of [`Self::tensors`].
+    pub fn ranges(&self) -> impl Iterator<Item = (&str, Range<i64>)> {
+        self.entries.iter().map(|entry| (entry.name.as_str(), entry.start..entry.start + entry.num_elements()))
+    }
+
+    /// Fingerprint of the names, shapes and positions of all tensors.
+    pub fn layout_fingerprint(&self) -> String {
+        let describe = |entry: &Entry| format!("{} {:?} {}\n", entry.name, entry.shape, entry.start);
+        hash_bytes(self.entries.iter().map(describe).collect::<String>().as_bytes())
     }
 
     /// The tensor of this name, a view of the buffer.

@@ -5,7 +5,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use cllm_core::checkpoint;
+use cllm_core::cuda::libtorch;
 use cllm_core::model::Transformer;
+use safetensors::{Dtype, tensor::TensorView};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tch::{Device, IndexOp, Kind, Tensor};
@@ -80,21 +82,23 @@ fn weights(name: &str, shape: &[i64]) -> Tensor {
 
 /// Writes a safetensors file of the tensors of a file set.
 fn write_weights(path: &Path, dtype: &str, tensors: &Value) {
-    let (kind, element_bytes) = match dtype {
-        "F64" => (Kind::Double, 8),
-        "F32" => (Kind::Float, 4),
-        "F16" => (Kind::Half, 2),
-        "BF16" => (Kind::BFloat16, 2),
-        _ => (Kind::Uint8, 1),
+    let (kind, dtype) = match dtype {
+        "F64" => (Kind::Double, Dtype::F64),
+        "F32" => (Kind::Float, Dtype::F32),
+        "F16" => (Kind::Half, Dtype::F16),
+        "BF16" => (Kind::BFloat16, Dtype::BF16),
+        other => (Kind::Uint8, serde_json::from_value(json!(other)).unwrap()),
     };
-    let tensors = tensors.as_object().unwrap();
     let shape_of = |value: &Value| serde_json::from_value::<Vec<i64>>(value[0].clone()).unwrap();
-    let shapes: Vec<_> = tensors.iter().map(|(name, value)| (name.clone(), shape_of(value))).collect();
-    let seeds: Vec<&str> = tensors.iter().map(|(name, value)| value[1].as_str().unwrap_or(name)).collect();
-    checkpoint::write_safetensors(path, dtype, element_bytes, &shapes, |index| {
-        cllm_core::cuda::libtorch::tensor_to_bytes(&weights(seeds[index], &shapes[index].1).to_kind(kind))
-    })
-    .unwrap();
+    let bytes = tensors.as_object().unwrap().iter().map(|(name, value)| {
+        let weights = weights(value[1].as_str().unwrap_or(name), &shape_of(value)).to_kind(kind);
+        (name, shape_of(value), libtorch::tensor_to_bytes(&weights).unwrap())
+    });
+    let bytes: Vec<_> = bytes.collect();
+    let views = bytes.iter().map(|(name, shape, bytes)| {
+        (name, TensorView::new(dtype, shape.iter().map(|&size| size as usize).collect(), bytes).unwrap())
+    });
+    safetensors::serialize_to_file(views, None, path).unwrap();
 }
 
 fn write_folder(folder: &Path, config: &Value, files: &BTreeMap<String, Value>) {

@@ -1,6 +1,7 @@
-//! The weights under their Hugging Face names, dequantized to bfloat16 one tensor at a time.
+//! The weights under their Hugging Face names, dequantized to bfloat16 piece by piece.
 
 use std::collections::BTreeSet;
+use std::ops::Range;
 use std::path::Path;
 
 use half::bf16;
@@ -8,10 +9,12 @@ use rayon::prelude::*;
 
 use super::config::ROPE_FACTORS;
 use super::file::{GgufFile, Parsed, TensorInfo};
-use cllm_core::checkpoint::write_safetensors;
+use cllm_core::checkpoint::{STREAMING_BYTES, TensorSpec, TensorWriter};
 use cllm_core::model::{Family, ModelConfig};
+use cllm_core::pieces::PIECE_BYTES;
 use cllm_core::progress::Progress;
 use cllm_core::{Result, interrupt};
+use tch::{Device, Kind};
 
 /// A weight to write, and the tensor it comes from.
 pub(super) struct WeightSource<'a> {
@@ -60,26 +63,43 @@ pub(super) fn find_sources<'a>(file: &GgufFile<'a>, config: &ModelConfig) -> Par
 
 /// Writes the weights as one bf16 safetensors file.
 pub(super) fn write(path: &Path, sources: &[WeightSource<'_>]) -> Result<()> {
-    let shapes: Vec<_> = sources.iter().map(|source| (source.name.clone(), source.shape.clone())).collect();
+    let spec = |source: &WeightSource<'_>| TensorSpec {
+        name: source.name.clone(),
+        kind: Kind::BFloat16,
+        shape: source.shape.clone(),
+    };
     let mut progress = Progress::new("convert", 0, sources.len() as u64);
-    write_safetensors(path, "BF16", 2, &shapes, |index| {
-        interrupt::check()?;
+    let mut writer = TensorWriter::new(Device::Cpu, STREAMING_BYTES);
+    writer.begin_file(path, &[], &sources.iter().map(spec).collect::<Vec<_>>())?;
+    for source in sources {
+        source.write(&mut writer)?;
         progress.advance(1);
-        Ok(sources[index].to_bytes())
-    })?;
+    }
+    writer.finish()?;
     progress.finish();
     Ok(())
 }
 
 impl WeightSource<'_> {
-    /// The weight as bfloat16.
-    fn to_bytes(&self) -> Vec<u8> {
-        let rows = if self.shape.len() == 1 && self.reordered_heads.is_none() { 1 } else { self.shape[0] as usize };
-        let row_bytes = self.tensor.data.len() / rows;
-        let width = self.shape.iter().product::<i64>() as usize / rows;
-        let mut out = vec![0u8; rows * width * 2];
-        out.par_chunks_exact_mut(width * 2).enumerate().for_each_init(Vec::new, |values, (row, out)| {
-            let from = self.reordered_heads.map_or(row, |heads| stored_row(row, rows / heads));
+    /// Writes the weight as bfloat16, some rows at a time.
+    fn write(&self, writer: &mut TensorWriter) -> Result<()> {
+        let num_rows = if self.shape.len() == 1 && self.reordered_heads.is_none() { 1 } else { self.shape[0] as usize };
+        let width = self.shape.iter().product::<i64>() as usize / num_rows;
+        let max_rows = (PIECE_BYTES / (2 * width)).max(1);
+        for start in (0..num_rows).step_by(max_rows) {
+            interrupt::check()?;
+            writer.write_bytes(&self.to_bytes(start..num_rows.min(start + max_rows), num_rows, width))?;
+        }
+        Ok(())
+    }
+
+    /// Some of the weight's rows as bfloat16.
+    fn to_bytes(&self, rows: Range<usize>, num_rows: usize, width: usize) -> Vec<u8> {
+        let row_bytes = self.tensor.data.len() / num_rows;
+        let mut out = vec![0u8; rows.len() * width * 2];
+        out.par_chunks_exact_mut(width * 2).enumerate().for_each_init(Vec::new, |values, (index, out)| {
+            let row = rows.start + index;
+            let from = self.reordered_heads.map_or(row, |heads| stored_row(row, num_rows / heads));
             values.clear();
             self.tensor.format.dequantize(&self.tensor.data[from * row_bytes..][..row_bytes], values);
             for (value, bytes) in values.iter().zip(out.chunks_exact_mut(2)) {

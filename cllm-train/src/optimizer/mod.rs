@@ -16,11 +16,14 @@ use cllm_core::cuda::libtorch::{self, AdamW};
 use cllm_core::distributed::ProcessGroup;
 use cllm_core::model::{ParamBuffer, Transformer};
 use cllm_core::{Error, Result, fingerprint};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use crate::settings::{OptimizerSettings, StateDtype};
 use ema::Ema;
 pub use lr_schedule::learning_rate;
+
+/// Name of the master weights in a checkpoint.
+pub const MASTER_WEIGHTS: &str = "master_weights";
 
 /// The update works on at most this many elements at a time, which bounds its temporary tensors.
 pub const MAX_UPDATE_ELEMENTS: i64 = 1 << 26;
@@ -195,97 +198,62 @@ impl OptimizerState {
     }
 
     /// Runs `body` while the model has the average of its weights, if one is kept. Afterwards the
-    /// model has its own weights again, even if `body` failed. The processes that do not run a body
-    /// call [`Self::join_average`] instead.
+    /// model has its own weights again, even if `body` failed. Every process must call it.
     ///
     /// # Errors
     /// Those of the body, libtorch's, a process that has died.
     pub fn with_average<T>(&self, body: impl FnOnce() -> Result<T>) -> Result<T> {
         let Some(ema) = &self.ema else { return body() };
-        let mut weights = self.weights.buffer().shallow_clone();
-        let own_weights = weights.detach().copy();
-        let result = self.gather_average(ema, &weights).and_then(|()| body());
-        tch::no_grad(|| weights.f_copy_(&own_weights))?;
+        let own_weights =
+            if self.masters_are_weights() { self.master_weights.copy() } else { self.master_weights.shallow_clone() };
+        let result = self.replace_weights(&ema.average).and_then(|()| body());
+        self.replace_weights(&own_weights)?;
         result
     }
 
-    /// Contributes this process's shard of the average to another process's [`Self::with_average`].
-    /// The weights stay as they are.
-    ///
-    /// # Errors
-    /// libtorch's errors, a process that has died.
-    pub fn join_average(&self) -> Result<()> {
-        let Some(ema) = &self.ema else { return Ok(()) };
-        self.gather_average(ema, &self.weights.buffer().f_empty_like()?)
+    /// Gives the model other weights, of which `shard` is this process's shard.
+    fn replace_weights(&self, shard: &Tensor) -> Result<()> {
+        tch::no_grad(|| self.group.shard(self.weights.buffer()).f_copy_(shard))?;
+        self.group.all_gather(self.weights.buffer())
     }
 
-    /// Fills `buffer` with the average of all weights, gathered from all processes.
-    fn gather_average(&self, ema: &Ema, buffer: &Tensor) -> Result<()> {
-        tch::no_grad(|| self.group.shard(buffer).f_copy_(&ema.average))?;
-        self.group.all_gather(buffer)
+    /// Whether the master weights are the model's own, not a copy.
+    fn masters_are_weights(&self) -> bool {
+        self.master_weights.kind() == self.weights.kind()
+    }
+
+    /// Whether the model that a checkpoint gets has the master weights too, bit for bit.
+    pub fn masters_are_saved_weights(&self) -> bool {
+        self.masters_are_weights() && self.ema.is_none()
+    }
+
+    /// The layout that the shards of all processes have together.
+    pub fn layout(&self) -> &ParamBuffer {
+        &self.weights
+    }
+
+    /// The elements of that layout which this process's shards hold.
+    pub fn shard_elements(&self) -> Range<i64> {
+        let num_elements = self.master_weights.size()[0];
+        let start = self.group.rank() as i64 * num_elements;
+        start..start + num_elements
     }
 
     /// This process's shards of everything that a checkpoint needs, by name.
-    fn shards(&self) -> Vec<(&'static str, &Tensor)> {
+    pub fn shards(&self) -> Vec<(&'static str, &Tensor)> {
         let shards =
-            [("master_weights", &self.master_weights), ("exp_avg", &self.exp_avg), ("exp_avg_sq", &self.exp_avg_sq)];
+            [(MASTER_WEIGHTS, &self.master_weights), ("exp_avg", &self.exp_avg), ("exp_avg_sq", &self.exp_avg_sq)];
         shards.into_iter().chain(self.ema.iter().map(|ema| ("ema", &ema.average))).collect()
     }
 
-    /// All tensors of the state by name, for a checkpoint; empty on all but the main process. Every
-    /// process must call it.
+    /// Takes over a state whose shards were read from a checkpoint, and gives the model its weights.
+    /// `num_skipped` is the number of steps skipped before the checkpoint. Every process must call
+    /// it.
     ///
     /// # Errors
-    /// A process that has died; memory that ran out.
-    pub fn named_tensors(&self) -> Result<Vec<(String, Tensor)>> {
-        let mut named = Vec::new();
-        for (prefix, shard) in self.shards() {
-            let Some(buffer) = self.gather_to_main(shard)? else { continue };
-            let whole = self.weights.with_buffer(buffer);
-            named.extend(whole.tensors().into_iter().map(|(name, tensor)| (format!("{prefix}.{name}"), tensor)));
-        }
-        Ok(named)
-    }
-
-    /// Concatenates the shards of all processes on the main one. The result is in host memory
-    /// unless there is only one process.
-    fn gather_to_main(&self, shard: &Tensor) -> Result<Option<Tensor>> {
-        let _no_grad = tch::no_grad_guard();
-        if self.group.world_size() == 1 {
-            return Ok(Some(shard.shallow_clone()));
-        }
-        let mut shards = Vec::new();
-        for rank in 0..self.group.world_size() {
-            let received = if rank == self.group.rank() { shard.copy() } else { shard.f_empty_like()? };
-            self.group.broadcast_tensor(&received, rank)?;
-            if self.group.is_main() {
-                shards.push(received.f_to(Device::Cpu)?);
-            }
-        }
-        Ok(if shards.is_empty() { None } else { Some(Tensor::f_cat(&shards, 0)?) })
-    }
-
-    /// Restores the state of a checkpoint, weights and average included. `find` returns the saved
-    /// tensor of a name, shaped like the given one; `num_skipped` is the number of steps skipped
-    /// before the checkpoint. Every process must call it.
-    ///
-    /// # Errors
-    /// [`Error::Usage`] if a tensor is missing or of another shape.
-    pub fn restore(&mut self, num_skipped: usize, mut find: impl FnMut(&str, &Tensor) -> Option<Tensor>) -> Result<()> {
-        let _no_grad = tch::no_grad_guard();
-        for (prefix, shard) in self.shards() {
-            let buffer = Tensor::f_zeros(self.weights.buffer().size(), (shard.kind(), Device::Cpu))?;
-            let whole = self.weights.with_buffer(buffer);
-            for (name, mut tensor) in whole.tensors() {
-                let name = format!("{prefix}.{name}");
-                let saved = find(&name, &tensor)
-                    .ok_or_else(|| Error::usage(format!("the checkpoint's optimizer state lacks `{name}`")))?;
-                tensor.f_copy_(&saved)?;
-            }
-            shard.shallow_clone().f_copy_(&self.group.shard(whole.buffer()))?;
-        }
-        self.group.shard(self.weights.buffer()).f_copy_(&self.master_weights)?;
-        self.group.all_gather(self.weights.buffer())?;
+    /// libtorch's errors, a process that has died.
+    pub fn finish_restore(&mut self, num_skipped: usize) -> Result<()> {
+        self.replace_weights(&self.master_weights)?;
         let _ = self.num_skipped.fill_(num_skipped as f64);
         Ok(())
     }
@@ -295,6 +263,7 @@ impl OptimizerState {
 mod tests {
     use cllm_core::model::ModelConfig;
     use serde_json::json;
+    use tch::Device;
 
     use super::*;
 

@@ -74,11 +74,13 @@ fn a_damaged_checkpoint_is_named_and_the_one_before_it_serves() {
     fs::remove_dir_all(run.join("final")).unwrap();
     fs::remove_file(run.join("summary.json")).unwrap();
     let newest = run.join("checkpoints/step-000006");
-    for name in ["optimizer.safetensors", "state.json"] {
+    let damages =
+        [("optimizer-00001-of-00001.safetensors", "is not a complete safetensors file"), ("state.json", "is damaged")];
+    for (name, problem) in damages {
         let bytes = fs::read(newest.join(name)).unwrap();
         fs::write(newest.join(name), &bytes[..bytes.len() / 2]).unwrap();
         let advice = "step-000006 to resume from the checkpoint before it";
-        TRAIN.fail(&arguments, 2, &[name, "is damaged", "delete ", advice]);
+        TRAIN.fail(&arguments, 2, &[name, problem, "delete ", advice]);
     }
     fs::remove_dir_all(&newest).unwrap();
     // The state that a kill during a save leaves: a folder and a file half written, and a

@@ -3,12 +3,12 @@
 
 use std::path::{Path, PathBuf};
 
-use cllm_core::checkpoint;
+use cllm_core::checkpoint::{self, STREAMING_BYTES, TensorFile, TensorSpec, TensorWriter};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_train::settings::{BlockContext, Settings};
 use cllm_train::trainer;
 use serde_json::{Value, json};
-use tch::{Device, Kind};
+use tch::{Device, Kind, Tensor};
 
 use crate::setup::{
     N, StepLosses, assert_resumes_exactly, collect, consistency, have_same_weights, loss_curve, metrics, prepare,
@@ -123,6 +123,43 @@ fn a_student_of_every_family_resumes_exactly() {
         assert_resumes_exactly(&student, 2);
         assert!(!have_same_weights(&student.output.join("final"), &model), "{name}: it learnt nothing");
     }
+}
+
+/// Earlier versions wrote one file, with the state of each weight by its name.
+#[test]
+fn a_checkpoint_of_an_earlier_version_resumes_exactly() {
+    tch::set_num_threads(1);
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let settings = Settings { max_steps: Some(4), save_every: Some(2), ..sft(dir.path(), "run") };
+    trainer::run(settings.clone()).unwrap();
+    let folder = settings.output.join("checkpoints/step-000002");
+    let path = folder.join("optimizer-00001-of-00001.safetensors");
+    let file = TensorFile::open(&path, "").unwrap();
+    let model = checkpoint::load(&folder, Device::Cpu, Kind::Float).unwrap();
+    let mut tensors = model.named_parameters();
+    tensors.iter_mut().for_each(|(name, _)| *name = format!("master_weights.{name}"));
+    let stored: Vec<_> = file.tensors().collect();
+    assert_eq!(stored.len(), 2, "the model has the master weights");
+    let target = |index: usize| Ok(Tensor::zeros(stored[index].1.shape(), (Kind::Float, Device::Cpu)));
+    checkpoint::read_tensors(&stored, Device::Cpu, target, |index, flat| {
+        let slices = model.weights().ranges().map(|(name, range)| {
+            (format!("{}.{name}", stored[index].0), flat.narrow(0, range.start, range.end - range.start))
+        });
+        tensors.extend(slices);
+        Ok(())
+    })
+    .unwrap();
+    let specs: Vec<_> = tensors
+        .iter()
+        .map(|(name, tensor)| TensorSpec { name: name.clone(), kind: Kind::Float, shape: tensor.size() })
+        .collect();
+    let mut writer = TensorWriter::new(Device::Cpu, STREAMING_BYTES);
+    writer.begin_file(&folder.join("optimizer.safetensors"), &[], &specs).unwrap();
+    tensors.iter().for_each(|(_, tensor)| writer.write(tensor, Kind::Float).unwrap());
+    writer.finish().unwrap();
+    std::fs::remove_file(path).unwrap();
+    assert_resumes_exactly(&settings, 2);
 }
 
 #[test]

@@ -1,0 +1,175 @@
+//! The optimizer state of a checkpoint. Every process writes its shards to a file of its own. To
+//! resume, it reads the elements of its shards from the files that hold them, so the number of
+//! processes may differ.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::path::Path;
+
+use cllm_core::checkpoint::{self, StoredTensor, TensorFile, TensorSpec, TensorWriter, read_tensors};
+use cllm_core::distributed::ProcessGroup;
+use cllm_core::model::ModelConfig;
+use cllm_core::{Error, Result};
+use tch::Tensor;
+
+use crate::optimizer::{MASTER_WEIGHTS, OptimizerState};
+
+/// The one file of checkpoints by earlier versions, with the state of each weight under
+/// `NAME.WEIGHT`.
+const OLD_FILE: &str = "optimizer.safetensors";
+/// Keys of a file's metadata: the first element of its shards in the layout of all weights, and the
+/// fingerprint of that layout.
+const FIRST_ELEMENT: &str = "first_element";
+const LAYOUT: &str = "layout";
+
+fn file_name(rank: usize, world_size: usize) -> String {
+    format!("optimizer-{:05}-of-{world_size:05}.safetensors", rank + 1)
+}
+
+/// The number of processes in a file's name.
+fn world_size_of(name: &str) -> Option<usize> {
+    let (rank, world_size) = name.strip_prefix("optimizer-")?.strip_suffix(".safetensors")?.split_once("-of-")?;
+    rank.parse::<usize>().ok().and(world_size.parse().ok())
+}
+
+/// Writes this process's shards, without master weights if `skip_masters`: the model beside them
+/// has them.
+///
+/// # Errors
+/// As [`TensorWriter::write`].
+pub fn write(
+    writer: &mut TensorWriter,
+    folder: &Path,
+    optimizer: &OptimizerState,
+    group: &ProcessGroup,
+    skip_masters: bool,
+) -> Result<()> {
+    let elements = own_weights(optimizer);
+    let mut shards: Vec<(&str, Tensor)> = Vec::new();
+    for (name, shard) in optimizer.shards() {
+        if !(skip_masters && name == MASTER_WEIGHTS) {
+            shards.push((name, shard.f_narrow(0, 0, elements.end - elements.start)?));
+        }
+    }
+    let spec = |(name, shard): &(&str, Tensor)| TensorSpec {
+        name: (*name).to_owned(),
+        kind: shard.kind(),
+        shape: shard.size(),
+    };
+    let metadata = [(FIRST_ELEMENT, elements.start.to_string()), (LAYOUT, optimizer.layout().layout_fingerprint())];
+    let path = folder.join(file_name(group.rank(), group.world_size()));
+    writer.begin_file(&path, &metadata, &shards.iter().map(spec).collect::<Vec<_>>())?;
+    shards.iter().try_for_each(|(_, shard)| writer.write(shard, shard.kind()))
+}
+
+/// The elements of this process's shards that belong to a weight. Padding follows the last weight.
+fn own_weights(optimizer: &OptimizerState) -> Range<i64> {
+    let Range { start, end } = optimizer.shard_elements();
+    let num_weights = optimizer.layout().ranges().map(|(_, range)| range.end).max().unwrap_or(0);
+    start..end.min(num_weights).max(start)
+}
+
+/// Fills this process's shards. `advice` says what to do about a damaged file.
+///
+/// # Errors
+/// [`Error::File`] for files that are missing or incomplete or belong to other weights.
+pub fn read(folder: &Path, optimizer: &OptimizerState, config: &ModelConfig, advice: &str) -> Result<()> {
+    let files = StateFiles::open(folder, optimizer, advice)?;
+    for (name, shard) in optimizer.shards() {
+        let mut stretches = files.stretches(name, optimizer);
+        if stretches.is_empty() && name == MASTER_WEIGHTS {
+            stretches = model_weights(folder, optimizer, config)?;
+        }
+        fill(folder, name, shard, optimizer, stretches)?;
+    }
+    Ok(())
+}
+
+/// Consecutive elements of the layout, from the given one on, and where they are stored.
+type Stretch = (i64, StoredTensor);
+
+/// Fills a shard from the stretches that have some of its elements.
+fn fill(folder: &Path, name: &str, shard: &Tensor, optimizer: &OptimizerState, stretches: Vec<Stretch>) -> Result<()> {
+    let own = own_weights(optimizer);
+    let (mut stored, mut targets, mut num_found) = (Vec::new(), Vec::new(), 0);
+    for (first, tensor) in stretches {
+        let elements = own.start.max(first)..own.end.min(first + tensor.num_elements());
+        if elements.is_empty() {
+            continue;
+        }
+        let kind = tensor.kind(name)?;
+        if kind != shard.kind() {
+            let message = format!("`{name}` is {kind:?}, but this run keeps it as {:?}", shard.kind());
+            return Err(Error::file(tensor.path(), message));
+        }
+        num_found += elements.end - elements.start;
+        stored.push((name.to_owned(), tensor.narrow(elements.start - first..elements.end - first)));
+        targets.push(elements.start - own.start..elements.end - own.start);
+    }
+    if num_found != own.end - own.start {
+        return Err(Error::file(folder, format!("the optimizer state lacks a part of `{name}`")));
+    }
+    let target = |index: usize| {
+        let Range { start, end } = targets[index];
+        Ok(shard.f_narrow(0, start, end - start)?)
+    };
+    read_tensors(&stored, shard.device(), target, |_, _| Ok(()))
+}
+
+/// The master weights of a checkpoint whose model has them.
+fn model_weights(folder: &Path, optimizer: &OptimizerState, config: &ModelConfig) -> Result<Vec<Stretch>> {
+    let mut weights: HashMap<_, _> = checkpoint::find_weights(folder, config)?.into_iter().collect();
+    let stretch = |(name, range): (&str, Range<i64>)| Some((range.start, weights.remove(name)?));
+    Ok(optimizer.layout().ranges().filter_map(stretch).collect())
+}
+
+/// The open files of a checkpoint's optimizer state.
+enum StateFiles {
+    /// Those of all processes: the first element of their shards, and these by name.
+    Shards(Vec<(i64, HashMap<String, StoredTensor>)>),
+    /// That of an earlier version.
+    ByWeight(HashMap<String, StoredTensor>),
+}
+
+impl StateFiles {
+    fn open(folder: &Path, optimizer: &OptimizerState, advice: &str) -> Result<Self> {
+        if folder.join(OLD_FILE).exists() {
+            let file = TensorFile::open(&folder.join(OLD_FILE), advice)?;
+            return Ok(StateFiles::ByWeight(file.tensors().collect()));
+        }
+        let mut world_size = 0;
+        for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
+            let name = entry.map_err(Error::io(folder))?.file_name();
+            world_size = world_size.max(name.to_str().and_then(world_size_of).unwrap_or(0));
+        }
+        if world_size == 0 {
+            return Err(Error::file(folder, format!("has no optimizer state: {advice}")));
+        }
+        let layout = optimizer.layout().layout_fingerprint();
+        let shards = (0..world_size).map(|rank| {
+            let path = folder.join(file_name(rank, world_size));
+            let file = TensorFile::open(&path, advice)?;
+            let first_element = file.metadata(FIRST_ELEMENT).and_then(|text| text.parse().ok());
+            match first_element.filter(|_| file.metadata(LAYOUT) == Some(&layout)) {
+                Some(first_element) => Ok((first_element, file.tensors().collect())),
+                None => Err(Error::file(path, format!("belongs to other weights than those of this run: {advice}"))),
+            }
+        });
+        Ok(StateFiles::Shards(shards.collect::<Result<_>>()?))
+    }
+
+    fn stretches(&self, name: &str, optimizer: &OptimizerState) -> Vec<Stretch> {
+        match self {
+            StateFiles::Shards(shards) => {
+                shards.iter().filter_map(|(first, tensors)| Some((*first, tensors.get(name)?.clone()))).collect()
+            }
+            StateFiles::ByWeight(tensors) => {
+                let stretch = |(weight, range): (&str, Range<i64>)| {
+                    let tensor = tensors.get(&format!("{name}.{weight}"))?;
+                    (tensor.num_elements() == range.end - range.start).then(|| (range.start, tensor.clone()))
+                };
+                optimizer.layout().ranges().filter_map(stretch).collect()
+            }
+        }
+    }
+}
