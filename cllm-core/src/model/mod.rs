@@ -9,8 +9,8 @@ mod kv_cache;
 mod linear;
 mod lora;
 mod params;
-mod presets;
 mod rope;
+mod shapes;
 mod transformer;
 
 pub(crate) use attention::{Attention, attention_bias, scaled_dot_product_attention};
@@ -22,7 +22,7 @@ pub(crate) use linear::Linear;
 pub(crate) use lora::{LoraAdapter, LoraAdapters};
 pub use lora::{LoraConfig, LoraTarget};
 pub use params::ParamBuffer;
-pub use presets::ModelPreset;
 pub use rope::RopeScaling;
+pub use shapes::ModelShape;
 pub(crate) use transformer::Layer;
 pub use transformer::Transformer;

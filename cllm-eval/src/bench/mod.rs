@@ -49,21 +49,21 @@ pub fn bench(settings: &BenchSettings) -> Result<DecodeBenchResults> {
     Ok(results)
 }
 
-/// The model with its name, and its tokenizer unless it is a preset.
+/// The model with its name, and its tokenizer unless it is a shape.
 fn load_model(settings: &BenchSettings, device: Device) -> Result<(Transformer, String, Option<Tokenizer>)> {
     let dtype = device::default_kind(device);
-    match (&settings.model, settings.preset) {
+    match (&settings.model, settings.shape) {
         (Some(model), None) => {
             let folder = hub::locate(model)?;
             let rendering = settings.rendering.resolve(today())?;
             let name = folder.file_name().map_or(model.clone(), |name| name.to_string_lossy().into_owned());
             Ok((checkpoint::load(&folder, device, dtype)?, name, Some(Tokenizer::load_for(&folder, &rendering)?)))
         }
-        (None, Some(preset)) => {
-            let model = Transformer::random_on_device(preset.config(None)?, device, dtype);
-            Ok((model, preset.name().to_owned(), None))
+        (None, Some(shape)) => {
+            let model = Transformer::random_on_device(shape.config(None)?, device, dtype);
+            Ok((model, shape.to_string(), None))
         }
-        _ => Err(Error::usage("set either `model` (a folder or id) or `preset` (135M, 1.7B or 7B)")),
+        _ => Err(Error::usage("set either `model` (a folder or id) or `shape` (such as qwen3-8b)")),
     }
 }
 
@@ -71,7 +71,7 @@ fn load_prompts(settings: &BenchSettings, tokenizer: Option<Tokenizer>) -> Resul
     match (&settings.prompts, tokenizer) {
         (Some(path), Some(tokenizer)) => Ok(Some((prompt_set::read(path)?, tokenizer))),
         (Some(_), None) => {
-            Err(Error::usage("a preset has no tokenizer for `prompts`: leave `prompts` out, or set `model` instead"))
+            Err(Error::usage("a shape has no tokenizer for `prompts`: leave `prompts` out, or set `model` instead"))
         }
         (None, _) => Ok(None),
     }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use cllm_core::chat_template::RenderSettings;
 use cllm_core::decode::Strategy;
-use cllm_core::model::ModelPreset;
+use cllm_core::model::ModelShape;
 use cllm_core::settings;
 use garde::Validate;
 use schemars::JsonSchema;
@@ -17,10 +17,10 @@ pub struct BenchSettings {
     /// Folder or id of the model to measure.
     #[garde(skip)]
     pub model: Option<String>,
-    /// Measure random weights in the shape of a known model, instead of `model`.
+    /// Measure random weights in the shape of a published model, instead of `model`.
     #[garde(skip)]
-    pub preset: Option<ModelPreset>,
-    /// Name of the model in the results. Default: the last part of its folder, or its preset.
+    pub shape: Option<ModelShape>,
+    /// Name of the model in the results. Default: the last part of its folder, or its shape.
     #[garde(skip)]
     pub name: Option<String>,
     /// Prompt set to measure strategies and collection on. Without one they are left out, because
@@ -78,7 +78,7 @@ impl Default for BenchSettings {
     fn default() -> Self {
         BenchSettings {
             model: None,
-            preset: None,
+            shape: None,
             name: None,
             prompts: None,
             num_examples: 50,

@@ -101,9 +101,9 @@ fn contradictory_settings_and_files_of_other_machines_are_refused() {
     let refused = |arguments: &[&str], word: &str| {
         EVAL.fail(&[BENCH, &[&output], arguments].concat(), 2, &[word]);
     };
-    refused(&[], "`preset`");
-    refused(&[&one, "preset=135M"], "`preset`");
-    refused(&["preset=135M", "prompts=x.jsonl"], "prompts");
+    refused(&[], "`shape`");
+    refused(&[&one, "shape=smollm2-135m"], "`shape`");
+    refused(&["shape=smollm2-135m", "prompts=x.jsonl"], "prompts");
     refused(&[&one, "step_tokens=[0]"], "step_tokens");
     refused(&[&one, "strategies=[{lookahead: {window: 30}}]"], "window=30, ngram=4 and candidates=5");
     let mut results = bench(dir.path(), &[&one]);

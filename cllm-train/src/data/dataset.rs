@@ -53,7 +53,7 @@ impl Block {
 
 impl Example {
     /// A response that the autoregressive loss teaches.
-    pub(super) fn labelled(id: String, prompt_ids: Vec<i32>, response_ids: Vec<i32>) -> Self {
+    pub(crate) fn labelled(id: String, prompt_ids: Vec<i32>, response_ids: Vec<i32>) -> Self {
         Example { id, prompt_ids, labelled: vec![true; response_ids.len()], response_ids, blocks: Vec::new() }
     }
 

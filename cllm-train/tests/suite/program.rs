@@ -49,6 +49,34 @@ fn bench_keeps_every_model_in_one_file_and_writes_nothing_else() {
 }
 
 #[test]
+fn bench_needs_neither_a_model_nor_data() {
+    let dir = tempfile::tempdir().unwrap();
+    let output = format!("output={}", path(dir.path(), "bench.json"));
+    let bench = [
+        "bench",
+        "shape=qwen3-tiny",
+        "synthetic.num_responses=40",
+        "train.max_batch_tokens=4096",
+        "device=cpu",
+        &output,
+    ];
+    let train = |more: &[&str]| TRAIN.succeed(&[&bench[..], &["num_steps=1", "--json"], more].concat()).stdout;
+    let full: Value = serde_json::from_slice(&train(&[])).unwrap();
+    let lora: Value = serde_json::from_slice(&train(&["name=lora", "train.lora.rank=4"])).unwrap();
+    let of = |results: &Value, index: usize| {
+        let model = &results["models"][index];
+        (model["name"].as_str().unwrap().to_owned(), model["kind"].as_str().unwrap().to_owned())
+    };
+    assert_eq!(of(&full, 0), ("qwen3-tiny".to_owned(), "full".to_owned()));
+    assert_eq!((of(&lora, 0), of(&lora, 1)), (of(&full, 0), ("lora".to_owned(), "lora".to_owned())));
+    let fail = |more: &str, parts: &[&str]| TRAIN.fail(&[&bench[..], &[more]].concat(), 2, parts);
+    fail("num_steps=1000", &["1003 are needed"]);
+    fail("synthetic.prompt_tokens=[9, 3]", &["synthetic.prompt_tokens", "shortest"]);
+    fail("train.objective=sft", &["synthetic examples are trajectories"]);
+    fail("datasets=[x]", &["tokenizer", "set model"]);
+}
+
+#[test]
 fn plan_shows_parameters_memory_steps_and_time_and_writes_nothing() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
