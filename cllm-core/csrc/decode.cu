@@ -572,10 +572,22 @@ extern "C" __global__ void rotate_and_cache(bf16 *qkv,
   }
 }
 
+// The bits of `visible` whose tokens are at most `max_distance` positions before the token. In a
+// tree, the slot of a token says too little: it may be larger than its position.
+__device__ __forceinline__ u64 visible_within(const Tokens &tokens, int window_token, int token, int max_distance) {
+  u64 visible = tokens.visible[token];
+  if (max_distance >= 64) return visible;
+#pragma unroll 1
+  for (int i = 0; i < min(token + 1 - window_token, 64); i++)
+    if (tokens.position[token] - tokens.position[window_token + i] > max_distance) visible &= ~(1ull << i);
+  return visible;
+}
+
 // out[token, head] = softmax(q k^T / sqrt(HEAD_DIM)) v over the slots that the token attends to:
 // all slots before its window, and the slots of the window up to its own whose bit is set in
 // `visible` (bit i is the slot i after the window's start; slots 64 or more after it always count).
-// Grid: (tiles, KV_HEADS).
+// Of these, only the tokens at the last `max_distance` + 1 positions up to its own: the sliding
+// window of the layer, if it has one. Grid: (tiles, KV_HEADS).
 //
 // A block has GROUP * length query vectors (the query heads that share its head of keys, for each
 // token of its tile). They are split into groups of 16; the host makes tiles so small that there
@@ -587,7 +599,7 @@ extern "C" __global__ void rotate_and_cache(bf16 *qkv,
 // write the same values.
 template <bool ROTATE>
 __device__ __forceinline__ void attend(const bf16 *qkv, const Tokens &tokens, const Tiles &tiles, const Rope &rope,
-                                       const QkNorm &norm, const Cache &cache, bf16 *out) {
+                                       const QkNorm &norm, const Cache &cache, int max_distance, bf16 *out) {
   static_assert(WARP_QUERIES == 16, "the rows of one mma");
   static_assert(SLOTS_PER_READ == 32, "a chunk of keys has a slot per lane");
   // [ATTENTION_WARPS][16][HEAD_DIM + 2]; for ROTATE then the queries [16 groups][HEAD_DIM +
@@ -604,19 +616,25 @@ __device__ __forceinline__ void attend(const bf16 *qkv, const Tokens &tokens, co
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int count = length * GROUP, groups = (count + 15) / 16;
   const int last_slot = tokens.slot[first + length - 1];
+  const int window_token = first - (tokens.slot[first] - window);  // the first token of the window
+  // No position is larger than its slot, so the tile attends to nothing in the chunks before this.
+  int first_position = tokens.position[first + min(lane, length - 1)];
+  for (int step = 16; step > 0; step >>= 1)
+    first_position = min(first_position, __shfl_xor_sync(0xffffffffu, first_position, step));
+  const int first_chunk = max(first_position - max_distance, 0) / 32;
   // Warps per group of query vectors, but no more than there are chunks of keys.
-  const int splits = min(ATTENTION_WARPS / groups, last_slot / 32 + 1);
+  const int splits = min(ATTENTION_WARPS / groups, last_slot / 32 + 1 - first_chunk);
   const int group = warp / splits, split = warp % splits;
   const bf16 *k = cache.key(cache_row, key_head, 0), *v = cache.value(cache_row, key_head, 0);
   if (group < groups)
-    for (int chunk = split; chunk * 32 <= last_slot; chunk += splits) {
+    for (int chunk = first_chunk + split; chunk * 32 <= last_slot; chunk += splits) {
       for (int d = 0; d < HEAD_DIM; d += 64) prefetch_l2(k + (size_t)(chunk * 32 + lane) * HEAD_DIM + d);
       for (int d = lane; d < HEAD_DIM; d += 32) prefetch_l2(v + (size_t)d * cache.capacity + chunk * 32);
     }
   wait_for_predecessor();
 
   if (ROTATE) {
-    const int fresh = last_slot - window + 1, window_token = first + length - fresh;
+    const int fresh = last_slot - window + 1;
     for (int item = warp; item < 2 * fresh + count; item += ATTENTION_WARPS) {
       const int m = item - 2 * fresh;
       const int token = m >= 0 ? first + m / GROUP : window_token + item / 2;
@@ -637,20 +655,22 @@ __device__ __forceinline__ void attend(const bf16 *qkv, const Tokens &tokens, co
   float o[HEAD_DIM / 8][4] = {};
   float row_max[2] = {-INFINITY, -INFINITY}, weight_sum[2] = {0.f, 0.f};
   uint4 q[2][CHUNKS];
-  int own_slot[2];
+  int own_first[2];
+  u32 own_count[2];
   u64 own_visible[2];
   if (group < groups) {
     for (int r = 0; r < 2; r++) {
       int m = group * 16 + g + 8 * r;
       bool exists = m < count;
       int token = first + (exists ? m / GROUP : 0), head = key_head * GROUP + (exists ? m % GROUP : 0);
-      own_slot[r] = exists ? tokens.slot[token] : -1;
-      own_visible[r] = tokens.visible[token];
+      own_first[r] = max(tokens.position[token] - max_distance, 0);
+      own_count[r] = exists ? tokens.slot[token] + 1 - own_first[r] : 0;
+      own_visible[r] = visible_within(tokens, window_token, token, max_distance);
       const bf16 *vector = ROTATE ? queries + (exists ? m : 0) * PITCH : qkv + (size_t)token * QKV + head * HEAD_DIM;
       for (int c = 0; c < CHUNKS; c++) q[r][c] = ((const uint4 *)vector)[c * 4 + t];
     }
     const float scale = rsqrtf((float)HEAD_DIM) * 1.44269504f;  // log2(e): weights are computed with exp2
-    for (int chunk = split; chunk * 32 <= last_slot; chunk += splits) {
+    for (int chunk = first_chunk + split; chunk * 32 <= last_slot; chunk += splits) {
       float s[4][4] = {};
       // Keys are assigned to the columns of product j so that a thread's scores belong to 8
       // neighbouring keys.
@@ -676,7 +696,8 @@ __device__ __forceinline__ void attend(const bf16 *qkv, const Tokens &tokens, co
 #pragma unroll
           for (int i = 0; i < 2; i++) {
             int key = chunk * 32 + 8 * t + 2 * j + i, offset = key - window;
-            bool is_visible = key <= own_slot[r] && (offset < 0 || offset >= 64 || ((own_visible[r] >> offset) & 1));
+            bool is_visible = (u32)(key - own_first[r]) < own_count[r] &&
+                              (offset < 0 || offset >= 64 || ((own_visible[r] >> offset) & 1));
             float &value = s[j][2 * r + i];
             value = is_visible ? value * scale : -INFINITY;
             chunk_max = fmaxf(chunk_max, value);
@@ -750,9 +771,9 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
               const float *cosines, const float *sines,
               const bf16 *query_norm, const bf16 *key_norm,
               bf16 *keys, bf16 *values, int capacity,
-              bf16 *attn_out) {
+              int max_distance, bf16 *attn_out) {
   attend<false>(qkv, {row, slot, position, visible}, {tile_row, tile_first_token, tile_length, tile_window},
-                {cosines, sines}, {query_norm, key_norm}, {keys, values, capacity}, attn_out);
+                {cosines, sines}, {query_norm, key_norm}, {keys, values, capacity}, max_distance, attn_out);
 }
 
 extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
@@ -762,7 +783,7 @@ extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
                       const float *cosines, const float *sines,
                       const bf16 *query_norm, const bf16 *key_norm,
                       bf16 *keys, bf16 *values, int capacity,
-                      bf16 *attn_out) {
+                      int max_distance, bf16 *attn_out) {
   attend<true>(qkv, {row, slot, position, visible}, {tile_row, tile_first_token, tile_length, tile_window},
-               {cosines, sines}, {query_norm, key_norm}, {keys, values, capacity}, attn_out);
+               {cosines, sines}, {query_norm, key_norm}, {keys, values, capacity}, max_distance, attn_out);
 }

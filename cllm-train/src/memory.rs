@@ -32,8 +32,8 @@ pub struct MemoryEstimate {
 #[derive(Debug, Clone, Copy)]
 struct BatchSize {
     num_tokens: f64,
-    /// Sum of the squared lengths of its sequences.
-    squared_lengths: f64,
+    /// Elements of the biases of libtorch's attention.
+    num_bias_elements: f64,
     /// Rows of logits in memory at a time, of the autoregressive and consistency losses.
     num_logit_rows: f64,
 }
@@ -51,7 +51,7 @@ impl MemoryEstimate {
         let max_rows = max_chunk_rows(config) as f64;
         let activations = batches
             .iter()
-            .map(|batch| BatchSize::new(batch, examples, &settings.consistency, max_rows))
+            .map(|batch| BatchSize::new(config, batch, examples, &settings.consistency, max_rows))
             .map(|batch| match kind {
                 Kind::BFloat16 if train::has_kernels(config) => cuda_activations(config, settings, batch),
                 _ => eager_activations(config, kind.elt_size_in_bytes() as f64, settings, batch),
@@ -111,14 +111,22 @@ impl StaticBytes {
 }
 
 impl BatchSize {
-    fn new(batch: &[usize], examples: &[Example], consistency: &ConsistencySettings, max_rows: f64) -> Self {
+    fn new(
+        config: &ModelConfig,
+        batch: &[usize],
+        examples: &[Example],
+        consistency: &ConsistencySettings,
+        max_rows: f64,
+    ) -> Self {
         let sum =
             |size: &dyn Fn(&Example) -> usize| batch.iter().map(|&index| size(&examples[index])).sum::<usize>() as f64;
         let num_rows = sum(&|example| example.response_ids.len() + example.max_noisy_tokens(consistency))
             + consistency.anchor_prompt_fraction * sum(&|example| example.prompt_ids.len());
         BatchSize {
             num_tokens: sum(&|example| example.max_packed_tokens(consistency)),
-            squared_lengths: sum(&|example| example.max_packed_tokens(consistency).pow(2)),
+            num_bias_elements: sum(&|example| {
+                train::max_bias_elements(config, example.num_clean_tokens(), example.max_packed_tokens(consistency))
+            }),
             num_logit_rows: num_rows.min(max_rows),
         }
     }
@@ -179,7 +187,8 @@ fn cuda_activations(config: &ModelConfig, settings: &Settings, batch: BatchSize)
 /// - gate, its activation, up and their product: 4b over the feed-forward width;
 /// - the low-rank output of each adapter: b over the rank.
 ///
-/// In addition there are the last norm, and a mask of numbers for every sequence.
+/// In addition there are the last norm, and the biases of the attention of noisy tokens and of sliding
+/// windows.
 fn eager_activations(config: &ModelConfig, element: f64, settings: &Settings, batch: BatchSize) -> f64 {
     let LayerWidths { hidden, queries, qkv, heads, ffn } = LayerWidths::new(config);
     let norm = (4.0 + 2.0 * element) * hidden;
@@ -192,7 +201,7 @@ fn eager_activations(config: &ModelConfig, element: f64, settings: &Settings, ba
         element * adapters + 2.0 * norm + 5.0 * element * queries + 4.0 * heads + head_norms + 4.0 * element * ffn;
     let by_layers = saved_by_layers(config, settings, saved, element * hidden);
     batch.num_tokens * (by_layers + norm)
-        + element * batch.squared_lengths
+        + element * batch.num_bias_elements
         + eager_losses(config, settings, batch.num_logit_rows)
 }
 

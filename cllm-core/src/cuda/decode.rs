@@ -8,13 +8,13 @@ use tch::{Kind, Tensor};
 
 use super::forward_input::ForwardInput;
 use super::launch::{
-    Argument, Kernel, Param, Signature, aligned, bf16, count, float, float32, int32, nullable, uint64,
+    Argument, Kernel, Param, Signature, aligned, bf16, count, float, float32, int, int32, nullable, uint64,
 };
 use super::nvrtc::{Macros, Module, compute_capability, max_shared_bytes};
 use super::shape::KernelShape;
 use super::tiles::{MAX_SMALL_STEP_TOKENS, SLOTS_PER_READ, WARP_QUERIES, attention_warps, tile_tokens};
 use crate::{Error, Result};
-use Argument::{Float, Optional, Tensor as Data};
+use Argument::{Float, Int, Optional, Tensor as Data};
 
 const SOURCE: &str = concat!(include_str!("../../csrc/bf16.cuh"), include_str!("../../csrc/decode.cu"));
 
@@ -247,7 +247,7 @@ const ATTENTION: Signature<Sizes> = Signature {
     name: "attention",
     grid: |s| [s.tiles, s.shape.kv_heads],
     threads: |s| attention_warps(&s.shape) * 32,
-    params: &[&[QKV], TOKENS, TILES, ROPE, QK_NORM, CACHE, &[ATTN_OUT]],
+    params: &[&[QKV], TOKENS, TILES, ROPE, QK_NORM, CACHE, &[int("max_distance"), ATTN_OUT]],
 };
 const ROTATE_AND_ATTEND: Signature<Sizes> = Signature { name: "rotate_and_attend", ..ATTENTION };
 
@@ -298,6 +298,8 @@ pub struct LayerCache<'t> {
     pub rope_table: &'t (Tensor, Tensor),
     /// Weights of the norms of queries and keys, if the model has them.
     pub norms: Option<&'t (Tensor, Tensor)>,
+    /// Number of tokens that a token attends to, itself included; `None` if it is all before it.
+    pub sliding_window: Option<i32>,
 }
 
 impl DecodeKernels {
@@ -509,10 +511,11 @@ impl DecodeKernels {
         }
         let ForwardInput { tile_row, tile_first_token, tile_length, tile_window, .. } = input;
         let tiles = [tile_row, tile_first_token, tile_length, tile_window].map(Data);
-        let arguments = [&[Data(qkv)], &tokens[..], &tiles, &rope, &norms, &cache, &[Data(attn_out)]].concat();
+        let rest = [Int(layer.max_distance()), Data(attn_out)];
+        let arguments = [&[Data(qkv)], &tokens[..], &tiles, &rope, &norms, &cache, &rest].concat();
         let kernel = if rotates { &self.rotate_and_attend } else { &self.attention };
-        // SAFETY: as above; also, each tile of the input is within the tokens of one row and no
-        // longer than `tile_tokens`.
+        // SAFETY: as above; also, each tile of the input is within the tokens of one row, whose slots
+        // are consecutive from that of its window on, and no longer than `tile_tokens`.
         unsafe { kernel.launch(&sizes, &arguments) }
     }
 }
@@ -532,6 +535,11 @@ impl LayerCache<'_> {
 
     fn cache(&self) -> [Argument<'_>; 2] {
         [Data(self.keys), Data(self.values)]
+    }
+
+    /// How far before a token are the positions that it attends to, at most.
+    fn max_distance(&self) -> i32 {
+        self.sliding_window.map_or(i32::MAX, |window| window - 1)
     }
 }
 

@@ -5,21 +5,38 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::config::ModelConfig;
 use super::kv_cache::KvCache;
+use super::sliding_window::{PerWindow, is_within};
 
 /// The attention of a forward. Shapes: `b` batch, `s` sequence, `d` width of a head.
 pub(crate) trait Attention {
-    /// Attention of one layer. `q [b, heads, s, d]`, `k` and `v [b, kv_heads, s, d]`, with RoPE
-    /// applied; returns `[b, heads, s, d]`.
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor;
+    /// Attention of one layer with its sliding window. `q [b, heads, s, d]`, `k` and
+    /// `v [b, kv_heads, s, d]`, with RoPE applied; returns `[b, heads, s, d]`.
+    fn attend(&mut self, layer: usize, window: Option<i32>, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor;
 }
 
 /// Every token sees itself and the tokens before it; nothing is cached.
-pub(crate) struct CausalAttention;
+pub(crate) struct CausalAttention {
+    /// The mask of layers with a sliding window: `[b, 1, s, s]`.
+    biases: PerWindow<Option<Tensor>>,
+}
+
+impl CausalAttention {
+    /// `positions`: int64 `[b, s]`.
+    pub(crate) fn new(config: &ModelConfig, positions: &Tensor, kind: Kind) -> Self {
+        let (b, s) = positions.size2().expect("positions have two dimensions");
+        let bias = |window: Option<i32>| {
+            let is_within = is_within(window?, &positions.view([b, 1, s, 1]), &positions.view([b, 1, 1, s]));
+            Some(attention_bias(&is_within.tril(0), kind))
+        };
+        CausalAttention { biases: PerWindow::new(config, bias) }
+    }
+}
 
 impl Attention for CausalAttention {
-    fn attend(&mut self, _layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
-        scaled_dot_product_attention(q, k, v, None)
+    fn attend(&mut self, _layer: usize, window: Option<i32>, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+        scaled_dot_product_attention(q, k, v, self.biases.get(window).as_ref())
     }
 }
 
@@ -27,17 +44,18 @@ impl Attention for CausalAttention {
 /// one, attention is causal.
 pub(crate) fn scaled_dot_product_attention(q: &Tensor, k: &Tensor, v: &Tensor, bias: Option<&Tensor>) -> Tensor {
     let group = q.size()[1] / k.size()[1];
-    // With a mask, `enable_gqa` leaves only the slow kernel that stores all scores, so keys and
-    // values are repeated here.
-    let repeat = |x: &Tensor| {
-        let (b, kv_heads, t, d) = x.size4().expect("keys and values have four dimensions");
-        match group {
-            1 => x.shallow_clone(),
-            _ => x.unsqueeze(2).expand([b, kv_heads, group, t, d], false).flatten(1, 2),
-        }
-    };
-    let (k, v) = (repeat(k), repeat(v));
+    let (k, v) = (repeat_heads(k, group), repeat_heads(v, group));
     Tensor::scaled_dot_product_attention(q, &k, &v, bias, 0.0, bias.is_none(), None, false)
+}
+
+/// Each head of keys or values `[b, kv_heads, t, d]`, `group` times in a row. (With a mask, libtorch's
+/// own `enable_gqa` leaves only the slow kernel that stores all scores.)
+pub(crate) fn repeat_heads(x: &Tensor, group: i64) -> Tensor {
+    let (b, kv_heads, t, d) = x.size4().expect("keys and values have four dimensions");
+    match group {
+        1 => x.shallow_clone(),
+        _ => x.unsqueeze(2).expand([b, kv_heads, group, t, d], false).flatten(1, 2),
+    }
 }
 
 /// The bias of the scores: 0 where `mask` is true, minus infinity where it is false.
@@ -72,16 +90,26 @@ impl SlotMapping {
         SlotMapping { slots: positions.shallow_clone(), positions, tree_mask: None }
     }
 
-    /// True where a query sees a slot: `[rows, 1, group * width, num_attended]`, with the queries
-    /// repeated `group` times.
-    fn mask(&self, group: i64, num_attended: usize) -> Tensor {
+    /// True where a query of a layer with this sliding window sees a slot: `[rows, 1, group * width,
+    /// num_attended]`, with the queries repeated `group` times.
+    fn mask(&self, window: Option<i32>, group: i64, num_attended: usize) -> Tensor {
         let per_query = |x: &Tensor| x.repeat([1, group]).unsqueeze(1).unsqueeze(-1);
-        let slots = Tensor::arange(num_attended as i64, (Kind::Int64, self.slots.device())).view([1, 1, 1, -1]);
+        let all_slots = Tensor::arange(num_attended as i64, (Kind::Int64, self.slots.device()));
+        let slots = all_slots.view([1, 1, 1, -1]);
         let up_to_own = slots.le_tensor(&per_query(&self.slots));
-        let Some(TreeMask { first_slot, visible }) = &self.tree_mask else { return up_to_own };
-        let offset = slots - first_slot.unsqueeze(-1).unsqueeze(-1);
-        let bit = per_query(visible).bitwise_right_shift(&offset.clamp(0, 63)).bitwise_and(1);
-        up_to_own.logical_and(&bit.ne(0).logical_or(&offset.lt(0)))
+        let mask = match &self.tree_mask {
+            None => up_to_own,
+            Some(TreeMask { first_slot, visible }) => {
+                let offset = slots - first_slot.unsqueeze(-1).unsqueeze(-1);
+                let bit = per_query(visible).bitwise_right_shift(&offset.clamp(0, 63)).bitwise_and(1);
+                up_to_own.logical_and(&bit.ne(0).logical_or(&offset.lt(0)))
+            }
+        };
+        let Some(window) = window else { return mask };
+        // The slot of a token is its position, except in a tree.
+        let key_positions = all_slots.repeat([self.slots.size()[0], 1]).scatter(1, &self.slots, &self.positions);
+        let is_within = is_within(window, &per_query(&self.positions), &key_positions.unsqueeze(1).unsqueeze(1));
+        mask.logical_and(&is_within)
     }
 }
 
@@ -92,27 +120,28 @@ pub(crate) struct CachedAttention<'c> {
     /// int64 `[rows, width]`.
     slots: &'c Tensor,
     num_attended: usize,
-    /// The mask of all layers, made once: `[rows, 1, group * width, num_attended]`.
-    bias: Tensor,
+    /// The masks, `[rows, 1, group * width, num_attended]`.
+    biases: PerWindow<Tensor>,
     padding: Option<&'c Padding>,
 }
 
 impl<'c> CachedAttention<'c> {
-    /// `group`: query heads that share a key head.
     pub(crate) fn new(
+        config: &ModelConfig,
         cache: &'c mut KvCache,
         mapping: &'c SlotMapping,
         num_attended: usize,
-        group: i64,
         padding: Option<&'c Padding>,
     ) -> Self {
-        let bias = attention_bias(&mapping.mask(group, num_attended), cache.kind());
-        CachedAttention { cache, slots: &mapping.slots, num_attended, bias, padding }
+        let group = config.num_heads / config.num_kv_heads;
+        let bias = |window| attention_bias(&mapping.mask(window, group, num_attended), cache.kind());
+        let biases = PerWindow::new(config, bias);
+        CachedAttention { cache, slots: &mapping.slots, num_attended, biases, padding }
     }
 }
 
 impl Attention for CachedAttention<'_> {
-    fn attend(&mut self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+    fn attend(&mut self, layer: usize, window: Option<i32>, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
         let pad = |x: &Tensor| self.padding.map_or_else(|| x.shallow_clone(), |padding| padding.insert(x));
         let (q, k, v) = (pad(q), pad(k), pad(v));
         let (keys, values) = self.cache.update(layer, &k, &v, self.slots, self.num_attended);
@@ -120,7 +149,7 @@ impl Attention for CachedAttention<'_> {
         // needed.
         let (rows, heads, width, head_dim) = q.size4().expect("queries have four dimensions");
         let grouped = q.reshape([rows, k.size()[1], -1, head_dim]);
-        let out = scaled_dot_product_attention(&grouped, &keys, &values, Some(&self.bias));
+        let out = scaled_dot_product_attention(&grouped, &keys, &values, Some(self.biases.get(window)));
         let out = out.reshape([rows, heads, width, head_dim]);
         self.padding.map_or_else(|| out.shallow_clone(), |padding| padding.remove(&out))
     }

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::hf_config::{HfConfig, positive, rope_scaling_json};
+use super::hf_config::{DEFAULT_MAX_WINDOW_LAYERS, DEFAULT_WINDOW, HfConfig, positive, rope_scaling_json};
 use super::rope::RopeScaling;
 
 /// Sizes from this one on are refused as mistakes. Products of two smaller sizes do not overflow.
@@ -15,7 +15,7 @@ const SIZE_LIMIT: i64 = 1 << 31;
 pub enum Family {
     /// Llama 1-3, SmolLM2, TinyLlama, Vicuna, DeepSeek-Coder.
     Llama,
-    /// Mistral, within its sliding window.
+    /// Mistral 7B.
     Mistral,
     /// Qwen2, Qwen2.5.
     Qwen2,
@@ -37,8 +37,12 @@ pub struct ModelConfig {
     /// Key and value heads; each serves `num_heads / num_kv_heads` query heads.
     pub num_kv_heads: i64,
     pub head_dim: i64,
-    /// Longest context, in tokens.
+    /// Longest context, in tokens: the extended one if RoPE is scaled
+    /// ([`RopeScaling::max_positions`]).
     pub max_positions: usize,
+    /// For each layer, the number of tokens that a token attends to, itself included; `None` if it
+    /// attends to all before it.
+    pub sliding_windows: Vec<Option<i32>>,
     /// Added to the variance in the norms.
     pub rms_norm_eps: f64,
     /// Base of the frequencies of RoPE.
@@ -54,6 +58,8 @@ pub struct ModelConfig {
     pub bos_id: Option<i64>,
     /// The tokens that end a text, as far as config.json names them.
     pub eos_ids: Vec<i64>,
+    /// The context in config.json, before RoPE is scaled.
+    max_position_embeddings: usize,
     /// config.json as it was read. Its other fields are kept when it is written back.
     json: Value,
 }
@@ -74,9 +80,11 @@ impl ModelConfig {
                 return Err(format!("model_type `{other}` is not supported: use llama, mistral, qwen2 or qwen3"));
             }
         };
-        let max_positions = hf.max_positions(family);
+        let max_position_embeddings = hf.max_position_embeddings(family);
         let rope = hf.rope()?;
         hf.refuse_unsupported(family, &rope)?;
+        let rope_scaling = hf.rope_scaling(&rope, max_position_embeddings)?;
+        let max_positions = rope_scaling.max_positions(max_position_embeddings);
         let head_dim = hf.head_dim.unwrap_or(match family {
             // The default of `transformers`.
             Family::Qwen3 => 128,
@@ -93,9 +101,10 @@ impl ModelConfig {
             num_kv_heads: hf.num_kv_heads(family),
             head_dim,
             max_positions,
+            sliding_windows: hf.sliding_windows(family, max_positions)?,
             rms_norm_eps: positive(hf.rms_norm_eps.unwrap_or(1e-6), "rms_norm_eps")?,
             rope_theta: positive(hf.rope_theta(&rope), "rope_theta")?,
-            rope_scaling: hf.rope_scaling(&rope, max_positions)?,
+            rope_scaling,
             // Qwen2 always has biases and Mistral never, whatever the file says.
             qkv_bias: match family {
                 Family::Qwen2 => true,
@@ -106,6 +115,7 @@ impl ModelConfig {
             tied_embeddings: hf.tie_word_embeddings.unwrap_or(false),
             bos_id: hf.bos_token_id,
             eos_ids: hf.eos_ids(),
+            max_position_embeddings,
             json: json.clone(),
         };
         config.check_sizes()?;
@@ -134,26 +144,25 @@ impl ModelConfig {
                 ("hidden_act", json!("silu")),
                 ("num_key_value_heads", json!(self.num_kv_heads)),
                 ("head_dim", json!(self.head_dim)),
-                ("max_position_embeddings", json!(self.max_positions)),
+                ("max_position_embeddings", json!(self.max_position_embeddings)),
                 ("rms_norm_eps", json!(self.rms_norm_eps)),
                 ("rope_theta", json!(self.rope_theta)),
                 ("rope_scaling", rope_scaling_json(&self.rope_scaling)),
                 ("attention_bias", json!(self.output_bias)),
                 ("tie_word_embeddings", json!(self.tied_embeddings)),
-                ("sliding_window", Value::Null),
                 ("torch_dtype", json!(dtype)),
             ] {
                 object.insert(key.to_owned(), value);
             }
-            // Newer names of what is written above, and windows that reach over the whole context.
-            for key in [
-                "dtype",
-                "rope_parameters",
-                "original_max_position_embeddings",
-                "use_sliding_window",
-                "max_window_layers",
-                "layer_types",
-            ] {
+            if self.family != Family::Llama {
+                object.entry("sliding_window").or_insert_with(|| json!(DEFAULT_WINDOW));
+            }
+            if matches!(self.family, Family::Qwen2 | Family::Qwen3) {
+                object.entry("use_sliding_window").or_insert_with(|| json!(false));
+                object.entry("max_window_layers").or_insert_with(|| json!(DEFAULT_MAX_WINDOW_LAYERS));
+            }
+            // Newer names of what is written above.
+            for key in ["dtype", "rope_parameters", "original_max_position_embeddings"] {
                 object.shift_remove(key);
             }
         }

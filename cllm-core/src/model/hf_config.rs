@@ -11,10 +11,9 @@ use super::config::Family;
 use super::rope::RopeScaling;
 
 /// Mistral's and Qwen's window where config.json has no `sliding_window`.
-const DEFAULT_WINDOW: i64 = 4096;
+pub(super) const DEFAULT_WINDOW: i64 = 4096;
 /// Qwen's `max_window_layers` where config.json has none.
-const DEFAULT_MAX_WINDOW_LAYERS: i64 = 28;
-const SLIDING: &str = "sliding_attention";
+pub(super) const DEFAULT_MAX_WINDOW_LAYERS: i64 = 28;
 
 /// The fields that are read. All others are ignored.
 #[derive(Deserialize)]
@@ -111,7 +110,7 @@ impl HfConfig {
         rope.rope_theta.or(self.rope_theta).unwrap_or(10_000.0)
     }
 
-    pub(super) fn max_positions(&self, family: Family) -> usize {
+    pub(super) fn max_position_embeddings(&self, family: Family) -> usize {
         self.max_position_embeddings.unwrap_or(match family {
             Family::Llama => 2048,
             Family::Mistral => 131_072,
@@ -164,36 +163,43 @@ impl HfConfig {
                 "partial_rotary_factor {factor} is not supported: remove it if the model rotates whole heads"
             ));
         }
-        self.refuse_sliding_windows(family)
+        Ok(())
     }
 
-    /// Windows are not implemented. A window as long as the context changes nothing.
-    fn refuse_sliding_windows(&self, family: Family) -> Result<(), String> {
-        let layer_types = self.layer_types.iter().flatten();
-        let has_windows = matches!(family, Family::Qwen2 | Family::Qwen3) && self.use_sliding_window == Some(true);
-        if let Some(other) =
-            layer_types.clone().find(|&name| name != "full_attention" && !(has_windows && name == SLIDING))
-        {
-            return Err(format!("layer_types with `{other}` is not supported: only full_attention"));
+    /// The sliding window of each layer ([`super::ModelConfig::sliding_windows`]). One as long as the
+    /// context changes nothing and counts as none.
+    pub(super) fn sliding_windows(&self, family: Family, max_positions: usize) -> Result<Vec<Option<i32>>, String> {
+        let is_qwen = matches!(family, Family::Qwen2 | Family::Qwen3);
+        let has_window = family == Family::Mistral || (is_qwen && self.use_sliding_window == Some(true));
+        let window = self.sliding_window.unwrap_or(Some(DEFAULT_WINDOW)).filter(|_| has_window);
+        if let Some(window) = window.filter(|&window| window < 1) {
+            return Err(format!("sliding_window must be at least 1, or null for no window, found {window}"));
         }
-        let has_window_layers = match (family, &self.layer_types) {
-            (Family::Llama, _) => false,
-            (Family::Mistral, _) => true,
-            (_, Some(_)) => has_windows && layer_types.clone().any(|name| name == SLIDING),
-            (_, None) => {
-                has_windows && self.max_window_layers.unwrap_or(DEFAULT_MAX_WINDOW_LAYERS) < self.num_hidden_layers
+        let first_layer = if is_qwen { self.max_window_layers.unwrap_or(DEFAULT_MAX_WINDOW_LAYERS) } else { 0 };
+        let mut has_windows: Vec<bool> =
+            (0..self.num_hidden_layers).map(|layer| window.is_some() && layer >= first_layer).collect();
+        if let Some(layer_types) = &self.layer_types {
+            let from_types = has_windows_from_types(layer_types)?;
+            // `transformers` reads the types for Qwen alone, so others may only repeat that no layer
+            // has a window.
+            let is_possible =
+                if from_types.contains(&true) { is_qwen && window.is_some() } else { is_qwen || window.is_none() };
+            if from_types.len() != has_windows.len() || !is_possible {
+                return Err(format!(
+                    "layer_types does not fit {} layers of model_type {} with the other settings of sliding windows: \
+                     correct or remove it",
+                    has_windows.len(),
+                    self.model_type
+                ));
             }
-        };
-        let window = self.sliding_window.unwrap_or(Some(DEFAULT_WINDOW)).filter(|_| has_window_layers);
-        let Some(window) = window.filter(|&window| window < self.max_positions(family) as i64) else { return Ok(()) };
-        let origin = if self.sliding_window.is_none() { ", the default where sliding_window is absent" } else { "" };
-        Err(format!(
-            "sliding-window attention (a window of {window}{origin}) is not supported: set max_position_embeddings to at \
-             most {window} to work within the window, or sliding_window to null if the model was trained without one"
-        ))
+            has_windows = from_types;
+        }
+        let window =
+            window.filter(|&window| window < max_positions as i64).and_then(|window| i32::try_from(window).ok());
+        Ok(has_windows.into_iter().map(|has_window| window.filter(|_| has_window)).collect())
     }
 
-    pub(super) fn rope_scaling(&self, rope: &HfRope, max_positions: usize) -> Result<RopeScaling, String> {
+    pub(super) fn rope_scaling(&self, rope: &HfRope, max_position_embeddings: usize) -> Result<RopeScaling, String> {
         let rope_type = rope.rope_type.as_deref().or(rope.old_type.as_deref()).unwrap_or("default");
         let required = |value: Option<f64>, name: &str| {
             value.ok_or_else(|| format!("rope_scaling of type {rope_type} needs `{name}`"))
@@ -201,7 +207,7 @@ impl HfConfig {
         let factor =
             || required(rope.factor.flatten(), "factor").and_then(|factor| positive(factor, "rope_scaling.factor"));
         let original = self.original_max_position_embeddings.or(rope.original_max_position_embeddings);
-        let original_max_positions = original.unwrap_or(max_positions as f64);
+        let original_max_positions = original.unwrap_or(max_position_embeddings as f64);
         let original_max_positions = positive(original_max_positions, "original_max_position_embeddings")?;
         match rope_type {
             "default" => Ok(RopeScaling::None),
@@ -219,7 +225,7 @@ impl HfConfig {
             }
             "yarn" => {
                 let factor = match rope.factor {
-                    Some(None) => max_positions as f64 / original_max_positions,
+                    Some(None) => max_position_embeddings as f64 / original_max_positions,
                     _ => factor()?,
                 };
                 // 0 stands for the default, as in `transformers`.
@@ -253,6 +259,16 @@ impl HfRope {
         };
         self.attention_factor.unwrap_or(derived)
     }
+}
+
+/// Which layers have a sliding window by their `layer_types`.
+fn has_windows_from_types(layer_types: &[String]) -> Result<Vec<bool>, String> {
+    let has_window = |name: &String| match name.as_str() {
+        "full_attention" => Ok(false),
+        "sliding_attention" => Ok(true),
+        other => Err(format!("layer_types with `{other}` is not supported: only full_attention and sliding_attention")),
+    };
+    layer_types.iter().map(has_window).collect()
 }
 
 /// Refuses numbers that cannot be a size or a scale.

@@ -11,9 +11,10 @@ mod lora;
 mod params;
 mod rope;
 mod shapes;
+mod sliding_window;
 mod transformer;
 
-pub(crate) use attention::{Attention, attention_bias, scaled_dot_product_attention};
+pub(crate) use attention::{Attention, attention_bias, repeat_heads, scaled_dot_product_attention};
 pub use attention::{SlotMapping, TreeMask};
 pub use config::{Family, ModelConfig};
 pub use kv_cache::KvCache;
@@ -24,5 +25,6 @@ pub use lora::{LoraConfig, LoraTarget};
 pub use params::ParamBuffer;
 pub use rope::RopeScaling;
 pub use shapes::ModelShape;
+pub(crate) use sliding_window::PerWindow;
 pub(crate) use transformer::Layer;
 pub use transformer::Transformer;

@@ -77,6 +77,17 @@ impl RopeScaling {
         }
     }
 
+    /// The longest context of a model whose config.json has this `max_position_embeddings`. As vLLM
+    /// reads it: that number times a linear factor, or YaRN's original context times its factor,
+    /// whichever of the two contexts the file has.
+    pub fn max_positions(&self, max_position_embeddings: usize) -> usize {
+        match self {
+            RopeScaling::None | RopeScaling::Llama3 { .. } => max_position_embeddings,
+            RopeScaling::Linear { factor } => (max_position_embeddings as f64 * factor) as usize,
+            RopeScaling::Yarn { factor, original_max_positions, .. } => (original_max_positions * factor) as usize,
+        }
+    }
+
     fn attention_factor(&self) -> f64 {
         match self {
             RopeScaling::Yarn { attention_factor, .. } => *attention_factor,

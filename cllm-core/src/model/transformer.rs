@@ -17,6 +17,8 @@ use crate::cuda::libtorch;
 
 /// A layer, with the names of its weights in Hugging Face checkpoints.
 pub(crate) struct Layer {
+    /// See [`ModelConfig::sliding_windows`].
+    pub(crate) sliding_window: Option<i32>,
     pub(crate) input_layernorm: Tensor,
     /// `q_proj`, `k_proj` and `v_proj` in one product.
     pub(crate) qkv_proj: Linear,
@@ -65,12 +67,16 @@ impl Transformer {
     pub(crate) fn from_params(config: ModelConfig, params: ParamBuffer) -> Self {
         let mut weights = Weights { params: &params, leaves: Vec::new() };
         let embed_tokens = weights.get("model.embed_tokens.weight");
-        let layers = (0..config.num_layers)
-            .map(|index| {
+        let layers = config
+            .sliding_windows
+            .iter()
+            .enumerate()
+            .map(|(index, &sliding_window)| {
                 let layer = format!("model.layers.{index}");
                 let q_norm = weights.find(&format!("{layer}.self_attn.q_norm.weight"));
                 let k_norm = weights.find(&format!("{layer}.self_attn.k_norm.weight"));
                 Layer {
+                    sliding_window,
                     input_layernorm: weights.get(&format!("{layer}.input_layernorm.weight")),
                     qkv_proj: weights.linear(&format!("{layer}.self_attn"), &["q_proj", "k_proj", "v_proj"]),
                     qk_norm: q_norm.zip(k_norm),
@@ -124,7 +130,7 @@ impl Transformer {
     /// Final hidden states `[b, s, hidden]`, after the last norm, of causal attention without a
     /// cache; gradients flow. `tokens` and `positions`: int64 `[b, s]`.
     pub fn forward(&self, tokens: &Tensor, positions: &Tensor) -> Tensor {
-        self.forward_with(tokens, positions, &mut CausalAttention)
+        self.forward_with(tokens, positions, &mut CausalAttention::new(&self.config, positions, self.kind))
     }
 
     /// Final hidden states `[tokens, hidden]` of the leading `lengths` tokens of each row; the rest
@@ -144,8 +150,7 @@ impl Transformer {
         let padding = Padding::new(lengths, width, self.device);
         let pack = |x: &Tensor| padding.as_ref().map_or_else(|| x.shallow_clone(), |padding| padding.pack(x));
         let num_attended = num_attended.next_multiple_of(SLOT_ALIGNMENT);
-        let group = self.config.num_heads / self.config.num_kv_heads;
-        let mut attention = CachedAttention::new(cache, mapping, num_attended, group, padding.as_ref());
+        let mut attention = CachedAttention::new(&self.config, cache, mapping, num_attended, padding.as_ref());
         self.forward_with(&pack(tokens), &pack(&mapping.positions), &mut attention).flatten(0, 1)
     }
 
@@ -196,7 +201,7 @@ impl Transformer {
         let v = v.transpose(1, 2);
 
         // 4. Attend; a cache is read and written here.
-        let out = attention.attend(index, &q, &k, &v);
+        let out = attention.attend(index, layer.sliding_window, &q, &k, &v);
 
         // 5. Join the heads, and project.
         layer.o_proj.forward(&out.transpose(1, 2).reshape([b, s, num_heads * head_dim]))

@@ -11,7 +11,7 @@ use crate::Result;
 use crate::cuda::attention::{AttentionKernels, AttentionMask};
 use crate::cuda::nvrtc::compute_capability;
 use crate::cuda::train::TrainKernels;
-use crate::model::{Layer, Linear, ModelConfig, Transformer};
+use crate::model::{Layer, Linear, ModelConfig, PerWindow, Transformer};
 
 /// Whether our own kernels can train a model of this configuration, in bf16 on a GPU with enough
 /// shared memory.
@@ -23,7 +23,7 @@ pub fn has_kernels(config: &ModelConfig) -> bool {
 pub(super) struct CudaBatch {
     kernels: TrainKernels,
     attention: AttentionKernels,
-    attention_mask: AttentionMask,
+    attention_masks: PerWindow<AttentionMask>,
     /// int64 `[tokens]`, padding included.
     tokens: Tensor,
     /// Cosines and sines of each token, float32 `[tokens, head_dim / 2]`.
@@ -76,10 +76,11 @@ impl CudaBatch {
         let mut padded = batch.clone();
         padded.push_causal(&vec![0; num_tokens.next_multiple_of(AttentionKernels::TILE) - num_tokens]);
         let to_device = |ids: &[i32]| Tensor::from_slice(ids).to_device(model.device()).to_kind(Kind::Int64);
+        let mask = |window| AttentionMask::new(&padded.ranges_within(window), model.device());
         Ok(Some(CudaBatch {
             kernels: TrainKernels::new(device, shape)?,
             attention: AttentionKernels::new(device, shape)?,
-            attention_mask: AttentionMask::new(&padded.attention_ranges, model.device())?,
+            attention_masks: PerWindow::new(model.config(), mask).transpose()?,
             tokens: to_device(&padded.tokens),
             cos_sin: model.rope.cos_sin(&to_device(&padded.positions)),
             num_tokens: num_tokens as i64,
@@ -130,7 +131,7 @@ impl CudaBatch {
         let attn_input = self.kernels.rms_norm(&input, &layer.input_layernorm)?;
         let qkv = layer.qkv_proj.forward(&attn_input);
         self.kernels.rotate(&qkv, (&self.cos_sin.0, &self.cos_sin.1), false)?;
-        let (attn_out, logsumexp) = self.attention.forward(&qkv, &self.attention_mask)?;
+        let (attn_out, logsumexp) = self.attention.forward(&qkv, self.attention_masks.get(layer.sliding_window))?;
         let residual = layer.o_proj.forward_add(&input, &attn_out)?;
 
         let mlp_input = self.kernels.rms_norm(&residual, &layer.post_attention_layernorm)?;
@@ -159,7 +160,8 @@ impl CudaBatch {
 
         let d_attn_out = layer.o_proj.backward_input(d_x)?;
         layer.o_proj.backward_weights(&attn_out, d_x)?;
-        let d_qkv = self.attention.backward(&qkv, &attn_out, &logsumexp, &d_attn_out, &self.attention_mask)?;
+        let mask = self.attention_masks.get(layer.sliding_window);
+        let d_qkv = self.attention.backward(&qkv, &attn_out, &logsumexp, &d_attn_out, mask)?;
         drop((qkv, attn_out, d_attn_out));
         self.kernels.rotate(&d_qkv, (&self.cos_sin.0, &self.cos_sin.1), true)?;
         let d_attn_input = layer.qkv_proj.backward_input(&d_qkv)?;

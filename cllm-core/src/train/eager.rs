@@ -1,50 +1,56 @@
 //! The training pass with libtorch's operations: autograd computes the backward, in several parts
 //! if layers are checkpointed.
 
+use std::ops::Range;
+
 use tch::{Kind, Tensor};
 
 use super::packed_batch::PackedBatch;
 use crate::Result;
 use crate::cuda::block_mask::AttentionRanges;
 use crate::cuda::libtorch;
-use crate::model::{Attention, Transformer, attention_bias, scaled_dot_product_attention};
+use crate::model::{
+    Attention, ModelConfig, PerWindow, Transformer, attention_bias, repeat_heads, scaled_dot_product_attention,
+};
+
+/// Queries of an [`AttentionPart`] with a bias.
+const MAX_PART_QUERIES: usize = 256;
 
 pub(super) struct EagerBatch {
     /// int64 `[1, tokens]`.
     tokens: Tensor,
     /// int64 `[1, tokens]`.
     positions: Tensor,
-    sequences: Vec<Sequence>,
+    /// The parts of each layer's attention, which cover the tokens in order.
+    parts: PerWindow<Vec<AttentionPart>>,
 }
 
-struct Sequence {
-    /// Index of its first token in the batch.
-    start: i64,
-    length: i64,
-    /// Bias of its attention scores, `[1, 1, length, length]`.
-    bias: Tensor,
+/// Consecutive queries of one sequence, and the keys that they attend to.
+struct AttentionPart {
+    queries: Range<usize>,
+    keys: Range<usize>,
+    /// Bias of the scores, `[1, 1, queries, keys]`. Without one, queries and keys are the same tokens
+    /// and attention is causal.
+    bias: Option<Tensor>,
 }
 
 impl EagerBatch {
     pub(super) fn new(batch: &PackedBatch, model: &Transformer) -> Self {
         let device = model.device();
         let to_device = |ids: &[i32]| Tensor::from_slice(ids).to_device(device).to_kind(Kind::Int64).unsqueeze(0);
-        let mut start = 0;
-        let sequences = batch.sequence_ends.iter().map(|&end| {
-            let mask = attention_mask(&batch.attention_ranges[start..end], start as i32).to_device(device);
-            let bias = attention_bias(&mask, model.kind());
-            let sequence = Sequence { start: start as i64, length: (end - start) as i64, bias };
-            start = end;
-            sequence
+        let parts = PerWindow::new(model.config(), |window| {
+            let ranges = batch.ranges_within(window);
+            let starts = std::iter::once(0).chain(batch.sequence_ends.iter().copied());
+            let sequences = starts.zip(&batch.sequence_ends).map(|(start, &end)| start..end);
+            sequences.flat_map(|sequence| attention_parts(&ranges, sequence, model)).collect()
         });
-        let sequences = sequences.collect();
-        EagerBatch { tokens: to_device(&batch.tokens), positions: to_device(&batch.positions), sequences }
+        EagerBatch { tokens: to_device(&batch.tokens), positions: to_device(&batch.positions), parts }
     }
 
     /// Final hidden states `[tokens, hidden]`.
     pub(super) fn forward<'p>(&'p self, model: &'p Transformer, checkpointed_layers: usize) -> (Tensor, EagerPass<'p>) {
         let rotation = model.rope.rotation(&self.positions, model.kind());
-        let mut attention = PackedAttention(&self.sequences);
+        let mut attention = PackedAttention(self);
         let embedded = model.embed(&self.tokens);
         let mut x = embedded.detach();
         let mut checkpoints = Vec::new();
@@ -62,30 +68,62 @@ impl EagerBatch {
     }
 }
 
-/// Attention within each sequence of a packed batch.
-struct PackedAttention<'b>(&'b [Sequence]);
-
-impl Attention for PackedAttention<'_> {
-    fn attend(&mut self, _layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
-        let attend = |sequence: &Sequence| {
-            let narrow = |x: &Tensor| x.narrow(2, sequence.start, sequence.length);
-            scaled_dot_product_attention(&narrow(q), &narrow(k), &narrow(v), Some(&sequence.bias))
-        };
-        Tensor::cat(&self.0.iter().map(attend).collect::<Vec<_>>(), 2)
-    }
+/// The parts of one sequence. Its leading tokens, as far as they attend to all tokens before them,
+/// need no bias: that of a long response would fill the memory.
+fn attention_parts(ranges: &[AttentionRanges], sequence: Range<usize>, model: &Transformer) -> Vec<AttentionPart> {
+    let is_causal = |&index: &usize| {
+        let mut attended = ranges[index].iter().filter(|(start, end)| start < end);
+        attended.next() == Some(&(sequence.start as i32, index as i32 + 1)) && attended.next().is_none()
+    };
+    let first_other = sequence.clone().find(|index| !is_causal(index)).unwrap_or(sequence.end);
+    let causal = sequence.start..first_other;
+    let causal = (!causal.is_empty()).then(|| AttentionPart { queries: causal.clone(), keys: causal, bias: None });
+    let others = (first_other..sequence.end).step_by(MAX_PART_QUERIES).map(|start| {
+        let queries = start..(start + MAX_PART_QUERIES).min(sequence.end);
+        let attended = || ranges[queries.clone()].iter().flatten().filter(|(start, end)| start < end);
+        let first_key = attended().map(|&(start, _)| start as usize).min().unwrap_or(start);
+        let last_key = attended().map(|&(_, end)| end as usize).max().unwrap_or(start);
+        let mask = attention_mask(&ranges[queries.clone()], first_key..last_key).to_device(model.device());
+        AttentionPart { queries, keys: first_key..last_key, bias: Some(attention_bias(&mask, model.kind())) }
+    });
+    causal.into_iter().chain(others).collect()
 }
 
-/// Which tokens of one sequence see each other, bool `[1, 1, length, length]`. `base`: index of its
-/// first token in the batch.
-fn attention_mask(ranges: &[AttentionRanges], base: i32) -> Tensor {
-    let length = ranges.len();
-    let mut mask = vec![false; length * length];
-    for (ranges, row) in ranges.iter().zip(mask.chunks_mut(length)) {
+/// Maximum number of elements of all biases of a sequence, of whose tokens the leading ones are
+/// clean.
+pub fn max_bias_elements(config: &ModelConfig, num_clean_tokens: usize, num_tokens: usize) -> usize {
+    let of_noisy_tokens = (num_tokens - num_clean_tokens) * num_tokens;
+    let of_clean_tokens = |window: i32| num_clean_tokens * num_tokens.min(window as usize + MAX_PART_QUERIES);
+    let mut elements = 0;
+    PerWindow::new(config, |window| elements += of_noisy_tokens + window.map_or(0, of_clean_tokens));
+    elements
+}
+
+/// Which keys each query attends to, bool `[1, 1, queries, keys]`.
+fn attention_mask(queries: &[AttentionRanges], keys: Range<usize>) -> Tensor {
+    let mut mask = vec![false; queries.len() * keys.len()];
+    for (ranges, row) in queries.iter().zip(mask.chunks_mut(keys.len())) {
         for &(start, end) in ranges.iter().filter(|(start, end)| start < end) {
-            row[(start - base) as usize..(end - base) as usize].fill(true);
+            row[start as usize - keys.start..end as usize - keys.start].fill(true);
         }
     }
-    Tensor::from_slice(&mask).view([1, 1, length as i64, length as i64])
+    Tensor::from_slice(&mask).view([1, 1, queries.len() as i64, keys.len() as i64])
+}
+
+/// Attention within each sequence of a packed batch.
+struct PackedAttention<'b>(&'b EagerBatch);
+
+impl Attention for PackedAttention<'_> {
+    fn attend(&mut self, _layer: usize, window: Option<i32>, q: &Tensor, k: &Tensor, v: &Tensor) -> Tensor {
+        let group = q.size()[1] / k.size()[1];
+        let (k, v) = (repeat_heads(k, group), repeat_heads(v, group));
+        let attend = |part: &AttentionPart| {
+            let narrow = |x: &Tensor, tokens: &Range<usize>| x.narrow(2, tokens.start as i64, tokens.len() as i64);
+            let (q, k, v) = (narrow(q, &part.queries), narrow(&k, &part.keys), narrow(&v, &part.keys));
+            scaled_dot_product_attention(&q, &k, &v, part.bias.as_ref())
+        };
+        Tensor::cat(&self.0.parts.get(window).iter().map(attend).collect::<Vec<_>>(), 2)
+    }
 }
 
 /// State for the backward: the ends of autograd's graph, and the inputs of the layers that have no
@@ -112,7 +150,7 @@ impl EagerPass<'_> {
         while let Some(checkpoint) = checkpoints.pop() {
             let input = checkpoint.set_requires_grad(true);
             let layer = checkpoints.len();
-            let output = model.layer_forward(layer, &input, &rotation, &mut PackedAttention(&batch.sequences));
+            let output = model.layer_forward(layer, &input, &rotation, &mut PackedAttention(batch));
             libtorch::backward(&output, &d_x)?;
             d_x = input.grad();
         }

@@ -12,5 +12,6 @@ mod packed_batch;
 
 pub use crate::cuda::block_mask::AttentionRanges;
 pub use cuda::{has_kernels, project_backward};
+pub use eager::max_bias_elements;
 pub use forward::{DeviceBatch, ForwardPass, forward, hidden_states};
 pub use packed_batch::PackedBatch;

@@ -1,6 +1,9 @@
 //! Sequences packed one after another, on the host.
 
+use std::borrow::Cow;
+
 use crate::cuda::block_mask::AttentionRanges;
+use crate::model::{ModelConfig, PerWindow};
 
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct PackedBatch {
@@ -8,7 +11,7 @@ pub struct PackedBatch {
     /// Position of each token in its sequence, for RoPE.
     pub positions: Vec<i32>,
     /// The tokens that each token sees, as ranges of indices in the batch. They are within its own
-    /// sequence.
+    /// sequence. Within a range, positions ascend up to the token's own.
     pub attention_ranges: Vec<AttentionRanges>,
     /// Index one past the last token of each sequence.
     pub sequence_ends: Vec<usize>,
@@ -30,5 +33,28 @@ impl PackedBatch {
         let positions = 0..tokens.len() as i32;
         let ranges: Vec<AttentionRanges> = positions.clone().map(|index| [(0, index + 1), (0, 0), (0, 0)]).collect();
         self.push(tokens, &positions.collect::<Vec<_>>(), &ranges);
+    }
+
+    /// Pairs of tokens that attention does not mask, summed over the layers of a model.
+    pub fn num_attended_pairs(&self, config: &ModelConfig) -> usize {
+        let num_pairs = PerWindow::new(config, |window| {
+            let ranges = self.ranges_within(window);
+            ranges.iter().flatten().map(|(start, end)| (end - start).max(0) as usize).sum::<usize>()
+        });
+        config.sliding_windows.iter().map(|&window| num_pairs.get(window)).sum()
+    }
+
+    /// The attention ranges in layers with a sliding window: the last `window` positions up to a
+    /// token's own.
+    pub(super) fn ranges_within(&self, window: Option<i32>) -> Cow<'_, [AttentionRanges]> {
+        let Some(window) = window else { return Cow::Borrowed(&self.attention_ranges) };
+        let within = |(ranges, &position): (&AttentionRanges, &i32)| {
+            ranges.map(|(start, end)| {
+                let positions = &self.positions[start as usize..end.max(start) as usize];
+                let num_before = positions.partition_point(|&other| position - other >= window);
+                (start + num_before as i32, end)
+            })
+        };
+        Cow::Owned(self.attention_ranges.iter().zip(&self.positions).map(within).collect())
     }
 }

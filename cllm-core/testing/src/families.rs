@@ -1,4 +1,4 @@
-//! Every family and RoPE scaling as a tiny random model.
+//! Every family, RoPE scaling and form of sliding windows as a tiny random model.
 
 use cllm_core::model::{ModelConfig, Transformer};
 use serde_json::{Value, json};
@@ -30,6 +30,17 @@ pub fn shapes() -> Vec<(&'static str, Value)> {
             "yarn",
             with(json!({"model_type": "qwen2", "rope_scaling": {"rope_type": "yarn", "factor": 4.0,
             "original_max_position_embeddings": 64}})),
+        ),
+        ("mistral-window", with(json!({"model_type": "mistral", "head_dim": 16, "sliding_window": 6}))),
+        (
+            "qwen2-window",
+            with(json!({"model_type": "qwen2", "use_sliding_window": true, "sliding_window": 9,
+            "max_window_layers": 1})),
+        ),
+        (
+            "qwen3-window",
+            with(json!({"model_type": "qwen3", "head_dim": 16, "use_sliding_window": true, "sliding_window": 3,
+            "layer_types": ["sliding_attention", "full_attention"]})),
         ),
     ]
 }

@@ -94,7 +94,6 @@ fn unsupported_features_are_refused_by_name() {
     for (key, value) in [
         ("model_type", json!("mixtral")),
         ("hidden_act", json!("gelu")),
-        ("sliding_window", json!(128)),
         ("layer_types", json!(["full_attention", "sliding_attention"])),
         ("quantization_config", json!({"quant_method": "gptq"})),
         ("partial_rotary_factor", json!(0.5)),
@@ -110,7 +109,6 @@ fn unsupported_features_are_refused_by_name() {
         let message = ModelConfig::from_json(&config).unwrap_err();
         let expected = match key {
             "rope_parameters" => "longrope",
-            "sliding_window" => "sliding-window",
             "vocab_size" => "between 1",
             key => key,
         };
@@ -118,27 +116,83 @@ fn unsupported_features_are_refused_by_name() {
     }
 }
 
+/// A configuration of one layer with these settings.
+fn config_with(extra: Value) -> Result<ModelConfig, String> {
+    let mut config = json!({
+        "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "max_position_embeddings": 32768,
+    });
+    config.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+    ModelConfig::from_json(&config)
+}
+
 #[test]
-fn the_advice_of_a_refused_window_works() {
-    for (family, window) in
-        [("mistral", json!(64)), ("mistral", Value::Null), ("qwen2", json!(64)), ("qwen3", json!(64))]
-    {
-        let mut config = json!({
-            "model_type": family, "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
-            "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 32768,
-            "use_sliding_window": true, "max_window_layers": 0, "sliding_window": window,
-        });
-        if window.is_null() {
-            config.as_object_mut().unwrap().remove("sliding_window");
-        }
-        let window = window.as_i64().unwrap_or(4096);
-        let message = ModelConfig::from_json(&config).unwrap_err();
-        assert_mentions(&message, &[&format!("max_position_embeddings to at most {window}"), "sliding_window to null"]);
-        for (key, value) in [("max_position_embeddings", json!(window)), ("sliding_window", Value::Null)] {
-            let mut advised = config.clone();
-            advised[key] = value;
-            ModelConfig::from_json(&advised).unwrap();
-        }
+fn windows_are_those_of_transformers() {
+    let windows = |extra| config_with(extra).unwrap().sliding_windows;
+    let qwen = |extra: Value| {
+        let mut config = json!({"model_type": "qwen3", "use_sliding_window": true});
+        config.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        windows(config)
+    };
+    assert_eq!(windows(json!({"model_type": "mistral"})), [Some(4096); 3], "Mistral's default is not none");
+    assert_eq!(windows(json!({"model_type": "mistral", "sliding_window": null})), [None; 3]);
+    assert_eq!(windows(json!({"model_type": "mistral", "max_position_embeddings": 4096})), [None; 3]);
+    assert_eq!(windows(json!({"model_type": "llama", "sliding_window": 64, "use_sliding_window": true})), [None; 3]);
+    assert_eq!(qwen(json!({})), [None; 3], "by default, windows begin at layer 28");
+    assert_eq!(qwen(json!({"use_sliding_window": false, "max_window_layers": 0})), [None; 3]);
+    assert_eq!(qwen(json!({"max_window_layers": 1})), [None, Some(4096), Some(4096)]);
+    let types = json!(["sliding_attention", "full_attention", "sliding_attention"]);
+    let by_types = json!({"max_window_layers": 1, "layer_types": types, "sliding_window": 64});
+    assert_eq!(qwen(by_types), [Some(64), None, Some(64)], "layer_types wins over max_window_layers");
+}
+
+#[test]
+fn windows_that_cannot_be_are_refused_by_their_key() {
+    for (extra, parts) in [
+        (json!({"model_type": "mistral", "sliding_window": 0}), ["sliding_window must be at least 1", "found 0"]),
+        (
+            json!({"model_type": "qwen2", "layer_types": ["full_attention"]}),
+            ["layer_types does not fit 3 layers", "qwen2"],
+        ),
+        (
+            json!({"model_type": "qwen2", "layer_types": ["full_attention", "full_attention", "sliding_attention"]}),
+            ["layer_types does not fit", "correct or remove it"],
+        ),
+        (
+            json!({"model_type": "qwen3", "layer_types": ["full_attention", "full_attention", "chunked_attention"]}),
+            ["layer_types with `chunked_attention`", "only full_attention and sliding_attention"],
+        ),
+    ] {
+        assert_mentions(&config_with(extra).unwrap_err(), &parts);
+    }
+}
+
+#[test]
+fn the_context_is_the_extended_one_and_is_saved_as_it_was() {
+    let yarn = json!({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768});
+    let llama3 = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192});
+    for (written, scaling, context) in [
+        (32768, json!(null), 32768),
+        // As Qwen's documentation switches YaRN on, for Qwen2.5 and for Qwen3.
+        (32768, yarn.clone(), 131_072),
+        (40960, yarn.clone(), 131_072),
+        (32768, json!({"rope_type": "yarn", "factor": 4.0}), 131_072),
+        // Contexts that are the extended ones already.
+        (131_072, yarn, 131_072),
+        (131_072, llama3, 131_072),
+        (131_072, json!({"rope_type": "yarn", "factor": null, "original_max_position_embeddings": 32768}), 131_072),
+        // Vicuna 16k.
+        (4096, json!({"type": "linear", "factor": 4.0}), 16384),
+    ] {
+        let config =
+            config_with(json!({"model_type": "qwen2", "max_position_embeddings": written, "rope_scaling": scaling}));
+        let config = config.unwrap();
+        assert_eq!(config.max_positions, context, "{written} {scaling}");
+        let saved = config.to_json("float32");
+        assert_eq!(saved["max_position_embeddings"], json!(written), "{scaling}");
+        let again = ModelConfig::from_json(&saved).unwrap();
+        assert_eq!((again.max_positions, again.rope_scaling), (context, config.rope_scaling), "{written} {scaling}");
     }
 }
 

@@ -9,8 +9,8 @@ use tch::{Device, IndexOp, Kind, Tensor};
 
 use crate::sampling::Draws;
 
-/// Models that the kernels support: several families, widths of a head, and numbers of query heads
-/// per head of keys.
+/// Models that the kernels support: several families, widths of a head, numbers of query heads per
+/// head of keys, and sliding windows.
 fn shapes() -> Vec<(&'static str, Value)> {
     let base = json!({
         "vocab_size": 203, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 3, "head_dim": 32,
@@ -30,6 +30,18 @@ fn shapes() -> Vec<(&'static str, Value)> {
             "llama3",
             with(json!({"model_type": "llama", "attention_bias": true, "rope_scaling": {"rope_type": "llama3",
             "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}})),
+        ),
+        // Windows that begin within the prompt, within the draft tokens, and within a tree.
+        ("mistral-window", with(json!({"model_type": "mistral", "sliding_window": 40}))),
+        (
+            "qwen2-window",
+            with(json!({"model_type": "qwen2", "head_dim": 64, "use_sliding_window": true, "sliding_window": 9,
+            "max_window_layers": 1})),
+        ),
+        (
+            "qwen3-window",
+            with(json!({"model_type": "qwen3", "head_dim": 128, "use_sliding_window": true, "sliding_window": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]})),
         ),
     ]
 }

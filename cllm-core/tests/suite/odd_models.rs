@@ -15,7 +15,7 @@ use tch::{Device, IndexOp, Kind, Tensor};
 const TOLERANCE: f64 = 1e-4;
 
 /// Models that `transformers` loads and that are refused here, with a part of the message.
-const REFUSED: [(&str, &str); 25] = [
+const REFUSED: [(&str, &str); 17] = [
     ("rope-nested", "settings of its own for `full_attention`"),
     ("rope-nested-two", "settings of its own for"),
     ("rope-dynamic", "set it to null"),
@@ -23,15 +23,7 @@ const REFUSED: [(&str, &str); 25] = [
     ("llama3-equal-bounds", "must be below high_freq_factor"),
     ("partial-rotary-outside", "partial_rotary_factor 0.5"),
     ("partial-rotary-inside", "partial_rotary_factor 0.5"),
-    ("mistral-no-window-key-wide", "a window of 4096, the default"),
-    ("mistral-window", "a window of 8"),
-    ("llama-layer-types", "`sliding_attention` is not supported"),
-    ("qwen2-window", "a window of 8"),
-    ("qwen2-window-0", "a window of 8"),
-    ("qwen2-layer-types", "a window of 8"),
-    ("qwen3-window", "a window of 8"),
-    ("qwen3-window-0", "a window of 8"),
-    ("qwen3-layer-types", "a window of 8"),
+    ("llama-layer-types", "layer_types does not fit"),
     ("mlp-bias", "mlp_bias"),
     ("gelu", "hidden_act `gelu`"),
     ("type-other", "model_type `gpt_oss`"),

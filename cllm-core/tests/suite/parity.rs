@@ -1,9 +1,10 @@
-//! Agreement with `transformers` on recorded tiny models: one for each family and RoPE scaling
-//! (tests/fixtures/record-models).
+//! Agreement with `transformers` on recorded tiny models: one for each family, RoPE scaling and form
+//! of sliding windows (tests/fixtures/record-models).
 
 use std::path::{Path, PathBuf};
 
 use cllm_core::checkpoint;
+use cllm_core::decode::{DecodeOptions, Request, StopConditions, Strategy, decode};
 use cllm_core::model::{KvCache, SlotMapping, Transformer};
 use cllm_core::train::{self, DeviceBatch, PackedBatch};
 use serde_json::Value;
@@ -20,6 +21,8 @@ struct Fixture {
     recorded: Tensor,
     logits: Tensor,
     loss: f64,
+    /// The greedy answer to the first 8 tokens.
+    greedy: Vec<i32>,
 }
 
 fn numbers(value: &Value) -> Vec<f64> {
@@ -39,7 +42,7 @@ fn fixtures() -> Vec<(String, Fixture)> {
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
     names.sort();
-    assert!(names.len() >= 10, "fixtures are missing: {names:?}");
+    assert!(names.len() >= 13, "fixtures are missing: {names:?}");
     names.into_iter().map(|name| (name.clone(), fixture(&name))).collect()
 }
 
@@ -52,7 +55,9 @@ fn fixture(name: &str) -> Fixture {
     let tokens = tensor("input_ids").to_kind(Kind::Int64).view([2, -1]);
     let positions = Tensor::arange(tokens.size()[1], (Kind::Int64, Device::Cpu)).expand_as(&tokens);
     let logits = tensor("logits").to_kind(Kind::Float).view([2, recorded.size()[0], -1]);
-    Fixture { folder, model, tokens, positions, recorded, logits, loss: expected["loss"].as_f64().unwrap() }
+    let loss = expected["loss"].as_f64().unwrap();
+    let greedy = serde_json::from_value(expected["greedy"].clone()).unwrap();
+    Fixture { folder, model, tokens, positions, recorded, logits, loss, greedy }
 }
 
 fn max_difference(a: &Tensor, b: &Tensor) -> f64 {
@@ -122,6 +127,20 @@ fn cached_forwards_of_uneven_chunks_agree_with_transformers() {
             start += width;
         }
         fixture.check(&name, &model.compute_logits(&Tensor::cat(&chunks, 1)).unwrap());
+    }
+}
+
+#[test]
+fn every_strategy_gives_the_greedy_answer_of_transformers() {
+    for (name, fixture) in fixtures() {
+        let ids = Vec::<i32>::try_from(fixture.tokens.get(0).to_kind(Kind::Int)).unwrap();
+        let request = Request { sample_id: name.clone(), prompt_ids: ids[..8].to_vec() };
+        let stop = StopConditions::new(48, vec![2]);
+        for strategy in [Strategy::Ar, Strategy::Jacobi { n: 16 }, Strategy::rolling(8), Strategy::lookahead()] {
+            let options = DecodeOptions::greedy(strategy, 5);
+            let answers = decode(&fixture.model, std::slice::from_ref(&request), &stop, options).unwrap().0;
+            assert_eq!(answers[0].response_ids, fixture.greedy, "{name}, {strategy:?}");
+        }
     }
 }
 

@@ -126,7 +126,7 @@ fn time_steps(
             let _ = train_step(models, &mut optimizer, training, &batches, number, lr)?;
             device::synchronize(student.device());
             if number > NUM_WARMUP_STEPS {
-                timings.add(&batches, started.elapsed().as_secs_f64(), wait_seconds);
+                timings.add(&batches, student.config(), started.elapsed().as_secs_f64(), wait_seconds);
             }
         }
         Ok(())

@@ -19,12 +19,12 @@ pub(super) struct Timings {
     pub(super) num_tokens: usize,
     pub(super) num_blocks: usize,
     pub(super) num_examples: usize,
-    /// Pairs of tokens that attention does not mask.
+    /// Pairs of tokens that attention does not mask, summed over the layers.
     num_attended_pairs: usize,
 }
 
 impl Timings {
-    pub(super) fn add(&mut self, step: &StepBatches, seconds: f64, wait_seconds: f64) {
+    pub(super) fn add(&mut self, step: &StepBatches, config: &ModelConfig, seconds: f64, wait_seconds: f64) {
         self.step_seconds.push(seconds);
         self.wait_seconds += wait_seconds;
         self.num_tokens += step.counts.num_tokens;
@@ -32,8 +32,7 @@ impl Timings {
         for batch in &step.batches {
             self.num_batches += 1;
             self.num_examples += batch.packed.sequence_ends.len();
-            let ranges = batch.packed.attention_ranges.iter().flatten();
-            self.num_attended_pairs += ranges.map(|(start, end)| (end - start).max(0) as usize).sum::<usize>();
+            self.num_attended_pairs += batch.packed.num_attended_pairs(config);
         }
     }
 
@@ -77,7 +76,7 @@ impl Throughput {
         world_size: usize,
     ) -> Self {
         let peak_flops = peak_flops(&Hardware::detect(device)).map(|peak| peak * world_size as f64);
-        let flops_per_pair = (12 * config.num_layers * config.num_heads * config.head_dim) as f64;
+        let flops_per_pair = (12 * config.num_heads * config.head_dim) as f64;
         let num_trained = training.trained_parameters(config);
         let num_frozen = if training.lora.is_some() { config.num_parameters() } else { 0 };
         let matmul_flops = (6 * num_trained + 4 * num_frozen) as f64 * timings.num_tokens as f64;
@@ -86,7 +85,7 @@ impl Throughput {
         };
         Throughput {
             mfu: mfu(timings.num_attended_pairs),
-            mfu_dense_attention: mfu(timings.num_tokens * training.max_example_tokens),
+            mfu_dense_attention: mfu(timings.num_tokens * training.max_example_tokens * config.num_layers as usize),
             peak_flops,
         }
     }

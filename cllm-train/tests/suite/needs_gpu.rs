@@ -29,6 +29,12 @@ fn shapes() -> Vec<(&'static str, Value)> {
         ("mistral", with(json!({"model_type": "mistral", "head_dim": 128, "num_key_value_heads": 3}))),
         ("qwen2", with(json!({"model_type": "qwen2", "num_attention_heads": 4, "num_key_value_heads": 2}))),
         ("qwen3", with(json!({"model_type": "qwen3", "num_key_value_heads": 1}))),
+        ("mistral-window", with(json!({"model_type": "mistral", "num_key_value_heads": 3, "sliding_window": 70}))),
+        (
+            "qwen2-window",
+            with(json!({"model_type": "qwen2", "num_key_value_heads": 1, "use_sliding_window": true,
+            "sliding_window": 5, "max_window_layers": 1})),
+        ),
     ]
 }
 

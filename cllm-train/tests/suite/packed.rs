@@ -1,15 +1,19 @@
 //! The losses of packed sequences equal those of plain causal forwards, token by token and loss by
 //! loss.
 
-use cllm_core::fingerprint;
+use std::collections::BTreeMap;
+use std::path::Path;
+
 use cllm_core::model::Transformer;
 use cllm_core::train::{self, DeviceBatch};
+use cllm_core::{checkpoint, fingerprint};
 use cllm_train::data::batch::{Batch, BatchCounts};
 use cllm_train::data::dataset::{Block, Example};
 use cllm_train::data::packing::{NoisyBlock, PackedSequence};
 use cllm_train::loss::{Backward, batch_losses, divergence};
 use cllm_train::losses::Losses;
 use cllm_train::settings::{BlockContext, ConsistencySettings, Divergence};
+use serde::Deserialize;
 use tch::{Device, IndexOp, Kind, Tensor};
 
 use cllm_testing::families::{random_model, shapes};
@@ -398,4 +402,73 @@ fn divergences_vanish_for_equal_distributions_and_jsd_is_symmetric() {
     }
     assert!((value(&p, &q, Divergence::Jsd) - value(&q, &p, Divergence::Jsd)).abs() < 1e-6);
     assert!((value(&p, &q, Divergence::Reverse) - value(&q, &p, Divergence::Forward)).abs() < 1e-6);
+}
+
+/// An example with noisy blocks that `transformers` computed gradients of
+/// (cllm-core/tests/fixtures/record-packed).
+#[derive(Deserialize)]
+struct Recorded {
+    example: RecordedExample,
+    /// For each model and weight.
+    gradients: BTreeMap<String, BTreeMap<String, RecordedGradient>>,
+}
+
+#[derive(Deserialize)]
+struct RecordedExample {
+    prompt: Vec<i32>,
+    response: Vec<i32>,
+    blocks: Vec<RecordedBlock>,
+    /// The token that each packed token should predict.
+    labels: Vec<i64>,
+}
+
+#[derive(Deserialize)]
+struct RecordedBlock {
+    start: usize,
+    window_start: usize,
+    state: Vec<i32>,
+    next_state: Vec<i32>,
+}
+
+#[derive(Deserialize)]
+struct RecordedGradient {
+    norm: f64,
+    /// Evenly spread elements.
+    kept: Vec<f32>,
+}
+
+#[test]
+fn gradients_of_a_packed_example_agree_with_transformers() {
+    let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../cllm-core/tests/fixtures");
+    let recorded: Recorded =
+        serde_json::from_slice(&std::fs::read(fixtures.join("packed-gradients.json")).unwrap()).unwrap();
+    let RecordedExample { prompt, response, blocks, labels } = recorded.example;
+    let noisy_block = |block: RecordedBlock| NoisyBlock {
+        start: block.start,
+        window_start: block.window_start,
+        state: block.state,
+        next_state: block.next_state,
+    };
+    let packed = PackedSequence::new(&prompt, &response, blocks.into_iter().map(noisy_block).collect());
+    // Another sequence before it, which is in no loss.
+    let other = PackedSequence::new(&token_ids(9, 11), &[1], Vec::new());
+    let batch = Batch::new(&[other, packed], MAX_CHUNK_ROWS, None);
+    let labels = Tensor::from_slice(&labels);
+    for (name, expected) in recorded.gradients {
+        let model = checkpoint::load(&fixtures.join("models").join(&name), Device::Cpu, Kind::Float).unwrap();
+        let gradients = model.collect_gradients().unwrap();
+        let device_batch = DeviceBatch::new(&batch.packed, &model).unwrap();
+        let pass = train::forward(&model, &device_batch, 1).unwrap();
+        let hidden = pass.hidden.detach().set_requires_grad(true);
+        model.logits_with_grad(&hidden.i(12..)).cross_entropy_for_logits(&labels).backward();
+        pass.backward(&hidden.grad()).unwrap();
+        assert_eq!(gradients.tensors().len(), expected.len(), "{name}");
+        for (weight, gradient) in gradients.tensors() {
+            let RecordedGradient { norm, kept } = &expected[&weight];
+            let step = gradient.numel().div_ceil(16) as i64;
+            let actual = gradient.flatten(0, -1).slice(0, 0, None, step);
+            let difference = max_difference(&actual, &Tensor::from_slice(kept));
+            assert!(difference < 1e-4 && (gradient.norm().double_value(&[]) - norm).abs() < 1e-4, "{name}, {weight}");
+        }
+    }
 }

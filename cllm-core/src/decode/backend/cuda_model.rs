@@ -164,6 +164,7 @@ impl<'m> CudaModel<'m> {
             values: &self.values.get(index as i64),
             rope_table: &self.rope_table,
             norms: layer.qk_norm.as_ref(),
+            sliding_window: layer.sliding_window,
         })
     }
 
