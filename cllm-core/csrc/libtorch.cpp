@@ -2,8 +2,11 @@
 // at::Tensor*. Every function returns 0, or 1 with the message in cllm_last_error().
 #include <ATen/ATen.h>
 #include <ATen/ops/_fused_adamw.h>
+#include <c10/core/Allocator.h>
 #include <c10/cuda/CUDACachingAllocator.h>
 
+#include <algorithm>
+#include <mutex>
 #include <vector>
 
 #include "guarded.h"
@@ -12,6 +15,23 @@ std::string &last_error() {
   thread_local std::string message;
   return message;
 }
+
+namespace {
+// Counts the bytes that tensors on the CPU have. libtorch tells it about every allocation of the
+// thread that it was pushed on, and of the backward passes that this thread starts.
+struct CpuMemory : c10::MemoryReportingInfoBase {
+  std::mutex mutex;
+  int64_t current = 0, peak = 0;
+
+  void reportMemoryUsage(void *, int64_t bytes, size_t, size_t, c10::Device device) override {
+    if (!device.is_cpu()) return;
+    std::lock_guard<std::mutex> lock(mutex);
+    current += bytes;
+    peak = std::max(peak, current);
+  }
+  bool memoryProfilingEnabled() const override { return true; }
+};
+}  // namespace
 
 extern "C" {
 
@@ -46,6 +66,36 @@ int cllm_gpu_memory(int device, int64_t *current, int64_t *peak) {
     const auto &bytes = stats.allocated_bytes[static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE)];
     *current = bytes.current;
     *peak = bytes.peak;
+  });
+}
+
+// The peak of what the allocator has taken from the GPU, in use or not, since the last reset.
+int cllm_peak_reserved_gpu_memory(int device, int64_t *peak) {
+  return guarded([&] {
+    auto stats = c10::cuda::CUDACachingAllocator::getDeviceStats(static_cast<c10::DeviceIndex>(device));
+    *peak = stats.reserved_bytes[static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE)].peak;
+  });
+}
+
+// Bytes of a GPU that are free, and all that it has, as CUDA reports them.
+int cllm_gpu_capacity(int device, int64_t *free, int64_t *total) {
+  return guarded([&] {
+    auto info = c10::cuda::CUDACachingAllocator::get()->getMemoryInfo(static_cast<c10::DeviceIndex>(device));
+    *free = static_cast<int64_t>(info.first);
+    *total = static_cast<int64_t>(info.second);
+  });
+}
+
+int cllm_cpu_memory_begin() {
+  return guarded([] {
+    c10::ThreadLocalDebugInfo::_push(c10::DebugInfoKind::PROFILER_STATE, std::make_shared<CpuMemory>());
+  });
+}
+
+int cllm_cpu_memory_end(int64_t *peak) {
+  return guarded([&] {
+    auto info = c10::ThreadLocalDebugInfo::_pop(c10::DebugInfoKind::PROFILER_STATE);
+    *peak = static_cast<CpuMemory *>(info.get())->peak;
   });
 }
 

@@ -181,6 +181,22 @@ pub fn recover(folder: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The unfinished files and folders that a killed process left in a folder, which [`recover`]
+/// removes.
+///
+/// # Errors
+/// File-system errors with the path.
+pub fn unfinished(folder: &Path) -> Result<Vec<PathBuf>> {
+    if !folder.is_dir() {
+        return Ok(Vec::new());
+    }
+    let entries = fs::read_dir(folder).map_err(Error::io(folder))?;
+    let paths = entries.map(|entry| Ok(entry.map_err(Error::io(folder))?.path())).collect::<Result<Vec<_>>>()?;
+    let is_unfinished =
+        |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(UNFINISHED_PREFIX));
+    Ok(paths.into_iter().filter(is_unfinished).collect())
+}
+
 /// Replaces the temporary path in an error by the path that the user knows.
 pub fn with_final_path(error: Error, work: &Path, path: &Path) -> Error {
     match error {

@@ -3,6 +3,7 @@
 
 pub mod atomic_file;
 pub mod bench_results;
+pub mod capacity;
 pub mod chat_template;
 pub mod checkpoint;
 mod codec;

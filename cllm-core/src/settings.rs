@@ -20,7 +20,8 @@ mod layers;
 mod reference;
 mod refusal;
 
-use keys::{all_keys, did_you_mean, to_value};
+pub use keys::did_you_mean;
+use keys::{all_keys, to_value};
 pub use layers::ENVIRONMENT_PREFIX;
 use layers::{Assignment, Refused, from_environment, with_free_key};
 pub use reference::reference;

@@ -244,6 +244,15 @@ pub fn copy_files(from: &Path, to: &Path) -> Result<()> {
     copy_named_templates(&find_file(from, TEMPLATE_FOLDER)?, &to.join(TEMPLATE_FOLDER))
 }
 
+/// Bytes of the files that [`copy_files`] copies, without named templates.
+///
+/// # Errors
+/// An adapter whose base is missing.
+pub fn num_bytes(folder: &Path) -> Result<u64> {
+    let sizes = FILES.iter().map(|name| Ok(find_file(folder, name)?.metadata().map_or(0, |metadata| metadata.len())));
+    sizes.sum()
+}
+
 fn copy_named_templates(from: &Path, to: &Path) -> Result<()> {
     if !from.is_dir() {
         return Ok(());

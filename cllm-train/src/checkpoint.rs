@@ -208,6 +208,22 @@ impl Checkpoints {
         Ok(self.steps()?.pop().map(|(_, newest)| newest))
     }
 
+    /// What the folder of the run has of earlier saves.
+    ///
+    /// # Errors
+    /// Folders that cannot be read.
+    pub fn stored_bytes(&self) -> Result<StoredBytes> {
+        let checkpoints = self.steps()?.into_iter().map(|(step, path)| Ok((step, folder_bytes(&path)?)));
+        Ok(StoredBytes {
+            checkpoints: checkpoints.collect::<Result<_>>()?,
+            final_model: folder_bytes(&self.run.join("final"))?,
+            unfinished: [&self.run, &self.folder()]
+                .into_iter()
+                .map(|folder| unfinished_bytes(folder))
+                .sum::<Result<_>>()?,
+        })
+    }
+
     fn remove_old(&self, best_step: Option<usize>) -> Result<()> {
         let mut steps = self.steps()?;
         steps.retain(|(step, _)| Some(*step) != best_step);
@@ -230,6 +246,29 @@ impl Checkpoints {
         steps.sort();
         Ok(steps)
     }
+}
+
+/// Bytes of the checkpoints and of the final model in the folder of a run.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct StoredBytes {
+    /// With their steps, oldest first.
+    pub checkpoints: Vec<(usize, u64)>,
+    pub final_model: u64,
+    /// What a killed process left, which the next one removes.
+    pub unfinished: u64,
+}
+
+fn unfinished_bytes(folder: &Path) -> Result<u64> {
+    atomic_file::unfinished(folder)?.iter().map(|path| folder_bytes(path)).sum()
+}
+
+/// Bytes of a file, or of all files in a folder and in those below it; 0 if there is none.
+fn folder_bytes(folder: &Path) -> Result<u64> {
+    if !folder.is_dir() {
+        return Ok(folder.metadata().map_or(0, |metadata| metadata.len()));
+    }
+    let entries = std::fs::read_dir(folder).map_err(Error::io(folder))?;
+    entries.map(|entry| folder_bytes(&entry.map_err(Error::io(folder))?.path())).sum()
 }
 
 /// Makes the link `name` point to `target`, in one atomic step.

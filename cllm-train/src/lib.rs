@@ -3,11 +3,13 @@
 //! `checkpoint` saves it.
 
 mod bench;
+mod byte_size;
 mod checkpoint;
 pub mod cli;
 pub mod data;
 mod export;
 pub mod gguf;
+mod gpus;
 pub mod loss;
 pub mod losses;
 mod memory;

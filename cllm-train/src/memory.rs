@@ -1,5 +1,8 @@
-//! Estimates the memory of a training step from shapes. It counts tensors only, not what an
-//! allocator keeps in reserve.
+//! Estimates the memory of a run on its device from shapes, at the moments when the most is in use:
+//! in a training step, while prompts are answered, and while a checkpoint is written. It counts
+//! tensors only, not what an allocator keeps in reserve.
+
+mod probe;
 
 use cllm_core::model::{Family, ModelConfig};
 use cllm_core::train;
@@ -10,8 +13,24 @@ use crate::data::batch::max_chunk_rows;
 use crate::data::dataset::Example;
 use crate::optimizer::MAX_UPDATE_ELEMENTS;
 use crate::settings::{ConsistencySettings, Divergence, Objective, Settings, StateDtype};
+use crate::validation::ProbeSize;
 
-/// Estimated bytes on each process, for the largest of its batches.
+/// What the memory of a run depends on.
+#[derive(Clone, Copy)]
+pub struct Workload<'w> {
+    pub config: &'w ModelConfig,
+    /// Type of weights and activations.
+    pub kind: Kind,
+    pub settings: &'w Settings,
+    pub examples: &'w [Example],
+    /// Indices of examples.
+    pub batches: &'w [Vec<usize>],
+    /// The prompts that validation answers.
+    pub probe: Option<ProbeSize>,
+    pub world_size: usize,
+}
+
+/// Estimated bytes on the device of each process, for the largest of its batches.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct MemoryEstimate {
     /// The model with its adapters, and with an anchor also the frozen model, unless that is the
@@ -24,6 +43,13 @@ pub struct MemoryEstimate {
     pub optimizer: u64,
     /// What the forward saves for the backward, and the largest temporary tensors at the same time.
     pub activations: u64,
+    /// Temporary tensors of the update, when the activations are already freed.
+    pub update: u64,
+    /// What validation adds to the first three: copies of weights, the KV cache of the prompts that
+    /// are answered, and their forwards.
+    pub validation: u64,
+    /// What writing a checkpoint or the final model adds to the first three: copies of weights.
+    pub saving: u64,
     /// The total at the moment when it is largest.
     pub peak: u64,
 }
@@ -39,15 +65,8 @@ struct BatchSize {
 }
 
 impl MemoryEstimate {
-    /// Estimates a run with these batches (indices of examples) and weights of type `kind`.
-    pub fn new(
-        config: &ModelConfig,
-        kind: Kind,
-        settings: &Settings,
-        examples: &[Example],
-        batches: &[Vec<usize>],
-        world_size: usize,
-    ) -> Self {
+    pub fn new(workload: &Workload<'_>) -> Self {
+        let Workload { config, kind, settings, examples, batches, .. } = *workload;
         let max_rows = max_chunk_rows(config) as f64;
         let activations = batches
             .iter()
@@ -57,16 +76,33 @@ impl MemoryEstimate {
                 _ => eager_activations(config, kind.elt_size_in_bytes() as f64, settings, batch),
             })
             .fold(0.0, f64::max);
-        let static_bytes = StaticBytes::new(config, kind, settings, world_size);
-        let StaticBytes { weights, gradients, optimizer, update } = static_bytes;
+        let StaticBytes { weights, gradients, optimizer, update } = StaticBytes::new(workload);
+        let (validation, saving) = (probe::validation_bytes(workload), probe::saving_bytes(workload));
+        let temporary = [activations, update, validation, saving].into_iter().fold(0.0, f64::max);
         MemoryEstimate {
             weights: weights as u64,
             gradients: gradients as u64,
             optimizer: optimizer as u64,
             activations: activations as u64,
-            peak: (weights + gradients + optimizer + activations.max(update)) as u64,
+            update: update as u64,
+            validation: validation as u64,
+            saving: saving as u64,
+            peak: (weights + gradients + optimizer + temporary) as u64,
         }
     }
+}
+
+impl MemoryEstimate {
+    /// The peak of training steps alone.
+    pub fn of_steps(&self) -> u64 {
+        self.weights + self.gradients + self.optimizer + self.activations.max(self.update)
+    }
+}
+
+/// Whether master weights are held beside weights of type `kind`. Otherwise the weights are updated
+/// themselves.
+pub fn masters_are_copies(settings: &Settings, kind: Kind) -> bool {
+    kind != Kind::Float && settings.optimizer.state_dtype == StateDtype::Float32
 }
 
 /// Bytes that do not depend on the batches.
@@ -79,7 +115,8 @@ struct StaticBytes {
 }
 
 impl StaticBytes {
-    fn new(config: &ModelConfig, kind: Kind, settings: &Settings, world_size: usize) -> Self {
+    fn new(workload: &Workload<'_>) -> Self {
+        let Workload { config, kind, settings, world_size, .. } = *workload;
         let element = kind.elt_size_in_bytes() as f64;
         let (parameters, trained) = (config.num_parameters() as f64, settings.trained_parameters(config) as f64);
         let shard = trained / world_size as f64;
@@ -133,16 +170,16 @@ impl BatchSize {
 }
 
 /// Widths of a layer's activations, in elements per token.
-struct LayerWidths {
-    hidden: f64,
-    queries: f64,
-    qkv: f64,
+pub struct LayerWidths {
+    pub hidden: f64,
+    pub queries: f64,
+    pub qkv: f64,
     heads: f64,
-    ffn: f64,
+    pub ffn: f64,
 }
 
 impl LayerWidths {
-    fn new(config: &ModelConfig) -> Self {
+    pub fn new(config: &ModelConfig) -> Self {
         let width = |size: i64| size as f64;
         LayerWidths {
             hidden: width(config.hidden_size),
@@ -216,4 +253,99 @@ fn eager_losses(config: &ModelConfig, settings: &Settings, num_rows: f64) -> f64
     };
     let anchor = if settings.is_anchored() { 3.0 } else { 0.0 };
     (copies + anchor) * num_rows * 4.0 * config.vocab_size as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use std::rc::Rc;
+
+    use cllm_core::cuda::libtorch::with_peak_cpu_memory;
+    use cllm_core::distributed::ProcessGroup;
+    use cllm_core::model::LoraConfig;
+    use serde_json::{Value, json};
+    use tch::Device;
+
+    use super::*;
+    use crate::data::dataset::Block;
+    use crate::data::loader::{BatchLoader, RankShard};
+    use crate::models::Models;
+    use crate::optimizer::OptimizerState;
+    use crate::step::train_step;
+
+    fn config(more: Value) -> ModelConfig {
+        let mut json = json!({
+            "model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 176,
+            "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": true,
+            "max_position_embeddings": 2048,
+        });
+        json.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        ModelConfig::from_json(&json).unwrap()
+    }
+
+    fn examples() -> Vec<Example> {
+        let example = |index: usize| Example {
+            id: index.to_string(),
+            prompt_ids: vec![1; 40],
+            response_ids: vec![2; 160],
+            blocks: (0..10)
+                .map(|block| Block { start: 16 * block, states: vec![vec![3; 16], vec![2; 16]], augmented: Vec::new() })
+                .collect(),
+            labelled: vec![true; 160],
+        };
+        (0..4).map(example).collect()
+    }
+
+    /// The estimate of training steps over the bytes that libtorch allocated in one of them.
+    fn planned_over_measured(config: &ModelConfig, settings: &Settings) -> f64 {
+        tch::set_num_threads(1);
+        let examples = examples();
+        let batches = vec![(0..examples.len()).collect::<Vec<_>>()];
+        let planned = MemoryEstimate::new(&Workload {
+            config,
+            kind: Kind::Float,
+            settings,
+            examples: &examples,
+            batches: &batches,
+            probe: None,
+            world_size: 1,
+        });
+        let ((), measured) = with_peak_cpu_memory(|| {
+            let models = Models::random(config.clone(), settings, Device::Cpu).unwrap();
+            let group = Rc::new(ProcessGroup::single());
+            let mut optimizer = OptimizerState::new(&models.student, &settings.optimizer, 0, group).unwrap();
+            let loader = BatchLoader::new(settings, &examples, config);
+            for number in 1..=1 {
+                let step = loader.step_batches(&batches, 0, RankShard::all());
+                let _ = train_step(&models, &mut optimizer, settings, &step, number, 0.0).unwrap();
+            }
+        })
+        .unwrap();
+        planned.of_steps() as f64 / measured as f64
+    }
+
+    #[test]
+    fn steps_need_what_is_planned() {
+        let settings = Settings { max_batch_tokens: 2048, ..Settings::default() };
+        let all_checkpointed = Settings { checkpointed_layers: 4, ..settings.clone() };
+        let adapters = Settings { lora: Some(LoraConfig::default()), ..settings.clone() };
+        let mut average = settings.clone();
+        average.optimizer.ema_decay = Some(0.9);
+        let mut anchored = settings.clone();
+        anchored.consistency.anchor_weight = 0.5;
+        let sft = Settings { objective: Objective::Sft, ..settings.clone() };
+        for (name, more, settings) in [
+            ("llama", json!({}), &settings),
+            ("llama, checkpointed", json!({}), &all_checkpointed),
+            ("llama, adapters", json!({}), &adapters),
+            ("llama, average", json!({}), &average),
+            ("llama, anchored", json!({}), &anchored),
+            ("llama, sft", json!({}), &sft),
+            ("qwen2", json!({"model_type": "qwen2"}), &settings),
+            ("qwen3", json!({"model_type": "qwen3", "head_dim": 64}), &settings),
+            ("mistral, wide vocabulary", json!({"model_type": "mistral", "vocab_size": 10000}), &settings),
+        ] {
+            let ratio = planned_over_measured(&config(more), settings);
+            eprintln!("{name}: planned {ratio:.3} of measured");
+        }
+    }
 }

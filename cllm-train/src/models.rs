@@ -44,19 +44,23 @@ impl Models {
         Ok(Models { student, anchor })
     }
 
-    /// Random weights drawn on the device, to measure speed with.
+    /// Random weights drawn on the device, to measure speed with. An anchor has the shape of the
+    /// student.
     ///
     /// # Errors
-    /// [`Error::Usage`] if the settings ask for an anchor.
+    /// [`cllm_core::Error::Torch`] when memory runs out.
     pub fn random(config: ModelConfig, settings: &Settings, device: Device) -> Result<Self> {
-        if settings.is_anchored() {
-            return Err(Error::usage("consistency.anchor_weight: random weights cannot be an anchor; leave it at 0"));
-        }
-        let mut student = Transformer::random_on_device(config, device, device::default_kind(device));
+        let random = || Transformer::random_on_device(config.clone(), device, device::default_kind(device));
+        let mut student = random();
         if let Some(lora) = &settings.lora {
             student.add_adapters(lora, settings.seed);
         }
-        Ok(Models { student, anchor: None })
+        let anchor = match (settings.is_anchored(), &settings.consistency.anchor, &settings.lora) {
+            (false, ..) => None,
+            (true, None, Some(_)) => Some(student.without_adapters()),
+            (true, ..) => Some(random()),
+        };
+        Ok(Models { student, anchor })
     }
 }
 
@@ -105,11 +109,22 @@ fn locate_model(model: &str, settings: &Settings) -> Result<PathBuf> {
     Ok(folder)
 }
 
+/// The configuration of the student of a run whose model and tokenizer are in `folder`.
+///
+/// # Errors
+/// Bad model folders and shapes.
+pub fn load_config(settings: &Settings, tokenizer: &Tokenizer, folder: &Path) -> Result<ModelConfig> {
+    match &settings.init {
+        None => checkpoint::load_config(folder),
+        Some(init) => init_config(init, tokenizer),
+    }
+}
+
 /// The configuration of a Llama with random weights.
 ///
 /// # Errors
 /// [`Error::Usage`] for sizes that do not fit together.
-pub fn init_config(init: &InitSettings, tokenizer: &Tokenizer) -> Result<ModelConfig> {
+fn init_config(init: &InitSettings, tokenizer: &Tokenizer) -> Result<ModelConfig> {
     let config = json!({
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
         "vocab_size": tokenizer.vocab_size(), "hidden_size": init.hidden_size,

@@ -6,6 +6,7 @@ use cllm_core::distributed::{ProcessEnv, ProcessGroup};
 use cllm_core::{Error, Result, device, progress};
 use tch::Device;
 
+use crate::plan::refuse_hypothetical;
 use crate::settings::Settings;
 
 /// Joins the other processes that a launcher started, if any. All but the main process become
@@ -15,6 +16,7 @@ use crate::settings::Settings;
 /// [`Error::Usage`] if the environment does not fit the settings, or the other processes do not
 /// answer.
 pub fn join(settings: &Settings) -> Result<(Device, Rc<ProcessGroup>)> {
+    refuse_hypothetical(settings)?;
     let env = ProcessEnv::from_env(|name| std::env::var(name).ok())?;
     let device = device::for_process(&settings.device, env.as_ref())?;
     let group = match &env {

@@ -22,8 +22,9 @@ use crate::data::dataset::{self, Example};
 use crate::data::loader::{BatchLoader, RankShard, StepBatches};
 use crate::data::schedule::Schedule;
 use crate::metrics::{MetricsLog, StepMetrics};
-use crate::models::{Models, load_tokenizer};
+use crate::models::{Models, load_config, load_tokenizer};
 use crate::optimizer::{OptimizerState, learning_rate};
+use crate::plan::refuse_what_cannot_fit;
 use crate::processes;
 use crate::run_fingerprint::RunFingerprint;
 use crate::settings::Settings;
@@ -76,9 +77,12 @@ pub fn run_on(mut settings: Settings, today: Date) -> Result<()> {
     let (tokenizer, tokenizer_folder) = load_tokenizer(&settings)?;
     // A date that no template prints is no part of the run.
     settings.rendering.date = tokenizer.rendering_record().date;
+    let config = load_config(&settings, &tokenizer, &tokenizer_folder)?;
+    let examples = dataset::read(&settings, &tokenizer, &config)?;
+    let validator = Validator::load(&settings, &tokenizer, &config)?;
+    let probe = validator.as_ref().and_then(Validator::probe_size);
+    refuse_what_cannot_fit(&settings, (device, &group), &config, &examples, probe, &tokenizer_folder)?;
     let models = Models::load(&settings, &tokenizer, &tokenizer_folder, device)?;
-    let examples = dataset::read(&settings, &tokenizer, models.student.config())?;
-    let validator = Validator::load(&settings, &tokenizer, models.student.config())?;
     let fingerprint = RunFingerprint::for_training(&settings, &tokenizer, &tokenizer_folder)?;
     let mut optimizer = OptimizerState::new(&models.student, &settings.optimizer, settings.seed, Rc::clone(&group))?;
     let checkpoints = Checkpoints::new(&settings, &tokenizer_folder);

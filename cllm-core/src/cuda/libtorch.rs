@@ -22,7 +22,11 @@ unsafe extern "C" {
     fn cllm_set_grad(tensor: *mut c_void, grad: *mut c_void) -> c_int;
     fn cllm_backward(tensor: *mut c_void, grad: *mut c_void) -> c_int;
     fn cllm_gpu_memory(device: c_int, current: *mut i64, peak: *mut i64) -> c_int;
+    fn cllm_peak_reserved_gpu_memory(device: c_int, peak: *mut i64) -> c_int;
+    fn cllm_gpu_capacity(device: c_int, free: *mut i64, total: *mut i64) -> c_int;
     fn cllm_reset_peak_gpu_memory(device: c_int) -> c_int;
+    fn cllm_cpu_memory_begin() -> c_int;
+    fn cllm_cpu_memory_end(peak: *mut i64) -> c_int;
 }
 
 /// Turns the status of a function in `csrc/` into a result.
@@ -115,6 +119,45 @@ pub fn gpu_memory(device: Device) -> Option<(u64, u64)> {
     // SAFETY: both pointers are valid for the call.
     checked(unsafe { cllm_gpu_memory(c_int::try_from(index).ok()?, &mut current, &mut peak) }).ok()?;
     Some((u64::try_from(current).ok()?, u64::try_from(peak).ok()?))
+}
+
+/// The peak, since [`reset_peak_gpu_memory`], of what libtorch has taken from a GPU: the tensors, and
+/// what it keeps for others. `None` on the CPU.
+pub fn peak_reserved_gpu_memory(device: Device) -> Option<u64> {
+    let Device::Cuda(index) = device else { return None };
+    let mut peak = 0i64;
+    // SAFETY: the pointer is valid for the call.
+    checked(unsafe { cllm_peak_reserved_gpu_memory(c_int::try_from(index).ok()?, &mut peak) }).ok()?;
+    u64::try_from(peak).ok()
+}
+
+/// Bytes of a GPU that are free, and all that it has. What the driver needs for this process is no
+/// longer free. `None` on the CPU.
+pub fn gpu_capacity(device: Device) -> Option<(u64, u64)> {
+    let Device::Cuda(index) = device else { return None };
+    let (mut free, mut total) = (0i64, 0i64);
+    // SAFETY: both pointers are valid for the call.
+    checked(unsafe { cllm_gpu_capacity(c_int::try_from(index).ok()?, &mut free, &mut total) }).ok()?;
+    Some((u64::try_from(free).ok()?, u64::try_from(total).ok()?))
+}
+
+/// Runs `body`, and returns with its result the peak of the bytes that tensors on the CPU had which
+/// this thread (and backward passes that it started) made meanwhile.
+///
+/// # Errors
+/// [`Error::Torch`] if libtorch cannot count.
+pub fn with_peak_cpu_memory<T>(body: impl FnOnce() -> T) -> Result<(T, u64)> {
+    // SAFETY: no pointers are passed.
+    checked(unsafe { cllm_cpu_memory_begin() })?;
+    let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(body));
+    let mut peak = 0i64;
+    // SAFETY: the pointer is valid for the call, and the count that it ends was begun above on this
+    // thread.
+    checked(unsafe { cllm_cpu_memory_end(&mut peak) })?;
+    match result {
+        Ok(value) => Ok((value, peak as u64)),
+        Err(panic) => std::panic::resume_unwind(panic),
+    }
 }
 
 /// Starts a new measurement of peak memory. Does nothing on the CPU.

@@ -27,7 +27,7 @@ pub(super) fn all_keys(section: &Value) -> Vec<String> {
 /// `; did you mean ...?` with the word that is most similar to `misspelt`, or an empty text if no
 /// word is similar enough. Keys are compared by their full path and, if `misspelt` has no path,
 /// also by their last segment.
-pub(super) fn did_you_mean(misspelt: &str, words: &[String]) -> String {
+pub fn did_you_mean(misspelt: &str, words: &[String]) -> String {
     let similarity = |word: &String| {
         let last = word.rsplit('.').next().unwrap_or(word);
         let full = strsim::jaro_winkler(misspelt, word);

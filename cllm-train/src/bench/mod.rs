@@ -21,7 +21,7 @@ use tch::Device;
 use crate::data::dataset;
 use crate::data::loader::{BatchLoader, RankShard};
 use crate::data::schedule::Schedule;
-use crate::memory::MemoryEstimate;
+use crate::memory::{MemoryEstimate, Workload};
 use crate::models::{Models, load_tokenizer};
 use crate::optimizer::{OptimizerState, learning_rate};
 use crate::processes;
@@ -46,7 +46,13 @@ pub fn run(settings: &BenchSettings, json: bool) -> Result<()> {
     }
     let mut results = BenchResults::<TrainBenchRecord>::open(&settings.output, device)?;
     let baseline = settings.baseline.as_deref().map(read_baseline).transpose()?;
-    let mut record = measure(settings, &training, device, group)?;
+    let mut record = match device {
+        Device::Cpu => {
+            let (record, peak) = libtorch::with_peak_cpu_memory(|| measure(settings, &training, device, group))?;
+            TrainBenchRecord { peak_memory_bytes: Some(peak), ..record? }
+        }
+        _ => measure(settings, &training, device, group)?,
+    };
     record.transformers_blocks_per_second = baseline;
     let text = record.text();
     results.put(&settings.output, record)?;
@@ -70,7 +76,15 @@ fn measure(
     };
     let schedule = Schedule::new(&examples, training)?;
     let batches = schedule.batches(0);
-    let planned = MemoryEstimate::new(config, kind, training, &examples, &batches, group.world_size());
+    let planned = MemoryEstimate::new(&Workload {
+        config,
+        kind,
+        settings: training,
+        examples: &examples,
+        batches: &batches,
+        probe: None,
+        world_size: group.world_size(),
+    });
     let loader = BatchLoader::new(training, &examples, config);
     let timings = time_steps(training, &models, loader, &schedule, settings.num_steps, &group)?;
     let throughput = Throughput::new(&timings, config, training, device, group.world_size());
@@ -89,7 +103,8 @@ fn measure(
         mfu_dense_attention: throughput.mfu_dense_attention,
         peak_flops: throughput.peak_flops,
         peak_memory_bytes: libtorch::gpu_memory(device).map(|(_, peak)| peak),
-        planned_memory_bytes: planned.peak,
+        peak_reserved_bytes: libtorch::peak_reserved_gpu_memory(device),
+        planned_memory_bytes: planned.of_steps(),
         batch_wait_seconds: timings.wait_seconds,
         transformers_blocks_per_second: None,
         settings: settings.clone(),

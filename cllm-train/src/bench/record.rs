@@ -49,9 +49,12 @@ pub struct TrainBenchRecord {
     pub(super) mfu_dense_attention: Option<f64>,
     /// Peak of all GPUs together, in operations per second.
     pub(super) peak_flops: Option<f64>,
-    /// Of the main process; `None` on the CPU.
+    /// Of the tensors of the main process.
     pub(super) peak_memory_bytes: Option<u64>,
-    /// The peak that `plan` estimates.
+    /// The peak of what libtorch took from that GPU, in use or not.
+    #[serde(default)]
+    pub(super) peak_reserved_bytes: Option<u64>,
+    /// The peak that `plan` estimates for training steps.
     pub(super) planned_memory_bytes: u64,
     /// Seconds that the training thread waited for batches, in all timed steps.
     pub(super) batch_wait_seconds: f64,

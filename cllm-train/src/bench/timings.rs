@@ -8,6 +8,7 @@ use cllm_core::statistics::median;
 use tch::{Device, Tensor};
 
 use crate::data::loader::StepBatches;
+use crate::gpus::GpuModel;
 use crate::settings::Settings;
 
 /// Totals over the timed steps, and the seconds of each.
@@ -75,7 +76,8 @@ impl Throughput {
         device: Device,
         world_size: usize,
     ) -> Self {
-        let peak_flops = peak_flops(&Hardware::detect(device)).map(|peak| peak * world_size as f64);
+        let gpu = Hardware::detect(device).gpu.and_then(|name| GpuModel::of_driver(&name));
+        let peak_flops = gpu.map(|gpu| gpu.bf16_flops * world_size as f64);
         let flops_per_pair = (12 * config.num_heads * config.head_dim) as f64;
         let num_trained = training.trained_parameters(config);
         let num_frozen = if training.lora.is_some() { config.num_parameters() } else { 0 };
@@ -89,11 +91,4 @@ impl Throughput {
             peak_flops,
         }
     }
-}
-
-/// Dense bf16 operations per second according to the vendor; `None` for other GPUs.
-fn peak_flops(hardware: &Hardware) -> Option<f64> {
-    let name = hardware.gpu.as_deref()?;
-    let known = [("H100", 989e12), ("H200", 989e12), ("A100", 312e12)];
-    known.iter().find(|(gpu, _)| name.contains(gpu)).map(|(_, peak)| *peak)
 }

@@ -52,6 +52,14 @@ impl Block {
 }
 
 impl Example {
+    /// Bytes of memory that it takes.
+    pub fn num_bytes(&self) -> u64 {
+        let ids = |ids: &Vec<i32>| size_of::<Vec<i32>>() + ids.len() * size_of::<i32>();
+        let block = |block: &Block| size_of::<Block>() + block.states.iter().map(ids).sum::<usize>();
+        let rest = size_of::<Self>() + self.id.len() + self.labelled.len();
+        (rest + ids(&self.prompt_ids) + ids(&self.response_ids) + self.blocks.iter().map(block).sum::<usize>()) as u64
+    }
+
     /// A response that the autoregressive loss teaches.
     pub(crate) fn labelled(id: String, prompt_ids: Vec<i32>, response_ids: Vec<i32>) -> Self {
         Example { id, prompt_ids, labelled: vec![true; response_ids.len()], response_ids, blocks: Vec::new() }

@@ -17,6 +17,7 @@ use garde::Validate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::byte_size::parse_bytes;
 use crate::losses::Losses;
 pub use consistency::{BlockContext, ConsistencySettings, Divergence, LabelSource, StateSampling};
 pub use init::InitSettings;
@@ -109,9 +110,14 @@ pub struct Settings {
     /// They are also saved with the trained model.
     #[garde(length(min = 1))]
     pub eos_ids: Option<Vec<i32>>,
-    /// auto, cpu, cuda or cuda:N.
+    /// auto, cpu, cuda or cuda:N. `plan` also takes the name of a GPU that this machine may lack, such
+    /// as `h100-80gb`, or several of them, `2xh100-80gb`; with an unknown name it lists those it knows.
     #[garde(skip)]
     pub device: String,
+    /// Memory of the GPU to plan for, such as `80GB`, instead of that of `device`; with device=cpu,
+    /// memory of the host. Only `plan` takes it.
+    #[garde(custom(memory_size))]
+    pub memory: Option<String>,
     /// How prompts are rendered, for `sft` and for validation.
     #[garde(dive)]
     #[serde(flatten)]
@@ -143,8 +149,16 @@ impl Default for Settings {
             max_checkpoints: 2,
             eos_ids: None,
             device: "auto".to_owned(),
+            memory: None,
             rendering: RenderSettings::default(),
         }
+    }
+}
+
+fn memory_size(memory: &Option<String>, _: &()) -> garde::Result {
+    match memory {
+        Some(text) if parse_bytes(text).is_none() => Err(garde::Error::new("expected a size such as 80GB")),
+        _ => Ok(()),
     }
 }
 

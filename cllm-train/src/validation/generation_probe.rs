@@ -3,7 +3,9 @@
 use std::path::PathBuf;
 
 use cllm_core::Result;
-use cllm_core::decode::{Answer, DecodeOptions, Request, StopConditions, Strategy, check_fits_context, decode};
+use cllm_core::decode::{
+    Answer, DecodeOptions, Request, StopConditions, Strategy, check_fits_context, decode, required_slots,
+};
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::prompt_set::{self, Sample};
 use cllm_core::task::{ScoreContext, Task, Verdict};
@@ -25,6 +27,25 @@ pub struct GenerationProbe<'t> {
     options: DecodeOptions,
     /// Folder of the benchmark's files.
     data: Option<PathBuf>,
+}
+
+/// The sizes of a probe that determine its memory.
+#[derive(Debug, Clone, Copy)]
+pub struct ProbeSize {
+    pub num_prompts: usize,
+    /// Tokens of all prompts.
+    pub num_prompt_tokens: usize,
+    /// Slots of the KV cache for each prompt with its answer.
+    pub slots: usize,
+}
+
+impl ProbeSize {
+    /// That of at most so many of the prompts, of the same mean length.
+    pub fn of_at_most(self, num_prompts: usize) -> Self {
+        let num_prompts = num_prompts.min(self.num_prompts);
+        let num_prompt_tokens = self.num_prompt_tokens * num_prompts / self.num_prompts.max(1);
+        ProbeSize { num_prompts, num_prompt_tokens, ..self }
+    }
 }
 
 impl<'t> GenerationProbe<'t> {
@@ -65,6 +86,15 @@ impl<'t> GenerationProbe<'t> {
         let (answers, _) = decode(model, &self.requests, &self.stop, self.options)?;
         let scored = answers.iter().enumerate().map(|(index, answer)| Ok((answer, self.score(index, answer)?)));
         Ok(GenerationMetrics::from_answers(&scored.collect::<Result<Vec<_>>>()?))
+    }
+
+    pub fn size(&self) -> ProbeSize {
+        let lengths = self.requests.iter().map(|request| request.prompt_ids.len());
+        ProbeSize {
+            num_prompts: self.requests.len(),
+            num_prompt_tokens: lengths.clone().sum(),
+            slots: required_slots(lengths.max().unwrap_or(0), &self.stop, self.options.strategy),
+        }
     }
 
     fn score(&self, index: usize, answer: &Answer) -> Result<Verdict> {

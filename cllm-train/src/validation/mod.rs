@@ -14,6 +14,7 @@ use crate::losses::Losses;
 use crate::models::Models;
 use crate::settings::Settings;
 use generation_probe::GenerationProbe;
+pub use generation_probe::ProbeSize;
 use losses::ValidationLosses;
 use metrics::GenerationMetrics;
 
@@ -38,6 +39,11 @@ impl<'t> Validator<'t> {
         let probe = GenerationProbe::load(settings, tokenizer, config)?;
         let losses = ValidationLosses::load(settings, tokenizer, config)?;
         Ok((probe.is_some() || losses.is_some()).then_some(Validator { probe, losses }))
+    }
+
+    /// The size of the prompts to answer; `None` without any.
+    pub fn probe_size(&self) -> Option<ProbeSize> {
+        self.probe.as_ref().map(GenerationProbe::size)
     }
 
     pub fn run(&self, models: &Models, settings: &Settings) -> Result<ValidationOutput> {

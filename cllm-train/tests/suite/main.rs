@@ -8,6 +8,7 @@ mod interrupted;
 mod lora;
 mod needs_gpu;
 mod packed;
+mod plan;
 mod program;
 mod recipes;
 mod rounds;

@@ -77,37 +77,6 @@ fn bench_needs_neither_a_model_nor_data() {
 }
 
 #[test]
-fn plan_shows_parameters_memory_steps_and_time_and_writes_nothing() {
-    let dir = tempfile::tempdir().unwrap();
-    prepare(dir.path());
-    let file = settings_file(dir.path(), &sft(dir.path(), "run"));
-    let plan =
-        |more: &[&str]| String::from_utf8(TRAIN.succeed(&[&["plan", "-c", &file], more].concat()).stdout).unwrap();
-    let text = plan(&[]);
-    for part in ["parameters  0.0", "steps", "MB at the peak", "about", "timed here"] {
-        assert!(text.contains(part), "{text}");
-    }
-    assert!(plan(&["--no-timing"]).contains("unknown"));
-    let plan_json = |more: &[&str]| serde_json::from_str::<Value>(&plan(&[&["--json"], more].concat())).unwrap();
-    let (small, large) = (plan_json(&[]), plan_json(&["max_batch_tokens=256", "--no-timing"]));
-    let bytes = |plan: &Value, key: &str| plan["memory_bytes"][key].as_f64().unwrap();
-    // In float32, each parameter has a weight, a gradient and two moments. Only the activations
-    // depend on the batch.
-    let static_bytes = 16.0 * small["parameters"].as_f64().unwrap();
-    for plan in [&small, &large] {
-        assert_eq!(bytes(plan, "peak"), static_bytes + bytes(plan, "activations"));
-    }
-    let growth = bytes(&large, "activations") / bytes(&small, "activations");
-    assert!((1.7..2.3).contains(&growth), "{growth}");
-    let duration = &small["duration"]["estimated"];
-    let expected = duration["seconds_per_step"].as_f64().unwrap() * small["steps"].as_f64().unwrap();
-    let seconds = duration["seconds"].as_f64().unwrap();
-    assert!(expected > 0.0 && (seconds / expected - 1.0).abs() < 1e-9, "{small}");
-    assert!(large["duration"]["unknown"].is_object(), "{large}");
-    assert!(!dir.path().join("run").exists());
-}
-
-#[test]
 fn a_missing_model_and_a_missing_data_set_exit_with_code_2() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());

@@ -1,0 +1,41 @@
+//! The memory of the host that a run needs.
+
+use cllm_core::checkpoint::STREAMING_BYTES;
+use serde::Serialize;
+
+use crate::data::dataset::Example;
+use crate::memory::MemoryEstimate;
+use crate::plan::device::PlannedDevice;
+
+/// What a process needs before it reads anything: the program and libtorch.
+const CPU_PROGRAM_BYTES: u64 = 300_000_000;
+/// The same with CUDA's libraries.
+const CUDA_PROGRAM_BYTES: u64 = 2_500_000_000;
+
+/// Estimated bytes of all processes on one host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct HostEstimate {
+    /// The programs and libraries.
+    pub program: u64,
+    /// The data.
+    pub examples: u64,
+    /// Weights, gradients, optimizer and activations, if the device is the CPU.
+    pub tensors: u64,
+    /// Pieces of files that are read or written.
+    pub streaming: u64,
+    /// All of it.
+    pub peak: u64,
+}
+
+impl HostEstimate {
+    pub fn new(examples: &[Example], memory: &MemoryEstimate, device: &PlannedDevice) -> Self {
+        let num_processes = device.world_size as u64;
+        let of_each = |bytes: u64| num_processes * bytes;
+        let is_cpu = device.is_cpu();
+        let program = of_each(if is_cpu { CPU_PROGRAM_BYTES } else { CUDA_PROGRAM_BYTES });
+        let tensors = if is_cpu { of_each(memory.peak) } else { 0 };
+        let examples = of_each(examples.iter().map(Example::num_bytes).sum());
+        let streaming = of_each(STREAMING_BYTES as u64);
+        HostEstimate { program, examples, tensors, streaming, peak: program + examples + tensors + streaming }
+    }
+}

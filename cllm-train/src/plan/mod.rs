@@ -1,0 +1,149 @@
+//! `plan`: what a run will need, compared with what is there, before anything is written. `run` uses
+//! the same estimates to refuse what cannot fit.
+
+mod device;
+mod disk;
+mod host;
+mod needs;
+mod proposal;
+mod refusal;
+mod text;
+mod time;
+mod timing;
+
+use cllm_core::program::{catch_panics, print, print_json};
+use cllm_core::{Error, Result, progress, train};
+use serde::Serialize;
+
+use crate::data::dataset;
+use crate::memory::MemoryEstimate;
+use crate::models::{load_config, load_tokenizer};
+use crate::settings::Settings;
+use crate::validation::Validator;
+pub use device::{PlannedDevice, refuse_hypothetical};
+use disk::DiskEstimate;
+use host::HostEstimate;
+use needs::{Comparisons, Needs, Outset, Room};
+use proposal::Proposals;
+pub use refusal::refuse_what_cannot_fit;
+
+/// What a run will need; docs/data-format.md describes the fields.
+#[derive(Serialize)]
+struct Plan {
+    schema_version: u32,
+    device: String,
+    num_processes: usize,
+    parameters: i64,
+    trained_parameters: i64,
+    num_examples: usize,
+    /// Number of examples with more than `max_example_tokens`.
+    num_excluded: usize,
+    epochs: usize,
+    steps: usize,
+    batches_per_step: usize,
+    max_batch_tokens: usize,
+    /// Packed tokens of all steps, without padding.
+    tokens: usize,
+    memory_bytes: MemoryEstimate,
+    host_bytes: HostEstimate,
+    disk_bytes: DiskEstimate,
+    comparisons: Comparisons,
+    fits: bool,
+    proposals: Proposals,
+    duration: DurationEstimate,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "snake_case")]
+enum DurationEstimate {
+    Estimated {
+        /// Over all steps, without validation and checkpoints.
+        seconds: f64,
+        seconds_per_step: f64,
+        /// 0 for an estimate from operations and bytes.
+        timed_steps: usize,
+        /// Of an estimate from operations and bytes.
+        relative_error: Option<f64>,
+    },
+    Unknown {
+        reason: String,
+    },
+}
+
+/// Prints the plan of a run. Unless `skip_timing`, it takes a few steps with random weights on a
+/// device that this machine has.
+///
+/// # Errors
+/// Bad settings and data.
+pub fn run(settings: &Settings, skip_timing: bool, json: bool) -> Result<()> {
+    let device = PlannedDevice::new(settings)?;
+    let (tokenizer, folder) = load_tokenizer(settings)?;
+    let config = load_config(settings, &tokenizer, &folder)?;
+    let examples = dataset::read(settings, &tokenizer, &config)?;
+    let probe = Validator::load(settings, &tokenizer, &config)?.and_then(|validator| validator.probe_size());
+    let outset = Outset::new(settings, device, &config, &examples, probe, &folder)?;
+    let needs = outset.needs(settings)?;
+    let room = Room::detect(settings, &outset.device)?;
+    let comparisons = Comparisons::new(&needs, &room);
+    let proposals = Proposals::find(&outset, settings, &comparisons, &room)?;
+    let duration = estimate_duration(&outset, settings, &needs, &comparisons, skip_timing)?;
+    let plan = Plan {
+        schema_version: 1,
+        device: outset.device.name.clone(),
+        num_processes: outset.device.world_size,
+        parameters: config.num_parameters(),
+        trained_parameters: settings.trained_parameters(&config),
+        num_examples: examples.len(),
+        num_excluded: needs.schedule.num_excluded,
+        epochs: settings.epochs,
+        steps: needs.schedule.num_steps(),
+        batches_per_step: settings.accumulation,
+        max_batch_tokens: settings.max_batch_tokens,
+        tokens: needs.schedule.num_tokens,
+        memory_bytes: needs.memory,
+        host_bytes: needs.host,
+        disk_bytes: needs.disk,
+        fits: comparisons.fit(),
+        comparisons,
+        proposals,
+        duration,
+    };
+    if json { print_json(&plan) } else { print(&text::describe(&plan)) }
+}
+
+/// Times steps on a device that is here, if they fit, and estimates those on a GPU that is not.
+fn estimate_duration(
+    outset: &Outset<'_>,
+    settings: &Settings,
+    needs: &Needs,
+    comparisons: &Comparisons,
+    skip_timing: bool,
+) -> Result<DurationEstimate> {
+    let device = &outset.device;
+    let unknown = |reason: String| Ok(DurationEstimate::Unknown { reason });
+    let fits = comparisons.device_memory.unwrap_or(comparisons.host_memory).fits();
+    match (device.present, device.gpu) {
+        (Some(_), _) if skip_timing => unknown("--no-timing".to_owned()),
+        (Some(_), _) if !fits => unknown("no step was timed, because it does not fit".to_owned()),
+        (Some(here), _) => {
+            progress::log("timing some steps (--no-timing skips this)");
+            match catch_panics(|| timing::time_steps(settings, outset, needs, here)) {
+                Err(interrupted @ Error::Interrupted(_)) => Err(interrupted),
+                Err(error) => unknown(format!("a step failed: {error}")),
+                Ok(timed) => Ok(timed),
+            }
+        }
+        (None, Some(_)) if !train::has_kernels(outset.config) => unknown(
+            "libtorch's operations train this model, and only steps on the device tell how long that takes".to_owned(),
+        ),
+        (None, Some(gpu)) => {
+            let seconds_per_step = outset.step_work(settings, needs).seconds(gpu);
+            let seconds = seconds_per_step * needs.schedule.num_steps() as f64;
+            let relative_error = Some(time::RELATIVE_ERROR);
+            Ok(DurationEstimate::Estimated { seconds, seconds_per_step, timed_steps: 0, relative_error })
+        }
+        (None, None) => {
+            unknown("nothing is known about the speed of this device: name one, as device=h100-80gb".to_owned())
+        }
+    }
+}

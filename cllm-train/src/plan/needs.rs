@@ -1,0 +1,183 @@
+//! What a run needs, what is there, and whether the one fits the other.
+
+use std::path::Path;
+
+use cllm_core::capacity::{HostMemory, free_disk_bytes};
+use cllm_core::model::ModelConfig;
+use cllm_core::{Result, tokenizer};
+use serde::Serialize;
+
+use crate::byte_size::parse_bytes;
+use crate::checkpoint::{Checkpoints, StoredBytes};
+use crate::data::dataset::Example;
+use crate::data::schedule::Schedule;
+use crate::memory::{MemoryEstimate, Workload};
+use crate::plan::device::PlannedDevice;
+use crate::plan::disk::DiskEstimate;
+use crate::plan::host::HostEstimate;
+use crate::plan::time::StepWork;
+use crate::settings::Settings;
+use crate::validation::ProbeSize;
+
+/// A need that is this close to what is there may fail: estimates have an error, and allocators keep
+/// some memory in reserve.
+const TIGHT: f64 = 0.95;
+
+/// What a run starts from. Settings that only change how it is done leave it as it is.
+pub struct Outset<'o> {
+    pub device: PlannedDevice,
+    pub config: &'o ModelConfig,
+    pub examples: &'o [Example],
+    /// The prompts that validation answers.
+    pub probe: Option<ProbeSize>,
+    /// Of the files that are saved with every model.
+    pub tokenizer_bytes: u64,
+    /// What the folder of the run has already.
+    pub stored: StoredBytes,
+}
+
+/// What a run with some settings needs.
+pub struct Needs {
+    pub schedule: Schedule,
+    /// Those of the first epoch, as indices of examples.
+    pub batches: Vec<Vec<usize>>,
+    pub memory: MemoryEstimate,
+    pub host: HostEstimate,
+    pub disk: DiskEstimate,
+}
+
+/// What is there.
+#[derive(Debug, Clone, Copy)]
+pub struct Room {
+    /// For the tensors of one process; `None` on the CPU.
+    pub device: Option<u64>,
+    pub host: Option<HostMemory>,
+    pub disk: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Verdict {
+    Fits,
+    /// It fits by less than the error of the estimate.
+    Tight,
+    DoesNotFit,
+    /// Nobody says how much is there.
+    Unknown,
+}
+
+/// A need beside what is there, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Comparison {
+    pub needed: u64,
+    pub available: Option<u64>,
+    pub verdict: Verdict,
+}
+
+/// All comparisons of a run.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct Comparisons {
+    /// Of each process; `None` on the CPU.
+    pub device_memory: Option<Comparison>,
+    pub host_memory: Comparison,
+    pub disk: Comparison,
+}
+
+impl<'o> Outset<'o> {
+    /// # Errors
+    /// Folders that cannot be read.
+    pub fn new(
+        settings: &Settings,
+        device: PlannedDevice,
+        config: &'o ModelConfig,
+        examples: &'o [Example],
+        probe: Option<ProbeSize>,
+        tokenizer_folder: &Path,
+    ) -> Result<Self> {
+        let stored = Checkpoints::new(settings, tokenizer_folder).stored_bytes()?;
+        let tokenizer_bytes = tokenizer::num_bytes(tokenizer_folder)?;
+        Ok(Outset { device, config, examples, probe, tokenizer_bytes, stored })
+    }
+
+    /// What a run with these settings needs.
+    ///
+    /// # Errors
+    /// Settings that leave no example.
+    pub fn needs(&self, settings: &Settings) -> Result<Needs> {
+        let schedule = Schedule::new(self.examples, settings)?;
+        let batches = schedule.batches(0);
+        let memory = MemoryEstimate::new(&Workload {
+            config: self.config,
+            kind: self.device.kind,
+            settings,
+            examples: self.examples,
+            batches: &batches,
+            probe: self.probe.map(|probe| probe.of_at_most(settings.validation.num_examples)),
+            world_size: self.device.world_size,
+        });
+        let disk = DiskEstimate::new(
+            settings,
+            self.config,
+            self.device.kind,
+            schedule.num_steps(),
+            self.tokenizer_bytes,
+            &self.stored,
+        );
+        Ok(Needs { host: HostEstimate::new(self.examples, &memory, &self.device), schedule, batches, memory, disk })
+    }
+
+    /// The mean work of a step on each process.
+    pub fn step_work(&self, settings: &Settings, needs: &Needs) -> StepWork {
+        StepWork::new(settings, self.config, self.examples, &needs.batches, self.device.world_size)
+    }
+}
+
+impl Room {
+    /// What this machine has, and the device that a plan is for.
+    ///
+    /// # Errors
+    /// A file system that does not say.
+    pub fn detect(settings: &Settings, device: &PlannedDevice) -> Result<Self> {
+        let host = match settings.memory.as_deref().and_then(parse_bytes).filter(|_| device.is_cpu()) {
+            Some(bytes) => Some(HostMemory { total: bytes, available: bytes }),
+            None => HostMemory::detect(),
+        };
+        Ok(Room { device: device.available_bytes, host, disk: free_disk_bytes(&settings.output)? })
+    }
+}
+
+impl Comparison {
+    fn new(needed: u64, available: Option<u64>, tight: f64) -> Self {
+        let verdict = match available {
+            None => Verdict::Unknown,
+            Some(available) if needed > available => Verdict::DoesNotFit,
+            Some(available) if needed as f64 > tight * available as f64 => Verdict::Tight,
+            Some(_) => Verdict::Fits,
+        };
+        Comparison { needed, available, verdict }
+    }
+
+    pub fn fits(&self) -> bool {
+        self.verdict != Verdict::DoesNotFit
+    }
+}
+
+impl Comparisons {
+    pub fn new(needs: &Needs, room: &Room) -> Self {
+        Comparisons {
+            device_memory: room.device.map(|room| Comparison::new(needs.memory.peak, Some(room), TIGHT)),
+            host_memory: Comparison::new(needs.host.peak, room.host.map(|host| host.available), TIGHT),
+            // The sizes of files are exact.
+            disk: Comparison::new(needs.disk.needed, Some(room.disk), 1.0),
+        }
+    }
+
+    pub fn all(&self) -> impl Iterator<Item = (&'static str, Comparison)> {
+        let device = self.device_memory.map(|device| ("device memory", device));
+        device.into_iter().chain([("host memory", self.host_memory), ("disk", self.disk)])
+    }
+
+    pub fn fit(&self) -> bool {
+        self.all().all(|(_, comparison)| comparison.fits())
+    }
+}

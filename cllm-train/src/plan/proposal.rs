@@ -1,0 +1,257 @@
+//! Changes of settings that make a run fit. Every proposal is checked by the same estimate that says
+//! that the run does not fit as it is.
+
+use cllm_core::Result;
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+use tch::Kind;
+
+use crate::plan::needs::{Comparison, Comparisons, Needs, Outset, Room, Verdict};
+use crate::plan::time;
+use crate::settings::{Settings, StateDtype};
+
+/// Lengths that proposals round to.
+const BATCH_TOKENS_STEP: usize = 256;
+
+/// Settings with which one need fits.
+#[derive(Debug, Clone, Serialize)]
+pub struct Proposal {
+    /// The settings to change, by their full key.
+    pub settings: Map<String, Value>,
+    /// The need and what is there, with these settings.
+    #[serde(flatten)]
+    pub comparison: Comparison,
+    /// Estimated duration of the run, divided by that with the settings as they are.
+    pub relative_time: f64,
+    /// Whether the trained model is another one than without the change.
+    pub changes_training: bool,
+}
+
+/// What can be changed for each need that does not fit.
+#[derive(Debug, Default, Serialize)]
+pub struct Proposals {
+    pub device_memory: Vec<Proposal>,
+    pub host_memory: Vec<Proposal>,
+    pub disk: Vec<Proposal>,
+}
+
+/// Settings with a list of what was changed in them.
+#[derive(Clone)]
+struct Variant {
+    settings: Settings,
+    changes: Map<String, Value>,
+    changes_training: bool,
+}
+
+/// Finds proposals for one need.
+struct Search<'s> {
+    outset: &'s Outset<'s>,
+    room: &'s Room,
+    select: fn(&Comparisons) -> Option<Comparison>,
+    /// Of the settings as they are.
+    seconds: f64,
+}
+
+impl Proposals {
+    /// # Errors
+    /// Settings that leave no example, which were refused before.
+    pub fn find(outset: &Outset<'_>, settings: &Settings, comparisons: &Comparisons, room: &Room) -> Result<Self> {
+        let own = Variant { settings: settings.clone(), changes: Map::new(), changes_training: false };
+        let seconds = epoch_seconds(outset, settings, &outset.needs(settings)?);
+        let search = |select| Search { outset, room, select, seconds };
+        let fits = |comparison: Option<Comparison>| comparison.is_none_or(|comparison| comparison.fits());
+        let mut proposals = Proposals::default();
+        if !fits(comparisons.device_memory) {
+            proposals.device_memory = search(|comparisons| comparisons.device_memory).for_memory(&own)?;
+        }
+        // The memory of the host holds the tensors of the CPU.
+        if outset.device.is_cpu() && !comparisons.host_memory.fits() {
+            proposals.host_memory = search(|comparisons| Some(comparisons.host_memory)).for_memory(&own)?;
+        }
+        if !comparisons.disk.fits() {
+            proposals.disk = search(|comparisons| Some(comparisons.disk)).for_disk(&own)?;
+        }
+        Ok(proposals)
+    }
+}
+
+impl Variant {
+    fn with(&self, changes: &[(&str, Value)], change: impl FnOnce(&mut Settings)) -> Self {
+        let mut variant = self.clone();
+        change(&mut variant.settings);
+        variant.changes.extend(changes.iter().map(|(key, value)| ((*key).to_owned(), value.clone())));
+        variant
+    }
+
+    fn with_checkpointed(&self, layers: usize) -> Self {
+        self.with(&[("checkpointed_layers", json!(layers))], |settings| settings.checkpointed_layers = layers)
+    }
+
+    /// Smaller batches, and as many more of them in a step as keep its tokens. A batch holds at least
+    /// one example.
+    fn with_batch_tokens(&self, max_batch_tokens: usize, world_size: usize) -> Self {
+        let Settings { max_batch_tokens: old, accumulation, max_example_tokens, .. } = self.settings;
+        let more = (accumulation * old).div_ceil(max_batch_tokens).next_multiple_of(world_size);
+        let changes = [("max_batch_tokens", json!(max_batch_tokens)), ("accumulation", json!(more))];
+        let variant = self.with(&changes, |settings| {
+            settings.max_batch_tokens = max_batch_tokens;
+            settings.accumulation = more;
+        });
+        if max_example_tokens <= max_batch_tokens {
+            return variant;
+        }
+        let change = [("max_example_tokens", json!(max_batch_tokens))];
+        variant.with(&change, |settings| settings.max_example_tokens = max_batch_tokens)
+    }
+
+    /// The same with other numbers trained.
+    fn training_otherwise(self) -> Self {
+        Variant { changes_training: true, ..self }
+    }
+
+    fn with_bf16_state(&self) -> Self {
+        let change = [("optimizer.state_dtype", json!("bfloat16"))];
+        self.with(&change, |settings| settings.optimizer.state_dtype = StateDtype::Bfloat16).training_otherwise()
+    }
+
+    fn with_adapters(&self) -> Self {
+        let change = [("lora.rank", json!(16))];
+        self.with(&change, |settings| settings.lora = Some(Default::default())).training_otherwise()
+    }
+}
+
+impl Search<'_> {
+    /// First what leaves the trained model as it is, then what does not; the fastest first.
+    fn for_memory(&self, own: &Variant) -> Result<Vec<Proposal>> {
+        // The batches of one epoch are enough to look at.
+        let one_epoch = Settings { epochs: 1, max_steps: None, ..own.settings.clone() };
+        let own = &Variant { settings: one_epoch, ..own.clone() };
+        let mut proposals = Vec::new();
+        proposals.extend(self.with_fewer_prompts(own)?);
+        proposals.extend(self.with_checkpointing(own)?);
+        proposals.extend(self.with_smaller_batches(own)?);
+        if proposals.is_empty() {
+            proposals.extend(self.with_both(own)?);
+        }
+        let settings = &own.settings;
+        let can_round = settings.optimizer.state_dtype == StateDtype::Float32;
+        if can_round && self.outset.device.kind == Kind::BFloat16 {
+            proposals.extend(self.fastest(&own.with_bf16_state())?);
+        }
+        if settings.lora.is_none() && settings.init.is_none() {
+            proposals.extend(self.fastest(&own.with_adapters())?);
+        }
+        proposals.sort_by(|a, b| {
+            let rank = |proposal: &Proposal| (proposal.changes_training, proposal.relative_time);
+            rank(a).0.cmp(&rank(b).0).then(rank(a).1.total_cmp(&rank(b).1))
+        });
+        Ok(proposals)
+    }
+
+    fn for_disk(&self, own: &Variant) -> Result<Vec<Proposal>> {
+        let fewer = own.with(&[("max_checkpoints", json!(1))], |settings| settings.max_checkpoints = 1);
+        let last_only = own.with(&[("save_every", Value::Null)], |settings| settings.save_every = None);
+        let mut variants = vec![fewer, last_only];
+        if self.outset.device.kind == Kind::BFloat16 && own.settings.optimizer.state_dtype == StateDtype::Float32 {
+            variants.extend(variants.clone().iter().map(Variant::with_bf16_state));
+        }
+        if own.settings.lora.is_none() && own.settings.init.is_none() {
+            variants.push(own.with_adapters());
+        }
+        let mut proposals: Vec<Proposal> = Vec::new();
+        for variant in &variants {
+            proposals.extend(self.check(variant)?);
+        }
+        Ok(proposals)
+    }
+
+    /// The variant as a proposal, if it fits.
+    fn check(&self, variant: &Variant) -> Result<Option<Proposal>> {
+        let needs = self.outset.needs(&variant.settings)?;
+        let comparison = (self.select)(&Comparisons::new(&needs, self.room));
+        let Some(comparison) = comparison.filter(|comparison| comparison.verdict == Verdict::Fits) else {
+            return Ok(None);
+        };
+        Ok(Some(Proposal {
+            settings: variant.changes.clone(),
+            comparison,
+            relative_time: epoch_seconds(self.outset, &variant.settings, &needs) / self.seconds,
+            changes_training: variant.changes_training,
+        }))
+    }
+
+    /// The variant as it is, or the faster of more checkpointing and smaller batches, or both.
+    fn fastest(&self, variant: &Variant) -> Result<Option<Proposal>> {
+        if let Some(proposal) = self.check(variant)? {
+            return Ok(Some(proposal));
+        }
+        let ways = [self.with_checkpointing(variant)?, self.with_smaller_batches(variant)?, self.with_both(variant)?];
+        Ok(ways.into_iter().flatten().min_by(|a, b| a.relative_time.total_cmp(&b.relative_time)))
+    }
+
+    /// The fewest checkpointed layers that fit. Each further layer saves memory, except that the
+    /// first brings the memory of one that is recomputed.
+    fn with_checkpointing(&self, variant: &Variant) -> Result<Option<Proposal>> {
+        let num_layers = self.outset.config.num_layers as usize;
+        let lowest = variant.settings.checkpointed_layers + 1;
+        self.smallest(lowest, num_layers, |layers| variant.with_checkpointed(layers))
+    }
+
+    /// The largest batches that fit, in multiples of 256 tokens.
+    fn with_smaller_batches(&self, variant: &Variant) -> Result<Option<Proposal>> {
+        let settings = &variant.settings;
+        let lengths = self.outset.examples.iter().map(|example| example.max_packed_tokens(&settings.consistency));
+        let longest = lengths.filter(|tokens| *tokens <= settings.max_example_tokens).max().unwrap_or(1);
+        let multiple = |number: usize| number * BATCH_TOKENS_STEP;
+        let (lowest, highest) =
+            (longest.div_ceil(BATCH_TOKENS_STEP), (settings.max_batch_tokens - 1) / BATCH_TOKENS_STEP);
+        let world_size = self.outset.device.world_size;
+        // Counted down, so that the smallest number is the largest batch.
+        let variant = |less: usize| variant.with_batch_tokens(multiple(highest - less), world_size);
+        if highest < lowest { Ok(None) } else { self.smallest(0, highest - lowest, variant) }
+    }
+
+    /// All layers checkpointed, and the largest batches that fit then.
+    fn with_both(&self, variant: &Variant) -> Result<Option<Proposal>> {
+        let num_layers = self.outset.config.num_layers as usize;
+        if variant.settings.checkpointed_layers >= num_layers {
+            return Ok(None);
+        }
+        self.with_smaller_batches(&variant.with_checkpointed(num_layers))
+    }
+
+    /// The most validation prompts that fit, for a run whose training alone does.
+    fn with_fewer_prompts(&self, variant: &Variant) -> Result<Option<Proposal>> {
+        let Some(probe) = self.outset.probe else { return Ok(None) };
+        self.smallest(1, probe.num_prompts - 1, |fewer| {
+            let num_examples = probe.num_prompts - fewer;
+            let change = [("validation.num_examples", json!(num_examples))];
+            variant.with(&change, |settings| settings.validation.num_examples = num_examples)
+        })
+    }
+
+    /// The proposal with the smallest number from `low` to `high` that fits; any larger number fits
+    /// if it does.
+    fn smallest(&self, low: usize, high: usize, variant: impl Fn(usize) -> Variant) -> Result<Option<Proposal>> {
+        if low > high {
+            return Ok(None);
+        }
+        let Some(mut found) = self.check(&variant(high))? else { return Ok(None) };
+        let (mut low, mut high) = (low, high);
+        while low < high {
+            let middle = (low + high) / 2;
+            match self.check(&variant(middle))? {
+                Some(proposal) => (found, high) = (proposal, middle),
+                None => low = middle + 1,
+            }
+        }
+        Ok(Some(found))
+    }
+}
+
+/// Estimated seconds of the first epoch. Those of a device that is not known are compared with each
+/// other only.
+fn epoch_seconds(outset: &Outset<'_>, settings: &Settings, needs: &Needs) -> f64 {
+    let num_steps = needs.batches.len().div_ceil(settings.accumulation) as f64;
+    num_steps * outset.step_work(settings, needs).seconds(outset.device.gpu.unwrap_or(time::typical_gpu()))
+}

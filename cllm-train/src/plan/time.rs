@@ -1,0 +1,190 @@
+//! How long a step takes on a GPU that is not here: the operations of matrix products and attention
+//! at the share of the peak that was measured, and the bytes that pass through its memory at a share
+//! of the bandwidth.
+//!
+//! Counted per token and layer, with h the hidden width, q that of the queries, s that of queries,
+//! keys and values together, f that of the feed-forward layer. A forward is 1 product with each
+//! weight, a backward 2 (1 with frozen weights), and a checkpointed layer has 1 more forward.
+
+use cllm_core::model::ModelConfig;
+
+use crate::data::dataset::Example;
+use crate::gpus::GpuModel;
+use crate::memory::LayerWidths;
+use crate::settings::{ConsistencySettings, Settings, StateDtype};
+
+/// Share of the peak that large matrix products reach.
+const PRODUCT_SHARE: f64 = 0.70;
+/// Share of the peak that attention reaches.
+const ATTENTION_SHARE: f64 = 0.25;
+/// Share of the bandwidth that kernels reach whose time is that of reading and writing.
+const BANDWIDTH_SHARE: f64 = 0.80;
+/// Relative error of the estimate on the shapes that it was compared with.
+pub const RELATIVE_ERROR: f64 = 0.15;
+/// Bytes per second and GPU of collectives, over NVLink.
+const EXCHANGE_BANDWIDTH: f64 = 150e9;
+
+/// The mean work of a step on each process.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct StepWork {
+    /// Floating-point operations of matrix products.
+    products: f64,
+    /// Floating-point operations of attention, over the pairs of tokens that are not masked.
+    attention: f64,
+    /// Bytes that are read and written.
+    bytes: f64,
+    /// Bytes that each process sends to the others.
+    exchanged: f64,
+}
+
+impl StepWork {
+    /// Counts the work of steps on these batches, indices of examples.
+    pub fn new(
+        settings: &Settings,
+        config: &ModelConfig,
+        examples: &[Example],
+        batches: &[Vec<usize>],
+        world_size: usize,
+    ) -> Self {
+        let num_steps = batches.len().div_ceil(settings.accumulation) as f64;
+        let (mut num_tokens, mut num_rows, mut num_pairs) = (0.0, 0.0, 0.0);
+        for example in batches.iter().flatten().map(|&index| &examples[index]) {
+            num_tokens += example.max_packed_tokens(&settings.consistency) as f64;
+            num_rows += (example.response_ids.len() + example.max_noisy_tokens(&settings.consistency)) as f64;
+            num_pairs += attended_pairs(config, example, &settings.consistency);
+        }
+        let per_process = 1.0 / num_steps / world_size as f64;
+        let num_batches = batches.len() as f64 * per_process;
+        let [num_tokens, num_rows, num_pairs] = [num_tokens, num_rows, num_pairs].map(|sum| sum * per_process);
+        let layers = layers_work(settings, config, num_batches, num_tokens, num_pairs);
+        let head = head_work(settings, config, num_rows);
+        let update = update_work(settings, config, world_size);
+        [layers, head, update].into_iter().fold(StepWork::default(), StepWork::plus)
+    }
+
+    fn plus(self, other: Self) -> Self {
+        StepWork {
+            products: self.products + other.products,
+            attention: self.attention + other.attention,
+            bytes: self.bytes + other.bytes,
+            exchanged: self.exchanged + other.exchanged,
+        }
+    }
+
+    /// Estimated seconds of a step.
+    pub fn seconds(&self, gpu: &GpuModel) -> f64 {
+        self.products / (PRODUCT_SHARE * gpu.bf16_flops)
+            + self.attention / (ATTENTION_SHARE * gpu.bf16_flops)
+            + self.bytes / (BANDWIDTH_SHARE * gpu.bandwidth)
+            + self.exchanged / EXCHANGE_BANDWIDTH
+    }
+}
+
+/// Pairs of tokens of a packed example that attend to each other, summed over the layers: those of
+/// prompt and response, and for each noisy block those with what is before it and with its own.
+fn attended_pairs(config: &ModelConfig, example: &Example, consistency: &ConsistencySettings) -> f64 {
+    let candidates = example.candidate_blocks(consistency);
+    let chosen = consistency.max_blocks.map_or(1.0, |max| (max as f64 / candidates.len().max(1) as f64).min(1.0));
+    let streams = if consistency.local_weight > 0.0 { 2.0 } else { 1.0 };
+    let of_block = |index: usize, window: f64| {
+        let block = &example.blocks[index];
+        causal_pairs((example.prompt_ids.len() + block.start) as f64, block.states[0].len() as f64, window)
+    };
+    let of_layer = |window: &Option<i32>| {
+        let window = window.map_or(f64::INFINITY, f64::from);
+        let noisy: f64 = candidates.iter().map(|&index| of_block(index, window)).sum();
+        causal_pairs(0.0, example.num_clean_tokens() as f64, window) + chosen * streams * noisy
+    };
+    config.sliding_windows.iter().map(of_layer).sum()
+}
+
+/// Pairs of `length` tokens after `before` others with themselves and what a window shows of the
+/// tokens before them.
+fn causal_pairs(before: f64, length: f64, window: f64) -> f64 {
+    // The leading tokens see everything before them.
+    let all = (window - before).clamp(0.0, length);
+    let seen = all * before + all * (all + 1.0) / 2.0;
+    if all < length { seen + (length - all) * window } else { seen }
+}
+
+/// Forward and backward of all layers.
+fn layers_work(
+    settings: &Settings,
+    config: &ModelConfig,
+    num_batches: f64,
+    num_tokens: f64,
+    num_pairs: f64,
+) -> StepWork {
+    let LayerWidths { hidden: h, queries: q, qkv: s, ffn: f, .. } = LayerWidths::new(config);
+    let num_layers = config.num_layers as f64;
+    let recomputed = (settings.checkpointed_layers as f64).min(num_layers) / num_layers;
+    let weights = h * s + q * h + 3.0 * h * f;
+    let adapters = settings.lora.as_ref().map_or(0.0, |lora| lora.num_parameters(config) as f64 / num_layers);
+    // Passes over the weights; the gradient of a frozen weight is not computed.
+    let passes = if settings.lora.is_some() { 2.0 } else { 3.0 } + recomputed;
+    // A product reads its input and writes its output: qkv, the output of the attention onto the
+    // residual stream, gate and up, and the last onto the residual stream.
+    let product_bytes = 2.0 * passes * (6.0 * h + s + q + 3.0 * f);
+    // Every pass of a batch reads the weights, and one adds to their gradients.
+    let weight_bytes = if settings.lora.is_some() { 2.0 * passes } else { 2.0 * passes + 4.0 } * weights;
+    // Norms, RoPE and SwiGLU, forward and backward.
+    let elementwise = (24.0 * h + 8.0 * s + 18.0 * f) + recomputed * (8.0 * h + 4.0 * s + 6.0 * f);
+    StepWork {
+        products: num_layers * num_tokens * (2.0 * passes * weights + 2.0 * (3.0 + recomputed) * adapters),
+        // Two products of the forward and five of the backward.
+        attention: num_pairs * q * (4.0 * (1.0 + recomputed) + 10.0),
+        bytes: num_layers * (num_tokens * (product_bytes + elementwise) + num_batches * weight_bytes),
+        exchanged: 0.0,
+    }
+}
+
+/// Logits, losses and their gradients. A frozen model has a forward of its own.
+fn head_work(settings: &Settings, config: &ModelConfig, num_rows: f64) -> StepWork {
+    let (hidden, vocab) = (config.hidden_size as f64, config.vocab_size as f64);
+    let passes = if settings.lora.is_some() { 2.0 } else { 3.0 };
+    StepWork {
+        products: 2.0 * passes * num_rows * hidden * vocab,
+        bytes: 12.0 * num_rows * vocab,
+        ..Default::default()
+    }
+}
+
+/// The update of this process's shard, and the exchange of gradients and weights.
+fn update_work(settings: &Settings, config: &ModelConfig, world_size: usize) -> StepWork {
+    let trained = settings.trained_parameters(config) as f64;
+    // Gradients are read for their norm and for the update, and cleared; the state is read and
+    // written, and so are the weights.
+    let state = match settings.optimizer.state_dtype {
+        StateDtype::Float32 => 2.0 * 12.0 + 2.0,
+        StateDtype::Bfloat16 => 2.0 * 6.0,
+    };
+    let average = if settings.optimizer.ema_decay.is_some() { 10.0 } else { 0.0 };
+    let others = (world_size - 1) as f64 / world_size as f64;
+    StepWork {
+        bytes: (6.0 + state + average) * trained / world_size as f64,
+        exchanged: 2.0 * 2.0 * trained * others,
+        ..Default::default()
+    }
+}
+
+/// Stands in for a device of unknown speed where only ratios count.
+pub fn typical_gpu() -> &'static GpuModel {
+    GpuModel::find("h100-80gb").expect("it is in the list")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pairs_of_causal_attention_are_counted_within_the_window() {
+        let counted = |before: usize, length: usize, window: usize| {
+            (before..before + length).map(|position| (position + 1).min(window)).sum::<usize>() as f64
+        };
+        for (before, length, window) in [(0, 10, 100), (0, 10, 4), (7, 5, 9), (7, 5, 3), (3, 1, 4), (0, 1, 1)] {
+            let pairs = causal_pairs(before as f64, length as f64, window as f64);
+            assert_eq!(pairs, counted(before, length, window), "{before} {length} {window}");
+        }
+        assert_eq!(causal_pairs(2.0, 3.0, f64::INFINITY), 12.0);
+    }
+}

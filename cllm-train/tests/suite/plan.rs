@@ -1,0 +1,211 @@
+//! `plan`, and what `run` refuses by the same estimates.
+
+use std::path::Path;
+
+use cllm_core::prompt_set::{self, Prompt, Sample};
+use cllm_train::settings::{OptimizerSettings, Settings, StateDtype};
+use serde_json::{Value, json};
+
+use crate::setup::{TRAIN, prepare, settings_file, sft};
+
+/// Settings of a run on a folder that has the configuration of a published model and the tokenizer
+/// of [`prepare`], but no weights.
+fn without_weights(folder: &Path, config: &Value) -> Settings {
+    prepare(folder);
+    let sample = |index: usize| Sample {
+        id: format!("s{index}"),
+        source: "jsonl/train".to_owned(),
+        prompt: Prompt::question("Count.".to_owned()),
+        reference: Some("one two three ".repeat(160)),
+        meta: None,
+    };
+    prompt_set::write(&folder.join("long.jsonl"), &(0..24).map(sample).collect::<Vec<_>>()).unwrap();
+    let model = folder.join("tokenizer");
+    std::fs::write(model.join("config.json"), config.to_string()).unwrap();
+    Settings {
+        init: None,
+        model: Some(model.display().to_string()),
+        datasets: vec![folder.join("long.jsonl")],
+        max_batch_tokens: 16384,
+        max_example_tokens: 4096,
+        device: "auto".to_owned(),
+        ..sft(folder, "run")
+    }
+}
+
+fn llama_8b() -> Value {
+    json!({
+        "model_type": "llama", "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336,
+        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+        "max_position_embeddings": 131072, "tie_word_embeddings": false,
+    })
+}
+
+fn plan_json(file: &str, more: &[&str]) -> Value {
+    let output = TRAIN.succeed(&[&["plan", "-c", file, "--json"], more].concat());
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+fn number(value: &Value, pointer: &str) -> f64 {
+    value.pointer(pointer).and_then(Value::as_f64).unwrap_or_else(|| panic!("{pointer} in {value}"))
+}
+
+/// The settings of a proposal as they are written on a command line.
+fn assignments(proposal: &Value) -> Vec<String> {
+    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    proposal["settings"].as_object().unwrap().iter().map(|(key, value)| format!("{key}={}", text(value))).collect()
+}
+
+#[test]
+fn plan_shows_parameters_memory_steps_and_time_and_writes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let file = settings_file(dir.path(), &sft(dir.path(), "run"));
+    let text =
+        |more: &[&str]| String::from_utf8(TRAIN.succeed(&[&["plan", "-c", &file], more].concat()).stdout).unwrap();
+    let shown = text(&[]);
+    for part in ["0.02 M of them trained", "steps", "host memory", "disk", "fits", "final model", "about", "timed here"]
+    {
+        assert!(shown.contains(part), "{part}: {shown}");
+    }
+    assert!(text(&["--no-timing"]).contains("unknown"));
+    let (small, large) = (plan_json(&file, &[]), plan_json(&file, &["max_batch_tokens=256", "--no-timing"]));
+    // In float32, each parameter has a weight, a gradient and two moments. Only the activations
+    // depend on the batch.
+    let static_bytes = 16.0 * number(&small, "/parameters");
+    for plan in [&small, &large] {
+        let peak = static_bytes + number(plan, "/memory_bytes/activations");
+        assert_eq!(number(plan, "/memory_bytes/peak"), peak);
+        // On the CPU, tensors are in the memory of the host.
+        assert_eq!(number(plan, "/host_bytes/tensors"), peak);
+        assert!(plan["comparisons"]["device_memory"].is_null() && plan["fits"] == true, "{plan}");
+    }
+    let growth = number(&large, "/memory_bytes/activations") / number(&small, "/memory_bytes/activations");
+    assert!((1.7..2.3).contains(&growth), "{growth}");
+    let expected = number(&small, "/duration/estimated/seconds_per_step") * number(&small, "/steps");
+    let seconds = number(&small, "/duration/estimated/seconds");
+    assert!(expected > 0.0 && (seconds / expected - 1.0).abs() < 1e-9, "{small}");
+    assert!(large["duration"]["unknown"].is_object(), "{large}");
+    assert!(!dir.path().join("run").exists());
+}
+
+#[test]
+fn every_field_is_documented() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let file = settings_file(dir.path(), &sft(dir.path(), "run"));
+    let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/data-format.md")).unwrap();
+    fn check(value: &Value, page: &str) {
+        for (key, value) in value.as_object().into_iter().flatten() {
+            assert!(
+                key == "schema_version" || page.contains(&format!("`{key}`")),
+                "{key} is missing in docs/data-format.md"
+            );
+            check(value, page);
+        }
+    }
+    check(&plan_json(&file, &[]), &page);
+}
+
+#[test]
+fn the_files_of_a_run_have_the_planned_sizes() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let settings = Settings { max_checkpoints: 1, ..sft(dir.path(), "run") };
+    let plan = plan_json(&settings_file(dir.path(), &settings), &["--no-timing"]);
+    cllm_train::trainer::run(settings.clone()).unwrap();
+    for (folder, key) in [("checkpoints/latest", "checkpoint"), ("final", "final_model")] {
+        let folder = std::fs::canonicalize(settings.output.join(folder)).unwrap();
+        let files = std::fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().metadata().unwrap().len() as f64);
+        let ratio = number(&plan, &format!("/disk_bytes/{key}")) / files.sum::<f64>();
+        // Headers of the files and state.json are not planned; they weigh in a tiny model only.
+        assert!((0.9..=1.0).contains(&ratio), "{key}: {ratio}");
+    }
+    // Nothing is left to write.
+    let again = plan_json(&settings_file(dir.path(), &settings), &["--no-timing"]);
+    assert_eq!(number(&again, "/comparisons/disk/needed"), 0.0, "{again}");
+}
+
+#[test]
+fn a_named_gpu_is_planned_for_from_a_machine_without_it_or_the_weights() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut settings = without_weights(dir.path(), &llama_8b());
+    settings.optimizer = OptimizerSettings { state_dtype: StateDtype::Bfloat16, ..settings.optimizer };
+    settings.checkpointed_layers = 32;
+    let file = settings_file(dir.path(), &settings);
+    let plan = plan_json(&file, &["device=h100-80gb"]);
+    let parameters = 8_030_261_248.0;
+    assert_eq!(number(&plan, "/parameters"), parameters);
+    for (key, bytes_per_parameter) in [("weights", 2.0), ("gradients", 2.0), ("optimizer", 4.0)] {
+        assert_eq!(number(&plan, &format!("/memory_bytes/{key}")), bytes_per_parameter * parameters, "{key}");
+    }
+    let checkpoint = number(&plan, "/disk_bytes/checkpoint") / parameters;
+    assert!((checkpoint - 6.0).abs() < 1e-3, "weights and two moments of two bytes: {checkpoint}");
+    assert_eq!(plan["comparisons"]["device_memory"]["verdict"], "fits", "{plan}");
+    let estimated = &plan["duration"]["estimated"];
+    assert!(estimated["timed_steps"] == 0 && number(estimated, "/relative_error") > 0.0, "{plan}");
+    // A faster GPU needs less time, and two of them take half of the batches each.
+    let seconds = |device: &str| number(&plan_json(&file, &[device]), "/duration/estimated/seconds_per_step");
+    let [slow, fast, two] = ["device=a100-80gb", "device=h200", "device=2xh200"].map(seconds);
+    assert!(slow > 1.5 * fast && (0.45..0.75).contains(&(two / fast)), "{slow} {fast} {two}");
+    let amount = plan_json(&file, &["memory=80GB"]);
+    assert_eq!(amount["memory_bytes"], plan["memory_bytes"]);
+    assert!(amount["duration"]["unknown"]["reason"].as_str().unwrap().contains("device=h100-80gb"), "{amount}");
+    TRAIN.fail(&["plan", "-c", &file, "device=h100-80g"], 2, &["did you mean `h100-80gb`", "rtx-4090"]);
+    TRAIN.fail(&["plan", "-c", &file, "memory=80"], 2, &["memory=80", "a size such as 80GB"]);
+    for more in ["device=h100-80gb", "device=2xh200", "memory=80GB"] {
+        TRAIN.fail(&["run", "-c", &file, more], 2, &[more, "`plan`"]);
+    }
+    assert!(!settings.output.exists());
+}
+
+#[test]
+fn every_proposal_fits_and_the_fastest_that_trains_the_same_comes_first() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut settings = without_weights(dir.path(), &llama_8b());
+    settings.model = Some(dir.path().join("tokenizer").display().to_string());
+    let file = settings_file(dir.path(), &settings);
+    for (more, min_proposals) in [
+        // The float32 state of 8B does not fit any one H100; other states and adapters do.
+        (vec!["device=h100-80gb"], 2),
+        (vec!["device=h100-80gb", "optimizer.state_dtype=bfloat16"], 2),
+        (vec!["memory=48GB"], 1),
+    ] {
+        let plan = plan_json(&file, &more);
+        assert_eq!(plan["comparisons"]["device_memory"]["verdict"], "does_not_fit", "{plan}");
+        assert_eq!(plan["fits"], false);
+        let proposals = plan["proposals"]["device_memory"].as_array().unwrap();
+        assert!(proposals.len() >= min_proposals, "{more:?}: {proposals:?}");
+        let order: Vec<_> = proposals
+            .iter()
+            .map(|proposal| (proposal["changes_training"] == true, number(proposal, "/relative_time")))
+            .collect();
+        assert!(order.is_sorted_by(|a, b| a.0 < b.0 || (a.0 == b.0 && a.1 <= b.1)), "{order:?}");
+        for proposal in proposals {
+            let changes = assignments(proposal);
+            let changed = [more.clone(), changes.iter().map(String::as_str).collect()].concat();
+            let plan = plan_json(&file, &changed);
+            assert_eq!(plan["comparisons"]["device_memory"]["verdict"], "fits", "{changed:?}: {plan}");
+            let needed = number(&plan, "/comparisons/device_memory/needed");
+            assert_eq!(needed, number(proposal, "/needed"), "{changed:?}");
+        }
+        let text = TRAIN.succeed(&[&["plan", "-c", &file], &more[..]].concat()).stdout;
+        let text = String::from_utf8(text).unwrap();
+        let first = assignments(&proposals[0]).join(" ");
+        assert!(text.contains("device memory does not fit: ") && text.contains(&first), "{text}");
+    }
+}
+
+#[test]
+fn a_run_that_cannot_fit_is_refused_before_it_loads_or_writes_anything() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let mut settings = sft(dir.path(), "run");
+    // 1.5 trillion parameters.
+    let init = settings.init.as_mut().unwrap();
+    (init.hidden_size, init.intermediate_size, init.num_layers) = (65536, 262_144, 24);
+    let file = settings_file(dir.path(), &settings);
+    let parts = ["host memory does not fit: ", "disk does not fit: ", "TB are missing", "make room"];
+    TRAIN.fail(&["run", "-c", &file], 3, &parts);
+    assert!(!settings.output.exists());
+}
