@@ -9,6 +9,7 @@
 #include <nvrtc.h>
 
 #include <climits>
+#include <cstdint>
 #include <cstdlib>
 #include <string>
 #include <vector>
@@ -68,6 +69,8 @@ struct Driver {
   decltype(&cuLaunchKernelEx) launch = symbol<decltype(cuLaunchKernelEx)>(library, "cuLaunchKernelEx");
   decltype(&cuDeviceGet) device = symbol<decltype(cuDeviceGet)>(library, "cuDeviceGet");
   decltype(&cuDeviceGetAttribute) property = symbol<decltype(cuDeviceGetAttribute)>(library, "cuDeviceGetAttribute");
+  decltype(&cuTensorMapEncodeTiled) tensor_map =
+      symbol<decltype(cuTensorMapEncodeTiled)>(library, "cuTensorMapEncodeTiled");
   decltype(&cuGetErrorString) error = symbol<decltype(cuGetErrorString)>(library, "cuGetErrorString");
 };
 
@@ -118,6 +121,28 @@ int cllm_compute_capability(int device, int *capability) {
     check(driver().device(&handle, device), "opening the GPU");
     check(driver().property(&capability[0], CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, handle), "querying the GPU");
     check(driver().property(&capability[1], CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, handle), "querying the GPU");
+  });
+}
+
+// Number of multiprocessors of a device.
+int cllm_num_multiprocessors(int device, int *count) {
+  return guarded([&] {
+    CUdevice handle;
+    check(driver().device(&handle, device), "opening the GPU");
+    check(driver().property(count, CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, handle), "querying the GPU");
+  });
+}
+
+// How the copy engine finds tiles of 64 tokens of a head, at most 64 columns wide, in a tensor
+// [tokens, heads, width] in bfloat16; sizes are in this order.
+int cllm_tensor_map(void *first, const uint64_t *sizes, void *map) {
+  return guarded([&] {
+    const cuuint64_t dims[] = {sizes[2], sizes[1], sizes[0]}, strides[] = {sizes[2] * 2, sizes[1] * sizes[2] * 2};
+    const cuuint32_t box[] = {64, 1, 64}, steps[] = {1, 1, 1};
+    check(driver().tensor_map(static_cast<CUtensorMap *>(map), CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, first, dims,
+                              strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                              CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),
+          "describing a tensor to the copy engine");
   });
 }
 

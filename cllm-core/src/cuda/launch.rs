@@ -24,6 +24,7 @@ unsafe extern "C" {
         overlaps: c_int,
         arguments: *mut *mut c_void,
     ) -> c_int;
+    fn cllm_tensor_map(first: *mut c_void, sizes: *const u64, map: *mut c_void) -> c_int;
 }
 
 /// The declaration of a kernel. `Sizes` holds everything that its grid and arguments depend on.
@@ -45,6 +46,8 @@ pub(super) struct Param<Sizes> {
 
 enum Value<Sizes> {
     Pointer(Pointer<Sizes>),
+    /// A tensor map: how the copy engine of Hopper finds tiles of a bfloat16 tensor of these sizes.
+    Tiles(fn(&Sizes) -> [usize; 3]),
     /// A number that follows from the sizes, so a launch has no argument for it.
     Count(fn(&Sizes) -> usize),
     Int,
@@ -93,6 +96,7 @@ impl<Sizes> Display for Param<Sizes> {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         match &self.value {
             Value::Pointer(pointer) => write!(f, "{} *{}", pointer.c_type, self.name),
+            Value::Tiles(_) => write!(f, "__grid_constant__ Tiles {}", self.name),
             Value::Count(_) | Value::Int => write!(f, "int {}", self.name),
             Value::Float => write!(f, "float {}", self.name),
         }
@@ -122,6 +126,12 @@ pub(super) const fn uint64<Sizes>(name: &'static str, num_ints: fn(&Sizes) -> us
     Param::pointer(name, ("u64", Kind::Int), 8, num_ints)
 }
 
+/// Tiles of 64 tokens of a head, at most 64 columns wide, of a tensor `[tokens, heads, width]` in
+/// bfloat16, whose width is a multiple of 8.
+pub(super) const fn tiles<Sizes>(name: &'static str, sizes: fn(&Sizes) -> [usize; 3]) -> Param<Sizes> {
+    Param { name, value: Value::Tiles(sizes) }
+}
+
 pub(super) const fn count<Sizes>(name: &'static str, value: fn(&Sizes) -> usize) -> Param<Sizes> {
     Param { name, value: Value::Count(value) }
 }
@@ -142,6 +152,20 @@ pub(super) enum Argument<'t> {
     Optional(Option<&'t Tensor>),
     Int(i32),
     Float(f32),
+}
+
+/// The bits of a parameter. A kernel reads only as many of the first ones as the parameter's type
+/// has (little endian). Tensor maps need all, and this alignment.
+#[repr(C, align(64))]
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Bits([u64; 16]);
+
+impl From<u64> for Bits {
+    fn from(number: u64) -> Self {
+        let mut bits = Bits([0; 16]);
+        bits.0[0] = number;
+        bits
+    }
 }
 
 /// A kernel that is loaded on a device.
@@ -203,22 +227,29 @@ impl<Sizes> Kernel<Sizes> {
         })
     }
 
-    /// The bits of each parameter. A kernel reads only as many of the low bits as the parameter's
-    /// type has (little endian).
-    fn values(&self, sizes: &Sizes, arguments: &[Argument<'_>]) -> Result<Vec<u64>> {
+    fn values(&self, sizes: &Sizes, arguments: &[Argument<'_>]) -> Result<Vec<Bits>> {
         let mut rest = arguments.iter();
         let values = self.signature.params.iter().flat_map(|group| group.iter()).map(|param| {
             if let Value::Count(value) = param.value {
-                return u32::try_from(value(sizes)).map(u64::from).map_err(|_| self.mismatch(param, "is too large"));
+                let value = u32::try_from(value(sizes)).map_err(|_| self.mismatch(param, "is too large"))?;
+                return Ok(Bits::from(u64::from(value)));
             }
             match (&param.value, rest.next()) {
                 (Value::Pointer(pointer), Some(Argument::Tensor(tensor) | Argument::Optional(Some(tensor)))) => {
-                    let expected = (pointer.num_elements)(sizes);
-                    check(tensor, pointer, expected, self.device).map_err(|problem| self.mismatch(param, &problem))
+                    let Pointer { kind, align_bytes, num_elements, .. } = *pointer;
+                    check(tensor, kind, align_bytes, num_elements(sizes), self.device)
+                        .map(Bits::from)
+                        .map_err(|problem| self.mismatch(param, &problem))
                 }
-                (Value::Pointer(pointer), Some(Argument::Optional(None))) if pointer.is_nullable => Ok(0),
-                (Value::Int, Some(Argument::Int(value))) => Ok(u64::from(value.cast_unsigned())),
-                (Value::Float, Some(Argument::Float(value))) => Ok(u64::from(value.to_bits())),
+                (Value::Tiles(tensor_sizes), Some(Argument::Tensor(tensor))) => {
+                    let tensor_sizes = tensor_sizes(sizes);
+                    check(tensor, Kind::BFloat16, 16, tensor_sizes.iter().product(), self.device)
+                        .map_err(|problem| self.mismatch(param, &problem))
+                        .and_then(|address| tensor_map(address, tensor_sizes))
+                }
+                (Value::Pointer(pointer), Some(Argument::Optional(None))) if pointer.is_nullable => Ok(Bits::from(0)),
+                (Value::Int, Some(Argument::Int(value))) => Ok(Bits::from(u64::from(value.cast_unsigned()))),
+                (Value::Float, Some(Argument::Float(value))) => Ok(Bits::from(u64::from(value.to_bits()))),
                 (_, argument) => Err(self.mismatch(param, &format!("cannot be {argument:?}"))),
             }
         });
@@ -234,14 +265,25 @@ impl<Sizes> Kernel<Sizes> {
     }
 }
 
-/// Checks a tensor against its parameter and returns the address of its elements.
-fn check<Sizes>(
+/// The tensor map of a bfloat16 tensor at an address.
+fn tensor_map(address: u64, sizes: [usize; 3]) -> Result<Bits> {
+    let (sizes, mut map) = (sizes.map(|size| size as u64), Bits::from(0));
+    // SAFETY: there are three sizes, and `map` has the size and alignment of a tensor map. The
+    // address is only written down.
+    checked(unsafe {
+        cllm_tensor_map(address as *mut c_void, sizes.as_ptr(), std::ptr::from_mut(&mut map).cast::<c_void>())
+    })?;
+    Ok(map)
+}
+
+/// Checks a tensor against what a parameter needs and returns the address of its elements.
+fn check(
     tensor: &Tensor,
-    pointer: &Pointer<Sizes>,
+    kind: Kind,
+    align_bytes: usize,
     num_elements: usize,
     device: Device,
 ) -> std::result::Result<u64, String> {
-    let Pointer { kind, align_bytes, .. } = *pointer;
     if tensor.device() != device {
         return Err(format!("is on {:?}: expected {device:?}", tensor.device()));
     }
@@ -297,7 +339,7 @@ pub(super) mod tests {
     };
 
     /// The values that a kernel gets, if tensors were expected on the CPU.
-    fn values(arguments: &[Argument<'_>]) -> Result<Vec<u64>> {
+    fn values(arguments: &[Argument<'_>]) -> Result<Vec<Bits>> {
         let (device, handle) = (Device::Cpu, std::ptr::null_mut());
         Kernel { signature: &SIGNATURE, device, handle, shared_bytes: 0, overlaps: false }
             .values(&Sizes { rows: 2 }, arguments)
@@ -310,9 +352,9 @@ pub(super) mod tests {
         let (row, factor) = (Argument::Optional(Some(&rows)), Argument::Float(1.0));
         let whole = x.narrow(0, 0, 16);
         let address = |tensor: &Tensor| tensor.data_ptr() as u64;
-        let expected = vec![address(&x), address(&rows), 2, u64::from(1f32.to_bits())];
+        let expected = [address(&x), address(&rows), 2, u64::from(1f32.to_bits())].map(Bits::from).to_vec();
         assert_eq!(values(&[Argument::Tensor(&whole), row, factor]).unwrap(), expected);
-        assert_eq!(values(&[Argument::Tensor(&whole), Argument::Optional(None), factor]).unwrap()[1], 0);
+        assert_eq!(values(&[Argument::Tensor(&whole), Argument::Optional(None), factor]).unwrap()[1], Bits::from(0));
         for (tensor, problem) in [
             (x.shallow_clone(), "`bf16 *x` is BFloat16 [24]: expected 16 contiguous elements of BFloat16"),
             (zeros(16, Kind::Half), "`bf16 *x` is Half [16]: expected"),

@@ -19,6 +19,7 @@ unsafe extern "C" {
     ) -> c_int;
     fn cllm_free_code(code: *mut c_char);
     fn cllm_compute_capability(device: c_int, capability: *mut c_int) -> c_int;
+    fn cllm_num_multiprocessors(device: c_int, count: *mut c_int) -> c_int;
     fn cllm_load_module(device: c_int, code: *const c_char, module: *mut *mut c_void) -> c_int;
     fn cllm_get_kernel(
         module: *mut c_void,
@@ -50,7 +51,10 @@ fn c_string(text: &str) -> Result<CString> {
 /// # Errors
 /// [`Error::Torch`] with the compiler's message, or if NVRTC is missing.
 pub(super) fn compile(source: &str, capability: (u32, u32), macros: &Macros) -> Result<MachineCode> {
-    let mut options = vec![format!("--gpu-architecture=sm_{}{}", capability.0, capability.1), "--std=c++17".to_owned()];
+    // The "a" adds what only this architecture has, such as wgmma.
+    let suffix = if capability == (9, 0) { "a" } else { "" };
+    let architecture = format!("--gpu-architecture=sm_{}{}{suffix}", capability.0, capability.1);
+    let mut options = vec![architecture, "--std=c++17".to_owned()];
     options.extend(macros.iter().map(|(name, value)| format!("-D{name}={value}")));
     let options: Vec<CString> = options.iter().map(|option| c_string(option)).collect::<Result<_>>()?;
     let pointers: Vec<*const c_char> = options.iter().map(|option| option.as_ptr()).collect();
@@ -75,6 +79,17 @@ pub fn compute_capability(device: usize) -> Result<(u32, u32)> {
     // SAFETY: the array has room for both numbers.
     checked(unsafe { cllm_compute_capability(device as c_int, capability.as_mut_ptr()) })?;
     Ok((capability[0].cast_unsigned(), capability[1].cast_unsigned()))
+}
+
+/// Number of multiprocessors of a CUDA device.
+///
+/// # Errors
+/// [`Error::Torch`] if there is no such device.
+pub(super) fn num_multiprocessors(device: usize) -> Result<usize> {
+    let mut count = 0;
+    // SAFETY: the function writes one number.
+    checked(unsafe { cllm_num_multiprocessors(device as c_int, &mut count) })?;
+    Ok(count as usize)
 }
 
 /// Maximum shared memory of a block, in bytes, by compute capability (CUDA C++ programming guide,

@@ -76,11 +76,12 @@ impl CudaBatch {
         let mut padded = batch.clone();
         padded.push_causal(&vec![0; num_tokens.next_multiple_of(AttentionKernels::TILE) - num_tokens]);
         let to_device = |ids: &[i32]| Tensor::from_slice(ids).to_device(model.device()).to_kind(Kind::Int64);
-        let mask = |window| AttentionMask::new(&padded.ranges_within(window), model.device());
+        let attention = AttentionKernels::new(device, shape)?;
+        let mask = |window| attention.mask(&padded.ranges_within(window));
         Ok(Some(CudaBatch {
             kernels: TrainKernels::new(device, shape)?,
-            attention: AttentionKernels::new(device, shape)?,
             attention_masks: PerWindow::new(model.config(), mask).transpose()?,
+            attention,
             tokens: to_device(&padded.tokens),
             cos_sin: model.rope.cos_sin(&to_device(&padded.positions)),
             num_tokens: num_tokens as i64,
