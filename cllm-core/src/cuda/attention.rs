@@ -10,8 +10,6 @@ use super::shape::KernelShape;
 use crate::{Error, Result};
 use Argument::{Float, Tensor as Data};
 
-/// Widest heads that the kernels are made for.
-const MAX_HEAD_DIM: usize = 256;
 /// Widest heads that the kernels for Hopper are made for.
 const MAX_HOPPER_HEAD_DIM: usize = 128;
 /// Compute capability of Hopper.
@@ -220,13 +218,15 @@ pub struct AttentionKernels {
 impl AttentionKernels {
     /// Number of tokens in a tile.
     pub const TILE: usize = TILE;
+    /// Widest heads that the kernels are made for.
+    pub const MAX_HEAD_DIM: usize = 256;
 
     /// Whether there are kernels for this width of heads (a multiple of 8, up to 256), and GPUs of a
     /// compute capability have the shared memory that they need.
     pub fn supports(shape: &KernelShape, capability: (u32, u32)) -> bool {
         let shared_bytes = Version::new(shape, capability).shared_bytes;
         shape.head_dim.is_multiple_of(8)
-            && shape.head_dim <= MAX_HEAD_DIM
+            && shape.head_dim <= Self::MAX_HEAD_DIM
             && shared_bytes.iter().all(|bytes| *bytes <= max_shared_bytes(capability))
     }
 

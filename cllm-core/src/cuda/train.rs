@@ -2,6 +2,7 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::attention::AttentionKernels;
 use super::launch::{Argument, Kernel, Param, Signature, bf16, count, float, float32, int, int64, nullable};
 use super::nvrtc::{Macros, Module};
 use super::shape::KernelShape;
@@ -235,13 +236,14 @@ impl Labels {
 }
 
 impl TrainKernels {
-    /// Whether the kernels can compute a model: they process 8 values at a time, and one token per
-    /// block.
+    /// Whether the kernels can compute a model: they process 8 values at a time (of half a head, in
+    /// RoPE), and one token per block.
     pub fn supports(shape: &KernelShape) -> bool {
         let sizes = [shape.hidden, shape.ffn, shape.vocab];
         sizes.iter().all(|size| size.is_multiple_of(8))
             && shape.hidden <= MAX_HIDDEN
-            && [64, 128].contains(&shape.head_dim)
+            && shape.head_dim.is_multiple_of(16)
+            && shape.head_dim <= AttentionKernels::MAX_HEAD_DIM
             && !shape.query_key_norm
     }
 
@@ -416,7 +418,9 @@ mod tests {
             assert!(TrainKernels::supports(&shape));
             assert!(compile(SOURCE, (9, 0), &macros(&shape)).unwrap().is_elf());
         }
-        assert!(!TrainKernels::supports(&KernelShape { head_dim: 96, ..SMALL }));
+        for (head_dim, is_supported) in [(80, true), (96, true), (256, true), (72, false), (272, false)] {
+            assert_eq!(TrainKernels::supports(&KernelShape { head_dim, ..SMALL }), is_supported, "{head_dim}");
+        }
     }
 
     #[test]

@@ -28,6 +28,7 @@ fn shapes() -> Vec<(&'static str, Value)> {
         ("llama", with(json!({"model_type": "llama", "num_key_value_heads": 1, "tie_word_embeddings": true}))),
         ("mistral", with(json!({"model_type": "mistral", "head_dim": 128, "num_key_value_heads": 3}))),
         ("qwen2", with(json!({"model_type": "qwen2", "num_attention_heads": 4, "num_key_value_heads": 2}))),
+        ("heads of 80", with(json!({"model_type": "llama", "head_dim": 80, "num_key_value_heads": 1}))),
         ("qwen3", with(json!({"model_type": "qwen3", "num_key_value_heads": 1}))),
         ("mistral-window", with(json!({"model_type": "mistral", "num_key_value_heads": 3, "sliding_window": 70}))),
         (
@@ -142,4 +143,41 @@ fn losses_and_gradients_are_those_of_the_cpu_up_to_rounding() {
         }
     }
     assert!(libtorch::gpu_memory(Device::Cuda(0)).is_some());
+}
+
+#[test]
+#[ignore = "needs a GPU: scripts/test --gpu"]
+fn attention_of_every_width_and_group_is_that_of_the_cpu_over_long_sequences() {
+    for (heads, kv_heads, head_dim) in
+        [(3, 1, 64), (7, 1, 64), (8, 1, 80), (4, 2, 96), (5, 5, 112), (8, 2, 128), (6, 1, 128), (2, 1, 256)]
+    {
+        let config = json!({
+            "model_type": "llama", "vocab_size": 512, "hidden_size": 192, "intermediate_size": 320,
+            "num_hidden_layers": 2, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+            "head_dim": head_dim, "max_position_embeddings": 2048,
+        });
+        let (on_gpu, on_cpu) = gpu::on_gpu_and_cpu(&config, 3, 4.0);
+        let (gradients_gpu, gradients_cpu) = (on_gpu.collect_gradients().unwrap(), on_cpu.collect_gradients().unwrap());
+        let settings = ConsistencySettings {
+            context: BlockContext::NoisyWindow,
+            window_blocks: 9,
+            local_weight: 1.0,
+            ..ConsistencySettings::default()
+        };
+        // The next tiles of keys that a tile needs are often far apart.
+        let packed = [("a", 150, 410), ("b", 3, 5), ("c", 700, 60), ("d", 90, 300)].map(|(id, prompt, length)| {
+            PackedSequence::sample(&example(id, prompt, length), &settings, &mut fingerprint::derive_rng(1, id, 0))
+        });
+        let batch = Batch::new(&packed, 4096, None);
+        let (losses, gradient) = run(&on_gpu, &gradients_gpu, None, &batch, &settings, 0);
+        let (_, expected) = run(&on_cpu, &gradients_cpu, None, &batch, &settings, 0);
+        let error = relative_error(&gradient, &expected);
+        eprintln!("{heads} and {kv_heads} heads of {head_dim}: gradients differ by {error:.4} of their norm");
+        assert!(error < 0.03, "{heads} and {kv_heads} heads of {head_dim}: {error}");
+        assert_eq!(
+            run(&on_gpu, &gradients_gpu, None, &batch, &settings, 1),
+            (losses, gradient),
+            "every run is the same"
+        );
+    }
 }
