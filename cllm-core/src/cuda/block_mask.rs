@@ -197,8 +197,7 @@ mod tests {
             );
             assert!(dense_of(of_keys, bits, ranges.len(), key_parts) == transposed, "{key_parts} tiles of keys");
         }
-        // Of 7 x 7 tiles, 15 are paired. Bits are only there for the two that are not whole or empty
-        // in each direction.
+        // Only pairs that are neither whole nor empty have bits, once in each direction.
         let masks = block_masks(&ranges, 1, 1);
         let codes: Vec<i32> = masks.of_queries.entries.iter().map(|entry| entry[1]).collect();
         assert!(masks.of_queries.entries.iter().all(|entry| entry[2..] == [ATTENDS_TO_NONE; 2]));
