@@ -36,6 +36,12 @@ impl Entry {
 }
 
 impl ParamBuffer {
+    /// The number of elements of a buffer for tensors of so many elements, with the padding at its
+    /// end.
+    pub fn padded_len(num_elements: i64) -> i64 {
+        (num_elements as u64).next_multiple_of(SIZE_MULTIPLE) as i64
+    }
+
     /// A buffer of zeros for tensors of these names and shapes.
     pub fn zeros(shapes: Vec<(String, Vec<i64>)>, device: Device, kind: Kind) -> Self {
         let mut entries: Vec<Entry> = shapes.into_iter().map(|(name, shape)| Entry { name, shape, start: 0 }).collect();
@@ -49,8 +55,11 @@ impl ParamBuffer {
         };
         let num_matrix_elements = lay_out(true);
         let num_elements = lay_out(false);
-        let padded = (num_elements as u64).next_multiple_of(SIZE_MULTIPLE) as i64;
-        ParamBuffer { buffer: Tensor::zeros([padded], (kind, device)), entries, num_matrix_elements }
+        ParamBuffer {
+            buffer: Tensor::zeros([Self::padded_len(num_elements)], (kind, device)),
+            entries,
+            num_matrix_elements,
+        }
     }
 
     /// Zeros in the same layout.

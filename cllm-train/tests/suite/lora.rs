@@ -148,7 +148,8 @@ fn plan_counts_gradients_and_state_of_the_adapters_only() {
     assert_eq!(bytes("gradients"), [4 * trained, 4 * all]);
     assert_eq!(bytes("optimizer"), [8 * trained, 8 * all]);
     let [with_adapters, plain] = bytes("activations");
-    assert!(plain < with_adapters && with_adapters < plain * 11 / 10, "{plain} {with_adapters}");
+    // Low-rank outputs come, normalized inputs and the gradient of the vocabulary go.
+    assert!(plain * 8 / 10 < with_adapters && with_adapters < plain * 11 / 10, "{plain} {with_adapters}");
 }
 
 #[test]
