@@ -1,17 +1,26 @@
 //! The processes of a distributed run, started by torchrun, Slurm or any launcher that sets the
 //! usual variables.
 
+use std::rc::Rc;
 use std::time::Duration;
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tch::{Device, Kind, Tensor};
 
-use crate::cuda::collectives::{Collectives, Rendezvous};
+use crate::cuda::collectives::Collectives;
+use crate::cuda::store::{Rendezvous, Store};
 use crate::{Error, Result};
 
-/// How long a process waits for the others, at the start and in every collective.
-const TIMEOUT: Duration = Duration::from_secs(1800);
+mod peers;
+
+pub use peers::run_together;
+
+/// How long a process waits in a collective for others that live (see [`run_together`]): longer than
+/// any validation and any checkpoint take.
+const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(4 * 3600);
+/// How long the first processes wait for the last one to start.
+const START_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// This process and its distributed run, as the environment variables describe them.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -68,6 +77,17 @@ impl ProcessEnv {
         };
         Ok(Some(ProcessEnv { rank, world_size, local_rank, rendezvous }))
     }
+
+    /// Connects to the store of the run, and serves it if `serves`.
+    fn connect(&self, serves: bool) -> Result<Store> {
+        let rendezvous = Rendezvous { serves, ..self.rendezvous.clone() };
+        Store::connect(&rendezvous, START_TIMEOUT).map_err(|error| {
+            let (rank, world_size, Rendezvous { host, port, .. }) = (self.rank, self.world_size, &self.rendezvous);
+            Error::usage(format!(
+                "process {rank} of {world_size} cannot reach the others at MASTER_ADDR={host} MASTER_PORT={port}: {error}"
+            ))
+        })
+    }
 }
 
 /// The processes of a run. In a group of one, every collective does nothing.
@@ -86,19 +106,26 @@ impl ProcessGroup {
         ProcessGroup { rank: 0, world_size: 1, collectives: None }
     }
 
-    /// Waits until all processes have joined. They communicate over NCCL if `device` is a GPU,
-    /// otherwise over Gloo.
+    /// Waits until all processes have joined, within [`run_together`]. They communicate over NCCL if
+    /// `device` is a GPU, otherwise over Gloo.
     ///
     /// # Errors
-    /// [`Error::Usage`] when the others cannot be reached in time.
+    /// As [`Self::all_reduce`].
     pub fn join(process: &ProcessEnv, device: Device) -> Result<Self> {
         let gpu = if let Device::Cuda(index) = device { Some(index) } else { None };
-        let ProcessEnv { rank, world_size, rendezvous, .. } = process;
-        let collectives = Collectives::new(rendezvous, *rank, *world_size, gpu, TIMEOUT).map_err(|error| {
-            let address = format!("MASTER_ADDR={} MASTER_PORT={}", rendezvous.host, rendezvous.port);
-            Error::usage(format!("process {rank} of {world_size} cannot reach the others at {address}: {error}"))
-        })?;
-        Ok(ProcessGroup { rank: *rank, world_size: *world_size, collectives: Some(collectives) })
+        let ProcessEnv { rank, world_size, .. } = *process;
+        let store = process.connect(false)?;
+        let collectives = Collectives::new(&store, rank, world_size, gpu, COLLECTIVE_TIMEOUT)
+            .map_err(|error| no_answer(rank, world_size, &error))?;
+        Ok(ProcessGroup { rank, world_size, collectives: Some(collectives) })
+    }
+
+    /// Frees the group once every process has called this. After an error nobody calls it: the
+    /// others may wait for something else.
+    pub fn leave(group: Rc<Self>) {
+        if let Some(collectives) = Rc::into_inner(group).and_then(|group| group.collectives) {
+            collectives.free();
+        }
     }
 
     pub fn rank(&self) -> usize {
@@ -117,7 +144,7 @@ impl ProcessGroup {
     /// Replaces `values` with their sum over all processes.
     ///
     /// # Errors
-    /// [`Error::Negative`] when another process has ended, here and below.
+    /// [`Error::Peer`] when another process has ended, here and below.
     pub fn all_reduce(&self, values: &Tensor) -> Result<()> {
         self.run(|collectives| collectives.all_reduce(values))
     }
@@ -184,11 +211,13 @@ impl ProcessGroup {
 
     fn run(&self, collective: impl FnOnce(&Collectives) -> Result<()>) -> Result<()> {
         let Some(collectives) = &self.collectives else { return Ok(()) };
-        collective(collectives).map_err(|error| {
-            let process = format!("process {} of {}", self.rank, self.world_size);
-            Error::negative(format!("{process}: another process did not answer; it has ended or hangs: {error}"))
-        })
+        collective(collectives).map_err(|error| no_answer(self.rank, self.world_size, &error))
     }
+}
+
+fn no_answer(rank: usize, world_size: usize, error: &Error) -> Error {
+    let message = format!("process {rank} of {world_size}: another process did not answer: {error}");
+    Error::Peer { exit_code: 3, message }
 }
 
 #[cfg(test)]

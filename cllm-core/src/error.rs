@@ -31,6 +31,9 @@ pub enum Error {
     /// The work ran, but its result is negative: rows failed, or a threshold was missed.
     #[error("{0}")]
     Negative(String),
+    /// Another process of the run has failed, with this exit code, or cannot be reached.
+    #[error("{message}")]
+    Peer { exit_code: u8, message: String },
     /// A bug in the toolkit: something that no input should be able to cause.
     #[error(
         "internal error: {0}: this is a bug in the toolkit; please report it, with the command line, the version ({version}) \
@@ -97,7 +100,7 @@ impl Error {
 
     /// Exit code of a program that ends with this error: 1 for a negative result, 2 for usage,
     /// configuration or bad input, 3 for the environment, 70 (`EX_SOFTWARE` of sysexits.h) for a
-    /// bug in the toolkit, 128 + signal when interrupted.
+    /// bug in the toolkit, 128 + signal when interrupted; that of another process that failed.
     pub fn exit_code(&self) -> u8 {
         use ErrorKind::{InvalidData, InvalidInput, IsADirectory, NotADirectory, NotFound};
         match self {
@@ -109,6 +112,7 @@ impl Error {
             },
             Error::Write { source, .. } if source.kind() == IsADirectory => 2,
             Error::Write { .. } | Error::Environment(_) | Error::Torch(_) => 3,
+            Error::Peer { exit_code, .. } => *exit_code,
             Error::Internal(_) => 70,
             Error::Interrupted(signal) => 128 + u8::try_from(*signal).unwrap_or(2),
         }

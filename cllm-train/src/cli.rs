@@ -14,7 +14,7 @@ use crate::export::{self, ExportArgs};
 use crate::rounds::{self, RoundsSettings};
 use crate::settings::Settings;
 use crate::summary::SUMMARY_FILE;
-use crate::{gguf, plan, tokenizer_training, trainer};
+use crate::{gguf, plan, processes, tokenizer_training, trainer};
 
 /// Maximum number of ids, because training a tokenizer reserves memory for all of them.
 const MAX_VOCAB_SIZE: u64 = 10_000_000;
@@ -113,13 +113,15 @@ impl Cli {
         progress::set_quiet(self.quiet);
         match self.verb {
             Verb::Run(args) => {
-                let settings = load(&args)?;
-                let summary = settings.output.join(SUMMARY_FILE);
-                trainer::run(settings)?;
+                let summary = processes::run_together(|| {
+                    let settings = load(&args)?;
+                    let summary = settings.output.join(SUMMARY_FILE);
+                    trainer::run(settings).map(|()| summary)
+                })?;
                 print_file(&summary, args.json)?;
             }
             Verb::Plan { settings, no_timing } => plan::run(&load(&settings)?, no_timing, settings.json)?,
-            Verb::Bench(args) => bench::run(&args.load()?, args.json)?,
+            Verb::Bench(args) => processes::run_together(|| bench::run(&args.load()?, args.json))?,
             Verb::Rounds(args) => {
                 let report = rounds::run(&load_rounds(&args)?)?;
                 print_file(&report, args.json)?;

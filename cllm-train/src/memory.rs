@@ -181,7 +181,8 @@ mod tests {
 
     use super::*;
     use crate::data::dataset::Block;
-    use crate::data::loader::{BatchLoader, RankShard};
+    use crate::data::division::RankShard;
+    use crate::data::loader::BatchLoader;
     use crate::models::Models;
     use crate::optimizer::OptimizerState;
     use crate::settings::{Divergence, Objective};

@@ -2,15 +2,28 @@
 
 use std::rc::Rc;
 
-use cllm_core::distributed::{ProcessEnv, ProcessGroup};
+use cllm_core::distributed::{self, ProcessEnv, ProcessGroup};
+use cllm_core::program::catch_panics;
 use cllm_core::{Error, Result, device, progress};
 use tch::Device;
 
 use crate::plan::refuse_hypothetical;
 use crate::settings::Settings;
 
-/// Joins the other processes that a launcher started, if any. All but the main process become
-/// quiet.
+/// Runs a verb that trains, in each process that a launcher started. If it fails in one of them, all
+/// end with the message of that one.
+///
+/// # Errors
+/// Those of `body`; [`Error::Usage`] if the environment describes no process.
+pub fn run_together<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
+    match ProcessEnv::from_env(|name| std::env::var(name).ok())? {
+        Some(env) => distributed::run_together(&env, || catch_panics(body)),
+        None => body(),
+    }
+}
+
+/// Joins the other processes that a launcher started, if any, within [`run_together`]. All but the
+/// main process become quiet.
 ///
 /// # Errors
 /// [`Error::Usage`] if the environment does not fit the settings, or the other processes do not

@@ -19,7 +19,8 @@ use tch::Tensor;
 use crate::checkpoint::Checkpoints;
 use crate::data::batch::BatchCounts;
 use crate::data::dataset::{self, Example};
-use crate::data::loader::{BatchLoader, RankShard, StepBatches};
+use crate::data::division::RankShard;
+use crate::data::loader::{BatchLoader, StepBatches};
 use crate::data::schedule::Schedule;
 use crate::metrics::{MetricsLog, StepMetrics};
 use crate::models::{Models, load_config, load_tokenizer};
@@ -101,7 +102,7 @@ pub fn run_on(mut settings: Settings, today: Date) -> Result<()> {
     let schedule = Schedule::new(&examples, &settings)?;
     let state = resumed.unwrap_or_else(|| TrainState::initial(fingerprint));
     let trainer = Trainer {
-        group,
+        group: Rc::clone(&group),
         models,
         optimizer,
         checkpoints,
@@ -113,7 +114,9 @@ pub fn run_on(mut settings: Settings, today: Date) -> Result<()> {
         stop_requests: None,
         settings,
     };
-    trainer.train(&examples, &schedule)
+    trainer.train(&examples, &schedule)?;
+    ProcessGroup::leave(group);
+    Ok(())
 }
 
 impl Trainer<'_> {
@@ -171,8 +174,7 @@ impl Trainer<'_> {
         mut metrics: Option<&mut MetricsLog>,
     ) -> Result<()> {
         if let Some(signal) = self.stop_signal()? {
-            self.save()?;
-            return Err(Error::Interrupted(signal));
+            return self.save_and_stop(signal);
         }
         let number = self.state.step + 1;
         let lr = learning_rate(&self.settings.optimizer, number, self.num_steps);
@@ -239,8 +241,7 @@ impl Trainer<'_> {
         };
         let (signal, generation) = self.group.broadcast((signal, generation), self.models.student.device())?;
         if let Some(signal) = signal {
-            self.save()?;
-            return Err(Error::Interrupted(signal));
+            return self.save_and_stop(signal);
         }
         Ok(self.state.validation.record(step, generation, &self.settings.validation))
     }
@@ -290,6 +291,14 @@ impl Trainer<'_> {
         self.update_state();
         let Trainer { models, optimizer, state, group, .. } = self;
         self.checkpoints.save(&models.student, optimizer, state, group)
+    }
+
+    /// Saves a checkpoint and fails with the signal. The first process that fails ends the others,
+    /// so each waits until all have saved.
+    fn save_and_stop<T>(&mut self, signal: i32) -> Result<T> {
+        self.save()?;
+        self.group.barrier(self.models.student.device())?;
+        Err(Error::Interrupted(signal))
     }
 
     fn diverged(&self, problem: String) -> Error {

@@ -4,20 +4,18 @@
 //! the same size cannot be checked here. If they do not, c10d reports an error or waits until its
 //! timeout, but no process touches memory outside its own tensors.
 
-use std::ffi::{CString, c_char, c_int, c_void};
+use std::ffi::{c_int, c_void};
 use std::time::Duration;
 
 use tch::{Device, Tensor};
 
+use super::store::Store;
 use super::{checked, pointer};
 use crate::{Error, Result};
 
 unsafe extern "C" {
     fn cllm_group_new(
-        host: *const c_char,
-        port: c_int,
-        serves: c_int,
-        prefix: *const c_char,
+        store: *mut c_void,
         rank: c_int,
         world_size: c_int,
         gpu: c_int,
@@ -31,17 +29,6 @@ unsafe extern "C" {
     fn cllm_group_free(group: *mut c_void);
 }
 
-/// Where the processes of a group meet: a store that one of them serves.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Rendezvous {
-    pub host: String,
-    pub port: u16,
-    /// Whether this process serves the store.
-    pub serves: bool,
-    /// Prefix of the store's keys.
-    pub prefix: String,
-}
-
 /// A group of processes, over NCCL on GPUs and Gloo on CPUs. Every process calls the same functions
 /// in the same order, with contiguous tensors of the same size and type on the group's device. With
 /// NCCL they return at once, and the device's current stream waits.
@@ -53,38 +40,26 @@ pub struct Collectives {
 }
 
 impl Collectives {
-    /// Joins the other processes. `gpu` is the index of the GPU for NCCL, or `None` for Gloo.
+    /// Joins the other processes at the store; the group keeps this connection to it. `gpu` is the
+    /// index of the GPU for NCCL, or `None` for Gloo.
     ///
     /// # Errors
-    /// [`Error::Torch`] if the store cannot be reached in time.
-    pub fn new(
-        rendezvous: &Rendezvous,
-        rank: usize,
-        world_size: usize,
-        gpu: Option<usize>,
-        timeout: Duration,
-    ) -> Result<Self> {
-        let c_string = |text: &str| {
-            CString::new(text)
-                .map_err(|_| Error::internal(format!("`{text}` contains a zero byte, which no address does")))
-        };
-        let (host, prefix) = (c_string(&rendezvous.host)?, c_string(&rendezvous.prefix)?);
+    /// [`Error::Torch`] if the others do not join in time.
+    pub fn new(store: &Store, rank: usize, world_size: usize, gpu: Option<usize>, timeout: Duration) -> Result<Self> {
         let mut handle = std::ptr::null_mut();
-        // SAFETY: the strings outlive the call. On success the group belongs to this side.
+        let (gpu_index, timeout_ms) = (gpu.map_or(-1, |index| index as c_int), timeout.as_millis() as i64);
+        // SAFETY: the store is valid. On success the group belongs to this side.
         checked(unsafe {
-            cllm_group_new(
-                host.as_ptr(),
-                c_int::from(rendezvous.port),
-                c_int::from(rendezvous.serves),
-                prefix.as_ptr(),
-                rank as c_int,
-                world_size as c_int,
-                gpu.map_or(-1, |index| index as c_int),
-                timeout.as_millis() as i64,
-                &mut handle,
-            )
+            cllm_group_new(store.handle, rank as c_int, world_size as c_int, gpu_index, timeout_ms, &mut handle)
         })?;
         Ok(Collectives { handle, world_size, device: gpu.map_or(Device::Cpu, Device::Cuda) })
+    }
+
+    /// Waits until every process has called this, and frees the group. A group that is only dropped
+    /// is never freed: after an error, the others do not come.
+    pub fn free(self) {
+        // SAFETY: the group was made by `cllm_group_new`, and nothing uses it after this.
+        unsafe { cllm_group_free(self.handle) }
     }
 
     /// Replaces `values` with their sum over all processes.
@@ -125,12 +100,5 @@ impl Collectives {
         }
         let sizes = format!("{:?} and {:?}", shard.size(), whole.size());
         Err(Error::internal(format!("tensors {sizes} do not suit a collective of {} processes", self.world_size)))
-    }
-}
-
-impl Drop for Collectives {
-    fn drop(&mut self) {
-        // SAFETY: the group was made by `cllm_group_new` and is freed once.
-        unsafe { cllm_group_free(self.handle) }
     }
 }

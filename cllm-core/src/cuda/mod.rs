@@ -30,6 +30,7 @@ mod launch;
 pub mod libtorch;
 pub(crate) mod nvrtc;
 pub(crate) mod shape;
+pub(crate) mod store;
 pub(crate) mod tiles;
 pub mod train;
 

@@ -19,7 +19,8 @@ use cllm_core::{Error, Result, device, interrupt, progress, text_file};
 use tch::Device;
 
 use crate::data::dataset;
-use crate::data::loader::{BatchLoader, RankShard};
+use crate::data::division::RankShard;
+use crate::data::loader::BatchLoader;
 use crate::data::schedule::Schedule;
 use crate::memory::{MemoryEstimate, Workload};
 use crate::models::{Models, load_tokenizer};
@@ -42,17 +43,20 @@ pub fn run(settings: &BenchSettings, json: bool) -> Result<()> {
     let training = settings.training()?;
     let (device, group) = processes::join(&training)?;
     if !group.is_main() {
-        return measure(settings, &training, device, group).map(drop);
+        measure(settings, &training, device, &group)?;
+        ProcessGroup::leave(group);
+        return Ok(());
     }
     let mut results = BenchResults::<TrainBenchRecord>::open(&settings.output, device)?;
     let baseline = settings.baseline.as_deref().map(read_baseline).transpose()?;
     let mut record = match device {
         Device::Cpu => {
-            let (record, peak) = libtorch::with_peak_cpu_memory(|| measure(settings, &training, device, group))?;
+            let (record, peak) = libtorch::with_peak_cpu_memory(|| measure(settings, &training, device, &group))?;
             TrainBenchRecord { peak_memory_bytes: Some(peak), ..record? }
         }
-        _ => measure(settings, &training, device, group)?,
+        _ => measure(settings, &training, device, &group)?,
     };
+    ProcessGroup::leave(group);
     record.transformers_blocks_per_second = baseline;
     let text = record.text();
     results.put(&settings.output, record)?;
@@ -64,7 +68,7 @@ fn measure(
     settings: &BenchSettings,
     training: &Settings,
     device: Device,
-    group: Rc<ProcessGroup>,
+    group: &Rc<ProcessGroup>,
 ) -> Result<TrainBenchRecord> {
     libtorch::reset_peak_gpu_memory(device);
     let source = ModelSource::find(settings, training)?;
@@ -86,7 +90,7 @@ fn measure(
         world_size: group.world_size(),
     });
     let loader = BatchLoader::new(training, &examples, config);
-    let timings = time_steps(training, &models, loader, &schedule, settings.num_steps, &group)?;
+    let timings = time_steps(training, &models, loader, &schedule, settings.num_steps, group)?;
     let throughput = Throughput::new(&timings, config, training, device, group.world_size());
     Ok(TrainBenchRecord {
         name: settings.name.clone().unwrap_or_else(|| source.default_name(settings)),

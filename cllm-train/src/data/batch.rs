@@ -71,6 +71,23 @@ pub struct BatchCounts {
 }
 
 impl BatchCounts {
+    /// The counts of one sequence. With an anchor, `anchor_prompt_fraction` is the fraction of the
+    /// prompt tokens in its loss.
+    pub fn of(sequence: &PackedSequence, anchor_prompt_fraction: Option<f64>) -> Self {
+        let num_anchored = |fraction| anchored_prompt_rows(sequence, fraction).count() + sequence.response_ids.len();
+        BatchCounts {
+            num_tokens: sequence.len(),
+            num_response_tokens: sequence.response_ids.len(),
+            num_loss_tokens: Losses {
+                ar: sequence.labelled.iter().filter(|&&labelled| labelled).count(),
+                global: sequence.global_offsets().into_iter().map(|offsets| offsets.len()).sum(),
+                local: sequence.local_offsets().into_iter().map(|offsets| offsets.len()).sum(),
+                anchor: anchor_prompt_fraction.map_or(0, num_anchored),
+            },
+            num_blocks: sequence.noisy_blocks().len(),
+        }
+    }
+
     pub fn add(&mut self, other: BatchCounts) {
         self.num_tokens += other.num_tokens;
         self.num_response_tokens += other.num_response_tokens;
@@ -107,42 +124,36 @@ impl Batch {
     fn push(&mut self, sequence: &PackedSequence, max_chunk_rows: usize, anchor_prompt_fraction: Option<f64>) {
         let first_row = self.packed.tokens.len();
         let first_clean_row = self.clean.tokens.len();
-        self.packed.push(&sequence.token_ids, &sequence.positions, &sequence.attention_ranges());
+        let (token_ids, prompt_len) = (sequence.token_ids(), sequence.prompt_len());
+        self.packed.push(&token_ids, &sequence.positions(), &sequence.attention_ranges());
         if let Some(fraction) = anchor_prompt_fraction {
-            self.clean.push_causal(&sequence.token_ids[..sequence.num_clean_tokens()]);
-            for index in spread_evenly(fraction, sequence.prompt_len.saturating_sub(1)) {
+            self.clean.push_causal(&token_ids[..sequence.num_clean_tokens()]);
+            for index in anchored_prompt_rows(sequence, fraction) {
                 let row = CleanRow { row: first_row + index, clean_row: first_clean_row + index, label: NO_LABEL };
                 self.push_row(row, Vec::new(), max_chunk_rows);
-                self.counts.num_loss_tokens.anchor += 1;
             }
-            self.counts.num_loss_tokens.anchor += sequence.response_ids.len();
         }
         let mut noisy_rows = vec![Vec::new(); sequence.response_ids.len()];
         for (index, predicted) in sequence.global_targets() {
             noisy_rows[predicted].push((first_row + index) as i64);
-            self.counts.num_loss_tokens.global += 1;
         }
-        let num_labels = sequence.labelled.iter().filter(|&&labelled| labelled).count();
+        let has_labels = sequence.labelled.contains(&true);
         for (offset, (&token_id, noisy_rows)) in sequence.response_ids.iter().zip(noisy_rows).enumerate() {
             let is_labelled = sequence.labelled[offset];
             // No loss needs the turns of the user between those of the assistant.
-            if num_labels > 0 && !is_labelled {
+            if has_labels && !is_labelled {
                 continue;
             }
             // After an empty prompt, no token comes before the first of the response.
-            let index = (sequence.prompt_len + offset).saturating_sub(1);
+            let index = (prompt_len + offset).saturating_sub(1);
             let label = if is_labelled { i64::from(token_id) } else { NO_LABEL };
             let row = CleanRow { row: first_row + index, clean_row: first_clean_row + index, label };
             self.push_row(row, noisy_rows, max_chunk_rows);
         }
         for (index, next_index) in sequence.local_targets() {
             self.push_local_row((first_row + index) as i64, (first_row + next_index) as i64, max_chunk_rows);
-            self.counts.num_loss_tokens.local += 1;
         }
-        self.counts.num_tokens += sequence.len();
-        self.counts.num_response_tokens += sequence.response_ids.len();
-        self.counts.num_loss_tokens.ar += num_labels;
-        self.counts.num_blocks += sequence.noisy_blocks().len();
+        self.counts.add(BatchCounts::of(sequence, anchor_prompt_fraction));
     }
 
     /// Adds a row and the noisy rows that have it as their target to the last chunk, or to a new
@@ -168,6 +179,11 @@ impl Batch {
         chunk.rows.push(row);
         chunk.next_rows.push(next_row);
     }
+}
+
+/// The rows of a sequence's prompt that are in the anchor loss.
+fn anchored_prompt_rows(sequence: &PackedSequence, fraction: f64) -> impl Iterator<Item = usize> {
+    spread_evenly(fraction, sequence.prompt_len().saturating_sub(1))
 }
 
 /// A fraction of the indices below `count`, evenly spread.

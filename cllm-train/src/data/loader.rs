@@ -4,12 +4,12 @@
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::Scope;
 
-use cllm_core::distributed::ProcessGroup;
 use cllm_core::fingerprint;
 use cllm_core::model::ModelConfig;
 
 use crate::data::batch::{Batch, BatchCounts, max_chunk_rows};
 use crate::data::dataset::Example;
+use crate::data::division::{ExampleSize, RankShard, divide};
 use crate::data::packing::PackedSequence;
 use crate::data::schedule::Schedule;
 use crate::settings::Settings;
@@ -25,64 +25,66 @@ pub struct StepBatches {
     pub counts: BatchCounts,
 }
 
-/// Selects the batches of a step that a process trains on: every `world_size`-th one, starting with
-/// number `rank`.
-#[derive(Clone, Copy)]
-pub struct RankShard {
-    rank: usize,
-    world_size: usize,
-}
-
-impl RankShard {
-    /// All batches, in a single process.
-    pub fn all() -> Self {
-        RankShard { rank: 0, world_size: 1 }
-    }
-
-    pub fn for_process(group: &ProcessGroup) -> Self {
-        RankShard { rank: group.rank(), world_size: group.world_size() }
-    }
-}
-
 /// Packs the examples of a run into batches.
 #[derive(Clone, Copy)]
 pub struct BatchLoader<'l> {
     settings: &'l Settings,
     examples: &'l [Example],
     max_chunk_rows: usize,
+    /// What attention to one token costs, if a token of a sequence costs 1 without it.
+    pair_cost: f64,
 }
 
 impl<'l> BatchLoader<'l> {
     pub fn new(settings: &'l Settings, examples: &'l [Example], config: &ModelConfig) -> Self {
-        BatchLoader { settings, examples, max_chunk_rows: max_chunk_rows(config) }
+        // By the usual counts of operations, in forward and backward.
+        let flops_per_pair = (12 * config.num_layers * config.num_heads * config.head_dim) as f64;
+        let pair_cost = flops_per_pair / (6 * config.num_parameters()) as f64;
+        BatchLoader { settings, examples, max_chunk_rows: max_chunk_rows(config), pair_cost }
     }
 
     /// Packs some examples, by their indices, for an epoch. The same epoch always draws the same
     /// blocks and states.
     pub fn batch(&self, example_indices: &[usize], epoch: usize) -> Batch {
-        let consistency = &self.settings.consistency;
-        let pack = |&index: &usize| {
-            let example = &self.examples[index];
-            let mut rng = fingerprint::derive_rng(self.settings.seed, &example.id, epoch as u64);
-            PackedSequence::sample(example, consistency, &mut rng)
-        };
-        let sequences: Vec<_> = example_indices.iter().map(pack).collect();
-        let anchor_prompt_fraction = self.settings.is_anchored().then_some(consistency.anchor_prompt_fraction);
-        Batch::new(&sequences, self.max_chunk_rows, anchor_prompt_fraction)
+        let sequences: Vec<_> = example_indices.iter().map(|&index| self.draw(index, epoch)).collect();
+        Batch::new(&sequences, self.max_chunk_rows, self.anchor_prompt_fraction())
     }
 
-    /// Packs the batches of a step. The batches of the other processes are packed too, because
-    /// every process needs the counts of all.
+    /// Draws the blocks and states of an example for an epoch.
+    fn draw(&self, index: usize, epoch: usize) -> PackedSequence {
+        let example = &self.examples[index];
+        let mut rng = fingerprint::derive_rng(self.settings.seed, &example.id, epoch as u64);
+        PackedSequence::sample(example, &self.settings.consistency, &mut rng)
+    }
+
+    fn anchor_prompt_fraction(&self) -> Option<f64> {
+        self.settings.is_anchored().then_some(self.settings.consistency.anchor_prompt_fraction)
+    }
+
+    /// Packs the batches of a step that this process trains on. Of the others only the states are
+    /// drawn, because every process needs the counts of all.
     pub fn step_batches(&self, batches: &[Vec<usize>], epoch: usize, shard: RankShard) -> StepBatches {
         let mut step = StepBatches::default();
-        for (number, example_indices) in batches.iter().enumerate() {
-            let batch = self.batch(example_indices, epoch);
-            step.counts.add(batch.counts);
-            if number % shard.world_size == shard.rank {
-                step.batches.push(batch);
+        let shares = divide(batches, shard.world_size, self.settings.max_batch_tokens, |index| self.size(index));
+        for (rank, share) in shares.iter().enumerate() {
+            if rank == shard.rank {
+                step.batches = share.iter().map(|example_indices| self.batch(example_indices, epoch)).collect();
+                step.batches.iter().for_each(|batch| step.counts.add(batch.counts));
+            } else {
+                let of_example = |&index| BatchCounts::of(&self.draw(index, epoch), self.anchor_prompt_fraction());
+                share.iter().flatten().map(of_example).for_each(|counts| step.counts.add(counts));
             }
         }
         step
+    }
+
+    /// What an example takes at most. A noisy token attends to half of the response on average.
+    fn size(&self, index: usize) -> ExampleSize {
+        let (example, consistency) = (&self.examples[index], &self.settings.consistency);
+        let (prompt_len, response_len) = (example.prompt_ids.len(), example.response_ids.len());
+        let (num_clean, num_tokens) = (prompt_len + response_len, example.max_packed_tokens(consistency));
+        let num_pairs = num_clean * num_clean / 2 + (num_tokens - num_clean) * (prompt_len + response_len / 2);
+        ExampleSize { num_tokens, cost: num_tokens as f64 + self.pair_cost * num_pairs as f64 }
     }
 
     /// Packs the batches of every step from `first_step` on, in order, on a thread of `scope`.

@@ -4,6 +4,8 @@
 //!
 //! Packing the clean and the noisy tokens together is an idea of Jacobi Forcing (arXiv 2512.14681).
 
+use std::ops::Range;
+
 use cllm_core::train::AttentionRanges;
 use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
@@ -33,38 +35,25 @@ pub struct NoisyBlock {
 /// tokens from 0.
 #[derive(Debug, Clone, PartialEq)]
 pub struct PackedSequence {
-    pub(crate) prompt_len: usize,
+    prompt_ids: Vec<i32>,
     pub(crate) response_ids: Vec<i32>,
-    pub(crate) token_ids: Vec<i32>,
-    /// Position id of each token. A noisy token has that of the response token that it replaces.
-    pub(crate) positions: Vec<i32>,
     noisy_blocks: Vec<NoisyBlock>,
     /// For each token of the response, whether the autoregressive loss teaches it.
     pub(crate) labelled: Vec<bool>,
 }
 
 impl PackedSequence {
-    /// Packs a response with noisy states of some of its blocks, which are sorted by their start.
+    /// A response with noisy states of some of its blocks, which are sorted by their start.
     pub fn new(prompt_ids: &[i32], response_ids: &[i32], noisy_blocks: Vec<NoisyBlock>) -> Self {
-        let mut token_ids = [prompt_ids, response_ids].concat();
-        let mut positions: Vec<i32> = (0..token_ids.len() as i32).collect();
-        let states = noisy_blocks.iter().map(|block| (block.start, &block.state));
-        let next_states = noisy_blocks.iter().map(|block| (block.start, &block.next_state));
-        for (start, state) in states.chain(next_states) {
-            token_ids.extend(state);
-            positions.extend((0..state.len()).map(|offset| (prompt_ids.len() + start + offset) as i32));
-        }
         PackedSequence {
-            prompt_len: prompt_ids.len(),
+            prompt_ids: prompt_ids.to_vec(),
             response_ids: response_ids.to_vec(),
-            token_ids,
-            positions,
             noisy_blocks,
             labelled: vec![true; response_ids.len()],
         }
     }
 
-    /// Draws blocks of an example, and one noisy state of each, and packs them.
+    /// Draws blocks of an example, and one noisy state of each.
     pub fn sample(example: &Example, consistency: &ConsistencySettings, rng: &mut ChaCha8Rng) -> Self {
         let mut block_indices = example.candidate_blocks(consistency);
         if let Some(max_blocks) = consistency.max_blocks {
@@ -74,22 +63,43 @@ impl PackedSequence {
         }
         let noisy_blocks =
             block_indices.into_iter().map(|index| sample_noisy_block(example, index, consistency, rng)).collect();
-        let packed = PackedSequence::new(&example.prompt_ids, &example.response_ids, noisy_blocks);
-        PackedSequence { labelled: example.labelled.clone(), ..packed }
+        let sequence = PackedSequence::new(&example.prompt_ids, &example.response_ids, noisy_blocks);
+        PackedSequence { labelled: example.labelled.clone(), ..sequence }
     }
 
     /// Number of tokens.
     pub fn len(&self) -> usize {
-        self.token_ids.len()
+        let num_noisy_tokens = |block: &NoisyBlock| block.state.len() + block.next_state.len();
+        self.num_clean_tokens() + self.noisy_blocks.iter().map(num_noisy_tokens).sum::<usize>()
     }
 
     pub fn is_empty(&self) -> bool {
-        self.token_ids.is_empty()
+        self.len() == 0
+    }
+
+    pub(crate) fn prompt_len(&self) -> usize {
+        self.prompt_ids.len()
+    }
+
+    pub(crate) fn token_ids(&self) -> Vec<i32> {
+        let states = self.noisy_blocks.iter().map(|block| &block.state);
+        let next_states = self.noisy_blocks.iter().map(|block| &block.next_state);
+        let parts = [&self.prompt_ids, &self.response_ids].into_iter().chain(states).chain(next_states);
+        parts.flatten().copied().collect()
+    }
+
+    /// Position id of each token. A noisy token has that of the response token that it replaces.
+    pub(crate) fn positions(&self) -> Vec<i32> {
+        let states = self.noisy_blocks.iter().map(|block| (block.start, block.state.len()));
+        let next_states = self.noisy_blocks.iter().map(|block| (block.start, block.next_state.len()));
+        let of_block = |(start, len): (usize, usize)| self.prompt_len() + start..self.prompt_len() + start + len;
+        let of_blocks = states.chain(next_states).flat_map(of_block);
+        (0..self.num_clean_tokens()).chain(of_blocks).map(|position| position as i32).collect()
     }
 
     /// Number of tokens of the prompt and the response.
     pub(crate) fn num_clean_tokens(&self) -> usize {
-        self.prompt_len + self.response_ids.len()
+        self.prompt_len() + self.response_ids.len()
     }
 
     pub fn noisy_blocks(&self) -> &[NoisyBlock] {
@@ -123,7 +133,7 @@ impl PackedSequence {
                 starts[first.unwrap_or(number)] as i32
             })
             .collect();
-        let clean = |block: &NoisyBlock| (0, (self.prompt_len + block.window_start.min(block.start)) as i32);
+        let clean = |block: &NoisyBlock| (0, (self.prompt_len() + block.window_start.min(block.start)) as i32);
         for ((block, &start), &window_start) in self.noisy_blocks.iter().zip(&starts).zip(&window_starts) {
             let indices = start..start + block.state.len();
             ranges.extend(indices.map(|index| [clean(block), causal(window_start, index), EMPTY_RANGE]));
@@ -140,43 +150,60 @@ impl PackedSequence {
     }
 
     /// For each noisy token in the global loss: its index, and the position in the response of the
-    /// token that it predicts. The loss covers the tokens from the first one at which the noisy
-    /// context differs from the clean one, up to the end of the response.
+    /// token that it predicts.
     pub(crate) fn global_targets(&self) -> Vec<(usize, usize)> {
+        let blocks = self.noisy_blocks.iter().zip(self.state_starts()).zip(self.global_offsets());
+        let targets = |((block, start), offsets): ((&NoisyBlock, usize), Range<usize>)| {
+            let first_predicted = block.start + 1;
+            offsets.map(move |offset| (start + offset, first_predicted + offset))
+        };
+        blocks.flat_map(targets).collect()
+    }
+
+    /// For each noisy block, the offsets of its tokens in the global loss: from the first one at
+    /// which the noisy context differs from the clean one, up to the end of the response.
+    pub(crate) fn global_offsets(&self) -> Vec<Range<usize>> {
         let first_difference = |block: &NoisyBlock| {
             let clean = &self.response_ids[block.start..block.start + block.state.len()];
             block.state.iter().zip(clean).position(|(noisy, clean)| noisy != clean)
         };
-        let mut targets = Vec::new();
-        for (number, (block, start)) in self.noisy_blocks.iter().zip(self.state_starts()).enumerate() {
-            let context_differs = self.noisy_blocks[..number]
-                .iter()
-                .any(|other| other.start >= block.window_start && first_difference(other).is_some());
-            let Some(first) = (if context_differs { Some(0) } else { first_difference(block) }) else { continue };
-            for offset in first..block.state.len() {
-                let predicted = block.start + offset + 1;
-                if predicted < self.response_ids.len() {
-                    targets.push((start + offset, predicted));
-                }
-            }
-        }
-        targets
+        let differences: Vec<Option<usize>> = self.noisy_blocks.iter().map(first_difference).collect();
+        let offsets = |number: usize| {
+            let block = &self.noisy_blocks[number];
+            // Blocks are sorted by their start.
+            let in_window = |&other: &usize| self.noisy_blocks[other].start >= block.window_start;
+            let context_differs = (0..number).rev().take_while(in_window).any(|other| differences[other].is_some());
+            let first = if context_differs { Some(0) } else { differences[number] };
+            let end = self.num_predicted(block).min(block.state.len());
+            first.map_or(0..0, |first| first..end.max(first))
+        };
+        (0..self.noisy_blocks.len()).map(offsets).collect()
     }
 
     /// For each noisy token in the local loss: its index, and the index of its counterpart in the
-    /// next state. The loss covers the tokens from the first one at which the two states differ, up
-    /// to the end of the response.
+    /// next state.
     pub(crate) fn local_targets(&self) -> Vec<(usize, usize)> {
-        let mut targets = Vec::new();
         let starts = self.state_starts().into_iter().zip(self.next_state_starts());
-        for (block, (start, next_start)) in self.noisy_blocks.iter().zip(starts) {
+        let targets = |((start, next_start), offsets): ((usize, usize), Range<usize>)| {
+            offsets.map(move |offset| (start + offset, next_start + offset))
+        };
+        starts.zip(self.local_offsets()).flat_map(targets).collect()
+    }
+
+    /// For each noisy block, the offsets of its tokens in the local loss: from the first one at
+    /// which the two states differ, up to the end of the response.
+    pub(crate) fn local_offsets(&self) -> Vec<Range<usize>> {
+        let offsets = |block: &NoisyBlock| {
             let pairs = block.state.iter().zip(&block.next_state);
-            let first = pairs.clone().position(|(now, next)| now != next).unwrap_or(block.state.len());
-            let num_predicted = self.response_ids.len().saturating_sub(block.start + 1);
-            let offsets = first..pairs.len().min(num_predicted);
-            targets.extend(offsets.map(|offset| (start + offset, next_start + offset)));
-        }
-        targets
+            let first = pairs.clone().position(|(now, next)| now != next).unwrap_or(pairs.len());
+            first..self.num_predicted(block).min(pairs.len()).max(first)
+        };
+        self.noisy_blocks.iter().map(offsets).collect()
+    }
+
+    /// Number of response tokens after the first one of a block.
+    fn num_predicted(&self, block: &NoisyBlock) -> usize {
+        self.response_ids.len().saturating_sub(block.start + 1)
     }
 }
 

@@ -7,7 +7,8 @@ use cllm_core::distributed::ProcessGroup;
 use cllm_core::{Result, device, interrupt};
 use tch::Device;
 
-use crate::data::loader::{BatchLoader, RankShard};
+use crate::data::division::RankShard;
+use crate::data::loader::BatchLoader;
 use crate::models::Models;
 use crate::optimizer::OptimizerState;
 use crate::plan::DurationEstimate;

@@ -19,12 +19,19 @@ use crate::setup::{
 
 /// Starts the processes of a run as torchrun does.
 fn start(file: &str, world_size: usize) -> Vec<Child> {
+    start_each(world_size, |_| (Vec::new(), vec!["run".to_owned(), "-c".to_owned(), file.to_owned()]))
+}
+
+/// Starts processes whose commands differ: for each rank, the command before the program and its
+/// arguments.
+fn start_each(world_size: usize, words: impl Fn(usize) -> (Vec<&'static str>, Vec<String>)) -> Vec<Child> {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let process = |rank: usize| {
         let variables =
             [("WORLD_SIZE", world_size), ("RANK", rank), ("LOCAL_RANK", rank), ("MASTER_PORT", usize::from(port))];
-        let mut command = TRAIN.command(&[]);
-        command.args(["run", "-c", file]).env("MASTER_ADDR", "127.0.0.1");
+        let (prefix, arguments) = words(rank);
+        let mut command = TRAIN.command(&prefix);
+        command.args(arguments).env("MASTER_ADDR", "127.0.0.1");
         command.envs(variables.map(|(name, value)| (name, value.to_string())));
         command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
     };
@@ -158,19 +165,69 @@ fn two_processes_validate_with_an_anchor_and_adapters_as_one_does() {
     }
 }
 
+/// Waits for processes of which the one of this rank fails, and asserts that all end with this exit
+/// code and say why that one failed.
+#[track_caller]
+fn assert_all_end(processes: Vec<Child>, failed: usize, code: i32, message: &str) {
+    let world_size = processes.len();
+    let outputs = processes.into_iter().map(|process| process.wait_with_output().unwrap());
+    for (rank, output) in (0..world_size).rev().zip(outputs) {
+        let stderr = String::from_utf8_lossy(&output.stderr);
+        if rank != failed {
+            assert!(stderr.contains(&format!("error: process {failed} of {world_size} failed: ")), "{rank}: {stderr}");
+        }
+        assert!(stderr.contains(message) && !stderr.contains("internal error"), "{rank}: {stderr}");
+        assert_eq!(output.status.code(), Some(code), "{rank}: {stderr}");
+    }
+}
+
 #[test]
-fn a_process_reports_that_another_was_killed() {
+fn an_error_of_one_process_before_the_first_step_ends_all() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
-    let settings = Settings { epochs: 100_000, ..settings(dir.path(), "killed") };
-    let mut processes = start(&settings_file(dir.path(), &settings), 2);
-    while num_metrics(&settings.output) < 3 {
-        std::thread::yield_now();
+    let file = settings_file(dir.path(), &settings(dir.path(), "run"));
+    let run = |failed: usize, argument: &str| {
+        start_each(2, |rank| {
+            let own = if rank == failed { argument } else { "seed=1" };
+            (Vec::new(), ["run", "-c", &file, own].map(str::to_owned).into())
+        })
+    };
+    for failed in [0, 1] {
+        assert_all_end(run(failed, "optimizer.lr=-1"), failed, 2, "optimizer.lr");
+        assert_all_end(run(failed, "init.tokenizer=/nowhere"), failed, 2, "/nowhere");
     }
-    processes[0].kill().unwrap();
-    let (codes, stderr) = wait(processes);
-    assert_eq!(codes[1], Some(1), "{stderr}");
-    assert!(stderr.contains("it has ended or hangs"), "{stderr}");
+}
+
+#[test]
+fn a_full_disk_ends_all_processes() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let file = settings_file(dir.path(), &settings(dir.path(), "full"));
+    let processes = start_each(3, |rank| {
+        let prefix = if rank == 0 { vec!["sh", "-c", "ulimit -f 64; exec \"$@\"", "sh"] } else { Vec::new() };
+        (prefix, ["run", "-c", &file].map(str::to_owned).into())
+    });
+    assert_all_end(processes, 0, 3, "cannot be written");
+}
+
+#[test]
+fn a_killed_process_ends_all() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    for killed in [0, 2] {
+        let settings = Settings { epochs: 100_000, ..settings(dir.path(), &format!("killed-{killed}")) };
+        let mut processes = start(&settings_file(dir.path(), &settings), 3);
+        while num_metrics(&settings.output) < 3 {
+            std::thread::yield_now();
+        }
+        let mut process = processes.remove(2 - killed);
+        process.kill().unwrap();
+        process.wait().unwrap();
+        let (codes, stderr) = wait(processes);
+        assert_eq!(codes, [Some(3), Some(3)], "{stderr}");
+        assert_eq!(stderr.matches(&format!("error: process {killed} of 3 failed: it ")).count(), 2, "{stderr}");
+        assert_eq!(stderr.matches("ended without a message").count(), 2, "{stderr}");
+    }
 }
 
 fn send_signal(process: &Child, name: &str) {
