@@ -17,10 +17,25 @@ use crate::optimizer::OptimizerState;
 use crate::optimizer_files;
 use crate::run_fingerprint::RunFingerprint;
 use crate::settings::Settings;
+use crate::summary::SUMMARY_FILE;
 use crate::train_state::TrainState;
+use crate::training_state::{
+    FINAL, Kept, STATE_FILE, checkpoints, checkpoints_folder, has_state, kept_checkpoints, read_state, remove_state,
+};
 
-/// The file of a checkpoint that has its train state.
-const STATE_FILE: &str = "state.json";
+/// Links to checkpoints, and what they are to if the final model is one.
+const FINAL_FROM_CHECKPOINTS: &str = "../final";
+const LATEST: &str = "latest";
+const BEST: &str = "best";
+
+/// What a checkpoint is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Purpose {
+    /// To resume from: it has the model and the training state.
+    Resume,
+    /// To keep the best model so far, without training state.
+    KeepBest,
+}
 
 /// The folder in which a run saves its models, and what is saved with them.
 pub struct Checkpoints {
@@ -47,16 +62,16 @@ impl Checkpoints {
         }
     }
 
-    /// The date on which a run was started; `None` if its folder has no readable checkpoint, which
+    /// The date on which a run was started; `None` if its folder has no readable train state, which
     /// [`Checkpoints::resume`] reports.
     pub fn started_on(run: &Path) -> Option<Date> {
-        let path = run.join("checkpoints/latest/state.json");
-        let state: TrainState = serde_json::from_str(&text_file::read(&path).ok()?).ok()?;
-        state.fingerprint.date()
+        let state = if run.join(SUMMARY_FILE).exists() { read_state(run, "") } else { Ok(None) };
+        let state = state.ok()?.or_else(|| read_state(&checkpoints_folder(run).join("latest"), "").ok()?);
+        state?.fingerprint.date()
     }
 
     fn folder(&self) -> PathBuf {
-        self.run.join("checkpoints")
+        checkpoints_folder(&self.run)
     }
 
     /// Whether there is a checkpoint to resume from.
@@ -64,13 +79,15 @@ impl Checkpoints {
         self.folder().join("latest").exists()
     }
 
-    /// Writes a checkpoint, moves `latest` (and `best`) to it and removes old ones. Every process
-    /// must call it: each writes its optimizer state, the main one the rest.
+    /// Writes a checkpoint and moves the links to it: `best` if it is the best so far, and `latest`
+    /// if it is one to resume from. Then removes old ones. Every process must call it: each writes
+    /// its optimizer state, the main one the rest.
     ///
     /// # Errors
     /// File-system errors, a process that has died.
     pub fn save(
         &self,
+        purpose: Purpose,
         model: &Transformer,
         optimizer: &OptimizerState,
         state: &TrainState,
@@ -81,7 +98,7 @@ impl Checkpoints {
         let unfinished = if group.is_main() { Some(UnfinishedFolder::create(&path)?) } else { None };
         let work = group.broadcast(unfinished.as_ref().map(|folder| folder.work().to_owned()), model.device())?;
         let work = work.ok_or_else(|| Error::internal("the main process began no checkpoint"))?;
-        self.write_checkpoint(&work, model, optimizer, state, group)
+        self.write_checkpoint(purpose, &work, model, optimizer, state, group)
             .map_err(|error| atomic_file::with_final_path(error, &work, &path))?;
         // Only when every process has written its part, the folder is whole.
         group.barrier(model.device())?;
@@ -91,14 +108,17 @@ impl Checkpoints {
         // `best` is moved first: a kill in between must not leave `latest` with a best checkpoint
         // that no link points to.
         if best_step == Some(state.step) {
-            replace_link(&self.folder(), "best", &name)?;
+            replace_link(&self.folder(), BEST, &name)?;
         }
-        replace_link(&self.folder(), "latest", &name)?;
+        if purpose == Purpose::Resume {
+            replace_link(&self.folder(), LATEST, &name)?;
+        }
         self.remove_old(best_step)
     }
 
     fn write_checkpoint(
         &self,
+        purpose: Purpose,
         folder: &Path,
         model: &Transformer,
         optimizer: &OptimizerState,
@@ -106,15 +126,17 @@ impl Checkpoints {
         group: &ProcessGroup,
     ) -> Result<()> {
         let mut writer = TensorWriter::new(model.device(), STREAMING_BYTES);
-        // An adapter is no model, and small.
-        let skip_masters = optimizer.masters_are_saved_weights() && self.adapter_base.is_none();
-        optimizer_files::write(&mut writer, folder, optimizer, group, skip_masters)?;
+        if purpose == Purpose::Resume {
+            // An adapter is no model, and small.
+            let skip_masters = optimizer.masters_are_saved_weights() && self.adapter_base.is_none();
+            optimizer_files::write(&mut writer, folder, optimizer, group, skip_masters)?;
+        }
         optimizer.with_average(|| match &self.adapter_base {
             _ if !group.is_main() => Ok(()),
             Some(base) => self.write_adapter(&mut writer, folder, model, base),
             None => self.write_model(&mut writer, folder, model),
         })?;
-        if group.is_main() {
+        if group.is_main() && purpose == Purpose::Resume {
             atomic_file::write_json(&folder.join(STATE_FILE), state)?;
         }
         writer.finish()
@@ -125,7 +147,7 @@ impl Checkpoints {
     /// # Errors
     /// File-system errors, a process that has died.
     pub fn save_final(&self, model: &Transformer, optimizer: &OptimizerState, group: &ProcessGroup) -> Result<PathBuf> {
-        let target = self.run.join("final");
+        let target = self.run.join(FINAL);
         optimizer.with_average(|| {
             if !group.is_main() {
                 return Ok(());
@@ -173,6 +195,44 @@ impl Checkpoints {
         [&self.run, &self.folder()].into_iter().try_for_each(|folder| atomic_file::recover(folder))
     }
 
+    /// Prepares the end of a run whose final model is written: the link `best` if that model is the
+    /// best, and the train state with which the same command finds the run complete.
+    ///
+    /// # Errors
+    /// File-system errors.
+    pub fn finish(&self, state: &TrainState) -> Result<()> {
+        let best_step = state.validation.best.map(|best| best.step);
+        if best_step == Some(state.step) {
+            let checkpoint = format!("step-{:06}", state.step);
+            let is_saved = self.folder().join(&checkpoint).exists();
+            std::fs::create_dir_all(self.folder()).map_err(Error::write(self.folder()))?;
+            replace_link(&self.folder(), BEST, if is_saved { &checkpoint } else { FINAL_FROM_CHECKPOINTS })?;
+        }
+        self.remove_old(best_step)?;
+        atomic_file::write_json(&self.run.join(STATE_FILE), state)
+    }
+
+    /// The train state of a finished run; `None` for one that is not finished.
+    ///
+    /// # Errors
+    /// A damaged file.
+    pub fn finished(&self) -> Result<Option<TrainState>> {
+        if !self.run.join(SUMMARY_FILE).exists() {
+            return Ok(None);
+        }
+        // Earlier versions have it in the last checkpoint alone.
+        let folder = if has_state(&self.run) { self.run.clone() } else { self.folder().join(LATEST) };
+        read_state(&folder, "delete the folder of the run to start over")
+    }
+
+    /// # Errors
+    /// [`Error::File`] if the run was started with another fingerprint.
+    pub fn check_fingerprint(&self, state: &TrainState, fingerprint: &RunFingerprint) -> Result<()> {
+        let Some(difference) = state.fingerprint.difference("was started", fingerprint) else { return Ok(()) };
+        let advice = "choose another output folder, or delete this one to start over";
+        Err(Error::file(&self.run, format!("{difference}; {advice}")))
+    }
+
     /// Restores the newest checkpoint, if there is one. Every process must call it.
     ///
     /// # Errors
@@ -186,13 +246,10 @@ impl Checkpoints {
         let Some(folder) = self.newest()? else { return Ok(None) };
         let real_folder = folder.canonicalize().unwrap_or_else(|_| folder.clone());
         let advice = format!("delete {} to resume from the checkpoint before it", real_folder.display());
-        let path = folder.join(STATE_FILE);
-        let state: TrainState = serde_json::from_str(&text_file::read(&path)?)
-            .map_err(|error| Error::file(&path, format!("is damaged ({error}): {advice}")))?;
-        if let Some(difference) = state.fingerprint.difference("was started", fingerprint) {
-            let advice = "choose another output folder, or delete this one to start over";
-            return Err(Error::file(&self.run, format!("{difference}; {advice}")));
-        }
+        let Some(state) = read_state(&folder, &advice)? else {
+            return Err(Error::file(&folder, format!("has no {STATE_FILE}: {advice}")));
+        };
+        self.check_fingerprint(&state, fingerprint)?;
         optimizer_files::read(&folder, optimizer, model.config(), &advice)?;
         optimizer.finish_restore(state.num_skipped_steps)?;
         Ok(Some(state))
@@ -201,74 +258,25 @@ impl Checkpoints {
     /// The checkpoint that `latest` points to. If someone has deleted it, the newest of the others,
     /// which loses less than starting over.
     fn newest(&self) -> Result<Option<PathBuf>> {
-        let latest = self.folder().join("latest");
+        let latest = self.folder().join(LATEST);
         if latest.exists() {
             return Ok(Some(latest));
         }
-        Ok(self.steps()?.pop().map(|(_, newest)| newest))
-    }
-
-    /// What the folder of the run has of earlier saves.
-    ///
-    /// # Errors
-    /// Folders that cannot be read.
-    pub fn stored_bytes(&self) -> Result<StoredBytes> {
-        let checkpoints = self.steps()?.into_iter().map(|(step, path)| Ok((step, folder_bytes(&path)?)));
-        Ok(StoredBytes {
-            checkpoints: checkpoints.collect::<Result<_>>()?,
-            final_model: folder_bytes(&self.run.join("final"))?,
-            unfinished: [&self.run, &self.folder()]
-                .into_iter()
-                .map(|folder| unfinished_bytes(folder))
-                .sum::<Result<_>>()?,
-        })
+        let mut checkpoints = checkpoints(&self.run)?;
+        checkpoints.retain(|(_, path)| has_state(path));
+        Ok(checkpoints.pop().map(|(_, newest)| newest))
     }
 
     fn remove_old(&self, best_step: Option<usize>) -> Result<()> {
-        let mut steps = self.steps()?;
-        steps.retain(|(step, _)| Some(*step) != best_step);
-        let num_old = steps.len().saturating_sub(self.max_checkpoints);
-        steps[..num_old].iter().try_for_each(|(_, path)| std::fs::remove_dir_all(path).map_err(Error::write(path)))
+        let checkpoints = checkpoints(&self.run)?;
+        let described: Vec<_> = checkpoints.iter().map(|(step, path)| (*step, has_state(path))).collect();
+        let kept = kept_checkpoints(&described, best_step, self.max_checkpoints);
+        checkpoints.iter().zip(kept).try_for_each(|((_, path), kept)| match kept {
+            Kept::Whole => Ok(()),
+            Kept::ModelOnly => remove_state(path),
+            Kept::Nothing => std::fs::remove_dir_all(path).map_err(Error::write(path)),
+        })
     }
-
-    /// All checkpoints with their steps, oldest first.
-    fn steps(&self) -> Result<Vec<(usize, PathBuf)>> {
-        let folder = self.folder();
-        let mut steps = Vec::new();
-        if !folder.exists() {
-            return Ok(steps);
-        }
-        for entry in std::fs::read_dir(&folder).map_err(Error::io(&folder))? {
-            let path = entry.map_err(Error::io(&folder))?.path();
-            let step = path.file_name().and_then(|name| name.to_str()?.strip_prefix("step-")?.parse().ok());
-            steps.extend(step.map(|step| (step, path)));
-        }
-        steps.sort();
-        Ok(steps)
-    }
-}
-
-/// Bytes of the checkpoints and of the final model in the folder of a run.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct StoredBytes {
-    /// With their steps, oldest first.
-    pub checkpoints: Vec<(usize, u64)>,
-    pub final_model: u64,
-    /// What a killed process left, which the next one removes.
-    pub unfinished: u64,
-}
-
-fn unfinished_bytes(folder: &Path) -> Result<u64> {
-    atomic_file::unfinished(folder)?.iter().map(|path| folder_bytes(path)).sum()
-}
-
-/// Bytes of a file, or of all files in a folder and in those below it; 0 if there is none.
-fn folder_bytes(folder: &Path) -> Result<u64> {
-    if !folder.is_dir() {
-        return Ok(folder.metadata().map_or(0, |metadata| metadata.len()));
-    }
-    let entries = std::fs::read_dir(folder).map_err(Error::io(folder))?;
-    entries.map(|entry| folder_bytes(&entry.map_err(Error::io(folder))?.path())).sum()
 }
 
 /// Makes the link `name` point to `target`, in one atomic step.
@@ -277,4 +285,78 @@ fn replace_link(folder: &Path, name: &str, target: &str) -> Result<()> {
     let _ = std::fs::remove_file(&new);
     std::os::unix::fs::symlink(target, &new).map_err(Error::write(&new))?;
     std::fs::rename(&new, folder.join(name)).map_err(Error::write(folder))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::validation::best_checkpoint::BestCheckpoint;
+
+    struct Run(tempfile::TempDir);
+
+    impl Run {
+        /// A run with checkpoints to resume from and others that have a model only.
+        fn new(steps: &[usize], models: &[usize]) -> Self {
+            let run = Run(tempfile::tempdir().unwrap());
+            for step in steps.iter().chain(models) {
+                std::fs::create_dir_all(run.checkpoint(*step)).unwrap();
+                std::fs::write(run.checkpoint(*step).join("model"), "").unwrap();
+            }
+            for step in steps {
+                atomic_file::write_json(&run.checkpoint(*step).join(STATE_FILE), &state(*step, None)).unwrap();
+                std::fs::write(run.checkpoint(*step).join("optimizer-00001-of-00001.safetensors"), "").unwrap();
+            }
+            run
+        }
+
+        fn checkpoint(&self, step: usize) -> PathBuf {
+            checkpoints_folder(self.0.path()).join(format!("step-{step:06}"))
+        }
+
+        fn checkpoints(&self, max_checkpoints: usize) -> Checkpoints {
+            let settings = Settings { output: self.0.path().to_owned(), max_checkpoints, ..Settings::default() };
+            Checkpoints::new(&settings, Path::new(""))
+        }
+
+        /// The steps of the checkpoints to resume from, and of those with a model only.
+        fn steps(&self) -> (Vec<usize>, Vec<usize>) {
+            let all = checkpoints(self.0.path()).unwrap();
+            let (resumable, models): (Vec<_>, Vec<_>) = all.into_iter().partition(|(_, path)| has_state(path));
+            let models = models.into_iter().inspect(|(_, path)| {
+                assert_eq!(std::fs::read_dir(path).unwrap().count(), 1, "{path:?}");
+            });
+            (resumable.into_iter().map(|(step, _)| step).collect(), models.map(|(step, _)| step).collect())
+        }
+    }
+
+    fn state(step: usize, best_step: Option<usize>) -> TrainState {
+        let mut state = TrainState { step, ..TrainState::initial(RunFingerprint::default()) };
+        state.validation.best = best_step.map(|step| BestCheckpoint { step, tokens_per_forward_finished: 2.0 });
+        state
+    }
+
+    #[test]
+    fn a_run_resumes_from_checkpoints_with_training_state_only() {
+        let run = Run::new(&[2, 4], &[6]);
+        let checkpoints = run.checkpoints(2);
+        assert_eq!(checkpoints.newest().unwrap(), Some(run.checkpoint(4)));
+        remove_state(&run.checkpoint(4)).unwrap();
+        assert_eq!(checkpoints.newest().unwrap(), Some(run.checkpoint(2)));
+        std::os::unix::fs::symlink("step-000002", checkpoints.folder().join(LATEST)).unwrap();
+        assert_eq!(checkpoints.newest().unwrap(), Some(checkpoints.folder().join(LATEST)));
+    }
+
+    #[test]
+    fn the_final_model_can_be_the_best() {
+        let run = Run::new(&[2, 4], &[3]);
+        let target = || std::fs::read_link(checkpoints_folder(run.0.path()).join(BEST)).unwrap();
+        for (last, best, expected) in [(5, 5, FINAL_FROM_CHECKPOINTS), (4, 4, "step-000004"), (6, 4, "step-000004")] {
+            run.checkpoints(2).finish(&state(last, Some(best))).unwrap();
+            assert_eq!(target(), Path::new(expected));
+            assert_eq!(run.steps(), (vec![2, 4], vec![]));
+        }
+        assert_eq!(run.checkpoints(2).finished().unwrap(), None, "there is no summary");
+        std::fs::write(run.0.path().join(SUMMARY_FILE), "").unwrap();
+        assert_eq!(run.checkpoints(2).finished().unwrap().unwrap().step, 6);
+    }
 }

@@ -14,7 +14,7 @@ use crate::export::{self, ExportArgs};
 use crate::rounds::{self, RoundsSettings};
 use crate::settings::Settings;
 use crate::summary::SUMMARY_FILE;
-use crate::{gguf, plan, processes, tokenizer_training, trainer};
+use crate::{gguf, plan, processes, tokenizer_training, trainer, training_state};
 
 /// Maximum number of ids, because training a tokenizer reserves memory for all of them.
 const MAX_VOCAB_SIZE: u64 = 10_000_000;
@@ -82,10 +82,22 @@ enum Verb {
     },
     /// Convert a checkpoint to a model folder with weights of another type; an adapter is merged
     /// into its model.
-    #[command(
-        after_help = "Example:\n  cllm-train export runs/student/checkpoints/latest --dtype bf16 --output runs/student-bf16"
-    )]
+    #[command(after_help = "Example:\n  cllm-train export runs/student/final --dtype bf16 --output runs/student-bf16")]
     Export(ExportArgs),
+    /// Remove the training state of finished runs: what they could be resumed from, several times as
+    /// large as a model. Their models stay.
+    #[command(after_help = "Example:\n  cllm-train prune runs/teacher runs/student --dry-run")]
+    Prune {
+        /// Folders of runs.
+        #[arg(required = true)]
+        runs: Vec<PathBuf>,
+        /// Include runs that are not finished. They cannot be resumed afterwards.
+        #[arg(long)]
+        force: bool,
+        /// Only say how much would be freed.
+        #[arg(long)]
+        dry_run: bool,
+    },
     /// Convert a GGUF file to a Hugging Face folder: bfloat16 weights, config and tokenizer.
     #[command(
         after_help = "Example:\n  cllm-train convert SmolLM2-135M-Instruct.Q4_1.gguf models/SmolLM2-135M-Instruct"
@@ -136,6 +148,7 @@ impl Cli {
             }
             Verb::Tokenizer { prompts, vocab_size, output } => train_tokenizer(&prompts, vocab_size, &output)?,
             Verb::Export(args) => export::run(&args)?,
+            Verb::Prune { runs, force, dry_run } => training_state::prune(&runs, force, dry_run)?,
             Verb::Convert { gguf, folder } => {
                 gguf::convert(&gguf, &folder)?;
                 progress::log(format!("the model is in {}", folder.display()));

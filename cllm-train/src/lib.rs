@@ -28,4 +28,5 @@ pub mod tensorboard;
 pub mod tokenizer_training;
 mod train_state;
 pub mod trainer;
+mod training_state;
 mod validation;

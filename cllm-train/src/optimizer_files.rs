@@ -26,6 +26,11 @@ fn file_name(rank: usize, world_size: usize) -> String {
     format!("optimizer-{:05}-of-{world_size:05}.safetensors", rank + 1)
 }
 
+/// Whether a file of a checkpoint has optimizer state.
+pub fn is_optimizer_file(name: &str) -> bool {
+    name == OLD_FILE || world_size_of(name).is_some()
+}
+
 /// The number of processes in a file's name.
 fn world_size_of(name: &str) -> Option<usize> {
     let (rank, world_size) = name.strip_prefix("optimizer-")?.strip_suffix(".safetensors")?.split_once("-of-")?;

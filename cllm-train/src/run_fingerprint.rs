@@ -14,8 +14,8 @@ use serde_json::Value;
 use crate::settings::{Objective, Settings};
 
 /// Settings that do not change the result of a run, and so may change between its parts.
-const FREE_SETTINGS: [&str; 7] =
-    ["log_every", "save_every", "max_checkpoints", "checkpointed_layers", "output", "device", "memory"];
+const FREE_SETTINGS: [&str; 8] =
+    ["log_every", "save_every", "max_checkpoints", "keep_state", "checkpointed_layers", "output", "device", "memory"];
 
 /// Settings and contents that a result depends on.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]

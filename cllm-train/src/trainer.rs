@@ -16,7 +16,7 @@ use cllm_core::progress::{Progress, count};
 use cllm_core::{Error, Result, atomic_file, interrupt, progress};
 use tch::Tensor;
 
-use crate::checkpoint::Checkpoints;
+use crate::checkpoint::{Checkpoints, Purpose};
 use crate::data::batch::BatchCounts;
 use crate::data::dataset::{self, Example};
 use crate::data::division::RankShard;
@@ -30,8 +30,9 @@ use crate::processes;
 use crate::run_fingerprint::RunFingerprint;
 use crate::settings::Settings;
 use crate::step::{StepOutput, train_step};
-use crate::summary::{SUMMARY_FILE, Summary};
+use crate::summary::Summary;
 use crate::train_state::TrainState;
+use crate::training_state::{FINAL, remove_state_of_run};
 use crate::validation::Validator;
 
 /// A run stops after this many steps in a row without a finite gradient. It checks this whenever it
@@ -78,15 +79,22 @@ pub fn run_on(mut settings: Settings, today: Date) -> Result<()> {
     let (tokenizer, tokenizer_folder) = load_tokenizer(&settings)?;
     // A date that no template prints is no part of the run.
     settings.rendering.date = tokenizer.rendering_record().date;
+    let fingerprint = || RunFingerprint::for_training(&settings, &tokenizer, &tokenizer_folder);
+    let checkpoints = Checkpoints::new(&settings, &tokenizer_folder);
+    if let Some(state) = checkpoints.finished()? {
+        checkpoints.check_fingerprint(&state, &fingerprint()?)?;
+        let (steps, model) = (count(state.step, "step"), settings.output.join(FINAL));
+        progress::log(format!("already complete: {steps}; the model is in {}", model.display()));
+        return Ok(());
+    }
     let config = load_config(&settings, &tokenizer, &tokenizer_folder)?;
     let examples = dataset::read(&settings, &tokenizer, &config)?;
     let validator = Validator::load(&settings, &tokenizer, &config)?;
     let probe = validator.as_ref().and_then(Validator::probe_size);
     refuse_what_cannot_fit(&settings, (device, &group), &config, &examples, probe, &tokenizer_folder)?;
     let models = Models::load(&settings, &tokenizer, &tokenizer_folder, device)?;
-    let fingerprint = RunFingerprint::for_training(&settings, &tokenizer, &tokenizer_folder)?;
+    let fingerprint = fingerprint()?;
     let mut optimizer = OptimizerState::new(&models.student, &settings.optimizer, settings.seed, Rc::clone(&group))?;
-    let checkpoints = Checkpoints::new(&settings, &tokenizer_folder);
     if group.is_main() {
         std::fs::create_dir_all(&settings.output).map_err(Error::write(&settings.output))?;
         checkpoints.recover()?;
@@ -122,11 +130,6 @@ pub fn run_on(mut settings: Settings, today: Date) -> Result<()> {
 impl Trainer<'_> {
     fn train(mut self, examples: &[Example], schedule: &Schedule) -> Result<()> {
         let run = self.settings.output.clone();
-        if self.is_over() && run.join(SUMMARY_FILE).exists() {
-            let steps = count(self.state.step, "step");
-            progress::log(format!("already complete: {steps}; the model is in {}", run.join("final").display()));
-            return Ok(());
-        }
         if self.state.step > 0 {
             progress::log(format!("resuming after step {}", self.state.step));
         }
@@ -137,11 +140,10 @@ impl Trainer<'_> {
         let is_main = self.group.is_main();
         let mut metrics = is_main.then(|| MetricsLog::open(&run, self.state.step, self.is_validated())).transpose()?;
         // The validation of the initial model, or one that a signal interrupted, is due here.
-        if self.validate_if_due(metrics.as_mut())? {
-            self.save()?;
+        if self.validate_if_due(metrics.as_mut())? && !self.is_over() {
+            self.save(Purpose::KeepBest)?;
         }
         self.take_steps(examples, schedule, metrics.as_mut())?;
-        self.save()?;
         self.finish(metrics.as_ref())
     }
 
@@ -192,8 +194,12 @@ impl Trainer<'_> {
             self.check_progress()?;
         }
         let is_new_best = self.validate_if_due(metrics)?;
-        let is_due = self.settings.save_every.is_some_and(|every| number.is_multiple_of(every));
-        if number < self.num_steps && (is_new_best || is_due) { self.save() } else { Ok(()) }
+        match self.settings.saves_after(number) {
+            _ if self.is_over() => Ok(()),
+            true => self.save(Purpose::Resume),
+            false if is_new_best => self.save(Purpose::KeepBest),
+            false => Ok(()),
+        }
     }
 
     /// The signal that asks the run to stop, if any. A signal reaches the processes in different
@@ -283,20 +289,24 @@ impl Trainer<'_> {
 
     /// Saves a checkpoint, unless the weights are no longer finite, since nobody wants to resume
     /// from those.
-    fn save(&mut self) -> Result<()> {
-        if !self.optimizer.is_finite() {
-            let step = self.state.step;
-            return Err(self.diverged(format!("the weights are not finite after step {step}")));
-        }
+    fn save(&mut self, purpose: Purpose) -> Result<()> {
+        self.check_finite()?;
         self.update_state();
         let Trainer { models, optimizer, state, group, .. } = self;
-        self.checkpoints.save(&models.student, optimizer, state, group)
+        self.checkpoints.save(purpose, &models.student, optimizer, state, group)
+    }
+
+    fn check_finite(&self) -> Result<()> {
+        if self.optimizer.is_finite() {
+            return Ok(());
+        }
+        Err(self.diverged(format!("the weights are not finite after step {}", self.state.step)))
     }
 
     /// Saves a checkpoint and fails with the signal. The first process that fails ends the others,
     /// so each waits until all have saved.
     fn save_and_stop<T>(&mut self, signal: i32) -> Result<T> {
-        self.save()?;
+        self.save(Purpose::Resume)?;
         self.group.barrier(self.models.student.device())?;
         Err(Error::Interrupted(signal))
     }
@@ -310,11 +320,18 @@ impl Trainer<'_> {
         Error::negative(format!("{}: {problem}; {kept}: {advice}", self.settings.output.display()))
     }
 
-    /// Writes the final model and the summary.
-    fn finish(self, metrics: Option<&MetricsLog>) -> Result<()> {
-        let student = &self.models.student;
-        let model = self.checkpoints.save_final(student, &self.optimizer, &self.group)?;
+    /// Writes the final model and the summary, and removes the training state unless it is to be
+    /// kept.
+    fn finish(mut self, metrics: Option<&MetricsLog>) -> Result<()> {
+        self.check_finite()?;
+        self.update_state();
+        let model = self.checkpoints.save_final(&self.models.student, &self.optimizer, &self.group)?;
+        if self.settings.keep_state {
+            self.save(Purpose::Resume)?;
+        }
         let Some(metrics) = metrics else { return Ok(()) };
+        self.checkpoints.finish(&self.state)?;
+        let student = &self.models.student;
         let state = &self.state;
         let summary = Summary {
             schema_version: 1,
@@ -335,6 +352,9 @@ impl Trainer<'_> {
             model: model.clone(),
         };
         summary.write(&self.settings.output)?;
+        if !self.settings.keep_state {
+            remove_state_of_run(&self.settings.output)?;
+        }
         self.log_end(&model);
         Ok(())
     }

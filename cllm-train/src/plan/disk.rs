@@ -4,19 +4,19 @@ use cllm_core::model::ModelConfig;
 use serde::Serialize;
 use tch::Kind;
 
-use crate::checkpoint::StoredBytes;
 use crate::memory::masters_are_copies;
 use crate::settings::{Settings, StateDtype};
+use crate::training_state::{Kept, StoredBytes, StoredCheckpoint, kept_checkpoints};
 
 /// Bytes in the folder of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct DiskEstimate {
-    /// One checkpoint.
+    /// A checkpoint to resume from.
     pub checkpoint: u64,
     /// The final model.
     pub final_model: u64,
-    /// The most that the folder has at a time. A checkpoint or a model is complete before an older
-    /// one is removed.
+    /// The most that the folder has at a time, if the run is not interrupted. A checkpoint or a
+    /// model is complete before an older one is removed.
     pub peak: u64,
     /// How much of that the folder does not have yet: what must be free.
     pub needed: u64,
@@ -33,29 +33,84 @@ impl DiskEstimate {
         tokenizer_bytes: u64,
         stored: &StoredBytes,
     ) -> Self {
-        let Sizes { checkpoint, final_model } = Sizes::new(settings, config, kind, tokenizer_bytes);
-        let mut folders: Vec<u64> = stored.checkpoints.iter().map(|(_, bytes)| *bytes).collect();
-        let total = |folders: &[u64]| folders.iter().sum::<u64>() + stored.final_model;
-        let before = total(&folders);
-        let mut peak = before;
-        let max_kept = settings.max_checkpoints + usize::from(settings.validation.prompts.is_some());
-        let steps_done = stored.checkpoints.last().map_or(0, |(step, _)| *step);
-        if steps_done < num_steps || stored.final_model == 0 {
-            // After so many saves, every other one finds the same number of folders.
-            let num_saves = num_saves(settings, steps_done, num_steps).min(folders.len() + max_kept + 1);
-            for _ in 0..num_saves {
-                folders.push(checkpoint);
-                peak = peak.max(total(&folders));
-                folders.drain(..folders.len().saturating_sub(max_kept));
-            }
-            peak = peak.max(total(&folders) + final_model);
+        let sizes = Sizes::new(settings, config, kind, tokenizer_bytes);
+        let mut folder =
+            RunFolder { checkpoints: stored.checkpoints.clone(), final_model: stored.final_model, peak: 0 };
+        let before = folder.num_bytes();
+        folder.peak = before;
+        if !stored.is_finished {
+            folder.train(settings, sizes, num_steps);
         }
-        DiskEstimate { checkpoint, final_model, peak, needed: (peak - before).saturating_sub(stored.unfinished) }
+        DiskEstimate {
+            checkpoint: sizes.model + sizes.state,
+            final_model: sizes.final_model,
+            peak: folder.peak,
+            needed: (folder.peak - before).saturating_sub(stored.unfinished),
+        }
     }
 }
 
+/// The folder of a run while it goes on.
+struct RunFolder {
+    checkpoints: Vec<StoredCheckpoint>,
+    final_model: u64,
+    /// The most that it had at a time.
+    peak: u64,
+}
+
+impl RunFolder {
+    fn num_bytes(&self) -> u64 {
+        let checkpoints = self.checkpoints.iter().map(|checkpoint| checkpoint.model + checkpoint.state);
+        checkpoints.sum::<u64>() + self.final_model
+    }
+
+    /// Saves what a run does from the last checkpoint on. Any validation of prompts may find the
+    /// best checkpoint so far.
+    fn train(&mut self, settings: &Settings, sizes: Sizes, num_steps: usize) {
+        let first = 1 + self.checkpoints.iter().rfind(|checkpoint| checkpoint.state > 0).map_or(0, |last| last.step);
+        let mut best_step = None;
+        for step in first..num_steps {
+            let is_best = settings.validation.prompts.is_some() && step.is_multiple_of(settings.validation.every);
+            let is_due = settings.saves_after(step);
+            if is_best {
+                best_step = Some(step);
+            }
+            if is_best || is_due {
+                self.save(settings, sizes, step, is_due, best_step);
+            }
+        }
+        // The new model is complete before an old one is removed.
+        self.peak = self.peak.max(self.num_bytes() + sizes.final_model);
+        self.final_model = sizes.final_model;
+        if settings.keep_state {
+            self.save(settings, sizes, num_steps, true, best_step);
+        }
+    }
+
+    fn save(&mut self, settings: &Settings, sizes: Sizes, step: usize, has_state: bool, best_step: Option<usize>) {
+        let state = if has_state { sizes.state } else { 0 };
+        self.checkpoints.push(StoredCheckpoint { step, model: sizes.model, state });
+        self.peak = self.peak.max(self.num_bytes());
+        let described: Vec<_> =
+            self.checkpoints.iter().map(|checkpoint| (checkpoint.step, checkpoint.state > 0)).collect();
+        let mut kept = kept_checkpoints(&described, best_step, settings.max_checkpoints).into_iter();
+        self.checkpoints.retain_mut(|checkpoint| {
+            let kept = kept.next().unwrap_or(Kept::Nothing);
+            if kept == Kept::ModelOnly {
+                checkpoint.state = 0;
+            }
+            kept != Kept::Nothing
+        });
+    }
+}
+
+/// Bytes of what a run saves.
+#[derive(Clone, Copy)]
 struct Sizes {
-    checkpoint: u64,
+    /// The model or the adapter in a checkpoint.
+    model: u64,
+    /// The training state in a checkpoint.
+    state: u64,
     final_model: u64,
 }
 
@@ -72,20 +127,14 @@ impl Sizes {
         let are_saved = !masters_are_copies(settings, kind) && !has_average && settings.lora.is_none();
         let num_stored = if are_saved { 2 } else { 3 };
         let average = if has_average { 4 } else { 0 };
-        let trained_weights = element * trained + tokenizer_bytes;
-        let adapter = if settings.lora.is_some() { trained_weights } else { 0 };
+        let model = element * trained + tokenizer_bytes;
+        let adapter = if settings.lora.is_some() { model } else { 0 };
         Sizes {
-            checkpoint: trained_weights + (num_stored * number + average) * trained,
+            model,
+            state: (num_stored * number + average) * trained,
             final_model: element * parameters + tokenizer_bytes + adapter,
         }
     }
-}
-
-/// Checkpoints after step `steps_done`. Any validation of prompts may find the best so far.
-fn num_saves(settings: &Settings, steps_done: usize, num_steps: usize) -> usize {
-    let multiples = |every: usize| (num_steps.saturating_sub(1) / every).saturating_sub(steps_done / every);
-    let validations = settings.validation.prompts.as_ref().map_or(0, |_| multiples(settings.validation.every));
-    settings.save_every.map_or(0, multiples) + validations + usize::from(steps_done < num_steps)
 }
 
 #[cfg(test)]
@@ -135,16 +184,26 @@ mod tests {
             let DiskEstimate { checkpoint, final_model, peak, needed } =
                 estimate(settings, Kind::Float, &StoredBytes::default());
             assert_eq!(peak, needed);
-            let (checkpoints, rest) = (peak / checkpoint, peak % checkpoint);
-            (checkpoints, if rest == final_model { "final" } else { "" })
+            // In float32, a model in a checkpoint is as large as the final one.
+            let counts = (0..10).flat_map(|checkpoints| (0..3).map(move |models| (checkpoints, models)));
+            let has_peak = |(checkpoints, models): &(u64, u64)| checkpoints * checkpoint + models * final_model == peak;
+            counts.into_iter().find(has_peak).unwrap()
         };
         let mut settings = Settings { save_every: Some(200), max_checkpoints: 2, ..Settings::default() };
-        assert_eq!(peak(&settings), (3, ""), "two are kept while the third is written");
+        assert_eq!(peak(&settings), (3, 0), "two are kept while the third is written");
+        assert_eq!(peak(&Settings { save_every: Some(400), ..settings.clone() }), (2, 1), "steps 400 and 800");
         settings.validation.prompts = Some(PathBuf::from("p"));
-        assert_eq!(peak(&settings), (4, ""), "the best as well");
+        assert_eq!(peak(&settings), (4, 0), "the best as well");
+        settings.validation.every = 150;
+        assert_eq!(peak(&settings), (3, 1), "the best was saved without training state");
         settings.max_checkpoints = 100;
-        assert_eq!(peak(&settings), (9, "final"), "steps 200 to 800, validations at the same, and the last");
-        assert_eq!(peak(&Settings { save_every: None, ..Settings::default() }), (1, "final"));
+        settings.validation.every = 200;
+        assert_eq!(peak(&settings), (4, 1), "steps 200 to 800");
+        settings.keep_state = true;
+        assert_eq!(peak(&settings), (5, 1), "and the last");
+        for save_every in [None, Some(0)] {
+            assert_eq!(peak(&Settings { save_every, ..Settings::default() }), (0, 1));
+        }
     }
 
     #[test]
@@ -153,15 +212,18 @@ mod tests {
         let DiskEstimate { checkpoint, final_model, needed: fresh, .. } =
             estimate(&settings, Kind::Float, &StoredBytes::default());
         assert_eq!(fresh, 3 * checkpoint);
-        let needed = |steps: &[usize], final_model: u64, unfinished: u64| {
-            let checkpoints = steps.iter().map(|&step| (step, checkpoint)).collect();
-            estimate(&settings, Kind::Float, &StoredBytes { checkpoints, final_model, unfinished }).needed
+        let needed = |steps: &[usize], final_model: u64, unfinished: u64, is_finished: bool| {
+            let stored = |&step: &usize| StoredCheckpoint { step, model: 100, state: checkpoint - 100 };
+            let checkpoints = steps.iter().map(stored).collect();
+            let stored = StoredBytes { checkpoints, final_model, unfinished, is_finished };
+            estimate(&settings, Kind::Float, &stored).needed
         };
-        assert_eq!(needed(&[200, 400], 0, 0), checkpoint, "one more while an old one is still there");
-        assert_eq!(needed(&[200, 400], 0, 50), checkpoint - 50, "a killed process left a part, which is removed first");
-        assert_eq!(needed(&[200, 400, 600, 800], 0, 0), checkpoint, "max_checkpoints was larger before");
-        assert_eq!(needed(&[800, 1000], 0, 0), final_model, "only the final model is missing");
-        assert_eq!(needed(&[800, 1000], final_model, 0), 0, "the run is complete");
-        assert_eq!(needed(&[800], final_model, 0), checkpoint + final_model, "a longer run replaces the final model");
+        assert_eq!(needed(&[200, 400], 0, 0, false), checkpoint, "one more while an old one is still there");
+        let of_killed = needed(&[200, 400], 0, 50, false);
+        assert_eq!(of_killed, checkpoint - 50, "a killed process left a part, which is removed first");
+        assert_eq!(needed(&[200, 400, 600, 800], 0, 0, false), final_model, "max_checkpoints was larger before");
+        assert_eq!(needed(&[800, 999], 0, 0, false), final_model, "only the final model is missing");
+        assert_eq!(needed(&[200, 400], final_model, 0, true), 0, "the run is finished");
+        assert_eq!(needed(&[600, 800], final_model, 0, false), final_model, "a killed run replaces the final model");
     }
 }

@@ -8,7 +8,6 @@ use cllm_core::{Result, tokenizer};
 use serde::Serialize;
 
 use crate::byte_size::parse_bytes;
-use crate::checkpoint::{Checkpoints, StoredBytes};
 use crate::data::dataset::Example;
 use crate::data::schedule::Schedule;
 use crate::memory::{MemoryEstimate, Workload};
@@ -17,6 +16,7 @@ use crate::plan::disk::DiskEstimate;
 use crate::plan::host::HostEstimate;
 use crate::plan::time::StepWork;
 use crate::settings::Settings;
+use crate::training_state::StoredBytes;
 use crate::validation::ProbeSize;
 
 /// A need that is this close to what is there may fail: estimates have an error, and allocators keep
@@ -94,7 +94,7 @@ impl<'o> Outset<'o> {
         probe: Option<ProbeSize>,
         tokenizer_folder: &Path,
     ) -> Result<Self> {
-        let stored = Checkpoints::new(settings, tokenizer_folder).stored_bytes()?;
+        let stored = StoredBytes::of_run(&settings.output)?;
         let tokenizer_bytes = tokenizer::num_bytes(tokenizer_folder)?;
         Ok(Outset { device, config, examples, probe, tokenizer_bytes, stored })
     }

@@ -100,12 +100,17 @@ pub struct Settings {
     /// Steps between lines of metrics.jsonl.
     #[garde(range(min = 1))]
     pub log_every: usize,
-    /// Steps between checkpoints; `null` saves only the last step.
-    #[garde(range(min = 1))]
+    /// Steps between checkpoints that the run can resume from. With `0` or `null` it saves one only
+    /// when it is interrupted.
+    #[garde(skip)]
     pub save_every: Option<usize>,
     /// Number of checkpoints to keep, in addition to the best one.
     #[garde(range(min = 1))]
     pub max_checkpoints: usize,
+    /// Save the training state after the last step too, and keep that of the checkpoints. Without
+    /// it, a finished run has models only.
+    #[garde(skip)]
+    pub keep_state: bool,
     /// Ids that end an answer, in place of the model's own. `sft` ends its answers with the first.
     /// They are also saved with the trained model.
     #[garde(length(min = 1))]
@@ -147,6 +152,7 @@ impl Default for Settings {
             log_every: 10,
             save_every: Some(200),
             max_checkpoints: 2,
+            keep_state: false,
             eos_ids: None,
             device: "auto".to_owned(),
             memory: None,
@@ -166,6 +172,11 @@ impl Settings {
     /// Whether a frozen model anchors the student.
     pub fn is_anchored(&self) -> bool {
         self.objective == Objective::Consistency && self.consistency.anchor_weight > 0.0
+    }
+
+    /// Whether a checkpoint to resume from is due after a step, counted from 1.
+    pub fn saves_after(&self, step: usize) -> bool {
+        self.save_every.is_some_and(|every| step.is_multiple_of(every))
     }
 
     /// The weight of each loss in the total.

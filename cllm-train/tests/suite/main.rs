@@ -14,4 +14,5 @@ mod recipes;
 mod rounds;
 mod runs;
 mod setup;
+mod training_state;
 mod turns;

@@ -55,7 +55,7 @@ fn comparable(mut report: Value) -> Value {
 /// The files of data sets and models below a folder, by their relative path. Checkpoints and files
 /// that hold durations or paths are not among them.
 fn outputs(root: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    const VARYING: [&str; 4] = ["metrics.jsonl", "summary.json", "rounds.json", "config.yaml"];
+    const VARYING: [&str; 5] = ["metrics.jsonl", "summary.json", "state.json", "rounds.json", "config.yaml"];
     let mut outputs = BTreeMap::new();
     let mut folders = vec![root.to_owned()];
     while let Some(folder) = folders.pop() {

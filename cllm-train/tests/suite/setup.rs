@@ -56,6 +56,7 @@ pub fn sft(folder: &Path, output: &str) -> Settings {
         max_example_tokens: 128,
         accumulation: 2,
         max_checkpoints: 100,
+        keep_state: true,
         optimizer: OptimizerSettings { lr: 3e-3, ..OptimizerSettings::default() },
         log_every: 1,
         save_every: Some(3),

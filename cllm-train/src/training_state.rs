@@ -1,0 +1,228 @@
+//! The training state of checkpoints: what a run resumes from, beside the model. It is several times
+//! as large as the model, and of no use once a run is finished.
+
+use std::path::{Path, PathBuf};
+
+use cllm_core::program::print;
+use cllm_core::progress::count;
+use cllm_core::{Error, Result, atomic_file, text_file};
+
+use crate::optimizer_files::is_optimizer_file;
+use crate::summary::SUMMARY_FILE;
+use crate::train_state::TrainState;
+
+/// The file with the train state: of a checkpoint, and in the folder of a finished run.
+pub const STATE_FILE: &str = "state.json";
+
+/// The folder of the final model in that of a run.
+pub const FINAL: &str = "final";
+
+/// The folder of a run's checkpoints.
+pub fn checkpoints_folder(run: &Path) -> PathBuf {
+    run.join("checkpoints")
+}
+
+/// The folders of all checkpoints with their steps, oldest first.
+///
+/// # Errors
+/// File-system errors, here and below.
+pub fn checkpoints(run: &Path) -> Result<Vec<(usize, PathBuf)>> {
+    let folder = checkpoints_folder(run);
+    let mut steps = Vec::new();
+    if !folder.exists() {
+        return Ok(steps);
+    }
+    for entry in std::fs::read_dir(&folder).map_err(Error::io(&folder))? {
+        let path = entry.map_err(Error::io(&folder))?.path();
+        let step = path.file_name().and_then(|name| name.to_str()?.strip_prefix("step-")?.parse().ok());
+        steps.extend(step.map(|step| (step, path)));
+    }
+    steps.sort();
+    Ok(steps)
+}
+
+/// What is left of a checkpoint when a newer one is complete.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kept {
+    Whole,
+    ModelOnly,
+    Nothing,
+}
+
+/// What is left of some checkpoints, given by their steps, oldest first, and whether each has
+/// training state: the best one, and the newest of the others to resume from. Where there is a newer
+/// one to resume from, the best keeps its model only.
+pub fn kept_checkpoints(checkpoints: &[(usize, bool)], best_step: Option<usize>, max_checkpoints: usize) -> Vec<Kept> {
+    let mut num_kept = 0;
+    let keep = |(step, has_state): &(usize, bool)| match (Some(*step) == best_step, *has_state) {
+        (true, true) if num_kept == 0 => Kept::Whole,
+        (true, _) => Kept::ModelOnly,
+        (false, true) if num_kept < max_checkpoints => {
+            num_kept += 1;
+            Kept::Whole
+        }
+        (false, _) => Kept::Nothing,
+    };
+    let mut kept: Vec<_> = checkpoints.iter().rev().map(keep).collect();
+    kept.reverse();
+    kept
+}
+
+/// Whether a folder has a train state; a checkpoint that does can be resumed from.
+pub fn has_state(folder: &Path) -> bool {
+    folder.join(STATE_FILE).exists()
+}
+
+/// The train state in a folder; `None` if there is none.
+///
+/// # Errors
+/// [`Error::File`] for a file that is no train state; `advice` says what to do about it.
+pub fn read_state(folder: &Path, advice: &str) -> Result<Option<TrainState>> {
+    let path = folder.join(STATE_FILE);
+    if !path.exists() {
+        return Ok(None);
+    }
+    let damaged = |error| Error::file(&path, format!("is damaged ({error}): {advice}"));
+    serde_json::from_str(&text_file::read(&path)?).map(Some).map_err(damaged)
+}
+
+/// The files of a checkpoint's training state, and their bytes. `state.json` is the first: without
+/// it, nobody resumes from the others.
+fn state_files(checkpoint: &Path) -> Result<Vec<(PathBuf, u64)>> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(checkpoint).map_err(Error::io(checkpoint))? {
+        let entry = entry.map_err(Error::io(checkpoint))?;
+        let name = entry.file_name().to_string_lossy().into_owned();
+        if name == STATE_FILE || is_optimizer_file(&name) {
+            files.push((entry.path(), entry.metadata().map_err(Error::io(entry.path()))?.len()));
+        }
+    }
+    files.sort_by_key(|(path, _)| !path.ends_with(STATE_FILE));
+    Ok(files)
+}
+
+/// Removes the training state of a checkpoint. Its model stays.
+pub fn remove_state(checkpoint: &Path) -> Result<()> {
+    let files = state_files(checkpoint)?;
+    files.iter().try_for_each(|(path, _)| std::fs::remove_file(path).map_err(Error::write(path)))
+}
+
+/// Removes the training state of all checkpoints of a run. A finished run keeps its train state, in
+/// its own folder: with that, the same command finds that there is nothing left to do.
+pub fn remove_state_of_run(run: &Path) -> Result<()> {
+    let latest = checkpoints_folder(run).join("latest");
+    if run.join(SUMMARY_FILE).exists() && !has_state(run) {
+        if let Some(state) = read_state(&latest, "remove the file")? {
+            atomic_file::write_json(&run.join(STATE_FILE), &state)?;
+        }
+    }
+    if latest.is_symlink() {
+        std::fs::remove_file(&latest).map_err(Error::write(&latest))?;
+    }
+    checkpoints(run)?.iter().try_for_each(|(_, checkpoint)| remove_state(checkpoint))
+}
+
+/// Bytes of what a run has saved so far.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct StoredBytes {
+    /// Oldest first.
+    pub checkpoints: Vec<StoredCheckpoint>,
+    pub final_model: u64,
+    /// What a killed process left, which the next one removes.
+    pub unfinished: u64,
+    /// Whether the run is finished, and so writes nothing more.
+    pub is_finished: bool,
+}
+
+/// Bytes of a checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StoredCheckpoint {
+    pub step: usize,
+    /// The model with its tokenizer.
+    pub model: u64,
+    /// The training state; 0 without any.
+    pub state: u64,
+}
+
+impl StoredBytes {
+    /// # Errors
+    /// Folders that cannot be read.
+    pub fn of_run(run: &Path) -> Result<Self> {
+        let stored = |(step, path): (usize, PathBuf)| {
+            let state = state_files(&path)?.iter().map(|(_, bytes)| bytes).sum();
+            Ok(StoredCheckpoint { step, model: folder_bytes(&path)? - state, state })
+        };
+        let mut unfinished = atomic_file::unfinished(run)?;
+        unfinished.extend(atomic_file::unfinished(&checkpoints_folder(run))?);
+        Ok(StoredBytes {
+            checkpoints: checkpoints(run)?.into_iter().map(stored).collect::<Result<_>>()?,
+            final_model: folder_bytes(&run.join(FINAL))?,
+            unfinished: unfinished.iter().map(|path| folder_bytes(path)).sum::<Result<_>>()?,
+            is_finished: run.join(SUMMARY_FILE).exists(),
+        })
+    }
+}
+
+/// Bytes of a file, or of all files in a folder and in those below it; 0 if there is none.
+fn folder_bytes(folder: &Path) -> Result<u64> {
+    if !folder.is_dir() {
+        return Ok(folder.metadata().map_or(0, |metadata| metadata.len()));
+    }
+    let entries = std::fs::read_dir(folder).map_err(Error::io(folder))?;
+    entries.map(|entry| folder_bytes(&entry.map_err(Error::io(folder))?.path())).sum()
+}
+
+/// `prune`: removes the training state of finished runs, and says how much that frees. `force`
+/// includes runs that are not finished; `dry_run` removes nothing.
+///
+/// # Errors
+/// [`Error::File`] for a folder that is not a run, or a run that is not finished.
+pub fn prune(runs: &[PathBuf], force: bool, dry_run: bool) -> Result<()> {
+    for run in runs {
+        if !checkpoints_folder(run).is_dir() {
+            return Err(Error::file(run, "is not the folder of a run: it holds no `checkpoints`"));
+        }
+        if !force && !run.join(SUMMARY_FILE).exists() {
+            let message =
+                "is not finished, and could not be resumed: finish it first, or give up the rest with --force";
+            return Err(Error::file(run, message));
+        }
+    }
+    for run in runs {
+        let (mut num_checkpoints, mut num_bytes) = (0, 0);
+        for (_, checkpoint) in checkpoints(run)? {
+            let files = state_files(&checkpoint)?;
+            num_checkpoints += usize::from(!files.is_empty());
+            num_bytes += files.iter().map(|(_, bytes)| bytes).sum::<u64>();
+        }
+        if !dry_run {
+            remove_state_of_run(run)?;
+        }
+        let (verb, checkpoints) = (if dry_run { "would free" } else { "freed" }, count(num_checkpoints, "checkpoint"));
+        let gigabytes = num_bytes as f64 / 1e9;
+        print(&format!("{}: {verb} {gigabytes:.3} GB, the training state of {checkpoints}", run.display()))?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_checkpoints_are_kept_and_the_model_of_the_best() {
+        use Kept::{ModelOnly, Nothing, Whole};
+        for (with_state, models, best, expected) in [
+            (vec![2, 4, 6], vec![], None, vec![Nothing, Whole, Whole]),
+            (vec![2, 4, 6], vec![], Some(2), vec![ModelOnly, Whole, Whole]),
+            (vec![2, 4, 6], vec![], Some(6), vec![Whole, Whole, Whole]),
+            (vec![2, 4, 6], vec![3, 5], Some(5), vec![Nothing, Nothing, Whole, ModelOnly, Whole]),
+            (vec![2, 4], vec![7], Some(7), vec![Whole, Whole, ModelOnly]),
+        ] {
+            let mut checkpoints: Vec<_> = with_state.into_iter().map(|step| (step, true)).collect();
+            checkpoints.extend(models.into_iter().map(|step| (step, false)));
+            checkpoints.sort();
+            assert_eq!(kept_checkpoints(&checkpoints, best, 2), expected, "{checkpoints:?} {best:?}");
+        }
+    }
+}
