@@ -4,6 +4,7 @@
 use std::fs::File;
 use std::path::Path;
 
+use crate::pieces::{FilePiece, PIECE_BYTES, read_pieces};
 use crate::{Error, Result};
 
 /// Hash of the names, lengths and contents of some files, in the order given.
@@ -17,7 +18,7 @@ pub fn hash_files<P: AsRef<Path>>(paths: &[P]) -> Result<String> {
         let length = std::fs::metadata(path).map_err(Error::io(path))?.len();
         hasher.update(path.file_name().unwrap_or_default().as_encoded_bytes());
         hasher.update(&length.to_le_bytes());
-        hasher.update_reader(File::open(path).map_err(Error::io(path))?).map_err(Error::io(path))?;
+        update_with_contents(&mut hasher, path)?;
     }
     Ok(hasher.finalize().to_hex()[..16].to_owned())
 }
@@ -28,8 +29,35 @@ pub fn hash_files<P: AsRef<Path>>(paths: &[P]) -> Result<String> {
 /// When the file cannot be read.
 pub fn hash_contents(path: &Path) -> Result<String> {
     let mut hasher = blake3::Hasher::new();
-    hasher.update_reader(File::open(path).map_err(Error::io(path))?).map_err(Error::io(path))?;
+    update_with_contents(&mut hasher, path)?;
     Ok(hasher.finalize().to_hex()[..16].to_owned())
+}
+
+/// Several threads read the file, piece by piece, and hash it: a model's fingerprint should take no
+/// longer than reading it.
+fn update_with_contents(hasher: &mut blake3::Hasher, path: &Path) -> Result<()> {
+    let file = File::open(path).map_err(Error::io(path))?;
+    let metadata = file.metadata().map_err(Error::io(path))?;
+    if !metadata.is_file() {
+        // A pipe can only be read from its start to its end.
+        hasher.update_reader(file).map_err(Error::io(path))?;
+        return Ok(());
+    }
+    let piece = |start: u64| FilePiece {
+        file: &file,
+        path,
+        start,
+        num_bytes: (metadata.len() - start).min(PIECE_BYTES as u64) as usize,
+    };
+    let pieces: Vec<_> = (0..metadata.len()).step_by(PIECE_BYTES).map(piece).collect();
+    read_pieces(
+        &pieces,
+        |num_bytes| Ok(vec![0; num_bytes]),
+        |index, buffer| {
+            hasher.update_rayon(&buffer[..pieces[index].num_bytes]);
+            Ok(())
+        },
+    )
 }
 
 pub fn hash_bytes(bytes: &[u8]) -> String {
@@ -55,4 +83,23 @@ fn hash(seed: u64, name: &str, index: u64) -> blake3::Hash {
     hasher.update(&index.to_le_bytes());
     hasher.update(name.as_bytes());
     hasher.finalize()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_and_pipes_hash_like_the_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("numbers");
+        let content: Vec<u8> = (0..PIECE_BYTES / 2 + 3).flat_map(|index| (index as u32).to_le_bytes()).collect();
+        for length in [0, 1, PIECE_BYTES, content.len()] {
+            std::fs::write(&path, &content[..length]).unwrap();
+            assert_eq!(hash_contents(&path).unwrap(), hash_bytes(&content[..length]));
+        }
+        let named = [b"numbers", &(content.len() as u64).to_le_bytes()[..], &content].concat();
+        assert_eq!(hash_files(&[&path]).unwrap(), hash_bytes(&named));
+        assert_eq!(hash_contents(Path::new("/dev/null")).unwrap(), hash_bytes(b""));
+    }
 }

@@ -7,11 +7,13 @@
 use std::path::{Path, PathBuf};
 
 use cllm_core::atomic_file::{self, UnfinishedFolder};
+use cllm_core::capacity::HostMemory;
 use cllm_core::chat_template::Date;
-use cllm_core::checkpoint::{self, STREAMING_BYTES, TensorWriter};
+use cllm_core::checkpoint::{self, STREAMING_BYTES, TensorWriter, WritingThread};
 use cllm_core::distributed::ProcessGroup;
 use cllm_core::model::Transformer;
 use cllm_core::{Error, Result, text_file, tokenizer};
+use tch::{Device, Tensor};
 
 use crate::optimizer::OptimizerState;
 use crate::optimizer_files;
@@ -27,6 +29,10 @@ use crate::training_state::{
 const FINAL_FROM_CHECKPOINTS: &str = "../final";
 const LATEST: &str = "latest";
 const BEST: &str = "best";
+
+/// A checkpoint waits in host memory to be written if that much memory, in multiples of it, is
+/// available.
+const MIN_HOST_MEMORY_PER_SAVE: u64 = 4;
 
 /// What a checkpoint is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,6 +54,30 @@ pub struct Checkpoints {
     /// File of the chat template that replaces the model's own.
     chat_template: Option<PathBuf>,
     max_checkpoints: usize,
+    /// The checkpoint that is being written while training goes on. There is one at most.
+    in_flight: Option<SaveInFlight>,
+}
+
+/// A checkpoint that is not complete yet.
+struct SaveInFlight {
+    purpose: Purpose,
+    step: usize,
+    best_step: Option<usize>,
+    /// Where its files are, and where they will be.
+    work: PathBuf,
+    path: PathBuf,
+    /// Writes this process's files; `None` when they are on disk.
+    thread: Option<WritingThread>,
+    /// Of the main process.
+    folder: Option<UnfinishedFolder>,
+}
+
+impl SaveInFlight {
+    /// Waits until this process's files are on disk.
+    fn join(&mut self) -> Result<()> {
+        let written = self.thread.take().map_or(Ok(()), WritingThread::wait);
+        written.map_err(|error| atomic_file::with_final_path(error, &self.work, &self.path))
+    }
 }
 
 impl Checkpoints {
@@ -59,6 +89,7 @@ impl Checkpoints {
             eos_ids: settings.eos_ids.clone(),
             chat_template: settings.rendering.chat_template.clone(),
             max_checkpoints: settings.max_checkpoints,
+            in_flight: None,
         }
     }
 
@@ -79,41 +110,33 @@ impl Checkpoints {
         self.folder().join("latest").exists()
     }
 
-    /// Writes a checkpoint and moves the links to it: `best` if it is the best so far, and `latest`
-    /// if it is one to resume from. Then removes old ones. Every process must call it: each writes
-    /// its optimizer state, the main one the rest.
+    /// Begins a checkpoint, which [`Self::complete`] makes appear. Every process must call it: each
+    /// writes its optimizer state, the main one the rest. Returns when everything is copied to host
+    /// memory, if there is plenty of it, else when almost everything is written. A checkpoint that
+    /// is still in flight is waited for.
     ///
     /// # Errors
-    /// File-system errors, a process that has died.
+    /// File-system errors, a process that has died; also for the checkpoint before.
     pub fn save(
-        &self,
+        &mut self,
         purpose: Purpose,
         model: &Transformer,
         optimizer: &OptimizerState,
         state: &TrainState,
         group: &ProcessGroup,
     ) -> Result<()> {
-        let name = format!("step-{:06}", state.step);
-        let path = self.folder().join(&name);
-        let unfinished = if group.is_main() { Some(UnfinishedFolder::create(&path)?) } else { None };
-        let work = group.broadcast(unfinished.as_ref().map(|folder| folder.work().to_owned()), model.device())?;
+        self.wait(model.device(), group)?;
+        let path = self.folder().join(checkpoint_name(state.step));
+        let folder = if group.is_main() { Some(UnfinishedFolder::create(&path)?) } else { None };
+        let work = group.broadcast(folder.as_ref().map(|folder| folder.work().to_owned()), model.device())?;
         let work = work.ok_or_else(|| Error::internal("the main process began no checkpoint"))?;
-        self.write_checkpoint(purpose, &work, model, optimizer, state, group)
+        let thread = self
+            .write_checkpoint(purpose, &work, model, optimizer, state, group)
             .map_err(|error| atomic_file::with_final_path(error, &work, &path))?;
-        // Only when every process has written its part, the folder is whole.
-        group.barrier(model.device())?;
-        let Some(unfinished) = unfinished else { return Ok(()) };
-        unfinished.finish()?;
         let best_step = state.validation.best.map(|best| best.step);
-        // `best` is moved first: a kill in between must not leave `latest` with a best checkpoint
-        // that no link points to.
-        if best_step == Some(state.step) {
-            replace_link(&self.folder(), BEST, &name)?;
-        }
-        if purpose == Purpose::Resume {
-            replace_link(&self.folder(), LATEST, &name)?;
-        }
-        self.remove_old(best_step)
+        let thread = Some(thread);
+        self.in_flight = Some(SaveInFlight { purpose, step: state.step, best_step, work, path, thread, folder });
+        Ok(())
     }
 
     fn write_checkpoint(
@@ -124,11 +147,17 @@ impl Checkpoints {
         optimizer: &OptimizerState,
         state: &TrainState,
         group: &ProcessGroup,
-    ) -> Result<()> {
-        let mut writer = TensorWriter::new(model.device(), STREAMING_BYTES);
+    ) -> Result<WritingThread> {
+        // An adapter is no model, and small.
+        let skip_masters = optimizer.masters_are_saved_weights() && self.adapter_base.is_none();
+        let model_bytes = buffer_bytes(optimizer.layout().buffer());
+        let state_bytes = match purpose {
+            Purpose::Resume => optimizer.shards().iter().map(|(_, shard)| buffer_bytes(shard)).sum(),
+            Purpose::KeepBest => 0,
+        };
+        let num_bytes = model_bytes + state_bytes * group.world_size() as u64;
+        let mut writer = TensorWriter::new(model.device(), host_bytes_of_save(num_bytes) as usize);
         if purpose == Purpose::Resume {
-            // An adapter is no model, and small.
-            let skip_masters = optimizer.masters_are_saved_weights() && self.adapter_base.is_none();
             optimizer_files::write(&mut writer, folder, optimizer, group, skip_masters)?;
         }
         optimizer.with_average(|| match &self.adapter_base {
@@ -139,7 +168,56 @@ impl Checkpoints {
         if group.is_main() && purpose == Purpose::Resume {
             atomic_file::write_json(&folder.join(STATE_FILE), state)?;
         }
-        writer.finish()
+        writer.finish_in_background()
+    }
+
+    /// Whether this process has written its part of the checkpoint in flight; `false` if there is
+    /// none.
+    ///
+    /// # Errors
+    /// File-system errors that the thread met.
+    pub fn has_written(&mut self) -> Result<bool> {
+        let Some(save) = &mut self.in_flight else { return Ok(false) };
+        if save.thread.as_ref().is_some_and(WritingThread::is_finished) {
+            save.join()?;
+        }
+        Ok(save.thread.is_none())
+    }
+
+    /// Waits until the checkpoint in flight is complete, on all processes, if there is one. Every
+    /// process must call it.
+    ///
+    /// # Errors
+    /// File-system errors, a process that has died.
+    pub fn wait(&mut self, device: Device, group: &ProcessGroup) -> Result<()> {
+        let Some(save) = &mut self.in_flight else { return Ok(()) };
+        save.join()?;
+        group.barrier(device)?;
+        self.complete()?;
+        group.barrier(device)
+    }
+
+    /// Makes the checkpoint in flight appear, which every process has written. Moves the links to
+    /// it, `best` if it is the best so far, and `latest` if it is one to resume from, and removes
+    /// old ones.
+    ///
+    /// # Errors
+    /// File-system errors.
+    pub fn complete(&mut self) -> Result<()> {
+        let Some(SaveInFlight { purpose, step, best_step, folder: Some(folder), .. }) = self.in_flight.take() else {
+            return Ok(());
+        };
+        folder.finish()?;
+        let name = checkpoint_name(step);
+        // `best` is moved first: a kill in between must not leave `latest` with a best checkpoint
+        // that no link points to.
+        if best_step == Some(step) {
+            replace_link(&self.folder(), BEST, &name)?;
+        }
+        if purpose == Purpose::Resume {
+            replace_link(&self.folder(), LATEST, &name)?;
+        }
+        self.remove_old(best_step)
     }
 
     /// Writes the final model. Every process must call it; the main one writes.
@@ -203,7 +281,7 @@ impl Checkpoints {
     pub fn finish(&self, state: &TrainState) -> Result<()> {
         let best_step = state.validation.best.map(|best| best.step);
         if best_step == Some(state.step) {
-            let checkpoint = format!("step-{:06}", state.step);
+            let checkpoint = checkpoint_name(state.step);
             let is_saved = self.folder().join(&checkpoint).exists();
             std::fs::create_dir_all(self.folder()).map_err(Error::write(self.folder()))?;
             replace_link(&self.folder(), BEST, if is_saved { &checkpoint } else { FINAL_FROM_CHECKPOINTS })?;
@@ -277,6 +355,23 @@ impl Checkpoints {
             Kept::Nothing => std::fs::remove_dir_all(path).map_err(Error::write(path)),
         })
     }
+}
+
+/// The name of the checkpoint after a step.
+fn checkpoint_name(step: usize) -> String {
+    format!("step-{step:06}")
+}
+
+/// Host memory that holds parts of a checkpoint of this size until they are written: all of it
+/// where memory is plentiful, so that training can go on meanwhile, else a few pieces on each
+/// process.
+pub fn host_bytes_of_save(num_bytes: u64) -> u64 {
+    let available = HostMemory::detect().map_or(0, |memory| memory.available);
+    if num_bytes <= available / MIN_HOST_MEMORY_PER_SAVE { num_bytes } else { STREAMING_BYTES as u64 }
+}
+
+fn buffer_bytes(tensor: &Tensor) -> u64 {
+    (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64
 }
 
 /// Makes the link `name` point to `target`, in one atomic step.

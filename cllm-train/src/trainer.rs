@@ -53,9 +53,11 @@ struct Trainer<'t> {
     started: Instant,
     /// Seconds of training before this process started.
     seconds_before: f64,
-    /// Whether any process was asked to stop, summed over all processes in the last step; float32
-    /// `[1]`.
-    stop_requests: Option<Tensor>,
+    /// What the processes told each other in the last step: how many were asked to stop, and how
+    /// many have written their part of the checkpoint in flight; float32 `[2]`.
+    last_signals: Option<Tensor>,
+    /// The last step after which a checkpoint to resume from was saved.
+    saved_step: Option<usize>,
 }
 
 /// Trains, resuming from what the output folder holds.
@@ -119,7 +121,8 @@ pub fn run_on(mut settings: Settings, today: Date) -> Result<()> {
         started,
         seconds_before: state.seconds,
         state,
-        stop_requests: None,
+        last_signals: None,
+        saved_step: None,
         settings,
     };
     trainer.train(&examples, &schedule)?;
@@ -143,7 +146,12 @@ impl Trainer<'_> {
         if self.validate_if_due(metrics.as_mut())? && !self.is_over() {
             self.save(Purpose::KeepBest)?;
         }
-        self.take_steps(examples, schedule, metrics.as_mut())?;
+        let taken = self.take_steps(examples, schedule, metrics.as_mut());
+        if taken.is_err() && self.group.world_size() == 1 {
+            // The checkpoint in flight is good, whatever happened since. Its own error matters less.
+            let _ = self.wait_for_save();
+        }
+        taken?;
         self.finish(metrics.as_ref())
     }
 
@@ -175,8 +183,8 @@ impl Trainer<'_> {
         bar: &mut Progress,
         mut metrics: Option<&mut MetricsLog>,
     ) -> Result<()> {
-        if let Some(signal) = self.stop_signal()? {
-            return self.save_and_stop(signal);
+        if let Some(signal) = self.exchange_signals()? {
+            return self.interrupted(signal);
         }
         let number = self.state.step + 1;
         let lr = learning_rate(&self.settings.optimizer, number, self.num_steps);
@@ -202,20 +210,43 @@ impl Trainer<'_> {
         }
     }
 
-    /// The signal that asks the run to stop, if any. A signal reaches the processes in different
-    /// steps, so in each step they sum whether any of them got one. They read the sum of the step
-    /// before, which needs no waiting.
-    fn stop_signal(&mut self) -> Result<Option<i32>> {
-        let own_signal = interrupt::requested();
-        if self.group.world_size() == 1 {
+    /// Completes the checkpoint in flight if every process has written its part. Returns the signal
+    /// that asks the run to stop, if any. A signal reaches the processes in different steps, so in
+    /// each step they sum whether any of them got one. They read the sum of the step before, which
+    /// needs no waiting.
+    fn exchange_signals(&mut self) -> Result<Option<i32>> {
+        let (own_signal, has_written) = (interrupt::requested(), self.checkpoints.has_written()?);
+        let world_size = self.group.world_size();
+        if world_size == 1 {
+            if has_written {
+                self.checkpoints.complete()?;
+            }
             return Ok(own_signal);
         }
-        let requests = Tensor::from_slice(&[f32::from(u8::from(own_signal.is_some()))]);
-        let requests = requests.to_device(self.models.student.device());
-        self.group.all_reduce(&requests)?;
-        let last_requests = self.stop_requests.replace(requests);
-        let is_stopping = last_requests.is_some_and(|requests| requests.double_value(&[0]) > 0.0);
-        Ok(is_stopping.then(|| own_signal.unwrap_or(SIGTERM)))
+        let signals =
+            Tensor::from_slice(&[own_signal.is_some(), has_written].map(|is_set| f32::from(u8::from(is_set))));
+        let signals = signals.to_device(self.models.student.device());
+        self.group.all_reduce(&signals)?;
+        let Some(last_signals) = self.last_signals.replace(signals) else { return Ok(None) };
+        let [num_stopping, num_written] = [0, 1].map(|index| last_signals.double_value(&[index]) as usize);
+        if num_written == world_size {
+            self.checkpoints.complete()?;
+        }
+        Ok((num_stopping > 0).then(|| own_signal.unwrap_or(SIGTERM)))
+    }
+
+    /// Saves a checkpoint, unless that was done after this step already, and fails with the signal.
+    /// The first process that fails ends the others, so each waits until all have saved.
+    fn interrupted<T>(&mut self, signal: i32) -> Result<T> {
+        if self.saved_step != Some(self.state.step) {
+            self.save(Purpose::Resume)?;
+        }
+        self.wait_for_save()?;
+        Err(Error::Interrupted(signal))
+    }
+
+    fn wait_for_save(&mut self) -> Result<()> {
+        self.checkpoints.wait(self.models.student.device(), &self.group)
     }
 
     fn is_over(&self) -> bool {
@@ -247,7 +278,7 @@ impl Trainer<'_> {
         };
         let (signal, generation) = self.group.broadcast((signal, generation), self.models.student.device())?;
         if let Some(signal) = signal {
-            return self.save_and_stop(signal);
+            return self.interrupted(signal);
         }
         Ok(self.state.validation.record(step, generation, &self.settings.validation))
     }
@@ -278,7 +309,7 @@ impl Trainer<'_> {
 
     /// # Errors
     /// [`Error::Negative`] if too many steps in a row were skipped.
-    fn check_progress(&self) -> Result<()> {
+    fn check_progress(&mut self) -> Result<()> {
         match self.optimizer.skipped_steps().in_a_row {
             in_a_row if in_a_row >= MAX_SKIPPED_IN_A_ROW => {
                 Err(self.diverged(format!("the gradient was not finite {in_a_row} steps in a row")))
@@ -287,31 +318,32 @@ impl Trainer<'_> {
         }
     }
 
-    /// Saves a checkpoint, unless the weights are no longer finite, since nobody wants to resume
+    /// Begins a checkpoint, unless the weights are no longer finite, since nobody wants to resume
     /// from those.
     fn save(&mut self, purpose: Purpose) -> Result<()> {
         self.check_finite()?;
         self.update_state();
         let Trainer { models, optimizer, state, group, .. } = self;
-        self.checkpoints.save(purpose, &models.student, optimizer, state, group)
+        self.checkpoints.save(purpose, &models.student, optimizer, state, group)?;
+        // They are about the checkpoint before.
+        self.last_signals = None;
+        if purpose == Purpose::Resume {
+            self.saved_step = Some(self.state.step);
+        }
+        Ok(())
     }
 
-    fn check_finite(&self) -> Result<()> {
+    fn check_finite(&mut self) -> Result<()> {
         if self.optimizer.is_finite() {
             return Ok(());
         }
         Err(self.diverged(format!("the weights are not finite after step {}", self.state.step)))
     }
 
-    /// Saves a checkpoint and fails with the signal. The first process that fails ends the others,
-    /// so each waits until all have saved.
-    fn save_and_stop<T>(&mut self, signal: i32) -> Result<T> {
-        self.save(Purpose::Resume)?;
-        self.group.barrier(self.models.student.device())?;
-        Err(Error::Interrupted(signal))
-    }
-
-    fn diverged(&self, problem: String) -> Error {
+    fn diverged(&mut self, problem: String) -> Error {
+        if let Err(error) = self.wait_for_save() {
+            return error;
+        }
         let kept = match self.checkpoints.has_latest() {
             true => "the last checkpoint was saved before that and is kept",
             false => "there is no earlier checkpoint",
@@ -324,10 +356,12 @@ impl Trainer<'_> {
     /// kept.
     fn finish(mut self, metrics: Option<&MetricsLog>) -> Result<()> {
         self.check_finite()?;
+        self.wait_for_save()?;
         self.update_state();
         let model = self.checkpoints.save_final(&self.models.student, &self.optimizer, &self.group)?;
         if self.settings.keep_state {
             self.save(Purpose::Resume)?;
+            self.wait_for_save()?;
         }
         let Some(metrics) = metrics else { return Ok(()) };
         self.checkpoints.finish(&self.state)?;
