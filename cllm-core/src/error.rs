@@ -148,7 +148,8 @@ fn write_advice(source: &std::io::Error) -> &'static str {
 fn torch_message(error: &tch::TchError) -> String {
     let text = error.to_string();
     let first_line = text.lines().next().unwrap_or_default();
-    if text.contains("out of memory") {
+    // Of a GPU, and of the CPU.
+    if text.contains("out of memory") || text.contains("can't allocate memory") {
         format!(
             "{first_line}: lower the batch size or the length limits; training also needs less memory with more \
              `checkpointed_layers`, with `optimizer.state_dtype=bfloat16` or with `lora` (`cllm-train plan` shows how much)"

@@ -164,7 +164,7 @@ fn new_backend<'m>(model: &'m Transformer, max_sequences: usize, capacity: usize
     let _no_grad = tch::no_grad_guard();
     Ok(match CudaGraphBackend::new(model, max_sequences, capacity)? {
         Some(backend) => Box::new(backend),
-        None => Box::new(EagerBackend::new(model, max_sequences, capacity)),
+        None => Box::new(EagerBackend::new(model, max_sequences, capacity)?),
     })
 }
 

@@ -6,6 +6,7 @@
 use tch::{Device, IndexOp, Kind, Tensor};
 
 use super::config::ModelConfig;
+use crate::Result;
 
 /// Capacities and the number of attended slots are multiples of this. Otherwise the GPU's attention
 /// kernel copies the bias in every layer.
@@ -39,11 +40,15 @@ pub struct KvCache {
 
 impl KvCache {
     /// An empty cache of at least `capacity` slots for each of `num_rows` sequences.
-    pub fn new(config: &ModelConfig, num_rows: usize, capacity: usize, device: Device, kind: Kind) -> Self {
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`] when memory runs out.
+    pub fn new(config: &ModelConfig, num_rows: usize, capacity: usize, device: Device, kind: Kind) -> Result<Self> {
         let capacity = capacity.next_multiple_of(SLOT_ALIGNMENT);
         let shape = [num_rows as i64, config.num_kv_heads, capacity as i64, config.head_dim];
-        let zeros = || Tensor::zeros(shape, (kind, device));
-        KvCache { layers: (0..config.num_layers).map(|_| (zeros(), zeros())).collect(), capacity, kind }
+        let zeros = || Tensor::f_zeros(shape, (kind, device));
+        let layers = (0..config.num_layers).map(|_| Ok((zeros()?, zeros()?))).collect::<Result<_>>()?;
+        Ok(KvCache { layers, capacity, kind })
     }
 
     /// Slots of each row.

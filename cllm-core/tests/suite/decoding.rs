@@ -5,6 +5,8 @@ use cllm_core::decode::{
 };
 use cllm_core::thought::{Thought, ThoughtClosing, ThoughtLimit, ThoughtTokens};
 
+use tch::{Device, IndexOp, Kind, Tensor};
+
 use crate::models::{random_model, shapes};
 
 fn strategies() -> [Strategy; 8] {
@@ -87,6 +89,31 @@ fn a_draft_model_leaves_the_target_models_answer_unchanged_on_every_family() {
 }
 
 #[test]
+fn a_long_prompt_is_read_as_a_forward_reads_it() {
+    let short = Request { sample_id: "short".into(), prompt_ids: vec![5, 6, 7] };
+    let long = Request { sample_id: "long".into(), prompt_ids: (0..1100).map(|index| index * index % 61).collect() };
+    let requests = [short.clone(), long, short];
+    let stop = StopConditions::new(3, vec![]);
+    for (name, mut config) in shapes() {
+        config["max_position_embeddings"] = 2048.into();
+        if config["rope_scaling"].is_object() {
+            config["rope_scaling"]["original_max_position_embeddings"] = 512.into();
+        }
+        let model = random_model(&config);
+        let answers = decode(&model, &requests, &stop, DecodeOptions::greedy(Strategy::Ar, 0)).unwrap().0;
+        for (request, answer) in requests.iter().zip(answers) {
+            let ids = [&request.prompt_ids[..], &answer.response_ids[..2]].concat();
+            let tokens = Tensor::from_slice(&ids).to_kind(Kind::Int64).unsqueeze(0);
+            let positions = Tensor::arange(ids.len() as i64, (Kind::Int64, Device::Cpu)).unsqueeze(0);
+            let hidden = tch::no_grad(|| model.forward(&tokens, &positions));
+            let likeliest = model.compute_logits(&hidden.i((0, ids.len() as i64 - 3..))).unwrap().argmax(-1, false);
+            let expected = Vec::<i32>::try_from(likeliest.to_kind(Kind::Int)).unwrap();
+            assert_eq!(answer.response_ids, expected, "{name}, {}", request.sample_id);
+        }
+    }
+}
+
+#[test]
 fn a_prompt_longer_than_the_context_is_refused_by_the_name_of_its_sample() {
     let (_, config) = shapes().remove(0);
     let model = random_model(&config);
@@ -94,6 +121,14 @@ fn a_prompt_longer_than_the_context_is_refused_by_the_name_of_its_sample() {
     let stop = StopConditions::new(40, vec![]);
     let message = decode(&model, &[request], &stop, DecodeOptions::greedy(Strategy::Ar, 0)).err().unwrap().to_string();
     assert!(message.contains("`long`") && message.contains("256"), "{message}");
+}
+
+#[test]
+fn a_cache_that_does_not_fit_the_memory_is_refused_with_advice() {
+    let (_, config) = shapes().remove(0);
+    let model = random_model(&config);
+    let message = Decoder::new(&model, 1 << 20, 1 << 20).err().unwrap().to_string();
+    assert!(message.contains("lower the batch size or the length limits"), "{message}");
 }
 
 /// Limits thoughts to 10 tokens. Every answer begins inside a thought, which token 11 ends.

@@ -24,7 +24,7 @@ fn cached_forwards_equal_uncached_ones_with_each_row_at_its_own_position() {
         let tokens = Tensor::randint(61, [2, 20], (Kind::Int64, Device::Cpu));
         let positions = Tensor::arange(20, (Kind::Int64, Device::Cpu)).expand([2, 20], false);
         let uncached = model.compute_logits(&model.forward(&tokens, &positions)).unwrap();
-        let mut cache = KvCache::new(model.config(), 2, 32, Device::Cpu, Kind::Float);
+        let mut cache = KvCache::new(model.config(), 2, 32, Device::Cpu, Kind::Float).unwrap();
         // Row 0 continues after 9 tokens and row 1 after 5, both with 6 tokens.
         let _ = model.forward_cached(
             &tokens.i((.., ..9)),
@@ -57,7 +57,7 @@ fn a_branch_of_a_tree_sees_its_own_tokens_and_no_others() {
     let numbers = |values: &[i64]| Tensor::from_slice(values).unsqueeze(0);
     for (name, config) in shapes() {
         let model = random_model(&config);
-        let mut cache = KvCache::new(model.config(), 1, 32, Device::Cpu, Kind::Float);
+        let mut cache = KvCache::new(model.config(), 1, 32, Device::Cpu, Kind::Float).unwrap();
         let prefix = [3i64, 8, 2, 9];
         let mapping = SlotMapping::sequential(numbers(&[0, 1, 2, 3]));
         let _ = model.forward_cached(&numbers(&prefix), &mapping, &[4], &mut cache, 4);

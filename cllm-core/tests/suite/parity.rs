@@ -112,7 +112,7 @@ fn packed_sequences_agree_with_transformers() {
 fn cached_forwards_of_uneven_chunks_agree_with_transformers() {
     for (name, fixture) in fixtures() {
         let Fixture { model, tokens, positions, .. } = &fixture;
-        let mut cache = KvCache::new(model.config(), 2, 96, Device::Cpu, Kind::Float);
+        let mut cache = KvCache::new(model.config(), 2, 96, Device::Cpu, Kind::Float).unwrap();
         let mut chunks = Vec::new();
         let mut start = 0;
         for width in [30, 1, 16, 1, 32] {

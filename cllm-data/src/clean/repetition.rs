@@ -25,14 +25,16 @@ pub(super) fn has_periodic_tail(ids: &[i32], max_period: usize, repeats: usize) 
     })
 }
 
-/// Whether a line or sentence of at least `min_bytes` bytes occurs at least `repeats` times.
-pub(super) fn has_repeated_sentence(text: &str, min_bytes: usize, repeats: usize) -> bool {
-    let mut counts: HashMap<&str, usize> = HashMap::new();
+/// Whether a line or sentence of at least `min_bytes` bytes occurs at least `repeats` times among
+/// `max_sentences` of them in a row. Over a longer stretch, a text repeats itself without being in a
+/// loop.
+pub(super) fn has_repeated_sentence(text: &str, min_bytes: usize, repeats: usize, max_sentences: usize) -> bool {
+    let mut places: HashMap<&str, Vec<usize>> = HashMap::new();
     let sentences = text.split(['\n', '.', '!', '?', ';']).map(str::trim);
-    sentences.filter(|sentence| sentence.len() >= min_bytes).any(|sentence| {
-        let count = counts.entry(sentence).or_default();
-        *count += 1;
-        *count >= repeats
+    sentences.filter(|sentence| sentence.len() >= min_bytes).enumerate().any(|(place, sentence)| {
+        let places = places.entry(sentence).or_default();
+        places.push(place);
+        places.len() >= repeats && place - places[places.len() - repeats] < max_sentences
     })
 }
 
@@ -49,7 +51,18 @@ mod tests {
         assert!(!has_periodic_tail(&plain, 32, 3));
         assert!(has_periodic_tail(&[vec![9, 9, 8], [1, 2, 3].repeat(3)].concat(), 32, 3));
         assert!(!has_periodic_tail(&[[1, 2, 3].repeat(3), vec![4]].concat(), 32, 3));
-        assert!(has_repeated_sentence("He has 3 apples. He has 3 apples.\nHe has 3 apples", 8, 3));
-        assert!(!has_repeated_sentence("ok. ok. ok. He has 3 apples.", 8, 3));
+        assert!(has_repeated_sentence("He has 3 apples. He has 3 apples.\nHe has 3 apples", 8, 3, 64));
+        assert!(!has_repeated_sentence("ok. ok. ok. He has 3 apples.", 8, 3, 64));
+    }
+
+    #[test]
+    fn sentences_of_a_long_response_may_come_back() {
+        let text = |distance: usize| {
+            let others = |start: usize| (1..distance).map(|index| format!("Step {start} {index} is new. ")).collect();
+            ["Let me check.".to_owned(), others(1), "Let me check.".to_owned(), others(2), "Let me check.".to_owned()]
+                .concat()
+        };
+        assert!(has_repeated_sentence(&text(31), 8, 3, 64));
+        assert!(!has_repeated_sentence(&text(32), 8, 3, 64));
     }
 }

@@ -60,7 +60,9 @@ pub(super) const RULES: [Rule; 9] = [
     Rule {
         name: "repeated_sentence",
         advice: None,
-        is_broken: |candidate| Ok(has_repeated_sentence(candidate.text, 12, candidate.settings().repeated_sentence)),
+        is_broken: |candidate| {
+            Ok(has_repeated_sentence(candidate.text, 12, candidate.settings().repeated_sentence, 64))
+        },
     },
     Rule {
         name: "incorrect_answer",

@@ -34,7 +34,8 @@ pub struct Settings {
     /// Drop responses that end in at least this many copies of one sequence of tokens.
     #[garde(range(min = 2))]
     pub periodic_tail: usize,
-    /// Drop responses in which one line or sentence occurs at least this many times.
+    /// Drop responses in which one line or sentence occurs at least this many times among 64 of
+    /// them in a row.
     #[garde(range(min = 2))]
     pub repeated_sentence: usize,
     /// Drop responses that reached the length limit. Those that reached it inside a thought are

@@ -5,6 +5,7 @@ mod bad_input;
 mod distributed;
 mod gguf;
 mod interrupted;
+mod long_answers;
 mod lora;
 mod needs_gpu;
 mod packed;

@@ -10,6 +10,10 @@ use crate::decode::sampling::{Sampling, sample};
 use crate::decode::tree::Node;
 use crate::model::{KvCache, SlotMapping, SlotMove, Transformer, TreeMask};
 
+/// Longer prompts are cached piece by piece: the mask of a forward has a number for every token and
+/// slot.
+const MAX_PIECE_TOKENS: usize = 512;
+
 pub(in crate::decode) struct EagerBackend<'m> {
     model: &'m Transformer,
     cache: KvCache,
@@ -53,10 +57,29 @@ impl RowTokens {
     }
 }
 
+/// The forwards that cache chunks of prompts: of neighboring rows at once, but of long ones piece by
+/// piece.
+fn prompt_batches(chunks: &[PromptChunk<'_>]) -> Vec<RowBatch> {
+    let is_short = |chunk: &PromptChunk<'_>| chunk.tokens.len() <= MAX_PIECE_TOKENS;
+    let mut batches = Vec::new();
+    for neighbors in chunks.chunk_by(|one, next| one.row + 1 == next.row && is_short(one) && is_short(next)) {
+        let PromptChunk { row, start, tokens } = neighbors[0];
+        let mut push = |rows| batches.push(RowBatch { first_row: row, rows, has_trees: false });
+        if is_short(&neighbors[0]) {
+            push(neighbors.iter().map(RowTokens::from_chunk).collect());
+        } else {
+            for (tokens, start) in tokens.chunks(MAX_PIECE_TOKENS).zip((start..).step_by(MAX_PIECE_TOKENS)) {
+                push(vec![RowTokens::from_chunk(&PromptChunk { row, start, tokens })]);
+            }
+        }
+    }
+    batches
+}
+
 impl<'m> EagerBackend<'m> {
-    pub(in crate::decode) fn new(model: &'m Transformer, num_rows: usize, capacity: usize) -> Self {
-        let cache = KvCache::new(model.config(), num_rows, capacity, model.device(), model.kind());
-        EagerBackend { model, cache, sampled: Vec::new() }
+    pub(in crate::decode) fn new(model: &'m Transformer, num_rows: usize, capacity: usize) -> Result<Self> {
+        let cache = KvCache::new(model.config(), num_rows, capacity, model.device(), model.kind())?;
+        Ok(EagerBackend { model, cache, sampled: Vec::new() })
     }
 
     /// Forwards the tokens and returns the final hidden states `[tokens, hidden]`.
@@ -100,9 +123,8 @@ impl<'m> EagerBackend<'m> {
 
 impl Backend for EagerBackend<'_> {
     fn launch(&mut self, chunks: &[PromptChunk<'_>], windows: &[Window<'_>], sampling: Sampling) -> Result<()> {
-        for neighbors in chunks.chunk_by(|one, next| one.row + 1 == next.row) {
-            let rows = neighbors.iter().map(RowTokens::from_chunk).collect();
-            let _ = self.forward(&RowBatch { first_row: neighbors[0].row, rows, has_trees: false });
+        for batch in prompt_batches(chunks) {
+            let _ = self.forward(&batch);
         }
         if windows.is_empty() {
             // Prefill is timed on its own, so a GPU must have finished it.
