@@ -18,6 +18,9 @@ use crate::settings::{Settings, StateDtype};
 use crate::validation::ProbeSize;
 use activations::{BatchSize, cuda_activations, eager_activations};
 
+/// The compute capability of the GPUs that estimates are for: Hopper.
+pub const PLANNED_CAPABILITY: (u32, u32) = (9, 0);
+
 /// What the memory of a run depends on.
 #[derive(Clone, Copy)]
 pub struct Workload<'w> {
@@ -65,7 +68,9 @@ impl MemoryEstimate {
             .iter()
             .map(|batch| BatchSize::new(config, settings, batch, examples, max_rows))
             .map(|batch| match kind {
-                Kind::BFloat16 if train::has_kernels(config) => cuda_activations(config, settings, batch),
+                Kind::BFloat16 if train::slow_path_reason(config, kind, PLANNED_CAPABILITY).is_none() => {
+                    cuda_activations(config, settings, batch)
+                }
                 _ => eager_activations(config, kind.elt_size_in_bytes() as f64, settings, batch),
             })
             .fold(0.0, f64::max);
@@ -120,10 +125,9 @@ impl StaticBytes {
             _ => 12.0,
         };
         let average = if settings.optimizer.ema_decay.is_some() { 4.0 } else { 0.0 };
-        // The update makes float32 copies of some gradients; with a bfloat16 state, of everything
-        // it works on.
-        let num_copies = if is_bf16_state { 8.0 } else { 1.0 };
-        let copies = if kind == Kind::Float { 0.0 } else { num_copies * 4.0 * shard.min(MAX_UPDATE_ELEMENTS as f64) };
+        // The average is updated from float32 copies of some weights.
+        let is_copied = is_bf16_state && settings.optimizer.ema_decay.is_some();
+        let copies = if is_copied { 4.0 * shard.min(MAX_UPDATE_ELEMENTS as f64) } else { 0.0 };
         // The sum over the gradients of all processes.
         let reduced = if world_size > 1 { element * shard } else { 0.0 };
         let own = if settings.lora.is_some() { parameters + trained } else { parameters };

@@ -6,7 +6,7 @@ use cllm_core::chat_template::today;
 use cllm_core::checkpoint::{self, hub, is_adapter};
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::{Error, Result, device};
+use cllm_core::{Error, Result, device, progress, train};
 use serde_json::json;
 use tch::Device;
 
@@ -20,6 +20,18 @@ pub struct Models {
 }
 
 impl Models {
+    /// Says so if training takes the slow way on this device.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] if the device does not answer.
+    pub fn log_slow_path(&self) -> Result<()> {
+        let student = &self.student;
+        if let Some(reason) = train::slow_path_reason_on(student.config(), student.kind(), student.device())? {
+            progress::log(slow_path_warning(&reason));
+        }
+        Ok(())
+    }
+
     /// Loads the models of a run whose student and tokenizer are in `folder`, or makes random
     /// weights.
     ///
@@ -62,6 +74,11 @@ impl Models {
         };
         Ok(Models { student, anchor })
     }
+}
+
+/// Tells a user that training takes the slow way, if [`train::slow_path_reason`] gives a reason.
+pub fn slow_path_warning(reason: &str) -> String {
+    format!("slow: {reason}; libtorch's operations take several times as long and need more memory")
 }
 
 fn load_anchor(name: &str, student: &ModelConfig, device: Device) -> Result<Transformer> {

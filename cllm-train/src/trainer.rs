@@ -95,6 +95,7 @@ pub fn run_on(mut settings: Settings, today: Date) -> Result<()> {
     let probe = validator.as_ref().and_then(Validator::probe_size);
     refuse_what_cannot_fit(&settings, (device, &group), &config, &examples, probe, &tokenizer_folder)?;
     let models = Models::load(&settings, &tokenizer, &tokenizer_folder, device)?;
+    models.log_slow_path()?;
     let fingerprint = fingerprint()?;
     let mut optimizer = OptimizerState::new(&models.student, &settings.optimizer, settings.seed, Rc::clone(&group))?;
     if group.is_main() {

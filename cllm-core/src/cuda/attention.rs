@@ -79,8 +79,8 @@ struct Sizes {
 
 const MASK: &[Param<Sizes>] = &[
     int32("offsets", |s| s.groups + 1),
-    aligned(16, int32("blocks", |s| s.entries * ENTRY)),
-    aligned(16, uint64("bits", |s| s.tiles_with_bits * TILE * 2)),
+    aligned(|_| 16, int32("blocks", |s| s.entries * ENTRY)),
+    aligned(|_| 16, uint64("bits", |s| s.tiles_with_bits * TILE * 2)),
 ];
 const QKV: Param<Sizes> = bf16("qkv", |s| s.tokens * s.shape.qkv());
 const QKV_TILES: Param<Sizes> = tiles("qkv", |s| [s.tokens, s.shape.heads + 2 * s.shape.kv_heads, s.shape.head_dim]);
@@ -88,8 +88,8 @@ const D_QKV: Param<Sizes> = bf16("d_qkv", |s| s.tokens * s.shape.qkv());
 const ATTN_OUT: Param<Sizes> = bf16("attn_out", |s| s.tokens * s.shape.attn());
 const D_ATTN_OUT: Param<Sizes> = bf16("d_attn_out", |s| s.tokens * s.shape.attn());
 const D_ATTN_OUT_TILES: Param<Sizes> = tiles("d_attn_out", |s| [s.tokens, s.shape.heads, s.shape.head_dim]);
-const LOGSUMEXP: Param<Sizes> = aligned(16, float32("logsumexp", |s| s.tokens * s.shape.heads));
-const DELTAS: Param<Sizes> = aligned(16, float32("deltas", |s| s.tokens * s.shape.heads));
+const LOGSUMEXP: Param<Sizes> = aligned(|_| 16, float32("logsumexp", |s| s.tokens * s.shape.heads));
+const DELTAS: Param<Sizes> = aligned(|_| 16, float32("deltas", |s| s.tokens * s.shape.heads));
 const SCALE: Param<Sizes> = float("scale");
 const NUM_TOKENS: Param<Sizes> = count("tokens", |s| s.tokens);
 

@@ -133,7 +133,7 @@ const WEIGHT_QKV: Param<Sizes> = bf16("weight", |s| s.shape.qkv() * s.shape.hidd
 const X: Param<Sizes> = bf16("x", |s| s.tokens * s.shape.hidden);
 const NORM: Param<Sizes> = bf16("norm", |s| s.shape.hidden);
 const QKV: Param<Sizes> = bf16("qkv", |s| s.tokens * s.shape.qkv());
-const BIAS_QKV: Param<Sizes> = nullable(aligned(2, bf16("bias", |s| s.shape.qkv())));
+const BIAS_QKV: Param<Sizes> = nullable(aligned(|_| 2, bf16("bias", |s| s.shape.qkv())));
 const ATTN_OUT: Param<Sizes> = bf16("attn_out", |s| s.tokens * s.shape.attn());
 const INNER: Param<Sizes> = bf16("inner", |s| s.tokens * s.shape.ffn);
 const NUM_TOKENS: Param<Sizes> = count("num_tokens", |s| s.tokens);
@@ -163,7 +163,7 @@ const FUSED_OUTPUT: Signature<Sizes> = Signature {
     params: &[&[
         bf16("weight", |s| s.shape.hidden * s.shape.attn()),
         ATTN_OUT,
-        nullable(aligned(2, bf16("bias", |s| s.shape.hidden))),
+        nullable(aligned(|_| 2, bf16("bias", |s| s.shape.hidden))),
         X,
         NUM_TOKENS,
     ]],

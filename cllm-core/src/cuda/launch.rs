@@ -51,6 +51,7 @@ enum Value<Sizes> {
     /// A number that follows from the sizes, so a launch has no argument for it.
     Count(fn(&Sizes) -> usize),
     Int,
+    Long,
     Float,
 }
 
@@ -58,7 +59,7 @@ struct Pointer<Sizes> {
     /// Type of the elements in the source.
     c_type: &'static str,
     kind: Kind,
-    align_bytes: usize,
+    align_bytes: fn(&Sizes) -> usize,
     is_nullable: bool,
     num_elements: fn(&Sizes) -> usize,
 }
@@ -67,7 +68,7 @@ impl<Sizes> Param<Sizes> {
     const fn pointer(
         name: &'static str,
         (c_type, kind): (&'static str, Kind),
-        align_bytes: usize,
+        align_bytes: fn(&Sizes) -> usize,
         num_elements: fn(&Sizes) -> usize,
     ) -> Self {
         let pointer = Pointer { c_type, kind, align_bytes, is_nullable: false, num_elements };
@@ -84,7 +85,7 @@ pub(super) const fn nullable<Sizes>(mut param: Param<Sizes>) -> Param<Sizes> {
 }
 
 /// Sets the alignment of the first element.
-pub(super) const fn aligned<Sizes>(align_bytes: usize, mut param: Param<Sizes>) -> Param<Sizes> {
+pub(super) const fn aligned<Sizes>(align_bytes: fn(&Sizes) -> usize, mut param: Param<Sizes>) -> Param<Sizes> {
     if let Value::Pointer(pointer) = &mut param.value {
         pointer.align_bytes = align_bytes;
     }
@@ -98,6 +99,7 @@ impl<Sizes> Display for Param<Sizes> {
             Value::Pointer(pointer) => write!(f, "{} *{}", pointer.c_type, self.name),
             Value::Tiles(_) => write!(f, "__grid_constant__ Tiles {}", self.name),
             Value::Count(_) | Value::Int => write!(f, "int {}", self.name),
+            Value::Long => write!(f, "long long {}", self.name),
             Value::Float => write!(f, "float {}", self.name),
         }
     }
@@ -105,25 +107,25 @@ impl<Sizes> Display for Param<Sizes> {
 
 /// bfloat16. Kernels read 16 bytes at a time unless [`aligned`] says less.
 pub(super) const fn bf16<Sizes>(name: &'static str, num_elements: fn(&Sizes) -> usize) -> Param<Sizes> {
-    Param::pointer(name, ("bf16", Kind::BFloat16), 16, num_elements)
+    Param::pointer(name, ("bf16", Kind::BFloat16), |_| 16, num_elements)
 }
 
 pub(super) const fn float32<Sizes>(name: &'static str, num_elements: fn(&Sizes) -> usize) -> Param<Sizes> {
-    Param::pointer(name, ("float", Kind::Float), 4, num_elements)
+    Param::pointer(name, ("float", Kind::Float), |_| 4, num_elements)
 }
 
 pub(super) const fn int32<Sizes>(name: &'static str, num_elements: fn(&Sizes) -> usize) -> Param<Sizes> {
-    Param::pointer(name, ("int", Kind::Int), 4, num_elements)
+    Param::pointer(name, ("int", Kind::Int), |_| 4, num_elements)
 }
 
 pub(super) const fn int64<Sizes>(name: &'static str, num_elements: fn(&Sizes) -> usize) -> Param<Sizes> {
-    Param::pointer(name, ("long long", Kind::Int64), 8, num_elements)
+    Param::pointer(name, ("long long", Kind::Int64), |_| 8, num_elements)
 }
 
 /// Unsigned 64-bit numbers, in an int32 tensor with two elements for each: libtorch has no
 /// arithmetic for them.
 pub(super) const fn uint64<Sizes>(name: &'static str, num_ints: fn(&Sizes) -> usize) -> Param<Sizes> {
-    Param::pointer(name, ("u64", Kind::Int), 8, num_ints)
+    Param::pointer(name, ("u64", Kind::Int), |_| 8, num_ints)
 }
 
 /// Tiles of 64 tokens of a head, at most 64 columns wide, of a tensor `[tokens, heads, width]` in
@@ -140,6 +142,10 @@ pub(super) const fn int<Sizes>(name: &'static str) -> Param<Sizes> {
     Param { name, value: Value::Int }
 }
 
+pub(super) const fn long<Sizes>(name: &'static str) -> Param<Sizes> {
+    Param { name, value: Value::Long }
+}
+
 pub(super) const fn float<Sizes>(name: &'static str) -> Param<Sizes> {
     Param { name, value: Value::Float }
 }
@@ -151,6 +157,7 @@ pub(super) enum Argument<'t> {
     /// A null pointer if there is no tensor.
     Optional(Option<&'t Tensor>),
     Int(i32),
+    Long(i64),
     Float(f32),
 }
 
@@ -237,7 +244,7 @@ impl<Sizes> Kernel<Sizes> {
             match (&param.value, rest.next()) {
                 (Value::Pointer(pointer), Some(Argument::Tensor(tensor) | Argument::Optional(Some(tensor)))) => {
                     let Pointer { kind, align_bytes, num_elements, .. } = *pointer;
-                    check(tensor, kind, align_bytes, num_elements(sizes), self.device)
+                    check(tensor, kind, align_bytes(sizes), num_elements(sizes), self.device)
                         .map(Bits::from)
                         .map_err(|problem| self.mismatch(param, &problem))
                 }
@@ -249,6 +256,7 @@ impl<Sizes> Kernel<Sizes> {
                 }
                 (Value::Pointer(pointer), Some(Argument::Optional(None))) if pointer.is_nullable => Ok(Bits::from(0)),
                 (Value::Int, Some(Argument::Int(value))) => Ok(Bits::from(u64::from(value.cast_unsigned()))),
+                (Value::Long, Some(Argument::Long(value))) => Ok(Bits::from(value.cast_unsigned())),
                 (Value::Float, Some(Argument::Float(value))) => Ok(Bits::from(u64::from(value.to_bits()))),
                 (_, argument) => Err(self.mismatch(param, &format!("cannot be {argument:?}"))),
             }

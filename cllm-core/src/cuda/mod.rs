@@ -29,6 +29,7 @@ pub(crate) mod host_buffer;
 mod launch;
 pub mod libtorch;
 pub(crate) mod nvrtc;
+pub mod optimizer;
 pub(crate) mod shape;
 pub(crate) mod store;
 pub(crate) mod tiles;

@@ -36,6 +36,13 @@ impl KernelShape {
         (self.heads + 2 * self.kv_heads) * self.head_dim
     }
 
+    /// Whether every tensor of the model starts at a multiple of 16 bytes in a buffer of all of them.
+    pub(super) fn is_aligned(&self) -> bool {
+        let keys = self.kv_heads * self.head_dim;
+        let norms = if self.query_key_norm { self.head_dim } else { 0 };
+        [self.hidden, self.ffn, self.attn(), keys, norms].iter().all(|size| size.is_multiple_of(8))
+    }
+
     pub(super) fn macros(&self) -> Vec<(&'static str, String)> {
         vec![
             ("HIDDEN", self.hidden.to_string()),

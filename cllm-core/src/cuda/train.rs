@@ -2,22 +2,25 @@
 
 use tch::{Device, Kind, Tensor};
 
-use super::attention::AttentionKernels;
-use super::launch::{Argument, Kernel, Param, Signature, bf16, count, float, float32, int, int64, nullable};
+use super::launch::{self, Argument, Kernel, Param, Signature, aligned, count, float, float32, int, int64, nullable};
 use super::nvrtc::{Macros, Module};
 use super::shape::KernelShape;
 use crate::{Error, Result};
 use Argument::{Float, Int, Optional, Tensor as Data};
 
 const SOURCE: &str = concat!(include_str!("../../csrc/bf16.cuh"), include_str!("../../csrc/train.cu"));
-/// Threads per block of kernels whose threads each process 8 neighbouring values.
+/// Threads of a block, unless a kernel needs more.
 const THREADS: usize = 256;
-/// Blocks that share the rows of a norm's backward: two for each multiprocessor of an H100.
-const MAX_NORM_BLOCKS: usize = 264;
+/// Blocks that share the rows of a backward that sums over all of them: four for each
+/// multiprocessor of an H100.
+const MAX_SUMMING_BLOCKS: usize = 528;
 /// Threads of a block that processes a row of logits.
 const LOGITS_THREADS: usize = 512;
-/// A block has a thread for every 8 values of a token.
-const MAX_HIDDEN: usize = 1024 * 8;
+/// A thread processes chunks of this many neighbouring values.
+const CHUNK: usize = 8;
+/// A thread of a norm holds this many chunks of its row, and more only of rows that even 1024
+/// threads cannot hold otherwise.
+const CHUNKS_PER_THREAD: usize = 3;
 
 /// A divergence between the distributions of a target and a student.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,12 +34,17 @@ pub enum Divergence {
 
 fn macros(shape: &KernelShape) -> Macros {
     let mut macros = shape.macros();
-    let kinds = [
-        ("FORWARD_KL", Divergence::ForwardKl),
-        ("REVERSE_KL", Divergence::ReverseKl),
-        ("JENSEN_SHANNON", Divergence::JensenShannon),
+    let numbers = [
+        ("ALIGNED", usize::from(shape.is_aligned())),
+        ("QK_NORM", usize::from(shape.query_key_norm)),
+        ("ROW_THREADS", row_threads(shape)),
+        ("ROWS_PER_BLOCK", norm_threads(shape) / row_threads(shape)),
+        ("HEAD_THREADS", head_threads(shape)),
+        ("FORWARD_KL", Divergence::ForwardKl as usize),
+        ("REVERSE_KL", Divergence::ReverseKl as usize),
+        ("JENSEN_SHANNON", Divergence::JensenShannon as usize),
     ];
-    macros.extend(kinds.map(|(name, kind)| (name, (kind as i32).to_string())));
+    macros.extend(numbers.map(|(name, number)| (name, number.to_string())));
     macros
 }
 
@@ -51,12 +59,41 @@ struct Sizes {
     target_rows: usize,
 }
 
-fn num_norm_blocks(sizes: &Sizes) -> usize {
-    MAX_NORM_BLOCKS.min(sizes.rows)
+/// Threads that share a row of a norm.
+fn row_threads(shape: &KernelShape) -> usize {
+    let chunks = shape.hidden.div_ceil(CHUNK);
+    chunks.div_ceil(CHUNKS_PER_THREAD).next_power_of_two().clamp(32, 1024)
 }
 
-fn norm_threads(sizes: &Sizes) -> usize {
-    (sizes.shape.hidden / 8).next_multiple_of(32)
+/// Threads of a block of a norm.
+fn norm_threads(shape: &KernelShape) -> usize {
+    row_threads(shape).max(THREADS)
+}
+
+fn num_norm_blocks(s: &Sizes) -> usize {
+    (s.rows * row_threads(&s.shape)).div_ceil(norm_threads(&s.shape))
+}
+
+/// Threads that share a head of the queries or keys: each rotates a chunk of pairs.
+fn head_threads(shape: &KernelShape) -> usize {
+    (shape.head_dim / 2).div_ceil(CHUNK).next_power_of_two()
+}
+
+fn num_rotated_heads(s: &Sizes) -> usize {
+    s.rows * (s.shape.heads + s.shape.kv_heads)
+}
+
+fn num_rotation_blocks(s: &Sizes) -> usize {
+    (num_rotated_heads(s) * head_threads(&s.shape)).div_ceil(THREADS)
+}
+
+fn num_summing_blocks(num_blocks: usize) -> usize {
+    num_blocks.min(MAX_SUMMING_BLOCKS)
+}
+
+/// bfloat16, as aligned as the tensors of a model of this shape are.
+const fn bf16(name: &'static str, num_elements: fn(&Sizes) -> usize) -> Param<Sizes> {
+    aligned(|s| if s.shape.is_aligned() { 16 } else { 2 }, launch::bf16(name, num_elements))
 }
 
 const X: Param<Sizes> = bf16("x", |s| s.rows * s.shape.hidden);
@@ -65,30 +102,37 @@ const LOGITS: Param<Sizes> = bf16("logits", |s| s.rows * s.shape.vocab);
 const LOGSUMEXPS: Param<Sizes> = float32("logsumexps", |s| s.rows);
 const OUT: Param<Sizes> = float32("out", |s| s.rows);
 const NUM_TOKENS: Param<Sizes> = count("tokens", |s| s.rows);
+const NUM_ROWS: Param<Sizes> = count("rows", |s| s.rows);
 
 const RMS_NORM: Signature<Sizes> = Signature {
     name: "rms_norm",
-    grid: |s| [s.rows, 1],
-    threads: norm_threads,
-    params: &[&[X, WEIGHT, bf16("out", |s| s.rows * s.shape.hidden)]],
+    grid: |s| [num_norm_blocks(s), 1],
+    threads: |s| norm_threads(&s.shape),
+    params: &[&[
+        X,
+        nullable(bf16("update", |s| s.rows * s.shape.hidden)),
+        WEIGHT,
+        bf16("out", |s| s.rows * s.shape.hidden),
+        NUM_ROWS,
+    ]],
 };
 const RMS_NORM_BACKWARD: Signature<Sizes> = Signature {
     name: "rms_norm_backward",
-    grid: |s| [num_norm_blocks(s), 1],
-    threads: norm_threads,
+    grid: |s| [num_summing_blocks(num_norm_blocks(s)), 1],
+    threads: |s| norm_threads(&s.shape),
     params: &[&[
         X,
         WEIGHT,
         bf16("d_out", |s| s.rows * s.shape.hidden),
         bf16("d_residual", |s| s.rows * s.shape.hidden),
         bf16("d_x", |s| s.rows * s.shape.hidden),
-        float32("d_weight_partial", |s| num_norm_blocks(s) * s.shape.hidden),
-        count("rows", |s| s.rows),
+        float32("d_weight_partial", |s| num_summing_blocks(num_norm_blocks(s)) * s.shape.hidden),
+        NUM_ROWS,
     ]],
 };
 const SWIGLU: Signature<Sizes> = Signature {
     name: "swiglu",
-    grid: |s| [(s.rows * s.shape.ffn / 8).div_ceil(THREADS), 1],
+    grid: |s| [(s.rows * s.shape.ffn.div_ceil(CHUNK)).div_ceil(THREADS), 1],
     threads: |_| THREADS,
     params: &[&[bf16("gate_up", |s| s.rows * 2 * s.shape.ffn), bf16("inner", |s| s.rows * s.shape.ffn), NUM_TOKENS]],
 };
@@ -97,18 +141,33 @@ const SWIGLU_BACKWARD: Signature<Sizes> = Signature {
     params: &[&[bf16("gate_up", |s| s.rows * 2 * s.shape.ffn), bf16("d_inner", |s| s.rows * s.shape.ffn), NUM_TOKENS]],
     ..SWIGLU
 };
+const ANGLES_AND_NORMS: &[Param<Sizes>] = &[
+    aligned(|_| 16, float32("cosines", |s| s.rows * s.shape.head_dim / 2)),
+    aligned(|_| 16, float32("sines", |s| s.rows * s.shape.head_dim / 2)),
+    nullable(bf16("q_norm", |s| s.shape.head_dim)),
+    nullable(bf16("k_norm", |s| s.shape.head_dim)),
+    nullable(bf16("qk", |s| num_rotated_heads(s) * s.shape.head_dim)),
+];
 const ROTATE: Signature<Sizes> = Signature {
     name: "rotate",
-    // A thread processes 8 pairs of a query's or key's head.
-    grid: |s| [(s.rows * (s.shape.heads + s.shape.kv_heads) * s.shape.head_dim / 16).div_ceil(THREADS), 1],
+    grid: |s| [num_rotation_blocks(s), 1],
     threads: |_| THREADS,
-    params: &[&[
-        bf16("qkv", |s| s.rows * s.shape.qkv()),
-        float32("cosines", |s| s.rows * s.shape.head_dim / 2),
-        float32("sines", |s| s.rows * s.shape.head_dim / 2),
-        float("sign"),
-        NUM_TOKENS,
-    ]],
+    params: &[&[bf16("qkv", |s| s.rows * s.shape.qkv())], ANGLES_AND_NORMS, &[NUM_TOKENS]],
+};
+const ROTATE_BACKWARD: Signature<Sizes> = Signature {
+    name: "rotate_backward",
+    grid: |s| [num_summing_blocks(num_rotation_blocks(s)), 1],
+    threads: |_| THREADS,
+    params: &[
+        &[bf16("d_qkv", |s| s.rows * s.shape.qkv())],
+        ANGLES_AND_NORMS,
+        &[
+            nullable(float32("d_weights_partial", |s| {
+                num_summing_blocks(num_rotation_blocks(s)) * 2 * s.shape.head_dim
+            })),
+            NUM_TOKENS,
+        ],
+    ],
 };
 const LOGSUMEXP: Signature<Sizes> =
     Signature { name: "logsumexp", grid: |s| [s.rows, 1], threads: |_| LOGITS_THREADS, params: &[&[LOGITS, OUT]] };
@@ -153,6 +212,7 @@ pub struct TrainKernels {
     swiglu: Kernel<Sizes>,
     swiglu_backward: Kernel<Sizes>,
     rotate: Kernel<Sizes>,
+    rotate_backward: Kernel<Sizes>,
     logsumexp: Kernel<Sizes>,
     divergence: Kernel<Sizes>,
     cross_entropy: Kernel<Sizes>,
@@ -236,17 +296,6 @@ impl Labels {
 }
 
 impl TrainKernels {
-    /// Whether the kernels can compute a model: they process 8 values at a time (of half a head, in
-    /// RoPE), and one token per block.
-    pub fn supports(shape: &KernelShape) -> bool {
-        let sizes = [shape.hidden, shape.ffn, shape.vocab];
-        sizes.iter().all(|size| size.is_multiple_of(8))
-            && shape.hidden <= MAX_HIDDEN
-            && shape.head_dim.is_multiple_of(16)
-            && shape.head_dim <= AttentionKernels::MAX_HEAD_DIM
-            && !shape.query_key_norm
-    }
-
     /// Compiles and loads the kernels.
     ///
     /// # Errors
@@ -260,6 +309,7 @@ impl TrainKernels {
             swiglu: kernel(&SWIGLU)?,
             swiglu_backward: kernel(&SWIGLU_BACKWARD)?,
             rotate: kernel(&ROTATE)?,
+            rotate_backward: kernel(&ROTATE_BACKWARD)?,
             logsumexp: kernel(&LOGSUMEXP)?,
             divergence: kernel(&DIVERGENCE)?,
             cross_entropy: kernel(&CROSS_ENTROPY)?,
@@ -267,14 +317,15 @@ impl TrainKernels {
         })
     }
 
-    /// RMS norm of `x [T, hidden]`.
+    /// RMS norm of `x [T, hidden]`; or of the sum of `x` and `update`, which becomes that sum.
     ///
     /// # Errors
     /// [`Error::Internal`] if a tensor does not fit, else [`Error::Torch`]; here and below.
-    pub fn rms_norm(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
+    pub fn rms_norm(&self, x: &Tensor, update: Option<&Tensor>, weight: &Tensor) -> Result<Tensor> {
         let out = x.f_empty_like()?;
+        let arguments = [Data(x), Optional(update), Data(weight), Data(&out)];
         // SAFETY: no argument is an index.
-        unsafe { self.rms_norm.launch(&self.tokens_of(x), &[Data(x), Data(weight), Data(&out)])? };
+        unsafe { self.rms_norm.launch(&self.tokens_of(x), &arguments)? };
         Ok(out)
     }
 
@@ -288,7 +339,8 @@ impl TrainKernels {
         d_residual: &Tensor,
     ) -> Result<Tensor> {
         let sizes = self.tokens_of(x);
-        let partial_size = [num_norm_blocks(&sizes) as i64, self.shape.hidden as i64];
+        let num_blocks = num_summing_blocks(num_norm_blocks(&sizes));
+        let partial_size = [num_blocks as i64, self.shape.hidden as i64];
         let partial = Tensor::f_empty(partial_size, (Kind::Float, x.device()))?;
         let arguments = [x, weight, d_out, d_residual, d_residual, &partial].map(Data);
         // SAFETY: no argument is an index.
@@ -314,14 +366,58 @@ impl TrainKernels {
         unsafe { self.swiglu_backward.launch(&sizes, &[Data(gate_up), Data(d_inner)]) }
     }
 
-    /// Rotates the queries and keys of `qkv [T, (heads + 2 kv_heads) head_dim]` in place, by angles
-    /// with these cosines and sines, float32 `[T, head_dim / 2]`. With `back`, it undoes that
-    /// rotation.
-    pub fn rotate(&self, qkv: &Tensor, (cosines, sines): (&Tensor, &Tensor), back: bool) -> Result<()> {
+    /// In place, norms the queries and keys of `qkv [T, (heads + 2 kv_heads) head_dim]` if the model
+    /// has weights `qk_norm [head_dim]` for that, and rotates them by angles with these cosines and
+    /// sines, float32 `[T, head_dim / 2]`. Returns what the backward of the norms needs, the queries
+    /// and keys before it, `[T, heads + kv_heads, head_dim]`.
+    pub fn rotate(
+        &self,
+        qkv: &Tensor,
+        (cosines, sines): (&Tensor, &Tensor),
+        qk_norm: Option<(&Tensor, &Tensor)>,
+    ) -> Result<Option<Tensor>> {
         let sizes = self.sizes(qkv.numel() / self.shape.qkv());
-        let sign = Float(if back { -1.0 } else { 1.0 });
-        // SAFETY: no argument is an index.
-        unsafe { self.rotate.launch(&sizes, &[Data(qkv), Data(cosines), Data(sines), sign]) }
+        self.check_norms(qk_norm.is_some())?;
+        let qk_size = [sizes.rows, self.shape.heads + self.shape.kv_heads, self.shape.head_dim].map(|size| size as i64);
+        let qk = qk_norm.map(|_| Tensor::f_empty(qk_size, (Kind::BFloat16, qkv.device()))).transpose()?;
+        let (q_norm, k_norm) = qk_norm.unzip();
+        let arguments =
+            [Data(qkv), Data(cosines), Data(sines), Optional(q_norm), Optional(k_norm), Optional(qk.as_ref())];
+        // SAFETY: no argument is an index, and the pointers of the norms are null together, as the
+        // kernels were compiled.
+        unsafe { self.rotate.launch(&sizes, &arguments)? };
+        Ok(qk)
+    }
+
+    /// Turns, in place, the gradient of [`Self::rotate`]'s result into that of what it was given.
+    /// `norms`: the weights, and what it returned. Returns the gradients of the weights of the norms
+    /// of queries and keys, float32 `[2, head_dim]`.
+    pub fn rotate_backward(
+        &self,
+        d_qkv: &Tensor,
+        (cosines, sines): (&Tensor, &Tensor),
+        norms: Option<((&Tensor, &Tensor), &Tensor)>,
+    ) -> Result<Option<Tensor>> {
+        let sizes = self.sizes(d_qkv.numel() / self.shape.qkv());
+        self.check_norms(norms.is_some())?;
+        let num_blocks = num_summing_blocks(num_rotation_blocks(&sizes));
+        let partial_size = [num_blocks, 2, self.shape.head_dim].map(|size| size as i64);
+        let partial = norms.map(|_| Tensor::f_empty(partial_size, (Kind::Float, d_qkv.device()))).transpose()?;
+        let (weights, qk) = norms.unzip();
+        let (q_norm, k_norm) = weights.unzip();
+        let norms = [q_norm, k_norm, qk, partial.as_ref()].map(Optional);
+        let arguments = [&[Data(d_qkv), Data(cosines), Data(sines)], &norms[..]].concat();
+        // SAFETY: as in `rotate`.
+        unsafe { self.rotate_backward.launch(&sizes, &arguments)? };
+        Ok(partial.map(|partial| partial.f_sum_dim_intlist(0, false, Kind::Float)).transpose()?)
+    }
+
+    /// Kernels with norms read their weights, and kernels without do not.
+    fn check_norms(&self, are_given: bool) -> Result<()> {
+        if are_given == self.shape.query_key_norm {
+            return Ok(());
+        }
+        Err(Error::internal("the kernels were compiled for another number of norms"))
     }
 
     /// Prepares logits `[rows, vocab]` for losses.
@@ -408,25 +504,22 @@ mod tests {
     use crate::cuda::launch::tests::assert_declared;
     use crate::cuda::nvrtc::compile;
 
-    const SMALL: KernelShape = KernelShape::SMOLLM2;
-
     #[test]
     fn the_kernels_compile_without_a_gpu() {
-        let large =
-            KernelShape { hidden: 4096, heads: 32, kv_heads: 8, head_dim: 128, ffn: 11008, vocab: 32000, ..SMALL };
-        for shape in [SMALL, large] {
-            assert!(TrainKernels::supports(&shape));
+        let small = KernelShape::SMOLLM2;
+        let large = KernelShape { hidden: 4096, heads: 32, kv_heads: 8, head_dim: 128, ffn: 12288, ..small };
+        let large = KernelShape { vocab: 151_936, query_key_norm: true, ..large };
+        let odd = KernelShape { hidden: 100, heads: 3, kv_heads: 1, head_dim: 20, ffn: 77, ..large };
+        for shape in [small, large, odd] {
+            assert_eq!(shape.is_aligned(), shape != odd);
             assert!(compile(SOURCE, (9, 0), &macros(&shape)).unwrap().is_elf());
-        }
-        for (head_dim, is_supported) in [(80, true), (96, true), (256, true), (72, false), (272, false)] {
-            assert_eq!(TrainKernels::supports(&KernelShape { head_dim, ..SMALL }), is_supported, "{head_dim}");
         }
     }
 
     #[test]
     fn the_signatures_match_the_source() {
         let logits = [LOGSUMEXP, DIVERGENCE, CROSS_ENTROPY];
-        let signatures = [RMS_NORM, RMS_NORM_BACKWARD, SWIGLU, SWIGLU_BACKWARD, ROTATE];
+        let signatures = [RMS_NORM, RMS_NORM_BACKWARD, SWIGLU, SWIGLU_BACKWARD, ROTATE, ROTATE_BACKWARD];
         for signature in signatures.iter().chain(&logits) {
             assert_declared(SOURCE, signature);
         }

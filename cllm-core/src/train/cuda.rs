@@ -13,10 +13,37 @@ use crate::cuda::nvrtc::compute_capability;
 use crate::cuda::train::TrainKernels;
 use crate::model::{Layer, Linear, ModelConfig, PerWindow, Transformer};
 
-/// Whether our own kernels can train a model of this configuration, in bf16 on a GPU with enough
-/// shared memory.
-pub fn has_kernels(config: &ModelConfig) -> bool {
-    TrainKernels::supports(&config.kernel_shape())
+/// Why a model with weights of type `kind` cannot train with our own kernels on GPUs of a compute
+/// capability, and trains with libtorch's operations instead, many times slower. `None` if it can.
+pub fn slow_path_reason(config: &ModelConfig, kind: Kind, (major, minor): (u32, u32)) -> Option<String> {
+    let ModelConfig { head_dim, vocab_size, .. } = *config;
+    if kind != Kind::BFloat16 {
+        Some(format!("the kernels compute in bfloat16, and the weights are {kind:?}"))
+    } else if major < 8 {
+        Some(format!("the kernels need compute capability 8.0 (Ampere) or later, and the GPU has {major}.{minor}"))
+    } else if vocab_size % 8 != 0 {
+        Some(format!("the kernels need a vocabulary of a multiple of 8 tokens, and the model has {vocab_size}"))
+    } else if head_dim % 8 != 0 || head_dim > AttentionKernels::MAX_HEAD_DIM as i64 {
+        Some(format!(
+            "the kernels need a head_dim of a multiple of 8 up to {}, and the model has {head_dim}",
+            AttentionKernels::MAX_HEAD_DIM
+        ))
+    } else if !AttentionKernels::supports(&config.kernel_shape(), (major, minor)) {
+        Some(format!(
+            "attention with a head_dim of {head_dim} needs more shared memory than compute capability {major}.{minor} has"
+        ))
+    } else {
+        None
+    }
+}
+
+/// [`slow_path_reason`] for a device of this machine. `None` on the CPU too, which has no other way.
+///
+/// # Errors
+/// [`crate::Error::Torch`] if there is no such device.
+pub fn slow_path_reason_on(config: &ModelConfig, kind: Kind, device: Device) -> Result<Option<String>> {
+    let Device::Cuda(device) = device else { return Ok(None) };
+    Ok(slow_path_reason(config, kind, compute_capability(device)?))
 }
 
 /// A batch on the GPU, padded to whole tiles of attention, and the kernels for its model.
@@ -37,8 +64,10 @@ struct SavedActivations {
     input: Tensor,
     /// After the first norm.
     attn_input: Tensor,
-    /// With RoPE applied to queries and keys.
+    /// With norms and RoPE applied to queries and keys.
     qkv: Tensor,
+    /// Queries and keys before that, if they have norms.
+    qk: Option<Tensor>,
     attn_out: Tensor,
     /// Of the attention scores, to base 2.
     logsumexp: Tensor,
@@ -66,10 +95,7 @@ impl CudaBatch {
     pub(super) fn new(batch: &PackedBatch, model: &Transformer) -> Result<Option<Self>> {
         let Device::Cuda(device) = model.device() else { return Ok(None) };
         let shape = model.config().kernel_shape();
-        if model.kind() != Kind::BFloat16
-            || !TrainKernels::supports(&shape)
-            || !AttentionKernels::supports(&shape, compute_capability(device)?)
-        {
+        if slow_path_reason_on(model.config(), model.kind(), model.device())?.is_some() {
             return Ok(None);
         }
         let num_tokens = batch.tokens.len();
@@ -99,53 +125,62 @@ impl CudaBatch {
         checkpointed_layers: usize,
     ) -> Result<(Tensor, CudaPass<'p>)> {
         let _no_grad = tch::no_grad_guard();
-        let mut x = self.embed(model)?;
         let (mut checkpoints, mut saved) = (Vec::new(), Vec::new());
-        for (index, layer) in model.layers.iter().enumerate() {
-            let (output, activations) = self.layer_forward(layer, x)?;
-            x = output;
-            if index < checkpointed_layers { checkpoints.push(activations.input) } else { saved.push(activations) }
-        }
-        let hidden = self.final_norm(model, &x)?;
-        Ok((hidden, CudaPass { model, batch: self, checkpoints, saved, last: x }))
+        let (last, hidden) = self.run_layers(model, |activations| {
+            if checkpoints.len() < checkpointed_layers {
+                checkpoints.push(activations.input);
+            } else {
+                saved.push(activations);
+            }
+        })?;
+        Ok((hidden, CudaPass { model, batch: self, checkpoints, saved, last }))
     }
 
     /// Like [`Self::forward`], but saves nothing for a backward.
     pub(super) fn hidden_states(&self, model: &Transformer) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
-        let mut x = self.embed(model)?;
+        Ok(self.run_layers(model, drop)?.1)
+    }
+
+    /// The output of the last layer, and the final hidden states without the padding. `save` gets
+    /// the activations of each layer.
+    fn run_layers(&self, model: &Transformer, mut save: impl FnMut(SavedActivations)) -> Result<(Tensor, Tensor)> {
+        let mut x = model.embed_tokens.f_index_select(0, &self.tokens)?;
+        let mut update = None;
         for layer in &model.layers {
-            x = self.layer_forward(layer, x)?.0;
+            let (input, attn_input) = self.norm(x, update, &layer.input_layernorm)?;
+            let activations = self.layer_activations(layer, input, attn_input)?;
+            x = activations.residual.shallow_clone();
+            update = Some(layer.down_proj.forward(&self.kernels.swiglu(&activations.gate_up)?));
+            save(activations);
         }
-        self.final_norm(model, &x)
+        let (last, hidden) = self.norm(x, update, &model.norm)?;
+        Ok((last, hidden.f_narrow(0, 0, self.num_tokens)?))
     }
 
-    fn embed(&self, model: &Transformer) -> Result<Tensor> {
-        Ok(model.embed_tokens.f_index_select(0, &self.tokens)?)
+    /// Adds an update to the residual stream `x`, in the memory of the update. Returns the sum and
+    /// its norm.
+    fn norm(&self, x: Tensor, update: Option<Tensor>, weight: &Tensor) -> Result<(Tensor, Tensor)> {
+        let normed = self.kernels.rms_norm(&x, update.as_ref(), weight)?;
+        Ok((update.unwrap_or(x), normed))
     }
 
-    fn final_norm(&self, model: &Transformer, x: &Tensor) -> Result<Tensor> {
-        Ok(self.kernels.rms_norm(x, &model.norm)?.f_narrow(0, 0, self.num_tokens)?)
-    }
-
-    fn layer_forward(&self, layer: &Layer, input: Tensor) -> Result<(Tensor, SavedActivations)> {
-        let attn_input = self.kernels.rms_norm(&input, &layer.input_layernorm)?;
+    /// What the backward of a layer needs, which is everything but the output of its feed-forward
+    /// layer. `attn_input` is the norm of its input.
+    fn layer_activations(&self, layer: &Layer, input: Tensor, attn_input: Tensor) -> Result<SavedActivations> {
         let qkv = layer.qkv_proj.forward(&attn_input);
-        self.kernels.rotate(&qkv, (&self.cos_sin.0, &self.cos_sin.1), false)?;
+        let qk = self.kernels.rotate(&qkv, self.cos_sin(), qk_norm(layer))?;
         let (attn_out, logsumexp) = self.attention.forward(&qkv, self.attention_masks.get(layer.sliding_window))?;
-        let residual = layer.o_proj.forward_add(&input, &attn_out)?;
-
-        let mlp_input = self.kernels.rms_norm(&residual, &layer.post_attention_layernorm)?;
+        let update = layer.o_proj.forward(&attn_out);
+        let (residual, mlp_input) = self.norm(input.shallow_clone(), Some(update), &layer.post_attention_layernorm)?;
         let gate_up = layer.gate_up_proj.forward(&mlp_input);
-        let output = layer.down_proj.forward_add(&residual, &self.kernels.swiglu(&gate_up)?)?;
-
-        Ok((output, SavedActivations { input, attn_input, qkv, attn_out, logsumexp, residual, mlp_input, gate_up }))
+        Ok(SavedActivations { input, attn_input, qkv, qk, attn_out, logsumexp, residual, mlp_input, gate_up })
     }
 
     /// `d_x` is the gradient of the layer's output and becomes, in place, that of its input.
     /// Tensors are dropped as soon as they are no longer needed.
     fn layer_backward(&self, layer: &Layer, saved: SavedActivations, d_x: &Tensor) -> Result<()> {
-        let SavedActivations { input, attn_input, qkv, attn_out, logsumexp, residual, mlp_input, gate_up } = saved;
+        let SavedActivations { input, attn_input, qkv, qk, attn_out, logsumexp, residual, mlp_input, gate_up } = saved;
 
         let d_activated = layer.down_proj.backward_input(d_x)?;
         self.kernels.swiglu_backward(&gate_up, &d_activated)?;
@@ -164,7 +199,7 @@ impl CudaBatch {
         let mask = self.attention_masks.get(layer.sliding_window);
         let d_qkv = self.attention.backward(&qkv, &attn_out, &logsumexp, &d_attn_out, mask)?;
         drop((qkv, attn_out, d_attn_out));
-        self.kernels.rotate(&d_qkv, (&self.cos_sin.0, &self.cos_sin.1), true)?;
+        self.rotate_backward(layer, &d_qkv, qk)?;
         let d_attn_input = layer.qkv_proj.backward_input(&d_qkv)?;
         layer.qkv_proj.backward_weights(&attn_input, &d_qkv)?;
         self.norm_backward(&input, &layer.input_layernorm, &d_attn_input, d_x)
@@ -173,11 +208,36 @@ impl CudaBatch {
     /// Adds to `d_x` the gradient of the norm's input `x`, and to the gradient of its weight.
     fn norm_backward(&self, x: &Tensor, weight: &Tensor, d_out: &Tensor, d_x: &Tensor) -> Result<()> {
         let d_weight = self.kernels.rms_norm_backward(x, weight, d_out, d_x)?;
-        if weight.requires_grad() {
-            let _ = weight.grad().f_add_(&d_weight)?;
+        add_to_gradient(weight, &d_weight)
+    }
+
+    /// Turns the gradient of rotated queries and keys into that of the projections, in place, and
+    /// adds to the gradients of the weights of their norms.
+    fn rotate_backward(&self, layer: &Layer, d_qkv: &Tensor, qk: Option<Tensor>) -> Result<()> {
+        let norms = qk_norm(layer).zip(qk.as_ref());
+        let d_weights = self.kernels.rotate_backward(d_qkv, self.cos_sin(), norms)?;
+        if let (Some((q_norm, k_norm)), Some(d_weights)) = (&layer.qk_norm, d_weights) {
+            add_to_gradient(q_norm, &d_weights.get(0))?;
+            add_to_gradient(k_norm, &d_weights.get(1))?;
         }
         Ok(())
     }
+
+    fn cos_sin(&self) -> (&Tensor, &Tensor) {
+        (&self.cos_sin.0, &self.cos_sin.1)
+    }
+}
+
+fn qk_norm(layer: &Layer) -> Option<(&Tensor, &Tensor)> {
+    layer.qk_norm.as_ref().map(|(q_norm, k_norm)| (q_norm, k_norm))
+}
+
+/// Adds to the gradient of a weight, if it collects one.
+fn add_to_gradient(weight: &Tensor, d_weight: &Tensor) -> Result<()> {
+    if weight.requires_grad() {
+        let _ = weight.grad().f_add_(d_weight)?;
+    }
+    Ok(())
 }
 
 impl CudaPass<'_> {
@@ -194,7 +254,8 @@ impl CudaPass<'_> {
                 Some(activations) => activations,
                 None => {
                     let input = checkpoints.pop().expect("every layer is saved or checkpointed");
-                    batch.layer_forward(layer, input)?.1
+                    let (input, attn_input) = batch.norm(input, None, &layer.input_layernorm)?;
+                    batch.layer_activations(layer, input, attn_input)?
                 }
             };
             batch.layer_backward(layer, activations, &d_x)?;
@@ -217,4 +278,39 @@ pub fn project_backward(model: &Transformer, hidden: &Tensor, d_logits: &Tensor)
     let lm_head = Linear { weight: model.lm_head().shallow_clone(), bias: None, adapters: Vec::new() };
     lm_head.backward_weights(hidden, d_logits)?;
     lm_head.backward_input(d_logits)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn the_slow_way_has_a_reason_that_names_what_is_wrong() {
+        let reason = |model_type: &str, head_dim: i64, vocab_size: i64, kind: Kind, capability: (u32, u32)| {
+            let config = ModelConfig::from_json(&json!({
+                "model_type": model_type, "vocab_size": vocab_size, "hidden_size": 16384, "intermediate_size": 96,
+                "num_hidden_layers": 1, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": head_dim,
+            }));
+            slow_path_reason(&config.unwrap(), kind, capability)
+        };
+        for model_type in ["llama", "mistral", "qwen2", "qwen3"] {
+            for head_dim in [8, 64, 80, 96, 128, 256] {
+                assert_eq!(reason(model_type, head_dim, 512, Kind::BFloat16, (9, 0)), None, "{model_type} {head_dim}");
+            }
+        }
+        for (reason, part) in [
+            (reason("llama", 128, 512, Kind::Float, (9, 0)), "weights are Float"),
+            (reason("llama", 128, 512, Kind::BFloat16, (7, 5)), "8.0 (Ampere) or later, and the GPU has 7.5"),
+            (reason("qwen3", 128, 513, Kind::BFloat16, (9, 0)), "a multiple of 8 tokens, and the model has 513"),
+            (
+                reason("qwen2", 6, 512, Kind::BFloat16, (9, 0)),
+                "head_dim of a multiple of 8 up to 256, and the model has 6",
+            ),
+            (reason("llama", 256, 512, Kind::BFloat16, (8, 6)), "head_dim of 256 needs more shared memory"),
+        ] {
+            assert!(reason.as_ref().is_some_and(|reason| reason.contains(part)), "{reason:?}: {part}");
+        }
+    }
 }

@@ -7,18 +7,6 @@ use crate::Result;
 use crate::model::Linear;
 
 impl Linear {
-    /// `residual [tokens, out]` plus the projection of `input`.
-    pub(super) fn forward_add(&self, residual: &Tensor, input: &Tensor) -> Result<Tensor> {
-        let sum = residual.f_addmm(input, &self.weight.f_tr()?)?;
-        for adapter in &self.adapters {
-            let _ = adapter.narrow(&sum, 1).f_add_(&adapter.forward(input))?;
-        }
-        Ok(match &self.bias {
-            Some(bias) => sum.f_add(bias)?,
-            None => sum,
-        })
-    }
-
     /// The gradient of the input.
     pub(super) fn backward_input(&self, d_output: &Tensor) -> Result<Tensor> {
         let d_input = d_output.f_mm(&self.weight)?;

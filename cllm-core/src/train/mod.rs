@@ -11,7 +11,7 @@ mod linear;
 mod packed_batch;
 
 pub use crate::cuda::block_mask::AttentionRanges;
-pub use cuda::{has_kernels, project_backward};
+pub use cuda::{project_backward, slow_path_reason, slow_path_reason_on};
 pub use eager::max_bias_elements;
 pub use forward::{DeviceBatch, ForwardPass, forward, hidden_states};
 pub use packed_batch::PackedBatch;

@@ -108,6 +108,47 @@ fn packed_sequences_agree_with_transformers() {
     }
 }
 
+/// The backward of training, for every layer at once and layer by layer, against autograd of
+/// `transformers` (tests/fixtures/record-gradients).
+#[test]
+fn gradients_of_packed_sequences_agree_with_transformers() {
+    for (name, fixture) in fixtures() {
+        let Fixture { folder, model, tokens, .. } = &fixture;
+        let expected: Value = serde_json::from_slice(&std::fs::read(folder.join("gradients.json")).unwrap()).unwrap();
+        let expected = expected["gradients"].as_object().unwrap();
+        let gradients = model.collect_gradients().unwrap();
+        let mut packed = PackedBatch::default();
+        for row in 0..2 {
+            packed.push_causal(&Vec::<i32>::try_from(tokens.get(row).to_kind(Kind::Int)).unwrap());
+        }
+        let batch = DeviceBatch::new(&packed, model).unwrap();
+        for checkpointed_layers in [0, 1] {
+            let _ = gradients.buffer().shallow_clone().zero_();
+            let pass = train::forward(model, &batch, checkpointed_layers).unwrap();
+            let hidden = pass.hidden.detach().set_requires_grad(true);
+            let length = tokens.size()[1];
+            let logits = model.logits_with_grad(&hidden).view([2, length, -1]).i((.., ..length - 1)).flatten(0, 1);
+            logits.cross_entropy_for_logits(&tokens.i((.., 1..)).flatten(0, 1)).backward();
+            pass.backward(&hidden.grad()).unwrap();
+            assert_eq!(gradients.tensors().len(), expected.len(), "{name}");
+            for (weight, gradient) in gradients.tensors() {
+                let (norm, elements) =
+                    (numbers(&expected[&weight]["norm"])[0], numbers(&expected[&weight]["elements"]));
+                let stride = (gradient.numel() / elements.len()).max(1);
+                let gradient = Vec::<f32>::try_from(gradient.flatten(0, -1)).unwrap();
+                let own_norm = gradient.iter().map(|x| f64::from(x * x)).sum::<f64>().sqrt();
+                let own_elements = gradient.iter().step_by(stride).map(|x| f64::from(*x));
+                let difference =
+                    own_elements.zip(&elements).map(|(own, expected)| (own - expected).abs()).fold(0.0, f64::max);
+                assert!(
+                    difference.max((own_norm - norm).abs()) < TOLERANCE * norm,
+                    "{name}: the gradient of {weight} differs by {difference}, its norm is {own_norm}, expected {norm}"
+                );
+            }
+        }
+    }
+}
+
 #[test]
 fn cached_forwards_of_uneven_chunks_agree_with_transformers() {
     for (name, fixture) in fixtures() {

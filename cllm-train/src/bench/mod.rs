@@ -73,6 +73,7 @@ fn measure(
     libtorch::reset_peak_gpu_memory(device);
     let source = ModelSource::find(settings, training)?;
     let models = source.load(settings, training, device)?;
+    models.log_slow_path()?;
     let (config, kind) = (models.student.config(), models.student.kind());
     let examples = match &source.tokenizer {
         Some(tokenizer) if !settings.is_synthetic() => dataset::read(training, tokenizer, config)?,

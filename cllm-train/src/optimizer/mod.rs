@@ -13,6 +13,7 @@ use std::ops::Range;
 use std::rc::Rc;
 
 use cllm_core::cuda::libtorch::{self, AdamW};
+use cllm_core::cuda::optimizer::{AdamWKernels, RoundingNoise};
 use cllm_core::distributed::ProcessGroup;
 use cllm_core::model::{ParamBuffer, Transformer};
 use cllm_core::{Error, Result, fingerprint};
@@ -25,7 +26,8 @@ pub use lr_schedule::learning_rate;
 /// Name of the master weights in a checkpoint.
 pub const MASTER_WEIGHTS: &str = "master_weights";
 
-/// The update works on at most this many elements at a time, which bounds its temporary tensors.
+/// libtorch's operations update at most this many elements at a time, which bounds their temporary
+/// tensors.
 pub const MAX_UPDATE_ELEMENTS: i64 = 1 << 26;
 
 /// The weights of a model, their gradients, and this process's shard of the optimizer's state.
@@ -33,6 +35,8 @@ pub const MAX_UPDATE_ELEMENTS: i64 = 1 << 26;
 pub struct OptimizerState {
     settings: OptimizerSettings,
     group: Rc<ProcessGroup>,
+    /// `None` where libtorch's operations update the weights: on the CPU, and float32 weights.
+    kernels: Option<AdamWKernels>,
     weights: ParamBuffer,
     gradients: ParamBuffer,
     /// The weights that the update changes. If the types allow it, this is the shard of the weights
@@ -90,8 +94,10 @@ impl OptimizerState {
         // `to_kind` copies only if the type differs.
         let master_weights = group.shard(weights.buffer()).to_kind(kind);
         let zero = || Tensor::zeros([], (Kind::Float, model.device()));
+        let kernels = if weights.kind() == Kind::BFloat16 { AdamWKernels::new(model.device())? } else { None };
         Ok(OptimizerState {
             settings: settings.clone(),
+            kernels,
             gradients: model.collect_gradients()?,
             exp_avg: master_weights.f_zeros_like()?,
             exp_avg_sq: master_weights.f_zeros_like()?,
@@ -137,34 +143,40 @@ impl OptimizerState {
 
     /// Updates this process's shard, matrices with weight decay and vectors without.
     fn update_shard(&self, update: &Update, gradients: &Tensor) -> Result<()> {
-        if self.settings.state_dtype == StateDtype::Bfloat16 {
-            tch::manual_seed(fingerprint::derive_seed(self.seed, &update.number.to_string()) as i64);
-        }
         let num_elements = self.master_weights.numel() as i64;
         let first_element = self.group.rank() as i64 * num_elements;
         let num_in_matrices = (self.weights.num_matrix_elements() - first_element).clamp(0, num_elements);
+        let seed = fingerprint::derive_seed(self.seed, &update.number.to_string());
+        if let Some(kernels) = &self.kernels {
+            let (numbers, num_decayed) = (self.adamw(update, self.settings.weight_decay), num_in_matrices as usize);
+            let state = [&self.master_weights, &self.exp_avg, &self.exp_avg_sq];
+            return match self.settings.state_dtype {
+                StateDtype::Bfloat16 => {
+                    let noise = RoundingNoise { seed, first_element: first_element as usize };
+                    kernels.step_bf16(&numbers, num_decayed, gradients, state, noise)
+                }
+                StateDtype::Float32 => {
+                    let weights = self.group.shard(self.weights.buffer());
+                    kernels.step_float32(&numbers, num_decayed, gradients, state, &weights)
+                }
+            };
+        }
+        if self.settings.state_dtype == StateDtype::Bfloat16 {
+            tch::manual_seed(seed as i64);
+        }
         let (matrices, vectors) = (0..num_in_matrices, num_in_matrices..num_elements);
         for (range, weight_decay) in [(matrices, self.settings.weight_decay), (vectors, 0.0)] {
+            let params = self.adamw(update, weight_decay);
             for start in range.clone().step_by(MAX_UPDATE_ELEMENTS as usize) {
                 let elements = start..range.end.min(start + MAX_UPDATE_ELEMENTS);
-                self.update_elements(update, gradients, elements, weight_decay)?;
+                self.update_elements(&params, gradients, elements)?;
             }
         }
         Ok(())
     }
 
-    fn update_elements(
-        &self,
-        update: &Update,
-        gradients: &Tensor,
-        elements: Range<i64>,
-        weight_decay: f64,
-    ) -> Result<()> {
-        let slice = |shard: &Tensor| shard.narrow(0, elements.start, elements.end - elements.start);
-        let master_weights = slice(&self.master_weights);
-        let (exp_avg, exp_avg_sq) = (slice(&self.exp_avg), slice(&self.exp_avg_sq));
-        let gradients = slice(gradients).to_kind(Kind::Float);
-        let params = AdamW {
+    fn adamw<'u>(&self, update: &'u Update, weight_decay: f64) -> AdamW<'u> {
+        AdamW {
             lr: update.lr,
             beta1: self.settings.beta1,
             beta2: self.settings.beta2,
@@ -173,11 +185,19 @@ impl OptimizerState {
             step: update.number,
             scale: &update.scale,
             skip: &update.skip,
-        };
-        if self.settings.state_dtype == StateDtype::Bfloat16 {
-            return adamw_bf16::step(&params, master_weights, &gradients, exp_avg, exp_avg_sq);
         }
-        libtorch::fused_adamw(&params, &master_weights, &gradients, &exp_avg, &exp_avg_sq)?;
+    }
+
+    /// Updates some elements of the shard with libtorch's operations.
+    fn update_elements(&self, params: &AdamW<'_>, gradients: &Tensor, elements: Range<i64>) -> Result<()> {
+        let slice = |shard: &Tensor| shard.narrow(0, elements.start, elements.end - elements.start);
+        let master_weights = slice(&self.master_weights);
+        let (exp_avg, exp_avg_sq) = (slice(&self.exp_avg), slice(&self.exp_avg_sq));
+        let gradients = slice(gradients).to_kind(Kind::Float);
+        if self.settings.state_dtype == StateDtype::Bfloat16 {
+            return adamw_bf16::step(params, master_weights, &gradients, exp_avg, exp_avg_sq);
+        }
+        libtorch::fused_adamw(params, &master_weights, &gradients, &exp_avg, &exp_avg_sq)?;
         if self.weights.kind() != Kind::Float {
             slice(&self.group.shard(self.weights.buffer())).f_copy_(&master_weights)?;
         }

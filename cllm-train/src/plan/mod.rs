@@ -16,7 +16,7 @@ use cllm_core::{Error, Result, progress, train};
 use serde::Serialize;
 
 use crate::data::dataset;
-use crate::memory::MemoryEstimate;
+use crate::memory::{MemoryEstimate, PLANNED_CAPABILITY};
 use crate::models::{load_config, load_tokenizer};
 use crate::settings::Settings;
 use crate::validation::Validator;
@@ -133,9 +133,12 @@ fn estimate_duration(
                 Ok(timed) => Ok(timed),
             }
         }
-        (None, Some(_)) if !train::has_kernels(outset.config) => unknown(
-            "libtorch's operations train this model, and only steps on the device tell how long that takes".to_owned(),
-        ),
+        (None, Some(_)) if train::slow_path_reason(outset.config, device.kind, PLANNED_CAPABILITY).is_some() => {
+            unknown(
+                "libtorch's operations train this model, and only steps on the device tell how long that takes"
+                    .to_owned(),
+            )
+        }
         (None, Some(gpu)) => {
             let seconds_per_step = outset.step_work(settings, needs).seconds(gpu);
             let seconds = seconds_per_step * needs.schedule.num_steps() as f64;

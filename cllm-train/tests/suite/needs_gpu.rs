@@ -1,7 +1,8 @@
-//! A training pass with the kernels of a GPU in bfloat16, against libtorch's operations on the CPU
-//! in float32.
+//! A training pass and an update with the kernels of a GPU in bfloat16, against libtorch's
+//! operations on the CPU in float32.
 
-use cllm_core::cuda::libtorch;
+use cllm_core::cuda::libtorch::{self, AdamW};
+use cllm_core::cuda::optimizer::{AdamWKernels, RoundingNoise};
 use cllm_core::fingerprint;
 use cllm_core::model::{LoraConfig, ParamBuffer, Transformer};
 use cllm_testing::gpu;
@@ -36,6 +37,11 @@ fn shapes() -> Vec<(&'static str, Value)> {
             with(json!({"model_type": "qwen2", "num_key_value_heads": 1, "use_sliding_window": true,
             "sliding_window": 5, "max_window_layers": 1})),
         ),
+        ("qwen3 with biases", with(json!({"model_type": "qwen3", "head_dim": 128, "attention_bias": true}))),
+        // Rows that are not aligned to 16 bytes.
+        ("odd sizes", with(json!({"model_type": "llama", "hidden_size": 187, "intermediate_size": 333}))),
+        // More than one warp works on a row.
+        ("wide", with(json!({"model_type": "qwen3", "hidden_size": 1000, "num_key_value_heads": 3}))),
     ]
 }
 
@@ -180,4 +186,86 @@ fn attention_of_every_width_and_group_is_that_of_the_cpu_over_long_sequences() {
             "every run is the same"
         );
     }
+}
+
+/// Weights, gradients and moments of `count` elements, float32 on the CPU: numbers that bfloat16 can
+/// represent, of the sizes that they have in training.
+fn optimizer_state(count: i64) -> [Tensor; 4] {
+    tch::manual_seed(7);
+    let normal = |scale: f64| Tensor::randn([count], (Kind::Float, Device::Cpu)) * scale;
+    let rounded = |x: Tensor| x.to_kind(Kind::BFloat16).to_kind(Kind::Float);
+    [normal(0.05), normal(1e-3), normal(1e-3), normal(1e-3).square()].map(rounded)
+}
+
+fn adamw<'t>(scale: &'t Tensor, skip: &'t Tensor, weight_decay: f64) -> AdamW<'t> {
+    AdamW { lr: 1e-3, beta1: 0.9, beta2: 0.98, weight_decay, eps: 1e-8, step: 3, scale, skip }
+}
+
+/// The results of libtorch's float32 AdamW on the CPU. The leading `num_decayed` weights decay.
+fn exact_update([weights, gradients, exp_avg, exp_avg_sq]: &[Tensor; 4], num_decayed: i64) -> [Tensor; 3] {
+    let (scale, skip) = (Tensor::from(2f32), Tensor::from(0f32));
+    let updated = [weights, exp_avg, exp_avg_sq].map(Tensor::copy);
+    for (start, length, decay) in [(0, num_decayed, 0.1), (num_decayed, weights.numel() as i64 - num_decayed, 0.0)] {
+        let slice = |x: &Tensor| x.narrow(0, start, length);
+        let [weights, exp_avg, exp_avg_sq] = updated.each_ref().map(slice);
+        let numbers = adamw(&scale, &skip, decay);
+        libtorch::fused_adamw(&numbers, &weights, &slice(gradients), &exp_avg, &exp_avg_sq).unwrap();
+    }
+    updated
+}
+
+#[test]
+#[ignore = "needs a GPU: scripts/test --gpu"]
+fn an_update_of_float32_state_is_that_of_libtorch() {
+    let (device, count, num_decayed) = (gpu::gpu(), 1 << 20, (1 << 19) + 3);
+    let kernels = AdamWKernels::new(device).unwrap().unwrap();
+    let state = optimizer_state(count);
+    let (scale, skip) = (Tensor::from(2f32).to_device(device), Tensor::from(0f32).to_device(device));
+    let numbers = adamw(&scale, &skip, 0.1);
+    let [master_weights, gradients, exp_avg, exp_avg_sq] = state.each_ref().map(|x| x.to_device(device));
+    let (gradients, weights) = (gradients.to_kind(Kind::BFloat16), master_weights.to_kind(Kind::BFloat16));
+    let updated = [&master_weights, &exp_avg, &exp_avg_sq];
+    kernels.step_float32(&numbers, num_decayed as usize, &gradients, updated, &weights).unwrap();
+    for (updated, expected) in updated.iter().zip(exact_update(&state, num_decayed)) {
+        let error = relative_error(&updated.to_device(Device::Cpu), &expected);
+        assert!(error < 1e-6, "{error}");
+    }
+    assert_eq!(weights, master_weights.to_kind(Kind::BFloat16));
+}
+
+#[test]
+#[ignore = "needs a GPU: scripts/test --gpu"]
+fn an_update_of_bf16_state_is_rounded_to_either_neighbour_without_bias() {
+    let (device, count, num_decayed) = (gpu::gpu(), 1 << 20, (1 << 19) + 3);
+    let kernels = AdamWKernels::new(device).unwrap().unwrap();
+    let state = optimizer_state(count);
+    let scale = Tensor::from(2f32).to_device(device);
+    // The elements are updated in as many shards as there are bounds.
+    let update = |ends: &[i64], seed: u64, skip: f32| {
+        let skip = Tensor::from(skip).to_device(device);
+        let numbers = adamw(&scale, &skip, 0.1);
+        let tensors = state.each_ref().map(|x| x.to_device(device).to_kind(Kind::BFloat16));
+        let mut start = 0;
+        for &end in ends {
+            let [weights, gradients, exp_avg, exp_avg_sq] = tensors.each_ref().map(|x| x.narrow(0, start, end - start));
+            let num_decayed = (num_decayed - start).clamp(0, end - start) as usize;
+            let noise = RoundingNoise { seed, first_element: start as usize };
+            kernels.step_bf16(&numbers, num_decayed, &gradients, [&weights, &exp_avg, &exp_avg_sq], noise).unwrap();
+            start = end;
+        }
+        let [weights, _, exp_avg, exp_avg_sq] = tensors;
+        [weights, exp_avg, exp_avg_sq].map(|x| x.to_device(Device::Cpu).to_kind(Kind::Float))
+    };
+    let rounded = update(&[count], 5, 0.0);
+    for (rounded, exact) in rounded.iter().zip(exact_update(&state, num_decayed)) {
+        // Neighbours differ by at most 2^-7 of either.
+        let errors = (rounded - &exact) / exact.abs().clamp_min(1e-6);
+        let (largest, mean) = (errors.abs().max().double_value(&[]), errors.mean(Kind::Float).double_value(&[]));
+        assert!(largest > 0.004 && largest < 0.0079, "{largest}");
+        assert!(mean.abs() < 5.0 * 2f64.powi(-8) / (count as f64).sqrt(), "{mean}");
+    }
+    assert_eq!(update(&[count / 4, count / 2 + 64, count], 5, 0.0), rounded, "shards are rounded alike");
+    assert_ne!(update(&[count], 6, 0.0)[0], rounded[0]);
+    let [weights, _, exp_avg, exp_avg_sq] = state.each_ref();
+    assert_eq!(update(&[count], 5, 1.0).each_ref(), [weights, exp_avg, exp_avg_sq], "a skipped update changes nothing");
 }
