@@ -39,9 +39,16 @@ __device__ __forceinline__ void store(float *to, const float (&x)[ELEMENTS]) {
   *(float4 *)(to + 4) = make_float4(x[4], x[5], x[6], x[7]);
 }
 
+// Rounds to the nearest number in bfloat16, as GPUs before Ampere have no instruction for it.
+__device__ __forceinline__ u32 round_to_nearest(float x, float y) {
+  u32 low = __float_as_uint(x), high = __float_as_uint(y);
+  low += 0x7fffu + (low >> 16 & 1), high += 0x7fffu + (high >> 16 & 1);
+  return low >> 16 | (high & 0xffff0000u);
+}
+
 __device__ __forceinline__ void store(bf16 *to, const float (&x)[ELEMENTS]) {
-  *(uint4 *)to =
-      make_uint4(pack_bf16(x[0], x[1]), pack_bf16(x[2], x[3]), pack_bf16(x[4], x[5]), pack_bf16(x[6], x[7]));
+  *(uint4 *)to = make_uint4(round_to_nearest(x[0], x[1]), round_to_nearest(x[2], x[3]), round_to_nearest(x[4], x[5]),
+                            round_to_nearest(x[6], x[7]));
 }
 
 // 128 random bits for a counter and a key: Philox4x32-10 (Salmon et al., "Parallel random numbers:

@@ -13,7 +13,7 @@ use tch::Kind;
 
 use crate::data::batch::max_chunk_rows;
 use crate::data::dataset::Example;
-use crate::optimizer::MAX_UPDATE_ELEMENTS;
+use crate::optimizer::MAX_AVERAGED_ELEMENTS;
 use crate::settings::{Settings, StateDtype};
 use crate::validation::ProbeSize;
 use activations::{BatchSize, cuda_activations, eager_activations};
@@ -127,7 +127,7 @@ impl StaticBytes {
         let average = if settings.optimizer.ema_decay.is_some() { 4.0 } else { 0.0 };
         // The average is updated from float32 copies of some weights.
         let is_copied = is_bf16_state && settings.optimizer.ema_decay.is_some();
-        let copies = if is_copied { 4.0 * shard.min(MAX_UPDATE_ELEMENTS as f64) } else { 0.0 };
+        let copies = if is_copied { 4.0 * shard.min(MAX_AVERAGED_ELEMENTS as f64) } else { 0.0 };
         // The sum over the gradients of all processes.
         let reduced = if world_size > 1 { element * shard } else { 0.0 };
         let own = if settings.lora.is_some() { parameters + trained } else { parameters };

@@ -17,6 +17,7 @@ use cllm_core::cuda::optimizer::{AdamWKernels, RoundingNoise};
 use cllm_core::distributed::ProcessGroup;
 use cllm_core::model::{ParamBuffer, Transformer};
 use cllm_core::{Error, Result, fingerprint};
+use rand::Rng;
 use tch::{Kind, Tensor};
 
 use crate::settings::{OptimizerSettings, StateDtype};
@@ -26,9 +27,8 @@ pub use lr_schedule::learning_rate;
 /// Name of the master weights in a checkpoint.
 pub const MASTER_WEIGHTS: &str = "master_weights";
 
-/// libtorch's operations update at most this many elements at a time, which bounds their temporary
-/// tensors.
-pub const MAX_UPDATE_ELEMENTS: i64 = 1 << 26;
+/// The average is updated by at most this many weights at a time, which bounds their float32 copies.
+pub const MAX_AVERAGED_ELEMENTS: i64 = 1 << 26;
 
 /// The weights of a model, their gradients, and this process's shard of the optimizer's state.
 /// Shards are `[elements]`.
@@ -132,7 +132,7 @@ impl OptimizerState {
         self.update_shard(&update, &gradients)?;
         self.group.all_gather(self.weights.buffer())?;
         if let Some(ema) = &self.ema {
-            ema.update(&self.master_weights, number, MAX_UPDATE_ELEMENTS)?;
+            ema.update(&self.master_weights, number, MAX_AVERAGED_ELEMENTS)?;
         }
         // Cleared only after the update: in a single process `gradients` is a view of this buffer.
         let _ = self.gradients.buffer().shallow_clone().zero_();
@@ -161,16 +161,10 @@ impl OptimizerState {
                 }
             };
         }
-        if self.settings.state_dtype == StateDtype::Bfloat16 {
-            tch::manual_seed(seed as i64);
-        }
+        let mut noise = fingerprint::derive_rng(seed, "rounding", self.group.rank() as u64);
         let (matrices, vectors) = (0..num_in_matrices, num_in_matrices..num_elements);
-        for (range, weight_decay) in [(matrices, self.settings.weight_decay), (vectors, 0.0)] {
-            let params = self.adamw(update, weight_decay);
-            for start in range.clone().step_by(MAX_UPDATE_ELEMENTS as usize) {
-                let elements = start..range.end.min(start + MAX_UPDATE_ELEMENTS);
-                self.update_elements(&params, gradients, elements)?;
-            }
+        for (elements, weight_decay) in [(matrices, self.settings.weight_decay), (vectors, 0.0)] {
+            self.update_elements(&self.adamw(update, weight_decay), gradients, elements, &mut noise)?;
         }
         Ok(())
     }
@@ -189,13 +183,19 @@ impl OptimizerState {
     }
 
     /// Updates some elements of the shard with libtorch's operations.
-    fn update_elements(&self, params: &AdamW<'_>, gradients: &Tensor, elements: Range<i64>) -> Result<()> {
+    fn update_elements(
+        &self,
+        params: &AdamW<'_>,
+        gradients: &Tensor,
+        elements: Range<i64>,
+        noise: &mut impl Rng,
+    ) -> Result<()> {
         let slice = |shard: &Tensor| shard.narrow(0, elements.start, elements.end - elements.start);
         let master_weights = slice(&self.master_weights);
         let (exp_avg, exp_avg_sq) = (slice(&self.exp_avg), slice(&self.exp_avg_sq));
         let gradients = slice(gradients).to_kind(Kind::Float);
         if self.settings.state_dtype == StateDtype::Bfloat16 {
-            return adamw_bf16::step(params, master_weights, &gradients, exp_avg, exp_avg_sq);
+            return adamw_bf16::step(params, master_weights, &gradients, exp_avg, exp_avg_sq, noise);
         }
         libtorch::fused_adamw(params, &master_weights, &gradients, &exp_avg, &exp_avg_sq)?;
         if self.weights.kind() != Kind::Float {
