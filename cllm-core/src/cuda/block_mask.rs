@@ -46,25 +46,31 @@ type Pair = (usize, usize, i32);
 pub(super) fn block_masks(ranges: &[AttentionRanges], query_parts: usize, key_parts: usize) -> BlockMasks {
     let num_tiles = ranges.len() / TILE;
     let (mut by_queries, mut by_keys, mut bits) = (Vec::new(), Vec::new(), Vec::new());
-    // For each tile of keys: how many queries of the current tile attend to some of it, and to all
-    // of it.
-    let (mut num_some, mut num_all) = (vec![0; num_tiles], vec![0; num_tiles]);
+    // For each tile of keys: how many more queries of the current tile attend to some of it, and to
+    // all of it, than to the tile before it.
+    let (mut more_some, mut more_all) = (vec![0; num_tiles + 1], vec![0; num_tiles + 1]);
     for (query_tile, queries) in ranges.chunks(TILE).enumerate() {
-        let mut key_tiles = Vec::new();
+        let mut attended = num_tiles..0;
         for &(start, end) in queries.iter().flatten().filter(|(start, end)| start < end) {
             let (start, end) = (start as usize, end as usize);
-            for key_tile in start / TILE..end.div_ceil(TILE) {
-                if num_some[key_tile] == 0 {
-                    key_tiles.push(key_tile);
-                }
-                num_some[key_tile] += 1;
-                num_all[key_tile] += usize::from(start <= key_tile * TILE && (key_tile + 1) * TILE <= end);
+            let (some, all) = (start / TILE..end.div_ceil(TILE), start.div_ceil(TILE)..end / TILE);
+            attended = attended.start.min(some.start)..attended.end.max(some.end);
+            more_some[some.start] += 1;
+            more_some[some.end] -= 1;
+            if !all.is_empty() {
+                more_all[all.start] += 1;
+                more_all[all.end] -= 1;
             }
         }
-        key_tiles.sort_unstable();
-        for key_tile in key_tiles {
+        let (mut num_some, mut num_all) = (0, 0);
+        for key_tile in attended.clone() {
+            num_some += std::mem::take(&mut more_some[key_tile]);
+            num_all += std::mem::take(&mut more_all[key_tile]);
+            if num_some == 0 {
+                continue;
+            }
             let mut codes = [ATTENDS_TO_ALL; 2];
-            if num_all[key_tile] < TILE {
+            if num_all < TILE as i32 {
                 let words = words_of_queries(queries, key_tile);
                 codes = [words, transposed(words)].map(|words| {
                     bits.extend(words);
@@ -73,8 +79,8 @@ pub(super) fn block_masks(ranges: &[AttentionRanges], query_parts: usize, key_pa
             }
             by_queries.push((query_tile, key_tile, codes[0]));
             by_keys.push((key_tile, query_tile, codes[1]));
-            (num_some[key_tile], num_all[key_tile]) = (0, 0);
         }
+        (more_some[attended.end], more_all[attended.end]) = (0, 0);
     }
     let of_queries = grouped(by_queries, num_tiles, query_parts);
     BlockMasks { of_queries, of_keys: grouped(by_keys, num_tiles, key_parts), bits }

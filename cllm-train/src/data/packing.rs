@@ -129,8 +129,7 @@ impl PackedSequence {
         let window_starts: Vec<i32> = (0..starts.len())
             .map(|number| {
                 let window_start = self.noisy_blocks[number].window_start;
-                let first = self.noisy_blocks[..number].iter().position(|other| other.start >= window_start);
-                starts[first.unwrap_or(number)] as i32
+                starts[self.noisy_blocks[..number].partition_point(|other| other.start < window_start)] as i32
             })
             .collect();
         let clean = |block: &NoisyBlock| (0, (self.prompt_len() + block.window_start.min(block.start)) as i32);
