@@ -104,6 +104,26 @@ int cllm_group_reduce_scatter(void *group, void *output, void *input) {
   });
 }
 
+// Starts to make `values` of process `root` the sum over all processes; in the others they become
+// anything. Until the work is waited for, nobody else may touch them. The caller owns the work.
+int cllm_group_reduce(void *group, void *values, int root, void **work) {
+  return guarded([&] {
+    c10d::ReduceOptions options;
+    options.rootRank = root;
+    std::vector<at::Tensor> tensors{tensor(values)};
+    *work = new c10::intrusive_ptr<c10d::Work>((**static_cast<Group *>(group)).reduce(tensors, options));
+  });
+}
+
+// With NCCL the current stream waits, with Gloo the thread.
+int cllm_work_wait(void *work) {
+  return guarded([&] { (*static_cast<c10::intrusive_ptr<c10d::Work> *>(work))->wait(); });
+}
+
+void cllm_work_free(void *work) {
+  guarded([&] { delete static_cast<c10::intrusive_ptr<c10d::Work> *>(work); });
+}
+
 int cllm_group_all_gather(void *group, void *output, void *input) {
   return run(group, [&](c10d::Backend &backend) { return backend._allgather_base(tensor(output), tensor(input)); });
 }

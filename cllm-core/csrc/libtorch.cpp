@@ -55,6 +55,10 @@ int cllm_set_grad(void *tensor, void *grad) {
   return guarded([&] { static_cast<at::Tensor *>(tensor)->mutable_grad() = *static_cast<at::Tensor *>(grad); });
 }
 
+int cllm_drop_grad(void *tensor) {
+  return guarded([&] { static_cast<at::Tensor *>(tensor)->mutable_grad().reset(); });
+}
+
 int cllm_backward(void *tensor, void *grad) {
   return guarded([&] { static_cast<at::Tensor *>(tensor)->backward(*static_cast<at::Tensor *>(grad)); });
 }

@@ -8,7 +8,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tch::{Device, Kind, Tensor};
 
-use crate::cuda::collectives::Collectives;
+use crate::cuda::collectives::{Collectives, Work};
 use crate::cuda::store::{Rendezvous, Store};
 use crate::{Error, Result};
 
@@ -161,6 +161,22 @@ impl ProcessGroup {
         Ok(sum)
     }
 
+    /// Starts to make `values` of process `root` the sum over all processes; in the others they
+    /// become anything. Nothing else uses them until [`Self::finish_reduce`].
+    pub fn start_reduce(&self, values: &Tensor, root: usize) -> Result<PendingReduce> {
+        let mut work = None;
+        self.run(|collectives| {
+            work = Some(collectives.start_reduce(values, root)?);
+            Ok(())
+        })?;
+        Ok(PendingReduce(work))
+    }
+
+    /// Waits for sums: the device's current stream, or the thread on the CPU.
+    pub fn finish_reduce(&self, PendingReduce(work): PendingReduce) -> Result<()> {
+        self.run(|_| work.map_or(Ok(()), Work::wait))
+    }
+
     /// Fills `values [world_size * count]` with every process's own shard of it.
     pub fn all_gather(&self, values: &Tensor) -> Result<()> {
         // Gloo needs the copy: its input must not overlap its output.
@@ -214,6 +230,9 @@ impl ProcessGroup {
         collective(collectives).map_err(|error| no_answer(self.rank, self.world_size, &error))
     }
 }
+
+/// Sums that [`ProcessGroup::start_reduce`] began; `None` in a single process.
+pub struct PendingReduce(Option<Work>);
 
 fn no_answer(rank: usize, world_size: usize, error: &Error) -> Error {
     let message = format!("process {rank} of {world_size}: another process did not answer: {error}");

@@ -129,7 +129,8 @@ impl StaticBytes {
         let is_copied = is_bf16_state && settings.optimizer.ema_decay.is_some();
         let copies = if is_copied { 4.0 * shard.min(MAX_AVERAGED_ELEMENTS as f64) } else { 0.0 };
         // The sum over the gradients of all processes.
-        let reduced = if world_size > 1 { element * shard } else { 0.0 };
+        let is_sharded = settings.shards_gradients(world_size);
+        let reduced = if world_size > 1 && !is_sharded { element * shard } else { 0.0 };
         let own = if settings.lora.is_some() { parameters + trained } else { parameters };
         // Below adapters is the initial model. It is also the anchor, unless the settings name
         // another.
@@ -137,11 +138,21 @@ impl StaticBytes {
             settings.is_anchored() && (settings.lora.is_none() || settings.consistency.anchor.is_some());
         StaticBytes {
             weights: element * (own + if has_second_model { parameters } else { 0.0 }),
-            gradients: element * trained,
+            gradients: element * if is_sharded { shard + unsharded_gradients(config) } else { trained },
             optimizer: (state + average) * shard,
             update: copies + reduced,
         }
     }
+}
+
+/// The most gradients that exist as a whole at a time where they are sharded: those of the embedding,
+/// which is the output projection too, of the layer that the backward is at, and of the one before
+/// it, which are being summed.
+fn unsharded_gradients(config: &ModelConfig) -> f64 {
+    let embedding = config.vocab_size * config.hidden_size;
+    let num_embeddings = if config.tied_embeddings { 1 } else { 2 };
+    let layer = (config.num_parameters() - num_embeddings * embedding) / config.num_layers;
+    (embedding + 2 * layer) as f64
 }
 
 /// Widths of a layer's activations, in elements per token.
@@ -179,7 +190,7 @@ mod tests {
 
     use cllm_core::cuda::libtorch::with_peak_cpu_memory;
     use cllm_core::distributed::ProcessGroup;
-    use cllm_core::model::{LoraConfig, ParamBuffer};
+    use cllm_core::model::{LoraConfig, ModelShape, ParamBuffer};
     use serde_json::{Value, json};
     use tch::Device;
 
@@ -232,7 +243,7 @@ mod tests {
         let ((), measured) = with_peak_cpu_memory(|| {
             let models = Models::random(config.clone(), settings, Device::Cpu).unwrap();
             let group = Rc::new(ProcessGroup::single());
-            let mut optimizer = OptimizerState::new(&models.student, &settings.optimizer, 0, group).unwrap();
+            let mut optimizer = OptimizerState::new(&models.student, settings, group).unwrap();
             let loader = BatchLoader::new(settings, &examples, config);
             for number in 1..=1 {
                 let step = loader.step_batches(&batches, 0, RankShard::all());
@@ -298,5 +309,27 @@ mod tests {
             let ratio = planned_over_measured(&config(more), settings);
             assert!((0.95..1.05).contains(&ratio), "{name}: planned {ratio:.3} of what was measured");
         }
+    }
+
+    /// 16 bytes for each of 8.2 billion weights would need 131 GB in one process.
+    #[test]
+    fn an_8b_model_with_a_float32_state_fits_two_gpus_of_80_gb_with_sharded_gradients() {
+        let config = ModelConfig::from_json(&ModelShape::Qwen3_8B.json()).unwrap();
+        let examples = examples();
+        let static_bytes = |accumulation: usize| {
+            let settings = Settings { accumulation, ..Settings::default() };
+            let StaticBytes { weights, gradients, optimizer, .. } = StaticBytes::new(&Workload {
+                config: &config,
+                kind: Kind::BFloat16,
+                settings: &settings,
+                examples: &examples,
+                batches: &[],
+                probe: None,
+                world_size: 2,
+            });
+            weights + gradients + optimizer
+        };
+        assert!((74e9..78e9).contains(&static_bytes(2)), "{}", static_bytes(2));
+        assert!((81e9..83e9).contains(&static_bytes(4)), "{}", static_bytes(4));
     }
 }

@@ -10,7 +10,7 @@ use crate::data::loader::StepBatches;
 use crate::loss::{Backward, batch_losses};
 use crate::losses::Losses;
 use crate::models::Models;
-use crate::optimizer::OptimizerState;
+use crate::optimizer::{Gradients, OptimizerState};
 use crate::settings::Settings;
 
 /// The results of a step. They stay on the device, so that a step does not wait for it.
@@ -32,17 +32,22 @@ pub fn train_step(
     number: usize,
     lr: f64,
 ) -> Result<StepOutput> {
-    let losses = accumulate_gradients(models, settings, step)?;
+    let losses = accumulate_gradients(models, settings, step, optimizer.gradients())?;
     let grad_norm = optimizer.step(lr, number)?;
     Ok(StepOutput { losses, grad_norm })
 }
 
 /// Adds up the gradients of this process's batches. Each loss is a mean over its tokens in the
 /// batches of all processes.
-fn accumulate_gradients(models: &Models, settings: &Settings, step: &StepBatches) -> Result<DeviceLosses> {
+fn accumulate_gradients(
+    models: &Models,
+    settings: &Settings,
+    step: &StepBatches,
+    gradients: &Gradients,
+) -> Result<DeviceLosses> {
     let divisors = step.counts.num_loss_tokens.divisors();
     let scale = settings.loss_weights().zip(divisors).map(|(weight, divisor)| weight / divisor);
-    let backward = Backward { scale, checkpointed_layers: settings.checkpointed_layers };
+    let backward = Backward { gradients: gradients.sink(), scale, checkpointed_layers: settings.checkpointed_layers };
     let zero = || Tensor::zeros([], (Kind::Float, models.student.device()));
     let mut means = Losses { ar: zero(), global: zero(), local: zero(), anchor: zero() };
     for batch in &step.batches {
@@ -51,6 +56,7 @@ fn accumulate_gradients(models: &Models, settings: &Settings, step: &StepBatches
             *mean += sum / divisor;
         }
     }
+    (step.batches.len()..step.max_batches).try_for_each(|_| gradients.add_nothing())?;
     Ok(DeviceLosses(means))
 }
 

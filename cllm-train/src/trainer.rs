@@ -87,6 +87,7 @@ pub fn run_on(mut settings: Settings, today: Date) -> Result<()> {
         checkpoints.check_fingerprint(&state, &fingerprint()?)?;
         let (steps, model) = (count(state.step, "step"), settings.output.join(FINAL));
         progress::log(format!("already complete: {steps}; the model is in {}", model.display()));
+        ProcessGroup::leave(group);
         return Ok(());
     }
     let config = load_config(&settings, &tokenizer, &tokenizer_folder)?;
@@ -97,7 +98,7 @@ pub fn run_on(mut settings: Settings, today: Date) -> Result<()> {
     let models = Models::load(&settings, &tokenizer, &tokenizer_folder, device)?;
     models.log_slow_path()?;
     let fingerprint = fingerprint()?;
-    let mut optimizer = OptimizerState::new(&models.student, &settings.optimizer, settings.seed, Rc::clone(&group))?;
+    let mut optimizer = OptimizerState::new(&models.student, &settings, Rc::clone(&group))?;
     if group.is_main() {
         std::fs::create_dir_all(&settings.output).map_err(Error::write(&settings.output))?;
         checkpoints.recover()?;

@@ -24,6 +24,9 @@ unsafe extern "C" {
     ) -> c_int;
     fn cllm_group_all_reduce(group: *mut c_void, values: *mut c_void) -> c_int;
     fn cllm_group_reduce_scatter(group: *mut c_void, output: *mut c_void, input: *mut c_void) -> c_int;
+    fn cllm_group_reduce(group: *mut c_void, values: *mut c_void, root: c_int, work: *mut *mut c_void) -> c_int;
+    fn cllm_work_wait(work: *mut c_void) -> c_int;
+    fn cllm_work_free(work: *mut c_void);
     fn cllm_group_all_gather(group: *mut c_void, output: *mut c_void, input: *mut c_void) -> c_int;
     fn cllm_group_broadcast(group: *mut c_void, values: *mut c_void, root: c_int) -> c_int;
     fn cllm_group_free(group: *mut c_void);
@@ -80,6 +83,15 @@ impl Collectives {
         checked(unsafe { cllm_group_reduce_scatter(self.handle, pointer(output), pointer(input)) })
     }
 
+    /// Starts to make `values` of process `root` the sum over all processes; in the others they
+    /// become anything.
+    pub fn start_reduce(&self, values: &Tensor, root: usize) -> Result<Work> {
+        self.check(values, values, values.numel())?;
+        let mut handle = std::ptr::null_mut();
+        checked(unsafe { cllm_group_reduce(self.handle, pointer(values), root as c_int, &mut handle) })?;
+        Ok(Work { handle })
+    }
+
     /// `output [world_size x count]` = the `input [count]` of every process.
     pub fn all_gather(&self, output: &Tensor, input: &Tensor) -> Result<()> {
         self.check(input, output, input.numel() * self.world_size)?;
@@ -100,5 +112,28 @@ impl Collectives {
         }
         let sizes = format!("{:?} and {:?}", shard.size(), whole.size());
         Err(Error::internal(format!("tensors {sizes} do not suit a collective of {} processes", self.world_size)))
+    }
+}
+
+/// A collective that has begun. c10d keeps its tensors alive.
+pub struct Work {
+    handle: *mut c_void,
+}
+
+impl Work {
+    /// Waits for the collective: with NCCL the device's current stream, with Gloo the thread.
+    ///
+    /// # Errors
+    /// [`Error::Torch`], for example if another process has ended.
+    pub fn wait(self) -> Result<()> {
+        // SAFETY: the work is valid; here and below.
+        checked(unsafe { cllm_work_wait(self.handle) })
+    }
+}
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        // SAFETY: it was made by a function of csrc/ and is freed once.
+        unsafe { cllm_work_free(self.handle) }
     }
 }

@@ -20,6 +20,7 @@ unsafe extern "C" {
         eps: f64,
     ) -> c_int;
     fn cllm_set_grad(tensor: *mut c_void, grad: *mut c_void) -> c_int;
+    fn cllm_drop_grad(tensor: *mut c_void) -> c_int;
     fn cllm_backward(tensor: *mut c_void, grad: *mut c_void) -> c_int;
     fn cllm_gpu_memory(device: c_int, current: *mut i64, peak: *mut i64) -> c_int;
     fn cllm_peak_reserved_gpu_memory(device: c_int, peak: *mut i64) -> c_int;
@@ -100,6 +101,15 @@ pub fn accumulate_grad_into(leaf: &Tensor, gradient: &Tensor) -> Result<()> {
     }
     // SAFETY: both are valid tensors.
     checked(unsafe { cllm_set_grad(pointer(leaf), pointer(gradient)) })
+}
+
+/// Takes its gradient from a leaf.
+///
+/// # Errors
+/// [`Error::Torch`].
+pub fn drop_gradient(leaf: &Tensor) -> Result<()> {
+    // SAFETY: it is a valid tensor.
+    checked(unsafe { cllm_drop_grad(pointer(leaf)) })
 }
 
 /// Runs the backward of a tensor, given its gradient of the same size.

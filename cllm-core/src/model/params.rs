@@ -118,6 +118,11 @@ impl ParamBuffer {
         self.get_joined(&[name.to_owned()])
     }
 
+    /// Index of a tensor's first element in the buffer.
+    pub(crate) fn start_of(&self, name: &str) -> Option<i64> {
+        self.entries.iter().find(|entry| entry.name == name).map(|entry| entry.start)
+    }
+
     /// One view over tensors that are neighbors in the buffer, joined along their first dimension;
     /// `None` if one is missing.
     ///

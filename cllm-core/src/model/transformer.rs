@@ -298,6 +298,16 @@ impl Transformer {
         Ok(gradients)
     }
 
+    /// Every weight that is one tensor in a pass, such as the joined projections of queries, keys and
+    /// values, with the name of the first that it joins and the index of its first element in
+    /// [`Self::weights`], in the order of the layers.
+    pub(crate) fn leaves(&self) -> impl Iterator<Item = (Tensor, &str, i64)> {
+        self.leaves.iter().map(|(leaf, names)| {
+            let start = self.params.start_of(&names[0]).expect("the buffer holds every weight");
+            (leaf.shallow_clone(), names[0].as_str(), start)
+        })
+    }
+
     pub(crate) fn adapters(&self) -> Option<&LoraAdapters> {
         self.adapters.as_ref()
     }

@@ -6,6 +6,7 @@
 
 use tch::{Device, Kind, Tensor};
 
+use super::gradients::{GradientSink, ModelPart};
 use super::packed_batch::PackedBatch;
 use crate::Result;
 use crate::cuda::attention::{AttentionKernels, AttentionMask};
@@ -241,7 +242,7 @@ fn add_to_gradient(weight: &Tensor, d_weight: &Tensor) -> Result<()> {
 }
 
 impl CudaPass<'_> {
-    pub(super) fn backward(self, d_hidden: &Tensor) -> Result<()> {
+    pub(super) fn backward(self, d_hidden: &Tensor, gradients: &dyn GradientSink) -> Result<()> {
         let _no_grad = tch::no_grad_guard();
         let CudaPass { model, batch, mut checkpoints, mut saved, last } = self;
         let num_padding_tokens = batch.tokens.numel() as i64 - batch.num_tokens;
@@ -249,7 +250,7 @@ impl CudaPass<'_> {
         let d_x = d_hidden.f_zeros_like()?;
         batch.norm_backward(&last, &model.norm, &d_hidden, &d_x)?;
         drop((d_hidden, last));
-        for layer in model.layers.iter().rev() {
+        for (index, layer) in model.layers.iter().enumerate().rev() {
             let activations = match saved.pop() {
                 Some(activations) => activations,
                 None => {
@@ -258,12 +259,16 @@ impl CudaPass<'_> {
                     batch.layer_activations(layer, input, attn_input)?
                 }
             };
+            gradients.begin(ModelPart::Layer(index))?;
             batch.layer_backward(layer, activations, &d_x)?;
+            gradients.complete(ModelPart::Layer(index))?;
         }
         if model.embed_tokens.requires_grad() {
             let vocab_size = model.embed_tokens.size()[0];
             let d_embedding = Tensor::f_embedding_dense_backward(&d_x, &batch.tokens, vocab_size, -1, false)?;
+            gradients.begin(ModelPart::Embedding)?;
             let _ = model.embed_tokens.grad().f_add_(&d_embedding)?;
+            gradients.complete(ModelPart::Embedding)?;
         }
         Ok(())
     }

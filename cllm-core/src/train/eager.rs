@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
+use super::gradients::{GradientSink, ModelPart};
 use super::packed_batch::PackedBatch;
 use crate::Result;
 use crate::cuda::block_mask::AttentionRanges;
@@ -141,20 +142,31 @@ pub(super) struct EagerPass<'p> {
 }
 
 impl EagerPass<'_> {
-    pub(super) fn backward(self, hidden: Tensor, d_hidden: &Tensor) -> Result<()> {
+    pub(super) fn backward(self, hidden: Tensor, d_hidden: &Tensor, gradients: &dyn GradientSink) -> Result<()> {
         let EagerPass { model, batch, embedded, mut checkpoints, graph_input } = self;
+        // Autograd runs through all of these layers at once.
+        let layers = (checkpoints.len()..model.layers.len()).rev().map(ModelPart::Layer);
+        layers.clone().try_for_each(|layer| gradients.begin(layer))?;
         libtorch::backward(&hidden, d_hidden)?;
         drop(hidden);
+        layers.into_iter().try_for_each(|layer| gradients.complete(layer))?;
         let mut d_x = graph_input.grad();
         let rotation = model.rope.rotation(&batch.positions, model.kind());
         while let Some(checkpoint) = checkpoints.pop() {
             let input = checkpoint.set_requires_grad(true);
             let layer = checkpoints.len();
             let output = model.layer_forward(layer, &input, &rotation, &mut PackedAttention(batch));
+            gradients.begin(ModelPart::Layer(layer))?;
             libtorch::backward(&output, &d_x)?;
+            gradients.complete(ModelPart::Layer(layer))?;
             d_x = input.grad();
         }
         // The embedding is frozen if adapters are trained.
-        if embedded.requires_grad() { libtorch::backward(&embedded, &d_x) } else { Ok(()) }
+        if embedded.requires_grad() {
+            gradients.begin(ModelPart::Embedding)?;
+            libtorch::backward(&embedded, &d_x)?;
+            gradients.complete(ModelPart::Embedding)?;
+        }
+        Ok(())
     }
 }

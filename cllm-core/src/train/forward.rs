@@ -4,6 +4,7 @@ use tch::Tensor;
 
 use super::cuda::{CudaBatch, CudaPass};
 use super::eager::{EagerBatch, EagerPass};
+use super::gradients::GradientSink;
 use super::packed_batch::PackedBatch;
 use crate::Result;
 use crate::cuda::train::TrainKernels;
@@ -85,15 +86,15 @@ pub fn hidden_states(model: &Transformer, batch: &DeviceBatch) -> Result<Tensor>
 }
 
 impl ForwardPass<'_> {
-    /// Adds to the gradients of the weights. `d_hidden`: the gradient of the hidden states, of
-    /// their shape.
+    /// Adds to the gradients of the weights, for which `gradients` has a place. `d_hidden`: the
+    /// gradient of the hidden states, of their shape.
     ///
     /// # Errors
     /// [`crate::Error::Torch`], for instance when memory runs out.
-    pub fn backward(self, d_hidden: &Tensor) -> Result<()> {
+    pub fn backward(self, d_hidden: &Tensor, gradients: &dyn GradientSink) -> Result<()> {
         match self.pass {
-            Pass::Cuda(pass) => pass.backward(d_hidden),
-            Pass::Eager(pass) => pass.backward(self.hidden, d_hidden),
+            Pass::Cuda(pass) => pass.backward(d_hidden, gradients),
+            Pass::Eager(pass) => pass.backward(self.hidden, d_hidden, gradients),
         }
     }
 }

@@ -7,11 +7,15 @@
 mod cuda;
 mod eager;
 mod forward;
+mod gradients;
 mod linear;
 mod packed_batch;
+mod sharded_gradients;
 
 pub use crate::cuda::block_mask::AttentionRanges;
 pub use cuda::{project_backward, slow_path_reason, slow_path_reason_on};
 pub use eager::max_bias_elements;
 pub use forward::{DeviceBatch, ForwardPass, forward, hidden_states};
+pub use gradients::{GradientSink, ModelPart};
 pub use packed_batch::PackedBatch;
+pub use sharded_gradients::ShardedGradients;

@@ -133,7 +133,7 @@ fn time_steps(
             count(schedule.num_steps(), "step")
         )));
     }
-    let mut optimizer = OptimizerState::new(student, &training.optimizer, training.seed, Rc::clone(group))?;
+    let mut optimizer = OptimizerState::new(student, training, Rc::clone(group))?;
     let mut timings = Timings::default();
     std::thread::scope(|scope| -> Result<()> {
         let batches = loader.load_ahead(scope, schedule, 0, RankShard::for_process(group));

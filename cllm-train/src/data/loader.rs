@@ -21,6 +21,8 @@ const MAX_STEPS_AHEAD: usize = 2;
 pub struct StepBatches {
     /// The batches that this process trains on.
     pub batches: Vec<Batch>,
+    /// Number of batches of the process that has the most.
+    pub max_batches: usize,
     /// Counts over the batches of all processes.
     pub counts: BatchCounts,
 }
@@ -67,6 +69,7 @@ impl<'l> BatchLoader<'l> {
         let mut step = StepBatches::default();
         let shares = divide(batches, shard.world_size, self.settings.max_batch_tokens, |index| self.size(index));
         for (rank, share) in shares.iter().enumerate() {
+            step.max_batches = step.max_batches.max(share.len());
             if rank == shard.rank {
                 step.batches = share.iter().map(|example_indices| self.batch(example_indices, epoch)).collect();
                 step.batches.iter().for_each(|batch| step.counts.add(batch.counts));
@@ -115,5 +118,51 @@ impl<'l> BatchLoader<'l> {
             }
         });
         receiver
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+    use crate::data::dataset::Block;
+
+    #[test]
+    fn every_process_knows_the_counts_of_all_and_packs_its_own_batches() {
+        let config = ModelConfig::from_json(&json!({
+            "model_type": "llama", "vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
+            "num_attention_heads": 1, "tie_word_embeddings": true,
+        }));
+        let example = |index: usize| Example {
+            id: format!("s{index}"),
+            prompt_ids: vec![1; 3],
+            response_ids: vec![2; 8],
+            blocks: [0, 4]
+                .map(|start| Block {
+                    start,
+                    states: vec![vec![3; 4], vec![2, 3, 3, 3], vec![2; 4]],
+                    augmented: Vec::new(),
+                })
+                .into(),
+            labelled: vec![index % 2 == 0; 8],
+        };
+        let examples: Vec<Example> = (0..9).map(example).collect();
+        let mut settings = Settings { max_batch_tokens: 64, ..Settings::default() };
+        (settings.consistency.local_weight, settings.consistency.anchor_weight) = (1.0, 1.0);
+        let loader = BatchLoader::new(&settings, &examples, &config.unwrap());
+        let batches = [vec![0, 1], vec![2, 3], vec![4, 5], vec![6, 7], vec![8]];
+        let alone = loader.step_batches(&batches, 3, RankShard::all());
+        assert_eq!(alone.batches.len(), 5);
+        for world_size in [2, 3, 6] {
+            let mut packed = BatchCounts::default();
+            for rank in 0..world_size {
+                let step = loader.step_batches(&batches, 3, RankShard { rank, world_size });
+                assert_eq!(step.counts, alone.counts, "{rank} of {world_size}");
+                step.batches.iter().for_each(|batch| packed.add(batch.counts));
+                assert!(step.batches.len() <= step.max_batches);
+            }
+            assert_eq!(packed, alone.counts, "{world_size}");
+        }
     }
 }

@@ -14,7 +14,7 @@ mod head;
 
 use cllm_core::Result;
 use cllm_core::model::Transformer;
-use cllm_core::train::{self, DeviceBatch, PackedBatch};
+use cllm_core::train::{self, DeviceBatch, GradientSink, ModelPart, PackedBatch};
 use tch::{Device, Kind, Tensor};
 
 use crate::data::batch::{Batch, LocalChunk};
@@ -24,8 +24,10 @@ pub use eager::divergence;
 use head::{ChunkLosses, LossHead};
 
 /// How to compute gradients.
-#[derive(Debug, Clone, Copy)]
-pub struct Backward {
+#[derive(Clone, Copy)]
+pub struct Backward<'g> {
+    /// Where gradients add up.
+    pub gradients: &'g dyn GradientSink,
     /// Factor of each loss in the gradient.
     pub scale: Losses<f64>,
     pub checkpointed_layers: usize,
@@ -42,7 +44,7 @@ pub fn batch_losses(
     anchor: Option<&Transformer>,
     batch: &Batch,
     settings: &ConsistencySettings,
-    backward: Option<Backward>,
+    backward: Option<Backward<'_>>,
 ) -> Result<Losses<Tensor>> {
     let _no_grad = backward.is_none().then(tch::no_grad_guard);
     let device_batch = DeviceBatch::new(&batch.packed, model)?;
@@ -55,6 +57,7 @@ pub fn batch_losses(
     let anchor = anchor.map(|model| AnchorLogits::new(model, &batch.clean)).transpose()?;
     let head = LossHead { model, divergence: settings.divergence, scale: backward.map(|backward| backward.scale) };
     let mut totals = Totals::new(&hidden, backward.is_some());
+    backward.map_or(Ok(()), |backward| backward.gradients.begin(ModelPart::LmHead))?;
     for chunk in &batch.chunks {
         let noisy_rows = if settings.global_weight > 0.0 { chunk.noisy_rows.as_slice() } else { &[] };
         let rows = totals.rows(&[chunk.rows.as_slice(), noisy_rows].concat());
@@ -77,8 +80,9 @@ pub fn batch_losses(
         }
     }
     let Totals { d_hidden, sums, .. } = totals;
-    if let (Some(d_hidden), Some(pass)) = (d_hidden, pass) {
-        pass.backward(&d_hidden)?;
+    if let (Some(d_hidden), Some(pass), Some(Backward { gradients, .. })) = (d_hidden, pass, backward) {
+        gradients.complete(ModelPart::LmHead)?;
+        pass.backward(&d_hidden, gradients)?;
     }
     Ok(sums)
 }

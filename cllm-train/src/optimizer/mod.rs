@@ -1,12 +1,13 @@
 //! AdamW over flat buffers, with its state sharded over the processes (ZeRO stage 1; Rajbhandari et
-//! al., arXiv 1910.02054).
+//! al., arXiv 1910.02054), and its gradients too where that costs nothing (ZeRO stage 2).
 //!
-//! Every process holds all weights and gradients. Each updates its own shard of the weights, for
-//! which it alone holds the state; the shards are gathered afterwards. Clipping, and skipping a
+//! Every process holds all weights. Each updates its own shard of them, for which it alone holds the
+//! state; the shards are gathered afterwards. Clipping, and skipping a
 //! step whose gradient is not finite, are decided on the device, so a step never waits for it.
 
 mod adamw_bf16;
 mod ema;
+mod gradients;
 mod lr_schedule;
 
 use std::ops::Range;
@@ -20,8 +21,9 @@ use cllm_core::{Error, Result, fingerprint};
 use rand::Rng;
 use tch::{Kind, Tensor};
 
-use crate::settings::{OptimizerSettings, StateDtype};
+use crate::settings::{OptimizerSettings, Settings, StateDtype};
 use ema::Ema;
+pub use gradients::Gradients;
 pub use lr_schedule::learning_rate;
 
 /// Name of the master weights in a checkpoint.
@@ -38,7 +40,7 @@ pub struct OptimizerState {
     /// `None` where libtorch's operations update the weights: on the CPU, and float32 weights.
     kernels: Option<AdamWKernels>,
     weights: ParamBuffer,
-    gradients: ParamBuffer,
+    gradients: Gradients,
     /// The weights that the update changes. If the types allow it, this is the shard of the weights
     /// itself, not a copy.
     master_weights: Tensor,
@@ -78,8 +80,9 @@ impl OptimizerState {
     /// # Errors
     /// [`Error::Usage`] for a bfloat16 state with other weights, or a number of processes that does
     /// not divide the weights; [`Error::Torch`], for example when memory runs out.
-    pub fn new(model: &Transformer, settings: &OptimizerSettings, seed: u64, group: Rc<ProcessGroup>) -> Result<Self> {
+    pub fn new(model: &Transformer, run: &Settings, group: Rc<ProcessGroup>) -> Result<Self> {
         let _no_grad = tch::no_grad_guard();
+        let settings = &run.optimizer;
         let is_bf16 = settings.state_dtype == StateDtype::Bfloat16;
         if is_bf16 && model.kind() != Kind::BFloat16 {
             return Err(Error::usage(
@@ -98,14 +101,14 @@ impl OptimizerState {
         Ok(OptimizerState {
             settings: settings.clone(),
             kernels,
-            gradients: model.collect_gradients()?,
+            gradients: Gradients::new(model, Rc::clone(&group), run.shards_gradients(group.world_size()))?,
             exp_avg: master_weights.f_zeros_like()?,
             exp_avg_sq: master_weights.f_zeros_like()?,
             ema: settings.ema_decay.map(|decay| Ema::new(&master_weights, decay)),
             master_weights,
             weights,
             group,
-            seed,
+            seed: run.seed,
             num_skipped: zero(),
             num_skipped_in_a_row: zero(),
         })
@@ -119,7 +122,7 @@ impl OptimizerState {
     /// libtorch's errors, a process that has died.
     pub fn step(&mut self, lr: f64, number: usize) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
-        let gradients = self.group.reduce_scatter(self.gradients.buffer())?;
+        let gradients = self.gradients.sums()?;
         let squared_norm = gradients.f_norm_scalaropt_dtype(2, Kind::Float)?.square();
         self.group.all_reduce(&squared_norm)?;
         let norm = squared_norm.sqrt();
@@ -134,8 +137,8 @@ impl OptimizerState {
         if let Some(ema) = &self.ema {
             ema.update(&self.master_weights, number, MAX_AVERAGED_ELEMENTS)?;
         }
-        // Cleared only after the update: in a single process `gradients` is a view of this buffer.
-        let _ = self.gradients.buffer().shallow_clone().zero_();
+        // Cleared only after the update: in a single process `gradients` is a view of them.
+        self.gradients.clear();
         self.num_skipped += &update.skip;
         self.num_skipped_in_a_row = (&self.num_skipped_in_a_row + 1.0) * &update.skip;
         Ok(norm)
@@ -202,6 +205,10 @@ impl OptimizerState {
             slice(&self.group.shard(self.weights.buffer())).f_copy_(&master_weights)?;
         }
         Ok(())
+    }
+
+    pub fn gradients(&self) -> &Gradients {
+        &self.gradients
     }
 
     /// Counts the skipped steps. Waits for the device.
@@ -295,13 +302,25 @@ mod tests {
         Transformer::random(config.unwrap(), 1, Device::Cpu, kind)
     }
 
+    fn new_state(model: &Transformer, optimizer: OptimizerSettings, seed: u64) -> Result<OptimizerState> {
+        let settings = Settings { optimizer, seed, ..Settings::default() };
+        OptimizerState::new(model, &settings, Rc::new(ProcessGroup::single()))
+    }
+
+    fn all_gradients(state: &OptimizerState) -> &ParamBuffer {
+        match &state.gradients {
+            Gradients::Whole { own, .. } => own,
+            Gradients::Sharded(_) => panic!("a single process has all gradients"),
+        }
+    }
+
     /// A tiny model after a step in which every gradient is `gradient`, and the norm of that
     /// gradient.
     fn after_a_step(gradient: f64, max_grad_norm: Option<f64>) -> (OptimizerState, f64) {
         let settings = OptimizerSettings { max_grad_norm, ..OptimizerSettings::default() };
         let model = tiny_model(4, Kind::Float);
-        let mut state = OptimizerState::new(&model, &settings, 0, Rc::new(ProcessGroup::single())).unwrap();
-        for (_, mut tensor) in state.gradients.tensors() {
+        let mut state = new_state(&model, settings, 0).unwrap();
+        for (_, mut tensor) in all_gradients(&state).tensors() {
             let _ = tensor.fill_(gradient);
         }
         let norm = state.step(0.1, 1).unwrap();
@@ -330,12 +349,12 @@ mod tests {
             let _no_grad = tch::no_grad_guard();
             let _ = model.weights().buffer().shallow_clone().fill_(1.0);
             let settings = OptimizerSettings { weight_decay: 0.1, state_dtype, ..OptimizerSettings::default() };
-            let mut state = OptimizerState::new(&model, &settings, 3, Rc::new(ProcessGroup::single())).unwrap();
+            let mut state = new_state(&model, settings, 3).unwrap();
             for number in 1..=50 {
-                let _ = state.gradients.buffer().shallow_clone().fill_(if number <= 25 { 1e-3 } else { 2e-3 });
+                let _ = all_gradients(&state).buffer().shallow_clone().fill_(if number <= 25 { 1e-3 } else { 2e-3 });
                 let _ = state.step(1e-3, number).unwrap();
             }
-            let _ = state.gradients.buffer().shallow_clone().fill_(f64::NAN);
+            let _ = all_gradients(&state).buffer().shallow_clone().fill_(f64::NAN);
             let before = state.weights.buffer().copy();
             let _ = state.step(1e-3, 51).unwrap();
             assert_eq!(before, *state.weights.buffer(), "a skipped step changes nothing");
@@ -363,7 +382,7 @@ mod tests {
     fn the_model_has_its_own_weights_again_after_a_body_that_fails() {
         let settings = OptimizerSettings { ema_decay: Some(0.9), ..OptimizerSettings::default() };
         let model = tiny_model(4, Kind::Float);
-        let state = OptimizerState::new(&model, &settings, 0, Rc::new(ProcessGroup::single())).unwrap();
+        let state = new_state(&model, settings, 0).unwrap();
         let _ = tch::no_grad(|| model.weights().buffer().shallow_clone().fill_(3.0));
         let own_weights = model.weights().buffer().copy();
         let failed = state.with_average(|| {

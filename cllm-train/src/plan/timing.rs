@@ -30,7 +30,7 @@ pub(super) fn time_steps(
 ) -> Result<DurationEstimate> {
     let models = Models::random(outset.config.clone(), settings, device)?;
     let group = Rc::new(ProcessGroup::single());
-    let mut optimizer = OptimizerState::new(&models.student, &settings.optimizer, settings.seed, group)?;
+    let mut optimizer = OptimizerState::new(&models.student, settings, group)?;
     let loader = BatchLoader::new(settings, outset.examples, outset.config);
     let mut step_seconds = Vec::new();
     let began = Instant::now();

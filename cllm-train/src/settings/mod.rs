@@ -196,6 +196,12 @@ impl Settings {
         self.lora.as_ref().map_or_else(|| config.num_parameters(), |lora| lora.num_parameters(config))
     }
 
+    /// Whether each process keeps only its shard of the gradients. That costs no more communication
+    /// than to sum them once in a step if each has at most one batch in it. Adapters have few.
+    pub fn shards_gradients(&self, world_size: usize) -> bool {
+        world_size > 1 && self.accumulation <= world_size && self.lora.is_none()
+    }
+
     /// Checks the rules that involve more than one key.
     ///
     /// # Errors

@@ -95,6 +95,28 @@ fn two_and_three_processes_train_as_one_does() {
     assert!(stderr.contains("accumulation=1 is too few for 2 processes"), "{stderr}");
 }
 
+/// The matrices of its last layer belong to more than one process.
+#[test]
+fn gradients_are_sharded_where_each_process_has_one_batch() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    for (world_size, checkpointed_layers) in [(2, 0), (3, 1)] {
+        let run = |output: String| {
+            let mut settings = settings(dir.path(), &output);
+            (settings.accumulation, settings.checkpointed_layers, settings.epochs) =
+                (world_size, checkpointed_layers, 2);
+            if let Some(init) = &mut settings.init {
+                (init.hidden_size, init.intermediate_size, init.num_layers) = (128, 256, 3);
+            }
+            settings
+        };
+        let (one, many) = (run(format!("one-{world_size}")), run(format!("many-{world_size}")));
+        trainer::run(one.clone()).unwrap();
+        run_processes(&settings_file(dir.path(), &many), world_size);
+        assert_close(&one.output, &many.output);
+    }
+}
+
 #[test]
 fn an_interrupted_run_of_two_resumes_exactly_with_two_and_closely_with_one() {
     let dir = tempfile::tempdir().unwrap();

@@ -56,7 +56,7 @@ fn run(
 ) -> (Losses<f64>, Tensor) {
     let _ = gradients.buffer().shallow_clone().zero_();
     let scale = Losses { ar: 0.02, global: 0.01, local: 0.01, anchor: 0.02 };
-    let backward = Backward { scale, checkpointed_layers };
+    let backward = Backward { gradients, scale, checkpointed_layers };
     let sums = batch_losses(model, teacher, batch, settings, Some(backward)).unwrap();
     (sums.map(|sum| sum.double_value(&[])), gradients.buffer().to_device(Device::Cpu).to_kind(Kind::Float))
 }

@@ -208,7 +208,7 @@ fn chunks_change_neither_losses_nor_gradients() {
             let run = |max_chunk_rows: usize, checkpointed_layers: usize| {
                 let batch = Batch::new(&sequences, max_chunk_rows, Some(0.0));
                 let scale = Losses { ar: 0.3, global: 0.5, local: 0.7, anchor: 0.9 };
-                let backward = Some(Backward { scale, checkpointed_layers });
+                let backward = Some(Backward { gradients: &gradients, scale, checkpointed_layers });
                 let sums = batch_losses(&model, Some(&anchor), &batch, &settings, backward).unwrap();
                 let gradient = gradients.buffer().copy();
                 let _ = gradients.buffer().shallow_clone().zero_();
@@ -239,7 +239,7 @@ fn the_gradient_predicts_how_a_loss_changes() {
         batch_losses(&model, None, &batch, &settings, backward).unwrap().ar.double_value(&[])
     };
     let scale = Losses { ar: 1.0, ..Losses::default() };
-    let before = ar_loss(Some(Backward { scale, checkpointed_layers: 0 }));
+    let before = ar_loss(Some(Backward { gradients: &gradients, scale, checkpointed_layers: 0 }));
     // To first order, a small step against the gradient lowers the loss by the gradient's squared
     // norm.
     let step_size = 1e-4;
@@ -461,7 +461,7 @@ fn gradients_of_a_packed_example_agree_with_transformers() {
         let pass = train::forward(&model, &device_batch, 1).unwrap();
         let hidden = pass.hidden.detach().set_requires_grad(true);
         model.logits_with_grad(&hidden.i(12..)).cross_entropy_for_logits(&labels).backward();
-        pass.backward(&hidden.grad()).unwrap();
+        pass.backward(&hidden.grad(), &gradients).unwrap();
         assert_eq!(gradients.tensors().len(), expected.len(), "{name}");
         for (weight, gradient) in gradients.tensors() {
             let RecordedGradient { norm, kept } = &expected[&weight];
