@@ -157,6 +157,17 @@ pub fn write_folder_with(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) ->
     folder.finish()
 }
 
+/// Removes a folder, of which nothing is left under its path if the process is killed meanwhile.
+///
+/// # Errors
+/// File-system errors with the path.
+pub fn remove_folder(path: &Path) -> Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let removed = parent(path).join(format!("{UNFINISHED_PREFIX}{}-{name}", std::process::id()));
+    fs::rename(path, &removed).map_err(Error::write(path))?;
+    fs::remove_dir_all(&removed).map_err(Error::write(path))
+}
+
 /// Cleans up a folder in which a killed process was writing: unfinished files are removed, and a
 /// folder that was about to be replaced gets its name back. No other process may be writing there.
 ///

@@ -352,7 +352,7 @@ impl Checkpoints {
         checkpoints.iter().zip(kept).try_for_each(|((_, path), kept)| match kept {
             Kept::Whole => Ok(()),
             Kept::ModelOnly => remove_state(path),
-            Kept::Nothing => std::fs::remove_dir_all(path).map_err(Error::write(path)),
+            Kept::Nothing => atomic_file::remove_folder(path),
         })
     }
 }

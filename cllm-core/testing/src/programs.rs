@@ -43,6 +43,24 @@ impl Program {
         self.run(arguments).assert_error(arguments, code, parts);
     }
 
+    /// Runs it, asserts that it succeeds, and returns the most memory that it was seen to have, in
+    /// bytes.
+    #[track_caller]
+    pub fn peak_memory(&self, arguments: &[impl Argument]) -> u64 {
+        let mut child = self.command(&[]).args(arguments).stderr(Stdio::null()).spawn().unwrap();
+        let mut peak = 0;
+        loop {
+            let status = std::fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
+            let kilobytes = status.lines().find_map(|line| line.strip_prefix("VmHWM:")?.split_whitespace().next());
+            peak = peak.max(kilobytes.map_or(0, |number| number.parse::<u64>().unwrap() * 1024));
+            if let Some(code) = child.try_wait().unwrap() {
+                assert!(code.success(), "{arguments:?}");
+                return peak;
+            }
+            std::thread::yield_now();
+        }
+    }
+
     /// Runs it where no file may have more than `blocks` of 512 bytes, so that a write fails midway
     /// as on a full disk.
     #[track_caller]

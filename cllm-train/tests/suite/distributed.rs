@@ -13,8 +13,8 @@ use cllm_train::trainer;
 use tch::{Device, Kind};
 
 use crate::setup::{
-    N, TRAIN, consistency, have_same_weights, loss_curve, metrics, num_metrics, prepare, rewind_to, settings_file, sft,
-    summary,
+    N, TRAIN, assert_checkpoints_are_whole, consistency, have_same_weights, loss_curve, metrics, num_metrics, prepare,
+    rewind_to, settings_file, sft, summary, wait_for_a_save,
 };
 
 /// Starts the processes of a run as torchrun does.
@@ -141,6 +141,34 @@ fn an_interrupted_run_of_two_resumes_exactly_with_two_and_closely_with_one() {
     rewind_to(&interrupted, steps);
     trainer::run(settings("interrupted")).unwrap();
     assert_close(&interrupted, &whole);
+}
+
+#[test]
+fn two_processes_killed_while_they_save_resume_to_the_same_curve() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let settings = |output: &str| Settings {
+        epochs: 1000,
+        max_steps: Some(100),
+        save_every: Some(1),
+        max_checkpoints: 2,
+        ..settings(dir.path(), output)
+    };
+    run_processes(&settings_file(dir.path(), &settings("whole")), 2);
+    let file = settings_file(dir.path(), &settings("killed"));
+    let (whole, killed) = (dir.path().join("whole"), dir.path().join("killed"));
+    for kill in 0..6 {
+        let mut processes = start(&file, 2);
+        wait_for_a_save(&killed, kill, &mut processes[1]);
+        // Either dies first, and the other may get a little further.
+        processes.rotate_left(kill % 2);
+        processes.iter_mut().for_each(|process| process.kill().unwrap());
+        wait(processes);
+        assert_checkpoints_are_whole(&killed, 2);
+    }
+    run_processes(&file, 2);
+    assert_eq!(loss_curve(&killed), loss_curve(&whole));
+    assert!(have_same_weights(&killed.join("final"), &whole.join("final")));
 }
 
 #[test]

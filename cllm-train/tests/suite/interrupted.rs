@@ -3,10 +3,14 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::Stdio;
 
 use cllm_train::settings::Settings;
 
-use crate::setup::{TRAIN, num_metrics, prepare, reproducible_metrics, settings_file, sft};
+use crate::setup::{
+    TRAIN, assert_checkpoints_are_whole, num_metrics, prepare, reproducible_metrics, settings_file, sft,
+    wait_for_a_save,
+};
 use cllm_testing::programs::path;
 
 fn assert_same_final_model(a: &Path, b: &Path) {
@@ -59,6 +63,32 @@ fn a_run_that_met_signals_and_a_full_disk_equals_one_that_did_not() {
     let complete = TRAIN.succeed(&arguments);
     assert!(complete.stderr.contains("already complete: 400 steps"), "{}", complete.stderr);
     assert_same_final_model(&interrupted, &whole);
+}
+
+#[test]
+fn a_run_killed_at_twenty_moments_of_its_saves_resumes_to_the_same_curve() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let settings = Settings {
+        epochs: 1000,
+        max_steps: Some(150),
+        save_every: Some(1),
+        max_checkpoints: 2,
+        ..sft(dir.path(), "run")
+    };
+    let file = settings_file(dir.path(), &settings);
+    let (run, whole) = (dir.path().join("run"), dir.path().join("whole"));
+    TRAIN.succeed(&["run", "-c", &file, &format!("output={}", whole.display())]);
+    for kill in 0..20 {
+        let mut child = TRAIN.command(&[]).args(["run", "-c", &file]).stderr(Stdio::piped()).spawn().unwrap();
+        wait_for_a_save(&run, kill, &mut child);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        assert_checkpoints_are_whole(&run, 1);
+    }
+    TRAIN.succeed(&["run", "-c", &file]);
+    assert_eq!(reproducible_metrics(&run), reproducible_metrics(&whole));
+    assert_same_final_model(&run, &whole);
 }
 
 #[test]

@@ -2,8 +2,12 @@
 
 use std::path::Path;
 
+use cllm_core::checkpoint;
+use cllm_core::model::{ModelConfig, Transformer};
+use cllm_core::pieces::PIECE_BYTES;
 use cllm_train::settings::Settings;
 use serde_json::{Value, json};
+use tch::{Device, Kind};
 
 use crate::setup::{TRAIN, prepare, settings_file, sft};
 use cllm_testing::programs::path;
@@ -98,4 +102,27 @@ fn export_casts_the_weights_and_keeps_the_tokenizer() {
     assert!((0.4..0.6).contains(&(num_bytes(&to) / num_bytes(&from))), "bfloat16 takes half the bytes");
     assert!(to.join("tokenizer.json").exists());
     TRAIN.fail(&arguments, 2, &["already exists"]);
+}
+
+/// A model of 300 MB in float32, most of it one tensor, passes through the program beside a few
+/// pieces of the files.
+#[test]
+fn a_large_model_is_loaded_and_saved_in_little_more_memory_than_its_own() {
+    const NUM_BYTES: u64 = 300_000_000;
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let peak_memory = |num_bytes: u64, output: &str| {
+        let config = json!({
+            "model_type": "llama", "vocab_size": num_bytes / 4 / 64, "hidden_size": 64, "intermediate_size": 64,
+            "num_hidden_layers": 1, "num_attention_heads": 1, "tie_word_embeddings": true,
+        });
+        let config = ModelConfig::from_json(&config).unwrap();
+        let model = Transformer::random_on_device(config, Device::Cpu, Kind::BFloat16);
+        let folder = dir.path().join("tokenizer");
+        checkpoint::save(&model, &folder, Kind::BFloat16).unwrap();
+        let (folder, output) = (folder.display().to_string(), path(dir.path(), output));
+        TRAIN.peak_memory(&["export", &folder, "--dtype", "f32", "--output", &output])
+    };
+    let more = peak_memory(NUM_BYTES, "large").saturating_sub(peak_memory(1_000_000, "small"));
+    assert!(more < NUM_BYTES + 12 * PIECE_BYTES as u64, "{more}");
 }

@@ -2,14 +2,17 @@
 //! and the outputs of runs.
 
 use std::path::{Path, PathBuf};
+use std::process::Child;
 
-use cllm_core::checkpoint;
+use cllm_core::checkpoint::{self, TensorFile};
 use cllm_core::decode::{DecodeOptions, Request, StopConditions, Strategy, decode};
+use cllm_core::fingerprint;
 use cllm_core::prompt_set::{self, Prompt, Sample};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{Provenance, Reader, Trajectory, Writer};
 use cllm_train::settings::{InitSettings, Objective, OptimizerSettings, Settings};
 use cllm_train::{tokenizer_training, trainer};
+use rand_chacha::rand_core::Rng;
 use serde_json::Value;
 use tch::{Device, Kind};
 
@@ -197,6 +200,45 @@ pub fn loss_curve(run: &Path) -> Vec<StepLosses> {
         anchor: loss(&line, "anchor_loss"),
     });
     losses.collect()
+}
+
+/// Waits until a run has got further than before its last kills, and then until a random moment
+/// while it saves.
+pub fn wait_for_a_save(run: &Path, num_kills: usize, process: &mut Child) {
+    let is_saving = || {
+        let entries = std::fs::read_dir(run.join("checkpoints")).into_iter().flatten();
+        entries.flatten().any(|entry| entry.file_name().to_string_lossy().starts_with(".writing-"))
+    };
+    while num_metrics(run) <= num_kills || !is_saving() {
+        if process.try_wait().unwrap().is_some() {
+            let message = std::io::read_to_string(process.stderr.take().unwrap()).unwrap();
+            panic!("the run ended before it could be killed: {message}");
+        }
+        std::thread::yield_now();
+    }
+    let mut random = fingerprint::derive_rng(1, "kill", num_kills as u64);
+    for _ in 0..random.next_u32() % 2000 {
+        std::thread::yield_now();
+    }
+}
+
+/// Every checkpoint of a run has whole files, and those of all processes.
+#[track_caller]
+pub fn assert_checkpoints_are_whole(run: &Path, num_processes: usize) {
+    for entry in std::fs::read_dir(run.join("checkpoints")).unwrap() {
+        let folder = entry.unwrap().path();
+        let name = folder.file_name().unwrap().to_string_lossy().into_owned();
+        if !name.starts_with("step-") {
+            continue;
+        }
+        let state: Value = serde_json::from_slice(&std::fs::read(folder.join("state.json")).unwrap()).unwrap();
+        assert_eq!(name, format!("step-{:06}", state["step"].as_u64().unwrap()));
+        checkpoint::load(&folder, Device::Cpu, Kind::Float).unwrap();
+        for process in 1..=num_processes {
+            let file = folder.join(format!("optimizer-{process:05}-of-{num_processes:05}.safetensors"));
+            TensorFile::open(&file, "").unwrap();
+        }
+    }
 }
 
 pub fn summary(run: &Path) -> Value {
