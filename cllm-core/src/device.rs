@@ -1,6 +1,7 @@
 //! Devices by name: `auto`, `cpu`, `cuda`, `cuda:N`.
 
-use tch::{Cuda, Device, Kind};
+use tch::kind::Element;
+use tch::{Cuda, Device, Kind, Tensor};
 
 use crate::distributed::ProcessEnv;
 use crate::{Error, Result};
@@ -52,6 +53,19 @@ pub fn default_kind(device: Device) -> Kind {
     if device.is_cuda() { Kind::BFloat16 } else { Kind::Float }
 }
 
+/// Copies numbers to a device, `[values]`. The host does not wait for what a GPU still has to do.
+///
+/// # Errors
+/// [`Error::Torch`], for instance when memory runs out.
+pub fn upload<T: Element>(values: &[T], device: Device) -> Result<Tensor> {
+    let tensor = Tensor::f_from_slice(values)?;
+    if !device.is_cuda() || values.is_empty() {
+        return Ok(tensor.f_to_device(device)?);
+    }
+    // From pinned memory, which libtorch keeps until the copy is done.
+    Ok(tensor.f_pin_memory(device)?.f_to_device_(device, T::KIND, true, false)?)
+}
+
 /// Waits until the device has finished all its work, for timings.
 pub fn synchronize(device: Device) {
     if let Device::Cuda(index) = device {
@@ -62,6 +76,13 @@ pub fn synchronize(device: Device) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn numbers_keep_their_type_and_order() {
+        let uploaded = upload(&[3i32, 1, 2], Device::Cpu).unwrap();
+        assert_eq!((uploaded.kind(), Vec::<i32>::try_from(&uploaded).unwrap()), (Kind::Int, vec![3, 1, 2]));
+        assert_eq!(upload::<i64>(&[], Device::Cpu).unwrap().size(), [0]);
+    }
 
     #[test]
     fn unknown_and_missing_devices_are_refused() {

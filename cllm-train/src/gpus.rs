@@ -12,6 +12,8 @@ pub struct GpuModel {
     /// Words of the name that its driver reports. The first model whose words are all in a name is
     /// meant by it.
     driver_words: &'static [&'static str],
+    /// Major and minor compute capability.
+    pub capability: (u32, u32),
     /// What CUDA reports as its total memory, which is less than the vendor prints on the box.
     pub memory_bytes: u64,
     /// Dense products of bfloat16 matrices with sums in float32, in operations per second, according
@@ -26,6 +28,7 @@ const GIB: f64 = (1u64 << 30) as f64;
 const fn gpu(
     name: &'static str,
     driver_words: &'static [&'static str],
+    capability: (u32, u32),
     gibibytes: f64,
     teraflops: f64,
     gigabytes_per_second: f64,
@@ -33,6 +36,7 @@ const fn gpu(
     GpuModel {
         name,
         driver_words,
+        capability,
         memory_bytes: (gibibytes * GIB) as u64,
         bf16_flops: teraflops * 1e12,
         bandwidth: gigabytes_per_second * 1e9,
@@ -41,22 +45,22 @@ const fn gpu(
 
 /// Sorted by name.
 const GPUS: &[GpuModel] = &[
-    gpu("a100-40gb", &["A100", "40GB"], 39.4, 312.0, 1555.0),
-    gpu("a100-80gb", &["A100"], 79.1, 312.0, 2039.0),
-    gpu("a40", &["A40"], 44.4, 149.7, 696.0),
-    gpu("a6000", &["RTX", "A6000"], 47.4, 154.8, 768.0),
-    gpu("b200", &["B200"], 178.3, 2250.0, 8000.0),
-    gpu("gh200", &["GH200"], 94.5, 989.0, 4000.0),
-    gpu("h100-80gb", &["H100", "HBM3"], 79.1, 989.0, 3350.0),
-    gpu("h100-nvl", &["H100", "NVL"], 93.0, 835.0, 3900.0),
-    gpu("h100-pcie", &["H100", "PCIe"], 79.1, 756.0, 2000.0),
-    gpu("h200", &["H200"], 139.8, 989.0, 4800.0),
-    gpu("l4", &["L4"], 21.9, 121.0, 300.0),
-    gpu("l40s", &["L40S"], 44.3, 362.0, 864.0),
-    gpu("rtx-3090", &["RTX", "3090"], 23.5, 71.0, 936.0),
-    gpu("rtx-4090", &["RTX", "4090"], 23.5, 165.2, 1008.0),
-    gpu("rtx-5090", &["RTX", "5090"], 31.3, 209.5, 1792.0),
-    gpu("rtx-6000-ada", &["RTX", "6000", "Ada"], 47.4, 364.0, 960.0),
+    gpu("a100-40gb", &["A100", "40GB"], (8, 0), 39.4, 312.0, 1555.0),
+    gpu("a100-80gb", &["A100"], (8, 0), 79.1, 312.0, 2039.0),
+    gpu("a40", &["A40"], (8, 6), 44.4, 149.7, 696.0),
+    gpu("a6000", &["RTX", "A6000"], (8, 6), 47.4, 154.8, 768.0),
+    gpu("b200", &["B200"], (10, 0), 178.3, 2250.0, 8000.0),
+    gpu("gh200", &["GH200"], (9, 0), 94.5, 989.0, 4000.0),
+    gpu("h100-80gb", &["H100", "HBM3"], (9, 0), 79.1, 989.0, 3350.0),
+    gpu("h100-nvl", &["H100", "NVL"], (9, 0), 93.0, 835.0, 3900.0),
+    gpu("h100-pcie", &["H100", "PCIe"], (9, 0), 79.1, 756.0, 2000.0),
+    gpu("h200", &["H200"], (9, 0), 139.8, 989.0, 4800.0),
+    gpu("l4", &["L4"], (8, 9), 21.9, 121.0, 300.0),
+    gpu("l40s", &["L40S"], (8, 9), 44.3, 362.0, 864.0),
+    gpu("rtx-3090", &["RTX", "3090"], (8, 6), 23.5, 71.0, 936.0),
+    gpu("rtx-4090", &["RTX", "4090"], (8, 9), 23.5, 165.2, 1008.0),
+    gpu("rtx-5090", &["RTX", "5090"], (12, 0), 31.3, 209.5, 1792.0),
+    gpu("rtx-6000-ada", &["RTX", "6000", "Ada"], (8, 9), 47.4, 364.0, 960.0),
 ];
 
 impl GpuModel {

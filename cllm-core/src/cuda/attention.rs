@@ -7,6 +7,7 @@ use super::block_mask::{AttentionRanges, BlockMask, ENTRY, TILE, block_masks};
 use super::launch::{Argument, Kernel, Param, Signature, aligned, bf16, count, float, float32, int32, tiles, uint64};
 use super::nvrtc::{Macros, Module, compute_capability, max_shared_bytes, num_multiprocessors};
 use super::shape::KernelShape;
+use crate::device::upload;
 use crate::{Error, Result};
 use Argument::{Float, Tensor as Data};
 
@@ -31,9 +32,11 @@ struct DeviceBlockMask {
 }
 
 impl DeviceBlockMask {
-    fn new(mask: &BlockMask, device: Device) -> Self {
-        let to_device = |list: &[i32]| Tensor::from_slice(list).to_device(device);
-        DeviceBlockMask { offsets: to_device(&mask.offsets), blocks: to_device(mask.entries.as_flattened()) }
+    fn new(mask: &BlockMask, device: Device) -> Result<Self> {
+        Ok(DeviceBlockMask {
+            offsets: upload(&mask.offsets, device)?,
+            blocks: upload(mask.entries.as_flattened(), device)?,
+        })
     }
 }
 
@@ -53,9 +56,9 @@ impl AttentionMask {
         let bits: Vec<i32> = masks.bits.iter().flat_map(|word| [*word as i32, (word >> 32) as i32]).collect();
         Ok(AttentionMask {
             num_tokens,
-            of_queries: DeviceBlockMask::new(&masks.of_queries, device),
-            of_keys: DeviceBlockMask::new(&masks.of_keys, device),
-            bits: Tensor::from_slice(&bits).to_device(device),
+            of_queries: DeviceBlockMask::new(&masks.of_queries, device)?,
+            of_keys: DeviceBlockMask::new(&masks.of_keys, device)?,
+            bits: upload(&bits, device)?,
         })
     }
 
@@ -207,6 +210,8 @@ fn d_kv_splits(shape: &KernelShape) -> usize {
 /// is the number of tokens, a multiple of [`Self::TILE`].
 pub struct AttentionKernels {
     shape: KernelShape,
+    /// The shape with heads that the kernels can compute: of a multiple of 8 numbers.
+    padded: KernelShape,
     device: Device,
     multiprocessors: usize,
     parts: (usize, usize),
@@ -221,13 +226,11 @@ impl AttentionKernels {
     /// Widest heads that the kernels are made for.
     pub const MAX_HEAD_DIM: usize = 256;
 
-    /// Whether there are kernels for this width of heads (a multiple of 8, up to 256), and GPUs of a
-    /// compute capability have the shared memory that they need.
+    /// Whether there are kernels for this width of heads (up to 256), and GPUs of a compute
+    /// capability have the shared memory that they need.
     pub fn supports(shape: &KernelShape, capability: (u32, u32)) -> bool {
-        let shared_bytes = Version::new(shape, capability).shared_bytes;
-        shape.head_dim.is_multiple_of(8)
-            && shape.head_dim <= Self::MAX_HEAD_DIM
-            && shared_bytes.iter().all(|bytes| *bytes <= max_shared_bytes(capability))
+        let shared_bytes = Version::new(&padded(shape), capability).shared_bytes;
+        shape.head_dim <= Self::MAX_HEAD_DIM && shared_bytes.iter().all(|bytes| *bytes <= max_shared_bytes(capability))
     }
 
     /// Compiles and loads the kernels.
@@ -235,12 +238,14 @@ impl AttentionKernels {
     /// # Errors
     /// [`Error::Torch`] with the message of the compiler or the driver.
     pub fn new(device: usize, shape: KernelShape) -> Result<Self> {
-        let version = Version::new(&shape, compute_capability(device)?);
+        let padded = padded(&shape);
+        let version = Version::new(&padded, compute_capability(device)?);
         let module = Module::compiled(device, version.source, &version.macros)?;
         let kernel =
             |index: usize| Kernel::new(&module, version.signatures[index], "", version.shared_bytes[index], false);
         Ok(AttentionKernels {
             shape,
+            padded,
             device: Device::Cuda(device),
             multiprocessors: num_multiprocessors(device)?,
             parts: version.parts,
@@ -266,16 +271,17 @@ impl AttentionKernels {
     /// # Errors
     /// [`Error::Internal`] if a tensor does not fit, else [`Error::Torch`]; here and below.
     pub fn forward(&self, qkv: &Tensor, mask: &AttentionMask) -> Result<(Tensor, Tensor)> {
+        let qkv = self.pad(qkv)?;
         let sizes = self.sizes(mask, &mask.of_queries);
-        let KernelShape { heads, .. } = self.shape;
+        let KernelShape { heads, .. } = self.padded;
         let empty = |size: [usize; 2], kind| Tensor::f_empty(size.map(|size| size as i64), (kind, qkv.device()));
-        let attn_out = empty([sizes.tokens, self.shape.attn()], Kind::BFloat16)?;
+        let attn_out = empty([sizes.tokens, self.padded.attn()], Kind::BFloat16)?;
         let logsumexp = empty([heads, sizes.tokens], Kind::Float)?;
         let rest = [self.scale(), Data(&attn_out), Data(&logsumexp)];
-        let arguments = [&[Data(qkv)], &mask.arguments(&mask.of_queries)[..], &rest].concat();
+        let arguments = [&[Data(&qkv)], &mask.arguments(&mask.of_queries)[..], &rest].concat();
         // SAFETY: the mask refers only to tiles of the batch and to its own bits.
         unsafe { self.forward.launch(&sizes, &arguments)? };
-        Ok((attn_out, logsumexp))
+        Ok((self.unpad(attn_out)?, logsumexp))
     }
 
     /// The gradient of `qkv` from that of the attention's output.
@@ -287,21 +293,42 @@ impl AttentionKernels {
         d_attn_out: &Tensor,
         mask: &AttentionMask,
     ) -> Result<Tensor> {
+        let (qkv, attn_out, d_attn_out) = (self.pad(qkv)?, self.pad(attn_out)?, self.pad(d_attn_out)?);
         let (d_qkv, deltas) = (qkv.f_empty_like()?, logsumexp.f_empty_like()?);
-        let rest = [attn_out, logsumexp, d_attn_out, &d_qkv, &deltas].map(Data);
-        let arguments = [&[Data(qkv)], &mask.arguments(&mask.of_queries)[..], &[self.scale()], &rest].concat();
+        let rest = [&attn_out, logsumexp, &d_attn_out, &d_qkv, &deltas].map(Data);
+        let arguments = [&[Data(&qkv)], &mask.arguments(&mask.of_queries)[..], &[self.scale()], &rest].concat();
         // SAFETY: as above.
         unsafe { self.d_queries.launch(&self.sizes(mask, &mask.of_queries), &arguments)? };
-        let rest = [logsumexp, &deltas, d_attn_out, &d_qkv].map(Data);
-        let arguments = [&[Data(qkv)], &mask.arguments(&mask.of_keys)[..], &[self.scale()], &rest].concat();
+        let rest = [logsumexp, &deltas, &d_attn_out, &d_qkv].map(Data);
+        let arguments = [&[Data(&qkv)], &mask.arguments(&mask.of_keys)[..], &[self.scale()], &rest].concat();
         // SAFETY: as above.
         unsafe { self.d_kv.launch(&self.sizes(mask, &mask.of_keys), &arguments)? };
-        Ok(d_qkv)
+        self.unpad(d_qkv)
+    }
+
+    /// Appends zeros to every head of `x [T, heads x head_dim]`.
+    fn pad(&self, x: &Tensor) -> Result<Tensor> {
+        let (head_dim, padded) = (self.shape.head_dim as i64, self.padded.head_dim as i64);
+        if head_dim == padded {
+            return Ok(x.shallow_clone());
+        }
+        let rows = x.size()[0];
+        Ok(x.f_view([rows, -1, head_dim])?.f_constant_pad_nd([0, padded - head_dim])?.f_view([rows, -1])?)
+    }
+
+    /// Takes off what [`Self::pad`] appends.
+    fn unpad(&self, x: Tensor) -> Result<Tensor> {
+        let (head_dim, padded) = (self.shape.head_dim as i64, self.padded.head_dim as i64);
+        if head_dim == padded {
+            return Ok(x);
+        }
+        let rows = x.size()[0];
+        Ok(x.f_view([rows, -1, padded])?.f_narrow(2, 0, head_dim)?.f_reshape([rows, -1])?)
     }
 
     fn sizes(&self, mask: &AttentionMask, block_mask: &DeviceBlockMask) -> Sizes {
         Sizes {
-            shape: self.shape,
+            shape: self.padded,
             tokens: mask.num_tokens,
             groups: block_mask.offsets.numel() - 1,
             entries: block_mask.blocks.numel() / ENTRY,
@@ -314,6 +341,10 @@ impl AttentionKernels {
     fn scale(&self) -> Argument<'static> {
         Float(std::f32::consts::LOG2_E / (self.shape.head_dim as f32).sqrt())
     }
+}
+
+fn padded(shape: &KernelShape) -> KernelShape {
+    KernelShape { head_dim: shape.head_dim.next_multiple_of(8), ..*shape }
 }
 
 #[cfg(test)]
@@ -345,7 +376,7 @@ mod tests {
             assert!(!supports(head_dim, (7, 5)));
         }
         assert!(supports(256, HOPPER) && !supports(256, (8, 0)));
-        assert!(!supports(100, HOPPER) && !supports(264, HOPPER));
+        assert!(supports(100, HOPPER) && !supports(264, HOPPER));
     }
 
     #[test]

@@ -5,6 +5,7 @@ use tch::{Device, Kind, Tensor};
 use super::launch::{self, Argument, Kernel, Param, Signature, aligned, count, float, float32, int, int64, nullable};
 use super::nvrtc::{Macros, Module};
 use super::shape::KernelShape;
+use crate::device::upload;
 use crate::{Error, Result};
 use Argument::{Float, Int, Optional, Tensor as Data};
 
@@ -270,7 +271,7 @@ impl TargetRows {
                 "target row {row} is out of range: there are {num_rows} rows of logits"
             )));
         }
-        Ok(TargetRows { rows: Tensor::f_from_slice(rows)?.f_to_device(device)?, bound: num_rows })
+        Ok(TargetRows { rows: upload(rows, device)?, bound: num_rows })
     }
 
     /// Pairs each row of the student with the target's row at the same index.
@@ -291,7 +292,7 @@ impl Labels {
         if let Some(id) = ids.iter().find(|id| !is_valid(**id)) {
             return Err(Error::internal(format!("label {id} is outside the vocabulary of {vocab} tokens")));
         }
-        Ok(Labels { ids: Tensor::f_from_slice(ids)?.f_to_device(device)?, vocab })
+        Ok(Labels { ids: upload(ids, device)?, vocab })
     }
 }
 

@@ -2,11 +2,13 @@
 
 use cllm_core::cuda::libtorch;
 use cllm_core::distributed::ProcessEnv;
-use cllm_core::{Error, Result, device, environment};
+use cllm_core::model::ModelConfig;
+use cllm_core::{Error, Result, device, environment, train};
 use tch::{Device, Kind};
 
 use crate::byte_size::parse_bytes;
 use crate::gpus::GpuModel;
+use crate::memory::PLANNED_CAPABILITY;
 use crate::settings::Settings;
 
 /// What CUDA keeps for itself in every process: its context, the kernels of libtorch and those that
@@ -69,6 +71,20 @@ impl PlannedDevice {
             gpu: driver_name.and_then(|name| GpuModel::of_driver(&name)),
             available_bytes: libtorch::gpu_capacity(device).map(|(free, _)| free),
             world_size: 1,
+        }
+    }
+
+    /// Why libtorch's operations will train a model there, and not our own kernels. `None` on the CPU.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] if the device does not answer.
+    pub fn slow_path_reason(&self, config: &ModelConfig) -> Result<Option<String>> {
+        match self.present {
+            Some(device) => train::slow_path_reason_on(config, self.kind, device),
+            None => {
+                let capability = self.gpu.map_or(PLANNED_CAPABILITY, |gpu| gpu.capability);
+                Ok(train::slow_path_reason(config, self.kind, capability))
+            }
         }
     }
 

@@ -12,11 +12,11 @@ mod time;
 mod timing;
 
 use cllm_core::program::{catch_panics, print, print_json};
-use cllm_core::{Error, Result, progress, train};
+use cllm_core::{Error, Result, progress};
 use serde::Serialize;
 
 use crate::data::dataset;
-use crate::memory::{MemoryEstimate, PLANNED_CAPABILITY};
+use crate::memory::MemoryEstimate;
 use crate::models::{load_config, load_tokenizer};
 use crate::settings::Settings;
 use crate::validation::Validator;
@@ -33,6 +33,8 @@ struct Plan {
     schema_version: u32,
     device: String,
     num_processes: usize,
+    /// Why libtorch's operations will train the model on a GPU, if so.
+    slow_path: Option<String>,
     parameters: i64,
     trained_parameters: i64,
     num_examples: usize,
@@ -86,11 +88,13 @@ pub fn run(settings: &Settings, skip_timing: bool, json: bool) -> Result<()> {
     let room = Room::detect(settings, &outset.device)?;
     let comparisons = Comparisons::new(&needs, &room);
     let proposals = Proposals::find(&outset, settings, &comparisons, &room)?;
-    let duration = estimate_duration(&outset, settings, &needs, &comparisons, skip_timing)?;
+    let slow_path = outset.device.slow_path_reason(&config)?;
+    let duration = estimate_duration(&outset, settings, &needs, &comparisons, slow_path.as_deref(), skip_timing)?;
     let plan = Plan {
         schema_version: 1,
         device: outset.device.name.clone(),
         num_processes: outset.device.world_size,
+        slow_path,
         parameters: config.num_parameters(),
         trained_parameters: settings.trained_parameters(&config),
         num_examples: examples.len(),
@@ -117,6 +121,7 @@ fn estimate_duration(
     settings: &Settings,
     needs: &Needs,
     comparisons: &Comparisons,
+    slow_path: Option<&str>,
     skip_timing: bool,
 ) -> Result<DurationEstimate> {
     let device = &outset.device;
@@ -133,11 +138,8 @@ fn estimate_duration(
                 Ok(timed) => Ok(timed),
             }
         }
-        (None, Some(_)) if train::slow_path_reason(outset.config, device.kind, PLANNED_CAPABILITY).is_some() => {
-            unknown(
-                "libtorch's operations train this model, and only steps on the device tell how long that takes"
-                    .to_owned(),
-            )
+        (None, Some(_)) if slow_path.is_some() => {
+            unknown("only steps on the device tell how long libtorch's operations take".to_owned())
         }
         (None, Some(gpu)) => {
             let seconds_per_step = outset.step_work(settings, needs).seconds(gpu);

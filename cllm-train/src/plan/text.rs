@@ -4,6 +4,7 @@ use cllm_core::progress::count;
 use serde_json::{Map, Value};
 
 use crate::byte_size::format_bytes;
+use crate::models::slow_path_warning;
 use crate::plan::needs::{Comparison, Comparisons, Verdict};
 use crate::plan::proposal::{Proposal, Proposals};
 use crate::plan::{DurationEstimate, Plan};
@@ -24,10 +25,13 @@ pub(super) fn describe(plan: &Plan) -> String {
             plan.steps, plan.max_batch_tokens, plan.tokens
         ),
         format!("device       {}{}", plan.device, of_processes(plan.num_processes)),
+    ];
+    lines.extend(plan.slow_path.as_deref().map(|reason| format!("  {}", slow_path_warning(reason))));
+    lines.extend([
         format!("time         {}", duration(&plan.duration)),
         String::new(),
         format!("{:14}{:>11}{:>13}", "", "needed", "available"),
-    ];
+    ]);
     let tensors = format!(
         "  weights {}, gradients {}, optimizer {}, and at the peak the largest of: activations {}, update {}, validation {}, \
          saving {}",

@@ -37,9 +37,19 @@ fn shapes() -> Vec<(&'static str, Value)> {
             with(json!({"model_type": "qwen2", "num_key_value_heads": 1, "use_sliding_window": true,
             "sliding_window": 5, "max_window_layers": 1})),
         ),
-        ("qwen3 with biases", with(json!({"model_type": "qwen3", "head_dim": 128, "attention_bias": true}))),
+        (
+            "qwen3 with biases",
+            with(json!({"model_type": "qwen3", "head_dim": 128, "num_key_value_heads": 3, "attention_bias": true})),
+        ),
         // Rows that are not aligned to 16 bytes.
-        ("odd sizes", with(json!({"model_type": "llama", "hidden_size": 187, "intermediate_size": 333}))),
+        (
+            "odd sizes",
+            with(
+                json!({"model_type": "llama", "num_key_value_heads": 3, "hidden_size": 187, "intermediate_size": 333}),
+            ),
+        ),
+        // Heads that are padded, as in OpenLLaMA-3B.
+        ("odd heads", with(json!({"model_type": "qwen3", "head_dim": 100, "num_key_value_heads": 1}))),
         // More than one warp works on a row.
         ("wide", with(json!({"model_type": "qwen3", "hidden_size": 1000, "num_key_value_heads": 3}))),
     ]

@@ -127,6 +127,20 @@ fn the_files_of_a_run_have_the_planned_sizes() {
 }
 
 #[test]
+fn a_model_that_our_kernels_cannot_train_is_told_with_the_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = llama_8b();
+    config["head_dim"] = 320.into();
+    let file = settings_file(dir.path(), &without_weights(dir.path(), &config));
+    let plan = plan_json(&file, &["device=h100-80gb"]);
+    assert!(plan["slow_path"].as_str().is_some_and(|reason| reason.contains("head_dim of at most 256")), "{plan}");
+    assert!(plan["duration"]["unknown"].is_object(), "{plan}");
+    let text = TRAIN.succeed(&["plan", "-c", &file, "device=h100-80gb"]).stdout;
+    assert!(String::from_utf8_lossy(&text).contains("slow: the kernels need a head_dim of at most 256"));
+    assert_eq!(plan_json(&file, &["device=cpu", "--no-timing"])["slow_path"], Value::Null);
+}
+
+#[test]
 fn a_named_gpu_is_planned_for_from_a_machine_without_it_or_the_weights() {
     let dir = tempfile::tempdir().unwrap();
     let mut settings = without_weights(dir.path(), &llama_8b());
@@ -135,7 +149,7 @@ fn a_named_gpu_is_planned_for_from_a_machine_without_it_or_the_weights() {
     let file = settings_file(dir.path(), &settings);
     let plan = plan_json(&file, &["device=h100-80gb"]);
     let parameters = 8_030_261_248.0;
-    assert_eq!(number(&plan, "/parameters"), parameters);
+    assert_eq!((number(&plan, "/parameters"), &plan["slow_path"]), (parameters, &Value::Null));
     for (key, bytes_per_parameter) in [("weights", 2.0), ("gradients", 2.0), ("optimizer", 4.0)] {
         assert_eq!(number(&plan, &format!("/memory_bytes/{key}")), bytes_per_parameter * parameters, "{key}");
     }
