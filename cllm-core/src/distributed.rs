@@ -271,4 +271,36 @@ mod tests {
         let bad_port = [&address[..1], &[("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_PORT", "x")]].concat();
         assert!(error(&bad_port).contains("`x`"));
     }
+
+    mod needs_gpu {
+        use std::net::TcpListener;
+
+        use super::*;
+
+        #[test]
+        #[ignore = "needs a GPU: scripts/test --gpu"]
+        fn nccl_sums_and_frees_a_group_of_one() {
+            let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+            let rendezvous =
+                Rendezvous { host: "127.0.0.1".to_owned(), port, serves: true, prefix: "/test".to_owned() };
+            let process = ProcessEnv { rank: 0, world_size: 1, local_rank: 0, rendezvous };
+            let device = Device::Cuda(0);
+            run_together(&process, || {
+                let group = Rc::new(ProcessGroup::join(&process, device)?);
+                let values = Tensor::ones([1 << 20], (Kind::BFloat16, device));
+                let reduce = group.start_reduce(&values, 0)?;
+                let others = Tensor::ones_like(&values) * 2.0;
+                group.finish_reduce(reduce)?;
+                for collective in [ProcessGroup::all_reduce, ProcessGroup::all_gather] {
+                    collective(&group, &values)?;
+                }
+                group.broadcast_tensor(&values, 0)?;
+                group.barrier(device)?;
+                assert_eq!((&others - &values).sum(Kind::Float).double_value(&[]), f64::from(1 << 20));
+                ProcessGroup::leave(group);
+                Ok(())
+            })
+            .unwrap();
+        }
+    }
 }

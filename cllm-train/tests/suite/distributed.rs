@@ -95,25 +95,36 @@ fn two_and_three_processes_train_as_one_does() {
     assert!(stderr.contains("accumulation=1 is too few for 2 processes"), "{stderr}");
 }
 
-/// The matrices of its last layer belong to more than one process.
+/// Matrices of the last layer belong to more than one process, and in the last step of an epoch some
+/// of three processes have no batch.
 #[test]
 fn gradients_are_sharded_where_each_process_has_one_batch() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
-    for (world_size, checkpointed_layers) in [(2, 0), (3, 1)] {
-        let run = |output: String| {
-            let mut settings = settings(dir.path(), &output);
+    let prompts = fs::read_to_string(dir.path().join("prompts.jsonl")).unwrap();
+    let ten = dir.path().join("ten.jsonl");
+    fs::write(&ten, prompts.lines().take(10).map(|line| format!("{line}\n")).collect::<String>()).unwrap();
+    for (world_size, checkpointed_layers, num_steps) in [(2, 0, 10), (3, 1, 8)] {
+        let run = |name: &str| {
+            let mut settings = settings(dir.path(), &format!("{name}-{world_size}"));
+            settings.datasets = vec![ten.clone()];
             (settings.accumulation, settings.checkpointed_layers, settings.epochs) =
                 (world_size, checkpointed_layers, 2);
+            // One example in each batch.
+            (settings.max_batch_tokens, settings.max_example_tokens) = (40, 40);
             if let Some(init) = &mut settings.init {
                 (init.hidden_size, init.intermediate_size, init.num_layers) = (128, 256, 3);
             }
             settings
         };
-        let (one, many) = (run(format!("one-{world_size}")), run(format!("many-{world_size}")));
+        let (one, many, again) = (run("one"), run("many"), run("again"));
         trainer::run(one.clone()).unwrap();
-        run_processes(&settings_file(dir.path(), &many), world_size);
+        assert_eq!(loss_curve(&one.output).len(), num_steps);
+        for settings in [&many, &again] {
+            run_processes(&settings_file(dir.path(), settings), world_size);
+        }
         assert_close(&one.output, &many.output);
+        assert!(have_same_weights(&many.output.join("final"), &again.output.join("final")));
     }
 }
 
