@@ -8,7 +8,8 @@
 // Macros from the host: HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, EPS, QK_NORM, WARPS (of a
 // fused kernel's block), BLOCK_ROWS (rows of a weight per block), DEPTH (chunks of a weight that a
 // warp loads ahead), SUMS_BYTES and MAX_STAGED_BYTES (shared memory of a fused kernel for sums and
-// for tokens, at most), STAGING_PAD, ATTENTION_WARPS, WARP_QUERIES (query vectors of a warp of the
+// for tokens, at most), STAGING_PAD, SEGMENT (logits that a block of sample_segments reads),
+// SAMPLE_THREADS (of such a block), ATTENTION_WARPS, WARP_QUERIES (query vectors of a warp of the
 // attention), SLOTS_PER_READ (slots of the cache that it reads at a time), QUERY_PAD.
 //
 // Products use mma.m16n8k16 with the weight as the left operand. The order of k within a product
@@ -79,14 +80,23 @@ __device__ __forceinline__ u32 hash(u64 key, u32 token) {
   return (u32)((z ^ (z >> 31)) >> 32);
 }
 
+// Gumbel noise from 23 random bits: with 24, adding one half would round the largest up to 1. It is
+// at least MIN_NOISE and at most max_noise(bits) <= MAX_NOISE.
+#define MIN_NOISE -2.82f
+#define MAX_NOISE 16.65f
+__device__ __forceinline__ float noise(u32 bits) {
+  float uniform = ((float)bits + 0.5f) * (1.f / 8388608.f);
+  return -logf(-logf(uniform));
+}
+// -log(-log(u)) <= -log(1 - u), where 1 - u is at least half the power of two that it begins with.
+__device__ __forceinline__ float max_noise(u32 bits) { return 0.6931472f * (__clz(8388608u - bits) - 7) + 1e-2f; }
+
 // The token with the largest score is sampled: the score is the logit itself for greedy decoding
 // (inverse_temperature 0), or else the logit with Gumbel noise, which makes the maximum a sample of
 // the softmax.
 __device__ __forceinline__ float sampling_score(float logit, float inverse_temperature, u64 key, int token) {
   if (inverse_temperature == 0.f) return logit;
-  // 23 bits: with 24, adding one half would round the largest up to 1.
-  float uniform = ((float)(hash(key, (u32)token) >> 9) + 0.5f) * (1.f / 8388608.f);
-  return logit * inverse_temperature - logf(-logf(uniform));
+  return logit * inverse_temperature + noise(hash(key, (u32)token) >> 9);
 }
 
 // Ties go to the lower id. A NaN never wins.
@@ -103,18 +113,16 @@ __device__ __forceinline__ void warp_argmax(int lanes, float &best, int &best_id
   }
 }
 
-// Writes the id of the best score among the threads of a block.
-__device__ __forceinline__ void block_argmax(float best, int best_id, int *to) {
+// Thread 0 gets the best score among the threads of a block.
+__device__ __forceinline__ void block_argmax(float &best, int &best_id) {
   __shared__ float scores[32];
   __shared__ int ids[32];
   warp_argmax(32, best, best_id);
   if (threadIdx.x % 32 == 0) scores[threadIdx.x / 32] = best, ids[threadIdx.x / 32] = best_id;
   __syncthreads();
-  if (threadIdx.x == 0) {
+  if (threadIdx.x == 0)
     for (int w = 1; w < blockDim.x / 32; w++)
       if (is_better(scores[w], ids[w], best, best_id)) best = scores[w], best_id = ids[w];
-    *to = best_id;
-  }
 }
 
 // Groups of arguments. Kernels take them flat, a group per line: as parameters of a kernel, structs
@@ -427,8 +435,8 @@ FUSED_KERNELS(1)
 FUSED_KERNELS(2)
 FUSED_KERNELS(4)
 
-// predicted[token] = the best token of all blocks of fused_sample, whose results are `stride`
-// apart. One block per token.
+// predicted[token] = the best token of all blocks of fused_sample, or of all segments of
+// sample_segments, whose results are `stride` apart. One block per token.
 extern "C" __global__ void argmax_of_blocks(const float *best, const int *best_id, int num_blocks, int stride,
                                             int *predicted) {
   let_successor_start();
@@ -440,7 +448,8 @@ extern "C" __global__ void argmax_of_blocks(const float *best, const int *best_i
     int id = best_id[(size_t)i * stride + blockIdx.x];
     if (is_better(score, id, top, top_id)) top = score, top_id = id;
   }
-  block_argmax(top, top_id, &predicted[blockIdx.x]);
+  block_argmax(top, top_id);
+  if (threadIdx.x == 0) predicted[blockIdx.x] = top_id;
 }
 
 // ---- Kernels between the products of cuBLAS, for many tokens ----
@@ -502,19 +511,59 @@ extern "C" __global__ void swiglu(const bf16 *gate_up, bf16 *inner, int num_toke
   ((uint4 *)(inner + token * FFN))[column] = g;
 }
 
-// predicted[token] = the token sampled from each row of logits [T, VOCAB]. One block per token.
-extern "C" __global__ void sample(const float *logits, float inverse_temperature, const u64 *keys, int *predicted) {
+// The best score and its token in each segment of SEGMENT logits, written to best and best_id
+// [segments of VOCAB, T]. Rows of logits, `pitch` apart, hold the segments from `first_segment` on.
+// Grid: (T, segments of a row).
+extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
+    sample_segments(const float *logits, int pitch, int first_segment, float inverse_temperature, const u64 *keys,
+                    float *best, int *best_id) {
   let_successor_start();
   wait_for_predecessor();
-  const float *row = logits + (size_t)blockIdx.x * VOCAB;
-  u64 key = keys[blockIdx.x];
-  float best = -INFINITY;
-  int best_id = 0x7fffffff;
-  for (int i = threadIdx.x; i < VOCAB; i += blockDim.x) {
-    float score = sampling_score(row[i], inverse_temperature, key, i);
-    if (is_better(score, i, best, best_id)) best = score, best_id = i;
+  constexpr int LOADS = SEGMENT / (4 * SAMPLE_THREADS);
+  const int token = blockIdx.x, segment = first_segment + blockIdx.y;
+  const int first_id = segment * SEGMENT + threadIdx.x * 4;
+  const float4 *row = (const float4 *)(logits + (size_t)token * pitch + (size_t)blockIdx.y * SEGMENT) + threadIdx.x;
+  float4 x[LOADS];
+#pragma unroll
+  for (int j = 0; j < LOADS; j++) x[j] = row[j * SAMPLE_THREADS];
+  // The largest logit of the block.
+  __shared__ float maxima[SAMPLE_THREADS / 32];
+  float max = -INFINITY;
+#pragma unroll
+  for (int i = 0; i < 4 * LOADS; i++) {
+    const int id = first_id + i / 4 * (4 * SAMPLE_THREADS) + i % 4;
+    if (id < VOCAB) max = fmaxf(max, ((const float *)x)[i]);
   }
-  block_argmax(best, best_id, &predicted[blockIdx.x]);
+  for (int step = 16; step > 0; step >>= 1) max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, step));
+  if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = max;
+  __syncthreads();
+  for (int w = 0; w < SAMPLE_THREADS / 32; w++) max = fmaxf(max, maxima[w]);
+
+  // Noise takes longer to compute than logits to load, so it is computed only for tokens that can
+  // win with the largest noise, or the largest for their bits, against the largest logit with the
+  // smallest noise.
+  const bool is_greedy = inverse_temperature == 0.f;
+  const float factor = is_greedy ? 1.f : inverse_temperature;
+  const float bound = is_greedy ? max : max * factor + MIN_NOISE, reach = is_greedy ? 0.f : MAX_NOISE;
+  const u64 key = keys[token];
+  float top = -INFINITY;
+  int top_id = 0x7fffffff;
+#pragma unroll
+  for (int i = 0; i < 4 * LOADS; i++) {
+    const int id = first_id + i / 4 * (4 * SAMPLE_THREADS) + i % 4;
+    float score = ((const float *)x)[i] * factor;
+    if (id >= VOCAB || score + reach < bound) continue;
+    if (!is_greedy) {
+      u32 bits = hash(key, (u32)id) >> 9;
+      if (score + max_noise(bits) < fmaxf(bound, top)) continue;
+      score += noise(bits);
+    }
+    if (is_better(score, id, top, top_id)) top = score, top_id = id;
+  }
+  block_argmax(top, top_id);
+  if (threadIdx.x != 0) return;
+  best[(size_t)segment * gridDim.x + token] = top;
+  best_id[(size_t)segment * gridDim.x + token] = top_id;
 }
 
 // ---- Attention ----

@@ -8,6 +8,8 @@
 // kinds of divergence: FORWARD_KL, REVERSE_KL, JENSEN_SHANNON.
 #define QKV ((HEADS + 2 * KV_HEADS) * HEAD_DIM)
 #define HALF (HEAD_DIM / 2)
+// Distance between rows of logits: the vocabulary, padded so that rows are aligned.
+#define PITCH ((VOCAB + 7) / 8 * 8)
 
 // Threads work on chunks of eight neighbouring values.
 struct Float8 {
@@ -375,12 +377,20 @@ extern "C" __global__ void rotate_backward(bf16 *d_qkv, const float *cosines, co
   }
 }
 
-// logsumexp of each row of logits [rows, VOCAB]. One block per row.
+// Eight neighbouring logits of a row. The padding counts for nothing.
+__device__ __forceinline__ Float8 load_logits(const bf16 *row, int id) {
+  Float8 x = load8(row + id);
+  if (VOCAB % 8 != 0 && id + 8 > VOCAB)
+    for (int i = VOCAB % 8; i < 8; i++) x.at[i] = -1e30f;
+  return x;
+}
+
+// logsumexp of each row of logits [rows, PITCH]. One block per row.
 extern "C" __global__ void logsumexp(const bf16 *logits, float *out) {
-  const bf16 *row = logits + (size_t)blockIdx.x * VOCAB;
+  const bf16 *row = logits + (size_t)blockIdx.x * PITCH;
   float max = -INFINITY, sum = 0.f;
   for (int id = threadIdx.x * 8; id < VOCAB; id += blockDim.x * 8) {
-    Float8 x = load8(row + id);
+    Float8 x = load_logits(row, id);
     float max8 = x.at[0];
     for (int i = 1; i < 8; i++) max8 = fmaxf(max8, x.at[i]);
     if (max8 > max) sum *= __expf(max - max8), max = max8;
@@ -398,14 +408,14 @@ extern "C" __global__ void logsumexp(const bf16 *logits, float *out) {
 extern "C" __global__ void divergence(bf16 *logits, const float *logsumexps, const bf16 *targets,
                                       const float *target_logsumexps, const long long *target_rows, int kind,
                                       float scale, float *out) {
-  bf16 *student = logits + (size_t)blockIdx.x * VOCAB;
-  const bf16 *target = targets + (size_t)target_rows[blockIdx.x] * VOCAB;
+  bf16 *student = logits + (size_t)blockIdx.x * PITCH;
+  const bf16 *target = targets + (size_t)target_rows[blockIdx.x] * PITCH;
   float student_logsumexp = logsumexps[blockIdx.x], target_logsumexp = target_logsumexps[target_rows[blockIdx.x]];
   // sum of p_t (log p_t - log m) and of p_s (log p_s - log m), where m is the other distribution
   // or, for Jensen-Shannon, the mean.
   float target_sum = 0.f, student_sum = 0.f;
   for (int id = threadIdx.x * 8; id < VOCAB; id += blockDim.x * 8) {
-    Float8 x = load8(student + id), y = load8(target + id);
+    Float8 x = load_logits(student, id), y = load_logits(target, id);
     for (int i = 0; i < 8; i++) {
       float log_s = x.at[i] - student_logsumexp, log_t = y.at[i] - target_logsumexp;
       float p_s = __expf(log_s), p_t = __expf(log_t);
@@ -427,7 +437,7 @@ extern "C" __global__ void divergence(bf16 *logits, const float *logsumexps, con
     out[blockIdx.x] = kind == JENSEN_SHANNON ? 0.5f * (target_sum + student_sum) : target_sum + student_sum;
   if (kind == FORWARD_KL) return;
   for (int id = threadIdx.x * 8; id < VOCAB; id += blockDim.x * 8) {
-    Float8 x = load8(student + id), y = load8(target + id);
+    Float8 x = load_logits(student, id), y = load_logits(target, id);
     for (int i = 0; i < 8; i++) {
       float log_s = x.at[i] - student_logsumexp, log_t = y.at[i] - target_logsumexp, p_s = __expf(log_s);
       float log_m = kind == REVERSE_KL ? log_t : __logf(0.5f * (__expf(log_t) + p_s) + 1e-38f);
@@ -444,7 +454,7 @@ extern "C" __global__ void divergence(bf16 *logits, const float *logsumexps, con
 extern "C" __global__ void cross_entropy(bf16 *logits, const float *logsumexps, const long long *labels, float scale,
                                          const bf16 *teacher, const float *teacher_logsumexps, float teacher_scale,
                                          float *out, float *teacher_out) {
-  bf16 *student = logits + (size_t)blockIdx.x * VOCAB;
+  bf16 *student = logits + (size_t)blockIdx.x * PITCH;
   float student_logsumexp = logsumexps[blockIdx.x], divergence = 0.f;
   int label = (int)labels[blockIdx.x];
   bool has_label = label >= 0;
@@ -452,8 +462,8 @@ extern "C" __global__ void cross_entropy(bf16 *logits, const float *logsumexps, 
   if (!has_label) scale = 0.f;
   __syncthreads();
   for (int id = threadIdx.x * 8; id < VOCAB; id += blockDim.x * 8) {
-    Float8 x = load8(student + id), y = {};
-    if (teacher) y = load8(teacher + (size_t)blockIdx.x * VOCAB + id);
+    Float8 x = load_logits(student, id), y = {};
+    if (teacher) y = load_logits(teacher + (size_t)blockIdx.x * PITCH, id);
     for (int i = 0; i < 8; i++) {
       float log_s = x.at[i] - student_logsumexp, p_s = __expf(log_s);
       float d = scale * (p_s - (id + i == label ? 1.f : 0.f));

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use cllm_core::atomic_file::{self, UnfinishedFolder};
 use cllm_core::capacity::HostMemory;
 use cllm_core::chat_template::Date;
-use cllm_core::checkpoint::{self, STREAMING_BYTES, TensorWriter, WritingThread};
+use cllm_core::checkpoint::{self, STREAMING_BYTES, TensorWriter, WritingThread, hub};
 use cllm_core::distributed::ProcessGroup;
 use cllm_core::model::Transformer;
 use cllm_core::{Error, Result, text_file, tokenizer};
@@ -242,7 +242,12 @@ impl Checkpoints {
     /// Writes a model with its tokenizer. Adapters are merged, and saved once more by themselves in
     /// `adapter`.
     fn write_model(&self, writer: &mut TensorWriter, folder: &Path, model: &Transformer) -> Result<()> {
-        checkpoint::save_with(writer, model, folder, model.kind())?;
+        match &self.adapter_base {
+            Some(base) if model.is_quantized() => {
+                checkpoint::save_on_base_with(writer, model, &hub::locate(base)?, folder, model.kind())?;
+            }
+            _ => checkpoint::save_with(writer, model, folder, model.kind())?,
+        }
         self.write_tokenizer(folder)?;
         if let Some(base) = &self.adapter_base {
             let adapter = folder.join("adapter");

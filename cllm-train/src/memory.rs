@@ -6,7 +6,7 @@
 mod activations;
 mod probe;
 
-use cllm_core::model::{Family, ModelConfig};
+use cllm_core::model::{BaseDtype, Family, ModelConfig};
 use cllm_core::train;
 use serde::Serialize;
 use tch::Kind;
@@ -39,13 +39,13 @@ pub struct Workload<'w> {
 /// Estimated bytes on the device of each process, for the largest of its batches.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct MemoryEstimate {
-    /// The model with its adapters, and with an anchor also the frozen model, unless that is the
-    /// model below the adapters.
+    /// The model with its adapters (float32, with a copy in the model's type), and with an anchor
+    /// also the frozen model, unless that is the model below the adapters.
     pub weights: u64,
     /// One number for each trained number, of the same type.
     pub gradients: u64,
-    /// Moments, float32 master weights of bfloat16 weights (unless the state is bfloat16), and the
-    /// moving average.
+    /// Moments, float32 master weights of trained bfloat16 weights (unless the state is bfloat16),
+    /// and the moving average.
     pub optimizer: u64,
     /// What the forward saves for the backward, and the largest temporary tensors at the same time.
     pub activations: u64,
@@ -63,15 +63,14 @@ pub struct MemoryEstimate {
 impl MemoryEstimate {
     pub fn new(workload: &Workload<'_>) -> Self {
         let Workload { config, kind, settings, examples, batches, .. } = *workload;
-        let max_rows = max_chunk_rows(config) as f64;
+        let has_kernels = kind == Kind::BFloat16 && train::slow_path_reason(config, kind, PLANNED_CAPABILITY).is_none();
+        let max_rows = max_chunk_rows(config, has_kernels) as f64;
         let activations = batches
             .iter()
             .map(|batch| BatchSize::new(config, settings, batch, examples, max_rows))
-            .map(|batch| match kind {
-                Kind::BFloat16 if train::slow_path_reason(config, kind, PLANNED_CAPABILITY).is_none() => {
-                    cuda_activations(config, settings, batch)
-                }
-                _ => eager_activations(config, kind.elt_size_in_bytes() as f64, settings, batch),
+            .map(|batch| match has_kernels {
+                true => cuda_activations(config, settings, batch),
+                false => eager_activations(config, kind.elt_size_in_bytes() as f64, settings, batch),
             })
             .fold(0.0, f64::max);
         let StaticBytes { weights, gradients, optimizer, update } = StaticBytes::new(workload);
@@ -97,10 +96,20 @@ impl MemoryEstimate {
     }
 }
 
+/// Type of what is trained on a model of type `kind`: adapters are float32.
+pub fn trained_kind(settings: &Settings, kind: Kind) -> Kind {
+    if settings.lora.is_some() { Kind::Float } else { kind }
+}
+
+/// Type of the weights below adapters.
+fn base_dtype(settings: &Settings) -> BaseDtype {
+    settings.lora.as_ref().map_or(BaseDtype::Model, |lora| lora.base_dtype)
+}
+
 /// Whether master weights are held beside weights of type `kind`. Otherwise the weights are updated
 /// themselves.
 pub fn masters_are_copies(settings: &Settings, kind: Kind) -> bool {
-    kind != Kind::Float && settings.optimizer.state_dtype == StateDtype::Float32
+    trained_kind(settings, kind) != Kind::Float && settings.optimizer.state_dtype == StateDtype::Float32
 }
 
 /// Bytes that do not depend on the batches.
@@ -117,9 +126,11 @@ impl StaticBytes {
         let Workload { config, kind, settings, world_size, .. } = *workload;
         let element = kind.elt_size_in_bytes() as f64;
         let (parameters, trained) = (config.num_parameters() as f64, settings.trained_parameters(config) as f64);
+        let trained_kind = trained_kind(settings, kind);
+        let trained_element = trained_kind.elt_size_in_bytes() as f64;
         let shard = trained / world_size as f64;
         let is_bf16_state = settings.optimizer.state_dtype == StateDtype::Bfloat16;
-        let state = match kind {
+        let state = match trained_kind {
             _ if is_bf16_state => 4.0,
             Kind::Float => 8.0,
             _ => 12.0,
@@ -130,15 +141,21 @@ impl StaticBytes {
         let copies = if is_copied { 4.0 * shard.min(MAX_AVERAGED_ELEMENTS as f64) } else { 0.0 };
         // The sum over the gradients of all processes.
         let is_sharded = settings.shards_gradients(world_size);
-        let reduced = if world_size > 1 && !is_sharded { element * shard } else { 0.0 };
-        let own = if settings.lora.is_some() { parameters + trained } else { parameters };
+        let reduced = if world_size > 1 && !is_sharded { trained_element * shard } else { 0.0 };
+        let adapters = match (settings.lora.is_some(), kind) {
+            (false, _) => 0.0,
+            (true, Kind::Float) => trained_element * trained,
+            (true, _) => (trained_element + element) * trained,
+        };
         // Below adapters is the initial model. It is also the anchor, unless the settings name
         // another.
         let has_second_model =
             settings.is_anchored() && (settings.lora.is_none() || settings.consistency.anchor.is_some());
+        let own = base_dtype(settings).weight_bytes(config, kind) as f64;
+        let second = if has_second_model { element * parameters } else { 0.0 };
         StaticBytes {
-            weights: element * (own + if has_second_model { parameters } else { 0.0 }),
-            gradients: element * if is_sharded { shard + unsharded_gradients(config) } else { trained },
+            weights: own + second + adapters,
+            gradients: trained_element * if is_sharded { shard + unsharded_gradients(config) } else { trained },
             optimizer: (state + average) * shard,
             update: copies + reduced,
         }
@@ -244,7 +261,7 @@ mod tests {
             let models = Models::random(config.clone(), settings, Device::Cpu).unwrap();
             let group = Rc::new(ProcessGroup::single());
             let mut optimizer = OptimizerState::new(&models.student, settings, group).unwrap();
-            let loader = BatchLoader::new(settings, &examples, config);
+            let loader = BatchLoader::new(settings, &examples, &models.student).unwrap();
             for number in 1..=1 {
                 let step = loader.step_batches(&batches, 0, RankShard::all());
                 let _ = train_step(&models, &mut optimizer, settings, &step, number, 0.0).unwrap();
@@ -276,6 +293,9 @@ mod tests {
         let settings = Settings { max_batch_tokens: 2048, ..Settings::default() };
         let all_checkpointed = Settings { checkpointed_layers: 4, ..settings.clone() };
         let adapters = Settings { lora: Some(LoraConfig::default()), ..settings.clone() };
+        let mut quantized = adapters.clone();
+        quantized.lora.as_mut().unwrap().base_dtype = BaseDtype::Int8;
+        let quantized_checkpointed = Settings { checkpointed_layers: 4, ..quantized.clone() };
         let mut average = settings.clone();
         average.optimizer.ema_decay = Some(0.9);
         let mut anchored = settings.clone();
@@ -290,6 +310,12 @@ mod tests {
             ("llama", json!({}), &settings),
             ("llama, checkpointed", json!({}), &all_checkpointed),
             ("llama, adapters", json!({}), &adapters),
+            ("wide, adapters on int8", json!({"hidden_size": 256, "intermediate_size": 704}), &quantized),
+            (
+                "wide, adapters on int8, checkpointed",
+                json!({"hidden_size": 256, "intermediate_size": 704}),
+                &quantized_checkpointed,
+            ),
             ("llama, average", json!({}), &average),
             ("llama, anchored", json!({}), &anchored),
             ("llama, sft", json!({}), &sft),

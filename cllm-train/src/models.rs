@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use cllm_core::chat_template::today;
 use cllm_core::checkpoint::{self, hub, is_adapter};
-use cllm_core::model::{ModelConfig, Transformer};
+use cllm_core::model::{BaseDtype, ModelConfig, Transformer};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Error, Result, device, progress, train};
 use serde_json::json;
@@ -39,9 +39,10 @@ impl Models {
     /// Bad model folders, shapes and vocabularies.
     pub fn load(settings: &Settings, tokenizer: &Tokenizer, folder: &Path, device: Device) -> Result<Self> {
         let kind = device::default_kind(device);
-        let mut student = match &settings.init {
-            None => checkpoint::load(folder, device, kind)?,
-            Some(init) => Transformer::random(init_config(init, tokenizer)?, settings.seed, device, kind),
+        let mut student = match (&settings.init, &settings.lora) {
+            (Some(init), _) => Transformer::random(init_config(init, tokenizer)?, settings.seed, device, kind),
+            (None, Some(lora)) => checkpoint::load_base(folder, device, kind, lora.base_dtype)?,
+            (None, None) => checkpoint::load(folder, device, kind)?,
         };
         if let Some(lora) = &settings.lora {
             student.add_adapters(lora, settings.seed);
@@ -65,6 +66,9 @@ impl Models {
         let random = || Transformer::random_on_device(config.clone(), device, device::default_kind(device));
         let mut student = random();
         if let Some(lora) = &settings.lora {
+            if lora.base_dtype == BaseDtype::Int8 {
+                student = student.to_quantized()?;
+            }
             student.add_adapters(lora, settings.seed);
         }
         let anchor = match (settings.is_anchored(), &settings.consistency.anchor, &settings.lora) {

@@ -163,8 +163,8 @@ impl Trainer<'_> {
         schedule: &Schedule,
         mut metrics: Option<&mut MetricsLog>,
     ) -> Result<()> {
-        let (settings, config) = (self.settings.clone(), self.models.student.config().clone());
-        let loader = BatchLoader::new(&settings, examples, &config);
+        let settings = self.settings.clone();
+        let loader = BatchLoader::new(&settings, examples, &self.models.student)?;
         let mut bar = Progress::new("train", self.state.step as u64, self.num_steps as u64);
         std::thread::scope(|scope| {
             let batches = loader.load_ahead(scope, schedule, self.state.step, RankShard::for_process(&self.group));

@@ -16,7 +16,7 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use crate::fingerprint::hash_files;
-use crate::model::{ModelConfig, ParamBuffer, Transformer};
+use crate::model::{BaseDtype, ModelConfig, ModelParams, Transformer};
 use crate::{Error, Result, atomic_file, text_file};
 
 pub use hub::is_adapter;
@@ -33,25 +33,36 @@ const CONFIG_FILE: &str = "config.json";
 /// # Errors
 /// Names the file that is missing or incomplete, or that needs an unsupported feature.
 pub fn load(folder: &Path, device: Device, kind: Kind) -> Result<Transformer> {
+    load_base(folder, device, kind, BaseDtype::Model)
+}
+
+/// As [`load`], with projections in a type of their own, for training adapters beside them.
+///
+/// # Errors
+/// As [`load`].
+pub fn load_base(folder: &Path, device: Device, kind: Kind, base_dtype: BaseDtype) -> Result<Transformer> {
     let _no_grad = tch::no_grad_guard();
     let config = load_config(folder)?;
     let adapters = peft::load_adapters(folder, &config, device)?;
     let weights = find_weights(&base_folder(folder)?, &config)?;
-    let params = ParamBuffer::zeros(config.parameter_shapes(), device, kind);
-    let param = |index: usize| params.get(&weights[index].0).expect("the buffer holds every weight");
+    let params = ModelParams::zeros(&config, device, kind, base_dtype);
     let adapter = |index: usize| adapters.as_ref().and_then(|adapters| adapters.find(&weights[index].0));
     let target = |index: usize| {
         let (name, stored) = &weights[index];
-        match adapter(index) {
-            Some(_) => Ok(Tensor::f_zeros(stored.shape(), (stored.kind(name)?, device))?),
-            None => Ok(param(index)),
+        match params.get(name).filter(|_| adapter(index).is_none()) {
+            Some(param) => Ok(param),
+            None => Ok(Tensor::f_zeros(stored.shape(), (stored.kind(name)?, device))?),
         }
     };
-    read_tensors(&weights, device, target, |index, weight| match adapter(index) {
-        Some(adapter) => Ok(param(index).f_copy_(&adapter.merge(&weight, kind)?)?),
-        None => Ok(()),
+    read_tensors(&weights, device, target, |index, weight| {
+        let name = &weights[index].0;
+        match adapter(index) {
+            Some(adapter) => params.set(name, &adapter.merge(&weight, kind)?),
+            None if params.get(name).is_none() => params.set(name, &weight),
+            None => Ok(()),
+        }
     })?;
-    Ok(Transformer::from_params(config, params))
+    Ok(Transformer::new(config, params))
 }
 
 /// Reads config.json; for an adapter, that of its base model.
@@ -108,6 +119,9 @@ pub fn save(model: &Transformer, folder: &Path, kind: Kind) -> Result<()> {
 /// # Errors
 /// As [`TensorWriter::write`].
 pub fn save_with(writer: &mut TensorWriter, model: &Transformer, folder: &Path, kind: Kind) -> Result<()> {
+    if model.is_quantized() {
+        return Err(Error::internal("a quantized model is saved with the weights that it was made of"));
+    }
     let weights = model.named_parameters();
     let shapes: Vec<_> = weights.iter().map(|(name, weight)| (name.clone(), weight.size())).collect();
     write_weights(writer, folder, &shapes, kind, |index| {
@@ -117,6 +131,36 @@ pub fn save_with(writer: &mut TensorWriter, model: &Transformer, folder: &Path, 
             None => Ok(weight.shallow_clone()),
         }
     })?;
+    write_config(model, folder, kind)
+}
+
+/// Writes config.json and the weights of the model in `base`, as `kind`, with the adapters of `model`
+/// merged into them. The weights are read one after another.
+///
+/// # Errors
+/// As [`load`] and [`TensorWriter::write`].
+pub fn save_on_base_with(
+    writer: &mut TensorWriter,
+    model: &Transformer,
+    base: &Path,
+    folder: &Path,
+    kind: Kind,
+) -> Result<()> {
+    let weights = find_weights(&base_folder(base)?, model.config())?;
+    let shapes: Vec<_> = weights.iter().map(|(name, weight)| (name.clone(), weight.shape().to_vec())).collect();
+    write_weights(writer, folder, &shapes, kind, |index| {
+        let (name, stored) = &weights[index];
+        let weight = Tensor::f_zeros(stored.shape(), (stored.kind(name)?, model.device()))?;
+        read_tensors(&weights[index..=index], model.device(), |_| Ok(weight.shallow_clone()), |_, _| Ok(()))?;
+        match model.adapters().and_then(|adapters| adapters.find(name)) {
+            Some(adapter) => adapter.merge(&weight, kind),
+            None => Ok(weight),
+        }
+    })?;
+    write_config(model, folder, kind)
+}
+
+fn write_config(model: &Transformer, folder: &Path, kind: Kind) -> Result<()> {
     let dtype = tensor_file::dtype_names(kind)?.torch;
     atomic_file::write_json(&folder.join(CONFIG_FILE), &model.config().to_json(dtype))
 }

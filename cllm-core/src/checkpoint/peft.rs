@@ -89,7 +89,8 @@ pub(super) fn load_adapters(folder: &Path, model: &ModelConfig, device: Device) 
     let mut tensors = load_tensors(&file, device)?;
     // The tensors tell which projections have an adapter: `target_modules` may be a pattern, and
     // layers may be excluded.
-    let lora = LoraConfig { rank: config.r, alpha: config.lora_alpha, targets: LoraTarget::ALL.into() };
+    let targets = LoraTarget::ALL.into();
+    let lora = LoraConfig { rank: config.r, alpha: config.lora_alpha, targets, ..LoraConfig::default() };
     let mut modules = Vec::new();
     for module in lora.target_modules(model) {
         let names = ["lora_A", "lora_B"].map(|matrix| format!("{NAME_PREFIX}{}.{matrix}.weight", module.name));
@@ -171,8 +172,7 @@ fn unsupported_setting(config: &Value) -> Option<&'static str> {
     }
 }
 
-/// Writes only a model's adapters, in the model's type and in PEFT's format, into an existing
-/// folder. `base` is the name or path of the model that they belong to.
+/// Writes only a model's adapters, in float32 and in PEFT's format, into an existing folder. `base` is the name or path of the model that they belong to.
 ///
 /// # Errors
 /// [`Error::Internal`] for a model without adapters; file-system errors.
@@ -188,14 +188,15 @@ pub fn save_adapter(model: &Transformer, folder: &Path, base: &str) -> Result<()
 /// As [`TensorWriter::write`].
 pub fn save_adapter_with(writer: &mut TensorWriter, model: &Transformer, folder: &Path, base: &str) -> Result<()> {
     let adapters = model.adapters().ok_or_else(|| Error::internal("the model has no adapters to save"))?;
-    let tensors = adapters.params.tensors();
+    let tensors = adapters.named_tensors();
+    let kind = adapters.params.kind();
     let spec = |(name, tensor): &(String, Tensor)| TensorSpec {
         name: format!("{NAME_PREFIX}{name}"),
-        kind: model.kind(),
+        kind,
         shape: tensor.size(),
     };
     writer.begin_file(&folder.join(WEIGHTS_FILE), &[], &tensors.iter().map(spec).collect::<Vec<_>>())?;
-    tensors.iter().try_for_each(|(_, tensor)| writer.write(tensor, model.kind()))?;
+    tensors.iter().try_for_each(|(_, tensor)| writer.write(tensor, kind))?;
     atomic_file::write_json(&folder.join(ADAPTER_CONFIG_FILE), &to_config_json(&adapters.config, base))
 }
 

@@ -4,7 +4,9 @@
 //! indices that kernels follow come in a [`ForwardInput`], whose contents were checked when they
 //! were written.
 
-use tch::{Kind, Tensor};
+use std::ops::Range;
+
+use tch::{Device, Kind, Tensor};
 
 use super::forward_input::ForwardInput;
 use super::launch::{
@@ -32,6 +34,11 @@ const STAGING_PAD: usize = 32;
 const QUERY_PAD: usize = 8;
 /// Threads per block of kernels whose threads each process neighbouring values.
 const THREADS: usize = 256;
+/// Logits of a token that a block samples from.
+const SEGMENT: usize = 8192;
+/// Maximum number of logits in memory at a time, unless there are more rows than [`SEGMENT`]s in it:
+/// 256 MiB in float32.
+pub const MAX_LOGITS: usize = 64 << 20;
 
 /// Whether the kernels can compute a model: they process 32 values of a row at a time.
 pub fn supports(shape: &KernelShape) -> bool {
@@ -82,6 +89,8 @@ fn macros(shape: &KernelShape, capability: (u32, u32)) -> Macros {
         ("SUMS_BYTES", SUMS_BYTES.to_string()),
         ("MAX_STAGED_BYTES", max_staged_bytes(capability).to_string()),
         ("STAGING_PAD", STAGING_PAD.to_string()),
+        ("SEGMENT", SEGMENT.to_string()),
+        ("SAMPLE_THREADS", THREADS.to_string()),
         ("ATTENTION_WARPS", attention_warps(shape).to_string()),
         ("WARP_QUERIES", WARP_QUERIES.to_string()),
         ("SLOTS_PER_READ", SLOTS_PER_READ.to_string()),
@@ -100,8 +109,12 @@ struct Sizes {
     tiles: usize,
     rows: usize,
     capacity: usize,
-    /// Tokens that the fused kernel is compiled for.
-    max_tokens: usize,
+    /// Segments of the vocabulary in a slice.
+    segments: usize,
+    /// Blocks that each found the best of some tokens of the vocabulary, and the distance between
+    /// their results.
+    blocks: usize,
+    stride: usize,
 }
 
 const TOKENS: &[Param<Sizes>] = &[
@@ -139,10 +152,32 @@ const INNER: Param<Sizes> = bf16("inner", |s| s.tokens * s.shape.ffn);
 const NUM_TOKENS: Param<Sizes> = count("num_tokens", |s| s.tokens);
 const KEYS: Param<Sizes> = uint64("keys", |s| 2 * s.outputs);
 const PREDICTED: Param<Sizes> = int32("predicted", |s| s.outputs);
+const BEST: Param<Sizes> = float32("best", |s| s.blocks * s.stride);
+const BEST_ID: Param<Sizes> = int32("best_id", |s| s.blocks * s.stride);
 
 /// Blocks of `fused_sample`.
 fn num_sample_blocks(sizes: &Sizes) -> usize {
     sizes.shape.vocab.div_ceil(BLOCK_ROWS)
+}
+
+/// Segments of the vocabulary, the last of which may be shorter.
+fn num_segments(sizes: &Sizes) -> usize {
+    sizes.shape.vocab.div_ceil(SEGMENT)
+}
+
+/// The segments of each slice of the vocabulary whose logits are in memory at a time. Slices are as
+/// even as possible.
+fn slices(sizes: &Sizes) -> impl Iterator<Item = Range<usize>> {
+    let max_segments = (MAX_LOGITS / (sizes.outputs * SEGMENT)).max(1);
+    let num_segments = num_segments(sizes);
+    let segments = num_segments.div_ceil(num_segments.div_ceil(max_segments));
+    (0..num_segments).step_by(segments).map(move |first| first..(first + segments).min(num_segments))
+}
+
+/// Memory for the best score of each token in each block, and for its token.
+fn best_of_blocks(sizes: &Sizes, device: Device) -> Result<(Tensor, Tensor)> {
+    let empty = |kind| Tensor::f_empty([(sizes.blocks * sizes.stride) as i64], (kind, device));
+    Ok((empty(Kind::Float)?, empty(Kind::Int)?))
 }
 
 const FUSED_QKV: Signature<Sizes> = Signature {
@@ -189,8 +224,8 @@ const FUSED_SAMPLE: Signature<Sizes> = Signature {
         bf16("weight", |s| s.shape.vocab * s.shape.hidden),
         X,
         NORM,
-        float32("best", |s| num_sample_blocks(s) * s.max_tokens),
-        int32("best_id", |s| num_sample_blocks(s) * s.max_tokens),
+        BEST,
+        BEST_ID,
         NUM_TOKENS,
         float("inverse_temperature"),
         KEYS,
@@ -199,14 +234,8 @@ const FUSED_SAMPLE: Signature<Sizes> = Signature {
 const ARGMAX_OF_BLOCKS: Signature<Sizes> = Signature {
     name: "argmax_of_blocks",
     grid: |s| [s.outputs, 1],
-    threads: |_| 1024,
-    params: &[&[
-        float32("best", |s| num_sample_blocks(s) * s.max_tokens),
-        int32("best_id", |s| num_sample_blocks(s) * s.max_tokens),
-        count("num_blocks", num_sample_blocks),
-        count("stride", |s| s.max_tokens),
-        PREDICTED,
-    ]],
+    threads: |s| s.blocks.next_multiple_of(32).min(1024),
+    params: &[&[BEST, BEST_ID, count("num_blocks", |s| s.blocks), count("stride", |s| s.stride), PREDICTED]],
 };
 const EMBED: Signature<Sizes> = Signature {
     name: "embed",
@@ -231,11 +260,19 @@ const SWIGLU: Signature<Sizes> = Signature {
     threads: |_| THREADS,
     params: &[&[bf16("gate_up", |s| s.tokens * 2 * s.shape.ffn), INNER, NUM_TOKENS]],
 };
-const SAMPLE: Signature<Sizes> = Signature {
-    name: "sample",
-    grid: |s| [s.outputs, 1],
-    threads: |_| 512,
-    params: &[&[float32("logits", |s| s.outputs * s.shape.vocab), float("inverse_temperature"), KEYS, PREDICTED]],
+const SAMPLE_SEGMENTS: Signature<Sizes> = Signature {
+    name: "sample_segments",
+    grid: |s| [s.outputs, s.segments],
+    threads: |_| THREADS,
+    params: &[&[
+        aligned(|_| 16, float32("logits", |s| s.outputs * s.segments * SEGMENT)),
+        count("pitch", |s| s.segments * SEGMENT),
+        int("first_segment"),
+        float("inverse_temperature"),
+        KEYS,
+        BEST,
+        BEST_ID,
+    ]],
 };
 const ROTATE_AND_CACHE: Signature<Sizes> = Signature {
     name: "rotate_and_cache",
@@ -272,7 +309,7 @@ pub struct DecodeKernels {
     argmax_of_blocks: Kernel<Sizes>,
     add_rms_norm: Kernel<Sizes>,
     swiglu: Kernel<Sizes>,
-    sample: Kernel<Sizes>,
+    sample_segments: Kernel<Sizes>,
     rotate_and_cache: Kernel<Sizes>,
     attention: Kernel<Sizes>,
     rotate_and_attend: Kernel<Sizes>,
@@ -333,7 +370,7 @@ impl DecodeKernels {
             argmax_of_blocks: kernel(&ARGMAX_OF_BLOCKS, 0)?,
             add_rms_norm: kernel(&ADD_RMS_NORM, 0)?,
             swiglu: kernel(&SWIGLU, 0)?,
-            sample: kernel(&SAMPLE, 0)?,
+            sample_segments: kernel(&SAMPLE_SEGMENTS, 0)?,
             rotate_and_cache: kernel(&ROTATE_AND_CACHE, 0)?,
             attention: kernel(&ATTENTION, merging_bytes(&shape))?,
             rotate_and_attend: kernel(&ROTATE_AND_ATTEND, merging_bytes(&shape) + query_bytes(&shape))?,
@@ -350,7 +387,17 @@ impl DecodeKernels {
     }
 
     fn sizes(&self, num_tokens: usize) -> Sizes {
-        Sizes { shape: self.shape, tokens: num_tokens, outputs: 0, tiles: 0, rows: 0, capacity: 0, max_tokens: 0 }
+        Sizes {
+            shape: self.shape,
+            tokens: num_tokens,
+            outputs: 0,
+            tiles: 0,
+            rows: 0,
+            capacity: 0,
+            segments: 0,
+            blocks: 0,
+            stride: 0,
+        }
     }
 
     /// Sizes of an input, which must have been checked for this shape.
@@ -450,9 +497,8 @@ impl DecodeKernels {
             return Err(Error::internal("the fused kernels sample after every token"));
         }
         let kernels = self.fused(sizes.tokens)?;
-        let sizes = Sizes { max_tokens: kernels.max_tokens, ..sizes };
-        let empty = |kind| Tensor::f_empty([(num_sample_blocks(&sizes) * sizes.max_tokens) as i64], (kind, x.device()));
-        let (best, best_id) = (empty(Kind::Float)?, empty(Kind::Int)?);
+        let sizes = Sizes { blocks: num_sample_blocks(&sizes), stride: kernels.max_tokens, ..sizes };
+        let (best, best_id) = best_of_blocks(&sizes, x.device())?;
         let (blocks, keys) = ([Data(&best), Data(&best_id)], Data(&input.keys));
         let arguments = [&[Data(head), Data(x), Data(norm)], &blocks[..], &[Float(input.inverse_temperature), keys]];
         // SAFETY: no argument is an index.
@@ -476,12 +522,33 @@ impl DecodeKernels {
         unsafe { self.swiglu.launch(&sizes, &[Data(gate_up), Data(inner)]) }
     }
 
-    /// Samples a token from each row of float32 `logits [outputs, vocab]`: int32 `predicted
-    /// [outputs]`.
-    pub fn sample(&self, logits: &Tensor, input: &ForwardInput, predicted: &Tensor) -> Result<()> {
-        let arguments = [Data(logits), Float(input.inverse_temperature), Data(&input.keys), Data(predicted)];
+    /// Samples the token after each row of `normed [outputs, hidden]`: int32 `predicted [outputs]`.
+    /// The logits are computed in float32, for a slice of the vocabulary at a time.
+    pub fn sample(&self, head: &Tensor, normed: &Tensor, input: &ForwardInput, predicted: &Tensor) -> Result<()> {
+        let sizes = self.input_sizes(input)?;
+        let sizes = Sizes { blocks: num_segments(&sizes), stride: sizes.outputs, ..sizes };
+        let (best, best_id) = best_of_blocks(&sizes, normed.device())?;
+        for slice in slices(&sizes) {
+            let sizes = Sizes { segments: slice.len(), ..sizes };
+            let (first_token, pitch) = (slice.start * SEGMENT, slice.len() * SEGMENT);
+            let width = pitch.min(self.shape.vocab - first_token) as i64;
+            let rows = head.f_narrow(0, first_token as i64, width)?;
+            let logits = Tensor::f_empty([sizes.outputs as i64, pitch as i64], (Kind::Float, normed.device()))?;
+            let _ = normed.f_mm_dtype_out(&logits.f_narrow(1, 0, width)?, &rows.f_tr()?, Kind::Float)?;
+            let arguments = [
+                Data(&logits),
+                Int(slice.start as i32),
+                Float(input.inverse_temperature),
+                Data(&input.keys),
+                Data(&best),
+                Data(&best_id),
+            ];
+            // SAFETY: the kernel ignores tokens beyond the vocabulary, and the segments before the
+            // first of this slice have been sampled.
+            unsafe { self.sample_segments.launch(&sizes, &arguments)? };
+        }
         // SAFETY: no argument is an index.
-        unsafe { self.sample.launch(&self.input_sizes(input)?, &arguments) }
+        unsafe { self.argmax_of_blocks.launch(&sizes, &[Data(&best), Data(&best_id), Data(predicted)]) }
     }
 
     /// `attn_out [T, heads x head_dim]`: attention of the queries in `qkv [T, qkv]` over the slots
@@ -567,7 +634,7 @@ mod tests {
     #[test]
     fn the_signatures_match_the_source() {
         let fused = [FUSED_QKV, FUSED_QKV_ROTATED, FUSED_OUTPUT, FUSED_GATE_UP, FUSED_DOWN, FUSED_SAMPLE];
-        let others = [EMBED, ARGMAX_OF_BLOCKS, ADD_RMS_NORM, SWIGLU, SAMPLE];
+        let others = [EMBED, ARGMAX_OF_BLOCKS, ADD_RMS_NORM, SWIGLU, SAMPLE_SEGMENTS];
         let attention = [ROTATE_AND_CACHE, ATTENTION, ROTATE_AND_ATTEND];
         for signature in fused.iter().chain(&others).chain(&attention) {
             assert_declared(SOURCE, signature);

@@ -187,14 +187,20 @@ pub fn reset_peak_gpu_memory(device: Device) {
 pub fn matmul_float32(left: &Tensor, right: &Tensor) -> Result<Tensor> {
     let mut shape = left.size();
     let width = shape.pop().unwrap_or(1);
-    let rows = left.f_reshape([-1, width])?;
-    let product = if left.device().is_cuda() && left.kind() != Kind::Float {
-        rows.f_mm_dtype(&right.f_tr()?, Kind::Float)?
-    } else {
-        rows.f_to_kind(Kind::Float)?.f_mm(&right.f_to_kind(Kind::Float)?.f_tr()?)?
-    };
+    let product = mm_float32(&left.f_reshape([-1, width])?, &right.f_tr()?)?;
     shape.push(right.size()[0]);
     Ok(product.f_reshape(shape)?)
+}
+
+/// `left [m, k]` times `right [k, n]`, accumulated and returned in float32 whatever their type.
+///
+/// # Errors
+/// [`Error::Torch`] if the shapes do not fit.
+pub fn mm_float32(left: &Tensor, right: &Tensor) -> Result<Tensor> {
+    if left.device().is_cuda() && left.kind() != Kind::Float {
+        return Ok(left.f_mm_dtype(right, Kind::Float)?);
+    }
+    Ok(left.f_to_kind(Kind::Float)?.f_mm(&right.f_to_kind(Kind::Float)?)?)
 }
 
 /// Maps a file into memory, read-only.

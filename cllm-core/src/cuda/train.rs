@@ -97,9 +97,14 @@ const fn bf16(name: &'static str, num_elements: fn(&Sizes) -> usize) -> Param<Si
     aligned(|s| if s.shape.is_aligned() { 16 } else { 2 }, launch::bf16(name, num_elements))
 }
 
+/// Distance between rows of logits.
+fn pitch(sizes: &Sizes) -> usize {
+    sizes.shape.vocab.next_multiple_of(CHUNK)
+}
+
 const X: Param<Sizes> = bf16("x", |s| s.rows * s.shape.hidden);
 const WEIGHT: Param<Sizes> = bf16("weight", |s| s.shape.hidden);
-const LOGITS: Param<Sizes> = bf16("logits", |s| s.rows * s.shape.vocab);
+const LOGITS: Param<Sizes> = launch::bf16("logits", |s| s.rows * pitch(s));
 const LOGSUMEXPS: Param<Sizes> = float32("logsumexps", |s| s.rows);
 const OUT: Param<Sizes> = float32("out", |s| s.rows);
 const NUM_TOKENS: Param<Sizes> = count("tokens", |s| s.rows);
@@ -179,7 +184,7 @@ const DIVERGENCE: Signature<Sizes> = Signature {
     params: &[&[
         LOGITS,
         LOGSUMEXPS,
-        bf16("targets", |s| s.target_rows * s.shape.vocab),
+        launch::bf16("targets", |s| s.target_rows * pitch(s)),
         float32("target_logsumexps", |s| s.target_rows),
         int64("target_rows", |s| s.rows),
         int("kind"),
@@ -196,7 +201,7 @@ const CROSS_ENTROPY: Signature<Sizes> = Signature {
         LOGSUMEXPS,
         int64("labels", |s| s.rows),
         float("scale"),
-        nullable(bf16("teacher", |s| s.rows * s.shape.vocab)),
+        nullable(launch::bf16("teacher", |s| s.rows * pitch(s))),
         nullable(float32("teacher_logsumexps", |s| s.rows)),
         float("teacher_scale"),
         OUT,
@@ -219,9 +224,11 @@ pub struct TrainKernels {
     cross_entropy: Kernel<Sizes>,
 }
 
-/// Logits `[rows, vocab]` with the logsumexp of each row, float32 `[rows]`.
+/// Logits with the logsumexp of each row, float32 `[rows]`.
 pub struct Logits {
-    values: Tensor,
+    /// `[rows, pitch]`: rows are padded so that they are aligned.
+    padded: Tensor,
+    vocab: usize,
     logsumexps: Tensor,
 }
 
@@ -240,9 +247,9 @@ pub struct Labels {
 }
 
 impl Logits {
-    /// The logits, or their gradient once a loss has replaced them.
-    pub fn values(&self) -> &Tensor {
-        &self.values
+    /// The logits `[rows, vocab]`, or their gradient once a loss has replaced them.
+    pub fn values(&self) -> Tensor {
+        self.padded.narrow(1, 0, self.vocab as i64)
     }
 
     fn num_rows(&self) -> usize {
@@ -256,7 +263,7 @@ impl Logits {
 
     fn narrow(&self, first: usize, num_rows: usize) -> Result<(Tensor, Tensor)> {
         let rows = |tensor: &Tensor| tensor.f_narrow(0, first as i64, num_rows as i64);
-        Ok((rows(&self.values)?, rows(&self.logsumexps)?))
+        Ok((rows(&self.padded)?, rows(&self.logsumexps)?))
     }
 }
 
@@ -421,13 +428,20 @@ impl TrainKernels {
         Err(Error::internal("the kernels were compiled for another number of norms"))
     }
 
-    /// Prepares logits `[rows, vocab]` for losses.
-    pub fn logits(&self, values: Tensor) -> Result<Logits> {
-        let sizes = self.sizes(values.numel() / self.shape.vocab);
-        let logsumexps = Tensor::f_empty([sizes.rows as i64], (Kind::Float, values.device()))?;
+    /// The logits of `hidden [rows, hidden]` by the output projection `lm_head [vocab, hidden]`, for
+    /// losses.
+    pub fn logits(&self, hidden: &Tensor, lm_head: &Tensor) -> Result<Logits> {
+        let sizes = self.sizes(hidden.size()[0] as usize);
+        let padded_size = [sizes.rows, pitch(&sizes)].map(|size| size as i64);
+        let logits = Logits {
+            padded: Tensor::f_empty(padded_size, (Kind::BFloat16, hidden.device()))?,
+            vocab: self.shape.vocab,
+            logsumexps: Tensor::f_empty([sizes.rows as i64], (Kind::Float, hidden.device()))?,
+        };
+        let _ = hidden.f_mm_out(&logits.values(), &lm_head.f_tr()?)?;
         // SAFETY: no argument is an index.
-        unsafe { self.logsumexp.launch(&sizes, &[Data(&values), Data(&logsumexps)])? };
-        Ok(Logits { values, logsumexps })
+        unsafe { self.logsumexp.launch(&sizes, &[Data(&logits.padded), Data(&logits.logsumexps)])? };
+        Ok(logits)
     }
 
     /// The divergence of the student's rows, from `first` on, from the target's rows: float32, one
@@ -447,7 +461,7 @@ impl TrainKernels {
         let sizes = Sizes { target_rows: target.num_rows(), ..self.sizes(num_rows) };
         let (logits, logsumexps) = student.narrow(first, num_rows)?;
         let out = Tensor::f_empty([num_rows as i64], (Kind::Float, logits.device()))?;
-        let tensors = [&logits, &logsumexps, &target.values, &target.logsumexps, &target_rows.rows];
+        let tensors = [&logits, &logsumexps, &target.padded, &target.logsumexps, &target_rows.rows];
         let rest = [Int(divergence as i32), Float(scale as f32), Data(&out)];
         // SAFETY: every target row is one of the target's.
         unsafe { self.divergence.launch(&sizes, &[&tensors.map(Data)[..], &rest].concat())? };
@@ -468,7 +482,7 @@ impl TrainKernels {
             return Err(Error::internal("the labels belong to another vocabulary"));
         }
         let num_rows = labels.ids.numel();
-        let empty = || Tensor::f_empty([num_rows as i64], (Kind::Float, student.values.device()));
+        let empty = || Tensor::f_empty([num_rows as i64], (Kind::Float, student.padded.device()));
         let (out, teacher_out) = (empty()?, teacher.is_some().then(empty).transpose()?);
         let (logits, logsumexps) = student.leading(num_rows)?;
         let teacher_scale = teacher.map_or(0.0, |(_, scale)| scale);
@@ -510,7 +524,7 @@ mod tests {
         let small = KernelShape::SMOLLM2;
         let large = KernelShape { hidden: 4096, heads: 32, kv_heads: 8, head_dim: 128, ffn: 12288, ..small };
         let large = KernelShape { vocab: 151_936, query_key_norm: true, ..large };
-        let odd = KernelShape { hidden: 100, heads: 3, kv_heads: 1, head_dim: 20, ffn: 77, ..large };
+        let odd = KernelShape { hidden: 100, heads: 3, kv_heads: 1, head_dim: 20, ffn: 77, vocab: 50_257, ..large };
         for shape in [small, large, odd] {
             assert_eq!(shape.is_aligned(), shape != odd);
             assert!(compile(SOURCE, (9, 0), &macros(&shape)).unwrap().is_elf());

@@ -26,6 +26,7 @@ mod sequence;
 mod strategy;
 mod tree;
 
+pub use crate::cuda::decode::MAX_LOGITS;
 pub use engine::{Decoder, RunningAnswer, decode};
 pub use request::{
     Answer, DecodeOptions, OnTokens, Request, StopConditions, Timing, check_fits_context, required_slots,

@@ -19,7 +19,8 @@ use tch::{Device, Kind, Tensor};
 
 use super::config::ModelConfig;
 use super::params::ParamBuffer;
-use crate::{Result, fingerprint};
+use super::quantized::BaseDtype;
+use crate::{Error, Result, fingerprint};
 
 /// Low-rank adapters: their size, and the projections that get one.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Validate, JsonSchema)]
@@ -34,11 +35,14 @@ pub struct LoraConfig {
     /// The projections of every layer that get an adapter.
     #[garde(length(min = 1))]
     pub targets: BTreeSet<LoraTarget>,
+    /// Type of the frozen weights.
+    #[garde(skip)]
+    pub base_dtype: BaseDtype,
 }
 
 impl Default for LoraConfig {
     fn default() -> Self {
-        LoraConfig { rank: 16, alpha: 32.0, targets: BTreeSet::from(LoraTarget::ALL) }
+        LoraConfig { rank: 16, alpha: 32.0, targets: BTreeSet::from(LoraTarget::ALL), base_dtype: BaseDtype::Model }
     }
 }
 
@@ -47,6 +51,11 @@ impl LoraConfig {
     pub fn num_parameters(&self, config: &ModelConfig) -> i64 {
         let modules = self.target_modules(config);
         modules.iter().map(|module| self.rank * (module.in_features + module.out_features)).sum()
+    }
+
+    /// The factor of an adapter's output.
+    fn scale(&self) -> f64 {
+        self.alpha / self.rank as f64
     }
 
     /// Every projection that gets an adapter, layer by layer.
@@ -111,12 +120,22 @@ impl LoraTarget {
 
 /// A projection of a model.
 pub(crate) struct TargetModule {
-    pub(super) layer: usize,
-    pub(super) target: LoraTarget,
+    layer: usize,
+    target: LoraTarget,
     /// Such as `model.layers.0.self_attn.q_proj`.
     pub(crate) name: String,
     pub(crate) out_features: i64,
     pub(crate) in_features: i64,
+}
+
+impl TargetModule {
+    fn lora_a_name(&self) -> String {
+        format!("{}.lora_A.weight", self.name)
+    }
+
+    fn lora_b_name(&self) -> String {
+        format!("{}.lora_B.weight", self.name)
+    }
 }
 
 /// The adapter of one projection.
@@ -126,15 +145,12 @@ pub(crate) struct LoraAdapter {
     /// B `[out, rank]`.
     pub(crate) lora_b: Tensor,
     /// alpha / rank.
-    pub(crate) scale: f64,
-    /// Its first output among those of the joined product that computes the projection, such as
-    /// that of Q, K and V.
-    pub(super) output_offset: i64,
+    scale: f64,
 }
 
 impl LoraAdapter {
     pub(crate) fn new(lora_a: Tensor, lora_b: Tensor, config: &LoraConfig) -> Self {
-        LoraAdapter { lora_a, lora_b, scale: config.alpha / config.rank as f64, output_offset: 0 }
+        LoraAdapter { lora_a, lora_b, scale: config.scale() }
     }
 
     /// A is drawn uniformly between ±1/√in (Kaiming with a = √5, as in PEFT), B is zero: the
@@ -150,43 +166,84 @@ impl LoraAdapter {
         Self::new(lora_a, lora_b, config)
     }
 
-    /// The same adapter, in the same memory, of a projection whose outputs begin at `output_offset`
-    /// of a joined product.
-    pub(super) fn with_output_offset(&self, output_offset: i64) -> Self {
-        let (lora_a, lora_b) = (self.lora_a.shallow_clone(), self.lora_b.shallow_clone());
-        LoraAdapter { lora_a, lora_b, scale: self.scale, output_offset }
-    }
-
-    /// The outputs of its projection among those of the joined product, along `dimension`.
-    pub(crate) fn narrow(&self, product: &Tensor, dimension: i64) -> Tensor {
-        product.narrow(dimension, self.output_offset, self.lora_b.size()[0])
-    }
-
-    /// The term that the adapter adds to the projection of `x [.., in]`: `[.., out]`.
-    pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
-        (x.linear::<&Tensor>(&self.lora_a, None) * self.scale).linear::<&Tensor>(&self.lora_b, None)
-    }
-
     /// A new weight with the adapter in it, computed in float32 and rounded to `kind`.
     pub(crate) fn merge(&self, weight: &Tensor, kind: Kind) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
-        let (a, b) = (self.lora_a.f_to_kind(Kind::Float)?, self.lora_b.f_to_kind(Kind::Float)?);
-        let change = b.f_matmul(&a)? * self.scale;
+        let change = self.lora_b.f_matmul(&self.lora_a)? * self.scale;
         Ok(weight.f_to_kind(Kind::Float)?.f_add(&change)?.f_to_kind(kind)?)
+    }
+}
+
+/// The adapters of the projections that one product computes, such as those of queries, keys and
+/// values.
+pub(crate) struct JoinedAdapters {
+    /// A of each, one after the other: `[adapters x rank, in]`, float32.
+    pub(crate) lora_a: Tensor,
+    /// B of each, `[out, rank]`, float32.
+    pub(crate) lora_b: Vec<Tensor>,
+    /// The first output of each among those of the product.
+    output_offsets: Vec<i64>,
+    /// alpha / rank.
+    pub(crate) scale: f64,
+    /// Copies for products in the model's type, if that is not float32.
+    rounded: Option<RoundedAdapters>,
+}
+
+/// Copies of [`JoinedAdapters`] in the model's type.
+pub(crate) struct RoundedAdapters {
+    /// A, times the scale.
+    pub(crate) scaled_a: Tensor,
+    pub(crate) lora_b: Vec<Tensor>,
+}
+
+impl JoinedAdapters {
+    /// Adds to the product of `x [.., in]`, in place, what the adapters change; gradients flow.
+    pub(super) fn add_to(&self, product: &Tensor, x: &Tensor) {
+        let low_rank = x.linear::<&Tensor>(&self.lora_a.to_kind(x.kind()), None) * self.scale;
+        for (index, lora_b) in self.lora_b.iter().enumerate() {
+            let change = self.low_rank_of(&low_rank, index).linear::<&Tensor>(&lora_b.to_kind(x.kind()), None);
+            let _ = self.outputs_of(product, index).g_add_(&change);
+        }
+    }
+
+    /// The copies in the model's type, as of the last [`LoraAdapters::round`].
+    ///
+    /// # Errors
+    /// [`Error::Internal`] for a model in float32.
+    pub(crate) fn rounded(&self) -> Result<&RoundedAdapters> {
+        self.rounded.as_ref().ok_or_else(|| Error::internal("adapters of a float32 model have no rounded copy"))
+    }
+
+    /// The columns of `low_rank [.., adapters x rank]` that belong to an adapter.
+    pub(crate) fn low_rank_of(&self, low_rank: &Tensor, index: usize) -> Tensor {
+        let rank = self.lora_b[index].size()[1];
+        low_rank.narrow(-1, index as i64 * rank, rank)
+    }
+
+    /// The columns of `product [.., out]` that belong to the projection of an adapter.
+    pub(crate) fn outputs_of(&self, product: &Tensor, index: usize) -> Tensor {
+        product.narrow(-1, self.output_offsets[index], self.lora_b[index].size()[0])
+    }
+
+    /// Whether every one of a product's outputs has an adapter.
+    pub(crate) fn cover(&self, num_outputs: i64) -> bool {
+        self.lora_b.iter().map(|lora_b| lora_b.size()[0]).sum::<i64>() == num_outputs
     }
 }
 
 /// All adapters of a model.
 pub(crate) struct LoraAdapters {
     pub(crate) config: LoraConfig,
-    pub(super) modules: Vec<(TargetModule, LoraAdapter)>,
-    /// Every A and B under the name of its projection, layer by layer. The tensors of `modules` are
-    /// views of it.
+    modules: Vec<(TargetModule, LoraAdapter)>,
+    /// Every A, layer by layer, and then every B, in float32, under the name of its projection. The
+    /// tensors of `modules` are views of it.
     pub(crate) params: ParamBuffer,
+    /// A copy of `params` in the model's type, with every A scaled; `None` if that is float32.
+    rounded: Option<ParamBuffer>,
 }
 
 impl LoraAdapters {
-    /// Copies adapters into one buffer.
+    /// Copies adapters into one buffer, for products in type `kind`.
     pub(crate) fn new(
         config: LoraConfig,
         mut modules: Vec<(TargetModule, LoraAdapter)>,
@@ -194,20 +251,20 @@ impl LoraAdapters {
         kind: Kind,
     ) -> Self {
         let _no_grad = tch::no_grad_guard();
-        let names =
-            |module: &TargetModule| ["lora_A", "lora_B"].map(|matrix| format!("{}.{matrix}.weight", module.name));
-        let shapes = modules.iter().flat_map(|(module, adapter)| {
-            names(module).into_iter().zip([adapter.lora_a.size(), adapter.lora_b.size()])
-        });
-        let params = ParamBuffer::zeros(shapes.collect(), device, kind);
+        let all_a = modules.iter().map(|(module, adapter)| (module.lora_a_name(), adapter.lora_a.size()));
+        let all_b = modules.iter().map(|(module, adapter)| (module.lora_b_name(), adapter.lora_b.size()));
+        let params = ParamBuffer::zeros(all_a.chain(all_b).collect(), device, Kind::Float);
         for (module, adapter) in &mut modules {
-            for (name, tensor) in names(module).iter().zip([&mut adapter.lora_a, &mut adapter.lora_b]) {
-                let mut view = params.get(name).expect("the buffer was laid out with this name");
+            for (name, tensor) in
+                [(module.lora_a_name(), &mut adapter.lora_a), (module.lora_b_name(), &mut adapter.lora_b)]
+            {
+                let mut view = params.get(&name).expect("the buffer was laid out with this name");
                 view.copy_(tensor);
                 *tensor = view;
             }
         }
-        LoraAdapters { config, modules, params }
+        let rounded = (kind != Kind::Float).then(|| params.zeros_like(kind));
+        LoraAdapters { config, modules, params, rounded }
     }
 
     /// Fresh adapters for every target of a model.
@@ -220,11 +277,60 @@ impl LoraAdapters {
         Self::new(lora.clone(), modules, device, kind)
     }
 
-    /// The tensors that collect gradients, each with the one name that it has in `params`.
-    pub(super) fn leaves(&self) -> Vec<(Tensor, Vec<String>)> {
-        let tensors = self.modules.iter().flat_map(|(_, adapter)| [&adapter.lora_a, &adapter.lora_b]);
-        let names = self.params.tensors().into_iter().map(|(name, _)| vec![name]);
-        tensors.map(Tensor::shallow_clone).zip(names).collect()
+    /// The adapters of a layer's projections that one product computes: `projections` with the
+    /// first output of each. `None` if none of them has an adapter. Their tensors, with the names
+    /// in `params` that each joins, are added to `leaves`.
+    pub(super) fn joined(
+        &self,
+        layer: usize,
+        projections: &[(LoraTarget, i64)],
+        leaves: &mut Vec<(Tensor, Vec<String>)>,
+    ) -> Option<JoinedAdapters> {
+        let find = |&(target, output_offset): &(LoraTarget, i64)| {
+            let mut modules = self.modules.iter().map(|(module, _)| module);
+            Some((modules.find(|module| module.layer == layer && module.target == target)?, output_offset))
+        };
+        let (modules, output_offsets): (Vec<&TargetModule>, Vec<i64>) = projections.iter().filter_map(find).unzip();
+        if modules.is_empty() {
+            return None;
+        }
+        let a_names: Vec<String> = modules.iter().map(|module| module.lora_a_name()).collect();
+        let b_names: Vec<String> = modules.iter().map(|module| module.lora_b_name()).collect();
+        let matrices = |params: &ParamBuffer| {
+            let lora_b: Option<Vec<Tensor>> = b_names.iter().map(|name| params.get(name)).collect();
+            params.get_joined(&a_names).zip(lora_b).expect("the buffer holds every adapter")
+        };
+        let (lora_a, lora_b) = matrices(&self.params);
+        let rounded = self.rounded.as_ref().map(matrices);
+        let rounded = rounded.map(|(scaled_a, lora_b)| RoundedAdapters { scaled_a, lora_b });
+        leaves.push((lora_a.shallow_clone(), a_names));
+        leaves.extend(lora_b.iter().map(Tensor::shallow_clone).zip(b_names.into_iter().map(|name| vec![name])));
+        Some(JoinedAdapters { lora_a, lora_b, output_offsets, scale: self.config.scale(), rounded })
+    }
+
+    /// Updates the copies in the model's type, which a pass by hand multiplies with.
+    pub(crate) fn round(&self) -> Result<()> {
+        let Some(rounded) = &self.rounded else { return Ok(()) };
+        let _no_grad = tch::no_grad_guard();
+        let num_all = self.params.buffer().size()[0];
+        let num_in_a = self.modules.iter().map(|(_, adapter)| adapter.lora_a.numel() as i64).sum();
+        let narrow = |params: &ParamBuffer, start, length| params.buffer().narrow(0, start, length);
+        let every_a = narrow(rounded, 0, num_in_a);
+        let _ = narrow(&self.params, 0, num_in_a).f_mul_out(&every_a, &Tensor::from(self.config.scale()))?;
+        let mut every_b = narrow(rounded, num_in_a, num_all - num_in_a);
+        every_b.f_copy_(&narrow(&self.params, num_in_a, num_all - num_in_a))?;
+        Ok(())
+    }
+
+    /// A and B of every adapter, layer by layer.
+    pub(crate) fn named_tensors(&self) -> Vec<(String, Tensor)> {
+        let named = |(module, adapter): &(TargetModule, LoraAdapter)| {
+            [
+                (module.lora_a_name(), adapter.lora_a.shallow_clone()),
+                (module.lora_b_name(), adapter.lora_b.shallow_clone()),
+            ]
+        };
+        self.modules.iter().flat_map(named).collect()
     }
 
     /// The adapter of the weight of this name.

@@ -11,6 +11,7 @@ use super::kv_cache::{KvCache, SLOT_ALIGNMENT};
 use super::linear::Linear;
 use super::lora::{LoraAdapters, LoraConfig, LoraTarget};
 use super::params::ParamBuffer;
+use super::quantized::{BaseDtype, ModelParams};
 use super::rope::{RotaryEmbedding, Rotation};
 use crate::Result;
 use crate::cuda::libtorch;
@@ -43,8 +44,8 @@ pub struct Transformer {
     /// `None` if the embedding is the output projection too.
     lm_head: Option<Tensor>,
     /// Every weight under its Hugging Face name. The tensors above are views of it.
-    params: ParamBuffer,
-    /// The tensors above, each with the names of the weights that it joins: they collect gradients.
+    params: ModelParams,
+    /// The tensors that collect gradients, each with the names in [`Self::trainable`] that it joins.
     leaves: Vec<(Tensor, Vec<String>)>,
     adapters: Option<LoraAdapters>,
 }
@@ -65,6 +66,11 @@ impl Transformer {
 
     /// The model over a buffer that holds every weight of the configuration.
     pub(crate) fn from_params(config: ModelConfig, params: ParamBuffer) -> Self {
+        Self::new(config, ModelParams { params, quantized: None })
+    }
+
+    /// The model over every weight of the configuration.
+    pub(crate) fn new(config: ModelConfig, params: ModelParams) -> Self {
         let mut weights = Weights { params: &params, leaves: Vec::new() };
         let embed_tokens = weights.get("model.embed_tokens.weight");
         let layers = config
@@ -90,7 +96,7 @@ impl Transformer {
         let norm = weights.get("model.norm.weight");
         let lm_head = weights.find("lm_head.weight");
         let leaves = weights.leaves;
-        let (device, kind) = (params.buffer().device(), params.kind());
+        let (device, kind) = (params.params.buffer().device(), params.params.kind());
         let rope = RotaryEmbedding::new(&config.rope_scaling, config.head_dim, config.rope_theta, device);
         Transformer { config, device, kind, rope, embed_tokens, layers, norm, lm_head, params, leaves, adapters: None }
     }
@@ -98,7 +104,7 @@ impl Transformer {
 
 /// The weights of a buffer by their names, with a record of those that were used.
 struct Weights<'p> {
-    params: &'p ParamBuffer,
+    params: &'p ModelParams,
     leaves: Vec<(Tensor, Vec<String>)>,
 }
 
@@ -113,13 +119,19 @@ impl Weights<'_> {
 
     /// Projections of the same input, joined: their weights are neighbors in the buffer.
     fn linear(&mut self, module: &str, projections: &[&str]) -> Linear {
-        let names = |tensor: &str| projections.iter().map(|name| format!("{module}.{name}.{tensor}")).collect();
-        let weight = self.find_joined(names("weight")).expect("the buffer holds every weight of the configuration");
-        Linear { weight, bias: self.find_joined(names("bias")), adapters: Vec::new() }
+        let names = |tensor: &str| -> Vec<String> {
+            projections.iter().map(|name| format!("{module}.{name}.{tensor}")).collect()
+        };
+        let (weight, scales) = match &self.params.quantized {
+            Some(quantized) => quantized.get_joined(&names("weight")).unzip(),
+            None => (self.find_joined(names("weight")), None),
+        };
+        let weight = weight.expect("the buffer holds every weight of the configuration");
+        Linear { weight, scales, bias: self.find_joined(names("bias")), adapters: None }
     }
 
     fn find_joined(&mut self, names: Vec<String>) -> Option<Tensor> {
-        let tensor = self.params.get_joined(&names)?;
+        let tensor = self.params.params.get_joined(&names)?;
         self.leaves.push((tensor.shallow_clone(), names));
         Some(tensor)
     }
@@ -233,7 +245,7 @@ impl Transformer {
     }
 
     /// The output projection `[vocab, hidden]`.
-    pub(crate) fn lm_head(&self) -> &Tensor {
+    pub fn lm_head(&self) -> &Tensor {
         self.lm_head.as_ref().unwrap_or(&self.embed_tokens)
     }
 }
@@ -264,20 +276,35 @@ impl Transformer {
         self.kind
     }
 
-    /// The buffer of all weights, without adapters.
+    /// The buffer of all weights that are not quantized, without adapters.
     pub fn weights(&self) -> &ParamBuffer {
-        &self.params
+        &self.params.params
     }
 
-    /// Every weight under its Hugging Face name, in a fixed order, without adapters. Tied weights
-    /// come once. The tensors share their memory with the model.
+    /// Every weight that is not quantized under its Hugging Face name, in a fixed order, without
+    /// adapters. Tied weights come once. The tensors share their memory with the model.
     pub fn named_parameters(&self) -> Vec<(String, Tensor)> {
-        self.params.tensors()
+        self.params.params.tensors()
+    }
+
+    /// Whether the projections of the layers are in int8.
+    pub fn is_quantized(&self) -> bool {
+        self.params.quantized.is_some()
+    }
+
+    /// The model with its projections in int8, without adapters.
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`], for instance when memory runs out.
+    pub fn to_quantized(&self) -> Result<Self> {
+        let params = ModelParams::zeros(&self.config, self.device, self.kind, BaseDtype::Int8);
+        self.named_parameters().iter().try_for_each(|(name, weight)| params.set(name, weight))?;
+        Ok(Self::new(self.config.clone(), params))
     }
 
     /// The parameters that training changes: the adapters if there are any, otherwise every weight.
     pub fn trainable(&self) -> &ParamBuffer {
-        self.adapters.as_ref().map_or(&self.params, |adapters| &adapters.params)
+        self.adapters.as_ref().map_or(&self.params.params, |adapters| &adapters.params)
     }
 
     /// From now on every backward adds to the gradients in the returned buffer, which has the
@@ -286,24 +313,21 @@ impl Transformer {
     /// # Errors
     /// [`crate::Error::Torch`], for instance when memory runs out.
     pub fn collect_gradients(&self) -> Result<ParamBuffer> {
-        let gradients = self.trainable().zeros_like(self.kind);
-        let leaves = match &self.adapters {
-            None => &self.leaves,
-            Some(adapters) => &adapters.leaves(),
-        };
-        for (leaf, names) in leaves {
+        let trainable = self.trainable();
+        let gradients = trainable.zeros_like(trainable.kind());
+        for (leaf, names) in &self.leaves {
             let gradient = gradients.get_joined(names).expect("gradients have the layout of the trained parameters");
             libtorch::accumulate_grad_into(&leaf.set_requires_grad(true), &gradient)?;
         }
         Ok(gradients)
     }
 
-    /// Every weight that is one tensor in a pass, such as the joined projections of queries, keys and
-    /// values, with the name of the first that it joins and the index of its first element in
-    /// [`Self::weights`], in the order of the layers.
+    /// Every trained weight that is one tensor in a pass, such as the joined projections of queries,
+    /// keys and values, with the name of the first that it joins and the index of its first element
+    /// in [`Self::trainable`], in the order of the layers.
     pub(crate) fn leaves(&self) -> impl Iterator<Item = (Tensor, &str, i64)> {
         self.leaves.iter().map(|(leaf, names)| {
-            let start = self.params.start_of(&names[0]).expect("the buffer holds every weight");
+            let start = self.trainable().start_of(&names[0]).expect("the buffer holds every trained tensor");
             (leaf.shallow_clone(), names[0].as_str(), start)
         })
     }
@@ -316,31 +340,21 @@ impl Transformer {
     /// collect gradients. Until the adapters are trained, the model computes what it did without
     /// them.
     pub fn add_adapters(&mut self, lora: &LoraConfig, seed: u64) {
-        self.freeze();
+        for (leaf, _) in self.leaves.drain(..) {
+            let _ = leaf.set_requires_grad(false);
+        }
         let adapters = LoraAdapters::random(lora, seed, &self.config, self.device, self.kind);
-        for (module, adapter) in &adapters.modules {
-            let (linear, output_offset) = self.layers[module.layer].linear_mut(module.target, &self.config);
-            linear.adapters.push(adapter.with_output_offset(output_offset));
+        for (index, layer) in self.layers.iter_mut().enumerate() {
+            for (linear, projections) in layer.linears_mut(&self.config) {
+                linear.adapters = adapters.joined(index, &projections, &mut self.leaves);
+            }
         }
         self.adapters = Some(adapters);
     }
 
-    /// The weights stop collecting gradients, and the adapters are dropped.
-    fn freeze(&mut self) {
-        for (leaf, _) in &self.leaves {
-            let _ = leaf.set_requires_grad(false);
-        }
-        for layer in &mut self.layers {
-            for linear in [&mut layer.qkv_proj, &mut layer.o_proj, &mut layer.gate_up_proj, &mut layer.down_proj] {
-                linear.adapters.clear();
-            }
-        }
-        self.adapters = None;
-    }
-
     /// The same weights, in the same memory, without adapters.
     pub fn without_adapters(&self) -> Self {
-        Self::from_params(self.config.clone(), self.params.shallow_clone())
+        Self::new(self.config.clone(), self.params.shallow_clone())
     }
 
     /// A copy with the adapters merged into its weights, for decoding; `None` if there are no
@@ -351,10 +365,12 @@ impl Transformer {
     pub fn to_merged(&self) -> Result<Option<Self>> {
         let Some(adapters) = &self.adapters else { return Ok(None) };
         let _no_grad = tch::no_grad_guard();
-        let params = self.params.copy();
-        for (name, mut weight) in params.tensors() {
-            if let Some(adapter) = adapters.find(&name) {
-                weight.f_copy_(&adapter.merge(&weight, self.kind)?)?;
+        let params = ParamBuffer::zeros(self.config.parameter_shapes(), self.device, self.kind);
+        for (name, mut merged) in params.tensors() {
+            let weight = self.params.dequantized(&name, self.kind)?;
+            match adapters.find(&name) {
+                Some(adapter) => merged.f_copy_(&adapter.merge(&weight, self.kind)?)?,
+                None => merged.f_copy_(&weight)?,
             }
         }
         Ok(Some(Self::from_params(self.config.clone(), params)))
@@ -362,18 +378,17 @@ impl Transformer {
 }
 
 impl Layer {
-    /// The product that computes a projection, and the projection's first output in it.
-    fn linear_mut(&mut self, target: LoraTarget, config: &ModelConfig) -> (&mut Linear, i64) {
+    /// Every product, with the projections that it computes and the first output of each.
+    fn linears_mut(&mut self, config: &ModelConfig) -> [(&mut Linear, Vec<(LoraTarget, i64)>); 4] {
         let q_width = config.num_heads * config.head_dim;
         let kv_width = config.num_kv_heads * config.head_dim;
-        match target {
-            LoraTarget::QProj => (&mut self.qkv_proj, 0),
-            LoraTarget::KProj => (&mut self.qkv_proj, q_width),
-            LoraTarget::VProj => (&mut self.qkv_proj, q_width + kv_width),
-            LoraTarget::OProj => (&mut self.o_proj, 0),
-            LoraTarget::GateProj => (&mut self.gate_up_proj, 0),
-            LoraTarget::UpProj => (&mut self.gate_up_proj, config.intermediate_size),
-            LoraTarget::DownProj => (&mut self.down_proj, 0),
-        }
+        let qkv = [(LoraTarget::QProj, 0), (LoraTarget::KProj, q_width), (LoraTarget::VProj, q_width + kv_width)];
+        let gate_up = [(LoraTarget::GateProj, 0), (LoraTarget::UpProj, config.intermediate_size)];
+        [
+            (&mut self.qkv_proj, qkv.into()),
+            (&mut self.o_proj, vec![(LoraTarget::OProj, 0)]),
+            (&mut self.gate_up_proj, gate_up.into()),
+            (&mut self.down_proj, vec![(LoraTarget::DownProj, 0)]),
+        ]
     }
 }

@@ -18,13 +18,11 @@ use crate::{Error, Result};
 /// Why a model with weights of type `kind` cannot train with our own kernels on GPUs of a compute
 /// capability, and trains with libtorch's operations instead, many times slower. `None` if it can.
 pub fn slow_path_reason(config: &ModelConfig, kind: Kind, (major, minor): (u32, u32)) -> Option<String> {
-    let ModelConfig { head_dim, vocab_size, .. } = *config;
+    let head_dim = config.head_dim;
     if kind != Kind::BFloat16 {
         Some(format!("the kernels compute in bfloat16, and the weights are {kind:?}"))
     } else if major < 8 {
         Some(format!("the kernels need compute capability 8.0 (Ampere) or later, and the GPU has {major}.{minor}"))
-    } else if vocab_size % 8 != 0 {
-        Some(format!("the kernels need a vocabulary of a multiple of 8 tokens, and the model has {vocab_size}"))
     } else if head_dim > AttentionKernels::MAX_HEAD_DIM as i64 {
         let max = AttentionKernels::MAX_HEAD_DIM;
         Some(format!("the kernels need a head_dim of at most {max}, and the model has {head_dim}"))
@@ -76,6 +74,17 @@ struct SavedActivations {
     /// After the second norm.
     mlp_input: Tensor,
     gate_up: Tensor,
+    low_ranks: LowRanks,
+}
+
+/// [`Linear::low_rank`] of the inputs of a layer's products. They are so small that checkpointed
+/// layers save them too.
+#[derive(Default)]
+struct LowRanks {
+    qkv: Option<Tensor>,
+    o: Option<Tensor>,
+    gate_up: Option<Tensor>,
+    down: Option<Tensor>,
 }
 
 /// Saved activations of the whole model.
@@ -83,7 +92,7 @@ pub(super) struct CudaPass<'p> {
     model: &'p Transformer,
     batch: &'p CudaBatch,
     /// Inputs of the checkpointed layers.
-    checkpoints: Vec<Tensor>,
+    checkpoints: Vec<(Tensor, LowRanks)>,
     /// Of the layers after those.
     saved: Vec<SavedActivations>,
     /// Output of the last layer.
@@ -128,7 +137,7 @@ impl CudaBatch {
         let (mut checkpoints, mut saved) = (Vec::new(), Vec::new());
         let (last, hidden) = self.run_layers(model, |activations| {
             if checkpoints.len() < checkpointed_layers {
-                checkpoints.push(activations.input);
+                checkpoints.push((activations.input, activations.low_ranks));
             } else {
                 saved.push(activations);
             }
@@ -145,13 +154,17 @@ impl CudaBatch {
     /// The output of the last layer, and the final hidden states without the padding. `save` gets
     /// the activations of each layer.
     fn run_layers(&self, model: &Transformer, mut save: impl FnMut(SavedActivations)) -> Result<(Tensor, Tensor)> {
+        if let Some(adapters) = model.adapters() {
+            adapters.round()?;
+        }
         let mut x = model.embed_tokens.f_index_select(0, &self.tokens)?;
         let mut update = None;
         for layer in &model.layers {
             let (input, attn_input) = self.norm(x, update, &layer.input_layernorm)?;
-            let activations = self.layer_activations(layer, input, attn_input)?;
+            let mut activations = self.layer_activations(layer, input, attn_input, LowRanks::default())?;
             x = activations.residual.shallow_clone();
-            update = Some(layer.down_proj.forward(&self.kernels.swiglu(&activations.gate_up)?));
+            let activated = self.kernels.swiglu(&activations.gate_up)?;
+            update = Some(layer.down_proj.project(&activated, &mut activations.low_ranks.down)?);
             save(activations);
         }
         let (last, hidden) = self.norm(x, update, &model.norm)?;
@@ -166,42 +179,70 @@ impl CudaBatch {
     }
 
     /// What the backward of a layer needs, which is everything but the output of its feed-forward
-    /// layer. `attn_input` is the norm of its input.
-    fn layer_activations(&self, layer: &Layer, input: Tensor, attn_input: Tensor) -> Result<SavedActivations> {
-        let qkv = layer.qkv_proj.forward(&attn_input);
+    /// layer. `attn_input` is the norm of its input; `low_ranks` are those that were saved.
+    fn layer_activations(
+        &self,
+        layer: &Layer,
+        input: Tensor,
+        attn_input: Tensor,
+        mut low_ranks: LowRanks,
+    ) -> Result<SavedActivations> {
+        let qkv = layer.qkv_proj.project(&attn_input, &mut low_ranks.qkv)?;
         let qk = self.kernels.rotate(&qkv, self.cos_sin(), qk_norm(layer))?;
         let (attn_out, logsumexp) = self.attention.forward(&qkv, self.attention_masks.get(layer.sliding_window))?;
-        let update = layer.o_proj.forward(&attn_out);
+        let update = layer.o_proj.project(&attn_out, &mut low_ranks.o)?;
         let (residual, mlp_input) = self.norm(input.shallow_clone(), Some(update), &layer.post_attention_layernorm)?;
-        let gate_up = layer.gate_up_proj.forward(&mlp_input);
-        Ok(SavedActivations { input, attn_input, qkv, qk, attn_out, logsumexp, residual, mlp_input, gate_up })
+        let gate_up = layer.gate_up_proj.project(&mlp_input, &mut low_ranks.gate_up)?;
+        Ok(SavedActivations {
+            input,
+            attn_input,
+            qkv,
+            qk,
+            attn_out,
+            logsumexp,
+            residual,
+            mlp_input,
+            gate_up,
+            low_ranks,
+        })
     }
 
     /// `d_x` is the gradient of the layer's output and becomes, in place, that of its input.
     /// Tensors are dropped as soon as they are no longer needed.
     fn layer_backward(&self, layer: &Layer, saved: SavedActivations, d_x: &Tensor) -> Result<()> {
-        let SavedActivations { input, attn_input, qkv, qk, attn_out, logsumexp, residual, mlp_input, gate_up } = saved;
+        let SavedActivations {
+            input,
+            attn_input,
+            qkv,
+            qk,
+            attn_out,
+            logsumexp,
+            residual,
+            mlp_input,
+            gate_up,
+            low_ranks,
+        } = saved;
 
-        let d_activated = layer.down_proj.backward_input(d_x)?;
+        let (d_activated, d_low_rank) = layer.down_proj.backward_input(d_x)?;
         self.kernels.swiglu_backward(&gate_up, &d_activated)?;
         // The kernel worked in place: it left the gradient of gate and up, and their product.
         let (d_gate_up, activated) = (gate_up, d_activated);
-        layer.down_proj.backward_weights(&activated, d_x)?;
+        layer.down_proj.backward_weights(&activated, d_x, low_ranks.down.zip(d_low_rank))?;
         drop(activated);
-        let d_mlp_input = layer.gate_up_proj.backward_input(&d_gate_up)?;
-        layer.gate_up_proj.backward_weights(&mlp_input, &d_gate_up)?;
+        let (d_mlp_input, d_low_rank) = layer.gate_up_proj.backward_input(&d_gate_up)?;
+        layer.gate_up_proj.backward_weights(&mlp_input, &d_gate_up, low_ranks.gate_up.zip(d_low_rank))?;
         drop((d_gate_up, mlp_input));
         self.norm_backward(&residual, &layer.post_attention_layernorm, &d_mlp_input, d_x)?;
         drop((d_mlp_input, residual));
 
-        let d_attn_out = layer.o_proj.backward_input(d_x)?;
-        layer.o_proj.backward_weights(&attn_out, d_x)?;
+        let (d_attn_out, d_low_rank) = layer.o_proj.backward_input(d_x)?;
+        layer.o_proj.backward_weights(&attn_out, d_x, low_ranks.o.zip(d_low_rank))?;
         let mask = self.attention_masks.get(layer.sliding_window);
         let d_qkv = self.attention.backward(&qkv, &attn_out, &logsumexp, &d_attn_out, mask)?;
         drop((qkv, attn_out, d_attn_out));
         self.rotate_backward(layer, &d_qkv, qk)?;
-        let d_attn_input = layer.qkv_proj.backward_input(&d_qkv)?;
-        layer.qkv_proj.backward_weights(&attn_input, &d_qkv)?;
+        let (d_attn_input, d_low_rank) = layer.qkv_proj.backward_input(&d_qkv)?;
+        layer.qkv_proj.backward_weights(&attn_input, &d_qkv, low_ranks.qkv.zip(d_low_rank))?;
         self.norm_backward(&input, &layer.input_layernorm, &d_attn_input, d_x)
     }
 
@@ -253,9 +294,9 @@ impl CudaPass<'_> {
             let activations = match saved.pop() {
                 Some(activations) => activations,
                 None => {
-                    let input = checkpoints.pop().expect("every layer is saved or checkpointed");
+                    let (input, low_ranks) = checkpoints.pop().expect("every layer is saved or checkpointed");
                     let (input, attn_input) = batch.norm(input, None, &layer.input_layernorm)?;
-                    batch.layer_activations(layer, input, attn_input)?
+                    batch.layer_activations(layer, input, attn_input, low_ranks)?
                 }
             };
             gradients.begin(ModelPart::Layer(index))?;
@@ -279,9 +320,9 @@ impl CudaPass<'_> {
 /// # Errors
 /// [`crate::Error::Torch`], for instance when memory runs out.
 pub fn project_backward(model: &Transformer, hidden: &Tensor, d_logits: &Tensor) -> Result<Tensor> {
-    let lm_head = Linear { weight: model.lm_head().shallow_clone(), bias: None, adapters: Vec::new() };
-    lm_head.backward_weights(hidden, d_logits)?;
-    lm_head.backward_input(d_logits)
+    let lm_head = Linear { weight: model.lm_head().shallow_clone(), scales: None, bias: None, adapters: None };
+    lm_head.backward_weights(hidden, d_logits, None)?;
+    Ok(lm_head.backward_input(d_logits)?.0)
 }
 
 #[cfg(test)]
@@ -292,24 +333,23 @@ mod tests {
 
     #[test]
     fn the_slow_way_has_a_reason_that_names_what_is_wrong() {
-        let reason = |model_type: &str, head_dim: i64, vocab_size: i64, kind: Kind, capability: (u32, u32)| {
+        let reason = |model_type: &str, head_dim: i64, kind: Kind, capability: (u32, u32)| {
             let config = ModelConfig::from_json(&json!({
-                "model_type": model_type, "vocab_size": vocab_size, "hidden_size": 16384, "intermediate_size": 96,
+                "model_type": model_type, "vocab_size": 513, "hidden_size": 16384, "intermediate_size": 96,
                 "num_hidden_layers": 1, "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": head_dim,
             }));
             slow_path_reason(&config.unwrap(), kind, capability)
         };
         for model_type in ["llama", "mistral", "qwen2", "qwen3"] {
             for head_dim in [6, 64, 80, 100, 128, 256] {
-                assert_eq!(reason(model_type, head_dim, 512, Kind::BFloat16, (9, 0)), None, "{model_type} {head_dim}");
+                assert_eq!(reason(model_type, head_dim, Kind::BFloat16, (9, 0)), None, "{model_type} {head_dim}");
             }
         }
         for (reason, part) in [
-            (reason("llama", 128, 512, Kind::Float, (9, 0)), "weights are Float"),
-            (reason("llama", 128, 512, Kind::BFloat16, (7, 5)), "8.0 (Ampere) or later, and the GPU has 7.5"),
-            (reason("qwen3", 128, 513, Kind::BFloat16, (9, 0)), "a multiple of 8 tokens, and the model has 513"),
-            (reason("qwen2", 264, 512, Kind::BFloat16, (9, 0)), "head_dim of at most 256, and the model has 264"),
-            (reason("llama", 256, 512, Kind::BFloat16, (8, 6)), "head_dim of 256 needs more shared memory"),
+            (reason("llama", 128, Kind::Float, (9, 0)), "weights are Float"),
+            (reason("llama", 128, Kind::BFloat16, (7, 5)), "8.0 (Ampere) or later, and the GPU has 7.5"),
+            (reason("qwen2", 264, Kind::BFloat16, (9, 0)), "head_dim of at most 256, and the model has 264"),
+            (reason("llama", 256, Kind::BFloat16, (8, 6)), "head_dim of 256 needs more shared memory"),
         ] {
             assert!(reason.as_ref().is_some_and(|reason| reason.contains(part)), "{reason:?}: {part}");
         }

@@ -4,9 +4,9 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
-use cllm_core::checkpoint;
+use cllm_core::checkpoint::{self, STREAMING_BYTES, TensorWriter};
 use cllm_core::decode::{DecodeOptions, Request, StopConditions, Strategy, decode};
-use cllm_core::model::{LoraConfig, LoraTarget, Transformer};
+use cllm_core::model::{BaseDtype, LoraConfig, LoraTarget, Transformer};
 use cllm_core::tokenizer::{self, Tokenizer};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
@@ -15,7 +15,7 @@ use crate::models::{random_model, shapes};
 use crate::parity::fixture_folder;
 
 fn rank_3(targets: impl Into<BTreeSet<LoraTarget>>) -> LoraConfig {
-    LoraConfig { rank: 3, alpha: 4.5, targets: targets.into() }
+    LoraConfig { rank: 3, alpha: 4.5, targets: targets.into(), ..LoraConfig::default() }
 }
 
 /// Fills every B with small numbers, the same on every machine, so that the adapters change
@@ -137,12 +137,75 @@ fn only_adapters_get_gradients() {
         fill_adapters(&model);
         let gradients = model.collect_gradients().unwrap();
         let (tokens, positions) = tokens();
-        let hidden = model.forward(&tokens, &positions);
-        model.logits_with_grad(&hidden).log_softmax(-1, Kind::Float).max().backward();
+        let logits = model.logits_with_grad(&model.forward(&tokens, &positions));
+        logits.log_softmax(-1, Kind::Float).square().sum(Kind::Float).backward();
         for (parameter, gradient) in gradients.tensors() {
             assert!(gradient.abs().max().double_value(&[]) > 0.0, "{name}: no gradient of {parameter}");
         }
         assert_eq!(weight_gradients.buffer().abs().max().double_value(&[]), 0.0, "{name}: the weights are not frozen");
+    }
+}
+
+/// Logits of a model, and the gradients that a loss of them gives its adapters.
+fn logits_and_gradients(model: &Transformer) -> (Tensor, Tensor) {
+    let gradients = model.collect_gradients().unwrap();
+    let (tokens, positions) = tokens();
+    let logits = model.logits_with_grad(&model.forward(&tokens, &positions));
+    logits.log_softmax(-1, Kind::Float).square().sum(Kind::Float).backward();
+    (logits.detach(), gradients.buffer().shallow_clone())
+}
+
+#[test]
+fn a_quantized_base_computes_what_its_dequantized_weights_do() {
+    for (name, config) in shapes() {
+        let original = random_model(&config);
+        let mut quantized = original.to_quantized().unwrap();
+        quantized.add_adapters(&rank_3(LoraTarget::ALL), 4);
+        // Fresh adapters add nothing.
+        let mut dequantized = quantized.to_merged().unwrap().unwrap();
+        let mut num_quantized = 0;
+        for ((weight, exact), (_, rounded)) in original.named_parameters().iter().zip(dequantized.named_parameters()) {
+            let error = (exact - &rounded).abs();
+            if weight.ends_with("_proj.weight") {
+                let half_steps = exact.abs().amax([1], true) / 127.0 / 2.0;
+                assert!(bool::try_from(error.le_tensor(&(half_steps * 1.0001)).all()).unwrap(), "{name}: {weight}");
+                num_quantized += i32::from(error.max().double_value(&[]) > 0.0);
+            } else {
+                assert_eq!(error.max().double_value(&[]), 0.0, "{name}: {weight}");
+            }
+        }
+        assert_eq!(num_quantized as usize, 7 * original.config().num_layers as usize, "{name}");
+        dequantized.add_adapters(&rank_3(LoraTarget::ALL), 4);
+        fill_adapters(&quantized);
+        fill_adapters(&dequantized);
+        let (actual, expected) = (logits_and_gradients(&quantized), logits_and_gradients(&dequantized));
+        assert!(max_difference(&actual.0, &expected.0) < 1e-5, "{name}");
+        assert!(max_difference(&actual.1, &expected.1) < 1e-4 * expected.1.abs().max().double_value(&[]), "{name}");
+        let merged = quantized.to_merged().unwrap().unwrap();
+        assert!(max_difference(&logits(&merged), &expected.0) < 1e-3, "{name}");
+    }
+}
+
+#[test]
+fn a_quantized_base_is_read_from_a_folder_and_its_adapters_are_merged_into_the_weights_there() {
+    for (name, config) in shapes() {
+        let dir = tempfile::tempdir().unwrap();
+        let (base, merged) = (dir.path().join("base"), dir.path().join("merged"));
+        [&base, &merged].into_iter().for_each(|folder| std::fs::create_dir(folder).unwrap());
+        let mut original = random_model(&config);
+        checkpoint::save(&original, &base, Kind::Float).unwrap();
+        let mut model = checkpoint::load_base(&base, Device::Cpu, Kind::Float, BaseDtype::Int8).unwrap();
+        assert_eq!(logits(&model), logits(&original.to_quantized().unwrap()), "{name}");
+        for model in [&mut model, &mut original] {
+            model.add_adapters(&rank_3(LoraTarget::ALL), 4);
+            fill_adapters(model);
+        }
+        let mut writer = TensorWriter::new(Device::Cpu, STREAMING_BYTES);
+        checkpoint::save_on_base_with(&mut writer, &model, &base, &merged, Kind::Float).unwrap();
+        writer.finish().unwrap();
+        let expected = original.to_merged().unwrap().unwrap().named_parameters();
+        assert_eq!(load(&merged).named_parameters(), expected, "{name}");
+        assert!(checkpoint::save(&model, &merged, Kind::Float).is_err(), "{name}: int8 weights are not saved");
     }
 }
 
@@ -305,7 +368,7 @@ fn adapter_folder(name: &str) -> PathBuf {
 fn save_ours(folder: &Path) {
     let base = "tests/fixtures/models/llama";
     let mut model = load(Path::new(base));
-    model.add_adapters(&LoraConfig { rank: 2, alpha: 5.0, targets: LoraTarget::ALL.into() }, 4);
+    model.add_adapters(&LoraConfig { rank: 2, alpha: 5.0, ..LoraConfig::default() }, 4);
     fill_adapters(&model);
     checkpoint::save_adapter(&model, folder, base).unwrap();
 }

@@ -90,7 +90,7 @@ fn measure(
         probe: None,
         world_size: group.world_size(),
     });
-    let loader = BatchLoader::new(training, &examples, config);
+    let loader = BatchLoader::new(training, &examples, &models.student)?;
     let timings = time_steps(training, &models, loader, &schedule, settings.num_steps, group)?;
     let throughput = Throughput::new(&timings, config, training, device, group.world_size());
     Ok(TrainBenchRecord {

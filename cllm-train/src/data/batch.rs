@@ -13,12 +13,21 @@ use crate::losses::Losses;
 
 /// The label of a row that is not in the autoregressive loss.
 pub const NO_LABEL: i64 = -100;
-/// Maximum number of logits in memory at a time: 256 MiB in float32, for each of a few copies.
-const MAX_CHUNK_LOGITS: usize = 1 << 26;
+/// Maximum number of rows in a chunk for our kernels, which hold its logits once, in bfloat16. Each
+/// chunk reads the output projection, and reads and writes its gradient. With fewer rows, that would
+/// take longer than the arithmetic.
+const MAX_CHUNK_ROWS: usize = 4096;
+/// Maximum number of logits in a chunk for libtorch's operations: 256 MiB in float32, for each of a
+/// few copies.
+const MAX_EAGER_CHUNK_LOGITS: usize = 1 << 26;
 
-/// The maximum number of rows in a chunk for a model with this vocabulary.
-pub fn max_chunk_rows(config: &ModelConfig) -> usize {
-    (MAX_CHUNK_LOGITS / config.vocab_size as usize).max(1)
+/// The maximum number of rows in a chunk for a model with this vocabulary, whose losses our kernels
+/// compute or libtorch's operations.
+pub fn max_chunk_rows(config: &ModelConfig, has_kernels: bool) -> usize {
+    match has_kernels {
+        true => MAX_CHUNK_ROWS,
+        false => (MAX_EAGER_CHUNK_LOGITS / config.vocab_size as usize).max(1),
+    }
 }
 
 /// Packed sequences and the rows that the losses need, on the host.
@@ -141,7 +150,9 @@ impl Batch {
         for (offset, (&token_id, noisy_rows)) in sequence.response_ids.iter().zip(noisy_rows).enumerate() {
             let is_labelled = sequence.labelled[offset];
             // No loss needs the turns of the user between those of the assistant.
-            if has_labels && !is_labelled {
+            let is_other_turn = has_labels && !is_labelled;
+            let is_needed = is_labelled || !noisy_rows.is_empty() || anchor_prompt_fraction.is_some();
+            if is_other_turn || !is_needed {
                 continue;
             }
             // After an empty prompt, no token comes before the first of the response.

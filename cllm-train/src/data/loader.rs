@@ -4,8 +4,9 @@
 use std::sync::mpsc::{Receiver, sync_channel};
 use std::thread::Scope;
 
-use cllm_core::fingerprint;
-use cllm_core::model::ModelConfig;
+use cllm_core::model::Transformer;
+use cllm_core::{Result, fingerprint, train};
+use tch::Kind;
 
 use crate::data::batch::{Batch, BatchCounts, max_chunk_rows};
 use crate::data::dataset::Example;
@@ -38,11 +39,17 @@ pub struct BatchLoader<'l> {
 }
 
 impl<'l> BatchLoader<'l> {
-    pub fn new(settings: &'l Settings, examples: &'l [Example], config: &ModelConfig) -> Self {
+    /// Packs for training `model`.
+    ///
+    /// # Errors
+    /// [`cllm_core::Error::Torch`] if there is no such GPU.
+    pub fn new(settings: &'l Settings, examples: &'l [Example], model: &Transformer) -> Result<Self> {
+        let (config, kind) = (model.config(), model.kind());
         // By the usual counts of operations, in forward and backward.
         let flops_per_pair = (12 * config.num_layers * config.num_heads * config.head_dim) as f64;
         let pair_cost = flops_per_pair / (6 * config.num_parameters()) as f64;
-        BatchLoader { settings, examples, max_chunk_rows: max_chunk_rows(config), pair_cost }
+        let has_kernels = kind == Kind::BFloat16 && train::slow_path_reason_on(config, kind, model.device())?.is_none();
+        Ok(BatchLoader { settings, examples, max_chunk_rows: max_chunk_rows(config, has_kernels), pair_cost })
     }
 
     /// Packs some examples, by their indices, for an epoch. The same epoch always draws the same
@@ -123,7 +130,9 @@ impl<'l> BatchLoader<'l> {
 
 #[cfg(test)]
 mod tests {
+    use cllm_core::model::ModelConfig;
     use serde_json::json;
+    use tch::Device;
 
     use super::*;
     use crate::data::dataset::Block;
@@ -150,7 +159,8 @@ mod tests {
         let examples: Vec<Example> = (0..9).map(example).collect();
         let mut settings = Settings { max_batch_tokens: 64, ..Settings::default() };
         (settings.consistency.local_weight, settings.consistency.anchor_weight) = (1.0, 1.0);
-        let loader = BatchLoader::new(&settings, &examples, &config.unwrap());
+        let model = Transformer::random(config.unwrap(), 0, Device::Cpu, Kind::Float);
+        let loader = BatchLoader::new(&settings, &examples, &model).unwrap();
         let batches = [vec![0, 1], vec![2, 3], vec![4, 5], vec![6, 7], vec![8]];
         let alone = loader.step_batches(&batches, 3, RankShard::all());
         assert_eq!(alone.batches.len(), 5);

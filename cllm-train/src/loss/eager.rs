@@ -3,13 +3,18 @@
 use tch::{Kind, Tensor};
 
 use crate::data::batch::{Chunk, NO_LABEL};
-use crate::loss::head::{ChunkLosses, LossHead};
+use crate::loss::head::{ChunkLosses, FrozenRows, LossHead};
 use crate::losses::Losses;
 use crate::settings::Divergence;
 
 /// The autoregressive, global and anchor losses of a chunk, from the hidden states of its rows and
-/// then its noisy rows, and the frozen model's logits.
-pub fn chunk_losses(head: &LossHead<'_>, hidden: &Tensor, anchor_logits: Option<Tensor>, chunk: &Chunk) -> ChunkLosses {
+/// then its noisy rows, and those of the frozen model.
+pub fn chunk_losses(
+    head: &LossHead<'_>,
+    hidden: &Tensor,
+    anchor: Option<&FrozenRows<'_>>,
+    chunk: &Chunk,
+) -> ChunkLosses {
     let to_device = |numbers: &[i64]| Tensor::from_slice(numbers).to_device(hidden.device());
     let (labels, targets) = (to_device(&chunk.labels), to_device(&chunk.noisy_targets));
     let num_rows = chunk.rows.len() as i64;
@@ -25,17 +30,17 @@ pub fn chunk_losses(head: &LossHead<'_>, hidden: &Tensor, anchor_logits: Option<
             divergence(&clean.detach().index_select(0, &targets), &noisy, head.divergence)
         });
         let anchor =
-            anchor_logits.map(|logits| divergence(&logits.log_softmax(-1, Kind::Float), &clean, Divergence::Forward));
+            anchor.map(|rows| divergence(&rows.logits().log_softmax(-1, Kind::Float), &clean, Divergence::Forward));
         Losses { ar: Some(ar), global, local: None, anchor }
     })
 }
 
-/// The local loss of a chunk, from the hidden states of its rows and the logits of their
-/// counterparts in the next state.
-pub fn local_losses(head: &LossHead<'_>, hidden: &Tensor, next_logits: &Tensor) -> ChunkLosses {
+/// The local loss of a chunk, from the hidden states of its rows and of their counterparts in the
+/// next state.
+pub fn local_losses(head: &LossHead<'_>, hidden: &Tensor, next_rows: &FrozenRows<'_>) -> ChunkLosses {
     with_autograd(head, hidden, |logits| {
         let log_probs = logits.log_softmax(-1, Kind::Float);
-        let target = next_logits.log_softmax(-1, Kind::Float);
+        let target = next_rows.logits().log_softmax(-1, Kind::Float);
         let local = divergence(&target, &log_probs, head.divergence);
         Losses { local: Some(local), ..Losses::default() }
     })

@@ -15,6 +15,20 @@ pub struct LossHead<'m> {
     pub scale: Option<Losses<f64>>,
 }
 
+/// Hidden states of rows whose logits need no gradient.
+pub struct FrozenRows<'m> {
+    pub model: &'m Transformer,
+    /// `[rows, hidden]`.
+    pub hidden: Tensor,
+}
+
+impl FrozenRows<'_> {
+    /// `[rows, vocab]`.
+    pub fn logits(&self) -> Tensor {
+        tch::no_grad(|| self.model.project(&self.hidden))
+    }
+}
+
 /// The losses of a chunk of rows.
 pub struct ChunkLosses {
     /// Sums over the rows; `None` for a loss that is not computed from these rows.

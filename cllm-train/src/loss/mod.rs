@@ -21,7 +21,7 @@ use crate::data::batch::{Batch, LocalChunk};
 use crate::losses::Losses;
 use crate::settings::ConsistencySettings;
 pub use eager::divergence;
-use head::{ChunkLosses, LossHead};
+use head::{ChunkLosses, FrozenRows, LossHead};
 
 /// How to compute gradients.
 #[derive(Clone, Copy)]
@@ -54,27 +54,27 @@ pub fn batch_losses(
         Some(pass) => pass.hidden.detach(),
         None => train::hidden_states(model, &device_batch)?,
     };
-    let anchor = anchor.map(|model| AnchorLogits::new(model, &batch.clean)).transpose()?;
+    let anchor = anchor.map(|model| AnchorPass::new(model, &batch.clean)).transpose()?;
     let head = LossHead { model, divergence: settings.divergence, scale: backward.map(|backward| backward.scale) };
     let mut totals = Totals::new(&hidden, backward.is_some());
     backward.map_or(Ok(()), |backward| backward.gradients.begin(ModelPart::LmHead))?;
     for chunk in &batch.chunks {
         let noisy_rows = if settings.global_weight > 0.0 { chunk.noisy_rows.as_slice() } else { &[] };
         let rows = totals.rows(&[chunk.rows.as_slice(), noisy_rows].concat());
-        let anchor_logits = anchor.as_ref().map(|anchor| anchor.logits(&chunk.clean_rows));
+        let anchor_rows = anchor.as_ref().map(|anchor| anchor.rows(&chunk.clean_rows));
         let losses = match device_batch.kernels() {
-            Some(kernels) => cuda::chunk_losses(&head, kernels, &rows.hidden, anchor_logits, chunk)?,
-            None => eager::chunk_losses(&head, &rows.hidden, anchor_logits, chunk),
+            Some(kernels) => cuda::chunk_losses(&head, kernels, &rows.hidden, anchor_rows.as_ref(), chunk)?,
+            None => eager::chunk_losses(&head, &rows.hidden, anchor_rows.as_ref(), chunk),
         };
         totals.add(&rows, losses);
     }
     if settings.local_weight > 0.0 {
         for LocalChunk { rows, next_rows } in &batch.local_chunks {
             let rows = totals.rows(rows);
-            let next_logits = frozen_logits(model, &hidden, next_rows);
+            let next_rows = frozen_rows(model, &hidden, next_rows);
             let losses = match device_batch.kernels() {
-                Some(kernels) => cuda::local_losses(&head, kernels, &rows.hidden, next_logits)?,
-                None => eager::local_losses(&head, &rows.hidden, &next_logits),
+                Some(kernels) => cuda::local_losses(&head, kernels, &rows.hidden, &next_rows)?,
+                None => eager::local_losses(&head, &rows.hidden, &next_rows),
             };
             totals.add(&rows, losses);
         }
@@ -129,24 +129,23 @@ impl<'h> Totals<'h> {
 }
 
 /// The frozen model's view of the clean part of a batch.
-struct AnchorLogits<'m> {
+struct AnchorPass<'m> {
     model: &'m Transformer,
     hidden: Tensor,
 }
 
-impl<'m> AnchorLogits<'m> {
+impl<'m> AnchorPass<'m> {
     fn new(model: &'m Transformer, clean: &PackedBatch) -> Result<Self> {
-        Ok(AnchorLogits { model, hidden: train::hidden_states(model, &DeviceBatch::new(clean, model)?)? })
+        Ok(AnchorPass { model, hidden: train::hidden_states(model, &DeviceBatch::new(clean, model)?)? })
     }
 
-    fn logits(&self, rows: &[i64]) -> Tensor {
-        frozen_logits(self.model, &self.hidden, rows)
+    fn rows(&self, rows: &[i64]) -> FrozenRows<'m> {
+        frozen_rows(self.model, &self.hidden, rows)
     }
 }
 
-/// Logits `[rows, vocab]` of some rows of the hidden states, without gradients.
-fn frozen_logits(model: &Transformer, hidden: &Tensor, rows: &[i64]) -> Tensor {
-    tch::no_grad(|| model.project(&hidden.index_select(0, &to_device(rows, hidden.device()))))
+fn frozen_rows<'m>(model: &'m Transformer, hidden: &Tensor, rows: &[i64]) -> FrozenRows<'m> {
+    FrozenRows { model, hidden: hidden.index_select(0, &to_device(rows, hidden.device())) }
 }
 
 fn to_device(numbers: &[i64], device: Device) -> Tensor {

@@ -4,10 +4,10 @@
 //! - in the backward of the last checkpointed layer, which was recomputed by then;
 //! - in the backward of the embedding, whose gradient is a tensor of its own.
 
-use cllm_core::model::ModelConfig;
+use cllm_core::model::{BaseDtype, ModelConfig};
 use cllm_core::train;
 
-use super::LayerWidths;
+use super::{LayerWidths, base_dtype};
 use crate::data::dataset::Example;
 use crate::settings::{Divergence, Settings};
 
@@ -65,16 +65,34 @@ struct LayerBytes {
     backward: f64,
 }
 
+/// Bytes of the copies of a layer's quantized weights.
+#[derive(Default)]
+struct WeightCopies {
+    /// Kept from the forward to the backward.
+    kept: f64,
+    /// In memory while the layer computes.
+    temporary: f64,
+}
+
 /// The largest of the moments. `around` are bytes for each token that are there at all of them,
 /// `losses` and `embedding` those of the two ends.
-fn largest_moment(settings: &Settings, num_layers: f64, num_tokens: f64, layer: &LayerBytes, ends: &Ends) -> f64 {
+fn largest_moment(
+    settings: &Settings,
+    num_layers: f64,
+    num_tokens: f64,
+    layer: &LayerBytes,
+    copies: &WeightCopies,
+    ends: &Ends,
+) -> f64 {
     let num_checkpointed = num_layers.min(settings.checkpointed_layers as f64);
     let forward = (num_layers - num_checkpointed) * layer.saved + num_checkpointed * layer.input;
-    let in_losses = num_tokens * forward + ends.losses;
-    let in_last_layer = num_tokens * (forward + layer.backward);
+    let kept = (num_layers - num_checkpointed) * copies.kept;
+    let in_losses = num_tokens * forward + kept + ends.losses;
+    let in_last_layer = num_tokens * (forward + layer.backward) + kept + copies.temporary;
     // Of the checkpointed layer itself, the input is one of the saved tensors.
     let recomputed = (num_checkpointed - 1.0) * layer.input + layer.saved + layer.backward;
-    let in_recomputed = if num_checkpointed > 0.0 { num_tokens * recomputed } else { 0.0 };
+    let recomputed = num_tokens * recomputed + copies.kept + copies.temporary;
+    let in_recomputed = if num_checkpointed > 0.0 { recomputed } else { 0.0 };
     let moments = [in_losses, in_last_layer, in_recomputed, ends.embedding];
     num_tokens * ends.around + moments.into_iter().fold(0.0, f64::max)
 }
@@ -89,7 +107,8 @@ struct Ends {
 
 /// Our CUDA kernels, in bfloat16. For each token a layer saves the inputs and outputs of two norms,
 /// queries, keys and values (queries and keys twice if they have norms), the attention output with a
-/// float32 logsumexp per head, gate and up. Its largest temporary tensor is the gradient of their
+/// float32 logsumexp per head, gate and up; and with adapters the products of its inputs with every
+/// A, also if it is checkpointed. Its largest temporary tensor is the gradient of their
 /// product, or later, when what the feed-forward layer had is freed, the gradients of the
 /// attention's output and of queries, keys and values.
 ///
@@ -99,10 +118,16 @@ pub fn cuda_activations(config: &ModelConfig, settings: &Settings, batch: BatchS
     let LayerWidths { hidden, queries, qkv, heads, ffn, normed } = LayerWidths::new(config);
     let vocab = config.vocab_size as f64;
     let in_attention = 2.0 * (queries + qkv) + 4.0 * heads - (4.0 * ffn + 4.0 * hidden);
+    let low_ranks = 2.0 * low_rank_width(settings);
     let layer = LayerBytes {
-        saved: 8.0 * hidden + 2.0 * (qkv + queries + normed) + 4.0 * heads + 4.0 * ffn,
-        input: 2.0 * hidden,
+        saved: 8.0 * hidden + 2.0 * (qkv + queries + normed) + 4.0 * heads + 4.0 * ffn + low_ranks,
+        input: 2.0 * hidden + low_ranks,
         backward: (2.0 * ffn).max(in_attention),
+    };
+    // One weight at a time is dequantized.
+    let copies = match base_dtype(settings) {
+        BaseDtype::Model => WeightCopies::default(),
+        BaseDtype::Int8 => WeightCopies { kept: 0.0, temporary: 2.0 * hidden * (2.0 * ffn).max(qkv) },
     };
     let num_logits = if settings.is_anchored() || settings.consistency.local_weight > 0.0 { 2.0 } else { 1.0 };
     let ends = Ends {
@@ -110,7 +135,12 @@ pub fn cuda_activations(config: &ModelConfig, settings: &Settings, batch: BatchS
         losses: batch.num_logit_rows * (num_logits * 2.0 * vocab + 4.0 * hidden),
         embedding: if settings.lora.is_some() { 0.0 } else { 2.0 * vocab * hidden },
     };
-    WORKSPACE_BYTES + largest_moment(settings, config.num_layers as f64, batch.num_tokens, &layer, &ends)
+    WORKSPACE_BYTES + largest_moment(settings, config.num_layers as f64, batch.num_tokens, &layer, &copies, &ends)
+}
+
+/// Rank of all adapters of a layer together.
+fn low_rank_width(settings: &Settings) -> f64 {
+    settings.lora.as_ref().map_or(0.0, |lora| lora.rank as f64 * lora.targets.len() as f64)
 }
 
 /// libtorch's operations, with b bytes per element. For each token a layer saves
@@ -128,14 +158,19 @@ pub fn cuda_activations(config: &ModelConfig, settings: &Settings, batch: BatchS
 /// At all moments there are the tensors of the last norm, the hidden states, their gradient, the
 /// cosines and sines, and the biases of the attention of noisy tokens and of sliding windows.
 pub fn eager_activations(config: &ModelConfig, element: f64, settings: &Settings, batch: BatchSize) -> f64 {
-    let LayerWidths { hidden, queries, heads, ffn, normed, .. } = LayerWidths::new(config);
+    let LayerWidths { hidden, queries, qkv, heads, ffn, normed } = LayerWidths::new(config);
     let is_frozen = settings.lora.is_some();
     let norm = (4.0 + element + if is_frozen { 0.0 } else { element }) * hidden;
-    let adapters = settings.lora.as_ref().map_or(0.0, |lora| lora.rank as f64 * lora.targets.len() as f64);
+    let adapters = low_rank_width(settings);
     let layer = LayerBytes {
         saved: element * (adapters + 5.0 * queries + 4.0 * ffn) + 2.0 * norm + (4.0 + element) * normed + 4.0 * heads,
         input: element * hidden,
         backward: element * (2.0 * ffn + 2.0 * hidden),
+    };
+    // Autograd keeps the dequantized weights.
+    let copies = match base_dtype(settings) {
+        BaseDtype::Model => WeightCopies::default(),
+        BaseDtype::Int8 => WeightCopies { kept: element * hidden * (qkv + queries + 3.0 * ffn), temporary: 0.0 },
     };
     let gradient_of_vocabulary = if is_frozen { 0.0 } else { element * config.vocab_size as f64 * hidden };
     let ends = Ends {
@@ -144,7 +179,7 @@ pub fn eager_activations(config: &ModelConfig, element: f64, settings: &Settings
         embedding: gradient_of_vocabulary,
     };
     element * batch.num_bias_elements
-        + largest_moment(settings, config.num_layers as f64, batch.num_tokens, &layer, &ends)
+        + largest_moment(settings, config.num_layers as f64, batch.num_tokens, &layer, &copies, &ends)
 }
 
 /// Float32 tensors `[rows, vocab]` in memory at a time. In the forward: logits and log-probabilities;

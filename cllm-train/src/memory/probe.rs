@@ -1,8 +1,10 @@
 //! The memory of what happens between training steps: validation and checkpoints.
 
+use cllm_core::decode::MAX_LOGITS;
 use cllm_core::model::ModelConfig;
+use tch::Kind;
 
-use super::{LayerWidths, Workload, masters_are_copies};
+use super::{LayerWidths, Workload, masters_are_copies, trained_kind};
 
 /// A forward that caches prompts has at most this many tokens.
 const MAX_PROMPT_TOKENS: usize = 4096;
@@ -20,7 +22,7 @@ pub(super) fn validation_bytes(workload: &Workload<'_>) -> f64 {
     let num_window_tokens = probe.num_prompts * settings.validation.n;
     let num_prompt_tokens = probe.num_prompt_tokens.min(MAX_PROMPT_TOKENS);
     let forward = forward_bytes(config, element, num_window_tokens.max(num_prompt_tokens) as f64)
-        .max(forward_bytes(config, element, num_window_tokens as f64) + logits_bytes(config, num_window_tokens));
+        .max(forward_bytes(config, element, num_window_tokens as f64) + logits_bytes(config, kind, num_window_tokens));
     average + merged_weights(workload) + merging_bytes(workload).max(cache + forward)
 }
 
@@ -36,7 +38,8 @@ fn own_weights(workload: &Workload<'_>) -> f64 {
     let Workload { config, kind, settings, world_size, .. } = *workload;
     let shard = settings.trained_parameters(config) as f64 / world_size as f64;
     let has_copy = masters_are_copies(settings, kind);
-    if settings.optimizer.ema_decay.is_none() || has_copy { 0.0 } else { kind.elt_size_in_bytes() as f64 * shard }
+    let element = trained_kind(settings, kind).elt_size_in_bytes() as f64;
+    if settings.optimizer.ema_decay.is_none() || has_copy { 0.0 } else { element * shard }
 }
 
 /// The float32 temporary tensors of the largest projection while its adapter is merged: the change,
@@ -59,7 +62,8 @@ fn forward_bytes(config: &ModelConfig, element: f64, num_tokens: f64) -> f64 {
     element * num_tokens * (2.0 * hidden + queries + 3.0 * ffn)
 }
 
-/// Logits in float32.
-fn logits_bytes(config: &ModelConfig, num_tokens: usize) -> f64 {
-    4.0 * num_tokens as f64 * config.vocab_size as f64
+/// Logits in float32. The kernels, which compute in bfloat16, hold those of a slice of the vocabulary.
+fn logits_bytes(config: &ModelConfig, kind: Kind, num_tokens: usize) -> f64 {
+    let num_logits = num_tokens as f64 * config.vocab_size as f64;
+    4.0 * if kind == Kind::BFloat16 { num_logits.min(MAX_LOGITS as f64) } else { num_logits }
 }

@@ -4,7 +4,7 @@ use cllm_core::model::ModelConfig;
 use serde::Serialize;
 use tch::Kind;
 
-use crate::memory::masters_are_copies;
+use crate::memory::{masters_are_copies, trained_kind};
 use crate::settings::{Settings, StateDtype};
 use crate::training_state::{Kept, StoredBytes, StoredCheckpoint, kept_checkpoints};
 
@@ -127,7 +127,7 @@ impl Sizes {
         let are_saved = !masters_are_copies(settings, kind) && !has_average && settings.lora.is_none();
         let num_stored = if are_saved { 2 } else { 3 };
         let average = if has_average { 4 } else { 0 };
-        let model = element * trained + tokenizer_bytes;
+        let model = trained_kind(settings, kind).elt_size_in_bytes() as u64 * trained + tokenizer_bytes;
         let adapter = if settings.lora.is_some() { model } else { 0 };
         Sizes {
             model,
@@ -175,7 +175,7 @@ mod tests {
         let lora = LoraConfig { rank: 2, ..LoraConfig::default() };
         let adapters = lora.num_parameters(&config()) as u64;
         let settings = Settings { lora: Some(lora), ..Settings::default() };
-        assert_eq!(bytes(&settings, Kind::BFloat16), (14 * adapters + 7, 2 * all + 7 + 2 * adapters + 7));
+        assert_eq!(bytes(&settings, Kind::BFloat16), (16 * adapters + 7, 2 * all + 7 + 4 * adapters + 7));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //! that the run does not fit as it is.
 
 use cllm_core::Result;
+use cllm_core::model::{BaseDtype, LoraConfig};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
 use tch::Kind;
@@ -116,7 +117,20 @@ impl Variant {
 
     fn with_adapters(&self) -> Self {
         let change = [("lora.rank", json!(16))];
-        self.with(&change, |settings| settings.lora = Some(Default::default())).training_otherwise()
+        let variant = self.with(&change, |settings| settings.lora = Some(LoraConfig::default())).training_otherwise();
+        if variant.settings.optimizer.state_dtype == StateDtype::Float32 {
+            return variant;
+        }
+        let change = [("optimizer.state_dtype", json!("float32"))];
+        variant.with(&change, |settings| settings.optimizer.state_dtype = StateDtype::Float32)
+    }
+
+    fn with_int8_base(&self) -> Self {
+        let change = [("lora.base_dtype", json!("int8"))];
+        let change_base = |settings: &mut Settings| {
+            settings.lora.iter_mut().for_each(|lora| lora.base_dtype = BaseDtype::Int8);
+        };
+        self.with(&change, change_base).training_otherwise()
     }
 }
 
@@ -134,12 +148,17 @@ impl Search<'_> {
             proposals.extend(self.with_both(own)?);
         }
         let settings = &own.settings;
-        let can_round = settings.optimizer.state_dtype == StateDtype::Float32;
-        if can_round && self.outset.device.kind == Kind::BFloat16 {
+        if self.can_round(settings) {
             proposals.extend(self.fastest(&own.with_bf16_state())?);
         }
-        if settings.lora.is_none() && settings.init.is_none() {
-            proposals.extend(self.fastest(&own.with_adapters())?);
+        let with_adapters = match &settings.lora {
+            Some(lora) => (lora.base_dtype == BaseDtype::Model).then(|| own.with_int8_base()),
+            None => settings.init.is_none().then(|| own.with_adapters()),
+        };
+        if let Some(variant) = with_adapters {
+            let proposal = self.fastest(&variant)?;
+            let is_last = proposal.is_some() || settings.lora.is_some();
+            proposals.extend(if is_last { proposal } else { self.fastest(&variant.with_int8_base())? });
         }
         proposals.sort_by(|a, b| {
             let rank = |proposal: &Proposal| (proposal.changes_training, proposal.relative_time);
@@ -152,7 +171,7 @@ impl Search<'_> {
         let fewer = own.with(&[("max_checkpoints", json!(1))], |settings| settings.max_checkpoints = 1);
         let last_only = own.with(&[("save_every", Value::Null)], |settings| settings.save_every = None);
         let mut variants = vec![fewer, last_only];
-        if self.outset.device.kind == Kind::BFloat16 && own.settings.optimizer.state_dtype == StateDtype::Float32 {
+        if self.can_round(&own.settings) {
             variants.extend(variants.clone().iter().map(Variant::with_bf16_state));
         }
         if own.settings.lora.is_none() && own.settings.init.is_none() {
@@ -163,6 +182,12 @@ impl Search<'_> {
             proposals.extend(self.check(variant)?);
         }
         Ok(proposals)
+    }
+
+    /// Whether the state of the optimizer could be bfloat16 and is not.
+    fn can_round(&self, settings: &Settings) -> bool {
+        let is_float32 = settings.optimizer.state_dtype == StateDtype::Float32;
+        is_float32 && settings.lora.is_none() && self.outset.device.kind == Kind::BFloat16
     }
 
     /// The variant as a proposal, if it fits.

@@ -6,7 +6,7 @@
 //! keys and values together, f that of the feed-forward layer. A forward is 1 product with each
 //! weight, a backward 2 (1 with frozen weights), and a checkpointed layer has 1 more forward.
 
-use cllm_core::model::ModelConfig;
+use cllm_core::model::{BaseDtype, ModelConfig};
 
 use crate::data::dataset::Example;
 use crate::gpus::GpuModel;
@@ -126,14 +126,27 @@ fn layers_work(
     // residual stream, gate and up, and the last onto the residual stream.
     let product_bytes = 2.0 * passes * (6.0 * h + s + q + 3.0 * f);
     // Every pass of a batch reads the weights, and one adds to their gradients.
-    let weight_bytes = if settings.lora.is_some() { 2.0 * passes } else { 2.0 * passes + 4.0 } * weights;
+    // Quantized weights are read as int8, and written and read as their copy.
+    let weight_bytes = weights
+        * match &settings.lora {
+            None => 2.0 * passes + 4.0,
+            Some(lora) if lora.base_dtype == BaseDtype::Int8 => 5.0 * passes,
+            Some(_) => 2.0 * passes,
+        };
+    // Adapters read the inputs of the products again and write to their outputs before them; in the
+    // backward they read inputs and both gradients again, and write to that of the input.
+    let (inputs, outputs) = (2.0 * h + q + f, s + 2.0 * h + 2.0 * f);
+    let adapter_bytes = match settings.lora {
+        Some(_) => 2.0 * (4.0 * inputs + 4.0 * outputs + recomputed * 2.0 * (outputs - h)),
+        None => 0.0,
+    };
     // Norms, RoPE and SwiGLU, forward and backward.
     let elementwise = (24.0 * h + 8.0 * s + 18.0 * f) + recomputed * (8.0 * h + 4.0 * s + 6.0 * f);
     StepWork {
         products: num_layers * num_tokens * (2.0 * passes * weights + 2.0 * (3.0 + recomputed) * adapters),
         // Two products of the forward and five of the backward.
         attention: num_pairs * q * (4.0 * (1.0 + recomputed) + 10.0),
-        bytes: num_layers * (num_tokens * (product_bytes + elementwise) + num_batches * weight_bytes),
+        bytes: num_layers * (num_tokens * (product_bytes + elementwise + adapter_bytes) + num_batches * weight_bytes),
         exchanged: 0.0,
     }
 }

@@ -31,7 +31,7 @@ pub(super) fn time_steps(
     let models = Models::random(outset.config.clone(), settings, device)?;
     let group = Rc::new(ProcessGroup::single());
     let mut optimizer = OptimizerState::new(&models.student, settings, group)?;
-    let loader = BatchLoader::new(settings, outset.examples, outset.config);
+    let loader = BatchLoader::new(settings, outset.examples, &models.student)?;
     let mut step_seconds = Vec::new();
     let began = Instant::now();
     for batches in needs.batches.chunks(settings.accumulation).cycle().take(1 + NUM_TIMED_STEPS) {

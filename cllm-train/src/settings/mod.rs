@@ -221,6 +221,11 @@ impl Settings {
         if self.init.is_some() && self.lora.is_some() {
             return usage("lora needs `model`: adapters do not turn random weights into a model");
         }
+        if self.lora.is_some() && self.optimizer.state_dtype == StateDtype::Bfloat16 {
+            return usage(
+                "optimizer.state_dtype must be float32 with lora: adapters are float32, and so is their state",
+            );
+        }
         if self.consistency.context == BlockContext::NoisyWindow && self.consistency.max_blocks.is_some() {
             return usage(
                 "consistency.max_blocks must be null with consistency.context=noisy_window: a window needs all its blocks",

@@ -52,7 +52,7 @@ impl ValidationLosses {
     /// # Errors
     /// [`Error::Interrupted`]; [`Error::Torch`], for example when memory runs out.
     pub fn evaluate(&self, models: &Models, settings: &Settings) -> Result<Losses<f64>> {
-        let loader = BatchLoader::new(settings, &self.examples, models.student.config());
+        let loader = BatchLoader::new(settings, &self.examples, &models.student)?;
         let mut sums = Losses::<f64>::default();
         let mut counts = BatchCounts::default();
         for batch in &self.batches {

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use cllm_core::checkpoint::{self, TensorFile};
-use cllm_core::model::{LoraConfig, LoraTarget};
+use cllm_core::model::{BaseDtype, LoraConfig};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_train::settings::{Objective, Settings};
 use cllm_train::trainer;
@@ -28,7 +28,7 @@ fn student(folder: &Path, mut config: Value) -> Settings {
     config["vocab_size"] = Tokenizer::load(&model).unwrap().vocab_size().into();
     checkpoint::save(&random_model(&config, 5), &model, Kind::Float).unwrap();
     Settings {
-        lora: Some(LoraConfig { rank: 2, alpha: 8.0, targets: LoraTarget::ALL.into() }),
+        lora: Some(LoraConfig { rank: 2, alpha: 8.0, ..LoraConfig::default() }),
         max_steps: Some(4),
         save_every: Some(2),
         ..consistency(folder, &model, "run")
@@ -113,6 +113,25 @@ fn a_run_saves_the_merged_model_and_the_adapter() {
 }
 
 #[test]
+fn a_run_on_a_quantized_base_resumes_exactly_and_is_merged_into_the_initial_model() {
+    tch::set_num_threads(1);
+    let dir = tempfile::tempdir().unwrap();
+    let mut settings = student(dir.path(), llama());
+    settings.consistency.anchor_weight = 0.5;
+    settings.consistency.anchor = settings.model.clone();
+    settings.lora.as_mut().unwrap().base_dtype = BaseDtype::Int8;
+    trainer::run(settings.clone()).unwrap();
+    let run = &settings.output;
+    // Before the first update, the anchor loss is what quantization changes.
+    let losses = loss_curve(run);
+    assert!(losses[0].anchor > 1e-9 && losses[0].anchor < 1e-2, "{losses:?}");
+    // Loading an adapter merges it into the initial model.
+    assert!(have_same_weights(&run.join("final/adapter"), &run.join("final")));
+    assert!(!have_same_weights(initial_model(&settings), &run.join("final")), "it learnt nothing");
+    assert_resumes_exactly(&settings, 2);
+}
+
+#[test]
 fn adapters_alone_learn() {
     tch::set_num_threads(1);
     let dir = tempfile::tempdir().unwrap();
@@ -146,6 +165,9 @@ fn plan_counts_gradients_and_state_of_the_adapters_only() {
     // a second model.
     assert_eq!(bytes("weights"), [4 * (all + trained), 8 * all]);
     assert_eq!(bytes("gradients"), [4 * trained, 4 * all]);
+    let quantized = plan(&["lora.base_dtype=int8"]);
+    let weights = number(&quantized["memory_bytes"], "weights");
+    assert!((all..3 * all).contains(&(weights - 4 * trained)), "{quantized}");
     assert_eq!(bytes("optimizer"), [8 * trained, 8 * all]);
     let [with_adapters, plain] = bytes("activations");
     // Low-rank outputs come, normalized inputs and the gradient of the vocabulary go.
@@ -164,6 +186,9 @@ fn bad_settings_are_named() {
         let key = assignment.split('=').next().unwrap();
         TRAIN.fail(&["validate", "model=x", "datasets=[x]", "output=x", assignment], 2, &[key, message]);
     }
+    let with_bf16_state =
+        ["validate", "model=x", "datasets=[x]", "output=x", "lora.rank=4", "optimizer.state_dtype=bfloat16"];
+    TRAIN.fail(&with_bf16_state, 2, &["optimizer.state_dtype must be float32 with lora"]);
     let random = ["validate", "datasets=[x]", "output=x", "lora.rank=4", "init.tokenizer=x"];
     TRAIN.fail(&random, 2, &["lora needs `model`"]);
     let output = TRAIN.succeed(&["validate", "model=x", "datasets=[x]", "output=x", "lora.targets=[v_proj, q_proj]"]);

@@ -6,7 +6,6 @@ use tch::{Device, Kind, Tensor};
 
 use crate::cuda::decode::{self, DecodeKernels, LayerCache, Queries};
 use crate::cuda::forward_input::{ForwardInput, InputLimits};
-use crate::cuda::libtorch;
 use crate::cuda::nvrtc::compute_capability;
 use crate::cuda::shape::KernelShape;
 use crate::cuda::tiles;
@@ -37,6 +36,7 @@ impl<'m> CudaModel<'m> {
         let (shape, num_layers) = (model.config().kernel_shape(), model.config().num_layers);
         if model.kind() != Kind::BFloat16
             || model.adapters().is_some()
+            || model.is_quantized()
             || !decode::supports(&shape)
             || compute_capability(device)?.0 < MIN_COMPUTE_CAPABILITY
         {
@@ -154,8 +154,7 @@ impl<'m> CudaModel<'m> {
         let last_delta = delta.as_ref().map(leading);
         let normed = leading(&normed);
         kernels.add_rms_norm(&leading(x), last_delta.as_ref(), &self.model.norm, &normed)?;
-        let logits = libtorch::matmul_float32(&normed, self.model.lm_head())?;
-        kernels.sample(&logits, input, predicted)
+        kernels.sample(self.model.lm_head(), &normed, input, predicted)
     }
 
     fn with_cache(&self, index: usize, layer: &Layer, work: impl FnOnce(&LayerCache<'_>) -> Result<()>) -> Result<()> {
