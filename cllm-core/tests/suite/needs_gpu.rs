@@ -1,7 +1,10 @@
 //! Decoding with the kernels of a GPU in bfloat16, against the eager backend on the CPU in float32.
 
+use std::time::Instant;
+
+use cllm_core::checkpoint;
 use cllm_core::decode::{Answer, DecodeOptions, Decoder, Request, StopConditions, Strategy, required_slots};
-use cllm_core::model::Transformer;
+use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::thought::{Thought, ThoughtClosing, ThoughtLimit, ThoughtTokens};
 use cllm_testing::gpu;
 use serde_json::{Value, json};
@@ -242,4 +245,35 @@ fn samples_follow_the_softmax_of_the_float32_model() {
             }
         }
     }
+}
+
+/// A model of 2.6 GB goes from the device to files and back beside a few pieces in host memory.
+#[test]
+#[ignore = "needs a GPU: scripts/test --gpu"]
+fn a_model_is_saved_and_loaded_through_little_host_memory() {
+    let config = json!({
+        "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 8192,
+        "num_hidden_layers": 8, "num_attention_heads": 32, "tie_word_embeddings": true,
+    });
+    let (device, kind) = (Device::Cuda(0), Kind::BFloat16);
+    let model = Transformer::random_on_device(ModelConfig::from_json(&config).unwrap(), device, kind);
+    let dir = tempfile::tempdir().unwrap();
+    let kilobytes = |key: &str| {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix(key)).unwrap();
+        line.split_whitespace().next().unwrap().parse::<u64>().unwrap()
+    };
+    // The first copy loads what CUDA needs for it.
+    let _ = model.weights().buffer().narrow(0, 0, 8).to_device(Device::Cpu);
+    std::fs::write("/proc/self/clear_refs", "5").unwrap();
+    let before = kilobytes("VmRSS:");
+    let started = Instant::now();
+    checkpoint::save(&model, dir.path(), kind).unwrap();
+    let saved = started.elapsed();
+    let loaded = checkpoint::load(dir.path(), device, kind).unwrap();
+    let (all, more) = (started.elapsed(), (kilobytes("VmHWM:") - before) / 1000);
+    let gigabytes = model.weights().buffer().numel() as f64 * 2e-9;
+    eprintln!("{gigabytes:.1} GB: saved in {saved:.1?}, loaded in {:.1?}, with {more} MB of host memory", all - saved);
+    assert!(model.weights().buffer().equal(loaded.weights().buffer()));
+    assert!(more < 1000, "{more} MB");
 }
