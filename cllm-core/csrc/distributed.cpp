@@ -6,6 +6,8 @@
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 
+#include <c10/util/Logging.h>
+
 #include "guarded.h"
 
 namespace {
@@ -29,6 +31,8 @@ extern "C" {
 // but wait for one another.
 int cllm_store_new(const char *host, int port, int serves, const char *prefix, int64_t timeout_ms, void **store) {
   return guarded([&] {
+    // c10d warns of lost connections with pages of addresses. The message that follows is enough.
+    FLAGS_caffe2_log_level = c10::GLOG_ERROR;
     c10d::TCPStoreOptions options;
     options.port = static_cast<uint16_t>(port);
     options.isServer = serves;

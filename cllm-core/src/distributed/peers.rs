@@ -73,22 +73,27 @@ pub fn run_together<T>(process: &ProcessEnv, body: impl FnOnce() -> Result<T>) -
         own => own,
     });
     match &result {
-        Ok(_) => peers.wait_for_all()?,
-        Err(error) => drop(peers.publish(&Failure {
-            rank: peers.rank,
-            exit_code: error.exit_code(),
-            message: error.to_string(),
-            is_silent: false,
-        })),
+        Ok(_) => {
+            peers.wait_for_all()?;
+            watcher.stop();
+        }
+        Err(error) => {
+            // First, since it would take this process's own failure for that of another.
+            watcher.stop();
+            let message = error.to_string();
+            let failure = Failure { rank: peers.rank, exit_code: error.exit_code(), message, is_silent: false };
+            let _ = peers.publish(&failure);
+        }
     }
-    watcher.stop();
     peers.leave();
     result
 }
 
 impl Peers {
-    fn connect(process: &ProcessEnv, serves: bool) -> Result<Self> {
-        Ok(Peers { store: process.connect(serves)?, rank: process.rank, world_size: process.world_size, serves })
+    /// Connects to the store, and begins to serve it if `begins_to_serve`.
+    fn connect(process: &ProcessEnv, begins_to_serve: bool) -> Result<Self> {
+        let store = process.connect(begins_to_serve)?;
+        Ok(Peers { store, rank: process.rank, world_size: process.world_size, serves: process.rendezvous.serves })
     }
 
     /// Makes `failure` the one that ends the run, unless there is one already.

@@ -288,6 +288,7 @@ fn a_killed_process_ends_all() {
         assert_eq!(codes, [Some(3), Some(3)], "{stderr}");
         assert_eq!(stderr.matches(&format!("error: process {killed} of 3 failed: it ")).count(), 2, "{stderr}");
         assert_eq!(stderr.matches("ended without a message").count(), 2, "{stderr}");
+        assert!(!stderr.contains("frame #"), "{stderr}");
     }
 }
 
