@@ -97,7 +97,7 @@ impl Checkpoints {
     /// [`Checkpoints::resume`] reports.
     pub fn started_on(run: &Path) -> Option<Date> {
         let state = if run.join(SUMMARY_FILE).exists() { read_state(run, "") } else { Ok(None) };
-        let state = state.ok()?.or_else(|| read_state(&checkpoints_folder(run).join("latest"), "").ok()?);
+        let state = state.ok()?.or_else(|| read_state(&checkpoints_folder(run).join(LATEST), "").ok()?);
         state?.fingerprint.date()
     }
 
@@ -107,7 +107,7 @@ impl Checkpoints {
 
     /// Whether there is a checkpoint to resume from.
     pub fn has_latest(&self) -> bool {
-        self.folder().join("latest").exists()
+        self.folder().join(LATEST).exists()
     }
 
     /// Begins a checkpoint, which [`Self::complete`] makes appear. Every process must call it: each

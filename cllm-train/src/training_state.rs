@@ -111,10 +111,11 @@ pub fn remove_state(checkpoint: &Path) -> Result<()> {
 /// its own folder: with that, the same command finds that there is nothing left to do.
 pub fn remove_state_of_run(run: &Path) -> Result<()> {
     let latest = checkpoints_folder(run).join("latest");
-    if run.join(SUMMARY_FILE).exists() && !has_state(run) {
-        if let Some(state) = read_state(&latest, "remove the file")? {
-            atomic_file::write_json(&run.join(STATE_FILE), &state)?;
-        }
+    if run.join(SUMMARY_FILE).exists()
+        && !has_state(run)
+        && let Some(state) = read_state(&latest, "remove the file")?
+    {
+        atomic_file::write_json(&run.join(STATE_FILE), &state)?;
     }
     if latest.is_symlink() {
         std::fs::remove_file(&latest).map_err(Error::write(&latest))?;
