@@ -81,15 +81,6 @@ int cllm_peak_reserved_gpu_memory(int device, int64_t *peak) {
   });
 }
 
-// Bytes of a GPU that are free, and all that it has, as CUDA reports them.
-int cllm_gpu_capacity(int device, int64_t *free, int64_t *total) {
-  return guarded([&] {
-    auto info = c10::cuda::CUDACachingAllocator::get()->getMemoryInfo(static_cast<c10::DeviceIndex>(device));
-    *free = static_cast<int64_t>(info.first);
-    *total = static_cast<int64_t>(info.second);
-  });
-}
-
 int cllm_cpu_memory_begin() {
   return guarded([] {
     c10::ThreadLocalDebugInfo::_push(c10::DebugInfoKind::PROFILER_STATE, std::make_shared<CpuMemory>());

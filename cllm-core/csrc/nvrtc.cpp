@@ -69,6 +69,7 @@ struct Driver {
   decltype(&cuLaunchKernelEx) launch = symbol<decltype(cuLaunchKernelEx)>(library, "cuLaunchKernelEx");
   decltype(&cuDeviceGet) device = symbol<decltype(cuDeviceGet)>(library, "cuDeviceGet");
   decltype(&cuDeviceGetAttribute) property = symbol<decltype(cuDeviceGetAttribute)>(library, "cuDeviceGetAttribute");
+  decltype(&cuMemGetInfo) memory = symbol<decltype(cuMemGetInfo)>(library, "cuMemGetInfo_v2");
   decltype(&cuTensorMapEncodeTiled) tensor_map =
       symbol<decltype(cuTensorMapEncodeTiled)>(library, "cuTensorMapEncodeTiled");
   decltype(&cuGetErrorString) error = symbol<decltype(cuGetErrorString)>(library, "cuGetErrorString");
@@ -84,6 +85,14 @@ void check(CUresult result, const std::string &what) {
   const char *text = nullptr;
   driver().error(result, &text);
   throw std::runtime_error(what + ": " + (text ? text : "unknown error of the CUDA driver"));
+}
+
+// Makes the context of a device current, which functions of the driver need.
+void make_current(int device) {
+  c10::cuda::set_device(static_cast<c10::DeviceIndex>(device));
+  // This creates the context. Synchronizing the whole device would, too, but would break what
+  // another thread captures.
+  c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(device)).synchronize();
 }
 }  // namespace
 
@@ -133,6 +142,17 @@ int cllm_num_multiprocessors(int device, int *count) {
   });
 }
 
+// Bytes of a device that are free, and all that it has.
+int cllm_gpu_capacity(int device, int64_t *free, int64_t *total) {
+  return guarded([&] {
+    make_current(device);
+    size_t free_bytes = 0, total_bytes = 0;
+    check(driver().memory(&free_bytes, &total_bytes), "querying the GPU's memory");
+    *free = static_cast<int64_t>(free_bytes);
+    *total = static_cast<int64_t>(total_bytes);
+  });
+}
+
 // How the copy engine finds tiles of 64 tokens of a head, at most 64 columns wide, in a tensor
 // [tokens, heads, width] in bfloat16; sizes are in this order.
 int cllm_tensor_map(void *first, const uint64_t *sizes, void *map) {
@@ -149,10 +169,7 @@ int cllm_tensor_map(void *first, const uint64_t *sizes, void *map) {
 // Loads machine code into the context of a device. It stays loaded until the process ends.
 int cllm_load_module(int device, const char *code, void **module) {
   return guarded([&] {
-    c10::cuda::set_device(static_cast<c10::DeviceIndex>(device));
-    // This creates the context. Synchronizing the whole device would, too, but would break what
-    // another thread captures.
-    c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(device)).synchronize();
+    make_current(device);
     CUmodule loaded;
     check(driver().load(&loaded, code), "loading kernels");
     *module = loaded;
