@@ -7,7 +7,6 @@ mod activations;
 mod probe;
 
 use cllm_core::model::{BaseDtype, Family, ModelConfig};
-use cllm_core::train;
 use serde::Serialize;
 use tch::Kind;
 
@@ -18,15 +17,14 @@ use crate::settings::{Settings, StateDtype};
 use crate::validation::ProbeSize;
 use activations::{BatchSize, cuda_activations, eager_activations};
 
-/// The compute capability of the GPUs that estimates are for: Hopper.
-pub const PLANNED_CAPABILITY: (u32, u32) = (9, 0);
-
 /// What the memory of a run depends on.
 #[derive(Clone, Copy)]
 pub struct Workload<'w> {
     pub config: &'w ModelConfig,
     /// Type of weights and activations.
     pub kind: Kind,
+    /// Whether libtorch's operations train the model, and not our kernels.
+    pub is_eager: bool,
     pub settings: &'w Settings,
     pub examples: &'w [Example],
     /// Indices of examples.
@@ -63,14 +61,13 @@ pub struct MemoryEstimate {
 impl MemoryEstimate {
     pub fn new(workload: &Workload<'_>) -> Self {
         let Workload { config, kind, settings, examples, batches, .. } = *workload;
-        let has_kernels = kind == Kind::BFloat16 && train::slow_path_reason(config, kind, PLANNED_CAPABILITY).is_none();
-        let max_rows = max_chunk_rows(config, has_kernels) as f64;
+        let max_rows = max_chunk_rows(config, !workload.is_eager) as f64;
         let activations = batches
             .iter()
             .map(|batch| BatchSize::new(config, settings, batch, examples, max_rows))
-            .map(|batch| match has_kernels {
-                true => cuda_activations(config, settings, batch),
-                false => eager_activations(config, kind.elt_size_in_bytes() as f64, settings, batch),
+            .map(|batch| match workload.is_eager {
+                false => cuda_activations(config, settings, batch),
+                true => eager_activations(config, kind.elt_size_in_bytes() as f64, settings, batch),
             })
             .fold(0.0, f64::max);
         let StaticBytes { weights, gradients, optimizer, update } = StaticBytes::new(workload);
@@ -251,6 +248,7 @@ mod tests {
         let planned = MemoryEstimate::new(&Workload {
             config,
             kind: Kind::Float,
+            is_eager: true,
             settings,
             examples: &examples,
             batches: &batches,
@@ -347,6 +345,7 @@ mod tests {
             let StaticBytes { weights, gradients, optimizer, .. } = StaticBytes::new(&Workload {
                 config: &config,
                 kind: Kind::BFloat16,
+                is_eager: false,
                 settings: &settings,
                 examples: &examples,
                 batches: &[],

@@ -15,7 +15,7 @@ use cllm_core::distributed::ProcessGroup;
 use cllm_core::program::{print, print_json};
 use cllm_core::progress::count;
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::{Error, Result, device, interrupt, progress, text_file};
+use cllm_core::{Error, Result, device, interrupt, progress, text_file, train};
 use tch::Device;
 
 use crate::data::dataset;
@@ -84,6 +84,7 @@ fn measure(
     let planned = MemoryEstimate::new(&Workload {
         config,
         kind,
+        is_eager: !device.is_cuda() || train::slow_path_reason_on(config, kind, device)?.is_some(),
         settings: training,
         examples: &examples,
         batches: &batches,

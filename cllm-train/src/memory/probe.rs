@@ -6,8 +6,10 @@ use tch::Kind;
 
 use super::{LayerWidths, Workload, masters_are_copies, trained_kind};
 
-/// A forward that caches prompts has at most this many tokens.
+/// A forward of our kernels that caches prompts has at most this many tokens.
 const MAX_PROMPT_TOKENS: usize = 4096;
+/// libtorch's operations cache longer prompts one after the other, in pieces of so many tokens.
+const MAX_PIECE_TOKENS: usize = 512;
 
 /// What validation adds. The losses on trajectories need less than a training step on a batch of
 /// the same size; the prompts need a copy of the weights with adapters merged and their KV cache.
@@ -20,9 +22,29 @@ pub(super) fn validation_bytes(workload: &Workload<'_>) -> f64 {
     let cached = (probe.num_prompts * probe.slots) as f64;
     let cache = 2.0 * element * cached * (config.num_layers * config.num_kv_heads * config.head_dim) as f64;
     let num_window_tokens = probe.num_prompts * settings.validation.n;
-    let num_prompt_tokens = probe.num_prompt_tokens.min(MAX_PROMPT_TOKENS);
-    let forward = forward_bytes(config, element, num_window_tokens.max(num_prompt_tokens) as f64)
-        .max(forward_bytes(config, element, num_window_tokens as f64) + logits_bytes(config, kind, num_window_tokens));
+    let logits = logits_bytes(config, kind, num_window_tokens);
+    let forward = match kind {
+        Kind::BFloat16 => {
+            let num_prompt_tokens = probe.num_prompt_tokens.min(MAX_PROMPT_TOKENS);
+            let prefill = forward_bytes(config, element, num_prompt_tokens as f64);
+            prefill.max(forward_bytes(config, element, num_window_tokens as f64) + logits)
+        }
+        _ => {
+            // libtorch's attention has a bias of each pair of tokens, twice and as a mask while it is made.
+            let group = (config.num_heads / config.num_kv_heads) as usize;
+            let (rows, width) = match probe.max_prompt_tokens {
+                max_tokens @ ..=MAX_PIECE_TOKENS => (probe.num_prompts, max_tokens),
+                _ => (1, MAX_PIECE_TOKENS),
+            };
+            let prompt = (rows * group * width * probe.max_prompt_tokens) as f64;
+            let windows = (probe.num_prompts * group * settings.validation.n * probe.slots) as f64;
+            let num_prompt_tokens = probe.num_prompt_tokens.min(rows * width);
+            let prefill = forward_bytes(config, element, num_prompt_tokens as f64) + element * prompt;
+            let decoding = forward_bytes(config, element, num_window_tokens as f64) + element * windows;
+            let making = (2.0 * element + 1.0) * prompt.max(windows);
+            prefill.max(decoding).max(logits).max(making)
+        }
+    };
     average + merged_weights(workload) + merging_bytes(workload).max(cache + forward)
 }
 
@@ -56,14 +78,90 @@ fn merged_weights(workload: &Workload<'_>) -> f64 {
 }
 
 /// The temporary tensors of a layer when the most are in memory: the residual stream, the output of
-/// the attention, the normalized input, gate, up and their product.
+/// the attention, the normalized input, gate, up and their product; libtorch's operations also have
+/// the activated gate.
 fn forward_bytes(config: &ModelConfig, element: f64, num_tokens: f64) -> f64 {
     let LayerWidths { hidden, queries, ffn, .. } = LayerWidths::new(config);
-    element * num_tokens * (2.0 * hidden + queries + 3.0 * ffn)
+    let activated = if element == 2.0 { ffn } else { 2.0 * ffn };
+    element * num_tokens * (2.0 * hidden + queries + 2.0 * ffn + activated)
 }
 
 /// Logits in float32. The kernels, which compute in bfloat16, hold those of a slice of the vocabulary.
 fn logits_bytes(config: &ModelConfig, kind: Kind, num_tokens: usize) -> f64 {
     let num_logits = num_tokens as f64 * config.vocab_size as f64;
     4.0 * if kind == Kind::BFloat16 { num_logits.min(MAX_LOGITS as f64) } else { num_logits }
+}
+
+#[cfg(test)]
+mod tests {
+    use cllm_core::cuda::libtorch::with_peak_cpu_memory;
+    use cllm_core::decode::{DecodeOptions, Request, StopConditions, Strategy, decode, required_slots};
+    use cllm_core::model::{LoraConfig, ParamBuffer};
+    use serde_json::{Value, json};
+    use tch::Device;
+
+    use super::*;
+    use crate::models::Models;
+    use crate::settings::Settings;
+    use crate::validation::ProbeSize;
+
+    /// The estimate over the bytes that libtorch allocated for a decoding of prompts with adapters
+    /// merged.
+    fn planned_over_measured(more: Value, num_prompts: usize, prompt_tokens: usize, lora: Option<LoraConfig>) -> f64 {
+        tch::set_num_threads(1);
+        let mut json = json!({
+            "model_type": "llama", "vocab_size": 1000, "hidden_size": 64, "intermediate_size": 176,
+            "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": true,
+            "max_position_embeddings": 2048,
+        });
+        json.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let config = ModelConfig::from_json(&json).unwrap();
+        let settings = Settings { lora, ..Settings::default() };
+        let n = settings.validation.n;
+        let stop = StopConditions::new(2 * n, Vec::new());
+        let strategy = Strategy::Jacobi { n };
+        let probe = ProbeSize {
+            num_prompts,
+            num_prompt_tokens: num_prompts * prompt_tokens,
+            max_prompt_tokens: prompt_tokens,
+            slots: required_slots(prompt_tokens, &stop, strategy),
+        };
+        let planned = validation_bytes(&Workload {
+            config: &config,
+            kind: Kind::Float,
+            is_eager: true,
+            settings: &settings,
+            examples: &[],
+            batches: &[],
+            probe: Some(probe),
+            world_size: 1,
+        });
+        let request = |index: usize| Request { sample_id: index.to_string(), prompt_ids: vec![1; prompt_tokens] };
+        let requests: Vec<Request> = (0..num_prompts).map(request).collect();
+        let models = Models::random(config.clone(), &settings, Device::Cpu).unwrap();
+        let (_, measured) = with_peak_cpu_memory(|| {
+            let merged = models.student.to_merged().unwrap();
+            decode(merged.as_ref().unwrap_or(&models.student), &requests, &stop, DecodeOptions::greedy(strategy, 0))
+                .unwrap()
+        })
+        .unwrap();
+        let parameters = config.num_parameters();
+        let padding = if settings.lora.is_some() { 4 * (ParamBuffer::padded_len(parameters) - parameters) } else { 0 };
+        (planned + padding as f64) / measured as f64
+    }
+
+    #[test]
+    fn prompts_need_what_is_planned() {
+        let adapters = || Some(LoraConfig { rank: 4, ..LoraConfig::default() });
+        for (name, more, num_prompts, prompt_tokens, lora) in [
+            ("long prompts", json!({}), 8, 300, None),
+            ("many prompts", json!({}), 64, 20, None),
+            ("wide vocabulary", json!({"vocab_size": 20000}), 32, 40, None),
+            ("a long cache", json!({"num_hidden_layers": 16, "num_key_value_heads": 4}), 8, 1500, None),
+            ("adapters", json!({"vocab_size": 20000}), 8, 40, adapters()),
+        ] {
+            let ratio = planned_over_measured(more, num_prompts, prompt_tokens, lora);
+            assert!((0.95..1.05).contains(&ratio), "{name}: planned {ratio:.3} of what was measured");
+        }
+    }
 }

@@ -8,12 +8,14 @@ use tch::{Device, Kind};
 
 use crate::byte_size::parse_bytes;
 use crate::gpus::GpuModel;
-use crate::memory::PLANNED_CAPABILITY;
 use crate::settings::Settings;
 
 /// What CUDA keeps for itself in every process: its context, the kernels of libtorch and those that
 /// are compiled.
 const CUDA_CONTEXT_BYTES: u64 = 600_000_000;
+
+/// The compute capability of Hopper, for GPUs that nothing but the memory is known of.
+const PLANNED_CAPABILITY: (u32, u32) = (9, 0);
 
 /// The devices of a run, one for each process.
 pub struct PlannedDevice {

@@ -109,6 +109,7 @@ impl<'o> Outset<'o> {
         let memory = MemoryEstimate::new(&Workload {
             config: self.config,
             kind: self.device.kind,
+            is_eager: self.device.is_cpu() || self.device.slow_path_reason(self.config)?.is_some(),
             settings,
             examples: self.examples,
             batches: &batches,
@@ -123,7 +124,9 @@ impl<'o> Outset<'o> {
             self.tokenizer_bytes,
             &self.stored,
         );
-        Ok(Needs { host: HostEstimate::new(self.examples, &memory, &self.device), schedule, batches, memory, disk })
+        let has_checkpoints = (1..schedule.num_steps()).any(|step| settings.saves_after(step));
+        let host = HostEstimate::new(self.examples, &memory, &self.device, has_checkpoints.then_some(disk.checkpoint));
+        Ok(Needs { host, schedule, batches, memory, disk })
     }
 
     /// The mean work of a step on each process.

@@ -169,7 +169,7 @@ impl Search<'_> {
 
     fn for_disk(&self, own: &Variant) -> Result<Vec<Proposal>> {
         let fewer = own.with(&[("max_checkpoints", json!(1))], |settings| settings.max_checkpoints = 1);
-        let last_only = own.with(&[("save_every", Value::Null)], |settings| settings.save_every = None);
+        let last_only = own.with(&[("save_every", json!(0))], |settings| settings.save_every = Some(0));
         let mut variants = vec![fewer, last_only];
         if self.can_round(&own.settings) {
             variants.extend(variants.clone().iter().map(Variant::with_bf16_state));

@@ -35,6 +35,8 @@ pub struct ProbeSize {
     pub num_prompts: usize,
     /// Tokens of all prompts.
     pub num_prompt_tokens: usize,
+    /// Tokens of the longest.
+    pub max_prompt_tokens: usize,
     /// Slots of the KV cache for each prompt with its answer.
     pub slots: usize,
 }
@@ -90,10 +92,12 @@ impl<'t> GenerationProbe<'t> {
 
     pub fn size(&self) -> ProbeSize {
         let lengths = self.requests.iter().map(|request| request.prompt_ids.len());
+        let max_prompt_tokens = lengths.clone().max().unwrap_or(0);
         ProbeSize {
             num_prompts: self.requests.len(),
-            num_prompt_tokens: lengths.clone().sum(),
-            slots: required_slots(lengths.max().unwrap_or(0), &self.stop, self.options.strategy),
+            num_prompt_tokens: lengths.sum(),
+            max_prompt_tokens,
+            slots: required_slots(max_prompt_tokens, &self.stop, self.options.strategy),
         }
     }
 
