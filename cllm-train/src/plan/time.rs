@@ -14,13 +14,13 @@ use crate::memory::LayerWidths;
 use crate::settings::{ConsistencySettings, Settings, StateDtype};
 
 /// Share of the peak that large matrix products reach.
-const PRODUCT_SHARE: f64 = 0.70;
+const PRODUCT_SHARE: f64 = 0.60;
 /// Share of the peak that attention reaches.
-const ATTENTION_SHARE: f64 = 0.25;
+const ATTENTION_SHARE: f64 = 0.26;
 /// Share of the bandwidth that kernels reach whose time is that of reading and writing.
 const BANDWIDTH_SHARE: f64 = 0.80;
 /// Relative error of the estimate on the shapes that it was compared with.
-pub const RELATIVE_ERROR: f64 = 0.15;
+pub const RELATIVE_ERROR: f64 = 0.2;
 /// Bytes per second and GPU of collectives, over NVLink.
 const EXCHANGE_BANDWIDTH: f64 = 150e9;
 
