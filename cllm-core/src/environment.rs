@@ -7,6 +7,7 @@ use std::process::Command;
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
+use crate::gpus::GpuModel;
 use crate::progress::count;
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -57,6 +58,11 @@ impl Hardware {
         let dtype = if device.is_cuda() { "bfloat16" } else { "float32" };
         let threads = i64::from(tch::get_num_threads());
         Hardware { device: name, gpu, cpu: cpu_name(), cores: num_cores(), threads, dtype: dtype.to_owned() }
+    }
+
+    /// What is known about the GPU; `None` for the CPU and for other GPUs.
+    pub fn gpu_model(&self) -> Option<&'static GpuModel> {
+        self.gpu.as_deref().and_then(GpuModel::of_driver)
     }
 
     /// Describes the machine in one line, for tables and reports.

@@ -14,6 +14,7 @@ pub mod distributed;
 pub mod environment;
 mod error;
 pub mod fingerprint;
+pub mod gpus;
 pub mod interrupt;
 pub mod model;
 mod parquet_file;

@@ -9,7 +9,6 @@ pub mod cli;
 pub mod data;
 mod export;
 pub mod gguf;
-mod gpus;
 pub mod loss;
 pub mod losses;
 mod memory;

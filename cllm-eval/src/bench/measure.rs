@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use cllm_core::cuda::libtorch;
 use cllm_core::decode::{Answer, DecodeOptions, Decoder, Request, StopConditions, Strategy, required_slots};
+use cllm_core::environment::Hardware;
 use cllm_core::model::Transformer;
 use cllm_core::progress::Progress;
 use cllm_core::prompt_set::Sample;
@@ -59,7 +60,7 @@ impl Bench<'_> {
             memory_floor: self.memory_floor(single_ms)?,
             peak_memory_bytes,
             strategies: Vec::new(),
-            collection: None,
+            collections: Vec::new(),
             settings: settings.clone(),
         })
     }
@@ -101,15 +102,20 @@ impl Bench<'_> {
         median_time(speeds.into_iter())
     }
 
-    /// Measures strategies on a prompt set, and collection if the settings ask for it.
+    /// Measures strategies, and collection if the settings ask for it. Without a prompt set, only
+    /// collection is measured, on synthetic prompts.
     pub(super) fn measure_prompts(
         &self,
-        samples: &[Sample],
-        tokenizer: &Tokenizer,
+        prompts: Option<(Vec<Sample>, Tokenizer)>,
         record: &mut DecodeBench,
     ) -> Result<()> {
-        let eos_ids = tokenizer.eos_ids().to_vec();
-        let stop = StopConditions::new(self.settings.max_new_tokens, eos_ids);
+        let Some((samples, tokenizer)) = prompts else {
+            let num_copies = 2;
+            return self.measure_collections(&self.synthetic_stop(), record, |batch_size| {
+                (0..num_copies * batch_size).map(|row| self.synthetic_request(row)).collect()
+            });
+        };
+        let stop = StopConditions::new(self.settings.max_new_tokens, tokenizer.eos_ids().to_vec());
         let requests: Vec<Request> = samples
             .iter()
             .map(|sample| {
@@ -122,8 +128,18 @@ impl Bench<'_> {
         };
         let num_examples = self.settings.num_examples.min(requests.len());
         record.strategies = self.time_strategies(&requests[..num_examples], max_prompt_tokens, &stop)?;
-        if let Some(batch_size) = self.settings.collect_batch_size {
-            record.collection = Some(self.time_collection(requests, max_prompt_tokens, &stop, batch_size)?);
+        self.measure_collections(&stop, record, |_| requests.clone())
+    }
+
+    fn measure_collections(
+        &self,
+        stop: &StopConditions,
+        record: &mut DecodeBench,
+        requests: impl Fn(usize) -> Vec<Request>,
+    ) -> Result<()> {
+        for &batch_size in &self.settings.collect_batch_sizes {
+            let work = self.time_collection(requests(batch_size), stop, batch_size)?;
+            record.collections.push(self.collection_bench(&work, record.memory_floor.bandwidth_bytes_per_second));
         }
         Ok(())
     }
@@ -160,33 +176,57 @@ impl Bench<'_> {
     fn time_collection(
         &self,
         mut requests: Vec<Request>,
-        max_prompt_tokens: usize,
         stop: &StopConditions,
         batch_size: usize,
-    ) -> Result<CollectionBench> {
+    ) -> Result<CollectionWork> {
         // Similar lengths are neighbours, as in the shards of a collection.
         requests.sort_by_key(|request| request.prompt_ids.len());
+        let prompt_tokens: Vec<usize> = requests.iter().map(|request| request.prompt_ids.len()).collect();
         let strategy = Strategy::Jacobi { n: self.settings.collect_n };
         let options = DecodeOptions { record_trajectory: true, ..DecodeOptions::greedy(strategy, 0) };
-        let num_slots = required_slots(max_prompt_tokens, stop, strategy);
+        let num_slots = required_slots(prompt_tokens.last().copied().unwrap_or(0), stop, strategy);
         let mut decoder = Decoder::new(self.model, batch_size.min(requests.len()), num_slots)?;
+        // The first steps of each size are captured as CUDA graphs.
+        let warm_up = requests[..batch_size.min(requests.len())].to_vec();
+        let one_block = StopConditions::new(self.settings.collect_n, Vec::new());
+        decoder.stream(&mut warm_up.into_iter(), &one_block, options, &mut |_, _| Ok(()))?;
         let mut progress = Progress::new("collect", 0, requests.len() as u64);
-        let (mut num_tokens, mut num_forwards, mut responses) = (0, 0, 0);
+        let mut work = CollectionWork { batch_size, ..CollectionWork::default() };
         let started = Instant::now();
-        decoder.stream(&mut requests.into_iter(), stop, options, &mut |_, answer| {
-            num_tokens += answer.response_ids.len();
-            num_forwards += answer.num_forwards;
-            responses += 1;
+        decoder.stream(&mut requests.into_iter(), stop, options, &mut |index, answer| {
+            work.add(prompt_tokens[index], &answer);
             progress.advance(1);
             Ok(())
         })?;
-        let seconds = started.elapsed().as_secs_f64();
+        work.seconds = started.elapsed().as_secs_f64();
         progress.finish();
-        Ok(CollectionBench {
-            responses,
-            tokens_per_forward: num_tokens as f64 / num_forwards as f64,
-            tokens_per_second: num_tokens as f64 / seconds,
-        })
+        Ok(work)
+    }
+
+    fn collection_bench(&self, work: &CollectionWork, bandwidth_bytes_per_second: f64) -> CollectionBench {
+        let config = self.model.config();
+        let n = self.settings.collect_n;
+        let (batch_size, num_forwards) = (work.batch_size, work.num_forwards as f64);
+        let head = (config.vocab_size * config.hidden_size) as f64;
+        let embeddings = if config.tied_embeddings { head } else { 2.0 * head };
+        let layers = config.num_parameters() as f64 - embeddings;
+        // Each step reads the weights once for all sequences of the batch, and the keys and values of each.
+        let element_bytes = self.model.kind().elt_size_in_bytes() as f64;
+        let cached =
+            (2 * config.num_layers * config.num_kv_heads * config.head_dim) as f64 * work.context_tokens as f64;
+        let bytes = element_bytes * ((layers + head) * num_forwards / batch_size as f64 + cached);
+        let draft_tokens = num_forwards * n as f64;
+        let flops = 2.0 * (layers * (work.num_prompt_tokens as f64 + draft_tokens) + head * draft_tokens);
+        let peak_flops = Hardware::detect(self.model.device()).gpu_model().map(|gpu| gpu.bf16_flops);
+        CollectionBench {
+            batch_size,
+            n,
+            responses: work.num_responses,
+            tokens_per_forward: work.num_tokens as f64 / num_forwards,
+            tokens_per_second: work.num_tokens as f64 / work.seconds,
+            fraction_of_bandwidth: Some(bytes / bandwidth_bytes_per_second / work.seconds),
+            fraction_of_peak_flops: peak_flops.map(|peak| flops / peak / work.seconds),
+        }
     }
 
     fn synthetic_stop(&self) -> StopConditions {
@@ -230,6 +270,30 @@ impl Bench<'_> {
         let bandwidth_bytes_per_second = measure_bandwidth(self.model.device())?;
         let ms = bytes as f64 / bandwidth_bytes_per_second * 1e3;
         Ok(MemoryFloor { bytes, bandwidth_bytes_per_second, ms, fraction_of_step: ms / step_ms })
+    }
+}
+
+/// What a collection did, summed over its responses.
+#[derive(Default)]
+struct CollectionWork {
+    batch_size: usize,
+    num_responses: usize,
+    num_prompt_tokens: usize,
+    num_tokens: usize,
+    num_forwards: usize,
+    /// Tokens in the cache, summed over the forwards.
+    context_tokens: usize,
+    seconds: f64,
+}
+
+impl CollectionWork {
+    fn add(&mut self, num_prompt_tokens: usize, answer: &Answer) {
+        let num_tokens = answer.response_ids.len();
+        self.num_responses += 1;
+        self.num_prompt_tokens += num_prompt_tokens;
+        self.num_tokens += num_tokens;
+        self.num_forwards += answer.num_forwards;
+        self.context_tokens += answer.num_forwards * (num_prompt_tokens + num_tokens / 2);
     }
 }
 

@@ -2,7 +2,8 @@
 //! allows.
 //!
 //! Steps, prefill and batches are timed on synthetic prompts, because their time does not depend on
-//! the tokens. Strategies and collection need real prompts, because their gain does.
+//! the tokens. Strategies need real prompts, because their gain does. So does the gain of a
+//! collection, but not the fraction of the device's limits that it reaches.
 
 mod measure;
 mod record;
@@ -41,9 +42,7 @@ pub fn bench(settings: &BenchSettings) -> Result<DecodeBenchResults> {
     let bench = Bench { model: &model, settings, other_memory_bytes };
     let mut record = bench.measure_steps(settings.name.clone().unwrap_or(name))?;
     record.transformers_ar_tokens_per_second = baseline;
-    if let Some((samples, tokenizer)) = prompts {
-        bench.measure_prompts(&samples, &tokenizer, &mut record)?;
-    }
+    bench.measure_prompts(prompts, &mut record)?;
     results.put(&settings.output, record)?;
     progress::log(format!("wrote {}", settings.output.display()));
     Ok(results)
@@ -117,8 +116,19 @@ fn model_summary(model: &DecodeBench) -> String {
             100.0 * result.exact_match_vs_ar
         );
     }
-    if let Some(collection) = &model.collection {
-        text += &format!("  collection: {:.0} response tokens/s\n", collection.tokens_per_second);
+    for collection in &model.collections {
+        let limit = |fraction: Option<f64>, what: &str| {
+            fraction.map_or_else(String::new, |fraction| format!(", {:.0} % of {what}", 100.0 * fraction))
+        };
+        text += &format!(
+            "  collection, {} rows, n={}: {:.0} response tokens/s, {:.2} tokens/forward{}{}\n",
+            collection.batch_size,
+            collection.n,
+            collection.tokens_per_second,
+            collection.tokens_per_forward,
+            limit(collection.fraction_of_bandwidth, "what the memory bandwidth allows"),
+            limit(collection.fraction_of_peak_flops, "the peak of the arithmetic"),
+        );
     }
     text
 }

@@ -36,8 +36,8 @@ pub struct DecodeBench {
     pub peak_memory_bytes: Option<u64>,
     /// Measured on the prompts; the first is autoregressive. Empty without prompts.
     pub strategies: Vec<StrategyBench>,
-    /// Null unless `collect_batch_size` is set.
-    pub collection: Option<CollectionBench>,
+    /// One for each of `collect_batch_sizes`.
+    pub collections: Vec<CollectionBench>,
     pub settings: BenchSettings,
 }
 
@@ -80,12 +80,22 @@ pub struct StrategyBench {
     pub peak_memory_bytes: Option<u64>,
 }
 
-/// A collection over all prompts: trajectories are recorded but not written.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+/// A collection: trajectories are recorded but not written.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct CollectionBench {
+    /// Number of responses decoded at once.
+    pub batch_size: usize,
+    /// Tokens per block.
+    pub n: usize,
     /// Number of responses.
     pub responses: usize,
     pub tokens_per_forward: f64,
-    /// Response tokens per second.
+    /// Response tokens per second, including prefill.
     pub tokens_per_second: f64,
+    /// The time in which the memory can deliver the weights to every step, and the keys and values to
+    /// every sequence, divided by the time that was measured; null in results of earlier versions.
+    pub fraction_of_bandwidth: Option<f64>,
+    /// The time in which the device can compute the matrix products of prompts and windows, divided by
+    /// the time that was measured; null for devices whose peak is not known, too.
+    pub fraction_of_peak_flops: Option<f64>,
 }

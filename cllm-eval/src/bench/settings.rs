@@ -23,8 +23,9 @@ pub struct BenchSettings {
     /// Name of the model in the results. Default: the last part of its folder, or its shape.
     #[garde(skip)]
     pub name: Option<String>,
-    /// Prompt set to measure strategies and collection on. Without one they are left out, because
-    /// random prompts would say nothing about them.
+    /// Prompt set to measure strategies and collection on. Without one, strategies are left out,
+    /// because random prompts would say nothing about them, and collection is measured on synthetic
+    /// prompts.
     #[garde(skip)]
     pub prompts: Option<PathBuf>,
     /// Use the first N prompts to compare strategies, one at a time.
@@ -48,10 +49,9 @@ pub struct BenchSettings {
     /// Measure the autoregressive throughput of these batch sizes.
     #[garde(inner(range(min = 1)))]
     pub batch_sizes: Vec<usize>,
-    /// Batch size of a collection over all prompts, which is then measured too; `null` measures
-    /// none.
-    #[garde(range(min = 1))]
-    pub collect_batch_size: Option<usize>,
+    /// Measure a collection over all prompts with these batch sizes.
+    #[garde(inner(range(min = 1)))]
+    pub collect_batch_sizes: Vec<usize>,
     /// Block size of the collection, in tokens.
     #[garde(range(min = 2, max = 1024))]
     pub collect_n: usize,
@@ -88,7 +88,7 @@ impl Default for BenchSettings {
             num_new_tokens: 128,
             num_repeats: 5,
             batch_sizes: vec![8, 64, 256],
-            collect_batch_size: None,
+            collect_batch_sizes: Vec::new(),
             collect_n: 16,
             max_new_tokens: 256,
             baseline: None,

@@ -43,7 +43,7 @@ fn the_file_holds_every_measurement_and_one_record_per_model() {
             &format!("prompts={prompts}"),
             "strategies=[{jacobi: {n: 4}}]",
             "max_new_tokens=10",
-            "collect_batch_size=2",
+            "collect_batch_sizes=[2, 3]",
             "collect_n=4",
             &format!("baseline={baseline}"),
         ],
@@ -57,9 +57,13 @@ fn the_file_holds_every_measurement_and_one_record_per_model() {
     assert_eq!(first["step_ms"].as_object().unwrap().keys().collect::<Vec<_>>(), ["1", "2"]);
     assert_eq!(first["relative_step_time"]["1"], 1.0);
     assert!(is_positive(&first["memory_floor"]["fraction_of_step"]), "{first}");
-    let collection = &first["collection"];
-    assert_eq!(collection["responses"], 4);
-    assert!(is_positive(&collection["tokens_per_second"]) && is_positive(&collection["tokens_per_forward"]));
+    for (index, batch_size) in [2, 3].into_iter().enumerate() {
+        let collection = &first["collections"][index];
+        assert_eq!((&collection["responses"], &collection["batch_size"]), (&4.into(), &batch_size.into()));
+        for key in ["tokens_per_second", "tokens_per_forward", "fraction_of_bandwidth"] {
+            assert!(is_positive(&collection[key]), "{key}: {collection}");
+        }
+    }
     let strategies = first["strategies"].as_array().unwrap();
     assert_eq!(strategies.len(), 2);
     // In float32 on the CPU every strategy gives the answer of autoregressive decoding.
@@ -71,6 +75,15 @@ fn the_file_holds_every_measurement_and_one_record_per_model() {
     };
     assert_eq!(names(&bench(dir.path(), &[&two])), ["one", "two"]);
     assert_eq!(names(&bench(dir.path(), &[&one])), ["two", "one"], "a second record replaces the first");
+}
+
+#[test]
+fn a_collection_of_a_shape_needs_no_prompts() {
+    let dir = tempfile::tempdir().unwrap();
+    let results = bench(dir.path(), &["shape=qwen3-tiny", "collect_batch_sizes=[3]", "collect_n=4"]);
+    let collection = &results["models"][0]["collections"][0];
+    assert_eq!((&collection["responses"], &collection["n"]), (&6.into(), &4.into()));
+    assert!((0.0..1.0).contains(&collection["fraction_of_bandwidth"].as_f64().unwrap()), "{collection}");
 }
 
 #[test]

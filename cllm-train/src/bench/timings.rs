@@ -8,7 +8,6 @@ use cllm_core::statistics::median;
 use tch::{Device, Tensor};
 
 use crate::data::loader::StepBatches;
-use crate::gpus::GpuModel;
 use crate::settings::Settings;
 
 /// Totals over the timed steps, and the seconds of each.
@@ -76,7 +75,7 @@ impl Throughput {
         device: Device,
         world_size: usize,
     ) -> Self {
-        let gpu = Hardware::detect(device).gpu.and_then(|name| GpuModel::of_driver(&name));
+        let gpu = Hardware::detect(device).gpu_model();
         let peak_flops = gpu.map(|gpu| gpu.bf16_flops * world_size as f64);
         let flops_per_pair = (12 * config.num_heads * config.head_dim) as f64;
         let num_trained = training.trained_parameters(config);

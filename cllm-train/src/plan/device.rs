@@ -1,5 +1,6 @@
 //! The device that a plan is for: one of this machine, or one that a user names.
 
+use cllm_core::gpus::GpuModel;
 use cllm_core::cuda::libtorch;
 use cllm_core::distributed::ProcessEnv;
 use cllm_core::model::ModelConfig;
@@ -7,7 +8,7 @@ use cllm_core::{Error, Result, device, environment, train};
 use tch::{Device, Kind};
 
 use crate::byte_size::parse_bytes;
-use crate::gpus::GpuModel;
+use crate::memory::PLANNED_CAPABILITY;
 use crate::settings::Settings;
 
 /// What CUDA keeps for itself in every process: its context, the kernels of libtorch and those that

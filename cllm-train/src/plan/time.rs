@@ -6,10 +6,10 @@
 //! keys and values together, f that of the feed-forward layer. A forward is 1 product with each
 //! weight, a backward 2 (1 with frozen weights), and a checkpointed layer has 1 more forward.
 
+use cllm_core::gpus::GpuModel;
 use cllm_core::model::{BaseDtype, ModelConfig};
 
 use crate::data::dataset::Example;
-use crate::gpus::GpuModel;
 use crate::memory::LayerWidths;
 use crate::settings::{ConsistencySettings, Settings, StateDtype};
 

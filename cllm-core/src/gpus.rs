@@ -1,8 +1,8 @@
 //! GPUs that people train on: what a run can be planned for on a machine that has none of them, and
 //! the peaks that measured speeds are compared with.
 
-use cllm_core::settings::did_you_mean;
-use cllm_core::{Error, Result};
+use crate::settings::did_you_mean;
+use crate::{Error, Result};
 
 /// What is known about a GPU.
 #[derive(Debug, PartialEq)]
