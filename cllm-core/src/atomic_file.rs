@@ -168,6 +168,18 @@ pub fn remove_folder(path: &Path) -> Result<()> {
     fs::remove_dir_all(&removed).map_err(Error::write(path))
 }
 
+/// Refuses an output folder that holds something, before work that would replace it as a whole.
+///
+/// # Errors
+/// If it holds something; file-system errors.
+pub fn refuse_nonempty(folder: &Path) -> Result<()> {
+    let is_empty = folder.is_dir() && fs::read_dir(folder).map_err(Error::io(folder))?.next().is_none();
+    if is_empty || !folder.exists() {
+        return Ok(());
+    }
+    Err(Error::file(folder, "already exists: choose another output folder, or delete it"))
+}
+
 /// Cleans up a folder in which a killed process was writing: unfinished files are removed, and a
 /// folder that was about to be replaced gets its name back. No other process may be writing there.
 ///

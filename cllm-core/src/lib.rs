@@ -19,6 +19,7 @@ pub mod interrupt;
 pub mod model;
 mod parquet_file;
 pub mod pieces;
+pub mod process_memory;
 pub mod program;
 pub mod progress;
 pub mod prompt_set;

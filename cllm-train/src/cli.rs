@@ -11,6 +11,7 @@ use serde_json::json;
 
 use crate::bench::{self, BenchSettings};
 use crate::export::{self, ExportArgs};
+use crate::random_model::{self, RandomModelSettings};
 use crate::rounds::{self, RoundsSettings};
 use crate::settings::Settings;
 use crate::summary::SUMMARY_FILE;
@@ -65,6 +66,10 @@ enum Verb {
     /// Check the settings of a run and print all of them.
     #[command(after_help = "Example:\n  cllm-train validate -c configs/quickstart-student.yaml")]
     Validate(SettingsArgs),
+    /// Write a model with random weights in the shape of a published one, to rehearse a job without
+    /// the weights.
+    #[command(after_help = "Example:\n  cllm-train init shape=qwen3-8b output=models/random-qwen3-8b")]
+    Init(SettingsArgs),
     /// Train a small tokenizer on the prompts and references of a prompt set, for a model with
     /// random weights.
     #[command(
@@ -146,6 +151,12 @@ impl Cli {
                     print(&to_yaml(&settings)?)?;
                 }
             }
+            Verb::Init(args) => {
+                let written = random_model::write(&args.load()?)?;
+                if args.json {
+                    print_json(&written)?;
+                }
+            }
             Verb::Tokenizer { prompts, vocab_size, output } => train_tokenizer(&prompts, vocab_size, &output)?,
             Verb::Export(args) => export::run(&args)?,
             Verb::Prune { runs, force, dry_run } => training_state::prune(&runs, force, dry_run)?,
@@ -183,6 +194,7 @@ fn settings_reference() -> String {
         reference::<Settings>("cllm-train run, plan, validate"),
         reference::<BenchSettings>("cllm-train bench"),
         reference::<RoundsSettings>("cllm-train rounds"),
+        reference::<RandomModelSettings>("cllm-train init"),
     ];
     verbs.join("\n")
 }
@@ -214,6 +226,7 @@ mod tests {
                 Verb::Run(args) | Verb::Plan { settings: args, .. } | Verb::Validate(args) => load(&args).map(drop),
                 Verb::Bench(args) => args.load::<BenchSettings>().and_then(|settings| settings.training()).map(drop),
                 Verb::Rounds(args) => load_rounds(&args).map(drop),
+                Verb::Init(args) => args.load::<RandomModelSettings>().map(drop),
                 _ => Ok(()),
             };
             settings.unwrap_or_else(|error| panic!("{words:?}: {error}"));

@@ -18,6 +18,7 @@ pub mod optimizer;
 mod optimizer_files;
 mod plan;
 mod processes;
+mod random_model;
 pub mod rounds;
 mod run_fingerprint;
 pub mod settings;

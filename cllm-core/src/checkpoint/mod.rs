@@ -124,11 +124,11 @@ pub fn save_with(writer: &mut TensorWriter, model: &Transformer, folder: &Path, 
     }
     let weights = model.named_parameters();
     let shapes: Vec<_> = weights.iter().map(|(name, weight)| (name.clone(), weight.size())).collect();
-    write_weights(writer, folder, &shapes, kind, |index| {
+    write_weights(writer, folder, &shapes, kind, |writer, index| {
         let (name, weight) = &weights[index];
         match model.adapters().and_then(|adapters| adapters.find(name)) {
-            Some(adapter) => adapter.merge(weight, model.kind()),
-            None => Ok(weight.shallow_clone()),
+            Some(adapter) => writer.write(&adapter.merge(weight, model.kind())?, kind),
+            None => writer.write(weight, kind),
         }
     })?;
     write_config(model, folder, kind)

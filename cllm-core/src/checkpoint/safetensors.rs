@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
-use tch::{Kind, Tensor};
+use tch::Kind;
 
 use super::tensor_file::{StoredTensor, TensorFile, TensorSpec, have_same_numbers};
 use super::tensor_writer::TensorWriter;
@@ -138,19 +138,19 @@ pub(super) fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
 pub type NamedShape = (String, Vec<i64>);
 
 /// Writes weights as `kind` into an existing folder, in files of at most 5 GB (a larger tensor gets
-/// a file of its own). `weight` returns the weight at an index, in any type; it is called for one at
-/// a time, in order.
+/// a file of its own). `write` gives the writer the data of the weight at an index; it is called for
+/// one at a time, in order.
 ///
 /// # Errors
-/// Those of `weight` and of [`TensorWriter::write`]; file-system errors.
+/// Those of `write` and of [`TensorWriter`]; file-system errors.
 pub fn write_weights(
     writer: &mut TensorWriter,
     folder: &Path,
     shapes: &[NamedShape],
     kind: Kind,
-    weight: impl FnMut(usize) -> Result<Tensor>,
+    write: impl FnMut(&mut TensorWriter, usize) -> Result<()>,
 ) -> Result<()> {
-    write_shards(writer, folder, shapes, kind, MAX_SHARD_BYTES, weight)
+    write_shards(writer, folder, shapes, kind, MAX_SHARD_BYTES, write)
 }
 
 fn write_shards(
@@ -159,7 +159,7 @@ fn write_shards(
     shapes: &[NamedShape],
     kind: Kind,
     max_shard_bytes: usize,
-    mut weight: impl FnMut(usize) -> Result<Tensor>,
+    mut write: impl FnMut(&mut TensorWriter, usize) -> Result<()>,
 ) -> Result<()> {
     let specs: Vec<_> =
         shapes.iter().map(|(name, shape)| TensorSpec { name: name.clone(), kind, shape: shape.clone() }).collect();
@@ -173,7 +173,7 @@ fn write_shards(
         };
         writer.begin_file(&folder.join(&file), &[], shard)?;
         for spec in *shard {
-            writer.write(&weight(index)?, kind)?;
+            write(writer, index)?;
             weight_map.insert(spec.name.clone(), json!(file));
             index += 1;
         }
@@ -227,8 +227,8 @@ mod tests {
         checkpoint::save(&model, dir.path(), Kind::Float).unwrap();
         let shapes: Vec<_> = weights.iter().map(|(name, tensor)| (name.clone(), tensor.size())).collect();
         let mut writer = TensorWriter::new(Device::Cpu, STREAMING_BYTES);
-        let weight = |index: usize| Ok(weights[index].1.shallow_clone());
-        write_shards(&mut writer, dir.path(), &shapes, Kind::Float, 1500, weight).unwrap();
+        let write = |writer: &mut TensorWriter, index: usize| writer.write(&weights[index].1, Kind::Float);
+        write_shards(&mut writer, dir.path(), &shapes, Kind::Float, 1500, write).unwrap();
         writer.finish().unwrap();
         let files = weight_files(dir.path()).unwrap();
         assert!(files.len() > 2, "{files:?}");

@@ -1,5 +1,6 @@
 //! `bench`: how fast a recipe trains, and how close that comes to the peak of the device.
 
+mod host;
 mod record;
 mod settings;
 mod synthetic;
@@ -28,6 +29,7 @@ use crate::optimizer::{OptimizerState, learning_rate};
 use crate::processes;
 use crate::settings::Settings;
 use crate::step::train_step;
+use host::HostUsage;
 use record::{ModelKind, TrainBenchRecord};
 pub use settings::BenchSettings;
 use timings::{Throughput, Timings};
@@ -35,7 +37,7 @@ use timings::{Throughput, Timings};
 /// Number of steps before the timed ones.
 const NUM_WARMUP_STEPS: usize = 3;
 
-/// Takes some steps and adds the measurements to the results file. Nothing else is written.
+/// Takes some steps and adds the measurements to the results file. Nothing else stays on the disk.
 ///
 /// # Errors
 /// Bad settings and data; fewer steps in the data than there are to measure.
@@ -93,11 +95,18 @@ fn measure(
     });
     let loader = BatchLoader::new(training, &examples, &models.student)?;
     let timings = time_steps(training, &models, loader, &schedule, settings.num_steps, group)?;
+    let peak_memory_bytes = libtorch::gpu_memory(device).map(|(_, peak)| peak);
+    let peak_reserved_bytes = libtorch::peak_reserved_gpu_memory(device);
     let throughput = Throughput::new(&timings, config, training, device, group.world_size());
+    let parameters = config.num_parameters();
+    let host = match settings.files && group.is_main() {
+        true => HostUsage::with_files(models.student, &settings.output)?,
+        false => HostUsage::without_files(),
+    };
     Ok(TrainBenchRecord {
         name: settings.name.clone().unwrap_or_else(|| source.default_name(settings)),
         kind: ModelKind::of(training),
-        parameters: config.num_parameters(),
+        parameters,
         num_processes: group.world_size(),
         num_steps: settings.num_steps,
         step_seconds: timings.median_step_seconds(),
@@ -108,9 +117,10 @@ fn measure(
         mfu: throughput.mfu,
         mfu_dense_attention: throughput.mfu_dense_attention,
         peak_flops: throughput.peak_flops,
-        peak_memory_bytes: libtorch::gpu_memory(device).map(|(_, peak)| peak),
-        peak_reserved_bytes: libtorch::peak_reserved_gpu_memory(device),
+        peak_memory_bytes,
+        peak_reserved_bytes,
         planned_memory_bytes: planned.of_steps(),
+        host,
         batch_wait_seconds: timings.wait_seconds,
         transformers_blocks_per_second: None,
         settings: settings.clone(),

@@ -4,6 +4,7 @@ use cllm_core::bench_results::BenchRecord;
 use cllm_core::progress::count;
 use serde::{Deserialize, Serialize};
 
+use super::host::HostUsage;
 use super::settings::BenchSettings;
 use crate::settings::Settings;
 
@@ -56,6 +57,8 @@ pub struct TrainBenchRecord {
     pub(super) peak_reserved_bytes: Option<u64>,
     /// The peak that `plan` estimates for training steps.
     pub(super) planned_memory_bytes: u64,
+    #[serde(flatten)]
+    pub(super) host: HostUsage,
     /// Seconds that the training thread waited for batches, in all timed steps.
     pub(super) batch_wait_seconds: f64,
     /// Blocks per second of the paper's training step with `transformers`, from the baseline's
@@ -91,9 +94,10 @@ impl TrainBenchRecord {
             text += &format!("{mfu:.1} % of the device's bf16 peak ({dense:.1} % counting masked attention too)\n");
         }
         let planned = gigabytes(self.planned_memory_bytes);
-        text + &match self.peak_memory_bytes {
+        text += &match self.peak_memory_bytes {
             Some(peak) => format!("memory {} at the peak, {planned} planned", gigabytes(peak)),
             None => format!("memory {planned} planned"),
-        }
+        };
+        text + &self.host.text()
     }
 }

@@ -35,6 +35,10 @@ pub struct BenchSettings {
     /// Number of steps to time, after three warm-up steps.
     #[garde(range(min = 1))]
     pub num_steps: usize,
+    /// After the steps, also write the trained model as a run does, beside the results, read it again,
+    /// and remove it. Measures time, host memory and disk.
+    #[garde(skip)]
+    pub files: bool,
     /// All other settings of the training, as in `run`; `bench` sets model, datasets, output and
     /// device.
     #[garde(skip)]
@@ -61,6 +65,7 @@ impl Default for BenchSettings {
             datasets: Vec::new(),
             synthetic: SyntheticSettings::default(),
             num_steps: 20,
+            files: false,
             train: Settings::default(),
             baseline: None,
             device: "auto".to_owned(),

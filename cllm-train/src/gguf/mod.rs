@@ -23,7 +23,7 @@ use cllm_core::{Error, Result, atomic_file};
 /// If the file is cut off or of an unsupported type or architecture, or if the folder holds
 /// something already.
 pub fn convert(gguf: &Path, folder: &Path) -> Result<()> {
-    refuse_nonempty(folder)?;
+    atomic_file::refuse_nonempty(folder)?;
     if gguf.is_dir() {
         return Err(Error::file(gguf, "is a folder: name the .gguf file in it"));
     }
@@ -38,13 +38,4 @@ pub fn convert(gguf: &Path, folder: &Path) -> Result<()> {
         tokenizer.write(work)?;
         weights::write(&work.join("model.safetensors"), &sources)
     })
-}
-
-/// The output replaces the whole folder, so there must be nothing in it to lose.
-fn refuse_nonempty(folder: &Path) -> Result<()> {
-    let is_empty = folder.is_dir() && std::fs::read_dir(folder).map_err(Error::io(folder))?.next().is_none();
-    if is_empty || !folder.exists() {
-        return Ok(());
-    }
-    Err(Error::file(folder, "already exists: choose another output folder, or delete it"))
 }

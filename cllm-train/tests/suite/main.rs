@@ -12,6 +12,7 @@ mod packed;
 mod plan;
 mod program;
 mod recipes;
+mod rehearsal;
 mod rounds;
 mod runs;
 mod setup;

@@ -66,7 +66,14 @@ fn bench_needs_neither_a_model_nor_data() {
     ];
     let train = |more: &[&str]| TRAIN.succeed(&[&bench[..], &["num_steps=1", "--json"], more].concat()).stdout;
     let full: Value = serde_json::from_slice(&train(&[])).unwrap();
-    let lora: Value = serde_json::from_slice(&train(&["name=lora", "train.lora.rank=4"])).unwrap();
+    let lora: Value = serde_json::from_slice(&train(&["name=lora", "train.lora.rank=4", "files=true"])).unwrap();
+    let (without, with) = (&lora["models"][0], &lora["models"][1]);
+    assert!(without["disk_bytes"].is_null() && without["host_peak_bytes"].as_u64() > Some(1_000_000));
+    let (disk, planned) = (with["disk_bytes"].as_u64().unwrap(), with["planned_disk_bytes"].as_u64().unwrap());
+    // In float32 on the CPU, and with config.json.
+    assert!(planned == 4 * 139_648 && (planned..planned + 10_000).contains(&disk), "{disk} bytes, {planned} planned");
+    assert!(with["load_seconds"].as_f64() > Some(0.0) && with["save_host_bytes"].is_u64(), "{with}");
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "only the results stay");
     let of = |results: &Value, index: usize| {
         let model = &results["models"][index];
         (model["name"].as_str().unwrap().to_owned(), model["kind"].as_str().unwrap().to_owned())

@@ -1,0 +1,78 @@
+//! Models with random weights, and a rehearsal with one.
+
+use std::path::Path;
+use std::process::Command;
+
+use cllm_core::checkpoint;
+use cllm_core::model::ModelShape;
+use cllm_core::tokenizer::Tokenizer;
+use serde_json::Value;
+use tch::{Device, Kind};
+
+use crate::setup::TRAIN;
+use cllm_testing::programs::path;
+
+fn init(folder: &Path, name: &str, more: &[&str]) -> String {
+    let model = path(folder, name);
+    TRAIN.succeed(&[&["init", "shape=qwen3-tiny", &format!("output={model}")], more].concat());
+    model
+}
+
+#[test]
+fn a_random_model_depends_on_its_seed_alone_and_no_folder_is_replaced() {
+    let dir = tempfile::tempdir().unwrap();
+    let models = [init(dir.path(), "a", &[]), init(dir.path(), "b", &[]), init(dir.path(), "c", &["seed=1"])];
+    let weights = models.each_ref().map(|model| std::fs::read(format!("{model}/model.safetensors")).unwrap());
+    assert!(weights[0] == weights[1] && weights[0] != weights[2]);
+    let folder = Path::new(&models[0]);
+    let config: Value = serde_json::from_slice(&std::fs::read(folder.join("config.json")).unwrap()).unwrap();
+    assert_eq!(config, ModelShape::Qwen3Tiny.json());
+    let model = checkpoint::load(folder, Device::Cpu, Kind::Float).unwrap();
+    for (name, weight) in model.named_parameters() {
+        let (mean, deviation) = (weight.mean(Kind::Float).double_value(&[]), weight.std(true).double_value(&[]));
+        let expected = if name.ends_with("norm.weight") { (1.0, 0.0) } else { (0.0, 0.02) };
+        assert!(
+            (mean - expected.0).abs() < 2e-3 && (deviation - expected.1).abs() < 2e-3,
+            "{name}: {mean}, {deviation}"
+        );
+    }
+    assert_eq!(Tokenizer::load(folder).unwrap().vocab_size(), 512);
+    TRAIN.fail(&["init", "shape=qwen3-tiny", &format!("output={}", models[0])], 2, &["already exists"]);
+    TRAIN.fail(&["init", "shape=qwen3-9b", "output=x"], 2, &["qwen3-8b"]);
+    TRAIN.fail(&["init", "output=x"], 2, &["shape"]);
+    TRAIN.fail_on_full_disk(64, &["init", "shape=qwen3-tiny", &format!("output={}", path(dir.path(), "d"))], &["/d/"]);
+    assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 3, "nothing else is left behind");
+}
+
+#[test]
+fn a_rehearsal_runs_through_and_removes_its_models() {
+    let dir = tempfile::tempdir().unwrap();
+    let program = TRAIN.command(&[]).get_program().to_owned();
+    let programs = Path::new(&program).parent().unwrap();
+    let folder = path(dir.path(), "rehearsal");
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/rehearse");
+    let mut command = Command::new(script);
+    command.args(["qwen3-tiny", &folder, "--programs"]).arg(programs).env("OMP_NUM_THREADS", "1");
+    // A GPU would make it another rehearsal.
+    command.env("CUDA_VISIBLE_DEVICES", "");
+    let run = command.output().unwrap();
+    let text = String::from_utf8_lossy(&run.stdout);
+    assert!(run.status.success(), "{text}\n{}", String::from_utf8_lossy(&run.stderr));
+    let rehearsal: Value = serde_json::from_slice(&std::fs::read(format!("{folder}/rehearsal.json")).unwrap()).unwrap();
+    let stages = rehearsal["stages"].as_array().unwrap();
+    let names: Vec<&str> = stages.iter().map(|stage| stage["name"].as_str().unwrap()).collect();
+    assert_eq!(names, ["init", "prepare train", "prepare test", "collect", "clean", "train", "eval", "report"]);
+    for stage in stages {
+        assert!(text.contains(stage["name"].as_str().unwrap()), "{text}");
+        assert!(
+            stage["seconds"].as_f64() > Some(0.0) && stage["host_peak_bytes"].as_u64() > Some(1_000_000),
+            "{stage}"
+        );
+    }
+    let of = |name: &str| stages.iter().find(|stage| stage["name"] == name).unwrap();
+    let disk_bytes = of("init")["disk_peak_bytes"].as_u64().unwrap();
+    assert!((2 * 139_648..400_000).contains(&disk_bytes), "two bytes for each weight: {disk_bytes}");
+    assert!(of("collect")["tokens"].as_u64() > Some(300) && of("train")["tokens"].as_u64() > Some(1000), "{text}");
+    assert!(!Path::new(&folder).join("model").exists() && !Path::new(&folder).join("student").exists());
+    assert!(Path::new(&folder).join("eval/report.html").exists());
+}
