@@ -30,3 +30,4 @@ mod train_state;
 pub mod trainer;
 mod training_state;
 mod validation;
+mod word_split;

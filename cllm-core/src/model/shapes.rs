@@ -64,8 +64,7 @@ pub enum ModelShape {
 }
 
 impl ModelShape {
-    /// config.json as published with the instruct model, for weights in bfloat16. Fields that say
-    /// where the file came from are left out.
+    /// config.json as published with the instruct model, for weights in bfloat16.
     pub fn json(self) -> Value {
         match self {
             ModelShape::Qwen3_0_6B => qwen3([1024, 3072, 28, 16], true),
@@ -126,7 +125,7 @@ fn qwen3(sizes: [i64; 4], is_tied: bool) -> Value {
         "bos_token_id": 151_643, "eos_token_id": 151_645, "initializer_range": 0.02,
         "max_position_embeddings": 40_960, "max_window_layers": sizes[2], "rms_norm_eps": 1e-6,
         "rope_scaling": null, "rope_theta": 1_000_000, "sliding_window": null, "use_sliding_window": false,
-        "tie_word_embeddings": is_tied, "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 151_936,
+        "tie_word_embeddings": is_tied, "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": true, "vocab_size": 151_936,
     });
     with_sizes(sizes, family)
 }
@@ -151,7 +150,7 @@ fn llama3(sizes: [i64; 4], head_dim: Option<i64>, rope_factor: f64, is_tied: boo
             "factor": rope_factor, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
             "original_max_position_embeddings": 8192, "rope_type": "llama3",
         },
-        "rope_theta": 500_000.0, "tie_word_embeddings": is_tied, "torch_dtype": "bfloat16", "use_cache": true,
+        "rope_theta": 500_000.0, "tie_word_embeddings": is_tied, "torch_dtype": "bfloat16", "transformers_version": "4.43.1", "use_cache": true,
         "vocab_size": 128_256,
     });
     if let Some(head_dim) = head_dim {
@@ -167,7 +166,7 @@ fn qwen2(sizes: [i64; 5], [vocab_size, max_window_layers, sliding_window]: [i64;
         "attention_dropout": 0.0, "bos_token_id": 151_643, "eos_token_id": 151_645, "initializer_range": 0.02,
         "max_position_embeddings": 32_768, "max_window_layers": max_window_layers, "rms_norm_eps": 1e-6,
         "rope_theta": 1_000_000.0, "sliding_window": sliding_window, "use_sliding_window": false,
-        "tie_word_embeddings": is_tied, "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": vocab_size,
+        "tie_word_embeddings": is_tied, "torch_dtype": "bfloat16", "transformers_version": "4.43.1", "use_cache": true, "vocab_size": vocab_size,
     });
     with_sizes(sizes, family)
 }
@@ -179,7 +178,7 @@ fn mistral_7b() -> Value {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
         "initializer_range": 0.02, "max_position_embeddings": 32_768, "rms_norm_eps": 1e-5,
-        "rope_theta": 1_000_000.0, "sliding_window": null, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
+        "rope_theta": 1_000_000.0, "sliding_window": null, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.42.0",
         "use_cache": true, "vocab_size": 32_768,
     })
 }
@@ -190,7 +189,7 @@ fn smollm2(sizes: [i64; 5], rope_theta: i64) -> Value {
         "attention_bias": false, "attention_dropout": 0.0, "mlp_bias": false, "bos_token_id": 1, "eos_token_id": 2,
         "pad_token_id": 2, "initializer_range": 0.02, "max_position_embeddings": 8192, "pretraining_tp": 1,
         "rms_norm_eps": 1e-5, "rope_scaling": null, "rope_theta": rope_theta, "tie_word_embeddings": true,
-        "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 49_152,
+        "torch_dtype": "bfloat16", "transformers_version": "4.42.3", "use_cache": true, "vocab_size": 49_152,
     });
     with_sizes(sizes, family)
 }
@@ -202,7 +201,7 @@ fn llama2_7b() -> Value {
         "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 32, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.02,
         "max_position_embeddings": 4096, "pretraining_tp": 1, "rms_norm_eps": 1e-5, "rope_scaling": null,
-        "tie_word_embeddings": false, "torch_dtype": "bfloat16", "use_cache": true, "vocab_size": 32_000,
+        "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.32.0", "use_cache": true, "vocab_size": 32_000,
     })
 }
 

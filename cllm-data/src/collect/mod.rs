@@ -15,6 +15,7 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use cllm_core::chat_template::{Date, today};
+use cllm_core::cuda::libtorch;
 use cllm_core::distributed::ProcessEnv;
 use cllm_core::progress::Progress;
 use cllm_core::prompt_set::PromptSet;
@@ -63,6 +64,8 @@ struct RunStats {
     /// Seconds of decoding and writing.
     seconds: f64,
     tokens_per_second: f64,
+    /// The most GPU memory that tensors used at a time; null on the CPU.
+    peak_memory_bytes: Option<u64>,
 }
 
 /// Collects a data set, or resumes where an earlier run stopped.
@@ -106,6 +109,8 @@ pub fn collect_on(settings: &Settings, today: Date) -> Result<Summary> {
 
     let mut progress = Progress::new("collect", buffer.num_rows() as u64, prompts.len() as u64);
     let started = Instant::now();
+    let device = teacher.model.device();
+    libtorch::reset_peak_gpu_memory(device);
     let decoded = decoding::decode_missing(&teacher, &prompts, settings, &mut buffer, &mut progress);
     // Finished answers are kept, whatever failed after them.
     let writer = buffer.close(decoded.is_ok())?;
@@ -114,7 +119,14 @@ pub fn collect_on(settings: &Settings, today: Date) -> Result<Summary> {
     progress.finish();
 
     let left_out = LeftOut { set_aside: num_set_aside, skipped: skipped.len() };
-    let summary = summarize(num_samples, left_out, resumed, decoded, started.elapsed().as_secs_f64());
+    let seconds = started.elapsed().as_secs_f64();
+    let run = RunStats {
+        responses: decoded.stats(),
+        seconds,
+        tokens_per_second: decoded.num_decoded_tokens() as f64 / seconds,
+        peak_memory_bytes: libtorch::gpu_memory(device).map(|(_, peak)| peak),
+    };
+    let summary = summarize(num_samples, left_out, resumed, decoded, run);
     progress::log(format!("{}, in {}", summary.total, output.display()));
     Ok(summary)
 }
@@ -144,17 +156,8 @@ fn provenance(settings: &Settings, teacher: &Teacher, num_prompts: usize) -> Res
     })
 }
 
-fn summarize(prompts: usize, left_out: LeftOut, resumed: Counts, decoded: Counts, seconds: f64) -> Summary {
+fn summarize(prompts: usize, left_out: LeftOut, resumed: Counts, decoded: Counts, run: RunStats) -> Summary {
     let mut total = resumed;
     total += decoded;
-    let responses = decoded.stats();
-    let tokens_per_second = decoded.num_decoded_tokens() as f64 / seconds;
-    Summary {
-        schema_version: 1,
-        prompts,
-        left_out,
-        resumed: resumed.num_rows(),
-        total: total.stats(),
-        run: RunStats { responses, seconds, tokens_per_second },
-    }
+    Summary { schema_version: 1, prompts, left_out, resumed: resumed.num_rows(), total: total.stats(), run }
 }

@@ -1,8 +1,8 @@
 //! The device that a plan is for: one of this machine, or one that a user names.
 
-use cllm_core::gpus::GpuModel;
 use cllm_core::cuda::libtorch;
 use cllm_core::distributed::ProcessEnv;
+use cllm_core::gpus::GpuModel;
 use cllm_core::model::ModelConfig;
 use cllm_core::{Error, Result, device, environment, train};
 use tch::{Device, Kind};

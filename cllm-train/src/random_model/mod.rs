@@ -59,9 +59,9 @@ pub fn write(settings: &RandomModelSettings) -> Result<RandomModel> {
     })?;
     let parameters = config.num_parameters();
     progress::log(format!(
-        "{}: {shape} with {:.3} billion random weights and a made-up tokenizer",
+        "{}: {shape} with {:.2} M random weights and a made-up tokenizer",
         output.display(),
-        parameters as f64 / 1e9
+        parameters as f64 / 1e6
     ));
     Ok(RandomModel { schema_version: 1, shape, parameters, model: output.clone() })
 }

@@ -5,9 +5,11 @@
 use std::path::Path;
 
 use cllm_core::model::ModelShape;
-use cllm_core::{Result, atomic_file};
+use cllm_core::{Error, Result, atomic_file};
 use serde_json::{Map, Value, json};
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+
+use crate::word_split::{WordSplit, byte_level_step};
 
 /// How byte-level tokenizers write a blank.
 const BLANK: char = 'Ġ';
@@ -37,6 +39,8 @@ struct Layout {
     /// Tokens that are matched like special ones and belong to the text.
     added: Vec<(usize, &'static str)>,
     chat_template: String,
+    /// How text is split into words, as llama.cpp calls it.
+    word_split: &'static str,
     /// The token before every text.
     bos: Option<&'static str>,
     eos: &'static str,
@@ -56,7 +60,7 @@ impl Layout {
             }
             ModelShape::SmolLm2_135M | ModelShape::SmolLm2_1_7B => {
                 let system = "You are a helpful AI assistant named SmolLM, trained by Hugging Face";
-                Layout { eos_ids: vec![2], ..Layout::chatml(49_152, 0, system) }
+                Layout { eos_ids: vec![2], word_split: "smollm", ..Layout::chatml(49_152, 0, system) }
             }
             ModelShape::Llama3_2_1B | ModelShape::Llama3_2_3B | ModelShape::Llama3_1_8B => Layout::llama3(),
             ModelShape::Mistral7B => Layout::inst(32_768, &[(3, "[INST]"), (4, "[/INST]")]),
@@ -72,6 +76,7 @@ impl Layout {
             special: (first_id..).zip(["<|endoftext|>", "<|im_start|>", "<|im_end|>"]).collect(),
             added: Vec::new(),
             chat_template: CHATML.replace("SYSTEM", &system),
+            word_split: "qwen2",
             bos: None,
             eos: "<|im_end|>",
             eos_ids: vec![first_id + 2, first_id],
@@ -103,6 +108,7 @@ impl Layout {
             special: special.into(),
             added: Vec::new(),
             chat_template: LLAMA3.to_owned(),
+            word_split: "llama-bpe",
             bos: Some("<|begin_of_text|>"),
             eos: "<|eot_id|>",
             eos_ids: vec![128_001, 128_008, 128_009],
@@ -115,6 +121,7 @@ impl Layout {
             special: [&[(0, "<unk>"), (1, "<s>"), (2, "</s>")], marks].concat(),
             added: Vec::new(),
             chat_template: INST.to_owned(),
+            word_split: "gpt-2",
             bos: Some("<s>"),
             eos: "</s>",
             eos_ids: vec![2],
@@ -128,7 +135,7 @@ impl Layout {
 /// File-system errors.
 pub(super) fn write(shape: ModelShape, folder: &Path) -> Result<()> {
     let layout = Layout::of(shape);
-    atomic_file::write(&folder.join("tokenizer.json"), tokenizer_json(&layout).to_string().as_bytes())?;
+    atomic_file::write(&folder.join("tokenizer.json"), tokenizer_json(&layout)?.to_string().as_bytes())?;
     let config = json!({
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": layout.bos,
@@ -142,8 +149,9 @@ pub(super) fn write(shape: ModelShape, folder: &Path) -> Result<()> {
     atomic_file::write_json(&folder.join("generation_config.json"), &json!({ "eos_token_id": layout.eos_ids }))
 }
 
-fn tokenizer_json(layout: &Layout) -> Value {
-    let byte_level = json!({ "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true });
+fn tokenizer_json(layout: &Layout) -> Result<Value> {
+    let WordSplit { normalizer, pre_tokenizer, is_llama3 } =
+        WordSplit::from_rule(layout.word_split).map_err(Error::internal)?;
     let bos = layout.bos.map(|bos| {
         let id = layout.special.iter().find(|(_, token)| *token == bos).map(|(id, _)| id);
         json!({
@@ -154,16 +162,17 @@ fn tokenizer_json(layout: &Layout) -> Value {
         })
     });
     let (vocab, merges) = vocabulary(layout);
-    json!({
+    Ok(json!({
         "version": "1.0", "truncation": null, "padding": null,
         "added_tokens": added_tokens(layout),
-        "normalizer": null, "pre_tokenizer": byte_level, "post_processor": bos, "decoder": byte_level,
+        "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "post_processor": bos,
+        "decoder": byte_level_step(true),
         "model": {
             "type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
-            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": is_llama3,
             "vocab": vocab, "merges": merges,
         },
-    })
+    }))
 }
 
 fn added_tokens(layout: &Layout) -> Vec<Value> {

@@ -30,7 +30,8 @@ const WORD_BYTES: usize = 4;
 pub(super) fn write(config: &ModelConfig, seed: u64, folder: &Path) -> Result<()> {
     let shapes = config.parameter_shapes();
     let quantiles = normal_quantiles()?;
-    let mut progress = Progress::new("init (MB)", 0, config.num_parameters() as u64 * ELEMENT_BYTES as u64 / 1_000_000);
+    let megabytes = |num_bytes: u64| num_bytes.div_ceil(1_000_000);
+    let mut progress = Progress::new("init, MB", 0, megabytes(config.num_parameters() as u64 * ELEMENT_BYTES as u64));
     let mut writer = TensorWriter::new(Device::Cpu, STREAMING_BYTES);
     let mut piece = Vec::new();
     let mut written = 0;
@@ -48,9 +49,9 @@ pub(super) fn write(config: &ModelConfig, seed: u64, folder: &Path) -> Result<()
                 draw(&mut piece, start, &quantiles, seed, index as u64);
             }
             writer.write_bytes(&piece)?;
-            let before = written / 1_000_000;
+            let before = megabytes(written);
             written += piece.len() as u64;
-            progress.advance(written / 1_000_000 - before);
+            progress.advance(megabytes(written) - before);
         }
         Ok(())
     })?;
