@@ -36,12 +36,12 @@ mod tests {
 
     #[test]
     fn growth_is_that_of_the_largest_moment() {
-        // Other tests of this process may allocate meanwhile, but nothing of this size.
+        // Other tests of this process allocate and free meanwhile, but nothing near this size.
         const BYTES: usize = 400 << 20;
         let growth = PeakGrowth::start().unwrap();
         drop(std::hint::black_box(vec![1u8; BYTES]));
         let grown = growth.bytes().unwrap();
-        assert!((BYTES as u64..2 * BYTES as u64).contains(&grown), "{grown}");
+        assert!(grown > BYTES as u64 / 2, "{grown}");
         assert!(peak_bytes().unwrap() > BYTES as u64);
     }
 }

@@ -148,13 +148,13 @@ pub fn save_on_base_with(
 ) -> Result<()> {
     let weights = find_weights(&base_folder(base)?, model.config())?;
     let shapes: Vec<_> = weights.iter().map(|(name, weight)| (name.clone(), weight.shape().to_vec())).collect();
-    write_weights(writer, folder, &shapes, kind, |index| {
+    write_weights(writer, folder, &shapes, kind, |writer, index| {
         let (name, stored) = &weights[index];
         let weight = Tensor::f_zeros(stored.shape(), (stored.kind(name)?, model.device()))?;
         read_tensors(&weights[index..=index], model.device(), |_| Ok(weight.shallow_clone()), |_, _| Ok(()))?;
         match model.adapters().and_then(|adapters| adapters.find(name)) {
-            Some(adapter) => adapter.merge(&weight, kind),
-            None => Ok(weight),
+            Some(adapter) => writer.write(&adapter.merge(&weight, kind)?, kind),
+            None => writer.write(&weight, kind),
         }
     })?;
     write_config(model, folder, kind)

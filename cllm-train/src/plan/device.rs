@@ -8,7 +8,6 @@ use cllm_core::{Error, Result, device, environment, train};
 use tch::{Device, Kind};
 
 use crate::byte_size::parse_bytes;
-use crate::memory::PLANNED_CAPABILITY;
 use crate::settings::Settings;
 
 /// What CUDA keeps for itself in every process: its context, the kernels of libtorch and those that
