@@ -154,7 +154,7 @@ mod tests {
                     augmented: Vec::new(),
                 })
                 .into(),
-            labelled: vec![index % 2 == 0; 8],
+            labelled: vec![index.is_multiple_of(2); 8],
         };
         let examples: Vec<Example> = (0..9).map(example).collect();
         let mut settings = Settings { max_batch_tokens: 64, ..Settings::default() };
