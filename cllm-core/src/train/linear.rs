@@ -163,7 +163,8 @@ mod tests {
 
     #[test]
     fn products_with_adapters_by_hand_are_those_of_autograd_up_to_rounding() {
-        let linears: [(&str, fn(&Layer) -> &Linear); 4] = [
+        type Select = fn(&Layer) -> &Linear;
+        let linears: [(&str, Select); 4] = [
             ("qkv", |layer| &layer.qkv_proj),
             ("o", |layer| &layer.o_proj),
             ("gate_up", |layer| &layer.gate_up_proj),
