@@ -36,7 +36,7 @@ const QUERY_PAD: usize = 8;
 const THREADS: usize = 256;
 /// Logits of a token that a block samples from.
 const SEGMENT: usize = 8192;
-/// Maximum number of logits in memory at a time, unless there are more rows than [`SEGMENT`]s in it:
+/// Maximum number of logits in memory at a time, unless there are more rows than `SEGMENT`s in it:
 /// 256 MiB in float32.
 pub const MAX_LOGITS: usize = 64 << 20;
 
