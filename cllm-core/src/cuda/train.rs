@@ -248,8 +248,13 @@ pub struct Labels {
 
 impl Logits {
     /// The logits `[rows, vocab]`, or their gradient once a loss has replaced them.
-    pub fn values(&self) -> Tensor {
+    pub(crate) fn values(&self) -> Tensor {
         self.padded.narrow(1, 0, self.vocab as i64)
+    }
+
+    /// The same padded to a multiple of 8 columns. In the padding, gradients are 0.
+    pub(crate) fn padded(&self) -> &Tensor {
+        &self.padded
     }
 
     fn num_rows(&self) -> usize {
@@ -429,7 +434,7 @@ impl TrainKernels {
     }
 
     /// The logits of `hidden [rows, hidden]` by the output projection `lm_head [vocab, hidden]`, for
-    /// losses.
+    /// losses. It is padded to a multiple of 8 rows.
     pub fn logits(&self, hidden: &Tensor, lm_head: &Tensor) -> Result<Logits> {
         let sizes = self.sizes(hidden.size()[0] as usize);
         let padded_size = [sizes.rows, pitch(&sizes)].map(|size| size as i64);
@@ -438,7 +443,7 @@ impl TrainKernels {
             vocab: self.shape.vocab,
             logsumexps: Tensor::f_empty([sizes.rows as i64], (Kind::Float, hidden.device()))?,
         };
-        let _ = hidden.f_mm_out(&logits.values(), &lm_head.f_tr()?)?;
+        let _ = hidden.f_mm_out(&logits.padded, &lm_head.f_tr()?)?;
         // SAFETY: no argument is an index.
         unsafe { self.logsumexp.launch(&sizes, &[Data(&logits.padded), Data(&logits.logsumexps)])? };
         Ok(logits)

@@ -5,12 +5,18 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
+use crate::Result;
 use crate::fingerprint::hash_bytes;
 
 /// The number of elements is a multiple of this. So 1 to 10 processes, and 12, 14, 15, 16, 32, 64,
 /// 128, 256 and many other numbers of them, can own equal shards of the buffer that are aligned to
 /// 16 bytes.
 const SIZE_MULTIPLE: u64 = 8 * 5040 * 16;
+
+/// Matrices with a row for each token of the vocabulary. They have room for a multiple of this many
+/// rows: products with another number of rows take several times as long on a GPU.
+const VOCABULARY_MATRICES: [&str; 2] = ["embed_tokens.weight", "lm_head.weight"];
+const ROWS_MULTIPLE: u64 = 8;
 
 /// A buffer and the layout of its tensors: matrices first, then vectors (which get no weight
 /// decay), each in the order given.
@@ -33,9 +39,31 @@ impl Entry {
     fn num_elements(&self) -> i64 {
         self.shape.iter().product()
     }
+
+    /// The same with the room that follows it.
+    fn num_elements_with_room(&self) -> i64 {
+        if VOCABULARY_MATRICES.iter().any(|suffix| self.name.ends_with(suffix)) {
+            return self.num_elements() / self.shape[0] * padded_rows(self.shape[0]);
+        }
+        self.num_elements()
+    }
+}
+
+fn padded_rows(rows: i64) -> i64 {
+    (rows as u64).next_multiple_of(ROWS_MULTIPLE) as i64
 }
 
 impl ParamBuffer {
+    /// A matrix `[vocab, hidden]` of a buffer with the room that follows it, `[vocab rounded up to a
+    /// multiple of 8, hidden]`. What is there does not matter, but is finite.
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`] for a tensor without that room.
+    pub(crate) fn with_room(matrix: &Tensor) -> Result<Tensor> {
+        let (rows, width) = matrix.size2()?;
+        Ok(matrix.f_as_strided([padded_rows(rows), width], [width, 1], None)?)
+    }
+
     /// The number of elements of a buffer for tensors of so many elements, with the padding at its
     /// end.
     pub fn padded_len(num_elements: i64) -> i64 {
@@ -49,7 +77,7 @@ impl ParamBuffer {
         let mut lay_out = |is_matrix: bool| {
             for entry in entries.iter_mut().filter(|entry| (entry.shape.len() > 1) == is_matrix) {
                 entry.start = end;
-                end += entry.num_elements();
+                end += entry.num_elements_with_room();
             }
             end
         };
@@ -154,6 +182,14 @@ mod tests {
         let shapes = shapes.map(|(name, shape)| (name.to_owned(), shape));
         let params = ParamBuffer::zeros(shapes.into(), Device::Cpu, Kind::Float);
         assert_eq!((params.num_matrix_elements(), params.buffer().numel()), (9, SIZE_MULTIPLE as usize));
+        // The first element after a vocabulary of 5 tokens is the 17th.
+        let shapes = [("model.embed_tokens.weight", vec![5, 2]), ("b", vec![1, 3]), ("norm", vec![3])];
+        let shapes = shapes.map(|(name, shape)| (name.to_owned(), shape));
+        let vocabulary = ParamBuffer::zeros(shapes.into(), Device::Cpu, Kind::Float);
+        let starts: Vec<_> = vocabulary.ranges().map(|(_, range)| range).collect();
+        assert_eq!((starts, vocabulary.num_matrix_elements()), (vec![0..10, 16..19, 19..22], 19));
+        let embedding = vocabulary.get("model.embed_tokens.weight").unwrap();
+        assert_eq!((embedding.size(), ParamBuffer::with_room(&embedding).unwrap().size()), (vec![5, 2], vec![8, 2]));
         let joined = params.get_joined(&["a".to_owned(), "b".to_owned()]).unwrap();
         assert_eq!(joined.size(), [3, 3]);
         let _ = joined.get(2).fill_(5.0);

@@ -245,8 +245,17 @@ impl Transformer {
     }
 
     /// The output projection `[vocab, hidden]`.
-    pub fn lm_head(&self) -> &Tensor {
+    pub(crate) fn lm_head(&self) -> &Tensor {
         self.lm_head.as_ref().unwrap_or(&self.embed_tokens)
+    }
+
+    /// The output projection padded to a multiple of 8 rows, `[vocab.., hidden]`. The numbers in the
+    /// padding are finite.
+    ///
+    /// # Errors
+    /// [`crate::Error::Torch`].
+    pub fn padded_lm_head(&self) -> Result<Tensor> {
+        ParamBuffer::with_room(self.lm_head())
     }
 }
 

@@ -10,7 +10,7 @@ use super::gradients::{GradientSink, ModelPart};
 use super::packed_batch::PackedBatch;
 use crate::cuda::attention::{AttentionKernels, AttentionMask};
 use crate::cuda::nvrtc::compute_capability;
-use crate::cuda::train::TrainKernels;
+use crate::cuda::train::{Logits, TrainKernels};
 use crate::device::upload;
 use crate::model::{Layer, Linear, ModelConfig, PerWindow, Transformer};
 use crate::{Error, Result};
@@ -315,14 +315,14 @@ impl CudaPass<'_> {
 }
 
 /// Adds to the gradient of the output projection, and returns the gradient of
-/// `hidden [rows, hidden]`. `d_logits`: the gradient of its logits, `[rows, vocab]`.
+/// `hidden [rows, hidden]`. `d_logits` have become their own gradient.
 ///
 /// # Errors
 /// [`crate::Error::Torch`], for instance when memory runs out.
-pub fn project_backward(model: &Transformer, hidden: &Tensor, d_logits: &Tensor) -> Result<Tensor> {
+pub fn project_backward(model: &Transformer, hidden: &Tensor, d_logits: &Logits) -> Result<Tensor> {
     let lm_head = Linear { weight: model.lm_head().shallow_clone(), scales: None, bias: None, adapters: None };
-    lm_head.backward_weights(hidden, d_logits, None)?;
-    Ok(lm_head.backward_input(d_logits)?.0)
+    lm_head.backward_weights(hidden, &d_logits.values(), None)?;
+    Ok(d_logits.padded().f_mm(&model.padded_lm_head()?)?)
 }
 
 #[cfg(test)]

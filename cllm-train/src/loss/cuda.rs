@@ -24,7 +24,7 @@ pub fn chunk_losses(
     let scale = head.scale.unwrap_or_default();
     let labels = Labels::new(&chunk.labels, head.model.config().vocab_size as usize, hidden.device())?;
     let targets = TargetRows::new(&chunk.noisy_targets, num_all_rows, hidden.device())?;
-    let logits = kernels.logits(hidden, head.model.lm_head())?;
+    let logits = kernels.logits(hidden, &head.model.padded_lm_head()?)?;
     let mut sums = Losses::default();
     // The global loss comes first: its targets are clean rows, which the cross-entropy turns into
     // their gradients.
@@ -33,7 +33,7 @@ pub fn chunk_losses(
         let per_row = kernels.divergence(student, target, head.divergence.into(), scale.global)?;
         sums.global = Some(per_row.sum(Kind::Float));
     }
-    let anchor = anchor.map(|rows| kernels.logits(&rows.hidden, rows.model.lm_head())).transpose()?;
+    let anchor = anchor.map(|rows| kernels.logits(&rows.hidden, &rows.model.padded_lm_head()?)).transpose()?;
     let anchor = anchor.as_ref().map(|logits| (logits, scale.anchor));
     let (ar, anchor) = kernels.cross_entropy(&logits, &labels, scale.ar, anchor)?;
     sums.ar = Some(ar.sum(Kind::Float));
@@ -50,8 +50,8 @@ pub fn local_losses(
 ) -> Result<ChunkLosses> {
     let _no_grad = tch::no_grad_guard();
     let scale = head.scale.unwrap_or_default();
-    let logits = kernels.logits(hidden, head.model.lm_head())?;
-    let next_logits = kernels.logits(&next_rows.hidden, next_rows.model.lm_head())?;
+    let logits = kernels.logits(hidden, &head.model.padded_lm_head()?)?;
+    let next_logits = kernels.logits(&next_rows.hidden, &next_rows.model.padded_lm_head()?)?;
     let targets = TargetRows::identity(hidden.size()[0] as usize, hidden.device())?;
     let (student, target) = ((&logits, 0), (&next_logits, &targets));
     let per_row = kernels.divergence(student, target, head.divergence.into(), scale.local)?;
@@ -62,7 +62,7 @@ pub fn local_losses(
 /// Returns the gradient of hidden states, given logits that have become their own gradient. Adds
 /// the gradient of the vocabulary projection to the model's gradients.
 fn d_rows(head: &LossHead<'_>, hidden: &Tensor, d_logits: &Logits) -> Result<Option<Tensor>> {
-    head.scale.map(|_| project_backward(head.model, hidden, &d_logits.values())).transpose()
+    head.scale.map(|_| project_backward(head.model, hidden, d_logits)).transpose()
 }
 
 impl From<Divergence> for kernels::Divergence {

@@ -13,9 +13,10 @@ mod eager;
 mod head;
 
 use cllm_core::Result;
+use cllm_core::device::upload;
 use cllm_core::model::Transformer;
 use cllm_core::train::{self, DeviceBatch, GradientSink, ModelPart, PackedBatch};
-use tch::{Device, Kind, Tensor};
+use tch::{Kind, Tensor};
 
 use crate::data::batch::{Batch, LocalChunk};
 use crate::losses::Losses;
@@ -60,8 +61,8 @@ pub fn batch_losses(
     backward.map_or(Ok(()), |backward| backward.gradients.begin(ModelPart::LmHead))?;
     for chunk in &batch.chunks {
         let noisy_rows = if settings.global_weight > 0.0 { chunk.noisy_rows.as_slice() } else { &[] };
-        let rows = totals.rows(&[chunk.rows.as_slice(), noisy_rows].concat());
-        let anchor_rows = anchor.as_ref().map(|anchor| anchor.rows(&chunk.clean_rows));
+        let rows = totals.rows(&[chunk.rows.as_slice(), noisy_rows].concat())?;
+        let anchor_rows = anchor.as_ref().map(|anchor| anchor.rows(&chunk.clean_rows)).transpose()?;
         let losses = match device_batch.kernels() {
             Some(kernels) => cuda::chunk_losses(&head, kernels, &rows.hidden, anchor_rows.as_ref(), chunk)?,
             None => eager::chunk_losses(&head, &rows.hidden, anchor_rows.as_ref(), chunk),
@@ -70,8 +71,8 @@ pub fn batch_losses(
     }
     if settings.local_weight > 0.0 {
         for LocalChunk { rows, next_rows } in &batch.local_chunks {
-            let rows = totals.rows(rows);
-            let next_rows = frozen_rows(model, &hidden, next_rows);
+            let rows = totals.rows(rows)?;
+            let next_rows = frozen_rows(model, &hidden, next_rows)?;
             let losses = match device_batch.kernels() {
                 Some(kernels) => cuda::local_losses(&head, kernels, &rows.hidden, &next_rows)?,
                 None => eager::local_losses(&head, &rows.hidden, &next_rows),
@@ -109,9 +110,9 @@ impl<'h> Totals<'h> {
         Totals { hidden, d_hidden: has_backward.then(|| hidden.zeros_like()), sums }
     }
 
-    fn rows(&self, indices: &[i64]) -> Rows {
-        let indices = to_device(indices, self.hidden.device());
-        Rows { hidden: self.hidden.index_select(0, &indices), indices }
+    fn rows(&self, indices: &[i64]) -> Result<Rows> {
+        let indices = upload(indices, self.hidden.device())?;
+        Ok(Rows { hidden: self.hidden.f_index_select(0, &indices)?, indices })
     }
 
     /// Adds a chunk. Its rows are distinct, unless the prompt is empty: then the first two response
@@ -139,15 +140,11 @@ impl<'m> AnchorPass<'m> {
         Ok(AnchorPass { model, hidden: train::hidden_states(model, &DeviceBatch::new(clean, model)?)? })
     }
 
-    fn rows(&self, rows: &[i64]) -> FrozenRows<'m> {
+    fn rows(&self, rows: &[i64]) -> Result<FrozenRows<'m>> {
         frozen_rows(self.model, &self.hidden, rows)
     }
 }
 
-fn frozen_rows<'m>(model: &'m Transformer, hidden: &Tensor, rows: &[i64]) -> FrozenRows<'m> {
-    FrozenRows { model, hidden: hidden.index_select(0, &to_device(rows, hidden.device())) }
-}
-
-fn to_device(numbers: &[i64], device: Device) -> Tensor {
-    Tensor::from_slice(numbers).to_device(device)
+fn frozen_rows<'m>(model: &'m Transformer, hidden: &Tensor, rows: &[i64]) -> Result<FrozenRows<'m>> {
+    Ok(FrozenRows { model, hidden: hidden.f_index_select(0, &upload(rows, hidden.device())?)? })
 }

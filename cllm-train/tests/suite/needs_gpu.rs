@@ -214,12 +214,13 @@ fn adamw<'t>(scale: &'t Tensor, skip: &'t Tensor, weight_decay: f64) -> AdamW<'t
 /// The results of libtorch's float32 AdamW on the CPU. The leading `num_decayed` weights decay.
 fn exact_update([weights, gradients, exp_avg, exp_avg_sq]: &[Tensor; 4], num_decayed: i64) -> [Tensor; 3] {
     let (scale, skip) = (Tensor::from(2f32), Tensor::from(0f32));
-    let updated = [weights, exp_avg, exp_avg_sq].map(Tensor::copy);
+    // libtorch scales the gradients in place.
+    let (updated, gradients) = ([weights, exp_avg, exp_avg_sq].map(Tensor::copy), gradients.copy());
     for (start, length, decay) in [(0, num_decayed, 0.1), (num_decayed, weights.numel() as i64 - num_decayed, 0.0)] {
         let slice = |x: &Tensor| x.narrow(0, start, length);
         let [weights, exp_avg, exp_avg_sq] = updated.each_ref().map(slice);
         let numbers = adamw(&scale, &skip, decay);
-        libtorch::fused_adamw(&numbers, &weights, &slice(gradients), &exp_avg, &exp_avg_sq).unwrap();
+        libtorch::fused_adamw(&numbers, &weights, &slice(&gradients), &exp_avg, &exp_avg_sq).unwrap();
     }
     updated
 }
