@@ -20,6 +20,9 @@ pub struct DiskEstimate {
     pub peak: u64,
     /// How much of that the folder does not have yet: what must be free.
     pub needed: u64,
+    /// What must be free for a run that may be interrupted once, whenever that is: an interruption
+    /// writes a checkpoint beside what is there.
+    pub needed_if_interrupted: u64,
 }
 
 impl DiskEstimate {
@@ -34,18 +37,24 @@ impl DiskEstimate {
         stored: &StoredBytes,
     ) -> Self {
         let sizes = Sizes::new(settings, config, kind, tokenizer_bytes);
-        let mut folder =
-            RunFolder { checkpoints: stored.checkpoints.clone(), final_model: stored.final_model, peak: 0 };
+        let mut folder = RunFolder {
+            checkpoints: stored.checkpoints.clone(),
+            final_model: stored.final_model,
+            peak: 0,
+            interrupted_peak: 0,
+        };
         let before = folder.num_bytes();
-        folder.peak = before;
+        (folder.peak, folder.interrupted_peak) = (before, before);
         if !stored.is_finished {
             folder.train(settings, sizes, num_steps);
         }
+        let missing = |peak: u64| (peak - before).saturating_sub(stored.unfinished);
         DiskEstimate {
-            checkpoint: sizes.model + sizes.state,
+            checkpoint: sizes.checkpoint(),
             final_model: sizes.final_model,
             peak: folder.peak,
-            needed: (folder.peak - before).saturating_sub(stored.unfinished),
+            needed: missing(folder.peak),
+            needed_if_interrupted: missing(folder.peak.max(folder.interrupted_peak)),
         }
     }
 }
@@ -56,6 +65,8 @@ struct RunFolder {
     final_model: u64,
     /// The most that it had at a time.
     peak: u64,
+    /// The most that it would have had while the checkpoint of an interruption was written.
+    interrupted_peak: u64,
 }
 
 impl RunFolder {
@@ -69,6 +80,7 @@ impl RunFolder {
     fn train(&mut self, settings: &Settings, sizes: Sizes, num_steps: usize) {
         let first = 1 + self.checkpoints.iter().rfind(|checkpoint| checkpoint.state > 0).map_or(0, |last| last.step);
         let mut best_step = None;
+        self.allow_interruption(sizes);
         for step in first..num_steps {
             let is_best = settings.validation.prompts.is_some() && step.is_multiple_of(settings.validation.every);
             let is_due = settings.saves_after(step);
@@ -78,6 +90,10 @@ impl RunFolder {
             if is_best || is_due {
                 self.save(settings, sizes, step, is_due, best_step);
             }
+            // A checkpoint that is due is not written once more.
+            if !is_due {
+                self.allow_interruption(sizes);
+            }
         }
         // The new model is complete before an old one is removed.
         self.peak = self.peak.max(self.num_bytes() + sizes.final_model);
@@ -85,6 +101,10 @@ impl RunFolder {
         if settings.keep_state {
             self.save(settings, sizes, num_steps, true, best_step);
         }
+    }
+
+    fn allow_interruption(&mut self, sizes: Sizes) {
+        self.interrupted_peak = self.interrupted_peak.max(self.num_bytes() + sizes.checkpoint());
     }
 
     fn save(&mut self, settings: &Settings, sizes: Sizes, step: usize, has_state: bool, best_step: Option<usize>) {
@@ -115,6 +135,10 @@ struct Sizes {
 }
 
 impl Sizes {
+    fn checkpoint(&self) -> u64 {
+        self.model + self.state
+    }
+
     fn new(settings: &Settings, config: &ModelConfig, kind: Kind, tokenizer_bytes: u64) -> Self {
         let element = kind.elt_size_in_bytes() as u64;
         let (parameters, trained) = (config.num_parameters() as u64, settings.trained_parameters(config) as u64);
@@ -181,7 +205,7 @@ mod tests {
     #[test]
     fn the_peak_is_while_a_new_checkpoint_or_the_final_model_stands_beside_the_old_ones() {
         let peak = |settings: &Settings| {
-            let DiskEstimate { checkpoint, final_model, peak, needed } =
+            let DiskEstimate { checkpoint, final_model, peak, needed, .. } =
                 estimate(settings, Kind::Float, &StoredBytes::default());
             assert_eq!(peak, needed);
             // In float32, a model in a checkpoint is as large as the final one.
@@ -204,6 +228,29 @@ mod tests {
         for save_every in [None, Some(0)] {
             assert_eq!(peak(&Settings { save_every, ..Settings::default() }), (0, 1));
         }
+    }
+
+    #[test]
+    fn an_interruption_needs_room_for_its_checkpoint() {
+        let checkpoints = |settings: &Settings, stored: &StoredBytes| {
+            let DiskEstimate { checkpoint, needed_if_interrupted, .. } = estimate(settings, Kind::BFloat16, stored);
+            needed_if_interrupted as f64 / checkpoint as f64
+        };
+        let none = StoredBytes::default();
+        let settings = |save_every: Option<usize>| Settings { save_every, max_checkpoints: 2, ..Settings::default() };
+        for save_every in [None, Some(0), Some(1000)] {
+            assert_eq!(checkpoints(&settings(save_every), &none), 1.0, "{save_every:?}");
+        }
+        assert_eq!(checkpoints(&settings(Some(600)), &none), 2.0, "after step 600");
+        assert_eq!(checkpoints(&settings(Some(200)), &none), 3.0, "one of three in any case");
+        let of_largest_model =
+            Settings { lora: Some(LoraConfig { rank: 1, ..LoraConfig::default() }), ..settings(None) };
+        let DiskEstimate { checkpoint, needed, needed_if_interrupted, .. } =
+            estimate(&of_largest_model, Kind::BFloat16, &none);
+        assert!(needed > checkpoint && needed_if_interrupted == needed, "the final model is larger");
+        let left = StoredCheckpoint { step: 500, model: 100, state: 100 };
+        let interrupted = StoredBytes { checkpoints: vec![left], ..none };
+        assert_eq!(checkpoints(&settings(None), &interrupted), 1.0, "a second interruption writes another");
     }
 
     #[test]

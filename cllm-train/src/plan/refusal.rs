@@ -6,12 +6,12 @@ use cllm_core::capacity::HostMemory;
 use cllm_core::cuda::libtorch;
 use cllm_core::distributed::ProcessGroup;
 use cllm_core::model::ModelConfig;
-use cllm_core::{Error, Result};
+use cllm_core::{Error, Result, progress};
 use tch::Device;
 
 use crate::data::dataset::Example;
 use crate::plan::device::PlannedDevice;
-use crate::plan::needs::{Comparisons, Outset, Room};
+use crate::plan::needs::{Comparisons, Needs, Outset, Room};
 use crate::plan::proposal::Proposals;
 use crate::plan::text;
 use crate::settings::Settings;
@@ -38,7 +38,14 @@ pub fn refuse_what_cannot_fit(
         let outset = Outset::new(settings, planned, config, examples, probe, tokenizer_folder)?;
         let room = Room { device: None, ..Room::detect(settings, &outset.device)? };
         let capacity = libtorch::gpu_capacity(device).map(|(_, total)| total);
-        refusal(&outset, settings, &certain(room, capacity))?
+        let needs = outset.needs(settings)?;
+        let refusal = refusal(&outset, settings, &needs, &certain(room, capacity))?;
+        if refusal.is_none()
+            && let Some(warning) = text::interruption_warning(&needs.disk, Some(room.disk))
+        {
+            progress::log(warning);
+        }
+        refusal
     } else {
         None
     };
@@ -56,8 +63,8 @@ fn certain(room: Room, gpu_capacity: Option<u64>) -> Room {
 }
 
 /// Why the run cannot fit, and settings that fit.
-fn refusal(outset: &Outset<'_>, settings: &Settings, room: &Room) -> Result<Option<String>> {
-    let comparisons = Comparisons::new(&outset.needs(settings)?, room);
+fn refusal(outset: &Outset<'_>, settings: &Settings, needs: &Needs, room: &Room) -> Result<Option<String>> {
+    let comparisons = Comparisons::new(needs, room);
     if comparisons.fit() {
         return Ok(None);
     }
@@ -108,7 +115,7 @@ mod tests {
             tokenizer_bytes: 0,
             stored: Default::default(),
         };
-        refusal(&outset, settings, room).unwrap()
+        refusal(&outset, settings, &outset.needs(settings).unwrap(), room).unwrap()
     }
 
     fn room(device: Option<u64>, host: u64, disk: u64) -> Room {

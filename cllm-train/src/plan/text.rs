@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 
 use crate::byte_size::format_bytes;
 use crate::models::slow_path_warning;
+use crate::plan::disk::DiskEstimate;
 use crate::plan::needs::{Comparison, Comparisons, Verdict};
 use crate::plan::proposal::{Proposal, Proposals};
 use crate::plan::{DurationEstimate, Plan};
@@ -53,6 +54,8 @@ pub(super) fn describe(plan: &Plan) -> String {
     }
     lines.push(row("disk", &comparisons.disk));
     lines.push(format!("  each checkpoint {}, final model {}", bytes(disk.checkpoint), bytes(disk.final_model)));
+    let warning = interruption_warning(disk, comparisons.disk.available);
+    lines.extend(warning.map(|warning| format!("  {warning}")));
     for advice in advices(comparisons, &plan.proposals) {
         lines.extend([String::new(), advice]);
     }
@@ -79,6 +82,18 @@ fn row(name: &str, comparison: &Comparison) -> String {
         Verdict::Unknown => "",
     };
     format!("{name:14}{:>11}{available:>13}   {verdict}", format_bytes(comparison.needed)).trim_end().to_owned()
+}
+
+/// What an interruption would cost, if there is no room for the checkpoint that it writes.
+pub(super) fn interruption_warning(disk: &DiskEstimate, available: Option<u64>) -> Option<String> {
+    available.filter(|available| disk.needed_if_interrupted > *available).map(|available| {
+        format!(
+            "no room for an interruption (Ctrl-C, SIGTERM): with its checkpoint, the run needs {} and {} are free; it would lose \
+             all steps since the last checkpoint",
+            format_bytes(disk.needed_if_interrupted),
+            format_bytes(available)
+        )
+    })
 }
 
 /// For everything that does not fit, how much is missing and what to change.
@@ -136,5 +151,26 @@ fn format_seconds(seconds: f64) -> String {
         seconds if seconds < 120.0 => format!("{seconds:.0} s"),
         seconds if seconds < 7200.0 => format!("{:.0} min", seconds / 60.0),
         seconds => format!("{:.1} h", seconds / 3600.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_interruption_without_room_for_its_checkpoint_is_told() {
+        let disk = DiskEstimate {
+            checkpoint: 6_000_000_000,
+            final_model: 2_000_000_000,
+            peak: 2_000_000_000,
+            needed: 2_000_000_000,
+            needed_if_interrupted: 6_000_000_000,
+        };
+        let warning = interruption_warning(&disk, Some(5_000_000_000)).unwrap();
+        for part in ["Ctrl-C", "needs 6", "5", "would lose"] {
+            assert!(warning.contains(part), "{warning}");
+        }
+        assert_eq!(interruption_warning(&disk, Some(6_000_000_000)), None);
     }
 }

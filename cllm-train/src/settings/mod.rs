@@ -101,7 +101,7 @@ pub struct Settings {
     #[garde(range(min = 1))]
     pub log_every: usize,
     /// Steps between checkpoints that the run can resume from. With `0` or `null` it saves one only
-    /// when it is interrupted.
+    /// when it is interrupted; `plan` and `run` say so if the disk has no room for that one.
     #[garde(skip)]
     pub save_every: Option<usize>,
     /// Number of checkpoints to keep, in addition to the best one.
