@@ -144,12 +144,8 @@ impl StaticBytes {
             (true, Kind::Float) => trained_element * trained,
             (true, _) => (trained_element + element) * trained,
         };
-        // Below adapters is the initial model. It is also the anchor, unless the settings name
-        // another.
-        let has_second_model =
-            settings.is_anchored() && (settings.lora.is_none() || settings.consistency.anchor.is_some());
         let own = base_dtype(settings).weight_bytes(config, kind) as f64;
-        let second = if has_second_model { element * parameters } else { 0.0 };
+        let second = if settings.has_second_model() { element * parameters } else { 0.0 };
         StaticBytes {
             weights: own + second + adapters,
             gradients: trained_element * if is_sharded { shard + unsharded_gradients(config) } else { trained },

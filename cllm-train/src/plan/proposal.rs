@@ -88,8 +88,8 @@ impl Variant {
         self.with(&[("checkpointed_layers", json!(layers))], |settings| settings.checkpointed_layers = layers)
     }
 
-    /// Smaller batches, and as many more of them in a step as keep its tokens. A batch holds at least
-    /// one example.
+    /// Batches of another size, and as many of them in a step as keep its tokens. A batch holds at
+    /// least one example.
     fn with_batch_tokens(&self, max_batch_tokens: usize, world_size: usize) -> Self {
         let Settings { max_batch_tokens: old, accumulation, max_example_tokens, .. } = self.settings;
         let more = (accumulation * old).div_ceil(max_batch_tokens).next_multiple_of(world_size);
@@ -132,10 +132,22 @@ impl Variant {
         };
         self.with(&change, change_base).training_otherwise()
     }
+
+    /// Without the anchor's own model: adapters are anchored to the model below them, and other
+    /// students to nothing.
+    fn without_second_model(&self) -> Self {
+        let variant = match self.settings.lora {
+            Some(_) => self.with(&[("consistency.anchor", Value::Null)], |settings| settings.consistency.anchor = None),
+            None => self
+                .with(&[("consistency.anchor_weight", json!(0))], |settings| settings.consistency.anchor_weight = 0.0),
+        };
+        variant.training_otherwise()
+    }
 }
 
 impl Search<'_> {
-    /// First what leaves the trained model as it is, then what does not; the fastest first.
+    /// First what leaves the trained model as it is, the fastest first; then what does not, in the
+    /// order of how much it changes.
     fn for_memory(&self, own: &Variant) -> Result<Vec<Proposal>> {
         // The batches of one epoch are enough to look at.
         let one_epoch = Settings { epochs: 1, max_steps: None, ..own.settings.clone() };
@@ -147,24 +159,26 @@ impl Search<'_> {
         if proposals.is_empty() {
             proposals.extend(self.with_both(own)?);
         }
+        proposals.extend(self.with_sharded_gradients(own)?);
         let settings = &own.settings;
         if self.can_round(settings) {
             proposals.extend(self.fastest(&own.with_bf16_state())?);
         }
-        let with_adapters = match &settings.lora {
-            Some(lora) => (lora.base_dtype == BaseDtype::Model).then(|| own.with_int8_base()),
-            None => settings.init.is_none().then(|| own.with_adapters()),
-        };
-        if let Some(variant) = with_adapters {
-            let proposal = self.fastest(&variant)?;
-            let is_last = proposal.is_some() || settings.lora.is_some();
-            proposals.extend(if is_last { proposal } else { self.fastest(&variant.with_int8_base())? });
+        if settings.lora.as_ref().is_some_and(|lora| lora.base_dtype == BaseDtype::Model) {
+            proposals.extend(self.fastest(&own.with_int8_base())?);
         }
-        proposals.sort_by(|a, b| {
-            let rank = |proposal: &Proposal| (proposal.changes_training, proposal.relative_time);
-            rank(a).0.cmp(&rank(b).0).then(rank(a).1.total_cmp(&rank(b).1))
-        });
-        Ok(proposals)
+        if settings.has_second_model() {
+            proposals.extend(self.fastest(&own.without_second_model())?);
+        }
+        if settings.lora.is_none() && settings.init.is_none() {
+            let adapters = own.with_adapters();
+            let proposal = self.fastest(&adapters)?;
+            proposals.extend(if proposal.is_some() { proposal } else { self.fastest(&adapters.with_int8_base())? });
+        }
+        let (mut same, different): (Vec<_>, Vec<_>) =
+            proposals.into_iter().partition(|proposal| !proposal.changes_training);
+        same.sort_by(|a, b| a.relative_time.total_cmp(&b.relative_time));
+        Ok([same, different].concat())
     }
 
     fn for_disk(&self, own: &Variant) -> Result<Vec<Proposal>> {
@@ -245,6 +259,28 @@ impl Search<'_> {
         self.with_smaller_batches(&variant.with_checkpointed(num_layers))
     }
 
+    /// As many batches in a step as there are processes, with which each holds only its shard of the
+    /// gradients: larger ones that keep the tokens of a step, or else fewer tokens in a step.
+    fn with_sharded_gradients(&self, own: &Variant) -> Result<Option<Proposal>> {
+        let Settings { accumulation, max_batch_tokens, .. } = own.settings;
+        let world_size = self.outset.device.world_size;
+        let few_batches = Settings { accumulation: world_size, ..own.settings.clone() };
+        if accumulation <= world_size || !few_batches.shards_gradients(world_size) {
+            return Ok(None);
+        }
+        let larger = own.with_batch_tokens((accumulation * max_batch_tokens).div_ceil(world_size), world_size);
+        let change = [("accumulation", json!(world_size))];
+        let fewer = own.with(&change, |settings| *settings = few_batches).training_otherwise();
+        for variant in [larger, fewer] {
+            let proposal = self.check(&variant)?;
+            let proposal = if proposal.is_some() { proposal } else { self.with_checkpointing(&variant)? };
+            if proposal.is_some() {
+                return Ok(proposal);
+            }
+        }
+        Ok(None)
+    }
+
     /// The most validation prompts that fit, for a run whose training alone does.
     fn with_fewer_prompts(&self, variant: &Variant) -> Result<Option<Proposal>> {
         let Some(probe) = self.outset.probe else { return Ok(None) };
@@ -279,4 +315,85 @@ impl Search<'_> {
 fn epoch_seconds(outset: &Outset<'_>, settings: &Settings, needs: &Needs) -> f64 {
     let num_steps = needs.batches.len().div_ceil(settings.accumulation) as f64;
     num_steps * outset.step_work(settings, needs).seconds(outset.device.gpu.unwrap_or(time::typical_gpu()))
+}
+
+#[cfg(test)]
+mod tests {
+    use cllm_core::model::{ModelConfig, ModelShape};
+
+    use super::*;
+    use crate::data::dataset::{Block, Example};
+    use crate::plan::device::PlannedDevice;
+
+    /// Proposals for the memory of GPUs of so many gigabytes, one for each process, with an 8B model
+    /// whose layers are all checkpointed.
+    fn proposals(settings: &Settings, world_size: usize, gigabytes: u64) -> Vec<Proposal> {
+        let config = ModelConfig::from_json(&ModelShape::Qwen3_8B.json()).unwrap();
+        let settings = &Settings { checkpointed_layers: config.num_layers as usize, ..settings.clone() };
+        let example = |index: usize| Example {
+            id: index.to_string(),
+            prompt_ids: vec![1; 224],
+            response_ids: vec![2; 16],
+            blocks: vec![Block { start: 0, states: vec![vec![3; 16], vec![2; 16]], augmented: Vec::new() }],
+            labelled: vec![true; 16],
+        };
+        let examples: Vec<_> = (0..128).map(example).collect();
+        let device = PlannedDevice {
+            name: "GPU".to_owned(),
+            kind: Kind::BFloat16,
+            present: None,
+            gpu: None,
+            available_bytes: None,
+            world_size,
+        };
+        let outset = Outset {
+            device,
+            config: &config,
+            examples: &examples,
+            probe: None,
+            tokenizer_bytes: 0,
+            stored: Default::default(),
+        };
+        let room = Room { device: Some(gigabytes * 1_000_000_000), host: None, disk: u64::MAX };
+        let comparisons = Comparisons::new(&outset.needs(settings).unwrap(), &room);
+        Proposals::find(&outset, settings, &comparisons, &room).unwrap().device_memory
+    }
+
+    fn settings() -> Settings {
+        Settings { max_batch_tokens: 4096, max_example_tokens: 4096, ..Settings::default() }
+    }
+
+    fn changes(proposals: &[Proposal]) -> Vec<(Value, bool)> {
+        let change = |proposal: &Proposal| (Value::Object(proposal.settings.clone()), proposal.changes_training);
+        proposals.iter().map(change).collect()
+    }
+
+    /// Weights and a shard of the float32 state are 66 GB of either GPU, and whole gradients with
+    /// their sums 25 GB more.
+    #[test]
+    fn shards_of_gradients_are_proposed_with_the_tokens_of_a_step_where_they_fit() {
+        let first = |accumulation: usize, gigabytes: u64| {
+            let settings = Settings { accumulation, ..settings() };
+            changes(&proposals(&settings, 2, gigabytes)).into_iter().next()
+        };
+        let larger = json!({"accumulation": 2, "max_batch_tokens": 8192});
+        assert_eq!(first(4, 87), Some((larger, false)));
+        assert_eq!(first(16, 85), Some((json!({"accumulation": 2}), true)), "32,768 tokens at a time do not fit");
+        let has_shards = |change: (Value, bool)| change.0.get("accumulation") == Some(&json!(2));
+        assert!(!first(2, 76).is_some_and(has_shards), "they are sharded already");
+    }
+
+    #[test]
+    fn models_that_training_can_do_without_are_proposed() {
+        let mut anchored = settings();
+        anchored.consistency.anchor_weight = 0.5;
+        anchored.optimizer.state_dtype = StateDtype::Bfloat16;
+        let without = (json!({"consistency.anchor_weight": 0}), true);
+        assert_eq!(changes(&proposals(&anchored, 1, 80))[0], without);
+        anchored.optimizer.state_dtype = StateDtype::Float32;
+        anchored.lora = Some(LoraConfig::default());
+        anchored.consistency.anchor = Some("another".to_owned());
+        let int8 = (json!({"lora.base_dtype": "int8"}), true);
+        assert_eq!(changes(&proposals(&anchored, 1, 35)), [int8, (json!({"consistency.anchor": null}), true)]);
+    }
 }

@@ -174,6 +174,12 @@ impl Settings {
         self.objective == Objective::Consistency && self.consistency.anchor_weight > 0.0
     }
 
+    /// Whether the anchor is a model of its own. Below adapters is the initial model, which is also
+    /// the anchor unless the settings name another.
+    pub fn has_second_model(&self) -> bool {
+        self.is_anchored() && (self.lora.is_none() || self.consistency.anchor.is_some())
+    }
+
     /// Whether a checkpoint to resume from is due after a step, counted from 1.
     pub fn saves_after(&self, step: usize) -> bool {
         self.save_every.is_some_and(|every| step.is_multiple_of(every))
