@@ -67,11 +67,17 @@ pub fn write(
     shards.iter().try_for_each(|(_, shard)| writer.write(shard, shard.kind()))
 }
 
-/// The elements of this process's shards that belong to a weight. Padding follows the last weight.
+/// This process's elements up to those of the last weight; only padding follows.
 fn own_weights(optimizer: &OptimizerState) -> Range<i64> {
     let Range { start, end } = optimizer.shard_elements();
     let num_weights = optimizer.layout().ranges().map(|(_, range)| range.end).max().unwrap_or(0);
     start..end.min(num_weights).max(start)
+}
+
+/// How many elements of a range belong to a weight. The others are padding between two of them.
+fn num_of_weights(optimizer: &OptimizerState, elements: &Range<i64>) -> i64 {
+    let overlap = |(_, weight): (&str, Range<i64>)| weight.end.min(elements.end) - weight.start.max(elements.start);
+    optimizer.layout().ranges().map(|range| overlap(range).max(0)).sum()
 }
 
 /// Fills this process's shards. `advice` says what to do about a damaged file.
@@ -107,11 +113,11 @@ fn fill(folder: &Path, name: &str, shard: &Tensor, optimizer: &OptimizerState, s
             let message = format!("`{name}` is {kind:?}, but this run keeps it as {:?}", shard.kind());
             return Err(Error::file(tensor.path(), message));
         }
-        num_found += elements.end - elements.start;
+        num_found += num_of_weights(optimizer, &elements);
         stored.push((name.to_owned(), tensor.narrow(elements.start - first..elements.end - first)));
         targets.push(elements.start - own.start..elements.end - own.start);
     }
-    if num_found != own.end - own.start {
+    if num_found != num_of_weights(optimizer, &own) {
         return Err(Error::file(folder, format!("the optimizer state lacks a part of `{name}`")));
     }
     let target = |index: usize| {
