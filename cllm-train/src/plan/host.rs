@@ -10,8 +10,8 @@ use crate::plan::device::PlannedDevice;
 
 /// What a process needs before it reads anything: the program and libtorch.
 const CPU_PROGRAM_BYTES: u64 = 300_000_000;
-/// The same with CUDA's libraries.
-const CUDA_PROGRAM_BYTES: u64 = 1_150_000_000;
+/// The same with CUDA's libraries, a tenth of which is read only when the program ends.
+const CUDA_PROGRAM_BYTES: u64 = 1_320_000_000;
 
 /// Estimated bytes of all processes on one host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
