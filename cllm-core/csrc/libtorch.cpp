@@ -63,6 +63,11 @@ int cllm_backward(void *tensor, void *grad) {
   return guarded([&] { static_cast<at::Tensor *>(tensor)->backward(*static_cast<at::Tensor *>(grad)); });
 }
 
+// A copy in pinned memory. tch passes a device, which libtorch warns about.
+int cllm_pin_memory(void *tensor, void **pinned) {
+  return guarded([&] { *pinned = new at::Tensor(static_cast<at::Tensor *>(tensor)->pin_memory()); });
+}
+
 // Bytes that tensors of a GPU use now, and the peak since the last reset.
 int cllm_gpu_memory(int device, int64_t *current, int64_t *peak) {
   return guarded([&] {

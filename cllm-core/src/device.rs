@@ -3,6 +3,7 @@
 use tch::kind::Element;
 use tch::{Cuda, Device, Kind, Tensor};
 
+use crate::cuda::libtorch::pin_memory;
 use crate::distributed::ProcessEnv;
 use crate::{Error, Result};
 
@@ -63,7 +64,7 @@ pub fn upload<T: Element>(values: &[T], device: Device) -> Result<Tensor> {
         return Ok(tensor.f_to_device(device)?);
     }
     // From pinned memory, which libtorch keeps until the copy is done.
-    Ok(tensor.f_pin_memory(device)?.f_to_device_(device, T::KIND, true, false)?)
+    Ok(pin_memory(&tensor)?.f_to_device_(device, T::KIND, true, false)?)
 }
 
 /// Waits until the device has finished all its work, for timings.

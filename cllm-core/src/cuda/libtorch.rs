@@ -22,6 +22,7 @@ unsafe extern "C" {
     fn cllm_set_grad(tensor: *mut c_void, grad: *mut c_void) -> c_int;
     fn cllm_drop_grad(tensor: *mut c_void) -> c_int;
     fn cllm_backward(tensor: *mut c_void, grad: *mut c_void) -> c_int;
+    fn cllm_pin_memory(tensor: *mut c_void, pinned: *mut *mut c_void) -> c_int;
     fn cllm_gpu_memory(device: c_int, current: *mut i64, peak: *mut i64) -> c_int;
     fn cllm_peak_reserved_gpu_memory(device: c_int, peak: *mut i64) -> c_int;
     fn cllm_gpu_capacity(device: c_int, free: *mut i64, total: *mut i64) -> c_int;
@@ -119,6 +120,18 @@ pub fn drop_gradient(leaf: &Tensor) -> Result<()> {
 pub fn backward(tensor: &Tensor, gradient: &Tensor) -> Result<()> {
     // SAFETY: both are valid tensors.
     checked(unsafe { cllm_backward(pointer(tensor), pointer(gradient)) })
+}
+
+/// A copy of a tensor of the host in pinned memory, from which a GPU copies while the host goes on.
+///
+/// # Errors
+/// [`Error::Torch`], such as when there is no GPU.
+pub fn pin_memory(tensor: &Tensor) -> Result<Tensor> {
+    let mut pinned = std::ptr::null_mut();
+    // SAFETY: both pointers are valid for the call.
+    checked(unsafe { cllm_pin_memory(pointer(tensor), &mut pinned) })?;
+    // SAFETY: the call succeeded, so it is a new at::Tensor, which nothing else owns.
+    Ok(unsafe { Tensor::from_ptr(pinned.cast()) })
 }
 
 /// Bytes of GPU memory that tensors use now, and the peak since [`reset_peak_gpu_memory`]. `None`

@@ -343,7 +343,7 @@ impl TrainKernels {
     }
 
     /// Adds to `d_residual [T, hidden]` the gradient that `d_out` gives the input `x` of a norm.
-    /// Returns the gradient of the weight, float32 `[hidden]`.
+    /// Returns terms whose sum is the gradient of the weight, float32 `[terms, hidden]`.
     pub fn rms_norm_backward(
         &self,
         x: &Tensor,
@@ -358,7 +358,7 @@ impl TrainKernels {
         let arguments = [x, weight, d_out, d_residual, d_residual, &partial].map(Data);
         // SAFETY: no argument is an index.
         unsafe { self.rms_norm_backward.launch(&sizes, &arguments)? };
-        Ok(partial.f_sum_dim_intlist(0, false, Kind::Float)?)
+        Ok(partial)
     }
 
     /// `silu(gate) * up [T, ffn]` of `gate_up [T, 2 ffn]`.
@@ -403,8 +403,8 @@ impl TrainKernels {
     }
 
     /// Turns, in place, the gradient of [`Self::rotate`]'s result into that of what it was given.
-    /// `norms`: the weights, and what it returned. Returns the gradients of the weights of the norms
-    /// of queries and keys, float32 `[2, head_dim]`.
+    /// `norms`: the weights, and what it returned. Returns terms whose sums are the gradients of the
+    /// weights of the norms of queries and keys, float32 `[terms, 2, head_dim]`.
     pub fn rotate_backward(
         &self,
         d_qkv: &Tensor,
@@ -422,7 +422,7 @@ impl TrainKernels {
         let arguments = [&[Data(d_qkv), Data(cosines), Data(sines)], &norms[..]].concat();
         // SAFETY: as in `rotate`.
         unsafe { self.rotate_backward.launch(&sizes, &arguments)? };
-        Ok(partial.map(|partial| partial.f_sum_dim_intlist(0, false, Kind::Float)).transpose()?)
+        Ok(partial)
     }
 
     /// Kernels with norms read their weights, and kernels without do not.

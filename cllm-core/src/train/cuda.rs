@@ -248,18 +248,18 @@ impl CudaBatch {
 
     /// Adds to `d_x` the gradient of the norm's input `x`, and to the gradient of its weight.
     fn norm_backward(&self, x: &Tensor, weight: &Tensor, d_out: &Tensor, d_x: &Tensor) -> Result<()> {
-        let d_weight = self.kernels.rms_norm_backward(x, weight, d_out, d_x)?;
-        add_to_gradient(weight, &d_weight)
+        let terms = self.kernels.rms_norm_backward(x, weight, d_out, d_x)?;
+        add_to_gradient(weight, &terms)
     }
 
     /// Turns the gradient of rotated queries and keys into that of the projections, in place, and
     /// adds to the gradients of the weights of their norms.
     fn rotate_backward(&self, layer: &Layer, d_qkv: &Tensor, qk: Option<Tensor>) -> Result<()> {
         let norms = qk_norm(layer).zip(qk.as_ref());
-        let d_weights = self.kernels.rotate_backward(d_qkv, self.cos_sin(), norms)?;
-        if let (Some((q_norm, k_norm)), Some(d_weights)) = (&layer.qk_norm, d_weights) {
-            add_to_gradient(q_norm, &d_weights.get(0))?;
-            add_to_gradient(k_norm, &d_weights.get(1))?;
+        let terms = self.kernels.rotate_backward(d_qkv, self.cos_sin(), norms)?;
+        if let (Some((q_norm, k_norm)), Some(terms)) = (&layer.qk_norm, terms) {
+            add_to_gradient(q_norm, &terms.select(1, 0))?;
+            add_to_gradient(k_norm, &terms.select(1, 1))?;
         }
         Ok(())
     }
@@ -273,10 +273,10 @@ fn qk_norm(layer: &Layer) -> Option<(&Tensor, &Tensor)> {
     layer.qk_norm.as_ref().map(|(q_norm, k_norm)| (q_norm, k_norm))
 }
 
-/// Adds to the gradient of a weight, if it collects one.
-fn add_to_gradient(weight: &Tensor, d_weight: &Tensor) -> Result<()> {
+/// Adds the sum of `terms [terms, ..]` to the gradient of a weight, if it collects one.
+fn add_to_gradient(weight: &Tensor, terms: &Tensor) -> Result<()> {
     if weight.requires_grad() {
-        let _ = weight.grad().f_add_(d_weight)?;
+        let _ = weight.grad().f_add_(&terms.f_sum_dim_intlist(0, false, Kind::Float)?)?;
     }
     Ok(())
 }
