@@ -42,7 +42,7 @@ fn fixtures() -> Vec<(String, Fixture)> {
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .collect();
     names.sort();
-    assert!(names.len() >= 13, "fixtures are missing: {names:?}");
+    assert!(names.len() >= 19, "fixtures are missing: {names:?}");
     names.into_iter().map(|name| (name.clone(), fixture(&name))).collect()
 }
 
