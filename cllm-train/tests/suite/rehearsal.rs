@@ -5,9 +5,10 @@ use std::process::Command;
 
 use cllm_core::checkpoint;
 use cllm_core::model::ModelShape;
+use cllm_core::prompt_set::Prompt;
 use cllm_core::tokenizer::Tokenizer;
-use serde_json::Value;
-use tch::{Device, Kind};
+use serde_json::{Value, json};
+use tch::{Device, IndexOp, Kind, Tensor};
 
 use crate::setup::TRAIN;
 use cllm_testing::programs::path;
@@ -42,6 +43,26 @@ fn a_random_model_depends_on_its_seed_alone_and_no_folder_is_replaced() {
     TRAIN.fail(&["init", "output=x"], 2, &["shape"]);
     TRAIN.fail_on_full_disk(64, &["init", "shape=qwen3-tiny", &format!("output={}", path(dir.path(), "d"))], &["/d/"]);
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 3, "nothing else is left behind");
+}
+
+#[test]
+fn a_random_model_is_what_transformers_reads() {
+    let recorded: Value = serde_json::from_str(include_str!("../fixtures/random-model.json")).unwrap();
+    let dir = tempfile::tempdir().unwrap();
+    let folder = init(dir.path(), "model", &[]);
+    let tokenizer = Tokenizer::load(Path::new(&folder)).unwrap();
+    let content = recorded["content"].as_str().unwrap();
+    let (text, ids) = tokenizer.encode_prompt(&Prompt::question(content)).unwrap();
+    assert_eq!((json!(text), json!(ids)), (recorded["text"].clone(), recorded["ids"].clone()));
+    assert_eq!(json!(tokenizer.eos_ids()), json!([recorded["eos"]]));
+    let model = checkpoint::load(Path::new(&folder), Device::Cpu, Kind::Float).unwrap();
+    let positions = Tensor::arange(ids.len() as i64, (Kind::Int64, Device::Cpu));
+    let ids = Tensor::from_slice(&ids).to_kind(Kind::Int64);
+    let hidden = model.forward(&ids.view([1, -1]), &positions.view([1, -1]));
+    let logits = model.compute_logits(&hidden).unwrap().i((0, -1));
+    let expected: Vec<f32> = serde_json::from_value(recorded["logits"].clone()).unwrap();
+    let difference = (logits - Tensor::from_slice(&expected)).abs().max().double_value(&[]);
+    assert!(difference < 1e-5, "{difference}");
 }
 
 #[test]
