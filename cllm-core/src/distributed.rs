@@ -29,13 +29,16 @@ pub struct ProcessEnv {
     pub world_size: usize,
     /// Rank among the processes of this machine, and the index of the GPU that it uses.
     pub local_rank: usize,
+    /// Number of processes on this machine; with Slurm, the most on any machine of the run.
+    pub local_world_size: usize,
     rendezvous: Rendezvous,
 }
 
 impl ProcessEnv {
-    /// Reads RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT, as torchrun sets them, or
-    /// Slurm's SLURM_PROCID, SLURM_STEP_NUM_TASKS and SLURM_LOCALID with MASTER_ADDR and
-    /// MASTER_PORT. `None` for a single process.
+    /// Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT, as torchrun
+    /// sets them, or Slurm's SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID and
+    /// SLURM_STEP_TASKS_PER_NODE with MASTER_ADDR and MASTER_PORT. Without the fourth, all processes
+    /// are on one machine. `None` for a single process.
     ///
     /// # Errors
     /// [`Error::Usage`] naming a variable that is missing or is not a number in its range.
@@ -65,6 +68,13 @@ impl ProcessEnv {
             Some(_) => number(local_rank_name, world_size - 1)?,
             None => rank,
         };
+        let local_world_size = match (get("LOCAL_WORLD_SIZE"), get("SLURM_STEP_TASKS_PER_NODE")) {
+            (Some(_), _) => number("LOCAL_WORLD_SIZE", world_size)?,
+            (None, Some(tasks)) if world_size_name == "SLURM_STEP_NUM_TASKS" => {
+                max_tasks_per_node(&tasks).unwrap_or(world_size)
+            }
+            _ => world_size,
+        };
         // torchrun's agent serves the store itself, and changes the keys when it restarts the
         // processes.
         let agent_serves = get("TORCHELASTIC_USE_AGENT_STORE").is_some_and(|text| text == "True");
@@ -75,7 +85,7 @@ impl ProcessEnv {
             serves: rank == 0 && !agent_serves,
             prefix: format!("/cllm/attempt_{attempt}"),
         };
-        Ok(Some(ProcessEnv { rank, world_size, local_rank, rendezvous }))
+        Ok(Some(ProcessEnv { rank, world_size, local_rank, local_world_size, rendezvous }))
     }
 
     /// Connects to the store of the run, and serves it if `serves`.
@@ -88,6 +98,11 @@ impl ProcessEnv {
             ))
         })
     }
+}
+
+/// The largest number in Slurm's list of tasks per node, as in `4(x2),3`.
+fn max_tasks_per_node(list: &str) -> Option<usize> {
+    list.split(',').filter_map(|nodes| nodes.split('(').next()?.trim().parse().ok()).max()
 }
 
 /// The processes of a run. In a group of one, every collective does nothing.
@@ -256,12 +271,22 @@ mod tests {
         let torchrun = [&address[..], &[("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "1")]].concat();
         let process = from_variables(&torchrun).unwrap().unwrap();
         assert_eq!((process.rank, process.world_size, process.local_rank), (3, 4, 1));
+        let local_world_size = |more: &[(&str, &str)]| {
+            from_variables(&[&torchrun[..], more].concat()).map(|process| process.unwrap().local_world_size)
+        };
+        assert_eq!(local_world_size(&[]).unwrap(), 4, "one machine, unless the launcher says otherwise");
+        assert_eq!(local_world_size(&[("LOCAL_WORLD_SIZE", "2")]).unwrap(), 2);
+        assert!(local_world_size(&[("LOCAL_WORLD_SIZE", "5")]).is_err());
         assert!(!process.rendezvous.serves);
         let agent =
             [&address[..], &[("WORLD_SIZE", "2"), ("RANK", "0"), ("TORCHELASTIC_USE_AGENT_STORE", "True")]].concat();
         assert!(!from_variables(&agent).unwrap().unwrap().rendezvous.serves);
         let slurm =
             [&address[..], &[("SLURM_STEP_NUM_TASKS", "2"), ("SLURM_PROCID", "0"), ("SLURM_LOCALID", "0")]].concat();
+        for (tasks, expected) in [("1(x2)", 1), ("2", 2), ("1,2(x3)", 2)] {
+            let slurm = [&slurm[..], &[("SLURM_STEP_TASKS_PER_NODE", tasks)]].concat();
+            assert_eq!(from_variables(&slurm).unwrap().unwrap().local_world_size, expected);
+        }
         let Rendezvous { host, port, serves, .. } = from_variables(&slurm).unwrap().unwrap().rendezvous;
         assert!(serves && host == "node7" && port == 29500);
         let error = |variables: &[(&str, &str)]| from_variables(variables).unwrap_err().to_string();
@@ -283,7 +308,7 @@ mod tests {
             let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
             let rendezvous =
                 Rendezvous { host: "127.0.0.1".to_owned(), port, serves: true, prefix: "/test".to_owned() };
-            let process = ProcessEnv { rank: 0, world_size: 1, local_rank: 0, rendezvous };
+            let process = ProcessEnv { rank: 0, world_size: 1, local_rank: 0, local_world_size: 1, rendezvous };
             let device = Device::Cuda(0);
             run_together(&process, || {
                 let group = Rc::new(ProcessGroup::join(&process, device)?);

@@ -244,26 +244,32 @@ pub fn copy_files(from: &Path, to: &Path) -> Result<()> {
     copy_named_templates(&find_file(from, TEMPLATE_FOLDER)?, &to.join(TEMPLATE_FOLDER))
 }
 
-/// Bytes of the files that [`copy_files`] copies, without named templates.
+/// Bytes of the files that [`copy_files`] copies.
 ///
 /// # Errors
-/// An adapter whose base is missing.
+/// An adapter whose base is missing, folders that cannot be read.
 pub fn num_bytes(folder: &Path) -> Result<u64> {
-    let sizes = FILES.iter().map(|name| Ok(find_file(folder, name)?.metadata().map_or(0, |metadata| metadata.len())));
-    sizes.sum()
+    let mut files = FILES.iter().map(|name| find_file(folder, name)).collect::<Result<Vec<_>>>()?;
+    files.extend(named_templates(&find_file(folder, TEMPLATE_FOLDER)?)?);
+    Ok(files.iter().map(|file| file.metadata().map_or(0, |metadata| metadata.len())).sum())
 }
 
 fn copy_named_templates(from: &Path, to: &Path) -> Result<()> {
-    if !from.is_dir() {
-        return Ok(());
-    }
-    std::fs::create_dir_all(to).map_err(Error::write(to))?;
-    for entry in std::fs::read_dir(from).map_err(Error::io(from))? {
-        let entry = entry.map_err(Error::io(from))?;
-        let to = to.join(entry.file_name());
-        std::fs::copy(entry.path(), &to).map_err(Error::write(&to))?;
+    for template in named_templates(from)? {
+        std::fs::create_dir_all(to).map_err(Error::write(to))?;
+        let to = to.join(template.file_name().unwrap_or_default());
+        std::fs::copy(&template, &to).map_err(Error::write(&to))?;
     }
     Ok(())
+}
+
+/// The files in a folder of named templates, which need not exist.
+fn named_templates(folder: &Path) -> Result<Vec<PathBuf>> {
+    if !folder.is_dir() {
+        return Ok(Vec::new());
+    }
+    let entries = std::fs::read_dir(folder).map_err(Error::io(folder))?;
+    entries.map(|entry| Ok(entry.map_err(Error::io(folder))?.path())).collect()
 }
 
 /// Makes a template the only one of a model folder, so that every loader renders with it.

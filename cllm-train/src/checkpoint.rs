@@ -22,13 +22,13 @@ use crate::settings::Settings;
 use crate::summary::SUMMARY_FILE;
 use crate::train_state::TrainState;
 use crate::training_state::{
-    FINAL, Kept, STATE_FILE, checkpoints, checkpoints_folder, has_state, kept_checkpoints, read_state, remove_state,
+    BEST, FINAL, Kept, STATE_FILE, checkpoints, checkpoints_folder, has_state, kept_checkpoints, read_state,
+    remove_state,
 };
 
 /// Links to checkpoints, and what they are to if the final model is one.
 const FINAL_FROM_CHECKPOINTS: &str = "../final";
 const LATEST: &str = "latest";
-const BEST: &str = "best";
 
 /// A checkpoint waits in host memory to be written if that much memory, in multiples of it, is
 /// available.

@@ -88,7 +88,7 @@ impl MemoryEstimate {
 
 impl MemoryEstimate {
     /// The peak of training steps alone.
-    pub fn of_steps(&self) -> u64 {
+    pub fn training_peak(&self) -> u64 {
         self.weights + self.gradients + self.optimizer + self.activations.max(self.update)
     }
 }
@@ -123,15 +123,12 @@ impl StaticBytes {
         let Workload { config, kind, settings, world_size, .. } = *workload;
         let element = kind.elt_size_in_bytes() as f64;
         let (parameters, trained) = (config.num_parameters() as f64, settings.trained_parameters(config) as f64);
-        let trained_kind = trained_kind(settings, kind);
-        let trained_element = trained_kind.elt_size_in_bytes() as f64;
+        let trained_element = trained_kind(settings, kind).elt_size_in_bytes() as f64;
         let shard = trained / world_size as f64;
         let is_bf16_state = settings.optimizer.state_dtype == StateDtype::Bfloat16;
-        let state = match trained_kind {
-            _ if is_bf16_state => 4.0,
-            Kind::Float => 8.0,
-            _ => 12.0,
-        };
+        // Two moments, and the master weights.
+        let num_states = if masters_are_copies(settings, kind) { 3 } else { 2 };
+        let state = (num_states * settings.optimizer.state_dtype.num_bytes()) as f64;
         let average = if settings.optimizer.ema_decay.is_some() { 4.0 } else { 0.0 };
         // The average is updated from float32 copies of some weights.
         let is_copied = is_bf16_state && settings.optimizer.ema_decay.is_some();
@@ -155,14 +152,16 @@ impl StaticBytes {
     }
 }
 
-/// The most gradients that exist as a whole at a time where they are sharded: those of the embedding,
-/// which is the output projection too, of the layer that the backward is at, and of the one before
-/// it, which are being summed.
+/// The most gradients that exist as a whole at a time where they are sharded: those of the layer that
+/// the backward is at and of the part before it, which are being summed. Tied embeddings have theirs
+/// from the losses to the end of the backward; otherwise, a part may be an embedding or the output
+/// projection.
 fn unsharded_gradients(config: &ModelConfig) -> f64 {
     let embedding = config.vocab_size * config.hidden_size;
     let num_embeddings = if config.tied_embeddings { 1 } else { 2 };
     let layer = (config.num_parameters() - num_embeddings * embedding) / config.num_layers;
-    (embedding + 2 * layer) as f64
+    let others = if config.tied_embeddings { embedding + layer } else { embedding.max(layer) };
+    (layer + others) as f64
 }
 
 /// Widths of a layer's activations, in elements per token.
@@ -199,6 +198,7 @@ mod tests {
     use std::rc::Rc;
 
     use cllm_core::cuda::libtorch::with_peak_cpu_memory;
+    use cllm_core::device::default_kind;
     use cllm_core::distributed::ProcessGroup;
     use cllm_core::model::{LoraConfig, ModelShape, ParamBuffer};
     use serde_json::{Value, json};
@@ -223,7 +223,7 @@ mod tests {
         ModelConfig::from_json(&json).unwrap()
     }
 
-    fn examples() -> Vec<Example> {
+    fn examples(count: usize) -> Vec<Example> {
         let example = |index: usize| Example {
             id: index.to_string(),
             prompt_ids: vec![1; 40],
@@ -233,36 +233,41 @@ mod tests {
                 .collect(),
             labelled: vec![true; 160],
         };
-        (0..4).map(example).collect()
+        (0..count).map(example).collect()
+    }
+
+    /// The estimate for training steps on a batch of all examples.
+    fn planned(config: &ModelConfig, settings: &Settings, examples: &[Example], device: Device) -> MemoryEstimate {
+        MemoryEstimate::new(&Workload {
+            config,
+            kind: default_kind(device),
+            is_eager: !device.is_cuda(),
+            settings,
+            examples,
+            batches: &[(0..examples.len()).collect()],
+            probe: None,
+            world_size: 1,
+        })
+    }
+
+    /// Takes some of these steps.
+    fn train(config: &ModelConfig, settings: &Settings, examples: &[Example], device: Device, num_steps: usize) {
+        let models = Models::random(config.clone(), settings, device).unwrap();
+        let mut optimizer = OptimizerState::new(&models.student, settings, Rc::new(ProcessGroup::single())).unwrap();
+        let loader = BatchLoader::new(settings, examples, &models.student).unwrap();
+        for number in 1..=num_steps {
+            let step = loader.step_batches(&[(0..examples.len()).collect()], 0, RankShard::all());
+            let _ = train_step(&models, &mut optimizer, settings, &step, number, 0.0).unwrap();
+        }
     }
 
     /// The estimate of training steps over the bytes that libtorch allocated in one of them.
     fn planned_over_measured(config: &ModelConfig, settings: &Settings) -> f64 {
         tch::set_num_threads(1);
-        let examples = examples();
-        let batches = vec![(0..examples.len()).collect::<Vec<_>>()];
-        let planned = MemoryEstimate::new(&Workload {
-            config,
-            kind: Kind::Float,
-            is_eager: true,
-            settings,
-            examples: &examples,
-            batches: &batches,
-            probe: None,
-            world_size: 1,
-        });
-        let ((), measured) = with_peak_cpu_memory(|| {
-            let models = Models::random(config.clone(), settings, Device::Cpu).unwrap();
-            let group = Rc::new(ProcessGroup::single());
-            let mut optimizer = OptimizerState::new(&models.student, settings, group).unwrap();
-            let loader = BatchLoader::new(settings, &examples, &models.student).unwrap();
-            for number in 1..=1 {
-                let step = loader.step_batches(&batches, 0, RankShard::all());
-                let _ = train_step(&models, &mut optimizer, settings, &step, number, 0.0).unwrap();
-            }
-        })
-        .unwrap();
-        (planned.of_steps() as i64 + padding_bytes(config, settings)) as f64 / measured as f64
+        let examples = examples(4);
+        let planned = planned(config, settings, &examples, Device::Cpu);
+        let ((), measured) = with_peak_cpu_memory(|| train(config, settings, &examples, Device::Cpu, 1)).unwrap();
+        (planned.training_peak() as i64 + padding_bytes(config, settings)) as f64 / measured as f64
     }
 
     /// Elements that only align buffers weigh in a tiny model: those of weights, gradients, moments
@@ -335,7 +340,7 @@ mod tests {
     #[test]
     fn an_8b_model_with_a_float32_state_fits_two_gpus_of_80_gb_with_sharded_gradients() {
         let config = ModelConfig::from_json(&ModelShape::Qwen3_8B.json()).unwrap();
-        let examples = examples();
+        let examples = examples(1);
         let static_bytes = |accumulation: usize| {
             let settings = Settings { accumulation, ..Settings::default() };
             let StaticBytes { weights, gradients, optimizer, .. } = StaticBytes::new(&Workload {
@@ -352,5 +357,64 @@ mod tests {
         };
         assert!((74e9..78e9).contains(&static_bytes(2)), "{}", static_bytes(2));
         assert!((81e9..83e9).contains(&static_bytes(4)), "{}", static_bytes(4));
+    }
+
+    mod needs_gpu {
+        use cllm_core::cuda::libtorch::{gpu_memory, reset_peak_gpu_memory};
+        use cllm_testing::gpu;
+
+        use super::*;
+
+        #[test]
+        #[ignore = "needs a GPU: scripts/test --gpu"]
+        fn steps_on_a_gpu_need_what_is_planned() {
+            let device = gpu::gpu();
+            let settings = Settings { max_batch_tokens: 8192, ..Settings::default() };
+            let checkpointed = Settings { checkpointed_layers: 99, ..settings.clone() };
+            let mut bf16_state = checkpointed.clone();
+            bf16_state.optimizer.state_dtype = StateDtype::Bfloat16;
+            let adapters = Settings { lora: Some(LoraConfig::default()), ..settings.clone() };
+            let mut anchored = settings.clone();
+            anchored.consistency.anchor_weight = 0.5;
+            let config = |more: Value| {
+                let mut json = json!({
+                    "vocab_size": 16000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8,
+                    "num_attention_heads": 12, "num_key_value_heads": 4, "head_dim": 64, "tie_word_embeddings": true,
+                    "max_position_embeddings": 2048, "model_type": "llama",
+                });
+                json.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+                ModelConfig::from_json(&json).unwrap()
+            };
+            let examples = examples(20);
+            let mut ratios = Vec::new();
+            for (name, more) in [
+                ("llama", json!({})),
+                ("llama, untied", json!({"tie_word_embeddings": false})),
+                ("qwen2", json!({"model_type": "qwen2"})),
+                ("qwen3", json!({"model_type": "qwen3", "head_dim": 128})),
+                ("heads of 80", json!({"head_dim": 80})),
+                ("heads of 100, padded", json!({"head_dim": 100})),
+            ] {
+                let variants = [
+                    ("all layers saved", &settings),
+                    ("checkpointed", &checkpointed),
+                    ("bfloat16 state", &bf16_state),
+                    ("adapters", &adapters),
+                    ("anchored", &anchored),
+                ];
+                for (variant, settings) in variants {
+                    let config = config(more.clone());
+                    let planned = planned(&config, settings, &examples, device).training_peak();
+                    reset_peak_gpu_memory(device);
+                    train(&config, settings, &examples, device, 3);
+                    let (_, measured) = gpu_memory(device).unwrap();
+                    let ratio = planned as f64 / measured as f64;
+                    eprintln!("{name}, {variant}: planned {ratio:.3} of {measured} bytes");
+                    ratios.push((name, variant, ratio));
+                }
+            }
+            let wrong: Vec<_> = ratios.iter().filter(|(.., ratio)| !(0.95..1.05).contains(ratio)).collect();
+            assert!(wrong.is_empty(), "{wrong:?}");
+        }
     }
 }

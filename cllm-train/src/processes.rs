@@ -4,7 +4,7 @@ use std::rc::Rc;
 
 use cllm_core::distributed::{self, ProcessEnv, ProcessGroup};
 use cllm_core::program::catch_panics;
-use cllm_core::{Error, Result, device, progress};
+use cllm_core::{Result, device, progress};
 use tch::Device;
 
 use crate::plan::refuse_hypothetical;
@@ -14,7 +14,7 @@ use crate::settings::Settings;
 /// end with the message of that one.
 ///
 /// # Errors
-/// Those of `body`; [`Error::Usage`] if the environment describes no process.
+/// Those of `body`; [`cllm_core::Error::Usage`] if the environment describes no process.
 pub fn run_together<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
     match ProcessEnv::from_env(|name| std::env::var(name).ok())? {
         Some(env) => distributed::run_together(&env, || catch_panics(body)),
@@ -26,22 +26,17 @@ pub fn run_together<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
 /// main process become quiet.
 ///
 /// # Errors
-/// [`Error::Usage`] if the environment does not fit the settings, or the other processes do not
+/// [`cllm_core::Error::Usage`] if the environment does not fit the settings, or the other processes do not
 /// answer.
 pub fn join(settings: &Settings) -> Result<(Device, Rc<ProcessGroup>)> {
     refuse_hypothetical(settings)?;
     let env = ProcessEnv::from_env(|name| std::env::var(name).ok())?;
     let device = device::for_process(&settings.device, env.as_ref())?;
     let group = match &env {
-        Some(env) if settings.accumulation < env.world_size => {
-            let ProcessEnv { world_size, .. } = env;
-            return Err(Error::usage(format!(
-                "accumulation={} is too few for {world_size} processes, because each needs a batch: set \
-                 accumulation={world_size} (or a multiple of it)",
-                settings.accumulation
-            )));
+        Some(env) => {
+            settings.check_processes(env.world_size)?;
+            ProcessGroup::join(env, device)?
         }
-        Some(env) => ProcessGroup::join(env, device)?,
         None => ProcessGroup::single(),
     };
     if !group.is_main() {

@@ -17,6 +17,9 @@ pub const STATE_FILE: &str = "state.json";
 /// The folder of the final model in that of a run.
 pub const FINAL: &str = "final";
 
+/// The link to the best checkpoint.
+pub const BEST: &str = "best";
+
 /// The folder of a run's checkpoints.
 pub fn checkpoints_folder(run: &Path) -> PathBuf {
     run.join("checkpoints")
@@ -34,11 +37,15 @@ pub fn checkpoints(run: &Path) -> Result<Vec<(usize, PathBuf)>> {
     }
     for entry in std::fs::read_dir(&folder).map_err(Error::io(&folder))? {
         let path = entry.map_err(Error::io(&folder))?.path();
-        let step = path.file_name().and_then(|name| name.to_str()?.strip_prefix("step-")?.parse().ok());
-        steps.extend(step.map(|step| (step, path)));
+        steps.extend(step_of(&path).map(|step| (step, path)));
     }
     steps.sort();
     Ok(steps)
+}
+
+/// The step of a checkpoint's folder; `None` for any other.
+fn step_of(path: &Path) -> Option<usize> {
+    path.file_name()?.to_str()?.strip_prefix("step-")?.parse().ok()
 }
 
 /// What is left of a checkpoint when a newer one is complete.
@@ -128,6 +135,8 @@ pub fn remove_state_of_run(run: &Path) -> Result<()> {
 pub struct StoredBytes {
     /// Oldest first.
     pub checkpoints: Vec<StoredCheckpoint>,
+    /// Step of the best checkpoint.
+    pub best_step: Option<usize>,
     pub final_model: u64,
     /// What a killed process left, which the next one removes.
     pub unfinished: u64,
@@ -157,6 +166,7 @@ impl StoredBytes {
         unfinished.extend(atomic_file::unfinished(&checkpoints_folder(run))?);
         Ok(StoredBytes {
             checkpoints: checkpoints(run)?.into_iter().map(stored).collect::<Result<_>>()?,
+            best_step: std::fs::read_link(checkpoints_folder(run).join(BEST)).ok().and_then(|best| step_of(&best)),
             final_model: folder_bytes(&run.join(FINAL))?,
             unfinished: unfinished.iter().map(|path| folder_bytes(path)).sum::<Result<_>>()?,
             is_finished: run.join(SUMMARY_FILE).exists(),
@@ -165,7 +175,10 @@ impl StoredBytes {
 }
 
 /// Bytes of a file, or of all files in a folder and in those below it; 0 if there is none.
-fn folder_bytes(folder: &Path) -> Result<u64> {
+///
+/// # Errors
+/// Folders that cannot be read.
+pub fn folder_bytes(folder: &Path) -> Result<u64> {
     if !folder.is_dir() {
         return Ok(folder.metadata().map_or(0, |metadata| metadata.len()));
     }
@@ -184,8 +197,7 @@ pub fn prune(runs: &[PathBuf], force: bool, dry_run: bool) -> Result<()> {
             return Err(Error::file(run, "is not the folder of a run: it holds no `checkpoints`"));
         }
         if !force && !run.join(SUMMARY_FILE).exists() {
-            let message =
-                "is not finished, and could not be resumed: finish it first, or give up the rest with --force";
+            let message = "is not finished, and would no longer be resumable: finish it first, or use --force to prune it all the same";
             return Err(Error::file(run, message));
         }
     }

@@ -27,6 +27,9 @@ mod strategy;
 mod tree;
 
 pub use crate::cuda::decode::MAX_LOGITS;
+pub use backend::cuda_graph::MAX_PROMPT_TOKENS;
+pub use backend::cuda_model::has_kernels;
+pub use backend::eager::MAX_PIECE_TOKENS;
 pub use engine::{Decoder, RunningAnswer, decode};
 pub use request::{
     Answer, DecodeOptions, OnTokens, Request, StopConditions, Timing, check_fits_context, required_slots,

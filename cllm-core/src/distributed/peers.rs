@@ -298,7 +298,13 @@ mod tests {
     fn peers(world_size: usize) -> Vec<Peers> {
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let rendezvous = Rendezvous { host: "127.0.0.1".to_owned(), port, serves: true, prefix: "/test".to_owned() };
-        let process = |rank| ProcessEnv { rank, world_size, local_rank: rank, rendezvous: rendezvous.clone() };
+        let process = |rank| ProcessEnv {
+            rank,
+            world_size,
+            local_rank: rank,
+            local_world_size: world_size,
+            rendezvous: rendezvous.clone(),
+        };
         (0..world_size).map(|rank| Peers::connect(&process(rank), rank == 0).unwrap()).collect()
     }
 

@@ -9,13 +9,17 @@ use cllm_core::{Error, Result, checkpoint, device};
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
+use crate::plan::final_model_bytes;
+use crate::settings::Settings;
+use crate::training_state::folder_bytes;
+
 /// Host memory and, if the settings ask for `files`, what writing and reading the model takes.
 /// `None` is what was not measured, or what the system does not say.
 #[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub(super) struct HostUsage {
     /// The most that the process had in memory at a time.
     pub(super) host_peak_bytes: Option<u64>,
-    /// Of the files with the weights.
+    /// Of the files of a final model, but those of its tokenizer.
     pub(super) disk_bytes: Option<u64>,
     /// The same, as `plan` estimates it.
     pub(super) planned_disk_bytes: Option<u64>,
@@ -42,20 +46,28 @@ impl HostUsage {
         }
     }
 
-    /// Writes the model as a run does, into a folder beside `output` that is removed at the end, and
-    /// reads it again. The device holds one of the two at a time.
+    /// Writes the final model as a run with these settings does, into a folder beside `output` that is
+    /// removed at the end, and reads it again. The device holds one of the two at a time.
     ///
     /// # Errors
     /// File-system errors, such as a full disk.
-    pub(super) fn with_files(model: Transformer, output: &Path) -> Result<Self> {
+    pub(super) fn with_files(model: Transformer, training: &Settings, output: &Path) -> Result<Self> {
         let (device, kind) = (model.device(), model.kind());
-        let planned_disk_bytes = model.config().num_parameters() as u64 * kind.elt_size_in_bytes() as u64;
+        let planned_disk_bytes = final_model_bytes(training, model.config(), kind, 0);
         let parent = output.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."));
         let work = tempfile::Builder::new().prefix(".bench-model-").tempdir_in(parent).map_err(Error::write(parent))?;
         let before = HostUsage::without_files();
-        let save = Timed::run(device, || checkpoint::save(&model, work.path(), kind))?;
+        let save = Timed::run(device, || {
+            checkpoint::save(&model, work.path(), kind)?;
+            if training.lora.is_none() {
+                return Ok(());
+            }
+            let adapter = work.path().join("adapter");
+            std::fs::create_dir(&adapter).map_err(Error::write(&adapter))?;
+            checkpoint::save_adapter(&model, &adapter, training.model.as_deref().unwrap_or_default())
+        })?;
         drop(model);
-        let disk_bytes = num_bytes(work.path())?;
+        let disk_bytes = folder_bytes(work.path())?;
         let load = Timed::run(device, || checkpoint::load(work.path(), device, kind).map(drop))?;
         Ok(HostUsage {
             host_peak_bytes: before.host_peak_bytes.max(save.peak_bytes).max(load.peak_bytes),
@@ -102,9 +114,4 @@ impl Timed {
         let growth_bytes = growth.and_then(|growth| growth.bytes());
         Ok(Timed { seconds: started.elapsed().as_secs_f64(), growth_bytes, peak_bytes: peak_bytes() })
     }
-}
-
-fn num_bytes(folder: &Path) -> Result<u64> {
-    let entries = std::fs::read_dir(folder).map_err(Error::io(folder))?;
-    entries.map(|entry| Ok(entry.and_then(|entry| entry.metadata()).map_err(Error::io(folder))?.len())).sum()
 }

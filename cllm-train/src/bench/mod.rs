@@ -100,7 +100,7 @@ fn measure(
     let throughput = Throughput::new(&timings, config, training, device, group.world_size());
     let parameters = config.num_parameters();
     let host = match settings.files && group.is_main() {
-        true => HostUsage::with_files(models.student, &settings.output)?,
+        true => HostUsage::with_files(models.student, training, &settings.output)?,
         false => HostUsage::without_files(),
     };
     Ok(TrainBenchRecord {
@@ -119,7 +119,7 @@ fn measure(
         peak_flops: throughput.peak_flops,
         peak_memory_bytes,
         peak_reserved_bytes,
-        planned_memory_bytes: planned.of_steps(),
+        planned_memory_bytes: planned.training_peak(),
         host,
         batch_wait_seconds: timings.wait_seconds,
         transformers_blocks_per_second: None,

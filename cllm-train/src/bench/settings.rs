@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use cllm_core::model::ModelShape;
+use cllm_core::model::{BaseDtype, ModelShape};
 use cllm_core::settings::required_path;
 use cllm_core::{Error, Result};
 use garde::Validate;
@@ -36,7 +36,7 @@ pub struct BenchSettings {
     #[garde(range(min = 1))]
     pub num_steps: usize,
     /// After the steps, also write the trained model as a run does, beside the results, read it again,
-    /// and remove it. Measures time, host memory and disk.
+    /// and remove it. Measures time, host memory and disk. Not with `train.lora.base_dtype=int8`.
     #[garde(skip)]
     pub files: bool,
     /// All other settings of the training, as in `run`; `bench` sets model, datasets, output and
@@ -98,6 +98,12 @@ impl BenchSettings {
         }
         if self.is_synthetic() && self.train.objective == Objective::Sft {
             return Err(Error::usage("train.objective=sft needs datasets: synthetic examples are trajectories"));
+        }
+        if self.files && self.train.lora.as_ref().is_some_and(|lora| lora.base_dtype == BaseDtype::Int8) {
+            return Err(Error::usage(
+                "files=true measures weights that are written from the device, and a run with train.lora.base_dtype=int8 \
+                 merges its adapters into the files of its base: leave one of the two out",
+            ));
         }
         // What stands for a model, a data set or a folder that there is none of is never opened.
         let training = Settings {

@@ -13,6 +13,9 @@ use crate::settings::{Divergence, Settings};
 
 /// Workspaces of cuBLAS on a GPU.
 const WORKSPACE_BYTES: f64 = 33_554_432.0;
+/// Of the block masks, for each token: most tiles of queries attend to a part of two tiles of keys,
+/// and 64 bits for each of their tokens say which, once by queries and once by keys.
+const MASK_BYTES: f64 = 2.0 * 2.0 * 8.0;
 
 /// The sizes of a batch that determine its activations.
 #[derive(Debug, Clone, Copy)]
@@ -110,14 +113,19 @@ struct Ends {
 /// float32 logsumexp per head, gate and up; and with adapters the products of its inputs with every
 /// A, also if it is checkpointed. Its largest temporary tensor is the gradient of their
 /// product, or later, when what the feed-forward layer had is freed, the gradients of the
-/// attention's output and of queries, keys and values.
+/// attention's output and of queries, keys and values. Attention pads heads to a multiple of 8 numbers,
+/// in copies of what it reads and writes.
 ///
 /// At all moments there are three of the last layer's output, the hidden states, their gradient and
-/// that of the residual stream, and the tables of the batch: ids, ranges, cosines and sines.
+/// that of the residual stream, and the tables of the batch: ids, block masks, cosines and sines.
 pub fn cuda_activations(config: &ModelConfig, settings: &Settings, batch: BatchSize) -> f64 {
     let LayerWidths { hidden, queries, qkv, heads, ffn, normed } = LayerWidths::new(config);
     let vocab = config.vocab_size as f64;
-    let in_attention = 2.0 * (queries + qkv) + 4.0 * heads - (4.0 * ffn + 4.0 * hidden);
+    let padded = match config.head_dim % 8 {
+        0 => 0.0,
+        rest => 2.0 * (2.0 * queries + 2.0 * qkv) * (1.0 + (8 - rest) as f64 / config.head_dim as f64),
+    };
+    let in_attention = 2.0 * (queries + qkv) + 4.0 * heads + padded - (4.0 * ffn + 4.0 * hidden);
     let low_ranks = 2.0 * low_rank_width(settings);
     let layer = LayerBytes {
         saved: 8.0 * hidden + 2.0 * (qkv + queries + normed) + 4.0 * heads + 4.0 * ffn + low_ranks,
@@ -131,7 +139,7 @@ pub fn cuda_activations(config: &ModelConfig, settings: &Settings, batch: BatchS
     };
     let num_logits = if settings.is_anchored() || settings.consistency.local_weight > 0.0 { 2.0 } else { 1.0 };
     let ends = Ends {
-        around: 6.0 * hidden + 8.0 + 24.0 + 4.0 * config.head_dim as f64,
+        around: 6.0 * hidden + 8.0 + MASK_BYTES + 4.0 * config.head_dim as f64,
         losses: batch.num_logit_rows * (num_logits * 2.0 * vocab + 4.0 * hidden),
         embedding: if settings.lora.is_some() { 0.0 } else { 2.0 * vocab * hidden },
     };

@@ -1,15 +1,10 @@
 //! The memory of what happens between training steps: validation and checkpoints.
 
-use cllm_core::decode::MAX_LOGITS;
+use cllm_core::decode::{MAX_LOGITS, MAX_PIECE_TOKENS, MAX_PROMPT_TOKENS, has_kernels};
 use cllm_core::model::ModelConfig;
 use tch::Kind;
 
 use super::{LayerWidths, Workload, masters_are_copies, trained_kind};
-
-/// A forward of our kernels that caches prompts has at most this many tokens.
-const MAX_PROMPT_TOKENS: usize = 4096;
-/// libtorch's operations cache longer prompts one after the other, in pieces of so many tokens.
-const MAX_PIECE_TOKENS: usize = 512;
 
 /// What validation adds. The losses on trajectories need less than a training step on a batch of
 /// the same size; the prompts need a copy of the weights with adapters merged and their KV cache.
@@ -22,14 +17,17 @@ pub(super) fn validation_bytes(workload: &Workload<'_>) -> f64 {
     let cached = (probe.num_prompts * probe.slots) as f64;
     let cache = 2.0 * element * cached * (config.num_layers * config.num_kv_heads * config.head_dim) as f64;
     let num_window_tokens = probe.num_prompts * settings.validation.n;
-    let logits = logits_bytes(config, kind, num_window_tokens);
-    let forward = match kind {
-        Kind::BFloat16 => {
-            let num_prompt_tokens = probe.num_prompt_tokens.min(MAX_PROMPT_TOKENS);
-            let prefill = forward_bytes(config, element, num_prompt_tokens as f64);
-            prefill.max(forward_bytes(config, element, num_window_tokens as f64) + logits)
+    let has_kernels = has_kernels(config, kind);
+    let forward_bytes = |num_tokens: usize| forward_bytes(config, element, has_kernels) * num_tokens as f64;
+    let num_logits = num_window_tokens * config.vocab_size as usize;
+    let forward = match has_kernels {
+        true => {
+            // The logits of a slice of the vocabulary, in float32.
+            let logits = 4.0 * num_logits.min(MAX_LOGITS) as f64;
+            let prefill = forward_bytes(probe.num_prompt_tokens.min(MAX_PROMPT_TOKENS));
+            prefill.max(forward_bytes(num_window_tokens) + logits)
         }
-        _ => {
+        false => {
             // libtorch's attention has a bias of each pair of tokens, twice and as a mask while it is made.
             let group = (config.num_heads / config.num_kv_heads) as usize;
             let (rows, width) = match probe.max_prompt_tokens {
@@ -39,8 +37,10 @@ pub(super) fn validation_bytes(workload: &Workload<'_>) -> f64 {
             let prompt = (rows * group * width * probe.max_prompt_tokens) as f64;
             let windows = (probe.num_prompts * group * settings.validation.n * probe.slots) as f64;
             let num_prompt_tokens = probe.num_prompt_tokens.min(rows * width);
-            let prefill = forward_bytes(config, element, num_prompt_tokens as f64) + element * prompt;
-            let decoding = forward_bytes(config, element, num_window_tokens as f64) + element * windows;
+            let prefill = forward_bytes(num_prompt_tokens) + element * prompt;
+            let decoding = forward_bytes(num_window_tokens) + element * windows;
+            // In the model's type, and in float32 if that is another.
+            let logits = num_logits as f64 * if kind == Kind::Float { 4.0 } else { element + 4.0 };
             let making = (2.0 * element + 1.0) * prompt.max(windows);
             prefill.max(decoding).max(logits).max(making)
         }
@@ -77,19 +77,13 @@ fn merged_weights(workload: &Workload<'_>) -> f64 {
     if settings.lora.is_some() { kind.elt_size_in_bytes() as f64 * config.num_parameters() as f64 } else { 0.0 }
 }
 
-/// The temporary tensors of a layer when the most are in memory: the residual stream, the output of
-/// the attention, the normalized input, gate, up and their product; libtorch's operations also have
-/// the activated gate.
-fn forward_bytes(config: &ModelConfig, element: f64, num_tokens: f64) -> f64 {
+/// The temporary tensors of a layer when the most are in memory, in bytes for each token: the residual
+/// stream, the output of the attention, the normalized input, gate, up and their product; libtorch's
+/// operations also have the activated gate.
+fn forward_bytes(config: &ModelConfig, element: f64, has_kernels: bool) -> f64 {
     let LayerWidths { hidden, queries, ffn, .. } = LayerWidths::new(config);
-    let activated = if element == 2.0 { ffn } else { 2.0 * ffn };
-    element * num_tokens * (2.0 * hidden + queries + 2.0 * ffn + activated)
-}
-
-/// Logits in float32. The kernels, which compute in bfloat16, hold those of a slice of the vocabulary.
-fn logits_bytes(config: &ModelConfig, kind: Kind, num_tokens: usize) -> f64 {
-    let num_logits = num_tokens as f64 * config.vocab_size as f64;
-    4.0 * if kind == Kind::BFloat16 { num_logits.min(MAX_LOGITS as f64) } else { num_logits }
+    let activated = if has_kernels { ffn } else { 2.0 * ffn };
+    element * (2.0 * hidden + queries + 2.0 * ffn + activated)
 }
 
 #[cfg(test)]
@@ -163,5 +157,31 @@ mod tests {
             let ratio = planned_over_measured(more, num_prompts, prompt_tokens, lora);
             assert!((0.95..1.05).contains(&ratio), "{name}: planned {ratio:.3} of what was measured");
         }
+    }
+
+    #[test]
+    fn shapes_that_the_kernels_do_not_decode_need_what_libtorch_does() {
+        let settings = Settings::default();
+        let planned = |head_dim: i64, vocab_size: i64| {
+            let config = ModelConfig::from_json(&json!({
+                "model_type": "llama", "vocab_size": vocab_size, "hidden_size": 64, "intermediate_size": 192,
+                "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": head_dim, "tie_word_embeddings": true,
+            }));
+            validation_bytes(&Workload {
+                config: &config.unwrap(),
+                kind: Kind::BFloat16,
+                is_eager: false,
+                settings: &settings,
+                examples: &[],
+                batches: &[],
+                probe: Some(ProbeSize { num_prompts: 256, num_prompt_tokens: 2560, max_prompt_tokens: 10, slots: 64 }),
+                world_size: 1,
+            })
+        };
+        let num_window_tokens = (256 * settings.validation.n) as f64;
+        let of_logits = |head_dim: i64| planned(head_dim, 40_000) - planned(head_dim, 20_000);
+        assert_eq!(of_logits(32), 0.0, "the kernels hold a slice");
+        // In bfloat16 and in float32.
+        assert_eq!(of_logits(40), 6.0 * num_window_tokens * 20_000.0);
     }
 }

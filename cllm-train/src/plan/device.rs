@@ -31,6 +31,8 @@ pub struct PlannedDevice {
     /// memory of the host, and where CUDA does not say.
     pub available_bytes: Option<u64>,
     pub world_size: usize,
+    /// Number of processes on one host.
+    pub local_world_size: usize,
 }
 
 impl PlannedDevice {
@@ -41,13 +43,14 @@ impl PlannedDevice {
     pub fn new(settings: &Settings) -> Result<Self> {
         let env = ProcessEnv::from_env(|name| std::env::var(name).ok())?;
         let (count, name) = split_count(&settings.device);
-        let world_size = count.unwrap_or_else(|| env.as_ref().map_or(1, |env| env.world_size));
+        let of_env = env.as_ref().map_or((1, 1), |env| (env.world_size, env.local_world_size));
+        let (world_size, local_world_size) = count.map_or(of_env, |count| (count, count));
         let is_local = ["auto", "cpu", "cuda"].contains(&name) || name.starts_with("cuda:");
         let gpu = if is_local { None } else { Some(GpuModel::named(name)?) };
         let memory = settings.memory.as_deref().and_then(parse_bytes);
         if name == "cpu" || (is_local && memory.is_none()) {
             let device = device::for_process(name, env.as_ref())?;
-            return Ok(PlannedDevice { world_size, ..Self::present(device) });
+            return Ok(PlannedDevice { world_size, local_world_size, ..Self::present(device) });
         }
         let memory = memory.or(gpu.map(|gpu| gpu.memory_bytes));
         Ok(PlannedDevice {
@@ -57,6 +60,7 @@ impl PlannedDevice {
             gpu,
             available_bytes: memory.map(|bytes| bytes.saturating_sub(CUDA_CONTEXT_BYTES)),
             world_size,
+            local_world_size,
         })
     }
 
@@ -73,6 +77,7 @@ impl PlannedDevice {
             gpu: driver_name.and_then(|name| GpuModel::of_driver(&name)),
             available_bytes: libtorch::gpu_capacity(device).map(|(free, _)| free),
             world_size: 1,
+            local_world_size: 1,
         }
     }
 
@@ -103,7 +108,7 @@ pub fn refuse_hypothetical(settings: &Settings) -> Result<()> {
     let (_, name) = split_count(&settings.device);
     if GpuModel::find(name).is_some() {
         return Err(Error::usage(format!(
-            "device={} is a GPU that only `plan` takes, to plan for it from any machine: use auto, cpu, cuda or cuda:N here",
+            "device={} names a GPU to plan for, which only `plan` accepts: use auto, cpu, cuda or cuda:N here",
             settings.device
         )));
     }

@@ -5,7 +5,7 @@ use serde::Serialize;
 use tch::Kind;
 
 use crate::memory::{masters_are_copies, trained_kind};
-use crate::settings::{Settings, StateDtype};
+use crate::settings::Settings;
 use crate::training_state::{Kept, StoredBytes, StoredCheckpoint, kept_checkpoints};
 
 /// Bytes in the folder of a run.
@@ -46,7 +46,7 @@ impl DiskEstimate {
         let before = folder.num_bytes();
         (folder.peak, folder.interrupted_peak) = (before, before);
         if !stored.is_finished {
-            folder.train(settings, sizes, num_steps);
+            folder.train(settings, sizes, num_steps, stored.best_step);
         }
         let missing = |peak: u64| (peak - before).saturating_sub(stored.unfinished);
         DiskEstimate {
@@ -57,6 +57,11 @@ impl DiskEstimate {
             needed_if_interrupted: missing(folder.peak.max(folder.interrupted_peak)),
         }
     }
+}
+
+/// Bytes of the final model of a run, with those of its tokenizer.
+pub fn final_model_bytes(settings: &Settings, config: &ModelConfig, kind: Kind, tokenizer_bytes: u64) -> u64 {
+    Sizes::new(settings, config, kind, tokenizer_bytes).final_model
 }
 
 /// The folder of a run while it goes on.
@@ -75,11 +80,10 @@ impl RunFolder {
         checkpoints.sum::<u64>() + self.final_model
     }
 
-    /// Saves what a run does from the last checkpoint on. Any validation of prompts may find the
-    /// best checkpoint so far.
-    fn train(&mut self, settings: &Settings, sizes: Sizes, num_steps: usize) {
+    /// Saves what a run does from the last checkpoint on. `best_step` is the best one so far, and any
+    /// validation of prompts may find a better one.
+    fn train(&mut self, settings: &Settings, sizes: Sizes, num_steps: usize, mut best_step: Option<usize>) {
         let first = 1 + self.checkpoints.iter().rfind(|checkpoint| checkpoint.state > 0).map_or(0, |last| last.step);
-        let mut best_step = None;
         self.allow_interruption(sizes);
         for step in first..num_steps {
             let is_best = settings.validation.prompts.is_some() && step.is_multiple_of(settings.validation.every);
@@ -142,10 +146,7 @@ impl Sizes {
     fn new(settings: &Settings, config: &ModelConfig, kind: Kind, tokenizer_bytes: u64) -> Self {
         let element = kind.elt_size_in_bytes() as u64;
         let (parameters, trained) = (config.num_parameters() as u64, settings.trained_parameters(config) as u64);
-        let number = match settings.optimizer.state_dtype {
-            StateDtype::Float32 => 4,
-            StateDtype::Bfloat16 => 2,
-        };
+        let number = settings.optimizer.state_dtype.num_bytes();
         let has_average = settings.optimizer.ema_decay.is_some();
         // The saved model has the master weights too, where they are the same numbers.
         let are_saved = !masters_are_copies(settings, kind) && !has_average && settings.lora.is_none();
@@ -169,6 +170,7 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+    use crate::settings::StateDtype;
 
     fn config() -> ModelConfig {
         let json = json!({
@@ -254,6 +256,23 @@ mod tests {
     }
 
     #[test]
+    fn the_best_checkpoint_of_a_stopped_run_stays_beside_the_newest() {
+        let mut settings = Settings { save_every: Some(200), max_checkpoints: 2, ..Settings::default() };
+        settings.validation.prompts = Some(PathBuf::from("p"));
+        settings.validation.every = 2000;
+        let none = StoredBytes::default();
+        let DiskEstimate { checkpoint, final_model, .. } = estimate(&settings, Kind::Float, &none);
+        let stored = |step: usize, state: u64| StoredCheckpoint { step, model: final_model, state };
+        let checkpoints = vec![stored(200, 0), stored(400, checkpoint - final_model)];
+        let peak = |best_step: Option<usize>| {
+            let stored = StoredBytes { checkpoints: checkpoints.clone(), best_step, ..none.clone() };
+            estimate(&settings, Kind::Float, &stored).peak
+        };
+        assert_eq!(peak(None), 3 * checkpoint);
+        assert_eq!(peak(Some(200)), 3 * checkpoint + final_model, "until there is a better one");
+    }
+
+    #[test]
     fn what_a_stopped_run_left_is_counted_once() {
         let settings = Settings { save_every: Some(200), max_checkpoints: 2, ..Settings::default() };
         let DiskEstimate { checkpoint, final_model, needed: fresh, .. } =
@@ -262,7 +281,7 @@ mod tests {
         let needed = |steps: &[usize], final_model: u64, unfinished: u64, is_finished: bool| {
             let stored = |&step: &usize| StoredCheckpoint { step, model: 100, state: checkpoint - 100 };
             let checkpoints = steps.iter().map(stored).collect();
-            let stored = StoredBytes { checkpoints, final_model, unfinished, is_finished };
+            let stored = StoredBytes { checkpoints, best_step: None, final_model, unfinished, is_finished };
             estimate(&settings, Kind::Float, &stored).needed
         };
         assert_eq!(needed(&[200, 400], 0, 0, false), checkpoint, "one more while an old one is still there");

@@ -38,7 +38,7 @@ impl HostEstimate {
         device: &PlannedDevice,
         checkpoint_bytes: Option<u64>,
     ) -> Self {
-        let num_processes = device.world_size as u64;
+        let num_processes = device.local_world_size as u64;
         let of_each = |bytes: u64| num_processes * bytes;
         let is_cpu = device.is_cpu();
         let program = of_each(if is_cpu { CPU_PROGRAM_BYTES } else { CUDA_PROGRAM_BYTES });

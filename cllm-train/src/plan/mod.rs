@@ -22,8 +22,9 @@ use crate::settings::Settings;
 use crate::validation::Validator;
 pub use device::{PlannedDevice, refuse_hypothetical};
 use disk::DiskEstimate;
+pub use disk::final_model_bytes;
 use host::HostEstimate;
-use needs::{Comparisons, Needs, Outset, Room};
+use needs::{Available, Comparisons, Needs, RunInputs};
 use proposal::Proposals;
 pub use refusal::refuse_what_cannot_fit;
 
@@ -79,21 +80,22 @@ enum DurationEstimate {
 /// Bad settings and data.
 pub fn run(settings: &Settings, skip_timing: bool, json: bool) -> Result<()> {
     let device = PlannedDevice::new(settings)?;
+    settings.check_processes(device.world_size)?;
     let (tokenizer, folder) = load_tokenizer(settings)?;
     let config = load_config(settings, &tokenizer, &folder)?;
     let examples = dataset::read(settings, &tokenizer, &config)?;
     let probe = Validator::load(settings, &tokenizer, &config)?.and_then(|validator| validator.probe_size());
-    let outset = Outset::new(settings, device, &config, &examples, probe, &folder)?;
-    let needs = outset.needs(settings)?;
-    let room = Room::detect(settings, &outset.device)?;
-    let comparisons = Comparisons::new(&needs, &room);
-    let proposals = Proposals::find(&outset, settings, &comparisons, &room)?;
-    let slow_path = outset.device.slow_path_reason(&config)?;
-    let duration = estimate_duration(&outset, settings, &needs, &comparisons, slow_path.as_deref(), skip_timing)?;
+    let inputs = RunInputs::new(settings, device, &config, &examples, probe, &folder)?;
+    let needs = inputs.needs(settings)?;
+    let available = Available::detect(settings, &inputs.device)?;
+    let comparisons = Comparisons::new(&needs, &available);
+    let proposals = Proposals::find(&inputs, settings, &comparisons, &available)?;
+    let slow_path = inputs.device.slow_path_reason(&config)?;
+    let duration = estimate_duration(&inputs, settings, &needs, &comparisons, slow_path.as_deref(), skip_timing)?;
     let plan = Plan {
         schema_version: 1,
-        device: outset.device.name.clone(),
-        num_processes: outset.device.world_size,
+        device: inputs.device.name.clone(),
+        num_processes: inputs.device.world_size,
         slow_path,
         parameters: config.num_parameters(),
         trained_parameters: settings.trained_parameters(&config),
@@ -115,24 +117,26 @@ pub fn run(settings: &Settings, skip_timing: bool, json: bool) -> Result<()> {
     if json { print_json(&plan) } else { print(&text::describe(&plan)) }
 }
 
-/// Times steps on a device that is here, if they fit, and estimates those on a GPU that is not.
+/// Times steps on a device that is here, if they fit. Estimates those on a GPU that is not, and those
+/// of several processes.
 fn estimate_duration(
-    outset: &Outset<'_>,
+    inputs: &RunInputs<'_>,
     settings: &Settings,
     needs: &Needs,
     comparisons: &Comparisons,
     slow_path: Option<&str>,
     skip_timing: bool,
 ) -> Result<DurationEstimate> {
-    let device = &outset.device;
+    let device = &inputs.device;
     let unknown = |reason: String| Ok(DurationEstimate::Unknown { reason });
     let fits = comparisons.device_memory.unwrap_or(comparisons.host_memory).fits();
-    match (device.present, device.gpu) {
+    let timed_device = device.present.filter(|_| device.world_size == 1);
+    match (timed_device, device.gpu) {
         (Some(_), _) if skip_timing => unknown("--no-timing".to_owned()),
         (Some(_), _) if !fits => unknown("no step was timed, because it does not fit".to_owned()),
         (Some(here), _) => {
             progress::log("timing some steps (--no-timing skips this)");
-            match catch_panics(|| timing::time_steps(settings, outset, needs, here)) {
+            match catch_panics(|| timing::time_steps(settings, inputs, needs, here)) {
                 Err(interrupted @ Error::Interrupted(_)) => Err(interrupted),
                 Err(error) => unknown(format!("a step failed: {error}")),
                 Ok(timed) => Ok(timed),
@@ -142,11 +146,15 @@ fn estimate_duration(
             unknown("only steps on the device tell how long libtorch's operations take".to_owned())
         }
         (None, Some(gpu)) => {
-            let seconds_per_step = outset.step_work(settings, needs).seconds(gpu);
+            let seconds_per_step = inputs.step_work(settings, needs).seconds(gpu);
             let seconds = seconds_per_step * needs.schedule.num_steps() as f64;
             let relative_error = Some(time::RELATIVE_ERROR);
             Ok(DurationEstimate::Estimated { seconds, seconds_per_step, timed_steps: 0, relative_error })
         }
+        (None, None) if device.present.is_some() => unknown(
+            "only steps of a single process are timed here, and nothing is known about the speed of this device"
+                .to_owned(),
+        ),
         (None, None) => {
             unknown("nothing is known about the speed of this device: name one, as device=h100-80gb".to_owned())
         }

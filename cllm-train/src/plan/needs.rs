@@ -23,8 +23,8 @@ use crate::validation::ProbeSize;
 /// some memory in reserve.
 const TIGHT: f64 = 0.95;
 
-/// What a run starts from. Settings that only change how it is done leave it as it is.
-pub struct Outset<'o> {
+/// What the needs of a run depend on besides its settings.
+pub struct RunInputs<'o> {
     pub device: PlannedDevice,
     pub config: &'o ModelConfig,
     pub examples: &'o [Example],
@@ -46,13 +46,15 @@ pub struct Needs {
     pub disk: DiskEstimate,
 }
 
-/// What is there.
+/// What is available, in bytes.
 #[derive(Debug, Clone, Copy)]
-pub struct Room {
+pub struct Available {
     /// For the tensors of one process; `None` on the CPU.
     pub device: Option<u64>,
     pub host: Option<HostMemory>,
     pub disk: u64,
+    /// Whether the run would be on this machine, whose host memory and disk these are.
+    pub is_here: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -62,7 +64,7 @@ pub enum Verdict {
     /// It fits by less than the error of the estimate.
     Tight,
     DoesNotFit,
-    /// Nobody says how much is there.
+    /// How much is available is not known.
     Unknown,
 }
 
@@ -81,9 +83,12 @@ pub struct Comparisons {
     pub device_memory: Option<Comparison>,
     pub host_memory: Comparison,
     pub disk: Comparison,
+    /// Whether the last two are of the machine that the run would be on.
+    #[serde(skip)]
+    pub are_here: bool,
 }
 
-impl<'o> Outset<'o> {
+impl<'o> RunInputs<'o> {
     /// # Errors
     /// Folders that cannot be read.
     pub fn new(
@@ -96,7 +101,7 @@ impl<'o> Outset<'o> {
     ) -> Result<Self> {
         let stored = StoredBytes::of_run(&settings.output)?;
         let tokenizer_bytes = tokenizer::num_bytes(tokenizer_folder)?;
-        Ok(Outset { device, config, examples, probe, tokenizer_bytes, stored })
+        Ok(RunInputs { device, config, examples, probe, tokenizer_bytes, stored })
     }
 
     /// What a run with these settings needs.
@@ -135,7 +140,7 @@ impl<'o> Outset<'o> {
     }
 }
 
-impl Room {
+impl Available {
     /// What this machine has, and the device that a plan is for.
     ///
     /// # Errors
@@ -145,7 +150,8 @@ impl Room {
             Some(bytes) => Some(HostMemory { total: bytes, available: bytes }),
             None => HostMemory::detect(),
         };
-        Ok(Room { device: device.available_bytes, host, disk: free_disk_bytes(&settings.output)? })
+        let disk = free_disk_bytes(&settings.output)?;
+        Ok(Available { device: device.available_bytes, host, disk, is_here: device.present.is_some() })
     }
 }
 
@@ -166,21 +172,24 @@ impl Comparison {
 }
 
 impl Comparisons {
-    pub fn new(needs: &Needs, room: &Room) -> Self {
+    pub fn new(needs: &Needs, available: &Available) -> Self {
         Comparisons {
-            device_memory: room.device.map(|room| Comparison::new(needs.memory.peak, Some(room), TIGHT)),
-            host_memory: Comparison::new(needs.host.peak, room.host.map(|host| host.available), TIGHT),
+            device_memory: available.device.map(|available| Comparison::new(needs.memory.peak, Some(available), TIGHT)),
+            host_memory: Comparison::new(needs.host.peak, available.host.map(|host| host.available), TIGHT),
             // The sizes of files are exact.
-            disk: Comparison::new(needs.disk.needed, Some(room.disk), 1.0),
+            disk: Comparison::new(needs.disk.needed, Some(available.disk), 1.0),
+            are_here: available.is_here,
         }
     }
 
-    pub fn all(&self) -> impl Iterator<Item = (&'static str, Comparison)> {
+    /// What does not fit. Host memory and disk of this machine matter only to a run on it.
+    pub fn misfits(&self) -> impl Iterator<Item = (&'static str, Comparison)> {
         let device = self.device_memory.map(|device| ("device memory", device));
-        device.into_iter().chain([("host memory", self.host_memory), ("disk", self.disk)])
+        let host = [("host memory", self.host_memory), ("disk", self.disk)].into_iter().filter(|_| self.are_here);
+        device.into_iter().chain(host).filter(|(_, comparison)| !comparison.fits())
     }
 
     pub fn fit(&self) -> bool {
-        self.all().all(|(_, comparison)| comparison.fits())
+        self.misfits().next().is_none()
     }
 }

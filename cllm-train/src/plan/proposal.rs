@@ -7,7 +7,7 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 use tch::Kind;
 
-use crate::plan::needs::{Comparison, Comparisons, Needs, Outset, Room, Verdict};
+use crate::plan::needs::{Available, Comparison, Comparisons, Needs, RunInputs, Verdict};
 use crate::plan::time;
 use crate::settings::{Settings, StateDtype};
 
@@ -46,8 +46,8 @@ struct Variant {
 
 /// Finds proposals for one need.
 struct Search<'s> {
-    outset: &'s Outset<'s>,
-    room: &'s Room,
+    inputs: &'s RunInputs<'s>,
+    available: &'s Available,
     select: fn(&Comparisons) -> Option<Comparison>,
     /// Of the settings as they are.
     seconds: f64,
@@ -56,20 +56,25 @@ struct Search<'s> {
 impl Proposals {
     /// # Errors
     /// Settings that leave no example, which were refused before.
-    pub fn find(outset: &Outset<'_>, settings: &Settings, comparisons: &Comparisons, room: &Room) -> Result<Self> {
+    pub fn find(
+        inputs: &RunInputs<'_>,
+        settings: &Settings,
+        comparisons: &Comparisons,
+        available: &Available,
+    ) -> Result<Self> {
         let own = Variant { settings: settings.clone(), changes: Map::new(), changes_training: false };
-        let seconds = epoch_seconds(outset, settings, &outset.needs(settings)?);
-        let search = |select| Search { outset, room, select, seconds };
+        let seconds = epoch_seconds(inputs, settings, &inputs.needs(settings)?);
+        let search = |select| Search { inputs, available, select, seconds };
         let fits = |comparison: Option<Comparison>| comparison.is_none_or(|comparison| comparison.fits());
         let mut proposals = Proposals::default();
         if !fits(comparisons.device_memory) {
             proposals.device_memory = search(|comparisons| comparisons.device_memory).for_memory(&own)?;
         }
         // The memory of the host holds the tensors of the CPU.
-        if outset.device.is_cpu() && !comparisons.host_memory.fits() {
+        if inputs.device.is_cpu() && !comparisons.host_memory.fits() {
             proposals.host_memory = search(|comparisons| Some(comparisons.host_memory)).for_memory(&own)?;
         }
-        if !comparisons.disk.fits() {
+        if comparisons.are_here && !comparisons.disk.fits() {
             proposals.disk = search(|comparisons| Some(comparisons.disk)).for_disk(&own)?;
         }
         Ok(proposals)
@@ -105,19 +110,20 @@ impl Variant {
         variant.with(&change, |settings| settings.max_example_tokens = max_batch_tokens)
     }
 
-    /// The same with other numbers trained.
-    fn training_otherwise(self) -> Self {
+    /// Notes that the change gives another trained model.
+    fn with_changed_training(self) -> Self {
         Variant { changes_training: true, ..self }
     }
 
     fn with_bf16_state(&self) -> Self {
         let change = [("optimizer.state_dtype", json!("bfloat16"))];
-        self.with(&change, |settings| settings.optimizer.state_dtype = StateDtype::Bfloat16).training_otherwise()
+        self.with(&change, |settings| settings.optimizer.state_dtype = StateDtype::Bfloat16).with_changed_training()
     }
 
     fn with_adapters(&self) -> Self {
         let change = [("lora.rank", json!(16))];
-        let variant = self.with(&change, |settings| settings.lora = Some(LoraConfig::default())).training_otherwise();
+        let variant =
+            self.with(&change, |settings| settings.lora = Some(LoraConfig::default())).with_changed_training();
         if variant.settings.optimizer.state_dtype == StateDtype::Float32 {
             return variant;
         }
@@ -130,7 +136,7 @@ impl Variant {
         let change_base = |settings: &mut Settings| {
             settings.lora.iter_mut().for_each(|lora| lora.base_dtype = BaseDtype::Int8);
         };
-        self.with(&change, change_base).training_otherwise()
+        self.with(&change, change_base).with_changed_training()
     }
 
     /// Without the anchor's own model: adapters are anchored to the model below them, and other
@@ -141,7 +147,7 @@ impl Variant {
             None => self
                 .with(&[("consistency.anchor_weight", json!(0))], |settings| settings.consistency.anchor_weight = 0.0),
         };
-        variant.training_otherwise()
+        variant.with_changed_training()
     }
 }
 
@@ -201,20 +207,20 @@ impl Search<'_> {
     /// Whether the state of the optimizer could be bfloat16 and is not.
     fn can_round(&self, settings: &Settings) -> bool {
         let is_float32 = settings.optimizer.state_dtype == StateDtype::Float32;
-        is_float32 && settings.lora.is_none() && self.outset.device.kind == Kind::BFloat16
+        is_float32 && settings.lora.is_none() && self.inputs.device.kind == Kind::BFloat16
     }
 
     /// The variant as a proposal, if it fits.
     fn check(&self, variant: &Variant) -> Result<Option<Proposal>> {
-        let needs = self.outset.needs(&variant.settings)?;
-        let comparison = (self.select)(&Comparisons::new(&needs, self.room));
+        let needs = self.inputs.needs(&variant.settings)?;
+        let comparison = (self.select)(&Comparisons::new(&needs, self.available));
         let Some(comparison) = comparison.filter(|comparison| comparison.verdict == Verdict::Fits) else {
             return Ok(None);
         };
         Ok(Some(Proposal {
             settings: variant.changes.clone(),
             comparison,
-            relative_time: epoch_seconds(self.outset, &variant.settings, &needs) / self.seconds,
+            relative_time: epoch_seconds(self.inputs, &variant.settings, &needs) / self.seconds,
             changes_training: variant.changes_training,
         }))
     }
@@ -231,7 +237,7 @@ impl Search<'_> {
     /// The fewest checkpointed layers that fit. Each further layer saves memory, except that the
     /// first brings the memory of one that is recomputed.
     fn with_checkpointing(&self, variant: &Variant) -> Result<Option<Proposal>> {
-        let num_layers = self.outset.config.num_layers as usize;
+        let num_layers = self.inputs.config.num_layers as usize;
         let lowest = variant.settings.checkpointed_layers + 1;
         self.smallest(lowest, num_layers, |layers| variant.with_checkpointed(layers))
     }
@@ -239,12 +245,12 @@ impl Search<'_> {
     /// The largest batches that fit, in multiples of 256 tokens.
     fn with_smaller_batches(&self, variant: &Variant) -> Result<Option<Proposal>> {
         let settings = &variant.settings;
-        let lengths = self.outset.examples.iter().map(|example| example.max_packed_tokens(&settings.consistency));
+        let lengths = self.inputs.examples.iter().map(|example| example.max_packed_tokens(&settings.consistency));
         let longest = lengths.filter(|tokens| *tokens <= settings.max_example_tokens).max().unwrap_or(1);
         let multiple = |number: usize| number * BATCH_TOKENS_STEP;
         let (lowest, highest) =
             (longest.div_ceil(BATCH_TOKENS_STEP), (settings.max_batch_tokens - 1) / BATCH_TOKENS_STEP);
-        let world_size = self.outset.device.world_size;
+        let world_size = self.inputs.device.world_size;
         // Counted down, so that the smallest number is the largest batch.
         let variant = |less: usize| variant.with_batch_tokens(multiple(highest - less), world_size);
         if highest < lowest { Ok(None) } else { self.smallest(0, highest - lowest, variant) }
@@ -252,7 +258,7 @@ impl Search<'_> {
 
     /// All layers checkpointed, and the largest batches that fit then.
     fn with_both(&self, variant: &Variant) -> Result<Option<Proposal>> {
-        let num_layers = self.outset.config.num_layers as usize;
+        let num_layers = self.inputs.config.num_layers as usize;
         if variant.settings.checkpointed_layers >= num_layers {
             return Ok(None);
         }
@@ -263,14 +269,14 @@ impl Search<'_> {
     /// gradients: larger ones that keep the tokens of a step, or else fewer tokens in a step.
     fn with_sharded_gradients(&self, own: &Variant) -> Result<Option<Proposal>> {
         let Settings { accumulation, max_batch_tokens, .. } = own.settings;
-        let world_size = self.outset.device.world_size;
+        let world_size = self.inputs.device.world_size;
         let few_batches = Settings { accumulation: world_size, ..own.settings.clone() };
         if accumulation <= world_size || !few_batches.shards_gradients(world_size) {
             return Ok(None);
         }
         let larger = own.with_batch_tokens((accumulation * max_batch_tokens).div_ceil(world_size), world_size);
         let change = [("accumulation", json!(world_size))];
-        let fewer = own.with(&change, |settings| *settings = few_batches).training_otherwise();
+        let fewer = own.with(&change, |settings| *settings = few_batches).with_changed_training();
         for variant in [larger, fewer] {
             let proposal = self.check(&variant)?;
             let proposal = if proposal.is_some() { proposal } else { self.with_checkpointing(&variant)? };
@@ -283,7 +289,7 @@ impl Search<'_> {
 
     /// The most validation prompts that fit, for a run whose training alone does.
     fn with_fewer_prompts(&self, variant: &Variant) -> Result<Option<Proposal>> {
-        let Some(probe) = self.outset.probe else { return Ok(None) };
+        let Some(probe) = self.inputs.probe else { return Ok(None) };
         self.smallest(1, probe.num_prompts - 1, |fewer| {
             let num_examples = probe.num_prompts - fewer;
             let change = [("validation.num_examples", json!(num_examples))];
@@ -312,9 +318,9 @@ impl Search<'_> {
 
 /// Estimated seconds of the first epoch. Those of a device that is not known are compared with each
 /// other only.
-fn epoch_seconds(outset: &Outset<'_>, settings: &Settings, needs: &Needs) -> f64 {
+fn epoch_seconds(inputs: &RunInputs<'_>, settings: &Settings, needs: &Needs) -> f64 {
     let num_steps = needs.batches.len().div_ceil(settings.accumulation) as f64;
-    num_steps * outset.step_work(settings, needs).seconds(outset.device.gpu.unwrap_or(time::typical_gpu()))
+    num_steps * inputs.step_work(settings, needs).seconds(inputs.device.gpu.unwrap_or(time::typical_gpu()))
 }
 
 #[cfg(test)]
@@ -345,8 +351,9 @@ mod tests {
             gpu: None,
             available_bytes: None,
             world_size,
+            local_world_size: world_size,
         };
-        let outset = Outset {
+        let inputs = RunInputs {
             device,
             config: &config,
             examples: &examples,
@@ -354,9 +361,10 @@ mod tests {
             tokenizer_bytes: 0,
             stored: Default::default(),
         };
-        let room = Room { device: Some(gigabytes * 1_000_000_000), host: None, disk: u64::MAX };
-        let comparisons = Comparisons::new(&outset.needs(settings).unwrap(), &room);
-        Proposals::find(&outset, settings, &comparisons, &room).unwrap().device_memory
+        let available =
+            Available { device: Some(gigabytes * 1_000_000_000), host: None, disk: u64::MAX, is_here: false };
+        let comparisons = Comparisons::new(&inputs.needs(settings).unwrap(), &available);
+        Proposals::find(&inputs, settings, &comparisons, &available).unwrap().device_memory
     }
 
     fn settings() -> Settings {

@@ -11,7 +11,7 @@ use tch::Device;
 
 use crate::data::dataset::Example;
 use crate::plan::device::PlannedDevice;
-use crate::plan::needs::{Comparisons, Needs, Outset, Room};
+use crate::plan::needs::{Available, Comparisons, Needs, RunInputs};
 use crate::plan::proposal::Proposals;
 use crate::plan::text;
 use crate::settings::Settings;
@@ -34,14 +34,14 @@ pub fn refuse_what_cannot_fit(
     tokenizer_folder: &Path,
 ) -> Result<()> {
     let refusal = if group.is_main() {
-        let planned = PlannedDevice { world_size: group.world_size(), ..PlannedDevice::present(device) };
-        let outset = Outset::new(settings, planned, config, examples, probe, tokenizer_folder)?;
-        let room = Room { device: None, ..Room::detect(settings, &outset.device)? };
+        let planned = PlannedDevice::new(settings)?;
+        let inputs = RunInputs::new(settings, planned, config, examples, probe, tokenizer_folder)?;
+        let available = Available { device: None, ..Available::detect(settings, &inputs.device)? };
         let capacity = libtorch::gpu_capacity(device).map(|(_, total)| total);
-        let needs = outset.needs(settings)?;
-        let refusal = refusal(&outset, settings, &needs, &certain(room, capacity))?;
+        let needs = inputs.needs(settings)?;
+        let refusal = refusal(&inputs, settings, &needs, &certain(available, capacity))?;
         if refusal.is_none()
-            && let Some(warning) = text::interruption_warning(&needs.disk, Some(room.disk))
+            && let Some(warning) = text::interruption_warning(&needs.disk, Some(available.disk))
         {
             progress::log(warning);
         }
@@ -56,19 +56,24 @@ pub fn refuse_what_cannot_fit(
 }
 
 /// The most that there can be of memory, whatever else runs now.
-fn certain(room: Room, gpu_capacity: Option<u64>) -> Room {
+fn certain(available: Available, gpu_capacity: Option<u64>) -> Available {
     let most = |bytes: u64| (bytes as f64 / (1.0 - ESTIMATE_ERROR)) as u64;
-    let host = room.host.map(|host| HostMemory { total: most(host.total), available: most(host.total) });
-    Room { device: gpu_capacity.map(most), host, ..room }
+    let host = available.host.map(|host| HostMemory { total: most(host.total), available: most(host.total) });
+    Available { device: gpu_capacity.map(most), host, ..available }
 }
 
 /// Why the run cannot fit, and settings that fit.
-fn refusal(outset: &Outset<'_>, settings: &Settings, needs: &Needs, room: &Room) -> Result<Option<String>> {
-    let comparisons = Comparisons::new(needs, room);
+fn refusal(
+    inputs: &RunInputs<'_>,
+    settings: &Settings,
+    needs: &Needs,
+    available: &Available,
+) -> Result<Option<String>> {
+    let comparisons = Comparisons::new(needs, available);
     if comparisons.fit() {
         return Ok(None);
     }
-    let proposals = Proposals::find(outset, settings, &comparisons, room)?;
+    let proposals = Proposals::find(inputs, settings, &comparisons, available)?;
     let parts = text::advices(&comparisons, &proposals);
     Ok(Some(format!("{}: {}", settings.output.display(), parts.join("\n"))))
 }
@@ -83,8 +88,8 @@ mod tests {
 
     const LARGE: u64 = 1 << 50;
 
-    /// The refusal of a run of a model with 7 million parameters where there is so much room.
-    fn refusal_in(settings: &Settings, kind: Kind, room: &Room) -> Option<String> {
+    /// The refusal of a run of a model with 7 million parameters where so much is available.
+    fn refusal_in(settings: &Settings, kind: Kind, available: &Available) -> Option<String> {
         let config = json!({
             "model_type": "llama", "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 1024,
             "num_hidden_layers": 6, "num_attention_heads": 4, "tie_word_embeddings": true,
@@ -106,8 +111,9 @@ mod tests {
             gpu: None,
             available_bytes: None,
             world_size: 1,
+            local_world_size: 1,
         };
-        let outset = Outset {
+        let inputs = RunInputs {
             device,
             config: &config,
             examples: &examples,
@@ -115,11 +121,11 @@ mod tests {
             tokenizer_bytes: 0,
             stored: Default::default(),
         };
-        refusal(&outset, settings, &outset.needs(settings).unwrap(), room).unwrap()
+        refusal(&inputs, settings, &inputs.needs(settings).unwrap(), available).unwrap()
     }
 
-    fn room(device: Option<u64>, host: u64, disk: u64) -> Room {
-        Room { device, host: Some(HostMemory { total: host, available: host }), disk }
+    fn available(device: Option<u64>, host: u64, disk: u64) -> Available {
+        Available { device, host: Some(HostMemory { total: host, available: host }), disk, is_here: true }
     }
 
     fn settings() -> Settings {
@@ -128,32 +134,37 @@ mod tests {
 
     #[test]
     fn a_full_disk_is_told_with_the_numbers_and_what_to_change() {
-        assert_eq!(refusal_in(&settings(), Kind::Float, &room(None, LARGE, LARGE)), None);
+        assert_eq!(refusal_in(&settings(), Kind::Float, &available(None, LARGE, LARGE)), None);
         // Three checkpoints of 85 MB are there at a time.
-        let message = refusal_in(&settings(), Kind::Float, &room(None, LARGE, 200_000_000)).unwrap();
-        for part in ["runs/a: disk does not fit: ", " MB are missing", "max_checkpoints=1"] {
+        let message = refusal_in(&settings(), Kind::Float, &available(None, LARGE, 200_000_000)).unwrap();
+        for part in ["runs/a: disk does not fit: ", " MB short", "max_checkpoints=1"] {
             assert!(message.contains(part), "{message}");
         }
-        let message = refusal_in(&settings(), Kind::Float, &room(None, LARGE, 1000)).unwrap();
+        let message = refusal_in(&settings(), Kind::Float, &available(None, LARGE, 1000)).unwrap();
         assert!(message.contains("make room or choose another output"), "{message}");
+        let elsewhere = Available { is_here: false, ..available(None, 1000, 1000) };
+        assert_eq!(refusal_in(&settings(), Kind::BFloat16, &elsewhere), None, "not the disk of that machine");
     }
 
     #[test]
     fn memory_that_no_machine_state_could_give_is_refused_and_what_may_fit_is_not() {
-        let refused =
-            |kind: Kind, room: Room, capacity: Option<u64>| refusal_in(&settings(), kind, &certain(room, capacity));
+        let refused = |kind: Kind, available: Available, capacity: Option<u64>| {
+            refusal_in(&settings(), kind, &certain(available, capacity))
+        };
         // The CPU's tensors are in the memory of the host.
-        let message = refused(Kind::Float, room(None, 500_000_000, LARGE), None).unwrap();
+        let message = refused(Kind::Float, available(None, 500_000_000, LARGE), None).unwrap();
         assert!(
             message.contains("host memory does not fit: ") && message.contains("checkpointed_layers="),
             "{message}"
         );
-        let message = refused(Kind::BFloat16, room(None, LARGE, LARGE), Some(300_000_000)).unwrap();
+        let message = refused(Kind::BFloat16, available(None, 500_000_000, LARGE), Some(LARGE)).unwrap();
+        assert!(message.contains("short; free memory, use a machine with more"), "{message}");
+        let message = refused(Kind::BFloat16, available(None, LARGE, LARGE), Some(300_000_000)).unwrap();
         assert!(message.contains("device memory does not fit: "), "{message}");
-        assert_eq!(refused(Kind::BFloat16, room(None, LARGE, LARGE), Some(LARGE)), None);
+        assert_eq!(refused(Kind::BFloat16, available(None, LARGE, LARGE), Some(LARGE)), None);
         // Within the error of the estimate, a run may fit.
         let megabytes: Vec<u64> = (1..4000).collect();
-        let host = |megabytes: u64| room(None, megabytes * 1_000_000, LARGE);
+        let host = |megabytes: u64| available(None, megabytes * 1_000_000, LARGE);
         let enough = megabytes.partition_point(|&host_mb| refused(Kind::Float, host(host_mb), None).is_some());
         let planned =
             megabytes.partition_point(|&host_mb| refusal_in(&settings(), Kind::Float, &host(host_mb)).is_some());

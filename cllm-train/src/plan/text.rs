@@ -44,17 +44,21 @@ pub(super) fn describe(plan: &Plan) -> String {
         bytes(memory.validation),
         bytes(memory.saving)
     );
+    let host_row = |name: &str, comparison: &Comparison| {
+        format!("{}{}", row(name, comparison), if comparisons.are_here { "" } else { " (this machine)" })
+    };
     lines.extend(comparisons.device_memory.map(|comparison| row("device memory", &comparison)));
     lines.extend(comparisons.device_memory.map(|_| tensors.clone()));
-    lines.push(row("host memory", &comparisons.host_memory));
+    lines.push(host_row("host memory", &comparisons.host_memory));
     let (program, examples, streaming) = (bytes(host.program), bytes(host.examples), bytes(host.streaming));
     lines.push(format!("  program {program}, examples {examples}, files in pieces {streaming}"));
     if comparisons.device_memory.is_none() {
         lines.push(tensors);
     }
-    lines.push(row("disk", &comparisons.disk));
+    lines.push(host_row("disk", &comparisons.disk));
     lines.push(format!("  each checkpoint {}, final model {}", bytes(disk.checkpoint), bytes(disk.final_model)));
-    let warning = interruption_warning(disk, comparisons.disk.available);
+    let free = comparisons.disk.available.filter(|_| comparisons.are_here);
+    let warning = interruption_warning(disk, free);
     lines.extend(warning.map(|warning| format!("  {warning}")));
     for advice in advices(comparisons, &plan.proposals) {
         lines.extend([String::new(), advice]);
@@ -77,7 +81,7 @@ fn row(name: &str, comparison: &Comparison) -> String {
     let available = comparison.available.map_or_else(|| "unknown".to_owned(), format_bytes);
     let verdict = match comparison.verdict {
         Verdict::Fits => "fits",
-        Verdict::Tight => "tight: the estimate may be wrong by so much",
+        Verdict::Tight => "tight: within the estimate's error",
         Verdict::DoesNotFit => "does not fit",
         Verdict::Unknown => "",
     };
@@ -98,29 +102,30 @@ pub(super) fn interruption_warning(disk: &DiskEstimate, available: Option<u64>) 
 
 /// For everything that does not fit, how much is missing and what to change.
 pub(super) fn advices(comparisons: &Comparisons, proposals: &Proposals) -> Vec<String> {
-    let all = [
-        ("device memory", comparisons.device_memory, &proposals.device_memory),
-        ("host memory", Some(comparisons.host_memory), &proposals.host_memory),
-        ("disk", Some(comparisons.disk), &proposals.disk),
-    ];
-    let missing = |(name, comparison, proposals): (_, Option<Comparison>, &Vec<Proposal>)| {
-        Some(advice(name, &comparison.filter(|comparison| !comparison.fits())?, proposals))
+    let proposals_for = |name: &str| match name {
+        "device memory" => &proposals.device_memory,
+        "host memory" => &proposals.host_memory,
+        _ => &proposals.disk,
     };
-    all.into_iter().filter_map(missing).collect()
+    comparisons.misfits().map(|(name, comparison)| advice(name, &comparison, proposals_for(name))).collect()
 }
 
 /// What to change, as the settings' own assignments.
 fn advice(name: &str, comparison: &Comparison, proposals: &[Proposal]) -> String {
     let missing = format_bytes(comparison.needed.saturating_sub(comparison.available.unwrap_or(0)));
-    let title = format!("{name} does not fit: {missing} are missing");
+    let title = format!("{name} does not fit: {missing} short");
     if proposals.is_empty() {
-        let other = if name == "disk" { "make room or choose another output" } else { "use more or larger devices" };
+        let other = match name {
+            "disk" => "make room or choose another output",
+            "host memory" => "free memory, use a machine with more, or fewer processes on each",
+            _ => "use more or larger devices",
+        };
         return format!("{title}; {other}");
     }
     let line = |proposal: &Proposal| {
         let time = 100.0 * (proposal.relative_time - 1.0);
         let time = if time.abs() < 0.5 { "the same time".to_owned() } else { format!("time {time:+.0} %") };
-        let note = if proposal.changes_training { "; trains otherwise" } else { "" };
+        let note = if proposal.changes_training { "; changes the trained model" } else { "" };
         format!("  {}   ({}, {time}{note})", assignments(&proposal.settings), format_bytes(proposal.comparison.needed))
     };
     let lines = proposals.iter().take(MAX_PROPOSALS).map(line);

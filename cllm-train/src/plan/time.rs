@@ -47,19 +47,29 @@ impl StepWork {
         world_size: usize,
     ) -> Self {
         let num_steps = batches.len().div_ceil(settings.accumulation) as f64;
-        let (mut num_tokens, mut num_rows, mut num_pairs) = (0.0, 0.0, 0.0);
-        for example in batches.iter().flatten().map(|&index| &examples[index]) {
-            num_tokens += example.max_packed_tokens(&settings.consistency) as f64;
-            num_rows += (example.response_ids.len() + example.max_noisy_tokens(&settings.consistency)) as f64;
-            num_pairs += attended_pairs(config, example, &settings.consistency);
-        }
         let per_process = 1.0 / num_steps / world_size as f64;
-        let num_batches = batches.len() as f64 * per_process;
-        let [num_tokens, num_rows, num_pairs] = [num_tokens, num_rows, num_pairs].map(|sum| sum * per_process);
-        let layers = layers_work(settings, config, num_batches, num_tokens, num_pairs);
-        let head = head_work(settings, config, num_rows);
-        let update = update_work(settings, config, world_size);
-        [layers, head, update].into_iter().fold(StepWork::default(), StepWork::plus)
+        let mean = |count: &dyn Fn(&Example) -> f64| {
+            batches.iter().flatten().map(|&index| count(&examples[index])).sum::<f64>() * per_process
+        };
+        let consistency = &settings.consistency;
+        let packed = Forward {
+            num_batches: batches.len() as f64 * per_process,
+            num_tokens: mean(&|example| example.max_packed_tokens(consistency) as f64),
+            num_pairs: mean(&|example| attended_pairs(config, example, consistency)),
+        };
+        let mut work = layers_work(settings, config, &packed)
+            .plus(update_work(settings, config, world_size))
+            .plus(head_work(settings, config, mean(&|example| trained_rows(settings, example))))
+            .plus(frozen_head_work(config, mean(&|example| frozen_rows(settings, example))));
+        if settings.is_anchored() {
+            let clean = Forward {
+                num_tokens: mean(&|example| example.num_clean_tokens() as f64),
+                num_pairs: mean(&|example| clean_pairs(config, example)),
+                ..packed
+            };
+            work = work.plus(frozen_layers_work(config, &clean));
+        }
+        work
     }
 
     fn plus(self, other: Self) -> Self {
@@ -80,6 +90,44 @@ impl StepWork {
     }
 }
 
+/// The mean size of the forwards of a step on each process.
+struct Forward {
+    num_batches: f64,
+    num_tokens: f64,
+    /// Pairs of tokens that attend to each other, summed over the layers.
+    num_pairs: f64,
+}
+
+/// Rows of a packed example whose logits have gradients: of the response, of prompts in the anchor
+/// loss, and of noisy tokens once for each of the two losses on them.
+fn trained_rows(settings: &Settings, example: &Example) -> f64 {
+    let consistency = &settings.consistency;
+    let num_noisy_losses = [consistency.global_weight, consistency.local_weight].iter().filter(|&&w| w > 0.0).count();
+    let clean =
+        if settings.is_anchored() { anchored_rows(settings, example) } else { example.response_ids.len() as f64 };
+    clean + (num_noisy_losses * example.max_noisy_tokens(consistency)) as f64
+}
+
+/// Rows whose logits have none: those of the anchor, and of the next states in the local loss.
+fn frozen_rows(settings: &Settings, example: &Example) -> f64 {
+    let consistency = &settings.consistency;
+    let anchored = if settings.is_anchored() { anchored_rows(settings, example) } else { 0.0 };
+    let next = if consistency.local_weight > 0.0 { example.max_noisy_tokens(consistency) } else { 0 };
+    anchored + next as f64
+}
+
+fn anchored_rows(settings: &Settings, example: &Example) -> f64 {
+    settings.consistency.anchor_prompt_fraction * example.prompt_ids.len() as f64 + example.response_ids.len() as f64
+}
+
+/// Pairs of tokens of the prompt and the response alone, summed over the layers.
+fn clean_pairs(config: &ModelConfig, example: &Example) -> f64 {
+    let of_layer = |window: &Option<i32>| {
+        causal_pairs(0.0, example.num_clean_tokens() as f64, window.map_or(f64::INFINITY, f64::from))
+    };
+    config.sliding_windows.iter().map(of_layer).sum()
+}
+
 /// Pairs of tokens of a packed example that attend to each other, summed over the layers: those of
 /// prompt and response, and for each noisy block those with what is before it and with its own.
 fn attended_pairs(config: &ModelConfig, example: &Example, consistency: &ConsistencySettings) -> f64 {
@@ -92,10 +140,10 @@ fn attended_pairs(config: &ModelConfig, example: &Example, consistency: &Consist
     };
     let of_layer = |window: &Option<i32>| {
         let window = window.map_or(f64::INFINITY, f64::from);
-        let noisy: f64 = candidates.iter().map(|&index| of_block(index, window)).sum();
-        causal_pairs(0.0, example.num_clean_tokens() as f64, window) + chosen * streams * noisy
+        candidates.iter().map(|&index| of_block(index, window)).sum::<f64>()
     };
-    config.sliding_windows.iter().map(of_layer).sum()
+    let noisy: f64 = config.sliding_windows.iter().map(of_layer).sum();
+    clean_pairs(config, example) + chosen * streams * noisy
 }
 
 /// Pairs of `length` tokens after `before` others with themselves and what a window shows of the
@@ -108,13 +156,8 @@ fn causal_pairs(before: f64, length: f64, window: f64) -> f64 {
 }
 
 /// Forward and backward of all layers.
-fn layers_work(
-    settings: &Settings,
-    config: &ModelConfig,
-    num_batches: f64,
-    num_tokens: f64,
-    num_pairs: f64,
-) -> StepWork {
+fn layers_work(settings: &Settings, config: &ModelConfig, forward: &Forward) -> StepWork {
+    let Forward { num_batches, num_tokens, num_pairs } = *forward;
     let LayerWidths { hidden: h, queries: q, qkv: s, ffn: f, .. } = LayerWidths::new(config);
     let num_layers = config.num_layers as f64;
     let recomputed = (settings.checkpointed_layers as f64).min(num_layers) / num_layers;
@@ -151,7 +194,22 @@ fn layers_work(
     }
 }
 
-/// Logits, losses and their gradients. A frozen model has a forward of its own.
+/// A forward of the anchor.
+fn frozen_layers_work(config: &ModelConfig, forward: &Forward) -> StepWork {
+    let Forward { num_batches, num_tokens, num_pairs } = *forward;
+    let LayerWidths { hidden: h, queries: q, qkv: s, ffn: f, .. } = LayerWidths::new(config);
+    let (num_layers, weights) = (config.num_layers as f64, h * s + q * h + 3.0 * h * f);
+    // The same inputs and outputs of products and elementwise operations as in a recomputed layer.
+    let token_bytes = 2.0 * (6.0 * h + s + q + 3.0 * f) + 8.0 * h + 4.0 * s + 6.0 * f;
+    StepWork {
+        products: 2.0 * num_layers * num_tokens * weights,
+        attention: 4.0 * num_pairs * q,
+        bytes: num_layers * (num_tokens * token_bytes + 2.0 * num_batches * weights),
+        exchanged: 0.0,
+    }
+}
+
+/// Logits, losses and their gradients.
 fn head_work(settings: &Settings, config: &ModelConfig, num_rows: f64) -> StepWork {
     let (hidden, vocab) = (config.hidden_size as f64, config.vocab_size as f64);
     let passes = if settings.lora.is_some() { 2.0 } else { 3.0 };
@@ -162,15 +220,20 @@ fn head_work(settings: &Settings, config: &ModelConfig, num_rows: f64) -> StepWo
     }
 }
 
+/// Logits that need no gradients: they are written, and read twice.
+fn frozen_head_work(config: &ModelConfig, num_rows: f64) -> StepWork {
+    let (hidden, vocab) = (config.hidden_size as f64, config.vocab_size as f64);
+    StepWork { products: 2.0 * num_rows * hidden * vocab, bytes: 6.0 * num_rows * vocab, ..Default::default() }
+}
+
 /// The update of this process's shard, and the exchange of gradients and weights.
 fn update_work(settings: &Settings, config: &ModelConfig, world_size: usize) -> StepWork {
     let trained = settings.trained_parameters(config) as f64;
-    // Gradients are read for their norm and for the update, and cleared; the state is read and
-    // written, and so are the weights.
-    let state = match settings.optimizer.state_dtype {
-        StateDtype::Float32 => 2.0 * 12.0 + 2.0,
-        StateDtype::Bfloat16 => 2.0 * 6.0,
-    };
+    // Gradients are read for their norm and for the update, and cleared; two moments and the weights
+    // that are updated are read and written, and master weights written once more, rounded.
+    let dtype = settings.optimizer.state_dtype;
+    let rounded = if dtype == StateDtype::Float32 { 2.0 } else { 0.0 };
+    let state = 2.0 * 3.0 * dtype.num_bytes() as f64 + rounded;
     let average = if settings.optimizer.ema_decay.is_some() { 10.0 } else { 0.0 };
     let others = (world_size - 1) as f64 / world_size as f64;
     StepWork {
@@ -187,7 +250,10 @@ pub fn typical_gpu() -> &'static GpuModel {
 
 #[cfg(test)]
 mod tests {
+    use cllm_core::model::ModelShape;
+
     use super::*;
+    use crate::data::dataset::Block;
 
     #[test]
     fn pairs_of_causal_attention_are_counted_within_the_window() {
@@ -199,5 +265,35 @@ mod tests {
             assert_eq!(pairs, counted(before, length, window), "{before} {length} {window}");
         }
         assert_eq!(causal_pairs(2.0, 3.0, f64::INFINITY), 12.0);
+    }
+
+    #[test]
+    fn the_anchor_and_the_local_loss_take_time() {
+        let config = ModelConfig::from_json(&ModelShape::Qwen3_8B.json()).unwrap();
+        let block = |start: usize| Block { start, states: vec![vec![3; 16], vec![2; 16]], augmented: Vec::new() };
+        let example = Example {
+            blocks: (0..20).map(|index| block(16 * index)).collect(),
+            ..Example::labelled("a".to_owned(), vec![1; 320], vec![2; 320])
+        };
+        let seconds = |change: &dyn Fn(&mut Settings)| {
+            let mut settings = Settings { accumulation: 1, ..Settings::default() };
+            change(&mut settings);
+            let work = StepWork::new(&settings, &config, &vec![example.clone(); 8], &[(0..8).collect()], 1);
+            work.seconds(typical_gpu())
+        };
+        let plain = seconds(&|_| ());
+        // One forward of two thirds of the tokens beside three passes over all of them.
+        let anchored = seconds(&|settings| settings.consistency.anchor_weight = 0.5) / plain;
+        assert!((1.15..1.3).contains(&anchored), "{anchored}");
+        let with_prompts = |fraction| {
+            seconds(&|settings| {
+                settings.consistency.anchor_weight = 0.5;
+                settings.consistency.anchor_prompt_fraction = fraction;
+            })
+        };
+        assert!(with_prompts(1.0) > 1.01 * with_prompts(0.0));
+        // A third more tokens, and twice as many noisy rows beside those of the next states.
+        let local = seconds(&|settings| settings.consistency.local_weight = 0.5) / plain;
+        assert!((1.25..1.5).contains(&local), "{local}");
     }
 }

@@ -12,7 +12,7 @@ use crate::data::loader::BatchLoader;
 use crate::models::Models;
 use crate::optimizer::OptimizerState;
 use crate::plan::DurationEstimate;
-use crate::plan::needs::{Needs, Outset};
+use crate::plan::needs::{Needs, RunInputs};
 use crate::settings::Settings;
 use crate::step::train_step;
 
@@ -24,14 +24,14 @@ const MAX_TIMING: Duration = Duration::from_secs(20);
 /// Takes the first steps of a run with random weights and a learning rate of 0.
 pub(super) fn time_steps(
     settings: &Settings,
-    outset: &Outset<'_>,
+    inputs: &RunInputs<'_>,
     needs: &Needs,
     device: Device,
 ) -> Result<DurationEstimate> {
-    let models = Models::random(outset.config.clone(), settings, device)?;
+    let models = Models::random(inputs.config.clone(), settings, device)?;
     let group = Rc::new(ProcessGroup::single());
     let mut optimizer = OptimizerState::new(&models.student, settings, group)?;
-    let loader = BatchLoader::new(settings, outset.examples, &models.student)?;
+    let loader = BatchLoader::new(settings, inputs.examples, &models.student)?;
     let mut step_seconds = Vec::new();
     let began = Instant::now();
     for batches in needs.batches.chunks(settings.accumulation).cycle().take(1 + NUM_TIMED_STEPS) {

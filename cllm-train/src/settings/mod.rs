@@ -205,7 +205,22 @@ impl Settings {
     /// Whether each process keeps only its shard of the gradients. That costs no more communication
     /// than to sum them once in a step if each has at most one batch in it. Adapters have few.
     pub fn shards_gradients(&self, world_size: usize) -> bool {
-        world_size > 1 && self.accumulation <= world_size && self.lora.is_none()
+        world_size > 1 && self.accumulation == world_size && self.lora.is_none()
+    }
+
+    /// Checks that a run can be divided over so many processes.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] if a step has fewer batches than there are processes.
+    pub fn check_processes(&self, world_size: usize) -> Result<()> {
+        if self.accumulation >= world_size {
+            return Ok(());
+        }
+        Err(Error::usage(format!(
+            "accumulation={} is too few for {world_size} processes, because each needs a batch: set \
+             accumulation={world_size} (or a multiple of it)",
+            self.accumulation
+        )))
     }
 
     /// Checks the rules that involve more than one key.

@@ -13,6 +13,16 @@ pub enum StateDtype {
     Bfloat16,
 }
 
+impl StateDtype {
+    /// Bytes of each number of the state.
+    pub fn num_bytes(self) -> u64 {
+        match self {
+            StateDtype::Float32 => 4,
+            StateDtype::Bfloat16 => 2,
+        }
+    }
+}
+
 /// AdamW with linear warm-up and cosine decay.
 #[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]

@@ -70,8 +70,10 @@ fn bench_needs_neither_a_model_nor_data() {
     let (without, with) = (&lora["models"][0], &lora["models"][1]);
     assert!(without["disk_bytes"].is_null() && without["host_peak_bytes"].as_u64() > Some(1_000_000));
     let (disk, planned) = (with["disk_bytes"].as_u64().unwrap(), with["planned_disk_bytes"].as_u64().unwrap());
-    // In float32 on the CPU, and with config.json.
-    assert!(planned == 4 * 139_648 && (planned..planned + 10_000).contains(&disk), "{disk} bytes, {planned} planned");
+    // In float32 on the CPU: the merged model, and the adapters of rank 4 of its two layers. Headers
+    // and configurations are not planned.
+    assert!((planned..planned + 20_000).contains(&disk), "{disk} bytes, {planned} planned");
+    assert!(planned > 4 * 139_648, "{planned}");
     assert!(with["load_seconds"].as_f64() > Some(0.0) && with["save_host_bytes"].is_u64(), "{with}");
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1, "only the results stay");
     let of = |results: &Value, index: usize| {
@@ -83,6 +85,8 @@ fn bench_needs_neither_a_model_nor_data() {
     let fail = |more: &str, parts: &[&str]| TRAIN.fail(&[&bench[..], &[more]].concat(), 2, parts);
     fail("num_steps=1000", &["1003 are needed"]);
     fail("synthetic.prompt_tokens=[9, 3]", &["synthetic.prompt_tokens", "shortest"]);
+    let on_int8 = [&bench[..], &["files=true", "train.lora.base_dtype=int8"]].concat();
+    TRAIN.fail(&on_int8, 2, &["files=true", "train.lora.base_dtype=int8", "leave one of the two out"]);
     fail("train.objective=sft", &["synthetic examples are trajectories"]);
     fail("datasets=[x]", &["tokenizer", "set model"]);
 }

@@ -14,7 +14,8 @@ use crate::decode::tree::Node;
 use crate::model::{SlotMove, Transformer};
 use crate::{Error, Result};
 
-const MAX_PROMPT_TOKENS: usize = 4096;
+/// A forward of our kernels that caches prompts has at most this many tokens.
+pub const MAX_PROMPT_TOKENS: usize = 4096;
 
 /// The number of tokens that a forward of `num_tokens` is padded to: a power of two, a midpoint
 /// between two powers from 64 on, or a multiple of 1,024 above that. Each size costs a capture and

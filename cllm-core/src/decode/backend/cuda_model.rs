@@ -9,11 +9,17 @@ use crate::cuda::forward_input::{ForwardInput, InputLimits};
 use crate::cuda::nvrtc::compute_capability;
 use crate::cuda::shape::KernelShape;
 use crate::cuda::tiles;
-use crate::model::{Layer, SlotMove, Transformer};
+use crate::model::{Layer, ModelConfig, SlotMove, Transformer};
 use crate::{Error, Result};
 
 /// Older GPUs lack bfloat16 arithmetic in their tensor cores.
 const MIN_COMPUTE_CAPABILITY: u32 = 8;
+
+/// Whether our kernels decode a model with weights of this type, on GPUs of compute capability 8.0 or
+/// later, and not libtorch's operations.
+pub fn has_kernels(config: &ModelConfig, kind: Kind) -> bool {
+    kind == Kind::BFloat16 && decode::supports(&config.kernel_shape())
+}
 
 pub(super) struct CudaModel<'m> {
     model: &'m Transformer,
@@ -34,10 +40,9 @@ impl<'m> CudaModel<'m> {
     pub(super) fn new(model: &'m Transformer, num_rows: usize, capacity: usize) -> Result<Option<Self>> {
         let Device::Cuda(device) = model.device() else { return Ok(None) };
         let (shape, num_layers) = (model.config().kernel_shape(), model.config().num_layers);
-        if model.kind() != Kind::BFloat16
+        if !has_kernels(model.config(), model.kind())
             || model.adapters().is_some()
             || model.is_quantized()
-            || !decode::supports(&shape)
             || compute_capability(device)?.0 < MIN_COMPUTE_CAPABILITY
         {
             return Ok(None);

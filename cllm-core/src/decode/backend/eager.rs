@@ -10,9 +10,9 @@ use crate::decode::sampling::{Sampling, sample};
 use crate::decode::tree::Node;
 use crate::model::{KvCache, SlotMapping, SlotMove, Transformer, TreeMask};
 
-/// Longer prompts are cached piece by piece: the mask of a forward has a number for every token and
-/// slot.
-const MAX_PIECE_TOKENS: usize = 512;
+/// With libtorch's operations, longer prompts are cached one after the other, in pieces of so many
+/// tokens: the mask of a forward has a number for every token and slot.
+pub const MAX_PIECE_TOKENS: usize = 512;
 
 pub(in crate::decode) struct EagerBackend<'m> {
     model: &'m Transformer,

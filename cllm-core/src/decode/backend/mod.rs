@@ -5,7 +5,7 @@
 //! overwritten by the next window.
 
 pub(super) mod cuda_graph;
-mod cuda_model;
+pub(super) mod cuda_model;
 pub(super) mod eager;
 pub(super) mod speculative;
 
