@@ -4,7 +4,7 @@ use std::path::Path;
 
 use cllm_core::capacity::{HostMemory, free_disk_bytes};
 use cllm_core::model::ModelConfig;
-use cllm_core::{Result, tokenizer};
+use cllm_core::{Error, Result, tokenizer};
 use serde::Serialize;
 
 use crate::byte_size::parse_bytes;
@@ -90,7 +90,7 @@ pub struct Comparisons {
 
 impl<'o> RunInputs<'o> {
     /// # Errors
-    /// Folders that cannot be read.
+    /// An output that is no folder, folders that cannot be read.
     pub fn new(
         settings: &Settings,
         device: PlannedDevice,
@@ -99,6 +99,9 @@ impl<'o> RunInputs<'o> {
         probe: Option<ProbeSize>,
         tokenizer_folder: &Path,
     ) -> Result<Self> {
+        if settings.output.is_file() {
+            return Err(Error::file(&settings.output, "is a file: choose another `output`, the folder of a run"));
+        }
         let stored = StoredBytes::of_run(&settings.output)?;
         let tokenizer_bytes = tokenizer::num_bytes(tokenizer_folder)?;
         Ok(RunInputs { device, config, examples, probe, tokenizer_bytes, stored })

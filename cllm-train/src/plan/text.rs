@@ -56,7 +56,12 @@ pub(super) fn describe(plan: &Plan) -> String {
         lines.push(tensors);
     }
     lines.push(host_row("disk", &comparisons.disk));
-    lines.push(format!("  each checkpoint {}, final model {}", bytes(disk.checkpoint), bytes(disk.final_model)));
+    // Not every validation finds a better model.
+    lines.push(format!(
+        "  at most; each checkpoint {}, final model {}",
+        bytes(disk.checkpoint),
+        bytes(disk.final_model)
+    ));
     let free = comparisons.disk.available.filter(|_| comparisons.are_here);
     let warning = interruption_warning(disk, free);
     lines.extend(warning.map(|warning| format!("  {warning}")));

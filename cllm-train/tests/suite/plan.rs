@@ -71,6 +71,9 @@ fn plan_shows_parameters_memory_steps_and_time_and_writes_nothing() {
         assert!(shown.contains(part), "{part}: {shown}");
     }
     assert!(text(&["--no-timing"]).contains("unknown"));
+    for verb in ["plan", "run"] {
+        TRAIN.fail(&[verb, "-c", &file, &format!("output={file}")], 2, &[&file, "is a file"]);
+    }
     let (small, large) = (plan_json(&file, &[]), plan_json(&file, &["max_batch_tokens=256", "--no-timing"]));
     // In float32, each parameter has a weight, a gradient and two moments. Only the activations
     // depend on the batch.
