@@ -133,7 +133,7 @@ impl<'o> RunInputs<'o> {
             &self.stored,
         );
         let has_checkpoints = (1..schedule.num_steps()).any(|step| settings.saves_after(step));
-        let host = HostEstimate::new(self.examples, &memory, &self.device, has_checkpoints.then_some(disk.checkpoint));
+        let host = HostEstimate::new(self.examples, &memory, &disk, &self.device, has_checkpoints);
         Ok(Needs { host, schedule, batches, memory, disk })
     }
 

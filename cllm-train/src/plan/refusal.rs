@@ -152,7 +152,7 @@ mod tests {
             refusal_in(&settings(), kind, &certain(available, capacity))
         };
         // The CPU's tensors are in the memory of the host.
-        let message = refused(Kind::Float, available(None, 500_000_000, LARGE), None).unwrap();
+        let message = refused(Kind::Float, available(None, 1_200_000_000, LARGE), None).unwrap();
         assert!(
             message.contains("host memory does not fit: ") && message.contains("checkpointed_layers="),
             "{message}"

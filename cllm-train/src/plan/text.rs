@@ -53,7 +53,7 @@ pub(super) fn describe(plan: &Plan) -> String {
     let (program, examples, streaming) = (bytes(host.program), bytes(host.examples), bytes(host.streaming));
     lines.push(format!("  program {program}, examples {examples}, files in pieces {streaming}"));
     if comparisons.device_memory.is_none() {
-        lines.push(tensors);
+        lines.extend([tensors, format!("  overhead of these {}", bytes(host.overhead))]);
     }
     lines.push(host_row("disk", &comparisons.disk));
     // Not every validation finds a better model.

@@ -94,11 +94,11 @@ fn a_rehearsal_runs_through_and_removes_its_models() {
     let disk_bytes = of("init")["disk_peak_bytes"].as_u64().unwrap();
     assert!((2 * 139_648..400_000).contains(&disk_bytes), "two bytes for each weight: {disk_bytes}");
     assert!(of("collect")["tokens"].as_u64() > Some(300) && of("train")["tokens"].as_u64() > Some(1000), "{text}");
-    // Configurations and logs are not planned; they weigh in a tiny model only. The host memory of
-    // programs depends on how they were built.
+    // Configurations and logs are not planned; they weigh in a tiny model only. How much of
+    // the libraries is in host memory depends on the system.
     let ratio = |key: &str| of("train")[key].as_f64().unwrap() / of("train")["planned"][key].as_f64().unwrap();
     let (disk, host) = (ratio("disk_peak_bytes"), ratio("host_peak_bytes"));
-    assert!((1.0..1.1).contains(&disk) && (0.5..1.5).contains(&host), "disk {disk}, host {host}: {}", of("train"));
+    assert!((1.0..1.1).contains(&disk) && (0.87..1.15).contains(&host), "disk {disk}, host {host}: {}", of("train"));
     assert!(!Path::new(&folder).join("model").exists() && !Path::new(&folder).join("student").exists());
     assert!(Path::new(&folder).join("eval/report.html").exists());
 }
