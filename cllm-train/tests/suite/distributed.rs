@@ -154,21 +154,24 @@ fn an_interrupted_run_of_two_resumes_exactly_with_two_and_closely_with_one() {
     assert_close(&interrupted, &whole);
 }
 
-#[test]
-fn two_processes_killed_while_they_save_resume_to_the_same_curve() {
+/// Two processes that are killed at some moments of their saves resume to the curve and the weights
+/// of a run that is not.
+#[track_caller]
+fn assert_killed_runs_resume(accumulation: usize, num_kills: usize) {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
     let settings = |output: &str| Settings {
+        accumulation,
         epochs: 1000,
-        max_steps: Some(100),
+        max_steps: Some(16 * num_kills),
         save_every: Some(1),
         max_checkpoints: 2,
         ..settings(dir.path(), output)
     };
-    run_processes(&settings_file(dir.path(), &settings("whole")), 2);
+    run_processes(&settings_file(dir.path(), &Settings { save_every: None, ..settings("whole") }), 2);
     let file = settings_file(dir.path(), &settings("killed"));
     let (whole, killed) = (dir.path().join("whole"), dir.path().join("killed"));
-    for kill in 0..6 {
+    for kill in 0..num_kills {
         let mut processes = start(&file, 2);
         wait_for_a_save(&killed, kill, &mut processes[1]);
         // Either dies first, and the other may get a little further.
@@ -180,6 +183,17 @@ fn two_processes_killed_while_they_save_resume_to_the_same_curve() {
     run_processes(&file, 2);
     assert_eq!(loss_curve(&killed), loss_curve(&whole));
     assert!(have_same_weights(&killed.join("final"), &whole.join("final")));
+}
+
+#[test]
+fn two_processes_killed_while_they_save_resume_to_the_same_curve() {
+    assert_killed_runs_resume(4, 6);
+}
+
+#[test]
+fn two_processes_with_sharded_gradients_killed_while_they_save_resume_to_the_same_curve() {
+    assert!(Settings { accumulation: 2, ..Settings::default() }.shards_gradients(2));
+    assert_killed_runs_resume(2, 3);
 }
 
 #[test]

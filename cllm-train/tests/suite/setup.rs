@@ -217,7 +217,12 @@ pub fn wait_for_a_save(run: &Path, num_kills: usize, process: &mut Child) {
         std::thread::yield_now();
     }
     let mut random = fingerprint::derive_rng(1, "kill", num_kills as u64);
-    for _ in 0..random.next_u32() % 2000 {
+    // On a busy machine a moment can be long, and the run must not reach its end.
+    let num_steps = num_metrics(run);
+    for _ in 0..random.next_u32() % 200 {
+        if num_metrics(run) > num_steps + 3 {
+            break;
+        }
         std::thread::yield_now();
     }
 }
