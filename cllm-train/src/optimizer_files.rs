@@ -184,3 +184,76 @@ impl StateFiles {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::rc::Rc;
+
+    use cllm_core::checkpoint::STREAMING_BYTES;
+    use cllm_core::cuda::libtorch::with_peak_cpu_memory;
+    use cllm_core::model::Transformer;
+    use serde_json::json;
+    use tch::{Device, Kind};
+
+    use super::*;
+    use crate::settings::{OptimizerSettings, Settings, StateDtype};
+
+    fn random_state(config: &ModelConfig, seed: u64) -> (Transformer, OptimizerState) {
+        let model = Transformer::random(config.clone(), seed, Device::Cpu, Kind::BFloat16);
+        let optimizer = OptimizerSettings {
+            state_dtype: StateDtype::Bfloat16,
+            ema_decay: Some(0.9),
+            ..OptimizerSettings::default()
+        };
+        let settings = Settings { optimizer, ..Settings::default() };
+        let state = OptimizerState::new(&model, &settings, Rc::new(ProcessGroup::single())).unwrap();
+        tch::manual_seed(seed as i64);
+        for (_, shard) in state.shards() {
+            let _ = tch::no_grad(|| shard.shallow_clone().normal_(0.0, 1.0));
+        }
+        (model, state)
+    }
+
+    /// Three tensors of two bytes for each weight, and the average of four.
+    #[test]
+    fn an_average_beside_a_bf16_state_is_written_in_pieces_and_read_back() {
+        let config = json!({
+            "model_type": "llama", "vocab_size": 4096, "hidden_size": 512, "intermediate_size": 2048,
+            "num_hidden_layers": 2, "num_attention_heads": 8, "tie_word_embeddings": true,
+        });
+        let config = ModelConfig::from_json(&config).unwrap();
+        let weight_bytes = 2 * config.num_parameters() as u64;
+        let piece_bytes = STREAMING_BYTES as u64 / 8;
+        assert!(5 * weight_bytes > 6 * piece_bytes, "the state is much larger than a piece");
+        let dir = tempfile::tempdir().unwrap();
+        let (model, state) = random_state(&config, 1);
+        let group = ProcessGroup::single();
+        let writing = |write: &dyn Fn(&mut TensorWriter) -> Result<()>| {
+            let write = || {
+                let mut writer = TensorWriter::new(Device::Cpu, piece_bytes as usize);
+                write(&mut writer).unwrap();
+                writer.finish().unwrap();
+            };
+            let ((), peak) = with_peak_cpu_memory(write).unwrap();
+            peak as f64 / piece_bytes as f64
+        };
+        let of_state = writing(&|writer| write(writer, dir.path(), &state, &group, false));
+        assert!((1.0..1.05).contains(&of_state), "{of_state} pieces");
+        // While the model has the average, its own weights are kept beside it.
+        let of_model =
+            writing(&|writer| state.with_average(|| checkpoint::save_with(writer, &model, dir.path(), model.kind())));
+        let expected = 1.0 + weight_bytes as f64 / piece_bytes as f64;
+        assert!((0.95..1.05).contains(&(of_model / expected)), "{of_model} pieces, expected {expected}");
+
+        let without_padding = |shard: &Tensor| shard.narrow(0, 0, own_weights(&state).end);
+        let (name, average) = state.shards()[3];
+        let saved = checkpoint::load(dir.path(), Device::Cpu, Kind::BFloat16).unwrap();
+        let expected = without_padding(average).to_kind(Kind::BFloat16);
+        assert_eq!((name, without_padding(saved.weights().buffer())), ("ema", expected));
+        let (_, other) = random_state(&config, 2);
+        read(dir.path(), &other, &config, "").unwrap();
+        for ((name, shard), (_, expected)) in other.shards().into_iter().zip(state.shards()) {
+            assert_eq!(without_padding(shard), without_padding(expected), "{name}");
+        }
+    }
+}
