@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use cllm_core::checkpoint::{self, STREAMING_BYTES, TensorWriter};
 use cllm_core::decode::{DecodeOptions, Request, StopConditions, Strategy, decode};
-use cllm_core::model::{BaseDtype, LoraConfig, LoraTarget, Transformer};
+use cllm_core::model::{BaseDtype, LoraConfig, LoraTarget, ModelConfig, Transformer};
 use cllm_core::tokenizer::{self, Tokenizer};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
@@ -183,6 +183,37 @@ fn a_quantized_base_computes_what_its_dequantized_weights_do() {
         assert!(max_difference(&actual.1, &expected.1) < 1e-4 * expected.1.abs().max().double_value(&[]), "{name}");
         let merged = quantized.to_merged().unwrap().unwrap();
         assert!(max_difference(&logits(&merged), &expected.0) < 1e-3, "{name}");
+    }
+}
+
+/// Of normally distributed weights. The steps of a row are those of its largest weight, which grows
+/// with its length.
+#[test]
+fn products_with_a_quantized_base_are_off_by_less_than_a_hundredth() {
+    for hidden in [64, 1024] {
+        let config = json!({
+            "model_type": "llama", "vocab_size": 64, "hidden_size": hidden, "intermediate_size": 2 * hidden,
+            "num_hidden_layers": 1, "num_attention_heads": 4, "tie_word_embeddings": true,
+        });
+        let original = Transformer::random(ModelConfig::from_json(&config).unwrap(), 1, Device::Cpu, Kind::Float);
+        let mut quantized = original.to_quantized().unwrap();
+        quantized.add_adapters(&rank_3(LoraTarget::ALL), 4);
+        let rounded = quantized.to_merged().unwrap().unwrap();
+        tch::manual_seed(5);
+        for ((name, exact), (_, rounded)) in original.named_parameters().into_iter().zip(rounded.named_parameters()) {
+            if !name.ends_with("_proj.weight") {
+                continue;
+            }
+            let x = Tensor::randn([32, exact.size()[1]], (Kind::Float, Device::Cpu));
+            let relative_error = |weight: &Tensor| {
+                let difference = x.matmul(&(weight - &exact).tr());
+                (difference.norm() / x.matmul(&exact.tr()).norm()).double_value(&[])
+            };
+            let error = relative_error(&rounded);
+            assert!((0.004..0.01).contains(&error), "{hidden}: {name}: {error}");
+            let of_bf16 = relative_error(&exact.to_kind(Kind::BFloat16).to_kind(Kind::Float));
+            assert!((3.0..6.0).contains(&(error / of_bf16)), "{hidden}: {name}: {error} and {of_bf16} of bfloat16");
+        }
     }
 }
 
