@@ -112,6 +112,27 @@ fn every_field_is_documented() {
     check(&plan_json(&file, &[]), &page);
 }
 
+#[test]
+fn processes_use_the_memory_of_their_own_host_and_are_not_timed_as_one() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let file = settings_file(dir.path(), &sft(dir.path(), "run"));
+    let plan = |local_world_size: &str| -> Value {
+        let mut command = TRAIN.command(&[]);
+        let launcher = [("WORLD_SIZE", "2"), ("RANK", "0"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")];
+        command.args(["plan", "-c", &file, "--json"]).envs(launcher).env("LOCAL_WORLD_SIZE", local_world_size);
+        let output = command.output().unwrap();
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let (apart, together) = (plan("1"), plan("2"));
+    assert_eq!(apart["num_processes"], 2);
+    for key in ["/host_bytes/program", "/host_bytes/examples", "/host_bytes/tensors"] {
+        assert_eq!(2.0 * number(&apart, key), number(&together, key), "{key}");
+    }
+    let reason = together["duration"]["unknown"]["reason"].as_str().unwrap();
+    assert!(reason.contains("a single process"), "{reason}");
+}
+
 /// Bytes of what a plan counts of the files of a model: all but headers, configurations and train
 /// states.
 fn planned_bytes(folder: &Path) -> u64 {
