@@ -316,6 +316,16 @@ impl Checkpoints {
         Err(Error::file(&self.run, format!("{difference}; {advice}")))
     }
 
+    /// Checks the fingerprint of the newest checkpoint, if there is one, before anything is loaded.
+    /// [`Self::resume`] reports a damaged one.
+    ///
+    /// # Errors
+    /// As [`Self::check_fingerprint`].
+    pub fn check_newest(&self, fingerprint: &RunFingerprint) -> Result<()> {
+        let state = self.newest()?.and_then(|folder| read_state(&folder, "").ok()?);
+        state.map_or(Ok(()), |state| self.check_fingerprint(&state, fingerprint))
+    }
+
     /// Restores the newest checkpoint, if there is one. Every process must call it.
     ///
     /// # Errors

@@ -27,6 +27,14 @@ pub struct RunFingerprint {
     contents: BTreeMap<String, String>,
 }
 
+/// What two fingerprints do not have in common.
+enum Difference {
+    /// A key with both values. A section that one of them lacks is named as a whole.
+    Setting { key: String, values: [String; 2] },
+    /// The name of some contents.
+    Contents(String),
+}
+
 impl RunFingerprint {
     /// The fingerprint of a training run with this tokenizer, which is in `model_folder` together
     /// with the model.
@@ -102,21 +110,63 @@ impl RunFingerprint {
     /// What has changed from `self` to `now`, if anything: a clause for an error message that
     /// follows the name of a folder and `verb`, such as `was started`.
     pub fn difference(&self, verb: &str, now: &RunFingerprint) -> Option<String> {
-        let changed = |then: &BTreeMap<String, String>, now: &BTreeMap<String, String>| {
-            let keys = then.keys().chain(now.keys());
-            keys.into_iter().find(|key| then.get(*key) != now.get(*key)).cloned()
+        Some(match self.first_difference(now)? {
+            Difference::Setting { key, values: [then, now] } => {
+                format!("{verb} with {key}={then}; this command says {now}")
+            }
+            Difference::Contents(name) => format!("{verb} from another version of {name}"),
+        })
+    }
+
+    /// How another process of the run differs from the main one, whose fingerprint is `self`, if it
+    /// does: an error message.
+    pub fn difference_of_process(&self, rank: usize, other: &RunFingerprint) -> Option<String> {
+        Some(match self.first_difference(other)? {
+            Difference::Setting { key, values: [main, other] } => format!(
+                "processes 0 and {rank} have different settings: {key}={main} and {key}={other}; start all with the same \
+                 command"
+            ),
+            Difference::Contents(name) => {
+                format!("processes 0 and {rank} have different versions of {name}; give all of them the same files")
+            }
+        })
+    }
+
+    /// The first difference, of settings before contents.
+    fn first_difference(&self, other: &RunFingerprint) -> Option<Difference> {
+        let first = |one: &BTreeMap<String, String>, other: &BTreeMap<String, String>| {
+            let keys = one.keys().chain(other.keys());
+            keys.into_iter().find(|key| one.get(*key) != other.get(*key)).cloned()
         };
-        if let Some(key) = changed(&self.settings, &now.settings) {
-            let show = |settings: &BTreeMap<String, String>| settings.get(&key).cloned().unwrap_or("null".to_owned());
-            let (then, now) = (show(&self.settings), show(&now.settings));
-            return Some(format!("{verb} with {key}={then}; this command says {now}"));
+        let Some(key) = first(&self.settings, &other.settings) else {
+            return first(&self.contents, &other.contents).map(Difference::Contents);
+        };
+        let ends = key.match_indices('.').map(|(end, _)| end).chain([key.len()]);
+        let has = |key: &str| [self, other].into_iter().any(|fingerprint| fingerprint.settings.contains_key(key));
+        let key = ends.map(|end| &key[..end]).find(|key| has(key)).unwrap_or(&key).to_owned();
+        let values = [self, other].map(|fingerprint| fingerprint.setting(&key));
+        Some(Difference::Setting { key, values })
+    }
+
+    /// The value of a setting, or those of a section; `null` without either.
+    fn setting(&self, key: &str) -> String {
+        let in_section = |(full_key, value): (&String, &String)| {
+            let inner_key = full_key.strip_prefix(key)?.strip_prefix('.')?;
+            Some(format!("{inner_key}: {value}"))
+        };
+        let section: Vec<String> = self.settings.iter().filter_map(in_section).collect();
+        match self.settings.get(key) {
+            Some(value) => value.clone(),
+            None if section.is_empty() => "null".to_owned(),
+            None => format!("{{{}}}", section.join(", ")),
         }
-        changed(&self.contents, &now.contents).map(|name| format!("{verb} from another version of {name}"))
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use cllm_core::model::LoraConfig;
+
     use super::*;
 
     #[test]
@@ -136,5 +186,24 @@ mod tests {
         settings.optimizer.lr = 0.5;
         let message = then.difference("was started", &fingerprint(&settings, "b")).unwrap();
         assert_eq!(message, "was started with optimizer.lr=0.0003; this command says 0.5");
+        let message = then.difference_of_process(3, &fingerprint(&settings, "b")).unwrap();
+        assert!(
+            message.starts_with("processes 0 and 3 have different settings: optimizer.lr=0.0003 and optimizer.lr=0.5;")
+        );
+    }
+
+    #[test]
+    fn a_section_that_one_command_lacks_is_named_as_a_whole() {
+        let fingerprint = |lora: Option<LoraConfig>| {
+            let mut fingerprint = RunFingerprint::default();
+            fingerprint.add_settings(&Settings { lora, ..Settings::default() }, &FREE_SETTINGS).unwrap();
+            fingerprint
+        };
+        let (with, without) = (fingerprint(Some(LoraConfig::default())), fingerprint(None));
+        let message = with.difference("was started", &without).unwrap();
+        assert!(message.starts_with("was started with lora={alpha: "), "{message}");
+        assert!(message.ends_with("}; this command says null"), "{message}");
+        let message = without.difference("was started", &with).unwrap();
+        assert!(message.starts_with("was started with lora=null; this command says {alpha: "), "{message}");
     }
 }

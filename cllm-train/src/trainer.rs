@@ -93,11 +93,13 @@ pub fn run_on(mut settings: Settings, today: Date) -> Result<()> {
     let config = load_config(&settings, &tokenizer, &tokenizer_folder)?;
     let examples = dataset::read(&settings, &tokenizer, &config)?;
     let validator = Validator::load(&settings, &tokenizer, &config)?;
+    let fingerprint = fingerprint()?;
+    processes::refuse_differences(&fingerprint, (device, &group))?;
+    checkpoints.check_newest(&fingerprint)?;
     let probe = validator.as_ref().and_then(Validator::probe_size);
     refuse_what_cannot_fit(&settings, (device, &group), &config, &examples, probe, &tokenizer_folder)?;
     let models = Models::load(&settings, &tokenizer, &tokenizer_folder, device)?;
     models.log_slow_path()?;
-    let fingerprint = fingerprint()?;
     let mut optimizer = OptimizerState::new(&models.student, &settings, Rc::clone(&group))?;
     if group.is_main() {
         std::fs::create_dir_all(&settings.output).map_err(Error::write(&settings.output))?;

@@ -17,6 +17,9 @@ use crate::setup::{
     rewind_to, settings_file, sft, summary, wait_for_a_save,
 };
 
+/// Runs `cllm-train run -c FILE ...` in the folder beside the file that is named after the rank.
+const IN_OWN_FOLDER: [&str; 4] = ["sh", "-c", "cd \"${4%/*}/$RANK\"; exec \"$@\"", "sh"];
+
 /// Starts the processes of a run as torchrun does.
 fn start(file: &str, world_size: usize) -> Vec<Child> {
     start_each(world_size, |_| (Vec::new(), vec!["run".to_owned(), "-c".to_owned(), file.to_owned()]))
@@ -269,8 +272,45 @@ fn an_error_of_one_process_before_the_first_step_ends_all() {
     };
     for failed in [0, 1] {
         assert_all_end(run(failed, "optimizer.lr=-1"), failed, 2, "optimizer.lr");
-        assert_all_end(run(failed, "init.tokenizer=/nowhere"), failed, 2, "/nowhere");
+        // The settings are the same, but one process has no such folder.
+        for rank in [0, 1] {
+            fs::create_dir_all(dir.path().join(format!("{rank}"))).unwrap();
+        }
+        let tokenizer = dir.path().join(format!("{}/tokenizer", 1 - failed));
+        std::os::unix::fs::symlink(dir.path().join("tokenizer"), &tokenizer).unwrap();
+        let arguments = ["run", "-c", &file, "init.tokenizer=tokenizer"].map(str::to_owned);
+        let processes = start_each(2, |_| (IN_OWN_FOLDER.into(), arguments.clone().into()));
+        assert_all_end(processes, failed, 2, "tokenizer");
+        fs::remove_file(tokenizer).unwrap();
     }
+}
+
+#[test]
+fn processes_with_other_settings_or_data_are_refused_before_anything_is_written() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let settings = settings(dir.path(), "run");
+    let file = settings_file(dir.path(), &settings);
+    let other = dir.path().join("other");
+    let output = format!("output={}", other.display());
+    for (argument, values) in
+        [("seed=5", "seed=0 and seed=5"), ("log_every=7", "log_every=1 and log_every=7"), (&output, "output=")]
+    {
+        let processes = start_each(2, |rank| {
+            let own = if rank == 1 { argument } else { "seed=0" };
+            (Vec::new(), ["run", "-c", &file, own].map(str::to_owned).into())
+        });
+        assert_all_end(processes, 1, 2, &format!("processes 0 and 1 have different settings: {values}"));
+    }
+    let prompts = fs::read_to_string(dir.path().join("prompts.jsonl")).unwrap();
+    for (rank, text) in [("0", prompts.clone()), ("1", prompts.replace("It is 3.", "It is 4."))] {
+        fs::create_dir(dir.path().join(rank)).unwrap();
+        fs::write(dir.path().join(rank).join("prompts.jsonl"), text).unwrap();
+    }
+    let arguments = ["run", "-c", &file, "datasets=[prompts.jsonl]"].map(str::to_owned);
+    let processes = start_each(2, |_| (IN_OWN_FOLDER.into(), arguments.clone().into()));
+    assert_all_end(processes, 1, 2, "processes 0 and 1 have different versions of the data set prompts.jsonl");
+    assert!(!settings.output.exists() && !other.exists());
 }
 
 #[test]

@@ -12,7 +12,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::setup::{
     N, StepLosses, assert_resumes_exactly, collect, consistency, have_same_weights, loss_curve, metrics, prepare,
-    read_trajectories, sft, summary, write_trajectories,
+    read_trajectories, rewind_to, sft, summary, write_trajectories,
 };
 use cllm_testing::families::{random_model, shapes};
 
@@ -169,6 +169,21 @@ fn a_run_with_other_settings_in_the_same_folder_is_refused() {
     let settings = Settings { max_steps: Some(2), ..sft(dir.path(), "run") };
     trainer::run(settings.clone()).unwrap();
     let message = trainer::run(Settings { seed: 9, ..settings }).unwrap_err().to_string();
+    assert!(message.contains("was started with seed=0; this command says 9"), "{message}");
+}
+
+#[test]
+fn an_unfinished_run_with_other_settings_is_refused_before_the_model_is_loaded() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    trainer::run(Settings { max_steps: Some(1), ..sft(dir.path(), "teacher") }).unwrap();
+    let model = dir.path().join("teacher/final");
+    let student = Settings { max_steps: Some(2), save_every: Some(1), ..consistency(dir.path(), &model, "student") };
+    trainer::run(student.clone()).unwrap();
+    rewind_to(&student.output, 1);
+    let weights = model.join("model.safetensors");
+    std::fs::write(&weights, &std::fs::read(&weights).unwrap()[..100]).unwrap();
+    let message = trainer::run(Settings { seed: 9, ..student }).unwrap_err().to_string();
     assert!(message.contains("was started with seed=0; this command says 9"), "{message}");
 }
 
