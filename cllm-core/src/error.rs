@@ -42,7 +42,7 @@ pub enum Error {
     )]
     Internal(String),
     /// A signal asked to stop; everything worth keeping was saved.
-    #[error("interrupted ({}); run the same command again to continue", signal_name(*.0))]
+    #[error("interrupted ({}); run the same command again", signal_name(*.0))]
     Interrupted(i32),
 }
 
@@ -93,6 +93,17 @@ impl Error {
         move |source| Error::Write { path, source }
     }
 
+    /// Adds to the error of a full disk what is kept of the work. Others stay as they are.
+    pub fn with_kept_work(self, kept: &str) -> Self {
+        use ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+        match &self {
+            Error::Write { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded | FileTooLarge) => {
+                Error::Environment(format!("{self}; {kept}"))
+            }
+            _ => self,
+        }
+    }
+
     /// For `map_err`: a value of our own types that cannot be serialized, which is a bug.
     pub fn serialization(error: impl std::fmt::Display) -> Self {
         Error::Internal(format!("a value cannot be serialized: {error}"))
@@ -132,12 +143,8 @@ fn read_failure(source: &std::io::Error) -> String {
 
 fn write_advice(source: &std::io::Error) -> &'static str {
     match source.kind() {
-        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => {
-            "make room, then run the same command again; finished work is kept"
-        }
-        ErrorKind::FileTooLarge => {
-            "raise the limit of file sizes (`ulimit -f`), then run the same command again; finished work is kept"
-        }
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "make room, then run the same command again",
+        ErrorKind::FileTooLarge => "raise the limit of file sizes (`ulimit -f`), then run the same command again",
         ErrorKind::IsADirectory => "name a file in it",
         _ => "choose another path, or change its permissions",
     }
@@ -186,5 +193,20 @@ mod tests {
         let error = std::fs::read("/nowhere/data.json").map_err(Error::io("/nowhere/data.json")).unwrap_err();
         assert_eq!(error.to_string(), "/nowhere/data.json: there is no such file or folder");
         assert_eq!(error.exit_code(), 2);
+    }
+
+    #[test]
+    fn a_full_disk_says_that_work_is_kept_only_where_some_is() {
+        let error = |kind: ErrorKind| Error::write("run/model")(kind.into());
+        for kind in [ErrorKind::StorageFull, ErrorKind::QuotaExceeded, ErrorKind::FileTooLarge] {
+            let message = error(kind).to_string();
+            assert!(message.ends_with("run the same command again"), "{message}");
+            let kept = error(kind).with_kept_work("the last checkpoint is kept");
+            assert_eq!(kept.to_string(), format!("{message}; the last checkpoint is kept"));
+            assert_eq!(kept.exit_code(), error(kind).exit_code());
+        }
+        let denied = error(ErrorKind::PermissionDenied);
+        let message = denied.to_string();
+        assert_eq!(denied.with_kept_work("the last checkpoint is kept").to_string(), message);
     }
 }

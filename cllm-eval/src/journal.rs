@@ -92,7 +92,11 @@ impl Journal {
         for line in lines {
             text.push_str(&line.to_json()?);
         }
-        self.file.write_all(text.as_bytes()).and_then(|()| self.file.sync_data()).map_err(Error::write(&self.path))
+        let written = self.file.write_all(text.as_bytes()).and_then(|()| self.file.sync_data());
+        written.map_err(Error::write(&self.path)).map_err(|error| match self.records.answers.is_empty() {
+            true => error,
+            false => error.with_kept_work("finished answers are kept"),
+        })
     }
 
     /// Rewrites the file in the order of models, strategies and prompts, because batches ran by

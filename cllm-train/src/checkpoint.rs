@@ -105,9 +105,9 @@ impl Checkpoints {
         checkpoints_folder(&self.run)
     }
 
-    /// Whether there is a checkpoint to resume from.
-    pub fn has_latest(&self) -> bool {
-        self.folder().join(LATEST).exists()
+    /// Whether a run has a checkpoint to resume from.
+    pub fn has_latest(run: &Path) -> bool {
+        checkpoints_folder(run).join(LATEST).exists()
     }
 
     /// Begins a checkpoint, which [`Self::complete`] makes appear. Every process must call it: each

@@ -115,6 +115,7 @@ pub fn run_on(mut settings: Settings, today: Date) -> Result<()> {
     let started = Instant::now();
     let schedule = Schedule::new(&examples, &settings)?;
     let state = resumed.unwrap_or_else(|| TrainState::initial(fingerprint));
+    let run = settings.output.clone();
     let trainer = Trainer {
         group: Rc::clone(&group),
         models,
@@ -129,9 +130,17 @@ pub fn run_on(mut settings: Settings, today: Date) -> Result<()> {
         saved_step: None,
         settings,
     };
-    trainer.train(&examples, &schedule)?;
+    trainer.train(&examples, &schedule).map_err(|error| error.with_kept_work(kept_work(&run)))?;
     ProcessGroup::leave(group);
     Ok(())
+}
+
+/// What is kept of a run that a full disk ends.
+fn kept_work(run: &Path) -> &'static str {
+    match Checkpoints::has_latest(run) {
+        true => "the last checkpoint is kept",
+        false => "the run starts over, since there is no checkpoint",
+    }
 }
 
 impl Trainer<'_> {
@@ -348,7 +357,7 @@ impl Trainer<'_> {
         if let Err(error) = self.wait_for_save() {
             return error;
         }
-        let kept = match self.checkpoints.has_latest() {
+        let kept = match Checkpoints::has_latest(&self.settings.output) {
             true => "the last checkpoint was saved before that and is kept",
             false => "there is no earlier checkpoint",
         };

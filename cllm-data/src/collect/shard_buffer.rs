@@ -108,7 +108,10 @@ impl<'p> ShardBuffer<'p> {
             }
             let later = self.rows.split_off(&end);
             let rows: Vec<Trajectory> = std::mem::replace(&mut self.rows, later).into_values().collect();
-            self.writer.write_shard(&rows)?;
+            self.writer.write_shard(&rows).map_err(|error| match self.num_written() {
+                0 => error,
+                _ => error.with_kept_work("finished shards are kept"),
+            })?;
         }
     }
 

@@ -227,7 +227,7 @@ fn on_a_full_disk_collect_keeps_its_shards_and_can_be_resumed() {
     let command = [&collect_command(&teacher(), &output)[..], &[prompts]].concat();
     let blocks: Vec<usize> = shards(&whole).iter().map(|shard| shard.len().div_ceil(512)).collect();
     assert!(blocks[0] < blocks[2] && blocks[1] < blocks[2], "{blocks:?}");
-    DATA.fail_on_full_disk(blocks[2] - 1, &command, &["part-00002.parquet"]);
+    DATA.fail_on_full_disk(blocks[2] - 1, &command, &["part-00002.parquet", "finished shards are kept"]);
     assert_eq!(shards(&whole)[..2], [0, 1].map(|index| fs::read(shard(&output, index)).unwrap()));
     let mut left = fs::read_dir(Path::new(&output).join("data")).unwrap().map(|entry| entry.unwrap().file_name());
     assert!(left.all(|name| !name.to_string_lossy().starts_with('.')), "no half-written file is left");

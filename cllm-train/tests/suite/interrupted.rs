@@ -8,7 +8,7 @@ use std::process::Stdio;
 use cllm_train::settings::Settings;
 
 use crate::setup::{
-    TRAIN, assert_checkpoints_are_whole, num_metrics, prepare, reproducible_metrics, settings_file, sft,
+    TRAIN, assert_checkpoints_are_whole, num_metrics, prepare, reproducible_metrics, rewind_to, settings_file, sft,
     wait_for_a_save,
 };
 use cllm_testing::programs::path;
@@ -63,6 +63,19 @@ fn a_run_that_met_signals_and_a_full_disk_equals_one_that_did_not() {
     let complete = TRAIN.succeed(&arguments);
     assert!(complete.stderr.contains("already complete: 400 steps"), "{}", complete.stderr);
     assert_same_final_model(&interrupted, &whole);
+}
+
+#[test]
+fn a_full_disk_says_whether_there_is_a_checkpoint() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let settings = Settings { max_steps: Some(2), save_every: Some(1), ..sft(dir.path(), "run") };
+    let file = settings_file(dir.path(), &settings);
+    let without = ["run", "-c", &file, "save_every=0"];
+    TRAIN.fail_on_full_disk(64, &without, &["run/final/model.safetensors", "the run starts over"]);
+    TRAIN.succeed(&["run", "-c", &file]);
+    rewind_to(&settings.output, 1);
+    TRAIN.fail_on_full_disk(64, &["run", "-c", &file], &["command again; the last checkpoint is kept"]);
 }
 
 #[test]
