@@ -130,8 +130,8 @@ impl ProcessGroup {
         let gpu = if let Device::Cuda(index) = device { Some(index) } else { None };
         let ProcessEnv { rank, world_size, .. } = *process;
         let store = process.connect(false)?;
-        let collectives = Collectives::new(&store, rank, world_size, gpu, COLLECTIVE_TIMEOUT)
-            .map_err(|error| no_answer(rank, world_size, &error))?;
+        let collectives =
+            Collectives::new(&store, rank, world_size, gpu, COLLECTIVE_TIMEOUT).map_err(|error| no_answer(&error))?;
         Ok(ProcessGroup { rank, world_size, collectives: Some(collectives) })
     }
 
@@ -242,16 +242,15 @@ impl ProcessGroup {
 
     fn run(&self, collective: impl FnOnce(&Collectives) -> Result<()>) -> Result<()> {
         let Some(collectives) = &self.collectives else { return Ok(()) };
-        collective(collectives).map_err(|error| no_answer(self.rank, self.world_size, &error))
+        collective(collectives).map_err(|error| no_answer(&error))
     }
 }
 
 /// Sums that [`ProcessGroup::start_reduce`] began; `None` in a single process.
 pub struct PendingReduce(Option<Work>);
 
-fn no_answer(rank: usize, world_size: usize, error: &Error) -> Error {
-    let message = format!("process {rank} of {world_size}: another process did not answer: {error}");
-    Error::Peer { exit_code: 3, message }
+fn no_answer(error: &Error) -> Error {
+    Error::Peer { exit_code: 3, message: format!("another process did not answer: {error}") }
 }
 
 #[cfg(test)]

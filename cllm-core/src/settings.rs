@@ -27,6 +27,9 @@ use layers::{Assignment, Refused, from_environment, with_free_key};
 pub use reference::reference;
 use refusal::{lines_of_invalid_keys, parse};
 
+/// What garde says about a required setting that is null.
+const REQUIRED: &str = "not set";
+
 /// Loads settings from an optional file, the environment and `overrides`.
 ///
 /// # Errors
@@ -133,7 +136,8 @@ fn invalid(
     in_file: Option<&(&Path, BTreeMap<String, u64>)>,
 ) -> String {
     let value = path.split('.').fold(settings, |value, key| &value[key]);
-    if value.as_str() == Some("") || value.as_array().is_some_and(Vec::is_empty) {
+    let is_missing = value.is_null() && error == REQUIRED;
+    if is_missing || value.as_str() == Some("") || value.as_array().is_some_and(Vec::is_empty) {
         return format!("{path} is not set: add `{path}=...` to the command, or `{path}:` to the settings file");
     }
     let layer = layers.iter().rfind(|layer| path.starts_with(&layer.path));
@@ -162,6 +166,8 @@ mod tests {
         name: String,
         #[garde(dive)]
         init: Option<Init>,
+        #[garde(required)]
+        seed: Option<u64>,
     }
 
     #[derive(Debug, Default, serde::Serialize, serde::Deserialize, Validate, PartialEq)]
@@ -182,7 +188,7 @@ mod tests {
 
     impl Default for Top {
         fn default() -> Self {
-            Top { optimizer: Optimizer::default(), output: None, name: "run".to_owned(), init: None }
+            Top { optimizer: Optimizer::default(), output: None, name: "run".to_owned(), init: None, seed: Some(0) }
         }
     }
 
@@ -292,5 +298,7 @@ mod tests {
     fn a_missing_value_is_asked_for() {
         let missing = with_file("", &["name=''"]).unwrap_err().to_string();
         assert!(missing.contains("name is not set: add `name=...`"), "{missing}");
+        let missing = with_file("seed: null", &[]).unwrap_err().to_string();
+        assert!(missing.starts_with("seed is not set: add `seed=...`"), "{missing}");
     }
 }

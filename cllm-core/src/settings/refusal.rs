@@ -30,10 +30,10 @@ pub(super) fn parse<T: Serialize + DeserializeOwned + Default>(file: &Path, text
     let settings: T = parse_typed(text).map_err(|refusal| {
         // Broken YAML also fails at some key; the error of its syntax is the more helpful one.
         match serde_saphyr::from_str_with_options::<IgnoredAny>(text, options! { with_snippet: false }) {
-            Err(syntax) => at_line(&syntax, explain(&refusal.path, &syntax, &[])),
+            Err(syntax) => at_line(&syntax, explain::<T>(&refusal.path, &syntax, &Value::Null)),
             Ok(_) => {
-                let keys = to_value(&T::default()).map(|value| all_keys(&value)).unwrap_or_default();
-                at_line(&refusal.error, explain(&refusal.path, &refusal.error, &keys))
+                let defaults = to_value(&T::default()).unwrap_or_default();
+                at_line(&refusal.error, explain::<T>(&refusal.path, &refusal.error, &defaults))
             }
         }
     })?;
@@ -58,7 +58,7 @@ pub(super) fn check<T: DeserializeOwned>(value: &Value) -> std::result::Result<T
     serde_path_to_error::deserialize(value).map_err(|error| {
         let yaml = serde_saphyr::to_string(value).unwrap_or_default();
         match parse_typed::<T>(&yaml) {
-            Err(refusal) => explain(&refusal.path, &refusal.error, &all_keys(value)),
+            Err(refusal) => explain::<T>(&refusal.path, &refusal.error, value),
             // YAML reads a number as text; JSON does not.
             Ok(_) => format!("{}: expected text", error.path()),
         }
@@ -122,14 +122,28 @@ fn line_of_key(text: &str, key: &str) -> Option<u64> {
     Some(index as u64 + 1)
 }
 
-/// Says what was expected at `path`, in a user's words. A misspelt key is compared with `keys`.
-fn explain(path: &str, error: &YamlError, keys: &[String]) -> String {
+/// Whether settings accept null at a path.
+fn accepts_null<T: DeserializeOwned>(settings: &Value, path: &str) -> bool {
+    let mut changed = settings.clone();
+    let Some(value) = changed.pointer_mut(&format!("/{}", path.replace('.', "/"))) else { return false };
+    *value = Value::Null;
+    serde_json::from_value::<T>(changed).is_ok()
+}
+
+/// Says what was expected at `path`, in a user's words. A misspelt key is compared with those of
+/// `settings`.
+fn explain<T: DeserializeOwned>(path: &str, error: &YamlError, settings: &Value) -> String {
+    let keys = all_keys(settings);
+    let expected_type = |name: &str| {
+        let or_null = if accepts_null::<T>(settings, path) { ", or null" } else { "" };
+        format!("{path}: expected {}{or_null}", type_in_words(name))
+    };
     match error {
         YamlError::InvalidScalar { ty: expected, .. } | YamlError::Unexpected { expected, .. } => {
-            format!("{path}: expected {}", type_in_words(expected))
+            expected_type(expected)
         }
         YamlError::SerdeInvalidType { expected, .. } | YamlError::SerdeInvalidValue { expected, .. } => {
-            format!("{path}: expected {}", type_in_words(expected))
+            expected_type(expected)
         }
         YamlError::SerdeUnknownVariant { variant, expected, .. } => {
             let names: Vec<String> = expected.iter().map(ToString::to_string).collect();
@@ -143,7 +157,7 @@ fn explain(path: &str, error: &YamlError, keys: &[String]) -> String {
             format!("unknown key `{section}{field}`{}", did_you_mean(&format!("{section}{field}"), &keys))
         }
         YamlError::Message { msg, .. } => match flattened_key(error) {
-            Some(key) if msg.starts_with(UNKNOWN_FIELD) => format!("unknown key `{key}`{}", did_you_mean(key, keys)),
+            Some(key) if msg.starts_with(UNKNOWN_FIELD) => format!("unknown key `{key}`{}", did_you_mean(key, &keys)),
             _ => msg.clone(),
         },
         YamlError::NullIntoString { .. } => format!("{path}: expected text"),
@@ -192,6 +206,7 @@ mod tests {
         lora: Option<Lora>,
         strategies: Vec<Strategy>,
         output: Option<String>,
+        save_every: Option<usize>,
     }
 
     #[derive(Debug, Default, Serialize, Deserialize, Validate)]
@@ -254,7 +269,7 @@ mod tests {
             ("offset: x", "offset: expected a whole number"),
             ("greedy: maybe", "greedy: expected true or false"),
             ("datasets: x", "datasets: expected a list, such as [a, b]"),
-            ("lora: 3", "lora: expected a section, such as {key: value}"),
+            ("lora: 3", "lora: expected a section, such as {key: value}, or null"),
             ("lora: {rank: x}", "lora.rank: expected a whole number from 0"),
             ("lora: {rang: 1}", "unknown key `lora.rang`; did you mean `lora.rank`?"),
             ("step: 1", "unknown key `step`; did you mean `steps`?"),
@@ -265,7 +280,8 @@ mod tests {
             ("strategies: [rolling]", "strategies[0].rolling: expected a section, such as {key: value}"),
             ("strategies: [{rolling: {}}]", "strategies[0].rolling: `n` is missing"),
             ("strategies: [{ar: {n: 1}}]", "strategies[0].ar: has no settings of its own"),
-            ("output: [x]", "output: expected text"),
+            ("output: [x]", "output: expected text, or null"),
+            ("save_every: none", "save_every: expected a whole number from 0, or null"),
         ] {
             let error = parse::<Settings>(Path::new("run.yaml"), &format!("# A comment.\n{text}\n")).unwrap_err();
             assert_eq!(error.to_string(), format!("run.yaml, line 2: {message}"));

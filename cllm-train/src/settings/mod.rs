@@ -7,7 +7,7 @@ mod optimizer;
 mod sft;
 mod validation;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use cllm_core::chat_template::RenderSettings;
 use cllm_core::model::{LoraConfig, ModelConfig};
@@ -233,6 +233,15 @@ impl Settings {
             (None, None) => return usage("model: expected a folder or an id (or `init`, for random weights)"),
             (Some(_), Some(_)) => return usage("model and init are both set: choose one to start from"),
             _ => {}
+        }
+        let folder = |path: &Path| path.canonicalize().ok();
+        if self
+            .model
+            .as_ref()
+            .and_then(|model| folder(Path::new(model)))
+            .is_some_and(|model| Some(model) == folder(&self.output))
+        {
+            return usage("output is the folder of the model: choose another, since a run writes its files there");
         }
         if self.init.is_some() && self.is_anchored() && self.consistency.anchor.is_none() {
             return usage(

@@ -119,6 +119,11 @@ fn bad_settings_are_named_with_file_line_and_value() {
         TRAIN.fail(&["validate", assignment], 2, &[assignment, message]);
     }
     TRAIN.fail(&["run", "output=x", "datasets=[x]"], 2, &["model: expected a folder or an id"]);
+    TRAIN.fail(&["run", "save_every=none"], 2, &["save_every: expected a whole number from 0, or null"]);
+    let [model, same] = ["model", "model/../model"].map(|name| path(dir.path(), name));
+    fs::create_dir(&model).unwrap();
+    let arguments = ["run", &format!("model={model}"), &format!("output={same}"), "datasets=[x]"];
+    TRAIN.fail(&arguments, 2, &["output is the folder of the model"]);
 }
 
 #[test]

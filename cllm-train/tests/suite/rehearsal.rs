@@ -40,7 +40,7 @@ fn a_random_model_depends_on_its_seed_alone_and_no_folder_is_replaced() {
     assert_eq!(Tokenizer::load(folder).unwrap().vocab_size(), 512);
     TRAIN.fail(&["init", "shape=qwen3-tiny", &format!("output={}", models[0])], 2, &["already exists"]);
     TRAIN.fail(&["init", "shape=qwen3-9b", "output=x"], 2, &["qwen3-8b"]);
-    TRAIN.fail(&["init", "output=x"], 2, &["shape"]);
+    TRAIN.fail(&["init", "output=x"], 2, &["error: shape is not set: add `shape=...`"]);
     TRAIN.fail_on_full_disk(64, &["init", "shape=qwen3-tiny", &format!("output={}", path(dir.path(), "d"))], &["/d/"]);
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 3, "nothing else is left behind");
 }
