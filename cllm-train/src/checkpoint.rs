@@ -4,6 +4,7 @@
 //!
 //! `checkpoints/step-NNNNNN` are the folders; the links `latest` and `best` point to two of them.
 
+use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 
 use cllm_core::atomic_file::{self, UnfinishedFolder};
@@ -26,9 +27,10 @@ use crate::training_state::{
     remove_state,
 };
 
-/// Links to checkpoints, and what they are to if the final model is one.
-const FINAL_FROM_CHECKPOINTS: &str = "../final";
+/// Links in the folder of the checkpoints.
 const LATEST: &str = "latest";
+/// Where `best` points to if the final model is the best.
+const FINAL_FROM_CHECKPOINTS: &str = "../final";
 
 /// A checkpoint waits in host memory to be written if that much memory, in multiples of it, is
 /// available.
@@ -54,29 +56,45 @@ pub struct Checkpoints {
     /// File of the chat template that replaces the model's own.
     chat_template: Option<PathBuf>,
     max_checkpoints: usize,
+    /// Host memory that was available before the first checkpoint. It decides for the whole run
+    /// whether checkpoints wait in memory: their pinned buffers are kept for the next one, which would
+    /// find less.
+    available_bytes: OnceCell<u64>,
     /// The checkpoint that is being written while training goes on. There is one at most.
     in_flight: Option<SaveInFlight>,
 }
 
-/// A checkpoint that is not complete yet.
-struct SaveInFlight {
+/// How far a checkpoint is that is not complete yet. If this process's files could not be written,
+/// there is none: its folder is removed, and the checkpoint before it stays the latest.
+enum SaveInFlight {
+    /// The thread writes this process's files.
+    Writing(UnfinishedCheckpoint, WritingThread),
+    /// They are on disk. The other processes may still be writing theirs.
+    Written(UnfinishedCheckpoint),
+}
+
+/// A checkpoint that has no name yet.
+struct UnfinishedCheckpoint {
     purpose: Purpose,
     step: usize,
     best_step: Option<usize>,
     /// Where its files are, and where they will be.
     work: PathBuf,
     path: PathBuf,
-    /// Writes this process's files; `None` when they are on disk.
-    thread: Option<WritingThread>,
     /// Of the main process.
     folder: Option<UnfinishedFolder>,
 }
 
 impl SaveInFlight {
     /// Waits until this process's files are on disk.
-    fn join(&mut self) -> Result<()> {
-        let written = self.thread.take().map_or(Ok(()), WritingThread::wait);
-        written.map_err(|error| atomic_file::with_final_path(error, &self.work, &self.path))
+    fn join(self) -> Result<UnfinishedCheckpoint> {
+        match self {
+            SaveInFlight::Writing(checkpoint, thread) => match thread.wait() {
+                Ok(()) => Ok(checkpoint),
+                Err(error) => Err(atomic_file::with_final_path(error, &checkpoint.work, &checkpoint.path)),
+            },
+            SaveInFlight::Written(checkpoint) => Ok(checkpoint),
+        }
     }
 }
 
@@ -89,6 +107,7 @@ impl Checkpoints {
             eos_ids: settings.eos_ids.clone(),
             chat_template: settings.rendering.chat_template.clone(),
             max_checkpoints: settings.max_checkpoints,
+            available_bytes: OnceCell::new(),
             in_flight: None,
         }
     }
@@ -134,8 +153,8 @@ impl Checkpoints {
             .write_checkpoint(purpose, &work, model, optimizer, state, group)
             .map_err(|error| atomic_file::with_final_path(error, &work, &path))?;
         let best_step = state.validation.best.map(|best| best.step);
-        let thread = Some(thread);
-        self.in_flight = Some(SaveInFlight { purpose, step: state.step, best_step, work, path, thread, folder });
+        let checkpoint = UnfinishedCheckpoint { purpose, step: state.step, best_step, work, path, folder };
+        self.in_flight = Some(SaveInFlight::Writing(checkpoint, thread));
         Ok(())
     }
 
@@ -156,7 +175,7 @@ impl Checkpoints {
             Purpose::KeepBest => 0,
         };
         let num_bytes = model_bytes + state_bytes * group.world_size() as u64;
-        let mut writer = TensorWriter::new(model.device(), host_bytes_of_save(num_bytes) as usize);
+        let mut writer = TensorWriter::new(model.device(), self.host_bytes_of_save(num_bytes) as usize);
         if purpose == Purpose::Resume {
             optimizer_files::write(&mut writer, folder, optimizer, group, skip_masters)?;
         }
@@ -171,40 +190,56 @@ impl Checkpoints {
         writer.finish_in_background()
     }
 
+    /// As [`host_bytes_of_save`], as the first checkpoint decided it.
+    fn host_bytes_of_save(&self, num_bytes: u64) -> u64 {
+        waiting_bytes(num_bytes, *self.available_bytes.get_or_init(available_bytes))
+    }
+
     /// Whether this process has written its part of the checkpoint in flight; `false` if there is
     /// none.
     ///
     /// # Errors
-    /// File-system errors that the thread met.
+    /// File-system errors that the thread met. There is no checkpoint in flight then.
     pub fn has_written(&mut self) -> Result<bool> {
-        let Some(save) = &mut self.in_flight else { return Ok(false) };
-        if save.thread.as_ref().is_some_and(WritingThread::is_finished) {
-            save.join()?;
-        }
-        Ok(save.thread.is_none())
+        self.in_flight = match self.in_flight.take() {
+            Some(SaveInFlight::Writing(checkpoint, thread)) if !thread.is_finished() => {
+                Some(SaveInFlight::Writing(checkpoint, thread))
+            }
+            Some(save) => Some(SaveInFlight::Written(save.join()?)),
+            None => None,
+        };
+        Ok(matches!(self.in_flight, Some(SaveInFlight::Written(_))))
     }
 
     /// Waits until the checkpoint in flight is complete, on all processes, if there is one. Every
     /// process must call it.
     ///
     /// # Errors
-    /// File-system errors, a process that has died.
+    /// File-system errors, a process that has died. There is no checkpoint in flight then.
     pub fn wait(&mut self, device: Device, group: &ProcessGroup) -> Result<()> {
-        let Some(save) = &mut self.in_flight else { return Ok(()) };
-        save.join()?;
+        let Some(save) = self.in_flight.take() else { return Ok(()) };
+        let checkpoint = save.join()?;
         group.barrier(device)?;
-        self.complete()?;
+        self.publish(checkpoint)?;
         group.barrier(device)
     }
 
-    /// Makes the checkpoint in flight appear, which every process has written. Moves the links to
-    /// it, `best` if it is the best so far, and `latest` if it is one to resume from, and removes
-    /// old ones.
+    /// Makes the checkpoint in flight appear, if there is one. Every process must have written its
+    /// part.
     ///
     /// # Errors
     /// File-system errors.
     pub fn complete(&mut self) -> Result<()> {
-        let Some(SaveInFlight { purpose, step, best_step, folder: Some(folder), .. }) = self.in_flight.take() else {
+        match self.in_flight.take() {
+            Some(save) => self.publish(save.join()?),
+            None => Ok(()),
+        }
+    }
+
+    /// Gives a checkpoint its name. Moves the links to it, `best` if it is the best so far, and
+    /// `latest` if it is one to resume from, and removes old ones.
+    fn publish(&self, checkpoint: UnfinishedCheckpoint) -> Result<()> {
+        let UnfinishedCheckpoint { purpose, step, best_step, folder: Some(folder), .. } = checkpoint else {
             return Ok(());
         };
         folder.finish()?;
@@ -381,8 +416,16 @@ fn checkpoint_name(step: usize) -> String {
 /// where memory is plentiful, so that training can go on meanwhile, else a few pieces on each
 /// process.
 pub fn host_bytes_of_save(num_bytes: u64) -> u64 {
-    let available = HostMemory::detect().map_or(0, |memory| memory.available);
-    if num_bytes <= available / MIN_HOST_MEMORY_PER_SAVE { num_bytes } else { STREAMING_BYTES as u64 }
+    waiting_bytes(num_bytes, available_bytes())
+}
+
+/// As [`host_bytes_of_save`], where so much memory is available.
+fn waiting_bytes(num_bytes: u64, available_bytes: u64) -> u64 {
+    if num_bytes <= available_bytes / MIN_HOST_MEMORY_PER_SAVE { num_bytes } else { STREAMING_BYTES as u64 }
+}
+
+fn available_bytes() -> u64 {
+    HostMemory::detect().map_or(0, |memory| memory.available)
 }
 
 fn buffer_bytes(tensor: &Tensor) -> u64 {
@@ -454,6 +497,19 @@ mod tests {
         assert_eq!(checkpoints.newest().unwrap(), Some(run.checkpoint(2)));
         std::os::unix::fs::symlink("step-000002", checkpoints.folder().join(LATEST)).unwrap();
         assert_eq!(checkpoints.newest().unwrap(), Some(checkpoints.folder().join(LATEST)));
+    }
+
+    #[test]
+    fn checkpoints_wait_in_memory_only_where_it_is_plentiful() {
+        let gigabyte = 1_000_000_000;
+        assert_eq!(waiting_bytes(10 * gigabyte, 40 * gigabyte), 10 * gigabyte);
+        assert_eq!(waiting_bytes(10 * gigabyte, 39 * gigabyte), STREAMING_BYTES as u64);
+        assert_eq!(waiting_bytes(10 * gigabyte, 0), STREAMING_BYTES as u64);
+        // The buffers of the first checkpoint stay, so that the next one would find less memory.
+        let run = Run::new(&[], &[]);
+        let checkpoints = run.checkpoints(1);
+        let _ = checkpoints.host_bytes_of_save(gigabyte);
+        assert!(checkpoints.available_bytes.get().is_some(), "the first checkpoint decides");
     }
 
     #[test]

@@ -7,6 +7,9 @@ use cllm_core::checkpoint::{self, hub};
 use cllm_core::{Error, Result, atomic_file, progress, tokenizer};
 use tch::{Device, Kind};
 
+use crate::summary::SUMMARY_FILE;
+use crate::training_state::{FINAL, checkpoints_folder};
+
 /// Arguments of `export`.
 #[derive(Args)]
 pub struct ExportArgs {
@@ -53,6 +56,11 @@ pub fn run(args: &ExportArgs) -> Result<()> {
 fn export(source: &Path, kind: Kind, output: &Path) -> Result<()> {
     if output.exists() {
         return Err(Error::file(output, "already exists: choose another output folder, or delete it"));
+    }
+    if source.join(SUMMARY_FILE).exists() || checkpoints_folder(source).is_dir() {
+        let run = source.display();
+        let message = format!("is the folder of a run, not a model: name {run}/{FINAL} or one of {run}/checkpoints/");
+        return Err(Error::file(source, message));
     }
     // Loaded in float32, so that the weights are rounded only once, whatever type they have.
     let model = checkpoint::load(source, Device::Cpu, Kind::Float)?;

@@ -59,6 +59,8 @@ fn a_run_that_met_signals_and_a_full_disk_equals_one_that_did_not() {
     let export = ["export", &path(&whole, "final"), "--output", &exported];
     TRAIN.fail_on_full_disk(16, &export, &["exported/model.safetensors"]);
     assert!(!Path::new(&exported).exists());
+    let of_run = ["export", &whole.display().to_string(), "--output", &exported];
+    TRAIN.fail(&of_run, 2, &["is the folder of a run, not a model: name ", "whole/final or one of "]);
     // The same command again changes nothing.
     let complete = TRAIN.succeed(&arguments);
     assert!(complete.stderr.contains("already complete: 400 steps"), "{}", complete.stderr);
@@ -76,6 +78,34 @@ fn a_full_disk_says_whether_there_is_a_checkpoint() {
     TRAIN.succeed(&["run", "-c", &file]);
     rewind_to(&settings.output, 1);
     TRAIN.fail_on_full_disk(64, &["run", "-c", &file], &["command again; the last checkpoint is kept"]);
+}
+
+#[test]
+fn a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before_it() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let settings = Settings { max_steps: Some(6), save_every: Some(3), max_checkpoints: 1, ..sft(dir.path(), "run") };
+    let file = settings_file(dir.path(), &settings);
+    let arguments = ["run", "-c", &file];
+    let (run, whole) = (dir.path().join("run"), dir.path().join("whole"));
+    TRAIN.succeed(&["run", "-c", &file, &format!("output={}", whole.display())]);
+    TRAIN.succeed(&["run", "-c", &file, "max_checkpoints=2"]);
+    let checkpoints = run.join("checkpoints");
+    fs::remove_dir_all(checkpoints.join("step-000006")).unwrap();
+    rewind_to(&run, 3);
+    // A checkpoint is written while training goes on, and the next step or the end meets the error.
+    for _ in 0..2 {
+        TRAIN.fail_on_full_disk(64, &arguments, &["run/checkpoints/step-000006/"]);
+        assert_eq!(fs::canonicalize(checkpoints.join("latest")).unwrap(), checkpoints.join("step-000003"));
+        assert_checkpoints_are_whole(&run, 1);
+        let mut names: Vec<_> = fs::read_dir(&checkpoints).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        names.sort();
+        assert_eq!(names, ["latest", "step-000003"], "nothing of the checkpoint is left");
+    }
+    let resumed = TRAIN.succeed(&arguments);
+    assert!(resumed.stderr.contains("resuming after step 3"), "{}", resumed.stderr);
+    assert_eq!(reproducible_metrics(&run), reproducible_metrics(&whole));
+    assert_same_final_model(&run, &whole);
 }
 
 #[test]
