@@ -1,8 +1,11 @@
 //! The processes of a distributed run, started by torchrun, Slurm or any launcher that sets the
 //! usual variables.
 
+use std::fmt::Display;
+use std::net::{TcpStream, ToSocketAddrs};
 use std::rc::Rc;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -10,7 +13,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::cuda::collectives::{Collectives, Work};
 use crate::cuda::store::{Rendezvous, Store};
-use crate::{Error, Result};
+use crate::{Error, Result, interrupt};
 
 mod peers;
 
@@ -21,6 +24,10 @@ pub use peers::run_together;
 const COLLECTIVE_TIMEOUT: Duration = Duration::from_secs(4 * 3600);
 /// How long the first processes wait for the last one to start.
 const START_TIMEOUT: Duration = Duration::from_secs(300);
+/// How often processes that wait for others to start look for them, and for a signal.
+const START_POLL: Duration = Duration::from_millis(100);
+/// How long a machine may take to accept a connection.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// This process and its distributed run, as the environment variables describe them.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -88,16 +95,52 @@ impl ProcessEnv {
         Ok(Some(ProcessEnv { rank, world_size, local_rank, local_world_size, rendezvous }))
     }
 
+    /// Waits until the store is served, unless this process serves it. The store itself would wait
+    /// too, but for no signal, and with pages of messages.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`]; [`Error::Usage`] if nobody serves it in time.
+    fn wait_for_store(&self, timeout: Duration) -> Result<()> {
+        let (started, Rendezvous { host, port, serves, .. }) = (Instant::now(), &self.rendezvous);
+        if *serves {
+            return Ok(());
+        }
+        while let Err(error) = reach(host, *port) {
+            if started.elapsed() >= timeout {
+                return Err(self.unreachable(&format!("{error} for {} s", timeout.as_secs())));
+            }
+            interrupt::check()?;
+            thread::sleep(START_POLL);
+        }
+        Ok(())
+    }
+
     /// Connects to the store of the run, and serves it if `serves`.
     fn connect(&self, serves: bool) -> Result<Store> {
         let rendezvous = Rendezvous { serves, ..self.rendezvous.clone() };
-        Store::connect(&rendezvous, START_TIMEOUT).map_err(|error| {
-            let (rank, world_size, Rendezvous { host, port, .. }) = (self.rank, self.world_size, &self.rendezvous);
-            Error::usage(format!(
-                "process {rank} of {world_size} cannot reach the others at MASTER_ADDR={host} MASTER_PORT={port}: {error}"
-            ))
-        })
+        Store::connect(&rendezvous, START_TIMEOUT).map_err(|error| self.unreachable(&error))
     }
+
+    fn unreachable(&self, problem: &dyn Display) -> Error {
+        let ProcessEnv { rank, world_size, rendezvous: Rendezvous { host, port, .. }, .. } = self;
+        let advice = "start process 0, and check that both variables are the same for all";
+        Error::usage(format!(
+            "process {rank} of {world_size} cannot reach the others at MASTER_ADDR={host} MASTER_PORT={port}: {problem}: \
+             {advice}"
+        ))
+    }
+}
+
+/// Connects to a port, of any of the addresses of a host, and hangs up.
+fn reach(host: &str, port: u16) -> std::io::Result<()> {
+    let mut problem = std::io::Error::new(std::io::ErrorKind::NotFound, "the host has no address");
+    for address in (host, port).to_socket_addrs()? {
+        match TcpStream::connect_timeout(&address, CONNECT_TIMEOUT) {
+            Ok(_) => return Ok(()),
+            Err(error) => problem = error,
+        }
+    }
+    Err(problem)
 }
 
 /// The largest number in Slurm's list of tasks per node, as in `4(x2),3`.

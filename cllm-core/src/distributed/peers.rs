@@ -8,15 +8,16 @@
 
 use std::fmt::Display;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
-use std::thread::JoinHandle;
+use std::sync::{Arc, OnceLock};
+use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use signal_hook::low_level;
 
-use super::{ProcessEnv, START_TIMEOUT};
+use super::{ProcessEnv, START_POLL, START_TIMEOUT};
 use crate::cuda::store::Store;
-use crate::{Error, Result, progress};
+use crate::{Error, Result, interrupt, progress};
 
 /// How often a process shows that it lives.
 const BEAT: Duration = Duration::from_secs(1);
@@ -32,6 +33,8 @@ const END_TIMEOUT: Duration = Duration::from_secs(24 * 3600);
 // Keys of the store.
 const FAILURE: &str = "failure";
 const NUM_FAILURES: &str = "num_failures";
+const NUM_STARTED: &str = "num_started";
+const ALL_STARTED: &str = "all_started";
 const NUM_DONE: &str = "num_done";
 const ALL_DONE: &str = "all_done";
 const NUM_LEFT: &str = "num_left";
@@ -66,9 +69,10 @@ struct Peers {
 /// Those of the body; [`Error::Usage`] if the others cannot be reached; [`Error::Peer`] for the
 /// failure of another process. It is also the last message of processes that end in a collective.
 pub fn run_together<T>(process: &ProcessEnv, body: impl FnOnce() -> Result<T>) -> Result<T> {
+    process.wait_for_store(START_TIMEOUT)?;
     let peers = Peers::connect(process, process.rendezvous.serves)?;
     let watcher = Watcher::start(Peers::connect(process, false)?);
-    let result = body().map_err(|error| match error {
+    let result = peers.wait_for_start().and_then(|()| body()).map_err(|error| match error {
         Error::Peer { .. } => peers.cause().unwrap_or(error),
         own => own,
     });
@@ -78,10 +82,14 @@ pub fn run_together<T>(process: &ProcessEnv, body: impl FnOnce() -> Result<T>) -
             watcher.stop();
         }
         Err(error) => {
+            let failure = Failure {
+                rank: peers.rank,
+                exit_code: error.exit_code(),
+                message: error.to_string(),
+                is_silent: false,
+            };
             // First, since it would take this process's own failure for that of another.
-            watcher.stop();
-            let message = error.to_string();
-            let failure = Failure { rank: peers.rank, exit_code: error.exit_code(), message, is_silent: false };
+            watcher.stop_after(&failure);
             let _ = peers.publish(&failure);
         }
     }
@@ -146,6 +154,23 @@ impl Peers {
         self.store.get(&beat_key(rank))
     }
 
+    /// Waits until every process has started. The watcher ends this one if another does not, or fails
+    /// meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`], also if the others never start.
+    fn wait_for_start(&self) -> Result<()> {
+        let lost = |error| self.lost(&error);
+        if self.store.add(NUM_STARTED, 1).map_err(lost)? == self.world_size as i64 {
+            self.store.set(ALL_STARTED, "").map_err(lost)?;
+        }
+        while self.store.get(ALL_STARTED).map_err(lost)?.is_none() {
+            interrupt::check()?;
+            thread::sleep(START_POLL);
+        }
+        Ok(())
+    }
+
     /// Waits until every process is done. If one fails meanwhile, the watcher ends this one.
     fn wait_for_all(&self) -> Result<()> {
         let wait = || {
@@ -161,12 +186,13 @@ impl Peers {
     /// which may still have to read from it; whether they come or not, it ends.
     fn leave(&self) {
         let leave = || {
-            let num_silent = self.failure()?.map_or(0, |failure| usize::from(failure.is_silent));
-            let num_leaving = self.world_size - 1 - num_silent;
+            let num_silent = self.failure()?.map_or(0, |failure| i64::from(failure.is_silent));
+            // One that has not started is not waited for: it may never come.
+            let num_leaving = self.store.add(NUM_STARTED, 0)? - 1 - num_silent;
             if self.serves && num_leaving > 0 {
                 return self.store.wait(ALL_LEFT, LINGER);
             }
-            if !self.serves && self.store.add(NUM_LEFT, 1)? == num_leaving as i64 {
+            if !self.serves && self.store.add(NUM_LEFT, 1)? >= num_leaving {
                 self.store.set(ALL_LEFT, "")?;
             }
             Ok(())
@@ -203,6 +229,8 @@ fn lost_store(world_size: usize, problem: impl Display) -> Error {
 /// because the one that asks the store waits for ever if the machine of the store is down.
 struct Watcher {
     stop: Sender<()>,
+    /// The failure of this process, if there is one.
+    own_failure: Arc<OnceLock<(String, u8)>>,
     supervisor: JoinHandle<()>,
 }
 
@@ -211,9 +239,18 @@ impl Watcher {
         let (stop, stopped) = channel();
         let (sender, reports) = channel();
         let world_size = peers.world_size;
-        std::thread::spawn(move || Watch::new(peers, Instant::now()).run(&stopped, &sender));
-        let supervisor = std::thread::spawn(move || supervise(&reports, world_size));
-        Watcher { stop, supervisor }
+        let own_failure = Arc::new(OnceLock::new());
+        let known_failure = Arc::clone(&own_failure);
+        thread::spawn(move || Watch::new(peers, Instant::now()).run(&stopped, &sender));
+        let supervisor = thread::spawn(move || supervise(&reports, world_size, &known_failure));
+        Watcher { stop, own_failure, supervisor }
+    }
+
+    /// As [`Self::stop`], when this process has failed. If the store no longer answers, the process
+    /// ends here, with its own message.
+    fn stop_after(self, failure: &Failure) {
+        let _ = self.own_failure.set((failure.message.clone(), failure.exit_code));
+        self.stop();
     }
 
     /// Ends both threads. From then on, the failure of another process does not end this one.
@@ -225,19 +262,31 @@ impl Watcher {
 
 /// Ends this process with the first error that is reported, or if no report comes. Other threads
 /// may be anywhere: a main thread that waits in a collective cannot be woken up.
-fn supervise(reports: &Receiver<Option<Error>>, world_size: usize) {
+fn supervise(reports: &Receiver<Option<Error>>, world_size: usize, own_failure: &OnceLock<(String, u8)>) {
+    let Some((message, exit_code)) = last_words(reports, world_size, own_failure, SILENCE) else { return };
+    progress::write_stderr(&format!("error: {message}\n"));
+    // Until the watching thread is done: the others may still have to read from the store.
+    let _ = reports.recv_timeout(LINGER);
+    low_level::exit(exit_code.into());
+}
+
+/// Waits for the reason to end this process: its message and exit code. `None` if the watching
+/// thread is told to stop first. A failure of this process matters more than what comes after it.
+fn last_words(
+    reports: &Receiver<Option<Error>>,
+    world_size: usize,
+    own_failure: &OnceLock<(String, u8)>,
+    silence: Duration,
+) -> Option<(String, u8)> {
     let error = loop {
-        match reports.recv_timeout(SILENCE) {
+        match reports.recv_timeout(silence) {
             Ok(None) => {}
             Ok(Some(error)) => break error,
             Err(RecvTimeoutError::Timeout) => break lost_store(world_size, "it does not answer"),
-            Err(RecvTimeoutError::Disconnected) => return,
+            Err(RecvTimeoutError::Disconnected) => return None,
         }
     };
-    progress::write_stderr(&format!("error: {error}\n"));
-    // Until the watching thread is done: the others may still have to read from the store.
-    let _ = reports.recv_timeout(LINGER);
-    low_level::exit(error.exit_code().into());
+    Some(own_failure.get().cloned().unwrap_or_else(|| (error.to_string(), error.exit_code())))
 }
 
 /// Shows that this process lives, and looks for failures of others.
@@ -340,6 +389,27 @@ mod tests {
         let message = beat(2, 231).unwrap();
         assert!(message.starts_with("process 1 of 3 failed: it ended without a message"), "{message}");
         assert_eq!(beat(0, 231), Some(message));
+    }
+
+    #[test]
+    fn the_failure_of_a_process_is_its_last_word_though_the_store_is_gone() {
+        let own_failure = OnceLock::new();
+        let words = |report: Option<Option<Error>>, is_stopped: bool| {
+            let (sender, reports) = channel();
+            report.into_iter().for_each(|report| sender.send(report).unwrap());
+            let sender = (!is_stopped).then_some(sender);
+            let found = last_words(&reports, 2, &own_failure, Duration::ZERO);
+            drop(sender);
+            found
+        };
+        assert_eq!(words(Some(None), true), None);
+        let (message, exit_code) = words(Some(Some(lost_store(2, "reset"))), true).unwrap();
+        assert!(message.starts_with("process 0 of 2 failed: it") && exit_code == 3, "{message}");
+        own_failure.set(("the data is bad".to_owned(), 2)).unwrap();
+        for report in [Some(Some(lost_store(2, "reset"))), None] {
+            assert_eq!(words(report, false), Some(("the data is bad".to_owned(), 2)));
+        }
+        assert_eq!(words(None, true), None, "the process prints its failure itself");
     }
 
     #[test]

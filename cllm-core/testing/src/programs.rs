@@ -122,7 +122,7 @@ impl FinishedProcess {
 }
 
 /// Whether a process has installed its handler for a signal; before that, the signal would kill it.
-fn handles_signal(process: u32, signal: &str) -> bool {
+pub fn handles_signal(process: u32, signal: &str) -> bool {
     let number = if signal == "INT" { 2 } else { 15 };
     let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
     let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap_or_default();

@@ -8,6 +8,7 @@ use std::process::{Child, Command, Stdio};
 
 use cllm_core::checkpoint;
 use cllm_core::model::LoraConfig;
+use cllm_testing::programs::handles_signal;
 use cllm_train::settings::{ConsistencySettings, OptimizerSettings, Settings, ValidationSettings};
 use cllm_train::trainer;
 use tch::{Device, Kind};
@@ -28,8 +29,18 @@ fn start(file: &str, world_size: usize) -> Vec<Child> {
 /// Starts processes whose commands differ: for each rank, the command before the program and its
 /// arguments.
 fn start_each(world_size: usize, words: impl Fn(usize) -> (Vec<&'static str>, Vec<String>)) -> Vec<Child> {
+    // The process that serves the store starts last.
+    let ranks: Vec<usize> = (0..world_size).rev().collect();
+    start_ranks(&ranks, world_size, words)
+}
+
+fn start_ranks(
+    ranks: &[usize],
+    world_size: usize,
+    words: impl Fn(usize) -> (Vec<&'static str>, Vec<String>),
+) -> Vec<Child> {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
-    let process = |rank: usize| {
+    let process = |&rank: &usize| {
         let variables =
             [("WORLD_SIZE", world_size), ("RANK", rank), ("LOCAL_RANK", rank), ("MASTER_PORT", usize::from(port))];
         let (prefix, arguments) = words(rank);
@@ -38,8 +49,12 @@ fn start_each(world_size: usize, words: impl Fn(usize) -> (Vec<&'static str>, Ve
         command.envs(variables.map(|(name, value)| (name, value.to_string())));
         command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap()
     };
-    // The process that serves the store starts last.
-    (0..world_size).rev().map(process).collect()
+    ranks.iter().map(process).collect()
+}
+
+/// Starts one of two processes. The other never comes.
+fn start_alone(file: &str, rank: usize) -> Child {
+    start_ranks(&[rank], 2, |_| (Vec::new(), vec!["run".to_owned(), "-c".to_owned(), file.to_owned()])).swap_remove(0)
 }
 
 /// Exit codes of the processes, and everything they wrote to stderr.
@@ -96,6 +111,23 @@ fn two_and_three_processes_train_as_one_does() {
     let (codes, stderr) = wait(start(&settings_file(dir.path(), &too_few), 2));
     assert_eq!(codes, [Some(2), Some(2)]);
     assert!(stderr.contains("accumulation=1 is too few for 2 processes"), "{stderr}");
+}
+
+#[test]
+fn a_signal_ends_a_process_that_waits_for_another_to_start() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let file = settings_file(dir.path(), &settings(dir.path(), "run"));
+    for (rank, signal, code) in [(0, "INT", 130), (1, "TERM", 143)] {
+        let process = start_alone(&file, rank);
+        while !handles_signal(process.id(), signal) {
+            std::thread::yield_now();
+        }
+        send_signal(&process, signal);
+        let (codes, stderr) = wait(vec![process]);
+        assert_eq!(codes, [Some(code)], "{stderr}");
+        assert!(stderr.starts_with("error: interrupted") && stderr.lines().count() == 1, "{stderr}");
+    }
 }
 
 /// Matrices of the last layer belong to more than one process, and in the last step of an epoch some
