@@ -156,10 +156,7 @@ impl Manifest {
 
     /// Joins the manifests of the folders of all ranks; `None` if there are no such folders.
     fn join_ranks(folder: &Path) -> Result<Option<Self>> {
-        let entries = std::fs::read_dir(folder).map_err(Error::io(folder))?;
-        let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
-        let world_sizes: BTreeSet<usize> =
-            names.filter_map(|name| name.strip_prefix("rank-")?.split_once("-of-")?.1.parse().ok()).collect();
+        let world_sizes = world_sizes(folder)?;
         let Some(&world_size) = world_sizes.first() else { return Ok(None) };
         if world_sizes.len() > 1 {
             let message =
@@ -216,6 +213,38 @@ fn parquet_names(folder: &Path, inside: &str) -> Result<Vec<String>> {
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
     let relative = |name: String| if inside.is_empty() { name } else { format!("{inside}/{name}") };
     Ok(names.filter(|name| name.ends_with(".parquet")).map(relative).collect())
+}
+
+/// The numbers of processes, more than one, by which a folder holds collections.
+fn world_sizes(folder: &Path) -> Result<BTreeSet<usize>> {
+    let entries = std::fs::read_dir(folder).map_err(Error::io(folder))?;
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    Ok(names.filter_map(|name| name.strip_prefix("rank-")?.split_once("-of-")?.1.parse().ok()).collect())
+}
+
+/// Checks that a collection by so many processes can begin or go on in a folder: each of them answers
+/// a part of the prompts, so that another number would answer some of them again.
+///
+/// # Errors
+/// [`Error::File`] if the folder holds a collection by another number of processes.
+pub fn check_world_size(folder: &Path, world_size: usize) -> Result<()> {
+    if !folder.is_dir() {
+        return Ok(());
+    }
+    let mut world_sizes = world_sizes(folder)?;
+    if Manifest::exists(folder) {
+        world_sizes.insert(1);
+    }
+    match world_sizes.into_iter().find(|&other| other != world_size) {
+        Some(other) => {
+            let processes = if other == 1 { "process" } else { "processes" };
+            let message = format!(
+                "holds a collection by {other} {processes}: start {other} again, or choose another output folder"
+            );
+            Err(Error::file(folder, message))
+        }
+        None => Ok(()),
+    }
 }
 
 /// Name of the folder in which process `rank` of `world_size` collects, inside the folder of the

@@ -13,7 +13,9 @@ mod row;
 mod schema;
 mod writer;
 
-pub use manifest::{INCOMPLETE_DATA_SET, Manifest, Provenance, fingerprint, rank_folder, stored_date};
+pub use manifest::{
+    INCOMPLETE_DATA_SET, Manifest, Provenance, check_world_size, fingerprint, rank_folder, stored_date,
+};
 pub use profile::{BlockProfile, Profile};
 pub use reader::{Reader, RowChunk, Rows};
 pub use row::{Block, FinishReason, Trajectory};

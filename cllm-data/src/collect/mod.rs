@@ -83,6 +83,7 @@ pub fn collect(settings: &Settings) -> Result<Summary> {
 /// As [`collect`].
 pub fn collect_on(settings: &Settings, today: Date) -> Result<Summary> {
     let process = ProcessEnv::from_env(|name| std::env::var(name).ok())?;
+    trajectory::check_world_size(&settings.output, process.as_ref().map_or(1, |process| process.world_size))?;
     let started_on = trajectory::stored_date(&settings.output)?;
     let rendering = settings.rendering.resolve(started_on.unwrap_or(today))?;
     let teacher = Teacher::load(settings, &rendering, process.as_ref())?;

@@ -18,14 +18,26 @@ fn several_processes_collect_one_data_set_together() {
     let (alone, shared) = (path(dir.path(), "alone"), path(dir.path(), "shared"));
     collect(&alone, &[]);
     let (model, prompts) = (format!("model={}", teacher()), format!("prompts={}", prompt_set()));
-    let output = format!("output={shared}");
-    let settings = [&model, &prompts, &output, "n=8", "max_new_tokens=20", "device=cpu", "rows_per_shard=8"];
-    let collect_as = |rank: &str| {
+    let settings = [&model, &prompts, "n=8", "max_new_tokens=20", "device=cpu", "rows_per_shard=8"];
+    let started = |output: &str, world_size: &str, rank: &str| {
         let mut command = Command::cargo_bin("cllm-data").unwrap();
-        command.args(["--quiet", "collect"]).args(settings).env("WORLD_SIZE", "2").env("RANK", rank);
-        command.env("MASTER_ADDR", "nobody").env("MASTER_PORT", "1").assert().success();
+        command.args(["--quiet", "collect"]).args(settings).arg(format!("output={output}"));
+        command.env("WORLD_SIZE", world_size).env("RANK", rank);
+        command.env("MASTER_ADDR", "nobody").env("MASTER_PORT", "1").assert()
+    };
+    let collect_as = |rank: &str| {
+        started(&shared, "2", rank).success();
+    };
+    let refuses = |output: &str, world_size: &str, advice: &str| {
+        let stderr = started(output, world_size, "0").code(2).get_output().stderr.clone();
+        assert!(String::from_utf8_lossy(&stderr).contains(advice), "{}", String::from_utf8_lossy(&stderr));
     };
     collect_as("1");
+    // With another number, the prompts are divided in another way.
+    for other in ["1", "3"] {
+        refuses(&shared, other, "shared: holds a collection by 2 processes: start 2 again, or choose another output");
+    }
+    refuses(&alone, "2", "alone: holds a collection by 1 process: start 1 again");
     let error = run_error(&["stats", &shared], 2);
     assert!(error.contains("rank-0-of-2: is missing"), "{error}");
     collect_as("0");
