@@ -50,7 +50,7 @@ impl UnfinishedFile {
         let UnfinishedFile { file, path } = self;
         file.as_file().sync_all().map_err(Error::write(&path))?;
         file.persist(&path).map_err(|error| Error::Write { path: path.clone(), source: error.error })?;
-        sync_folder(parent(&path))
+        sync(parent(&path))
     }
 }
 
@@ -117,15 +117,11 @@ impl UnfinishedFolder {
         self.work.path()
     }
 
-    /// Syncs the folder and its files to disk and gives it its name. A folder that has it is
+    /// Syncs the folder and everything below it to disk and gives it its name. A folder that has it is
     /// replaced.
     pub fn finish(self) -> Result<()> {
         let UnfinishedFolder { work, path } = self;
-        for entry in fs::read_dir(work.path()).map_err(Error::write(work.path()))? {
-            let entry = entry.map_err(Error::write(work.path()))?.path();
-            File::open(&entry).and_then(|file| file.sync_all()).map_err(Error::write(&entry))?;
-        }
-        sync_folder(work.path())?;
+        tree(work.path())?.iter().try_for_each(|path| sync(path))?;
         fs::set_permissions(work.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
             .map_err(Error::write(work.path()))?;
         let old = path.exists().then(|| replaced_path(&path));
@@ -142,7 +138,7 @@ impl UnfinishedFolder {
         if let Some(old) = old {
             fs::remove_dir_all(&old).map_err(Error::write(&old))?;
         }
-        sync_folder(parent(&path))
+        sync(parent(&path))
     }
 }
 
@@ -244,8 +240,20 @@ fn parent(path: &Path) -> &Path {
     }
 }
 
-fn sync_folder(folder: &Path) -> Result<()> {
-    File::open(folder).and_then(|handle| handle.sync_all()).map_err(Error::write(folder))
+/// A folder with everything in it and below, each folder after what it holds.
+fn tree(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut paths = Vec::new();
+    for entry in fs::read_dir(folder).map_err(Error::write(folder))? {
+        let path = entry.map_err(Error::write(folder))?.path();
+        if path.is_dir() { paths.extend(tree(&path)?) } else { paths.push(path) }
+    }
+    paths.push(folder.to_owned());
+    Ok(paths)
+}
+
+/// Waits until a file, or the names in a folder, are on disk.
+fn sync(path: &Path) -> Result<()> {
+    File::open(path).and_then(|handle| handle.sync_all()).map_err(Error::write(path))
 }
 
 #[cfg(test)]
@@ -321,6 +329,16 @@ mod tests {
         let content = |name: &str| fs::read_to_string(dir.path().join(name).join("weights")).unwrap();
         assert_eq!((content("my-final"), content("step-1")), (".old-77-my-final".into(), "step-1".into()));
         recover(&dir.path().join("nowhere")).unwrap();
+    }
+
+    #[test]
+    fn files_below_a_folder_reach_the_disk_before_it_has_its_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let names = ["run/adapter/inner/a", "run/adapter/inner", "run/adapter", "run"];
+        let expected = names.map(|name| dir.path().join(name));
+        fs::create_dir_all(&expected[1]).unwrap();
+        fs::write(&expected[0], b"x").unwrap();
+        assert_eq!(tree(&dir.path().join("run")).unwrap(), expected);
     }
 
     #[test]
