@@ -149,9 +149,8 @@ impl Trainer<'_> {
         if self.state.step > 0 {
             progress::log(format!("resuming after step {}", self.state.step));
         }
-        if schedule.num_excluded > 0 {
-            let (examples, max_tokens) = (count(schedule.num_excluded, "example"), self.settings.max_example_tokens);
-            progress::log(format!("excluded {examples} of more than {max_tokens} packed tokens"));
+        if let Some(excluded) = schedule.exclusion() {
+            progress::log(excluded);
         }
         let is_main = self.group.is_main();
         let mut metrics = is_main.then(|| MetricsLog::open(&run, self.state.step, self.is_validated())).transpose()?;

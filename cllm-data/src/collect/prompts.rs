@@ -98,9 +98,10 @@ pub(super) fn save_skipped(skipped: &[Sample], output: &Path) -> Result<()> {
 /// The error for a prompt set in which no prompt fits the context.
 pub(super) fn none_fits(settings: &Settings, teacher: &Teacher) -> Error {
     Error::usage(format!(
-        "no prompt of {} fits the context: with max_new_tokens={} a prompt may have at most {} tokens; lower \
+        "no prompt of {} fits the context of {} tokens: with max_new_tokens={} a prompt may have at most {}; lower \
          max_new_tokens",
         settings.prompts.display(),
+        teacher.model.config().max_positions,
         settings.max_new_tokens,
         teacher.max_prompt_tokens(settings.max_new_tokens)
     ))

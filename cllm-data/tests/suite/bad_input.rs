@@ -156,7 +156,11 @@ fn settings_that_do_not_fit_the_model_and_bad_prompt_sets_are_refused() {
     let with = |more: &str| [&command[..], &[more.to_owned()]].concat();
     DATA.fail(&with("eos_ids=[5, 999]"), 2, &["eos_ids: 999", "300"]);
     // Nothing overflows, and a limit that no prompt can meet is not an empty data set.
-    DATA.fail(&with("max_new_tokens=18446744073709551615"), 2, &["no prompt of", "lower max_new_tokens"]);
+    DATA.fail(
+        &with("max_new_tokens=18446744073709551615"),
+        2,
+        &["no prompt of", "fits the context of ", "lower max_new_tokens"],
+    );
     let prompts = path(dir.path(), "prompts.jsonl");
     for (contents, said) in [
         (&b""[..], "prompts.jsonl: holds no prompts"),

@@ -1,6 +1,7 @@
 //! Assigns the examples to batches and steps. The order is a function of (seed, epoch), so it never
 //! has to be saved.
 
+use cllm_core::progress::count;
 use cllm_core::{Error, Result, fingerprint, interrupt};
 use rand::seq::SliceRandom;
 
@@ -22,6 +23,8 @@ pub struct Schedule {
     epoch_ends: Vec<usize>,
     /// Number of examples that are longer than `max_example_tokens`.
     pub num_excluded: usize,
+    /// Packed tokens of the longest example, excluded or not.
+    longest: usize,
     /// Packed tokens of the whole run, without padding.
     pub num_tokens: usize,
 }
@@ -35,11 +38,13 @@ impl Schedule {
         let example_tokens: Vec<usize> =
             examples.iter().map(|example| example.max_packed_tokens(&settings.consistency)).collect();
         let num_excluded = example_tokens.iter().filter(|&&tokens| tokens > settings.max_example_tokens).count();
+        let longest = example_tokens.iter().max().copied().unwrap_or(0);
         if num_excluded == example_tokens.len() {
             return Err(Error::usage(format!(
-                "max_example_tokens={} excludes every example: the shortest has {} packed tokens",
+                "max_example_tokens={} excludes every example: the shortest has {} packed tokens, and {}",
                 settings.max_example_tokens,
-                example_tokens.iter().min().copied().unwrap_or(0)
+                example_tokens.iter().min().copied().unwrap_or(0),
+                advice_for(longest, settings.max_batch_tokens)
             )));
         }
         let mut schedule = Schedule {
@@ -49,6 +54,7 @@ impl Schedule {
             max_example_tokens: settings.max_example_tokens,
             epoch_ends: Vec::new(),
             num_excluded,
+            longest,
             num_tokens: 0,
         };
         let max_steps = settings.max_steps.unwrap_or(usize::MAX);
@@ -65,6 +71,15 @@ impl Schedule {
             }
         }
         Ok(schedule)
+    }
+
+    /// Says how many examples are excluded, and which settings would include them; `None` if none is.
+    pub fn exclusion(&self) -> Option<String> {
+        let (num_excluded, max_tokens) = (self.num_excluded, self.max_example_tokens);
+        (num_excluded > 0).then(|| {
+            let (examples, advice) = (count(num_excluded, "example"), advice_for(self.longest, self.max_batch_tokens));
+            format!("excluded {examples} of more than {max_tokens} packed tokens; {advice}")
+        })
     }
 
     /// Number of steps of the whole run.
@@ -124,11 +139,21 @@ impl Schedule {
     }
 }
 
+/// The settings with which the longest example can be trained on.
+fn advice_for(longest: usize, max_batch_tokens: usize) -> String {
+    let batch = if longest > max_batch_tokens { format!(" and max_batch_tokens={longest}") } else { String::new() };
+    format!("the longest has {longest}: set max_example_tokens={longest}{batch}")
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn schedule(settings: &Settings) -> Schedule {
+        try_schedule(settings).unwrap()
+    }
+
+    fn try_schedule(settings: &Settings) -> Result<Schedule> {
         let example = |index: usize| Example {
             id: format!("s{index}"),
             prompt_ids: vec![1; 5],
@@ -136,7 +161,29 @@ mod tests {
             blocks: Vec::new(),
             labelled: vec![true; 1 + index * 7 % 40],
         };
-        Schedule::new(&(0..50).map(example).collect::<Vec<_>>(), settings).unwrap()
+        Schedule::new(&(0..50).map(example).collect::<Vec<_>>(), settings)
+    }
+
+    #[test]
+    fn settings_that_include_excluded_examples_are_named() {
+        let settings =
+            |max_example_tokens| Settings { max_batch_tokens: 44, max_example_tokens, ..Settings::default() };
+        let advice = "the longest has 45: set max_example_tokens=45 and max_batch_tokens=45";
+        let excluded = schedule(&settings(43)).exclusion().unwrap();
+        assert_eq!(excluded, format!("excluded 2 examples of more than 43 packed tokens; {advice}"));
+        let error = try_schedule(&settings(5)).err().unwrap().to_string();
+        assert_eq!(
+            error,
+            format!("max_example_tokens=5 excludes every example: the shortest has 6 packed tokens, and {advice}")
+        );
+        let all = Settings { max_batch_tokens: 100, ..settings(45) };
+        assert_eq!(schedule(&all).exclusion(), None);
+        assert!(
+            schedule(&Settings { max_example_tokens: 43, ..all })
+                .exclusion()
+                .unwrap()
+                .ends_with("max_example_tokens=45")
+        );
     }
 
     #[test]

@@ -32,6 +32,9 @@ pub const MASTER_WEIGHTS: &str = "master_weights";
 /// The average is updated by at most this many weights at a time, which bounds their float32 copies.
 pub const MAX_AVERAGED_ELEMENTS: i64 = 1 << 26;
 
+/// Shards of the weights begin at multiples of so many elements.
+const SHARD_ALIGNMENT: usize = 8;
+
 /// The weights of a model, their gradients, and this process's shard of the optimizer's state.
 /// Shards are `[elements]`.
 pub struct OptimizerState {
@@ -63,6 +66,21 @@ pub struct SkippedSteps {
     pub in_a_row: usize,
 }
 
+/// Refuses a number of processes that cannot own equal shards of the weights, aligned to
+/// [`SHARD_ALIGNMENT`] of them.
+fn check_divides(num_weights: usize, world_size: usize) -> Result<()> {
+    let divides = |num_processes: &usize| num_weights.is_multiple_of(SHARD_ALIGNMENT * num_processes);
+    if divides(&world_size) {
+        return Ok(());
+    }
+    let fewer = (1..world_size).rev().find(divides).unwrap_or(1);
+    let advice = match (world_size..=2 * world_size).find(divides) {
+        Some(more) => format!("start {fewer} or {more}"),
+        None => format!("start {fewer}"),
+    };
+    Err(Error::usage(format!("the weights cannot be divided among {world_size} processes: {advice}")))
+}
+
 /// Parameters of one update that are the same for every element.
 struct Update {
     lr: f64,
@@ -90,9 +108,7 @@ impl OptimizerState {
             ));
         }
         let weights = model.trainable().shallow_clone();
-        if !weights.buffer().numel().is_multiple_of(8 * group.world_size()) {
-            return Err(Error::usage(format!("the weights cannot be divided among {} processes", group.world_size())));
-        }
+        check_divides(weights.buffer().numel(), group.world_size())?;
         let kind = if is_bf16 { Kind::BFloat16 } else { Kind::Float };
         // `to_kind` copies only if the type differs.
         let master_weights = group.shard(weights.buffer()).to_kind(kind);
@@ -325,6 +341,16 @@ mod tests {
         }
         let norm = state.step(0.1, 1).unwrap();
         (state, norm.double_value(&[]))
+    }
+
+    #[test]
+    fn numbers_of_processes_that_divide_the_weights_are_proposed() {
+        let weights = 8 * 5040 * 16;
+        assert!([1, 2, 3, 8, 10, 128].iter().all(|world_size| check_divides(weights, *world_size).is_ok()));
+        for (world_size, advice) in [(11, "among 11 processes: start 10 or 12"), (17, "start 16 or 18")] {
+            let error = check_divides(weights, world_size).unwrap_err().to_string();
+            assert!(error.contains(advice), "{error}");
+        }
     }
 
     #[test]
