@@ -1,7 +1,7 @@
 //! Models with random weights, and a rehearsal with one.
 
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Output};
 
 use cllm_core::checkpoint;
 use cllm_core::model::ModelShape;
@@ -45,6 +45,27 @@ fn a_random_model_depends_on_its_seed_alone_and_no_folder_is_replaced() {
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 3, "nothing else is left behind");
 }
 
+fn rehearse(shape: &str, folder: &str) -> Output {
+    let program = TRAIN.command(&[]).get_program().to_owned();
+    let programs = Path::new(&program).parent().unwrap();
+    let mut command = Command::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/rehearse"));
+    command.args([shape, folder, "--programs"]).arg(programs).env("OMP_NUM_THREADS", "1");
+    // A GPU would make it another rehearsal.
+    command.env("CUDA_VISIBLE_DEVICES", "").output().unwrap()
+}
+
+#[test]
+fn a_rehearsal_of_an_unknown_shape_or_of_one_too_large_for_a_cpu_leaves_nothing_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    let folder = path(dir.path(), "rehearsal");
+    for (shape, message) in [("qwen3-tiniest", "the stage init failed"), ("qwen3-8b", "no NVIDIA GPU found")] {
+        let run = rehearse(shape, &folder);
+        let text = String::from_utf8_lossy(&run.stderr);
+        assert!(!run.status.success() && text.contains(message), "{text}");
+        assert!(!Path::new(&folder).exists());
+    }
+}
+
 #[test]
 fn a_random_model_is_what_transformers_reads() {
     let recorded: Value = serde_json::from_str(include_str!("../fixtures/random-model.json")).unwrap();
@@ -68,15 +89,8 @@ fn a_random_model_is_what_transformers_reads() {
 #[test]
 fn a_rehearsal_runs_through_and_removes_its_models() {
     let dir = tempfile::tempdir().unwrap();
-    let program = TRAIN.command(&[]).get_program().to_owned();
-    let programs = Path::new(&program).parent().unwrap();
     let folder = path(dir.path(), "rehearsal");
-    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/rehearse");
-    let mut command = Command::new(script);
-    command.args(["qwen3-tiny", &folder, "--programs"]).arg(programs).env("OMP_NUM_THREADS", "1");
-    // A GPU would make it another rehearsal.
-    command.env("CUDA_VISIBLE_DEVICES", "");
-    let run = command.output().unwrap();
+    let run = rehearse("qwen3-tiny", &folder);
     let text = String::from_utf8_lossy(&run.stdout);
     assert!(run.status.success(), "{text}\n{}", String::from_utf8_lossy(&run.stderr));
     let rehearsal: Value = serde_json::from_slice(&std::fs::read(format!("{folder}/rehearsal.json")).unwrap()).unwrap();
