@@ -172,7 +172,8 @@ fn unsupported_setting(config: &Value) -> Option<&'static str> {
     }
 }
 
-/// Writes only a model's adapters, in float32 and in PEFT's format, into an existing folder. `base` is the name or path of the model that they belong to.
+/// Writes only a model's adapters, in float32 and in PEFT's format, into an existing folder. `base`
+/// is the name or path of the model that they belong to.
 ///
 /// # Errors
 /// [`Error::Internal`] for a model without adapters; file-system errors.

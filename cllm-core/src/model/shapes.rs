@@ -106,8 +106,8 @@ impl fmt::Display for ModelShape {
     }
 }
 
-/// A config.json with `sizes` (hidden, intermediate, layers, query heads, and key and value heads) and the other
-/// fields of its family.
+/// A config.json with `sizes` (hidden, intermediate, layers, query heads, and key and value heads)
+/// and the other fields of its family.
 fn with_sizes<const N: usize>(sizes: [i64; N], family: Value) -> Value {
     let names = ["hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"];
     let mut config = family;
@@ -125,7 +125,8 @@ fn qwen3(sizes: [i64; 4], is_tied: bool) -> Value {
         "bos_token_id": 151_643, "eos_token_id": 151_645, "initializer_range": 0.02,
         "max_position_embeddings": 40_960, "max_window_layers": sizes[2], "rms_norm_eps": 1e-6,
         "rope_scaling": null, "rope_theta": 1_000_000, "sliding_window": null, "use_sliding_window": false,
-        "tie_word_embeddings": is_tied, "torch_dtype": "bfloat16", "transformers_version": "4.51.0", "use_cache": true, "vocab_size": 151_936,
+        "tie_word_embeddings": is_tied, "torch_dtype": "bfloat16", "transformers_version": "4.51.0",
+        "use_cache": true, "vocab_size": 151_936,
     });
     with_sizes(sizes, family)
 }
@@ -139,7 +140,8 @@ fn qwen3_tiny() -> Value {
     config
 }
 
-/// Llama 3.1 and 3.2, whose contexts are extended by `rope_factor`. The file of 3.1 names no `head_dim`.
+/// Llama 3.1 and 3.2, whose contexts are extended by `rope_factor`. The file of 3.1 names no
+/// `head_dim`.
 fn llama3(sizes: [i64; 4], head_dim: Option<i64>, rope_factor: f64, is_tied: bool) -> Value {
     let mut family = json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu",
@@ -150,8 +152,8 @@ fn llama3(sizes: [i64; 4], head_dim: Option<i64>, rope_factor: f64, is_tied: boo
             "factor": rope_factor, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
             "original_max_position_embeddings": 8192, "rope_type": "llama3",
         },
-        "rope_theta": 500_000.0, "tie_word_embeddings": is_tied, "torch_dtype": "bfloat16", "transformers_version": "4.43.1", "use_cache": true,
-        "vocab_size": 128_256,
+        "rope_theta": 500_000.0, "tie_word_embeddings": is_tied, "torch_dtype": "bfloat16",
+        "transformers_version": "4.43.1", "use_cache": true, "vocab_size": 128_256,
     });
     if let Some(head_dim) = head_dim {
         family["head_dim"] = json!(head_dim);
@@ -166,7 +168,8 @@ fn qwen2(sizes: [i64; 5], [vocab_size, max_window_layers, sliding_window]: [i64;
         "attention_dropout": 0.0, "bos_token_id": 151_643, "eos_token_id": 151_645, "initializer_range": 0.02,
         "max_position_embeddings": 32_768, "max_window_layers": max_window_layers, "rms_norm_eps": 1e-6,
         "rope_theta": 1_000_000.0, "sliding_window": sliding_window, "use_sliding_window": false,
-        "tie_word_embeddings": is_tied, "torch_dtype": "bfloat16", "transformers_version": "4.43.1", "use_cache": true, "vocab_size": vocab_size,
+        "tie_word_embeddings": is_tied, "torch_dtype": "bfloat16", "transformers_version": "4.43.1",
+        "use_cache": true, "vocab_size": vocab_size,
     });
     with_sizes(sizes, family)
 }
@@ -178,8 +181,8 @@ fn mistral_7b() -> Value {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 8, "attention_dropout": 0.0, "bos_token_id": 1, "eos_token_id": 2,
         "initializer_range": 0.02, "max_position_embeddings": 32_768, "rms_norm_eps": 1e-5,
-        "rope_theta": 1_000_000.0, "sliding_window": null, "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.42.0",
-        "use_cache": true, "vocab_size": 32_768,
+        "rope_theta": 1_000_000.0, "sliding_window": null, "tie_word_embeddings": false, "torch_dtype": "bfloat16",
+        "transformers_version": "4.42.0", "use_cache": true, "vocab_size": 32_768,
     })
 }
 
@@ -201,7 +204,8 @@ fn llama2_7b() -> Value {
         "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
         "num_key_value_heads": 32, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.02,
         "max_position_embeddings": 4096, "pretraining_tp": 1, "rms_norm_eps": 1e-5, "rope_scaling": null,
-        "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.32.0", "use_cache": true, "vocab_size": 32_000,
+        "tie_word_embeddings": false, "torch_dtype": "bfloat16", "transformers_version": "4.32.0",
+        "use_cache": true, "vocab_size": 32_000,
     })
 }
 

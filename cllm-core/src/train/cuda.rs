@@ -16,7 +16,8 @@ use crate::model::{Layer, Linear, ModelConfig, PerWindow, Transformer};
 use crate::{Error, Result};
 
 /// Why a model with weights of type `kind` cannot train with our own kernels on GPUs of a compute
-/// capability, and trains with libtorch's operations instead, many times slower. `None` if it can.
+/// capability, and trains with libtorch's operations instead, which take several times as long.
+/// `None` if it can.
 pub fn slow_path_reason(config: &ModelConfig, kind: Kind, (major, minor): (u32, u32)) -> Option<String> {
     let head_dim = config.head_dim;
     if kind != Kind::BFloat16 {

@@ -29,12 +29,12 @@ pub(super) fn has_periodic_tail(ids: &[i32], max_period: usize, repeats: usize) 
 /// `max_sentences` of them in a row. Over a longer stretch, a text repeats itself without being in a
 /// loop.
 pub(super) fn has_repeated_sentence(text: &str, min_bytes: usize, repeats: usize, max_sentences: usize) -> bool {
-    let mut places: HashMap<&str, Vec<usize>> = HashMap::new();
+    let mut occurrences: HashMap<&str, Vec<usize>> = HashMap::new();
     let sentences = text.split(['\n', '.', '!', '?', ';']).map(str::trim);
-    sentences.filter(|sentence| sentence.len() >= min_bytes).enumerate().any(|(place, sentence)| {
-        let places = places.entry(sentence).or_default();
-        places.push(place);
-        places.len() >= repeats && place - places[places.len() - repeats] < max_sentences
+    sentences.filter(|sentence| sentence.len() >= min_bytes).enumerate().any(|(index, sentence)| {
+        let indices = occurrences.entry(sentence).or_default();
+        indices.push(index);
+        indices.len() >= repeats && index - indices[indices.len() - repeats] < max_sentences
     })
 }
 

@@ -107,8 +107,9 @@ pub struct Settings {
     /// Number of checkpoints to keep, in addition to the best one.
     #[garde(range(min = 1))]
     pub max_checkpoints: usize,
-    /// Save the training state after the last step too, and keep that of the checkpoints. Without
-    /// it, a finished run has models only.
+    /// Save the training state after the last step too, and keep that of the checkpoints, to inspect
+    /// it or to continue with tools of your own: no command continues a finished run. Without it, a
+    /// finished run has models only.
     #[garde(skip)]
     pub keep_state: bool,
     /// Ids that end an answer, in place of the model's own. `sft` ends its answers with the first.
