@@ -27,7 +27,7 @@ use crate::training_state::{
     remove_state,
 };
 
-/// Links in the folder of the checkpoints.
+/// The link to the newest checkpoint to resume from.
 const LATEST: &str = "latest";
 /// Where `best` points to if the final model is the best.
 const FINAL_FROM_CHECKPOINTS: &str = "../final";

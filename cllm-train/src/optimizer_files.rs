@@ -89,9 +89,9 @@ pub fn read(folder: &Path, optimizer: &OptimizerState, config: &ModelConfig, adv
     for (name, shard) in optimizer.shards() {
         let mut stretches = files.stretches(name, optimizer);
         if stretches.is_empty() && name == MASTER_WEIGHTS {
-            stretches = model_weights(folder, optimizer, config)?;
+            stretches = model_weights(folder, optimizer, config, advice)?;
         }
-        fill(folder, name, shard, optimizer, stretches)?;
+        fill((folder, advice), name, shard, optimizer, stretches)?;
     }
     Ok(())
 }
@@ -100,7 +100,13 @@ pub fn read(folder: &Path, optimizer: &OptimizerState, config: &ModelConfig, adv
 type Stretch = (i64, StoredTensor);
 
 /// Fills a shard from the stretches that have some of its elements.
-fn fill(folder: &Path, name: &str, shard: &Tensor, optimizer: &OptimizerState, stretches: Vec<Stretch>) -> Result<()> {
+fn fill(
+    (folder, advice): (&Path, &str),
+    name: &str,
+    shard: &Tensor,
+    optimizer: &OptimizerState,
+    stretches: Vec<Stretch>,
+) -> Result<()> {
     let own = own_weights(optimizer);
     let (mut stored, mut targets, mut num_found) = (Vec::new(), Vec::new(), 0);
     for (first, tensor) in stretches {
@@ -118,7 +124,7 @@ fn fill(folder: &Path, name: &str, shard: &Tensor, optimizer: &OptimizerState, s
         targets.push(elements.start - own.start..elements.end - own.start);
     }
     if num_found != num_of_weights(optimizer, &own) {
-        return Err(Error::file(folder, format!("the optimizer state lacks a part of `{name}`")));
+        return Err(Error::file(folder, format!("the optimizer state lacks a part of `{name}`: {advice}")));
     }
     let target = |index: usize| {
         let Range { start, end } = targets[index];
@@ -128,8 +134,18 @@ fn fill(folder: &Path, name: &str, shard: &Tensor, optimizer: &OptimizerState, s
 }
 
 /// The master weights of a checkpoint whose model has them.
-fn model_weights(folder: &Path, optimizer: &OptimizerState, config: &ModelConfig) -> Result<Vec<Stretch>> {
-    let mut weights: HashMap<_, _> = checkpoint::find_weights(folder, config)?.into_iter().collect();
+fn model_weights(
+    folder: &Path,
+    optimizer: &OptimizerState,
+    config: &ModelConfig,
+    advice: &str,
+) -> Result<Vec<Stretch>> {
+    let weights = checkpoint::find_weights(folder, config).map_err(|error| match error {
+        // The advice for models of other origins would be of no help.
+        Error::File { path, .. } => Error::file(path, format!("holds no complete model: {advice}")),
+        other => other,
+    })?;
+    let mut weights: HashMap<_, _> = weights.into_iter().collect();
     let stretch = |(name, range): (&str, Range<i64>)| Some((range.start, weights.remove(name)?));
     Ok(optimizer.layout().ranges().filter_map(stretch).collect())
 }
@@ -159,6 +175,9 @@ impl StateFiles {
         let layout = optimizer.layout().layout_fingerprint();
         let shards = (0..world_size).map(|rank| {
             let path = folder.join(file_name(rank, world_size));
+            if !path.exists() {
+                return Err(Error::file(path, format!("is missing: {advice}")));
+            }
             let file = TensorFile::open(&path, advice)?;
             let first_element = file.metadata(FIRST_ELEMENT).and_then(|text| text.parse().ok());
             match first_element.filter(|_| file.metadata(LAYOUT) == Some(&layout)) {

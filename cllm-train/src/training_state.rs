@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use cllm_core::program::print;
 use cllm_core::progress::count;
-use cllm_core::{Error, Result, atomic_file, text_file};
+use cllm_core::{Error, Result, atomic_file};
 
 use crate::optimizer_files::is_optimizer_file;
 use crate::summary::SUMMARY_FILE;
@@ -37,7 +37,9 @@ pub fn checkpoints(run: &Path) -> Result<Vec<(usize, PathBuf)>> {
     }
     for entry in std::fs::read_dir(&folder).map_err(Error::io(&folder))? {
         let path = entry.map_err(Error::io(&folder))?.path();
-        steps.extend(step_of(&path).map(|step| (step, path)));
+        if path.is_dir() {
+            steps.extend(step_of(&path).map(|step| (step, path)));
+        }
     }
     steps.sort();
     Ok(steps)
@@ -89,8 +91,8 @@ pub fn read_state(folder: &Path, advice: &str) -> Result<Option<TrainState>> {
     if !path.exists() {
         return Ok(None);
     }
-    let damaged = |error| Error::file(&path, format!("is damaged ({error}): {advice}"));
-    serde_json::from_str(&text_file::read(&path)?).map(Some).map_err(damaged)
+    let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
+    serde_json::from_slice(&bytes).map(Some).map_err(|_| Error::file(&path, format!("is damaged: {advice}")))
 }
 
 /// The files of a checkpoint's training state, and their bytes. `state.json` is the first: without
@@ -193,11 +195,13 @@ pub fn folder_bytes(folder: &Path) -> Result<u64> {
 /// [`Error::File`] for a folder that is not a run, or a run that is not finished.
 pub fn prune(runs: &[PathBuf], force: bool, dry_run: bool) -> Result<()> {
     for run in runs {
-        if !checkpoints_folder(run).is_dir() {
-            return Err(Error::file(run, "is not the folder of a run: it holds no `checkpoints`"));
+        if !checkpoints_folder(run).is_dir() && !run.join(SUMMARY_FILE).exists() {
+            let message = format!("is not the folder of a run: it holds neither `checkpoints` nor {SUMMARY_FILE}");
+            return Err(Error::file(run, message));
         }
         if !force && !run.join(SUMMARY_FILE).exists() {
-            let message = "is not finished, and would no longer be resumable: finish it first, or use --force to prune it all the same";
+            let message = "is not finished, and would no longer be resumable: finish it first, or use --force to prune it \
+                           all the same";
             return Err(Error::file(run, message));
         }
     }
@@ -210,6 +214,10 @@ pub fn prune(runs: &[PathBuf], force: bool, dry_run: bool) -> Result<()> {
         }
         if !dry_run {
             remove_state_of_run(run)?;
+        }
+        if num_checkpoints == 0 {
+            print(&format!("{}: holds no training state", run.display()))?;
+            continue;
         }
         let (verb, checkpoints) = (if dry_run { "would free" } else { "freed" }, count(num_checkpoints, "checkpoint"));
         let gigabytes = num_bytes as f64 / 1e9;

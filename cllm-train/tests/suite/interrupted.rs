@@ -148,14 +148,24 @@ fn a_damaged_checkpoint_is_named_and_the_one_before_it_serves() {
     fs::remove_dir_all(run.join("final")).unwrap();
     fs::remove_file(run.join("summary.json")).unwrap();
     let newest = run.join("checkpoints/step-000006");
-    let damages =
-        [("optimizer-00001-of-00001.safetensors", "is not a complete safetensors file"), ("state.json", "is damaged")];
+    let damages = [
+        ("model.safetensors", "holds no complete model"),
+        ("optimizer-00001-of-00001.safetensors", "is not a complete safetensors file"),
+        ("state.json", "is damaged"),
+    ];
     for (name, problem) in damages {
         let bytes = fs::read(newest.join(name)).unwrap();
         fs::write(newest.join(name), &bytes[..bytes.len() / 2]).unwrap();
         let advice = "step-000006 to resume from the checkpoint before it";
         TRAIN.fail(&arguments, 2, &[name, problem, "delete ", advice]);
+        fs::write(newest.join(name), bytes).unwrap();
     }
+    // One of two processes wrote the other half.
+    let half = newest.join("optimizer-00002-of-00002.safetensors");
+    fs::rename(newest.join("optimizer-00001-of-00001.safetensors"), half).unwrap();
+    TRAIN.fail(&arguments, 2, &["optimizer-00001-of-00002.safetensors: is missing: delete "]);
+    fs::write(newest.join("state.json"), b"\xff").unwrap();
+    TRAIN.fail(&arguments, 2, &["state.json: is damaged: delete "]);
     fs::remove_dir_all(&newest).unwrap();
     // The state that a kill during a save leaves: a folder and a file half written, and a
     // checkpoint about to be replaced.
