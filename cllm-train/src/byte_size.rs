@@ -1,4 +1,8 @@
-//! Numbers of bytes as people write them.
+//! Numbers of bytes: of folders, and as people write them.
+
+use std::path::Path;
+
+use cllm_core::{Error, Result};
 
 /// Units by their lower-case names, the longest first.
 const UNITS: [(&str, f64); 13] = [
@@ -35,6 +39,18 @@ pub fn format_bytes(bytes: u64) -> String {
         megabytes if megabytes >= 100.0 => format!("{megabytes:.0} MB"),
         megabytes => format!("{megabytes:.1} MB"),
     }
+}
+
+/// Bytes of a file, or of all files in a folder and in those below it; 0 if there is none.
+///
+/// # Errors
+/// Folders that cannot be read.
+pub fn folder_bytes(folder: &Path) -> Result<u64> {
+    if !folder.is_dir() {
+        return Ok(folder.metadata().map_or(0, |metadata| metadata.len()));
+    }
+    let entries = std::fs::read_dir(folder).map_err(Error::io(folder))?;
+    entries.map(|entry| folder_bytes(&entry.map_err(Error::io(folder))?.path())).sum()
 }
 
 #[cfg(test)]

@@ -19,13 +19,13 @@ use tch::{Device, Tensor};
 use crate::optimizer::OptimizerState;
 use crate::optimizer_files;
 use crate::run_fingerprint::RunFingerprint;
-use crate::settings::Settings;
-use crate::summary::SUMMARY_FILE;
-use crate::train_state::TrainState;
-use crate::training_state::{
+use crate::run_folder::{
     BEST, FINAL, Kept, STATE_FILE, checkpoints, checkpoints_folder, has_state, kept_checkpoints, read_state,
     remove_state,
 };
+use crate::settings::Settings;
+use crate::summary::SUMMARY_FILE;
+use crate::train_state::TrainState;
 
 /// The link to the newest checkpoint to resume from.
 const LATEST: &str = "latest";

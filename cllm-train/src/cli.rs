@@ -15,7 +15,7 @@ use crate::random_model::{self, RandomModelSettings};
 use crate::rounds::{self, RoundsSettings};
 use crate::settings::Settings;
 use crate::summary::SUMMARY_FILE;
-use crate::{gguf, plan, processes, tokenizer_training, trainer, training_state};
+use crate::{gguf, plan, processes, prune, tokenizer_training, trainer};
 
 /// Maximum number of ids, because training a tokenizer reserves memory for all of them.
 const MAX_VOCAB_SIZE: u64 = 10_000_000;
@@ -159,7 +159,7 @@ impl Cli {
             }
             Verb::Tokenizer { prompts, vocab_size, output } => train_tokenizer(&prompts, vocab_size, &output)?,
             Verb::Export(args) => export::run(&args)?,
-            Verb::Prune { runs, force, dry_run } => training_state::prune(&runs, force, dry_run)?,
+            Verb::Prune { runs, force, dry_run } => prune::prune(&runs, force, dry_run)?,
             Verb::Convert { gguf, folder } => {
                 gguf::convert(&gguf, &folder)?;
                 progress::log(format!("the model is in {}", folder.display()));

@@ -7,8 +7,8 @@ use cllm_core::checkpoint::{self, hub};
 use cllm_core::{Error, Result, atomic_file, progress, tokenizer};
 use tch::{Device, Kind};
 
+use crate::run_folder::{FINAL, checkpoints_folder};
 use crate::summary::SUMMARY_FILE;
-use crate::training_state::{FINAL, checkpoints_folder};
 
 /// Arguments of `export`.
 #[derive(Args)]

@@ -28,11 +28,11 @@ use crate::optimizer::{OptimizerState, learning_rate};
 use crate::plan::refuse_what_cannot_fit;
 use crate::processes;
 use crate::run_fingerprint::RunFingerprint;
+use crate::run_folder::{FINAL, remove_state_of_run};
 use crate::settings::Settings;
 use crate::step::{StepOutput, train_step};
 use crate::summary::Summary;
 use crate::train_state::TrainState;
-use crate::training_state::{FINAL, remove_state_of_run};
 use crate::validation::Validator;
 
 /// A run stops after this many steps in a row without a finite gradient. It checks this whenever it

@@ -9,9 +9,9 @@ use cllm_core::{Error, Result, checkpoint, device};
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
+use crate::byte_size::{folder_bytes, format_bytes};
 use crate::plan::final_model_bytes;
 use crate::settings::Settings;
-use crate::training_state::folder_bytes;
 
 /// Host memory and, if the settings ask for `files`, what writing and reading the model takes.
 /// `None` is what was not measured, or what the system does not say.
@@ -82,16 +82,14 @@ impl HostUsage {
 
     /// In words, behind the memory of the device.
     pub(super) fn text(&self) -> String {
-        let gigabytes = |bytes: Option<u64>| {
-            bytes.map_or_else(|| "unknown".to_owned(), |bytes| format!("{:.2} GB", bytes as f64 / 1e9))
-        };
-        let text = format!("; host memory {}", gigabytes(self.host_peak_bytes));
+        let size = |bytes: Option<u64>| bytes.map_or_else(|| "unknown".to_owned(), format_bytes);
+        let text = format!("; host memory {}", size(self.host_peak_bytes));
         match (self.save_seconds, self.load_seconds) {
             (Some(save), Some(load)) => format!(
                 "{text}\nmodel of {} written in {save:.1} s (host memory +{}), read in {load:.1} s (+{})",
-                gigabytes(self.disk_bytes),
-                gigabytes(self.save_host_bytes),
-                gigabytes(self.load_host_bytes)
+                size(self.disk_bytes),
+                size(self.save_host_bytes),
+                size(self.load_host_bytes)
             ),
             _ => text,
         }

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::host::HostUsage;
 use super::settings::BenchSettings;
+use crate::byte_size::format_bytes;
 use crate::settings::Settings;
 
 /// What is trained.
@@ -75,7 +76,6 @@ impl BenchRecord for TrainBenchRecord {
 
 impl TrainBenchRecord {
     pub(super) fn text(&self) -> String {
-        let gigabytes = |bytes: u64| format!("{:.2} GB", bytes as f64 / 1e9);
         let mut text = format!(
             "{}: {:.1} M parameters, {} of {:.3} s (median), {:.0} tokens per forward\n\
              {:.0} packed tokens/s, {:.0} blocks/s, {:.1} examples/s; waited {:.2} s for batches\n",
@@ -93,9 +93,9 @@ impl TrainBenchRecord {
             let (mfu, dense) = (100.0 * mfu, 100.0 * dense);
             text += &format!("{mfu:.1} % of the device's bf16 peak ({dense:.1} % counting masked attention too)\n");
         }
-        let planned = gigabytes(self.planned_memory_bytes);
+        let planned = format_bytes(self.planned_memory_bytes);
         text += &match self.peak_memory_bytes {
-            Some(peak) => format!("memory {} at the peak, {planned} planned", gigabytes(peak)),
+            Some(peak) => format!("memory {} at the peak, {planned} planned", format_bytes(peak)),
             None => format!("memory {planned} planned"),
         };
         text + &self.host.text()

@@ -5,8 +5,8 @@ use serde::Serialize;
 use tch::Kind;
 
 use crate::memory::{masters_are_copies, trained_kind};
+use crate::run_folder::{Kept, StoredBytes, StoredCheckpoint, kept_checkpoints};
 use crate::settings::Settings;
-use crate::training_state::{Kept, StoredBytes, StoredCheckpoint, kept_checkpoints};
 
 /// Bytes in the folder of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

@@ -15,8 +15,8 @@ use crate::plan::device::PlannedDevice;
 use crate::plan::disk::DiskEstimate;
 use crate::plan::host::HostEstimate;
 use crate::plan::time::StepWork;
+use crate::run_folder::StoredBytes;
 use crate::settings::Settings;
-use crate::training_state::StoredBytes;
 use crate::validation::ProbeSize;
 
 /// A need that is this close to what is there may fail: estimates have an error, and allocators keep

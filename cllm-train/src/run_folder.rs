@@ -1,12 +1,14 @@
-//! The training state of checkpoints: what a run resumes from, beside the model. It is several times
-//! as large as the model, and of no use once a run is finished.
+//! What is where in the folder of a run, which checkpoints are kept, and how many bytes all of it
+//! has.
+//!
+//! Beside its model, a checkpoint has training state: what a run resumes from. It is several times as
+//! large as the model, and of no use once the run is finished.
 
 use std::path::{Path, PathBuf};
 
-use cllm_core::program::print;
-use cllm_core::progress::count;
 use cllm_core::{Error, Result, atomic_file};
 
+use crate::byte_size::folder_bytes;
 use crate::optimizer_files::is_optimizer_file;
 use crate::summary::SUMMARY_FILE;
 use crate::train_state::TrainState;
@@ -97,7 +99,10 @@ pub fn read_state(folder: &Path, advice: &str) -> Result<Option<TrainState>> {
 
 /// The files of a checkpoint's training state, and their bytes. `state.json` is the first: without
 /// it, nobody resumes from the others.
-fn state_files(checkpoint: &Path) -> Result<Vec<(PathBuf, u64)>> {
+///
+/// # Errors
+/// File-system errors, here and below.
+pub fn state_files(checkpoint: &Path) -> Result<Vec<(PathBuf, u64)>> {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(checkpoint).map_err(Error::io(checkpoint))? {
         let entry = entry.map_err(Error::io(checkpoint))?;
@@ -174,56 +179,6 @@ impl StoredBytes {
             is_finished: run.join(SUMMARY_FILE).exists(),
         })
     }
-}
-
-/// Bytes of a file, or of all files in a folder and in those below it; 0 if there is none.
-///
-/// # Errors
-/// Folders that cannot be read.
-pub fn folder_bytes(folder: &Path) -> Result<u64> {
-    if !folder.is_dir() {
-        return Ok(folder.metadata().map_or(0, |metadata| metadata.len()));
-    }
-    let entries = std::fs::read_dir(folder).map_err(Error::io(folder))?;
-    entries.map(|entry| folder_bytes(&entry.map_err(Error::io(folder))?.path())).sum()
-}
-
-/// `prune`: removes the training state of finished runs, and says how much that frees. `force`
-/// includes runs that are not finished; `dry_run` removes nothing.
-///
-/// # Errors
-/// [`Error::File`] for a folder that is not a run, or a run that is not finished.
-pub fn prune(runs: &[PathBuf], force: bool, dry_run: bool) -> Result<()> {
-    for run in runs {
-        if !checkpoints_folder(run).is_dir() && !run.join(SUMMARY_FILE).exists() {
-            let message = format!("is not the folder of a run: it holds neither `checkpoints` nor {SUMMARY_FILE}");
-            return Err(Error::file(run, message));
-        }
-        if !force && !run.join(SUMMARY_FILE).exists() {
-            let message = "is not finished, and would no longer be resumable: finish it first, or use --force to prune it \
-                           all the same";
-            return Err(Error::file(run, message));
-        }
-    }
-    for run in runs {
-        let (mut num_checkpoints, mut num_bytes) = (0, 0);
-        for (_, checkpoint) in checkpoints(run)? {
-            let files = state_files(&checkpoint)?;
-            num_checkpoints += usize::from(!files.is_empty());
-            num_bytes += files.iter().map(|(_, bytes)| bytes).sum::<u64>();
-        }
-        if !dry_run {
-            remove_state_of_run(run)?;
-        }
-        if num_checkpoints == 0 {
-            print(&format!("{}: holds no training state", run.display()))?;
-            continue;
-        }
-        let (verb, checkpoints) = (if dry_run { "would free" } else { "freed" }, count(num_checkpoints, "checkpoint"));
-        let gigabytes = num_bytes as f64 / 1e9;
-        print(&format!("{}: {verb} {gigabytes:.3} GB, the training state of {checkpoints}", run.display()))?;
-    }
-    Ok(())
 }
 
 #[cfg(test)]
