@@ -84,14 +84,22 @@ fn a_full_disk_says_whether_there_is_a_checkpoint() {
 fn a_checkpoint_that_does_not_fit_on_the_disk_leaves_the_one_before_it() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());
-    let settings = Settings { max_steps: Some(6), save_every: Some(3), max_checkpoints: 1, ..sft(dir.path(), "run") };
+    let settings = Settings {
+        epochs: 1000,
+        max_steps: Some(8),
+        save_every: Some(3),
+        max_checkpoints: 1,
+        ..sft(dir.path(), "run")
+    };
     let file = settings_file(dir.path(), &settings);
     let arguments = ["run", "-c", &file];
     let (run, whole) = (dir.path().join("run"), dir.path().join("whole"));
     TRAIN.succeed(&["run", "-c", &file, &format!("output={}", whole.display())]);
-    TRAIN.succeed(&["run", "-c", &file, "max_checkpoints=2"]);
+    TRAIN.succeed(&["run", "-c", &file, "max_checkpoints=3"]);
     let checkpoints = run.join("checkpoints");
-    fs::remove_dir_all(checkpoints.join("step-000006")).unwrap();
+    for later in ["step-000006", "step-000008"] {
+        fs::remove_dir_all(checkpoints.join(later)).unwrap();
+    }
     rewind_to(&run, 3);
     // A checkpoint is written while training goes on, and the next step or the end meets the error.
     for _ in 0..2 {
