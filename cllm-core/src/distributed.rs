@@ -339,6 +339,13 @@ mod tests {
         assert!(error(&bad_port).contains("`x`"));
     }
 
+    /// The others say which process it was.
+    #[test]
+    fn an_error_for_want_of_an_answer_names_no_process() {
+        let error = no_answer(&Error::environment("the connection is closed"));
+        assert_eq!(error.to_string(), "another process did not answer: the connection is closed");
+    }
+
     mod needs_gpu {
         use std::net::TcpListener;
 

@@ -189,6 +189,11 @@ mod tests {
     }
 
     #[test]
+    fn an_interruption_does_not_promise_that_the_work_continues() {
+        assert_eq!(Error::Interrupted(2).to_string(), "interrupted (SIGINT); run the same command again");
+    }
+
+    #[test]
     fn a_missing_file_is_named_in_plain_words() {
         let error = std::fs::read("/nowhere/data.json").map_err(Error::io("/nowhere/data.json")).unwrap_err();
         assert_eq!(error.to_string(), "/nowhere/data.json: there is no such file or folder");
