@@ -78,8 +78,8 @@ struct SavedActivations {
     low_ranks: LowRanks,
 }
 
-/// [`Linear::low_rank`] of the inputs of a layer's products. They are so small that checkpointed
-/// layers save them too.
+/// The products with every A of the adapters, `JoinedAdapters::low_rank`, of the inputs of a layer's
+/// products. They are so small that checkpointed layers save them too.
 #[derive(Default)]
 struct LowRanks {
     qkv: Option<Tensor>,

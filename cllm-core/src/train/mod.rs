@@ -1,6 +1,6 @@
 //! Forward and backward passes of training over packed batches.
 //!
-//! [`forward`] runs a batch and [`ForwardPass::backward`] adds to the gradients of the weights.
+//! [`forward()`] runs a batch and [`ForwardPass::backward`] adds to the gradients of the weights.
 //! Both have two implementations: `cuda.rs`, by hand with kernels of our own, and `eager.rs`, with
 //! libtorch's operations and autograd, for the CPU and for models that the kernels do not support.
 
