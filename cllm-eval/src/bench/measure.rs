@@ -53,6 +53,7 @@ impl Bench<'_> {
             parameters: self.model.config().num_parameters(),
             ar_tokens_per_second: 1e3 / single_ms,
             transformers_ar_tokens_per_second: None,
+            transformers_compiled_ar_tokens_per_second: None,
             relative_step_time: step_ms.iter().map(|(&num_tokens, &ms)| (num_tokens, ms / single_ms)).collect(),
             step_ms,
             prefill_ms,

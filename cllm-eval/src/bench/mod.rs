@@ -41,7 +41,9 @@ pub fn bench(settings: &BenchSettings) -> Result<DecodeBenchResults> {
     let baseline = settings.baseline.as_deref().map(read_baseline).transpose()?;
     let bench = Bench { model: &model, settings, other_memory_bytes };
     let mut record = bench.measure_steps(settings.name.clone().unwrap_or(name))?;
-    record.transformers_ar_tokens_per_second = baseline;
+    record.transformers_ar_tokens_per_second = baseline.as_ref().map(|baseline| baseline.ar_tokens_per_second);
+    record.transformers_compiled_ar_tokens_per_second =
+        baseline.and_then(|baseline| baseline.compiled_ar_tokens_per_second);
     bench.measure_prompts(prompts, &mut record)?;
     results.put(&settings.output, record)?;
     progress::log(format!("wrote {}", settings.output.display()));
@@ -76,11 +78,25 @@ fn load_prompts(settings: &BenchSettings, tokenizer: Option<Tokenizer>) -> Resul
     }
 }
 
-fn read_baseline(path: &Path) -> Result<f64> {
+/// What is read of the output of scripts/bench-transformers.
+struct Baseline {
+    ar_tokens_per_second: f64,
+    /// `None` if compiling failed.
+    compiled_ar_tokens_per_second: Option<f64>,
+}
+
+fn read_baseline(path: &Path) -> Result<Baseline> {
     let value: serde_json::Value = text_file::read_json(path)?;
-    value["ar_tokens_per_second"]
-        .as_f64()
-        .ok_or_else(|| Error::file(path, "has no `ar_tokens_per_second`: create it with scripts/bench-transformers"))
+    let refuse = |problem: &str| Error::file(path, format!("{problem}: create it with scripts/bench-transformers"));
+    if let Some(engine) = value["engine"].as_str().filter(|&engine| engine != "transformers") {
+        return Err(refuse(&format!("is a measurement of {engine}, not of transformers")));
+    }
+    Ok(Baseline {
+        ar_tokens_per_second: value["ar_tokens_per_second"]
+            .as_f64()
+            .ok_or_else(|| refuse("has no `ar_tokens_per_second`"))?,
+        compiled_ar_tokens_per_second: value["compiled_ar_tokens_per_second"].as_f64(),
+    })
 }
 
 /// The results as the terminal shows them.
@@ -90,12 +106,14 @@ pub fn summary(results: &DecodeBenchResults) -> String {
 }
 
 fn model_summary(model: &DecodeBench) -> String {
+    let compiled = model.transformers_compiled_ar_tokens_per_second;
+    let compiled = compiled.map_or_else(String::new, |speed| format!(", compiled {speed:.1}"));
     let transformers = model.transformers_ar_tokens_per_second;
     let mut text = format!(
         "{}: {:.1} tokens/s autoregressive{}, {:.0} % of what the memory bandwidth allows; prefill {:.2} ms\n",
         model.name,
         model.ar_tokens_per_second,
-        transformers.map_or_else(String::new, |speed| format!(" (transformers: {speed:.1})")),
+        transformers.map_or_else(String::new, |speed| format!(" (transformers: {speed:.1}{compiled})")),
         100.0 * model.memory_floor.fraction_of_step,
         model.prefill_ms
     );

@@ -22,6 +22,9 @@ pub struct DecodeBench {
     pub ar_tokens_per_second: f64,
     /// The same with `transformers`, from the baseline file.
     pub transformers_ar_tokens_per_second: Option<f64>,
+    /// The same with `transformers`, a static cache and torch.compile, from the baseline file.
+    #[serde(default)]
+    pub transformers_compiled_ar_tokens_per_second: Option<f64>,
     /// Milliseconds of a step at batch 1, by its number of tokens.
     pub step_ms: BTreeMap<usize, f64>,
     /// `step_ms` divided by that of a step of one token.

@@ -34,7 +34,8 @@ fn the_file_holds_every_measurement_and_one_record_per_model() {
     let lines: Vec<String> = (0..4).map(|i| format!("{{\"id\":\"{i}\",\"prompt\":\"{i} and {i}\"}}")).collect();
     std::fs::write(&prompts, lines.join("\n")).unwrap();
     let baseline = path(dir.path(), "baseline.json");
-    std::fs::write(&baseline, r#"{"ar_tokens_per_second": 25.5}"#).unwrap();
+    let measured = r#"{"engine": "transformers", "ar_tokens_per_second": 25.5, "compiled_ar_tokens_per_second": 99}"#;
+    std::fs::write(&baseline, measured).unwrap();
     let one = format!("model={}", path(dir.path(), "one"));
     let results = bench(
         dir.path(),
@@ -50,6 +51,7 @@ fn the_file_holds_every_measurement_and_one_record_per_model() {
     );
     let first = &results["models"][0];
     assert_eq!((&first["name"], &first["transformers_ar_tokens_per_second"]), (&"one".into(), &25.5.into()));
+    assert_eq!(first["transformers_compiled_ar_tokens_per_second"], 99.0);
     let is_positive = |value: &Value| value.as_f64().is_some_and(|value| value > 0.0);
     for value in [&first["ar_tokens_per_second"], &first["prefill_ms"], &first["batch_tokens_per_second"]["3"]] {
         assert!(is_positive(value), "{first}");
@@ -118,6 +120,9 @@ fn contradictory_settings_and_files_of_other_machines_are_refused() {
     refused(&[&one, "shape=smollm2-135m"], "`shape`");
     refused(&["shape=smollm2-135m", "prompts=x.jsonl"], "prompts");
     refused(&[&one, "step_tokens=[0]"], "step_tokens");
+    let other = path(dir.path(), "other.json");
+    std::fs::write(&other, r#"{"engine": "vllm", "ar_tokens_per_second": 1}"#).unwrap();
+    refused(&[&one, &format!("baseline={other}")], "is a measurement of vllm, not of transformers");
     refused(&[&one, "strategies=[{lookahead: {window: 30}}]"], "window=30, ngram=4 and candidates=5");
     let mut results = bench(dir.path(), &[&one]);
     results["hardware"]["cpu"] = "another".into();
