@@ -63,6 +63,11 @@ pub struct RunSettings {
     /// Number of examples to time at batch 1, spread evenly over all; 0 measures only accuracy.
     #[garde(skip)]
     pub num_speed_examples: usize,
+    /// Numbers of answers to decode at once, such as [1, 8, 32, 128], at which to time continuous
+    /// batching of the speed examples: at most as many as these. Others can be added to a finished
+    /// run. Default: none.
+    #[garde(custom(valid_concurrency))]
+    pub concurrency: Vec<usize>,
     /// How to decode, such as `ar`, `jacobi: {n: 16}`, `rolling: {n: 16, pool: 4}` or `lookahead:
     /// {}`. Settings that a strategy leaves out have their defaults. Perplexity decodes nothing.
     #[garde(length(min = 1), custom(valid_strategies))]
@@ -114,6 +119,7 @@ impl Default for RunSettings {
             num_problems: 500,
             limit: None,
             num_speed_examples: 50,
+            concurrency: Vec::new(),
             strategies: vec![Strategy::Ar, Strategy::Jacobi { n: 16 }],
             temperature: 0.0,
             max_new_tokens: 256,
@@ -137,6 +143,18 @@ impl RunSettings {
     pub fn strategies_of(&self, role: Role) -> impl Iterator<Item = Strategy> + '_ {
         self.strategies.iter().copied().filter(move |strategy| role == Role::Teacher || !strategy.needs_draft_model())
     }
+}
+
+fn valid_concurrency(concurrency: &[usize], _: &()) -> garde::Result {
+    for (index, rows) in concurrency.iter().enumerate() {
+        if *rows == 0 {
+            return Err(garde::Error::new("0 rows answer nothing; set each number to at least 1"));
+        }
+        if concurrency[..index].contains(rows) {
+            return Err(garde::Error::new(format!("{rows} is listed twice")));
+        }
+    }
+    Ok(())
 }
 
 pub(crate) fn valid_strategies(strategies: &[Strategy], _: &()) -> garde::Result {

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use cllm_core::{Error, Result};
 use serde_json::Value;
 
-use crate::records::{AnswerRecord, Header, LineRef, ModelEntry, Records, SpeedRecord, WindowRecord};
+use crate::records::{AnswerRecord, Header, LineRef, ModelEntry, Records, SpeedRecord, ThroughputRecord, WindowRecord};
 use crate::role::Role;
 
 pub struct Journal {
@@ -30,8 +30,9 @@ impl Journal {
         let left = if path.exists() { Records::read_interrupted(path)? } else { None };
         match left {
             // A run that ended before its first answer has nothing to lose.
-            Some((records, whole_bytes)) if !records.is_empty() => {
+            Some((mut records, whole_bytes)) if !records.is_empty() => {
                 expect_same_run(path, &records.header, &header)?;
+                records.header.settings.concurrency = header.settings.concurrency;
                 let mut file = OpenOptions::new().write(true).open(path).map_err(Error::write(path))?;
                 file.set_len(whole_bytes).and_then(|()| file.seek(SeekFrom::End(0))).map_err(Error::write(path))?;
                 Ok(Journal { path: path.to_owned(), file, records })
@@ -77,6 +78,16 @@ impl Journal {
         Ok(())
     }
 
+    /// Appends a repetition of continuous batching. It is on disk when this returns.
+    ///
+    /// # Errors
+    /// File-system errors.
+    pub fn append_throughput(&mut self, throughput: ThroughputRecord) -> Result<()> {
+        self.append(std::iter::once(LineRef::Throughput(&throughput)))?;
+        self.records.throughputs.push(throughput);
+        Ok(())
+    }
+
     /// Appends a text window. It is on disk when this returns.
     ///
     /// # Errors
@@ -111,6 +122,7 @@ impl Journal {
             |role: Role, strategy| (role == Role::Student, strategies.iter().position(|&other| other == strategy));
         records.answers.sort_by_key(|answer| (order(answer.role, answer.strategy), answer.index));
         records.speeds.sort_by_key(|speed| (order(speed.role, speed.strategy), speed.index));
+        records.throughputs.sort_by_key(|one| (order(one.role, one.strategy), one.concurrency, one.repetition));
         records.write(&path)?;
         Ok(records)
     }
@@ -140,7 +152,7 @@ fn difference(before: &Header, now: &Header) -> String {
     let settings = |header: &Header| serde_json::to_value(&header.settings).unwrap_or(Value::Null);
     let (old, new) = (settings(before), settings(now));
     let keys = new.as_object().into_iter().flatten().map(|(key, _)| key.as_str());
-    let changed = keys.filter(|&key| key != "output").find(|&key| old[key] != new[key]);
+    let changed = keys.filter(|key| !["output", "concurrency"].contains(key)).find(|&key| old[key] != new[key]);
     if let Some(key) = changed {
         return format!("was started with {key}={}; this command says {}", old[key], new[key]);
     }

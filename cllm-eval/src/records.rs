@@ -142,6 +142,34 @@ pub struct SpeedRecord {
     pub peak_memory_bytes: Option<u64>,
 }
 
+/// One repetition of continuous batching: all timed examples, answered as often as it takes to keep
+/// the batch full.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct ThroughputRecord {
+    pub role: Role,
+    pub strategy: Strategy,
+    /// Number of answers decoded at once.
+    pub concurrency: usize,
+    /// From 0.
+    pub repetition: usize,
+    /// Number of answers.
+    pub answers: usize,
+    /// Number of answers that reached the length limit.
+    pub unfinished: usize,
+    /// Tokens of the answers, without those that closed a thought at the limit.
+    pub tokens: usize,
+    /// Forwards after prefill, summed over the answers.
+    pub forwards: usize,
+    /// Seconds in forwards that cache prompts, while other answers wait.
+    pub prefill_seconds: f64,
+    /// Seconds in all other forwards, until the last answer has ended.
+    pub seconds: f64,
+    /// `prefill_seconds` from the admission of an answer to its end, summed over the answers.
+    pub answer_prefill_seconds: f64,
+    /// `seconds` from the admission of an answer to its end, summed over the answers.
+    pub answer_seconds: f64,
+}
+
 /// The likelihood of the tokens in one window of a text.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct WindowRecord {
@@ -165,6 +193,7 @@ enum Line {
     Header(Box<Header>),
     Answer(Box<AnswerRecord>),
     Speed(SpeedRecord),
+    Throughput(ThroughputRecord),
     Window(WindowRecord),
 }
 
@@ -175,6 +204,7 @@ pub(crate) enum LineRef<'r> {
     Header(&'r Header),
     Answer(&'r AnswerRecord),
     Speed(&'r SpeedRecord),
+    Throughput(&'r ThroughputRecord),
     Window(&'r WindowRecord),
 }
 
@@ -185,6 +215,7 @@ pub struct Records {
     pub header: Header,
     pub answers: Vec<AnswerRecord>,
     pub speeds: Vec<SpeedRecord>,
+    pub throughputs: Vec<ThroughputRecord>,
     pub windows: Vec<WindowRecord>,
 }
 
@@ -241,7 +272,7 @@ impl Header {
 
 impl Records {
     pub fn new(header: Header) -> Self {
-        Records { header, answers: Vec::new(), speeds: Vec::new(), windows: Vec::new() }
+        Records { header, answers: Vec::new(), speeds: Vec::new(), throughputs: Vec::new(), windows: Vec::new() }
     }
 
     /// The answers of a model with a strategy.
@@ -254,12 +285,18 @@ impl Records {
         self.speeds.iter().filter(move |speed| speed.role == role && speed.strategy == strategy)
     }
 
+    /// The repetitions of continuous batching of a model with a strategy.
+    pub fn throughputs_of(&self, role: Role, strategy: Strategy) -> impl Iterator<Item = &ThroughputRecord> {
+        self.throughputs.iter().filter(move |one| one.role == role && one.strategy == strategy)
+    }
+
     /// The text windows of a model.
     pub fn windows_of(&self, role: Role) -> impl Iterator<Item = &WindowRecord> {
         self.windows.iter().filter(move |window| window.role == role)
     }
 
     pub(crate) fn is_empty(&self) -> bool {
+        // Throughput is measured after answers.
         self.answers.is_empty() && self.speeds.is_empty() && self.windows.is_empty()
     }
 
@@ -283,7 +320,8 @@ impl Records {
 
     fn read_lines(path: &Path, may_be_cut: bool) -> Result<Option<(Self, u64)>> {
         let mut reader = BufReader::new(File::open(path).map_err(Error::io(path))?);
-        let (mut header, mut answers, mut speeds, mut windows) = (None, Vec::new(), Vec::new(), Vec::new());
+        let mut header = None;
+        let (mut answers, mut speeds, mut throughputs, mut windows) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
         let (mut text, mut whole_bytes) = (String::new(), 0);
         for number in 1.. {
             text.clear();
@@ -302,6 +340,7 @@ impl Records {
                 Line::Header(record) => header = Some(*record),
                 Line::Answer(record) => answers.push(*record),
                 Line::Speed(record) => speeds.push(record),
+                Line::Throughput(record) => throughputs.push(record),
                 Line::Window(record) => windows.push(record),
             }
         }
@@ -310,7 +349,7 @@ impl Records {
         }
         let header = header
             .ok_or_else(|| Error::file(path, "has no header line: choose another `output`, or remove the file"))?;
-        Ok(Some((Records { header, answers, speeds, windows }, whole_bytes)))
+        Ok(Some((Records { header, answers, speeds, throughputs, windows }, whole_bytes)))
     }
 
     /// Writes a whole file.
@@ -321,6 +360,7 @@ impl Records {
         let lines = std::iter::once(LineRef::Header(&self.header))
             .chain(self.answers.iter().map(LineRef::Answer))
             .chain(self.speeds.iter().map(LineRef::Speed))
+            .chain(self.throughputs.iter().map(LineRef::Throughput))
             .chain(self.windows.iter().map(LineRef::Window));
         atomic_file::write_with(path, |file| {
             for line in lines {

@@ -6,7 +6,10 @@ use cllm_core::task::Task;
 use comfy_table::{CellAlignment, Table, presets};
 
 use crate::perplexity::Perplexity;
-use crate::results::{Accuracy, AlternativeAccuracy, ModelResults, PairedDifference, Results, StrategyResults};
+use crate::results::{
+    Accuracy, AlternativeAccuracy, ModelResults, PairedDifference, Results, StrategyResults, Throughput,
+};
+use crate::role::Role;
 use crate::similarity::Similarity;
 use crate::spider_difficulty::Difficulty;
 
@@ -22,6 +25,21 @@ pub const HEADS: [&str; 10] = [
     "speed-up over teacher AR",
     "speed-up over student AR",
     "same tokens as AR",
+];
+
+/// Column heads of the table of continuous batching.
+pub const CONCURRENCY_HEADS: [&str; 11] = [
+    "model",
+    "strategy",
+    "rows",
+    "unfinished",
+    "tokens/forward",
+    "tokens/s",
+    "tokens/s per user",
+    "speed-up over teacher AR",
+    "speed-up over student AR",
+    "tokens/s with prefill",
+    "speed-up over teacher AR with prefill",
 ];
 
 /// The rows of a model, one for each strategy.
@@ -50,6 +68,33 @@ pub fn cells(figures: &StrategyResults) -> Vec<String> {
         format_percent(figures.exact_match_vs_ar),
     ]
 }
+
+/// The rows of the table of continuous batching: from few rows of the batch to many, one for each
+/// model and strategy.
+pub fn concurrency_rows(results: &Results) -> Vec<Vec<String>> {
+    let row = |(role, strategy, batch): (Role, &StrategyResults, &Throughput)| {
+        vec![
+            role.to_string(),
+            strategy.label.clone(),
+            batch.concurrency.to_string(),
+            format!("{} of {}", batch.unfinished, batch.answers),
+            format_number(batch.tokens_per_forward, 2, ""),
+            format_number(batch.tokens_per_second, 1, ""),
+            format_number(batch.tokens_per_second_per_user, 1, ""),
+            format_number(batch.speedup_vs_teacher_ar, 2, "x"),
+            format_number(batch.speedup_vs_student_ar, 2, "x"),
+            format_number(batch.end_to_end_tokens_per_second, 1, ""),
+            format_number(batch.end_to_end_speedup_vs_teacher_ar, 2, "x"),
+        ]
+    };
+    results.throughputs().into_iter().map(row).collect()
+}
+
+/// Says what the table of continuous batching shows.
+pub const CONCURRENCY_NOTE: &str = "Continuous batching of the timed examples, with several requests for each row. When \
+    an answer ends, the next request takes its row, and its prompt is cached while the other rows wait. Tokens/s count \
+    all rows until the last answer has ended, and exclude prefill unless the column says otherwise; per user, they \
+    count one answer in progress. Speed-ups are over AR with as many rows.";
 
 /// A number, or `-` if it is unknown.
 pub fn format_number(value: Option<f64>, digits: usize, unit: &str) -> String {
@@ -179,7 +224,12 @@ pub fn summarize(results: &Results) -> String {
     let rows: Vec<Vec<String>> = results.models.iter().flat_map(rows).collect();
     let table = if rows.is_empty() { String::new() } else { render(&HEADS, 2, rows) };
     let notes: String = notes(results).into_iter().map(|note| note + "\n").collect();
-    format!("{table}{}\n{}\n{notes}", describe(results), results.hardware.summary())
+    let batches = concurrency_rows(results);
+    let batches = match batches.is_empty() {
+        true => String::new(),
+        false => format!("{}{CONCURRENCY_NOTE}\n", render(&CONCURRENCY_HEADS, 2, batches)),
+    };
+    format!("{table}{}\n{}\n{notes}{batches}", describe(results), results.hardware.summary())
 }
 
 /// Formats a table for the terminal. The first `num_names` columns name the row; the others are

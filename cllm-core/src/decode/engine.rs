@@ -60,13 +60,13 @@ impl<'m> Decoder<'m> {
         Ok(Decoder { draft_model, ..self })
     }
 
-    /// Answers all requests as one batch. Every prompt is cached before the first token is decoded,
-    /// so prefill and decoding can be timed separately.
+    /// Answers all requests. If there are more than the cache has rows, the next request takes the
+    /// row of each sequence that finishes. Prompts are cached in forwards of their own, while other
+    /// sequences wait, so prefill and decoding can be timed separately.
     ///
     /// # Errors
-    /// [`Error::Usage`] if there are more requests than the cache has rows, a prompt and its answer
-    /// do not fit the context or the cache, or the strategy is invalid ([`Strategy::check`]);
-    /// libtorch's errors; interruption.
+    /// [`Error::Usage`] if a prompt and its answer do not fit the context or the cache, or the
+    /// strategy is invalid ([`Strategy::check`]); libtorch's errors; interruption.
     pub fn answer(
         &mut self,
         requests: &[Request],
@@ -74,13 +74,6 @@ impl<'m> Decoder<'m> {
         options: DecodeOptions,
         on_tokens: Option<OnTokens<'_>>,
     ) -> Result<(Vec<Answer>, Timing)> {
-        let max_sequences = self.limits.max_sequences;
-        if requests.len() > max_sequences {
-            return Err(Error::internal(format!(
-                "{} requests in one batch, but the cache holds {max_sequences} sequences",
-                requests.len()
-            )));
-        }
         let mut ignore = |_: usize, _: &[i32]| ();
         let mut answers: Vec<Option<Answer>> = requests.iter().map(|_| None).collect();
         let mut keep = |index: usize, answer: Answer| {
@@ -94,8 +87,8 @@ impl<'m> Decoder<'m> {
         Ok((answers.collect(), timing))
     }
 
-    /// Answers requests with continuous batching: when a sequence finishes, the next request takes
-    /// its row of the cache. `on_finished` gets the index of a request and its answer, in the order
+    /// Answers requests as they come, like [`Decoder::answer`], but caches prompts in chunks, in the
+    /// same forwards that decode other sequences. `on_finished` gets the index of a request and its answer, in the order
     /// in which the answers finish.
     ///
     /// # Errors

@@ -1,5 +1,7 @@
 //! Requests to the engine, and its answers.
 
+use std::ops::AddAssign;
+
 use super::sampling::Sampling;
 use super::strategy::Strategy;
 use crate::thought::{Thought, ThoughtLimit};
@@ -68,6 +70,9 @@ pub struct Answer {
     pub thought: Option<Thought>,
     /// The trajectory, if it was asked for and the strategy decodes in fixed blocks; else empty.
     pub blocks: Vec<Block>,
+    /// Time in forwards of its batch from its admission to its last token, so while its prompt and
+    /// those of other requests were cached, too.
+    pub timing: Timing,
 }
 
 impl Answer {
@@ -81,13 +86,20 @@ impl Answer {
 /// answer.
 pub type OnTokens<'f> = &'f mut dyn FnMut(usize, &[i32]);
 
-/// How long a batch of answers took.
+/// How long a batch of answers took, or one of them.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Timing {
     /// Time in forwards that only cache prompts.
     pub prefill_seconds: f64,
     /// Time in all other forwards.
     pub decode_seconds: f64,
+}
+
+impl AddAssign for Timing {
+    fn add_assign(&mut self, more: Timing) {
+        self.prefill_seconds += more.prefill_seconds;
+        self.decode_seconds += more.decode_seconds;
+    }
 }
 
 /// Slots of the KV cache that one sequence needs: its prompt, its answer, and draft tokens past the

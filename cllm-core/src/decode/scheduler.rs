@@ -12,7 +12,7 @@ use crate::{Result, interrupt};
 /// When prompts are cached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum PrefillPolicy {
-    /// Before anything is decoded.
+    /// In forwards of their own, while the other sequences wait.
     First,
     /// In chunks, in the same forwards that decode other sequences.
     Chunked,
@@ -100,11 +100,12 @@ impl<'r> Scheduler<'r> {
             backend.move_slots(&moves)?;
         }
         let seconds = started.elapsed().as_secs_f64();
-        if predictions.is_empty() {
-            self.timing.prefill_seconds += seconds;
-        } else {
-            self.timing.decode_seconds += seconds;
-        }
+        let timing = match predictions.is_empty() {
+            true => Timing { prefill_seconds: seconds, decode_seconds: 0.0 },
+            false => Timing { prefill_seconds: 0.0, decode_seconds: seconds },
+        };
+        self.timing += timing;
+        self.running.iter_mut().for_each(|sequence| sequence.add_time(timing));
 
         // 7. Evict the sequences that have finished. Others move up into their rows.
         self.evict_finished(backend, events)?;

@@ -7,7 +7,7 @@ use super::acceptance::accepted_path;
 use super::backend::{Predictions, Window};
 use super::proposer::random_draft::RandomDraft;
 use super::proposer::{Proposer, Verification};
-use super::request::{Answer, DecodeOptions, Request, StopConditions};
+use super::request::{Answer, DecodeOptions, Request, StopConditions, Timing};
 use crate::fingerprint;
 use crate::thought::Thought;
 use crate::trajectory::FinishReason;
@@ -34,6 +34,7 @@ pub(super) struct Sequence<'r> {
     /// Key of the noise that tokens are sampled with.
     sequence_key: u64,
     num_new_tokens: Vec<u32>,
+    timing: Timing,
     /// The tokens of the next window that close the thought, which has reached its limit; usually
     /// none.
     closing: &'r [i32],
@@ -59,6 +60,7 @@ impl<'r> Sequence<'r> {
             sequence_key: fingerprint::derive_seed(options.seed, &request.sample_id),
             tokens: request.prompt_ids,
             num_new_tokens: Vec::new(),
+            timing: Timing::default(),
             closing: &[],
             forced: None,
             finish_reason: (stop.max_new_tokens == 0).then_some(FinishReason::Length),
@@ -82,6 +84,11 @@ impl<'r> Sequence<'r> {
 
     pub(super) fn add_cached(&mut self, num_tokens: usize) {
         self.num_cached += num_tokens;
+    }
+
+    /// Counts a forward of the batch.
+    pub(super) fn add_time(&mut self, timing: Timing) {
+        self.timing += timing;
     }
 
     pub(super) fn is_decoding(&self) -> bool {
@@ -199,6 +206,7 @@ impl<'r> Sequence<'r> {
             num_forwards: self.num_new_tokens.len(),
             num_new_tokens: self.num_new_tokens,
             blocks: self.proposer.into_blocks(),
+            timing: self.timing,
         }
     }
 }

@@ -20,6 +20,8 @@ struct MockBackend {
     next_token: fn(&[i32]) -> i32,
     max_prompt_tokens: usize,
     predicted: Vec<i32>,
+    /// Number of forwards with both chunks and windows.
+    num_mixed: usize,
 }
 
 impl MockBackend {
@@ -29,6 +31,7 @@ impl MockBackend {
             next_token: hard,
             max_prompt_tokens: usize::MAX,
             predicted: Vec::new(),
+            num_mixed: 0,
         }
     }
 
@@ -43,6 +46,7 @@ impl MockBackend {
 impl Backend for MockBackend {
     fn launch(&mut self, chunks: &[PromptChunk<'_>], windows: &[Window<'_>], _: Sampling) -> Result<()> {
         assert!(chunks.iter().all(|chunk| chunk.row >= windows.len() && !chunk.tokens.is_empty()));
+        self.num_mixed += usize::from(!chunks.is_empty() && !windows.is_empty());
         for chunk in chunks {
             self.cache(chunk.row, chunk.start, chunk.tokens.iter().copied());
         }
@@ -402,14 +406,20 @@ fn answers_do_not_depend_on_the_batch_or_on_when_prompts_are_cached() {
     let some = [Strategy::Ar, Strategy::Jacobi { n: 8 }, Strategy::Rolling { n: 5, pool: 2 }, Strategy::multi_block(4)];
     for strategy in some.into_iter().chain([Strategy::lookahead()]) {
         let together = answers(strategy, &stop());
-        for (num_rows, max_prompt_tokens) in [(1, usize::MAX), (2, 1), (3, 4), (5, usize::MAX)] {
+        let sizes = [(1, usize::MAX), (2, 1), (3, 4), (5, usize::MAX)];
+        let policies = [PrefillPolicy::First, PrefillPolicy::Chunked];
+        for (policy, (num_rows, max_prompt_tokens)) in
+            policies.into_iter().flat_map(|one| sizes.map(|size| (one, size)))
+        {
             let mut backend = MockBackend { max_prompt_tokens, ..MockBackend::new(num_rows) };
-            let streamed = run(&mut backend, num_rows, strategy, &stop(), PrefillPolicy::Chunked, &mut |_, _| ());
-            for (streamed, together) in streamed.iter().zip(&together) {
-                assert_eq!(streamed.response_ids, together.response_ids, "{strategy:?} in {num_rows} rows");
-                assert_eq!(streamed.num_new_tokens, together.num_new_tokens);
-                assert_eq!(streamed.blocks, together.blocks);
+            let in_turn = run(&mut backend, num_rows, strategy, &stop(), policy, &mut |_, _| ());
+            for (in_turn, together) in in_turn.iter().zip(&together) {
+                assert_eq!(in_turn.response_ids, together.response_ids, "{strategy:?} in {num_rows} rows");
+                assert_eq!(in_turn.num_new_tokens, together.num_new_tokens);
+                assert_eq!(in_turn.blocks, together.blocks);
             }
+            // One row has no other sequences to decode while its prompt is cached.
+            assert_eq!(backend.num_mixed > 0, policy == PrefillPolicy::Chunked && num_rows > 1, "{policy:?}");
         }
     }
 }

@@ -1,7 +1,7 @@
 //! Every strategy gives the answer of autoregressive decoding, on every model family.
 
 use cllm_core::decode::{
-    Answer, DecodeOptions, Decoder, Request, Sampling, StopConditions, Strategy, decode, required_slots,
+    Answer, DecodeOptions, Decoder, Request, Sampling, StopConditions, Strategy, Timing, decode, required_slots,
 };
 use cllm_core::thought::{Thought, ThoughtClosing, ThoughtLimit, ThoughtTokens};
 
@@ -85,6 +85,36 @@ fn a_draft_model_leaves_the_target_models_answer_unchanged_on_every_family() {
         }
         let error = decode(&model, &requests, &stop, options(strategy)).err().unwrap();
         assert!(error.to_string().contains("drafted"), "{error}");
+    }
+}
+
+#[test]
+fn more_requests_than_rows_take_turns_and_each_answer_has_its_time() {
+    let requests: Vec<Request> = (1..9)
+        .map(|index| Request { sample_id: format!("s{index}"), prompt_ids: (1..2 + index * 3).collect() })
+        .collect();
+    let stop = StopConditions::new(30, vec![3, 9]);
+    let (_, config) = shapes().into_iter().next().unwrap();
+    let model = random_model(&config);
+    for strategy in [Strategy::Ar, Strategy::rolling(6)] {
+        let options = DecodeOptions::greedy(strategy, 5);
+        let together = decode(&model, &requests, &stop, options).unwrap().0;
+        for num_rows in [1, 3] {
+            let mut decoder = Decoder::new(&model, num_rows, required_slots(30, &stop, strategy)).unwrap();
+            let (answers, timing) = decoder.answer(&requests, &stop, options, None).unwrap();
+            let sum = |seconds: fn(Timing) -> f64| answers.iter().map(|answer| seconds(answer.timing)).sum::<f64>();
+            let (prefill, decoding) = (sum(|one| one.prefill_seconds), sum(|one| one.decode_seconds));
+            for mean_rows in [prefill / timing.prefill_seconds, decoding / timing.decode_seconds] {
+                let is_plausible = match num_rows {
+                    1 => (mean_rows - 1.0).abs() < 1e-9,
+                    _ => mean_rows > 1.0 && mean_rows < num_rows as f64 + 1e-9,
+                };
+                assert!(is_plausible, "{mean_rows} of {num_rows} rows, {timing:?}");
+            }
+            for (answer, together) in answers.iter().zip(&together) {
+                assert_eq!(answer.response_ids, together.response_ids, "{strategy} in {num_rows} rows");
+            }
+        }
     }
 }
 

@@ -166,6 +166,9 @@ fn streamed_requests_get_the_answers_of_single_ones() {
         let options = DecodeOptions { record_trajectory: true, ..DecodeOptions::greedy(strategy, 5) };
         decoder.stream(&mut requests.iter().cloned(), &stop, options, &mut check).unwrap();
         assert_eq!(answered, requests.len());
+        let (answers, _) = decoder.answer(&requests, &stop, options, None).unwrap();
+        let error = worst(&models, requests.iter().zip(&answers));
+        assert!(error.is_rounding(), "{strategy:?}, prompts in forwards of their own: {error:?}");
     }
 }
 

@@ -8,9 +8,9 @@ use serde::Serialize;
 use super::run::Run;
 use crate::acceptance::Acceptance;
 use crate::records::{Records, SpeedRecord};
-use crate::results::StrategyResults;
+use crate::results::{Results, StrategyResults, Throughput};
 use crate::role::Role;
-use crate::svg::{Bar, ScatterPoint, Series, bars, lines, scatter};
+use crate::svg::{Bar, Scale, ScatterPoint, Series, bars, lines, scatter};
 use crate::table::format_number;
 use crate::tradeoff::Tradeoff;
 
@@ -44,6 +44,7 @@ pub(super) fn charts(run: &Run, tradeoff: Option<&Tradeoff>) -> Vec<Chart> {
     let mut charts = Vec::new();
     charts.extend(tradeoff.map(accuracy_against_speed));
     charts.extend(tokens_per_second(&entries));
+    charts.extend(speedup_against_concurrency(&run.results));
     charts.push(tokens_per_forward(&entries));
     charts.extend(accepted.iter().map(|&(entry, acceptance)| accepted_per_forward(entry, acceptance)));
     charts.extend(accepted_by_window_position(&accepted));
@@ -92,6 +93,31 @@ fn tokens_per_second(entries: &[Entry<'_>]) -> Option<Chart> {
     measured.then(|| {
         let title = "Tokens per second at batch 1, excluding prefill";
         bar_per_entry(title, entries, |results| results.tokens_per_second, 1)
+    })
+}
+
+/// Over the teacher's autoregressive decoding with as many rows, or over that of the only model.
+fn speedup_against_concurrency(results: &Results) -> Option<Chart> {
+    let mut series = Vec::new();
+    for model in &results.models {
+        for (dash, figures) in model.strategies.iter().enumerate() {
+            let batches = figures.concurrency.iter().flatten();
+            let speedup = |batch: &Throughput| batch.speedup_vs_teacher_ar.or(batch.speedup_vs_student_ar);
+            series.push(Series {
+                label: format!("{} {}", model.model.role, figures.label),
+                class: model.model.role.name(),
+                dash,
+                points: batches.filter_map(|batch| Some((batch.concurrency as f64, speedup(batch)?))).collect(),
+            });
+        }
+    }
+    series.retain(|line| !line.points.is_empty());
+    let of = if results.model(Role::Teacher).is_some() { "the teacher's AR" } else { "AR" };
+    (!series.is_empty()).then(|| {
+        Chart::new(format!("Speed-up over {of} with as many rows, excluding prefill"), |title| {
+            let axes = [("rows (answers decoded at once)", Scale::Logarithmic), ("speed-up", Scale::FromZero)];
+            lines(title, axes, &series)
+        })
     })
 }
 
@@ -147,7 +173,8 @@ fn accepted_by_window_position(accepted: &[(&Entry<'_>, &Acceptance)]) -> Option
     });
     (!series.is_empty()).then(|| {
         Chart::new("Draft tokens accepted, by position in the window", |title| {
-            lines(title, ["position in the window", "forwards that accepted it, %"], true, &series)
+            let axes = [("position in the window", Scale::Linear), ("forwards that accepted it, %", Scale::FromZero)];
+            lines(title, axes, &series)
         })
     })
 }
@@ -159,7 +186,8 @@ fn tokens_per_forward_over_answer(accepted: &[(&Entry<'_>, &Acceptance)]) -> Opt
     });
     (!series.is_empty()).then(|| {
         Chart::new("Tokens per forward, by position in the answer", |title| {
-            lines(title, ["position in the answer (tokens)", "tokens per forward"], true, &series)
+            let axes = [("position in the answer (tokens)", Scale::Linear), ("tokens per forward", Scale::FromZero)];
+            lines(title, axes, &series)
         })
     })
 }
@@ -194,7 +222,7 @@ fn tokens_per_second_by_length(records: &Records) -> Option<Chart> {
     }
     series.iter().any(|line| !line.points.is_empty()).then(|| {
         Chart::new("Tokens per second at batch 1, by answer length", |title| {
-            lines(title, ["answer length (tokens)", "tokens/s"], true, &series)
+            lines(title, [("answer length (tokens)", Scale::Linear), ("tokens/s", Scale::FromZero)], &series)
         })
     })
 }

@@ -18,7 +18,7 @@ use minijinja::value::Serde;
 use minijinja::{Environment, context};
 
 use crate::results::RESULTS;
-use crate::table::HEADS;
+use crate::table::{CONCURRENCY_HEADS, CONCURRENCY_NOTE, HEADS};
 pub use animation::animate;
 use run::Run;
 use section::Section;
@@ -48,6 +48,8 @@ pub fn report(results: &[PathBuf], output: Option<&Path>) -> Result<Vec<PathBuf>
     let values = context! {
         sections => minijinja::Value::from(Serde(&sections)),
         heads => HEADS,
+        concurrency_heads => CONCURRENCY_HEADS,
+        concurrency_note => CONCURRENCY_NOTE,
         overview_heads => overview::HEADS,
         overview => overview::rows(&runs),
         headline_strategies => model_card::headline_strategies(&runs),

@@ -12,7 +12,7 @@ use super::model_card::command;
 use super::run::Run;
 use crate::records::ModelEntry;
 use crate::results::{ModelResults, Results};
-use crate::table::{describe, notes, rows};
+use crate::table::{concurrency_rows, describe, notes, rows};
 use crate::tradeoff::{Aup, Tradeoff};
 
 #[derive(Debug, Serialize)]
@@ -23,6 +23,8 @@ pub(super) struct Section {
     summary: String,
     /// The table of strategies; empty where no answers were generated.
     rows: Vec<Vec<String>>,
+    /// The table of continuous batching; empty where it was not measured.
+    concurrency_rows: Vec<Vec<String>>,
     /// Sentences about perplexity, accuracy by difficulty, and student against teacher.
     notes: Vec<String>,
     /// Sentences about the area under accuracy and parallelism.
@@ -53,6 +55,7 @@ impl Section {
             headline: Headline::from_run(run),
             summary: describe(results),
             rows: results.models.iter().flat_map(rows).collect(),
+            concurrency_rows: concurrency_rows(results),
             notes: notes(results),
             aup: tradeoff.iter().flat_map(|tradeoff| &tradeoff.aup).map(aup_sentence).collect(),
             charts: charts(run, tradeoff.as_ref()),
@@ -89,12 +92,13 @@ fn metrics(results: &Results) -> Vec<(String, Vec<String>)> {
     let values: Vec<Value> =
         results.strategies().map(|(_, strategy)| serde_json::to_value(strategy).unwrap_or_default()).collect();
     let Some(Value::Object(first)) = values.first() else { return Vec::new() };
-    // Names, and values that charts and notes already show.
+    // Names, and values that charts, notes and other tables already show.
     let omitted = [
         "name",
         "label",
         "strategy",
         "max_tokens_per_forward",
+        "concurrency",
         "acceptance",
         "by_difficulty",
         "similarity",

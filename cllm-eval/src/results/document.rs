@@ -150,6 +150,9 @@ pub struct StrategyResults {
     /// `speed_peak_memory_bytes` divided by that of the same model's autoregressive decoding.
     #[serde(default)]
     pub speed_peak_memory_over_ar: Option<f64>,
+    /// Figures of continuous batching, from few rows to many. `None` if none is measured.
+    #[serde(default)]
+    pub concurrency: Option<Vec<Throughput>>,
     /// How many tokens the forwards accepted. `None` for `ar`, because its forwards accept one
     /// each.
     #[serde(default)]
@@ -160,6 +163,44 @@ pub struct StrategyResults {
     /// Spider only: accuracy by difficulty of the reference query.
     #[serde(default)]
     pub by_difficulty: Option<BTreeMap<Difficulty, Accuracy>>,
+}
+
+/// Figures of continuous batching with a number of rows. They are those of the repetition with the
+/// median tokens per second.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Throughput {
+    /// Number of answers decoded at once. The figures for 1 are those at batch 1.
+    pub concurrency: usize,
+    /// Number of repetitions.
+    pub repetitions: usize,
+    /// Number of answers in a repetition.
+    pub answers: usize,
+    /// Number of answers that reached the length limit.
+    pub unfinished: usize,
+    pub tokens: usize,
+    /// Forwards after prefill, summed over the answers.
+    pub forwards: usize,
+    pub tokens_per_forward: Option<f64>,
+    /// Mean number of answers in progress. It is below `concurrency` because rows run empty at the
+    /// end.
+    pub mean_rows: Option<f64>,
+    pub prefill_seconds: f64,
+    /// Seconds of decoding until the last answer has ended, excluding prefill.
+    pub seconds: f64,
+    /// `tokens` divided by `seconds`.
+    pub tokens_per_second: Option<f64>,
+    /// `tokens` divided by the seconds of decoding from the admission of each answer to its end.
+    pub tokens_per_second_per_user: Option<f64>,
+    /// Tokens per second, divided by those of the teacher's autoregressive decoding with as many
+    /// rows.
+    pub speedup_vs_teacher_ar: Option<f64>,
+    pub speedup_vs_student_ar: Option<f64>,
+    /// Seconds of prefill and decoding.
+    pub end_to_end_seconds: f64,
+    pub end_to_end_tokens_per_second: Option<f64>,
+    pub end_to_end_tokens_per_second_per_user: Option<f64>,
+    pub end_to_end_speedup_vs_teacher_ar: Option<f64>,
+    pub end_to_end_speedup_vs_student_ar: Option<f64>,
 }
 
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -230,6 +271,16 @@ impl Results {
     pub fn headline(&self) -> Option<(Role, &StrategyResults)> {
         let model = self.model(Role::Student).or(self.models.first())?;
         Some((model.model.role, model.fastest()?))
+    }
+
+    /// Figures of continuous batching of every model and strategy, from few rows to many.
+    pub fn throughputs(&self) -> Vec<(Role, &StrategyResults, &Throughput)> {
+        let mut throughputs: Vec<_> = self
+            .strategies()
+            .flat_map(|(role, figures)| figures.concurrency.iter().flatten().map(move |one| (role, figures, one)))
+            .collect();
+        throughputs.sort_by_key(|(_, _, throughput)| throughput.concurrency);
+        throughputs
     }
 
     /// Describes how tokens were chosen.

@@ -4,12 +4,14 @@ mod document;
 mod paired;
 mod ratios;
 mod strategy;
+mod throughput;
 
 use crate::perplexity::Perplexity;
 use crate::records::{ModelEntry, Records};
 
 pub use document::{
-    Accuracy, AlternativeAccuracy, ModelResults, PairedDifference, RESULTS, Results, StrategyResults, fastest,
+    Accuracy, AlternativeAccuracy, ModelResults, PairedDifference, RESULTS, Results, StrategyResults, Throughput,
+    fastest,
 };
 
 impl Results {

@@ -1,6 +1,8 @@
 //! Speed and memory against autoregressive decoding.
 
-use super::document::ModelResults;
+use std::collections::HashMap;
+
+use super::document::{ModelResults, StrategyResults, Throughput};
 use crate::role::Role;
 use crate::statistics::ratio;
 
@@ -10,26 +12,63 @@ pub(super) fn add(models: &mut [ModelResults]) {
     models.iter_mut().for_each(add_memory_ratios);
 }
 
-/// Tokens per second of autoregressive decoding.
+/// Tokens per second.
 #[derive(Clone, Copy)]
-struct Baseline {
-    decoding: f64,
-    end_to_end: f64,
+struct Speed {
+    decoding: Option<f64>,
+    end_to_end: Option<f64>,
 }
+
+/// Speeds of autoregressive decoding by model and number of rows, which is `None` for the figures of
+/// a strategy itself.
+type Baselines = HashMap<(Role, Option<usize>), Speed>;
 
 /// A speed-up is a ratio of tokens per second, so it does not reward a model for short answers.
 fn add_speedups(models: &mut [ModelResults]) {
-    let baseline = |role: Role| {
-        let ar = models.iter().find(|results| results.model.role == role)?.autoregressive()?;
-        Some(Baseline { decoding: ar.tokens_per_second?, end_to_end: ar.end_to_end_tokens_per_second? })
-    };
-    let (teacher, student) = (baseline(Role::Teacher), baseline(Role::Student));
+    let baselines = baselines(models);
     for figures in models.iter_mut().flat_map(|model| &mut model.strategies) {
-        let (decoding, end_to_end) = (figures.tokens_per_second, figures.end_to_end_tokens_per_second);
-        figures.speedup_vs_teacher_ar = ratio(decoding, teacher.map(|ar| ar.decoding));
-        figures.speedup_vs_student_ar = ratio(decoding, student.map(|ar| ar.decoding));
-        figures.end_to_end_speedup_vs_teacher_ar = ratio(end_to_end, teacher.map(|ar| ar.end_to_end));
-        figures.end_to_end_speedup_vs_student_ar = ratio(end_to_end, student.map(|ar| ar.end_to_end));
+        [
+            figures.speedup_vs_teacher_ar,
+            figures.speedup_vs_student_ar,
+            figures.end_to_end_speedup_vs_teacher_ar,
+            figures.end_to_end_speedup_vs_student_ar,
+        ] = speedups(Speed::at_batch_1(figures), &baselines, None);
+        for batch in figures.concurrency.iter_mut().flatten() {
+            [
+                batch.speedup_vs_teacher_ar,
+                batch.speedup_vs_student_ar,
+                batch.end_to_end_speedup_vs_teacher_ar,
+                batch.end_to_end_speedup_vs_student_ar,
+            ] = speedups(Speed::in_batch(batch), &baselines, Some(batch.concurrency));
+        }
+    }
+}
+
+fn baselines(models: &[ModelResults]) -> Baselines {
+    let mut baselines = Baselines::new();
+    for (role, ar) in models.iter().filter_map(|model| Some((model.model.role, model.autoregressive()?))) {
+        baselines.insert((role, None), Speed::at_batch_1(ar));
+        let batches = ar.concurrency.iter().flatten();
+        baselines.extend(batches.map(|batch| ((role, Some(batch.concurrency)), Speed::in_batch(batch))));
+    }
+    baselines
+}
+
+/// Over the teacher and over the student: of decoding, then including prefill.
+fn speedups(speed: Speed, baselines: &Baselines, rows: Option<usize>) -> [Option<f64>; 4] {
+    let [teacher, student] = Role::ALL.map(|role| baselines.get(&(role, rows)).copied());
+    let decoding = |ar: Option<Speed>| ratio(speed.decoding, ar.and_then(|ar| ar.decoding));
+    let end_to_end = |ar: Option<Speed>| ratio(speed.end_to_end, ar.and_then(|ar| ar.end_to_end));
+    [decoding(teacher), decoding(student), end_to_end(teacher), end_to_end(student)]
+}
+
+impl Speed {
+    fn at_batch_1(figures: &StrategyResults) -> Self {
+        Speed { decoding: figures.tokens_per_second, end_to_end: figures.end_to_end_tokens_per_second }
+    }
+
+    fn in_batch(figures: &Throughput) -> Self {
+        Speed { decoding: figures.tokens_per_second, end_to_end: figures.end_to_end_tokens_per_second }
     }
 }
 

@@ -8,7 +8,7 @@ use cllm_core::task::{Task, Verdict};
 use cllm_core::thought::Thought;
 use cllm_core::trajectory::FinishReason;
 
-use super::document::{Accuracy, AlternativeAccuracy, StrategyResults};
+use super::document::{Accuracy, AlternativeAccuracy, StrategyResults, Throughput};
 use crate::acceptance::Acceptance;
 use crate::records::{AnswerRecord, Records, SpeedRecord};
 use crate::role::Role;
@@ -29,6 +29,7 @@ impl StrategyResults {
         if !speeds.is_empty() {
             figures.add_speed(&speeds);
         }
+        figures.concurrency = Throughput::from_records(records, role, strategy);
         figures
     }
 
@@ -75,6 +76,7 @@ impl StrategyResults {
             peak_memory_over_ar: None,
             speed_peak_memory_bytes: None,
             speed_peak_memory_over_ar: None,
+            concurrency: None,
             acceptance: None,
             similarity: None,
             by_difficulty: None,

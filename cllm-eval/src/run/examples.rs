@@ -3,6 +3,7 @@
 
 use std::path::Path;
 
+use cllm_core::progress::count;
 use cllm_core::prompt_set::{self, PromptSet, ReadOptions, Sample};
 use cllm_core::task::{Task, synthetic};
 use cllm_core::{Error, Result};
@@ -55,6 +56,9 @@ impl Examples {
         }
         if let Some(system) = &settings.system {
             prompt_set::insert_system_message(&mut samples, system);
+        }
+        if task != Task::Perplexity {
+            expect_full_batches(settings, samples.len())?;
         }
         Ok(Examples { task, split, samples, num_set_aside })
     }
@@ -121,6 +125,20 @@ fn infer_from_sources(path: &Path, settings: &RunSettings, samples: &[Sample]) -
         }
     }
     Ok((task, if is_mixed { "mixed" } else { split }.to_owned()))
+}
+
+/// Refuses more rows than there are examples to time: the batch would never be full.
+fn expect_full_batches(settings: &RunSettings, num_examples: usize) -> Result<()> {
+    let num_timed = settings.num_speed_examples.min(num_examples);
+    let Some(rows) = settings.concurrency.iter().find(|&&rows| rows > num_timed) else { return Ok(()) };
+    let advice = match num_timed < num_examples {
+        true => {
+            format!("raise num_speed_examples (there are {}), or lower concurrency", count(num_examples, "example"))
+        }
+        false => "lower concurrency, or answer more examples".to_owned(),
+    };
+    let timed = count(num_timed, "example");
+    Err(Error::usage(format!("concurrency={rows}: only {timed} would be timed, which leave rows empty: {advice}")))
 }
 
 /// The split in a source such as `gsm8k/test`; a source without one is its own split.

@@ -5,6 +5,7 @@
 //! exists, so an interrupted run resumes where it stopped.
 
 mod answers;
+mod concurrency;
 mod examples;
 mod logit_gaps;
 mod memory;
@@ -162,7 +163,8 @@ fn answer_prompts(session: &mut Session<'_>, models: Vec<IdentifiedModel>, promp
         teacher.draft_model = Some(Rc::clone(&student.model));
         measure_strategies(session, teacher, &drafted)?;
     }
-    timing::time_strategies(session, &kept)
+    timing::time_strategies(session, &kept)?;
+    concurrency::measure_throughput(session, &kept)
 }
 
 /// Measures everything except the timing of one model with some strategies.

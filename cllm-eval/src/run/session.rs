@@ -25,7 +25,7 @@ pub(super) struct Session<'a> {
     pub(super) samples: &'a [Sample],
     pub(super) scorer: AnswerScorer<'a>,
     pub(super) device: Device,
-    /// Indices of the examples to time at batch 1.
+    /// Indices of the examples to time.
     pub(super) timed: Vec<usize>,
     pub(super) journal: Journal,
 }
@@ -74,15 +74,17 @@ fn open_journal(output: &Path, header: Header) -> Result<Journal> {
 /// Texts are read, not answered, so strategies and timing do not apply to them.
 fn relevant_settings(settings: &RunSettings, task: Task) -> RunSettings {
     match task {
-        Task::Perplexity => RunSettings { strategies: Vec::new(), num_speed_examples: 0, ..settings.clone() },
+        Task::Perplexity => {
+            RunSettings { strategies: Vec::new(), num_speed_examples: 0, concurrency: Vec::new(), ..settings.clone() }
+        }
         _ => settings.clone(),
     }
 }
 
 /// Fingerprint of everything that must be unchanged for a run to resume. The output folder may
-/// change.
+/// change, and so may the numbers of rows that are timed, each for itself.
 fn identity(settings: &RunSettings, models: &[ModelEntry], samples: &[Sample]) -> Result<String> {
-    let settings = RunSettings { output: PathBuf::new(), ..settings.clone() };
+    let settings = RunSettings { output: PathBuf::new(), concurrency: Vec::new(), ..settings.clone() };
     let text = serde_json::to_vec(&(settings, models, samples)).map_err(Error::serialization)?;
     Ok(fingerprint::hash_bytes(&text))
 }

@@ -14,14 +14,8 @@ use crate::records::SpeedRecord;
 /// # Errors
 /// When decoding or writing fails. Finished timings are in the journal.
 pub(super) fn time_strategies(session: &mut Session<'_>, models: &[LoadedModel]) -> Result<()> {
-    let strategies = |model: &LoadedModel| session.settings.strategies_of(model.role).collect::<Vec<_>>();
-    let mut decoders: Vec<Decoder<'_>> =
-        models.iter().map(|model| model.decoder(1, &strategies(model))).collect::<Result<_>>()?;
-    let turns: Vec<(usize, Strategy)> = models
-        .iter()
-        .enumerate()
-        .flat_map(|(number, model)| strategies(model).into_iter().map(move |strategy| (number, strategy)))
-        .collect();
+    let mut decoders = decoders(session, models, 1)?;
+    let turns = turns(session, models);
     let (num_timed, total) = (session.journal.records().speeds.len(), turns.len() * session.timed.len());
     let Some(&first) = session.timed.first().filter(|_| num_timed < total) else { return Ok(()) };
     let mut progress = Progress::new("speed at batch 1", num_timed as u64, total as u64);
@@ -30,23 +24,45 @@ pub(super) fn time_strategies(session: &mut Session<'_>, models: &[LoadedModel])
         interrupt::check()?;
         time_answer(session, &models[number], &mut decoders[number], strategy, first)?;
     }
-    for (round, index) in session.timed.clone().into_iter().enumerate() {
-        for turn in 0..turns.len() {
-            interrupt::check()?;
-            // A different model and strategy goes first on each example, so that none always comes
-            // right after a change of prompt.
-            let (number, strategy) = turns[(round + turn) % turns.len()];
-            let model = &models[number];
-            if is_timed(session, model, strategy, index) {
-                continue;
-            }
-            let speed = time_answer(session, model, &mut decoders[number], strategy, index)?;
-            session.journal.append_speed(speed)?;
-            progress.advance(1);
+    for (round, (number, strategy)) in in_turns(&turns, session.timed.len()) {
+        interrupt::check()?;
+        let (model, index) = (&models[number], session.timed[round]);
+        if is_timed(session, model, strategy, index) {
+            continue;
         }
+        let speed = time_answer(session, model, &mut decoders[number], strategy, index)?;
+        session.journal.append_speed(speed)?;
+        progress.advance(1);
     }
     progress.finish();
     Ok(())
+}
+
+/// A model, by its position, and one of its strategies.
+pub(super) type Turn = (usize, Strategy);
+
+/// Every model with every strategy.
+pub(super) fn turns(session: &Session<'_>, models: &[LoadedModel]) -> Vec<Turn> {
+    let of_model = |(number, model): (usize, &LoadedModel)| {
+        session.settings.strategies_of(model.role).map(move |strategy| (number, strategy)).collect::<Vec<_>>()
+    };
+    models.iter().enumerate().flat_map(of_model).collect()
+}
+
+/// The turns of each round, with the number of the round. A different model and strategy goes first
+/// in each, so that none always comes right after the same other.
+pub(super) fn in_turns(turns: &[Turn], num_rounds: usize) -> impl Iterator<Item = (usize, Turn)> {
+    let in_round = move |round: usize| (0..turns.len()).map(move |turn| (round, turns[(round + turn) % turns.len()]));
+    (0..num_rounds).flat_map(in_round)
+}
+
+/// A decoder of each model for `rows` answers at once with any of its strategies.
+///
+/// # Errors
+/// As [`Decoder::new`].
+pub(super) fn decoders<'m>(session: &Session<'_>, models: &'m [LoadedModel], rows: usize) -> Result<Vec<Decoder<'m>>> {
+    let strategies = |model: &LoadedModel| session.settings.strategies_of(model.role).collect::<Vec<_>>();
+    models.iter().map(|model| model.decoder(rows, &strategies(model))).collect()
 }
 
 fn is_timed(session: &Session<'_>, model: &LoadedModel, strategy: Strategy, index: usize) -> bool {

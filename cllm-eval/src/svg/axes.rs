@@ -16,9 +16,23 @@ const BOTTOM: f64 = 52.0;
 /// Approximate number of ticks of an axis.
 const NUM_TICKS: f64 = 6.0;
 
-/// A named axis with its ticks.
+/// Number of doublings up to which each has a tick.
+const NUM_DOUBLINGS: f64 = 8.0;
+
+/// How an axis maps values to its length.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Scale {
+    Linear,
+    /// Linear, with the tick 0.
+    FromZero,
+    /// Each doubling has the same length. Values must be positive.
+    Logarithmic,
+}
+
+/// A named axis with its ticks, which are logarithms on a logarithmic scale.
 pub struct Axis {
     name: &'static str,
+    scale: Scale,
     first_tick: f64,
     last_tick: f64,
     step: f64,
@@ -26,32 +40,47 @@ pub struct Axis {
 
 impl Axis {
     /// Creates an axis whose round ticks enclose all `values`, which must be finite. If all values
-    /// are whole numbers, such as positions, so are the ticks.
-    pub fn from_values(name: &'static str, values: impl Iterator<Item = f64>) -> Self {
+    /// are whole numbers, such as positions, so are the ticks; on a logarithmic scale, they are
+    /// powers of two.
+    pub fn new(name: &'static str, scale: Scale, values: impl Iterator<Item = f64>) -> Self {
+        let zero = (scale == Scale::FromZero).then_some(0.0);
+        let values = values.map(|value| scale.transform(value)).chain(zero);
         let (low, high, whole) = values.fold((f64::INFINITY, f64::NEG_INFINITY, true), |(low, high, whole), value| {
             (low.min(value), high.max(value), whole && value.fract() == 0.0)
         });
         let (low, high, whole) = if low <= high { (low, high, whole) } else { (0.0, 1.0, false) };
         let range = if high > low { high - low } else { high.abs().max(1.0) / 2.0 };
-        let step = round_step((range / NUM_TICKS).max(if whole { 1.0 } else { 0.0 }));
+        let (whole, num_ticks) = if scale == Scale::Logarithmic { (true, NUM_DOUBLINGS) } else { (whole, NUM_TICKS) };
+        let step = round_step((range / num_ticks).max(if whole { 1.0 } else { 0.0 }));
         let (first_tick, last_tick) = ((low / step).floor() * step, (high / step).ceil() * step);
         let last_tick = if last_tick > first_tick { last_tick } else { first_tick + step };
-        Axis { name, first_tick, last_tick, step }
+        Axis { name, scale, first_tick, last_tick, step }
     }
 
     /// Maps the first tick to 0 and the last to 1.
     fn fraction(&self, value: f64) -> f64 {
-        (value - self.first_tick) / (self.last_tick - self.first_tick)
+        (self.scale.transform(value) - self.first_tick) / (self.last_tick - self.first_tick)
     }
 
+    /// The values at the ticks.
     fn ticks(&self) -> impl Iterator<Item = f64> {
         let num_steps = ((self.last_tick - self.first_tick) / self.step).round() as usize;
-        (0..=num_steps).map(|index| self.first_tick + index as f64 * self.step)
+        (0..=num_steps).map(|index| self.scale.invert(self.first_tick + index as f64 * self.step))
     }
 
     fn tick_label(&self, tick: f64) -> String {
         let digits = (-self.step.log10().floor()).clamp(0.0, 6.0) as usize;
         format!("{tick:.digits$}")
+    }
+}
+
+impl Scale {
+    fn transform(self, value: f64) -> f64 {
+        if self == Scale::Logarithmic { value.log2() } else { value }
+    }
+
+    fn invert(self, value: f64) -> f64 {
+        if self == Scale::Logarithmic { value.exp2() } else { value }
     }
 }
 
@@ -94,7 +123,7 @@ impl Frame {
         let mut svg = open(title, WIDTH, HEIGHT + LEGEND_LINE * num_legend_lines as f64);
         let (bottom, right) = (HEIGHT - BOTTOM, WIDTH - RIGHT);
         for tick in self.x.ticks() {
-            let (x, _) = self.to_pixels(tick, self.y.first_tick);
+            let (x, _) = self.to_pixels(tick, 1.0);
             let label = self.x.tick_label(tick);
             let _ = write!(
                 svg,
@@ -103,7 +132,7 @@ impl Frame {
             );
         }
         for tick in self.y.ticks() {
-            let (_, y) = self.to_pixels(self.x.first_tick, tick);
+            let (_, y) = self.to_pixels(1.0, tick);
             let label = self.y.tick_label(tick);
             let _ = write!(
                 svg,
@@ -139,7 +168,7 @@ mod tests {
             (vec![1.0, 2.0, 3.0], 1.0, 3.0, 1.0),
             (vec![], 0.0, 1.0, 0.2),
         ] {
-            let axis = Axis::from_values("x", values.iter().copied());
+            let axis = Axis::new("x", Scale::Linear, values.iter().copied());
             let near = |a: f64, b: f64| (a - b).abs() < 1e-9;
             assert!(
                 near(axis.first_tick, first) && near(axis.last_tick, last) && near(axis.step, step),
@@ -150,5 +179,17 @@ mod tests {
             );
             assert!(values.iter().all(|&value| (0.0..=1.0).contains(&axis.fraction(value))));
         }
+    }
+
+    #[test]
+    fn doublings_have_the_same_length_on_a_logarithmic_scale() {
+        let axis = Axis::new("x", Scale::Logarithmic, [1.0, 3.0, 16.0].into_iter());
+        assert_eq!(axis.ticks().collect::<Vec<_>>(), [1.0, 2.0, 4.0, 8.0, 16.0]);
+        assert_eq!([1.0, 2.0, 4.0, 16.0].map(|rows| axis.fraction(rows)), [0.0, 0.25, 0.5, 1.0]);
+        let wide = Axis::new("x", Scale::Logarithmic, [1.0, 512.0].into_iter());
+        assert_eq!(wide.ticks().take(3).collect::<Vec<_>>(), [1.0, 4.0, 16.0]);
+        assert_eq!(axis.tick_label(16.0), "16");
+        let one = Axis::new("x", Scale::Logarithmic, [8.0].into_iter());
+        assert_eq!(one.ticks().collect::<Vec<_>>(), [8.0, 16.0]);
     }
 }

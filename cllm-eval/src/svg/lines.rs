@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::axes::{Axis, Frame, HEIGHT, LEGEND_LINE};
+use super::axes::{Axis, Frame, HEIGHT, LEGEND_LINE, Scale};
 use super::escape;
 
 /// Number of dash patterns in the page's style.
@@ -19,13 +19,13 @@ pub struct Series {
     pub points: Vec<(f64, f64)>,
 }
 
-/// Draws lines through points, with axes named `[x, y]`. With `from_zero`, the y axis starts at 0.
-pub fn lines(title: &str, axis_names: [&'static str; 2], from_zero: bool, series: &[Series]) -> String {
+/// Draws lines through points. The axes are `[x, y]`, each a name and a scale.
+pub fn lines(title: &str, axes: [(&'static str, Scale); 2], series: &[Series]) -> String {
     let points = || series.iter().flat_map(|line| line.points.iter().copied());
-    let zero = from_zero.then_some(0.0);
+    let [(x_name, x_scale), (y_name, y_scale)] = axes;
     let frame = Frame::new(
-        Axis::from_values(axis_names[0], points().map(|point| point.0)),
-        Axis::from_values(axis_names[1], points().map(|point| point.1).chain(zero)),
+        Axis::new(x_name, x_scale, points().map(|point| point.0)),
+        Axis::new(y_name, y_scale, points().map(|point| point.1)),
     );
     let mut svg = frame.open(title, series.len());
     for (index, line) in series.iter().enumerate() {
@@ -67,8 +67,7 @@ mod tests {
         };
         let svg = lines(
             "t",
-            ["x", "y"],
-            true,
+            [("x", Scale::Linear), ("y", Scale::FromZero)],
             &[line("a & b", vec![(0.0, 1.0), (1.0, 2.0)]), line("one", vec![(0.5, 1.5)]), line("none", vec![])],
         );
         assert_eq!(svg.matches("<circle").count(), 3);

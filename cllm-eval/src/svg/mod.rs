@@ -9,6 +9,7 @@ mod bars;
 mod lines;
 mod scatter;
 
+pub use axes::Scale;
 pub use bars::{Bar, bars};
 pub use lines::{Series, lines};
 pub use scatter::{ScatterPoint, scatter};

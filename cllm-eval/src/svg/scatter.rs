@@ -3,7 +3,7 @@
 
 use std::fmt::Write;
 
-use super::axes::{Axis, Frame, HEIGHT, LEGEND_LINE, WIDTH};
+use super::axes::{Axis, Frame, HEIGHT, LEGEND_LINE, Scale, WIDTH};
 use super::{CHAR_WIDTH, escape};
 
 /// Height of a label.
@@ -66,8 +66,8 @@ impl LabelPosition {
 pub fn scatter(title: &str, axis_names: [&'static str; 2], points: &[ScatterPoint]) -> String {
     let ys = points.iter().flat_map(|point| point.interval.into_iter().flatten().chain([point.y]));
     let frame = Frame::new(
-        Axis::from_values(axis_names[0], points.iter().map(|point| point.x)),
-        Axis::from_values(axis_names[1], ys),
+        Axis::new(axis_names[0], Scale::Linear, points.iter().map(|point| point.x)),
+        Axis::new(axis_names[1], Scale::Linear, ys),
     );
     let fits = |point: &ScatterPoint| CHAR_WIDTH * (point.label.chars().count() as f64) < WIDTH / 2.0;
     let numbered = !points.iter().all(fits);
@@ -213,7 +213,8 @@ mod tests {
         let mut points: Vec<ScatterPoint> = (0..4).map(|index| point(&format!("<point {index}>"), 2.0, 50.0)).collect();
         points.push(point("<another>", 2.05, 50.5));
         let xs = points.iter().map(|point| point.x).chain([1.0, 4.0]);
-        let frame = Frame::new(Axis::from_values("x", xs), Axis::from_values("y", [49.0, 52.0].into_iter()));
+        let axis = |name, values: Vec<f64>| Axis::new(name, Scale::Linear, values.into_iter());
+        let frame = Frame::new(axis("x", xs.collect()), axis("y", vec![49.0, 52.0]));
         let centres = spread_points(&frame, &points);
         for (index, (x, _)) in centres.iter().enumerate() {
             let before = if index < 4 { &centres[..index] } else { &[] };

@@ -10,7 +10,7 @@ use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::task::{Task, Verdict, synthetic};
 use cllm_core::trajectory::FinishReason;
 use cllm_eval::config::RunSettings;
-use cllm_eval::records::{AnswerRecord, Header, ModelEntry, Records, SCHEMA_VERSION, SpeedRecord};
+use cllm_eval::records::{AnswerRecord, Header, ModelEntry, Records, SCHEMA_VERSION, SpeedRecord, ThroughputRecord};
 use cllm_eval::role::Role;
 use serde_json::json;
 use tch::{Device, Kind};
@@ -36,6 +36,7 @@ pub fn records() -> Records {
         student: Some("s".into()),
         strategies: vec![Strategy::Ar, JACOBI],
         num_speed_examples: 2,
+        concurrency: vec![2, 1],
         ..RunSettings::default()
     };
     let header = Header {
@@ -75,8 +76,31 @@ pub fn records() -> Records {
                 peak_memory_bytes: None,
             });
         }
+        for (repetition, slower) in [2.0, 1.0, 0.5].into_iter().enumerate() {
+            records.throughputs.push(throughput(role, strategy, forwards, repetition, slower));
+        }
     }
     records
+}
+
+/// A repetition at two rows, which decodes an answer in two seconds more than at batch 1 does; the
+/// second of three has the median speed.
+fn throughput(role: Role, strategy: Strategy, forwards: usize, repetition: usize, slower: f64) -> ThroughputRecord {
+    let (prefill_seconds, seconds) = (2.0 * slower, (forwards as f64 + 2.0) * slower);
+    ThroughputRecord {
+        role,
+        strategy,
+        concurrency: 2,
+        repetition,
+        answers: 16,
+        unfinished: 1,
+        tokens: 16 * 8,
+        forwards: 16 * forwards,
+        prefill_seconds,
+        seconds,
+        answer_prefill_seconds: 1.75 * prefill_seconds,
+        answer_seconds: 1.75 * seconds,
+    }
 }
 
 fn answer(role: Role, strategy: Strategy, index: usize, correct: bool, forwards: usize) -> AnswerRecord {

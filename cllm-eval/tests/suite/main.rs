@@ -7,6 +7,7 @@ mod bench;
 mod chat;
 mod code;
 mod comparisons;
+mod concurrency;
 mod doctor;
 mod generate;
 mod interrupted;

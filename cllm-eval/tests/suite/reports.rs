@@ -49,6 +49,28 @@ fn a_report_holds_the_figures_loads_nothing_and_escapes_answers() {
     assert!(card.contains("| student | jacobi n=4 |"), "{card}");
 }
 
+#[test]
+fn a_chart_draws_the_speed_up_at_each_number_of_rows() {
+    let (_dir, [markdown, page, tex, _]) = rendered_report();
+    assert!(markdown.contains("| student | jacobi n=4 | 2 | 1 of 16 | 4.00 | 32.0 | 18.3 | 2.50x |"), "{markdown}");
+    assert!(page.contains("<td>2.50x</td>") && tex.contains("2.50x"), "{page}");
+    let chart = page.split("<figure>").find(|figure| figure.contains("with as many rows, excluding prefill")).unwrap();
+    let circles = chart.split("<circle").skip(1).map(|circle| {
+        let number = |name: &str| {
+            let (_, rest) = circle.split_once(&format!("{name}=\"")).unwrap();
+            rest.split('"').next().unwrap().parse::<f64>().unwrap()
+        };
+        (number("cx"), number("cy"))
+    });
+    let circles: Vec<(f64, f64)> = circles.collect();
+    // Four lines with two points each: AR of the teacher at 1, the student's Jacobi decoding at 4 and 2.5.
+    assert_eq!(circles.len(), 8);
+    let [ar, one, two] = [circles[0], circles[6], circles[7]];
+    assert_eq!((circles[1].1, one.0, two.0), (ar.1, ar.0, circles[1].0));
+    let height = |point: (f64, f64)| ar.1 - point.1;
+    assert!((height(two) / height(one) - 1.5 / 3.0).abs() < 0.01 && height(one) > 100.0, "{circles:?}");
+}
+
 /// The answer to the example that the report shows.
 pub const STORY: &str = "2 & 2 are <script>alert(1)</script> = 4.";
 
@@ -118,7 +140,7 @@ fn a_report_of_several_runs_begins_with_one_row_per_run() {
     assert!(tex.contains(r"jsonl / dev\_50\% & student jacobi n=4 & 50.0 \% (15.0 to 85.0) &"), "{tex}");
     assert_eq!(
         (tex.matches(r"\resizebox{\linewidth}{!}").count(), tex.matches(r"\begin{tabular}{llr").count()),
-        (3, 3)
+        (5, 5)
     );
     let (_dir, [alone, ..]) = rendered_report();
     assert!(markdown.contains("The fastest strategy of each run") && !alone.contains("of each run"), "{alone}");

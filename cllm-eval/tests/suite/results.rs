@@ -44,10 +44,12 @@ fn the_data_format_page_names_every_field() {
         &value["toolkit"],
         &value["models"][0],
         &value["models"][0]["strategies"][0],
+        &value["models"][0]["strategies"][0]["concurrency"][0],
         &value["paired"][0],
         &serde_json::to_value(&records.header).unwrap(),
         &serde_json::to_value(answer).unwrap(),
         &serde_json::to_value(&records.speeds[0]).unwrap(),
+        &serde_json::to_value(&records.throughputs[0]).unwrap(),
         &serde_json::to_value(cllm_eval::doctor::examine()).unwrap(),
     ] {
         for key in documented.as_object().unwrap().keys() {
@@ -129,6 +131,32 @@ fn memory_is_compared_with_that_of_the_same_models_autoregressive_decoding() {
     assert_eq!((ar.speed_peak_memory_over_ar, jacobi.speed_peak_memory_over_ar), (Some(1.0), Some(1.25)));
     assert_eq!((ar.peak_memory_over_ar, jacobi.peak_memory_over_ar), (Some(1.0), Some(1.25)));
     assert_eq!(jacobi.peak_memory_bytes, Some(1000));
+}
+
+#[test]
+fn figures_of_several_rows_are_those_of_the_median_repetition() {
+    let value = value();
+    let [one, two] = &value["models"][1]["strategies"][1]["concurrency"].as_array().unwrap()[..] else {
+        panic!("one row and two rows")
+    };
+    assert_eq!((&one["concurrency"], &two["concurrency"]), (&1.into(), &2.into()));
+    assert_eq!((&one["tokens_per_second"], &one["speedup_vs_teacher_ar"]), (&4.0.into(), &4.0.into()));
+    // 128 tokens in 4 s against 10 s of autoregressive decoding; with prefill, in 6 s against 12 s.
+    for (key, expected) in [
+        ("repetitions", 3.0),
+        ("seconds", 4.0),
+        ("tokens_per_second", 32.0),
+        ("tokens_per_second_per_user", 32.0 / 1.75),
+        ("mean_rows", 1.75),
+        ("speedup_vs_teacher_ar", 2.5),
+        ("speedup_vs_student_ar", 2.5),
+        ("end_to_end_seconds", 6.0),
+        ("end_to_end_speedup_vs_teacher_ar", 2.0),
+    ] {
+        assert!((two[key].as_f64().unwrap() - expected).abs() < 1e-9, "{key}: {two}");
+    }
+    let teacher = &value["models"][0]["strategies"][0]["concurrency"][1];
+    assert_eq!(teacher["speedup_vs_teacher_ar"], 1.0);
 }
 
 #[test]

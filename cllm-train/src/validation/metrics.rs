@@ -42,6 +42,8 @@ fn tokens_per_forward<'a>(answers: impl Iterator<Item = &'a Answer>) -> Option<f
 
 #[cfg(test)]
 mod tests {
+    use cllm_core::decode::Timing;
+
     use super::*;
 
     #[test]
@@ -53,6 +55,7 @@ mod tests {
             finish_reason,
             num_new_tokens: Vec::new(),
             blocks: Vec::new(),
+            timing: Timing::default(),
         };
         let (short, long) = (answer(10, 5, FinishReason::Eos), answer(20, 10, FinishReason::Eos));
         let looping = answer(90, 10, FinishReason::Length);
