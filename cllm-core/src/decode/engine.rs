@@ -88,8 +88,8 @@ impl<'m> Decoder<'m> {
     }
 
     /// Answers requests as they come, like [`Decoder::answer`], but caches prompts in chunks, in the
-    /// same forwards that decode other sequences. `on_finished` gets the index of a request and its answer, in the order
-    /// in which the answers finish.
+    /// same forwards that decode other sequences. `on_finished` gets the index of a request and its
+    /// answer, in the order in which the answers finish.
     ///
     /// # Errors
     /// As [`Decoder::answer`], and any error of `on_finished`.
