@@ -68,7 +68,7 @@ pub struct RunSettings {
     /// run. Default: none.
     #[garde(custom(valid_concurrency))]
     pub concurrency: Vec<usize>,
-    /// How to decode, such as `ar`, `jacobi: {n: 16}`, `rolling: {n: 16, pool: 4}` or `lookahead:
+    /// How to decode, such as `ar`, `jacobi: {n: 16}`, `rolling: {n: auto}` or `lookahead:
     /// {}`. Settings that a strategy leaves out have their defaults. Perplexity decodes nothing.
     #[garde(length(min = 1), custom(valid_strategies))]
     pub strategies: Vec<Strategy>,

@@ -132,6 +132,14 @@ pub struct SpeedRecord {
     pub tokens: usize,
     /// Forwards after prefill.
     pub forwards: usize,
+    /// Tokens that these forwards had: the last token and the draft tokens of each. Null in records
+    /// of earlier versions.
+    #[serde(default)]
+    pub window_tokens: Option<u64>,
+    /// How many of these forwards tried a number of draft tokens whose time was not known, for a
+    /// strategy that chooses it.
+    #[serde(default)]
+    pub probes: usize,
     pub finish_reason: FinishReason,
     pub prefill_seconds: f64,
     /// Seconds of decoding, excluding prefill.

@@ -10,6 +10,7 @@ use super::request::{
 };
 use super::scheduler::{Events, PrefillPolicy, Scheduler};
 use super::strategy::Strategy;
+use super::window_chooser::WindowChooser;
 use crate::model::Transformer;
 use crate::{Error, Result};
 
@@ -17,6 +18,7 @@ use crate::{Error, Result};
 pub struct Decoder<'m> {
     model: Box<dyn Backend + 'm>,
     draft_model: Option<Box<dyn Backend + 'm>>,
+    chooser: WindowChooser,
     limits: CacheLimits,
     vocab_size: i64,
 }
@@ -40,7 +42,13 @@ impl<'m> Decoder<'m> {
         let config = model.config();
         let limits = CacheLimits { max_sequences, capacity, max_positions: config.max_positions };
         let model = new_backend(model, max_sequences, capacity)?;
-        Ok(Decoder { model, draft_model: None, limits, vocab_size: config.vocab_size })
+        Ok(Decoder {
+            model,
+            draft_model: None,
+            chooser: WindowChooser::default(),
+            limits,
+            vocab_size: config.vocab_size,
+        })
     }
 
     /// Adds the draft model that [`Strategy::Drafted`] needs. It must have the vocabulary of the
@@ -123,8 +131,10 @@ impl<'m> Decoder<'m> {
             return Err(no_draft_model());
         }
         self.limits.check(&request, stop, options.strategy)?;
-        let scheduler = Scheduler::new(std::iter::once(Ok(request)), 1, stop, options, PrefillPolicy::First);
-        Ok(RunningAnswer { model: self.model.as_mut(), scheduler })
+        let Decoder { model, chooser, .. } = self;
+        let waiting = std::iter::once(Ok(request));
+        let scheduler = Scheduler::new(waiting, 1, stop, options, PrefillPolicy::First, chooser);
+        Ok(RunningAnswer { model: model.as_mut(), scheduler })
     }
 
     fn run(
@@ -137,7 +147,7 @@ impl<'m> Decoder<'m> {
     ) -> Result<Timing> {
         options.strategy.check()?;
         let _no_grad = tch::no_grad_guard();
-        let Decoder { model, draft_model, limits, .. } = self;
+        let Decoder { model, draft_model, chooser, limits, .. } = self;
         let mut speculative;
         let backend: &mut dyn Backend = match draft_model {
             _ if !options.strategy.needs_draft_model() => model.as_mut(),
@@ -148,7 +158,7 @@ impl<'m> Decoder<'m> {
             None => return Err(no_draft_model()),
         };
         let waiting = requests.map(|request| limits.check(&request, stop, options.strategy).map(|()| request));
-        Scheduler::new(waiting, limits.max_sequences, stop, options, prefill).run(backend, events)
+        Scheduler::new(waiting, limits.max_sequences, stop, options, prefill, chooser).run(backend, events)
     }
 }
 

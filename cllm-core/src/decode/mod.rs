@@ -25,6 +25,8 @@ mod scheduler;
 mod sequence;
 mod strategy;
 mod tree;
+mod width;
+mod window_chooser;
 
 pub use crate::cuda::decode::MAX_LOGITS;
 pub use backend::cuda_graph::MAX_PROMPT_TOKENS;
@@ -36,6 +38,7 @@ pub use request::{
 };
 pub use sampling::Sampling;
 pub use strategy::Strategy;
+pub use width::Width;
 
 #[cfg(test)]
 mod tests;

@@ -66,6 +66,11 @@ pub struct Answer {
     /// Tokens that each forward decoded, in order. With the tokens that closed a thought at its
     /// limit, which were not decoded, they sum to the length of the answer.
     pub num_new_tokens: Vec<u32>,
+    /// Tokens that all these forwards had for this sequence: its last token and draft tokens.
+    pub num_window_tokens: u64,
+    /// How many of these forwards were made larger by draft tokens although it was not known how
+    /// long that takes, where the strategy chooses their number.
+    pub num_probes: usize,
     /// How its thought ended. `None` without a limit on thoughts, or if it has no thought.
     pub thought: Option<Thought>,
     /// The trajectory, if it was asked for and the strategy decodes in fixed blocks; else empty.

@@ -6,6 +6,14 @@
 //! reaches a position samples the same token there, so every strategy gives the answer of
 //! autoregressive decoding, and a draft token is accepted with the probability that the model gives
 //! it. csrc/decode.cu computes the same noise.
+//!
+//! A token's score is its logit for greedy decoding, or else its scaled logit with noise. The
+//! candidates of a position are the tokens with the largest scores, and their probabilities are the
+//! softmax of the scores: for greedy decoding those of the model, and above temperature 0 a measure of
+//! how clearly a token won with the noise that its position has in every forward.
+
+/// Number of the likeliest tokens of a position that a forward can give.
+pub(super) const MAX_CANDIDATES: usize = 4;
 
 /// How the next token is chosen from the logits.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -36,6 +44,19 @@ impl Sampling {
     }
 }
 
+/// A token that may come next.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Candidate {
+    /// -1 for none: a small vocabulary has fewer candidates than there is room for.
+    pub(super) token: i32,
+    pub(super) probability: f32,
+}
+
+/// The likeliest tokens of a position. The first is the one that is chosen.
+pub(super) type Candidates = [Candidate; MAX_CANDIDATES];
+
+pub(super) const NO_CANDIDATES: Candidates = [Candidate { token: -1, probability: 0.0 }; MAX_CANDIDATES];
+
 fn inverse(temperature: f64) -> f32 {
     (1.0 / temperature) as f32
 }
@@ -47,15 +68,43 @@ pub(super) fn position_key(sequence_key: u64, position: usize) -> u64 {
 
 /// The token whose scaled logit with noise is largest; ties go to the lowest id.
 pub(super) fn sample(logits: &[f32], temperature: f64, position_key: u64) -> i32 {
-    let inverse = inverse(temperature);
     let (mut max_score, mut best) = (f32::NEG_INFINITY, 0);
-    for (token, &logit) in logits.iter().enumerate() {
-        let score = logit * inverse + gumbel(position_key, token as u64);
+    for (token, score) in scores(logits, temperature, position_key) {
         if score > max_score {
-            (max_score, best) = (score, token as i32);
+            (max_score, best) = (score, token);
         }
     }
     best
+}
+
+/// The tokens whose scaled logits with noise are largest; ties go to the lowest ids.
+pub(super) fn sample_candidates(logits: &[f32], temperature: f64, position_key: u64) -> Candidates {
+    let mut best = [(0, f32::NEG_INFINITY); MAX_CANDIDATES];
+    let mut sum = 0.0;
+    for (token, score) in scores(logits, temperature, position_key) {
+        // The sum is relative to the largest score so far.
+        let max_score = best[0].1.max(score);
+        sum = sum * (best[0].1 - max_score).exp() + (score - max_score).exp();
+        let rank = best.partition_point(|&(_, other)| other >= score);
+        if rank < MAX_CANDIDATES {
+            best[rank..].rotate_right(1);
+            best[rank] = (token, score);
+        }
+    }
+    let max_score = best[0].1;
+    let mut candidates = NO_CANDIDATES;
+    for (candidate, (token, score)) in candidates.iter_mut().zip(best.into_iter().take(logits.len())) {
+        *candidate = Candidate { token, probability: (score - max_score).exp() / sum };
+    }
+    candidates
+}
+
+/// Each token with its scaled logit and noise.
+fn scores(logits: &[f32], temperature: f64, position_key: u64) -> impl Iterator<Item = (i32, f32)> {
+    let inverse = inverse(temperature);
+    let score =
+        move |(token, &logit): (usize, &f32)| (token as i32, logit * inverse + gumbel(position_key, token as u64));
+    logits.iter().enumerate().map(score)
 }
 
 fn gumbel(position_key: u64, token: u64) -> f32 {
@@ -86,6 +135,26 @@ mod tests {
     fn the_largest_and_the_smallest_noise_are_finite() {
         assert!((16.0..17.0).contains(&gumbel_from_bits(u32::MAX)), "{}", gumbel_from_bits(u32::MAX));
         assert!((-3.0..-2.0).contains(&gumbel_from_bits(0)), "{}", gumbel_from_bits(0));
+    }
+
+    #[test]
+    fn candidates_are_the_best_tokens_with_the_softmax_of_their_scores() {
+        let logits: Vec<f32> = (0..50).map(|token| (token as f32 * 0.7).sin() * 3.0).collect();
+        for draw in 0..20 {
+            let key = position_key(draw, 3);
+            let mut by_score: Vec<(i32, f32)> = scores(&logits, 0.8, key).collect();
+            by_score.sort_by(|one, other| other.1.total_cmp(&one.1));
+            let sum: f32 = by_score.iter().map(|(_, score)| score.exp()).sum();
+            let candidates = sample_candidates(&logits, 0.8, key);
+            assert_eq!(candidates[0].token, sample(&logits, 0.8, key));
+            for (candidate, (token, score)) in candidates.iter().zip(by_score) {
+                assert_eq!(candidate.token, token);
+                assert!((candidate.probability - score.exp() / sum).abs() < 1e-5, "{candidate:?}");
+            }
+        }
+        let few = sample_candidates(&logits[..2], 0.8, 7);
+        assert!(few[1].token >= 0 && few[2..] == NO_CANDIDATES[2..], "{few:?}");
+        assert!((few[0].probability + few[1].probability - 1.0).abs() < 1e-6, "{few:?}");
     }
 
     #[test]

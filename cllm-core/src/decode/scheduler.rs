@@ -3,9 +3,10 @@
 
 use std::time::Instant;
 
-use super::backend::{Backend, PromptChunk, Window};
+use super::backend::{Backend, Outputs, PromptChunk, Window};
 use super::request::{Answer, DecodeOptions, OnTokens, Request, StopConditions, Timing};
 use super::sequence::Sequence;
+use super::window_chooser::WindowChooser;
 use crate::model::SlotMove;
 use crate::{Result, interrupt};
 
@@ -38,6 +39,7 @@ pub(super) struct Scheduler<'r> {
     stop: &'r StopConditions,
     options: DecodeOptions,
     prefill: PrefillPolicy,
+    chooser: &'r mut WindowChooser,
     timing: Timing,
 }
 
@@ -49,9 +51,10 @@ impl<'r> Scheduler<'r> {
         stop: &'r StopConditions,
         options: DecodeOptions,
         prefill: PrefillPolicy,
+        chooser: &'r mut WindowChooser,
     ) -> Self {
         let (waiting, running, timing) = (Box::new(waiting), Vec::new(), Timing::default());
-        Scheduler { waiting, num_admitted: 0, running, max_running, stop, options, prefill, timing }
+        Scheduler { waiting, num_admitted: 0, running, max_running, stop, options, prefill, chooser, timing }
     }
 
     /// Runs forwards until every request is answered.
@@ -70,22 +73,31 @@ impl<'r> Scheduler<'r> {
         interrupt::check()?;
         let started = Instant::now();
 
-        // 2. Cut the prompts that are not cached yet into chunks for this forward.
+        // 2. Choose how many tokens each window drafts, if the strategy leaves that open.
+        self.choose_widths();
+
+        // 3. Cut the prompts that are not cached yet into chunks for this forward.
         let chunks = self.prompt_chunks(backend.max_prompt_tokens());
         let cached: Vec<(usize, usize)> = chunks.iter().map(|chunk| (chunk.row, chunk.tokens.len())).collect();
 
-        // 3. Build the windows: the last token and the draft of each sequence whose prompt is cached.
+        // 4. Build the windows: the last token and the draft of each sequence whose prompt is cached.
         //    With `PrefillPolicy::First`, they wait until all prompts are cached.
         let windows = if self.prefill == PrefillPolicy::First && !chunks.is_empty() { vec![] } else { self.windows() };
+        let num_window_tokens: usize = windows.iter().map(Window::len).sum();
+        let has_prompts = !chunks.is_empty();
 
-        // 4. Forward. The backend samples a token after each token of each window.
-        backend.launch(&chunks, &windows, self.options.sampling)?;
+        // 5. Forward. The backend samples a token after each token of each window.
+        // Without drafts, there is nothing that candidates could be drafted after.
+        let has_drafts = windows.iter().any(|window| !window.draft.is_empty());
+        let candidates = has_drafts && self.options.strategy.needs_candidates();
+        let outputs = Outputs { sampling: self.options.sampling, candidates };
+        backend.launch(&chunks, &windows, outputs)?;
         let predictions = backend.collect(&windows)?;
         for (row, num_tokens) in cached {
             self.running[row].add_cached(num_tokens);
         }
 
-        // 5. Accept the draft tokens that the model would have chosen itself. Each proposer makes
+        // 6. Accept the draft tokens that the model would have chosen itself. Each proposer makes
         //    its next draft.
         let mut moves = Vec::new();
         for (row, (sequence, predictions)) in self.running.iter_mut().zip(&predictions).enumerate() {
@@ -94,7 +106,7 @@ impl<'r> Scheduler<'r> {
             (events.on_tokens)(accepted.request_index, accepted.tokens);
         }
 
-        // 6. Move the keys and values of accepted tokens to the slots of their positions. Only
+        // 7. Move the keys and values of accepted tokens to the slots of their positions. Only
         //    trees need this.
         if !moves.is_empty() {
             backend.move_slots(&moves)?;
@@ -106,8 +118,11 @@ impl<'r> Scheduler<'r> {
         };
         self.timing += timing;
         self.running.iter_mut().for_each(|sequence| sequence.add_time(timing));
+        if !predictions.is_empty() {
+            self.learn(num_window_tokens, (!has_prompts).then_some(seconds));
+        }
 
-        // 7. Evict the sequences that have finished. Others move up into their rows.
+        // 8. Evict the sequences that have finished. Others move up into their rows.
         self.evict_finished(backend, events)?;
         Ok(true)
     }
@@ -124,6 +139,39 @@ impl<'r> Scheduler<'r> {
             self.num_admitted += 1;
         }
         Ok(())
+    }
+
+    /// Chooses the number of draft tokens of each sequence that decodes, if the strategy leaves it
+    /// open.
+    fn choose_widths(&mut self) {
+        let num_decoding = self.running.iter().take_while(|sequence| sequence.is_decoding()).count();
+        let waits = self.prefill == PrefillPolicy::First && num_decoding < self.running.len();
+        if num_decoding == 0 || waits || !self.options.strategy.has_chosen_width() {
+            return;
+        }
+        let decoding = &mut self.running[..num_decoding];
+        let num_last_tokens: usize = decoding.iter().map(|sequence| sequence.window().len()).sum();
+        if self.chooser.rests(num_last_tokens) {
+            return;
+        }
+        let gains: Vec<Vec<f64>> = decoding.iter_mut().map(|sequence| sequence.gains(&self.chooser.history)).collect();
+        let choice = self.chooser.choose(num_last_tokens, &gains);
+        for (sequence, num_drafts) in decoding.iter_mut().zip(choice.num_drafts) {
+            sequence.set_num_drafts(num_drafts, choice.is_probe);
+        }
+    }
+
+    /// Learns from a forward for the choices to come. `seconds` is its time if it had windows only.
+    fn learn(&mut self, num_window_tokens: usize, seconds: Option<f64>) {
+        if !self.options.strategy.has_chosen_width() {
+            return;
+        }
+        if let Some(seconds) = seconds {
+            self.chooser.observe_step(num_window_tokens, seconds);
+        }
+        for outcome in self.running.iter_mut().flat_map(Sequence::take_outcomes) {
+            self.chooser.history.observe(outcome);
+        }
     }
 
     /// The next chunk of each prompt: at most `budget` tokens in total.

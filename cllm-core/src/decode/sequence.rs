@@ -8,6 +8,7 @@ use super::backend::{Predictions, Window};
 use super::proposer::random_draft::RandomDraft;
 use super::proposer::{Proposer, Verification};
 use super::request::{Answer, DecodeOptions, Request, StopConditions, Timing};
+use super::window_chooser::{AcceptanceHistory, Outcome};
 use crate::fingerprint;
 use crate::thought::Thought;
 use crate::trajectory::FinishReason;
@@ -34,6 +35,9 @@ pub(super) struct Sequence<'r> {
     /// Key of the noise that tokens are sampled with.
     sequence_key: u64,
     num_new_tokens: Vec<u32>,
+    /// Tokens of all windows so far.
+    num_window_tokens: u64,
+    num_probes: usize,
     timing: Timing,
     /// The tokens of the next window that close the thought, which has reached its limit; usually
     /// none.
@@ -60,6 +64,8 @@ impl<'r> Sequence<'r> {
             sequence_key: fingerprint::derive_seed(options.seed, &request.sample_id),
             tokens: request.prompt_ids,
             num_new_tokens: Vec::new(),
+            num_window_tokens: 0,
+            num_probes: 0,
             timing: Timing::default(),
             closing: &[],
             forced: None,
@@ -99,6 +105,28 @@ impl<'r> Sequence<'r> {
         self.finish_reason.is_some()
     }
 
+    /// What each token that the next window may draft is expected to add to the new tokens; empty if
+    /// there is nothing to choose.
+    pub(super) fn gains(&mut self, history: &AcceptanceHistory) -> Vec<f64> {
+        match self.proposer.likeliest_paths() {
+            Some(paths) if self.closing.is_empty() => paths.gains(history, &self.tokens),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Sets how many of these tokens the next window drafts, in a forward that is a probe or not.
+    pub(super) fn set_num_drafts(&mut self, num_drafts: usize, is_probe: bool) {
+        self.num_probes += usize::from(is_probe);
+        if let Some(paths) = self.proposer.likeliest_paths() {
+            paths.set_num_drafts(num_drafts);
+        }
+    }
+
+    /// What became of the draft tokens of the last window, if their number was chosen.
+    pub(super) fn take_outcomes(&mut self) -> Vec<Outcome> {
+        self.proposer.likeliest_paths().map(|paths| paths.take_outcomes()).unwrap_or_default()
+    }
+
     /// The window of the next forward: the last token, and the draft or the tokens that close the
     /// thought.
     pub(super) fn window(&self) -> Window<'_> {
@@ -113,6 +141,7 @@ impl<'r> Sequence<'r> {
     /// Processes the tokens that the backend sampled after each token of the window.
     pub(super) fn accept(&mut self, predictions: &Predictions) -> Accepted<'_> {
         let num_before = self.tokens.len();
+        self.num_window_tokens += predictions.tokens.len() as u64;
         let moves = match self.closing {
             [] => self.accept_draft(predictions),
             closing => {
@@ -141,7 +170,8 @@ impl<'r> Sequence<'r> {
         self.proposer.update(&Verification {
             predicted,
             proposed: predictions.drafted.as_ref().unwrap_or(predicted),
-            num_accepted,
+            candidates: &predictions.candidates,
+            path: &path,
             tokens: &self.tokens,
             is_truncated: num_new < num_accepted + 1,
         });
@@ -205,6 +235,8 @@ impl<'r> Sequence<'r> {
             finish_reason: self.finish_reason.unwrap_or(FinishReason::Length),
             num_forwards: self.num_new_tokens.len(),
             num_new_tokens: self.num_new_tokens,
+            num_window_tokens: self.num_window_tokens,
+            num_probes: self.num_probes,
             blocks: self.proposer.into_blocks(),
             timing: self.timing,
         }

@@ -7,11 +7,13 @@ use serde::{Deserialize, Serialize};
 
 use super::proposer::Proposer;
 use super::proposer::jacobi::Jacobi;
+use super::proposer::likeliest_paths::LikeliestPaths;
 use super::proposer::lookahead::Lookahead;
 use super::proposer::multi_block::MultiBlock;
 use super::proposer::random_draft::RandomDraft;
 use super::proposer::rolling::Rolling;
 use super::tree::MAX_TREE_TOKENS;
+use super::width::Width;
 use crate::{Error, Result};
 
 /// How the next tokens are drafted. Every strategy gives the answer of autoregressive decoding.
@@ -28,12 +30,19 @@ pub enum Strategy {
         n: usize,
     },
     /// A window of n tokens that moves on with every accepted token, so n - 1 draft tokens are
-    /// always in flight. The predictions after the accepted tokens are the next draft. The last
-    /// `pool` (0) rejected drafts are kept, and drafted again after a token that they contain.
+    /// always in flight. The predictions after the accepted tokens are the next draft. With `n:
+    /// auto`, each forward has as many draft tokens (0 to 63) as give the most tokens per second, by
+    /// how many were accepted lately, how probable these are and how long forwards took. With `tree`
+    /// (0), the window also holds the likeliest other continuations, up to that many tokens in all.
+    /// The last `pool` (0) rejected drafts are kept, and drafted again after a token that they
+    /// contain.
     Rolling {
-        /// Tokens of the window, at least 2.
-        #[serde(default = "default_n")]
-        n: usize,
+        /// Tokens of the window, at least 2, or `auto`.
+        #[serde(default = "default_width")]
+        n: Width,
+        /// Maximum number of tokens of a window that branches, more than n; 0 if it does not.
+        #[serde(default)]
+        tree: usize,
         /// Number of rejected drafts to keep.
         #[serde(default)]
         pool: usize,
@@ -85,6 +94,10 @@ fn default_n() -> usize {
     16
 }
 
+fn default_width() -> Width {
+    Width::Fixed(default_n())
+}
+
 fn default_blocks() -> usize {
     2
 }
@@ -110,9 +123,15 @@ const MAX_WINDOW_TOKENS: usize = 1024;
 const MAX_POOL_DRAFTS: usize = 1024;
 
 impl Strategy {
-    /// A rolling window without a pool.
+    /// A rolling window of n tokens without a pool.
     pub fn rolling(n: usize) -> Self {
-        Strategy::Rolling { n, pool: 0 }
+        Strategy::Rolling { n: Width::Fixed(n), tree: 0, pool: 0 }
+    }
+
+    /// A rolling window whose width is chosen while decoding, with up to `tree` tokens if that is
+    /// not 0.
+    pub fn auto(tree: usize) -> Self {
+        Strategy::Rolling { n: Width::Auto, tree, pool: 0 }
     }
 
     /// Multi-block decoding with the default number of blocks and ratio, without a pool.
@@ -141,7 +160,9 @@ impl Strategy {
     pub fn max_window_tokens(self) -> usize {
         match self {
             Strategy::Ar => 1,
-            Strategy::Jacobi { n } | Strategy::Rolling { n, .. } | Strategy::Drafted { n } => n,
+            Strategy::Jacobi { n } | Strategy::Drafted { n } => n,
+            Strategy::Rolling { tree: 0, n, .. } => n.max(),
+            Strategy::Rolling { tree, .. } => tree,
             Strategy::MultiBlock { n, blocks, .. } => n.saturating_mul(blocks),
             Strategy::Lookahead { window, ngram, candidates } => {
                 window.saturating_add(candidates).saturating_mul(ngram.saturating_sub(1))
@@ -154,12 +175,23 @@ impl Strategy {
         matches!(self, Strategy::Drafted { .. })
     }
 
+    /// Whether the number of draft tokens is chosen for each forward.
+    pub(super) fn has_chosen_width(self) -> bool {
+        matches!(self, Strategy::Rolling { n: Width::Auto, .. })
+    }
+
+    /// Whether the drafts need the probabilities of the tokens that were predicted.
+    pub(super) fn needs_candidates(self) -> bool {
+        self.has_chosen_width() || matches!(self, Strategy::Rolling { tree: 1.., .. })
+    }
+
     /// The proposer of a sequence that decodes with this strategy.
     pub(super) fn proposer(self, prompt: &[i32], random: RandomDraft, record_trajectory: bool) -> Box<dyn Proposer> {
         match self {
             Strategy::Ar => Box::new(Jacobi::new(1, prompt, record_trajectory, random)),
             Strategy::Jacobi { n } => Box::new(Jacobi::new(n, prompt, record_trajectory, random)),
-            Strategy::Rolling { n, pool } => Box::new(Rolling::new(n, pool, prompt, random)),
+            Strategy::Rolling { n: Width::Fixed(n), tree: 0, pool } => Box::new(Rolling::new(n, pool, prompt, random)),
+            Strategy::Rolling { n, tree, .. } => Box::new(LikeliestPaths::new(n, tree, prompt, random)),
             Strategy::MultiBlock { n, blocks, ratio, pool } => {
                 let min_accepted = (ratio * n as f64).ceil() as usize;
                 Box::new(MultiBlock::new(n, blocks, min_accepted, pool, prompt, random))
@@ -179,7 +211,7 @@ impl Strategy {
         let checked = match self {
             Strategy::Ar => Ok(()),
             Strategy::Jacobi { n } | Strategy::Drafted { n } => check_n(n),
-            Strategy::Rolling { n, pool } => check_n(n).and_then(|()| check_pool(pool)),
+            Strategy::Rolling { n, tree, pool } => check_width(n, tree, pool).and_then(|()| check_pool(pool)),
             Strategy::MultiBlock { n, blocks, ratio, pool } => check_n(n)
                 .and_then(|()| check_blocks(n, blocks, ratio, self.max_window_tokens()))
                 .and_then(|()| check_pool(pool)),
@@ -195,6 +227,23 @@ fn check_n(n: usize) -> std::result::Result<(), String> {
     match n {
         2..=MAX_WINDOW_TOKENS => Ok(()),
         _ => Err(format!("n={n} is out of range; set it from 2 to {MAX_WINDOW_TOKENS}")),
+    }
+}
+
+fn check_width(n: Width, tree: usize, pool: usize) -> std::result::Result<(), String> {
+    if let Width::Fixed(n) = n {
+        check_n(n)?;
+    }
+    let min_tree = if let Width::Fixed(n) = n { n + 1 } else { 2 };
+    if tree > 0 && !(min_tree..=MAX_TREE_TOKENS).contains(&tree) {
+        Err(format!(
+            "tree={tree} is out of range; with n={n}, set it from {min_tree} to {MAX_TREE_TOKENS}, or to 0 for a window \
+             that does not branch"
+        ))
+    } else if pool > 0 && (tree > 0 || n == Width::Auto) {
+        Err(format!("pool={pool} needs a number for n and no tree; leave it out, or set n to a number and tree to 0"))
+    } else {
+        Ok(())
     }
 }
 
@@ -237,17 +286,19 @@ fn check_lookahead(
     }
 }
 
-/// The name and every parameter but a pool of 0: `rolling n=16`.
+/// The name and every parameter but a tree or pool of 0: `rolling n=16`.
 impl fmt::Display for Strategy {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = self.name();
-        let unless_zero = |pool: usize| if pool == 0 { String::new() } else { format!(" pool={pool}") };
+        let unless_zero = |key: &str, value: usize| if value == 0 { String::new() } else { format!(" {key}={value}") };
         match *self {
             Strategy::Ar => out.write_str(name),
             Strategy::Jacobi { n } | Strategy::Drafted { n } => write!(out, "{name} n={n}"),
-            Strategy::Rolling { n, pool } => write!(out, "{name} n={n}{}", unless_zero(pool)),
+            Strategy::Rolling { n, tree, pool } => {
+                write!(out, "{name} n={n}{}{}", unless_zero("tree", tree), unless_zero("pool", pool))
+            }
             Strategy::MultiBlock { n, blocks, ratio, pool } => {
-                write!(out, "{name} n={n} blocks={blocks} ratio={ratio}{}", unless_zero(pool))
+                write!(out, "{name} n={n} blocks={blocks} ratio={ratio}{}", unless_zero("pool", pool))
             }
             Strategy::Lookahead { window, ngram, candidates } => {
                 write!(out, "{name} window={window} ngram={ngram} candidates={candidates}")
@@ -265,22 +316,45 @@ mod tests {
         let read = |text: &str| serde_json::from_str::<Strategy>(text).unwrap();
         assert_eq!(read(r#"{"jacobi": {}}"#), Strategy::Jacobi { n: 16 });
         assert_eq!(read(r#"{"rolling": {}}"#), Strategy::rolling(16));
+        assert_eq!(read(r#"{"rolling": {"n": "auto"}}"#), Strategy::auto(0));
         assert_eq!(read(r#"{"multiblock": {}}"#), Strategy::multi_block(16));
         assert_eq!(read(r#"{"drafted": {}}"#), Strategy::Drafted { n: 16 });
         assert_eq!(read(r#"{"lookahead": {}}"#), Strategy::lookahead());
     }
 
     #[test]
+    fn names_have_what_differs_from_the_defaults_and_files_have_all() {
+        for (strategy, name, file) in [
+            (Strategy::rolling(16), "rolling n=16", r#"{"rolling":{"n":16,"tree":0,"pool":0}}"#),
+            (Strategy::auto(0), "rolling n=auto", r#"{"rolling":{"n":"auto","tree":0,"pool":0}}"#),
+            (Strategy::auto(64), "rolling n=auto tree=64", r#"{"rolling":{"n":"auto","tree":64,"pool":0}}"#),
+        ] {
+            assert_eq!(strategy.to_string(), name);
+            assert_eq!(serde_json::to_string(&strategy).unwrap(), file);
+            assert_eq!(serde_json::from_str::<Strategy>(file).unwrap(), strategy);
+        }
+    }
+
+    #[test]
     fn parameters_out_of_range_are_refused_with_their_values() {
         let lookahead = |window, ngram, candidates| Strategy::Lookahead { window, ngram, candidates };
+        let tree = |n, tree| Strategy::Rolling { n, tree, pool: 0 };
         let multi = |n, blocks, ratio| Strategy::MultiBlock { n, blocks, ratio, pool: 0 };
         for (strategy, message) in [
             (Strategy::Jacobi { n: 1 }, "strategy `jacobi`: n=1 is out of range; set it from 2 to 1024"),
             (Strategy::rolling(1025), "strategy `rolling`: n=1025 is out of range; set it from 2 to 1024"),
             (
-                Strategy::Rolling { n: 4, pool: 1025 },
+                Strategy::Rolling { n: Width::Fixed(4), tree: 0, pool: 1025 },
                 "strategy `rolling`: pool=1025 is too large; set it to at most 1024",
             ),
+            (
+                tree(Width::Fixed(16), 16),
+                "strategy `rolling`: tree=16 is out of range; with n=16, set it from 17 to 64",
+            ),
+            (tree(Width::Fixed(16), 65), "tree=65 is out of range"),
+            (tree(Width::Auto, 1), "tree=1 is out of range; with n=auto, set it from 2 to 64, or to 0"),
+            (Strategy::Rolling { n: Width::Auto, tree: 0, pool: 2 }, "pool=2 needs a number for n and no tree"),
+            (Strategy::Rolling { n: Width::Fixed(4), tree: 8, pool: 2 }, "pool=2 needs a number for n and no tree"),
             (multi(16, 1, 0.5), "strategy `multiblock`: blocks=1 is too small"),
             (multi(16, 2, 0.0), "ratio=0 is out of range; set it above 0 and to at most 1"),
             (lookahead(0, 4, 5), "strategy `lookahead`: window and candidates must be at least 1"),
@@ -292,7 +366,9 @@ mod tests {
             let error = strategy.check().unwrap_err().to_string();
             assert!(error.contains(message), "{error}");
         }
-        for strategy in [Strategy::Jacobi { n: 2 }, Strategy::rolling(1024), multi(512, 2, 1.0), lookahead(10, 5, 6)] {
+        let trees = [tree(Width::Fixed(16), 64), tree(Width::Fixed(63), 64), Strategy::auto(0), Strategy::auto(2)];
+        let others = [Strategy::Jacobi { n: 2 }, Strategy::rolling(1024), multi(512, 2, 1.0), lookahead(10, 5, 6)];
+        for strategy in trees.into_iter().chain(others) {
             assert!(strategy.check().is_ok(), "{strategy:?}");
         }
     }

@@ -58,6 +58,11 @@ fn not_null(schema: &Value) -> &Value {
 }
 
 fn type_name(schema: &Value) -> String {
+    if let Some(alternatives) = schema["anyOf"].as_array() {
+        let names = alternatives.iter().filter(|schema| schema["type"] != "null");
+        let names = names.map(|schema| schema["const"].as_str().map_or_else(|| type_name(schema), str::to_owned));
+        return names.collect::<Vec<_>>().join(" or ");
+    }
     let name = match &schema["type"] {
         Value::Array(names) => names.iter().find(|name| *name != "null").and_then(Value::as_str),
         name => name.as_str(),

@@ -335,6 +335,7 @@ impl StrategyBench {
         let num_tokens = |timed: &[TimedAnswer]| timed.iter().map(|one| one.answer.response_ids.len()).sum::<usize>();
         let speed = |timed: &[TimedAnswer]| num_tokens(timed) as f64 / timed.iter().map(|one| one.seconds).sum::<f64>();
         let num_forwards: usize = timed.iter().map(|one| one.answer.num_forwards).sum();
+        let num_window_tokens: u64 = timed.iter().map(|one| one.answer.num_window_tokens).sum();
         let is_equal = |(one, ar): &(&TimedAnswer, &TimedAnswer)| one.answer.response_ids == ar.answer.response_ids;
         let num_equal = timed.iter().zip(ar).filter(is_equal).count();
         StrategyBench {
@@ -342,6 +343,7 @@ impl StrategyBench {
             examples: timed.len(),
             unfinished: timed.iter().filter(|one| one.answer.finish_reason == FinishReason::Length).count(),
             tokens_per_forward: num_tokens(timed) as f64 / num_forwards as f64,
+            mean_window_tokens: Some(num_window_tokens as f64 / num_forwards as f64),
             tokens_per_second: speed(timed),
             speedup_vs_ar: speed(timed) / speed(ar),
             exact_match_vs_ar: num_equal as f64 / timed.len() as f64,

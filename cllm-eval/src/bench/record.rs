@@ -73,6 +73,8 @@ pub struct StrategyBench {
     /// Answers that reached the length limit.
     pub unfinished: usize,
     pub tokens_per_forward: f64,
+    /// Tokens of a forward, draft tokens included; null in results of earlier versions.
+    pub mean_window_tokens: Option<f64>,
     /// Excluding prefill.
     pub tokens_per_second: f64,
     /// Tokens per second, divided by those of autoregressive decoding.

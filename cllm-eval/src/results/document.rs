@@ -108,6 +108,12 @@ pub struct StrategyResults {
     pub speed_examples: usize,
     pub speed_tokens: Option<usize>,
     pub speed_forwards: Option<usize>,
+    /// Tokens of one of these forwards, draft tokens included.
+    #[serde(default)]
+    pub mean_window_tokens: Option<f64>,
+    /// How many of these forwards tried a number of draft tokens whose time was not known.
+    #[serde(default)]
+    pub speed_probes: Option<usize>,
     pub speed_unfinished: Option<usize>,
     pub prefill_seconds: Option<f64>,
     /// Seconds of decoding, excluding prefill.

@@ -57,6 +57,8 @@ impl StrategyResults {
             speed_examples: 0,
             speed_tokens: None,
             speed_forwards: None,
+            mean_window_tokens: None,
+            speed_probes: None,
             speed_unfinished: None,
             prefill_seconds: None,
             seconds: None,
@@ -145,7 +147,11 @@ impl StrategyResults {
         let finished_seconds: f64 = finished().map(|speed| speed.seconds).sum();
         self.speed_examples = speeds.len();
         self.speed_tokens = Some(tokens);
-        self.speed_forwards = Some(speeds.iter().map(|speed| speed.forwards).sum());
+        let forwards: usize = speeds.iter().map(|speed| speed.forwards).sum();
+        let window_tokens: Option<u64> = speeds.iter().map(|speed| speed.window_tokens).sum();
+        self.speed_forwards = Some(forwards);
+        self.mean_window_tokens = window_tokens.and_then(|tokens| ratio(tokens as f64, forwards as f64));
+        self.speed_probes = Some(speeds.iter().map(|speed| speed.probes).sum());
         self.speed_unfinished = Some(speeds.len() - finished().count());
         self.prefill_seconds = Some(prefill_seconds);
         self.seconds = Some(seconds);

@@ -93,6 +93,8 @@ pub(super) fn time_answer(
         id: request[0].sample_id.clone(),
         tokens: answer.num_decoded_tokens(),
         forwards: answer.num_forwards,
+        window_tokens: Some(answer.num_window_tokens),
+        probes: answer.num_probes,
         finish_reason: answer.finish_reason,
         prefill_seconds: timing.prefill_seconds,
         seconds: timing.decode_seconds,

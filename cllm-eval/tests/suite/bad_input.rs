@@ -75,6 +75,15 @@ fn bad_settings_are_named_with_file_line_and_value() {
     EVAL.fail(&["run", "-c", &file], 2, &["run.yaml, line 2: num_problems=0: lower than 1"]);
     EVAL.fail(&["run", "teacher=x", "batch_size=0"], 2, &["`batch_size=0`: lower than 1"]);
     EVAL.fail(&["run"], 2, &["nothing to evaluate", "`teacher`"]);
+    let strategy = |strategy: &str| format!("strategies=[{{rolling: {{{strategy}}}}}]");
+    for (settings, message) in [
+        ("n: ato", "strategies[0].rolling.n: expected a whole number or auto"),
+        ("n: -1", "strategies[0].rolling.n: expected a whole number or auto"),
+        ("n: auto, tree: 65", "tree=65 is out of range; with n=auto, set it from 2 to 64"),
+        ("n: auto, pool: 3", "pool=3 needs a number for n and no tree"),
+    ] {
+        EVAL.fail(&["run", "teacher=x", &strategy(settings)], 2, &[message]);
+    }
 }
 
 #[test]

@@ -171,7 +171,7 @@ fn selectors_choose_model_and_strategy() {
     let mut alone = records();
     alone.answers.retain(|answer| answer.role == Role::Student);
     alone.header.models.remove(0);
-    let slower = Strategy::Rolling { n: 8, pool: 0 };
+    let slower = Strategy::rolling(8);
     let more: Vec<_> = alone.answers.iter().filter(|answer| answer.strategy == JACOBI).cloned().collect();
     alone.answers.extend(more.into_iter().map(|mut answer| {
         (answer.strategy, answer.forwards) = (slower, 3);

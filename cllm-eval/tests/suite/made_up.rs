@@ -70,6 +70,8 @@ pub fn records() -> Records {
                 id: format!("e{index}"),
                 tokens: 8,
                 forwards,
+                window_tokens: Some(3 * forwards as u64),
+                probes: 1,
                 finish_reason: FinishReason::Eos,
                 prefill_seconds: 1.0,
                 seconds: forwards as f64,

@@ -96,7 +96,7 @@ fn the_card_names_the_base_model_the_data_set_the_strategy_and_the_command() {
     records.header.benchmark = Task::Gsm8k;
     records.header.models[0].path = "/c/hub/models--some--base/snapshots/0123".into();
     records.header.models[1].path = "runs/maths-cllm/rounds/round-02/student/final".into();
-    let rolling = Strategy::Rolling { n: 4, pool: 0 };
+    let rolling = Strategy::rolling(4);
     records.header.settings.strategies[1] = rolling;
     records.header.settings.teacher = Some("some/base".into());
     records.answers.iter_mut().filter(|answer| answer.strategy == JACOBI).for_each(|answer| answer.strategy = rolling);

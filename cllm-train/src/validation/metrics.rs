@@ -54,6 +54,8 @@ mod tests {
             num_forwards,
             finish_reason,
             num_new_tokens: Vec::new(),
+            num_window_tokens: 0,
+            num_probes: 0,
             blocks: Vec::new(),
             timing: Timing::default(),
         };

@@ -1,36 +1,20 @@
 //! The backend for GPUs: forwards as CUDA graphs ([`GraphRunner`]).
 //!
 //! A graph has fixed shapes. A forward therefore packs its tokens without padding between sequences
-//! and pads the total to one of a few sizes ([`captured_size`]).
+//! and pads the total to one of a few sizes ([`padded_size`]).
 
 use tch::Device;
 
 use super::cuda_model::CudaModel;
-use super::{Backend, Predictions, PromptChunk, Window};
+use super::{Backend, Outputs, Predictions, PromptChunk, Window, padded_size};
 use crate::cuda::forward_input::{ForwardShape, InputToken, InputWriter};
 use crate::cuda::graph_runner::GraphRunner;
-use crate::decode::sampling::Sampling;
 use crate::decode::tree::Node;
 use crate::model::{SlotMove, Transformer};
 use crate::{Error, Result};
 
 /// A forward of our kernels that caches prompts has at most this many tokens.
 pub const MAX_PROMPT_TOKENS: usize = 4096;
-
-/// The number of tokens that a forward of `num_tokens` is padded to: a power of two, a midpoint
-/// between two powers from 64 on, or a multiple of 1,024 above that. Each size costs a capture and
-/// the memory of a graph.
-fn captured_size(num_tokens: usize) -> usize {
-    match num_tokens {
-        0 => 0,
-        1025.. => num_tokens.next_multiple_of(1024),
-        _ => {
-            let power = num_tokens.next_power_of_two();
-            let between = power / 4 * 3;
-            if power > 64 && num_tokens <= between { between } else { power }
-        }
-    }
-}
 
 pub(in crate::decode) struct CudaGraphBackend<'m> {
     // Dropped first: it waits for forwards, which use the model's weights and cache.
@@ -56,10 +40,10 @@ impl<'m> CudaGraphBackend<'m> {
     fn shape(&self, chunks: &[PromptChunk<'_>], windows: &[Window<'_>]) -> ForwardShape {
         let num_window_tokens: usize = windows.iter().map(Window::len).sum();
         let num_prompt_tokens: usize = chunks.iter().map(|chunk| chunk.tokens.len()).sum();
-        let num_tokens = captured_size(num_window_tokens + num_prompt_tokens);
+        let num_tokens = padded_size(num_window_tokens + num_prompt_tokens);
         // The fused kernels sample after every token.
         let is_fused = num_tokens <= self.model.max_fused_tokens();
-        let num_outputs = if is_fused { num_tokens } else { captured_size(num_window_tokens).min(num_tokens) };
+        let num_outputs = if is_fused { num_tokens } else { padded_size(num_window_tokens).min(num_tokens) };
         let num_tiles = (self.num_rows + num_tokens.div_ceil(self.model.tile_tokens(num_tokens))).min(num_tokens);
         ForwardShape { num_tokens, num_outputs, num_tiles }
     }
@@ -67,14 +51,21 @@ impl<'m> CudaGraphBackend<'m> {
 
 impl Backend for CudaGraphBackend<'_> {
     #[allow(unsafe_code)]
-    fn launch(&mut self, chunks: &[PromptChunk<'_>], windows: &[Window<'_>], sampling: Sampling) -> Result<()> {
+    fn launch(&mut self, chunks: &[PromptChunk<'_>], windows: &[Window<'_>], outputs: Outputs) -> Result<()> {
+        if outputs.candidates {
+            return Err(Error::usage(
+                "strategy `rolling` with n: auto or a tree needs the probabilities of tokens, which the kernels of this \
+                 GPU do not give; decode on the CPU (device=cpu), or set n to a number and tree to 0",
+            ));
+        }
         let shape = self.shape(chunks, windows);
         write_input(&mut self.runner.write_input(shape)?, chunks, windows)?;
         let model = &self.model;
         // SAFETY: a forward uses the weights, which the model borrows for longer than the runner
         // lives, and the cache, which it owns, never replaces and drops after the runner.
         unsafe {
-            self.runner.launch(sampling.inverse_temperature(), |input, predicted| model.forward(input, predicted))
+            self.runner
+                .launch(outputs.sampling.inverse_temperature(), |input, predicted| model.forward(input, predicted))
         }
     }
 
@@ -88,7 +79,7 @@ impl Backend for CudaGraphBackend<'_> {
                 "the model's logits are not numbers: its weights are damaged, or they overflow in bfloat16",
             ));
         }
-        Ok(Predictions::split(windows, sampled))
+        Ok(Predictions::split(windows, sampled, &[]))
     }
 
     fn move_slots(&mut self, moves: &[SlotMove]) -> Result<()> {
@@ -141,12 +132,6 @@ mod tests {
         let mut writer = InputWriter::new(&mut ints, shape, InputLimits { model, num_rows: 3, capacity: 32 });
         write_input(&mut writer, chunks, windows).unwrap();
         (layout, ints)
-    }
-
-    #[test]
-    fn captured_sizes_are_few_and_never_too_small() {
-        assert_eq!([0, 1, 3, 17, 33, 65, 97, 500, 1025].map(captured_size), [0, 1, 4, 32, 64, 96, 128, 512, 2048]);
-        assert!((1..5000).all(|num_tokens| captured_size(num_tokens) >= num_tokens));
     }
 
     #[test]

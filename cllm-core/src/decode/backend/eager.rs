@@ -3,10 +3,12 @@
 
 use tch::{Kind, Tensor};
 
-use super::{Backend, Predictions, PromptChunk, Window};
+use super::{Backend, Outputs, Predictions, PromptChunk, Window};
 use crate::Result;
 use crate::cuda::graphs;
-use crate::decode::sampling::{Sampling, sample};
+use crate::decode::sampling::{
+    Candidate, Candidates, MAX_CANDIDATES, NO_CANDIDATES, Sampling, sample, sample_candidates,
+};
 use crate::decode::tree::Node;
 use crate::model::{KvCache, SlotMapping, SlotMove, Transformer, TreeMask};
 
@@ -19,6 +21,8 @@ pub(in crate::decode) struct EagerBackend<'m> {
     cache: KvCache,
     /// The tokens that the last forward sampled after each token of its windows.
     sampled: Vec<i32>,
+    /// The likeliest tokens there, if it was to give them; else empty.
+    candidates: Vec<Candidates>,
 }
 
 /// Tokens of neighboring rows of the cache.
@@ -79,7 +83,7 @@ fn prompt_batches(chunks: &[PromptChunk<'_>]) -> Vec<RowBatch> {
 impl<'m> EagerBackend<'m> {
     pub(in crate::decode) fn new(model: &'m Transformer, num_rows: usize, capacity: usize) -> Result<Self> {
         let cache = KvCache::new(model.config(), num_rows, capacity, model.device(), model.kind())?;
-        Ok(EagerBackend { model, cache, sampled: Vec::new() })
+        Ok(EagerBackend { model, cache, sampled: Vec::new(), candidates: Vec::new() })
     }
 
     /// Forwards the tokens and returns the final hidden states `[tokens, hidden]`.
@@ -109,20 +113,52 @@ impl<'m> EagerBackend<'m> {
     }
 
     /// Samples a token after each token of the windows.
-    fn sample(&self, hidden: &Tensor, windows: &[Window<'_>], sampling: Sampling) -> Result<Vec<i32>> {
+    fn sample(&mut self, hidden: &Tensor, windows: &[Window<'_>], outputs: Outputs) -> Result<()> {
         let logits = self.model.compute_logits(hidden)?;
-        let Sampling::Temperature(temperature) = sampling else {
-            return Ok(Vec::try_from(logits.argmax(-1, false).to_kind(Kind::Int).view([-1]))?);
+        let Sampling::Temperature(temperature) = outputs.sampling else {
+            self.sampled = Vec::try_from(logits.argmax(-1, false).to_kind(Kind::Int).view([-1]))?;
+            self.candidates = if outputs.candidates { likeliest(&logits, &self.sampled)? } else { Vec::new() };
+            return Ok(());
         };
         let vocab_size = self.model.config().vocab_size as usize;
         let logits: Vec<f32> = Vec::try_from(logits.view([-1]))?;
         let keys = windows.iter().flat_map(|window| (0..window.len()).map(|offset| window.noise_key(offset)));
-        Ok(keys.zip(logits.chunks(vocab_size)).map(|(key, logits)| sample(logits, temperature, key)).collect())
+        let keyed_logits = keys.zip(logits.chunks(vocab_size));
+        if outputs.candidates {
+            let candidates = keyed_logits.map(|(key, logits)| sample_candidates(logits, temperature, key));
+            self.candidates = candidates.collect();
+            self.sampled = self.candidates.iter().map(|candidates| candidates[0].token).collect();
+        } else {
+            self.sampled = keyed_logits.map(|(key, logits)| sample(logits, temperature, key)).collect();
+            self.candidates.clear();
+        }
+        Ok(())
     }
 }
 
+/// The likeliest tokens by logits `[tokens, vocab]`, of which `chosen` come first: among equal
+/// logits, `topk` does not prefer the lowest id.
+fn likeliest(logits: &Tensor, chosen: &[i32]) -> Result<Vec<Candidates>> {
+    let num_candidates = logits.size()[1].min(MAX_CANDIDATES as i64);
+    let (top, ids) = logits.topk(num_candidates, -1, true, true);
+    let probabilities = (top - logits.logsumexp([-1], true)).exp();
+    let probabilities: Vec<f32> = Vec::try_from(probabilities.view([-1]))?;
+    let ids: Vec<i32> = Vec::try_from(ids.to_kind(Kind::Int).view([-1]))?;
+    let rows = ids.chunks(num_candidates as usize).zip(probabilities.chunks(num_candidates as usize));
+    let candidates = |(&chosen, (ids, probabilities)): (&i32, (&[i32], &[f32]))| {
+        let others = ids.iter().filter(|&&token| token != chosen);
+        let tokens = std::iter::once(&chosen).chain(others);
+        let mut candidates = NO_CANDIDATES;
+        for (candidate, (&token, &probability)) in candidates.iter_mut().zip(tokens.zip(probabilities)) {
+            *candidate = Candidate { token, probability };
+        }
+        candidates
+    };
+    Ok(chosen.iter().zip(rows).map(candidates).collect())
+}
+
 impl Backend for EagerBackend<'_> {
-    fn launch(&mut self, chunks: &[PromptChunk<'_>], windows: &[Window<'_>], sampling: Sampling) -> Result<()> {
+    fn launch(&mut self, chunks: &[PromptChunk<'_>], windows: &[Window<'_>], outputs: Outputs) -> Result<()> {
         for batch in prompt_batches(chunks) {
             let _ = self.forward(&batch);
         }
@@ -133,12 +169,11 @@ impl Backend for EagerBackend<'_> {
         let has_trees = windows.iter().any(|window| window.tree.is_some());
         let rows = windows.iter().map(RowTokens::from_window).collect();
         let hidden = self.forward(&RowBatch { first_row: 0, rows, has_trees });
-        self.sampled = self.sample(&hidden, windows, sampling)?;
-        Ok(())
+        self.sample(&hidden, windows, outputs)
     }
 
     fn collect(&mut self, windows: &[Window<'_>]) -> Result<Vec<Predictions>> {
-        Ok(Predictions::split(windows, &self.sampled))
+        Ok(Predictions::split(windows, &self.sampled, &self.candidates))
     }
 
     fn move_slots(&mut self, moves: &[SlotMove]) -> Result<()> {

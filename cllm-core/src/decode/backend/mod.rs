@@ -9,7 +9,7 @@ pub(super) mod cuda_model;
 pub(super) mod eager;
 pub(super) mod speculative;
 
-use super::sampling::{Sampling, position_key};
+use super::sampling::{Candidates, Sampling, position_key};
 use super::tree::{Node, TokenTree};
 use crate::Result;
 use crate::model::SlotMove;
@@ -19,7 +19,7 @@ use crate::model::SlotMove;
 pub(super) trait Backend {
     /// Starts a forward: caches the chunks, and samples a token after each token of each window.
     /// Window i belongs to row i of the cache; chunks belong to later rows.
-    fn launch(&mut self, chunks: &[PromptChunk<'_>], windows: &[Window<'_>], sampling: Sampling) -> Result<()>;
+    fn launch(&mut self, chunks: &[PromptChunk<'_>], windows: &[Window<'_>], outputs: Outputs) -> Result<()>;
 
     /// Waits for the forward and returns what it sampled, for each window.
     fn collect(&mut self, windows: &[Window<'_>]) -> Result<Vec<Predictions>>;
@@ -32,6 +32,29 @@ pub(super) trait Backend {
 
     /// Maximum number of prompt tokens in a forward, in addition to its windows.
     fn max_prompt_tokens(&self) -> usize;
+}
+
+/// What a forward gives after each token of its windows.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Outputs {
+    pub(super) sampling: Sampling,
+    /// The likeliest tokens with their probabilities, in addition to the sampled one.
+    pub(super) candidates: bool,
+}
+
+/// The number of tokens that a forward of `num_tokens` is padded to on a GPU: a power of two, a
+/// midpoint between two powers from 64 on, or a multiple of 1,024 above that. Each size costs a
+/// capture and the memory of a graph.
+pub(super) fn padded_size(num_tokens: usize) -> usize {
+    match num_tokens {
+        0 => 0,
+        1025.. => num_tokens.next_multiple_of(1024),
+        _ => {
+            let power = num_tokens.next_power_of_two();
+            let between = power / 4 * 3;
+            if power > 64 && num_tokens <= between { between } else { power }
+        }
+    }
 }
 
 /// Tokens of a prompt to cache.
@@ -79,18 +102,38 @@ impl Window<'_> {
 pub(super) struct Predictions {
     /// The token sampled after each token of the window.
     pub(super) tokens: Vec<i32>,
+    /// The likeliest tokens there, if the forward was to give them; else empty.
+    pub(super) candidates: Vec<Candidates>,
     /// The token that the draft model sampled there, if there is one.
     pub(super) drafted: Option<Vec<i32>>,
 }
 
 impl Predictions {
-    /// Splits the tokens sampled for all windows, one window after another.
-    fn split(windows: &[Window<'_>], mut sampled: &[i32]) -> Vec<Self> {
-        let take = |window: &Window<'_>| {
-            let (tokens, rest) = sampled.split_at(window.len());
-            sampled = rest;
-            Predictions { tokens: tokens.to_vec(), drafted: None }
+    /// Splits what was sampled for all windows, one window after another.
+    fn split(windows: &[Window<'_>], mut tokens: &[i32], mut candidates: &[Candidates]) -> Vec<Self> {
+        let take = |window: &Window<'_>| Predictions {
+            tokens: take_front(&mut tokens, window.len()),
+            candidates: take_front(&mut candidates, window.len()),
+            drafted: None,
         };
         windows.iter().map(take).collect()
+    }
+}
+
+/// Removes the leading `len` values, or all if there are fewer.
+fn take_front<T: Copy>(values: &mut &[T], len: usize) -> Vec<T> {
+    let (front, rest) = values.split_at(len.min(values.len()));
+    *values = rest;
+    front.to_vec()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn padded_sizes_are_few_and_never_too_small() {
+        assert_eq!([0, 1, 3, 17, 33, 65, 97, 500, 1025].map(padded_size), [0, 1, 4, 32, 64, 96, 128, 512, 2048]);
+        assert!((1..5000).all(|num_tokens| padded_size(num_tokens) >= num_tokens));
     }
 }

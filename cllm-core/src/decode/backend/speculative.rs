@@ -1,9 +1,8 @@
 //! Speculative decoding: a target model and a draft model forward the same windows. On a GPU their
 //! forwards overlap.
 
-use super::{Backend, Predictions, PromptChunk, Window};
+use super::{Backend, Outputs, Predictions, PromptChunk, Window};
 use crate::Result;
-use crate::decode::sampling::Sampling;
 use crate::model::SlotMove;
 
 pub(in crate::decode) struct SpeculativeBackend<'d> {
@@ -18,9 +17,9 @@ impl<'d> SpeculativeBackend<'d> {
 }
 
 impl Backend for SpeculativeBackend<'_> {
-    fn launch(&mut self, chunks: &[PromptChunk<'_>], windows: &[Window<'_>], sampling: Sampling) -> Result<()> {
-        self.target.launch(chunks, windows, sampling)?;
-        self.draft.launch(chunks, windows, sampling)
+    fn launch(&mut self, chunks: &[PromptChunk<'_>], windows: &[Window<'_>], outputs: Outputs) -> Result<()> {
+        self.target.launch(chunks, windows, outputs)?;
+        self.draft.launch(chunks, windows, outputs)
     }
 
     fn collect(&mut self, windows: &[Window<'_>]) -> Result<Vec<Predictions>> {

@@ -55,7 +55,7 @@ impl Proposer for Jacobi {
     }
 
     fn update(&mut self, verification: &Verification<'_>) {
-        let Verification { predicted, num_accepted, .. } = *verification;
+        let (predicted, num_accepted) = (verification.predicted, verification.num_accepted());
         if num_accepted == self.draft.len() {
             // The block is at its fixed point and the newest token begins the next, unless the
             // answer ended before that.

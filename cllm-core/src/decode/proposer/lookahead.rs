@@ -84,7 +84,7 @@ impl Proposer for Lookahead {
         }
         // The columns keep their positions, so those at positions before the newest token are
         // dropped.
-        self.columns.drain(..verification.num_accepted.min(self.width));
+        self.columns.drain(..verification.num_accepted().min(self.width));
         self.build_window(verification.tokens);
     }
 

@@ -5,6 +5,7 @@
 //! that it uses.
 
 pub(super) mod jacobi;
+pub(super) mod likeliest_paths;
 pub(super) mod lookahead;
 pub(super) mod multi_block;
 mod ngram_pool;
@@ -12,8 +13,10 @@ pub(super) mod random_draft;
 pub(super) mod rolling;
 mod tail_pool;
 
+use super::sampling::Candidates;
 use super::tree::TokenTree;
 use crate::trajectory::Block;
+use likeliest_paths::LikeliestPaths;
 
 /// Drafts the tokens of one sequence.
 pub(super) trait Proposer {
@@ -33,6 +36,11 @@ pub(super) trait Proposer {
     /// it were appended without a draft, so what was drafted for their positions is void.
     fn restart(&mut self, tokens: &[i32]);
 
+    /// The proposer itself if others choose how many tokens it drafts.
+    fn likeliest_paths(&mut self) -> Option<&mut LikeliestPaths> {
+        None
+    }
+
     /// The trajectory of a proposer that recorded one.
     fn into_blocks(self: Box<Self>) -> Vec<Block> {
         Vec::new()
@@ -47,9 +55,12 @@ pub(super) struct Verification<'s> {
     /// The proposal for the token after each token of the window: `predicted`, or the predictions
     /// of a draft model.
     pub(super) proposed: &'s [i32],
-    /// Number of accepted draft tokens. The token predicted after the last of them is new as well.
-    /// If the window does not branch, they are its leading draft tokens.
-    pub(super) num_accepted: usize,
+    /// The likeliest tokens after each token of the window, for a strategy that needs them; else
+    /// empty.
+    pub(super) candidates: &'s [Candidates],
+    /// Offsets of the accepted tokens: 0 and those of accepted draft tokens. The token predicted
+    /// after the last of them is new as well.
+    pub(super) path: &'s [usize],
     /// Prompt and answer, new tokens included.
     pub(super) tokens: &'s [i32],
     /// The answer ended before the last of the new tokens, so `tokens` does not hold that one.
@@ -57,14 +68,20 @@ pub(super) struct Verification<'s> {
 }
 
 impl Verification<'_> {
+    /// Number of accepted draft tokens. If the window does not branch, they are its leading draft
+    /// tokens.
+    pub(super) fn num_accepted(&self) -> usize {
+        self.path.len() - 1
+    }
+
     /// The newest token, with which the next window begins. Only for a window that does not branch.
     pub(super) fn last_token(&self) -> i32 {
-        self.predicted[self.num_accepted]
+        self.predicted[self.num_accepted()]
     }
 
     /// The tokens that were proposed at the positions after the newest token. Only for a window
     /// that does not branch.
     pub(super) fn tail(&self) -> &[i32] {
-        &self.proposed[self.num_accepted + 1..]
+        &self.proposed[self.num_accepted() + 1..]
     }
 }

@@ -56,9 +56,9 @@ impl Proposer for MultiBlock {
     }
 
     fn update(&mut self, verification: &Verification<'_>) {
-        let is_rejected = verification.num_accepted < self.draft.len();
+        let is_rejected = verification.num_accepted() < self.draft.len();
         let num_matching = self.num_matching_in_newest(verification.predicted);
-        self.num_final += verification.num_accepted + 1;
+        self.num_final += verification.num_accepted() + 1;
         while self.num_final > self.n {
             self.num_final -= self.n;
             self.num_blocks_behind = self.num_blocks_behind.saturating_sub(1);

@@ -28,7 +28,7 @@ impl Proposer for Rolling {
     }
 
     fn update(&mut self, verification: &Verification<'_>) {
-        let is_rejected = verification.num_accepted < self.draft.len();
+        let is_rejected = verification.num_accepted() < self.draft.len();
         self.draft = verification.tail().to_vec();
         self.random.fill(&mut self.draft, self.n - 1, verification.tokens);
         if is_rejected {

@@ -50,9 +50,9 @@ mod tests {
         let mut pool = TailPool::new(2);
         let mut draft = [0; 4];
         let mut recycle = |predicted: &[i32]| {
-            let (proposed, tokens) = (predicted, &[][..]);
+            let (proposed, candidates, path, tokens) = (predicted, &[][..], &[0][..], &[][..]);
             pool.recycle(
-                &Verification { predicted, proposed, num_accepted: 0, tokens, is_truncated: false },
+                &Verification { predicted, proposed, candidates, path, tokens, is_truncated: false },
                 &mut draft,
             );
             draft
