@@ -20,15 +20,13 @@ use crate::optimizer::OptimizerState;
 use crate::optimizer_files;
 use crate::run_fingerprint::RunFingerprint;
 use crate::run_folder::{
-    BEST, FINAL, Kept, STATE_FILE, checkpoints, checkpoints_folder, has_state, kept_checkpoints, read_state,
+    BEST, FINAL, Kept, LATEST, STATE_FILE, checkpoints, checkpoints_folder, has_state, kept_checkpoints, read_state,
     remove_state,
 };
 use crate::settings::Settings;
 use crate::summary::SUMMARY_FILE;
 use crate::train_state::TrainState;
 
-/// The link to the newest checkpoint to resume from.
-const LATEST: &str = "latest";
 /// Where `best` points to if the final model is the best.
 const FINAL_FROM_CHECKPOINTS: &str = "../final";
 

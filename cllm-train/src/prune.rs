@@ -10,7 +10,8 @@ use crate::byte_size::format_bytes;
 use crate::run_folder::{checkpoints, checkpoints_folder, remove_state_of_run, state_files};
 use crate::summary::SUMMARY_FILE;
 
-/// Removes the training state of finished runs, and says how much that frees. `force` includes runs that are not finished; `dry_run` removes nothing.
+/// Removes the training state of finished runs, and says how much that frees. `force` includes runs
+/// that are not finished; `dry_run` removes nothing.
 ///
 /// # Errors
 /// [`Error::File`] for a folder that is not a run, or a run that is not finished.

@@ -19,6 +19,9 @@ pub const STATE_FILE: &str = "state.json";
 /// The folder of the final model in that of a run.
 pub const FINAL: &str = "final";
 
+/// The link to the newest checkpoint to resume from.
+pub const LATEST: &str = "latest";
+
 /// The link to the best checkpoint.
 pub const BEST: &str = "best";
 
@@ -124,7 +127,7 @@ pub fn remove_state(checkpoint: &Path) -> Result<()> {
 /// Removes the training state of all checkpoints of a run. A finished run keeps its train state, in
 /// its own folder: with that, the same command finds that there is nothing left to do.
 pub fn remove_state_of_run(run: &Path) -> Result<()> {
-    let latest = checkpoints_folder(run).join("latest");
+    let latest = checkpoints_folder(run).join(LATEST);
     if run.join(SUMMARY_FILE).exists()
         && !has_state(run)
         && let Some(state) = read_state(&latest, "remove the file")?

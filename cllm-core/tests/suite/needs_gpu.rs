@@ -5,6 +5,7 @@ use std::time::Instant;
 use cllm_core::checkpoint;
 use cllm_core::decode::{Answer, DecodeOptions, Decoder, Request, StopConditions, Strategy, required_slots};
 use cllm_core::model::{ModelConfig, Transformer};
+use cllm_core::process_memory::PeakGrowth;
 use cllm_core::thought::{Thought, ThoughtClosing, ThoughtLimit, ThoughtTokens};
 use cllm_testing::gpu;
 use serde_json::{Value, json};
@@ -261,20 +262,14 @@ fn a_model_is_saved_and_loaded_through_little_host_memory() {
     let (device, kind) = (Device::Cuda(0), Kind::BFloat16);
     let model = Transformer::random_on_device(ModelConfig::from_json(&config).unwrap(), device, kind);
     let dir = tempfile::tempdir().unwrap();
-    let kilobytes = |key: &str| {
-        let status = std::fs::read_to_string("/proc/self/status").unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix(key)).unwrap();
-        line.split_whitespace().next().unwrap().parse::<u64>().unwrap()
-    };
     // The first copy loads what CUDA needs for it.
     let _ = model.weights().buffer().narrow(0, 0, 8).to_device(Device::Cpu);
-    std::fs::write("/proc/self/clear_refs", "5").unwrap();
-    let before = kilobytes("VmRSS:");
+    let growth = PeakGrowth::start().unwrap();
     let started = Instant::now();
     checkpoint::save(&model, dir.path(), kind).unwrap();
     let saved = started.elapsed();
     let loaded = checkpoint::load(dir.path(), device, kind).unwrap();
-    let (all, more) = (started.elapsed(), (kilobytes("VmHWM:") - before) / 1000);
+    let (all, more) = (started.elapsed(), growth.bytes().unwrap() / 1_000_000);
     let gigabytes = model.weights().buffer().numel() as f64 * 2e-9;
     eprintln!("{gigabytes:.1} GB: saved in {saved:.1?}, loaded in {:.1?}, with {more} MB of host memory", all - saved);
     assert_eq!(model.named_parameters(), loaded.named_parameters());

@@ -107,6 +107,28 @@ impl<'o> RunInputs<'o> {
         Ok(RunInputs { device, config, examples, probe, tokenizer_bytes, stored })
     }
 
+    /// Those of a new run, without a probe, on devices of one host: on the CPU in float32, else on GPUs
+    /// that nothing else is known of.
+    #[cfg(test)]
+    pub fn of_unknown_device(
+        kind: tch::Kind,
+        world_size: usize,
+        config: &'o ModelConfig,
+        examples: &'o [Example],
+    ) -> Self {
+        let name = if kind == tch::Kind::Float { "cpu" } else { "GPU" };
+        let device = PlannedDevice {
+            name: name.to_owned(),
+            kind,
+            present: None,
+            gpu: None,
+            available_bytes: None,
+            world_size,
+            local_world_size: world_size,
+        };
+        RunInputs { device, config, examples, probe: None, tokenizer_bytes: 0, stored: StoredBytes::default() }
+    }
+
     /// What a run with these settings needs.
     ///
     /// # Errors

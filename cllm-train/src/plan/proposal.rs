@@ -329,7 +329,6 @@ mod tests {
 
     use super::*;
     use crate::data::dataset::{Block, Example};
-    use crate::plan::device::PlannedDevice;
 
     /// Proposals for the memory of GPUs of so many gigabytes, one for each process, with an 8B model
     /// whose layers are all checkpointed.
@@ -344,23 +343,7 @@ mod tests {
             labelled: vec![true; 16],
         };
         let examples: Vec<_> = (0..128).map(example).collect();
-        let device = PlannedDevice {
-            name: "GPU".to_owned(),
-            kind: Kind::BFloat16,
-            present: None,
-            gpu: None,
-            available_bytes: None,
-            world_size,
-            local_world_size: world_size,
-        };
-        let inputs = RunInputs {
-            device,
-            config: &config,
-            examples: &examples,
-            probe: None,
-            tokenizer_bytes: 0,
-            stored: Default::default(),
-        };
+        let inputs = RunInputs::of_unknown_device(Kind::BFloat16, world_size, &config, &examples);
         let available =
             Available { device: Some(gigabytes * 1_000_000_000), host: None, disk: u64::MAX, is_here: false };
         let comparisons = Comparisons::new(&inputs.needs(settings).unwrap(), &available);

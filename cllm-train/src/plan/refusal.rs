@@ -103,24 +103,7 @@ mod tests {
             labelled: vec![true; 400],
         };
         let examples: Vec<Example> = (0..64).map(example).collect();
-        let name = if kind == Kind::Float { "cpu" } else { "cuda:0" };
-        let device = PlannedDevice {
-            name: name.to_owned(),
-            kind,
-            present: None,
-            gpu: None,
-            available_bytes: None,
-            world_size: 1,
-            local_world_size: 1,
-        };
-        let inputs = RunInputs {
-            device,
-            config: &config,
-            examples: &examples,
-            probe: None,
-            tokenizer_bytes: 0,
-            stored: Default::default(),
-        };
+        let inputs = RunInputs::of_unknown_device(kind, 1, &config, &examples);
         refusal(&inputs, settings, &inputs.needs(settings).unwrap(), available).unwrap()
     }
 
