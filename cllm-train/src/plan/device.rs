@@ -66,7 +66,6 @@ impl PlannedDevice {
 
     /// A device of this machine, for a single process.
     pub fn present(device: Device) -> Self {
-        let driver_name = environment::Hardware::detect(device).gpu;
         PlannedDevice {
             name: match device {
                 Device::Cuda(index) => format!("cuda:{index}"),
@@ -74,7 +73,7 @@ impl PlannedDevice {
             },
             kind: device::default_kind(device),
             present: Some(device),
-            gpu: driver_name.and_then(|name| GpuModel::of_driver(&name)),
+            gpu: environment::Hardware::detect(device).gpu_model(),
             available_bytes: libtorch::gpu_capacity(device).map(|(free, _)| free),
             world_size: 1,
             local_world_size: 1,
