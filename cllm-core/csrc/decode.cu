@@ -71,60 +71,6 @@ __device__ __forceinline__ void let_successor_start() {
 #endif
 }
 
-// 32 random bits for a token at the position with the noise key `key`: the finaliser of SplitMix64
-// (Steele et al. 2014).
-__device__ __forceinline__ u32 hash(u64 key, u32 token) {
-  u64 z = key + 0x9e3779b97f4a7c15ull * (u64)(token + 1);
-  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-  z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-  return (u32)((z ^ (z >> 31)) >> 32);
-}
-
-// Gumbel noise from 23 random bits: with 24, adding one half would round the largest up to 1. It is
-// at least MIN_NOISE and at most max_noise(bits) <= MAX_NOISE.
-#define MIN_NOISE -2.82f
-#define MAX_NOISE 16.65f
-__device__ __forceinline__ float noise(u32 bits) {
-  float uniform = ((float)bits + 0.5f) * (1.f / 8388608.f);
-  return -logf(-logf(uniform));
-}
-// -log(-log(u)) <= -log(1 - u), where 1 - u is at least half the power of two that it begins with.
-__device__ __forceinline__ float max_noise(u32 bits) { return 0.6931472f * (__clz(8388608u - bits) - 7) + 1e-2f; }
-
-// The token with the largest score is sampled: the score is the logit itself for greedy decoding
-// (inverse_temperature 0), or else the logit with Gumbel noise, which makes the maximum a sample of
-// the softmax.
-__device__ __forceinline__ float sampling_score(float logit, float inverse_temperature, u64 key, int token) {
-  if (inverse_temperature == 0.f) return logit;
-  return logit * inverse_temperature + noise(hash(key, (u32)token) >> 9);
-}
-
-// Ties go to the lower id. A NaN never wins.
-__device__ __forceinline__ bool is_better(float score, int id, float best, int best_id) {
-  return score > best || (score == best && id < best_id);
-}
-
-// Every one of `lanes` neighbouring lanes gets the best score among them.
-__device__ __forceinline__ void warp_argmax(int lanes, float &best, int &best_id) {
-  for (int step = lanes / 2; step > 0; step >>= 1) {
-    float score = __shfl_xor_sync(0xffffffffu, best, step);
-    int id = __shfl_xor_sync(0xffffffffu, best_id, step);
-    if (is_better(score, id, best, best_id)) best = score, best_id = id;
-  }
-}
-
-// Thread 0 gets the best score among the threads of a block.
-__device__ __forceinline__ void block_argmax(float &best, int &best_id) {
-  __shared__ float scores[32];
-  __shared__ int ids[32];
-  warp_argmax(32, best, best_id);
-  if (threadIdx.x % 32 == 0) scores[threadIdx.x / 32] = best, ids[threadIdx.x / 32] = best_id;
-  __syncthreads();
-  if (threadIdx.x == 0)
-    for (int w = 1; w < blockDim.x / 32; w++)
-      if (is_better(scores[w], ids[w], best, best_id)) best = scores[w], best_id = ids[w];
-}
-
 // Groups of arguments. Kernels take them flat, a group per line: as parameters of a kernel, structs
 // made the compiler use up to 8 more registers in the same code.
 
@@ -165,6 +111,14 @@ struct QkNorm {
   const bf16 *query, *key;
 };
 
+// The arguments of ARGMAX and CANDIDATES, with the sampling noise of each token in `keys`. ARGMAX
+// writes a score and its token for each block and token [blocks, T], CANDIDATES a list.
+struct SampleBlocks {
+  float inverse_temperature;
+  const u64 *keys;
+  CandidateLists best;
+};
+
 // The first kernel of a step copies the embeddings. Its successors may read the step's input before
 // wait_for_predecessor(), so it lets them start only when that input has arrived.
 extern "C" __global__ void embed(const bf16 *table, const int *tokens, bf16 *x) {
@@ -183,7 +137,8 @@ enum Epilogue {
   ROTATE_AND_CACHE,  // rotate queries and keys; keys and values go to the cache
   ADD_RESIDUAL,
   SWIGLU,
-  ARGMAX,  // the best token among the block's rows, which are logits
+  ARGMAX,      // the best token among the block's rows, which are logits
+  CANDIDATES,  // the best tokens there
 };
 
 // The arguments of ROTATE_AND_CACHE.
@@ -201,18 +156,15 @@ struct RotateAndCache {
 // others are those that they are rotated with.
 //
 // More than 8 tokens are first copied to shared memory if there is room, since warps would load
-// them from L2 in halves of cache lines. The widest products (SWIGLU and ARGMAX) do without: each
-// of their many blocks would make a copy.
-//
-// ARGMAX writes the best score and its token to best and best_id [blocks, T]; `keys` holds each
-// token's sampling noise.
+// them from L2 in halves of cache lines. The widest products (SWIGLU and those of logits) do without:
+// each of their many blocks would make a copy.
 template <int NT, Epilogue EPILOGUE, bool NORM, int K, int O>
 __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x, const bf16 *norm, const bf16 *bias,
                                               bf16 *out, int num_tokens, const RotateAndCache rotate = {},
-                                              float *best = 0, int *best_id = 0, float inverse_temperature = 0.f,
-                                              const u64 *keys = 0) {
+                                              const SampleBlocks sample = {}) {
   constexpr int T = NT * 8, ROWS = EPILOGUE == SWIGLU ? BLOCK_ROWS / 2 : BLOCK_ROWS;
-  constexpr bool STAGED = NT > 1 && EPILOGUE != SWIGLU && EPILOGUE != ARGMAX && STAGED_BYTES(T, K) <= MAX_STAGED_BYTES;
+  constexpr bool IS_WIDEST = EPILOGUE == SWIGLU || EPILOGUE == ARGMAX || EPILOGUE == CANDIDATES;
+  constexpr bool STAGED = NT > 1 && !IS_WIDEST && STAGED_BYTES(T, K) <= MAX_STAGED_BYTES;
   static_assert(BLOCK_ROWS == 16, "the rows of one mma");
   // The padding of BLOCK_ROWS to 20 makes a warp's writes free of bank conflicts.
   __shared__ float partial[WARPS][T][20];
@@ -346,22 +298,26 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
     for (int w = 0; w < WARPS; w++) s += partial[w][token][r];
     return s;
   };
-  if constexpr (EPILOGUE == ARGMAX) {
+  if constexpr (EPILOGUE == ARGMAX || EPILOGUE == CANDIDATES) {
 #pragma unroll
     for (int j = 0; j < SUMS; j++) {
       const int i = threadIdx.x + j * WARPS * 32, token = i / ROWS;
       float top = -INFINITY;
-      int top_id = 0x7fffffff;
+      int top_id = NO_TOKEN;
       if (token < num_tokens && first + i % ROWS < O) {
         int id = first + i % ROWS;
-        float score =
-            sampling_score(sum_warps(i % ROWS, token) * norm_scale(token), inverse_temperature, keys[token], id);
+        float score = sampling_score(sum_warps(i % ROWS, token) * norm_scale(token), sample.inverse_temperature,
+                                     sample.keys[token], id);
         if (is_better(score, id, top, top_id)) top = score, top_id = id;
       }
-      warp_argmax(ROWS, top, top_id);
-      if (i % ROWS == 0 && token < num_tokens) {
-        best[(size_t)blockIdx.x * T + token] = top;
-        best_id[(size_t)blockIdx.x * T + token] = top_id;
+      const size_t index = (size_t)blockIdx.x * T + token;
+      if constexpr (EPILOGUE == CANDIDATES) {
+        Candidates candidates = Candidates::only(top, top_id);
+        warp_candidates(ROWS, candidates);
+        if (i % ROWS == 0 && token < num_tokens) sample.best.store(index, candidates);
+      } else {
+        warp_argmax(ROWS, top, top_id);
+        if (i % ROWS == 0 && token < num_tokens) sample.best.scores[index] = top, sample.best.ids[index] = top_id;
       }
     }
   } else if constexpr (EPILOGUE == ROTATE_AND_CACHE) {
@@ -399,8 +355,8 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
 // qkv [T, QKV] is the projection of the norm of x [T, HIDDEN]; fused_qkv_rotated writes only the
 // queries to it, rotated, and puts keys and values into the cache. x += the output projection of
 // attn_out [T, HEADS * HEAD_DIM], and the down projection of inner [T, FFN] = silu(gate) * up.
-// fused_sample writes the best score and token of each block [blocks, 8 NT]; argmax_of_blocks
-// finishes it.
+// fused_sample writes the best score and token of each block [blocks, 8 NT], fused_candidates its
+// candidates; argmax_of_blocks and candidates_of_blocks finish them.
 #define FUSED_KERNEL extern "C" __global__ void __launch_bounds__(WARPS * 32)
 #define FUSED_KERNELS(NT)                                                                                              \
   FUSED_KERNEL fused_qkv_##NT(const bf16 *weight, const bf16 *x, const bf16 *norm, const bf16 *bias, bf16 *qkv,        \
@@ -428,8 +384,13 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
   }                                                                                                                    \
   FUSED_KERNEL fused_sample_##NT(const bf16 *weight, const bf16 *x, const bf16 *norm, float *best, int *best_id,       \
                                  int num_tokens, float inverse_temperature, const u64 *keys) {                         \
-    fused_product<NT, ARGMAX, true, HIDDEN, VOCAB>(weight, x, norm, 0, 0, num_tokens, {}, best, best_id,               \
-                                                   inverse_temperature, keys);                                         \
+    fused_product<NT, ARGMAX, true, HIDDEN, VOCAB>(weight, x, norm, 0, 0, num_tokens, {},                              \
+                                                   {inverse_temperature, keys, {best, best_id, 0}});                   \
+  }                                                                                                                    \
+  FUSED_KERNEL fused_candidates_##NT(const bf16 *weight, const bf16 *x, const bf16 *norm, float *best, int *best_id,   \
+                                     float *sums, int num_tokens, float inverse_temperature, const u64 *keys) {        \
+    fused_product<NT, CANDIDATES, true, HIDDEN, VOCAB>(weight, x, norm, 0, 0, num_tokens, {},                          \
+                                                       {inverse_temperature, keys, {best, best_id, sums}});            \
   }
 FUSED_KERNELS(1)
 FUSED_KERNELS(2)
@@ -442,7 +403,7 @@ extern "C" __global__ void argmax_of_blocks(const float *best, const int *best_i
   let_successor_start();
   wait_for_predecessor();
   float top = -INFINITY;
-  int top_id = 0x7fffffff;
+  int top_id = NO_TOKEN;
   for (int i = threadIdx.x; i < num_blocks; i += blockDim.x) {
     float score = best[(size_t)i * stride + blockIdx.x];
     int id = best_id[(size_t)i * stride + blockIdx.x];
@@ -450,6 +411,27 @@ extern "C" __global__ void argmax_of_blocks(const float *best, const int *best_i
   }
   block_argmax(top, top_id);
   if (threadIdx.x == 0) predicted[blockIdx.x] = top_id;
+}
+
+// candidates[token] = pairs of a token and the bits of its probability, the softmax of the scores:
+// the best of all blocks of fused_candidates, or of all segments of candidates_of_segments. Where
+// there is no token, the id is -1. One block per token.
+extern "C" __global__ void candidates_of_blocks(float *best, int *best_id, float *sums, int num_blocks, int stride,
+                                                int *candidates) {
+  let_successor_start();
+  wait_for_predecessor();
+  const CandidateLists lists = {best, best_id, sums};
+  Candidates top;
+  for (int i = threadIdx.x; i < num_blocks; i += blockDim.x) top.merge(lists.load((size_t)i * stride + blockIdx.x));
+  block_candidates(top);
+  if (threadIdx.x != 0) return;
+#pragma unroll
+  for (int r = 0; r < MAX_CANDIDATES; r++) {
+    const bool exists = top.ids[r] != NO_TOKEN;
+    const float probability = exists ? __expf(top.scores[r] - top.scores[0]) / top.sum : 0.f;
+    ((int2 *)candidates)[blockIdx.x * MAX_CANDIDATES + r] =
+        make_int2(exists ? top.ids[r] : -1, __float_as_int(probability));
+  }
 }
 
 // ---- Kernels between the products of cuBLAS, for many tokens ----
@@ -511,29 +493,37 @@ extern "C" __global__ void swiglu(const bf16 *gate_up, bf16 *inner, int num_toke
   ((uint4 *)(inner + token * FFN))[column] = g;
 }
 
-// The best score and its token in each segment of SEGMENT logits, written to best and best_id
-// [segments of VOCAB, T]. Rows of logits, `pitch` apart, hold the segments from `first_segment` on.
-// Grid: (T, segments of a row).
+// A block of the kernels that sample from a segment of SEGMENT logits of a token. Rows of logits,
+// `pitch` apart, hold the segments from `first_segment` on. Grid: (T, segments of a row).
+struct SegmentLogits {
+  static constexpr int LENGTH = SEGMENT / SAMPLE_THREADS;  // of a thread's part
+  float4 quads[LENGTH / 4];
+  int segment, first_id;
+
+  __device__ __forceinline__ SegmentLogits(const float *logits, int pitch, int first_segment)
+      : segment(first_segment + blockIdx.y), first_id(segment * SEGMENT + threadIdx.x * 4) {
+    const float4 *row =
+        (const float4 *)(logits + (size_t)blockIdx.x * pitch + (size_t)blockIdx.y * SEGMENT) + threadIdx.x;
+#pragma unroll
+    for (int j = 0; j < LENGTH / 4; j++) quads[j] = row[j * SAMPLE_THREADS];
+  }
+  __device__ __forceinline__ float logit(int i) const { return ((const float *)quads)[i]; }
+  __device__ __forceinline__ int id(int i) const { return first_id + i / 4 * (4 * SAMPLE_THREADS) + i % 4; }
+};
+
+// The best score and its token in each segment, written to best and best_id [segments of VOCAB, T].
 extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
     sample_segments(const float *logits, int pitch, int first_segment, float inverse_temperature, const u64 *keys,
                     float *best, int *best_id) {
   let_successor_start();
   wait_for_predecessor();
-  constexpr int LOADS = SEGMENT / (4 * SAMPLE_THREADS);
-  const int token = blockIdx.x, segment = first_segment + blockIdx.y;
-  const int first_id = segment * SEGMENT + threadIdx.x * 4;
-  const float4 *row = (const float4 *)(logits + (size_t)token * pitch + (size_t)blockIdx.y * SEGMENT) + threadIdx.x;
-  float4 x[LOADS];
-#pragma unroll
-  for (int j = 0; j < LOADS; j++) x[j] = row[j * SAMPLE_THREADS];
+  const SegmentLogits x(logits, pitch, first_segment);
   // The largest logit of the block.
   __shared__ float maxima[SAMPLE_THREADS / 32];
   float max = -INFINITY;
 #pragma unroll
-  for (int i = 0; i < 4 * LOADS; i++) {
-    const int id = first_id + i / 4 * (4 * SAMPLE_THREADS) + i % 4;
-    if (id < VOCAB) max = fmaxf(max, ((const float *)x)[i]);
-  }
+  for (int i = 0; i < x.LENGTH; i++)
+    if (x.id(i) < VOCAB) max = fmaxf(max, x.logit(i));
   for (int step = 16; step > 0; step >>= 1) max = fmaxf(max, __shfl_xor_sync(0xffffffffu, max, step));
   if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = max;
   __syncthreads();
@@ -545,13 +535,13 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
   const bool is_greedy = inverse_temperature == 0.f;
   const float factor = is_greedy ? 1.f : inverse_temperature;
   const float bound = is_greedy ? max : max * factor + MIN_NOISE, reach = is_greedy ? 0.f : MAX_NOISE;
-  const u64 key = keys[token];
+  const u64 key = keys[blockIdx.x];
   float top = -INFINITY;
-  int top_id = 0x7fffffff;
+  int top_id = NO_TOKEN;
 #pragma unroll
-  for (int i = 0; i < 4 * LOADS; i++) {
-    const int id = first_id + i / 4 * (4 * SAMPLE_THREADS) + i % 4;
-    float score = ((const float *)x)[i] * factor;
+  for (int i = 0; i < x.LENGTH; i++) {
+    const int id = x.id(i);
+    float score = x.logit(i) * factor;
     if (id >= VOCAB || score + reach < bound) continue;
     if (!is_greedy) {
       u32 bits = hash(key, (u32)id) >> 9;
@@ -562,8 +552,65 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
   }
   block_argmax(top, top_id);
   if (threadIdx.x != 0) return;
-  best[(size_t)segment * gridDim.x + token] = top;
-  best_id[(size_t)segment * gridDim.x + token] = top_id;
+  best[(size_t)x.segment * gridDim.x + blockIdx.x] = top;
+  best_id[(size_t)x.segment * gridDim.x + blockIdx.x] = top_id;
+}
+
+// The candidates of each segment, [segments of VOCAB, T]. All scores count for the softmax, so all
+// need their noise.
+extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
+    candidates_of_segments(const float *logits, int pitch, int first_segment, float inverse_temperature,
+                           const u64 *keys, float *best, int *best_id, float *sums) {
+  let_successor_start();
+  wait_for_predecessor();
+  const SegmentLogits x(logits, pitch, first_segment);
+  const u64 key = keys[blockIdx.x];
+  float scores[x.LENGTH];
+  Candidates top;
+#pragma unroll
+  for (int i = 0; i < x.LENGTH; i++) {
+    scores[i] = -INFINITY;
+    if (x.id(i) >= VOCAB) continue;
+    scores[i] = sampling_score(x.logit(i), inverse_temperature, key, x.id(i));
+    top.insert(scores[i], x.id(i));
+  }
+#pragma unroll
+  for (int i = 0; i < x.LENGTH; i++)
+    if (scores[i] > -INFINITY) top.sum += __expf(scores[i] - top.scores[0]);
+  block_candidates(top);
+  if (threadIdx.x == 0) CandidateLists{best, best_id, sums}.store((size_t)x.segment * gridDim.x + blockIdx.x, top);
+}
+
+// ---- The cache ----
+
+// Moves keys and values to other slots of their row, in all layers: of row r, from slot `from[i]` to
+// slot `to[i]` for every i from first_move[r] up to first_move[r + 1]. No move of a row goes to a
+// slot that a later one reads, so they can be read and written in groups. Grid: (layers * KV_HEADS,
+// rows); a thread moves one dimension of a head.
+extern "C" __global__ void move_slots(const int *first_move, const int *from, const int *to,
+                                      bf16 *keys, bf16 *values, int capacity, int num_rows) {
+  let_successor_start();
+  wait_for_predecessor();
+  constexpr int GROUP_MOVES = 8;
+  const int layer = blockIdx.x / KV_HEADS, head = blockIdx.x % KV_HEADS, row = blockIdx.y, dim = threadIdx.x;
+  const size_t offset = (size_t)layer * num_rows * KV_HEADS * capacity * HEAD_DIM;
+  const Cache cache = {keys + offset, values + offset, capacity};
+  const int end = first_move[row + 1];
+  for (int group = first_move[row]; group < end; group += GROUP_MOVES) {
+    bf16 key[GROUP_MOVES], value[GROUP_MOVES];
+#pragma unroll
+    for (int i = 0; i < GROUP_MOVES; i++) {
+      if (group + i >= end) break;
+      key[i] = cache.key(row, head, from[group + i])[dim];
+      value[i] = cache.value(row, head, dim)[from[group + i]];
+    }
+#pragma unroll
+    for (int i = 0; i < GROUP_MOVES; i++) {
+      if (group + i >= end) break;
+      cache.key(row, head, to[group + i])[dim] = key[i];
+      cache.value(row, head, dim)[to[group + i]] = value[i];
+    }
+  }
 }
 
 // ---- Attention ----

@@ -71,7 +71,8 @@ int cllm_pinned_zeros(int64_t count, void **tensor) {
   });
 }
 
-// Starts to.copy_(from), where one of them is in pinned memory. Does not wait.
+// Starts to.copy_(from) between a GPU and the host. Of memory of the host that is not pinned, CUDA makes
+// a copy of its own before it returns.
 int cllm_copy_async(void *to, void *from) {
   return guarded([&] {
     static_cast<at::Tensor *>(to)->copy_(*static_cast<at::Tensor *>(from), /*non_blocking=*/true);

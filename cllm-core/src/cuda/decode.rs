@@ -8,17 +8,22 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
-use super::forward_input::ForwardInput;
+use super::forward_input::{ForwardInput, InputLimits, MAX_INTS_PER_OUTPUT};
 use super::launch::{
     Argument, Kernel, Param, Signature, aligned, bf16, count, float, float32, int, int32, nullable, uint64,
 };
 use super::nvrtc::{Macros, Module, compute_capability, max_shared_bytes};
 use super::shape::KernelShape;
+use super::slot_moves::SlotMoves;
 use super::tiles::{MAX_SMALL_STEP_TOKENS, SLOTS_PER_READ, WARP_QUERIES, attention_warps, tile_tokens};
 use crate::{Error, Result};
 use Argument::{Float, Int, Optional, Tensor as Data};
 
-const SOURCE: &str = concat!(include_str!("../../csrc/bf16.cuh"), include_str!("../../csrc/decode.cu"));
+const SOURCE: &str = concat!(
+    include_str!("../../csrc/bf16.cuh"),
+    include_str!("../../csrc/sampling.cuh"),
+    include_str!("../../csrc/decode.cu")
+);
 
 /// Maximum number of tokens of the fused kernels.
 const MAX_FUSED_TOKENS: usize = 32;
@@ -36,6 +41,8 @@ const QUERY_PAD: usize = 8;
 const THREADS: usize = 256;
 /// Logits of a token that a block samples from.
 const SEGMENT: usize = 8192;
+/// Number of the likeliest tokens of a position that a forward can give.
+pub const MAX_CANDIDATES: usize = 4;
 /// Maximum number of logits in memory at a time, unless there are more rows than `SEGMENT`s in it:
 /// 256 MiB in float32.
 pub const MAX_LOGITS: usize = 64 << 20;
@@ -91,6 +98,7 @@ fn macros(shape: &KernelShape, capability: (u32, u32)) -> Macros {
         ("STAGING_PAD", STAGING_PAD.to_string()),
         ("SEGMENT", SEGMENT.to_string()),
         ("SAMPLE_THREADS", THREADS.to_string()),
+        ("MAX_CANDIDATES", MAX_CANDIDATES.to_string()),
         ("ATTENTION_WARPS", attention_warps(shape).to_string()),
         ("WARP_QUERIES", WARP_QUERIES.to_string()),
         ("SLOTS_PER_READ", SLOTS_PER_READ.to_string()),
@@ -111,10 +119,13 @@ struct Sizes {
     capacity: usize,
     /// Segments of the vocabulary in a slice.
     segments: usize,
-    /// Blocks that each found the best of some tokens of the vocabulary, and the distance between
-    /// their results.
+    /// Blocks that each found the best of some tokens of the vocabulary, the distance between their
+    /// results, and how many tokens each found.
     blocks: usize,
     stride: usize,
+    best: usize,
+    layers: usize,
+    moves: usize,
 }
 
 const TOKENS: &[Param<Sizes>] = &[
@@ -137,12 +148,20 @@ const ROPE: &[Param<Sizes>] = &[
 const QK_NORM: &[Param<Sizes>] =
     &[nullable(bf16("query_norm", |s| s.shape.head_dim)), nullable(bf16("key_norm", |s| s.shape.head_dim))];
 const CACHE: &[Param<Sizes>] = &[
-    bf16("keys", |s| s.rows * s.shape.kv_heads * s.capacity * s.shape.head_dim),
-    bf16("values", |s| s.rows * s.shape.kv_heads * s.capacity * s.shape.head_dim),
+    bf16("keys", cache_len),
+    bf16("values", cache_len),
     count("capacity", |s| s.capacity),
 ];
 
+/// The logits of a slice of the vocabulary.
+const LOGITS: &[Param<Sizes>] = &[
+    aligned(|_| 16, float32("logits", |s| s.outputs * s.segments * SEGMENT)),
+    count("pitch", |s| s.segments * SEGMENT),
+    int("first_segment"),
+];
+
 const WEIGHT_QKV: Param<Sizes> = bf16("weight", |s| s.shape.qkv() * s.shape.hidden);
+const WEIGHT_VOCAB: Param<Sizes> = bf16("weight", |s| s.shape.vocab * s.shape.hidden);
 const X: Param<Sizes> = bf16("x", |s| s.tokens * s.shape.hidden);
 const NORM: Param<Sizes> = bf16("norm", |s| s.shape.hidden);
 const QKV: Param<Sizes> = bf16("qkv", |s| s.tokens * s.shape.qkv());
@@ -151,9 +170,17 @@ const ATTN_OUT: Param<Sizes> = bf16("attn_out", |s| s.tokens * s.shape.attn());
 const INNER: Param<Sizes> = bf16("inner", |s| s.tokens * s.shape.ffn);
 const NUM_TOKENS: Param<Sizes> = count("num_tokens", |s| s.tokens);
 const KEYS: Param<Sizes> = uint64("keys", |s| 2 * s.outputs);
-const PREDICTED: Param<Sizes> = int32("predicted", |s| s.outputs);
-const BEST: Param<Sizes> = float32("best", |s| s.blocks * s.stride);
-const BEST_ID: Param<Sizes> = int32("best_id", |s| s.blocks * s.stride);
+const INVERSE_TEMPERATURE: Param<Sizes> = float("inverse_temperature");
+const BEST: Param<Sizes> = aligned(|_| 16, float32("best", |s| s.blocks * s.stride * s.best));
+const BEST_ID: Param<Sizes> = aligned(|_| 16, int32("best_id", |s| s.blocks * s.stride * s.best));
+const SUMS: Param<Sizes> = float32("sums", |s| s.blocks * s.stride);
+const NUM_BLOCKS: Param<Sizes> = count("num_blocks", |s| s.blocks);
+const STRIDE: Param<Sizes> = count("stride", |s| s.stride);
+
+/// Number of elements of the keys or of the values of a layer.
+fn cache_len(sizes: &Sizes) -> usize {
+    sizes.rows * sizes.shape.kv_heads * sizes.capacity * sizes.shape.head_dim
+}
 
 /// Blocks of `fused_sample`.
 fn num_sample_blocks(sizes: &Sizes) -> usize {
@@ -174,10 +201,15 @@ fn slices(sizes: &Sizes) -> impl Iterator<Item = Range<usize>> {
     (0..num_segments).step_by(segments).map(move |first| first..(first + segments).min(num_segments))
 }
 
-/// Memory for the best score of each token in each block, and for its token.
-fn best_of_blocks(sizes: &Sizes, device: Device) -> Result<(Tensor, Tensor)> {
-    let empty = |kind| Tensor::f_empty([(sizes.blocks * sizes.stride) as i64], (kind, device));
-    Ok((empty(Kind::Float)?, empty(Kind::Int)?))
+/// Memory for what the blocks find: scores, tokens and, for candidates, the sums of the softmax.
+fn best_of_blocks(sizes: &Sizes, device: Device) -> Result<Vec<Tensor>> {
+    let num_lists = sizes.blocks * sizes.stride;
+    let empty = |length: usize, kind| Tensor::f_empty([length as i64], (kind, device));
+    let mut best = vec![empty(num_lists * sizes.best, Kind::Float)?, empty(num_lists * sizes.best, Kind::Int)?];
+    if sizes.best > 1 {
+        best.push(empty(num_lists, Kind::Float)?);
+    }
+    Ok(best)
 }
 
 const FUSED_QKV: Signature<Sizes> = Signature {
@@ -221,21 +253,48 @@ const FUSED_SAMPLE: Signature<Sizes> = Signature {
     grid: |s| [num_sample_blocks(s), 1],
     threads: |_| WARPS * 32,
     params: &[&[
-        bf16("weight", |s| s.shape.vocab * s.shape.hidden),
+        WEIGHT_VOCAB,
         X,
         NORM,
         BEST,
         BEST_ID,
         NUM_TOKENS,
-        float("inverse_temperature"),
+        INVERSE_TEMPERATURE,
         KEYS,
     ]],
+};
+const FUSED_CANDIDATES: Signature<Sizes> = Signature {
+    name: "fused_candidates_",
+    params: &[&[
+        WEIGHT_VOCAB,
+        X,
+        NORM,
+        BEST,
+        BEST_ID,
+        SUMS,
+        NUM_TOKENS,
+        INVERSE_TEMPERATURE,
+        KEYS,
+    ]],
+    ..FUSED_SAMPLE
 };
 const ARGMAX_OF_BLOCKS: Signature<Sizes> = Signature {
     name: "argmax_of_blocks",
     grid: |s| [s.outputs, 1],
     threads: |s| s.blocks.next_multiple_of(32).min(1024),
-    params: &[&[BEST, BEST_ID, count("num_blocks", |s| s.blocks), count("stride", |s| s.stride), PREDICTED]],
+    params: &[&[BEST, BEST_ID, NUM_BLOCKS, STRIDE, int32("predicted", |s| s.outputs)]],
+};
+const CANDIDATES_OF_BLOCKS: Signature<Sizes> = Signature {
+    name: "candidates_of_blocks",
+    params: &[&[
+        BEST,
+        BEST_ID,
+        SUMS,
+        NUM_BLOCKS,
+        STRIDE,
+        aligned(|_| 8, int32("candidates", |s| s.outputs * MAX_INTS_PER_OUTPUT)),
+    ]],
+    ..ARGMAX_OF_BLOCKS
 };
 const EMBED: Signature<Sizes> = Signature {
     name: "embed",
@@ -264,21 +323,32 @@ const SAMPLE_SEGMENTS: Signature<Sizes> = Signature {
     name: "sample_segments",
     grid: |s| [s.outputs, s.segments],
     threads: |_| THREADS,
-    params: &[&[
-        aligned(|_| 16, float32("logits", |s| s.outputs * s.segments * SEGMENT)),
-        count("pitch", |s| s.segments * SEGMENT),
-        int("first_segment"),
-        float("inverse_temperature"),
-        KEYS,
-        BEST,
-        BEST_ID,
-    ]],
+    params: &[LOGITS, &[INVERSE_TEMPERATURE, KEYS, BEST, BEST_ID]],
+};
+const CANDIDATES_OF_SEGMENTS: Signature<Sizes> = Signature {
+    name: "candidates_of_segments",
+    params: &[LOGITS, &[INVERSE_TEMPERATURE, KEYS, BEST, BEST_ID, SUMS]],
+    ..SAMPLE_SEGMENTS
 };
 const ROTATE_AND_CACHE: Signature<Sizes> = Signature {
     name: "rotate_and_cache",
     grid: |s| [s.tokens, 1],
     threads: |_| THREADS,
     params: &[&[QKV], TOKENS, ROPE, QK_NORM, CACHE],
+};
+const MOVE_SLOTS: Signature<Sizes> = Signature {
+    name: "move_slots",
+    grid: |s| [s.layers * s.shape.kv_heads, s.rows],
+    threads: |s| s.shape.head_dim,
+    params: &[&[
+        int32("first_move", |s| s.rows + 1),
+        int32("from", |s| s.moves),
+        int32("to", |s| s.moves),
+        bf16("keys", |s| s.layers * cache_len(s)),
+        bf16("values", |s| s.layers * cache_len(s)),
+        count("capacity", |s| s.capacity),
+        count("num_rows", |s| s.rows),
+    ]],
 };
 const ATTENTION: Signature<Sizes> = Signature {
     name: "attention",
@@ -297,6 +367,7 @@ struct FusedKernels {
     gate_up: Kernel<Sizes>,
     down: Kernel<Sizes>,
     sample: Kernel<Sizes>,
+    candidates: Kernel<Sizes>,
 }
 
 /// Kernels of one shape on one device. Tensors are contiguous, bfloat16 unless said otherwise; `T`
@@ -307,10 +378,13 @@ pub struct DecodeKernels {
     fused: [FusedKernels; 3],
     embed: Kernel<Sizes>,
     argmax_of_blocks: Kernel<Sizes>,
+    candidates_of_blocks: Kernel<Sizes>,
     add_rms_norm: Kernel<Sizes>,
     swiglu: Kernel<Sizes>,
     sample_segments: Kernel<Sizes>,
+    candidates_of_segments: Kernel<Sizes>,
     rotate_and_cache: Kernel<Sizes>,
+    move_slots: Kernel<Sizes>,
     attention: Kernel<Sizes>,
     rotate_and_attend: Kernel<Sizes>,
 }
@@ -362,16 +436,20 @@ impl DecodeKernels {
                 gate_up: kernel(&FUSED_GATE_UP, 0)?,
                 down: kernel(&FUSED_DOWN, staged(shape.ffn))?,
                 sample: kernel(&FUSED_SAMPLE, 0)?,
+                candidates: kernel(&FUSED_CANDIDATES, 0)?,
             })
         };
         Ok(DecodeKernels {
             fused: [fused(1)?, fused(2)?, fused(4)?],
             embed: kernel(&EMBED, 0)?,
             argmax_of_blocks: kernel(&ARGMAX_OF_BLOCKS, 0)?,
+            candidates_of_blocks: kernel(&CANDIDATES_OF_BLOCKS, 0)?,
             add_rms_norm: kernel(&ADD_RMS_NORM, 0)?,
             swiglu: kernel(&SWIGLU, 0)?,
             sample_segments: kernel(&SAMPLE_SEGMENTS, 0)?,
+            candidates_of_segments: kernel(&CANDIDATES_OF_SEGMENTS, 0)?,
             rotate_and_cache: kernel(&ROTATE_AND_CACHE, 0)?,
+            move_slots: kernel(&MOVE_SLOTS, 0)?,
             attention: kernel(&ATTENTION, merging_bytes(&shape))?,
             rotate_and_attend: kernel(&ROTATE_AND_ATTEND, merging_bytes(&shape) + query_bytes(&shape))?,
             shape,
@@ -397,22 +475,30 @@ impl DecodeKernels {
             segments: 0,
             blocks: 0,
             stride: 0,
+            best: 0,
+            layers: 0,
+            moves: 0,
         }
     }
 
     /// Sizes of an input, which must have been checked for this shape.
     fn input_sizes(&self, input: &ForwardInput) -> Result<Sizes> {
-        let (limits, forward) = (input.limits(), input.shape());
+        let forward = input.shape();
+        Ok(Sizes {
+            tokens: forward.num_tokens,
+            outputs: forward.num_outputs,
+            tiles: forward.num_tiles,
+            best: if input.sampling.gives_candidates { MAX_CANDIDATES } else { 1 },
+            ..self.cache_sizes(input.limits())?
+        })
+    }
+
+    /// Sizes of the cache, for indices that were checked with these limits.
+    fn cache_sizes(&self, limits: &InputLimits) -> Result<Sizes> {
         if limits.model != self.shape {
             return Err(Error::internal("the input was written for another model"));
         }
-        Ok(Sizes {
-            outputs: forward.num_outputs,
-            tiles: forward.num_tiles,
-            rows: limits.num_rows,
-            capacity: limits.capacity,
-            ..self.sizes(forward.num_tokens)
-        })
+        Ok(Sizes { rows: limits.num_rows, capacity: limits.capacity, ..self.sizes(0) })
     }
 
     /// `x [T, hidden]` = rows of `table [vocab, hidden]`.
@@ -482,15 +568,18 @@ impl DecodeKernels {
         unsafe { self.fused(sizes.tokens)?.down.launch(&sizes, &arguments) }
     }
 
-    /// Samples the token after each row of `x [T, hidden]`: int32 `predicted [T]`. For steps of few
-    /// tokens that are all outputs.
+    /// Samples the token after each row of `x [T, hidden]`, or gives the candidates there: int32
+    /// `results [T x ints_per_output]` ([`SamplingOptions::ints_per_output`]). For steps of few tokens
+    /// that are all outputs.
+    ///
+    /// [`SamplingOptions::ints_per_output`]: super::forward_input::SamplingOptions::ints_per_output
     pub fn fused_sample(
         &self,
         head: &Tensor,
         x: &Tensor,
         norm: &Tensor,
         input: &ForwardInput,
-        predicted: &Tensor,
+        results: &Tensor,
     ) -> Result<()> {
         let sizes = self.input_sizes(input)?;
         if sizes.outputs != sizes.tokens {
@@ -498,14 +587,26 @@ impl DecodeKernels {
         }
         let kernels = self.fused(sizes.tokens)?;
         let sizes = Sizes { blocks: num_sample_blocks(&sizes), stride: kernels.max_tokens, ..sizes };
-        let (best, best_id) = best_of_blocks(&sizes, x.device())?;
-        let (blocks, keys) = ([Data(&best), Data(&best_id)], Data(&input.keys));
-        let arguments = [&[Data(head), Data(x), Data(norm)], &blocks[..], &[Float(input.inverse_temperature), keys]];
+        let best = best_of_blocks(&sizes, x.device())?;
+        let best: Vec<Argument<'_>> = best.iter().map(Data).collect();
+        let arguments = [&[Data(head), Data(x), Data(norm)], &best[..], &sampling_arguments(input)].concat();
+        let kernel = if input.sampling.gives_candidates { &kernels.candidates } else { &kernels.sample };
         // SAFETY: no argument is an index.
-        unsafe {
-            kernels.sample.launch(&sizes, &arguments.concat())?;
-            self.argmax_of_blocks.launch(&sizes, &[&blocks[..], &[Data(predicted)]].concat())
-        }
+        unsafe { kernel.launch(&sizes, &arguments)? };
+        self.finish_sampling(&sizes, input, &best, results)
+    }
+
+    /// Merges what blocks found.
+    fn finish_sampling(
+        &self,
+        sizes: &Sizes,
+        input: &ForwardInput,
+        best: &[Argument<'_>],
+        results: &Tensor,
+    ) -> Result<()> {
+        let kernel = if input.sampling.gives_candidates { &self.candidates_of_blocks } else { &self.argmax_of_blocks };
+        // SAFETY: no argument is an index.
+        unsafe { kernel.launch(sizes, &[best, &[Data(results)]].concat()) }
     }
 
     /// `x [T, hidden]` += `delta`; `normed` = the RMS norm of `x`.
@@ -522,12 +623,15 @@ impl DecodeKernels {
         unsafe { self.swiglu.launch(&sizes, &[Data(gate_up), Data(inner)]) }
     }
 
-    /// Samples the token after each row of `normed [outputs, hidden]`: int32 `predicted [outputs]`.
-    /// The logits are computed in float32, for a slice of the vocabulary at a time.
-    pub fn sample(&self, head: &Tensor, normed: &Tensor, input: &ForwardInput, predicted: &Tensor) -> Result<()> {
+    /// Samples the token after each row of `normed [outputs, hidden]`, or gives the candidates there:
+    /// int32 `results`, as those of [`Self::fused_sample`]. The logits are computed in float32, for a
+    /// slice of the vocabulary at a time.
+    pub fn sample(&self, head: &Tensor, normed: &Tensor, input: &ForwardInput, results: &Tensor) -> Result<()> {
         let sizes = self.input_sizes(input)?;
         let sizes = Sizes { blocks: num_segments(&sizes), stride: sizes.outputs, ..sizes };
-        let (best, best_id) = best_of_blocks(&sizes, normed.device())?;
+        let best = best_of_blocks(&sizes, normed.device())?;
+        let best: Vec<Argument<'_>> = best.iter().map(Data).collect();
+        let kernel = if input.sampling.gives_candidates { &self.candidates_of_segments } else { &self.sample_segments };
         for slice in slices(&sizes) {
             let sizes = Sizes { segments: slice.len(), ..sizes };
             let (first_token, pitch) = (slice.start * SEGMENT, slice.len() * SEGMENT);
@@ -535,20 +639,24 @@ impl DecodeKernels {
             let rows = head.f_narrow(0, first_token as i64, width)?;
             let logits = Tensor::f_empty([sizes.outputs as i64, pitch as i64], (Kind::Float, normed.device()))?;
             let _ = normed.f_mm_dtype_out(&logits.f_narrow(1, 0, width)?, &rows.f_tr()?, Kind::Float)?;
-            let arguments = [
-                Data(&logits),
-                Int(slice.start as i32),
-                Float(input.inverse_temperature),
-                Data(&input.keys),
-                Data(&best),
-                Data(&best_id),
-            ];
+            let slice = [Data(&logits), Int(slice.start as i32)];
+            let arguments = [&slice[..], &sampling_arguments(input), &best].concat();
             // SAFETY: the kernel ignores tokens beyond the vocabulary, and the segments before the
             // first of this slice have been sampled.
-            unsafe { self.sample_segments.launch(&sizes, &arguments)? };
+            unsafe { kernel.launch(&sizes, &arguments)? };
         }
-        // SAFETY: no argument is an index.
-        unsafe { self.argmax_of_blocks.launch(&sizes, &[Data(&best), Data(&best_id), Data(predicted)]) }
+        self.finish_sampling(&sizes, input, &best, results)
+    }
+
+    /// Moves keys `[layers, rows, kv_heads, capacity, head_dim]` and values `[layers, rows, kv_heads,
+    /// head_dim, capacity]` to other slots.
+    pub fn move_slots(&self, moves: &SlotMoves, keys: &Tensor, values: &Tensor) -> Result<()> {
+        let sizes = self.cache_sizes(&moves.limits)?;
+        let sizes = Sizes { layers: keys.numel() / cache_len(&sizes), moves: moves.len(), ..sizes };
+        let arguments = [&moves.first_move, &moves.from, &moves.to, keys, values].map(Data);
+        // SAFETY: rows and slots are those of the cache, and the moves of a row do not get in each
+        // other's way.
+        unsafe { self.move_slots.launch(&sizes, &arguments) }
     }
 
     /// `attn_out [T, heads x head_dim]`: attention of the queries in `qkv [T, qkv]` over the slots
@@ -585,6 +693,10 @@ impl DecodeKernels {
         // are consecutive from that of its window on, and no longer than `tile_tokens`.
         unsafe { kernel.launch(&sizes, &arguments) }
     }
+}
+
+fn sampling_arguments(input: &ForwardInput) -> [Argument<'_>; 2] {
+    [Float(input.sampling.inverse_temperature), Data(&input.keys)]
 }
 
 fn token_arguments(input: &ForwardInput) -> [Argument<'_>; 4] {
@@ -633,8 +745,18 @@ mod tests {
 
     #[test]
     fn the_signatures_match_the_source() {
-        let fused = [FUSED_QKV, FUSED_QKV_ROTATED, FUSED_OUTPUT, FUSED_GATE_UP, FUSED_DOWN, FUSED_SAMPLE];
-        let others = [EMBED, ARGMAX_OF_BLOCKS, ADD_RMS_NORM, SWIGLU, SAMPLE_SEGMENTS];
+        let fused =
+            [FUSED_QKV, FUSED_QKV_ROTATED, FUSED_OUTPUT, FUSED_GATE_UP, FUSED_DOWN, FUSED_SAMPLE, FUSED_CANDIDATES];
+        let others = [
+            EMBED,
+            ARGMAX_OF_BLOCKS,
+            CANDIDATES_OF_BLOCKS,
+            ADD_RMS_NORM,
+            SWIGLU,
+            SAMPLE_SEGMENTS,
+            CANDIDATES_OF_SEGMENTS,
+            MOVE_SLOTS,
+        ];
         let attention = [ROTATE_AND_CACHE, ATTENTION, ROTATE_AND_ATTEND];
         for signature in fused.iter().chain(&others).chain(&attention) {
             assert_declared(SOURCE, signature);

@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use tch::Tensor;
 
+use super::decode::MAX_CANDIDATES;
 use super::shape::KernelShape;
 use super::tiles::{SLOTS_PER_READ, tile_tokens};
 use crate::{Error, Result};
@@ -22,6 +23,25 @@ pub(crate) struct ForwardShape {
     /// block computes.
     pub(crate) num_tiles: usize,
 }
+
+/// What a forward gives after each of its outputs.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct SamplingOptions {
+    /// Factor of the logits before sampling, or 0 to choose the token with the largest.
+    pub(crate) inverse_temperature: f32,
+    /// Whether the likeliest tokens are given with their probabilities, or only the sampled one.
+    pub(crate) gives_candidates: bool,
+}
+
+impl SamplingOptions {
+    /// Numbers that the result for an output consists of: the sampled token, or for each candidate,
+    /// from the sampled one on, its token (-1 for none) and the bits of its probability.
+    pub(crate) fn ints_per_output(self) -> usize {
+        if self.gives_candidates { MAX_INTS_PER_OUTPUT } else { 1 }
+    }
+}
+
+pub(super) const MAX_INTS_PER_OUTPUT: usize = 2 * MAX_CANDIDATES;
 
 /// Upper bounds of the indices in an input.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -190,8 +210,7 @@ impl<'b> InputWriter<'b> {
 pub(crate) struct ForwardInput {
     shape: ForwardShape,
     limits: InputLimits,
-    /// Factor of the logits before sampling, or 0 to choose the token with the largest.
-    pub(super) inverse_temperature: f32,
+    pub(super) sampling: SamplingOptions,
     pub(super) tokens: Tensor,
     pub(super) row: Tensor,
     pub(super) slot: Tensor,
@@ -214,14 +233,14 @@ impl ForwardInput {
         buffer: &Tensor,
         shape: ForwardShape,
         limits: InputLimits,
-        inverse_temperature: f32,
+        sampling: SamplingOptions,
     ) -> Self {
         let layout = InputLayout::new(shape);
         let view = |range: &Range<usize>| buffer.narrow(0, range.start as i64, range.len() as i64);
         ForwardInput {
             shape,
             limits,
-            inverse_temperature,
+            sampling,
             tokens: view(&layout.tokens),
             row: view(&layout.row),
             slot: view(&layout.slot),

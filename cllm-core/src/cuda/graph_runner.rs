@@ -4,13 +4,15 @@
 //! them, so forwards are captured as graphs. A graph has fixed shapes and addresses, so the runner
 //! owns the buffers that forwards read and write. The second forward of a shape is captured; from
 //! then on a single launch copies the input from pinned memory, runs the model and copies the
-//! predictions back.
+//! results back.
 
 use std::collections::HashMap;
 
 use tch::{Device, Kind, Tensor};
 
-use super::forward_input::{ForwardInput, ForwardShape, InputLayout, InputLimits, InputWriter};
+use super::forward_input::{
+    ForwardInput, ForwardShape, InputLayout, InputLimits, InputWriter, MAX_INTS_PER_OUTPUT, SamplingOptions,
+};
 use super::graphs::{self, Graph, GraphPool, PinnedInts, Stream};
 use crate::{Error, Result};
 
@@ -24,12 +26,15 @@ pub(crate) struct GraphRunner {
     limits: InputLimits,
     /// Shape of the forward whose input the buffer holds.
     shape: Option<ForwardShape>,
+    /// Number of ints that the last forward gives.
+    num_results: usize,
     /// Whether a forward may still read or write pinned memory.
     is_running: bool,
 }
 
-/// Everything that is fixed in a graph: the shape, and the bits of the inverse temperature.
-type GraphKey = (ForwardShape, u32);
+/// Everything that is fixed in a graph: the shape, the bits of the inverse temperature, and whether
+/// it gives candidates.
+type GraphKey = (ForwardShape, u32, bool);
 
 enum GraphState {
     /// One forward of this shape has run. It did the first-time work, such as allocating
@@ -43,8 +48,8 @@ struct Buffers {
     pool: GraphPool,
     host_input: PinnedInts,
     input: Tensor,
-    host_predicted: PinnedInts,
-    predicted: Tensor,
+    host_results: PinnedInts,
+    results: Tensor,
 }
 
 impl Buffers {
@@ -54,8 +59,8 @@ impl Buffers {
             pool: GraphPool::new()?,
             host_input: PinnedInts::new(num_ints)?,
             input: zeros(num_ints)?,
-            host_predicted: PinnedInts::new(num_outputs)?,
-            predicted: zeros(num_outputs)?,
+            host_results: PinnedInts::new(num_outputs * MAX_INTS_PER_OUTPUT)?,
+            results: zeros(num_outputs * MAX_INTS_PER_OUTPUT)?,
         };
         // Forwards run on a stream of their own, so weights, the empty cache and these zeros must
         // be there before the first: zeros that arrive late would wipe out its input.
@@ -80,6 +85,7 @@ impl GraphRunner {
             device,
             limits,
             shape: None,
+            num_results: 0,
             is_running: false,
         })
     }
@@ -97,8 +103,8 @@ impl GraphRunner {
     }
 
     /// Starts the forward whose input was written. `forward` puts the model's work on the current
-    /// stream; it gets the input and the int32 tensor `[num_outputs]` for the tokens that it
-    /// samples.
+    /// stream; it gets the input and the int32 tensor `[outputs x ints_per_output]` for its results
+    /// ([`SamplingOptions::ints_per_output`]).
     ///
     /// # Safety
     /// Whenever `forward` is called for a shape, its work is the same. All memory that it uses
@@ -106,13 +112,14 @@ impl GraphRunner {
     /// and at its address for as long as the runner lives: a graph keeps only addresses.
     pub(crate) unsafe fn launch(
         &mut self,
-        inverse_temperature: f32,
+        sampling: SamplingOptions,
         forward: impl Fn(&ForwardInput, &Tensor) -> Result<()>,
     ) -> Result<()> {
         let shape = self.shape.ok_or_else(|| Error::internal("a forward without input"))?;
         self.is_running = true;
-        let enqueue = || self.enqueue(shape, inverse_temperature, &forward);
-        let key = (shape, inverse_temperature.to_bits());
+        self.num_results = shape.num_outputs * sampling.ints_per_output();
+        let enqueue = || self.enqueue(shape, sampling, &forward);
+        let key = (shape, sampling.inverse_temperature.to_bits(), sampling.gives_candidates);
         let _on_stream = self.stream.enter()?;
         match self.graphs.get(&key) {
             None => {
@@ -132,19 +139,17 @@ impl GraphRunner {
         Ok(())
     }
 
-    /// Waits for the forward and returns the tokens that it sampled, `[num_outputs]`.
-    pub(crate) fn predicted(&mut self) -> Result<&[i32]> {
+    /// Waits for the forward and returns its results, `[outputs x ints_per_output]`.
+    pub(crate) fn results(&mut self) -> Result<&[i32]> {
         self.wait()?;
-        let num_outputs = self.shape.map_or(0, |shape| shape.num_outputs);
         // SAFETY: no forward is running, so no copy of this memory is under way.
-        Ok(unsafe { &self.buffers.host_predicted.as_mut_slice()[..num_outputs] })
+        Ok(unsafe { &self.buffers.host_results.as_mut_slice()[..self.num_results] })
     }
 
     /// Runs other work on the stream of the forwards, after those that have been started.
-    pub(crate) fn on_stream(&self, work: impl FnOnce()) -> Result<()> {
+    pub(crate) fn on_stream(&self, work: impl FnOnce() -> Result<()>) -> Result<()> {
         let _on_stream = self.stream.enter()?;
-        work();
-        Ok(())
+        work()
     }
 
     fn wait(&mut self) -> Result<()> {
@@ -158,7 +163,8 @@ impl GraphRunner {
     /// Grows the buffers if they are too small. Graphs that were captured with the old ones are
     /// dropped.
     fn reserve(&mut self, num_ints: usize, num_outputs: usize) -> Result<()> {
-        let (old_ints, old_outputs) = (self.buffers.input.numel(), self.buffers.predicted.numel());
+        let (old_ints, old_outputs) =
+            (self.buffers.input.numel(), self.buffers.results.numel() / MAX_INTS_PER_OUTPUT);
         if num_ints > old_ints || num_outputs > old_outputs {
             self.graphs.clear();
             self.buffers = Buffers::new((2 * num_ints).max(old_ints), (2 * num_outputs).max(old_outputs), self.device)?;
@@ -170,17 +176,18 @@ impl GraphRunner {
     fn enqueue(
         &self,
         shape: ForwardShape,
-        inverse_temperature: f32,
+        sampling: SamplingOptions,
         forward: impl Fn(&ForwardInput, &Tensor) -> Result<()>,
     ) -> Result<()> {
         let input = self.buffers.input.narrow(0, 0, InputLayout::new(shape).len() as i64);
-        let predicted = self.buffers.predicted.narrow(0, 0, shape.num_outputs as i64);
+        let num_results = shape.num_outputs * sampling.ints_per_output();
+        let results = self.buffers.results.narrow(0, 0, num_results as i64);
         self.buffers.host_input.send(&input)?;
         // SAFETY: the copy brings what the writer wrote for this shape, and nothing else writes to
         // the buffer.
-        let input = unsafe { ForwardInput::new(&input, shape, self.limits, inverse_temperature) };
-        forward(&input, &predicted)?;
-        if shape.num_outputs > 0 { self.buffers.host_predicted.receive(&predicted) } else { Ok(()) }
+        let input = unsafe { ForwardInput::new(&input, shape, self.limits, sampling) };
+        forward(&input, &results)?;
+        if shape.num_outputs > 0 { self.buffers.host_results.receive(&results) } else { Ok(()) }
     }
 }
 

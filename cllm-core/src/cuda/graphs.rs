@@ -4,7 +4,7 @@
 use std::ffi::{c_int, c_void};
 use std::sync::{Mutex, PoisonError};
 
-use tch::{Device, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use super::{checked, pointer};
 use crate::Result;
@@ -215,6 +215,16 @@ pub(super) fn pinned_zeros(length: usize) -> Result<Tensor> {
         checked(cllm_pinned_zeros(length as i64, &mut tensor))?;
         Ok(Tensor::from_ptr(tensor.cast()))
     }
+}
+
+/// Starts a copy of numbers to a new int32 tensor of a device. CUDA has read them when this returns.
+///
+/// # Errors
+/// [`crate::Error::Torch`] if memory runs out.
+pub(super) fn sent(ints: &[i32], device: Device) -> Result<Tensor> {
+    let to = Tensor::f_empty([ints.len() as i64], (Kind::Int, device))?;
+    copy_async(&to, &Tensor::f_from_slice(ints)?)?;
+    Ok(to)
 }
 
 fn copy_async(to: &Tensor, from: &Tensor) -> Result<()> {

@@ -9,7 +9,7 @@
 //!   contiguity, alignment and size of its tensors. Forwards that are captured in graphs are
 //!   checked once, at the capture.
 //! - Indices inside tensors, which only the data could violate, come in types that check them where
-//!   the host writes them: `forward_input::InputWriter` for decoding,
+//!   the host writes them: `forward_input::InputWriter` and `slot_moves::SlotMoves` for decoding,
 //!   `attention::AttentionMask`, `train::Labels` and `train::TargetRows` for training.
 //! - A graph keeps addresses, so `graph_runner::GraphRunner` owns the buffers and graphs of
 //!   forwards and waits before it touches pinned memory that a copy may still use.
@@ -31,6 +31,7 @@ pub mod libtorch;
 pub(crate) mod nvrtc;
 pub mod optimizer;
 pub(crate) mod shape;
+pub(crate) mod slot_moves;
 pub(crate) mod store;
 pub(crate) mod tiles;
 pub mod train;

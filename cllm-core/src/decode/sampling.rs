@@ -12,8 +12,7 @@
 //! softmax of the scores: for greedy decoding those of the model, and above temperature 0 a measure of
 //! how clearly a token won with the noise that its position has in every forward.
 
-/// Number of the likeliest tokens of a position that a forward can give.
-pub(super) const MAX_CANDIDATES: usize = 4;
+pub(super) use crate::cuda::decode::MAX_CANDIDATES;
 
 /// How the next token is chosen from the logits.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -7,8 +7,9 @@ use tch::Device;
 
 use super::cuda_model::CudaModel;
 use super::{Backend, Outputs, Predictions, PromptChunk, Window, padded_size};
-use crate::cuda::forward_input::{ForwardShape, InputToken, InputWriter};
+use crate::cuda::forward_input::{ForwardShape, InputToken, InputWriter, SamplingOptions};
 use crate::cuda::graph_runner::GraphRunner;
+use crate::decode::sampling::{Candidate, Candidates, NO_CANDIDATES};
 use crate::decode::tree::Node;
 use crate::model::{SlotMove, Transformer};
 use crate::{Error, Result};
@@ -22,6 +23,8 @@ pub(in crate::decode) struct CudaGraphBackend<'m> {
     model: CudaModel<'m>,
     num_rows: usize,
     vocab_size: usize,
+    /// What the last forward was to give.
+    sampling: SamplingOptions,
 }
 
 impl<'m> CudaGraphBackend<'m> {
@@ -34,6 +37,7 @@ impl<'m> CudaGraphBackend<'m> {
             model: cuda_model,
             num_rows,
             vocab_size: model.config().vocab_size as usize,
+            sampling: SamplingOptions { inverse_temperature: 0.0, gives_candidates: false },
         }))
     }
 
@@ -52,26 +56,27 @@ impl<'m> CudaGraphBackend<'m> {
 impl Backend for CudaGraphBackend<'_> {
     #[allow(unsafe_code)]
     fn launch(&mut self, chunks: &[PromptChunk<'_>], windows: &[Window<'_>], outputs: Outputs) -> Result<()> {
-        if outputs.candidates {
-            return Err(Error::usage(
-                "strategy `rolling` with n: auto or a tree needs the probabilities of tokens, which the kernels of this \
-                 GPU do not give; decode on the CPU (device=cpu), or set n to a number and tree to 0",
-            ));
-        }
+        self.sampling = SamplingOptions {
+            inverse_temperature: outputs.sampling.inverse_temperature(),
+            gives_candidates: outputs.candidates,
+        };
         let shape = self.shape(chunks, windows);
         write_input(&mut self.runner.write_input(shape)?, chunks, windows)?;
         let model = &self.model;
         // SAFETY: a forward uses the weights, which the model borrows for longer than the runner
         // lives, and the cache, which it owns, never replaces and drops after the runner.
-        unsafe {
-            self.runner
-                .launch(outputs.sampling.inverse_temperature(), |input, predicted| model.forward(input, predicted))
-        }
+        unsafe { self.runner.launch(self.sampling, |input, results| model.forward(input, results)) }
     }
 
     fn collect(&mut self, windows: &[Window<'_>]) -> Result<Vec<Predictions>> {
         let num_outputs: usize = windows.iter().map(Window::len).sum();
-        let sampled = &self.runner.predicted()?[..num_outputs];
+        let ints_per_output = self.sampling.ints_per_output();
+        let results = &self.runner.results()?[..num_outputs * ints_per_output];
+        let sampled: Vec<i32> = results.iter().copied().step_by(ints_per_output).collect();
+        let candidates: Vec<Candidates> = match self.sampling.gives_candidates {
+            true => results.chunks(ints_per_output).map(candidates).collect(),
+            false => Vec::new(),
+        };
         // NaN logits have no maximum. The next forward would use such a token as an index into the
         // embedding.
         if sampled.iter().any(|&token| token < 0 || token as usize >= self.vocab_size) {
@@ -79,7 +84,7 @@ impl Backend for CudaGraphBackend<'_> {
                 "the model's logits are not numbers: its weights are damaged, or they overflow in bfloat16",
             ));
         }
-        Ok(Predictions::split(windows, sampled, &[]))
+        Ok(Predictions::split(windows, &sampled, &candidates))
     }
 
     fn move_slots(&mut self, moves: &[SlotMove]) -> Result<()> {
@@ -87,12 +92,24 @@ impl Backend for CudaGraphBackend<'_> {
     }
 
     fn copy_row(&mut self, from: usize, to: usize) -> Result<()> {
-        self.runner.on_stream(|| self.model.copy_row(from, to))
+        self.runner.on_stream(|| {
+            self.model.copy_row(from, to);
+            Ok(())
+        })
     }
 
     fn max_prompt_tokens(&self) -> usize {
         MAX_PROMPT_TOKENS
     }
+}
+
+/// The candidates of an output, from pairs of a token and the bits of its probability.
+fn candidates(result: &[i32]) -> Candidates {
+    let mut candidates = NO_CANDIDATES;
+    for (candidate, pair) in candidates.iter_mut().zip(result.chunks(2)) {
+        *candidate = Candidate { token: pair[0], probability: f32::from_bits(pair[1].cast_unsigned()) };
+    }
+    candidates
 }
 
 /// Windows come first, so the outputs are the leading tokens; then the chunks.

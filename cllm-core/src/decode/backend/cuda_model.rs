@@ -8,6 +8,7 @@ use crate::cuda::decode::{self, DecodeKernels, LayerCache, Queries};
 use crate::cuda::forward_input::{ForwardInput, InputLimits};
 use crate::cuda::nvrtc::compute_capability;
 use crate::cuda::shape::KernelShape;
+use crate::cuda::slot_moves::SlotMoves;
 use crate::cuda::tiles;
 use crate::model::{Layer, ModelConfig, SlotMove, Transformer};
 use crate::{Error, Result};
@@ -85,33 +86,30 @@ impl<'m> CudaModel<'m> {
         }
     }
 
-    /// Copies keys and values between slots of the cache. All slots are read before any is written.
-    pub(super) fn move_slots(&mut self, moves: &[SlotMove]) {
-        let [rows, from, to] = SlotMove::to_indices(moves, self.keys.device());
-        let keys = |slots| [None, Some(&rows), None, Some(slots)];
-        let values = |slots| [None, Some(&rows), None, None, Some(slots)];
-        let (read_keys, read_values) = (self.keys.index(&keys(&from)), self.values.index(&values(&from)));
-        let _ = self.keys.index_put_(&keys(&to), &read_keys, false);
-        let _ = self.values.index_put_(&values(&to), &read_values, false);
+    /// Moves keys and values to other slots of the cache.
+    pub(super) fn move_slots(&mut self, moves: &[SlotMove]) -> Result<()> {
+        let moves = moves.iter().map(|slot| (slot.row, slot.from, slot.to));
+        let moves = SlotMoves::new(moves, self.input_limits(), self.keys.device())?;
+        self.kernels.move_slots(&moves, &self.keys, &self.values)
     }
 
     /// Forwards the tokens, writes their keys and values into the cache, and samples a token after
-    /// each of the leading `num_outputs`: int32 `predicted [num_outputs]`. The fused kernels sample
-    /// after every token.
-    pub(super) fn forward(&self, input: &ForwardInput, predicted: &Tensor) -> Result<()> {
+    /// each of the leading outputs, or gives the candidates there: int32 `results [outputs x
+    /// ints_per_output]`. The fused kernels sample after every token.
+    pub(super) fn forward(&self, input: &ForwardInput, results: &Tensor) -> Result<()> {
         let num_tokens = input.shape().num_tokens;
         let x = self.empty(num_tokens, self.model.config().hidden_size)?;
         self.kernels.embed(&self.model.embed_tokens, input, &x)?;
         if num_tokens <= self.max_fused_tokens() {
-            self.forward_fused(input, &x, predicted)
+            self.forward_fused(input, &x, results)
         } else {
-            self.forward_with_cublas(input, &x, predicted)
+            self.forward_with_cublas(input, &x, results)
         }
     }
 
     /// With few tokens, reading the weights dominates the time. Kernels that fuse norms,
     /// projections and activations read them fastest.
-    fn forward_fused(&self, input: &ForwardInput, x: &Tensor, predicted: &Tensor) -> Result<()> {
+    fn forward_fused(&self, input: &ForwardInput, x: &Tensor, results: &Tensor) -> Result<()> {
         let (kernels, config, num_tokens) = (&self.kernels, self.model.config(), input.shape().num_tokens);
         let heads = |num_heads: i64| self.empty(num_tokens, num_heads * config.head_dim);
         let (qkv, attn_out) = (heads(config.num_heads + 2 * config.num_kv_heads)?, heads(config.num_heads)?);
@@ -126,11 +124,11 @@ impl<'m> CudaModel<'m> {
             kernels.fused_gate_up(&layer.gate_up_proj.weight, x, &layer.post_attention_layernorm, &inner)?;
             kernels.fused_down(&layer.down_proj.weight, &inner, x)?;
         }
-        kernels.fused_sample(self.model.lm_head(), x, &self.model.norm, input, predicted)
+        kernels.fused_sample(self.model.lm_head(), x, &self.model.norm, input, results)
     }
 
     /// With more tokens, the matrix products dominate the time, and cuBLAS computes them fastest.
-    fn forward_with_cublas(&self, input: &ForwardInput, x: &Tensor, predicted: &Tensor) -> Result<()> {
+    fn forward_with_cublas(&self, input: &ForwardInput, x: &Tensor, results: &Tensor) -> Result<()> {
         let (kernels, config, num_tokens) = (&self.kernels, self.model.config(), input.shape().num_tokens);
         let attn_out = self.empty(num_tokens, config.num_heads * config.head_dim)?;
         let normed = self.empty(num_tokens, config.hidden_size)?;
@@ -151,7 +149,7 @@ impl<'m> CudaModel<'m> {
             drop(gate_up);
             delta = Some(inner.f_linear::<&Tensor>(&layer.down_proj.weight, None)?);
         }
-        let num_outputs = predicted.numel() as i64;
+        let num_outputs = input.shape().num_outputs as i64;
         if num_outputs == 0 {
             return Ok(());
         }
@@ -159,7 +157,7 @@ impl<'m> CudaModel<'m> {
         let last_delta = delta.as_ref().map(leading);
         let normed = leading(&normed);
         kernels.add_rms_norm(&leading(x), last_delta.as_ref(), &self.model.norm, &normed)?;
-        kernels.sample(self.model.lm_head(), &normed, input, predicted)
+        kernels.sample(self.model.lm_head(), &normed, input, results)
     }
 
     fn with_cache(&self, index: usize, layer: &Layer, work: impl FnOnce(&LayerCache<'_>) -> Result<()>) -> Result<()> {

@@ -24,7 +24,7 @@ pub(super) trait Backend {
     /// Waits for the forward and returns what it sampled, for each window.
     fn collect(&mut self, windows: &[Window<'_>]) -> Result<Vec<Predictions>>;
 
-    /// Copies keys and values between slots. All slots are read before any is written.
+    /// Moves keys and values to lower slots. Rows ascend, and so do the slots of a row that are read.
     fn move_slots(&mut self, moves: &[SlotMove]) -> Result<()>;
 
     /// Copies a row of the cache over another.
