@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use cllm_core::checkpoint;
-use cllm_core::decode::{Answer, DecodeOptions, Decoder, Request, StopConditions, Strategy, required_slots};
+use cllm_core::decode::{Answer, DecodeOptions, Decoder, Request, StopConditions, Strategy, Width, required_slots};
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::process_memory::PeakGrowth;
 use cllm_core::thought::{Thought, ThoughtClosing, ThoughtLimit, ThoughtTokens};
@@ -110,6 +110,7 @@ fn every_token_is_the_likeliest_of_the_float32_model_up_to_rounding() {
     let stop = StopConditions::new(60, vec![3]);
     for (name, config) in shapes() {
         let models = gpu::on_gpu_and_cpu(&config, 7, 8.0);
+        let tree = Strategy::Rolling { n: Width::Fixed(6), tree: 40, pool: 0 };
         // Its tree of 64 tokens is the widest window here. Even a single row of it goes through
         // cuBLAS, unlike the default.
         let wide = Strategy::Lookahead { window: 10, ngram: 5, candidates: 6 };
@@ -122,10 +123,14 @@ fn every_token_is_the_likeliest_of_the_float32_model_up_to_rounding() {
             (Strategy::rolling(40), 1),
             (Strategy::lookahead(), 1),
             (wide, 1),
+            (tree, 1),
+            (Strategy::auto(24), 1),
             (Strategy::Ar, 45),
             (Strategy::Jacobi { n: 16 }, 45),
             (Strategy::rolling(8), 45),
             (Strategy::lookahead(), 45),
+            (tree, 45),
+            (Strategy::auto(0), 45),
         ] {
             let answers: Vec<Answer> = requests
                 .chunks(rows)
@@ -155,7 +160,7 @@ fn streamed_requests_get_the_answers_of_single_ones() {
     let stop = StopConditions::new(50, vec![3, 7]);
     let (_, config) = shapes().remove(0);
     let models = gpu::on_gpu_and_cpu(&config, 7, 8.0);
-    for strategy in [Strategy::Jacobi { n: 8 }, Strategy::lookahead()] {
+    for strategy in [Strategy::Jacobi { n: 8 }, Strategy::lookahead(), Strategy::auto(24)] {
         let mut decoder = Decoder::new(&models.0, 10, required_slots(90, &stop, strategy)).unwrap();
         let mut answered = 0;
         let mut check = |index: usize, answer: Answer| {
@@ -242,7 +247,9 @@ fn samples_follow_the_softmax_of_the_float32_model() {
         for (rows, count) in [(1, 1000), (64, 6000)] {
             let prompt = (0..24).map(|i| i % 8 * 3).collect();
             let draws = Draws { prompt, num_tokens: 3, temperature: 0.8, num_answers: count, max_sequences: rows };
-            for (strategy, seed) in [(Strategy::Ar, 21), (Strategy::rolling(8), 22), (Strategy::lookahead(), 23)] {
+            for (strategy, seed) in
+                [(Strategy::Ar, 21), (Strategy::rolling(8), 22), (Strategy::lookahead(), 23), (Strategy::auto(24), 24)]
+            {
                 let misfit = draws.misfit(&on_gpu, &exact, strategy, seed);
                 println!("{name} {strategy:?} in {rows} rows: {misfit:.1?}");
                 assert!(misfit.chi_squared < misfit.allowed, "{name}, {strategy:?} in {rows} rows: {misfit:?}");

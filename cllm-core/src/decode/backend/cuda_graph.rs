@@ -178,4 +178,90 @@ mod tests {
         let key = |index: usize| &ints[layout.keys.start + 2 * index..layout.keys.start + 2 * index + 2];
         assert_eq!(key(1), key(2));
     }
+
+    mod needs_gpu {
+        use serde_json::json;
+        use tch::Kind;
+
+        use super::*;
+        use crate::decode::backend::eager::EagerBackend;
+        use crate::decode::sampling::{MAX_CANDIDATES, Sampling};
+        use crate::model::ModelConfig;
+
+        /// A random model in bfloat16 on the GPU, and in float32 on the CPU.
+        fn on_gpu_and_cpu(vocab_size: usize) -> (Transformer, Transformer) {
+            let config = ModelConfig::from_json(&json!({
+                "model_type": "llama", "vocab_size": vocab_size, "hidden_size": 96, "intermediate_size": 160,
+                "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32,
+            }));
+            let config = config.unwrap();
+            let on_gpu = Transformer::random(config.clone(), 7, Device::Cuda(0), Kind::BFloat16);
+            let on_cpu = Transformer::random(config, 7, Device::Cpu, Kind::Float);
+            for ((_, mut rounded), (_, mut exact)) in on_gpu.named_parameters().into_iter().zip(on_cpu.named_parameters())
+            {
+                if rounded.dim() == 2 {
+                    rounded *= 8.0;
+                }
+                exact.copy_(&rounded.to_device(Device::Cpu));
+            }
+            (on_gpu, on_cpu)
+        }
+
+        /// Fails unless both give the same tokens with about the same probabilities.
+        fn assert_close(on_gpu: &Candidates, on_cpu: &Candidates, case: &str) {
+            for (rank, (one, other)) in on_gpu.iter().zip(on_cpu).enumerate() {
+                let tolerance = 0.15 * other.probability + 1e-5;
+                let is_tied = on_cpu.iter().enumerate().any(|(index, candidate)| {
+                    index != rank && (candidate.probability - other.probability).abs() < 2.0 * tolerance
+                });
+                // What comes after the last is not known.
+                let may_differ = is_tied || rank == MAX_CANDIDATES - 1;
+                assert!((one.probability - other.probability).abs() < tolerance, "{case}: {on_gpu:?}, {on_cpu:?}");
+                assert!(may_differ || one.token == other.token, "{case}: {on_gpu:?}, {on_cpu:?}");
+            }
+        }
+
+        #[test]
+        #[ignore = "needs a GPU: scripts/test --gpu"]
+        fn candidates_equal_those_of_the_float32_model_up_to_rounding() {
+            let _no_grad = tch::no_grad_guard();
+            for vocab_size in [3, 203, 20_000] {
+                let (on_gpu, on_cpu) = on_gpu_and_cpu(vocab_size);
+                let mut gpu = CudaGraphBackend::new(&on_gpu, 8, 64).unwrap().unwrap();
+                let mut cpu = EagerBackend::new(&on_cpu, 8, 64).unwrap();
+                // The fused kernels for 8, 16 and 32 tokens, and cuBLAS.
+                for (num_rows, width) in [(1, 1), (1, 5), (4, 4), (2, 13), (1, 40), (8, 16)] {
+                    let draft: Vec<i32> = (1..width).map(|offset| offset * 37 % vocab_size as i32).collect();
+                    let window = |row: usize| Window {
+                        start: 0,
+                        last_token: (row * 11 % vocab_size) as i32,
+                        draft: &draft,
+                        tree: None,
+                        sequence_key: row as u64,
+                    };
+                    let windows: Vec<Window<'_>> = (0..num_rows).map(window).collect();
+                    for sampling in [Sampling::Greedy, Sampling::Temperature(0.8)] {
+                        let outputs = Outputs { sampling, candidates: true };
+                        let forward = |backend: &mut dyn Backend| {
+                            backend.launch(&[], &windows, outputs).unwrap();
+                            backend.collect(&windows).unwrap()
+                        };
+                        let expected = forward(&mut cpu);
+                        // The first of a size runs without a graph, the second is captured.
+                        for round in 0..3 {
+                            for (given, expected) in forward(&mut gpu).iter().zip(&expected) {
+                                let case = format!("{vocab_size} tokens, {num_rows} x {width}, {sampling:?}, {round}");
+                                assert_eq!(given.candidates.len(), expected.candidates.len(), "{case}");
+                                for (given, expected) in given.candidates.iter().zip(&expected.candidates) {
+                                    assert_close(given, expected, &case);
+                                }
+                                let first = given.candidates.iter().map(|candidates| candidates[0].token);
+                                assert!(first.eq(given.tokens.iter().copied()), "{case}");
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
 }
