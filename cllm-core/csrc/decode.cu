@@ -111,12 +111,15 @@ struct QkNorm {
   const bf16 *query, *key;
 };
 
-// The arguments of ARGMAX and CANDIDATES, with the sampling noise of each token in `keys`. ARGMAX
-// writes a score and its token for each block and token [blocks, T], CANDIDATES a list.
+// The arguments of ARGMAX and CANDIDATES, with the sampling noise of each token in `keys`. Both write
+// the best score of each block and token [blocks, T]. ARGMAX also writes its id, and CANDIDATES the
+// sum of exp(score - best) and all scores [blocks, T, BLOCK_ROWS].
 struct SampleBlocks {
   float inverse_temperature;
   const u64 *keys;
-  CandidateLists best;
+  float *best;
+  int *best_id;
+  float *sums, *scores;
 };
 
 // The first kernel of a step copies the embeddings. Its successors may read the step's input before
@@ -138,7 +141,7 @@ enum Epilogue {
   ADD_RESIDUAL,
   SWIGLU,
   ARGMAX,      // the best token among the block's rows, which are logits
-  CANDIDATES,  // the best tokens there
+  CANDIDATES,  // all scores there, the best, and the sum of the softmax
 };
 
 // The arguments of ROTATE_AND_CACHE.
@@ -311,13 +314,16 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
         if (is_better(score, id, top, top_id)) top = score, top_id = id;
       }
       const size_t index = (size_t)blockIdx.x * T + token;
-      if constexpr (EPILOGUE == CANDIDATES) {
-        Candidates candidates = Candidates::only(top, top_id);
-        warp_candidates(ROWS, candidates);
-        if (i % ROWS == 0 && token < num_tokens) sample.best.store(index, candidates);
+      const float score = top;
+      warp_argmax(ROWS, top, top_id);
+      if (i % ROWS == 0 && token < num_tokens) sample.best[index] = top;
+      if constexpr (EPILOGUE == ARGMAX) {
+        if (i % ROWS == 0 && token < num_tokens) sample.best_id[index] = top_id;
       } else {
-        warp_argmax(ROWS, top, top_id);
-        if (i % ROWS == 0 && token < num_tokens) sample.best.scores[index] = top, sample.best.ids[index] = top_id;
+        float sum = score == -INFINITY ? 0.f : __expf(score - top);
+        for (int step = ROWS / 2; step > 0; step >>= 1) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+        if (token < num_tokens) sample.scores[index * ROWS + i % ROWS] = score;
+        if (i % ROWS == 0 && token < num_tokens) sample.sums[index] = sum;
       }
     }
   } else if constexpr (EPILOGUE == ROTATE_AND_CACHE) {
@@ -355,8 +361,7 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
 // qkv [T, QKV] is the projection of the norm of x [T, HIDDEN]; fused_qkv_rotated writes only the
 // queries to it, rotated, and puts keys and values into the cache. x += the output projection of
 // attn_out [T, HEADS * HEAD_DIM], and the down projection of inner [T, FFN] = silu(gate) * up.
-// fused_sample writes the best score and token of each block [blocks, 8 NT], fused_candidates its
-// candidates; argmax_of_blocks and candidates_of_blocks finish them.
+// argmax_of_blocks finishes fused_sample, and candidates_of_blocks finishes fused_candidates.
 #define FUSED_KERNEL extern "C" __global__ void __launch_bounds__(WARPS * 32)
 #define FUSED_KERNELS(NT)                                                                                              \
   FUSED_KERNEL fused_qkv_##NT(const bf16 *weight, const bf16 *x, const bf16 *norm, const bf16 *bias, bf16 *qkv,        \
@@ -385,12 +390,13 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
   FUSED_KERNEL fused_sample_##NT(const bf16 *weight, const bf16 *x, const bf16 *norm, float *best, int *best_id,       \
                                  int num_tokens, float inverse_temperature, const u64 *keys) {                         \
     fused_product<NT, ARGMAX, true, HIDDEN, VOCAB>(weight, x, norm, 0, 0, num_tokens, {},                              \
-                                                   {inverse_temperature, keys, {best, best_id, 0}});                   \
+                                                   {inverse_temperature, keys, best, best_id, 0, 0});                  \
   }                                                                                                                    \
-  FUSED_KERNEL fused_candidates_##NT(const bf16 *weight, const bf16 *x, const bf16 *norm, float *best, int *best_id,   \
-                                     float *sums, int num_tokens, float inverse_temperature, const u64 *keys) {        \
+  FUSED_KERNEL fused_candidates_##NT(const bf16 *weight, const bf16 *x, const bf16 *norm,                              \
+                                     float *best, float *sums, float *scores,                                          \
+                                     int num_tokens, float inverse_temperature, const u64 *keys) {                     \
     fused_product<NT, CANDIDATES, true, HIDDEN, VOCAB>(weight, x, norm, 0, 0, num_tokens, {},                          \
-                                                       {inverse_temperature, keys, {best, best_id, sums}});            \
+                                                       {inverse_temperature, keys, best, 0, sums, scores});            \
   }
 FUSED_KERNELS(1)
 FUSED_KERNELS(2)
@@ -413,22 +419,40 @@ extern "C" __global__ void argmax_of_blocks(const float *best, const int *best_i
   if (threadIdx.x == 0) predicted[blockIdx.x] = top_id;
 }
 
-// candidates[token] = pairs of a token and the bits of its probability, the softmax of the scores:
-// the best of all blocks of fused_candidates, or of all segments of candidates_of_segments. Where
-// there is no token, the id is -1. One block per token.
-extern "C" __global__ void candidates_of_blocks(float *best, int *best_id, float *sums, int num_blocks, int stride,
+// candidates[token] = pairs of a token and the bits of its probability, the softmax of the scores.
+// Where there is no token, the id is -1. The blocks of fused_candidates and the segments of
+// candidates_of_segments have a best score, a sum of exp(score - best), and a list of scores with
+// their ids. Without `ids`, the list is of all tokens of the block. One block per token.
+extern "C" __global__ void candidates_of_blocks(const float *best, const float *sums, const float *scores,
+                                                const int *ids, int list_length, int num_blocks, int stride,
                                                 int *candidates) {
   let_successor_start();
   wait_for_predecessor();
-  const CandidateLists lists = {best, best_id, sums};
-  Candidates top;
-  for (int i = threadIdx.x; i < num_blocks; i += blockDim.x) top.merge(lists.load((size_t)i * stride + blockIdx.x));
-  block_candidates(top);
-  if (threadIdx.x != 0) return;
+  // The best tokens are in the blocks with the best ones.
+  Candidates blocks;
+  for (int i = threadIdx.x; i < num_blocks; i += blockDim.x) {
+    const size_t index = (size_t)i * stride + blockIdx.x;
+    blocks.add(best[index], i, sums[index]);
+  }
+  block_candidates(blocks);
+  const int lane = threadIdx.x;
+  if (lane >= 32) return;
+  float list[MAX_CANDIDATES];
+  int list_ids[MAX_CANDIDATES];
+#pragma unroll
+  for (int r = 0; r < MAX_CANDIDATES; r++) {
+    const bool exists = blocks.ids[r] != NO_TOKEN && lane < list_length;
+    const int block = exists ? blocks.ids[r] : 0;
+    const size_t index = ((size_t)block * stride + blockIdx.x) * list_length + lane;
+    list[r] = exists ? scores[index] : -INFINITY;
+    list_ids[r] = exists && ids ? ids[index] : block * list_length + lane;
+  }
+  const Candidates top = warp_candidates(list, list_ids);
+  if (lane > 0) return;
 #pragma unroll
   for (int r = 0; r < MAX_CANDIDATES; r++) {
     const bool exists = top.ids[r] != NO_TOKEN;
-    const float probability = exists ? __expf(top.scores[r] - top.scores[0]) / top.sum : 0.f;
+    const float probability = exists ? __expf(top.scores[r] - top.scores[0]) / blocks.sum : 0.f;
     ((int2 *)candidates)[blockIdx.x * MAX_CANDIDATES + r] =
         make_int2(exists ? top.ids[r] : -1, __float_as_int(probability));
   }
@@ -556,29 +580,63 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
   best_id[(size_t)x.segment * gridDim.x + blockIdx.x] = top_id;
 }
 
-// The candidates of each segment, [segments of VOCAB, T]. All scores count for the softmax, so all
-// need their noise.
+// For each segment, [segments of VOCAB, T]: the best score, the sum of exp(score - best), and the
+// MAX_CANDIDATES best scores with their ids. All scores count for the softmax, so all need their
+// noise.
 extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
     candidates_of_segments(const float *logits, int pitch, int first_segment, float inverse_temperature,
-                           const u64 *keys, float *best, int *best_id, float *sums) {
+                           const u64 *keys, float *best, float *sums, float *scores, int *ids) {
+  __shared__ int winners[MAX_CANDIDATES], winner_ids[MAX_CANDIDATES][32];
+  __shared__ float winner_scores[MAX_CANDIDATES][32];
   let_successor_start();
   wait_for_predecessor();
   const SegmentLogits x(logits, pitch, first_segment);
+  static_assert(x.LENGTH == 32, "a lane for each score of a thread");
   const u64 key = keys[blockIdx.x];
-  float scores[x.LENGTH];
-  Candidates top;
+  float score[x.LENGTH], top = -INFINITY, sum = 0.f;
+  int top_id = NO_TOKEN;
 #pragma unroll
   for (int i = 0; i < x.LENGTH; i++) {
-    scores[i] = -INFINITY;
+    score[i] = -INFINITY;
     if (x.id(i) >= VOCAB) continue;
-    scores[i] = sampling_score(x.logit(i), inverse_temperature, key, x.id(i));
-    top.insert(scores[i], x.id(i));
+    score[i] = sampling_score(x.logit(i), inverse_temperature, key, x.id(i));
+    if (is_better(score[i], x.id(i), top, top_id)) top = score[i], top_id = x.id(i);
   }
 #pragma unroll
   for (int i = 0; i < x.LENGTH; i++)
-    if (scores[i] > -INFINITY) top.sum += __expf(scores[i] - top.scores[0]);
-  block_candidates(top);
-  if (threadIdx.x == 0) CandidateLists{best, best_id, sums}.store((size_t)x.segment * gridDim.x + blockIdx.x, top);
+    if (score[i] > -INFINITY) sum += __expf(score[i] - top);
+
+  // The best tokens are those of the threads with the best ones.
+  Candidates threads;
+  threads.add(top, top_id, sum);
+  block_candidates(threads);
+  if (threadIdx.x == 0)
+#pragma unroll
+    for (int r = 0; r < MAX_CANDIDATES; r++) winners[r] = threads.ids[r];
+  __syncthreads();
+#pragma unroll
+  for (int r = 0; r < MAX_CANDIDATES; r++)
+    if (winners[r] == top_id && top_id != NO_TOKEN)
+#pragma unroll
+      for (int i = 0; i < x.LENGTH; i++) winner_scores[r][i] = score[i], winner_ids[r][i] = x.id(i);
+  __syncthreads();
+  if (threadIdx.x >= 32) return;
+  float list[MAX_CANDIDATES];
+  int list_ids[MAX_CANDIDATES];
+#pragma unroll
+  for (int r = 0; r < MAX_CANDIDATES; r++) {
+    list[r] = threads.ids[r] != NO_TOKEN ? winner_scores[r][threadIdx.x] : -INFINITY;
+    list_ids[r] = winner_ids[r][threadIdx.x];
+  }
+  const Candidates found = warp_candidates(list, list_ids);
+  if (threadIdx.x > 0) return;
+  const size_t index = (size_t)x.segment * gridDim.x + blockIdx.x;
+  best[index] = threads.scores[0], sums[index] = threads.sum;
+#pragma unroll
+  for (int r = 0; r < MAX_CANDIDATES; r++) {
+    scores[index * MAX_CANDIDATES + r] = found.scores[r];
+    ids[index * MAX_CANDIDATES + r] = found.ids[r];
+  }
 }
 
 // ---- The cache ----

@@ -57,23 +57,24 @@ __device__ __forceinline__ void block_argmax(float &best, int &best_id) {
       if (is_better(scores[w], ids[w], best, best_id)) best = scores[w], best_id = ids[w];
 }
 
-// The best of some tokens, in descending order, and what the softmax of all their scores needs: the
-// sum of exp(score - scores[0]).
-struct Candidates {
-  float scores[MAX_CANDIDATES] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-  int ids[MAX_CANDIDATES] = {NO_TOKEN, NO_TOKEN, NO_TOKEN, NO_TOKEN};
-  float sum = 0.f;
+// A sum of exp(score - from) becomes one of exp(score - to).
+__device__ __forceinline__ float rescaled(float sum, float from, float to) {
+  return sum == 0.f ? 0.f : sum * __expf(from - to);
+}
 
-  static __device__ __forceinline__ Candidates only(float score, int id) {
-    Candidates one;
-    one.scores[0] = score, one.ids[0] = id;
-    one.sum = score > -INFINITY ? 1.f : 0.f;
-    return one;
+// The best of some scores with their ids, in descending order, and what the softmax of all of them
+// needs: the sum of exp(score - scores[0]).
+struct Candidates {
+  float scores[MAX_CANDIDATES], sum = 0.f;
+  int ids[MAX_CANDIDATES];
+
+  __device__ __forceinline__ Candidates() {
+#pragma unroll
+    for (int r = 0; r < MAX_CANDIDATES; r++) scores[r] = -INFINITY, ids[r] = NO_TOKEN;
   }
 
   // Leaves the sum as it is.
   __device__ __forceinline__ void insert(float score, int id) {
-    if (!is_better(score, id, scores[MAX_CANDIDATES - 1], ids[MAX_CANDIDATES - 1])) return;
 #pragma unroll
     for (int r = 0; r < MAX_CANDIDATES; r++)
       if (is_better(score, id, scores[r], ids[r])) {
@@ -84,16 +85,11 @@ struct Candidates {
       }
   }
 
-  // The sum relative to another largest score.
-  __device__ __forceinline__ float sum_relative_to(float max) const {
-    return sum == 0.f ? 0.f : sum * __expf(scores[0] - max);
-  }
-
-  __device__ __forceinline__ void merge(const Candidates &other) {
-    const float max = fmaxf(scores[0], other.scores[0]);
-    sum = sum_relative_to(max) + other.sum_relative_to(max);
-#pragma unroll
-    for (int r = 0; r < MAX_CANDIDATES; r++) insert(other.scores[r], other.ids[r]);
+  // Adds the best of some scores, and their sum of exp(score - best).
+  __device__ __forceinline__ void add(float best, int id, float best_sum) {
+    const float max = fmaxf(best, scores[0]);
+    sum = rescaled(sum, scores[0], max) + rescaled(best_sum, best, max);
+    insert(best, id);
   }
 
   __device__ __forceinline__ void remove_first() {
@@ -103,26 +99,46 @@ struct Candidates {
   }
 };
 
-// Every one of `lanes` neighbouring lanes gets the candidates among the tokens of all of them.
-__device__ __forceinline__ void warp_candidates(int lanes, Candidates &candidates) {
-  Candidates rest = candidates, all;
-#pragma unroll
-  for (int r = 0; r < MAX_CANDIDATES; r++) {
-    all.scores[r] = rest.scores[0], all.ids[r] = rest.ids[0];
-    warp_argmax(lanes, all.scores[r], all.ids[r]);
-    if (rest.ids[0] == all.ids[r]) rest.remove_first();
-  }
-  all.sum = candidates.sum_relative_to(all.scores[0]);
-  for (int step = lanes / 2; step > 0; step >>= 1) all.sum += __shfl_xor_sync(0xffffffffu, all.sum, step);
-  candidates = all;
+// A number that is larger for larger scores, and the score of such a number.
+__device__ __forceinline__ u32 rank_of(float score) {
+  const u32 bits = __float_as_uint(score + 0.f);  // not -0, which equals 0
+  return bits >> 31 ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float score_of(u32 rank) {
+  return __uint_as_float(rank >> 31 ? rank & 0x7fffffffu : ~rank);
 }
 
-// The first warp gets the candidates among the tokens of a block.
+// Every lane gets the candidates among those of a warp.
+__device__ __forceinline__ void warp_candidates(Candidates &candidates) {
+  Candidates rest = candidates;
+#pragma unroll
+  for (int r = 0; r < MAX_CANDIDATES; r++) {
+    const u32 rank = rank_of(rest.scores[0]), max = __reduce_max_sync(0xffffffffu, rank);
+    candidates.scores[r] = score_of(max);
+    candidates.ids[r] = __reduce_min_sync(0xffffffffu, rank == max ? rest.ids[0] : NO_TOKEN);
+    if (r == 0) candidates.sum = warp_sum(rescaled(rest.sum, rest.scores[0], candidates.scores[0]));
+    if (rest.ids[0] == candidates.ids[r]) rest.remove_first();
+  }
+}
+
+// The candidates among MAX_CANDIDATES scores of each lane, without a sum. A score of -INFINITY has no
+// token.
+__device__ __forceinline__ Candidates warp_candidates(const float (&scores)[MAX_CANDIDATES],
+                                                      const int (&ids)[MAX_CANDIDATES]) {
+  Candidates candidates;
+#pragma unroll
+  for (int r = 0; r < MAX_CANDIDATES; r++)
+    candidates.insert(scores[r], scores[r] > -INFINITY ? ids[r] : NO_TOKEN);
+  warp_candidates(candidates);
+  return candidates;
+}
+
+// The first warp gets the candidates among those of all threads of a block.
 __device__ __forceinline__ void block_candidates(Candidates &candidates) {
   __shared__ float scores[MAX_CANDIDATES][32], sums[32];
   __shared__ int ids[MAX_CANDIDATES][32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  warp_candidates(32, candidates);
+  warp_candidates(candidates);
   if (lane == 0) {
 #pragma unroll
     for (int r = 0; r < MAX_CANDIDATES; r++) scores[r][warp] = candidates.scores[r], ids[r][warp] = candidates.ids[r];
@@ -136,27 +152,5 @@ __device__ __forceinline__ void block_candidates(Candidates &candidates) {
     for (int r = 0; r < MAX_CANDIDATES; r++) candidates.scores[r] = scores[r][lane], candidates.ids[r] = ids[r][lane];
     candidates.sum = sums[lane];
   }
-  warp_candidates(32, candidates);
+  warp_candidates(candidates);
 }
-
-// Candidates in memory: scores and ids [.., MAX_CANDIDATES], sums [..].
-struct CandidateLists {
-  float *scores;
-  int *ids;
-  float *sums;
-  static_assert(MAX_CANDIDATES == 4, "an access of 16 bytes");
-
-  __device__ __forceinline__ void store(size_t index, const Candidates &candidates) const {
-    const float *score = candidates.scores;
-    const int *id = candidates.ids;
-    ((float4 *)scores)[index] = make_float4(score[0], score[1], score[2], score[3]);
-    ((int4 *)ids)[index] = make_int4(id[0], id[1], id[2], id[3]);
-    sums[index] = candidates.sum;
-  }
-
-  __device__ __forceinline__ Candidates load(size_t index) const {
-    const float4 score = ((const float4 *)scores)[index];
-    const int4 id = ((const int4 *)ids)[index];
-    return {{score.x, score.y, score.z, score.w}, {id.x, id.y, id.z, id.w}, sums[index]};
-  }
-};

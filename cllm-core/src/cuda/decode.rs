@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
-use super::forward_input::{ForwardInput, InputLimits, MAX_INTS_PER_OUTPUT};
+use super::forward_input::{ForwardInput, InputLimits, MAX_INTS_PER_OUTPUT, SamplingOptions};
 use super::launch::{
     Argument, Kernel, Param, Signature, aligned, bf16, count, float, float32, int, int32, nullable, uint64,
 };
@@ -119,11 +119,12 @@ struct Sizes {
     capacity: usize,
     /// Segments of the vocabulary in a slice.
     segments: usize,
-    /// Blocks that each found the best of some tokens of the vocabulary, the distance between their
-    /// results, and how many tokens each found.
+    /// Blocks that each found the best of some tokens of the vocabulary, and the distance between
+    /// their results.
     blocks: usize,
     stride: usize,
-    best: usize,
+    /// Number of tokens that each of them lists for the candidates.
+    list: usize,
     layers: usize,
     moves: usize,
 }
@@ -147,11 +148,7 @@ const ROPE: &[Param<Sizes>] = &[
 ];
 const QK_NORM: &[Param<Sizes>] =
     &[nullable(bf16("query_norm", |s| s.shape.head_dim)), nullable(bf16("key_norm", |s| s.shape.head_dim))];
-const CACHE: &[Param<Sizes>] = &[
-    bf16("keys", cache_len),
-    bf16("values", cache_len),
-    count("capacity", |s| s.capacity),
-];
+const CACHE: &[Param<Sizes>] = &[bf16("keys", cache_len), bf16("values", cache_len), count("capacity", |s| s.capacity)];
 
 /// The logits of a slice of the vocabulary.
 const LOGITS: &[Param<Sizes>] = &[
@@ -171,9 +168,11 @@ const INNER: Param<Sizes> = bf16("inner", |s| s.tokens * s.shape.ffn);
 const NUM_TOKENS: Param<Sizes> = count("num_tokens", |s| s.tokens);
 const KEYS: Param<Sizes> = uint64("keys", |s| 2 * s.outputs);
 const INVERSE_TEMPERATURE: Param<Sizes> = float("inverse_temperature");
-const BEST: Param<Sizes> = aligned(|_| 16, float32("best", |s| s.blocks * s.stride * s.best));
-const BEST_ID: Param<Sizes> = aligned(|_| 16, int32("best_id", |s| s.blocks * s.stride * s.best));
+const BEST: Param<Sizes> = float32("best", |s| s.blocks * s.stride);
+const BEST_ID: Param<Sizes> = int32("best_id", |s| s.blocks * s.stride);
 const SUMS: Param<Sizes> = float32("sums", |s| s.blocks * s.stride);
+const SCORES: Param<Sizes> = float32("scores", |s| s.blocks * s.stride * s.list);
+const IDS: Param<Sizes> = int32("ids", |s| s.blocks * s.stride * s.list);
 const NUM_BLOCKS: Param<Sizes> = count("num_blocks", |s| s.blocks);
 const STRIDE: Param<Sizes> = count("stride", |s| s.stride);
 
@@ -201,15 +200,16 @@ fn slices(sizes: &Sizes) -> impl Iterator<Item = Range<usize>> {
     (0..num_segments).step_by(segments).map(move |first| first..(first + segments).min(num_segments))
 }
 
-/// Memory for what the blocks find: scores, tokens and, for candidates, the sums of the softmax.
-fn best_of_blocks(sizes: &Sizes, device: Device) -> Result<Vec<Tensor>> {
-    let num_lists = sizes.blocks * sizes.stride;
-    let empty = |length: usize, kind| Tensor::f_empty([length as i64], (kind, device));
-    let mut best = vec![empty(num_lists * sizes.best, Kind::Float)?, empty(num_lists * sizes.best, Kind::Int)?];
-    if sizes.best > 1 {
-        best.push(empty(num_lists, Kind::Float)?);
-    }
-    Ok(best)
+/// Memory for what blocks find: the best scores with their tokens or, for candidates, the best scores,
+/// the sums for the softmax and the scores of the lists.
+fn block_results(sizes: &Sizes, sampling: SamplingOptions, device: Device) -> Result<Vec<Tensor>> {
+    let num_results = sizes.blocks * sizes.stride;
+    let results = match sampling.gives_candidates {
+        true => vec![(num_results, Kind::Float), (num_results, Kind::Float), (num_results * sizes.list, Kind::Float)],
+        false => vec![(num_results, Kind::Float), (num_results, Kind::Int)],
+    };
+    let empty = |(len, kind)| Ok(Tensor::f_empty([len as i64], (kind, device))?);
+    results.into_iter().map(empty).collect()
 }
 
 const FUSED_QKV: Signature<Sizes> = Signature {
@@ -252,30 +252,11 @@ const FUSED_SAMPLE: Signature<Sizes> = Signature {
     name: "fused_sample_",
     grid: |s| [num_sample_blocks(s), 1],
     threads: |_| WARPS * 32,
-    params: &[&[
-        WEIGHT_VOCAB,
-        X,
-        NORM,
-        BEST,
-        BEST_ID,
-        NUM_TOKENS,
-        INVERSE_TEMPERATURE,
-        KEYS,
-    ]],
+    params: &[&[WEIGHT_VOCAB, X, NORM, BEST, BEST_ID, NUM_TOKENS, INVERSE_TEMPERATURE, KEYS]],
 };
 const FUSED_CANDIDATES: Signature<Sizes> = Signature {
     name: "fused_candidates_",
-    params: &[&[
-        WEIGHT_VOCAB,
-        X,
-        NORM,
-        BEST,
-        BEST_ID,
-        SUMS,
-        NUM_TOKENS,
-        INVERSE_TEMPERATURE,
-        KEYS,
-    ]],
+    params: &[&[WEIGHT_VOCAB, X, NORM, BEST, SUMS, SCORES, NUM_TOKENS, INVERSE_TEMPERATURE, KEYS]],
     ..FUSED_SAMPLE
 };
 const ARGMAX_OF_BLOCKS: Signature<Sizes> = Signature {
@@ -288,8 +269,10 @@ const CANDIDATES_OF_BLOCKS: Signature<Sizes> = Signature {
     name: "candidates_of_blocks",
     params: &[&[
         BEST,
-        BEST_ID,
         SUMS,
+        SCORES,
+        nullable(IDS),
+        count("list_length", |s| s.list),
         NUM_BLOCKS,
         STRIDE,
         aligned(|_| 8, int32("candidates", |s| s.outputs * MAX_INTS_PER_OUTPUT)),
@@ -327,7 +310,7 @@ const SAMPLE_SEGMENTS: Signature<Sizes> = Signature {
 };
 const CANDIDATES_OF_SEGMENTS: Signature<Sizes> = Signature {
     name: "candidates_of_segments",
-    params: &[LOGITS, &[INVERSE_TEMPERATURE, KEYS, BEST, BEST_ID, SUMS]],
+    params: &[LOGITS, &[INVERSE_TEMPERATURE, KEYS, BEST, SUMS, SCORES, IDS]],
     ..SAMPLE_SEGMENTS
 };
 const ROTATE_AND_CACHE: Signature<Sizes> = Signature {
@@ -475,7 +458,7 @@ impl DecodeKernels {
             segments: 0,
             blocks: 0,
             stride: 0,
-            best: 0,
+            list: 0,
             layers: 0,
             moves: 0,
         }
@@ -488,7 +471,6 @@ impl DecodeKernels {
             tokens: forward.num_tokens,
             outputs: forward.num_outputs,
             tiles: forward.num_tiles,
-            best: if input.sampling.gives_candidates { MAX_CANDIDATES } else { 1 },
             ..self.cache_sizes(input.limits())?
         })
     }
@@ -571,8 +553,6 @@ impl DecodeKernels {
     /// Samples the token after each row of `x [T, hidden]`, or gives the candidates there: int32
     /// `results [T x ints_per_output]` ([`SamplingOptions::ints_per_output`]). For steps of few tokens
     /// that are all outputs.
-    ///
-    /// [`SamplingOptions::ints_per_output`]: super::forward_input::SamplingOptions::ints_per_output
     pub fn fused_sample(
         &self,
         head: &Tensor,
@@ -586,14 +566,20 @@ impl DecodeKernels {
             return Err(Error::internal("the fused kernels sample after every token"));
         }
         let kernels = self.fused(sizes.tokens)?;
-        let sizes = Sizes { blocks: num_sample_blocks(&sizes), stride: kernels.max_tokens, ..sizes };
-        let best = best_of_blocks(&sizes, x.device())?;
-        let best: Vec<Argument<'_>> = best.iter().map(Data).collect();
-        let arguments = [&[Data(head), Data(x), Data(norm)], &best[..], &sampling_arguments(input)].concat();
-        let kernel = if input.sampling.gives_candidates { &kernels.candidates } else { &kernels.sample };
+        let sizes = Sizes { blocks: num_sample_blocks(&sizes), stride: kernels.max_tokens, list: BLOCK_ROWS, ..sizes };
+        let found = block_results(&sizes, input.sampling, x.device())?;
+        let mut found: Vec<Argument<'_>> = found.iter().map(Data).collect();
+        let arguments = [&[Data(head), Data(x), Data(norm)], &found[..], &sampling_arguments(input)].concat();
+        let kernel = if input.sampling.gives_candidates {
+            // The lists are of all tokens of a block, so their ids are known.
+            found.push(Optional(None));
+            &kernels.candidates
+        } else {
+            &kernels.sample
+        };
         // SAFETY: no argument is an index.
         unsafe { kernel.launch(&sizes, &arguments)? };
-        self.finish_sampling(&sizes, input, &best, results)
+        self.finish_sampling(&sizes, input, &found, results)
     }
 
     /// Merges what blocks found.
@@ -601,12 +587,12 @@ impl DecodeKernels {
         &self,
         sizes: &Sizes,
         input: &ForwardInput,
-        best: &[Argument<'_>],
+        found: &[Argument<'_>],
         results: &Tensor,
     ) -> Result<()> {
         let kernel = if input.sampling.gives_candidates { &self.candidates_of_blocks } else { &self.argmax_of_blocks };
-        // SAFETY: no argument is an index.
-        unsafe { kernel.launch(sizes, &[best, &[Data(results)]].concat()) }
+        // SAFETY: the ids of lists are not followed.
+        unsafe { kernel.launch(sizes, &[found, &[Data(results)]].concat()) }
     }
 
     /// `x [T, hidden]` += `delta`; `normed` = the RMS norm of `x`.
@@ -628,10 +614,15 @@ impl DecodeKernels {
     /// slice of the vocabulary at a time.
     pub fn sample(&self, head: &Tensor, normed: &Tensor, input: &ForwardInput, results: &Tensor) -> Result<()> {
         let sizes = self.input_sizes(input)?;
-        let sizes = Sizes { blocks: num_segments(&sizes), stride: sizes.outputs, ..sizes };
-        let best = best_of_blocks(&sizes, normed.device())?;
-        let best: Vec<Argument<'_>> = best.iter().map(Data).collect();
-        let kernel = if input.sampling.gives_candidates { &self.candidates_of_segments } else { &self.sample_segments };
+        let sizes = Sizes { blocks: num_segments(&sizes), stride: sizes.outputs, list: MAX_CANDIDATES, ..sizes };
+        let mut found = block_results(&sizes, input.sampling, normed.device())?;
+        let kernel = if input.sampling.gives_candidates {
+            found.push(Tensor::f_empty(found[2].size(), (Kind::Int, normed.device()))?);
+            &self.candidates_of_segments
+        } else {
+            &self.sample_segments
+        };
+        let found: Vec<Argument<'_>> = found.iter().map(Data).collect();
         for slice in slices(&sizes) {
             let sizes = Sizes { segments: slice.len(), ..sizes };
             let (first_token, pitch) = (slice.start * SEGMENT, slice.len() * SEGMENT);
@@ -640,12 +631,12 @@ impl DecodeKernels {
             let logits = Tensor::f_empty([sizes.outputs as i64, pitch as i64], (Kind::Float, normed.device()))?;
             let _ = normed.f_mm_dtype_out(&logits.f_narrow(1, 0, width)?, &rows.f_tr()?, Kind::Float)?;
             let slice = [Data(&logits), Int(slice.start as i32)];
-            let arguments = [&slice[..], &sampling_arguments(input), &best].concat();
+            let arguments = [&slice[..], &sampling_arguments(input), &found].concat();
             // SAFETY: the kernel ignores tokens beyond the vocabulary, and the segments before the
             // first of this slice have been sampled.
             unsafe { kernel.launch(&sizes, &arguments)? };
         }
-        self.finish_sampling(&sizes, input, &best, results)
+        self.finish_sampling(&sizes, input, &found, results)
     }
 
     /// Moves keys `[layers, rows, kv_heads, capacity, head_dim]` and values `[layers, rows, kv_heads,

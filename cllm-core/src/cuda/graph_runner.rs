@@ -163,8 +163,7 @@ impl GraphRunner {
     /// Grows the buffers if they are too small. Graphs that were captured with the old ones are
     /// dropped.
     fn reserve(&mut self, num_ints: usize, num_outputs: usize) -> Result<()> {
-        let (old_ints, old_outputs) =
-            (self.buffers.input.numel(), self.buffers.results.numel() / MAX_INTS_PER_OUTPUT);
+        let (old_ints, old_outputs) = (self.buffers.input.numel(), self.buffers.results.numel() / MAX_INTS_PER_OUTPUT);
         if num_ints > old_ints || num_outputs > old_outputs {
             self.graphs.clear();
             self.buffers = Buffers::new((2 * num_ints).max(old_ints), (2 * num_outputs).max(old_outputs), self.device)?;

@@ -197,7 +197,8 @@ mod tests {
             let config = config.unwrap();
             let on_gpu = Transformer::random(config.clone(), 7, Device::Cuda(0), Kind::BFloat16);
             let on_cpu = Transformer::random(config, 7, Device::Cpu, Kind::Float);
-            for ((_, mut rounded), (_, mut exact)) in on_gpu.named_parameters().into_iter().zip(on_cpu.named_parameters())
+            for ((_, mut rounded), (_, mut exact)) in
+                on_gpu.named_parameters().into_iter().zip(on_cpu.named_parameters())
             {
                 if rounded.dim() == 2 {
                     rounded *= 8.0;
