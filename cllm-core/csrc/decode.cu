@@ -112,8 +112,8 @@ struct QkNorm {
 };
 
 // The arguments of ARGMAX and CANDIDATES, with the sampling noise of each token in `keys`. Both write
-// the best score of each block and token [blocks, T]. ARGMAX also writes its id, and CANDIDATES the
-// sum of exp(score - best) and all scores [blocks, T, BLOCK_ROWS].
+// the best score of each token and block [T, blocks]. ARGMAX also writes its id, and CANDIDATES the
+// sum of exp(score - best) and all scores [T, blocks, BLOCK_ROWS].
 struct SampleBlocks {
   float inverse_temperature;
   const u64 *keys;
@@ -313,7 +313,7 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
                                      sample.keys[token], id);
         if (is_better(score, id, top, top_id)) top = score, top_id = id;
       }
-      const size_t index = (size_t)blockIdx.x * T + token;
+      const size_t index = (size_t)token * gridDim.x + blockIdx.x;
       const float score = top;
       warp_argmax(ROWS, top, top_id);
       if (i % ROWS == 0 && token < num_tokens) sample.best[index] = top;
@@ -403,16 +403,15 @@ FUSED_KERNELS(2)
 FUSED_KERNELS(4)
 
 // predicted[token] = the best token of all blocks of fused_sample, or of all segments of
-// sample_segments, whose results are `stride` apart. One block per token.
-extern "C" __global__ void argmax_of_blocks(const float *best, const int *best_id, int num_blocks, int stride,
-                                            int *predicted) {
+// sample_segments. One block per token.
+extern "C" __global__ void argmax_of_blocks(const float *best, const int *best_id, int num_blocks, int *predicted) {
   let_successor_start();
   wait_for_predecessor();
   float top = -INFINITY;
   int top_id = NO_TOKEN;
   for (int i = threadIdx.x; i < num_blocks; i += blockDim.x) {
-    float score = best[(size_t)i * stride + blockIdx.x];
-    int id = best_id[(size_t)i * stride + blockIdx.x];
+    float score = best[(size_t)blockIdx.x * num_blocks + i];
+    int id = best_id[(size_t)blockIdx.x * num_blocks + i];
     if (is_better(score, id, top, top_id)) top = score, top_id = id;
   }
   block_argmax(top, top_id);
@@ -424,14 +423,14 @@ extern "C" __global__ void argmax_of_blocks(const float *best, const int *best_i
 // candidates_of_segments have a best score, a sum of exp(score - best), and a list of scores with
 // their ids. Without `ids`, the list is of all tokens of the block. One block per token.
 extern "C" __global__ void candidates_of_blocks(const float *best, const float *sums, const float *scores,
-                                                const int *ids, int list_length, int num_blocks, int stride,
+                                                const int *ids, int list_length, int num_blocks,
                                                 int *candidates) {
   let_successor_start();
   wait_for_predecessor();
   // The best tokens are in the blocks with the best ones.
   Candidates blocks;
   for (int i = threadIdx.x; i < num_blocks; i += blockDim.x) {
-    const size_t index = (size_t)i * stride + blockIdx.x;
+    const size_t index = (size_t)blockIdx.x * num_blocks + i;
     blocks.add(best[index], i, sums[index]);
   }
   block_candidates(blocks);
@@ -443,7 +442,7 @@ extern "C" __global__ void candidates_of_blocks(const float *best, const float *
   for (int r = 0; r < MAX_CANDIDATES; r++) {
     const bool exists = blocks.ids[r] != NO_TOKEN && lane < list_length;
     const int block = exists ? blocks.ids[r] : 0;
-    const size_t index = ((size_t)block * stride + blockIdx.x) * list_length + lane;
+    const size_t index = ((size_t)blockIdx.x * num_blocks + block) * list_length + lane;
     list[r] = exists ? scores[index] : -INFINITY;
     list_ids[r] = exists && ids ? ids[index] : block * list_length + lane;
   }
@@ -517,6 +516,8 @@ extern "C" __global__ void swiglu(const bf16 *gate_up, bf16 *inner, int num_toke
   ((uint4 *)(inner + token * FFN))[column] = g;
 }
 
+#define NUM_SEGMENTS ((VOCAB + SEGMENT - 1) / SEGMENT)
+
 // A block of the kernels that sample from a segment of SEGMENT logits of a token. Rows of logits,
 // `pitch` apart, hold the segments from `first_segment` on. Grid: (T, segments of a row).
 struct SegmentLogits {
@@ -535,7 +536,7 @@ struct SegmentLogits {
   __device__ __forceinline__ int id(int i) const { return first_id + i / 4 * (4 * SAMPLE_THREADS) + i % 4; }
 };
 
-// The best score and its token in each segment, written to best and best_id [segments of VOCAB, T].
+// The best score and its token in each segment, written to best and best_id [T, NUM_SEGMENTS].
 extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
     sample_segments(const float *logits, int pitch, int first_segment, float inverse_temperature, const u64 *keys,
                     float *best, int *best_id) {
@@ -576,11 +577,11 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
   }
   block_argmax(top, top_id);
   if (threadIdx.x != 0) return;
-  best[(size_t)x.segment * gridDim.x + blockIdx.x] = top;
-  best_id[(size_t)x.segment * gridDim.x + blockIdx.x] = top_id;
+  best[(size_t)blockIdx.x * NUM_SEGMENTS + x.segment] = top;
+  best_id[(size_t)blockIdx.x * NUM_SEGMENTS + x.segment] = top_id;
 }
 
-// For each segment, [segments of VOCAB, T]: the best score, the sum of exp(score - best), and the
+// For each segment, [T, NUM_SEGMENTS]: the best score, the sum of exp(score - best), and the
 // MAX_CANDIDATES best scores with their ids. All scores count for the softmax, so all need their
 // noise.
 extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
@@ -630,7 +631,7 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
   }
   const Candidates found = warp_candidates(list, list_ids);
   if (threadIdx.x > 0) return;
-  const size_t index = (size_t)x.segment * gridDim.x + blockIdx.x;
+  const size_t index = (size_t)blockIdx.x * NUM_SEGMENTS + x.segment;
   best[index] = threads.scores[0], sums[index] = threads.sum;
 #pragma unroll
   for (int r = 0; r < MAX_CANDIDATES; r++) {

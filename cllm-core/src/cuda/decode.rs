@@ -119,10 +119,8 @@ struct Sizes {
     capacity: usize,
     /// Segments of the vocabulary in a slice.
     segments: usize,
-    /// Blocks that each found the best of some tokens of the vocabulary, and the distance between
-    /// their results.
+    /// Blocks that each found the best of some tokens of the vocabulary.
     blocks: usize,
-    stride: usize,
     /// Number of tokens that each of them lists for the candidates.
     list: usize,
     layers: usize,
@@ -168,13 +166,12 @@ const INNER: Param<Sizes> = bf16("inner", |s| s.tokens * s.shape.ffn);
 const NUM_TOKENS: Param<Sizes> = count("num_tokens", |s| s.tokens);
 const KEYS: Param<Sizes> = uint64("keys", |s| 2 * s.outputs);
 const INVERSE_TEMPERATURE: Param<Sizes> = float("inverse_temperature");
-const BEST: Param<Sizes> = float32("best", |s| s.blocks * s.stride);
-const BEST_ID: Param<Sizes> = int32("best_id", |s| s.blocks * s.stride);
-const SUMS: Param<Sizes> = float32("sums", |s| s.blocks * s.stride);
-const SCORES: Param<Sizes> = float32("scores", |s| s.blocks * s.stride * s.list);
-const IDS: Param<Sizes> = int32("ids", |s| s.blocks * s.stride * s.list);
+const BEST: Param<Sizes> = float32("best", |s| s.outputs * s.blocks);
+const BEST_ID: Param<Sizes> = int32("best_id", |s| s.outputs * s.blocks);
+const SUMS: Param<Sizes> = float32("sums", |s| s.outputs * s.blocks);
+const SCORES: Param<Sizes> = float32("scores", |s| s.outputs * s.blocks * s.list);
+const IDS: Param<Sizes> = int32("ids", |s| s.outputs * s.blocks * s.list);
 const NUM_BLOCKS: Param<Sizes> = count("num_blocks", |s| s.blocks);
-const STRIDE: Param<Sizes> = count("stride", |s| s.stride);
 
 /// Number of elements of the keys or of the values of a layer.
 fn cache_len(sizes: &Sizes) -> usize {
@@ -203,7 +200,7 @@ fn slices(sizes: &Sizes) -> impl Iterator<Item = Range<usize>> {
 /// Memory for what blocks find: the best scores with their tokens or, for candidates, the best scores,
 /// the sums for the softmax and the scores of the lists.
 fn block_results(sizes: &Sizes, sampling: SamplingOptions, device: Device) -> Result<Vec<Tensor>> {
-    let num_results = sizes.blocks * sizes.stride;
+    let num_results = sizes.outputs * sizes.blocks;
     let results = match sampling.gives_candidates {
         true => vec![(num_results, Kind::Float), (num_results, Kind::Float), (num_results * sizes.list, Kind::Float)],
         false => vec![(num_results, Kind::Float), (num_results, Kind::Int)],
@@ -263,7 +260,7 @@ const ARGMAX_OF_BLOCKS: Signature<Sizes> = Signature {
     name: "argmax_of_blocks",
     grid: |s| [s.outputs, 1],
     threads: |s| s.blocks.next_multiple_of(32).min(1024),
-    params: &[&[BEST, BEST_ID, NUM_BLOCKS, STRIDE, int32("predicted", |s| s.outputs)]],
+    params: &[&[BEST, BEST_ID, NUM_BLOCKS, int32("predicted", |s| s.outputs)]],
 };
 const CANDIDATES_OF_BLOCKS: Signature<Sizes> = Signature {
     name: "candidates_of_blocks",
@@ -274,7 +271,6 @@ const CANDIDATES_OF_BLOCKS: Signature<Sizes> = Signature {
         nullable(IDS),
         count("list_length", |s| s.list),
         NUM_BLOCKS,
-        STRIDE,
         aligned(|_| 8, int32("candidates", |s| s.outputs * MAX_INTS_PER_OUTPUT)),
     ]],
     ..ARGMAX_OF_BLOCKS
@@ -457,7 +453,6 @@ impl DecodeKernels {
             capacity: 0,
             segments: 0,
             blocks: 0,
-            stride: 0,
             list: 0,
             layers: 0,
             moves: 0,
@@ -566,7 +561,7 @@ impl DecodeKernels {
             return Err(Error::internal("the fused kernels sample after every token"));
         }
         let kernels = self.fused(sizes.tokens)?;
-        let sizes = Sizes { blocks: num_sample_blocks(&sizes), stride: kernels.max_tokens, list: BLOCK_ROWS, ..sizes };
+        let sizes = Sizes { blocks: num_sample_blocks(&sizes), list: BLOCK_ROWS, ..sizes };
         let found = block_results(&sizes, input.sampling, x.device())?;
         let mut found: Vec<Argument<'_>> = found.iter().map(Data).collect();
         let arguments = [&[Data(head), Data(x), Data(norm)], &found[..], &sampling_arguments(input)].concat();
@@ -614,7 +609,7 @@ impl DecodeKernels {
     /// slice of the vocabulary at a time.
     pub fn sample(&self, head: &Tensor, normed: &Tensor, input: &ForwardInput, results: &Tensor) -> Result<()> {
         let sizes = self.input_sizes(input)?;
-        let sizes = Sizes { blocks: num_segments(&sizes), stride: sizes.outputs, list: MAX_CANDIDATES, ..sizes };
+        let sizes = Sizes { blocks: num_segments(&sizes), list: MAX_CANDIDATES, ..sizes };
         let mut found = block_results(&sizes, input.sampling, normed.device())?;
         let kernel = if input.sampling.gives_candidates {
             found.push(Tensor::f_empty(found[2].size(), (Kind::Int, normed.device()))?);
