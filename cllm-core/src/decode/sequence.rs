@@ -105,11 +105,11 @@ impl<'r> Sequence<'r> {
         self.finish_reason.is_some()
     }
 
-    /// What each token that the next window may draft is expected to add to the new tokens; empty if
-    /// there is nothing to choose.
-    pub(super) fn gains(&mut self, history: &AcceptanceHistory) -> Vec<f64> {
+    /// What each token that the next window may draft is expected to add to the new tokens, if that is
+    /// at least `min_gain`; empty if there is nothing to choose.
+    pub(super) fn gains(&mut self, history: &AcceptanceHistory, min_gain: f64) -> Vec<f64> {
         match self.proposer.likeliest_paths() {
-            Some(paths) if self.closing.is_empty() => paths.gains(history, &self.tokens),
+            Some(paths) if self.closing.is_empty() => paths.gains(history, &self.tokens, min_gain),
             _ => Vec::new(),
         }
     }

@@ -72,9 +72,6 @@ impl PlannedToken {
 /// Probability of a token whose own is smaller, for the order of paths.
 const MIN_PROBABILITY: f64 = 0.01;
 
-/// Draft tokens that gain less are not worth planning.
-const MIN_GAIN: f64 = 1e-3;
-
 impl LikeliestPaths {
     /// With up to `tree` tokens in the window, or 0 for one that does not branch.
     pub(in crate::decode) fn new(width: Width, tree: usize, prompt: &[i32], random: RandomDraft) -> Self {
@@ -101,12 +98,13 @@ impl LikeliestPaths {
     /// in the next forward. Since an accepted token takes both of these forwards, each of them
     /// counts half. Predictions beside the spine come with those on it, so they count in full.
     ///
-    /// `tokens` are those of the sequence.
-    pub(in crate::decode) fn gains(&mut self, history: &AcceptanceHistory, tokens: &[i32]) -> Vec<f64> {
-        self.complete(tokens);
+    /// `tokens` are those of the sequence. Draft tokens that gain less than `min_gain` are not planned.
+    pub(in crate::decode) fn gains(&mut self, history: &AcceptanceHistory, tokens: &[i32], min_gain: f64) -> Vec<f64> {
+        let survival = history.survival(self.max_drafts, min_gain);
+        // Random tokens follow, as far as the predictions after them may be of use.
+        let num_predicted = self.positions.iter().rposition(Position::is_predicted).map_or(0, |index| index + 1);
+        self.complete(tokens, (num_predicted + survival.len()).min(self.max_drafts));
         let rate = |candidate: Candidate| history.rate(candidate.probability.into());
-        let mut survival = history.survival(self.positions.len());
-        survival.truncate(survival.partition_point(|&probability| probability >= MIN_GAIN));
         // The probabilities that at least 0, 1, 2, ... tokens of the spine are accepted.
         let mut accepted = vec![1.0];
         for (index, position) in self.positions.iter().enumerate() {
@@ -120,7 +118,7 @@ impl LikeliestPaths {
             let first = depth.saturating_sub(survival.len());
             (accepted[depth] + (first..depth).map(after).sum::<f64>()) / 2.0
         };
-        self.plan(rate, spine_gain, MIN_GAIN);
+        self.plan(rate, spine_gain, min_gain);
         self.planned.iter().map(|token| token.gain).collect()
     }
 
@@ -183,19 +181,19 @@ impl LikeliestPaths {
         self.planned = planned;
     }
 
-    /// Adds random tokens after the positions for which there is something better.
-    fn complete(&mut self, tokens: &[i32]) {
-        let num_positions = if let Width::Fixed(n) = self.width { n - 1 } else { self.max_drafts };
+    /// Adds random tokens after the positions for which there is something better, up to a number of
+    /// positions.
+    fn complete(&mut self, tokens: &[i32], num_positions: usize) {
         let mut random_tokens = Vec::new();
-        self.random.fill(&mut random_tokens, num_positions - self.positions.len(), tokens);
+        self.random.fill(&mut random_tokens, num_positions.saturating_sub(self.positions.len()), tokens);
         self.positions.extend(random_tokens.into_iter().map(Position::random));
     }
 
     /// Drafts the tokens of a fixed width. Otherwise there are none until their number is chosen.
     fn draft_fixed_width(&mut self, tokens: &[i32]) {
         self.planned.clear();
-        if let Width::Fixed(_) = self.width {
-            self.complete(tokens);
+        if let Width::Fixed(n) = self.width {
+            self.complete(tokens, n - 1);
             // The whole spine comes first.
             let rate = |candidate: Candidate| f64::from(candidate.probability).max(MIN_PROBABILITY);
             self.plan(rate, |_| f64::INFINITY, 0.0);
@@ -233,6 +231,10 @@ impl LikeliestPaths {
 }
 
 impl Position {
+    fn is_predicted(&self) -> bool {
+        self.candidates[0].probability > 0.0
+    }
+
     fn random(token: i32) -> Self {
         let mut candidates = NO_CANDIDATES;
         candidates[0].token = token;
@@ -302,6 +304,8 @@ mod tests {
     use super::*;
     use crate::decode::tree::Node;
 
+    const MIN_GAIN: f64 = 1e-3;
+
     fn candidates(of: &[(i32, f32)]) -> Candidates {
         let mut candidates = NO_CANDIDATES;
         for (candidate, &(token, probability)) in candidates.iter_mut().zip(of) {
@@ -315,7 +319,7 @@ mod tests {
     fn after_forward(width: Width, tree: usize, predicted: &[Candidates]) -> LikeliestPaths {
         let mut paths = LikeliestPaths::new(width, tree, &[1, 2, 3], RandomDraft::new(1, "a"));
         if width == Width::Auto {
-            paths.gains(&AcceptanceHistory::default(), &[1, 2, 3, 7]);
+            paths.gains(&AcceptanceHistory::default(), &[1, 2, 3, 7], MIN_GAIN);
             paths.set_num_drafts(predicted.len());
         }
         let all = [&[candidates(&[(7, 1.0)])], predicted].concat();
@@ -384,7 +388,7 @@ mod tests {
         let open = candidates(&[(20, 0.5), (21, 0.48)]);
         let mut paths = after_forward(Width::Auto, 64, &[sure, open, sure]);
         assert!(paths.draft().is_empty(), "nothing is drafted until a number is chosen");
-        let gains = paths.gains(&AcceptanceHistory::default(), &[1, 2, 3, 7]);
+        let gains = paths.gains(&AcceptanceHistory::default(), &[1, 2, 3, 7], MIN_GAIN);
         assert!(gains.len() > 3 && gains.iter().all(|&gain| gain >= MIN_GAIN), "{gains:?}");
         paths.set_num_drafts(3);
         assert_eq!(nodes(&paths), [(10, 0), (20, 1), (21, 1)], "a token beside the spine before an unlikely one on it");
@@ -392,7 +396,7 @@ mod tests {
         assert!(paths.draft().is_empty() && paths.tree().is_none());
         // Without branches, the tokens are in order, with random ones of the text after them.
         let mut chain = after_forward(Width::Auto, 0, &[sure, open, sure]);
-        chain.gains(&AcceptanceHistory::default(), &[1, 2, 3, 7]);
+        chain.gains(&AcceptanceHistory::default(), &[1, 2, 3, 7], MIN_GAIN);
         chain.set_num_drafts(5);
         assert_eq!(chain.draft()[..3], [10, 20, 10]);
         assert!(chain.tree().is_none() && chain.draft()[3..].iter().all(|token| [1, 2, 3, 7].contains(token)));
@@ -402,7 +406,7 @@ mod tests {
     fn predictions_that_were_not_forwarded_again_stay_at_their_positions() {
         let at = |token| candidates(&[(token, 0.9)]);
         let mut paths = after_forward(Width::Auto, 0, &[at(10), at(20), at(30), at(40)]);
-        paths.gains(&AcceptanceHistory::default(), &[1, 2, 3, 7]);
+        paths.gains(&AcceptanceHistory::default(), &[1, 2, 3, 7], MIN_GAIN);
         paths.set_num_drafts(1);
         // 10 is accepted and 21 follows it; only what comes after 21 is known from before.
         paths.update(&Verification {
@@ -413,7 +417,7 @@ mod tests {
             tokens: &[1, 2, 3, 7, 10, 21],
             is_truncated: false,
         });
-        paths.gains(&AcceptanceHistory::default(), &[1, 2, 3, 7]);
+        paths.gains(&AcceptanceHistory::default(), &[1, 2, 3, 7], MIN_GAIN);
         paths.set_num_drafts(2);
         assert_eq!(paths.draft(), [30, 40]);
     }

@@ -43,8 +43,8 @@ impl AcceptanceHistory {
     }
 
     /// The probabilities that at least 1, 2, ... `max_depth` of the drafts that a forward makes are
-    /// accepted by the next.
-    pub(in crate::decode) fn survival(&self, max_depth: usize) -> Vec<f64> {
+    /// accepted by the next, as long as they are at least `min_probability`.
+    pub(in crate::decode) fn survival(&self, max_depth: usize, min_probability: f64) -> Vec<f64> {
         let (mut rate, mut survival) = (INITIAL_RATE, 1.0);
         let at_depth = |depth| {
             // Where few were seen, the rate is that of the token before.
@@ -52,7 +52,7 @@ impl AcceptanceHistory {
             survival *= rate;
             survival
         };
-        (0..max_depth).map(at_depth).collect()
+        (0..max_depth).map(at_depth).take_while(|&probability| probability >= min_probability).collect()
     }
 }
 
@@ -107,7 +107,7 @@ mod tests {
     #[test]
     fn survival_is_the_product_of_the_rates_of_all_depths() {
         let mut history = AcceptanceHistory::default();
-        let survival = history.survival(3);
+        let survival = history.survival(3, 0.0);
         assert!((survival[0] - 0.7).abs() < 1e-9 && (survival[2] - 0.343).abs() < 1e-9, "{survival:?}");
         // The first draft token is accepted always and the second every other time.
         for index in 0..2000 {
@@ -115,10 +115,11 @@ mod tests {
             history.observe(outcome(1, true));
             history.observe(outcome(2, index % 2 == 0));
         }
-        let survival = history.survival(3);
+        let survival = history.survival(3, 0.0);
         // Nothing is known of the third, so its rate is that of the second.
         for (survival, expected) in survival.iter().zip([1.0, 0.5, 0.25]) {
             assert!((survival - expected).abs() < 0.02, "{survival:?}");
         }
+        assert_eq!(history.survival(3, 0.4).len(), 2);
     }
 }

@@ -21,6 +21,8 @@ use prices::StepPrices;
 pub(super) struct WindowChooser {
     pub(super) history: AcceptanceHistory,
     prices: StepPrices,
+    /// Draft tokens that gain less than this are not worth planning.
+    min_gain: f64,
     /// Padded number of tokens that the last choice left without drafts.
     resting_size: usize,
     /// Length of the rest after that choice, and how much of it is left.
@@ -30,6 +32,12 @@ pub(super) struct WindowChooser {
 
 /// The most forwards without a choice.
 const MAX_REST: usize = 31;
+
+/// Draft tokens are planned that gain at least this part of what the least of the last choice did.
+const PLANNED_SHARE: f64 = 0.25;
+
+/// The bounds of that gain: less is worth nothing, and more would hardly save time.
+const MIN_GAINS: [f64; 2] = [1e-3, 0.02];
 
 /// The numbers of draft tokens of a forward.
 pub(super) struct Choice {
@@ -47,8 +55,18 @@ impl WindowChooser {
     /// whatever is chosen.
     pub(super) fn choose(&mut self, num_other_tokens: usize, gains: &[Vec<f64>]) -> Choice {
         let max_tokens = self.prices.max_tokens(num_other_tokens);
-        let num_drafts =
-            best_numbers_of_drafts(num_other_tokens, gains, max_tokens, |num_tokens| self.prices.price(num_tokens));
+        let mut last = (0, 0.0);
+        let price = |num_tokens| {
+            let size = padded_size(num_tokens);
+            if last.0 != size {
+                last = (size, self.prices.price(size));
+            }
+            last.1
+        };
+        let num_drafts = best_numbers_of_drafts(num_other_tokens, gains, max_tokens, price);
+        let least = gains.iter().zip(&num_drafts).filter_map(|(gains, &number)| gains[..number].last());
+        self.min_gain =
+            least.fold(1.0, |least: f64, &gain| least.min(gain * PLANNED_SHARE)).clamp(MIN_GAINS[0], MIN_GAINS[1]);
         let size = padded_size(num_other_tokens + num_drafts.iter().sum::<usize>());
         let is_probe = size > padded_size(num_other_tokens) && self.prices.is_uncertain(size);
         let has_drafts = num_drafts.iter().any(|&number| number > 0);
@@ -56,6 +74,11 @@ impl WindowChooser {
         self.remaining_rest = self.rest;
         self.resting_size = padded_size(num_other_tokens);
         Choice { num_drafts, is_probe }
+    }
+
+    /// What a draft token must gain to be considered in the next choice.
+    pub(super) fn min_gain(&self) -> f64 {
+        self.min_gain
     }
 
     /// Whether the next forward has no drafts, without a choice. After a choice of none, one forward
@@ -84,7 +107,7 @@ fn best_numbers_of_drafts(
     num_other_tokens: usize,
     gains: &[Vec<f64>],
     max_tokens: usize,
-    price: impl Fn(usize) -> f64,
+    mut price: impl FnMut(usize) -> f64,
 ) -> Vec<usize> {
     let mut candidates: BinaryHeap<Candidate> = BinaryHeap::new();
     candidates.extend(gains.iter().enumerate().filter_map(|(row, gains)| Candidate::new(row, gains, 0)));
@@ -246,6 +269,20 @@ mod tests {
             assert!(share > 0.98, "{num_sequences} sequences: {share} of the best speed");
             assert!(num_probes < NUM_FORWARDS / 20, "{num_sequences} sequences: {num_probes} probes");
         }
+    }
+
+    #[test]
+    fn drafts_that_gain_far_less_than_those_of_the_last_choice_are_not_planned() {
+        let mut chooser = WindowChooser::default();
+        let gains = [vec![0.5, 0.25, 0.125, 0.0625, 0.03125]];
+        assert_eq!(chooser.min_gain(), 0.0);
+        chooser.choose(1, &gains);
+        assert_eq!(chooser.min_gain(), MIN_GAINS[1], "no drafts, since no larger size is known");
+        for num_tokens in [1, 2, 4, 8] {
+            (0..3).for_each(|_| chooser.observe_step(num_tokens, 1.0));
+        }
+        assert_eq!(chooser.choose(1, &gains).num_drafts, [5]);
+        assert_eq!(chooser.min_gain(), 0.03125 * PLANNED_SHARE);
     }
 
     #[test]
