@@ -201,7 +201,7 @@ mod tests {
                 on_gpu.named_parameters().into_iter().zip(on_cpu.named_parameters())
             {
                 if rounded.dim() == 2 {
-                    rounded *= 8.0;
+                    rounded *= 4.0;
                 }
                 exact.copy_(&rounded.to_device(Device::Cpu));
             }
@@ -211,7 +211,7 @@ mod tests {
         /// Fails unless both give the same tokens with about the same probabilities.
         fn assert_close(on_gpu: &Candidates, on_cpu: &Candidates, case: &str) {
             for (rank, (one, other)) in on_gpu.iter().zip(on_cpu).enumerate() {
-                let tolerance = 0.15 * other.probability + 1e-5;
+                let tolerance = 0.25 * other.probability + 1e-5;
                 let is_tied = on_cpu.iter().enumerate().any(|(index, candidate)| {
                     index != rank && (candidate.probability - other.probability).abs() < 2.0 * tolerance
                 });
