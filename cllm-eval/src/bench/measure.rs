@@ -37,14 +37,18 @@ impl Bench<'_> {
         sizes.push(1);
         sizes.sort_unstable();
         sizes.dedup();
-        let mut progress = Progress::new("steps", 0, (sizes.len() + settings.batch_sizes.len()) as u64);
+        let num_batch_timings = settings.batch_sizes.len() * (1 + settings.batch_step_tokens.len());
+        let mut progress = Progress::new("steps", 0, (sizes.len() + num_batch_timings) as u64);
         libtorch::reset_peak_gpu_memory(self.model.device());
         let (step_ms, prefill_ms) = self.time_steps(&sizes, &mut progress)?;
         let peak_memory_bytes = self.peak_memory_bytes();
-        let mut batch_tokens_per_second = BTreeMap::new();
+        let (mut batch_tokens_per_second, mut batch_step_ms) = (BTreeMap::new(), BTreeMap::new());
         for &batch_size in &settings.batch_sizes {
             batch_tokens_per_second.insert(batch_size, self.time_batch(batch_size)?);
             progress.advance(1);
+            if !settings.batch_step_tokens.is_empty() {
+                batch_step_ms.insert(batch_size, self.time_batch_steps(batch_size, &mut progress)?);
+            }
         }
         progress.finish();
         let single_ms = step_ms[&1];
@@ -58,6 +62,7 @@ impl Bench<'_> {
             step_ms,
             prefill_ms,
             batch_tokens_per_second,
+            batch_step_ms,
             memory_floor: self.memory_floor(single_ms)?,
             peak_memory_bytes,
             strategies: Vec::new(),
@@ -68,25 +73,52 @@ impl Bench<'_> {
 
     /// Milliseconds of a step of each size, and of the prefill.
     fn time_steps(&self, sizes: &[usize], progress: &mut Progress) -> Result<(BTreeMap<usize, f64>, f64)> {
-        let stop = self.synthetic_stop();
-        let widest = Strategy::rolling(sizes.last().copied().unwrap_or(1).max(2));
-        let num_slots = required_slots(self.settings.num_prompt_tokens, &stop, widest);
-        let mut decoder = Decoder::new(self.model, 1, num_slots)?;
+        let mut decoder = self.step_decoder(1, sizes)?;
         let mut step_ms = BTreeMap::new();
         let mut prefill_ms = 0.0;
         for &num_tokens in sizes {
-            let strategy = if num_tokens == 1 { Strategy::Ar } else { Strategy::rolling(num_tokens) };
-            let timings = self.repeat(|| {
-                let options = DecodeOptions::greedy(strategy, 0);
-                let (answers, timing) = decoder.answer(&[self.synthetic_request(0)], &stop, options, None)?;
-                let num_forwards: usize = answers.iter().map(|answer| answer.num_forwards).sum();
-                Ok((timing.decode_seconds * 1e3 / num_forwards as f64, timing.prefill_seconds * 1e3))
-            })?;
-            step_ms.insert(num_tokens, median_time(timings.iter().map(|timing| timing.0))?);
-            prefill_ms = median_time(timings.iter().map(|timing| timing.1))?;
+            let ms;
+            (ms, prefill_ms) = self.time_step(&mut decoder, 1, num_tokens)?;
+            step_ms.insert(num_tokens, ms);
             progress.advance(1);
         }
         Ok((step_ms, prefill_ms))
+    }
+
+    /// Milliseconds of a step of a batch, by the number of tokens that each row has in it.
+    fn time_batch_steps(&self, batch_size: usize, progress: &mut Progress) -> Result<BTreeMap<usize, f64>> {
+        let sizes = &self.settings.batch_step_tokens;
+        let mut decoder = self.step_decoder(batch_size, sizes)?;
+        let time = |&num_tokens: &usize| {
+            let (step_ms, _) = self.time_step(&mut decoder, batch_size, num_tokens)?;
+            progress.advance(1);
+            Ok((num_tokens, step_ms))
+        };
+        sizes.iter().map(time).collect()
+    }
+
+    /// A decoder for steps of up to these numbers of tokens in each row.
+    fn step_decoder(&self, batch_size: usize, sizes: &[usize]) -> Result<Decoder<'_>> {
+        let widest = Strategy::rolling(sizes.iter().copied().max().unwrap_or(1).max(2));
+        let num_slots = required_slots(self.settings.num_prompt_tokens, &self.synthetic_stop(), widest);
+        Decoder::new(self.model, batch_size, num_slots)
+    }
+
+    /// Milliseconds of a step in which each row has `num_tokens` tokens, and of the prefill.
+    fn time_step(&self, decoder: &mut Decoder<'_>, batch_size: usize, num_tokens: usize) -> Result<(f64, f64)> {
+        let stop = self.synthetic_stop();
+        let strategy = if num_tokens == 1 { Strategy::Ar } else { Strategy::rolling(num_tokens) };
+        let requests: Vec<Request> = (0..batch_size).map(|row| self.synthetic_request(row)).collect();
+        let timings = self.repeat(|| {
+            let (answers, timing) = decoder.answer(&requests, &stop, DecodeOptions::greedy(strategy, 0), None)?;
+            // Every step has all rows until the first of them ends.
+            let seconds = |answer: &Answer| answer.timing.decode_seconds;
+            let first = answers.iter().min_by(|one, other| seconds(one).total_cmp(&seconds(other)));
+            let first = first.ok_or_else(|| Error::internal("decoding returned no answer"))?;
+            Ok((seconds(first) * 1e3 / first.num_forwards as f64, timing.prefill_seconds * 1e3))
+        })?;
+        let median_of = |part: fn(&(f64, f64)) -> f64| median_time(timings.iter().map(part));
+        Ok((median_of(|timing| timing.0)?, median_of(|timing| timing.1)?))
     }
 
     /// Autoregressive tokens per second of a batch.
@@ -206,7 +238,6 @@ impl Bench<'_> {
 
     fn collection_bench(&self, work: &CollectionWork, bandwidth_bytes_per_second: f64) -> CollectionBench {
         let config = self.model.config();
-        let n = self.settings.collect_n;
         let (batch_size, num_forwards) = (work.batch_size, work.num_forwards as f64);
         let head = (config.vocab_size * config.hidden_size) as f64;
         let embeddings = if config.tied_embeddings { head } else { 2.0 * head };
@@ -216,14 +247,15 @@ impl Bench<'_> {
         let cached =
             (2 * config.num_layers * config.num_kv_heads * config.head_dim) as f64 * work.context_tokens as f64;
         let bytes = element_bytes * ((layers + head) * num_forwards / batch_size as f64 + cached);
-        let draft_tokens = num_forwards * n as f64;
-        let flops = 2.0 * (layers * (work.num_prompt_tokens as f64 + draft_tokens) + head * draft_tokens);
+        let window_tokens = work.num_window_tokens as f64;
+        let flops = 2.0 * (layers * (work.num_prompt_tokens as f64 + window_tokens) + head * window_tokens);
         let peak_flops = Hardware::detect(self.model.device()).gpu_model().map(|gpu| gpu.bf16_flops);
         CollectionBench {
             batch_size,
-            n,
+            n: self.settings.collect_n,
             responses: work.num_responses,
             tokens_per_forward: work.num_tokens as f64 / num_forwards,
+            mean_window_tokens: Some(window_tokens / num_forwards),
             tokens_per_second: work.num_tokens as f64 / work.seconds,
             fraction_of_bandwidth: Some(bytes / bandwidth_bytes_per_second / work.seconds),
             fraction_of_peak_flops: peak_flops.map(|peak| flops / peak / work.seconds),
@@ -282,6 +314,7 @@ struct CollectionWork {
     num_prompt_tokens: usize,
     num_tokens: usize,
     num_forwards: usize,
+    num_window_tokens: u64,
     /// Tokens in the cache, summed over the forwards.
     context_tokens: usize,
     seconds: f64,
@@ -294,6 +327,7 @@ impl CollectionWork {
         self.num_prompt_tokens += num_prompt_tokens;
         self.num_tokens += num_tokens;
         self.num_forwards += answer.num_forwards;
+        self.num_window_tokens += answer.num_window_tokens;
         self.context_tokens += answer.num_forwards * (num_prompt_tokens + num_tokens / 2);
     }
 }

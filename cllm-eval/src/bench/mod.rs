@@ -123,6 +123,9 @@ fn model_summary(model: &DecodeBench) -> String {
     }
     for (batch_size, speed) in &model.batch_tokens_per_second {
         text += &format!("  batch of {batch_size:>4}: {speed:.0} tokens/s\n");
+        for (num_tokens, ms) in model.batch_step_ms.get(batch_size).into_iter().flatten() {
+            text += &format!("    {num_tokens:>4} tokens of each row in a step: {ms:8.3} ms\n");
+        }
     }
     for result in &model.strategies {
         text += &format!(

@@ -33,6 +33,9 @@ pub struct DecodeBench {
     pub prefill_ms: f64,
     /// Autoregressive tokens per second of the whole batch, by batch size.
     pub batch_tokens_per_second: BTreeMap<usize, f64>,
+    /// Milliseconds of a step, by batch size and by the number of tokens that each row has in it.
+    #[serde(default)]
+    pub batch_step_ms: BTreeMap<usize, BTreeMap<usize, f64>>,
     pub memory_floor: MemoryFloor,
     /// Peak GPU memory while steps were timed, excluding what was in use before the model was
     /// loaded; null on the CPU.
@@ -95,6 +98,8 @@ pub struct CollectionBench {
     /// Number of responses.
     pub responses: usize,
     pub tokens_per_forward: f64,
+    /// Tokens of a forward, draft tokens included; null in results of earlier versions.
+    pub mean_window_tokens: Option<f64>,
     /// Response tokens per second, including prefill.
     pub tokens_per_second: f64,
     /// The time in which the memory can deliver the weights to every step, and the keys and values to

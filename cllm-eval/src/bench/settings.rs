@@ -49,6 +49,10 @@ pub struct BenchSettings {
     /// Measure the autoregressive throughput of these batch sizes.
     #[garde(inner(range(min = 1)))]
     pub batch_sizes: Vec<usize>,
+    /// With each of these batch sizes, also time steps in which every row has these numbers of
+    /// tokens.
+    #[garde(inner(range(min = 1, max = 1024)))]
+    pub batch_step_tokens: Vec<usize>,
     /// Measure a collection over all prompts with these batch sizes.
     #[garde(inner(range(min = 1)))]
     pub collect_batch_sizes: Vec<usize>,
@@ -88,6 +92,7 @@ impl Default for BenchSettings {
             num_new_tokens: 128,
             num_repeats: 5,
             batch_sizes: vec![8, 64, 256],
+            batch_step_tokens: Vec::new(),
             collect_batch_sizes: Vec::new(),
             collect_n: 16,
             max_new_tokens: 256,

@@ -46,6 +46,7 @@ fn the_file_holds_every_measurement_and_one_record_per_model() {
             "max_new_tokens=10",
             "collect_batch_sizes=[2, 3]",
             "collect_n=4",
+            "batch_step_tokens=[1, 4]",
             &format!("baseline={baseline}"),
         ],
     );
@@ -58,6 +59,9 @@ fn the_file_holds_every_measurement_and_one_record_per_model() {
     }
     assert_eq!(first["step_ms"].as_object().unwrap().keys().collect::<Vec<_>>(), ["1", "2"]);
     assert_eq!(first["relative_step_time"]["1"], 1.0);
+    let batch_step_ms = first["batch_step_ms"]["3"].as_object().unwrap();
+    assert_eq!(batch_step_ms.keys().collect::<Vec<_>>(), ["1", "4"]);
+    assert!(batch_step_ms.values().all(is_positive), "{first}");
     assert!(is_positive(&first["memory_floor"]["fraction_of_step"]), "{first}");
     for (index, batch_size) in [2, 3].into_iter().enumerate() {
         let collection = &first["collections"][index];
@@ -65,6 +69,9 @@ fn the_file_holds_every_measurement_and_one_record_per_model() {
         for key in ["tokens_per_second", "tokens_per_forward", "fraction_of_bandwidth"] {
             assert!(is_positive(&collection[key]), "{key}: {collection}");
         }
+        // A block's windows become shorter as its tokens become final.
+        let window_tokens = collection["mean_window_tokens"].as_f64().unwrap();
+        assert!(window_tokens > 1.0 && window_tokens < 4.0, "{collection}");
     }
     let strategies = first["strategies"].as_array().unwrap();
     assert_eq!(strategies.len(), 2);
