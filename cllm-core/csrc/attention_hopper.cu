@@ -9,37 +9,7 @@
 static_assert(HEAD_DIM <= 128, "the registers hold no wider heads");
 #define THREADS(parts) (((parts) + 1) * 128)
 
-// A tensor map (CUtensorMap): how the copy engine finds 64 tokens of a head. It fills columns after
-// the head and rows after the last token with zeros.
-struct alignas(64) Tiles {
-  u64 words[16];
-};
-
-__device__ __forceinline__ void barrier_init(u32 barrier, int count) {
-  asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-
-// Arrives at a barrier, whose phase then also waits for copies of so many bytes.
-__device__ __forceinline__ void barrier_expect(u32 barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-// Every warp arrives once.
-__device__ __forceinline__ void barrier_arrive(u32 barrier) {
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// Waits until a phase of this parity has ended.
-__device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
-  asm volatile(
-      "{\n.reg .pred ended;\nAGAIN:\nmbarrier.try_wait.parity.shared.b64 ended, [%0], %1;\n@!ended bra AGAIN;\n}" ::"r"(
-          barrier),
-      "r"(parity)
-      : "memory");
-}
-
-__device__ __forceinline__ void copy_tile(u32 to, const Tiles &from, int head, int token, u32 barrier) {
+__device__ __forceinline__ void copy_tile(u32 to, const TensorMap &from, int head, int token, u32 barrier) {
 #pragma unroll
   for (int panel = 0; panel < PANELS; panel++)
     asm volatile(
@@ -199,23 +169,6 @@ __device__ __forceinline__ void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(parts == 3 ? 160 : 232));
 }
 
-// Products run while the warpgroup goes on. They come in groups; begin_products() orders them after
-// what was done to their registers.
-__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void end_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-
-// Waits for all groups but the last `pending`. Registers of products that it waited for must then
-// be passed to settle(), so that the compiler moves no use of them to before the wait; those that
-// are to be complete before a wait, too.
-template <int pending>
-__device__ __forceinline__ void wait_groups() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
-}
-template <int values>
-__device__ __forceinline__ void settle(float (&x)[values]) {
-#pragma unroll
-  for (int i = 0; i < values; i++) asm volatile("" : "+f"(x[i]));
-}
 __device__ __forceinline__ void settle(AFragment &a) {
 #pragma unroll
   for (int k = 0; k < TILE / 16; k++)
@@ -223,33 +176,11 @@ __device__ __forceinline__ void settle(AFragment &a) {
     for (int i = 0; i < 4; i++) asm volatile("" : "+r"(a[k][i]));
 }
 
-// How wgmma finds a tile (PTX ISA, matrix descriptor): its address, the distances of panels and of
-// groups of 8 rows in units of 16 bytes, and the swizzle of 128 bytes. The same for all lanes, so
-// that it stays in uniform registers.
-__device__ __forceinline__ u64 descriptor(u32 tile) {
-  u32 low = __shfl_sync(0xffffffffu, tile, 0) >> 4 | PANEL_BYTES >> 4 << 16;
-  return (u64)(1024 >> 4 | 1 << 30) << 32 | low;
-}
-
-// The instructions list each register: N columns have N / 2 values in a thread.
-#define REGISTERS_16 "%0,%1,%2,%3,%4,%5,%6,%7"
-#define REGISTERS_32 REGISTERS_16 ",%8,%9,%10,%11,%12,%13,%14,%15"
-#define REGISTERS_64 REGISTERS_32 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define REGISTERS_128                                                                   \
-  REGISTERS_64 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%" \
-               "49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define FOUR(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
-#define VALUES_16(c) FOUR(c, 0), FOUR(c, 4)
-#define VALUES_32(c) VALUES_16(c), FOUR(c, 8), FOUR(c, 12)
-#define VALUES_64(c) VALUES_32(c), FOUR(c, 16), FOUR(c, 20), FOUR(c, 24), FOUR(c, 28)
-#define VALUES_128(c)                                                                                               \
-  VALUES_64(c), FOUR(c, 32), FOUR(c, 36), FOUR(c, 40), FOUR(c, 44), FOUR(c, 48), FOUR(c, 52), FOUR(c, 56), FOUR(c, 60)
-#define WGMMA(n) "wgmma.mma_async.sync.aligned.m64n" #n "k16.f32.bf16.bf16 {" REGISTERS_##n "}, "
 #define LEFT(a) "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
 
 // scores = tile `a` times the transpose of tile `b`.
 __device__ __forceinline__ void wgmma_qk(Scores &scores, u32 a, u32 b) {
-  const u64 left = descriptor(a), right = descriptor(b);
+  const u64 left = descriptor<PANEL_BYTES>(a), right = descriptor<PANEL_BYTES>(b);
 #pragma unroll
   for (int k = 0; k < HEAD_PAD / 16; k++) {
     const u64 offset = (k / 4 * PANEL_BYTES + k % 4 * 32) / 16;
@@ -274,7 +205,7 @@ __device__ __forceinline__ void wgmma_columns(float *c, const u32 (&a)[4], u64 b
 
 // sum += a [64, TILE] times tile `b` [TILE, HEAD_DIM].
 __device__ __forceinline__ void wgmma_pv(HeadRows &sum, const AFragment &a, u32 b) {
-  const u64 tile = descriptor(b);
+  const u64 tile = descriptor<PANEL_BYTES>(b);
   // Columns in whole panels, or in both.
   const int whole = HEAD_PAD == 128 ? 128 : HEAD_PAD / 64 * 64, panel = whole / 64 * PANEL_BYTES / 16;
 #pragma unroll
@@ -288,7 +219,7 @@ __device__ __forceinline__ void wgmma_pv(HeadRows &sum, const AFragment &a, u32 
 
 // Copies what a kernel of queries needs, for one item after the other.
 template <typename Shared, typename CopyOwn>
-__device__ __forceinline__ void copy_items_of_queries(Shared &shared, int kernel, int num_groups, const Tiles &qkv,
+__device__ __forceinline__ void copy_items_of_queries(Shared &shared, int kernel, int num_groups, const TensorMap &qkv,
                                                       const int *offsets, const int4 *blocks, const u64 *bits,
                                                       CopyOwn copy_own) {
   for (int item; (item = draw(kernel, num_groups * HEADS)) >= 0; shared.work.advance()) {
@@ -312,7 +243,7 @@ __device__ __forceinline__ void copy_items_of_queries(Shared &shared, int kernel
 
 // attn_out = softmax(q k^T) v over the keys that the mask allows.
 extern "C" __global__ void __launch_bounds__(THREADS(QUERY_PARTS), 1)
-    attention(const __grid_constant__ Tiles qkv, const int *offsets, const int *blocks, const u64 *bits, float scale,
+    attention(const __grid_constant__ TensorMap qkv, const int *offsets, const int *blocks, const u64 *bits, float scale,
               bf16 *attn_out, float *logsumexp, int tokens) {
   Layout<QUERY_PARTS, 2, 1, 0> shared;
   int part = threadIdx.x / 128, lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
@@ -426,9 +357,9 @@ struct HeldStage {
 // The gradient of the queries, and delta [HEADS, T] = the row sums of attn_out * d_attn_out, which
 // attention_d_kv needs.
 extern "C" __global__ void __launch_bounds__(THREADS(QUERY_PARTS), 1)
-    attention_d_queries(const __grid_constant__ Tiles qkv, const int *offsets, const int *blocks, const u64 *bits,
+    attention_d_queries(const __grid_constant__ TensorMap qkv, const int *offsets, const int *blocks, const u64 *bits,
                         float scale, const bf16 *attn_out, const float *logsumexp,
-                        const __grid_constant__ Tiles d_attn_out, bf16 *d_qkv, float *deltas, int tokens) {
+                        const __grid_constant__ TensorMap d_attn_out, bf16 *d_qkv, float *deltas, int tokens) {
   typedef Layout<QUERY_PARTS, PANELS == 1 ? 2 : 1, 2, 0> Shared;
   Shared shared;
   int part = threadIdx.x / 128, lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
@@ -496,8 +427,8 @@ extern "C" __global__ void __launch_bounds__(THREADS(QUERY_PARTS), 1)
 // The gradients of keys and values. An item iterates over all query heads that share its head of
 // keys, and over the tiles of queries in its list. Scores are transposed: a row belongs to a key.
 extern "C" __global__ void __launch_bounds__(THREADS(KEY_PARTS), 1)
-    attention_d_kv(const __grid_constant__ Tiles qkv, const int *offsets, const int *blocks, const u64 *bits,
-                   float scale, const float *logsumexp, const float *deltas, const __grid_constant__ Tiles d_attn_out,
+    attention_d_kv(const __grid_constant__ TensorMap qkv, const int *offsets, const int *blocks, const u64 *bits,
+                   float scale, const float *logsumexp, const float *deltas, const __grid_constant__ TensorMap d_attn_out,
                    bf16 *d_qkv, int tokens) {
   // A stage ends with the logsumexp and delta of each query.
   const int numbers_bytes = TILE * 4;

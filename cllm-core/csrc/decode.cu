@@ -16,9 +16,6 @@
 // does not matter as long as both operands agree, so each thread loads 8 neighbouring values (16
 // bytes) of a row and uses them in two products. In a fragment g = lane / 4 is a row of the weight
 // (and g + 8 the other), t = lane % 4 a pair of columns.
-#define QKV ((HEADS + 2 * KV_HEADS) * HEAD_DIM)
-#define GROUP (HEADS / KV_HEADS)
-#define HALF (HEAD_DIM / 2)
 #define CHUNKS (HEAD_DIM / 32)
 
 // The products of two pairs of bf16, each rounded once.
@@ -57,53 +54,10 @@ __device__ __forceinline__ void mma_chunk(float (&c)[4], uint4 a, uint4 b, uint4
   mma(c, a.z, b.z, a.w, b.w, x.z, x.w);
 }
 
-// Programmatic dependent launch: a kernel may start while its predecessor ends, but must not read
-// the predecessor's results before wait_for_predecessor(). GPUs before Hopper run kernels one after
-// another.
-__device__ __forceinline__ void wait_for_predecessor() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void let_successor_start() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-// Groups of arguments. Kernels take them flat, a group per line: as parameters of a kernel, structs
-// made the compiler use up to 8 more registers in the same code.
-
-// Tokens of a step. Token i belongs to row `row[i]` of the cache (-1 for padding); its key and
-// value go to slot `slot[i]`, its rotary position is `position[i]`. `visible[i]` says which slots
-// of its own window the token attends to (see `attend`).
-struct Tokens {
-  const int *row, *slot, *position;
-  const u64 *visible;
-};
-
 // Tiles of queries: `length` consecutive tokens of one row from token `first_token` on (row -1: an
 // empty tile). All tokens of the row in this step are its window, whose first slot is `window`.
 struct Tiles {
   const int *row, *first_token, *length, *window;
-};
-
-// The cache of one layer: keys [rows, KV_HEADS, capacity, HEAD_DIM], and values transposed, [rows,
-// KV_HEADS, HEAD_DIM, capacity].
-struct Cache {
-  bf16 *keys, *values;
-  int capacity;
-  __device__ __forceinline__ bf16 *key(int row, int head, int slot) const {
-    return keys + (((size_t)row * KV_HEADS + head) * capacity + slot) * HEAD_DIM;
-  }
-  __device__ __forceinline__ bf16 *value(int row, int head, int dim) const {
-    return values + (((size_t)row * KV_HEADS + head) * HEAD_DIM + dim) * capacity;
-  }
-};
-
-// Tables of cosines and sines [positions, HALF].
-struct Rope {
-  const float *cosines, *sines;
 };
 
 // Weights of the norms of queries and keys (Qwen3), else null.

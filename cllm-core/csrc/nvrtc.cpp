@@ -153,12 +153,12 @@ int cllm_gpu_capacity(int device, int64_t *free, int64_t *total) {
   });
 }
 
-// How the copy engine finds tiles of 64 tokens of a head, at most 64 columns wide, in a tensor
-// [tokens, heads, width] in bfloat16; sizes are in this order.
-int cllm_tensor_map(void *first, const uint64_t *sizes, void *map) {
+// How the copy engine finds tiles of `tile_rows` rows, at most 64 columns wide, of a group in a
+// tensor [rows, groups, columns] in bfloat16; sizes are in this order.
+int cllm_tensor_map(void *first, const uint64_t *sizes, uint32_t tile_rows, void *map) {
   return guarded([&] {
     const cuuint64_t dims[] = {sizes[2], sizes[1], sizes[0]}, strides[] = {sizes[2] * 2, sizes[1] * sizes[2] * 2};
-    const cuuint32_t box[] = {64, 1, 64}, steps[] = {1, 1, 1};
+    const cuuint32_t box[] = {64, 1, tile_rows}, steps[] = {1, 1, 1};
     check(driver().tensor_map(static_cast<CUtensorMap *>(map), CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, first, dims,
                               strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                               CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE),

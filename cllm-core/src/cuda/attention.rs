@@ -86,11 +86,12 @@ const MASK: &[Param<Sizes>] = &[
     aligned(|_| 16, uint64("bits", |s| s.tiles_with_bits * TILE * 2)),
 ];
 const QKV: Param<Sizes> = bf16("qkv", |s| s.tokens * s.shape.qkv());
-const QKV_TILES: Param<Sizes> = tiles("qkv", |s| [s.tokens, s.shape.heads + 2 * s.shape.kv_heads, s.shape.head_dim]);
+const QKV_TILES: Param<Sizes> =
+    tiles("qkv", |s| [s.tokens, s.shape.heads + 2 * s.shape.kv_heads, s.shape.head_dim], |_| TILE);
 const D_QKV: Param<Sizes> = bf16("d_qkv", |s| s.tokens * s.shape.qkv());
 const ATTN_OUT: Param<Sizes> = bf16("attn_out", |s| s.tokens * s.shape.attn());
 const D_ATTN_OUT: Param<Sizes> = bf16("d_attn_out", |s| s.tokens * s.shape.attn());
-const D_ATTN_OUT_TILES: Param<Sizes> = tiles("d_attn_out", |s| [s.tokens, s.shape.heads, s.shape.head_dim]);
+const D_ATTN_OUT_TILES: Param<Sizes> = tiles("d_attn_out", |s| [s.tokens, s.shape.heads, s.shape.head_dim], |_| TILE);
 const LOGSUMEXP: Param<Sizes> = aligned(|_| 16, float32("logsumexp", |s| s.tokens * s.shape.heads));
 const DELTAS: Param<Sizes> = aligned(|_| 16, float32("deltas", |s| s.tokens * s.shape.heads));
 const SCALE: Param<Sizes> = float("scale");
@@ -169,6 +170,7 @@ impl Version {
             return Version {
                 source: concat!(
                     include_str!("../../csrc/bf16.cuh"),
+                    include_str!("../../csrc/hopper.cuh"),
                     include_str!("../../csrc/attention.cuh"),
                     include_str!("../../csrc/attention_hopper.cu")
                 ),

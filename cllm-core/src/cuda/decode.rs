@@ -21,6 +21,7 @@ use Argument::{Float, Int, Optional, Tensor as Data};
 
 const SOURCE: &str = concat!(
     include_str!("../../csrc/bf16.cuh"),
+    include_str!("../../csrc/decode.cuh"),
     include_str!("../../csrc/sampling.cuh"),
     include_str!("../../csrc/decode.cu")
 );

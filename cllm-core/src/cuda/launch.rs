@@ -24,7 +24,7 @@ unsafe extern "C" {
         overlaps: c_int,
         arguments: *mut *mut c_void,
     ) -> c_int;
-    fn cllm_tensor_map(first: *mut c_void, sizes: *const u64, map: *mut c_void) -> c_int;
+    fn cllm_tensor_map(first: *mut c_void, sizes: *const u64, tile_rows: u32, map: *mut c_void) -> c_int;
 }
 
 /// The declaration of a kernel. `Sizes` holds everything that its grid and arguments depend on.
@@ -46,13 +46,19 @@ pub(super) struct Param<Sizes> {
 
 enum Value<Sizes> {
     Pointer(Pointer<Sizes>),
-    /// A tensor map: how the copy engine of Hopper finds tiles of a bfloat16 tensor of these sizes.
-    Tiles(fn(&Sizes) -> [usize; 3]),
+    /// A tensor map: how the copy engine of Hopper finds tiles of a bfloat16 tensor.
+    Tiles(Tiles<Sizes>),
     /// A number that follows from the sizes, so a launch has no argument for it.
     Count(fn(&Sizes) -> usize),
     Int,
     Long,
     Float,
+}
+
+struct Tiles<Sizes> {
+    tensor_sizes: fn(&Sizes) -> [usize; 3],
+    /// Rows of a tile.
+    rows: fn(&Sizes) -> usize,
 }
 
 struct Pointer<Sizes> {
@@ -97,7 +103,7 @@ impl<Sizes> Display for Param<Sizes> {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
         match &self.value {
             Value::Pointer(pointer) => write!(f, "{} *{}", pointer.c_type, self.name),
-            Value::Tiles(_) => write!(f, "__grid_constant__ Tiles {}", self.name),
+            Value::Tiles(_) => write!(f, "__grid_constant__ TensorMap {}", self.name),
             Value::Count(_) | Value::Int => write!(f, "int {}", self.name),
             Value::Long => write!(f, "long long {}", self.name),
             Value::Float => write!(f, "float {}", self.name),
@@ -128,10 +134,14 @@ pub(super) const fn uint64<Sizes>(name: &'static str, num_ints: fn(&Sizes) -> us
     Param::pointer(name, ("u64", Kind::Int), |_| 8, num_ints)
 }
 
-/// Tiles of 64 tokens of a head, at most 64 columns wide, of a tensor `[tokens, heads, width]` in
-/// bfloat16, whose width is a multiple of 8.
-pub(super) const fn tiles<Sizes>(name: &'static str, sizes: fn(&Sizes) -> [usize; 3]) -> Param<Sizes> {
-    Param { name, value: Value::Tiles(sizes) }
+/// Tiles of so many rows (at most 256), at most 64 columns wide, of a bfloat16 tensor `[rows, groups,
+/// columns]` whose number of columns is a multiple of 8. A tile is within one group.
+pub(super) const fn tiles<Sizes>(
+    name: &'static str,
+    tensor_sizes: fn(&Sizes) -> [usize; 3],
+    rows: fn(&Sizes) -> usize,
+) -> Param<Sizes> {
+    Param { name, value: Value::Tiles(Tiles { tensor_sizes, rows }) }
 }
 
 pub(super) const fn count<Sizes>(name: &'static str, value: fn(&Sizes) -> usize) -> Param<Sizes> {
@@ -248,11 +258,11 @@ impl<Sizes> Kernel<Sizes> {
                         .map(Bits::from)
                         .map_err(|problem| self.mismatch(param, &problem))
                 }
-                (Value::Tiles(tensor_sizes), Some(Argument::Tensor(tensor))) => {
-                    let tensor_sizes = tensor_sizes(sizes);
+                (Value::Tiles(tiles), Some(Argument::Tensor(tensor))) => {
+                    let tensor_sizes = (tiles.tensor_sizes)(sizes);
                     check(tensor, Kind::BFloat16, 16, tensor_sizes.iter().product(), self.device)
                         .map_err(|problem| self.mismatch(param, &problem))
-                        .and_then(|address| tensor_map(address, tensor_sizes))
+                        .and_then(|address| tensor_map(address, tensor_sizes, (tiles.rows)(sizes)))
                 }
                 (Value::Pointer(pointer), Some(Argument::Optional(None))) if pointer.is_nullable => Ok(Bits::from(0)),
                 (Value::Int, Some(Argument::Int(value))) => Ok(Bits::from(u64::from(value.cast_unsigned()))),
@@ -273,13 +283,18 @@ impl<Sizes> Kernel<Sizes> {
     }
 }
 
-/// The tensor map of a bfloat16 tensor at an address.
-fn tensor_map(address: u64, sizes: [usize; 3]) -> Result<Bits> {
+/// The tensor map of a bfloat16 tensor at an address, for tiles of so many rows.
+fn tensor_map(address: u64, sizes: [usize; 3], tile_rows: usize) -> Result<Bits> {
     let (sizes, mut map) = (sizes.map(|size| size as u64), Bits::from(0));
     // SAFETY: there are three sizes, and `map` has the size and alignment of a tensor map. The
     // address is only written down.
     checked(unsafe {
-        cllm_tensor_map(address as *mut c_void, sizes.as_ptr(), std::ptr::from_mut(&mut map).cast::<c_void>())
+        cllm_tensor_map(
+            address as *mut c_void,
+            sizes.as_ptr(),
+            tile_rows as u32,
+            std::ptr::from_mut(&mut map).cast::<c_void>(),
+        )
     })?;
     Ok(map)
 }
