@@ -5,7 +5,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::block_mask::{AttentionRanges, BlockMask, ENTRY, TILE, block_masks};
 use super::launch::{Argument, Kernel, Param, Signature, aligned, bf16, count, float, float32, int32, tiles, uint64};
-use super::nvrtc::{Macros, Module, compute_capability, max_shared_bytes, num_multiprocessors};
+use super::nvrtc::{HOPPER, Macros, Module, compute_capability, max_shared_bytes, num_multiprocessors};
 use super::shape::KernelShape;
 use crate::device::upload;
 use crate::{Error, Result};
@@ -13,8 +13,6 @@ use Argument::{Float, Tensor as Data};
 
 /// Widest heads that the kernels for Hopper are made for.
 const MAX_HOPPER_HEAD_DIM: usize = 128;
-/// Compute capability of Hopper.
-const HOPPER: (u32, u32) = (9, 0);
 
 /// The tokens that each token of a batch attends to, on a device.
 pub struct AttentionMask {

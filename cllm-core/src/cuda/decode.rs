@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use tch::{Device, Kind, Tensor};
 
+use super::batch_products::{self, BatchProducts};
 use super::forward_input::{ForwardInput, InputLimits, MAX_INTS_PER_OUTPUT, SamplingOptions};
 use super::launch::{
     Argument, Kernel, Param, Signature, aligned, bf16, count, float, float32, int, int32, nullable, uint64,
@@ -28,6 +29,9 @@ const SOURCE: &str = concat!(
 
 /// Maximum number of tokens of the fused kernels.
 const MAX_FUSED_TOKENS: usize = 32;
+/// Minimum number of tokens for which the gate and up projections are faster with SwiGLU in the same
+/// kernel, on Hopper and unless the model is wide.
+const MIN_BATCH_TOKENS: usize = 1024;
 /// Rows of a weight that a block of a fused kernel multiplies.
 const BLOCK_ROWS: usize = 16;
 /// Warps of a fused kernel's block.
@@ -359,6 +363,8 @@ pub struct DecodeKernels {
     embed: Kernel<Sizes>,
     argmax_of_blocks: Kernel<Sizes>,
     candidates_of_blocks: Kernel<Sizes>,
+    /// On Hopper.
+    batch_products: Option<BatchProducts>,
     add_rms_norm: Kernel<Sizes>,
     swiglu: Kernel<Sizes>,
     sample_segments: Kernel<Sizes>,
@@ -400,7 +406,8 @@ impl DecodeKernels {
     /// [`Error::Torch`] with the message of the compiler or the driver.
     pub fn new(device: usize, shape: KernelShape) -> Result<Self> {
         let capability = compute_capability(device)?;
-        let module = Module::compiled(device, SOURCE, &macros(&shape, capability))?;
+        let macros = macros(&shape, capability);
+        let module = Module::compiled(device, SOURCE, &macros)?;
         // GPUs from Hopper on can start a kernel while the one before it ends.
         let overlaps = capability.0 >= 9;
         let kernel = |signature, shared_bytes| Kernel::new(&module, signature, "", shared_bytes, overlaps);
@@ -424,6 +431,7 @@ impl DecodeKernels {
             embed: kernel(&EMBED, 0)?,
             argmax_of_blocks: kernel(&ARGMAX_OF_BLOCKS, 0)?,
             candidates_of_blocks: kernel(&CANDIDATES_OF_BLOCKS, 0)?,
+            batch_products: BatchProducts::new(device, shape, &macros)?,
             add_rms_norm: kernel(&ADD_RMS_NORM, 0)?,
             swiglu: kernel(&SWIGLU, 0)?,
             sample_segments: kernel(&SAMPLE_SEGMENTS, 0)?,
@@ -598,17 +606,50 @@ impl DecodeKernels {
         unsafe { self.add_rms_norm.launch(&sizes, &[Data(x), Optional(delta), Data(weight), Data(normed)]) }
     }
 
-    /// `inner [T, ffn]` = silu of the first half of `gate_up [T, 2 ffn]`, times the second.
-    pub fn swiglu(&self, gate_up: &Tensor, inner: &Tensor) -> Result<()> {
-        let sizes = self.sizes(inner.numel() / self.shape.ffn);
-        // SAFETY: no argument is an index.
-        unsafe { self.swiglu.launch(&sizes, &[Data(gate_up), Data(inner)]) }
+    /// `inner [T, ffn]` = silu(gate) * up, where `weight [2 ffn, hidden]` holds the rows of the gate,
+    /// then those of the up projection of `normed [T, hidden]`.
+    pub fn gate_up(&self, weight: &Tensor, normed: &Tensor, inner: &Tensor) -> Result<()> {
+        let sizes = self.sizes(normed.numel() / self.shape.hidden);
+        match &self.batch_products {
+            Some(products) if sizes.tokens >= MIN_BATCH_TOKENS && !is_wide(&self.shape) => {
+                products.gate_up(weight, normed, inner)
+            }
+            _ => {
+                let gate_up = normed.f_linear::<&Tensor>(weight, None)?;
+                // SAFETY: no argument is an index.
+                unsafe { self.swiglu.launch(&sizes, &[Data(&gate_up), Data(inner)]) }
+            }
+        }
     }
 
     /// Samples the token after each row of `normed [outputs, hidden]`, or gives the candidates there:
-    /// int32 `results`, as those of [`Self::fused_sample`]. The logits are computed in float32, for a
-    /// slice of the vocabulary at a time.
+    /// int32 `results`, as those of [`Self::fused_sample`].
     pub fn sample(&self, head: &Tensor, normed: &Tensor, input: &ForwardInput, results: &Tensor) -> Result<()> {
+        match &self.batch_products {
+            Some(products) if input.sampling.is_argmax() => {
+                self.choose_likeliest(products, head, normed, input, results)
+            }
+            _ => self.sample_logits(head, normed, input, results),
+        }
+    }
+
+    /// Chooses the likeliest token after each row, without logits in memory.
+    fn choose_likeliest(
+        &self,
+        products: &BatchProducts,
+        head: &Tensor,
+        normed: &Tensor,
+        input: &ForwardInput,
+        results: &Tensor,
+    ) -> Result<()> {
+        let sizes = Sizes { blocks: batch_products::num_tiles(&self.shape), ..self.input_sizes(input)? };
+        let found = block_results(&sizes, input.sampling, normed.device())?;
+        products.argmax(head, normed, &found[0], &found[1])?;
+        self.finish_sampling(&sizes, input, &[Data(&found[0]), Data(&found[1])], results)
+    }
+
+    /// Samples, or gives candidates, with logits in float32, for a slice of the vocabulary at a time.
+    fn sample_logits(&self, head: &Tensor, normed: &Tensor, input: &ForwardInput, results: &Tensor) -> Result<()> {
         let sizes = self.input_sizes(input)?;
         let sizes = Sizes { blocks: num_segments(&sizes), list: MAX_CANDIDATES, ..sizes };
         let mut found = block_results(&sizes, input.sampling, normed.device())?;

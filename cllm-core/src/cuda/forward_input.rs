@@ -34,6 +34,11 @@ pub(crate) struct SamplingOptions {
 }
 
 impl SamplingOptions {
+    /// Whether only the token with the largest logit is given.
+    pub(super) fn is_argmax(self) -> bool {
+        self.inverse_temperature == 0.0 && !self.gives_candidates
+    }
+
     /// Numbers that the result for an output consists of: the sampled token, or for each candidate,
     /// from the sampled one on, its token (-1 for none) and the bits of its probability.
     pub(crate) fn ints_per_output(self) -> usize {

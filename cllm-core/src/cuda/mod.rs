@@ -19,6 +19,7 @@
 #![allow(unsafe_code)]
 
 pub(crate) mod attention;
+mod batch_products;
 pub(crate) mod block_mask;
 pub(crate) mod collectives;
 pub(crate) mod decode;

@@ -29,6 +29,9 @@ unsafe extern "C" {
     ) -> c_int;
 }
 
+/// Compute capability of Hopper.
+pub(super) const HOPPER: (u32, u32) = (9, 0);
+
 /// Preprocessor macros: names and values.
 pub(super) type Macros = Vec<(&'static str, String)>;
 
@@ -52,7 +55,7 @@ fn c_string(text: &str) -> Result<CString> {
 /// [`Error::Torch`] with the compiler's message, or if NVRTC is missing.
 pub(super) fn compile(source: &str, capability: (u32, u32), macros: &Macros) -> Result<MachineCode> {
     // The "a" adds what only this architecture has, such as wgmma.
-    let suffix = if capability == (9, 0) { "a" } else { "" };
+    let suffix = if capability == HOPPER { "a" } else { "" };
     let architecture = format!("--gpu-architecture=sm_{}{}{suffix}", capability.0, capability.1);
     let mut options = vec![architecture, "--std=c++17".to_owned()];
     options.extend(macros.iter().map(|(name, value)| format!("-D{name}={value}")));

@@ -144,9 +144,7 @@ impl<'m> CudaModel<'m> {
             let projected = attn_out.f_linear(&layer.o_proj.weight, layer.o_proj.bias.as_ref())?;
             kernels.add_rms_norm(x, Some(&projected), &layer.post_attention_layernorm, &normed)?;
             drop(projected);
-            let gate_up = normed.f_linear::<&Tensor>(&layer.gate_up_proj.weight, None)?;
-            kernels.swiglu(&gate_up, &inner)?;
-            drop(gate_up);
+            kernels.gate_up(&layer.gate_up_proj.weight, &normed, &inner)?;
             delta = Some(inner.f_linear::<&Tensor>(&layer.down_proj.weight, None)?);
         }
         let num_outputs = input.shape().num_outputs as i64;
