@@ -43,12 +43,12 @@ pub(super) struct Outputs {
 }
 
 /// The number of tokens that a forward of `num_tokens` is padded to on a GPU: a power of two, a
-/// midpoint between two powers from 64 on, or a multiple of 1,024 above that. Each size costs a
+/// midpoint between two powers from 64 on, or a multiple of 512 above 1,024. Each size costs a
 /// capture and the memory of a graph.
 pub(super) fn padded_size(num_tokens: usize) -> usize {
     match num_tokens {
         0 => 0,
-        1025.. => num_tokens.next_multiple_of(1024),
+        1025.. => num_tokens.next_multiple_of(512),
         _ => {
             let power = num_tokens.next_power_of_two();
             let between = power / 4 * 3;
@@ -133,7 +133,7 @@ mod tests {
 
     #[test]
     fn padded_sizes_are_few_and_never_too_small() {
-        assert_eq!([0, 1, 3, 17, 33, 65, 97, 500, 1025].map(padded_size), [0, 1, 4, 32, 64, 96, 128, 512, 2048]);
+        assert_eq!([0, 1, 3, 17, 33, 65, 97, 500, 1025].map(padded_size), [0, 1, 4, 32, 64, 96, 128, 512, 1536]);
         assert!((1..5000).all(|num_tokens| padded_size(num_tokens) >= num_tokens));
     }
 }
