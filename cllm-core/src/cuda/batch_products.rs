@@ -3,7 +3,7 @@
 
 use tch::Tensor;
 
-use super::launch::{Argument, Kernel, Param, Signature, bf16, count, float32, int32, tiles};
+use super::launch::{Argument, Kernel, Param, Signature, count, float32, int32, tiles};
 use super::nvrtc::{HOPPER, Macros, Module, compute_capability, num_multiprocessors};
 use super::shape::KernelShape;
 use crate::Result;
