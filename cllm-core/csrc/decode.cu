@@ -9,8 +9,12 @@
 // fused kernel's block), BLOCK_ROWS (rows of a weight per block), DEPTH (chunks of a weight that a
 // warp loads ahead), SUMS_BYTES and MAX_STAGED_BYTES (shared memory of a fused kernel for sums and
 // for tokens, at most), STAGING_PAD, SEGMENT (logits that a block of sample_segments reads),
-// SAMPLE_THREADS (of such a block), ATTENTION_WARPS, WARP_QUERIES (query vectors of a warp of the
-// attention), SLOTS_PER_READ (slots of the cache that it reads at a time), QUERY_PAD.
+// SAMPLE_THREADS (of such a block), ROTATE_TOKENS (of which a block rotates a head), and for the
+// attention: WARP_QUERIES (query vectors of a warp), SLOTS_PER_READ (slots of the cache that it reads
+// at a time), ATTENTION_WARPS (of a block, for few tiles), BATCH_WARPS and BATCH_BLOCKS (of a block,
+// and blocks of a multiprocessor, for many), BLOCK_WORK (chunks of slots, times groups of query
+// vectors, for another block of a cluster), RING_DEPTH (chunks of keys or values that a warp has in
+// shared memory), WARP_BYTES (of shared memory, for them or its sums), SUMS_PAD, QUERY_PAD.
 //
 // Products use mma.m16n8k16 with the weight as the left operand. The order of k within a product
 // does not matter as long as both operands agree, so each thread loads 8 neighbouring values (16
@@ -23,6 +27,11 @@ __device__ __forceinline__ u32 multiply_pairs(u32 a, u32 b) {
   u32 pair;
   asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(a), "r"(b), "r"(0x80008000u));
   return pair;
+}
+
+// A pair of bf16 times a factor and a pair of weights.
+__device__ __forceinline__ u32 scale_pair(u32 pair, float factor, u32 weights) {
+  return pack_bf16(low_to_f32(pair) * factor * low_to_f32(weights), high_to_f32(pair) * factor * high_to_f32(weights));
 }
 
 // Weights are read once per step, so they bypass L1.
@@ -46,7 +55,13 @@ __device__ __forceinline__ void cp_async_wait_all() {
   __syncthreads();
 }
 
-__device__ __forceinline__ void prefetch_l2(const bf16 *from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits for all but the last PENDING groups of the thread.
+template <int PENDING>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
 
 // c += products over 32 values of k: `a` holds row g of the weight, `b` row g + 8, `x` token g.
 __device__ __forceinline__ void mma_chunk(float (&c)[4], uint4 a, uint4 b, uint4 x) {
@@ -447,8 +462,7 @@ extern "C" __global__ void add_rms_norm(bf16 *x, const bf16 *delta, const bf16 *
     u32 *pairs = (u32 *)&v;
     const u32 *scales = (const u32 *)&w;
     for (int j = 0; j < 4; j++)
-      pairs[j] = pack_bf16(low_to_f32(pairs[j]) * scale * low_to_f32(scales[j]),
-                           high_to_f32(pairs[j]) * scale * high_to_f32(scales[j]));
+      pairs[j] = scale_pair(pairs[j], scale, scales[j]);
     to[i] = v;
   }
 }
@@ -628,98 +642,278 @@ extern "C" __global__ void move_slots(const int *first_move, const int *from, co
 
 // ---- Attention ----
 
-// Rotates a head, after its RMS norm if the model has one (Qwen3). The lanes of a warp share the
-// work.
+// Neighbouring lanes that rotate a head together: each takes 8 numbers of its first half and those
+// of its second half that they are rotated with. A power of two, so some lanes may have nothing.
+#define HEAD_LANES (HALF <= 16 ? 2 : HALF <= 32 ? 4 : HALF <= 64 ? 8 : 16)
+
+// Rotates a head, after its RMS norm if the model has one (Qwen3). All lanes of a warp take part;
+// those with `to` = 0 write nothing.
 __device__ __forceinline__ void rotate_head(const bf16 *from, bf16 *to, const bf16 *norm, const float *cosine,
                                             const float *sine) {
-  const int lane = threadIdx.x & 31;
-  float scale = 1.f;
+  const int piece = threadIdx.x % HEAD_LANES;
+  const bool exists = piece < HALF / 8;
+  const uint4 zero = make_uint4(0, 0, 0, 0);
+  uint4 first = exists ? ((const uint4 *)from)[piece] : zero, second = exists ? ((const uint4 *)(from + HALF))[piece] : zero;
+  u32 *firsts = (u32 *)&first, *seconds = (u32 *)&second;
   if (QK_NORM) {
     float square = 0.f;
-    for (int i = lane; i < HEAD_DIM; i += 32) square += bf16_to_f32(from[i]) * bf16_to_f32(from[i]);
-    scale = rsqrtf(warp_sum(square) / HEAD_DIM + EPS);
-  }
-  for (int i = lane; i < HALF; i += 32) {
-    float first = bf16_to_f32(from[i]), second = bf16_to_f32(from[i + HALF]);
-    if (QK_NORM) {
-      first = bf16_to_f32(f32_to_bf16(first * scale * bf16_to_f32(norm[i])));
-      second = bf16_to_f32(f32_to_bf16(second * scale * bf16_to_f32(norm[i + HALF])));
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      square += low_to_f32(firsts[i]) * low_to_f32(firsts[i]) + high_to_f32(firsts[i]) * high_to_f32(firsts[i]);
+      square += low_to_f32(seconds[i]) * low_to_f32(seconds[i]) + high_to_f32(seconds[i]) * high_to_f32(seconds[i]);
     }
-    to[i] = f32_to_bf16(first * cosine[i] - second * sine[i]);
-    to[i + HALF] = f32_to_bf16(second * cosine[i] + first * sine[i]);
+    for (int step = HEAD_LANES / 2; step > 0; step >>= 1) square += __shfl_xor_sync(0xffffffffu, square, step);
+    const float scale = rsqrtf(square / HEAD_DIM + EPS);
+    if (exists) {
+      const uint4 first_norm = ((const uint4 *)norm)[piece], second_norm = ((const uint4 *)(norm + HALF))[piece];
+      const u32 *first_norms = (const u32 *)&first_norm, *second_norms = (const u32 *)&second_norm;
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        firsts[i] = scale_pair(firsts[i], scale, first_norms[i]);
+        seconds[i] = scale_pair(seconds[i], scale, second_norms[i]);
+      }
+    }
   }
+  if (!exists || !to) return;
+  float cosines[8], sines[8];
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    ((float4 *)cosines)[i] = ((const float4 *)cosine)[piece * 2 + i];
+    ((float4 *)sines)[i] = ((const float4 *)sine)[piece * 2 + i];
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const float x = low_to_f32(firsts[i]), y = low_to_f32(seconds[i]);
+    const float z = high_to_f32(firsts[i]), w = high_to_f32(seconds[i]);
+    const float *c = cosines + 2 * i, *s = sines + 2 * i;
+    firsts[i] = pack_bf16(x * c[0] - y * s[0], z * c[1] - w * s[1]);
+    seconds[i] = pack_bf16(y * c[0] + x * s[0], w * c[1] + z * s[1]);
+  }
+  ((uint4 *)to)[piece] = first, ((uint4 *)(to + HALF))[piece] = second;
 }
 
-__device__ __forceinline__ void store_value(const bf16 *from, const Cache &cache, int row, int head, int slot) {
-  for (int i = threadIdx.x & 31; i < HEAD_DIM; i += 32) cache.value(row, head, i)[slot] = from[i];
+// Stores 8 numbers of a value into the cache.
+__device__ __forceinline__ void store_value(const bf16 *from, const Cache &cache, int row, int head, int slot, int piece) {
+  const uint4 x = ((const uint4 *)from)[piece];
+  bf16 *to = cache.value(row, head, piece * 8) + slot;
+#pragma unroll
+  for (int i = 0; i < 8; i++) to[(size_t)i * cache.capacity] = ((const bf16 *)&x)[i];
 }
 
-// Rotates queries in place, and puts rotated keys and values into the cache. One block per token.
+// Rotates queries in place, and puts rotated keys and values into the cache. Grid: (blocks of
+// ROTATE_TOKENS tokens, heads of queries, keys and values).
 extern "C" __global__ void rotate_and_cache(bf16 *qkv,
                                             const int *row, const int *slot, const int *position, const u64 *visible,
                                             const float *cosines, const float *sines,
                                             const bf16 *query_norm, const bf16 *key_norm,
-                                            bf16 *keys, bf16 *values, int capacity) {
-  const Tokens tokens = {row, slot, position, visible};
-  const Rope rope = {cosines, sines};
-  const QkNorm norm = {query_norm, key_norm};
+                                            bf16 *keys, bf16 *values, int capacity, int num_tokens) {
   const Cache cache = {keys, values, capacity};
   let_successor_start();
+  const int first = blockIdx.x * ROTATE_TOKENS, count = min(num_tokens - first, ROTATE_TOKENS), head = blockIdx.y;
+  bf16 *x = qkv + (size_t)first * QKV + head * HEAD_DIM;
   wait_for_predecessor();
-  const int token = blockIdx.x;
-  if (tokens.row[token] < 0) return;
-  const float *cosine = rope.cosines + (size_t)tokens.position[token] * HALF;
-  const float *sine = rope.sines + (size_t)tokens.position[token] * HALF;
-  for (int head = threadIdx.x >> 5; head < HEADS + 2 * KV_HEADS; head += blockDim.x >> 5) {
-    bf16 *x = qkv + (size_t)token * QKV + head * HEAD_DIM;
-    if (head < HEADS)
-      rotate_head(x, x, norm.query, cosine, sine);
-    else if (head < HEADS + KV_HEADS)
-      rotate_head(x, cache.key(tokens.row[token], head - HEADS, tokens.slot[token]), norm.key, cosine, sine);
-    else
-      store_value(x, cache, tokens.row[token], head - HEADS - KV_HEADS, tokens.slot[token]);
+  if (head >= HEADS + KV_HEADS) {
+    // Neighbouring threads have neighbouring slots, so that they write to the same cache lines.
+    for (int i = threadIdx.x; i < count * (HEAD_DIM / 8); i += blockDim.x) {
+      const int token = i % count;
+      if (row[first + token] >= 0)
+        store_value(x + (size_t)token * QKV, cache, row[first + token], head - HEADS - KV_HEADS, slot[first + token],
+                    i / count);
+    }
+    return;
+  }
+  constexpr int HEADS_OF_WARP = 32 / HEAD_LANES;
+  for (int base = (threadIdx.x >> 5) * HEADS_OF_WARP; base < count; base += (blockDim.x >> 5) * HEADS_OF_WARP) {
+    const int own = base + (threadIdx.x & 31) / HEAD_LANES, token = min(own, count - 1);
+    const int cache_row = row[first + token];
+    bf16 *from = x + (size_t)token * QKV;
+    bf16 *to = own >= count || cache_row < 0 ? 0
+               : head < HEADS                ? from
+                                             : cache.key(cache_row, head - HEADS, slot[first + token]);
+    const size_t angles = (size_t)position[first + token] * HALF;
+    rotate_head(from, to, head < HEADS ? query_norm : key_norm, cosines + angles, sines + angles);
   }
 }
 
-// The bits of `visible` whose tokens are at most `max_distance` positions before the token. In a
-// tree, the slot of a token says too little: it may be larger than its position.
-__device__ __forceinline__ u64 visible_within(const Tokens &tokens, int window_token, int token, int max_distance) {
-  u64 visible = tokens.visible[token];
-  if (max_distance >= 64) return visible;
+// The slots that a token attends to.
+struct VisibleSlots {
+  int first, window;
+  u32 count;   // from `first` up to the token's own
+  u64 within;  // bit i: the slot i of the window
+  __device__ __forceinline__ bool contains(int slot) const {
+    const int offset = slot - window;
+    return (u32)(slot - first) < count && (offset < 0 || offset >= 64 || ((within >> offset) & 1));
+  }
+};
+
+// In a tree, the slot of a token says too little about its distance: it may be larger than its
+// position.
+__device__ __forceinline__ VisibleSlots visible_slots(const Tokens &tokens, int window_token, int window, int token,
+                                                      int max_distance) {
+  const int position = tokens.position[token], first = max(position - max_distance, 0);
+  VisibleSlots slots = {first, window, (u32)(tokens.slot[token] + 1 - first), tokens.visible[token]};
+  if (max_distance >= 64) return slots;
 #pragma unroll 1
   for (int i = 0; i < min(token + 1 - window_token, 64); i++)
-    if (tokens.position[token] - tokens.position[window_token + i] > max_distance) visible &= ~(1ull << i);
-  return visible;
+    if (position - tokens.position[window_token + i] > max_distance) slots.within &= ~(1ull << i);
+  return slots;
+}
+
+// 2^x, or 0 if that would be denormal.
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Thread block clusters: blocks that run at the same time and read each other's shared memory. GPUs
+// before Hopper have none; there each block is alone.
+__device__ __forceinline__ int cluster_blocks() {
+  int count = 1;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(count));
+#endif
+  return count;
+}
+__device__ __forceinline__ int cluster_rank() {
+  int rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+// Waits for all blocks of the cluster that have not ended.
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// What another block of the cluster has at the address of a number in shared memory.
+__device__ __forceinline__ float load_from_block(int rank, const float *own) {
+  float x = 0.f;
+#if __CUDA_ARCH__ >= 900
+  u32 address = (u32)__cvta_generic_to_shared(own);
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(address), "r"(rank));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(address) : "memory");
+#endif
+  return x;
+}
+
+// A part of softmax(q k^T) v for one query vector, over some of the slots: the sum of values that is
+// not divided yet (each lane of a warp has HEAD_DIM / 32 numbers), the maximum of the scores, and
+// the sum of the weights relative to it. In memory it is a line of HEAD_DIM + 2 numbers.
+#define LINE (HEAD_DIM + SUMS_PAD)
+struct Partial {
+  float sums[HEAD_DIM / 32], max, weights;
+};
+
+// Merges `count` parts in this order. load(i, d) is number d of the line of part i.
+template <typename Load>
+__device__ __forceinline__ Partial merge(int count, Load load) {
+  const int lane = threadIdx.x & 31;
+  Partial all = {{}, -INFINITY, 0.f};
+  for (int i = 0; i < count; i++) all.max = fmaxf(all.max, load(i, HEAD_DIM));
+  const float shift = all.max == -INFINITY ? 0.f : all.max;
+#pragma unroll 4
+  for (int i = 0; i < count; i++) {
+    const float factor = exp2_approx(load(i, HEAD_DIM) - shift);
+    all.weights += factor * load(i, HEAD_DIM + 1);
+#pragma unroll
+    for (int d = 0; d < HEAD_DIM / 32; d++) all.sums[d] += factor * load(i, d * 32 + lane);
+  }
+  return all;
+}
+
+// Keys [32 slots, HEAD_DIM] or values [HEAD_DIM, 32 slots] of a chunk, in pieces of 16 bytes.
+#define ITEM_PIECES (4 * HEAD_DIM)
+
+// Where a piece of a slot's key is in shared memory: rows of a multiple of 128 bytes swap their
+// halves of 64 in every other row, so that threads that read two rows read from different banks.
+__device__ __forceinline__ int key_piece(int slot, int piece) {
+  return slot * (HEAD_DIM / 8) + (HEAD_DIM % 64 == 0 ? piece ^ (slot & 1) * 4 : piece);
+}
+
+// Copies an item to shared memory: the pieces from `first` on in steps of `step`.
+__device__ __forceinline__ void copy_keys(uint4 *to, const bf16 *from, int first, int step) {
+#pragma unroll 4
+  for (int i = first; i < ITEM_PIECES; i += step)
+    cp_async_16(to + key_piece(i / (HEAD_DIM / 8), i % (HEAD_DIM / 8)), (const uint4 *)from + i);
+}
+__device__ __forceinline__ void copy_values(uint4 *to, const bf16 *from, int capacity, int first, int step) {
+#pragma unroll 4
+  for (int i = first; i < ITEM_PIECES; i += step)
+    cp_async_16(to + i, (const uint4 *)(from + (size_t)(i / 4) * capacity) + i % 4);
+}
+
+// Warps wait for those that share their ring.
+__device__ __forceinline__ void ring_barrier(int ring, int num_warps) {
+  if (num_warps == 1)
+    __syncwarp();
+  else
+    asm volatile("bar.sync %0, %1;" ::"r"(ring + 1), "r"(num_warps * 32) : "memory");
+}
+
+// Scores of 16 query vectors with 32 slots become weights: s[j][2 r + i] is that of row g + 8 r and
+// slot 8 t + 2 j + i. Returns what earlier sums shrink by, since weights are relative to the largest
+// score so far.
+__device__ __forceinline__ float2 weigh(float (&s)[4][4], float scale, float (&row_max)[2], float (&weight_sum)[2]) {
+  float shrink[2];
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    float max = row_max[r];
+#pragma unroll
+    for (int j = 0; j < 4; j++) max = fmaxf(max, fmaxf(s[j][2 * r], s[j][2 * r + 1]));
+    max = quad_max(max);
+    const float shift = max == -INFINITY ? 0.f : max * scale;
+    shrink[r] = exp2_approx(row_max[r] * scale - shift);
+    row_max[r] = max;
+    weight_sum[r] *= shrink[r];
+#pragma unroll
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        float &value = s[j][2 * r + i];
+        value = exp2_approx(value * scale - shift);
+        weight_sum[r] += value;
+      }
+  }
+  return make_float2(shrink[0], shrink[1]);
 }
 
 // out[token, head] = softmax(q k^T / sqrt(HEAD_DIM)) v over the slots that the token attends to:
 // all slots before its window, and the slots of the window up to its own whose bit is set in
 // `visible` (bit i is the slot i after the window's start; slots 64 or more after it always count).
 // Of these, only the tokens at the last `max_distance` + 1 positions up to its own: the sliding
-// window of the layer, if it has one. Grid: (tiles, KV_HEADS).
+// window of the layer, if it has one. Grid: (tiles * blocks of a cluster, KV_HEADS).
 //
-// A block has GROUP * length query vectors (the query heads that share its head of keys, for each
-// token of its tile). They are split into groups of 16; the host makes tiles so small that there
-// are no more groups than warps. The warps of a group split the keys in chunks of 32, and their
-// results are merged at the end.
+// A tile has GROUP * length query vectors (the query heads that share its head of keys, for each of
+// its tokens). They are split into groups of 16, no more than there are warps. The slots are split
+// over the blocks of a cluster, then over the warps of a group, in chunks of 32. Short contexts leave
+// blocks of the cluster without work.
 //
-// ROTATE, for small steps, does the work of rotate_and_cache too, which saves a kernel. Each block
-// caches all keys and values of its window up to the end of its tile, so blocks of the same window
-// write the same values.
-template <bool ROTATE>
+// Warps of different groups with the same chunks share a ring in shared memory, which keys and
+// values enter ahead of their use: those before the window even before the predecessor ends.
+//
+// ROTATE, for small steps, does the work of rotate_and_cache too, which saves a kernel. Each tile
+// caches the keys and values of its window up to its end, so tiles of the same window write the same
+// values.
+template <int NUM_WARPS, bool ROTATE>
 __device__ __forceinline__ void attend(const bf16 *qkv, const Tokens &tokens, const Tiles &tiles, const Rope &rope,
                                        const QkNorm &norm, const Cache &cache, int max_distance, bf16 *out) {
   static_assert(WARP_QUERIES == 16, "the rows of one mma");
-  static_assert(SLOTS_PER_READ == 32, "a chunk of keys has a slot per lane");
-  // [ATTENTION_WARPS][16][HEAD_DIM + 2]; for ROTATE then the queries [16 groups][HEAD_DIM +
-  // QUERY_PAD].
-  extern __shared__ float merged[];
-  bf16 *queries = (bf16 *)(merged + ATTENTION_WARPS * 16 * (HEAD_DIM + 2));
+  static_assert(SLOTS_PER_READ == 32, "the slots of a chunk");
+  static_assert(WARP_BYTES >= 16 * RING_DEPTH * ITEM_PIECES && WARP_BYTES >= 16 * LINE * 4, "the host reserves this");
+  // The rings, whose memory holds lines of parts at the end; for ROTATE then the queries [16
+  // groups][HEAD_DIM + QUERY_PAD].
+  extern __shared__ uint4 rings[];
+  float *lines = (float *)rings;
+  bf16 *queries = (bf16 *)((char *)rings + NUM_WARPS * WARP_BYTES);
   constexpr int PITCH = HEAD_DIM + QUERY_PAD;
   let_successor_start();
-  // Tiles and slots are the step's input, so they do not wait for the predecessor; nor does the
-  // prefetch of keys and values.
-  const int tile = blockIdx.x, key_head = blockIdx.y, cache_row = tiles.row[tile];
+  // Tiles and slots are the step's input, so they do not wait for the predecessor; nor do keys and
+  // values of earlier steps.
+  const int tile = blockIdx.x / cluster_blocks(), rank = cluster_rank(), key_head = blockIdx.y;
+  const int cache_row = tiles.row[tile];
   if (cache_row < 0) return;
   const int first = tiles.first_token[tile], length = tiles.length[tile], window = tiles.window[tile];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
@@ -727,172 +921,194 @@ __device__ __forceinline__ void attend(const bf16 *qkv, const Tokens &tokens, co
   const int last_slot = tokens.slot[first + length - 1];
   const int window_token = first - (tokens.slot[first] - window);  // the first token of the window
   // No position is larger than its slot, so the tile attends to nothing in the chunks before this.
-  int first_position = tokens.position[first + min(lane, length - 1)];
+  int first_position = 0x7fffffff;
+  for (int i = lane; i < length; i += 32) first_position = min(first_position, tokens.position[first + i]);
   for (int step = 16; step > 0; step >>= 1)
     first_position = min(first_position, __shfl_xor_sync(0xffffffffu, first_position, step));
-  const int first_chunk = max(first_position - max_distance, 0) / 32;
-  // Warps per group of query vectors, but no more than there are chunks of keys.
-  const int splits = min(ATTENTION_WARPS / groups, last_slot / 32 + 1 - first_chunk);
-  const int group = warp / splits, split = warp % splits;
+  int first_chunk = max(first_position - max_distance, 0) / 32, num_chunks = last_slot / 32 + 1 - first_chunk;
+  // The blocks that have chunks, and the share of this one.
+  const int max_splits = NUM_WARPS / groups;
+  const int blocks = min(cluster_blocks(), (num_chunks * groups + BLOCK_WORK - 1) / BLOCK_WORK);
+  if (rank >= blocks) return;
+  const int end_chunk = first_chunk + num_chunks * (rank + 1) / blocks;
+  first_chunk += num_chunks * rank / blocks, num_chunks = end_chunk - first_chunk;
+  const int splits = min(max_splits, num_chunks);
+  const int group = warp % groups, split = warp / groups;
+
+  // Item 2 i of a ring is the keys of the split's chunk i, and item 2 i + 1 the values.
+  const int depth = splits * 2 <= NUM_WARPS ? 2 * RING_DEPTH : RING_DEPTH;
+  const int num_items = split < splits ? (num_chunks - split + splits - 1) / splits * 2 : 0;
+  uint4 *ring = rings + split * depth * ITEM_PIECES;
   const bf16 *k = cache.key(cache_row, key_head, 0), *v = cache.value(cache_row, key_head, 0);
-  if (group < groups)
-    for (int chunk = first_chunk + split; chunk * 32 <= last_slot; chunk += splits) {
-      for (int d = 0; d < HEAD_DIM; d += 64) prefetch_l2(k + (size_t)(chunk * 32 + lane) * HEAD_DIM + d);
-      for (int d = lane; d < HEAD_DIM; d += 32) prefetch_l2(v + (size_t)d * cache.capacity + chunk * 32);
+  auto copy = [&](int item) {
+    if (item < num_items) {
+      uint4 *to = ring + item % depth * ITEM_PIECES;
+      const int chunk = first_chunk + split + item / 2 * splits;
+      if (item % 2 == 0)
+        copy_keys(to, k + (size_t)chunk * 32 * HEAD_DIM, group * 32 + lane, groups * 32);
+      else
+        copy_values(to, v + chunk * 32, cache.capacity, group * 32 + lane, groups * 32);
     }
+    cp_async_commit();
+  };
+  int copied = 0;
+  for (; copied < depth && (first_chunk + split + copied / 2 * splits + 1) * 32 <= window; copied++) copy(copied);
   wait_for_predecessor();
 
   if (ROTATE) {
-    const int fresh = last_slot - window + 1;
-    for (int item = warp; item < 2 * fresh + count; item += ATTENTION_WARPS) {
-      const int m = item - 2 * fresh;
-      const int token = m >= 0 ? first + m / GROUP : window_token + item / 2;
-      const bf16 *from = qkv + (size_t)token * QKV;
-      const float *cosine = rope.cosines + (size_t)tokens.position[token] * HALF;
-      const float *sine = rope.sines + (size_t)tokens.position[token] * HALF;
-      if (m >= 0)
-        rotate_head(from + (key_head * GROUP + m % GROUP) * HEAD_DIM, queries + m * PITCH, norm.query, cosine, sine);
-      else if (item % 2 == 0)
-        rotate_head(from + (HEADS + key_head) * HEAD_DIM, cache.key(cache_row, key_head, tokens.slot[token]), norm.key,
-                    cosine, sine);
-      else
-        store_value(from + (HEADS + KV_HEADS + key_head) * HEAD_DIM, cache, cache_row, key_head, tokens.slot[token]);
+    // The slots of the window in this block's chunks.
+    const int start = max(window, first_chunk * 32), fresh = max(min(last_slot + 1, end_chunk * 32) - start, 0);
+    const int fresh_token = window_token + start - window;
+    constexpr int HEADS_OF_WARP = 32 / HEAD_LANES;
+    for (int base = warp * HEADS_OF_WARP; base < fresh + count; base += NUM_WARPS * HEADS_OF_WARP) {
+      const int item = base + lane / HEAD_LANES, m = min(item - fresh, count - 1);
+      const bool is_key = item < fresh;
+      const int token = is_key ? fresh_token + item : first + m / GROUP;
+      const int head = is_key ? HEADS + key_head : key_head * GROUP + m % GROUP;
+      bf16 *to = is_key                  ? cache.key(cache_row, key_head, start + item)
+                 : item < fresh + count ? queries + m * PITCH
+                                        : 0;
+      const size_t angles = (size_t)tokens.position[token] * HALF;
+      rotate_head(qkv + (size_t)token * QKV + head * HEAD_DIM, to, is_key ? norm.key : norm.query, rope.cosines + angles,
+                  rope.sines + angles);
     }
+    for (int i = threadIdx.x; i < fresh * (HEAD_DIM / 8); i += NUM_WARPS * 32)
+      store_value(qkv + (size_t)(fresh_token + i % fresh) * QKV + (HEADS + KV_HEADS + key_head) * HEAD_DIM, cache,
+                  cache_row, key_head, start + i % fresh, i / fresh);
     __syncthreads();
   }
+  for (; copied < depth; copied++) copy(copied);
+  auto wait_for_copy = [&] {
+    if (depth == RING_DEPTH)
+      cp_async_wait<RING_DEPTH - 1>();
+    else
+      cp_async_wait<2 * RING_DEPTH - 1>();
+    ring_barrier(split, groups);
+  };
 
+  const float scale = rsqrtf((float)HEAD_DIM) * 1.44269504f;  // log2(e): weights are computed with exp2
   float o[HEAD_DIM / 8][4] = {};
   float row_max[2] = {-INFINITY, -INFINITY}, weight_sum[2] = {0.f, 0.f};
   uint4 q[2][CHUNKS];
-  int own_first[2];
-  u32 own_count[2];
-  u64 own_visible[2];
-  if (group < groups) {
+  VisibleSlots visible[2];
+  if (split < splits) {
     for (int r = 0; r < 2; r++) {
       int m = group * 16 + g + 8 * r;
       bool exists = m < count;
       int token = first + (exists ? m / GROUP : 0), head = key_head * GROUP + (exists ? m % GROUP : 0);
-      own_first[r] = max(tokens.position[token] - max_distance, 0);
-      own_count[r] = exists ? tokens.slot[token] + 1 - own_first[r] : 0;
-      own_visible[r] = visible_within(tokens, window_token, token, max_distance);
       const bf16 *vector = ROTATE ? queries + (exists ? m : 0) * PITCH : qkv + (size_t)token * QKV + head * HEAD_DIM;
       for (int c = 0; c < CHUNKS; c++) q[r][c] = ((const uint4 *)vector)[c * 4 + t];
+      visible[r] = visible_slots(tokens, window_token, window, token, max_distance);
     }
-    const float scale = rsqrtf((float)HEAD_DIM) * 1.44269504f;  // log2(e): weights are computed with exp2
-    for (int chunk = first_chunk + split; chunk * 32 <= last_slot; chunk += splits) {
+    // All tokens of the tile attend to all slots of the chunks from first_clear to end_clear.
+    const int first_clear = (max(last_slot - max_distance, 0) + 31) / 32, end_clear = window / 32;
+    for (int item = 0; item < num_items; item += 2) {
+      const int chunk = first_chunk + split + item / 2 * splits;
       float s[4][4] = {};
+      wait_for_copy();
+      const uint4 *keys = ring + item % depth * ITEM_PIECES;
       // Keys are assigned to the columns of product j so that a thread's scores belong to 8
       // neighbouring keys.
 #pragma unroll
       for (int j = 0; j < 4; j++) {
-        int key = chunk * 32 + 8 * (g >> 1) + 2 * j + (g & 1);
-        const uint4 *from = (const uint4 *)(k + (size_t)key * HEAD_DIM) + t;
+        int key = 8 * (g >> 1) + 2 * j + (g & 1);
 #pragma unroll
-        for (int c = 0; c < CHUNKS; c++) mma_chunk(s[j], q[0][c], q[1][c], from[c * 4]);
+        for (int c = 0; c < CHUNKS; c++) mma_chunk(s[j], q[0][c], q[1][c], keys[key_piece(key, c * 4 + t)]);
       }
-#if HEAD_DIM > 64
-      // With eight warps there are enough registers to load the values before the scores are known.
-      uint4 values[HEAD_DIM / 8];
-#pragma unroll
-      for (int d = 0; d < HEAD_DIM / 8; d++)
-        values[d] = *((const uint4 *)(v + (size_t)(d * 8 + g) * cache.capacity + chunk * 32) + t);
-#endif
-#pragma unroll
-      for (int r = 0; r < 2; r++) {
-        float chunk_max = -INFINITY;
+      ring_barrier(split, groups);
+      copy(item + depth);
+      if (chunk < first_clear || chunk >= end_clear) {
 #pragma unroll
         for (int j = 0; j < 4; j++)
 #pragma unroll
-          for (int i = 0; i < 2; i++) {
-            int key = chunk * 32 + 8 * t + 2 * j + i, offset = key - window;
-            bool is_visible = (u32)(key - own_first[r]) < own_count[r] &&
-                              (offset < 0 || offset >= 64 || ((own_visible[r] >> offset) & 1));
-            float &value = s[j][2 * r + i];
-            value = is_visible ? value * scale : -INFINITY;
-            chunk_max = fmaxf(chunk_max, value);
-          }
-        chunk_max = quad_max(chunk_max);
-        float max = fmaxf(row_max[r], chunk_max);
-        float shift = max == -INFINITY ? 0.f : max;
-        float shrink = exp2f(row_max[r] - shift);
-        row_max[r] = max;
-        weight_sum[r] *= shrink;
+          for (int i = 0; i < 4; i++)
+            if (!visible[i / 2].contains(chunk * 32 + 8 * t + 2 * j + i % 2)) s[j][i] = -INFINITY;
+      }
+      const float2 shrink = weigh(s, scale, row_max, weight_sum);
+      if (__any_sync(0xffffffffu, shrink.x != 1.f || shrink.y != 1.f)) {
 #pragma unroll
-        for (int d = 0; d < HEAD_DIM / 8; d++) o[d][2 * r] *= shrink, o[d][2 * r + 1] *= shrink;
-#pragma unroll
-        for (int j = 0; j < 4; j++)
-#pragma unroll
-          for (int i = 0; i < 2; i++) {
-            float &value = s[j][2 * r + i];
-            value = exp2f(value - shift);
-            weight_sum[r] += value;
-          }
+        for (int d = 0; d < HEAD_DIM / 8; d++)
+          o[d][0] *= shrink.x, o[d][1] *= shrink.x, o[d][2] *= shrink.y, o[d][3] *= shrink.y;
       }
       u32 p[4][2];
 #pragma unroll
       for (int j = 0; j < 4; j++) p[j][0] = pack_bf16(s[j][0], s[j][1]), p[j][1] = pack_bf16(s[j][2], s[j][3]);
+      wait_for_copy();
+      const uint4 *values = ring + (item + 1) % depth * ITEM_PIECES;
 #pragma unroll
       for (int d = 0; d < HEAD_DIM / 8; d++) {
-#if HEAD_DIM > 64
-        uint4 x = values[d];
-#else
-        uint4 x = *((const uint4 *)(v + (size_t)(d * 8 + g) * cache.capacity + chunk * 32) + t);
-#endif
+        uint4 x = values[(d * 8 + g) * 4 + t];
         mma(o[d], p[0][0], p[0][1], p[1][0], p[1][1], x.x, x.y);
         mma(o[d], p[2][0], p[2][1], p[3][0], p[3][1], x.z, x.w);
       }
+      ring_barrier(split, groups);
+      copy(item + 1 + depth);
     }
     for (int r = 0; r < 2; r++) weight_sum[r] = quad_sum(weight_sum[r]);
-    // Each line: a warp's sum for one query vector, its maximum, and its sum of weights.
-    float *own_lines = merged + (size_t)warp * 16 * (HEAD_DIM + 2);
-    for (int r = 0; r < 2; r++) {
-      float *line = own_lines + (g + 8 * r) * (HEAD_DIM + 2);
-      for (int d = 0; d < HEAD_DIM / 8; d++) {
-        line[d * 8 + 2 * t] = o[d][2 * r];
-        line[d * 8 + 2 * t + 1] = o[d][2 * r + 1];
-      }
-      if (t == 0) line[HEAD_DIM] = row_max[r], line[HEAD_DIM + 1] = weight_sum[r];
-    }
   }
+  // The rings are done with.
   __syncthreads();
-  // One warp merges the splits of a query vector.
-  for (int m = warp; m < count; m += ATTENTION_WARPS) {
-    const float *lines = merged + ((size_t)(m / 16) * splits * 16 + m % 16) * (HEAD_DIM + 2);
-    float max = -INFINITY;
-    for (int i = 0; i < splits; i++) max = fmaxf(max, lines[(size_t)i * 16 * (HEAD_DIM + 2) + HEAD_DIM]);
-    float total = 0.f, sums[HEAD_DIM / 32] = {};
-    for (int i = 0; i < splits; i++) {
-      const float *line = lines + (size_t)i * 16 * (HEAD_DIM + 2);
-      float factor = exp2f(line[HEAD_DIM] - max);
-      total += factor * line[HEAD_DIM + 1];
-      for (int d = 0; d < HEAD_DIM / 32; d++) sums[d] += factor * line[d * 32 + lane];
+  if (split < splits)
+    for (int r = 0; r < 2; r++) {
+      if (group * 16 + g + 8 * r >= count) continue;
+      float *line = lines + (warp * 16 + g + 8 * r) * LINE;
+#pragma unroll
+      for (int d = 0; d < HEAD_DIM / 8; d++)
+        *(float2 *)(line + d * 8 + 2 * t) = make_float2(o[d][2 * r], o[d][2 * r + 1]);
+      if (t == 0) line[HEAD_DIM] = row_max[r] * scale, line[HEAD_DIM + 1] = weight_sum[r];
     }
+  __syncthreads();
+
+  auto store = [&](int m, const Partial &all) {
     bf16 *to = out + ((size_t)(first + m / GROUP) * HEADS + key_head * GROUP + m % GROUP) * HEAD_DIM;
-    for (int d = 0; d < HEAD_DIM / 32; d++) to[d * 32 + lane] = f32_to_bf16(sums[d] / total);
+    for (int d = 0; d < HEAD_DIM / 32; d++) to[d * 32 + lane] = f32_to_bf16(all.sums[d] / all.weights);
+  };
+  // One warp merges the splits of a query vector.
+  for (int m = warp; m < (splits == 1 && blocks > 1 ? 0 : count); m += NUM_WARPS) {
+    float *line = lines + m * LINE;
+    const Partial all = merge(splits, [&](int i, int d) { return line[i * groups * 16 * LINE + d]; });
+    if (blocks == 1) {
+      store(m, all);
+      continue;
+    }
+    __syncwarp();
+    for (int d = 0; d < HEAD_DIM / 32; d++) line[d * 32 + lane] = all.sums[d];
+    if (lane == 0) line[HEAD_DIM] = all.max, line[HEAD_DIM + 1] = all.weights;
   }
+  if (blocks == 1) return;
+  cluster_barrier();
+  for (int m = rank * NUM_WARPS + warp; m < count; m += blocks * NUM_WARPS)
+    store(m, merge(blocks, [&](int i, int d) { return load_from_block(i, lines + m * LINE + d); }));
+  // The others may still read this block's shared memory.
+  cluster_barrier();
 }
 
-// Attention for queries that are rotated already, with all keys and values in the cache.
-extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
-    attention(const bf16 *qkv,
-              const int *row, const int *slot, const int *position, const u64 *visible,
-              const int *tile_row, const int *tile_first_token, const int *tile_length, const int *tile_window,
-              const float *cosines, const float *sines,
-              const bf16 *query_norm, const bf16 *key_norm,
-              bf16 *keys, bf16 *values, int capacity,
-              int max_distance, bf16 *attn_out) {
-  attend<false>(qkv, {row, slot, position, visible}, {tile_row, tile_first_token, tile_length, tile_window},
-                {cosines, sines}, {query_norm, key_norm}, {keys, values, capacity}, max_distance, attn_out);
-}
-
-extern "C" __global__ void __launch_bounds__(ATTENTION_WARPS * 32)
-    rotate_and_attend(const bf16 *qkv,
-                      const int *row, const int *slot, const int *position, const u64 *visible,
-                      const int *tile_row, const int *tile_first_token, const int *tile_length, const int *tile_window,
-                      const float *cosines, const float *sines,
-                      const bf16 *query_norm, const bf16 *key_norm,
-                      bf16 *keys, bf16 *values, int capacity,
-                      int max_distance, bf16 *attn_out) {
-  attend<true>(qkv, {row, slot, position, visible}, {tile_row, tile_first_token, tile_length, tile_window},
-               {cosines, sines}, {query_norm, key_norm}, {keys, values, capacity}, max_distance, attn_out);
-}
+// Attention for queries that are rotated already, with all keys and values in the cache, and with
+// ROTATE. For few tiles, blocks have many warps and form clusters; for many, blocks are so small that
+// several share a multiprocessor, and wait for memory in turn.
+#define ATTENTION_KERNEL(NUM_WARPS, MIN_BLOCKS) \
+  extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_BLOCKS)
+#define ATTENTION_KERNELS(NT, NUM_WARPS, MIN_BLOCKS)                                                                   \
+  ATTENTION_KERNEL(NUM_WARPS, MIN_BLOCKS)                                                                              \
+  attention_##NT(const bf16 *qkv,                                                                                      \
+                 const int *row, const int *slot, const int *position, const u64 *visible,                             \
+                 const int *tile_row, const int *tile_first_token, const int *tile_length, const int *tile_window,     \
+                 const float *cosines, const float *sines, const bf16 *query_norm, const bf16 *key_norm,               \
+                 bf16 *keys, bf16 *values, int capacity, int max_distance, bf16 *attn_out) {                           \
+    attend<NUM_WARPS, false>(qkv, {row, slot, position, visible},                                                      \
+                             {tile_row, tile_first_token, tile_length, tile_window}, {cosines, sines},                 \
+                             {query_norm, key_norm}, {keys, values, capacity}, max_distance, attn_out);                \
+  }                                                                                                                    \
+  ATTENTION_KERNEL(NUM_WARPS, MIN_BLOCKS)                                                                              \
+  rotate_and_attend_##NT(const bf16 *qkv,                                                                              \
+                         const int *row, const int *slot, const int *position, const u64 *visible,                     \
+                         const int *tile_row, const int *tile_first_token, const int *tile_length,                     \
+                         const int *tile_window,                                                                       \
+                         const float *cosines, const float *sines, const bf16 *query_norm, const bf16 *key_norm,       \
+                         bf16 *keys, bf16 *values, int capacity, int max_distance, bf16 *attn_out) {                   \
+    attend<NUM_WARPS, true>(qkv, {row, slot, position, visible},                                                       \
+                            {tile_row, tile_first_token, tile_length, tile_window}, {cosines, sines},                  \
+                            {query_norm, key_norm}, {keys, values, capacity}, max_distance, attn_out);                 \
+  }
+ATTENTION_KERNELS(few, ATTENTION_WARPS, 1)
+ATTENTION_KERNELS(many, BATCH_WARPS, BATCH_BLOCKS)

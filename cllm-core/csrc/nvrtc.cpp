@@ -66,6 +66,8 @@ struct Driver {
   decltype(&cuModuleLoadData) load = symbol<decltype(cuModuleLoadData)>(library, "cuModuleLoadData");
   decltype(&cuModuleGetFunction) function = symbol<decltype(cuModuleGetFunction)>(library, "cuModuleGetFunction");
   decltype(&cuFuncSetAttribute) attribute = symbol<decltype(cuFuncSetAttribute)>(library, "cuFuncSetAttribute");
+  decltype(&cuOccupancyMaxActiveClusters) clusters =
+      symbol<decltype(cuOccupancyMaxActiveClusters)>(library, "cuOccupancyMaxActiveClusters");
   decltype(&cuLaunchKernelEx) launch = symbol<decltype(cuLaunchKernelEx)>(library, "cuLaunchKernelEx");
   decltype(&cuDeviceGet) device = symbol<decltype(cuDeviceGet)>(library, "cuDeviceGet");
   decltype(&cuDeviceGetAttribute) property = symbol<decltype(cuDeviceGetAttribute)>(library, "cuDeviceGetAttribute");
@@ -93,6 +95,13 @@ void make_current(int device) {
   // This creates the context. Synchronizing the whole device would, too, but would break what
   // another thread captures.
   c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(device)).synchronize();
+}
+
+CUlaunchAttribute cluster_attribute(unsigned num_blocks) {
+  CUlaunchAttribute attribute = {};
+  attribute.id = CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION;
+  attribute.value.clusterDim = {num_blocks, 1, 1};
+  return attribute;
 }
 }  // namespace
 
@@ -187,21 +196,42 @@ int cllm_get_kernel(void *module, const char *name, int shared_bytes, void **ker
   });
 }
 
-// Puts a kernel on the current stream. If it `overlaps`, it may start before its predecessor ends,
-// and waits for it by itself (griddepcontrol.wait).
-int cllm_launch(int device, void *kernel, const unsigned *grid, unsigned num_threads, unsigned shared_bytes,
-                int overlaps, void **arguments) {
+// How many clusters of a kernel run at the same time on an otherwise idle device.
+int cllm_max_clusters(int device, void *kernel, unsigned cluster_blocks, unsigned num_threads, unsigned shared_bytes,
+                      int *count) {
   return guarded([&] {
-    CUlaunchAttribute attribute = {};
-    attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
-    attribute.value.programmaticStreamSerializationAllowed = 1;
+    make_current(device);
+    CUlaunchAttribute attribute = cluster_attribute(cluster_blocks);
+    CUlaunchConfig config = {};
+    config.gridDimX = cluster_blocks, config.gridDimY = 1, config.gridDimZ = 1;
+    config.blockDimX = num_threads, config.blockDimY = 1, config.blockDimZ = 1;
+    config.sharedMemBytes = shared_bytes;
+    config.attrs = &attribute, config.numAttrs = 1;
+    check(driver().clusters(count, static_cast<CUfunction>(kernel), &config), "querying the GPU's clusters");
+  });
+}
+
+// Puts a kernel on the current stream. `cluster_blocks` neighbours in the first dimension of the grid
+// form a cluster. If the kernel `overlaps`, it may start before its predecessor ends, and waits for
+// it by itself (griddepcontrol.wait).
+int cllm_launch(int device, void *kernel, const unsigned *grid, unsigned cluster_blocks, unsigned num_threads,
+                unsigned shared_bytes, int overlaps, void **arguments) {
+  return guarded([&] {
+    CUlaunchAttribute attributes[2] = {};
+    unsigned num_attributes = 0;
+    if (overlaps) {
+      CUlaunchAttribute &attribute = attributes[num_attributes++];
+      attribute.id = CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+      attribute.value.programmaticStreamSerializationAllowed = 1;
+    }
+    if (cluster_blocks > 1) attributes[num_attributes++] = cluster_attribute(cluster_blocks);
     CUlaunchConfig config = {};
     config.gridDimX = grid[0], config.gridDimY = grid[1], config.gridDimZ = 1;
     config.blockDimX = num_threads, config.blockDimY = 1, config.blockDimZ = 1;
     config.sharedMemBytes = shared_bytes;
     config.hStream = c10::cuda::getCurrentCUDAStream(static_cast<c10::DeviceIndex>(device)).stream();
-    config.attrs = &attribute;
-    config.numAttrs = overlaps ? 1 : 0;
+    config.attrs = attributes;
+    config.numAttrs = num_attributes;
     check(driver().launch(&config, static_cast<CUfunction>(kernel), arguments, nullptr), "launching a kernel");
   });
 }

@@ -13,10 +13,10 @@ use super::forward_input::{ForwardInput, InputLimits, MAX_INTS_PER_OUTPUT, Sampl
 use super::launch::{
     Argument, Kernel, Param, Signature, aligned, bf16, count, float, float32, int, int32, nullable, uint64,
 };
-use super::nvrtc::{Macros, Module, compute_capability, max_shared_bytes};
+use super::nvrtc::{Macros, Module, compute_capability, max_shared_bytes, num_multiprocessors};
 use super::shape::KernelShape;
 use super::slot_moves::SlotMoves;
-use super::tiles::{MAX_SMALL_STEP_TOKENS, SLOTS_PER_READ, WARP_QUERIES, attention_warps, tile_tokens};
+use super::tiles::{MAX_SMALL_STEP_TOKENS, MAX_TILE_QUERIES, SLOTS_PER_READ, WARP_QUERIES};
 use crate::{Error, Result};
 use Argument::{Float, Int, Optional, Tensor as Data};
 
@@ -42,6 +42,19 @@ const SUMS_BYTES: usize = 24 << 10;
 const STAGING_PAD: usize = 32;
 /// Elements between the queries that a small step's attention rotates in shared memory.
 const QUERY_PAD: usize = 8;
+/// Elements between the sums that the warps of the attention merge: their maximum, their weights, and
+/// padding.
+const SUMS_PAD: usize = 8;
+/// Tokens of which a block rotates a head.
+const ROTATE_TOKENS: usize = 16;
+/// Warps of a block of the attention if there are many tiles: as many as a tile can need.
+const BATCH_WARPS: usize = MAX_TILE_QUERIES / WARP_QUERIES;
+/// Chunks of `SLOTS_PER_READ` slots, times groups of `WARP_QUERIES` query vectors, for which another
+/// block of a cluster takes part: with fewer, merging takes longer than it saves.
+const BLOCK_WORK: usize = 16;
+/// Numbers of blocks that may share the slots of a tile, in a cluster: every GPU from Hopper on
+/// supports them.
+const CLUSTER_BLOCKS: [usize; 3] = [8, 4, 2];
 /// Threads per block of kernels whose threads each process neighbouring values.
 const THREADS: usize = 256;
 /// Logits of a token that a block samples from.
@@ -56,7 +69,7 @@ pub const MAX_LOGITS: usize = 64 << 20;
 pub fn supports(shape: &KernelShape) -> bool {
     [shape.hidden, shape.ffn, shape.head_dim].iter().all(|size| size.is_multiple_of(32))
         && shape.head_dim <= 256
-        && shape.group() <= WARP_QUERIES * attention_warps(shape)
+        && shape.group() <= MAX_TILE_QUERIES
 }
 
 /// Maximum number of tokens of a step for which the fused kernels are faster than cuBLAS.
@@ -68,14 +81,30 @@ fn is_wide(shape: &KernelShape) -> bool {
     shape.hidden > 2048
 }
 
-/// Shared memory in which the warps of the attention merge their sums (`merged` in the source).
-fn merging_bytes(shape: &KernelShape) -> usize {
-    attention_warps(shape) * WARP_QUERIES * (shape.head_dim + 2) * 4
+/// Warps of a block of the attention if there are few tiles.
+fn attention_warps(shape: &KernelShape) -> usize {
+    // Their keys and values fill the shared memory.
+    match shape.head_dim {
+        0..=64 => 16,
+        65..=128 => 8,
+        _ => 4,
+    }
 }
 
-/// Shared memory for the rotated queries of a small step's tile (`queries` in the source).
+/// Chunks of keys or values that a warp of the attention has in shared memory.
+fn ring_depth(capability: (u32, u32)) -> usize {
+    if max_shared_bytes(capability) >= 160 << 10 { 2 } else { 1 }
+}
+
+/// Shared memory of a warp of the attention for keys and values, then for its part of the sums.
+fn warp_bytes(shape: &KernelShape, capability: (u32, u32)) -> usize {
+    let chunk_bytes = SLOTS_PER_READ * shape.head_dim * 2;
+    (ring_depth(capability) * chunk_bytes).max(WARP_QUERIES * (shape.head_dim + SUMS_PAD) * 4)
+}
+
+/// Shared memory for the rotated queries of a tile (`queries` in the source).
 fn query_bytes(shape: &KernelShape) -> usize {
-    (tile_tokens(shape, 1) * shape.group()).next_multiple_of(WARP_QUERIES) * (shape.head_dim + QUERY_PAD) * 2
+    MAX_TILE_QUERIES * (shape.head_dim + QUERY_PAD) * 2
 }
 
 fn max_staged_bytes(capability: (u32, u32)) -> usize {
@@ -108,6 +137,14 @@ fn macros(shape: &KernelShape, capability: (u32, u32)) -> Macros {
         ("WARP_QUERIES", WARP_QUERIES.to_string()),
         ("SLOTS_PER_READ", SLOTS_PER_READ.to_string()),
         ("QUERY_PAD", QUERY_PAD.to_string()),
+        ("RING_DEPTH", ring_depth(capability).to_string()),
+        ("WARP_BYTES", warp_bytes(shape, capability).to_string()),
+        ("SUMS_PAD", SUMS_PAD.to_string()),
+        ("BATCH_WARPS", BATCH_WARPS.to_string()),
+        // Blocks on a multiprocessor, as registers allow.
+        ("BATCH_BLOCKS", if shape.head_dim <= 64 { 4 } else { 2 }.to_string()),
+        ("BLOCK_WORK", BLOCK_WORK.to_string()),
+        ("ROTATE_TOKENS", ROTATE_TOKENS.to_string()),
     ]);
     macros
 }
@@ -120,6 +157,8 @@ struct Sizes {
     tokens: usize,
     outputs: usize,
     tiles: usize,
+    /// Thread blocks that share a tile.
+    tile_blocks: usize,
     rows: usize,
     capacity: usize,
     /// Segments of the vocabulary in a slice.
@@ -130,6 +169,25 @@ struct Sizes {
     list: usize,
     layers: usize,
     moves: usize,
+}
+
+impl Sizes {
+    fn new(shape: KernelShape, tokens: usize) -> Self {
+        Sizes {
+            shape,
+            tokens,
+            outputs: 0,
+            tiles: 0,
+            tile_blocks: 1,
+            rows: 0,
+            capacity: 0,
+            segments: 0,
+            blocks: 0,
+            list: 0,
+            layers: 0,
+            moves: 0,
+        }
+    }
 }
 
 const TOKENS: &[Param<Sizes>] = &[
@@ -146,8 +204,8 @@ const TILES: &[Param<Sizes>] = &[
 ];
 /// The largest position is that of the last slot.
 const ROPE: &[Param<Sizes>] = &[
-    float32("cosines", |s| s.capacity * s.shape.head_dim / 2),
-    float32("sines", |s| s.capacity * s.shape.head_dim / 2),
+    aligned(|_| 16, float32("cosines", |s| s.capacity * s.shape.head_dim / 2)),
+    aligned(|_| 16, float32("sines", |s| s.capacity * s.shape.head_dim / 2)),
 ];
 const QK_NORM: &[Param<Sizes>] =
     &[nullable(bf16("query_norm", |s| s.shape.head_dim)), nullable(bf16("key_norm", |s| s.shape.head_dim))];
@@ -316,9 +374,9 @@ const CANDIDATES_OF_SEGMENTS: Signature<Sizes> = Signature {
 };
 const ROTATE_AND_CACHE: Signature<Sizes> = Signature {
     name: "rotate_and_cache",
-    grid: |s| [s.tokens, 1],
-    threads: |_| THREADS,
-    params: &[&[QKV], TOKENS, ROPE, QK_NORM, CACHE],
+    grid: |s| [s.tokens.div_ceil(ROTATE_TOKENS), s.shape.heads + 2 * s.shape.kv_heads],
+    threads: |_| THREADS / 2,
+    params: &[&[QKV], TOKENS, ROPE, QK_NORM, CACHE, &[NUM_TOKENS]],
 };
 const MOVE_SLOTS: Signature<Sizes> = Signature {
     name: "move_slots",
@@ -335,12 +393,14 @@ const MOVE_SLOTS: Signature<Sizes> = Signature {
     ]],
 };
 const ATTENTION: Signature<Sizes> = Signature {
-    name: "attention",
-    grid: |s| [s.tiles, s.shape.kv_heads],
+    name: "attention_",
+    grid: |s| [s.tiles * s.tile_blocks, s.shape.kv_heads],
     threads: |s| attention_warps(&s.shape) * 32,
     params: &[&[QKV], TOKENS, TILES, ROPE, QK_NORM, CACHE, &[int("max_distance"), ATTN_OUT]],
 };
-const ROTATE_AND_ATTEND: Signature<Sizes> = Signature { name: "rotate_and_attend", ..ATTENTION };
+const ROTATE_AND_ATTEND: Signature<Sizes> = Signature { name: "rotate_and_attend_", ..ATTENTION };
+const BATCH_ATTENTION: Signature<Sizes> = Signature { threads: |_| BATCH_WARPS * 32, ..ATTENTION };
+const ROTATE_AND_ATTEND_BATCH: Signature<Sizes> = Signature { name: ROTATE_AND_ATTEND.name, ..BATCH_ATTENTION };
 
 /// The fused kernels for up to `max_tokens` tokens.
 struct FusedKernels {
@@ -352,6 +412,14 @@ struct FusedKernels {
     down: Kernel<Sizes>,
     sample: Kernel<Sizes>,
     candidates: Kernel<Sizes>,
+}
+
+/// The attention for few tiles or for many.
+struct AttentionKernels {
+    /// For queries that are rotated already.
+    rotated: Kernel<Sizes>,
+    /// Also rotates queries and keys and fills the cache.
+    plain: Kernel<Sizes>,
 }
 
 /// Kernels of one shape on one device. Tensors are contiguous, bfloat16 unless said otherwise; `T`
@@ -371,8 +439,12 @@ pub struct DecodeKernels {
     candidates_of_segments: Kernel<Sizes>,
     rotate_and_cache: Kernel<Sizes>,
     move_slots: Kernel<Sizes>,
-    attention: Kernel<Sizes>,
-    rotate_and_attend: Kernel<Sizes>,
+    few_tiles: AttentionKernels,
+    many_tiles: AttentionKernels,
+    /// How many clusters of each of `CLUSTER_BLOCKS` run at the same time; empty for GPUs before
+    /// Hopper.
+    max_clusters: Vec<(usize, usize)>,
+    num_multiprocessors: usize,
 }
 
 /// The state of the queries, keys and values that the attention kernel reads.
@@ -426,6 +498,19 @@ impl DecodeKernels {
                 candidates: kernel(&FUSED_CANDIDATES, 0)?,
             })
         };
+        let attention = |[rotated, plain]: [&'static Signature<Sizes>; 2], suffix: &str, num_warps| {
+            let ring_bytes = num_warps * warp_bytes(&shape, capability);
+            Ok::<_, Error>(AttentionKernels {
+                rotated: Kernel::new(&module, rotated, suffix, ring_bytes, overlaps)?,
+                plain: Kernel::new(&module, plain, suffix, ring_bytes + query_bytes(&shape), overlaps)?,
+            })
+        };
+        let few_tiles = attention([&ATTENTION, &ROTATE_AND_ATTEND], "few", attention_warps(&shape))?;
+        let cluster_blocks = if overlaps { &CLUSTER_BLOCKS[..] } else { &[] };
+        let max_clusters = cluster_blocks
+            .iter()
+            .map(|&blocks| Ok((blocks, few_tiles.plain.max_clusters(&Sizes::new(shape, 0), blocks)?)))
+            .collect::<Result<_>>()?;
         Ok(DecodeKernels {
             fused: [fused(1)?, fused(2)?, fused(4)?],
             embed: kernel(&EMBED, 0)?,
@@ -438,8 +523,10 @@ impl DecodeKernels {
             candidates_of_segments: kernel(&CANDIDATES_OF_SEGMENTS, 0)?,
             rotate_and_cache: kernel(&ROTATE_AND_CACHE, 0)?,
             move_slots: kernel(&MOVE_SLOTS, 0)?,
-            attention: kernel(&ATTENTION, merging_bytes(&shape))?,
-            rotate_and_attend: kernel(&ROTATE_AND_ATTEND, merging_bytes(&shape) + query_bytes(&shape))?,
+            few_tiles,
+            many_tiles: attention([&BATCH_ATTENTION, &ROTATE_AND_ATTEND_BATCH], "many", BATCH_WARPS)?,
+            num_multiprocessors: num_multiprocessors(device)?,
+            max_clusters,
             shape,
         })
     }
@@ -453,19 +540,7 @@ impl DecodeKernels {
     }
 
     fn sizes(&self, num_tokens: usize) -> Sizes {
-        Sizes {
-            shape: self.shape,
-            tokens: num_tokens,
-            outputs: 0,
-            tiles: 0,
-            rows: 0,
-            capacity: 0,
-            segments: 0,
-            blocks: 0,
-            list: 0,
-            layers: 0,
-            moves: 0,
-        }
+        Sizes::new(self.shape, num_tokens)
     }
 
     /// Sizes of an input, which must have been checked for this shape.
@@ -716,10 +791,21 @@ impl DecodeKernels {
         let tiles = [tile_row, tile_first_token, tile_length, tile_window].map(Data);
         let rest = [Int(layer.max_distance()), Data(attn_out)];
         let arguments = [&[Data(qkv)], &tokens[..], &tiles, &rope, &norms, &cache, &rest].concat();
-        let kernel = if rotates { &self.rotate_and_attend } else { &self.attention };
+        let num_clusters = sizes.tiles * self.shape.kv_heads;
+        let is_many = 2 * num_clusters >= 3 * self.num_multiprocessors;
+        let kernels = if is_many { &self.many_tiles } else { &self.few_tiles };
+        let kernel = if rotates { &kernels.plain } else { &kernels.rotated };
+        let tile_blocks = self.tile_blocks(num_clusters);
         // SAFETY: as above; also, each tile of the input is within the tokens of one row, whose slots
         // are consecutive from that of its window on, and no longer than `tile_tokens`.
-        unsafe { kernel.launch(&sizes, &arguments) }
+        unsafe { kernel.launch_clusters(&Sizes { tile_blocks, ..sizes }, tile_blocks, &arguments) }
+    }
+
+    /// Thread blocks that share a tile and a head of keys: as many as let all of these clusters run
+    /// at the same time.
+    fn tile_blocks(&self, num_clusters: usize) -> usize {
+        let fits = |&&(_, max_clusters): &&(usize, usize)| num_clusters <= max_clusters;
+        self.max_clusters.iter().find(fits).map_or(1, |&(blocks, _)| blocks)
     }
 }
 

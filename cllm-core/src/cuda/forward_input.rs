@@ -19,8 +19,7 @@ pub(crate) struct ForwardShape {
     pub(crate) num_tokens: usize,
     /// Number of leading tokens after which a token is sampled.
     pub(crate) num_outputs: usize,
-    /// Maximum number of tiles. A tile is a run of tokens of one row whose attention one thread
-    /// block computes.
+    /// Maximum number of tiles. A tile is a run of tokens of one row that read its cache together.
     pub(crate) num_tiles: usize,
 }
 

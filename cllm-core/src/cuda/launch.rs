@@ -19,10 +19,19 @@ unsafe extern "C" {
         device: c_int,
         kernel: *mut c_void,
         grid: *const c_uint,
+        cluster_blocks: c_uint,
         num_threads: c_uint,
         shared_bytes: c_uint,
         overlaps: c_int,
         arguments: *mut *mut c_void,
+    ) -> c_int;
+    fn cllm_max_clusters(
+        device: c_int,
+        kernel: *mut c_void,
+        cluster_blocks: c_uint,
+        num_threads: c_uint,
+        shared_bytes: c_uint,
+        count: *mut c_int,
     ) -> c_int;
     fn cllm_tensor_map(first: *mut c_void, sizes: *const u64, tile_rows: u32, map: *mut c_void) -> c_int;
 }
@@ -223,6 +232,24 @@ impl<Sizes> Kernel<Sizes> {
     /// Tensors of indices (tokens, rows, slots, positions, tiles) hold only indices inside the
     /// tensors that they index.
     pub(super) unsafe fn launch(&self, sizes: &Sizes, arguments: &[Argument<'_>]) -> Result<()> {
+        // SAFETY: as here.
+        unsafe { self.launch_clusters(sizes, 1, arguments) }
+    }
+
+    /// Like [`launch`](Self::launch), with clusters of this many blocks along the first dimension of
+    /// the grid. GPUs before Hopper have none of more than one block.
+    ///
+    /// # Errors
+    /// As for `launch`.
+    ///
+    /// # Safety
+    /// As for `launch`.
+    pub(super) unsafe fn launch_clusters(
+        &self,
+        sizes: &Sizes,
+        cluster_blocks: usize,
+        arguments: &[Argument<'_>],
+    ) -> Result<()> {
         let Device::Cuda(device) = self.device else { return Err(Error::internal("kernels run only on GPUs")) };
         let mut values = self.values(sizes, arguments)?;
         let mut pointers: Vec<*mut c_void> =
@@ -236,12 +263,34 @@ impl<Sizes> Kernel<Sizes> {
                 device as c_int,
                 self.handle,
                 grid.as_ptr(),
+                cluster_blocks as c_uint,
                 (self.signature.threads)(sizes) as c_uint,
                 self.shared_bytes as c_uint,
                 c_int::from(self.overlaps),
                 pointers.as_mut_ptr(),
             )
         })
+    }
+
+    /// How many clusters of this many blocks run at the same time on an otherwise idle device.
+    ///
+    /// # Errors
+    /// [`Error::Torch`] with the driver's message.
+    pub(super) fn max_clusters(&self, sizes: &Sizes, cluster_blocks: usize) -> Result<usize> {
+        let Device::Cuda(device) = self.device else { return Err(Error::internal("kernels run only on GPUs")) };
+        let (num_threads, mut count) = ((self.signature.threads)(sizes), 0);
+        // SAFETY: the kernel is loaded, and the function writes one number.
+        checked(unsafe {
+            cllm_max_clusters(
+                device as c_int,
+                self.handle,
+                cluster_blocks as c_uint,
+                num_threads as c_uint,
+                self.shared_bytes as c_uint,
+                &mut count,
+            )
+        })?;
+        Ok(count as usize)
     }
 
     fn values(&self, sizes: &Sizes, arguments: &[Argument<'_>]) -> Result<Vec<Bits>> {

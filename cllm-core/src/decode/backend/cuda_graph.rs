@@ -21,7 +21,6 @@ pub(in crate::decode) struct CudaGraphBackend<'m> {
     // Dropped first: it waits for forwards, which use the model's weights and cache.
     runner: GraphRunner,
     model: CudaModel<'m>,
-    num_rows: usize,
     vocab_size: usize,
     /// What the last forward was to give.
     sampling: SamplingOptions,
@@ -35,7 +34,6 @@ impl<'m> CudaGraphBackend<'m> {
         Ok(Some(CudaGraphBackend {
             runner: GraphRunner::new(index, cuda_model.input_limits())?,
             model: cuda_model,
-            num_rows,
             vocab_size: model.config().vocab_size as usize,
             sampling: SamplingOptions { inverse_temperature: 0.0, gives_candidates: false },
         }))
@@ -48,8 +46,7 @@ impl<'m> CudaGraphBackend<'m> {
         // The fused kernels sample after every token.
         let is_fused = num_tokens <= self.model.max_fused_tokens();
         let num_outputs = if is_fused { num_tokens } else { padded_size(num_window_tokens).min(num_tokens) };
-        let num_tiles = (self.num_rows + num_tokens.div_ceil(self.model.tile_tokens(num_tokens))).min(num_tokens);
-        ForwardShape { num_tokens, num_outputs, num_tiles }
+        ForwardShape { num_tokens, num_outputs, num_tiles: self.model.max_tiles(num_tokens) }
     }
 }
 

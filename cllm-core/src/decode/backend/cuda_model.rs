@@ -69,9 +69,9 @@ impl<'m> CudaModel<'m> {
         InputLimits { model: self.shape, num_rows: size(1), capacity: size(3) }
     }
 
-    /// Maximum number of tokens in a tile, in a forward of `num_tokens`.
-    pub(super) fn tile_tokens(&self, num_tokens: usize) -> usize {
-        tiles::tile_tokens(&self.shape, num_tokens)
+    /// Maximum number of tiles of the attention, in a forward of `num_tokens`.
+    pub(super) fn max_tiles(&self, num_tokens: usize) -> usize {
+        tiles::max_tiles(&self.shape, num_tokens, self.input_limits().num_rows)
     }
 
     /// Maximum number of tokens of the fused kernels.
