@@ -1086,10 +1086,8 @@ __device__ __forceinline__ void attend(const bf16 *qkv, const Tokens &tokens, co
 // Attention for queries that are rotated already, with all keys and values in the cache, and with
 // ROTATE. For few tiles, blocks have many warps and form clusters; for many, blocks are so small that
 // several share a multiprocessor, and wait for memory in turn.
-#define ATTENTION_KERNEL(NUM_WARPS, MIN_BLOCKS) \
-  extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_BLOCKS)
 #define ATTENTION_KERNELS(NT, NUM_WARPS, MIN_BLOCKS)                                                                   \
-  ATTENTION_KERNEL(NUM_WARPS, MIN_BLOCKS)                                                                              \
+  extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_BLOCKS)                                             \
   attention_##NT(const bf16 *qkv,                                                                                      \
                  const int *row, const int *slot, const int *position, const u64 *visible,                             \
                  const int *tile_row, const int *tile_first_token, const int *tile_length, const int *tile_window,     \
@@ -1099,7 +1097,7 @@ __device__ __forceinline__ void attend(const bf16 *qkv, const Tokens &tokens, co
                              {tile_row, tile_first_token, tile_length, tile_window}, {cosines, sines},                 \
                              {query_norm, key_norm}, {keys, values, capacity}, max_distance, attn_out);                \
   }                                                                                                                    \
-  ATTENTION_KERNEL(NUM_WARPS, MIN_BLOCKS)                                                                              \
+  extern "C" __global__ void __launch_bounds__(NUM_WARPS * 32, MIN_BLOCKS)                                             \
   rotate_and_attend_##NT(const bf16 *qkv,                                                                              \
                          const int *row, const int *slot, const int *position, const u64 *visible,                     \
                          const int *tile_row, const int *tile_first_token, const int *tile_length,                     \

@@ -29,6 +29,7 @@ mod width;
 mod window_chooser;
 
 pub use crate::cuda::decode::MAX_LOGITS;
+pub use backend::attention_time::attention_seconds;
 pub use backend::cuda_graph::MAX_PROMPT_TOKENS;
 pub use backend::cuda_model::has_kernels;
 pub use backend::eager::MAX_PIECE_TOKENS;

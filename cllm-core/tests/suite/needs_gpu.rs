@@ -150,6 +150,30 @@ fn every_token_is_the_likeliest_of_the_float32_model_up_to_rounding() {
 
 #[test]
 #[ignore = "needs a GPU: scripts/test --gpu"]
+fn long_contexts_are_split_between_multiprocessors_without_an_error() {
+    // Several thread blocks share these slots, and the last of them has few or none of the window.
+    let requests = [2050, 3007].map(|length| Request {
+        sample_id: format!("s{length}"),
+        prompt_ids: (0..length).map(|i| (i * 37 + i / 203) % 203).collect(),
+    });
+    let stop = StopConditions::new(40, vec![3]);
+    let wide = Strategy::Lookahead { window: 10, ngram: 5, candidates: 6 };
+    for (name, mut config) in shapes() {
+        config["max_position_embeddings"] = json!(4096);
+        let models = gpu::on_gpu_and_cpu(&config, 7, 8.0);
+        let mut decoder = Decoder::new(&models.0, 1, required_slots(3007, &stop, wide)).unwrap();
+        for (strategy, request) in [Strategy::Ar, Strategy::rolling(16), wide].into_iter().zip(requests.iter().cycle())
+        {
+            let request = std::slice::from_ref(request);
+            let (answers, _) = decoder.answer(request, &stop, DecodeOptions::greedy(strategy, 5), None).unwrap();
+            let error = worst(&models, request.iter().zip(&answers));
+            assert!(error.is_rounding(), "{name}, {strategy:?}: {error:?}");
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs a GPU: scripts/test --gpu"]
 fn streamed_requests_get_the_answers_of_single_ones() {
     let requests: Vec<Request> = (0..60)
         .map(|row| Request {

@@ -4,7 +4,9 @@ use std::collections::BTreeMap;
 use std::time::Instant;
 
 use cllm_core::cuda::libtorch;
-use cllm_core::decode::{Answer, DecodeOptions, Decoder, Request, StopConditions, Strategy, required_slots};
+use cllm_core::decode::{
+    Answer, DecodeOptions, Decoder, Request, StopConditions, Strategy, attention_seconds, required_slots,
+};
 use cllm_core::environment::Hardware;
 use cllm_core::model::Transformer;
 use cllm_core::progress::Progress;
@@ -42,6 +44,7 @@ impl Bench<'_> {
         libtorch::reset_peak_gpu_memory(self.model.device());
         let (step_ms, prefill_ms) = self.time_steps(&sizes, &mut progress)?;
         let peak_memory_bytes = self.peak_memory_bytes();
+        let attention_ms = self.time_attention(&sizes)?;
         let (mut batch_tokens_per_second, mut batch_step_ms) = (BTreeMap::new(), BTreeMap::new());
         for &batch_size in &settings.batch_sizes {
             batch_tokens_per_second.insert(batch_size, self.time_batch(batch_size)?);
@@ -60,6 +63,7 @@ impl Bench<'_> {
             transformers_compiled_ar_tokens_per_second: None,
             relative_step_time: step_ms.iter().map(|(&num_tokens, &ms)| (num_tokens, ms / single_ms)).collect(),
             step_ms,
+            attention_ms,
             prefill_ms,
             batch_tokens_per_second,
             batch_step_ms,
@@ -119,6 +123,22 @@ impl Bench<'_> {
         })?;
         let median_of = |part: fn(&(f64, f64)) -> f64| median_time(timings.iter().map(part));
         Ok((median_of(|timing| timing.0)?, median_of(|timing| timing.1)?))
+    }
+
+    /// Milliseconds of the attention of a step of each size; empty if our kernels do not compute it.
+    fn time_attention(&self, sizes: &[usize]) -> Result<BTreeMap<usize, f64>> {
+        let mut attention_ms = BTreeMap::new();
+        for &num_tokens in sizes {
+            if let Some(seconds) = attention_seconds(self.model, num_tokens, self.mean_context())? {
+                attention_ms.insert(num_tokens, seconds * 1e3);
+            }
+        }
+        Ok(attention_ms)
+    }
+
+    /// The mean number of tokens in the cache while steps are timed.
+    fn mean_context(&self) -> usize {
+        self.settings.num_prompt_tokens + self.settings.num_new_tokens / 2
     }
 
     /// Autoregressive tokens per second of a batch.
@@ -296,9 +316,7 @@ impl Bench<'_> {
         // projection.
         let embedding = config.vocab_size * config.hidden_size;
         let weights = config.num_parameters() - if config.tied_embeddings { 0 } else { embedding };
-        // The mean number of tokens in the cache during a timing.
-        let context = (self.settings.num_prompt_tokens + self.settings.num_new_tokens / 2) as i64;
-        let cached = 2 * config.num_layers * config.num_kv_heads * config.head_dim * context;
+        let cached = 2 * config.num_layers * config.num_kv_heads * config.head_dim * self.mean_context() as i64;
         let bytes = (element_bytes * (weights + cached)) as u64;
         let bandwidth_bytes_per_second = measure_bandwidth(self.model.device())?;
         let ms = bytes as f64 / bandwidth_bytes_per_second * 1e3;

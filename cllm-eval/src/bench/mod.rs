@@ -119,7 +119,9 @@ fn model_summary(model: &DecodeBench) -> String {
     );
     for (num_tokens, ms) in &model.step_ms {
         let (plural, relative) = (if *num_tokens == 1 { "" } else { "s" }, model.relative_step_time[num_tokens]);
-        text += &format!("  step of {num_tokens:>3} token{plural}: {ms:8.3} ms, {relative:.2}x\n");
+        let share = |attention_ms: &f64| format!(", attention {:.0} %", 100.0 * attention_ms / ms);
+        let attention = model.attention_ms.get(num_tokens).map_or_else(String::new, share);
+        text += &format!("  step of {num_tokens:>3} token{plural}: {ms:8.3} ms, {relative:.2}x{attention}\n");
     }
     for (batch_size, speed) in &model.batch_tokens_per_second {
         text += &format!("  batch of {batch_size:>4}: {speed:.0} tokens/s\n");

@@ -29,6 +29,11 @@ pub struct DecodeBench {
     pub step_ms: BTreeMap<usize, f64>,
     /// `step_ms` divided by that of a step of one token.
     pub relative_step_time: BTreeMap<usize, f64>,
+    /// Milliseconds of the attention of all layers in such a step, timed by itself: with the rotation
+    /// of queries and keys, and a context as long as that of `step_ms` in the mean. Empty where our
+    /// kernels do not decode the model.
+    #[serde(default)]
+    pub attention_ms: BTreeMap<usize, f64>,
     /// Milliseconds of the prefill of `num_prompt_tokens` tokens at batch 1.
     pub prefill_ms: f64,
     /// Autoregressive tokens per second of the whole batch, by batch size.

@@ -107,6 +107,14 @@ impl<'m> CudaModel<'m> {
         }
     }
 
+    /// Only the attention of every layer, for queries, keys and values `qkv [T, ...]` that are not
+    /// rotated yet.
+    pub(super) fn attention_alone(&self, input: &ForwardInput, qkv: &Tensor, attn_out: &Tensor) -> Result<()> {
+        self.model.layers.iter().enumerate().try_for_each(|(index, layer)| {
+            self.with_cache(index, layer, |cache| self.kernels.attention(Queries::Plain, qkv, input, cache, attn_out))
+        })
+    }
+
     /// With few tokens, reading the weights dominates the time. Kernels that fuse norms,
     /// projections and activations read them fastest.
     fn forward_fused(&self, input: &ForwardInput, x: &Tensor, results: &Tensor) -> Result<()> {

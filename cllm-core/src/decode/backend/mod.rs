@@ -4,6 +4,7 @@
 //! position in the sequence; draft tokens occupy the slots after it and, if they are rejected, are
 //! overwritten by the next window.
 
+pub(super) mod attention_time;
 pub(super) mod cuda_graph;
 pub(super) mod cuda_model;
 pub(super) mod eager;
