@@ -16,7 +16,7 @@ use super::launch::{
 use super::nvrtc::{Macros, Module, compute_capability, max_shared_bytes, num_multiprocessors};
 use super::shape::KernelShape;
 use super::slot_moves::SlotMoves;
-use super::tiles::{MAX_SMALL_STEP_TOKENS, MAX_TILE_QUERIES, SLOTS_PER_READ, WARP_QUERIES};
+use super::tiles::{MAX_SMALL_STEP_TOKENS, MAX_TILE_QUERIES, SLOTS_PER_READ, WARP_QUERIES, tile_tokens};
 use crate::{Error, Result};
 use Argument::{Float, Int, Optional, Tensor as Data};
 
@@ -795,16 +795,19 @@ impl DecodeKernels {
         let is_many = 2 * num_clusters >= 3 * self.num_multiprocessors;
         let kernels = if is_many { &self.many_tiles } else { &self.few_tiles };
         let kernel = if rotates { &kernels.plain } else { &kernels.rotated };
-        let tile_blocks = self.tile_blocks(num_clusters);
+        let tile_blocks = self.tile_blocks(&sizes);
         // SAFETY: as above; also, each tile of the input is within the tokens of one row, whose slots
         // are consecutive from that of its window on, and no longer than `tile_tokens`.
         unsafe { kernel.launch_clusters(&Sizes { tile_blocks, ..sizes }, tile_blocks, &arguments) }
     }
 
-    /// Thread blocks that share a tile and a head of keys: as many as let all of these clusters run
-    /// at the same time.
-    fn tile_blocks(&self, num_clusters: usize) -> usize {
-        let fits = |&&(_, max_clusters): &&(usize, usize)| num_clusters <= max_clusters;
+    /// Thread blocks that share a tile and a head of keys: as many as let all clusters run at the
+    /// same time, and no more than have work when the cache is full.
+    fn tile_blocks(&self, sizes: &Sizes) -> usize {
+        let num_clusters = sizes.tiles * self.shape.kv_heads;
+        let groups = (tile_tokens(&self.shape, sizes.tokens) * self.shape.group()).div_ceil(WARP_QUERIES);
+        let max_blocks = (sizes.capacity / SLOTS_PER_READ * groups).div_ceil(BLOCK_WORK).next_power_of_two();
+        let fits = |&&(blocks, max_clusters): &&(usize, usize)| blocks <= max_blocks && num_clusters <= max_clusters;
         self.max_clusters.iter().find(fits).map_or(1, |&(blocks, _)| blocks)
     }
 }
