@@ -12,11 +12,7 @@ static_assert(HEAD_DIM <= 128, "the registers hold no wider heads");
 __device__ __forceinline__ void copy_tile(u32 to, const TensorMap &from, int head, int token, u32 barrier) {
 #pragma unroll
   for (int panel = 0; panel < PANELS; panel++)
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
-        "[%5];" ::"r"(to + panel * PANEL_BYTES),
-        "l"(&from), "r"(panel * 64), "r"(head), "r"(token), "r"(barrier)
-        : "memory");
+    copy_panel(to + panel * PANEL_BYTES, from, panel * 64, head, token, barrier);
 }
 
 __device__ __forceinline__ void copy_bytes(u32 to, const void *from, int bytes, u32 barrier) {

@@ -11,15 +11,6 @@
 #define STAGE_BYTES (3 * HALF_BYTES)
 #define CEIL(a, b) (((a) + (b) - 1) / (b))
 
-// Copies 128 rows of 64 columns.
-__device__ __forceinline__ void copy_half(u32 to, const TensorMap &from, int column, int row, u32 barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
-      "[%5];" ::"r"(to),
-      "l"(&from), "r"(column), "r"(0), "r"(row), "r"(barrier)
-      : "memory");
-}
-
 // sum += a [64 tokens, 16] times b [128 rows, 16] transposed.
 __device__ __forceinline__ void multiply_half(float (&sum)[64], u64 a, u64 b) {
   asm volatile(WGMMA(128) "%64, %65, 1, 1, 1, 0, 0;" : VALUES_128(sum) : "l"(a), "l"(b));
@@ -51,10 +42,10 @@ __device__ __forceinline__ void for_tiles(const TensorMap &tokens, const TensorM
         const u32 full = barriers + stage * 16, to = base + stage * STAGE_BYTES;
         barrier_wait(full + 8, parity ^ 1);
         barrier_expect(full, STAGE_BYTES);
-        copy_half(to, tokens, chunk * 64, tile % token_tiles * TILE_TOKENS, full);
+        copy_panel(to, tokens, chunk * 64, 0, tile % token_tiles * TILE_TOKENS, full);
 #pragma unroll
         for (int half = 0; half < 2; half++)
-          copy_half(to + (half + 1) * HALF_BYTES, weight, chunk * 64, first_row(tile / token_tiles, half), full);
+          copy_panel(to + (half + 1) * HALF_BYTES, weight, chunk * 64, 0, first_row(tile / token_tiles, half), full);
       }
     return;
   }

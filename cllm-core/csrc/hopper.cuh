@@ -31,6 +31,15 @@ __device__ __forceinline__ void barrier_wait(u32 barrier, int parity) {
       : "memory");
 }
 
+// Copies a tile of at most 64 columns, swizzled, whose rows have 128 bytes in shared memory.
+__device__ __forceinline__ void copy_panel(u32 to, const TensorMap &from, int column, int group, int row, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], "
+      "[%5];" ::"r"(to),
+      "l"(&from), "r"(column), "r"(group), "r"(row), "r"(barrier)
+      : "memory");
+}
+
 // Products run while the warpgroup goes on. They come in groups; begin_products() orders them after
 // what was done to their registers.
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }

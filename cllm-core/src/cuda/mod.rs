@@ -28,6 +28,7 @@ pub(crate) mod graph_runner;
 pub(crate) mod graphs;
 pub(crate) mod host_buffer;
 mod launch;
+pub(crate) mod layer_products;
 pub mod libtorch;
 pub(crate) mod nvrtc;
 pub mod optimizer;

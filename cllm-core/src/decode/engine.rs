@@ -41,7 +41,7 @@ impl<'m> Decoder<'m> {
     pub fn new(model: &'m Transformer, max_sequences: usize, capacity: usize) -> Result<Self> {
         let config = model.config();
         let limits = CacheLimits { max_sequences, capacity, max_positions: config.max_positions };
-        let model = new_backend(model, max_sequences, capacity)?;
+        let model = new_backend(model, max_sequences, capacity, true)?;
         Ok(Decoder {
             model,
             draft_model: None,
@@ -64,7 +64,7 @@ impl<'m> Decoder<'m> {
                  both must use the same tokenizer"
             )));
         }
-        let draft_model = Some(new_backend(draft_model, self.limits.max_sequences, self.limits.capacity)?);
+        let draft_model = Some(new_backend(draft_model, self.limits.max_sequences, self.limits.capacity, false)?);
         Ok(Decoder { draft_model, ..self })
     }
 
@@ -163,9 +163,15 @@ impl<'m> Decoder<'m> {
 }
 
 /// The backend for a model: CUDA graphs if our kernels support it, otherwise libtorch's operations.
-fn new_backend<'m>(model: &'m Transformer, max_sequences: usize, capacity: usize) -> Result<Box<dyn Backend + 'm>> {
+/// Of the backends whose forwards overlap, one may have `whole_device`.
+fn new_backend<'m>(
+    model: &'m Transformer,
+    max_sequences: usize,
+    capacity: usize,
+    whole_device: bool,
+) -> Result<Box<dyn Backend + 'm>> {
     let _no_grad = tch::no_grad_guard();
-    Ok(match CudaGraphBackend::new(model, max_sequences, capacity)? {
+    Ok(match CudaGraphBackend::new(model, max_sequences, capacity, whole_device)? {
         Some(backend) => Box::new(backend),
         None => Box::new(EagerBackend::new(model, max_sequences, capacity)?),
     })

@@ -35,6 +35,9 @@ fn shapes() -> Vec<(&'static str, Value)> {
             with(json!({"model_type": "llama", "attention_bias": true, "rope_scaling": {"rope_type": "llama3",
             "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}})),
         ),
+        // Wide models have kernels of their own on Hopper.
+        ("mistral-wide", with(json!({"model_type": "mistral", "hidden_size": 2080}))),
+        ("qwen3-wide", with(json!({"model_type": "qwen3", "hidden_size": 2080, "head_dim": 64}))),
         // Windows that begin within the prompt, within the draft tokens, and within a tree.
         ("mistral-window", with(json!({"model_type": "mistral", "sliding_window": 40}))),
         (

@@ -26,7 +26,7 @@ const NUM_REPEATS: usize = 10;
 #[allow(unsafe_code)]
 pub fn attention_seconds(model: &Transformer, num_tokens: usize, context: usize) -> Result<Option<f64>> {
     let Device::Cuda(gpu) = model.device() else { return Ok(None) };
-    let Some(cuda_model) = CudaModel::new(model, 1, context + num_tokens)? else { return Ok(None) };
+    let Some(cuda_model) = CudaModel::new(model, 1, context + num_tokens, false)? else { return Ok(None) };
     let config = model.config();
     let random = |num_heads: i64| {
         Tensor::f_randn([num_tokens as i64, num_heads * config.head_dim], (Kind::BFloat16, model.device()))

@@ -27,9 +27,15 @@ pub(in crate::decode) struct CudaGraphBackend<'m> {
 }
 
 impl<'m> CudaGraphBackend<'m> {
-    /// Returns `None` if the model is not on a GPU or our kernels do not support it.
-    pub(in crate::decode) fn new(model: &'m Transformer, num_rows: usize, capacity: usize) -> Result<Option<Self>> {
-        let Some(cuda_model) = CudaModel::new(model, num_rows, capacity)? else { return Ok(None) };
+    /// Returns `None` if the model is not on a GPU or our kernels do not support it. `whole_device`
+    /// is that of [`CudaModel::new`].
+    pub(in crate::decode) fn new(
+        model: &'m Transformer,
+        num_rows: usize,
+        capacity: usize,
+        whole_device: bool,
+    ) -> Result<Option<Self>> {
+        let Some(cuda_model) = CudaModel::new(model, num_rows, capacity, whole_device)? else { return Ok(None) };
         let Device::Cuda(index) = model.device() else { return Ok(None) };
         Ok(Some(CudaGraphBackend {
             runner: GraphRunner::new(index, cuda_model.input_limits())?,
@@ -225,7 +231,7 @@ mod tests {
             let _no_grad = tch::no_grad_guard();
             for vocab_size in [3, 203, 20_000] {
                 let (on_gpu, on_cpu) = on_gpu_and_cpu(vocab_size);
-                let mut gpu = CudaGraphBackend::new(&on_gpu, 8, 64).unwrap().unwrap();
+                let mut gpu = CudaGraphBackend::new(&on_gpu, 8, 64, true).unwrap().unwrap();
                 let mut cpu = EagerBackend::new(&on_cpu, 8, 64).unwrap();
                 // The fused kernels for 8, 16 and 32 tokens, and cuBLAS.
                 for (num_rows, width) in [(1, 1), (1, 5), (4, 4), (2, 13), (1, 40), (8, 16)] {

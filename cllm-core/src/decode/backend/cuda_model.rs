@@ -6,6 +6,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::cuda::decode::{self, DecodeKernels, LayerCache, Queries};
 use crate::cuda::forward_input::{ForwardInput, InputLimits};
+use crate::cuda::layer_products::{LayerProducts, Part, ProductWeights};
 use crate::cuda::nvrtc::compute_capability;
 use crate::cuda::shape::KernelShape;
 use crate::cuda::slot_moves::SlotMoves;
@@ -25,6 +26,8 @@ pub fn has_kernels(config: &ModelConfig, kind: Kind) -> bool {
 pub(super) struct CudaModel<'m> {
     model: &'m Transformer,
     kernels: DecodeKernels,
+    /// If the GPU supports them and the model has the whole device.
+    products: Option<LayerProducts>,
     shape: KernelShape,
     /// Cosines and sines of every position.
     rope_table: (Tensor, Tensor),
@@ -38,7 +41,16 @@ pub(super) struct CudaModel<'m> {
 impl<'m> CudaModel<'m> {
     /// Returns `None` for models that the kernels do not support, such as those with adapters that
     /// are not merged.
-    pub(super) fn new(model: &'m Transformer, num_rows: usize, capacity: usize) -> Result<Option<Self>> {
+    ///
+    /// With `whole_device`, kernels may occupy all multiprocessors and wait for their own blocks.
+    /// Two such kernels at a time could each keep the other's blocks out and wait for ever, so of
+    /// models whose forwards overlap only one has it.
+    pub(super) fn new(
+        model: &'m Transformer,
+        num_rows: usize,
+        capacity: usize,
+        whole_device: bool,
+    ) -> Result<Option<Self>> {
         let Device::Cuda(device) = model.device() else { return Ok(None) };
         let (shape, num_layers) = (model.config().kernel_shape(), model.config().num_layers);
         if !has_kernels(model.config(), model.kind())
@@ -56,6 +68,7 @@ impl<'m> CudaModel<'m> {
         Ok(Some(CudaModel {
             model,
             kernels: DecodeKernels::new(device, shape)?,
+            products: if whole_device { LayerProducts::new(device, shape, model.layers.len())? } else { None },
             shape,
             rope_table: model.rope.cos_sin(&Tensor::arange(capacity as i64, (Kind::Float, model.device()))),
             keys: zeros([capacity, shape.head_dim])?,
@@ -98,6 +111,9 @@ impl<'m> CudaModel<'m> {
     /// ints_per_output]`. The fused kernels sample after every token.
     pub(super) fn forward(&self, input: &ForwardInput, results: &Tensor) -> Result<()> {
         let num_tokens = input.shape().num_tokens;
+        if let Some(products) = self.products.as_ref().filter(|products| products.are_fastest(num_tokens)) {
+            return self.forward_with_products(products, input, results);
+        }
         let x = self.empty(num_tokens, self.model.config().hidden_size)?;
         self.kernels.embed(&self.model.embed_tokens, input, &x)?;
         if num_tokens <= self.max_fused_tokens() {
@@ -135,6 +151,42 @@ impl<'m> CudaModel<'m> {
         kernels.fused_sample(self.model.lm_head(), x, &self.model.norm, input, results)
     }
 
+    /// With up to some dozens of tokens, reading the weights dominates the time. One kernel for all
+    /// products between two attentions reads them almost without a pause.
+    fn forward_with_products(&self, products: &LayerProducts, input: &ForwardInput, results: &Tensor) -> Result<()> {
+        let (layers, num_layers) = (&self.model.layers, self.model.layers.len());
+        let activations = products.activations(input.shape().num_tokens)?;
+        products.embed(&self.model.embed_tokens, &layers[0].input_layernorm, input, &activations)?;
+        for index in 0..=num_layers {
+            let (before, after) = (&layers[index.saturating_sub(1)], &layers[index.min(num_layers - 1)]);
+            let part = match index {
+                0 => Part::First,
+                _ if index == num_layers => Part::Last,
+                _ => Part::Middle,
+            };
+            let weights = ProductWeights {
+                output: (&before.o_proj.weight, before.o_proj.bias.as_ref()),
+                post_norm: &before.post_attention_layernorm,
+                gate_up: &before.gate_up_proj.weight,
+                down: &before.down_proj.weight,
+                next_norm: if part == Part::Last { &self.model.norm } else { &after.input_layernorm },
+                qkv: (&after.qkv_proj.weight, after.qkv_proj.bias.as_ref()),
+            };
+            products.multiply((index, part), &weights, input, &activations)?;
+            if part != Part::Last {
+                let (qkv, attn_out) = (&activations.qkv, &activations.attn_out);
+                self.with_cache(index, after, |cache| {
+                    self.kernels.attention(Queries::Plain, qkv, input, cache, attn_out)
+                })?;
+            }
+        }
+        if input.shape().num_tokens <= self.max_fused_tokens() {
+            let (head, norm) = (self.model.lm_head(), &self.model.norm);
+            return self.kernels.fused_sample(head, &activations.x, norm, input, results);
+        }
+        self.sample(&activations.x, None, input, results)
+    }
+
     /// With more tokens, the matrix products dominate the time, and cuBLAS computes them fastest.
     fn forward_with_cublas(&self, input: &ForwardInput, x: &Tensor, results: &Tensor) -> Result<()> {
         let (kernels, config, num_tokens) = (&self.kernels, self.model.config(), input.shape().num_tokens);
@@ -155,15 +207,19 @@ impl<'m> CudaModel<'m> {
             kernels.gate_up(&layer.gate_up_proj.weight, &normed, &inner)?;
             delta = Some(inner.f_linear::<&Tensor>(&layer.down_proj.weight, None)?);
         }
-        let num_outputs = input.shape().num_outputs as i64;
+        self.sample(x, delta.as_ref(), input, results)
+    }
+
+    /// Samples after the leading tokens of `x + delta`, `[T, hidden]`.
+    fn sample(&self, x: &Tensor, delta: Option<&Tensor>, input: &ForwardInput, results: &Tensor) -> Result<()> {
+        let num_outputs = input.shape().num_outputs;
         if num_outputs == 0 {
             return Ok(());
         }
-        let leading = |tensor: &Tensor| tensor.narrow(0, 0, num_outputs);
-        let last_delta = delta.as_ref().map(leading);
-        let normed = leading(&normed);
-        kernels.add_rms_norm(&leading(x), last_delta.as_ref(), &self.model.norm, &normed)?;
-        kernels.sample(self.model.lm_head(), &normed, input, results)
+        let leading = |tensor: &Tensor| tensor.narrow(0, 0, num_outputs as i64);
+        let normed = self.empty(num_outputs, self.model.config().hidden_size)?;
+        self.kernels.add_rms_norm(&leading(x), delta.map(leading).as_ref(), &self.model.norm, &normed)?;
+        self.kernels.sample(self.model.lm_head(), &normed, input, results)
     }
 
     fn with_cache(&self, index: usize, layer: &Layer, work: impl FnOnce(&LayerCache<'_>) -> Result<()>) -> Result<()> {
