@@ -253,7 +253,8 @@ impl Checkpoints {
         self.remove_old(best_step)
     }
 
-    /// Writes the final model. Every process must call it; the main one writes.
+    /// Writes the final model, or the adapter alone if it acts on draft tokens alone, since it cannot
+    /// be merged. Every process must call it; the main one writes.
     ///
     /// # Errors
     /// File-system errors, a process that has died.
@@ -265,7 +266,10 @@ impl Checkpoints {
             }
             atomic_file::write_folder_with(&target, |folder| {
                 let mut writer = TensorWriter::new(model.device(), STREAMING_BYTES);
-                self.write_model(&mut writer, folder, model)?;
+                match self.adapter_base.as_ref().filter(|_| model.adapts_drafts()) {
+                    Some(base) => self.write_adapter(&mut writer, folder, model, base)?,
+                    None => self.write_model(&mut writer, folder, model)?,
+                }
                 writer.finish()
             })
         })?;

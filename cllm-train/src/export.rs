@@ -64,6 +64,13 @@ fn export(source: &Path, kind: Kind, output: &Path) -> Result<()> {
     }
     // Loaded in float32, so that the weights are rounded only once, whatever type they have.
     let model = checkpoint::load(source, Device::Cpu, Kind::Float)?;
+    if model.adapts_drafts() {
+        return Err(Error::file(
+            source,
+            "holds adapters that act on draft tokens alone; merged into the model, they would change its answers: use the \
+             folder as it is, with strategy `gated`",
+        ));
+    }
     atomic_file::write_folder_with(output, |folder| {
         checkpoint::save(&model, folder, kind)?;
         tokenizer::copy_files(source, folder)

@@ -1,8 +1,8 @@
 //! Model folders in Hugging Face's format: config.json, weights in safetensors files, and PEFT
 //! adapters.
 //!
-//! Loading a folder with an adapter gives the base model with the adapter merged in. [`hub`] finds
-//! the folder of a model by its name.
+//! Loading a folder with an adapter gives the base model with the adapter merged in or, if it acts on
+//! draft tokens alone, beside it. [`hub`] finds the folder of a model by its name.
 
 pub mod hub;
 mod peft;
@@ -16,7 +16,7 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use crate::fingerprint::hash_files;
-use crate::model::{BaseDtype, ModelConfig, ModelParams, Transformer};
+use crate::model::{AdaptedTokens, BaseDtype, ModelConfig, ModelParams, Transformer};
 use crate::{Error, Result, atomic_file, text_file};
 
 pub use hub::is_adapter;
@@ -27,8 +27,8 @@ pub use tensor_writer::{STREAMING_BYTES, TensorWriter, WritingThread};
 
 const CONFIG_FILE: &str = "config.json";
 
-/// Loads a model. An adapter is merged in float32 and rounded once. Beside the model, memory holds a
-/// few pieces of the files.
+/// Loads a model. An adapter is merged in float32 and rounded once, unless it acts on draft tokens
+/// alone. Beside the model, memory holds a few pieces of the files.
 ///
 /// # Errors
 /// Names the file that is missing or incomplete, or that needs an unsupported feature.
@@ -43,7 +43,11 @@ pub fn load(folder: &Path, device: Device, kind: Kind) -> Result<Transformer> {
 pub fn load_base(folder: &Path, device: Device, kind: Kind, base_dtype: BaseDtype) -> Result<Transformer> {
     let _no_grad = tch::no_grad_guard();
     let config = load_config(folder)?;
-    let adapters = peft::load_adapters(folder, &config, device)?;
+    let loaded = peft::load_adapters(folder, &config, device, kind)?;
+    let (draft_adapters, adapters) = match loaded {
+        Some(adapters) if adapters.config.on == AdaptedTokens::Drafts => (Some(adapters), None),
+        other => (None, other),
+    };
     let weights = find_weights(&base_folder(folder)?, &config)?;
     let params = ModelParams::zeros(&config, device, kind, base_dtype);
     let adapter = |index: usize| adapters.as_ref().and_then(|adapters| adapters.find(&weights[index].0));
@@ -62,7 +66,11 @@ pub fn load_base(folder: &Path, device: Device, kind: Kind, base_dtype: BaseDtyp
             None => Ok(()),
         }
     })?;
-    Ok(Transformer::new(config, params))
+    let mut model = Transformer::new(config, params);
+    if let Some(adapters) = draft_adapters {
+        model.set_adapters(adapters);
+    }
+    Ok(model)
 }
 
 /// Reads config.json; for an adapter, that of its base model.
@@ -87,7 +95,7 @@ pub fn load_config(folder: &Path) -> Result<ModelConfig> {
 /// As [`load`].
 pub fn check(folder: &Path) -> Result<()> {
     let config = load_config(folder)?;
-    peft::load_adapters(folder, &config, Device::Cpu)?;
+    peft::load_adapters(folder, &config, Device::Cpu, Kind::Float)?;
     find_weights(&base_folder(folder)?, &config).map(drop)
 }
 
@@ -122,6 +130,7 @@ pub fn save_with(writer: &mut TensorWriter, model: &Transformer, folder: &Path, 
     if model.is_quantized() {
         return Err(Error::internal("a quantized model is saved with the weights that it was made of"));
     }
+    check_merges(model)?;
     let weights = model.named_parameters();
     let shapes: Vec<_> = weights.iter().map(|(name, weight)| (name.clone(), weight.size())).collect();
     write_weights(writer, folder, &shapes, kind, |writer, index| {
@@ -146,6 +155,7 @@ pub fn save_on_base_with(
     folder: &Path,
     kind: Kind,
 ) -> Result<()> {
+    check_merges(model)?;
     let weights = find_weights(&base_folder(base)?, model.config())?;
     let shapes: Vec<_> = weights.iter().map(|(name, weight)| (name.clone(), weight.shape().to_vec())).collect();
     write_weights(writer, folder, &shapes, kind, |writer, index| {
@@ -158,6 +168,14 @@ pub fn save_on_base_with(
         }
     })?;
     write_config(model, folder, kind)
+}
+
+/// Merged into the weights, adapters for draft tokens would act on all tokens.
+fn check_merges(model: &Transformer) -> Result<()> {
+    match model.adapts_drafts() {
+        true => Err(Error::internal("adapters for draft tokens are saved beside their model, not merged into it")),
+        false => Ok(()),
+    }
 }
 
 fn write_config(model: &Transformer, folder: &Path, kind: Kind) -> Result<()> {

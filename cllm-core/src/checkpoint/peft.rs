@@ -13,7 +13,7 @@ use super::hub::{self, ADAPTER_CONFIG_FILE, is_adapter};
 use super::safetensors::DOWNLOAD_ADVICE;
 use super::tensor_file::{TensorFile, TensorSpec, read_tensors};
 use super::tensor_writer::{STREAMING_BYTES, TensorWriter};
-use crate::model::{LoraAdapter, LoraAdapters, LoraConfig, LoraTarget, ModelConfig, Transformer};
+use crate::model::{AdaptedTokens, LoraAdapter, LoraAdapters, LoraConfig, LoraTarget, ModelConfig, Transformer};
 use crate::{Error, Result, atomic_file, text_file};
 
 const WEIGHTS_FILE: &str = "adapter_model.safetensors";
@@ -47,6 +47,9 @@ struct AdapterConfig {
     base_model_name_or_path: Option<String>,
     r: i64,
     lora_alpha: f64,
+    /// Our own field, which PEFT ignores.
+    #[serde(default)]
+    adapted_tokens: AdaptedTokens,
 }
 
 /// The folder of the model itself: `folder`, or the folder of the base model if `folder` holds an
@@ -74,12 +77,18 @@ pub(super) fn adapter_files(folder: &Path) -> Vec<PathBuf> {
     if is_adapter(folder) { vec![folder.join(ADAPTER_CONFIG_FILE), folder.join(WEIGHTS_FILE)] } else { Vec::new() }
 }
 
-/// The adapters of a folder, in float32 on `device`; `None` for a model without any.
+/// The adapters of a folder, in float32 on `device`, for products in type `kind`; `None` for a model
+/// without any.
 ///
 /// # Errors
 /// Names the file that is missing, incomplete or does not fit the model, or the setting that is not
 /// supported.
-pub(super) fn load_adapters(folder: &Path, model: &ModelConfig, device: Device) -> Result<Option<LoraAdapters>> {
+pub(super) fn load_adapters(
+    folder: &Path,
+    model: &ModelConfig,
+    device: Device,
+    kind: Kind,
+) -> Result<Option<LoraAdapters>> {
     if !is_adapter(folder) {
         return Ok(None);
     }
@@ -90,7 +99,13 @@ pub(super) fn load_adapters(folder: &Path, model: &ModelConfig, device: Device) 
     // The tensors tell which projections have an adapter: `target_modules` may be a pattern, and
     // layers may be excluded.
     let targets = LoraTarget::ALL.into();
-    let lora = LoraConfig { rank: config.r, alpha: config.lora_alpha, targets, ..LoraConfig::default() };
+    let lora = LoraConfig {
+        rank: config.r,
+        alpha: config.lora_alpha,
+        targets,
+        on: config.adapted_tokens,
+        ..LoraConfig::default()
+    };
     let mut modules = Vec::new();
     for module in lora.target_modules(model) {
         let names = ["lora_A", "lora_B"].map(|matrix| format!("{NAME_PREFIX}{}.{matrix}.weight", module.name));
@@ -109,7 +124,7 @@ pub(super) fn load_adapters(folder: &Path, model: &ModelConfig, device: Device) 
     match tensors.keys().next() {
         Some(name) => Err(Error::file(&file, format!("`{name}` belongs to no projection of the model"))),
         None if modules.is_empty() => Err(Error::file(&file, "holds no adapters")),
-        None => Ok(Some(LoraAdapters::new(lora, modules, device, Kind::Float))),
+        None => Ok(Some(LoraAdapters::new(lora, modules, device, kind))),
     }
 }
 
@@ -205,7 +220,7 @@ pub fn save_adapter_with(writer: &mut TensorWriter, model: &Transformer, folder:
 fn to_config_json(lora: &LoraConfig, base: &str) -> Value {
     // PEFT writes whole numbers as integers, and some readers expect an integer here.
     let alpha = if lora.alpha.fract() == 0.0 { json!(lora.alpha as i64) } else { json!(lora.alpha) };
-    json!({
+    let mut config = json!({
         "base_model_name_or_path": base,
         "bias": "none",
         "fan_in_fan_out": false,
@@ -220,5 +235,9 @@ fn to_config_json(lora: &LoraConfig, base: &str) -> Value {
         "task_type": "CAUSAL_LM",
         "use_dora": false,
         "use_rslora": false,
-    })
+    });
+    if lora.on == AdaptedTokens::Drafts {
+        config["adapted_tokens"] = json!(lora.on);
+    }
+    config
 }

@@ -4,6 +4,7 @@
 use super::backend::Backend;
 use super::backend::cuda_graph::CudaGraphBackend;
 use super::backend::eager::EagerBackend;
+use super::backend::gated::GatedBackend;
 use super::backend::speculative::SpeculativeBackend;
 use super::request::{
     Answer, DecodeOptions, OnTokens, Request, StopConditions, Timing, check_fits_context, required_slots,
@@ -21,6 +22,7 @@ pub struct Decoder<'m> {
     chooser: WindowChooser,
     limits: CacheLimits,
     vocab_size: i64,
+    adapts_drafts: bool,
 }
 
 /// The limits that the requests of a decoder must fit.
@@ -40,14 +42,13 @@ impl<'m> Decoder<'m> {
     /// [`Error::Torch`], for example if the cache does not fit the device's memory.
     pub fn new(model: &'m Transformer, max_sequences: usize, capacity: usize) -> Result<Self> {
         let config = model.config();
-        let limits = CacheLimits { max_sequences, capacity, max_positions: config.max_positions };
-        let model = new_backend(model, max_sequences, capacity, true)?;
         Ok(Decoder {
-            model,
+            model: new_backend(model, max_sequences, capacity, true)?,
             draft_model: None,
             chooser: WindowChooser::default(),
-            limits,
+            limits: CacheLimits { max_sequences, capacity, max_positions: config.max_positions },
             vocab_size: config.vocab_size,
+            adapts_drafts: model.adapts_drafts(),
         })
     }
 
@@ -116,7 +117,7 @@ impl<'m> Decoder<'m> {
     /// in between.
     ///
     /// # Errors
-    /// As [`Decoder::answer`]. [`Strategy::Drafted`] is refused.
+    /// As [`Decoder::answer`].
     pub fn start<'d>(
         &'d mut self,
         request: Request,
@@ -127,14 +128,11 @@ impl<'m> Decoder<'m> {
         'm: 'd,
     {
         options.strategy.check()?;
-        if options.strategy.needs_draft_model() {
-            return Err(no_draft_model());
-        }
         self.limits.check(&request, stop, options.strategy)?;
-        let Decoder { model, chooser, .. } = self;
+        let (backend, chooser, _) = self.parts(options.strategy)?;
         let waiting = std::iter::once(Ok(request));
         let scheduler = Scheduler::new(waiting, 1, stop, options, PrefillPolicy::First, chooser);
-        Ok(RunningAnswer { model: model.as_mut(), scheduler })
+        Ok(RunningAnswer { backend, scheduler })
     }
 
     fn run(
@@ -147,18 +145,31 @@ impl<'m> Decoder<'m> {
     ) -> Result<Timing> {
         options.strategy.check()?;
         let _no_grad = tch::no_grad_guard();
-        let Decoder { model, draft_model, chooser, limits, .. } = self;
-        let mut speculative;
-        let backend: &mut dyn Backend = match draft_model {
-            _ if !options.strategy.needs_draft_model() => model.as_mut(),
-            Some(draft_model) => {
-                speculative = SpeculativeBackend::new(model.as_mut(), draft_model.as_mut());
-                &mut speculative
-            }
-            None => return Err(no_draft_model()),
-        };
+        let (mut backend, chooser, limits) = self.parts(options.strategy)?;
         let waiting = requests.map(|request| limits.check(&request, stop, options.strategy).map(|()| request));
-        Scheduler::new(waiting, limits.max_sequences, stop, options, prefill, chooser).run(backend, events)
+        Scheduler::new(waiting, limits.max_sequences, stop, options, prefill, chooser).run(backend.as_mut(), events)
+    }
+
+    /// The backend for a strategy, and what else a scheduler needs.
+    fn parts(&mut self, strategy: Strategy) -> Result<(Box<dyn Backend + '_>, &mut WindowChooser, &CacheLimits)> {
+        let Decoder { model, draft_model, chooser, limits, adapts_drafts, .. } = self;
+        let model = model.as_mut();
+        let backend: Box<dyn Backend + '_> = match (strategy, draft_model) {
+            (Strategy::Drafted { .. }, Some(draft_model)) => {
+                Box::new(SpeculativeBackend::new(model, draft_model.as_mut()))
+            }
+            (Strategy::Drafted { .. }, None) => {
+                return Err(Error::usage("strategy `drafted` needs a draft model in addition to the target model"));
+            }
+            (Strategy::Gated { .. }, _) if *adapts_drafts => Box::new(GatedBackend::new(model)),
+            (Strategy::Gated { .. }, _) => {
+                return Err(Error::usage(
+                    "strategy `gated` needs a model with adapters for draft tokens: train them with lora.on=drafts",
+                ));
+            }
+            _ => Box::new(model),
+        };
+        Ok((backend, chooser, limits))
     }
 }
 
@@ -177,10 +188,6 @@ fn new_backend<'m>(
     })
 }
 
-fn no_draft_model() -> Error {
-    Error::usage("strategy `drafted` needs a draft model in addition to the target model")
-}
-
 impl CacheLimits {
     fn check(&self, request: &Request, stop: &StopConditions, strategy: Strategy) -> Result<()> {
         check_fits_context(request, stop, self.max_positions)?;
@@ -197,7 +204,7 @@ impl CacheLimits {
 
 /// An answer that is decoded one forward at a time ([`Decoder::start`]).
 pub struct RunningAnswer<'d> {
-    model: &'d mut (dyn Backend + 'd),
+    backend: Box<dyn Backend + 'd>,
     scheduler: Scheduler<'d>,
 }
 
@@ -212,7 +219,7 @@ impl RunningAnswer<'_> {
         let mut new_tokens = Vec::new();
         let mut on_tokens = |_: usize, tokens: &[i32]| new_tokens.extend_from_slice(tokens);
         let mut events = Events { on_tokens: &mut on_tokens, on_finished: &mut |_, _| Ok(()) };
-        let is_running = self.scheduler.step(self.model, &mut events)?;
+        let is_running = self.scheduler.step(self.backend.as_mut(), &mut events)?;
         Ok(is_running.then_some(new_tokens))
     }
 

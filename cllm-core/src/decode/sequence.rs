@@ -135,7 +135,7 @@ impl<'r> Sequence<'r> {
             [] => (self.proposer.draft(), self.proposer.tree()),
             closing => (closing, None),
         };
-        Window { start, last_token: self.tokens[start], draft, tree, sequence_key: self.sequence_key }
+        Window { start, last_token: self.tokens[start], draft, tree, num_adapted: 0, sequence_key: self.sequence_key }
     }
 
     /// Processes the tokens that the backend sampled after each token of the window.

@@ -73,6 +73,14 @@ pub enum Strategy {
         #[serde(default = "default_n")]
         n: usize,
     },
+    /// The model verifies, and its adapters for draft tokens propose. A forward has every token of a
+    /// rolling window of n twice: as the model reads it, which decides what is accepted, and as the
+    /// model with the adapters reads it, which gives the next draft. The answer is the model's own.
+    Gated {
+        /// Tokens of the window, at least 2 and at most 32.
+        #[serde(default = "default_n")]
+        n: usize,
+    },
     /// Lookahead decoding. Jacobi iterations on the next `window` (5) tokens collect n-grams of
     /// `ngram` (4) tokens. The newest `candidates` (5) that begin with the last token are verified
     /// in the same forward, a tree of at most (window + candidates) x (ngram - 1) tokens (Fu et
@@ -152,6 +160,7 @@ impl Strategy {
             Strategy::Rolling { .. } => "rolling",
             Strategy::MultiBlock { .. } => "multiblock",
             Strategy::Drafted { .. } => "drafted",
+            Strategy::Gated { .. } => "gated",
             Strategy::Lookahead { .. } => "lookahead",
         }
     }
@@ -161,6 +170,7 @@ impl Strategy {
         match self {
             Strategy::Ar => 1,
             Strategy::Jacobi { n } | Strategy::Drafted { n } => n,
+            Strategy::Gated { n } => n.saturating_mul(2),
             Strategy::Rolling { tree: 0, n, .. } => n.max(),
             Strategy::Rolling { tree, .. } => tree,
             Strategy::MultiBlock { n, blocks, .. } => n.saturating_mul(blocks),
@@ -173,6 +183,11 @@ impl Strategy {
     /// Whether a second model makes the drafts.
     pub fn needs_draft_model(self) -> bool {
         matches!(self, Strategy::Drafted { .. })
+    }
+
+    /// Whether adapters that act on draft tokens alone make the drafts.
+    pub fn needs_draft_adapters(self) -> bool {
+        matches!(self, Strategy::Gated { .. })
     }
 
     /// Whether the number of draft tokens is chosen for each forward.
@@ -196,7 +211,7 @@ impl Strategy {
                 let min_accepted = (ratio * n as f64).ceil() as usize;
                 Box::new(MultiBlock::new(n, blocks, min_accepted, pool, prompt, random))
             }
-            Strategy::Drafted { n } => Box::new(Rolling::new(n, 0, prompt, random)),
+            Strategy::Drafted { n } | Strategy::Gated { n } => Box::new(Rolling::new(n, 0, prompt, random)),
             Strategy::Lookahead { window, ngram, candidates } => {
                 Box::new(Lookahead::new(window, ngram, candidates, prompt, random))
             }
@@ -211,6 +226,7 @@ impl Strategy {
         let checked = match self {
             Strategy::Ar => Ok(()),
             Strategy::Jacobi { n } | Strategy::Drafted { n } => check_n(n),
+            Strategy::Gated { n } => check_gated(n),
             Strategy::Rolling { n, tree, pool } => check_width(n, tree, pool).and_then(|()| check_pool(pool)),
             Strategy::MultiBlock { n, blocks, ratio, pool } => check_n(n)
                 .and_then(|()| check_blocks(n, blocks, ratio, self.max_window_tokens()))
@@ -227,6 +243,14 @@ fn check_n(n: usize) -> std::result::Result<(), String> {
     match n {
         2..=MAX_WINDOW_TOKENS => Ok(()),
         _ => Err(format!("n={n} is out of range; set it from 2 to {MAX_WINDOW_TOKENS}")),
+    }
+}
+
+fn check_gated(n: usize) -> std::result::Result<(), String> {
+    const MAX_N: usize = MAX_TREE_TOKENS / 2;
+    match n {
+        2..=MAX_N => Ok(()),
+        _ => Err(format!("n={n} is out of range; set it from 2 to {MAX_N}")),
     }
 }
 
@@ -293,7 +317,7 @@ impl fmt::Display for Strategy {
         let unless_zero = |key: &str, value: usize| if value == 0 { String::new() } else { format!(" {key}={value}") };
         match *self {
             Strategy::Ar => out.write_str(name),
-            Strategy::Jacobi { n } | Strategy::Drafted { n } => write!(out, "{name} n={n}"),
+            Strategy::Jacobi { n } | Strategy::Drafted { n } | Strategy::Gated { n } => write!(out, "{name} n={n}"),
             Strategy::Rolling { n, tree, pool } => {
                 write!(out, "{name} n={n}{}{}", unless_zero("tree", tree), unless_zero("pool", pool))
             }
@@ -319,6 +343,7 @@ mod tests {
         assert_eq!(read(r#"{"rolling": {"n": "auto"}}"#), Strategy::auto(0));
         assert_eq!(read(r#"{"multiblock": {}}"#), Strategy::multi_block(16));
         assert_eq!(read(r#"{"drafted": {}}"#), Strategy::Drafted { n: 16 });
+        assert_eq!(read(r#"{"gated": {}}"#), Strategy::Gated { n: 16 });
         assert_eq!(read(r#"{"lookahead": {}}"#), Strategy::lookahead());
     }
 
@@ -359,6 +384,7 @@ mod tests {
             (multi(16, 2, 0.0), "ratio=0 is out of range; set it above 0 and to at most 1"),
             (lookahead(0, 4, 5), "strategy `lookahead`: window and candidates must be at least 1"),
             (lookahead(5, 1, 5), "ngram at least 2"),
+            (Strategy::Gated { n: 33 }, "strategy `gated`: n=33 is out of range; set it from 2 to 32"),
             (lookahead(15, 5, 15), "window=15, ngram=5 and candidates=15 make a tree of"),
             (lookahead(usize::MAX, 5, 15), "at most 64 are supported"),
             (multi(512, 3, 1.0), "3 blocks of 512 tokens are 1536 in flight; at most 1024 are supported"),

@@ -41,9 +41,27 @@ impl TokenTree {
         TokenTree(nodes)
     }
 
+    /// Two copies of a window, which do not see each other: its nodes, and then the same nodes
+    /// again. At most [`MAX_TREE_TOKENS`] in all.
+    pub(super) fn doubled(nodes: &[Node]) -> Self {
+        let within = |(offset, node): (usize, &Node)| Node { visible: node.visible & up_to(offset), ..*node };
+        let first: Vec<Node> = nodes.iter().enumerate().map(within).collect();
+        let shifted = |node: &Node| Node {
+            parent: node.parent + nodes.len(),
+            depth: node.depth,
+            visible: node.visible << nodes.len(),
+        };
+        TokenTree(first.iter().copied().chain(first.iter().map(shifted)).collect())
+    }
+
     pub(super) fn node(&self, offset: usize) -> Node {
         self.0[offset]
     }
+}
+
+/// Mask of the tokens of a window up to an offset below 64.
+fn up_to(offset: usize) -> u64 {
+    u64::MAX >> (63 - offset)
 }
 
 #[cfg(test)]
@@ -56,5 +74,18 @@ mod tests {
         let nodes: Vec<_> = (0..6).map(|offset| tree.node(offset)).map(|node| (node.depth, node.visible)).collect();
         assert_eq!(nodes, [(0, 0b1), (1, 0b11), (2, 0b111), (1, 0b1001), (2, 0b11001), (2, 0b100011)]);
         assert_eq!(TokenTree::new(0..63).node(63), Node::in_order(63));
+    }
+
+    #[test]
+    fn the_copies_of_a_window_do_not_see_each_other() {
+        let nodes = |tree: TokenTree, len| {
+            (0..len).map(|at| tree.node(at)).map(|node| (node.depth, node.visible)).collect::<Vec<_>>()
+        };
+        let chain: Vec<Node> = (0..3).map(Node::in_order).collect();
+        let doubled = nodes(TokenTree::doubled(&chain), 6);
+        assert_eq!(doubled, [(0, 0b1), (1, 0b11), (2, 0b111), (0, 0b1000), (1, 0b11000), (2, 0b111000)]);
+        let branching: Vec<Node> = [0, 1, 2].map(|at| TokenTree::new([0, 0]).node(at)).into();
+        let doubled = nodes(TokenTree::doubled(&branching), 6);
+        assert_eq!(doubled, [(0, 0b1), (1, 0b11), (1, 0b101), (0, 0b1000), (1, 0b11000), (1, 0b101000)]);
     }
 }

@@ -18,14 +18,14 @@ pub(crate) struct Linear {
 }
 
 impl Linear {
-    /// `[.., in]` to `[.., out]`.
-    pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
+    /// `[.., in]` to `[.., out]`. `draft_rows`: see [`JoinedAdapters::add_to`].
+    pub(crate) fn forward(&self, x: &Tensor, draft_rows: Option<&Tensor>) -> Tensor {
         let weight = self.dequantized(x.kind()).expect("a tensor of the weight's size");
         let product = x.linear(&weight, self.bias.as_ref());
-        if let Some(adapters) = &self.adapters {
-            adapters.add_to(&product, x);
+        match &self.adapters {
+            Some(adapters) => adapters.add_to(product, x, draft_rows),
+            None => product,
         }
-        product
     }
 
     /// The weight for products of inputs in type `kind`: itself, or a new tensor if it is quantized.

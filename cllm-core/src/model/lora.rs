@@ -35,6 +35,9 @@ pub struct LoraConfig {
     /// The projections of every layer that get an adapter.
     #[garde(length(min = 1))]
     pub targets: BTreeSet<LoraTarget>,
+    /// The tokens that the adapters act on.
+    #[garde(skip)]
+    pub on: AdaptedTokens,
     /// Type of the frozen weights.
     #[garde(skip)]
     pub base_dtype: BaseDtype,
@@ -42,7 +45,13 @@ pub struct LoraConfig {
 
 impl Default for LoraConfig {
     fn default() -> Self {
-        LoraConfig { rank: 16, alpha: 32.0, targets: BTreeSet::from(LoraTarget::ALL), base_dtype: BaseDtype::Model }
+        LoraConfig {
+            rank: 16,
+            alpha: 32.0,
+            targets: BTreeSet::from(LoraTarget::ALL),
+            on: AdaptedTokens::All,
+            base_dtype: BaseDtype::Model,
+        }
     }
 }
 
@@ -71,6 +80,18 @@ impl LoraConfig {
             })
             .collect()
     }
+}
+
+/// The tokens that adapters act on.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum AdaptedTokens {
+    /// All tokens.
+    #[default]
+    All,
+    /// Draft tokens alone: all others are computed by the frozen model, whose answers therefore
+    /// cannot change (gated LoRA; Samragh et al., arXiv 2507.11851).
+    Drafts,
 }
 
 /// A projection of a layer.
@@ -185,6 +206,8 @@ pub(crate) struct JoinedAdapters {
     output_offsets: Vec<i64>,
     /// alpha / rank.
     pub(crate) scale: f64,
+    /// The tokens that they act on.
+    on: AdaptedTokens,
     /// Copies for products in the model's type, if that is not float32.
     rounded: Option<RoundedAdapters>,
 }
@@ -197,8 +220,27 @@ pub(crate) struct RoundedAdapters {
 }
 
 impl JoinedAdapters {
-    /// Adds to the product of `x [.., in]`, in place, what the adapters change; gradients flow.
-    pub(super) fn add_to(&self, product: &Tensor, x: &Tensor) {
+    /// The product of `x [.., in]` with what the adapters change; gradients flow. `draft_rows`: the
+    /// indices of the draft tokens among all tokens of `x`, int64 `[drafts]`, if there are any.
+    pub(super) fn add_to(&self, product: Tensor, x: &Tensor, draft_rows: Option<&Tensor>) -> Tensor {
+        match (self.on, draft_rows) {
+            (AdaptedTokens::All, _) => {
+                self.add_to_all(&product, x);
+                product
+            }
+            (AdaptedTokens::Drafts, None) => product,
+            (AdaptedTokens::Drafts, Some(rows)) => {
+                let last = |x: &Tensor| *x.size().last().expect("activations have a last dimension");
+                let select = |x: &Tensor| x.reshape([-1, last(x)]).index_select(0, rows);
+                let drafts = select(&product);
+                self.add_to_all(&drafts, &select(x));
+                product.reshape([-1, last(&product)]).index_copy(0, rows, &drafts).view_as(&product)
+            }
+        }
+    }
+
+    /// Adds to the product of `x [.., in]`, in place, what the adapters change.
+    fn add_to_all(&self, product: &Tensor, x: &Tensor) {
         let low_rank = x.linear::<&Tensor>(&self.lora_a.to_kind(x.kind()), None) * self.scale;
         for (index, lora_b) in self.lora_b.iter().enumerate() {
             let change = self.low_rank_of(&low_rank, index).linear::<&Tensor>(&lora_b.to_kind(x.kind()), None);
@@ -305,7 +347,8 @@ impl LoraAdapters {
         let rounded = rounded.map(|(scaled_a, lora_b)| RoundedAdapters { scaled_a, lora_b });
         leaves.push((lora_a.shallow_clone(), a_names));
         leaves.extend(lora_b.iter().map(Tensor::shallow_clone).zip(b_names.into_iter().map(|name| vec![name])));
-        Some(JoinedAdapters { lora_a, lora_b, output_offsets, scale: self.config.scale(), rounded })
+        let (scale, on) = (self.config.scale(), self.config.on);
+        Some(JoinedAdapters { lora_a, lora_b, output_offsets, scale, on, rounded })
     }
 
     /// Updates the copies in the model's type, which a pass by hand multiplies with.

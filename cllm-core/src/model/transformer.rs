@@ -9,7 +9,7 @@ use super::config::ModelConfig;
 use super::init;
 use super::kv_cache::{KvCache, SLOT_ALIGNMENT};
 use super::linear::Linear;
-use super::lora::{LoraAdapters, LoraConfig, LoraTarget};
+use super::lora::{AdaptedTokens, LoraAdapters, LoraConfig, LoraTarget};
 use super::params::ParamBuffer;
 use super::quantized::{BaseDtype, ModelParams};
 use super::rope::{RotaryEmbedding, Rotation};
@@ -142,13 +142,14 @@ impl Transformer {
     /// Final hidden states `[b, s, hidden]`, after the last norm, of causal attention without a
     /// cache; gradients flow. `tokens` and `positions`: int64 `[b, s]`.
     pub fn forward(&self, tokens: &Tensor, positions: &Tensor) -> Tensor {
-        self.forward_with(tokens, positions, &mut CausalAttention::new(&self.config, positions, self.kind))
+        self.forward_with(tokens, positions, &mut CausalAttention::new(&self.config, positions, self.kind), None)
     }
 
     /// Final hidden states `[tokens, hidden]` of the leading `lengths` tokens of each row; the rest
     /// of a row is padding. Keys and values are written to the cache. `tokens`: int64
     /// `[rows, width]`. `num_attended`: the number of leading slots that contain all that any row
-    /// sees. No gradient flows.
+    /// sees. `draft_rows`: the indices of the draft tokens among the tokens returned, int64
+    /// `[drafts]`, for adapters that act on these alone. No gradient flows.
     pub fn forward_cached(
         &self,
         tokens: &Tensor,
@@ -156,6 +157,7 @@ impl Transformer {
         lengths: &[usize],
         cache: &mut KvCache,
         num_attended: usize,
+        draft_rows: Option<&Tensor>,
     ) -> Tensor {
         let _no_grad = tch::no_grad_guard();
         let width = tokens.size()[1] as usize;
@@ -163,14 +165,20 @@ impl Transformer {
         let pack = |x: &Tensor| padding.as_ref().map_or_else(|| x.shallow_clone(), |padding| padding.pack(x));
         let num_attended = num_attended.next_multiple_of(SLOT_ALIGNMENT);
         let mut attention = CachedAttention::new(&self.config, cache, mapping, num_attended, padding.as_ref());
-        self.forward_with(&pack(tokens), &pack(&mapping.positions), &mut attention).flatten(0, 1)
+        self.forward_with(&pack(tokens), &pack(&mapping.positions), &mut attention, draft_rows).flatten(0, 1)
     }
 
-    fn forward_with(&self, tokens: &Tensor, positions: &Tensor, attention: &mut dyn Attention) -> Tensor {
+    fn forward_with(
+        &self,
+        tokens: &Tensor,
+        positions: &Tensor,
+        attention: &mut dyn Attention,
+        draft_rows: Option<&Tensor>,
+    ) -> Tensor {
         let rotation = self.rope.rotation(positions, self.kind);
         let mut x = self.embed(tokens);
         for index in 0..self.layers.len() {
-            x = self.layer_forward(index, &x, &rotation, attention);
+            x = self.layer_forward(index, &x, &rotation, attention, draft_rows);
         }
         self.rms_norm(&x, &self.norm)
     }
@@ -179,26 +187,36 @@ impl Transformer {
         Tensor::embedding(&self.embed_tokens, tokens, -1, false, false)
     }
 
-    /// `[b, s, hidden]` to the same.
+    /// `[b, s, hidden]` to the same. `draft_rows`: the indices of the draft tokens among all b x s
+    /// tokens, int64 `[drafts]`, for adapters that act on these alone.
     pub(crate) fn layer_forward(
         &self,
         index: usize,
         x: &Tensor,
         rotation: &Rotation,
         attention: &mut dyn Attention,
+        draft_rows: Option<&Tensor>,
     ) -> Tensor {
         let layer = &self.layers[index];
-        let x = self.self_attention(index, &self.rms_norm(x, &layer.input_layernorm), rotation, attention) + x;
-        mlp(layer, &self.rms_norm(&x, &layer.post_attention_layernorm)) + x
+        let normed = self.rms_norm(x, &layer.input_layernorm);
+        let x = self.self_attention(index, &normed, rotation, attention, draft_rows) + x;
+        mlp(layer, &self.rms_norm(&x, &layer.post_attention_layernorm), draft_rows) + x
     }
 
-    fn self_attention(&self, index: usize, x: &Tensor, rotation: &Rotation, attention: &mut dyn Attention) -> Tensor {
+    fn self_attention(
+        &self,
+        index: usize,
+        x: &Tensor,
+        rotation: &Rotation,
+        attention: &mut dyn Attention,
+        draft_rows: Option<&Tensor>,
+    ) -> Tensor {
         let layer = &self.layers[index];
         let (b, s, _) = x.size3().expect("hidden states have three dimensions");
         let ModelConfig { num_heads, num_kv_heads, head_dim, .. } = self.config;
 
         // 1. Project, and split into heads: [b, s, heads, d].
-        let qkv = layer.qkv_proj.forward(x).view([b, s, num_heads + 2 * num_kv_heads, head_dim]);
+        let qkv = layer.qkv_proj.forward(x, draft_rows).view([b, s, num_heads + 2 * num_kv_heads, head_dim]);
         let [q, k, v] = split(&qkv, [num_heads, num_kv_heads, num_kv_heads]);
 
         // 2. Norm of each head (Qwen3).
@@ -216,7 +234,7 @@ impl Transformer {
         let out = attention.attend(index, layer.sliding_window, &q, &k, &v);
 
         // 5. Join the heads, and project.
-        layer.o_proj.forward(&out.transpose(1, 2).reshape([b, s, num_heads * head_dim]))
+        layer.o_proj.forward(&out.transpose(1, 2).reshape([b, s, num_heads * head_dim]), draft_rows)
     }
 
     /// RMS norm over the last dimension, computed in float32.
@@ -260,9 +278,9 @@ impl Transformer {
 }
 
 /// SwiGLU.
-fn mlp(layer: &Layer, x: &Tensor) -> Tensor {
-    let gate_up = layer.gate_up_proj.forward(x).chunk(2, -1);
-    layer.down_proj.forward(&(gate_up[0].silu() * &gate_up[1]))
+fn mlp(layer: &Layer, x: &Tensor, draft_rows: Option<&Tensor>) -> Tensor {
+    let gate_up = layer.gate_up_proj.forward(x, draft_rows).chunk(2, -1);
+    layer.down_proj.forward(&(gate_up[0].silu() * &gate_up[1]), draft_rows)
 }
 
 /// Splits the heads of `[b, s, heads, d]`.
@@ -345,14 +363,23 @@ impl Transformer {
         self.adapters.as_ref()
     }
 
+    /// Whether there are adapters that act on draft tokens alone.
+    pub fn adapts_drafts(&self) -> bool {
+        self.adapters.as_ref().is_some_and(|adapters| adapters.config.on == AdaptedTokens::Drafts)
+    }
+
     /// Adds fresh adapters drawn from `seed`, and drops any that exist; the weights no longer
     /// collect gradients. Until the adapters are trained, the model computes what it did without
     /// them.
     pub fn add_adapters(&mut self, lora: &LoraConfig, seed: u64) {
+        self.set_adapters(LoraAdapters::random(lora, seed, &self.config, self.device, self.kind));
+    }
+
+    /// As [`Self::add_adapters`], with adapters that exist.
+    pub(crate) fn set_adapters(&mut self, adapters: LoraAdapters) {
         for (leaf, _) in self.leaves.drain(..) {
             let _ = leaf.set_requires_grad(false);
         }
-        let adapters = LoraAdapters::random(lora, seed, &self.config, self.device, self.kind);
         for (index, layer) in self.layers.iter_mut().enumerate() {
             for (linear, projections) in layer.linears_mut(&self.config) {
                 linear.adapters = adapters.joined(index, &projections, &mut self.leaves);
@@ -366,13 +393,13 @@ impl Transformer {
         Self::new(self.config.clone(), self.params.shallow_clone())
     }
 
-    /// A copy with the adapters merged into its weights, for decoding; `None` if there are no
-    /// adapters. Later changes of the adapters do not reach it.
+    /// A copy with the adapters merged into its weights, for decoding; `None` if there are none, or
+    /// they act on draft tokens alone. Later changes of the adapters do not reach it.
     ///
     /// # Errors
     /// [`crate::Error::Torch`], for instance when memory runs out.
     pub fn to_merged(&self) -> Result<Option<Self>> {
-        let Some(adapters) = &self.adapters else { return Ok(None) };
+        let Some(adapters) = self.adapters.as_ref().filter(|_| !self.adapts_drafts()) else { return Ok(None) };
         let _no_grad = tch::no_grad_guard();
         let params = ParamBuffer::zeros(self.config.parameter_shapes(), self.device, self.kind);
         for (name, mut merged) in params.tensors() {

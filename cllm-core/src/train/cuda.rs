@@ -7,6 +7,7 @@
 use tch::{Device, Kind, Tensor};
 
 use super::gradients::{GradientSink, ModelPart};
+use super::linear::select;
 use super::packed_batch::PackedBatch;
 use crate::cuda::attention::{AttentionKernels, AttentionMask};
 use crate::cuda::nvrtc::compute_capability;
@@ -56,20 +57,23 @@ pub(super) struct CudaBatch {
     cos_sin: (Tensor, Tensor),
     /// Number of tokens without the padding.
     num_tokens: i64,
+    /// Indices of the draft tokens, int64 `[drafts]`, if the adapters act on these alone. Then only
+    /// these tokens have gradients.
+    draft_rows: Option<Tensor>,
 }
 
-/// Saved activations of a layer, `[tokens, ..]` each.
+/// Saved activations of a layer, `[tokens, ..]` each, of the tokens that have gradients.
 struct SavedActivations {
     input: Tensor,
     /// After the first norm.
     attn_input: Tensor,
-    /// With norms and RoPE applied to queries and keys.
+    /// With norms and RoPE applied to queries and keys. Of all tokens, as are the two below.
     qkv: Tensor,
-    /// Queries and keys before that, if they have norms.
-    qk: Option<Tensor>,
     attn_out: Tensor,
     /// Of the attention scores, to base 2.
     logsumexp: Tensor,
+    /// Queries and keys before norms and RoPE, if they have norms.
+    qk: Option<Tensor>,
     /// The residual stream between attention and feed-forward.
     residual: Tensor,
     /// After the second norm.
@@ -92,11 +96,11 @@ struct LowRanks {
 pub(super) struct CudaPass<'p> {
     model: &'p Transformer,
     batch: &'p CudaBatch,
-    /// Inputs of the checkpointed layers.
+    /// Inputs of the checkpointed layers, of all tokens.
     checkpoints: Vec<(Tensor, LowRanks)>,
     /// Of the layers after those.
     saved: Vec<SavedActivations>,
-    /// Output of the last layer.
+    /// Output of the last layer, of the tokens that have gradients.
     last: Tensor,
 }
 
@@ -121,6 +125,10 @@ impl CudaBatch {
             tokens: to_device(&padded.tokens)?,
             cos_sin: model.rope.cos_sin(&to_device(&padded.positions)?),
             num_tokens: num_tokens as i64,
+            draft_rows: match model.adapts_drafts() {
+                true => Some(upload(&batch.draft_rows, model.device())?),
+                false => None,
+            },
         }))
     }
 
@@ -140,21 +148,27 @@ impl CudaBatch {
             if checkpoints.len() < checkpointed_layers {
                 checkpoints.push((activations.input, activations.low_ranks));
             } else {
-                saved.push(activations);
+                saved.push(self.with_gradients(activations)?);
             }
+            Ok(())
         })?;
+        let last = select(&last, self.draft_rows())?;
         Ok((hidden, CudaPass { model, batch: self, checkpoints, saved, last }))
     }
 
     /// Like [`Self::forward`], but saves nothing for a backward.
     pub(super) fn hidden_states(&self, model: &Transformer) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
-        Ok(self.run_layers(model, drop)?.1)
+        Ok(self.run_layers(model, |_| Ok(()))?.1)
     }
 
     /// The output of the last layer, and the final hidden states without the padding. `save` gets
     /// the activations of each layer.
-    fn run_layers(&self, model: &Transformer, mut save: impl FnMut(SavedActivations)) -> Result<(Tensor, Tensor)> {
+    fn run_layers(
+        &self,
+        model: &Transformer,
+        mut save: impl FnMut(SavedActivations) -> Result<()>,
+    ) -> Result<(Tensor, Tensor)> {
         if let Some(adapters) = model.adapters() {
             adapters.round()?;
         }
@@ -165,8 +179,8 @@ impl CudaBatch {
             let mut activations = self.layer_activations(layer, input, attn_input, LowRanks::default())?;
             x = activations.residual.shallow_clone();
             let activated = self.kernels.swiglu(&activations.gate_up)?;
-            update = Some(layer.down_proj.project(&activated, &mut activations.low_ranks.down)?);
-            save(activations);
+            update = Some(layer.down_proj.project(&activated, self.draft_rows(), &mut activations.low_ranks.down)?);
+            save(activations)?;
         }
         let (last, hidden) = self.norm(x, update, &model.norm)?;
         Ok((last, hidden.f_narrow(0, 0, self.num_tokens)?))
@@ -179,8 +193,27 @@ impl CudaBatch {
         Ok((update.unwrap_or(x), normed))
     }
 
-    /// What the backward of a layer needs, which is everything but the output of its feed-forward
-    /// layer. `attn_input` is the norm of its input; `low_ranks` are those that were saved.
+    fn draft_rows(&self) -> Option<&Tensor> {
+        self.draft_rows.as_ref()
+    }
+
+    /// What the backward of a layer needs of all activations of all tokens.
+    fn with_gradients(&self, all: SavedActivations) -> Result<SavedActivations> {
+        let Some(rows) = self.draft_rows() else { return Ok(all) };
+        let of_drafts = |x: &Tensor| x.f_index_select(0, rows);
+        Ok(SavedActivations {
+            input: of_drafts(&all.input)?,
+            attn_input: of_drafts(&all.attn_input)?,
+            qk: all.qk.as_ref().map(of_drafts).transpose()?,
+            residual: of_drafts(&all.residual)?,
+            mlp_input: of_drafts(&all.mlp_input)?,
+            gate_up: of_drafts(&all.gate_up)?,
+            ..all
+        })
+    }
+
+    /// All activations of a layer but the output of its feed-forward layer. `attn_input` is the
+    /// norm of its input; `low_ranks` are those that were saved.
     fn layer_activations(
         &self,
         layer: &Layer,
@@ -188,12 +221,13 @@ impl CudaBatch {
         attn_input: Tensor,
         mut low_ranks: LowRanks,
     ) -> Result<SavedActivations> {
-        let qkv = layer.qkv_proj.project(&attn_input, &mut low_ranks.qkv)?;
+        let drafts = self.draft_rows();
+        let qkv = layer.qkv_proj.project(&attn_input, drafts, &mut low_ranks.qkv)?;
         let qk = self.kernels.rotate(&qkv, self.cos_sin(), qk_norm(layer))?;
         let (attn_out, logsumexp) = self.attention.forward(&qkv, self.attention_masks.get(layer.sliding_window))?;
-        let update = layer.o_proj.project(&attn_out, &mut low_ranks.o)?;
+        let update = layer.o_proj.project(&attn_out, drafts, &mut low_ranks.o)?;
         let (residual, mlp_input) = self.norm(input.shallow_clone(), Some(update), &layer.post_attention_layernorm)?;
-        let gate_up = layer.gate_up_proj.project(&mlp_input, &mut low_ranks.gate_up)?;
+        let gate_up = layer.gate_up_proj.project(&mlp_input, drafts, &mut low_ranks.gate_up)?;
         Ok(SavedActivations {
             input,
             attn_input,
@@ -237,14 +271,33 @@ impl CudaBatch {
         drop((d_mlp_input, residual));
 
         let (d_attn_out, d_low_rank) = layer.o_proj.backward_input(d_x)?;
-        layer.o_proj.backward_weights(&attn_out, d_x, low_ranks.o.zip(d_low_rank))?;
-        let mask = self.attention_masks.get(layer.sliding_window);
-        let d_qkv = self.attention.backward(&qkv, &attn_out, &logsumexp, &d_attn_out, mask)?;
-        drop((qkv, attn_out, d_attn_out));
+        let own_attn_out = select(&attn_out, self.draft_rows())?;
+        layer.o_proj.backward_weights(&own_attn_out, d_x, low_ranks.o.zip(d_low_rank))?;
+        drop(own_attn_out);
+        let d_qkv = self.attention_backward(layer, &qkv, &attn_out, &logsumexp, d_attn_out)?;
+        drop((qkv, attn_out));
         self.rotate_backward(layer, &d_qkv, qk)?;
         let (d_attn_input, d_low_rank) = layer.qkv_proj.backward_input(&d_qkv)?;
         layer.qkv_proj.backward_weights(&attn_input, &d_qkv, low_ranks.qkv.zip(d_low_rank))?;
         self.norm_backward(&input, &layer.input_layernorm, &d_attn_input, d_x)
+    }
+
+    /// The gradient of queries, keys and values. Keys and values of tokens without gradients are
+    /// attended to like any other.
+    fn attention_backward(
+        &self,
+        layer: &Layer,
+        qkv: &Tensor,
+        attn_out: &Tensor,
+        logsumexp: &Tensor,
+        d_attn_out: Tensor,
+    ) -> Result<Tensor> {
+        let mask = self.attention_masks.get(layer.sliding_window);
+        let d_attn_out = match self.draft_rows() {
+            Some(rows) => attn_out.f_zeros_like()?.f_index_copy_(0, rows, &d_attn_out)?,
+            None => d_attn_out,
+        };
+        select(&self.attention.backward(qkv, attn_out, logsumexp, &d_attn_out, mask)?, self.draft_rows())
     }
 
     /// Adds to `d_x` the gradient of the norm's input `x`, and to the gradient of its weight.
@@ -257,7 +310,9 @@ impl CudaBatch {
     /// adds to the gradients of the weights of their norms.
     fn rotate_backward(&self, layer: &Layer, d_qkv: &Tensor, qk: Option<Tensor>) -> Result<()> {
         let norms = qk_norm(layer).zip(qk.as_ref());
-        let terms = self.kernels.rotate_backward(d_qkv, self.cos_sin(), norms)?;
+        let (cos, sin) = self.cos_sin();
+        let (cos, sin) = (select(cos, self.draft_rows())?, select(sin, self.draft_rows())?);
+        let terms = self.kernels.rotate_backward(d_qkv, (&cos, &sin), norms)?;
         if let (Some((q_norm, k_norm)), Some(terms)) = (&layer.qk_norm, terms) {
             add_to_gradient(q_norm, &terms.select(1, 0))?;
             add_to_gradient(k_norm, &terms.select(1, 1))?;
@@ -286,8 +341,13 @@ impl CudaPass<'_> {
     pub(super) fn backward(self, d_hidden: &Tensor, gradients: &dyn GradientSink) -> Result<()> {
         let _no_grad = tch::no_grad_guard();
         let CudaPass { model, batch, mut checkpoints, mut saved, last } = self;
-        let num_padding_tokens = batch.tokens.numel() as i64 - batch.num_tokens;
-        let d_hidden = d_hidden.f_constant_pad_nd([0, 0, 0, num_padding_tokens])?;
+        if last.numel() == 0 {
+            return complete_all(model, gradients);
+        }
+        let d_hidden = match batch.draft_rows() {
+            Some(rows) => d_hidden.f_index_select(0, rows)?,
+            None => d_hidden.f_constant_pad_nd([0, 0, 0, batch.tokens.numel() as i64 - batch.num_tokens])?,
+        };
         let d_x = d_hidden.f_zeros_like()?;
         batch.norm_backward(&last, &model.norm, &d_hidden, &d_x)?;
         drop((d_hidden, last));
@@ -297,7 +357,7 @@ impl CudaPass<'_> {
                 None => {
                     let (input, low_ranks) = checkpoints.pop().expect("every layer is saved or checkpointed");
                     let (input, attn_input) = batch.norm(input, None, &layer.input_layernorm)?;
-                    batch.layer_activations(layer, input, attn_input, low_ranks)?
+                    batch.with_gradients(batch.layer_activations(layer, input, attn_input, low_ranks)?)?
                 }
             };
             gradients.begin(ModelPart::Layer(index))?;
@@ -313,6 +373,14 @@ impl CudaPass<'_> {
         }
         Ok(())
     }
+}
+
+/// The backward of a batch without tokens that have gradients.
+fn complete_all(model: &Transformer, gradients: &dyn GradientSink) -> Result<()> {
+    (0..model.layers.len()).rev().map(ModelPart::Layer).try_for_each(|layer| {
+        gradients.begin(layer)?;
+        gradients.complete(layer)
+    })
 }
 
 /// Adds to the gradient of the output projection, and returns the gradient of

@@ -11,7 +11,8 @@ use crate::Result;
 use crate::cuda::block_mask::AttentionRanges;
 use crate::cuda::libtorch;
 use crate::model::{
-    Attention, ModelConfig, PerWindow, Transformer, attention_bias, repeat_heads, scaled_dot_product_attention,
+    Attention, ModelConfig, PerWindow, Rotation, Transformer, attention_bias, repeat_heads,
+    scaled_dot_product_attention,
 };
 
 /// Queries of an [`AttentionPart`] with a bias.
@@ -24,6 +25,8 @@ pub(super) struct EagerBatch {
     positions: Tensor,
     /// The parts of each layer's attention, which cover the tokens in order.
     parts: PerWindow<Vec<AttentionPart>>,
+    /// Indices of the draft tokens, int64 `[drafts]`, if there are any.
+    draft_rows: Option<Tensor>,
 }
 
 /// Consecutive queries of one sequence, and the keys that they attend to.
@@ -45,27 +48,32 @@ impl EagerBatch {
             let sequences = starts.zip(&batch.sequence_ends).map(|(start, &end)| start..end);
             sequences.flat_map(|sequence| attention_parts(&ranges, sequence, model)).collect()
         });
-        EagerBatch { tokens: to_device(&batch.tokens), positions: to_device(&batch.positions), parts }
+        let rows = &batch.draft_rows;
+        let draft_rows = (!rows.is_empty()).then(|| Tensor::from_slice(rows).to_device(device));
+        EagerBatch { tokens: to_device(&batch.tokens), positions: to_device(&batch.positions), parts, draft_rows }
     }
 
     /// Final hidden states `[tokens, hidden]`.
     pub(super) fn forward<'p>(&'p self, model: &'p Transformer, checkpointed_layers: usize) -> (Tensor, EagerPass<'p>) {
         let rotation = model.rope.rotation(&self.positions, model.kind());
-        let mut attention = PackedAttention(self);
         let embedded = model.embed(&self.tokens);
         let mut x = embedded.detach();
         let mut checkpoints = Vec::new();
         for index in 0..checkpointed_layers.min(model.layers.len()) {
-            let output = tch::no_grad(|| model.layer_forward(index, &x, &rotation, &mut attention));
+            let output = tch::no_grad(|| self.layer_forward(model, index, &x, &rotation));
             checkpoints.push(std::mem::replace(&mut x, output));
         }
         let graph_input = x.set_requires_grad(true);
         let mut x = graph_input.shallow_clone();
         for index in checkpoints.len()..model.layers.len() {
-            x = model.layer_forward(index, &x, &rotation, &mut attention);
+            x = self.layer_forward(model, index, &x, &rotation);
         }
         let hidden = model.rms_norm(&x, &model.norm).flatten(0, 1);
         (hidden, EagerPass { model, batch: self, embedded, checkpoints, graph_input })
+    }
+
+    fn layer_forward(&self, model: &Transformer, index: usize, x: &Tensor, rotation: &Rotation) -> Tensor {
+        model.layer_forward(index, x, rotation, &mut PackedAttention(self), self.draft_rows.as_ref())
     }
 }
 
@@ -155,7 +163,7 @@ impl EagerPass<'_> {
         while let Some(checkpoint) = checkpoints.pop() {
             let input = checkpoint.set_requires_grad(true);
             let layer = checkpoints.len();
-            let output = model.layer_forward(layer, &input, &rotation, &mut PackedAttention(batch));
+            let output = batch.layer_forward(model, layer, &input, &rotation);
             gradients.begin(ModelPart::Layer(layer))?;
             libtorch::backward(&output, &d_x)?;
             gradients.complete(ModelPart::Layer(layer))?;

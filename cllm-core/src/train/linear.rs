@@ -13,16 +13,29 @@ use crate::model::{JoinedAdapters, Linear};
 
 impl Linear {
     /// The projection of `input`. With adapters, `low_rank` is what they need of the input, its
-    /// products with every A: `[tokens, adapters x rank]`. It is computed if it is missing.
-    pub(super) fn project(&self, input: &Tensor, low_rank: &mut Option<Tensor>) -> Result<Tensor> {
+    /// products with every A: `[tokens, adapters x rank]`. It is computed if it is missing. If the
+    /// adapters act on draft tokens alone, it has these tokens alone, which are the rows
+    /// `draft_rows` of the input.
+    pub(super) fn project(
+        &self,
+        input: &Tensor,
+        draft_rows: Option<&Tensor>,
+        low_rank: &mut Option<Tensor>,
+    ) -> Result<Tensor> {
         let weight = self.dequantized(input.kind())?;
         let Some(adapters) = &self.adapters else { return Ok(input.f_linear(&weight, self.bias.as_ref())?) };
+        let num_outputs = self.weight.size()[0];
         let low_rank = match low_rank {
             Some(low_rank) => low_rank,
-            None => low_rank.insert(adapters.low_rank(input)?),
+            None => low_rank.insert(adapters.low_rank(&select(input, draft_rows)?)?),
         };
-        let mut sum = adapters.products(low_rank, self.bias.as_ref(), self.weight.size()[0])?;
-        let _ = sum.f_addmm_(input, &weight.f_tr()?)?;
+        let Some(draft_rows) = draft_rows else {
+            let mut sum = adapters.products(low_rank, self.bias.as_ref(), num_outputs)?;
+            let _ = sum.f_addmm_(input, &weight.f_tr()?)?;
+            return Ok(sum);
+        };
+        let mut sum = input.f_linear(&weight, self.bias.as_ref())?;
+        let _ = sum.f_index_add_(0, draft_rows, &adapters.products(low_rank, None, num_outputs)?)?;
         Ok(sum)
     }
 
@@ -56,6 +69,14 @@ impl Linear {
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// Some rows of `x [tokens, ..]`: those of the draft tokens, or all.
+pub(super) fn select(x: &Tensor, draft_rows: Option<&Tensor>) -> Result<Tensor> {
+    match draft_rows {
+        Some(rows) => Ok(x.f_index_select(0, rows)?),
+        None => Ok(x.shallow_clone()),
     }
 }
 
@@ -181,13 +202,13 @@ mod tests {
                 let random = |width| Tensor::randn([7, width], (Kind::Float, Device::Cpu)).to_kind(Kind::BFloat16);
                 let (input, d_output) = (random(size(1)), random(size(0)));
                 let input_32 = input.to_kind(Kind::Float).set_requires_grad(true);
-                let expected = autograd.forward(&input_32);
+                let expected = autograd.forward(&input_32, None);
                 libtorch::backward(&expected, &d_output.to_kind(Kind::Float)).unwrap();
 
                 let _no_grad = tch::no_grad_guard();
                 let mut low_rank = None;
                 for _ in ["computes", "reuses"] {
-                    assert_close(&by_hand.project(&input, &mut low_rank).unwrap(), &expected, name);
+                    assert_close(&by_hand.project(&input, None, &mut low_rank).unwrap(), &expected, name);
                 }
                 let (d_input, d_low_rank) = by_hand.backward_input(&d_output).unwrap();
                 assert_close(&d_input, &input_32.grad(), &format!("the gradient of the input of {name}"));

@@ -15,12 +15,23 @@ pub struct PackedBatch {
     pub attention_ranges: Vec<AttentionRanges>,
     /// Index one past the last token of each sequence.
     pub sequence_ends: Vec<usize>,
+    /// Indices of the draft tokens, for adapters that act on these alone. No other token attends to
+    /// them.
+    pub draft_rows: Vec<i64>,
 }
 
 impl PackedBatch {
-    /// Appends a sequence. `attention_ranges` are indices in the sequence.
-    pub fn push(&mut self, tokens: &[i32], positions: &[i32], attention_ranges: &[AttentionRanges]) {
+    /// Appends a sequence, whose tokens from index `first_draft` on are drafts.
+    /// `attention_ranges` are indices in the sequence.
+    pub fn push(
+        &mut self,
+        tokens: &[i32],
+        positions: &[i32],
+        attention_ranges: &[AttentionRanges],
+        first_draft: usize,
+    ) {
         let base = self.tokens.len() as i32;
+        self.draft_rows.extend((first_draft..tokens.len()).map(|index| i64::from(base) + index as i64));
         self.tokens.extend(tokens);
         self.positions.extend(positions);
         let shifted = attention_ranges.iter().map(|ranges| ranges.map(|(start, end)| (start + base, end + base)));
@@ -32,7 +43,7 @@ impl PackedBatch {
     pub fn push_causal(&mut self, tokens: &[i32]) {
         let positions = 0..tokens.len() as i32;
         let ranges: Vec<AttentionRanges> = positions.clone().map(|index| [(0, index + 1), (0, 0), (0, 0)]).collect();
-        self.push(tokens, &positions.collect::<Vec<_>>(), &ranges);
+        self.push(tokens, &positions.collect::<Vec<_>>(), &ranges, tokens.len());
     }
 
     /// Pairs of tokens that attention does not mask, summed over the layers of a model.

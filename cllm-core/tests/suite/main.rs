@@ -4,6 +4,7 @@
 mod bad_models;
 mod chat_templates;
 mod decoding;
+mod draft_adapters;
 mod handed_answers;
 mod lora;
 mod models;

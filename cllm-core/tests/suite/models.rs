@@ -32,18 +32,31 @@ fn cached_forwards_equal_uncached_ones_with_each_row_at_its_own_position() {
             &[9, 9],
             &mut cache,
             9,
+            None,
         );
         let starts = [9, 5];
         let pick = |from: &Tensor| {
             Tensor::stack(&[from.i((0, starts[0]..starts[0] + 6)), from.i((1, starts[1]..starts[1] + 6))], 0)
         };
-        let hidden =
-            model.forward_cached(&pick(&tokens), &SlotMapping::sequential(pick(&positions)), &[6, 6], &mut cache, 15);
+        let hidden = model.forward_cached(
+            &pick(&tokens),
+            &SlotMapping::sequential(pick(&positions)),
+            &[6, 6],
+            &mut cache,
+            15,
+            None,
+        );
         let difference = max_difference(&model.compute_logits(&hidden.view([2, 6, -1])).unwrap(), &pick(&uncached));
         assert!(difference < 1e-3, "{name}: {difference}");
         // A row may be shorter than the others: its padding changes nothing.
-        let hidden =
-            model.forward_cached(&pick(&tokens), &SlotMapping::sequential(pick(&positions)), &[2, 6], &mut cache, 15);
+        let hidden = model.forward_cached(
+            &pick(&tokens),
+            &SlotMapping::sequential(pick(&positions)),
+            &[2, 6],
+            &mut cache,
+            15,
+            None,
+        );
         let expected =
             pick(&uncached).flatten(0, 1).index_select(0, &Tensor::from_slice(&[0i64, 1, 6, 7, 8, 9, 10, 11]));
         let difference = max_difference(&model.compute_logits(&hidden).unwrap(), &expected);
@@ -60,7 +73,7 @@ fn a_branch_of_a_tree_sees_its_own_tokens_and_no_others() {
         let mut cache = KvCache::new(model.config(), 1, 32, Device::Cpu, Kind::Float).unwrap();
         let prefix = [3i64, 8, 2, 9];
         let mapping = SlotMapping::sequential(numbers(&[0, 1, 2, 3]));
-        let _ = model.forward_cached(&numbers(&prefix), &mapping, &[4], &mut cache, 4);
+        let _ = model.forward_cached(&numbers(&prefix), &mapping, &[4], &mut cache, 4, None);
         // A tree: token 10 is followed by 11 and by 12, and 12 is followed by 13.
         let tree_mask = TreeMask { first_slot: numbers(&[4]), visible: numbers(&[0b1, 0b11, 0b101, 0b1101]) };
         let mapping = SlotMapping {
@@ -68,7 +81,7 @@ fn a_branch_of_a_tree_sees_its_own_tokens_and_no_others() {
             slots: numbers(&[4, 5, 6, 7]),
             tree_mask: Some(tree_mask),
         };
-        let hidden = model.forward_cached(&numbers(&[10, 11, 12, 13]), &mapping, &[4], &mut cache, 8);
+        let hidden = model.forward_cached(&numbers(&[10, 11, 12, 13]), &mapping, &[4], &mut cache, 8, None);
         let logits = model.compute_logits(&hidden).unwrap();
         for (row, path) in [(0, &[10][..]), (1, &[10, 11]), (2, &[10, 12]), (3, &[10, 12, 13])] {
             let ids = [&prefix[..], path].concat();

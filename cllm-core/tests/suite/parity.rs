@@ -162,8 +162,9 @@ fn cached_forwards_of_uneven_chunks_agree_with_transformers() {
             let wrong = (tokens.narrow(1, start, width) + 7).remainder(60);
             let (mapping, end) = (SlotMapping::sequential(positions.narrow(1, start, width)), (start + width) as usize);
             let lengths = [width as usize; 2];
-            let _ = model.forward_cached(&wrong, &mapping, &lengths, &mut cache, end);
-            let chunk = model.forward_cached(&tokens.narrow(1, start, width), &mapping, &lengths, &mut cache, end);
+            let _ = model.forward_cached(&wrong, &mapping, &lengths, &mut cache, end, None);
+            let chunk =
+                model.forward_cached(&tokens.narrow(1, start, width), &mapping, &lengths, &mut cache, end, None);
             chunks.push(chunk.view([2, width, -1]));
             start += width;
         }

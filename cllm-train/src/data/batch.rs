@@ -134,7 +134,8 @@ impl Batch {
         let first_row = self.packed.tokens.len();
         let first_clean_row = self.clean.tokens.len();
         let (token_ids, prompt_len) = (sequence.token_ids(), sequence.prompt_len());
-        self.packed.push(&token_ids, &sequence.positions(), &sequence.attention_ranges());
+        let (positions, ranges) = (sequence.positions(), sequence.attention_ranges());
+        self.packed.push(&token_ids, &positions, &ranges, sequence.num_clean_tokens());
         if let Some(fraction) = anchor_prompt_fraction {
             self.clean.push_causal(&token_ids[..sequence.num_clean_tokens()]);
             for index in anchored_prompt_rows(sequence, fraction) {

@@ -10,7 +10,7 @@ mod validation;
 use std::path::{Path, PathBuf};
 
 use cllm_core::chat_template::RenderSettings;
-use cllm_core::model::{LoraConfig, ModelConfig};
+use cllm_core::model::{AdaptedTokens, LoraConfig, ModelConfig};
 use cllm_core::settings::required_path;
 use cllm_core::{Error, Result};
 use garde::Validate;
@@ -175,6 +175,11 @@ impl Settings {
         self.objective == Objective::Consistency && self.consistency.anchor_weight > 0.0
     }
 
+    /// Whether the run trains adapters that act on draft tokens alone.
+    pub fn adapts_drafts(&self) -> bool {
+        self.lora.as_ref().is_some_and(|lora| lora.on == AdaptedTokens::Drafts)
+    }
+
     /// Whether the anchor is a model of its own. Below adapters is the initial model, which is also
     /// the anchor unless the settings name another.
     pub fn has_second_model(&self) -> bool {
@@ -224,6 +229,24 @@ impl Settings {
         )))
     }
 
+    /// Checks what a run with adapters for draft tokens cannot have: losses of other tokens, which
+    /// the frozen model computes.
+    fn check_draft_adapters(&self) -> Result<()> {
+        let ConsistencySettings { ar_weight, anchor_weight, .. } = self.consistency;
+        if self.objective != Objective::Consistency {
+            return Err(Error::usage(
+                "lora.on=drafts needs objective=consistency: other objectives have no draft tokens",
+            ));
+        }
+        if ar_weight != 0.0 || anchor_weight != 0.0 {
+            return Err(Error::usage(format!(
+                "lora.on=drafts leaves the model's answers as they are, so it needs no loss that teaches or keeps them: set \
+                 consistency.ar_weight ({ar_weight}) and consistency.anchor_weight ({anchor_weight}) to 0"
+            )));
+        }
+        Ok(())
+    }
+
     /// Checks the rules that involve more than one key.
     ///
     /// # Errors
@@ -256,6 +279,9 @@ impl Settings {
             return usage(
                 "optimizer.state_dtype must be float32 with lora: adapters are float32, and so is their state",
             );
+        }
+        if self.adapts_drafts() {
+            self.check_draft_adapters()?;
         }
         if self.consistency.context == BlockContext::NoisyWindow && self.consistency.max_blocks.is_some() {
             return usage(

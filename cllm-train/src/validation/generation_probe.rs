@@ -72,13 +72,20 @@ impl<'t> GenerationProbe<'t> {
             Task::from_source(&sample.source).check_scorable(context, sample)?;
             requests.push(request);
         }
-        let options = DecodeOptions::greedy(Strategy::Jacobi { n: validation.n }, settings.seed);
+        let strategy = if settings.adapts_drafts() {
+            Strategy::Gated { n: validation.n }
+        } else {
+            Strategy::Jacobi { n: validation.n }
+        };
+        strategy.check()?;
+        let options = DecodeOptions::greedy(strategy, settings.seed);
         let thought_tokens = ThoughtTokens::find(tokenizer)?;
         let data = validation.data.clone();
         Ok(Some(GenerationProbe { tokenizer, thought_tokens, samples, requests, stop, options, data }))
     }
 
-    /// Answers the prompts by Jacobi decoding, with adapters merged.
+    /// Answers the prompts by Jacobi decoding with adapters merged, or by gated decoding with adapters
+    /// that act on draft tokens alone.
     ///
     /// # Errors
     /// [`Error::Interrupted`]; [`Error::Torch`], for example when memory runs out.

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use cllm_core::checkpoint::{self, TensorFile};
-use cllm_core::model::{BaseDtype, LoraConfig};
+use cllm_core::model::{AdaptedTokens, BaseDtype, LoraConfig};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_train::settings::{Objective, Settings};
 use cllm_train::trainer;
@@ -146,6 +146,35 @@ fn adapters_alone_learn() {
 }
 
 #[test]
+fn adapters_for_drafts_learn_beside_a_model_that_stays_as_it_is() {
+    tch::set_num_threads(1);
+    let dir = tempfile::tempdir().unwrap();
+    let mut settings =
+        Settings { max_steps: Some(40), save_every: Some(20), epochs: 40, ..student(dir.path(), llama()) };
+    settings.lora.as_mut().unwrap().on = AdaptedTokens::Drafts;
+    settings.consistency.ar_weight = 0.0;
+    settings.optimizer.lr = 2e-2;
+    settings.validation.prompts = Some(dir.path().join("prompts.jsonl"));
+    settings.validation.every = 20;
+    settings.validation.n = 4;
+    settings.validation.max_new_tokens = 6;
+    trainer::run(settings.clone()).unwrap();
+    let run = &settings.output;
+    let losses = loss_curve(run);
+    assert!(losses[losses.len() - 1].global < losses[0].global * 0.7, "{losses:?}");
+    // Without drafts, the final model is the one that the run began with.
+    let adapter = run.join("final");
+    assert!(!adapter.join("model.safetensors").exists());
+    assert!(have_same_weights(&adapter, initial_model(&settings)));
+    let before = contents(&adapter);
+    assert_resumes_exactly(&settings, 20);
+    assert!(contents(&adapter) == before, "the adapter of the resumed run differs");
+    let (adapter, exported) = (adapter.display().to_string(), path(dir.path(), "exported"));
+    let parts = ["final", "act on draft tokens alone", "strategy `gated`"];
+    TRAIN.fail(&["export", &adapter, "--output", &exported], 2, &parts);
+}
+
+#[test]
 fn plan_counts_gradients_and_state_of_the_adapters_only() {
     let dir = tempfile::tempdir().unwrap();
     let mut settings = student(dir.path(), llama());
@@ -186,6 +215,13 @@ fn bad_settings_are_named() {
         let key = assignment.split('=').next().unwrap();
         TRAIN.fail(&["validate", "model=x", "datasets=[x]", "output=x", assignment], 2, &[key, message]);
     }
+    let drafts = ["validate", "model=x", "datasets=[x]", "output=x", "lora.on=drafts"];
+    TRAIN.fail(
+        &[&drafts[..], &["consistency.anchor_weight=1"]].concat(),
+        2,
+        &["ar_weight (10)", "anchor_weight (1) to 0"],
+    );
+    TRAIN.fail(&[&drafts[..], &["objective=sft"]].concat(), 2, &["lora.on=drafts needs objective=consistency"]);
     let with_bf16_state =
         ["validate", "model=x", "datasets=[x]", "output=x", "lora.rank=4", "optimizer.state_dtype=bfloat16"];
     TRAIN.fail(&with_bf16_state, 2, &["optimizer.state_dtype must be float32 with lora"]);

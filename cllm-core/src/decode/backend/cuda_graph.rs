@@ -59,6 +59,9 @@ impl<'m> CudaGraphBackend<'m> {
 impl Backend for CudaGraphBackend<'_> {
     #[allow(unsafe_code)]
     fn launch(&mut self, chunks: &[PromptChunk<'_>], windows: &[Window<'_>], outputs: Outputs) -> Result<()> {
+        if windows.iter().any(|window| window.num_adapted > 0) {
+            return Err(Error::usage("strategy `gated` runs on the CPU alone so far; decode there (device=cpu)"));
+        }
         self.sampling = SamplingOptions {
             inverse_temperature: outputs.sampling.inverse_temperature(),
             gives_candidates: outputs.candidates,
@@ -157,7 +160,7 @@ mod tests {
     #[test]
     fn windows_come_before_chunks() {
         let shape = ForwardShape { num_tokens: 8, num_outputs: 8, num_tiles: 5 };
-        let window = Window { start: 4, last_token: 11, draft: &[12, 13], tree: None, sequence_key: 1 };
+        let window = Window { start: 4, last_token: 11, draft: &[12, 13], tree: None, num_adapted: 0, sequence_key: 1 };
         let chunk = PromptChunk { row: 2, start: 0, tokens: &[21, 22, 23] };
         let (layout, ints) = written(shape, &[chunk], &[window]);
         assert_eq!(ints[layout.tokens], [11, 12, 13, 21, 22, 23, 0, 0]);
@@ -172,7 +175,14 @@ mod tests {
     fn a_tree_occupies_neighboring_slots_at_the_positions_of_its_branches() {
         let shape = ForwardShape { num_tokens: 4, num_outputs: 4, num_tiles: 4 };
         let tree = TokenTree::new([0, 0, 2]);
-        let window = Window { start: 4, last_token: 11, draft: &[12, 13, 14], tree: Some(&tree), sequence_key: 1 };
+        let window = Window {
+            start: 4,
+            last_token: 11,
+            draft: &[12, 13, 14],
+            tree: Some(&tree),
+            num_adapted: 0,
+            sequence_key: 1,
+        };
         let (layout, ints) = written(shape, &[], &[window]);
         assert_eq!(ints[layout.slot], [4, 5, 6, 7]);
         assert_eq!(ints[layout.position], [4, 5, 5, 6]);
@@ -241,6 +251,7 @@ mod tests {
                         last_token: (row * 11 % vocab_size) as i32,
                         draft: &draft,
                         tree: None,
+                        num_adapted: 0,
                         sequence_key: row as u64,
                     };
                     let windows: Vec<Window<'_>> = (0..num_rows).map(window).collect();

@@ -54,7 +54,7 @@ impl<'m> CudaModel<'m> {
         let Device::Cuda(device) = model.device() else { return Ok(None) };
         let (shape, num_layers) = (model.config().kernel_shape(), model.config().num_layers);
         if !has_kernels(model.config(), model.kind())
-            || model.adapters().is_some()
+            || model.adapters().is_some_and(|_| !model.adapts_drafts())
             || model.is_quantized()
             || compute_capability(device)?.0 < MIN_COMPUTE_CAPABILITY
         {

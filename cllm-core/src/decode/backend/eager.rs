@@ -37,17 +37,20 @@ struct RowTokens {
     start: usize,
     tokens: Vec<i32>,
     nodes: Vec<Node>,
+    /// Offset of the first token that is read with adapters for drafts.
+    first_adapted: usize,
 }
 
 impl RowTokens {
     fn from_chunk(chunk: &PromptChunk<'_>) -> Self {
         let nodes = (0..chunk.tokens.len()).map(Node::in_order).collect();
-        RowTokens { start: chunk.start, tokens: chunk.tokens.to_vec(), nodes }
+        RowTokens { start: chunk.start, tokens: chunk.tokens.to_vec(), nodes, first_adapted: chunk.tokens.len() }
     }
 
     fn from_window(window: &Window<'_>) -> Self {
         let nodes = (0..window.len()).map(|offset| window.node(offset)).collect();
-        RowTokens { start: window.start, tokens: window.tokens().collect(), nodes }
+        let (tokens, first_adapted) = (window.tokens().collect(), window.first_adapted());
+        RowTokens { start: window.start, tokens, nodes, first_adapted }
     }
 
     /// The token at an offset; 0 for padding.
@@ -109,7 +112,9 @@ impl<'m> EagerBackend<'m> {
         };
         let num_attended = rows.iter().map(|row| row.start + width).max().unwrap_or(0);
         let mut cache = self.cache.rows(batch.first_row, rows.len());
-        self.model.forward_cached(&tokens, &mapping, &lengths, &mut cache, num_attended)
+        let draft_rows = draft_rows(rows);
+        let draft_rows = (!draft_rows.is_empty()).then(|| Tensor::from_slice(&draft_rows).to_device(tokens.device()));
+        self.model.forward_cached(&tokens, &mapping, &lengths, &mut cache, num_attended, draft_rows.as_ref())
     }
 
     /// Samples a token after each token of the windows.
@@ -134,6 +139,17 @@ impl<'m> EagerBackend<'m> {
         }
         Ok(())
     }
+}
+
+/// The indices of the tokens that are read with adapters for drafts, among the tokens of all rows.
+fn draft_rows(rows: &[RowTokens]) -> Vec<i64> {
+    let mut first = 0;
+    let indices = rows.iter().flat_map(|row| {
+        let indices = first + row.first_adapted..first + row.tokens.len();
+        first = indices.end;
+        indices
+    });
+    indices.map(|index| index as i64).collect()
 }
 
 /// The likeliest tokens by logits `[tokens, vocab]`, of which `chosen` come first: among equal

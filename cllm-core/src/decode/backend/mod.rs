@@ -8,6 +8,7 @@ pub(super) mod attention_time;
 pub(super) mod cuda_graph;
 pub(super) mod cuda_model;
 pub(super) mod eager;
+pub(super) mod gated;
 pub(super) mod speculative;
 
 use super::sampling::{Candidates, Sampling, position_key};
@@ -33,6 +34,28 @@ pub(super) trait Backend {
 
     /// Maximum number of prompt tokens in a forward, in addition to its windows.
     fn max_prompt_tokens(&self) -> usize;
+}
+
+impl<B: Backend + ?Sized> Backend for &mut B {
+    fn launch(&mut self, chunks: &[PromptChunk<'_>], windows: &[Window<'_>], outputs: Outputs) -> Result<()> {
+        (**self).launch(chunks, windows, outputs)
+    }
+
+    fn collect(&mut self, windows: &[Window<'_>]) -> Result<Vec<Predictions>> {
+        (**self).collect(windows)
+    }
+
+    fn move_slots(&mut self, moves: &[SlotMove]) -> Result<()> {
+        (**self).move_slots(moves)
+    }
+
+    fn copy_row(&mut self, from: usize, to: usize) -> Result<()> {
+        (**self).copy_row(from, to)
+    }
+
+    fn max_prompt_tokens(&self) -> usize {
+        (**self).max_prompt_tokens()
+    }
 }
 
 /// What a forward gives after each token of its windows.
@@ -76,6 +99,9 @@ pub(super) struct Window<'s> {
     pub(super) draft: &'s [i32],
     /// How the tokens branch; `None` if each follows the one before it.
     pub(super) tree: Option<&'s TokenTree>,
+    /// Number of trailing tokens that the model reads with its adapters for drafts. No other token
+    /// sees them.
+    pub(super) num_adapted: usize,
     /// Key of the sequence's sampling noise.
     pub(super) sequence_key: u64,
 }
@@ -87,6 +113,11 @@ impl Window<'_> {
 
     pub(super) fn len(&self) -> usize {
         1 + self.draft.len()
+    }
+
+    /// Offset of the first token that is read with adapters.
+    pub(super) fn first_adapted(&self) -> usize {
+        self.len() - self.num_adapted
     }
 
     pub(super) fn node(&self, offset: usize) -> Node {
@@ -105,7 +136,7 @@ pub(super) struct Predictions {
     pub(super) tokens: Vec<i32>,
     /// The likeliest tokens there, if the forward was to give them; else empty.
     pub(super) candidates: Vec<Candidates>,
-    /// The token that the draft model sampled there, if there is one.
+    /// The token that the draft model, or the model with its adapters, sampled there, if there is one.
     pub(super) drafted: Option<Vec<i32>>,
 }
 

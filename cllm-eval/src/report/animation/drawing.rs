@@ -223,6 +223,7 @@ fn heading(answer: &AnswerRecord) -> String {
         Strategy::Ar => "autoregressive",
         Strategy::Jacobi { .. } | Strategy::Rolling { .. } | Strategy::MultiBlock { .. } => "Jacobi",
         Strategy::Drafted { .. } => "speculative",
+        Strategy::Gated { .. } => "gated",
         Strategy::Lookahead { .. } => "lookahead",
     };
     format!("{model}, {decoding} decoding")

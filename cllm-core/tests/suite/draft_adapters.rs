@@ -1,0 +1,256 @@
+//! Adapters that act on draft tokens alone: what they propose changes, and no answer does.
+
+use cllm_core::checkpoint;
+use cllm_core::decode::{Answer, DecodeOptions, Request, Sampling, StopConditions, Strategy, decode};
+use cllm_core::model::{AdaptedTokens, KvCache, LoraConfig, ParamBuffer, SlotMapping, Transformer};
+use cllm_core::train::{self, AttentionRanges, DeviceBatch, PackedBatch};
+use serde_json::Value;
+use tch::{Device, Kind, Tensor};
+
+use crate::models::{random_model, shapes};
+
+/// A random model with random adapters of rank 4, and the copy of it in which they are merged.
+struct Adapted {
+    model: Transformer,
+    merged: Transformer,
+}
+
+impl Adapted {
+    fn new(config: &Value) -> Self {
+        let with_adapters = |on| {
+            let mut model = random_model(config);
+            model.add_adapters(&LoraConfig { rank: 4, alpha: 4.0, on, ..LoraConfig::default() }, 7);
+            model
+        };
+        let (model, on_all) = (with_adapters(AdaptedTokens::Drafts), with_adapters(AdaptedTokens::All));
+        let numbers = Tensor::arange(model.trainable().buffer().numel() as i64, (Kind::Float, Device::Cpu));
+        let values = (numbers * 0.7).sin() * 0.2;
+        for model in [&model, &on_all] {
+            tch::no_grad(|| model.trainable().buffer().shallow_clone().copy_(&values));
+        }
+        assert!(model.to_merged().unwrap().is_none(), "adapters for drafts are never merged");
+        Adapted { model, merged: on_all.to_merged().unwrap().unwrap() }
+    }
+
+    /// Another copy in which the adapters are merged, after a change of them.
+    fn merged_after(&self, config: &Value, change: &Tensor) -> Transformer {
+        let mut on_all = random_model(config);
+        on_all.add_adapters(&LoraConfig { rank: 4, alpha: 4.0, ..LoraConfig::default() }, 7);
+        tch::no_grad(|| {
+            on_all.trainable().buffer().shallow_clone().copy_(&(self.model.trainable().buffer() + change));
+        });
+        on_all.to_merged().unwrap().unwrap()
+    }
+}
+
+fn requests() -> Vec<Request> {
+    let prompt = |index: i32| (1..2 + index * 3).map(|i| i * 5 % 61).collect();
+    (0..4).map(|index| Request { sample_id: format!("s{index}"), prompt_ids: prompt(index) }).collect()
+}
+
+fn answers(model: &Transformer, strategy: Strategy, sampling: Sampling) -> Vec<Answer> {
+    let options = DecodeOptions { sampling, ..DecodeOptions::greedy(strategy, 5) };
+    decode(model, &requests(), &StopConditions::new(40, vec![3, 9]), options).unwrap().0
+}
+
+fn response_ids(answers: &[Answer]) -> Vec<&[i32]> {
+    answers.iter().map(|answer| answer.response_ids.as_slice()).collect()
+}
+
+fn num_new_tokens(answers: &[Answer]) -> Vec<&[u32]> {
+    answers.iter().map(|answer| answer.num_new_tokens.as_slice()).collect()
+}
+
+#[test]
+fn gated_answers_are_those_of_the_model_without_adapters_on_every_family() {
+    for (name, config) in shapes() {
+        let model = Adapted::new(&config).model;
+        let frozen = model.without_adapters();
+        for sampling in [Sampling::Greedy, Sampling::Temperature(0.8)] {
+            let expected = answers(&frozen, Strategy::Ar, sampling);
+            assert!(expected.iter().any(|answer| answer.response_ids.len() > 20), "{name}: all answers are short");
+            for strategy in [Strategy::Ar, Strategy::rolling(6), Strategy::lookahead()].into_iter().chain(gated()) {
+                let answers = answers(&model, strategy, sampling);
+                assert_eq!(response_ids(&answers), response_ids(&expected), "{name}, {strategy}, {sampling:?}");
+            }
+        }
+    }
+}
+
+fn gated() -> impl Iterator<Item = Strategy> {
+    [2, 6, 16, 32].into_iter().map(|n| Strategy::Gated { n })
+}
+
+#[test]
+fn the_adapters_propose_the_drafts() {
+    let mut num_different = 0;
+    for (name, config) in shapes() {
+        let mut model = Adapted::new(&config).model;
+        let (strategy, rolling) = (Strategy::Gated { n: 8 }, Strategy::rolling(8));
+        let adapted = answers(&model, strategy, Sampling::Greedy);
+        // Fresh adapters change nothing.
+        model.add_adapters(&LoraConfig { on: AdaptedTokens::Drafts, ..LoraConfig::default() }, 7);
+        let fresh = answers(&model, strategy, Sampling::Greedy);
+        let expected = answers(&model, rolling, Sampling::Greedy);
+        assert_eq!(num_new_tokens(&fresh), num_new_tokens(&expected), "{name}");
+        num_different += usize::from(num_new_tokens(&fresh) != num_new_tokens(&adapted));
+    }
+    assert!(num_different > 0, "adapters must change what is proposed");
+    let model = random_model(&shapes().remove(0).1);
+    let error = decode(
+        &model,
+        &requests(),
+        &StopConditions::new(4, vec![]),
+        DecodeOptions::greedy(Strategy::Gated { n: 8 }, 1),
+    );
+    assert!(error.err().unwrap().to_string().contains("lora.on=drafts"));
+}
+
+const CLEAN: [i32; 12] = [5, 11, 2, 40, 17, 23, 8, 31, 19, 4, 27, 13];
+/// Two noisy blocks: the position of the first token, and the tokens.
+const BLOCKS: [(usize, [i32; 4]); 2] = [(5, [23, 50, 1, 9]), (8, [19, 33, 33, 6])];
+
+/// Clean tokens and noisy blocks, each of which sees the clean tokens before it.
+fn packed() -> PackedBatch {
+    let mut tokens = CLEAN.to_vec();
+    let mut positions: Vec<i32> = (0..CLEAN.len() as i32).collect();
+    let mut ranges: Vec<AttentionRanges> = positions.iter().map(|&index| [(0, index + 1), (0, 0), (0, 0)]).collect();
+    for (start, block) in BLOCKS {
+        let first = tokens.len() as i32;
+        for (offset, token) in (0..).zip(block) {
+            tokens.push(token);
+            positions.push(start as i32 + offset);
+            ranges.push([(0, start as i32), (first, first + offset + 1), (0, 0)]);
+        }
+    }
+    let mut packed = PackedBatch::default();
+    packed.push_causal(&[3, 1, 4]);
+    packed.push(&tokens, &positions, &ranges, CLEAN.len());
+    packed
+}
+
+/// Final hidden states of the noisy blocks, read by one model with the keys and values that another
+/// has of the clean tokens.
+fn hidden_of_two_models(frozen: &Transformer, adapted: &Transformer) -> Tensor {
+    let row = |ids: &[i32]| Tensor::from_slice(ids).to_kind(Kind::Int64).unsqueeze(0);
+    let mapping = |start: usize, len: usize| {
+        SlotMapping::sequential(
+            Tensor::arange_start(start as i64, (start + len) as i64, (Kind::Int64, Device::Cpu)).unsqueeze(0),
+        )
+    };
+    let hidden = BLOCKS.map(|(start, block)| {
+        let mut cache = KvCache::new(frozen.config(), 1, 32, Device::Cpu, Kind::Float).unwrap();
+        let _ = frozen.forward_cached(
+            &row(&CLEAN),
+            &mapping(0, CLEAN.len()),
+            &[CLEAN.len()],
+            &mut cache,
+            CLEAN.len(),
+            None,
+        );
+        let (len, end) = (block.len(), start + block.len());
+        adapted.forward_cached(&row(&block), &mapping(start, len), &[len], &mut cache, end, None)
+    });
+    Tensor::cat(&hidden, 0)
+}
+
+#[test]
+fn noisy_tokens_are_those_of_a_second_model_over_the_frozen_one_on_every_family() {
+    for (name, config) in shapes() {
+        let Adapted { model, merged } = Adapted::new(&config);
+        let frozen = model.without_adapters();
+        let packed = packed();
+        let batch = DeviceBatch::new(&packed, &model).unwrap();
+        let clean = train::hidden_states(&frozen, &DeviceBatch::new(&packed, &frozen).unwrap()).unwrap();
+        for checkpointed_layers in [0, 1] {
+            let hidden = train::forward(&model, &batch, checkpointed_layers).unwrap().hidden;
+            let num_noisy = packed.draft_rows.len() as i64;
+            let first_noisy = hidden.size()[0] - num_noisy;
+            let difference = |one: &Tensor, other: &Tensor| (one - other).abs().max().double_value(&[]);
+            let noisy = hidden.narrow(0, first_noisy, num_noisy);
+            assert!(difference(&noisy, &hidden_of_two_models(&frozen, &merged)) < 1e-4, "{name}: noisy tokens");
+            let unchanged = (hidden.narrow(0, 0, first_noisy), clean.narrow(0, 0, first_noisy));
+            assert_eq!(difference(&unchanged.0, &unchanged.1), 0.0, "{name}: clean tokens");
+        }
+    }
+}
+
+/// The gradients against differences of a loss that two models compute, without autograd.
+#[test]
+fn gradients_are_those_of_a_second_model_over_the_frozen_one_on_every_family() {
+    for (name, config) in shapes() {
+        let adapted = Adapted::new(&config);
+        let (model, frozen) = (&adapted.model, adapted.model.without_adapters());
+        let packed = packed();
+        let batch = DeviceBatch::new(&packed, model).unwrap();
+        let gradients = model.collect_gradients().unwrap();
+        let weights = {
+            let shape = [packed.draft_rows.len() as i64, model.config().hidden_size];
+            (Tensor::arange(shape.iter().product::<i64>(), (Kind::Float, Device::Cpu)) * 1.7).sin().view(shape)
+        };
+        for checkpointed_layers in [0, 1] {
+            let _ = gradients.buffer().shallow_clone().zero_();
+            let pass = train::forward(model, &batch, checkpointed_layers).unwrap();
+            let d_hidden = pass.hidden.detach().zeros_like();
+            let num_noisy = weights.size()[0];
+            d_hidden.narrow(0, d_hidden.size()[0] - num_noisy, num_noisy).copy_(&weights);
+            pass.backward(&d_hidden, &gradients).unwrap();
+            for target in ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"] {
+                for matrix in ["lora_A", "lora_B"] {
+                    check_gradient(&adapted, &frozen, &config, &gradients, &weights, &format!("{target}.{matrix}"))
+                        .unwrap_or_else(|message| panic!("{name}, {checkpointed_layers} checkpointed: {message}"));
+                }
+            }
+        }
+    }
+}
+
+/// The loss changes along the gradient of some parameters as fast as the gradient is long.
+fn check_gradient(
+    adapted: &Adapted,
+    frozen: &Transformer,
+    config: &Value,
+    gradients: &ParamBuffer,
+    weights: &Tensor,
+    parameters: &str,
+) -> Result<(), String> {
+    const STEP: f64 = 2e-3;
+    let direction = gradients.zeros_like(Kind::Float);
+    for ((name, gradient), (_, mut part)) in gradients.tensors().into_iter().zip(direction.tensors()) {
+        if name.contains(parameters) {
+            part.copy_(&gradient);
+        }
+    }
+    let norm = direction.buffer().norm().double_value(&[]);
+    let loss = |step: f64| {
+        let merged = adapted.merged_after(config, &(direction.buffer() * (step / norm)));
+        (hidden_of_two_models(frozen, &merged) * weights).sum(Kind::Double).double_value(&[])
+    };
+    let slope = (loss(STEP) - loss(-STEP)) / (2.0 * STEP);
+    match norm > 0.0 && (slope / norm - 1.0).abs() < 0.03 {
+        true => Ok(()),
+        false => Err(format!("the gradient of {parameters} is {norm} long, but the loss changes by {slope}")),
+    }
+}
+
+#[test]
+fn a_folder_of_adapters_for_drafts_is_read_back_beside_its_model() {
+    let (_, config) = shapes().remove(0);
+    let Adapted { model, .. } = Adapted::new(&config);
+    let folder = tempfile::tempdir().unwrap();
+    let (base, adapter) = (folder.path().join("base"), folder.path().join("adapter"));
+    for folder in [&base, &adapter] {
+        std::fs::create_dir(folder).unwrap();
+    }
+    checkpoint::save(&model.without_adapters(), &base, Kind::Float).unwrap();
+    checkpoint::save_adapter(&model, &adapter, base.to_str().unwrap()).unwrap();
+    let loaded = checkpoint::load(&adapter, Device::Cpu, Kind::Float).unwrap();
+    assert!(loaded.adapts_drafts());
+    let strategy = Strategy::Gated { n: 8 };
+    let (expected, actual) =
+        (answers(&model, strategy, Sampling::Greedy), answers(&loaded, strategy, Sampling::Greedy));
+    assert_eq!(num_new_tokens(&actual), num_new_tokens(&expected));
+    assert_eq!(response_ids(&actual), response_ids(&expected));
+    let error = checkpoint::save(&loaded, &base, Kind::Float).unwrap_err().to_string();
+    assert!(error.contains("not merged"), "{error}");
+}
