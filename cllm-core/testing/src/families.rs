@@ -52,13 +52,18 @@ pub fn random_model(config: &Value, seed: u64) -> Transformer {
     let _no_grad = tch::no_grad_guard();
     for (name, mut tensor) in model.named_parameters() {
         if name.ends_with("bias") {
-            // Not libtorch's generator, which all threads of the process share.
-            let phase = (fingerprint::derive_seed(seed, &name) % 1000) as f64;
-            let numbers = Tensor::arange(tensor.numel() as i64, (Kind::Float, Device::Cpu));
-            tensor.copy_(&((numbers * 1.3 + phase).sin() * 0.7));
+            tensor.copy_(&(waves(&name, &tensor, seed) * 0.7));
         } else if !name.ends_with("norm.weight") {
             tensor *= 12.0;
         }
     }
     model
+}
+
+/// Numbers between -1 and 1 for the weight of a name, in its shape. They do not come from libtorch's
+/// generator, which all threads of the process share.
+pub(crate) fn waves(name: &str, weight: &Tensor, seed: u64) -> Tensor {
+    let phase = (fingerprint::derive_seed(seed, name) % 1000) as f64;
+    let numbers = Tensor::arange(weight.numel() as i64, (Kind::Float, Device::Cpu));
+    (numbers * 1.3 + phase).sin().view_as(weight)
 }

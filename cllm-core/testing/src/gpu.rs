@@ -4,6 +4,8 @@ use cllm_core::model::{ModelConfig, Transformer};
 use serde_json::Value;
 use tch::{Cuda, Device, Kind};
 
+use crate::families::waves;
+
 /// The first GPU. Fails without one.
 pub fn gpu() -> Device {
     assert!(Cuda::is_available(), "this test needs an NVIDIA GPU, and libtorch finds none");
@@ -14,20 +16,25 @@ pub fn gpu() -> Device {
 /// `scale` multiplies the matrices, so that the logits are as far apart as those of a trained
 /// model.
 pub fn on_gpu_and_cpu(config: &Value, seed: u64, scale: f64) -> (Transformer, Transformer) {
-    let config = ModelConfig::from_json(config).unwrap();
-    let on_gpu = Transformer::random(config.clone(), seed, gpu(), Kind::BFloat16);
-    let on_cpu = Transformer::random(config, seed, Device::Cpu, Kind::Float);
-    let _no_grad = tch::no_grad_guard();
-    for ((name, mut rounded), (_, mut exact)) in on_gpu.named_parameters().into_iter().zip(on_cpu.named_parameters()) {
-        if name.ends_with("bias") {
-            let _ = exact.normal_(0.0, 0.3);
-        } else if name.ends_with("norm.weight") {
-            let _ = exact.uniform_(0.5, 1.5);
-        } else {
-            exact *= scale;
-        }
-        rounded.copy_(&exact);
-        exact.copy_(&rounded.to_device(Device::Cpu));
+    let exact = exact(config, seed, scale);
+    let rounded = Transformer::random(exact.config().clone(), seed, gpu(), Kind::BFloat16);
+    for ((_, mut rounded), (_, exact)) in rounded.named_parameters().into_iter().zip(exact.named_parameters()) {
+        tch::no_grad(|| rounded.copy_(&exact));
     }
-    (on_gpu, on_cpu)
+    (rounded, exact)
+}
+
+/// The model in float32, whose weights bfloat16 can represent.
+fn exact(config: &Value, seed: u64, scale: f64) -> Transformer {
+    let model = Transformer::random(ModelConfig::from_json(config).unwrap(), seed, Device::Cpu, Kind::Float);
+    let _no_grad = tch::no_grad_guard();
+    for (name, mut weight) in model.named_parameters() {
+        let exact = match name.as_str() {
+            bias if bias.ends_with("bias") => waves(&name, &weight, seed) * 0.4,
+            norm if norm.ends_with("norm.weight") => waves(&name, &weight, seed) * 0.5 + 1.0,
+            _ => &weight * scale,
+        };
+        weight.copy_(&exact.to_kind(Kind::BFloat16));
+    }
+    model
 }

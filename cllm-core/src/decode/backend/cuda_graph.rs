@@ -3,6 +3,8 @@
 //! A graph has fixed shapes. A forward therefore packs its tokens without padding between sequences
 //! and pads the total to one of a few sizes ([`padded_size`]).
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
 use tch::Device;
 
 use super::cuda_model::CudaModel;
@@ -17,9 +19,16 @@ use crate::{Error, Result};
 /// A forward of our kernels that caches prompts has at most this many tokens.
 pub const MAX_PROMPT_TOKENS: usize = 4096;
 
+/// Held by one forward at a time that occupies its whole device: its blocks wait for each other, and
+/// would wait forever for ones that those of another such forward keep out. (Processes take turns on
+/// a device anyway.)
+static WHOLE_DEVICE: Mutex<()> = Mutex::new(());
+
 pub(in crate::decode) struct CudaGraphBackend<'m> {
     // Dropped first: it waits for forwards, which use the model's weights and cache.
     runner: GraphRunner,
+    /// Held while a forward occupies the whole device.
+    whole_device: Option<MutexGuard<'static, ()>>,
     model: CudaModel<'m>,
     vocab_size: usize,
     /// What the last forward was to give.
@@ -39,6 +48,7 @@ impl<'m> CudaGraphBackend<'m> {
         let Device::Cuda(index) = model.device() else { return Ok(None) };
         Ok(Some(CudaGraphBackend {
             runner: GraphRunner::new(index, cuda_model.input_limits())?,
+            whole_device: None,
             model: cuda_model,
             vocab_size: model.config().vocab_size as usize,
             sampling: SamplingOptions { inverse_temperature: 0.0, gives_candidates: false },
@@ -68,6 +78,11 @@ impl Backend for CudaGraphBackend<'_> {
         };
         let shape = self.shape(chunks, windows);
         write_input(&mut self.runner.write_input(shape)?, chunks, windows)?;
+        // No forward of this backend is running any more.
+        self.whole_device = None;
+        if self.model.occupies_device(shape.num_tokens) {
+            self.whole_device = Some(WHOLE_DEVICE.lock().unwrap_or_else(PoisonError::into_inner));
+        }
         let model = &self.model;
         // SAFETY: a forward uses the weights, which the model borrows for longer than the runner
         // lives, and the cache, which it owns, never replaces and drops after the runner.
@@ -78,6 +93,7 @@ impl Backend for CudaGraphBackend<'_> {
         let num_outputs: usize = windows.iter().map(Window::len).sum();
         let ints_per_output = self.sampling.ints_per_output();
         let results = &self.runner.results()?[..num_outputs * ints_per_output];
+        self.whole_device = None;
         let sampled: Vec<i32> = results.iter().copied().step_by(ints_per_output).collect();
         let candidates: Vec<Candidates> = match self.sampling.gives_candidates {
             true => results.chunks(ints_per_output).map(candidates).collect(),

@@ -92,6 +92,12 @@ impl<'m> CudaModel<'m> {
         decode::max_fused_tokens(&self.shape)
     }
 
+    /// Whether a forward of `num_tokens` has kernels that occupy all multiprocessors and wait for
+    /// their own blocks.
+    pub(super) fn occupies_device(&self, num_tokens: usize) -> bool {
+        self.products.as_ref().is_some_and(|products| products.are_fastest(num_tokens))
+    }
+
     /// Copies a row of the cache over another.
     pub(super) fn copy_row(&mut self, from: usize, to: usize) {
         for cache in [&self.keys, &self.values] {
@@ -111,7 +117,7 @@ impl<'m> CudaModel<'m> {
     /// ints_per_output]`. The fused kernels sample after every token.
     pub(super) fn forward(&self, input: &ForwardInput, results: &Tensor) -> Result<()> {
         let num_tokens = input.shape().num_tokens;
-        if let Some(products) = self.products.as_ref().filter(|products| products.are_fastest(num_tokens)) {
+        if let Some(products) = self.products.as_ref().filter(|_| self.occupies_device(num_tokens)) {
             return self.forward_with_products(products, input, results);
         }
         let x = self.empty(num_tokens, self.model.config().hidden_size)?;

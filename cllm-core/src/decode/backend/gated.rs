@@ -39,7 +39,7 @@ impl DoubledWindow {
 
     fn window(&self) -> Window<'_> {
         let DoubledWindow { start, last_token, ref draft, ref tree, sequence_key } = *self;
-        Window { start, last_token, draft, tree: Some(tree), num_adapted: (1 + draft.len()) / 2, sequence_key }
+        Window { start, last_token, draft, tree: Some(tree), num_adapted: draft.len().div_ceil(2), sequence_key }
     }
 }
 
