@@ -139,9 +139,12 @@ impl RunSettings {
     }
 
     /// The strategies of a model. Only the teacher has those with a draft model, which is the
-    /// student.
+    /// student, and only the student those with adapters for draft tokens.
     pub fn strategies_of(&self, role: Role) -> impl Iterator<Item = Strategy> + '_ {
-        self.strategies.iter().copied().filter(move |strategy| role == Role::Teacher || !strategy.needs_draft_model())
+        self.strategies.iter().copied().filter(move |strategy| match role {
+            Role::Teacher => !strategy.needs_draft_adapters(),
+            Role::Student => !strategy.needs_draft_model(),
+        })
     }
 }
 

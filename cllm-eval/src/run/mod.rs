@@ -105,6 +105,13 @@ fn model_names(settings: &RunSettings) -> Result<Vec<(Role, &str)>> {
     if names.is_empty() {
         return Err(Error::usage("nothing to evaluate: set `teacher`, `student` or both to a model folder or id"));
     }
+    if settings.student.is_none()
+        && let Some(strategy) = settings.strategies.iter().find(|strategy| strategy.needs_draft_adapters())
+    {
+        return Err(Error::usage(format!(
+            "strategies: `{strategy}` decodes with the student's adapters for draft tokens: set `student` to their folder"
+        )));
+    }
     let drafted = settings.strategies.iter().find(|strategy| strategy.needs_draft_model());
     match drafted {
         Some(strategy) if names.len() < 2 => Err(Error::usage(format!(
@@ -148,12 +155,14 @@ impl Input {
 /// Measures one model after the other, then what needs both models: strategies with a draft model,
 /// and timing.
 fn answer_prompts(session: &mut Session<'_>, models: Vec<IdentifiedModel>, prompts: Vec<Prompts>) -> Result<()> {
-    let (drafted, alone): (Vec<Strategy>, Vec<Strategy>) =
-        session.settings.strategies.iter().partition(|strategy| strategy.needs_draft_model());
+    let drafted: Vec<Strategy> =
+        session.settings.strategies.iter().copied().filter(|strategy| strategy.needs_draft_model()).collect();
     let is_needed_later = !session.timed.is_empty() || !drafted.is_empty();
     let mut kept = Vec::new();
     for (model, prompts) in models.into_iter().zip(prompts) {
         let mut model = LoadedModel::load(model, prompts, session.device)?;
+        let alone: Vec<Strategy> =
+            session.settings.strategies_of(model.role).filter(|strategy| !strategy.needs_draft_model()).collect();
         measure_strategies(session, &mut model, &alone)?;
         if is_needed_later {
             kept.push(model);

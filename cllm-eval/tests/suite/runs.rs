@@ -4,7 +4,7 @@ use std::path::Path;
 
 use cllm_core::checkpoint;
 use cllm_core::decode::Strategy;
-use cllm_core::model::LoraConfig;
+use cllm_core::model::{AdaptedTokens, LoraConfig};
 use cllm_eval::records::Records;
 use cllm_eval::results::Results;
 use cllm_eval::role::Role;
@@ -257,6 +257,35 @@ fn an_adapter_is_evaluated_by_its_folder() {
     let results: Value = serde_json::from_slice(&measured.stdout).unwrap();
     assert_eq!(results["models"][1]["path"], "adapter");
     assert_ne!(results["models"][0]["fingerprint"], results["models"][1]["fingerprint"]);
+}
+
+#[test]
+fn adapters_for_drafts_are_evaluated_as_a_student_with_the_answers_of_its_teacher() {
+    let dir = tempfile::tempdir().unwrap();
+    let (base, adapter) = (dir.path().join("base"), dir.path().join("adapter"));
+    model(&base, 3);
+    std::fs::create_dir(&adapter).unwrap();
+    let mut adapted = checkpoint::load(&base, Device::Cpu, Kind::Float).unwrap();
+    adapted.add_adapters(&LoraConfig { on: AdaptedTokens::Drafts, ..LoraConfig::default() }, 1);
+    for (_, mut tensor) in adapted.trainable().tensors() {
+        let _ = tch::no_grad(|| tensor.fill_(0.1));
+    }
+    checkpoint::save_adapter(&adapted, &adapter, &base.display().to_string()).unwrap();
+    let run = |models: &[&str]| {
+        let fixed = ["run", "--quiet", "--json", "num_problems=2", "max_new_tokens=6", "num_speed_examples=1"];
+        let others = ["strategies=[ar, {gated: {n: 4}}]", "device=cpu", "output=out"];
+        program().current_dir(dir.path()).args(fixed).args(others).args(models).output().unwrap()
+    };
+    let refused = run(&["teacher=base"]);
+    let message = String::from_utf8_lossy(&refused.stderr).into_owned();
+    assert!(refused.status.code() == Some(2) && message.contains("set `student`"), "{message}");
+    let measured = run(&["teacher=base", "student=adapter"]);
+    assert!(measured.status.success(), "{}", String::from_utf8_lossy(&measured.stderr));
+    let results: Value = serde_json::from_slice(&measured.stdout).unwrap();
+    let strategies = |model: usize| results["models"][model]["strategies"].as_array().unwrap();
+    let names = |model| strategies(model).iter().map(|strategy| strategy["name"].as_str().unwrap()).collect::<Vec<_>>();
+    assert_eq!((names(0), names(1)), (vec!["ar"], vec!["ar", "gated"]));
+    assert_eq!(strategies(1)[1]["exact_match_vs_ar"], 1.0);
 }
 
 #[test]
