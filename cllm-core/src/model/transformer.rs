@@ -198,8 +198,8 @@ impl Transformer {
         draft_rows: Option<&Tensor>,
     ) -> Tensor {
         let layer = &self.layers[index];
-        let normed = self.rms_norm(x, &layer.input_layernorm);
-        let x = self.self_attention(index, &normed, rotation, attention, draft_rows) + x;
+        let x =
+            self.self_attention(index, &self.rms_norm(x, &layer.input_layernorm), rotation, attention, draft_rows) + x;
         mlp(layer, &self.rms_norm(&x, &layer.post_attention_layernorm), draft_rows) + x
     }
 
