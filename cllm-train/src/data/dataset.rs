@@ -13,6 +13,7 @@ use cllm_core::{Error, Result, interrupt, progress, prompt_set};
 use serde_json::json;
 
 use super::turns;
+use crate::data::state_sampling::num_noisy_states;
 use crate::settings::{BlockContext, ConsistencySettings, LabelSource, Objective, Settings};
 
 /// One response to learn from, with its prompt.
@@ -89,9 +90,20 @@ impl Example {
     /// The maximum number of tokens in its noisy blocks. With local consistency, the next states
     /// add as many again.
     pub fn max_noisy_tokens(&self, consistency: &ConsistencySettings) -> usize {
-        let num_candidates = self.candidate_blocks(consistency).len();
-        let num_blocks = consistency.max_blocks.map_or(num_candidates, |max_blocks| num_candidates.min(max_blocks));
-        num_blocks * self.blocks.first().map_or(0, |block| block.states[0].len())
+        let mut num_draws: Vec<usize> =
+            self.candidate_blocks(consistency).into_iter().map(|index| self.num_draws(index, consistency)).collect();
+        num_draws.sort_unstable_by(|one, other| other.cmp(one));
+        num_draws.truncate(consistency.max_blocks.unwrap_or(usize::MAX));
+        num_draws.iter().sum::<usize>() * self.blocks.first().map_or(0, |block| block.states[0].len())
+    }
+
+    /// How many states of a block are trained in one pass over the data. A noisy window needs all
+    /// its blocks each time.
+    pub(crate) fn num_draws(&self, block_index: usize, consistency: &ConsistencySettings) -> usize {
+        match consistency.context {
+            BlockContext::Clean => consistency.states_per_block.min(num_noisy_states(&self.blocks[block_index].states)),
+            BlockContext::NoisyWindow => consistency.states_per_block,
+        }
     }
 
     /// The maximum number of tokens in its packed sequence.

@@ -19,6 +19,8 @@ const EMPTY_RANGE: (i32, i32) = (0, 0);
 /// One noisy state of a block.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NoisyBlock {
+    /// Counts the states of the same block. Blocks attend only to noisy blocks of the same draw.
+    pub draw: usize,
     /// Position of its first token in the response.
     pub start: usize,
     /// The block attends to clean tokens before this position of the response, and from there on to
@@ -43,7 +45,8 @@ pub struct PackedSequence {
 }
 
 impl PackedSequence {
-    /// A response with noisy states of some of its blocks, which are sorted by their start.
+    /// A response with noisy states of some of its blocks, which are sorted by their draw, and then
+    /// by their start.
     pub fn new(prompt_ids: &[i32], response_ids: &[i32], noisy_blocks: Vec<NoisyBlock>) -> Self {
         PackedSequence {
             prompt_ids: prompt_ids.to_vec(),
@@ -53,7 +56,7 @@ impl PackedSequence {
         }
     }
 
-    /// Draws blocks of an example, and one noisy state of each.
+    /// Draws blocks of an example, and noisy states of each.
     pub fn sample(example: &Example, consistency: &ConsistencySettings, rng: &mut ChaCha8Rng) -> Self {
         let mut block_indices = example.candidate_blocks(consistency);
         if let Some(max_blocks) = consistency.max_blocks {
@@ -61,8 +64,18 @@ impl PackedSequence {
             block_indices.truncate(max_blocks);
             block_indices.sort_unstable();
         }
-        let noisy_blocks =
-            block_indices.into_iter().map(|index| sample_noisy_block(example, index, consistency, rng)).collect();
+        let mut noisy_blocks = Vec::new();
+        let mut drawn: Vec<Vec<usize>> = vec![Vec::new(); block_indices.len()];
+        for draw in 0..consistency.states_per_block {
+            for (&index, drawn) in block_indices.iter().zip(&mut drawn) {
+                if draw < example.num_draws(index, consistency) {
+                    let (index_in_run, states) = (example.contiguous_run(index).1, &example.blocks[index].states);
+                    let state = sample_state(states, drawn, index_in_run, consistency, rng);
+                    drawn.push(state);
+                    noisy_blocks.push(noisy_block(example, index, draw, state, consistency));
+                }
+            }
+        }
         let sequence = PackedSequence::new(&example.prompt_ids, &example.response_ids, noisy_blocks);
         PackedSequence { labelled: example.labelled.clone(), ..sequence }
     }
@@ -124,12 +137,13 @@ impl PackedSequence {
         let mut ranges: Vec<AttentionRanges> =
             (0..self.num_clean_tokens()).map(|index| [causal(0, index), EMPTY_RANGE, EMPTY_RANGE]).collect();
         let starts = self.state_starts();
-        // Blocks are sorted by their start, so the noisy blocks that one attends to are the ones
-        // right before it.
+        // Blocks of a draw are sorted by their start, so the noisy blocks that one attends to are the
+        // ones right before it.
         let window_starts: Vec<i32> = (0..starts.len())
             .map(|number| {
-                let window_start = self.noisy_blocks[number].window_start;
-                starts[self.noisy_blocks[..number].partition_point(|other| other.start < window_start)] as i32
+                let NoisyBlock { draw, window_start, .. } = self.noisy_blocks[number];
+                let is_before = |other: &NoisyBlock| (other.draw, other.start) < (draw, window_start);
+                starts[self.noisy_blocks[..number].partition_point(is_before)] as i32
             })
             .collect();
         let clean = |block: &NoisyBlock| (0, (self.prompt_len() + block.window_start.min(block.start)) as i32);
@@ -169,8 +183,10 @@ impl PackedSequence {
         let differences: Vec<Option<usize>> = self.noisy_blocks.iter().map(first_difference).collect();
         let offsets = |number: usize| {
             let block = &self.noisy_blocks[number];
-            // Blocks are sorted by their start.
-            let in_window = |&other: &usize| self.noisy_blocks[other].start >= block.window_start;
+            let in_window = |&other: &usize| {
+                let other = &self.noisy_blocks[other];
+                other.draw == block.draw && other.start >= block.window_start
+            };
             let context_differs = (0..number).rev().take_while(in_window).any(|other| differences[other].is_some());
             let first = if context_differs { Some(0) } else { differences[number] };
             let end = self.num_predicted(block).min(block.state.len());
@@ -206,19 +222,19 @@ impl PackedSequence {
     }
 }
 
-/// Draws a noisy state of a block of an example.
-fn sample_noisy_block(
+/// The noisy block of a state that was drawn.
+fn noisy_block(
     example: &Example,
     block_index: usize,
+    draw: usize,
+    drawn: usize,
     consistency: &ConsistencySettings,
-    rng: &mut ChaCha8Rng,
 ) -> NoisyBlock {
     let block = &example.blocks[block_index];
+    let state = &block.states[drawn];
     // Windows are counted anew after a thought that was closed at its limit, since its closing
     // tokens are in no block.
-    let (run_start, index_in_run) = example.contiguous_run(block_index);
-    let drawn = sample_state(&block.states, index_in_run, consistency, rng);
-    let state = &block.states[drawn];
+    let (run_start, _) = example.contiguous_run(block_index);
     let window_start = match consistency.context {
         BlockContext::Clean => block.start,
         BlockContext::NoisyWindow => {
@@ -231,7 +247,7 @@ fn sample_noisy_block(
         Some(next_state) if consistency.local_weight > 0.0 => next_state[..num_tokens].to_vec(),
         _ => Vec::new(),
     };
-    NoisyBlock { start: block.start, window_start, state: state[..num_tokens].to_vec(), next_state }
+    NoisyBlock { draw, start: block.start, window_start, state: state[..num_tokens].to_vec(), next_state }
 }
 
 /// The start of each part, when parts of these lengths follow one another from `start`.

@@ -5,28 +5,35 @@ use rand_chacha::ChaCha8Rng;
 
 use crate::settings::{ConsistencySettings, StateSampling};
 
-/// The index of the state to train for block `block_index` of a response. The last of the `states`
-/// is the fixed point, which is drawn only if there is no other.
+/// The index of a state to train for block `block_index` of a response, which is none of those that
+/// were `drawn` before unless there is no other. The last of the `states` is the fixed point, which
+/// is drawn only if it is the only one.
 pub fn sample_state(
     states: &[Vec<i32>],
+    drawn: &[usize],
     block_index: usize,
     consistency: &ConsistencySettings,
     rng: &mut ChaCha8Rng,
 ) -> usize {
-    let num_noisy = (states.len() - 1).max(1);
-    match consistency.states {
-        StateSampling::Uniform => rng.random_range(0..num_noisy),
-        StateSampling::Progressive => {
-            let target = target_noise(block_index, consistency.window_blocks);
-            let fractions = incorrect_fractions(states);
-            let distance = |state: usize| (fractions[state] - target).abs();
-            let min_distance = (0..num_noisy).map(distance).fold(f64::INFINITY, f64::min);
-            // Ties are broken at random, so that over the epochs each of the tied states is
-            // trained.
-            let nearest: Vec<usize> = (0..num_noisy).filter(|&state| distance(state) <= min_distance).collect();
-            nearest[rng.random_range(0..nearest.len())]
-        }
+    let noisy = 0..num_noisy_states(states);
+    let mut left: Vec<usize> = noisy.clone().filter(|state| !drawn.contains(state)).collect();
+    if left.is_empty() {
+        left = noisy.collect();
     }
+    if consistency.states == StateSampling::Progressive {
+        let target = target_noise(block_index, consistency.window_blocks);
+        let fractions = incorrect_fractions(states);
+        let distance = |state: usize| (fractions[state] - target).abs();
+        let min_distance = left.iter().map(|&state| distance(state)).fold(f64::INFINITY, f64::min);
+        // Ties are broken at random, so that over the epochs each of the tied states is trained.
+        left.retain(|&state| distance(state) <= min_distance);
+    }
+    left[rng.random_range(0..left.len())]
+}
+
+/// Number of states that can be drawn.
+pub fn num_noisy_states(states: &[Vec<i32>]) -> usize {
+    (states.len() - 1).max(1)
 }
 
 /// The fraction of incorrect tokens that block `block_index` of a response should have: it rises
@@ -59,7 +66,23 @@ mod tests {
     fn sampled(block_index: usize, window_blocks: usize, epoch: u64) -> usize {
         let consistency =
             ConsistencySettings { states: StateSampling::Progressive, window_blocks, ..ConsistencySettings::default() };
-        sample_state(&states(), block_index, &consistency, &mut fingerprint::derive_rng(1, "a", epoch))
+        sample_state(&states(), &[], block_index, &consistency, &mut fingerprint::derive_rng(1, "a", epoch))
+    }
+
+    #[test]
+    fn states_are_drawn_again_only_when_all_were_drawn() {
+        for states_drawn in [StateSampling::Uniform, StateSampling::Progressive] {
+            let consistency = ConsistencySettings { states: states_drawn, ..ConsistencySettings::default() };
+            let mut rng = fingerprint::derive_rng(1, "a", 0);
+            let mut drawn = Vec::new();
+            for _ in 0..5 {
+                drawn.push(sample_state(&states(), &drawn, 1, &consistency, &mut rng));
+            }
+            let last = drawn.pop().unwrap();
+            assert!(last < 4, "the fixed point is not drawn");
+            drawn.sort_unstable();
+            assert_eq!(drawn, [0, 1, 2, 3], "{states_drawn:?}");
+        }
     }
 
     #[test]
@@ -78,7 +101,7 @@ mod tests {
         assert_eq!(window, [3, 3, 0]);
         assert_eq!([4, 5, 7].map(|index| sampled(index, 4, 0)), window);
         let mut rng = fingerprint::derive_rng(1, "a", 0);
-        let fixed_point_only = sample_state(&states()[4..], 3, &ConsistencySettings::default(), &mut rng);
+        let fixed_point_only = sample_state(&states()[4..], &[], 3, &ConsistencySettings::default(), &mut rng);
         assert_eq!(fixed_point_only, 0);
     }
 

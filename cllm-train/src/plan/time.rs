@@ -136,7 +136,8 @@ fn attended_pairs(config: &ModelConfig, example: &Example, consistency: &Consist
     let streams = if consistency.local_weight > 0.0 { 2.0 } else { 1.0 };
     let of_block = |index: usize, window: f64| {
         let block = &example.blocks[index];
-        causal_pairs((example.prompt_ids.len() + block.start) as f64, block.states[0].len() as f64, window)
+        let num_draws = example.num_draws(index, consistency) as f64;
+        num_draws * causal_pairs((example.prompt_ids.len() + block.start) as f64, block.states[0].len() as f64, window)
     };
     let of_layer = |window: &Option<i32>| {
         let window = window.map_or(f64::INFINITY, f64::from);

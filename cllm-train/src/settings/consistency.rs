@@ -85,6 +85,10 @@ pub struct ConsistencySettings {
     /// How the recorded state of a block is drawn.
     #[garde(skip)]
     pub states: StateSampling,
+    /// Different states of each block trained in one pass over the data, or all that it has if they
+    /// are fewer. They share the prompt and the clean response.
+    #[garde(range(min = 1))]
+    pub states_per_block: usize,
     /// Blocks per window (for `noisy_window` and `progressive`).
     #[garde(range(min = 1))]
     pub window_blocks: usize,
@@ -107,6 +111,7 @@ impl Default for ConsistencySettings {
             divergence: Divergence::Forward,
             context: BlockContext::Clean,
             states: StateSampling::Uniform,
+            states_per_block: 1,
             window_blocks: 4,
             max_blocks: None,
         }

@@ -106,6 +106,7 @@ fn every_token_attends_to_what_its_own_causal_forward_would() {
         let state = |start: usize| token_ids(13 + start as i32, N.min(response.len() - start));
         let next_state = |start: usize| token_ids(29 + start as i32, N.min(response.len() - start));
         let noisy_block = |&(start, window_start): &(usize, usize)| NoisyBlock {
+            draw: 0,
             start,
             window_start,
             state: state(start),
@@ -133,6 +134,39 @@ fn every_token_attends_to_what_its_own_causal_forward_would() {
                 assert!(difference < 1e-3, "{family}, block at {start}: {difference}");
                 index += own.len() as i64;
             }
+        }
+    });
+}
+
+#[test]
+fn states_of_a_block_in_one_sequence_are_those_of_a_sequence_each() {
+    for_each_family(|family, model, anchor| {
+        let whole = example("a", 5, 30);
+        // The blocks have two states at most. A noisy window needs all its blocks each time.
+        for (context, num_draws) in [(BlockContext::Clean, 2), (BlockContext::NoisyWindow, 3)] {
+            let settings = ConsistencySettings {
+                context,
+                window_blocks: 2,
+                local_weight: 1.0,
+                states_per_block: 3,
+                ..ConsistencySettings::default()
+            };
+            let packed = pack(&whole, &settings, 0);
+            let of_draw = |draw: usize| {
+                let blocks = packed.noisy_blocks().iter().filter(|block| block.draw == draw);
+                let alone = blocks.map(|block| NoisyBlock { draw: 0, ..block.clone() }).collect();
+                PackedSequence::new(&whole.prompt_ids, &whole.response_ids, alone)
+            };
+            assert_eq!(packed.noisy_blocks().last().unwrap().draw, num_draws - 1, "{family}, {context:?}");
+            let alone: Vec<PackedSequence> = (0..num_draws).map(of_draw).collect();
+            let (together, counts) = evaluate(&model, &anchor, std::slice::from_ref(&packed), &settings);
+            let (apart, counts_apart) = evaluate(&model, &anchor, &alone, &settings);
+            assert_eq!(counts.num_loss_tokens.global, counts_apart.num_loss_tokens.global, "{family}, {context:?}");
+            let is_same = |actual: f64, expected: f64| (actual - expected).abs() < 1e-3 * expected && expected > 0.0;
+            assert!(is_same(together.global, apart.global), "{family}, {context:?}: {together:?} {apart:?}");
+            assert!(is_same(together.local, apart.local), "{family}, {context:?}: {together:?} {apart:?}");
+            let max_tokens = whole.max_packed_tokens(&settings);
+            assert!(packed.len() <= max_tokens, "{family}, {context:?}: {} > {max_tokens}", packed.len());
         }
     });
 }
@@ -304,6 +338,7 @@ fn the_losses_are_those_of_a_naive_loop() {
         let next_of_first = vec![response[4], response[5], 0, 9];
         let last = vec![3, response[9]];
         let block = |start: usize, state: &[i32], next_state: &[i32]| NoisyBlock {
+            draw: 0,
             start,
             window_start: start,
             state: state.to_vec(),
@@ -444,6 +479,7 @@ fn gradients_of_a_packed_example_agree_with_transformers() {
         serde_json::from_slice(&std::fs::read(fixtures.join("packed-gradients.json")).unwrap()).unwrap();
     let RecordedExample { prompt, response, blocks, labels } = recorded.example;
     let noisy_block = |block: RecordedBlock| NoisyBlock {
+        draw: 0,
         start: block.start,
         window_start: block.window_start,
         state: block.state,
