@@ -8,6 +8,9 @@
 //! first (`Transformer::to_merged`): its changed weights are computed in float32 into a buffer of
 //! their own. The copy takes memory while it lives, but nothing has to be undone afterwards: the
 //! frozen weights are never written, and training continues from exactly the same bits.
+//!
+//! Adapters for draft tokens (`AdaptedTokens::Drafts`) are the exception: a forward includes them for
+//! the tokens that it names as drafts alone, and they are neither merged nor saved with the weights.
 
 use std::collections::BTreeSet;
 
