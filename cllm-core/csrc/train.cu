@@ -5,7 +5,7 @@
 // Macros from the host: HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, EPS; ALIGNED, whether every
 // tensor of the model starts at a multiple of 16 bytes; QK_NORM, whether queries and keys have a
 // norm (Qwen3); ROW_THREADS and ROWS_PER_BLOCK of the norms; HEAD_THREADS of the rotation; and the
-// kinds of divergence: FORWARD_KL, REVERSE_KL, JENSEN_SHANNON.
+// kinds of divergence: FORWARD_KL, REVERSE_KL, JENSEN_SHANNON, NEG_LOG_ACCEPTANCE, LK_HYBRID.
 #define QKV ((HEADS + 2 * KV_HEADS) * HEAD_DIM)
 #define HALF (HEAD_DIM / 2)
 // Distance between rows of logits: the vocabulary, padded so that rows are aligned.
@@ -402,18 +402,24 @@ extern "C" __global__ void logsumexp(const bf16 *logits, float *out) {
 }
 
 // out[row] = the divergence between the student's distribution p_s and a target distribution p_t,
-// given as logits. The student's logits become their gradient times `scale`. `kind`: FORWARD_KL is
-// KL(p_t || p_s), REVERSE_KL is KL(p_s || p_t). One block per row of the student; row i is compared
-// with row target_rows[i] of the targets.
+// given as logits. The student's logits become their gradient times `scale` and, unless `weights` is
+// null, weights[row]. `kind`: FORWARD_KL is KL(p_t || p_s), REVERSE_KL is KL(p_s || p_t); with the
+// acceptance a = sum of min(p_s, p_t), NEG_LOG_ACCEPTANCE is -log a and LK_HYBRID is
+// w KL(p_t || p_s) + (1 - w) (1 - a) with the constant w = exp(-3 a). One block per row of the
+// student; row i is compared with row target_rows[i] of the targets.
 extern "C" __global__ void divergence(bf16 *logits, const float *logsumexps, const bf16 *targets,
-                                      const float *target_logsumexps, const long long *target_rows, int kind,
-                                      float scale, float *out) {
+                                      const float *target_logsumexps, const long long *target_rows,
+                                      const float *weights, int kind, float scale, float *out) {
   bf16 *student = logits + (size_t)blockIdx.x * PITCH;
   const bf16 *target = targets + (size_t)target_rows[blockIdx.x] * PITCH;
   float student_logsumexp = logsumexps[blockIdx.x], target_logsumexp = target_logsumexps[target_rows[blockIdx.x]];
+  const bool by_acceptance = kind == NEG_LOG_ACCEPTANCE || kind == LK_HYBRID;
+  if (weights) scale *= weights[blockIdx.x];
   // sum of p_t (log p_t - log m) and of p_s (log p_s - log m), where m is the other distribution
   // or, for Jensen-Shannon, the mean.
   float target_sum = 0.f, student_sum = 0.f;
+  // a, and the part of it where p_s is the smaller, so that more of it is accepted.
+  float acceptance = 0.f, smaller_sum = 0.f;
   for (int id = threadIdx.x * 8; id < VOCAB; id += blockDim.x * 8) {
     Float8 x = load_logits(student, id), y = load_logits(target, id);
     for (int i = 0; i < 8; i++) {
@@ -424,6 +430,10 @@ extern "C" __global__ void divergence(bf16 *logits, const float *logsumexps, con
         x.at[i] = scale * (p_s - p_t);
       } else if (kind == REVERSE_KL) {
         student_sum += p_s * (log_s - log_t);
+      } else if (by_acceptance) {
+        target_sum += p_t * (log_t - log_s);
+        acceptance += fminf(p_s, p_t);
+        smaller_sum += p_s < p_t ? p_s : 0.f;
       } else {
         float log_m = __logf(0.5f * (p_t + p_s) + 1e-38f);
         target_sum += p_t > 0.f ? p_t * (log_t - log_m) : 0.f;
@@ -433,15 +443,31 @@ extern "C" __global__ void divergence(bf16 *logits, const float *logsumexps, con
     if (kind == FORWARD_KL) store8(student + id, x);
   }
   target_sum = block_sum(target_sum), student_sum = block_sum(student_sum);
-  if (threadIdx.x == 0)
-    out[blockIdx.x] = kind == JENSEN_SHANNON ? 0.5f * (target_sum + student_sum) : target_sum + student_sum;
+  float kl_weight = 0.f;
+  if (by_acceptance) {
+    acceptance = fmaxf(block_sum(acceptance), 1e-30f), smaller_sum = block_sum(smaller_sum);
+    kl_weight = kind == LK_HYBRID ? __expf(-3.f * acceptance) : 0.f;
+  }
+  if (threadIdx.x == 0) {
+    float sum = target_sum + student_sum;
+    out[blockIdx.x] = kind == JENSEN_SHANNON       ? 0.5f * sum
+                      : kind == NEG_LOG_ACCEPTANCE ? -__logf(acceptance)
+                      : kind == LK_HYBRID          ? kl_weight * sum + (1.f - kl_weight) * (1.f - acceptance)
+                                                   : sum;
+  }
   if (kind == FORWARD_KL) return;
+  const float acceptance_scale = kind == NEG_LOG_ACCEPTANCE ? scale / acceptance : scale * (1.f - kl_weight);
   for (int id = threadIdx.x * 8; id < VOCAB; id += blockDim.x * 8) {
     Float8 x = load_logits(student, id), y = load_logits(target, id);
     for (int i = 0; i < 8; i++) {
       float log_s = x.at[i] - student_logsumexp, log_t = y.at[i] - target_logsumexp, p_s = __expf(log_s);
-      float log_m = kind == REVERSE_KL ? log_t : __logf(0.5f * (__expf(log_t) + p_s) + 1e-38f);
-      x.at[i] = p_s > 0.f ? scale * (kind == REVERSE_KL ? 1.f : 0.5f) * p_s * (log_s - log_m - student_sum) : 0.f;
+      if (by_acceptance) {
+        float p_t = __expf(log_t), is_smaller = p_s < p_t ? 1.f : 0.f;
+        x.at[i] = acceptance_scale * p_s * (smaller_sum - is_smaller) + scale * kl_weight * (p_s - p_t);
+      } else {
+        float log_m = kind == REVERSE_KL ? log_t : __logf(0.5f * (__expf(log_t) + p_s) + 1e-38f);
+        x.at[i] = p_s > 0.f ? scale * (kind == REVERSE_KL ? 1.f : 0.5f) * p_s * (log_s - log_m - student_sum) : 0.f;
+      }
     }
     store8(student + id, x);
   }

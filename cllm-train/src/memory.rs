@@ -303,6 +303,11 @@ mod tests {
         reverse.consistency.divergence = Divergence::Reverse;
         let mut jsd = settings.clone();
         jsd.consistency.divergence = Divergence::Jsd;
+        let mut nla = settings.clone();
+        nla.consistency.divergence = Divergence::Nla;
+        nla.consistency.after_miss_weight = 0.25;
+        let mut lk_hybrid = settings.clone();
+        lk_hybrid.consistency.divergence = Divergence::LkHybrid;
         let half = Settings { checkpointed_layers: 2, ..settings.clone() };
         let sft = Settings { objective: Objective::Sft, ..settings.clone() };
         for (name, more, settings) in [
@@ -321,6 +326,8 @@ mod tests {
             ("llama, half checkpointed", json!({}), &half),
             ("wide vocabulary, reverse", json!({"vocab_size": 10000}), &reverse),
             ("wide vocabulary, jsd", json!({"vocab_size": 10000}), &jsd),
+            ("wide vocabulary, nla", json!({"vocab_size": 10000}), &nla),
+            ("wide vocabulary, lk_hybrid", json!({"vocab_size": 10000}), &lk_hybrid),
             ("wide vocabulary, anchored", json!({"vocab_size": 10000}), &anchored),
             ("wide vocabulary, sft", json!({"vocab_size": 10000}), &sft),
             ("small vocabulary", json!({"vocab_size": 100}), &settings),

@@ -31,6 +31,10 @@ pub enum Divergence {
     /// KL(student || target).
     ReverseKl,
     JensenShannon,
+    /// -log a, where the acceptance a is the sum of min(target, student).
+    NegLogAcceptance,
+    /// w KL(target || student) + (1 - w) (1 - a), where w is exp(-3 a) and counts as a constant.
+    LkHybrid,
 }
 
 fn macros(shape: &KernelShape) -> Macros {
@@ -44,6 +48,8 @@ fn macros(shape: &KernelShape) -> Macros {
         ("FORWARD_KL", Divergence::ForwardKl as usize),
         ("REVERSE_KL", Divergence::ReverseKl as usize),
         ("JENSEN_SHANNON", Divergence::JensenShannon as usize),
+        ("NEG_LOG_ACCEPTANCE", Divergence::NegLogAcceptance as usize),
+        ("LK_HYBRID", Divergence::LkHybrid as usize),
     ];
     macros.extend(numbers.map(|(name, number)| (name, number.to_string())));
     macros
@@ -187,6 +193,7 @@ const DIVERGENCE: Signature<Sizes> = Signature {
         launch::bf16("targets", |s| s.target_rows * pitch(s)),
         float32("target_logsumexps", |s| s.target_rows),
         int64("target_rows", |s| s.rows),
+        nullable(float32("weights", |s| s.rows)),
         int("kind"),
         float("scale"),
         OUT,
@@ -248,8 +255,13 @@ pub struct Labels {
 
 impl Logits {
     /// The logits `[rows, vocab]`, or their gradient once a loss has replaced them.
-    pub(crate) fn values(&self) -> Tensor {
+    pub fn values(&self) -> Tensor {
         self.padded.narrow(1, 0, self.vocab as i64)
+    }
+
+    /// The logsumexp of each row, float32 `[rows]`.
+    pub fn logsumexps(&self) -> &Tensor {
+        &self.logsumexps
     }
 
     /// The same padded to a multiple of 8 columns. In the padding, gradients are 0.
@@ -450,14 +462,16 @@ impl TrainKernels {
     }
 
     /// The divergence of the student's rows, from `first` on, from the target's rows: float32, one
-    /// for each of `target_rows`. The student's logits become the gradient, times `scale`. The
-    /// target may be other rows of the same logits.
+    /// for each of `target_rows`. The student's logits become the gradient, times `scale` and, if
+    /// there are `weights`, the row's weight, float32 `[rows]`. The target may be other rows of the
+    /// same logits.
     pub fn divergence(
         &self,
         (student, first): (&Logits, usize),
         (target, target_rows): (&Logits, &TargetRows),
         divergence: Divergence,
         scale: f64,
+        weights: Option<&Tensor>,
     ) -> Result<Tensor> {
         if target_rows.bound > target.num_rows() {
             return Err(Error::internal("the target rows belong to other logits"));
@@ -467,7 +481,7 @@ impl TrainKernels {
         let (logits, logsumexps) = student.narrow(first, num_rows)?;
         let out = Tensor::f_empty([num_rows as i64], (Kind::Float, logits.device()))?;
         let tensors = [&logits, &logsumexps, &target.padded, &target.logsumexps, &target_rows.rows];
-        let rest = [Int(divergence as i32), Float(scale as f32), Data(&out)];
+        let rest = [Optional(weights), Int(divergence as i32), Float(scale as f32), Data(&out)];
         // SAFETY: every target row is one of the target's.
         unsafe { self.divergence.launch(&sizes, &[&tensors.map(Data)[..], &rest].concat())? };
         Ok(out)

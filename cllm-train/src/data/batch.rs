@@ -3,7 +3,9 @@
 //! after it.
 //!
 //! The vocabulary is applied to one chunk of rows at a time, since the logits of a whole batch
-//! would not fit into memory.
+//! would not fit into memory. The rows of a noisy block are in one chunk.
+
+use std::collections::BTreeMap;
 
 use cllm_core::model::ModelConfig;
 use cllm_core::train::PackedBatch;
@@ -56,6 +58,10 @@ pub struct Chunk {
     /// For each of `noisy_rows`, the index in `rows` of the row that predicts the same token in the
     /// clean response.
     pub noisy_targets: Vec<i64>,
+    /// For each of `noisy_rows`, the token of the response that it should predict.
+    pub noisy_labels: Vec<i64>,
+    /// For each noisy block, the indices of its rows in `noisy_rows`, in order.
+    pub noisy_blocks: Vec<Vec<usize>>,
 }
 
 /// Rows of the local loss whose logits are in memory at the same time.
@@ -105,12 +111,30 @@ impl BatchCounts {
     }
 }
 
-/// A row before a response token, or of a prompt in the anchor loss.
-struct CleanRow {
+/// A row before a response token, or of a prompt in the anchor loss, with the noisy rows that have it
+/// as their target.
+struct TargetRow {
     row: usize,
     /// The same row in [`Batch::clean`].
     clean_row: usize,
     label: i64,
+    /// The token after the row.
+    next_token: i64,
+    noisy_rows: Vec<NoisyRow>,
+}
+
+/// A row of a noisy block.
+#[derive(Clone)]
+struct NoisyRow {
+    row: i64,
+    /// Number of the block in its sequence.
+    block: usize,
+}
+
+impl TargetRow {
+    fn num_rows(&self) -> usize {
+        1 + self.noisy_rows.len()
+    }
 }
 
 impl Batch {
@@ -139,16 +163,20 @@ impl Batch {
         if let Some(fraction) = anchor_prompt_fraction {
             self.clean.push_causal(&token_ids[..sequence.num_clean_tokens()]);
             for index in anchored_prompt_rows(sequence, fraction) {
-                let row = CleanRow { row: first_row + index, clean_row: first_clean_row + index, label: NO_LABEL };
-                self.push_row(row, Vec::new(), max_chunk_rows);
+                let (row, clean_row) = (first_row + index, first_clean_row + index);
+                let next_token = i64::from(token_ids[index + 1]);
+                let row = TargetRow { row, clean_row, label: NO_LABEL, next_token, noisy_rows: Vec::new() };
+                self.push_rows(vec![row], max_chunk_rows);
             }
         }
-        let mut noisy_rows = vec![Vec::new(); sequence.response_ids.len()];
-        for (index, predicted) in sequence.global_targets() {
-            noisy_rows[predicted].push((first_row + index) as i64);
-        }
+        let (noisy_rows, continues_block) = noisy_rows(sequence, first_row);
         let has_labels = sequence.labelled.contains(&true);
+        // Rows that blocks share, which go into the same chunk.
+        let mut neighbors = Vec::new();
         for (offset, (&token_id, noisy_rows)) in sequence.response_ids.iter().zip(noisy_rows).enumerate() {
+            if !continues_block[offset] {
+                self.push_rows(std::mem::take(&mut neighbors), max_chunk_rows);
+            }
             let is_labelled = sequence.labelled[offset];
             // No loss needs the turns of the user between those of the assistant.
             let is_other_turn = has_labels && !is_labelled;
@@ -158,29 +186,39 @@ impl Batch {
             }
             // After an empty prompt, no token comes before the first of the response.
             let index = (prompt_len + offset).saturating_sub(1);
-            let label = if is_labelled { i64::from(token_id) } else { NO_LABEL };
-            let row = CleanRow { row: first_row + index, clean_row: first_clean_row + index, label };
-            self.push_row(row, noisy_rows, max_chunk_rows);
+            let (row, clean_row, next_token) = (first_row + index, first_clean_row + index, i64::from(token_id));
+            let label = if is_labelled { next_token } else { NO_LABEL };
+            neighbors.push(TargetRow { row, clean_row, label, next_token, noisy_rows });
         }
+        self.push_rows(neighbors, max_chunk_rows);
         for (index, next_index) in sequence.local_targets() {
             self.push_local_row((first_row + index) as i64, (first_row + next_index) as i64, max_chunk_rows);
         }
         self.counts.add(BatchCounts::of(sequence, anchor_prompt_fraction));
     }
 
-    /// Adds a row and the noisy rows that have it as their target to the last chunk, or to a new
-    /// one if the last is full.
-    fn push_row(&mut self, clean: CleanRow, noisy_rows: Vec<i64>, max_chunk_rows: usize) {
-        let is_full = |chunk: &Chunk| chunk.rows.len() + chunk.noisy_rows.len() + 1 + noisy_rows.len() > max_chunk_rows;
+    /// Adds rows and the noisy rows that have them as their targets to the last chunk, or to a new one
+    /// if they do not fit into the last. With more than fit into any, they are a chunk of their own.
+    fn push_rows(&mut self, rows: Vec<TargetRow>, max_chunk_rows: usize) {
+        let num_rows: usize = rows.iter().map(TargetRow::num_rows).sum();
+        let is_full = |chunk: &Chunk| chunk.rows.len() + chunk.noisy_rows.len() + num_rows > max_chunk_rows;
         if self.chunks.last().is_none_or(|chunk| !chunk.rows.is_empty() && is_full(chunk)) {
             self.chunks.push(Chunk::default());
         }
         let chunk = self.chunks.last_mut().expect("a chunk was pushed if there was none");
-        chunk.noisy_targets.extend(noisy_rows.iter().map(|_| chunk.rows.len() as i64));
-        chunk.noisy_rows.extend(noisy_rows);
-        chunk.rows.push(clean.row as i64);
-        chunk.clean_rows.push(clean.clean_row as i64);
-        chunk.labels.push(clean.label);
+        let mut blocks: BTreeMap<usize, Vec<usize>> = BTreeMap::new();
+        for target in rows {
+            for noisy in target.noisy_rows {
+                blocks.entry(noisy.block).or_default().push(chunk.noisy_rows.len());
+                chunk.noisy_targets.push(chunk.rows.len() as i64);
+                chunk.noisy_labels.push(target.next_token);
+                chunk.noisy_rows.push(noisy.row);
+            }
+            chunk.rows.push(target.row as i64);
+            chunk.clean_rows.push(target.clean_row as i64);
+            chunk.labels.push(target.label);
+        }
+        chunk.noisy_blocks.extend(blocks.into_values());
     }
 
     fn push_local_row(&mut self, row: i64, next_row: i64, max_chunk_rows: usize) {
@@ -191,6 +229,20 @@ impl Batch {
         chunk.rows.push(row);
         chunk.next_rows.push(next_row);
     }
+}
+
+/// For each token of the response, the noisy rows of the global loss that predict it, and whether one
+/// of their blocks also predicts the token before it. The sequence begins at `first_row`.
+fn noisy_rows(sequence: &PackedSequence, first_row: usize) -> (Vec<Vec<NoisyRow>>, Vec<bool>) {
+    let num_tokens = sequence.response_ids.len();
+    let (mut rows, mut continues_block) = (vec![Vec::new(); num_tokens], vec![false; num_tokens]);
+    for (block, targets) in sequence.global_targets().into_iter().enumerate() {
+        for (number, (index, predicted)) in targets.into_iter().enumerate() {
+            rows[predicted].push(NoisyRow { row: (first_row + index) as i64, block });
+            continues_block[predicted] |= number > 0;
+        }
+    }
+    (rows, continues_block)
 }
 
 /// The rows of a sequence's prompt that are in the anchor loss.

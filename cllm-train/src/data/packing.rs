@@ -11,7 +11,7 @@ use rand::seq::SliceRandom;
 use rand_chacha::ChaCha8Rng;
 
 use crate::data::dataset::Example;
-use crate::data::state_sampling::sample_state;
+use crate::data::state_sampling::{sample_num_tokens, sample_state};
 use crate::settings::{BlockContext, ConsistencySettings};
 
 const EMPTY_RANGE: (i32, i32) = (0, 0);
@@ -26,9 +26,9 @@ pub struct NoisyBlock {
     /// The block attends to clean tokens before this position of the response, and from there on to
     /// the noisy blocks before it.
     pub window_start: usize,
-    /// Token ids of the state, cut at the end of the response.
+    /// Token ids of the state, cut at the end of the response or before.
     pub state: Vec<i32>,
-    /// Token ids of the next state, cut at the end of the response; empty without local
+    /// Token ids of the next state, cut at the same token; empty without local
     /// consistency.
     pub next_state: Vec<i32>,
 }
@@ -72,7 +72,8 @@ impl PackedSequence {
                     let (index_in_run, states) = (example.contiguous_run(index).1, &example.blocks[index].states);
                     let state = sample_state(states, drawn, index_in_run, consistency, rng);
                     drawn.push(state);
-                    noisy_blocks.push(noisy_block(example, index, draw, state, consistency));
+                    let num_tokens = sample_num_tokens(states, state, consistency, rng);
+                    noisy_blocks.push(noisy_block(example, index, draw, (state, num_tokens), consistency));
                 }
             }
         }
@@ -162,15 +163,15 @@ impl PackedSequence {
         ranges
     }
 
-    /// For each noisy token in the global loss: its index, and the position in the response of the
-    /// token that it predicts.
-    pub(crate) fn global_targets(&self) -> Vec<(usize, usize)> {
+    /// For each noisy block, its tokens in the global loss: the index of each, and the position in the
+    /// response of the token that it predicts.
+    pub(crate) fn global_targets(&self) -> Vec<Vec<(usize, usize)>> {
         let blocks = self.noisy_blocks.iter().zip(self.state_starts()).zip(self.global_offsets());
         let targets = |((block, start), offsets): ((&NoisyBlock, usize), Range<usize>)| {
             let first_predicted = block.start + 1;
-            offsets.map(move |offset| (start + offset, first_predicted + offset))
+            offsets.map(|offset| (start + offset, first_predicted + offset)).collect()
         };
-        blocks.flat_map(targets).collect()
+        blocks.map(targets).collect()
     }
 
     /// For each noisy block, the offsets of its tokens in the global loss: from the first one at
@@ -222,12 +223,12 @@ impl PackedSequence {
     }
 }
 
-/// The noisy block of a state that was drawn.
+/// The noisy block of a state that was drawn, cut after some tokens.
 fn noisy_block(
     example: &Example,
     block_index: usize,
     draw: usize,
-    drawn: usize,
+    (drawn, num_tokens): (usize, usize),
     consistency: &ConsistencySettings,
 ) -> NoisyBlock {
     let block = &example.blocks[block_index];
@@ -242,7 +243,7 @@ fn noisy_block(
             block.start - (block.start - run_start) % window_tokens
         }
     };
-    let num_tokens = state.len().min(example.response_ids.len() - block.start);
+    let num_tokens = num_tokens.min(example.response_ids.len() - block.start);
     let next_state = match block.next_state(drawn) {
         Some(next_state) if consistency.local_weight > 0.0 => next_state[..num_tokens].to_vec(),
         _ => Vec::new(),

@@ -31,6 +31,21 @@ pub fn sample_state(
     left[rng.random_range(0..left.len())]
 }
 
+/// How many tokens of the state that was drawn are trained: all, or a random number that includes the
+/// first incorrect one.
+pub fn sample_num_tokens(
+    states: &[Vec<i32>],
+    drawn: usize,
+    consistency: &ConsistencySettings,
+    rng: &mut ChaCha8Rng,
+) -> usize {
+    let state = &states[drawn];
+    let Some(min_tokens) = consistency.min_block_tokens else { return state.len() };
+    let fixed_point = states.last().unwrap_or(state);
+    let first_incorrect = state.iter().zip(fixed_point).position(|(token, correct)| token != correct).unwrap_or(0);
+    rng.random_range(min_tokens.max(first_incorrect + 1).min(state.len())..=state.len())
+}
+
 /// Number of states that can be drawn.
 pub fn num_noisy_states(states: &[Vec<i32>]) -> usize {
     (states.len() - 1).max(1)
@@ -83,6 +98,20 @@ mod tests {
             drawn.sort_unstable();
             assert_eq!(drawn, [0, 1, 2, 3], "{states_drawn:?}");
         }
+    }
+
+    #[test]
+    fn blocks_are_cut_at_random_but_not_before_their_first_incorrect_token() {
+        let lengths = |state: usize, min_block_tokens: Option<usize>| {
+            let consistency = ConsistencySettings { min_block_tokens, ..ConsistencySettings::default() };
+            let mut rng = fingerprint::derive_rng(1, "a", 0);
+            let drawn = (0..64).map(|_| sample_num_tokens(&states(), state, &consistency, &mut rng));
+            drawn.collect::<std::collections::BTreeSet<_>>()
+        };
+        assert_eq!(lengths(0, None), [4].into());
+        assert_eq!(lengths(0, Some(2)), [2, 3, 4].into());
+        assert_eq!(lengths(3, Some(2)), [3, 4].into(), "its third token is the first incorrect one");
+        assert_eq!(lengths(0, Some(9)), [4].into());
     }
 
     #[test]

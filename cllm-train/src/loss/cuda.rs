@@ -7,6 +7,7 @@ use cllm_core::train::project_backward;
 use tch::{Kind, Tensor};
 
 use crate::data::batch::Chunk;
+use crate::loss::block_weights::BlockWeights;
 use crate::loss::head::{ChunkLosses, FrozenRows, LossHead};
 use crate::losses::Losses;
 use crate::settings::Divergence;
@@ -18,6 +19,7 @@ pub fn chunk_losses(
     hidden: &Tensor,
     anchor: Option<&FrozenRows<'_>>,
     chunk: &Chunk,
+    weights: Option<&BlockWeights>,
 ) -> Result<ChunkLosses> {
     let _no_grad = tch::no_grad_guard();
     let (num_rows, num_all_rows) = (chunk.rows.len(), hidden.size()[0] as usize);
@@ -30,8 +32,12 @@ pub fn chunk_losses(
     // their gradients.
     if num_all_rows > num_rows {
         let (student, target) = ((&logits, num_rows), (&logits, &targets));
-        let per_row = kernels.divergence(student, target, head.divergence.into(), scale.global)?;
-        sums.global = Some(per_row.sum(Kind::Float));
+        let noisy = |rows: &Tensor| rows.narrow(0, num_rows as i64, (num_all_rows - num_rows) as i64);
+        let weights = weights.map(|weights| weights.of_rows(&noisy(&logits.values()), &noisy(logits.logsumexps())));
+        let divergence = head.divergence.into();
+        let per_row = kernels.divergence(student, target, divergence, scale.global, weights.as_ref())?;
+        sums.global =
+            Some(weights.map_or_else(|| per_row.shallow_clone(), |weights| weights * &per_row).sum(Kind::Float));
     }
     let anchor = anchor.map(|rows| kernels.logits(&rows.hidden, &rows.model.padded_lm_head()?)).transpose()?;
     let anchor = anchor.as_ref().map(|logits| (logits, scale.anchor));
@@ -54,7 +60,7 @@ pub fn local_losses(
     let next_logits = kernels.logits(&next_rows.hidden, &next_rows.model.padded_lm_head()?)?;
     let targets = TargetRows::identity(hidden.size()[0] as usize, hidden.device())?;
     let (student, target) = ((&logits, 0), (&next_logits, &targets));
-    let per_row = kernels.divergence(student, target, head.divergence.into(), scale.local)?;
+    let per_row = kernels.divergence(student, target, head.divergence.into(), scale.local, None)?;
     let sums = Losses { local: Some(per_row.sum(Kind::Float)), ..Losses::default() };
     Ok(ChunkLosses { sums, d_rows: d_rows(head, hidden, &logits)? })
 }
@@ -71,6 +77,8 @@ impl From<Divergence> for kernels::Divergence {
             Divergence::Forward => kernels::Divergence::ForwardKl,
             Divergence::Reverse => kernels::Divergence::ReverseKl,
             Divergence::Jsd => kernels::Divergence::JensenShannon,
+            Divergence::Nla => kernels::Divergence::NegLogAcceptance,
+            Divergence::LkHybrid => kernels::Divergence::LkHybrid,
         }
     }
 }

@@ -8,6 +8,7 @@
 //! `eager` defines the losses in libtorch's operations and differentiates them by autograd; `cuda`
 //! computes the same with kernels that turn logits into their own gradients in place.
 
+mod block_weights;
 mod cuda;
 mod eager;
 mod head;
@@ -21,6 +22,7 @@ use tch::{Kind, Tensor};
 use crate::data::batch::{Batch, LocalChunk};
 use crate::losses::Losses;
 use crate::settings::ConsistencySettings;
+use block_weights::BlockWeights;
 pub use eager::divergence;
 use head::{ChunkLosses, FrozenRows, LossHead};
 
@@ -63,9 +65,11 @@ pub fn batch_losses(
         let noisy_rows = if settings.global_weight > 0.0 { chunk.noisy_rows.as_slice() } else { &[] };
         let rows = totals.rows(&[chunk.rows.as_slice(), noisy_rows].concat())?;
         let anchor_rows = anchor.as_ref().map(|anchor| anchor.rows(&chunk.clean_rows)).transpose()?;
+        let weights = BlockWeights::new(settings, chunk, hidden.device())?;
+        let (anchor_rows, weights) = (anchor_rows.as_ref(), weights.as_ref());
         let losses = match device_batch.kernels() {
-            Some(kernels) => cuda::chunk_losses(&head, kernels, &rows.hidden, anchor_rows.as_ref(), chunk)?,
-            None => eager::chunk_losses(&head, &rows.hidden, anchor_rows.as_ref(), chunk),
+            Some(kernels) => cuda::chunk_losses(&head, kernels, &rows.hidden, anchor_rows, chunk, weights)?,
+            None => eager::chunk_losses(&head, &rows.hidden, anchor_rows, chunk, weights),
         };
         totals.add(&rows, losses);
     }

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 /// Divergence of the student's distribution from its (detached) target distribution.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "snake_case")]
 pub enum Divergence {
     /// KL(target || student).
     Forward,
@@ -12,6 +12,23 @@ pub enum Divergence {
     Reverse,
     /// Jensen-Shannon divergence.
     Jsd,
+    /// Negative logarithm of the acceptance rate a = sum of min(target, student) (LK,
+    /// arXiv 2602.23881).
+    Nla,
+    /// w KL(target || student) + (1 - w) (1 - a), where w = exp(-3 a) moves from the first term to
+    /// the second as the acceptance rate a grows (LK).
+    LkHybrid,
+}
+
+/// How much the positions of a noisy block count in the global loss.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "lowercase")]
+pub enum PositionWeights {
+    /// All the same.
+    Uniform,
+    /// By what they contribute to the expected number of accepted tokens, given the student's
+    /// present confidence in each token of the block (D-PACE, arXiv 2605.18810).
+    Acceptance,
 }
 
 /// What a noisy block attends to before its own tokens.
@@ -79,6 +96,14 @@ pub struct ConsistencySettings {
     /// Divergence used by the global and local losses.
     #[garde(skip)]
     pub divergence: Divergence,
+    /// How much the positions of a noisy block count in the global loss.
+    #[garde(skip)]
+    pub position_weights: PositionWeights,
+    /// Weight in the global loss of the positions of a noisy block behind the first one whose token
+    /// the student does not predict: 1 counts them in full, 0 leaves them out, as decoding drops them
+    /// (Spec-AUF, arXiv 2607.01893).
+    #[garde(range(min = 0.0, max = 1.0))]
+    pub after_miss_weight: f64,
     /// What a noisy block attends to before its own tokens.
     #[garde(skip)]
     pub context: BlockContext,
@@ -92,6 +117,10 @@ pub struct ConsistencySettings {
     /// Blocks per window (for `noisy_window` and `progressive`).
     #[garde(range(min = 1))]
     pub window_blocks: usize,
+    /// Cut each noisy block after a number of tokens that is drawn from this one to that of the block,
+    /// but never before its first incorrect token; `null` cuts none.
+    #[garde(range(min = 1))]
+    pub min_block_tokens: Option<usize>,
     /// Blocks of a response trained in one pass over the data, drawn anew each epoch; `null` trains
     /// all of them.
     #[garde(range(min = 1))]
@@ -109,10 +138,13 @@ impl Default for ConsistencySettings {
             anchor: None,
             anchor_prompt_fraction: 0.0,
             divergence: Divergence::Forward,
+            position_weights: PositionWeights::Uniform,
+            after_miss_weight: 1.0,
             context: BlockContext::Clean,
             states: StateSampling::Uniform,
             states_per_block: 1,
             window_blocks: 4,
+            min_block_tokens: None,
             max_blocks: None,
         }
     }

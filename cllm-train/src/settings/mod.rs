@@ -19,7 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::byte_size::parse_bytes;
 use crate::losses::Losses;
-pub use consistency::{BlockContext, ConsistencySettings, Divergence, LabelSource, StateSampling};
+pub use consistency::{BlockContext, ConsistencySettings, Divergence, LabelSource, PositionWeights, StateSampling};
 pub use init::InitSettings;
 pub use optimizer::{OptimizerSettings, StateDtype};
 pub use sft::SftSettings;
@@ -286,6 +286,12 @@ impl Settings {
         if self.consistency.context == BlockContext::NoisyWindow && self.consistency.max_blocks.is_some() {
             return usage(
                 "consistency.max_blocks must be null with consistency.context=noisy_window: a window needs all its blocks",
+            );
+        }
+        if self.consistency.context == BlockContext::NoisyWindow && self.consistency.min_block_tokens.is_some() {
+            return usage(
+                "consistency.min_block_tokens must be null with consistency.context=noisy_window: later blocks attend to \
+                 whole ones",
             );
         }
         if self.objective == Objective::Sft && self.validation.trajectories.is_some() {

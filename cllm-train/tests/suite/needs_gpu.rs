@@ -10,7 +10,7 @@ use cllm_train::data::batch::Batch;
 use cllm_train::data::packing::PackedSequence;
 use cllm_train::loss::{Backward, batch_losses};
 use cllm_train::losses::Losses;
-use cllm_train::settings::{BlockContext, ConsistencySettings, Divergence};
+use cllm_train::settings::{BlockContext, ConsistencySettings, Divergence, PositionWeights};
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
@@ -116,14 +116,18 @@ fn losses_and_gradients_are_those_of_the_cpu_up_to_rounding() {
         let (teacher_gpu, teacher_cpu) = gpu::on_gpu_and_cpu(&config, 4, 4.0);
         let gradients_gpu = on_gpu.collect_gradients().unwrap();
         let gradients_cpu = on_cpu.collect_gradients().unwrap();
-        for (context, divergence) in [
-            (BlockContext::Clean, Divergence::Forward),
-            (BlockContext::NoisyWindow, Divergence::Reverse),
-            (BlockContext::NoisyWindow, Divergence::Jsd),
+        for (context, divergence, position_weights, after_miss_weight) in [
+            (BlockContext::Clean, Divergence::Forward, PositionWeights::Uniform, 1.0),
+            (BlockContext::NoisyWindow, Divergence::Reverse, PositionWeights::Acceptance, 1.0),
+            (BlockContext::NoisyWindow, Divergence::Jsd, PositionWeights::Uniform, 0.25),
+            (BlockContext::Clean, Divergence::Nla, PositionWeights::Uniform, 1.0),
+            (BlockContext::Clean, Divergence::LkHybrid, PositionWeights::Acceptance, 0.5),
         ] {
             let settings = ConsistencySettings {
                 context,
                 divergence,
+                position_weights,
+                after_miss_weight,
                 window_blocks: 3,
                 local_weight: 1.0,
                 ..ConsistencySettings::default()

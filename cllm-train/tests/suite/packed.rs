@@ -12,13 +12,15 @@ use cllm_train::data::dataset::{Block, Example};
 use cllm_train::data::packing::{NoisyBlock, PackedSequence};
 use cllm_train::loss::{Backward, batch_losses, divergence};
 use cllm_train::losses::Losses;
-use cllm_train::settings::{BlockContext, ConsistencySettings, Divergence};
+use cllm_train::settings::{BlockContext, ConsistencySettings, Divergence, PositionWeights};
 use serde::Deserialize;
 use tch::{Device, IndexOp, Kind, Tensor};
 
 use cllm_testing::families::{random_model, shapes};
 
 const N: usize = 4;
+const ALL_DIVERGENCES: [Divergence; 5] =
+    [Divergence::Forward, Divergence::Reverse, Divergence::Jsd, Divergence::Nla, Divergence::LkHybrid];
 /// Large enough for any batch here to be one chunk.
 const MAX_CHUNK_ROWS: usize = 1 << 20;
 
@@ -77,7 +79,7 @@ fn causal_log_probs(model: &Transformer, token_ids: &[i32]) -> Tensor {
 }
 
 fn forward_kl(target: &Tensor, student: &Tensor) -> f64 {
-    divergence(target, student, Divergence::Forward).double_value(&[])
+    divergence(target, student, Divergence::Forward).sum(Kind::Double).double_value(&[])
 }
 
 /// Losses without gradients.
@@ -235,8 +237,18 @@ fn chunks_change_neither_losses_nor_gradients() {
     for (family, config) in shapes() {
         let (model, anchor) = (random_model(&config, 3), random_model(&config, 4));
         let gradients = model.collect_gradients().unwrap();
-        for divergence in [Divergence::Forward, Divergence::Reverse, Divergence::Jsd] {
-            let settings = ConsistencySettings { divergence, local_weight: 1.0, ..ConsistencySettings::default() };
+        for divergence in ALL_DIVERGENCES {
+            let (position_weights, after_miss_weight) = match divergence {
+                Divergence::Forward => (PositionWeights::Uniform, 1.0),
+                _ => (PositionWeights::Acceptance, 0.25),
+            };
+            let settings = ConsistencySettings {
+                divergence,
+                position_weights,
+                after_miss_weight,
+                local_weight: 1.0,
+                ..ConsistencySettings::default()
+            };
             let sequences = [("a", 3, 9), ("b", 12, 14)]
                 .map(|(id, prompt_len, response_len)| pack(&example(id, prompt_len, response_len), &settings, 0));
             let run = |max_chunk_rows: usize, checkpointed_layers: usize| {
@@ -415,6 +427,33 @@ fn a_block_without_noise_is_still_in_the_window_of_later_blocks() {
 }
 
 #[test]
+fn a_cut_block_has_the_losses_of_its_first_tokens() {
+    for_each_family(|family, model, anchor| {
+        let settings =
+            ConsistencySettings { min_block_tokens: Some(1), local_weight: 1.0, ..ConsistencySettings::default() };
+        let packed = pack(&example("a", 5, 30), &settings, 0);
+        let lengths: Vec<usize> = packed.noisy_blocks().iter().map(|block| block.state.len()).collect();
+        assert!(lengths.iter().any(|&length| length < 3) && lengths.contains(&N), "{lengths:?}");
+        let (actual, counts) = evaluate(&model, &anchor, std::slice::from_ref(&packed), &settings);
+        let whole = [token_ids(5, 5), token_ids(2, 30)].concat();
+        let clean = causal_log_probs(&model, &whole);
+        let (mut global, mut num_tokens) = (0.0, 0);
+        for block in packed.noisy_blocks() {
+            let start = 5 + block.start;
+            assert_eq!(block.next_state.len(), block.state.len());
+            let noisy = causal_log_probs(&model, &[&whole[..start], &block.state].concat());
+            let first = block.state.iter().zip(&whole[start..]).position(|(noisy, clean)| noisy != clean).unwrap();
+            for row in start + first..(start + block.state.len()).min(whole.len() - 1) {
+                global += forward_kl(&clean.i(row as i64..=row as i64), &noisy.i(row as i64..=row as i64));
+                num_tokens += 1;
+            }
+        }
+        assert_eq!(counts.num_loss_tokens.global, num_tokens, "{family}");
+        assert!(is_close(actual.global, global), "{family}: {actual:?} {global}");
+    });
+}
+
+#[test]
 fn each_epoch_draws_new_states_and_never_the_fixed_point() {
     let example = example("a", 3, 4);
     let draw = |epoch| pack(&example, &ConsistencySettings::default(), epoch);
@@ -430,13 +469,82 @@ fn each_epoch_draws_new_states_and_never_the_fixed_point() {
 fn divergences_vanish_for_equal_distributions_and_jsd_is_symmetric() {
     let log_probs = |logits: [f32; 3]| Tensor::from_slice(&logits).view([1, 3]).log_softmax(-1, Kind::Float);
     let (p, q) = (log_probs([0.0, 1.0, 3.0]), log_probs([2.0, 0.5, 0.0]));
-    let value = |a, b, kind| divergence(a, b, kind).double_value(&[]);
-    for kind in [Divergence::Forward, Divergence::Reverse, Divergence::Jsd] {
+    let value = |a, b, kind| divergence(a, b, kind).double_value(&[0]);
+    for kind in ALL_DIVERGENCES {
         assert!(value(&p, &p, kind).abs() < 1e-6);
         assert!(value(&p, &q, kind) > 0.1);
     }
     assert!((value(&p, &q, Divergence::Jsd) - value(&q, &p, Divergence::Jsd)).abs() < 1e-6);
     assert!((value(&p, &q, Divergence::Reverse) - value(&q, &p, Divergence::Forward)).abs() < 1e-6);
+}
+
+#[test]
+fn divergences_by_acceptance_have_the_values_and_gradients_of_their_formulas() {
+    let log_probs = |probs: [f32; 3]| Tensor::from_slice(&probs).view([1, 3]).log();
+    // Of each token, the smaller probability is accepted: 0.2 + 0.3 + 0.1.
+    let (target, probs, acceptance) = (log_probs([0.2, 0.3, 0.5]), [0.6, 0.3, 0.1], 0.6f64);
+    let kl = 0.2 * (0.2f64 / 0.6).ln() + 0.5 * (0.5f64 / 0.1).ln();
+    let kl_weight = (-3.0 * acceptance).exp();
+    // With respect to the logits. Only the last probability is smaller than its target; equal ones
+    // count as half smaller.
+    let smaller: [f64; 3] = [0.0, 0.5, 1.0];
+    let smaller_sum: f64 = probs.iter().zip(smaller).map(|(&p, is_smaller)| f64::from(p) * is_smaller).sum();
+    let of_acceptance = |index: usize| f64::from(probs[index]) * (smaller[index] - smaller_sum);
+    let of_kl = |index: usize| f64::from(probs[index]) - [0.2, 0.3, 0.5][index];
+    let hybrid = kl_weight * kl + (1.0 - kl_weight) * (1.0 - acceptance);
+    for (kind, expected, gradient) in [
+        (Divergence::Nla, -acceptance.ln(), [0, 1, 2].map(|index| -of_acceptance(index) / acceptance)),
+        (
+            Divergence::LkHybrid,
+            hybrid,
+            [0, 1, 2].map(|index| kl_weight * of_kl(index) - (1.0 - kl_weight) * of_acceptance(index)),
+        ),
+    ] {
+        let logits = log_probs(probs).set_requires_grad(true);
+        let value = divergence(&target, &logits.log_softmax(-1, Kind::Float), kind);
+        assert!((value.double_value(&[0]) - expected).abs() < 1e-5, "{kind:?}: {value}");
+        value.sum(Kind::Float).backward();
+        for (index, expected) in (0..).zip(gradient) {
+            assert!((logits.grad().double_value(&[0, index]) - expected).abs() < 1e-5, "{kind:?}: {}", logits.grad());
+        }
+    }
+}
+
+#[test]
+fn weights_of_positions_are_those_of_a_naive_loop() {
+    for_each_family(|family, model, anchor| {
+        let packed = pack(&example("a", 5, 30), &ConsistencySettings::default(), 0);
+        let whole = [token_ids(5, 5), token_ids(2, 30)].concat();
+        let clean = causal_log_probs(&model, &whole);
+        let (mut after_miss, mut by_acceptance) = (0.0, 0.0);
+        for block in packed.noisy_blocks() {
+            let start = 5 + block.start;
+            let noisy = causal_log_probs(&model, &[&whole[..start], &block.state].concat());
+            let first = block.state.iter().zip(&whole[start..]).position(|(noisy, clean)| noisy != clean).unwrap();
+            let rows: Vec<usize> = (start + first..(start + N).min(whole.len() - 1)).collect();
+            let label = |row: usize| i64::from(whole[row + 1]);
+            let kl = |row: usize| forward_kl(&clean.i(row as i64..=row as i64), &noisy.i(row as i64..=row as i64));
+            let mut all_hit = true;
+            for (number, &row) in rows.iter().enumerate() {
+                after_miss += kl(row) * if all_hit { 1.0 } else { 0.25 };
+                all_hit &= noisy.get(row as i64).argmax(0, false).int64_value(&[]) == label(row);
+                let accepted = |last: usize| -> f64 {
+                    let confidence = |&row: &usize| noisy.double_value(&[row as i64, label(row)]).exp();
+                    rows[..=last].iter().map(|row| 0.5 + 0.5 * confidence(row)).product()
+                };
+                let weight = (number..rows.len()).map(accepted).sum::<f64>() * 2.0 / (rows.len() + 1) as f64;
+                by_acceptance += kl(row) * weight;
+            }
+        }
+        for (after_miss_weight, position_weights, expected) in
+            [(0.25, PositionWeights::Uniform, after_miss), (1.0, PositionWeights::Acceptance, by_acceptance)]
+        {
+            let settings =
+                ConsistencySettings { after_miss_weight, position_weights, ..ConsistencySettings::default() };
+            let (losses, _) = evaluate(&model, &anchor, std::slice::from_ref(&packed), &settings);
+            assert!(is_close(losses.global, expected), "{family}, {position_weights:?}: {losses:?} {expected}");
+        }
+    });
 }
 
 /// An example with noisy blocks that `transformers` computed gradients of
