@@ -17,6 +17,7 @@ pub mod fingerprint;
 pub mod gpus;
 pub mod interrupt;
 pub mod model;
+pub mod output_folder;
 mod parquet_file;
 pub mod pieces;
 pub mod process_memory;

@@ -15,7 +15,7 @@ use rand_chacha::ChaCha8Rng;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::rewrite::Rewrite;
+use crate::rewrite::Command;
 
 #[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -40,35 +40,42 @@ impl Default for Settings {
     }
 }
 
-/// The result of `augment`, which `--json` prints.
-#[derive(Debug, Serialize)]
+/// The result of `augment`, which `augment-report.json` holds and `--json` prints.
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Summary {
     schema_version: u32,
     rows: usize,
     states_changed: usize,
 }
 
-/// Augments a data set.
+/// Augments a data set, unless that is done already.
 ///
 /// # Errors
 /// When the input is not a complete data set, or the output cannot be written.
 pub fn augment(settings: &Settings) -> Result<Summary> {
-    let step = format!("augment: fraction {}, seed {}", settings.fraction, settings.seed);
-    let mut rewrite = Rewrite::open(&settings.input, &settings.output, step)?;
-    let mut states_changed = 0;
+    let Settings { input, output, fraction, seed } = settings;
+    let step = format!("augment: fraction {fraction}, seed {seed}");
+    let command = Command { verb: "augment", settings, input, output, step };
+    let Some(mut rewrite) = command.open()? else {
+        let summary: Summary = command.read_report()?;
+        progress::log(format!("already complete: {}, in {}", count(summary.rows, "row"), output.display()));
+        return Ok(summary);
+    };
+    let mut summary = Summary { schema_version: 1, rows: 0, states_changed: 0 };
     let map = |row| Ok(augment_row(row, settings.fraction, settings.seed));
     rewrite.run(map, |rows| {
-        states_changed += rows.iter().map(num_augmented).sum::<usize>();
+        summary.rows += rows.len();
+        summary.states_changed += rows.iter().map(num_augmented).sum::<usize>();
         Ok(rows)
     })?;
-    let rows = rewrite.finish(settings)?;
+    rewrite.finish(&summary)?;
     progress::log(format!(
         "augmented {} in {} of {}",
-        count(states_changed, "state"),
-        count(rows, "row"),
+        count(summary.states_changed, "state"),
+        count(summary.rows, "row"),
         settings.output.display()
     ));
-    Ok(Summary { schema_version: 1, rows, states_changed })
+    Ok(summary)
 }
 
 fn num_augmented(row: &Trajectory) -> usize {

@@ -84,7 +84,11 @@ pub fn run(arguments: Arguments) -> Result<Outcome> {
         Verb::Prepare(arguments) => prepare::run(&arguments),
         Verb::Collect(arguments) => print_summary(&arguments, &collect::collect(&arguments.load()?)?),
         Verb::Augment(arguments) => print_summary(&arguments, &augment::augment(&arguments.load()?)?),
-        Verb::Clean(arguments) => print_summary(&arguments, &clean::clean(&arguments.load()?)?),
+        Verb::Clean(arguments) => {
+            let report = clean::clean(&arguments.load()?)?;
+            print_summary(&arguments, &report)?;
+            Ok(if report.has_rows() { Outcome::Done } else { Outcome::Negative })
+        }
         Verb::Validate(arguments) => validate::run(&arguments),
         Verb::Stats(arguments) => stats::run(&arguments),
         Verb::Inspect(arguments) => inspect::run(&arguments),

@@ -23,6 +23,7 @@ pub mod role;
 pub mod run;
 pub mod score;
 pub mod similarity;
+mod speedup;
 pub mod spider_difficulty;
 pub mod statistics;
 pub mod suite;

@@ -144,10 +144,23 @@ pub struct SpeedRecord {
     pub prefill_seconds: f64,
     /// Seconds of decoding, excluding prefill.
     pub seconds: f64,
+    /// When each forward had ended, in seconds of decoding. Only the examples that keep the text of
+    /// each forward have it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub forward_ends: Option<Vec<f64>>,
     /// Peak GPU memory of this model and strategy at batch 1 on the longest timed prompt. Null on
     /// the CPU.
     #[serde(default)]
     pub peak_memory_bytes: Option<u64>,
+}
+
+impl SpeedRecord {
+    /// When each forward had ended, in seconds of decoding; in records that do not say it, the
+    /// forwards share the time evenly.
+    pub fn forward_ends(&self) -> Vec<f64> {
+        let evenly = || (1..=self.forwards).map(|number| self.seconds * number as f64 / self.forwards as f64).collect();
+        self.forward_ends.clone().unwrap_or_else(evenly)
+    }
 }
 
 /// One repetition of continuous batching: all timed examples, answered as often as it takes to keep

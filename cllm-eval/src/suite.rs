@@ -7,7 +7,7 @@ use cllm_core::decode::Strategy;
 use cllm_core::program::catch_panics;
 use cllm_core::progress::count;
 use cllm_core::task::Task;
-use cllm_core::{Error, Result, progress, settings};
+use cllm_core::{Error, Result, output_folder, progress, settings};
 use comfy_table::{Table, presets};
 use garde::Validate;
 use schemars::JsonSchema;
@@ -121,6 +121,9 @@ pub enum BenchmarkOutcome {
     Failed { reason: String },
 }
 
+/// The command, as its saved settings name it.
+pub(crate) const COMMAND: &str = "cllm-eval suite";
+
 /// Runs every benchmark that has data, or resumes an interrupted suite, and draws one report. A
 /// benchmark that fails does not stop the others.
 ///
@@ -134,6 +137,8 @@ pub fn suite(settings: &SuiteSettings) -> Result<Suite> {
         ));
     }
     let settings = &with_date(settings);
+    output_folder::expect_own(&settings.output, || output_folder::has_settings_of(&settings.output, COMMAND))?;
+    output_folder::save_settings(&settings.output, COMMAND, settings)?;
     let mut benchmarks = Vec::new();
     let mut folders = Vec::new();
     for task in Task::ALL {

@@ -63,8 +63,8 @@ pub fn cells(figures: &StrategyResults) -> Vec<String> {
         format_number(figures.tokens_per_forward, 2, ""),
         format_number(figures.tokens_per_forward_finished, 2, ""),
         format_number(figures.tokens_per_second, 1, ""),
-        format_number(figures.speedup_vs_teacher_ar, 2, "x"),
-        format_number(figures.speedup_vs_student_ar, 2, "x"),
+        format_speedup(figures.speedup_vs_teacher_ar, figures.speedup_vs_teacher_ar_ci95),
+        format_speedup(figures.speedup_vs_student_ar, figures.speedup_vs_student_ar_ci95),
         format_percent(figures.exact_match_vs_ar),
     ]
 }
@@ -124,6 +124,12 @@ pub fn format_accuracy(accuracy: Option<f64>, ci95: Option<[f64; 2]>) -> String 
         }
         _ => "-".to_owned(),
     }
+}
+
+/// A speed-up with its 95 % interval, or `-` if it is unknown.
+pub fn format_speedup(ratio: Option<f64>, ci95: Option<[f64; 2]>) -> String {
+    let interval = ci95.map_or_else(String::new, |[low, high]| format!(" ({low:.2} to {high:.2})"));
+    format_number(ratio, 2, "x") + &interval
 }
 
 /// A perplexity with its 95 % interval.

@@ -10,9 +10,10 @@ use serde::Serialize;
 use serde_json::json;
 
 use crate::config::RunSettings;
-use crate::records::SCHEMA_VERSION;
+use crate::records::{ModelEntry, SCHEMA_VERSION};
 use crate::results::{ModelResults, Results, StrategyResults};
 use crate::role::Role;
+use crate::statistics::ratio;
 use crate::table::{self, format_accuracy, format_number};
 
 /// How strongly AUP penalizes a loss of accuracy.
@@ -28,10 +29,21 @@ pub struct Tradeoff {
     pub split: String,
     /// Number of examples.
     pub examples: usize,
+    /// What every speed-up is measured against. `None` if nothing was decoded autoregressively.
+    pub baseline: Option<Baseline>,
     /// By checkpoint in the order given, then from few to many tokens per forward.
     pub points: Vec<Point>,
     /// One for each checkpoint, in the order of the points.
     pub aup: Vec<Aup>,
+}
+
+/// Autoregressive decoding of the first results' teacher, or of their only model.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Baseline {
+    /// Folder of the model.
+    pub checkpoint: String,
+    pub fingerprint: String,
+    pub tokens_per_second: Option<f64>,
 }
 
 /// A checkpoint with a strategy.
@@ -53,8 +65,7 @@ pub struct Point {
     pub tokens_per_forward: f64,
     /// At batch 1, excluding prefill.
     pub tokens_per_second: Option<f64>,
-    /// Over autoregressive decoding of the run's teacher, or of the model itself in a run without a
-    /// teacher.
+    /// Over the baseline: of the same run, or else of the first if both ran on the same machine.
     pub speedup: Option<f64>,
     /// Whether no other point is better in accuracy or tokens per forward and at least as good in
     /// both.
@@ -126,6 +137,7 @@ impl Tradeoff {
         });
         let mut text = table::render(&HEADS, 3, rows);
         text += &format!("{} of {} / {}\n", count(self.examples, "example"), self.benchmark.name(), self.split);
+        text += &self.baseline.as_ref().map_or_else(String::new, Baseline::text);
         for Aup { checkpoint, aup, points, .. } in &self.aup {
             text += &format!("AUP of {checkpoint}: {aup:.1}, over {}\n", count(*points, "point"));
         }
@@ -146,6 +158,7 @@ impl Tradeoff {
             benchmark: first.benchmark,
             split: first.split.clone(),
             examples: first.examples,
+            baseline: first.baseline().map(|(model, figures)| Baseline::new(model, figures)),
             aup: curves.map(|curve| Aup::new(curve, best)).collect(),
             points,
         })
@@ -154,7 +167,7 @@ impl Tradeoff {
 
 fn distinct_points(results: &[Results]) -> Vec<Point> {
     let mut points: Vec<Point> = Vec::new();
-    for point in results.iter().flat_map(scored_points) {
+    for point in results.iter().flat_map(|of_run| scored_points(of_run, &results[0])) {
         let is_same = |other: &Point| other.fingerprint == point.fingerprint && other.strategy == point.strategy;
         if points.iter().any(is_same) {
             let Point { checkpoint, strategy, .. } = point;
@@ -166,11 +179,22 @@ fn distinct_points(results: &[Results]) -> Vec<Point> {
     points
 }
 
-fn scored_points(results: &Results) -> impl Iterator<Item = Point> {
-    let of_model = |model: &ModelResults| {
-        model.strategies.iter().filter_map(|figures| Point::new(model, figures)).collect::<Vec<_>>()
-    };
-    results.models.iter().flat_map(of_model)
+fn scored_points<'r>(results: &'r Results, first: &'r Results) -> impl Iterator<Item = Point> + 'r {
+    let strategies =
+        results.models.iter().flat_map(|model| model.strategies.iter().map(move |figures| (model, figures)));
+    strategies.filter_map(move |(model, figures)| Point::new(model, figures, speedup(results, figures, first)))
+}
+
+/// The speed-up of a strategy of `results` over the baseline of the first results.
+fn speedup(results: &Results, figures: &StrategyResults, first: &Results) -> Option<f64> {
+    let (model, baseline) = first.baseline()?;
+    let has_baseline = results.baseline().is_some_and(|(own, _)| own.fingerprint == model.fingerprint);
+    let same_machine = (&results.hardware, &results.toolkit) == (&first.hardware, &first.toolkit);
+    match (has_baseline, same_machine) {
+        (true, _) => results.speedup(figures).0,
+        (false, true) => ratio(figures.tokens_per_second, baseline.tokens_per_second),
+        (false, false) => None,
+    }
 }
 
 /// Keeps checkpoints in the order of their first points, and sorts the points of each from few to
@@ -203,7 +227,7 @@ fn mark_front(points: &mut [Point]) {
 
 impl Point {
     /// `None` if no answer was scored.
-    fn new(model: &ModelResults, figures: &StrategyResults) -> Option<Self> {
+    fn new(model: &ModelResults, figures: &StrategyResults, speedup: Option<f64>) -> Option<Self> {
         Some(Point {
             checkpoint: model.model.path.clone(),
             fingerprint: model.model.fingerprint.clone(),
@@ -214,9 +238,24 @@ impl Point {
             ci95: figures.ci95,
             tokens_per_forward: figures.tokens_per_forward?,
             tokens_per_second: figures.tokens_per_second,
-            speedup: figures.speedup_vs_teacher_ar.or(figures.speedup_vs_student_ar),
+            speedup,
             on_front: false,
         })
+    }
+}
+
+impl Baseline {
+    fn new(model: &ModelEntry, figures: &StrategyResults) -> Self {
+        Baseline {
+            checkpoint: model.path.clone(),
+            fingerprint: model.fingerprint.clone(),
+            tokens_per_second: figures.tokens_per_second,
+        }
+    }
+
+    fn text(&self) -> String {
+        let speed = self.tokens_per_second.map_or_else(String::new, |speed| format!(" ({speed:.1} tokens/s)"));
+        format!("speed-ups are over autoregressive decoding of {}{speed}\n", self.checkpoint)
     }
 }
 

@@ -13,7 +13,7 @@ use cllm_core::cuda::libtorch;
 use cllm_core::distributed::ProcessGroup;
 use cllm_core::interrupt::SIGTERM;
 use cllm_core::progress::{Progress, count};
-use cllm_core::{Error, Result, atomic_file, interrupt, progress};
+use cllm_core::{Error, Result, interrupt, output_folder, progress};
 use tch::Tensor;
 
 use crate::checkpoint::{Checkpoints, Purpose};
@@ -60,6 +60,9 @@ struct Trainer<'t> {
     saved_step: Option<usize>,
 }
 
+/// The command, as the saved settings name it.
+const COMMAND: &str = "cllm-train run";
+
 /// Trains, resuming from what the output folder holds.
 ///
 /// # Errors
@@ -74,6 +77,7 @@ pub fn run(settings: Settings) -> Result<()> {
 /// # Errors
 /// As [`run`].
 pub fn run_on(mut settings: Settings, today: Date) -> Result<()> {
+    output_folder::expect_own(&settings.output, || output_folder::has_settings_of(&settings.output, COMMAND))?;
     let (device, group) = processes::join(&settings)?;
     let date = settings.rendering.date.or(Checkpoints::started_on(&settings.output)).or(Some(today));
     // Processes may start on either side of midnight.
@@ -108,8 +112,7 @@ pub fn run_on(mut settings: Settings, today: Date) -> Result<()> {
     group.barrier(device)?;
     let resumed = checkpoints.resume(&models.student, &mut optimizer, &fingerprint)?;
     if group.is_main() {
-        let config = cllm_core::settings::to_yaml(&settings)?;
-        atomic_file::write(&settings.output.join("config.yaml"), config.as_bytes())?;
+        output_folder::save_settings(&settings.output, COMMAND, &settings)?;
     }
     libtorch::reset_peak_gpu_memory(device);
     let started = Instant::now();

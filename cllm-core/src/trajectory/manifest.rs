@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::chat_template::RenderingRecord;
 use crate::thought::ThoughtClosing;
-use crate::{Error, Result, atomic_file, fingerprint, parquet_file, text_file};
+use crate::{Error, Result, atomic_file, fingerprint, output_folder, parquet_file, text_file};
 
 const MANIFEST: &str = "manifest.json";
 /// Folder of the shards in that of the data set. It holds nothing else, so that tools which open a
@@ -222,15 +222,34 @@ fn world_sizes(folder: &Path) -> Result<BTreeSet<usize>> {
     Ok(names.filter_map(|name| name.strip_prefix("rank-")?.split_once("-of-")?.1.parse().ok()).collect())
 }
 
+/// Checks that a data set may be written into a folder: that it is empty, or holds a data set, which
+/// several processes may have collected.
+///
+/// # Errors
+/// [`Error::File`] if it holds other files.
+pub(super) fn expect_own_folder(folder: &Path) -> Result<()> {
+    let is_data_set = || Manifest::exists(folder) || world_sizes(folder).is_ok_and(|sizes| !sizes.is_empty());
+    output_folder::expect_own(folder, is_data_set)
+}
+
+/// Whether a folder holds a data set that has rows or is complete.
+///
+/// # Errors
+/// A manifest that cannot be read.
+pub fn holds_rows(folder: &Path) -> Result<bool> {
+    Ok(Manifest::read(folder)?.is_some_and(|manifest| manifest.complete || !manifest.shards.is_empty()))
+}
+
 /// Checks that a collection by so many processes can begin or go on in a folder: each of them answers
 /// a part of the prompts, so that another number would answer some of them again.
 ///
 /// # Errors
-/// [`Error::File`] if the folder holds a collection by another number of processes.
+/// [`Error::File`] if the folder holds a collection by another number of processes, or other files.
 pub fn check_world_size(folder: &Path, world_size: usize) -> Result<()> {
     if !folder.is_dir() {
         return Ok(());
     }
+    expect_own_folder(folder)?;
     let mut world_sizes = world_sizes(folder)?;
     if Manifest::exists(folder) {
         world_sizes.insert(1);

@@ -9,7 +9,7 @@ use parquet::file::metadata::KeyValue;
 use parquet::file::properties::WriterProperties;
 use rayon::prelude::*;
 
-use super::manifest::{Manifest, Provenance, SHARD_FOLDER};
+use super::manifest::{Manifest, Provenance, SHARD_FOLDER, expect_own_folder};
 use super::reader::{Reader, open_shard};
 use super::row::Trajectory;
 use super::schema::{PROVENANCE_KEY, SCHEMA_VERSION, VERSION_KEY, rows_to_batch, schema};
@@ -24,6 +24,9 @@ const SHARD_PREFIX: &str = "part-";
 /// that globs over the data set leave it out.
 const PARTIAL_SHARD: &str = "stopped.partial";
 
+/// What to do about a folder that holds a data set made otherwise.
+const OTHER_FOLDER: &str = "choose another output folder, or delete this one";
+
 /// Writes a data set shard by shard.
 pub struct Writer {
     folder: PathBuf,
@@ -36,8 +39,9 @@ impl Writer {
     ///
     /// # Errors
     /// [`Error::File`] naming the field that differs if the folder holds a data set with another
-    /// provenance.
+    /// provenance; if it holds other files.
     pub fn open(folder: &Path, provenance: Provenance) -> Result<Self> {
+        expect_own_folder(folder)?;
         // A folder without a manifest is not ours, and nothing in it may be removed.
         if Manifest::exists(folder) {
             atomic_file::recover(folder)?;
@@ -51,8 +55,7 @@ impl Writer {
             None => Manifest { schema_version: SCHEMA_VERSION, provenance, shards: Vec::new(), complete: false },
             Some(mut existing) => {
                 if let Some(difference) = existing.provenance.difference(&provenance) {
-                    let message = format!("{difference}; choose another output folder, or delete this one");
-                    return Err(Error::file(folder, message));
+                    return Err(Error::file(folder, format!("{difference}; {OTHER_FOLDER}")));
                 }
                 let is_intact = |(name, rows): &&(String, usize)| is_intact(&folder.join(name), *rows);
                 let num_intact = existing.shards.iter().take_while(is_intact).count();
@@ -65,6 +68,18 @@ impl Writer {
         // Written now, so that a read-only folder is noticed before there are rows to lose.
         writer.write_manifest()?;
         Ok(writer)
+    }
+
+    /// Whether `folder` holds a complete data set with this provenance.
+    ///
+    /// # Errors
+    /// [`Error::File`] naming the field that differs if it holds one with another provenance.
+    pub fn is_complete(folder: &Path, provenance: &Provenance) -> Result<bool> {
+        let Some(existing) = Manifest::read(folder)?.filter(|existing| existing.complete) else { return Ok(false) };
+        match existing.provenance.difference(provenance) {
+            Some(difference) => Err(Error::file(folder, format!("{difference}; {OTHER_FOLDER}"))),
+            None => Ok(true),
+        }
     }
 
     /// Opens `folder` for a data set that is written in one run. The shards of a stopped run with

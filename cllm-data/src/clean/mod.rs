@@ -15,17 +15,17 @@ use cllm_core::thought::ThoughtTokens;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{Reader, Trajectory};
 use cllm_core::{Error, Result, atomic_file};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use crate::rewrite::Rewrite;
+use crate::rewrite::{Command, Rewrite};
 use crate::scoring::Scorer;
 use evaluation_prompts::EvaluationPrompts;
 use rules::{Candidate, DUPLICATE, RULES, RuleContext};
 pub use settings::Settings;
 
 /// The result of `clean`, which `clean-report.json` holds and `--json` prints.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Report {
     schema_version: u32,
     /// Rows kept.
@@ -33,7 +33,7 @@ pub struct Report {
     /// Rows dropped.
     dropped: usize,
     /// Rows dropped, by rule.
-    rules: BTreeMap<&'static str, usize>,
+    rules: BTreeMap<String, usize>,
     /// Rows kept although `drop_incorrect` could not score them.
     unscored: usize,
 }
@@ -53,7 +53,7 @@ struct DroppedRow<'r> {
     row: &'r Trajectory,
 }
 
-/// Cleans a data set.
+/// Cleans a data set, unless that is done already.
 ///
 /// # Errors
 /// When the input is not a complete data set of the model's tokenizer, or the output cannot be
@@ -76,14 +76,19 @@ pub fn clean(settings: &Settings) -> Result<Report> {
         },
         evaluation_prompts: EvaluationPrompts::read(&settings.evaluation_prompts, &tokenizer)?,
     };
-    let mut rewrite = Rewrite::open(&settings.input, &settings.output, describe_step(settings))?;
+    let Settings { input, output, .. } = settings;
+    let command = Command { verb: "clean", settings, input, output, step: describe_step(settings) };
+    let Some(mut rewrite) = command.open()? else {
+        let report: Report = command.read_report()?;
+        progress::log(format!("already complete: {}, in {}", report.text(), output.display()));
+        return Ok(report);
+    };
     let report = if settings.keep_dropped {
         apply_rules_and_save_dropped(&mut rewrite, &context)?
     } else {
         apply_rules(&mut rewrite, &context, |_| Ok(()))?
     };
-    atomic_file::write_json(&settings.output.join("clean-report.json"), &report)?;
-    rewrite.finish(settings)?;
+    rewrite.finish(&report)?;
     report.log(settings);
     Ok(report)
 }
@@ -160,7 +165,7 @@ fn apply_rules(
             for CheckedRow { row, prompt_hash, broken_rule, is_unscored } in checked {
                 let duplicate = || (!kept_prompts.insert(prompt_hash)).then_some(DUPLICATE);
                 if let Some(rule) = broken_rule.or_else(duplicate) {
-                    *report.rules.entry(rule).or_default() += 1;
+                    *report.rules.entry(rule.to_owned()).or_default() += 1;
                     report.dropped += 1;
                     on_drop(&DroppedRow { rule, row: &row })?;
                 } else {
@@ -190,9 +195,14 @@ impl Report {
             progress::log(format!("kept {rows} that the task could not score (Spider needs data=FOLDER)"));
         }
         progress::log(format!("{}, in {}", self.text(), settings.output.display()));
-        if self.kept == 0 {
-            progress::log("warning: no row is left to learn from");
+        if !self.has_rows() {
+            progress::log("nothing is left to learn from: relax the rules above, or collect other responses");
         }
+    }
+
+    /// Whether a row is left.
+    pub fn has_rows(&self) -> bool {
+        self.kept > 0
     }
 
     /// `kept 2 of 6 rows; dropped: 1 duplicate, 3 unfinished (raise max_new_tokens, or
@@ -202,7 +212,7 @@ impl Report {
         if self.dropped == 0 {
             return kept;
         }
-        let by_rule = |(name, number): (&&str, &usize)| {
+        let by_rule = |(name, number): (&String, &usize)| {
             let advice = RULES.iter().find(|rule| rule.name == *name).and_then(|rule| rule.advice);
             format!("{number} {name}{}", advice.map(|advice| format!(" ({advice})")).unwrap_or_default())
         };
@@ -218,7 +228,14 @@ mod tests {
     fn the_report_counts_dropped_rows_by_rule_and_gives_advice() {
         let report = |kept, rules: &[(&'static str, usize)]| {
             let dropped = rules.iter().map(|(_, number)| number).sum();
-            Report { schema_version: 1, kept, dropped, rules: rules.iter().copied().collect(), unscored: 0 }.text()
+            Report {
+                schema_version: 1,
+                kept,
+                dropped,
+                rules: rules.iter().map(|&(name, number)| (name.to_owned(), number)).collect(),
+                unscored: 0,
+            }
+            .text()
         };
         assert_eq!(report(60, &[]), "kept 60 of 60 rows");
         assert_eq!(

@@ -246,7 +246,11 @@ fn after_a_full_disk_the_same_augment_or_clean_makes_the_same_data_set() {
     collect(&whole, &[]);
     let read = |name: &str, file: &str| fs::read(dir.path().join(name).join(file)).unwrap();
     let (input, model) = (format!("input={whole}"), format!("model={}", teacher()));
-    for verb in [&["augment", &input][..], &["clean", &input, &model, "drop_unfinished=false"]] {
+    // What the random teacher says breaks the rules for repetition, too.
+    let lenient =
+        ["drop_unfinished=false", "token_run=99", "periodic_tail=99", "repeated_4grams=1", "repeated_sentence=99"];
+    let clean = [&["clean", &input, &model][..], &lenient].concat();
+    for verb in [&["augment", &input][..], &clean] {
         let verb: Vec<String> = verb.iter().map(|&word| word.to_owned()).collect();
         let (once, again) = (format!("{}-once", verb[0]), format!("{}-again", verb[0]));
         let into = |name: &str| [&verb[..], &[format!("output={}", path(dir.path(), name))]].concat();
@@ -257,7 +261,65 @@ fn after_a_full_disk_the_same_augment_or_clean_makes_the_same_data_set() {
         for file in ["data/part-00000.parquet", "manifest.json", "README.md"] {
             assert_eq!(read(&once, file), read(&again, file), "{} {file}", verb[0]);
         }
-        DATA.fail(&again_into, 2, &["holds a data set already"]);
+        // Once more, there is nothing left to do; with another setting, it is another data set.
+        let before = files_of(&dir.path().join(&again));
+        let said = DATA.succeed(&[&again_into[..], &["--json".to_owned()]].concat());
+        assert!(said.stderr.contains("already complete: "), "{}", said.stderr);
+        let first = DATA.succeed(&[&into(&once)[..], &["--json".to_owned()]].concat());
+        assert_eq!(first.stdout, said.stdout);
+        assert_eq!(files_of(&dir.path().join(&again)), before);
+        let (other, clause) = match verb[0].as_str() {
+            "augment" => ("fraction=0.25", "was started with fraction=0.5; this command says fraction=0.25"),
+            _ => ("token_run=3", "was started with token_run=99; this command says token_run=3"),
+        };
+        DATA.fail(&[&again_into[..], &[other.to_owned()]].concat(), 2, &["was started with ", clause]);
+    }
+}
+
+/// The names and contents of the files in a folder.
+fn files_of(folder: &Path) -> Vec<(std::ffi::OsString, Vec<u8>)> {
+    let entries = fs::read_dir(folder).unwrap().map(Result::unwrap).filter(|entry| entry.path().is_file());
+    let mut files: Vec<_> = entries.map(|entry| (entry.file_name(), fs::read(entry.path()).unwrap())).collect();
+    files.sort();
+    files
+}
+
+#[test]
+fn a_folder_with_files_of_the_user_is_never_written_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let [data, project] = ["data", "project"].map(|name| path(dir.path(), name));
+    collect(&data, &[]);
+    fs::create_dir(&project).unwrap();
+    for name in ["README.md", "config.yaml"] {
+        fs::write(Path::new(&project).join(name), "mine").unwrap();
+    }
+    let (input, output, model) = (format!("input={data}"), format!("output={project}"), format!("model={}", teacher()));
+    let before = files_of(Path::new(&project));
+    for command in [
+        collect_command(&teacher(), &project),
+        vec!["augment".to_owned(), input.clone(), output.clone()],
+        vec!["clean".to_owned(), input, output, model],
+    ] {
+        DATA.fail(&command, 2, &[&project, "holds files that this command did not write (README.md, config.yaml)"]);
+    }
+    assert_eq!(files_of(Path::new(&project)), before);
+}
+
+#[test]
+fn clean_that_drops_everything_is_negative_and_says_what_to_change() {
+    let dir = tempfile::tempdir().unwrap();
+    let input = write_data_set(&[row("a", &[5, 6, 7]), row("b", &[5, 6, 8])]);
+    let output = path(dir.path(), "clean");
+    let command = [
+        "clean".to_owned(),
+        format!("input={}", input.path().display()),
+        format!("output={output}"),
+        format!("model={}", teacher()),
+    ];
+    for _ in 0..2 {
+        let run = DATA.run(&command);
+        assert_eq!(run.code, Some(1), "{}", run.stderr);
+        assert!(run.stderr.contains("kept 0 of 2 rows; dropped: 2 unfinished (raise max_new_tokens"), "{}", run.stderr);
     }
 }
 

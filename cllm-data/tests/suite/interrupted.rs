@@ -20,9 +20,7 @@ fn a_collection_stopped_within_a_shard_keeps_its_answers() {
     kept.rotate_left(10);
     kept.truncate(7);
     let provenance = Reader::open(Path::new(&stopped)).unwrap().provenance().clone();
-    for name in ["manifest.json", "data/part-00000.parquet"] {
-        fs::remove_file(Path::new(&stopped).join(name)).unwrap();
-    }
+    fs::remove_dir_all(&stopped).unwrap();
     Writer::open(Path::new(&stopped), provenance).unwrap().save_partial_rows(&kept).unwrap();
     assert_eq!(collect(&stopped, &["rows_per_shard=24", "batch_size=5"])["resumed"], 7);
     assert_eq!(rows(&stopped), rows(&whole));

@@ -8,9 +8,10 @@ use cllm_core::trajectory::FinishReason;
 use serde::Serialize;
 
 use super::selection::Selection;
-use crate::records::{AnswerRecord, SCHEMA_VERSION, SpeedRecord};
+use crate::records::{AnswerRecord, SCHEMA_VERSION};
 use crate::role::Role;
-use crate::statistics::{bootstrap, mcnemar, ratio, wilson};
+use crate::speedup;
+use crate::statistics::{mcnemar, paired_difference, ratio, wilson};
 
 /// A difference is significant if its p value is below this.
 const SIGNIFICANCE_LEVEL: f64 = 0.05;
@@ -37,7 +38,7 @@ pub struct Comparison {
     pub b_only: usize,
     /// Accuracy of B minus that of A.
     pub difference: Option<f64>,
-    /// 95 % interval of the difference by a paired percentile bootstrap.
+    /// Bonett and Price's 95 % interval of the difference.
     pub ci95: Option<[f64; 2]>,
     /// Two-sided p value of the exact McNemar test. `None` if nothing is scored.
     pub mcnemar_p: Option<f64>,
@@ -80,7 +81,8 @@ pub struct SpeedComparison {
     pub b_tokens_per_second: Option<f64>,
     /// Tokens per second of B over those of A.
     pub ratio: Option<f64>,
-    /// 95 % interval of the ratio by a percentile bootstrap over the examples.
+    /// 95 % interval of the ratio by a bootstrap over the examples. `None` for a single
+    /// example.
     pub ci95: Option<[f64; 2]>,
 }
 
@@ -96,9 +98,6 @@ impl Comparison {
             .collect();
         let count = |pair: (bool, bool)| correct.iter().filter(|&&other| other == pair).count();
         let (a_only, b_only, both) = (count((true, false)), count((false, true)), count((true, true)));
-        let gain = |index: usize| f64::from(i8::from(correct[index].1) - i8::from(correct[index].0));
-        let mean_gain =
-            |drawn: &[usize]| Some(drawn.iter().map(|&index| gain(index)).sum::<f64>() / drawn.len() as f64);
         let difference = ratio(b_only as f64 - a_only as f64, correct.len() as f64);
         let mcnemar_p = (!correct.is_empty()).then(|| mcnemar(a_only, b_only));
         let (a_answers, b_answers): (Vec<_>, Vec<_>) = pairs.iter().copied().unzip();
@@ -116,7 +115,7 @@ impl Comparison {
             a_only,
             b_only,
             difference,
-            ci95: bootstrap(correct.len(), mean_gain),
+            ci95: paired_difference(b_only, a_only, correct.len()),
             mcnemar_p,
             correct_kept_fraction: ratio(both as f64, (both + a_only) as f64),
             equal_tokens: equal_tokens(&pairs),
@@ -156,28 +155,21 @@ fn equal_tokens(pairs: &[(&AnswerRecord, &AnswerRecord)]) -> Option<f64> {
 
 impl SpeedComparison {
     fn new(a: &Selection, b: &Selection) -> Option<Self> {
-        let (of_a, of_b): (Vec<_>, Vec<_>) = a.pair_speeds(b).into_iter().unzip();
-        if of_a.is_empty() {
+        let pairs = a.pair_speeds(b);
+        if pairs.is_empty() {
             return None;
         }
-        let speedup = |drawn: &[usize]| ratio(tokens_per_second(&of_b, drawn), tokens_per_second(&of_a, drawn));
-        let all: Vec<usize> = (0..of_a.len()).collect();
+        let [a_tokens_per_second, b_tokens_per_second] = speedup::tokens_per_second(&pairs);
         let (header_a, header_b) = (a.header(), b.header());
         Some(SpeedComparison {
-            examples: all.len(),
+            examples: pairs.len(),
             same_machine: (&header_a.hardware, &header_a.toolkit) == (&header_b.hardware, &header_b.toolkit),
-            a_tokens_per_second: tokens_per_second(&of_a, &all),
-            b_tokens_per_second: tokens_per_second(&of_b, &all),
-            ratio: speedup(&all),
-            ci95: bootstrap(all.len(), speedup),
+            a_tokens_per_second,
+            b_tokens_per_second,
+            ratio: ratio(b_tokens_per_second, a_tokens_per_second),
+            ci95: speedup::interval(&pairs),
         })
     }
-}
-
-/// Tokens per second over the timings with these indices.
-fn tokens_per_second(speeds: &[&SpeedRecord], indices: &[usize]) -> Option<f64> {
-    let tokens: usize = indices.iter().map(|&index| speeds[index].tokens).sum();
-    ratio(tokens as f64, indices.iter().map(|&index| speeds[index].seconds).sum::<f64>())
 }
 
 fn verdict(difference: Option<f64>, p: Option<f64>) -> String {

@@ -42,7 +42,7 @@ pub(super) fn charts(run: &Run, tradeoff: Option<&Tradeoff>) -> Vec<Chart> {
         .filter(|(_, acceptance)| !acceptance.forwards.is_empty())
         .collect();
     let mut charts = Vec::new();
-    charts.extend(tradeoff.map(accuracy_against_speed));
+    charts.extend(tradeoff.map(|tradeoff| accuracy_against_speed(tradeoff, over(&run.results))));
     charts.extend(tokens_per_second(&entries));
     charts.extend(speedup_against_concurrency(&run.results));
     charts.push(tokens_per_forward(&entries));
@@ -70,10 +70,19 @@ impl Entry<'_> {
     }
 }
 
+/// Names the speed-up and its baseline.
+fn over(results: &Results) -> &'static str {
+    if results.model(Role::Teacher).is_some() {
+        "speed-up over the teacher's AR"
+    } else {
+        "speed-up over the model's own AR"
+    }
+}
+
 /// The x axis is the speed-up if every point was timed, and tokens per forward if not.
-fn accuracy_against_speed(tradeoff: &Tradeoff) -> Chart {
+fn accuracy_against_speed(tradeoff: &Tradeoff, over: &'static str) -> Chart {
     let timed = tradeoff.points.iter().all(|point| point.speedup.is_some());
-    let x_name = if timed { "speed-up over the teacher's AR" } else { "tokens per forward" };
+    let x_name = if timed { over } else { "tokens per forward" };
     let points: Vec<ScatterPoint> = tradeoff
         .points
         .iter()
@@ -112,10 +121,9 @@ fn speedup_against_concurrency(results: &Results) -> Option<Chart> {
         }
     }
     series.retain(|line| !line.points.is_empty());
-    let of = if results.model(Role::Teacher).is_some() { "the teacher's AR" } else { "AR" };
     (!series.is_empty()).then(|| {
-        Chart::new(format!("Speed-up over {of} with as many rows, excluding prefill"), |title| {
-            let axes = [("rows (answers decoded at once)", Scale::Logarithmic), ("speed-up", Scale::FromZero)];
+        Chart::new("Speed-up with as many rows, excluding prefill", |title| {
+            let axes = [("rows (answers decoded at once)", Scale::Logarithmic), (over(results), Scale::FromZero)];
             lines(title, axes, &series)
         })
     })

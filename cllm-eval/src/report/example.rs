@@ -3,6 +3,7 @@
 use cllm_core::task::Verdict;
 use serde::Serialize;
 
+use super::animation::{PLAY_SECONDS, TimedAnswer, duration, playback_speed};
 use crate::records::{AnswerRecord, Records};
 
 /// Number of colours in the page's style; successive forwards cycle through them.
@@ -13,9 +14,19 @@ pub(super) struct Example {
     id: String,
     prompt: String,
     reference: Option<String>,
-    /// Number of forwards of the slowest answer.
-    max_forwards: usize,
+    /// How it is played. `None` unless every answer was timed.
+    playback: Option<Playback>,
     answers: Vec<ExampleAnswer>,
+}
+
+#[derive(Debug, Serialize)]
+struct Playback {
+    /// Decoding time of the slowest answer.
+    seconds: f64,
+    /// How long the answers play.
+    play_seconds: f64,
+    /// The speed in words.
+    speed: String,
 }
 
 #[derive(Debug, Serialize)]
@@ -25,6 +36,8 @@ struct ExampleAnswer {
     verdict: Verdict,
     num_tokens: usize,
     num_forwards: usize,
+    /// Decoding time as text. `None` if it was not timed.
+    duration: Option<String>,
     text: String,
     forwards: Vec<Forward>,
 }
@@ -36,42 +49,69 @@ struct Forward {
     number: usize,
     text: String,
     num_tokens: u32,
+    /// When it had ended, in seconds of decoding.
+    end: Option<f64>,
     colour: usize,
 }
 
 impl Example {
-    /// Picks the first example with a correct answer among those that keep the text of each
-    /// forward, or else the first of them.
+    /// Picks an example among those that keep the text of each forward: one that was timed with
+    /// every strategy and has a correct answer, if there is one.
     pub(super) fn choose(records: &Records) -> Option<Self> {
-        let shown = || records.answers.iter().filter(|answer| answer.forward_texts.is_some());
-        let correct = shown().filter(|answer| answer.verdict == Verdict::Correct).map(|answer| answer.index).min();
-        let index = correct.or_else(|| shown().map(|answer| answer.index).min())?;
-        let answers: Vec<&AnswerRecord> = shown().filter(|answer| answer.index == index).collect();
+        let mut indices: Vec<usize> =
+            records.answers.iter().filter(|answer| answer.forward_texts.is_some()).map(|answer| answer.index).collect();
+        indices.sort_unstable();
+        indices.dedup();
+        let answers = |index: usize| -> Vec<&AnswerRecord> {
+            records.answers.iter().filter(|answer| answer.index == index && answer.forward_texts.is_some()).collect()
+        };
+        let key = |&index: &usize| {
+            let answers = answers(index);
+            let is_timed = answers.iter().all(|answer| timing(records, answer).is_some());
+            (!is_timed, !answers.iter().any(|answer| answer.verdict == Verdict::Correct))
+        };
+        let answers = answers(indices.into_iter().min_by_key(key)?);
         let first = answers.first()?;
+        let timings: Option<Vec<f64>> =
+            answers.iter().map(|answer| Some(timing(records, answer)?.speed.seconds)).collect();
         Some(Example {
             id: first.id.clone(),
             prompt: first.prompt.clone(),
             reference: first.reference.clone(),
-            max_forwards: answers.iter().map(|answer| answer.accepted.len()).max()?,
-            answers: answers.iter().map(|answer| ExampleAnswer::new(answer)).collect(),
+            playback: timings.map(|seconds| Playback::new(seconds.into_iter().fold(0.0, f64::max))),
+            answers: answers.iter().map(|answer| ExampleAnswer::new(records, answer)).collect(),
         })
     }
 }
 
+fn timing<'r>(records: &'r Records, answer: &AnswerRecord) -> Option<TimedAnswer<'r>> {
+    TimedAnswer::find(records, (answer.role, answer.strategy), answer.index)
+}
+
+impl Playback {
+    fn new(seconds: f64) -> Self {
+        Playback { seconds, play_seconds: PLAY_SECONDS, speed: playback_speed(PLAY_SECONDS / seconds) }
+    }
+}
+
 impl ExampleAnswer {
-    fn new(answer: &AnswerRecord) -> Self {
+    fn new(records: &Records, answer: &AnswerRecord) -> Self {
+        let timing = timing(records, answer);
+        let ends = timing.as_ref().map(|timed| timed.speed.forward_ends());
         let forwards = answer.forward_texts.iter().flatten().zip(&answer.accepted).enumerate();
         ExampleAnswer {
             name: format!("{} {}", answer.role, answer.strategy),
             verdict: answer.verdict,
             num_tokens: answer.num_decoded_tokens(),
             num_forwards: answer.forwards,
+            duration: timing.map(|timed| duration(timed.speed.seconds)),
             text: answer.text.clone(),
             forwards: forwards
                 .map(|(index, (text, &num_tokens))| Forward {
                     number: index + 1,
                     text: text.clone(),
                     num_tokens,
+                    end: ends.as_ref().map(|ends| ends[index]),
                     colour: index % NUM_COLOURS,
                 })
                 .collect(),

@@ -1,6 +1,7 @@
 //! The headline of a run: the speed-up of its fastest strategy over the teacher's autoregressive
 //! decoding, and its cost.
 
+use cllm_core::progress::count;
 use serde::Serialize;
 
 use super::run::Run;
@@ -31,10 +32,15 @@ impl Headline {
             return Some(Headline { title, number, caption, details: notes(results) });
         };
         let name = format!("{role}, {}", fastest.label);
-        let (number, caption) = match (fastest.speedup_vs_teacher_ar, fastest.tokens_per_second) {
+        let (speedup, interval) = results.speedup(fastest);
+        let (number, caption) = match (speedup, fastest.tokens_per_second) {
             (Some(speedup), _) => {
                 let than = if speedup >= 1.0 { "faster than" } else { "as fast as" };
-                (format!("{speedup:.2}x"), format!("{than} the teacher ({name}, against autoregressive)"))
+                let baseline = match results.model(Role::Teacher) {
+                    Some(_) => format!("the teacher ({name}, against autoregressive)"),
+                    None => format!("autoregressive decoding of the same model ({})", fastest.label),
+                };
+                (format!("{speedup:.2}x"), format!("{than} {baseline}"))
             }
             (None, Some(speed)) => (format!("{speed:.0}"), format!("tokens/s at batch 1 ({name})")),
             (None, None) => (format_number(fastest.tokens_per_forward, 2, ""), format!("tokens per forward ({name})")),
@@ -42,7 +48,15 @@ impl Headline {
         let own_accuracy =
             (fastest.scored > 0).then(|| format!("accuracy {}", format_accuracy(fastest.accuracy, fastest.ci95)));
         let finished = fastest.tokens_per_forward_finished;
+        let speedup_interval = interval.map(|ends| {
+            let [low, high] = ends.map(|end| format!("{end:.2}x"));
+            format!(
+                "95 % interval of the speed-up: {low} to {high}, over {}",
+                count(fastest.speed_examples, "timed example")
+            )
+        });
         let details = [
+            speedup_interval,
             accuracy_difference(results, role, fastest),
             own_accuracy,
             finished.map(|value| format!("{value:.2} tokens per forward in finished answers")),

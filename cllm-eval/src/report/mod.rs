@@ -13,11 +13,13 @@ mod section;
 
 use std::path::{Path, PathBuf};
 
-use cllm_core::{Error, Result, atomic_file};
+use cllm_core::{Error, Result, atomic_file, output_folder};
 use minijinja::value::Serde;
 use minijinja::{Environment, context};
 
+use crate::records::SAMPLES;
 use crate::results::RESULTS;
+use crate::suite;
 use crate::table::{CONCURRENCY_HEADS, CONCURRENCY_NOTE, HEADS};
 pub use animation::animate;
 use run::Run;
@@ -30,6 +32,9 @@ const TEMPLATES: [(&str, &str); 4] = [
     ("report.tex", include_str!("../../templates/report.tex")),
     ("model-card.md", include_str!("../../templates/model-card.md")),
 ];
+
+/// What a page of ours says about itself.
+const GENERATOR: &str = r#"<meta name="generator" content="cllm-eval report">"#;
 
 /// Renders the report of one or several runs into `output`, or beside the first of them, and
 /// returns the files that were written.
@@ -44,6 +49,7 @@ pub fn report(results: &[PathBuf], output: Option<&Path>) -> Result<Vec<PathBuf>
         Some(folder) => folder.to_owned(),
         None => files.first().and_then(|file| file.parent()).unwrap_or(Path::new(".")).to_owned(),
     };
+    output_folder::expect_own(&folder, || is_own(&folder))?;
     let sections: Vec<Section> = runs.iter().map(Section::from_run).collect::<Result<_>>()?;
     let values = context! {
         sections => minijinja::Value::from(Serde(&sections)),
@@ -51,7 +57,7 @@ pub fn report(results: &[PathBuf], output: Option<&Path>) -> Result<Vec<PathBuf>
         concurrency_heads => CONCURRENCY_HEADS,
         concurrency_note => CONCURRENCY_NOTE,
         overview_heads => overview::HEADS,
-        overview => overview::rows(&runs),
+        overview => minijinja::Value::from(Serde(&overview::tables(&runs))),
         headline_strategies => model_card::headline_strategies(&runs),
         front_matter => model_card::front_matter(&runs)?,
     };
@@ -67,6 +73,15 @@ pub fn report(results: &[PathBuf], output: Option<&Path>) -> Result<Vec<PathBuf>
             Ok(path)
         })
         .collect()
+}
+
+/// Whether a folder is that of a run or a suite, or of an earlier report.
+fn is_own(folder: &Path) -> bool {
+    let is_report = || std::fs::read_to_string(folder.join("report.html")).is_ok_and(|page| page.contains(GENERATOR));
+    folder.join(SAMPLES).exists()
+        || folder.join(RESULTS).exists()
+        || output_folder::has_settings_of(folder, suite::COMMAND)
+        || is_report()
 }
 
 fn environment() -> Environment<'static> {

@@ -1,31 +1,71 @@
-//! The first table of a report on several runs: the fastest strategy of each.
+//! The first tables of a report on several runs: the fastest strategy of each.
 
+use serde::Serialize;
+
+use super::model_card::model_name;
 use super::run::Run;
-use crate::results::ModelResults;
+use crate::results::{ModelResults, Results};
 use crate::role::Role;
-use crate::table::{format_accuracy, format_number};
+use crate::table::{format_accuracy, format_number, format_speedup};
 
 /// Column heads. The first two columns name the run and its strategy.
 pub(super) const HEADS: [&str; 7] = [
     "run",
     "strategy",
     "accuracy (95 %)",
-    "teacher AR accuracy (95 %)",
+    "accuracy of the baseline (95 %)",
     "unfinished",
     "tokens/forward, finished answers",
-    "speed-up over teacher AR",
+    "speed-up (95 %)",
 ];
 
-/// One row per run. Empty for a single run, because its own table shows the same.
-pub(super) fn rows(runs: &[Run]) -> Vec<Vec<String>> {
-    if runs.len() < 2 { Vec::new() } else { runs.iter().map(row).collect() }
+/// Runs whose speed-ups are over the same model's autoregressive decoding.
+#[derive(Debug, Serialize)]
+pub(super) struct Overview {
+    /// What the table shows, and what its speed-ups are over.
+    caption: String,
+    /// One row per run.
+    rows: Vec<Vec<String>>,
+}
+
+/// One table for each baseline, so that no two ratios of a table are to different ones. Empty for a
+/// single run, because its own table shows the same.
+pub(super) fn tables(runs: &[Run]) -> Vec<Overview> {
+    if runs.len() < 2 {
+        return Vec::new();
+    }
+    let mut groups: Vec<(Option<&str>, Vec<&Run>)> = Vec::new();
+    for run in runs {
+        let baseline = run.results.baseline().map(|(model, _)| model.fingerprint.as_str());
+        match groups.iter_mut().find(|(other, _)| *other == baseline) {
+            Some((_, group)) => group.push(run),
+            None => groups.push((baseline, vec![run])),
+        }
+    }
+    groups.into_iter().map(|(_, group)| Overview::new(&group)).collect()
+}
+
+impl Overview {
+    fn new(runs: &[&Run]) -> Self {
+        let baseline = runs.first().and_then(|run| run.results.baseline());
+        let over = baseline.map_or_else(String::new, |(model, _)| {
+            format!("; speed-ups are over autoregressive decoding of {}", model_name(model))
+        });
+        Overview {
+            caption: format!(
+                "The fastest strategy of each run among those that accept several tokens per forward{over}"
+            ),
+            rows: runs.iter().map(|run| row(run)).collect(),
+        }
+    }
 }
 
 fn row(run: &Run) -> Vec<String> {
-    let results = &run.results;
+    let results: &Results = &run.results;
     let or_dash = |cell: Option<String>| cell.unwrap_or_else(|| "-".to_owned());
     let fastest = results.headline();
     let teacher = results.model(Role::Teacher).and_then(ModelResults::autoregressive);
+    let speedup = fastest.map(|(_, strategy)| results.speedup(strategy));
     vec![
         run.title.clone(),
         or_dash(fastest.map(|(role, strategy)| format!("{role} {}", strategy.label))),
@@ -33,6 +73,6 @@ fn row(run: &Run) -> Vec<String> {
         or_dash(teacher.map(|strategy| format_accuracy(strategy.accuracy, strategy.ci95))),
         or_dash(fastest.map(|(_, strategy)| format!("{} of {}", strategy.unfinished, strategy.examples))),
         format_number(fastest.and_then(|(_, strategy)| strategy.tokens_per_forward_finished), 2, ""),
-        format_number(fastest.and_then(|(_, strategy)| strategy.speedup_vs_teacher_ar), 2, "x"),
+        or_dash(speedup.map(|(ratio, ci95)| format_speedup(ratio, ci95))),
     ]
 }

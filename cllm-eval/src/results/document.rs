@@ -125,9 +125,14 @@ pub struct StrategyResults {
     /// Tokens per second, divided by those of the teacher's autoregressive decoding on the same
     /// examples.
     pub speedup_vs_teacher_ar: Option<f64>,
+    /// 95 % interval of that ratio by a bootstrap over the examples. `None` for the baseline itself.
+    #[serde(default)]
+    pub speedup_vs_teacher_ar_ci95: Option<[f64; 2]>,
     /// Tokens per second, divided by those of the student's autoregressive decoding on the same
     /// examples.
     pub speedup_vs_student_ar: Option<f64>,
+    #[serde(default)]
+    pub speedup_vs_student_ar_ci95: Option<[f64; 2]>,
     /// Seconds of prefill and decoding.
     pub end_to_end_seconds: Option<f64>,
     /// `speed_tokens` divided by `end_to_end_seconds`.
@@ -277,6 +282,22 @@ impl Results {
     pub fn headline(&self) -> Option<(Role, &StrategyResults)> {
         let model = self.model(Role::Student).or(self.models.first())?;
         Some((model.model.role, model.fastest()?))
+    }
+
+    /// What speed-ups are measured against: autoregressive decoding of the teacher, or of the only
+    /// model.
+    pub fn baseline(&self) -> Option<(&ModelEntry, &StrategyResults)> {
+        let model = self.model(Role::Teacher).or(self.models.first())?;
+        Some((&model.model, model.autoregressive()?))
+    }
+
+    /// The speed-up of a strategy over the baseline, with its 95 % interval.
+    pub fn speedup(&self, figures: &StrategyResults) -> (Option<f64>, Option<[f64; 2]>) {
+        match self.baseline().map(|(model, _)| model.role) {
+            Some(Role::Teacher) => (figures.speedup_vs_teacher_ar, figures.speedup_vs_teacher_ar_ci95),
+            Some(Role::Student) => (figures.speedup_vs_student_ar, figures.speedup_vs_student_ar_ci95),
+            None => (None, None),
+        }
     }
 
     /// Figures of continuous batching of every model and strategy, from few rows to many.

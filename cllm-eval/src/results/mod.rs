@@ -20,7 +20,7 @@ impl Results {
         let header = &records.header;
         let mut models: Vec<_> =
             header.models.iter().map(|model| ModelResults::from_records(records, model.clone())).collect();
-        ratios::add(&mut models);
+        ratios::add(&mut models, records);
         Results {
             schema_version: header.schema_version,
             benchmark: header.benchmark,

@@ -2,13 +2,18 @@
 
 use std::collections::HashMap;
 
+use cllm_core::decode::Strategy;
+
 use super::document::{ModelResults, StrategyResults, Throughput};
+use crate::records::{Records, SpeedRecord};
 use crate::role::Role;
+use crate::speedup;
 use crate::statistics::ratio;
 
 /// Adds the ratios to every strategy.
-pub(super) fn add(models: &mut [ModelResults]) {
+pub(super) fn add(models: &mut [ModelResults], records: &Records) {
     add_speedups(models);
+    add_intervals(models, records);
     models.iter_mut().for_each(add_memory_ratios);
 }
 
@@ -42,6 +47,27 @@ fn add_speedups(models: &mut [ModelResults]) {
             ] = speedups(Speed::in_batch(batch), &baselines, Some(batch.concurrency));
         }
     }
+}
+
+/// Adds the intervals of the speed-ups at batch 1.
+fn add_intervals(models: &mut [ModelResults], records: &Records) {
+    for (role, figures) in models.iter_mut().flat_map(|model| {
+        let role = model.model.role;
+        model.strategies.iter_mut().map(move |figures| (role, figures))
+    }) {
+        let over = |baseline: Role| match (role, figures.strategy) == (baseline, Strategy::Ar) {
+            true => None,
+            false => speedup::interval(&pairs(records, baseline, (role, figures.strategy))),
+        };
+        [figures.speedup_vs_teacher_ar_ci95, figures.speedup_vs_student_ar_ci95] = Role::ALL.map(over);
+    }
+}
+
+/// The timings of a model's autoregressive decoding beside those of a strategy.
+fn pairs(records: &Records, baseline: Role, (role, strategy): (Role, Strategy)) -> Vec<(&SpeedRecord, &SpeedRecord)> {
+    let ar: HashMap<usize, &SpeedRecord> =
+        records.speeds_of(baseline, Strategy::Ar).map(|speed| (speed.index, speed)).collect();
+    records.speeds_of(role, strategy).filter_map(|speed| Some((*ar.get(&speed.index)?, speed))).collect()
 }
 
 fn baselines(models: &[ModelResults]) -> Baselines {

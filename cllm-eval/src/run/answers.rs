@@ -16,7 +16,7 @@ use crate::mt_bench_turns;
 use crate::records::AnswerRecord;
 
 /// Number of leading examples that keep the text of each forward for reports.
-const NUM_EXAMPLES_WITH_TEXTS: usize = 5;
+pub(super) const NUM_EXAMPLES_WITH_TEXTS: usize = 5;
 
 /// Answers the examples that the journal does not contain yet. Second turns come after all first
 /// turns.

@@ -11,7 +11,7 @@ use super::timing::{decoders, in_turns, turns};
 use crate::records::ThroughputRecord;
 
 /// Number of repetitions that are timed.
-const NUM_REPETITIONS: usize = 3;
+pub(super) const NUM_REPETITIONS: usize = 3;
 /// Minimum number of requests for each row. With fewer, the batch would not be full for most of the
 /// time, because rows run empty while the last answers end.
 const MIN_REQUESTS_PER_ROW: usize = 8;

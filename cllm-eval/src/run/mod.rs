@@ -61,6 +61,10 @@ pub fn run_on(settings: &RunSettings, today: Date) -> Result<Results> {
     let settings = &recorded_settings(settings, &input);
     let mut session = Session::open(settings, &examples, scorer, sandbox.as_ref(), &models, device)?;
     match input {
+        Input::Prompts(_) if session.is_complete() => {
+            progress::log(format!("already complete: {}", settings.output.join(RESULTS).display()));
+            return Results::read(&settings.output);
+        }
         Input::Prompts(prompts) => answer_prompts(&mut session, models, prompts)?,
         Input::Texts(texts) => {
             for (model, texts) in models.iter().zip(&texts) {

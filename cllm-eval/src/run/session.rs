@@ -6,18 +6,17 @@ use cllm_core::environment::{Hardware, Toolkit};
 use cllm_core::prompt_set::Sample;
 use cllm_core::sandbox::Sandbox;
 use cllm_core::task::Task;
-use cllm_core::{Error, Result, atomic_file, fingerprint, settings};
+use cllm_core::{Error, Result, fingerprint, output_folder};
 use tch::Device;
 
+use super::concurrency::NUM_REPETITIONS;
 use super::examples::Examples;
 use super::models::IdentifiedModel;
 use crate::config::RunSettings;
 use crate::journal::Journal;
 use crate::records::{Header, ModelEntry, SAMPLES, SCHEMA_VERSION};
+use crate::results::Results;
 use crate::score::AnswerScorer;
-
-/// Name of the file with the settings of a run, beside its results.
-const CONFIG: &str = "config.yaml";
 
 pub(super) struct Session<'a> {
     /// The settings that matter for this benchmark.
@@ -59,14 +58,29 @@ impl<'a> Session<'a> {
             settings: used.clone(),
         };
         let journal = open_journal(&settings.output, header)?;
-        atomic_file::write(&settings.output.join(CONFIG), settings::to_yaml(settings)?.as_bytes())?;
+        output_folder::save_settings(&settings.output, "cllm-eval run", settings)?;
         let samples = &examples.samples[..];
         let timed = spread_evenly(used.num_speed_examples, samples.len());
         Ok(Session { settings: used, samples, scorer, device, timed, journal })
     }
+
+    /// Whether an earlier run measured everything and wrote its results.
+    pub(super) fn is_complete(&self) -> bool {
+        let (records, settings) = (self.journal.records(), &self.settings);
+        let num_turns: usize =
+            records.header.models.iter().map(|model| settings.strategies_of(model.role).count()).sum();
+        let is_measured = records.answers.len() == num_turns * self.samples.len()
+            && records.speeds.len() == num_turns * self.timed.len()
+            && settings.concurrency.iter().filter(|&&rows| rows > 1).all(|rows| {
+                let repetitions = records.throughputs.iter().filter(|one| one.concurrency == *rows);
+                repetitions.count() == num_turns * NUM_REPETITIONS
+            });
+        is_measured && Results::read(&settings.output).is_ok_and(|results| results.settings == *settings)
+    }
 }
 
 fn open_journal(output: &Path, header: Header) -> Result<Journal> {
+    output_folder::expect_own(output, || output.join(SAMPLES).exists())?;
     std::fs::create_dir_all(output).map_err(Error::write(output))?;
     Journal::open(&output.join(SAMPLES), header)
 }

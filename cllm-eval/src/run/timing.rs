@@ -1,9 +1,12 @@
 //! Times answers at batch 1.
 
+use std::time::Instant;
+
 use cllm_core::decode::{Decoder, Strategy};
 use cllm_core::progress::Progress;
 use cllm_core::{Error, Result, interrupt};
 
+use super::answers::NUM_EXAMPLES_WITH_TEXTS;
 use super::models::{LoadedModel, decode_options};
 use super::session::Session;
 use crate::records::SpeedRecord;
@@ -82,7 +85,9 @@ pub(super) fn time_answer(
 ) -> Result<SpeedRecord> {
     let request = std::slice::from_ref(&model.prompts.get(index).request);
     let options = decode_options(strategy, &session.settings);
-    let (answers, timing) = decoder.answer(request, &model.prompts.stop, options, None)?;
+    let mut moments = Vec::new();
+    let mut watch = |_: usize, _: &[i32]| moments.push(Instant::now());
+    let (answers, timing) = decoder.answer(request, &model.prompts.stop, options, Some(&mut watch))?;
     let answer = answers.first().ok_or_else(|| Error::internal("decoding gave no answer"))?;
     let peak_memory_bytes =
         model.batch1_peak_bytes.iter().find(|(other, _)| *other == strategy).map(|&(_, peak_bytes)| peak_bytes);
@@ -98,6 +103,15 @@ pub(super) fn time_answer(
         finish_reason: answer.finish_reason,
         prefill_seconds: timing.prefill_seconds,
         seconds: timing.decode_seconds,
+        forward_ends: (index < NUM_EXAMPLES_WITH_TEXTS).then(|| forward_ends(&moments, timing.decode_seconds)),
         peak_memory_bytes,
     })
+}
+
+/// When each forward had ended, in seconds of decoding, given the moments of their ends and the
+/// duration of them all.
+fn forward_ends(moments: &[Instant], decode_seconds: f64) -> Vec<f64> {
+    let Some(&last) = moments.last() else { return Vec::new() };
+    // The moment at which decoding began is not known, but when it ended is.
+    moments.iter().map(|&moment| (decode_seconds - last.duration_since(moment).as_secs_f64()).max(0.0)).collect()
 }

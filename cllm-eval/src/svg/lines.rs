@@ -32,9 +32,14 @@ pub fn lines(title: &str, axes: [(&'static str, Scale); 2], series: &[Series]) -
         let (class, dash) = (line.class, line.dash % NUM_DASHES);
         let mut path = String::new();
         for (number, &(x, y)) in line.points.iter().enumerate() {
+            let label = format!("{}: {} at {}", line.label, rounded(y), rounded(x));
             let (x, y) = frame.to_pixels(x, y);
             let _ = write!(path, "{}{x:.1} {y:.1}", if number == 0 { 'M' } else { 'L' });
-            let _ = write!(svg, r#"<circle class="{class}" cx="{x:.1}" cy="{y:.1}" r="3"/>"#);
+            let _ = write!(
+                svg,
+                r#"<circle class="{class}" cx="{x:.1}" cy="{y:.1}" r="3"><title>{}</title></circle>"#,
+                escape(&label)
+            );
         }
         if !path.is_empty() {
             let _ = write!(svg, r#"<path class="line {class} dash{dash}" d="{path}"/>"#);
@@ -51,6 +56,11 @@ pub fn lines(title: &str, axes: [(&'static str, Scale); 2], series: &[Series]) -
     }
     svg.push_str("</svg>");
     svg
+}
+
+/// A value with two decimals, or none if it is whole.
+fn rounded(value: f64) -> String {
+    if value.fract() == 0.0 { value.to_string() } else { format!("{value:.2}") }
 }
 
 #[cfg(test)]

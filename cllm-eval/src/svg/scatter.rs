@@ -1,5 +1,5 @@
-//! A scatter plot whose points carry their labels. Points and labels that would overlap are moved
-//! apart.
+//! A scatter plot whose points carry their labels. Points stand at their values, even where they
+//! overlap; labels that would overlap are moved apart.
 
 use std::fmt::Write;
 
@@ -10,8 +10,10 @@ use super::{CHAR_WIDTH, escape};
 const LABEL_LINE: f64 = 17.0;
 /// Radius of a point.
 const RADIUS: f64 = 6.0;
-/// Horizontal distance between points that would overlap.
-const POINT_DISTANCE: f64 = 14.0;
+/// Horizontal step of a label that moves away from its point.
+const LABEL_STEP: f64 = 14.0;
+/// Number of points from which labels are numbers, because names would not fit.
+const MIN_NUMBERED: usize = 8;
 /// Distance between a point and its label.
 const LABEL_DISTANCE: f64 = 12.0;
 /// How far a label may move up or down, in half lines.
@@ -61,8 +63,8 @@ impl LabelPosition {
     }
 }
 
-/// Draws points with whiskers and labels. Labels that are too long to fit beside their points are
-/// numbered and listed in a legend below.
+/// Draws points with whiskers and labels. Where labels are too long or too many to fit beside their
+/// points, the points are numbered and listed in a legend below.
 pub fn scatter(title: &str, axis_names: [&'static str; 2], points: &[ScatterPoint]) -> String {
     let ys = points.iter().flat_map(|point| point.interval.into_iter().flatten().chain([point.y]));
     let frame = Frame::new(
@@ -70,14 +72,14 @@ pub fn scatter(title: &str, axis_names: [&'static str; 2], points: &[ScatterPoin
         Axis::new(axis_names[1], Scale::Linear, ys),
     );
     let fits = |point: &ScatterPoint| CHAR_WIDTH * (point.label.chars().count() as f64) < WIDTH / 2.0;
-    let numbered = !points.iter().all(fits);
+    let numbered = points.len() >= MIN_NUMBERED || !points.iter().all(fits);
     let labels: Vec<String> = if numbered {
         (1..=points.len()).map(|number| number.to_string()).collect()
     } else {
         points.iter().map(|point| point.label.clone()).collect()
     };
     let mut svg = frame.open(title, if numbered { points.len() } else { 0 });
-    let centres = spread_points(&frame, points);
+    let centres: Vec<(f64, f64)> = points.iter().map(|point| frame.to_pixels(point.x, point.y)).collect();
     for (point, &centre) in points.iter().zip(&centres) {
         draw_point(&mut svg, &frame, point, centre);
     }
@@ -87,7 +89,12 @@ pub fn scatter(title: &str, axis_names: [&'static str; 2], points: &[ScatterPoin
     }
     for (index, point) in points.iter().enumerate().filter(|_| numbered) {
         let (number, y, label) = (index + 1, HEIGHT + 14.0 + LEGEND_LINE * index as f64, escape(&point.label));
-        let _ = write!(svg, r#"<text class="label" x="4" y="{y:.1}">{number}: {label}</text>"#);
+        let _ = write!(
+            svg,
+            r#"<rect class="key {}" x="4" y="{:.1}" width="12" height="12" rx="6"/><text class="label" x="24" y="{y:.1}">{number}: {label}</text>"#,
+            point.class,
+            y - 11.0
+        );
     }
     svg.push_str("</svg>");
     svg
@@ -117,26 +124,6 @@ fn draw_label(svg: &mut String, text: &str, position: LabelPosition, (point_x, p
     }
     let text = escape(text);
     let _ = write!(svg, r#"<text class="label" x="{x:.1}" y="{y:.1}" text-anchor="{anchor}">{text}</text>"#);
-}
-
-/// The centre of each point in pixels, shifted sideways if the point would overlap an earlier one.
-fn spread_points(frame: &Frame, points: &[ScatterPoint]) -> Vec<(f64, f64)> {
-    let mut centres: Vec<(f64, f64)> = Vec::new();
-    for point in points {
-        let (x, y) = frame.to_pixels(point.x, point.y);
-        let shifts = (0..=2 * points.len() as u32).flat_map(|step| [f64::from(step), -f64::from(step)]);
-        let mut candidates = shifts.map(|step| x + step * POINT_DISTANCE / 2.0);
-        // Whiskers need less distance than points at the same height.
-        let is_clear_of = |at: f64, (other_x, other_y): (f64, f64)| {
-            let same_height = (other_y - y).abs() < POINT_DISTANCE;
-            (other_x - at).abs() >= if same_height { POINT_DISTANCE } else { POINT_DISTANCE / 2.0 }
-        };
-        let is_free =
-            |&at: &f64| frame.label_columns().contains(&at) && centres.iter().all(|&other| is_clear_of(at, other));
-        let chosen = candidates.find(is_free).unwrap_or(x);
-        centres.push((chosen, y));
-    }
-    centres
 }
 
 /// Chooses positions for the labels: beside their points, then moved up or down and away until they
@@ -192,7 +179,7 @@ fn candidates(x: f64, y: f64) -> impl Iterator<Item = LabelPosition> {
     half_lines.flat_map(move |half_line| {
         [0.0, 1.0, 2.0, 4.0, 6.0].into_iter().flat_map(move |away| {
             [false, true].map(|ends_at_x| {
-                let away = away * POINT_DISTANCE;
+                let away = away * LABEL_STEP;
                 let beside = beside(if ends_at_x { x - away } else { x + away }, y, ends_at_x);
                 LabelPosition { y: beside.y + half_line * LABEL_LINE / 2.0, ..beside }
             })
@@ -209,17 +196,12 @@ mod tests {
     }
 
     #[test]
-    fn equal_points_and_their_labels_are_moved_apart() {
+    fn equal_points_stay_at_their_values_and_their_labels_are_moved_apart() {
         let mut points: Vec<ScatterPoint> = (0..4).map(|index| point(&format!("<point {index}>"), 2.0, 50.0)).collect();
         points.push(point("<another>", 2.05, 50.5));
-        let xs = points.iter().map(|point| point.x).chain([1.0, 4.0]);
         let axis = |name, values: Vec<f64>| Axis::new(name, Scale::Linear, values.into_iter());
-        let frame = Frame::new(axis("x", xs.collect()), axis("y", vec![49.0, 52.0]));
-        let centres = spread_points(&frame, &points);
-        for (index, (x, _)) in centres.iter().enumerate() {
-            let before = if index < 4 { &centres[..index] } else { &[] };
-            assert!(before.iter().all(|(other, _)| (x - other).abs() > 2.0 * RADIUS), "{centres:?}");
-        }
+        let frame = Frame::new(axis("x", vec![1.0, 4.0]), axis("y", vec![49.0, 52.0]));
+        let centres: Vec<(f64, f64)> = points.iter().map(|point| frame.to_pixels(point.x, point.y)).collect();
         let labels: Vec<String> = points.iter().map(|point| point.label.clone()).collect();
         let bounds = |(label, position): (&String, LabelPosition)| {
             let bounds = position.bounds(label);
@@ -236,8 +218,9 @@ mod tests {
             }
         }
         let svg = scatter("t", ["x", "y"], &points);
-        assert_eq!((svg.matches("<circle").count(), svg.matches("NaN").count()), (5, 0));
-        assert!(svg.contains("&lt;point 0&gt;") && !svg.contains("<point"), "{svg}");
+        let circles: Vec<&str> = svg.split("<circle").skip(1).map(|rest| rest.split(" r=").next().unwrap()).collect();
+        assert!(circles.len() == 5 && circles[..4].iter().all(|&circle| circle == circles[0]), "{circles:?}");
+        assert!(svg.contains("&lt;point 0&gt;") && !svg.contains("<point") && !svg.contains("NaN"), "{svg}");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use cllm_eval::records::{Records, SAMPLES};
 use cllm_eval::report::animate;
+use cllm_eval::role::Role;
 
 use crate::made_up::records;
 use crate::reports::{STORY, with_forward_texts};
@@ -52,6 +53,23 @@ fn every_forward_appears_when_it_ended_on_one_time_scale() {
         .map(|node| node.attribute("style").unwrap().strip_prefix("animation-name:").unwrap())
         .collect();
     assert!(animated.iter().all(|name| ends.contains_key(*name)) && animated.len() >= 10, "{animated:?}");
+}
+
+#[test]
+fn forwards_of_different_duration_end_when_they_ended() {
+    let mut records = with_forward_texts(records());
+    let measured = [0.5, 2.0];
+    for speed in records.speeds.iter_mut().filter(|speed| speed.role == Role::Student && speed.forwards == 2) {
+        speed.forward_ends = Some(measured.to_vec());
+    }
+    let svg = draw(&records, None).unwrap();
+    let document = roxmltree::Document::parse(&svg).unwrap();
+    let style = document.descendants().find(|node| node.has_tag_name("style")).unwrap().text().unwrap();
+    let (ends, _) = timeline(style);
+    // The teacher's eight forwards of a second each give the scale.
+    for (forward, seconds) in measured.into_iter().enumerate() {
+        assert!((ends[&format!("b{forward}")] - ends["a7"] * seconds / 8.0).abs() < 1e-2, "{ends:?}");
+    }
 }
 
 #[test]

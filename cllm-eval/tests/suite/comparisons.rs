@@ -6,6 +6,7 @@ use cllm_core::decode::Strategy;
 use cllm_core::task::Verdict;
 use cllm_eval::compare::{Comparison, compare};
 use cllm_eval::records::{Records, SAMPLES};
+use cllm_eval::results::Results;
 use cllm_eval::role::Role;
 
 use crate::made_up::{JACOBI, records};
@@ -82,9 +83,14 @@ fn a_difference_is_significant_if_chance_is_unlikely_to_cause_it() {
         "{}",
         comparison.verdict
     );
-    // The mean of forty values, six of them -1: standard error √(0.15 · 0.85 / 40) = 0.0565.
+    // Bonett and Price: a difference of (1 - 7) / 42, and its standard error √((8/42 - 6²/42²) / 42) = 0.0636.
     let [low, high] = comparison.ci95.unwrap();
-    assert!((low + 0.2625).abs() < 0.026 && (high + 0.04).abs() < 0.026, "{low} {high}");
+    assert!((low + 0.2676).abs() < 1e-3 && (high + 0.0181).abs() < 1e-3, "{low} {high}");
+    // The results of the run have the same interval.
+    assert_eq!(comparison.ci95, Results::from_records(&forty(6)).paired[1].ci95);
+    // That nothing differs in forty examples does not say that nothing ever will.
+    let [low, high] = compare(written(&forty(0)).path(), None, None, None).unwrap().ci95.unwrap();
+    assert!((-0.08..-0.05).contains(&low) && (0.05..0.08).contains(&high), "{low} {high}");
     let other_way = written(&forty(6));
     let comparison = compare(other_way.path(), None, Some("student"), Some("teacher/ar")).unwrap();
     assert!(

@@ -55,6 +55,42 @@ fn a_run_interrupted_by_signals_and_a_full_disk_equals_one_that_was_not() {
     let text = fs::read_to_string(Path::new(&stopped).join("samples.jsonl")).unwrap();
     assert!(first.lines().all(|line| text.contains(line)), "answers are made once");
     assert!(Path::new(&stopped).join("results.json").exists());
+    let (before, again) = (fs::read(Path::new(&whole).join("results.json")).unwrap(), EVAL.succeed(&run(&whole)));
+    assert!(again.stderr.contains("already complete: ") && !again.stdout.is_empty(), "{}", again.stderr);
+    assert_eq!(fs::read(Path::new(&whole).join("results.json")).unwrap(), before);
+    EVAL.fail(
+        &[&run(&whole)[..], &["max_new_tokens=23".to_owned()]].concat(),
+        2,
+        &["max_new_tokens=24; this command says 23"],
+    );
+}
+
+#[test]
+fn a_folder_with_files_of_the_user_is_never_written_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let [teacher, project, output] = ["teacher", "project", "output"].map(|name| path(dir.path(), name));
+    model(Path::new(&teacher), 1);
+    fs::create_dir(&project).unwrap();
+    for name in ["report.md", "config.yaml"] {
+        fs::write(Path::new(&project).join(name), "mine").unwrap();
+    }
+    let run = |output: &str| {
+        let fixed =
+            ["run", "num_problems=2", "max_new_tokens=4", "num_speed_examples=0", "device=cpu", "strategies=[ar]"];
+        [&fixed.map(str::to_owned)[..], &[format!("teacher={teacher}"), format!("output={output}")]].concat()
+    };
+    EVAL.succeed(&run(&output));
+    let suite =
+        ["suite".to_owned(), format!("teacher={teacher}"), format!("data={teacher}"), format!("output={project}")];
+    let report = ["report", &output, "--output", &project].map(str::to_owned);
+    for command in [run(&project), suite.to_vec(), report.to_vec()] {
+        EVAL.fail(&command, 2, &[&project, "holds files that this command did not write (config.yaml, report.md)"]);
+    }
+    assert_eq!(fs::read_dir(&project).unwrap().count(), 2);
+    // A report may be drawn again.
+    let report = ["report", &output, "--output", &path(dir.path(), "report")].map(str::to_owned);
+    EVAL.succeed(&report);
+    EVAL.succeed(&report);
 }
 
 #[test]

@@ -75,6 +75,7 @@ pub fn records() -> Records {
                 finish_reason: FinishReason::Eos,
                 prefill_seconds: 1.0,
                 seconds: forwards as f64,
+                forward_ends: None,
                 peak_memory_bytes: None,
             });
         }

@@ -4,6 +4,7 @@
 mod animations;
 mod bad_input;
 mod bench;
+mod charts;
 mod chat;
 mod code;
 mod comparisons;

@@ -12,7 +12,7 @@ const VISITOR: &str = r#"
 const seen = { errors: window.errors, states: [] };
 const range = document.querySelector(".example input");
 const clear = "rgba(0, 0, 0, 0)";
-for (const value of [0, 1, 4, range.max]) {
+for (const value of [0, 125, 500, range.max]) {
   range.value = value;
   range.dispatchEvent(new Event("input"));
   const answers = [...document.querySelectorAll(".answers > div")];
@@ -81,11 +81,12 @@ fn the_slider_shows_tokens_forward_by_forward_and_the_button_switches_the_theme(
     );
     // Four answers of 8 tokens each. Once its forward is reached, a text is visible and coloured
     // unlike the one before it.
+    // Every forward took a second.
     for (state, (value, tokens)) in
         [(0, [0; 4]), (1, [1, 2, 1, 4]), (4, [4, 8, 4, 8]), (8, [8; 4])].into_iter().enumerate()
     {
         let actual = &seen["states"][state];
-        assert_eq!(actual["shown"], value.to_string());
+        assert_eq!(actual["shown"], format!("{value}.00 s"));
         assert_eq!(actual["tokens"], serde_json::json!(tokens.map(|count: usize| count.to_string())), "{actual}");
         assert_eq!(actual["text"], serde_json::json!(vec![STORY; 4]), "text is hidden, not removed");
         for (answer, forwards) in [8, 4, 8, 2].into_iter().enumerate() {

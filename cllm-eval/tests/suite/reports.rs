@@ -54,7 +54,8 @@ fn a_chart_draws_the_speed_up_at_each_number_of_rows() {
     let (_dir, [markdown, page, tex, _]) = rendered_report();
     assert!(markdown.contains("| student | jacobi n=4 | 2 | 1 of 16 | 4.00 | 32.0 | 18.3 | 2.50x |"), "{markdown}");
     assert!(page.contains("<td>2.50x</td>") && tex.contains("2.50x"), "{page}");
-    let chart = page.split("<figure>").find(|figure| figure.contains("with as many rows, excluding prefill")).unwrap();
+    let chart =
+        page.split("<figure>").find(|figure| figure.contains("Speed-up with as many rows, excluding prefill")).unwrap();
     let circles = chart.split("<circle").skip(1).map(|circle| {
         let number = |name: &str| {
             let (_, rest) = circle.split_once(&format!("{name}=\"")).unwrap();
@@ -121,16 +122,17 @@ fn the_card_names_the_base_model_the_data_set_the_strategy_and_the_command() {
 fn a_report_of_several_runs_begins_with_one_row_per_run() {
     let dir = tempfile::tempdir().unwrap();
     let folders = ["one", "two"].map(|name| dir.path().join(name));
+    let output = dir.path().join("report");
     for (folder, split) in folders.iter().zip(["test", "dev_50%"]) {
         let mut records = records();
         records.header.split = split.into();
         std::fs::create_dir_all(folder).unwrap();
         atomic_file::write_json(&folder.join(RESULTS), &Results::from_records(&records)).unwrap();
     }
-    report(&folders, Some(dir.path())).unwrap();
-    let read = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
+    report(&folders, Some(&output)).unwrap();
+    let read = |name: &str| std::fs::read_to_string(output.join(name)).unwrap();
     let (markdown, page, tex) = (read("report.md"), read("report.html"), read("report.tex"));
-    let row = "| jsonl / test | student jacobi n=4 | 50.0 % (15.0 to 85.0) | 75.0 % (30.1 to 95.4) | 1 of 4 | 4.00 | 4.00x |\n";
+    let row = "| jsonl / test | student jacobi n=4 | 50.0 % (15.0 to 85.0) | 75.0 % (30.1 to 95.4) | 1 of 4 | 4.00 | 4.00x (4.00 to 4.00) |\n";
     let (overview, sections) = markdown.split_once("## ").unwrap();
     assert!(
         overview.contains(row) && overview.contains("| jsonl / dev_50% |") && !sections.contains(row),
@@ -142,10 +144,25 @@ fn a_report_of_several_runs_begins_with_one_row_per_run() {
         (tex.matches(r"\resizebox{\linewidth}{!}").count(), tex.matches(r"\begin{tabular}{llr").count()),
         (5, 5)
     );
+    assert!(overview.matches("speed-ups are over autoregressive decoding of t:").count() == 1, "{overview}");
     let (_dir, [alone, ..]) = rendered_report();
     assert!(markdown.contains("The fastest strategy of each run") && !alone.contains("of each run"), "{alone}");
+    // Ratios to another baseline stand in a table of their own.
+    let mut other = records();
+    other.header.models[0].fingerprint = "other".into();
+    other.header.models[0].path = "big".into();
+    atomic_file::write_json(&folders[1].join(RESULTS), &Results::from_records(&other)).unwrap();
+    report(&folders, Some(&output)).unwrap();
+    let (overview, _) = read("report.md").split_once("\n## ").map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
+    for name in ["t", "big"] {
+        assert_eq!(
+            overview.matches(&format!("speed-ups are over autoregressive decoding of {name}:")).count(),
+            1,
+            "{overview}"
+        );
+    }
     // Runs of the same benchmark and split are distinguished by their folders.
-    report(&[&folders[0], &folders[0]].map(Clone::clone), Some(dir.path())).unwrap();
+    report(&[&folders[0], &folders[0]].map(Clone::clone), Some(&output)).unwrap();
     let title = format!("jsonl / test / {}", folders[0].display());
     assert!(read("report.md").contains(&format!("| {title} | student")), "{title}");
     assert!(read("report.html").contains(&format!("<h2>{}</h2>", title.replace('/', "&#x2f;"))), "{title}");

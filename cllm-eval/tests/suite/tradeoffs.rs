@@ -1,7 +1,7 @@
 //! `tradeoff` on made-up results, and the recipe that produces real ones.
 
 use cllm_core::atomic_file;
-use cllm_eval::records::Records;
+use cllm_eval::records::{ModelEntry, Records};
 use cllm_eval::results::{RESULTS, Results};
 use cllm_eval::tradeoff::{self, Tradeoff};
 use serde_json::Value;
@@ -51,6 +51,38 @@ fn a_checkpoint_measured_twice_counts_once_and_a_model_without_a_teacher_is_its_
     let speedups: Vec<_> = Tradeoff::from_results(&[alone]).unwrap().points.iter().map(|point| point.speedup).collect();
     assert_eq!(speedups, [Some(1.0), Some(4.0)]);
     assert_eq!(Tradeoff::from_results(&[]), None);
+}
+
+#[test]
+fn all_speed_ups_of_a_table_are_over_one_baseline_which_is_named() {
+    // The second run has another teacher, which decodes twice as fast.
+    let other_teacher = |records: &mut Records| {
+        records.header.models[0] =
+            ModelEntry { path: "u".into(), fingerprint: "u".into(), ..records.header.models[0].clone() };
+        records.header.models[1] =
+            ModelEntry { path: "v".into(), fingerprint: "v".into(), ..records.header.models[1].clone() };
+        records.speeds.iter_mut().for_each(|speed| speed.seconds /= 2.0);
+    };
+    let tradeoff = Tradeoff::from_results(&[results(|_| ()), results(other_teacher)]).unwrap();
+    let baseline = tradeoff.baseline.as_ref().unwrap();
+    assert_eq!((baseline.checkpoint.as_str(), baseline.tokens_per_second), ("t", Some(1.0)));
+    for point in &tradeoff.points {
+        assert_eq!(point.speedup, point.tokens_per_second, "{point:?}");
+    }
+    assert!(
+        tradeoff.text().contains("speed-ups are over autoregressive decoding of t (1.0 tokens/s)"),
+        "{}",
+        tradeoff.text()
+    );
+    // Times of another machine have no ratio to a baseline that it did not run.
+    let elsewhere = results(|records| {
+        other_teacher(records);
+        records.header.hardware.cpu = "another".into();
+    });
+    let tradeoff = Tradeoff::from_results(&[results(|_| ()), elsewhere]).unwrap();
+    assert!(
+        tradeoff.points.iter().all(|point| point.speedup.is_some() == ["t", "s"].contains(&point.checkpoint.as_str()))
+    );
 }
 
 #[test]
@@ -108,8 +140,16 @@ fn the_recipe_sweeps_n_and_its_results_can_be_read_and_compared() {
     let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/data-format.md")).unwrap();
     let compared: Value = serde_json::from_slice(&EVAL.succeed(&["compare", &output, "--json"]).stdout).unwrap();
     assert_eq!((&compared["pairs"], &compared["speed"]["examples"]), (&2.into(), &1.into()));
-    let documents = [&tradeoff, &points[0], &tradeoff["aup"][0], &compared, &compared["a"], &compared["speed"]]
-        .map(Value::as_object);
+    let documents = [
+        &tradeoff,
+        &tradeoff["baseline"],
+        &points[0],
+        &tradeoff["aup"][0],
+        &compared,
+        &compared["a"],
+        &compared["speed"],
+    ]
+    .map(Value::as_object);
     for key in documents.into_iter().flat_map(|document| document.unwrap().keys()) {
         assert!(page.contains(&format!("`{key}`")), "{key} is missing in docs/data-format.md");
     }

@@ -15,9 +15,9 @@ use cllm_core::chat_template::today;
 use cllm_core::checkpoint::hub;
 use cllm_core::distributed::ProcessEnv;
 use cllm_core::progress::count;
-use cllm_core::{Error, Result, atomic_file, interrupt, progress};
+use cllm_core::{Error, Result, interrupt, output_folder, progress};
 
-use report::{REPORT_FILE, RoundsReport, StageProgress};
+use report::{REPORT_FILE, RoundsReport};
 pub use settings::RoundsSettings;
 use stage::{Stage, best_model};
 
@@ -31,6 +31,7 @@ pub fn run(settings: &RoundsSettings) -> Result<PathBuf> {
             "rounds run in a single process; to use several, alternate `cllm-data collect` and `cllm-train run`";
         return Err(Error::usage(message));
     }
+    output_folder::expect_own(&settings.output, || settings.output.join(REPORT_FILE).exists())?;
     let mut model = hub::locate(&settings.model)?;
     let mut report = RoundsReport::read(&settings.output)?;
     let date = *report.date.get_or_insert_with(today);
@@ -61,17 +62,15 @@ impl Rounds<'_> {
     fn run_stage(&mut self, index: usize, n: usize, stage: &Stage<'_>) -> Result<()> {
         let (name, folder, inputs) = (stage.name(), stage.folder(), stage.inputs()?);
         let output = stage.output_fingerprint()?;
-        let stage_progress = self.report.stage_progress(index, name, &inputs, folder, output.as_deref())?;
-        if stage_progress == StageProgress::Finished {
+        if self.report.is_finished(index, name, &inputs, folder, output.as_deref())? {
             return Ok(());
         }
         progress::log(format!("round {}: {name}", index + 1));
         self.report.begin(index, n, name, inputs);
         self.save()?;
         // A kill between a stage's last file and its record leaves a stage that only has to be
-        // recorded.
-        let is_done = stage_progress == StageProgress::Begun && output.is_some();
-        let summary = stage.run(is_done)?;
+        // recorded: run again, it finds that it is complete.
+        let summary = stage.run()?;
         let output = stage
             .output_fingerprint()?
             .ok_or_else(|| Error::internal(format!("{} is incomplete after its stage", folder.display())))?;
@@ -82,8 +81,7 @@ impl Rounds<'_> {
     fn save(&self) -> Result<()> {
         let output = &self.settings.output;
         std::fs::create_dir_all(output).map_err(Error::write(output))?;
-        let config = cllm_core::settings::to_yaml(self.settings)?;
-        atomic_file::write(&output.join("config.yaml"), config.as_bytes())?;
+        output_folder::save_settings(output, "cllm-train rounds", self.settings)?;
         self.report.write(output)
     }
 }

@@ -49,17 +49,6 @@ struct StageReport {
     summary: Value,
 }
 
-/// The progress of a stage.
-#[derive(Debug, PartialEq, Eq)]
-pub enum StageProgress {
-    /// It has not begun.
-    New,
-    /// It has begun, from the same inputs.
-    Begun,
-    /// It is finished, and its output is unchanged.
-    Finished,
-}
-
 impl RoundsReport {
     /// Reads the report in an output folder; empty if there is none.
     ///
@@ -89,30 +78,30 @@ impl RoundsReport {
         atomic_file::write_json(&output.join(REPORT_FILE), self)
     }
 
-    /// The progress of the stage `name` of round `index` (from 0), if it is to run on `inputs`.
+    /// Whether the stage `name` of round `index` (from 0) is finished, if it is to run on `inputs`.
     /// `output` is the fingerprint of what its `folder` contains now, if that is complete.
     ///
     /// # Errors
     /// If the stage was made from other inputs, or its output has changed since.
-    pub fn stage_progress(
+    pub fn is_finished(
         &self,
         index: usize,
         name: &str,
         inputs: &RunFingerprint,
         folder: &Path,
         output: Option<&str>,
-    ) -> Result<StageProgress> {
+    ) -> Result<bool> {
         let stages = self.rounds.get(index).map_or(&[][..], |round| round.stages.as_slice());
         let Some(stage) = stages.iter().find(|stage| stage.name == name).filter(|_| folder.exists()) else {
-            return Ok(StageProgress::New);
+            return Ok(false);
         };
         let advice = "choose another output folder, or delete this one to make it again";
         if let Some(difference) = stage.inputs.difference("was made", inputs) {
             return Err(Error::file(folder, format!("{difference}; {advice}")));
         }
         match (&stage.output, output) {
-            (None, _) => Ok(StageProgress::Begun),
-            (Some(then), Some(now)) if then == now => Ok(StageProgress::Finished),
+            (None, _) => Ok(false),
+            (Some(then), Some(now)) if then == now => Ok(true),
             (Some(_), _) => Err(Error::file(folder, format!("has changed since its stage finished; {advice}"))),
         }
     }

@@ -94,28 +94,23 @@ impl Stage<'_> {
         }
     }
 
-    /// Runs the stage, or the rest of it, and returns its summary. `is_done` says that its output
-    /// is already complete.
+    /// Runs the stage, or the rest of it, and returns its summary.
     ///
     /// # Errors
     /// Those of the stage.
-    pub fn run(&self, is_done: bool) -> Result<Value> {
+    pub fn run(&self) -> Result<Value> {
         match self {
             Stage::Collect(settings) => {
                 let summary = collect::collect(settings)?;
                 Ok(json!(summary.total))
             }
             Stage::Augment(settings) => {
-                if !is_done {
-                    augment::augment(settings)?;
-                }
+                augment::augment(settings)?;
                 Ok(Value::Null)
             }
             Stage::Clean(settings) => {
-                if !is_done {
-                    clean::clean(settings)?;
-                }
-                read_json(&settings.output.join("clean-report.json"))
+                let report = clean::clean(settings)?;
+                Ok(json!(report))
             }
             Stage::Train(settings) => {
                 trainer::run((*settings).clone())?;

@@ -51,6 +51,19 @@ fn a_teacher_and_its_student_learn_and_resume_exactly() {
 }
 
 #[test]
+fn a_folder_with_files_of_the_user_is_never_written_to() {
+    let dir = tempfile::tempdir().unwrap();
+    prepare(dir.path());
+    let settings = Settings { max_steps: Some(1), ..sft(dir.path(), "project") };
+    std::fs::create_dir(&settings.output).unwrap();
+    let config = settings.output.join("config.yaml");
+    std::fs::write(&config, "mine").unwrap();
+    let message = trainer::run(settings).unwrap_err().to_string();
+    assert!(message.contains("holds files that this command did not write (config.yaml)"), "{message}");
+    assert_eq!(std::fs::read_to_string(config).unwrap(), "mine");
+}
+
+#[test]
 fn a_date_that_the_template_does_not_print_is_no_part_of_a_run() {
     let dir = tempfile::tempdir().unwrap();
     prepare(dir.path());

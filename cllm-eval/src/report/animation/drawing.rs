@@ -6,12 +6,12 @@ use cllm_core::decode::Strategy;
 
 use super::layout::{Fragment, layout};
 use super::timed_answer::TimedAnswer;
-use crate::records::{AnswerRecord, Header, SpeedRecord};
+use crate::records::{AnswerRecord, Header};
 use crate::role::Role;
 use crate::svg::escape;
 
 /// How long the slower answer plays in the animation, in seconds.
-const PLAY_SECONDS: f64 = 8.0;
+pub(in crate::report) const PLAY_SECONDS: f64 = 8.0;
 /// How long the finished answers stay before the animation starts again, in seconds.
 const PAUSE_SECONDS: f64 = 3.0;
 
@@ -114,9 +114,9 @@ impl<'r> Drawing<'r> {
         let mut css =
             format!(".forward{{animation:{period}s step-end infinite}}.bar{{animation:{period}s linear infinite}}");
         for Column { timed, prefix, x, .. } in &self.columns {
-            let SpeedRecord { forwards, seconds, .. } = timed.speed;
-            for forward in 0..*forwards {
-                let percent = self.percent(seconds * (forward + 1) as f64 / *forwards as f64);
+            let seconds = &timed.speed.seconds;
+            for (forward, end) in timed.speed.forward_ends().into_iter().enumerate() {
+                let percent = self.percent(end);
                 let _ = write!(css, "@keyframes {prefix}{forward}{{0%{{opacity:0}}{percent:.3}%{{opacity:1}}}}");
             }
             let percent = self.percent(*seconds);
@@ -237,12 +237,12 @@ fn tokens_per_forward(timed: &TimedAnswer<'_>) -> String {
     }
 }
 
-fn duration(seconds: f64) -> String {
+pub(in crate::report) fn duration(seconds: f64) -> String {
     if seconds < 1.0 { format!("{:.1} ms", 1000.0 * seconds) } else { format!("{seconds:.2} s") }
 }
 
 /// Describes the speed of the animation, given how many of its seconds show one measured second.
-fn playback_speed(time_scale: f64) -> String {
+pub(in crate::report) fn playback_speed(time_scale: f64) -> String {
     match time_scale {
         slower if slower >= 1.05 => format!("{slower:.0} times slower than measured"),
         faster if faster <= 0.95 => format!("{:.1} times faster than measured", 1.0 / faster),

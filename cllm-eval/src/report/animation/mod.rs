@@ -19,7 +19,9 @@ use crate::records::{Records, SAMPLES};
 use crate::results::Results;
 use crate::role::Role;
 use drawing::Drawing;
-use timed_answer::{Contender, TimedAnswer};
+pub(super) use drawing::{PLAY_SECONDS, duration, playback_speed};
+use timed_answer::Contender;
+pub(super) use timed_answer::TimedAnswer;
 
 /// Writes the animation of an example of a run (its folder, or its samples.jsonl) to `output`.
 /// Without an id, draws the first example that both sides answered correctly, or else the first

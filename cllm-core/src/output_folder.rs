@@ -1,0 +1,143 @@
+//! The rule for the output folder of every command, and the settings that a command saves there.
+//!
+//! A command writes into a folder that is empty, or that it wrote itself. Anything else is the
+//! user's, and files in it may have the names that the command would write.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::{Error, Result, atomic_file, settings, text_file};
+
+/// Name of the file with the settings of a run.
+pub const CONFIG: &str = "config.yaml";
+
+/// Number of files that a refusal names.
+const MAX_NAMES: usize = 3;
+
+/// Checks that a command may write into a folder: that the folder is missing or empty, or `is_own`
+/// says that the command wrote it. Hidden files do not count.
+///
+/// # Errors
+/// [`Error::File`] that names some of the files; file-system errors.
+pub fn expect_own(folder: &Path, is_own: impl FnOnce() -> bool) -> Result<()> {
+    if !folder.is_dir() {
+        return Ok(());
+    }
+    let entries = std::fs::read_dir(folder).map_err(Error::io(folder))?;
+    let mut names: Vec<String> =
+        entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+    names.retain(|name| !name.starts_with('.'));
+    if names.is_empty() || is_own() {
+        return Ok(());
+    }
+    names.sort();
+    let more = if names.len() > MAX_NAMES { ", …" } else { "" };
+    names.truncate(MAX_NAMES);
+    let names = names.join(", ");
+    Err(Error::file(
+        folder,
+        format!(
+            "holds files that this command did not write ({names}{more}): choose another output folder, or an empty one"
+        ),
+    ))
+}
+
+/// Saves the settings of a run with a first line that names its command, such as `cllm-train run`.
+///
+/// # Errors
+/// File-system errors.
+pub fn save_settings(folder: &Path, command: &str, settings: &impl Serialize) -> Result<()> {
+    let text = format!("{}\n{}", first_line(command), settings::to_yaml(settings)?);
+    atomic_file::write(&folder.join(CONFIG), text.as_bytes())
+}
+
+fn first_line(command: &str) -> String {
+    format!("# The settings of `{command}`, which wrote this folder.")
+}
+
+/// Whether a folder has settings that this command saved.
+pub fn has_settings_of(folder: &Path, command: &str) -> bool {
+    let Ok(file) = File::open(folder.join(CONFIG)) else { return false };
+    BufReader::new(file).lines().next().is_some_and(|line| line.is_ok_and(|line| line == first_line(command)))
+}
+
+/// The first setting that differs from those saved in a folder, as a clause: `was started with
+/// fraction=0.5; this command says fraction=0.7`. The keys in `ignored` may differ.
+///
+/// # Errors
+/// Settings that cannot be read.
+pub fn changed_setting(folder: &Path, settings: &impl Serialize, ignored: &[&str]) -> Result<Option<String>> {
+    let path = folder.join(CONFIG);
+    if !path.exists() {
+        return Ok(None);
+    }
+    let saved: Value = serde_saphyr::from_str(&text_file::read(&path)?)
+        .map_err(|error| Error::file(&path, format!("is not YAML: {error}")))?;
+    let now = serde_json::to_value(settings).map_err(Error::serialization)?;
+    let keys = now.as_object().into_iter().flatten().filter(|(key, _)| !ignored.contains(&key.as_str()));
+    Ok(keys.into_iter().find_map(|(key, now)| difference(key, &saved[key.as_str()], now)))
+}
+
+fn difference(key: &str, saved: &Value, now: &Value) -> Option<String> {
+    match (saved, now) {
+        (Value::Object(saved), Value::Object(now)) => {
+            let null = Value::Null;
+            let keys = saved.keys().chain(now.keys());
+            let of =
+                |settings: &serde_json::Map<String, Value>, name: &str| settings.get(name).unwrap_or(&null).clone();
+            keys.into_iter().find_map(|name| difference(&format!("{key}.{name}"), &of(saved, name), &of(now, name)))
+        }
+        // YAML does not tell 1 from 1.0.
+        (Value::Number(saved), Value::Number(now)) if saved.as_f64() == now.as_f64() => None,
+        (saved, now) if saved == now => None,
+        (saved, now) => Some(format!("was started with {key}={saved}; this command says {key}={now}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_folder_with_files_of_others_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path();
+        expect_own(&folder.join("missing"), || false).unwrap();
+        std::fs::write(folder.join(".hidden"), "").unwrap();
+        expect_own(folder, || false).unwrap();
+        for name in ["README.md", "a", "b", "c"] {
+            std::fs::write(folder.join(name), "mine").unwrap();
+        }
+        let message = expect_own(folder, || false).unwrap_err().to_string();
+        assert!(message.contains("(README.md, a, b, …)"), "{message}");
+        expect_own(folder, || true).unwrap();
+    }
+
+    #[test]
+    fn saved_settings_name_their_command_and_tell_what_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path();
+        std::fs::write(folder.join(CONFIG), "lr: 1\n").unwrap();
+        assert!(!has_settings_of(folder, "cllm-train run"));
+        let settings =
+            |lr: f64, rank: usize| json!({ "optimizer": { "lr": lr }, "lora": { "rank": rank }, "output": "x" });
+        save_settings(folder, "cllm-train run", &settings(1.0, 4)).unwrap();
+        assert!(has_settings_of(folder, "cllm-train run") && !has_settings_of(folder, "cllm-train rounds"));
+        let changed = |settings: Value| changed_setting(folder, &settings, &["output"]).unwrap();
+        assert_eq!(changed(settings(1.0, 4)), None);
+        let mut elsewhere = settings(1.0, 4);
+        elsewhere["output"] = "y".into();
+        assert_eq!(changed(elsewhere), None);
+        let message = "was started with optimizer.lr=1; this command says optimizer.lr=0.5";
+        assert_eq!(changed(settings(0.5, 4)).unwrap().replace("1.0;", "1;"), message);
+        let mut without = settings(1.0, 4);
+        without["lora"] = Value::Null;
+        assert!(changed(without).unwrap().ends_with("this command says lora=null"));
+    }
+}
