@@ -16,6 +16,7 @@ use cllm_core::model::Transformer;
 use cllm_core::{Error, Result, text_file, tokenizer};
 use tch::{Device, Tensor};
 
+use crate::custom_generate;
 use crate::optimizer::OptimizerState;
 use crate::optimizer_files;
 use crate::run_fingerprint::RunFingerprint;
@@ -23,7 +24,7 @@ use crate::run_folder::{
     BEST, FINAL, Kept, LATEST, STATE_FILE, checkpoints, checkpoints_folder, has_state, kept_checkpoints, read_state,
     remove_state,
 };
-use crate::settings::Settings;
+use crate::settings::{Objective, Settings};
 use crate::summary::SUMMARY_FILE;
 use crate::train_state::TrainState;
 
@@ -53,6 +54,8 @@ pub struct Checkpoints {
     eos_ids: Option<Vec<i32>>,
     /// File of the chat template that replaces the model's own.
     chat_template: Option<PathBuf>,
+    /// Whether the final model comes with the method by which `transformers` decodes with it.
+    has_custom_generate: bool,
     max_checkpoints: usize,
     /// Host memory that was available before the first checkpoint. It decides for the whole run
     /// whether checkpoints wait in memory: their pinned buffers are kept for the next one, which would
@@ -104,6 +107,7 @@ impl Checkpoints {
             adapter_base: settings.lora.as_ref().and_then(|_| settings.model.clone()),
             eos_ids: settings.eos_ids.clone(),
             chat_template: settings.rendering.chat_template.clone(),
+            has_custom_generate: settings.objective == Objective::Consistency,
             max_checkpoints: settings.max_checkpoints,
             available_bytes: OnceCell::new(),
             in_flight: None,
@@ -268,7 +272,12 @@ impl Checkpoints {
                 let mut writer = TensorWriter::new(model.device(), STREAMING_BYTES);
                 match self.adapter_base.as_ref().filter(|_| model.adapts_drafts()) {
                     Some(base) => self.write_adapter(&mut writer, folder, model, base)?,
-                    None => self.write_model(&mut writer, folder, model)?,
+                    None => {
+                        self.write_model(&mut writer, folder, model)?;
+                        if self.has_custom_generate {
+                            custom_generate::write(folder)?;
+                        }
+                    }
                 }
                 writer.finish()
             })

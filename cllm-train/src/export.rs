@@ -7,6 +7,7 @@ use cllm_core::checkpoint::{self, hub};
 use cllm_core::{Error, Result, atomic_file, progress, tokenizer};
 use tch::{Device, Kind};
 
+use crate::custom_generate;
 use crate::run_folder::{FINAL, checkpoints_folder};
 use crate::summary::SUMMARY_FILE;
 
@@ -18,6 +19,10 @@ pub struct ExportArgs {
     /// Type of the weights.
     #[arg(long, value_enum, default_value = "bf16")]
     dtype: ExportDtype,
+    /// Add custom_generate/generate.py, with which `transformers` decodes several tokens per forward,
+    /// and a README.md that shows how.
+    #[arg(long)]
+    custom_generate: bool,
     /// Folder to write; it must not exist yet.
     #[arg(long, short)]
     output: PathBuf,
@@ -48,12 +53,12 @@ impl From<ExportDtype> for Kind {
 /// # Errors
 /// A bad model, an output folder that exists, file-system errors.
 pub fn run(args: &ExportArgs) -> Result<()> {
-    export(&hub::locate(&args.model)?, args.dtype.into(), &args.output)?;
+    export(&hub::locate(&args.model)?, args.dtype.into(), &args.output, args.custom_generate)?;
     progress::log(format!("the model is in {}", args.output.display()));
     Ok(())
 }
 
-fn export(source: &Path, kind: Kind, output: &Path) -> Result<()> {
+fn export(source: &Path, kind: Kind, output: &Path, with_custom_generate: bool) -> Result<()> {
     if output.exists() {
         return Err(Error::file(output, "already exists: choose another output folder, or delete it"));
     }
@@ -73,6 +78,7 @@ fn export(source: &Path, kind: Kind, output: &Path) -> Result<()> {
     }
     atomic_file::write_folder_with(output, |folder| {
         checkpoint::save(&model, folder, kind)?;
-        tokenizer::copy_files(source, folder)
+        tokenizer::copy_files(source, folder)?;
+        if with_custom_generate { custom_generate::write(folder) } else { Ok(()) }
     })
 }

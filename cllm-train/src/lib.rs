@@ -6,6 +6,7 @@ mod bench;
 mod byte_size;
 mod checkpoint;
 pub mod cli;
+mod custom_generate;
 pub mod data;
 mod export;
 pub mod gguf;

@@ -89,8 +89,10 @@ fn a_run_saves_the_merged_model_and_the_adapter() {
     for folder in [&latest, &adapter] {
         assert!(have_same_weights(folder, &run.join("final")), "{}", folder.display());
         assert!(!folder.join("model.safetensors").exists() && !folder.join("config.json").exists());
+        assert!(!folder.join("custom_generate").exists(), "{}", folder.display());
         assert!(Tokenizer::load(folder).unwrap().eos_ids().contains(&7));
     }
+    assert!(run.join("final/custom_generate/generate.py").exists() && run.join("final/README.md").exists());
     let config = checkpoint::load_config(&adapter).unwrap();
     let trained = settings.trained_parameters(&config);
     assert_eq!(summary(run)["trained_parameters"], trained);
@@ -164,7 +166,7 @@ fn adapters_for_drafts_learn_beside_a_model_that_stays_as_it_is() {
     assert!(losses[losses.len() - 1].global < losses[0].global * 0.7, "{losses:?}");
     // Without drafts, the final model is the one that the run began with.
     let adapter = run.join("final");
-    assert!(!adapter.join("model.safetensors").exists());
+    assert!(!adapter.join("model.safetensors").exists() && !adapter.join("custom_generate").exists());
     assert!(have_same_weights(&adapter, initial_model(&settings)));
     let before = contents(&adapter);
     assert_resumes_exactly(&settings, 20);

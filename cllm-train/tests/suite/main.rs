@@ -8,6 +8,7 @@ mod interrupted;
 mod long_answers;
 mod lora;
 mod needs_gpu;
+mod needs_transformers;
 mod packed;
 mod plan;
 mod program;

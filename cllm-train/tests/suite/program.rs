@@ -113,6 +113,13 @@ fn export_casts_the_weights_and_keeps_the_tokenizer() {
     assert!((0.4..0.6).contains(&(num_bytes(&to) / num_bytes(&from))), "bfloat16 takes half the bytes");
     assert!(to.join("tokenizer.json").exists());
     TRAIN.fail(&arguments, 2, &["already exists"]);
+    // The method for `transformers` is there on request.
+    assert!(!from.join("custom_generate").exists() && !to.join("custom_generate").exists());
+    let with_method = dir.path().join("with-method");
+    TRAIN.succeed(&["export", arguments[1], "--custom-generate", "--output", &with_method.display().to_string()]);
+    let text = |name: &str| std::fs::read_to_string(with_method.join(name)).unwrap();
+    assert!(text("custom_generate/generate.py").contains("\ndef generate(\n"));
+    assert!(text("README.md").contains("custom_generate=\"MODEL\", trust_remote_code=True"));
 }
 
 /// A model of 300 MB in float32, most of it one tensor, passes through the program beside a few
