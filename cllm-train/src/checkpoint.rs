@@ -17,6 +17,7 @@ use cllm_core::{Error, Result, text_file, tokenizer};
 use tch::{Device, Tensor};
 
 use crate::custom_generate;
+use crate::draft_adapters_card;
 use crate::optimizer::OptimizerState;
 use crate::optimizer_files;
 use crate::run_fingerprint::RunFingerprint;
@@ -271,7 +272,10 @@ impl Checkpoints {
             atomic_file::write_folder_with(&target, |folder| {
                 let mut writer = TensorWriter::new(model.device(), STREAMING_BYTES);
                 match self.adapter_base.as_ref().filter(|_| model.adapts_drafts()) {
-                    Some(base) => self.write_adapter(&mut writer, folder, model, base)?,
+                    Some(base) => {
+                        self.write_adapter(&mut writer, folder, model, base)?;
+                        draft_adapters_card::write(folder, base, &target)?;
+                    }
                     None => {
                         self.write_model(&mut writer, folder, model)?;
                         if self.has_custom_generate {

@@ -8,6 +8,7 @@ mod checkpoint;
 pub mod cli;
 mod custom_generate;
 pub mod data;
+mod draft_adapters_card;
 mod export;
 pub mod gguf;
 pub mod loss;

@@ -200,7 +200,7 @@ mod tests {
     use cllm_core::cuda::libtorch::with_peak_cpu_memory;
     use cllm_core::device::default_kind;
     use cllm_core::distributed::ProcessGroup;
-    use cllm_core::model::{LoraConfig, ModelShape, ParamBuffer};
+    use cllm_core::model::{AdaptedTokens, LoraConfig, ModelShape, ParamBuffer};
     use serde_json::{Value, json};
     use tch::Device;
 
@@ -292,6 +292,9 @@ mod tests {
         let settings = Settings { max_batch_tokens: 2048, ..Settings::default() };
         let all_checkpointed = Settings { checkpointed_layers: 4, ..settings.clone() };
         let adapters = Settings { lora: Some(LoraConfig::default()), ..settings.clone() };
+        let mut on_drafts = adapters.clone();
+        on_drafts.lora.as_mut().unwrap().on = AdaptedTokens::Drafts;
+        on_drafts.consistency.ar_weight = 0.0;
         let mut quantized = adapters.clone();
         quantized.lora.as_mut().unwrap().base_dtype = BaseDtype::Int8;
         let quantized_checkpointed = Settings { checkpointed_layers: 4, ..quantized.clone() };
@@ -340,6 +343,14 @@ mod tests {
         ] {
             let ratio = planned_over_measured(&config(more), settings);
             assert!((0.95..1.05).contains(&ratio), "{name}: planned {ratio:.3} of what was measured");
+        }
+        // Of clean tokens, the plan counts what only adapters that act on them would save.
+        for more in [json!({}), json!({"vocab_size": 10000}), json!({"vocab_size": 100})] {
+            let ratio = planned_over_measured(&config(more.clone()), &on_drafts);
+            assert!(
+                (0.95..2.0).contains(&ratio),
+                "adapters on drafts, {more}: planned {ratio:.3} of what was measured"
+            );
         }
     }
 

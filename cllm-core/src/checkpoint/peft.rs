@@ -72,6 +72,14 @@ pub fn base_folder(folder: &Path) -> Result<PathBuf> {
     Ok(base)
 }
 
+/// Whether a folder holds adapters that act on draft tokens alone.
+///
+/// # Errors
+/// When adapter_config.json is invalid.
+pub fn adapts_drafts(folder: &Path) -> Result<bool> {
+    Ok(is_adapter(folder) && read_config(&folder.join(ADAPTER_CONFIG_FILE))?.adapted_tokens == AdaptedTokens::Drafts)
+}
+
 /// The files of a folder's adapter; none for a model without one.
 pub(super) fn adapter_files(folder: &Path) -> Vec<PathBuf> {
     if is_adapter(folder) { vec![folder.join(ADAPTER_CONFIG_FILE), folder.join(WEIGHTS_FILE)] } else { Vec::new() }

@@ -83,13 +83,14 @@ impl<'r> Scheduler<'r> {
         // 4. Build the windows: the last token and the draft of each sequence whose prompt is cached.
         //    With `PrefillPolicy::First`, they wait until all prompts are cached.
         let windows = if self.prefill == PrefillPolicy::First && !chunks.is_empty() { vec![] } else { self.windows() };
-        let num_window_tokens: usize = windows.iter().map(Window::len).sum();
+        let strategy = self.options.strategy;
+        let num_window_tokens: usize = windows.iter().map(|window| strategy.num_forwarded(window.len())).sum();
         let has_prompts = !chunks.is_empty();
 
         // 5. Forward. The backend samples a token after each token of each window.
         // Without drafts, there is nothing that candidates could be drafted after.
         let has_drafts = windows.iter().any(|window| !window.draft.is_empty());
-        let candidates = has_drafts && self.options.strategy.needs_candidates();
+        let candidates = has_drafts && strategy.needs_candidates();
         let outputs = Outputs { sampling: self.options.sampling, candidates };
         backend.launch(&chunks, &windows, outputs)?;
         let predictions = backend.collect(&windows)?;
@@ -150,13 +151,15 @@ impl<'r> Scheduler<'r> {
             return;
         }
         let decoding = &mut self.running[..num_decoding];
-        let num_last_tokens: usize = decoding.iter().map(|sequence| sequence.window().len()).sum();
+        let strategy = self.options.strategy;
+        let num_last_tokens: usize =
+            decoding.iter().map(|sequence| strategy.num_forwarded(sequence.window().len())).sum();
         if self.chooser.rests(num_last_tokens) {
             return;
         }
         let (history, min_gain) = (&self.chooser.history, self.chooser.min_gain());
         let gains: Vec<Vec<f64>> = decoding.iter_mut().map(|sequence| sequence.gains(history, min_gain)).collect();
-        let choice = self.chooser.choose(num_last_tokens, &gains);
+        let choice = self.chooser.choose(num_last_tokens, &gains, strategy.num_copies());
         for (sequence, num_drafts) in decoding.iter_mut().zip(choice.num_drafts) {
             sequence.set_num_drafts(num_drafts, choice.is_probe);
         }

@@ -76,10 +76,16 @@ pub enum Strategy {
     /// The model verifies, and its adapters for draft tokens propose. A forward has every token of a
     /// rolling window of n twice: as the model reads it, which decides what is accepted, and as the
     /// model with the adapters reads it, which gives the next draft. The answer is the model's own.
+    /// `n: auto` and `tree` (0) work as in `rolling`, with half as many tokens, since each counts
+    /// twice.
     Gated {
-        /// Tokens of the window, at least 2 and at most 32.
-        #[serde(default = "default_n")]
-        n: usize,
+        /// Tokens of the window, from 2 to 32, or `auto`.
+        #[serde(default = "default_width")]
+        n: Width,
+        /// Maximum number of tokens of a window that branches, more than n and at most 32; 0 if it does
+        /// not.
+        #[serde(default)]
+        tree: usize,
     },
     /// Lookahead decoding. Jacobi iterations on the next `window` (5) tokens collect n-grams of
     /// `ngram` (4) tokens. The newest `candidates` (5) that begin with the last token are verified
@@ -126,14 +132,30 @@ fn default_candidates() -> usize {
     5
 }
 
+/// Maximum number of tokens of a rolling window, which has at most `max_tokens` if its width is chosen.
+fn rolling_tokens(n: Width, tree: usize, max_tokens: usize) -> usize {
+    match n {
+        _ if tree > 0 => tree,
+        Width::Fixed(n) => n,
+        Width::Auto => max_tokens,
+    }
+}
+
 /// Maximum length of a window whose tokens are in order.
 const MAX_WINDOW_TOKENS: usize = 1024;
+/// Maximum length of a window that a forward has twice.
+const MAX_GATED_TOKENS: usize = MAX_TREE_TOKENS / 2;
 const MAX_POOL_DRAFTS: usize = 1024;
 
 impl Strategy {
     /// A rolling window of n tokens without a pool.
     pub fn rolling(n: usize) -> Self {
         Strategy::Rolling { n: Width::Fixed(n), tree: 0, pool: 0 }
+    }
+
+    /// A window of n tokens that the model's adapters for draft tokens propose.
+    pub fn gated(n: usize) -> Self {
+        Strategy::Gated { n: Width::Fixed(n), tree: 0 }
     }
 
     /// A rolling window whose width is chosen while decoding, with up to `tree` tokens if that is
@@ -170,14 +192,23 @@ impl Strategy {
         match self {
             Strategy::Ar => 1,
             Strategy::Jacobi { n } | Strategy::Drafted { n } => n,
-            Strategy::Gated { n } => n.saturating_mul(2),
-            Strategy::Rolling { tree: 0, n, .. } => n.max(),
-            Strategy::Rolling { tree, .. } => tree,
+            Strategy::Gated { n, tree } => self.num_forwarded(rolling_tokens(n, tree, MAX_GATED_TOKENS)),
+            Strategy::Rolling { n, tree, .. } => rolling_tokens(n, tree, MAX_TREE_TOKENS),
             Strategy::MultiBlock { n, blocks, .. } => n.saturating_mul(blocks),
             Strategy::Lookahead { window, ngram, candidates } => {
                 window.saturating_add(candidates).saturating_mul(ngram.saturating_sub(1))
             }
         }
+    }
+
+    /// How often a forward has each token of a window with drafts.
+    pub(super) fn num_copies(self) -> usize {
+        if self.needs_draft_adapters() { 2 } else { 1 }
+    }
+
+    /// Number of tokens that a window is forwarded as. Without drafts, it is forwarded once.
+    pub(super) fn num_forwarded(self, window_len: usize) -> usize {
+        if window_len < 2 { window_len } else { window_len.saturating_mul(self.num_copies()) }
     }
 
     /// Whether a second model makes the drafts.
@@ -192,12 +223,13 @@ impl Strategy {
 
     /// Whether the number of draft tokens is chosen for each forward.
     pub(super) fn has_chosen_width(self) -> bool {
-        matches!(self, Strategy::Rolling { n: Width::Auto, .. })
+        matches!(self, Strategy::Rolling { n: Width::Auto, .. } | Strategy::Gated { n: Width::Auto, .. })
     }
 
     /// Whether the drafts need the probabilities of the tokens that were predicted.
     pub(super) fn needs_candidates(self) -> bool {
-        self.has_chosen_width() || matches!(self, Strategy::Rolling { tree: 1.., .. })
+        let branches = matches!(self, Strategy::Rolling { tree: 1.., .. } | Strategy::Gated { tree: 1.., .. });
+        self.has_chosen_width() || branches
     }
 
     /// The proposer of a sequence that decodes with this strategy.
@@ -206,12 +238,20 @@ impl Strategy {
             Strategy::Ar => Box::new(Jacobi::new(1, prompt, record_trajectory, random)),
             Strategy::Jacobi { n } => Box::new(Jacobi::new(n, prompt, record_trajectory, random)),
             Strategy::Rolling { n: Width::Fixed(n), tree: 0, pool } => Box::new(Rolling::new(n, pool, prompt, random)),
-            Strategy::Rolling { n, tree, .. } => Box::new(LikeliestPaths::new(n, tree, prompt, random)),
+            Strategy::Gated { n: Width::Fixed(n), tree: 0 } => Box::new(Rolling::new(n, 0, prompt, random)),
+            Strategy::Rolling { n, tree, .. } => {
+                let max_tokens = rolling_tokens(n, tree, MAX_TREE_TOKENS);
+                Box::new(LikeliestPaths::new(n, max_tokens, tree > 0, prompt, random))
+            }
+            Strategy::Gated { n, tree } => {
+                let max_tokens = rolling_tokens(n, tree, MAX_GATED_TOKENS);
+                Box::new(LikeliestPaths::new(n, max_tokens, tree > 0, prompt, random))
+            }
             Strategy::MultiBlock { n, blocks, ratio, pool } => {
                 let min_accepted = (ratio * n as f64).ceil() as usize;
                 Box::new(MultiBlock::new(n, blocks, min_accepted, pool, prompt, random))
             }
-            Strategy::Drafted { n } | Strategy::Gated { n } => Box::new(Rolling::new(n, 0, prompt, random)),
+            Strategy::Drafted { n } => Box::new(Rolling::new(n, 0, prompt, random)),
             Strategy::Lookahead { window, ngram, candidates } => {
                 Box::new(Lookahead::new(window, ngram, candidates, prompt, random))
             }
@@ -226,8 +266,8 @@ impl Strategy {
         let checked = match self {
             Strategy::Ar => Ok(()),
             Strategy::Jacobi { n } | Strategy::Drafted { n } => check_n(n),
-            Strategy::Gated { n } => check_gated(n),
-            Strategy::Rolling { n, tree, pool } => check_width(n, tree, pool).and_then(|()| check_pool(pool)),
+            Strategy::Gated { n, tree } => check_gated(n).and_then(|()| check_tree(n, tree, MAX_GATED_TOKENS)),
+            Strategy::Rolling { n, tree, pool } => check_rolling(n, tree, pool).and_then(|()| check_pool(pool)),
             Strategy::MultiBlock { n, blocks, ratio, pool } => check_n(n)
                 .and_then(|()| check_blocks(n, blocks, ratio, self.max_window_tokens()))
                 .and_then(|()| check_pool(pool)),
@@ -246,29 +286,35 @@ fn check_n(n: usize) -> std::result::Result<(), String> {
     }
 }
 
-fn check_gated(n: usize) -> std::result::Result<(), String> {
-    const MAX_N: usize = MAX_TREE_TOKENS / 2;
+fn check_gated(n: Width) -> std::result::Result<(), String> {
     match n {
-        2..=MAX_N => Ok(()),
-        _ => Err(format!("n={n} is out of range; set it from 2 to {MAX_N}")),
+        Width::Auto | Width::Fixed(2..=MAX_GATED_TOKENS) => Ok(()),
+        Width::Fixed(n) => Err(format!("n={n} is out of range; set it from 2 to {MAX_GATED_TOKENS}, or to auto")),
     }
 }
 
-fn check_width(n: Width, tree: usize, pool: usize) -> std::result::Result<(), String> {
+fn check_tree(n: Width, tree: usize, max_tokens: usize) -> std::result::Result<(), String> {
+    let min_tree = if let Width::Fixed(n) = n { n + 1 } else { 2 };
+    if tree == 0 || (min_tree..=max_tokens).contains(&tree) {
+        return Ok(());
+    }
+    Err(format!(
+        "tree={tree} is out of range; with n={n}, set it from {min_tree} to {max_tokens}, or to 0 for a window that does \
+         not branch"
+    ))
+}
+
+fn check_rolling(n: Width, tree: usize, pool: usize) -> std::result::Result<(), String> {
     if let Width::Fixed(n) = n {
         check_n(n)?;
     }
-    let min_tree = if let Width::Fixed(n) = n { n + 1 } else { 2 };
-    if tree > 0 && !(min_tree..=MAX_TREE_TOKENS).contains(&tree) {
-        Err(format!(
-            "tree={tree} is out of range; with n={n}, set it from {min_tree} to {MAX_TREE_TOKENS}, or to 0 for a window \
-             that does not branch"
-        ))
-    } else if pool > 0 && (tree > 0 || n == Width::Auto) {
-        Err(format!("pool={pool} needs a number for n and no tree; leave it out, or set n to a number and tree to 0"))
-    } else {
-        Ok(())
+    check_tree(n, tree, MAX_TREE_TOKENS)?;
+    if pool > 0 && (tree > 0 || n == Width::Auto) {
+        return Err(format!(
+            "pool={pool} needs a number for n and no tree; leave it out, or set n to a number and tree to 0"
+        ));
     }
+    Ok(())
 }
 
 fn check_pool(pool: usize) -> std::result::Result<(), String> {
@@ -317,7 +363,8 @@ impl fmt::Display for Strategy {
         let unless_zero = |key: &str, value: usize| if value == 0 { String::new() } else { format!(" {key}={value}") };
         match *self {
             Strategy::Ar => out.write_str(name),
-            Strategy::Jacobi { n } | Strategy::Drafted { n } | Strategy::Gated { n } => write!(out, "{name} n={n}"),
+            Strategy::Jacobi { n } | Strategy::Drafted { n } => write!(out, "{name} n={n}"),
+            Strategy::Gated { n, tree } => write!(out, "{name} n={n}{}", unless_zero("tree", tree)),
             Strategy::Rolling { n, tree, pool } => {
                 write!(out, "{name} n={n}{}{}", unless_zero("tree", tree), unless_zero("pool", pool))
             }
@@ -343,16 +390,20 @@ mod tests {
         assert_eq!(read(r#"{"rolling": {"n": "auto"}}"#), Strategy::auto(0));
         assert_eq!(read(r#"{"multiblock": {}}"#), Strategy::multi_block(16));
         assert_eq!(read(r#"{"drafted": {}}"#), Strategy::Drafted { n: 16 });
-        assert_eq!(read(r#"{"gated": {}}"#), Strategy::Gated { n: 16 });
+        assert_eq!(read(r#"{"gated": {}}"#), Strategy::gated(16));
+        assert_eq!(read(r#"{"gated": {"n": "auto"}}"#), Strategy::Gated { n: Width::Auto, tree: 0 });
         assert_eq!(read(r#"{"lookahead": {}}"#), Strategy::lookahead());
     }
 
     #[test]
     fn names_have_what_differs_from_the_defaults_and_files_have_all() {
+        let gated = |n, tree| Strategy::Gated { n, tree };
         for (strategy, name, file) in [
             (Strategy::rolling(16), "rolling n=16", r#"{"rolling":{"n":16,"tree":0,"pool":0}}"#),
             (Strategy::auto(0), "rolling n=auto", r#"{"rolling":{"n":"auto","tree":0,"pool":0}}"#),
             (Strategy::auto(64), "rolling n=auto tree=64", r#"{"rolling":{"n":"auto","tree":64,"pool":0}}"#),
+            (Strategy::gated(16), "gated n=16", r#"{"gated":{"n":16,"tree":0}}"#),
+            (gated(Width::Auto, 32), "gated n=auto tree=32", r#"{"gated":{"n":"auto","tree":32}}"#),
         ] {
             assert_eq!(strategy.to_string(), name);
             assert_eq!(serde_json::to_string(&strategy).unwrap(), file);
@@ -362,6 +413,7 @@ mod tests {
 
     #[test]
     fn parameters_out_of_range_are_refused_with_their_values() {
+        let gated = |n, tree| Strategy::Gated { n, tree };
         let lookahead = |window, ngram, candidates| Strategy::Lookahead { window, ngram, candidates };
         let tree = |n, tree| Strategy::Rolling { n, tree, pool: 0 };
         let multi = |n, blocks, ratio| Strategy::MultiBlock { n, blocks, ratio, pool: 0 };
@@ -384,7 +436,9 @@ mod tests {
             (multi(16, 2, 0.0), "ratio=0 is out of range; set it above 0 and to at most 1"),
             (lookahead(0, 4, 5), "strategy `lookahead`: window and candidates must be at least 1"),
             (lookahead(5, 1, 5), "ngram at least 2"),
-            (Strategy::Gated { n: 33 }, "strategy `gated`: n=33 is out of range; set it from 2 to 32"),
+            (Strategy::gated(33), "strategy `gated`: n=33 is out of range; set it from 2 to 32, or to auto"),
+            (gated(Width::Fixed(16), 33), "tree=33 is out of range; with n=16, set it from 17 to 32"),
+            (gated(Width::Auto, 1), "tree=1 is out of range; with n=auto, set it from 2 to 32"),
             (lookahead(15, 5, 15), "window=15, ngram=5 and candidates=15 make a tree of"),
             (lookahead(usize::MAX, 5, 15), "at most 64 are supported"),
             (multi(512, 3, 1.0), "3 blocks of 512 tokens are 1536 in flight; at most 1024 are supported"),
@@ -393,8 +447,9 @@ mod tests {
             assert!(error.contains(message), "{error}");
         }
         let trees = [tree(Width::Fixed(16), 64), tree(Width::Fixed(63), 64), Strategy::auto(0), Strategy::auto(2)];
+        let gated = [gated(Width::Fixed(32), 0), gated(Width::Fixed(31), 32), gated(Width::Auto, 2)];
         let others = [Strategy::Jacobi { n: 2 }, Strategy::rolling(1024), multi(512, 2, 1.0), lookahead(10, 5, 6)];
-        for strategy in trees.into_iter().chain(others) {
+        for strategy in trees.into_iter().chain(gated).chain(others) {
             assert!(strategy.check().is_ok(), "{strategy:?}");
         }
     }

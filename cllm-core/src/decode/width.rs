@@ -7,8 +7,6 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::de::{Error, Unexpected, Visitor};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-use super::tree::MAX_TREE_TOKENS;
-
 /// Number of tokens of a window. In settings and files a number, or `auto`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Width {
@@ -19,16 +17,6 @@ pub enum Width {
 }
 
 const AUTO: &str = "auto";
-
-impl Width {
-    /// The largest number of tokens.
-    pub(super) fn max(self) -> usize {
-        match self {
-            Width::Fixed(n) => n,
-            Width::Auto => MAX_TREE_TOKENS,
-        }
-    }
-}
 
 impl fmt::Display for Width {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {

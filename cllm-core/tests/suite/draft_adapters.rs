@@ -1,7 +1,7 @@
 //! Adapters that act on draft tokens alone: what they propose changes, and no answer does.
 
 use cllm_core::checkpoint;
-use cllm_core::decode::{Answer, DecodeOptions, Request, Sampling, StopConditions, Strategy, decode};
+use cllm_core::decode::{Answer, DecodeOptions, Request, Sampling, StopConditions, Strategy, Width, decode};
 use cllm_core::model::{AdaptedTokens, KvCache, LoraConfig, ParamBuffer, SlotMapping, Transformer};
 use cllm_core::train::{self, AttentionRanges, DeviceBatch, PackedBatch};
 use serde_json::Value;
@@ -78,7 +78,9 @@ fn gated_answers_are_those_of_the_model_without_adapters_on_every_family() {
 }
 
 fn gated() -> impl Iterator<Item = Strategy> {
-    [2, 6, 16, 32].into_iter().map(|n| Strategy::Gated { n })
+    let of_width = |n| [(n, 0), (n, 9), (n, 32)].map(|(n, tree)| Strategy::Gated { n, tree });
+    let fixed = [2, 6, 16, 32].into_iter().map(Strategy::gated);
+    fixed.chain(of_width(Width::Auto)).chain([9, 32].map(|tree| Strategy::Gated { n: Width::Fixed(6), tree }))
 }
 
 #[test]
@@ -86,7 +88,7 @@ fn the_adapters_propose_the_drafts() {
     let mut num_different = 0;
     for (name, config) in shapes() {
         let mut model = Adapted::new(&config).model;
-        let (strategy, rolling) = (Strategy::Gated { n: 8 }, Strategy::rolling(8));
+        let (strategy, rolling) = (Strategy::gated(8), Strategy::rolling(8));
         let adapted = answers(&model, strategy, Sampling::Greedy);
         // Fresh adapters change nothing.
         model.add_adapters(&LoraConfig { on: AdaptedTokens::Drafts, ..LoraConfig::default() }, 7);
@@ -97,12 +99,8 @@ fn the_adapters_propose_the_drafts() {
     }
     assert!(num_different > 0, "adapters must change what is proposed");
     let model = random_model(&shapes().remove(0).1);
-    let error = decode(
-        &model,
-        &requests(),
-        &StopConditions::new(4, vec![]),
-        DecodeOptions::greedy(Strategy::Gated { n: 8 }, 1),
-    );
+    let error =
+        decode(&model, &requests(), &StopConditions::new(4, vec![]), DecodeOptions::greedy(Strategy::gated(8), 1));
     assert!(error.err().unwrap().to_string().contains("lora.on=drafts"));
 }
 
@@ -246,7 +244,7 @@ fn a_folder_of_adapters_for_drafts_is_read_back_beside_its_model() {
     checkpoint::save_adapter(&model, &adapter, base.to_str().unwrap()).unwrap();
     let loaded = checkpoint::load(&adapter, Device::Cpu, Kind::Float).unwrap();
     assert!(loaded.adapts_drafts());
-    let strategy = Strategy::Gated { n: 8 };
+    let strategy = Strategy::gated(8);
     let (expected, actual) =
         (answers(&model, strategy, Sampling::Greedy), answers(&loaded, strategy, Sampling::Greedy));
     assert_eq!(num_new_tokens(&actual), num_new_tokens(&expected));

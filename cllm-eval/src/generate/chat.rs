@@ -16,9 +16,9 @@ use cllm_core::{Error, Result, device, interrupt, progress};
 use console::Term;
 use rustyline::DefaultEditor;
 
-use super::GenerateOptions;
 use super::columns::{Column, max_text_lines, side_by_side};
 use super::keys::{self, Input};
+use super::{GenerateOptions, drafting_strategy, title};
 use crate::printable::to_printable;
 use crate::statistics::ratio;
 
@@ -83,7 +83,7 @@ impl<'m> Chat<'m> {
         stop: StopConditions,
         options: &'m GenerateOptions,
     ) -> Result<Self> {
-        let strategies = [Strategy::Ar, Strategy::Jacobi { n: options.n }];
+        let strategies = [Strategy::Ar, drafting_strategy(model, options.n)];
         let decode_options = strategies.map(|strategy| DecodeOptions::greedy(strategy, options.seed));
         let num_slots = required_slots(1, &stop, strategies[1]).next_power_of_two();
         Ok(Chat {
@@ -133,7 +133,7 @@ impl<'m> Chat<'m> {
         // Both answers stay on the screen in full, even after an error.
         screen.draw_all(&sides)?;
         outcome?;
-        progress::log(comparison(&sides));
+        progress::log(comparison(&sides, self.options[1].strategy));
         tokenizer.decode_answer(&request.prompt_ids, &sides[0].ids)
     }
 
@@ -192,11 +192,11 @@ fn next_side<'s, 't>(sides: &'s mut [Side<'t>; 2]) -> Option<&'s mut Side<'t>> {
     unfinished.min_by(|a, b| a.seconds().total_cmp(&b.seconds()))
 }
 
-fn comparison(sides: &[Side<'_>; 2]) -> String {
+fn comparison(sides: &[Side<'_>; 2], strategy: Strategy) -> String {
     let [left, right] = sides.each_ref().map(Side::tokens_per_second);
     let speedup = ratio(right, left).unwrap_or(0.0);
     let tokens = if sides[0].ids == sides[1].ids { "same tokens" } else { "different tokens" };
-    format!("{tokens}; Jacobi is {speedup:.2}x as fast (excluding prefill)")
+    format!("{tokens}; {} is {speedup:.2}x as fast (excluding prefill)", title(strategy))
 }
 
 impl<'t> Side<'t> {

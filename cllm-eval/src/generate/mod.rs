@@ -1,4 +1,5 @@
-//! `generate` answers one prompt autoregressively and by Jacobi decoding, one after the other;
+//! `generate` answers one prompt autoregressively and by Jacobi decoding (with a model's adapters for
+//! draft tokens, if it has them), one after the other;
 //! without a prompt it is a chat that shows both side by side.
 
 mod chat;
@@ -13,7 +14,7 @@ use cllm_core::checkpoint::{self, hub};
 use cllm_core::decode::{
     Answer, DecodeOptions, Decoder, Request, StopConditions, Strategy, Timing, check_fits_context, required_slots,
 };
-use cllm_core::model::ModelConfig;
+use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::progress::count;
 use cllm_core::prompt_set::Prompt;
 use cllm_core::tokenizer::{DecodeStream, Tokenizer};
@@ -36,7 +37,7 @@ pub struct GenerateOptions {
     pub raw: bool,
     /// The system message.
     pub system: Option<String>,
-    /// Tokens of a Jacobi block.
+    /// Tokens of a Jacobi block, or of a gated window.
     pub n: usize,
     pub max_new_tokens: usize,
     /// Ids that end an answer; `None` for the model's own.
@@ -126,7 +127,7 @@ pub fn generate(prompt: &str, options: &GenerateOptions, show: bool) -> Result<G
     let request = Request { sample_id: "generate".to_owned(), prompt_ids };
     check_fits_context(&request, &stop, config.max_positions)?;
     let model = checkpoint::load(&folder, device, device::default_kind(device))?;
-    let jacobi = Strategy::Jacobi { n: options.n };
+    let jacobi = drafting_strategy(&model, options.n);
     let num_slots = required_slots(request.prompt_ids.len(), &stop, jacobi);
     let decoder = Decoder::new(&model, 1, num_slots)?;
     let mut generator = Generator { tokenizer: &tokenizer, decoder, request, stop, seed: options.seed, show };
@@ -136,9 +137,19 @@ pub fn generate(prompt: &str, options: &GenerateOptions, show: bool) -> Result<G
     if show {
         let tokens = if equal { "same tokens" } else { "different tokens" };
         let speedup = speedup.unwrap_or(0.0);
-        progress::log(format!("{tokens}; Jacobi is {speedup:.2}x as fast (excluding prefill)"));
+        progress::log(format!("{tokens}; {} is {speedup:.2}x as fast (excluding prefill)", title(jacobi)));
     }
     Ok(Generation { schema_version: 1, prompt: prompt.to_owned(), equal, speedup, strategies })
+}
+
+/// The strategy that is compared with autoregressive decoding, with windows of `n` tokens.
+fn drafting_strategy(model: &Transformer, n: usize) -> Strategy {
+    if model.adapts_drafts() { Strategy::gated(n) } else { Strategy::Jacobi { n } }
+}
+
+/// What a drafting strategy is called in a sentence.
+fn title(strategy: Strategy) -> &'static str {
+    if strategy.needs_draft_adapters() { "gated" } else { "Jacobi" }
 }
 
 struct Generator<'m> {

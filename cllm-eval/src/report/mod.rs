@@ -60,6 +60,7 @@ pub fn report(results: &[PathBuf], output: Option<&Path>) -> Result<Vec<PathBuf>
         overview => minijinja::Value::from(Serde(&overview::tables(&runs))),
         headline_strategies => model_card::headline_strategies(&runs),
         front_matter => model_card::front_matter(&runs)?,
+        adapts_drafts => model_card::adapts_drafts(&runs),
     };
     let environment = environment();
     TEMPLATES

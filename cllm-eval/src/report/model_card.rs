@@ -128,6 +128,7 @@ pub(super) fn headline_strategies(runs: &[Run]) -> String {
             "rolling" => "Jacobi decoding with a rolling window (`rolling`)",
             "multiblock" => "Jacobi decoding of several blocks (`multiblock`)",
             "lookahead" => "lookahead decoding",
+            "gated" => "gated decoding (`gated`)",
             other => other,
         };
         if !names.contains(&name) {
@@ -135,6 +136,12 @@ pub(super) fn headline_strategies(runs: &[Run]) -> String {
         }
     }
     names.join(" and ")
+}
+
+/// Whether the student is adapters for draft tokens, which only the strategy `gated` needs.
+pub(super) fn adapts_drafts(runs: &[Run]) -> bool {
+    let strategies = runs.iter().flat_map(|run| &run.results.models).flat_map(|model| &model.strategies);
+    strategies.into_iter().any(|strategy| strategy.strategy.needs_draft_adapters())
 }
 
 /// The command that repeats a run, with every setting that differs from its default.

@@ -286,6 +286,17 @@ fn adapters_for_drafts_are_evaluated_as_a_student_with_the_answers_of_its_teache
     let names = |model| strategies(model).iter().map(|strategy| strategy["name"].as_str().unwrap()).collect::<Vec<_>>();
     assert_eq!((names(0), names(1)), (vec!["ar"], vec!["ar", "gated"]));
     assert_eq!(strategies(1)[1]["exact_match_vs_ar"], 1.0);
+    let run_verb = |arguments: &[&str]| {
+        let output = program().current_dir(dir.path()).args(arguments).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        output.stdout
+    };
+    run_verb(&["report", "out"]);
+    let card = std::fs::read_to_string(dir.path().join("out/model-card.md")).unwrap();
+    assert!(card.contains("Do not merge them") && !card.contains("custom_generate"), "{card}");
+    let generate = ["generate", "--json", "--model", "adapter", "--n", "4", "--max-new-tokens", "6", "one plus two"];
+    let generation: Value = serde_json::from_slice(&run_verb(&generate)).unwrap();
+    assert_eq!((&generation["strategies"][1]["name"], &generation["equal"]), (&"gated".into(), &true.into()));
 }
 
 #[test]

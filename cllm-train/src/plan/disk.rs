@@ -153,11 +153,15 @@ impl Sizes {
         let num_stored = if are_saved { 2 } else { 3 };
         let average = if has_average { 4 } else { 0 };
         let model = trained_kind(settings, kind).elt_size_in_bytes() as u64 * trained + tokenizer_bytes;
-        let adapter = if settings.lora.is_some() { model } else { 0 };
+        let whole_model = element * parameters + tokenizer_bytes;
         Sizes {
             model,
             state: (num_stored * number + average) * trained,
-            final_model: element * parameters + tokenizer_bytes + adapter,
+            final_model: match settings.lora {
+                None => whole_model,
+                Some(_) if settings.adapts_drafts() => model,
+                Some(_) => whole_model + model,
+            },
         }
     }
 }
@@ -166,7 +170,7 @@ impl Sizes {
 mod tests {
     use std::path::PathBuf;
 
-    use cllm_core::model::LoraConfig;
+    use cllm_core::model::{AdaptedTokens, LoraConfig};
     use serde_json::json;
 
     use super::*;
@@ -202,6 +206,9 @@ mod tests {
         let adapters = lora.num_parameters(&config()) as u64;
         let settings = Settings { lora: Some(lora), ..Settings::default() };
         assert_eq!(bytes(&settings, Kind::BFloat16), (16 * adapters + 7, 2 * all + 7 + 4 * adapters + 7));
+        let lora = LoraConfig { rank: 2, on: AdaptedTokens::Drafts, ..LoraConfig::default() };
+        let settings = Settings { lora: Some(lora), ..Settings::default() };
+        assert_eq!(bytes(&settings, Kind::BFloat16), (16 * adapters + 7, 4 * adapters + 7), "no merged model");
     }
 
     #[test]

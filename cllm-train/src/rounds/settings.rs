@@ -64,7 +64,18 @@ impl RoundsSettings {
     /// # Errors
     /// [`Error::Usage`] naming the round and the key.
     pub fn check(&self) -> Result<()> {
-        (0..self.rounds.len()).try_for_each(|index| self.round(index, Path::new("model")).map(drop))
+        let last = self.rounds.len().saturating_sub(1);
+        (0..self.rounds.len()).try_for_each(|index| {
+            let round = self.round(index, Path::new("model"))?;
+            if index < last && round.train.adapts_drafts() {
+                return Err(Error::usage(format!(
+                    "round {}: train.lora.on=drafts is for the last round: such adapters change no answer, so the next \
+                     round would collect what this one did",
+                    index + 1
+                )));
+            }
+            Ok(())
+        })
     }
 
     /// The settings of round `index` (from 0), which starts from the model in the folder `model`.
@@ -218,6 +229,15 @@ mod tests {
             [0, 1, 2, 3].map(anchor),
             [Some("m"), Some("m"), Some("other"), None].map(|name| name.map(str::to_owned))
         );
+    }
+
+    #[test]
+    fn adapters_for_drafts_are_for_the_last_round() {
+        let whole = json!({"train": {"consistency": {"ar_weight": 0.0}}});
+        let drafts = json!({"train": {"lora": {"on": "drafts"}, "consistency": {"ar_weight": 0.0}}});
+        settings(json!([whole, drafts])).check().unwrap();
+        let message = settings(json!([drafts, whole])).check().unwrap_err().to_string();
+        assert!(message.starts_with("round 1: train.lora.on=drafts is for the last round"), "{message}");
     }
 
     #[test]

@@ -72,11 +72,8 @@ impl<'t> GenerationProbe<'t> {
             Task::from_source(&sample.source).check_scorable(context, sample)?;
             requests.push(request);
         }
-        let strategy = if settings.adapts_drafts() {
-            Strategy::Gated { n: validation.n }
-        } else {
-            Strategy::Jacobi { n: validation.n }
-        };
+        let strategy =
+            if settings.adapts_drafts() { Strategy::gated(validation.n) } else { Strategy::Jacobi { n: validation.n } };
         strategy.check()?;
         let options = DecodeOptions::greedy(strategy, settings.seed);
         let thought_tokens = ThoughtTokens::find(tokenizer)?;

@@ -1,5 +1,6 @@
 //! Gated adapters: one model verifies a window and proposes the next, in the same forward. The window
-//! is in it twice, as the model reads it and as the model with its adapters for drafts reads it.
+//! is in it twice, as the model reads it and as the model with its adapters for drafts reads it. A
+//! window without drafts is in it once, since nothing that could be proposed follows its only token.
 //! Keys and values of the second copy are in the slots after the window, where the next window
 //! overwrites them.
 //!
@@ -15,11 +16,11 @@ pub(in crate::decode) struct GatedBackend<'d> {
     doubled: Vec<DoubledWindow>,
 }
 
-/// A window that is in a forward twice.
+/// A window that is in a forward twice if it has drafts.
 struct DoubledWindow {
     start: usize,
     last_token: i32,
-    /// The draft, and then the window again.
+    /// The draft, and then the window again; or nothing.
     draft: Vec<i32>,
     tree: TokenTree,
     sequence_key: u64,
@@ -28,11 +29,15 @@ struct DoubledWindow {
 impl DoubledWindow {
     fn new(window: &Window<'_>) -> Self {
         let nodes: Vec<Node> = (0..window.len()).map(|offset| window.node(offset)).collect();
+        let (draft, tree) = match window.draft {
+            [] => (Vec::new(), TokenTree::new([])),
+            draft => (draft.iter().copied().chain(window.tokens()).collect(), TokenTree::doubled(&nodes)),
+        };
         DoubledWindow {
             start: window.start,
             last_token: window.last_token,
-            draft: window.draft.iter().copied().chain(window.tokens()).collect(),
-            tree: TokenTree::doubled(&nodes),
+            draft,
+            tree,
             sequence_key: window.sequence_key,
         }
     }
@@ -77,6 +82,9 @@ impl Backend for GatedBackend<'_> {
 
 /// What a forward of a doubled window gives for the window of `len` tokens.
 fn split(mut predictions: Predictions, len: usize) -> Predictions {
+    if predictions.tokens.len() == len {
+        return predictions;
+    }
     let drafted = predictions.tokens.split_off(len);
     predictions.candidates.drain(..len.min(predictions.candidates.len()));
     Predictions { drafted: Some(drafted), ..predictions }

@@ -73,12 +73,18 @@ impl PlannedToken {
 const MIN_PROBABILITY: f64 = 0.01;
 
 impl LikeliestPaths {
-    /// With up to `tree` tokens in the window, or 0 for one that does not branch.
-    pub(in crate::decode) fn new(width: Width, tree: usize, prompt: &[i32], random: RandomDraft) -> Self {
+    /// With up to `max_tokens` in the window, which may branch or not.
+    pub(in crate::decode) fn new(
+        width: Width,
+        max_tokens: usize,
+        may_branch: bool,
+        prompt: &[i32],
+        random: RandomDraft,
+    ) -> Self {
         let mut paths = LikeliestPaths {
             width,
-            max_drafts: if tree == 0 { width.max() } else { tree } - 1,
-            num_ranks: if tree == 0 { 1 } else { NO_CANDIDATES.len() },
+            max_drafts: max_tokens - 1,
+            num_ranks: if may_branch { NO_CANDIDATES.len() } else { 1 },
             random,
             positions: Vec::new(),
             planned: Vec::new(),
@@ -317,7 +323,8 @@ mod tests {
     /// After the prompt 1 2 3 and a forward that accepted nothing and predicted 7, and then these
     /// candidates after each draft token.
     fn after_forward(width: Width, tree: usize, predicted: &[Candidates]) -> LikeliestPaths {
-        let mut paths = LikeliestPaths::new(width, tree, &[1, 2, 3], RandomDraft::new(1, "a"));
+        let max_tokens = if tree == 0 { 64 } else { tree };
+        let mut paths = LikeliestPaths::new(width, max_tokens, tree > 0, &[1, 2, 3], RandomDraft::new(1, "a"));
         if width == Width::Auto {
             paths.gains(&AcceptanceHistory::default(), &[1, 2, 3, 7], MIN_GAIN);
             paths.set_num_drafts(predicted.len());

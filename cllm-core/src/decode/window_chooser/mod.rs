@@ -51,9 +51,9 @@ impl WindowChooser {
     /// Chooses the number of draft tokens of each sequence. `gains` are what its draft tokens are
     /// expected to add to its new tokens, in the order in which it would forward them; a sequence
     /// without a choice has none. `num_other_tokens` of their windows are forwarded anyway, such as
-    /// the last token of each. Prompts in the same forward do not count: they take their time
-    /// whatever is chosen.
-    pub(super) fn choose(&mut self, num_other_tokens: usize, gains: &[Vec<f64>]) -> Choice {
+    /// the last token of each. A forward has each token of a window with drafts `num_copies` times.
+    /// Prompts in the same forward do not count: they take their time whatever is chosen.
+    pub(super) fn choose(&mut self, num_other_tokens: usize, gains: &[Vec<f64>], num_copies: usize) -> Choice {
         let max_tokens = self.prices.max_tokens(num_other_tokens);
         let mut last = (0, 0.0);
         let price = |num_tokens| {
@@ -63,11 +63,12 @@ impl WindowChooser {
             }
             last.1
         };
-        let num_drafts = best_numbers_of_drafts(num_other_tokens, gains, max_tokens, price);
+        let num_drafts = best_numbers_of_drafts(num_other_tokens, gains, num_copies, max_tokens, price);
         let least = gains.iter().zip(&num_drafts).filter_map(|(gains, &number)| gains[..number].last());
         self.min_gain =
             least.fold(1.0, |least: f64, &gain| least.min(gain * PLANNED_SHARE)).clamp(MIN_GAINS[0], MIN_GAINS[1]);
-        let size = padded_size(num_other_tokens + num_drafts.iter().sum::<usize>());
+        let added = |&number: &usize| (0..number).map(|index| added_tokens(index, num_copies)).sum::<usize>();
+        let size = padded_size(num_other_tokens + num_drafts.iter().map(added).sum::<usize>());
         let is_probe = size > padded_size(num_other_tokens) && self.prices.is_uncertain(size);
         let has_drafts = num_drafts.iter().any(|&number| number > 0);
         self.rest = if has_drafts { 0 } else { (2 * self.rest + 1).min(MAX_REST) };
@@ -106,17 +107,19 @@ impl WindowChooser {
 fn best_numbers_of_drafts(
     num_other_tokens: usize,
     gains: &[Vec<f64>],
+    num_copies: usize,
     max_tokens: usize,
     mut price: impl FnMut(usize) -> f64,
 ) -> Vec<usize> {
     let mut candidates: BinaryHeap<Candidate> = BinaryHeap::new();
     candidates.extend(gains.iter().enumerate().filter_map(|(row, gains)| Candidate::new(row, gains, 0)));
     let mut rows = Vec::new();
+    let mut num_tokens = num_other_tokens;
     let mut expected = gains.len() as f64;
     let mut best = (expected / price(num_other_tokens), 0);
     while let Some(Candidate { gain, row: Reverse(row), index }) = candidates.pop() {
         rows.push(row);
-        let num_tokens = num_other_tokens + rows.len();
+        num_tokens += added_tokens(index, num_copies);
         if num_tokens > max_tokens {
             break;
         }
@@ -132,6 +135,12 @@ fn best_numbers_of_drafts(
     let mut num_drafts = vec![0; gains.len()];
     rows[..best.1].iter().for_each(|&row| num_drafts[row] += 1);
     num_drafts
+}
+
+/// How many tokens a forward gets by one more draft token of a sequence that has `index` of them. The
+/// first also brings the copies of its last token.
+fn added_tokens(index: usize, num_copies: usize) -> usize {
+    if index == 0 { 2 * num_copies - 1 } else { num_copies }
 }
 
 /// The next draft token of a sequence. The one with the largest gain comes first.
@@ -197,7 +206,7 @@ mod tests {
             ("a sequence may have none", vec![vec![], drafts(0.9)], flat_to_32, &[0, 30]),
         ];
         for (name, gains, price, expected) in cases {
-            assert_eq!(best_numbers_of_drafts(gains.len(), &gains, usize::MAX, price), expected, "{name}");
+            assert_eq!(best_numbers_of_drafts(gains.len(), &gains, 1, usize::MAX, price), expected, "{name}");
         }
     }
 
@@ -214,7 +223,7 @@ mod tests {
                 .collect();
             let mut prices = vec![1.0];
             (0..300).for_each(|index| prices.push(prices[index] + next() * 0.3));
-            let widths = best_numbers_of_drafts(gains.len(), &gains, usize::MAX, |num_tokens| prices[num_tokens]);
+            let widths = best_numbers_of_drafts(gains.len(), &gains, 1, usize::MAX, |num_tokens| prices[num_tokens]);
             let expected: f64 =
                 gains.iter().zip(&widths).map(|(gains, &width)| 1.0 + gains[..width].iter().sum::<f64>()).sum();
             let speed = expected / prices[gains.len() + widths.iter().sum::<usize>()];
@@ -224,8 +233,21 @@ mod tests {
 
     #[test]
     fn a_forward_is_never_larger_than_allowed() {
-        assert_eq!(best_numbers_of_drafts(2, &[vec![1.0; 63], vec![0.5; 63]], 8, free), [6, 0]);
-        assert_eq!(best_numbers_of_drafts(2, &[vec![1.0; 63], vec![0.5; 63]], 2, free), [0, 0]);
+        assert_eq!(best_numbers_of_drafts(2, &[vec![1.0; 63], vec![0.5; 63]], 1, 8, free), [6, 0]);
+        assert_eq!(best_numbers_of_drafts(2, &[vec![1.0; 63], vec![0.5; 63]], 1, 2, free), [0, 0]);
+    }
+
+    #[test]
+    fn tokens_that_are_forwarded_twice_cost_twice() {
+        // Forwards of up to 32 tokens take as long as one. Two copies of 16 tokens are so many.
+        let drafts = vec![vec![0.9; 63]; 2];
+        assert_eq!(best_numbers_of_drafts(1, &drafts[..1], 2, usize::MAX, flat_to_32), [15]);
+        assert_eq!(best_numbers_of_drafts(1, &drafts[..1], 1, usize::MAX, flat_to_32), [31]);
+        // A first draft token also brings the second copy of the last token.
+        let linear = |num_tokens: usize| num_tokens as f64;
+        assert_eq!(best_numbers_of_drafts(1, &[vec![0.9, 0.1]], 2, usize::MAX, linear), [0]);
+        assert_eq!(best_numbers_of_drafts(2, &drafts, 2, 5, free), [1, 0]);
+        assert_eq!(best_numbers_of_drafts(2, &drafts, 2, 4, free), [0, 0]);
     }
 
     #[test]
@@ -258,7 +280,7 @@ mod tests {
                     seconds += price(num_sequences);
                     continue;
                 }
-                let choice = chooser.choose(num_sequences, &vec![gains.clone(); num_sequences]);
+                let choice = chooser.choose(num_sequences, &vec![gains.clone(); num_sequences], 1);
                 let num_tokens = num_sequences + choice.num_drafts.iter().sum::<usize>();
                 chooser.observe_step(num_tokens, price(num_tokens));
                 num_probes += usize::from(choice.is_probe);
@@ -276,12 +298,12 @@ mod tests {
         let mut chooser = WindowChooser::default();
         let gains = [vec![0.5, 0.25, 0.125, 0.0625, 0.03125]];
         assert_eq!(chooser.min_gain(), 0.0);
-        chooser.choose(1, &gains);
+        chooser.choose(1, &gains, 1);
         assert_eq!(chooser.min_gain(), MIN_GAINS[1], "no drafts, since no larger size is known");
         for num_tokens in [1, 2, 4, 8] {
             (0..3).for_each(|_| chooser.observe_step(num_tokens, 1.0));
         }
-        assert_eq!(chooser.choose(1, &gains).num_drafts, [5]);
+        assert_eq!(chooser.choose(1, &gains, 1).num_drafts, [5]);
         assert_eq!(chooser.min_gain(), 0.03125 * PLANNED_SHARE);
     }
 
@@ -289,7 +311,7 @@ mod tests {
     fn after_choices_of_no_drafts_more_and_more_forwards_rest() {
         let mut chooser = WindowChooser::default();
         let mut num_rests = |num_sequences: usize, gain: f64| {
-            chooser.choose(num_sequences, &vec![vec![gain; 3]; num_sequences]);
+            chooser.choose(num_sequences, &vec![vec![gain; 3]; num_sequences], 1);
             let rests: Vec<bool> = (0..40).map(|_| chooser.rests(num_sequences)).collect();
             assert!(rests.is_sorted_by(|one, next| one >= next), "{rests:?}");
             rests.into_iter().filter(|&rests| rests).count()
