@@ -80,11 +80,12 @@ struct QkNorm {
   const bf16 *query, *key;
 };
 
-// The arguments of ARGMAX and CANDIDATES, with the sampling noise of each token in `keys`. Both write
+// The arguments of ARGMAX and CANDIDATES, with the temperature of each token (the bits of its inverse)
+// and the sampling noise in `keys`. Both write
 // the best score of each token and block [T, blocks]. ARGMAX also writes its id, and CANDIDATES the
 // sum of exp(score - best) and all scores [T, blocks, BLOCK_ROWS].
 struct SampleBlocks {
-  float inverse_temperature;
+  const int *inverse_temperatures;
   const u64 *keys;
   float *best;
   int *best_id;
@@ -278,8 +279,8 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
       int top_id = NO_TOKEN;
       if (token < num_tokens && first + i % ROWS < O) {
         int id = first + i % ROWS;
-        float score = sampling_score(sum_warps(i % ROWS, token) * norm_scale(token), sample.inverse_temperature,
-                                     sample.keys[token], id);
+        float score = sampling_score(sum_warps(i % ROWS, token) * norm_scale(token),
+                                     __int_as_float(sample.inverse_temperatures[token]), sample.keys[token], id);
         if (is_better(score, id, top, top_id)) top = score, top_id = id;
       }
       const size_t index = (size_t)token * gridDim.x + blockIdx.x;
@@ -357,15 +358,15 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
     fused_product<NT, ADD_RESIDUAL, false, FFN, HIDDEN>(weight, inner, 0, 0, x, num_tokens);                           \
   }                                                                                                                    \
   FUSED_KERNEL fused_sample_##NT(const bf16 *weight, const bf16 *x, const bf16 *norm, float *best, int *best_id,       \
-                                 int num_tokens, float inverse_temperature, const u64 *keys) {                         \
+                                 int num_tokens, const int *inverse_temperatures, const u64 *keys) {                   \
     fused_product<NT, ARGMAX, true, HIDDEN, VOCAB>(weight, x, norm, 0, 0, num_tokens, {},                              \
-                                                   {inverse_temperature, keys, best, best_id, 0, 0});                  \
+                                                   {inverse_temperatures, keys, best, best_id, 0, 0});                 \
   }                                                                                                                    \
   FUSED_KERNEL fused_candidates_##NT(const bf16 *weight, const bf16 *x, const bf16 *norm,                              \
                                      float *best, float *sums, float *scores,                                          \
-                                     int num_tokens, float inverse_temperature, const u64 *keys) {                     \
+                                     int num_tokens, const int *inverse_temperatures, const u64 *keys) {               \
     fused_product<NT, CANDIDATES, true, HIDDEN, VOCAB>(weight, x, norm, 0, 0, num_tokens, {},                          \
-                                                       {inverse_temperature, keys, best, 0, sums, scores});            \
+                                                       {inverse_temperatures, keys, best, 0, sums, scores});           \
   }
 FUSED_KERNELS(1)
 FUSED_KERNELS(2)
@@ -506,7 +507,7 @@ struct SegmentLogits {
 
 // The best score and its token in each segment, written to best and best_id [T, NUM_SEGMENTS].
 extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
-    sample_segments(const float *logits, int pitch, int first_segment, float inverse_temperature, const u64 *keys,
+    sample_segments(const float *logits, int pitch, int first_segment, const int *inverse_temperatures, const u64 *keys,
                     float *best, int *best_id) {
   let_successor_start();
   wait_for_predecessor();
@@ -525,6 +526,7 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
   // Noise takes longer to compute than logits to load, so it is computed only for tokens that can
   // win with the largest noise, or the largest for their bits, against the largest logit with the
   // smallest noise.
+  const float inverse_temperature = __int_as_float(inverse_temperatures[blockIdx.x]);
   const bool is_greedy = inverse_temperature == 0.f;
   const float factor = is_greedy ? 1.f : inverse_temperature;
   const float bound = is_greedy ? max : max * factor + MIN_NOISE, reach = is_greedy ? 0.f : MAX_NOISE;
@@ -553,7 +555,7 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
 // MAX_CANDIDATES best scores with their ids. All scores count for the softmax, so all need their
 // noise.
 extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
-    candidates_of_segments(const float *logits, int pitch, int first_segment, float inverse_temperature,
+    candidates_of_segments(const float *logits, int pitch, int first_segment, const int *inverse_temperatures,
                            const u64 *keys, float *best, float *sums, float *scores, int *ids) {
   __shared__ int winners[MAX_CANDIDATES], winner_ids[MAX_CANDIDATES][32];
   __shared__ float winner_scores[MAX_CANDIDATES][32];
@@ -561,6 +563,7 @@ extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)
   wait_for_predecessor();
   const SegmentLogits x(logits, pitch, first_segment);
   static_assert(x.LENGTH == 32, "a lane for each score of a thread");
+  const float inverse_temperature = __int_as_float(inverse_temperatures[blockIdx.x]);
   const u64 key = keys[blockIdx.x];
   float score[x.LENGTH], top = -INFINITY, sum = 0.f;
   int top_id = NO_TOKEN;

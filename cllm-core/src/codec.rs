@@ -75,6 +75,11 @@ impl Codec {
         self.tokenizer.token_to_id(token).map(|id| id as i32)
     }
 
+    /// A token as the vocabulary has it.
+    pub(crate) fn token_of(&self, id: i32) -> Option<String> {
+        self.tokenizer.id_to_token(u32::try_from(id).ok()?)
+    }
+
     /// Ids of a text, in which special tokens are recognised.
     ///
     /// # Errors

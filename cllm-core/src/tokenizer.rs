@@ -124,6 +124,13 @@ impl Tokenizer {
         self.codec.decode(ids)
     }
 
+    /// A single token as it reads: its text, or its name in the vocabulary if it is special or part of
+    /// a character.
+    pub fn token_text(&self, id: i32) -> String {
+        let text = self.codec.decode(&[id]).ok().filter(|text| !text.is_empty() && !text.contains('\u{fffd}'));
+        text.or_else(|| self.codec.token_of(id)).unwrap_or_default()
+    }
+
     /// The text of an answer to a prompt, without special tokens.
     ///
     /// # Errors

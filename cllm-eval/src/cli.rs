@@ -20,6 +20,7 @@ use crate::generate::GenerateOptions;
 use crate::printable::to_printable;
 use crate::profile::{Profiles, profile};
 use crate::results::Results;
+use crate::serve::{ServeSettings, serve};
 use crate::suite::{Suite, SuiteSettings, suite};
 use crate::tradeoff::Tradeoff;
 use crate::{doctor, generate, report, run, score, table, tradeoff};
@@ -205,6 +206,12 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
+    /// Answer requests of OpenAI's protocol, and show two ways of decoding side by side on a page.
+    #[command(
+        after_help = "Example:\n  cllm-eval serve model=runs/student/final teacher=configs/tiny-teacher \\\n    \
+        'strategy={rolling: {n: 16}}' port=8000"
+    )]
+    Serve(SettingsArgs),
     /// List the benchmarks and the data that each needs.
     #[command(after_help = "Example:\n  cllm-eval ls")]
     Ls {
@@ -295,6 +302,7 @@ impl Cli {
                 generate_or_chat(prompt.as_deref(), &options, json, self.quiet)
             }
             Verb::Bench(args) => show(&bench(&args.load::<BenchSettings>()?)?, args.json, summary),
+            Verb::Serve(args) => return serve(&args.load()?, args.json),
             Verb::Ls { json } => list(json),
             Verb::Doctor { json } => show(&doctor::examine(), json, Findings::text),
             Verb::Settings => print(&all_settings()),
@@ -334,6 +342,8 @@ fn all_settings() -> String {
         + &cllm_core::settings::reference::<SuiteSettings>("cllm-eval suite")
         + "\n"
         + &BenchSettings::reference()
+        + "\n"
+        + &cllm_core::settings::reference::<ServeSettings>("cllm-eval serve")
 }
 
 fn draw_report(results: &[PathBuf], output: Option<&Path>, json: bool) -> Result<()> {

@@ -22,6 +22,7 @@ pub mod results;
 pub mod role;
 pub mod run;
 pub mod score;
+pub mod serve;
 pub mod similarity;
 mod speedup;
 pub mod spider_difficulty;

@@ -10,15 +10,13 @@ use tch::{Device, Kind, Tensor};
 
 use super::batch_products::{self, BatchProducts};
 use super::forward_input::{ForwardInput, InputLimits, MAX_INTS_PER_OUTPUT, SamplingOptions};
-use super::launch::{
-    Argument, Kernel, Param, Signature, aligned, bf16, count, float, float32, int, int32, nullable, uint64,
-};
+use super::launch::{Argument, Kernel, Param, Signature, aligned, bf16, count, float32, int, int32, nullable, uint64};
 use super::nvrtc::{Macros, Module, compute_capability, max_shared_bytes, num_multiprocessors};
 use super::shape::KernelShape;
 use super::slot_moves::SlotMoves;
 use super::tiles::{MAX_SMALL_STEP_TOKENS, MAX_TILE_QUERIES, SLOTS_PER_READ, WARP_QUERIES, tile_tokens};
 use crate::{Error, Result};
-use Argument::{Float, Int, Optional, Tensor as Data};
+use Argument::{Int, Optional, Tensor as Data};
 
 const SOURCE: &str = concat!(
     include_str!("../../csrc/bf16.cuh"),
@@ -228,7 +226,8 @@ const ATTN_OUT: Param<Sizes> = bf16("attn_out", |s| s.tokens * s.shape.attn());
 const INNER: Param<Sizes> = bf16("inner", |s| s.tokens * s.shape.ffn);
 const NUM_TOKENS: Param<Sizes> = count("num_tokens", |s| s.tokens);
 const KEYS: Param<Sizes> = uint64("keys", |s| 2 * s.outputs);
-const INVERSE_TEMPERATURE: Param<Sizes> = float("inverse_temperature");
+/// The bits of float32 numbers.
+const INVERSE_TEMPERATURES: Param<Sizes> = int32("inverse_temperatures", |s| s.outputs);
 const BEST: Param<Sizes> = float32("best", |s| s.outputs * s.blocks);
 const BEST_ID: Param<Sizes> = int32("best_id", |s| s.outputs * s.blocks);
 const SUMS: Param<Sizes> = float32("sums", |s| s.outputs * s.blocks);
@@ -312,11 +311,11 @@ const FUSED_SAMPLE: Signature<Sizes> = Signature {
     name: "fused_sample_",
     grid: |s| [num_sample_blocks(s), 1],
     threads: |_| WARPS * 32,
-    params: &[&[WEIGHT_VOCAB, X, NORM, BEST, BEST_ID, NUM_TOKENS, INVERSE_TEMPERATURE, KEYS]],
+    params: &[&[WEIGHT_VOCAB, X, NORM, BEST, BEST_ID, NUM_TOKENS, INVERSE_TEMPERATURES, KEYS]],
 };
 const FUSED_CANDIDATES: Signature<Sizes> = Signature {
     name: "fused_candidates_",
-    params: &[&[WEIGHT_VOCAB, X, NORM, BEST, SUMS, SCORES, NUM_TOKENS, INVERSE_TEMPERATURE, KEYS]],
+    params: &[&[WEIGHT_VOCAB, X, NORM, BEST, SUMS, SCORES, NUM_TOKENS, INVERSE_TEMPERATURES, KEYS]],
     ..FUSED_SAMPLE
 };
 const ARGMAX_OF_BLOCKS: Signature<Sizes> = Signature {
@@ -365,11 +364,11 @@ const SAMPLE_SEGMENTS: Signature<Sizes> = Signature {
     name: "sample_segments",
     grid: |s| [s.outputs, s.segments],
     threads: |_| THREADS,
-    params: &[LOGITS, &[INVERSE_TEMPERATURE, KEYS, BEST, BEST_ID]],
+    params: &[LOGITS, &[INVERSE_TEMPERATURES, KEYS, BEST, BEST_ID]],
 };
 const CANDIDATES_OF_SEGMENTS: Signature<Sizes> = Signature {
     name: "candidates_of_segments",
-    params: &[LOGITS, &[INVERSE_TEMPERATURE, KEYS, BEST, SUMS, SCORES, IDS]],
+    params: &[LOGITS, &[INVERSE_TEMPERATURES, KEYS, BEST, SUMS, SCORES, IDS]],
     ..SAMPLE_SEGMENTS
 };
 const ROTATE_AND_CACHE: Signature<Sizes> = Signature {
@@ -813,7 +812,7 @@ impl DecodeKernels {
 }
 
 fn sampling_arguments(input: &ForwardInput) -> [Argument<'_>; 2] {
-    [Float(input.sampling.inverse_temperature), Data(&input.keys)]
+    [Data(&input.inverse_temperatures), Data(&input.keys)]
 }
 
 fn token_arguments(input: &ForwardInput) -> [Argument<'_>; 4] {

@@ -26,8 +26,8 @@ pub(crate) struct ForwardShape {
 /// What a forward gives after each of its outputs.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(crate) struct SamplingOptions {
-    /// Factor of the logits before sampling, or 0 to choose the token with the largest.
-    pub(crate) inverse_temperature: f32,
+    /// Whether every output is the token with the largest logit.
+    pub(crate) is_greedy: bool,
     /// Whether the likeliest tokens are given with their probabilities, or only the sampled one.
     pub(crate) gives_candidates: bool,
 }
@@ -35,7 +35,7 @@ pub(crate) struct SamplingOptions {
 impl SamplingOptions {
     /// Whether only the token with the largest logit is given.
     pub(super) fn is_argmax(self) -> bool {
-        self.inverse_temperature == 0.0 && !self.gives_candidates
+        self.is_greedy && !self.gives_candidates
     }
 
     /// Numbers that the result for an output consists of: the sampled token, or for each candidate,
@@ -75,8 +75,17 @@ pub(crate) struct InputToken {
     pub(crate) position: usize,
     /// The slots of its window that it attends to: bit i is the slot i after the window's first.
     pub(crate) visible: u64,
-    /// Key of the noise that the token after it is sampled with, if one is.
-    pub(crate) noise_key: Option<u64>,
+    /// How the token after it is sampled, if one is.
+    pub(crate) draw: Option<Draw>,
+}
+
+/// How a token is sampled.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Draw {
+    /// Factor of the logits, or 0 to choose the token with the largest.
+    pub(crate) inverse_temperature: f32,
+    /// Key of the noise.
+    pub(crate) key: u64,
 }
 
 /// The parts of an input, as ranges of one buffer of int32.
@@ -84,6 +93,8 @@ pub(crate) struct InputLayout {
     // 64-bit numbers come first, because they must start at even indices of the int32 buffer.
     pub(crate) visible: Range<usize>,
     pub(crate) keys: Range<usize>,
+    /// The bits of a factor for each output.
+    pub(crate) inverse_temperatures: Range<usize>,
     pub(crate) tokens: Range<usize>,
     pub(crate) row: Range<usize>,
     pub(crate) slot: Range<usize>,
@@ -106,6 +117,7 @@ impl InputLayout {
         InputLayout {
             visible: next(2 * num_tokens),
             keys: next(2 * num_outputs),
+            inverse_temperatures: next(num_outputs),
             tokens: next(num_tokens),
             row: next(num_tokens),
             slot: next(num_tokens),
@@ -139,10 +151,11 @@ impl<'b> InputWriter<'b> {
     pub(crate) fn new(ints: &'b mut [i32], shape: ForwardShape, limits: InputLimits) -> Self {
         let layout = InputLayout::new(shape);
         // Kernels skip the tokens and tiles of row -1.
-        for (range, value) in
-            [(&layout.tokens, 0), (&layout.row, -1), (&layout.slot, 0), (&layout.position, 0), (&layout.tile_row, -1)]
-        {
-            ints[range.clone()].fill(value);
+        for range in [&layout.inverse_temperatures, &layout.tokens, &layout.slot, &layout.position] {
+            ints[range.clone()].fill(0);
+        }
+        for range in [&layout.row, &layout.tile_row] {
+            ints[range.clone()].fill(-1);
         }
         let tile_tokens = tile_tokens(&limits.model, shape.num_tokens);
         InputWriter { ints, layout, shape, limits, tile_tokens, num_tokens: 0, num_tiles: 0 }
@@ -179,13 +192,13 @@ impl<'b> InputWriter<'b> {
 
     fn push(&mut self, row: usize, slot: usize, token: &InputToken) -> Result<()> {
         let (index, InputLimits { model, num_rows, capacity }) = (self.num_tokens, self.limits);
-        let InputToken { id, position, visible, noise_key } = *token;
+        let InputToken { id, position, visible, draw } = *token;
         let fits = index < self.shape.num_tokens
             && usize::try_from(id).is_ok_and(|id| id < model.vocab)
             && row < num_rows
             && slot < capacity
             && position < capacity
-            && (noise_key.is_none() || index < self.shape.num_outputs);
+            && (draw.is_none() || index < self.shape.num_outputs);
         if !fits {
             let limits = format!("{:?}, {num_rows} rows of {capacity} slots, {} tokens", self.shape, model.vocab);
             let token = format!("token {id} at index {index}, row {row}, slot {slot}, position {position}");
@@ -197,8 +210,11 @@ impl<'b> InputWriter<'b> {
         self.ints[layout.slot.start + index] = slot as i32;
         self.ints[layout.position.start + index] = position as i32;
         let (visible_start, key_start) = (layout.visible.start, layout.keys.start);
+        if let Some(Draw { inverse_temperature, .. }) = draw {
+            self.ints[layout.inverse_temperatures.start + index] = inverse_temperature.to_bits().cast_signed();
+        }
         self.write_u64(visible_start + 2 * index, visible);
-        if let Some(key) = noise_key {
+        if let Some(Draw { key, .. }) = draw {
             self.write_u64(key_start + 2 * index, key);
         }
         self.num_tokens += 1;
@@ -221,6 +237,7 @@ pub(crate) struct ForwardInput {
     pub(super) position: Tensor,
     pub(super) visible: Tensor,
     pub(super) keys: Tensor,
+    pub(super) inverse_temperatures: Tensor,
     pub(super) tile_row: Tensor,
     pub(super) tile_first_token: Tensor,
     pub(super) tile_length: Tensor,
@@ -251,6 +268,7 @@ impl ForwardInput {
             position: view(&layout.position),
             visible: view(&layout.visible),
             keys: view(&layout.keys),
+            inverse_temperatures: view(&layout.inverse_temperatures),
             tile_row: view(&layout.tile_row),
             tile_first_token: view(&layout.tile_first_token),
             tile_length: view(&layout.tile_length),
@@ -274,7 +292,7 @@ mod tests {
     const LIMITS: InputLimits = InputLimits { model: KernelShape::TWO_TOKEN_TILES, num_rows: 3, capacity: 32 };
 
     fn token(id: i32, position: usize) -> InputToken {
-        InputToken { id, position, visible: u64::MAX, noise_key: None }
+        InputToken { id, position, visible: u64::MAX, draw: None }
     }
 
     #[test]
@@ -284,7 +302,8 @@ mod tests {
         let mut ints = vec![7; layout.len()];
         let mut writer = InputWriter::new(&mut ints, shape, LIMITS);
         let window = [(11, 4), (12, 5), (13, 6)];
-        let with_key = |(id, position)| InputToken { noise_key: Some(9 << 32 | 1), ..token(id, position) };
+        let draw = Some(Draw { inverse_temperature: 1.0, key: 9 << 32 | 1 });
+        let with_key = |(id, position)| InputToken { draw, ..token(id, position) };
         writer.push_row(0, 4, window.map(with_key)).unwrap();
         writer.push_row(2, 0, [(21, 0), (22, 1), (23, 2)].map(|(id, position)| token(id, position))).unwrap();
         assert_eq!(ints[layout.tokens], [11, 12, 13, 21, 22, 23, 0, 0]);
@@ -293,6 +312,10 @@ mod tests {
         assert_eq!(ints[layout.position], [4, 5, 6, 0, 1, 2, 0, 0]);
         assert_eq!(ints[layout.visible.start..layout.visible.start + 12], [-1; 12]);
         assert_eq!(ints[layout.keys.start..layout.keys.start + 6], [1, 9, 1, 9, 1, 9]);
+        assert_eq!(
+            ints[layout.inverse_temperatures],
+            [1.0f32.to_bits() as i32; 3].into_iter().chain([0; 5]).collect::<Vec<_>>()
+        );
         assert_eq!(ints[layout.tile_row], [0, 0, 2, 2, -1]);
         assert_eq!(ints[layout.tile_first_token.start..layout.tile_first_token.start + 4], [0, 2, 3, 5]);
         assert_eq!(ints[layout.tile_length.start..layout.tile_length.start + 4], [2, 1, 2, 1]);
@@ -310,7 +333,11 @@ mod tests {
             (0, 32, vec![token(1, 0)]),
             (0, 31, vec![token(1, 31), token(1, 31)]),
             (0, 0, vec![token(1, 32)]),
-            (0, 0, vec![token(1, 0), InputToken { noise_key: Some(1), ..token(1, 1) }]),
+            (
+                0,
+                0,
+                vec![token(1, 0), InputToken { draw: Some(Draw { inverse_temperature: 0.0, key: 1 }), ..token(1, 1) }],
+            ),
             (0, 0, (0..5).map(|position| token(1, position)).collect()),
             // One tile of two tokens is not enough.
             (0, 0, (0..3).map(|position| token(1, position)).collect()),

@@ -6,8 +6,9 @@ use super::backend::cuda_graph::CudaGraphBackend;
 use super::backend::eager::EagerBackend;
 use super::backend::gated::GatedBackend;
 use super::backend::speculative::SpeculativeBackend;
+use super::live::{LiveBatch, LiveRows};
 use super::request::{
-    Answer, DecodeOptions, OnTokens, Request, StopConditions, Timing, check_fits_context, required_slots,
+    Answer, DecodeOptions, Job, OnTokens, Request, StopConditions, Timing, check_fits_context, required_slots,
 };
 use super::scheduler::{Events, PrefillPolicy, Scheduler};
 use super::strategy::Strategy;
@@ -26,10 +27,10 @@ pub struct Decoder<'m> {
 }
 
 /// The limits that the requests of a decoder must fit.
-struct CacheLimits {
+pub(super) struct CacheLimits {
     max_sequences: usize,
     /// Slots of the KV cache for each sequence.
-    capacity: usize,
+    pub(super) capacity: usize,
     /// Length of the model's context.
     max_positions: usize,
 }
@@ -130,9 +131,22 @@ impl<'m> Decoder<'m> {
         options.strategy.check()?;
         self.limits.check(&request, stop, options.strategy)?;
         let (backend, chooser, _) = self.parts(options.strategy)?;
-        let waiting = std::iter::once(Ok(request));
-        let scheduler = Scheduler::new(waiting, 1, stop, options, PrefillPolicy::First, chooser);
+        let waiting = std::iter::once(Ok(Job { request, stop: stop.clone(), options }));
+        let scheduler = Scheduler::new(waiting, 1, options.strategy, PrefillPolicy::First, chooser);
         Ok(RunningAnswer { backend, scheduler })
+    }
+
+    /// Starts a batch that requests join and leave. The decoder has [`LiveRows::num_rows`].
+    ///
+    /// # Errors
+    /// As [`Decoder::answer`], of the strategy.
+    pub fn go_live(&mut self, strategy: Strategy, rows: LiveRows) -> Result<LiveBatch<'_>> {
+        strategy.check()?;
+        if rows.num_rows() > self.limits.max_sequences {
+            return Err(Error::internal("the decoder has too few rows for a live batch"));
+        }
+        let (backend, chooser, limits) = self.parts(strategy)?;
+        Ok(LiveBatch::new(backend, chooser, limits, strategy, rows))
     }
 
     fn run(
@@ -146,8 +160,12 @@ impl<'m> Decoder<'m> {
         options.strategy.check()?;
         let _no_grad = tch::no_grad_guard();
         let (mut backend, chooser, limits) = self.parts(options.strategy)?;
-        let waiting = requests.map(|request| limits.check(&request, stop, options.strategy).map(|()| request));
-        Scheduler::new(waiting, limits.max_sequences, stop, options, prefill, chooser).run(backend.as_mut(), events)
+        let waiting = requests.map(|request| {
+            limits.check(&request, stop, options.strategy)?;
+            Ok(Job { request, stop: stop.clone(), options })
+        });
+        let scheduler = Scheduler::new(waiting, limits.max_sequences, options.strategy, prefill, chooser);
+        scheduler.run(backend.as_mut(), events)
     }
 
     /// The backend for a strategy, and what else a scheduler needs.
@@ -189,7 +207,7 @@ fn new_backend<'m>(
 }
 
 impl CacheLimits {
-    fn check(&self, request: &Request, stop: &StopConditions, strategy: Strategy) -> Result<()> {
+    pub(super) fn check(&self, request: &Request, stop: &StopConditions, strategy: Strategy) -> Result<()> {
         check_fits_context(request, stop, self.max_positions)?;
         let required = required_slots(request.prompt_ids.len(), stop, strategy);
         if required > self.capacity {

@@ -18,6 +18,8 @@
 mod acceptance;
 mod backend;
 mod engine;
+mod live;
+mod prefix_cache;
 mod proposer;
 mod request;
 mod sampling;
@@ -34,6 +36,7 @@ pub use backend::cuda_graph::MAX_PROMPT_TOKENS;
 pub use backend::cuda_model::has_kernels;
 pub use backend::eager::MAX_PIECE_TOKENS;
 pub use engine::{Decoder, RunningAnswer, decode};
+pub use live::{LiveBatch, LiveRequest, LiveRows};
 pub use request::{
     Answer, DecodeOptions, OnTokens, Request, StopConditions, Timing, check_fits_context, required_slots,
 };
@@ -41,5 +44,7 @@ pub use sampling::Sampling;
 pub use strategy::Strategy;
 pub use width::Width;
 
+#[cfg(test)]
+mod live_tests;
 #[cfg(test)]
 mod tests;

@@ -54,6 +54,14 @@ impl DecodeOptions {
     }
 }
 
+/// A request with how to answer it.
+#[derive(Debug)]
+pub(super) struct Job {
+    pub(super) request: Request,
+    pub(super) stop: StopConditions,
+    pub(super) options: DecodeOptions,
+}
+
 /// An answer and how it was decoded.
 #[derive(Debug, Clone)]
 pub struct Answer {

@@ -34,11 +34,11 @@ impl Sampling {
         self == Sampling::Greedy
     }
 
-    /// The factor that kernels scale logits by; 0 means greedy.
+    /// The factor that logits are scaled by; 0 means greedy.
     pub(super) fn inverse_temperature(self) -> f32 {
         match self {
             Sampling::Greedy => 0.0,
-            Sampling::Temperature(temperature) => inverse(temperature),
+            Sampling::Temperature(temperature) => (1.0 / temperature) as f32,
         }
     }
 }
@@ -56,19 +56,15 @@ pub(super) type Candidates = [Candidate; MAX_CANDIDATES];
 
 pub(super) const NO_CANDIDATES: Candidates = [Candidate { token: -1, probability: 0.0 }; MAX_CANDIDATES];
 
-fn inverse(temperature: f64) -> f32 {
-    (1.0 / temperature) as f32
-}
-
 /// Key of the noise at a position of a sequence.
 pub(super) fn position_key(sequence_key: u64, position: usize) -> u64 {
     mix(sequence_key.wrapping_add(GOLDEN.wrapping_mul(position as u64 + 1)))
 }
 
-/// The token whose scaled logit with noise is largest; ties go to the lowest id.
-pub(super) fn sample(logits: &[f32], temperature: f64, position_key: u64) -> i32 {
+/// The token with the largest score; ties go to the lowest id.
+pub(super) fn sample(logits: &[f32], inverse_temperature: f32, position_key: u64) -> i32 {
     let (mut max_score, mut best) = (f32::NEG_INFINITY, 0);
-    for (token, score) in scores(logits, temperature, position_key) {
+    for (token, score) in scores(logits, inverse_temperature, position_key) {
         if score > max_score {
             (max_score, best) = (score, token);
         }
@@ -76,11 +72,11 @@ pub(super) fn sample(logits: &[f32], temperature: f64, position_key: u64) -> i32
     best
 }
 
-/// The tokens whose scaled logits with noise are largest; ties go to the lowest ids.
-pub(super) fn sample_candidates(logits: &[f32], temperature: f64, position_key: u64) -> Candidates {
+/// The tokens with the largest scores; ties go to the lowest ids.
+pub(super) fn sample_candidates(logits: &[f32], inverse_temperature: f32, position_key: u64) -> Candidates {
     let mut best = [(0, f32::NEG_INFINITY); MAX_CANDIDATES];
     let mut sum = 0.0;
-    for (token, score) in scores(logits, temperature, position_key) {
+    for (token, score) in scores(logits, inverse_temperature, position_key) {
         // The sum is relative to the largest score so far.
         let max_score = best[0].1.max(score);
         sum = sum * (best[0].1 - max_score).exp() + (score - max_score).exp();
@@ -98,12 +94,13 @@ pub(super) fn sample_candidates(logits: &[f32], temperature: f64, position_key: 
     candidates
 }
 
-/// Each token with its scaled logit and noise.
-fn scores(logits: &[f32], temperature: f64, position_key: u64) -> impl Iterator<Item = (i32, f32)> {
-    let inverse = inverse(temperature);
-    let score =
-        move |(token, &logit): (usize, &f32)| (token as i32, logit * inverse + gumbel(position_key, token as u64));
-    logits.iter().enumerate().map(score)
+/// Each token with its score.
+fn scores(logits: &[f32], inverse_temperature: f32, position_key: u64) -> impl Iterator<Item = (i32, f32)> {
+    let score = move |token, logit| match inverse_temperature {
+        0.0 => logit,
+        inverse => logit * inverse + gumbel(position_key, token as u64),
+    };
+    logits.iter().enumerate().map(move |(token, &logit)| (token as i32, score(token, logit)))
 }
 
 fn gumbel(position_key: u64, token: u64) -> f32 {
@@ -141,17 +138,17 @@ mod tests {
         let logits: Vec<f32> = (0..50).map(|token| (token as f32 * 0.7).sin() * 3.0).collect();
         for draw in 0..20 {
             let key = position_key(draw, 3);
-            let mut by_score: Vec<(i32, f32)> = scores(&logits, 0.8, key).collect();
+            let mut by_score: Vec<(i32, f32)> = scores(&logits, 1.25, key).collect();
             by_score.sort_by(|one, other| other.1.total_cmp(&one.1));
             let sum: f32 = by_score.iter().map(|(_, score)| score.exp()).sum();
-            let candidates = sample_candidates(&logits, 0.8, key);
-            assert_eq!(candidates[0].token, sample(&logits, 0.8, key));
+            let candidates = sample_candidates(&logits, 1.25, key);
+            assert_eq!(candidates[0].token, sample(&logits, 1.25, key));
             for (candidate, (token, score)) in candidates.iter().zip(by_score) {
                 assert_eq!(candidate.token, token);
                 assert!((candidate.probability - score.exp() / sum).abs() < 1e-5, "{candidate:?}");
             }
         }
-        let few = sample_candidates(&logits[..2], 0.8, 7);
+        let few = sample_candidates(&logits[..2], 1.25, 7);
         assert!(few[1].token >= 0 && few[2..] == NO_CANDIDATES[2..], "{few:?}");
         assert!((few[0].probability + few[1].probability - 1.0).abs() < 1e-6, "{few:?}");
     }
@@ -162,10 +159,11 @@ mod tests {
         for temperature in [0.5, 1.0, 2.0] {
             let weights: Vec<f64> = logits.iter().map(|&logit| (f64::from(logit) / temperature).exp()).collect();
             let total: f64 = weights.iter().sum();
+            let inverse = Sampling::Temperature(temperature).inverse_temperature();
             let num_draws = 40_000;
             let mut counts = [0f64; 5];
             for draw in 0..num_draws {
-                counts[sample(&logits, temperature, position_key(draw / 200, draw as usize % 200)) as usize] += 1.0;
+                counts[sample(&logits, inverse, position_key(draw / 200, draw as usize % 200)) as usize] += 1.0;
             }
             let expected = weights.iter().map(|weight| weight / total * num_draws as f64);
             let chi_squared: f64 =

@@ -8,6 +8,7 @@ use super::backend::{Predictions, Window};
 use super::proposer::random_draft::RandomDraft;
 use super::proposer::{Proposer, Verification};
 use super::request::{Answer, DecodeOptions, Request, StopConditions, Timing};
+use super::sampling::Sampling;
 use super::window_chooser::{AcceptanceHistory, Outcome};
 use crate::fingerprint;
 use crate::thought::Thought;
@@ -23,53 +24,49 @@ pub(super) struct Accepted<'s> {
     pub(super) moves: Vec<(usize, usize)>,
 }
 
-pub(super) struct Sequence<'r> {
+pub(super) struct Sequence {
     request_index: usize,
-    stop: &'r StopConditions,
+    stop: StopConditions,
     /// Prompt and answer so far.
     tokens: Vec<i32>,
     num_prompt_tokens: usize,
     /// Prompt tokens in the cache.
     num_cached: usize,
     proposer: Box<dyn Proposer>,
-    /// Key of the noise that tokens are sampled with.
+    /// How tokens are sampled, and the key of their noise.
+    sampling: Sampling,
     sequence_key: u64,
     num_new_tokens: Vec<u32>,
     /// Tokens of all windows so far.
     num_window_tokens: u64,
     num_probes: usize,
     timing: Timing,
-    /// The tokens of the next window that close the thought, which has reached its limit; usually
-    /// none.
-    closing: &'r [i32],
+    /// Whether the next window closes the thought, which has reached its limit.
+    is_closing: bool,
     /// Positions in the answer of the tokens that closed the thought.
     forced: Option<Range<usize>>,
     finish_reason: Option<FinishReason>,
 }
 
-impl<'r> Sequence<'r> {
-    pub(super) fn new(
-        request_index: usize,
-        request: Request,
-        stop: &'r StopConditions,
-        options: DecodeOptions,
-    ) -> Self {
+impl Sequence {
+    pub(super) fn new(request_index: usize, request: Request, stop: StopConditions, options: DecodeOptions) -> Self {
         let random = RandomDraft::new(options.seed, &request.sample_id);
         Sequence {
             request_index,
+            finish_reason: (stop.max_new_tokens == 0).then_some(FinishReason::Length),
             stop,
             num_prompt_tokens: request.prompt_ids.len(),
             num_cached: 0,
             proposer: options.strategy.proposer(&request.prompt_ids, random, options.record_trajectory),
+            sampling: options.sampling,
             sequence_key: fingerprint::derive_seed(options.seed, &request.sample_id),
             tokens: request.prompt_ids,
             num_new_tokens: Vec::new(),
             num_window_tokens: 0,
             num_probes: 0,
             timing: Timing::default(),
-            closing: &[],
+            is_closing: false,
             forced: None,
-            finish_reason: (stop.max_new_tokens == 0).then_some(FinishReason::Length),
         }
     }
 
@@ -105,11 +102,31 @@ impl<'r> Sequence<'r> {
         self.finish_reason.is_some()
     }
 
+    /// Ends the answer where it is.
+    pub(super) fn cut(&mut self) {
+        self.finish_reason = Some(FinishReason::Length);
+    }
+
+    /// The tokens whose keys and values are in the cache: those of the prompt so far, or of the prompt
+    /// and the answer but for the last token.
+    pub(super) fn cached_tokens(&self) -> &[i32] {
+        let end = if self.is_decoding() { self.tokens.len() - 1 } else { self.num_cached };
+        &self.tokens[..end]
+    }
+
+    /// The tokens that close the thought in the next window; usually none.
+    fn closing(&self) -> &[i32] {
+        match &self.stop.thought_limit {
+            Some(limit) if self.is_closing => &limit.closing.closing_ids,
+            _ => &[],
+        }
+    }
+
     /// What each token that the next window may draft is expected to add to the new tokens, if that is
     /// at least `min_gain`; empty if there is nothing to choose.
     pub(super) fn gains(&mut self, history: &AcceptanceHistory, min_gain: f64) -> Vec<f64> {
         match self.proposer.likeliest_paths() {
-            Some(paths) if self.closing.is_empty() => paths.gains(history, &self.tokens, min_gain),
+            Some(paths) if !self.is_closing => paths.gains(history, &self.tokens, min_gain),
             _ => Vec::new(),
         }
     }
@@ -131,23 +148,23 @@ impl<'r> Sequence<'r> {
     /// thought.
     pub(super) fn window(&self) -> Window<'_> {
         let start = self.tokens.len() - 1;
-        let (draft, tree) = match self.closing {
+        let (draft, tree) = match self.closing() {
             [] => (self.proposer.draft(), self.proposer.tree()),
             closing => (closing, None),
         };
-        Window { start, last_token: self.tokens[start], draft, tree, num_adapted: 0, sequence_key: self.sequence_key }
+        let Sequence { sampling, sequence_key, .. } = *self;
+        Window { start, last_token: self.tokens[start], draft, tree, num_adapted: 0, sampling, sequence_key }
     }
 
     /// Processes the tokens that the backend sampled after each token of the window.
     pub(super) fn accept(&mut self, predictions: &Predictions) -> Accepted<'_> {
         let num_before = self.tokens.len();
         self.num_window_tokens += predictions.tokens.len() as u64;
-        let moves = match self.closing {
-            [] => self.accept_draft(predictions),
-            closing => {
-                self.close_thought(closing, predictions.tokens[closing.len()]);
-                Vec::new()
-            }
+        let moves = if self.is_closing {
+            self.close_thought(&predictions.tokens);
+            Vec::new()
+        } else {
+            self.accept_draft(predictions)
         };
         Accepted { request_index: self.request_index, tokens: &self.tokens[num_before..], moves }
     }
@@ -161,7 +178,7 @@ impl<'r> Sequence<'r> {
         let (num_before, num_accepted) = (self.tokens.len(), path.len() - 1);
         for &offset in &path {
             self.push(predicted[offset]);
-            if self.is_finished() || !self.closing.is_empty() {
+            if self.is_finished() || self.is_closing {
                 break;
             }
         }
@@ -181,13 +198,14 @@ impl<'r> Sequence<'r> {
     }
 
     /// Appends the tokens that close the thought, whatever the model predicted in their place, and
-    /// the token sampled after them.
-    fn close_thought(&mut self, closing: &[i32], sampled_after: i32) {
+    /// the one after them.
+    fn close_thought(&mut self, predicted: &[i32]) {
+        let closing = self.closing().to_vec();
         let start = self.answer().len();
         self.forced = Some(start..start + closing.len());
-        self.closing = &[];
-        self.tokens.extend(closing);
-        self.push(sampled_after);
+        self.is_closing = false;
+        self.tokens.extend(&closing);
+        self.push(predicted[closing.len()]);
         self.num_new_tokens.push(1);
         self.proposer.restart(&self.tokens);
     }
@@ -200,7 +218,7 @@ impl<'r> Sequence<'r> {
         let Some(limit) = self.stop.thought_limit.as_ref().filter(|_| !self.is_finished()) else { return };
         let (prompt, answer) = self.tokens.split_at(self.num_prompt_tokens);
         if answer.len() == limit.closing.max_thinking_tokens && limit.tokens.is_open(prompt, answer) {
-            self.closing = &limit.closing.closing_ids;
+            self.is_closing = true;
         }
     }
 

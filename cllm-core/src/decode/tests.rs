@@ -2,6 +2,7 @@
 
 use super::backend::speculative::SpeculativeBackend;
 use super::backend::{Backend, Outputs, Predictions, PromptChunk, Window};
+use super::request::Job;
 use super::sampling::{Candidate, Candidates, NO_CANDIDATES};
 use super::scheduler::{Events, PrefillPolicy, Scheduler};
 use super::sequence::{Accepted, Sequence};
@@ -9,29 +10,29 @@ use super::tree::Node;
 use super::window_chooser::WindowChooser;
 use super::{Answer, DecodeOptions, Request, StopConditions, Strategy, Width};
 use crate::Result;
-use crate::model::SlotMove;
+use crate::model::{SlotCopy, SlotMove};
 use crate::thought::{Thought, ThoughtClosing, ThoughtLimit, ThoughtTokens};
 use crate::trajectory::FinishReason;
 
 /// Predicts the next token by a fixed rule from the whole sequence so far, and checks that chunks
 /// and windows continue what is cached. A token of a window is predicted from the slots that it
 /// sees.
-struct MockBackend {
+pub(super) struct MockBackend {
     /// The token in each slot of each row.
     rows: Vec<Vec<i32>>,
     next_token: fn(&[i32]) -> i32,
     /// The candidate of the second rank.
     runner_up: fn(&[i32]) -> i32,
-    max_prompt_tokens: usize,
+    pub(super) max_prompt_tokens: usize,
     /// The candidates after each token of all windows.
     predicted: Vec<Candidates>,
     with_candidates: bool,
     /// Number of forwards with both chunks and windows.
-    num_mixed: usize,
+    pub(super) num_mixed: usize,
 }
 
 impl MockBackend {
-    fn new(num_rows: usize) -> Self {
+    pub(super) fn new(num_rows: usize) -> Self {
         MockBackend {
             rows: vec![Vec::new(); num_rows],
             next_token: hard,
@@ -108,6 +109,16 @@ impl Backend for MockBackend {
         Ok(())
     }
 
+    fn copy_slots(&mut self, copy: &SlotCopy) -> Result<()> {
+        let ((row, slot), num_slots) = (copy.from, copy.num_slots);
+        let copied = self.rows[row][slot..slot + num_slots].to_vec();
+        let (row, slot) = copy.to;
+        let to = &mut self.rows[row];
+        to.resize(to.len().max(slot + num_slots), -1);
+        to[slot..slot + num_slots].copy_from_slice(&copied);
+        Ok(())
+    }
+
     fn max_prompt_tokens(&self) -> usize {
         self.max_prompt_tokens
     }
@@ -166,9 +177,9 @@ fn run(
         Ok(())
     };
     let mut events = Events { on_tokens, on_finished: &mut on_finished };
-    let waiting = requests().into_iter().map(Ok);
+    let waiting = requests().into_iter().map(|request| Ok(Job { request, stop: stop.clone(), options }));
     let mut chooser = WindowChooser::default();
-    Scheduler::new(waiting, max_running, stop, options, prefill, &mut chooser).run(backend, &mut events).unwrap();
+    Scheduler::new(waiting, max_running, strategy, prefill, &mut chooser).run(backend, &mut events).unwrap();
     answers.into_iter().map(Option::unwrap).collect()
 }
 
@@ -177,7 +188,7 @@ fn total_forwards(answers: &[Answer]) -> usize {
 }
 
 /// Every strategy, in several sizes.
-fn strategies() -> Vec<Strategy> {
+pub(super) fn strategies() -> Vec<Strategy> {
     let with_n = |n| {
         [
             Strategy::Jacobi { n },
@@ -195,7 +206,7 @@ fn strategies() -> Vec<Strategy> {
     [2, 3, 8, 16, 64].into_iter().flat_map(with_n).chain(lookahead).chain(trees).chain(chosen).collect()
 }
 
-fn stop() -> StopConditions {
+pub(super) fn stop() -> StopConditions {
     StopConditions::new(40, vec![14, 5])
 }
 
@@ -219,8 +230,8 @@ fn every_strategy_gives_the_greedy_answer_in_no_more_forwards() {
     }
 }
 
-fn sequence(prompt_ids: Vec<i32>, stop: &StopConditions, strategy: Strategy) -> Sequence<'_> {
-    Sequence::new(0, Request { sample_id: "a".into(), prompt_ids }, stop, DecodeOptions::greedy(strategy, 1))
+fn sequence(prompt_ids: Vec<i32>, stop: &StopConditions, strategy: Strategy) -> Sequence {
+    Sequence::new(0, Request { sample_id: "a".into(), prompt_ids }, stop.clone(), DecodeOptions::greedy(strategy, 1))
 }
 
 fn predictions(tokens: &[i32]) -> Predictions {
@@ -339,13 +350,13 @@ fn a_tree_of_the_likeliest_paths_takes_fewer_forwards_than_its_chain() {
 }
 
 /// A lookahead window of 3 columns and 2 levels with one candidate, after the prompt 7 8 9 7.
-fn lookahead_sequence(stop: &StopConditions) -> Sequence<'_> {
+fn lookahead_sequence(stop: &StopConditions) -> Sequence {
     sequence(vec![7, 8, 9, 7], stop, Strategy::Lookahead { window: 3, ngram: 3, candidates: 1 })
 }
 
 /// Predictions that accept the candidate of [`lookahead_sequence`] and nothing of its lookahead
 /// branch.
-fn predictions_of_candidate(sequence: &Sequence<'_>) -> Predictions {
+fn predictions_of_candidate(sequence: &Sequence) -> Predictions {
     let tokens: Vec<i32> = sequence.window().tokens().collect();
     assert_eq!((tokens.len(), tokens[0]), (8, 7));
     assert_eq!(tokens[6..], [8, 9], "the candidate is what followed 7 in the prompt");

@@ -31,6 +31,25 @@ impl SlotMove {
     }
 }
 
+/// Copies neighboring slots of a row to another row.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct SlotCopy {
+    /// Row and first slot.
+    pub(crate) from: (usize, usize),
+    pub(crate) to: (usize, usize),
+    pub(crate) num_slots: usize,
+}
+
+impl SlotCopy {
+    /// Copies in a tensor `[rows, ...]` whose slots are in dimension `slot_dimension` of a row.
+    pub(crate) fn apply(&self, tensor: &Tensor, slot_dimension: i64) {
+        let slots = |(row, slot): (usize, usize)| {
+            tensor.get(row as i64).narrow(slot_dimension, slot as i64, self.num_slots as i64)
+        };
+        slots(self.to).copy_(&slots(self.from));
+    }
+}
+
 pub struct KvCache {
     /// Keys and values of each layer, `[rows, kv_heads, capacity, head_dim]` each.
     layers: Vec<(Tensor, Tensor)>,
@@ -72,6 +91,11 @@ impl KvCache {
         for tensor in self.layers.iter_mut().flat_map(|(keys, values)| [keys, values]) {
             tensor.get(to as i64).copy_(&tensor.get(from as i64));
         }
+    }
+
+    /// Copies slots of a row to another row.
+    pub(crate) fn copy_slots(&mut self, copy: &SlotCopy) {
+        self.layers.iter().flat_map(|(keys, values)| [keys, values]).for_each(|tensor| copy.apply(tensor, 1));
     }
 
     /// Copies keys and values between slots; every source is read before any destination is

@@ -19,7 +19,7 @@ pub(crate) use attention::{Attention, attention_bias, repeat_heads, scaled_dot_p
 pub use attention::{SlotMapping, TreeMask};
 pub use config::{Family, ModelConfig};
 pub use kv_cache::KvCache;
-pub(crate) use kv_cache::SlotMove;
+pub(crate) use kv_cache::{SlotCopy, SlotMove};
 pub(crate) use linear::Linear;
 pub use lora::{AdaptedTokens, LoraConfig, LoraTarget};
 pub(crate) use lora::{JoinedAdapters, LoraAdapter, LoraAdapters};

@@ -1,10 +1,14 @@
-//! The page of a report in Chromium: its slider and its theme button.
+//! Pages in Chromium: a report's slider and theme button, and the page of a server.
 
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::reports::{STORY, rendered_report};
+use crate::server::Server;
 
 /// Moves the slider, presses the button, and records what is visible.
 const VISITOR: &str = r#"
@@ -38,6 +42,33 @@ document.documentElement.dataset.seen = JSON.stringify(seen);
 </script>
 </body>"#;
 
+/// Opens a page in Chromium, and returns what its visitor wrote into `data-seen`. Time passes as fast as
+/// the page's own work allows.
+fn seen_by_visitor(address: &str, folder: &Path) -> Value {
+    let profile = format!("--user-data-dir={}", folder.join("browser").display());
+    // Without the last three, Chromium connects to its update servers.
+    let arguments = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--window-size=400,900",
+        &profile,
+        "--dump-dom",
+        "--virtual-time-budget=60000",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        address,
+    ];
+    let output =
+        Command::new("chromium").args(arguments).stderr(Stdio::null()).output().expect("chromium is not installed");
+    let dom = String::from_utf8(output.stdout).unwrap();
+    let written = dom.split_once("data-seen=\"").and_then(|(_, rest)| rest.split_once('"'));
+    let written = written.unwrap_or_else(|| panic!("the script recorded nothing: {dom}")).0;
+    let json = written.replace("&quot;", "\"").replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&");
+    serde_json::from_str(&json).unwrap()
+}
+
 #[test]
 #[ignore = "needs chromium: scripts/test --browser"]
 fn the_slider_shows_tokens_forward_by_forward_and_the_button_switches_the_theme() {
@@ -47,33 +78,7 @@ fn the_slider_shows_tokens_forward_by_forward_and_the_button_switches_the_theme(
     let visited = page.replacen("<head>", listen, 1).replacen("</body>", VISITOR, 1);
     let file = dir.path().join("visited.html");
     std::fs::write(&file, visited).unwrap();
-    let profile = format!("--user-data-dir={}", dir.path().join("browser").display());
-    let address = format!("file://{}", file.display());
-    // Without the last three, Chromium connects to its update servers.
-    let arguments = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--window-size=400,900",
-        &profile,
-        "--dump-dom",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        &address,
-    ];
-    let output =
-        Command::new("chromium").args(arguments).stderr(Stdio::null()).output().expect("chromium is not installed");
-    let dom = String::from_utf8(output.stdout).unwrap();
-    let written = dom
-        .split_once("data-seen=\"")
-        .and_then(|(_, rest)| rest.split_once('"'))
-        .expect("the script recorded nothing")
-        .0;
-    let seen: Value = serde_json::from_str(
-        &written.replace("&quot;", "\"").replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"),
-    )
-    .unwrap();
+    let seen = seen_by_visitor(&format!("file://{}", file.display()), dir.path());
     assert_eq!(
         (&seen["errors"], &seen["loaded"], &seen["wider"]),
         (&serde_json::json!([]), &0.into(), &false.into()),
@@ -104,4 +109,81 @@ fn the_slider_shows_tokens_forward_by_forward_and_the_button_switches_the_theme(
     }
     let papers = &seen["papers"];
     assert!(papers[0] != papers[1] && papers[0] == papers[2], "{papers}");
+}
+
+/// Waits for the models, decodes the prompt by the keyboard, and records what is shown.
+const SERVE_VISITOR: &str = r#"
+<script>
+const errors = [];
+addEventListener("error", event => errors.push(event.message));
+const until = async test => { while (!test()) await new Promise(done => setTimeout(done, 20)); };
+(async () => {
+  const columns = document.getElementById("columns"), status = document.getElementById("status");
+  await until(() => columns.children.length === 2);
+  document.dispatchEvent(new KeyboardEvent("keydown", { key: "Enter", ctrlKey: true }));
+  await until(() => /text|error/i.test(status.textContent) || status.className === "error");
+  const of = (column, name) => column.querySelector("." + name).textContent;
+  const seen = [...columns.children].map(column => ({
+    strategy: of(column, "strategy"), tokens: +of(column, "tokens"), perForward: +of(column, "per-forward"),
+    answer: of(column, "answer"), verdict: of(column, "verdict"), label: column.querySelector(".answer").ariaLabel,
+    colours: new Set([...column.querySelectorAll(".answer span")].map(span => getComputedStyle(span).backgroundColor)).size,
+    markup: column.querySelectorAll(".answer :not(span)").length,
+  }));
+  const paper = () => getComputedStyle(document.body).backgroundColor;
+  const papers = [0, 1, 2].map(() => { document.getElementById("theme").click(); return paper(); });
+  const wider = document.documentElement.scrollWidth > document.documentElement.clientWidth;
+  document.documentElement.dataset.seen = JSON.stringify({ errors, status: status.textContent, seen, papers, wider });
+})();
+</script>
+</body>"#;
+
+/// Serves the page of a server with a visitor in it, without the policy that forbids one, and hands
+/// everything else on. Returns its address.
+fn visited_page(server: &Server) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let (address, upstream) = (listener.local_addr().unwrap().to_string(), server.address.clone());
+    let page = server.get("/").body.replacen("</body>", SERVE_VISITOR, 1);
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let (mut stream, upstream, page) = (stream.unwrap(), upstream.clone(), page.clone());
+            std::thread::spawn(move || {
+                let mut start = [0; 6];
+                stream.read_exact(&mut start).unwrap_or_default();
+                if &start == b"GET / " {
+                    let head = "HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\n\r\n";
+                    let _ = stream.write_all((head.to_owned() + &page).as_bytes());
+                    return;
+                }
+                let mut server = TcpStream::connect(upstream).unwrap();
+                server.write_all(&start).unwrap();
+                let (mut from, mut to) = (stream.try_clone().unwrap(), server.try_clone().unwrap());
+                std::thread::spawn(move || std::io::copy(&mut from, &mut to));
+                let _ = std::io::copy(&mut server, &mut stream);
+            });
+        }
+    });
+    address
+}
+
+#[test]
+#[ignore = "needs chromium: scripts/test --browser"]
+fn the_page_of_a_server_decodes_with_both_models_side_by_side() {
+    let server = Server::start(&["strategy={jacobi: {n: 8}}"]);
+    let dir = tempfile::tempdir().unwrap();
+    let seen = seen_by_visitor(&format!("http://{}/", visited_page(&server)), dir.path());
+    assert_eq!((&seen["errors"], &seen["wider"]), (&json!([]), &json!(false)), "{seen}");
+    let [left, right] = &seen["seen"].as_array().unwrap()[..] else { panic!("{seen}") };
+    assert_eq!((left["strategy"].as_str(), right["strategy"].as_str()), (Some("ar"), Some("jacobi n=8")));
+    assert!(left["answer"] == right["answer"] && left["tokens"] == right["tokens"], "{seen}");
+    assert!(
+        left["answer"].as_str().unwrap().len() > 10 && left["label"].as_str().unwrap().contains("Answer of"),
+        "{seen}"
+    );
+    assert!(left["perForward"] == 1.0 && right["perForward"].as_f64().unwrap() > 1.0, "{seen}");
+    assert!(left["colours"] == 1 && right["colours"].as_u64().unwrap() > 1, "{seen}");
+    assert!(left["markup"] == 0 && right["markup"] == 0, "{seen}");
+    let verdicts = [&left["verdict"], &right["verdict"]].map(|verdict| verdict.as_str().unwrap());
+    assert!(verdicts.contains(&"first") && verdicts.iter().any(|verdict| verdict.contains("× as long")), "{seen}");
+    assert!(seen["status"].as_str().unwrap().ends_with("same text"), "{seen}");
+    assert_ne!(seen["papers"][0], seen["papers"][1]);
 }

@@ -35,12 +35,12 @@ pub fn attention_seconds(model: &Transformer, num_tokens: usize, context: usize)
     let num_tiles = cuda_model.max_tiles(num_tokens);
     let shape = ForwardShape { num_tokens, num_outputs: 0, num_tiles };
     // Nothing is sampled.
-    let sampling = SamplingOptions { inverse_temperature: 0.0, gives_candidates: false };
+    let sampling = SamplingOptions { is_greedy: true, gives_candidates: false };
     // Dropped before the tensors, for which it waits.
     let mut runner = GraphRunner::new(gpu, cuda_model.input_limits())?;
     let mut seconds = Vec::new();
     for _ in 0..NUM_WARM_UPS + NUM_REPEATS {
-        let token = |i| InputToken { id: 0, position: context + i, visible: u64::MAX, noise_key: None };
+        let token = |i| InputToken { id: 0, position: context + i, visible: u64::MAX, draw: None };
         runner.write_input(shape)?.push_row(0, context, (0..num_tokens).map(token))?;
         let started = Instant::now();
         // SAFETY: the weights, the cache and both tensors outlive the runner.

@@ -9,11 +9,11 @@ use tch::Device;
 
 use super::cuda_model::CudaModel;
 use super::{Backend, Outputs, Predictions, PromptChunk, Window, padded_size};
-use crate::cuda::forward_input::{ForwardShape, InputToken, InputWriter, SamplingOptions};
+use crate::cuda::forward_input::{Draw, ForwardShape, InputToken, InputWriter, SamplingOptions};
 use crate::cuda::graph_runner::GraphRunner;
 use crate::decode::sampling::{Candidate, Candidates, NO_CANDIDATES};
 use crate::decode::tree::Node;
-use crate::model::{SlotMove, Transformer};
+use crate::model::{SlotCopy, SlotMove, Transformer};
 use crate::{Error, Result};
 
 /// A forward of our kernels that caches prompts has at most this many tokens.
@@ -51,7 +51,7 @@ impl<'m> CudaGraphBackend<'m> {
             whole_device: None,
             model: cuda_model,
             vocab_size: model.config().vocab_size as usize,
-            sampling: SamplingOptions { inverse_temperature: 0.0, gives_candidates: false },
+            sampling: SamplingOptions { is_greedy: true, gives_candidates: false },
         }))
     }
 
@@ -73,7 +73,7 @@ impl Backend for CudaGraphBackend<'_> {
             return Err(Error::usage("strategy `gated` runs on the CPU alone so far; decode there (device=cpu)"));
         }
         self.sampling = SamplingOptions {
-            inverse_temperature: outputs.sampling.inverse_temperature(),
+            is_greedy: windows.iter().all(|window| window.sampling.is_greedy()),
             gives_candidates: outputs.candidates,
         };
         let shape = self.shape(chunks, windows);
@@ -120,6 +120,13 @@ impl Backend for CudaGraphBackend<'_> {
         })
     }
 
+    fn copy_slots(&mut self, copy: &SlotCopy) -> Result<()> {
+        self.runner.on_stream(|| {
+            self.model.copy_slots(copy);
+            Ok(())
+        })
+    }
+
     fn max_prompt_tokens(&self) -> usize {
         MAX_PROMPT_TOKENS
     }
@@ -139,14 +146,16 @@ fn write_input(writer: &mut InputWriter<'_>, chunks: &[PromptChunk<'_>], windows
     for (row, window) in windows.iter().enumerate() {
         let token = |(offset, id)| {
             let Node { depth, visible, .. } = window.node(offset);
-            InputToken { id, position: window.start + depth, visible, noise_key: Some(window.noise_key(offset)) }
+            let draw =
+                Draw { inverse_temperature: window.sampling.inverse_temperature(), key: window.noise_key(offset) };
+            InputToken { id, position: window.start + depth, visible, draw: Some(draw) }
         };
         writer.push_row(row, window.start, window.tokens().enumerate().map(token))?;
     }
     for chunk in chunks {
         let token = |(offset, &id)| {
             let Node { depth, visible, .. } = Node::in_order(offset);
-            InputToken { id, position: chunk.start + depth, visible, noise_key: None }
+            InputToken { id, position: chunk.start + depth, visible, draw: None }
         };
         writer.push_row(chunk.row, chunk.start, chunk.tokens.iter().enumerate().map(token))?;
     }
@@ -161,6 +170,7 @@ mod tests {
     use super::*;
     use crate::cuda::forward_input::{InputLayout, InputLimits};
     use crate::cuda::shape::KernelShape;
+    use crate::decode::sampling::Sampling;
     use crate::decode::tree::TokenTree;
 
     /// The input for these chunks and windows, written into a buffer that was filled with sevens.
@@ -176,7 +186,15 @@ mod tests {
     #[test]
     fn windows_come_before_chunks() {
         let shape = ForwardShape { num_tokens: 8, num_outputs: 8, num_tiles: 5 };
-        let window = Window { start: 4, last_token: 11, draft: &[12, 13], tree: None, num_adapted: 0, sequence_key: 1 };
+        let window = Window {
+            start: 4,
+            last_token: 11,
+            draft: &[12, 13],
+            tree: None,
+            num_adapted: 0,
+            sampling: Sampling::Temperature(0.5),
+            sequence_key: 1,
+        };
         let chunk = PromptChunk { row: 2, start: 0, tokens: &[21, 22, 23] };
         let (layout, ints) = written(shape, &[chunk], &[window]);
         assert_eq!(ints[layout.tokens], [11, 12, 13, 21, 22, 23, 0, 0]);
@@ -185,6 +203,8 @@ mod tests {
         assert_eq!(ints[layout.position], [4, 5, 6, 0, 1, 2, 0, 0]);
         assert_eq!(ints[layout.visible.start..layout.visible.start + 12], [-1; 12]);
         assert_eq!(ints[layout.tile_row], [0, 0, 2, 2, -1]);
+        let temperatures = ints[layout.inverse_temperatures].iter().map(|&bits| f32::from_bits(bits.cast_unsigned()));
+        assert!(temperatures.eq([2.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0]));
     }
 
     #[test]
@@ -197,6 +217,7 @@ mod tests {
             draft: &[12, 13, 14],
             tree: Some(&tree),
             num_adapted: 0,
+            sampling: Sampling::Greedy,
             sequence_key: 1,
         };
         let (layout, ints) = written(shape, &[], &[window]);
@@ -214,7 +235,7 @@ mod tests {
 
         use super::*;
         use crate::decode::backend::eager::EagerBackend;
-        use crate::decode::sampling::{MAX_CANDIDATES, Sampling};
+        use crate::decode::sampling::MAX_CANDIDATES;
         use crate::model::ModelConfig;
 
         /// A random model in bfloat16 on the GPU, and in float32 on the CPU.
@@ -268,11 +289,15 @@ mod tests {
                         draft: &draft,
                         tree: None,
                         num_adapted: 0,
+                        sampling: Sampling::Greedy,
                         sequence_key: row as u64,
                     };
-                    let windows: Vec<Window<'_>> = (0..num_rows).map(window).collect();
-                    for sampling in [Sampling::Greedy, Sampling::Temperature(0.8)] {
-                        let outputs = Outputs { sampling, candidates: true };
+                    // All greedy, all sampled, and each row in another way.
+                    for temperatures in [[0.0, 0.0], [0.8, 0.8], [0.8, 0.0]] {
+                        let sampling = |row: usize| Sampling::from_temperature(temperatures[row % 2]);
+                        let window = |row| Window { sampling: sampling(row), ..window(row) };
+                        let windows: Vec<Window<'_>> = (0..num_rows).map(window).collect();
+                        let outputs = Outputs { candidates: true };
                         let forward = |backend: &mut dyn Backend| {
                             backend.launch(&[], &windows, outputs).unwrap();
                             backend.collect(&windows).unwrap()
@@ -281,7 +306,8 @@ mod tests {
                         // The first of a size runs without a graph, the second is captured.
                         for round in 0..3 {
                             for (given, expected) in forward(&mut gpu).iter().zip(&expected) {
-                                let case = format!("{vocab_size} tokens, {num_rows} x {width}, {sampling:?}, {round}");
+                                let case =
+                                    format!("{vocab_size} tokens, {num_rows} x {width}, {temperatures:?}, {round}");
                                 assert_eq!(given.candidates.len(), expected.candidates.len(), "{case}");
                                 for (given, expected) in given.candidates.iter().zip(&expected.candidates) {
                                     assert_close(given, expected, &case);

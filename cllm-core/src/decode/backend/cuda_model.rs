@@ -11,7 +11,7 @@ use crate::cuda::nvrtc::compute_capability;
 use crate::cuda::shape::KernelShape;
 use crate::cuda::slot_moves::SlotMoves;
 use crate::cuda::tiles;
-use crate::model::{Layer, ModelConfig, SlotMove, Transformer};
+use crate::model::{Layer, ModelConfig, SlotCopy, SlotMove, Transformer};
 use crate::{Error, Result};
 
 /// Older GPUs lack bfloat16 arithmetic in their tensor cores.
@@ -102,6 +102,13 @@ impl<'m> CudaModel<'m> {
     pub(super) fn copy_row(&mut self, from: usize, to: usize) {
         for cache in [&self.keys, &self.values] {
             cache.select(1, to as i64).copy_(&cache.select(1, from as i64));
+        }
+    }
+
+    /// Copies slots of a row to another row.
+    pub(super) fn copy_slots(&mut self, copy: &SlotCopy) {
+        for (cache, slot_dimension) in [(&self.keys, 2), (&self.values, 3)] {
+            copy.apply(&cache.transpose(0, 1), slot_dimension);
         }
     }
 

@@ -6,11 +6,9 @@ use tch::{Kind, Tensor};
 use super::{Backend, Outputs, Predictions, PromptChunk, Window};
 use crate::Result;
 use crate::cuda::graphs;
-use crate::decode::sampling::{
-    Candidate, Candidates, MAX_CANDIDATES, NO_CANDIDATES, Sampling, sample, sample_candidates,
-};
+use crate::decode::sampling::{Candidate, Candidates, MAX_CANDIDATES, NO_CANDIDATES, sample, sample_candidates};
 use crate::decode::tree::Node;
-use crate::model::{KvCache, SlotMapping, SlotMove, Transformer, TreeMask};
+use crate::model::{KvCache, SlotCopy, SlotMapping, SlotMove, Transformer, TreeMask};
 
 /// With libtorch's operations, longer prompts are cached one after the other, in pieces of so many
 /// tokens: the mask of a forward has a number for every token and slot.
@@ -120,21 +118,23 @@ impl<'m> EagerBackend<'m> {
     /// Samples a token after each token of the windows.
     fn sample(&mut self, hidden: &Tensor, windows: &[Window<'_>], outputs: Outputs) -> Result<()> {
         let logits = self.model.compute_logits(hidden)?;
-        let Sampling::Temperature(temperature) = outputs.sampling else {
+        if windows.iter().all(|window| window.sampling.is_greedy()) {
             self.sampled = Vec::try_from(logits.argmax(-1, false).to_kind(Kind::Int).view([-1]))?;
             self.candidates = if outputs.candidates { likeliest(&logits, &self.sampled)? } else { Vec::new() };
             return Ok(());
-        };
+        }
         let vocab_size = self.model.config().vocab_size as usize;
         let logits: Vec<f32> = Vec::try_from(logits.view([-1]))?;
-        let keys = windows.iter().flat_map(|window| (0..window.len()).map(|offset| window.noise_key(offset)));
-        let keyed_logits = keys.zip(logits.chunks(vocab_size));
+        let draws = windows.iter().flat_map(|window| {
+            (0..window.len()).map(|offset| (window.sampling.inverse_temperature(), window.noise_key(offset)))
+        });
+        let draws = draws.zip(logits.chunks(vocab_size));
         if outputs.candidates {
-            let candidates = keyed_logits.map(|(key, logits)| sample_candidates(logits, temperature, key));
+            let candidates = draws.map(|((inverse, key), logits)| sample_candidates(logits, inverse, key));
             self.candidates = candidates.collect();
             self.sampled = self.candidates.iter().map(|candidates| candidates[0].token).collect();
         } else {
-            self.sampled = keyed_logits.map(|(key, logits)| sample(logits, temperature, key)).collect();
+            self.sampled = draws.map(|((inverse, key), logits)| sample(logits, inverse, key)).collect();
             self.candidates.clear();
         }
         Ok(())
@@ -199,6 +199,11 @@ impl Backend for EagerBackend<'_> {
 
     fn copy_row(&mut self, from: usize, to: usize) -> Result<()> {
         self.cache.copy_row(from, to);
+        Ok(())
+    }
+
+    fn copy_slots(&mut self, copy: &SlotCopy) -> Result<()> {
+        self.cache.copy_slots(copy);
         Ok(())
     }
 

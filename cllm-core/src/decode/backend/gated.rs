@@ -8,8 +8,9 @@
 
 use super::{Backend, Outputs, Predictions, PromptChunk, Window};
 use crate::Result;
+use crate::decode::sampling::Sampling;
 use crate::decode::tree::{Node, TokenTree};
-use crate::model::SlotMove;
+use crate::model::{SlotCopy, SlotMove};
 
 pub(in crate::decode) struct GatedBackend<'d> {
     model: &'d mut dyn Backend,
@@ -23,6 +24,7 @@ struct DoubledWindow {
     /// The draft, and then the window again; or nothing.
     draft: Vec<i32>,
     tree: TokenTree,
+    sampling: Sampling,
     sequence_key: u64,
 }
 
@@ -38,13 +40,15 @@ impl DoubledWindow {
             last_token: window.last_token,
             draft,
             tree,
+            sampling: window.sampling,
             sequence_key: window.sequence_key,
         }
     }
 
     fn window(&self) -> Window<'_> {
-        let DoubledWindow { start, last_token, ref draft, ref tree, sequence_key } = *self;
-        Window { start, last_token, draft, tree: Some(tree), num_adapted: draft.len().div_ceil(2), sequence_key }
+        let DoubledWindow { start, last_token, ref draft, ref tree, sampling, sequence_key } = *self;
+        let num_adapted = draft.len().div_ceil(2);
+        Window { start, last_token, draft, tree: Some(tree), num_adapted, sampling, sequence_key }
     }
 }
 
@@ -73,6 +77,10 @@ impl Backend for GatedBackend<'_> {
 
     fn copy_row(&mut self, from: usize, to: usize) -> Result<()> {
         self.model.copy_row(from, to)
+    }
+
+    fn copy_slots(&mut self, copy: &SlotCopy) -> Result<()> {
+        self.model.copy_slots(copy)
     }
 
     fn max_prompt_tokens(&self) -> usize {

@@ -14,7 +14,7 @@ pub(super) mod speculative;
 use super::sampling::{Candidates, Sampling, position_key};
 use super::tree::{Node, TokenTree};
 use crate::Result;
-use crate::model::SlotMove;
+use crate::model::{SlotCopy, SlotMove};
 
 /// Forwards batches of prompt chunks and windows. Rows of the cache are numbered from 0 without
 /// gaps.
@@ -31,6 +31,9 @@ pub(super) trait Backend {
 
     /// Copies a row of the cache over another.
     fn copy_row(&mut self, from: usize, to: usize) -> Result<()>;
+
+    /// Copies keys and values of neighboring slots to another row.
+    fn copy_slots(&mut self, copy: &SlotCopy) -> Result<()>;
 
     /// Maximum number of prompt tokens in a forward, in addition to its windows.
     fn max_prompt_tokens(&self) -> usize;
@@ -53,16 +56,19 @@ impl<B: Backend + ?Sized> Backend for &mut B {
         (**self).copy_row(from, to)
     }
 
+    fn copy_slots(&mut self, copy: &SlotCopy) -> Result<()> {
+        (**self).copy_slots(copy)
+    }
+
     fn max_prompt_tokens(&self) -> usize {
         (**self).max_prompt_tokens()
     }
 }
 
-/// What a forward gives after each token of its windows.
+/// What a forward gives after each token of its windows, in addition to the sampled token.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Outputs {
-    pub(super) sampling: Sampling,
-    /// The likeliest tokens with their probabilities, in addition to the sampled one.
+    /// The likeliest tokens with their probabilities.
     pub(super) candidates: bool,
 }
 
@@ -102,7 +108,8 @@ pub(super) struct Window<'s> {
     /// Number of trailing tokens that the model reads with its adapters for drafts. No other token
     /// sees them.
     pub(super) num_adapted: usize,
-    /// Key of the sequence's sampling noise.
+    /// How tokens are sampled, and the key of the sequence's noise.
+    pub(super) sampling: Sampling,
     pub(super) sequence_key: u64,
 }
 

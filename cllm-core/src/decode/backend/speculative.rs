@@ -3,7 +3,7 @@
 
 use super::{Backend, Outputs, Predictions, PromptChunk, Window};
 use crate::Result;
-use crate::model::SlotMove;
+use crate::model::{SlotCopy, SlotMove};
 
 pub(in crate::decode) struct SpeculativeBackend<'d> {
     target: &'d mut dyn Backend,
@@ -37,6 +37,11 @@ impl Backend for SpeculativeBackend<'_> {
     fn copy_row(&mut self, from: usize, to: usize) -> Result<()> {
         self.target.copy_row(from, to)?;
         self.draft.copy_row(from, to)
+    }
+
+    fn copy_slots(&mut self, copy: &SlotCopy) -> Result<()> {
+        self.target.copy_slots(copy)?;
+        self.draft.copy_slots(copy)
     }
 
     fn max_prompt_tokens(&self) -> usize {

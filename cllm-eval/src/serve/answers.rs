@@ -1,0 +1,204 @@
+//! Answers to a request: asked of the engine, and taken from it as they grow or as a whole.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use async_stream::try_stream;
+use cllm_core::decode::{LiveRequest, Request, Sampling, StopConditions};
+use cllm_core::trajectory::FinishReason;
+use futures_util::{Stream, StreamExt};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+use super::api_error::ApiError;
+use super::app::App;
+use super::engine::{Client, Event, Job, Work};
+use super::models::{EncodedPrompt, ServedModel};
+use super::requests::Ask;
+use super::scoring::TokenScore;
+use super::text::AnswerText;
+
+/// A request whose prompts are encoded and whose answers have room.
+pub(super) struct Order {
+    pub(super) app: Arc<App>,
+    pub(super) model: Arc<ServedModel>,
+    pub(super) prompts: Vec<EncodedPrompt>,
+    /// Of each prompt.
+    max_new_tokens: Vec<usize>,
+    /// Answers to each prompt.
+    n: usize,
+    stops: Arc<Vec<String>>,
+    sampling: Sampling,
+    seed: u64,
+    received: Instant,
+    _room: OwnedSemaphorePermit,
+}
+
+/// One of the answers to a request.
+pub(super) struct Choice {
+    /// Its number in the response.
+    pub(super) index: usize,
+    prompt: usize,
+    events: UnboundedReceiver<Event>,
+}
+
+/// What becomes of a choice.
+pub(super) enum Piece {
+    /// It is decoded now.
+    Started {
+        num_cached: usize,
+    },
+    /// A forward added tokens. The forwards of its model have taken so long since its first one.
+    Tokens {
+        ids: Vec<i32>,
+        text: String,
+        seconds: f64,
+    },
+    End {
+        text: String,
+        reason: &'static str,
+    },
+}
+
+/// A choice that has ended.
+#[derive(Default)]
+pub(super) struct WholeAnswer {
+    pub(super) index: usize,
+    /// The index of its prompt.
+    pub(super) prompt: usize,
+    pub(super) ids: Vec<i32>,
+    pub(super) text: String,
+    pub(super) reason: &'static str,
+    pub(super) num_forwards: usize,
+    pub(super) num_cached: usize,
+    /// Of each token of the prompt and the answer but the first, if they were asked for.
+    pub(super) scores: Option<Vec<TokenScore>>,
+}
+
+impl Order {
+    /// Encodes the prompts of a request, and checks that they fit.
+    ///
+    /// # Errors
+    /// What is wrong with the request, or that the queue is full.
+    pub(super) fn new(app: Arc<App>, model: Arc<ServedModel>, ask: Ask) -> Result<Self, ApiError> {
+        let param = if ask.prompts.is_chat() { "messages" } else { "prompt" };
+        let (n, sampling) = (ask.n, ask.sampling(app.settings.temperature));
+        let prompts = model.encode(ask.prompts)?;
+        let default = app.settings.max_new_tokens;
+        let max_new_tokens =
+            prompts.iter().map(|prompt| model.max_new_tokens(&prompt.ids, ask.max_tokens, default, param));
+        let max_new_tokens = max_new_tokens.collect::<Result<_, _>>()?;
+        let room = model.reserve(n * prompts.len())?;
+        // Greedy answers do not depend on it but for the number of their forwards.
+        let seed = ask.seed.unwrap_or_else(|| if sampling.is_greedy() { 0 } else { rand::random() });
+        let stops = Arc::new(ask.stops);
+        let received = Instant::now();
+        Ok(Order { app, model, prompts, max_new_tokens, n, stops, sampling, seed, received, _room: room })
+    }
+
+    pub(super) fn num_choices(&self) -> usize {
+        self.n * self.prompts.len()
+    }
+
+    /// Asks the engine for all answers.
+    pub(super) fn submit(&self) -> Vec<Choice> {
+        (0..self.num_choices()).map(|index| self.submit_choice(index)).collect()
+    }
+
+    fn submit_choice(&self, index: usize) -> Choice {
+        let prompt = index / self.n;
+        // Answers to the same prompt differ by their number.
+        let request = Request { sample_id: (index % self.n).to_string(), prompt_ids: self.prompts[prompt].ids.clone() };
+        let stop = StopConditions::new(self.max_new_tokens[prompt], self.model.eos_ids.clone());
+        let (sampling, seed) = (self.sampling, self.seed);
+        Choice { index, prompt, events: self.ask(Work::Decode(LiveRequest { request, stop, sampling, seed })) }
+    }
+
+    fn ask(&self, work: Work) -> UnboundedReceiver<Event> {
+        let (events, receiver) = unbounded_channel();
+        let deadline = self.received + Duration::from_secs(self.app.settings.timeout_seconds);
+        let client = Client { events, received: self.received, deadline };
+        // Without an engine nobody sends events, which the receiver notices.
+        let _ = self.app.jobs.send(Job { lane: self.model.lane, work, client });
+        receiver
+    }
+
+    /// The pieces of a choice, as they come. Dropping the stream ends the answer.
+    pub(super) fn pieces(&self, mut choice: Choice) -> impl Stream<Item = Result<Piece, ApiError>> + Send + use<> {
+        let (model, stops) = (Arc::clone(&self.model), Arc::clone(&self.stops));
+        let prompt_ids = self.prompts[choice.prompt].ids.clone();
+        try_stream! {
+            let mut text = AnswerText::new(&model.tokenizer, &prompt_ids, &stops).map_err(undecodable)?;
+            while let Some(event) = choice.events.recv().await {
+                match event {
+                    Event::Started { num_cached } => yield Piece::Started { num_cached },
+                    Event::Tokens { mut ids, seconds } => {
+                        let added = text.push(&ids).map_err(undecodable)?;
+                        ids.truncate(added.num_tokens);
+                        yield Piece::Tokens { ids, text: added.text, seconds };
+                        if added.is_stopped {
+                            yield Piece::End { text: String::new(), reason: "stop" };
+                            return;
+                        }
+                    }
+                    Event::Finished(reason) => {
+                        let reason = if reason == FinishReason::Eos { "stop" } else { "length" };
+                        yield Piece::End { text: text.finish().map_err(undecodable)?, reason };
+                        return;
+                    }
+                    Event::Failed(error) => Err(error)?,
+                    Event::Scored(_) => {}
+                }
+            }
+            Err(ApiError::engine())?;
+        }
+    }
+
+    /// Waits for the end of a choice.
+    ///
+    /// # Errors
+    /// Why it has no end.
+    pub(super) async fn whole(&self, choice: Choice) -> Result<WholeAnswer, ApiError> {
+        let mut answer = WholeAnswer { index: choice.index, prompt: choice.prompt, ..WholeAnswer::default() };
+        let mut pieces = std::pin::pin!(self.pieces(choice));
+        while let Some(piece) = pieces.next().await {
+            match piece? {
+                Piece::Started { num_cached } => answer.num_cached = num_cached,
+                Piece::Tokens { ids, text, .. } => {
+                    answer.ids.extend(ids);
+                    answer.text.push_str(&text);
+                    answer.num_forwards += 1;
+                }
+                Piece::End { text, reason } => {
+                    answer.text.push_str(&text);
+                    answer.reason = reason;
+                }
+            }
+        }
+        Ok(answer)
+    }
+
+    /// The log-probabilities of all tokens of a prompt and its answer but the first.
+    ///
+    /// # Errors
+    /// Why there are none.
+    pub(super) async fn score(&self, answer: &WholeAnswer, num_top: usize) -> Result<Vec<TokenScore>, ApiError> {
+        let ids = [&self.prompts[answer.prompt].ids[..], &answer.ids].concat();
+        let mut events = self.ask(Work::Score { ids, num_top });
+        match events.recv().await {
+            Some(Event::Scored(scores)) => Ok(scores),
+            Some(Event::Failed(error)) => Err(error),
+            _ => Err(ApiError::engine()),
+        }
+    }
+
+    /// Answers that are their prompts alone.
+    pub(super) fn empty_answers(&self) -> Vec<WholeAnswer> {
+        let answer = |index| WholeAnswer { index, prompt: index / self.n, reason: "length", ..WholeAnswer::default() };
+        (0..self.num_choices()).map(answer).collect()
+    }
+}
+
+fn undecodable(error: cllm_core::Error) -> ApiError {
+    ApiError::new(axum::http::StatusCode::INTERNAL_SERVER_ERROR, error.to_string())
+}

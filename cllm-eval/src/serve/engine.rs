@@ -1,0 +1,307 @@
+//! The engine: a thread that decodes the answers of all models. Each model has a lane, with a batch
+//! of its own; while several have work, the one whose forwards have taken the least time is next.
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, TryRecvError};
+use std::time::Instant;
+
+use axum::http::StatusCode;
+use cllm_core::decode::{Answer, Decoder, LiveBatch, LiveRequest, LiveRows, StopConditions, Strategy, required_slots};
+use cllm_core::model::Transformer;
+use cllm_core::trajectory::FinishReason;
+use cllm_core::{Error, Result};
+use tokio::sync::mpsc::UnboundedSender;
+
+use super::api_error::ApiError;
+use super::metrics::{Metrics, of_model};
+use super::scoring::{Scoring, TokenScore};
+
+/// Something for the engine to do, and whom to tell.
+pub(super) struct Job {
+    /// Index of the model.
+    pub(super) lane: usize,
+    pub(super) work: Work,
+    pub(super) client: Client,
+}
+
+/// Whom to tell what becomes of a job.
+pub(super) struct Client {
+    pub(super) events: UnboundedSender<Event>,
+    pub(super) received: Instant,
+    pub(super) deadline: Instant,
+}
+
+impl Client {
+    fn tell(&self, event: Event) {
+        // One that has gone is noticed before the next forward.
+        let _ = self.events.send(event);
+    }
+
+    /// Whether it is there, and its time is not up, which it is told otherwise.
+    fn waits(&self, now: Instant) -> bool {
+        if now > self.deadline {
+            self.tell(Event::Failed(ApiError::timeout()));
+        }
+        now <= self.deadline && !self.events.is_closed()
+    }
+}
+
+pub(super) enum Work {
+    Decode(LiveRequest),
+    Score {
+        ids: Vec<i32>,
+        /// Number of likeliest tokens to give at each position.
+        num_top: usize,
+    },
+}
+
+/// What became of a job so far.
+pub(super) enum Event {
+    /// Its sequence runs, with so many tokens of its prompt from the prefix cache.
+    Started {
+        num_cached: usize,
+    },
+    /// A forward accepted these tokens; the forwards of the lane have taken so long since the first
+    /// that decoded this sequence began.
+    Tokens {
+        ids: Vec<i32>,
+        seconds: f64,
+    },
+    Finished(FinishReason),
+    /// For each token but the first.
+    Scored(Vec<TokenScore>),
+    Failed(ApiError),
+}
+
+/// What a lane is made of.
+pub(super) struct LaneModel<'m> {
+    pub(super) id: String,
+    pub(super) model: &'m Transformer,
+    pub(super) draft_model: Option<&'m Transformer>,
+    pub(super) strategy: Strategy,
+    pub(super) rows: LiveRows,
+    /// Maximum number of tokens of a prompt with its answer.
+    pub(super) context: usize,
+}
+
+impl<'m> LaneModel<'m> {
+    /// # Errors
+    /// libtorch's, if the cache does not fit the device.
+    pub(super) fn decoder(&self) -> Result<Decoder<'m>> {
+        let stop = StopConditions::new(0, Vec::new());
+        let slots = required_slots(self.context, &stop, self.strategy);
+        let decoder = Decoder::new(self.model, self.rows.num_rows(), slots)?;
+        match self.draft_model {
+            Some(draft_model) => decoder.with_draft_model(draft_model),
+            None => Ok(decoder),
+        }
+    }
+}
+
+/// Runs until all senders of jobs are gone, or `abort` is set; then the jobs that are left fail with
+/// the reason.
+///
+/// # Errors
+/// When decoding fails.
+pub(super) fn run(
+    models: &[LaneModel<'_>],
+    decoders: &mut [Decoder<'_>],
+    jobs: &Receiver<Job>,
+    abort: &AtomicBool,
+    metrics: &Metrics,
+) -> Result<()> {
+    let lanes = models.iter().zip(decoders).map(|(model, decoder)| Lane::new(model, decoder, metrics));
+    let mut lanes = lanes.collect::<Result<Vec<_>>>()?;
+    loop {
+        if abort.load(Ordering::Relaxed) {
+            lanes.iter_mut().for_each(|lane| lane.fail_all(&ApiError::stopping()));
+            jobs.try_iter().for_each(|job| job.client.tell(Event::Failed(ApiError::stopping())));
+            return Ok(());
+        }
+        let is_idle = lanes.iter().all(|lane| !lane.has_work());
+        // Without work there is nothing to do but to wait.
+        let mut next = if is_idle { jobs.recv().map_err(|_| TryRecvError::Disconnected) } else { jobs.try_recv() };
+        let start = lanes.iter().filter(|lane| lane.has_work()).map(|lane| lane.seconds).reduce(f64::min);
+        while let Ok(job) = next {
+            let lane = &mut lanes[job.lane];
+            if !lane.has_work() {
+                // Time without work gives no right to more of it now.
+                lane.seconds = lane.seconds.max(start.unwrap_or(0.0));
+            }
+            lane.push(job);
+            next = jobs.try_recv();
+        }
+        if is_idle && lanes.iter().all(|lane| !lane.has_work()) {
+            return Ok(());
+        }
+        let busy = lanes.iter_mut().filter(|lane| lane.has_work());
+        if let Some(lane) = busy.min_by(|one, other| one.seconds.total_cmp(&other.seconds)) {
+            lane.turn()?;
+        }
+    }
+}
+
+/// The jobs of one model.
+struct Lane<'d> {
+    model: &'d LaneModel<'d>,
+    batch: LiveBatch<'d>,
+    /// To decode.
+    waiting: VecDeque<(LiveRequest, Client)>,
+    /// By the index of the request in the batch.
+    running: HashMap<usize, Running>,
+    num_started: usize,
+    /// To score.
+    unscored: VecDeque<(Vec<i32>, usize, Client)>,
+    scoring: Option<(Scoring, Client)>,
+    /// Time that its turns have taken.
+    seconds: f64,
+    labels: Vec<(&'static str, String)>,
+    metrics: &'d Metrics,
+}
+
+struct Running {
+    client: Client,
+    /// When its first tokens came, and the time of the lane's forwards before these.
+    first_tokens: Option<(Instant, f64)>,
+    num_tokens: usize,
+    num_forwards: usize,
+}
+
+impl<'d> Lane<'d> {
+    fn new(model: &'d LaneModel<'d>, decoder: &'d mut Decoder<'_>, metrics: &'d Metrics) -> Result<Self> {
+        Ok(Lane {
+            batch: decoder.go_live(model.strategy, model.rows)?,
+            waiting: VecDeque::new(),
+            running: HashMap::new(),
+            num_started: 0,
+            unscored: VecDeque::new(),
+            scoring: None,
+            seconds: 0.0,
+            labels: of_model(&model.id),
+            metrics,
+            model,
+        })
+    }
+
+    fn has_work(&self) -> bool {
+        !(self.waiting.is_empty() && self.running.is_empty() && self.unscored.is_empty() && self.scoring.is_none())
+    }
+
+    fn push(&mut self, Job { work, client, .. }: Job) {
+        match work {
+            Work::Decode(request) => self.waiting.push_back((request, client)),
+            Work::Score { ids, num_top } => self.unscored.push_back((ids, num_top, client)),
+        }
+    }
+
+    /// Runs one forward, and a piece of one text that is to be scored.
+    fn turn(&mut self) -> Result<()> {
+        let started = Instant::now();
+        self.drop_abandoned()?;
+        self.admit()?;
+        self.step()?;
+        self.score()?;
+        self.seconds += started.elapsed().as_secs_f64();
+        self.metrics.waiting.get_or_create(&self.labels).set(self.waiting.len() as i64);
+        self.metrics.running.get_or_create(&self.labels).set(self.running.len() as i64);
+        self.metrics.prefix_use.get_or_create(&self.labels).set(self.batch.prefix_use_ratio());
+        Ok(())
+    }
+
+    /// Drops the jobs that nobody waits for any more, or whose time is up.
+    fn drop_abandoned(&mut self) -> Result<()> {
+        let now = Instant::now();
+        self.waiting.retain(|(_, client)| client.waits(now));
+        self.unscored.retain(|(.., client)| client.waits(now));
+        self.scoring.take_if(|(_, client)| !client.waits(now));
+        let left = self.running.iter().filter(|(_, one)| !one.client.waits(now)).map(|(&index, _)| index);
+        for index in left.collect::<Vec<usize>>() {
+            self.running.remove(&index);
+            self.batch.leave(index)?;
+        }
+        Ok(())
+    }
+
+    fn admit(&mut self) -> Result<()> {
+        while self.batch.has_room() {
+            let Some((request, client)) = self.waiting.pop_front() else { break };
+            self.start(request, client)?;
+        }
+        if self.scoring.is_none()
+            && let Some((ids, num_top, client)) = self.unscored.pop_front()
+        {
+            self.scoring = Some((Scoring::new(self.model.model, ids, num_top)?, client));
+        }
+        Ok(())
+    }
+
+    fn start(&mut self, request: LiveRequest, client: Client) -> Result<()> {
+        let num_prompt_tokens = request.request.prompt_ids.len();
+        match self.batch.join(request) {
+            Ok(num_cached) => {
+                self.metrics.prompt_tokens.get_or_create(&self.labels).inc_by(num_prompt_tokens as u64);
+                self.metrics.cached_prompt_tokens.get_or_create(&self.labels).inc_by(num_cached as u64);
+                client.tell(Event::Started { num_cached });
+                let running = Running { client, first_tokens: None, num_tokens: 0, num_forwards: 0 };
+                self.running.insert(self.num_started, running);
+                self.num_started += 1;
+            }
+            Err(Error::Usage(message)) => {
+                client.tell(Event::Failed(ApiError::new(StatusCode::BAD_REQUEST, message)));
+            }
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    fn step(&mut self) -> Result<()> {
+        let (seconds_before, started) = (self.batch.timing().decode_seconds, Instant::now());
+        let Lane { batch, running, metrics, labels, .. } = self;
+        let mut accepted: Vec<(usize, Vec<i32>)> = Vec::new();
+        let mut finished = Vec::new();
+        let mut on_finished = |index, answer: Answer| {
+            finished.push((index, answer.finish_reason));
+            Ok(())
+        };
+        batch.step(&mut |index, ids| accepted.push((index, ids.to_vec())), &mut on_finished)?;
+        let seconds = batch.timing().decode_seconds;
+        for (index, ids) in accepted {
+            let Some(one) = running.get_mut(&index) else { continue };
+            metrics.tokens.get_or_create(labels).inc_by(ids.len() as u64);
+            metrics.forwards.get_or_create(labels).inc();
+            one.num_tokens += ids.len();
+            one.num_forwards += 1;
+            let (_, start) = *one.first_tokens.get_or_insert_with(|| {
+                metrics.observe_first_token(labels, one.client.received.elapsed());
+                (started, seconds_before)
+            });
+            one.client.tell(Event::Tokens { ids, seconds: seconds - start });
+        }
+        for (index, reason) in finished {
+            let Some(one) = running.remove(&index) else { continue };
+            let time = one.first_tokens.map(|(at, _)| at.elapsed()).unwrap_or_default();
+            metrics.observe_answer(labels, one.num_tokens, one.num_forwards, time);
+            one.client.tell(Event::Finished(reason));
+        }
+        Ok(())
+    }
+
+    fn score(&mut self) -> Result<()> {
+        let Some((scoring, client)) = &mut self.scoring else { return Ok(()) };
+        if let Some(scores) = scoring.step(self.model.model)? {
+            client.tell(Event::Scored(scores));
+            self.scoring = None;
+        }
+        Ok(())
+    }
+
+    fn fail_all(&mut self, error: &ApiError) {
+        let waiting = self.waiting.drain(..).map(|(_, client)| client);
+        let unscored = self.unscored.drain(..).map(|(.., client)| client);
+        let scoring = self.scoring.take().map(|(_, client)| client);
+        let running = self.running.drain().map(|(_, one)| one.client);
+        let clients = waiting.chain(unscored).chain(scoring).chain(running);
+        clients.for_each(|client| client.tell(Event::Failed(error.clone())));
+    }
+}

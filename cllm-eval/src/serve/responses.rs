@@ -1,0 +1,163 @@
+//! Responses of OpenAI's protocol. `usage` says in addition how many forwards the answers took, and
+//! a chunk of a stream how many tokens it has and when they were decoded.
+
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use cllm_core::tokenizer::Tokenizer;
+use serde_json::{Value, json};
+
+use super::answers::{Order, WholeAnswer};
+use super::scoring::TokenScore;
+
+/// What all parts of a response begin with.
+#[derive(Clone)]
+pub(super) struct Head {
+    id: String,
+    created: u64,
+    model: String,
+    pub(super) is_chat: bool,
+}
+
+/// Numbers of tokens so far.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Usage {
+    pub(super) prompt_tokens: usize,
+    pub(super) completion_tokens: usize,
+    pub(super) cached_tokens: usize,
+    pub(super) forwards: usize,
+}
+
+pub(super) fn unix_seconds() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |time| time.as_secs())
+}
+
+impl Head {
+    pub(super) fn new(model: &str, is_chat: bool) -> Self {
+        let kind = if is_chat { "chatcmpl" } else { "cmpl" };
+        let id = format!("{kind}-{:016x}", rand::random::<u64>());
+        Head { id, created: unix_seconds(), model: model.to_owned(), is_chat }
+    }
+
+    fn object(&self, is_chunk: bool) -> &'static str {
+        match (self.is_chat, is_chunk) {
+            (true, true) => "chat.completion.chunk",
+            (true, false) => "chat.completion",
+            (false, _) => "text_completion",
+        }
+    }
+
+    fn json(&self, is_chunk: bool, choices: Vec<Value>) -> Value {
+        let Head { id, created, model, .. } = self;
+        json!({ "id": id, "object": self.object(is_chunk), "created": created, "model": model, "choices": choices })
+    }
+
+    /// A chunk of a stream with a part of a choice. The first part of a chat names the role.
+    pub(super) fn chunk(&self, index: usize, text: &str, is_first: bool, reason: Option<&str>) -> Value {
+        let choice = match (self.is_chat, is_first, reason) {
+            (true, true, _) => json!({ "index": index, "delta": { "role": "assistant", "content": text } }),
+            (true, _, Some(_)) if text.is_empty() => json!({ "index": index, "delta": {} }),
+            (true, ..) => json!({ "index": index, "delta": { "content": text } }),
+            (false, ..) => json!({ "index": index, "text": text }),
+        };
+        let mut choice = choice;
+        choice["logprobs"] = Value::Null;
+        choice["finish_reason"] = json!(reason);
+        self.json(true, vec![choice])
+    }
+
+    /// The last chunk of a stream whose client asked for it.
+    pub(super) fn usage_chunk(&self, usage: Usage) -> Value {
+        with_usage(self.json(true, Vec::new()), usage)
+    }
+
+    /// A response as a whole.
+    pub(super) fn whole(&self, order: &Order, answers: &[WholeAnswer], echo: bool) -> Value {
+        let mut usage =
+            Usage { prompt_tokens: order.prompts.iter().map(|prompt| prompt.ids.len()).sum(), ..Usage::default() };
+        for answer in answers {
+            usage.completion_tokens += answer.ids.len();
+            usage.cached_tokens += answer.num_cached;
+            usage.forwards += answer.num_forwards;
+        }
+        let choices = answers.iter().map(|answer| match self.is_chat {
+            true => chat_choice(order, answer),
+            false => completion_choice(order, answer, echo),
+        });
+        with_usage(self.json(false, choices.collect()), usage)
+    }
+}
+
+fn with_usage(mut response: Value, usage: Usage) -> Value {
+    let Usage { prompt_tokens, completion_tokens, cached_tokens, forwards } = usage;
+    response["usage"] = json!({
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": { "cached_tokens": cached_tokens },
+        "forwards": forwards,
+        "tokens_per_forward": (forwards > 0).then(|| completion_tokens as f64 / forwards as f64),
+    });
+    response
+}
+
+fn chat_choice(order: &Order, answer: &WholeAnswer) -> Value {
+    let tokenizer = &order.model.tokenizer;
+    let num_prompt_tokens = order.prompts[answer.prompt].ids.len();
+    let logprobs = answer.scores.as_ref().map(|scores| {
+        let of_answer = answer.ids.iter().zip(&scores[num_prompt_tokens - 1..]);
+        let content = of_answer.map(|(&id, score)| {
+            let mut token = chat_token(tokenizer, id, score.logprob);
+            let top = score.top.iter().map(|&(id, logprob)| chat_token(tokenizer, id, logprob));
+            token["top_logprobs"] = top.collect();
+            token
+        });
+        json!({ "content": content.collect::<Vec<_>>() })
+    });
+    json!({
+        "index": answer.index, "message": { "role": "assistant", "content": answer.text }, "logprobs": logprobs,
+        "finish_reason": answer.reason,
+    })
+}
+
+fn chat_token(tokenizer: &Tokenizer, id: i32, logprob: f64) -> Value {
+    let token = tokenizer.token_text(id);
+    json!({ "token": token, "logprob": logprob, "bytes": token.as_bytes() })
+}
+
+fn completion_choice(order: &Order, answer: &WholeAnswer, echo: bool) -> Value {
+    let prompt = &order.prompts[answer.prompt];
+    let text = if echo { prompt.text.clone() + &answer.text } else { answer.text.clone() };
+    let logprobs = answer.scores.as_ref().map(|scores| {
+        let (ids, scores): (Vec<i32>, Vec<Option<&TokenScore>>) = match echo {
+            // Nothing comes before the first token.
+            true => {
+                let ids = [&prompt.ids[..], &answer.ids].concat();
+                (ids, std::iter::once(None).chain(scores.iter().map(Some)).collect())
+            }
+            false => (answer.ids.clone(), scores[prompt.ids.len() - 1..].iter().map(Some).collect()),
+        };
+        completion_logprobs(&order.model.tokenizer, &ids, &scores)
+    });
+    json!({ "index": answer.index, "text": text, "logprobs": logprobs, "finish_reason": answer.reason })
+}
+
+fn completion_logprobs(tokenizer: &Tokenizer, ids: &[i32], scores: &[Option<&TokenScore>]) -> Value {
+    let tokens: Vec<String> = ids.iter().map(|&id| tokenizer.token_text(id)).collect();
+    let mut offset = 0;
+    let offsets = tokens.iter().map(|token| {
+        let start = offset;
+        offset += token.chars().count();
+        start
+    });
+    let top = scores.iter().map(|score| {
+        let pairs = score.as_ref()?.top.iter().map(|&(id, logprob)| (tokenizer.token_text(id), json!(logprob)));
+        // Of tokens that are written alike, the likeliest counts.
+        Some(pairs.rev().collect::<serde_json::Map<_, _>>())
+    });
+    json!({
+        "text_offset": offsets.collect::<Vec<_>>(),
+        "token_logprobs": scores.iter().map(|score| score.map(|score| score.logprob)).collect::<Vec<_>>(),
+        "top_logprobs": top.collect::<Vec<_>>(),
+        "tokens": tokens,
+    })
+}

@@ -1,0 +1,110 @@
+//! Log-probabilities of the tokens of a text, piece by piece, so that scoring a long text does not
+//! hold up the answers that are decoded meanwhile.
+
+use cllm_core::Result;
+use cllm_core::model::{KvCache, SlotMapping, Transformer};
+use tch::{Kind, Tensor};
+
+/// Tokens of a piece. Their logits are in memory at once.
+const PIECE_TOKENS: usize = 256;
+
+/// How probable a token of a text is after those before it.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct TokenScore {
+    pub(super) logprob: f64,
+    /// The likeliest tokens there, with their log-probabilities, the likeliest first.
+    pub(super) top: Vec<(i32, f64)>,
+}
+
+/// A text of which the first part is scored.
+pub(super) struct Scoring {
+    ids: Vec<i32>,
+    num_top: usize,
+    cache: KvCache,
+    num_read: usize,
+    scores: Vec<TokenScore>,
+}
+
+impl Scoring {
+    /// # Errors
+    /// libtorch's, for lack of memory.
+    pub(super) fn new(model: &Transformer, ids: Vec<i32>, num_top: usize) -> Result<Self> {
+        let cache = KvCache::new(model.config(), 1, ids.len(), model.device(), model.kind())?;
+        Ok(Scoring { ids, num_top, cache, num_read: 0, scores: Vec::new() })
+    }
+
+    /// Reads the next piece. Returns the scores of all tokens but the first once all are read.
+    ///
+    /// # Errors
+    /// libtorch's.
+    pub(super) fn step(&mut self, model: &Transformer) -> Result<Option<Vec<TokenScore>>> {
+        let _no_grad = tch::no_grad_guard();
+        // The last token predicts nothing that is asked for.
+        let last = self.ids.len() - 1;
+        let piece = self.num_read..(self.num_read + PIECE_TOKENS).min(last);
+        if !piece.is_empty() {
+            let as_row = |ids: &[i32]| Tensor::from_slice(ids).to_kind(Kind::Int64).to_device(model.device());
+            let tokens = as_row(&self.ids[piece.clone()]).unsqueeze(0);
+            let slots = Tensor::arange_start(piece.start as i64, piece.end as i64, (Kind::Int64, model.device()));
+            let mapping = SlotMapping::sequential(slots.unsqueeze(0));
+            let hidden = model.forward_cached(&tokens, &mapping, &[piece.len()], &mut self.cache, piece.end, None);
+            let targets = as_row(&self.ids[piece.start + 1..=piece.end]);
+            self.scores.extend(scores(&model.compute_logits(&hidden)?, &targets, self.num_top)?);
+            self.num_read = piece.end;
+        }
+        Ok((self.num_read == last).then(|| std::mem::take(&mut self.scores)))
+    }
+}
+
+/// The scores of `targets [T]` by logits `[T, vocab]`. The softmax is computed in float32.
+fn scores(logits: &Tensor, targets: &Tensor, num_top: usize) -> Result<Vec<TokenScore>> {
+    let logprobs = logits.log_softmax(-1, Kind::Float);
+    let of_targets: Vec<f32> = Vec::try_from(logprobs.gather(1, &targets.unsqueeze(1), false).view([-1]))?;
+    let (top, ids) = logprobs.topk(num_top as i64, -1, true, true);
+    let top: Vec<f32> = Vec::try_from(top.view([-1]))?;
+    let ids: Vec<i32> = Vec::try_from(ids.to_kind(Kind::Int).view([-1]))?;
+    let mut likeliest = ids.into_iter().zip(top.into_iter().map(f64::from));
+    let score =
+        |logprob: f32| TokenScore { logprob: f64::from(logprob), top: likeliest.by_ref().take(num_top).collect() };
+    Ok(of_targets.into_iter().map(score).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use cllm_core::model::ModelConfig;
+    use tch::Device;
+
+    use super::*;
+
+    #[test]
+    fn scores_in_pieces_are_those_of_the_whole_text() {
+        let config = serde_json::json!({
+            "model_type": "llama", "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "tie_word_embeddings": false,
+        });
+        let model = Transformer::random(ModelConfig::from_json(&config).unwrap(), 3, Device::Cpu, Kind::Float);
+        let ids: Vec<i32> = (0..600).map(|position| position * position % 47).collect();
+        let mut scoring = Scoring::new(&model, ids.clone(), 3).unwrap();
+        let mut num_steps = 1;
+        let scores = loop {
+            match scoring.step(&model).unwrap() {
+                Some(scores) => break scores,
+                None => num_steps += 1,
+            }
+        };
+        assert_eq!((num_steps, scores.len()), (3, 599));
+        let tokens = Tensor::from_slice(&ids).to_kind(Kind::Int64).unsqueeze(0);
+        let positions = Tensor::arange(600, (Kind::Int64, Device::Cpu)).unsqueeze(0);
+        let logits = tch::no_grad(|| model.compute_logits(&model.forward(&tokens, &positions))).unwrap().squeeze_dim(0);
+        for (position, score) in scores.iter().enumerate() {
+            let row: Vec<f64> = Vec::try_from(logits.get(position as i64).to_kind(Kind::Double)).unwrap();
+            let total: f64 = row.iter().map(|logit| logit.exp()).sum();
+            let expected = (row[ids[position + 1] as usize].exp() / total).ln();
+            assert!((score.logprob - expected).abs() < 1e-4, "{position}: {score:?}, {expected}");
+            let best = (0..50).max_by(|&one, &other| row[one].total_cmp(&row[other])).unwrap();
+            assert_eq!((score.top.len(), score.top[0].0), (3, best as i32));
+        }
+        // A text of one token has nothing to score.
+        assert_eq!(Scoring::new(&model, vec![1], 0).unwrap().step(&model).unwrap(), Some(Vec::new()));
+    }
+}
