@@ -53,13 +53,12 @@ impl Head {
 
     /// A chunk of a stream with a part of a choice. The first part of a chat names the role.
     pub(super) fn chunk(&self, index: usize, text: &str, is_first: bool, reason: Option<&str>) -> Value {
-        let choice = match (self.is_chat, is_first, reason) {
+        let mut choice = match (self.is_chat, is_first, reason) {
             (true, true, _) => json!({ "index": index, "delta": { "role": "assistant", "content": text } }),
             (true, _, Some(_)) if text.is_empty() => json!({ "index": index, "delta": {} }),
             (true, ..) => json!({ "index": index, "delta": { "content": text } }),
             (false, ..) => json!({ "index": index, "text": text }),
         };
-        let mut choice = choice;
         choice["logprobs"] = Value::Null;
         choice["finish_reason"] = json!(reason);
         self.json(true, vec![choice])

@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::{Arc, Barrier};
 
 use serde_json::{Value, json};
 
@@ -42,8 +43,8 @@ document.documentElement.dataset.seen = JSON.stringify(seen);
 </script>
 </body>"#;
 
-/// Opens a page in Chromium, and returns what its visitor wrote into `data-seen`. Time passes as fast as
-/// the page's own work allows.
+/// Opens a page in Chromium, and returns what its visitor wrote into `data-seen` before the page was
+/// loaded.
 fn seen_by_visitor(address: &str, folder: &Path) -> Value {
     let profile = format!("--user-data-dir={}", folder.join("browser").display());
     // Without the last three, Chromium connects to its update servers.
@@ -54,7 +55,6 @@ fn seen_by_visitor(address: &str, folder: &Path) -> Value {
         "--window-size=400,900",
         &profile,
         "--dump-dom",
-        "--virtual-time-budget=60000",
         "--no-first-run",
         "--disable-background-networking",
         "--disable-component-update",
@@ -133,25 +133,33 @@ const until = async test => { while (!test()) await new Promise(done => setTimeo
   const papers = [0, 1, 2].map(() => { document.getElementById("theme").click(); return paper(); });
   const wider = document.documentElement.scrollWidth > document.documentElement.clientWidth;
   document.documentElement.dataset.seen = JSON.stringify({ errors, status: status.textContent, seen, papers, wider });
+  fetch("/done");
 })();
 </script>
+<img src="/held" alt="">
 </body>"#;
 
 /// Serves the page of a server with a visitor in it, without the policy that forbids one, and hands
-/// everything else on. Returns its address.
+/// everything else on. The page is loaded once the visitor is done. Returns its address.
 fn visited_page(server: &Server) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let (address, upstream) = (listener.local_addr().unwrap().to_string(), server.address.clone());
     let page = server.get("/").body.replacen("</body>", SERVE_VISITOR, 1);
+    let both = Arc::new(Barrier::new(2));
     std::thread::spawn(move || {
         for stream in listener.incoming() {
-            let (mut stream, upstream, page) = (stream.unwrap(), upstream.clone(), page.clone());
+            let (mut stream, upstream, page, both) =
+                (stream.unwrap(), upstream.clone(), page.clone(), Arc::clone(&both));
             std::thread::spawn(move || {
-                let mut start = [0; 6];
+                let mut start = [0; 7];
                 stream.read_exact(&mut start).unwrap_or_default();
-                if &start == b"GET / " {
+                let is_page = start.starts_with(b"GET / ");
+                if is_page || [b"GET /he", b"GET /do"].contains(&&start) {
+                    if !is_page {
+                        both.wait();
+                    }
                     let head = "HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nConnection: close\r\n\r\n";
-                    let _ = stream.write_all((head.to_owned() + &page).as_bytes());
+                    let _ = stream.write_all((head.to_owned() + if is_page { &page } else { "" }).as_bytes());
                     return;
                 }
                 let mut server = TcpStream::connect(upstream).unwrap();

@@ -295,6 +295,15 @@ fn answers_that_have_no_time_left_say_why() {
 }
 
 #[test]
+fn an_answer_that_takes_too_long_is_cut() {
+    let server = Server::start(&["batch_size=1", "max_new_tokens=400", "eos_ids=[]", "timeout_seconds=1"]);
+    // Far more tokens than a second is enough for.
+    let late = server.complete(json!({ "prompt": "Mia", "n": 128 }));
+    assert_eq!((late.status, late.json()["error"]["code"].as_str()), (504, Some("timeout")));
+    assert_eq!(server.complete(json!({ "prompt": "Mia", "max_tokens": 2 })).status, 200);
+}
+
+#[test]
 fn settings_that_do_not_fit_are_refused_before_the_model_is_loaded() {
     let model = format!("model={TEACHER}");
     for (setting, part) in [
