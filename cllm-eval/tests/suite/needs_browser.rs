@@ -151,10 +151,9 @@ fn visited_page(server: &Server) -> String {
             let (mut stream, upstream, page, both) =
                 (stream.unwrap(), upstream.clone(), page.clone(), Arc::clone(&both));
             std::thread::spawn(move || {
-                let mut start = [0; 7];
-                stream.read_exact(&mut start).unwrap_or_default();
-                let is_page = start.starts_with(b"GET / ");
-                if is_page || [b"GET /he", b"GET /do"].contains(&&start) {
+                let head = read_head(&mut stream);
+                let is_page = head.starts_with("GET / ");
+                if is_page || head.starts_with("GET /held ") || head.starts_with("GET /done ") {
                     if !is_page {
                         both.wait();
                     }
@@ -163,7 +162,8 @@ fn visited_page(server: &Server) -> String {
                     return;
                 }
                 let mut server = TcpStream::connect(upstream).unwrap();
-                server.write_all(&start).unwrap();
+                // The next request on this connection may not be for the server.
+                server.write_all(head.replace("keep-alive", "close").as_bytes()).unwrap();
                 let (mut from, mut to) = (stream.try_clone().unwrap(), server.try_clone().unwrap());
                 std::thread::spawn(move || std::io::copy(&mut from, &mut to));
                 let _ = std::io::copy(&mut server, &mut stream);
@@ -171,6 +171,15 @@ fn visited_page(server: &Server) -> String {
         }
     });
     address
+}
+
+/// The head of a request.
+fn read_head(stream: &mut TcpStream) -> String {
+    let (mut head, mut byte) = (Vec::new(), [0]);
+    while !head.ends_with(b"\r\n\r\n") && stream.read(&mut byte).is_ok_and(|read| read == 1) {
+        head.push(byte[0]);
+    }
+    String::from_utf8(head).unwrap()
 }
 
 #[test]
