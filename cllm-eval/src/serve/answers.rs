@@ -23,11 +23,11 @@ pub(super) struct Order {
     pub(super) app: Arc<App>,
     pub(super) model: Arc<ServedModel>,
     pub(super) prompts: Vec<EncodedPrompt>,
-    /// Of each prompt.
-    max_new_tokens: Vec<usize>,
+    /// Of the answers to each prompt.
+    stops: Vec<StopConditions>,
     /// Answers to each prompt.
     n: usize,
-    stops: Arc<Vec<String>>,
+    stop_texts: Arc<Vec<String>>,
     sampling: Sampling,
     seed: u64,
     received: Instant,
@@ -82,18 +82,18 @@ impl Order {
     /// What is wrong with the request, or that the queue is full.
     pub(super) fn new(app: Arc<App>, model: Arc<ServedModel>, ask: Ask) -> Result<Self, ApiError> {
         let param = if ask.prompts.is_chat() { "messages" } else { "prompt" };
-        let (n, sampling) = (ask.n, ask.sampling(app.settings.temperature));
+        let (n, sampling) = (ask.n, ask.sampling(app.settings.temperature)?);
         let prompts = model.encode(ask.prompts)?;
         let default = app.settings.max_new_tokens;
         let max_new_tokens =
             prompts.iter().map(|prompt| model.max_new_tokens(&prompt.ids, ask.max_tokens, default, param));
-        let max_new_tokens = max_new_tokens.collect::<Result<_, _>>()?;
+        let stops = max_new_tokens.map(|number| model.stop_conditions(number?)).collect::<Result<_, _>>()?;
         let room = model.reserve(n * prompts.len())?;
         // Greedy answers do not depend on it but for the number of their forwards.
         let seed = ask.seed.unwrap_or_else(|| if sampling.is_greedy() { 0 } else { rand::random() });
-        let stops = Arc::new(ask.stops);
+        let stop_texts = Arc::new(ask.stops);
         let received = Instant::now();
-        Ok(Order { app, model, prompts, max_new_tokens, n, stops, sampling, seed, received, _room: room })
+        Ok(Order { app, model, prompts, stops, n, stop_texts, sampling, seed, received, _room: room })
     }
 
     pub(super) fn num_choices(&self) -> usize {
@@ -109,7 +109,7 @@ impl Order {
         let prompt = index / self.n;
         // Answers to the same prompt differ by their number.
         let request = Request { sample_id: (index % self.n).to_string(), prompt_ids: self.prompts[prompt].ids.clone() };
-        let stop = StopConditions::new(self.max_new_tokens[prompt], self.model.eos_ids.clone());
+        let stop = self.stops[prompt].clone();
         let (sampling, seed) = (self.sampling, self.seed);
         Choice { index, prompt, events: self.ask(Work::Decode(LiveRequest { request, stop, sampling, seed })) }
     }
@@ -125,10 +125,10 @@ impl Order {
 
     /// The pieces of a choice, as they come. Dropping the stream ends the answer.
     pub(super) fn pieces(&self, mut choice: Choice) -> impl Stream<Item = Result<Piece, ApiError>> + Send + use<> {
-        let (model, stops) = (Arc::clone(&self.model), Arc::clone(&self.stops));
+        let (model, stop_texts) = (Arc::clone(&self.model), Arc::clone(&self.stop_texts));
         let prompt_ids = self.prompts[choice.prompt].ids.clone();
         try_stream! {
-            let mut text = AnswerText::new(&model.tokenizer, &prompt_ids, &stops).map_err(undecodable)?;
+            let mut text = AnswerText::new(&model.tokenizer, &prompt_ids, &stop_texts).map_err(undecodable)?;
             while let Some(event) = choice.events.recv().await {
                 match event {
                     Event::Started { num_cached } => yield Piece::Started { num_cached },

@@ -9,6 +9,7 @@ use cllm_core::checkpoint::{self, hub};
 use cllm_core::decode::{LiveRows, Strategy};
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::prompt_set::Prompt;
+use cllm_core::thought::ThoughtLimit;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Error, Result, device};
 use tokio::sync::Semaphore;
@@ -36,6 +37,7 @@ struct Source {
 pub(super) struct Plan {
     sources: Vec<Source>,
     lanes: Vec<Lane>,
+    max_thinking_tokens: Option<usize>,
 }
 
 struct Lane {
@@ -86,7 +88,12 @@ pub(super) fn plan(settings: &ServeSettings) -> Result<Plan> {
             max_answers: num_rows + settings.max_queue,
         });
     }
-    Ok(Plan { sources, lanes })
+    if let Some(max_thinking_tokens) = settings.max_thinking_tokens {
+        for source in &sources {
+            ThoughtLimit::new(&source.tokenizer, max_thinking_tokens, settings.max_new_tokens)?;
+        }
+    }
+    Ok(Plan { sources, lanes, max_thinking_tokens: settings.max_thinking_tokens })
 }
 
 /// A quarter of as many rows as sequences keep the beginnings of prompts.
@@ -153,6 +160,7 @@ impl Plan {
                 strategy: lane.strategy.to_string(),
                 tokenizer: Arc::clone(&source.tokenizer),
                 eos_ids: source.eos_ids.clone(),
+                max_thinking_tokens: self.max_thinking_tokens,
                 vocab_size: source.config.vocab_size,
                 context: lane.context,
                 is_chat: source.is_chat(),

@@ -27,7 +27,8 @@ pub(super) struct Ask {
     /// Answers to each prompt.
     pub(super) n: usize,
     pub(super) max_tokens: Option<usize>,
-    pub(super) temperature: Option<f64>,
+    temperature: Option<f64>,
+    top_p: Option<f64>,
     pub(super) seed: Option<u64>,
     pub(super) stops: Vec<String>,
     pub(super) stream: bool,
@@ -129,32 +130,25 @@ impl Ask {
     }
 
     fn common(fields: &mut Fields, prompts: Prompts, min_tokens: u32) -> Result<Self, ApiError> {
-        let temperature: Option<f64> = fields.take_within("temperature", 0.0..=2.0)?;
-        let top_p: Option<f64> = fields.take_within("top_p", 0.0..=1.0)?;
         let stream_options = fields.take("stream_options", "an object with `include_usage`")?;
         let stream = fields.take("stream", "true or false")?.unwrap_or(false);
         if stream_options.is_some() && !stream {
             return Err(ApiError::field("stream_options", "needs `stream` to be true"));
         }
-        let ask = Ask {
+        Ok(Ask {
             model: fields.take("model", "the id of a model")?,
             prompts,
             n: fields.take_within("n", 1..=MAX_CHOICES)?.unwrap_or(1),
             max_tokens: fields.take_within("max_tokens", min_tokens..=u32::MAX)?.map(|number| number as usize),
-            temperature,
+            temperature: fields.take_within("temperature", 0.0..=2.0)?,
+            top_p: fields.take_within("top_p", 0.0..=1.0)?,
             seed: fields.take::<i64>("seed", "a whole number")?.map(i64::cast_unsigned),
             stops: stops(fields)?,
             stream,
             include_usage: stream_options.is_some_and(|options: StreamOptions| options.include_usage),
             top_logprobs: None,
             echo: false,
-        };
-        // The likeliest token is in every nucleus.
-        if top_p.is_some_and(|top_p| top_p < 1.0) && temperature != Some(0.0) {
-            return Err(ApiError::field("top_p", "is not supported above temperature 0: set it to 1, or leave it out")
-                .with_code("unsupported_parameter"));
-        }
-        Ok(ask)
+        })
     }
 
     fn finish(self, fields: Fields) -> Result<Self, ApiError> {
@@ -167,9 +161,18 @@ impl Ask {
     }
 
     /// How tokens are sampled; `default_temperature` is that of the server.
-    pub(super) fn sampling(&self, default_temperature: f64) -> Sampling {
+    ///
+    /// # Errors
+    /// For a `top_p` that would matter.
+    pub(super) fn sampling(&self, default_temperature: f64) -> Result<Sampling, ApiError> {
         let temperature = self.temperature.unwrap_or(default_temperature);
-        Sampling::from_temperature(if temperature < MIN_TEMPERATURE { 0.0 } else { temperature })
+        let sampling = Sampling::from_temperature(if temperature < MIN_TEMPERATURE { 0.0 } else { temperature });
+        // The likeliest token is in every nucleus.
+        if self.top_p.is_some_and(|top_p| top_p < 1.0) && !sampling.is_greedy() {
+            let message = "is not supported above temperature 0: set it to 1, or leave it out";
+            return Err(ApiError::field("top_p", message).with_code("unsupported_parameter"));
+        }
+        Ok(sampling)
     }
 }
 
@@ -288,8 +291,7 @@ mod tests {
     #[test]
     fn what_is_not_supported_is_refused_and_what_changes_nothing_is_not() {
         for (fields, param) in [
-            (json!({ "top_p": 0.9, "temperature": 1 }), "top_p"),
-            (json!({ "top_p": 0.9 }), "top_p"),
+            (json!({ "top_p": 1.1 }), "top_p"),
             (json!({ "logprobs": true, "stream": true }), "logprobs"),
             (json!({ "top_logprobs": 2 }), "top_logprobs"),
             (json!({ "stream_options": {} }), "stream_options"),
@@ -305,9 +307,13 @@ mod tests {
             assert_eq!(chat(fields.clone()).unwrap_err().param.as_deref(), Some(param), "{fields}");
         }
         let ask = chat(json!({ "top_p": 0.95, "temperature": 0, "max_completion_tokens": 7, "seed": -1 })).unwrap();
-        assert_eq!((ask.max_tokens, ask.seed, ask.sampling(1.0)), (Some(7), Some(u64::MAX), Sampling::Greedy));
-        assert_eq!(chat(json!({ "temperature": 1e-9 })).unwrap().sampling(1.0), Sampling::Greedy);
-        assert_eq!(chat(json!({})).unwrap().sampling(0.5), Sampling::Temperature(0.5));
+        assert_eq!((ask.max_tokens, ask.seed), (Some(7), Some(u64::MAX)));
+        let sampling = |fields, default| chat(fields).unwrap().sampling(default).map_err(|error| error.param.unwrap());
+        assert_eq!(sampling(json!({ "temperature": 0, "top_p": 0.9 }), 1.0), Ok(Sampling::Greedy));
+        assert_eq!(sampling(json!({ "temperature": 1e-9 }), 1.0), Ok(Sampling::Greedy));
+        assert_eq!(sampling(json!({ "top_p": 0.9 }), 0.0), Ok(Sampling::Greedy));
+        assert_eq!(sampling(json!({ "top_p": 1 }), 0.5), Ok(Sampling::Temperature(0.5)));
+        assert_eq!(sampling(json!({ "top_p": 0.9 }), 0.5), Err("top_p".to_owned()));
         assert!(completion(json!({ "prompt": "a", "max_tokens": 0 })).is_err());
         assert_eq!(completion(json!({ "prompt": "a", "max_tokens": 0, "echo": true })).unwrap().max_tokens, Some(0));
     }

@@ -148,10 +148,12 @@ fn completion_logprobs(tokenizer: &Tokenizer, ids: &[i32], scores: &[Option<&Tok
         offset += token.chars().count();
         start
     });
-    let top = scores.iter().map(|score| {
-        let pairs = score.as_ref()?.top.iter().map(|&(id, logprob)| (tokenizer.token_text(id), json!(logprob)));
-        // Of tokens that are written alike, the likeliest counts.
-        Some(pairs.rev().collect::<serde_json::Map<_, _>>())
+    let top = ids.iter().zip(scores).map(|(&id, score)| {
+        let score = score.as_ref()?;
+        // The token itself is there, too. Of tokens that are written alike, the likeliest counts.
+        let all = std::iter::once((id, score.logprob)).chain(score.top.iter().rev().copied());
+        let pairs = all.map(|(id, logprob)| (tokenizer.token_text(id), json!(logprob)));
+        Some(pairs.collect::<serde_json::Map<_, _>>())
     });
     json!({
         "text_offset": offsets.collect::<Vec<_>>(),

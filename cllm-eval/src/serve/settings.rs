@@ -47,6 +47,11 @@ pub struct ServeSettings {
     /// Maximum number of tokens in an answer if its request does not say it.
     #[garde(range(min = 1))]
     pub max_new_tokens: usize,
+    /// For thinking models: maximum number of tokens in the thought before an answer. An answer of
+    /// this length that is still inside its thought gets the text `\n</think>\n\n`, and goes on from
+    /// there. Default: no limit.
+    #[garde(range(min = 1))]
+    pub max_thinking_tokens: Option<usize>,
     /// Temperature if a request does not say it; 0 chooses the likeliest token.
     #[garde(range(min = 0.0, max = 10.0))]
     pub temperature: f64,
@@ -84,6 +89,7 @@ impl Default for ServeSettings {
             max_queue: 256,
             context: None,
             max_new_tokens: 256,
+            max_thinking_tokens: None,
             temperature: 0.0,
             max_body_bytes: 4 << 20,
             timeout_seconds: 600,

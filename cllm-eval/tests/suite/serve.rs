@@ -1,10 +1,12 @@
 //! `serve`: OpenAI's protocol, who may use it, and how it ends.
 
 use std::io::Read;
+use std::path::Path;
 
-use cllm_testing::programs::Program;
+use cllm_testing::programs::{Program, path};
 use serde_json::{Value, json};
 
+use crate::made_up::thinking_model;
 use crate::server::{Server, TEACHER, post_head, read_response, streamed_text};
 
 const QUESTION: &str = "Mia fills 3 packs with 5 cards each and sells 2 cards. How many cards does Mia keep?";
@@ -196,7 +198,7 @@ fn what_is_wrong_with_a_request_is_said_with_its_field() {
     let long = "word ".repeat(300);
     for (response, status, param, code) in [
         (chat(json!({ "model": "gpt-4" })), 404, Some("model"), Some("model_not_found")),
-        (chat(json!({ "top_p": 0.5 })), 400, Some("top_p"), Some("unsupported_parameter")),
+        (chat(json!({ "top_p": 0.5, "temperature": 1 })), 400, Some("top_p"), Some("unsupported_parameter")),
         (chat(json!({ "tools": [{}] })), 400, Some("tools"), Some("unsupported_parameter")),
         (chat(json!({ "max_tokens": 1000 })), 400, Some("messages"), Some("context_length_exceeded")),
         (chat(json!({ "n": 128, "max_tokens": "x" })), 400, Some("max_tokens"), None),
@@ -304,11 +306,32 @@ fn an_answer_that_takes_too_long_is_cut() {
 }
 
 #[test]
+fn a_thought_is_closed_at_its_limit() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = path(dir.path(), "model");
+    thinking_model(Path::new(&model), 1);
+    let of_model = format!("model={model}");
+    let server = Server::start(&[&of_model, "max_thinking_tokens=5", "max_new_tokens=30", "eos_ids=[]"]);
+    let answer = |more: Value| {
+        let mut body = json!({ "prompt": "Tom has<think>" });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        server.complete(body)
+    };
+    let closed = answer(json!({})).json();
+    let (thought, rest) = closed["choices"][0]["text"].as_str().unwrap().split_once("\n</think>\n\n").unwrap();
+    assert!(!thought.is_empty() && !rest.is_empty() && closed["usage"]["completion_tokens"] == 30, "{closed}");
+    assert_eq!(answer(json!({ "model": format!("{model}:ar") })).json()["choices"], closed["choices"]);
+    let no_room = answer(json!({ "max_tokens": 6 }));
+    assert_eq!((no_room.status, no_room.json()["error"]["param"].as_str()), (400, Some("max_tokens")));
+}
+
+#[test]
 fn settings_that_do_not_fit_are_refused_before_the_model_is_loaded() {
     let model = format!("model={TEACHER}");
     for (setting, part) in [
         ("context=1000", "set context to 512 at most"),
         ("strategy={drafted: {n: 4}}", "set teacher=..."),
+        ("max_thinking_tokens=20", "no tokens <think>"),
         ("cors_origins=['*']", "`*` is no origin"),
         ("batch_size=0", "batch_size"),
         ("api_key=x", "unknown key `api_key`"),
