@@ -78,8 +78,9 @@ pub(super) fn plan(settings: &ServeSettings) -> Result<Plan> {
     }];
     if teacher > 0 || strategy != Strategy::Ar {
         let num_rows = settings.batch_size.min(MAX_AR_ROWS);
+        let other_name = settings.teacher.clone().filter(|name| *name != settings.model);
         lanes.push(Lane {
-            id: settings.teacher.clone().unwrap_or_else(|| format!("{}:ar", settings.model)),
+            id: other_name.unwrap_or_else(|| format!("{}:ar", settings.model)),
             source: teacher,
             draft: None,
             strategy: Strategy::Ar,

@@ -306,6 +306,17 @@ fn an_answer_that_takes_too_long_is_cut() {
 }
 
 #[test]
+fn a_teacher_is_served_beside_the_model_that_drafts_for_it() {
+    let server = Server::start(&[&format!("teacher={TEACHER}"), "strategy={drafted: {n: 4}}"]);
+    let expected = &generated(&["--max-new-tokens", "100"])["strategies"][0]["text"];
+    for (model, tokens_per_forward) in [(TEACHER.to_owned(), 1.01..4.0), (format!("{TEACHER}:ar"), 1.0..1.01)] {
+        let answer = server.chat(QUESTION, json!({ "max_tokens": 100, "model": model })).json();
+        assert_eq!(&answer["choices"][0]["message"]["content"], expected);
+        assert!(tokens_per_forward.contains(&answer["usage"]["tokens_per_forward"].as_f64().unwrap()), "{answer}");
+    }
+}
+
+#[test]
 fn a_thought_is_closed_at_its_limit() {
     let dir = tempfile::tempdir().unwrap();
     let model = path(dir.path(), "model");
