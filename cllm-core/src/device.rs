@@ -7,6 +7,17 @@ use crate::cuda::libtorch::pin_memory;
 use crate::distributed::ProcessEnv;
 use crate::{Error, Result};
 
+/// Checks the name of a device, which this machine may lack.
+///
+/// # Errors
+/// [`Error::Usage`] for an unknown name.
+pub fn check_name(name: &str) -> Result<()> {
+    match parse(name) {
+        Err(unknown @ Error::Usage(_)) => Err(unknown),
+        _ => Ok(()),
+    }
+}
+
 /// Parses the name of a device; `auto` is the first GPU, or the CPU on a machine without GPUs.
 ///
 /// # Errors

@@ -10,8 +10,10 @@ use std::sync::{Mutex, PoisonError};
 use crate::{Error, Result, interrupt, progress};
 
 mod command_line;
+mod completions;
 
-pub use command_line::{SettingsArgs, print_completions};
+pub use command_line::{SettingsArgs, parse, print_settings};
+pub use completions::print_completions;
 
 /// Source location of the last panic. Only the panic hook sees it; the payload does not contain it.
 static PANIC_LOCATION: Mutex<String> = Mutex::new(String::new());

@@ -5,11 +5,14 @@
 use std::fmt::Display;
 use std::io::{IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
 static QUIET: AtomicBool = AtomicBool::new(false);
+/// The bar on the terminal, which makes room for other lines.
+static SHOWN_BAR: Mutex<Option<ProgressBar>> = Mutex::new(None);
 const LINE_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Turns off (or on again) everything that goes through [`log`] and [`Progress`].
@@ -19,8 +22,14 @@ pub fn set_quiet(quiet: bool) {
 
 /// Prints one line on stderr, unless quiet.
 pub fn log(line: impl AsRef<str>) {
-    if !QUIET.load(Ordering::Relaxed) {
-        write_stderr(&format!("{}\n", line.as_ref()));
+    if QUIET.load(Ordering::Relaxed) {
+        return;
+    }
+    let line = format!("{}\n", line.as_ref());
+    let bar = SHOWN_BAR.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    match bar.filter(|bar| !bar.is_finished()) {
+        Some(bar) => bar.suspend(|| write_stderr(&line)),
+        None => write_stderr(&line),
     }
 }
 
@@ -65,6 +74,7 @@ impl Progress {
             let style = ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len}{msg}");
             let bar = ProgressBar::new(total).with_prefix(label.to_owned()).with_position(done);
             bar.set_style(style.expect("the template is valid"));
+            *SHOWN_BAR.lock().unwrap_or_else(PoisonError::into_inner) = Some(bar.clone());
             bar
         });
         let now = Instant::now();

@@ -19,12 +19,13 @@ mod keys;
 mod layers;
 mod reference;
 mod refusal;
+mod repair;
 
 pub use keys::did_you_mean;
 use keys::{all_keys, to_value};
 pub use layers::ENVIRONMENT_PREFIX;
 use layers::{Assignment, Refused, from_environment, with_free_key};
-pub use reference::reference;
+pub use reference::{reference, template};
 use refusal::{lines_of_invalid_keys, parse};
 
 /// What garde says about a required setting that is null.
@@ -63,6 +64,7 @@ where
         assignment.apply::<T>(&mut value).map_err(|refused| refused.into_error(&assignment.origin))?;
         layers.push(assignment);
     }
+    expand_home(&mut value, std::env::var("HOME").ok().as_deref());
     let settings: T = from_value(&value)?;
     settings.validate().map_err(|report| {
         let in_file = file.as_ref().map(|(path, text)| (*path, lines_of_invalid_keys::<T>(text)));
@@ -83,7 +85,7 @@ pub fn merge<T: Serialize + DeserializeOwned>(base: &T, changes: &Map<String, Va
     let mut value = to_value(base)?;
     let base = value.clone();
     merge_section(&mut value, changes, "", &|path| with_free_key::<T>(&base, path).is_some(), &all_keys(&base))?;
-    from_value(&value)
+    from_value(&repair::repaired::<T>(&value))
 }
 
 fn merge_section(
@@ -125,6 +127,16 @@ pub fn to_yaml(settings: &impl Serialize) -> Result<String> {
 
 fn from_value<T: DeserializeOwned>(value: &Value) -> Result<T> {
     refusal::check(value).map_err(Error::usage)
+}
+
+/// Replaces `~` at the beginning of paths, which a shell leaves alone after `key=`.
+fn expand_home(value: &mut Value, home: Option<&str>) {
+    match (value, home) {
+        (Value::String(text), Some(home)) if text == "~" || text.starts_with("~/") => text.replace_range(..1, home),
+        (Value::Array(items), home) => items.iter_mut().for_each(|item| expand_home(item, home)),
+        (Value::Object(section), home) => section.values_mut().for_each(|value| expand_home(value, home)),
+        _ => {}
+    }
 }
 
 /// The message for a value that is missing or that the rules forbid.
@@ -292,6 +304,15 @@ mod tests {
         }
         let message = with_file("", &["optimizer.lr=.nan"]).unwrap_err().to_string();
         assert_eq!(message, "`optimizer.lr=.nan`: expected a finite number");
+    }
+
+    #[test]
+    fn a_path_in_the_home_folder_may_begin_with_a_tilde() {
+        let mut value = serde_json::json!({ "a": "~/x", "b": ["~", "y~/z", "~x"], "c": { "d": "~/" } });
+        expand_home(&mut value, Some("/home/me"));
+        let expected =
+            serde_json::json!({ "a": "/home/me/x", "b": ["/home/me", "y~/z", "~x"], "c": { "d": "/home/me/" } });
+        assert_eq!(value, expected);
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The command line of `cllm-data`: its verbs, their help, and what they print.
 
 use clap::{CommandFactory, Parser, Subcommand};
-use cllm_core::program::{Outcome, SettingsArgs, print, print_completions, print_json};
+use cllm_core::program::{Outcome, SettingsArgs, print_completions, print_json, print_settings};
 use cllm_core::settings::reference;
 use cllm_core::{Result, progress};
 use serde::Serialize;
@@ -66,9 +66,12 @@ enum Verb {
         after_help = "Example:\n  cllm-data import runs/trajectories.json --model configs/tiny-teacher --output runs/imported"
     )]
     Import(import::Arguments),
-    /// Print every setting of every verb as Markdown: type, default, allowed values, meaning.
-    #[command(after_help = "Example:\n  cllm-data settings")]
-    Settings,
+    /// Print every setting as Markdown, of all verbs or of one: type, default, allowed values, meaning.
+    #[command(after_help = "Examples:\n  cllm-data settings\n  cllm-data settings collect")]
+    Settings {
+        /// The verb.
+        verb: Option<String>,
+    },
     /// Print completions for a shell.
     #[command(after_help = "Example:\n  cllm-data completions bash > cllm-data.bash")]
     Completions { shell: clap_complete::Shell },
@@ -94,8 +97,10 @@ pub fn run(arguments: Arguments) -> Result<Outcome> {
         Verb::Inspect(arguments) => inspect::run(&arguments),
         Verb::Export(arguments) => export::run(&arguments),
         Verb::Import(arguments) => import::run(&arguments),
-        Verb::Settings => print(&all_settings()).map(|()| Outcome::Done),
-        Verb::Completions { shell } => print_completions(shell, Arguments::command()).map(|()| Outcome::Done),
+        Verb::Settings { verb } => print_settings(&all_settings(), verb.as_deref()).map(|()| Outcome::Done),
+        Verb::Completions { shell } => {
+            print_completions(shell, Arguments::command(), &all_settings()).map(|()| Outcome::Done)
+        }
     }
 }
 

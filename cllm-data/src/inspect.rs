@@ -5,10 +5,12 @@ use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use clap::Args;
+use clap::builder::RangedU64ValueParser;
 use cllm_core::checkpoint::hub;
 use cllm_core::program::{Outcome, print, print_json};
+use cllm_core::progress::count;
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::trajectory::{Block, Reader, Trajectory};
+use cllm_core::trajectory::{Block, FinishReason, Reader, Trajectory};
 use cllm_core::{Error, Result, interrupt};
 use serde::Serialize;
 use serde_json::json;
@@ -18,8 +20,11 @@ pub(crate) struct Arguments {
     /// Folder of the data set, or one of its shards.
     data: PathBuf,
     /// The sample_id of the response to show [default: that of the first].
-    #[arg(long, value_name = "ID")]
+    #[arg(long, value_name = "ID", conflicts_with = "row")]
     sample: Option<String>,
+    /// The number of the row to show, counted from 1.
+    #[arg(long, value_name = "N", value_parser = RangedU64ValueParser::<usize>::new().range(1..))]
+    row: Option<usize>,
     /// The model whose tokenizer decodes the tokens (a folder or an id); without it, show token
     /// ids.
     #[arg(long)]
@@ -38,14 +43,20 @@ enum TokenStatus {
     /// It is correct, but a token before it is wrong.
     Early,
     Wrong,
+    /// It is behind the end of the response.
+    AfterEnd,
 }
 
-/// The status of each token of each state of a block.
-fn token_statuses(block: &Block) -> Vec<Vec<TokenStatus>> {
+/// The status of each token of each state of a block, in a response of so many tokens.
+fn token_statuses(block: &Block, num_tokens: usize) -> Vec<Vec<TokenStatus>> {
+    let end = num_tokens.saturating_sub(block.start as usize);
     let Some(fixed_point) = block.states.last() else { return Vec::new() };
     let of_state = |state: &Vec<i32>| {
         let mut all_correct = true;
-        let of_token = |(token, final_token): (&i32, &i32)| {
+        let of_token = |(position, (token, final_token)): (usize, (&i32, &i32))| {
+            if position >= end {
+                return TokenStatus::AfterEnd;
+            }
             let is_correct = token == final_token;
             all_correct &= is_correct;
             match (is_correct, all_correct) {
@@ -54,7 +65,7 @@ fn token_statuses(block: &Block) -> Vec<Vec<TokenStatus>> {
                 (false, _) => TokenStatus::Wrong,
             }
         };
-        state.iter().zip(fixed_point).map(of_token).collect()
+        state.iter().zip(fixed_point).enumerate().map(of_token).collect()
     };
     block.states.iter().map(of_state).collect()
 }
@@ -94,16 +105,18 @@ fn load_tokenizer(reader: &Reader, model: Option<&str>) -> Result<Option<Tokeniz
 }
 
 fn find_row(reader: &Reader, arguments: &Arguments) -> Result<Trajectory> {
-    for row in reader.rows() {
+    for (index, row) in reader.rows().enumerate() {
         interrupt::check()?;
         let row = row?;
-        if arguments.sample.as_ref().is_none_or(|sample_id| *sample_id == row.sample_id) {
+        let has_number = arguments.row.is_none_or(|number| number == index + 1);
+        if has_number && arguments.sample.as_ref().is_none_or(|sample_id| *sample_id == row.sample_id) {
             return Ok(row);
         }
     }
-    let message = match &arguments.sample {
-        Some(sample_id) => format!("has no row with the sample_id `{sample_id}`"),
-        None => "has no rows".to_owned(),
+    let message = match (&arguments.sample, arguments.row) {
+        (Some(sample_id), _) => format!("has no row with the sample_id `{sample_id}`"),
+        (None, Some(number)) => format!("has no row {number}: it has {}", count(reader.num_rows(), "row")),
+        (None, None) => "has no rows".to_owned(),
     };
     Err(Error::file(&arguments.data, message))
 }
@@ -112,7 +125,7 @@ fn print_as_json(row: &Trajectory, text: &impl Fn(i32) -> Result<String>) -> Res
     let mut blocks = Vec::new();
     for block in &row.blocks {
         let mut states = Vec::new();
-        for (state, statuses) in block.states.iter().zip(token_statuses(block)) {
+        for (state, statuses) in block.states.iter().zip(token_statuses(block, row.response_ids.len())) {
             let texts = state.iter().map(|&id| text(id)).collect::<Result<Vec<_>>>()?;
             states.push(json!({ "ids": state, "texts": texts, "statuses": statuses }));
         }
@@ -132,13 +145,23 @@ fn print_as_json(row: &Trajectory, text: &impl Fn(i32) -> Result<String>) -> Res
     }))
 }
 
-/// Draws the blocks of a response, one state per line. Without colour, `+` marks early tokens and
-/// `-` wrong ones; an `a` after the state's number marks an augmented state.
+/// Draws the prompt, the reference and the blocks of a response, one state per line. `+` marks early
+/// tokens, `-` wrong ones and `·` those behind the end; an `a` after the state's number marks an
+/// augmented state.
 fn draw(row: &Trajectory, in_colour: bool, text: &impl Fn(i32) -> Result<String>) -> Result<String> {
-    let legend = [(TokenStatus::Final, "final"), (TokenStatus::Early, "early"), (TokenStatus::Wrong, "wrong")]
-        .map(|(status, name)| paint(name, status, in_colour))
-        .join(", ");
-    let mut drawing = format!("{} ({}): {legend}\n", row.sample_id, row.source);
+    let legend = [
+        (TokenStatus::Final, "final"),
+        (TokenStatus::Early, "early"),
+        (TokenStatus::Wrong, "wrong"),
+        (TokenStatus::AfterEnd, "behind the end"),
+    ];
+    let legend = legend.map(|(status, name)| paint(name, status, in_colour)).join(", ");
+    let mut drawing = format!("{} ({})\n\nprompt\n{}\n", row.sample_id, row.source, indent(&row.prompt));
+    if let Some(reference) = &row.reference {
+        let _ = write!(drawing, "\nreference\n{}\n", indent(reference));
+    }
+    let ended = if row.finish_reason == FinishReason::Eos { "ended by EOS" } else { "cut at the length limit" };
+    let _ = write!(drawing, "\n{}, {ended}: {legend}\n", count(row.response_ids.len(), "token"));
     let forced = row.forced_tokens();
     for (block_index, block) in row.blocks.iter().enumerate() {
         if !forced.is_empty() && forced.end == block.start as usize {
@@ -149,7 +172,9 @@ fn draw(row: &Trajectory, in_colour: bool, text: &impl Fn(i32) -> Result<String>
             drawing.push('\n');
         }
         let _ = write!(drawing, "\nblock {block_index}, from token {}\n", block.start);
-        for (state_index, (state, statuses)) in block.states.iter().zip(token_statuses(block)).enumerate() {
+        for (state_index, (state, statuses)) in
+            block.states.iter().zip(token_statuses(block, row.response_ids.len())).enumerate()
+        {
             let is_augmented = row.augmented.as_ref().is_some_and(|flags| flags[block_index][state_index]);
             let _ = write!(drawing, "{state_index:>4}{}", if is_augmented { "a " } else { "  " });
             for (&id, status) in state.iter().zip(statuses) {
@@ -161,15 +186,20 @@ fn draw(row: &Trajectory, in_colour: bool, text: &impl Fn(i32) -> Result<String>
     Ok(drawing.trim_end().to_owned())
 }
 
+/// A token with its mark, which tells the statuses apart where colours do not.
 fn paint(token: &str, status: TokenStatus, in_colour: bool) -> String {
-    match (in_colour, status) {
-        (true, TokenStatus::Final) => format!("\x1b[32m{token}\x1b[0m"),
-        (true, TokenStatus::Early) => format!("\x1b[36m{token}\x1b[0m"),
-        (true, TokenStatus::Wrong) => format!("\x1b[31m{token}\x1b[0m"),
-        (false, TokenStatus::Final) => token.to_owned(),
-        (false, TokenStatus::Early) => format!("+{token}"),
-        (false, TokenStatus::Wrong) => format!("-{token}"),
-    }
+    let (mark, colour) = match status {
+        TokenStatus::Final => ("", "\x1b[32m"),
+        TokenStatus::Early => ("+", "\x1b[36m"),
+        TokenStatus::Wrong => ("-", "\x1b[31m"),
+        TokenStatus::AfterEnd => ("·", "\x1b[2m"),
+    };
+    if in_colour { format!("{colour}{mark}{token}\x1b[0m") } else { format!("{mark}{token}") }
+}
+
+/// A text in lines of its own, without control characters.
+fn indent(text: &str) -> String {
+    text.lines().map(|line| format!("    {}", escape_controls(line))).collect::<Vec<_>>().join("\n")
 }
 
 /// Escapes control characters, so that a token neither breaks the line nor sends the terminal a
@@ -194,7 +224,9 @@ mod tests {
     fn tokens_are_final_early_or_wrong() {
         let block = Block { start: 0, states: vec![vec![1, 9, 3], vec![1, 2, 3]] };
         let expected = [[TokenStatus::Final, TokenStatus::Wrong, TokenStatus::Early], [TokenStatus::Final; 3]];
-        assert_eq!(token_statuses(&block), expected.map(|state| state.to_vec()));
+        assert_eq!(token_statuses(&block, 3), expected.map(|state| state.to_vec()));
+        let cut = token_statuses(&block, 2);
+        assert!(cut.iter().all(|state| state[2] == TokenStatus::AfterEnd), "{cut:?}");
         assert_eq!(escape_controls("a\x1b"), "a\\u{1b}");
     }
 }

@@ -2,9 +2,7 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
-
 fn main() -> ExitCode {
-    let arguments = cllm_data::cli::Arguments::parse();
+    let arguments = cllm_core::program::parse();
     cllm_core::program::main(|| cllm_data::cli::run(arguments))
 }

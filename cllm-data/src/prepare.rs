@@ -83,7 +83,7 @@ impl Arguments {
 pub(crate) fn run(arguments: &Arguments) -> Result<Outcome> {
     expect_other_output(arguments)?;
     let mut samples = load(arguments)?;
-    samples.truncate(arguments.limit.unwrap_or(usize::MAX));
+    prompt_set::apply_limit(&mut samples, arguments.limit, "--limit");
     if arguments.variants > 0 {
         samples.extend(variants(arguments.task, &samples, arguments.variants, arguments.seed)?);
     }
@@ -123,7 +123,7 @@ fn load(arguments: &Arguments) -> Result<Vec<Sample>> {
     let no_data = || Error::usage(format!("{} needs --data: {}", task.name(), task.expected_data()));
     let data = arguments.data.as_deref().ok_or_else(no_data)?;
     if task == Task::Jsonl {
-        return prompt_set::read_with(data, &arguments.read_options()).map(|set| set.samples);
+        return prompt_set::read_with(&task.locate(data), &arguments.read_options()).map(|set| set.samples);
     }
     let samples = task.load(data, split)?;
     if samples.is_empty() {

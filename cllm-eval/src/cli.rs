@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::builder::TypedValueParser;
 use clap::{Args, CommandFactory, Parser, Subcommand};
 use cllm_core::chat_template::RenderSettings;
-use cllm_core::program::{Outcome, SettingsArgs, print, print_completions, print_json};
+use cllm_core::program::{Outcome, SettingsArgs, print, print_completions, print_json, print_settings};
 use cllm_core::task::Task;
 use cllm_core::{Error, Result, atomic_file, progress};
 use serde::Serialize;
@@ -23,7 +23,7 @@ use crate::results::Results;
 use crate::serve::{ServeSettings, serve};
 use crate::suite::{Suite, SuiteSettings, suite};
 use crate::tradeoff::Tradeoff;
-use crate::{doctor, generate, report, run, score, table, tradeoff};
+use crate::{doctor, generate, report, run, score, terminal, tradeoff};
 
 /// Measure what consistency training gained and what it cost.
 #[derive(Debug, Parser)]
@@ -134,7 +134,8 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
-    /// Draw report.html, report.md, report.tex and model-card.md from one or several runs.
+    /// Draw report.html, report.md, report.tex, model-card.md and pictures (tradeoff.svg,
+    /// example.svg) from one or several runs.
     #[command(after_help = "Example:\n  cllm-eval report runs/eval --output runs/report")]
     Report {
         /// results.json files, or the folders that hold them.
@@ -168,8 +169,8 @@ enum Verb {
         'strategies=[{jacobi: {n: 16}}, {rolling: {n: 16, pool: 4}}, {lookahead: {}}]'"
     )]
     Bench(SettingsArgs),
-    /// Answer a prompt autoregressively and by Jacobi decoding, showing tokens as they are
-    /// accepted; without a prompt, chat with both side by side.
+    /// Answer a prompt autoregressively and with drafts, showing tokens as they are accepted; without
+    /// a prompt, chat with both side by side.
     #[command(after_help = "Examples:\n  cllm-eval generate --model runs/student/final --n 16 \\\n    \
         \"Mia fills 3 packs with 5 cards each and sells 2 cards. How many cards does Mia keep?\"\n  \
         cllm-eval generate --model runs/student/final")]
@@ -185,7 +186,14 @@ enum Verb {
         /// System message before the prompt.
         #[arg(long, value_name = "TEXT")]
         system: Option<String>,
-        /// Tokens of a Jacobi block.
+        /// How the second answer is decoded, such as jacobi or '{rolling: {n: 32}}' [default: rolling, or gated with
+        /// adapters for draft tokens].
+        #[arg(long, conflicts_with = "n")]
+        strategy: Option<String>,
+        /// 0 chooses the likeliest token; above 0, tokens are sampled.
+        #[arg(long, value_name = "T", default_value = "0")]
+        temperature: String,
+        /// Tokens of the window.
         #[arg(long, default_value_t = 16, value_parser = clap::value_parser!(u64).range(2..=1024).map(|n| n as usize))]
         n: usize,
         /// Maximum number of tokens of the answer.
@@ -226,9 +234,12 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
-    /// Print every setting of every verb as Markdown: type, default, allowed values, meaning.
-    #[command(after_help = "Example:\n  cllm-eval settings")]
-    Settings,
+    /// Print every setting as Markdown, of all verbs or of one: type, default, allowed values, meaning.
+    #[command(after_help = "Examples:\n  cllm-eval settings\n  cllm-eval settings run")]
+    Settings {
+        /// The verb.
+        verb: Option<String>,
+    },
     /// Print completions for a shell.
     #[command(after_help = "Example:\n  cllm-eval completions bash > cllm-eval.bash")]
     Completions { shell: clap_complete::Shell },
@@ -288,6 +299,8 @@ impl Cli {
                 model,
                 raw,
                 system,
+                strategy,
+                temperature,
                 n,
                 max_new_tokens,
                 eos_ids,
@@ -297,16 +310,29 @@ impl Cli {
                 json,
             } => {
                 let rendering = rendering.load()?;
-                let options =
-                    GenerateOptions { model, raw, system, n, max_new_tokens, eos_ids, device, seed, rendering };
+                let strategy = strategy.map(|text| generate::parse_strategy(&text)).transpose()?;
+                let temperature = generate::parse_temperature(&temperature)?;
+                let options = GenerateOptions {
+                    model,
+                    raw,
+                    system,
+                    strategy,
+                    n,
+                    temperature,
+                    max_new_tokens,
+                    eos_ids,
+                    device,
+                    seed,
+                    rendering,
+                };
                 generate_or_chat(prompt.as_deref(), &options, json, self.quiet)
             }
             Verb::Bench(args) => show(&bench(&args.load::<BenchSettings>()?)?, args.json, summary),
             Verb::Serve(args) => return serve(&args.load()?, args.json),
             Verb::Ls { json } => list(json),
             Verb::Doctor { json } => show(&doctor::examine(), json, Findings::text),
-            Verb::Settings => print(&all_settings()),
-            Verb::Completions { shell } => print_completions(shell, Cli::command()),
+            Verb::Settings { verb } => print_settings(&all_settings(), verb.as_deref()),
+            Verb::Completions { shell } => print_completions(shell, Cli::command(), &all_settings()),
         }?;
         Ok(Outcome::Done)
     }
@@ -318,7 +344,7 @@ fn show<D: Serialize>(document: &D, json: bool, text: impl Fn(&D) -> String) -> 
 }
 
 fn print_results(results: &Results, json: bool) -> Result<()> {
-    show(results, json, table::summarize)
+    show(results, json, terminal::summary)
 }
 
 fn generate_or_chat(prompt: Option<&str>, options: &GenerateOptions, json: bool, quiet: bool) -> Result<()> {
@@ -347,7 +373,7 @@ fn all_settings() -> String {
 }
 
 fn draw_report(results: &[PathBuf], output: Option<&Path>, json: bool) -> Result<()> {
-    let written = report::report(results, output)?;
+    let written = report::report(results, output, &[])?;
     if json {
         return print_json(&json!({ "schema_version": 1, "written": written }));
     }

@@ -120,7 +120,7 @@ impl Default for RunSettings {
             limit: None,
             num_speed_examples: 50,
             concurrency: Vec::new(),
-            strategies: vec![Strategy::Ar, Strategy::Jacobi { n: 16 }],
+            strategies: vec![Strategy::Ar, Strategy::rolling(16)],
             temperature: 0.0,
             max_new_tokens: 256,
             max_thinking_tokens: None,

@@ -30,4 +30,6 @@ pub mod statistics;
 pub mod suite;
 pub mod svg;
 pub mod table;
+pub mod terminal;
 pub mod tradeoff;
+mod words;

@@ -2,10 +2,9 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
 use cllm_eval::cli::Cli;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli: Cli = cllm_core::program::parse();
     cllm_core::program::main(|| cli.execute())
 }

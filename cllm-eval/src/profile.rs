@@ -11,7 +11,8 @@ use serde::Serialize;
 
 use crate::records::SCHEMA_VERSION;
 use crate::statistics::ratio;
-use crate::table::{self, format_number};
+use crate::table::format_number;
+use crate::terminal;
 
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Profiles {
@@ -136,17 +137,17 @@ impl Profiles {
             "n",
             "blocks of",
             "blocks",
-            "fast-forwarded/iteration",
-            "beyond one/block",
-            "stationary/block",
-            "iterations/block",
-            "tokens/forward",
+            "fast-forwarded/\niteration",
+            "beyond one/\nblock",
+            "stationary/\nblock",
+            "iterations/\nblock",
+            "tokens/\nforward",
         ];
-        let table = table::render(&HEADS, 3, self.sets.iter().flat_map(SetProfile::rows));
-        table
-            + "fast-forwarded: tokens that an iteration adds to the correct prefix, at least one (CLLM, table 3); stationary: \
+        let table = terminal::table(&HEADS, 3, self.sets.iter().flat_map(SetProfile::rows));
+        let meaning = "fast-forwarded: tokens that an iteration adds to the correct prefix, at least one (CLLM, table 3); stationary: \
                tokens that are correct while a token before them is wrong, and stay correct; tokens after the end of an \
-               answer never count\n"
+               answer never count";
+        table + &terminal::wrap(meaning)
     }
 }
 

@@ -9,6 +9,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::ops::Range;
 use std::path::Path;
 
+use cllm_core::chat_template::Date;
 use cllm_core::decode::Strategy;
 use cllm_core::environment::{Hardware, Toolkit};
 use cllm_core::prompt_set::{Prompt, Sample};
@@ -59,6 +60,12 @@ pub struct Header {
     pub set_aside: usize,
     pub hardware: Hardware,
     pub toolkit: Toolkit,
+    /// The day on which the run was started.
+    #[serde(default)]
+    pub started_on: Option<Date>,
+    /// The commit of the toolkit, if it was built for release in a checkout.
+    #[serde(default)]
+    pub commit: Option<String>,
     /// Layers of the sandbox that ran the code of answers. `None` if no code ran.
     #[serde(default)]
     pub sandbox: Option<Vec<String>>,

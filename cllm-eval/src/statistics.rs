@@ -7,6 +7,9 @@ use rayon::prelude::*;
 /// Standard normal quantile of a two-sided 95 % interval.
 const Z95: f64 = 1.959_963_984_540_054;
 
+/// A difference is significant if its p value is below this.
+pub const SIGNIFICANCE_LEVEL: f64 = 0.05;
+
 /// Number of resamples of a bootstrap.
 pub const NUM_RESAMPLES: usize = 10_000;
 const BOOTSTRAP_SEED: u64 = 0;

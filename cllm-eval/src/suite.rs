@@ -8,7 +8,6 @@ use cllm_core::program::catch_panics;
 use cllm_core::progress::count;
 use cllm_core::task::Task;
 use cllm_core::{Error, Result, output_folder, progress, settings};
-use comfy_table::{Table, presets};
 use garde::Validate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -16,7 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::{RunSettings, valid_strategies};
 use crate::records::SCHEMA_VERSION;
 use crate::results::Results;
-use crate::table::{HEADS, break_head, cells, format_perplexity, notes};
+use crate::terminal::{self, wrap};
 use crate::{report, run};
 
 /// Settings of a suite. Every other setting has the default of `run`.
@@ -148,7 +147,9 @@ pub fn suite(settings: &SuiteSettings) -> Result<Suite> {
         }
         benchmarks.push(Entry { name: task.name(), outcome });
     }
-    let report = if folders.is_empty() { Vec::new() } else { report::report(&folders, Some(&settings.output))? };
+    let remarks: Vec<String> = benchmarks.iter().filter_map(Entry::remark).collect();
+    let report =
+        if folders.is_empty() { Vec::new() } else { report::report(&folders, Some(&settings.output), &remarks)? };
     Ok(Suite { schema_version: SCHEMA_VERSION, benchmarks, report })
 }
 
@@ -221,21 +222,7 @@ fn find_data(task: Task, data: &Path) -> Option<PathBuf> {
         let files = ["jsonl", "parquet", "txt"].map(|extension| data.join(format!("{name}.{extension}")));
         [data.join(name)].into_iter().chain(files).find(|path| path.exists())
     };
-    let path = names.into_iter().find_map(find)?;
-    // The data of these benchmarks is a single file, whatever its name.
-    let is_one_file = matches!(task, Task::Jsonl | Task::Mbpp | Task::Humaneval);
-    Some(if is_one_file { only_file(&path).unwrap_or(path) } else { path })
-}
-
-/// Finds the file of rows in a folder, if there is exactly one.
-fn only_file(folder: &Path) -> Option<PathBuf> {
-    let has_rows = |path: &PathBuf| {
-        path.extension()
-            .is_some_and(|extension| ["jsonl", "json", "parquet", "gz"].iter().any(|known| extension == *known))
-    };
-    let mut files = std::fs::read_dir(folder).ok()?.flatten().map(|entry| entry.path()).filter(has_rows);
-    let first = files.next()?;
-    files.next().is_none().then_some(first)
+    names.into_iter().find_map(find)
 }
 
 impl Suite {
@@ -244,52 +231,31 @@ impl Suite {
         self.benchmarks.iter().any(|entry| matches!(entry.outcome, BenchmarkOutcome::Failed { .. }))
     }
 
-    /// A row for every benchmark, then its notes or the reason why it has no figures.
+    /// A block for every benchmark: its figures and notes, or the reason why it has none.
     pub fn text(&self) -> String {
-        let mut table = Table::new();
-        table.load_style(presets::UTF8_FULL);
-        table.set_header(std::iter::once("benchmark").chain(HEADS).map(break_head));
-        table.add_rows(self.benchmarks.iter().map(Entry::row));
-        let notes: String = self.benchmarks.iter().flat_map(Entry::notes).collect();
-        format!("{table}\n{notes}")
+        self.benchmarks.iter().map(Entry::text).collect()
     }
 }
 
 impl Entry {
-    /// One row, whose cells have a line for each model and strategy.
-    fn row(&self) -> Vec<String> {
-        let mut columns = vec![Vec::new(); HEADS.len()];
-        let mut add_line = |line: Vec<String>| {
-            columns.iter_mut().zip(line).for_each(|(column, cell)| column.push(cell));
-        };
-        let state = match &self.outcome {
-            BenchmarkOutcome::Done { results } => {
-                for model in &results.models {
-                    let role = model.model.role.to_string();
-                    if let Some(perplexity) = &model.perplexity {
-                        add_line(vec![role.clone(), String::new(), format_perplexity(perplexity)]);
-                    }
-                    for figures in &model.strategies {
-                        add_line([vec![role.clone(), figures.label.clone()], cells(figures)].concat());
-                    }
-                }
-                count(results.examples, "example")
-            }
-            BenchmarkOutcome::Skipped { .. } => "skipped".to_owned(),
-            BenchmarkOutcome::Failed { .. } => "failed".to_owned(),
-        };
-        let cells = columns.into_iter().map(|column| column.join("\n"));
-        std::iter::once(format!("{}\n{state}", self.name)).chain(cells).collect()
+    /// Why the benchmark has no results; `None` if it has.
+    fn remark(&self) -> Option<String> {
+        let name = self.name;
+        match &self.outcome {
+            BenchmarkOutcome::Done { .. } => None,
+            BenchmarkOutcome::Skipped { reason } => Some(format!("{name}: skipped: {reason}")),
+            BenchmarkOutcome::Failed { reason } => Some(format!("{name}: failed: {reason}")),
+        }
     }
 
-    fn notes(&self) -> Vec<String> {
+    fn text(&self) -> String {
         let name = self.name;
         match &self.outcome {
             BenchmarkOutcome::Done { results } => {
-                notes(results).into_iter().map(|note| format!("{name}: {note}\n")).collect()
+                let heading = format!("{name}: {}\n", count(results.examples, "example"));
+                format!("{heading}{}{}\n", terminal::strategies(results), terminal::details(results))
             }
-            BenchmarkOutcome::Skipped { reason } => vec![format!("{name}: skipped: {reason}\n")],
-            BenchmarkOutcome::Failed { reason } => vec![format!("{name}: failed: {reason}\n")],
+            _ => self.remark().map_or_else(String::new, |remark| wrap(&remark)),
         }
     }
 }

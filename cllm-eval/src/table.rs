@@ -1,31 +1,33 @@
-//! Formats the figures of a run as cells, sentences and the table that the terminal shows. Reports
-//! use the same ones.
+//! Formats the figures of a run as cells and sentences, for reports and for the terminal.
+
+use std::collections::BTreeMap;
 
 use cllm_core::progress::count;
 use cllm_core::task::Task;
-use comfy_table::{CellAlignment, Table, presets};
 
 use crate::perplexity::Perplexity;
-use crate::results::{
-    Accuracy, AlternativeAccuracy, ModelResults, PairedDifference, Results, StrategyResults, Throughput,
-};
+use crate::results::{Accuracy, AlternativeAccuracy, PairedDifference, Results, StrategyResults, Throughput};
 use crate::role::Role;
 use crate::similarity::Similarity;
 use crate::spider_difficulty::Difficulty;
 
 /// Column heads of a run's table. The first two columns name the row.
-pub const HEADS: [&str; 10] = [
+const HEADS: [&str; 10] = [
     "model",
     "strategy",
     "accuracy (95 %)",
-    "unfinished",
+    "speed-up over teacher AR (95 %)",
     "tokens/forward",
-    "tokens/forward, finished answers",
     "tokens/s",
-    "speed-up over teacher AR",
-    "speed-up over student AR",
+    "unfinished",
+    "tokens/forward, finished answers",
+    "speed-up over student AR (95 %)",
     "same tokens as AR",
 ];
+
+/// Columns of speed-ups in [`HEADS`]: over the teacher, and over the model itself.
+const SPEEDUP: usize = 3;
+const OWN_SPEEDUP: usize = 8;
 
 /// Column heads of the table of continuous batching.
 pub const CONCURRENCY_HEADS: [&str; 11] = [
@@ -42,12 +44,39 @@ pub const CONCURRENCY_HEADS: [&str; 11] = [
     "speed-up over teacher AR with prefill",
 ];
 
-/// The rows of a model, one for each strategy.
-pub fn rows(model: &ModelResults) -> impl Iterator<Item = Vec<String>> {
-    model.strategies.iter().map(|figures| {
-        let names = [model.model.role.to_string(), figures.label.clone()];
+/// The heads and rows of a run's table, one row for each model and strategy, without columns that
+/// have nothing.
+pub fn columns(results: &Results) -> (Vec<&'static str>, Vec<Vec<String>>) {
+    let row = |(role, figures): (Role, &StrategyResults)| {
+        let names = [role.to_string(), figures.label.clone()];
         names.into_iter().chain(cells(figures)).collect()
-    })
+    };
+    let rows: Vec<Vec<String>> = results.strategies().map(row).collect();
+    let mut kept: Vec<usize> = (0..HEADS.len()).filter(|&column| rows.iter().any(|row| row[column] != "-")).collect();
+    // Without a teacher, the speed-up over the model's own decoding is what decides.
+    if let Some(at) = kept.iter().position(|&column| column == OWN_SPEEDUP).filter(|_| !kept.contains(&SPEEDUP)) {
+        let own = kept.remove(at);
+        kept.insert(SPEEDUP.min(kept.len()), own);
+    }
+    let heads = kept.iter().map(|&column| HEADS[column]).collect();
+    (heads, rows.into_iter().map(|row| kept.iter().map(|&column| row[column].clone()).collect()).collect())
+}
+
+/// Heads and rows of the table of accuracy by difficulty; no rows where that is not known.
+pub fn difficulties(results: &Results) -> (Vec<String>, Vec<Vec<String>>) {
+    let known =
+        || results.strategies().filter_map(|(role, figures)| Some((role, figures, figures.by_difficulty.as_ref()?)));
+    let mut classes: Vec<Difficulty> = known().flat_map(|(_, _, classes)| classes.keys().copied()).collect();
+    classes.sort_unstable();
+    classes.dedup();
+    let heads = ["model", "strategy"].map(str::to_owned).into_iter().chain(classes.iter().map(ToString::to_string));
+    let row = |(role, figures, accuracies): (Role, &StrategyResults, &BTreeMap<Difficulty, Accuracy>)| {
+        let cell = |class| accuracies.get(class).map_or_else(|| "-".to_owned(), difficulty_text);
+        [role.to_string(), figures.label.clone()].into_iter().chain(classes.iter().map(cell)).collect()
+    };
+    // Without a scored answer there is no class.
+    let rows = if classes.is_empty() { Vec::new() } else { known().map(row).collect() };
+    (heads.collect(), rows)
 }
 
 /// The cells of a row after its names.
@@ -59,11 +88,11 @@ pub fn cells(figures: &StrategyResults) -> Vec<String> {
     };
     vec![
         score,
-        format!("{} of {}", figures.unfinished, figures.examples),
-        format_number(figures.tokens_per_forward, 2, ""),
-        format_number(figures.tokens_per_forward_finished, 2, ""),
-        format_number(figures.tokens_per_second, 1, ""),
         format_speedup(figures.speedup_vs_teacher_ar, figures.speedup_vs_teacher_ar_ci95),
+        format_number(figures.tokens_per_forward, 2, ""),
+        format_number(figures.tokens_per_second, 1, ""),
+        format!("{} of {}", figures.unfinished, figures.examples),
+        format_number(figures.tokens_per_forward_finished, 2, ""),
         format_speedup(figures.speedup_vs_student_ar, figures.speedup_vs_student_ar_ci95),
         format_percent(figures.exact_match_vs_ar),
     ]
@@ -156,7 +185,7 @@ pub fn describe(results: &Results) -> String {
     format!("{examples}, {}, answered in batches for accuracy; {speed}.", results.sampling())
 }
 
-/// The lines below a run's table: rows of the prompt set that are missing, perplexity, accuracy by another rule and by difficulty, thoughts
+/// The lines below a run's table: rows of the prompt set that are missing, perplexity, accuracy by another rule, thoughts
 /// closed at their limit, and the student against the teacher.
 pub fn notes(results: &Results) -> Vec<String> {
     let perplexities = results.models.iter().filter_map(|model| {
@@ -164,16 +193,6 @@ pub fn notes(results: &Results) -> Vec<String> {
         let (tokens, windows) = (count(perplexity.tokens, "token"), count(perplexity.windows, "window"));
         let (role, value) = (model.model.role, format_perplexity(perplexity));
         Some(format!("{role}: {value}, {:.4} nats per token, {tokens} in {windows}", perplexity.nll))
-    });
-    let difficulties = results.strategies().filter_map(|(role, figures)| {
-        let classes = figures.by_difficulty.as_ref()?.iter();
-        let classes: Vec<String> = classes.map(|(class, accuracy)| difficulty_text(*class, accuracy)).collect();
-        // Without a scored answer there is no class.
-        (!classes.is_empty()).then(|| format!("{role} {} by difficulty: {}", figures.label, classes.join(", ")))
-    });
-    let alternatives = results.strategies().filter_map(|(role, figures)| {
-        let alternative = alternative_text(figures.alternative.as_ref()?);
-        Some(format!("{role} {}: {alternative}", figures.label))
     });
     let thoughts = results
         .strategies()
@@ -183,18 +202,24 @@ pub fn notes(results: &Results) -> Vec<String> {
     set_aside
         .into_iter()
         .chain(perplexities)
-        .chain(alternatives)
+        .chain(alternatives_text(results))
         .chain(thoughts)
-        .chain(difficulties)
-        .chain(results.paired.iter().map(paired_text))
+        .chain(results.paired.iter().filter(|pair| pair.examples > 0).map(paired_text))
         .collect()
 }
 
-/// Says which of a benchmark's two rules the table shows, and the accuracy by the other one.
-fn alternative_text(alternative: &AlternativeAccuracy) -> String {
-    let AlternativeAccuracy { metric, figures } = alternative;
-    let accuracy = format_accuracy(figures.accuracy, figures.ci95);
-    format!("accuracy is {}; {}: {accuracy}", metric.counterpart().description(), metric.description())
+/// Says which of a benchmark's two rules the table shows, and the accuracies by the other one.
+fn alternatives_text(results: &Results) -> Option<String> {
+    let alternatives = || {
+        results.strategies().filter_map(|(role, figures)| Some((role, &figures.label, figures.alternative.as_ref()?)))
+    };
+    let metric = alternatives().next()?.2.metric;
+    let accuracy = |(role, label, alternative): (Role, &String, &AlternativeAccuracy)| {
+        format!("{role} {label} {}", format_accuracy(alternative.figures.accuracy, alternative.figures.ci95))
+    };
+    let accuracies: Vec<String> = alternatives().map(accuracy).collect();
+    let (shown, other) = (metric.counterpart().description(), metric.description());
+    Some(format!("accuracy is {shown}; {other}: {}", accuracies.join(", ")))
 }
 
 /// How the thoughts of the answers ended. `None` if that says nothing.
@@ -210,8 +235,8 @@ fn thoughts_text(figures: &StrategyResults) -> Option<String> {
     (!parts.is_empty()).then(|| parts.join(", "))
 }
 
-fn difficulty_text(class: Difficulty, accuracy: &Accuracy) -> String {
-    format!("{class} {} of {}", format_percent(accuracy.accuracy), accuracy.scored)
+fn difficulty_text(accuracy: &Accuracy) -> String {
+    format!("{} of {}", format_percent(accuracy.accuracy), accuracy.scored)
 }
 
 fn paired_text(pairs: &PairedDifference) -> String {
@@ -225,55 +250,9 @@ fn paired_text(pairs: &PairedDifference) -> String {
     )
 }
 
-/// The summary of a run.
-pub fn summarize(results: &Results) -> String {
-    let rows: Vec<Vec<String>> = results.models.iter().flat_map(rows).collect();
-    let table = if rows.is_empty() { String::new() } else { render(&HEADS, 2, rows) };
-    let notes: String = notes(results).into_iter().map(|note| note + "\n").collect();
-    let batches = concurrency_rows(results);
-    let batches = match batches.is_empty() {
-        true => String::new(),
-        false => format!("{}{CONCURRENCY_NOTE}\n", render(&CONCURRENCY_HEADS, 2, batches)),
-    };
-    format!("{table}{}\n{}\n{notes}{batches}", describe(results), results.hardware.summary())
-}
-
-/// Formats a table for the terminal. The first `num_names` columns name the row; the others are
-/// aligned to the right.
-pub fn render(heads: &[&str], num_names: usize, rows: impl IntoIterator<Item = Vec<String>>) -> String {
-    let mut table = Table::new();
-    table.load_style(presets::UTF8_FULL_CONDENSED);
-    table.set_header(heads.iter().map(|head| break_head(head)));
-    table.add_rows(rows);
-    for index in num_names..heads.len() {
-        if let Some(column) = table.column_mut(index) {
-            column.set_cell_alignment(CellAlignment::Right);
-        }
-    }
-    format!("{table}\n")
-}
-
-/// Breaks a long column head into two lines, so that the column stays narrow.
-pub fn break_head(head: &str) -> String {
-    const MAX_HEAD_CHARS: usize = 15;
-    let middle = head.len() / 2;
-    let spaces = head.char_indices().filter(|&(_, c)| c == ' ').map(|(at, _)| at);
-    match spaces.min_by_key(|at| at.abs_diff(middle)) {
-        Some(at) if head.len() > MAX_HEAD_CHARS => format!("{}\n{}", &head[..at], &head[at + 1..]),
-        _ => head.to_owned(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn long_heads_have_two_lines() {
-        assert_eq!(break_head("accuracy (95 %)"), "accuracy (95 %)");
-        assert_eq!(break_head("speed-up over teacher AR"), "speed-up over\nteacher AR");
-        assert_eq!(break_head("tokens/forward, finished answers"), "tokens/forward,\nfinished answers");
-    }
 
     #[test]
     fn differences_have_a_sign() {

@@ -14,7 +14,8 @@ use crate::records::{ModelEntry, SCHEMA_VERSION};
 use crate::results::{ModelResults, Results, StrategyResults};
 use crate::role::Role;
 use crate::statistics::ratio;
-use crate::table::{self, format_accuracy, format_number};
+use crate::table::{format_number, format_percent};
+use crate::terminal::{self, stacked, wrap};
 
 /// How strongly AUP penalizes a loss of accuracy.
 const ALPHA: f64 = 3.0;
@@ -119,27 +120,26 @@ fn expect_comparable(first: &Results, other: &Results) -> std::result::Result<()
 }
 
 impl Tradeoff {
-    /// Formats a table of the points, then the area under each curve.
+    /// Formats a table of the points and the area under the curve for each checkpoint.
     pub fn text(&self) -> String {
-        const HEADS: [&str; 8] =
-            ["checkpoint", "", "strategy", "accuracy (95 %)", "tokens/forward", "tokens/s", "speed-up", "Pareto front"];
-        let rows = self.points.iter().map(|point| {
+        const HEADS: [&str; 6] = ["strategy", "accuracy", "tokens/\nforward", "tokens/s", "speed-up", "Pareto\nfront"];
+        let row = |point: &Point| {
             vec![
-                point.checkpoint.clone(),
-                point.role.to_string(),
                 point.strategy.clone(),
-                format_accuracy(Some(point.accuracy), point.ci95),
+                stacked(format_percent(Some(point.accuracy)), point.ci95, |end| format!("{:.1}", 100.0 * end)),
                 format_number(Some(point.tokens_per_forward), 2, ""),
                 format_number(point.tokens_per_second, 1, ""),
                 format_number(point.speedup, 2, "x"),
                 if point.on_front { "*" } else { "" }.to_owned(),
             ]
-        });
-        let mut text = table::render(&HEADS, 3, rows);
-        text += &format!("{} of {} / {}\n", count(self.examples, "example"), self.benchmark.name(), self.split);
+        };
+        let mut text = format!("{} of {} / {}\n", count(self.examples, "example"), self.benchmark.name(), self.split);
         text += &self.baseline.as_ref().map_or_else(String::new, Baseline::text);
-        for Aup { checkpoint, aup, points, .. } in &self.aup {
-            text += &format!("AUP of {checkpoint}: {aup:.1}, over {}\n", count(*points, "point"));
+        let curves = self.points.chunk_by(|a, b| a.fingerprint == b.fingerprint);
+        for (curve, Aup { checkpoint, aup, points, .. }) in curves.zip(&self.aup) {
+            text += &format!("\n{} ({})\n", checkpoint, curve[0].role);
+            text += &terminal::table(&HEADS, 1, curve.iter().map(row));
+            text += &format!("AUP {aup:.1}, over {}\n", count(*points, "point"));
         }
         text
     }
@@ -255,7 +255,7 @@ impl Baseline {
 
     fn text(&self) -> String {
         let speed = self.tokens_per_second.map_or_else(String::new, |speed| format!(" ({speed:.1} tokens/s)"));
-        format!("speed-ups are over autoregressive decoding of {}{speed}\n", self.checkpoint)
+        wrap(&format!("speed-ups are over autoregressive decoding of {}{speed}", self.checkpoint))
     }
 }
 

@@ -482,7 +482,7 @@ mod tests {
         }
 
         fn checkpoints(&self, max_checkpoints: usize) -> Checkpoints {
-            let settings = Settings { output: self.0.path().to_owned(), max_checkpoints, ..Settings::default() };
+            let settings = Settings { output: self.0.path().to_owned(), max_checkpoints, ..Settings::plain() };
             Checkpoints::new(&settings, Path::new(""))
         }
 

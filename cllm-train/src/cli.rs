@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use clap::builder::RangedU64ValueParser;
 use clap::{CommandFactory, Parser, Subcommand};
-use cllm_core::program::{Outcome, SettingsArgs, print, print_completions, print_json};
+use cllm_core::program::{Outcome, SettingsArgs, print, print_completions, print_json, print_settings};
 use cllm_core::settings::{reference, to_yaml};
-use cllm_core::{Result, progress, prompt_set, text_file};
+use cllm_core::{Result, device, progress, prompt_set, text_file};
 use serde_json::json;
 
 use crate::bench::{self, BenchSettings};
@@ -15,7 +15,7 @@ use crate::random_model::{self, RandomModelSettings};
 use crate::rounds::{self, RoundsSettings};
 use crate::settings::Settings;
 use crate::summary::SUMMARY_FILE;
-use crate::{gguf, plan, processes, prune, tokenizer_training, trainer};
+use crate::{gguf, plan, processes, prune, template, tokenizer_training, trainer};
 
 /// Maximum number of ids, because training a tokenizer reserves memory for all of them.
 const MAX_VOCAB_SIZE: u64 = 10_000_000;
@@ -113,9 +113,21 @@ enum Verb {
         /// Folder to write; it must not exist yet.
         folder: PathBuf,
     },
-    /// Print every setting of every verb as Markdown: type, default, allowed values, meaning.
-    #[command(after_help = "Example:\n  cllm-train settings")]
-    Settings,
+    /// Print a settings file with comments, to begin with: every setting at its default, or a recipe.
+    #[command(
+        after_help = "Examples:\n  cllm-train template > run.yaml\n  cllm-train template spider-rounds > rounds.yaml"
+    )]
+    Template {
+        /// The name of a file in configs/, without its ending.
+        #[arg(default_value = "run")]
+        recipe: String,
+    },
+    /// Print every setting as Markdown, of all verbs or of one: type, default, allowed values, meaning.
+    #[command(after_help = "Examples:\n  cllm-train settings\n  cllm-train settings rounds")]
+    Settings {
+        /// The verb.
+        verb: Option<String>,
+    },
     /// Print completions for a shell.
     #[command(after_help = "Example:\n  cllm-train completions bash > cllm-train.bash")]
     Completions { shell: clap_complete::Shell },
@@ -145,6 +157,7 @@ impl Cli {
             }
             Verb::Validate(args) => {
                 let settings = load(&args)?;
+                device::check_name(&settings.device)?;
                 if args.json {
                     print_json(&json!({ "schema_version": 1, "settings": settings }))?;
                 } else {
@@ -164,8 +177,9 @@ impl Cli {
                 gguf::convert(&gguf, &folder)?;
                 progress::log(format!("the model is in {}", folder.display()));
             }
-            Verb::Settings => print(&settings_reference())?,
-            Verb::Completions { shell } => print_completions(shell, Cli::command())?,
+            Verb::Template { recipe } => print(&template::recipe(&recipe)?)?,
+            Verb::Settings { verb } => print_settings(&settings_reference(), verb.as_deref())?,
+            Verb::Completions { shell } => print_completions(shell, Cli::command(), &settings_reference())?,
         }
         Ok(Outcome::Done)
     }

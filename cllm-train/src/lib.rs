@@ -28,6 +28,7 @@ mod run_folder;
 pub mod settings;
 mod step;
 mod summary;
+mod template;
 pub mod tensorboard;
 pub mod tokenizer_training;
 mod train_state;

@@ -289,7 +289,7 @@ mod tests {
 
     #[test]
     fn steps_need_what_is_planned() {
-        let settings = Settings { max_batch_tokens: 2048, ..Settings::default() };
+        let settings = Settings { max_batch_tokens: 2048, ..Settings::plain() };
         let all_checkpointed = Settings { checkpointed_layers: 4, ..settings.clone() };
         let adapters = Settings { lora: Some(LoraConfig::default()), ..settings.clone() };
         let mut on_drafts = adapters.clone();
@@ -360,7 +360,7 @@ mod tests {
         let config = ModelConfig::from_json(&ModelShape::Qwen3_8B.json()).unwrap();
         let examples = examples(1);
         let static_bytes = |accumulation: usize| {
-            let settings = Settings { accumulation, ..Settings::default() };
+            let settings = Settings { accumulation, ..Settings::plain() };
             let StaticBytes { weights, gradients, optimizer, .. } = StaticBytes::new(&Workload {
                 config: &config,
                 kind: Kind::BFloat16,
@@ -387,7 +387,7 @@ mod tests {
         #[ignore = "needs a GPU: scripts/test --gpu"]
         fn steps_on_a_gpu_need_what_is_planned() {
             let device = gpu::gpu();
-            let settings = Settings { max_batch_tokens: 8192, ..Settings::default() };
+            let settings = Settings { max_batch_tokens: 8192, ..Settings::plain() };
             let checkpointed = Settings { checkpointed_layers: 99, ..settings.clone() };
             let mut bf16_state = checkpointed.clone();
             bf16_state.optimizer.state_dtype = StateDtype::Bfloat16;

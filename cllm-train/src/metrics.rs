@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use cllm_core::{Error, Result, atomic_file};
+use cllm_core::{Error, Result, atomic_file, output_folder, text_file};
 use serde::Serialize;
 use serde_json::{Map, Value};
 
@@ -78,6 +78,8 @@ impl MetricsLog {
         atomic_file::write(&path, text.as_bytes())?;
         let file = std::fs::OpenOptions::new().append(true).open(&path).map_err(Error::write(&path))?;
         let mut events = EventFile::create(&run.join("tensorboard"))?;
+        let settings = text_file::read(&run.join(output_folder::CONFIG))?;
+        events.write_text("settings", &settings)?;
         for line in &kept {
             write_events(&mut events, line)?;
         }
@@ -138,7 +140,15 @@ fn is_step(line: &Value) -> bool {
 
 fn write_events(events: &mut EventFile, line: &Value) -> Result<()> {
     let numbers = line.as_object().into_iter().flatten().filter(|(name, _)| *name != "step");
-    let values: Vec<(&str, f32)> =
-        numbers.filter_map(|(name, value)| Some((name.as_str(), value.as_f64()? as f32))).collect();
+    let values: Vec<(String, f32)> =
+        numbers.filter_map(|(name, value)| Some((tag(name), value.as_f64()? as f32))).collect();
     events.write(line["step"].as_i64().unwrap_or(0), &values)
+}
+
+/// The tag of a metric in TensorBoard, which shows those before a slash as a group.
+fn tag(name: &str) -> String {
+    match name.strip_prefix("validation_") {
+        Some(rest) => format!("validation/{rest}"),
+        None => format!("train/{name}"),
+    }
 }

@@ -222,9 +222,9 @@ mod tests {
         let optimizer = OptimizerSettings {
             state_dtype: StateDtype::Bfloat16,
             ema_decay: Some(0.9),
-            ..OptimizerSettings::default()
+            ..Settings::plain().optimizer
         };
-        let settings = Settings { optimizer, ..Settings::default() };
+        let settings = Settings { optimizer, ..Settings::plain() };
         let state = OptimizerState::new(&model, &settings, Rc::new(ProcessGroup::single())).unwrap();
         tch::manual_seed(seed as i64);
         for (_, shard) in state.shards() {

@@ -177,7 +177,7 @@ mod tests {
             fingerprint.add_contents("the data set runs/clean", data.to_owned());
             fingerprint
         };
-        let mut settings = Settings::default();
+        let mut settings = Settings::plain();
         let then = fingerprint(&settings, "a");
         settings.log_every = 99;
         assert_eq!(then.difference("was started", &fingerprint(&settings, "a")), None);
@@ -185,10 +185,10 @@ mod tests {
         assert_eq!(message, "was started from another version of the data set runs/clean");
         settings.optimizer.lr = 0.5;
         let message = then.difference("was started", &fingerprint(&settings, "b")).unwrap();
-        assert_eq!(message, "was started with optimizer.lr=0.0003; this command says 0.5");
+        assert_eq!(message, "was started with optimizer.lr=0.0001; this command says 0.5");
         let message = then.difference_of_process(3, &fingerprint(&settings, "b")).unwrap();
         assert!(
-            message.starts_with("processes 0 and 3 have different settings: optimizer.lr=0.0003 and optimizer.lr=0.5;")
+            message.starts_with("processes 0 and 3 have different settings: optimizer.lr=0.0001 and optimizer.lr=0.5;")
         );
     }
 
@@ -196,7 +196,7 @@ mod tests {
     fn a_section_that_one_command_lacks_is_named_as_a_whole() {
         let fingerprint = |lora: Option<LoraConfig>| {
             let mut fingerprint = RunFingerprint::default();
-            fingerprint.add_settings(&Settings { lora, ..Settings::default() }, &FREE_SETTINGS).unwrap();
+            fingerprint.add_settings(&Settings { lora, ..Settings::plain() }, &FREE_SETTINGS).unwrap();
             fingerprint
         };
         let (with, without) = (fingerprint(Some(LoraConfig::default())), fingerprint(None));

@@ -43,7 +43,7 @@ impl EventFile {
     ///
     /// # Errors
     /// File-system errors.
-    pub fn write(&mut self, step: i64, values: &[(&str, f32)]) -> Result<()> {
+    pub fn write(&mut self, step: i64, values: &[(String, f32)]) -> Result<()> {
         let mut summary = Vec::new();
         for (tag, value) in values {
             let mut message = Vec::new();
@@ -55,6 +55,30 @@ impl EventFile {
         let mut event = new_event();
         event.push(2 << 3);
         push_varint(&mut event, step as u64);
+        push_bytes(&mut event, 5, &summary);
+        self.write_record(&event)
+    }
+
+    /// Writes a text, which TensorBoard shows as preformatted Markdown in its tab of texts.
+    ///
+    /// # Errors
+    /// File-system errors.
+    pub fn write_text(&mut self, tag: &str, text: &str) -> Result<()> {
+        // Lines that are indented by four blanks are code in Markdown.
+        let text: String = text.lines().map(|line| format!("    {line}\n")).collect();
+        let (mut plugin, mut metadata, mut tensor, mut value) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        push_bytes(&mut plugin, 1, b"text");
+        push_bytes(&mut metadata, 1, &plugin);
+        // The type is that of strings, the shape is empty.
+        tensor.extend([1 << 3, 7]);
+        push_bytes(&mut tensor, 2, &[]);
+        push_bytes(&mut tensor, 8, text.as_bytes());
+        push_bytes(&mut value, 1, tag.as_bytes());
+        push_bytes(&mut value, 8, &tensor);
+        push_bytes(&mut value, 9, &metadata);
+        let mut summary = Vec::new();
+        push_bytes(&mut summary, 1, &value);
+        let mut event = new_event();
         push_bytes(&mut event, 5, &summary);
         self.write_record(&event)
     }
@@ -106,7 +130,7 @@ mod tests {
     fn records_are_framed_as_tensorboard_expects() {
         let dir = std::env::temp_dir().join(format!("cllm-events-{}", std::process::id()));
         let mut events = EventFile::create(&dir).unwrap();
-        events.write(300, &[("loss", 1.5)]).unwrap();
+        events.write(300, &[("loss".to_owned(), 1.5)]).unwrap();
         let data = std::fs::read(&events.path).unwrap();
         std::fs::remove_dir_all(&dir).unwrap();
         let mut rest = data.as_slice();

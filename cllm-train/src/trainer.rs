@@ -13,7 +13,7 @@ use cllm_core::cuda::libtorch;
 use cllm_core::distributed::ProcessGroup;
 use cllm_core::interrupt::SIGTERM;
 use cllm_core::progress::{Progress, count};
-use cllm_core::{Error, Result, interrupt, output_folder, progress};
+use cllm_core::{Error, Result, checkpoint, interrupt, output_folder, progress};
 use tch::Tensor;
 
 use crate::checkpoint::{Checkpoints, Purpose};
@@ -28,7 +28,7 @@ use crate::optimizer::{OptimizerState, learning_rate};
 use crate::plan::refuse_what_cannot_fit;
 use crate::processes;
 use crate::run_fingerprint::RunFingerprint;
-use crate::run_folder::{FINAL, remove_state_of_run};
+use crate::run_folder::{BEST, FINAL, checkpoints_folder, remove_state_of_run};
 use crate::settings::Settings;
 use crate::step::{StepOutput, train_step};
 use crate::summary::Summary;
@@ -100,6 +100,10 @@ pub fn run_on(mut settings: Settings, today: Date) -> Result<()> {
     let fingerprint = fingerprint()?;
     processes::refuse_differences(&fingerprint, (device, &group))?;
     checkpoints.check_newest(&fingerprint)?;
+    if settings.model.is_some() {
+        // Before memory is asked for, which a model without weights does not need.
+        checkpoint::find_weights(&checkpoint::base_folder(&tokenizer_folder)?, &config)?;
+    }
     let probe = validator.as_ref().and_then(Validator::probe_size);
     refuse_what_cannot_fit(&settings, (device, &group), &config, &examples, probe, &tokenizer_folder)?;
     let models = Models::load(&settings, &tokenizer, &tokenizer_folder, device)?;
@@ -295,7 +299,16 @@ impl Trainer<'_> {
         if let Some(signal) = signal {
             return self.interrupted(signal);
         }
-        Ok(self.state.validation.record(step, generation, &self.settings.validation))
+        let is_new_best = self.state.validation.record(step, generation, &self.settings.validation);
+        if let Some(metrics) = generation.filter(|_| self.group.is_main()) {
+            let note = match is_new_best {
+                _ if step == 0 => " (the initial model)",
+                true => ", best so far",
+                false => "",
+            };
+            progress::log(format!("step {step}: {}{note}", metrics.text()));
+        }
+        Ok(is_new_best)
     }
 
     /// Waits for the device and measures the step.
@@ -418,5 +431,10 @@ impl Trainer<'_> {
         };
         let (steps, seconds) = (count(self.state.step, "step"), self.state.seconds);
         progress::log(format!("{steps}{early} in {seconds:.0} s; the model is in {}", model.display()));
+        if let Some(best) = self.state.validation.best {
+            let (step, speed) = (best.step, best.tokens_per_forward_finished);
+            let folder = checkpoints_folder(&self.settings.output).join(BEST);
+            progress::log(format!("best after step {step}: {speed:.2} tokens/forward, in {}", folder.display()));
+        }
     }
 }

@@ -17,6 +17,7 @@ pub(super) const ADAPTER_CONFIG_FILE: &str = "adapter_config.json";
 pub fn locate(model: &str) -> Result<PathBuf> {
     let folder = PathBuf::from(model);
     if folder.is_dir() {
+        refuse_run(&folder)?;
         return Ok(folder);
     }
     let is_id = model.split('/').count() == 2 && !model.starts_with(['.', '/']);
@@ -27,6 +28,26 @@ pub fn locate(model: &str) -> Result<PathBuf> {
     match find_snapshot(&cache, model) {
         Some(snapshot) => Ok(snapshot),
         None => download(model, &cache),
+    }
+}
+
+/// Refuses the folder of a training run, whose model is in a folder of it.
+fn refuse_run(folder: &Path) -> Result<()> {
+    let is_model = |folder: &Path| folder.join("config.json").exists() || is_adapter(folder);
+    if is_model(folder) {
+        return Ok(());
+    }
+    match ["final", "checkpoints/best", "checkpoints/latest"]
+        .map(|name| folder.join(name))
+        .iter()
+        .find(|path| is_model(path))
+    {
+        Some(model) => {
+            let (run, model) = (folder.display(), model.display());
+            let message = format!("is the folder of a run, not a model: name {model} or one of {run}/checkpoints/");
+            Err(Error::file(folder, message))
+        }
+        None => Ok(()),
     }
 }
 
@@ -96,6 +117,18 @@ mod tests {
         assert_eq!(find_snapshot(dir.path(), "org/name").as_ref(), Some(&snapshot));
         std::fs::rename(snapshot.join("config.json"), snapshot.join("adapter_config.json")).unwrap();
         assert_eq!(find_snapshot(dir.path(), "org/name"), Some(snapshot));
+    }
+
+    #[test]
+    fn the_folder_of_a_run_is_refused_with_that_of_its_model() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = dir.path().display().to_string();
+        assert!(locate(&run).is_ok(), "loading says what an empty folder lacks");
+        std::fs::create_dir(dir.path().join("final")).unwrap();
+        std::fs::write(dir.path().join("final/config.json"), "{}").unwrap();
+        let message = locate(&run).unwrap_err().to_string();
+        assert!(message.contains("the folder of a run") && message.contains("/final"), "{message}");
+        assert!(locate(&format!("{run}/final")).is_ok());
     }
 
     #[test]

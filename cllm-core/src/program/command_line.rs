@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use garde::Validate;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::print;
-use crate::{Error, Result, settings};
+use crate::{Error, Result, progress, settings};
 
 /// Arguments of a verb that is driven by settings.
 #[derive(Debug, clap::Args)]
@@ -36,16 +37,49 @@ impl SettingsArgs {
     }
 }
 
-/// Prints a program's completions for a shell.
+/// Reads the command line, or ends the program with a message.
+pub fn parse<P: clap::Parser>() -> P {
+    P::try_parse().unwrap_or_else(|error| match setting_as_option(&error) {
+        Some(message) => {
+            progress::write_stderr(&format!("error: {message}\n"));
+            std::process::exit(2)
+        }
+        None => error.exit(),
+    })
+}
+
+/// What to write instead of `--lr 1e-4` where a verb has settings.
+fn setting_as_option(error: &clap::Error) -> Option<String> {
+    let (Some(ContextValue::String(option)), Some(ContextValue::StyledStr(usage))) =
+        (error.get(ContextKind::InvalidArg), error.get(ContextKind::Usage))
+    else {
+        return None;
+    };
+    let takes_settings = error.kind() == ErrorKind::UnknownArgument && usage.to_string().contains("KEY=VALUE");
+    let key = option.strip_prefix("--").filter(|_| takes_settings)?.split('=').next()?.replace('-', "_");
+    Some(format!(
+        "there is no option {option}: settings are written KEY=VALUE, such as {key}=…; the verb `settings` lists them"
+    ))
+}
+
+/// Prints the reference of a program's settings, or the part of one verb. `reference` has a section
+/// `### PROGRAM VERB, VERB` for each.
 ///
 /// # Errors
-/// When stdout cannot be written.
-pub fn print_completions(shell: clap_complete::Shell, mut program: clap::Command) -> Result<()> {
-    use clap_complete::Generator;
-    let name = program.get_name().to_owned();
-    program.set_bin_name(name);
-    program.build();
-    let mut script = Vec::new();
-    shell.try_generate(&program, &mut script).map_err(Error::write("stdout"))?;
-    print(&String::from_utf8_lossy(&script))
+/// [`Error::Usage`] for a verb without settings; when stdout cannot be written.
+pub fn print_settings(reference: &str, verb: Option<&str>) -> Result<()> {
+    let Some(verb) = verb else { return print(reference) };
+    let sections = || reference.split("### ").skip(1);
+    let verbs = |section: &str| -> Vec<String> {
+        let heading = section.lines().next().unwrap_or_default();
+        heading.split_whitespace().skip(1).map(|word| word.trim_end_matches(',').to_owned()).collect()
+    };
+    match sections().find(|section| verbs(section).iter().any(|other| other == verb)) {
+        Some(section) => print(&format!("### {}\n", section.trim_end())),
+        None => {
+            let all: Vec<String> = sections().flat_map(verbs).collect();
+            let hint = settings::did_you_mean(verb, &all);
+            Err(Error::usage(format!("`{verb}` has no settings{hint}; the verbs that have are {}", all.join(", "))))
+        }
+    }
 }

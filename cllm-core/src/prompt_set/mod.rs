@@ -103,6 +103,19 @@ fn expect_new_ids(row: RowSamples, ids: &mut HashSet<String>) -> std::result::Re
     }
 }
 
+/// Keeps the first samples up to a limit, and says on stderr how many of how many these are. `name`
+/// is that of the limit, such as `limit`.
+pub fn apply_limit(samples: &mut Vec<Sample>, limit: Option<usize>, name: &str) {
+    let Some(limit) = limit else { return };
+    let there = count(samples.len(), "prompt");
+    match samples.len() {
+        number if number > limit => progress::log(format!("{name}={limit}: the first of {there}")),
+        number if number < limit => progress::log(format!("{name}={limit}: there are only {there}")),
+        _ => {}
+    }
+    samples.truncate(limit);
+}
+
 /// Puts a system message before each conversation that has none of its own. Prompts of plain text
 /// stay as they are, and are counted on stderr.
 pub fn insert_system_message(samples: &mut [Sample], text: &str) {

@@ -10,6 +10,7 @@ use serde_saphyr::{Error as YamlError, options};
 
 use super::keys::{all_keys, did_you_mean, to_value};
 use super::refusal::check;
+use super::repair::repaired;
 use crate::{Error, Result};
 
 /// Prefix of environment variables: `CLLM_SET_OPTIMIZER__LR=1e-4` sets `optimizer.lr`.
@@ -81,16 +82,25 @@ impl Assignment {
             let hint = did_you_mean(&self.path, &all_keys(&opened));
             return Err(Refused::UnknownKey(format!("unknown key `{}`{hint}", self.path)));
         };
-        let mut first_refusal = None;
-        for reading in readings(text, current) {
-            let changed = reading.and_then(|value| {
+        let changed: Vec<std::result::Result<Value, String>> = readings(text, current)
+            .into_iter()
+            .map(|reading| {
                 let mut changed = opened.clone();
+                let value = reading?;
                 changed.pointer_mut(&pointer).into_iter().for_each(|current| *current = value.clone());
-                check::<T>(&changed).map(|_| changed)
-            });
-            match changed {
-                Ok(changed) => {
-                    *root = changed;
+                Ok(changed)
+            })
+            .collect();
+        let exact = changed.iter().flatten().find(|changed| serde_json::from_value::<T>((*changed).clone()).is_ok());
+        if let Some(exact) = exact {
+            *root = exact.clone();
+            return Ok(());
+        }
+        let mut first_refusal = None;
+        for changed in changed {
+            match changed.and_then(|changed| check::<T>(&repaired::<T>(&changed))) {
+                Ok(settings) => {
+                    *root = to_value(&settings).map_err(|error| Refused::InvalidValue(error.to_string()))?;
                     return Ok(());
                 }
                 Err(refusal) => first_refusal = first_refusal.or(Some(refusal)),
@@ -105,7 +115,8 @@ impl Assignment {
 /// quotes are removed, and `null` is null if the key accepts it.
 fn readings(text: &str, current: &Value) -> [std::result::Result<Value, String>; 2] {
     let yaml: std::result::Result<Value, String> =
-        serde_saphyr::from_str_with_options(text, options! { with_snippet: false }).map_err(|error| match error {
+        // In YAML 1.1, `y` in a list of names would be true.
+        serde_saphyr::from_str_with_options(text, options! { with_snippet: false, strict_booleans: true }).map_err(|error| match error {
             YamlError::NonFiniteFloat { .. } => "expected a finite number".to_owned(),
             other => other.to_string(),
         });

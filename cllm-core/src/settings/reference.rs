@@ -25,6 +25,38 @@ pub fn reference<T: JsonSchema + Default + Validate<Context = ()>>(heading: &str
     format!("### {heading}\n\n{header}\n{}\n", rows.join("\n"))
 }
 
+/// A settings file with every key of `T` at its default, each below a comment that says what it does.
+pub fn template<T: JsonSchema>() -> String {
+    let settings = SchemaSettings::draft2020_12().with(|settings| settings.inline_subschemas = true);
+    let schema = settings.into_generator().into_root_schema_for::<T>();
+    let mut lines = Vec::new();
+    add_lines("", schema.as_object().unwrap_or(&Map::new()), &mut lines);
+    lines.join("\n") + "\n"
+}
+
+/// Adds the comment and the value of each key of a section, and those of the sections in it.
+fn add_lines(indent: &str, section: &Map<String, Value>, lines: &mut Vec<String>) {
+    const MAX_COLUMNS: usize = 90;
+    for (key, schema) in section.get("properties").and_then(Value::as_object).into_iter().flatten() {
+        let mut comment = format!("{indent}#");
+        for word in text(&schema["description"]).split(' ') {
+            if comment.len() + 1 + word.len() > MAX_COLUMNS {
+                lines.push(std::mem::replace(&mut comment, format!("{indent}#")));
+            }
+            comment = format!("{comment} {word}");
+        }
+        lines.push(comment);
+        let inner = not_null(schema);
+        match (&schema["default"], inner.as_object()) {
+            (Value::Object(_), Some(inner)) if inner.contains_key("properties") => {
+                lines.push(format!("{indent}{key}:"));
+                add_lines(&format!("{indent}  "), inner, lines);
+            }
+            (default, _) => lines.push(format!("{indent}{key}: {default}")),
+        }
+    }
+}
+
 /// Adds a row for each key of a section and of the sections in it.
 fn add_rows(prefix: &str, section: &Map<String, Value>, required: &HashSet<String>, rows: &mut Vec<String>) {
     for (key, schema) in section.get("properties").and_then(Value::as_object).into_iter().flatten() {

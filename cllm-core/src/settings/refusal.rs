@@ -14,6 +14,7 @@ use serde_saphyr::path_map::{PathKey, PathKind};
 use serde_saphyr::{Error as YamlError, options};
 
 use super::keys::{all_keys, did_you_mean, to_value};
+use super::repair::repaired;
 use crate::{Error, Result};
 
 /// Reads the settings of a file.
@@ -27,7 +28,7 @@ pub(super) fn parse<T: Serialize + DeserializeOwned + Default>(file: &Path, text
         let line = line.map(|line| format!(", line {line}")).unwrap_or_default();
         Error::usage(format!("{}{line}: {message}", file.display()))
     };
-    let settings: T = parse_typed(text).map_err(|refusal| {
+    let settings: T = parse_typed(text).or_else(|refusal| parse_repaired(text).ok_or(refusal)).map_err(|refusal| {
         // Broken YAML also fails at some key; the error of its syntax is the more helpful one.
         match serde_saphyr::from_str_with_options::<IgnoredAny>(text, options! { with_snippet: false }) {
             Err(syntax) => at_line(&syntax, explain::<T>(&refusal.path, &syntax, &Value::Null)),
@@ -48,6 +49,13 @@ pub(super) fn parse<T: Serialize + DeserializeOwned + Default>(file: &Path, text
         });
     }
     Ok(settings)
+}
+
+/// The settings of a file in which values have other forms.
+fn parse_repaired<T: DeserializeOwned>(text: &str) -> Option<T> {
+    let untyped = options! { with_snippet: false, strict_booleans: true };
+    let value: Value = serde_saphyr::from_str_with_options(text, untyped).ok()?;
+    serde_json::from_value(repaired::<T>(&value)).ok()
 }
 
 /// The settings that `value` holds.
@@ -178,7 +186,12 @@ fn type_in_words(name: &str) -> &str {
         "boolean" => "true or false",
         "sequence start" => "a list, such as [a, b]",
         "mapping start" => "a section, such as {key: value}",
-        "string scalar" => "text",
+        "a boolean" => "true or false",
+        "a sequence" => "a list, such as [a, b]",
+        "a map" => "a section, such as {key: value}",
+        "string scalar" | "path string" | "a string" | "string" => "text",
+        "unit variant" => "a name without settings",
+        other if other.starts_with("struct ") => "a section, such as {key: value}",
         other => other,
     }
 }
@@ -192,6 +205,7 @@ mod tests {
 
     use super::*;
     use crate::chat_template::RenderSettings;
+    use crate::settings::layers::Assignment;
 
     #[derive(Debug, Default, Serialize, Deserialize, Validate)]
     #[serde(default, deny_unknown_fields)]
@@ -254,7 +268,14 @@ mod tests {
     #[serde(rename_all = "lowercase", deny_unknown_fields)]
     enum Strategy {
         Ar,
-        Rolling { n: usize },
+        Rolling {
+            #[serde(default = "sixteen")]
+            n: usize,
+        },
+    }
+
+    fn sixteen() -> usize {
+        16
     }
 
     /// If this fails after an update of serde-saphyr, it reports its errors or names its types
@@ -268,7 +289,7 @@ mod tests {
             ("steps: 1.5", "steps: expected a whole number from 0"),
             ("offset: x", "offset: expected a whole number"),
             ("greedy: maybe", "greedy: expected true or false"),
-            ("datasets: x", "datasets: expected a list, such as [a, b]"),
+            ("datasets: {a: 1}", "datasets: expected a list, such as [a, b]"),
             ("lora: 3", "lora: expected a section, such as {key: value}, or null"),
             ("lora: {rank: x}", "lora.rank: expected a whole number from 0"),
             ("lora: {rang: 1}", "unknown key `lora.rang`; did you mean `lora.rank`?"),
@@ -277,8 +298,6 @@ mod tests {
                 "strategies: [roling]",
                 "strategies[0]: expected one of ar, rolling, not `roling`; did you mean `rolling`?",
             ),
-            ("strategies: [rolling]", "strategies[0].rolling: expected a section, such as {key: value}"),
-            ("strategies: [{rolling: {}}]", "strategies[0].rolling: `n` is missing"),
             ("strategies: [{ar: {n: 1}}]", "strategies[0].ar: has no settings of its own"),
             ("output: [x]", "output: expected text, or null"),
             ("save_every: none", "save_every: expected a whole number from 0, or null"),
@@ -296,6 +315,34 @@ mod tests {
             check::<Settings>(&json!({ "datasets": null })).unwrap_err(),
             "datasets: expected a list, such as [a, b]"
         );
+    }
+
+    #[test]
+    fn values_in_other_forms_mean_what_they_seem_to() {
+        for (text, expected) in [
+            ("datasets: x", json!({ "datasets": ["x"] })),
+            ("datasets: [y, 2024]", json!({ "datasets": ["y", "2024"] })),
+            ("lora: true", json!({ "lora": { "rank": 0 } })),
+            ("lora: false", json!({ "lora": null })),
+            ("greedy: yes", json!({ "greedy": true })),
+            ("strategies: ar", json!({ "strategies": ["ar"] })),
+            ("strategies: [ar, rolling]", json!({ "strategies": ["ar", { "rolling": { "n": 16 } }] })),
+            ("strategies: rolling", json!({ "strategies": [{ "rolling": { "n": 16 } }] })),
+            ("strategies: {rolling: {n: 4}}", json!({ "strategies": [{ "rolling": { "n": 4 } }] })),
+        ] {
+            let settings = parse::<Settings>(Path::new("run.yaml"), text).unwrap();
+            let (key, value) = expected.as_object().unwrap().iter().next().unwrap();
+            assert_eq!(&json!(settings)[key], value, "{text}");
+            // The same from the command line, where YAML is written without blanks.
+            let (_, written) = text.split_once(": ").unwrap();
+            let mut root = to_value(&Settings::default()).unwrap();
+            let assignment = Assignment::from_override(&format!("{key}={written}"));
+            assert!(assignment.apply::<Settings>(&mut root).is_ok(), "{text}");
+            assert_eq!(&root[key], value, "{text}");
+        }
+        // A text that is misspelt does not become a list of choices.
+        let message = parse::<Settings>(Path::new("run.yaml"), "strategies: [ar, roling]").unwrap_err().to_string();
+        assert!(message.contains("strategies[1]: expected one of ar, rolling, not `roling`"), "{message}");
     }
 
     #[test]

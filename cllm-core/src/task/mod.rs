@@ -21,7 +21,7 @@ pub use jsonl::Scorer;
 pub use python::compared_code;
 pub use verdict::{Alternative, Metric, Score, Verdict};
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -133,11 +133,20 @@ impl Task {
         matches!(self, Task::Humaneval | Task::MtBench)
     }
 
+    /// Where the rows are: the only file of rows in the folder `data` for benchmarks that have a
+    /// single file, whatever its name; otherwise `data` itself.
+    pub fn locate(self, data: &Path) -> PathBuf {
+        let is_one_file = matches!(self, Task::Jsonl | Task::Mbpp | Task::Humaneval);
+        let only_file = || prompt_set::dataset_file::only_file(data);
+        if is_one_file { only_file() } else { None }.unwrap_or_else(|| data.to_owned())
+    }
+
     /// Reads one split of the benchmark's files in `data`.
     ///
     /// # Errors
     /// When a file is missing or a row lacks a field.
     pub fn load(self, data: &Path, split: &str) -> Result<Vec<Sample>> {
+        let data = &self.locate(data);
         match self {
             Task::Gsm8k => gsm8k::load(data, split),
             Task::Spider => spider::load(data, split),

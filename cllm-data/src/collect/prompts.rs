@@ -31,7 +31,7 @@ impl RenderedPrompt {
 /// Reads the prompt set, and checks before the long work that the answers can be scored.
 pub(super) fn read(settings: &Settings) -> Result<PromptSet> {
     let mut set = prompt_set::read_with(&settings.prompts, &ReadOptions::default())?;
-    set.samples.truncate(settings.limit.unwrap_or(usize::MAX));
+    prompt_set::apply_limit(&mut set.samples, settings.limit, "limit");
     let context = ScoreContext { data: settings.data.as_deref(), ..ScoreContext::default() };
     for sample in &set.samples {
         Task::from_source(&sample.source).check_scorable(context, sample)?;

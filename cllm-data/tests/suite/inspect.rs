@@ -11,6 +11,9 @@ fn inspect_marks_early_and_wrong_tokens() {
     let data = dir.path().display().to_string();
     let text = run_text(&["inspect", &data, "--sample", "a"]);
     assert!(text.contains("5 -9 +7 -1\n") && !text.contains('\u{1b}'), "{text}");
+    assert!(text.contains("prompt\n    a\n") && text.contains("4 tokens, ended by EOS"), "{text}");
+    assert_eq!(run_text(&["inspect", &data, "--row", "2"]), text);
+    assert!(run_error(&["inspect", &data, "--row", "3"], 2).contains("has no row 3: it has 2 rows"));
     let states = &run_json(&["inspect", &data, "--sample", "a", "--json"])["blocks"][0]["states"];
     assert_eq!(states[0]["statuses"], json!(["final", "wrong", "early", "wrong"]));
     assert!(run_error(&["inspect", &data, "--sample", "b"], 2).contains("`b`"));

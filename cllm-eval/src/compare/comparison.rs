@@ -11,10 +11,7 @@ use super::selection::Selection;
 use crate::records::{AnswerRecord, SCHEMA_VERSION};
 use crate::role::Role;
 use crate::speedup;
-use crate::statistics::{mcnemar, paired_difference, ratio, wilson};
-
-/// A difference is significant if its p value is below this.
-const SIGNIFICANCE_LEVEL: f64 = 0.05;
+use crate::statistics::{SIGNIFICANCE_LEVEL, mcnemar, paired_difference, ratio, wilson};
 
 /// Two sides, A and B, over the examples that both answered.
 #[derive(Debug, Clone, PartialEq, Serialize)]

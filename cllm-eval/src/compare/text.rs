@@ -3,9 +3,10 @@
 use cllm_core::progress::count;
 
 use super::comparison::{Comparison, Side, SpeedComparison};
-use crate::table::{self, format_accuracy, format_interval, format_number, format_percent, format_points};
+use crate::table::{format_interval, format_number, format_percent, format_points};
+use crate::terminal::{self, stacked, wrap};
 
-const HEADS: [&str; 7] = ["", "model/strategy", "run", "accuracy (95 %)", "unfinished", "tokens/forward", "tokens/s"];
+const HEADS: [&str; 6] = ["", "model/strategy", "accuracy", "unfinished", "tokens/\nforward", "tokens/s"];
 
 impl Comparison {
     /// Formats a table of both sides, the differences, and the conclusion.
@@ -16,15 +17,17 @@ impl Comparison {
             self.row("B", &self.b, speed.and_then(|speed| speed.b_tokens_per_second)),
         ];
         let speed = speed.map_or_else(String::new, SpeedComparison::text);
-        table::render(&HEADS, 3, rows) + &self.accuracy_text() + &speed + &self.verdict + "\n"
+        let runs = [("A", &self.a), ("B", &self.b)].map(|(name, side)| format!("{name}: {}\n", side.run.display()));
+        let lines = self.accuracy_text() + &speed + &self.verdict;
+        let lines: String = lines.lines().map(wrap).collect();
+        runs.concat() + &terminal::table(&HEADS, 2, rows) + &lines
     }
 
     fn row(&self, name: &str, side: &Side, tokens_per_second: Option<f64>) -> Vec<String> {
         vec![
             name.to_owned(),
             format!("{}/{}", side.role, side.strategy),
-            side.run.display().to_string(),
-            format_accuracy(side.accuracy, side.ci95),
+            stacked(format_percent(side.accuracy), side.ci95, |end| format!("{:.1}", 100.0 * end)),
             format!("{} of {}", side.unfinished, self.pairs),
             format_number(side.tokens_per_forward, 2, ""),
             format_number(tokens_per_second, 1, ""),

@@ -1,5 +1,5 @@
 //! A chat in the terminal. Every question is answered twice at the same time, autoregressively and
-//! by Jacobi decoding, side by side, so that their speeds can be watched.
+//! with drafts, side by side, so that their speeds can be watched.
 
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
@@ -7,18 +7,21 @@ use std::time::{Duration, Instant};
 use cllm_core::chat_template::Message;
 use cllm_core::checkpoint::{self, hub};
 use cllm_core::decode::{
-    DecodeOptions, Decoder, Request, RunningAnswer, StopConditions, Strategy, check_fits_context, required_slots,
+    DecodeOptions, Decoder, Request, RunningAnswer, Sampling, StopConditions, Strategy, check_fits_context,
+    required_slots,
 };
 use cllm_core::model::Transformer;
+use cllm_core::progress::count;
 use cllm_core::prompt_set::Prompt;
 use cllm_core::tokenizer::{DecodeStream, Tokenizer};
 use cllm_core::{Error, Result, device, interrupt, progress};
 use console::Term;
 use rustyline::DefaultEditor;
 
+use super::GenerateOptions;
 use super::columns::{Column, max_text_lines, side_by_side};
+use super::decoding::sampling_text;
 use super::keys::{self, Input};
-use super::{GenerateOptions, drafting_strategy, title};
 use crate::printable::to_printable;
 use crate::statistics::ratio;
 
@@ -50,6 +53,10 @@ pub fn chat(options: &GenerateOptions) -> Result<()> {
             Input::Quit => return Ok(()),
             Input::Help => progress::log(keys::help()),
             Input::Reset => chat.history.clear(),
+            Input::Trim => progress::log(chat.trim()),
+            Input::Strategy(text) => chat.change(&text, |chat, text| chat.set_strategy(text))?,
+            Input::Temperature(text) => chat.change(&text, |chat, text| chat.set_temperature(text))?,
+            Input::Unknown(message) => progress::log(message),
             Input::Question(question) => {
                 let _ = editor.add_history_entry(&question);
                 chat.ask(question)?;
@@ -83,9 +90,8 @@ impl<'m> Chat<'m> {
         stop: StopConditions,
         options: &'m GenerateOptions,
     ) -> Result<Self> {
-        let strategies = [Strategy::Ar, drafting_strategy(model, options.n)];
-        let decode_options = strategies.map(|strategy| DecodeOptions::greedy(strategy, options.seed));
-        let num_slots = required_slots(1, &stop, strategies[1]).next_power_of_two();
+        let decode_options = options.decode_options(model);
+        let num_slots = required_slots(1, &stop, decode_options[1].strategy).next_power_of_two();
         Ok(Chat {
             decoders: warm_decoders(model, &stop, decode_options, num_slots)?,
             model,
@@ -109,10 +115,52 @@ impl<'m> Chat<'m> {
             Err(Error::Interrupted(_)) if interrupt::clear_sigint() => drop(self.history.pop()),
             Err(error @ Error::Usage(_)) => {
                 self.history.pop();
-                progress::log(format!("{error}\n/reset starts over"));
+                let advice = match self.history.is_empty() {
+                    true => "ask a shorter question",
+                    false => "/trim forgets the oldest question and its answer, /reset starts over",
+                };
+                progress::log(format!("{error}\n{advice}"));
             }
             Err(error) => return Err(error),
         }
+        Ok(())
+    }
+
+    /// Forgets the oldest question and its answer, and says what is left.
+    fn trim(&mut self) -> String {
+        self.history.drain(..2.min(self.history.len()));
+        match self.history.len() / 2 {
+            0 => "the conversation is empty".to_owned(),
+            left => format!("{} left", count(left, "question")),
+        }
+    }
+
+    /// Changes the options of decoding; a mistake in them does not end the chat.
+    fn change(&mut self, text: &str, change: impl FnOnce(&mut Self, &str) -> Result<()>) -> Result<()> {
+        match change(self, text) {
+            Err(error @ Error::Usage(_)) => progress::log(error.to_string()),
+            other => other?,
+        }
+        let [_, right] = self.options;
+        progress::log(format!("{}, {}", right.strategy, sampling_text(right.sampling)));
+        Ok(())
+    }
+
+    fn set_strategy(&mut self, text: &str) -> Result<()> {
+        if text.is_empty() {
+            return Ok(());
+        }
+        let mut options = self.options;
+        options[1].strategy = super::parse_strategy(text)?;
+        let num_slots = required_slots(1, &self.stop, options[1].strategy).next_power_of_two().max(self.num_slots);
+        self.decoders = warm_decoders(self.model, &self.stop, options, num_slots)?;
+        (self.options, self.num_slots) = (options, num_slots);
+        Ok(())
+    }
+
+    fn set_temperature(&mut self, text: &str) -> Result<()> {
+        let temperature: f64 = super::parse_temperature(text)?;
+        self.options.iter_mut().for_each(|options| options.sampling = Sampling::from_temperature(temperature));
         Ok(())
     }
 
@@ -194,9 +242,7 @@ fn next_side<'s, 't>(sides: &'s mut [Side<'t>; 2]) -> Option<&'s mut Side<'t>> {
 
 fn comparison(sides: &[Side<'_>; 2], strategy: Strategy) -> String {
     let [left, right] = sides.each_ref().map(Side::tokens_per_second);
-    let speedup = ratio(right, left).unwrap_or(0.0);
-    let tokens = if sides[0].ids == sides[1].ids { "same tokens" } else { "different tokens" };
-    format!("{tokens}; {} is {speedup:.2}x as fast (excluding prefill)", title(strategy))
+    super::compared(sides[0].ids == sides[1].ids, strategy, ratio(right, left))
 }
 
 impl<'t> Side<'t> {

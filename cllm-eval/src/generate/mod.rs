@@ -1,9 +1,9 @@
-//! `generate` answers one prompt autoregressively and by Jacobi decoding (with a model's adapters for
-//! draft tokens, if it has them), one after the other;
+//! `generate` answers one prompt autoregressively and with drafts, one after the other;
 //! without a prompt it is a chat that shows both side by side.
 
 mod chat;
 mod columns;
+mod decoding;
 mod keys;
 
 use std::io::IsTerminal;
@@ -12,7 +12,8 @@ use std::path::Path;
 use cllm_core::chat_template::{Message, RenderSettings};
 use cllm_core::checkpoint::{self, hub};
 use cllm_core::decode::{
-    Answer, DecodeOptions, Decoder, Request, StopConditions, Strategy, Timing, check_fits_context, required_slots,
+    Answer, DecodeOptions, Decoder, Request, Sampling, StopConditions, Strategy, Timing, check_fits_context,
+    required_slots,
 };
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::progress::count;
@@ -27,6 +28,7 @@ use crate::printable::to_printable;
 use crate::statistics::ratio;
 pub use chat::chat;
 use columns::{COLOURS, RESET_COLOUR};
+pub(crate) use decoding::{parse_strategy, parse_temperature};
 
 /// The arguments of `generate`, except the prompt.
 #[derive(Debug, Clone)]
@@ -37,8 +39,12 @@ pub struct GenerateOptions {
     pub raw: bool,
     /// The system message.
     pub system: Option<String>,
-    /// Tokens of a Jacobi block, or of a gated window.
+    /// How the second answer is decoded; `None` chooses a strategy that suits the model.
+    pub strategy: Option<Strategy>,
+    /// Tokens of the window of that strategy.
     pub n: usize,
+    /// 0 chooses the likeliest token.
+    pub temperature: f64,
     pub max_new_tokens: usize,
     /// Ids that end an answer; `None` for the model's own.
     pub eos_ids: Option<Vec<i32>>,
@@ -50,6 +56,17 @@ pub struct GenerateOptions {
 }
 
 impl GenerateOptions {
+    /// The options of the first and the second answer of a model.
+    fn decode_options(&self, model: &Transformer) -> [DecodeOptions; 2] {
+        let suitable = || match model.adapts_drafts() {
+            true => Strategy::gated(self.n),
+            false => Strategy::rolling(self.n),
+        };
+        let sampling = Sampling::from_temperature(self.temperature);
+        [Strategy::Ar, self.strategy.unwrap_or_else(suitable)]
+            .map(|strategy| DecodeOptions { sampling, ..DecodeOptions::greedy(strategy, self.seed) })
+    }
+
     fn load_tokenizer(&self, folder: &Path) -> Result<Tokenizer> {
         Tokenizer::load_for(folder, &self.rendering.resolve(chat_template::today())?)
     }
@@ -80,10 +97,9 @@ pub struct Generation {
     pub prompt: String,
     /// Whether both answers have the same tokens.
     pub equal: bool,
-    /// Tokens per second of Jacobi decoding over those of autoregressive decoding, excluding
-    /// prefill.
+    /// Tokens per second of the second answer over those of the first, excluding prefill.
     pub speedup: Option<f64>,
-    /// The autoregressive answer, then the one by Jacobi decoding.
+    /// The autoregressive answer, then the one with drafts.
     pub strategies: [GeneratedAnswer; 2],
 }
 
@@ -127,29 +143,23 @@ pub fn generate(prompt: &str, options: &GenerateOptions, show: bool) -> Result<G
     let request = Request { sample_id: "generate".to_owned(), prompt_ids };
     check_fits_context(&request, &stop, config.max_positions)?;
     let model = checkpoint::load(&folder, device, device::default_kind(device))?;
-    let jacobi = drafting_strategy(&model, options.n);
-    let num_slots = required_slots(request.prompt_ids.len(), &stop, jacobi);
+    let [first, second] = options.decode_options(&model);
+    let num_slots = required_slots(request.prompt_ids.len(), &stop, second.strategy);
     let decoder = Decoder::new(&model, 1, num_slots)?;
-    let mut generator = Generator { tokenizer: &tokenizer, decoder, request, stop, seed: options.seed, show };
-    let strategies = [generator.answer(Strategy::Ar)?, generator.answer(jacobi)?];
+    let mut generator = Generator { tokenizer: &tokenizer, decoder, request, stop, show };
+    let strategies = [generator.answer(first)?, generator.answer(second)?];
     let equal = strategies[0].response_ids == strategies[1].response_ids;
     let speedup = ratio(strategies[1].tokens_per_second, strategies[0].tokens_per_second);
     if show {
-        let tokens = if equal { "same tokens" } else { "different tokens" };
-        let speedup = speedup.unwrap_or(0.0);
-        progress::log(format!("{tokens}; {} is {speedup:.2}x as fast (excluding prefill)", title(jacobi)));
+        progress::log(compared(equal, second.strategy, speedup));
     }
     Ok(Generation { schema_version: 1, prompt: prompt.to_owned(), equal, speedup, strategies })
 }
 
-/// The strategy that is compared with autoregressive decoding, with windows of `n` tokens.
-fn drafting_strategy(model: &Transformer, n: usize) -> Strategy {
-    if model.adapts_drafts() { Strategy::gated(n) } else { Strategy::Jacobi { n } }
-}
-
-/// What a drafting strategy is called in a sentence.
-fn title(strategy: Strategy) -> &'static str {
-    if strategy.needs_draft_adapters() { "gated" } else { "Jacobi" }
+/// Says how the answer with drafts compares with the autoregressive one.
+fn compared(is_equal: bool, strategy: Strategy, speedup: Option<f64>) -> String {
+    let tokens = if is_equal { "same tokens" } else { "different tokens" };
+    format!("{tokens}; {} is {:.2}x as fast (excluding prefill)", strategy.name(), speedup.unwrap_or(0.0))
 }
 
 struct Generator<'m> {
@@ -157,14 +167,13 @@ struct Generator<'m> {
     decoder: Decoder<'m>,
     request: Request,
     stop: StopConditions,
-    seed: u64,
     /// Whether the answers are shown on stderr.
     show: bool,
 }
 
 impl Generator<'_> {
-    fn answer(&mut self, strategy: Strategy) -> Result<GeneratedAnswer> {
-        let options = DecodeOptions::greedy(strategy, self.seed);
+    fn answer(&mut self, options: DecodeOptions) -> Result<GeneratedAnswer> {
+        let strategy = options.strategy;
         let requests = std::slice::from_ref(&self.request);
         if self.show {
             progress::log(format!("{strategy}:"));

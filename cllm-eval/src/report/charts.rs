@@ -14,8 +14,8 @@ use crate::svg::{Bar, Scale, ScatterPoint, Series, bars, lines, scatter};
 use crate::table::format_number;
 use crate::tradeoff::Tradeoff;
 
-/// Number of bars of a histogram; the last one also counts everything above it.
-const MAX_HISTOGRAM_BARS: usize = 12;
+/// Largest number of accepted tokens in the chart of forwards; it also counts everything above it.
+const MAX_ACCEPTED: usize = 16;
 /// Number of answers, ordered by length, whose speeds are averaged into one point.
 const ANSWERS_PER_POINT: usize = 10;
 
@@ -35,7 +35,7 @@ impl Chart {
 
 /// Every chart that the run has the measurements for.
 pub(super) fn charts(run: &Run, tradeoff: Option<&Tradeoff>) -> Vec<Chart> {
-    let entries: Vec<Entry<'_>> = run.results.strategies().map(|(role, results)| Entry { role, results }).collect();
+    let entries = entries(&run.results);
     let accepted: Vec<(&Entry<'_>, &Acceptance)> = entries
         .iter()
         .filter_map(|entry| Some((entry, entry.results.acceptance.as_ref()?)))
@@ -44,19 +44,42 @@ pub(super) fn charts(run: &Run, tradeoff: Option<&Tradeoff>) -> Vec<Chart> {
     let mut charts = Vec::new();
     charts.extend(tradeoff.map(|tradeoff| accuracy_against_speed(tradeoff, over(&run.results))));
     charts.extend(tokens_per_second(&entries));
-    charts.extend(speedup_against_concurrency(&run.results));
+    charts.extend(tokens_per_second_in_batches(&run.results, &entries));
+    charts.extend(speedup_against_concurrency(&run.results, &entries));
     charts.push(tokens_per_forward(&entries));
-    charts.extend(accepted.iter().map(|&(entry, acceptance)| accepted_per_forward(entry, acceptance)));
+    charts.extend(accepted_per_forward(&accepted));
     charts.extend(accepted_by_window_position(&accepted));
     charts.extend(tokens_per_forward_over_answer(&accepted));
-    charts.extend(run.records.as_ref().and_then(tokens_per_second_by_length));
+    charts.extend(run.records.as_ref().and_then(|records| tokens_per_second_by_length(records, &entries)));
     charts
+}
+
+/// The chart of accuracy against speed, for a file of its own.
+pub(super) fn tradeoff_svg(run: &Run) -> Option<String> {
+    let tradeoff = Tradeoff::from_results(std::slice::from_ref(&run.results))?;
+    Some(accuracy_against_speed(&tradeoff, over(&run.results)).svg)
 }
 
 /// A model and a strategy of the run.
 struct Entry<'r> {
     role: Role,
     results: &'r StrategyResults,
+    /// Number of the strategy, which has the same line style for both models in all charts.
+    style: usize,
+}
+
+fn entries(results: &Results) -> Vec<Entry<'_>> {
+    let mut labels: Vec<&str> = Vec::new();
+    let mut entries = Vec::new();
+    for (role, figures) in results.strategies() {
+        let known = labels.iter().position(|label| *label == figures.label);
+        let style = known.unwrap_or_else(|| {
+            labels.push(&figures.label);
+            labels.len() - 1
+        });
+        entries.push(Entry { role, results: figures, style });
+    }
+    entries
 }
 
 impl Entry<'_> {
@@ -67,6 +90,11 @@ impl Entry<'_> {
     /// The CSS class that colours it.
     fn class(&self) -> &'static str {
         self.role.name()
+    }
+
+    /// A line of the model's colour and the strategy's style.
+    fn line(&self, points: Vec<(f64, f64)>) -> Series {
+        Series { label: self.name(), class: self.class(), dash: self.style, points }
     }
 }
 
@@ -105,22 +133,23 @@ fn tokens_per_second(entries: &[Entry<'_>]) -> Option<Chart> {
     })
 }
 
-/// Over the teacher's autoregressive decoding with as many rows, or over that of the only model.
-fn speedup_against_concurrency(results: &Results) -> Option<Chart> {
-    let mut series = Vec::new();
-    for model in &results.models {
-        for (dash, figures) in model.strategies.iter().enumerate() {
-            let batches = figures.concurrency.iter().flatten();
-            let speedup = |batch: &Throughput| batch.speedup_vs_teacher_ar.or(batch.speedup_vs_student_ar);
-            series.push(Series {
-                label: format!("{} {}", model.model.role, figures.label),
-                class: model.model.role.name(),
-                dash,
-                points: batches.filter_map(|batch| Some((batch.concurrency as f64, speedup(batch)?))).collect(),
-            });
-        }
-    }
-    series.retain(|line| !line.points.is_empty());
+/// Speeds of the batches in which accuracy was measured.
+fn tokens_per_second_in_batches(results: &Results, entries: &[Entry<'_>]) -> Option<Chart> {
+    let measured = entries.iter().any(|entry| entry.results.batched_tokens_per_second.is_some());
+    measured.then(|| {
+        let title = format!("Tokens per second in batches of up to {}, including prefill", results.settings.batch_size);
+        bar_per_entry(&title, entries, |results| results.batched_tokens_per_second, 1)
+    })
+}
+
+/// Over autoregressive decoding of the baseline with as many rows.
+fn speedup_against_concurrency(results: &Results, entries: &[Entry<'_>]) -> Option<Chart> {
+    let line = |entry: &Entry<'_>| {
+        let batches = entry.results.concurrency.iter().flatten();
+        let speedup = |batch: &Throughput| batch.speedup_vs_teacher_ar.or(batch.speedup_vs_student_ar);
+        entry.line(batches.filter_map(|batch| Some((batch.concurrency as f64, speedup(batch)?))).collect())
+    };
+    let series: Vec<Series> = entries.iter().map(line).filter(|line| !line.points.is_empty()).collect();
     (!series.is_empty()).then(|| {
         Chart::new("Speed-up with as many rows, excluding prefill", |title| {
             let axes = [("rows (answers decoded at once)", Scale::Logarithmic), (over(results), Scale::FromZero)];
@@ -152,26 +181,24 @@ fn bar_per_entry(
     Chart::new(title, |title| bars(title, &rows))
 }
 
-/// How many of the forwards accepted 1, 2, 3 ... tokens.
-fn accepted_per_forward(entry: &Entry<'_>, acceptance: &Acceptance) -> Chart {
-    let num_bars = MAX_HISTOGRAM_BARS.min(acceptance.forwards.len());
-    let total = acceptance.forwards.iter().sum::<u64>().max(1) as f64;
-    let rows: Vec<Bar> = (0..num_bars)
-        .map(|index| {
-            let is_last = index + 1 == num_bars;
-            let counts = if is_last { &acceptance.forwards[index..] } else { &acceptance.forwards[index..=index] };
-            let percent = 100.0 * counts.iter().sum::<u64>() as f64 / total;
-            let or_more = if is_last && counts.len() > 1 { " or more" } else { "" };
-            Bar {
-                label: format!("{}{or_more}", index + 1),
-                class: entry.class(),
-                value: Some(percent),
-                interval: None,
-                text: format!("{percent:.1} %"),
-            }
-        })
-        .collect();
-    Chart::new(format!("Tokens accepted per forward: {}", entry.name()), |title| bars(title, &rows))
+/// How many of the forwards accepted 1, 2, 3 ... tokens, for all models and strategies on one scale.
+fn accepted_per_forward(accepted: &[(&Entry<'_>, &Acceptance)]) -> Option<Chart> {
+    let max_tokens = accepted.iter().map(|(_, acceptance)| acceptance.forwards.len()).max()?;
+    let points = |acceptance: &Acceptance| {
+        let total = acceptance.forwards.iter().sum::<u64>().max(1) as f64;
+        let percent = |tokens: usize| {
+            let last = if tokens == MAX_ACCEPTED { usize::MAX } else { tokens };
+            let counted =
+                acceptance.forwards.iter().enumerate().filter(|(index, _)| (tokens..=last).contains(&(index + 1)));
+            100.0 * counted.map(|(_, count)| count).sum::<u64>() as f64 / total
+        };
+        (1..=acceptance.forwards.len().min(MAX_ACCEPTED)).map(|tokens| (tokens as f64, percent(tokens))).collect()
+    };
+    let x_name = if max_tokens > MAX_ACCEPTED { "tokens accepted (16: or more)" } else { "tokens accepted" };
+    let series = line_per_entry(accepted, points);
+    Some(Chart::new("Forwards, by the number of tokens that they accepted", |title| {
+        lines(title, [(x_name, Scale::Linear), ("forwards, %", Scale::FromZero)], &series)
+    }))
 }
 
 fn accepted_by_window_position(accepted: &[(&Entry<'_>, &Acceptance)]) -> Option<Chart> {
@@ -200,35 +227,19 @@ fn tokens_per_forward_over_answer(accepted: &[(&Entry<'_>, &Acceptance)]) -> Opt
     })
 }
 
-/// Strategies of one model share its colour and differ in their dashes.
 fn line_per_entry(
     accepted: &[(&Entry<'_>, &Acceptance)],
     points: impl Fn(&Acceptance) -> Vec<(f64, f64)>,
 ) -> Vec<Series> {
-    let same_role = |index: usize, role: Role| accepted[..index].iter().filter(|(entry, _)| entry.role == role).count();
-    accepted
-        .iter()
-        .enumerate()
-        .map(|(index, &(entry, acceptance))| Series {
-            label: entry.name(),
-            class: entry.class(),
-            dash: same_role(index, entry.role),
-            points: points(acceptance),
-        })
-        .collect()
+    accepted.iter().map(|&(entry, acceptance)| entry.line(points(acceptance))).collect()
 }
 
-fn tokens_per_second_by_length(records: &Records) -> Option<Chart> {
-    let header = &records.header;
-    let mut series = Vec::new();
-    for model in &header.models {
-        for (dash, strategy) in header.settings.strategies_of(model.role).enumerate() {
-            let label = format!("{} {strategy}", model.role);
-            let timed = records.speeds_of(model.role, strategy).collect();
-            series.push(Series { label, class: model.role.name(), dash, points: speed_by_length(timed) });
-        }
-    }
-    series.iter().any(|line| !line.points.is_empty()).then(|| {
+fn tokens_per_second_by_length(records: &Records, entries: &[Entry<'_>]) -> Option<Chart> {
+    let line = |entry: &Entry<'_>| {
+        entry.line(speed_by_length(records.speeds_of(entry.role, entry.results.strategy).collect()))
+    };
+    let series: Vec<Series> = entries.iter().map(line).filter(|line| !line.points.is_empty()).collect();
+    (!series.is_empty()).then(|| {
         Chart::new("Tokens per second at batch 1, by answer length", |title| {
             lines(title, [("answer length (tokens)", Scale::Linear), ("tokens/s", Scale::FromZero)], &series)
         })

@@ -7,6 +7,7 @@ use serde::Serialize;
 use super::run::Run;
 use crate::results::{ModelResults, Results, StrategyResults};
 use crate::role::Role;
+use crate::statistics::{SIGNIFICANCE_LEVEL, mcnemar};
 use crate::table::{format_accuracy, format_interval, format_number, format_points, notes};
 
 #[derive(Debug, Serialize)]
@@ -17,8 +18,18 @@ pub(super) struct Headline {
     number: String,
     /// What the figure measures.
     caption: String,
-    /// Accuracy, unfinished answers and hardware.
+    /// What became of the accuracy; `None` without a teacher or scores.
+    verdict: Option<Verdict>,
+    /// Intervals, accuracy and unfinished answers.
     details: Vec<String>,
+}
+
+/// The student's accuracy against its teacher's, in words and a colour.
+#[derive(Debug, Serialize)]
+struct Verdict {
+    text: String,
+    /// CSS class: `good`, `neutral` or `bad`.
+    class: &'static str,
 }
 
 impl Headline {
@@ -29,7 +40,7 @@ impl Headline {
             let model = results.models.last()?;
             let number = format!("{:.2}", model.perplexity.as_ref()?.value);
             let caption = format!("perplexity of the {}", model.model.role);
-            return Some(Headline { title, number, caption, details: notes(results) });
+            return Some(Headline { title, number, caption, verdict: None, details: notes(results) });
         };
         let name = format!("{role}, {}", fastest.label);
         let (speedup, interval) = results.speedup(fastest);
@@ -57,20 +68,26 @@ impl Headline {
         });
         let details = [
             speedup_interval,
-            accuracy_difference(results, role, fastest),
             own_accuracy,
             finished.map(|value| format!("{value:.2} tokens per forward in finished answers")),
             Some(unfinished(results, role, fastest)),
-            Some(results.hardware.summary()),
         ];
-        Some(Headline { title, number, caption, details: details.into_iter().flatten().collect() })
+        let verdict = verdict(results, role, fastest);
+        Some(Headline { title, number, caption, verdict, details: details.into_iter().flatten().collect() })
     }
 }
 
-fn accuracy_difference(results: &Results, role: Role, fastest: &StrategyResults) -> Option<String> {
+fn verdict(results: &Results, role: Role, fastest: &StrategyResults) -> Option<Verdict> {
     let pair = results.paired.iter().find(|pair| role == Role::Student && pair.student == fastest.label)?;
-    let (difference, interval) = (format_points(pair.difference?), format_interval(pair.ci95, format_points));
-    Some(format!("accuracy {difference} points against the teacher{interval}"))
+    let difference = pair.difference?;
+    let is_significant = mcnemar(pair.student_only, pair.teacher_only) < SIGNIFICANCE_LEVEL;
+    let (word, class) = match (is_significant, difference > 0.0) {
+        (false, _) => ("Accuracy kept: no significant difference", "neutral"),
+        (true, true) => ("Accuracy gained, significantly", "good"),
+        (true, false) => ("Accuracy lost, significantly", "bad"),
+    };
+    let (points, interval) = (format_points(difference), format_interval(pair.ci95, format_points));
+    Some(Verdict { text: format!("{word}. {points} points against the teacher{interval}"), class })
 }
 
 fn unfinished(results: &Results, role: Role, fastest: &StrategyResults) -> String {

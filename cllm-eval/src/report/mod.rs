@@ -1,10 +1,11 @@
 //! Reports for people, drawn from results.json and samples.jsonl alone: `report` renders a
-//! self-contained HTML page, Markdown, LaTeX tables and a model card from templates/; `animate`
-//! draws one example as an animated SVG.
+//! self-contained HTML page, Markdown, LaTeX tables and a model card from templates/, and pictures;
+//! `animate` draws one example as an animated SVG.
 
 mod animation;
 mod charts;
 mod example;
+mod heading;
 mod headline;
 mod model_card;
 mod overview;
@@ -19,9 +20,10 @@ use minijinja::{Environment, context};
 
 use crate::records::SAMPLES;
 use crate::results::RESULTS;
-use crate::suite;
-use crate::table::{CONCURRENCY_HEADS, CONCURRENCY_NOTE, HEADS};
+use crate::table::{CONCURRENCY_HEADS, CONCURRENCY_NOTE};
+use crate::{suite, svg};
 pub use animation::animate;
+use heading::Heading;
 use run::Run;
 use section::Section;
 
@@ -37,11 +39,11 @@ const TEMPLATES: [(&str, &str); 4] = [
 const GENERATOR: &str = r#"<meta name="generator" content="cllm-eval report">"#;
 
 /// Renders the report of one or several runs into `output`, or beside the first of them, and
-/// returns the files that were written.
+/// returns the files that were written. `remarks` are sentences about what has no results.
 ///
 /// # Errors
 /// When a file is missing, is not a results.json, or cannot be written.
-pub fn report(results: &[PathBuf], output: Option<&Path>) -> Result<Vec<PathBuf>> {
+pub fn report(results: &[PathBuf], output: Option<&Path>, remarks: &[String]) -> Result<Vec<PathBuf>> {
     let files: Vec<PathBuf> =
         results.iter().map(|path| if path.is_dir() { path.join(RESULTS) } else { path.clone() }).collect();
     let runs = Run::read_all(&files)?;
@@ -53,27 +55,45 @@ pub fn report(results: &[PathBuf], output: Option<&Path>) -> Result<Vec<PathBuf>
     let sections: Vec<Section> = runs.iter().map(Section::from_run).collect::<Result<_>>()?;
     let values = context! {
         sections => minijinja::Value::from(Serde(&sections)),
-        heads => HEADS,
         concurrency_heads => CONCURRENCY_HEADS,
         concurrency_note => CONCURRENCY_NOTE,
+        heading => minijinja::Value::from(Serde(&Heading::new(&runs))),
         overview_heads => overview::HEADS,
+        remarks => remarks.to_vec(),
         overview => minijinja::Value::from(Serde(&overview::tables(&runs))),
         headline_strategies => model_card::headline_strategies(&runs),
         front_matter => model_card::front_matter(&runs)?,
         adapts_drafts => model_card::adapts_drafts(&runs),
     };
     let environment = environment();
-    TEMPLATES
-        .into_iter()
-        .map(|(name, template)| {
-            let path = folder.join(name);
-            let text = environment
-                .render_named_str(name, template, &values)
-                .map_err(|error| Error::internal(format!("rendering {name}: {error:#}")))?;
-            atomic_file::write(&path, text.as_bytes())?;
-            Ok(path)
-        })
-        .collect()
+    let mut texts = Vec::new();
+    for (name, template) in TEMPLATES {
+        let text = environment
+            .render_named_str(name, template, &values)
+            .map_err(|error| Error::internal(format!("rendering {name}: {error:#}")))?;
+        texts.push((name.to_owned(), text));
+    }
+    texts.extend(pictures(&runs));
+    let write = |(name, text): (String, String)| {
+        let path = folder.join(name);
+        atomic_file::write(&path, text.as_bytes())?;
+        Ok(path)
+    };
+    texts.into_iter().map(write).collect()
+}
+
+/// The pictures of each run for papers and READMEs: the chart of accuracy against speed, and the
+/// moving example. The files of several runs are numbered.
+fn pictures(runs: &[Run]) -> Vec<(String, String)> {
+    let mut pictures = Vec::new();
+    for (index, run) in runs.iter().enumerate() {
+        let number = if runs.len() > 1 { format!("-{}", index + 1) } else { String::new() };
+        let chart = charts::tradeoff_svg(run).map(|svg| svg::standalone(&svg));
+        pictures.extend(chart.map(|svg| (format!("tradeoff{number}.svg"), svg)));
+        let example = run.records.as_ref().and_then(animation::draw_first);
+        pictures.extend(example.map(|svg| (format!("example{number}.svg"), svg)));
+    }
+    pictures
 }
 
 /// Whether a folder is that of a run or a suite, or of an earlier report.
@@ -90,6 +110,11 @@ fn environment() -> Environment<'static> {
     environment.add_filter("one_line", |text: &str| text.replace(['\n', '\r'], " ").replace('|', "\\|"));
     environment.add_filter("code_block", |text: &str| format!("    {}", text.replace('\n', "\n    ")));
     environment.add_filter("tex", escape_latex);
+    // The figure of a cell, and its interval.
+    environment.add_filter("figure", |cell: &str| cell.split(" (").next().unwrap_or_default().to_owned());
+    environment.add_filter("interval", |cell: &str| {
+        cell.split_once(" (").map_or_else(String::new, |(_, rest)| rest.trim_end_matches(')').to_owned())
+    });
     environment
 }
 

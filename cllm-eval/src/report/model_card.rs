@@ -26,6 +26,8 @@ struct FrontMatter {
     tags: [&'static str; 3],
     #[serde(skip_serializing_if = "Option::is_none")]
     base_model: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    license: Option<String>,
     #[serde(rename = "model-index")]
     model_index: Vec<ModelIndex>,
 }
@@ -73,6 +75,7 @@ pub(super) fn front_matter(runs: &[Run]) -> Result<String> {
         pipeline_tag: "text-generation",
         tags: ["consistency-llm", "jacobi-decoding", "cllm"],
         base_model: teacher.filter(|_| student.is_some()).and_then(|teacher| hub_id(&teacher.model)),
+        license: teacher.filter(|_| student.is_some()).and_then(|teacher| license(&teacher.model)),
         model_index: vec![ModelIndex {
             name: described.map_or_else(|| "model".to_owned(), |model| model_name(&model.model)),
             results: runs.iter().filter_map(indexed_result).collect(),
@@ -86,6 +89,13 @@ fn hub_id(model: &ModelEntry) -> Option<String> {
     let mut folders = Path::new(&model.path).iter().filter_map(|folder| folder.to_str());
     let (owner, name) = folders.find_map(|folder| folder.strip_prefix("models--")?.split_once("--"))?;
     Some(format!("{owner}/{name}"))
+}
+
+/// The licence that the card in a model's folder names.
+fn license(model: &ModelEntry) -> Option<String> {
+    let card = std::fs::read_to_string(Path::new(&model.path).join("README.md")).ok()?;
+    let front_matter = card.strip_prefix("---\n")?.split_once("\n---")?.0;
+    front_matter.lines().find_map(|line| line.strip_prefix("license: ")).map(|name| name.trim().to_owned())
 }
 
 /// The model's name on the Hub, or the last folder of its path that says which model it is.

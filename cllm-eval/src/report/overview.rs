@@ -49,7 +49,7 @@ impl Overview {
     fn new(runs: &[&Run]) -> Self {
         let baseline = runs.first().and_then(|run| run.results.baseline());
         let over = baseline.map_or_else(String::new, |(model, _)| {
-            format!("; speed-ups are over autoregressive decoding of {}", model_name(model))
+            format!("; speed-ups are over autoregressive decoding of the {} {}", model.role, model_name(model))
         });
         Overview {
             caption: format!(

@@ -12,7 +12,7 @@ use super::model_card::command;
 use super::run::Run;
 use crate::records::ModelEntry;
 use crate::results::{ModelResults, Results};
-use crate::table::{concurrency_rows, describe, notes, rows};
+use crate::table::{columns, concurrency_rows, describe, difficulties, notes};
 use crate::tradeoff::{Aup, Tradeoff};
 
 #[derive(Debug, Serialize)]
@@ -21,11 +21,15 @@ pub(super) struct Section {
     headline: Option<Headline>,
     /// One sentence that says what was measured.
     summary: String,
-    /// The table of strategies; empty where no answers were generated.
+    /// The table of strategies; no rows where no answers were generated.
+    heads: Vec<&'static str>,
     rows: Vec<Vec<String>>,
+    /// The table of accuracy by difficulty; no rows where that is not known.
+    difficulty_heads: Vec<String>,
+    difficulty_rows: Vec<Vec<String>>,
     /// The table of continuous batching; empty where it was not measured.
     concurrency_rows: Vec<Vec<String>>,
-    /// Sentences about perplexity, accuracy by difficulty, and student against teacher.
+    /// Sentences about perplexity, and student against teacher.
     notes: Vec<String>,
     /// Sentences about the area under accuracy and parallelism.
     aup: Vec<String>,
@@ -50,11 +54,15 @@ impl Section {
         let results = &run.results;
         let tradeoff = Tradeoff::from_results(std::slice::from_ref(results));
         let sandbox = results.sandbox.as_ref();
+        let ((heads, rows), (difficulty_heads, difficulty_rows)) = (columns(results), difficulties(results));
         Ok(Section {
             title: run.title.clone(),
             headline: Headline::from_run(run),
             summary: describe(results),
-            rows: results.models.iter().flat_map(rows).collect(),
+            heads,
+            rows,
+            difficulty_heads,
+            difficulty_rows,
             concurrency_rows: concurrency_rows(results),
             notes: notes(results),
             aup: tradeoff.iter().flat_map(|tradeoff| &tradeoff.aup).map(aup_sentence).collect(),

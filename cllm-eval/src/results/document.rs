@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
+use cllm_core::chat_template::Date;
 use cllm_core::decode::Strategy;
 use cllm_core::environment::{Hardware, Toolkit};
 use cllm_core::task::{Metric, Task};
@@ -36,6 +37,12 @@ pub struct Results {
     pub speed_examples: usize,
     pub hardware: Hardware,
     pub toolkit: Toolkit,
+    /// The day on which the run was started.
+    #[serde(default)]
+    pub started_on: Option<Date>,
+    /// The commit of the toolkit, if it was built for release in a checkout.
+    #[serde(default)]
+    pub commit: Option<String>,
     /// Layers of the sandbox that ran the code of answers. `None` if no code ran.
     #[serde(default)]
     pub sandbox: Option<Vec<String>>,

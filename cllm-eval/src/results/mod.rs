@@ -30,6 +30,8 @@ impl Results {
             speed_examples: header.settings.num_speed_examples.min(header.examples),
             hardware: header.hardware.clone(),
             toolkit: header.toolkit.clone(),
+            started_on: header.started_on,
+            commit: header.commit.clone(),
             sandbox: header.sandbox.clone(),
             models,
             paired: paired::differences(records),

@@ -1,7 +1,7 @@
 //! The examples of a run: prompts to answer or texts to read, and the benchmark that they belong
 //! to.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use cllm_core::progress::count;
 use cllm_core::prompt_set::{self, PromptSet, ReadOptions, Sample};
@@ -31,11 +31,12 @@ impl Examples {
         let (task, split) =
             (settings.benchmark.unwrap_or(Task::Synthetic), settings.split.as_deref().unwrap_or("test"));
         let file = prompt_file(settings);
+        let file = file.as_deref();
         let PromptSet { mut samples, num_set_aside } = match file {
             Some(path) => prompt_set::read_with(path, &ReadOptions::default())?,
             None => PromptSet { samples: load_benchmark(settings, task, split)?, num_set_aside: 0 },
         };
-        samples.truncate(settings.limit.unwrap_or(usize::MAX));
+        prompt_set::apply_limit(&mut samples, settings.limit, "limit");
         let (task, split) = match (file, samples.first()) {
             (Some(path), _) => infer_from_sources(path, settings, &samples)?,
             (None, Some(_)) => (task, split.to_owned()),
@@ -81,9 +82,9 @@ impl Examples {
 
 /// The prompt set to answer, if there is one. The data of the benchmark `jsonl` is a prompt set
 /// too.
-fn prompt_file(settings: &RunSettings) -> Option<&Path> {
-    let jsonl = settings.data.as_deref().filter(|_| settings.benchmark == Some(Task::Jsonl));
-    settings.prompts.as_deref().or(jsonl)
+fn prompt_file(settings: &RunSettings) -> Option<PathBuf> {
+    let jsonl = || settings.data.as_deref().filter(|_| settings.benchmark == Some(Task::Jsonl));
+    settings.prompts.clone().or_else(|| jsonl().map(|data| Task::Jsonl.locate(data)))
 }
 
 fn load_benchmark(settings: &RunSettings, task: Task, split: &str) -> Result<Vec<Sample>> {

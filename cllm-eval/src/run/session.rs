@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use cllm_core::chat_template::today;
 use cllm_core::environment::{Hardware, Toolkit};
 use cllm_core::prompt_set::Sample;
 use cllm_core::sandbox::Sandbox;
@@ -53,6 +54,8 @@ impl<'a> Session<'a> {
             set_aside: examples.num_set_aside,
             hardware: Hardware::detect(device),
             toolkit: Toolkit::current(),
+            started_on: Some(today()),
+            commit: option_env!("CLLM_COMMIT").map(str::to_owned),
             sandbox: sandbox.map(|sandbox| sandbox.layers().to_vec()),
             models,
             settings: used.clone(),

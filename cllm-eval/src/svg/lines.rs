@@ -2,11 +2,15 @@
 
 use std::fmt::Write;
 
-use super::axes::{Axis, Frame, HEIGHT, LEGEND_LINE, Scale};
-use super::escape;
+use super::axes::{Axis, Frame, HEIGHT, LEGEND_LINE, Scale, WIDTH};
+use super::{CHAR_WIDTH, escape};
+use crate::words::break_at_words;
 
 /// Number of dash patterns in the page's style.
-const NUM_DASHES: usize = 4;
+const NUM_DASHES: usize = 8;
+/// Left edge of a legend's labels, and the number of characters that fit beside it.
+const LABEL_X: f64 = 110.0;
+const MAX_LABEL_CHARS: usize = ((WIDTH - LABEL_X) / CHAR_WIDTH) as usize;
 
 /// One line.
 pub struct Series {
@@ -27,7 +31,9 @@ pub fn lines(title: &str, axes: [(&'static str, Scale); 2], series: &[Series]) -
         Axis::new(x_name, x_scale, points().map(|point| point.0)),
         Axis::new(y_name, y_scale, points().map(|point| point.1)),
     );
-    let mut svg = frame.open(title, series.len());
+    let labels: Vec<Vec<String>> = series.iter().map(|line| break_at_words(&line.label, MAX_LABEL_CHARS)).collect();
+    let mut svg = frame.open(title, labels.iter().map(Vec::len).sum());
+    let mut legend_line = 0;
     for (index, line) in series.iter().enumerate() {
         let (class, dash) = (line.class, line.dash % NUM_DASHES);
         let mut path = String::new();
@@ -44,15 +50,13 @@ pub fn lines(title: &str, axes: [(&'static str, Scale); 2], series: &[Series]) -
         if !path.is_empty() {
             let _ = write!(svg, r#"<path class="line {class} dash{dash}" d="{path}"/>"#);
         }
-        let (x, y) = (68.0, HEIGHT + 14.0 + LEGEND_LINE * index as f64);
-        let _ = write!(
-            svg,
-            r#"<path class="line {class} dash{dash}" d="M{x} {:.1}h34"/><text class="label" x="{:.1}" y="{:.1}">{}</text>"#,
-            y - 4.5,
-            x + 42.0,
-            y,
-            escape(&line.label)
-        );
+        let y = |line: usize| HEIGHT + 14.0 + LEGEND_LINE * line as f64;
+        let _ = write!(svg, r#"<path class="line {class} dash{dash}" d="M68 {:.1}h34"/>"#, y(legend_line) - 4.5);
+        for text in &labels[index] {
+            let _ =
+                write!(svg, r#"<text class="label" x="{LABEL_X}" y="{:.1}">{}</text>"#, y(legend_line), escape(text));
+            legend_line += 1;
+        }
     }
     svg.push_str("</svg>");
     svg
@@ -81,6 +85,10 @@ mod tests {
             &[line("a & b", vec![(0.0, 1.0), (1.0, 2.0)]), line("one", vec![(0.5, 1.5)]), line("none", vec![])],
         );
         assert_eq!(svg.matches("<circle").count(), 3);
+        let long = "student lookahead window=5 ngram=4 candidates=5 pool=9";
+        let broken = break_at_words(long, MAX_LABEL_CHARS);
+        assert!(broken.len() == 2 && broken.iter().all(|line| line.chars().count() <= MAX_LABEL_CHARS), "{broken:?}");
+        assert_eq!(broken.join(" "), long);
         assert!(svg.contains("a &amp; b") && svg.contains(">none<") && !svg.contains("NaN"), "{svg}");
     }
 }

@@ -34,6 +34,21 @@ pub fn escape(text: &str) -> String {
     escaped
 }
 
+/// The colours and fonts of a chart that stands alone, as on the page of a report.
+const STANDALONE_STYLE: &str = "\
+:root{--paper:#fff;--ink:#1c2330;--soft:#566072;--line:#d9dee7;--teacher:#6b7688;--student:#1f5fc4}\
+@media(prefers-color-scheme:dark){:root{--paper:#14171d;--ink:#e6e9ef;--soft:#a3adbd;--line:#353d4a;--teacher:#9aa5b7;--student:#74a7ff}}\
+svg{background:var(--paper)}text{fill:var(--ink);font:15px system-ui,sans-serif}\
+.tick,.axis{fill:var(--soft);font-size:14px}.grid{stroke:var(--line)}\
+.teacher{fill:var(--teacher)}.student{fill:var(--student)}circle{stroke:var(--paper)}\
+.whisker,.leader{fill:none;stroke:var(--soft);stroke-width:1.3}.leader{stroke-width:.7}";
+
+/// A chart as a file of its own, with its style.
+pub fn standalone(chart: &str) -> String {
+    let with_namespace = chart.replacen("<svg ", r#"<svg xmlns="http://www.w3.org/2000/svg" "#, 1);
+    with_namespace.replacen("</title>", &format!("</title><style>{STANDALONE_STYLE}</style>"), 1)
+}
+
 /// The opening tag of a chart, with its title for screen readers.
 fn open(title: &str, width: f64, height: f64) -> String {
     let title = escape(title);

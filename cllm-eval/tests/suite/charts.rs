@@ -142,6 +142,21 @@ fn expect_marks_at_values(file: &Path, caption: &str, svg: &str, results: &Resul
             });
             expect_points(file, svg, true, batches.collect());
         }
+        caption if caption.starts_with("Tokens per second in batches of up to ") => {
+            expect_bars(file, svg, &all(results, |figures| figures.batched_tokens_per_second));
+        }
+        "Forwards, by the number of tokens that they accepted" => {
+            let points = |forwards: &[u64]| {
+                let total: u64 = forwards.iter().sum();
+                let percent = |counts: &[u64]| 100.0 * counts.iter().sum::<u64>() as f64 / total as f64;
+                let (first, rest) = forwards.split_at(forwards.len().min(15));
+                let mut points: Vec<_> =
+                    first.iter().enumerate().map(|(at, count)| (at as f64 + 1.0, percent(&[*count]))).collect();
+                points.extend((!rest.is_empty()).then(|| (16.0, percent(rest))));
+                points
+            };
+            expect_points(file, svg, false, acceptances().flat_map(|of| points(&of.forwards)).collect());
+        }
         "Draft tokens accepted, by position in the window" => {
             let positions = |fractions: &[f64]| {
                 let points = fractions.iter().enumerate();
@@ -171,7 +186,7 @@ fn every_mark_of_the_committed_results_stands_at_its_value() {
             continue;
         }
         let Ok(results) = Results::read(&file) else { continue };
-        report(std::slice::from_ref(&file), Some(dir.path())).unwrap();
+        report(std::slice::from_ref(&file), Some(dir.path()), &[]).unwrap();
         let page = std::fs::read_to_string(dir.path().join("report.html")).unwrap();
         for (caption, svg) in charts(&page) {
             num_charts += usize::from(expect_marks_at_values(&file, &caption, &svg, &results));

@@ -33,7 +33,7 @@ fn answers(shown: &str) -> Vec<Vec<String>> {
         match line.split_once(" │ ") {
             Some((left, _)) if left.trim_start_matches(['>', ' ', '\r']).trim_end() == "ar" => frame.clear(),
             Some((left, _)) => frame.push(left.trim_end().to_owned()),
-            None if line.contains("tokens; Jacobi is") => {
+            None if line.contains("tokens; rolling is") => {
                 frame.pop();
                 answers.push(std::mem::take(&mut frame));
             }
@@ -45,7 +45,7 @@ fn answers(shown: &str) -> Vec<Vec<String>> {
 
 #[test]
 fn a_question_continues_the_conversation_until_it_is_reset() {
-    let typed = "Tom has 3 apples.\nTom has 3 apples.\n/reset\nTom has 3 apples.\n/help\n/quit\n";
+    let typed = "Tom has 3 apples.\nTom has 3 apples.\n/reset\nTom has 3 apples.\n/help\n/quti\n/exit\n";
     let (code, shown) = session(typed);
     assert_eq!(code, 0, "{shown}");
     let answers = answers(&shown);
@@ -53,7 +53,26 @@ fn a_question_continues_the_conversation_until_it_is_reset() {
     assert!(answers.iter().all(|lines| !lines.concat().is_empty()), "{answers:?}");
     assert!(answers[0] == answers[2] && answers[0] != answers[1], "{answers:?}");
     assert!(shown.contains("same tokens") && !shown.contains("different tokens"), "{shown}");
-    assert!(shown.contains("/fwd") && shown.contains("/reset  forget the conversation"), "{shown}");
+    assert!(shown.contains("/fwd") && shown.contains("forget the conversation and start over"), "{shown}");
+}
+
+#[test]
+fn commands_change_the_strategy_and_trim_the_conversation() {
+    let long = "Tom has 3 apples. ".repeat(100);
+    let typed =
+        format!("/strategy {{jacobi: {{n: 8}}}}\nTom has 3 apples.\n/strategy roling\n{long}\n/trim\n/quti\n/exit\n");
+    let (code, shown) = session(&typed);
+    assert_eq!(code, 0, "{shown}");
+    for part in [
+        "jacobi n=8, greedy",
+        "tokens; jacobi is",
+        "did you mean `rolling`",
+        "/trim forgets the oldest question",
+        "the conversation is empty",
+        "there is no command /quti; did you mean `/quit`",
+    ] {
+        assert!(shown.contains(part), "{part}: {shown}");
+    }
 }
 
 #[test]

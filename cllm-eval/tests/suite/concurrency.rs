@@ -4,7 +4,8 @@ use std::path::Path;
 
 use cllm_eval::records::{Records, ThroughputRecord};
 use cllm_eval::results::Results;
-use cllm_eval::table::{CONCURRENCY_NOTE, concurrency_rows, summarize};
+use cllm_eval::table::concurrency_rows;
+use cllm_eval::terminal::summary;
 
 use crate::made_up::{eloquent_model, program, records};
 use cllm_testing::programs::{Program, path};
@@ -139,8 +140,9 @@ fn numbers_of_rows_that_cannot_be_measured_are_refused() {
 #[test]
 fn the_summary_has_a_row_for_each_model_strategy_and_number_of_rows() {
     let results = Results::from_records(&records());
-    let text = summarize(&results);
-    assert!(text.contains("2.50x") && text.contains(CONCURRENCY_NOTE), "{text}");
+    let text = summary(&results);
+    assert!(text.contains("2.50x") && text.contains("Continuous batching"), "{text}");
+    assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
     let rows = concurrency_rows(&results);
     assert_eq!(rows.len(), 8);
     let row = ["student", "jacobi n=4", "2", "1 of 16", "4.00", "32.0", "18.3", "2.50x", "2.50x", "21.3", "2.00x"];
@@ -149,5 +151,5 @@ fn the_summary_has_a_row_for_each_model_strategy_and_number_of_rows() {
     records.header.settings.concurrency.clear();
     let without = Results::from_records(&records);
     assert_eq!(without.models[0].strategies[0].concurrency, None);
-    assert!(!summarize(&without).contains(CONCURRENCY_NOTE));
+    assert!(!summary(&without).contains("Continuous batching"));
 }

@@ -16,7 +16,7 @@ fn generate_gives_the_same_answer_with_both_strategies() {
         .unwrap();
     let message = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{message}");
-    assert!(message.contains("jacobi n=5") && message.contains("same tokens; Jacobi is"), "{message}");
+    assert!(message.contains("rolling n=5") && message.contains("same tokens; rolling is"), "{message}");
     let value: Value = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(value["equal"], true);
     assert_eq!(value["strategies"][0]["tokens"], value["strategies"][0]["forwards"]);

@@ -48,6 +48,8 @@ pub fn records() -> Records {
         set_aside: 0,
         hardware: Hardware::detect(Device::Cpu),
         toolkit: Toolkit { version: "0".into(), libtorch: None },
+        started_on: Some("2026-11-28".parse().unwrap()),
+        commit: Some("0123abc".into()),
         sandbox: None,
         models: vec![model(Role::Teacher, "t"), model(Role::Student, "s")],
         settings,

@@ -16,9 +16,16 @@ pub fn rendered_report() -> (tempfile::TempDir, [String; 4]) {
     let records = with_forward_texts(records());
     records.write(&dir.path().join(SAMPLES)).unwrap();
     atomic_file::write_json(&dir.path().join(RESULTS), &Results::from_records(&records)).unwrap();
-    let written = report(&[dir.path().to_owned()], None).unwrap();
+    let written = report(&[dir.path().to_owned()], None, &[]).unwrap();
     let names = ["report.md", "report.html", "report.tex", "model-card.md"];
-    assert_eq!(written, names.map(|name| dir.path().join(name)));
+    let pictures = ["tradeoff.svg", "example.svg"];
+    let expected: Vec<_> = names.iter().chain(&pictures).map(|name| dir.path().join(name)).collect();
+    assert_eq!(written, expected);
+    for picture in pictures {
+        let svg = std::fs::read_to_string(dir.path().join(picture)).unwrap();
+        let document = roxmltree::Document::parse(&svg).unwrap();
+        assert!(document.root_element().tag_name().namespace().is_some() && svg.contains("<style>"), "{picture}");
+    }
     let texts = names.map(|name| std::fs::read_to_string(dir.path().join(name)).unwrap());
     (dir, texts)
 }
@@ -34,12 +41,21 @@ fn a_report_holds_the_figures_loads_nothing_and_escapes_answers() {
     for address in ["http:", "https:", "//", "src=", "href=", "url(", "@import"] {
         assert!(!page.contains(address), "{address}");
     }
-    assert!(page.contains("prefers-color-scheme: dark") && page.matches("<svg").count() >= 8 && !page.contains("NaN"));
+    assert!(page.contains("prefers-color-scheme: dark") && page.matches("<svg").count() >= 7 && !page.contains("NaN"));
     assert!(
         page.contains("2 &amp; 2 &lt;b&gt;?") && !page.contains("<b>") && !page.contains("<script>alert"),
         "{page}"
     );
     assert!(page.contains(r#"title="forward 1, 4 tokens""#), "{page}");
+    assert!(page.contains("<title>s, a student of t</title>") && page.contains("<span>2026-11-28</span>"), "{page}");
+    assert!(page.contains("commit 0123abc") && markdown.starts_with("# s, a student of t\n\n2026-11-28; "), "{page}");
+    // Three examples differ, which says nothing about the accuracy.
+    let verdict = "Accuracy kept: no significant difference. −25.0 points against the teacher";
+    assert!(
+        page.contains(&format!(r#"<div class="verdict neutral">{verdict}"#)) && markdown.contains(verdict),
+        "{page}"
+    );
+    assert!(page.contains("<td>75.0 %<small>30.1 to 95.4</small></td>"), "{page}");
     // The headline is the student's fastest strategy and its cost.
     assert!(
         page.contains(r#"<div class="number">4.00x</div>"#) && page.contains("1 of 4 answers unfinished (teacher: 1)"),
@@ -95,7 +111,10 @@ fn the_card_names_the_base_model_the_data_set_the_strategy_and_the_command() {
     let dir = tempfile::tempdir().unwrap();
     let mut records = records();
     records.header.benchmark = Task::Gsm8k;
-    records.header.models[0].path = "/c/hub/models--some--base/snapshots/0123".into();
+    let base = dir.path().join("models--some--base/snapshots/0123");
+    std::fs::create_dir_all(&base).unwrap();
+    std::fs::write(base.join("README.md"), "---\ntags: []\nlicense: apache-2.0\n---\n").unwrap();
+    records.header.models[0].path = base.display().to_string();
     records.header.models[1].path = "runs/maths-cllm/rounds/round-02/student/final".into();
     let rolling = Strategy::rolling(4);
     records.header.settings.strategies[1] = rolling;
@@ -103,10 +122,11 @@ fn the_card_names_the_base_model_the_data_set_the_strategy_and_the_command() {
     records.answers.iter_mut().filter(|answer| answer.strategy == JACOBI).for_each(|answer| answer.strategy = rolling);
     records.speeds.iter_mut().filter(|speed| speed.strategy == JACOBI).for_each(|speed| speed.strategy = rolling);
     atomic_file::write_json(&dir.path().join(RESULTS), &Results::from_records(&records)).unwrap();
-    report(&[dir.path().to_owned()], None).unwrap();
+    report(&[dir.path().to_owned()], None, &[]).unwrap();
     let card = std::fs::read_to_string(dir.path().join("model-card.md")).unwrap();
     for line in [
         "base_model: some/base",
+        "license: apache-2.0",
         "name: maths-cllm",
         "type: openai/gsm8k",
         "The headline numbers are for Jacobi decoding with a rolling window (`rolling`).",
@@ -129,7 +149,7 @@ fn a_report_of_several_runs_begins_with_one_row_per_run() {
         std::fs::create_dir_all(folder).unwrap();
         atomic_file::write_json(&folder.join(RESULTS), &Results::from_records(&records)).unwrap();
     }
-    report(&folders, Some(&output)).unwrap();
+    report(&folders, Some(&output), &[]).unwrap();
     let read = |name: &str| std::fs::read_to_string(output.join(name)).unwrap();
     let (markdown, page, tex) = (read("report.md"), read("report.html"), read("report.tex"));
     let row = "| jsonl / test | student jacobi n=4 | 50.0 % (15.0 to 85.0) | 75.0 % (30.1 to 95.4) | 1 of 4 | 4.00 | 4.00x (4.00 to 4.00) |\n";
@@ -144,7 +164,10 @@ fn a_report_of_several_runs_begins_with_one_row_per_run() {
         (tex.matches(r"\resizebox{\linewidth}{!}").count(), tex.matches(r"\begin{tabular}{llr").count()),
         (5, 5)
     );
-    assert!(overview.matches("speed-ups are over autoregressive decoding of t:").count() == 1, "{overview}");
+    assert!(
+        overview.matches("speed-ups are over autoregressive decoding of the teacher t:").count() == 1,
+        "{overview}"
+    );
     let (_dir, [alone, ..]) = rendered_report();
     assert!(markdown.contains("The fastest strategy of each run") && !alone.contains("of each run"), "{alone}");
     // Ratios to another baseline stand in a table of their own.
@@ -152,17 +175,18 @@ fn a_report_of_several_runs_begins_with_one_row_per_run() {
     other.header.models[0].fingerprint = "other".into();
     other.header.models[0].path = "big".into();
     atomic_file::write_json(&folders[1].join(RESULTS), &Results::from_records(&other)).unwrap();
-    report(&folders, Some(&output)).unwrap();
+    report(&folders, Some(&output), &[]).unwrap();
     let (overview, _) = read("report.md").split_once("\n## ").map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
     for name in ["t", "big"] {
         assert_eq!(
-            overview.matches(&format!("speed-ups are over autoregressive decoding of {name}:")).count(),
+            overview.matches(&format!("speed-ups are over autoregressive decoding of the teacher {name}:")).count(),
             1,
             "{overview}"
         );
     }
     // Runs of the same benchmark and split are distinguished by their folders.
-    report(&[&folders[0], &folders[0]].map(Clone::clone), Some(&output)).unwrap();
+    report(&[&folders[0], &folders[0]].map(Clone::clone), Some(&output), &["spider: skipped: no data".into()]).unwrap();
+    assert!(read("report.html").contains("<li>spider: skipped: no data</li>"));
     let title = format!("jsonl / test / {}", folders[0].display());
     assert!(read("report.md").contains(&format!("| {title} | student")), "{title}");
     assert!(read("report.html").contains(&format!("<h2>{}</h2>", title.replace('/', "&#x2f;"))), "{title}");
@@ -196,13 +220,13 @@ fn results_and_samples_of_another_version_are_refused_by_name() {
     let mut value = serde_json::to_value(Results::from_records(&records)).unwrap();
     value["schema_version"] = 7.into();
     atomic_file::write_json(&results, &value).unwrap();
-    let error = report(std::slice::from_ref(&results), None).unwrap_err();
+    let error = report(std::slice::from_ref(&results), None, &[]).unwrap_err();
     assert!(error.exit_code() == 2 && error.to_string().contains("results.json: has schema version 7"), "{error}");
     value["schema_version"] = 2.into();
     atomic_file::write_json(&results, &value).unwrap();
     records.header.schema_version = 8;
     records.write(&samples).unwrap();
-    let error = report(&[results], None).unwrap_err().to_string();
+    let error = report(&[results], None, &[]).unwrap_err().to_string();
     assert!(error.contains("samples.jsonl: has schema version 8"), "{error}");
 }
 
@@ -211,6 +235,6 @@ fn a_file_of_another_kind_is_refused_by_name() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("other.json");
     std::fs::write(&path, "{}").unwrap();
-    let error = report(&[path], None).unwrap_err();
+    let error = report(&[path], None, &[]).unwrap_err();
     assert!(error.exit_code() == 2 && error.to_string().contains("other.json"), "{error}");
 }

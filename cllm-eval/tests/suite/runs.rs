@@ -78,6 +78,7 @@ fn a_killed_run_resumes_and_score_gives_the_same_figures() {
     };
     let text = std::fs::read_to_string(&samples).unwrap();
     std::fs::write(&samples, text.lines().map(changed).collect::<Vec<_>>().join("\n") + "\n").unwrap();
+    std::fs::remove_file(dir.path().join("out/results.json")).unwrap();
     let third = run(dir.path());
     let max_gap = |strategy: usize| third["models"][1]["strategies"][strategy]["max_logit_gap_at_difference"].as_f64();
     assert!(max_gap(1).is_some_and(|gap| gap > 0.0) && max_gap(0).is_none(), "{third}");

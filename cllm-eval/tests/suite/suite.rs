@@ -54,8 +54,7 @@ fn a_suite_runs_what_has_data_skips_the_rest_and_survives_a_failure() {
     assert_eq!(ended.code, Some(1), "{}", ended.stderr);
     assert!(
         text.contains("gsm8k: failed: ")
-            && text.contains("perplexity 2")
-            && text.contains("perplexity: teacher: perplexity 2")
+            && text.contains("teacher: perplexity 2")
             && text.contains("spider: skipped: ")
             && text.contains("2 examples"),
         "{text}"

@@ -40,7 +40,7 @@ fn points_front_and_area_follow_from_the_results() {
     let areas: Vec<f64> = tradeoff.aup.iter().map(|curve| curve.aup).collect();
     assert!((areas[0] - 150.0).abs() < 1e-9 && (areas[1] - (50.0 + 150.0 / 1f64.exp())).abs() < 1e-9, "{areas:?}");
     let text = tradeoff.text();
-    assert!(text.contains("AUP of t: 150.0, over 2 points") && text.contains("75.0 %"), "{text}");
+    assert!(text.contains("AUP 150.0, over 2 points") && text.contains("75.0 %"), "{text}");
 }
 
 #[test]

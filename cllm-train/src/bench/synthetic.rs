@@ -70,14 +70,14 @@ fn example(settings: &SyntheticSettings, vocab_size: i32, seed: u64, index: usiz
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::settings::ConsistencySettings;
+    use crate::settings::Settings;
 
     #[test]
     fn examples_have_the_lengths_that_were_asked_for_and_a_block_converges_token_by_token() {
         let settings = SyntheticSettings { num_responses: 200, ..SyntheticSettings::default() };
         let drawn = examples(&settings, 49_152, 1);
         assert_eq!(drawn, examples(&settings, 49_152, 1));
-        let tokens = |example: &Example| example.max_packed_tokens(&ConsistencySettings::default());
+        let tokens = |example: &Example| example.max_packed_tokens(&Settings::plain().consistency);
         let mean = drawn.iter().map(tokens).sum::<usize>() as f64 / 200.0;
         assert!((450.0..500.0).contains(&mean), "{mean}");
         for example in &drawn {

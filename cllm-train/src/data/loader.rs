@@ -157,7 +157,7 @@ mod tests {
             labelled: vec![index.is_multiple_of(2); 8],
         };
         let examples: Vec<Example> = (0..9).map(example).collect();
-        let mut settings = Settings { max_batch_tokens: 64, ..Settings::default() };
+        let mut settings = Settings { max_batch_tokens: 64, ..Settings::plain() };
         (settings.consistency.local_weight, settings.consistency.anchor_weight) = (1.0, 1.0);
         let model = Transformer::random(config.unwrap(), 0, Device::Cpu, Kind::Float);
         let loader = BatchLoader::new(&settings, &examples, &model).unwrap();

@@ -166,8 +166,7 @@ mod tests {
 
     #[test]
     fn settings_that_include_excluded_examples_are_named() {
-        let settings =
-            |max_example_tokens| Settings { max_batch_tokens: 44, max_example_tokens, ..Settings::default() };
+        let settings = |max_example_tokens| Settings { max_batch_tokens: 44, max_example_tokens, ..Settings::plain() };
         let advice = "the longest has 45: set max_example_tokens=45 and max_batch_tokens=45";
         let excluded = schedule(&settings(43)).exclusion().unwrap();
         assert_eq!(excluded, format!("excluded 2 examples of more than 43 packed tokens; {advice}"));
@@ -188,7 +187,7 @@ mod tests {
 
     #[test]
     fn an_epoch_has_every_example_once_and_its_batches_are_full() {
-        let settings = Settings { max_batch_tokens: 100, max_example_tokens: 44, epochs: 3, ..Settings::default() };
+        let settings = Settings { max_batch_tokens: 100, max_example_tokens: 44, epochs: 3, ..Settings::plain() };
         let schedule = schedule(&settings);
         let batches = schedule.batches(0);
         let mut scheduled: Vec<usize> = batches.iter().flatten().copied().collect();
@@ -202,7 +201,7 @@ mod tests {
 
     #[test]
     fn every_step_belongs_to_an_epoch() {
-        let settings = Settings { max_batch_tokens: 100, max_example_tokens: 100, epochs: 3, ..Settings::default() };
+        let settings = Settings { max_batch_tokens: 100, max_example_tokens: 100, epochs: 3, ..Settings::plain() };
         let all = schedule(&settings);
         let epoch_steps: Vec<usize> = (0..3).map(|epoch| all.batches(epoch).len()).collect();
         assert_eq!(all.num_steps(), epoch_steps.iter().sum::<usize>());

@@ -72,6 +72,7 @@ mod tests {
     use cllm_core::fingerprint;
 
     use super::*;
+    use crate::settings::Settings;
 
     /// A block of 4 tokens whose states have 4, 3, 3, 1 and 0 incorrect tokens.
     fn states() -> Vec<Vec<i32>> {
@@ -80,14 +81,14 @@ mod tests {
 
     fn sampled(block_index: usize, window_blocks: usize, epoch: u64) -> usize {
         let consistency =
-            ConsistencySettings { states: StateSampling::Progressive, window_blocks, ..ConsistencySettings::default() };
+            ConsistencySettings { states: StateSampling::Progressive, window_blocks, ..Settings::plain().consistency };
         sample_state(&states(), &[], block_index, &consistency, &mut fingerprint::derive_rng(1, "a", epoch))
     }
 
     #[test]
     fn states_are_drawn_again_only_when_all_were_drawn() {
         for states_drawn in [StateSampling::Uniform, StateSampling::Progressive] {
-            let consistency = ConsistencySettings { states: states_drawn, ..ConsistencySettings::default() };
+            let consistency = ConsistencySettings { states: states_drawn, ..Settings::plain().consistency };
             let mut rng = fingerprint::derive_rng(1, "a", 0);
             let mut drawn = Vec::new();
             for _ in 0..5 {
@@ -103,7 +104,7 @@ mod tests {
     #[test]
     fn blocks_are_cut_at_random_but_not_before_their_first_incorrect_token() {
         let lengths = |state: usize, min_block_tokens: Option<usize>| {
-            let consistency = ConsistencySettings { min_block_tokens, ..ConsistencySettings::default() };
+            let consistency = ConsistencySettings { min_block_tokens, ..Settings::plain().consistency };
             let mut rng = fingerprint::derive_rng(1, "a", 0);
             let drawn = (0..64).map(|_| sample_num_tokens(&states(), state, &consistency, &mut rng));
             drawn.collect::<std::collections::BTreeSet<_>>()
@@ -130,7 +131,7 @@ mod tests {
         assert_eq!(window, [3, 3, 0]);
         assert_eq!([4, 5, 7].map(|index| sampled(index, 4, 0)), window);
         let mut rng = fingerprint::derive_rng(1, "a", 0);
-        let fixed_point_only = sample_state(&states()[4..], &[], 3, &ConsistencySettings::default(), &mut rng);
+        let fixed_point_only = sample_state(&states()[4..], &[], 3, &Settings::plain().consistency, &mut rng);
         assert_eq!(fixed_point_only, 0);
     }
 

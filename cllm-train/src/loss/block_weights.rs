@@ -101,11 +101,12 @@ fn before(values: &Tensor) -> Tensor {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::settings::Settings;
 
     /// Rows 0, 2 and 3 are a block, and row 1 is another. Each should predict token 1 of three. The
     /// student is certain in rows 0 and 3, and prefers another token in rows 1 and 2.
     fn weights(after_miss_weight: f64, position_weights: PositionWeights) -> Vec<f32> {
-        let settings = ConsistencySettings { after_miss_weight, position_weights, ..ConsistencySettings::default() };
+        let settings = ConsistencySettings { after_miss_weight, position_weights, ..Settings::plain().consistency };
         let chunk = Chunk {
             noisy_rows: vec![7, 8, 9, 10],
             noisy_labels: vec![1; 4],
@@ -137,6 +138,6 @@ mod tests {
     fn uniform_weights_cost_nothing() {
         let chunk =
             Chunk { noisy_rows: vec![3], noisy_labels: vec![1], noisy_blocks: vec![vec![0]], ..Chunk::default() };
-        assert!(BlockWeights::new(&ConsistencySettings::default(), &chunk, Device::Cpu).unwrap().is_none());
+        assert!(BlockWeights::new(&Settings::plain().consistency, &chunk, Device::Cpu).unwrap().is_none());
     }
 }

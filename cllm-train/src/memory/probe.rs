@@ -110,7 +110,7 @@ mod tests {
         });
         json.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
         let config = ModelConfig::from_json(&json).unwrap();
-        let settings = Settings { lora, ..Settings::default() };
+        let settings = Settings { lora, ..Settings::plain() };
         let n = settings.validation.n;
         let stop = StopConditions::new(2 * n, Vec::new());
         let strategy = Strategy::Jacobi { n };
@@ -161,7 +161,7 @@ mod tests {
 
     #[test]
     fn shapes_that_the_kernels_do_not_decode_need_what_libtorch_does() {
-        let settings = Settings::default();
+        let settings = Settings::plain();
         let planned = |head_dim: i64, vocab_size: i64| {
             let config = ModelConfig::from_json(&json!({
                 "model_type": "llama", "vocab_size": vocab_size, "hidden_size": 64, "intermediate_size": 192,

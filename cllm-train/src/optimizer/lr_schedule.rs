@@ -18,11 +18,12 @@ pub fn learning_rate(settings: &OptimizerSettings, number: usize, num_steps: usi
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::settings::Settings;
 
     #[test]
     fn the_learning_rate_rises_and_then_falls_to_its_minimum() {
         let settings =
-            OptimizerSettings { lr: 1.0, warmup_fraction: 0.1, min_lr_fraction: 0.1, ..OptimizerSettings::default() };
+            OptimizerSettings { lr: 1.0, warmup_fraction: 0.1, min_lr_fraction: 0.1, ..Settings::plain().optimizer };
         let learning_rates: Vec<f64> = (1..=100).map(|number| learning_rate(&settings, number, 100)).collect();
         assert_eq!((learning_rates[0], learning_rates[9]), (0.1, 1.0));
         assert!(learning_rates[10..].windows(2).all(|pair| pair[1] < pair[0]));

@@ -319,7 +319,7 @@ mod tests {
     }
 
     fn new_state(model: &Transformer, optimizer: OptimizerSettings, seed: u64) -> Result<OptimizerState> {
-        let settings = Settings { optimizer, seed, ..Settings::default() };
+        let settings = Settings { optimizer, seed, ..Settings::plain() };
         OptimizerState::new(model, &settings, Rc::new(ProcessGroup::single()))
     }
 
@@ -333,7 +333,7 @@ mod tests {
     /// A tiny model after a step in which every gradient is `gradient`, and the norm of that
     /// gradient.
     fn after_a_step(gradient: f64, max_grad_norm: Option<f64>) -> (OptimizerState, f64) {
-        let settings = OptimizerSettings { max_grad_norm, ..OptimizerSettings::default() };
+        let settings = OptimizerSettings { max_grad_norm, ..Settings::plain().optimizer };
         let model = tiny_model(4, Kind::Float);
         let mut state = new_state(&model, settings, 0).unwrap();
         for (_, mut tensor) in all_gradients(&state).tensors() {
@@ -374,7 +374,7 @@ mod tests {
             let model = tiny_model(64, Kind::BFloat16);
             let _no_grad = tch::no_grad_guard();
             let _ = model.weights().buffer().shallow_clone().fill_(1.0);
-            let settings = OptimizerSettings { weight_decay: 0.1, state_dtype, ..OptimizerSettings::default() };
+            let settings = OptimizerSettings { weight_decay: 0.1, state_dtype, ..Settings::plain().optimizer };
             let mut state = new_state(&model, settings, 3).unwrap();
             for number in 1..=50 {
                 let _ = all_gradients(&state).buffer().shallow_clone().fill_(if number <= 25 { 1e-3 } else { 2e-3 });
@@ -406,7 +406,7 @@ mod tests {
 
     #[test]
     fn the_model_has_its_own_weights_again_after_a_body_that_fails() {
-        let settings = OptimizerSettings { ema_decay: Some(0.9), ..OptimizerSettings::default() };
+        let settings = OptimizerSettings { ema_decay: Some(0.9), ..Settings::plain().optimizer };
         let model = tiny_model(4, Kind::Float);
         let state = new_state(&model, settings, 0).unwrap();
         let _ = tch::no_grad(|| model.weights().buffer().shallow_clone().fill_(3.0));

@@ -134,7 +134,7 @@ mod tests {
 
     fn planned(device: &str, memory: Option<&str>) -> Result<PlannedDevice> {
         let memory = memory.map(str::to_owned);
-        PlannedDevice::new(&Settings { device: device.to_owned(), memory, ..Settings::default() })
+        PlannedDevice::new(&Settings { device: device.to_owned(), memory, ..Settings::plain() })
     }
 
     #[test]
@@ -163,7 +163,7 @@ mod tests {
     fn only_plan_takes_gpus_by_name_and_amounts_of_memory() {
         let refusal = |device: &str, memory: Option<&str>| {
             let memory = memory.map(str::to_owned);
-            refuse_hypothetical(&Settings { device: device.to_owned(), memory, ..Settings::default() })
+            refuse_hypothetical(&Settings { device: device.to_owned(), memory, ..Settings::plain() })
         };
         for device in ["h100-80gb", "2xh200"] {
             let message = refusal(device, None).unwrap_err().to_string();

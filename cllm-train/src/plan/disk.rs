@@ -195,7 +195,7 @@ mod tests {
             (checkpoint, final_model)
         };
         let all = config().num_parameters() as u64;
-        let mut settings = Settings::default();
+        let mut settings = Settings::plain();
         assert_eq!(bytes(&settings, Kind::Float), (12 * all + 7, 4 * all + 7));
         assert_eq!(bytes(&settings, Kind::BFloat16), (14 * all + 7, 2 * all + 7));
         settings.optimizer.ema_decay = Some(0.9);
@@ -204,10 +204,10 @@ mod tests {
         assert_eq!(bytes(&settings, Kind::BFloat16), (12 * all + 7, 2 * all + 7));
         let lora = LoraConfig { rank: 2, ..LoraConfig::default() };
         let adapters = lora.num_parameters(&config()) as u64;
-        let settings = Settings { lora: Some(lora), ..Settings::default() };
+        let settings = Settings { lora: Some(lora), ..Settings::plain() };
         assert_eq!(bytes(&settings, Kind::BFloat16), (16 * adapters + 7, 2 * all + 7 + 4 * adapters + 7));
         let lora = LoraConfig { rank: 2, on: AdaptedTokens::Drafts, ..LoraConfig::default() };
-        let settings = Settings { lora: Some(lora), ..Settings::default() };
+        let settings = Settings { lora: Some(lora), ..Settings::plain() };
         assert_eq!(bytes(&settings, Kind::BFloat16), (16 * adapters + 7, 4 * adapters + 7), "no merged model");
     }
 
@@ -222,7 +222,7 @@ mod tests {
             let has_peak = |(checkpoints, models): &(u64, u64)| checkpoints * checkpoint + models * final_model == peak;
             counts.into_iter().find(has_peak).unwrap()
         };
-        let mut settings = Settings { save_every: Some(200), max_checkpoints: 2, ..Settings::default() };
+        let mut settings = Settings { save_every: Some(200), max_checkpoints: 2, ..Settings::plain() };
         assert_eq!(peak(&settings), (3, 0), "two are kept while the third is written");
         assert_eq!(peak(&Settings { save_every: Some(400), ..settings.clone() }), (2, 1), "steps 400 and 800");
         settings.validation.prompts = Some(PathBuf::from("p"));
@@ -235,7 +235,7 @@ mod tests {
         settings.keep_state = true;
         assert_eq!(peak(&settings), (5, 1), "and the last");
         for save_every in [None, Some(0)] {
-            assert_eq!(peak(&Settings { save_every, ..Settings::default() }), (0, 1));
+            assert_eq!(peak(&Settings { save_every, ..Settings::plain() }), (0, 1));
         }
     }
 
@@ -246,7 +246,7 @@ mod tests {
             needed_if_interrupted as f64 / checkpoint as f64
         };
         let none = StoredBytes::default();
-        let settings = |save_every: Option<usize>| Settings { save_every, max_checkpoints: 2, ..Settings::default() };
+        let settings = |save_every: Option<usize>| Settings { save_every, max_checkpoints: 2, ..Settings::plain() };
         for save_every in [None, Some(0), Some(1000)] {
             assert_eq!(checkpoints(&settings(save_every), &none), 1.0, "{save_every:?}");
         }
@@ -264,7 +264,7 @@ mod tests {
 
     #[test]
     fn the_best_checkpoint_of_a_stopped_run_stays_beside_the_newest() {
-        let mut settings = Settings { save_every: Some(200), max_checkpoints: 2, ..Settings::default() };
+        let mut settings = Settings { save_every: Some(200), max_checkpoints: 2, ..Settings::plain() };
         settings.validation.prompts = Some(PathBuf::from("p"));
         settings.validation.every = 2000;
         let none = StoredBytes::default();
@@ -281,7 +281,7 @@ mod tests {
 
     #[test]
     fn what_a_stopped_run_left_is_counted_once() {
-        let settings = Settings { save_every: Some(200), max_checkpoints: 2, ..Settings::default() };
+        let settings = Settings { save_every: Some(200), max_checkpoints: 2, ..Settings::plain() };
         let DiskEstimate { checkpoint, final_model, needed: fresh, .. } =
             estimate(&settings, Kind::Float, &StoredBytes::default());
         assert_eq!(fresh, 3 * checkpoint);

@@ -351,7 +351,7 @@ mod tests {
     }
 
     fn settings() -> Settings {
-        Settings { max_batch_tokens: 4096, max_example_tokens: 4096, ..Settings::default() }
+        Settings { max_batch_tokens: 4096, max_example_tokens: 4096, ..Settings::plain() }
     }
 
     fn changes(proposals: &[Proposal]) -> Vec<(Value, bool)> {

@@ -112,7 +112,7 @@ mod tests {
     }
 
     fn settings() -> Settings {
-        Settings { output: "runs/a".into(), model: Some("m".to_owned()), save_every: Some(1), ..Settings::default() }
+        Settings { output: "runs/a".into(), model: Some("m".to_owned()), save_every: Some(1), ..Settings::plain() }
     }
 
     #[test]

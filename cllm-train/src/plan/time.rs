@@ -277,7 +277,7 @@ mod tests {
             ..Example::labelled("a".to_owned(), vec![1; 320], vec![2; 320])
         };
         let seconds = |change: &dyn Fn(&mut Settings)| {
-            let mut settings = Settings { accumulation: 1, ..Settings::default() };
+            let mut settings = Settings { accumulation: 1, ..Settings::plain() };
             change(&mut settings);
             let work = StepWork::new(&settings, &config, &vec![example.clone(); 8], &[(0..8).collect()], 1);
             work.seconds(typical_gpu())

@@ -185,7 +185,8 @@ mod tests {
     fn settings(rounds: Value) -> RoundsSettings {
         let settings = json!({
             "model": "m", "output": "out", "collect": {"prompts": "p.jsonl", "n": 8},
-            "clean": {}, "train": {"epochs": 3, "optimizer": {"ema_decay": 0.9}}, "rounds": rounds,
+            "clean": {}, "rounds": rounds,
+            "train": {"epochs": 3, "optimizer": {"ema_decay": 0.9}, "consistency": {"anchor_weight": 0}},
         });
         serde_json::from_value(settings).unwrap()
     }

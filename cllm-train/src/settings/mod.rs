@@ -140,7 +140,7 @@ impl Default for Settings {
             datasets: Vec::new(),
             output: PathBuf::new(),
             seed: 0,
-            epochs: 1,
+            epochs: 4,
             max_steps: None,
             max_batch_tokens: 8192,
             accumulation: 1,
@@ -159,6 +159,16 @@ impl Default for Settings {
             memory: None,
             rendering: RenderSettings::default(),
         }
+    }
+}
+
+#[cfg(test)]
+impl Settings {
+    /// The simplest run: one pass over the data, no second model, no average of the weights.
+    pub fn plain() -> Self {
+        let plain = ConsistencySettings { ar_weight: 10.0, anchor_weight: 0.0, ..ConsistencySettings::default() };
+        let optimizer = OptimizerSettings { ema_decay: None, ..OptimizerSettings::default() };
+        Settings { epochs: 1, consistency: plain, optimizer, ..Settings::default() }
     }
 }
 
@@ -267,13 +277,13 @@ impl Settings {
         {
             return usage("output is the folder of the model: choose another, since a run writes its files there");
         }
-        if self.init.is_some() && self.is_anchored() && self.consistency.anchor.is_none() {
-            return usage(
-                "consistency.anchor_weight needs `model` or consistency.anchor: random weights cannot be an anchor",
-            );
-        }
         if self.init.is_some() && self.lora.is_some() {
             return usage("lora needs `model`: adapters do not turn random weights into a model");
+        }
+        if self.init.is_some() && self.is_anchored() && self.consistency.anchor.is_none() {
+            return usage(
+                "consistency.anchor_weight needs `model` or consistency.anchor: random weights cannot be an anchor (set it to 0)",
+            );
         }
         if self.lora.is_some() && self.optimizer.state_dtype == StateDtype::Bfloat16 {
             return usage(

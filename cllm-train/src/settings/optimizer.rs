@@ -27,7 +27,8 @@ impl StateDtype {
 #[derive(Debug, Clone, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct OptimizerSettings {
-    /// Peak learning rate.
+    /// Peak learning rate. 4e-4 was best for a model of 135 million weights; it falls about in
+    /// proportion to 1 over the width of the model.
     #[garde(range(min = 0.0, max = 1.0))]
     pub lr: f64,
     /// Decay of the first moment. At 1 the update would divide by zero.
@@ -64,7 +65,7 @@ pub struct OptimizerSettings {
 impl Default for OptimizerSettings {
     fn default() -> Self {
         OptimizerSettings {
-            lr: 3e-4,
+            lr: 1e-4,
             beta1: 0.9,
             beta2: 0.98,
             eps: 1e-8,
@@ -73,7 +74,7 @@ impl Default for OptimizerSettings {
             min_lr_fraction: 0.1,
             max_grad_norm: Some(1.0),
             state_dtype: StateDtype::Float32,
-            ema_decay: None,
+            ema_decay: Some(0.999),
         }
     }
 }

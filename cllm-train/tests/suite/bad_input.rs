@@ -119,6 +119,9 @@ fn bad_settings_are_named_with_file_line_and_value() {
         TRAIN.fail(&["validate", assignment], 2, &[assignment, message]);
     }
     TRAIN.fail(&["run", "output=x", "datasets=[x]"], 2, &["model: expected a folder or an id"]);
+    TRAIN.fail(&["run", "--optimizer.lr", "1e-4"], 2, &["settings are written KEY=VALUE, such as optimizer.lr="]);
+    TRAIN.fail(&["validate", "model=x", "datasets=x", "output=x", "device=gpu"], 2, &["device `gpu` is unknown"]);
+    TRAIN.fail(&["settings", "rund"], 2, &["`rund` has no settings; did you mean `run`"]);
     TRAIN.fail(&["run", "save_every=none"], 2, &["save_every: expected a whole number from 0, or null"]);
     let [model, same] = ["model", "model/../model"].map(|name| path(dir.path(), name));
     fs::create_dir(&model).unwrap();

@@ -14,8 +14,8 @@ use cllm_train::trainer;
 use tch::{Device, Kind};
 
 use crate::setup::{
-    N, TRAIN, assert_checkpoints_are_whole, consistency, have_same_weights, loss_curve, metrics, num_metrics, prepare,
-    rewind_to, settings_file, sft, summary, wait_for_a_save,
+    N, TRAIN, assert_checkpoints_are_whole, consistency, have_same_weights, loss_curve, metrics, num_metrics,
+    plain_consistency, plain_optimizer, prepare, rewind_to, settings_file, sft, summary, wait_for_a_save,
 };
 
 /// Runs `cllm-train run -c FILE ...` in the folder beside the file that is named after the rank.
@@ -71,8 +71,7 @@ fn run_processes(file: &str, world_size: usize) {
 }
 
 fn settings(folder: &Path, output: &str) -> Settings {
-    let optimizer =
-        OptimizerSettings { lr: 3e-3, weight_decay: 0.1, ema_decay: Some(0.5), ..OptimizerSettings::default() };
+    let optimizer = OptimizerSettings { lr: 3e-3, weight_decay: 0.1, ema_decay: Some(0.5), ..plain_optimizer() };
     Settings { accumulation: 4, max_batch_tokens: 64, max_example_tokens: 64, optimizer, ..sft(folder, output) }
 }
 
@@ -254,11 +253,7 @@ fn two_processes_validate_with_an_anchor_and_adapters_as_one_does() {
             epochs: 4,
             accumulation: 4,
             optimizer: settings(dir.path(), "").optimizer,
-            consistency: ConsistencySettings {
-                anchor_weight: 1.0,
-                local_weight: 0.5,
-                ..ConsistencySettings::default()
-            },
+            consistency: ConsistencySettings { anchor_weight: 1.0, local_weight: 0.5, ..plain_consistency() },
             validation: validation.clone(),
             ..student.clone()
         };

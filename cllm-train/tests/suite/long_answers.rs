@@ -15,7 +15,7 @@ use rand::RngExt;
 use serde_json::json;
 use tch::{Device, Kind};
 
-use crate::setup::{prepare, read_trajectories, sft, summary, write_trajectories};
+use crate::setup::{plain_consistency, prepare, read_trajectories, sft, summary, write_trajectories};
 
 const N: usize = 16;
 const NUM_TOKENS: usize = 32_768;
@@ -104,7 +104,7 @@ fn an_answer_of_32768_tokens_is_cleaned_and_trained() {
         max_steps: Some(1),
         max_example_tokens: 34_000,
         max_batch_tokens: 34_000,
-        consistency: ConsistencySettings { max_blocks: Some(48), ..ConsistencySettings::default() },
+        consistency: ConsistencySettings { max_blocks: Some(48), ..plain_consistency() },
         ..sft(dir.path(), "run")
     };
     trainer::run(settings).unwrap();

@@ -221,7 +221,7 @@ fn bad_settings_are_named() {
     TRAIN.fail(
         &[&drafts[..], &["consistency.anchor_weight=1"]].concat(),
         2,
-        &["ar_weight (10)", "anchor_weight (1) to 0"],
+        &["ar_weight (0)", "anchor_weight (1) to 0"],
     );
     TRAIN.fail(&[&drafts[..], &["objective=sft"]].concat(), 2, &["lora.on=drafts needs objective=consistency"]);
     let with_bf16_state =

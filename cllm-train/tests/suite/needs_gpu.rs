@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use crate::packed::example;
+use crate::setup::plain_consistency;
 
 fn shapes() -> Vec<(&'static str, Value)> {
     let with = |extra: Value| {
@@ -95,7 +96,7 @@ fn gradients_of_adapters_are_those_of_the_cpu_up_to_rounding() {
         drop(_no_grad);
         let gradients_gpu = on_gpu.collect_gradients().unwrap();
         let gradients_cpu = on_cpu.collect_gradients().unwrap();
-        let settings = ConsistencySettings::default();
+        let settings = plain_consistency();
         let packed = [("a", 3, 9), ("b", 70, 90)].map(|(id, prompt, length)| {
             PackedSequence::sample(&example(id, prompt, length), &settings, &mut fingerprint::derive_rng(1, id, 0))
         });
@@ -130,7 +131,7 @@ fn losses_and_gradients_are_those_of_the_cpu_up_to_rounding() {
                 after_miss_weight,
                 window_blocks: 3,
                 local_weight: 1.0,
-                ..ConsistencySettings::default()
+                ..plain_consistency()
             };
             let packed: Vec<PackedSequence> = [("a", 3, 9), ("b", 70, 90), ("c", 12, 60), ("d", 1, 1)]
                 .map(|(id, prompt, length)| {
@@ -182,7 +183,7 @@ fn attention_of_every_width_and_group_is_that_of_the_cpu_over_long_sequences() {
             context: BlockContext::NoisyWindow,
             window_blocks: 9,
             local_weight: 1.0,
-            ..ConsistencySettings::default()
+            ..plain_consistency()
         };
         // The next tiles of keys that a tile needs are often far apart.
         let packed = [("a", 150, 410), ("b", 3, 5), ("c", 700, 60), ("d", 90, 300)].map(|(id, prompt, length)| {

@@ -16,6 +16,7 @@ use cllm_train::settings::{BlockContext, ConsistencySettings, Divergence, Positi
 use serde::Deserialize;
 use tch::{Device, IndexOp, Kind, Tensor};
 
+use crate::setup::plain_consistency;
 use cllm_testing::families::{random_model, shapes};
 
 const N: usize = 4;
@@ -151,7 +152,7 @@ fn states_of_a_block_in_one_sequence_are_those_of_a_sequence_each() {
                 window_blocks: 2,
                 local_weight: 1.0,
                 states_per_block: 3,
-                ..ConsistencySettings::default()
+                ..plain_consistency()
             };
             let packed = pack(&whole, &settings, 0);
             let of_draw = |draw: usize| {
@@ -176,7 +177,7 @@ fn states_of_a_block_in_one_sequence_are_those_of_a_sequence_each() {
 #[test]
 fn an_example_without_labels_is_in_every_loss_but_the_autoregressive() {
     for_each_family(|family, model, anchor| {
-        let settings = ConsistencySettings { local_weight: 1.0, ..ConsistencySettings::default() };
+        let settings = ConsistencySettings { local_weight: 1.0, ..plain_consistency() };
         let trajectory = example("a", 5, 14);
         let unlabelled = Example { labelled: vec![false; trajectory.response_ids.len()], ..trajectory.clone() };
         let reference = Example {
@@ -211,8 +212,7 @@ fn an_example_without_labels_is_in_every_loss_but_the_autoregressive() {
 fn examples_packed_together_give_the_sums_of_each_alone() {
     for_each_family(|family, model, anchor| {
         for context in [BlockContext::Clean, BlockContext::NoisyWindow] {
-            let settings =
-                ConsistencySettings { context, window_blocks: 2, local_weight: 1.0, ..ConsistencySettings::default() };
+            let settings = ConsistencySettings { context, window_blocks: 2, local_weight: 1.0, ..plain_consistency() };
             let sequences = [("a", 3, 9), ("b", 12, 14), ("c", 7, 30)]
                 .map(|(id, prompt_len, response_len)| pack(&example(id, prompt_len, response_len), &settings, 0));
             let (together, counts) = evaluate(&model, &anchor, &sequences, &settings);
@@ -247,7 +247,7 @@ fn chunks_change_neither_losses_nor_gradients() {
                 position_weights,
                 after_miss_weight,
                 local_weight: 1.0,
-                ..ConsistencySettings::default()
+                ..plain_consistency()
             };
             let sequences = [("a", 3, 9), ("b", 12, 14)]
                 .map(|(id, prompt_len, response_len)| pack(&example(id, prompt_len, response_len), &settings, 0));
@@ -279,7 +279,7 @@ fn the_gradient_predicts_how_a_loss_changes() {
     let (family, config) = shapes().remove(0);
     let model = random_model(&config, 3);
     let gradients = model.collect_gradients().unwrap();
-    let settings = ConsistencySettings { local_weight: 1.0, ..ConsistencySettings::default() };
+    let settings = ConsistencySettings { local_weight: 1.0, ..plain_consistency() };
     let batch = Batch::new(&[pack(&example("a", 3, 9), &settings, 0)], MAX_CHUNK_ROWS, None);
     let ar_loss = |backward: Option<Backward>| {
         batch_losses(&model, None, &batch, &settings, backward).unwrap().ar.double_value(&[])
@@ -306,8 +306,7 @@ fn a_window_does_not_reach_back_over_the_tokens_that_closed_a_thought() {
         block.start += forced.len();
     }
     example.blocks.pop();
-    let settings =
-        ConsistencySettings { context: BlockContext::NoisyWindow, window_blocks: 3, ..ConsistencySettings::default() };
+    let settings = ConsistencySettings { context: BlockContext::NoisyWindow, window_blocks: 3, ..plain_consistency() };
     let packed = pack(&example, &settings, 0);
     let windows: Vec<(usize, usize)> =
         packed.noisy_blocks().iter().map(|block| (block.start, block.window_start)).collect();
@@ -318,7 +317,7 @@ fn a_window_does_not_reach_back_over_the_tokens_that_closed_a_thought() {
 
 #[test]
 fn an_augmented_state_is_in_no_local_loss() {
-    let settings = ConsistencySettings { local_weight: 1.0, ..ConsistencySettings::default() };
+    let settings = ConsistencySettings { local_weight: 1.0, ..plain_consistency() };
     // Blocks 0 and 2 have the states 0, 1 and the fixed point. Which of 0 and 1 is drawn depends on
     // the epoch.
     for (augmented, state_0_has_next, state_1_has_next) in
@@ -358,7 +357,7 @@ fn the_losses_are_those_of_a_naive_loop() {
         };
         let noisy_blocks = vec![block(4, &first, &next_of_first), block(8, &last, &response[8..])];
         let packed = [PackedSequence::new(&prompt, &response, noisy_blocks)];
-        let settings = ConsistencySettings { local_weight: 1.0, ..ConsistencySettings::default() };
+        let settings = ConsistencySettings { local_weight: 1.0, ..plain_consistency() };
         let (actual, counts) = evaluate(&model, &anchor, &packed, &settings);
 
         let clean = causal_log_probs(&model, &whole);
@@ -418,8 +417,7 @@ fn the_losses_are_those_of_a_naive_loop() {
 #[test]
 fn a_block_without_noise_is_still_in_the_window_of_later_blocks() {
     let example = example("a", 3, 12);
-    let settings =
-        ConsistencySettings { context: BlockContext::NoisyWindow, window_blocks: 3, ..ConsistencySettings::default() };
+    let settings = ConsistencySettings { context: BlockContext::NoisyWindow, window_blocks: 3, ..plain_consistency() };
     assert_eq!(pack(&example, &settings, 0).len(), 3 + 12 + 12, "all three blocks are packed");
     // With clean context, only the blocks that have something to learn are packed.
     let settings = ConsistencySettings { context: BlockContext::Clean, ..settings };
@@ -429,8 +427,7 @@ fn a_block_without_noise_is_still_in_the_window_of_later_blocks() {
 #[test]
 fn a_cut_block_has_the_losses_of_its_first_tokens() {
     for_each_family(|family, model, anchor| {
-        let settings =
-            ConsistencySettings { min_block_tokens: Some(1), local_weight: 1.0, ..ConsistencySettings::default() };
+        let settings = ConsistencySettings { min_block_tokens: Some(1), local_weight: 1.0, ..plain_consistency() };
         let packed = pack(&example("a", 5, 30), &settings, 0);
         let lengths: Vec<usize> = packed.noisy_blocks().iter().map(|block| block.state.len()).collect();
         assert!(lengths.iter().any(|&length| length < 3) && lengths.contains(&N), "{lengths:?}");
@@ -456,7 +453,7 @@ fn a_cut_block_has_the_losses_of_its_first_tokens() {
 #[test]
 fn each_epoch_draws_new_states_and_never_the_fixed_point() {
     let example = example("a", 3, 4);
-    let draw = |epoch| pack(&example, &ConsistencySettings::default(), epoch);
+    let draw = |epoch| pack(&example, &plain_consistency(), epoch);
     assert!((1..20).any(|epoch| draw(epoch) != draw(0)));
     assert_eq!(draw(3), draw(3));
     for epoch in 0..20 {
@@ -513,7 +510,7 @@ fn divergences_by_acceptance_have_the_values_and_gradients_of_their_formulas() {
 #[test]
 fn weights_of_positions_are_those_of_a_naive_loop() {
     for_each_family(|family, model, anchor| {
-        let packed = pack(&example("a", 5, 30), &ConsistencySettings::default(), 0);
+        let packed = pack(&example("a", 5, 30), &plain_consistency(), 0);
         let whole = [token_ids(5, 5), token_ids(2, 30)].concat();
         let clean = causal_log_probs(&model, &whole);
         let (mut after_miss, mut by_acceptance) = (0.0, 0.0);
@@ -539,8 +536,7 @@ fn weights_of_positions_are_those_of_a_naive_loop() {
         for (after_miss_weight, position_weights, expected) in
             [(0.25, PositionWeights::Uniform, after_miss), (1.0, PositionWeights::Acceptance, by_acceptance)]
         {
-            let settings =
-                ConsistencySettings { after_miss_weight, position_weights, ..ConsistencySettings::default() };
+            let settings = ConsistencySettings { after_miss_weight, position_weights, ..plain_consistency() };
             let (losses, _) = evaluate(&model, &anchor, std::slice::from_ref(&packed), &settings);
             assert!(is_close(losses.global, expected), "{family}, {position_weights:?}: {losses:?} {expected}");
         }

@@ -8,7 +8,9 @@ use std::path::{Path, PathBuf};
 use cllm_train::rounds::RoundsSettings;
 use serde_json::{Value, json};
 
-use crate::setup::{N, TRAIN, num_metrics, prepare, settings_file, trained_teacher};
+use crate::setup::{
+    N, TRAIN, num_metrics, plain_consistency, plain_optimizer, prepare, settings_file, trained_teacher,
+};
 
 /// Writes the settings of two rounds that start from a trained teacher. The blocks of the second
 /// round are twice as long.
@@ -26,7 +28,7 @@ fn write_settings(folder: &Path) -> String {
         "clean": {"drop_unfinished": false},
         "train": {
             "epochs": 40, "max_batch_tokens": 256, "max_example_tokens": 256, "log_every": 1, "save_every": null,
-            "device": "cpu",
+            "device": "cpu", "optimizer": plain_optimizer(), "consistency": plain_consistency(),
             "validation": {"prompts": prompts, "every": 10, "n": N, "max_new_tokens": 14, "max_accuracy_drop": 1.0},
         },
         "rounds": [{}, {"collect": {"n": 2 * N}, "augment": null, "train": {"seed": 1}}],

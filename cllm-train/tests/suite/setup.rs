@@ -10,7 +10,7 @@ use cllm_core::fingerprint;
 use cllm_core::prompt_set::{self, Prompt, Sample};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{Provenance, Reader, Trajectory, Writer};
-use cllm_train::settings::{InitSettings, Objective, OptimizerSettings, Settings};
+use cllm_train::settings::{ConsistencySettings, InitSettings, Objective, OptimizerSettings, Settings};
 use cllm_train::{tokenizer_training, trainer};
 use rand_chacha::rand_core::Rng;
 use serde_json::Value;
@@ -22,6 +22,21 @@ pub const TRAIN: Program = Program("cllm-train");
 
 /// Block size of the trajectories.
 pub const N: usize = 4;
+
+/// Losses on the data alone, without a second model.
+pub fn plain_consistency() -> ConsistencySettings {
+    ConsistencySettings {
+        ar_weight: 10.0,
+        anchor_weight: 0.0,
+        anchor_prompt_fraction: 0.0,
+        ..ConsistencySettings::default()
+    }
+}
+
+/// An optimizer that keeps no average of the weights.
+pub fn plain_optimizer() -> OptimizerSettings {
+    OptimizerSettings { ema_decay: None, ..OptimizerSettings::default() }
+}
 
 /// Makes `prompts.jsonl` with 12 prompts, and a tokenizer in `tokenizer`.
 pub fn prepare(folder: &Path) {
@@ -60,7 +75,8 @@ pub fn sft(folder: &Path, output: &str) -> Settings {
         accumulation: 2,
         max_checkpoints: 100,
         keep_state: true,
-        optimizer: OptimizerSettings { lr: 3e-3, ..OptimizerSettings::default() },
+        optimizer: OptimizerSettings { lr: 3e-3, ..plain_optimizer() },
+        consistency: plain_consistency(),
         log_every: 1,
         save_every: Some(3),
         device: "cpu".to_owned(),

@@ -43,10 +43,33 @@ pub(crate) fn read<T: DeserializeOwned>(data: &Path, stems: &[&str]) -> Result<V
     }
     let names: Vec<String> = stems.iter().map(|stem| format!("{stem}.jsonl")).collect();
     let expected = names.join(" or ");
+    let found = match &row_files(data)[..] {
+        [] => "none".to_owned(),
+        names => names.join(", "),
+    };
     let message = format!(
-        "expected {expected} here, or the same with .jsonl.gz, .json, .parquet or -00000-of-00001.parquet; found none"
+        "expected {expected} here, or the same with .jsonl.gz, .json, .parquet or -00000-of-00001.parquet; found {found}"
     );
     Err(Error::file(data, message))
+}
+
+/// The names of the files of rows in a folder, in order.
+fn row_files(folder: &Path) -> Vec<String> {
+    let has_rows =
+        |name: &String| [".jsonl", ".json", ".parquet", ".jsonl.gz", ".json.gz"].iter().any(|end| name.ends_with(end));
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten().filter(|entry| entry.path().is_file());
+    let mut names: Vec<String> =
+        entries.filter_map(|entry| entry.file_name().into_string().ok()).filter(has_rows).collect();
+    names.sort();
+    names
+}
+
+/// The file of rows in a folder, if there is exactly one.
+pub(crate) fn only_file(folder: &Path) -> Option<PathBuf> {
+    match &row_files(folder)[..] {
+        [name] => Some(folder.join(name)),
+        _ => None,
+    }
 }
 
 /// Finds the files `STEM-00000-of-00002.parquet` and so on, in order.

@@ -49,6 +49,12 @@ pub fn animate(run: &Path, example: Option<&str>, output: &Path) -> Result<()> {
     atomic_file::write(output, Drawing::new(&records.header, pair).to_svg().as_bytes())
 }
 
+/// The animation of the example that [`animate`] chooses; `None` if there is none.
+pub(super) fn draw_first(records: &Records) -> Option<String> {
+    let pair = choose(records, contenders(records)?, None)?;
+    Some(Drawing::new(&records.header, pair).to_svg())
+}
+
 /// The autoregressive answers of the teacher (or the only model), and the fastest strategy.
 fn contenders(records: &Records) -> Option<[Contender; 2]> {
     let results = Results::from_records(records);

@@ -1,0 +1,74 @@
+//! Reads what people mean where they write a value in another form: one item for a list of one, the
+//! name of a choice that has settings, `true` for a section with its defaults, a number for a text.
+
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value, json};
+use serde_path_to_error::Segment;
+
+/// More values of other forms than this are not repaired.
+const MAX_REPAIRS: usize = 64;
+
+/// The value with as many of its parts repaired as it takes to be the settings `T`, or as can be.
+pub(super) fn repaired<T: DeserializeOwned>(value: &Value) -> Value {
+    let mut value = value.clone();
+    for _ in 0..MAX_REPAIRS {
+        let Some((pointer, expects_list)) = failing_part::<T>(&value) else { return value };
+        let forms = value.pointer(&pointer).map(|part| other_forms(part, expects_list)).unwrap_or_default();
+        let with = |form: Value| {
+            let mut changed = value.clone();
+            changed.pointer_mut(&pointer).into_iter().for_each(|part| *part = form.clone());
+            changed
+        };
+        // A form helps if something else is wrong afterwards, or nothing.
+        let is_elsewhere = |changed: &Value| failing_part::<T>(changed).is_none_or(|(other, _)| other != pointer);
+        match forms.into_iter().map(with).find(is_elsewhere) {
+            Some(changed) => value = changed,
+            None => return value,
+        }
+    }
+    value
+}
+
+/// The JSON pointer to the part of a value that is not as `T` expects it, and whether a list is
+/// expected there.
+fn failing_part<T: DeserializeOwned>(value: &Value) -> Option<(String, bool)> {
+    let error = serde_path_to_error::deserialize::<_, T>(value).err()?;
+    let mut pointer = String::new();
+    for segment in error.path().iter() {
+        let name = match segment {
+            Segment::Seq { index } => index.to_string(),
+            Segment::Map { key } => key.replace('~', "~0").replace('/', "~1"),
+            Segment::Enum { variant } => variant.clone(),
+            Segment::Unknown => break,
+        };
+        // The name of a choice is a level of its own only where its settings are written.
+        let longer = format!("{pointer}/{name}");
+        if value.pointer(&longer).is_none() {
+            break;
+        }
+        pointer = longer;
+    }
+    // Without a list, one is also read as a section whose keys are left out.
+    Some((pointer, error.inner().to_string().contains("expected a sequence")))
+}
+
+/// What else a value may mean.
+fn other_forms(value: &Value, expects_list: bool) -> Vec<Value> {
+    match value {
+        Value::Null | Value::Array(_) => Vec::new(),
+        value if expects_list => vec![json!([value])],
+        Value::String(text) => {
+            let truth = match text.as_str() {
+                "yes" | "on" => vec![json!(true)],
+                "no" | "off" => vec![json!(false)],
+                _ => Vec::new(),
+            };
+            let choice = Value::Object(Map::from_iter([(text.clone(), json!({}))]));
+            [truth, vec![choice]].concat()
+        }
+        Value::Bool(true) => vec![json!({})],
+        Value::Bool(false) => vec![Value::Null],
+        Value::Number(number) => vec![json!(number.to_string())],
+        Value::Object(_) => Vec::new(),
+    }
+}
