@@ -30,7 +30,7 @@ pub struct ServeSettings {
     /// Port to listen on; 0 for any that is free.
     #[garde(skip)]
     pub port: u16,
-    /// Origins of web pages that may use the server, such as [https://example.org]. Default: only
+    /// Origins of web pages that may use the server, such as `[https://example.org]`. Default: only
     /// its own page.
     #[garde(skip)]
     pub cors_origins: Vec<String>,
