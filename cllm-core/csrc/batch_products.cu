@@ -16,19 +16,27 @@ __device__ __forceinline__ void multiply_half(float (&sum)[64], u64 a, u64 b) {
   asm volatile(WGMMA(128) "%64, %65, 1, 1, 1, 0, 0;" : VALUES_128(sum) : "l"(a), "l"(b));
 }
 
-// The product of tokens [num_tokens, k] and a weight [rows, k] transposed. Half h of tile i of the
+// A product that continues another: low_rank [num_tokens, rank] times lora_b [rows, rank] transposed.
+struct Adapters {
+  const TensorMap *low_rank, *lora_b;
+  int rank;
+};
+
+// The product of tokens [num_tokens, k] and a weight [rows, k] transposed, and of adapters. Half h of tile i of the
 // weight is its 128 rows from first_row(i, h) on. Calls finish(sum, token, i) for each tile, where
 // sum[h][4 j + 2 r + c] belongs to token + 8 r and to row 8 j + threadIdx.x % 4 * 2 + c of half h.
 template <typename Row, typename Finish>
 __device__ __forceinline__ void for_tiles(const TensorMap &tokens, const TensorMap &weight, int num_tokens, int k,
-                                          int row_tiles, u32 base, Row first_row, Finish finish) {
+                                          const Adapters &adapters, int row_tiles, u32 base, Row first_row,
+                                          Finish finish) {
   const u32 barriers = base + STAGES * STAGE_BYTES;
   if (threadIdx.x == 0)
     for (int i = 0; i < STAGES; i++) barrier_init(barriers + i * 16, 1), barrier_init(barriers + i * 16 + 8, 8);
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   __syncthreads();
   let_successor_start();
-  const int token_tiles = CEIL(num_tokens, TILE_TOKENS), tiles = token_tiles * row_tiles, chunks = CEIL(k, 64);
+  const int token_tiles = CEIL(num_tokens, TILE_TOKENS), tiles = token_tiles * row_tiles;
+  const int own_chunks = CEIL(k, 64), chunks = own_chunks + CEIL(adapters.rank, 64);
   int stage = 0, parity = 0;
   auto advance = [&] {
     if (++stage == STAGES) stage = 0, parity ^= 1;
@@ -42,10 +50,13 @@ __device__ __forceinline__ void for_tiles(const TensorMap &tokens, const TensorM
         const u32 full = barriers + stage * 16, to = base + stage * STAGE_BYTES;
         barrier_wait(full + 8, parity ^ 1);
         barrier_expect(full, STAGE_BYTES);
-        copy_panel(to, tokens, chunk * 64, 0, tile % token_tiles * TILE_TOKENS, full);
+        const bool is_own = chunk < own_chunks;
+        const int column = (is_own ? chunk : chunk - own_chunks) * 64;
+        copy_panel(to, is_own ? tokens : *adapters.low_rank, column, 0, tile % token_tiles * TILE_TOKENS, full);
 #pragma unroll
         for (int half = 0; half < 2; half++)
-          copy_panel(to + (half + 1) * HALF_BYTES, weight, chunk * 64, 0, first_row(tile / token_tiles, half), full);
+          copy_panel(to + (half + 1) * HALF_BYTES, is_own ? weight : *adapters.lora_b, column, 0,
+                     first_row(tile / token_tiles, half), full);
       }
     return;
   }
@@ -105,11 +116,12 @@ __device__ __forceinline__ void write_tile(const TensorMap &to, int column, int 
                : "memory");
 }
 
-// inner [T, FFN] = silu(gate) * up of normed [T, HIDDEN]. A tile has 128 columns of both. A warpgroup
+// inner [T, FFN] = silu(gate) * up of normed [T, HIDDEN], with adapters if their rank is not 0. A tile has 128 columns of both. A warpgroup
 // collects its 64 tokens in shared memory, in two panels of 64 columns, which the copy engine writes.
 extern "C" __global__ void __launch_bounds__(BATCH_THREADS)
     batch_gate_up(const __grid_constant__ TensorMap normed, const __grid_constant__ TensorMap weight,
-                  const __grid_constant__ TensorMap inner, int num_tokens) {
+                  const __grid_constant__ TensorMap inner, const __grid_constant__ TensorMap low_rank,
+                  const __grid_constant__ TensorMap lora_b, int num_tokens, int rank) {
   const u32 base = aligned_memory();
   const u32 panels = base + STAGES * STAGE_BYTES + 1024 + threadIdx.x / 128 * HALF_BYTES;
   const bool writes = threadIdx.x % 128 == 0;
@@ -139,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(BATCH_THREADS)
     write_tile(inner, tile * 128 + 64, token, panels + HALF_BYTES / 2);
     asm volatile("cp.async.bulk.commit_group;" ::: "memory");
   };
-  for_tiles(normed, weight, num_tokens, HIDDEN, CEIL(FFN, 128), base, first_row, finish);
+  for_tiles(normed, weight, num_tokens, HIDDEN, {&low_rank, &lora_b, rank}, CEIL(FFN, 128), base, first_row, finish);
   if (writes) asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
@@ -169,5 +181,5 @@ extern "C" __global__ void __launch_bounds__(BATCH_THREADS)
       best_id[(size_t)token * VOCAB_TILES + tile] = top_id;
     }
   };
-  for_tiles(normed, weight, num_tokens, HIDDEN, VOCAB_TILES, aligned_memory(), first_row, finish);
+  for_tiles(normed, weight, num_tokens, HIDDEN, {}, VOCAB_TILES, aligned_memory(), first_row, finish);
 }

@@ -14,7 +14,10 @@
 // at a time), ATTENTION_WARPS (of a block, for few tiles), BATCH_WARPS and BATCH_BLOCKS (of a block,
 // and blocks of a multiprocessor, for many), BLOCK_WORK (chunks of slots, times groups of query
 // vectors, for another block of a cluster), RING_DEPTH (chunks of keys or values that a warp has in
-// shared memory), WARP_BYTES (of shared memory, for them or its sums), SUMS_PAD, QUERY_PAD.
+// shared memory), WARP_BYTES (of shared memory, for them or its sums), SUMS_PAD, QUERY_PAD; for the
+// adapters of draft tokens: ADAPTED (whether there are any), the ranks of all adapters of a product
+// together, QKV_RANK, OUTPUT_RANK, GATE_UP_RANK and DOWN_RANK, IN_CLUSTERS (whether the clusters of
+// fused kernels compute A x) and LOW_RANK_PAD.
 //
 // Products use mma.m16n8k16 with the weight as the left operand. The order of k within a product
 // does not matter as long as both operands agree, so each thread loads 8 neighbouring values (16
@@ -102,6 +105,47 @@ extern "C" __global__ void embed(const bf16 *table, const int *tokens, bf16 *x) 
   for (int i = threadIdx.x; i < HIDDEN / 8; i += blockDim.x) to[i] = from[i];
 }
 
+// Thread blocks in a cluster, and the index of this one. Only GPUs from Hopper on have clusters.
+__device__ __forceinline__ int cluster_blocks() {
+  int count = 1;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(count));
+#endif
+  return count;
+}
+__device__ __forceinline__ int cluster_rank() {
+  int rank = 0;
+#if __CUDA_ARCH__ >= 900
+  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+#endif
+  return rank;
+}
+// Waits for all blocks of the cluster that have not ended.
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// The halves of a barrier of all blocks: what is written before arriving can be read after waiting.
+__device__ __forceinline__ void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// Writes a number to the same address in the shared memory of a block of the cluster.
+__device__ __forceinline__ void store_to_block(int rank, u32 *own, u32 x) {
+#if __CUDA_ARCH__ >= 900
+  u32 address = (u32)__cvta_generic_to_shared(own);
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(address), "r"(rank));
+  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+#endif
+}
+
 // ---- Fused kernels, for few tokens ----
 
 // How a fused kernel processes its product.
@@ -109,6 +153,7 @@ enum Epilogue {
   STORE,
   ROTATE_AND_CACHE,  // rotate queries and keys; keys and values go to the cache
   ADD_RESIDUAL,
+  LOW_RANK,  // store for draft tokens, without the scale of the norm; zeros for others
   SWIGLU,
   ARGMAX,      // the best token among the block's rows, which are logits
   CANDIDATES,  // all scores there, the best, and the sum of the softmax
@@ -121,20 +166,30 @@ struct RotateAndCache {
   Cache cache;
 };
 
+// The adapters of a product for draft tokens: y += B A x. LOW_RANK computes low_rank [T, R] = A x, with
+// zeros for tokens that are not `adapted`. The others add lora_b [rows, R] times it. If they have
+// `lora_a` [R, K], the blocks of each of their clusters compute A x for themselves, which takes less
+// time than a kernel of its own.
+struct Adapters {
+  const int *adapted;
+  const bf16 *lora_a, *low_rank, *lora_b;
+};
+
 // out[t, o] = sum over k of weight[o, k] x[t, k], for up to T = 8 NT tokens; only the first
 // `num_tokens` exist. With NORM, the RMS norm of x is multiplied instead of x itself. One block
 // computes BLOCK_ROWS rows of the weight, and its warps split k. The rows are neighbours, with two
 // exceptions: half of the rows for SWIGLU belong to the gate, and the others are the same rows of
 // the up projection; half of the rows for ROTATE_AND_CACHE are in the first half of a head, and the
-// others are those that they are rotated with.
+// others are those that they are rotated with. With adapters of rank R, their product continues the
+// sums, so that those of other tokens stay as they are to the bit.
 //
 // More than 8 tokens are first copied to shared memory if there is room, since warps would load
 // them from L2 in halves of cache lines. The widest products (SWIGLU and those of logits) do without:
 // each of their many blocks would make a copy.
-template <int NT, Epilogue EPILOGUE, bool NORM, int K, int O>
+template <int NT, Epilogue EPILOGUE, bool NORM, int K, int O, int R = 0>
 __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x, const bf16 *norm, const bf16 *bias,
-                                              bf16 *out, int num_tokens, const RotateAndCache rotate = {},
-                                              const SampleBlocks sample = {}) {
+                                              bf16 *out, int num_tokens, const Adapters adapters = {},
+                                              const RotateAndCache rotate = {}, const SampleBlocks sample = {}) {
   constexpr int T = NT * 8, ROWS = EPILOGUE == SWIGLU ? BLOCK_ROWS / 2 : BLOCK_ROWS;
   constexpr bool IS_WIDEST = EPILOGUE == SWIGLU || EPILOGUE == ARGMAX || EPILOGUE == CANDIDATES;
   constexpr bool STAGED = NT > 1 && !IS_WIDEST && STAGED_BYTES(T, K) <= MAX_STAGED_BYTES;
@@ -145,13 +200,17 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
   static_assert(sizeof(partial) + sizeof(squares) <= SUMS_BYTES, "the host reserves this much");
   constexpr int COLUMNS = K / 8, PITCH = (K + STAGING_PAD) / 8;  // of a token's row, in chunks of 16 bytes
   extern __shared__ uint4 staged[];                              // if STAGED: [T][PITCH]
+  // A x, if the cluster computes it: [T][LOW_RANK_PITCH] after the staged tokens.
+  constexpr bool IN_CLUSTER = R > 0 && IN_CLUSTERS;
+  constexpr int LOW_RANK_PITCH = R + LOW_RANK_PAD;
+  bf16 *low_rank = (bf16 *)(staged + (STAGED ? T * PITCH : 0));
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   // ROTATE_AND_CACHE: the head of this block and the first row within it.
   const int head = blockIdx.x / (HALF / 8), head_row = blockIdx.x % (HALF / 8) * 8;
   const int first = EPILOGUE == ROTATE_AND_CACHE ? head * HEAD_DIM + head_row : blockIdx.x * ROWS;
   const int upper = min(first + g, O - 1);
   const int lower = EPILOGUE == SWIGLU             ? O + upper
-                    : EPILOGUE == ROTATE_AND_CACHE ? upper + HALF
+                    : EPILOGUE == ROTATE_AND_CACHE ? min(upper + HALF, O - 1)
                                                    : min(first + g + 8, O - 1);
   const uint4 *row_a = (const uint4 *)(weight + (size_t)upper * K) + t;
   const uint4 *row_b = (const uint4 *)(weight + (size_t)lower * K) + t;
@@ -163,7 +222,41 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
     int c = warp + d * WARPS;
     if (c < chunks) a[d] = load_once(row_a + c * 4), b[d] = load_once(row_b + c * 4);
   }
+  // The chunks of B that continue this warp's sums.
+  constexpr int ADAPTER_CHUNKS = (R / 32 + WARPS - 1) / WARPS;
+  uint4 adapter_a[ADAPTER_CHUNKS + 1], adapter_b[ADAPTER_CHUNKS + 1];
+#pragma unroll
+  for (int i = 0; i < ADAPTER_CHUNKS; i++) {
+    const int c = warp + i * WARPS;
+    if (c >= R / 32) continue;
+    adapter_a[i] = ((const uint4 *)(adapters.lora_b + (size_t)upper * R))[c * 4 + t];
+    adapter_b[i] = ((const uint4 *)(adapters.lora_b + (size_t)lower * R))[c * 4 + t];
+  }
+  // What this warp multiplies of A first, and the weights of the norm there.
+  constexpr int WARP_CHUNKS = (chunks + WARPS - 1) / WARPS, LOW_DEPTH = WARP_CHUNKS < 6 ? WARP_CHUNKS : 6;
+  uint4 low_a[LOW_DEPTH], low_b[LOW_DEPTH], low_norm[LOW_DEPTH];
+  auto load_low_rank = [&](int tile, int base) {
+    const uint4 *row = (const uint4 *)(adapters.lora_a + (size_t)(tile * 16 + g) * K) + t;
+#pragma unroll
+    for (int d = 0; d < LOW_DEPTH; d++) {
+      const int c = base + d * WARPS;
+      if (c >= chunks) continue;
+      low_a[d] = row[c * 4], low_b[d] = row[c * 4 + K];
+      if (NORM) low_norm[d] = ((const uint4 *)norm)[c * 4 + t];
+    }
+  };
+  if constexpr (IN_CLUSTER) {
+    cluster_arrive();
+    if (cluster_rank() < R / 16) load_low_rank(cluster_rank(), warp);
+  }
   let_successor_start();
+  // The tiles of tokens that have drafts.
+  bool has_drafts[NT];
+  if constexpr (IN_CLUSTER) {
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++)
+      has_drafts[nt] = __any_sync(0xffffffffu, nt * 8 + g < num_tokens && adapters.adapted[nt * 8 + g]);
+  }
   // ROTATE_AND_CACHE: each thread finishes one pair of one token. Where it goes is part of the
   // step's input.
   const int own = threadIdx.x / 8, dim = head_row + threadIdx.x % 8;
@@ -194,6 +287,66 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
     }
   }
   if (STAGED) cp_async_wait_all();
+  auto load_token = [&](int token, int c) {
+    if (c >= chunks || token >= num_tokens) return make_uint4(0, 0, 0, 0);
+    return STAGED ? staged[token * PITCH + c * 4 + t] : ((const uint4 *)(x + (size_t)token * K))[c * 4 + t];
+  };
+
+  if constexpr (IN_CLUSTER) {
+    // All blocks have started.
+    cluster_wait();
+    for (int tile = cluster_rank(); tile < R / 16; tile += cluster_blocks()) {
+      float sums[NT][4] = {};
+      for (int base = warp; base < chunks; base += WARPS * LOW_DEPTH) {
+        if (base != warp || tile != cluster_rank()) load_low_rank(tile, base);
+        // Two tiles of tokens at a time, as registers allow.
+        constexpr int PART = NT > 1 ? 2 : 1;
+#pragma unroll
+        for (int first_nt = 0; first_nt < NT; first_nt += PART) {
+          if (!has_drafts[first_nt] && !has_drafts[first_nt + PART - 1]) continue;
+          uint4 inputs[LOW_DEPTH][PART];
+#pragma unroll
+          for (int d = 0; d < LOW_DEPTH; d++)
+#pragma unroll
+            for (int i = 0; i < PART; i++) inputs[d][i] = load_token((first_nt + i) * 8 + g, base + d * WARPS);
+#pragma unroll
+          for (int d = 0; d < LOW_DEPTH; d++) {
+            if (base + d * WARPS >= chunks) continue;
+#pragma unroll
+            for (int i = 0; i < PART; i++) {
+              uint4 v = inputs[d][i];
+              u32 *pairs = (u32 *)&v;
+              const u32 *scales = (const u32 *)&low_norm[d];
+              if (NORM)
+#pragma unroll
+                for (int j = 0; j < 4; j++) pairs[j] = multiply_pairs(pairs[j], scales[j]);
+              mma_chunk(sums[first_nt + i], low_a[d], low_b[d], v);
+            }
+          }
+        }
+      }
+#pragma unroll
+      for (int nt = 0; nt < NT; nt++) {
+        const int token = nt * 8 + 2 * t;
+        partial[warp][token][g] = sums[nt][0], partial[warp][token + 1][g] = sums[nt][1];
+        partial[warp][token][g + 8] = sums[nt][2], partial[warp][token + 1][g + 8] = sums[nt][3];
+      }
+      __syncthreads();
+      // Each thread finishes a pair of rows of a token.
+      for (int i = threadIdx.x; i < 8 * T; i += WARPS * 32) {
+        const int token = i / 8, row = i % 8 * 2;
+        float one = 0.f, two = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) one += partial[w][token][row], two += partial[w][token][row + 1];
+        const bool is_draft = token < num_tokens && adapters.adapted[token];
+        u32 *own = (u32 *)(low_rank + token * LOW_RANK_PITCH + tile * 16 + row);
+        for (int block = 0; block < cluster_blocks(); block++)
+          store_to_block(block, own, is_draft ? pack_bf16(one, two) : 0);
+      }
+      __syncthreads();
+    }
+    cluster_arrive();
+  }
 
   float acc[NT][4] = {};
   float square[NT] = {};
@@ -210,13 +363,7 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
       int c = base + d * WARPS;
       if (NORM && c < chunks) norms[d] = ((const uint4 *)norm)[c * 4 + t];
 #pragma unroll
-      for (int nt = 0; nt < NT; nt++) {
-        int token = nt * 8 + g;
-        inputs[d][nt] = make_uint4(0, 0, 0, 0);
-        if (c < chunks && token < num_tokens)
-          inputs[d][nt] =
-              STAGED ? staged[token * PITCH + c * 4 + t] : ((const uint4 *)(x + (size_t)token * K))[c * 4 + t];
-      }
+      for (int nt = 0; nt < NT; nt++) inputs[d][nt] = load_token(nt * 8 + g, c);
     }
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) {
@@ -242,6 +389,21 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
     }
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) a[d] = next_a[d], b[d] = next_b[d];
+  }
+  if constexpr (IN_CLUSTER) cluster_wait();
+#pragma unroll
+  for (int i = 0; i < ADAPTER_CHUNKS; i++) {
+    const int c = warp + i * WARPS;
+    if (c >= R / 32) continue;
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++) {
+      const int token = nt * 8 + g;
+      uint4 v = make_uint4(0, 0, 0, 0);
+      if (token < num_tokens)
+        v = IN_CLUSTER ? *((const uint4 *)(low_rank + token * LOW_RANK_PITCH) + c * 4 + t)
+                       : ((const uint4 *)(adapters.low_rank + (size_t)token * R))[c * 4 + t];
+      mma_chunk(acc[nt], adapter_a[i], adapter_b[i], v);
+    }
   }
 #pragma unroll
   for (int nt = 0; nt < NT; nt++) {
@@ -297,7 +459,7 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
       }
     }
   } else if constexpr (EPILOGUE == ROTATE_AND_CACHE) {
-    if (own_row < 0) return;
+    if (own_row < 0 || head >= HEADS + 2 * KV_HEADS) return;
     const Cache &cache = rotate.cache;
     const float scale = norm_scale(own);
     float one = sum_warps(threadIdx.x % 8, own) * scale, two = sum_warps(threadIdx.x % 8 + 8, own) * scale;
@@ -318,6 +480,10 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
     for (int j = 0; j < SUMS; j++) {
       const int i = threadIdx.x + j * WARPS * 32, r = i % ROWS, token = i / ROWS, o = first + r;
       if (token >= num_tokens || o >= O) continue;
+      if (EPILOGUE == LOW_RANK) {
+        out[(size_t)token * O + o] = adapters.adapted[token] ? f32_to_bf16(sum_warps(r, token)) : 0;
+        continue;
+      }
       float value = sum_warps(r, token) * norm_scale(token);
       if (EPILOGUE == SWIGLU) value = silu(value) * sum_warps(r + ROWS, token) * norm_scale(token);
       if (bias) value += bf16_to_f32(bias[o]);
@@ -327,50 +493,98 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
   }
 }
 
-// The fused kernels for up to 8 NT tokens. Grid: a block for every BLOCK_ROWS rows of the weight.
+// The fused kernels for up to 8 TILES tokens. Grid: a block for every BLOCK_ROWS rows of the weight.
 // qkv [T, QKV] is the projection of the norm of x [T, HIDDEN]; fused_qkv_rotated writes only the
 // queries to it, rotated, and puts keys and values into the cache. x += the output projection of
 // attn_out [T, HEADS * HEAD_DIM], and the down projection of inner [T, FFN] = silu(gate) * up.
-// argmax_of_blocks finishes fused_sample, and candidates_of_blocks finishes fused_candidates.
+// The last four numbers are the ranks of adapters.
 #define FUSED_KERNEL extern "C" __global__ void __launch_bounds__(WARPS * 32)
-#define FUSED_KERNELS(NT)                                                                                              \
+#define FUSED_KERNELS(NT, TILES, QKV_R, OUTPUT_R, GATE_UP_R, DOWN_R)                                                   \
   FUSED_KERNEL fused_qkv_##NT(const bf16 *weight, const bf16 *x, const bf16 *norm, const bf16 *bias, bf16 *qkv,        \
-                              int num_tokens) {                                                                        \
-    fused_product<NT, STORE, true, HIDDEN, QKV>(weight, x, norm, bias, qkv, num_tokens);                               \
+                              int num_tokens, const int *adapted, const bf16 *lora_a, const bf16 *low_rank,            \
+                              const bf16 *lora_b) {                                                                    \
+    fused_product<TILES, STORE, true, HIDDEN, QKV, QKV_R>(weight, x, norm, bias, qkv, num_tokens,                      \
+                                                          {adapted, lora_a, low_rank, lora_b});                        \
   }                                                                                                                    \
   FUSED_KERNEL fused_qkv_rotated_##NT(const bf16 *weight, const bf16 *x, const bf16 *norm, const bf16 *bias,           \
-                                      bf16 *qkv, int num_tokens,                                                       \
+                                      bf16 *qkv, int num_tokens, const int *adapted, const bf16 *lora_a,               \
+                                      const bf16 *low_rank, const bf16 *lora_b,                                        \
                                       const int *row, const int *slot, const int *position, const u64 *visible,        \
                                       const float *cosines, const float *sines,                                        \
                                       bf16 *keys, bf16 *values, int capacity) {                                        \
-    fused_product<NT, ROTATE_AND_CACHE, true, HIDDEN, QKV>(                                                            \
-        weight, x, norm, bias, qkv, num_tokens,                                                                        \
+    fused_product<TILES, ROTATE_AND_CACHE, true, HIDDEN, QKV, QKV_R>(                                                  \
+        weight, x, norm, bias, qkv, num_tokens, {adapted, lora_a, low_rank, lora_b},                                   \
         {{row, slot, position, visible}, {cosines, sines}, {keys, values, capacity}});                                 \
   }                                                                                                                    \
   FUSED_KERNEL fused_output_##NT(const bf16 *weight, const bf16 *attn_out, const bf16 *bias, bf16 *x,                  \
-                                 int num_tokens) {                                                                     \
-    fused_product<NT, ADD_RESIDUAL, false, HEADS * HEAD_DIM, HIDDEN>(weight, attn_out, 0, bias, x, num_tokens);        \
+                                 int num_tokens, const int *adapted, const bf16 *lora_a, const bf16 *low_rank,         \
+                                 const bf16 *lora_b) {                                                                 \
+    fused_product<TILES, ADD_RESIDUAL, false, HEADS * HEAD_DIM, HIDDEN, OUTPUT_R>(weight, attn_out, 0, bias, x,        \
+                                                                                  num_tokens, {adapted, lora_a,        \
+                                                                                  low_rank, lora_b});                  \
   }                                                                                                                    \
-  FUSED_KERNEL fused_gate_up_##NT(const bf16 *weight, const bf16 *x, const bf16 *norm, bf16 *inner, int num_tokens) {  \
-    fused_product<NT, SWIGLU, true, HIDDEN, FFN>(weight, x, norm, 0, inner, num_tokens);                               \
+  FUSED_KERNEL fused_gate_up_##NT(const bf16 *weight, const bf16 *x, const bf16 *norm, bf16 *inner, int num_tokens,    \
+                                  const int *adapted, const bf16 *lora_a, const bf16 *low_rank, const bf16 *lora_b) {  \
+    fused_product<TILES, SWIGLU, true, HIDDEN, FFN, GATE_UP_R>(weight, x, norm, 0, inner, num_tokens,                  \
+                                                               {adapted, lora_a, low_rank, lora_b});                   \
   }                                                                                                                    \
-  FUSED_KERNEL fused_down_##NT(const bf16 *weight, const bf16 *inner, bf16 *x, int num_tokens) {                       \
-    fused_product<NT, ADD_RESIDUAL, false, FFN, HIDDEN>(weight, inner, 0, 0, x, num_tokens);                           \
+  FUSED_KERNEL fused_down_##NT(const bf16 *weight, const bf16 *inner, bf16 *x, int num_tokens,                         \
+                               const int *adapted, const bf16 *lora_a, const bf16 *low_rank, const bf16 *lora_b) {     \
+    fused_product<TILES, ADD_RESIDUAL, false, FFN, HIDDEN, DOWN_R>(weight, inner, 0, 0, x, num_tokens,                 \
+                                                                   {adapted, lora_a, low_rank, lora_b});               \
+  }
+FUSED_KERNELS(1, 1, 0, 0, 0, 0)
+FUSED_KERNELS(2, 2, 0, 0, 0, 0)
+FUSED_KERNELS(4, 4, 0, 0, 0, 0)
+
+// The low-rank products of draft tokens with A [R, ...] that the kernels above continue.
+#if ADAPTED
+#define LOW_RANK_KERNELS(NT)                                                                                           \
+  FUSED_KERNEL fused_low_rank_qkv_##NT(const bf16 *lora_a, const bf16 *x, const bf16 *norm, const int *adapted,        \
+                                       bf16 *low_rank, int num_tokens) {                                               \
+    fused_product<NT, LOW_RANK, true, HIDDEN, QKV_RANK>(lora_a, x, norm, 0, low_rank, num_tokens, {adapted, 0, 0, 0}); \
   }                                                                                                                    \
+  FUSED_KERNEL fused_low_rank_output_##NT(const bf16 *lora_a, const bf16 *attn_out, const int *adapted,                \
+                                          bf16 *low_rank, int num_tokens) {                                            \
+    fused_product<NT, LOW_RANK, false, HEADS * HEAD_DIM, OUTPUT_RANK>(lora_a, attn_out, 0, 0, low_rank, num_tokens,    \
+                                                                      {adapted, 0, 0, 0});                             \
+  }                                                                                                                    \
+  FUSED_KERNEL fused_low_rank_gate_up_##NT(const bf16 *lora_a, const bf16 *x, const bf16 *norm, const int *adapted,    \
+                                           bf16 *low_rank, int num_tokens) {                                           \
+    fused_product<NT, LOW_RANK, true, HIDDEN, GATE_UP_RANK>(lora_a, x, norm, 0, low_rank, num_tokens,                  \
+                                                            {adapted, 0, 0, 0});                                       \
+  }                                                                                                                    \
+  FUSED_KERNEL fused_low_rank_down_##NT(const bf16 *lora_a, const bf16 *inner, const int *adapted,                     \
+                                        bf16 *low_rank, int num_tokens) {                                              \
+    fused_product<NT, LOW_RANK, false, FFN, DOWN_RANK>(lora_a, inner, 0, 0, low_rank, num_tokens, {adapted, 0, 0, 0}); \
+  }
+FUSED_KERNELS(adapted_1, 1, QKV_RANK, OUTPUT_RANK, GATE_UP_RANK, DOWN_RANK)
+FUSED_KERNELS(adapted_2, 2, QKV_RANK, OUTPUT_RANK, GATE_UP_RANK, DOWN_RANK)
+FUSED_KERNELS(adapted_4, 4, QKV_RANK, OUTPUT_RANK, GATE_UP_RANK, DOWN_RANK)
+#if !IN_CLUSTERS
+LOW_RANK_KERNELS(1)
+LOW_RANK_KERNELS(2)
+LOW_RANK_KERNELS(4)
+#endif
+#endif
+
+// The next tokens of x [T, HIDDEN]. argmax_of_blocks finishes fused_sample, and candidates_of_blocks
+// finishes fused_candidates.
+#define SAMPLE_KERNELS(NT)                                                                                             \
   FUSED_KERNEL fused_sample_##NT(const bf16 *weight, const bf16 *x, const bf16 *norm, float *best, int *best_id,       \
                                  int num_tokens, const int *inverse_temperatures, const u64 *keys) {                   \
-    fused_product<NT, ARGMAX, true, HIDDEN, VOCAB>(weight, x, norm, 0, 0, num_tokens, {},                              \
+    fused_product<NT, ARGMAX, true, HIDDEN, VOCAB>(weight, x, norm, 0, 0, num_tokens, {}, {},                          \
                                                    {inverse_temperatures, keys, best, best_id, 0, 0});                 \
   }                                                                                                                    \
   FUSED_KERNEL fused_candidates_##NT(const bf16 *weight, const bf16 *x, const bf16 *norm,                              \
                                      float *best, float *sums, float *scores,                                          \
                                      int num_tokens, const int *inverse_temperatures, const u64 *keys) {               \
-    fused_product<NT, CANDIDATES, true, HIDDEN, VOCAB>(weight, x, norm, 0, 0, num_tokens, {},                          \
+    fused_product<NT, CANDIDATES, true, HIDDEN, VOCAB>(weight, x, norm, 0, 0, num_tokens, {}, {},                      \
                                                        {inverse_temperatures, keys, best, 0, sums, scores});           \
   }
-FUSED_KERNELS(1)
-FUSED_KERNELS(2)
-FUSED_KERNELS(4)
+SAMPLE_KERNELS(1)
+SAMPLE_KERNELS(2)
+SAMPLE_KERNELS(4)
 
 // predicted[token] = the best token of all blocks of fused_sample, or of all segments of
 // sample_segments. One block per token.
@@ -771,26 +985,6 @@ __device__ __forceinline__ float exp2_approx(float x) {
 
 // Thread block clusters: blocks that run at the same time and read each other's shared memory. GPUs
 // before Hopper have none; there each block is alone.
-__device__ __forceinline__ int cluster_blocks() {
-  int count = 1;
-#if __CUDA_ARCH__ >= 900
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(count));
-#endif
-  return count;
-}
-__device__ __forceinline__ int cluster_rank() {
-  int rank = 0;
-#if __CUDA_ARCH__ >= 900
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-  return rank;
-}
-// Waits for all blocks of the cluster that have not ended.
-__device__ __forceinline__ void cluster_barrier() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
 // What another block of the cluster has at the address of a number in shared memory.
 __device__ __forceinline__ float load_from_block(int rank, const float *own) {
   float x = 0.f;

@@ -14,8 +14,15 @@
 // x also writes x times the weights of the norm that follows (`scaled`), and sums of its squares.
 // Who multiplies `scaled` finishes the norm with the scale.
 //
+// Adapters for draft tokens add B A x to a product. Some blocks, the last ones first, own rows of A,
+// multiply them before their rows of the weight, and write A x, with zeros for tokens that are no
+// drafts. It is complete long before the other blocks have multiplied their rows of the weight, whose
+// sums then go on with rows of B times A x: no block waits, and sums of other tokens keep their bits.
+//
 // More macros from the host: MAX_TOKENS; BLOCKS, the number of blocks; SHARED_BYTES, the shared
-// memory of a block; QKV_ROWS, HIDDEN_ROWS and FFN_ROWS, the rows of a block (multiples of 8).
+// memory of a block; QKV_ROWS, HIDDEN_ROWS and FFN_ROWS, the rows of a block (multiples of 8);
+// QKV_RANK, OUTPUT_RANK, GATE_UP_RANK and DOWN_RANK, the rows of A (or 0); LOW_RANK, the largest of
+// them; ADAPTER_ROWS, the rows of A of a block (a multiple of 8).
 #define CONSUMERS 128  // threads that multiply
 #define CEIL(a, b) (((a) + (b) - 1) / (b))
 #define CHUNK 64  // columns of a tile
@@ -25,11 +32,12 @@
 enum { OUTPUT, GATE_UP, DOWN, NEXT };
 
 // How a weight [parts * rows, columns] is cut: a block has `own_rows` rows of each part, and copies
-// `slot_chunks` tiles of them at a time.
+// `slot_chunks` tiles of them at a time. `adapter_chunks` more tiles come from B and `low_rank`.
 struct Product {
-  const TensorMap *weight, *tokens;
-  int parts, rows, own_rows, chunks, slot_chunks;
+  const TensorMap *weight, *tokens, *lora_b;
+  int parts, rows, own_rows, own_chunks, adapter_chunks, slot_chunks;
 
+  __device__ __forceinline__ int chunks() const { return own_chunks + adapter_chunks; }
   __device__ __forceinline__ int blocks() const { return CEIL(rows, own_rows); }
   __device__ __forceinline__ int tile_bytes() const { return parts * own_rows * 128; }
 };
@@ -76,7 +84,7 @@ __device__ __forceinline__ void multiply(float (&sums)[COLUMNS / 2], const Produ
 #pragma unroll
   for (int i = 0; i < COLUMNS / 2; i++) sums[i] = 0.f;
   u32 used = 0;
-  for (int left = product.chunks; left > 0; left -= product.slot_chunks, ring.advance()) {
+  for (int left = product.chunks(); left > 0; left -= product.slot_chunks, ring.advance()) {
     barrier_wait(ring.full(), ring.parity);
     for (int chunk = 0; chunk < min(left, product.slot_chunks); chunk++) {
       settle(sums);
@@ -130,6 +138,17 @@ struct Buffers {
   float *squares;
   bf16 *inner, *qkv;
   int num_tokens;
+  const int *adapted;
+  bf16 *low_rank;
+};
+
+// The adapters: A and B of each product, and A x of all products, [T, NEXT + 1, LOW_RANK].
+struct Adapters {
+  const TensorMap *lora_a[NEXT + 1], *lora_b[NEXT + 1], *low_rank;
+
+  static constexpr __device__ __forceinline__ int rank(int index) {
+    return index == OUTPUT ? OUTPUT_RANK : index == GATE_UP ? GATE_UP_RANK : index == DOWN ? DOWN_RANK : QKV_RANK;
+  }
 };
 
 // Two neighbouring numbers of a bias, which may start anywhere; zeros if it is null.
@@ -200,6 +219,15 @@ __device__ __forceinline__ void finish_qkv(const float (&sums)[QKV_ROWS / 2], co
   });
 }
 
+// low_rank = the product with rows of A, for draft tokens; zeros for others.
+__device__ __forceinline__ void finish_low_rank(const float (&sums)[ADAPTER_ROWS / 2], const Buffers &to, int index,
+                                                int first_row) {
+  for_pairs<ADAPTER_ROWS>(to.num_tokens, first_row, Adapters::rank(index), [&](int token, int row, int i) {
+    *(u32 *)(to.low_rank + (size_t)(token * (NEXT + 1) + index) * LOW_RANK + row) =
+        to.adapted[token] ? pack_bf16(sums[i], sums[i + 1]) : 0;
+  });
+}
+
 // The scales of the tokens' RMS norms, computed by one warp.
 __device__ __forceinline__ void compute_scales(float *scales, const float *squares, int num_tokens) {
   for (int token = threadIdx.x % 32; token < num_tokens; token += 32) {
@@ -216,19 +244,20 @@ __device__ __forceinline__ void sync_scales() { asm volatile("bar.sync 1, %0;" :
 // Calls copy(first chunk, number of chunks) for each slot of a product, when it is empty.
 template <int N, typename F>
 __device__ __forceinline__ void fill_slots(const Product &product, Ring<N> &ring, F copy) {
-  for (int chunk = 0; chunk < product.chunks; chunk += product.slot_chunks, ring.advance()) {
+  for (int chunk = 0; chunk < product.chunks(); chunk += product.slot_chunks, ring.advance()) {
     barrier_wait(ring.empty(), ring.parity ^ 1);
-    copy(chunk, min(product.slot_chunks, product.chunks - chunk));
+    copy(chunk, min(product.slot_chunks, product.chunks() - chunk));
   }
 }
 
-// The products from `first` to `last`. `counts` [NEXT]: blocks that have finished each.
-template <int N>
+// The products from `first` to `last`. `counts`: how many blocks have finished each of them [NEXT],
+// and how many each product with A [NEXT + 1].
+template <int N, bool HAS_ADAPTERS>
 __device__ __forceinline__ void compute_products(const TensorMap &output_tiles, const TensorMap &gate_up_tiles,
                                                  const TensorMap &down_tiles, const TensorMap &next_tiles,
                                                  const TensorMap &attn_out_tiles, const TensorMap &scaled_tiles,
-                                                 const TensorMap &inner_tiles, int first, int last,
-                                                 const Buffers &buffers, int *counts) {
+                                                 const TensorMap &inner_tiles, const Adapters &adapters, int first,
+                                                 int last, const Buffers &buffers, int *counts) {
   extern __shared__ uint4 memory[];
   __shared__ float scales[N];
   Ring<N> ring = {((u32)__cvta_generic_to_shared(memory) + 1023) / 1024 * 1024};
@@ -238,47 +267,88 @@ __device__ __forceinline__ void compute_products(const TensorMap &output_tiles, 
   __syncthreads();
   let_successor_start();
 
-  auto product = [&](int index) {
-    auto cut = [&](const TensorMap &weight, const TensorMap &tokens, int parts, int rows, int own_rows, int columns) {
-      const int fit = ring.weight_bytes / (parts * own_rows * 128);
-      return Product{&weight, &tokens, parts, rows, own_rows, CEIL(columns, CHUNK), min(fit, ring.max_chunks)};
-    };
+  auto cut = [&](const TensorMap &weight, const TensorMap &tokens, int parts, int rows, int own_rows, int columns) {
+    const int fit = ring.weight_bytes / (parts * own_rows * 128);
+    return Product{&weight, &tokens, 0, parts, rows, own_rows, CEIL(columns, CHUNK), 0, min(fit, ring.max_chunks)};
+  };
+  auto product_without_adapters = [&](int index) {
     if (index == OUTPUT) return cut(output_tiles, attn_out_tiles, 1, HIDDEN, HIDDEN_ROWS, HEADS * HEAD_DIM);
     if (index == GATE_UP) return cut(gate_up_tiles, scaled_tiles, 2, FFN, FFN_ROWS, HIDDEN);
     if (index == DOWN) return cut(down_tiles, inner_tiles, 1, HIDDEN, HIDDEN_ROWS, FFN);
     return cut(next_tiles, scaled_tiles, 1, QKV, QKV_ROWS, HIDDEN);
   };
+  auto product = [&](int index) {
+    Product p = product_without_adapters(index);
+    if (HAS_ADAPTERS) p.lora_b = adapters.lora_b[index], p.adapter_chunks = CEIL(Adapters::rank(index), CHUNK);
+    return p;
+  };
+  // The product with A.
+  auto low_rank_product = [&](int index) {
+    const Product p = product_without_adapters(index);
+    return cut(*adapters.lora_a[index], *p.tokens, 1, Adapters::rank(index), ADAPTER_ROWS, p.own_chunks * CHUNK);
+  };
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  // The block's part of a product with A, counted from the last block.
+  const int low_rank_block = gridDim.x - 1 - blockIdx.x;
   auto has_rows = [&](const Product &p) { return blockIdx.x < p.blocks(); };
+  auto has_low_rank_rows = [&](int index) {
+    return HAS_ADAPTERS && low_rank_block * ADAPTER_ROWS < Adapters::rank(index);
+  };
   auto wait_for_tokens = [&](int index) {
     if (index > first) wait_for_count(counts + index - 1, product(index - 1).blocks());
   };
   if (warp == CONSUMERS / 32) {
     if (lane != 0) return;
     for (int index = first; index <= last; index++) {
+      if (has_low_rank_rows(index)) {
+        const Product p = low_rank_product(index);
+        fill_slots(p, ring, [&](int chunk, int num_chunks) {
+          barrier_expect(ring.full(), num_chunks * p.tile_bytes());
+          for (int i = 0; i < num_chunks; i++)
+            copy_panel(ring.weights() + i * ADAPTER_ROWS * 128, *p.weight, (chunk + i) * CHUNK, 0,
+                       low_rank_block * ADAPTER_ROWS, ring.full());
+        });
+      }
       const Product p = product(index);
       if (!has_rows(p)) continue;
       fill_slots(p, ring, [&](int chunk, int num_chunks) {
         barrier_expect(ring.full(), num_chunks * p.tile_bytes());
-        for (int i = 0; i < num_chunks; i++)
+        for (int i = 0; i < num_chunks; i++) {
+          const bool is_own = !HAS_ADAPTERS || chunk + i < p.own_chunks;
           for (int part = 0; part < p.parts; part++)
-            copy_panel(ring.weights() + (i * p.parts + part) * p.own_rows * 128, *p.weight, (chunk + i) * CHUNK, 0,
+            copy_panel(ring.weights() + (i * p.parts + part) * p.own_rows * 128, is_own ? *p.weight : *p.lora_b,
+                       (is_own ? chunk + i : chunk + i - p.own_chunks) * CHUNK, 0,
                        part * p.rows + blockIdx.x * p.own_rows, ring.full());
+        }
       });
     }
   } else if (warp == CONSUMERS / 32 + 1) {
     if (lane != 0) return;
     wait_for_predecessor();
-    for (int index = first; index <= last; index++) {
-      const Product p = product(index);
-      if (!has_rows(p)) continue;
+    auto copy_tokens = [&](const Product &p, int index) {
       wait_for_tokens(index);
       asm volatile("fence.proxy.async;" ::: "memory");
       fill_slots(p, ring, [&](int chunk, int num_chunks) {
         barrier_expect(ring.full(), num_chunks * N * 128);
-        for (int i = 0; i < num_chunks; i++)
-          copy_panel(ring.tokens() + i * N * 128, *p.tokens, (chunk + i) * CHUNK, 0, 0, ring.full());
+        for (int i = 0; i < num_chunks; i++) {
+          const u32 to = ring.tokens() + i * N * 128;
+          const int adapter_chunk = chunk + i - p.own_chunks;
+          if (!HAS_ADAPTERS || adapter_chunk < 0) {
+            copy_panel(to, *p.tokens, (chunk + i) * CHUNK, 0, 0, ring.full());
+            continue;
+          }
+          if (adapter_chunk == 0) {
+            wait_for_count(counts + NEXT + index, CEIL(Adapters::rank(index), ADAPTER_ROWS));
+            asm volatile("fence.proxy.async;" ::: "memory");
+          }
+          copy_panel(to, *adapters.low_rank, adapter_chunk * CHUNK, index, 0, ring.full());
+        }
       });
+    };
+    for (int index = first; index <= last; index++) {
+      if (has_low_rank_rows(index)) copy_tokens(low_rank_product(index), index);
+      const Product p = product(index);
+      if (has_rows(p)) copy_tokens(p, index);
     }
   } else if (warp == CONSUMERS / 32 + 2) {
     wait_for_predecessor();
@@ -290,7 +360,19 @@ __device__ __forceinline__ void compute_products(const TensorMap &output_tiles, 
     }
   } else {
     wait_for_predecessor();
+    // The copy engine reads the results.
+    auto publish = [&](int *count) {
+      asm volatile("fence.proxy.async;" ::: "memory");
+      asm volatile("bar.sync 2, %0;" ::"n"(CONSUMERS) : "memory");
+      if (threadIdx.x == 0) add_release(count);
+    };
     for (int index = first; index <= last; index++) {
+      if (has_low_rank_rows(index)) {
+        float sums[ADAPTER_ROWS / 2];
+        multiply<N, ADAPTER_ROWS>(sums, low_rank_product(index), ring);
+        finish_low_rank(sums, buffers, index, low_rank_block * ADAPTER_ROWS);
+        publish(counts + NEXT + index);
+      }
       const Product p = product(index);
       if (!has_rows(p)) continue;
       if (index == GATE_UP) {
@@ -311,30 +393,43 @@ __device__ __forceinline__ void compute_products(const TensorMap &output_tiles, 
         multiply<N, HIDDEN_ROWS>(sums, p, ring);
         finish_residual(sums, buffers, residual);
       }
-      if (index == last) break;
-      // The copy engine reads the results.
-      asm volatile("fence.proxy.async;" ::: "memory");
-      asm volatile("bar.sync 2, %0;" ::"n"(CONSUMERS) : "memory");
-      if (threadIdx.x == 0) add_release(counts + index);
+      if (index < last) publish(counts + index);
     }
   }
 }
 
-#define LAYER_PRODUCTS(NT)                                                                                                  \
+#define LAYER_PRODUCTS(NT, TOKENS, HAS_ADAPTERS)                                                                      \
   extern "C" __global__ void __launch_bounds__(PRODUCT_THREADS)                                                       \
-      layer_products_##NT(const __grid_constant__ TensorMap output_tiles, const __grid_constant__ TensorMap gate_up_tiles,  \
-                    const __grid_constant__ TensorMap down_tiles, const __grid_constant__ TensorMap next_tiles,       \
-                    const __grid_constant__ TensorMap attn_out_tiles, const __grid_constant__ TensorMap scaled_tiles, \
-                    const __grid_constant__ TensorMap inner_tiles, int first, int last, const bf16 *output_bias,      \
-                    const bf16 *qkv_bias, const bf16 *post_norm, const bf16 *next_norm, bf16 *x, bf16 *scaled,        \
-                    float *squares, bf16 *inner, bf16 *qkv, int num_tokens, int *counts) {                            \
-    compute_products<NT>(                                                                                             \
-        output_tiles, gate_up_tiles, down_tiles, next_tiles, attn_out_tiles, scaled_tiles, inner_tiles, first, last,  \
-        {output_bias, qkv_bias, post_norm, next_norm, x, scaled, squares, inner, qkv, num_tokens}, counts);           \
+      layer_products_##NT(                                                                                            \
+          const __grid_constant__ TensorMap output_tiles, const __grid_constant__ TensorMap gate_up_tiles,            \
+          const __grid_constant__ TensorMap down_tiles, const __grid_constant__ TensorMap next_tiles,                 \
+          const __grid_constant__ TensorMap attn_out_tiles, const __grid_constant__ TensorMap scaled_tiles,           \
+          const __grid_constant__ TensorMap inner_tiles,                                                              \
+          const __grid_constant__ TensorMap output_a, const __grid_constant__ TensorMap output_b,                     \
+          const __grid_constant__ TensorMap gate_up_a, const __grid_constant__ TensorMap gate_up_b,                   \
+          const __grid_constant__ TensorMap down_a, const __grid_constant__ TensorMap down_b,                         \
+          const __grid_constant__ TensorMap next_a, const __grid_constant__ TensorMap next_b,                         \
+          const __grid_constant__ TensorMap low_rank_tiles, int first, int last, const bf16 *output_bias,             \
+          const bf16 *qkv_bias, const bf16 *post_norm, const bf16 *next_norm, bf16 *x, bf16 *scaled,                  \
+          float *squares, bf16 *inner, bf16 *qkv, int num_tokens, int *counts, const int *adapted,                    \
+          bf16 *low_rank) {                                                                                           \
+    const Adapters adapters = {{&output_a, &gate_up_a, &down_a, &next_a},                                             \
+                               {&output_b, &gate_up_b, &down_b, &next_b},                                             \
+                               &low_rank_tiles};                                                                      \
+    compute_products<TOKENS, HAS_ADAPTERS>(                                                                           \
+        output_tiles, gate_up_tiles, down_tiles, next_tiles, attn_out_tiles, scaled_tiles, inner_tiles, adapters,     \
+        first, last,                                                                                                  \
+        {output_bias, qkv_bias, post_norm, next_norm, x, scaled, squares, inner, qkv, num_tokens, adapted, low_rank}, \
+        counts);                                                                                                      \
   }
-LAYER_PRODUCTS(16)
-LAYER_PRODUCTS(32)
-LAYER_PRODUCTS(64)
+LAYER_PRODUCTS(16, 16, false)
+LAYER_PRODUCTS(32, 32, false)
+LAYER_PRODUCTS(64, 64, false)
+#if ADAPTED
+LAYER_PRODUCTS(adapted_16, 16, true)
+LAYER_PRODUCTS(adapted_32, 32, true)
+LAYER_PRODUCTS(adapted_64, 64, true)
+#endif
 
 // The first kernel of a step: embeddings, and what the first norm needs. It resets the counts.
 extern "C" __global__ void embed_scaled(const bf16 *table, const int *tokens, const bf16 *norm, bf16 *x, bf16 *scaled,

@@ -18,6 +18,8 @@ const MAX_HOPPER_HEAD_DIM: usize = 128;
 pub struct AttentionMask {
     num_tokens: usize,
     of_queries: DeviceBlockMask,
+    /// In the backward, if that differs.
+    backward_of_queries: Option<DeviceBlockMask>,
     of_keys: DeviceBlockMask,
     /// Unsigned 64-bit numbers, as pairs of int32.
     bits: Tensor,
@@ -40,8 +42,13 @@ impl DeviceBlockMask {
 
 impl AttentionMask {
     /// The mask of a batch, whose number of tokens is a multiple of [`TILE`], for groups of so many
-    /// tiles of queries and of keys.
-    fn new(ranges: &[AttentionRanges], (query_parts, key_parts): (usize, usize), device: Device) -> Result<Self> {
+    /// tiles of queries and of keys. `draft_rows`: see [`AttentionKernels::mask`].
+    fn new(
+        ranges: &[AttentionRanges],
+        parts: (usize, usize),
+        draft_rows: Option<&[i64]>,
+        device: Device,
+    ) -> Result<Self> {
         let num_tokens = ranges.len();
         let is_valid = |(token, ranges): (usize, &AttentionRanges)| {
             ranges.iter().any(|&(start, end)| (start..end).contains(&(token as i32)))
@@ -50,11 +57,18 @@ impl AttentionMask {
         if !ranges.iter().enumerate().all(is_valid) || !num_tokens.is_multiple_of(TILE) {
             return Err(Error::internal(format!("the attention ranges do not fit a batch of {num_tokens} tokens")));
         }
-        let masks = block_masks(ranges, query_parts, key_parts);
+        let draft_tiles = draft_rows.map(|rows| {
+            let mut draft_tiles = vec![false; num_tokens / TILE];
+            rows.iter().for_each(|&row| draft_tiles[row as usize / TILE] = true);
+            draft_tiles
+        });
+        let masks = block_masks(ranges, parts, draft_tiles.as_deref());
+        let backward_of_queries = masks.backward_of_queries.as_ref();
         let bits: Vec<i32> = masks.bits.iter().flat_map(|word| [*word as i32, (word >> 32) as i32]).collect();
         Ok(AttentionMask {
             num_tokens,
             of_queries: DeviceBlockMask::new(&masks.of_queries, device)?,
+            backward_of_queries: backward_of_queries.map(|mask| DeviceBlockMask::new(mask, device)).transpose()?,
             of_keys: DeviceBlockMask::new(&masks.of_keys, device)?,
             bits: upload(&bits, device)?,
         })
@@ -255,13 +269,15 @@ impl AttentionKernels {
         })
     }
 
-    /// The mask of a batch, whose number of tokens is a multiple of [`Self::TILE`].
+    /// The mask of a batch, whose number of tokens is a multiple of [`Self::TILE`]. If only draft tokens
+    /// have gradients, `draft_rows` are their indices, and what the backward gives for others is
+    /// undefined.
     ///
     /// # Errors
     /// [`Error::Internal`] for another number of tokens, or if a token does not attend to itself or
     /// attends to one outside the batch.
-    pub fn mask(&self, ranges: &[AttentionRanges]) -> Result<AttentionMask> {
-        AttentionMask::new(ranges, self.parts, self.device)
+    pub fn mask(&self, ranges: &[AttentionRanges], draft_rows: Option<&[i64]>) -> Result<AttentionMask> {
+        AttentionMask::new(ranges, self.parts, draft_rows, self.device)
     }
 
     /// The attention's output `[T, heads x head_dim]` for `qkv [T, (heads + 2 kv_heads) x
@@ -296,9 +312,10 @@ impl AttentionKernels {
         let (qkv, attn_out, d_attn_out) = (self.pad(qkv)?, self.pad(attn_out)?, self.pad(d_attn_out)?);
         let (d_qkv, deltas) = (qkv.f_empty_like()?, logsumexp.f_empty_like()?);
         let rest = [&attn_out, logsumexp, &d_attn_out, &d_qkv, &deltas].map(Data);
-        let arguments = [&[Data(&qkv)], &mask.arguments(&mask.of_queries)[..], &[self.scale()], &rest].concat();
+        let of_queries = mask.backward_of_queries.as_ref().unwrap_or(&mask.of_queries);
+        let arguments = [&[Data(&qkv)], &mask.arguments(of_queries)[..], &[self.scale()], &rest].concat();
         // SAFETY: as above.
-        unsafe { self.d_queries.launch(&self.sizes(mask, &mask.of_queries), &arguments)? };
+        unsafe { self.d_queries.launch(&self.sizes(mask, of_queries), &arguments)? };
         let rest = [logsumexp, &deltas, &d_attn_out, &d_qkv].map(Data);
         let arguments = [&[Data(&qkv)], &mask.arguments(&mask.of_keys)[..], &[self.scale()], &rest].concat();
         // SAFETY: as above.
@@ -393,7 +410,7 @@ mod tests {
     #[test]
     fn a_mask_that_leads_outside_the_batch_is_refused() {
         let causal: Vec<AttentionRanges> = (0..64).map(|token| [(0, token + 1), (0, 0), (0, 0)]).collect();
-        let refused = |ranges: &[AttentionRanges]| AttentionMask::new(ranges, (1, 1), Device::Cpu).is_err();
+        let refused = |ranges: &[AttentionRanges]| AttentionMask::new(ranges, (1, 1), None, Device::Cpu).is_err();
         let with = |ranges: AttentionRanges| [&causal[..63], &[ranges]].concat();
         assert!(!refused(&causal) && !refused(&with([(0, 1), (63, 64), (9, 2)])));
         assert!(refused(&causal[..63]), "not a multiple of the tile");

@@ -3,11 +3,11 @@
 
 use tch::Tensor;
 
-use super::launch::{Argument, Kernel, Param, Signature, count, float32, int32, tiles};
+use super::launch::{Argument, Kernel, Param, Signature, count, float32, int32, nullable, tiles};
 use super::nvrtc::{HOPPER, Macros, Module, compute_capability, num_multiprocessors};
 use super::shape::KernelShape;
 use crate::Result;
-use Argument::Tensor as Data;
+use Argument::{Optional, Tensor as Data};
 
 const SOURCE: &str = concat!(
     include_str!("../../csrc/bf16.cuh"),
@@ -27,6 +27,8 @@ const GATE_UP_BYTES: usize = ARGMAX_BYTES + (32 << 10);
 struct Sizes {
     shape: KernelShape,
     tokens: usize,
+    /// Of the adapters.
+    rank: usize,
     multiprocessors: usize,
 }
 
@@ -41,7 +43,10 @@ const GATE_UP: Signature<Sizes> = Signature {
         NORMED,
         tiles("weight", |s| [2 * s.shape.ffn, 1, s.shape.hidden], |_| TILE_TOKENS),
         tiles("inner", |s| [s.tokens, 1, s.shape.ffn], |_| 64),
+        nullable(tiles("low_rank", |s| [s.tokens, 1, s.rank], |_| TILE_TOKENS)),
+        nullable(tiles("lora_b", |s| [2 * s.shape.ffn, 1, s.rank], |_| TILE_TOKENS)),
         NUM_TOKENS,
+        count("rank", |s| s.rank),
     ]],
 };
 const ARGMAX: Signature<Sizes> = Signature {
@@ -92,10 +97,21 @@ impl BatchProducts {
     }
 
     /// `inner [T, ffn]` = silu(gate) * up, where `weight` holds the rows of the gate, then those of
-    /// the up projection of `normed [T, hidden]`.
-    pub(super) fn gate_up(&self, weight: &Tensor, normed: &Tensor, inner: &Tensor) -> Result<()> {
+    /// the up projection of `normed [T, hidden]`. `adapters`: `low_rank [T, rank]` and `lora_b [2 ffn,
+    /// rank]`, whose product is added before.
+    pub(super) fn gate_up(
+        &self,
+        weight: &Tensor,
+        normed: &Tensor,
+        inner: &Tensor,
+        adapters: Option<(&Tensor, &Tensor)>,
+    ) -> Result<()> {
+        let (low_rank, lora_b) = adapters.unzip();
+        let rank = lora_b.map_or(0, |lora_b| lora_b.size()[1] as usize);
+        let sizes = Sizes { rank, ..self.sizes(normed) };
+        let arguments = [Data(normed), Data(weight), Data(inner), Optional(low_rank), Optional(lora_b)];
         // SAFETY: no argument is an index.
-        unsafe { self.gate_up.launch(&self.sizes(normed), &[Data(normed), Data(weight), Data(inner)]) }
+        unsafe { self.gate_up.launch(&sizes, &arguments) }
     }
 
     /// The largest logit after each row of `normed [T, hidden]` in each tile of the vocabulary,
@@ -108,7 +124,7 @@ impl BatchProducts {
 
     fn sizes(&self, normed: &Tensor) -> Sizes {
         let tokens = normed.numel() / self.shape.hidden;
-        Sizes { shape: self.shape, tokens, multiprocessors: self.multiprocessors }
+        Sizes { shape: self.shape, tokens, rank: 0, multiprocessors: self.multiprocessors }
     }
 }
 

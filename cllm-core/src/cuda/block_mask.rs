@@ -32,6 +32,8 @@ pub(super) struct BlockMask {
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct BlockMasks {
     pub(super) of_queries: BlockMask,
+    /// Those for the backward: of drafts alone, if they alone have gradients.
+    pub(super) backward_of_queries: Option<BlockMask>,
     pub(super) of_keys: BlockMask,
     /// A word for each token of a tile that is paired partially; bit j stands for token j of the
     /// other tile.
@@ -42,8 +44,14 @@ pub(super) struct BlockMasks {
 type Pair = (usize, usize, i32);
 
 /// The block masks for groups of `query_parts` tiles of queries and of `key_parts` tiles of keys,
-/// at most 3. The number of tokens is a multiple of [`TILE`].
-pub(super) fn block_masks(ranges: &[AttentionRanges], query_parts: usize, key_parts: usize) -> BlockMasks {
+/// at most 3. The number of tokens is a multiple of [`TILE`]. If only drafts have gradients,
+/// `draft_tiles` says which tiles have some. In the backward, others are then paired with themselves
+/// alone, since no group may be empty.
+pub(super) fn block_masks(
+    ranges: &[AttentionRanges],
+    (query_parts, key_parts): (usize, usize),
+    draft_tiles: Option<&[bool]>,
+) -> BlockMasks {
     let num_tiles = ranges.len() / TILE;
     let (mut by_queries, mut by_keys, mut bits) = (Vec::new(), Vec::new(), Vec::new());
     // For each tile of keys: how many more queries of the current tile attend to some of it, and to
@@ -82,8 +90,13 @@ pub(super) fn block_masks(ranges: &[AttentionRanges], query_parts: usize, key_pa
         }
         (more_some[attended.end], more_all[attended.end]) = (0, 0);
     }
+    let backward_of_queries = draft_tiles.map(|has_drafts| {
+        by_keys.retain(|&(key, query, _)| key == query || has_drafts[key] && has_drafts[query]);
+        let needed = by_queries.iter().copied().filter(|&(query, key, _)| key == query || has_drafts[query]);
+        grouped(needed.collect(), num_tiles, query_parts)
+    });
     let of_queries = grouped(by_queries, num_tiles, query_parts);
-    BlockMasks { of_queries, of_keys: grouped(by_keys, num_tiles, key_parts), bits }
+    BlockMasks { of_queries, backward_of_queries, of_keys: grouped(by_keys, num_tiles, key_parts), bits }
 }
 
 /// For each query of a tile, the keys of a tile that it attends to.
@@ -195,8 +208,8 @@ mod tests {
         let transposed: Vec<Vec<bool>> =
             (0..ranges.len()).map(|key| expected.iter().map(|row| row[key]).collect()).collect();
         for (query_parts, key_parts) in [(1, 1), (3, 2), (2, 3)] {
-            let masks = block_masks(&ranges, query_parts, key_parts);
-            let BlockMasks { of_queries, of_keys, bits } = &masks;
+            let masks = block_masks(&ranges, (query_parts, key_parts), None);
+            let BlockMasks { of_queries, of_keys, bits, .. } = &masks;
             assert!(
                 dense_of(of_queries, bits, ranges.len(), query_parts) == expected,
                 "{query_parts} tiles of queries"
@@ -204,7 +217,7 @@ mod tests {
             assert!(dense_of(of_keys, bits, ranges.len(), key_parts) == transposed, "{key_parts} tiles of keys");
         }
         // Only pairs that are neither whole nor empty have bits, once in each direction.
-        let masks = block_masks(&ranges, 1, 1);
+        let masks = block_masks(&ranges, (1, 1), None);
         let codes: Vec<i32> = masks.of_queries.entries.iter().map(|entry| entry[1]).collect();
         assert!(masks.of_queries.entries.iter().all(|entry| entry[2..] == [ATTENDS_TO_NONE; 2]));
         let num_partial = codes.iter().filter(|code| **code >= 0).count();
@@ -213,6 +226,26 @@ mod tests {
         let is_whole = |code: &&i32| masks.bits[**code as usize * TILE..][..TILE].iter().all(|word| *word == u64::MAX);
         assert_eq!(codes.iter().filter(|code| **code >= 0).filter(|code| is_empty(code) || is_whole(code)).count(), 0);
         assert!(num_partial < codes.len(), "some tiles attend to all");
+    }
+
+    #[test]
+    fn without_gradients_a_tile_is_paired_with_itself_alone() {
+        // 192 clean tokens, and 64 drafts that attend to 130 of them.
+        let drafts = (192..256).map(|token| [(0, 130), (192, token + 1), (0, 0)]);
+        let ranges: Vec<AttentionRanges> = causal(192).chain(drafts).collect();
+        let expected = dense(&ranges);
+        let (all, draft_tiles) = (block_masks(&ranges, (2, 2), None), [false, false, false, true]);
+        let masks = block_masks(&ranges, (2, 2), Some(&draft_tiles));
+        assert_eq!((&masks.of_queries, &masks.bits), (&all.of_queries, &all.bits));
+        let kept = |is_kept: fn(usize, usize) -> bool| -> Vec<Vec<bool>> {
+            let is_kept = |row: usize, column: usize| expected[row][column] && is_kept(row / TILE, column / TILE);
+            (0..256).map(|row| (0..256).map(|column| is_kept(row, column)).collect()).collect()
+        };
+        let of_queries = masks.backward_of_queries.unwrap();
+        assert!(dense_of(&of_queries, &masks.bits, 256, 2) == kept(|query, key| query == key || query == 3));
+        let of_keys = dense_of(&masks.of_keys, &masks.bits, 256, 2);
+        let transposed = kept(|query, key| query == key);
+        assert!((0..256).all(|key| (0..256).all(|query| of_keys[key][query] == transposed[query][key])));
     }
 
     #[test]

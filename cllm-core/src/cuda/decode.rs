@@ -9,6 +9,7 @@ use std::ops::Range;
 use tch::{Device, Kind, Tensor};
 
 use super::batch_products::{self, BatchProducts};
+use super::draft_adapters::{AdapterRanks, DraftAdapters};
 use super::forward_input::{ForwardInput, InputLimits, MAX_INTS_PER_OUTPUT, SamplingOptions};
 use super::launch::{Argument, Kernel, Param, Signature, aligned, bf16, count, float32, int, int32, nullable, uint64};
 use super::nvrtc::{Macros, Module, compute_capability, max_shared_bytes, num_multiprocessors};
@@ -38,6 +39,10 @@ const WARPS: usize = 8;
 const SUMS_BYTES: usize = 24 << 10;
 /// Elements between the tokens that a fused kernel keeps in shared memory.
 const STAGING_PAD: usize = 32;
+/// Elements between the tokens of A x that a cluster of a fused kernel keeps in shared memory.
+const LOW_RANK_PAD: usize = 8;
+/// Maximum number of blocks that share the work for A x.
+const MAX_FUSED_CLUSTER: usize = 8;
 /// Elements between the queries that a small step's attention rotates in shared memory.
 const QUERY_PAD: usize = 8;
 /// Elements between the sums that the warps of the attention merge: their maximum, their weights, and
@@ -116,8 +121,29 @@ fn staged_bytes(num_tokens: usize, width: usize, capability: (u32, u32)) -> usiz
     if num_tokens > 8 && bytes <= max_staged_bytes(capability) { bytes } else { 0 }
 }
 
-fn macros(shape: &KernelShape, capability: (u32, u32)) -> Macros {
-    let mut macros = shape.macros();
+/// Shared memory for A x of so many tokens.
+fn low_rank_bytes(num_tokens: usize, rank: usize) -> usize {
+    num_tokens * (rank + LOW_RANK_PAD) * 2
+}
+
+/// Whether the clusters of fused kernels compute A x of adapters for themselves. With wide models it
+/// takes a kernel of its own: each cluster would read as much of A as of the weight.
+fn in_clusters(shape: &KernelShape, ranks: AdapterRanks, capability: (u32, u32)) -> bool {
+    let widths = [(shape.hidden, ranks.qkv), (shape.attn(), ranks.output), (0, ranks.gate_up), (shape.ffn, ranks.down)];
+    let fits = |(width, rank)| {
+        let bytes = staged_bytes(MAX_FUSED_TOKENS, width, capability) + low_rank_bytes(MAX_FUSED_TOKENS, rank);
+        bytes <= max_staged_bytes(capability)
+    };
+    capability.0 >= 9 && !is_wide(shape) && widths.into_iter().all(fits)
+}
+
+/// Blocks that share the work for A x: one for each of its tiles of rows, up to a maximum.
+fn fused_cluster(rank: usize) -> usize {
+    (rank / BLOCK_ROWS).next_power_of_two().min(MAX_FUSED_CLUSTER)
+}
+
+fn macros(shape: &KernelShape, ranks: AdapterRanks, capability: (u32, u32)) -> Macros {
+    let mut macros = [shape.macros(), ranks.macros()].concat();
     macros.extend([
         ("QK_NORM", u8::from(shape.query_key_norm).to_string()),
         ("WARPS", WARPS.to_string()),
@@ -128,6 +154,8 @@ fn macros(shape: &KernelShape, capability: (u32, u32)) -> Macros {
         ("SUMS_BYTES", SUMS_BYTES.to_string()),
         ("MAX_STAGED_BYTES", max_staged_bytes(capability).to_string()),
         ("STAGING_PAD", STAGING_PAD.to_string()),
+        ("IN_CLUSTERS", u8::from(in_clusters(shape, ranks, capability)).to_string()),
+        ("LOW_RANK_PAD", LOW_RANK_PAD.to_string()),
         ("SEGMENT", SEGMENT.to_string()),
         ("SAMPLE_THREADS", THREADS.to_string()),
         ("MAX_CANDIDATES", MAX_CANDIDATES.to_string()),
@@ -152,11 +180,14 @@ fn macros(shape: &KernelShape, capability: (u32, u32)) -> Macros {
 #[derive(Clone, Copy)]
 struct Sizes {
     shape: KernelShape,
+    ranks: AdapterRanks,
     tokens: usize,
     outputs: usize,
     tiles: usize,
     /// Thread blocks that share a tile.
     tile_blocks: usize,
+    /// Thread blocks of a fused kernel's cluster.
+    fused_blocks: usize,
     rows: usize,
     capacity: usize,
     /// Segments of the vocabulary in a slice.
@@ -173,10 +204,12 @@ impl Sizes {
     fn new(shape: KernelShape, tokens: usize) -> Self {
         Sizes {
             shape,
+            ranks: AdapterRanks::default(),
             tokens,
             outputs: 0,
             tiles: 0,
             tile_blocks: 1,
+            fused_blocks: 1,
             rows: 0,
             capacity: 0,
             segments: 0,
@@ -235,6 +268,33 @@ const SCORES: Param<Sizes> = float32("scores", |s| s.outputs * s.blocks * s.list
 const IDS: Param<Sizes> = int32("ids", |s| s.outputs * s.blocks * s.list);
 const NUM_BLOCKS: Param<Sizes> = count("num_blocks", |s| s.blocks);
 
+const ADAPTED: Param<Sizes> = int32("adapted", |s| s.tokens);
+
+/// The adapters of a product, or null: A, A x and B.
+const fn adapters(
+    lora_a: fn(&Sizes) -> usize,
+    low_rank: fn(&Sizes) -> usize,
+    lora_b: fn(&Sizes) -> usize,
+) -> [Param<Sizes>; 4] {
+    [
+        nullable(ADAPTED),
+        nullable(bf16("lora_a", lora_a)),
+        nullable(bf16("low_rank", low_rank)),
+        nullable(bf16("lora_b", lora_b)),
+    ]
+}
+const QKV_ADAPTERS: &[Param<Sizes>] =
+    &adapters(|s| s.ranks.qkv * s.shape.hidden, |s| s.tokens * s.ranks.qkv, |s| s.shape.qkv() * s.ranks.qkv);
+const OUTPUT_ADAPTERS: &[Param<Sizes>] =
+    &adapters(|s| s.ranks.output * s.shape.attn(), |s| s.tokens * s.ranks.output, |s| s.shape.hidden * s.ranks.output);
+const GATE_UP_ADAPTERS: &[Param<Sizes>] = &adapters(
+    |s| s.ranks.gate_up * s.shape.hidden,
+    |s| s.tokens * s.ranks.gate_up,
+    |s| 2 * s.shape.ffn * s.ranks.gate_up,
+);
+const DOWN_ADAPTERS: &[Param<Sizes>] =
+    &adapters(|s| s.ranks.down * s.shape.ffn, |s| s.tokens * s.ranks.down, |s| s.shape.hidden * s.ranks.down);
+
 /// Number of elements of the keys or of the values of a layer.
 fn cache_len(sizes: &Sizes) -> usize {
     sizes.rows * sizes.shape.kv_heads * sizes.capacity * sizes.shape.head_dim
@@ -273,39 +333,92 @@ fn block_results(sizes: &Sizes, sampling: SamplingOptions, device: Device) -> Re
 
 const FUSED_QKV: Signature<Sizes> = Signature {
     name: "fused_qkv_",
-    grid: |s| [s.shape.qkv().div_ceil(BLOCK_ROWS), 1],
+    grid: |s| [s.shape.qkv().div_ceil(BLOCK_ROWS).next_multiple_of(s.fused_blocks), 1],
     threads: |_| WARPS * 32,
-    params: &[&[WEIGHT_QKV, X, NORM, BIAS_QKV, QKV, NUM_TOKENS]],
+    params: &[&[WEIGHT_QKV, X, NORM, BIAS_QKV, QKV, NUM_TOKENS], QKV_ADAPTERS],
 };
 const FUSED_QKV_ROTATED: Signature<Sizes> = Signature {
     name: "fused_qkv_rotated_",
-    params: &[&[WEIGHT_QKV, X, NORM, BIAS_QKV, QKV, NUM_TOKENS], TOKENS, ROPE, CACHE],
+    params: &[&[WEIGHT_QKV, X, NORM, BIAS_QKV, QKV, NUM_TOKENS], QKV_ADAPTERS, TOKENS, ROPE, CACHE],
     ..FUSED_QKV
 };
 const FUSED_OUTPUT: Signature<Sizes> = Signature {
     name: "fused_output_",
-    grid: |s| [s.shape.hidden.div_ceil(BLOCK_ROWS), 1],
+    grid: |s| [s.shape.hidden.div_ceil(BLOCK_ROWS).next_multiple_of(s.fused_blocks), 1],
     threads: |_| WARPS * 32,
-    params: &[&[
-        bf16("weight", |s| s.shape.hidden * s.shape.attn()),
-        ATTN_OUT,
-        nullable(aligned(|_| 2, bf16("bias", |s| s.shape.hidden))),
-        X,
-        NUM_TOKENS,
-    ]],
+    params: &[
+        &[
+            bf16("weight", |s| s.shape.hidden * s.shape.attn()),
+            ATTN_OUT,
+            nullable(aligned(|_| 2, bf16("bias", |s| s.shape.hidden))),
+            X,
+            NUM_TOKENS,
+        ],
+        OUTPUT_ADAPTERS,
+    ],
 };
 const FUSED_GATE_UP: Signature<Sizes> = Signature {
     name: "fused_gate_up_",
     // Half of the rows of a block are from the gate and half from the up projection.
-    grid: |s| [s.shape.ffn.div_ceil(BLOCK_ROWS / 2), 1],
+    grid: |s| [s.shape.ffn.div_ceil(BLOCK_ROWS / 2).next_multiple_of(s.fused_blocks), 1],
     threads: |_| WARPS * 32,
-    params: &[&[bf16("weight", |s| 2 * s.shape.ffn * s.shape.hidden), X, NORM, INNER, NUM_TOKENS]],
+    params: &[&[bf16("weight", |s| 2 * s.shape.ffn * s.shape.hidden), X, NORM, INNER, NUM_TOKENS], GATE_UP_ADAPTERS],
 };
 const FUSED_DOWN: Signature<Sizes> = Signature {
     name: "fused_down_",
-    grid: |s| [s.shape.hidden.div_ceil(BLOCK_ROWS), 1],
+    grid: |s| [s.shape.hidden.div_ceil(BLOCK_ROWS).next_multiple_of(s.fused_blocks), 1],
     threads: |_| WARPS * 32,
-    params: &[&[bf16("weight", |s| s.shape.hidden * s.shape.ffn), INNER, X, NUM_TOKENS]],
+    params: &[&[bf16("weight", |s| s.shape.hidden * s.shape.ffn), INNER, X, NUM_TOKENS], DOWN_ADAPTERS],
+};
+const LOW_RANK_QKV: Signature<Sizes> = Signature {
+    name: "fused_low_rank_qkv_",
+    grid: |s| [s.ranks.qkv.div_ceil(BLOCK_ROWS), 1],
+    threads: |_| WARPS * 32,
+    params: &[&[
+        bf16("lora_a", |s| s.ranks.qkv * s.shape.hidden),
+        X,
+        NORM,
+        ADAPTED,
+        bf16("low_rank", |s| s.tokens * s.ranks.qkv),
+        NUM_TOKENS,
+    ]],
+};
+const LOW_RANK_OUTPUT: Signature<Sizes> = Signature {
+    name: "fused_low_rank_output_",
+    grid: |s| [s.ranks.output.div_ceil(BLOCK_ROWS), 1],
+    params: &[&[
+        bf16("lora_a", |s| s.ranks.output * s.shape.attn()),
+        ATTN_OUT,
+        ADAPTED,
+        bf16("low_rank", |s| s.tokens * s.ranks.output),
+        NUM_TOKENS,
+    ]],
+    ..LOW_RANK_QKV
+};
+const LOW_RANK_GATE_UP: Signature<Sizes> = Signature {
+    name: "fused_low_rank_gate_up_",
+    grid: |s| [s.ranks.gate_up.div_ceil(BLOCK_ROWS), 1],
+    params: &[&[
+        bf16("lora_a", |s| s.ranks.gate_up * s.shape.hidden),
+        X,
+        NORM,
+        ADAPTED,
+        bf16("low_rank", |s| s.tokens * s.ranks.gate_up),
+        NUM_TOKENS,
+    ]],
+    ..LOW_RANK_QKV
+};
+const LOW_RANK_DOWN: Signature<Sizes> = Signature {
+    name: "fused_low_rank_down_",
+    grid: |s| [s.ranks.down.div_ceil(BLOCK_ROWS), 1],
+    params: &[&[
+        bf16("lora_a", |s| s.ranks.down * s.shape.ffn),
+        INNER,
+        ADAPTED,
+        bf16("low_rank", |s| s.tokens * s.ranks.down),
+        NUM_TOKENS,
+    ]],
+    ..LOW_RANK_QKV
 };
 const FUSED_SAMPLE: Signature<Sizes> = Signature {
     name: "fused_sample_",
@@ -404,13 +517,33 @@ const ROTATE_AND_ATTEND_BATCH: Signature<Sizes> = Signature { name: ROTATE_AND_A
 /// The fused kernels for up to `max_tokens` tokens.
 struct FusedKernels {
     max_tokens: usize,
+    plain: FusedProducts,
+    /// With adapters for drafts, if there are any.
+    adapted: Option<AdaptedProducts>,
+    sample: Kernel<Sizes>,
+    candidates: Kernel<Sizes>,
+}
+
+struct FusedProducts {
     qkv: Kernel<Sizes>,
     qkv_rotated: Kernel<Sizes>,
     output: Kernel<Sizes>,
     gate_up: Kernel<Sizes>,
     down: Kernel<Sizes>,
-    sample: Kernel<Sizes>,
-    candidates: Kernel<Sizes>,
+}
+
+/// Fused kernels with adapters.
+struct AdaptedProducts {
+    products: FusedProducts,
+    /// What the products continue, unless their clusters compute it.
+    low_rank: Option<LowRankProducts>,
+}
+
+struct LowRankProducts {
+    qkv: Kernel<Sizes>,
+    output: Kernel<Sizes>,
+    gate_up: Kernel<Sizes>,
+    down: Kernel<Sizes>,
 }
 
 /// The attention for few tiles or for many.
@@ -425,6 +558,7 @@ struct AttentionKernels {
 /// is the number of tokens.
 pub struct DecodeKernels {
     shape: KernelShape,
+    ranks: AdapterRanks,
     /// For up to 8, 16 and 32 tokens.
     fused: [FusedKernels; 3],
     embed: Kernel<Sizes>,
@@ -445,6 +579,9 @@ pub struct DecodeKernels {
     max_clusters: Vec<(usize, usize)>,
     num_multiprocessors: usize,
 }
+
+/// A weight `[out, in]`, its bias `[out]`, and adapters.
+pub type FusedWeight<'t> = (&'t Tensor, Option<&'t Tensor>, Option<&'t DraftAdapters>);
 
 /// The state of the queries, keys and values that the attention kernel reads.
 #[derive(Debug, Clone, Copy)]
@@ -471,30 +608,54 @@ pub struct LayerCache<'t> {
 }
 
 impl DecodeKernels {
-    /// Compiles and loads the kernels.
+    /// Compiles and loads the kernels, for adapters of these ranks.
     ///
     /// # Errors
     /// [`Error::Torch`] with the message of the compiler or the driver.
-    pub fn new(device: usize, shape: KernelShape) -> Result<Self> {
+    pub fn new(device: usize, shape: KernelShape, ranks: AdapterRanks) -> Result<Self> {
         let capability = compute_capability(device)?;
-        let macros = macros(&shape, capability);
+        let macros = macros(&shape, ranks, capability);
         let module = Module::compiled(device, SOURCE, &macros)?;
         // GPUs from Hopper on can start a kernel while the one before it ends.
         let overlaps = capability.0 >= 9;
         let kernel = |signature, shared_bytes| Kernel::new(&module, signature, "", shared_bytes, overlaps);
         let fused = |num_tiles: usize| {
             let max_tokens = num_tiles * 8;
-            let kernel = |signature, shared| Kernel::new(&module, signature, &num_tiles.to_string(), shared, overlaps);
+            let suffix = num_tiles.to_string();
+            let kernel = |signature, suffix: &str, shared| Kernel::new(&module, signature, suffix, shared, overlaps);
             let staged = |width| staged_bytes(max_tokens, width, capability);
+            let products = |suffix: &str, bytes: [usize; 4]| {
+                Ok::<_, Error>(FusedProducts {
+                    qkv: kernel(&FUSED_QKV, suffix, bytes[0])?,
+                    qkv_rotated: kernel(&FUSED_QKV_ROTATED, suffix, bytes[0])?,
+                    output: kernel(&FUSED_OUTPUT, suffix, bytes[1])?,
+                    gate_up: kernel(&FUSED_GATE_UP, suffix, bytes[2])?,
+                    down: kernel(&FUSED_DOWN, suffix, bytes[3])?,
+                })
+            };
+            let bytes = [staged(shape.hidden), staged(shape.attn()), 0, staged(shape.ffn)];
+            let adapted = || {
+                let suffix_adapted = format!("adapted_{suffix}");
+                if in_clusters(&shape, ranks, capability) {
+                    let low_rank = ranks.all().map(|rank| low_rank_bytes(max_tokens, rank));
+                    let bytes = std::array::from_fn(|product| bytes[product] + low_rank[product]);
+                    return Ok(AdaptedProducts { products: products(&suffix_adapted, bytes)?, low_rank: None });
+                }
+                let low_rank = LowRankProducts {
+                    qkv: kernel(&LOW_RANK_QKV, &suffix, staged(shape.hidden))?,
+                    output: kernel(&LOW_RANK_OUTPUT, &suffix, staged(shape.attn()))?,
+                    gate_up: kernel(&LOW_RANK_GATE_UP, &suffix, staged(shape.hidden))?,
+                    down: kernel(&LOW_RANK_DOWN, &suffix, staged(shape.ffn))?,
+                };
+                let products = products(&suffix_adapted, bytes)?;
+                Ok::<_, Error>(AdaptedProducts { products, low_rank: Some(low_rank) })
+            };
             Ok::<_, Error>(FusedKernels {
                 max_tokens,
-                qkv: kernel(&FUSED_QKV, staged(shape.hidden))?,
-                qkv_rotated: kernel(&FUSED_QKV_ROTATED, staged(shape.hidden))?,
-                output: kernel(&FUSED_OUTPUT, staged(shape.attn()))?,
-                gate_up: kernel(&FUSED_GATE_UP, 0)?,
-                down: kernel(&FUSED_DOWN, staged(shape.ffn))?,
-                sample: kernel(&FUSED_SAMPLE, 0)?,
-                candidates: kernel(&FUSED_CANDIDATES, 0)?,
+                plain: products(&suffix, bytes)?,
+                adapted: ranks.is_adapted().then(adapted).transpose()?,
+                sample: kernel(&FUSED_SAMPLE, &suffix, 0)?,
+                candidates: kernel(&FUSED_CANDIDATES, &suffix, 0)?,
             })
         };
         let attention = |[rotated, plain]: [&'static Signature<Sizes>; 2], suffix: &str, num_warps| {
@@ -527,6 +688,7 @@ impl DecodeKernels {
             num_multiprocessors: num_multiprocessors(device)?,
             max_clusters,
             shape,
+            ranks,
         })
     }
 
@@ -539,7 +701,7 @@ impl DecodeKernels {
     }
 
     fn sizes(&self, num_tokens: usize) -> Sizes {
-        Sizes::new(self.shape, num_tokens)
+        Sizes { ranks: self.ranks, ..Sizes::new(self.shape, num_tokens) }
     }
 
     /// Sizes of an input, which must have been checked for this shape.
@@ -573,27 +735,30 @@ impl DecodeKernels {
 
     /// `qkv [T, qkv]` = the projection of the RMS norm of `x [T, hidden]`, for steps of few tokens.
     /// Queries are rotated, and keys and values go to the layer's cache, unless the model norms
-    /// whole heads first.
+    /// whole heads first. `adapters` act on draft tokens; here and below.
     pub fn fused_qkv(
         &self,
-        (weight, bias): (&Tensor, Option<&Tensor>),
-        x: &Tensor,
-        norm: &Tensor,
+        (weight, bias, adapters): FusedWeight<'_>,
+        (x, norm): (&Tensor, &Tensor),
         qkv: &Tensor,
         input: &ForwardInput,
         layer: &LayerCache<'_>,
     ) -> Result<Queries> {
-        let sizes = self.input_sizes(input)?;
-        let kernels = self.fused(sizes.tokens)?;
+        let with_adapters = self.with_adapters(input, adapters, |kernels, sizes, lora_a, low_rank| {
+            let arguments = [lora_a, x, norm, &input.adapted, low_rank].map(Data);
+            // SAFETY: no argument is an index.
+            unsafe { kernels.qkv.launch(sizes, &arguments) }
+        })?;
+        let products = with_adapters.products;
         let projection = [Data(weight), Data(x), Data(norm), Optional(bias), Data(qkv)];
         if self.shape.query_key_norm {
             // SAFETY: no argument is an index.
-            unsafe { kernels.qkv.launch(&sizes, &projection)? };
+            unsafe { with_adapters.launch(&products.qkv, &projection, &[])? };
             return Ok(Queries::Plain);
         }
-        let arguments = [&projection[..], &token_arguments(input), &layer.rope(), &layer.cache()].concat();
+        let rest = [&token_arguments(input)[..], &layer.rope(), &layer.cache()].concat();
         // SAFETY: the input's rows, slots and positions are those of the cache.
-        unsafe { kernels.qkv_rotated.launch(&sizes, &arguments)? };
+        unsafe { with_adapters.launch(&products.qkv_rotated, &projection, &rest)? };
         Ok(Queries::Rotated)
     }
 
@@ -601,31 +766,84 @@ impl DecodeKernels {
     /// few tokens.
     pub fn fused_output(
         &self,
-        (weight, bias): (&Tensor, Option<&Tensor>),
+        (weight, bias, adapters): FusedWeight<'_>,
         attn_out: &Tensor,
         x: &Tensor,
+        input: &ForwardInput,
     ) -> Result<()> {
-        let sizes = self.sizes(x.numel() / self.shape.hidden);
-        let arguments = [Data(weight), Data(attn_out), Optional(bias), Data(x)];
+        let with_adapters = self.with_adapters(input, adapters, |kernels, sizes, lora_a, low_rank| {
+            let arguments = [lora_a, attn_out, &input.adapted, low_rank].map(Data);
+            // SAFETY: no argument is an index.
+            unsafe { kernels.output.launch(sizes, &arguments) }
+        })?;
+        let projection = [Data(weight), Data(attn_out), Optional(bias), Data(x)];
         // SAFETY: no argument is an index.
-        unsafe { self.fused(sizes.tokens)?.output.launch(&sizes, &arguments) }
+        unsafe { with_adapters.launch(&with_adapters.products.output, &projection, &[]) }
     }
 
     /// `inner [T, ffn]` = silu(gate) * up of the RMS norm of `x [T, hidden]`, for steps of few
     /// tokens.
-    pub fn fused_gate_up(&self, weight: &Tensor, x: &Tensor, norm: &Tensor, inner: &Tensor) -> Result<()> {
-        let sizes = self.sizes(x.numel() / self.shape.hidden);
-        let arguments = [Data(weight), Data(x), Data(norm), Data(inner)];
+    pub fn fused_gate_up(
+        &self,
+        (weight, adapters): (&Tensor, Option<&DraftAdapters>),
+        (x, norm): (&Tensor, &Tensor),
+        inner: &Tensor,
+        input: &ForwardInput,
+    ) -> Result<()> {
+        let with_adapters = self.with_adapters(input, adapters, |kernels, sizes, lora_a, low_rank| {
+            let arguments = [lora_a, x, norm, &input.adapted, low_rank].map(Data);
+            // SAFETY: no argument is an index.
+            unsafe { kernels.gate_up.launch(sizes, &arguments) }
+        })?;
+        let projection = [weight, x, norm, inner].map(Data);
         // SAFETY: no argument is an index.
-        unsafe { self.fused(sizes.tokens)?.gate_up.launch(&sizes, &arguments) }
+        unsafe { with_adapters.launch(&with_adapters.products.gate_up, &projection, &[]) }
     }
 
     /// `x [T, hidden]` += the down projection of `inner [T, ffn]`, for steps of few tokens.
-    pub fn fused_down(&self, weight: &Tensor, inner: &Tensor, x: &Tensor) -> Result<()> {
-        let sizes = self.sizes(x.numel() / self.shape.hidden);
-        let arguments = [Data(weight), Data(inner), Data(x)];
+    pub fn fused_down(
+        &self,
+        (weight, adapters): (&Tensor, Option<&DraftAdapters>),
+        inner: &Tensor,
+        x: &Tensor,
+        input: &ForwardInput,
+    ) -> Result<()> {
+        let with_adapters = self.with_adapters(input, adapters, |kernels, sizes, lora_a, low_rank| {
+            let arguments = [lora_a, inner, &input.adapted, low_rank].map(Data);
+            // SAFETY: no argument is an index.
+            unsafe { kernels.down.launch(sizes, &arguments) }
+        })?;
+        let projection = [weight, inner, x].map(Data);
         // SAFETY: no argument is an index.
-        unsafe { self.fused(sizes.tokens)?.down.launch(&sizes, &arguments) }
+        unsafe { with_adapters.launch(&with_adapters.products.down, &projection, &[]) }
+    }
+
+    /// The kernels for products with these adapters. If their clusters do not compute A x of draft
+    /// tokens, `multiply` computes it.
+    fn with_adapters<'k>(
+        &'k self,
+        input: &'k ForwardInput,
+        adapters: Option<&'k DraftAdapters>,
+        multiply: impl FnOnce(&LowRankProducts, &Sizes, &Tensor, &Tensor) -> Result<()>,
+    ) -> Result<WithAdapters<'k>> {
+        let sizes = self.input_sizes(input)?;
+        let kernels = self.fused(sizes.tokens)?;
+        let Some(adapters) = adapters else {
+            return Ok(WithAdapters { products: &kernels.plain, sizes, adapters: None, low_rank: None });
+        };
+        let Some(adapted) = &kernels.adapted else {
+            return Err(Error::internal("the kernels were compiled without adapters"));
+        };
+        let (products, lora_a) = (&adapted.products, &adapters.lora_a);
+        let adapters = Some((adapters, &input.adapted));
+        let Some(low_rank_products) = &adapted.low_rank else {
+            let sizes = Sizes { fused_blocks: fused_cluster(lora_a.size()[0] as usize), ..sizes };
+            return Ok(WithAdapters { products, sizes, adapters, low_rank: None });
+        };
+        let size = [sizes.tokens as i64, lora_a.size()[0]];
+        let low_rank = Tensor::f_empty(size, (Kind::BFloat16, lora_a.device()))?;
+        multiply(low_rank_products, &sizes, lora_a, &low_rank)?;
+        Ok(WithAdapters { products, sizes, adapters, low_rank: Some(low_rank) })
     }
 
     /// Samples the token after each row of `x [T, hidden]`, or gives the candidates there: int32
@@ -682,14 +900,26 @@ impl DecodeKernels {
 
     /// `inner [T, ffn]` = silu(gate) * up, where `weight [2 ffn, hidden]` holds the rows of the gate,
     /// then those of the up projection of `normed [T, hidden]`.
-    pub fn gate_up(&self, weight: &Tensor, normed: &Tensor, inner: &Tensor) -> Result<()> {
+    pub fn gate_up(
+        &self,
+        (weight, adapters): (&Tensor, Option<&DraftAdapters>),
+        normed: &Tensor,
+        inner: &Tensor,
+        is_draft: Option<&Tensor>,
+    ) -> Result<()> {
         let sizes = self.sizes(normed.numel() / self.shape.hidden);
+        let adapters = adapters.zip(is_draft);
         match &self.batch_products {
             Some(products) if sizes.tokens >= MIN_BATCH_TOKENS && !is_wide(&self.shape) => {
-                products.gate_up(weight, normed, inner)
+                let low_rank = adapters.map(|(adapters, is_draft)| adapters.low_rank(normed, is_draft)).transpose()?;
+                let adapters = low_rank.as_ref().zip(adapters.map(|(adapters, _)| &adapters.lora_b));
+                products.gate_up(weight, normed, inner, adapters)
             }
             _ => {
                 let gate_up = normed.f_linear::<&Tensor>(weight, None)?;
+                if let Some((adapters, is_draft)) = adapters {
+                    adapters.add_to(&gate_up, normed, is_draft)?;
+                }
                 // SAFETY: no argument is an index.
                 unsafe { self.swiglu.launch(&sizes, &[Data(&gate_up), Data(inner)]) }
             }
@@ -815,6 +1045,33 @@ fn sampling_arguments(input: &ForwardInput) -> [Argument<'_>; 2] {
     [Data(&input.inverse_temperatures), Data(&input.keys)]
 }
 
+/// Fused kernels with what they need to add the adapters of a product.
+struct WithAdapters<'k> {
+    products: &'k FusedProducts,
+    sizes: Sizes,
+    /// The adapters, and which tokens they act on.
+    adapters: Option<(&'k DraftAdapters, &'k Tensor)>,
+    /// A x, if it was computed before.
+    low_rank: Option<Tensor>,
+}
+
+impl WithAdapters<'_> {
+    /// Launches a kernel, whose arguments for adapters are between these.
+    ///
+    /// # Safety
+    /// As for [`Kernel::launch`].
+    unsafe fn launch(&self, kernel: &Kernel<Sizes>, before: &[Argument<'_>], after: &[Argument<'_>]) -> Result<()> {
+        let adapters = [
+            Optional(self.adapters.map(|(_, adapted)| adapted)),
+            Optional(self.adapters.map(|(adapters, _)| &adapters.lora_a)),
+            Optional(self.low_rank.as_ref()),
+            Optional(self.adapters.map(|(adapters, _)| &adapters.lora_b)),
+        ];
+        // SAFETY: as here; the arguments for adapters are no indices.
+        unsafe { kernel.launch_clusters(&self.sizes, self.sizes.fused_blocks, &[before, &adapters, after].concat()) }
+    }
+}
+
 fn token_arguments(input: &ForwardInput) -> [Argument<'_>; 4] {
     [&input.row, &input.slot, &input.position, &input.visible].map(Data)
 }
@@ -853,7 +1110,8 @@ mod tests {
         let gpus = [(8, 0), (8, 6), (12, 0)].map(|capability| (small, capability));
         for (shape, capability) in [(small, (9, 0)), (qwen3, (9, 0)), (tiny, (9, 0))].into_iter().chain(gpus) {
             assert!(supports(&shape));
-            let code = compile(SOURCE, capability, &macros(&shape, capability)).unwrap();
+            let ranks = if shape == tiny { AdapterRanks::SOME } else { AdapterRanks::default() };
+            let code = compile(SOURCE, capability, &macros(&shape, ranks, capability)).unwrap();
             assert!(code.is_elf(), "{shape:?} {capability:?}");
         }
         assert!(!supports(&KernelShape { head_dim: 80, ..small }));
@@ -863,6 +1121,7 @@ mod tests {
     fn the_signatures_match_the_source() {
         let fused =
             [FUSED_QKV, FUSED_QKV_ROTATED, FUSED_OUTPUT, FUSED_GATE_UP, FUSED_DOWN, FUSED_SAMPLE, FUSED_CANDIDATES];
+        let low_rank = [LOW_RANK_QKV, LOW_RANK_OUTPUT, LOW_RANK_GATE_UP, LOW_RANK_DOWN];
         let others = [
             EMBED,
             ARGMAX_OF_BLOCKS,
@@ -874,10 +1133,14 @@ mod tests {
             MOVE_SLOTS,
         ];
         let attention = [ROTATE_AND_CACHE, ATTENTION, ROTATE_AND_ATTEND];
-        for signature in fused.iter().chain(&others).chain(&attention) {
+        for signature in fused.iter().chain(&low_rank).chain(&others).chain(&attention) {
             assert_declared(SOURCE, signature);
         }
         let num_kernels = SOURCE.matches("FUSED_KERNEL fused").count() + SOURCE.matches("\"C\" __global__").count() - 1;
-        assert_eq!(num_kernels, fused.len() + others.len() + attention.len(), "a kernel has no signature");
+        assert_eq!(
+            num_kernels,
+            fused.len() + low_rank.len() + others.len() + attention.len(),
+            "a kernel has no signature"
+        );
     }
 }

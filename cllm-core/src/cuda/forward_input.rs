@@ -21,6 +21,8 @@ pub(crate) struct ForwardShape {
     pub(crate) num_outputs: usize,
     /// Maximum number of tiles. A tile is a run of tokens of one row that read its cache together.
     pub(crate) num_tiles: usize,
+    /// Whether some tokens are read with adapters for drafts.
+    pub(crate) has_adapted: bool,
 }
 
 /// What a forward gives after each of its outputs.
@@ -77,6 +79,8 @@ pub(crate) struct InputToken {
     pub(crate) visible: u64,
     /// How the token after it is sampled, if one is.
     pub(crate) draw: Option<Draw>,
+    /// Whether it is read with adapters for drafts.
+    pub(crate) is_adapted: bool,
 }
 
 /// How a token is sampled.
@@ -99,6 +103,7 @@ pub(crate) struct InputLayout {
     pub(crate) row: Range<usize>,
     pub(crate) slot: Range<usize>,
     pub(crate) position: Range<usize>,
+    pub(crate) adapted: Range<usize>,
     pub(crate) tile_row: Range<usize>,
     pub(crate) tile_first_token: Range<usize>,
     pub(crate) tile_length: Range<usize>,
@@ -107,7 +112,7 @@ pub(crate) struct InputLayout {
 
 impl InputLayout {
     pub(crate) fn new(shape: ForwardShape) -> Self {
-        let ForwardShape { num_tokens, num_outputs, num_tiles } = shape;
+        let ForwardShape { num_tokens, num_outputs, num_tiles, .. } = shape;
         let mut end = 0;
         let mut next = |length: usize| {
             let start = end;
@@ -122,6 +127,7 @@ impl InputLayout {
             row: next(num_tokens),
             slot: next(num_tokens),
             position: next(num_tokens),
+            adapted: next(num_tokens),
             tile_row: next(num_tiles),
             tile_first_token: next(num_tiles),
             tile_length: next(num_tiles),
@@ -151,7 +157,7 @@ impl<'b> InputWriter<'b> {
     pub(crate) fn new(ints: &'b mut [i32], shape: ForwardShape, limits: InputLimits) -> Self {
         let layout = InputLayout::new(shape);
         // Kernels skip the tokens and tiles of row -1.
-        for range in [&layout.inverse_temperatures, &layout.tokens, &layout.slot, &layout.position] {
+        for range in [&layout.inverse_temperatures, &layout.tokens, &layout.slot, &layout.position, &layout.adapted] {
             ints[range.clone()].fill(0);
         }
         for range in [&layout.row, &layout.tile_row] {
@@ -192,13 +198,14 @@ impl<'b> InputWriter<'b> {
 
     fn push(&mut self, row: usize, slot: usize, token: &InputToken) -> Result<()> {
         let (index, InputLimits { model, num_rows, capacity }) = (self.num_tokens, self.limits);
-        let InputToken { id, position, visible, draw } = *token;
+        let InputToken { id, position, visible, draw, is_adapted } = *token;
         let fits = index < self.shape.num_tokens
             && usize::try_from(id).is_ok_and(|id| id < model.vocab)
             && row < num_rows
             && slot < capacity
             && position < capacity
-            && (draw.is_none() || index < self.shape.num_outputs);
+            && (draw.is_none() || index < self.shape.num_outputs)
+            && (!is_adapted || self.shape.has_adapted);
         if !fits {
             let limits = format!("{:?}, {num_rows} rows of {capacity} slots, {} tokens", self.shape, model.vocab);
             let token = format!("token {id} at index {index}, row {row}, slot {slot}, position {position}");
@@ -209,6 +216,7 @@ impl<'b> InputWriter<'b> {
         self.ints[layout.row.start + index] = row as i32;
         self.ints[layout.slot.start + index] = slot as i32;
         self.ints[layout.position.start + index] = position as i32;
+        self.ints[layout.adapted.start + index] = is_adapted.into();
         let (visible_start, key_start) = (layout.visible.start, layout.keys.start);
         if let Some(Draw { inverse_temperature, .. }) = draw {
             self.ints[layout.inverse_temperatures.start + index] = inverse_temperature.to_bits().cast_signed();
@@ -235,6 +243,8 @@ pub(crate) struct ForwardInput {
     pub(super) row: Tensor,
     pub(super) slot: Tensor,
     pub(super) position: Tensor,
+    /// 1 for tokens that are read with adapters for drafts, else 0.
+    pub(super) adapted: Tensor,
     pub(super) visible: Tensor,
     pub(super) keys: Tensor,
     pub(super) inverse_temperatures: Tensor,
@@ -266,6 +276,7 @@ impl ForwardInput {
             row: view(&layout.row),
             slot: view(&layout.slot),
             position: view(&layout.position),
+            adapted: view(&layout.adapted),
             visible: view(&layout.visible),
             keys: view(&layout.keys),
             inverse_temperatures: view(&layout.inverse_temperatures),
@@ -292,24 +303,25 @@ mod tests {
     const LIMITS: InputLimits = InputLimits { model: KernelShape::TWO_TOKEN_TILES, num_rows: 3, capacity: 32 };
 
     fn token(id: i32, position: usize) -> InputToken {
-        InputToken { id, position, visible: u64::MAX, draw: None }
+        InputToken { id, position, visible: u64::MAX, draw: None, is_adapted: false }
     }
 
     #[test]
     fn rows_are_packed_one_after_another_and_cut_into_tiles() {
-        let shape = ForwardShape { num_tokens: 8, num_outputs: 8, num_tiles: 5 };
+        let shape = ForwardShape { num_tokens: 8, num_outputs: 8, num_tiles: 5, has_adapted: true };
         let layout = InputLayout::new(shape);
         let mut ints = vec![7; layout.len()];
         let mut writer = InputWriter::new(&mut ints, shape, LIMITS);
         let window = [(11, 4), (12, 5), (13, 6)];
         let draw = Some(Draw { inverse_temperature: 1.0, key: 9 << 32 | 1 });
-        let with_key = |(id, position)| InputToken { draw, ..token(id, position) };
+        let with_key = |(id, position)| InputToken { draw, is_adapted: position > 4, ..token(id, position) };
         writer.push_row(0, 4, window.map(with_key)).unwrap();
         writer.push_row(2, 0, [(21, 0), (22, 1), (23, 2)].map(|(id, position)| token(id, position))).unwrap();
         assert_eq!(ints[layout.tokens], [11, 12, 13, 21, 22, 23, 0, 0]);
         assert_eq!(ints[layout.row], [0, 0, 0, 2, 2, 2, -1, -1]);
         assert_eq!(ints[layout.slot], [4, 5, 6, 0, 1, 2, 0, 0]);
         assert_eq!(ints[layout.position], [4, 5, 6, 0, 1, 2, 0, 0]);
+        assert_eq!(ints[layout.adapted], [0, 1, 1, 0, 0, 0, 0, 0]);
         assert_eq!(ints[layout.visible.start..layout.visible.start + 12], [-1; 12]);
         assert_eq!(ints[layout.keys.start..layout.keys.start + 6], [1, 9, 1, 9, 1, 9]);
         assert_eq!(
@@ -324,7 +336,7 @@ mod tests {
 
     #[test]
     fn tokens_that_do_not_fit_are_refused_and_leave_a_valid_input() {
-        let shape = ForwardShape { num_tokens: 4, num_outputs: 1, num_tiles: 1 };
+        let shape = ForwardShape { num_tokens: 4, num_outputs: 1, num_tiles: 1, has_adapted: false };
         let layout = InputLayout::new(shape);
         for (row, start, tokens) in [
             (0, 0, vec![token(100, 0)]),
@@ -338,6 +350,7 @@ mod tests {
                 0,
                 vec![token(1, 0), InputToken { draw: Some(Draw { inverse_temperature: 0.0, key: 1 }), ..token(1, 1) }],
             ),
+            (0, 0, vec![InputToken { is_adapted: true, ..token(1, 0) }]),
             (0, 0, (0..5).map(|position| token(1, position)).collect()),
             // One tile of two tokens is not enough.
             (0, 0, (0..3).map(|position| token(1, position)).collect()),

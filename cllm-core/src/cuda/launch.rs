@@ -68,6 +68,7 @@ struct Tiles<Sizes> {
     tensor_sizes: fn(&Sizes) -> [usize; 3],
     /// Rows of a tile.
     rows: fn(&Sizes) -> usize,
+    is_nullable: bool,
 }
 
 struct Pointer<Sizes> {
@@ -91,10 +92,12 @@ impl<Sizes> Param<Sizes> {
     }
 }
 
-/// Marks a pointer that may be null.
+/// Marks a pointer that may be null, or a tensor map that may be all zeros.
 pub(super) const fn nullable<Sizes>(mut param: Param<Sizes>) -> Param<Sizes> {
-    if let Value::Pointer(pointer) = &mut param.value {
-        pointer.is_nullable = true;
+    match &mut param.value {
+        Value::Pointer(pointer) => pointer.is_nullable = true,
+        Value::Tiles(tiles) => tiles.is_nullable = true,
+        _ => (),
     }
     param
 }
@@ -150,7 +153,7 @@ pub(super) const fn tiles<Sizes>(
     tensor_sizes: fn(&Sizes) -> [usize; 3],
     rows: fn(&Sizes) -> usize,
 ) -> Param<Sizes> {
-    Param { name, value: Value::Tiles(Tiles { tensor_sizes, rows }) }
+    Param { name, value: Value::Tiles(Tiles { tensor_sizes, rows, is_nullable: false }) }
 }
 
 pub(super) const fn count<Sizes>(name: &'static str, value: fn(&Sizes) -> usize) -> Param<Sizes> {
@@ -307,13 +310,16 @@ impl<Sizes> Kernel<Sizes> {
                         .map(Bits::from)
                         .map_err(|problem| self.mismatch(param, &problem))
                 }
-                (Value::Tiles(tiles), Some(Argument::Tensor(tensor))) => {
+                (Value::Tiles(tiles), Some(Argument::Tensor(tensor) | Argument::Optional(Some(tensor)))) => {
                     let tensor_sizes = (tiles.tensor_sizes)(sizes);
                     check(tensor, Kind::BFloat16, 16, tensor_sizes.iter().product(), self.device)
                         .map_err(|problem| self.mismatch(param, &problem))
                         .and_then(|address| tensor_map(address, tensor_sizes, (tiles.rows)(sizes)))
                 }
-                (Value::Pointer(pointer), Some(Argument::Optional(None))) if pointer.is_nullable => Ok(Bits::from(0)),
+                (
+                    Value::Pointer(Pointer { is_nullable: true, .. }) | Value::Tiles(Tiles { is_nullable: true, .. }),
+                    Some(Argument::Optional(None)),
+                ) => Ok(Bits::from(0)),
                 (Value::Int, Some(Argument::Int(value))) => Ok(Bits::from(u64::from(value.cast_unsigned()))),
                 (Value::Long, Some(Argument::Long(value))) => Ok(Bits::from(value.cast_unsigned())),
                 (Value::Float, Some(Argument::Float(value))) => Ok(Bits::from(u64::from(value.to_bits()))),

@@ -5,6 +5,7 @@ use std::ops::RangeInclusive;
 
 use tch::{Device, Kind, Tensor};
 
+use super::draft_adapters::{AdapterRanks, DraftAdapters};
 use super::forward_input::ForwardInput;
 use super::launch::{Argument, Kernel, Param, Signature, aligned, bf16, count, float32, int, int32, nullable, tiles};
 use super::nvrtc::{HOPPER, Macros, Module, compute_capability, num_multiprocessors};
@@ -33,11 +34,17 @@ const MAX_ROWS: usize = 192;
 const OUTPUT: i32 = 0;
 const DOWN: i32 = 2;
 const NEXT: i32 = 3;
+/// Counts of a launch: of the products but the last, and of those with A of adapters.
+const COUNTS: usize = 7;
+/// Rows of A of adapters that a block multiplies, at most: with more, it would be late with its rows
+/// of a weight.
+const MAX_ADAPTER_ROWS: usize = 32;
 
 /// The sizes that determine the shapes of the kernels' arguments.
 #[derive(Clone, Copy)]
 struct Sizes {
     shape: KernelShape,
+    ranks: AdapterRanks,
     tokens: usize,
     /// Maximum number of tokens of the kernel.
     max_tokens: usize,
@@ -57,14 +64,27 @@ fn fastest_tokens(shape: &KernelShape) -> RangeInclusive<usize> {
     if shape.hidden >= 2048 { 9..=32 } else { 33..=MAX_TOKENS }
 }
 
-/// Whether blocks on so many multiprocessors can multiply a model's weights.
-fn supports(shape: &KernelShape, multiprocessors: usize) -> bool {
+/// Whether blocks on so many multiprocessors can multiply a model's weights and adapters.
+fn supports(shape: &KernelShape, ranks: AdapterRanks, multiprocessors: usize) -> bool {
     let rows = |rows| block_rows(rows, multiprocessors);
     [rows(shape.qkv()), rows(shape.hidden), 2 * rows(shape.ffn)].iter().all(|rows| *rows <= MAX_ROWS)
+        && max_rank(ranks) <= MAX_ADAPTER_ROWS * multiprocessors
 }
 
-fn macros(shape: &KernelShape, multiprocessors: usize) -> Macros {
-    let mut macros = shape.macros();
+/// The largest rank of the adapters of a product, at least 1.
+fn max_rank(ranks: AdapterRanks) -> usize {
+    ranks.all().into_iter().fold(1, usize::max)
+}
+
+/// Rows of A of adapters that a block multiplies: as few as blocks without rows of a weight can share.
+fn adapter_rows(shape: &KernelShape, ranks: AdapterRanks, multiprocessors: usize) -> usize {
+    let busy = [shape.qkv(), shape.hidden, shape.ffn].map(|rows| rows.div_ceil(block_rows(rows, multiprocessors)));
+    let num_idle = multiprocessors - busy.into_iter().fold(0, usize::max).min(multiprocessors - 1);
+    max_rank(ranks).div_ceil(num_idle).next_multiple_of(8).min(MAX_ADAPTER_ROWS)
+}
+
+fn macros(shape: &KernelShape, ranks: AdapterRanks, multiprocessors: usize) -> Macros {
+    let mut macros = [shape.macros(), ranks.macros()].concat();
     let rows = |rows| block_rows(rows, multiprocessors).to_string();
     macros.extend([
         ("MAX_TOKENS", MAX_TOKENS.to_string()),
@@ -73,6 +93,8 @@ fn macros(shape: &KernelShape, multiprocessors: usize) -> Macros {
         ("QKV_ROWS", rows(shape.qkv())),
         ("HIDDEN_ROWS", rows(shape.hidden)),
         ("FFN_ROWS", rows(shape.ffn)),
+        ("LOW_RANK", max_rank(ranks).to_string()),
+        ("ADAPTER_ROWS", adapter_rows(shape, ranks, multiprocessors).to_string()),
     ]);
     macros
 }
@@ -84,6 +106,18 @@ fn hidden_blocks(sizes: &Sizes) -> usize {
 
 fn hidden_rows(sizes: &Sizes) -> usize {
     block_rows(sizes.shape.hidden, sizes.multiprocessors)
+}
+
+fn ffn_rows(sizes: &Sizes) -> usize {
+    block_rows(sizes.shape.ffn, sizes.multiprocessors)
+}
+
+fn qkv_rows(sizes: &Sizes) -> usize {
+    block_rows(sizes.shape.qkv(), sizes.multiprocessors)
+}
+
+const fn lora_a(name: &'static str, sizes: fn(&Sizes) -> [usize; 3]) -> Param<Sizes> {
+    nullable(tiles(name, sizes, |s| adapter_rows(&s.shape, s.ranks, s.multiprocessors)))
 }
 
 const fn token_tiles(name: &'static str, sizes: fn(&Sizes) -> [usize; 3]) -> Param<Sizes> {
@@ -109,8 +143,8 @@ const EMBED_SCALED: Signature<Sizes> = Signature {
         X,
         SCALED,
         SQUARES,
-        int32("counts", |s| s.launches * NEXT as usize),
-        count("num_counts", |s| s.launches * NEXT as usize),
+        int32("counts", |s| s.launches * COUNTS),
+        count("num_counts", |s| s.launches * COUNTS),
     ]],
 };
 const PRODUCTS: Signature<Sizes> = Signature {
@@ -120,20 +154,23 @@ const PRODUCTS: Signature<Sizes> = Signature {
     params: &[
         &[
             tiles("output_tiles", |s| [s.shape.hidden, 1, s.shape.attn()], hidden_rows),
-            tiles(
-                "gate_up_tiles",
-                |s| [2 * s.shape.ffn, 1, s.shape.hidden],
-                |s| block_rows(s.shape.ffn, s.multiprocessors),
-            ),
+            tiles("gate_up_tiles", |s| [2 * s.shape.ffn, 1, s.shape.hidden], ffn_rows),
             tiles("down_tiles", |s| [s.shape.hidden, 1, s.shape.ffn], hidden_rows),
-            tiles(
-                "next_tiles",
-                |s| [s.shape.qkv(), 1, s.shape.hidden],
-                |s| block_rows(s.shape.qkv(), s.multiprocessors),
-            ),
+            tiles("next_tiles", |s| [s.shape.qkv(), 1, s.shape.hidden], qkv_rows),
             token_tiles("attn_out_tiles", |s| [s.tokens, 1, s.shape.attn()]),
             token_tiles("scaled_tiles", |s| [s.tokens, 1, s.shape.hidden]),
             token_tiles("inner_tiles", |s| [s.tokens, 1, s.shape.ffn]),
+        ],
+        &[
+            lora_a("output_a", |s| [s.ranks.output, 1, s.shape.attn()]),
+            nullable(tiles("output_b", |s| [s.shape.hidden, 1, s.ranks.output], hidden_rows)),
+            lora_a("gate_up_a", |s| [s.ranks.gate_up, 1, s.shape.hidden]),
+            nullable(tiles("gate_up_b", |s| [2 * s.shape.ffn, 1, s.ranks.gate_up], ffn_rows)),
+            lora_a("down_a", |s| [s.ranks.down, 1, s.shape.ffn]),
+            nullable(tiles("down_b", |s| [s.shape.hidden, 1, s.ranks.down], hidden_rows)),
+            lora_a("next_a", |s| [s.ranks.qkv, 1, s.shape.hidden]),
+            nullable(tiles("next_b", |s| [s.shape.qkv(), 1, s.ranks.qkv], qkv_rows)),
+            nullable(token_tiles("low_rank_tiles", |s| [MAX_TOKENS, 4, max_rank(s.ranks)])),
         ],
         &[
             int("first"),
@@ -151,7 +188,11 @@ const PRODUCTS: Signature<Sizes> = Signature {
             bf16("qkv", |s| s.tokens * s.shape.qkv()),
             count("num_tokens", |s| s.tokens),
         ],
-        &[int32("counts", |_| NEXT as usize)],
+        &[
+            int32("counts", |_| COUNTS),
+            int32("adapted", |s| s.tokens),
+            nullable(bf16("low_rank", |s| MAX_TOKENS * 4 * max_rank(s.ranks))),
+        ],
     ],
 };
 
@@ -162,9 +203,19 @@ pub struct LayerProducts {
     sizes: Sizes,
     /// For up to as many tokens as [`VERSIONS`] says.
     versions: [Kernel<Sizes>; VERSIONS.len()],
+    /// If there are adapters for drafts.
+    adapted: Option<Adapted>,
     embed: Kernel<Sizes>,
     /// How many blocks have finished each product of each launch, int32.
     counts: Tensor,
+}
+
+/// The kernels for steps with draft tokens that have adapters.
+struct Adapted {
+    versions: [Kernel<Sizes>; VERSIONS.len()],
+    /// A x of every product, `[MAX_TOKENS, products, rank]`. Columns that no product writes are read as
+    /// factors of zeros.
+    low_rank: Tensor,
 }
 
 /// What the products of a step read and write between each other.
@@ -197,6 +248,16 @@ pub struct ProductWeights<'t> {
     pub next_norm: &'t Tensor,
     /// Of the next layer, `[qkv, hidden]`, and `[qkv]`.
     pub qkv: (&'t Tensor, Option<&'t Tensor>),
+    pub adapters: ProductAdapters<'t>,
+}
+
+/// Adapters of these weights for draft tokens.
+#[derive(Clone, Copy, Default)]
+pub struct ProductAdapters<'t> {
+    pub output: Option<&'t DraftAdapters>,
+    pub gate_up: Option<&'t DraftAdapters>,
+    pub down: Option<&'t DraftAdapters>,
+    pub qkv: Option<&'t DraftAdapters>,
 }
 
 /// The products that a launch computes.
@@ -211,25 +272,35 @@ pub enum Part {
 }
 
 impl LayerProducts {
-    /// Compiles and loads the kernels for models of so many layers. `None` if the GPU has no wgmma,
-    /// or if the weights are too large.
+    /// Compiles and loads the kernels for models of so many layers, with adapters of these ranks. `None`
+    /// if the GPU has no wgmma, or if the weights or the adapters are too large.
     ///
     /// # Errors
     /// [`Error::Torch`] with the message of the compiler or the driver.
-    pub fn new(device: usize, shape: KernelShape, num_layers: usize) -> Result<Option<Self>> {
+    pub fn new(device: usize, shape: KernelShape, ranks: AdapterRanks, num_layers: usize) -> Result<Option<Self>> {
         let multiprocessors = num_multiprocessors(device)?;
-        if compute_capability(device)? != HOPPER || !supports(&shape, multiprocessors) {
+        if compute_capability(device)? != HOPPER || !supports(&shape, ranks, multiprocessors) {
             return Ok(None);
         }
-        let module = Module::compiled(device, SOURCE, &macros(&shape, multiprocessors))?;
-        let version = |max_tokens: usize| Kernel::new(&module, &PRODUCTS, &max_tokens.to_string(), SHARED_BYTES, true);
-        let [small, medium, large] = VERSIONS.map(version);
-        let sizes = Sizes { shape, tokens: 0, max_tokens: 0, multiprocessors, launches: num_layers + 1 };
+        let module = Module::compiled(device, SOURCE, &macros(&shape, ranks, multiprocessors))?;
+        let versions = |prefix: &str| {
+            let version =
+                |max_tokens| Kernel::new(&module, &PRODUCTS, &format!("{prefix}{max_tokens}"), SHARED_BYTES, true);
+            let [small, medium, large] = VERSIONS.map(version);
+            Ok::<_, Error>([small?, medium?, large?])
+        };
+        let adapted = || {
+            let size = [MAX_TOKENS, 4, max_rank(ranks)].map(|size| size as i64);
+            let low_rank = Tensor::f_zeros(size, (Kind::BFloat16, Device::Cuda(device)))?;
+            Ok::<_, Error>(Adapted { versions: versions("adapted_")?, low_rank })
+        };
+        let sizes = Sizes { shape, ranks, tokens: 0, max_tokens: 0, multiprocessors, launches: num_layers + 1 };
         Ok(Some(LayerProducts {
             sizes,
-            versions: [small?, medium?, large?],
+            versions: versions("")?,
+            adapted: ranks.is_adapted().then(adapted).transpose()?,
             embed: Kernel::new(&module, &EMBED_SCALED, "", 0, true)?,
-            counts: Tensor::f_empty([(sizes.launches * NEXT as usize) as i64], (Kind::Int, Device::Cuda(device)))?,
+            counts: Tensor::f_empty([(sizes.launches * COUNTS) as i64], (Kind::Int, Device::Cuda(device)))?,
         }))
     }
 
@@ -287,20 +358,35 @@ impl LayerProducts {
         let version = version.ok_or_else(|| Error::internal(format!("products of {} tokens", sizes.tokens)))?;
         let sizes = Sizes { max_tokens: VERSIONS[version], ..sizes };
         let Activations { x, scaled, squares, inner, qkv, attn_out } = activations;
-        let ProductWeights { output, post_norm, gate_up, down, next_norm, qkv: next } = *weights;
+        let ProductWeights { output, post_norm, gate_up, down, next_norm, qkv: next, adapters } = *weights;
+        let adapted = self.adapted.as_ref().filter(|_| input.shape().has_adapted);
+        let adapter_tiles = match adapted {
+            Some(_) => [adapters.output, adapters.gate_up, adapters.down, adapters.qkv],
+            None => [None; 4],
+        };
+        let adapter_tiles = adapter_tiles.iter().flat_map(|adapters| {
+            let adapters = adapters.as_ref();
+            [adapters.map(|adapters| &adapters.lora_a), adapters.map(|adapters| &adapters.lora_b)].map(Optional)
+        });
+        let adapter_tiles: Vec<Argument<'_>> = adapter_tiles.collect();
+        let low_rank = Optional(adapted.map(|adapted| &adapted.low_rank));
+        let versions = adapted.map_or(&self.versions, |adapted| &adapted.versions);
         let (first, last) = match part {
             Part::First => (NEXT, NEXT),
             Part::Middle => (OUTPUT, NEXT),
             Part::Last => (OUTPUT, DOWN),
         };
-        let counts = self.counts.f_narrow(0, index as i64 * i64::from(NEXT), i64::from(NEXT))?;
+        let counts = self.counts.f_narrow(0, (index * COUNTS) as i64, COUNTS as i64)?;
         let arguments = [
             &[output.0, gate_up, down, next.0, attn_out, scaled, inner].map(Data)[..],
+            &adapter_tiles,
+            &[low_rank],
             &[Int(first), Int(last), Optional(output.1), Optional(next.1), Data(post_norm), Data(next_norm)],
-            &[x, scaled, squares, inner, qkv, &counts].map(Data),
+            &[x, scaled, squares, inner, qkv, &counts, &input.adapted].map(Data),
+            &[low_rank],
         ];
         // SAFETY: no argument is an index.
-        unsafe { self.versions[version].launch(&sizes, &arguments.concat()) }
+        unsafe { versions[version].launch(&sizes, &arguments.concat()) }
     }
 
     fn input_sizes(&self, input: &ForwardInput) -> Result<Sizes> {
@@ -323,7 +409,8 @@ mod tests {
         let qwen3 = KernelShape { hidden: 1024, heads: 16, kv_heads: 8, head_dim: 128, query_key_norm: true, ..small };
         let tiny = KernelShape { hidden: 96, heads: 6, kv_heads: 2, head_dim: 32, ffn: 160, vocab: 203, ..small };
         for shape in [small, qwen3, tiny] {
-            assert!(compile(SOURCE, HOPPER, &macros(&shape, 132)).unwrap().is_elf(), "{shape:?}");
+            let ranks = if shape == tiny { AdapterRanks::SOME } else { AdapterRanks::default() };
+            assert!(compile(SOURCE, HOPPER, &macros(&shape, ranks, 132)).unwrap().is_elf(), "{shape:?}");
         }
     }
 

@@ -23,6 +23,7 @@ mod batch_products;
 pub(crate) mod block_mask;
 pub(crate) mod collectives;
 pub(crate) mod decode;
+pub(crate) mod draft_adapters;
 pub(crate) mod forward_input;
 pub(crate) mod graph_runner;
 pub(crate) mod graphs;

@@ -251,6 +251,29 @@ impl JoinedAdapters {
         }
     }
 
+    /// All of them as one adapter of a product with so many outputs, in type `kind`: A `[rank, in]`,
+    /// times the scale, and B `[out, rank]`, whose rows are zero outside of the columns of their own A.
+    /// The joined rank is padded with zeros to a multiple.
+    ///
+    /// # Errors
+    /// [`Error::Torch`], for instance when memory runs out.
+    pub(crate) fn as_one(&self, num_outputs: i64, kind: Kind, rank_multiple: usize) -> Result<(Tensor, Tensor)> {
+        let [num_rows, num_inputs] = self.lora_a.size()[..] else {
+            return Err(Error::internal("adapters are matrices"));
+        };
+        let joined_rank = (num_rows as usize).next_multiple_of(rank_multiple) as i64;
+        let options = (kind, self.lora_a.device());
+        let lora_a = Tensor::f_zeros([joined_rank, num_inputs], options)?;
+        lora_a.f_narrow(0, 0, num_rows)?.f_copy_(&(&self.lora_a * self.scale))?;
+        let lora_b = Tensor::f_zeros([num_outputs, joined_rank], options)?;
+        for (index, own_b) in self.lora_b.iter().enumerate() {
+            let rank = own_b.size()[1];
+            let rows = lora_b.f_narrow(0, self.output_offsets[index], own_b.size()[0])?;
+            rows.f_narrow(1, index as i64 * rank, rank)?.f_copy_(own_b)?;
+        }
+        Ok((lora_a, lora_b))
+    }
+
     /// The copies in the model's type, as of the last [`LoraAdapters::round`].
     ///
     /// # Errors

@@ -117,7 +117,8 @@ impl CudaBatch {
         padded.push_causal(&vec![0; num_tokens.next_multiple_of(AttentionKernels::TILE) - num_tokens]);
         let to_device = |ids: &[i32]| Ok::<_, Error>(upload(ids, model.device())?.f_to_kind(Kind::Int64)?);
         let attention = AttentionKernels::new(device, shape)?;
-        let mask = |window| attention.mask(&padded.ranges_within(window));
+        let draft_rows = model.adapts_drafts().then_some(&batch.draft_rows[..]);
+        let mask = |window| attention.mask(&padded.ranges_within(window), draft_rows);
         Ok(Some(CudaBatch {
             kernels: TrainKernels::new(device, shape)?,
             attention_masks: PerWindow::new(model.config(), mask).transpose()?,
@@ -125,10 +126,7 @@ impl CudaBatch {
             tokens: to_device(&padded.tokens)?,
             cos_sin: model.rope.cos_sin(&to_device(&padded.positions)?),
             num_tokens: num_tokens as i64,
-            draft_rows: match model.adapts_drafts() {
-                true => Some(upload(&batch.draft_rows, model.device())?),
-                false => None,
-            },
+            draft_rows: draft_rows.map(|rows| upload(rows, model.device())).transpose()?,
         }))
     }
 
@@ -282,8 +280,7 @@ impl CudaBatch {
         self.norm_backward(&input, &layer.input_layernorm, &d_attn_input, d_x)
     }
 
-    /// The gradient of queries, keys and values. Keys and values of tokens without gradients are
-    /// attended to like any other.
+    /// The gradient of queries, keys and values, of the tokens that have gradients.
     fn attention_backward(
         &self,
         layer: &Layer,

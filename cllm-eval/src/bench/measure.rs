@@ -1,6 +1,7 @@
 //! The timings of one model.
 
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::time::Instant;
 
 use cllm_core::cuda::libtorch;
@@ -8,7 +9,7 @@ use cllm_core::decode::{
     Answer, DecodeOptions, Decoder, Request, StopConditions, Strategy, attention_seconds, required_slots,
 };
 use cllm_core::environment::Hardware;
-use cllm_core::model::Transformer;
+use cllm_core::model::{AdaptedTokens, LoraConfig, Transformer};
 use cllm_core::progress::Progress;
 use cllm_core::prompt_set::Sample;
 use cllm_core::statistics::median;
@@ -17,12 +18,14 @@ use cllm_core::trajectory::FinishReason;
 use cllm_core::{Error, Result, device, interrupt};
 use tch::{Device, Kind, Tensor};
 
-use super::record::{CollectionBench, DecodeBench, MemoryFloor, StrategyBench};
+use super::record::{CollectionBench, DecodeBench, GatedBench, MemoryFloor, StrategyBench};
 use super::settings::BenchSettings;
 
 /// Number of warm-up repetitions: the first steps of each size are captured as CUDA graphs.
 const NUM_WARM_UPS: usize = 2;
 const NUM_COPIES: usize = 10;
+/// Numbers of tokens that windows of strategy `gated` may have.
+const GATED_WINDOWS: RangeInclusive<usize> = 2..=32;
 
 pub(super) struct Bench<'m> {
     pub(super) model: &'m Transformer,
@@ -55,6 +58,7 @@ impl Bench<'_> {
         }
         progress.finish();
         let single_ms = step_ms[&1];
+        let gated = settings.gated.as_ref().map(|gated| self.measure_gated(gated.rank, single_ms)).transpose()?;
         Ok(DecodeBench {
             name,
             parameters: self.model.config().num_parameters(),
@@ -67,6 +71,7 @@ impl Bench<'_> {
             prefill_ms,
             batch_tokens_per_second,
             batch_step_ms,
+            gated,
             memory_floor: self.memory_floor(single_ms)?,
             peak_memory_bytes,
             strategies: Vec::new(),
@@ -75,14 +80,46 @@ impl Bench<'_> {
         })
     }
 
+    /// Measures steps of strategy `gated`, with random adapters beside the model's weights.
+    fn measure_gated(&self, rank: i64, single_ms: f64) -> Result<GatedBench> {
+        let peak_of_ar = self
+            .peak_memory_of(|| self.time_step(&mut self.step_decoder(Strategy::Ar, 1)?, 1, Strategy::Ar).map(drop))?;
+        let mut adapted = self.model.without_adapters();
+        adapted.add_adapters(&LoraConfig { rank, on: AdaptedTokens::Drafts, ..LoraConfig::default() }, 0);
+        let bench = Bench { model: &adapted, ..*self };
+        let sizes = self.settings.step_tokens.iter().filter(|n| GATED_WINDOWS.contains(n));
+        let mut gated_step_ms = BTreeMap::new();
+        let peak = self.peak_memory_of(|| {
+            for &n in sizes {
+                let strategy = Strategy::gated(n);
+                let (ms, _) = bench.time_step(&mut bench.step_decoder(strategy, 1)?, 1, strategy)?;
+                gated_step_ms.insert(n, ms);
+            }
+            Ok(())
+        })?;
+        Ok(GatedBench {
+            rank,
+            relative_step_time: gated_step_ms.iter().map(|(&n, &ms)| (n, ms / single_ms)).collect(),
+            gated_step_ms,
+            memory_over_ar: peak.zip(peak_of_ar).map(|(peak, of_ar)| peak as f64 / of_ar as f64),
+        })
+    }
+
+    /// Peak GPU memory during some work.
+    fn peak_memory_of(&self, work: impl FnOnce() -> Result<()>) -> Result<Option<u64>> {
+        libtorch::reset_peak_gpu_memory(self.model.device());
+        work()?;
+        Ok(self.peak_memory_bytes())
+    }
+
     /// Milliseconds of a step of each size, and of the prefill.
     fn time_steps(&self, sizes: &[usize], progress: &mut Progress) -> Result<(BTreeMap<usize, f64>, f64)> {
-        let mut decoder = self.step_decoder(1, sizes)?;
+        let mut decoder = self.step_decoder(widest(sizes), 1)?;
         let mut step_ms = BTreeMap::new();
         let mut prefill_ms = 0.0;
         for &num_tokens in sizes {
             let ms;
-            (ms, prefill_ms) = self.time_step(&mut decoder, 1, num_tokens)?;
+            (ms, prefill_ms) = self.time_step(&mut decoder, 1, step_strategy(num_tokens))?;
             step_ms.insert(num_tokens, ms);
             progress.advance(1);
         }
@@ -92,26 +129,24 @@ impl Bench<'_> {
     /// Milliseconds of a step of a batch, by the number of tokens that each row has in it.
     fn time_batch_steps(&self, batch_size: usize, progress: &mut Progress) -> Result<BTreeMap<usize, f64>> {
         let sizes = &self.settings.batch_step_tokens;
-        let mut decoder = self.step_decoder(batch_size, sizes)?;
+        let mut decoder = self.step_decoder(widest(sizes), batch_size)?;
         let time = |&num_tokens: &usize| {
-            let (step_ms, _) = self.time_step(&mut decoder, batch_size, num_tokens)?;
+            let (step_ms, _) = self.time_step(&mut decoder, batch_size, step_strategy(num_tokens))?;
             progress.advance(1);
             Ok((num_tokens, step_ms))
         };
         sizes.iter().map(time).collect()
     }
 
-    /// A decoder for steps of up to these numbers of tokens in each row.
-    fn step_decoder(&self, batch_size: usize, sizes: &[usize]) -> Result<Decoder<'_>> {
-        let widest = Strategy::rolling(sizes.iter().copied().max().unwrap_or(1).max(2));
-        let num_slots = required_slots(self.settings.num_prompt_tokens, &self.synthetic_stop(), widest);
+    /// A decoder for steps with windows of up to those of a strategy in each row.
+    fn step_decoder(&self, strategy: Strategy, batch_size: usize) -> Result<Decoder<'_>> {
+        let num_slots = required_slots(self.settings.num_prompt_tokens, &self.synthetic_stop(), strategy);
         Decoder::new(self.model, batch_size, num_slots)
     }
 
-    /// Milliseconds of a step in which each row has `num_tokens` tokens, and of the prefill.
-    fn time_step(&self, decoder: &mut Decoder<'_>, batch_size: usize, num_tokens: usize) -> Result<(f64, f64)> {
+    /// Milliseconds of a step in which each row has a window of a strategy, and of the prefill.
+    fn time_step(&self, decoder: &mut Decoder<'_>, batch_size: usize, strategy: Strategy) -> Result<(f64, f64)> {
         let stop = self.synthetic_stop();
-        let strategy = if num_tokens == 1 { Strategy::Ar } else { Strategy::rolling(num_tokens) };
         let requests: Vec<Request> = (0..batch_size).map(|row| self.synthetic_request(row)).collect();
         let timings = self.repeat(|| {
             let (answers, timing) = decoder.answer(&requests, &stop, DecodeOptions::greedy(strategy, 0), None)?;
@@ -322,6 +357,16 @@ impl Bench<'_> {
         let ms = bytes as f64 / bandwidth_bytes_per_second * 1e3;
         Ok(MemoryFloor { bytes, bandwidth_bytes_per_second, ms, fraction_of_step: ms / step_ms })
     }
+}
+
+/// The strategy whose steps have so many tokens of each row.
+fn step_strategy(num_tokens: usize) -> Strategy {
+    if num_tokens == 1 { Strategy::Ar } else { Strategy::rolling(num_tokens) }
+}
+
+/// The one with the most tokens.
+fn widest(sizes: &[usize]) -> Strategy {
+    Strategy::rolling(sizes.iter().copied().max().unwrap_or(1).max(2))
 }
 
 /// What a collection did, summed over its responses.

@@ -123,6 +123,15 @@ fn model_summary(model: &DecodeBench) -> String {
         let attention = model.attention_ms.get(num_tokens).map_or_else(String::new, share);
         text += &format!("  step of {num_tokens:>3} token{plural}: {ms:8.3} ms, {relative:.2}x{attention}\n");
     }
+    if let Some(gated) = &model.gated {
+        for (n, ms) in &gated.gated_step_ms {
+            let relative = gated.relative_step_time[n];
+            text += &format!("  gated step, n={n:>3}, rank {}: {ms:8.3} ms, {relative:.2}x\n", gated.rank);
+        }
+        if let Some(ratio) = gated.memory_over_ar {
+            text += &format!("  memory of gated decoding over autoregressive: {ratio:.3}x\n");
+        }
+    }
     for (batch_size, speed) in &model.batch_tokens_per_second {
         text += &format!("  batch of {batch_size:>4}: {speed:.0} tokens/s\n");
         for (num_tokens, ms) in model.batch_step_ms.get(batch_size).into_iter().flatten() {

@@ -41,6 +41,9 @@ pub struct DecodeBench {
     /// Milliseconds of a step, by batch size and by the number of tokens that each row has in it.
     #[serde(default)]
     pub batch_step_ms: BTreeMap<usize, BTreeMap<usize, f64>>,
+    /// Steps with adapters for draft tokens, if the settings ask for them.
+    #[serde(default)]
+    pub gated: Option<GatedBench>,
     pub memory_floor: MemoryFloor,
     /// Peak GPU memory while steps were timed, excluding what was in use before the model was
     /// loaded; null on the CPU.
@@ -56,6 +59,20 @@ impl BenchRecord for DecodeBench {
     fn name(&self) -> &str {
         &self.name
     }
+}
+
+/// Steps of strategy `gated` at batch 1, with random adapters for draft tokens.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct GatedBench {
+    /// Rank of the adapters.
+    pub rank: i64,
+    /// Milliseconds of a step, by n: it has 2 n tokens, half of them drafts.
+    pub gated_step_ms: BTreeMap<usize, f64>,
+    /// `gated_step_ms` divided by the time of a step of one token.
+    pub relative_step_time: BTreeMap<usize, f64>,
+    /// Peak GPU memory of model, adapters and cache while these steps were timed, divided by that while
+    /// steps of one token were; null on the CPU.
+    pub memory_over_ar: Option<f64>,
 }
 
 /// The shortest time in which the memory can deliver what a step of one token reads.

@@ -53,6 +53,9 @@ pub struct BenchSettings {
     /// tokens.
     #[garde(inner(range(min = 1, max = 1024)))]
     pub batch_step_tokens: Vec<usize>,
+    /// Also time steps of strategy `gated`, with random adapters for draft tokens.
+    #[garde(dive)]
+    pub gated: Option<GatedBenchSettings>,
     /// Measure a collection over all prompts with these batch sizes.
     #[garde(inner(range(min = 1)))]
     pub collect_batch_sizes: Vec<usize>,
@@ -78,6 +81,15 @@ pub struct BenchSettings {
     pub rendering: RenderSettings,
 }
 
+/// Adapters for draft tokens to measure with.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Validate, JsonSchema)]
+#[serde(deny_unknown_fields)]
+pub struct GatedBenchSettings {
+    /// Rank of the adapters, which all projections get.
+    #[garde(range(min = 1, max = 65536))]
+    pub rank: i64,
+}
+
 impl Default for BenchSettings {
     fn default() -> Self {
         BenchSettings {
@@ -93,6 +105,7 @@ impl Default for BenchSettings {
             num_repeats: 5,
             batch_sizes: vec![8, 64, 256],
             batch_step_tokens: Vec::new(),
+            gated: None,
             collect_batch_sizes: Vec::new(),
             collect_n: 16,
             max_new_tokens: 256,

@@ -47,6 +47,7 @@ fn the_file_holds_every_measurement_and_one_record_per_model() {
             "collect_batch_sizes=[2, 3]",
             "collect_n=4",
             "batch_step_tokens=[1, 4]",
+            "gated={rank: 4}",
             &format!("baseline={baseline}"),
         ],
     );
@@ -63,6 +64,9 @@ fn the_file_holds_every_measurement_and_one_record_per_model() {
     assert_eq!(batch_step_ms.keys().collect::<Vec<_>>(), ["1", "4"]);
     assert!(batch_step_ms.values().all(is_positive), "{first}");
     assert!(is_positive(&first["memory_floor"]["fraction_of_step"]), "{first}");
+    let gated = &first["gated"];
+    assert!(is_positive(&gated["gated_step_ms"]["2"]) && is_positive(&gated["relative_step_time"]["2"]), "{gated}");
+    assert_eq!((&gated["rank"], &gated["memory_over_ar"]), (&4.into(), &Value::Null));
     for (index, batch_size) in [2, 3].into_iter().enumerate() {
         let collection = &first["collections"][index];
         assert_eq!((&collection["responses"], &collection["batch_size"]), (&4.into(), &batch_size.into()));

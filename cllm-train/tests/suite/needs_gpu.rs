@@ -4,7 +4,7 @@
 use cllm_core::cuda::libtorch::{self, AdamW};
 use cllm_core::cuda::optimizer::{AdamWKernels, RoundingNoise};
 use cllm_core::fingerprint;
-use cllm_core::model::{LoraConfig, ParamBuffer, Transformer};
+use cllm_core::model::{AdaptedTokens, LoraConfig, ParamBuffer, Transformer};
 use cllm_testing::gpu;
 use cllm_train::data::batch::Batch;
 use cllm_train::data::packing::PackedSequence;
@@ -80,9 +80,10 @@ fn relative_error(actual: &Tensor, expected: &Tensor) -> f64 {
 #[test]
 #[ignore = "needs a GPU: scripts/test --gpu"]
 fn gradients_of_adapters_are_those_of_the_cpu_up_to_rounding() {
-    for (name, config) in shapes() {
+    let tokens = [AdaptedTokens::All, AdaptedTokens::Drafts];
+    for ((name, config), on) in shapes().into_iter().flat_map(|shape| tokens.map(|on| (shape.clone(), on))) {
         let (mut on_gpu, mut on_cpu) = gpu::on_gpu_and_cpu(&config, 3, 4.0);
-        let lora = LoraConfig { rank: 8, alpha: 16.0, ..LoraConfig::default() };
+        let lora = LoraConfig { rank: 8, alpha: 16.0, on, ..LoraConfig::default() };
         on_gpu.add_adapters(&lora, 5);
         on_cpu.add_adapters(&lora, 5);
         let _no_grad = tch::no_grad_guard();
@@ -101,11 +102,12 @@ fn gradients_of_adapters_are_those_of_the_cpu_up_to_rounding() {
             PackedSequence::sample(&example(id, prompt, length), &settings, &mut fingerprint::derive_rng(1, id, 0))
         });
         let batch = Batch::new(&packed, 100, None);
+        assert!(!batch.packed.draft_rows.is_empty());
         let (_, gradient) = run(&on_gpu, &gradients_gpu, None, &batch, &settings, 1);
         let (_, expected) = run(&on_cpu, &gradients_cpu, None, &batch, &settings, 0);
         let error = relative_error(&gradient, &expected);
-        eprintln!("{name}: gradients of adapters differ by {error:.4} of their norm");
-        assert!(error < 0.03, "{name}: {error}");
+        eprintln!("{name}, {on:?}: gradients of adapters differ by {error:.4} of their norm");
+        assert!(error < 0.03, "{name}, {on:?}: {error}");
     }
 }
 

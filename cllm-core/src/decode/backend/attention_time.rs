@@ -33,14 +33,14 @@ pub fn attention_seconds(model: &Transformer, num_tokens: usize, context: usize)
     };
     let (qkv, attn_out) = (random(config.num_heads + 2 * config.num_kv_heads)?, random(config.num_heads)?);
     let num_tiles = cuda_model.max_tiles(num_tokens);
-    let shape = ForwardShape { num_tokens, num_outputs: 0, num_tiles };
+    let shape = ForwardShape { num_tokens, num_outputs: 0, num_tiles, has_adapted: false };
     // Nothing is sampled.
     let sampling = SamplingOptions { is_greedy: true, gives_candidates: false };
     // Dropped before the tensors, for which it waits.
     let mut runner = GraphRunner::new(gpu, cuda_model.input_limits())?;
     let mut seconds = Vec::new();
     for _ in 0..NUM_WARM_UPS + NUM_REPEATS {
-        let token = |i| InputToken { id: 0, position: context + i, visible: u64::MAX, draw: None };
+        let token = |i| InputToken { id: 0, position: context + i, visible: u64::MAX, draw: None, is_adapted: false };
         runner.write_input(shape)?.push_row(0, context, (0..num_tokens).map(token))?;
         let started = Instant::now();
         // SAFETY: the weights, the cache and both tensors outlive the runner.

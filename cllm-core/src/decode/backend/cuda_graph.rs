@@ -62,16 +62,18 @@ impl<'m> CudaGraphBackend<'m> {
         // The fused kernels sample after every token.
         let is_fused = num_tokens <= self.model.max_fused_tokens();
         let num_outputs = if is_fused { num_tokens } else { padded_size(num_window_tokens).min(num_tokens) };
-        ForwardShape { num_tokens, num_outputs, num_tiles: self.model.max_tiles(num_tokens) }
+        ForwardShape {
+            num_tokens,
+            num_outputs,
+            num_tiles: self.model.max_tiles(num_tokens),
+            has_adapted: windows.iter().any(|window| window.num_adapted > 0),
+        }
     }
 }
 
 impl Backend for CudaGraphBackend<'_> {
     #[allow(unsafe_code)]
     fn launch(&mut self, chunks: &[PromptChunk<'_>], windows: &[Window<'_>], outputs: Outputs) -> Result<()> {
-        if windows.iter().any(|window| window.num_adapted > 0) {
-            return Err(Error::usage("strategy `gated` runs on the CPU alone so far; decode there (device=cpu)"));
-        }
         self.sampling = SamplingOptions {
             is_greedy: windows.iter().all(|window| window.sampling.is_greedy()),
             gives_candidates: outputs.candidates,
@@ -148,14 +150,15 @@ fn write_input(writer: &mut InputWriter<'_>, chunks: &[PromptChunk<'_>], windows
             let Node { depth, visible, .. } = window.node(offset);
             let draw =
                 Draw { inverse_temperature: window.sampling.inverse_temperature(), key: window.noise_key(offset) };
-            InputToken { id, position: window.start + depth, visible, draw: Some(draw) }
+            let is_adapted = offset >= window.first_adapted();
+            InputToken { id, position: window.start + depth, visible, draw: Some(draw), is_adapted }
         };
         writer.push_row(row, window.start, window.tokens().enumerate().map(token))?;
     }
     for chunk in chunks {
         let token = |(offset, &id)| {
             let Node { depth, visible, .. } = Node::in_order(offset);
-            InputToken { id, position: chunk.start + depth, visible, draw: None }
+            InputToken { id, position: chunk.start + depth, visible, draw: None, is_adapted: false }
         };
         writer.push_row(chunk.row, chunk.start, chunk.tokens.iter().enumerate().map(token))?;
     }
@@ -185,13 +188,13 @@ mod tests {
 
     #[test]
     fn windows_come_before_chunks() {
-        let shape = ForwardShape { num_tokens: 8, num_outputs: 8, num_tiles: 5 };
+        let shape = ForwardShape { num_tokens: 8, num_outputs: 8, num_tiles: 5, has_adapted: true };
         let window = Window {
             start: 4,
             last_token: 11,
             draft: &[12, 13],
             tree: None,
-            num_adapted: 0,
+            num_adapted: 1,
             sampling: Sampling::Temperature(0.5),
             sequence_key: 1,
         };
@@ -201,6 +204,7 @@ mod tests {
         assert_eq!(ints[layout.row], [0, 0, 0, 2, 2, 2, -1, -1]);
         assert_eq!(ints[layout.slot], [4, 5, 6, 0, 1, 2, 0, 0]);
         assert_eq!(ints[layout.position], [4, 5, 6, 0, 1, 2, 0, 0]);
+        assert_eq!(ints[layout.adapted], [0, 0, 1, 0, 0, 0, 0, 0]);
         assert_eq!(ints[layout.visible.start..layout.visible.start + 12], [-1; 12]);
         assert_eq!(ints[layout.tile_row], [0, 0, 2, 2, -1]);
         let temperatures = ints[layout.inverse_temperatures].iter().map(|&bits| f32::from_bits(bits.cast_unsigned()));
@@ -209,7 +213,7 @@ mod tests {
 
     #[test]
     fn a_tree_occupies_neighboring_slots_at_the_positions_of_its_branches() {
-        let shape = ForwardShape { num_tokens: 4, num_outputs: 4, num_tiles: 4 };
+        let shape = ForwardShape { num_tokens: 4, num_outputs: 4, num_tiles: 4, has_adapted: false };
         let tree = TokenTree::new([0, 0, 2]);
         let window = Window {
             start: 4,

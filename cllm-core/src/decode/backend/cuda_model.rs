@@ -5,13 +5,14 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::cuda::decode::{self, DecodeKernels, LayerCache, Queries};
+use crate::cuda::draft_adapters::{self, AdapterRanks, DraftAdapters, LayerAdapters};
 use crate::cuda::forward_input::{ForwardInput, InputLimits};
-use crate::cuda::layer_products::{LayerProducts, Part, ProductWeights};
+use crate::cuda::layer_products::{LayerProducts, Part, ProductAdapters, ProductWeights};
 use crate::cuda::nvrtc::compute_capability;
 use crate::cuda::shape::KernelShape;
 use crate::cuda::slot_moves::SlotMoves;
 use crate::cuda::tiles;
-use crate::model::{Layer, ModelConfig, SlotCopy, SlotMove, Transformer};
+use crate::model::{Layer, Linear, ModelConfig, SlotCopy, SlotMove, Transformer};
 use crate::{Error, Result};
 
 /// Older GPUs lack bfloat16 arithmetic in their tensor cores.
@@ -25,6 +26,8 @@ pub fn has_kernels(config: &ModelConfig, kind: Kind) -> bool {
 
 pub(super) struct CudaModel<'m> {
     model: &'m Transformer,
+    /// Of every layer, if there are adapters for drafts.
+    adapters: Option<Vec<LayerAdapters>>,
     kernels: DecodeKernels,
     /// If the GPU supports them and the model has the whole device.
     products: Option<LayerProducts>,
@@ -52,7 +55,7 @@ impl<'m> CudaModel<'m> {
         whole_device: bool,
     ) -> Result<Option<Self>> {
         let Device::Cuda(device) = model.device() else { return Ok(None) };
-        let (shape, num_layers) = (model.config().kernel_shape(), model.config().num_layers);
+        let (shape, num_layers) = (model.config().kernel_shape(), model.layers.len());
         if !has_kernels(model.config(), model.kind())
             || model.adapters().is_some_and(|_| !model.adapts_drafts())
             || model.is_quantized()
@@ -63,12 +66,16 @@ impl<'m> CudaModel<'m> {
         let capacity = capacity.next_multiple_of(tiles::SLOTS_PER_READ);
         let zeros = |inner: [usize; 2]| {
             let [rows, kv_heads, outer, inner] = [num_rows, shape.kv_heads, inner[0], inner[1]].map(|size| size as i64);
-            Tensor::f_zeros([num_layers, rows, kv_heads, outer, inner], (Kind::BFloat16, model.device()))
+            Tensor::f_zeros([num_layers as i64, rows, kv_heads, outer, inner], (Kind::BFloat16, model.device()))
         };
+        let adapters = model.adapts_drafts().then(|| model.layers.iter().map(layer_adapters).collect::<Result<_>>());
+        let adapters: Option<Vec<LayerAdapters>> = adapters.transpose()?;
+        let ranks = adapters.as_ref().map_or(AdapterRanks::default(), |layers| layers[0].ranks());
         Ok(Some(CudaModel {
             model,
-            kernels: DecodeKernels::new(device, shape)?,
-            products: if whole_device { LayerProducts::new(device, shape, model.layers.len())? } else { None },
+            adapters,
+            kernels: DecodeKernels::new(device, shape, ranks)?,
+            products: if whole_device { LayerProducts::new(device, shape, ranks, num_layers)? } else { None },
             shape,
             rope_table: model.rope.cos_sin(&Tensor::arange(capacity as i64, (Kind::Float, model.device()))),
             keys: zeros([capacity, shape.head_dim])?,
@@ -152,14 +159,17 @@ impl<'m> CudaModel<'m> {
         let (qkv, attn_out) = (heads(config.num_heads + 2 * config.num_kv_heads)?, heads(config.num_heads)?);
         let inner = self.empty(num_tokens, config.intermediate_size)?;
         for (index, layer) in self.model.layers.iter().enumerate() {
-            let projection = (&layer.qkv_proj.weight, layer.qkv_proj.bias.as_ref());
+            let adapters = self.adapters(index, input);
+            let projection = (&layer.qkv_proj.weight, layer.qkv_proj.bias.as_ref(), adapters.qkv);
             self.with_cache(index, layer, |cache| {
-                let queries = kernels.fused_qkv(projection, x, &layer.input_layernorm, &qkv, input, cache)?;
+                let queries = kernels.fused_qkv(projection, (x, &layer.input_layernorm), &qkv, input, cache)?;
                 kernels.attention(queries, &qkv, input, cache, &attn_out)
             })?;
-            kernels.fused_output((&layer.o_proj.weight, layer.o_proj.bias.as_ref()), &attn_out, x)?;
-            kernels.fused_gate_up(&layer.gate_up_proj.weight, x, &layer.post_attention_layernorm, &inner)?;
-            kernels.fused_down(&layer.down_proj.weight, &inner, x)?;
+            let projection = (&layer.o_proj.weight, layer.o_proj.bias.as_ref(), adapters.output);
+            kernels.fused_output(projection, &attn_out, x, input)?;
+            let projection = (&layer.gate_up_proj.weight, adapters.gate_up);
+            kernels.fused_gate_up(projection, (x, &layer.post_attention_layernorm), &inner, input)?;
+            kernels.fused_down((&layer.down_proj.weight, adapters.down), &inner, x, input)?;
         }
         kernels.fused_sample(self.model.lm_head(), x, &self.model.norm, input, results)
     }
@@ -184,6 +194,10 @@ impl<'m> CudaModel<'m> {
                 down: &before.down_proj.weight,
                 next_norm: if part == Part::Last { &self.model.norm } else { &after.input_layernorm },
                 qkv: (&after.qkv_proj.weight, after.qkv_proj.bias.as_ref()),
+                adapters: ProductAdapters {
+                    qkv: self.adapters(index.min(num_layers - 1), input).qkv,
+                    ..self.adapters(index.saturating_sub(1), input)
+                },
             };
             products.multiply((index, part), &weights, input, &activations)?;
             if part != Part::Last {
@@ -206,21 +220,40 @@ impl<'m> CudaModel<'m> {
         let attn_out = self.empty(num_tokens, config.num_heads * config.head_dim)?;
         let normed = self.empty(num_tokens, config.hidden_size)?;
         let inner = self.empty(num_tokens, config.intermediate_size)?;
+        let is_draft = input.shape().has_adapted.then(|| draft_adapters::is_draft(input)).transpose()?;
+        let project = |linear: &Linear, adapters: Option<&DraftAdapters>, x: &Tensor| {
+            let product = x.f_linear(&linear.weight, linear.bias.as_ref())?;
+            if let Some((adapters, is_draft)) = adapters.zip(is_draft.as_ref()) {
+                adapters.add_to(&product, x, is_draft)?;
+            }
+            Ok::<_, Error>(product)
+        };
         // The output of the previous layer. The next norm adds it to `x`.
         let mut delta: Option<Tensor> = None;
         for (index, layer) in self.model.layers.iter().enumerate() {
+            let adapters = self.adapters(index, input);
             kernels.add_rms_norm(x, delta.as_ref(), &layer.input_layernorm, &normed)?;
             drop(delta.take());
-            let projection = &layer.qkv_proj;
-            let qkv = normed.f_linear(&projection.weight, projection.bias.as_ref())?;
+            let qkv = project(&layer.qkv_proj, adapters.qkv, &normed)?;
             self.with_cache(index, layer, |cache| kernels.attention(Queries::Plain, &qkv, input, cache, &attn_out))?;
-            let projected = attn_out.f_linear(&layer.o_proj.weight, layer.o_proj.bias.as_ref())?;
+            let projected = project(&layer.o_proj, adapters.output, &attn_out)?;
             kernels.add_rms_norm(x, Some(&projected), &layer.post_attention_layernorm, &normed)?;
             drop(projected);
-            kernels.gate_up(&layer.gate_up_proj.weight, &normed, &inner)?;
-            delta = Some(inner.f_linear::<&Tensor>(&layer.down_proj.weight, None)?);
+            let gate_up = (&layer.gate_up_proj.weight, adapters.gate_up);
+            kernels.gate_up(gate_up, &normed, &inner, is_draft.as_ref())?;
+            delta = Some(project(&layer.down_proj, adapters.down, &inner)?);
         }
         self.sample(x, delta.as_ref(), input, results)
+    }
+
+    /// The adapters of a layer, if the forward has tokens that are read with them.
+    fn adapters(&self, layer: usize, input: &ForwardInput) -> ProductAdapters<'_> {
+        let layers = self.adapters.as_ref().filter(|_| input.shape().has_adapted);
+        layers.map_or_else(ProductAdapters::default, |layers| {
+            let LayerAdapters { qkv, output, gate_up, down } = &layers[layer];
+            let [qkv, output, gate_up, down] = [qkv, output, gate_up, down].map(Option::as_ref);
+            ProductAdapters { qkv, output, gate_up, down }
+        })
     }
 
     /// Samples after the leading tokens of `x + delta`, `[T, hidden]`.
@@ -248,4 +281,22 @@ impl<'m> CudaModel<'m> {
     fn empty(&self, num_tokens: usize, width: i64) -> Result<Tensor> {
         Tensor::f_empty([num_tokens as i64, width], (Kind::BFloat16, self.model.device())).map_err(Error::from)
     }
+}
+
+/// The adapters of a layer as the kernels multiply with them.
+fn layer_adapters(layer: &Layer) -> Result<LayerAdapters> {
+    let adapters = |linear: &Linear| {
+        let joined = linear.adapters.as_ref().map(|adapters| {
+            let (lora_a, lora_b) =
+                adapters.as_one(linear.weight.size()[0], linear.weight.kind(), draft_adapters::RANK_MULTIPLE)?;
+            Ok::<_, Error>(DraftAdapters { lora_a, lora_b })
+        });
+        joined.transpose()
+    };
+    Ok(LayerAdapters {
+        qkv: adapters(&layer.qkv_proj)?,
+        output: adapters(&layer.o_proj)?,
+        gate_up: adapters(&layer.gate_up_proj)?,
+        down: adapters(&layer.down_proj)?,
+    })
 }

@@ -18,7 +18,7 @@ pub(in crate::decode) struct GatedBackend<'d> {
 }
 
 /// A window that is in a forward twice if it has drafts.
-struct DoubledWindow {
+pub(super) struct DoubledWindow {
     start: usize,
     last_token: i32,
     /// The draft, and then the window again; or nothing.
@@ -29,7 +29,7 @@ struct DoubledWindow {
 }
 
 impl DoubledWindow {
-    fn new(window: &Window<'_>) -> Self {
+    pub(super) fn new(window: &Window<'_>) -> Self {
         let nodes: Vec<Node> = (0..window.len()).map(|offset| window.node(offset)).collect();
         let (draft, tree) = match window.draft {
             [] => (Vec::new(), TokenTree::new([])),
@@ -45,7 +45,7 @@ impl DoubledWindow {
         }
     }
 
-    fn window(&self) -> Window<'_> {
+    pub(super) fn window(&self) -> Window<'_> {
         let DoubledWindow { start, last_token, ref draft, ref tree, sampling, sequence_key } = *self;
         let num_adapted = draft.len().div_ceil(2);
         Window { start, last_token, draft, tree: Some(tree), num_adapted, sampling, sequence_key }

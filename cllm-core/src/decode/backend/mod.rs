@@ -9,6 +9,8 @@ pub(super) mod cuda_graph;
 pub(super) mod cuda_model;
 pub(super) mod eager;
 pub(super) mod gated;
+#[cfg(test)]
+mod needs_gpu;
 pub(super) mod speculative;
 
 use super::sampling::{Candidates, Sampling, position_key};
