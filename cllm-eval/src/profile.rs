@@ -130,24 +130,24 @@ fn profile_set(argument: &str) -> Result<SetProfile> {
 }
 
 impl Profiles {
-    /// Formats a table of the data sets, followed by the meaning of its columns.
+    /// Formats a table for each data set, followed by the meaning of the columns.
     pub fn text(&self) -> String {
-        const HEADS: [&str; 9] = [
-            "data set",
-            "n",
+        const HEADS: [&str; 7] = [
             "blocks of",
             "blocks",
-            "fast-forwarded/\niteration",
-            "beyond one/\nblock",
+            "fast-\nforwarded/\niteration",
+            "beyond\none/\nblock",
             "stationary/\nblock",
             "iterations/\nblock",
             "tokens/\nforward",
         ];
-        let table = terminal::table(&HEADS, 3, self.sets.iter().flat_map(SetProfile::rows));
+        let table =
+            |set: &SetProfile| format!("{}, n = {}\n{}", set.name, set.n, terminal::table(&HEADS, 1, set.rows()));
+        let tables: String = self.sets.iter().map(table).collect();
         let meaning = "fast-forwarded: tokens that an iteration adds to the correct prefix, at least one (CLLM, table 3); stationary: \
                tokens that are correct while a token before them is wrong, and stay correct; tokens after the end of an \
                answer never count";
-        table + &terminal::wrap(meaning)
+        tables + &terminal::wrap(meaning)
     }
 }
 
@@ -162,19 +162,19 @@ impl SetProfile {
         let mut rows: Vec<_> = groups
             .into_iter()
             .filter(|(_, figures)| figures.blocks > 0)
-            .map(|(group, figures)| self.row(group, figures.blocks.to_string(), &figures.means, ""))
+            .map(|(group, figures)| Self::row(group, figures.blocks.to_string(), &figures.means, ""))
             .collect();
         if let Some(ratios) = &self.ratio_to_first {
-            rows.push(self.row("all answers, over the first set", String::new(), ratios, "x"));
+            rows.push(Self::row("ratio to the first set", String::new(), ratios, "x"));
         }
         rows
     }
 
-    fn row(&self, group: &str, blocks: String, means: &BlockMeans, unit: &str) -> Vec<String> {
+    fn row(group: &str, blocks: String, means: &BlockMeans, unit: &str) -> Vec<String> {
         let BlockMeans { fast_forwarded, beyond_one_per_block, stationary, iterations_per_block, tokens_per_forward } =
             *means;
         let means = [fast_forwarded, beyond_one_per_block, stationary, iterations_per_block, tokens_per_forward];
-        let mut cells = vec![self.name.clone(), self.n.to_string(), group.to_owned(), blocks];
+        let mut cells = vec![group.to_owned(), blocks];
         cells.extend(means.map(|mean| format_number(mean, 2, unit)));
         cells
     }

@@ -108,7 +108,8 @@ fn the_figures_agree_with_a_computation_by_hand() {
         "iterations_per_block": 0.5, "tokens_per_forward": 1.5 });
     assert_eq!(second["ratio_to_first"], ratios);
     let text = String::from_utf8(EVAL.succeed(&["profile", &one, &two]).stdout).unwrap();
-    assert!(text.contains("over the first set") && text.contains("2.33x"), "{text}");
+    assert!(text.contains("student, n = 4") && text.contains("ratio to") && text.contains("2.33x"), "{text}");
+    assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
     let page = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/data-format.md")).unwrap();
     for key in second.as_object().unwrap().keys().chain(all.as_object().unwrap().keys()) {
         assert!(page.contains(&format!("`{key}`")), "{key} is missing in docs/data-format.md");

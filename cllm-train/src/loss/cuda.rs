@@ -25,13 +25,16 @@ pub fn chunk_losses(
     let (num_rows, num_all_rows) = (chunk.rows.len(), hidden.size()[0] as usize);
     let scale = head.scale.unwrap_or_default();
     let labels = Labels::new(&chunk.labels, head.model.config().vocab_size as usize, hidden.device())?;
-    let targets = TargetRows::new(&chunk.noisy_targets, num_all_rows, hidden.device())?;
+    let targets = TargetRows::new(&chunk.noisy_targets, num_rows, hidden.device())?;
     let logits = kernels.logits(hidden, &head.model.padded_lm_head()?)?;
+    let frozen = anchor.map(|rows| kernels.logits(&rows.hidden, &rows.model.padded_lm_head()?)).transpose()?;
+    let (frozen_targets, anchor) =
+        if head.has_frozen_targets { (frozen.as_ref(), None) } else { (None, frozen.as_ref()) };
     let mut sums = Losses::default();
     // The global loss comes first: its targets are clean rows, which the cross-entropy turns into
     // their gradients.
     if num_all_rows > num_rows {
-        let (student, target) = ((&logits, num_rows), (&logits, &targets));
+        let (student, target) = ((&logits, num_rows), (frozen_targets.unwrap_or(&logits), &targets));
         let noisy = |rows: &Tensor| rows.narrow(0, num_rows as i64, (num_all_rows - num_rows) as i64);
         let weights = weights.map(|weights| weights.of_rows(&noisy(&logits.values()), &noisy(logits.logsumexps())));
         let divergence = head.divergence.into();
@@ -39,8 +42,7 @@ pub fn chunk_losses(
         sums.global =
             Some(weights.map_or_else(|| per_row.shallow_clone(), |weights| weights * &per_row).sum(Kind::Float));
     }
-    let anchor = anchor.map(|rows| kernels.logits(&rows.hidden, &rows.model.padded_lm_head()?)).transpose()?;
-    let anchor = anchor.as_ref().map(|logits| (logits, scale.anchor));
+    let anchor = anchor.map(|logits| (logits, scale.anchor));
     let (ar, anchor) = kernels.cross_entropy(&logits, &labels, scale.ar, anchor)?;
     sums.ar = Some(ar.sum(Kind::Float));
     sums.anchor = anchor.map(|per_row| per_row.sum(Kind::Float));

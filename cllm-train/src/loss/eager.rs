@@ -24,6 +24,8 @@ pub fn chunk_losses(
     let (labels, targets) = (to_device(&chunk.labels), to_device(&chunk.noisy_targets));
     let num_rows = chunk.rows.len() as i64;
     let num_noisy_rows = hidden.size()[0] - num_rows;
+    let frozen = anchor.map(|rows| rows.logits().log_softmax(-1, Kind::Float));
+    let (frozen_targets, anchor) = if head.has_frozen_targets { (frozen, None) } else { (None, frozen) };
     with_autograd(head, hidden, |logits| {
         let log_probs = logits.log_softmax(-1, Kind::Float);
         let clean = log_probs.narrow(0, 0, num_rows);
@@ -32,14 +34,13 @@ pub fn chunk_losses(
         let ar = -(label_log_probs * is_labelled).sum(Kind::Float);
         let global = (num_noisy_rows > 0).then(|| {
             let noisy = log_probs.narrow(0, num_rows, num_noisy_rows);
-            let per_row = divergence(&clean.detach().index_select(0, &targets), &noisy, head.divergence);
+            let target = frozen_targets.unwrap_or_else(|| clean.detach()).index_select(0, &targets);
+            let per_row = divergence(&target, &noisy, head.divergence);
             // The logsumexp of log-probabilities is 0.
             let weights = weights.map(|weights| tch::no_grad(|| weights.of_rows(&noisy, &per_row.zeros_like())));
             weights.map_or_else(|| per_row.shallow_clone(), |weights| weights * &per_row).sum(Kind::Float)
         });
-        let anchor = anchor.map(|rows| {
-            divergence(&rows.logits().log_softmax(-1, Kind::Float), &clean, Divergence::Forward).sum(Kind::Float)
-        });
+        let anchor = anchor.map(|target| divergence(&target, &clean, Divergence::Forward).sum(Kind::Float));
         Losses { ar: Some(ar), global, local: None, anchor }
     })
 }

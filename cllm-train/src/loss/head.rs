@@ -11,6 +11,9 @@ pub struct LossHead<'m> {
     pub model: &'m Transformer,
     /// Divergence of the global and local losses.
     pub divergence: Divergence,
+    /// Whether the targets of the global loss are the frozen model's predictions, and there is no
+    /// anchor loss.
+    pub has_frozen_targets: bool,
     /// Factor of each loss in the gradient; `None` without a backward.
     pub scale: Option<Losses<f64>>,
 }

@@ -37,7 +37,7 @@ pub struct Backward<'g> {
 }
 
 /// The sum of each loss over the tokens of a batch, as float32 scalars on the device. The anchor
-/// loss needs the frozen model `anchor`. With `backward`, gradients are added to those of the
+/// loss needs the frozen model `anchor`, and so do frozen targets of the global loss. With `backward`, gradients are added to those of the
 /// model.
 ///
 /// # Errors
@@ -58,7 +58,12 @@ pub fn batch_losses(
         None => train::hidden_states(model, &device_batch)?,
     };
     let anchor = anchor.map(|model| AnchorPass::new(model, &batch.clean)).transpose()?;
-    let head = LossHead { model, divergence: settings.divergence, scale: backward.map(|backward| backward.scale) };
+    let head = LossHead {
+        model,
+        divergence: settings.divergence,
+        has_frozen_targets: anchor.is_some() && settings.has_frozen_targets(),
+        scale: backward.map(|backward| backward.scale),
+    };
     let mut totals = Totals::new(&hidden, backward.is_some());
     backward.map_or(Ok(()), |backward| backward.gradients.begin(ModelPart::LmHead))?;
     for chunk in &batch.chunks {

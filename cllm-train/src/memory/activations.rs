@@ -193,8 +193,8 @@ pub fn eager_activations(config: &ModelConfig, element: f64, settings: &Settings
 /// Float32 tensors `[rows, vocab]` in memory at a time. In the forward: logits and log-probabilities;
 /// for each divergence the target, an exponential, the difference and their product, for that of
 /// Jensen and Shannon also the middle and its exponential, for the hybrid also the exponential of the
-/// smaller of both, for the acceptance alone only that, the smaller and the target; for the anchor also
-/// its logits. In the backward: log-probabilities, the gradient of the noisy part of them in full size,
+/// smaller of both, for the acceptance alone only that, the smaller and the target. Before them come the
+/// log-probabilities of the anchor, which stay until its own divergence. In the backward: log-probabilities, the gradient of the noisy part of them in full size,
 /// that of the other part as it is and in full size, and the gradient of the logits.
 fn eager_losses(config: &ModelConfig, settings: &Settings, batch: BatchSize) -> f64 {
     let BatchSize { num_logit_rows: rows, num_noisy_rows: noisy, .. } = batch;
@@ -205,7 +205,7 @@ fn eager_losses(config: &ModelConfig, settings: &Settings, batch: BatchSize) -> 
         Divergence::Jsd => 6.0,
     };
     let anchor = if settings.is_anchored() { rows - noisy } else { 0.0 };
-    let forward = 2.0 * rows + (divergence * noisy).max(noisy + 5.0 * anchor);
+    let forward = 2.0 * rows + anchor + (divergence * noisy).max(noisy + 3.0 * anchor);
     let backward = 4.0 * rows - noisy + anchor;
     4.0 * config.vocab_size as f64 * forward.max(backward)
 }

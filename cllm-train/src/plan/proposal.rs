@@ -140,14 +140,18 @@ impl Variant {
     }
 
     /// Without the anchor's own model: adapters are anchored to the model below them, and other
-    /// students to nothing.
+    /// students to nothing. Without an anchor, these need the autoregressive loss.
     fn without_second_model(&self) -> Self {
-        let variant = match self.settings.lora {
-            Some(_) => self.with(&[("consistency.anchor", Value::Null)], |settings| settings.consistency.anchor = None),
-            None => self
-                .with(&[("consistency.anchor_weight", json!(0))], |settings| settings.consistency.anchor_weight = 0.0),
-        };
-        variant.with_changed_training()
+        if self.settings.lora.is_some() {
+            let change = [("consistency.anchor", Value::Null)];
+            return self.with(&change, |settings| settings.consistency.anchor = None).with_changed_training();
+        }
+        let change = [("consistency.anchor_weight", json!(0))];
+        let variant = self.with(&change, |settings| settings.consistency.anchor_weight = 0.0).with_changed_training();
+        if self.settings.consistency.ar_weight > 0.0 {
+            return variant;
+        }
+        variant.with(&[("consistency.ar_weight", json!(10))], |settings| settings.consistency.ar_weight = 10.0)
     }
 }
 
@@ -381,6 +385,9 @@ mod tests {
         anchored.optimizer.state_dtype = StateDtype::Bfloat16;
         let without = (json!({"consistency.anchor_weight": 0}), true);
         assert_eq!(changes(&proposals(&anchored, 1, 80))[0], without);
+        anchored.consistency.ar_weight = 0.0;
+        let labels = (json!({"consistency.anchor_weight": 0, "consistency.ar_weight": 10}), true);
+        assert_eq!(changes(&proposals(&anchored, 1, 80))[0], labels);
         anchored.optimizer.state_dtype = StateDtype::Float32;
         anchored.lora = Some(LoraConfig::default());
         anchored.consistency.anchor = Some("another".to_owned());

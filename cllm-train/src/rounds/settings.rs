@@ -186,7 +186,7 @@ mod tests {
         let settings = json!({
             "model": "m", "output": "out", "collect": {"prompts": "p.jsonl", "n": 8},
             "clean": {}, "rounds": rounds,
-            "train": {"epochs": 3, "optimizer": {"ema_decay": 0.9}, "consistency": {"anchor_weight": 0}},
+            "train": {"epochs": 3, "optimizer": {"ema_decay": 0.9}, "consistency": {"ar_weight": 1, "anchor_weight": 0}},
         });
         serde_json::from_value(settings).unwrap()
     }

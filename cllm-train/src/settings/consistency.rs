@@ -76,7 +76,9 @@ pub struct ConsistencySettings {
     /// next state; 0 turns it off. States changed by `augment` have no next state.
     #[garde(range(min = 0.0))]
     pub local_weight: f64,
-    /// Weight of the autoregressive loss on `labels`.
+    /// Weight of the autoregressive loss on `labels`. If this weight and that of the anchor are 0, the
+    /// targets of the global loss are the frozen model's predictions instead of the student's own,
+    /// which nothing would keep from becoming all the same. This trains a draft model.
     #[garde(range(min = 0.0))]
     pub ar_weight: f64,
     /// Answers that the autoregressive loss teaches.
@@ -147,5 +149,12 @@ impl Default for ConsistencySettings {
             min_block_tokens: None,
             max_blocks: None,
         }
+    }
+}
+
+impl ConsistencySettings {
+    /// Whether the targets of the global loss are the frozen model's predictions, not the student's own.
+    pub fn has_frozen_targets(&self) -> bool {
+        self.ar_weight == 0.0 && self.anchor_weight == 0.0
     }
 }

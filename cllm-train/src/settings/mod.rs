@@ -180,9 +180,12 @@ fn memory_size(memory: &Option<String>, _: &()) -> garde::Result {
 }
 
 impl Settings {
-    /// Whether a frozen model anchors the student.
+    /// Whether a frozen model runs beside the student: for the anchor loss, or for the targets of the
+    /// global loss. Below adapters for draft tokens, the student's own clean stream is frozen.
     pub fn is_anchored(&self) -> bool {
-        self.objective == Objective::Consistency && self.consistency.anchor_weight > 0.0
+        let consistency = &self.consistency;
+        self.objective == Objective::Consistency
+            && (consistency.anchor_weight > 0.0 || consistency.has_frozen_targets() && !self.adapts_drafts())
     }
 
     /// Whether the run trains adapters that act on draft tokens alone.
@@ -282,7 +285,8 @@ impl Settings {
         }
         if self.init.is_some() && self.is_anchored() && self.consistency.anchor.is_none() {
             return usage(
-                "consistency.anchor_weight needs `model` or consistency.anchor: random weights cannot be an anchor (set it to 0)",
+                "random weights cannot be an anchor: set consistency.anchor_weight=0 and consistency.ar_weight=10, or name a \
+                 model in consistency.anchor",
             );
         }
         if self.lora.is_some() && self.optimizer.state_dtype == StateDtype::Bfloat16 {

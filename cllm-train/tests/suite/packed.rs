@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use cllm_core::model::Transformer;
-use cllm_core::train::{self, DeviceBatch};
+use cllm_core::train::{self, DeviceBatch, PackedBatch};
 use cllm_core::{checkpoint, fingerprint};
 use cllm_train::data::batch::{Batch, BatchCounts};
 use cllm_train::data::dataset::{Block, Example};
@@ -229,6 +229,27 @@ fn examples_packed_together_give_the_sums_of_each_alone() {
             let num_global: usize = alone.iter().map(|(_, counts)| counts.num_loss_tokens.global).sum();
             assert_eq!(counts.num_loss_tokens.global, num_global);
         }
+    });
+}
+
+#[test]
+fn without_labels_and_anchor_the_targets_are_the_frozen_models() {
+    for_each_family(|family, model, frozen| {
+        let settings = ConsistencySettings { ar_weight: 0.0, anchor_weight: 0.0, ..ConsistencySettings::default() };
+        let batch = Batch::new(&[pack(&example("a", 6, 14), &settings, 0)], MAX_CHUNK_ROWS, Some(0.0));
+        let log_probs = |model: &Transformer, packed: &PackedBatch, rows: &[i64]| {
+            let hidden = train::hidden_states(model, &DeviceBatch::new(packed, model).unwrap()).unwrap();
+            model.logits_with_grad(&hidden.index_select(0, &Tensor::from_slice(rows))).log_softmax(-1, Kind::Float)
+        };
+        let [chunk] = &batch.chunks[..] else { panic!("{family}: {} chunks", batch.chunks.len()) };
+        let targets = log_probs(&frozen, &batch.clean, &chunk.clean_rows);
+        let targets = targets.index_select(0, &Tensor::from_slice(&chunk.noisy_targets));
+        let expected = forward_kl(&targets, &log_probs(&model, &batch.packed, &chunk.noisy_rows));
+
+        let losses = batch_losses(&model, Some(&frozen), &batch, &settings, None).unwrap();
+        let actual = losses.global.double_value(&[]);
+        assert!(is_close(actual, expected) && expected > 0.1, "{family}: {actual} {expected}");
+        assert_eq!(losses.anchor.double_value(&[]), 0.0, "{family}");
     });
 }
 
