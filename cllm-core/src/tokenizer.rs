@@ -64,7 +64,8 @@ impl Tokenizer {
             return Err(Error::file(folder, message));
         }
         let settings = read_json(&path.with_file_name("tokenizer_config.json"))?;
-        let config = read_json(&base_folder(folder)?.join("config.json"))?;
+        let config_file = base_folder(folder)?.join("config.json");
+        let config = read_json(&config_file)?;
         let num_embeddings = config["vocab_size"].as_u64().and_then(|size| u32::try_from(size).ok());
         let codec = Codec::load(&path, &settings, num_embeddings)?;
         let renderer = Renderer::load(path.parent().unwrap_or(folder), &settings, rendering)?;
@@ -72,8 +73,9 @@ impl Tokenizer {
         let turn_end = renderer.turn_end().and_then(id_of);
         let eos = renderer.special_token("eos_token").and_then(id_of);
         let mut eos_ids: BTreeSet<i32> = eos.into_iter().chain(turn_end).collect();
-        eos_ids.extend(configured_eos_ids(&config));
-        eos_ids.extend(configured_eos_ids(&read_json(&find_file(folder, GENERATION)?)?));
+        eos_ids.extend(configured_eos_ids(&config_file, &config)?);
+        let generation_file = find_file(folder, GENERATION)?;
+        eos_ids.extend(configured_eos_ids(&generation_file, &read_json(&generation_file)?)?);
         Ok(Tokenizer {
             renderer,
             end_of_turn_id: turn_end.or(eos).or(eos_ids.first().copied()),
@@ -314,11 +316,14 @@ fn read_json(path: &Path) -> Result<Value> {
     text_file::read_json(path)
 }
 
-/// `eos_token_id` of a configuration: a number, a list, or absent.
-fn configured_eos_ids(config: &Value) -> Vec<i32> {
+/// `eos_token_id` of a configuration file: a number, a list, `null` or absent.
+fn configured_eos_ids(file: &Path, config: &Value) -> Result<Vec<i32>> {
     let value = &config["eos_token_id"];
     let ids: Vec<&Value> = value.as_array().map_or(vec![value], |ids| ids.iter().collect());
-    ids.into_iter().filter_map(Value::as_i64).map(|id| id as i32).collect()
+    let is_id = |id: &i32| *id >= 0;
+    let read = |id: &Value| id.as_i64().and_then(|id| i32::try_from(id).ok()).filter(is_id);
+    let to_id = |id: &Value| read(id).ok_or_else(|| Error::file(file, format!("eos_token_id: {id} is not a token id")));
+    ids.into_iter().filter(|id| !id.is_null()).map(to_id).collect()
 }
 
 #[cfg(test)]
@@ -369,8 +374,15 @@ mod tests {
         let dir = folder();
         std::fs::write(dir.path().join("config.json"), r#"{"eos_token_id": [5, 2], "vocab_size": 300}"#).unwrap();
         assert_eq!(Tokenizer::load(dir.path()).unwrap().eos_ids(), [0, 2, 5]);
-        std::fs::write(dir.path().join("config.json"), r#"{"vocab_size": 200}"#).unwrap();
-        let message = Tokenizer::load(dir.path()).err().unwrap().to_string();
+        let refusal = |config: &str| {
+            std::fs::write(dir.path().join("config.json"), config).unwrap();
+            Tokenizer::load(dir.path()).err().unwrap().to_string()
+        };
+        let message = refusal(r#"{"vocab_size": 200}"#);
         assert!(message.contains("vocabulary of 200"), "{message}");
+        for id in ["4294967704", "[5, -1]", "\"</s>\""] {
+            let message = refusal(&format!(r#"{{"eos_token_id": {id}, "vocab_size": 300}}"#));
+            assert!(message.contains("config.json") && message.contains("is not a token id"), "{message}");
+        }
     }
 }

@@ -59,7 +59,8 @@ pub fn load_base(folder: &Path, device: Device, kind: Kind, base_dtype: BaseDtyp
         }
     };
     read_tensors(&weights, device, target, |index, weight| {
-        let name = &weights[index].0;
+        let (name, stored) = &weights[index];
+        check_finite(stored.path(), name, &weight)?;
         match adapter(index) {
             Some(adapter) => params.set(name, &adapter.merge(&weight, kind)?),
             None if params.get(name).is_none() => params.set(name, &weight),
@@ -71,6 +72,19 @@ pub fn load_base(folder: &Path, device: Device, kind: Kind, base_dtype: BaseDtyp
         model.set_adapters(adapters);
     }
     Ok(model)
+}
+
+/// Refuses numbers with which every answer would be noise that looks like one.
+fn check_finite(file: &Path, name: &str, weight: &Tensor) -> Result<()> {
+    let (min, max) = weight.f_aminmax(None, false)?;
+    if [min, max].iter().all(|extreme| extreme.double_value(&[]).is_finite()) {
+        return Ok(());
+    }
+    let message = format!(
+        "`{name}` has numbers that are not finite: the file is damaged ({}), or the training that wrote it diverged",
+        safetensors::DOWNLOAD_ADVICE
+    );
+    Err(Error::file(file, message))
 }
 
 /// Reads config.json; for an adapter, that of its base model.

@@ -9,6 +9,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
+use super::check_finite;
 use super::hub::{self, ADAPTER_CONFIG_FILE, is_adapter};
 use super::safetensors::DOWNLOAD_ADVICE;
 use super::tensor_file::{TensorFile, TensorSpec, read_tensors};
@@ -127,6 +128,8 @@ pub(super) fn load_adapters(
         };
         check_shape(&file, &names[0], &lora_a, [lora.rank, module.in_features])?;
         check_shape(&file, &names[1], &lora_b, [module.out_features, lora.rank])?;
+        check_finite(&file, &names[0], &lora_a)?;
+        check_finite(&file, &names[1], &lora_b)?;
         modules.push((module, LoraAdapter::new(lora_a, lora_b, &lora)));
     }
     match tensors.keys().next() {

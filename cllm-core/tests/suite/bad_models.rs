@@ -50,6 +50,20 @@ fn a_missing_folder_or_file_is_named() {
 }
 
 #[test]
+fn numbers_that_are_not_finite_are_refused() {
+    for number in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let message = refusal("llama", |folder| {
+            let path = folder.join("model.safetensors");
+            let mut bytes = std::fs::read(&path).unwrap();
+            let last = bytes.len() - 4;
+            bytes[last..].copy_from_slice(&number.to_le_bytes());
+            std::fs::write(&path, bytes).unwrap();
+        });
+        assert_mentions(&message, &["model.safetensors", "weight", "not finite"]);
+    }
+}
+
+#[test]
 fn a_truncated_file_is_named() {
     let complete = std::fs::read(fixture_folder("llama").join("model.safetensors")).unwrap();
     for length in [0, 5, 100, complete.len() / 2, complete.len() - 1] {
