@@ -132,7 +132,7 @@ impl Journal {
 fn expect_same_run(path: &Path, before: &Header, now: &Header) -> Result<()> {
     if before.identity != now.identity {
         let difference = difference(before, now);
-        return Err(Error::file(path, format!("{difference}; choose another `output`, or remove the file")));
+        return Err(Error::file(path, format!("{difference}; choose another `output`, or delete its folder")));
     }
     let (there, here) = (before.environment(), now.environment());
     if there != here {

@@ -376,7 +376,7 @@ impl Records {
             return Ok(None);
         }
         let header = header
-            .ok_or_else(|| Error::file(path, "has no header line: choose another `output`, or remove the file"))?;
+            .ok_or_else(|| Error::file(path, "has no header line: choose another `output`, or delete its folder"))?;
         Ok(Some((Records { header, answers, speeds, throughputs, windows }, whole_bytes)))
     }
 

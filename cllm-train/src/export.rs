@@ -54,7 +54,8 @@ impl From<ExportDtype> for Kind {
 /// A bad model, an output folder that exists, file-system errors.
 pub fn run(args: &ExportArgs) -> Result<()> {
     export(&hub::locate(&args.model)?, args.dtype.into(), &args.output, args.custom_generate)?;
-    progress::log(format!("the model is in {}", args.output.display()));
+    let name = args.dtype.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned());
+    progress::log(format!("the model is in {}, as {name} (--dtype)", args.output.display()));
     Ok(())
 }
 

@@ -77,14 +77,22 @@ impl Headline {
     }
 }
 
+/// A difference that is not significant counts as none if it excludes a larger loss than this.
+const LARGEST_UNNOTICED_LOSS: f64 = 0.05;
+
 fn verdict(results: &Results, role: Role, fastest: &StrategyResults) -> Option<Verdict> {
     let pair = results.paired.iter().find(|pair| role == Role::Student && pair.student == fastest.label)?;
     let difference = pair.difference?;
     let is_significant = mcnemar(pair.student_only, pair.teacher_only) < SIGNIFICANCE_LEVEL;
+    let may_be_lost = pair.ci95.is_none_or(|[low, _]| low < -LARGEST_UNNOTICED_LOSS);
     let (word, class) = match (is_significant, difference > 0.0) {
-        (false, _) => ("Accuracy kept: no significant difference", "neutral"),
-        (true, true) => ("Accuracy gained, significantly", "good"),
-        (true, false) => ("Accuracy lost, significantly", "bad"),
+        (false, _) if may_be_lost => (
+            format!("No significant difference, but {} are too few to tell", count(pair.examples, "example")),
+            "neutral",
+        ),
+        (false, _) => ("Accuracy kept: no significant difference".to_owned(), "neutral"),
+        (true, true) => ("Accuracy gained, significantly".to_owned(), "good"),
+        (true, false) => ("Accuracy lost, significantly".to_owned(), "bad"),
     };
     let (points, interval) = (format_points(difference), format_interval(pair.ci95, format_points));
     Some(Verdict { text: format!("{word}. {points} points against the teacher{interval}"), class })

@@ -57,6 +57,7 @@ pub fn run_on(settings: &RunSettings, today: Date) -> Result<Results> {
     examples.expect_scorable(settings, scorer)?;
     let mut models: Vec<IdentifiedModel> =
         names.into_iter().map(|(role, name)| IdentifiedModel::locate(role, name)).collect::<Result<_>>()?;
+    models.iter().try_for_each(|model| model.check_adapters(&settings.strategies))?;
     let input = Input::prepare(settings, &examples, &mut models, today)?;
     let settings = &recorded_settings(settings, &input);
     let mut session = Session::open(settings, &examples, scorer, sandbox.as_ref(), &models, device)?;

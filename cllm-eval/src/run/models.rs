@@ -7,7 +7,7 @@ use cllm_core::checkpoint::{self, hub};
 use cllm_core::cuda::libtorch;
 use cllm_core::decode::{DecodeOptions, Decoder, Strategy, required_slots};
 use cllm_core::model::Transformer;
-use cllm_core::{Result, device};
+use cllm_core::{Error, Result, device, progress};
 use tch::Device;
 
 use super::prompts::Prompts;
@@ -39,6 +39,31 @@ impl IdentifiedModel {
             chat_template: None,
         };
         Ok(IdentifiedModel { role, folder, entry })
+    }
+
+    /// Checks that adapters for draft tokens are there if a strategy needs them, and says so if no
+    /// strategy uses those that are.
+    ///
+    /// # Errors
+    /// [`Error::File`] for a student without them.
+    pub(super) fn check_adapters(&self, strategies: &[Strategy]) -> Result<()> {
+        if self.role != Role::Student {
+            return Ok(());
+        }
+        let are_needed = strategies.iter().any(|strategy| strategy.needs_draft_adapters());
+        match (checkpoint::adapts_drafts(&self.folder)?, are_needed) {
+            (false, true) => {
+                let message = "has no adapters for draft tokens, which strategy `gated` needs (docs/method.md): leave the \
+                               strategy out";
+                return Err(Error::file(&self.folder, message));
+            }
+            (true, false) => progress::log(format!(
+                "{}: no strategy uses its adapters for draft tokens; add one, such as strategies=[ar, {{gated: {{n: 16}}}}]",
+                self.folder.display()
+            )),
+            _ => {}
+        }
+        Ok(())
     }
 }
 

@@ -56,10 +56,10 @@ struct Lane {
 /// # Errors
 /// When a file is missing or broken, or settings do not fit the models.
 pub(super) fn plan(settings: &ServeSettings) -> Result<Plan> {
-    let strategy = settings.strategy;
     let names = std::iter::once(&settings.model).chain(&settings.teacher);
     let sources = names.map(|name| Source::read(name, settings)).collect::<Result<Vec<_>>>()?;
     let teacher = sources.len() - 1;
+    let strategy = strategy(settings, &sources[0])?;
     if strategy.needs_draft_model() && settings.teacher.is_none() {
         return Err(Error::usage(
             "strategy `drafted` needs the model that decides: set teacher=..., for which `model` drafts",
@@ -95,6 +95,21 @@ pub(super) fn plan(settings: &ServeSettings) -> Result<Plan> {
         }
     }
     Ok(Plan { sources, lanes, max_thinking_tokens: settings.max_thinking_tokens })
+}
+
+/// The strategy of the settings, or the one that suits the model.
+fn strategy(settings: &ServeSettings, source: &Source) -> Result<Strategy> {
+    let adapts_drafts = checkpoint::adapts_drafts(&source.folder)?;
+    match settings.strategy {
+        None if adapts_drafts => Ok(Strategy::gated(16)),
+        None => Ok(Strategy::rolling(16)),
+        Some(strategy) if strategy.needs_draft_adapters() && !adapts_drafts => {
+            let message = "has no adapters for draft tokens, which strategy `gated` needs (docs/method.md): choose another \
+                           strategy, such as `rolling: {n: 16}`";
+            Err(Error::file(&source.folder, message))
+        }
+        Some(strategy) => Ok(strategy),
+    }
 }
 
 /// A quarter of as many rows as sequences keep the beginnings of prompts.

@@ -20,9 +20,10 @@ pub struct ServeSettings {
     /// its name with `:ar`.
     #[garde(skip)]
     pub teacher: Option<String>,
-    /// How the model decodes.
-    #[garde(custom(valid_strategy))]
-    pub strategy: Strategy,
+    /// How the model decodes. Default: `rolling: {n: 16}`, or `gated: {n: 16}` with adapters for draft
+    /// tokens.
+    #[garde(inner(custom(valid_strategy)))]
+    pub strategy: Option<Strategy>,
     /// Address to listen on. Others than 127.0.0.1 are reached from other machines; set
     /// `CLLM_API_KEY` then.
     #[garde(skip)]
@@ -81,7 +82,7 @@ impl Default for ServeSettings {
         ServeSettings {
             model: String::new(),
             teacher: None,
-            strategy: Strategy::rolling(16),
+            strategy: None,
             host: IpAddr::from([127, 0, 0, 1]),
             port: 8000,
             cors_origins: Vec::new(),

@@ -50,7 +50,7 @@ fn a_report_holds_the_figures_loads_nothing_and_escapes_answers() {
     assert!(page.contains("<title>s, a student of t</title>") && page.contains("<span>2026-11-28</span>"), "{page}");
     assert!(page.contains("commit 0123abc") && markdown.starts_with("# s, a student of t\n\n2026-11-28; "), "{page}");
     // Three examples differ, which says nothing about the accuracy.
-    let verdict = "Accuracy kept: no significant difference. −25.0 points against the teacher";
+    let verdict = "No significant difference, but 4 examples are too few to tell. −25.0 points against the teacher";
     assert!(
         page.contains(&format!(r#"<div class="verdict neutral">{verdict}"#)) && markdown.contains(verdict),
         "{page}"

@@ -251,13 +251,19 @@ impl Settings {
                 "lora.on=drafts needs objective=consistency: other objectives have no draft tokens",
             ));
         }
-        if ar_weight != 0.0 || anchor_weight != 0.0 {
-            return Err(Error::usage(format!(
-                "lora.on=drafts leaves the model's answers as they are, so it needs no loss that teaches or keeps them: set \
-                 consistency.ar_weight ({ar_weight}) and consistency.anchor_weight ({anchor_weight}) to 0"
-            )));
+        let weights = [("ar_weight", ar_weight), ("anchor_weight", anchor_weight)];
+        let unused: Vec<String> = weights
+            .into_iter()
+            .filter(|&(_, weight)| weight != 0.0)
+            .map(|(name, _)| format!("consistency.{name}=0"))
+            .collect();
+        if unused.is_empty() {
+            return Ok(());
         }
-        Ok(())
+        Err(Error::usage(format!(
+            "lora.on=drafts leaves the model's answers as they are, so it needs no loss that teaches or keeps them: add {}",
+            unused.join(" ")
+        )))
     }
 
     /// Checks the rules that involve more than one key.
