@@ -144,6 +144,8 @@ impl Peers {
             let after = beats()?;
             if let Some(rank) = (0..self.world_size).find(|&rank| before[rank] == after[rank]) {
                 self.publish(&silent(rank, before[rank].is_some()))?;
+                // If another process came first, it may still be about to write.
+                let _ = self.store.wait(FAILURE, SILENCE_AFTER_FAILURE);
             }
         }
         self.failure()
