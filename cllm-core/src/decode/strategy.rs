@@ -158,6 +158,11 @@ impl Strategy {
         Strategy::Gated { n: Width::Fixed(n), tree: 0 }
     }
 
+    /// What suits a model with a window of `n`: `gated` with adapters for draft tokens, else `rolling`.
+    pub fn suitable(n: usize, adapts_drafts: bool) -> Self {
+        if adapts_drafts { Strategy::gated(n) } else { Strategy::rolling(n) }
+    }
+
     /// A rolling window whose width is chosen while decoding, with up to `tree` tokens if that is
     /// not 0.
     pub fn auto(tree: usize) -> Self {

@@ -58,10 +58,7 @@ pub struct GenerateOptions {
 impl GenerateOptions {
     /// The options of the first and the second answer of a model.
     fn decode_options(&self, model: &Transformer) -> [DecodeOptions; 2] {
-        let suitable = || match model.adapts_drafts() {
-            true => Strategy::gated(self.n),
-            false => Strategy::rolling(self.n),
-        };
+        let suitable = || Strategy::suitable(self.n, model.adapts_drafts());
         let sampling = Sampling::from_temperature(self.temperature);
         [Strategy::Ar, self.strategy.unwrap_or_else(suitable)]
             .map(|strategy| DecodeOptions { sampling, ..DecodeOptions::greedy(strategy, self.seed) })

@@ -101,8 +101,7 @@ pub(super) fn plan(settings: &ServeSettings) -> Result<Plan> {
 fn strategy(settings: &ServeSettings, source: &Source) -> Result<Strategy> {
     let adapts_drafts = checkpoint::adapts_drafts(&source.folder)?;
     match settings.strategy {
-        None if adapts_drafts => Ok(Strategy::gated(16)),
-        None => Ok(Strategy::rolling(16)),
+        None => Ok(Strategy::suitable(16, adapts_drafts)),
         Some(strategy) if strategy.needs_draft_adapters() && !adapts_drafts => {
             let message = "has no adapters for draft tokens, which strategy `gated` needs (docs/method.md): choose another \
                            strategy, such as `rolling: {n: 16}`";
