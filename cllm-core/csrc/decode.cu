@@ -6,7 +6,7 @@
 // rest.
 //
 // Macros from the host: HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, EPS, QK_NORM, WARPS (of a
-// fused kernel's block), BLOCK_ROWS (rows of a weight per block), DEPTH (chunks of a weight that a
+// fused kernel's block), BLOCK_ROWS (rows of a weight per block), GROUP_TOKENS (tokens of a group), DEPTH (chunks of a weight that a
 // warp loads ahead), SUMS_BYTES and MAX_STAGED_BYTES (shared memory of a fused kernel for sums and
 // for tokens, at most), STAGING_PAD, SEGMENT (logits that a block of sample_segments reads),
 // SAMPLE_THREADS (of such a block), ROTATE_TOKENS (of which a block rotates a head), and for the
@@ -176,7 +176,8 @@ struct Adapters {
 };
 
 // out[t, o] = sum over k of weight[o, k] x[t, k], for up to T = 8 NT tokens; only the first
-// `num_tokens` exist. With NORM, the RMS norm of x is multiplied instead of x itself. One block
+// `num_tokens` exist. If T = GROUP_TOKENS, there may be more: the blocks with index y multiply group y
+// of T tokens, side by side with those of the other groups, which read the same weight from L2. With NORM, the RMS norm of x is multiplied instead of x itself. One block
 // computes BLOCK_ROWS rows of the weight, and its warps split k. The rows are neighbours, with two
 // exceptions: half of the rows for SWIGLU belong to the gate, and the others are the same rows of
 // the up projection; half of the rows for ROTATE_AND_CACHE are in the first half of a head, and the
@@ -188,12 +189,20 @@ struct Adapters {
 // each of their many blocks would make a copy.
 template <int NT, Epilogue EPILOGUE, bool NORM, int K, int O, int R = 0>
 __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x, const bf16 *norm, const bf16 *bias,
-                                              bf16 *out, int num_tokens, const Adapters adapters = {},
-                                              const RotateAndCache rotate = {}, const SampleBlocks sample = {}) {
+                                              bf16 *out, int num_tokens, Adapters adapters = {},
+                                              RotateAndCache rotate = {}, const SampleBlocks sample = {}) {
   constexpr int T = NT * 8, ROWS = EPILOGUE == SWIGLU ? BLOCK_ROWS / 2 : BLOCK_ROWS;
-  constexpr bool IS_WIDEST = EPILOGUE == SWIGLU || EPILOGUE == ARGMAX || EPILOGUE == CANDIDATES;
+  constexpr bool IS_LOGITS = EPILOGUE == ARGMAX || EPILOGUE == CANDIDATES;
+  constexpr bool IS_WIDEST = EPILOGUE == SWIGLU || IS_LOGITS;
   constexpr bool STAGED = NT > 1 && !IS_WIDEST && STAGED_BYTES(T, K) <= MAX_STAGED_BYTES;
   static_assert(BLOCK_ROWS == 16, "the rows of one mma");
+  if constexpr (T == GROUP_TOKENS && !IS_LOGITS) {
+    const int first_token = blockIdx.y * T;
+    x += (size_t)first_token * K, out += (size_t)first_token * O;
+    num_tokens = min(num_tokens - first_token, T);
+    rotate.tokens.row += first_token, rotate.tokens.slot += first_token, rotate.tokens.position += first_token;
+    adapters.adapted += first_token, adapters.low_rank += (size_t)first_token * R;
+  }
   // The padding of BLOCK_ROWS to 20 makes a warp's writes free of bank conflicts.
   __shared__ float partial[WARPS][T][20];
   __shared__ float squares[WARPS][T];
@@ -433,7 +442,7 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
     for (int w = 0; w < WARPS; w++) s += partial[w][token][r];
     return s;
   };
-  if constexpr (EPILOGUE == ARGMAX || EPILOGUE == CANDIDATES) {
+  if constexpr (IS_LOGITS) {
 #pragma unroll
     for (int j = 0; j < SUMS; j++) {
       const int i = threadIdx.x + j * WARPS * 32, token = i / ROWS;
@@ -493,7 +502,8 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
   }
 }
 
-// The fused kernels for up to 8 TILES tokens. Grid: a block for every BLOCK_ROWS rows of the weight.
+// The fused kernels for up to 8 TILES tokens, or groups of them. Grid: a block for every BLOCK_ROWS rows
+// of the weight and, for groups, every GROUP_TOKENS tokens.
 // qkv [T, QKV] is the projection of the norm of x [T, HIDDEN]; fused_qkv_rotated writes only the
 // queries to it, rotated, and puts keys and values into the cache. x += the output projection of
 // attn_out [T, HEADS * HEAD_DIM], and the down projection of inner [T, FFN] = silu(gate) * up.

@@ -86,8 +86,8 @@ pub(super) fn adapter_files(folder: &Path) -> Vec<PathBuf> {
     if is_adapter(folder) { vec![folder.join(ADAPTER_CONFIG_FILE), folder.join(WEIGHTS_FILE)] } else { Vec::new() }
 }
 
-/// The adapters of a folder, in float32 on `device`, for products in type `kind`; `None` for a model
-/// without any.
+/// The adapters of a folder on `device`, for products in type `kind`; `None` for a model without any.
+/// Those of draft tokens are in that type, and others, which are to be merged, in float32.
 ///
 /// # Errors
 /// Names the file that is missing, incomplete or does not fit the model, or the setting that is not
@@ -135,7 +135,10 @@ pub(super) fn load_adapters(
     match tensors.keys().next() {
         Some(name) => Err(Error::file(&file, format!("`{name}` belongs to no projection of the model"))),
         None if modules.is_empty() => Err(Error::file(&file, "holds no adapters")),
-        None => Ok(Some(LoraAdapters::new(lora, modules, device, kind))),
+        None => {
+            let params_kind = if lora.on == AdaptedTokens::Drafts { kind } else { Kind::Float };
+            Ok(Some(LoraAdapters::new(lora, modules, device, params_kind, kind)))
+        }
     }
 }
 

@@ -26,8 +26,11 @@ const SOURCE: &str = concat!(
     include_str!("../../csrc/decode.cu")
 );
 
-/// Maximum number of tokens of the fused kernels.
-const MAX_FUSED_TOKENS: usize = 32;
+/// Maximum number of tokens of a fused kernel's block. With more, blocks multiply groups of so many.
+const GROUP_TOKENS: usize = 32;
+/// Width of a model up to which several groups are faster than other kernels: faster at 576, slower at
+/// 1,024, where each block has more to do.
+const MAX_GROUPED_WIDTH: usize = 768;
 /// Minimum number of tokens for which the gate and up projections are faster with SwiGLU in the same
 /// kernel, on Hopper and unless the model is wide.
 const MIN_BATCH_TOKENS: usize = 1024;
@@ -77,7 +80,16 @@ pub fn supports(shape: &KernelShape) -> bool {
 
 /// Maximum number of tokens of a step for which the fused kernels are faster than cuBLAS.
 pub fn max_fused_tokens(shape: &KernelShape) -> usize {
-    if is_wide(shape) { 8 } else { MAX_FUSED_TOKENS }
+    match shape.hidden {
+        0..=MAX_GROUPED_WIDTH => 3 * GROUP_TOKENS,
+        _ if is_wide(shape) => 8,
+        _ => GROUP_TOKENS,
+    }
+}
+
+/// Maximum number of tokens of a step after all of which the fused kernels sample.
+pub fn max_sampled_tokens(shape: &KernelShape) -> usize {
+    max_fused_tokens(shape).min(GROUP_TOKENS)
 }
 
 fn is_wide(shape: &KernelShape) -> bool {
@@ -131,7 +143,7 @@ fn low_rank_bytes(num_tokens: usize, rank: usize) -> usize {
 fn in_clusters(shape: &KernelShape, ranks: AdapterRanks, capability: (u32, u32)) -> bool {
     let widths = [(shape.hidden, ranks.qkv), (shape.attn(), ranks.output), (0, ranks.gate_up), (shape.ffn, ranks.down)];
     let fits = |(width, rank)| {
-        let bytes = staged_bytes(MAX_FUSED_TOKENS, width, capability) + low_rank_bytes(MAX_FUSED_TOKENS, rank);
+        let bytes = staged_bytes(GROUP_TOKENS, width, capability) + low_rank_bytes(GROUP_TOKENS, rank);
         bytes <= max_staged_bytes(capability)
     };
     capability.0 >= 9 && !is_wide(shape) && widths.into_iter().all(fits)
@@ -148,6 +160,7 @@ fn macros(shape: &KernelShape, ranks: AdapterRanks, capability: (u32, u32)) -> M
         ("QK_NORM", u8::from(shape.query_key_norm).to_string()),
         ("WARPS", WARPS.to_string()),
         ("BLOCK_ROWS", BLOCK_ROWS.to_string()),
+        ("GROUP_TOKENS", GROUP_TOKENS.to_string()),
         // Short rows are loaded at once. For long ones, more blocks on a multiprocessor help more
         // than loading far ahead.
         ("DEPTH", if is_wide(shape) { 2 } else { 4 }.to_string()),
@@ -305,6 +318,11 @@ fn num_sample_blocks(sizes: &Sizes) -> usize {
     sizes.shape.vocab.div_ceil(BLOCK_ROWS)
 }
 
+/// Groups of tokens of the fused kernels.
+fn num_groups(sizes: &Sizes) -> usize {
+    sizes.tokens.div_ceil(GROUP_TOKENS)
+}
+
 /// Segments of the vocabulary, the last of which may be shorter.
 fn num_segments(sizes: &Sizes) -> usize {
     sizes.shape.vocab.div_ceil(SEGMENT)
@@ -333,7 +351,7 @@ fn block_results(sizes: &Sizes, sampling: SamplingOptions, device: Device) -> Re
 
 const FUSED_QKV: Signature<Sizes> = Signature {
     name: "fused_qkv_",
-    grid: |s| [s.shape.qkv().div_ceil(BLOCK_ROWS).next_multiple_of(s.fused_blocks), 1],
+    grid: |s| [s.shape.qkv().div_ceil(BLOCK_ROWS).next_multiple_of(s.fused_blocks), num_groups(s)],
     threads: |_| WARPS * 32,
     params: &[&[WEIGHT_QKV, X, NORM, BIAS_QKV, QKV, NUM_TOKENS], QKV_ADAPTERS],
 };
@@ -344,7 +362,7 @@ const FUSED_QKV_ROTATED: Signature<Sizes> = Signature {
 };
 const FUSED_OUTPUT: Signature<Sizes> = Signature {
     name: "fused_output_",
-    grid: |s| [s.shape.hidden.div_ceil(BLOCK_ROWS).next_multiple_of(s.fused_blocks), 1],
+    grid: |s| [s.shape.hidden.div_ceil(BLOCK_ROWS).next_multiple_of(s.fused_blocks), num_groups(s)],
     threads: |_| WARPS * 32,
     params: &[
         &[
@@ -360,19 +378,19 @@ const FUSED_OUTPUT: Signature<Sizes> = Signature {
 const FUSED_GATE_UP: Signature<Sizes> = Signature {
     name: "fused_gate_up_",
     // Half of the rows of a block are from the gate and half from the up projection.
-    grid: |s| [s.shape.ffn.div_ceil(BLOCK_ROWS / 2).next_multiple_of(s.fused_blocks), 1],
+    grid: |s| [s.shape.ffn.div_ceil(BLOCK_ROWS / 2).next_multiple_of(s.fused_blocks), num_groups(s)],
     threads: |_| WARPS * 32,
     params: &[&[bf16("weight", |s| 2 * s.shape.ffn * s.shape.hidden), X, NORM, INNER, NUM_TOKENS], GATE_UP_ADAPTERS],
 };
 const FUSED_DOWN: Signature<Sizes> = Signature {
     name: "fused_down_",
-    grid: |s| [s.shape.hidden.div_ceil(BLOCK_ROWS).next_multiple_of(s.fused_blocks), 1],
+    grid: |s| [s.shape.hidden.div_ceil(BLOCK_ROWS).next_multiple_of(s.fused_blocks), num_groups(s)],
     threads: |_| WARPS * 32,
     params: &[&[bf16("weight", |s| s.shape.hidden * s.shape.ffn), INNER, X, NUM_TOKENS], DOWN_ADAPTERS],
 };
 const LOW_RANK_QKV: Signature<Sizes> = Signature {
     name: "fused_low_rank_qkv_",
-    grid: |s| [s.ranks.qkv.div_ceil(BLOCK_ROWS), 1],
+    grid: |s| [s.ranks.qkv.div_ceil(BLOCK_ROWS), num_groups(s)],
     threads: |_| WARPS * 32,
     params: &[&[
         bf16("lora_a", |s| s.ranks.qkv * s.shape.hidden),
@@ -385,7 +403,7 @@ const LOW_RANK_QKV: Signature<Sizes> = Signature {
 };
 const LOW_RANK_OUTPUT: Signature<Sizes> = Signature {
     name: "fused_low_rank_output_",
-    grid: |s| [s.ranks.output.div_ceil(BLOCK_ROWS), 1],
+    grid: |s| [s.ranks.output.div_ceil(BLOCK_ROWS), num_groups(s)],
     params: &[&[
         bf16("lora_a", |s| s.ranks.output * s.shape.attn()),
         ATTN_OUT,
@@ -397,7 +415,7 @@ const LOW_RANK_OUTPUT: Signature<Sizes> = Signature {
 };
 const LOW_RANK_GATE_UP: Signature<Sizes> = Signature {
     name: "fused_low_rank_gate_up_",
-    grid: |s| [s.ranks.gate_up.div_ceil(BLOCK_ROWS), 1],
+    grid: |s| [s.ranks.gate_up.div_ceil(BLOCK_ROWS), num_groups(s)],
     params: &[&[
         bf16("lora_a", |s| s.ranks.gate_up * s.shape.hidden),
         X,
@@ -410,7 +428,7 @@ const LOW_RANK_GATE_UP: Signature<Sizes> = Signature {
 };
 const LOW_RANK_DOWN: Signature<Sizes> = Signature {
     name: "fused_low_rank_down_",
-    grid: |s| [s.ranks.down.div_ceil(BLOCK_ROWS), 1],
+    grid: |s| [s.ranks.down.div_ceil(BLOCK_ROWS), num_groups(s)],
     params: &[&[
         bf16("lora_a", |s| s.ranks.down * s.shape.ffn),
         INNER,
@@ -514,7 +532,7 @@ const ROTATE_AND_ATTEND: Signature<Sizes> = Signature { name: "rotate_and_attend
 const BATCH_ATTENTION: Signature<Sizes> = Signature { threads: |_| BATCH_WARPS * 32, ..ATTENTION };
 const ROTATE_AND_ATTEND_BATCH: Signature<Sizes> = Signature { name: ROTATE_AND_ATTEND.name, ..BATCH_ATTENTION };
 
-/// The fused kernels for up to `max_tokens` tokens.
+/// The fused kernels for up to `max_tokens` tokens, or for groups of so many.
 struct FusedKernels {
     max_tokens: usize,
     plain: FusedProducts,
@@ -559,7 +577,7 @@ struct AttentionKernels {
 pub struct DecodeKernels {
     shape: KernelShape,
     ranks: AdapterRanks,
-    /// For up to 8, 16 and 32 tokens.
+    /// For up to 8 and 16 tokens, and for groups of up to 32.
     fused: [FusedKernels; 3],
     embed: Kernel<Sizes>,
     argmax_of_blocks: Kernel<Sizes>,
@@ -692,12 +710,10 @@ impl DecodeKernels {
         })
     }
 
-    /// The smallest kernels for at least this number of tokens.
-    fn fused(&self, num_tokens: usize) -> Result<&FusedKernels> {
-        self.fused
-            .iter()
-            .find(|fused| num_tokens <= fused.max_tokens)
-            .ok_or_else(|| Error::internal(format!("fused kernels were given {num_tokens} tokens")))
+    /// The kernels for a step of so many tokens.
+    fn fused(&self, num_tokens: usize) -> &FusedKernels {
+        let [small, medium, groups] = &self.fused;
+        [small, medium].into_iter().find(|fused| num_tokens <= fused.max_tokens).unwrap_or(groups)
     }
 
     fn sizes(&self, num_tokens: usize) -> Sizes {
@@ -827,7 +843,7 @@ impl DecodeKernels {
         multiply: impl FnOnce(&LowRankProducts, &Sizes, &Tensor, &Tensor) -> Result<()>,
     ) -> Result<WithAdapters<'k>> {
         let sizes = self.input_sizes(input)?;
-        let kernels = self.fused(sizes.tokens)?;
+        let kernels = self.fused(sizes.tokens);
         let Some(adapters) = adapters else {
             return Ok(WithAdapters { products: &kernels.plain, sizes, adapters: None, low_rank: None });
         };
@@ -858,10 +874,10 @@ impl DecodeKernels {
         results: &Tensor,
     ) -> Result<()> {
         let sizes = self.input_sizes(input)?;
-        if sizes.outputs != sizes.tokens {
-            return Err(Error::internal("the fused kernels sample after every token"));
+        if sizes.outputs != sizes.tokens || sizes.tokens > GROUP_TOKENS {
+            return Err(Error::internal("the fused kernels sample after every token of one group"));
         }
-        let kernels = self.fused(sizes.tokens)?;
+        let kernels = self.fused(sizes.tokens);
         let sizes = Sizes { blocks: num_sample_blocks(&sizes), list: BLOCK_ROWS, ..sizes };
         let found = block_results(&sizes, input.sampling, x.device())?;
         let mut found: Vec<Argument<'_>> = found.iter().map(Data).collect();

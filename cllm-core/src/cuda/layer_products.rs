@@ -5,6 +5,7 @@ use std::ops::RangeInclusive;
 
 use tch::{Device, Kind, Tensor};
 
+use super::decode::max_fused_tokens;
 use super::draft_adapters::{AdapterRanks, DraftAdapters};
 use super::forward_input::ForwardInput;
 use super::launch::{Argument, Kernel, Param, Signature, aligned, bf16, count, float32, int, int32, nullable, tiles};
@@ -61,13 +62,15 @@ fn block_rows(rows: usize, multiprocessors: usize) -> usize {
 /// Numbers of tokens for which the products were measured to be fastest, on 132 multiprocessors.
 /// Fewer tokens are for the fused kernels, and more for cuBLAS.
 fn fastest_tokens(shape: &KernelShape) -> RangeInclusive<usize> {
-    if shape.hidden >= 2048 { 9..=32 } else { 33..=MAX_TOKENS }
+    if shape.hidden >= 2048 { 9..=32 } else { max_fused_tokens(shape) + 1..=MAX_TOKENS }
 }
 
-/// Whether blocks on so many multiprocessors can multiply a model's weights and adapters.
+/// Whether the products are the fastest for some steps of a model, and blocks on so many
+/// multiprocessors can multiply its weights and adapters.
 fn supports(shape: &KernelShape, ranks: AdapterRanks, multiprocessors: usize) -> bool {
     let rows = |rows| block_rows(rows, multiprocessors);
-    [rows(shape.qkv()), rows(shape.hidden), 2 * rows(shape.ffn)].iter().all(|rows| *rows <= MAX_ROWS)
+    !fastest_tokens(shape).is_empty()
+        && [rows(shape.qkv()), rows(shape.hidden), 2 * rows(shape.ffn)].iter().all(|rows| *rows <= MAX_ROWS)
         && max_rank(ranks) <= MAX_ADAPTER_ROWS * multiprocessors
 }
 
@@ -273,7 +276,7 @@ pub enum Part {
 
 impl LayerProducts {
     /// Compiles and loads the kernels for models of so many layers, with adapters of these ranks. `None`
-    /// if the GPU has no wgmma, or if the weights or the adapters are too large.
+    /// if the GPU has no wgmma, other kernels are faster, or the weights or the adapters are too large.
     ///
     /// # Errors
     /// [`Error::Torch`] with the message of the compiler or the driver.

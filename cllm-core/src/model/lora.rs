@@ -201,9 +201,10 @@ impl LoraAdapter {
 /// The adapters of the projections that one product computes, such as those of queries, keys and
 /// values.
 pub(crate) struct JoinedAdapters {
-    /// A of each, one after the other: `[adapters x rank, in]`, float32.
+    /// A of each, one after the other: `[adapters x rank, in]`, in the type of [`LoraAdapters::params`];
+    /// here and below.
     pub(crate) lora_a: Tensor,
-    /// B of each, `[out, rank]`, float32.
+    /// B of each, `[out, rank]`.
     pub(crate) lora_b: Vec<Tensor>,
     /// The first output of each among those of the product.
     output_offsets: Vec<i64>,
@@ -211,7 +212,7 @@ pub(crate) struct JoinedAdapters {
     pub(crate) scale: f64,
     /// The tokens that they act on.
     on: AdaptedTokens,
-    /// Copies for products in the model's type, if that is not float32.
+    /// Copies for products in the model's type, if that is another one.
     rounded: Option<RoundedAdapters>,
 }
 
@@ -253,7 +254,7 @@ impl JoinedAdapters {
 
     /// All of them as one adapter of a product with so many outputs, in type `kind`: A `[rank, in]`,
     /// times the scale, and B `[out, rank]`, whose rows are zero outside of the columns of their own A.
-    /// The joined rank is padded with zeros to a multiple.
+    /// The joined rank is padded with zeros to a multiple. What is like this already is shared.
     ///
     /// # Errors
     /// [`Error::Torch`], for instance when memory runs out.
@@ -263,8 +264,20 @@ impl JoinedAdapters {
         };
         let joined_rank = (num_rows as usize).next_multiple_of(rank_multiple) as i64;
         let options = (kind, self.lora_a.device());
-        let lora_a = Tensor::f_zeros([joined_rank, num_inputs], options)?;
-        lora_a.f_narrow(0, 0, num_rows)?.f_copy_(&(&self.lora_a * self.scale))?;
+        let is_whole = joined_rank == num_rows && self.lora_a.kind() == kind;
+        let lora_a = if is_whole && self.scale == 1.0 {
+            self.lora_a.shallow_clone()
+        } else {
+            let lora_a = Tensor::f_zeros([joined_rank, num_inputs], options)?;
+            lora_a.f_narrow(0, 0, num_rows)?.f_copy_(&(&self.lora_a * self.scale))?;
+            lora_a
+        };
+        if let [lora_b] = &self.lora_b[..]
+            && is_whole
+            && lora_b.size()[0] == num_outputs
+        {
+            return Ok((lora_a, lora_b.shallow_clone()));
+        }
         let lora_b = Tensor::f_zeros([num_outputs, joined_rank], options)?;
         for (index, own_b) in self.lora_b.iter().enumerate() {
             let rank = own_b.size()[1];
@@ -277,9 +290,9 @@ impl JoinedAdapters {
     /// The copies in the model's type, as of the last [`LoraAdapters::round`].
     ///
     /// # Errors
-    /// [`Error::Internal`] for a model in float32.
+    /// [`Error::Internal`] for adapters in the model's type.
     pub(crate) fn rounded(&self) -> Result<&RoundedAdapters> {
-        self.rounded.as_ref().ok_or_else(|| Error::internal("adapters of a float32 model have no rounded copy"))
+        self.rounded.as_ref().ok_or_else(|| Error::internal("adapters in the model's type have no rounded copy"))
     }
 
     /// The columns of `low_rank [.., adapters x rank]` that belong to an adapter.
@@ -303,25 +316,26 @@ impl JoinedAdapters {
 pub(crate) struct LoraAdapters {
     pub(crate) config: LoraConfig,
     modules: Vec<(TargetModule, LoraAdapter)>,
-    /// Every A, layer by layer, and then every B, in float32, under the name of its projection. The
-    /// tensors of `modules` are views of it.
+    /// Every A, layer by layer, and then every B, under the name of its projection: in float32 for
+    /// training, else in the model's type. The tensors of `modules` are views of it.
     pub(crate) params: ParamBuffer,
-    /// A copy of `params` in the model's type, with every A scaled; `None` if that is float32.
+    /// A copy of `params` in the model's type, with every A scaled, if that is another one.
     rounded: Option<ParamBuffer>,
 }
 
 impl LoraAdapters {
-    /// Copies adapters into one buffer, for products in type `kind`.
+    /// Copies adapters into one buffer of type `params_kind`, for products in type `kind`.
     pub(crate) fn new(
         config: LoraConfig,
         mut modules: Vec<(TargetModule, LoraAdapter)>,
         device: Device,
+        params_kind: Kind,
         kind: Kind,
     ) -> Self {
         let _no_grad = tch::no_grad_guard();
         let all_a = modules.iter().map(|(module, adapter)| (module.lora_a_name(), adapter.lora_a.size()));
         let all_b = modules.iter().map(|(module, adapter)| (module.lora_b_name(), adapter.lora_b.size()));
-        let params = ParamBuffer::zeros(all_a.chain(all_b).collect(), device, Kind::Float);
+        let params = ParamBuffer::zeros(all_a.chain(all_b).collect(), device, params_kind);
         for (module, adapter) in &mut modules {
             for (name, tensor) in
                 [(module.lora_a_name(), &mut adapter.lora_a), (module.lora_b_name(), &mut adapter.lora_b)]
@@ -331,7 +345,7 @@ impl LoraAdapters {
                 *tensor = view;
             }
         }
-        let rounded = (kind != Kind::Float).then(|| params.zeros_like(kind));
+        let rounded = (kind != params_kind).then(|| params.zeros_like(kind));
         LoraAdapters { config, modules, params, rounded }
     }
 
@@ -342,7 +356,7 @@ impl LoraAdapters {
             (module, adapter)
         };
         let modules = lora.target_modules(model).into_iter().map(with_adapter).collect();
-        Self::new(lora.clone(), modules, device, kind)
+        Self::new(lora.clone(), modules, device, Kind::Float, kind)
     }
 
     /// The adapters of a layer's projections that one product computes: `projections` with the

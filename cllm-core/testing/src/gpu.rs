@@ -24,6 +24,9 @@ pub fn on_gpu_and_cpu(config: &Value, seed: u64, scale: f64) -> (Transformer, Tr
     (rounded, exact)
 }
 
+/// Width of the models whose weights are scaled as the caller says; those of wider ones are smaller.
+const BASE_WIDTH: f64 = 96.0;
+
 /// The model in float32, whose weights bfloat16 can represent.
 fn exact(config: &Value, seed: u64, scale: f64) -> Transformer {
     let model = Transformer::random(ModelConfig::from_json(config).unwrap(), seed, Device::Cpu, Kind::Float);
@@ -32,7 +35,8 @@ fn exact(config: &Value, seed: u64, scale: f64) -> Transformer {
         let exact = match name.as_str() {
             bias if bias.ends_with("bias") => waves(&name, &weight, seed) * 0.4,
             norm if norm.ends_with("norm.weight") => waves(&name, &weight, seed) * 0.5 + 1.0,
-            _ => &weight * scale,
+            // Logits of wide models, too, are sums of about the same size.
+            _ => &weight * scale * (BASE_WIDTH / model.config().hidden_size as f64).sqrt(),
         };
         weight.copy_(&exact.to_kind(Kind::BFloat16));
     }

@@ -28,7 +28,12 @@ fn shapes() -> Vec<(&'static str, Value)> {
     vec![
         ("llama", with(json!({"model_type": "llama", "tie_word_embeddings": true, "head_dim": 64}))),
         ("mistral", with(json!({"model_type": "mistral", "num_key_value_heads": 6}))),
-        ("qwen2", with(json!({"model_type": "qwen2", "num_attention_heads": 7, "num_key_value_heads": 1}))),
+        // Other kernels multiply 33 to 64 tokens from this width on.
+        (
+            "qwen2",
+            with(json!({"model_type": "qwen2", "hidden_size": 800, "num_attention_heads": 7,
+            "num_key_value_heads": 1})),
+        ),
         ("qwen3", with(json!({"model_type": "qwen3", "head_dim": 128, "num_attention_heads": 4}))),
         (
             "llama3",

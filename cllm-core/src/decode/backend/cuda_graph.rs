@@ -59,9 +59,10 @@ impl<'m> CudaGraphBackend<'m> {
         let num_window_tokens: usize = windows.iter().map(Window::len).sum();
         let num_prompt_tokens: usize = chunks.iter().map(|chunk| chunk.tokens.len()).sum();
         let num_tokens = padded_size(num_window_tokens + num_prompt_tokens);
-        // The fused kernels sample after every token.
-        let is_fused = num_tokens <= self.model.max_fused_tokens();
-        let num_outputs = if is_fused { num_tokens } else { padded_size(num_window_tokens).min(num_tokens) };
+        let num_outputs = match num_tokens <= self.model.max_sampled_tokens() {
+            true => num_tokens,
+            false => padded_size(num_window_tokens).min(num_tokens),
+        };
         ForwardShape {
             num_tokens,
             num_outputs,

@@ -94,9 +94,9 @@ impl<'m> CudaModel<'m> {
         tiles::max_tiles(&self.shape, num_tokens, self.input_limits().num_rows)
     }
 
-    /// Maximum number of tokens of the fused kernels.
-    pub(super) fn max_fused_tokens(&self) -> usize {
-        decode::max_fused_tokens(&self.shape)
+    /// Maximum number of tokens of a forward that samples after all of them, windows or not.
+    pub(super) fn max_sampled_tokens(&self) -> usize {
+        decode::max_sampled_tokens(&self.shape)
     }
 
     /// Whether a forward of `num_tokens` has kernels that occupy all multiprocessors and wait for
@@ -136,7 +136,7 @@ impl<'m> CudaModel<'m> {
         }
         let x = self.empty(num_tokens, self.model.config().hidden_size)?;
         self.kernels.embed(&self.model.embed_tokens, input, &x)?;
-        if num_tokens <= self.max_fused_tokens() {
+        if num_tokens <= decode::max_fused_tokens(&self.shape) {
             self.forward_fused(input, &x, results)
         } else {
             self.forward_with_cublas(input, &x, results)
@@ -171,7 +171,7 @@ impl<'m> CudaModel<'m> {
             kernels.fused_gate_up(projection, (x, &layer.post_attention_layernorm), &inner, input)?;
             kernels.fused_down((&layer.down_proj.weight, adapters.down), &inner, x, input)?;
         }
-        kernels.fused_sample(self.model.lm_head(), x, &self.model.norm, input, results)
+        self.sample_few(x, input, results)
     }
 
     /// With up to some dozens of tokens, reading the weights dominates the time. One kernel for all
@@ -207,11 +207,7 @@ impl<'m> CudaModel<'m> {
                 })?;
             }
         }
-        if input.shape().num_tokens <= self.max_fused_tokens() {
-            let (head, norm) = (self.model.lm_head(), &self.model.norm);
-            return self.kernels.fused_sample(head, &activations.x, norm, input, results);
-        }
-        self.sample(&activations.x, None, input, results)
+        self.sample_few(&activations.x, input, results)
     }
 
     /// With more tokens, the matrix products dominate the time, and cuBLAS computes them fastest.
@@ -254,6 +250,14 @@ impl<'m> CudaModel<'m> {
             let [qkv, output, gate_up, down] = [qkv, output, gate_up, down].map(Option::as_ref);
             ProductAdapters { qkv, output, gate_up, down }
         })
+    }
+
+    /// Samples after the leading tokens of `x [T, hidden]`: after all if they are few.
+    fn sample_few(&self, x: &Tensor, input: &ForwardInput, results: &Tensor) -> Result<()> {
+        if input.shape().num_tokens > self.max_sampled_tokens() {
+            return self.sample(x, None, input, results);
+        }
+        self.kernels.fused_sample(self.model.lm_head(), x, &self.model.norm, input, results)
     }
 
     /// Samples after the leading tokens of `x + delta`, `[T, hidden]`.

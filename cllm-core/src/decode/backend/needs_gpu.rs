@@ -212,7 +212,7 @@ fn adapters_act_on_drafts_alone_mistral() {
 #[test]
 #[ignore = "needs a GPU: scripts/test --gpu"]
 fn adapters_act_on_drafts_alone_qwen2() {
-    let config = json!({"model_type": "qwen2", "num_attention_heads": 7, "num_key_value_heads": 1});
+    let config = json!({"model_type": "qwen2", "hidden_size": 800, "num_attention_heads": 7, "num_key_value_heads": 1});
     assert_adapted(config, &[(5, &LoraTarget::ALL), (128, &[GateProj])]);
 }
 
