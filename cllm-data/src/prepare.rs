@@ -50,7 +50,7 @@ pub(crate) struct Arguments {
     #[arg(long)]
     strict: bool,
     /// Add N variants of each prompt, without answers, for a teacher to answer (gsm8k: other
-    /// numbers; spider: the schemas of other databases).
+    /// numbers; spider: the schemas of other databases; codesearchnet: up to 2, in other words).
     #[arg(long, value_name = "N", default_value_t = 0)]
     variants: usize,
     /// Seed of synthetic problems and of variants.

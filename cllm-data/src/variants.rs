@@ -12,33 +12,47 @@ use rand::seq::{IndexedRandom, SliceRandom};
 use rand_chacha::ChaCha8Rng;
 use regex::{Captures, Regex};
 
-/// Changes the text of a question.
-type Vary<'s> = Box<dyn Fn(&str, &mut ChaCha8Rng) -> String + 's>;
+/// Changes the text of a question of this sample for the variant of this number.
+type Vary<'s> = Box<dyn Fn(&str, &Sample, usize, &mut ChaCha8Rng) -> String + 's>;
+
+/// The number of forms that [`in_another_form`] knows.
+const NUM_FORMS: usize = 2;
 
 static WHOLE_NUMBER: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"\d+").expect("the pattern is valid"));
 
 /// Makes `per_sample` variants of each sample, without reference and meta: GSM8K's questions get
 /// other numbers, Spider's the schema of another database in `samples` with its tables and columns
-/// shuffled. The same seed gives the same variants.
+/// shuffled, and CodeSearchNet's functions are asked for in other words. The same seed gives the same
+/// variants.
 ///
 /// # Errors
-/// [`Error::Usage`] for a benchmark that has no variants.
+/// [`Error::Usage`] for a benchmark that has no variants, or not as many.
 pub(crate) fn variants(task: Task, samples: &[Sample], per_sample: usize, seed: u64) -> Result<Vec<Sample>> {
     let vary: Vary<'_> = match task {
-        Task::Gsm8k => Box::new(with_other_numbers),
+        Task::Gsm8k => Box::new(|question, _, _, rng| with_other_numbers(question, rng)),
         Task::Spider => {
             let schemas = schemas(samples);
-            Box::new(move |question, rng| with_another_schema(question, &schemas, rng))
+            Box::new(move |question, _, _, rng| with_another_schema(question, &schemas, rng))
         }
-        _ => return Err(Error::usage(format!("{} has no variants: only gsm8k and spider have them", task.name()))),
+        Task::Codesearchnet if per_sample > NUM_FORMS => {
+            let message = format!("codesearchnet has {NUM_FORMS} variants of each prompt, not {per_sample}");
+            return Err(Error::usage(message));
+        }
+        Task::Codesearchnet => Box::new(|question, sample, number, _| in_another_form(question, sample, number)),
+        _ => {
+            let message = format!("{} has no variants: gsm8k, spider and codesearchnet have them", task.name());
+            return Err(Error::usage(message));
+        }
     };
     let variant = |sample: &Sample, number: usize| {
         let mut rng = fingerprint::derive_rng(seed, &format!("variant/{}", sample.id), number as u64);
         let prompt = match &sample.prompt {
-            Prompt::Text(text) => Prompt::Text(vary(text, &mut rng)),
+            Prompt::Text(text) => Prompt::Text(vary(text, sample, number, &mut rng)),
             Prompt::Conversation(conversation) => {
                 let mut conversation = conversation.clone();
-                conversation.messages.iter_mut().for_each(|message| message.content = vary(&message.content, &mut rng));
+                for message in &mut conversation.messages {
+                    message.content = vary(&message.content, sample, number, &mut rng);
+                }
                 Prompt::Conversation(conversation)
             }
         };
@@ -103,6 +117,29 @@ fn shuffled(schema: &str, rng: &mut ChaCha8Rng) -> String {
     lines.into_iter().chain(keys.into_iter().map(str::to_owned)).collect::<Vec<_>>().join("\n")
 }
 
+/// Asks for a function of CodeSearchNet as HumanEval does, by its head and docstring, or as MBPP
+/// does, in a sentence.
+fn in_another_form(question: &str, sample: &Sample, number: usize) -> String {
+    let (request, docstring) = question.split_once("\n\n").unwrap_or((question, ""));
+    match sample.reference.as_deref().and_then(function_head) {
+        Some(head) if number == 0 => {
+            let docstring = docstring.replace('\n', "\n    ");
+            let code = format!("{head}\n    \"\"\"{docstring}\n    \"\"\"\n");
+            format!("Complete this Python function. Answer with code only.\n\n{code}")
+        }
+        _ => {
+            let name = request.split('`').nth(1).unwrap_or_default();
+            format!("Write a Python function `{name}`. {docstring} Answer with Python code only.")
+        }
+    }
+}
+
+/// The line or lines from `def` to the colon.
+fn function_head(code: &str) -> Option<&str> {
+    let head = &code[code.find("def ")?..];
+    Some(&head[..=head.find(":\n")?])
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -138,6 +175,23 @@ mod tests {
         assert_eq!(variants(Task::Gsm8k, &samples, 20, 0).unwrap(), made);
         assert_ne!(variants(Task::Gsm8k, &samples, 20, 1).unwrap(), made);
         assert!(variants(Task::Jsonl, &samples, 1, 0).is_err());
+    }
+
+    #[test]
+    fn functions_are_asked_for_in_other_words() {
+        let question =
+            "Write the Python function `area` from its docstring. Answer with code only.\n\nThe area\nof it.";
+        let mut with_code = sample("a", question);
+        with_code.reference = Some("@cached\ndef area(r,\n  scale=1):\n    return r: r".to_owned());
+        let made = variants(Task::Codesearchnet, &[with_code, sample("b", question)], NUM_FORMS, 0).unwrap();
+        let texts: Vec<&str> = made.iter().map(content).collect();
+        let head = "def area(r,\n  scale=1):\n    \"\"\"The area\n    of it.\n    \"\"\"\n";
+        let by_name = "Write a Python function `area`. The area\nof it. Answer with Python code only.";
+        // Without code, there is no head.
+        let by_head = format!("Complete this Python function. Answer with code only.\n\n{head}");
+        assert_eq!(texts, [by_head.as_str(), by_name, by_name, by_name]);
+        let error = variants(Task::Codesearchnet, &[], NUM_FORMS + 1, 0).unwrap_err().to_string();
+        assert!(error.contains("2 variants of each prompt, not 3"), "{error}");
     }
 
     #[test]

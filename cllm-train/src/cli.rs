@@ -115,7 +115,7 @@ enum Verb {
     },
     /// Print a settings file with comments, to begin with: every setting at its default, or a recipe.
     #[command(
-        after_help = "Examples:\n  cllm-train template > run.yaml\n  cllm-train template spider-rounds > rounds.yaml"
+        after_help = "Examples:\n  cllm-train template > run.yaml\n  cllm-train template spider-student > student.yaml"
     )]
     Template {
         /// The name of a file in configs/, without its ending.

@@ -6,15 +6,21 @@ use cllm_core::{Error, Result};
 use crate::settings::Settings;
 
 /// The recipes in configs/, by name.
-const RECIPES: [(&str, &str); 13] = [
-    ("spider-rounds", include_str!("../../configs/spider-rounds.yaml")),
+const RECIPES: [(&str, &str); 19] = [
     ("spider-teacher", include_str!("../../configs/spider-teacher.yaml")),
     ("spider-lossless", include_str!("../../configs/spider-lossless.yaml")),
     ("spider-drafted", include_str!("../../configs/spider-drafted.yaml")),
-    ("gsm8k-rounds", include_str!("../../configs/gsm8k-rounds.yaml")),
+    ("spider-student", include_str!("../../configs/spider-student.yaml")),
     ("gsm8k-teacher", include_str!("../../configs/gsm8k-teacher.yaml")),
     ("gsm8k-lossless", include_str!("../../configs/gsm8k-lossless.yaml")),
     ("gsm8k-drafted", include_str!("../../configs/gsm8k-drafted.yaml")),
+    ("gsm8k-student", include_str!("../../configs/gsm8k-student.yaml")),
+    ("chat-lossless", include_str!("../../configs/chat-lossless.yaml")),
+    ("chat-drafted", include_str!("../../configs/chat-drafted.yaml")),
+    ("chat-student", include_str!("../../configs/chat-student.yaml")),
+    ("code-lossless", include_str!("../../configs/code-lossless.yaml")),
+    ("code-drafted", include_str!("../../configs/code-drafted.yaml")),
+    ("code-student", include_str!("../../configs/code-student.yaml")),
     ("quickstart-student", include_str!("../../configs/quickstart-student.yaml")),
     ("quickstart-lora", include_str!("../../configs/quickstart-lora.yaml")),
     ("rounds", include_str!("../../configs/rounds.yaml")),
@@ -56,7 +62,7 @@ mod tests {
         assert_eq!(json!(settings), json!(expected));
         assert!(text.contains("# Passes over the data.\nepochs: 4\n"), "{text}");
         assert!(text.lines().all(|line| line.len() <= 100), "{text}");
-        assert!(recipe("spider-rounds").unwrap().contains("anchor_weight: 10"));
-        assert!(recipe("spider-round").unwrap_err().to_string().contains("did you mean `spider-rounds`"));
+        assert!(recipe("spider-student").unwrap().contains("anchor_weight: 10"));
+        assert!(recipe("spider-studen").unwrap_err().to_string().contains("did you mean `spider-student`"));
     }
 }

@@ -33,7 +33,7 @@ fn variants_follow_the_prompts_and_have_no_answers() {
     assert_eq!(ids, ["gsm8k-train-0", "gsm8k-train-0-variant-0", "gsm8k-train-0-variant-1"]);
     assert!(samples[0]["reference"].is_string() && samples[1..].iter().all(|row| row["reference"].is_null()), "{text}");
     let refused = run_error(&["prepare", "synthetic", "--num-problems", "2", "--variants", "1", "-o", &output], 2);
-    assert!(refused.contains("only gsm8k and spider"), "{refused}");
+    assert!(refused.contains("gsm8k, spider and codesearchnet have them"), "{refused}");
 }
 
 #[test]
