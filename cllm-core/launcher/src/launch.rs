@@ -6,37 +6,36 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use landlock::{
-    ABI, Access, AccessFs, AccessNet, Ruleset, RulesetAttr, RulesetCreatedAttr, RulesetError, RulesetStatus, Scope,
-    path_beneath_rules,
-};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::prctl::set_pdeathsig;
-use nix::sys::resource::{Resource, setrlimit};
+use nix::sys::resource::Resource;
 use nix::sys::signal::Signal;
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Gid, Uid, chown, execve, setgroups, setresgid, setresuid, setsid};
 
-use crate::protocol::{Greeting, LaunchOrder, Limits, Problem};
-use crate::{private_root, system_calls};
+use crate::protocol::{Greeting, LaunchOrder, Limits, Problem, PythonOrder, QueryReply};
+use crate::{file_rules, limits, private_root, queries, system_calls};
 
 const MAX_THREADS: u64 = 64;
 const MAX_OPEN_FILES: u64 = 64;
 /// The user id that a program has inside a user namespace.
 const NAMESPACE_USER: u32 = 1000;
-/// Files that Python opens besides those of [`LaunchOrder::readable`].
+/// Files that Python opens besides those of [`PythonOrder::readable`].
 const DEVICES: [&str; 2] = ["/dev/null", "/dev/urandom"];
 
-/// Becomes Python if this process has an argument, which is the order. Returns only if it has none
-/// or cannot do it.
+/// Does what this process's argument orders, if it has one. Python replaces the process, so that a
+/// return says that it could not start.
 pub fn launch_if_requested() -> Option<ExitCode> {
     let order = std::env::args_os().nth(1)?;
-    let problem = match serde_json::from_slice(order.as_bytes()) {
-        Ok(order) => become_python(&order),
-        Err(error) => format!("the launcher has no valid order: {error}"),
-    };
-    // If this fails, the reader is gone.
-    let _ = greet(&Greeting::Problem(problem));
+    // If a problem cannot be written, the reader is gone.
+    match serde_json::from_slice(order.as_bytes()) {
+        Ok(LaunchOrder::Queries(limits)) => match queries::serve(&limits) {
+            Ok(()) => return Some(ExitCode::SUCCESS),
+            Err(problem) => drop(queries::reply(&QueryReply::Problem(problem))),
+        },
+        Ok(LaunchOrder::Python(order)) => drop(greet(&Greeting::Problem(become_python(&order)))),
+        Err(error) => drop(greet(&Greeting::Problem(format!("the launcher has no valid order: {error}")))),
+    }
     Some(ExitCode::from(3))
 }
 
@@ -47,9 +46,10 @@ fn greet(greeting: &Greeting) -> Result<(), Problem> {
 }
 
 /// Replaces this process by Python, and returns only if that fails.
-fn become_python(order: &LaunchOrder) -> Problem {
+fn become_python(order: &PythonOrder) -> Problem {
     let run = || -> Result<std::convert::Infallible, Problem> {
-        let arguments = ["-s", "-B", "-X", "utf8", "-c", include_str!("harness.py")].map(c_string);
+        let filter = system_calls::filter_of_harness()?;
+        let arguments = ["-s", "-B", "-X", "utf8", "-c", &order.code, &filter].map(c_string);
         let arguments: Vec<CString> =
             std::iter::once(c_string(&order.python)).chain(arguments).collect::<Result<_, _>>()?;
         // So that a set of strings has the same order in every run.
@@ -57,7 +57,7 @@ fn become_python(order: &LaunchOrder) -> Problem {
         let layers = restrict(order)?;
         greet(&Greeting::Layers(layers))?;
         // Last, since this process itself needs more memory than Python may have.
-        set_limit(Resource::RLIMIT_AS, order.limits.memory_bytes)?;
+        limits::set_limit(Resource::RLIMIT_AS, order.limits.memory_bytes)?;
         execve(&arguments[0], &arguments, &environment)
             .map_err(|error| cannot(&format!("become {}", order.python.display()), error))
     };
@@ -76,7 +76,7 @@ fn cannot(action: &str, error: impl std::fmt::Display) -> Problem {
 }
 
 /// Applies every layer that the kernel supports, and returns the names of those in force.
-fn restrict(order: &LaunchOrder) -> Result<Vec<String>, Problem> {
+fn restrict(order: &PythonOrder) -> Result<Vec<String>, Problem> {
     setsid().map_err(|error| cannot("begin a session", error))?;
     umask(Mode::from_bits_truncate(0o022));
     let is_root = Uid::effective().is_root();
@@ -108,7 +108,8 @@ fn restrict(order: &LaunchOrder) -> Result<Vec<String>, Problem> {
     add_layer("own user", own_user.is_some());
     // A change of user clears this, so it comes after.
     set_pdeathsig(Signal::SIGKILL).map_err(|error| cannot("end with the program that started it", error))?;
-    let file_rules = apply_landlock(&readable, writable).map_err(|error| cannot("set rules of files", error))?;
+    let file_rules =
+        file_rules::apply(&readable, Some(writable)).map_err(|error| cannot("set rules of files", error))?;
     if !add_layer("landlock", file_rules) && !has_private_root {
         return Err(
             "neither Landlock (Linux 5.13 or later) nor mount namespaces are available here, so the code of a model \
@@ -116,7 +117,7 @@ fn restrict(order: &LaunchOrder) -> Result<Vec<String>, Problem> {
                 .to_owned(),
         );
     }
-    set_limits(&order.limits, own_user.is_some() || in_namespace)?;
+    restrict_resources(&order.limits, own_user.is_some() || in_namespace)?;
     add_layer("limits", true);
     system_calls::restrict()?;
     add_layer("seccomp", true);
@@ -156,36 +157,15 @@ fn enter_user_namespace() -> bool {
         && map("gid_map", group.as_raw()).is_ok()
 }
 
-/// Sets Landlock's rules; returns whether the kernel enforces them.
-fn apply_landlock(readable: &[PathBuf], writable: &Path) -> Result<bool, RulesetError> {
-    // Applied as far as the kernel supports it: files since ABI 1, ports since 4, abstract sockets
-    // and signals since 6.
-    let abi = ABI::V6;
-    let status = Ruleset::default()
-        .handle_access(AccessFs::from_all(abi))?
-        .handle_access(AccessNet::from_all(abi))?
-        .scope(Scope::from_all(abi))?
-        .create()?
-        .add_rules(path_beneath_rules(readable, AccessFs::from_read(abi)))?
-        .add_rules(path_beneath_rules(["/dev/null"], AccessFs::WriteFile))?
-        .add_rules(path_beneath_rules([writable], AccessFs::from_all(abi)))?
-        .restrict_self()?;
-    Ok(status.ruleset != RulesetStatus::NotEnforced)
-}
-
 /// `has_own_user`: no other process counts towards the limit of the user's threads.
-fn set_limits(limits: &Limits, has_own_user: bool) -> Result<(), Problem> {
-    set_limit(Resource::RLIMIT_CORE, 0)?;
-    set_limit(Resource::RLIMIT_NOFILE, MAX_OPEN_FILES)?;
-    set_limit(Resource::RLIMIT_FSIZE, limits.disk_bytes)?;
+fn restrict_resources(limits: &Limits, has_own_user: bool) -> Result<(), Problem> {
+    limits::set_limit(Resource::RLIMIT_CORE, 0)?;
+    limits::set_limit(Resource::RLIMIT_NOFILE, MAX_OPEN_FILES)?;
+    limits::set_limit(Resource::RLIMIT_FSIZE, limits.disk_bytes)?;
     if has_own_user {
-        set_limit(Resource::RLIMIT_NPROC, MAX_THREADS)?;
+        limits::set_limit(Resource::RLIMIT_NPROC, MAX_THREADS)?;
     }
     let seconds = limits.cpu_seconds;
     // The soft limit sends a signal that says why; the hard limit kills.
-    setrlimit(Resource::RLIMIT_CPU, seconds, seconds + 1).map_err(|error| cannot("limit its time", error))
-}
-
-fn set_limit(resource: Resource, max: u64) -> Result<(), Problem> {
-    setrlimit(resource, max, max).map_err(|error| cannot(&format!("set {resource:?} to {max}"), error))
+    limits::set_limits(Resource::RLIMIT_CPU, seconds, seconds + 1)
 }

@@ -42,11 +42,14 @@ fn fill(root: &Path, readable: &[PathBuf], owner: (Uid, Gid)) -> std::io::Result
         } else if kind.is_dir() {
             std::fs::create_dir_all(&target)?;
             bind(path, &target)?;
-            let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
-            mount(NONE, &target, NONE, flags | MsFlags::MS_NOSUID | MsFlags::MS_NODEV, NONE)?;
+            make_read_only(&target)?;
         } else {
             std::fs::write(&target, "")?;
             bind(path, &target)?;
+            // A device has no content to protect, and would not work.
+            if kind.is_file() {
+                make_read_only(&target)?;
+            }
         }
     }
     let writable = inside(Path::new(WRITABLE));
@@ -57,4 +60,9 @@ fn fill(root: &Path, readable: &[PathBuf], owner: (Uid, Gid)) -> std::io::Result
 
 fn bind(from: &Path, to: &Path) -> nix::Result<()> {
     mount(Some(from), to, NONE, MsFlags::MS_BIND | MsFlags::MS_REC, NONE)
+}
+
+fn make_read_only(target: &Path) -> nix::Result<()> {
+    let flags = MsFlags::MS_BIND | MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+    mount(NONE, target, NONE, flags | MsFlags::MS_NOSUID | MsFlags::MS_NODEV, NONE)
 }

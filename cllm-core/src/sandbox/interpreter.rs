@@ -1,7 +1,8 @@
 //! Finds the Python interpreter behind a command, and the folders that it and its packages are in.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use serde::Deserialize;
 
@@ -33,6 +34,10 @@ print(json.dumps({
 }))
 ";
 
+/// Compiles what stdin says, which takes longer than most programs that it is compiled for run.
+const COMPILE: &str = "import marshal, sys\n\
+                       print(marshal.dumps(compile(sys.stdin.read(), '<harness>', 'exec')).hex(), end='')";
+
 #[derive(Deserialize)]
 struct Description {
     executable: PathBuf,
@@ -63,6 +68,24 @@ impl Interpreter {
         let lost = packages.iter().filter(|path| !is_readable(path));
         let lost_packages = lost.map(|path| format!("those in {}, outside of its installation", path.display()));
         Ok(Interpreter { path: executable, lost_packages: lost_packages.collect(), folders })
+    }
+}
+
+/// Compiles trusted code for the interpreter at `path`, in hexadecimal digits.
+pub(super) fn compile(path: &Path, source: &str) -> Result<String> {
+    let failed = |why: String| missing(&format!("{} does not compile code: {why}", path.display()));
+    let mut child = Command::new(path)
+        .args(["-I", "-X", "utf8", "-c", COMPILE])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|error| failed(error.to_string()))?;
+    let written = child.stdin.take().map_or(Ok(()), |mut stdin| stdin.write_all(source.as_bytes()));
+    let output = written.and_then(|()| child.wait_with_output()).map_err(|error| failed(error.to_string()))?;
+    match String::from_utf8(output.stdout) {
+        Ok(code) if output.status.success() => Ok(code),
+        _ => Err(failed(String::from_utf8_lossy(&output.stderr).trim().to_owned())),
     }
 }
 

@@ -1,34 +1,45 @@
 //! Runs Python programs that a model wrote, so that they can do no harm. Each program gets a process
 //! of the launcher (crate `cllm-launcher`), which gives up everything that Python does not need and
 //! then becomes Python; this process feeds it the program, watches its limits and reads how it
-//! ended. docs/sandbox.md says what each layer protects from.
+//! ended. In Python, harness.py keeps the program apart from what judges it. docs/sandbox.md says
+//! what each layer protects from.
 
 mod interpreter;
 mod launcher_file;
 mod monitor;
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
 
-use cllm_launcher::LaunchOrder;
 pub use cllm_launcher::Limits;
+use cllm_launcher::{LaunchOrder, PythonOrder};
 pub use monitor::ProgramOutcome;
 
 use crate::{Error, Result};
 use interpreter::Interpreter;
-use launcher_file::LauncherFile;
+pub(crate) use launcher_file::LauncherFile;
 
 /// Where Linux has its libraries and the system's Python.
 const SYSTEM_PATHS: [&str; 5] = ["/usr", "/lib", "/lib64", "/etc/ld.so.cache", "/etc/localtime"];
 const SYSTEM_PYTHON: &str = "/usr/bin/python3";
+/// Runs in Python before and beside a program.
+const HARNESS: &str = include_str!("harness.py");
+/// Every process that runs a program has this in its command line.
+const COMMAND: &str = "# Runs a program that a model wrote.";
 
 /// Runs programs, one process each.
 #[derive(Debug)]
 pub struct Sandbox {
-    launcher: LauncherFile,
+    launcher: &'static LauncherFile,
     /// A command that starts the launcher; it is given the launcher's path and argument.
     wrapper: Option<PathBuf>,
     python: PathBuf,
+    /// The harness, as `python -c` runs it.
+    code: String,
+    /// Compiled preparations by their source.
+    preparations: Mutex<HashMap<&'static str, Arc<str>>>,
     readable: Vec<PathBuf>,
     limits: Limits,
     layers: Vec<String>,
@@ -67,8 +78,13 @@ impl Sandbox {
         let Interpreter { path, folders, lost_packages } = Interpreter::find(python)?;
         let system = SYSTEM_PATHS.iter().map(PathBuf::from).filter(|path| path.exists());
         let mut sandbox = Sandbox {
-            launcher: LauncherFile::create()?,
+            launcher: LauncherFile::shared()?,
             wrapper: wrapper.map(Path::to_owned),
+            code: format!(
+                "{COMMAND}\nimport marshal\nexec(marshal.loads(bytes.fromhex('{}')))",
+                interpreter::compile(&path, HARNESS)?
+            ),
+            preparations: Mutex::default(),
             python: path,
             readable: without_nested(system.chain(folders)),
             limits,
@@ -111,24 +127,37 @@ impl Sandbox {
     }
 
     /// Runs the program that trusted Python code makes: its function `prepare` gets `input` and
-    /// returns what Python executes.
+    /// returns the program and the tests that judge it from another process, as harness.py reads
+    /// them. Before, its function `guard` prepares both processes.
     ///
     /// # Errors
     /// As [`Sandbox::run`].
-    pub fn run_prepared(&self, preparation: &str, input: &str) -> Result<ProgramOutcome> {
-        Ok(self.run_with_layers(preparation, input)?.0)
+    pub fn run_prepared(&self, preparation: &'static str, input: &str) -> Result<ProgramOutcome> {
+        let compiled = self.compiled(preparation)?;
+        Ok(self.run_with_layers(&compiled, input)?.0)
+    }
+
+    fn compiled(&self, preparation: &'static str) -> Result<Arc<str>> {
+        let mut known = self.preparations.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(compiled) = known.get(preparation) {
+            return Ok(Arc::clone(compiled));
+        }
+        let compiled: Arc<str> = interpreter::compile(&self.python, preparation)?.into();
+        known.insert(preparation, Arc::clone(&compiled));
+        Ok(compiled)
     }
 
     fn run_with_layers(&self, preparation: &str, program: &str) -> Result<(ProgramOutcome, Vec<String>)> {
         let folder = tempfile::Builder::new().prefix("cllm-sandbox-").tempdir();
         let folder = folder.map_err(Error::write(std::env::temp_dir()))?;
-        let order = LaunchOrder {
+        let order = PythonOrder {
             python: self.python.clone(),
+            code: self.code.clone(),
             readable: self.readable.clone(),
             folder: folder.path().to_owned(),
             limits: self.limits.clone(),
         };
-        let order = serde_json::to_string(&order).map_err(Error::serialization)?;
+        let order = serde_json::to_string(&LaunchOrder::Python(order)).map_err(Error::serialization)?;
         let launcher = self.launcher.path();
         let mut command = match &self.wrapper {
             Some(wrapper) => Command::new(wrapper),

@@ -12,8 +12,6 @@ use cllm_launcher::{Greeting, Limits};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, killpg};
 use nix::unistd::Pid;
-use rand::TryRng;
-use rand::rngs::SysRng;
 
 use crate::{Error, Result, interrupt};
 
@@ -45,7 +43,7 @@ pub enum ProgramOutcome {
 /// The output of a process.
 #[derive(Default)]
 struct Output {
-    /// Its stdout: the greeting of the launcher and the verdict of the harness.
+    /// Its stdout: the greeting of the launcher and the verdict of the judge.
     channel: Vec<u8>,
     /// Its stderr, which the program's own output goes to as well. An error of the launcher would
     /// be here.
@@ -54,6 +52,13 @@ struct Output {
     num_bytes: u64,
     /// The limit that the process exceeded, if it was ended for that.
     exceeded: Option<ProgramOutcome>,
+}
+
+impl Output {
+    /// Whether something follows the greeting.
+    fn has_verdict(&self) -> bool {
+        self.channel.iter().position(|&byte| byte == b'\n').is_some_and(|end| end + 1 < self.channel.len())
+    }
 }
 
 /// Gives a process the texts that its harness reads, and runs it to its end. Returns how it ended,
@@ -65,8 +70,7 @@ pub(super) fn watch(
     folder: &Path,
     limits: &Limits,
 ) -> Result<(ProgramOutcome, Vec<String>)> {
-    let token = random_token()?;
-    let input = texts.map(|text| format!("{:<20}{text}", text.len())).concat() + &token;
+    let input = texts.map(|text| format!("{:<20}{text}", text.len())).concat();
     let output = exchange(&mut child, input.as_bytes(), folder, limits);
     // The launcher began a session, whose process group has the launcher's id. Until then it is a
     // single process.
@@ -86,22 +90,14 @@ pub(super) fn watch(
             return Err(Error::environment(format!("the sandbox did not start ({status}): {}", printed.trim())));
         }
     };
-    let outcome = output.exceeded.unwrap_or_else(|| outcome(verdict, &token, status));
+    let outcome = output.exceeded.unwrap_or_else(|| outcome(verdict, status));
     Ok((outcome, layers))
 }
 
-/// A secret that the harness reads after the program ran to its end, so that no program can claim
-/// to have passed.
-fn random_token() -> Result<String> {
-    let mut bytes = [0; 16];
-    SysRng.try_fill_bytes(&mut bytes).map_err(|error| Error::environment(format!("no random numbers: {error}")))?;
-    Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
-}
-
-fn outcome(verdict: &str, token: &str, status: ExitStatus) -> ProgramOutcome {
+fn outcome(verdict: &str, status: ExitStatus) -> ProgramOutcome {
     let verdict = verdict.trim_end();
     match (verdict.split_once(' ').unwrap_or((verdict, "")), status.signal()) {
-        (("passed", received), _) if received == token => ProgramOutcome::Passed,
+        (("passed", ""), _) => ProgramOutcome::Passed,
         (("assertion", ""), _) => ProgramOutcome::AssertionFailed,
         (("memory", ""), _) => ProgramOutcome::OutOfMemory,
         (("error", name), _) => ProgramOutcome::Exception(name.to_owned()),
@@ -111,14 +107,14 @@ fn outcome(verdict: &str, token: &str, status: ExitStatus) -> ProgramOutcome {
     }
 }
 
-/// Writes `input` to the process and reads its output until it closes both pipes or exceeds a
-/// limit.
+/// Writes `input` to the process and reads its output until it exceeds a limit, or the judge, which
+/// alone holds stdout, ends after its verdict. Without a verdict, the program ends too, and says how.
 fn exchange(child: &mut Child, mut input: &[u8], folder: &Path, limits: &Limits) -> Result<Output> {
     let started = Instant::now();
     let failed = |error: std::io::Error| Error::environment(format!("the sandbox cannot be watched: {error}"));
     let (mut stdin, mut stdout, mut stderr) = (child.stdin.take(), child.stdout.take(), child.stderr.take());
     let mut output = Output::default();
-    while stdout.is_some() || stderr.is_some() {
+    while stdout.is_some() || (stderr.is_some() && !output.has_verdict()) {
         interrupt::check()?;
         output.exceeded = exceeded_limit(&output, started.elapsed(), folder, limits);
         if output.exceeded.is_some() {

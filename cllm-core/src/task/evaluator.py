@@ -1,21 +1,15 @@
-# Makes the program that tests an answer, and the surroundings that the official evaluator of
-# HumanEval gives it. This runs in the sandbox before that program does, so that Python itself says
+# Makes a program of an answer and of its tests, and the surroundings that the official evaluator of
+# HumanEval gives them. This runs in the sandbox before the answer does, so that Python itself says
 # what is Python; it runs nothing of the answer.
 import ast
 import builtins
-import contextlib  # noqa: F401
 import faulthandler
 import io
 import itertools
 import json
-
-# The official evaluator has imported these, too, before it takes away what they need.
-import multiprocessing  # noqa: F401
 import os
-import platform  # noqa: F401
 import re
 import shutil
-import signal  # noqa: F401
 import subprocess
 import sys
 import tempfile
@@ -37,29 +31,46 @@ NOT_PYTHON = (SyntaxError, ValueError, OverflowError, RecursionError, MemoryErro
 
 
 def prepare(text):
+    """What the two processes of the harness run. The tests, and what stands beside the requested
+    function in the prompt, are for the judge. It asks the program for the other names of the tests."""
     try:
-        program = compose(**json.loads(text))
+        return plan(**json.loads(text))
     except NOT_PYTHON:
-        program = "raise SyntaxError"
-    guard()
-    return program
+        raise SyntaxError from None
+
+
+def plan(prompt, entry_point, tests, blocks, unfenced):
+    module = ast.parse(tests)
+    imports = [s for s in module.body if isinstance(s, (ast.Import, ast.ImportFrom))]
+    answer = compose(prompt, entry_point, tests, blocks, unfenced)
+    beside = prompt_statements(prompt, entry_point) if entry_point and compiles(prompt + "\n    pass\n") else []
+    return {
+        "answer": [compile_module(answer) if isinstance(answer, list) else compile(answer, "<string>", "exec")]
+        # The answer finds what the tests import.
+        + [compile_module(imports)] * bool(imports),
+        "prompt": compile_module(beside),
+        "tests": compile(tests, "<string>", "exec"),
+        "names": wanted_names(tests) | {entry_point} - {None},
+    }
+
+
+def compile_module(statements):
+    return compile(ast.fix_missing_locations(ast.Module(future_first(statements), [])), "<string>", "exec")
 
 
 def compose(prompt, entry_point, tests, blocks, unfenced):
-    """The program. `blocks` are the fenced blocks of the answer, `unfenced` is the rest of it."""
+    """The program before its tests, as text or as statements. `blocks` are the fenced blocks of the
+    answer, `unfenced` is the rest of it."""
     blocks = [(info, text) for info, text in blocks if text.strip()]
-    official = f"{prompt}{unfenced}\n{tests}"
-    if entry_point and not blocks and compiles(official):
-        return official
+    if entry_point and not blocks and compiles(prompt + unfenced):
+        return prompt + unfenced
     wanted = {entry_point} if entry_point else wanted_names(tests)
     read = [Source(text) for _, text in blocks]
     fenced = [source for source, (info, _) in zip(read, blocks) if is_python(info, source, wanted)]
     sources = [Source(unfenced), *fenced]
     if not any(source.defines(name) for source in sources for name in wanted):
-        return f"{prompt}{continuation(sources)}\n{tests}"
-    statements = prompt_statements(prompt, entry_point) + answer_statements(sources, wanted)
-    module = ast.Module(future_first(statements + ast.parse(tests).body), [])
-    return compile(ast.fix_missing_locations(module), "<string>", "exec")
+        return prompt + continuation(sources)
+    return prompt_statements(prompt, entry_point) + answer_statements(sources, wanted)
 
 
 def compiles(text):
@@ -291,6 +302,17 @@ REMOVED = {
 REMOVED_MODULES = ("ipdb", "joblib", "resource", "psutil", "tkinter")
 
 
+class FolderForMultiprocessing:
+    """The official evaluator has imported `multiprocessing` before it takes away `os.getcwd`, which
+    that asks once. Here most programs do not need it, so it still finds the function when it is
+    imported."""
+
+    getcwd = staticmethod(os.getcwd)
+
+    def find_spec(self, name, path, target=None):
+        os.getcwd = self.getcwd if name == "multiprocessing.process" else None
+
+
 class WriteOnly(io.StringIO):
     """All three streams of the official evaluator."""
 
@@ -314,4 +336,5 @@ def guard():
             setattr(owner, name, None)
     for module in REMOVED_MODULES:
         sys.modules[module] = None
+    sys.meta_path.insert(0, FolderForMultiprocessing())
     sys.stdin = sys.stdout = sys.stderr = WriteOnly()

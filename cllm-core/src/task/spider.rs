@@ -21,7 +21,7 @@ use std::path::{Path, PathBuf};
 use serde::Deserialize;
 use serde_json::json;
 
-use super::sql::{self, Database};
+use super::sql::{self, Databases};
 use super::verdict::{Metric, Score};
 use crate::prompt_set::{Prompt, Sample, dataset_file};
 use crate::{Error, Result, fingerprint};
@@ -183,8 +183,8 @@ pub(super) fn database_paths(data: &Path, sample: &Sample) -> Result<Vec<PathBuf
 /// Runs both queries on every database of the sample.
 pub(super) fn score(data: &Path, sample: &Sample, reference: &str, answer: &str, keep_distinct: bool) -> Result<Score> {
     let paths = database_paths(data, sample)?;
-    let mut suite: Vec<Database> = paths.iter().map(|path| Database::open(path)).collect::<Result<_>>()?;
-    let results = sql::compare(&mut suite, reference, answer);
+    let databases = Databases::open(&paths)?;
+    let results = sql::compare(&databases, 0..paths.len(), reference, answer)?;
     Ok(if keep_distinct {
         Score::with_alternative(results.keep_distinct, Metric::IgnoreDistinct, results.ignore_distinct)
     } else {

@@ -13,17 +13,17 @@
 //! score   as Spider: the same rows from a generated table
 //! ```
 
+use std::cell::RefCell;
 use std::collections::HashSet;
 use std::time::Duration;
 
 use rand::RngExt;
 use rand::seq::IndexedRandom;
 use rand_chacha::ChaCha8Rng;
-use rusqlite::Connection;
 use serde_json::json;
 
 use super::number::same_final_number;
-use super::sql::{self, Database};
+use super::sql::{self, Databases};
 use super::verdict::Verdict;
 use crate::prompt_set::{Prompt, Sample};
 use crate::{Error, Result, fingerprint, interrupt};
@@ -242,30 +242,41 @@ pub(super) fn score(sample: &Sample, reference: &str, answer: &str) -> Result<Ve
     let Some(name) = sample.meta.as_ref().and_then(|meta| meta["table"].as_str()) else {
         return Ok(Verdict::from_correct(same_final_number(reference, answer)));
     };
-    let Some(table) = TABLES.iter().find(|table| table.name == name) else {
+    let Some(table) = TABLES.iter().position(|table| table.name == name) else {
         let known = TABLES.map(|table| table.name).join(", ");
         let id = &sample.id;
         return Err(Error::usage(format!(
             "prompt `{id}`: meta has the unknown table `{name}`; the tables are {known}"
         )));
     };
-    let database = create_database(table).map_err(|error| Error::environment(format!("SQLite: {error}")))?;
-    Ok(sql::compare(&mut [database], reference, answer).ignore_distinct)
+    DATABASES.with_borrow_mut(|open| {
+        let databases = match open {
+            Some(databases) => databases,
+            None => open.insert(Databases::from_scripts(TABLES.iter().map(script).collect(), TIME_LIMIT)?),
+        };
+        Ok(sql::compare(databases, table..table + 1, reference, answer)?.ignore_distinct)
+    })
 }
 
-/// Fills a table, the same on every machine.
-fn create_database(table: &Table) -> rusqlite::Result<Database> {
+thread_local! {
+    /// A database for each table, as starting a process for every query would take longer than the
+    /// queries do. The process ends with the thread that started it.
+    static DATABASES: RefCell<Option<Databases>> = const { RefCell::new(None) };
+}
+
+/// The statements that make and fill a table, the same on every machine.
+fn script(table: &Table) -> String {
     let Table { name, text_column, values, number_column } = table;
-    let connection = Connection::open_in_memory()?;
-    connection
-        .execute_batch(&format!("CREATE TABLE {name} (name TEXT, {text_column} TEXT, {number_column} INTEGER)"))?;
     let mut rng = fingerprint::derive_rng(0, name, 0);
-    let insert = format!("INSERT INTO {name} VALUES (?1, ?2, ?3)");
-    for row in 0..NUM_TABLE_ROWS {
+    let row = |row: usize| {
         let (value, number) = (pick(&mut rng, values), rng.random_range(1..100));
-        connection.execute(&insert, (format!("{name}{row}"), value, number))?;
-    }
-    Database::guard(connection, TIME_LIMIT)
+        format!("('{name}{row}', '{value}', {number})")
+    };
+    let rows: Vec<String> = (0..NUM_TABLE_ROWS).map(row).collect();
+    format!(
+        "CREATE TABLE {name} (name TEXT, {text_column} TEXT, {number_column} INTEGER); INSERT INTO {name} VALUES {}",
+        rows.join(", ")
+    )
 }
 
 #[cfg(test)]

@@ -91,6 +91,127 @@ fn verdicts_agree_with_the_official_evaluator() {
     assert!(unexpected.is_empty(), "{unexpected:#?}");
 }
 
+/// The body of a function that looks for the tests in everything that Python knows of its process,
+/// and calls `use(text)` with what looks like them.
+const SEARCH: &str = "    import gc, sys
+    seen, found = set(), [dict(vars(sys))]
+    frame = sys._getframe()
+    while frame:
+        found.append(frame.f_locals)
+        frame = frame.f_back
+    found.extend(gc.get_objects())
+    for _ in range(3):
+        found = [inner for item in found if id(item) not in seen and not seen.add(id(item)) for inner in gc.get_referents(item)]
+        for item in found:
+            text = item.decode('latin-1') if isinstance(item, bytes) else item
+            if isinstance(text, str) and 'candidate([3, 1])' in text and '== 3' in text and 'SECRET' in text:
+                use(text)
+";
+
+/// Answers that attack the judge instead of solving the problem.
+#[test]
+fn a_verdict_cannot_be_forged() {
+    let (_alone, sandbox) = (alone(), sandbox());
+    let Sample { meta: Some(mut meta), .. } = largest() else { panic!("the sample has tests") };
+    meta["test"] = json!(format!("{}    # SECRET\n    import colorsys\n", meta["test"].as_str().unwrap()));
+    let sample = Sample { meta: Some(meta), ..largest() };
+    let correct = "    return max(numbers, default=0)\n";
+    assert_eq!(score(Task::Humaneval, &sandbox, &sample, correct), Verdict::Correct);
+    // What the harness holds in its frames: the channel of the verdict, and functions to write to it.
+    let frames = "    import sys
+    frame = sys._getframe()
+    while frame:
+        names = frame.f_locals
+        if 'channel' in names and 'write' in names:
+            token = names['read_exactly'](32) if 'read_exactly' in names else b''
+            names['write'](names['channel'], b'passed ' + token + b'\\n')
+            names['end'](0)
+        frame = frame.f_back
+";
+    let all_descriptors = "    import os
+    for descriptor in range(64):
+        for text in (b'passed\\n', b'passed ' + b'0' * 32 + b'\\n', (4).to_bytes(8, 'little') + b'true'):
+            try: os.write(descriptor, text)
+            except OSError: pass
+    os._exit(0)
+";
+    // The judge is the next process, if any.
+    let signals = "    import ctypes, os
+    for number in range(os.getpid() - 3, os.getpid() + 9):
+        if number != os.getpid(): assert ctypes.CDLL(None).kill(number, 9) == -1
+    return 7
+";
+    // A module that the tests import, in the program's own folder.
+    let module = "    open('colorsys.py', 'w').write('''
+import os
+for descriptor in range(64):
+    try: os.write(descriptor, b'passed' + bytes([10]))
+    except OSError: pass
+os._exit(0)
+''')
+    return max(numbers, default=0)
+";
+    let of_tests =
+        format!("{}    return 7\n", SEARCH.replace("use(text)", "return 0 if not numbers else max(numbers)"));
+    for answer in [frames, all_descriptors, signals, &of_tests] {
+        assert_eq!(score(Task::Humaneval, &sandbox, &sample, answer), Verdict::Incorrect, "{answer}");
+    }
+    assert_eq!(
+        score(Task::Humaneval, &sandbox, &sample, module),
+        Verdict::Correct,
+        "the judge has Python's own module"
+    );
+}
+
+#[test]
+fn tests_may_do_with_objects_of_an_answer_what_they_may_do_in_one_process() {
+    let (_alone, sandbox) = (alone(), sandbox());
+    for (tests, answer) in [
+        // Arguments that a function changes.
+        (&["x = [3, 1]\nf(x)\nassert x == [1, 3]"][..], "def f(x):\n    x.sort()"),
+        (&["x = {1: 2}\nassert f(x) is None and x == {}"], "def f(x):\n    x.clear()"),
+        // Objects, iterators and functions that it returns, and those of the tests that it gets.
+        (
+            &[
+                "p = f(1)\np.x += 1\nassert p.x == 2 and p + p == 4 and str(p) == 'P2' and len(p) == 2 and p[0] == 0 and 5 in p",
+            ],
+            "class P:\n    def __init__(self, x): self.x = x\n    def __add__(self, o): return self.x + o.x\n    def __str__(self): return f'P{self.x}'\n    \
+             def __len__(self): return self.x\n    def __getitem__(self, i): return i\n    def __contains__(self, x): return x == 5\ndef f(x):\n    return P(x)",
+        ),
+        (
+            &["assert list(f(3)) == [0, 1, 2]", "assert next(f(1)) == 0", "assert sum(f(4)) == 6"],
+            "def f(n):\n    yield from range(n)",
+        ),
+        (&["assert f(lambda x: x + 1, 2) == 3", "assert f(len, 'ab') == 2"], "def f(g, x):\n    return g(x)"),
+        (&["assert f(2)(3) == 5"], "def f(x):\n    return lambda y: x + y"),
+        // Values of every plain type come as they are.
+        (
+            &[
+                "v = [None, True, 2**70, -1.5, 'é\\ud800', b'\\x00', (1,), {1: {2}}, frozenset([3]), 1j, range(3), float('inf')]\nassert f(v) == v and [type(x) for x in f(v)] == [type(x) for x in v]",
+            ],
+            "def f(v):\n    return v",
+        ),
+        (
+            &["import collections\nassert f('aab') == collections.Counter('aab') == {'a': 2, 'b': 1}"],
+            "import collections\ndef f(x):\n    return collections.Counter(x)",
+        ),
+        (&["x = f()\nassert x[0] is not None and len(x) == 1"], "def f():\n    x = []\n    x.append(x)\n    return x"),
+        // Exceptions, also its own ones.
+        (
+            &["try:\n    f('x')\n    assert False\nexcept ValueError as error:\n    assert 'invalid' in str(error)"],
+            "def f(x):\n    return int(x)",
+        ),
+        (
+            &["try:\n    f()\n    assert False\nexcept Exception as error:\n    assert type(error).__name__ == 'Mine'"],
+            "class Mine(Exception): pass\ndef f():\n    raise Mine('x')",
+        ),
+        // What the tests import is there for the answer, and the reverse.
+        (&["assert f(4) == 2 and math.pi > 3"], "def f(x):\n    return math.sqrt(x)"),
+    ] {
+        assert_eq!(score(Task::Mbpp, &sandbox, &mbpp(tests, ""), answer), Verdict::Correct, "{answer}");
+    }
+}
+
 #[test]
 fn a_chat_answer_is_scored_by_the_code_in_it() {
     let (_alone, sandbox, sample) = (alone(), sandbox(), largest());

@@ -2,7 +2,8 @@
 //! the next program runs.
 
 use std::net::TcpListener;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -23,17 +24,18 @@ pub fn alone() -> MutexGuard<'static, ()> {
 /// A sandbox with low limits. Its launcher has limits of its own, in case those of the sandbox
 /// fail.
 fn sandbox(folder: &Path) -> Sandbox {
-    started_by(folder, "#!/bin/sh\nulimit -t 60 -f 2000000 -u 4096\nexec \"$@\"\n").unwrap()
+    let script = "#!/bin/sh\nulimit -t 60 -f 2000000 -u 4096\nexec \"$@\"\n";
+    started_by(folder, script, Path::new("python3")).unwrap()
 }
 
 /// The same sandbox, whose launcher a script starts.
-fn started_by(folder: &Path, script: &str) -> cllm_core::Result<Sandbox> {
+fn started_by(folder: &Path, script: &str, python: &Path) -> cllm_core::Result<Sandbox> {
     let wrapper = PathBuf::from(path(folder, "wrapper"));
     std::fs::write(&wrapper, script).unwrap();
     std::fs::set_permissions(&wrapper, std::fs::Permissions::from_mode(0o755)).unwrap();
     let limits =
         Limits { wall_time: Duration::from_secs(6), cpu_seconds: 2, memory_bytes: 256 << 20, ..Limits::default() };
-    Sandbox::open_with(Path::new("python3"), limits, Some(&wrapper))
+    Sandbox::open_with(python, limits, Some(&wrapper))
 }
 
 /// Number of processes that run the harness. A child that escaped would keep its command line.
@@ -180,7 +182,7 @@ fn memory_disk_time_and_output_are_bounded() {
             ("import os\nwhile True: os.write(1, b'x' * 1000)", &[ProgramOutcome::TooMuchOutput]),
             (
                 "import os\nfor fd in range(3, 64):\n    try:\n        while True: os.write(fd, b'x' * 1000)\n    except OSError: pass",
-                &[ProgramOutcome::TooMuchOutput],
+                &[error("it left before its end"), ProgramOutcome::Killed(9)],
             ),
             ("def f(): f()\nf()", &[error("RecursionError")]),
         ],
@@ -279,25 +281,35 @@ fn only_a_program_that_runs_to_its_end_passes() {
     );
 }
 
-/// A sandbox on a kernel that refuses these system calls (by their x86-64 numbers).
-#[cfg(target_arch = "x86_64")]
-fn without(folder: &Path, calls: &[u32]) -> cllm_core::Result<Sandbox> {
-    // A BPF filter: load the number of the system call, return EPERM if it is one of these, else
-    // allow it.
-    let script = format!(
-        "#!/usr/bin/python3\n\
-         import ctypes, os, struct, sys\n\
-         calls = {calls:?}\n\
-         code = [(0x20, 0, 0, 0)]\n\
-         for call in calls: code += [(0x15, 0, 1, call), (0x06, 0, 0, 0x00050001)]\n\
-         code += [(0x06, 0, 0, 0x7fff0000)]\n\
-         text = ctypes.create_string_buffer(b''.join(struct.pack('HBBI', *line) for line in code))\n\
-         program = struct.pack('HxxxxxxQ', len(code), ctypes.addressof(text))\n\
-         libc = ctypes.CDLL(None)\n\
-         assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, program, 0, 0) == 0\n\
-         os.execv(sys.argv[1], sys.argv[1:])\n"
-    );
-    started_by(folder, &script)
+/// A machine that has less than this one.
+#[derive(Default, Clone, Copy)]
+struct Machine {
+    /// System calls that its kernel refuses, by their x86-64 numbers.
+    refused: &'static [u32],
+    /// The version of Landlock that its kernel has; `None` for that of this machine.
+    landlock_abi: Option<u32>,
+    /// Who starts the launcher; `None` for who runs the test.
+    user: Option<u32>,
+    /// The hard limit of open files.
+    max_open_files: Option<u32>,
+}
+
+impl Machine {
+    /// The sandbox on this machine. A process that the launcher inherits nothing of answers for the
+    /// kernel when it is asked for its version of Landlock.
+    #[cfg(target_arch = "x86_64")]
+    fn sandbox(self, folder: &Path, python: &Path) -> cllm_core::Result<Sandbox> {
+        let Machine { refused, landlock_abi, user, max_open_files } = self;
+        let script = format!(
+            "#!/usr/bin/python3\n\
+             refused, abi, user, files = {refused:?}, {}, {}, {}\n{}",
+            landlock_abi.unwrap_or(0),
+            user.unwrap_or(0),
+            max_open_files.unwrap_or(0),
+            include_str!("../fixtures/start-on-machine.py")
+        );
+        started_by(folder, &script, python)
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -305,6 +317,117 @@ mod system_calls {
     pub(super) const SECCOMP: u32 = 317;
     pub(super) const UNSHARE: u32 = 272;
     pub(super) const LANDLOCK: u32 = 444;
+}
+
+/// A sandbox on a kernel that refuses these system calls.
+#[cfg(target_arch = "x86_64")]
+fn without(folder: &Path, refused: &'static [u32]) -> cllm_core::Result<Sandbox> {
+    Machine { refused, ..Machine::default() }.sandbox(folder, Path::new("python3"))
+}
+
+/// A user that is not root, if this process may become one.
+#[cfg(target_arch = "x86_64")]
+fn ordinary_user() -> Option<u32> {
+    (std::fs::metadata("/proc/self").unwrap().uid() == 0).then_some(54_321)
+}
+
+/// What a user has outside of the sandbox: a file that programs may read, as it lies in the folder of
+/// their Python, and a process.
+#[cfg(target_arch = "x86_64")]
+struct Belongings {
+    python: PathBuf,
+    file: PathBuf,
+    process: std::process::Child,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Belongings {
+    fn of(user: Option<u32>, folder: &Path) -> Self {
+        std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let environment = folder.join("environment");
+        let (python, file) = (environment.join("bin/python3"), environment.join("notes.txt"));
+        std::fs::create_dir_all(environment.join("bin")).unwrap();
+        std::fs::write(environment.join("pyvenv.cfg"), "home = /usr/bin\n").unwrap();
+        std::os::unix::fs::symlink("/usr/bin/python3", &python).unwrap();
+        std::fs::write(&file, "alive").unwrap();
+        let mut sleep = Command::new("sleep");
+        sleep.arg("1000");
+        if let Some(user) = user {
+            std::os::unix::fs::chown(&file, Some(user), Some(user)).unwrap();
+            sleep.uid(user).gid(user);
+        }
+        Belongings { python, file, process: sleep.spawn().unwrap() }
+    }
+
+    /// Programs that would change the file or signal the process.
+    fn attacks(&self) -> Vec<String> {
+        let (file, process) = (self.file.display(), self.process.id());
+        let own = format!("import fcntl, os, socket, struct\na, b = socket.socketpair()\npid = {process}\n");
+        let send = "fcntl.fcntl(a, 10, 9)\nfcntl.fcntl(a, fcntl.F_SETFL, os.O_ASYNC)\nb.send(b'x')";
+        vec![
+            format!("{own}fcntl.fcntl(a, fcntl.F_SETOWN, pid)\n{send}"),
+            format!("{own}fcntl.fcntl(a, 15, struct.pack('ii', 1, pid))\n{send}"),
+            format!("{own}fcntl.ioctl(a, 0x8901, struct.pack('i', pid))\n{send}"),
+            format!("{own}fcntl.ioctl(a, 0x8902, struct.pack('i', pid))\n{send}"),
+            format!("import os\nos.kill({process}, 9)"),
+            format!("import os\nos.truncate('{file}', 0)"),
+            format!("import os\nos.open('{file}', os.O_RDONLY | os.O_TRUNC)"),
+            format!("import os\nos.open('{file}', 3 | os.O_TRUNC)"),
+            format!("open('{file}', 'w')"),
+            format!("import os\nos.utime('{file}', (0, 0))"),
+            format!("import os\nos.utime(os.open('{file}', os.O_RDONLY), (0, 0))"),
+            format!("import os\nos.chmod('{file}', 0)"),
+            format!("import os\nos.remove('{file}')"),
+            format!("import os\nos.setxattr('{file}', 'user.a', b'b')"),
+        ]
+    }
+
+    #[track_caller]
+    fn are_out_of_reach_of(&mut self, sandbox: &Sandbox) {
+        let before = self.file.metadata().unwrap();
+        let refused = ["OSError", "PermissionError", "FileNotFoundError"].map(error);
+        let attacks = self.attacks();
+        let attacks: Vec<(&str, &[ProgramOutcome])> = attacks.iter().map(|attack| (&**attack, &refused[..])).collect();
+        none_passes(sandbox, &attacks);
+        let after = self.file.metadata().unwrap();
+        let state = |of: &std::fs::Metadata| (of.modified().unwrap(), of.mode(), of.len());
+        assert_eq!(state(&before), state(&after), "{:?}", sandbox.layers());
+        assert!(self.process.try_wait().unwrap().is_none(), "{:?}", sandbox.layers());
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Drop for Belongings {
+    fn drop(&mut self) {
+        self.process.kill().unwrap();
+        self.process.wait().unwrap();
+    }
+}
+
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn an_ordinary_user_loses_nothing_without_landlock() {
+    let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
+    let user = ordinary_user();
+    let mut belongings = Belongings::of(user, dir.path());
+    let machine = Machine { refused: &[system_calls::LANDLOCK], user, ..Machine::default() };
+    // Some kernels do not let ordinary users have namespaces.
+    if let Ok(sandbox) = machine.sandbox(dir.path(), &belongings.python) {
+        assert!(has_layer(&sandbox, "user namespace") && !has_layer(&sandbox, "landlock"), "{:?}", sandbox.layers());
+        belongings.are_out_of_reach_of(&sandbox);
+    }
+}
+
+#[test]
+#[cfg(target_arch = "x86_64")]
+fn a_hard_limit_of_open_files_below_that_of_the_sandbox_stays() {
+    let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
+    let user = ordinary_user();
+    let belongings = Belongings::of(user, dir.path());
+    let machine = Machine { user, max_open_files: Some(40), ..Machine::default() };
+    let sandbox = machine.sandbox(dir.path(), &belongings.python).unwrap();
+    let limit = "import resource\nassert resource.getrlimit(resource.RLIMIT_NOFILE) == (40, 40)";
+    assert_eq!(sandbox.run(limit).unwrap(), ProgramOutcome::Passed);
 }
 
 fn has_layer(sandbox: &Sandbox, name: &str) -> bool {
@@ -329,6 +452,24 @@ fn a_layer_that_the_kernel_refuses_is_not_listed() {
 #[cfg(target_arch = "x86_64")]
 mod needs_landlock {
     use super::*;
+
+    #[test]
+    #[ignore = "needs a kernel with Landlock: scripts/test"]
+    fn an_ordinary_user_loses_nothing_with_any_version_of_landlock() {
+        let (_alone, dir) = (alone(), tempfile::tempdir().unwrap());
+        let user = ordinary_user();
+        let mut belongings = Belongings::of(user, dir.path());
+        // Version 1 came with Linux 5.13, 6 with 6.12. Many containers do not permit namespaces.
+        for refused in [&[system_calls::UNSHARE][..], &[]] {
+            for abi in 1..=6 {
+                let machine = Machine { refused, landlock_abi: Some(abi), user, ..Machine::default() };
+                let sandbox = machine.sandbox(dir.path(), &belongings.python).unwrap();
+                assert!(has_layer(&sandbox, "landlock") && !has_layer(&sandbox, "own user"), "{:?}", sandbox.layers());
+                assert!(refused.is_empty() || !has_layer(&sandbox, "private root"), "{:?}", sandbox.layers());
+                belongings.are_out_of_reach_of(&sandbox);
+            }
+        }
+    }
 
     #[test]
     #[ignore = "needs a kernel with Landlock: scripts/test"]

@@ -5,15 +5,17 @@
 //! are equal, whatever their type (1025 and 1025.0) and the rounding of an average (11.35 and
 //! 11.350000000000001); strings are never rewritten.
 
-mod database;
+mod databases;
 mod extract;
 mod lexer;
-mod result;
 mod rewrite;
 
-pub(super) use database::Database;
+use std::ops::Range;
+
+pub(super) use databases::Databases;
 
 use super::verdict::Verdict;
+use crate::{Result, interrupt};
 use extract::find_query;
 use rewrite::{normalize, without_distinct};
 
@@ -26,41 +28,49 @@ pub(super) struct Verdicts {
 }
 
 /// Compares the results of the answered query and the reference on every database of a suite, which
-/// have one schema. A reference that does not run leaves the answer unscored.
-pub(super) fn compare(suite: &mut [Database], reference: &str, answer: &str) -> Verdicts {
-    let accepts = |query: &str| suite.first().is_some_and(|database| database.accepts(&normalize(query)));
+/// have one schema: those with these indices. A reference that does not run leaves the answer
+/// unscored.
+///
+/// # Errors
+/// When queries cannot be run, or a signal asked this process to stop.
+pub(super) fn compare(databases: &Databases, suite: Range<usize>, reference: &str, answer: &str) -> Result<Verdicts> {
+    // What fails here fails again below.
+    let accepts = |query: &str| databases.accepts(suite.start, &normalize(query)).unwrap_or(false);
     let query = |text: &str| find_query(text, accepts).map(|query| normalize(&query));
+    let verdict = |reference: &str, answer: Option<&str>| verdict(databases, suite.clone(), reference, answer);
     let Some(reference) = query(reference) else {
-        return Verdicts { ignore_distinct: Verdict::Unscored, keep_distinct: Verdict::Unscored };
+        interrupt::check()?;
+        return Ok(Verdicts { ignore_distinct: Verdict::Unscored, keep_distinct: Verdict::Unscored });
     };
     let answer = query(answer);
-    let keep_distinct = verdict(suite, &reference, answer.as_deref());
+    let keep_distinct = verdict(&reference, answer.as_deref())?;
     let (bare_reference, bare_answer) = (without_distinct(&reference), answer.as_deref().map(without_distinct));
     let ignore_distinct = if (&bare_reference, &bare_answer) == (&reference, &answer) {
         keep_distinct
     } else {
-        verdict(suite, &bare_reference, bare_answer.as_deref())
+        verdict(&bare_reference, bare_answer.as_deref())?
     };
-    Verdicts { ignore_distinct, keep_distinct }
+    Ok(Verdicts { ignore_distinct, keep_distinct })
 }
 
-fn verdict(suite: &mut [Database], reference: &str, answer: Option<&str>) -> Verdict {
-    let differs = |database: &mut Database| match database.same_result(reference, answer) {
-        None => Some(Verdict::Unscored),
-        Some(false) => Some(Verdict::Incorrect),
-        Some(true) => None,
-    };
-    suite.iter_mut().find_map(differs).unwrap_or(Verdict::Correct)
+fn verdict(databases: &Databases, suite: Range<usize>, reference: &str, answer: Option<&str>) -> Result<Verdict> {
+    for database in suite {
+        match databases.same_result(database, reference, answer)? {
+            None => return Ok(Verdict::Unscored),
+            Some(false) => return Ok(Verdict::Incorrect),
+            Some(true) => {}
+        }
+    }
+    Ok(Verdict::Correct)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn database(statements: &str) -> Database {
-        let connection = rusqlite::Connection::open_in_memory().unwrap();
-        connection.execute_batch(statements).unwrap();
-        Database::guard(connection, std::time::Duration::from_secs(5)).unwrap()
+    fn databases(scripts: &[&str]) -> Databases {
+        let scripts = scripts.iter().map(|script| (*script).to_owned()).collect();
+        Databases::from_scripts(scripts, std::time::Duration::from_secs(5)).unwrap()
     }
 
     const PETS: &str = "CREATE TABLE pet (name, age, weight REAL);
@@ -72,7 +82,7 @@ mod tests {
             ignore_distinct: Verdict::from_correct(is_correct),
             keep_distinct: Verdict::from_correct(is_correct_with_distinct),
         };
-        assert_eq!(compare(&mut [database(PETS)], gold, answer), expected, "{gold} | {answer}");
+        assert_eq!(compare(&databases(&[PETS]), 0..1, gold, answer).unwrap(), expected, "{gold} | {answer}");
     }
 
     #[test]
@@ -132,15 +142,16 @@ mod tests {
     #[test]
     fn every_database_of_a_suite_must_agree() {
         let other = "CREATE TABLE pet (name, age, weight REAL); INSERT INTO pet VALUES ('Cy', 3, 1.0), ('Di', 9, 2.0);";
-        let mut suite = [database(PETS), database(other)];
+        let suite = databases(&[PETS, other]);
         let (gold, lucky) = ("SELECT max(age) FROM pet WHERE name = 'Bo'", "SELECT max(age) FROM pet");
-        let mut verdict = |gold: &str, answer: &str| compare(&mut suite, gold, answer).ignore_distinct;
+        let verdict = |gold: &str, answer: &str| compare(&suite, 0..2, gold, answer).unwrap().ignore_distinct;
         assert_verdicts(gold, lucky, true, true);
         assert_eq!(verdict(gold, lucky), Verdict::Incorrect);
         assert_eq!(verdict(gold, gold), Verdict::Correct);
         assert_eq!(verdict("SELECT owner FROM pet", "SELECT 22"), Verdict::Unscored);
         // A reference that fails anywhere says nothing: here a sum is beyond an integer's range.
-        let mut failing = [database(PETS), database(&PETS.replace("9, 2.5", "9223372036854775807, 2.5"))];
-        assert_eq!(compare(&mut failing, "SELECT sum(age) FROM pet", "SELECT 22").ignore_distinct, Verdict::Unscored);
+        let failing = databases(&[PETS, &PETS.replace("9, 2.5", "9223372036854775807, 2.5")]);
+        let verdicts = compare(&failing, 0..2, "SELECT sum(age) FROM pet", "SELECT 22").unwrap();
+        assert_eq!(verdicts.ignore_distinct, Verdict::Unscored);
     }
 }

@@ -9,7 +9,7 @@ use rusqlite::types::ValueRef;
 /// Digits of a real number that count: averages differ in the last ones by the order of additions.
 const SIGNIFICANT_DIGITS: usize = 12;
 
-/// Bytes of the different texts of two results.
+/// Bytes of two results: of their different texts, and of the number of every value.
 const MAX_BYTES: usize = 256 << 20;
 
 /// A value. Equal values have the same form: 1 and 1.0 do.
@@ -59,12 +59,18 @@ impl ValueIds {
     /// # Errors
     /// When all values are too large to hold.
     fn id(&mut self, value: ValueRef<'_>) -> rusqlite::Result<u32> {
+        let num_text_bytes = value.as_bytes_or_null().ok().flatten().map_or(0, <[u8]>::len);
+        self.num_bytes += size_of::<u32>();
+        // Before anything is copied.
+        if self.num_bytes + num_text_bytes > MAX_BYTES {
+            return Err(rusqlite::Error::InvalidQuery);
+        }
         let next = self.ids.len() as u32;
         let id = *self.ids.entry(Value::new(value)).or_insert(next);
         if id == next {
-            self.num_bytes += value.as_bytes_or_null().ok().flatten().map_or(0, <[u8]>::len);
+            self.num_bytes += size_of::<Value>() + num_text_bytes;
         }
-        if self.num_bytes > MAX_BYTES { Err(rusqlite::Error::InvalidQuery) } else { Ok(id) }
+        Ok(id)
     }
 }
 
