@@ -5,18 +5,24 @@
 //! prompt is such a text. An answer continues a text, so its own first blank counts: it is encoded
 //! and decoded as what follows its prompt.
 
-use std::path::Path;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use tokenizers::AddedToken;
 
-use crate::{Error, Result};
+use crate::error::panic_message;
+use crate::tokenizer_parts::Growth;
+use crate::{Error, Result, deep_stack, text_file};
 
 /// Keys of tokenizer_config.json that name special tokens.
 const SPECIAL_TOKENS: [&str; 7] =
     ["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"];
+
+/// More than the text of a token has, for a limit that only hostile files reach.
+const MAX_TOKEN_BYTES: usize = 64;
 
 /// What tokenizer.json and tokenizer_config.json say about text and ids.
 pub(crate) struct Codec {
@@ -27,6 +33,8 @@ pub(crate) struct Codec {
     num_embeddings: Option<u32>,
     /// What tokenizer_config.json changes in the ids of a text; `None` if nothing.
     changed_by_settings: Option<String>,
+    growth: Growth,
+    path: PathBuf,
 }
 
 impl Codec {
@@ -43,7 +51,10 @@ impl Codec {
             );
             Error::file(path, message)
         };
-        let mut tokenizer = tokenizers::Tokenizer::from_file(path).map_err(invalid)?;
+        let text = text_file::read(path)?;
+        let growth = Growth::read(&text).map_err(|problem| invalid(problem.into()))?;
+        let read = move || without_panics(|| text.parse::<tokenizers::Tokenizer>());
+        let mut tokenizer = deep_stack::run(read)?.map_err(invalid)?;
         check_vocab_size(path, &tokenizer, num_embeddings)?;
         // A file may ask to cut every text to a length, or to fill it up.
         tokenizer.with_truncation(None).map_err(invalid)?;
@@ -57,7 +68,7 @@ impl Codec {
         let is_changed = splits_special_tokens || added != of_file;
         let changed_by_settings = is_changed.then(|| json!([added, splits_special_tokens]).to_string());
         let continuation = without_leading_blank(&tokenizer).map_err(invalid)?;
-        Ok(Codec { tokenizer, continuation, num_embeddings, changed_by_settings })
+        Ok(Codec { tokenizer, continuation, num_embeddings, changed_by_settings, growth, path: path.to_owned() })
     }
 
     /// What belongs to the identity of the tokenizer beside its tokenizer.json: the tokens that
@@ -105,17 +116,21 @@ impl Codec {
     }
 
     fn encode_with(&self, tokenizer: &tokenizers::Tokenizer, text: &str, special_tokens: bool) -> Result<Vec<i32>> {
-        let encoding = tokenizer.encode(text, special_tokens).map_err(tokenizer_error)?;
+        self.growth.check_encoding(text.len()).map_err(|problem| self.refuses(&problem))?;
+        let encoding =
+            without_panics(|| tokenizer.encode(text, special_tokens)).map_err(|error| self.failed(&error))?;
         let unknown = |id: &u32| self.num_embeddings.is_some_and(|num_embeddings| *id >= num_embeddings);
         match encoding.get_ids().iter().position(unknown) {
             None => Ok(encoding.get_ids().iter().map(|&id| id as i32).collect()),
-            Some(index) => Err(Error::usage(format!(
-                "the text has the token `{}` (id {}), but the model has embeddings for {} tokens only: remove it from the \
-                 text, or resize the model's embedding",
-                encoding.get_tokens()[index],
-                encoding.get_ids()[index],
-                self.num_embeddings.unwrap_or_default(),
-            ))),
+            Some(index) => {
+                let (token, id) = (&encoding.get_tokens()[index], encoding.get_ids()[index]);
+                let num_embeddings = self.num_embeddings.unwrap_or_default();
+                let message = format!(
+                    "the text has the token `{token}` (id {id}), but the model has embeddings for {num_embeddings} tokens \
+                     only: remove it from the text, or resize the model's embedding"
+                );
+                Err(self.refuses(&message))
+            }
         }
     }
 
@@ -128,7 +143,18 @@ impl Codec {
     }
 
     fn decode_unsigned(&self, ids: &[u32]) -> Result<String> {
-        self.tokenizer.decode(ids, true).map_err(tokenizer_error)
+        let num_bytes = ids.len() * MAX_TOKEN_BYTES;
+        self.growth.check_decoding(num_bytes).map_err(|problem| self.refuses(&problem))?;
+        without_panics(|| self.tokenizer.decode(ids, true)).map_err(|error| self.failed(&error))
+    }
+
+    /// The error for a text that another may replace.
+    fn refuses(&self, problem: &str) -> Error {
+        Error::usage(format!("{}: {problem}", self.path.display()))
+    }
+
+    fn failed(&self, error: &tokenizers::Error) -> Error {
+        Error::file(&self.path, format!("the tokenizer fails: {error}"))
     }
 
     /// The text of ids that follow others: what they add to the text of those.
@@ -207,8 +233,12 @@ impl DecodeStream<'_> {
     }
 }
 
-fn tokenizer_error(error: tokenizers::Error) -> Error {
-    Error::usage(format!("tokenizer: {error}"))
+/// A tokenizer relies on what its file says, such as the offsets in a `precompiled_charsmap`.
+fn without_panics<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
+    catch_unwind(AssertUnwindSafe(work)).unwrap_or_else(|panic| {
+        let text = panic_message(&*panic);
+        Err(format!("it is broken ({text})").into())
+    })
 }
 
 /// Refuses a tokenizer with ids that the model's embedding does not have. Those of added tokens may

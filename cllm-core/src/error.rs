@@ -1,6 +1,7 @@
 //! The one error type of the toolkit. A message names the file, row or key, says what was expected
 //! and what is there, and ends with what to do about it.
 
+use std::any::Any;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
@@ -130,6 +131,12 @@ impl Error {
     }
 }
 
+/// What a panic said.
+pub(crate) fn panic_message(payload: &(dyn Any + Send)) -> String {
+    let text = payload.downcast_ref::<String>().cloned();
+    text.or_else(|| payload.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default()
+}
+
 /// Why a file cannot be read. Replaces the system's own message where that would not help.
 fn read_failure(source: &std::io::Error) -> String {
     match source.kind() {
@@ -168,6 +175,7 @@ fn torch_message(error: &tch::TchError) -> String {
 
 fn signal_name(signal: i32) -> &'static str {
     match signal {
+        1 => "SIGHUP",
         2 => "SIGINT",
         15 => "SIGTERM",
         _ => "signal",

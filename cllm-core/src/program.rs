@@ -7,6 +7,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 
+use crate::error::panic_message;
 use crate::{Error, Result, interrupt, progress};
 
 mod command_line;
@@ -58,8 +59,7 @@ pub fn catch_panics<T>(body: impl FnOnce() -> Result<T>) -> Result<T> {
 /// the error reaches the panic's payload: its `Debug` form, with escaped line ends. There is no
 /// other way to tell it from a bug of ours.
 fn error_of_panic(payload: &(dyn Any + Send)) -> Error {
-    let text = payload.downcast_ref::<String>().cloned();
-    let text = text.or_else(|| payload.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default();
+    let text = panic_message(payload);
     match text.split_once("`Err` value: Torch(\"") {
         Some((_, message)) => {
             let message = message.trim_end_matches("\")").replace("\\n", "\n").replace("\\\"", "\"");

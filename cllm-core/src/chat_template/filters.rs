@@ -5,15 +5,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use minijinja::value::{Kwargs, Object, Rest, Tuple, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, State, Value};
 
-use super::python::{Arguments, centered, escape, failed, float_of, modulo, str_of};
+use super::python::{Arguments, centered, charge, escape, failed, float_of, modulo, str_of};
 use super::{json, percent};
 
 pub(super) fn add_to(environment: &mut Environment<'_>) {
     environment.add_filter("tojson", json::to_json);
-    environment.add_filter(percent::MODULO, |left: &Value, right: &Value| modulo(left, right));
-    environment.add_filter("string", |value: &Value| str_of(value));
-    environment.add_filter("e", |value: &Value| if value.is_safe() { value.clone() } else { to_markup(value) });
-    environment.add_filter("escape", |value: &Value| if value.is_safe() { value.clone() } else { to_markup(value) });
+    environment.add_filter(percent::MODULO, modulo);
+    environment.add_filter("string", str_of);
+    environment.add_filter("e", to_markup_once);
+    environment.add_filter("escape", to_markup_once);
     environment.add_filter("forceescape", to_markup);
     environment.add_filter("striptags", |text: String| minijinja_contrib::filters::striptags(text));
     environment.add_filter("truncate", truncate);
@@ -43,8 +43,12 @@ pub(super) fn add_to(environment: &mut Environment<'_>) {
     environment.add_function("joiner", minijinja_contrib::globals::joiner);
 }
 
-fn to_markup(value: &Value) -> Value {
-    Value::from_safe_string(escape(value))
+fn to_markup(state: &State<'_, '_>, value: &Value) -> Result<Value, Error> {
+    escape(state, value).map(Value::from_safe_string)
+}
+
+fn to_markup_once(state: &State<'_, '_>, value: &Value) -> Result<Value, Error> {
+    if value.is_safe() { Ok(value.clone()) } else { to_markup(state, value) }
 }
 
 /// Jinja's `cycler`, which minijinja's lacks `reset` of.
@@ -98,7 +102,7 @@ fn truncate(text: String, positional: Rest<Value>, named: Kwargs) -> Result<Stri
 }
 
 /// Wraps each line at `width` characters; a longer word is cut.
-fn word_wrap(text: String, positional: Rest<Value>, named: Kwargs) -> Result<String, Error> {
+fn word_wrap(state: &State<'_, '_>, text: String, positional: Rest<Value>, named: Kwargs) -> Result<String, Error> {
     let names = ["width", "break_long_words", "wrapstring", "break_on_hyphens"];
     let arguments = Arguments::named("wordwrap", &positional, &named, &names)?;
     let width = arguments.integer(0)?.unwrap_or(79).max(1) as usize;
@@ -106,36 +110,42 @@ fn word_wrap(text: String, positional: Rest<Value>, named: Kwargs) -> Result<Str
     let end = arguments.text(2)?.unwrap_or("\n");
     let mut lines: Vec<String> = Vec::new();
     for paragraph in text.lines() {
-        let mut line = String::new();
+        let (mut line, mut length) = (String::new(), 0);
         for word in paragraph.split_whitespace() {
-            let mut word = word;
-            if !line.is_empty() && line.chars().count() + 1 + word.chars().count() <= width {
+            let (mut word, mut word_length) = (word, word.chars().count());
+            if !line.is_empty() && length + 1 + word_length <= width {
                 line.push(' ');
+                length += 1;
             } else if !line.is_empty() {
                 lines.push(std::mem::take(&mut line));
+                length = 0;
             }
-            while break_words && line.is_empty() && word.chars().count() > width {
+            while break_words && line.is_empty() && word_length > width {
                 let cut = word.char_indices().nth(width).map_or(word.len(), |(at, _)| at);
                 lines.push(word[..cut].to_owned());
-                word = &word[cut..];
+                (word, word_length) = (&word[cut..], word_length - width);
             }
             line.push_str(word);
+            length += word_length;
         }
         lines.push(line);
     }
+    charge(state, end.len().saturating_mul(lines.len()))?;
     Ok(lines.join(end))
 }
 
-fn center(text: String, width: Option<usize>) -> String {
-    centered(&text, width.unwrap_or(80), " ")
+fn center(state: &State<'_, '_>, text: String, width: Option<usize>) -> Result<String, Error> {
+    charge(state, width.unwrap_or(80))?;
+    Ok(centered(&text, width.unwrap_or(80), " "))
 }
 
-fn indent(text: String, positional: Rest<Value>, named: Kwargs) -> Result<String, Error> {
+fn indent(state: &State<'_, '_>, text: String, positional: Rest<Value>, named: Kwargs) -> Result<String, Error> {
     let arguments = Arguments::named("indent", &positional, &named, &["width", "first", "blank"])?;
     let indentation = match arguments.value(0) {
         Some(text) if text.as_str().is_some() => text.to_string(),
-        _ => " ".repeat(arguments.integer(0)?.unwrap_or(4).max(0) as usize),
+        _ => blanks(state, arguments.integer(0)?.unwrap_or(4))?,
     };
+    charge(state, indentation.len().saturating_mul(text.matches('\n').count()))?;
     let is_indented = |index: usize, line: &str| {
         if index == 0 { arguments.flag(1) } else { arguments.flag(2) || !line.is_empty() }
     };
@@ -145,7 +155,14 @@ fn indent(text: String, positional: Rest<Value>, named: Kwargs) -> Result<String
     Ok(lines.collect::<Vec<_>>().join("\n"))
 }
 
-fn url_encode(value: &Value) -> Result<String, Error> {
+/// An indentation; a negative width is none.
+pub(super) fn blanks(state: &State<'_, '_>, width: i64) -> Result<String, Error> {
+    let width = usize::try_from(width).unwrap_or(0);
+    charge(state, width)?;
+    Ok(" ".repeat(width))
+}
+
+fn url_encode(state: &State<'_, '_>, value: &Value) -> Result<String, Error> {
     let quote = |text: &str, for_query: bool| {
         let mut out = String::new();
         for byte in text.bytes() {
@@ -159,19 +176,19 @@ fn url_encode(value: &Value) -> Result<String, Error> {
         out
     };
     if value.kind() != ValueKind::Map {
-        return Ok(quote(&str_of(value), false));
+        return Ok(quote(&str_of(state, value)?, false));
     }
-    let pair =
-        |key: Value| Ok(format!("{}={}", quote(&str_of(&key), true), quote(&str_of(&value.get_item(&key)?), true)));
+    let part = |value: &Value| Ok::<_, Error>(quote(&str_of(state, value)?, true));
+    let pair = |key: Value| Ok(format!("{}={}", part(&key)?, part(&value.get_item(&key)?)?));
     Ok(value.try_iter()?.map(pair).collect::<Result<Vec<_>, Error>>()?.join("&"))
 }
 
-fn xml_attributes(value: &Value) -> Result<String, Error> {
+fn xml_attributes(state: &State<'_, '_>, value: &Value) -> Result<String, Error> {
     let mut out = String::new();
     for key in value.try_iter()? {
         let item = value.get_item(&key)?;
         if !item.is_none() && !item.is_undefined() {
-            out.push_str(&format!(" {key}=\"{}\"", escape(&item)));
+            out.push_str(&format!(" {key}=\"{}\"", escape(state, &item)?));
         }
     }
     Ok(out)
@@ -236,7 +253,7 @@ fn sort_dict(value: &Value, positional: Rest<Value>, named: Kwargs) -> Result<Va
     Ok(pairs.into_iter().map(|(key, value)| Value::from(Tuple::from([key, value]))).collect())
 }
 
-fn unique(value: &Value, positional: Rest<Value>, named: Kwargs) -> Result<Value, Error> {
+fn unique(state: &State<'_, '_>, value: &Value, positional: Rest<Value>, named: Kwargs) -> Result<Value, Error> {
     let arguments = Arguments::named("unique", &positional, &named, &["case_sensitive", "attribute"])?;
     let mut seen = Vec::new();
     let mut kept = Vec::new();
@@ -246,6 +263,7 @@ fn unique(value: &Value, positional: Rest<Value>, named: Kwargs) -> Result<Value
             None => item.clone(),
         };
         let key = sort_key(&key, arguments.flag(0));
+        state.consume_fuel(seen.len() as u64)?;
         if !seen.contains(&key) {
             seen.push(key);
             kept.push(item);

@@ -1,24 +1,31 @@
 //! Python's `json.dumps`, which the filter `tojson` calls.
 
 use minijinja::value::{Kwargs, Rest, ValueKind};
-use minijinja::{Error, Value};
+use minijinja::{Error, State, Value};
 
-use super::python::{Arguments, failed, float_of, float_repr};
+use super::filters::blanks;
+use super::python::{Arguments, charge, check_nesting, failed, float_of, float_repr};
 
 /// `tojson` as `transformers` defines it: it escapes nothing for HTML.
-pub(super) fn to_json(value: &Value, positional: Rest<Value>, named: Kwargs) -> Result<String, Error> {
+pub(super) fn to_json(
+    state: &State<'_, '_>,
+    value: &Value,
+    positional: Rest<Value>,
+    named: Kwargs,
+) -> Result<String, Error> {
     let names = ["ensure_ascii", "indent", "separators", "sort_keys"];
     let arguments = Arguments::named("tojson", &positional, &named, &names)?;
     let indent = match arguments.value(1) {
         None => None,
         Some(text) if text.as_str().is_some() => text.as_str().map(str::to_owned),
-        Some(_) => Some(" ".repeat(arguments.integer(1)?.unwrap_or(0).max(0) as usize)),
+        Some(_) => Some(blanks(state, arguments.integer(1)?.unwrap_or(0))?),
     };
     let separator = |index: i64, default: &str| match arguments.value(2) {
         None => Ok(default.to_owned()),
         Some(pair) => pair.get_item(&Value::from(index)).map(|text| text.to_string()),
     };
     let mut dump = Dump {
+        state,
         out: String::new(),
         item_separator: separator(0, if indent.is_some() { "," } else { ", " })?,
         key_separator: separator(1, ": ")?,
@@ -30,7 +37,8 @@ pub(super) fn to_json(value: &Value, positional: Rest<Value>, named: Kwargs) -> 
     Ok(dump.out)
 }
 
-struct Dump {
+struct Dump<'s, 't, 'e> {
+    state: &'s State<'t, 'e>,
     out: String,
     indent: Option<String>,
     item_separator: String,
@@ -39,8 +47,9 @@ struct Dump {
     sort_keys: bool,
 }
 
-impl Dump {
+impl Dump<'_, '_, '_> {
     fn write(&mut self, value: &Value, depth: usize) -> Result<(), Error> {
+        check_nesting(self.state, depth)?;
         match value.kind() {
             ValueKind::None => self.out.push_str("null"),
             ValueKind::Bool | ValueKind::Number => self.out.push_str(&scalar(value)),
@@ -56,11 +65,10 @@ impl Dump {
         let items: Vec<Value> = value.try_iter()?.collect();
         self.out.push('[');
         for (index, item) in items.iter().enumerate() {
-            self.begin_item(index, depth + 1);
+            self.begin_item(index, depth + 1)?;
             self.write(item, depth + 1)?;
         }
-        self.end(items.is_empty(), ']', depth);
-        Ok(())
+        self.end(items.is_empty(), ']', depth)
     }
 
     fn write_dict(&mut self, value: &Value, depth: usize) -> Result<(), Error> {
@@ -74,34 +82,37 @@ impl Dump {
         }
         self.out.push('{');
         for (index, (key, item)) in items.iter().enumerate() {
-            self.begin_item(index, depth + 1);
+            self.begin_item(index, depth + 1)?;
             self.write_text(key);
             self.out.push_str(&self.key_separator);
             self.write(item, depth + 1)?;
         }
-        self.end(items.is_empty(), '}', depth);
-        Ok(())
+        self.end(items.is_empty(), '}', depth)
     }
 
-    fn begin_item(&mut self, index: usize, depth: usize) {
+    fn begin_item(&mut self, index: usize, depth: usize) -> Result<(), Error> {
+        charge(self.state, self.item_separator.len() + self.key_separator.len())?;
         if index > 0 {
             self.out.push_str(&self.item_separator);
         }
-        self.new_line(depth);
+        self.new_line(depth)
     }
 
-    fn end(&mut self, is_empty: bool, bracket: char, depth: usize) {
+    fn end(&mut self, is_empty: bool, bracket: char, depth: usize) -> Result<(), Error> {
         if !is_empty {
-            self.new_line(depth);
+            self.new_line(depth)?;
         }
         self.out.push(bracket);
+        Ok(())
     }
 
-    fn new_line(&mut self, depth: usize) {
+    fn new_line(&mut self, depth: usize) -> Result<(), Error> {
         if let Some(indent) = &self.indent {
+            charge(self.state, indent.len().saturating_mul(depth))?;
             self.out.push('\n');
             self.out.push_str(&indent.repeat(depth));
         }
+        Ok(())
     }
 
     fn write_text(&mut self, text: &str) {

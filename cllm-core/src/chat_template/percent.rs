@@ -14,8 +14,18 @@ static RAW: LazyLock<Regex> = LazyLock::new(|| {
 /// Words that end an operand.
 const KEYWORDS: [&str; 9] = ["and", "or", "not", "in", "is", "if", "elif", "else", "for"];
 
+/// Maximum bytes of a tag: the longer it is, the deeper its expressions may nest.
+pub(super) const MAX_TAG_BYTES: usize = 32 << 10;
+
+/// A tag that has more.
+#[derive(Debug)]
+pub(super) struct LongTag {
+    /// From 1.
+    pub(super) line: usize,
+}
+
 /// Replaces the operator in all expressions of a template.
-pub(super) fn replace_operator(source: &str) -> String {
+pub(super) fn replace_operator(source: &str) -> Result<String, LongTag> {
     let mut out = String::with_capacity(source.len());
     let mut rest = source;
     while let Some(start) = rest.find(['{']) {
@@ -27,6 +37,10 @@ pub(super) fn replace_operator(source: &str) -> String {
             rest.find("#}").map_or(rest.len(), |end| end + 2)
         } else if rest.starts_with("{{") || rest.starts_with("{%") {
             let (text, length) = Expression::new(rest).rewrite();
+            if length > MAX_TAG_BYTES {
+                let before = &source[..source.len() - rest.len()];
+                return Err(LongTag { line: before.matches('\n').count() + 1 });
+            }
             out.push_str(&text);
             rest = &rest[length..];
             continue;
@@ -36,7 +50,7 @@ pub(super) fn replace_operator(source: &str) -> String {
         out.push_str(&rest[..skipped]);
         rest = &rest[skipped..];
     }
-    out + rest
+    Ok(out + rest)
 }
 
 /// A level of brackets.
@@ -198,7 +212,7 @@ mod tests {
             ("{% raw %}{{ a % b }}{% endraw %}{# a % b #}", "{% raw %}{{ a % b }}{% endraw %}{# a % b #}"),
             ("{{ '%}' ~ {'a': 1} }}{%", "{{ '%}' ~ {'a': 1} }}{%"),
         ] {
-            assert_eq!(replace_operator(source), expected);
+            assert_eq!(replace_operator(source).unwrap(), expected);
         }
     }
 }

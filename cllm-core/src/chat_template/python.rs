@@ -7,8 +7,16 @@ use minijinja::value::{Kwargs, Tuple, ValueKind};
 use minijinja::{AutoEscape, Error, ErrorKind, Output, State, Value};
 use regex::Regex;
 
+/// Maximum depth of lists and dicts that are shown. Python's own limit is of this order.
+const MAX_NESTING: usize = 500;
+
 pub(super) fn failed(message: impl Into<String>) -> Error {
     Error::new(ErrorKind::InvalidOperation, message.into())
+}
+
+/// Accounts for text before it is made, so that no template makes more than its fuel is worth.
+pub(super) fn charge(state: &State<'_, '_>, num_bytes: usize) -> Result<(), Error> {
+    state.consume_fuel(num_bytes as u64 / 64 + 1)
 }
 
 /// Arguments of a function, by position or by name. `None` in place of an argument counts as not
@@ -72,7 +80,7 @@ pub(super) fn call_method(
     args: &[Value],
 ) -> Result<Value, Error> {
     let own = match value.kind() {
-        ValueKind::String => value.as_str().and_then(|text| text_method(text, name, args)),
+        ValueKind::String => value.as_str().and_then(|text| text_method(state, text, name, args)),
         ValueKind::Seq if name == "index" => {
             let found = args.first().and_then(|wanted| value.try_iter().ok()?.position(|item| item == *wanted));
             Some(found.map(Value::from).ok_or_else(|| failed("list.index: the value is not in the list")))
@@ -83,7 +91,7 @@ pub(super) fn call_method(
     own.unwrap_or_else(|| minijinja_contrib::pycompat::unknown_method_callback(state, value, name, args))
 }
 
-fn text_method(text: &str, name: &str, args: &[Value]) -> Option<Result<Value, Error>> {
+fn text_method(state: &State<'_, '_>, text: &str, name: &str, args: &[Value]) -> Option<Result<Value, Error>> {
     let searched = || -> Result<(Option<usize>, usize), Error> {
         let arguments = Arguments::new(name, args, &["sub", "start", "end"])?;
         let (slice, skipped) = slice(text, arguments.integer(1)?, arguments.integer(2)?);
@@ -98,7 +106,7 @@ fn text_method(text: &str, name: &str, args: &[Value]) -> Option<Result<Value, E
         "removeprefix" => one_text(name, args).map(|prefix| text.strip_prefix(&*prefix).unwrap_or(text).into()),
         "removesuffix" => one_text(name, args).map(|suffix| text.strip_suffix(&*suffix).unwrap_or(text).into()),
         "strip" | "lstrip" | "rstrip" if args.iter().all(Value::is_none) => Ok(Value::from(strip(text, name))),
-        "zfill" | "center" | "ljust" | "rjust" => pad(text, name, args),
+        "zfill" | "center" | "ljust" | "rjust" => pad(state, text, name, args),
         "find" | "rfind" => searched().map(|(at, _)| at.map_or(Value::from(-1), Value::from)),
         "index" | "rindex" => {
             searched().and_then(|(at, _)| at.map(Value::from).ok_or_else(|| failed("substring not found")))
@@ -106,7 +114,7 @@ fn text_method(text: &str, name: &str, args: &[Value]) -> Option<Result<Value, E
         "count" => searched().map(|(_, count)| Value::from(count)),
         "startswith" | "endswith" => starts_or_ends(text, name, args),
         "expandtabs" => Arguments::new(name, args, &["tabsize"])
-            .and_then(|args| Ok(expand_tabs(text, args.integer(0)?.unwrap_or(8)).into())),
+            .and_then(|args| Ok(expand_tabs(state, text, args.integer(0)?.unwrap_or(8))?.into())),
         "swapcase" => Ok(text.chars().map(swap_case).collect::<String>().into()),
         "casefold" => Ok(text.to_lowercase().replace('ß', "ss").into()),
         "title" => Ok(title(text).into()),
@@ -199,12 +207,13 @@ fn partition(text: &str, name: &str, args: &[Value]) -> Result<Value, Error> {
     Ok(Value::from(Tuple::from(parts.map(Value::from))))
 }
 
-fn pad(text: &str, name: &str, args: &[Value]) -> Result<Value, Error> {
+fn pad(state: &State<'_, '_>, text: &str, name: &str, args: &[Value]) -> Result<Value, Error> {
     let arguments = Arguments::new(name, args, &["width", "fillchar"])?;
     let width = arguments.integer(0)?.ok_or_else(|| Error::from(ErrorKind::MissingArgument))?;
     let width = usize::try_from(width).unwrap_or(0);
     let missing = width.saturating_sub(text.chars().count());
     let fill = arguments.text(1)?.unwrap_or(" ");
+    charge(state, missing.saturating_mul(fill.len()))?;
     let padded = match name {
         "zfill" => {
             let sign = text.starts_with(['+', '-']).into();
@@ -245,12 +254,13 @@ fn starts_or_ends(text: &str, name: &str, args: &[Value]) -> Result<Value, Error
     }
 }
 
-fn expand_tabs(text: &str, size: i64) -> String {
+fn expand_tabs(state: &State<'_, '_>, text: &str, size: i64) -> Result<String, Error> {
     let (mut out, mut column) = (String::new(), 0);
     for character in text.chars() {
         match character {
             '\t' if size > 0 => {
                 let blanks = size - column % size;
+                charge(state, blanks as usize)?;
                 out.push_str(&" ".repeat(blanks as usize));
                 column += blanks;
             }
@@ -261,7 +271,7 @@ fn expand_tabs(text: &str, size: i64) -> String {
             }
         }
     }
-    out
+    Ok(out)
 }
 
 fn swap_case(character: char) -> String {
@@ -330,29 +340,59 @@ pub(super) fn float_repr(float: f64) -> String {
 }
 
 /// Python's `str` of a value.
-pub(super) fn str_of(value: &Value) -> String {
-    if value.as_str().is_some() { value.to_string() } else { repr(value) }
+pub(super) fn str_of(state: &State<'_, '_>, value: &Value) -> Result<String, Error> {
+    if value.as_str().is_some() { Ok(value.to_string()) } else { repr(state, value) }
 }
 
 /// Python's `repr` of a value. minijinja's own differs for floats and unprintable characters.
-pub(super) fn repr(value: &Value) -> String {
-    let items = |value: &Value| value.try_iter().map(|items| items.map(|item| repr(&item)).collect::<Vec<_>>());
+fn repr(state: &State<'_, '_>, value: &Value) -> Result<String, Error> {
+    let mut out = String::new();
+    write_repr(state, value, 0, &mut out)?;
+    Ok(out)
+}
+
+fn write_repr(state: &State<'_, '_>, value: &Value, depth: usize, out: &mut String) -> Result<(), Error> {
+    check_nesting(state, depth)?;
     match (value.kind(), float_of(value)) {
-        (_, Some(float)) => float_repr(float),
-        (ValueKind::String, _) => text_repr(value.as_str().unwrap_or_default()),
-        (ValueKind::Seq, _) => match items(value) {
-            Ok(items) if !value.is_tuple() => format!("[{}]", items.join(", ")),
-            Ok(items) if items.len() == 1 => format!("({},)", items[0]),
-            Ok(items) => format!("({})", items.join(", ")),
-            Err(_) => value.to_string(),
-        },
-        (ValueKind::Map, _) => {
-            let item = |key: Value| Some(format!("{}: {}", repr(&key), repr(&value.get_item(&key).ok()?)));
-            let items = value.try_iter().ok().and_then(|keys| keys.map(item).collect::<Option<Vec<_>>>());
-            items.map_or_else(|| value.to_string(), |items| format!("{{{}}}", items.join(", ")))
+        (_, Some(float)) => out.push_str(&float_repr(float)),
+        (ValueKind::String, _) => out.push_str(&text_repr(value.as_str().unwrap_or_default())),
+        (ValueKind::Seq, _) => {
+            let is_tuple = value.is_tuple();
+            out.push(if is_tuple { '(' } else { '[' });
+            let mut count = 0;
+            for item in value.try_iter()? {
+                out.push_str(if count > 0 { ", " } else { "" });
+                write_repr(state, &item, depth + 1, out)?;
+                count += 1;
+            }
+            out.push_str(match (is_tuple, count) {
+                (false, _) => "]",
+                (true, 1) => ",)",
+                (true, _) => ")",
+            });
         }
-        _ => value.to_string(),
+        (ValueKind::Map, _) => {
+            out.push('{');
+            for (index, key) in value.try_iter()?.enumerate() {
+                out.push_str(if index > 0 { ", " } else { "" });
+                write_repr(state, &key, depth + 1, out)?;
+                out.push_str(": ");
+                write_repr(state, &value.get_item(&key)?, depth + 1, out)?;
+            }
+            out.push('}');
+        }
+        _ => out.push_str(&value.to_string()),
     }
+    Ok(())
+}
+
+/// Call it for each value that is shown: lists may hold each other deeper than a stack reaches, and
+/// the same one so often that their text has no end.
+pub(super) fn check_nesting(state: &State<'_, '_>, depth: usize) -> Result<(), Error> {
+    if depth > MAX_NESTING {
+        return Err(failed(format!("values are nested more than {MAX_NESTING} deep")));
+    }
+    state.consume_fuel(1)
 }
 
 fn text_repr(text: &str) -> String {
@@ -376,9 +416,9 @@ fn text_repr(text: &str) -> String {
 }
 
 /// The text of a value with HTML's special characters escaped as MarkupSafe does it.
-pub(super) fn escape(value: &Value) -> String {
+pub(super) fn escape(state: &State<'_, '_>, value: &Value) -> Result<String, Error> {
     let mut out = String::new();
-    for character in str_of(value).chars() {
+    for character in str_of(state, value)?.chars() {
         match character {
             '&' => out.push_str("&amp;"),
             '<' => out.push_str("&lt;"),
@@ -388,27 +428,27 @@ pub(super) fn escape(value: &Value) -> String {
             other => out.push(other),
         }
     }
-    out
+    Ok(out)
 }
 
 /// Writes what `{{ value }}` shows.
 pub(super) fn write_value(out: &mut Output<'_>, state: &mut State<'_, '_>, value: &Value) -> Result<(), Error> {
     let is_container = matches!(value.kind(), ValueKind::Seq | ValueKind::Map);
     if is_container || float_of(value).is_some() {
-        return out.write_str(&repr(value)).map_err(Error::from);
+        return out.write_str(&repr(state, value)?).map_err(Error::from);
     }
     let is_escaped = *state.auto_escape() == AutoEscape::Html && !value.is_safe();
     if is_escaped {
-        out.write_str(&escape(value)).map_err(Error::from)
+        out.write_str(&escape(state, value)?).map_err(Error::from)
     } else {
         write!(out, "{value}").map_err(Error::from)
     }
 }
 
 /// Python's `left % right`: of numbers, or a text with conversions such as `%s` and their values.
-pub(super) fn modulo(left: &Value, right: &Value) -> Result<Value, Error> {
+pub(super) fn modulo(state: &State<'_, '_>, left: &Value, right: &Value) -> Result<Value, Error> {
     if let Some(template) = left.as_str() {
-        return format_percent(template, right).map(Value::from);
+        return format_percent(state, template, right).map(Value::from);
     }
     let integers = (i64::try_from(left.clone()), i64::try_from(right.clone()));
     if let (true, (Ok(left), Ok(right))) = (left.is_integer() && right.is_integer(), integers) {
@@ -429,7 +469,7 @@ static CONVERSION: LazyLock<Regex> = LazyLock::new(|| {
         .expect("the pattern is valid")
 });
 
-fn format_percent(template: &str, right: &Value) -> Result<String, Error> {
+fn format_percent(state: &State<'_, '_>, template: &str, right: &Value) -> Result<String, Error> {
     let is_map = right.kind() == ValueKind::Map;
     let values: Vec<Value> = if right.is_tuple() { right.try_iter()?.collect() } else { vec![right.clone()] };
     let mut values = values.into_iter();
@@ -447,11 +487,16 @@ fn format_percent(template: &str, right: &Value) -> Result<String, Error> {
             None => values.next().ok_or_else(|| failed("not enough arguments for format string"))?,
         };
         let (kind, value) = match &conversion["type"] {
-            "s" => ("s", Value::from(str_of(&value))),
-            "r" | "a" => ("s", Value::from(repr(&value))),
+            "s" => ("s", Value::from(str_of(state, &value)?)),
+            "r" | "a" => ("s", Value::from(repr(state, &value)?)),
             "d" | "i" | "u" => ("d", float_of(&value).map_or(value, |float| Value::from(float as i128))),
             other => (other, value),
         };
+        // Width and precision.
+        let numbers = conversion["flags"].split(|character: char| !character.is_ascii_digit());
+        for number in numbers.filter(|number| !number.is_empty()) {
+            charge(state, number.parse().unwrap_or(usize::MAX))?;
+        }
         out.push_str(&format(FormatStyle::Printf, &format!("%{}{kind}", &conversion["flags"]), &[value])?);
     }
     if values.next().is_some() && !is_map {

@@ -19,7 +19,10 @@ const TURN_ENDS: [&str; 3] = ["<|im_end|>", "<|eot_id|>", "<|end|>"];
 
 /// Names the file of a template in an error about it.
 fn of_file(path: &Path, error: Error) -> Error {
-    Error::file(path, error.to_string())
+    match error {
+        Error::Usage(message) => Error::file(path, message),
+        other => other,
+    }
 }
 
 /// The templates of a model with everything else that they render.
@@ -81,7 +84,7 @@ impl Renderer {
         let tool_use = self.templates.get(TOOL_USE).filter(|_| has_tools);
         tool_use.or(self.templates.get(DEFAULT)).ok_or_else(|| {
             let names: Vec<&str> = self.sources.keys().map(String::as_str).collect();
-            Error::usage(match names[..] {
+            let message = match names[..] {
                 [] => "the prompt is a conversation, but the model has no chat template: set chat_template=FILE, or \
                        use plain-text prompts"
                     .to_owned(),
@@ -89,7 +92,8 @@ impl Renderer {
                     "the model has no chat template named `default`, only {}: set chat_template=FILE to one of them",
                     names.join(", ")
                 ),
-            })
+            };
+            Error::file(&self.path, message)
         })
     }
 
