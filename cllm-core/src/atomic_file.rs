@@ -8,8 +8,12 @@ use std::path::{Path, PathBuf};
 
 use crate::{Error, Result};
 
-/// Prefix of the names of incomplete files and folders. A killed process leaves them behind.
+/// Prefix of the names of incomplete files and folders, which the final name follows. A killed
+/// process leaves them behind; the next one that writes the same removes them, since nobody holds a
+/// lock on them.
 const UNFINISHED_PREFIX: &str = ".writing-";
+/// Characters of the final name in that of an incomplete file, so that it is not too long.
+const MAX_NAME_CHARS: usize = 50;
 /// Prefix of the name that a folder has while another replaces it. The process id and the folder's
 /// own name follow.
 const REPLACED_PREFIX: &str = ".old-";
@@ -29,12 +33,19 @@ impl UnfinishedFile {
     pub fn create(path: &Path) -> Result<Self> {
         let folder = parent(path);
         fs::create_dir_all(folder).map_err(Error::write(folder))?;
-        let file = tempfile::Builder::new()
-            .prefix(UNFINISHED_PREFIX)
-            .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
-            .tempfile_in(folder)
-            .map_err(Error::write(folder))?;
-        Ok(UnfinishedFile { file, path: path.to_owned() })
+        let prefix = remove_abandoned(path)?;
+        loop {
+            let file = tempfile::Builder::new()
+                .prefix(&prefix)
+                .permissions(std::os::unix::fs::PermissionsExt::from_mode(0o644))
+                .tempfile_in(folder)
+                .map_err(Error::write(folder))?;
+            // Not every file system has locks. Before it had one, another process may have removed it.
+            let _ = file.as_file().lock();
+            if file.path().exists() {
+                return Ok(UnfinishedFile { file, path: path.to_owned() });
+            }
+        }
     }
 
     /// Adds bytes at the end.
@@ -96,6 +107,8 @@ pub fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<()> {
 /// [`UnfinishedFolder::finish`]; dropped before that, it leaves nothing behind.
 pub struct UnfinishedFolder {
     work: tempfile::TempDir,
+    /// Holds the lock.
+    _handle: File,
     path: PathBuf,
 }
 
@@ -107,9 +120,15 @@ impl UnfinishedFolder {
     pub fn create(path: &Path) -> Result<Self> {
         let parent = parent(path);
         fs::create_dir_all(parent).map_err(Error::write(parent))?;
-        let work =
-            tempfile::Builder::new().prefix(UNFINISHED_PREFIX).tempdir_in(parent).map_err(Error::write(parent))?;
-        Ok(UnfinishedFolder { work, path: path.to_owned() })
+        let prefix = remove_abandoned(path)?;
+        loop {
+            let work = tempfile::Builder::new().prefix(&prefix).tempdir_in(parent).map_err(Error::write(parent))?;
+            let Ok(handle) = File::open(work.path()) else { continue };
+            let _ = handle.lock();
+            if work.path().exists() {
+                return Ok(UnfinishedFolder { work, _handle: handle, path: path.to_owned() });
+            }
+        }
     }
 
     /// The temporary path, where this and other processes put the files of the folder.
@@ -120,7 +139,7 @@ impl UnfinishedFolder {
     /// Syncs the folder and everything below it to disk and gives it its name. A folder that has it is
     /// replaced.
     pub fn finish(self) -> Result<()> {
-        let UnfinishedFolder { work, path } = self;
+        let UnfinishedFolder { work, path, _handle } = self;
         tree(work.path())?.iter().try_for_each(|path| sync(path))?;
         fs::set_permissions(work.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
             .map_err(Error::write(work.path()))?;
@@ -176,6 +195,28 @@ pub fn refuse_nonempty(folder: &Path) -> Result<()> {
     Err(Error::file(folder, "already exists: choose another output folder, or delete it"))
 }
 
+/// Removes what killed processes began under a path. Returns the prefix of the names for it.
+fn remove_abandoned(path: &Path) -> Result<String> {
+    let name: String = path.file_name().unwrap_or_default().to_string_lossy().chars().take(MAX_NAME_CHARS).collect();
+    let prefix = format!("{UNFINISHED_PREFIX}{name}-");
+    for entry in fs::read_dir(parent(path)).map_err(Error::write(parent(path)))?.flatten() {
+        let is_ours = entry.file_name().to_string_lossy().strip_prefix(&prefix).is_some_and(|rest| rest.len() == 6);
+        let is_abandoned = |path: &Path| File::open(path).is_ok_and(|file| file.try_lock().is_ok());
+        if is_ours && is_abandoned(&entry.path()) {
+            remove(&entry.path())?;
+        }
+    }
+    Ok(prefix)
+}
+
+fn remove(path: &Path) -> Result<()> {
+    let removed = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+    match removed {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::write(path)(error)),
+        _ => Ok(()),
+    }
+}
+
 /// Cleans up a folder in which a killed process was writing: unfinished files are removed, and a
 /// folder that was about to be replaced gets its name back. No other process may be writing there.
 ///
@@ -193,8 +234,7 @@ pub fn recover(folder: &Path) -> Result<()> {
         match replaced {
             Some(target) if !target.exists() => fs::rename(&path, &target).map_err(Error::write(&target))?,
             None if !name.starts_with(UNFINISHED_PREFIX) => {}
-            _ if path.is_dir() => fs::remove_dir_all(&path).map_err(Error::write(&path))?,
-            _ => fs::remove_file(&path).map_err(Error::write(&path))?,
+            _ => remove(&path)?,
         }
     }
     Ok(())
@@ -329,6 +369,32 @@ mod tests {
         let content = |name: &str| fs::read_to_string(dir.path().join(name).join("weights")).unwrap();
         assert_eq!((content("my-final"), content("step-1")), (".old-77-my-final".into(), "step-1".into()));
         recover(&dir.path().join("nowhere")).unwrap();
+    }
+
+    #[test]
+    fn what_a_killed_process_began_is_removed_when_the_same_is_written_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        for name in [".writing-model-aaaaaa", ".writing-model-bbbbbb", ".writing-other-aaaaaa"] {
+            fs::create_dir(at(name)).unwrap();
+            fs::write(at(name).join("weights"), "half").unwrap();
+        }
+        // A process that lives holds a lock.
+        let alive = File::open(at(".writing-model-bbbbbb")).unwrap();
+        alive.lock().unwrap();
+        fs::write(at(".writing-report.md-aaaaaa"), "half").unwrap();
+        let unfinished = UnfinishedFolder::create(&at("model")).unwrap();
+        // Neither do two that write the same at once remove each other's.
+        write_folder_with(&at("model"), |work| write(&work.join("weights"), b"x")).unwrap();
+        assert!(unfinished.work().exists());
+        drop(unfinished);
+        let file = UnfinishedFile::create(&at("report.md")).unwrap();
+        write(&at("report.md"), b"x").unwrap();
+        file.finish().unwrap();
+        let mut names: Vec<_> =
+            fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        names.sort();
+        assert_eq!(names, [".writing-model-bbbbbb", ".writing-other-aaaaaa", "model", "report.md"]);
     }
 
     #[test]

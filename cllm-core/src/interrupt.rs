@@ -1,11 +1,11 @@
-//! Signals: the first SIGINT or SIGTERM asks the program to save the work in hand and stop; the
-//! second ends it at once.
+//! Signals: the first SIGINT, SIGTERM or SIGHUP (of a terminal that closes) asks the program to save
+//! the work in hand and stop; the second ends it at once.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, LazyLock};
 
 pub use signal_hook::consts::SIGTERM;
-use signal_hook::consts::{SIGINT, SIGXFSZ};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGXFSZ};
 
 use crate::{Error, Result};
 
@@ -21,7 +21,11 @@ static SIGINT_RECEIVED: LazyLock<Arc<AtomicBool>> = LazyLock::new(Default::defau
 /// When the system refuses a handler.
 pub fn install() -> Result<()> {
     let refused = |signal| move |error| Error::environment(format!("cannot handle signal {signal}: {error}"));
-    for signal in [SIGINT, SIGTERM] {
+    for signal in [SIGINT, SIGTERM, SIGHUP] {
+        // `nohup` starts programs that are to outlive their terminal.
+        if signal == SIGHUP && is_ignored(SIGHUP) {
+            continue;
+        }
         let received = if signal == SIGINT { Arc::clone(&SIGINT_RECEIVED) } else { Arc::default() };
         let exit_code = 128 + signal;
         signal_hook::flag::register_conditional_shutdown(signal, exit_code, Arc::clone(&received))
@@ -30,6 +34,13 @@ pub fn install() -> Result<()> {
             .map_err(refused(signal))?;
     }
     signal_hook::flag::register(SIGXFSZ, Arc::default()).map(drop).map_err(refused(SIGXFSZ))
+}
+
+/// Whether whoever started this program made it ignore a signal.
+fn is_ignored(signal: i32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok()).is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
 }
 
 /// The signal that asked to stop, if one did.

@@ -3,6 +3,7 @@
 //! everything that the programs need from them.
 
 use std::collections::BTreeSet;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
@@ -57,7 +58,10 @@ impl Tokenizer {
     /// When a file is missing or broken, or the tokenizer belongs to another model.
     pub fn load_for(folder: &Path, rendering: &Rendering) -> Result<Self> {
         let path = find_file(folder, TOKENIZER)?;
-        if !path.exists() {
+        if let Err(error) = std::fs::metadata(&path) {
+            if error.kind() != ErrorKind::NotFound {
+                return Err(Error::io(&path)(error));
+            }
             let message = "holds no tokenizer.json, the only tokenizer file that this toolkit reads: for other files, \
                            such as tokenizer.model, `transformers` writes it with \
                            AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)";
@@ -310,10 +314,10 @@ pub fn write_eos_ids(folder: &Path, ids: &[i32]) -> Result<()> {
 
 /// Content of a JSON file, `null` if it does not exist.
 fn read_json(path: &Path) -> Result<Value> {
-    if !path.exists() {
-        return Ok(Value::Null);
+    match std::fs::metadata(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => Ok(Value::Null),
+        _ => text_file::read_json(path),
     }
-    text_file::read_json(path)
 }
 
 /// `eos_token_id` of a configuration file: a number, a list, `null` or absent.
@@ -383,6 +387,41 @@ mod tests {
         for id in ["4294967704", "[5, -1]", "\"</s>\""] {
             let message = refusal(&format!(r#"{{"eos_token_id": {id}, "vocab_size": 300}}"#));
             assert!(message.contains("config.json") && message.contains("is not a token id"), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_reached_is_not_called_missing() {
+        let dir = folder();
+        // Root may read every folder, so the test uses a link that leads to itself.
+        let path = dir.path().join("tokenizer.json");
+        std::fs::remove_file(&path).unwrap();
+        std::os::unix::fs::symlink(&path, &path).unwrap();
+        let error = Tokenizer::load(dir.path()).err().unwrap();
+        assert!(error.to_string().contains("tokenizer.json: ") && !error.to_string().contains("holds no"), "{error}");
+        std::fs::remove_file(&path).unwrap();
+        assert!(Tokenizer::load(dir.path()).err().unwrap().to_string().contains("holds no tokenizer.json"));
+    }
+
+    #[test]
+    fn a_tokenizer_whose_file_lies_about_its_charsmap_is_refused() {
+        let dir = folder();
+        let path = dir.path().join("tokenizer.json");
+        let mut file: Value = text_file::read_json(&path).unwrap();
+        for (charsmap, text) in [
+            // The trie has no bytes; it is longer than the file; its units point past its end.
+            ("AAAAAA==", "Tom"),
+            ("/////w==", "Tom"),
+            ("AAQAAP////8=", "Tom has apples"),
+            ("BAAAAP////8=", "Tom has apples"),
+            ("", "Tom"),
+        ] {
+            file["normalizer"] = serde_json::json!({ "type": "Precompiled", "precompiled_charsmap": charsmap });
+            std::fs::write(&path, file.to_string()).unwrap();
+            match Tokenizer::load(dir.path()).and_then(|tokenizer| tokenizer.encode(text)) {
+                Err(error) => assert!(error.to_string().contains("tokenizer.json: "), "{error}"),
+                Ok(ids) => assert!(!ids.is_empty(), "{charsmap}"),
+            }
         }
     }
 }

@@ -5,8 +5,9 @@ use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use cllm_core::{Error, Result, atomic_file, output_folder, text_file};
+use cllm_core::{Error, Result, atomic_file, output_folder, progress, text_file};
 use serde::Serialize;
+use serde::de::IgnoredAny;
 use serde_json::{Map, Value};
 
 use crate::losses::Losses;
@@ -71,7 +72,11 @@ impl MetricsLog {
             Some(Ordering::Equal) => is_validated || is_step(line),
             _ => false,
         };
-        // A line that a kill cut off is not JSON.
+        let num_invalid = num_invalid_lines(&old);
+        if num_invalid > 0 {
+            let lines = progress::count(num_invalid, "line");
+            progress::log(format!("{}: {lines} that are not JSON are left out", path.display()));
+        }
         let lines = old.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
         let kept: Vec<Value> = lines.filter(is_kept).collect();
         let text: String = kept.iter().map(|line| format!("{line}\n")).collect();
@@ -126,6 +131,12 @@ impl MetricsLog {
     }
 }
 
+/// Lines that are not JSON, without the one that a kill may have cut off.
+fn num_invalid_lines(text: &str) -> usize {
+    let complete = text.rfind('\n').map_or("", |end| &text[..end]);
+    complete.lines().filter(|line| serde_json::from_str::<IgnoredAny>(line).is_err()).count()
+}
+
 fn to_fields(metrics: &impl Serialize) -> Result<Map<String, Value>> {
     match serde_json::to_value(metrics).map_err(Error::serialization)? {
         Value::Object(fields) => Ok(fields),
@@ -150,5 +161,17 @@ fn tag(name: &str) -> String {
     match name.strip_prefix("validation_") {
         Some(rest) => format!("validation/{rest}"),
         None => format!("train/{name}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn damaged_lines_are_counted_but_not_the_one_that_a_kill_cut_off() {
+        for (text, count) in [("", 0), ("{}\n{\"step\": 1}\n{\"st", 0), ("{}\n{\"st\n{}\n", 1), ("\0\n{\n{}", 2)] {
+            assert_eq!(num_invalid_lines(text), count, "{text:?}");
+        }
     }
 }

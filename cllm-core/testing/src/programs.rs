@@ -123,7 +123,11 @@ impl FinishedProcess {
 
 /// Whether a process has installed its handler for a signal; before that, the signal would kill it.
 pub fn handles_signal(process: u32, signal: &str) -> bool {
-    let number = if signal == "INT" { 2 } else { 15 };
+    let number = match signal {
+        "HUP" => 1,
+        "INT" => 2,
+        _ => 15,
+    };
     let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default();
     let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:")).unwrap_or_default();
     u64::from_str_radix(caught.trim(), 16).unwrap_or(0) >> (number - 1) & 1 == 1

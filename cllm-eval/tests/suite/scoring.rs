@@ -1,7 +1,7 @@
 //! Verdicts: what counts as correct, during a run and when its answers are scored again.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use cllm_core::task::{Task, Verdict};
 use cllm_core::thought::Thought;
@@ -88,6 +88,39 @@ fn spider_is_scored_if_its_databases_are_there() {
     // The run remembers the folder.
     EVAL.succeed(&["score", &run]);
     assert_eq!(read(&run).answers[0].verdict, Verdict::Correct);
+}
+
+/// Whether a process that runs queries has computed for a while.
+fn is_a_query_running() -> bool {
+    let entries = fs::read_dir("/proc").unwrap().flatten().map(|entry| entry.path());
+    let is_running = |process: PathBuf| {
+        let line = fs::read(process.join("cmdline")).ok()?;
+        let stat = fs::read_to_string(process.join("stat")).ok()?;
+        let ticks: u32 = stat.split_whitespace().nth(13)?.parse().ok()?;
+        Some(String::from_utf8_lossy(&line).contains("Queries") && ticks > 20)
+    };
+    entries.filter_map(is_running).any(|is_running| is_running)
+}
+
+#[test]
+fn a_signal_ends_a_query_that_would_take_minutes() {
+    let dir = tempfile::tempdir().unwrap();
+    let (run, data) = (path(dir.path(), "run"), spider(dir.path()));
+    fs::create_dir(&run).unwrap();
+    let mut records = records();
+    records.header.benchmark = Task::Spider;
+    for answer in &mut records.answers {
+        answer.source = "spider/dev".into();
+        answer.meta = Some(json!({ "db_id": "zoo" }));
+        answer.reference = Some("SELECT count(*) FROM pen".into());
+        // One step of SQLite.
+        answer.text = "SELECT instr(hex(zeroblob(8000000)), hex(zeroblob(4000000)) || '1')".into();
+    }
+    records.write(&Path::new(&run).join("samples.jsonl")).unwrap();
+    for (signal, code) in [("TERM", 143), ("HUP", 129), ("INT", 130)] {
+        EVAL.interrupt(&["score", &run, "--data", &data], signal, code, is_a_query_running);
+        assert!(!is_a_query_running());
+    }
 }
 
 #[test]
