@@ -6,7 +6,8 @@ use std::fs::{self, File};
 use std::io::{BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
-use crate::{Error, Result};
+use crate::checksum::{Checksum, Checksums, WrittenFile};
+use crate::{Error, Result, disk};
 
 /// Prefix of the names of incomplete files and folders, which the final name follows. A killed
 /// process leaves them behind; the next one that writes the same removes them, since nobody holds a
@@ -21,8 +22,36 @@ const REPLACED_PREFIX: &str = ".old-";
 /// A file that is being written. It appears under its path only in [`UnfinishedFile::finish`];
 /// dropped before that, it leaves nothing behind.
 pub struct UnfinishedFile {
-    file: tempfile::NamedTempFile,
+    file: Hashing<tempfile::NamedTempFile>,
     path: PathBuf,
+}
+
+/// Hashes what is written.
+struct Hashing<W> {
+    inner: W,
+    hasher: blake3::Hasher,
+}
+
+impl<W> Hashing<W> {
+    fn new(inner: W) -> Self {
+        Hashing { inner, hasher: blake3::Hasher::new() }
+    }
+
+    fn checksum(&self) -> Checksum {
+        self.hasher.finalize().into()
+    }
+}
+
+impl<W: Write> Write for Hashing<W> {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        let num_written = disk::write(&mut self.inner, bytes)?;
+        self.hasher.update(&bytes[..num_written]);
+        Ok(num_written)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.inner.flush()
+    }
 }
 
 impl UnfinishedFile {
@@ -32,7 +61,7 @@ impl UnfinishedFile {
     /// File-system errors with the path.
     pub fn create(path: &Path) -> Result<Self> {
         let folder = parent(path);
-        fs::create_dir_all(folder).map_err(Error::write(folder))?;
+        disk::create_folder(folder).map_err(Error::write(folder))?;
         let prefix = remove_abandoned(path)?;
         loop {
             let file = tempfile::Builder::new()
@@ -43,7 +72,8 @@ impl UnfinishedFile {
             // Not every file system has locks. Before it had one, another process may have removed it.
             let _ = file.as_file().lock();
             if file.path().exists() {
-                return Ok(UnfinishedFile { file, path: path.to_owned() });
+                disk::began(file.path());
+                return Ok(UnfinishedFile { file: Hashing::new(file), path: path.to_owned() });
             }
         }
     }
@@ -56,33 +86,45 @@ impl UnfinishedFile {
         self.file.write_all(bytes).map_err(Error::write(&self.path))
     }
 
-    /// Syncs the file to disk and gives it its name.
-    pub fn finish(self) -> Result<()> {
+    /// Syncs the file to disk, gives it its name, and returns its checksum.
+    pub fn finish(self) -> Result<Checksum> {
         let UnfinishedFile { file, path } = self;
-        file.as_file().sync_all().map_err(Error::write(&path))?;
-        file.persist(&path).map_err(|error| Error::Write { path: path.clone(), source: error.error })?;
-        sync(parent(&path))
+        let checksum = file.checksum();
+        let (file, temporary) = file.inner.into_parts();
+        disk::sync_file(&file, &temporary).map_err(Error::write(&path))?;
+        disk::rename(&temporary, &path).map_err(Error::write(&path))?;
+        // It was renamed: there is nothing left to remove.
+        let _ = temporary.keep();
+        sync(parent(&path))?;
+        Ok(checksum)
     }
 }
 
-/// Writes a file through `fill`. It appears under `path` only once it is complete and on disk.
+/// Writes a file through `fill`, and returns its checksum. It appears under `path` only once it is
+/// complete and on disk.
 ///
 /// # Errors
 /// The error of `fill`, or a file-system error with the path.
-pub fn write_with(path: &Path, fill: impl FnOnce(&mut BufWriter<&mut File>) -> Result<()>) -> Result<()> {
+pub fn write_with(path: &Path, fill: impl FnOnce(&mut (dyn Write + Send)) -> Result<()>) -> Result<Checksum> {
     // A device or a pipe is written directly: renaming a file to its path would replace it.
     if fs::metadata(path).is_ok_and(|metadata| !metadata.is_file() && !metadata.is_dir()) {
-        let mut device = fs::OpenOptions::new().write(true).open(path).map_err(Error::write(path))?;
-        let mut buffer = BufWriter::new(&mut device);
-        fill(&mut buffer)?;
-        return buffer.flush().map_err(Error::write(path));
+        let mut device = Hashing::new(fs::OpenOptions::new().write(true).open(path).map_err(Error::write(path))?);
+        fill_buffered(path, &mut device, fill)?;
+        return Ok(device.checksum());
     }
     let mut unfinished = UnfinishedFile::create(path)?;
-    let mut buffer = BufWriter::new(unfinished.file.as_file_mut());
-    fill(&mut buffer)?;
-    buffer.flush().map_err(Error::write(path))?;
-    drop(buffer);
+    fill_buffered(path, &mut unfinished.file, fill)?;
     unfinished.finish()
+}
+
+fn fill_buffered(
+    path: &Path,
+    target: &mut (impl Write + Send),
+    fill: impl FnOnce(&mut (dyn Write + Send)) -> Result<()>,
+) -> Result<()> {
+    let mut buffer = BufWriter::new(target);
+    fill(&mut buffer)?;
+    buffer.flush().map_err(Error::write(path))
 }
 
 /// Writes `bytes` as a file that appears whole or not at all.
@@ -90,7 +132,7 @@ pub fn write_with(path: &Path, fill: impl FnOnce(&mut BufWriter<&mut File>) -> R
 /// # Errors
 /// File-system errors with the path.
 pub fn write(path: &Path, bytes: &[u8]) -> Result<()> {
-    write_with(path, |file| file.write_all(bytes).map_err(Error::write(path)))
+    write_with(path, |file| file.write_all(bytes).map_err(Error::write(path))).map(drop)
 }
 
 /// Writes a value as indented JSON with a final newline.
@@ -119,7 +161,7 @@ impl UnfinishedFolder {
     /// File-system errors with the path, here and below.
     pub fn create(path: &Path) -> Result<Self> {
         let parent = parent(path);
-        fs::create_dir_all(parent).map_err(Error::write(parent))?;
+        disk::create_folder(parent).map_err(Error::write(parent))?;
         let prefix = remove_abandoned(path)?;
         loop {
             let work = tempfile::Builder::new().prefix(&prefix).tempdir_in(parent).map_err(Error::write(parent))?;
@@ -136,28 +178,29 @@ impl UnfinishedFolder {
         self.work.path()
     }
 
-    /// Syncs the folder and everything below it to disk and gives it its name. A folder that has it is
-    /// replaced.
-    pub fn finish(self) -> Result<()> {
+    /// Adds the checksums of all files, syncs the folder and everything below it to disk, and gives it
+    /// its name. A folder that has it is replaced. Files in `known` are not read for their checksums.
+    pub fn finish(self, known: &[WrittenFile]) -> Result<()> {
         let UnfinishedFolder { work, path, _handle } = self;
+        let listed = Checksums::of_folder(work.path(), known).and_then(|list| list.write(work.path()));
+        listed.map_err(|error| with_final_path(error, work.path(), &path))?;
         tree(work.path())?.iter().try_for_each(|path| sync(path))?;
         fs::set_permissions(work.path(), std::os::unix::fs::PermissionsExt::from_mode(0o755))
             .map_err(Error::write(work.path()))?;
         let old = path.exists().then(|| replaced_path(&path));
         if let Some(old) = &old {
-            fs::rename(&path, old).map_err(Error::write(&path))?;
+            disk::rename(&path, old).map_err(Error::write(&path))?;
         }
-        if let Err(error) = fs::rename(work.path(), &path) {
+        if let Err(error) = disk::rename(work.path(), &path) {
             // Put the old folder back.
-            old.iter().try_for_each(|old| fs::rename(old, &path)).map_err(Error::write(&path))?;
+            old.iter().try_for_each(|old| disk::rename(old, &path)).map_err(Error::write(&path))?;
             return Err(Error::write(&path)(error));
         }
         // The temporary folder was renamed: there is nothing left to remove.
         let _ = work.keep();
-        if let Some(old) = old {
-            fs::remove_dir_all(&old).map_err(Error::write(&old))?;
-        }
-        sync(parent(&path))
+        // On disk before the old one goes.
+        sync(parent(&path))?;
+        old.map_or(Ok(()), |old| disk::remove_folder(&old).map_err(Error::write(&old)))
     }
 }
 
@@ -169,7 +212,7 @@ impl UnfinishedFolder {
 pub fn write_folder_with(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
     let folder = UnfinishedFolder::create(path)?;
     fill(folder.work()).map_err(|error| with_final_path(error, folder.work(), path))?;
-    folder.finish()
+    folder.finish(&[])
 }
 
 /// Removes a folder, of which nothing is left under its path if the process is killed meanwhile.
@@ -179,8 +222,33 @@ pub fn write_folder_with(path: &Path, fill: impl FnOnce(&Path) -> Result<()>) ->
 pub fn remove_folder(path: &Path) -> Result<()> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let removed = parent(path).join(format!("{UNFINISHED_PREFIX}{}-{name}", std::process::id()));
-    fs::rename(path, &removed).map_err(Error::write(path))?;
-    fs::remove_dir_all(&removed).map_err(Error::write(path))
+    disk::rename(path, &removed).map_err(Error::write(path))?;
+    disk::remove_folder(&removed).map_err(Error::write(path))
+}
+
+/// Adds bytes to the end of a file. They are on disk when this returns.
+///
+/// # Errors
+/// File-system errors with the path.
+pub fn append(file: &mut File, path: &Path, mut bytes: &[u8]) -> Result<()> {
+    while !bytes.is_empty() {
+        let num_written = disk::write(file, bytes).map_err(Error::write(path))?;
+        bytes = &bytes[num_written..];
+    }
+    disk::sync_file(file, path).map_err(Error::write(path))
+}
+
+/// Makes the link `path` point to `target`, in one step, on disk when this returns.
+///
+/// # Errors
+/// File-system errors with the path.
+pub fn replace_link(path: &Path, target: &str) -> Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let new = path.with_file_name(format!("{UNFINISHED_PREFIX}{name}"));
+    let _ = fs::remove_file(&new);
+    std::os::unix::fs::symlink(target, &new).map_err(Error::write(&new))?;
+    disk::rename(&new, path).map_err(Error::write(path))?;
+    sync(parent(path))
 }
 
 /// Refuses an output folder that holds something, before work that would replace it as a whole.
@@ -210,7 +278,7 @@ fn remove_abandoned(path: &Path) -> Result<String> {
 }
 
 fn remove(path: &Path) -> Result<()> {
-    let removed = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+    let removed = if path.is_dir() { disk::remove_folder(path) } else { disk::remove_file(path) };
     match removed {
         Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::write(path)(error)),
         _ => Ok(()),
@@ -232,7 +300,7 @@ pub fn recover(folder: &Path) -> Result<()> {
         let (path, name) = (entry.path(), entry.file_name().to_string_lossy().into_owned());
         let replaced = name.strip_prefix(REPLACED_PREFIX).and_then(|rest| Some(folder.join(rest.split_once('-')?.1)));
         match replaced {
-            Some(target) if !target.exists() => fs::rename(&path, &target).map_err(Error::write(&target))?,
+            Some(target) if !target.exists() => disk::rename(&path, &target).map_err(Error::write(&target))?,
             None if !name.starts_with(UNFINISHED_PREFIX) => {}
             _ => remove(&path)?,
         }
@@ -280,6 +348,16 @@ fn parent(path: &Path) -> &Path {
     }
 }
 
+/// The files in a folder and below it.
+///
+/// # Errors
+/// File-system errors with the path.
+pub fn files_below(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut paths = tree(folder)?;
+    paths.retain(|path| path.is_file());
+    Ok(paths)
+}
+
 /// A folder with everything in it and below, each folder after what it holds.
 fn tree(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut paths = Vec::new();
@@ -293,12 +371,13 @@ fn tree(folder: &Path) -> Result<Vec<PathBuf>> {
 
 /// Waits until a file, or the names in a folder, are on disk.
 fn sync(path: &Path) -> Result<()> {
-    File::open(path).and_then(|handle| handle.sync_all()).map_err(Error::write(path))
+    disk::sync(path).map_err(Error::write(path))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::checksum;
 
     #[test]
     fn a_failed_write_leaves_the_old_file_and_nothing_else() {
@@ -416,5 +495,7 @@ mod tests {
         }
         assert!(!path.join("a").exists() && path.join("b").exists());
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+        checksum::check_folder(&path, "").unwrap();
+        assert!(path.join(checksum::CHECKSUMS).exists());
     }
 }

@@ -23,6 +23,9 @@ const SPECIAL_TOKENS: [&str; 7] =
 
 /// More than the text of a token has, for a limit that only hostile files reach.
 const MAX_TOKEN_BYTES: usize = 64;
+/// Maximum length of a text: a million tokens of English, more than the context of any model that is
+/// supported. Tokenizing takes some 200 bytes of memory for each byte.
+const MAX_TEXT_BYTES: usize = 4_000_000;
 
 /// What tokenizer.json and tokenizer_config.json say about text and ids.
 pub(crate) struct Codec {
@@ -116,6 +119,13 @@ impl Codec {
     }
 
     fn encode_with(&self, tokenizer: &tokenizers::Tokenizer, text: &str, special_tokens: bool) -> Result<Vec<i32>> {
+        if text.len() > MAX_TEXT_BYTES {
+            return Err(Error::usage(format!(
+                "the text has {:.1} MB, and texts of up to {} MB are tokenized: shorten it",
+                text.len() as f64 / 1e6,
+                MAX_TEXT_BYTES / 1_000_000
+            )));
+        }
         self.growth.check_encoding(text.len()).map_err(|problem| self.refuses(&problem))?;
         let encoding =
             without_panics(|| tokenizer.encode(text, special_tokens)).map_err(|error| self.failed(&error))?;

@@ -251,21 +251,34 @@ impl ProcessGroup {
     /// # Errors
     /// As [`Self::all_reduce`].
     pub fn broadcast<T: Serialize + DeserializeOwned>(&self, value: T, device: Device) -> Result<T> {
+        if self.world_size == 1 { Ok(value) } else { self.broadcast_from(0, &value, device) }
+    }
+
+    /// The values of all processes, by their ranks. Nobody gets them before all have called this.
+    ///
+    /// # Errors
+    /// As [`Self::all_reduce`].
+    pub fn gather<T: Serialize + DeserializeOwned>(&self, value: T, device: Device) -> Result<Vec<T>> {
         if self.world_size == 1 {
-            return Ok(value);
+            return Ok(vec![value]);
         }
-        let json = serde_json::to_vec(&value).map_err(Error::serialization)?;
+        (0..self.world_size).map(|root| self.broadcast_from(root, &value, device)).collect()
+    }
+
+    fn broadcast_from<T: Serialize + DeserializeOwned>(&self, root: usize, value: &T, device: Device) -> Result<T> {
+        let json = serde_json::to_vec(value).map_err(Error::serialization)?;
         let length = Tensor::from_slice(&[json.len() as i64]).to_device(device);
-        self.broadcast_tensor(&length, 0)?;
-        let bytes = if self.is_main() {
+        self.broadcast_tensor(&length, root)?;
+        let bytes = if self.rank == root {
             Tensor::from_slice(&json).to_device(device)
         } else {
             Tensor::zeros([length.int64_value(&[0])], (Kind::Uint8, device))
         };
-        self.broadcast_tensor(&bytes, 0)?;
+        self.broadcast_tensor(&bytes, root)?;
         let json = Vec::<u8>::try_from(bytes.to_device(Device::Cpu))?;
-        serde_json::from_slice(&json)
-            .map_err(|error| Error::internal(format!("process {} cannot read what process 0 sent: {error}", self.rank)))
+        serde_json::from_slice(&json).map_err(|error| {
+            Error::internal(format!("process {} cannot read what process {root} sent: {error}", self.rank))
+        })
     }
 
     /// Waits until every process has called this.

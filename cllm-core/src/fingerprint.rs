@@ -28,9 +28,14 @@ pub fn hash_files<P: AsRef<Path>>(paths: &[P]) -> Result<String> {
 /// # Errors
 /// When the file cannot be read.
 pub fn hash_contents(path: &Path) -> Result<String> {
+    Ok(contents_hash(path)?.to_hex()[..16].to_owned())
+}
+
+/// The whole hash of a file's contents.
+pub(crate) fn contents_hash(path: &Path) -> Result<blake3::Hash> {
     let mut hasher = blake3::Hasher::new();
     update_with_contents(&mut hasher, path)?;
-    Ok(hasher.finalize().to_hex()[..16].to_owned())
+    Ok(hasher.finalize())
 }
 
 /// Several threads read the file, piece by piece, and hash it: a model's fingerprint should take no

@@ -1,11 +1,13 @@
-//! The rule for the output folder of every command, and the settings that a command saves there.
+//! The rules for the output folder of every command, and the settings that a command saves there.
 //!
 //! A command writes into a folder that is empty, or that it wrote itself. Anything else is the
-//! user's, and files in it may have the names that the command would write.
+//! user's, and files in it may have the names that the command would write. While it writes, it holds
+//! the folder with a lock, so that no other command writes there.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader};
-use std::path::Path;
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 use serde_json::Value;
@@ -17,6 +19,110 @@ pub const CONFIG: &str = "config.yaml";
 
 /// Number of files that a refusal names.
 const MAX_NAMES: usize = 3;
+
+/// Name of the file with whose lock a process holds a folder.
+const LOCK_FILE: &str = ".lock";
+
+/// Holds an output folder until it is dropped, or its process has ended in any way.
+#[must_use]
+pub struct FolderLock {
+    /// `None` where nothing can be written or the file system has no locks.
+    file: Option<(File, PathBuf)>,
+    /// Folders that were made for the lock, innermost first.
+    made: Vec<PathBuf>,
+}
+
+/// Holds a folder in which files will be written, and makes it if there is none.
+///
+/// # Errors
+/// [`Error::File`] if another process holds it; file-system errors.
+pub fn lock(folder: &Path) -> Result<FolderLock> {
+    FolderLock::take(&folder.join(LOCK_FILE), folder)
+}
+
+/// Holds the path of a folder that will appear whole, and checks that it holds nothing yet.
+///
+/// # Errors
+/// As [`lock`], and [`Error::File`] if it holds something.
+pub fn lock_new(folder: &Path) -> Result<FolderLock> {
+    let name = folder.file_name().ok_or_else(|| Error::file(folder, "is not the path of a new folder"))?;
+    let lock = FolderLock::take(&folder.with_file_name(format!("{LOCK_FILE}-{}", name.to_string_lossy())), folder)?;
+    atomic_file::refuse_nonempty(folder)?;
+    Ok(lock)
+}
+
+impl FolderLock {
+    /// Locks the file `path`, which holds `folder`.
+    fn take(path: &Path, folder: &Path) -> Result<Self> {
+        let mut made = Vec::new();
+        loop {
+            let inside = path.parent().filter(|parent| *parent != Path::new("")).unwrap_or(Path::new("."));
+            if inside.exists() && !inside.is_dir() {
+                // The command says what its output must be.
+                return Ok(FolderLock { file: None, made });
+            }
+            made.extend(inside.ancestors().take_while(|ancestor| !ancestor.exists()).map(Path::to_owned));
+            std::fs::create_dir_all(inside).map_err(Error::write(inside))?;
+            let mut file = match OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path) {
+                Ok(file) => file,
+                // Its holder has just removed the empty folder.
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                // Whatever the command would write is refused as well.
+                Err(error) if matches!(error.kind(), ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem) => {
+                    return Ok(FolderLock { file: None, made });
+                }
+                Err(error) => return Err(Error::write(path)(error)),
+            };
+            match file.try_lock() {
+                Ok(()) if is_at(&file, path) => {
+                    let id = std::process::id().to_string();
+                    let written = file.set_len(0).and_then(|()| file.write_all(id.as_bytes()));
+                    let lock = FolderLock { file: Some((file, path.to_owned())), made };
+                    return written.map(|()| lock).map_err(Error::write(path));
+                }
+                // Its holder has removed the file since it was opened.
+                Ok(()) => {}
+                Err(TryLockError::WouldBlock) => {
+                    let mut id = String::new();
+                    let _ = file.read_to_string(&mut id);
+                    return Err(Error::file(folder, held_by(&id)));
+                }
+                Err(TryLockError::Error(error)) if error.kind() == ErrorKind::Unsupported => {
+                    return Ok(FolderLock { file: None, made });
+                }
+                Err(TryLockError::Error(error)) => return Err(Error::write(path)(error)),
+            }
+        }
+    }
+}
+
+fn held_by(process: &str) -> String {
+    let process = if process.is_empty() { String::new() } else { format!(" (process {process})") };
+    format!(
+        "another command{process} is writing into this folder: wait until it has ended, or choose another output folder"
+    )
+}
+
+/// Whether a path still leads to an open file.
+fn is_at(file: &File, path: &Path) -> bool {
+    let inode = |metadata: std::fs::Metadata| (metadata.dev(), metadata.ino());
+    file.metadata().map(inode).ok().is_some_and(|open| path.metadata().map(inode).is_ok_and(|there| there == open))
+}
+
+/// Removes the file, and the folders that were made for it and are still empty.
+impl Drop for FolderLock {
+    fn drop(&mut self) {
+        // What cannot be removed is in nobody's way: it has no lock.
+        if let Some((file, path)) = &self.file
+            && is_at(file, path)
+        {
+            let _ = std::fs::remove_file(path);
+        }
+        for folder in &self.made {
+            let _ = std::fs::remove_dir(folder);
+        }
+    }
+}
 
 /// Checks that a command may write into a folder: that the folder is missing or empty, or `is_own`
 /// says that the command wrote it. Hidden files do not count.
@@ -117,6 +223,34 @@ mod tests {
         let message = expect_own(folder, || false).unwrap_err().to_string();
         assert!(message.contains("(README.md, a, b, …)"), "{message}");
         expect_own(folder, || true).unwrap();
+    }
+
+    #[test]
+    fn a_folder_is_held_by_one_process_at_a_time() {
+        let dir = tempfile::tempdir().unwrap();
+        let (folder, model) = (dir.path().join("runs/a"), dir.path().join("models/b"));
+        let (held, held_new) = (lock(&folder).unwrap(), lock_new(&model).unwrap());
+        for refused in [lock(&folder).err().unwrap(), lock_new(&model).err().unwrap()] {
+            let (message, id) = (refused.to_string(), std::process::id());
+            assert!(
+                message.contains(&format!("another command (process {id}) is writing into this folder")),
+                "{message}"
+            );
+        }
+        expect_own(&folder, || false).unwrap();
+        drop((held, held_new));
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0, "nothing is left");
+        let held = lock(&folder).unwrap();
+        std::fs::write(folder.join("result"), "").unwrap();
+        drop(held);
+        assert_eq!(std::fs::read_dir(&folder).unwrap().count(), 1);
+        // The file that a killed process left is not locked.
+        std::fs::write(folder.join(LOCK_FILE), "77").unwrap();
+        drop(lock(&folder).unwrap());
+        std::fs::write(model.with_file_name("x"), "").unwrap_err();
+        std::fs::create_dir_all(&model).unwrap();
+        std::fs::write(model.join("weights"), "").unwrap();
+        assert!(lock_new(&model).err().unwrap().to_string().contains("already exists"));
     }
 
     #[test]

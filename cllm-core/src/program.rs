@@ -2,12 +2,13 @@
 //! and the exit code. No other module of this crate knows about command lines.
 
 use std::any::Any;
-use std::io::Write;
+use std::io::{IsTerminal, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::sync::{Mutex, PoisonError};
 
 use crate::error::panic_message;
+use crate::printable::to_printable;
 use crate::{Error, Result, interrupt, progress};
 
 mod command_line;
@@ -40,7 +41,7 @@ pub fn main(body: impl FnOnce() -> Result<Outcome>) -> ExitCode {
         Ok(Outcome::Done) => ExitCode::SUCCESS,
         Ok(Outcome::Negative) => ExitCode::from(1),
         Err(error) => {
-            progress::write_stderr(&format!("error: {error}\n"));
+            progress::log_error(&error);
             ExitCode::from(error.exit_code())
         }
     }
@@ -72,11 +73,20 @@ fn error_of_panic(payload: &(dyn Any + Send)) -> Error {
     }
 }
 
-/// Prints data on stdout. A reader that has closed the pipe (`| head`) is not an error.
+/// Prints data on stdout; a terminal gets no control characters. A reader that has closed the pipe
+/// (`| head`) is not an error.
 ///
 /// # Errors
 /// When stdout cannot be written for another reason.
 pub fn print(text: &str) -> Result<()> {
+    if std::io::stdout().is_terminal() { print_as_is(&to_printable(text)) } else { print_as_is(text) }
+}
+
+/// Prints a text that has escape sequences of ours.
+///
+/// # Errors
+/// As [`print()`].
+pub fn print_as_is(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     let end = if text.ends_with('\n') { "" } else { "\n" };
     match write!(out, "{text}{end}").and_then(|()| out.flush()) {

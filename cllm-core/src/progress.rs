@@ -3,12 +3,14 @@
 //! so that it stays readable.
 
 use std::fmt::Display;
-use std::io::{IsTerminal, Write};
+use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::printable::{obeys_escapes, to_printable};
 
 static QUIET: AtomicBool = AtomicBool::new(false);
 /// The bar on the terminal, which makes room for other lines.
@@ -25,7 +27,7 @@ pub fn log(line: impl AsRef<str>) {
     if QUIET.load(Ordering::Relaxed) {
         return;
     }
-    let line = format!("{}\n", line.as_ref());
+    let line = to_printable(&format!("{}\n", line.as_ref()));
     let bar = SHOWN_BAR.lock().unwrap_or_else(PoisonError::into_inner).clone();
     match bar.filter(|bar| !bar.is_finished()) {
         Some(bar) => bar.suspend(|| write_stderr(&line)),
@@ -33,7 +35,12 @@ pub fn log(line: impl AsRef<str>) {
     }
 }
 
-/// Writes text to stderr even when quiet. A closed terminal or pipe does not end the work.
+/// Prints the message of an error on stderr, even when quiet.
+pub fn log_error(message: impl Display) {
+    write_stderr(&to_printable(&format!("error: {message}\n")));
+}
+
+/// Writes text to stderr as it is, even when quiet. A closed terminal or pipe does not end the work.
 pub fn write_stderr(text: &str) {
     let mut stderr = std::io::stderr().lock();
     let _ = stderr.write_all(text.as_bytes()).and_then(|()| stderr.flush());
@@ -70,7 +77,7 @@ pub struct Progress {
 impl Progress {
     /// Starts at `done` of `total` units; `done` is above 0 where a run resumes.
     pub fn new(label: &str, done: u64, total: u64) -> Self {
-        let bar = (std::io::stderr().is_terminal() && !QUIET.load(Ordering::Relaxed)).then(|| {
+        let bar = (obeys_escapes(&std::io::stderr()) && !QUIET.load(Ordering::Relaxed)).then(|| {
             let style = ProgressStyle::with_template("{prefix} {wide_bar} {pos}/{len}{msg}");
             let bar = ProgressBar::new(total).with_prefix(label.to_owned()).with_position(done);
             bar.set_style(style.expect("the template is valid"));

@@ -1,6 +1,7 @@
 //! Completes a data set: writes its card, a README.md with the front matter of the Hugging Face
 //! Hub, and marks the manifest as complete. Every verb that makes a data set ends here.
 
+use cllm_core::printable::to_markdown;
 use cllm_core::trajectory::{Manifest, Writer};
 use cllm_core::{Result, atomic_file};
 
@@ -20,7 +21,7 @@ fn card(manifest: &Manifest) -> String {
         .thought_closing
         .as_ref()
         .map_or(String::new(), |closing| format!(" and thoughts closed after {} tokens", closing.max_thinking_tokens));
-    let steps: Vec<_> = provenance.steps.iter().map(|step| format!("- {step}")).collect();
+    let steps: Vec<_> = provenance.steps.iter().map(|step| format!("- {}", to_markdown(step))).collect();
     format!(
         "---\npretty_name: Jacobi trajectories\ntask_categories:\n- text-generation\ntags:\n- cllm\n- jacobi-decoding\n\
          size_categories:\n- {size}\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    \

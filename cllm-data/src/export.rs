@@ -1,6 +1,5 @@
 //! `export`: writes a data set as a JSON trajectory file of the reference implementation.
 
-use std::io::Write;
 use std::path::PathBuf;
 
 use clap::Args;

@@ -13,7 +13,7 @@ use cllm_core::program::Outcome;
 use cllm_core::progress::{self, count};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{Block, FinishReason, Provenance, Trajectory, Writer};
-use cllm_core::{Error, Result, fingerprint, interrupt};
+use cllm_core::{Error, Result, fingerprint, interrupt, output_folder};
 
 use crate::dataset_card::finish_with_card;
 use crate::record_store::RecordStore;
@@ -48,6 +48,7 @@ pub(crate) struct Arguments {
 /// When the file has another format, or a row breaks a guarantee of the data format.
 pub(crate) fn run(arguments: &Arguments) -> Result<Outcome> {
     let (path, output) = (&arguments.file, &arguments.output);
+    let _lock = output_folder::lock(output)?;
     let teacher = arguments.model.as_deref().map(Teacher::load).transpose()?;
     let store = RecordStore::create(path)?;
     let contents = Contents::read(path, &store)?;
@@ -133,6 +134,9 @@ impl Contents {
 fn provenance(arguments: &Arguments, contents: &Contents, teacher: Option<&Teacher>) -> Result<Provenance> {
     let (path, max_new_tokens) = (&arguments.file, arguments.max_new_tokens);
     if let Some(ExportedDataSet { provenance, .. }) = &contents.data_set {
+        if let Some(problem) = provenance.problem() {
+            return Err(Error::file(path, format!("its data_set {problem}; export it again")));
+        }
         if teacher.is_some_and(|teacher| teacher.fingerprint != provenance.teacher) {
             return Err(Error::file(
                 path,

@@ -1,13 +1,13 @@
 //! `inspect`: shows one response's trajectory token by token, each compared with the fixed point.
 
 use std::fmt::Write;
-use std::io::IsTerminal;
 use std::path::PathBuf;
 
 use clap::Args;
 use clap::builder::RangedU64ValueParser;
 use cllm_core::checkpoint::hub;
-use cllm_core::program::{Outcome, print, print_json};
+use cllm_core::printable::{shows_colour, to_printable};
+use cllm_core::program::{Outcome, print_as_is, print_json};
 use cllm_core::progress::count;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{Block, FinishReason, Reader, Trajectory};
@@ -88,13 +88,9 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome> {
     if arguments.json {
         print_as_json(&row, &text)?;
     } else {
-        print(&draw(&row, stdout_shows_colour(), &text)?)?;
+        print_as_is(&draw(&row, shows_colour(&std::io::stdout()), &text)?)?;
     }
     Ok(Outcome::Done)
-}
-
-fn stdout_shows_colour() -> bool {
-    std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
 fn load_tokenizer(reader: &Reader, model: Option<&str>) -> Result<Option<Tokenizer>> {
@@ -156,7 +152,8 @@ fn draw(row: &Trajectory, in_colour: bool, text: &impl Fn(i32) -> Result<String>
         (TokenStatus::AfterEnd, "behind the end"),
     ];
     let legend = legend.map(|(status, name)| paint(name, status, in_colour)).join(", ");
-    let mut drawing = format!("{} ({})\n\nprompt\n{}\n", row.sample_id, row.source, indent(&row.prompt));
+    let mut drawing =
+        format!("{} ({})\n\nprompt\n{}\n", one_line(&row.sample_id), one_line(&row.source), indent(&row.prompt));
     if let Some(reference) = &row.reference {
         let _ = write!(drawing, "\nreference\n{}\n", indent(reference));
     }
@@ -167,7 +164,7 @@ fn draw(row: &Trajectory, in_colour: bool, text: &impl Fn(i32) -> Result<String>
         if !forced.is_empty() && forced.end == block.start as usize {
             let _ = write!(drawing, "\nthe thought was closed at its limit, from token {}\n      ", forced.start);
             for &id in &row.response_ids[forced.clone()] {
-                let _ = write!(drawing, " {}", escape_controls(&text(id)?));
+                let _ = write!(drawing, " {}", one_line(&text(id)?));
             }
             drawing.push('\n');
         }
@@ -178,7 +175,7 @@ fn draw(row: &Trajectory, in_colour: bool, text: &impl Fn(i32) -> Result<String>
             let is_augmented = row.augmented.as_ref().is_some_and(|flags| flags[block_index][state_index]);
             let _ = write!(drawing, "{state_index:>4}{}", if is_augmented { "a " } else { "  " });
             for (&id, status) in state.iter().zip(statuses) {
-                let _ = write!(drawing, " {}", paint(&escape_controls(&text(id)?), status, in_colour));
+                let _ = write!(drawing, " {}", paint(&one_line(&text(id)?), status, in_colour));
             }
             drawing.push('\n');
         }
@@ -199,21 +196,12 @@ fn paint(token: &str, status: TokenStatus, in_colour: bool) -> String {
 
 /// A text in lines of its own, without control characters.
 fn indent(text: &str) -> String {
-    text.lines().map(|line| format!("    {}", escape_controls(line))).collect::<Vec<_>>().join("\n")
+    text.lines().map(|line| format!("    {}", one_line(line))).collect::<Vec<_>>().join("\n")
 }
 
-/// Escapes control characters, so that a token neither breaks the line nor sends the terminal a
-/// command.
-fn escape_controls(token: &str) -> String {
-    let mut escaped = String::new();
-    for character in token.chars() {
-        if character.is_control() {
-            escaped.extend(character.escape_default());
-        } else {
-            escaped.push(character);
-        }
-    }
-    escaped
+/// Shows control characters, so that a token neither breaks the line nor sends the terminal a command.
+fn one_line(token: &str) -> String {
+    to_printable(&token.replace('\n', "\\n").replace('\r', "\\r").replace('\t', "\\t"))
 }
 
 #[cfg(test)]
@@ -227,6 +215,6 @@ mod tests {
         assert_eq!(token_statuses(&block, 3), expected.map(|state| state.to_vec()));
         let cut = token_statuses(&block, 2);
         assert!(cut.iter().all(|state| state[2] == TokenStatus::AfterEnd), "{cut:?}");
-        assert_eq!(escape_controls("a\x1b"), "a\\u{1b}");
+        assert_eq!(one_line("a\x1b\n"), "a␛\\n");
     }
 }

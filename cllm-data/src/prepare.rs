@@ -13,8 +13,8 @@ use cllm_core::{Error, Result, interrupt, prompt_set};
 
 use crate::variants::variants;
 
-/// Synthetic problems are generated in memory.
-const MAX_SYNTHETIC_PROBLEMS: u64 = 10_000_000;
+/// Synthetic problems and variants are generated in memory.
+const MAX_IN_MEMORY: usize = 10_000_000;
 
 #[derive(Args)]
 pub(crate) struct Arguments {
@@ -61,7 +61,7 @@ pub(crate) struct Arguments {
         long,
         value_name = "N",
         default_value_t = synthetic::DEFAULT_NUM_PROBLEMS,
-        value_parser = RangedU64ValueParser::<usize>::new().range(1..=MAX_SYNTHETIC_PROBLEMS)
+        value_parser = RangedU64ValueParser::<usize>::new().range(1..=MAX_IN_MEMORY as u64)
     )]
     num_problems: usize,
 }
@@ -85,6 +85,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome> {
     let mut samples = load(arguments)?;
     prompt_set::apply_limit(&mut samples, arguments.limit, "--limit");
     if arguments.variants > 0 {
+        if samples.len().saturating_mul(arguments.variants) > MAX_IN_MEMORY {
+            let message = format!(
+                "--variants {} would make more than {MAX_IN_MEMORY} prompts of {}: lower it, or --limit",
+                arguments.variants,
+                samples.len()
+            );
+            return Err(Error::usage(message));
+        }
         samples.extend(variants(arguments.task, &samples, arguments.variants, arguments.seed)?);
     }
     if let Some(system) = &arguments.system {

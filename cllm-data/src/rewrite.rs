@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use cllm_core::output_folder::FolderLock;
 use cllm_core::progress::Progress;
 use cllm_core::trajectory::{self, Reader, RowChunk, Trajectory, Writer};
 use cllm_core::{Error, Result, atomic_file, interrupt, output_folder, text_file};
@@ -18,6 +19,7 @@ pub(crate) struct Rewrite {
     writer: Writer,
     /// File for the counts of the rewrite.
     report_file: PathBuf,
+    _lock: FolderLock,
 }
 
 /// Settings that say where something is. The provenance says whether it is the same.
@@ -43,6 +45,7 @@ impl<S: Serialize> Command<'_, S> {
     /// message says which setting differs.
     pub(crate) fn open(&self) -> Result<Option<Rewrite>> {
         let reader = Reader::open(self.input)?;
+        let lock = output_folder::lock(self.output)?;
         let mut provenance = reader.provenance().clone();
         provenance.steps.push(self.step.clone());
         if trajectory::holds_rows(self.output)?
@@ -56,7 +59,7 @@ impl<S: Serialize> Command<'_, S> {
         }
         let writer = Writer::create(self.output, provenance)?;
         output_folder::save_settings(self.output, &format!("cllm-data {}", self.verb), self.settings)?;
-        Ok(Some(Rewrite { reader, writer, report_file: self.report_file() }))
+        Ok(Some(Rewrite { reader, writer, report_file: self.report_file(), _lock: lock }))
     }
 
     fn report_file(&self) -> PathBuf {

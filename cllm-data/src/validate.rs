@@ -10,7 +10,7 @@ use cllm_core::program::{Outcome, print, print_json};
 use cllm_core::progress::count;
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::trajectory::{FinishReason, INCOMPLETE_DATA_SET, Provenance, Reader, Trajectory};
-use cllm_core::{Result, interrupt};
+use cllm_core::{Result, checksum, interrupt};
 use serde_json::json;
 
 /// Violations that are printed; all are counted.
@@ -43,8 +43,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome> {
     if !reader.is_complete() {
         violations.push(format!("the data set {INCOMPLETE_DATA_SET}"));
     }
+    let damage = reader.damage()?;
+    violations.extend(damage.iter().map(ToString::to_string));
     let mut seen = HashSet::new();
-    for row in reader.unchecked_rows() {
+    // The rows of a damaged shard may be anything, or unreadable.
+    for row in reader.unchecked_rows().take(if damage.is_empty() { usize::MAX } else { 0 }) {
         interrupt::check()?;
         let row = row?;
         if let Err(message) = row.check(&provenance).and_then(|()| check_length(&row, &provenance)) {
@@ -83,7 +86,7 @@ fn check_length(row: &Trajectory, provenance: &Provenance) -> std::result::Resul
     }
 }
 
-/// The violations of a data set that this model did not collect. The rows are then checked against
+/// What is wrong with the model, and the violations of a data set that it did not collect. The rows are then checked against
 /// the smaller vocabulary.
 fn compare_with_model(provenance: &mut Provenance, model: &str) -> Result<Vec<String>> {
     let folder = hub::locate(model)?;
@@ -94,7 +97,8 @@ fn compare_with_model(provenance: &mut Provenance, model: &str) -> Result<Vec<St
         ("vocabulary", provenance.vocab_size.to_string(), vocab_size.to_string()),
     ];
     provenance.vocab_size = provenance.vocab_size.min(vocab_size);
+    let damage = checksum::check_folder(&folder, checksum::MODEL_ADVICE).err().map(|error| error.to_string());
     let different = compared.into_iter().filter(|(_, recorded, actual)| recorded != actual);
     let violation = |(name, recorded, actual)| format!("{name}: {recorded} in the data set, {actual} in {model}");
-    Ok(different.map(violation).collect())
+    Ok(damage.into_iter().chain(different.map(violation)).collect())
 }

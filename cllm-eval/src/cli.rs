@@ -1,6 +1,5 @@
 //! The command line.
 
-use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 
 use clap::builder::TypedValueParser;
@@ -8,7 +7,7 @@ use clap::{Args, CommandFactory, Parser, Subcommand};
 use cllm_core::chat_template::RenderSettings;
 use cllm_core::program::{Outcome, SettingsArgs, print, print_completions, print_json, print_settings};
 use cllm_core::task::Task;
-use cllm_core::{Error, Result, atomic_file, progress};
+use cllm_core::{Error, Result, atomic_file, output_folder, progress};
 use serde::Serialize;
 use serde_json::json;
 
@@ -17,7 +16,6 @@ use crate::compare::{Comparison, compare};
 use crate::config::RunSettings;
 use crate::doctor::Findings;
 use crate::generate::GenerateOptions;
-use crate::printable::to_printable;
 use crate::profile::{Profiles, profile};
 use crate::results::Results;
 use crate::serve::{ServeSettings, serve};
@@ -354,11 +352,7 @@ fn generate_or_chat(prompt: Option<&str>, options: &GenerateOptions, json: bool,
     };
     let document = generate::generate(prompt, options, !quiet)?;
     let text = &document.strategies[1].text;
-    match json {
-        true => print_json(&document),
-        false if std::io::stdout().is_terminal() => print(&to_printable(text)),
-        false => print(text),
-    }
+    if json { print_json(&document) } else { print(text) }
 }
 
 /// The reference of all settings, as in docs/configuration.md.
@@ -373,6 +367,7 @@ fn all_settings() -> String {
 }
 
 fn draw_report(results: &[PathBuf], output: Option<&Path>, json: bool) -> Result<()> {
+    let _lock = output_folder::lock(&report::output_of(results, output))?;
     let written = report::report(results, output, &[])?;
     if json {
         return print_json(&json!({ "schema_version": 1, "written": written }));

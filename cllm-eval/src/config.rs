@@ -55,7 +55,7 @@ pub struct RunSettings {
     #[garde(skip)]
     pub seed: u64,
     /// Number of synthetic problems.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 10_000_000))]
     pub num_problems: usize,
     /// Use only the first N examples (for mt-bench: questions, which have two turns each).
     #[garde(range(min = 1))]
@@ -77,15 +77,15 @@ pub struct RunSettings {
     #[garde(range(min = 0.0, max = 10.0))]
     pub temperature: f64,
     /// Maximum number of tokens in an answer.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 1_048_576))]
     pub max_new_tokens: usize,
     /// For thinking models: maximum number of tokens in the thought before an answer. An answer of
     /// this length that is still inside its thought gets the text `\n</think>\n\n`, and goes on from
     /// there. Default: no limit.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 1_048_576))]
     pub max_thinking_tokens: Option<usize>,
     /// Number of answers decoded at once to measure accuracy.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 65_536))]
     pub batch_size: usize,
     /// auto, cpu, cuda or cuda:N.
     #[garde(skip)]

@@ -1,6 +1,5 @@
 //! Answers to MT-bench in the form that FastChat's judge reads: a file for each model and strategy.
 
-use std::io::Write;
 use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 

@@ -5,10 +5,10 @@
 //! belongs to the same run.
 
 use std::fs::{File, OpenOptions};
-use std::io::{Seek, SeekFrom, Write};
+use std::io::{Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use cllm_core::{Error, Result};
+use cllm_core::{Error, Result, atomic_file};
 use serde_json::Value;
 
 use crate::records::{AnswerRecord, Header, LineRef, ModelEntry, Records, SpeedRecord, ThroughputRecord, WindowRecord};
@@ -103,8 +103,8 @@ impl Journal {
         for line in lines {
             text.push_str(&line.to_json()?);
         }
-        let written = self.file.write_all(text.as_bytes()).and_then(|()| self.file.sync_data());
-        written.map_err(Error::write(&self.path)).map_err(|error| match self.records.answers.is_empty() {
+        let written = atomic_file::append(&mut self.file, &self.path, text.as_bytes());
+        written.map_err(|error| match self.records.answers.is_empty() {
             true => error,
             false => error.with_kept_work("finished answers are kept"),
         })

@@ -14,7 +14,6 @@ pub mod generate;
 pub mod journal;
 pub mod mt_bench_turns;
 pub mod perplexity;
-pub mod printable;
 pub mod profile;
 pub mod records;
 pub mod report;

@@ -5,7 +5,7 @@
 //! score its answers again and to draw a report.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader};
 use std::ops::Range;
 use std::path::Path;
 
@@ -396,6 +396,7 @@ impl Records {
             }
             Ok(())
         })
+        .map(drop)
     }
 }
 

@@ -7,7 +7,7 @@ use cllm_core::prompt_set::Sample;
 use cllm_core::sandbox::Sandbox;
 use cllm_core::task::{Score, ScoreContext, Task};
 use cllm_core::thought::Thought;
-use cllm_core::{Error, Result, atomic_file, interrupt, progress};
+use cllm_core::{Error, Result, atomic_file, interrupt, output_folder, progress};
 use rayon::prelude::*;
 
 use crate::config::RunSettings;
@@ -103,6 +103,7 @@ pub fn expect_spider(task: Task, option: &str) -> Result<()> {
 pub fn score(folder: &Path, data: Option<PathBuf>, keep_distinct: Option<bool>, execute: bool) -> Result<Results> {
     let path = folder.join(SAMPLES);
     let mut records = Records::read(&path)?;
+    let _lock = output_folder::lock(folder)?;
     let task = records.header.benchmark;
     if keep_distinct.is_some() {
         expect_spider(task, "--keep-distinct")?;

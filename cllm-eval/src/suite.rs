@@ -7,7 +7,7 @@ use cllm_core::decode::Strategy;
 use cllm_core::program::catch_panics;
 use cllm_core::progress::count;
 use cllm_core::task::Task;
-use cllm_core::{Error, Result, output_folder, progress, settings};
+use cllm_core::{Error, Result, atomic_file, output_folder, progress, settings};
 use garde::Validate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -52,14 +52,14 @@ pub struct SuiteSettings {
     #[garde(length(min = 1))]
     pub system: Option<String>,
     /// Maximum number of tokens in an answer.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 1_048_576))]
     pub max_new_tokens: usize,
     /// For thinking models: maximum number of tokens in the thought before an answer, as in `run`.
     /// Default: no limit.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 1_048_576))]
     pub max_thinking_tokens: Option<usize>,
     /// Number of answers decoded at once to measure accuracy.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 65_536))]
     pub batch_size: usize,
     /// auto, cpu, cuda or cuda:N.
     #[garde(skip)]
@@ -136,7 +136,9 @@ pub fn suite(settings: &SuiteSettings) -> Result<Suite> {
         ));
     }
     let settings = &with_date(settings);
+    let _lock = output_folder::lock(&settings.output)?;
     output_folder::expect_own(&settings.output, || output_folder::has_settings_of(&settings.output, COMMAND))?;
+    atomic_file::recover(&settings.output)?;
     output_folder::save_settings(&settings.output, COMMAND, settings)?;
     let mut benchmarks = Vec::new();
     let mut folders = Vec::new();

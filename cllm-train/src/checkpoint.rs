@@ -11,6 +11,7 @@ use cllm_core::atomic_file::{self, UnfinishedFolder};
 use cllm_core::capacity::HostMemory;
 use cllm_core::chat_template::Date;
 use cllm_core::checkpoint::{self, STREAMING_BYTES, TensorWriter, WritingThread, hub};
+use cllm_core::checksum::{self, WrittenFile};
 use cllm_core::distributed::ProcessGroup;
 use cllm_core::model::Transformer;
 use cllm_core::{Error, Result, text_file, tokenizer};
@@ -72,7 +73,7 @@ enum SaveInFlight {
     /// The thread writes this process's files.
     Writing(UnfinishedCheckpoint, WritingThread),
     /// They are on disk. The other processes may still be writing theirs.
-    Written(UnfinishedCheckpoint),
+    Written(UnfinishedCheckpoint, Vec<WrittenFile>),
 }
 
 /// A checkpoint that has no name yet.
@@ -88,14 +89,14 @@ struct UnfinishedCheckpoint {
 }
 
 impl SaveInFlight {
-    /// Waits until this process's files are on disk.
-    fn join(self) -> Result<UnfinishedCheckpoint> {
+    /// Waits until this process's files are on disk, and returns those that its thread wrote.
+    fn join(self) -> Result<(UnfinishedCheckpoint, Vec<WrittenFile>)> {
         match self {
             SaveInFlight::Writing(checkpoint, thread) => match thread.wait() {
-                Ok(()) => Ok(checkpoint),
+                Ok(written) => Ok((checkpoint, written)),
                 Err(error) => Err(atomic_file::with_final_path(error, &checkpoint.work, &checkpoint.path)),
             },
-            SaveInFlight::Written(checkpoint) => Ok(checkpoint),
+            SaveInFlight::Written(checkpoint, written) => Ok((checkpoint, written)),
         }
     }
 }
@@ -208,10 +209,13 @@ impl Checkpoints {
             Some(SaveInFlight::Writing(checkpoint, thread)) if !thread.is_finished() => {
                 Some(SaveInFlight::Writing(checkpoint, thread))
             }
-            Some(save) => Some(SaveInFlight::Written(save.join()?)),
+            Some(save) => {
+                let (checkpoint, written) = save.join()?;
+                Some(SaveInFlight::Written(checkpoint, written))
+            }
             None => None,
         };
-        Ok(matches!(self.in_flight, Some(SaveInFlight::Written(_))))
+        Ok(matches!(self.in_flight, Some(SaveInFlight::Written(..))))
     }
 
     /// Waits until the checkpoint in flight is complete, on all processes, if there is one. Every
@@ -220,40 +224,37 @@ impl Checkpoints {
     /// # Errors
     /// File-system errors, a process that has died. There is no checkpoint in flight then.
     pub fn wait(&mut self, device: Device, group: &ProcessGroup) -> Result<()> {
-        let Some(save) = self.in_flight.take() else { return Ok(()) };
-        let checkpoint = save.join()?;
-        group.barrier(device)?;
-        self.publish(checkpoint)?;
+        self.complete(device, group)?;
         group.barrier(device)
     }
 
-    /// Makes the checkpoint in flight appear, if there is one. Every process must have written its
-    /// part.
+    /// Makes the checkpoint in flight appear, if there is one, as soon as every process has written its
+    /// part. Every process must call it.
     ///
     /// # Errors
-    /// File-system errors.
-    pub fn complete(&mut self) -> Result<()> {
-        match self.in_flight.take() {
-            Some(save) => self.publish(save.join()?),
-            None => Ok(()),
-        }
+    /// As [`Self::wait`].
+    pub fn complete(&mut self, device: Device, group: &ProcessGroup) -> Result<()> {
+        let Some(save) = self.in_flight.take() else { return Ok(()) };
+        let (checkpoint, written) = save.join()?;
+        let written = group.gather(written, device)?.concat();
+        self.publish(checkpoint, &written)
     }
 
     /// Gives a checkpoint its name. Moves the links to it, `best` if it is the best so far, and
     /// `latest` if it is one to resume from, and removes old ones.
-    fn publish(&self, checkpoint: UnfinishedCheckpoint) -> Result<()> {
+    fn publish(&self, checkpoint: UnfinishedCheckpoint, written: &[WrittenFile]) -> Result<()> {
         let UnfinishedCheckpoint { purpose, step, best_step, folder: Some(folder), .. } = checkpoint else {
             return Ok(());
         };
-        folder.finish()?;
+        folder.finish(written)?;
         let name = checkpoint_name(step);
         // `best` is moved first: a kill in between must not leave `latest` with a best checkpoint
         // that no link points to.
         if best_step == Some(step) {
-            replace_link(&self.folder(), BEST, &name)?;
+            atomic_file::replace_link(&self.folder().join(BEST), &name)?;
         }
         if purpose == Purpose::Resume {
-            replace_link(&self.folder(), LATEST, &name)?;
+            atomic_file::replace_link(&self.folder().join(LATEST), &name)?;
         }
         self.remove_old(best_step)
     }
@@ -283,7 +284,7 @@ impl Checkpoints {
                         }
                     }
                 }
-                writer.finish()
+                writer.finish().map(drop)
             })
         })?;
         Ok(target)
@@ -320,12 +321,12 @@ impl Checkpoints {
         self.eos_ids.as_ref().map_or(Ok(()), |ids| tokenizer::write_eos_ids(folder, ids))
     }
 
-    /// Removes half-written files that a killed process left.
+    /// Removes half-written files that a killed process left in the folder of a run.
     ///
     /// # Errors
     /// File-system errors.
-    pub fn recover(&self) -> Result<()> {
-        [&self.run, &self.folder()].into_iter().try_for_each(|folder| atomic_file::recover(folder))
+    pub fn recover(run: &Path) -> Result<()> {
+        [run, &checkpoints_folder(run)].into_iter().try_for_each(atomic_file::recover)
     }
 
     /// Prepares the end of a run whose final model is written: the link `best` if that model is the
@@ -339,7 +340,8 @@ impl Checkpoints {
             let checkpoint = checkpoint_name(state.step);
             let is_saved = self.folder().join(&checkpoint).exists();
             std::fs::create_dir_all(self.folder()).map_err(Error::write(self.folder()))?;
-            replace_link(&self.folder(), BEST, if is_saved { &checkpoint } else { FINAL_FROM_CHECKPOINTS })?;
+            let target = if is_saved { &checkpoint } else { FINAL_FROM_CHECKPOINTS };
+            atomic_file::replace_link(&self.folder().join(BEST), target)?;
         }
         self.remove_old(best_step)?;
         atomic_file::write_json(&self.run.join(STATE_FILE), state)
@@ -376,7 +378,8 @@ impl Checkpoints {
         state.map_or(Ok(()), |state| self.check_fingerprint(&state, fingerprint))
     }
 
-    /// Restores the newest checkpoint, if there is one. Every process must call it.
+    /// Restores the newest checkpoint, if there is one. Every process must call it; the main one
+    /// compares the files with their checksums.
     ///
     /// # Errors
     /// A damaged checkpoint, or one of a run with another fingerprint.
@@ -385,6 +388,7 @@ impl Checkpoints {
         model: &Transformer,
         optimizer: &mut OptimizerState,
         fingerprint: &RunFingerprint,
+        group: &ProcessGroup,
     ) -> Result<Option<TrainState>> {
         let Some(folder) = self.newest()? else { return Ok(None) };
         let real_folder = folder.canonicalize().unwrap_or_else(|_| folder.clone());
@@ -393,6 +397,9 @@ impl Checkpoints {
             return Err(Error::file(&folder, format!("has no {STATE_FILE}: {advice}")));
         };
         self.check_fingerprint(&state, fingerprint)?;
+        if group.is_main() {
+            checksum::check_folder(&folder, &advice)?;
+        }
         optimizer_files::read(&folder, optimizer, model.config(), &advice)?;
         optimizer.finish_restore(state.num_skipped_steps)?;
         Ok(Some(state))
@@ -445,14 +452,6 @@ fn available_bytes() -> u64 {
 
 fn buffer_bytes(tensor: &Tensor) -> u64 {
     (tensor.numel() * tensor.kind().elt_size_in_bytes()) as u64
-}
-
-/// Makes the link `name` point to `target`, in one atomic step.
-fn replace_link(folder: &Path, name: &str, target: &str) -> Result<()> {
-    let new = folder.join(format!(".{name}"));
-    let _ = std::fs::remove_file(&new);
-    std::os::unix::fs::symlink(target, &new).map_err(Error::write(&new))?;
-    std::fs::rename(&new, folder.join(name)).map_err(Error::write(folder))
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use clap::builder::RangedU64ValueParser;
 use clap::{CommandFactory, Parser, Subcommand};
 use cllm_core::program::{Outcome, SettingsArgs, print, print_completions, print_json, print_settings};
 use cllm_core::settings::{reference, to_yaml};
-use cllm_core::{Result, device, progress, prompt_set, text_file};
+use cllm_core::{Result, device, output_folder, progress, prompt_set, text_file};
 use serde_json::json;
 
 use crate::bench::{self, BenchSettings};
@@ -224,6 +224,7 @@ fn train_tokenizer(prompts: &Path, vocab_size: usize, output: &Path) -> Result<(
         }
         texts.extend(sample.reference);
     }
+    let _lock = output_folder::lock(output)?;
     tokenizer_training::train(&texts, vocab_size, output)?;
     progress::log(format!("the tokenizer is in {}", output.display()));
     Ok(())

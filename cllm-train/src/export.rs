@@ -3,8 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
-use cllm_core::checkpoint::{self, hub};
-use cllm_core::{Error, Result, atomic_file, progress, tokenizer};
+use cllm_core::checkpoint::{self, base_folder, hub, is_adapter};
+use cllm_core::{Error, Result, atomic_file, checksum, output_folder, progress, tokenizer};
 use tch::{Device, Kind};
 
 use crate::custom_generate;
@@ -60,13 +60,15 @@ pub fn run(args: &ExportArgs) -> Result<()> {
 }
 
 fn export(source: &Path, kind: Kind, output: &Path, with_custom_generate: bool) -> Result<()> {
-    if output.exists() {
-        return Err(Error::file(output, "already exists: choose another output folder, or delete it"));
-    }
+    let _lock = output_folder::lock_new(output)?;
     if source.join(SUMMARY_FILE).exists() || checkpoints_folder(source).is_dir() {
         let run = source.display();
         let message = format!("is the folder of a run, not a model: name {run}/{FINAL} or one of {run}/checkpoints/");
         return Err(Error::file(source, message));
+    }
+    checksum::check_folder(source, checksum::MODEL_ADVICE)?;
+    if is_adapter(source) {
+        checksum::check_folder(&base_folder(source)?, checksum::MODEL_ADVICE)?;
     }
     // Loaded in float32, so that the weights are rounded only once, whatever type they have.
     let model = checkpoint::load(source, Device::Cpu, Kind::Float)?;

@@ -2,7 +2,6 @@
 
 use std::cmp::Ordering;
 use std::fs::File;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use cllm_core::{Error, Result, atomic_file, output_folder, progress, text_file};
@@ -121,7 +120,8 @@ impl MetricsLog {
     }
 
     fn write(&mut self, line: &Value) -> Result<()> {
-        writeln!(self.file, "{line}").map_err(Error::write(&self.path))?;
+        // On disk before the checkpoint of the same step, which resumes after it.
+        atomic_file::append(&mut self.file, &self.path, format!("{line}\n").as_bytes())?;
         write_events(&mut self.events, line)
     }
 

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use cllm_core::program::print;
 use cllm_core::progress::count;
-use cllm_core::{Error, Result};
+use cllm_core::{Error, Result, output_folder};
 
 use crate::byte_size::format_bytes;
 use crate::run_folder::{checkpoints, checkpoints_folder, remove_state_of_run, state_files};
@@ -35,6 +35,7 @@ pub fn prune(runs: &[PathBuf], force: bool, dry_run: bool) -> Result<()> {
             num_bytes += files.iter().map(|(_, bytes)| bytes).sum::<u64>();
         }
         if !dry_run {
+            let _lock = output_folder::lock(run)?;
             remove_state_of_run(run)?;
         }
         if num_checkpoints == 0 {

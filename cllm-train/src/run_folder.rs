@@ -6,7 +6,7 @@
 
 use std::path::{Path, PathBuf};
 
-use cllm_core::{Error, Result, atomic_file};
+use cllm_core::{Error, Result, atomic_file, checksum, disk};
 
 use crate::byte_size::folder_bytes;
 use crate::optimizer_files::is_optimizer_file;
@@ -120,8 +120,12 @@ pub fn state_files(checkpoint: &Path) -> Result<Vec<(PathBuf, u64)>> {
 
 /// Removes the training state of a checkpoint. Its model stays.
 pub fn remove_state(checkpoint: &Path) -> Result<()> {
-    let files = state_files(checkpoint)?;
-    files.iter().try_for_each(|(path, _)| std::fs::remove_file(path).map_err(Error::write(path)))
+    let files: Vec<PathBuf> = state_files(checkpoint)?.into_iter().map(|(path, _)| path).collect();
+    if files.is_empty() {
+        return Ok(());
+    }
+    checksum::forget(checkpoint, &files)?;
+    files.iter().try_for_each(|path| disk::remove_file(path).map_err(Error::write(path)))
 }
 
 /// Removes the training state of all checkpoints of a run. A finished run keeps its train state, in
@@ -135,7 +139,7 @@ pub fn remove_state_of_run(run: &Path) -> Result<()> {
         atomic_file::write_json(&run.join(STATE_FILE), &state)?;
     }
     if latest.is_symlink() {
-        std::fs::remove_file(&latest).map_err(Error::write(&latest))?;
+        disk::remove_file(&latest).map_err(Error::write(&latest))?;
     }
     checkpoints(run)?.iter().try_for_each(|(_, checkpoint)| remove_state(checkpoint))
 }

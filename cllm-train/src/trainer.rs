@@ -79,6 +79,10 @@ pub fn run(settings: Settings) -> Result<()> {
 pub fn run_on(mut settings: Settings, today: Date) -> Result<()> {
     output_folder::expect_own(&settings.output, || output_folder::has_settings_of(&settings.output, COMMAND))?;
     let (device, group) = processes::join(&settings)?;
+    let _lock = group.is_main().then(|| output_folder::lock(&settings.output)).transpose()?;
+    if group.is_main() {
+        Checkpoints::recover(&settings.output)?;
+    }
     let date = settings.rendering.date.or(Checkpoints::started_on(&settings.output)).or(Some(today));
     // Processes may start on either side of midnight.
     settings.rendering.date = group.broadcast(date, device)?;
@@ -111,10 +115,9 @@ pub fn run_on(mut settings: Settings, today: Date) -> Result<()> {
     let mut optimizer = OptimizerState::new(&models.student, &settings, Rc::clone(&group))?;
     if group.is_main() {
         std::fs::create_dir_all(&settings.output).map_err(Error::write(&settings.output))?;
-        checkpoints.recover()?;
     }
     group.barrier(device)?;
-    let resumed = checkpoints.resume(&models.student, &mut optimizer, &fingerprint)?;
+    let resumed = checkpoints.resume(&models.student, &mut optimizer, &fingerprint, &group)?;
     if group.is_main() {
         output_folder::save_settings(&settings.output, COMMAND, &settings)?;
     }
@@ -238,7 +241,7 @@ impl Trainer<'_> {
         let world_size = self.group.world_size();
         if world_size == 1 {
             if has_written {
-                self.checkpoints.complete()?;
+                self.complete_save()?;
             }
             return Ok(own_signal);
         }
@@ -249,7 +252,7 @@ impl Trainer<'_> {
         let Some(last_signals) = self.last_signals.replace(signals) else { return Ok(None) };
         let [num_stopping, num_written] = [0, 1].map(|index| last_signals.double_value(&[index]) as usize);
         if num_written == world_size {
-            self.checkpoints.complete()?;
+            self.complete_save()?;
         }
         Ok((num_stopping > 0).then(|| own_signal.unwrap_or(SIGTERM)))
     }
@@ -262,6 +265,10 @@ impl Trainer<'_> {
         }
         self.wait_for_save()?;
         Err(Error::Interrupted(signal))
+    }
+
+    fn complete_save(&mut self) -> Result<()> {
+        self.checkpoints.complete(self.models.student.device(), &self.group)
     }
 
     fn wait_for_save(&mut self) -> Result<()> {

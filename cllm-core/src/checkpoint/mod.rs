@@ -133,7 +133,7 @@ pub fn fingerprint(folder: &Path) -> Result<String> {
 pub fn save(model: &Transformer, folder: &Path, kind: Kind) -> Result<()> {
     let mut writer = TensorWriter::new(model.device(), STREAMING_BYTES);
     save_with(&mut writer, model, folder, kind)?;
-    writer.finish()
+    writer.finish().map(drop)
 }
 
 /// As [`save`], with the weights written by `writer`.

@@ -209,7 +209,7 @@ fn unsupported_setting(config: &Value) -> Option<&'static str> {
 pub fn save_adapter(model: &Transformer, folder: &Path, base: &str) -> Result<()> {
     let mut writer = TensorWriter::new(model.device(), STREAMING_BYTES);
     save_adapter_with(&mut writer, model, folder, base)?;
-    writer.finish()
+    writer.finish().map(drop)
 }
 
 /// As [`save_adapter`], with the tensors written by `writer`.

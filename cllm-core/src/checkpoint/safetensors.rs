@@ -9,7 +9,7 @@ use tch::Kind;
 use super::tensor_file::{StoredTensor, TensorFile, TensorSpec, have_same_numbers};
 use super::tensor_writer::TensorWriter;
 use crate::model::ModelConfig;
-use crate::{Error, Result, atomic_file, text_file};
+use crate::{Error, Result, atomic_file, checksum, text_file};
 
 const SINGLE_FILE: &str = "model.safetensors";
 const INDEX_FILE: &str = "model.safetensors.index.json";
@@ -124,6 +124,11 @@ pub(super) fn weight_files(folder: &Path) -> Result<Vec<PathBuf>> {
     let mut files = Vec::new();
     for (name, file) in weight_map {
         let file = file.as_str().ok_or_else(|| Error::file(&index, format!("weight_map.{name}: expected a file")))?;
+        if !checksum::is_inside(Path::new(file)) {
+            let message =
+                format!("weight_map.{name} names `{file}`, which is outside of the folder: copy the file into it");
+            return Err(Error::file(&index, message));
+        }
         files.push(folder.join(file));
     }
     files.sort();

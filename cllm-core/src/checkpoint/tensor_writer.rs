@@ -10,6 +10,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::tensor_file::{TensorSpec, header};
 use crate::atomic_file::UnfinishedFile;
+use crate::checksum::WrittenFile;
 use crate::cuda::host_buffer::HostBuffer;
 use crate::pieces::PIECE_BYTES;
 use crate::{Error, Result};
@@ -178,17 +179,17 @@ impl TensorWriter {
         Ok(self.thread)
     }
 
-    /// Waits until all files are on disk.
+    /// Waits until all files are on disk, and returns them.
     ///
     /// # Errors
     /// As [`Self::begin_file`].
-    pub fn finish(self) -> Result<()> {
+    pub fn finish(self) -> Result<Vec<WrittenFile>> {
         self.finish_in_background()?.wait()
     }
 }
 
 /// A thread that writes what it was given.
-pub struct WritingThread(Option<JoinHandle<Result<()>>>);
+pub struct WritingThread(Option<JoinHandle<Result<Vec<WrittenFile>>>>);
 
 impl WritingThread {
     /// Whether it has ended, with all files on disk or with an error.
@@ -196,19 +197,19 @@ impl WritingThread {
         self.0.as_ref().is_none_or(JoinHandle::is_finished)
     }
 
-    /// Waits until all files are on disk.
+    /// Waits until all files are on disk, and returns them.
     ///
     /// # Errors
     /// File-system errors with the path.
-    pub fn wait(mut self) -> Result<()> {
+    pub fn wait(mut self) -> Result<Vec<WrittenFile>> {
         self.join()
     }
 
-    fn join(&mut self) -> Result<()> {
+    fn join(&mut self) -> Result<Vec<WrittenFile>> {
         match self.0.take().map(JoinHandle::join) {
             Some(Ok(result)) => result,
             Some(Err(_)) => Err(Error::internal("the thread that writes tensors panicked")),
-            None => Ok(()),
+            None => Ok(Vec::new()),
         }
     }
 
@@ -216,7 +217,7 @@ impl WritingThread {
     fn error(&mut self) -> Error {
         match self.join() {
             Err(error) => error,
-            Ok(()) => Error::internal("the thread that writes tensors has ended"),
+            Ok(_) => Error::internal("the thread that writes tensors has ended"),
         }
     }
 }
@@ -229,24 +230,33 @@ impl Drop for WritingThread {
     }
 }
 
-/// Writes files until the sender of the messages is gone. A file that has no end by then leaves
-/// nothing behind.
-fn write_files(messages: Receiver<Message>, free: Sender<HostBuffer>) -> Result<()> {
-    let mut current: Option<UnfinishedFile> = None;
+/// Writes files until the sender of the messages is gone, and returns them. A file that has no end by
+/// then leaves nothing behind.
+fn write_files(messages: Receiver<Message>, free: Sender<HostBuffer>) -> Result<Vec<WrittenFile>> {
+    let mut written = Vec::new();
+    let mut current: Option<(PathBuf, UnfinishedFile)> = None;
     for message in messages {
         match message {
-            Message::Begin { path, header } => current.insert(UnfinishedFile::create(&path)?).write(&header)?,
+            Message::Begin { path, header } => {
+                let mut file = UnfinishedFile::create(&path)?;
+                file.write(&header)?;
+                current = Some((path, file));
+            }
             Message::Write { buffer, num_bytes } => {
-                if let Some(file) = &mut current {
+                if let Some((_, file)) = &mut current {
                     file.write(&buffer.as_slice()[..num_bytes])?;
                 }
                 // At the end nobody needs the buffer.
                 let _ = free.send(buffer);
             }
-            Message::End => current.take().map_or(Ok(()), UnfinishedFile::finish)?,
+            Message::End => {
+                if let Some((path, file)) = current.take() {
+                    written.push((path, file.finish()?));
+                }
+            }
         }
     }
-    Ok(())
+    Ok(written)
 }
 
 #[cfg(test)]

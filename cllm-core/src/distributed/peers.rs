@@ -266,7 +266,7 @@ impl Watcher {
 /// may be anywhere: a main thread that waits in a collective cannot be woken up.
 fn supervise(reports: &Receiver<Option<Error>>, world_size: usize, own_failure: &OnceLock<(String, u8)>) {
     let Some((message, exit_code)) = last_words(reports, world_size, own_failure, SILENCE) else { return };
-    progress::write_stderr(&format!("error: {message}\n"));
+    progress::log_error(message);
     // Until the watching thread is done: the others may still have to read from the store.
     let _ = reports.recv_timeout(LINGER);
     low_level::exit(exit_code.into());

@@ -8,6 +8,8 @@ use super::rope::RopeScaling;
 
 /// Sizes from this one on are refused as mistakes. Products of two smaller sizes do not overflow.
 const SIZE_LIMIT: i64 = 1 << 31;
+/// Several times as many as any published model has. Every layer is listed, whatever files hold it.
+const MAX_LAYERS: i64 = 1024;
 
 /// The supported families. They differ in their biases and in the norm of queries and keys.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,6 +82,12 @@ impl ModelConfig {
                 return Err(format!("model_type `{other}` is not supported: use llama, mistral, qwen2 or qwen3"));
             }
         };
+        if !(1..=MAX_LAYERS).contains(&hf.num_hidden_layers) {
+            return Err(format!(
+                "num_hidden_layers must be between 1 and {MAX_LAYERS}, found {}",
+                hf.num_hidden_layers
+            ));
+        }
         let max_position_embeddings = hf.max_position_embeddings(family);
         let rope = hf.rope()?;
         hf.refuse_unsupported(family, &rope)?;

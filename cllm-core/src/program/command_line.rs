@@ -8,6 +8,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::print;
+use crate::printable::to_printable;
 use crate::{Error, Result, progress, settings};
 
 /// Arguments of a verb that is driven by settings.
@@ -41,8 +42,13 @@ impl SettingsArgs {
 pub fn parse<P: clap::Parser>() -> P {
     P::try_parse().unwrap_or_else(|error| match setting_as_option(&error) {
         Some(message) => {
-            progress::write_stderr(&format!("error: {message}\n"));
+            progress::log_error(message);
             std::process::exit(2)
+        }
+        // An argument may hold control characters.
+        None if to_printable(&error.to_string()) != error.to_string() => {
+            progress::write_stderr(&to_printable(&error.to_string()));
+            std::process::exit(error.exit_code())
         }
         None => error.exit(),
     })

@@ -60,6 +60,7 @@ pub(super) fn write(path: &Path, samples: &[Sample]) -> Result<()> {
         writer.close().map_err(failed)?;
         Ok(())
     })
+    .map(drop)
 }
 
 fn message_fields() -> Fields {

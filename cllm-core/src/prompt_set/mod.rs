@@ -13,7 +13,6 @@ mod notes;
 mod sample;
 
 use std::collections::HashSet;
-use std::io::Write;
 use std::path::Path;
 
 use crate::chat_template::Message;
@@ -149,6 +148,7 @@ pub fn write(path: &Path, samples: &[Sample]) -> Result<()> {
         }
         Ok(())
     })
+    .map(drop)
 }
 
 #[cfg(test)]

@@ -8,11 +8,13 @@ use jiff::civil::Date;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
+use super::schema::SCHEMA_VERSION;
 use crate::chat_template::RenderingRecord;
+use crate::checksum::{self, Checksum};
 use crate::thought::ThoughtClosing;
 use crate::{Error, Result, atomic_file, fingerprint, output_folder, parquet_file, text_file};
 
-const MANIFEST: &str = "manifest.json";
+pub(super) const MANIFEST: &str = "manifest.json";
 /// Folder of the shards in that of the data set. It holds nothing else, so that tools which open a
 /// folder of Parquet files can open it.
 pub(super) const SHARD_FOLDER: &str = "data";
@@ -20,6 +22,12 @@ pub(super) const SHARD_FOLDER: &str = "data";
 /// Clause about a data set whose manifest says that it is not complete.
 pub const INCOMPLETE_DATA_SET: &str = "is not complete: the run that writes it was stopped or is still running; run the same \
                                        command (collect, augment, clean or import) again to finish it";
+
+const MANIFEST_ADVICE: &str = "copy it again, or delete the data set's folder and collect again";
+const UNLISTED_ADVICE: &str = "copy the manifest.json again, or move the file out of the folder";
+
+/// More than any data set has of anything.
+pub(super) const MAX_NUMBER: usize = 1 << 40;
 
 /// How a data set was made. It is in the manifest and in the metadata of every shard.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -57,10 +65,50 @@ pub struct Provenance {
 pub struct Manifest {
     pub schema_version: u32,
     pub provenance: Provenance,
-    /// File name and number of rows of each shard, in order.
-    pub shards: Vec<(String, usize)>,
+    /// In the order of their rows.
+    pub shards: Vec<ShardEntry>,
+    /// That of the rows that a stopped run saved.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub partial_rows: Option<Checksum>,
     /// Whether the run that writes the data set has ended.
     pub complete: bool,
+}
+
+/// A shard in a manifest: `[name, rows, checksum]`.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(from = "StoredEntry", into = "StoredEntry")]
+pub struct ShardEntry {
+    /// Path relative to the folder of the manifest.
+    pub name: String,
+    pub num_rows: usize,
+    /// `None` for a shard that an earlier version or another program wrote.
+    pub checksum: Option<Checksum>,
+}
+
+/// The two forms of a [`ShardEntry`]; earlier versions wrote the second.
+#[derive(Serialize, Deserialize)]
+#[serde(untagged)]
+enum StoredEntry {
+    Checked(String, usize, Checksum),
+    Unchecked(String, usize),
+}
+
+impl From<StoredEntry> for ShardEntry {
+    fn from(stored: StoredEntry) -> Self {
+        match stored {
+            StoredEntry::Checked(name, num_rows, checksum) => ShardEntry { name, num_rows, checksum: Some(checksum) },
+            StoredEntry::Unchecked(name, num_rows) => ShardEntry { name, num_rows, checksum: None },
+        }
+    }
+}
+
+impl From<ShardEntry> for StoredEntry {
+    fn from(ShardEntry { name, num_rows, checksum }: ShardEntry) -> Self {
+        match checksum {
+            Some(checksum) => StoredEntry::Checked(name, num_rows, checksum),
+            None => StoredEntry::Unchecked(name, num_rows),
+        }
+    }
 }
 
 /// The first field in which two provenances differ.
@@ -71,6 +119,14 @@ pub(super) struct Difference {
 }
 
 impl Provenance {
+    /// What in it no run of the toolkit writes.
+    pub fn problem(&self) -> Option<String> {
+        let Provenance { n, vocab_size, max_new_tokens, .. } = *self;
+        let numbers = [("n", n), ("vocab_size", vocab_size), ("max_new_tokens", max_new_tokens)];
+        let (name, number) = numbers.into_iter().find(|(_, number)| !(1..=MAX_NUMBER).contains(number))?;
+        Some(format!("says {name}={number}: expected a number from 1 to {MAX_NUMBER}"))
+    }
+
     pub(super) fn difference(&self, expected: &Provenance) -> Option<Difference> {
         let (existing, expected) = (json!(self), json!(expected));
         let mut fields = expected.as_object()?.keys().chain(existing.as_object()?.keys());
@@ -98,7 +154,7 @@ impl fmt::Display for Difference {
 impl Manifest {
     /// Number of rows in all shards.
     pub fn num_rows(&self) -> usize {
-        self.shards.iter().map(|(_, rows)| rows).sum()
+        self.shards.iter().map(|shard| shard.num_rows).sum()
     }
 
     /// Whether `folder` has a manifest.
@@ -113,7 +169,39 @@ impl Manifest {
             return Ok(None);
         }
         let text = text_file::read(&path)?;
-        serde_json::from_str(&text).map(Some).map_err(|error| Error::file(&path, format!("is not a manifest: {error}")))
+        let manifest: Manifest =
+            serde_json::from_str(&text).map_err(|error| Error::file(&path, format!("is not a manifest: {error}")))?;
+        match manifest.problem() {
+            Some(problem) => Err(Error::file(&path, format!("{problem}; {MANIFEST_ADVICE}"))),
+            None => Ok(Some(manifest)),
+        }
+    }
+
+    /// What in it no run of the toolkit writes.
+    fn problem(&self) -> Option<String> {
+        if self.schema_version != SCHEMA_VERSION {
+            let version = self.schema_version;
+            return Some(format!(
+                "has schema version {version}; this version ({}) reads {SCHEMA_VERSION}",
+                crate::VERSION
+            ));
+        }
+        if let Some(problem) = self.provenance.problem() {
+            return Some(problem);
+        }
+        let mut names = BTreeSet::new();
+        for ShardEntry { name, num_rows, .. } in &self.shards {
+            if !checksum::is_inside(Path::new(name)) {
+                return Some(format!("names the shard `{name}`, which is outside of the data set's folder"));
+            }
+            if !names.insert(name) {
+                return Some(format!("names the shard `{name}` twice"));
+            }
+            if *num_rows > MAX_NUMBER {
+                return Some(format!("says that `{name}` has {num_rows} rows"));
+            }
+        }
+        None
     }
 
     /// Reads the manifest of a data set, which several processes may have collected: then the
@@ -138,18 +226,38 @@ impl Manifest {
         }
     }
 
-    /// Another program that wrote the rows again gave its files other names: where no shard of a
-    /// complete data set exists, the Parquet files in the folder are its shards.
+    /// The entry of a shard beside or below which this manifest stands.
+    pub(super) fn entry_of(&self, shard: &Path) -> Option<&ShardEntry> {
+        self.shards.iter().find(|entry| shard.ends_with(&entry.name))
+    }
+
+    /// Compares the shards of a complete data set with those in its folder. Another program that wrote
+    /// the rows again gave its files other names: where no shard exists, the Parquet files in the folder
+    /// are the shards. Where one does, all of them must be the manifest's.
     fn with_shards_in(mut self, folder: &Path) -> Result<Self> {
-        let is_there = |(name, _): &(String, usize)| folder.join(name).exists();
-        if self.complete && !self.shards.iter().any(is_there) {
-            let mut names = parquet_names(folder, "")?;
-            names.extend(parquet_names(folder, SHARD_FOLDER)?);
-            names.sort();
-            if !names.is_empty() {
-                let shard = |name: String| Ok((name.clone(), parquet_file::num_rows(&folder.join(name))?));
-                self.shards = names.into_iter().map(shard).collect::<Result<_>>()?;
-            }
+        if !self.complete {
+            return Ok(self);
+        }
+        let mut names = parquet_names(folder, SHARD_FOLDER)?;
+        if self.shards.iter().any(|shard| folder.join(&shard.name).exists()) {
+            let listed: BTreeSet<&str> = self.shards.iter().map(|shard| shard.name.as_str()).collect();
+            names.retain(|name| !listed.contains(name.as_str()));
+            return match names.first() {
+                Some(unknown) => {
+                    let message = format!("does not list the shard {unknown}: {UNLISTED_ADVICE}");
+                    Err(Error::file(folder.join(MANIFEST), message))
+                }
+                None => Ok(self),
+            };
+        }
+        names.extend(parquet_names(folder, "")?);
+        names.sort();
+        if !names.is_empty() {
+            let shard = |name: String| {
+                let num_rows = parquet_file::num_rows(&folder.join(&name))?;
+                Ok(ShardEntry { name, num_rows, checksum: None })
+            };
+            self.shards = names.into_iter().map(shard).collect::<Result<_>>()?;
         }
         Ok(self)
     }
@@ -166,11 +274,12 @@ impl Manifest {
         let mut joined: Option<Manifest> = None;
         for name in (0..world_size).map(|rank| rank_folder(rank, world_size)) {
             let path = folder.join(&name);
-            let Some(mut manifest) = Manifest::read(&path)? else {
+            let Some(manifest) = Manifest::read(&path)? else {
                 let message = format!("is missing: the process that collects it was stopped; {INCOMPLETE_DATA_SET}");
                 return Err(Error::file(path, message));
             };
-            manifest.shards.iter_mut().for_each(|(shard, _)| *shard = format!("{name}/{shard}"));
+            let mut manifest = manifest.with_shards_in(&path)?;
+            manifest.shards.iter_mut().for_each(|shard| shard.name = format!("{name}/{}", shard.name));
             match &mut joined {
                 None => joined = Some(manifest),
                 Some(joined) => {
@@ -282,8 +391,8 @@ pub fn fingerprint(path: &Path) -> Result<String> {
         return fingerprint::hash_files(&[path]);
     }
     let manifest = Manifest::load(path)?;
-    let bytes = |(name, _): &(String, usize)| {
-        let shard = path.join(name);
+    let bytes = |shard: &ShardEntry| {
+        let shard = path.join(&shard.name);
         Ok(std::fs::metadata(&shard).map_err(Error::io(&shard))?.len())
     };
     let bytes = manifest.shards.iter().map(bytes).collect::<Result<Vec<u64>>>()?;

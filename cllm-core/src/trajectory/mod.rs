@@ -14,7 +14,8 @@ mod schema;
 mod writer;
 
 pub use manifest::{
-    INCOMPLETE_DATA_SET, Manifest, Provenance, check_world_size, fingerprint, holds_rows, rank_folder, stored_date,
+    INCOMPLETE_DATA_SET, Manifest, Provenance, ShardEntry, check_world_size, fingerprint, holds_rows, rank_folder,
+    stored_date,
 };
 pub use profile::{BlockProfile, Profile};
 pub use reader::{Reader, RowChunk, Rows};

@@ -3,16 +3,19 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use arrow::datatypes::Schema;
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
-use parquet::file::metadata::{ColumnChunkMetaData, RowGroupMetaData};
+use parquet::file::metadata::RowGroupMetaData;
 
-use super::manifest::{INCOMPLETE_DATA_SET, Manifest, Provenance};
+use super::manifest::{INCOMPLETE_DATA_SET, MANIFEST, MAX_NUMBER, Manifest, Provenance, ShardEntry};
 use super::row::Trajectory;
 use super::schema::{
-    PROVENANCE_KEY, REFERENCE_IDS, SCHEMA_VERSION, VERSION_KEY, batch_to_rows, holds_same_values, schema,
+    CREATED_BY, PROVENANCE_KEY, REFERENCE_IDS, SCHEMA_VERSION, VERSION_KEY, batch_to_rows, holds_same_values, schema,
 };
+use crate::checksum::Checksum;
 use crate::progress::count;
 use crate::{Error, Result, interrupt, parquet_file};
 
@@ -35,7 +38,7 @@ pub struct Reader {
 
 /// An open shard: its footer has been read, its rows have not.
 struct Shard {
-    path: PathBuf,
+    file: Arc<ShardFile>,
     row_groups: Vec<RowGroup>,
     provenance: Provenance,
     /// Whether another program wrote the rows again and lost the metadata.
@@ -47,10 +50,29 @@ struct RowGroup {
     num_values: usize,
 }
 
+/// The file of a shard, which is compared with its checksum before the first of its rows is read.
+struct ShardFile {
+    path: PathBuf,
+    checksum: Option<Checksum>,
+    is_checked: AtomicBool,
+}
+
+impl ShardFile {
+    fn check(&self) -> Result<()> {
+        // Threads that read other rows of the shard at the same time do not wait for each other: hashing
+        // uses all cores, and a core that hashes may take up the work of another thread.
+        if let Some(checksum) = self.checksum.filter(|_| !self.is_checked.load(Ordering::Relaxed)) {
+            checksum.check(&self.path, MANIFEST, DAMAGED_ADVICE)?;
+            self.is_checked.store(true, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+}
+
 /// Some row groups of one shard.
 #[derive(Clone)]
 struct ShardSlice {
-    path: PathBuf,
+    file: Arc<ShardFile>,
     row_groups: Vec<usize>,
 }
 
@@ -65,26 +87,33 @@ impl RowChunk {
         self.num_rows
     }
 
-    fn push(&mut self, shard: &Path, row_group: usize) {
+    fn push(&mut self, file: &Arc<ShardFile>, row_group: usize) {
         match self.slices.last_mut() {
-            Some(slice) if slice.path == shard => slice.row_groups.push(row_group),
-            _ => self.slices.push(ShardSlice { path: shard.to_owned(), row_groups: vec![row_group] }),
+            Some(slice) if Arc::ptr_eq(&slice.file, file) => slice.row_groups.push(row_group),
+            _ => self.slices.push(ShardSlice { file: Arc::clone(file), row_groups: vec![row_group] }),
         }
     }
 }
 
 impl Shard {
-    fn open(path: &Path, manifest: Option<&Manifest>) -> Result<Self> {
+    /// Opens a shard, with its entry in the manifest if it has one.
+    fn open(path: &Path, manifest: Option<&Manifest>, entry: Option<&ShardEntry>) -> Result<Self> {
         let (builder, provenance) = open_shard(path, manifest)?;
-        let num_values =
-            |group: &RowGroupMetaData| group.columns().iter().map(ColumnChunkMetaData::num_values).sum::<i64>();
-        let row_group = |group: &RowGroupMetaData| RowGroup {
-            num_rows: group.num_rows() as usize,
-            num_values: num_values(group) as usize,
+        // A damaged footer may have any number.
+        let number = |number: i64| {
+            let is_possible = (0..MAX_NUMBER as i64).contains(&number);
+            is_possible.then_some(number as usize).ok_or_else(|| damaged(path, "a number in its footer"))
         };
-        let row_groups = builder.metadata().row_groups().iter().map(row_group).collect();
-        let is_rewritten = metadata_value(&builder, VERSION_KEY).is_none();
-        Ok(Shard { path: path.to_owned(), row_groups, provenance, is_rewritten })
+        let row_group = |group: &RowGroupMetaData| {
+            let values = group.columns().iter().map(|column| number(column.num_values()));
+            Ok(RowGroup { num_rows: number(group.num_rows())?, num_values: values.sum::<Result<usize>>()? })
+        };
+        let row_groups = builder.metadata().row_groups().iter().map(row_group).collect::<Result<_>>()?;
+        let created_by = builder.metadata().file_metadata().created_by().unwrap_or_default();
+        let is_rewritten = metadata_value(&builder, VERSION_KEY).is_none() && !created_by.starts_with(CREATED_BY);
+        let checksum = entry.and_then(|entry| entry.checksum).filter(|_| !is_rewritten);
+        let file = Arc::new(ShardFile { path: path.to_owned(), checksum, is_checked: AtomicBool::new(false) });
+        Ok(Shard { file, row_groups, provenance, is_rewritten })
     }
 
     fn num_rows(&self) -> usize {
@@ -112,29 +141,46 @@ impl Reader {
     /// As [`Reader::open`], except for a data set that is not complete.
     pub fn open_incomplete(path: &Path) -> Result<Self> {
         if !path.is_dir() {
-            let shard = Shard::open(path, Manifest::beside(path)?.as_ref())?;
+            let beside = Manifest::beside(path)?;
+            let entry = beside.as_ref().and_then(|manifest| manifest.entry_of(path));
+            let shard = Shard::open(path, beside.as_ref(), entry)?;
             let provenance = shard.provenance.clone();
             return Ok(Reader { path: path.to_owned(), shards: vec![shard], provenance, complete: true });
         }
         let manifest = Manifest::load(path)?;
         let mut shards: Vec<Shard> = Vec::with_capacity(manifest.shards.len());
-        for (name, num_rows) in &manifest.shards {
+        for entry in &manifest.shards {
             // A data set of one shard opens at once: a run that is being stopped can still check
             // it.
             if !shards.is_empty() {
                 interrupt::check()?;
             }
-            let shard = Shard::open(&path.join(name), Some(&manifest))?;
-            check_shard(&shard, *num_rows, shards.first())?;
+            let shard = Shard::open(&path.join(&entry.name), Some(&manifest), Some(entry))?;
+            check_shard(&shard, entry.num_rows, &manifest.provenance)?;
             shards.push(shard);
         }
-        let first = shards.first().ok_or_else(|| Error::file(path, "has no rows yet"))?;
-        let provenance = first.provenance.clone();
-        Ok(Reader { path: path.to_owned(), shards, provenance, complete: manifest.complete })
+        if shards.is_empty() {
+            return Err(Error::file(path, "has no rows yet"));
+        }
+        let Manifest { provenance, complete, .. } = manifest;
+        Ok(Reader { path: path.to_owned(), shards, provenance, complete })
     }
 
     pub fn num_rows(&self) -> usize {
         self.shards.iter().map(Shard::num_rows).sum()
+    }
+
+    /// The errors of the shards that are not as they were written.
+    ///
+    /// # Errors
+    /// [`Error::Interrupted`].
+    pub fn damage(&self) -> Result<Vec<Error>> {
+        let mut damage = Vec::new();
+        for shard in &self.shards {
+            interrupt::check()?;
+            damage.extend(shard.file.check().err());
+        }
+        Ok(damage)
     }
 
     /// Number of rows in each shard, in order.
@@ -172,8 +218,10 @@ impl Reader {
 
     /// The rows in order without checks, for code that reports what is wrong with them.
     pub fn unchecked_rows(&self) -> Rows {
-        let whole =
-            |shard: &Shard| ShardSlice { path: shard.path.clone(), row_groups: (0..shard.row_groups.len()).collect() };
+        let whole = |shard: &Shard| ShardSlice {
+            file: Arc::clone(&shard.file),
+            row_groups: (0..shard.row_groups.len()).collect(),
+        };
         Rows::new(self.shards.iter().map(whole).collect())
     }
 
@@ -191,10 +239,10 @@ impl Reader {
                     Some(chunk) => {
                         chunk.num_rows += group.num_rows;
                         num_values += group.num_values;
-                        chunk.push(&shard.path, index);
+                        chunk.push(&shard.file, index);
                     }
                     None => {
-                        let slice = ShardSlice { path: shard.path.clone(), row_groups: vec![index] };
+                        let slice = ShardSlice { file: Arc::clone(&shard.file), row_groups: vec![index] };
                         chunks.push(RowChunk { num_rows: group.num_rows, slices: vec![slice] });
                         num_values = group.num_values;
                     }
@@ -210,23 +258,23 @@ impl Reader {
     }
 }
 
-/// Refuses a shard that does not have the manifest's number of rows, or whose provenance is not
-/// that of the first shard.
-fn check_shard(shard: &Shard, expected_rows: usize, first: Option<&Shard>) -> Result<()> {
+/// Refuses a shard that does not have the manifest's number of rows, or its provenance.
+fn check_shard(shard: &Shard, expected_rows: usize, expected: &Provenance) -> Result<()> {
     let num_rows = shard.num_rows();
     if num_rows != expected_rows && !shard.is_rewritten {
         let message = format!(
             "has {}, but manifest.json says {expected_rows}: copy the whole folder again",
             count(num_rows, "row")
         );
-        return Err(Error::file(&shard.path, message));
+        return Err(Error::file(&shard.file.path, message));
     }
-    match first.and_then(|first| first.provenance.difference(&shard.provenance)) {
+    match expected.difference(&shard.provenance) {
         Some(difference) => {
             let (field, theirs, its) = (difference.field, difference.existing, difference.expected);
-            let message =
-                format!("belongs to another data set than the shards before it: its {field} is {its}, theirs {theirs}");
-            Err(Error::file(&shard.path, message))
+            let message = format!(
+                "belongs to another data set than its manifest.json: its {field} is {its}, that of the manifest {theirs}"
+            );
+            Err(Error::file(&shard.file.path, message))
         }
         None => Ok(()),
     }
@@ -259,7 +307,9 @@ impl Rows {
                 }
                 self.open = None;
             }
-            let Some(ShardSlice { path, row_groups }) = self.remaining.pop() else { return Ok(false) };
+            let Some(ShardSlice { file, row_groups }) = self.remaining.pop() else { return Ok(false) };
+            file.check()?;
+            let path = file.path.clone();
             let builder = open_parquet(&path)?;
             let builder = builder.with_row_groups(row_groups).with_batch_size(BATCH_ROWS);
             let batches = parquet_file::catch_panic(&path, || builder.build().map_err(|error| damaged(&path, error)))?;

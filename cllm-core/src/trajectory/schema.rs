@@ -21,6 +21,9 @@ pub(super) const VERSION_KEY: &str = "cllm.schema_version";
 /// Key of the provenance (JSON) in a shard's metadata.
 pub(super) const PROVENANCE_KEY: &str = "cllm.provenance";
 
+/// What a shard that this toolkit wrote says about its writer; the version follows.
+pub(super) const CREATED_BY: &str = "cllm ";
+
 /// The column that data sets of older versions lack.
 pub(super) const REFERENCE_IDS: &str = "reference_ids";
 

@@ -1,5 +1,6 @@
 //! Writes shards that appear whole or not at all, and updates the manifest after each.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
 use parquet::arrow::ArrowWriter;
@@ -9,11 +10,12 @@ use parquet::file::metadata::KeyValue;
 use parquet::file::properties::WriterProperties;
 use rayon::prelude::*;
 
-use super::manifest::{Manifest, Provenance, SHARD_FOLDER, expect_own_folder};
+use super::manifest::{MANIFEST, Manifest, Provenance, SHARD_FOLDER, ShardEntry, expect_own_folder};
 use super::reader::{Reader, open_shard};
 use super::row::Trajectory;
-use super::schema::{PROVENANCE_KEY, SCHEMA_VERSION, VERSION_KEY, rows_to_batch, schema};
-use crate::{Error, Result, atomic_file, parquet_file};
+use super::schema::{CREATED_BY, PROVENANCE_KEY, SCHEMA_VERSION, VERSION_KEY, rows_to_batch, schema};
+use crate::checksum::Checksum;
+use crate::{Error, Result, atomic_file, disk, parquet_file};
 
 /// Limits of a row group: rows, and tokens in their states. They bound the memory of a reader.
 const MAX_GROUP_ROWS: usize = 256;
@@ -42,23 +44,23 @@ impl Writer {
     /// provenance; if it holds other files.
     pub fn open(folder: &Path, provenance: Provenance) -> Result<Self> {
         expect_own_folder(folder)?;
-        // A folder without a manifest is not ours, and nothing in it may be removed.
-        if Manifest::exists(folder) {
-            atomic_file::recover(folder)?;
-            if folder.join(SHARD_FOLDER).is_dir() {
-                atomic_file::recover(&folder.join(SHARD_FOLDER))?;
-            }
-        }
+        atomic_file::recover(folder)?;
+        atomic_file::recover(&folder.join(SHARD_FOLDER))?;
         let is_empty = |existing: &Manifest| existing.shards.is_empty() && !folder.join(PARTIAL_SHARD).exists();
         // A run that failed before its first row leaves a manifest that says how nothing was made.
         let manifest = match Manifest::read(folder)?.filter(|existing| !is_empty(existing)) {
-            None => Manifest { schema_version: SCHEMA_VERSION, provenance, shards: Vec::new(), complete: false },
+            None => Manifest {
+                schema_version: SCHEMA_VERSION,
+                provenance,
+                shards: Vec::new(),
+                partial_rows: None,
+                complete: false,
+            },
             Some(mut existing) => {
                 if let Some(difference) = existing.provenance.difference(&provenance) {
                     return Err(Error::file(folder, format!("{difference}; {OTHER_FOLDER}")));
                 }
-                let is_intact = |(name, rows): &&(String, usize)| is_intact(&folder.join(name), *rows);
-                let num_intact = existing.shards.iter().take_while(is_intact).count();
+                let num_intact = existing.shards.iter().take_while(|shard| is_intact(folder, shard)).count();
                 existing.shards.truncate(num_intact);
                 existing.complete = false;
                 existing
@@ -97,8 +99,8 @@ impl Writer {
         writer.write_manifest()?;
         if was_stopped {
             // Earlier versions wrote shards beside the manifest.
-            remove_shards(folder)?;
-            remove_shards(&folder.join(SHARD_FOLDER))?;
+            remove_shards(folder, &[])?;
+            remove_shards(&folder.join(SHARD_FOLDER), &[])?;
         }
         Ok(writer)
     }
@@ -134,9 +136,13 @@ impl Writer {
         let name = |index: usize| format!("{SHARD_FOLDER}/{SHARD_PREFIX}{index:05}.parquet");
         let names: Vec<String> = (first..first + shards.len()).map(name).collect();
         let folder = self.folder.join(SHARD_FOLDER);
-        std::fs::create_dir_all(&folder).map_err(Error::write(&folder))?;
-        names.par_iter().zip(shards).try_for_each(|(name, rows)| self.write_rows(name, rows))?;
-        self.manifest.shards.extend(names.into_iter().zip(shards.iter().map(|rows| rows.len())));
+        disk::create_folder(&folder).map_err(Error::write(&folder))?;
+        let entry = |(name, rows): (String, &&[Trajectory])| {
+            let checksum = self.write_rows(&name, rows)?;
+            Ok(ShardEntry { name, num_rows: rows.len(), checksum: Some(checksum) })
+        };
+        let entries = names.into_par_iter().zip(shards).map(entry).collect::<Result<Vec<_>>>()?;
+        self.manifest.shards.extend(entries);
         self.write_manifest()
     }
 
@@ -145,15 +151,20 @@ impl Writer {
     ///
     /// # Errors
     /// File-system errors.
-    pub fn save_partial_rows(&self, rows: &[Trajectory]) -> Result<()> {
-        self.write_rows(PARTIAL_SHARD, rows)
+    pub fn save_partial_rows(&mut self, rows: &[Trajectory]) -> Result<()> {
+        self.manifest.partial_rows = Some(self.write_rows(PARTIAL_SHARD, rows)?);
+        self.write_manifest()
     }
 
     /// The rows that a stopped run saved, some of which may be in shards by now. They stay on disk
-    /// until [`Writer::remove_partial_rows`]. A file that cannot be read counts as empty: its rows
-    /// are decoded again.
+    /// until [`Writer::remove_partial_rows`]. A file that cannot be read or is not as it was written
+    /// counts as empty: its rows are decoded again.
     pub fn partial_rows(&self) -> Vec<Trajectory> {
-        let rows = || Reader::open(&self.folder.join(PARTIAL_SHARD)).ok()?.rows().collect::<Result<Vec<_>>>().ok();
+        let path = self.folder.join(PARTIAL_SHARD);
+        let rows = || {
+            self.manifest.partial_rows?.check(&path, MANIFEST, "").ok()?;
+            Reader::open(&path).ok()?.rows().collect::<Result<Vec<_>>>().ok()
+        };
         rows().unwrap_or_default()
     }
 
@@ -161,9 +172,10 @@ impl Writer {
     ///
     /// # Errors
     /// File-system errors.
-    pub fn remove_partial_rows(&self) -> Result<()> {
+    pub fn remove_partial_rows(&mut self) -> Result<()> {
+        self.manifest.partial_rows = None;
         let path = self.folder.join(PARTIAL_SHARD);
-        match std::fs::remove_file(&path) {
+        match disk::remove_file(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(Error::write(path)(error)),
             _ => Ok(()),
         }
@@ -179,12 +191,14 @@ impl Writer {
         if self.manifest.shards.is_empty() {
             self.write_shard(&[])?;
         }
+        // Those of an earlier run that wrote more, or larger, shards.
+        remove_shards(&self.folder.join(SHARD_FOLDER), &self.manifest.shards)?;
         self.manifest.complete = true;
         self.write_manifest()?;
         Ok(self.manifest)
     }
 
-    fn write_rows(&self, name: &str, rows: &[Trajectory]) -> Result<()> {
+    fn write_rows(&self, name: &str, rows: &[Trajectory]) -> Result<Checksum> {
         let path = self.folder.join(name);
         let failed = |error: ParquetError| parquet_file::write_error(&path, error);
         let properties = self.shard_properties(&path)?;
@@ -208,7 +222,7 @@ impl Writer {
         ];
         Ok(WriterProperties::builder()
             .set_compression(Compression::ZSTD(Default::default()))
-            .set_created_by(format!("cllm {}", crate::VERSION))
+            .set_created_by(format!("{CREATED_BY}{}", crate::VERSION))
             .set_key_value_metadata(Some(metadata))
             .build())
     }
@@ -235,23 +249,28 @@ fn row_groups(rows: &[Trajectory]) -> impl Iterator<Item = &[Trajectory]> {
     })
 }
 
-/// Removes the shards that a killed run left, whether the manifest lists them or not.
-fn remove_shards(folder: &Path) -> Result<()> {
+/// Removes the shards that a killed run left, but for those to keep.
+fn remove_shards(folder: &Path, kept: &[ShardEntry]) -> Result<()> {
     if !folder.is_dir() {
         return Ok(());
     }
     for entry in std::fs::read_dir(folder).map_err(Error::io(folder))? {
         let entry = entry.map_err(Error::io(folder))?;
         let name = entry.file_name().to_string_lossy().into_owned();
-        if name.starts_with(SHARD_PREFIX) && name.ends_with(".parquet") {
+        let is_kept = kept.iter().any(|shard| Path::new(&shard.name).file_name() == Some(OsStr::new(&name)));
+        if name.starts_with(SHARD_PREFIX) && name.ends_with(".parquet") && !is_kept {
             let path = entry.path();
-            std::fs::remove_file(&path).map_err(Error::write(&path))?;
+            disk::remove_file(&path).map_err(Error::write(&path))?;
         }
     }
     Ok(())
 }
 
-/// Whether a shard exists, has a readable footer, and has this number of rows.
-fn is_intact(path: &Path, num_rows: usize) -> bool {
-    open_shard(path, None).is_ok_and(|(builder, _)| builder.metadata().file_metadata().num_rows() == num_rows as i64)
+/// Whether a shard is as it was written: its checksum, if it has one, and the number of rows in its
+/// footer.
+fn is_intact(folder: &Path, shard: &ShardEntry) -> bool {
+    let path = folder.join(&shard.name);
+    let has_rows = |rows: i64| rows == shard.num_rows as i64;
+    open_shard(&path, None).is_ok_and(|(builder, _)| has_rows(builder.metadata().file_metadata().num_rows()))
+        && shard.checksum.is_none_or(|checksum| checksum.check(&path, MANIFEST, "").is_ok())
 }

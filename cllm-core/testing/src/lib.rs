@@ -9,9 +9,11 @@
 
 pub mod families;
 pub mod foreign_parquet;
+pub mod fuzz;
 pub mod gpu;
 pub mod help;
 pub mod programs;
+pub mod torture;
 
 use std::path::{Path, PathBuf};
 

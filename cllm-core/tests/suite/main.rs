@@ -5,6 +5,7 @@ mod bad_models;
 mod chat_templates;
 mod decoding;
 mod draft_adapters;
+mod fuzz;
 mod handed_answers;
 mod lora;
 mod models;

@@ -188,7 +188,7 @@ fn a_run_that_failed_before_its_first_row_leaves_no_data_set() {
     let dir = tempfile::tempdir().unwrap();
     Writer::open(dir.path(), provenance()).unwrap();
     let other = Provenance { seed: 2, ..provenance() };
-    let writer = Writer::open(dir.path(), other.clone()).unwrap();
+    let mut writer = Writer::open(dir.path(), other.clone()).unwrap();
     assert_eq!(writer.manifest().provenance, other);
     writer.save_partial_rows(&[row(0)]).unwrap();
     assert!(Writer::open(dir.path(), provenance()).is_err());

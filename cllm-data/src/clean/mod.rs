@@ -6,7 +6,6 @@ mod rules;
 mod settings;
 
 use std::collections::{BTreeMap, HashSet};
-use std::io::Write;
 
 use cllm_core::chat_template::{RenderingRecord, today};
 use cllm_core::checkpoint::hub;

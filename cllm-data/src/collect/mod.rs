@@ -20,7 +20,7 @@ use cllm_core::distributed::ProcessEnv;
 use cllm_core::progress::Progress;
 use cllm_core::prompt_set::PromptSet;
 use cllm_core::trajectory::{self, Provenance, Writer, rank_folder};
-use cllm_core::{Result, checkpoint, fingerprint, progress};
+use cllm_core::{Result, checkpoint, fingerprint, output_folder, progress};
 use serde::Serialize;
 
 use crate::dataset_card::finish_with_card;
@@ -84,6 +84,8 @@ pub fn collect(settings: &Settings) -> Result<Summary> {
 pub fn collect_on(settings: &Settings, today: Date) -> Result<Summary> {
     let process = ProcessEnv::from_env(|name| std::env::var(name).ok())?;
     trajectory::check_world_size(&settings.output, process.as_ref().map_or(1, |process| process.world_size))?;
+    let output = output_of_process(settings, process.as_ref());
+    let _lock = output_folder::lock(&output)?;
     let started_on = trajectory::stored_date(&settings.output)?;
     let rendering = settings.rendering.resolve(started_on.unwrap_or(today))?;
     let teacher = Teacher::load(settings, &rendering, process.as_ref())?;
@@ -92,7 +94,6 @@ pub fn collect_on(settings: &Settings, today: Date) -> Result<Summary> {
     let samples = prompts::samples_of_process(samples, process.as_ref());
     let num_samples = samples.len();
 
-    let output = output_of_process(settings, process.as_ref());
     let writer = Writer::open(&output, provenance)?;
     let (prompts, skipped) = prompts::render(samples, &teacher, settings)?;
     prompts::save_skipped(&skipped, &output)?;

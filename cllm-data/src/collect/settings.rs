@@ -28,12 +28,12 @@ pub struct Settings {
     #[garde(range(min = 2, max = 1024))]
     pub n: usize,
     /// Maximum number of tokens in a response.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 1_048_576))]
     pub max_new_tokens: usize,
     /// For thinking models: maximum number of tokens in the thought before an answer, a multiple of
     /// `n`. A response of this length that is still inside its thought gets the text
     /// `\n</think>\n\n`, and goes on from there. Default: no limit.
-    #[garde(range(min = 1), custom(whole_blocks(self.n)))]
+    #[garde(range(min = 1, max = 1_048_576), custom(whole_blocks(self.n)))]
     pub max_thinking_tokens: Option<usize>,
     /// Seed of the first draft tokens.
     #[garde(skip)]
@@ -42,10 +42,10 @@ pub struct Settings {
     #[garde(skip)]
     pub device: String,
     /// Number of responses decoded at once. An interrupted run loses at most these.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 65_536))]
     pub batch_size: usize,
     /// Responses per shard.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 1_048_576))]
     pub rows_per_shard: usize,
     /// Use only the first N prompts.
     #[garde(range(min = 1))]

@@ -117,11 +117,12 @@ impl<'p> ShardBuffer<'p> {
 
     /// Ends the collection and returns the writer. Without `all_decoded`, the rows of incomplete
     /// shards are saved for the next run.
-    pub(super) fn close(self, all_decoded: bool) -> Result<Writer> {
+    pub(super) fn close(mut self, all_decoded: bool) -> Result<Writer> {
         if all_decoded {
             self.writer.remove_partial_rows()?;
         } else {
-            self.writer.save_partial_rows(&self.rows.into_values().collect::<Vec<_>>())?;
+            let rows: Vec<Trajectory> = self.rows.into_values().collect();
+            self.writer.save_partial_rows(&rows)?;
         }
         Ok(self.writer)
     }

@@ -143,6 +143,13 @@ fn required_settings_and_arguments_out_of_range_are_named() {
     DATA.fail(&["collect"], 2, &["model is not set", "prompts is not set", "output is not set"]);
     DATA.fail(&["augment"], 2, &["input is not set", "output is not set"]);
     DATA.fail(&["clean"], 2, &["input is not set", "output is not set", "model is not set"]);
+    let questions = path(dir.path(), "gsm8k");
+    fs::create_dir(&questions).unwrap();
+    let question = json!({ "question": "Tom has 3 apples and buys 4 more. How many?", "answer": "3+4=7\n#### 7" });
+    fs::write(dir.path().join("gsm8k/train.jsonl"), question.to_string()).unwrap();
+    let variants = ["prepare", "gsm8k", "--data", &questions, "--output", &path(dir.path(), "variants.jsonl")];
+    let too_many = [&variants[..], &["--variants", "18446744073709551615"]].concat();
+    DATA.fail(&too_many, 2, &["--variants 18446744073709551615 would make more than 10000000 prompts"]);
     for number in ["0", "1000000000000", "18446744073709551615"] {
         let prepare = ["prepare", "synthetic", "--num-problems", number, "--output", &path(dir.path(), "many.jsonl")];
         DATA.fail(&prepare, 2, &["--num-problems", "1..=10000000"]);
@@ -155,12 +162,11 @@ fn settings_that_do_not_fit_the_model_and_bad_prompt_sets_are_refused() {
     let command = collect_command(&teacher(), &path(dir.path(), "output"));
     let with = |more: &str| [&command[..], &[more.to_owned()]].concat();
     DATA.fail(&with("eos_ids=[5, 999]"), 2, &["eos_ids: 999", "300"]);
-    // Nothing overflows, and a limit that no prompt can meet is not an empty data set.
-    DATA.fail(
-        &with("max_new_tokens=18446744073709551615"),
-        2,
-        &["no prompt of", "fits the context of ", "lower max_new_tokens"],
-    );
+    // A limit that no prompt can meet is not an empty data set.
+    DATA.fail(&with("max_new_tokens=1000000"), 2, &["no prompt of", "fits the context of ", "lower max_new_tokens"]);
+    for number in ["max_new_tokens", "rows_per_shard", "batch_size"] {
+        DATA.fail(&with(&format!("{number}=18446744073709551615")), 2, &[number, "greater than "]);
+    }
     let prompts = path(dir.path(), "prompts.jsonl");
     for (contents, said) in [
         (&b""[..], "prompts.jsonl: holds no prompts"),
@@ -170,6 +176,34 @@ fn settings_that_do_not_fit_the_model_and_bad_prompt_sets_are_refused() {
         fs::write(&prompts, contents).unwrap();
         DATA.fail(&with(&format!("prompts={prompts}")), 2, &[said]);
     }
+}
+
+/// Tokenizing takes some 200 bytes of memory for each byte of a text.
+#[test]
+fn a_prompt_of_thirty_megabytes_is_refused_before_it_is_tokenized() {
+    let dir = tempfile::tempdir().unwrap();
+    let prompts = path(dir.path(), "prompts.jsonl");
+    fs::write(&prompts, json!({ "id": "long", "prompt": "word ".repeat(6_000_000) }).to_string()).unwrap();
+    let command =
+        [collect_command(&teacher(), &path(dir.path(), "output")), vec![format!("prompts={prompts}")]].concat();
+    DATA.fail(&command, 2, &["row `long`", "the text has 30.0 MB, and texts of up to 4 MB are tokenized"]);
+}
+
+/// Titles, links and directions of a terminal are not set by a path or by data.
+#[test]
+fn control_characters_of_paths_and_ids_are_shown_not_obeyed() {
+    let hostile = "a\x1b]0;title\x07\u{9b}31m\u{202e}b";
+    let named = row(hostile, &[5, 6, 7, 0]);
+    let data = write_data_set(std::slice::from_ref(&named));
+    let inspected = String::from_utf8(DATA.succeed(&["inspect", &path(data.path(), "")]).stdout).unwrap();
+    assert!(inspected.starts_with("a␛]0;title␇\u{fffd}31m\u{fffd}b ("), "{inspected}");
+    let is_control = |character: char| character.is_control() && character != '\n' || character == '\u{202e}';
+    assert!(!inspected.contains(is_control), "{inspected}");
+    let missing = DATA.run(&["inspect", hostile]);
+    assert!(missing.code == Some(2) && missing.stderr.contains("a␛]0;title"), "{}", missing.stderr);
+    assert!(!missing.stderr.contains(is_control), "{}", missing.stderr);
+    let unknown = DATA.run(&[hostile]);
+    assert!(unknown.code == Some(2) && !unknown.stderr.contains(is_control), "{}", unknown.stderr);
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use cllm_core::trajectory::{Reader, Writer};
 use cllm_testing::programs::path;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::fixtures::{DATA, collect, rows, shard, teacher};
 
@@ -34,12 +34,14 @@ fn verbs_that_only_read_or_prepare_stop_at_once() {
     let at_once = || true;
     DATA.interrupt(&["prepare", "synthetic", "--num-problems", "9000000", "--output", &prompts], "INT", 130, at_once);
     assert!(!Path::new(&prompts).exists());
-    // Reading one shard that is listed many times takes long.
+    // Reading one shard that is there under many names takes long.
     collect(&data, &["limit=8"]);
     let manifest = Path::new(&data).join("manifest.json");
     let mut contents: Value = serde_json::from_slice(&fs::read(&manifest).unwrap()).unwrap();
-    let shard = contents["shards"][0].clone();
-    contents["shards"] = vec![shard; 20_000].into();
+    let listed = contents["shards"][0].clone();
+    let names = (0..20_000).map(|index| format!("data/part-{index:05}.parquet"));
+    contents["shards"] = names.map(|name| json!([name, listed[1], listed[2]])).collect();
+    (1..20_000).for_each(|index| fs::hard_link(shard(&data, 0), shard(&data, index)).unwrap());
     fs::write(&manifest, contents.to_string()).unwrap();
     DATA.interrupt(&["validate", &data], "INT", 130, at_once);
     DATA.interrupt(&["stats", &data], "TERM", 143, at_once);

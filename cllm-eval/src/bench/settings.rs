@@ -38,16 +38,16 @@ pub struct BenchSettings {
     #[garde(length(min = 1), inner(range(min = 1, max = 1024)))]
     pub step_tokens: Vec<usize>,
     /// Length of the synthetic prompts, which is also the length of the timed prefill.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 1_048_576))]
     pub num_prompt_tokens: usize,
     /// Number of tokens to decode for each timing of a step.
-    #[garde(range(min = 2))]
+    #[garde(range(min = 2, max = 1_048_576))]
     pub num_new_tokens: usize,
     /// Number of repetitions of each timing, after two that warm up; the median is reported.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 10_000))]
     pub num_repeats: usize,
     /// Measure the autoregressive throughput of these batch sizes.
-    #[garde(inner(range(min = 1)))]
+    #[garde(inner(range(min = 1, max = 65_536)))]
     pub batch_sizes: Vec<usize>,
     /// With each of these batch sizes, also time steps in which every row has these numbers of
     /// tokens.
@@ -57,13 +57,13 @@ pub struct BenchSettings {
     #[garde(dive)]
     pub gated: Option<GatedBenchSettings>,
     /// Measure a collection over all prompts with these batch sizes.
-    #[garde(inner(range(min = 1)))]
+    #[garde(inner(range(min = 1, max = 65_536)))]
     pub collect_batch_sizes: Vec<usize>,
     /// Block size of the collection, in tokens.
     #[garde(range(min = 2, max = 1024))]
     pub collect_n: usize,
     /// Maximum number of tokens in an answer to a prompt.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 1_048_576))]
     pub max_new_tokens: usize,
     /// Output of `scripts/bench-transformers`, to report beside the results.
     #[garde(skip)]

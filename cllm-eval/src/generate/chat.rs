@@ -11,6 +11,7 @@ use cllm_core::decode::{
     required_slots,
 };
 use cllm_core::model::Transformer;
+use cllm_core::printable::{shows_colour, to_printable};
 use cllm_core::progress::count;
 use cllm_core::prompt_set::Prompt;
 use cllm_core::tokenizer::{DecodeStream, Tokenizer};
@@ -22,7 +23,6 @@ use super::GenerateOptions;
 use super::columns::{Column, max_text_lines, side_by_side};
 use super::decoding::sampling_text;
 use super::keys::{self, Input};
-use crate::printable::to_printable;
 use crate::statistics::ratio;
 
 /// Minimum time between two frames on the screen.
@@ -308,7 +308,7 @@ impl Screen {
 
     fn draw_lines(&mut self, sides: &[Side<'_>; 2], max_lines: usize) -> Result<()> {
         let columns = sides.each_ref().map(|side| side.column.clone());
-        let colour = std::env::var_os("NO_COLOR").is_none();
+        let colour = shows_colour(&std::io::stderr());
         let lines = side_by_side(&columns, usize::from(self.term.size().1), max_lines, colour);
         self.term.clear_last_lines(self.num_lines).map_err(terminal_error)?;
         self.num_lines = lines.len();

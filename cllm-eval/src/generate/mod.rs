@@ -6,7 +6,6 @@ mod columns;
 mod decoding;
 mod keys;
 
-use std::io::IsTerminal;
 use std::path::Path;
 
 use cllm_core::chat_template::{Message, RenderSettings};
@@ -16,6 +15,7 @@ use cllm_core::decode::{
     required_slots,
 };
 use cllm_core::model::{ModelConfig, Transformer};
+use cllm_core::printable::{shows_colour, to_printable};
 use cllm_core::progress::count;
 use cllm_core::prompt_set::Prompt;
 use cllm_core::tokenizer::{DecodeStream, Tokenizer};
@@ -24,7 +24,6 @@ use cllm_core::{Error, Result, chat_template, device, progress};
 use serde::Serialize;
 
 use crate::eos_ids;
-use crate::printable::to_printable;
 use crate::statistics::ratio;
 pub use chat::chat;
 use columns::{COLOURS, RESET_COLOUR};
@@ -236,7 +235,7 @@ struct LiveText<'t> {
 
 impl<'t> LiveText<'t> {
     fn new(tokenizer: &'t Tokenizer, prompt_ids: &[i32], show: bool) -> Result<Self> {
-        let colour = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+        let colour = shows_colour(&std::io::stderr());
         let text_stream = tokenizer.decode_stream(prompt_ids)?;
         Ok(LiveText { text_stream, show, colour, num_forwards: 0, error: None })
     }

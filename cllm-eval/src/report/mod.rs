@@ -14,9 +14,10 @@ mod section;
 
 use std::path::{Path, PathBuf};
 
+use cllm_core::printable::{to_markdown, to_printable};
 use cllm_core::{Error, Result, atomic_file, output_folder};
 use minijinja::value::Serde;
-use minijinja::{Environment, context};
+use minijinja::{AutoEscape, Environment, context, default_auto_escape_callback, escape_formatter};
 
 use crate::records::SAMPLES;
 use crate::results::RESULTS;
@@ -35,6 +36,9 @@ const TEMPLATES: [(&str, &str); 4] = [
     ("model-card.md", include_str!("../../templates/model-card.md")),
 ];
 
+/// How the values of templates named `.md` are escaped.
+const MARKDOWN: &str = "markdown";
+
 /// What a page of ours says about itself.
 const GENERATOR: &str = r#"<meta name="generator" content="cllm-eval report">"#;
 
@@ -47,10 +51,7 @@ pub fn report(results: &[PathBuf], output: Option<&Path>, remarks: &[String]) ->
     let files: Vec<PathBuf> =
         results.iter().map(|path| if path.is_dir() { path.join(RESULTS) } else { path.clone() }).collect();
     let runs = Run::read_all(&files)?;
-    let folder = match output {
-        Some(folder) => folder.to_owned(),
-        None => files.first().and_then(|file| file.parent()).unwrap_or(Path::new(".")).to_owned(),
-    };
+    let folder = output_of(results, output);
     output_folder::expect_own(&folder, || is_own(&folder))?;
     let sections: Vec<Section> = runs.iter().map(Section::from_run).collect::<Result<_>>()?;
     let values = context! {
@@ -62,7 +63,7 @@ pub fn report(results: &[PathBuf], output: Option<&Path>, remarks: &[String]) ->
         remarks => remarks.to_vec(),
         overview => minijinja::Value::from(Serde(&overview::tables(&runs))),
         headline_strategies => model_card::headline_strategies(&runs),
-        front_matter => model_card::front_matter(&runs)?,
+        front_matter => minijinja::Value::from_safe_string(to_printable(&model_card::front_matter(&runs)?)),
         adapts_drafts => model_card::adapts_drafts(&runs),
     };
     let environment = environment();
@@ -80,6 +81,13 @@ pub fn report(results: &[PathBuf], output: Option<&Path>, remarks: &[String]) ->
         Ok(path)
     };
     texts.into_iter().map(write).collect()
+}
+
+/// The folder of a report: that of the first results, if no other is named.
+pub fn output_of(results: &[PathBuf], output: Option<&Path>) -> PathBuf {
+    let beside = |path: &PathBuf| if path.is_dir() { Some(path.clone()) } else { path.parent().map(Path::to_owned) };
+    let folder = output.map(Path::to_owned).or_else(|| results.first().and_then(beside)).unwrap_or_default();
+    if folder == Path::new("") { PathBuf::from(".") } else { folder }
 }
 
 /// The pictures of each run for papers and READMEs: the chart of accuracy against speed, and the
@@ -107,8 +115,20 @@ fn is_own(folder: &Path) -> bool {
 
 fn environment() -> Environment<'static> {
     let mut environment = Environment::new();
+    // Values of Markdown are escaped as those of HTML are.
+    environment.set_auto_escape_callback(|name| match name.ends_with(".md") {
+        true => AutoEscape::Custom(MARKDOWN.into()),
+        false => default_auto_escape_callback(name),
+    });
+    environment.set_formatter(|out, state, value| match state.auto_escape() {
+        AutoEscape::Custom(_) if value.is_safe() => Ok(write!(out, "{value}")?),
+        AutoEscape::Custom(_) => Ok(out.write_str(&to_markdown(&value.to_string()))?),
+        _ => escape_formatter(out, state, value),
+    });
     environment.add_filter("one_line", |text: &str| text.replace(['\n', '\r'], " ").replace('|', "\\|"));
-    environment.add_filter("code_block", |text: &str| format!("    {}", text.replace('\n', "\n    ")));
+    environment.add_filter("code_block", |text: &str| {
+        minijinja::Value::from_safe_string(format!("    {}", to_printable(text).replace('\n', "\n    ")))
+    });
     environment.add_filter("tex", escape_latex);
     // The figure of a cell, and its interval.
     environment.add_filter("figure", |cell: &str| cell.split(" (").next().unwrap_or_default().to_owned());

@@ -21,7 +21,7 @@ use std::rc::Rc;
 use cllm_core::chat_template::{Date, today};
 use cllm_core::decode::Strategy;
 use cllm_core::task::Task;
-use cllm_core::{Error, Result, atomic_file, device, progress};
+use cllm_core::{Error, Result, atomic_file, device, output_folder, progress};
 
 use crate::config::RunSettings;
 use crate::fastchat;
@@ -48,6 +48,7 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
 /// # Errors
 /// As [`run`].
 pub fn run_on(settings: &RunSettings, today: Date) -> Result<Results> {
+    let _lock = output_folder::lock(&settings.output)?;
     let settings = &with_date(settings, today)?;
     let names = model_names(settings)?;
     let device = device::parse(&settings.device)?;

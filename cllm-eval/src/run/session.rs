@@ -7,7 +7,7 @@ use cllm_core::environment::{Hardware, Toolkit};
 use cllm_core::prompt_set::Sample;
 use cllm_core::sandbox::Sandbox;
 use cllm_core::task::Task;
-use cllm_core::{Error, Result, fingerprint, output_folder};
+use cllm_core::{Error, Result, atomic_file, fingerprint, output_folder};
 use tch::Device;
 
 use super::concurrency::NUM_REPETITIONS;
@@ -84,7 +84,7 @@ impl<'a> Session<'a> {
 
 fn open_journal(output: &Path, header: Header) -> Result<Journal> {
     output_folder::expect_own(output, || output.join(SAMPLES).exists())?;
-    std::fs::create_dir_all(output).map_err(Error::write(output))?;
+    atomic_file::recover(output)?;
     Journal::open(&output.join(SAMPLES), header)
 }
 

@@ -43,27 +43,27 @@ pub struct ServeSettings {
     pub max_queue: usize,
     /// Maximum number of tokens of a prompt with its answer. Default: the model's context, but at
     /// most 2048.
-    #[garde(range(min = 2))]
+    #[garde(range(min = 2, max = 1_048_576))]
     pub context: Option<usize>,
     /// Maximum number of tokens in an answer if its request does not say it.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 1_048_576))]
     pub max_new_tokens: usize,
     /// For thinking models: maximum number of tokens in the thought before an answer. An answer of
     /// this length that is still inside its thought gets the text `\n</think>\n\n`, and goes on from
     /// there. Default: no limit.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 1_048_576))]
     pub max_thinking_tokens: Option<usize>,
     /// Temperature if a request does not say it; 0 chooses the likeliest token.
     #[garde(range(min = 0.0, max = 10.0))]
     pub temperature: f64,
     /// Maximum number of bytes of a request.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 536_870_912))]
     pub max_body_bytes: usize,
     /// Maximum time for an answer, from its request on.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 604_800))]
     pub timeout_seconds: u64,
     /// Maximum time to finish running answers after SIGTERM or SIGINT.
-    #[garde(skip)]
+    #[garde(range(max = 604_800))]
     pub drain_seconds: u64,
     /// auto, cpu, cuda or cuda:N.
     #[garde(skip)]

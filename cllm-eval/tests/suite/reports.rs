@@ -138,6 +138,28 @@ fn the_card_names_the_base_model_the_data_set_the_strategy_and_the_command() {
     }
 }
 
+/// Paths and names may come from anywhere, and a page that shows the Markdown runs what is in it.
+#[test]
+fn html_and_control_characters_in_names_are_text_in_markdown() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut records = records();
+    let hostile = "<img src=x onerror=alert(1)>\x1b[2J\u{202e}";
+    records.header.models[0].path = hostile.into();
+    records.header.split = hostile.into();
+    records.answers.iter_mut().for_each(|answer| answer.id = format!("{hostile}{}", answer.index));
+    records.write(&dir.path().join(SAMPLES)).unwrap();
+    atomic_file::write_json(&dir.path().join(RESULTS), &Results::from_records(&records)).unwrap();
+    report(&[dir.path().to_owned()], None, &[]).unwrap();
+    for name in ["report.md", "model-card.md"] {
+        let text = std::fs::read_to_string(dir.path().join(name)).unwrap();
+        let body = text.rsplit_once("\n---\n").map_or(text.as_str(), |(_, body)| body);
+        // In a block of code, everything is text.
+        let prose = body.lines().filter(|line| !line.starts_with("    ")).collect::<Vec<_>>().join("\n");
+        assert!(prose.contains("&lt;img src=x"), "{name}: {prose}");
+        assert!(!prose.contains("<img") && !text.contains(['\x1b', '\u{202e}']), "{name}: {text}");
+    }
+}
+
 #[test]
 fn a_report_of_several_runs_begins_with_one_row_per_run() {
     let dir = tempfile::tempdir().unwrap();

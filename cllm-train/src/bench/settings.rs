@@ -33,7 +33,7 @@ pub struct BenchSettings {
     #[garde(dive)]
     pub synthetic: SyntheticSettings,
     /// Number of steps to time, after three warm-up steps.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 1_000_000))]
     pub num_steps: usize,
     /// After the steps, also write the trained model as a run does, beside the results, read it again,
     /// and remove it. Measures time, host memory and disk. Not with `train.lora.base_dtype=int8`.

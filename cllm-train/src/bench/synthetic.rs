@@ -15,7 +15,7 @@ use crate::data::dataset::{Block, Example};
 #[serde(default, deny_unknown_fields)]
 pub struct SyntheticSettings {
     /// Number of responses.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 10_000_000))]
     pub num_responses: usize,
     /// Shortest and longest prompt, in tokens.
     #[garde(custom(is_range))]
@@ -34,11 +34,14 @@ impl Default for SyntheticSettings {
     }
 }
 
+const MAX_TOKENS: usize = 1 << 20;
+
 fn is_range([shortest, longest]: &[usize; 2], _: &()) -> garde::Result {
-    if (1..=*longest).contains(shortest) {
+    if (1..=*longest).contains(shortest) && *longest <= MAX_TOKENS {
         return Ok(());
     }
-    Err(garde::Error::new("expected the shortest length, at least 1, and then the longest"))
+    let message = format!("expected the shortest length, at least 1, and then the longest, at most {MAX_TOKENS}");
+    Err(garde::Error::new(message))
 }
 
 /// Draws the examples. In each block, every state has one correct token more than the state before

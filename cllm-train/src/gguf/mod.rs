@@ -14,7 +14,7 @@ mod weights;
 use std::path::Path;
 
 use cllm_core::cuda::libtorch;
-use cllm_core::{Error, Result, atomic_file};
+use cllm_core::{Error, Result, atomic_file, output_folder};
 
 /// Writes the model of a GGUF file as a Hugging Face folder (bfloat16 safetensors, config,
 /// generation_config, tokenizer). The folder appears whole or not at all.
@@ -23,7 +23,7 @@ use cllm_core::{Error, Result, atomic_file};
 /// If the file is cut off or of an unsupported type or architecture, or if the folder holds
 /// something already.
 pub fn convert(gguf: &Path, folder: &Path) -> Result<()> {
-    atomic_file::refuse_nonempty(folder)?;
+    let _lock = output_folder::lock_new(folder)?;
     if gguf.is_dir() {
         return Err(Error::file(gguf, "is a folder: name the .gguf file in it"));
     }

@@ -12,7 +12,7 @@ use std::path::PathBuf;
 
 use cllm_core::model::ModelShape;
 use cllm_core::settings::required_path;
-use cllm_core::{Error, Result, atomic_file, progress};
+use cllm_core::{Error, Result, atomic_file, output_folder, progress};
 use garde::Validate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -50,7 +50,7 @@ pub struct RandomModel {
 pub fn write(settings: &RandomModelSettings) -> Result<RandomModel> {
     let RandomModelSettings { shape, output, seed } = settings;
     let shape = shape.ok_or_else(|| Error::usage("shape is not set: add `shape=...`"))?;
-    atomic_file::refuse_nonempty(output)?;
+    let _lock = output_folder::lock_new(output)?;
     let config = shape.config(None)?;
     atomic_file::write_folder_with(output, |work| {
         atomic_file::write_json(&work.join("config.json"), &shape.json())?;

@@ -15,7 +15,7 @@ use cllm_core::chat_template::today;
 use cllm_core::checkpoint::hub;
 use cllm_core::distributed::ProcessEnv;
 use cllm_core::progress::count;
-use cllm_core::{Error, Result, interrupt, output_folder, progress};
+use cllm_core::{Error, Result, atomic_file, interrupt, output_folder, progress};
 
 use report::{REPORT_FILE, RoundsReport};
 pub use settings::RoundsSettings;
@@ -31,7 +31,9 @@ pub fn run(settings: &RoundsSettings) -> Result<PathBuf> {
             "rounds run in a single process; to use several, alternate `cllm-data collect` and `cllm-train run`";
         return Err(Error::usage(message));
     }
+    let _lock = output_folder::lock(&settings.output)?;
     output_folder::expect_own(&settings.output, || settings.output.join(REPORT_FILE).exists())?;
+    atomic_file::recover(&settings.output)?;
     let mut model = hub::locate(&settings.model)?;
     let mut report = RoundsReport::read(&settings.output)?;
     let date = *report.date.get_or_insert_with(today);

@@ -114,10 +114,10 @@ pub struct ConsistencySettings {
     pub states: StateSampling,
     /// Different states of each block trained in one pass over the data, or all that it has if they
     /// are fewer. They share the prompt and the clean response.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 1024))]
     pub states_per_block: usize,
     /// Blocks per window (for `noisy_window` and `progressive`).
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 65_536))]
     pub window_blocks: usize,
     /// Cut each noisy block after a number of tokens that is drawn from this one to that of the block,
     /// but never before its first incorrect token; `null` cuts none.

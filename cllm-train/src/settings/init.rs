@@ -12,22 +12,22 @@ pub struct InitSettings {
     #[garde(custom(cllm_core::settings::required_path))]
     pub tokenizer: PathBuf,
     /// Width of the residual stream.
-    #[garde(range(min = 2))]
+    #[garde(range(min = 2, max = 65_536))]
     pub hidden_size: i64,
     /// Width of the feed-forward layers.
-    #[garde(range(min = 2))]
+    #[garde(range(min = 2, max = 1_048_576))]
     pub intermediate_size: i64,
     /// Number of layers.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 1024))]
     pub num_layers: i64,
     /// Number of query heads.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 1024))]
     pub num_heads: i64,
     /// Number of key and value heads.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 1024))]
     pub num_kv_heads: i64,
     /// Maximum context length, in tokens.
-    #[garde(range(min = 16))]
+    #[garde(range(min = 16, max = 16_777_216))]
     pub max_positions: i64,
 }
 

@@ -64,21 +64,21 @@ pub struct Settings {
     #[garde(skip)]
     pub seed: u64,
     /// Passes over the data.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 10_000))]
     pub epochs: usize,
     /// Stop after N steps; the learning rate schedule ends there too. `null` runs all epochs.
     #[garde(range(min = 1))]
     pub max_steps: Option<usize>,
     /// Maximum number of tokens in a forward. Examples, with their noisy blocks, are packed into
     /// batches of up to this size.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 16_777_216))]
     pub max_batch_tokens: usize,
     /// Number of batches whose gradients are accumulated into one step, over all processes.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 65_536))]
     pub accumulation: usize,
     /// Maximum number of packed tokens in an example. Longer examples are excluded, and their
     /// number is logged.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 16_777_216))]
     pub max_example_tokens: usize,
     /// Number of leading layers with activation checkpointing: they save only their input and are
     /// recomputed in the backward. This saves memory and costs time.

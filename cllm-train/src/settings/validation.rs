@@ -32,10 +32,10 @@ pub struct ValidationSettings {
     #[garde(range(min = 1))]
     pub patience: Option<usize>,
     /// Block size of Jacobi decoding, in tokens.
-    #[garde(range(min = 2))]
+    #[garde(range(min = 2, max = 1024))]
     pub n: usize,
     /// Maximum length of an answer, in tokens.
-    #[garde(range(min = 1))]
+    #[garde(range(min = 1, max = 1_048_576))]
     pub max_new_tokens: usize,
 }
 

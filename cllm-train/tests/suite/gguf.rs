@@ -7,6 +7,7 @@ use cllm_core::cuda::libtorch;
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::prompt_set::Prompt;
 use cllm_core::tokenizer::Tokenizer;
+use cllm_testing::fuzz::fuzz;
 use cllm_train::gguf::convert;
 use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
@@ -301,4 +302,18 @@ fn a_folder_with_files_is_not_replaced() {
     convert(&gguf, &folder).unwrap();
     let error = convert(dir.path(), &dir.path().join("new")).unwrap_err();
     assert!(error.exit_code() == 2 && error.to_string().contains("is a folder"), "{error}");
+}
+
+#[test]
+fn fuzz_gguf() {
+    let dir = tempfile::tempdir().unwrap();
+    let model = Transformer::random(config("llama", true), 5, Device::Cpu, Kind::Float);
+    let seed = dir.path().join("seed.gguf");
+    std::fs::write(&seed, contents(&model, "llama", dir.path()).file()).unwrap();
+    let (gguf, folder) = (dir.path().join("model.gguf"), dir.path().join("out"));
+    fuzz("gguf", &[seed], |input| {
+        std::fs::write(&gguf, input).unwrap();
+        let _ = convert(&gguf, &folder);
+        let _ = std::fs::remove_dir_all(&folder);
+    });
 }

@@ -61,6 +61,14 @@ fn a_run_that_met_signals_and_a_full_disk_equals_one_that_did_not() {
     assert!(!Path::new(&exported).exists());
     let of_run = ["export", &whole.display().to_string(), "--output", &exported];
     TRAIN.fail(&of_run, 2, &["is the folder of a run, not a model: name ", "whole/final or one of "]);
+    // A flipped bit of a weight is found before it is exported.
+    let weights = whole.join("final/model.safetensors");
+    let bytes = fs::read(&weights).unwrap();
+    let mut flipped = bytes.clone();
+    flipped[bytes.len() - 100] ^= 1;
+    fs::write(&weights, flipped).unwrap();
+    TRAIN.fail(&export, 2, &["final/model.safetensors: is damaged, or was changed", "copy the folder again"]);
+    fs::write(&weights, bytes).unwrap();
     // The same command again changes nothing.
     let complete = TRAIN.succeed(&arguments);
     assert!(complete.stderr.contains("already complete: 400 steps"), "{}", complete.stderr);
@@ -156,21 +164,33 @@ fn a_damaged_checkpoint_is_named_and_the_one_before_it_serves() {
     fs::remove_dir_all(run.join("final")).unwrap();
     fs::remove_file(run.join("summary.json")).unwrap();
     let newest = run.join("checkpoints/step-000006");
-    let damages = [
-        ("model.safetensors", "holds no complete model"),
-        ("optimizer-00001-of-00001.safetensors", "is not a complete safetensors file"),
-        ("state.json", "is damaged"),
-    ];
-    for (name, problem) in damages {
+    let advice = "step-000006 to resume from the checkpoint before it";
+    for name in ["model.safetensors", "optimizer-00001-of-00001.safetensors", "state.json", "tokenizer.json"] {
         let bytes = fs::read(newest.join(name)).unwrap();
         fs::write(newest.join(name), &bytes[..bytes.len() / 2]).unwrap();
-        let advice = "step-000006 to resume from the checkpoint before it";
-        TRAIN.fail(&arguments, 2, &[name, problem, "delete ", advice]);
+        TRAIN.fail(&arguments, 2, &[name, "is damaged", "delete ", advice]);
+        fs::write(newest.join(name), bytes).unwrap();
+    }
+    // Numbers that are as good as any other: only the checksum tells.
+    for (name, at) in [("model.safetensors", 0.9), ("optimizer-00001-of-00001.safetensors", 0.5), ("state.json", 0.0)] {
+        let bytes = fs::read(newest.join(name)).unwrap();
+        let mut flipped = bytes.clone();
+        match name {
+            "state.json" => {
+                flipped = String::from_utf8(bytes.clone()).unwrap().replace("\"step\": 6", "\"step\": 5").into()
+            }
+            _ => flipped[(at * bytes.len() as f64) as usize] ^= 1,
+        }
+        fs::write(newest.join(name), flipped).unwrap();
+        TRAIN.fail(&arguments, 2, &[name, "checksums.json has another checksum", "delete ", advice]);
         fs::write(newest.join(name), bytes).unwrap();
     }
     // One of two processes wrote the other half.
     let half = newest.join("optimizer-00002-of-00002.safetensors");
     fs::rename(newest.join("optimizer-00001-of-00001.safetensors"), half).unwrap();
+    TRAIN.fail(&arguments, 2, &["optimizer-00001-of-00001.safetensors: is missing, although checksums.json lists it"]);
+    // As an earlier version wrote it.
+    fs::remove_file(newest.join("checksums.json")).unwrap();
     TRAIN.fail(&arguments, 2, &["optimizer-00001-of-00002.safetensors: is missing: delete "]);
     fs::write(newest.join("state.json"), b"\xff").unwrap();
     TRAIN.fail(&arguments, 2, &["state.json: is damaged: delete "]);

@@ -4,6 +4,7 @@
 mod bad_input;
 mod distributed;
 mod gguf;
+mod held_folders;
 mod interrupted;
 mod long_answers;
 mod lora;
@@ -17,5 +18,6 @@ mod rehearsal;
 mod rounds;
 mod runs;
 mod setup;
+mod torture;
 mod training_state;
 mod turns;

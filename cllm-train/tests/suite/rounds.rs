@@ -14,7 +14,7 @@ use crate::setup::{
 
 /// Writes the settings of two rounds that start from a trained teacher. The blocks of the second
 /// round are twice as long.
-fn write_settings(folder: &Path) -> String {
+pub fn write_settings(folder: &Path) -> String {
     prepare(folder);
     let teacher = trained_teacher(folder);
     let prompts = folder.join("prompts.jsonl");
@@ -56,7 +56,7 @@ fn comparable(mut report: Value) -> Value {
 
 /// The files of data sets and models below a folder, by their relative path. Checkpoints and files
 /// that hold durations or paths are not among them.
-fn outputs(root: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
+pub fn outputs(root: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     const VARYING: [&str; 5] = ["metrics.jsonl", "summary.json", "state.json", "rounds.json", "config.yaml"];
     let mut outputs = BTreeMap::new();
     let mut folders = vec![root.to_owned()];

@@ -1,8 +1,7 @@
 //! Breaks an answer into lines, and the lines into the fragments that appear at once.
 
+use cllm_core::printable::to_printable;
 use unicode_width::UnicodeWidthChar;
-
-use crate::printable::to_printable;
 
 /// Part of a line of an answer, accepted by one forward.
 #[derive(Debug, PartialEq)]

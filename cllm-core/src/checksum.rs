@@ -1,0 +1,200 @@
+//! Checksums of whole files: BLAKE3, with which a file that was damaged, cut or exchanged after it was
+//! written is told from the one that was written.
+//!
+//! The manifest of a data set holds those of its shards. A folder that appears whole, such as a model
+//! or a checkpoint, holds those of its files in `checksums.json`. Both are read without checksums, as
+//! earlier versions wrote them.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Component, Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::{Error, Result, atomic_file, fingerprint, interrupt, text_file};
+
+/// Name of the file with the checksums of a folder.
+pub const CHECKSUMS: &str = "checksums.json";
+
+/// The checksum of a file's contents; 64 hex digits in JSON.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(into = "String", try_from = "String")]
+pub struct Checksum(blake3::Hash);
+
+impl Checksum {
+    /// # Errors
+    /// When the file cannot be read.
+    pub fn of_file(path: &Path) -> Result<Self> {
+        fingerprint::contents_hash(path).map(Checksum)
+    }
+
+    /// Checks that a file still has the contents of this checksum. `list` names the file that holds the
+    /// checksum, `advice` says what to do if the two differ.
+    ///
+    /// # Errors
+    /// [`Error::File`] if they differ; a file that cannot be read.
+    pub fn check(self, path: &Path, list: &str, advice: &str) -> Result<()> {
+        match Checksum::of_file(path)? == self {
+            true => Ok(()),
+            false => {
+                Err(Error::file(path, format!("is damaged, or was changed: {list} has another checksum; {advice}")))
+            }
+        }
+    }
+}
+
+impl From<blake3::Hash> for Checksum {
+    fn from(hash: blake3::Hash) -> Self {
+        Checksum(hash)
+    }
+}
+
+impl From<Checksum> for String {
+    fn from(checksum: Checksum) -> Self {
+        checksum.to_string()
+    }
+}
+
+impl TryFrom<String> for Checksum {
+    type Error = blake3::HexError;
+
+    fn try_from(hex: String) -> std::result::Result<Self, Self::Error> {
+        blake3::Hash::from_hex(hex).map(Checksum)
+    }
+}
+
+impl fmt::Display for Checksum {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str(self.0.to_hex().as_str())
+    }
+}
+
+/// A file that was just written, with its checksum.
+pub type WrittenFile = (PathBuf, Checksum);
+
+/// The checksums of the files in a folder and below it, by their paths relative to it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Checksums {
+    schema_version: u32,
+    files: BTreeMap<PathBuf, Checksum>,
+}
+
+impl Checksums {
+    /// Those of all files below `folder`. Files in `known` are not read again.
+    ///
+    /// # Errors
+    /// Files that cannot be read.
+    pub fn of_folder(folder: &Path, known: &[WrittenFile]) -> Result<Self> {
+        let mut files: BTreeMap<PathBuf, Checksum> = BTreeMap::new();
+        for path in atomic_file::files_below(folder)? {
+            let checksum = match known.iter().find(|(known, _)| *known == path) {
+                Some((_, checksum)) => *checksum,
+                None => Checksum::of_file(&path)?,
+            };
+            let name = path.strip_prefix(folder).map_err(|_| Error::internal("a file is outside of its folder"))?;
+            files.insert(name.to_owned(), checksum);
+        }
+        files.remove(Path::new(CHECKSUMS));
+        Ok(Checksums { schema_version: 1, files })
+    }
+
+    /// Those that a folder holds; `None` for one that was written without.
+    ///
+    /// # Errors
+    /// [`Error::File`] for a list that is damaged or names files outside of the folder.
+    pub fn read(folder: &Path) -> Result<Option<Self>> {
+        let path = folder.join(CHECKSUMS);
+        if !path.exists() {
+            return Ok(None);
+        }
+        let unreadable = |problem: &dyn fmt::Display| {
+            Error::file(&path, format!("is not a list of checksums: {problem}; remove it to use the folder unchecked"))
+        };
+        let list: Checksums = serde_json::from_str(&text_file::read(&path)?).map_err(|error| unreadable(&error))?;
+        if list.schema_version != 1 {
+            return Err(unreadable(&format!("its schema_version is {}, expected 1", list.schema_version)));
+        }
+        match list.files.keys().find(|name| !is_inside(name)) {
+            Some(outside) => Err(unreadable(&format!("`{}` is outside of the folder", outside.display()))),
+            None => Ok(Some(list)),
+        }
+    }
+
+    /// Writes `checksums.json` into the folder.
+    ///
+    /// # Errors
+    /// File-system errors.
+    pub fn write(&self, folder: &Path) -> Result<()> {
+        atomic_file::write_json(&folder.join(CHECKSUMS), self)
+    }
+}
+
+/// What to do about a file of a model that differs from its checksum.
+pub const MODEL_ADVICE: &str = "copy the folder again, or remove the file's line from checksums.json if you changed it";
+
+/// Checks that the files of a folder are as they were written. A folder without checksums passes.
+/// `advice` says what to do about one that is not.
+///
+/// # Errors
+/// [`Error::File`] that names the first file that is missing or differs.
+pub fn check_folder(folder: &Path, advice: &str) -> Result<()> {
+    let Some(list) = Checksums::read(folder)? else { return Ok(()) };
+    for (name, checksum) in &list.files {
+        interrupt::check()?;
+        let path = folder.join(name);
+        if !path.exists() {
+            return Err(Error::file(&path, format!("is missing, although {CHECKSUMS} lists it; {advice}")));
+        }
+        checksum.check(&path, CHECKSUMS, advice)?;
+    }
+    Ok(())
+}
+
+/// Removes files from the list of a folder, before they are removed themselves.
+///
+/// # Errors
+/// A damaged list; file-system errors.
+pub fn forget(folder: &Path, files: &[PathBuf]) -> Result<()> {
+    let Some(mut list) = Checksums::read(folder)? else { return Ok(()) };
+    list.files.retain(|name, _| !files.contains(&folder.join(name)));
+    list.write(folder)
+}
+
+/// Whether a path in a file leads to something inside of the folder that it is relative to.
+pub fn is_inside(path: &Path) -> bool {
+    path.components().next().is_some() && path.components().all(|part| matches!(part, Component::Normal(_)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_is_checked_against_its_list() {
+        let dir = tempfile::tempdir().unwrap();
+        let folder = dir.path();
+        atomic_file::write(&folder.join("weights"), b"12345").unwrap();
+        atomic_file::write(&folder.join("adapter/config"), b"{}").unwrap();
+        check_folder(folder, "").unwrap();
+        Checksums::of_folder(folder, &[]).unwrap().write(folder).unwrap();
+        assert_eq!(Checksums::of_folder(folder, &[]).unwrap(), Checksums::read(folder).unwrap().unwrap());
+        check_folder(folder, "").unwrap();
+        let refused = |parts: &[&str]| {
+            let message = check_folder(folder, MODEL_ADVICE).unwrap_err().to_string();
+            assert!(parts.iter().all(|part| message.contains(part)), "{message}");
+        };
+        atomic_file::write(&folder.join("adapter/config"), b"{ ").unwrap();
+        refused(&["adapter/config: is damaged, or was changed", "checksums.json", "copy the folder again"]);
+        std::fs::remove_file(folder.join("adapter/config")).unwrap();
+        refused(&["adapter/config: is missing"]);
+        forget(folder, &[folder.join("adapter/config")]).unwrap();
+        check_folder(folder, "").unwrap();
+        for outside in ["../weights", "/etc/passwd", "a/../../b"] {
+            let list = format!("{{\"schema_version\": 1, \"files\": {{\"{outside}\": \"{}\"}}}}", "0".repeat(64));
+            atomic_file::write(&folder.join(CHECKSUMS), list.as_bytes()).unwrap();
+            refused(&["checksums.json: is not a list", outside, "outside of the folder"]);
+        }
+        atomic_file::write(&folder.join(CHECKSUMS), b"{\"schema_version\": 99, \"files\": {}}").unwrap();
+        refused(&["schema_version is 99"]);
+    }
+}

@@ -1,0 +1,135 @@
+//! Feeds damaged and made-up inputs to code that reads what others wrote. No input may make it panic,
+//! abort or hang; what it returns does not matter.
+
+use std::any::Any;
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use cllm_core::fingerprint::derive_rng;
+use rand::RngExt;
+use rand::seq::IndexedRandom;
+use rand_chacha::ChaCha8Rng;
+
+/// Inputs of each target in the tests. `scripts/test --fuzz` sets `CLLM_FUZZ_SECONDS` instead.
+const NUM_INPUTS: usize = 150;
+/// An input must be done within this time.
+const MAX_INPUT_SECONDS: u64 = 20;
+/// Numbers at the ends of their types, and just past them.
+const NUMBERS: [&str; 14] = [
+    "0",
+    "-1",
+    "1",
+    "2147483647",
+    "2147483648",
+    "4294967295",
+    "4294967296",
+    "9223372036854775807",
+    "18446744073709551615",
+    "18446744073709551616",
+    "1e999",
+    "-1e308",
+    "0.1",
+    "null",
+];
+/// Texts that mean something to one parser or another.
+const WORDS: [&str; 20] = [
+    "\"", "{", "}", "[", "]", "{{", "}}", "{%", "%}", "\\u0000", "\\ud800", "\u{202e}", "\x1b[2J", "../", "```", "'",
+    "--", "\n", "\0", "NaN",
+];
+
+/// Feeds inputs to `target`: the seeds, and then changed ones, drawn from the name. A seed is a file,
+/// or all files of a folder.
+///
+/// # Panics
+/// If the target panics; the message names the file with the input.
+pub fn fuzz(name: &str, seeds: &[PathBuf], target: impl Fn(&[u8])) {
+    let seeds: Vec<Vec<u8>> = seeds.iter().flat_map(|seed| files(seed)).map(|file| fs::read(file).unwrap()).collect();
+    assert!(!seeds.is_empty(), "{name} has no seeds");
+    let seconds = std::env::var("CLLM_FUZZ_SECONDS").ok().map(|text| text.parse().unwrap());
+    let end = seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
+    // Written before it is used: an input that aborts the process is found here.
+    let file = std::env::temp_dir().join(format!("cllm-fuzz-{name}-{}", std::process::id()));
+    let mut num_inputs = 0;
+    loop {
+        let mut rng = derive_rng(seconds.unwrap_or(0), name, num_inputs as u64);
+        let input = match seeds.get(num_inputs) {
+            Some(seed) => seed.clone(),
+            None => changed(&seeds, &mut rng),
+        };
+        fs::write(&file, &input).unwrap();
+        let started = Instant::now();
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| target(&input))) {
+            panic!("{name} panics on {}: {}", file.display(), text_of(&*panic));
+        }
+        let took = started.elapsed().as_secs();
+        assert!(took < MAX_INPUT_SECONDS, "{name} takes {took} s on {}", file.display());
+        num_inputs += 1;
+        if end.map_or(num_inputs >= NUM_INPUTS, |end| Instant::now() >= end) {
+            break;
+        }
+    }
+    fs::remove_file(&file).unwrap();
+    println!("fuzz {name}: {num_inputs} inputs");
+}
+
+fn files(seed: &Path) -> Vec<PathBuf> {
+    if !seed.is_dir() {
+        return vec![seed.to_owned()];
+    }
+    let mut files: Vec<PathBuf> = fs::read_dir(seed).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.retain(|file| file.is_file());
+    files.sort();
+    files
+}
+
+fn text_of(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<String>().cloned();
+    text.or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned())).unwrap_or_default()
+}
+
+/// A seed with one to four changes.
+fn changed(seeds: &[Vec<u8>], rng: &mut ChaCha8Rng) -> Vec<u8> {
+    let mut input = seeds.choose(rng).unwrap().clone();
+    for _ in 0..rng.random_range(1..=4) {
+        change(&mut input, seeds, rng);
+    }
+    input
+}
+
+fn change(input: &mut Vec<u8>, seeds: &[Vec<u8>], rng: &mut ChaCha8Rng) {
+    let length = input.len();
+    let at = rng.random_range(0..=length);
+    let end = (at + rng.random_range(0..=64)).min(length);
+    match rng.random_range(0..9) {
+        0 if at < length => input[at] ^= 1 << rng.random_range(0..8),
+        1 if at < length => input[at] = rng.random(),
+        2 => input.truncate(at),
+        3 => drop(input.drain(at..end)),
+        // Many times over: what is nested or long.
+        4 => {
+            let piece = input[at..end].repeat(1 << rng.random_range(0..10));
+            drop(input.splice(at..at, piece));
+        }
+        5 => {
+            let other = seeds.choose(rng).unwrap();
+            let from = rng.random_range(0..=other.len());
+            drop(input.splice(at..end, other[from..].iter().copied().take(256)));
+        }
+        6 => replace_number(input, at, rng),
+        7 => drop(input.splice(at..at, WORDS.choose(rng).unwrap().bytes())),
+        _ => {
+            let number: u64 = [0, 1, 1 << 31, 1 << 32, 1 << 63, u64::MAX][rng.random_range(0..6)];
+            let bytes = number.to_le_bytes();
+            drop(input.splice(at..(at + 8).min(length), bytes));
+        }
+    }
+}
+
+/// Replaces the first number in digits after a position.
+fn replace_number(input: &mut Vec<u8>, at: usize, rng: &mut ChaCha8Rng) {
+    let Some(start) = input[at..].iter().position(u8::is_ascii_digit).map(|start| at + start) else { return };
+    let length = input[start..].iter().take_while(|byte| byte.is_ascii_digit()).count();
+    drop(input.splice(start..start + length, NUMBERS.choose(rng).unwrap().bytes()));
+}
