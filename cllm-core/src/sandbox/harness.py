@@ -5,9 +5,13 @@
 # Other objects stay where they are, and what the tests do with them is asked for too.
 #
 # The argument is the filter of system calls that both put on themselves.
+import gc
+
+# What follows stays, so that looking for garbage in it would only take time.
+gc.disable()
+
 import builtins
 import ctypes
-import gc
 import importlib
 import io
 import json
@@ -81,15 +85,21 @@ class Pipe:
                 self.end(0)
 
 
-def restrict(calls):
-    """From here on there are no new processes."""
+class Program(ctypes.Structure):
+    """A filter of system calls, as `prctl` takes it."""
 
-    class Program(ctypes.Structure):
-        _fields_ = [("length", ctypes.c_ushort), ("lines", ctypes.c_char_p)]
+    _fields_ = [("length", ctypes.c_ushort), ("lines", ctypes.c_char_p)]
 
-    program = Program(len(calls) // 8, calls)
-    if ctypes.CDLL(None, use_errno=True).prctl(22, 2, ctypes.byref(program), 0, 0) != 0:
-        os._exit(3)
+
+def restriction(calls):
+    """A function after which there are no new processes."""
+    prctl, program = ctypes.CDLL(None).prctl, Program(len(calls) // 8, calls)
+
+    def restrict():
+        if prctl(22, 2, ctypes.byref(program), 0, 0) != 0:
+            os._exit(3)
+
+    return restrict
 
 
 class Answer:
@@ -316,7 +326,7 @@ def verdict(judge, prepare, text):
 
 
 def main():
-    calls = bytes.fromhex(sys.argv.pop())
+    restrict = restriction(bytes.fromhex(sys.argv.pop()))
     os.closerange(3, 65536)
     source, channel = os.dup(0), os.dup(1)
     null = os.open("/dev/null", os.O_RDWR)
@@ -336,15 +346,16 @@ def main():
     # Nobody waits for the judge, and what is there already needs no copy in the other process.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     gc.freeze()
+    gc.enable()
     if fork():
         for descriptor in (source, channel, requests[1], replies[0]):
             os.close(descriptor)
         answer = Answer(Pipe(requests[0], replies[1]))
-        restrict(calls)
+        restrict()
         answer.serve()
     for descriptor in (requests[0], replies[1]):
         os.close(descriptor)
-    restrict(calls)
+    restrict()
     # The program can write to its folder, from which nothing may be imported here.
     sys.path[:] = filter(None, sys.path)
     judge = Judge(Pipe(replies[0], requests[1]))
