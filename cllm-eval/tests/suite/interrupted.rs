@@ -5,6 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use cllm_eval::records::Records;
+use serde_json::json;
 
 use crate::made_up::model;
 use cllm_testing::programs::{Program, path};
@@ -35,10 +36,21 @@ fn a_run_interrupted_by_signals_and_a_full_disk_equals_one_that_was_not() {
     model(Path::new(&teacher), 1);
     model(Path::new(&student), 2);
     let (whole, stopped) = (path(dir.path(), "whole"), path(dir.path(), "stopped"));
+    // Not queries: the executable that runs them is larger than a file may be on that disk.
+    let prompts = path(dir.path(), "prompts.jsonl");
+    let row = |index: usize| {
+        json!({ "id": index.to_string(), "source": "gsm8k/test", "prompt": format!("{index} + 2 ="), "reference": "#### 4" })
+            .to_string()
+    };
+    fs::write(&prompts, (0..30).map(row).collect::<Vec<_>>().join("\n")).unwrap();
     let run = |output: &str| {
-        let fixed =
-            ["run", "num_problems=30", "max_new_tokens=24", "batch_size=2", "num_speed_examples=4", "device=cpu"];
-        let given = [format!("teacher={teacher}"), format!("student={student}"), format!("output={output}")];
+        let fixed = ["run", "max_new_tokens=24", "batch_size=2", "num_speed_examples=4", "device=cpu"];
+        let given = [
+            format!("prompts={prompts}"),
+            format!("teacher={teacher}"),
+            format!("student={student}"),
+            format!("output={output}"),
+        ];
         [&fixed.map(str::to_owned)[..], &given].concat()
     };
     EVAL.interrupt(&run(&stopped), "INT", 130, || lines(&stopped) >= 4);
