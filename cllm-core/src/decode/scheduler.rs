@@ -241,8 +241,8 @@ impl<'r> Scheduler<'r> {
         if self.chooser.rests(num_last_tokens) {
             return;
         }
-        let (history, min_gain) = (&self.chooser.history, self.chooser.min_gain());
-        let gains: Vec<Vec<f64>> = decoding.iter_mut().map(|sequence| sequence.gains(history, min_gain)).collect();
+        let prospects = self.chooser.prospects();
+        let gains: Vec<Vec<f64>> = decoding.iter_mut().map(|sequence| sequence.gains(&prospects)).collect();
         let choice = self.chooser.choose(num_last_tokens, &gains, strategy.num_copies());
         for (sequence, num_drafts) in decoding.iter_mut().zip(choice.num_drafts) {
             sequence.set_num_drafts(num_drafts, choice.is_probe);

@@ -9,7 +9,7 @@ use super::proposer::random_draft::RandomDraft;
 use super::proposer::{Proposer, Verification};
 use super::request::{Answer, DecodeOptions, Request, StopConditions, Timing};
 use super::sampling::Sampling;
-use super::window_chooser::{AcceptanceHistory, Outcome};
+use super::window_chooser::{Outcome, Prospects};
 use crate::fingerprint;
 use crate::thought::Thought;
 use crate::trajectory::FinishReason;
@@ -122,11 +122,11 @@ impl Sequence {
         }
     }
 
-    /// What each token that the next window may draft is expected to add to the new tokens, if that is
-    /// at least `min_gain`; empty if there is nothing to choose.
-    pub(super) fn gains(&mut self, history: &AcceptanceHistory, min_gain: f64) -> Vec<f64> {
+    /// What each token that the next window may draft is expected to add to the new tokens; empty if
+    /// there is nothing to choose.
+    pub(super) fn gains(&mut self, prospects: &Prospects<'_>) -> Vec<f64> {
         match self.proposer.likeliest_paths() {
-            Some(paths) if !self.is_closing => paths.gains(history, &self.tokens, min_gain),
+            Some(paths) if !self.is_closing => paths.gains(prospects, &self.tokens),
             _ => Vec::new(),
         }
     }

@@ -7,7 +7,7 @@ use super::{Proposer, Verification};
 use crate::decode::sampling::{Candidate, Candidates, NO_CANDIDATES};
 use crate::decode::tree::TokenTree;
 use crate::decode::width::Width;
-use crate::decode::window_chooser::{AcceptanceHistory, Outcome};
+use crate::decode::window_chooser::{Outcome, Prospects};
 
 /// Drafts a tree: paths of candidates for the positions after the last token, where the first
 /// candidates of all positions are the spine. As in a rolling window, the predictions along the
@@ -104,16 +104,20 @@ impl LikeliestPaths {
     /// in the next forward. Since an accepted token takes both of these forwards, each of them
     /// counts half. Predictions beside the spine come with those on it, so they count in full.
     ///
-    /// `tokens` are those of the sequence. Draft tokens that gain less than `min_gain` are not planned.
-    pub(in crate::decode) fn gains(&mut self, history: &AcceptanceHistory, tokens: &[i32], min_gain: f64) -> Vec<f64> {
-        let survival = history.survival(self.max_drafts, min_gain);
-        // Random tokens follow, as far as the predictions after them may be of use.
+    /// `tokens` are those of the sequence.
+    pub(in crate::decode) fn gains(&mut self, prospects: &Prospects<'_>, tokens: &[i32]) -> Vec<f64> {
+        let survival = &prospects.survival;
+        // Random tokens follow, as far as the predictions after them may be of use. They are drawn for
+        // many forwards at once, since seeding their generator takes time.
         let num_predicted = self.positions.iter().rposition(Position::is_predicted).map_or(0, |index| index + 1);
-        self.complete(tokens, (num_predicted + survival.len()).min(self.max_drafts));
-        let rate = |candidate: Candidate| history.rate(candidate.probability.into());
+        let num_positions = (num_predicted + survival.len()).min(self.max_drafts);
+        if self.positions.len() < num_positions {
+            self.complete(tokens, self.max_drafts);
+        }
+        let rate = |candidate: Candidate| prospects.history.rate(candidate.probability.into());
         // The probabilities that at least 0, 1, 2, ... tokens of the spine are accepted.
         let mut accepted = vec![1.0];
-        for (index, position) in self.positions.iter().enumerate() {
+        for (index, position) in self.positions[..num_positions].iter().enumerate() {
             accepted.push(accepted[index] * rate(position.candidates[0]));
         }
         let spine_gain = |depth: usize| {
@@ -124,7 +128,7 @@ impl LikeliestPaths {
             let first = depth.saturating_sub(survival.len());
             (accepted[depth] + (first..depth).map(after).sum::<f64>()) / 2.0
         };
-        self.plan(rate, spine_gain, min_gain);
+        self.plan(num_positions, rate, spine_gain, prospects.min_gain);
         self.planned.iter().map(|token| token.gain).collect()
     }
 
@@ -156,17 +160,24 @@ impl LikeliestPaths {
         self.positions[token.depth - 1].candidates[token.rank]
     }
 
-    /// Lists up to `max_drafts` draft tokens that gain at least `min_gain`. Of those whose parents are
-    /// listed, the next is always one with the largest gain: `spine_gain` of its depth on the spine,
-    /// and its probability beside it. `rate` is the probability that a candidate is accepted after
-    /// its parent.
-    fn plan(&mut self, rate: impl Fn(Candidate) -> f64, spine_gain: impl Fn(usize) -> f64, min_gain: f64) {
+    /// Lists up to `max_drafts` draft tokens that gain at least `min_gain`, for the first `num_positions`
+    /// positions. Of those whose parents are listed, the next is always one with the largest gain:
+    /// `spine_gain` of its depth on the spine, and its probability beside it. `rate` is the probability
+    /// that a candidate is accepted after its parent.
+    fn plan(
+        &mut self,
+        num_positions: usize,
+        rate: impl Fn(Candidate) -> f64,
+        spine_gain: impl Fn(usize) -> f64,
+        min_gain: f64,
+    ) {
+        let positions = &self.positions[..num_positions];
         let mut planned: Vec<PlannedToken> = Vec::new();
         let mut next = BinaryHeap::new();
         let add = |next: &mut BinaryHeap<ByGain>, planned: &[PlannedToken], parent: Option<usize>, rank: usize| {
             let parent_token = parent.map(|index| planned[index]);
             let depth = parent_token.map_or(1, |token| token.depth + 1);
-            let Some(position) = self.positions.get(depth - 1) else { return };
+            let Some(position) = positions.get(depth - 1) else { return };
             if rank == self.num_ranks || position.candidates[rank].token < 0 {
                 return;
             }
@@ -202,7 +213,7 @@ impl LikeliestPaths {
             self.complete(tokens, n - 1);
             // The whole spine comes first.
             let rate = |candidate: Candidate| f64::from(candidate.probability).max(MIN_PROBABILITY);
-            self.plan(rate, |_| f64::INFINITY, 0.0);
+            self.plan(n - 1, rate, |_| f64::INFINITY, 0.0);
         }
         self.set_num_drafts(self.planned.len());
     }
@@ -309,8 +320,13 @@ impl Eq for ByGain {}
 mod tests {
     use super::*;
     use crate::decode::tree::Node;
+    use crate::decode::window_chooser::AcceptanceHistory;
 
     const MIN_GAIN: f64 = 1e-3;
+
+    fn prospects(history: &AcceptanceHistory) -> Prospects<'_> {
+        Prospects::new(history, MIN_GAIN)
+    }
 
     fn candidates(of: &[(i32, f32)]) -> Candidates {
         let mut candidates = NO_CANDIDATES;
@@ -326,7 +342,7 @@ mod tests {
         let max_tokens = if tree == 0 { 64 } else { tree };
         let mut paths = LikeliestPaths::new(width, max_tokens, tree > 0, &[1, 2, 3], RandomDraft::new(1, "a"));
         if width == Width::Auto {
-            paths.gains(&AcceptanceHistory::default(), &[1, 2, 3, 7], MIN_GAIN);
+            paths.gains(&prospects(&AcceptanceHistory::default()), &[1, 2, 3, 7]);
             paths.set_num_drafts(predicted.len());
         }
         let all = [&[candidates(&[(7, 1.0)])], predicted].concat();
@@ -395,7 +411,7 @@ mod tests {
         let open = candidates(&[(20, 0.5), (21, 0.48)]);
         let mut paths = after_forward(Width::Auto, 64, &[sure, open, sure]);
         assert!(paths.draft().is_empty(), "nothing is drafted until a number is chosen");
-        let gains = paths.gains(&AcceptanceHistory::default(), &[1, 2, 3, 7], MIN_GAIN);
+        let gains = paths.gains(&prospects(&AcceptanceHistory::default()), &[1, 2, 3, 7]);
         assert!(gains.len() > 3 && gains.iter().all(|&gain| gain >= MIN_GAIN), "{gains:?}");
         paths.set_num_drafts(3);
         assert_eq!(nodes(&paths), [(10, 0), (20, 1), (21, 1)], "a token beside the spine before an unlikely one on it");
@@ -403,7 +419,7 @@ mod tests {
         assert!(paths.draft().is_empty() && paths.tree().is_none());
         // Without branches, the tokens are in order, with random ones of the text after them.
         let mut chain = after_forward(Width::Auto, 0, &[sure, open, sure]);
-        chain.gains(&AcceptanceHistory::default(), &[1, 2, 3, 7], MIN_GAIN);
+        chain.gains(&prospects(&AcceptanceHistory::default()), &[1, 2, 3, 7]);
         chain.set_num_drafts(5);
         assert_eq!(chain.draft()[..3], [10, 20, 10]);
         assert!(chain.tree().is_none() && chain.draft()[3..].iter().all(|token| [1, 2, 3, 7].contains(token)));
@@ -413,7 +429,7 @@ mod tests {
     fn predictions_that_were_not_forwarded_again_stay_at_their_positions() {
         let at = |token| candidates(&[(token, 0.9)]);
         let mut paths = after_forward(Width::Auto, 0, &[at(10), at(20), at(30), at(40)]);
-        paths.gains(&AcceptanceHistory::default(), &[1, 2, 3, 7], MIN_GAIN);
+        paths.gains(&prospects(&AcceptanceHistory::default()), &[1, 2, 3, 7]);
         paths.set_num_drafts(1);
         // 10 is accepted and 21 follows it; only what comes after 21 is known from before.
         paths.update(&Verification {
@@ -424,7 +440,7 @@ mod tests {
             tokens: &[1, 2, 3, 7, 10, 21],
             is_truncated: false,
         });
-        paths.gains(&AcceptanceHistory::default(), &[1, 2, 3, 7], MIN_GAIN);
+        paths.gains(&prospects(&AcceptanceHistory::default()), &[1, 2, 3, 7]);
         paths.set_num_drafts(2);
         assert_eq!(paths.draft(), [30, 40]);
     }

@@ -11,6 +11,7 @@ use std::cmp::Reverse;
 use std::collections::BinaryHeap;
 
 use super::backend::padded_size;
+use super::tree::MAX_TREE_TOKENS;
 pub(super) use history::{AcceptanceHistory, Outcome};
 use prices::StepPrices;
 
@@ -36,8 +37,29 @@ const MAX_REST: usize = 31;
 /// Draft tokens are planned that gain at least this part of what the least of the last choice did.
 const PLANNED_SHARE: f64 = 0.25;
 
-/// The bounds of that gain: less is worth nothing, and more would hardly save time.
-const MIN_GAINS: [f64; 2] = [1e-3, 0.02];
+/// What a draft token must gain in any case: less is worth nothing.
+const MIN_GAIN: f64 = 1e-3;
+
+/// What is planned after a choice of no drafts, and the least probability with which what a forward
+/// drafts is of use to the next.
+const SMALL_GAIN: f64 = 0.02;
+
+/// What the gains of draft tokens follow from, the same for all sequences of a forward.
+pub(super) struct Prospects<'h> {
+    pub(super) history: &'h AcceptanceHistory,
+    /// The probabilities that at least 1, 2, ... of the drafts that a forward makes are accepted by the
+    /// next ([`AcceptanceHistory::survival`]).
+    pub(super) survival: Vec<f64>,
+    /// What a draft token must gain to be considered.
+    pub(super) min_gain: f64,
+}
+
+impl<'h> Prospects<'h> {
+    pub(super) fn new(history: &'h AcceptanceHistory, min_gain: f64) -> Self {
+        let survival = history.survival(MAX_TREE_TOKENS - 1, min_gain.min(SMALL_GAIN));
+        Prospects { history, survival, min_gain }
+    }
+}
 
 /// The numbers of draft tokens of a forward.
 pub(super) struct Choice {
@@ -64,9 +86,9 @@ impl WindowChooser {
             last.1
         };
         let num_drafts = best_numbers_of_drafts(num_other_tokens, gains, num_copies, max_tokens, price);
-        let least = gains.iter().zip(&num_drafts).filter_map(|(gains, &number)| gains[..number].last());
-        self.min_gain =
-            least.fold(1.0, |least: f64, &gain| least.min(gain * PLANNED_SHARE)).clamp(MIN_GAINS[0], MIN_GAINS[1]);
+        let last_gains = gains.iter().zip(&num_drafts).filter_map(|(gains, &number)| gains[..number].last());
+        let least = last_gains.copied().reduce(f64::min);
+        self.min_gain = least.map_or(SMALL_GAIN, |least| (least * PLANNED_SHARE).max(MIN_GAIN));
         let added = |&number: &usize| (0..number).map(|index| added_tokens(index, num_copies)).sum::<usize>();
         let size = padded_size(num_other_tokens + num_drafts.iter().map(added).sum::<usize>());
         let is_probe = size > padded_size(num_other_tokens) && self.prices.is_uncertain(size);
@@ -77,9 +99,9 @@ impl WindowChooser {
         Choice { num_drafts, is_probe }
     }
 
-    /// What a draft token must gain to be considered in the next choice.
-    pub(super) fn min_gain(&self) -> f64 {
-        self.min_gain
+    /// What the next choice is made from.
+    pub(super) fn prospects(&self) -> Prospects<'_> {
+        Prospects::new(&self.history, self.min_gain)
     }
 
     /// Whether the next forward has no drafts, without a choice. After a choice of none, one forward
@@ -297,14 +319,14 @@ mod tests {
     fn drafts_that_gain_far_less_than_those_of_the_last_choice_are_not_planned() {
         let mut chooser = WindowChooser::default();
         let gains = [vec![0.5, 0.25, 0.125, 0.0625, 0.03125]];
-        assert_eq!(chooser.min_gain(), 0.0);
+        assert_eq!(chooser.min_gain, 0.0);
         chooser.choose(1, &gains, 1);
-        assert_eq!(chooser.min_gain(), MIN_GAINS[1], "no drafts, since no larger size is known");
+        assert_eq!(chooser.min_gain, SMALL_GAIN, "no drafts, since no larger size is known");
         for num_tokens in [1, 2, 4, 8] {
             (0..3).for_each(|_| chooser.observe_step(num_tokens, 1.0));
         }
         assert_eq!(chooser.choose(1, &gains, 1).num_drafts, [5]);
-        assert_eq!(chooser.min_gain(), 0.03125 * PLANNED_SHARE);
+        assert_eq!(chooser.min_gain, 0.03125 * PLANNED_SHARE);
     }
 
     #[test]
