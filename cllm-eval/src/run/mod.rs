@@ -48,10 +48,10 @@ pub fn run(settings: &RunSettings) -> Result<Results> {
 /// # Errors
 /// As [`run`].
 pub fn run_on(settings: &RunSettings, today: Date) -> Result<Results> {
-    let _lock = output_folder::lock(&settings.output)?;
     let settings = &with_date(settings, today)?;
     let names = model_names(settings)?;
     let device = device::parse(&settings.device)?;
+    let _lock = output_folder::lock(&settings.output)?;
     let examples = Examples::load(settings)?;
     let sandbox = open_sandbox(examples.task, settings.execute_code, "set `execute_code=true`")?;
     let scorer = AnswerScorer::new(examples.task, settings, sandbox.as_ref());

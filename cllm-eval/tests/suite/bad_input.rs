@@ -45,7 +45,8 @@ fn a_prompt_longer_than_the_context_is_named_before_anything_is_answered() {
     let arguments = [&short(&good, &good, &output)[..], &[format!("prompts={prompts}")]].concat();
     EVAL.fail(&arguments, 2, &["sample `long`", "context of 1024", "leave the sample out"]);
     let given = |key: &str| [&short(&good, &good, &output)[..], &[key.to_owned()]].concat();
-    EVAL.fail(&given("max_new_tokens=18446744073709551615"), 2, &["context of 1024", "lower max_new_tokens"]);
+    EVAL.fail(&given("max_new_tokens=1000000"), 2, &["context of 1024", "lower max_new_tokens"]);
+    EVAL.fail(&given("max_new_tokens=18446744073709551615"), 2, &["max_new_tokens", "greater than 1048576"]);
     EVAL.fail(&given("eos_ids=[999]"), 2, &["eos_ids: 999", "0 to 299"]);
     EVAL.fail(&given("prompts=no/such.jsonl"), 2, &["no/such.jsonl", "there is no such file"]);
     EVAL.fail(&given("benchmark=gsm8k"), 2, &["gsm8k needs `data`", "test.jsonl"]);

@@ -64,7 +64,7 @@ pub struct Settings {
     #[garde(skip)]
     pub seed: u64,
     /// Passes over the data.
-    #[garde(range(min = 1, max = 10_000))]
+    #[garde(range(min = 1, max = 100_000))]
     pub epochs: usize,
     /// Stop after N steps; the learning rate schedule ends there too. `null` runs all epochs.
     #[garde(range(min = 1))]

@@ -116,7 +116,7 @@ fn bad_settings_are_named_with_file_line_and_value() {
         ("optimizer.beta2=1", "greater than 0.99999"),
         ("optimizer.eps=0", "`optimizer.eps=0`: lower than"),
         // Numbers for which a run would never end, or would ask for more memory than there is.
-        ("epochs=10000000", "greater than 10000"),
+        ("epochs=10000000", "greater than 100000"),
         ("max_batch_tokens=18446744073709551615", "greater than 16777216"),
         ("init.num_layers=100000000", "greater than 1024"),
         ("init.hidden_size=1000000000", "greater than 65536"),

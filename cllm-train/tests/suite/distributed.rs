@@ -337,7 +337,9 @@ fn processes_with_other_settings_or_data_are_refused_before_anything_is_written(
     let arguments = ["run", "-c", &file, "datasets=[prompts.jsonl]"].map(str::to_owned);
     let processes = start_each(2, |_| (IN_OWN_FOLDER.into(), arguments.clone().into()));
     assert_all_end(processes, 1, 2, "processes 0 and 1 have different versions of the data set prompts.jsonl");
-    assert!(!settings.output.exists() && !other.exists());
+    // A process that another one ends leaves its lock, which nobody holds.
+    let written = fs::read_dir(&settings.output).into_iter().flatten().map(|entry| entry.unwrap().file_name());
+    assert!(written.into_iter().all(|name| name == ".lock") && !other.exists());
 }
 
 #[test]
