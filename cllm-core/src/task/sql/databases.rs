@@ -231,7 +231,8 @@ mod tests {
             &format!("{endless} SELECT x FROM n ORDER BY -x"),
             &format!("{endless} SELECT x FROM n"),
             &format!("{endless} SELECT group_concat(x) FROM n"),
-            &format!("{ten} SELECT zeroblob(1000000) FROM n a, n b, n c"),
+            // 1 GB of different values.
+            &format!("{ten} SELECT zeroblob(1000000 + a.x * 100 + b.x * 10 + c.x) FROM n a, n b, n c"),
             &format!("{endless} SELECT hex(zeroblob(1000000)), x FROM n ORDER BY 1, -x"),
             "SELECT zeroblob(1000000000)",
             "SELECT hex(hex(hex(zeroblob(10000000))))",
