@@ -69,7 +69,8 @@ impl Hardware {
     pub fn summary(&self) -> String {
         let gpu = self.gpu.as_ref().map(|name| format!("{name}; ")).unwrap_or_default();
         let (cores, threads) = (count(self.cores, "core"), count(self.threads, "thread"));
-        format!("{}: {gpu}{}, {cores}, {threads}, {}", self.device, self.cpu, self.dtype)
+        let device = if self.device == "cpu" { "CPU" } else { &self.device };
+        format!("{device}: {gpu}{}, {cores}, {threads}, {}", self.cpu, self.dtype)
     }
 }
 

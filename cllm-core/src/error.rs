@@ -21,7 +21,7 @@ pub enum Error {
     #[error("{}: {}", path.display(), read_failure(source))]
     Io { path: PathBuf, source: std::io::Error },
     /// The operating system refused to create or write a file.
-    #[error("{}: cannot be written: {source}: {}", path.display(), write_advice(source))]
+    #[error("{}: cannot be written: {}: {}", path.display(), io_reason(source), write_advice(source))]
     Write { path: PathBuf, source: std::io::Error },
     /// The machine lacks something: a device, memory, a library.
     #[error("{0}")]
@@ -143,9 +143,15 @@ fn read_failure(source: &std::io::Error) -> String {
         ErrorKind::NotFound => "there is no such file or folder".to_owned(),
         ErrorKind::NotADirectory => "a part of this path is a file, not a folder".to_owned(),
         ErrorKind::IsADirectory => "is a folder: name a file in it".to_owned(),
-        ErrorKind::PermissionDenied => format!("{source}: change its permissions"),
-        _ => source.to_string(),
+        ErrorKind::PermissionDenied => format!("{}: change its permissions", io_reason(source)),
+        _ => io_reason(source),
     }
+}
+
+/// The system's message without the number of the error.
+pub fn io_reason(source: &std::io::Error) -> String {
+    let text = source.to_string();
+    text.split(" (os error ").next().unwrap_or_default().to_owned()
 }
 
 fn write_advice(source: &std::io::Error) -> &'static str {
@@ -206,6 +212,13 @@ mod tests {
         let error = std::fs::read("/nowhere/data.json").map_err(Error::io("/nowhere/data.json")).unwrap_err();
         assert_eq!(error.to_string(), "/nowhere/data.json: there is no such file or folder");
         assert_eq!(error.exit_code(), 2);
+    }
+
+    #[test]
+    fn the_number_of_a_system_error_is_left_out() {
+        let message = Error::write("run/model")(std::io::Error::from_raw_os_error(13)).to_string();
+        assert!(message.starts_with("run/model: cannot be written: Permission denied: choose"), "{message}");
+        assert_eq!(io_reason(&std::io::Error::from_raw_os_error(98)), "Address already in use");
     }
 
     #[test]

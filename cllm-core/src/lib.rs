@@ -41,7 +41,7 @@ pub mod train;
 mod training_turn;
 pub mod trajectory;
 
-pub use error::{Error, Result};
+pub use error::{Error, Result, io_reason};
 pub use training_turn::TrainingTurn;
 
 /// Version of this toolkit, recorded in every file it writes.

@@ -172,7 +172,7 @@ pub fn has_settings_of(folder: &Path, command: &str) -> bool {
 }
 
 /// The first setting that differs from those saved in a folder, as a clause: `was started with
-/// fraction=0.5; this command says fraction=0.7`. The keys in `ignored` may differ.
+/// fraction=0.5; this command says 0.7`. The keys in `ignored` may differ.
 ///
 /// # Errors
 /// Settings that cannot be read.
@@ -200,7 +200,7 @@ fn difference(key: &str, saved: &Value, now: &Value) -> Option<String> {
         // YAML does not tell 1 from 1.0.
         (Value::Number(saved), Value::Number(now)) if saved.as_f64() == now.as_f64() => None,
         (saved, now) if saved == now => None,
-        (saved, now) => Some(format!("was started with {key}={saved}; this command says {key}={now}")),
+        (saved, now) => Some(settings::change("was started", key, saved, now)),
     }
 }
 
@@ -268,10 +268,10 @@ mod tests {
         let mut elsewhere = settings(1.0, 4);
         elsewhere["output"] = "y".into();
         assert_eq!(changed(elsewhere), None);
-        let message = "was started with optimizer.lr=1; this command says optimizer.lr=0.5";
+        let message = "was started with optimizer.lr=1; this command says 0.5";
         assert_eq!(changed(settings(0.5, 4)).unwrap().replace("1.0;", "1;"), message);
         let mut without = settings(1.0, 4);
         without["lora"] = Value::Null;
-        assert!(changed(without).unwrap().ends_with("this command says lora=null"));
+        assert!(changed(without).unwrap().ends_with("this command says null"));
     }
 }

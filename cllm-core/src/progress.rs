@@ -141,7 +141,7 @@ impl Progress {
                 left => format!("{} left", duration(left as f64 / per_second)),
             });
         } else if self.done >= self.total {
-            parts.push("done already".to_owned());
+            parts.push("already complete".to_owned());
         }
         if !self.message.is_empty() {
             parts.push(self.message.clone());
@@ -189,7 +189,7 @@ mod tests {
     #[test]
     fn no_rate_is_shown_if_nothing_was_done() {
         assert_eq!(Progress::new("collect", 0, 60).line(Duration::ZERO), "collect 0/60");
-        assert_eq!(Progress::new("collect", 60, 60).line(Duration::ZERO), "collect 60/60, done already");
+        assert_eq!(Progress::new("collect", 60, 60).line(Duration::ZERO), "collect 60/60, already complete");
     }
 
     #[test]

@@ -20,6 +20,7 @@ mod layers;
 mod reference;
 mod refusal;
 mod repair;
+mod written;
 
 pub use keys::did_you_mean;
 use keys::{all_keys, to_value};
@@ -27,6 +28,7 @@ pub use layers::ENVIRONMENT_PREFIX;
 use layers::{Assignment, Refused, from_environment, with_free_key};
 pub use reference::{reference, template};
 use refusal::{lines_of_invalid_keys, parse};
+pub use written::{change, written};
 
 /// What garde says about a required setting that is null.
 const REQUIRED: &str = "not set";
@@ -125,7 +127,7 @@ pub fn to_yaml(settings: &impl Serialize) -> Result<String> {
     serde_saphyr::to_string(settings).map_err(Error::serialization)
 }
 
-fn from_value<T: DeserializeOwned>(value: &Value) -> Result<T> {
+fn from_value<T: Serialize + DeserializeOwned>(value: &Value) -> Result<T> {
     refusal::check(value).map_err(Error::usage)
 }
 

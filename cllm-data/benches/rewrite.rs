@@ -63,6 +63,7 @@ fn row(index: usize, eos: i32) -> Trajectory {
 fn write_data_set(folder: &Path, tokenizer: &Tokenizer, num_rows: usize) {
     let provenance = Provenance {
         teacher: "none".into(),
+        teacher_name: None,
         tokenizer: tokenizer.fingerprint().to_owned(),
         vocab_size: VOCAB_SIZE as usize,
         n: N,

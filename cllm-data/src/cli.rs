@@ -15,8 +15,9 @@ use crate::{augment, clean, collect, export, import, inspect, prepare, stats, va
     version,
     about,
     after_help = "Example:
-  cllm-data prepare synthetic --split train --num-problems 500 --output runs/prompts.jsonl
-  cllm-data collect model=configs/tiny-teacher prompts=runs/prompts.jsonl output=runs/trajectories"
+  cllm-data prepare synthetic --num-problems 500 -o runs/prompts.jsonl
+  cllm-data collect model=configs/tiny-teacher prompts=runs/prompts.jsonl \\
+    output=runs/trajectories"
 )]
 pub struct Arguments {
     #[command(subcommand)]
@@ -29,11 +30,9 @@ pub struct Arguments {
 #[derive(Subcommand)]
 enum Verb {
     /// Convert a benchmark's files, or your own chats and prompts, into a prompt set.
-    #[command(
-        after_help = "Examples:\n  cllm-data prepare synthetic --split train --num-problems 500 --output runs/prompts.jsonl\n  \
-        cllm-data prepare jsonl --data chats.jsonl --turns all --output runs/prompts.jsonl\n  \
-        cllm-data prepare jsonl --data rows.parquet --map question=query,reference=solution --output runs/prompts.jsonl"
-    )]
+    #[command(after_help = "Examples:\n  cllm-data prepare synthetic --num-problems 500 -o runs/prompts.jsonl\n  \
+        cllm-data prepare jsonl --data chats.jsonl --turns all -o runs/prompts.jsonl\n  \
+        cllm-data prepare jsonl --data rows.parquet \\\n    --map question=query,reference=solution -o runs/prompts.jsonl")]
     Prepare(prepare::Arguments),
     /// Record how Jacobi decoding converges on a teacher's answers; resume where an earlier run
     /// stopped.
@@ -46,7 +45,7 @@ enum Verb {
     Augment(SettingsArgs),
     /// Remove repetitive, unfinished or duplicate responses, and count them by rule.
     #[command(
-        after_help = "Example:\n  cllm-data clean input=runs/augmented output=runs/clean model=configs/tiny-teacher"
+        after_help = "Example:\n  cllm-data clean input=runs/augmented output=runs/clean \\\n    model=configs/tiny-teacher"
     )]
     Clean(SettingsArgs),
     /// Check every row of a data set; exit with code 1 if one is invalid.
@@ -63,7 +62,7 @@ enum Verb {
     Export(export::Arguments),
     /// Convert a JSON trajectory file of the CLLM reference implementation into a data set.
     #[command(
-        after_help = "Example:\n  cllm-data import runs/trajectories.json --model configs/tiny-teacher --output runs/imported"
+        after_help = "Example:\n  cllm-data import runs/trajectories.json --model configs/tiny-teacher \\\n    --output runs/imported"
     )]
     Import(import::Arguments),
     /// Print every setting as Markdown, of all verbs or of one: type, default, allowed values, meaning.

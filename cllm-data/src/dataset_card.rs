@@ -27,16 +27,26 @@ fn card(manifest: &Manifest) -> String {
          size_categories:\n- {size}\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    \
          path: data/*.parquet\n---\n\
          # Jacobi trajectories\n\n{num_rows} greedy responses of one teacher with every state of their Jacobi decoding, \
-         in blocks of {} tokens, with at most {} tokens per response{thoughts}.\n\n- teacher: `{}`\n- tokenizer: `{}`\n- seed: \
-         {}\n- toolkit: cllm {}\n\nSteps:\n\n{}\n",
+         in blocks of {} tokens, with at most {} tokens per response{thoughts}.\n\n- teacher: {}\n- fingerprint of its \
+         config and weights: `{}`\n- fingerprint of its tokenizer: `{}`\n- seed: {}\n- toolkit: cllm {}\n\nSteps:\n\n{}\n",
         provenance.n,
         provenance.max_new_tokens,
+        teacher_link(provenance.teacher_name.as_deref()),
         provenance.teacher,
         provenance.tokenizer,
         provenance.seed,
         provenance.toolkit,
         steps.join("\n")
     )
+}
+
+/// The name of a teacher, with its page if it came from the Hub.
+fn teacher_link(name: Option<&str>) -> String {
+    match name {
+        Some(id) if id.contains('/') => format!("[{id}](https://huggingface.co/{id})"),
+        Some(name) => name.to_owned(),
+        None => "not recorded".to_owned(),
+    }
 }
 
 /// The Hub's name for a number of rows.
@@ -55,7 +65,13 @@ fn size_category(num_rows: usize) -> &'static str {
 
 #[cfg(test)]
 mod tests {
-    use super::size_category;
+    use super::{size_category, teacher_link};
+
+    #[test]
+    fn the_card_names_the_teacher() {
+        assert_eq!(teacher_link(Some("org/name")), "[org/name](https://huggingface.co/org/name)");
+        assert_eq!([teacher_link(Some("tiny")), teacher_link(None)], ["tiny", "not recorded"]);
+    }
 
     #[test]
     fn size_categories_are_named_as_on_the_hub() {

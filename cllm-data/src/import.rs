@@ -88,6 +88,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome> {
 /// The model that `--model` names.
 struct Teacher {
     fingerprint: String,
+    name: String,
     tokenizer: Tokenizer,
     vocab_size: usize,
 }
@@ -97,6 +98,7 @@ impl Teacher {
         let folder = hub::locate(name)?;
         Ok(Teacher {
             fingerprint: checkpoint::fingerprint(&folder)?,
+            name: hub::name(&folder),
             tokenizer: Tokenizer::load(&folder)?,
             vocab_size: checkpoint::load_config(&folder)?.vocab_size as usize,
         })
@@ -153,6 +155,7 @@ fn provenance(arguments: &Arguments, contents: &Contents, teacher: Option<&Teach
         teacher.ok_or_else(|| Error::file(path, "does not say which teacher collected it: name it with --model"))?;
     Ok(Provenance {
         teacher: teacher.fingerprint.clone(),
+        teacher_name: Some(teacher.name.clone()),
         tokenizer: teacher.tokenizer.fingerprint().to_owned(),
         vocab_size: teacher.vocab_size,
         n: contents.n,

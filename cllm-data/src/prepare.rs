@@ -133,10 +133,5 @@ fn load(arguments: &Arguments) -> Result<Vec<Sample>> {
     if task == Task::Jsonl {
         return prompt_set::read_with(&task.locate(data), &arguments.read_options()).map(|set| set.samples);
     }
-    let samples = task.load(data, split)?;
-    if samples.is_empty() {
-        let message = format!("holds no prompts of the split `{split}` of {}: choose another split", task.name());
-        return Err(Error::file(data, message));
-    }
-    Ok(samples)
+    task.load(data, split)
 }

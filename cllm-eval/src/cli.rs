@@ -51,7 +51,7 @@ enum Verb {
     /// Run every benchmark whose files are present and draw one report; resume where an interrupted
     /// suite stopped.
     #[command(
-        after_help = "Example:\n  cllm-eval suite teacher=configs/tiny-teacher data=benchmarks limit=3 output=runs/suite"
+        after_help = "Example:\n  cllm-eval suite teacher=configs/tiny-teacher data=benchmarks limit=3 \\\n    output=runs/suite"
     )]
     Suite(SettingsArgs),
     /// Score the saved answers of a run again, without a model or a GPU.
@@ -78,8 +78,8 @@ enum Verb {
     /// Compare two results example by example: accuracy (and whether its difference is
     /// significant), tokens, speed.
     #[command(
-        after_help = "Examples:\n  cllm-eval compare runs/eval\n  cllm-eval compare runs/first runs/second --a student/ar --b \
-        'student/rolling n=16' --json"
+        after_help = "Examples:\n  cllm-eval compare runs/eval\n  cllm-eval compare runs/first runs/second \\\n    \
+        --a student/ar --b 'student/rolling n=16'"
     )]
     Compare {
         /// Folder of a run, or its results.json. Without B, its student is compared with its
@@ -117,10 +117,8 @@ enum Verb {
     },
     /// Profile trajectories as table 3 of the paper does: fast-forwarded and stationary tokens per
     /// block.
-    #[command(
-        after_help = "Example:\n  cllm-eval profile teacher=runs/trajectories student=runs/student-trajectories \
-                            -o runs/profile.json"
-    )]
+    #[command(after_help = "Example:\n  cllm-eval profile teacher=runs/trajectories student=runs/of-student \\\n    \
+        -o runs/profile.json")]
     Profile {
         /// Folders of `cllm-data collect`, or NAME=FOLDER. All others are compared with the first.
         #[arg(required = true, value_name = "TRAJECTORIES")]
@@ -161,16 +159,14 @@ enum Verb {
     },
     /// Measure how fast a model decodes: forwards by their number of tokens, prefill, batches,
     /// strategies, collection, memory.
-    #[command(
-        after_help = "Examples:\n  cllm-eval bench model=configs/tiny-teacher 'step_tokens=[1, 16]' 'batch_sizes=[8]' num_repeats=2 \\\n    \
-        output=runs/bench.json\n  cllm-eval bench -c configs/bench.yaml \\\n    \
-        'strategies=[{jacobi: {n: 16}}, {rolling: {n: 16, pool: 4}}, {lookahead: {}}]'"
-    )]
+    #[command(after_help = "Examples:\n  cllm-eval bench model=configs/tiny-teacher 'step_tokens=[1, 16]' \\\n    \
+        batch_sizes=8 num_repeats=2 output=runs/bench.json\n  cllm-eval bench -c configs/bench.yaml \\\n    \
+        'strategies=[jacobi, {rolling: {n: 16, pool: 4}}, lookahead]'")]
     Bench(SettingsArgs),
     /// Answer a prompt autoregressively and with drafts, showing tokens as they are accepted; without
     /// a prompt, chat with both side by side.
     #[command(after_help = "Examples:\n  cllm-eval generate --model runs/student/final --n 16 \\\n    \
-        \"Mia fills 3 packs with 5 cards each and sells 2 cards. How many cards does Mia keep?\"\n  \
+        \"Mia fills 3 packs with 5 cards each. How many cards does Mia have?\"\n  \
         cllm-eval generate --model runs/student/final")]
     Generate {
         /// The prompt. Without it, a chat in the terminal begins.

@@ -138,6 +138,17 @@ impl RunSettings {
         Sampling::from_temperature(self.temperature)
     }
 
+    /// What a run answered, as reports call it: a user's own file by its name, a benchmark by its
+    /// name and split.
+    pub fn title(&self, benchmark: Task, split: &str) -> String {
+        let file = self.prompts.as_ref().or(self.data.as_ref()).filter(|_| benchmark == Task::Jsonl);
+        match file.and_then(|path| path.file_name()) {
+            Some(name) if split == benchmark.name() => name.display().to_string(),
+            Some(name) => format!("{} / {split}", name.display()),
+            None => format!("{} / {split}", benchmark.name()),
+        }
+    }
+
     /// The strategies of a model. Only the teacher has those with a draft model, which is the
     /// student, and only the student those with adapters for draft tokens.
     pub fn strategies_of(&self, role: Role) -> impl Iterator<Item = Strategy> + '_ {

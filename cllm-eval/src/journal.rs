@@ -8,7 +8,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use cllm_core::{Error, Result, atomic_file};
+use cllm_core::{Error, Result, atomic_file, settings};
 use serde_json::Value;
 
 use crate::records::{AnswerRecord, Header, LineRef, ModelEntry, Records, SpeedRecord, ThroughputRecord, WindowRecord};
@@ -149,12 +149,12 @@ fn expect_same_run(path: &Path, before: &Header, now: &Header) -> Result<()> {
 
 /// Describes how two runs differ.
 fn difference(before: &Header, now: &Header) -> String {
-    let settings = |header: &Header| serde_json::to_value(&header.settings).unwrap_or(Value::Null);
-    let (old, new) = (settings(before), settings(now));
+    let values = |header: &Header| serde_json::to_value(&header.settings).unwrap_or(Value::Null);
+    let (old, new) = (values(before), values(now));
     let keys = new.as_object().into_iter().flatten().map(|(key, _)| key.as_str());
     let changed = keys.filter(|key| !["output", "concurrency"].contains(key)).find(|&key| old[key] != new[key]);
     if let Some(key) = changed {
-        return format!("was started with {key}={}; this command says {}", old[key], new[key]);
+        return settings::change("was started", key, &old[key], &new[key]);
     }
     let same_weights =
         |model: &&ModelEntry| before.model(model.role).is_some_and(|old| old.fingerprint == model.fingerprint);

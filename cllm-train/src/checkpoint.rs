@@ -18,7 +18,7 @@ use cllm_core::{Error, Result, text_file, tokenizer};
 use tch::{Device, Tensor};
 
 use crate::custom_generate;
-use crate::draft_adapters_card;
+use crate::model_card::ModelCard;
 use crate::optimizer::OptimizerState;
 use crate::optimizer_files;
 use crate::run_fingerprint::RunFingerprint;
@@ -26,7 +26,7 @@ use crate::run_folder::{
     BEST, FINAL, Kept, LATEST, STATE_FILE, checkpoints, checkpoints_folder, has_state, kept_checkpoints, read_state,
     remove_state,
 };
-use crate::settings::{Objective, Settings};
+use crate::settings::Settings;
 use crate::summary::SUMMARY_FILE;
 use crate::train_state::TrainState;
 
@@ -56,8 +56,7 @@ pub struct Checkpoints {
     eos_ids: Option<Vec<i32>>,
     /// File of the chat template that replaces the model's own.
     chat_template: Option<PathBuf>,
-    /// Whether the final model comes with the method by which `transformers` decodes with it.
-    has_custom_generate: bool,
+    card: ModelCard,
     max_checkpoints: usize,
     /// Host memory that was available before the first checkpoint. It decides for the whole run
     /// whether checkpoints wait in memory: their pinned buffers are kept for the next one, which would
@@ -102,18 +101,22 @@ impl SaveInFlight {
 }
 
 impl Checkpoints {
-    pub fn new(settings: &Settings, tokenizer_folder: &Path) -> Self {
-        Checkpoints {
+    /// The folder of a run whose model has its tokenizer files in `tokenizer_folder`.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] for settings that cannot be written.
+    pub fn new(settings: &Settings, tokenizer_folder: &Path) -> Result<Self> {
+        Ok(Checkpoints {
             run: settings.output.clone(),
             tokenizer_folder: tokenizer_folder.to_owned(),
             adapter_base: settings.lora.as_ref().and_then(|_| settings.model.clone()),
             eos_ids: settings.eos_ids.clone(),
             chat_template: settings.rendering.chat_template.clone(),
-            has_custom_generate: settings.objective == Objective::Consistency,
+            card: ModelCard::of_run(settings, tokenizer_folder)?,
             max_checkpoints: settings.max_checkpoints,
             available_bytes: OnceCell::new(),
             in_flight: None,
-        }
+        })
     }
 
     /// The date on which a run was started; `None` if its folder has no readable train state, which
@@ -275,15 +278,15 @@ impl Checkpoints {
                 match self.adapter_base.as_ref().filter(|_| model.adapts_drafts()) {
                     Some(base) => {
                         self.write_adapter(&mut writer, folder, model, base)?;
-                        draft_adapters_card::write(folder, base, &target)?;
                     }
                     None => {
                         self.write_model(&mut writer, folder, model)?;
-                        if self.has_custom_generate {
+                        if self.card.has_custom_generate() {
                             custom_generate::write(folder)?;
                         }
                     }
                 }
+                self.card.write(folder, &target)?;
                 writer.finish().map(drop)
             })
         })?;
@@ -482,7 +485,7 @@ mod tests {
 
         fn checkpoints(&self, max_checkpoints: usize) -> Checkpoints {
             let settings = Settings { output: self.0.path().to_owned(), max_checkpoints, ..Settings::plain() };
-            Checkpoints::new(&settings, Path::new(""))
+            Checkpoints::new(&settings, Path::new("")).unwrap()
         }
 
         /// The steps of the checkpoints to resume from, and of those with a model only.

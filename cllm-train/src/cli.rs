@@ -26,7 +26,8 @@ const MAX_VOCAB_SIZE: u64 = 10_000_000;
     name = "cllm-train",
     version,
     after_help = "Example:
-  cllm-train run -c configs/quickstart-student.yaml 'datasets=[runs/clean]' output=runs/student"
+  cllm-train run -c configs/quickstart-student.yaml datasets=runs/clean \\
+    output=runs/student"
 )]
 pub struct Cli {
     #[command(subcommand)]
@@ -39,12 +40,11 @@ pub struct Cli {
 #[derive(Subcommand)]
 enum Verb {
     /// Train a model; resume where an interrupted run stopped.
-    #[command(
-        after_help = "Example:\n  cllm-train run -c configs/quickstart-student.yaml 'datasets=[runs/clean]' output=runs/student"
-    )]
+    #[command(after_help = "Example:\n  cllm-train run -c configs/quickstart-student.yaml datasets=runs/clean \\
+    output=runs/student")]
     Run(SettingsArgs),
     /// Show the size, memory, steps and duration of a run, without writing anything.
-    #[command(after_help = "Example:\n  cllm-train plan -c configs/quickstart-student.yaml 'datasets=[runs/clean]'")]
+    #[command(after_help = "Example:\n  cllm-train plan -c configs/quickstart-student.yaml datasets=runs/clean")]
     Plan {
         #[command(flatten)]
         settings: SettingsArgs,
@@ -55,7 +55,7 @@ enum Verb {
     /// Measure the speed of training: tokens and blocks per second, fraction of the device's peak,
     /// memory.
     #[command(
-        after_help = "Example:\n  cllm-train bench model=configs/tiny-teacher 'datasets=[runs/clean]' num_steps=5 \\\n    \
+        after_help = "Example:\n  cllm-train bench model=configs/tiny-teacher datasets=runs/clean num_steps=5 \\\n    \
         train.max_batch_tokens=4096 output=runs/bench-train.json"
     )]
     Bench(SettingsArgs),
@@ -72,9 +72,7 @@ enum Verb {
     Init(SettingsArgs),
     /// Train a small tokenizer on the prompts and references of a prompt set, for a model with
     /// random weights.
-    #[command(
-        after_help = "Example:\n  cllm-train tokenizer runs/prompts.jsonl --vocab-size 512 --output runs/tokenizer"
-    )]
+    #[command(after_help = "Example:\n  cllm-train tokenizer runs/prompts.jsonl --vocab-size 512 -o runs/tokenizer")]
     Tokenizer {
         /// The prompt set.
         prompts: PathBuf,
@@ -105,7 +103,7 @@ enum Verb {
     },
     /// Convert a GGUF file to a Hugging Face folder: bfloat16 weights, config and tokenizer.
     #[command(
-        after_help = "Example:\n  cllm-train convert SmolLM2-135M-Instruct.Q4_1.gguf models/SmolLM2-135M-Instruct"
+        after_help = "Example:\n  cllm-train convert SmolLM2-135M-Instruct.Q4_1.gguf \\\n    models/SmolLM2-135M-Instruct"
     )]
     Convert {
         /// The file; its architecture must be llama or qwen2.

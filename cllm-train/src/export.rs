@@ -8,6 +8,7 @@ use cllm_core::{Error, Result, atomic_file, checksum, output_folder, progress, t
 use tch::{Device, Kind};
 
 use crate::custom_generate;
+use crate::model_card::ModelCard;
 use crate::run_folder::{FINAL, checkpoints_folder};
 use crate::summary::SUMMARY_FILE;
 
@@ -31,10 +32,13 @@ pub struct ExportArgs {
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum ExportDtype {
     /// float32.
+    #[value(alias = "float32")]
     F32,
     /// bfloat16.
+    #[value(alias = "bfloat16")]
     Bf16,
     /// float16.
+    #[value(alias = "float16")]
     F16,
 }
 
@@ -82,6 +86,10 @@ fn export(source: &Path, kind: Kind, output: &Path, with_custom_generate: bool) 
     atomic_file::write_folder_with(output, |folder| {
         checkpoint::save(&model, folder, kind)?;
         tokenizer::copy_files(source, folder)?;
-        if with_custom_generate { custom_generate::write(folder) } else { Ok(()) }
+        if with_custom_generate {
+            custom_generate::write(folder)?;
+            ModelCard::of_student().write(folder, output)?;
+        }
+        Ok(())
     })
 }

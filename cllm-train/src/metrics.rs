@@ -2,14 +2,16 @@
 
 use std::cmp::Ordering;
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use cllm_core::{Error, Result, atomic_file, output_folder, progress, text_file};
+use cllm_core::settings::to_yaml;
+use cllm_core::{Error, Result, atomic_file, progress};
 use serde::Serialize;
 use serde::de::IgnoredAny;
 use serde_json::{Map, Value};
 
 use crate::losses::Losses;
+use crate::settings::Settings;
 use crate::tensorboard::EventFile;
 use crate::validation::ValidationOutput;
 
@@ -59,7 +61,8 @@ impl MetricsLog {
     ///
     /// # Errors
     /// File-system errors.
-    pub fn open(run: &Path, step: usize, is_validated: bool) -> Result<Self> {
+    pub fn open(settings: &Settings, step: usize, is_validated: bool) -> Result<Self> {
+        let run = &settings.output;
         let path = run.join("metrics.jsonl");
         let old = match std::fs::read(&path) {
             Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
@@ -82,8 +85,8 @@ impl MetricsLog {
         atomic_file::write(&path, text.as_bytes())?;
         let file = std::fs::OpenOptions::new().append(true).open(&path).map_err(Error::write(&path))?;
         let mut events = EventFile::create(&run.join("tensorboard"))?;
-        let settings = text_file::read(&run.join(output_folder::CONFIG))?;
-        events.write_text("settings", &settings)?;
+        events.write_text("settings", &to_yaml(settings)?)?;
+        events.write_hyper_parameters(&serde_json::to_value(settings).map_err(Error::serialization)?)?;
         for line in &kept {
             write_events(&mut events, line)?;
         }

@@ -7,9 +7,9 @@ use std::path::Path;
 use cllm_core::chat_template::Date;
 use cllm_core::checkpoint::{self, hub};
 use cllm_core::tokenizer::Tokenizer;
-use cllm_core::{Error, Result, fingerprint, trajectory};
+use cllm_core::{Error, Result, fingerprint, settings, trajectory};
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::settings::{Objective, Settings};
 
@@ -30,7 +30,7 @@ pub struct RunFingerprint {
 /// What two fingerprints do not have in common.
 enum Difference {
     /// A key with both values. A section that one of them lacks is named as a whole.
-    Setting { key: String, values: [String; 2] },
+    Setting { key: String, values: [Value; 2] },
     /// The name of some contents.
     Contents(String),
 }
@@ -111,9 +111,7 @@ impl RunFingerprint {
     /// follows the name of a folder and `verb`, such as `was started`.
     pub fn difference(&self, verb: &str, now: &RunFingerprint) -> Option<String> {
         Some(match self.first_difference(now)? {
-            Difference::Setting { key, values: [then, now] } => {
-                format!("{verb} with {key}={then}; this command says {now}")
-            }
+            Difference::Setting { key, values: [then, now] } => settings::change(verb, &key, &then, &now),
             Difference::Contents(name) => format!("{verb} from another version of {name}"),
         })
     }
@@ -122,10 +120,13 @@ impl RunFingerprint {
     /// does: an error message.
     pub fn difference_of_process(&self, rank: usize, other: &RunFingerprint) -> Option<String> {
         Some(match self.first_difference(other)? {
-            Difference::Setting { key, values: [main, other] } => format!(
-                "processes 0 and {rank} have different settings: {key}={main} and {key}={other}; start all with the same \
-                 command"
-            ),
+            Difference::Setting { key, values } => {
+                let [main, other] = values.each_ref().map(settings::written);
+                format!(
+                    "processes 0 and {rank} have different settings: {key}={main} and {key}={other}; start all with the \
+                     same command"
+                )
+            }
             Difference::Contents(name) => {
                 format!("processes 0 and {rank} have different versions of {name}; give all of them the same files")
             }
@@ -148,17 +149,18 @@ impl RunFingerprint {
         Some(Difference::Setting { key, values })
     }
 
-    /// The value of a setting, or those of a section; `null` without either.
-    fn setting(&self, key: &str) -> String {
+    /// The value of a setting, or those of a section; null without either.
+    fn setting(&self, key: &str) -> Value {
+        let parsed = |value: &String| serde_json::from_str(value).unwrap_or(Value::Null);
         let in_section = |(full_key, value): (&String, &String)| {
             let inner_key = full_key.strip_prefix(key)?.strip_prefix('.')?;
-            Some(format!("{inner_key}: {value}"))
+            Some((inner_key.to_owned(), parsed(value)))
         };
-        let section: Vec<String> = self.settings.iter().filter_map(in_section).collect();
+        let section: Map<String, Value> = self.settings.iter().filter_map(in_section).collect();
         match self.settings.get(key) {
-            Some(value) => value.clone(),
-            None if section.is_empty() => "null".to_owned(),
-            None => format!("{{{}}}", section.join(", ")),
+            Some(value) => parsed(value),
+            None if section.is_empty() => Value::Null,
+            None => Value::Object(section),
         }
     }
 }

@@ -6,7 +6,9 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use cllm_core::settings::written;
 use cllm_core::{Error, Result};
+use serde_json::Value;
 
 const VERSION: &str = "brain.Event:2";
 
@@ -76,8 +78,31 @@ impl EventFile {
         push_bytes(&mut value, 1, tag.as_bytes());
         push_bytes(&mut value, 8, &tensor);
         push_bytes(&mut value, 9, &metadata);
+        self.write_value(&value)
+    }
+
+    /// Writes settings, which TensorBoard lists in its tab of hyper-parameters. Those in sections have
+    /// their full keys.
+    ///
+    /// # Errors
+    /// File-system errors.
+    pub fn write_hyper_parameters(&mut self, settings: &Value) -> Result<()> {
+        let (mut start, mut content, mut plugin) = (Vec::new(), Vec::new(), Vec::new());
+        push_hyper_parameters(&mut start, "", settings);
+        push_bytes(&mut content, 3, &start);
+        push_bytes(&mut plugin, 1, b"hparams");
+        push_bytes(&mut plugin, 2, &content);
+        let (mut metadata, mut value) = (Vec::new(), Vec::new());
+        push_bytes(&mut metadata, 1, &plugin);
+        push_bytes(&mut value, 1, b"_hparams_/session_start_info");
+        push_bytes(&mut value, 9, &metadata);
+        self.write_value(&value)
+    }
+
+    /// Writes the only value of a summary without a step.
+    fn write_value(&mut self, value: &[u8]) -> Result<()> {
         let mut summary = Vec::new();
-        push_bytes(&mut summary, 1, &value);
+        push_bytes(&mut summary, 1, value);
         let mut event = new_event();
         push_bytes(&mut event, 5, &summary);
         self.write_record(&event)
@@ -89,6 +114,30 @@ impl EventFile {
         let record = [&length[..], &checksum(&length), message, &checksum(message)].concat();
         self.file.write_all(&record).map_err(Error::write(&self.path))
     }
+}
+
+/// Appends the entries of a map from keys to google.protobuf.Value.
+fn push_hyper_parameters(map: &mut Vec<u8>, key: &str, setting: &Value) {
+    let mut value = Vec::new();
+    match setting {
+        Value::Object(section) => {
+            for (inner, setting) in section {
+                let key = if key.is_empty() { inner.clone() } else { format!("{key}.{inner}") };
+                push_hyper_parameters(map, &key, setting);
+            }
+            return;
+        }
+        Value::Number(number) => {
+            value.push(2 << 3 | 1);
+            value.extend(number.as_f64().unwrap_or(f64::NAN).to_le_bytes());
+        }
+        Value::Bool(is_set) => value.extend([4 << 3, u8::from(*is_set)]),
+        other => push_bytes(&mut value, 3, written(other).as_bytes()),
+    }
+    let mut entry = Vec::new();
+    push_bytes(&mut entry, 1, key.as_bytes());
+    push_bytes(&mut entry, 2, &value);
+    push_bytes(map, 1, &entry);
 }
 
 fn now() -> Duration {
@@ -125,6 +174,17 @@ fn checksum(data: &[u8]) -> [u8; 4] {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn hyper_parameters_are_a_map_of_full_keys() {
+        let mut map = Vec::new();
+        push_hyper_parameters(&mut map, "", &serde_json::json!({ "a": { "b": 1.5 }, "c": true, "d": ["x"] }));
+        let number =
+            [&[1 << 3 | 2, 16, 1 << 3 | 2, 3][..], b"a.b", &[2 << 3 | 2, 9, 17], &1.5f64.to_le_bytes()].concat();
+        let is_set = [&[1 << 3 | 2, 7, 1 << 3 | 2, 1][..], b"c", &[2 << 3 | 2, 2, 4 << 3, 1]].concat();
+        let text = [&[1 << 3 | 2, 10, 1 << 3 | 2, 1][..], b"d", &[2 << 3 | 2, 5, 3 << 3 | 2, 3], b"[x]"].concat();
+        assert_eq!(map, [number, is_set, text].concat());
+    }
 
     #[test]
     fn records_are_framed_as_tensorboard_expects() {

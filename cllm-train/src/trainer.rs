@@ -90,7 +90,7 @@ pub fn run_on(mut settings: Settings, today: Date) -> Result<()> {
     // A date that no template prints is no part of the run.
     settings.rendering.date = tokenizer.rendering_record().date;
     let fingerprint = || RunFingerprint::for_training(&settings, &tokenizer, &tokenizer_folder);
-    let checkpoints = Checkpoints::new(&settings, &tokenizer_folder);
+    let checkpoints = Checkpoints::new(&settings, &tokenizer_folder)?;
     if let Some(state) = checkpoints.finished()? {
         checkpoints.check_fingerprint(&state, &fingerprint()?)?;
         let (steps, model) = (count(state.step, "step"), settings.output.join(FINAL));
@@ -155,7 +155,6 @@ fn kept_work(run: &Path) -> &'static str {
 
 impl Trainer<'_> {
     fn train(mut self, examples: &[Example], schedule: &Schedule) -> Result<()> {
-        let run = self.settings.output.clone();
         if self.state.step > 0 {
             progress::log(format!("resuming after step {}", self.state.step));
         }
@@ -163,7 +162,8 @@ impl Trainer<'_> {
             progress::log(excluded);
         }
         let is_main = self.group.is_main();
-        let mut metrics = is_main.then(|| MetricsLog::open(&run, self.state.step, self.is_validated())).transpose()?;
+        let open = || MetricsLog::open(&self.settings, self.state.step, self.is_validated());
+        let mut metrics = is_main.then(open).transpose()?;
         // The validation of the initial model, or one that a signal interrupted, is due here.
         if self.validate_if_due(metrics.as_mut())? && !self.is_over() {
             self.save(Purpose::KeepBest)?;

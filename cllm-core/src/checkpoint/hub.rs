@@ -62,6 +62,58 @@ pub fn cache_folder() -> PathBuf {
         .unwrap_or_else(|| user_cache().join("huggingface/hub"))
 }
 
+/// Folder names that say where a model is stored, not which model it is.
+const GENERIC_FOLDERS: [&str; 14] = [
+    "/",
+    ".",
+    "..",
+    "checkpoints",
+    "final",
+    "best",
+    "latest",
+    "last",
+    "student",
+    "teacher",
+    "model",
+    "models",
+    "rounds",
+    "runs",
+];
+/// Names that are just as generic when a number follows them.
+const NUMBERED_FOLDERS: [&str; 4] = ["round", "step", "epoch", "checkpoint"];
+
+/// What people call the model in a folder: its id on the Hugging Face Hub, or the last folder of its
+/// path that says which model it is.
+pub fn name(folder: &Path) -> String {
+    let mut folders = folder.iter().rev().filter_map(|folder| folder.to_str());
+    id(folder)
+        .or_else(|| folders.find(|folder| is_descriptive(folder)).map(str::to_owned))
+        .unwrap_or_else(|| "model".to_owned())
+}
+
+/// The id `owner/name` of a model in the Hugging Face cache, whose folder is
+/// `models--owner--name/snapshots/…`; `None` for any other folder.
+pub fn id(folder: &Path) -> Option<String> {
+    let mut folders = folder.iter().filter_map(|folder| folder.to_str());
+    let (owner, name) = folders.find_map(|folder| folder.strip_prefix("models--")?.split_once("--"))?;
+    Some(format!("{owner}/{name}"))
+}
+
+/// The licence that the card in a model's folder names.
+pub fn license(folder: &Path) -> Option<String> {
+    let card = std::fs::read_to_string(folder.join("README.md")).ok()?;
+    let front_matter = card.strip_prefix("---\n")?.split_once("\n---")?.0;
+    front_matter.lines().find_map(|line| line.strip_prefix("license: ")).map(|name| name.trim().to_owned())
+}
+
+fn is_descriptive(folder: &str) -> bool {
+    let is_numbered = |kind: &&str| {
+        let number = folder.strip_prefix(kind).map(|rest| rest.trim_start_matches(['-', '_']));
+        number.is_some_and(|number| number.chars().all(|digit| digit.is_ascii_digit()))
+    };
+    !GENERIC_FOLDERS.contains(&folder) && !NUMBERED_FOLDERS.iter().any(is_numbered)
+}
+
 /// Whether a folder holds an adapter. As in `transformers`, it has precedence over a model in the
 /// same folder.
 pub fn is_adapter(folder: &Path) -> bool {
@@ -117,6 +169,19 @@ mod tests {
         assert_eq!(find_snapshot(dir.path(), "org/name").as_ref(), Some(&snapshot));
         std::fs::rename(snapshot.join("config.json"), snapshot.join("adapter_config.json")).unwrap();
         assert_eq!(find_snapshot(dir.path(), "org/name"), Some(snapshot));
+    }
+
+    #[test]
+    fn a_model_has_the_name_that_people_know_it_by() {
+        for (folder, expected) in [
+            ("/cache/models--org--name/snapshots/abc", "org/name"),
+            ("models/SmolLM2-135M", "SmolLM2-135M"),
+            ("runs/spider/student/final", "spider"),
+            ("runs/sums/round-02/student/checkpoints/step-000300", "sums"),
+            ("final", "model"),
+        ] {
+            assert_eq!(name(Path::new(folder)), expected, "{folder}");
+        }
     }
 
     #[test]

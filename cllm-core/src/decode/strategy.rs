@@ -41,10 +41,10 @@ pub enum Strategy {
         #[serde(default = "default_width")]
         n: Width,
         /// Maximum number of tokens of a window that branches, more than n; 0 if it does not.
-        #[serde(default)]
+        #[serde(default, skip_serializing_if = "is_zero")]
         tree: usize,
         /// Number of rejected drafts to keep.
-        #[serde(default)]
+        #[serde(default, skip_serializing_if = "is_zero")]
         pool: usize,
     },
     /// Blocks of n tokens, of which up to `blocks` (2) are in flight: a new one begins once the
@@ -61,7 +61,7 @@ pub enum Strategy {
         #[serde(default = "default_ratio")]
         ratio: f64,
         /// Number of rejected drafts to keep.
-        #[serde(default)]
+        #[serde(default, skip_serializing_if = "is_zero")]
         pool: usize,
     },
     /// Speculative decoding with a draft model. Both models forward the same rolling window of n
@@ -84,7 +84,7 @@ pub enum Strategy {
         n: Width,
         /// Maximum number of tokens of a window that branches, more than n and at most 32; 0 if it does
         /// not.
-        #[serde(default)]
+        #[serde(default, skip_serializing_if = "is_zero")]
         tree: usize,
     },
     /// Lookahead decoding. Jacobi iterations on the next `window` (5) tokens collect n-grams of
@@ -102,6 +102,11 @@ pub enum Strategy {
         #[serde(default = "default_candidates")]
         candidates: usize,
     },
+}
+
+/// What is off need not be written.
+fn is_zero(number: &usize) -> bool {
+    *number == 0
 }
 
 fn default_n() -> usize {
@@ -401,13 +406,13 @@ mod tests {
     }
 
     #[test]
-    fn names_have_what_differs_from_the_defaults_and_files_have_all() {
+    fn names_and_files_leave_out_what_is_off() {
         let gated = |n, tree| Strategy::Gated { n, tree };
         for (strategy, name, file) in [
-            (Strategy::rolling(16), "rolling n=16", r#"{"rolling":{"n":16,"tree":0,"pool":0}}"#),
-            (Strategy::auto(0), "rolling n=auto", r#"{"rolling":{"n":"auto","tree":0,"pool":0}}"#),
-            (Strategy::auto(64), "rolling n=auto tree=64", r#"{"rolling":{"n":"auto","tree":64,"pool":0}}"#),
-            (Strategy::gated(16), "gated n=16", r#"{"gated":{"n":16,"tree":0}}"#),
+            (Strategy::rolling(16), "rolling n=16", r#"{"rolling":{"n":16}}"#),
+            (Strategy::auto(0), "rolling n=auto", r#"{"rolling":{"n":"auto"}}"#),
+            (Strategy::auto(64), "rolling n=auto tree=64", r#"{"rolling":{"n":"auto","tree":64}}"#),
+            (Strategy::gated(16), "gated n=16", r#"{"gated":{"n":16}}"#),
             (gated(Width::Auto, 32), "gated n=auto tree=32", r#"{"gated":{"n":"auto","tree":32}}"#),
         ] {
             assert_eq!(strategy.to_string(), name);

@@ -9,6 +9,8 @@ use schemars::JsonSchema;
 use schemars::generate::SchemaSettings;
 use serde_json::{Map, Value};
 
+use super::written;
+
 /// Describes every key of `T` under a heading. A section that is marked `elsewhere` gets one row,
 /// since its keys are described under a heading of their own.
 pub fn reference<T: JsonSchema + Default + Validate<Context = ()>>(heading: &str) -> String {
@@ -52,7 +54,7 @@ fn add_lines(indent: &str, section: &Map<String, Value>, lines: &mut Vec<String>
                 lines.push(format!("{indent}{key}:"));
                 add_lines(&format!("{indent}  "), inner, lines);
             }
-            (default, _) => lines.push(format!("{indent}{key}: {default}")),
+            (default, _) => lines.push(format!("{indent}{key}: {}", written(default))),
         }
     }
 }
@@ -69,7 +71,7 @@ fn add_rows(prefix: &str, section: &Map<String, Value>, required: &HashSet<Strin
             Value::String(text) if text.is_empty() => "empty".to_owned(),
             Value::String(text) => format!("`{text}`"),
             _ if is_section => String::new(),
-            other => format!("`{other}`"),
+            other => format!("`{}`", written(other)),
         };
         let type_name = if is_section { "section".to_owned() } else { type_name(inner) };
         let mut lines = vec![text(&schema["description"])];

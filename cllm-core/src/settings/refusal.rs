@@ -9,12 +9,13 @@ use std::path::Path;
 use garde::Validate;
 use serde::Serialize;
 use serde::de::{DeserializeOwned, IgnoredAny};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use serde_saphyr::path_map::{PathKey, PathKind};
 use serde_saphyr::{Error as YamlError, options};
 
 use super::keys::{all_keys, did_you_mean, to_value};
 use super::repair::repaired;
+use super::written;
 use crate::{Error, Result};
 
 /// Reads the settings of a file.
@@ -62,7 +63,7 @@ fn parse_repaired<T: DeserializeOwned>(text: &str) -> Option<T> {
 ///
 /// # Errors
 /// The message of a refusal, with the key.
-pub(super) fn check<T: DeserializeOwned>(value: &Value) -> std::result::Result<T, String> {
+pub(super) fn check<T: Serialize + DeserializeOwned>(value: &Value) -> std::result::Result<T, String> {
     serde_path_to_error::deserialize(value).map_err(|error| {
         let yaml = serde_saphyr::to_string(value).unwrap_or_default();
         match parse_typed::<T>(&yaml) {
@@ -138,13 +139,27 @@ fn accepts_null<T: DeserializeOwned>(settings: &Value, path: &str) -> bool {
     serde_json::from_value::<T>(changed).is_ok()
 }
 
+/// The section at a path with its first key at its default.
+fn section_example<T: Serialize + DeserializeOwned>(settings: &Value, path: &str) -> Option<String> {
+    let mut opened = settings.clone();
+    let pointer = format!("/{}", path.replace('.', "/"));
+    *opened.pointer_mut(&pointer)? = Value::Object(Map::new());
+    let opened = to_value(&serde_json::from_value::<T>(opened).ok()?).ok()?;
+    let (key, value) = opened.pointer(&pointer)?.as_object()?.iter().next()?;
+    Some(format!("{{{key}: {}}}", written(value)))
+}
+
 /// Says what was expected at `path`, in a user's words. A misspelt key is compared with those of
 /// `settings`.
-fn explain<T: DeserializeOwned>(path: &str, error: &YamlError, settings: &Value) -> String {
+fn explain<T: Serialize + DeserializeOwned>(path: &str, error: &YamlError, settings: &Value) -> String {
     let keys = all_keys(settings);
     let expected_type = |name: &str| {
         let or_null = if accepts_null::<T>(settings, path) { ", or null" } else { "" };
-        format!("{path}: expected {}{or_null}", type_in_words(name))
+        let mut expected = type_in_words(name).to_owned();
+        if let Some(example) = section_example::<T>(settings, path).filter(|_| expected == A_SECTION) {
+            expected = format!("a section, such as {example}");
+        }
+        format!("{path}: expected {expected}{or_null}")
     };
     match error {
         YamlError::InvalidScalar { ty: expected, .. } | YamlError::Unexpected { expected, .. } => {
@@ -177,6 +192,8 @@ fn explain<T: DeserializeOwned>(path: &str, error: &YamlError, settings: &Value)
     }
 }
 
+const A_SECTION: &str = "a section, such as {key: value}";
+
 /// Translates the name that serde-saphyr gives a type into the words of a user.
 fn type_in_words(name: &str) -> &str {
     match name {
@@ -185,13 +202,13 @@ fn type_in_words(name: &str) -> &str {
         "i64" | "i32" | "i16" | "i8" | "isize" => "a whole number",
         "boolean" => "true or false",
         "sequence start" => "a list, such as [a, b]",
-        "mapping start" => "a section, such as {key: value}",
+        "mapping start" => A_SECTION,
         "a boolean" => "true or false",
         "a sequence" => "a list, such as [a, b]",
-        "a map" => "a section, such as {key: value}",
+        "a map" => A_SECTION,
         "string scalar" | "path string" | "a string" | "string" => "text",
         "unit variant" => "a name without settings",
-        other if other.starts_with("struct ") => "a section, such as {key: value}",
+        other if other.starts_with("struct ") => A_SECTION,
         other => other,
     }
 }
@@ -290,7 +307,7 @@ mod tests {
             ("offset: x", "offset: expected a whole number"),
             ("greedy: maybe", "greedy: expected true or false"),
             ("datasets: {a: 1}", "datasets: expected a list, such as [a, b]"),
-            ("lora: 3", "lora: expected a section, such as {key: value}, or null"),
+            ("lora: 3", "lora: expected a section, such as {rank: 0}, or null"),
             ("lora: {rank: x}", "lora.rank: expected a whole number from 0"),
             ("lora: {rang: 1}", "unknown key `lora.rang`; did you mean `lora.rank`?"),
             ("step: 1", "unknown key `step`; did you mean `steps`?"),

@@ -26,11 +26,11 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::Result;
 use crate::prompt_set::{self, Sample};
 use crate::sandbox::Sandbox;
 use crate::thought_text::without_thought;
 use crate::trajectory::FinishReason;
+use crate::{Error, Result};
 
 /// A benchmark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
@@ -144,9 +144,35 @@ impl Task {
     /// Reads one split of the benchmark's files in `data`.
     ///
     /// # Errors
-    /// When a file is missing or a row lacks a field.
+    /// When a file is missing, a row lacks a field, or no row is of the split: the message lists the
+    /// splits that are there.
     pub fn load(self, data: &Path, split: &str) -> Result<Vec<Sample>> {
         let data = &self.locate(data);
+        let samples = self.read(data, split)?;
+        if samples.is_empty() {
+            let has_rows = |other: &&&str| self.read(data, other).is_ok_and(|samples| !samples.is_empty());
+            let there = match &self.splits().iter().filter(has_rows).copied().collect::<Vec<_>>()[..] {
+                [] => "it is empty".to_owned(),
+                splits => format!("choose one of {}", splits.join(", ")),
+            };
+            return Err(Error::file(data, format!("has no rows of the split `{split}` of {}: {there}", self.name())));
+        }
+        Ok(samples)
+    }
+
+    /// The splits of the published files.
+    fn splits(self) -> &'static [&'static str] {
+        match self {
+            Task::Gsm8k => &["train", "test"],
+            Task::Spider => &["train", "dev", "test", "heldout", "rest"],
+            Task::Mbpp => &["train", "validation", "test", "prompt"],
+            Task::Codesearchnet => &["train", "validation", "test"],
+            Task::Humaneval | Task::MtBench => &["test"],
+            Task::Perplexity | Task::Jsonl | Task::Synthetic => &[],
+        }
+    }
+
+    fn read(self, data: &Path, split: &str) -> Result<Vec<Sample>> {
         match self {
             Task::Gsm8k => gsm8k::load(data, split),
             Task::Spider => spider::load(data, split),

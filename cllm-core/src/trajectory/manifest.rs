@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::schema::SCHEMA_VERSION;
 use crate::chat_template::RenderingRecord;
 use crate::checksum::{self, Checksum};
+use crate::settings::{change, written};
 use crate::thought::ThoughtClosing;
 use crate::{Error, Result, atomic_file, fingerprint, output_folder, parquet_file, text_file};
 
@@ -34,6 +35,10 @@ pub(super) const MAX_NUMBER: usize = 1 << 40;
 pub struct Provenance {
     /// Fingerprint of the teacher's config and weights.
     pub teacher: String,
+    /// What people call the teacher: its id on the Hugging Face Hub, or the name of its folder; absent
+    /// in data sets of earlier versions. It is not compared.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub teacher_name: Option<String>,
     /// Fingerprint of its tokenizer.
     pub tokenizer: String,
     /// Size of the teacher's vocabulary.
@@ -111,6 +116,8 @@ impl From<ShardEntry> for StoredEntry {
     }
 }
 
+const TEACHER_NAME: &str = "teacher_name";
+
 /// The first field in which two provenances differ.
 pub(super) struct Difference {
     pub(super) field: String,
@@ -130,23 +137,37 @@ impl Provenance {
     pub(super) fn difference(&self, expected: &Provenance) -> Option<Difference> {
         let (existing, expected) = (json!(self), json!(expected));
         let mut fields = expected.as_object()?.keys().chain(existing.as_object()?.keys());
-        let field = fields.find(|&field| existing[field] != expected[field])?;
-        Some(Difference { field: field.clone(), existing: existing[field].clone(), expected: expected[field].clone() })
+        let field = fields.find(|&field| field != TEACHER_NAME && existing[field] != expected[field])?;
+        // Of two models, the names say more than the fingerprints.
+        let shown = if field == "teacher" { TEACHER_NAME } else { field };
+        Some(Difference { field: field.clone(), existing: existing[shown].clone(), expected: expected[shown].clone() })
     }
 }
 
-/// A clause about the existing data set, such as `was started with n=8; this command says n=4`.
+/// A clause about the existing data set, such as `was started with n=8; this command says 4`.
 impl fmt::Display for Difference {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Difference { field, existing, expected } = self;
         match field.as_str() {
-            "teacher" => write!(out, "was collected from another teacher ({existing}, not {expected})"),
-            "tokenizer" => write!(out, "was collected with another tokenizer ({existing}, not {expected})"),
-            "prompts" => write!(out, "was collected from other prompts ({existing}, not {expected})"),
-            "chat_template" => write!(out, "was rendered with another chat template ({existing}, not {expected})"),
-            "toolkit" => write!(out, "was started by version {existing} of this toolkit; this is {expected}"),
+            "teacher" if existing == expected || existing.is_null() => {
+                write!(out, "was collected from another teacher, or this one has changed since")
+            }
+            "teacher" => {
+                write!(out, "was collected from another teacher ({}, not {})", written(existing), written(expected))
+            }
+            "tokenizer" => write!(out, "was collected with another tokenizer"),
+            "prompts" => write!(out, "was collected from other prompts"),
+            "chat_template" => write!(out, "was rendered with another chat template"),
+            "toolkit" => {
+                write!(
+                    out,
+                    "was started by version {} of this toolkit; this is {}",
+                    written(existing),
+                    written(expected)
+                )
+            }
             "steps" => write!(out, "was made in other steps ({existing}, not {expected})"),
-            setting => write!(out, "was started with {setting}={existing}; this command says {setting}={expected}"),
+            setting => write!(out, "{}", change("was started", setting, existing, expected)),
         }
     }
 }

@@ -14,6 +14,9 @@ pub fn example_commands(program: clap::Command) -> Vec<Vec<String>> {
         let lines: Vec<&str> =
             help.lines().map(str::trim).filter(|line| line.starts_with(program.get_name())).collect();
         assert!(!lines.is_empty(), "the help of `{}` has no example", command.get_name());
+        let wide = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+        let wide = wide.lines().find(|line| line.chars().count() > 80);
+        assert_eq!(wide, None, "an example of `{}` is wider than a terminal", command.get_name());
         for line in lines {
             // Redirection is the shell's, and a test runs in the folder of its crate.
             let words = shlex::split(line).unwrap().into_iter().take_while(|word| word != ">");

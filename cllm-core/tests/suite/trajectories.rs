@@ -11,6 +11,7 @@ use cllm_core::trajectory::{Block, FinishReason, Provenance, Reader, RowChunk, T
 fn provenance() -> Provenance {
     Provenance {
         teacher: "t".into(),
+        teacher_name: None,
         tokenizer: "k".into(),
         vocab_size: 100,
         n: 3,
@@ -170,9 +171,9 @@ fn another_provenance_a_cut_shard_and_another_schema_are_refused() {
     write(dir.path(), 0..50);
     let open_error = |provenance| Writer::open(dir.path(), provenance).err().unwrap().to_string();
     let message = open_error(Provenance { seed: 2, ..provenance() });
-    assert!(message.contains("was started with seed=1; this command says seed=2"), "{message}");
+    assert!(message.contains("was started with seed=1; this command says 2"), "{message}");
     let message = open_error(Provenance { teacher: "u".into(), ..provenance() });
-    assert!(message.contains("was collected from another teacher (\"t\", not \"u\")"), "{message}");
+    assert!(message.contains("was collected from another teacher"), "{message}");
     let shard = dir.path().join("data/part-00000.parquet");
     let bytes = std::fs::read(&shard).unwrap();
     std::fs::write(&shard, &bytes[..bytes.len() / 2]).unwrap();

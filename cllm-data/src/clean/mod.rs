@@ -6,6 +6,7 @@ mod rules;
 mod settings;
 
 use std::collections::{BTreeMap, HashSet};
+use std::path::Path;
 
 use cllm_core::chat_template::{RenderingRecord, today};
 use cllm_core::checkpoint::hub;
@@ -79,7 +80,7 @@ pub fn clean(settings: &Settings) -> Result<Report> {
     let command = Command { verb: "clean", settings, input, output, step: describe_step(settings) };
     let Some(mut rewrite) = command.open()? else {
         let report: Report = command.read_report()?;
-        progress::log(format!("already complete: {}, in {}", report.text(), output.display()));
+        progress::log(format!("already complete: {}", report.text(output)));
         return Ok(report);
     };
     let report = if settings.keep_dropped {
@@ -193,7 +194,7 @@ impl Report {
             let rows = count(self.unscored, "row");
             progress::log(format!("kept {rows} that the task could not score (Spider needs data=FOLDER)"));
         }
-        progress::log(format!("{}, in {}", self.text(), settings.output.display()));
+        progress::log(self.text(&settings.output));
         if !self.has_rows() {
             progress::log("nothing is left to learn from: relax the rules above, or collect other responses");
         }
@@ -204,16 +205,17 @@ impl Report {
         self.kept > 0
     }
 
-    /// `kept 2 of 6 rows; dropped: 1 duplicate, 3 unfinished (raise max_new_tokens, or
-    /// drop_unfinished=false)`
-    fn text(&self) -> String {
-        let kept = format!("kept {} of {}", self.kept, count(self.kept + self.dropped, "row"));
+    /// `kept 2 of 6 rows, in runs/clean; dropped: 1 duplicate, 3 unfinished (raise max_new_tokens of
+    /// collect, or drop_unfinished=false)`
+    fn text(&self, output: &Path) -> String {
+        let kept = format!("kept {} of {}, in {}", self.kept, count(self.kept + self.dropped, "row"), output.display());
         if self.dropped == 0 {
             return kept;
         }
         let by_rule = |(name, number): (&String, &usize)| {
-            let advice = RULES.iter().find(|rule| rule.name == *name).and_then(|rule| rule.advice);
-            format!("{number} {name}{}", advice.map(|advice| format!(" ({advice})")).unwrap_or_default())
+            let rule = RULES.iter().find(|rule| rule.name == *name);
+            let advice = rule.and_then(|rule| rule.advice).map(|advice| format!(" ({advice})")).unwrap_or_default();
+            format!("{number} {}{advice}", rule.map_or(name.as_str(), |rule| rule.adjective))
         };
         format!("{kept}; dropped: {}", self.rules.iter().map(by_rule).collect::<Vec<_>>().join(", "))
     }
@@ -234,12 +236,13 @@ mod tests {
                 rules: rules.iter().map(|&(name, number)| (name.to_owned(), number)).collect(),
                 unscored: 0,
             }
-            .text()
+            .text(Path::new("x"))
         };
-        assert_eq!(report(60, &[]), "kept 60 of 60 rows");
+        assert_eq!(report(60, &[]), "kept 60 of 60 rows, in x");
         assert_eq!(
-            report(2, &[("unfinished", 3), ("duplicate", 1)]),
-            "kept 2 of 6 rows; dropped: 1 duplicate, 3 unfinished (raise max_new_tokens, or drop_unfinished=false)"
+            report(2, &[("unfinished", 3), ("duplicate", 1), ("periodic_tail", 2)]),
+            "kept 2 of 8 rows, in x; dropped: 1 duplicate, 2 ending in a loop, 3 unfinished (raise max_new_tokens of collect, or \
+             drop_unfinished=false)"
         );
     }
 }

@@ -18,18 +18,31 @@ use crate::scoring::Scorer;
 
 /// A reason to drop a row.
 pub(super) struct Rule {
-    /// Name in the report, in `dropped.jsonl` and in messages.
+    /// Name in the report and in `dropped.jsonl`.
     pub(super) name: &'static str,
+    /// What the rows are, in messages: `3 unfinished`.
+    pub(super) adjective: &'static str,
     /// How a user keeps the rows that the rule drops, if it is not obvious.
     pub(super) advice: Option<&'static str>,
     is_broken: fn(&Candidate<'_>) -> Result<bool>,
 }
 
 pub(super) const RULES: [Rule; 9] = [
-    Rule { name: "empty", advice: None, is_broken: |candidate| Ok(candidate.text.trim().is_empty()) },
-    Rule { name: "evaluation_prompt", advice: None, is_broken: |candidate| Ok(candidate.is_evaluation_prompt()) },
+    Rule {
+        name: "empty",
+        adjective: "empty",
+        advice: None,
+        is_broken: |candidate| Ok(candidate.text.trim().is_empty()),
+    },
+    Rule {
+        name: "evaluation_prompt",
+        adjective: "among the evaluation prompts",
+        advice: None,
+        is_broken: |candidate| Ok(candidate.is_evaluation_prompt()),
+    },
     Rule {
         name: "unfinished_thought",
+        adjective: "with a thought that never closed",
         advice: Some("set max_thinking_tokens in collect, or drop_unfinished=false"),
         is_broken: |candidate| {
             Ok(candidate.settings().drop_unfinished && candidate.context.scorer.ends_inside_thought(candidate.row))
@@ -37,28 +50,33 @@ pub(super) const RULES: [Rule; 9] = [
     },
     Rule {
         name: "unfinished",
-        advice: Some("raise max_new_tokens, or drop_unfinished=false"),
+        adjective: "unfinished",
+        advice: Some("raise max_new_tokens of collect, or drop_unfinished=false"),
         is_broken: |candidate| {
             Ok(candidate.settings().drop_unfinished && candidate.row.finish_reason == FinishReason::Length)
         },
     },
     Rule {
         name: "token_run",
+        adjective: "with a run of one token",
         advice: None,
         is_broken: |candidate| Ok(has_token_run(candidate.ids, candidate.settings().token_run)),
     },
     Rule {
         name: "repeated_4grams",
+        adjective: "with many repeated 4-grams",
         advice: None,
         is_broken: |candidate| Ok(repeated_ngram_fraction(candidate.ids, 4) > candidate.settings().repeated_4grams),
     },
     Rule {
         name: "periodic_tail",
+        adjective: "ending in a loop",
         advice: None,
         is_broken: |candidate| Ok(has_periodic_tail(candidate.ids, 64, candidate.settings().periodic_tail)),
     },
     Rule {
         name: "repeated_sentence",
+        adjective: "with a repeated sentence",
         advice: None,
         is_broken: |candidate| {
             Ok(has_repeated_sentence(candidate.text, 12, candidate.settings().repeated_sentence, 64))
@@ -66,6 +84,7 @@ pub(super) const RULES: [Rule; 9] = [
     },
     Rule {
         name: "incorrect_answer",
+        adjective: "incorrect",
         advice: None,
         is_broken: |candidate| Ok(candidate.settings().drop_incorrect && candidate.verdict()? == Verdict::Incorrect),
     },

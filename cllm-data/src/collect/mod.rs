@@ -15,12 +15,13 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 use cllm_core::chat_template::{Date, today};
+use cllm_core::checkpoint::{self, hub};
 use cllm_core::cuda::libtorch;
 use cllm_core::distributed::ProcessEnv;
 use cllm_core::progress::Progress;
 use cllm_core::prompt_set::PromptSet;
 use cllm_core::trajectory::{self, Provenance, Writer, rank_folder};
-use cllm_core::{Result, checkpoint, fingerprint, output_folder, progress};
+use cllm_core::{Result, fingerprint, output_folder, progress};
 use serde::Serialize;
 
 use crate::dataset_card::finish_with_card;
@@ -118,7 +119,6 @@ pub fn collect_on(settings: &Settings, today: Date) -> Result<Summary> {
     let writer = buffer.close(decoded.is_ok())?;
     let decoded = decoded?;
     finish_with_card(writer)?;
-    progress.finish();
 
     let left_out = LeftOut { set_aside: num_set_aside, skipped: skipped.len() };
     let seconds = started.elapsed().as_secs_f64();
@@ -129,7 +129,13 @@ pub fn collect_on(settings: &Settings, today: Date) -> Result<Summary> {
         peak_memory_bytes: libtorch::gpu_memory(device).map(|(_, peak)| peak),
     };
     let summary = summarize(num_samples, left_out, resumed, decoded, run);
-    progress::log(format!("{}, in {}", summary.total, output.display()));
+    let (total, output) = (&summary.total, output.display());
+    if decoded.num_rows() == 0 {
+        progress::log(format!("already complete: {total}, in {output}"));
+    } else {
+        progress.finish();
+        progress::log(format!("{total}, in {output}"));
+    }
     Ok(summary)
 }
 
@@ -144,6 +150,7 @@ fn output_of_process(settings: &Settings, process: Option<&ProcessEnv>) -> PathB
 fn provenance(settings: &Settings, teacher: &Teacher, num_prompts: usize) -> Result<Provenance> {
     Ok(Provenance {
         teacher: checkpoint::fingerprint(&teacher.folder)?,
+        teacher_name: Some(hub::name(&teacher.folder)),
         tokenizer: teacher.tokenizer.fingerprint().to_owned(),
         vocab_size: teacher.vocab_size(),
         n: settings.n,

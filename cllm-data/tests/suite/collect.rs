@@ -135,7 +135,7 @@ fn resuming_with_other_settings_names_the_field() {
     let prompts = format!("prompts={}", prompt_set());
     let output = format!("output={output}");
     let said = run_error(&["collect", &model, &prompts, &output, "n=4", "device=cpu", "limit=2"], 2);
-    assert!(said.contains("was started with n=8; this command says n=4"), "{said}");
+    assert!(said.contains("was started with n=8; this command says 4"), "{said}");
     let said = run_error(&["collect", &model, &prompts, &output, "batch_row=4"], 2);
     assert!(said.contains("did you mean `batch_size`"), "{said}");
 }

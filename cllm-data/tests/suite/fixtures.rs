@@ -96,6 +96,7 @@ pub fn rows(folder: &str) -> Vec<Trajectory> {
 pub fn provenance() -> Provenance {
     Provenance {
         teacher: "t".into(),
+        teacher_name: None,
         tokenizer: tokenizer().fingerprint().to_owned(),
         vocab_size: 300,
         n: N,

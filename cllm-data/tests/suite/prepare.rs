@@ -150,7 +150,7 @@ fn the_default_split_is_one_that_the_benchmark_has_and_an_empty_split_is_refused
     let mbpp = json!({"task_id": 11, "prompt": "Add.", "code": "def add(): pass", "test_imports": [], "test_list": ["assert add"]});
     fs::write(dir.path().join("mbpp.jsonl"), mbpp.to_string()).unwrap();
     let words = ["prepare", "mbpp", "--data", &data, "--output", &output];
-    DATA.fail(&words, 2, &["no prompts of the split `train` of mbpp"]);
+    DATA.fail(&words, 2, &["no rows of the split `train` of mbpp: choose one of test"]);
     assert!(!Path::new(&output).exists());
     let problem = json!({"task_id": "HumanEval/0", "prompt": "def f():\n", "canonical_solution": "    pass\n",
         "test": "def check(f):\n    pass\n", "entry_point": "f"});

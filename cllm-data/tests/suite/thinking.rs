@@ -133,11 +133,8 @@ fn batches_and_a_stop_change_nothing_and_another_limit_is_refused() {
     assert!(files("a") == files("b"));
 
     for (other, difference) in [
-        ("max_thinking_tokens=12", "was started with max_thinking_tokens=8; this command says max_thinking_tokens=12"),
-        (
-            "max_thinking_tokens=null",
-            "was started with max_thinking_tokens=8; this command says max_thinking_tokens=null",
-        ),
+        ("max_thinking_tokens=12", "was started with max_thinking_tokens=8; this command says 12"),
+        ("max_thinking_tokens=null", "was started with max_thinking_tokens=8; this command says null"),
     ] {
         let words = arguments(dir.path(), "b", &[other]);
         let message = run_error(&words.iter().map(String::as_str).collect::<Vec<_>>(), 2);

@@ -39,10 +39,14 @@ impl Comparison {
             (0, 0) => String::new(),
             (a, b) => format!("; left out: {a} only in A, {b} only in B"),
         };
+        // A may have no correct answer.
+        let kept = self.correct_kept_fraction.map_or_else(String::new, |kept| {
+            format!("; of A's correct answers B keeps {}", format_percent(Some(kept)))
+        });
         format!(
             "{} of {} / {}, {} of them scored{left_out}\n\
              accuracy, B − A: {} points{}\n\
-             correct only in A: {}; correct only in B: {}; of A's correct answers B keeps {}; same tokens: {}\n",
+             correct only in A: {}; correct only in B: {}{kept}; same tokens: {}\n",
             count(self.pairs, "example"),
             self.benchmark.name(),
             self.split,
@@ -51,7 +55,6 @@ impl Comparison {
             format_interval(self.ci95, format_points),
             self.a_only,
             self.b_only,
-            format_percent(self.correct_kept_fraction),
             format_percent(self.equal_tokens),
         )
     }

@@ -56,6 +56,7 @@ pub fn chat(options: &GenerateOptions) -> Result<()> {
             Input::Trim => progress::log(chat.trim()),
             Input::Strategy(text) => chat.change(&text, |chat, text| chat.set_strategy(text))?,
             Input::Temperature(text) => chat.change(&text, |chat, text| chat.set_temperature(text))?,
+            Input::Seed(text) => chat.change(&text, |chat, text| chat.set_seed(text))?,
             Input::Unknown(message) => progress::log(message),
             Input::Question(question) => {
                 let _ = editor.add_history_entry(&question);
@@ -142,7 +143,7 @@ impl<'m> Chat<'m> {
             other => other?,
         }
         let [_, right] = self.options;
-        progress::log(format!("{}, {}", right.strategy, sampling_text(right.sampling)));
+        progress::log(format!("{}, {}, seed {}", right.strategy, sampling_text(right.sampling), right.seed));
         Ok(())
     }
 
@@ -155,6 +156,12 @@ impl<'m> Chat<'m> {
         let num_slots = required_slots(1, &self.stop, options[1].strategy).next_power_of_two().max(self.num_slots);
         self.decoders = warm_decoders(self.model, &self.stop, options, num_slots)?;
         (self.options, self.num_slots) = (options, num_slots);
+        Ok(())
+    }
+
+    fn set_seed(&mut self, text: &str) -> Result<()> {
+        let seed = super::parse_seed(text)?;
+        self.options.iter_mut().for_each(|options| options.seed = seed);
         Ok(())
     }
 

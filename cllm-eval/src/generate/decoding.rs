@@ -12,11 +12,13 @@ struct Decoding {
     strategy: Strategy,
     #[garde(range(min = 0.0, max = 10.0))]
     temperature: f64,
+    #[garde(skip)]
+    seed: u64,
 }
 
 impl Default for Decoding {
     fn default() -> Self {
-        Decoding { strategy: Strategy::rolling(16), temperature: 0.0 }
+        Decoding { strategy: Strategy::rolling(16), temperature: 0.0, seed: 0 }
     }
 }
 
@@ -43,6 +45,14 @@ pub(crate) fn parse_temperature(text: &str) -> Result<f64> {
     settings::load(None, &[format!("temperature={text}")]).map(|decoding: Decoding| decoding.temperature)
 }
 
+/// Reads a seed.
+///
+/// # Errors
+/// [`Error::Usage`] for anything but a whole number from 0.
+pub(super) fn parse_seed(text: &str) -> Result<u64> {
+    settings::load(None, &[format!("seed={text}")]).map(|decoding: Decoding| decoding.seed)
+}
+
 /// `greedy`, or the temperature.
 pub(super) fn sampling_text(sampling: Sampling) -> String {
     match sampling {
@@ -66,5 +76,7 @@ mod tests {
         }
         assert!(parse_temperature("warm").unwrap_err().to_string().contains("expected a number"));
         assert!(parse_temperature("-1").is_err());
+        assert_eq!(parse_seed("7").unwrap(), 7);
+        assert!(parse_seed("-1").unwrap_err().to_string().contains("a whole number from 0"));
     }
 }

@@ -6,9 +6,10 @@ use rustyline::error::ReadlineError;
 
 /// Every command with what it takes, and its help. Ctrl-D and Ctrl-C are handled in [`read_input`]
 /// and in the chat's answer loop.
-const COMMANDS: [(&str, &str, &str); 7] = [
+const COMMANDS: [(&str, &str, &str); 8] = [
     ("/strategy", "NAME", "decode the right answer with jacobi, {rolling: {n: 32}} ..."),
     ("/temperature", "T", "choose tokens at this temperature; 0 takes the likeliest"),
+    ("/seed", "N", "choose and draft tokens from this seed"),
     ("/reset", "", "forget the conversation and start over"),
     ("/trim", "", "forget the oldest question and its answer"),
     ("/help", "", "show this help"),
@@ -23,6 +24,7 @@ pub(super) enum Input {
     /// The text of a strategy; empty to ask which it is.
     Strategy(String),
     Temperature(String),
+    Seed(String),
     Reset,
     Trim,
     Help,
@@ -49,6 +51,7 @@ fn parse(line: &str) -> Input {
         ("", _) => Input::Nothing,
         ("/strategy", name) => Input::Strategy(name.to_owned()),
         ("/temperature", value) => Input::Temperature(value.to_owned()),
+        ("/seed", value) => Input::Seed(value.to_owned()),
         ("/reset", "") => Input::Reset,
         ("/trim", "") => Input::Trim,
         ("/help", "") => Input::Help,
@@ -96,6 +99,7 @@ mod tests {
         assert_eq!([parse("/quit"), parse("/exit")], [Input::Quit, Input::Quit]);
         assert_eq!(parse("/strategy {jacobi: {n: 4}}"), Input::Strategy("{jacobi: {n: 4}}".to_owned()));
         assert_eq!(parse("/temperature 0.7"), Input::Temperature("0.7".to_owned()));
+        assert_eq!(parse("/seed 7"), Input::Seed("7".to_owned()));
         for (line, part) in [("/quti", "did you mean `/quit`"), ("/reset all", "takes nothing else")] {
             assert!(matches!(parse(line), Input::Unknown(message) if message.contains(part)), "{line}");
         }

@@ -27,6 +27,7 @@ use crate::eos_ids;
 use crate::statistics::ratio;
 pub use chat::chat;
 use columns::{COLOURS, RESET_COLOUR};
+use decoding::parse_seed;
 pub(crate) use decoding::{parse_strategy, parse_temperature};
 
 /// The arguments of `generate`, except the prompt.

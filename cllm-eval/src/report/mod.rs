@@ -64,7 +64,8 @@ pub fn report(results: &[PathBuf], output: Option<&Path>, remarks: &[String]) ->
         overview => minijinja::Value::from(Serde(&overview::tables(&runs))),
         headline_strategies => model_card::headline_strategies(&runs),
         front_matter => minijinja::Value::from_safe_string(to_printable(&model_card::front_matter(&runs)?)),
-        adapts_drafts => model_card::adapts_drafts(&runs),
+        kind => minijinja::Value::from(Serde(model_card::kind(&runs))),
+        own_strategy => model_card::own_strategy(&runs).map(minijinja::Value::from_safe_string),
     };
     let environment = environment();
     let mut texts = Vec::new();
@@ -130,6 +131,8 @@ fn environment() -> Environment<'static> {
         minijinja::Value::from_safe_string(format!("    {}", to_printable(text).replace('\n', "\n    ")))
     });
     environment.add_filter("tex", escape_latex);
+    // A head breaks between words alone, and not before a unit.
+    environment.add_filter("unbroken", |head: &str| head.replace('-', "\u{2011}").replace(" %", "\u{a0}%"));
     // The figure of a cell, and its interval.
     environment.add_filter("figure", |cell: &str| cell.split(" (").next().unwrap_or_default().to_owned());
     environment.add_filter("interval", |cell: &str| {

@@ -3,6 +3,8 @@
 
 use std::path::Path;
 
+use cllm_core::checkpoint::hub;
+use cllm_core::decode::Strategy;
 use cllm_core::task::Task;
 use cllm_core::{Result, settings};
 use serde::Serialize;
@@ -13,15 +15,10 @@ use crate::config::RunSettings;
 use crate::records::ModelEntry;
 use crate::role::Role;
 
-/// Folder names that say where a model is stored, not which model it is.
-const GENERIC_FOLDERS: [&str; 13] =
-    ["/", ".", "..", "final", "best", "latest", "last", "student", "teacher", "model", "models", "rounds", "runs"];
-/// Names that are just as generic when a number follows them.
-const NUMBERED_FOLDERS: [&str; 4] = ["round", "step", "epoch", "checkpoint"];
-
 #[derive(Serialize)]
 struct FrontMatter {
-    library_name: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    library_name: Option<&'static str>,
     pipeline_tag: &'static str,
     tags: [&'static str; 3],
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -71,11 +68,12 @@ pub(super) fn front_matter(runs: &[Run]) -> Result<String> {
     let (teacher, student) = (model(Role::Teacher), model(Role::Student));
     let described = student.or(teacher);
     settings::to_yaml(&FrontMatter {
-        library_name: "transformers",
+        // Adapters for draft tokens are nothing that another library may load.
+        library_name: (kind(runs) != Kind::DraftAdapters).then_some("transformers"),
         pipeline_tag: "text-generation",
         tags: ["consistency-llm", "jacobi-decoding", "cllm"],
-        base_model: teacher.filter(|_| student.is_some()).and_then(|teacher| hub_id(&teacher.model)),
-        license: teacher.filter(|_| student.is_some()).and_then(|teacher| license(&teacher.model)),
+        base_model: teacher.filter(|_| student.is_some()).and_then(|teacher| hub::id(Path::new(&teacher.model.path))),
+        license: teacher.filter(|_| student.is_some()).and_then(|teacher| hub::license(Path::new(&teacher.model.path))),
         model_index: vec![ModelIndex {
             name: described.map_or_else(|| "model".to_owned(), |model| model_name(&model.model)),
             results: runs.iter().filter_map(indexed_result).collect(),
@@ -83,36 +81,10 @@ pub(super) fn front_matter(runs: &[Run]) -> Result<String> {
     })
 }
 
-/// `owner/name` of a model in the Hugging Face cache, whose folder is
-/// `models--owner--name/snapshots/…`; `None` for any other folder.
-fn hub_id(model: &ModelEntry) -> Option<String> {
-    let mut folders = Path::new(&model.path).iter().filter_map(|folder| folder.to_str());
-    let (owner, name) = folders.find_map(|folder| folder.strip_prefix("models--")?.split_once("--"))?;
-    Some(format!("{owner}/{name}"))
-}
-
-/// The licence that the card in a model's folder names.
-fn license(model: &ModelEntry) -> Option<String> {
-    let card = std::fs::read_to_string(Path::new(&model.path).join("README.md")).ok()?;
-    let front_matter = card.strip_prefix("---\n")?.split_once("\n---")?.0;
-    front_matter.lines().find_map(|line| line.strip_prefix("license: ")).map(|name| name.trim().to_owned())
-}
-
-/// The model's name on the Hub, or the last folder of its path that says which model it is.
+/// The model's name, without its owner on the Hub.
 pub(super) fn model_name(model: &ModelEntry) -> String {
-    let mut folders = Path::new(&model.path).iter().rev().filter_map(|folder| folder.to_str());
-    let on_hub = hub_id(model).and_then(|id| Some(id.split_once('/')?.1.to_owned()));
-    on_hub
-        .or_else(|| folders.find(|folder| is_descriptive(folder)).map(str::to_owned))
-        .unwrap_or_else(|| "model".to_owned())
-}
-
-fn is_descriptive(folder: &str) -> bool {
-    let is_numbered = |kind: &&str| {
-        let number = folder.strip_prefix(kind).map(|rest| rest.trim_start_matches(['-', '_']));
-        number.is_some_and(|number| number.chars().all(|digit| digit.is_ascii_digit()))
-    };
-    !GENERIC_FOLDERS.contains(&folder) && !NUMBERED_FOLDERS.iter().any(is_numbered)
+    let name = hub::name(Path::new(&model.path));
+    name.rsplit('/').next().unwrap_or(&name).to_owned()
 }
 
 /// The Hub's id of a benchmark's data set.
@@ -139,6 +111,7 @@ pub(super) fn headline_strategies(runs: &[Run]) -> String {
             "multiblock" => "Jacobi decoding of several blocks (`multiblock`)",
             "lookahead" => "lookahead decoding",
             "gated" => "gated decoding (`gated`)",
+            "drafted" => "speculative decoding with a draft model (`drafted`)",
             other => other,
         };
         if !names.contains(&name) {
@@ -148,30 +121,64 @@ pub(super) fn headline_strategies(runs: &[Run]) -> String {
     names.join(" and ")
 }
 
-/// Whether the student is adapters for draft tokens, which only the strategy `gated` needs.
-pub(super) fn adapts_drafts(runs: &[Run]) -> bool {
-    let strategies = runs.iter().flat_map(|run| &run.results.models).flat_map(|model| &model.strategies);
-    strategies.into_iter().any(|strategy| strategy.strategy.needs_draft_adapters())
+/// What the described model is, which decides how to decode with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum Kind {
+    /// It decodes several tokens per forward by itself.
+    Student,
+    /// It drafts for its teacher.
+    DraftModel,
+    /// Adapters for the draft tokens of their teacher.
+    DraftAdapters,
+}
+
+pub(super) fn kind(runs: &[Run]) -> Kind {
+    let has = |of_role: Role, is_meant: fn(Strategy) -> bool| {
+        let strategies = runs.iter().flat_map(|run| run.results.strategies());
+        strategies.into_iter().any(|(role, figures)| role == of_role && is_meant(figures.strategy))
+    };
+    if has(Role::Student, Strategy::needs_draft_adapters) {
+        Kind::DraftAdapters
+    } else if has(Role::Teacher, Strategy::needs_draft_model) && !has(Role::Student, |other| other != Strategy::Ar) {
+        Kind::DraftModel
+    } else {
+        Kind::Student
+    }
+}
+
+/// The strategy of the first headline as settings files write it, if the model decodes with it by
+/// itself.
+pub(super) fn own_strategy(runs: &[Run]) -> Option<String> {
+    let (_, fastest) = runs.iter().find_map(|run| run.results.headline())?;
+    let is_own = fastest.strategy != Strategy::Ar && !fastest.strategy.needs_draft_model();
+    is_own.then(|| {
+        serde_json::to_value(fastest.strategy).map(|strategy| settings::written(&strategy)).unwrap_or_default()
+    })
 }
 
 /// The command that repeats a run, with every setting that differs from its default.
-pub(super) fn command(settings: &RunSettings) -> String {
-    let (settings, defaults) = (serde_json::to_value(settings), serde_json::to_value(RunSettings::default()));
-    let (Ok(Value::Object(settings)), Ok(defaults)) = (settings, defaults) else { return String::new() };
-    let changed = settings.iter().filter(|(key, value)| defaults[key.as_str()] != **value);
+pub(super) fn command(of_run: &RunSettings) -> String {
+    let (values, defaults) = (serde_json::to_value(of_run), serde_json::to_value(RunSettings::default()));
+    let (Ok(Value::Object(values)), Ok(defaults)) = (values, defaults) else { return String::new() };
+    let changed = values.iter().filter(|(key, value)| defaults[key.as_str()] != **value);
     let shell_word = |(key, value): (&String, &Value)| {
-        let word = format!("{key}={}", value.as_str().map_or_else(|| value.to_string(), str::to_owned));
+        let word = format!("{key}={}", value.as_str().map_or_else(|| settings::written(value), str::to_owned));
         let is_plain = |c: char| c.is_ascii_alphanumeric() || "=_-./:".contains(c);
         if word.chars().all(is_plain) { word } else { format!("'{}'", word.replace('\'', r"'\''")) }
     };
     std::iter::once("cllm-eval run".to_owned()).chain(changed.map(shell_word)).collect::<Vec<_>>().join(" \\\n  ")
 }
 
+fn rounded(value: f64) -> f64 {
+    (100.0 * value).round() / 100.0
+}
+
 fn indexed_result(run: &Run) -> Option<IndexedResult> {
     let results = &run.results;
     let (_, fastest) = results.headline()?;
     let metric = |what: &str, r#type: &'static str, value: Option<f64>| {
-        Some(Metric { name: format!("{what} ({})", fastest.label), r#type, value: value? })
+        Some(Metric { name: format!("{what} ({})", fastest.label), r#type, value: rounded(value?) })
     };
     let percent = fastest.accuracy.map(|accuracy| 100.0 * accuracy);
     let metrics = [
@@ -180,11 +187,13 @@ fn indexed_result(run: &Run) -> Option<IndexedResult> {
         metric("speed-up over the teacher's autoregressive decoding", "speedup", fastest.speedup_vs_teacher_ar),
     ];
     let benchmark = results.benchmark.name().to_owned();
+    // A benchmark is known by its name; a file of the user is not known at all.
+    let name = if results.benchmark == Task::Jsonl { run.title.clone() } else { benchmark.clone() };
     Some(IndexedResult {
         task: TaskType { r#type: "text-generation" },
         dataset: Dataset {
-            r#type: hub_dataset(results.benchmark).map_or_else(|| benchmark.clone(), str::to_owned),
-            name: benchmark,
+            r#type: hub_dataset(results.benchmark).map_or(benchmark, str::to_owned),
+            name,
             split: results.split.clone(),
         },
         metrics: metrics.into_iter().flatten().collect(),

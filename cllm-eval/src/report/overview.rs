@@ -42,14 +42,26 @@ pub(super) fn tables(runs: &[Run]) -> Vec<Overview> {
             None => groups.push((baseline, vec![run])),
         }
     }
-    groups.into_iter().map(|(_, group)| Overview::new(&group)).collect()
+    // Two baselines may have one name, such as a teacher that was trained twice.
+    let names: Vec<Option<String>> = groups.iter().map(|(_, group)| baseline_name(group)).collect();
+    let is_shared = |name: &Option<String>| names.iter().filter(|other| *other == name).count() > 1;
+    let tables = groups.iter().zip(&names).map(|((fingerprint, group), name)| {
+        let own_fingerprint = fingerprint.filter(|_| is_shared(name));
+        Overview::new(group, name.as_deref(), own_fingerprint)
+    });
+    tables.collect()
+}
+
+fn baseline_name(runs: &[&Run]) -> Option<String> {
+    let (model, _) = runs.first()?.results.baseline()?;
+    Some(format!("{} {}", model.role, model_name(model)))
 }
 
 impl Overview {
-    fn new(runs: &[&Run]) -> Self {
-        let baseline = runs.first().and_then(|run| run.results.baseline());
-        let over = baseline.map_or_else(String::new, |(model, _)| {
-            format!("; speed-ups are over autoregressive decoding of the {} {}", model.role, model_name(model))
+    fn new(runs: &[&Run], baseline: Option<&str>, fingerprint: Option<&str>) -> Self {
+        let over = baseline.map_or_else(String::new, |name| {
+            let weights = fingerprint.map_or_else(String::new, |fingerprint| format!(" (weights {fingerprint})"));
+            format!("; speed-ups are over autoregressive decoding of the {name}{weights}")
         });
         Overview {
             caption: format!(

@@ -65,7 +65,7 @@ impl Section {
             difficulty_rows,
             concurrency_rows: concurrency_rows(results),
             notes: notes(results),
-            aup: tradeoff.iter().flat_map(|tradeoff| &tradeoff.aup).map(aup_sentence).collect(),
+            aup: tradeoff.iter().flat_map(|tradeoff| &tradeoff.aup).map(|area| aup_sentence(results, area)).collect(),
             charts: charts(run, tradeoff.as_ref()),
             metric_columns: results.strategies().map(|(role, of)| format!("{role} {}", of.label)).collect(),
             metrics: metrics(results),
@@ -80,10 +80,12 @@ impl Section {
     }
 }
 
-fn aup_sentence(area: &Aup) -> String {
-    let Aup { checkpoint, aup, points, .. } = area;
+fn aup_sentence(results: &Results, area: &Aup) -> String {
+    let Aup { checkpoint, fingerprint, aup, points } = area;
+    let model = results.models.iter().find(|model| model.model.fingerprint == *fingerprint);
+    let name = model.map_or_else(|| checkpoint.clone(), |model| model.model.role.to_string());
     let points = count(*points, "point");
-    format!("AUP of {checkpoint}: {aup:.1} (area under the curve of accuracy against tokens per forward, {points})")
+    format!("AUP, {name}: {aup:.1} (area under the curve of accuracy against tokens per forward, {points})")
 }
 
 fn model_line(ModelResults { model, .. }: &ModelResults) -> String {
@@ -116,6 +118,7 @@ fn metrics(results: &Results) -> Vec<(String, Vec<String>)> {
     first
         .keys()
         .filter(|key| !omitted.contains(&key.as_str()))
+        .filter(|key| values.iter().any(|value| !value[key.as_str()].is_null()))
         .map(|key| (key.clone(), values.iter().map(|value| plain(&value[key])).collect()))
         .collect()
 }

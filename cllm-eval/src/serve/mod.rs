@@ -31,7 +31,7 @@ use std::time::Duration;
 
 use axum::Router;
 use cllm_core::program::{Outcome, catch_panics, print, print_json};
-use cllm_core::{Error, Result, interrupt, progress};
+use cllm_core::{Error, Result, interrupt, io_reason, progress};
 use serde_json::json;
 
 use app::App;
@@ -122,7 +122,8 @@ fn listen(settings: &ServeSettings) -> Result<TcpListener> {
 fn unusable(settings: &ServeSettings, error: &std::io::Error) -> Error {
     let (host, port) = (settings.host, settings.port);
     Error::environment(format!(
-        "cannot listen on {host}, port {port}: {error}: choose another with port=... or host=..."
+        "cannot listen on {host}, port {port}: {}: choose another with port=... or host=...",
+        io_reason(error)
     ))
 }
 
@@ -130,10 +131,11 @@ fn unusable(settings: &ServeSettings, error: &std::io::Error) -> Error {
 /// is up.
 fn run_server(listener: TcpListener, router: Router, stop: &Stop, drain_time: Duration) -> Result<Outcome> {
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(NUM_SERVER_THREADS).enable_all().build();
-    let runtime = runtime.map_err(|error| Error::environment(format!("the server's threads cannot start: {error}")))?;
+    let runtime = runtime
+        .map_err(|error| Error::environment(format!("the server's threads cannot start: {}", io_reason(&error))))?;
     runtime.block_on(async {
         let listener = tokio::net::TcpListener::from_std(listener)
-            .map_err(|error| Error::environment(format!("cannot listen: {error}")))?;
+            .map_err(|error| Error::environment(format!("cannot listen: {}", io_reason(&error))))?;
         let connections = Connections::new(router);
         tokio::select! {
             () = connections.accept(&listener) => {}

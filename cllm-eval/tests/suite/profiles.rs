@@ -35,6 +35,7 @@ fn row(id: &str, response_ids: &[i32], states: [Vec<[i32; 4]>; 2]) -> Trajectory
 fn write(folder: &Path, n: usize, rows: &[Trajectory]) {
     let provenance = Provenance {
         teacher: "t".into(),
+        teacher_name: None,
         tokenizer: "k".into(),
         vocab_size: 10,
         n,

@@ -132,7 +132,7 @@ fn the_card_names_the_base_model_the_data_set_the_strategy_and_the_command() {
         "The headline numbers are for Jacobi decoding with a rolling window (`rolling`).",
         "    cllm-eval run",
         "      teacher=some/base",
-        "    cllm-eval generate --model MODEL --n 16 ",
+        "    cllm-eval generate --model MODEL --strategy '{rolling: {n: 4}}' ",
     ] {
         assert!(card.contains(line), "{line}: {card}");
     }

@@ -82,6 +82,11 @@ impl Schedule {
         })
     }
 
+    /// Number of epochs that begin.
+    pub fn num_epochs(&self) -> usize {
+        self.epoch_ends.len()
+    }
+
     /// Number of steps of the whole run.
     pub fn num_steps(&self) -> usize {
         self.epoch_ends.last().copied().unwrap_or(0)

@@ -42,6 +42,9 @@ struct Plan {
     /// Number of examples with more than `max_example_tokens`.
     num_excluded: usize,
     epochs: usize,
+    /// The epoch, from 1, in which `max_steps` ends the run.
+    #[serde(skip)]
+    last_epoch: Option<usize>,
     steps: usize,
     batches_per_step: usize,
     max_batch_tokens: usize,
@@ -92,6 +95,7 @@ pub fn run(settings: &Settings, skip_timing: bool, json: bool) -> Result<()> {
     let proposals = Proposals::find(&inputs, settings, &comparisons, &available)?;
     let slow_path = inputs.device.slow_path_reason(&config)?;
     let duration = estimate_duration(&inputs, settings, &needs, &comparisons, slow_path.as_deref(), skip_timing)?;
+    let schedule = &needs.schedule;
     let plan = Plan {
         schema_version: 1,
         device: inputs.device.name.clone(),
@@ -100,12 +104,13 @@ pub fn run(settings: &Settings, skip_timing: bool, json: bool) -> Result<()> {
         parameters: config.num_parameters(),
         trained_parameters: settings.trained_parameters(&config),
         num_examples: examples.len(),
-        num_excluded: needs.schedule.num_excluded,
+        num_excluded: schedule.num_excluded,
         epochs: settings.epochs,
-        steps: needs.schedule.num_steps(),
+        last_epoch: settings.max_steps.filter(|&max| max == schedule.num_steps()).map(|_| schedule.num_epochs()),
+        steps: schedule.num_steps(),
         batches_per_step: settings.accumulation,
         max_batch_tokens: settings.max_batch_tokens,
-        tokens: needs.schedule.num_tokens,
+        tokens: schedule.num_tokens,
         memory_bytes: needs.memory,
         host_bytes: needs.host,
         disk_bytes: needs.disk,

@@ -16,13 +16,17 @@ const MAX_PROPOSALS: usize = 4;
 pub(super) fn describe(plan: &Plan) -> String {
     let Plan { memory_bytes: memory, host_bytes: host, disk_bytes: disk, comparisons, .. } = plan;
     let (parameters, trained) = (format_count(plan.parameters), format_count(plan.trained_parameters));
-    let (examples, epochs) = (count(plan.num_examples, "example"), count(plan.epochs, "epoch"));
+    let examples = count(plan.num_examples, "example");
+    let epochs = match plan.last_epoch {
+        Some(last) => format!("(max_steps), which end in epoch {last} of {}", plan.epochs),
+        None => format!("in {}", count(plan.epochs, "epoch")),
+    };
     let (batches, bytes) = (count(plan.batches_per_step, "batch"), format_bytes);
     let mut lines = vec![
         format!("model        {parameters} parameters, {trained} of them trained"),
         format!("data         {examples} ({} too long and excluded)", plan.num_excluded),
         format!(
-            "steps        {} in {epochs}, each of {batches} with up to {} tokens; {} tokens in all",
+            "steps        {} {epochs}, each of {batches} with up to {} tokens; {} tokens in all",
             plan.steps, plan.max_batch_tokens, plan.tokens
         ),
         format!("device       {}{}", plan.device, of_processes(plan.num_processes)),

@@ -132,6 +132,7 @@ pub fn collect(model_folder: &Path, folder: &Path) -> PathBuf {
     });
     let provenance = Provenance {
         teacher: "t".to_owned(),
+        teacher_name: None,
         tokenizer: tokenizer.fingerprint().to_owned(),
         vocab_size: tokenizer.vocab_size(),
         n: N,

@@ -178,13 +178,13 @@ impl<'r> Drawing<'r> {
     }
 
     fn footer(&self) -> [String; 2] {
-        let Header { benchmark, split, hardware, .. } = self.header;
+        let Header { benchmark, split, hardware, settings, .. } = self.header;
         let machine = hardware.gpu.as_ref().unwrap_or(&hardware.cpu);
         let id = &self.columns[0].timed.answer.id;
         [
             format!(
-                "{} / {split}, example {id}. {machine}, {}, batch 1, times exclude prefill.",
-                benchmark.name(),
+                "{}, example {id}. {machine}, {}, batch 1, times exclude prefill.",
+                settings.title(*benchmark, split),
                 hardware.dtype
             ),
             format!(
