@@ -126,11 +126,14 @@ fn a_run_without_a_new_best_stops_early_and_resumes_exactly() {
     assert_eq!(summary(&run)["steps"], steps);
     // A signal during the last validation but one: its step is saved, and the validation is
     // repeated.
-    let state_file = run.join(format!("checkpoints/step-{:06}/state.json", steps - 1));
+    let checkpoint = run.join(format!("checkpoints/step-{:06}", steps - 1));
+    let state_file = checkpoint.join("state.json");
     let mut state: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&state_file).unwrap()).unwrap();
     state["validation"]["last_step"] = (steps - 2).into();
     state["validation"]["num_without_best"] = 1.into();
     std::fs::write(&state_file, state.to_string()).unwrap();
+    // What it says of the state before.
+    std::fs::remove_file(checkpoint.join("checksums.json")).unwrap();
     assert_resumes_exactly(&settings, steps as usize - 1);
 }
 
