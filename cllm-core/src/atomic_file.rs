@@ -269,8 +269,12 @@ fn remove_abandoned(path: &Path) -> Result<String> {
     let prefix = format!("{UNFINISHED_PREFIX}{name}-");
     for entry in fs::read_dir(parent(path)).map_err(Error::write(parent(path)))?.flatten() {
         let is_ours = entry.file_name().to_string_lossy().strip_prefix(&prefix).is_some_and(|rest| rest.len() == 6);
-        let is_abandoned = |path: &Path| File::open(path).is_ok_and(|file| file.try_lock().is_ok());
-        if is_ours && is_abandoned(&entry.path()) {
+        if !is_ours {
+            continue;
+        }
+        // The lock is held until the file is gone, so that nobody takes it for their own.
+        let Ok(file) = File::open(entry.path()) else { continue };
+        if file.try_lock().is_ok() {
             remove(&entry.path())?;
         }
     }

@@ -16,6 +16,9 @@ use crate::{Error, Result, atomic_file, fingerprint, interrupt, text_file};
 /// Name of the file with the checksums of a folder.
 pub const CHECKSUMS: &str = "checksums.json";
 
+/// How the names of files end that the toolkit reads.
+const READ: [&str; 3] = ["json", "safetensors", "jinja"];
+
 /// The checksum of a file's contents; 64 hex digits in JSON.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(into = "String", try_from = "String")]
@@ -72,7 +75,8 @@ impl fmt::Display for Checksum {
 /// A file that was just written, with its checksum.
 pub type WrittenFile = (PathBuf, Checksum);
 
-/// The checksums of the files in a folder and below it, by their paths relative to it.
+/// The checksums of the files in a folder and below it that the toolkit reads, by their paths relative
+/// to it. Texts such as a model's card are for their owner to change.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Checksums {
     schema_version: u32,
@@ -80,13 +84,15 @@ pub struct Checksums {
 }
 
 impl Checksums {
-    /// Those of all files below `folder`. Files in `known` are not read again.
+    /// Those of the files below `folder`. Files in `known` are not read again.
     ///
     /// # Errors
     /// Files that cannot be read.
     pub fn of_folder(folder: &Path, known: &[WrittenFile]) -> Result<Self> {
         let mut files: BTreeMap<PathBuf, Checksum> = BTreeMap::new();
-        for path in atomic_file::files_below(folder)? {
+        let is_read =
+            |path: &PathBuf| path.extension().is_some_and(|extension| READ.iter().any(|read| extension == *read));
+        for path in atomic_file::files_below(folder)?.into_iter().filter(is_read) {
             let checksum = match known.iter().find(|(known, _)| *known == path) {
                 Some((_, checksum)) => *checksum,
                 None => Checksum::of_file(&path)?,
@@ -132,8 +138,9 @@ impl Checksums {
 /// What to do about a file of a model that differs from its checksum.
 pub const MODEL_ADVICE: &str = "copy the folder again, or remove the file's line from checksums.json if you changed it";
 
-/// Checks that the files of a folder are as they were written. A folder without checksums passes.
-/// `advice` says what to do about one that is not.
+/// Checks that the files of a folder are as they were written. A folder without checksums passes, and
+/// so does one without the folders in it, which a download of the model leaves out. `advice` says what
+/// to do about a file that differs.
 ///
 /// # Errors
 /// [`Error::File`] that names the first file that is missing or differs.
@@ -142,6 +149,9 @@ pub fn check_folder(folder: &Path, advice: &str) -> Result<()> {
     for (name, checksum) in &list.files {
         interrupt::check()?;
         let path = folder.join(name);
+        if !path.exists() && name.components().count() > 1 {
+            continue;
+        }
         if !path.exists() {
             return Err(Error::file(&path, format!("is missing, although {CHECKSUMS} lists it; {advice}")));
         }
@@ -173,8 +183,8 @@ mod tests {
     fn a_folder_is_checked_against_its_list() {
         let dir = tempfile::tempdir().unwrap();
         let folder = dir.path();
-        atomic_file::write(&folder.join("weights"), b"12345").unwrap();
-        atomic_file::write(&folder.join("adapter/config"), b"{}").unwrap();
+        atomic_file::write(&folder.join("weights.safetensors"), b"12345").unwrap();
+        atomic_file::write(&folder.join("adapter/config.json"), b"{}").unwrap();
         check_folder(folder, "").unwrap();
         Checksums::of_folder(folder, &[]).unwrap().write(folder).unwrap();
         assert_eq!(Checksums::of_folder(folder, &[]).unwrap(), Checksums::read(folder).unwrap().unwrap());
@@ -183,11 +193,11 @@ mod tests {
             let message = check_folder(folder, MODEL_ADVICE).unwrap_err().to_string();
             assert!(parts.iter().all(|part| message.contains(part)), "{message}");
         };
-        atomic_file::write(&folder.join("adapter/config"), b"{ ").unwrap();
-        refused(&["adapter/config: is damaged, or was changed", "checksums.json", "copy the folder again"]);
-        std::fs::remove_file(folder.join("adapter/config")).unwrap();
+        atomic_file::write(&folder.join("adapter/config.json"), b"{ ").unwrap();
+        refused(&["adapter/config.json: is damaged, or was changed", "checksums.json", "copy the folder again"]);
+        std::fs::remove_file(folder.join("adapter/config.json")).unwrap();
         refused(&["adapter/config: is missing"]);
-        forget(folder, &[folder.join("adapter/config")]).unwrap();
+        forget(folder, &[folder.join("adapter/config.json")]).unwrap();
         check_folder(folder, "").unwrap();
         for outside in ["../weights", "/etc/passwd", "a/../../b"] {
             let list = format!("{{\"schema_version\": 1, \"files\": {{\"{outside}\": \"{}\"}}}}", "0".repeat(64));

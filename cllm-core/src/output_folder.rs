@@ -87,10 +87,8 @@ impl FolderLock {
                     let _ = file.read_to_string(&mut id);
                     return Err(Error::file(folder, held_by(&id)));
                 }
-                Err(TryLockError::Error(error)) if error.kind() == ErrorKind::Unsupported => {
-                    return Ok(FolderLock { file: None, made });
-                }
-                Err(TryLockError::Error(error)) => return Err(Error::write(path)(error)),
+                // Not every file system has locks.
+                Err(TryLockError::Error(_)) => return Ok(FolderLock { file: None, made }),
             }
         }
     }

@@ -102,8 +102,9 @@ pub fn expect_spider(task: Task, option: &str) -> Result<()> {
 /// for a benchmark that does not know it.
 pub fn score(folder: &Path, data: Option<PathBuf>, keep_distinct: Option<bool>, execute: bool) -> Result<Results> {
     let path = folder.join(SAMPLES);
+    // Before reading: what another command adds meanwhile would be lost.
+    let _lock = path.exists().then(|| output_folder::lock(folder)).transpose()?;
     let mut records = Records::read(&path)?;
-    let _lock = output_folder::lock(folder)?;
     let task = records.header.benchmark;
     if keep_distinct.is_some() {
         expect_spider(task, "--keep-distinct")?;

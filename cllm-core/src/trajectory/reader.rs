@@ -271,9 +271,12 @@ fn check_shard(shard: &Shard, expected_rows: usize, expected: &Provenance) -> Re
     match expected.difference(&shard.provenance) {
         Some(difference) => {
             let (field, theirs, its) = (difference.field, difference.existing, difference.expected);
-            let message = format!(
-                "belongs to another data set than its manifest.json: its {field} is {its}, that of the manifest {theirs}"
-            );
+            // Two teachers may have the same name.
+            let how = match its == theirs {
+                true => format!("its {field} is another one"),
+                false => format!("its {field} is {its}, that of the manifest {theirs}"),
+            };
+            let message = format!("belongs to another data set than its manifest.json: {how}");
             Err(Error::file(&shard.file.path, message))
         }
         None => Ok(()),

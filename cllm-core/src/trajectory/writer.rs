@@ -61,6 +61,14 @@ impl Writer {
                     return Err(Error::file(folder, format!("{difference}; {OTHER_FOLDER}")));
                 }
                 let num_intact = existing.shards.iter().take_while(|shard| is_intact(folder, shard)).count();
+                // A stop damages the last shard at most. Others are not decoded again unasked.
+                if let Some(damaged) = existing.shards.get(num_intact)
+                    && existing.shards[num_intact + 1..].iter().any(|shard| is_intact(folder, shard))
+                {
+                    let advice = "is damaged, but shards after it are not: put a copy of it back, or delete it and \
+                                  all after it to have their rows decoded again";
+                    return Err(Error::file(&folder.join(&damaged.name), advice));
+                }
                 existing.shards.truncate(num_intact);
                 existing.complete = false;
                 existing
@@ -162,7 +170,9 @@ impl Writer {
     pub fn partial_rows(&self) -> Vec<Trajectory> {
         let path = self.folder.join(PARTIAL_SHARD);
         let rows = || {
-            self.manifest.partial_rows?.check(&path, MANIFEST, "").ok()?;
+            if let Some(checksum) = self.manifest.partial_rows {
+                checksum.check(&path, MANIFEST, "").ok()?;
+            }
             Reader::open(&path).ok()?.rows().collect::<Result<Vec<_>>>().ok()
         };
         rows().unwrap_or_default()

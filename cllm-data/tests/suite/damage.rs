@@ -60,7 +60,7 @@ fn a_manifest_that_no_run_wrote_is_refused() {
         (|manifest| manifest["provenance"]["vocab_size"] = u64::MAX.into(), &["manifest.json: says vocab_size=1844"]),
         (
             |manifest| manifest["provenance"]["teacher"] = "other".into(),
-            &["part-00000.parquet", "its teacher is \"t\""],
+            &["part-00000.parquet", "its teacher is another one"],
         ),
         (|manifest| drop(manifest["shards"].as_array_mut().unwrap().pop()), &["does not list", "part-00001.parquet"]),
         (|manifest| manifest["shards"][1][0] = "../part-00001.parquet".into(), &["`../part-00001", "outside"]),

@@ -4,6 +4,7 @@
 use std::cell::RefCell;
 use std::io::{Read, Write};
 use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -106,6 +107,8 @@ impl Process {
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::null())
+            // A signal from the terminal is for this program alone, which ends the process itself.
+            .process_group(0)
             .spawn()
             .map_err(|error| failed(&error.to_string()))?;
         let (Some(stdin), Some(stdout)) = (child.stdin.take(), child.stdout.take()) else {
@@ -125,6 +128,7 @@ impl Process {
         let line = serde_json::to_string(request).map_err(Error::serialization)? + "\n";
         let deadline = Instant::now() + limit;
         if self.stdin.write_all(line.as_bytes()).is_err() {
+            interrupt::check()?;
             return Ok(None);
         }
         let mut reply = Vec::new();
@@ -141,7 +145,8 @@ impl Process {
             }
             let mut buffer = [0; 4096];
             match self.stdout.read(&mut buffer) {
-                Ok(0) | Err(_) => return Ok(None),
+                // What interrupts this program may have ended the process too.
+                Ok(0) | Err(_) => return interrupt::check().map(|()| None),
                 Ok(count) => reply.extend_from_slice(&buffer[..count]),
             }
         }
