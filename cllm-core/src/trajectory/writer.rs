@@ -67,7 +67,7 @@ impl Writer {
                 {
                     let advice = "is damaged, but shards after it are not: put a copy of it back, or delete it and \
                                   all after it to have their rows decoded again";
-                    return Err(Error::file(&folder.join(&damaged.name), advice));
+                    return Err(Error::file(folder.join(&damaged.name), advice));
                 }
                 existing.shards.truncate(num_intact);
                 existing.complete = false;
