@@ -185,6 +185,7 @@ mod tests {
         let folder = dir.path();
         atomic_file::write(&folder.join("weights.safetensors"), b"12345").unwrap();
         atomic_file::write(&folder.join("adapter/config.json"), b"{}").unwrap();
+        atomic_file::write(&folder.join("README.md"), b"a card").unwrap();
         check_folder(folder, "").unwrap();
         Checksums::of_folder(folder, &[]).unwrap().write(folder).unwrap();
         assert_eq!(Checksums::of_folder(folder, &[]).unwrap(), Checksums::read(folder).unwrap().unwrap());
@@ -195,9 +196,13 @@ mod tests {
         };
         atomic_file::write(&folder.join("adapter/config.json"), b"{ ").unwrap();
         refused(&["adapter/config.json: is damaged, or was changed", "checksums.json", "copy the folder again"]);
+        // A download of the model has no folders in it, and its card is for people to change.
         std::fs::remove_file(folder.join("adapter/config.json")).unwrap();
-        refused(&["adapter/config: is missing"]);
-        forget(folder, &[folder.join("adapter/config.json")]).unwrap();
+        atomic_file::write(&folder.join("README.md"), b"changed").unwrap();
+        check_folder(folder, "").unwrap();
+        std::fs::remove_file(folder.join("weights.safetensors")).unwrap();
+        refused(&["weights.safetensors: is missing"]);
+        forget(folder, &[folder.join("weights.safetensors")]).unwrap();
         check_folder(folder, "").unwrap();
         for outside in ["../weights", "/etc/passwd", "a/../../b"] {
             let list = format!("{{\"schema_version\": 1, \"files\": {{\"{outside}\": \"{}\"}}}}", "0".repeat(64));
