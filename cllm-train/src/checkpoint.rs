@@ -286,7 +286,7 @@ impl Checkpoints {
                         }
                     }
                 }
-                self.card.write(folder, &target)?;
+                self.card.write(folder)?;
                 writer.finish().map(drop)
             })
         })?;

@@ -88,7 +88,7 @@ fn export(source: &Path, kind: Kind, output: &Path, with_custom_generate: bool) 
         tokenizer::copy_files(source, folder)?;
         if with_custom_generate {
             custom_generate::write(folder)?;
-            ModelCard::of_student().write(folder, output)?;
+            ModelCard::of_student().write(folder)?;
         }
         Ok(())
     })

@@ -224,8 +224,8 @@ impl Writer {
     }
 
     fn shard_properties(&self, path: &Path) -> Result<WriterProperties> {
-        let provenance =
-            serde_json::to_string(&self.manifest.provenance).map_err(|error| Error::file(path, error.to_string()))?;
+        let provenance = self.manifest.provenance.of_rows();
+        let provenance = serde_json::to_string(&provenance).map_err(|error| Error::file(path, error.to_string()))?;
         let metadata = vec![
             KeyValue::new(VERSION_KEY.to_owned(), SCHEMA_VERSION.to_string()),
             KeyValue::new(PROVENANCE_KEY.to_owned(), provenance),

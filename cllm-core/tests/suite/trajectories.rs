@@ -163,6 +163,15 @@ fn the_same_rows_give_the_same_bytes() {
     write(b.path(), 0..50);
     let bytes = |dir: &Path| std::fs::read(dir.join("data/part-00000.parquet")).unwrap();
     assert_eq!(bytes(a.path()), bytes(b.path()));
+    // A teacher with another name, such as in another folder, is the same teacher.
+    let named = tempfile::tempdir().unwrap();
+    let mut writer = Writer::open(named.path(), Provenance { teacher_name: Some("a".into()), ..provenance() }).unwrap();
+    writer.write_shard(&(0..50).map(row).collect::<Vec<_>>()).unwrap();
+    writer.finish().unwrap();
+    assert_eq!(bytes(named.path()), bytes(a.path()));
+    let fingerprint = |dir: &Path| cllm_core::trajectory::fingerprint(dir).unwrap();
+    assert_eq!(fingerprint(named.path()), fingerprint(a.path()));
+    assert_eq!(Reader::open(named.path()).unwrap().provenance().teacher_name.as_deref(), Some("a"));
 }
 
 #[test]

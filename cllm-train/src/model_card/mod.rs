@@ -66,16 +66,16 @@ impl ModelCard {
         self.kind == Kind::Student
     }
 
-    /// Writes the card into the folder of the model, which will be called `target`.
+    /// Writes the card into the folder of the model.
     ///
     /// # Errors
     /// File-system errors.
-    pub fn write(&self, folder: &Path, target: &Path) -> Result<()> {
+    pub fn write(&self, folder: &Path) -> Result<()> {
         let path = folder.join("README.md");
-        std::fs::write(&path, self.text(&target.display().to_string())).map_err(Error::write(path))
+        std::fs::write(&path, self.text()).map_err(Error::write(path))
     }
 
-    fn text(&self, model: &str) -> String {
+    fn text(&self) -> String {
         let teacher = self.base.as_ref().map_or("TEACHER", |base| base.given.as_str());
         let (title, what, how) = match self.kind {
             Kind::Plain => ("A fine-tuned model", include_str!("plain.md"), include_str!("plain-decoding.md")),
@@ -89,7 +89,7 @@ impl ModelCard {
             .base
             .as_ref()
             .map_or(title.to_owned(), |base| format!("{title}, from {}", base.id.as_deref().unwrap_or(&base.given)));
-        let fill = |text: &str| text.replace("{model}", model).replace("{teacher}", teacher);
+        let fill = |text: &str| text.replace("{teacher}", teacher);
         let (front_matter, what, how) = (self.front_matter(), fill(what), fill(how));
         let training = self.settings.as_ref().map_or_else(String::new, |settings| {
             let lines: String = settings.lines().map(|line| format!("    {line}\n")).collect();
@@ -100,7 +100,7 @@ impl ModelCard {
             )
         });
         format!(
-            "---\n{front_matter}---\n\n# {title}\n\n{what}\n## How to decode with it\n\n{how}{training}\n## Results\n\n`cllm-eval \
+            "---\n{front_matter}---\n\n# {title}\n\n{what}\n## How to decode with it\n\n`MODEL` is this folder. {how}{training}\n## Results\n\n`cllm-eval \
              run` measures accuracy and speed beside the teacher's, and `cllm-eval report` writes them into\na card of its \
              own, `model-card.md`, to use in place of this one.\n"
         )
@@ -163,7 +163,7 @@ mod tests {
         let card = |change: &dyn Fn(&mut Settings)| {
             let mut settings = Settings { model: Some("org/base".to_owned()), ..Settings::default() };
             change(&mut settings);
-            ModelCard::of_run(&settings, &base).unwrap().text("runs/x/final")
+            ModelCard::of_run(&settings, &base).unwrap().text()
         };
         let draft = |settings: &mut Settings| {
             settings.consistency.ar_weight = 0.0;
@@ -179,8 +179,8 @@ mod tests {
                 card(&|settings| settings.objective = Objective::Sft),
                 &["library_name: transformers", "objective: sft"],
             ),
-            ("student", card(&|_| ()), &["library_name: transformers", "custom_generate=\"runs/x/final\""]),
-            ("draft model", card(&draft), &["{drafted: {n: 16}}", "teacher=org/base student=runs/x/final"]),
+            ("student", card(&|_| ()), &["library_name: transformers", "custom_generate=\"MODEL\""]),
+            ("draft model", card(&draft), &["{drafted: {n: 16}}", "teacher=org/base student=MODEL"]),
             ("adapters", card(&adapters), &["strategies=[ar, {gated: {n: 16}}]", ": drafts\n", "Do not merge"]),
         ];
         for (kind, card, parts) in &cases {
@@ -189,11 +189,11 @@ mod tests {
             for part in common.iter().chain(*parts) {
                 assert!(card.contains(part), "{kind} lacks `{part}`: {card}");
             }
-            assert!(!card.contains("{model}") && !card.contains("{teacher}"), "{card}");
+            assert!(!card.contains("{teacher}"), "{card}");
         }
         // Nothing in PEFT or transformers may load these.
         assert!(!cases[3].1.contains("library_name"), "{}", cases[3].1);
-        let unknown = ModelCard::of_student().text("MODEL");
+        let unknown = ModelCard::of_student().text();
         assert!(!unknown.contains("base_model") && unknown.contains("custom_generate=\"MODEL\""), "{unknown}");
     }
 }

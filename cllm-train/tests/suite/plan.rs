@@ -133,8 +133,8 @@ fn processes_use_the_memory_of_their_own_host_and_are_not_timed_as_one() {
     assert!(reason.contains("a single process"), "{reason}");
 }
 
-/// Bytes of what a plan counts of the files of a model: all but headers, configurations, checksums
-/// and train states.
+/// Bytes of what a plan counts of the files of a model: all but headers, configurations, cards,
+/// checksums and train states.
 fn planned_bytes(folder: &Path) -> u64 {
     let file_bytes = |path: &Path| {
         let bytes = std::fs::read(path).unwrap();
@@ -142,6 +142,7 @@ fn planned_bytes(folder: &Path) -> u64 {
             Some("safetensors") => bytes.len() as u64 - 8 - u64::from_le_bytes(bytes[..8].try_into().unwrap()),
             _ if path.ends_with("config.json") || path.ends_with("adapter_config.json") => 0,
             _ if path.ends_with("state.json") || path.ends_with("checksums.json") => 0,
+            _ if path.ends_with("README.md") => 0,
             _ => bytes.len() as u64,
         }
     };

@@ -55,9 +55,10 @@ fn comparable(mut report: Value) -> Value {
 }
 
 /// The files of data sets and models below a folder, by their relative path. Checkpoints and files
-/// that hold durations or paths are not among them.
+/// that hold durations or paths, or name models by these, are not among them.
 pub fn outputs(root: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    const VARYING: [&str; 5] = ["metrics.jsonl", "summary.json", "state.json", "rounds.json", "config.yaml"];
+    const VARYING: [&str; 7] =
+        ["metrics.jsonl", "summary.json", "state.json", "rounds.json", "config.yaml", "README.md", "manifest.json"];
     let mut outputs = BTreeMap::new();
     let mut folders = vec![root.to_owned()];
     while let Some(folder) = folders.pop() {
