@@ -92,11 +92,10 @@ pub fn name(folder: &Path) -> String {
 }
 
 /// The id `owner/name` of a model in the Hugging Face cache, whose folder is
-/// `models--owner--name/snapshots/…`; `None` for any other folder.
+/// `models--owner--name/snapshots/…`; `None` for any other folder. The oldest models have no owner.
 pub fn id(folder: &Path) -> Option<String> {
     let mut folders = folder.iter().filter_map(|folder| folder.to_str());
-    let (owner, name) = folders.find_map(|folder| folder.strip_prefix("models--")?.split_once("--"))?;
-    Some(format!("{owner}/{name}"))
+    folders.find_map(|folder| folder.strip_prefix("models--")).map(|id| id.replacen("--", "/", 1))
 }
 
 /// The licence that the card in a model's folder names.
@@ -175,6 +174,7 @@ mod tests {
     fn a_model_has_the_name_that_people_know_it_by() {
         for (folder, expected) in [
             ("/cache/models--org--name/snapshots/abc", "org/name"),
+            ("/cache/models--gpt2/snapshots/abc", "gpt2"),
             ("models/SmolLM2-135M", "SmolLM2-135M"),
             ("runs/spider/student/final", "spider"),
             ("runs/sums/round-02/student/checkpoints/step-000300", "sums"),

@@ -63,8 +63,10 @@ fn setting_as_option(error: &clap::Error) -> Option<String> {
     };
     let takes_settings = error.kind() == ErrorKind::UnknownArgument && usage.to_string().contains("KEY=VALUE");
     let key = option.strip_prefix("--").filter(|_| takes_settings)?.split('=').next()?.replace('-', "_");
+    // A key without its section would not be one.
+    let example = if key.contains('.') { format!("{key}=…") } else { "seed=1".to_owned() };
     Some(format!(
-        "there is no option {option}: settings are written KEY=VALUE, such as {key}=…; the verb `settings` lists them"
+        "there is no option {option}: settings are written KEY=VALUE, such as {example}; the verb `settings` lists them"
     ))
 }
 

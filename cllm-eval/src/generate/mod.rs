@@ -156,7 +156,10 @@ pub fn generate(prompt: &str, options: &GenerateOptions, show: bool) -> Result<G
 /// Says how the answer with drafts compares with the autoregressive one.
 fn compared(is_equal: bool, strategy: Strategy, speedup: Option<f64>) -> String {
     let tokens = if is_equal { "same tokens" } else { "different tokens" };
-    format!("{tokens}; {} is {:.2}x as fast (excluding prefill)", strategy.name(), speedup.unwrap_or(0.0))
+    match speedup {
+        Some(speedup) => format!("{tokens}; {} is {speedup:.2}x as fast (excluding prefill)", strategy.name()),
+        None => tokens.to_owned(),
+    }
 }
 
 struct Generator<'m> {

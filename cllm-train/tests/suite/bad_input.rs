@@ -126,6 +126,7 @@ fn bad_settings_are_named_with_file_line_and_value() {
     }
     TRAIN.fail(&["run", "output=x", "datasets=[x]"], 2, &["model: expected a folder or an id"]);
     TRAIN.fail(&["run", "--optimizer.lr", "1e-4"], 2, &["settings are written KEY=VALUE, such as optimizer.lr="]);
+    TRAIN.fail(&["run", "--lr", "1e-4"], 2, &["there is no option --lr", "KEY=VALUE, such as seed=1; the verb"]);
     TRAIN.fail(&["validate", "model=x", "datasets=x", "output=x", "device=gpu"], 2, &["device `gpu` is unknown"]);
     TRAIN.fail(&["settings", "rund"], 2, &["`rund` has no settings; did you mean `run`"]);
     TRAIN.fail(&["run", "save_every=none"], 2, &["save_every: expected a whole number from 0, or null"]);
