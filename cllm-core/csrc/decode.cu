@@ -6,8 +6,8 @@
 // rest.
 //
 // Macros from the host: HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, EPS, QK_NORM, WARPS (of a
-// fused kernel's block), BLOCK_ROWS (rows of a weight per block), GROUP_TOKENS (tokens of a group), DEPTH (chunks of a weight that a
-// warp loads ahead), SUMS_BYTES and MAX_STAGED_BYTES (shared memory of a fused kernel for sums and
+// fused kernel's block), BLOCK_ROWS (rows of a weight per block), GROUP_TOKENS (tokens of a group),
+// DEPTH (chunks of a weight that a warp loads ahead), SUMS_BYTES and MAX_STAGED_BYTES (shared memory of a fused kernel for sums and
 // for tokens, at most), STAGING_PAD, SEGMENT (logits that a block of sample_segments reads),
 // SAMPLE_THREADS (of such a block), ROTATE_TOKENS (of which a block rotates a head), and for the
 // attention: WARP_QUERIES (query vectors of a warp), SLOTS_PER_READ (slots of the cache that it reads
@@ -177,12 +177,13 @@ struct Adapters {
 
 // out[t, o] = sum over k of weight[o, k] x[t, k], for up to T = 8 NT tokens; only the first
 // `num_tokens` exist. If T = GROUP_TOKENS, there may be more: the blocks with index y multiply group y
-// of T tokens, side by side with those of the other groups, which read the same weight from L2. With NORM, the RMS norm of x is multiplied instead of x itself. One block
-// computes BLOCK_ROWS rows of the weight, and its warps split k. The rows are neighbours, with two
-// exceptions: half of the rows for SWIGLU belong to the gate, and the others are the same rows of
-// the up projection; half of the rows for ROTATE_AND_CACHE are in the first half of a head, and the
-// others are those that they are rotated with. With adapters of rank R, their product continues the
-// sums, so that those of other tokens stay as they are to the bit.
+// of T tokens, side by side with those of the other groups, which read the same weight from L2. With
+// NORM, the RMS norm of x is multiplied instead of x itself. One block computes BLOCK_ROWS rows of the
+// weight, and its warps split k. The rows are neighbours, with two exceptions: half of the rows for
+// SWIGLU belong to the gate, and the others are the same rows of the up projection; half of the rows
+// for ROTATE_AND_CACHE are in the first half of a head, and the others are those that they are rotated
+// with. With adapters of rank R, their product continues the sums, so that those of other tokens stay
+// as they are to the bit.
 //
 // More than 8 tokens are first copied to shared memory if there is room, since warps would load
 // them from L2 in halves of cache lines. The widest products (SWIGLU and those of logits) do without:

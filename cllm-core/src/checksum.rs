@@ -149,13 +149,11 @@ pub fn check_folder(folder: &Path, advice: &str) -> Result<()> {
     for (name, checksum) in &list.files {
         interrupt::check()?;
         let path = folder.join(name);
-        if !path.exists() && name.components().count() > 1 {
-            continue;
-        }
-        if !path.exists() {
+        if path.exists() {
+            checksum.check(&path, CHECKSUMS, advice)?;
+        } else if name.components().count() == 1 {
             return Err(Error::file(&path, format!("is missing, although {CHECKSUMS} lists it; {advice}")));
         }
-        checksum.check(&path, CHECKSUMS, advice)?;
     }
     Ok(())
 }
