@@ -229,7 +229,8 @@ class Judge:
             "y": bytearray.fromhex,
             "c": complex,
             "g": range,
-            "m": importlib.import_module,
+            # The program may give any name, but only the modules of its plan are there.
+            "m": sys.modules.__getitem__,
             "r": lambda number: self.remotes.setdefault(number, Remote(self, number)),
         }
 
@@ -286,6 +287,12 @@ class Judge:
 
     def run(self, plan):
         """Returns if the program passes."""
+        # Before the program can leave files, since some modules read or run these.
+        for name in plan["modules"]:
+            try:
+                importlib.import_module(name)
+            except ImportError:
+                pass
         for code in plan["answer"]:
             self.ask("run", marshal.dumps(code))
         exec(plan["prompt"], self.namespace)
@@ -310,7 +317,7 @@ def exception(name, text):
 
 def without_tests(program):
     nothing = compile("", "<string>", "exec")
-    return {"answer": [compile(program, "<string>", "exec")], "prompt": nothing, "tests": nothing, "names": set()}
+    return {"answer": [compile(program, "<string>", "exec")], "prompt": nothing, "tests": nothing, "names": set(), "modules": set()}
 
 
 def verdict(judge, prepare, text):

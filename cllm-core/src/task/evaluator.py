@@ -44,14 +44,28 @@ def plan(prompt, entry_point, tests, blocks, unfenced):
     imports = [s for s in module.body if isinstance(s, (ast.Import, ast.ImportFrom))]
     answer = compose(prompt, entry_point, tests, blocks, unfenced)
     beside = prompt_statements(prompt, entry_point) if entry_point and compiles(prompt + "\n    pass\n") else []
+    names = wanted_names(tests) | {entry_point} - {None}
+    statements = answer if isinstance(answer, list) else ast.parse(answer).body
     return {
         "answer": [compile_module(answer) if isinstance(answer, list) else compile(answer, "<string>", "exec")]
         # The answer finds what the tests import.
         + [compile_module(imports)] * bool(imports),
         "prompt": compile_module(beside),
         "tests": compile(tests, "<string>", "exec"),
-        "names": wanted_names(tests) | {entry_point} - {None},
+        "names": names,
+        "modules": set().union(*(imported_modules(statement, names) for statement in statements)),
     }
+
+
+def imported_modules(statement, names):
+    """What may be a module of what a statement imports under these names."""
+    modules = set()
+    for node in ast.walk(statement):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            wanted = [alias.name for alias in node.names if (alias.asname or alias.name.partition(".")[0]) in names]
+            parent = getattr(node, "module", None)
+            modules.update(f"{parent}.{name}" if parent else name for name in wanted)
+    return modules
 
 
 def compile_module(statements):

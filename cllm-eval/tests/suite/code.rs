@@ -207,6 +207,15 @@ fn tests_may_do_with_objects_of_an_answer_what_they_may_do_in_one_process() {
         ),
         // What the tests import is there for the answer, and the reverse.
         (&["assert f(4) == 2 and math.pi > 3"], "def f(x):\n    return math.sqrt(x)"),
+        (
+            &["assert colorsys.rgb_to_hsv(0, 0, 0)[2] == f() and T.Element('a').tag == 'a'"],
+            "import colorsys\nfrom xml.etree import ElementTree as T\ndef f():\n    return 0",
+        ),
+        // The judge imports nothing after the program had a chance to leave files for it.
+        (
+            &["import sys\ntry:\n    f()\nexcept Exception:\n    pass\nassert 'colorsys' not in sys.modules"],
+            "import types\ndef f():\n    return types.ModuleType('colorsys')",
+        ),
     ] {
         assert_eq!(score(Task::Mbpp, &sandbox, &mbpp(tests, ""), answer), Verdict::Correct, "{answer}");
     }
