@@ -2,9 +2,10 @@
 //!
 //! A test that needs something that a machine may lack is in a module named after it: `needs_gpu`,
 //! `needs_data` (the benchmarks' published files), `needs_browser` (Chromium), `needs_transformers`
-//! (the Python packages torch and transformers), `needs_openai` (the Python package) or
-//! `needs_landlock` (a kernel that has it). It is `#[ignore]`d with the command that runs it, and fails
-//! if the thing is missing. `scripts/test` selects these tests by module.
+//! (the Python packages torch and transformers), `needs_openai` (the Python package),
+//! `needs_landlock` (a kernel that has it) or `needs_namespaces` (a kernel and a container that permit
+//! them). It is `#[ignore]`d with the command that runs it, and fails if the thing is missing.
+//! `scripts/test` selects these tests by module.
 #![allow(clippy::unwrap_used, missing_docs)] // A test that cannot go on fails.
 
 pub mod families;
