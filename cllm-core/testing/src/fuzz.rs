@@ -5,6 +5,8 @@ use std::any::Any;
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::thread;
 use std::time::{Duration, Instant};
 
 use cllm_core::fingerprint::derive_rng;
@@ -15,7 +17,7 @@ use rand_chacha::ChaCha8Rng;
 /// Inputs of each target in the tests. `scripts/test --fuzz` sets `CLLM_FUZZ_SECONDS` instead.
 const NUM_INPUTS: usize = 150;
 /// An input must be done within this time.
-const MAX_INPUT_SECONDS: u64 = 20;
+const MAX_INPUT_TIME: Duration = Duration::from_secs(10);
 /// Numbers at the ends of their types, and just past them.
 const NUMBERS: [&str; 14] = [
     "0",
@@ -39,39 +41,61 @@ const WORDS: [&str; 20] = [
     "--", "\n", "\0", "NaN",
 ];
 
-/// Feeds inputs to `target`: the seeds, and then changed ones, drawn from the name. A seed is a file,
-/// or all files of a folder.
+/// Feeds inputs to `target`: the seeds, and then changed ones, which are drawn from the name and a random
+/// seed: always the same one in the tests, a new one for `CLLM_FUZZ_SECONDS`, or that of
+/// `CLLM_FUZZ_SEED`. A seed of inputs is a file, or all files of a folder.
 ///
 /// # Panics
-/// If the target panics; the message names the file with the input.
+/// If the target panics; the message names the file with the input. A hang ends the process.
 pub fn fuzz(name: &str, seeds: &[PathBuf], target: impl Fn(&[u8])) {
     let seeds: Vec<Vec<u8>> = seeds.iter().flat_map(|seed| files(seed)).map(|file| fs::read(file).unwrap()).collect();
     assert!(!seeds.is_empty(), "{name} has no seeds");
     let seconds = std::env::var("CLLM_FUZZ_SECONDS").ok().map(|text| text.parse().unwrap());
     let end = seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
+    let random_seed: u64 = match std::env::var("CLLM_FUZZ_SEED") {
+        Ok(text) => text.parse().unwrap(),
+        Err(_) => seconds.map_or(0, |_| rand::random()),
+    };
     // Written before it is used: an input that aborts the process is found here.
     let file = std::env::temp_dir().join(format!("cllm-fuzz-{name}-{}", std::process::id()));
     let mut num_inputs = 0;
+    let of_seed = move |name: &str, number: usize| format!("{name}, input {number} of CLLM_FUZZ_SEED={random_seed}");
+    let (begin, begun) = mpsc::channel();
+    let (target_name, input_file) = (name.to_owned(), file.clone());
+    let watchdog = thread::spawn(move || {
+        let mut number = 0;
+        loop {
+            match begun.recv_timeout(MAX_INPUT_TIME) {
+                Ok(next) => number = next,
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => {
+                    let input = of_seed(&target_name, number);
+                    eprintln!("{input}, takes more than {MAX_INPUT_TIME:?}: {}", input_file.display());
+                    std::process::abort();
+                }
+            }
+        }
+    });
     loop {
-        let mut rng = derive_rng(seconds.unwrap_or(0), name, num_inputs as u64);
+        let mut rng = derive_rng(random_seed, name, num_inputs as u64);
         let input = match seeds.get(num_inputs) {
             Some(seed) => seed.clone(),
             None => changed(&seeds, &mut rng),
         };
         fs::write(&file, &input).unwrap();
-        let started = Instant::now();
+        begin.send(num_inputs).unwrap();
         if let Err(panic) = catch_unwind(AssertUnwindSafe(|| target(&input))) {
-            panic!("{name} panics on {}: {}", file.display(), text_of(&*panic));
+            panic!("{}, panics on {}: {}", of_seed(name, num_inputs), file.display(), text_of(&*panic));
         }
-        let took = started.elapsed().as_secs();
-        assert!(took < MAX_INPUT_SECONDS, "{name} takes {took} s on {}", file.display());
         num_inputs += 1;
         if end.map_or(num_inputs >= NUM_INPUTS, |end| Instant::now() >= end) {
             break;
         }
     }
+    drop(begin);
+    watchdog.join().unwrap();
     fs::remove_file(&file).unwrap();
-    println!("fuzz {name}: {num_inputs} inputs");
+    println!("fuzz {name}: {num_inputs} inputs of CLLM_FUZZ_SEED={random_seed}");
 }
 
 fn files(seed: &Path) -> Vec<PathBuf> {
