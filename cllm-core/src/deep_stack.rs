@@ -26,7 +26,14 @@ pub(crate) fn run<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) 
             // If nobody receives it, the work was abandoned.
             let _ = sender.send(work());
         })
-        .map_err(|error| Error::environment(format!("no thread can be started: {error}")))?;
+        .map_err(|error| {
+            let num_mib = STACK_BYTES >> 20;
+            Error::environment(format!(
+                "reading a chat template or tokenizer needs a thread with {num_mib} MiB of address space for its stack, \
+                 which the system refuses ({error}): raise the limits of address space (`ulimit -v`) and threads \
+                 (`ulimit -u`)"
+            ))
+        })?;
     loop {
         interrupt::check()?;
         match receiver.recv_timeout(POLL_INTERVAL) {

@@ -58,6 +58,14 @@ impl Error {
         Error::File { path: path.as_ref().to_owned(), message: message.into() }
     }
 
+    /// Says which file an error is about that names none. Other errors stay as they are.
+    pub fn in_file(self, path: impl AsRef<Path>) -> Self {
+        match self {
+            Error::Usage(message) => Error::file(path, message),
+            other => other,
+        }
+    }
+
     /// Says which row of a file of prompts an error is about. Errors of the machine stay as they are.
     pub fn in_row(self, path: impl AsRef<Path>, id: &str) -> Self {
         match self {

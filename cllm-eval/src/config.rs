@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use cllm_core::Error;
 use cllm_core::chat_template::RenderSettings;
 use cllm_core::decode::{Sampling, Strategy};
 use cllm_core::task::{Scorer, Task};
@@ -134,6 +135,14 @@ impl Default for RunSettings {
 }
 
 impl RunSettings {
+    /// Says in which file or folder of prompts an error was found.
+    pub(crate) fn in_prompts(&self, error: Error) -> Error {
+        match self.prompts.as_ref().or(self.data.as_ref()) {
+            Some(path) => error.in_file(path),
+            None => error,
+        }
+    }
+
     pub fn sampling(&self) -> Sampling {
         Sampling::from_temperature(self.temperature)
     }

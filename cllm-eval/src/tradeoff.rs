@@ -98,7 +98,7 @@ pub fn read(paths: &[PathBuf]) -> Result<Tradeoff> {
         })?;
     }
     Tradeoff::from_results(&results)
-        .ok_or_else(|| Error::usage("these results contain no scored answer: nothing to compare"))
+        .ok_or_else(|| Error::usage("holds no scored answer: nothing to compare").in_file(&paths[0]))
 }
 
 /// # Errors

@@ -17,14 +17,6 @@ const TOOL_USE: &str = "tool_use";
 /// Tokens that end a turn in widespread chat formats. Some configurations do not list them as EOS.
 const TURN_ENDS: [&str; 3] = ["<|im_end|>", "<|eot_id|>", "<|end|>"];
 
-/// Names the file of a template in an error about it.
-fn of_file(path: &Path, error: Error) -> Error {
-    match error {
-        Error::Usage(message) => Error::file(path, message),
-        other => other,
-    }
-}
-
 /// The templates of a model with everything else that they render.
 pub struct Renderer {
     /// Sources by name.
@@ -49,7 +41,7 @@ impl Renderer {
             None => template_sources(folder, config)?,
         };
         let path = rendering.chat_template_path.clone().unwrap_or_else(|| template_path(folder));
-        let compile = |name| Some((name, ChatTemplate::new(sources.get(name)?).map_err(|error| of_file(&path, error))));
+        let compile = |name| Some((name, ChatTemplate::new(sources.get(name)?).map_err(|error| error.in_file(&path))));
         let compiled = [DEFAULT, TOOL_USE].into_iter().filter_map(compile);
         Ok(Renderer {
             templates: compiled.map(|(name, template)| Ok((name, template?))).collect::<Result<_>>()?,
@@ -77,7 +69,7 @@ impl Renderer {
         values.insert("messages".to_owned(), json!(conversation.messages));
         values.insert("add_generation_prompt".to_owned(), json!(add_generation_prompt));
         let template = self.pick(!values["tools"].is_null())?;
-        template.render(&values, self.rendering.date).map_err(|error| of_file(&self.path, error))
+        template.render(&values, self.rendering.date).map_err(|error| error.in_file(&self.path))
     }
 
     fn pick(&self, has_tools: bool) -> Result<&ChatTemplate> {

@@ -40,7 +40,10 @@ impl Examples {
         let (task, split) = match (file, samples.first()) {
             (Some(path), _) => infer_from_sources(path, settings, &samples)?,
             (None, Some(_)) => (task, split.to_owned()),
-            (None, None) => return Err(Error::usage(format!("split `{split}` of {} has no examples", task.name()))),
+            (None, None) => {
+                let problem = format!("split `{split}` of {} has no examples", task.name());
+                return Err(settings.in_prompts(Error::usage(problem)));
+            }
         };
         if let Some(scorer) = settings.scorer {
             if task != Task::Jsonl {
@@ -53,7 +56,7 @@ impl Examples {
             expect_spider(task, "keep_distinct")?;
         }
         if task == Task::MtBench {
-            samples = mt_bench_turns::both_turns(samples)?;
+            samples = mt_bench_turns::both_turns(samples).map_err(|error| settings.in_prompts(error))?;
         }
         if let Some(system) = &settings.system {
             prompt_set::insert_system_message(&mut samples, system);
@@ -64,19 +67,12 @@ impl Examples {
         Ok(Examples { task, split, samples, num_set_aside })
     }
 
-    /// Refuses prompts whose answers could not be scored. Names the file if they come from one of
-    /// the user.
+    /// Refuses prompts whose answers could not be scored.
     ///
     /// # Errors
     /// As [`AnswerScorer::check`].
     pub(super) fn expect_scorable(&self, settings: &RunSettings, scorer: AnswerScorer<'_>) -> Result<()> {
-        let file = settings.prompts.as_ref().or(settings.data.as_ref()).filter(|_| self.task == Task::Jsonl);
-        self.samples.iter().try_for_each(|sample| {
-            scorer.check(sample).map_err(|error| match file {
-                Some(path) => Error::file(path, error.to_string()),
-                None => error,
-            })
-        })
+        self.samples.iter().try_for_each(|sample| scorer.check(sample)).map_err(|error| settings.in_prompts(error))
     }
 }
 

@@ -68,7 +68,8 @@ impl Prompts {
             let num_answers = if mt_bench_turns::is_second(sample) { 2 } else { 1 };
             let max_new_tokens = stop.max_new_tokens.saturating_mul(num_answers);
             let room = StopConditions { max_new_tokens, ..stop.clone() };
-            check_fits_context(&prompt.request, &room, config.max_positions)?;
+            let fits = check_fits_context(&prompt.request, &room, config.max_positions);
+            fits.map_err(|error| settings.in_prompts(error))?;
             Ok(prompt)
         };
         let rendered = samples.iter().map(render).collect::<Result<_>>()?;

@@ -43,7 +43,7 @@ fn a_prompt_longer_than_the_context_is_named_before_anything_is_answered() {
     let row = |id: &str, text: &str| json!({ "id": id, "source": "jsonl/test", "prompt": text }).to_string() + "\n";
     fs::write(&prompts, row("short", "3+4") + &row("long", &"apples ".repeat(400))).unwrap();
     let arguments = [&short(&good, &good, &output)[..], &[format!("prompts={prompts}")]].concat();
-    EVAL.fail(&arguments, 2, &["sample `long`", "context of 1024", "leave the sample out"]);
+    EVAL.fail(&arguments, 2, &["p.jsonl: sample `long`", "context of 1024", "leave the sample out"]);
     let given = |key: &str| [&short(&good, &good, &output)[..], &[key.to_owned()]].concat();
     EVAL.fail(&given("max_new_tokens=1000000"), 2, &["context of 1024", "lower max_new_tokens"]);
     EVAL.fail(&given("max_new_tokens=18446744073709551615"), 2, &["max_new_tokens", "greater than 1048576"]);

@@ -107,7 +107,9 @@ fn results_with_different_examples_or_settings_are_refused() {
     let folder = first.parent().unwrap().to_owned();
     assert_eq!(tradeoff::read(&[folder]).unwrap(), Tradeoff::from_results(&[results(|_| ())]).unwrap());
     let unscored = written("unscored", results(|records| records.answers.clear()));
-    assert!(tradeoff::read(&[unscored]).unwrap_err().to_string().contains("these results contain no scored answer"));
+    assert!(
+        tradeoff::read(&[unscored]).unwrap_err().to_string().contains("unscored/results.json: holds no scored answer")
+    );
     std::fs::write(&first, "{}").unwrap();
     assert!(tradeoff::read(&[first]).unwrap_err().to_string().contains("is not a results.json"));
 }

@@ -35,7 +35,7 @@ pub fn convert(gguf: &Path, folder: &Path) -> Result<()> {
     let tokenizer = tokenizer::read(&file, config.vocab_size).map_err(bad)?;
     atomic_file::write_folder_with(folder, |work| {
         atomic_file::write_json(&work.join("config.json"), &config.to_json("bfloat16"))?;
-        tokenizer.write(work)?;
+        tokenizer.write(work).map_err(|error| error.in_file(gguf))?;
         weights::write(&work.join("model.safetensors"), &sources)
     })
 }

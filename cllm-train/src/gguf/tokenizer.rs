@@ -29,7 +29,7 @@ impl TokenizerFiles {
         let text = self.tokenizer.to_string();
         // A tokenizer that cannot be read back must not be written.
         text.parse::<tokenizers::Tokenizer>()
-            .map_err(|error| Error::usage(format!("the tokenizer of the GGUF file is inconsistent: {error}")))?;
+            .map_err(|error| Error::usage(format!("its tokenizer is inconsistent: {error}")))?;
         atomic_file::write(&path, text.as_bytes())?;
         atomic_file::write_json(&folder.join("tokenizer_config.json"), &self.config)?;
         atomic_file::write_json(&folder.join("generation_config.json"), &self.generation)

@@ -67,9 +67,10 @@ impl<'t> GenerationProbe<'t> {
             let encoded = tokenizer.encode_prompt(&sample.prompt);
             let (_, prompt_ids) = encoded.map_err(|error| error.in_row(path, &sample.id))?;
             let request = Request { prompt_ids, sample_id: sample.id.clone() };
-            check_fits_context(&request, &stop, config.max_positions)?;
             let context = ScoreContext { data: validation.data.as_deref(), ..ScoreContext::default() };
-            Task::from_source(&sample.source).check_scorable(context, sample)?;
+            check_fits_context(&request, &stop, config.max_positions)
+                .and_then(|()| Task::from_source(&sample.source).check_scorable(context, sample))
+                .map_err(|error| error.in_file(path))?;
             requests.push(request);
         }
         let strategy =

@@ -166,7 +166,7 @@ fn examples_longer_than_the_context_are_excluded_and_counted() {
     assert_run_fails(dir.path(), &all_too_long, &["no examples to learn from", "context of 128"]);
     // Bad validation data stop a run before its first step, not at the first validation.
     settings.validation.prompts = Some(only_long);
-    assert_run_fails(dir.path(), &settings, &["sample `a`", "128"]);
+    assert_run_fails(dir.path(), &settings, &["long.jsonl: sample `a`", "128"]);
     settings.validation.prompts = Some(PathBuf::from("no/such.jsonl"));
     assert_run_fails(dir.path(), &settings, &["no/such.jsonl"]);
     assert!(!settings.output.exists());
