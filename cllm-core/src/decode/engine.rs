@@ -11,7 +11,7 @@ use super::request::{
     Answer, DecodeOptions, Job, OnTokens, Request, StopConditions, Timing, check_fits_context, required_slots,
 };
 use super::scheduler::{Events, PrefillPolicy, Scheduler};
-use super::strategy::Strategy;
+use super::strategy::{NO_DRAFT_ADAPTERS, Strategy};
 use super::window_chooser::WindowChooser;
 use crate::model::Transformer;
 use crate::{Error, Result};
@@ -181,9 +181,7 @@ impl<'m> Decoder<'m> {
             }
             (Strategy::Gated { .. }, _) if *adapts_drafts => Box::new(GatedBackend::new(model)),
             (Strategy::Gated { .. }, _) => {
-                return Err(Error::usage(
-                    "strategy `gated` needs a model with adapters for draft tokens: train them with lora.on=drafts",
-                ));
+                return Err(Error::usage(format!("the model {NO_DRAFT_ADAPTERS}")));
             }
             _ => Box::new(model),
         };

@@ -16,6 +16,10 @@ use super::tree::MAX_TREE_TOKENS;
 use super::width::Width;
 use crate::{Error, Result};
 
+/// What is said of a model that cannot decode with [`Strategy::Gated`].
+pub const NO_DRAFT_ADAPTERS: &str = "has no adapters for draft tokens, which strategy `gated` needs (docs/method.md): choose \
+                                     another strategy, or train them with lora.on=drafts";
+
 /// How the next tokens are drafted. Every strategy gives the answer of autoregressive decoding.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "lowercase", deny_unknown_fields)]

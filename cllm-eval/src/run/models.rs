@@ -5,7 +5,7 @@ use std::rc::Rc;
 
 use cllm_core::checkpoint::{self, hub};
 use cllm_core::cuda::libtorch;
-use cllm_core::decode::{DecodeOptions, Decoder, Strategy, required_slots};
+use cllm_core::decode::{DecodeOptions, Decoder, NO_DRAFT_ADAPTERS, Strategy, required_slots};
 use cllm_core::model::Transformer;
 use cllm_core::{Error, Result, device, progress};
 use tch::Device;
@@ -52,11 +52,7 @@ impl IdentifiedModel {
         }
         let are_needed = strategies.iter().any(|strategy| strategy.needs_draft_adapters());
         match (checkpoint::adapts_drafts(&self.folder)?, are_needed) {
-            (false, true) => {
-                let message = "has no adapters for draft tokens, which strategy `gated` needs (docs/method.md): leave the \
-                               strategy out";
-                return Err(Error::file(&self.folder, message));
-            }
+            (false, true) => return Err(Error::file(&self.folder, NO_DRAFT_ADAPTERS)),
             (true, false) => progress::log(format!(
                 "{}: no strategy uses its adapters for draft tokens; add one, such as strategies=[ar, {{gated: {{n: 16}}}}]",
                 self.folder.display()

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use cllm_core::chat_template::{self, Message};
 use cllm_core::checkpoint::{self, hub};
-use cllm_core::decode::{LiveRows, Strategy};
+use cllm_core::decode::{LiveRows, NO_DRAFT_ADAPTERS, Strategy};
 use cllm_core::model::{ModelConfig, Transformer};
 use cllm_core::prompt_set::Prompt;
 use cllm_core::thought::ThoughtLimit;
@@ -103,9 +103,7 @@ fn strategy(settings: &ServeSettings, source: &Source) -> Result<Strategy> {
     match settings.strategy {
         None => Ok(Strategy::suitable(16, adapts_drafts)),
         Some(strategy) if strategy.needs_draft_adapters() && !adapts_drafts => {
-            let message = "has no adapters for draft tokens, which strategy `gated` needs (docs/method.md): choose another \
-                           strategy, such as `rolling: {n: 16}`";
-            Err(Error::file(&source.folder, message))
+            Err(Error::file(&source.folder, NO_DRAFT_ADAPTERS))
         }
         Some(strategy) => Ok(strategy),
     }

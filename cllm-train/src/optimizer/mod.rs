@@ -237,7 +237,8 @@ impl OptimizerState {
     pub fn is_finite(&self) -> bool {
         let _no_grad = tch::no_grad_guard();
         let (min, max) = self.weights.buffer().aminmax(None, false);
-        min.double_value(&[]).is_finite() && max.double_value(&[]).is_finite()
+        // One number, so that the device is waited for once.
+        min.isfinite().logical_and(&max.isfinite()).int64_value(&[]) != 0
     }
 
     /// Runs `body` while the model has the average of its weights, if one is kept. Afterwards the
