@@ -226,16 +226,17 @@ pub fn remove_folder(path: &Path) -> Result<()> {
     disk::remove_folder(&removed).map_err(Error::write(path))
 }
 
-/// Adds bytes to the end of a file. They are on disk when this returns.
+/// Adds bytes to the end of a file. They are on disk once [`disk::sync_file`] returns.
 ///
 /// # Errors
 /// File-system errors with the path.
 pub fn append(file: &mut File, path: &Path, mut bytes: &[u8]) -> Result<()> {
+    disk::appends(file, path);
     while !bytes.is_empty() {
         let num_written = disk::write(file, bytes).map_err(Error::write(path))?;
         bytes = &bytes[num_written..];
     }
-    disk::sync_file(file, path).map_err(Error::write(path))
+    Ok(())
 }
 
 /// Makes the link `path` point to `target`, in one step, on disk when this returns.

@@ -2,11 +2,13 @@
 //! written is told from the one that was written.
 //!
 //! The manifest of a data set holds those of its shards. A folder that appears whole, such as a model
-//! or a checkpoint, holds those of its files in `checksums.json`. Both are read without checksums, as
-//! earlier versions wrote them.
+//! or a checkpoint, holds those of its files in `checksums.json`. JSON that is written again and again,
+//! or grows by a line at a time, holds its own, so that a kill cannot part the two. All of these are
+//! read without checksums, as earlier versions wrote them.
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::fs::File;
 use std::path::{Component, Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -16,8 +18,10 @@ use crate::{Error, Result, atomic_file, fingerprint, interrupt, text_file};
 /// Name of the file with the checksums of a folder.
 pub const CHECKSUMS: &str = "checksums.json";
 
-/// How the names of files end that the toolkit reads.
-const READ: [&str; 3] = ["json", "safetensors", "jinja"];
+/// Whether the toolkit reads a file of a model, by the end of its name.
+pub fn is_read(file: &Path) -> bool {
+    file.extension().is_some_and(|extension| ["json", "safetensors", "jinja"].iter().any(|read| extension == *read))
+}
 
 /// The checksum of a file's contents; 64 hex digits in JSON.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,7 +41,22 @@ impl Checksum {
     /// # Errors
     /// [`Error::File`] if they differ; a file that cannot be read.
     pub fn check(self, path: &Path, list: &str, advice: &str) -> Result<()> {
-        match Checksum::of_file(path)? == self {
+        self.expect(Checksum::of_file(path)?, path, list, advice)
+    }
+
+    /// As [`Self::check`], on the calling thread alone. A thread of a pool that waits for others to hash
+    /// may take up work that waits for the same file.
+    ///
+    /// # Errors
+    /// As [`Self::check`].
+    pub fn check_on_one_thread(self, path: &Path, list: &str, advice: &str) -> Result<()> {
+        let mut hasher = blake3::Hasher::new();
+        File::open(path).and_then(|file| hasher.update_reader(file).map(drop)).map_err(Error::io(path))?;
+        self.expect(hasher.finalize().into(), path, list, advice)
+    }
+
+    fn expect(self, found: Checksum, path: &Path, list: &str, advice: &str) -> Result<()> {
+        match found == self {
             true => Ok(()),
             false => {
                 Err(Error::file(path, format!("is damaged, or was changed: {list} has another checksum; {advice}")))
@@ -72,6 +91,46 @@ impl fmt::Display for Checksum {
     }
 }
 
+/// How the last member of a JSON object begins that holds the checksum of all before it. No text in the
+/// object has these characters, since quotes in texts are escaped.
+const JSON_MEMBER: &str = "\"checksum\":";
+
+/// Adds its checksum to the JSON text of an object.
+///
+/// # Errors
+/// [`Error::Internal`] for a text that is no object.
+pub fn add_to_json(json: &str) -> Result<String> {
+    let members = json.strip_suffix('}').ok_or_else(|| Error::internal("a checksum is added to an object"))?;
+    let (members, newline, indent) = match members.strip_suffix('\n') {
+        Some(members) => (members, "\n", "\n  "),
+        None => (members, "", ""),
+    };
+    let checked = format!("{members},{indent}");
+    let checksum = Checksum(blake3::hash(checked.as_bytes()));
+    Ok(format!("{checked}{JSON_MEMBER} \"{checksum}\"{newline}}}"))
+}
+
+/// Whether the JSON text of an object still has the contents of its checksum. One without a checksum
+/// passes.
+pub fn is_whole_json(json: &str) -> bool {
+    let Some((checked, rest)) = json.rfind(JSON_MEMBER).map(|at| json.split_at(at)) else { return true };
+    let value = rest[JSON_MEMBER.len()..].trim_end().strip_suffix('}').map(str::trim);
+    match value.and_then(|value| value.strip_prefix('"')?.strip_suffix('"')) {
+        Some(checksum) => checksum == Checksum(blake3::hash(checked.as_bytes())).to_string(),
+        // The member of an object in the object.
+        None => true,
+    }
+}
+
+/// Writes an object as indented JSON that holds its own checksum.
+///
+/// # Errors
+/// File-system errors with the path.
+pub fn write_json(path: &Path, value: &impl Serialize) -> Result<()> {
+    let text = serde_json::to_string_pretty(value).map_err(Error::serialization)?;
+    atomic_file::write(path, format!("{}\n", add_to_json(&text)?).as_bytes())
+}
+
 /// A file that was just written, with its checksum.
 pub type WrittenFile = (PathBuf, Checksum);
 
@@ -90,9 +149,7 @@ impl Checksums {
     /// Files that cannot be read.
     pub fn of_folder(folder: &Path, known: &[WrittenFile]) -> Result<Self> {
         let mut files: BTreeMap<PathBuf, Checksum> = BTreeMap::new();
-        let is_read =
-            |path: &PathBuf| path.extension().is_some_and(|extension| READ.iter().any(|read| extension == *read));
-        for path in atomic_file::files_below(folder)?.into_iter().filter(is_read) {
+        for path in atomic_file::files_below(folder)?.into_iter().filter(|path| is_read(path)) {
             let checksum = match known.iter().find(|(known, _)| *known == path) {
                 Some((_, checksum)) => *checksum,
                 None => Checksum::of_file(&path)?,
@@ -176,6 +233,27 @@ pub fn is_inside(path: &Path) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn json_that_holds_its_checksum_is_found_changed() {
+        let value = serde_json::json!({"text": "a \"checksum\": \"b\"}", "inner": {"checksum": "c"}});
+        let compact = add_to_json(&value.to_string()).unwrap();
+        let indented = add_to_json(&serde_json::to_string_pretty(&value).unwrap()).unwrap();
+        for json in [compact, indented] {
+            assert!(is_whole_json(&json) && is_whole_json(&format!("{json}\n")), "{json}");
+            let mut read: serde_json::Value = serde_json::from_str(&json).unwrap();
+            read.as_object_mut().unwrap().remove("checksum").unwrap();
+            assert_eq!(read, value);
+            for changed in [json.replace("a \\", "b \\"), json.replace("\"c\"", "\"d\""), json.replace("text", "test")]
+            {
+                assert!(!is_whole_json(&changed), "{changed}");
+            }
+        }
+        // Objects without a checksum of their own.
+        for json in [value.to_string(), "{}".to_owned(), "{\"inner\":{\"checksum\":\"c\"}}".to_owned()] {
+            assert!(is_whole_json(&json), "{json}");
+        }
+    }
 
     #[test]
     fn a_folder_is_checked_against_its_list() {

@@ -79,9 +79,17 @@ pub fn began(_path: &Path) {
     faults::began(_path);
 }
 
+/// Says that a file on disk is about to get more at its end: until it is synced, a loss of power may take
+/// that away.
+pub fn appends(_file: &File, _path: &Path) {
+    #[cfg(debug_assertions)]
+    faults::appends(_file, _path);
+}
+
 /// Faults for tests. Builds without debug assertions have none.
 #[cfg(debug_assertions)]
 mod faults {
+    use std::collections::BTreeMap;
     use std::fs::{self, File, OpenOptions};
     use std::io::{ErrorKind, Result, Write};
     use std::path::{Path, PathBuf};
@@ -103,7 +111,8 @@ mod faults {
             "full" => Kind::Full(number()?),
             _ => Kind::Log(argument.into()),
         };
-        Some(Mutex::new(Faults { kind, num_steps: 0, num_writes: 0, unsynced: Vec::new(), renames: Vec::new() }))
+        let (unsynced, appended, renames) = (Vec::new(), BTreeMap::new(), Vec::new());
+        Some(Mutex::new(Faults { kind, num_steps: 0, num_writes: 0, unsynced, appended, renames }))
     });
 
     enum Kind {
@@ -120,6 +129,8 @@ mod faults {
         num_writes: usize,
         /// Files that were written and not synced.
         unsynced: Vec<PathBuf>,
+        /// The bytes on disk of files that got more since.
+        appended: BTreeMap<PathBuf, u64>,
         /// Renames in folders that were not synced since.
         renames: Vec<Rename>,
     }
@@ -164,9 +175,16 @@ mod faults {
         }
     }
 
+    pub(super) fn appends(file: &File, path: &Path) {
+        if let (Some(mut faults), Ok(metadata)) = (faults(), file.metadata()) {
+            faults.appended.entry(path.to_owned()).or_insert(metadata.len());
+        }
+    }
+
     pub(super) fn synced(path: &Path) {
         let Some(mut faults) = faults() else { return };
         faults.unsynced.retain(|other| other != path);
+        faults.appended.remove(path);
         let (kept, durable): (Vec<Rename>, Vec<Rename>) =
             std::mem::take(&mut faults.renames).into_iter().partition(|rename| rename.to.parent() != Some(path));
         faults.renames = kept;
@@ -203,6 +221,9 @@ mod faults {
                 if let Ok(file) = OpenOptions::new().write(true).open(path) {
                     let _ = file.metadata().and_then(|metadata| file.set_len(metadata.len() / 2));
                 }
+            }
+            for (path, num_bytes) in &self.appended {
+                let _ = OpenOptions::new().write(true).open(path).and_then(|file| file.set_len(*num_bytes));
             }
             for Rename { from, to, replaced } in self.renames.iter().rev() {
                 let _ = fs::rename(to, from);

@@ -8,7 +8,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
-use cllm_core::{Error, Result, atomic_file, settings};
+use cllm_core::{Error, Result, atomic_file, disk, settings};
 use serde_json::Value;
 
 use crate::records::{AnswerRecord, Header, LineRef, ModelEntry, Records, SpeedRecord, ThroughputRecord, WindowRecord};
@@ -104,7 +104,8 @@ impl Journal {
             text.push_str(&line.to_json()?);
         }
         let written = atomic_file::append(&mut self.file, &self.path, text.as_bytes());
-        written.map_err(|error| match self.records.answers.is_empty() {
+        let synced = written.and_then(|()| disk::sync_file(&self.file, &self.path).map_err(Error::write(&self.path)));
+        synced.map_err(|error| match self.records.answers.is_empty() {
             true => error,
             false => error.with_kept_work("finished answers are kept"),
         })

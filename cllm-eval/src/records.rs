@@ -16,7 +16,7 @@ use cllm_core::prompt_set::{Prompt, Sample};
 use cllm_core::task::{Alternative, Task, Verdict};
 use cllm_core::thought::Thought;
 use cllm_core::trajectory::FinishReason;
-use cllm_core::{Error, Result, atomic_file};
+use cllm_core::{Error, Result, atomic_file, checksum};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -358,6 +358,13 @@ impl Records {
                 break;
             }
             whole_bytes += num_bytes as u64;
+            if !checksum::is_whole_json(&text) {
+                let message = format!(
+                    "line {number} is damaged, or was changed: its checksum is of other contents; delete the line, and \
+                     `cllm-eval run` makes it again, or remove its `checksum` if you changed it"
+                );
+                return Err(Error::file(path, message));
+            }
             let not_a_record =
                 |error| Error::file(path, format!("line {number} is not a record of cllm-eval: {error}"));
             if number == 1 {
@@ -401,9 +408,9 @@ impl Records {
 }
 
 impl LineRef<'_> {
-    /// The line with its newline.
+    /// The line with its checksum and its newline.
     pub(crate) fn to_json(&self) -> Result<String> {
-        let mut text = serde_json::to_string(self).map_err(Error::serialization)?;
+        let mut text = checksum::add_to_json(&serde_json::to_string(self).map_err(Error::serialization)?)?;
         text.push('\n');
         Ok(text)
     }

@@ -7,12 +7,12 @@ use cllm_core::prompt_set::Sample;
 use cllm_core::sandbox::Sandbox;
 use cllm_core::task::{Score, ScoreContext, Task};
 use cllm_core::thought::Thought;
-use cllm_core::{Error, Result, atomic_file, interrupt, output_folder, progress};
+use cllm_core::{Error, Result, interrupt, output_folder, progress};
 use rayon::prelude::*;
 
 use crate::config::RunSettings;
 use crate::records::{AnswerRecord, Records, SAMPLES};
-use crate::results::{RESULTS, Results};
+use crate::results::Results;
 
 /// Scores the answers of one benchmark.
 #[derive(Clone, Copy)]
@@ -116,7 +116,8 @@ pub fn score(folder: &Path, data: Option<PathBuf>, keep_distinct: Option<bool>, 
     settings.data = data.or(settings.data.take());
     settings.keep_distinct = keep_distinct.unwrap_or(settings.keep_distinct);
     settings.execute_code = execute;
-    AnswerScorer::new(task, settings, sandbox.as_ref()).score(&mut records.answers)?;
+    let scored = AnswerScorer::new(task, settings, sandbox.as_ref()).score(&mut records.answers);
+    scored.map_err(|error| error.in_file(&path))?;
     interrupt::check()?;
     if task == Task::Spider && settings.data.is_none() {
         progress::log("no answer was scored: name Spider's folder with --data");
@@ -124,8 +125,7 @@ pub fn score(folder: &Path, data: Option<PathBuf>, keep_distinct: Option<bool>, 
     records.header.sandbox = sandbox.map(|sandbox| sandbox.layers().to_vec());
     records.write(&path)?;
     let results = Results::from_records(&records);
-    let path = folder.join(RESULTS);
-    atomic_file::write_json(&path, &results)?;
+    let path = results.write(folder)?;
     progress::log(format!("wrote {}; `cllm-eval report {}` draws it again", path.display(), folder.display()));
     Ok(results)
 }

@@ -24,7 +24,7 @@ use crate::optimizer_files;
 use crate::run_fingerprint::RunFingerprint;
 use crate::run_folder::{
     BEST, FINAL, Kept, LATEST, STATE_FILE, checkpoints, checkpoints_folder, has_state, kept_checkpoints, read_state,
-    remove_state,
+    remove_state, write_state,
 };
 use crate::settings::Settings;
 use crate::summary::SUMMARY_FILE;
@@ -192,7 +192,7 @@ impl Checkpoints {
             None => self.write_model(&mut writer, folder, model),
         })?;
         if group.is_main() && purpose == Purpose::Resume {
-            atomic_file::write_json(&folder.join(STATE_FILE), state)?;
+            write_state(folder, state)?;
         }
         writer.finish_in_background()
     }
@@ -347,7 +347,7 @@ impl Checkpoints {
             atomic_file::replace_link(&self.folder().join(BEST), target)?;
         }
         self.remove_old(best_step)?;
-        atomic_file::write_json(&self.run.join(STATE_FILE), state)
+        write_state(&self.run, state)
     }
 
     /// The train state of a finished run; `None` for one that is not finished.
@@ -473,7 +473,7 @@ mod tests {
                 std::fs::write(run.checkpoint(*step).join("model"), "").unwrap();
             }
             for step in steps {
-                atomic_file::write_json(&run.checkpoint(*step).join(STATE_FILE), &state(*step, None)).unwrap();
+                write_state(&run.checkpoint(*step), &state(*step, None)).unwrap();
                 std::fs::write(run.checkpoint(*step).join("optimizer-00001-of-00001.safetensors"), "").unwrap();
             }
             run

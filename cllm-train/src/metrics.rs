@@ -5,7 +5,7 @@ use std::fs::File;
 use std::path::PathBuf;
 
 use cllm_core::settings::to_yaml;
-use cllm_core::{Error, Result, atomic_file, progress};
+use cllm_core::{Error, Result, atomic_file, disk, progress};
 use serde::Serialize;
 use serde::de::IgnoredAny;
 use serde_json::{Map, Value};
@@ -123,9 +123,17 @@ impl MetricsLog {
     }
 
     fn write(&mut self, line: &Value) -> Result<()> {
-        // On disk before the checkpoint of the same step, which resumes after it.
         atomic_file::append(&mut self.file, &self.path, format!("{line}\n").as_bytes())?;
         write_events(&mut self.events, line)
+    }
+
+    /// Waits until all lines are on disk: before a checkpoint, from which a run resumes after them. The
+    /// steps of later lines would be taken again.
+    ///
+    /// # Errors
+    /// File-system errors.
+    pub fn sync(&self) -> Result<()> {
+        disk::sync_file(&self.file, &self.path).map_err(Error::write(&self.path))
     }
 
     /// The last line about training; null if there is none.

@@ -97,7 +97,17 @@ pub fn read_state(folder: &Path, advice: &str) -> Result<Option<TrainState>> {
         return Ok(None);
     }
     let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
-    serde_json::from_slice(&bytes).map(Some).map_err(|_| Error::file(&path, format!("is damaged: {advice}")))
+    let text = str::from_utf8(&bytes).ok().filter(|text| checksum::is_whole_json(text));
+    let state = text.and_then(|text| serde_json::from_str(text).ok());
+    state.map(Some).ok_or_else(|| Error::file(&path, format!("is damaged: {advice}")))
+}
+
+/// Writes the train state into a folder.
+///
+/// # Errors
+/// File-system errors with the path.
+pub fn write_state(folder: &Path, state: &TrainState) -> Result<()> {
+    checksum::write_json(&folder.join(STATE_FILE), state)
 }
 
 /// The files of a checkpoint's training state, and their bytes. `state.json` is the first: without
@@ -136,7 +146,7 @@ pub fn remove_state_of_run(run: &Path) -> Result<()> {
         && !has_state(run)
         && let Some(state) = read_state(&latest, "remove the file")?
     {
-        atomic_file::write_json(&run.join(STATE_FILE), &state)?;
+        write_state(run, &state)?;
     }
     if latest.is_symlink() {
         disk::remove_file(&latest).map_err(Error::write(&latest))?;

@@ -47,6 +47,8 @@ struct Trainer<'t> {
     optimizer: OptimizerState,
     checkpoints: Checkpoints,
     validator: Option<Validator<'t>>,
+    /// `None` in processes other than the main one.
+    metrics: Option<MetricsLog>,
     state: TrainState,
     /// Number of steps of the whole run.
     num_steps: usize,
@@ -132,6 +134,7 @@ pub fn run_on(mut settings: Settings, today: Date) -> Result<()> {
         optimizer,
         checkpoints,
         validator,
+        metrics: None,
         num_steps: schedule.num_steps(),
         started,
         seconds_before: state.seconds,
@@ -161,28 +164,22 @@ impl Trainer<'_> {
         if let Some(excluded) = schedule.exclusion() {
             progress::log(excluded);
         }
-        let is_main = self.group.is_main();
         let open = || MetricsLog::open(&self.settings, self.state.step, self.is_validated());
-        let mut metrics = is_main.then(open).transpose()?;
+        self.metrics = self.group.is_main().then(open).transpose()?;
         // The validation of the initial model, or one that a signal interrupted, is due here.
-        if self.validate_if_due(metrics.as_mut())? && !self.is_over() {
+        if self.validate_if_due()? && !self.is_over() {
             self.save(Purpose::KeepBest)?;
         }
-        let taken = self.take_steps(examples, schedule, metrics.as_mut());
+        let taken = self.take_steps(examples, schedule);
         if taken.is_err() && self.group.world_size() == 1 {
             // The checkpoint in flight is good, whatever happened since. Its own error matters less.
             let _ = self.wait_for_save();
         }
         taken?;
-        self.finish(metrics.as_ref())
+        self.finish()
     }
 
-    fn take_steps(
-        &mut self,
-        examples: &[Example],
-        schedule: &Schedule,
-        mut metrics: Option<&mut MetricsLog>,
-    ) -> Result<()> {
+    fn take_steps(&mut self, examples: &[Example], schedule: &Schedule) -> Result<()> {
         let settings = self.settings.clone();
         let loader = BatchLoader::new(&settings, examples, &self.models.student)?;
         let mut bar = Progress::new("train", self.state.step as u64, self.num_steps as u64);
@@ -190,7 +187,7 @@ impl Trainer<'_> {
             let batches = loader.load_ahead(scope, schedule, self.state.step, RankShard::for_process(&self.group));
             while !self.is_over() {
                 let batches = batches.recv().map_err(|_| Error::internal("the thread that packs batches has ended"))?;
-                self.take_step(&batches, &mut bar, metrics.as_deref_mut())?;
+                self.take_step(&batches, &mut bar)?;
             }
             Ok::<_, Error>(())
         })?;
@@ -199,12 +196,7 @@ impl Trainer<'_> {
     }
 
     /// Takes one step, then logs, validates and saves if that is due.
-    fn take_step(
-        &mut self,
-        batches: &StepBatches,
-        bar: &mut Progress,
-        mut metrics: Option<&mut MetricsLog>,
-    ) -> Result<()> {
+    fn take_step(&mut self, batches: &StepBatches, bar: &mut Progress) -> Result<()> {
         if let Some(signal) = self.exchange_signals()? {
             return self.interrupted(signal);
         }
@@ -218,12 +210,12 @@ impl Trainer<'_> {
         if number.is_multiple_of(self.settings.log_every) || number == self.num_steps {
             let step_metrics = self.log_step(&output, batches.counts, lr)?;
             bar.set_message(format!("loss {:.4}", step_metrics.loss));
-            if let Some(metrics) = metrics.as_deref_mut() {
+            if let Some(metrics) = &mut self.metrics {
                 metrics.write_step(&step_metrics)?;
             }
             self.check_progress()?;
         }
-        let is_new_best = self.validate_if_due(metrics)?;
+        let is_new_best = self.validate_if_due()?;
         match self.settings.saves_after(number) {
             _ if self.is_over() => Ok(()),
             true => self.save(Purpose::Resume),
@@ -286,14 +278,14 @@ impl Trainer<'_> {
 
     /// Validates if a validation is due after the last step. Returns whether it is the best so far.
     /// The main process validates and tells the others.
-    fn validate_if_due(&mut self, metrics: Option<&mut MetricsLog>) -> Result<bool> {
+    fn validate_if_due(&mut self) -> Result<bool> {
         let step = self.state.step;
         let is_due = step.is_multiple_of(self.settings.validation.every) || step == self.num_steps;
         let Some(validator) = self.validator.as_ref().filter(|_| is_due && !self.is_validated()) else {
             return Ok(false);
         };
         let result = self.optimizer.with_average(|| {
-            let Some(metrics) = metrics else { return Ok(None) };
+            let Some(metrics) = &mut self.metrics else { return Ok(None) };
             let output = validator.run(&self.models, &self.settings)?;
             metrics.write_validation(step, &output, self.settings.loss_weights())?;
             Ok(output.generation)
@@ -358,6 +350,7 @@ impl Trainer<'_> {
     fn save(&mut self, purpose: Purpose) -> Result<()> {
         self.check_finite()?;
         self.update_state();
+        self.metrics.as_ref().map_or(Ok(()), MetricsLog::sync)?;
         let Trainer { models, optimizer, state, group, .. } = self;
         self.checkpoints.save(purpose, &models.student, optimizer, state, group)?;
         // They are about the checkpoint before.
@@ -389,7 +382,7 @@ impl Trainer<'_> {
 
     /// Writes the final model and the summary, and removes the training state unless it is to be
     /// kept.
-    fn finish(mut self, metrics: Option<&MetricsLog>) -> Result<()> {
+    fn finish(mut self) -> Result<()> {
         self.check_finite()?;
         self.wait_for_save()?;
         self.update_state();
@@ -398,7 +391,8 @@ impl Trainer<'_> {
             self.save(Purpose::Resume)?;
             self.wait_for_save()?;
         }
-        let Some(metrics) = metrics else { return Ok(()) };
+        let Some(metrics) = &self.metrics else { return Ok(()) };
+        metrics.sync()?;
         self.checkpoints.finish(&self.state)?;
         let student = &self.models.student;
         let state = &self.state;

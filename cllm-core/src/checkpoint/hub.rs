@@ -133,8 +133,7 @@ fn download(model: &str, cache: &Path) -> Result<PathBuf> {
     let api = hf_hub::api::sync::ApiBuilder::from_env().with_cache_dir(cache.to_owned()).build().map_err(failed)?;
     let repository = api.model(model.to_owned());
     for file in repository.info().map_err(failed)?.siblings {
-        let is_needed = [".json", ".safetensors", ".jinja"].iter().any(|suffix| file.rfilename.ends_with(suffix));
-        if is_needed && !file.rfilename.contains('/') {
+        if crate::checksum::is_read(Path::new(&file.rfilename)) && !file.rfilename.contains('/') {
             repository.get(&file.rfilename).map_err(failed)?;
         }
     }

@@ -3,8 +3,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use arrow::datatypes::Schema;
 use parquet::arrow::arrow_reader::{ParquetRecordBatchReader, ParquetRecordBatchReaderBuilder};
@@ -54,16 +53,16 @@ struct RowGroup {
 struct ShardFile {
     path: PathBuf,
     checksum: Option<Checksum>,
-    is_checked: AtomicBool,
+    is_checked: Mutex<bool>,
 }
 
 impl ShardFile {
     fn check(&self) -> Result<()> {
-        // Threads that read other rows of the shard at the same time do not wait for each other: hashing
-        // uses all cores, and a core that hashes may take up the work of another thread.
-        if let Some(checksum) = self.checksum.filter(|_| !self.is_checked.load(Ordering::Relaxed)) {
-            checksum.check(&self.path, MANIFEST, DAMAGED_ADVICE)?;
-            self.is_checked.store(true, Ordering::Relaxed);
+        // Threads that read other rows of the shard wait, so that it is hashed once.
+        let mut is_checked = self.is_checked.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(checksum) = self.checksum.filter(|_| !*is_checked) {
+            checksum.check_on_one_thread(&self.path, MANIFEST, DAMAGED_ADVICE)?;
+            *is_checked = true;
         }
         Ok(())
     }
@@ -112,7 +111,7 @@ impl Shard {
         let created_by = builder.metadata().file_metadata().created_by().unwrap_or_default();
         let is_rewritten = metadata_value(&builder, VERSION_KEY).is_none() && !created_by.starts_with(CREATED_BY);
         let checksum = entry.and_then(|entry| entry.checksum).filter(|_| !is_rewritten);
-        let file = Arc::new(ShardFile { path: path.to_owned(), checksum, is_checked: AtomicBool::new(false) });
+        let file = Arc::new(ShardFile { path: path.to_owned(), checksum, is_checked: Mutex::new(false) });
         Ok(Shard { file, row_groups, provenance, is_rewritten })
     }
 

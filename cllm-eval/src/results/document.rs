@@ -1,13 +1,13 @@
 //! The document `results.json`, and lookups of models and strategies in it.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use cllm_core::chat_template::Date;
 use cllm_core::decode::Strategy;
 use cllm_core::environment::{Hardware, Toolkit};
 use cllm_core::task::{Metric, Task};
-use cllm_core::{Error, Result};
+use cllm_core::{Error, Result, checksum};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -270,10 +270,25 @@ impl Results {
     pub fn read(path: &Path) -> Result<Self> {
         let file = if path.is_dir() { path.join(RESULTS) } else { path.to_owned() };
         let text = std::fs::read_to_string(&file).map_err(Error::io(&file))?;
+        if !checksum::is_whole_json(&text) {
+            let message = "is damaged, or was changed: its checksum is of other contents; `cllm-eval score` writes it \
+                           again, or remove its `checksum` if you changed it";
+            return Err(Error::file(&file, message));
+        }
         let invalid = |error| Error::file(&file, format!("is not a results.json of cllm-eval: {error}"));
         let document: Value = serde_json::from_str(&text).map_err(invalid)?;
         check_version(&file, &document)?;
         serde_json::from_value(document).map_err(invalid)
+    }
+
+    /// Writes `results.json` into the folder of a run, and returns its path.
+    ///
+    /// # Errors
+    /// File-system errors.
+    pub fn write(&self, folder: &Path) -> Result<PathBuf> {
+        let path = folder.join(RESULTS);
+        checksum::write_json(&path, self)?;
+        Ok(path)
     }
 
     pub fn model(&self, role: Role) -> Option<&ModelResults> {

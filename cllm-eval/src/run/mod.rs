@@ -21,7 +21,7 @@ use std::rc::Rc;
 use cllm_core::chat_template::{Date, today};
 use cllm_core::decode::Strategy;
 use cllm_core::task::Task;
-use cllm_core::{Error, Result, atomic_file, device, output_folder, progress};
+use cllm_core::{Error, Result, device, output_folder, progress};
 
 use crate::config::RunSettings;
 use crate::fastchat;
@@ -209,8 +209,7 @@ fn finish(session: Session<'_>, settings: &RunSettings) -> Result<Results> {
         fastchat::write(&output.join(fastchat::FOLDER), &records)?;
     }
     let results = Results::from_records(&records);
-    let path = output.join(RESULTS);
-    atomic_file::write_json(&path, &results)?;
+    let path = results.write(output)?;
     if results.benchmark == Task::Spider && settings.data.is_none() {
         progress::log("no answer was scored: name Spider's folder with data=FOLDER");
     }

@@ -5,12 +5,15 @@ use std::fs;
 use std::path::Path;
 
 use cllm_eval::records::Records;
+use cllm_eval::results::Results;
 use serde_json::json;
 
 use crate::made_up::model;
 use cllm_testing::programs::{Program, path};
 
 const EVAL: Program = Program("cllm-eval");
+/// How many bits of a file are flipped, one at a time.
+const NUM_FLIPPED_BITS: usize = 120;
 
 fn lines(output: &str) -> usize {
     fs::read_to_string(Path::new(output).join("samples.jsonl")).unwrap_or_default().lines().count()
@@ -27,6 +30,56 @@ fn answers(output: &str) -> Vec<String> {
     });
     let speeds = records.speeds.iter();
     answers.chain(speeds.map(|speed| format!("{:?}", (speed.role, speed.strategy, &speed.id, speed.tokens)))).collect()
+}
+
+#[test]
+fn every_flipped_bit_of_a_run_is_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let (teacher, output) = (path(dir.path(), "teacher"), dir.path().join("eval"));
+    model(Path::new(&teacher), 1);
+    let fixed = ["run", "num_problems=2", "max_new_tokens=8", "num_speed_examples=1", "device=cpu"];
+    let run = [&fixed.map(str::to_owned)[..], &[format!("teacher={teacher}"), format!("output={}", output.display())]]
+        .concat();
+    EVAL.succeed(&run);
+    let (samples, results) = (output.join("samples.jsonl"), output.join("results.json"));
+    let whole = (Records::read(&samples).unwrap(), Results::read(&results).unwrap());
+    let read = |file: &Path| match file == samples {
+        true => Records::read(file).map(|records| records == whole.0),
+        false => Results::read(file).map(|results| results == whole.1),
+    };
+    for file in [&samples, &results] {
+        let bytes = fs::read(file).unwrap();
+        let mut num_refused = 0;
+        for place in 0..NUM_FLIPPED_BITS {
+            let mut flipped = bytes.clone();
+            flipped[place * bytes.len() / NUM_FLIPPED_BITS] ^= 1 << (place % 8);
+            fs::write(file, flipped).unwrap();
+            match read(file) {
+                // The name of the checksum itself, which no one reads.
+                Ok(is_equal) => assert!(is_equal, "{file:?}: a bit flipped at place {place} changed what is read"),
+                Err(error) => {
+                    assert!(error.to_string().contains(&file.display().to_string()), "{error}");
+                    num_refused += 1;
+                }
+            }
+        }
+        assert!(num_refused > NUM_FLIPPED_BITS * 9 / 10, "{file:?}: {num_refused} of {NUM_FLIPPED_BITS} were refused");
+        fs::write(file, bytes).unwrap();
+    }
+    // As good a text as any other: only the checksum tells.
+    let text = fs::read_to_string(&samples).unwrap();
+    let damaged = text.replacen("\"verdict\":\"incorrect\"", "\"verdict\":\"correct\"", 1);
+    assert_ne!(damaged, text);
+    fs::write(&samples, &damaged).unwrap();
+    let folder = output.display().to_string();
+    for arguments in [&run[..], &["score".to_owned(), folder.clone()], &["report".to_owned(), folder]] {
+        EVAL.fail(arguments, 2, &["samples.jsonl: line ", "is damaged, or was changed", "delete the line"]);
+    }
+    // As it says: the line is deleted, and the command makes it again.
+    let intact: Vec<_> = text.lines().zip(damaged.lines()).filter(|(before, now)| before == now).collect();
+    fs::write(&samples, intact.iter().map(|(line, _)| format!("{line}\n")).collect::<String>()).unwrap();
+    EVAL.succeed(&run);
+    assert_eq!(answers(&output.display().to_string()).len(), whole.0.answers.len() + whole.0.speeds.len());
 }
 
 #[test]

@@ -73,6 +73,7 @@ fn a_killed_run_resumes_and_score_gives_the_same_figures() {
         let is_changed = record["role"] == "student" && record["index"] == 0 && record["strategy"] != "ar";
         if is_changed && record["response_ids"].is_array() {
             record["response_ids"][2] = (record["response_ids"][2].as_i64().unwrap() ^ 1).into();
+            record.as_object_mut().unwrap().remove("checksum").unwrap();
         }
         record.to_string()
     };
