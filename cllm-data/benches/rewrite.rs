@@ -64,6 +64,7 @@ fn write_data_set(folder: &Path, tokenizer: &Tokenizer, num_rows: usize) {
     let provenance = Provenance {
         teacher: "none".into(),
         teacher_name: None,
+        teacher_base: None,
         tokenizer: tokenizer.fingerprint().to_owned(),
         vocab_size: VOCAB_SIZE as usize,
         n: N,

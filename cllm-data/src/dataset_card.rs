@@ -31,7 +31,7 @@ fn card(manifest: &Manifest) -> String {
          config and weights: `{}`\n- fingerprint of its tokenizer: `{}`\n- seed: {}\n- toolkit: cllm {}\n\nSteps:\n\n{}\n",
         provenance.n,
         provenance.max_new_tokens,
-        teacher_link(provenance.teacher_name.as_deref()),
+        teacher(provenance.teacher_name.as_deref(), provenance.teacher_base.as_deref()),
         provenance.teacher,
         provenance.tokenizer,
         provenance.seed,
@@ -40,13 +40,15 @@ fn card(manifest: &Manifest) -> String {
     )
 }
 
-/// The name of a teacher, with its page if it came from the Hub.
-fn teacher_link(name: Option<&str>) -> String {
-    match name {
-        Some(id) if id.contains('/') => format!("[{id}](https://huggingface.co/{id})"),
-        Some(name) => name.to_owned(),
-        None => "not recorded".to_owned(),
-    }
+/// The name of a teacher and of the model that it was fine-tuned from, with the page of what came
+/// from the Hub.
+fn teacher(name: Option<&str>, base: Option<&str>) -> String {
+    let link = |name: &str| match name {
+        id if id.contains('/') => format!("[{id}](https://huggingface.co/{id})"),
+        name => name.to_owned(),
+    };
+    let base = base.map_or_else(String::new, |base| format!(", fine-tuned from {}", link(base)));
+    name.map_or_else(|| "not recorded".to_owned(), link) + &base
 }
 
 /// The Hub's name for a number of rows.
@@ -65,12 +67,14 @@ fn size_category(num_rows: usize) -> &'static str {
 
 #[cfg(test)]
 mod tests {
-    use super::{size_category, teacher_link};
+    use super::{size_category, teacher};
 
     #[test]
-    fn the_card_names_the_teacher() {
-        assert_eq!(teacher_link(Some("org/name")), "[org/name](https://huggingface.co/org/name)");
-        assert_eq!([teacher_link(Some("tiny")), teacher_link(None)], ["tiny", "not recorded"]);
+    fn the_card_names_the_teacher_and_its_base() {
+        let link = "[org/name](https://huggingface.co/org/name)";
+        assert_eq!(teacher(Some("org/name"), None), link);
+        assert_eq!([teacher(Some("tiny"), None), teacher(None, None)], ["tiny", "not recorded"]);
+        assert_eq!(teacher(Some("sums"), Some("org/name")), format!("sums, fine-tuned from {link}"));
     }
 
     #[test]

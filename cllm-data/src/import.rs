@@ -89,6 +89,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<Outcome> {
 struct Teacher {
     fingerprint: String,
     name: String,
+    base: Option<String>,
     tokenizer: Tokenizer,
     vocab_size: usize,
 }
@@ -99,6 +100,7 @@ impl Teacher {
         Ok(Teacher {
             fingerprint: checkpoint::fingerprint(&folder)?,
             name: hub::name(&folder),
+            base: hub::fine_tuned_from(&folder),
             tokenizer: Tokenizer::load(&folder)?,
             vocab_size: checkpoint::load_config(&folder)?.vocab_size as usize,
         })
@@ -156,6 +158,7 @@ fn provenance(arguments: &Arguments, contents: &Contents, teacher: Option<&Teach
     Ok(Provenance {
         teacher: teacher.fingerprint.clone(),
         teacher_name: Some(teacher.name.clone()),
+        teacher_base: teacher.base.clone(),
         tokenizer: teacher.tokenizer.fingerprint().to_owned(),
         vocab_size: teacher.vocab_size,
         n: contents.n,

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use serde_json::{Map, Value};
+
 use crate::{Error, Result};
 
 /// PEFT's configuration of an adapter.
@@ -20,8 +22,7 @@ pub fn locate(model: &str) -> Result<PathBuf> {
         refuse_run(&folder)?;
         return Ok(folder);
     }
-    let is_id = model.split('/').count() == 2 && !model.starts_with(['.', '/']);
-    if !is_id {
+    if !model.contains('/') || !may_be_id(model) {
         return Err(Error::file(folder, "there is no such model folder"));
     }
     let cache = cache_folder();
@@ -98,11 +99,39 @@ pub fn id(folder: &Path) -> Option<String> {
     folders.find_map(|folder| folder.strip_prefix("models--")).map(|id| id.replacen("--", "/", 1))
 }
 
+/// The id on the Hub of the model in a folder, or of the model that it was fine-tuned from.
+pub fn base_model(folder: &Path) -> Option<String> {
+    id(folder).or_else(|| fine_tuned_from(folder))
+}
+
+/// The id on the Hub of the model that one from elsewhere was fine-tuned from, as its card says: the
+/// card of a fine-tuned model names the model that the whole chain of them began with.
+pub fn fine_tuned_from(folder: &Path) -> Option<String> {
+    let named = || card_field(folder, "base_model").filter(|base| may_be_id(base));
+    if id(folder).is_some() { None } else { named() }
+}
+
 /// The licence that the card in a model's folder names.
 pub fn license(folder: &Path) -> Option<String> {
+    card_field(folder, "license")
+}
+
+/// A field of the front matter of the card in a model's folder. The Hub also accepts lists; one of
+/// several names does not tell which.
+fn card_field(folder: &Path, key: &str) -> Option<String> {
     let card = std::fs::read_to_string(folder.join("README.md")).ok()?;
     let front_matter = card.strip_prefix("---\n")?.split_once("\n---")?.0;
-    front_matter.lines().find_map(|line| line.strip_prefix("license: ")).map(|name| name.trim().to_owned())
+    let mut fields: Map<String, Value> = serde_saphyr::from_str(front_matter).ok()?;
+    match fields.remove(key)? {
+        Value::Array(values) => <[Value; 1]>::try_from(values).ok()?[0].as_str().map(str::to_owned),
+        value => value.as_str().map(str::to_owned),
+    }
+}
+
+/// Whether a name can be the id of a model on the Hub: `owner/name`, or the name alone of the oldest.
+/// Cards of other tools may name a folder.
+fn may_be_id(name: &str) -> bool {
+    name.split('/').count() <= 2 && !name.starts_with(['.', '/', '~'])
 }
 
 fn is_descriptive(folder: &str) -> bool {
@@ -181,6 +210,30 @@ mod tests {
         ] {
             assert_eq!(name(Path::new(folder)), expected, "{folder}");
         }
+    }
+
+    #[test]
+    fn a_model_that_was_fine_tuned_here_has_the_base_and_the_license_that_its_card_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let card = |front_matter: &str| {
+            std::fs::write(dir.path().join("README.md"), format!("---\n{front_matter}\n---\n# A model\n")).unwrap();
+            (base_model(dir.path()), license(dir.path()))
+        };
+        let some = |name: &str| Some(name.to_owned());
+        for (front_matter, expected) in [
+            ("license: mit\nbase_model: org/base", (some("org/base"), some("mit"))),
+            ("base_model:\n- org/base\nlicense: 'other' # see below", (some("org/base"), some("other"))),
+            ("base_model: [org/a, org/b]\ntags:\n- license: mit", (None, None)),
+            ("base_model: /home/me/base\nlicense: \"no\"", (None, some("no"))),
+            ("base_model: runs/teacher/final", (None, None)),
+            ("a: [", (None, None)),
+        ] {
+            assert_eq!(card(front_matter), expected, "{front_matter}");
+        }
+        let cached = dir.path().join("models--org--tuned/snapshots/abc");
+        std::fs::create_dir_all(&cached).unwrap();
+        std::fs::write(cached.join("README.md"), "---\nbase_model: org/base\n---\n").unwrap();
+        assert_eq!((base_model(&cached), fine_tuned_from(&cached)), (some("org/tuned"), None), "it is a base itself");
     }
 
     #[test]

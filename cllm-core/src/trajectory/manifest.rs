@@ -39,6 +39,10 @@ pub struct Provenance {
     /// in data sets of earlier versions. It is not compared.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub teacher_name: Option<String>,
+    /// The id on the Hub of the model that the teacher was fine-tuned from; absent if the teacher is
+    /// from there itself, or nothing is known. It is not compared.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub teacher_base: Option<String>,
     /// Fingerprint of its tokenizer.
     pub tokenizer: String,
     /// Size of the teacher's vocabulary.
@@ -117,6 +121,8 @@ impl From<ShardEntry> for StoredEntry {
 }
 
 const TEACHER_NAME: &str = "teacher_name";
+/// Fields that depend on where the teacher is and on what stands beside it.
+const NOT_COMPARED: [&str; 2] = [TEACHER_NAME, "teacher_base"];
 
 /// The first field in which two provenances differ.
 pub(super) struct Difference {
@@ -129,7 +135,7 @@ impl Provenance {
     /// What decides the rows, and so stands in their shards and counts for their fingerprint: a name
     /// depends on where the teacher is.
     pub(super) fn of_rows(&self) -> Self {
-        Provenance { teacher_name: None, ..self.clone() }
+        Provenance { teacher_name: None, teacher_base: None, ..self.clone() }
     }
 
     /// What in it no run of the toolkit writes.
@@ -143,7 +149,8 @@ impl Provenance {
     pub(super) fn difference(&self, expected: &Provenance) -> Option<Difference> {
         let (existing, expected) = (json!(self), json!(expected));
         let mut fields = expected.as_object()?.keys().chain(existing.as_object()?.keys());
-        let field = fields.find(|&field| field != TEACHER_NAME && existing[field] != expected[field])?;
+        let field =
+            fields.find(|field| !NOT_COMPARED.contains(&field.as_str()) && existing[*field] != expected[*field])?;
         // Of two models, the names say more than the fingerprints.
         let shown = if field == "teacher" { TEACHER_NAME } else { field };
         Some(Difference { field: field.clone(), existing: existing[shown].clone(), expected: expected[shown].clone() })

@@ -12,6 +12,7 @@ fn provenance() -> Provenance {
     Provenance {
         teacher: "t".into(),
         teacher_name: None,
+        teacher_base: None,
         tokenizer: "k".into(),
         vocab_size: 100,
         n: 3,
@@ -165,7 +166,8 @@ fn the_same_rows_give_the_same_bytes() {
     assert_eq!(bytes(a.path()), bytes(b.path()));
     // A teacher with another name, such as in another folder, is the same teacher.
     let named = tempfile::tempdir().unwrap();
-    let mut writer = Writer::open(named.path(), Provenance { teacher_name: Some("a".into()), ..provenance() }).unwrap();
+    let with_names = Provenance { teacher_name: Some("a".into()), teacher_base: Some("org/b".into()), ..provenance() };
+    let mut writer = Writer::open(named.path(), with_names).unwrap();
     writer.write_shard(&(0..50).map(row).collect::<Vec<_>>()).unwrap();
     writer.finish().unwrap();
     assert_eq!(bytes(named.path()), bytes(a.path()));

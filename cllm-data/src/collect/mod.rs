@@ -151,6 +151,7 @@ fn provenance(settings: &Settings, teacher: &Teacher, num_prompts: usize) -> Res
     Ok(Provenance {
         teacher: checkpoint::fingerprint(&teacher.folder)?,
         teacher_name: Some(hub::name(&teacher.folder)),
+        teacher_base: hub::fine_tuned_from(&teacher.folder),
         tokenizer: teacher.tokenizer.fingerprint().to_owned(),
         vocab_size: teacher.vocab_size(),
         n: settings.n,

@@ -97,6 +97,7 @@ pub fn provenance() -> Provenance {
     Provenance {
         teacher: "t".into(),
         teacher_name: None,
+        teacher_base: None,
         tokenizer: tokenizer().fingerprint().to_owned(),
         vocab_size: 300,
         n: N,

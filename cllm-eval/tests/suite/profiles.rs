@@ -36,6 +36,7 @@ fn write(folder: &Path, n: usize, rows: &[Trajectory]) {
     let provenance = Provenance {
         teacher: "t".into(),
         teacher_name: None,
+        teacher_base: None,
         tokenizer: "k".into(),
         vocab_size: 10,
         n,

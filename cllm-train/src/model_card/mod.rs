@@ -27,8 +27,10 @@ enum Kind {
 struct Base {
     /// As the settings name it.
     given: String,
-    /// Its id on the Hub, if it came from there.
-    id: Option<String>,
+    /// What people call it.
+    name: String,
+    /// The id on the Hub of the model that the chain of fine-tunings began with.
+    root: Option<String>,
     license: Option<String>,
 }
 
@@ -50,7 +52,8 @@ impl ModelCard {
     pub fn of_run(settings: &Settings, folder: &Path) -> Result<Self> {
         let base = settings.model.as_ref().map(|given| Base {
             given: given.clone(),
-            id: hub::id(folder),
+            name: hub::name(folder),
+            root: hub::base_model(folder),
             license: hub::license(folder),
         });
         Ok(ModelCard { kind: Kind::of(settings), base, settings: Some(changed_settings(settings)?) })
@@ -88,7 +91,7 @@ impl ModelCard {
         let title = self
             .base
             .as_ref()
-            .map_or(title.to_owned(), |base| format!("{title}, from {}", base.id.as_deref().unwrap_or(&base.given)));
+            .map_or(title.to_owned(), |base| format!("{title}, from {}", base.root.as_ref().unwrap_or(&base.name)));
         let fill = |text: &str| text.replace("{teacher}", teacher);
         let (front_matter, what, how) = (self.front_matter(), fill(what), fill(how));
         let training = self.settings.as_ref().map_or_else(String::new, |settings| {
@@ -107,13 +110,14 @@ impl ModelCard {
     }
 
     fn front_matter(&self) -> String {
+        let field = |key: &str, text: &str| format!("{key}: {}\n", settings::written(&text.into()));
         let library = if self.kind == Kind::DraftAdapters { None } else { Some("transformers") };
         let base = self.base.as_ref();
         let lines = [
             library.map(|name| format!("library_name: {name}\n")),
             Some("pipeline_tag: text-generation\n".to_owned()),
-            base.and_then(|base| base.id.as_ref()).map(|id| format!("base_model: {id}\n")),
-            base.and_then(|base| base.license.as_ref()).map(|name| format!("license: {name}\n")),
+            base.and_then(|base| base.root.as_deref()).map(|id| field("base_model", id)),
+            base.and_then(|base| base.license.as_deref()).map(|name| field("license", name)),
         ];
         let tags: &[&str] = match self.kind {
             Kind::Plain => &["cllm"],
@@ -193,6 +197,25 @@ mod tests {
         }
         // Nothing in PEFT or transformers may load these.
         assert!(!cases[3].1.contains("library_name"), "{}", cases[3].1);
+        // Of a chain of fine-tunings, the card names the model at its beginning.
+        let teacher = dir.path().join("sums/teacher/final");
+        let (cards, settings) =
+            (["student", "round"], Settings { model: Some("given".to_owned()), ..Settings::default() });
+        let mut folder = base;
+        for name in cards {
+            let tuned = teacher.join(name);
+            std::fs::create_dir_all(&tuned).unwrap();
+            ModelCard::of_run(&settings, &folder).unwrap().write(&tuned).unwrap();
+            folder = tuned;
+        }
+        let last = std::fs::read_to_string(folder.join("README.md")).unwrap();
+        for part in ["base_model: org/base\n", "license: apache-2.0\n", "# A consistency LLM, from org/base\n"] {
+            assert!(last.contains(part), "{last}");
+        }
+        std::fs::write(teacher.join("README.md"), "---\nlicense: \"1.0\"\n---\n").unwrap();
+        let local = ModelCard::of_run(&settings, &teacher).unwrap().text();
+        assert!(local.contains("license: \"1.0\"\n") && local.contains("# A consistency LLM, from sums\n"), "{local}");
+        assert!(!local.contains("base_model"), "{local}");
         let unknown = ModelCard::of_student().text();
         assert!(!unknown.contains("base_model") && unknown.contains("custom_generate=\"MODEL\""), "{unknown}");
     }

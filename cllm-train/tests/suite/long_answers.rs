@@ -64,6 +64,7 @@ fn save_trajectory(folder: &Path, model: &Path) -> PathBuf {
     let provenance = Provenance {
         teacher: "t".to_owned(),
         teacher_name: None,
+        teacher_base: None,
         tokenizer: tokenizer.fingerprint().to_owned(),
         vocab_size: tokenizer.vocab_size(),
         n: N,

@@ -133,6 +133,7 @@ pub fn collect(model_folder: &Path, folder: &Path) -> PathBuf {
     let provenance = Provenance {
         teacher: "t".to_owned(),
         teacher_name: None,
+        teacher_base: None,
         tokenizer: tokenizer.fingerprint().to_owned(),
         vocab_size: tokenizer.vocab_size(),
         n: N,
