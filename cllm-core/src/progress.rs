@@ -102,13 +102,13 @@ impl Progress {
         self.message = message.into();
     }
 
-    /// Counts `units` more as done.
+    /// Counts `units` more as done. The last line is that of [`Self::finish`].
     pub fn advance(&mut self, units: u64) {
         self.done += units;
         if let Some(bar) = &self.bar {
             bar.set_message(self.details(self.started.elapsed()));
             bar.set_position(self.done);
-        } else if self.last_line.elapsed() >= LINE_INTERVAL {
+        } else if self.done < self.total && self.last_line.elapsed() >= LINE_INTERVAL {
             self.last_line = Instant::now();
             log(self.line(self.started.elapsed()));
         }

@@ -126,7 +126,7 @@ fn load(arguments: &Arguments) -> Result<Vec<Sample>> {
     let default_split = if task.has_only_test_split() { "test" } else { "train" };
     let split = arguments.split.as_deref().unwrap_or(default_split);
     if task == Task::Synthetic {
-        return Ok(synthetic::generate(arguments.seed, split, arguments.num_problems));
+        return synthetic::load(arguments.seed, split, arguments.num_problems);
     }
     let no_data = || Error::usage(format!("{} needs --data: {}", task.name(), task.expected_data()));
     let data = arguments.data.as_deref().ok_or_else(no_data)?;

@@ -52,22 +52,27 @@ fn failing_part<T: DeserializeOwned>(value: &Value) -> Option<(String, bool)> {
     Some((pointer, error.inner().to_string().contains("expected a sequence")))
 }
 
+/// A section with its defaults, or none.
+fn section(is_there: bool) -> Value {
+    if is_there { json!({}) } else { Value::Null }
+}
+
 /// What else a value may mean.
 fn other_forms(value: &Value, expects_list: bool) -> Vec<Value> {
     match value {
         Value::Null | Value::Array(_) => Vec::new(),
         value if expects_list => vec![json!([value])],
         Value::String(text) => {
+            let of_bool = |value: bool| vec![json!(value), section(value)];
             let truth = match text.as_str() {
-                "yes" | "on" => vec![json!(true)],
-                "no" | "off" => vec![json!(false)],
+                "yes" | "on" => of_bool(true),
+                "no" | "off" => of_bool(false),
                 _ => Vec::new(),
             };
             let choice = Value::Object(Map::from_iter([(text.clone(), json!({}))]));
             [truth, vec![choice]].concat()
         }
-        Value::Bool(true) => vec![json!({})],
-        Value::Bool(false) => vec![Value::Null],
+        Value::Bool(value) => vec![section(*value)],
         Value::Number(number) => vec![json!(number.to_string())],
         Value::Object(_) => Vec::new(),
     }

@@ -182,7 +182,7 @@ impl Task {
             Task::Codesearchnet => codesearchnet::load(data, split),
             Task::Perplexity => perplexity::load(data, split),
             Task::Jsonl => prompt_set::read(data),
-            Task::Synthetic => Ok(synthetic::generate(0, split, synthetic::DEFAULT_NUM_PROBLEMS)),
+            Task::Synthetic => synthetic::load(0, split, synthetic::DEFAULT_NUM_PROBLEMS),
         }
     }
 

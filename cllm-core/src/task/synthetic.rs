@@ -57,12 +57,26 @@ const TABLES: [Table; 6] = [
     Table { name: "rooms", text_column: "floor", values: ["ground", "first", "second", "third"], number_column: "seats" },
 ];
 
+const SPLITS: [&str; 2] = ["train", "test"];
+
 /// A generated problem, before it becomes a sample.
 struct Problem {
     question: String,
     answer: String,
     /// Name of the table that the query reads; `None` for a word problem.
     table: Option<&'static str>,
+}
+
+/// The samples of a split, as [`generate`] makes them.
+///
+/// # Errors
+/// [`Error::Usage`] for a split that there is not.
+pub fn load(seed: u64, split: &str, count: usize) -> Result<Vec<Sample>> {
+    if !SPLITS.contains(&split) {
+        let message = format!("synthetic has no split `{split}`: choose one of {}", SPLITS.join(", "));
+        return Err(Error::usage(message));
+    }
+    Ok(generate(seed, split, count))
 }
 
 /// Generates `count` samples of a split. Splits are disjoint: the hash of a question decides
@@ -283,6 +297,13 @@ fn script(table: &Table) -> String {
 mod tests {
     use super::*;
     use crate::task::{ScoreContext, Task};
+
+    #[test]
+    fn a_split_that_there_is_not_is_refused_with_those_there_are() {
+        let message = load(0, "tset", 1).unwrap_err().to_string();
+        assert!(message.contains("no split `tset`: choose one of train, test"), "{message}");
+        assert_eq!(load(0, "test", 2).unwrap().len(), 2);
+    }
 
     #[test]
     fn every_reference_is_correct_and_splits_are_disjoint() {

@@ -85,7 +85,7 @@ fn prompt_file(settings: &RunSettings) -> Option<PathBuf> {
 
 fn load_benchmark(settings: &RunSettings, task: Task, split: &str) -> Result<Vec<Sample>> {
     match (task, &settings.data) {
-        (Task::Synthetic, _) => Ok(synthetic::generate(settings.seed, split, settings.num_problems)),
+        (Task::Synthetic, _) => synthetic::load(settings.seed, split, settings.num_problems),
         (_, Some(data)) => task.load(data, split),
         (_, None) => Err(Error::usage(format!("{} needs `data`: {}", task.name(), task.expected_data()))),
     }
