@@ -123,21 +123,19 @@ impl Sums {
 
 impl Stats {
     fn text(&self) -> String {
-        let number = |mean: Option<f64>| mean.map_or("n/a".to_owned(), |mean| format!("{mean:.2}"));
-        let profile = match self.stationary {
-            None => "n/a (no whole blocks in rows that were not augmented)".to_owned(),
-            stationary => format!(
-                "{} tokens fast-forwarded per iteration, {} stationary tokens per block",
-                number(self.fast_forwarded),
-                number(stationary)
-            ),
+        let fast_forwarded = self.fast_forwarded.map(|mean| format!("{mean:.2} tokens fast-forwarded per iteration"));
+        let stationary = self.stationary.map(|mean| format!("{mean:.2} stationary tokens per block"));
+        let means: Vec<String> = fast_forwarded.into_iter().chain(stationary).collect();
+        let profile = match &means[..] {
+            [] => "no convergence profile: no row that was not augmented has a whole block".to_owned(),
+            means => format!("whole blocks: {}", means.join(", ")),
         };
         let thoughts = match self.closed_thoughts {
             0 => String::new(),
             closed => format!(", {} closed at the limit", count(closed, "thought")),
         };
         format!(
-            "{} ({} unfinished{thoughts}): {}, {}\n{}, {:.2} states per block\nwhole blocks: {profile}",
+            "{} ({} unfinished{thoughts}): {}, {}\n{}, {:.2} states per block\n{profile}",
             count(self.rows, "response"),
             self.unfinished,
             count(self.prompt_tokens, "prompt token"),

@@ -139,7 +139,7 @@ impl Profiles {
             "beyond\none/\nblock",
             "stationary/\nblock",
             "iterations/\nblock",
-            "tokens/\nforward",
+            "tokens per\nforward",
         ];
         let table =
             |set: &SetProfile| format!("{}, n = {}\n{}", set.name, set.n, terminal::table(&HEADS, 1, set.rows()));

@@ -12,44 +12,56 @@ use crate::similarity::Similarity;
 use crate::spider_difficulty::Difficulty;
 
 /// Column heads of a run's table. The first two columns name the row.
-const HEADS: [&str; 10] = [
+const HEADS: [&str; 11] = [
     "model",
     "strategy",
     "accuracy (95 %)",
     "speed-up over teacher AR (95 %)",
-    "tokens/forward",
+    "accuracy − teacher's, points (95 %)",
+    "tokens per forward",
     "tokens/s",
     "unfinished",
-    "tokens/forward, finished answers",
+    "tokens per forward, finished answers",
     "speed-up over student AR (95 %)",
     "same tokens as AR",
 ];
 
 /// Columns of speed-ups in [`HEADS`]: over the teacher, and over the model itself.
 const SPEEDUP: usize = 3;
-const OWN_SPEEDUP: usize = 8;
+const OWN_SPEEDUP: usize = 9;
 
 /// Column heads of the table of continuous batching.
 pub const CONCURRENCY_HEADS: [&str; 11] = [
     "model",
     "strategy",
     "rows",
-    "unfinished",
-    "tokens/forward",
+    "speed-up over teacher AR",
     "tokens/s",
     "tokens/s per user",
-    "speed-up over teacher AR",
     "speed-up over student AR",
+    "tokens per forward",
     "tokens/s with prefill",
     "speed-up over teacher AR with prefill",
+    "unfinished",
 ];
 
 /// The heads and rows of a run's table, one row for each model and strategy, without columns that
 /// have nothing.
 pub fn columns(results: &Results) -> (Vec<&'static str>, Vec<Vec<String>>) {
     let row = |(role, figures): (Role, &StrategyResults)| {
-        let names = [role.to_string(), figures.label.clone()];
-        names.into_iter().chain(cells(figures)).collect()
+        vec![
+            role.to_string(),
+            figures.label.clone(),
+            score(figures),
+            format_speedup(figures.speedup_vs_teacher_ar, figures.speedup_vs_teacher_ar_ci95),
+            difference(results, role, figures),
+            format_number(figures.tokens_per_forward, 2, ""),
+            format_speed(figures.tokens_per_second),
+            format!("{} of {}", figures.unfinished, figures.examples),
+            format_number(figures.tokens_per_forward_finished, 2, ""),
+            format_speedup(figures.speedup_vs_student_ar, figures.speedup_vs_student_ar_ci95),
+            format_percent(figures.exact_match_vs_ar),
+        ]
     };
     let rows: Vec<Vec<String>> = results.strategies().map(row).collect();
     let mut kept: Vec<usize> = (0..HEADS.len()).filter(|&column| rows.iter().any(|row| row[column] != "-")).collect();
@@ -79,23 +91,23 @@ pub fn difficulties(results: &Results) -> (Vec<String>, Vec<Vec<String>>) {
     (heads.collect(), rows)
 }
 
-/// The cells of a row after its names.
-pub fn cells(figures: &StrategyResults) -> Vec<String> {
-    // Answers that cannot be correct or incorrect are compared with their references.
-    let score = match &figures.similarity {
+/// The accuracy. Answers that cannot be correct or incorrect are compared with their references.
+pub fn score(figures: &StrategyResults) -> String {
+    match &figures.similarity {
         Some(similarity) => format_similarity(similarity),
         None => format_accuracy(figures.accuracy, figures.ci95),
+    }
+}
+
+/// The accuracy of a strategy of the student less that of the teacher, or `-`.
+fn difference(results: &Results, role: Role, figures: &StrategyResults) -> String {
+    let pair = results.paired.iter().find(|pair| role == Role::Student && pair.student == figures.label);
+    let format = |pair: &PairedDifference| {
+        let interval = pair.ci95.map(|ends| ends.map(format_points));
+        let interval = interval.map_or_else(String::new, |[low, high]| format!(" ({low} to {high})"));
+        Some(format_points(pair.difference?) + &interval)
     };
-    vec![
-        score,
-        format_speedup(figures.speedup_vs_teacher_ar, figures.speedup_vs_teacher_ar_ci95),
-        format_number(figures.tokens_per_forward, 2, ""),
-        format_number(figures.tokens_per_second, 1, ""),
-        format!("{} of {}", figures.unfinished, figures.examples),
-        format_number(figures.tokens_per_forward_finished, 2, ""),
-        format_speedup(figures.speedup_vs_student_ar, figures.speedup_vs_student_ar_ci95),
-        format_percent(figures.exact_match_vs_ar),
-    ]
+    pair.and_then(format).unwrap_or_else(|| "-".to_owned())
 }
 
 /// The rows of the table of continuous batching: from few rows of the batch to many, one for each
@@ -106,14 +118,14 @@ pub fn concurrency_rows(results: &Results) -> Vec<Vec<String>> {
             role.to_string(),
             strategy.label.clone(),
             batch.concurrency.to_string(),
-            format!("{} of {}", batch.unfinished, batch.answers),
-            format_number(batch.tokens_per_forward, 2, ""),
-            format_number(batch.tokens_per_second, 1, ""),
-            format_number(batch.tokens_per_second_per_user, 1, ""),
             format_number(batch.speedup_vs_teacher_ar, 2, "x"),
+            format_speed(batch.tokens_per_second),
+            format_speed(batch.tokens_per_second_per_user),
             format_number(batch.speedup_vs_student_ar, 2, "x"),
-            format_number(batch.end_to_end_tokens_per_second, 1, ""),
+            format_number(batch.tokens_per_forward, 2, ""),
+            format_speed(batch.end_to_end_tokens_per_second),
             format_number(batch.end_to_end_speedup_vs_teacher_ar, 2, "x"),
+            format!("{} of {}", batch.unfinished, batch.answers),
         ]
     };
     results.throughputs().into_iter().map(row).collect()
@@ -128,6 +140,20 @@ pub const CONCURRENCY_NOTE: &str = "Continuous batching of the timed examples, w
 /// A number, or `-` if it is unknown.
 pub fn format_number(value: Option<f64>, digits: usize, unit: &str) -> String {
     value.map_or_else(|| "-".to_owned(), |value| format!("{value:.digits$}{unit}"))
+}
+
+/// Tokens per second, or `-` if they are unknown: with three digits at least, and a comma before
+/// thousands.
+pub fn format_speed(tokens_per_second: Option<f64>) -> String {
+    match tokens_per_second {
+        Some(speed) if speed >= 999.5 => {
+            let whole = speed.round() as u64;
+            let (thousands, rest) = (whole / 1000, whole % 1000);
+            format!("{thousands},{rest:03}")
+        }
+        Some(speed) if speed >= 100.0 => format!("{speed:.0}"),
+        speed => format_number(speed, 1, ""),
+    }
 }
 
 /// A fraction in percent, or `-` if it is unknown.
@@ -185,8 +211,8 @@ pub fn describe(results: &Results) -> String {
     format!("{examples}, {}, answered in batches for accuracy; {speed}.", results.sampling())
 }
 
-/// The lines below a run's table: rows of the prompt set that are missing, perplexity, accuracy by another rule, thoughts
-/// closed at their limit, and the student against the teacher.
+/// The lines below a run's table: rows of the prompt set that are missing, perplexity, accuracy by
+/// another rule, and thoughts closed at their limit.
 pub fn notes(results: &Results) -> Vec<String> {
     let perplexities = results.models.iter().filter_map(|model| {
         let perplexity = model.perplexity.as_ref()?;
@@ -199,13 +225,12 @@ pub fn notes(results: &Results) -> Vec<String> {
         .filter_map(|(role, figures)| Some(format!("{role} {}: {}", figures.label, thoughts_text(figures)?)));
     let set_aside = (results.set_aside > 0)
         .then(|| format!("{} of the prompt set set aside: they cannot be read", count(results.set_aside, "row")));
-    set_aside
-        .into_iter()
-        .chain(perplexities)
-        .chain(alternatives_text(results))
-        .chain(thoughts)
-        .chain(results.paired.iter().filter(|pair| pair.examples > 0).map(paired_text))
-        .collect()
+    set_aside.into_iter().chain(perplexities).chain(alternatives_text(results)).chain(thoughts).collect()
+}
+
+/// The student against the teacher: a line for each of its strategies.
+pub fn paired_notes(results: &Results) -> impl Iterator<Item = String> {
+    results.paired.iter().filter(|pair| pair.examples > 0).map(paired_text)
 }
 
 /// Says which of a benchmark's two rules the table shows, and the accuracies by the other one.
@@ -253,6 +278,12 @@ fn paired_text(pairs: &PairedDifference) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn speeds_have_three_digits_and_thousands_a_comma() {
+        let texts = [None, Some(9.27), Some(123.4), Some(999.6), Some(139_584.3)].map(format_speed);
+        assert_eq!(texts, ["-", "9.3", "123", "1,000", "139,584"]);
+    }
 
     #[test]
     fn differences_have_a_sign() {

@@ -5,7 +5,9 @@ use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 
 use crate::results::{Results, StrategyResults};
 use crate::role::Role;
-use crate::table::{CONCURRENCY_NOTE, cells, describe, difficulties, format_number, format_percent, notes};
+use crate::table::{
+    CONCURRENCY_NOTE, describe, difficulties, format_number, format_percent, format_speed, notes, paired_notes, score,
+};
 use crate::words::break_at_words;
 
 /// Number of columns that every text fits into.
@@ -52,14 +54,14 @@ pub fn details(results: &Results) -> String {
     let (heads, rows) = difficulties(results);
     let heads: Vec<&str> = heads.iter().map(String::as_str).collect();
     let by_difficulty = if rows.is_empty() { String::new() } else { table(&heads, 2, rows) };
-    by_difficulty + &notes(results).iter().map(|note| wrap(note)).collect::<String>()
+    by_difficulty + &notes(results).into_iter().chain(paired_notes(results)).map(|note| wrap(&note)).collect::<String>()
 }
 
 /// Says what speed-ups are over.
 fn baseline(results: &Results) -> Option<String> {
     let (model, figures) = results.baseline()?;
-    let speed = figures.tokens_per_second?;
-    Some(format!("Speed-ups are over autoregressive decoding of the {} ({speed:.1} tokens/s).", model.role))
+    let speed = format_speed(Some(figures.tokens_per_second?));
+    Some(format!("Speed-ups are over autoregressive decoding of the {} ({speed} tokens/s).", model.role))
 }
 
 /// A row for each model and strategy; empty where nothing was decoded.
@@ -70,15 +72,14 @@ pub fn strategies(results: &Results) -> String {
         row
     };
     let rows: Vec<Vec<String>> = results.strategies().map(row).collect();
-    let heads = ["model", "strategy", "accuracy", "tokens/\nforward", "tokens/s", "speed-up"];
+    let heads = ["model", "strategy", "accuracy", "tokens per\nforward", "tokens/s", "speed-up"];
     if rows.is_empty() { String::new() } else { table(&heads, 2, rows) }
 }
 
 fn strategy_cells(results: &Results, figures: &StrategyResults) -> Vec<String> {
     let (ratio, ci95) = results.speedup(figures);
     let accuracy = match &figures.similarity {
-        // The first of all cells is the score.
-        Some(_) => cells(figures).swap_remove(0).replace(", ", "\n"),
+        Some(_) => score(figures).replace(", ", "\n"),
         None => stacked(format_percent(figures.accuracy), figures.ci95, |end| format!("{:.1}", 100.0 * end)),
     };
     let unfinished = match figures.unfinished {
@@ -88,7 +89,7 @@ fn strategy_cells(results: &Results, figures: &StrategyResults) -> Vec<String> {
     vec![
         accuracy + &unfinished,
         format_number(figures.tokens_per_forward, 2, ""),
-        format_number(figures.tokens_per_second, 1, ""),
+        format_speed(figures.tokens_per_second),
         stacked(format_number(ratio, 2, "x"), ci95, |end| format!("{end:.2}")),
     ]
 }
@@ -111,8 +112,8 @@ fn concurrency(results: &Results) -> String {
                 role.to_string(),
                 figures.label.clone(),
                 batch.concurrency.to_string(),
-                format_number(batch.tokens_per_second, 1, ""),
-                format_number(batch.tokens_per_second_per_user, 1, ""),
+                format_speed(batch.tokens_per_second),
+                format_speed(batch.tokens_per_second_per_user),
                 format_number(batch.speedup_vs_teacher_ar.or(batch.speedup_vs_student_ar), 2, "x"),
             ]
         })

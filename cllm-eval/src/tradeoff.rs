@@ -14,7 +14,7 @@ use crate::records::{ModelEntry, SCHEMA_VERSION};
 use crate::results::{ModelResults, Results, StrategyResults};
 use crate::role::Role;
 use crate::statistics::ratio;
-use crate::table::{format_number, format_percent};
+use crate::table::{format_number, format_percent, format_speed};
 use crate::terminal::{self, stacked, wrap};
 
 /// How strongly AUP penalizes a loss of accuracy.
@@ -97,6 +97,10 @@ pub fn read(paths: &[PathBuf]) -> Result<Tradeoff> {
             Error::file(path, format!("{difference}: only results of the same examples and settings can be compared"))
         })?;
     }
+    let (_, repeated) = distinct_points(&results);
+    if !repeated.is_empty() {
+        progress::log(format!("shown as in the first results that have them: {}", repeated.join(", ")));
+    }
     Tradeoff::from_results(&results)
         .ok_or_else(|| Error::usage("holds no scored answer: nothing to compare").in_file(&paths[0]))
 }
@@ -122,13 +126,14 @@ fn expect_comparable(first: &Results, other: &Results) -> std::result::Result<()
 impl Tradeoff {
     /// Formats a table of the points and the area under the curve for each checkpoint.
     pub fn text(&self) -> String {
-        const HEADS: [&str; 6] = ["strategy", "accuracy", "tokens/\nforward", "tokens/s", "speed-up", "Pareto\nfront"];
+        const HEADS: [&str; 6] =
+            ["strategy", "accuracy", "tokens per\nforward", "tokens/s", "speed-up", "Pareto\nfront"];
         let row = |point: &Point| {
             vec![
                 point.strategy.clone(),
                 stacked(format_percent(Some(point.accuracy)), point.ci95, |end| format!("{:.1}", 100.0 * end)),
                 format_number(Some(point.tokens_per_forward), 2, ""),
-                format_number(point.tokens_per_second, 1, ""),
+                format_speed(point.tokens_per_second),
                 format_number(point.speedup, 2, "x"),
                 if point.on_front { "*" } else { "" }.to_owned(),
             ]
@@ -148,7 +153,7 @@ impl Tradeoff {
     /// results contain counts once, as in the first of them. `None` if nothing was scored.
     pub fn from_results(results: &[Results]) -> Option<Self> {
         let first = results.first()?;
-        let mut points = distinct_points(results);
+        let (mut points, _) = distinct_points(results);
         sort_by_checkpoint(&mut points);
         mark_front(&mut points);
         let best = points.iter().map(|point| point.accuracy).reduce(f64::max)?;
@@ -165,18 +170,18 @@ impl Tradeoff {
     }
 }
 
-fn distinct_points(results: &[Results]) -> Vec<Point> {
-    let mut points: Vec<Point> = Vec::new();
+/// The points of all results, and the names of those that several have.
+fn distinct_points(results: &[Results]) -> (Vec<Point>, Vec<String>) {
+    let (mut points, mut repeated): (Vec<Point>, Vec<String>) = (Vec::new(), Vec::new());
     for point in results.iter().flat_map(|of_run| scored_points(of_run, &results[0])) {
         let is_same = |other: &Point| other.fingerprint == point.fingerprint && other.strategy == point.strategy;
         if points.iter().any(is_same) {
-            let Point { checkpoint, strategy, .. } = point;
-            progress::log(format!("{checkpoint} {strategy} is in earlier results too: those are shown"));
+            repeated.push(format!("{} {}", point.checkpoint, point.strategy));
         } else {
             points.push(point);
         }
     }
-    points
+    (points, repeated)
 }
 
 fn scored_points<'r>(results: &'r Results, first: &'r Results) -> impl Iterator<Item = Point> + 'r {
@@ -254,7 +259,9 @@ impl Baseline {
     }
 
     fn text(&self) -> String {
-        let speed = self.tokens_per_second.map_or_else(String::new, |speed| format!(" ({speed:.1} tokens/s)"));
+        let speed = self
+            .tokens_per_second
+            .map_or_else(String::new, |_| format!(" ({} tokens/s)", format_speed(self.tokens_per_second)));
         wrap(&format!("speed-ups are over autoregressive decoding of {}{speed}", self.checkpoint))
     }
 }

@@ -435,7 +435,7 @@ impl Trainer<'_> {
         if let Some(best) = self.state.validation.best {
             let (step, speed) = (best.step, best.tokens_per_forward_finished);
             let folder = checkpoints_folder(&self.settings.output).join(BEST);
-            progress::log(format!("best after step {step}: {speed:.2} tokens/forward, in {}", folder.display()));
+            progress::log(format!("best after step {step}: {speed:.2} tokens per forward, in {}", folder.display()));
         }
     }
 }

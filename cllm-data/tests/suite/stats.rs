@@ -25,5 +25,5 @@ fn stats_profile_whole_blocks_that_were_not_augmented() {
     let stats = run_json(&["stats", &data, "--json"]);
     assert_eq!((&stats["stationary"], &stats["fast_forwarded"]), (&Value::Null, &Value::Null));
     let text = run_text(&["stats", &data]);
-    assert!(text.contains("whole blocks: n/a (no whole blocks in rows that were not augmented)"), "{text}");
+    assert!(text.contains("no convergence profile: no row that was not augmented has a whole block"), "{text}");
 }

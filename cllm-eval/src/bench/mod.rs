@@ -140,7 +140,7 @@ fn model_summary(model: &DecodeBench) -> String {
     }
     for result in &model.strategies {
         text += &format!(
-            "  {}: {:.2} tokens/forward, {:.1} tokens/s, {:.2}x, {:.1} % same tokens as AR\n",
+            "  {}: {:.2} tokens per forward, {:.1} tokens/s, {:.2}x, {:.1} % same tokens as AR\n",
             result.strategy,
             result.tokens_per_forward,
             result.tokens_per_second,
@@ -153,7 +153,7 @@ fn model_summary(model: &DecodeBench) -> String {
             fraction.map_or_else(String::new, |fraction| format!(", {:.0} % of {what}", 100.0 * fraction))
         };
         text += &format!(
-            "  collection, {} rows, n={}: {:.0} response tokens/s, {:.2} tokens/forward{}{}\n",
+            "  collection, {} rows, n={}: {:.0} response tokens/s, {:.2} tokens per forward{}{}\n",
             collection.batch_size,
             collection.n,
             collection.tokens_per_second,

@@ -3,10 +3,10 @@
 use cllm_core::progress::count;
 
 use super::comparison::{Comparison, Side, SpeedComparison};
-use crate::table::{format_interval, format_number, format_percent, format_points};
+use crate::table::{format_interval, format_number, format_percent, format_points, format_speed};
 use crate::terminal::{self, stacked, wrap};
 
-const HEADS: [&str; 6] = ["", "model/strategy", "accuracy", "unfinished", "tokens/\nforward", "tokens/s"];
+const HEADS: [&str; 6] = ["", "model/strategy", "accuracy", "unfinished", "tokens per\nforward", "tokens/s"];
 
 impl Comparison {
     /// Formats a table of both sides, the differences, and the conclusion.
@@ -30,7 +30,7 @@ impl Comparison {
             stacked(format_percent(side.accuracy), side.ci95, |end| format!("{:.1}", 100.0 * end)),
             format!("{} of {}", side.unfinished, self.pairs),
             format_number(side.tokens_per_forward, 2, ""),
-            format_number(tokens_per_second, 1, ""),
+            format_speed(tokens_per_second),
         ]
     }
 

@@ -282,7 +282,7 @@ impl<'t> Side<'t> {
         }
         let num_tokens = self.ids.len();
         self.column.status = format!(
-            "{num_tokens} tok · {:.0}/s · {:.2}/fwd",
+            "{num_tokens} tokens, {:.0}/s, {:.2} per forward",
             self.tokens_per_second().unwrap_or(0.0),
             ratio(num_tokens as f64, self.num_forwards as f64).unwrap_or(0.0)
         );

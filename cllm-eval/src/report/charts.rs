@@ -10,8 +10,8 @@ use crate::acceptance::Acceptance;
 use crate::records::{Records, SpeedRecord};
 use crate::results::{Results, StrategyResults, Throughput};
 use crate::role::Role;
-use crate::svg::{Bar, Scale, ScatterPoint, Series, bars, lines, scatter};
-use crate::table::format_number;
+use crate::svg::{Bar, NUM_DASHES, Scale, ScatterPoint, Series, bars, lines, scatter};
+use crate::table::{format_number, format_speed};
 use crate::tradeoff::Tradeoff;
 
 /// Largest number of accepted tokens in the chart of forwards; it also counts everything above it.
@@ -36,21 +36,17 @@ impl Chart {
 /// Every chart that the run has the measurements for.
 pub(super) fn charts(run: &Run, tradeoff: Option<&Tradeoff>) -> Vec<Chart> {
     let entries = entries(&run.results);
-    let accepted: Vec<(&Entry<'_>, &Acceptance)> = entries
-        .iter()
-        .filter_map(|entry| Some((entry, entry.results.acceptance.as_ref()?)))
-        .filter(|(_, acceptance)| !acceptance.forwards.is_empty())
-        .collect();
+    let lined = Lined::new(&run.results, &entries);
     let mut charts = Vec::new();
     charts.extend(tradeoff.map(|tradeoff| accuracy_against_speed(tradeoff, over(&run.results))));
     charts.extend(tokens_per_second(&entries));
     charts.extend(tokens_per_second_in_batches(&run.results, &entries));
-    charts.extend(speedup_against_concurrency(&run.results, &entries));
     charts.push(tokens_per_forward(&entries));
-    charts.extend(accepted_per_forward(&accepted));
-    charts.extend(accepted_by_window_position(&accepted));
-    charts.extend(tokens_per_forward_over_answer(&accepted));
-    charts.extend(run.records.as_ref().and_then(|records| tokens_per_second_by_length(records, &entries)));
+    charts.extend(speedup_against_concurrency(&run.results, &lined));
+    charts.extend(accepted_per_forward(&lined));
+    charts.extend(accepted_by_window_position(&lined));
+    charts.extend(tokens_per_forward_over_answer(&lined));
+    charts.extend(run.records.as_ref().and_then(|records| tokens_per_second_by_length(records, &lined)));
     charts
 }
 
@@ -64,22 +60,63 @@ pub(super) fn tradeoff_svg(run: &Run) -> Option<String> {
 struct Entry<'r> {
     role: Role,
     results: &'r StrategyResults,
-    /// Number of the strategy, which has the same line style for both models in all charts.
-    style: usize,
 }
 
 fn entries(results: &Results) -> Vec<Entry<'_>> {
-    let mut labels: Vec<&str> = Vec::new();
-    let mut entries = Vec::new();
-    for (role, figures) in results.strategies() {
-        let known = labels.iter().position(|label| *label == figures.label);
-        let style = known.unwrap_or_else(|| {
-            labels.push(&figures.label);
-            labels.len() - 1
-        });
-        entries.push(Entry { role, results: figures, style });
+    results.strategies().map(|(role, figures)| Entry { role, results: figures }).collect()
+}
+
+/// What charts draw as lines: the fastest strategies, as many as there are line styles.
+struct Lined<'r> {
+    /// Entries with their line style, which is the same for both models in all charts.
+    entries: Vec<(&'r Entry<'r>, usize)>,
+    /// Ends a chart's title where strategies have no line.
+    note: String,
+}
+
+impl<'r> Lined<'r> {
+    fn new(results: &Results, entries: &'r [Entry<'r>]) -> Self {
+        let mut labels: Vec<&str> = Vec::new();
+        for entry in entries {
+            if !labels.contains(&entry.results.label.as_str()) {
+                labels.push(&entry.results.label);
+            }
+        }
+        let num_labels = labels.len();
+        let is_timed = results.strategies().all(|(_, figures)| figures.tokens_per_second.is_some());
+        let speed = |label: &str| {
+            let of = entries.iter().filter(|entry| entry.results.label == label).map(|entry| entry.results);
+            let speeds = of.map(|of| if is_timed { of.tokens_per_second } else { of.tokens_per_forward });
+            speeds.flatten().fold(0.0, f64::max)
+        };
+        let mut fastest = labels.clone();
+        fastest.sort_by(|a, b| speed(b).total_cmp(&speed(a)));
+        fastest.truncate(NUM_DASHES);
+        labels.retain(|label| fastest.contains(label));
+        let style = |entry: &Entry<'_>| labels.iter().position(|label| *label == entry.results.label);
+        let left_out = num_labels > labels.len();
+        Lined {
+            entries: entries.iter().filter_map(|entry| Some((entry, style(entry)?))).collect(),
+            note: if left_out {
+                format!("; the {} fastest of {num_labels} strategies", labels.len())
+            } else {
+                String::new()
+            },
+        }
     }
-    entries
+
+    /// A chart of a line for each entry that has points.
+    fn chart(
+        &self,
+        title: &str,
+        axes: [(&'static str, Scale); 2],
+        points: impl Fn(&Entry<'_>) -> Option<Vec<(f64, f64)>>,
+    ) -> Option<Chart> {
+        let line = |&(entry, style): &(&Entry<'_>, usize)| Some(entry.line(style, points(entry)?));
+        let series: Vec<Series> = self.entries.iter().filter_map(line).collect();
+        let draw = |title: &str| lines(title, axes, &series);
+        (!series.is_empty()).then(|| Chart::new(format!("{title}{}", self.note), draw))
+    }
 }
 
 impl Entry<'_> {
@@ -92,9 +129,13 @@ impl Entry<'_> {
         self.role.name()
     }
 
-    /// A line of the model's colour and the strategy's style.
-    fn line(&self, points: Vec<(f64, f64)>) -> Series {
-        Series { label: self.name(), class: self.class(), dash: self.style, points }
+    /// A line of the model's colour.
+    fn line(&self, style: usize, points: Vec<(f64, f64)>) -> Series {
+        Series { label: self.name(), class: self.class(), dash: style, points }
+    }
+
+    fn acceptance(&self) -> Option<&Acceptance> {
+        self.results.acceptance.as_ref().filter(|acceptance| !acceptance.forwards.is_empty())
     }
 }
 
@@ -129,7 +170,7 @@ fn tokens_per_second(entries: &[Entry<'_>]) -> Option<Chart> {
     let measured = entries.iter().any(|entry| entry.results.tokens_per_second.is_some());
     measured.then(|| {
         let title = "Tokens per second at batch 1, excluding prefill";
-        bar_per_entry(title, entries, |results| results.tokens_per_second, 1)
+        bar_per_entry(title, entries, |results| results.tokens_per_second, format_speed)
     })
 }
 
@@ -138,35 +179,35 @@ fn tokens_per_second_in_batches(results: &Results, entries: &[Entry<'_>]) -> Opt
     let measured = entries.iter().any(|entry| entry.results.batched_tokens_per_second.is_some());
     measured.then(|| {
         let title = format!("Tokens per second in batches of up to {}, including prefill", results.settings.batch_size);
-        bar_per_entry(&title, entries, |results| results.batched_tokens_per_second, 1)
+        bar_per_entry(&title, entries, |results| results.batched_tokens_per_second, format_speed)
     })
 }
 
 /// Over autoregressive decoding of the baseline with as many rows.
-fn speedup_against_concurrency(results: &Results, entries: &[Entry<'_>]) -> Option<Chart> {
-    let line = |entry: &Entry<'_>| {
+fn speedup_against_concurrency(results: &Results, lined: &Lined<'_>) -> Option<Chart> {
+    let axes = [("rows (answers decoded at once)", Scale::Logarithmic), (over(results), Scale::FromZero)];
+    lined.chart("Speed-up with as many rows, excluding prefill", axes, |entry| {
         let batches = entry.results.concurrency.iter().flatten();
         let speedup = |batch: &Throughput| batch.speedup_vs_teacher_ar.or(batch.speedup_vs_student_ar);
-        entry.line(batches.filter_map(|batch| Some((batch.concurrency as f64, speedup(batch)?))).collect())
-    };
-    let series: Vec<Series> = entries.iter().map(line).filter(|line| !line.points.is_empty()).collect();
-    (!series.is_empty()).then(|| {
-        Chart::new("Speed-up with as many rows, excluding prefill", |title| {
-            let axes = [("rows (answers decoded at once)", Scale::Logarithmic), (over(results), Scale::FromZero)];
-            lines(title, axes, &series)
-        })
+        let points: Vec<_> = batches.filter_map(|batch| Some((batch.concurrency as f64, speedup(batch)?))).collect();
+        (!points.is_empty()).then_some(points)
     })
 }
 
 fn tokens_per_forward(entries: &[Entry<'_>]) -> Chart {
-    bar_per_entry("Tokens per forward", entries, |results| results.tokens_per_forward, 2)
+    bar_per_entry(
+        "Tokens per forward",
+        entries,
+        |results| results.tokens_per_forward,
+        |value| format_number(value, 2, ""),
+    )
 }
 
 fn bar_per_entry(
     title: &str,
     entries: &[Entry<'_>],
     value: fn(&StrategyResults) -> Option<f64>,
-    digits: usize,
+    format: fn(Option<f64>) -> String,
 ) -> Chart {
     let rows: Vec<Bar> = entries
         .iter()
@@ -175,74 +216,51 @@ fn bar_per_entry(
             class: entry.class(),
             value: value(entry.results),
             interval: None,
-            text: format_number(value(entry.results), digits, ""),
+            text: format(value(entry.results)),
         })
         .collect();
     Chart::new(title, |title| bars(title, &rows))
 }
 
 /// How many of the forwards accepted 1, 2, 3 ... tokens, for all models and strategies on one scale.
-fn accepted_per_forward(accepted: &[(&Entry<'_>, &Acceptance)]) -> Option<Chart> {
-    let max_tokens = accepted.iter().map(|(_, acceptance)| acceptance.forwards.len()).max()?;
-    let points = |acceptance: &Acceptance| {
-        let total = acceptance.forwards.iter().sum::<u64>().max(1) as f64;
+fn accepted_per_forward(lined: &Lined<'_>) -> Option<Chart> {
+    let lengths = lined.entries.iter().filter_map(|(entry, _)| Some(entry.acceptance()?.forwards.len()));
+    let x_name = if lengths.max()? > MAX_ACCEPTED { "tokens accepted (16: or more)" } else { "tokens accepted" };
+    let axes = [(x_name, Scale::Between), ("forwards, %", Scale::FromZero)];
+    lined.chart("Forwards, by the number of tokens that they accepted", axes, |entry| {
+        let forwards = &entry.acceptance()?.forwards;
+        let total = forwards.iter().sum::<u64>().max(1) as f64;
         let percent = |tokens: usize| {
             let last = if tokens == MAX_ACCEPTED { usize::MAX } else { tokens };
-            let counted =
-                acceptance.forwards.iter().enumerate().filter(|(index, _)| (tokens..=last).contains(&(index + 1)));
+            let counted = forwards.iter().enumerate().filter(|(index, _)| (tokens..=last).contains(&(index + 1)));
             100.0 * counted.map(|(_, count)| count).sum::<u64>() as f64 / total
         };
-        (1..=acceptance.forwards.len().min(MAX_ACCEPTED)).map(|tokens| (tokens as f64, percent(tokens))).collect()
-    };
-    let x_name = if max_tokens > MAX_ACCEPTED { "tokens accepted (16: or more)" } else { "tokens accepted" };
-    let series = line_per_entry(accepted, points);
-    Some(Chart::new("Forwards, by the number of tokens that they accepted", |title| {
-        lines(title, [(x_name, Scale::Linear), ("forwards, %", Scale::FromZero)], &series)
-    }))
-}
-
-fn accepted_by_window_position(accepted: &[(&Entry<'_>, &Acceptance)]) -> Option<Chart> {
-    let series = line_per_entry(accepted, |acceptance| {
-        let fractions = acceptance.by_position.iter().enumerate();
-        fractions.map(|(index, &fraction)| (index as f64 + 1.0, 100.0 * fraction)).collect()
-    });
-    (!series.is_empty()).then(|| {
-        Chart::new("Draft tokens accepted, by position in the window", |title| {
-            let axes = [("position in the window", Scale::Linear), ("forwards that accepted it, %", Scale::FromZero)];
-            lines(title, axes, &series)
-        })
+        Some((1..=forwards.len().min(MAX_ACCEPTED)).map(|tokens| (tokens as f64, percent(tokens))).collect())
     })
 }
 
-fn tokens_per_forward_over_answer(accepted: &[(&Entry<'_>, &Acceptance)]) -> Option<Chart> {
-    let series = line_per_entry(accepted, |acceptance| {
-        let reached = acceptance.over_answer.iter().filter(|stretch| stretch.forwards > 0);
-        reached.map(|stretch| (stretch.start as f64, stretch.tokens as f64 / stretch.forwards as f64)).collect()
-    });
-    (!series.is_empty()).then(|| {
-        Chart::new("Tokens per forward, by position in the answer", |title| {
-            let axes = [("position in the answer (tokens)", Scale::Linear), ("tokens per forward", Scale::FromZero)];
-            lines(title, axes, &series)
-        })
+fn accepted_by_window_position(lined: &Lined<'_>) -> Option<Chart> {
+    let axes = [("position in the window", Scale::Between), ("forwards that accepted it, %", Scale::FromZero)];
+    lined.chart("Draft tokens accepted, by position in the window", axes, |entry| {
+        let fractions = entry.acceptance()?.by_position.iter().enumerate();
+        Some(fractions.map(|(index, &fraction)| (index as f64 + 1.0, 100.0 * fraction)).collect())
     })
 }
 
-fn line_per_entry(
-    accepted: &[(&Entry<'_>, &Acceptance)],
-    points: impl Fn(&Acceptance) -> Vec<(f64, f64)>,
-) -> Vec<Series> {
-    accepted.iter().map(|&(entry, acceptance)| entry.line(points(acceptance))).collect()
+fn tokens_per_forward_over_answer(lined: &Lined<'_>) -> Option<Chart> {
+    let axes = [("position in the answer (tokens)", Scale::Between), ("tokens per forward", Scale::FromZero)];
+    lined.chart("Tokens per forward, by position in the answer", axes, |entry| {
+        let reached = entry.acceptance()?.over_answer.iter().filter(|stretch| stretch.forwards > 0);
+        Some(reached.map(|stretch| (stretch.start as f64, stretch.tokens as f64 / stretch.forwards as f64)).collect())
+    })
 }
 
-fn tokens_per_second_by_length(records: &Records, entries: &[Entry<'_>]) -> Option<Chart> {
-    let line = |entry: &Entry<'_>| {
-        entry.line(speed_by_length(records.speeds_of(entry.role, entry.results.strategy).collect()))
-    };
-    let series: Vec<Series> = entries.iter().map(line).filter(|line| !line.points.is_empty()).collect();
-    (!series.is_empty()).then(|| {
-        Chart::new("Tokens per second at batch 1, by answer length", |title| {
-            lines(title, [("answer length (tokens)", Scale::Linear), ("tokens/s", Scale::FromZero)], &series)
-        })
+fn tokens_per_second_by_length(records: &Records, lined: &Lined<'_>) -> Option<Chart> {
+    let axes = [("answer length (tokens)", Scale::Between), ("tokens/s", Scale::FromZero)];
+    lined.chart("Tokens per second at batch 1, by answer length", axes, |entry| {
+        let points = speed_by_length(records.speeds_of(entry.role, entry.results.strategy).collect());
+        // One point says nothing about length.
+        (points.len() > 1).then_some(points)
     })
 }
 

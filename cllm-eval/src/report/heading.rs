@@ -5,7 +5,7 @@ use cllm_core::progress::count;
 use serde::Serialize;
 use serde_json::Value;
 
-use super::model_card::model_name;
+use super::model_card::{Kind, kind, model_name};
 use super::run::Run;
 use crate::records::ModelEntry;
 use crate::results::Results;
@@ -50,7 +50,11 @@ fn title(runs: &[Run]) -> String {
     };
     match (&names(Role::Student)[..], &names(Role::Teacher)[..]) {
         ([student], [teacher]) if student == teacher => format!("{student}: student and teacher"),
-        ([student], [teacher]) => format!("{student}, a student of {teacher}"),
+        ([student], [teacher]) => match kind(runs) {
+            Kind::Student => format!("{student}, a student of {teacher}"),
+            Kind::DraftModel => format!("{student}, a draft model for {teacher}"),
+            Kind::DraftAdapters => format!("{student}, draft adapters for {teacher}"),
+        },
         ([name], []) | ([], [name]) => name.clone(),
         _ => count(runs.len(), "evaluation run"),
     }

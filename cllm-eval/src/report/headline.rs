@@ -1,6 +1,7 @@
 //! The headline of a run: the speed-up of its fastest strategy over the teacher's autoregressive
 //! decoding, and its cost.
 
+use cllm_core::decode::Strategy;
 use cllm_core::progress::count;
 use serde::Serialize;
 
@@ -8,7 +9,9 @@ use super::run::Run;
 use crate::results::{ModelResults, Results, StrategyResults};
 use crate::role::Role;
 use crate::statistics::{SIGNIFICANCE_LEVEL, mcnemar};
-use crate::table::{format_accuracy, format_interval, format_number, format_points, notes};
+use crate::table::{
+    format_accuracy, format_interval, format_number, format_percent, format_points, format_speed, notes,
+};
 
 #[derive(Debug, Serialize)]
 pub(super) struct Headline {
@@ -43,28 +46,34 @@ impl Headline {
             return Some(Headline { title, number, caption, verdict: None, details: notes(results) });
         };
         let name = format!("{role}, {}", fastest.label);
+        let drafts_for_teacher = role == Role::Teacher && results.model(Role::Student).is_some();
         let (speedup, interval) = results.speedup(fastest);
         let (number, caption) = match (speedup, fastest.tokens_per_second) {
             (Some(speedup), _) => {
                 let than = if speedup >= 1.0 { "faster than" } else { "as fast as" };
                 let baseline = match results.model(Role::Teacher) {
+                    Some(_) if drafts_for_teacher => {
+                        format!("the teacher alone ({}, against autoregressive)", fastest.label)
+                    }
                     Some(_) => format!("the teacher ({name}, against autoregressive)"),
                     None => format!("autoregressive decoding of the same model ({})", fastest.label),
                 };
                 (format!("{speedup:.2}x"), format!("{than} {baseline}"))
             }
-            (None, Some(speed)) => (format!("{speed:.0}"), format!("tokens/s at batch 1 ({name})")),
+            (None, speed @ Some(_)) => (format_speed(speed), format!("tokens/s at batch 1 ({name})")),
             (None, None) => (format_number(fastest.tokens_per_forward, 2, ""), format!("tokens per forward ({name})")),
         };
         let own_accuracy =
             (fastest.scored > 0).then(|| format!("accuracy {}", format_accuracy(fastest.accuracy, fastest.ci95)));
         let finished = fastest.tokens_per_forward_finished;
         let speedup_interval = interval.map(|ends| {
-            let [low, high] = ends.map(|end| format!("{end:.2}x"));
-            format!(
-                "95 % interval of the speed-up: {low} to {high}, over {}",
-                count(fastest.speed_examples, "timed example")
-            )
+            let [low_end, high_end] = ends.map(|end| format!("{end:.2}x"));
+            let verdict = match ends {
+                [low, high] if low <= 1.0 && high >= 1.0 => ": no significant difference in speed",
+                _ => "",
+            };
+            let examples = count(fastest.speed_examples, "timed example");
+            format!("95 % interval of the speed-up: {low_end} to {high_end}, over {examples}{verdict}")
         });
         let details = [
             speedup_interval,
@@ -72,7 +81,7 @@ impl Headline {
             finished.map(|value| format!("{value:.2} tokens per forward in finished answers")),
             Some(unfinished(results, role, fastest)),
         ];
-        let verdict = verdict(results, role, fastest);
+        let verdict = if drafts_for_teacher { same_answers(fastest) } else { accuracy_verdict(results, role, fastest) };
         Some(Headline { title, number, caption, verdict, details: details.into_iter().flatten().collect() })
     }
 }
@@ -80,7 +89,14 @@ impl Headline {
 /// A difference that is not significant counts as none if it excludes a larger loss than this.
 const LARGEST_UNNOTICED_LOSS: f64 = 0.05;
 
-fn verdict(results: &Results, role: Role, fastest: &StrategyResults) -> Option<Verdict> {
+/// Of a teacher with a draft model: its answers are its own.
+fn same_answers(fastest: &StrategyResults) -> Option<Verdict> {
+    let same = format_percent(Some(fastest.exact_match_vs_ar?));
+    let text = format!("The teacher decides every token: {same} of its answers are the same as without drafts");
+    Some(Verdict { text, class: "neutral" })
+}
+
+fn accuracy_verdict(results: &Results, role: Role, fastest: &StrategyResults) -> Option<Verdict> {
     let pair = results.paired.iter().find(|pair| role == Role::Student && pair.student == fastest.label)?;
     let difference = pair.difference?;
     let is_significant = mcnemar(pair.student_only, pair.teacher_only) < SIGNIFICANCE_LEVEL;
@@ -100,8 +116,11 @@ fn verdict(results: &Results, role: Role, fastest: &StrategyResults) -> Option<V
 
 fn unfinished(results: &Results, role: Role, fastest: &StrategyResults) -> String {
     let own = format!("{} of {} answers unfinished", fastest.unfinished, fastest.examples);
-    match results.model(Role::Teacher).and_then(ModelResults::autoregressive).filter(|_| role == Role::Student) {
-        Some(teacher) => format!("{own} (teacher: {})", teacher.unfinished),
-        None => own,
+    match (results.model(Role::Teacher).and_then(ModelResults::autoregressive), role) {
+        (Some(teacher), Role::Student) => format!("{own} (teacher: {})", teacher.unfinished),
+        (Some(teacher), Role::Teacher) if fastest.strategy != Strategy::Ar => {
+            format!("{own} (autoregressive: {})", teacher.unfinished)
+        }
+        _ => own,
     }
 }

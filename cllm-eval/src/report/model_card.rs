@@ -13,6 +13,7 @@ use serde_json::Value;
 use super::run::Run;
 use crate::config::RunSettings;
 use crate::records::ModelEntry;
+use crate::results::{StrategyResults, only_drafts};
 use crate::role::Role;
 
 #[derive(Serialize)]
@@ -72,7 +73,9 @@ pub(super) fn front_matter(runs: &[Run]) -> Result<String> {
         library_name: (kind(runs) != Kind::DraftAdapters).then_some("transformers"),
         pipeline_tag: "text-generation",
         tags: ["consistency-llm", "jacobi-decoding", "cllm"],
-        base_model: teacher.filter(|_| student.is_some()).and_then(|teacher| hub::id(Path::new(&teacher.model.path))),
+        base_model: teacher
+            .filter(|_| student.is_some())
+            .and_then(|teacher| hub::base_model(Path::new(&teacher.model.path))),
         license: teacher.filter(|_| student.is_some()).and_then(|teacher| hub::license(Path::new(&teacher.model.path))),
         model_index: vec![ModelIndex {
             name: described.map_or_else(|| "model".to_owned(), |model| model_name(&model.model)),
@@ -134,13 +137,12 @@ pub(super) enum Kind {
 }
 
 pub(super) fn kind(runs: &[Run]) -> Kind {
-    let has = |of_role: Role, is_meant: fn(Strategy) -> bool| {
-        let strategies = runs.iter().flat_map(|run| run.results.strategies());
-        strategies.into_iter().any(|(role, figures)| role == of_role && is_meant(figures.strategy))
-    };
-    if has(Role::Student, Strategy::needs_draft_adapters) {
+    let strategies: Vec<_> = runs.iter().flat_map(|run| run.results.strategies()).collect();
+    let needs_adapters =
+        |(role, figures): &(Role, &StrategyResults)| *role == Role::Student && figures.strategy.needs_draft_adapters();
+    if strategies.iter().any(needs_adapters) {
         Kind::DraftAdapters
-    } else if has(Role::Teacher, Strategy::needs_draft_model) && !has(Role::Student, |other| other != Strategy::Ar) {
+    } else if only_drafts(&strategies) {
         Kind::DraftModel
     } else {
         Kind::Student

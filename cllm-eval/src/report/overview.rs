@@ -13,10 +13,10 @@ pub(super) const HEADS: [&str; 7] = [
     "run",
     "strategy",
     "accuracy (95 %)",
-    "accuracy of the baseline (95 %)",
-    "unfinished",
-    "tokens/forward, finished answers",
     "speed-up (95 %)",
+    "accuracy of the baseline (95 %)",
+    "tokens per forward, finished answers",
+    "unfinished",
 ];
 
 /// Runs whose speed-ups are over the same model's autoregressive decoding.
@@ -82,9 +82,9 @@ fn row(run: &Run) -> Vec<String> {
         run.title.clone(),
         or_dash(fastest.map(|(role, strategy)| format!("{role} {}", strategy.label))),
         or_dash(fastest.map(|(_, strategy)| format_accuracy(strategy.accuracy, strategy.ci95))),
-        or_dash(teacher.map(|strategy| format_accuracy(strategy.accuracy, strategy.ci95))),
-        or_dash(fastest.map(|(_, strategy)| format!("{} of {}", strategy.unfinished, strategy.examples))),
-        format_number(fastest.and_then(|(_, strategy)| strategy.tokens_per_forward_finished), 2, ""),
         or_dash(speedup.map(|(ratio, ci95)| format_speedup(ratio, ci95))),
+        or_dash(teacher.map(|strategy| format_accuracy(strategy.accuracy, strategy.ci95))),
+        format_number(fastest.and_then(|(_, strategy)| strategy.tokens_per_forward_finished), 2, ""),
+        or_dash(fastest.map(|(_, strategy)| format!("{} of {}", strategy.unfinished, strategy.examples))),
     ]
 }

@@ -8,7 +8,8 @@ use crate::records::{Records, SAMPLES};
 use crate::results::{RESULTS, Results};
 
 pub(super) struct Run {
-    /// Benchmark and split, or the file of the user, and the folder too if several runs of one report share these.
+    /// Benchmark and split, or the file of the user, and what tells the folder from the others if several
+    /// runs of one report share these.
     pub(super) title: String,
     pub(super) results: Results,
     /// `None` if the results have no samples.jsonl beside them.
@@ -21,9 +22,10 @@ impl Run {
         let mut runs: Vec<Self> = files.iter().map(|path| Self::read(path)).collect::<Result<_>>()?;
         let titles: Vec<String> = runs.iter().map(|run| run.title.clone()).collect();
         for (run, file) in runs.iter_mut().zip(files) {
-            if titles.iter().filter(|title| **title == run.title).count() > 1 {
-                let name = if file.ends_with(RESULTS) { file.parent() } else { file.file_stem().map(Path::new) };
-                run.title += &format!(" / {}", name.unwrap_or(file).display());
+            let namesakes = files.iter().zip(&titles).filter(|(_, title)| **title == run.title);
+            let names: Vec<&Path> = namesakes.map(|(file, _)| name_of(file)).collect();
+            if names.len() > 1 {
+                run.title += &format!(" / {}", distinctive(name_of(file), &names).display());
             }
         }
         Ok(runs)
@@ -35,5 +37,39 @@ impl Run {
         let records = if samples.exists() { Some(Records::read(&samples)?) } else { None };
         let title = results.settings.title(results.benchmark, &results.split);
         Ok(Run { title, results, records })
+    }
+}
+
+/// What a run is called by its file: its folder, or the name of a file with another name.
+fn name_of(file: &Path) -> &Path {
+    let name = if file.ends_with(RESULTS) { file.parent() } else { file.file_stem().map(Path::new) };
+    name.unwrap_or(file)
+}
+
+/// The end of a path, without the folders that all `paths` begin with.
+fn distinctive<'p>(path: &'p Path, paths: &[&Path]) -> &'p Path {
+    let is_below = |path: &Path, folder: &Path| path.starts_with(folder) && path != folder;
+    let is_shared = |folder: &&Path| !folder.as_os_str().is_empty() && paths.iter().all(|path| is_below(path, folder));
+    // The last part stays, also where all paths are equal.
+    let shared = path.ancestors().skip(1).find(is_shared);
+    shared.and_then(|folder| path.strip_prefix(folder).ok()).unwrap_or(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_told_apart_without_the_folders_that_they_share() {
+        let expect = |paths: &[&str], expected: &[&str]| {
+            let paths: Vec<&Path> = paths.iter().map(Path::new).collect();
+            let names: Vec<&Path> = paths.iter().map(|path| distinctive(path, &paths)).collect();
+            assert_eq!(names, expected.iter().map(Path::new).collect::<Vec<_>>());
+        };
+        expect(&["/runs/a/dev", "/runs/b/dev"], &["a/dev", "b/dev"]);
+        expect(&["runs/dev", "runs/dev/again"], &["dev", "dev/again"]);
+        expect(&["a/dev", "b/dev"], &["a/dev", "b/dev"]);
+        expect(&["a/dev", "a/dev"], &["dev", "dev"]);
+        expect(&["one", "two"], &["one", "two"]);
     }
 }

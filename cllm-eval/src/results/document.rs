@@ -300,9 +300,12 @@ impl Results {
         self.models.iter().flat_map(|model| model.strategies.iter().map(|figures| (model.model.role, figures)))
     }
 
-    /// The strategy that represents the run: the fastest of the student, or of the only model.
+    /// The strategy that represents the run: the fastest of the student, or of the only model. A
+    /// draft model is represented by the teacher, which decodes with it.
     pub fn headline(&self) -> Option<(Role, &StrategyResults)> {
-        let model = self.model(Role::Student).or(self.models.first())?;
+        let only_drafts = only_drafts(&self.strategies().collect::<Vec<_>>());
+        let role = if only_drafts { Role::Teacher } else { Role::Student };
+        let model = self.model(role).or(self.models.first())?;
         Some((model.model.role, model.fastest()?))
     }
 
@@ -352,6 +355,15 @@ impl ModelResults {
     pub fn fastest(&self) -> Option<&StrategyResults> {
         fastest(self.strategies.iter())
     }
+}
+
+/// Whether the student of these models and strategies does nothing but draft for its teacher, so that
+/// its own answers are of no use.
+pub fn only_drafts(strategies: &[(Role, &StrategyResults)]) -> bool {
+    let has = |of_role: Role, is_meant: fn(Strategy) -> bool| {
+        strategies.iter().any(|(role, figures)| *role == of_role && is_meant(figures.strategy))
+    };
+    has(Role::Teacher, Strategy::needs_draft_model) && !has(Role::Student, |strategy| strategy != Strategy::Ar)
 }
 
 /// The fastest of several strategies of one model. Autoregressive decoding is the baseline, so it

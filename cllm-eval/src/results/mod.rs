@@ -11,7 +11,7 @@ use crate::records::{ModelEntry, Records};
 
 pub use document::{
     Accuracy, AlternativeAccuracy, ModelResults, PairedDifference, RESULTS, Results, StrategyResults, Throughput,
-    fastest,
+    fastest, only_drafts,
 };
 
 impl Results {

@@ -9,6 +9,8 @@ pub(super) const WIDTH: f64 = 460.0;
 pub(super) const HEIGHT: f64 = 330.0;
 /// Height of a line of the legend below the axes.
 pub(super) const LEGEND_LINE: f64 = 22.0;
+/// Distance of the first baseline of the legend from the axes.
+pub(super) const LEGEND_GAP: f64 = 24.0;
 const LEFT: f64 = 68.0;
 const RIGHT: f64 = 16.0;
 const TOP: f64 = 14.0;
@@ -23,6 +25,8 @@ const NUM_DOUBLINGS: f64 = 8.0;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scale {
     Linear,
+    /// Linear, from the smallest value to the largest; the ticks are between these.
+    Between,
     /// Linear, with the tick 0.
     FromZero,
     /// Each doubling has the same length. Values must be positive.
@@ -33,15 +37,18 @@ pub enum Scale {
 pub struct Axis {
     name: &'static str,
     scale: Scale,
+    /// The ends of the axis.
+    low: f64,
+    high: f64,
     first_tick: f64,
     last_tick: f64,
     step: f64,
 }
 
 impl Axis {
-    /// Creates an axis whose round ticks enclose all `values`, which must be finite. If all values
-    /// are whole numbers, such as positions, so are the ticks; on a logarithmic scale, they are
-    /// powers of two.
+    /// Creates an axis with round ticks for all `values`, which must be finite. If all values are
+    /// whole numbers, such as positions, so are the ticks; on a logarithmic scale, they are powers of
+    /// two.
     pub fn new(name: &'static str, scale: Scale, values: impl Iterator<Item = f64>) -> Self {
         let zero = (scale == Scale::FromZero).then_some(0.0);
         let values = values.map(|value| scale.transform(value)).chain(zero);
@@ -54,12 +61,16 @@ impl Axis {
         let step = round_step((range / num_ticks).max(if whole { 1.0 } else { 0.0 }));
         let (first_tick, last_tick) = ((low / step).floor() * step, (high / step).ceil() * step);
         let last_tick = if last_tick > first_tick { last_tick } else { first_tick + step };
-        Axis { name, scale, first_tick, last_tick, step }
+        if scale == Scale::Between && high > low {
+            let (first_tick, last_tick) = ((low / step).ceil() * step, (high / step).floor() * step);
+            return Axis { name, scale, low, high, first_tick, last_tick, step };
+        }
+        Axis { name, scale, low: first_tick, high: last_tick, first_tick, last_tick, step }
     }
 
-    /// Maps the first tick to 0 and the last to 1.
+    /// Maps the ends of the axis to 0 and 1.
     fn fraction(&self, value: f64) -> f64 {
-        (self.scale.transform(value) - self.first_tick) / (self.last_tick - self.first_tick)
+        (self.scale.transform(value) - self.low) / (self.high - self.low)
     }
 
     /// The values at the ticks.
@@ -120,7 +131,8 @@ impl Frame {
     /// Opens a chart with its grid and axes drawn, and room for `num_legend_lines` below; the
     /// caller adds the rest.
     pub(super) fn open(&self, title: &str, num_legend_lines: usize) -> String {
-        let mut svg = open(title, WIDTH, HEIGHT + LEGEND_LINE * num_legend_lines as f64);
+        let legend = LEGEND_LINE * num_legend_lines as f64 + if num_legend_lines > 0 { LEGEND_GAP - 14.0 } else { 0.0 };
+        let mut svg = open(title, WIDTH, HEIGHT + legend);
         let (bottom, right) = (HEIGHT - BOTTOM, WIDTH - RIGHT);
         for tick in self.x.ticks() {
             let (x, _) = self.to_pixels(tick, 1.0);
@@ -179,6 +191,15 @@ mod tests {
             );
             assert!(values.iter().all(|&value| (0.0..=1.0).contains(&axis.fraction(value))));
         }
+    }
+
+    #[test]
+    fn an_axis_may_end_at_its_last_value() {
+        let axis = Axis::new("x", Scale::Between, [1.0, 16.0].into_iter());
+        assert_eq!(axis.ticks().collect::<Vec<_>>(), [5.0, 10.0, 15.0]);
+        assert_eq!([1.0, 8.5, 16.0].map(|value| axis.fraction(value)), [0.0, 0.5, 1.0]);
+        let one = Axis::new("x", Scale::Between, [8.0].into_iter());
+        assert_eq!((one.ticks().count(), one.fraction(8.0)), (2, 0.0));
     }
 
     #[test]

@@ -2,12 +2,12 @@
 
 use std::fmt::Write;
 
-use super::axes::{Axis, Frame, HEIGHT, LEGEND_LINE, Scale, WIDTH};
+use super::axes::{Axis, Frame, HEIGHT, LEGEND_GAP, LEGEND_LINE, Scale, WIDTH};
 use super::{CHAR_WIDTH, escape};
 use crate::words::break_at_words;
 
-/// Number of dash patterns in the page's style.
-const NUM_DASHES: usize = 8;
+/// Number of dash patterns in the page's style, by which the lines of one colour are told apart.
+pub const NUM_DASHES: usize = 8;
 /// Left edge of a legend's labels, and the number of characters that fit beside it.
 const LABEL_X: f64 = 110.0;
 const MAX_LABEL_CHARS: usize = ((WIDTH - LABEL_X) / CHAR_WIDTH) as usize;
@@ -50,7 +50,7 @@ pub fn lines(title: &str, axes: [(&'static str, Scale); 2], series: &[Series]) -
         if !path.is_empty() {
             let _ = write!(svg, r#"<path class="line {class} dash{dash}" d="{path}"/>"#);
         }
-        let y = |line: usize| HEIGHT + 14.0 + LEGEND_LINE * line as f64;
+        let y = |line: usize| HEIGHT + LEGEND_GAP + LEGEND_LINE * line as f64;
         let _ = write!(svg, r#"<path class="line {class} dash{dash}" d="M68 {:.1}h34"/>"#, y(legend_line) - 4.5);
         for text in &labels[index] {
             let _ =

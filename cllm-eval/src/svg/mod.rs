@@ -11,7 +11,7 @@ mod scatter;
 
 pub use axes::Scale;
 pub use bars::{Bar, bars};
-pub use lines::{Series, lines};
+pub use lines::{NUM_DASHES, Series, lines};
 pub use scatter::{ScatterPoint, scatter};
 
 /// Approximate width of a character in the page's 15 px font. Charts are about as wide as a phone,

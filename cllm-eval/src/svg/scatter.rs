@@ -3,7 +3,7 @@
 
 use std::fmt::Write;
 
-use super::axes::{Axis, Frame, HEIGHT, LEGEND_LINE, Scale, WIDTH};
+use super::axes::{Axis, Frame, HEIGHT, LEGEND_GAP, LEGEND_LINE, Scale, WIDTH};
 use super::{CHAR_WIDTH, escape};
 
 /// Height of a label.
@@ -88,7 +88,7 @@ pub fn scatter(title: &str, axis_names: [&'static str; 2], points: &[ScatterPoin
         draw_label(&mut svg, label, position, centre);
     }
     for (index, point) in points.iter().enumerate().filter(|_| numbered) {
-        let (number, y, label) = (index + 1, HEIGHT + 14.0 + LEGEND_LINE * index as f64, escape(&point.label));
+        let (number, y, label) = (index + 1, HEIGHT + LEGEND_GAP + LEGEND_LINE * index as f64, escape(&point.label));
         let _ = write!(
             svg,
             r#"<rect class="key {}" x="4" y="{:.1}" width="12" height="12" rx="6"/><text class="label" x="24" y="{y:.1}">{number}: {label}</text>"#,

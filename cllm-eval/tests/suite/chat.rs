@@ -53,7 +53,7 @@ fn a_question_continues_the_conversation_until_it_is_reset() {
     assert!(answers.iter().all(|lines| !lines.concat().is_empty()), "{answers:?}");
     assert!(answers[0] == answers[2] && answers[0] != answers[1], "{answers:?}");
     assert!(shown.contains("same tokens") && !shown.contains("different tokens"), "{shown}");
-    assert!(shown.contains("/fwd") && shown.contains("forget the conversation and start over"), "{shown}");
+    assert!(shown.contains(" per forward") && shown.contains("forget the conversation and start over"), "{shown}");
 }
 
 #[test]

@@ -3,9 +3,10 @@
 use cllm_core::atomic_file;
 use cllm_core::decode::Strategy;
 use cllm_core::task::Task;
-use cllm_eval::records::{Records, SAMPLES};
+use cllm_eval::records::{AnswerRecord, Records, SAMPLES, SpeedRecord};
 use cllm_eval::report::report;
 use cllm_eval::results::{RESULTS, Results};
+use cllm_eval::role::Role;
 use serde_json::Value;
 
 use crate::made_up::{JACOBI, records};
@@ -68,7 +69,7 @@ fn a_report_holds_the_figures_loads_nothing_and_escapes_answers() {
 #[test]
 fn a_chart_draws_the_speed_up_at_each_number_of_rows() {
     let (_dir, [markdown, page, tex, _]) = rendered_report();
-    assert!(markdown.contains("| student | jacobi n=4 | 2 | 1 of 16 | 4.00 | 32.0 | 18.3 | 2.50x |"), "{markdown}");
+    assert!(markdown.contains("| student | jacobi n=4 | 2 | 2.50x | 32.0 | 18.3 | "), "{markdown}");
     assert!(page.contains("<td>2.50x</td>") && tex.contains("2.50x"), "{page}");
     let chart =
         page.split("<figure>").find(|figure| figure.contains("Speed-up with as many rows, excluding prefill")).unwrap();
@@ -174,7 +175,7 @@ fn a_report_of_several_runs_begins_with_one_row_per_run() {
     report(&folders, Some(&output), &[]).unwrap();
     let read = |name: &str| std::fs::read_to_string(output.join(name)).unwrap();
     let (markdown, page, tex) = (read("report.md"), read("report.html"), read("report.tex"));
-    let row = "| jsonl / test | student jacobi n=4 | 50.0 % (15.0 to 85.0) | 75.0 % (30.1 to 95.4) | 1 of 4 | 4.00 | 4.00x (4.00 to 4.00) |\n";
+    let row = "| jsonl / test | student jacobi n=4 | 50.0 % (15.0 to 85.0) | 4.00x (4.00 to 4.00) | 75.0 % (30.1 to 95.4) | 4.00 | 1 of 4 |\n";
     let (overview, sections) = markdown.split_once("## ").unwrap();
     assert!(
         overview.contains(row) && overview.contains("| jsonl / dev_50% |") && !sections.contains(row),
@@ -209,9 +210,63 @@ fn a_report_of_several_runs_begins_with_one_row_per_run() {
     // Runs of the same benchmark and split are distinguished by their folders.
     report(&[&folders[0], &folders[0]].map(Clone::clone), Some(&output), &["spider: skipped: no data".into()]).unwrap();
     assert!(read("report.html").contains("<li>spider: skipped: no data</li>"));
-    let title = format!("jsonl / test / {}", folders[0].display());
+    let title = "jsonl / test / one";
     assert!(read("report.md").contains(&format!("| {title} | student")), "{title}");
     assert!(read("report.html").contains(&format!("<h2>{}</h2>", title.replace('/', "&#x2f;"))), "{title}");
+}
+
+/// Its own answers are of no use.
+#[test]
+fn a_draft_model_is_represented_by_the_teacher_that_decodes_with_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut records, drafted) = (records(), Strategy::Drafted { n: 4 });
+    records.header.settings.strategies[1] = drafted;
+    let is_kept = |role: Role, strategy: Strategy| role == Role::Teacher || strategy == Strategy::Ar;
+    let renamed = |strategy: Strategy| if strategy == JACOBI { drafted } else { strategy };
+    records.answers.retain(|answer| is_kept(answer.role, answer.strategy));
+    records.answers.iter_mut().for_each(|answer| answer.strategy = renamed(answer.strategy));
+    records.speeds.retain(|speed| is_kept(speed.role, speed.strategy));
+    records.speeds.iter_mut().for_each(|speed| speed.strategy = renamed(speed.strategy));
+    records.throughputs.clear();
+    atomic_file::write_json(&dir.path().join(RESULTS), &Results::from_records(&records)).unwrap();
+    report(&[dir.path().to_owned()], None, &[]).unwrap();
+    let read = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
+    for part in [
+        "# s, a draft model for t\n",
+        "**2.00x** faster than the teacher alone (drafted n=4, against autoregressive).",
+        "The teacher decides every token: 100.0 % of its answers are the same as without drafts",
+    ] {
+        assert!(read("report.md").contains(part), "{part}: {}", read("report.md"));
+    }
+    assert!(!read("report.html").contains("Accuracy lost"));
+    assert!(read("model-card.md").contains("for speculative decoding with a draft model (`drafted`)"));
+}
+
+#[test]
+fn charts_have_lines_of_no_more_strategies_than_line_styles() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut records = records();
+    let of_jacobi = (records.answers.clone(), records.speeds.clone());
+    for n in 5..=13 {
+        let strategy = Strategy::Jacobi { n };
+        let answers = of_jacobi.0.iter().filter(|answer| answer.strategy == JACOBI);
+        let speeds = of_jacobi.1.iter().filter(|speed| speed.strategy == JACOBI);
+        records.header.settings.strategies.push(strategy);
+        records.answers.extend(answers.map(|answer| AnswerRecord { strategy, ..answer.clone() }));
+        let slower = |speed: &SpeedRecord| SpeedRecord { strategy, seconds: speed.seconds * n as f64, ..speed.clone() };
+        records.speeds.extend(speeds.map(slower));
+    }
+    atomic_file::write_json(&dir.path().join(RESULTS), &Results::from_records(&records)).unwrap();
+    report(&[dir.path().to_owned()], None, &[]).unwrap();
+    let page = std::fs::read_to_string(dir.path().join("report.html")).unwrap();
+    let figures = page.split("<figure>").filter_map(|rest| Some(rest.split_once("</figure>")?.0));
+    let chart = |title: &str| figures.clone().find(|figure| figure.contains(title)).unwrap();
+    let lines = chart("Tokens per forward, by position in the answer; the 8 fastest of 11 strategies");
+    assert!(lines.contains(">student jacobi n=10<") && !lines.contains("jacobi n=11"), "{lines}");
+    let styles: Vec<&str> = lines.matches("\"line student dash").collect();
+    // A line and its legend for each strategy but autoregressive decoding, which accepts no drafts.
+    assert_eq!((styles.len(), lines.contains("dash7")), (2 * 7, true), "{lines}");
+    assert!(chart("Tokens per forward<").contains("student jacobi n=13"));
 }
 
 #[test]

@@ -77,7 +77,7 @@ impl BenchRecord for TrainBenchRecord {
 impl TrainBenchRecord {
     pub(super) fn text(&self) -> String {
         let mut text = format!(
-            "{}: {:.1} M parameters, {} of {:.3} s (median), {:.0} tokens per forward\n\
+            "{}: {:.1} M parameters, {} of {:.3} s (median), {:.0} tokens in a batch\n\
              {:.0} packed tokens/s, {:.0} blocks/s, {:.1} examples/s; waited {:.2} s for batches\n",
             self.name,
             self.parameters as f64 / 1e6,

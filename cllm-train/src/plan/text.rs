@@ -1,6 +1,7 @@
 //! A plan as text.
 
 use cllm_core::progress::count;
+use cllm_core::settings::written;
 use serde_json::{Map, Value};
 
 use crate::byte_size::format_bytes;
@@ -142,8 +143,7 @@ fn advice(name: &str, comparison: &Comparison, proposals: &[Proposal]) -> String
 }
 
 fn assignments(settings: &Map<String, Value>) -> String {
-    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string(), str::to_owned);
-    settings.iter().map(|(key, value)| format!("{key}={}", text(value))).collect::<Vec<_>>().join(" ")
+    settings.iter().map(|(key, value)| format!("{key}={}", written(value))).collect::<Vec<_>>().join(" ")
 }
 
 fn duration(duration: &DurationEstimate) -> String {

@@ -33,10 +33,10 @@ impl GenerationMetrics {
 }
 
 impl GenerationMetrics {
-    /// `2.41 tokens/forward, accuracy 91.0 %, 2 unfinished`
+    /// `2.41 tokens per forward, accuracy 91.0 %, 2 unfinished`
     pub fn text(&self) -> String {
         let speed = match self.tokens_per_forward_finished {
-            Some(speed) => format!("{speed:.2} tokens/forward"),
+            Some(speed) => format!("{speed:.2} tokens per forward"),
             None => "no answer ended".to_owned(),
         };
         let accuracy = self.accuracy.map_or_else(String::new, |value| format!(", accuracy {:.1} %", 100.0 * value));
@@ -85,8 +85,8 @@ mod tests {
         let mixed = GenerationMetrics::from_answers(&[(&short, Verdict::Correct), (&looping, Verdict::Incorrect)]);
         assert_eq!((mixed.tokens_per_forward_finished, mixed.unfinished, mixed.accuracy), (Some(2.0), 1, Some(0.5)));
         assert!(mixed.tokens_per_forward > 6.0);
-        assert_eq!(mixed.text(), "2.00 tokens/forward, accuracy 50.0 %, 1 unfinished");
-        assert_eq!(finished.text(), "2.00 tokens/forward, accuracy 100.0 %");
+        assert_eq!(mixed.text(), "2.00 tokens per forward, accuracy 50.0 %, 1 unfinished");
+        assert_eq!(finished.text(), "2.00 tokens per forward, accuracy 100.0 %");
         let unscored = GenerationMetrics::from_answers(&[(&looping, Verdict::Unscored)]);
         assert_eq!((unscored.tokens_per_forward_finished, unscored.accuracy), (None, None));
         assert_eq!(unscored.text(), "no answer ended, 1 unfinished");
