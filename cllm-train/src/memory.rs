@@ -295,6 +295,9 @@ mod tests {
         let mut on_drafts = adapters.clone();
         on_drafts.lora.as_mut().unwrap().on = AdaptedTokens::Drafts;
         on_drafts.consistency.ar_weight = 0.0;
+        let mut from_third_layer = adapters.clone();
+        from_third_layer.lora.as_mut().unwrap().first_layer = 2;
+        let from_third_checkpointed = Settings { checkpointed_layers: 3, ..from_third_layer.clone() };
         let mut quantized = adapters.clone();
         quantized.lora.as_mut().unwrap().base_dtype = BaseDtype::Int8;
         let quantized_checkpointed = Settings { checkpointed_layers: 4, ..quantized.clone() };
@@ -317,6 +320,8 @@ mod tests {
             ("llama", json!({}), &settings),
             ("llama, checkpointed", json!({}), &all_checkpointed),
             ("llama, adapters", json!({}), &adapters),
+            ("llama, adapters of the last layers", json!({}), &from_third_layer),
+            ("llama, adapters of the last layers, one checkpointed", json!({}), &from_third_checkpointed),
             ("wide, adapters on int8", json!({"hidden_size": 256, "intermediate_size": 704}), &quantized),
             (
                 "wide, adapters on int8, checkpointed",

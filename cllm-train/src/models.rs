@@ -61,8 +61,9 @@ impl Models {
     /// student.
     ///
     /// # Errors
-    /// [`cllm_core::Error::Torch`] when memory runs out.
+    /// Adapters that do not fit; [`cllm_core::Error::Torch`] when memory runs out.
     pub fn random(config: ModelConfig, settings: &Settings, device: Device) -> Result<Self> {
+        settings.lora.iter().try_for_each(|lora| lora.check(&config))?;
         let random = || Transformer::random_on_device(config.clone(), device, device::default_kind(device));
         let mut student = random();
         if let Some(lora) = &settings.lora {
@@ -144,10 +145,12 @@ fn locate_model(model: &str, settings: &Settings) -> Result<PathBuf> {
 /// # Errors
 /// Bad model folders and shapes.
 pub fn load_config(settings: &Settings, tokenizer: &Tokenizer, folder: &Path) -> Result<ModelConfig> {
-    match &settings.init {
-        None => checkpoint::load_config(folder),
-        Some(init) => init_config(init, tokenizer),
-    }
+    let config = match &settings.init {
+        None => checkpoint::load_config(folder)?,
+        Some(init) => init_config(init, tokenizer)?,
+    };
+    settings.lora.iter().try_for_each(|lora| lora.check(&config))?;
+    Ok(config)
 }
 
 /// The configuration of a Llama with random weights.

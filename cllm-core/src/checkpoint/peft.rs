@@ -135,10 +135,18 @@ pub(super) fn load_adapters(
     match tensors.keys().next() {
         Some(name) => Err(Error::file(&file, format!("`{name}` belongs to no projection of the model"))),
         None if modules.is_empty() => Err(Error::file(&file, "holds no adapters")),
-        None => {
-            let params_kind = if lora.on == AdaptedTokens::Drafts { kind } else { Kind::Float };
-            Ok(Some(LoraAdapters::new(lora, modules, device, params_kind, kind)))
-        }
+        None if lora.on == AdaptedTokens::All => Ok(Some(LoraAdapters::new(lora, modules, device, Kind::Float, kind))),
+        None => match LoraAdapters::first_layer(&modules, model) {
+            Some(first_layer) => {
+                let lora = LoraConfig { first_layer, ..lora };
+                Ok(Some(LoraAdapters::new(lora, modules, device, kind, kind)))
+            }
+            None => Err(Error::file(
+                &file,
+                "has adapters for draft tokens of other projections in some layers than in others: from the first such \
+                 layer on, all must have the same",
+            )),
+        },
     }
 }
 
@@ -227,11 +235,12 @@ pub fn save_adapter_with(writer: &mut TensorWriter, model: &Transformer, folder:
     };
     writer.begin_file(&folder.join(WEIGHTS_FILE), &[], &tensors.iter().map(spec).collect::<Vec<_>>())?;
     tensors.iter().try_for_each(|(_, tensor)| writer.write(tensor, kind))?;
-    atomic_file::write_json(&folder.join(ADAPTER_CONFIG_FILE), &to_config_json(&adapters.config, base))
+    let num_layers = model.config().num_layers as usize;
+    atomic_file::write_json(&folder.join(ADAPTER_CONFIG_FILE), &to_config_json(&adapters.config, num_layers, base))
 }
 
 /// The content of adapter_config.json. PEFT uses its defaults for the fields that are missing.
-fn to_config_json(lora: &LoraConfig, base: &str) -> Value {
+fn to_config_json(lora: &LoraConfig, num_layers: usize, base: &str) -> Value {
     // PEFT writes whole numbers as integers, and some readers expect an integer here.
     let alpha = if lora.alpha.fract() == 0.0 { json!(lora.alpha as i64) } else { json!(lora.alpha) };
     let mut config = json!({
@@ -250,6 +259,10 @@ fn to_config_json(lora: &LoraConfig, base: &str) -> Value {
         "use_dora": false,
         "use_rslora": false,
     });
+    if lora.first_layer > 0 {
+        config["layers_to_transform"] = json!((lora.first_layer..num_layers).collect::<Vec<_>>());
+        config["layers_pattern"] = json!("layers");
+    }
     if lora.on == AdaptedTokens::Drafts {
         config["adapted_tokens"] = json!(lora.on);
     }

@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::batch_products::{self, BatchProducts};
 use super::draft_adapters::{AdapterRanks, DraftAdapters};
-use super::forward_input::{ForwardInput, InputLimits, MAX_INTS_PER_OUTPUT, SamplingOptions};
+use super::forward_input::{ForwardInput, InputLimits, MAX_INTS_PER_OUTPUT, SamplingOptions, TokenRows};
 use super::launch::{Argument, Kernel, Param, Signature, aligned, bf16, count, float32, int, int32, nullable, uint64};
 use super::nvrtc::{Macros, Module, compute_capability, max_shared_bytes, num_multiprocessors};
 use super::shape::KernelShape;
@@ -195,6 +195,8 @@ struct Sizes {
     shape: KernelShape,
     ranks: AdapterRanks,
     tokens: usize,
+    /// Rows of the table that the residual stream begins with.
+    table_rows: usize,
     outputs: usize,
     tiles: usize,
     /// Thread blocks that share a tile.
@@ -219,6 +221,7 @@ impl Sizes {
             shape,
             ranks: AdapterRanks::default(),
             tokens,
+            table_rows: 0,
             outputs: 0,
             tiles: 0,
             tile_blocks: 1,
@@ -472,7 +475,7 @@ const EMBED: Signature<Sizes> = Signature {
     name: "embed",
     grid: |s| [s.tokens, 1],
     threads: |_| 64,
-    params: &[&[bf16("table", |s| s.shape.vocab * s.shape.hidden), int32("tokens", |s| s.tokens), X]],
+    params: &[&[bf16("table", |s| s.table_rows * s.shape.hidden), int32("tokens", |s| s.tokens), X]],
 };
 const ADD_RMS_NORM: Signature<Sizes> = Signature {
     name: "add_rms_norm",
@@ -739,14 +742,16 @@ impl DecodeKernels {
         Ok(Sizes { rows: limits.num_rows, capacity: limits.capacity, ..self.sizes(0) })
     }
 
-    /// `x [T, hidden]` = rows of `table [vocab, hidden]`.
+    /// Begins a step, or the layers after the leading ones: the residual stream `x [T, hidden]` = rows
+    /// of a table.
     ///
     /// # Errors
     /// [`Error::Internal`] if a tensor does not fit, else [`Error::Torch`]; here and below.
-    pub fn embed(&self, table: &Tensor, input: &ForwardInput, x: &Tensor) -> Result<()> {
-        let arguments = [Data(table), Data(&input.tokens), Data(x)];
-        // SAFETY: the input's tokens are ids of the vocabulary.
-        unsafe { self.embed.launch(&self.input_sizes(input)?, &arguments) }
+    pub(crate) fn begin(&self, rows: TokenRows<'_>, input: &ForwardInput, x: &Tensor) -> Result<()> {
+        let sizes = Sizes { table_rows: rows.num_rows, ..self.input_sizes(input)? };
+        let arguments = [Data(rows.table), Data(rows.indices), Data(x)];
+        // SAFETY: the writer of the input has checked the indices.
+        unsafe { self.embed.launch(&sizes, &arguments) }
     }
 
     /// `qkv [T, qkv]` = the projection of the RMS norm of `x [T, hidden]`, for steps of few tokens.

@@ -23,6 +23,23 @@ pub(crate) struct ForwardShape {
     pub(crate) num_tiles: usize,
     /// Whether some tokens are read with adapters for drafts.
     pub(crate) has_adapted: bool,
+    /// Of the leading layers, if these have no adapters and there are tokens that later layers read
+    /// both with adapters and without: in these layers, both are one.
+    pub(crate) leading: Option<LeadingShape>,
+}
+
+/// The sizes of the leading layers of a forward, padding included.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct LeadingShape {
+    pub(crate) num_tokens: usize,
+    pub(crate) num_tiles: usize,
+}
+
+impl LeadingShape {
+    fn as_forward(self) -> ForwardShape {
+        let LeadingShape { num_tokens, num_tiles } = self;
+        ForwardShape { num_tokens, num_outputs: 0, num_tiles, has_adapted: false, leading: None }
+    }
 }
 
 /// What a forward gives after each of its outputs.
@@ -71,6 +88,7 @@ impl InputLimits {
 }
 
 /// A token to forward.
+#[derive(Clone, Copy)]
 pub(crate) struct InputToken {
     pub(crate) id: i32,
     /// Position that it is rotated to.
@@ -79,7 +97,8 @@ pub(crate) struct InputToken {
     pub(crate) visible: u64,
     /// How the token after it is sampled, if one is.
     pub(crate) draw: Option<Draw>,
-    /// Whether it is read with adapters for drafts.
+    /// Whether it is read with adapters for drafts. With leading layers of their own, such tokens end
+    /// a row, and as many before them are the same tokens without adapters.
     pub(crate) is_adapted: bool,
 }
 
@@ -108,11 +127,18 @@ pub(crate) struct InputLayout {
     pub(crate) tile_first_token: Range<usize>,
     pub(crate) tile_length: Range<usize>,
     pub(crate) tile_window: Range<usize>,
+    /// For each token, the index of the same one in the input of the leading layers, if these have one
+    /// of their own.
+    pub(crate) leading_index: Range<usize>,
+    /// That input, which has such a layout too.
+    pub(crate) leading: Range<usize>,
 }
 
 impl InputLayout {
     pub(crate) fn new(shape: ForwardShape) -> Self {
-        let ForwardShape { num_tokens, num_outputs, num_tiles, .. } = shape;
+        let ForwardShape { num_tokens, num_outputs, num_tiles, leading, .. } = shape;
+        let num_indexed = if leading.is_some() { num_tokens } else { 0 };
+        let leading = leading.map_or(0, |leading| InputLayout::new(leading.as_forward()).len());
         let mut end = 0;
         let mut next = |length: usize| {
             let start = end;
@@ -132,11 +158,17 @@ impl InputLayout {
             tile_first_token: next(num_tiles),
             tile_length: next(num_tiles),
             tile_window: next(num_tiles),
+            leading_index: next(num_indexed),
+            leading: {
+                // It begins with 64-bit numbers.
+                let start = end.next_multiple_of(2);
+                start..start + leading
+            },
         }
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.tile_window.end
+        self.leading.end
     }
 }
 
@@ -150,21 +182,27 @@ pub(crate) struct InputWriter<'b> {
     tile_tokens: usize,
     num_tokens: usize,
     num_tiles: usize,
+    /// Of the leading layers, if they have an input of their own.
+    leading: Option<Box<InputWriter<'b>>>,
 }
 
 impl<'b> InputWriter<'b> {
     /// An input that is all padding. The buffer is as long as the shape's [`InputLayout`].
     pub(crate) fn new(ints: &'b mut [i32], shape: ForwardShape, limits: InputLimits) -> Self {
         let layout = InputLayout::new(shape);
+        let (ints, ints_of_leading) = ints.split_at_mut(layout.leading.start);
+        let leading =
+            shape.leading.map(|leading| Box::new(InputWriter::new(ints_of_leading, leading.as_forward(), limits)));
         // Kernels skip the tokens and tiles of row -1.
-        for range in [&layout.inverse_temperatures, &layout.tokens, &layout.slot, &layout.position, &layout.adapted] {
+        let InputLayout { inverse_temperatures, tokens, slot, position, adapted, leading_index, .. } = &layout;
+        for range in [inverse_temperatures, tokens, slot, position, adapted, leading_index] {
             ints[range.clone()].fill(0);
         }
         for range in [&layout.row, &layout.tile_row] {
             ints[range.clone()].fill(-1);
         }
         let tile_tokens = tile_tokens(&limits.model, shape.num_tokens);
-        InputWriter { ints, layout, shape, limits, tile_tokens, num_tokens: 0, num_tiles: 0 }
+        InputWriter { ints, layout, shape, limits, tile_tokens, num_tokens: 0, num_tiles: 0, leading }
     }
 
     /// Adds tokens of a row of the cache. They occupy the slots from `start` on and form one
@@ -179,9 +217,11 @@ impl<'b> InputWriter<'b> {
         tokens: impl IntoIterator<Item = InputToken>,
     ) -> Result<()> {
         let first = self.num_tokens;
-        for (offset, token) in tokens.into_iter().enumerate() {
-            self.push(row, start + offset, &token)?;
+        let tokens: Vec<InputToken> = tokens.into_iter().collect();
+        for (offset, token) in tokens.iter().enumerate() {
+            self.push(row, start + offset, token)?;
         }
+        self.push_leading(row, start, first, &tokens)?;
         for token in (first..self.num_tokens).step_by(self.tile_tokens) {
             if self.num_tiles == self.shape.num_tiles {
                 return Err(Error::internal(format!("an input has more tiles than {:?}", self.shape)));
@@ -192,6 +232,27 @@ impl<'b> InputWriter<'b> {
             self.ints[layout.tile_length.start + index] = self.tile_tokens.min(self.num_tokens - token) as i32;
             self.ints[layout.tile_window.start + index] = start as i32;
             self.num_tiles += 1;
+        }
+        Ok(())
+    }
+
+    /// Adds a row's tokens, which the input has from index `first` on, to that of the leading layers.
+    fn push_leading(&mut self, row: usize, start: usize, first: usize, tokens: &[InputToken]) -> Result<()> {
+        let Some(leading) = &mut self.leading else { return Ok(()) };
+        let num_adapted = tokens.iter().filter(|token| token.is_adapted).count();
+        let (plain, adapted) = tokens.split_at(tokens.len() - num_adapted);
+        let is_copy = |(one, other): (&InputToken, &InputToken)| {
+            other.is_adapted && (one.id, one.position) == (other.id, other.position)
+        };
+        if num_adapted > plain.len() || !plain[plain.len() - num_adapted..].iter().zip(adapted).all(is_copy) {
+            return Err(Error::internal(format!("the {num_adapted} adapted tokens of row {row} are no copies")));
+        }
+        let first_of_leading = leading.num_tokens;
+        leading.push_row(row, start, plain.iter().map(|token| InputToken { draw: None, ..*token }))?;
+        let indices = &mut self.ints[self.layout.leading_index.clone()][first..first + tokens.len()];
+        for (offset, index) in indices.iter_mut().enumerate() {
+            let twin = if offset < plain.len() { offset } else { offset - num_adapted };
+            *index = (first_of_leading + twin) as i32;
         }
         Ok(())
     }
@@ -252,6 +313,18 @@ pub(crate) struct ForwardInput {
     pub(super) tile_first_token: Tensor,
     pub(super) tile_length: Tensor,
     pub(super) tile_window: Tensor,
+    leading_index: Tensor,
+    leading: Option<Box<ForwardInput>>,
+}
+
+/// A row of a table for each token of an input.
+#[derive(Clone, Copy)]
+pub(crate) struct TokenRows<'t> {
+    /// `[num_rows, hidden]`
+    pub(super) table: &'t Tensor,
+    pub(super) num_rows: usize,
+    /// Less than `num_rows`, int32 `[T]`.
+    pub(super) indices: &'t Tensor,
 }
 
 impl ForwardInput {
@@ -284,7 +357,29 @@ impl ForwardInput {
             tile_first_token: view(&layout.tile_first_token),
             tile_length: view(&layout.tile_length),
             tile_window: view(&layout.tile_window),
+            leading_index: view(&layout.leading_index),
+            // SAFETY: the writer wrote this part of the buffer for that shape.
+            leading: shape.leading.map(|leading| {
+                Box::new(unsafe { Self::new(&view(&layout.leading), leading.as_forward(), limits, sampling) })
+            }),
         }
+    }
+
+    /// The rows of the embeddings `[vocab, hidden]`.
+    pub(crate) fn embeddings<'t>(&'t self, table: &'t Tensor) -> TokenRows<'t> {
+        TokenRows { table, num_rows: self.limits.model.vocab, indices: &self.tokens }
+    }
+
+    /// The input of the leading layers, if they have one of their own.
+    pub(crate) fn leading(&self) -> Option<&ForwardInput> {
+        self.leading.as_deref()
+    }
+
+    /// The rows of the residual stream `[T, hidden]` after the leading layers, which have an input of
+    /// their own.
+    pub(crate) fn rows_of_leading<'t>(&'t self, x: &'t Tensor) -> TokenRows<'t> {
+        let num_rows = self.shape.leading.map_or(0, |leading| leading.num_tokens);
+        TokenRows { table: x, num_rows, indices: &self.leading_index }
     }
 
     pub(crate) fn shape(&self) -> ForwardShape {
@@ -308,7 +403,7 @@ mod tests {
 
     #[test]
     fn rows_are_packed_one_after_another_and_cut_into_tiles() {
-        let shape = ForwardShape { num_tokens: 8, num_outputs: 8, num_tiles: 5, has_adapted: true };
+        let shape = ForwardShape { num_tokens: 8, num_outputs: 8, num_tiles: 5, has_adapted: true, leading: None };
         let layout = InputLayout::new(shape);
         let mut ints = vec![7; layout.len()];
         let mut writer = InputWriter::new(&mut ints, shape, LIMITS);
@@ -335,8 +430,49 @@ mod tests {
     }
 
     #[test]
+    fn leading_layers_read_a_token_once_that_later_layers_read_twice() {
+        let leading = Some(LeadingShape { num_tokens: 8, num_tiles: 4 });
+        let shape = ForwardShape { num_tokens: 9, num_outputs: 9, num_tiles: 6, has_adapted: true, leading };
+        let layout = InputLayout::new(shape);
+        let mut ints = vec![7; layout.len()];
+        let mut writer = InputWriter::new(&mut ints, shape, LIMITS);
+        let draw = Some(Draw { inverse_temperature: 1.0, key: 9 });
+        let doubled = [(11, 4, false), (12, 5, false), (11, 4, true), (12, 5, true)]
+            .map(|(id, position, is_adapted)| InputToken { draw, is_adapted, ..token(id, position) });
+        writer.push_row(0, 4, doubled).unwrap();
+        writer.push_row(2, 0, [(21, 0), (22, 1), (23, 2)].map(|(id, position)| token(id, position))).unwrap();
+        assert_eq!(ints[layout.tokens], [11, 12, 11, 12, 21, 22, 23, 0, 0]);
+        assert_eq!(ints[layout.leading_index], [0, 1, 0, 1, 2, 3, 4, 0, 0]);
+        let (of_leading, ints) = (InputLayout::new(leading.unwrap().as_forward()), &ints[layout.leading]);
+        assert_eq!(ints[of_leading.tokens], [11, 12, 21, 22, 23, 0, 0, 0]);
+        assert_eq!(ints[of_leading.row], [0, 0, 2, 2, 2, -1, -1, -1]);
+        assert_eq!(ints[of_leading.slot], [4, 5, 0, 1, 2, 0, 0, 0]);
+        assert_eq!(ints[of_leading.position], [4, 5, 0, 1, 2, 0, 0, 0]);
+        assert_eq!(ints[of_leading.adapted], [0; 8]);
+        assert_eq!(ints[of_leading.tile_row], [0, 2, 2, -1]);
+        assert_eq!(ints[of_leading.tile_length.start..of_leading.tile_length.start + 3], [2, 2, 1]);
+    }
+
+    #[test]
+    fn adapted_tokens_that_are_no_copies_are_refused() {
+        let leading = Some(LeadingShape { num_tokens: 4, num_tiles: 4 });
+        let shape = ForwardShape { num_tokens: 4, num_outputs: 4, num_tiles: 4, has_adapted: true, leading };
+        let adapted = |id, position| InputToken { is_adapted: true, ..token(id, position) };
+        for tokens in [
+            vec![adapted(1, 4)],
+            vec![token(1, 4), adapted(2, 4)],
+            vec![token(1, 4), adapted(1, 5)],
+            vec![adapted(1, 4), token(1, 4)],
+        ] {
+            let mut ints = vec![7; InputLayout::new(shape).len()];
+            let error = InputWriter::new(&mut ints, shape, LIMITS).push_row(0, 4, tokens).unwrap_err();
+            assert!(error.to_string().contains("no copies"), "{error}");
+        }
+    }
+
+    #[test]
     fn tokens_that_do_not_fit_are_refused_and_leave_a_valid_input() {
-        let shape = ForwardShape { num_tokens: 4, num_outputs: 1, num_tiles: 1, has_adapted: false };
+        let shape = ForwardShape { num_tokens: 4, num_outputs: 1, num_tiles: 1, has_adapted: false, leading: None };
         let layout = InputLayout::new(shape);
         for (row, start, tokens) in [
             (0, 0, vec![token(100, 0)]),

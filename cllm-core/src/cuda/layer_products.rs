@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::decode::max_fused_tokens;
 use super::draft_adapters::{AdapterRanks, DraftAdapters};
-use super::forward_input::ForwardInput;
+use super::forward_input::{ForwardInput, TokenRows};
 use super::launch::{Argument, Kernel, Param, Signature, aligned, bf16, count, float32, int, int32, nullable, tiles};
 use super::nvrtc::{HOPPER, Macros, Module, compute_capability, num_multiprocessors};
 use super::shape::KernelShape;
@@ -47,6 +47,8 @@ struct Sizes {
     shape: KernelShape,
     ranks: AdapterRanks,
     tokens: usize,
+    /// Rows of the table that the residual stream begins with.
+    table_rows: usize,
     /// Maximum number of tokens of the kernel.
     max_tokens: usize,
     multiprocessors: usize,
@@ -140,7 +142,7 @@ const EMBED_SCALED: Signature<Sizes> = Signature {
     grid: |s| [s.tokens, 1],
     threads: |_| 256,
     params: &[&[
-        bf16("table", |s| s.shape.vocab * s.shape.hidden),
+        bf16("table", |s| s.table_rows * s.shape.hidden),
         int32("tokens", |s| s.tokens),
         norm("norm"),
         X,
@@ -266,11 +268,11 @@ pub struct ProductAdapters<'t> {
 /// The products that a launch computes.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Part {
-    /// Queries, keys and values of the first layer.
+    /// Queries, keys and values of the first of some layers.
     First,
     /// From the output projection of a layer to the queries, keys and values of the next.
     Middle,
-    /// From the output projection of the last layer on.
+    /// From the output projection of the last of them on.
     Last,
 }
 
@@ -297,7 +299,8 @@ impl LayerProducts {
             let low_rank = Tensor::f_zeros(size, (Kind::BFloat16, Device::Cuda(device)))?;
             Ok::<_, Error>(Adapted { versions: versions("adapted_")?, low_rank })
         };
-        let sizes = Sizes { shape, ranks, tokens: 0, max_tokens: 0, multiprocessors, launches: num_layers + 1 };
+        let launches = num_layers + 1;
+        let sizes = Sizes { shape, ranks, tokens: 0, table_rows: 0, max_tokens: 0, multiprocessors, launches };
         Ok(Some(LayerProducts {
             sizes,
             versions: versions("")?,
@@ -332,19 +335,25 @@ impl LayerProducts {
         })
     }
 
-    /// Begins a step: the residual stream = rows of `table [vocab, hidden]`. `norm [hidden]` is the
-    /// first of the model.
+    /// Begins a step, or the layers after the leading ones: the residual stream = rows of a table.
+    /// `norm [hidden]` is the first of the next layer.
     ///
     /// # Errors
     /// [`Error::Internal`] if a tensor does not fit, else [`Error::Torch`]; here and below.
-    pub fn embed(&self, table: &Tensor, norm: &Tensor, input: &ForwardInput, to: &Activations) -> Result<()> {
-        let sizes = self.input_sizes(input)?;
-        let tensors = [table, &input.tokens, norm, &to.x, &to.scaled, &to.squares, &self.counts];
-        // SAFETY: the input's tokens are ids of the vocabulary.
+    pub(crate) fn begin(
+        &self,
+        rows: TokenRows<'_>,
+        norm: &Tensor,
+        input: &ForwardInput,
+        to: &Activations,
+    ) -> Result<()> {
+        let sizes = Sizes { table_rows: rows.num_rows, ..self.input_sizes(input)? };
+        let tensors = [rows.table, rows.indices, norm, &to.x, &to.scaled, &to.squares, &self.counts];
+        // SAFETY: the writer of the input has checked the indices.
         unsafe { self.embed.launch(&sizes, &tensors.map(Data)) }
     }
 
-    /// The products of launch `index` of a step, from 0. They read `attn_out`, update the residual
+    /// The products of launch `index` of a step, from 0, since [`Self::begin`]. They read `attn_out`, update the residual
     /// stream and write `qkv`; weights that are not of this part are not read.
     ///
     /// There is a block for each multiprocessor, and blocks wait for each other: at a time, only one

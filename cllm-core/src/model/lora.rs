@@ -35,9 +35,13 @@ pub struct LoraConfig {
     /// The output of an adapter is scaled by alpha / rank.
     #[garde(range(min = 0.001))]
     pub alpha: f64,
-    /// The projections of every layer that get an adapter.
+    /// The projections that get an adapter in each layer from `first_layer` on.
     #[garde(length(min = 1))]
     pub targets: BTreeSet<LoraTarget>,
+    /// The first layer that gets adapters, counted from 0. With `on: drafts`, the layers before it
+    /// read a draft token only once, as the model reads it.
+    #[garde(skip)]
+    pub first_layer: usize,
     /// The tokens that the adapters act on.
     #[garde(skip)]
     pub on: AdaptedTokens,
@@ -52,6 +56,7 @@ impl Default for LoraConfig {
             rank: 16,
             alpha: 32.0,
             targets: BTreeSet::from(LoraTarget::ALL),
+            first_layer: 0,
             on: AdaptedTokens::All,
             base_dtype: BaseDtype::Model,
         }
@@ -59,6 +64,18 @@ impl Default for LoraConfig {
 }
 
 impl LoraConfig {
+    /// Checks that a model of this configuration has layers for the adapters.
+    ///
+    /// # Errors
+    /// [`Error::Usage`] that names the key.
+    pub fn check(&self, config: &ModelConfig) -> Result<()> {
+        if self.first_layer < config.num_layers as usize {
+            return Ok(());
+        }
+        let (first, last) = (self.first_layer, config.num_layers - 1);
+        Err(Error::usage(format!("lora.first_layer={first}: the last layer of the model is {last} (the first is 0)")))
+    }
+
     /// Number of trained parameters on a model of this configuration.
     pub fn num_parameters(&self, config: &ModelConfig) -> i64 {
         let modules = self.target_modules(config);
@@ -74,7 +91,8 @@ impl LoraConfig {
     pub(crate) fn target_modules(&self, config: &ModelConfig) -> Vec<TargetModule> {
         let shapes = config.parameter_shapes();
         let shape_of = |weight: &str| shapes.iter().find(|(name, _)| name == weight).map(|(_, shape)| shape);
-        let targets = (0..config.num_layers).flat_map(|layer| self.targets.iter().map(move |&target| (layer, target)));
+        let layers = self.first_layer as i64..config.num_layers;
+        let targets = layers.flat_map(|layer| self.targets.iter().map(move |&target| (layer, target)));
         targets
             .map(|(layer, target)| {
                 let name = format!("model.layers.{layer}.{}", target.path());
@@ -349,14 +367,33 @@ impl LoraAdapters {
         LoraAdapters { config, modules, params, rounded }
     }
 
-    /// Fresh adapters for every target of a model.
-    pub(super) fn random(lora: &LoraConfig, seed: u64, model: &ModelConfig, device: Device, kind: Kind) -> Self {
+    /// The first layer with adapters, if all layers from there on have adapters of the same
+    /// projections.
+    pub(crate) fn first_layer(modules: &[(TargetModule, LoraAdapter)], model: &ModelConfig) -> Option<usize> {
+        let num_layers = model.num_layers as usize;
+        let mut targets = vec![BTreeSet::new(); num_layers];
+        for (module, _) in modules {
+            targets[module.layer].insert(module.target);
+        }
+        let first = targets.iter().position(|targets| !targets.is_empty())?;
+        targets[first..].iter().all(|targets_of_layer| *targets_of_layer == targets[first]).then_some(first)
+    }
+
+    /// Fresh adapters for every target of a model, as in [`Self::new`].
+    pub(super) fn random(
+        lora: &LoraConfig,
+        seed: u64,
+        model: &ModelConfig,
+        device: Device,
+        params_kind: Kind,
+        kind: Kind,
+    ) -> Self {
         let with_adapter = |module| {
             let adapter = LoraAdapter::random(&module, lora, seed);
             (module, adapter)
         };
         let modules = lora.target_modules(model).into_iter().map(with_adapter).collect();
-        Self::new(lora.clone(), modules, device, Kind::Float, kind)
+        Self::new(lora.clone(), modules, device, params_kind, kind)
     }
 
     /// The adapters of a layer's projections that one product computes: `projections` with the

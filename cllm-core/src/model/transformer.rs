@@ -368,11 +368,23 @@ impl Transformer {
         self.adapters.as_ref().is_some_and(|adapters| adapters.config.on == AdaptedTokens::Drafts)
     }
 
+    /// Number of leading layers without adapters, in a model that has adapters; else 0. Nothing in
+    /// them is trained, and they read draft tokens as they read all others.
+    pub(crate) fn num_unadapted_layers(&self) -> usize {
+        let is_adapted = |layer: &Layer| layer.linears().iter().any(|linear| linear.adapters.is_some());
+        self.layers.iter().position(is_adapted).unwrap_or(0)
+    }
+
     /// Adds fresh adapters drawn from `seed`, and drops any that exist; the weights no longer
     /// collect gradients. Until the adapters are trained, the model computes what it did without
     /// them.
     pub fn add_adapters(&mut self, lora: &LoraConfig, seed: u64) {
-        self.set_adapters(LoraAdapters::random(lora, seed, &self.config, self.device, self.kind));
+        self.set_adapters(LoraAdapters::random(lora, seed, &self.config, self.device, Kind::Float, self.kind));
+    }
+
+    /// As [`Self::add_adapters`], in the model's type: adapters to decode with, which are not trained.
+    pub fn add_adapters_for_decoding(&mut self, lora: &LoraConfig, seed: u64) {
+        self.set_adapters(LoraAdapters::random(lora, seed, &self.config, self.device, self.kind, self.kind));
     }
 
     /// As [`Self::add_adapters`], with adapters that exist.
@@ -414,6 +426,10 @@ impl Transformer {
 }
 
 impl Layer {
+    fn linears(&self) -> [&Linear; 4] {
+        [&self.qkv_proj, &self.o_proj, &self.gate_up_proj, &self.down_proj]
+    }
+
     /// Every product, with the projections that it computes and the first output of each.
     fn linears_mut(&mut self, config: &ModelConfig) -> [(&mut Linear, Vec<(LoraTarget, i64)>); 4] {
         let q_width = config.num_heads * config.head_dim;

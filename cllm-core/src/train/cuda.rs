@@ -4,6 +4,8 @@
 //! Only the tensors that the backward needs are saved, and matrix products accumulate directly into
 //! the buffer of the gradients.
 
+use std::ops::Range;
+
 use tch::{Device, Kind, Tensor};
 
 use super::gradients::{GradientSink, ModelPart};
@@ -96,7 +98,7 @@ struct LowRanks {
 pub(super) struct CudaPass<'p> {
     model: &'p Transformer,
     batch: &'p CudaBatch,
-    /// Inputs of the checkpointed layers, of all tokens.
+    /// Inputs of the checkpointed layers among those that have gradients, of all tokens.
     checkpoints: Vec<(Tensor, LowRanks)>,
     /// Of the layers after those.
     saved: Vec<SavedActivations>,
@@ -142,8 +144,12 @@ impl CudaBatch {
     ) -> Result<(Tensor, CudaPass<'p>)> {
         let _no_grad = tch::no_grad_guard();
         let (mut checkpoints, mut saved) = (Vec::new(), Vec::new());
-        let (last, hidden) = self.run_layers(model, |activations| {
-            if checkpoints.len() < checkpointed_layers {
+        let first_layer = model.num_unadapted_layers();
+        let (last, hidden) = self.run_layers(model, |layer, activations| {
+            if layer < first_layer {
+                return Ok(());
+            }
+            if layer < checkpointed_layers {
                 checkpoints.push((activations.input, activations.low_ranks));
             } else {
                 saved.push(self.with_gradients(activations)?);
@@ -157,28 +163,28 @@ impl CudaBatch {
     /// Like [`Self::forward`], but saves nothing for a backward.
     pub(super) fn hidden_states(&self, model: &Transformer) -> Result<Tensor> {
         let _no_grad = tch::no_grad_guard();
-        Ok(self.run_layers(model, |_| Ok(()))?.1)
+        Ok(self.run_layers(model, |_, _| Ok(()))?.1)
     }
 
     /// The output of the last layer, and the final hidden states without the padding. `save` gets
-    /// the activations of each layer.
+    /// the index and the activations of each layer.
     fn run_layers(
         &self,
         model: &Transformer,
-        mut save: impl FnMut(SavedActivations) -> Result<()>,
+        mut save: impl FnMut(usize, SavedActivations) -> Result<()>,
     ) -> Result<(Tensor, Tensor)> {
         if let Some(adapters) = model.adapters() {
             adapters.round()?;
         }
         let mut x = model.embed_tokens.f_index_select(0, &self.tokens)?;
         let mut update = None;
-        for layer in &model.layers {
+        for (index, layer) in model.layers.iter().enumerate() {
             let (input, attn_input) = self.norm(x, update, &layer.input_layernorm)?;
             let mut activations = self.layer_activations(layer, input, attn_input, LowRanks::default())?;
             x = activations.residual.shallow_clone();
             let activated = self.kernels.swiglu(&activations.gate_up)?;
             update = Some(layer.down_proj.project(&activated, self.draft_rows(), &mut activations.low_ranks.down)?);
-            save(activations)?;
+            save(index, activations)?;
         }
         let (last, hidden) = self.norm(x, update, &model.norm)?;
         Ok((last, hidden.f_narrow(0, 0, self.num_tokens)?))
@@ -339,7 +345,7 @@ impl CudaPass<'_> {
         let _no_grad = tch::no_grad_guard();
         let CudaPass { model, batch, mut checkpoints, mut saved, last } = self;
         if last.numel() == 0 {
-            return complete_all(model, gradients);
+            return complete_without_gradients(0..model.layers.len(), gradients);
         }
         let d_hidden = match batch.draft_rows() {
             Some(rows) => d_hidden.f_index_select(0, rows)?,
@@ -348,11 +354,13 @@ impl CudaPass<'_> {
         let d_x = d_hidden.f_zeros_like()?;
         batch.norm_backward(&last, &model.norm, &d_hidden, &d_x)?;
         drop((d_hidden, last));
-        for (index, layer) in model.layers.iter().enumerate().rev() {
+        let first_layer = model.num_unadapted_layers();
+        for (index, layer) in model.layers.iter().enumerate().skip(first_layer).rev() {
             let activations = match saved.pop() {
                 Some(activations) => activations,
                 None => {
-                    let (input, low_ranks) = checkpoints.pop().expect("every layer is saved or checkpointed");
+                    let (input, low_ranks) =
+                        checkpoints.pop().expect("every layer with gradients is saved or checkpointed");
                     let (input, attn_input) = batch.norm(input, None, &layer.input_layernorm)?;
                     batch.with_gradients(batch.layer_activations(layer, input, attn_input, low_ranks)?)?
                 }
@@ -361,6 +369,7 @@ impl CudaPass<'_> {
             batch.layer_backward(layer, activations, &d_x)?;
             gradients.complete(ModelPart::Layer(index))?;
         }
+        complete_without_gradients(0..first_layer, gradients)?;
         if model.embed_tokens.requires_grad() {
             let vocab_size = model.embed_tokens.size()[0];
             let d_embedding = Tensor::f_embedding_dense_backward(&d_x, &batch.tokens, vocab_size, -1, false)?;
@@ -372,9 +381,9 @@ impl CudaPass<'_> {
     }
 }
 
-/// The backward of a batch without tokens that have gradients.
-fn complete_all(model: &Transformer, gradients: &dyn GradientSink) -> Result<()> {
-    (0..model.layers.len()).rev().map(ModelPart::Layer).try_for_each(|layer| {
+/// The backward of layers to which a batch adds no gradients.
+fn complete_without_gradients(layers: Range<usize>, gradients: &dyn GradientSink) -> Result<()> {
+    layers.rev().map(ModelPart::Layer).try_for_each(|layer| {
         gradients.begin(layer)?;
         gradients.complete(layer)
     })

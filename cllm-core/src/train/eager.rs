@@ -59,17 +59,22 @@ impl EagerBatch {
         let embedded = model.embed(&self.tokens);
         let mut x = embedded.detach();
         let mut checkpoints = Vec::new();
-        for index in 0..checkpointed_layers.min(model.layers.len()) {
+        let first_layer = model.num_unadapted_layers();
+        let first_saved = checkpointed_layers.clamp(first_layer, model.layers.len());
+        for index in 0..first_saved {
             let output = tch::no_grad(|| self.layer_forward(model, index, &x, &rotation));
-            checkpoints.push(std::mem::replace(&mut x, output));
+            let input = std::mem::replace(&mut x, output);
+            if index >= first_layer {
+                checkpoints.push(input);
+            }
         }
         let graph_input = x.set_requires_grad(true);
         let mut x = graph_input.shallow_clone();
-        for index in checkpoints.len()..model.layers.len() {
+        for index in first_saved..model.layers.len() {
             x = self.layer_forward(model, index, &x, &rotation);
         }
         let hidden = model.rms_norm(&x, &model.norm).flatten(0, 1);
-        (hidden, EagerPass { model, batch: self, embedded, checkpoints, graph_input })
+        (hidden, EagerPass { model, batch: self, embedded, first_layer, checkpoints, graph_input })
     }
 
     fn layer_forward(&self, model: &Transformer, index: usize, x: &Tensor, rotation: &Rotation) -> Tensor {
@@ -142,7 +147,9 @@ pub(super) struct EagerPass<'p> {
     batch: &'p EagerBatch,
     /// Output of the embedding.
     embedded: Tensor,
-    /// Inputs of the checkpointed layers.
+    /// The first layer that has gradients.
+    first_layer: usize,
+    /// Inputs of the checkpointed layers from there on.
     checkpoints: Vec<Tensor>,
     /// Input of the first layer that is not checkpointed, where the graph of the hidden states
     /// begins.
@@ -151,9 +158,9 @@ pub(super) struct EagerPass<'p> {
 
 impl EagerPass<'_> {
     pub(super) fn backward(self, hidden: Tensor, d_hidden: &Tensor, gradients: &dyn GradientSink) -> Result<()> {
-        let EagerPass { model, batch, embedded, mut checkpoints, graph_input } = self;
+        let EagerPass { model, batch, embedded, first_layer, mut checkpoints, graph_input } = self;
         // Autograd runs through all of these layers at once.
-        let layers = (checkpoints.len()..model.layers.len()).rev().map(ModelPart::Layer);
+        let layers = (first_layer + checkpoints.len()..model.layers.len()).rev().map(ModelPart::Layer);
         layers.clone().try_for_each(|layer| gradients.begin(layer))?;
         libtorch::backward(&hidden, d_hidden)?;
         drop(hidden);
@@ -162,12 +169,16 @@ impl EagerPass<'_> {
         let rotation = model.rope.rotation(&batch.positions, model.kind());
         while let Some(checkpoint) = checkpoints.pop() {
             let input = checkpoint.set_requires_grad(true);
-            let layer = checkpoints.len();
+            let layer = first_layer + checkpoints.len();
             let output = batch.layer_forward(model, layer, &input, &rotation);
             gradients.begin(ModelPart::Layer(layer))?;
             libtorch::backward(&output, &d_x)?;
             gradients.complete(ModelPart::Layer(layer))?;
             d_x = input.grad();
+        }
+        for layer in (0..first_layer).rev().map(ModelPart::Layer) {
+            gradients.begin(layer)?;
+            gradients.complete(layer)?;
         }
         // The embedding is frozen if adapters are trained.
         if embedded.requires_grad() {

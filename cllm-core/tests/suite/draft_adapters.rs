@@ -4,24 +4,28 @@ use cllm_core::checkpoint;
 use cllm_core::decode::{Answer, DecodeOptions, Request, Sampling, StopConditions, Strategy, Width, decode};
 use cllm_core::model::{AdaptedTokens, KvCache, LoraConfig, ParamBuffer, SlotMapping, Transformer};
 use cllm_core::train::{self, AttentionRanges, DeviceBatch, PackedBatch};
-use serde_json::Value;
+use serde_json::{Value, json};
 use tch::{Device, Kind, Tensor};
 
 use crate::models::{random_model, shapes};
 
-/// A random model with random adapters of rank 4, and the copy of it in which they are merged.
+/// A random model with random adapters of rank 4 from a layer on, and the copy of it in which they are
+/// merged.
 struct Adapted {
     model: Transformer,
     merged: Transformer,
+    first_layer: usize,
+}
+
+fn with_adapters(config: &Value, on: AdaptedTokens, first_layer: usize) -> Transformer {
+    let mut model = random_model(config);
+    model.add_adapters(&LoraConfig { rank: 4, alpha: 4.0, on, first_layer, ..LoraConfig::default() }, 7);
+    model
 }
 
 impl Adapted {
-    fn new(config: &Value) -> Self {
-        let with_adapters = |on| {
-            let mut model = random_model(config);
-            model.add_adapters(&LoraConfig { rank: 4, alpha: 4.0, on, ..LoraConfig::default() }, 7);
-            model
-        };
+    fn new(config: &Value, first_layer: usize) -> Self {
+        let with_adapters = |on| with_adapters(config, on, first_layer);
         let (model, on_all) = (with_adapters(AdaptedTokens::Drafts), with_adapters(AdaptedTokens::All));
         let numbers = Tensor::arange(model.trainable().buffer().numel() as i64, (Kind::Float, Device::Cpu));
         let values = (numbers * 0.7).sin() * 0.2;
@@ -29,13 +33,12 @@ impl Adapted {
             tch::no_grad(|| model.trainable().buffer().shallow_clone().copy_(&values));
         }
         assert!(model.to_merged().unwrap().is_none(), "adapters for drafts are never merged");
-        Adapted { model, merged: on_all.to_merged().unwrap().unwrap() }
+        Adapted { model, merged: on_all.to_merged().unwrap().unwrap(), first_layer }
     }
 
     /// Another copy in which the adapters are merged, after a change of them.
     fn merged_after(&self, config: &Value, change: &Tensor) -> Transformer {
-        let mut on_all = random_model(config);
-        on_all.add_adapters(&LoraConfig { rank: 4, alpha: 4.0, ..LoraConfig::default() }, 7);
+        let on_all = with_adapters(config, AdaptedTokens::All, self.first_layer);
         tch::no_grad(|| {
             on_all.trainable().buffer().shallow_clone().copy_(&(self.model.trainable().buffer() + change));
         });
@@ -64,7 +67,7 @@ fn num_new_tokens(answers: &[Answer]) -> Vec<&[u32]> {
 #[test]
 fn gated_answers_are_those_of_the_model_without_adapters_on_every_family() {
     for (name, config) in shapes() {
-        let model = Adapted::new(&config).model;
+        let model = Adapted::new(&config, 0).model;
         let frozen = model.without_adapters();
         for sampling in [Sampling::Greedy, Sampling::Temperature(0.8)] {
             let expected = answers(&frozen, Strategy::Ar, sampling);
@@ -87,7 +90,7 @@ fn gated() -> impl Iterator<Item = Strategy> {
 fn the_adapters_propose_the_drafts() {
     let mut num_different = 0;
     for (name, config) in shapes() {
-        let mut model = Adapted::new(&config).model;
+        let mut model = Adapted::new(&config, 0).model;
         let (strategy, rolling) = (Strategy::gated(8), Strategy::rolling(8));
         let adapted = answers(&model, strategy, Sampling::Greedy);
         // Fresh adapters change nothing.
@@ -154,13 +157,13 @@ fn hidden_of_two_models(frozen: &Transformer, adapted: &Transformer) -> Tensor {
 
 #[test]
 fn noisy_tokens_are_those_of_a_second_model_over_the_frozen_one_on_every_family() {
-    for (name, config) in shapes() {
-        let Adapted { model, merged } = Adapted::new(&config);
+    for ((name, config), first_layer) in shapes().into_iter().flat_map(|shape| [(shape.clone(), 0), (shape, 1)]) {
+        let Adapted { model, merged, .. } = Adapted::new(&config, first_layer);
         let frozen = model.without_adapters();
         let packed = packed();
         let batch = DeviceBatch::new(&packed, &model).unwrap();
         let clean = train::hidden_states(&frozen, &DeviceBatch::new(&packed, &frozen).unwrap()).unwrap();
-        for checkpointed_layers in [0, 1] {
+        for checkpointed_layers in [0, 1, 2] {
             let hidden = train::forward(&model, &batch, checkpointed_layers).unwrap().hidden;
             let num_noisy = packed.draft_rows.len() as i64;
             let first_noisy = hidden.size()[0] - num_noisy;
@@ -176,8 +179,8 @@ fn noisy_tokens_are_those_of_a_second_model_over_the_frozen_one_on_every_family(
 /// The gradients against differences of a loss that two models compute, without autograd.
 #[test]
 fn gradients_are_those_of_a_second_model_over_the_frozen_one_on_every_family() {
-    for (name, config) in shapes() {
-        let adapted = Adapted::new(&config);
+    for ((name, config), first_layer) in shapes().into_iter().flat_map(|shape| [(shape.clone(), 0), (shape, 1)]) {
+        let adapted = Adapted::new(&config, first_layer);
         let (model, frozen) = (&adapted.model, adapted.model.without_adapters());
         let packed = packed();
         let batch = DeviceBatch::new(&packed, model).unwrap();
@@ -186,7 +189,8 @@ fn gradients_are_those_of_a_second_model_over_the_frozen_one_on_every_family() {
             let shape = [packed.draft_rows.len() as i64, model.config().hidden_size];
             (Tensor::arange(shape.iter().product::<i64>(), (Kind::Float, Device::Cpu)) * 1.7).sin().view(shape)
         };
-        for checkpointed_layers in [0, 1] {
+        // The last layer is checkpointed too if those before it have no adapters.
+        for checkpointed_layers in [0, 1 + first_layer] {
             let _ = gradients.buffer().shallow_clone().zero_();
             let pass = train::forward(model, &batch, checkpointed_layers).unwrap();
             let d_hidden = pass.hidden.detach().zeros_like();
@@ -196,7 +200,9 @@ fn gradients_are_those_of_a_second_model_over_the_frozen_one_on_every_family() {
             for target in ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"] {
                 for matrix in ["lora_A", "lora_B"] {
                     check_gradient(&adapted, &frozen, &config, &gradients, &weights, &format!("{target}.{matrix}"))
-                        .unwrap_or_else(|message| panic!("{name}, {checkpointed_layers} checkpointed: {message}"));
+                        .unwrap_or_else(|message| {
+                            panic!("{name}, from layer {first_layer}, {checkpointed_layers} checkpointed: {message}")
+                        });
                 }
             }
         }
@@ -234,7 +240,7 @@ fn check_gradient(
 #[test]
 fn a_folder_of_adapters_for_drafts_is_read_back_beside_its_model() {
     let (_, config) = shapes().remove(0);
-    let Adapted { model, .. } = Adapted::new(&config);
+    let Adapted { model, .. } = Adapted::new(&config, 1);
     let folder = tempfile::tempdir().unwrap();
     let (base, adapter) = (folder.path().join("base"), folder.path().join("adapter"));
     for folder in [&base, &adapter] {
@@ -242,6 +248,9 @@ fn a_folder_of_adapters_for_drafts_is_read_back_beside_its_model() {
     }
     checkpoint::save(&model.without_adapters(), &base, Kind::Float).unwrap();
     checkpoint::save_adapter(&model, &adapter, base.to_str().unwrap()).unwrap();
+    let adapter_config = std::fs::read_to_string(adapter.join("adapter_config.json")).unwrap();
+    let adapter_config: Value = serde_json::from_str(&adapter_config).unwrap();
+    assert_eq!(adapter_config["layers_to_transform"], json!([1]));
     let loaded = checkpoint::load(&adapter, Device::Cpu, Kind::Float).unwrap();
     assert!(loaded.adapts_drafts());
     let strategy = Strategy::gated(8);
@@ -251,4 +260,23 @@ fn a_folder_of_adapters_for_drafts_is_read_back_beside_its_model() {
     assert_eq!(response_ids(&actual), response_ids(&expected));
     let error = checkpoint::save(&loaded, &base, Kind::Float).unwrap_err().to_string();
     assert!(error.contains("not merged"), "{error}");
+}
+
+#[test]
+fn adapters_for_drafts_that_leave_out_a_layer_are_refused() {
+    let (_, config) = shapes().remove(0);
+    let Adapted { model, .. } = Adapted::new(&config, 0);
+    let folder = tempfile::tempdir().unwrap();
+    let (base, adapter) = (folder.path().join("base"), folder.path().join("adapter"));
+    for folder in [&base, &adapter] {
+        std::fs::create_dir(folder).unwrap();
+    }
+    checkpoint::save(&model.without_adapters(), &base, Kind::Float).unwrap();
+    checkpoint::save_adapter(&model, &adapter, base.to_str().unwrap()).unwrap();
+    let file = adapter.join("adapter_model.safetensors");
+    let mut tensors = Tensor::read_safetensors(&file).unwrap();
+    tensors.retain(|(name, _)| !name.contains("layers.1.self_attn.q_proj"));
+    Tensor::write_safetensors(&tensors, &file).unwrap();
+    let error = checkpoint::load(&adapter, Device::Cpu, Kind::Float).err().unwrap().to_string();
+    assert!(error.contains("adapter_model.safetensors") && error.contains("all must have the same"), "{error}");
 }

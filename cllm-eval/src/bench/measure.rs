@@ -19,7 +19,7 @@ use cllm_core::{Error, Result, device, interrupt};
 use tch::{Device, Kind, Tensor};
 
 use super::record::{CollectionBench, DecodeBench, GatedBench, MemoryFloor, StrategyBench};
-use super::settings::BenchSettings;
+use super::settings::{BenchSettings, GatedBenchSettings};
 
 /// Number of warm-up repetitions: the first steps of each size are captured as CUDA graphs.
 const NUM_WARM_UPS: usize = 2;
@@ -58,7 +58,7 @@ impl Bench<'_> {
         }
         progress.finish();
         let single_ms = step_ms[&1];
-        let gated = settings.gated.as_ref().map(|gated| self.measure_gated(gated.rank, single_ms)).transpose()?;
+        let gated = settings.gated.as_ref().map(|gated| self.measure_gated(gated, single_ms)).transpose()?;
         Ok(DecodeBench {
             name,
             parameters: self.model.config().num_parameters(),
@@ -81,11 +81,14 @@ impl Bench<'_> {
     }
 
     /// Measures steps of strategy `gated`, with random adapters beside the model's weights.
-    fn measure_gated(&self, rank: i64, single_ms: f64) -> Result<GatedBench> {
+    fn measure_gated(&self, gated: &GatedBenchSettings, single_ms: f64) -> Result<GatedBench> {
+        let &GatedBenchSettings { rank, first_layer } = gated;
+        let lora = LoraConfig { rank, first_layer, on: AdaptedTokens::Drafts, ..LoraConfig::default() };
+        lora.check(self.model.config())?;
         let peak_of_ar = self
             .peak_memory_of(|| self.time_step(&mut self.step_decoder(Strategy::Ar, 1)?, 1, Strategy::Ar).map(drop))?;
         let mut adapted = self.model.without_adapters();
-        adapted.add_adapters(&LoraConfig { rank, on: AdaptedTokens::Drafts, ..LoraConfig::default() }, 0);
+        adapted.add_adapters_for_decoding(&lora, 0);
         let bench = Bench { model: &adapted, ..*self };
         let sizes = self.settings.step_tokens.iter().filter(|n| GATED_WINDOWS.contains(n));
         let mut gated_step_ms = BTreeMap::new();
@@ -99,6 +102,7 @@ impl Bench<'_> {
         })?;
         Ok(GatedBench {
             rank,
+            first_layer,
             relative_step_time: gated_step_ms.iter().map(|(&n, &ms)| (n, ms / single_ms)).collect(),
             gated_step_ms,
             memory_over_ar: peak.zip(peak_of_ar).map(|(peak, of_ar)| peak as f64 / of_ar as f64),

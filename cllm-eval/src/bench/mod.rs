@@ -126,7 +126,11 @@ fn model_summary(model: &DecodeBench) -> String {
     if let Some(gated) = &model.gated {
         for (n, ms) in &gated.gated_step_ms {
             let relative = gated.relative_step_time[n];
-            text += &format!("  gated step, n={n:>3}, rank {}: {ms:8.3} ms, {relative:.2}x\n", gated.rank);
+            let adapters = match gated.first_layer {
+                0 => format!("rank {}", gated.rank),
+                first_layer => format!("rank {} from layer {first_layer}", gated.rank),
+            };
+            text += &format!("  gated step, n={n:>3}, {adapters}: {ms:8.3} ms, {relative:.2}x\n");
         }
         if let Some(ratio) = gated.memory_over_ar {
             text += &format!("  memory of gated decoding over autoregressive: {ratio:.3}x\n");

@@ -66,6 +66,9 @@ impl BenchRecord for DecodeBench {
 pub struct GatedBench {
     /// Rank of the adapters.
     pub rank: i64,
+    /// The first layer with adapters.
+    #[serde(default)]
+    pub first_layer: usize,
     /// Milliseconds of a step, by n: it has 2 n tokens, half of them drafts.
     pub gated_step_ms: BTreeMap<usize, f64>,
     /// `gated_step_ms` divided by the time of a step of one token.

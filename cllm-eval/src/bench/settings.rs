@@ -88,6 +88,10 @@ pub struct GatedBenchSettings {
     /// Rank of the adapters, which all projections get.
     #[garde(range(min = 1, max = 65536))]
     pub rank: i64,
+    /// The first layer that gets adapters, counted from 0.
+    #[serde(default)]
+    #[garde(skip)]
+    pub first_layer: usize,
 }
 
 impl Default for BenchSettings {

@@ -45,7 +45,8 @@ pub struct TrainBenchRecord {
     pub(super) mean_batch_tokens: f64,
     /// Model FLOPs over the seconds and `peak_flops`: 6 x trained and 4 x frozen parameters x tokens,
     /// plus 12 x layers x width of all heads for each pair of tokens that attention does not mask.
-    /// Recomputation does not count. `None` on devices whose peak is not known.
+    /// Recomputation does not count. `None` on devices whose peak is not known, and with adapters that
+    /// act on draft tokens alone or leave out layers.
     pub(super) mfu: Option<f64>,
     /// The same, if attention counts every pair of tokens in a sequence of `max_example_tokens`.
     pub(super) mfu_dense_attention: Option<f64>,

@@ -3,7 +3,7 @@
 use cllm_core::Result;
 use cllm_core::distributed::ProcessGroup;
 use cllm_core::environment::Hardware;
-use cllm_core::model::ModelConfig;
+use cllm_core::model::{AdaptedTokens, ModelConfig};
 use cllm_core::statistics::median;
 use tch::{Device, Tensor};
 
@@ -81,8 +81,12 @@ impl Throughput {
         let num_trained = training.trained_parameters(config);
         let num_frozen = if training.lora.is_some() { config.num_parameters() } else { 0 };
         let matmul_flops = (6 * num_trained + 4 * num_frozen) as f64 * timings.num_tokens as f64;
+        // Otherwise the backward is that of some tokens or layers alone.
+        let is_whole = training.lora.as_ref().is_none_or(|lora| lora.on == AdaptedTokens::All && lora.first_layer == 0);
         let mfu = |num_pairs: usize| {
-            peak_flops.map(|peak| (matmul_flops + flops_per_pair * num_pairs as f64) / timings.seconds() / peak)
+            peak_flops
+                .filter(|_| is_whole)
+                .map(|peak| (matmul_flops + flops_per_pair * num_pairs as f64) / timings.seconds() / peak)
         };
         Throughput {
             mfu: mfu(timings.num_attended_pairs),

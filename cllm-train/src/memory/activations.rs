@@ -87,7 +87,10 @@ fn largest_moment(
     copies: &WeightCopies,
     ends: &Ends,
 ) -> f64 {
-    let num_checkpointed = num_layers.min(settings.checkpointed_layers as f64);
+    // Layers before the first one with adapters save nothing.
+    let num_unadapted = settings.lora.as_ref().map_or(0.0, |lora| lora.first_layer as f64);
+    let num_checkpointed = (num_layers.min(settings.checkpointed_layers as f64) - num_unadapted).max(0.0);
+    let num_layers = num_layers - num_unadapted;
     let forward = (num_layers - num_checkpointed) * layer.saved + num_checkpointed * layer.input;
     let kept = (num_layers - num_checkpointed) * copies.kept;
     let in_losses = num_tokens * forward + kept + ends.losses;

@@ -53,11 +53,15 @@ impl StepWork {
         };
         let consistency = &settings.consistency;
         let packed = Forward {
+            num_layers: config.num_layers as f64,
             num_batches: batches.len() as f64 * per_process,
             num_tokens: mean(&|example| example.max_packed_tokens(consistency) as f64),
             num_pairs: mean(&|example| attended_pairs(config, example, consistency)),
         };
-        let mut work = layers_work(settings, config, &packed)
+        let num_unadapted = settings.lora.as_ref().map_or(0, |lora| lora.first_layer);
+        let share = num_unadapted as f64 / config.num_layers as f64;
+        let mut work = layers_work(settings, config, &packed.in_share_of_layers(1.0 - share))
+            .plus(frozen_layers_work(config, &packed.in_share_of_layers(share)))
             .plus(update_work(settings, config, world_size))
             .plus(head_work(settings, config, mean(&|example| trained_rows(settings, example))))
             .plus(frozen_head_work(config, mean(&|example| frozen_rows(settings, example))));
@@ -92,10 +96,18 @@ impl StepWork {
 
 /// The mean size of the forwards of a step on each process.
 struct Forward {
+    num_layers: f64,
     num_batches: f64,
     num_tokens: f64,
     /// Pairs of tokens that attend to each other, summed over the layers.
     num_pairs: f64,
+}
+
+impl Forward {
+    /// The part of it that some of its layers are.
+    fn in_share_of_layers(&self, share: f64) -> Self {
+        Forward { num_layers: share * self.num_layers, num_pairs: share * self.num_pairs, ..*self }
+    }
 }
 
 /// Rows of a packed example whose logits have gradients: of the response, of prompts in the anchor
@@ -156,12 +168,12 @@ fn causal_pairs(before: f64, length: f64, window: f64) -> f64 {
     if all < length { seen + (length - all) * window } else { seen }
 }
 
-/// Forward and backward of all layers.
+/// Forward and backward of the last layers: of all, or of those with adapters.
 fn layers_work(settings: &Settings, config: &ModelConfig, forward: &Forward) -> StepWork {
-    let Forward { num_batches, num_tokens, num_pairs } = *forward;
+    let Forward { num_layers, num_batches, num_tokens, num_pairs } = *forward;
     let LayerWidths { hidden: h, queries: q, qkv: s, ffn: f, .. } = LayerWidths::new(config);
-    let num_layers = config.num_layers as f64;
-    let recomputed = (settings.checkpointed_layers as f64).min(num_layers) / num_layers;
+    let num_others = config.num_layers as f64 - num_layers;
+    let recomputed = (settings.checkpointed_layers as f64 - num_others).clamp(0.0, num_layers) / num_layers;
     let weights = h * s + q * h + 3.0 * h * f;
     let adapters = settings.lora.as_ref().map_or(0.0, |lora| lora.num_parameters(config) as f64 / num_layers);
     // Passes over the weights; the gradient of a frozen weight is not computed.
@@ -195,11 +207,11 @@ fn layers_work(settings: &Settings, config: &ModelConfig, forward: &Forward) -> 
     }
 }
 
-/// A forward of the anchor.
+/// A forward through layers without gradients: those of the anchor, or those below the adapters.
 fn frozen_layers_work(config: &ModelConfig, forward: &Forward) -> StepWork {
-    let Forward { num_batches, num_tokens, num_pairs } = *forward;
+    let Forward { num_layers, num_batches, num_tokens, num_pairs } = *forward;
     let LayerWidths { hidden: h, queries: q, qkv: s, ffn: f, .. } = LayerWidths::new(config);
-    let (num_layers, weights) = (config.num_layers as f64, h * s + q * h + 3.0 * h * f);
+    let weights = h * s + q * h + 3.0 * h * f;
     // The same inputs and outputs of products and elementwise operations as in a recomputed layer.
     let token_bytes = 2.0 * (6.0 * h + s + q + 3.0 * f) + 8.0 * h + 4.0 * s + 6.0 * f;
     StepWork {

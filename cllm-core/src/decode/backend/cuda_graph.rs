@@ -63,11 +63,15 @@ impl<'m> CudaGraphBackend<'m> {
             true => num_tokens,
             false => padded_size(num_window_tokens).min(num_tokens),
         };
+        let num_adapted: usize = windows.iter().map(|window| window.num_adapted).sum();
+        let num_plain = num_window_tokens + num_prompt_tokens - num_adapted;
+        let leading = (num_adapted > 0).then(|| self.model.leading_shape(padded_size(num_plain))).flatten();
         ForwardShape {
             num_tokens,
             num_outputs,
             num_tiles: self.model.max_tiles(num_tokens),
-            has_adapted: windows.iter().any(|window| window.num_adapted > 0),
+            has_adapted: num_adapted > 0,
+            leading,
         }
     }
 }
@@ -83,7 +87,7 @@ impl Backend for CudaGraphBackend<'_> {
         write_input(&mut self.runner.write_input(shape)?, chunks, windows)?;
         // No forward of this backend is running any more.
         self.whole_device = None;
-        if self.model.occupies_device(shape.num_tokens) {
+        if self.model.occupies_device(shape) {
             self.whole_device = Some(WHOLE_DEVICE.lock().unwrap_or_else(PoisonError::into_inner));
         }
         let model = &self.model;
@@ -189,7 +193,7 @@ mod tests {
 
     #[test]
     fn windows_come_before_chunks() {
-        let shape = ForwardShape { num_tokens: 8, num_outputs: 8, num_tiles: 5, has_adapted: true };
+        let shape = ForwardShape { num_tokens: 8, num_outputs: 8, num_tiles: 5, has_adapted: true, leading: None };
         let window = Window {
             start: 4,
             last_token: 11,
@@ -214,7 +218,7 @@ mod tests {
 
     #[test]
     fn a_tree_occupies_neighboring_slots_at_the_positions_of_its_branches() {
-        let shape = ForwardShape { num_tokens: 4, num_outputs: 4, num_tiles: 4, has_adapted: false };
+        let shape = ForwardShape { num_tokens: 4, num_outputs: 4, num_tiles: 4, has_adapted: false, leading: None };
         let tree = TokenTree::new([0, 0, 2]);
         let window = Window {
             start: 4,

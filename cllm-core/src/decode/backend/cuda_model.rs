@@ -2,11 +2,13 @@
 //! own. Tokens of different sequences are packed into one ragged batch, each with a slot and a
 //! position of its own. Shapes are static, so that a forward can be captured as a CUDA graph.
 
+use std::ops::Range;
+
 use tch::{Device, Kind, Tensor};
 
 use crate::cuda::decode::{self, DecodeKernels, LayerCache, Queries};
 use crate::cuda::draft_adapters::{self, AdapterRanks, DraftAdapters, LayerAdapters};
-use crate::cuda::forward_input::{ForwardInput, InputLimits};
+use crate::cuda::forward_input::{ForwardInput, ForwardShape, InputLimits, LeadingShape, TokenRows};
 use crate::cuda::layer_products::{LayerProducts, Part, ProductAdapters, ProductWeights};
 use crate::cuda::nvrtc::compute_capability;
 use crate::cuda::shape::KernelShape;
@@ -28,6 +30,8 @@ pub(super) struct CudaModel<'m> {
     model: &'m Transformer,
     /// Of every layer, if there are adapters for drafts.
     adapters: Option<Vec<LayerAdapters>>,
+    /// Number of leading layers without adapters, if later ones have adapters for drafts.
+    num_leading_layers: usize,
     kernels: DecodeKernels,
     /// If the GPU supports them and the model has the whole device.
     products: Option<LayerProducts>,
@@ -39,6 +43,13 @@ pub(super) struct CudaModel<'m> {
     /// `[layers, rows, kv_heads, head_dim, capacity]`: transposed, as the attention kernel
     /// multiplies them.
     values: Tensor,
+}
+
+/// The residual stream after some layers: `x + delta`, each `[T, hidden]`.
+struct Residual {
+    x: Tensor,
+    /// What the next norm adds to `x`, if anything.
+    delta: Option<Tensor>,
 }
 
 impl<'m> CudaModel<'m> {
@@ -70,10 +81,12 @@ impl<'m> CudaModel<'m> {
         };
         let adapters = model.adapts_drafts().then(|| model.layers.iter().map(layer_adapters).collect::<Result<_>>());
         let adapters: Option<Vec<LayerAdapters>> = adapters.transpose()?;
-        let ranks = adapters.as_ref().map_or(AdapterRanks::default(), |layers| layers[0].ranks());
+        let num_leading_layers = model.num_unadapted_layers();
+        let ranks = adapters.as_ref().map_or(AdapterRanks::default(), |layers| layers[num_leading_layers].ranks());
         Ok(Some(CudaModel {
             model,
             adapters,
+            num_leading_layers,
             kernels: DecodeKernels::new(device, shape, ranks)?,
             products: if whole_device { LayerProducts::new(device, shape, ranks, num_layers)? } else { None },
             shape,
@@ -99,10 +112,25 @@ impl<'m> CudaModel<'m> {
         decode::max_sampled_tokens(&self.shape)
     }
 
-    /// Whether a forward of `num_tokens` has kernels that occupy all multiprocessors and wait for
-    /// their own blocks.
-    pub(super) fn occupies_device(&self, num_tokens: usize) -> bool {
-        self.products.as_ref().is_some_and(|products| products.are_fastest(num_tokens))
+    /// The sizes of the leading layers, for so many tokens without those that have adapters; `None` if
+    /// all layers have adapters.
+    pub(super) fn leading_shape(&self, num_tokens: usize) -> Option<LeadingShape> {
+        let num_tiles = self.max_tiles(num_tokens);
+        (self.num_leading_layers > 0).then_some(LeadingShape { num_tokens, num_tiles })
+    }
+
+    /// Whether a forward has kernels that occupy all multiprocessors and wait for their own blocks.
+    pub(super) fn occupies_device(&self, shape: ForwardShape) -> bool {
+        let leading = shape.leading.map(|leading| leading.num_tokens);
+        [Some(shape.num_tokens), leading]
+            .into_iter()
+            .flatten()
+            .any(|num_tokens| self.products_for(num_tokens).is_some())
+    }
+
+    /// The kernels for all products between two attentions, if they are the fastest.
+    fn products_for(&self, num_tokens: usize) -> Option<&LayerProducts> {
+        self.products.as_ref().filter(|products| products.are_fastest(num_tokens))
     }
 
     /// Copies a row of the cache over another.
@@ -130,17 +158,37 @@ impl<'m> CudaModel<'m> {
     /// each of the leading outputs, or gives the candidates there: int32 `results [outputs x
     /// ints_per_output]`. The fused kernels sample after every token.
     pub(super) fn forward(&self, input: &ForwardInput, results: &Tensor) -> Result<()> {
+        let (first, end) = (self.num_leading_layers, self.model.layers.len());
+        let embeddings = |input| ForwardInput::embeddings(input, &self.model.embed_tokens);
+        let residual = match input.leading() {
+            None => self.forward_layers(0..end, input, embeddings(input))?,
+            Some(leading) => {
+                let x = self.forward_layers(0..first, leading, embeddings(leading))?.sum()?;
+                self.forward_layers(first..end, input, input.rows_of_leading(&x))?
+            }
+        };
+        match residual {
+            Residual { x, delta: None } => self.sample_few(&x, input, results),
+            Residual { x, delta } => self.sample(&x, delta.as_ref(), input, results),
+        }
+    }
+
+    /// Some layers, with the kernels that are fastest for as many tokens. The residual stream begins
+    /// with `rows`.
+    fn forward_layers(&self, layers: Range<usize>, input: &ForwardInput, rows: TokenRows<'_>) -> Result<Residual> {
         let num_tokens = input.shape().num_tokens;
-        if let Some(products) = self.products.as_ref().filter(|_| self.occupies_device(num_tokens)) {
-            return self.forward_with_products(products, input, results);
+        if let Some(products) = self.products_for(num_tokens) {
+            let x = self.forward_with_products(products, layers, input, rows)?;
+            return Ok(Residual { x, delta: None });
         }
         let x = self.empty(num_tokens, self.model.config().hidden_size)?;
-        self.kernels.embed(&self.model.embed_tokens, input, &x)?;
+        self.kernels.begin(rows, input, &x)?;
         if num_tokens <= decode::max_fused_tokens(&self.shape) {
-            self.forward_fused(input, &x, results)
-        } else {
-            self.forward_with_cublas(input, &x, results)
+            self.forward_fused(layers, input, &x)?;
+            return Ok(Residual { x, delta: None });
         }
+        let delta = self.forward_with_cublas(layers, input, &x)?;
+        Ok(Residual { x, delta })
     }
 
     /// Only the attention of every layer, for queries, keys and values `qkv [T, ...]` that are not
@@ -153,13 +201,13 @@ impl<'m> CudaModel<'m> {
 
     /// With few tokens, reading the weights dominates the time. Kernels that fuse norms,
     /// projections and activations read them fastest.
-    fn forward_fused(&self, input: &ForwardInput, x: &Tensor, results: &Tensor) -> Result<()> {
+    fn forward_fused(&self, layers: Range<usize>, input: &ForwardInput, x: &Tensor) -> Result<()> {
         let (kernels, config, num_tokens) = (&self.kernels, self.model.config(), input.shape().num_tokens);
         let heads = |num_heads: i64| self.empty(num_tokens, num_heads * config.head_dim);
         let (qkv, attn_out) = (heads(config.num_heads + 2 * config.num_kv_heads)?, heads(config.num_heads)?);
         let inner = self.empty(num_tokens, config.intermediate_size)?;
-        for (index, layer) in self.model.layers.iter().enumerate() {
-            let adapters = self.adapters(index, input);
+        for index in layers {
+            let (layer, adapters) = (&self.model.layers[index], self.adapters(index, input));
             let projection = (&layer.qkv_proj.weight, layer.qkv_proj.bias.as_ref(), adapters.qkv);
             self.with_cache(index, layer, |cache| {
                 let queries = kernels.fused_qkv(projection, (x, &layer.input_layernorm), &qkv, input, cache)?;
@@ -171,20 +219,27 @@ impl<'m> CudaModel<'m> {
             kernels.fused_gate_up(projection, (x, &layer.post_attention_layernorm), &inner, input)?;
             kernels.fused_down((&layer.down_proj.weight, adapters.down), &inner, x, input)?;
         }
-        self.sample_few(x, input, results)
+        Ok(())
     }
 
     /// With up to some dozens of tokens, reading the weights dominates the time. One kernel for all
     /// products between two attentions reads them almost without a pause.
-    fn forward_with_products(&self, products: &LayerProducts, input: &ForwardInput, results: &Tensor) -> Result<()> {
-        let (layers, num_layers) = (&self.model.layers, self.model.layers.len());
+    fn forward_with_products(
+        &self,
+        products: &LayerProducts,
+        Range { start, end }: Range<usize>,
+        input: &ForwardInput,
+        rows: TokenRows<'_>,
+    ) -> Result<Tensor> {
+        let layers = &self.model.layers;
         let activations = products.activations(input.shape().num_tokens)?;
-        products.embed(&self.model.embed_tokens, &layers[0].input_layernorm, input, &activations)?;
-        for index in 0..=num_layers {
-            let (before, after) = (&layers[index.saturating_sub(1)], &layers[index.min(num_layers - 1)]);
+        products.begin(rows, &layers[start].input_layernorm, input, &activations)?;
+        for index in start..=end {
+            let (last, next) = (index.saturating_sub(1).max(start), index.min(end - 1));
+            let (before, after) = (&layers[last], &layers[next]);
             let part = match index {
-                0 => Part::First,
-                _ if index == num_layers => Part::Last,
+                _ if index == start => Part::First,
+                _ if index == end => Part::Last,
                 _ => Part::Middle,
             };
             let weights = ProductWeights {
@@ -194,12 +249,9 @@ impl<'m> CudaModel<'m> {
                 down: &before.down_proj.weight,
                 next_norm: if part == Part::Last { &self.model.norm } else { &after.input_layernorm },
                 qkv: (&after.qkv_proj.weight, after.qkv_proj.bias.as_ref()),
-                adapters: ProductAdapters {
-                    qkv: self.adapters(index.min(num_layers - 1), input).qkv,
-                    ..self.adapters(index.saturating_sub(1), input)
-                },
+                adapters: ProductAdapters { qkv: self.adapters(next, input).qkv, ..self.adapters(last, input) },
             };
-            products.multiply((index, part), &weights, input, &activations)?;
+            products.multiply((index - start, part), &weights, input, &activations)?;
             if part != Part::Last {
                 let (qkv, attn_out) = (&activations.qkv, &activations.attn_out);
                 self.with_cache(index, after, |cache| {
@@ -207,11 +259,12 @@ impl<'m> CudaModel<'m> {
                 })?;
             }
         }
-        self.sample_few(&activations.x, input, results)
+        Ok(activations.x)
     }
 
     /// With more tokens, the matrix products dominate the time, and cuBLAS computes them fastest.
-    fn forward_with_cublas(&self, input: &ForwardInput, x: &Tensor, results: &Tensor) -> Result<()> {
+    /// Returns the output of the last layer, which has to be added to `x`.
+    fn forward_with_cublas(&self, layers: Range<usize>, input: &ForwardInput, x: &Tensor) -> Result<Option<Tensor>> {
         let (kernels, config, num_tokens) = (&self.kernels, self.model.config(), input.shape().num_tokens);
         let attn_out = self.empty(num_tokens, config.num_heads * config.head_dim)?;
         let normed = self.empty(num_tokens, config.hidden_size)?;
@@ -226,8 +279,8 @@ impl<'m> CudaModel<'m> {
         };
         // The output of the previous layer. The next norm adds it to `x`.
         let mut delta: Option<Tensor> = None;
-        for (index, layer) in self.model.layers.iter().enumerate() {
-            let adapters = self.adapters(index, input);
+        for index in layers {
+            let (layer, adapters) = (&self.model.layers[index], self.adapters(index, input));
             kernels.add_rms_norm(x, delta.as_ref(), &layer.input_layernorm, &normed)?;
             drop(delta.take());
             let qkv = project(&layer.qkv_proj, adapters.qkv, &normed)?;
@@ -239,7 +292,7 @@ impl<'m> CudaModel<'m> {
             kernels.gate_up(gate_up, &normed, &inner, is_draft.as_ref())?;
             delta = Some(project(&layer.down_proj, adapters.down, &inner)?);
         }
-        self.sample(x, delta.as_ref(), input, results)
+        Ok(delta)
     }
 
     /// The adapters of a layer, if the forward has tokens that are read with them.
@@ -284,6 +337,15 @@ impl<'m> CudaModel<'m> {
 
     fn empty(&self, num_tokens: usize, width: i64) -> Result<Tensor> {
         Tensor::f_empty([num_tokens as i64, width], (Kind::BFloat16, self.model.device())).map_err(Error::from)
+    }
+}
+
+impl Residual {
+    fn sum(self) -> Result<Tensor> {
+        if let Some(delta) = &self.delta {
+            let _ = self.x.shallow_clone().f_add_(delta)?;
+        }
+        Ok(self.x)
     }
 }
 
