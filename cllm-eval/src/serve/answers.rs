@@ -53,6 +53,8 @@ pub(super) enum Piece {
         ids: Vec<i32>,
         text: String,
         seconds: f64,
+        /// Of each token, if they were asked for.
+        scores: Vec<TokenScore>,
     },
     End {
         text: String,
@@ -100,18 +102,20 @@ impl Order {
         self.n * self.prompts.len()
     }
 
-    /// Asks the engine for all answers.
-    pub(super) fn submit(&self) -> Vec<Choice> {
-        (0..self.num_choices()).map(|index| self.submit_choice(index)).collect()
+    /// Asks the engine for all answers, and for the scores of their tokens with so many of the likeliest
+    /// tokens beside each.
+    pub(super) fn submit(&self, num_top: Option<usize>) -> Vec<Choice> {
+        (0..self.num_choices()).map(|index| self.submit_choice(index, num_top)).collect()
     }
 
-    fn submit_choice(&self, index: usize) -> Choice {
+    fn submit_choice(&self, index: usize, num_top: Option<usize>) -> Choice {
         let prompt = index / self.n;
         // Answers to the same prompt differ by their number.
         let request = Request { sample_id: (index % self.n).to_string(), prompt_ids: self.prompts[prompt].ids.clone() };
         let stop = self.stops[prompt].clone();
         let (sampling, seed) = (self.sampling, self.seed);
-        Choice { index, prompt, events: self.ask(Work::Decode(LiveRequest { request, stop, sampling, seed })) }
+        let request = LiveRequest { request, stop, sampling, seed };
+        Choice { index, prompt, events: self.ask(Work::Decode { request, num_top }) }
     }
 
     fn ask(&self, work: Work) -> UnboundedReceiver<Event> {
@@ -132,10 +136,11 @@ impl Order {
             while let Some(event) = choice.events.recv().await {
                 match event {
                     Event::Started { num_cached } => yield Piece::Started { num_cached },
-                    Event::Tokens { mut ids, seconds } => {
+                    Event::Tokens { mut ids, seconds, mut scores } => {
                         let added = text.push(&ids).map_err(undecodable)?;
                         ids.truncate(added.num_tokens);
-                        yield Piece::Tokens { ids, text: added.text, seconds };
+                        scores.truncate(added.num_tokens);
+                        yield Piece::Tokens { ids, text: added.text, seconds, scores };
                         if added.is_stopped {
                             yield Piece::End { text: String::new(), reason: "stop" };
                             return;

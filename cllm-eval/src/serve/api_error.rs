@@ -47,6 +47,15 @@ impl ApiError {
         ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message).with_code("server_stopping")
     }
 
+    /// The cache for the log-probabilities of a text could not be allocated.
+    pub(super) fn no_memory_for_logprobs(error: &cllm_core::Error) -> Self {
+        let message = format!(
+            "there is no memory for the log-probabilities of this text ({error}): try again when fewer are asked for, or \
+             start the server with a smaller batch_size or context"
+        );
+        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message).with_code("out_of_memory")
+    }
+
     /// The decode engine has failed.
     pub(super) fn engine() -> Self {
         let message = "decoding failed and the server ends: its log says why";

@@ -15,7 +15,8 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::api_error::ApiError;
 use super::metrics::{Metrics, of_model};
-use super::scoring::{Scoring, TokenScore};
+use super::scored_texts::ScoredTexts;
+use super::scoring::TokenScore;
 
 /// Something for the engine to do, and whom to tell.
 pub(super) struct Job {
@@ -26,6 +27,7 @@ pub(super) struct Job {
 }
 
 /// Whom to tell what becomes of a job.
+#[derive(Clone)]
 pub(super) struct Client {
     pub(super) events: UnboundedSender<Event>,
     pub(super) received: Instant,
@@ -33,13 +35,13 @@ pub(super) struct Client {
 }
 
 impl Client {
-    fn tell(&self, event: Event) {
+    pub(super) fn tell(&self, event: Event) {
         // One that has gone is noticed before the next forward.
         let _ = self.events.send(event);
     }
 
     /// Whether it is there, and its time is not up, which it is told otherwise.
-    fn waits(&self, now: Instant) -> bool {
+    pub(super) fn waits(&self, now: Instant) -> bool {
         if now > self.deadline {
             self.tell(Event::Failed(ApiError::timeout()));
         }
@@ -48,7 +50,11 @@ impl Client {
 }
 
 pub(super) enum Work {
-    Decode(LiveRequest),
+    Decode {
+        request: LiveRequest,
+        /// The number of likeliest tokens to give beside each token, if tokens are to have scores.
+        num_top: Option<usize>,
+    },
     Score {
         ids: Vec<i32>,
         /// Number of likeliest tokens to give at each position.
@@ -67,6 +73,8 @@ pub(super) enum Event {
     Tokens {
         ids: Vec<i32>,
         seconds: f64,
+        /// Of each token, if they were asked for.
+        scores: Vec<TokenScore>,
     },
     Finished(FinishReason),
     /// For each token but the first.
@@ -144,16 +152,13 @@ pub(super) fn run(
 
 /// The jobs of one model.
 struct Lane<'d> {
-    model: &'d LaneModel<'d>,
     batch: LiveBatch<'d>,
     /// To decode.
-    waiting: VecDeque<(LiveRequest, Client)>,
+    waiting: VecDeque<(LiveRequest, Option<usize>, Client)>,
     /// By the index of the request in the batch.
     running: HashMap<usize, Running>,
     num_started: usize,
-    /// To score.
-    unscored: VecDeque<(Vec<i32>, usize, Client)>,
-    scoring: Option<(Scoring, Client)>,
+    texts: ScoredTexts<'d>,
     /// Time that its turns have taken.
     seconds: f64,
     labels: Vec<(&'static str, String)>,
@@ -175,23 +180,21 @@ impl<'d> Lane<'d> {
             waiting: VecDeque::new(),
             running: HashMap::new(),
             num_started: 0,
-            unscored: VecDeque::new(),
-            scoring: None,
+            texts: ScoredTexts::new(model.model),
             seconds: 0.0,
             labels: of_model(&model.id),
             metrics,
-            model,
         })
     }
 
     fn has_work(&self) -> bool {
-        !(self.waiting.is_empty() && self.running.is_empty() && self.unscored.is_empty() && self.scoring.is_none())
+        !self.waiting.is_empty() || !self.running.is_empty() || self.texts.has_work()
     }
 
     fn push(&mut self, Job { work, client, .. }: Job) {
         match work {
-            Work::Decode(request) => self.waiting.push_back((request, client)),
-            Work::Score { ids, num_top } => self.unscored.push_back((ids, num_top, client)),
+            Work::Decode { request, num_top } => self.waiting.push_back((request, num_top, client)),
+            Work::Score { ids, num_top } => self.texts.push(ids, num_top, client),
         }
     }
 
@@ -201,7 +204,7 @@ impl<'d> Lane<'d> {
         self.drop_abandoned()?;
         self.admit()?;
         self.step()?;
-        self.score()?;
+        self.texts.turn()?;
         self.seconds += started.elapsed().as_secs_f64();
         self.metrics.waiting.get_or_create(&self.labels).set(self.waiting.len() as i64);
         self.metrics.running.get_or_create(&self.labels).set(self.running.len() as i64);
@@ -212,9 +215,8 @@ impl<'d> Lane<'d> {
     /// Drops the jobs that nobody waits for any more, or whose time is up.
     fn drop_abandoned(&mut self) -> Result<()> {
         let now = Instant::now();
-        self.waiting.retain(|(_, client)| client.waits(now));
-        self.unscored.retain(|(.., client)| client.waits(now));
-        self.scoring.take_if(|(_, client)| !client.waits(now));
+        self.waiting.retain(|(.., client)| client.waits(now));
+        self.texts.drop_abandoned(now);
         let left = self.running.iter().filter(|(_, one)| !one.client.waits(now)).map(|(&index, _)| index);
         for index in left.collect::<Vec<usize>>() {
             self.running.remove(&index);
@@ -225,30 +227,34 @@ impl<'d> Lane<'d> {
 
     fn admit(&mut self) -> Result<()> {
         while self.batch.has_room() {
-            let Some((request, client)) = self.waiting.pop_front() else { break };
-            self.start(request, client)?;
-        }
-        if self.scoring.is_none()
-            && let Some((ids, num_top, client)) = self.unscored.pop_front()
-        {
-            self.scoring = Some((Scoring::new(self.model.model, ids, num_top)?, client));
+            let Some((request, num_top, client)) = self.waiting.pop_front() else { break };
+            self.start(request, num_top, client)?;
         }
         Ok(())
     }
 
-    fn start(&mut self, request: LiveRequest, client: Client) -> Result<()> {
+    fn start(&mut self, request: LiveRequest, num_top: Option<usize>, client: Client) -> Result<()> {
         let num_prompt_tokens = request.request.prompt_ids.len();
+        if let Some(num_top) = num_top {
+            let (prompt_ids, max_new_tokens) = (request.request.prompt_ids.clone(), request.stop.max_new_tokens);
+            let pushed = self.texts.push_answer(self.num_started, prompt_ids, max_new_tokens, num_top, client.clone());
+            if let Err(error) = pushed {
+                client.tell(Event::Failed(ApiError::no_memory_for_logprobs(&error)));
+                return Ok(());
+            }
+        }
         match self.batch.join(request) {
             Ok(num_cached) => {
                 self.metrics.prompt_tokens.get_or_create(&self.labels).inc_by(num_prompt_tokens as u64);
                 self.metrics.cached_prompt_tokens.get_or_create(&self.labels).inc_by(num_cached as u64);
-                client.tell(Event::Started { num_cached });
+                self.texts.tell(self.num_started, &client, Event::Started { num_cached });
                 let running = Running { client, first_tokens: None, num_tokens: 0, num_forwards: 0 };
                 self.running.insert(self.num_started, running);
                 self.num_started += 1;
             }
             Err(Error::Usage(message)) => {
-                client.tell(Event::Failed(ApiError::new(StatusCode::BAD_REQUEST, message)));
+                let error = ApiError::new(StatusCode::BAD_REQUEST, message);
+                self.texts.tell(self.num_started, &client, Event::Failed(error));
             }
             Err(error) => return Err(error),
         }
@@ -257,7 +263,7 @@ impl<'d> Lane<'d> {
 
     fn step(&mut self) -> Result<()> {
         let (seconds_before, started) = (self.batch.timing().decode_seconds, Instant::now());
-        let Lane { batch, running, metrics, labels, .. } = self;
+        let Lane { batch, running, texts, metrics, labels, .. } = self;
         let mut accepted: Vec<(usize, Vec<i32>)> = Vec::new();
         let mut finished = Vec::new();
         let mut on_finished = |index, answer: Answer| {
@@ -276,32 +282,21 @@ impl<'d> Lane<'d> {
                 metrics.observe_first_token(labels, one.client.received.elapsed());
                 (started, seconds_before)
             });
-            one.client.tell(Event::Tokens { ids, seconds: seconds - start });
+            texts.tell(index, &one.client, Event::Tokens { ids, seconds: seconds - start, scores: Vec::new() });
         }
         for (index, reason) in finished {
             let Some(one) = running.remove(&index) else { continue };
             let time = one.first_tokens.map(|(at, _)| at.elapsed()).unwrap_or_default();
             metrics.observe_answer(labels, one.num_tokens, one.num_forwards, time);
-            one.client.tell(Event::Finished(reason));
-        }
-        Ok(())
-    }
-
-    fn score(&mut self) -> Result<()> {
-        let Some((scoring, client)) = &mut self.scoring else { return Ok(()) };
-        if let Some(scores) = scoring.step(self.model.model)? {
-            client.tell(Event::Scored(scores));
-            self.scoring = None;
+            texts.tell(index, &one.client, Event::Finished(reason));
         }
         Ok(())
     }
 
     fn fail_all(&mut self, error: &ApiError) {
-        let waiting = self.waiting.drain(..).map(|(_, client)| client);
-        let unscored = self.unscored.drain(..).map(|(.., client)| client);
-        let scoring = self.scoring.take().map(|(_, client)| client);
+        let waiting = self.waiting.drain(..).map(|(.., client)| client);
         let running = self.running.drain().map(|(_, one)| one.client);
-        let clients = waiting.chain(unscored).chain(scoring).chain(running);
+        let clients = waiting.chain(self.texts.drain_clients()).chain(running);
         clients.for_each(|client| client.tell(Event::Failed(error.clone())));
     }
 }

@@ -19,6 +19,7 @@ mod page;
 mod requests;
 mod responses;
 mod routes;
+mod scored_texts;
 mod scoring;
 mod settings;
 mod text;

@@ -101,7 +101,8 @@ impl Ask {
         let max_tokens = fields.take_within("max_completion_tokens", 1..=u32::MAX)?;
         let ask = Ask::common(&mut fields, Prompts::Chat(Box::new(conversation)), 1)?;
         let max_tokens = max_tokens.map(|number| number as usize).or(ask.max_tokens);
-        Ask { top_logprobs, max_tokens, ..ask }.finish(fields)
+        fields.refuse_rest()?;
+        Ok(Ask { top_logprobs, max_tokens, ..ask })
     }
 
     /// Reads the body of a request to `/v1/completions`.
@@ -126,7 +127,8 @@ impl Ask {
         if ask.max_tokens == Some(0) && !echo {
             return Err(ApiError::field("max_tokens", "0 asks for nothing without `echo`"));
         }
-        Ask { top_logprobs, echo, ..ask }.finish(fields)
+        fields.refuse_rest()?;
+        Ok(Ask { top_logprobs, echo, ..ask })
     }
 
     fn common(fields: &mut Fields, prompts: Prompts, min_tokens: u32) -> Result<Self, ApiError> {
@@ -149,15 +151,6 @@ impl Ask {
             top_logprobs: None,
             echo: false,
         })
-    }
-
-    fn finish(self, fields: Fields) -> Result<Self, ApiError> {
-        fields.refuse_rest()?;
-        if self.stream && self.top_logprobs.is_some() {
-            let message = "is not supported together with `stream`: leave one of them out";
-            return Err(ApiError::field("logprobs", message).with_code("unsupported_parameter"));
-        }
-        Ok(self)
     }
 
     /// How tokens are sampled; `default_temperature` is that of the server.
@@ -292,7 +285,6 @@ mod tests {
     fn what_is_not_supported_is_refused_and_what_changes_nothing_is_not() {
         for (fields, param) in [
             (json!({ "top_p": 1.1 }), "top_p"),
-            (json!({ "logprobs": true, "stream": true }), "logprobs"),
             (json!({ "top_logprobs": 2 }), "top_logprobs"),
             (json!({ "stream_options": {} }), "stream_options"),
             (json!({ "stream": true, "stream_options": { "x": 1 } }), "stream_options"),

@@ -64,6 +64,21 @@ impl Head {
         self.json(true, vec![choice])
     }
 
+    /// The log-probabilities of some tokens of a choice, after `num_chars` characters of others, which
+    /// it adds to. Of the first token of a text there is none: there is one score less then.
+    pub(super) fn logprobs(
+        &self,
+        tokenizer: &Tokenizer,
+        ids: &[i32],
+        scores: &[TokenScore],
+        num_chars: &mut usize,
+    ) -> Value {
+        match self.is_chat {
+            true => chat_logprobs(tokenizer, ids, scores),
+            false => completion_logprobs(tokenizer, ids, scores, num_chars),
+        }
+    }
+
     /// The last chunk of a stream whose client asked for it.
     pub(super) fn usage_chunk(&self, usage: Usage) -> Value {
         with_usage(self.json(true, Vec::new()), usage)
@@ -78,11 +93,27 @@ impl Head {
             usage.cached_tokens += answer.num_cached;
             usage.forwards += answer.num_forwards;
         }
-        let choices = answers.iter().map(|answer| match self.is_chat {
-            true => chat_choice(order, answer),
-            false => completion_choice(order, answer, echo),
-        });
+        let choices = answers.iter().map(|answer| self.whole_choice(order, answer, echo));
         with_usage(self.json(false, choices.collect()), usage)
+    }
+
+    fn whole_choice(&self, order: &Order, answer: &WholeAnswer, echo: bool) -> Value {
+        let prompt = &order.prompts[answer.prompt];
+        let logprobs = answer.scores.as_ref().map(|scores| {
+            let (ids, scores) = match echo {
+                true => (&[&prompt.ids[..], &answer.ids].concat(), &scores[..]),
+                false => (&answer.ids, &scores[prompt.ids.len() - 1..]),
+            };
+            self.logprobs(&order.model.tokenizer, ids, scores, &mut 0)
+        });
+        let mut choice = match self.is_chat {
+            true => json!({ "index": answer.index, "message": { "role": "assistant", "content": answer.text } }),
+            false if echo => json!({ "index": answer.index, "text": prompt.text.clone() + &answer.text }),
+            false => json!({ "index": answer.index, "text": answer.text }),
+        };
+        choice["logprobs"] = json!(logprobs);
+        choice["finish_reason"] = json!(answer.reason);
+        choice
     }
 }
 
@@ -99,23 +130,14 @@ fn with_usage(mut response: Value, usage: Usage) -> Value {
     response
 }
 
-fn chat_choice(order: &Order, answer: &WholeAnswer) -> Value {
-    let tokenizer = &order.model.tokenizer;
-    let num_prompt_tokens = order.prompts[answer.prompt].ids.len();
-    let logprobs = answer.scores.as_ref().map(|scores| {
-        let of_answer = answer.ids.iter().zip(&scores[num_prompt_tokens - 1..]);
-        let content = of_answer.map(|(&id, score)| {
-            let mut token = chat_token(tokenizer, id, score.logprob);
-            let top = score.top.iter().map(|&(id, logprob)| chat_token(tokenizer, id, logprob));
-            token["top_logprobs"] = top.collect();
-            token
-        });
-        json!({ "content": content.collect::<Vec<_>>() })
+fn chat_logprobs(tokenizer: &Tokenizer, ids: &[i32], scores: &[TokenScore]) -> Value {
+    let content = ids.iter().zip(scores).map(|(&id, score)| {
+        let mut token = chat_token(tokenizer, id, score.logprob);
+        let top = score.top.iter().map(|&(id, logprob)| chat_token(tokenizer, id, logprob));
+        token["top_logprobs"] = top.collect();
+        token
     });
-    json!({
-        "index": answer.index, "message": { "role": "assistant", "content": answer.text }, "logprobs": logprobs,
-        "finish_reason": answer.reason,
-    })
+    json!({ "content": content.collect::<Vec<_>>() })
 }
 
 fn chat_token(tokenizer: &Tokenizer, id: i32, logprob: f64) -> Value {
@@ -123,32 +145,16 @@ fn chat_token(tokenizer: &Tokenizer, id: i32, logprob: f64) -> Value {
     json!({ "token": token, "logprob": logprob, "bytes": token.as_bytes() })
 }
 
-fn completion_choice(order: &Order, answer: &WholeAnswer, echo: bool) -> Value {
-    let prompt = &order.prompts[answer.prompt];
-    let text = if echo { prompt.text.clone() + &answer.text } else { answer.text.clone() };
-    let logprobs = answer.scores.as_ref().map(|scores| {
-        let (ids, scores): (Vec<i32>, Vec<Option<&TokenScore>>) = match echo {
-            // Nothing comes before the first token.
-            true => {
-                let ids = [&prompt.ids[..], &answer.ids].concat();
-                (ids, std::iter::once(None).chain(scores.iter().map(Some)).collect())
-            }
-            false => (answer.ids.clone(), scores[prompt.ids.len() - 1..].iter().map(Some).collect()),
-        };
-        completion_logprobs(&order.model.tokenizer, &ids, &scores)
-    });
-    json!({ "index": answer.index, "text": text, "logprobs": logprobs, "finish_reason": answer.reason })
-}
-
-fn completion_logprobs(tokenizer: &Tokenizer, ids: &[i32], scores: &[Option<&TokenScore>]) -> Value {
+fn completion_logprobs(tokenizer: &Tokenizer, ids: &[i32], scores: &[TokenScore], num_chars: &mut usize) -> Value {
+    let scores: Vec<Option<&TokenScore>> =
+        std::iter::repeat_n(None, ids.len() - scores.len()).chain(scores.iter().map(Some)).collect();
     let tokens: Vec<String> = ids.iter().map(|&id| tokenizer.token_text(id)).collect();
-    let mut offset = 0;
     let offsets = tokens.iter().map(|token| {
-        let start = offset;
-        offset += token.chars().count();
+        let start = *num_chars;
+        *num_chars += token.chars().count();
         start
     });
-    let top = ids.iter().zip(scores).map(|(&id, score)| {
+    let top = ids.iter().zip(&scores).map(|(&id, score)| {
         let score = score.as_ref()?;
         // The token itself is there, too. Of tokens that are written alike, the likeliest counts.
         let all = std::iter::once((id, score.logprob)).chain(score.top.iter().rev().copied());

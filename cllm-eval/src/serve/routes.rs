@@ -102,6 +102,19 @@ async fn completions(State(app): State<Arc<App>>, request: Request) -> Result<Re
     answer(app, request, Ask::completion).await
 }
 
+/// What a response consists of.
+#[derive(Clone, Copy)]
+struct Contents {
+    /// Each answer begins with its prompt.
+    echo: bool,
+    /// Otherwise there is nothing after the prompt.
+    decodes: bool,
+    /// The number of likeliest tokens beside each token, if log-probabilities are asked for.
+    num_top: Option<usize>,
+    /// A stream ends with the numbers of tokens.
+    include_usage: bool,
+}
+
 async fn answer(
     app: Arc<App>,
     request: Request,
@@ -114,30 +127,35 @@ async fn answer(
     let ask = parse(&body)?;
     let model = app.model(ask.model.as_deref())?;
     let head = Head::new(&model.id, ask.prompts.is_chat());
-    let (stream, include_usage, echo, top_logprobs) = (ask.stream, ask.include_usage, ask.echo, ask.top_logprobs);
-    let decodes = ask.max_tokens != Some(0);
+    let stream = ask.stream;
+    let contents = Contents {
+        echo: ask.echo,
+        decodes: ask.max_tokens != Some(0),
+        num_top: ask.top_logprobs,
+        include_usage: ask.include_usage,
+    };
     // A long prompt takes its time to tokenize, and others should not wait for it.
     let order = tokio::task::spawn_blocking(move || Order::new(app, model, ask)).await;
     let order = order.map_err(|_| {
         ApiError::new(StatusCode::INTERNAL_SERVER_ERROR, "the prompt could not be tokenized: the server's log says why")
     })??;
     if stream {
-        return Ok(respond_in_parts(order, head, echo, decodes, include_usage));
+        return Ok(respond_in_parts(order, head, contents));
     }
     let mut answers = Vec::new();
-    if decodes {
-        for choice in order.submit() {
+    if contents.decodes {
+        for choice in order.submit(None) {
             answers.push(order.whole(choice).await?);
         }
     } else {
         answers = order.empty_answers();
     }
-    if let Some(num_top) = top_logprobs {
+    if let Some(num_top) = contents.num_top {
         for answer in &mut answers {
             answer.scores = Some(order.score(answer, num_top).await?);
         }
     }
-    Ok(axum::Json(head.whole(&order, &answers, echo)).into_response())
+    Ok(axum::Json(head.whole(&order, &answers, contents.echo)).into_response())
 }
 
 /// Reads the body of a request. It has to be JSON by its type too: a web page of another origin can
@@ -166,8 +184,8 @@ fn is_too_long(error: &axum::Error) -> bool {
 }
 
 /// Sends the answers as server-sent events while they grow.
-fn respond_in_parts(order: Order, head: Head, echo: bool, decodes: bool, include_usage: bool) -> Response {
-    let events = parts(order, head, echo, decodes, include_usage).map(|part| {
+fn respond_in_parts(order: Order, head: Head, contents: Contents) -> Response {
+    let events = parts(order, head, contents).map(|part| {
         let data = match part {
             Ok(Some(chunk)) => chunk.to_string(),
             Ok(None) => "[DONE]".to_owned(),
@@ -179,26 +197,27 @@ fn respond_in_parts(order: Order, head: Head, echo: bool, decodes: bool, include
 }
 
 /// The chunks of a stream, and `None` at its end.
-fn parts(
-    order: Order,
-    head: Head,
-    echo: bool,
-    decodes: bool,
-    include_usage: bool,
-) -> impl Stream<Item = Result<Option<Value>, ApiError>> {
+fn parts(order: Order, head: Head, contents: Contents) -> impl Stream<Item = Result<Option<Value>, ApiError>> {
+    let Contents { echo, decodes, num_top, include_usage } = contents;
     async_stream::try_stream! {
+        let tokenizer = &order.model.tokenizer;
+        // Of the tokens of each choice so far.
+        let mut num_chars = vec![0; order.num_choices()];
         let mut usage = Usage {
             prompt_tokens: order.prompts.iter().map(|prompt| prompt.ids.len()).sum(),
             ..Usage::default()
         };
-        let prompt_of = |index: usize| &order.prompts[index * order.prompts.len() / order.num_choices()].text;
-        for index in 0..order.num_choices() {
-            if echo || !decodes {
-                let reason = (!decodes).then_some("length");
-                yield Some(head.chunk(index, prompt_of(index), false, reason));
+        for answer in if echo { order.empty_answers() } else { Vec::new() } {
+            let prompt = &order.prompts[answer.prompt];
+            let mut chunk = head.chunk(answer.index, &prompt.text, false, (!decodes).then_some(answer.reason));
+            if let Some(num_top) = num_top {
+                let scores = order.score(&answer, num_top).await?;
+                let logprobs = head.logprobs(tokenizer, &prompt.ids, &scores, &mut num_chars[answer.index]);
+                chunk["choices"][0]["logprobs"] = logprobs;
             }
+            yield Some(chunk);
         }
-        let choices = if decodes { order.submit() } else { Vec::new() };
+        let choices = if decodes { order.submit(num_top) } else { Vec::new() };
         let pieces = choices.into_iter().map(|choice| {
             let index = choice.index;
             order.pieces(choice).map(move |piece| (index, piece)).boxed()
@@ -212,11 +231,15 @@ fn parts(
                         yield Some(head.chunk(index, "", true, None));
                     }
                 }
-                Piece::Tokens { ids, text, seconds } => {
+                Piece::Tokens { ids, text, seconds, scores } => {
                     usage.completion_tokens += ids.len();
                     usage.forwards += 1;
                     let mut chunk = head.chunk(index, &text, false, None);
                     chunk["decoded"] = json!({ "tokens": ids.len(), "seconds": seconds });
+                    if num_top.is_some() {
+                        let logprobs = head.logprobs(tokenizer, &ids, &scores, &mut num_chars[index]);
+                        chunk["choices"][0]["logprobs"] = logprobs;
+                    }
                     yield Some(chunk);
                 }
                 Piece::End { text, reason } => yield Some(head.chunk(index, &text, false, Some(reason))),

@@ -1,5 +1,5 @@
 //! Log-probabilities of the tokens of a text, piece by piece, so that scoring a long text does not
-//! hold up the answers that are decoded meanwhile.
+//! hold up the answers that are decoded meanwhile, and one that grows is scored as it grows.
 
 use cllm_core::Result;
 use cllm_core::model::{KvCache, SlotMapping, Transformer};
@@ -16,43 +16,52 @@ pub(super) struct TokenScore {
     pub(super) top: Vec<(i32, f64)>,
 }
 
-/// A text of which the first part is scored.
+/// A text, which may grow, of which the first part is scored.
 pub(super) struct Scoring {
     ids: Vec<i32>,
     num_top: usize,
     cache: KvCache,
     num_read: usize,
-    scores: Vec<TokenScore>,
 }
 
 impl Scoring {
+    /// A text that begins with `ids` and has room for `max_new_tokens` more.
+    ///
     /// # Errors
     /// libtorch's, for lack of memory.
-    pub(super) fn new(model: &Transformer, ids: Vec<i32>, num_top: usize) -> Result<Self> {
-        let cache = KvCache::new(model.config(), 1, ids.len(), model.device(), model.kind())?;
-        Ok(Scoring { ids, num_top, cache, num_read: 0, scores: Vec::new() })
+    pub(super) fn new(model: &Transformer, ids: Vec<i32>, max_new_tokens: usize, num_top: usize) -> Result<Self> {
+        let cache = KvCache::new(model.config(), 1, ids.len() + max_new_tokens, model.device(), model.kind())?;
+        Ok(Scoring { ids, num_top, cache, num_read: 0 })
     }
 
-    /// Reads the next piece. Returns the scores of all tokens but the first once all are read.
+    pub(super) fn push(&mut self, ids: &[i32]) {
+        self.ids.extend(ids);
+    }
+
+    /// Whether all tokens but the last are read, which predicts nothing that is asked for.
+    pub(super) fn is_scored(&self) -> bool {
+        self.num_read + 1 >= self.ids.len()
+    }
+
+    /// Reads the next piece, and returns the scores of the tokens after those read. The first token of
+    /// a text has none.
     ///
     /// # Errors
     /// libtorch's.
-    pub(super) fn step(&mut self, model: &Transformer) -> Result<Option<Vec<TokenScore>>> {
-        let _no_grad = tch::no_grad_guard();
-        // The last token predicts nothing that is asked for.
-        let last = self.ids.len() - 1;
-        let piece = self.num_read..(self.num_read + PIECE_TOKENS).min(last);
-        if !piece.is_empty() {
-            let as_row = |ids: &[i32]| Tensor::from_slice(ids).to_kind(Kind::Int64).to_device(model.device());
-            let tokens = as_row(&self.ids[piece.clone()]).unsqueeze(0);
-            let slots = Tensor::arange_start(piece.start as i64, piece.end as i64, (Kind::Int64, model.device()));
-            let mapping = SlotMapping::sequential(slots.unsqueeze(0));
-            let hidden = model.forward_cached(&tokens, &mapping, &[piece.len()], &mut self.cache, piece.end, None);
-            let targets = as_row(&self.ids[piece.start + 1..=piece.end]);
-            self.scores.extend(scores(&model.compute_logits(&hidden)?, &targets, self.num_top)?);
-            self.num_read = piece.end;
+    pub(super) fn step(&mut self, model: &Transformer) -> Result<Vec<TokenScore>> {
+        if self.is_scored() {
+            return Ok(Vec::new());
         }
-        Ok((self.num_read == last).then(|| std::mem::take(&mut self.scores)))
+        let _no_grad = tch::no_grad_guard();
+        let piece = self.num_read..(self.num_read + PIECE_TOKENS).min(self.ids.len() - 1);
+        let as_row = |ids: &[i32]| Tensor::from_slice(ids).to_kind(Kind::Int64).to_device(model.device());
+        let tokens = as_row(&self.ids[piece.clone()]).unsqueeze(0);
+        let slots = Tensor::arange_start(piece.start as i64, piece.end as i64, (Kind::Int64, model.device()));
+        let mapping = SlotMapping::sequential(slots.unsqueeze(0));
+        let hidden = model.forward_cached(&tokens, &mapping, &[piece.len()], &mut self.cache, piece.end, None);
+        let targets = as_row(&self.ids[piece.start + 1..=piece.end]);
+        self.num_read = piece.end;
+        scores(&model.compute_logits(&hidden)?, &targets, self.num_top)
     }
 }
 
@@ -84,15 +93,17 @@ mod tests {
         });
         let model = Transformer::random(ModelConfig::from_json(&config).unwrap(), 3, Device::Cpu, Kind::Float);
         let ids: Vec<i32> = (0..600).map(|position| position * position % 47).collect();
-        let mut scoring = Scoring::new(&model, ids.clone(), 3).unwrap();
-        let mut num_steps = 1;
-        let scores = loop {
-            match scoring.step(&model).unwrap() {
-                Some(scores) => break scores,
-                None => num_steps += 1,
+        // Known from the start, or growing.
+        let mut scoring = Scoring::new(&model, ids[..300].to_vec(), 300, 3).unwrap();
+        let (mut scores, mut num_steps) = (Vec::new(), 0);
+        for more in [&[][..], &ids[300..301], &ids[301..304], &ids[304..]] {
+            scoring.push(more);
+            while !scoring.is_scored() {
+                scores.extend(scoring.step(&model).unwrap());
+                num_steps += 1;
             }
-        };
-        assert_eq!((num_steps, scores.len()), (3, 599));
+        }
+        assert_eq!((num_steps, scores.len()), (6, 599));
         let tokens = Tensor::from_slice(&ids).to_kind(Kind::Int64).unsqueeze(0);
         let positions = Tensor::arange(600, (Kind::Int64, Device::Cpu)).unsqueeze(0);
         let logits = tch::no_grad(|| model.compute_logits(&model.forward(&tokens, &positions))).unwrap().squeeze_dim(0);
@@ -105,6 +116,7 @@ mod tests {
             assert_eq!((score.top.len(), score.top[0].0), (3, best as i32));
         }
         // A text of one token has nothing to score.
-        assert_eq!(Scoring::new(&model, vec![1], 0).unwrap().step(&model).unwrap(), Some(Vec::new()));
+        let mut scoring = Scoring::new(&model, vec![1], 0, 0).unwrap();
+        assert!(scoring.is_scored() && scoring.step(&model).unwrap().is_empty());
     }
 }

@@ -99,6 +99,78 @@ fn an_echo_without_tokens_gives_the_log_likelihoods_of_the_prompt() {
     assert!(content.iter().all(|token| token["logprob"] == token["top_logprobs"][0]["logprob"]), "{chat}");
 }
 
+/// The log-probabilities of a choice of a stream, with the lists of all its parts joined.
+fn streamed_logprobs(events: &[Value], index: u64) -> Value {
+    let choices = events.iter().filter_map(|event| event["choices"].get(0)).filter(|choice| choice["index"] == index);
+    let mut joined = json!({});
+    for (name, part) in choices.filter_map(|choice| choice["logprobs"].as_object()).flatten() {
+        let list = joined[name].as_array().cloned().unwrap_or_default();
+        joined[name] = json!([list, part.as_array().unwrap().clone()].concat());
+    }
+    joined
+}
+
+/// Fails unless two values are equal but for the rounding of their numbers.
+#[track_caller]
+fn assert_close(one: &Value, other: &Value) {
+    match (one, other) {
+        (Value::Number(one), Value::Number(other)) => {
+            assert!((one.as_f64().unwrap() - other.as_f64().unwrap()).abs() < 1e-4, "{one} {other}");
+        }
+        (Value::Array(ones), Value::Array(others)) if ones.len() == others.len() => {
+            ones.iter().zip(others).for_each(|(one, other)| assert_close(one, other));
+        }
+        (Value::Object(ones), Value::Object(others)) if ones.keys().eq(others.keys()) => {
+            ones.values().zip(others.values()).for_each(|(one, other)| assert_close(one, other));
+        }
+        _ => assert_eq!(one, other),
+    }
+}
+
+#[test]
+fn the_parts_of_a_stream_have_the_log_probabilities_of_the_whole_answer() {
+    let server = Server::start(&["strategy={rolling: {n: 8}}", "eos_ids=[]"]);
+    let messages = json!([{ "role": "user", "content": QUESTION }]);
+    let long = "Mia has 3 cards. ".repeat(20);
+    let requests = [
+        ("chat/completions", json!({ "messages": messages, "logprobs": true, "top_logprobs": 3 })),
+        (
+            "chat/completions",
+            json!({ "messages": messages, "logprobs": true, "stop": "card", "n": 2, "temperature": 1 }),
+        ),
+        ("completions", json!({ "prompt": [long, "Tom"], "logprobs": 2, "n": 2, "temperature": 2 })),
+        ("completions", json!({ "prompt": [long, "Tom"], "logprobs": 0, "echo": true })),
+        ("completions", json!({ "prompt": long, "logprobs": 1, "echo": true, "max_tokens": 0 })),
+    ];
+    // All at the same time: the texts that are scored take turns.
+    std::thread::scope(|scope| {
+        for (path, mut body) in requests {
+            let server = &server;
+            scope.spawn(move || {
+                let path = format!("/v1/{path}");
+                body["seed"] = json!(7);
+                body["max_tokens"] = body.get("max_tokens").cloned().unwrap_or(json!(60));
+                let whole = server.post(&path, &body).json();
+                body["stream"] = json!(true);
+                let events = server.post(&path, &body).events();
+                for choice in whole["choices"].as_array().unwrap_or_else(|| panic!("{whole}")) {
+                    let index = choice["index"].as_u64().unwrap();
+                    let text = choice["text"].as_str().or(choice["message"]["content"].as_str());
+                    assert_eq!(Some(streamed_text(&events, index).as_str()), text);
+                    assert!(!choice["logprobs"].is_null(), "{choice}");
+                    assert_close(&streamed_logprobs(&events, index), &choice["logprobs"]);
+                }
+                // A part has as many log-probabilities as its forward accepted tokens.
+                for event in events.iter().filter(|event| event["decoded"].is_object()) {
+                    let logprobs = &event["choices"][0]["logprobs"];
+                    let tokens = logprobs["content"].as_array().or(logprobs["tokens"].as_array()).map(Vec::len);
+                    assert_eq!(json!(tokens), event["decoded"]["tokens"], "{event}");
+                }
+            });
+        }
+    });
+}
+
 #[test]
 fn a_stop_text_ends_an_answer_and_is_not_in_it() {
     let server = Server::start(&[]);
@@ -368,7 +440,11 @@ mod needs_openai {
         let got: Value = serde_json::from_slice(&output.stdout).unwrap();
         assert_eq!(got["models"], json!([TEACHER, format!("{TEACHER}:ar")]));
         assert!(got["whole"] == got["streamed"] && got["whole"].as_str().unwrap().len() > 10, "{got}");
-        assert!(got["logprobs"] == got["tokens"] && got["usage"]["completion_tokens"] == got["tokens"], "{got}");
+        assert_eq!(json!(got["logprobs"].as_array().unwrap().len()), got["tokens"], "{got}");
+        assert!(
+            got["streamed_logprobs"] == got["logprobs"] && got["usage"]["completion_tokens"] == got["tokens"],
+            "{got}"
+        );
         assert!(got["usage"]["tokens_per_forward"].as_f64().unwrap() >= 1.0, "{got}");
         assert!(got["completions"][0] == got["parts"] && got["completions"][1] == got["parts"], "{got}");
         assert_eq!(got["refusal"], json!({ "param": "top_p", "code": "unsupported_parameter" }));

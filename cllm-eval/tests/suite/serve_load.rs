@@ -27,7 +27,10 @@ fn known_requests(server: &Server, number: u64) -> Vec<Known> {
             index % 7
         );
         let temperature = [0.0, 0.0, 1.0][index as usize % 3];
-        let body = json!({ "prompt": prompt, "max_tokens": 5 + index % 60, "temperature": temperature, "seed": index });
+        let logprobs = [Some(1), None, None, None][index as usize % 4];
+        let body = json!({
+            "prompt": prompt, "max_tokens": 5 + index % 60, "temperature": temperature, "seed": index, "logprobs": logprobs,
+        });
         let text = text_of(&server.complete(body.clone()));
         Known { body, text }
     };
