@@ -9,7 +9,7 @@
 // fused kernel's block), BLOCK_ROWS (rows of a weight per block), GROUP_TOKENS (tokens of a group),
 // DEPTH (chunks of a weight that a warp loads ahead), SUMS_BYTES and MAX_STAGED_BYTES (shared memory of a fused kernel for sums and
 // for tokens, at most), STAGING_PAD, SEGMENT (logits that a block of sample_segments reads),
-// SAMPLE_THREADS (of such a block), ROTATE_TOKENS (of which a block rotates a head), and for the
+// SAMPLE_THREADS (of such a block), NUCLEUS_THREADS (of a block of keep_nucleus), ROTATE_TOKENS (of which a block rotates a head), and for the
 // attention: WARP_QUERIES (query vectors of a warp), SLOTS_PER_READ (slots of the cache that it reads
 // at a time), ATTENTION_WARPS (of a block, for few tiles), BATCH_WARPS and BATCH_BLOCKS (of a block,
 // and blocks of a multiprocessor, for many), BLOCK_WORK (chunks of slots, times groups of query
@@ -730,6 +730,59 @@ struct SegmentLogits {
   __device__ __forceinline__ float logit(int i) const { return ((const float *)quads)[i]; }
   __device__ __forceinline__ int id(int i) const { return first_id + i / 4 * (4 * SAMPLE_THREADS) + i % 4; }
 };
+
+// Every thread of a block gets the sum over all, in the same order each time.
+__device__ __forceinline__ float block_sum(float x) {
+  __shared__ float sums[32];
+  x = warp_sum(x);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+  __syncthreads();
+  float sum = 0.f;
+  for (int w = 0; w < blockDim.x / 32; w++) sum += sums[w];
+  return sum;
+}
+
+// Sets the logits of a token to -INFINITY outside the nucleus: the likeliest tokens whose probabilities
+// sum to top_p (Holtzman et al. 2019). Equal logits are in it or not together. Rows of logits, `pitch`
+// apart, hold the whole vocabulary; those with a top_p of 1 stay as they are. One block per token.
+extern "C" __global__ void __launch_bounds__(NUCLEUS_THREADS)
+    keep_nucleus(float *logits, int pitch, const int *inverse_temperatures, const int *top_ps) {
+  __shared__ u32 max_ranks[NUCLEUS_THREADS / 32];
+  let_successor_start();
+  wait_for_predecessor();
+  const float top_p = __int_as_float(top_ps[blockIdx.x]);
+  if (top_p >= 1.f) return;
+  const float inverse_temperature = __int_as_float(inverse_temperatures[blockIdx.x]);
+  float *row = logits + (size_t)blockIdx.x * pitch;
+  u32 max_rank = 0;
+  for (int i = threadIdx.x; i < VOCAB; i += NUCLEUS_THREADS) max_rank = max(max_rank, rank_of(row[i]));
+  max_rank = __reduce_max_sync(0xffffffffu, max_rank);
+  if (threadIdx.x % 32 == 0) max_ranks[threadIdx.x / 32] = max_rank;
+  __syncthreads();
+  for (int w = 0; w < NUCLEUS_THREADS / 32; w++) max_rank = max(max_rank, max_ranks[w]);
+  const float max_logit = score_of(max_rank);
+
+  // The sum of the weights of all tokens of at least a rank falls as the rank rises, so bisection finds
+  // the highest one whose tokens have enough.
+  const auto weights_from = [&](u32 rank) {
+    float sum = 0.f;
+    for (int i = threadIdx.x; i < VOCAB; i += NUCLEUS_THREADS)
+      if (rank_of(row[i]) >= rank) sum += __expf((row[i] - max_logit) * inverse_temperature);
+    return block_sum(sum);
+  };
+  const float needed = top_p * weights_from(0);
+  u32 enough = 0, too_high = max_rank + 1;
+  while (too_high - enough > 1) {
+    const u32 middle = enough + (too_high - enough) / 2;
+    if (weights_from(middle) >= needed)
+      enough = middle;
+    else
+      too_high = middle;
+  }
+  for (int i = threadIdx.x; i < VOCAB; i += NUCLEUS_THREADS)
+    if (rank_of(row[i]) < enough) row[i] = -INFINITY;
+}
 
 // The best score and its token in each segment, written to best and best_id [T, NUM_SEGMENTS].
 extern "C" __global__ void __launch_bounds__(SAMPLE_THREADS)

@@ -63,6 +63,8 @@ const BLOCK_WORK: usize = 16;
 const CLUSTER_BLOCKS: [usize; 3] = [8, 4, 2];
 /// Threads per block of kernels whose threads each process neighbouring values.
 const THREADS: usize = 256;
+/// Threads of a block that finds the nucleus of a token.
+const NUCLEUS_THREADS: usize = 1024;
 /// Logits of a token that a block samples from.
 const SEGMENT: usize = 8192;
 /// Number of the likeliest tokens of a position that a forward can give.
@@ -171,6 +173,7 @@ fn macros(shape: &KernelShape, ranks: AdapterRanks, capability: (u32, u32)) -> M
         ("LOW_RANK_PAD", LOW_RANK_PAD.to_string()),
         ("SEGMENT", SEGMENT.to_string()),
         ("SAMPLE_THREADS", THREADS.to_string()),
+        ("NUCLEUS_THREADS", NUCLEUS_THREADS.to_string()),
         ("MAX_CANDIDATES", MAX_CANDIDATES.to_string()),
         ("ATTENTION_WARPS", attention_warps(shape).to_string()),
         ("WARP_QUERIES", WARP_QUERIES.to_string()),
@@ -258,11 +261,10 @@ const QK_NORM: &[Param<Sizes>] =
     &[nullable(bf16("query_norm", |s| s.shape.head_dim)), nullable(bf16("key_norm", |s| s.shape.head_dim))];
 const CACHE: &[Param<Sizes>] = &[bf16("keys", cache_len), bf16("values", cache_len), count("capacity", |s| s.capacity)];
 
-/// The logits of a slice of the vocabulary.
+/// The logits of a slice.
 const LOGITS: &[Param<Sizes>] = &[
     aligned(|_| 16, float32("logits", |s| s.outputs * s.segments * SEGMENT)),
     count("pitch", |s| s.segments * SEGMENT),
-    int("first_segment"),
 ];
 
 const WEIGHT_QKV: Param<Sizes> = bf16("weight", |s| s.shape.qkv() * s.shape.hidden);
@@ -275,8 +277,9 @@ const ATTN_OUT: Param<Sizes> = bf16("attn_out", |s| s.tokens * s.shape.attn());
 const INNER: Param<Sizes> = bf16("inner", |s| s.tokens * s.shape.ffn);
 const NUM_TOKENS: Param<Sizes> = count("num_tokens", |s| s.tokens);
 const KEYS: Param<Sizes> = uint64("keys", |s| 2 * s.outputs);
-/// The bits of float32 numbers.
+/// The bits of float32 numbers, here and below.
 const INVERSE_TEMPERATURES: Param<Sizes> = int32("inverse_temperatures", |s| s.outputs);
+const TOP_PS: Param<Sizes> = int32("top_ps", |s| s.outputs);
 const BEST: Param<Sizes> = float32("best", |s| s.outputs * s.blocks);
 const BEST_ID: Param<Sizes> = int32("best_id", |s| s.outputs * s.blocks);
 const SUMS: Param<Sizes> = float32("sums", |s| s.outputs * s.blocks);
@@ -331,13 +334,30 @@ fn num_segments(sizes: &Sizes) -> usize {
     sizes.shape.vocab.div_ceil(SEGMENT)
 }
 
-/// The segments of each slice of the vocabulary whose logits are in memory at a time. Slices are as
-/// even as possible.
-fn slices(sizes: &Sizes) -> impl Iterator<Item = Range<usize>> {
-    let max_segments = (MAX_LOGITS / (sizes.outputs * SEGMENT)).max(1);
-    let num_segments = num_segments(sizes);
-    let segments = num_segments.div_ceil(num_segments.div_ceil(max_segments));
-    (0..num_segments).step_by(segments).map(move |first| first..(first + segments).min(num_segments))
+/// Outputs and segments of the vocabulary whose logits are in memory at a time.
+#[derive(Debug, Clone, PartialEq)]
+struct Slice {
+    outputs: Range<usize>,
+    segments: Range<usize>,
+}
+
+/// Slices of the vocabulary for all outputs or, for a nucleus, of the outputs with all their logits.
+fn slices(sizes: &Sizes, sampling: SamplingOptions) -> Vec<Slice> {
+    let (num_outputs, num_segments) = (sizes.outputs, num_segments(sizes));
+    match sampling.has_nucleus {
+        true => even_ranges(num_outputs, MAX_LOGITS / (num_segments * SEGMENT))
+            .map(|outputs| Slice { outputs, segments: 0..num_segments })
+            .collect(),
+        false => even_ranges(num_segments, MAX_LOGITS / (num_outputs * SEGMENT))
+            .map(|segments| Slice { outputs: 0..num_outputs, segments })
+            .collect(),
+    }
+}
+
+/// Ranges of at most `max_len` numbers, or of one, that are as even as possible.
+fn even_ranges(len: usize, max_len: usize) -> impl Iterator<Item = Range<usize>> {
+    let step = len.div_ceil(len.div_ceil(max_len.max(1)));
+    (0..len).step_by(step).map(move |first| first..(first + step).min(len))
 }
 
 /// Memory for what blocks find: the best scores with their tokens or, for candidates, the best scores,
@@ -498,12 +518,18 @@ const SAMPLE_SEGMENTS: Signature<Sizes> = Signature {
     name: "sample_segments",
     grid: |s| [s.outputs, s.segments],
     threads: |_| THREADS,
-    params: &[LOGITS, &[INVERSE_TEMPERATURES, KEYS, BEST, BEST_ID]],
+    params: &[LOGITS, &[int("first_segment"), INVERSE_TEMPERATURES, KEYS, BEST, BEST_ID]],
 };
 const CANDIDATES_OF_SEGMENTS: Signature<Sizes> = Signature {
     name: "candidates_of_segments",
-    params: &[LOGITS, &[INVERSE_TEMPERATURES, KEYS, BEST, SUMS, SCORES, IDS]],
+    params: &[LOGITS, &[int("first_segment"), INVERSE_TEMPERATURES, KEYS, BEST, SUMS, SCORES, IDS]],
     ..SAMPLE_SEGMENTS
+};
+const KEEP_NUCLEUS: Signature<Sizes> = Signature {
+    name: "keep_nucleus",
+    grid: |s| [s.outputs, 1],
+    threads: |_| NUCLEUS_THREADS,
+    params: &[LOGITS, &[INVERSE_TEMPERATURES, TOP_PS]],
 };
 const ROTATE_AND_CACHE: Signature<Sizes> = Signature {
     name: "rotate_and_cache",
@@ -591,6 +617,7 @@ pub struct DecodeKernels {
     swiglu: Kernel<Sizes>,
     sample_segments: Kernel<Sizes>,
     candidates_of_segments: Kernel<Sizes>,
+    keep_nucleus: Kernel<Sizes>,
     rotate_and_cache: Kernel<Sizes>,
     move_slots: Kernel<Sizes>,
     few_tiles: AttentionKernels,
@@ -702,6 +729,7 @@ impl DecodeKernels {
             swiglu: kernel(&SWIGLU, 0)?,
             sample_segments: kernel(&SAMPLE_SEGMENTS, 0)?,
             candidates_of_segments: kernel(&CANDIDATES_OF_SEGMENTS, 0)?,
+            keep_nucleus: kernel(&KEEP_NUCLEUS, 0)?,
             rotate_and_cache: kernel(&ROTATE_AND_CACHE, 0)?,
             move_slots: kernel(&MOVE_SLOTS, 0)?,
             few_tiles,
@@ -973,7 +1001,7 @@ impl DecodeKernels {
         self.finish_sampling(&sizes, input, &[Data(&found[0]), Data(&found[1])], results)
     }
 
-    /// Samples, or gives candidates, with logits in float32, for a slice of the vocabulary at a time.
+    /// Samples, or gives candidates, with logits in float32, for a slice of them at a time.
     fn sample_logits(&self, head: &Tensor, normed: &Tensor, input: &ForwardInput, results: &Tensor) -> Result<()> {
         let sizes = self.input_sizes(input)?;
         let sizes = Sizes { blocks: num_segments(&sizes), list: MAX_CANDIDATES, ..sizes };
@@ -984,20 +1012,35 @@ impl DecodeKernels {
         } else {
             &self.sample_segments
         };
-        let found: Vec<Argument<'_>> = found.iter().map(Data).collect();
-        for slice in slices(&sizes) {
-            let sizes = Sizes { segments: slice.len(), ..sizes };
-            let (first_token, pitch) = (slice.start * SEGMENT, slice.len() * SEGMENT);
+        for Slice { outputs, segments } in slices(&sizes, input.sampling) {
+            // Of a tensor with as many numbers for each output.
+            let of_outputs = |tensor: &Tensor| {
+                let per_output = tensor.size()[0] / sizes.outputs as i64;
+                let (first, len) = (outputs.start as i64 * per_output, outputs.len() as i64 * per_output);
+                tensor.f_narrow(0, first, len).map_err(Error::from)
+            };
+            let slice_sizes = Sizes { outputs: outputs.len(), segments: segments.len(), ..sizes };
+            let (first_token, pitch) = (segments.start * SEGMENT, segments.len() * SEGMENT);
             let width = pitch.min(self.shape.vocab - first_token) as i64;
             let rows = head.f_narrow(0, first_token as i64, width)?;
-            let logits = Tensor::f_empty([sizes.outputs as i64, pitch as i64], (Kind::Float, normed.device()))?;
-            let _ = normed.f_mm_dtype_out(&logits.f_narrow(1, 0, width)?, &rows.f_tr()?, Kind::Float)?;
-            let slice = [Data(&logits), Int(slice.start as i32)];
-            let arguments = [&slice[..], &sampling_arguments(input), &found].concat();
+            let logits = Tensor::f_empty([outputs.len() as i64, pitch as i64], (Kind::Float, normed.device()))?;
+            let _ = of_outputs(normed)?.f_mm_dtype_out(&logits.f_narrow(1, 0, width)?, &rows.f_tr()?, Kind::Float)?;
+            let inverse_temperatures = of_outputs(&input.inverse_temperatures)?;
+            if input.sampling.has_nucleus {
+                let top_ps = of_outputs(&input.top_ps)?;
+                let arguments = [&logits, &inverse_temperatures, &top_ps].map(Data);
+                // SAFETY: the kernel ignores logits beyond the vocabulary, all of which is in the slice.
+                unsafe { self.keep_nucleus.launch(&slice_sizes, &arguments)? };
+            }
+            let found = found.iter().map(&of_outputs).collect::<Result<Vec<_>>>()?;
+            let found: Vec<Argument<'_>> = found.iter().map(Data).collect();
+            let keys = of_outputs(&input.keys)?;
+            let slice = [Data(&logits), Int(segments.start as i32), Data(&inverse_temperatures), Data(&keys)];
             // SAFETY: the kernel ignores tokens beyond the vocabulary, and the segments before the
             // first of this slice have been sampled.
-            unsafe { kernel.launch(&sizes, &arguments)? };
+            unsafe { kernel.launch(&slice_sizes, &[&slice[..], &found].concat())? };
         }
+        let found: Vec<Argument<'_>> = found.iter().map(Data).collect();
         self.finish_sampling(&sizes, input, &found, results)
     }
 
@@ -1139,6 +1182,28 @@ mod tests {
     }
 
     #[test]
+    fn slices_of_logits_fit_memory_and_keep_a_nucleus_whole() {
+        let sizes = Sizes { outputs: 3000, ..Sizes::new(KernelShape::SMOLLM2, 3000) };
+        for has_nucleus in [false, true] {
+            let sampling = SamplingOptions { is_greedy: false, gives_candidates: false, has_nucleus };
+            let slices = slices(&sizes, sampling);
+            assert!(slices.len() > 1, "{slices:?}");
+            let (mut outputs, mut segments) = (0, 0);
+            for slice in &slices {
+                assert!(slice.outputs.len() * slice.segments.len() * SEGMENT <= MAX_LOGITS, "{slice:?}");
+                let whole = if has_nucleus { &slice.segments } else { &slice.outputs };
+                assert_eq!(*whole, 0..if has_nucleus { num_segments(&sizes) } else { 3000 });
+                outputs += slice.outputs.len();
+                segments += slice.segments.len();
+            }
+            assert_eq!(
+                if has_nucleus { outputs } else { segments },
+                if has_nucleus { 3000 } else { num_segments(&sizes) }
+            );
+        }
+    }
+
+    #[test]
     fn the_signatures_match_the_source() {
         let fused =
             [FUSED_QKV, FUSED_QKV_ROTATED, FUSED_OUTPUT, FUSED_GATE_UP, FUSED_DOWN, FUSED_SAMPLE, FUSED_CANDIDATES];
@@ -1151,6 +1216,7 @@ mod tests {
             SWIGLU,
             SAMPLE_SEGMENTS,
             CANDIDATES_OF_SEGMENTS,
+            KEEP_NUCLEUS,
             MOVE_SLOTS,
         ];
         let attention = [ROTATE_AND_CACHE, ATTENTION, ROTATE_AND_ATTEND];

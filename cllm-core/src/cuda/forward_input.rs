@@ -43,12 +43,15 @@ impl LeadingShape {
 }
 
 /// What a forward gives after each of its outputs.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct SamplingOptions {
     /// Whether every output is the token with the largest logit.
     pub(crate) is_greedy: bool,
     /// Whether the likeliest tokens are given with their probabilities, or only the sampled one.
     pub(crate) gives_candidates: bool,
+    /// Whether some outputs are drawn from their nucleus, for which all logits of one are needed at
+    /// once.
+    pub(crate) has_nucleus: bool,
 }
 
 impl SamplingOptions {
@@ -107,6 +110,8 @@ pub(crate) struct InputToken {
 pub(crate) struct Draw {
     /// Factor of the logits, or 0 to choose the token with the largest.
     pub(crate) inverse_temperature: f32,
+    /// The sum of the probabilities of the tokens that it is drawn from.
+    pub(crate) top_p: f32,
     /// Key of the noise.
     pub(crate) key: u64,
 }
@@ -118,6 +123,8 @@ pub(crate) struct InputLayout {
     pub(crate) keys: Range<usize>,
     /// The bits of a factor for each output.
     pub(crate) inverse_temperatures: Range<usize>,
+    /// The bits of a sum of probabilities for each output.
+    pub(crate) top_ps: Range<usize>,
     pub(crate) tokens: Range<usize>,
     pub(crate) row: Range<usize>,
     pub(crate) slot: Range<usize>,
@@ -149,6 +156,7 @@ impl InputLayout {
             visible: next(2 * num_tokens),
             keys: next(2 * num_outputs),
             inverse_temperatures: next(num_outputs),
+            top_ps: next(num_outputs),
             tokens: next(num_tokens),
             row: next(num_tokens),
             slot: next(num_tokens),
@@ -198,6 +206,7 @@ impl<'b> InputWriter<'b> {
         for range in [inverse_temperatures, tokens, slot, position, adapted, leading_index] {
             ints[range.clone()].fill(0);
         }
+        ints[layout.top_ps.clone()].fill(1.0f32.to_bits().cast_signed());
         for range in [&layout.row, &layout.tile_row] {
             ints[range.clone()].fill(-1);
         }
@@ -279,8 +288,9 @@ impl<'b> InputWriter<'b> {
         self.ints[layout.position.start + index] = position as i32;
         self.ints[layout.adapted.start + index] = is_adapted.into();
         let (visible_start, key_start) = (layout.visible.start, layout.keys.start);
-        if let Some(Draw { inverse_temperature, .. }) = draw {
+        if let Some(Draw { inverse_temperature, top_p, .. }) = draw {
             self.ints[layout.inverse_temperatures.start + index] = inverse_temperature.to_bits().cast_signed();
+            self.ints[layout.top_ps.start + index] = top_p.to_bits().cast_signed();
         }
         self.write_u64(visible_start + 2 * index, visible);
         if let Some(Draw { key, .. }) = draw {
@@ -309,6 +319,7 @@ pub(crate) struct ForwardInput {
     pub(super) visible: Tensor,
     pub(super) keys: Tensor,
     pub(super) inverse_temperatures: Tensor,
+    pub(super) top_ps: Tensor,
     pub(super) tile_row: Tensor,
     pub(super) tile_first_token: Tensor,
     pub(super) tile_length: Tensor,
@@ -353,6 +364,7 @@ impl ForwardInput {
             visible: view(&layout.visible),
             keys: view(&layout.keys),
             inverse_temperatures: view(&layout.inverse_temperatures),
+            top_ps: view(&layout.top_ps),
             tile_row: view(&layout.tile_row),
             tile_first_token: view(&layout.tile_first_token),
             tile_length: view(&layout.tile_length),
@@ -386,6 +398,10 @@ impl ForwardInput {
         self.shape
     }
 
+    pub(crate) fn sampling(&self) -> SamplingOptions {
+        self.sampling
+    }
+
     pub(super) fn limits(&self) -> &InputLimits {
         &self.limits
     }
@@ -408,7 +424,7 @@ mod tests {
         let mut ints = vec![7; layout.len()];
         let mut writer = InputWriter::new(&mut ints, shape, LIMITS);
         let window = [(11, 4), (12, 5), (13, 6)];
-        let draw = Some(Draw { inverse_temperature: 1.0, key: 9 << 32 | 1 });
+        let draw = Some(Draw { inverse_temperature: 1.0, top_p: 0.5, key: 9 << 32 | 1 });
         let with_key = |(id, position)| InputToken { draw, is_adapted: position > 4, ..token(id, position) };
         writer.push_row(0, 4, window.map(with_key)).unwrap();
         writer.push_row(2, 0, [(21, 0), (22, 1), (23, 2)].map(|(id, position)| token(id, position))).unwrap();
@@ -419,10 +435,9 @@ mod tests {
         assert_eq!(ints[layout.adapted], [0, 1, 1, 0, 0, 0, 0, 0]);
         assert_eq!(ints[layout.visible.start..layout.visible.start + 12], [-1; 12]);
         assert_eq!(ints[layout.keys.start..layout.keys.start + 6], [1, 9, 1, 9, 1, 9]);
-        assert_eq!(
-            ints[layout.inverse_temperatures],
-            [1.0f32.to_bits() as i32; 3].into_iter().chain([0; 5]).collect::<Vec<_>>()
-        );
+        let floats = |range: Range<usize>| ints[range].iter().map(|&bits| f32::from_bits(bits.cast_unsigned()));
+        assert!(floats(layout.inverse_temperatures).eq([1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0]));
+        assert!(floats(layout.top_ps).eq([0.5, 0.5, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0]));
         assert_eq!(ints[layout.tile_row], [0, 0, 2, 2, -1]);
         assert_eq!(ints[layout.tile_first_token.start..layout.tile_first_token.start + 4], [0, 2, 3, 5]);
         assert_eq!(ints[layout.tile_length.start..layout.tile_length.start + 4], [2, 1, 2, 1]);
@@ -484,7 +499,10 @@ mod tests {
             (
                 0,
                 0,
-                vec![token(1, 0), InputToken { draw: Some(Draw { inverse_temperature: 0.0, key: 1 }), ..token(1, 1) }],
+                vec![
+                    token(1, 0),
+                    InputToken { draw: Some(Draw { inverse_temperature: 0.0, top_p: 1.0, key: 1 }), ..token(1, 1) },
+                ],
             ),
             (0, 0, vec![InputToken { is_adapted: true, ..token(1, 0) }]),
             (0, 0, (0..5).map(|position| token(1, position)).collect()),

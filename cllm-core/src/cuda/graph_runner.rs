@@ -32,9 +32,8 @@ pub(crate) struct GraphRunner {
     is_running: bool,
 }
 
-/// Everything that is fixed in a graph: the shape, whether it is greedy, and whether it gives
-/// candidates.
-type GraphKey = (ForwardShape, bool, bool);
+/// Everything that is fixed in a graph.
+type GraphKey = (ForwardShape, SamplingOptions);
 
 enum GraphState {
     /// One forward of this shape has run. It did the first-time work, such as allocating
@@ -119,7 +118,7 @@ impl GraphRunner {
         self.is_running = true;
         self.num_results = shape.num_outputs * sampling.ints_per_output();
         let enqueue = || self.enqueue(shape, sampling, &forward);
-        let key = (shape, sampling.is_greedy, sampling.gives_candidates);
+        let key = (shape, sampling);
         let _on_stream = self.stream.enter()?;
         match self.graphs.get(&key) {
             None => {

@@ -35,6 +35,11 @@ fn sampled_answers_equal_autoregressive_ones_on_every_family_and_in_every_batch(
     assert_equal_to_autoregressive(Sampling::Temperature(0.8));
 }
 
+#[test]
+fn answers_from_a_nucleus_equal_autoregressive_ones_on_every_family_and_in_every_batch() {
+    assert_equal_to_autoregressive(Sampling::Temperature(1.5).with_top_p(0.7));
+}
+
 fn assert_equal_to_autoregressive(sampling: Sampling) {
     let requests: Vec<Request> = (0..5)
         .map(|index| Request {

@@ -58,6 +58,7 @@ pub(super) fn sampling_text(sampling: Sampling) -> String {
     match sampling {
         Sampling::Greedy => "greedy".to_owned(),
         Sampling::Temperature(temperature) => format!("temperature {temperature}"),
+        Sampling::Nucleus { temperature, top_p } => format!("temperature {temperature}, top-p {top_p}"),
     }
 }
 

@@ -84,7 +84,7 @@ impl Order {
     /// What is wrong with the request, or that the queue is full.
     pub(super) fn new(app: Arc<App>, model: Arc<ServedModel>, ask: Ask) -> Result<Self, ApiError> {
         let param = if ask.prompts.is_chat() { "messages" } else { "prompt" };
-        let (n, sampling) = (ask.n, ask.sampling(app.settings.temperature)?);
+        let (n, sampling) = (ask.n, ask.sampling(app.settings.temperature));
         let prompts = model.encode(ask.prompts)?;
         let default = app.settings.max_new_tokens;
         let max_new_tokens =

@@ -154,18 +154,10 @@ impl Ask {
     }
 
     /// How tokens are sampled; `default_temperature` is that of the server.
-    ///
-    /// # Errors
-    /// For a `top_p` that would matter.
-    pub(super) fn sampling(&self, default_temperature: f64) -> Result<Sampling, ApiError> {
+    pub(super) fn sampling(&self, default_temperature: f64) -> Sampling {
         let temperature = self.temperature.unwrap_or(default_temperature);
-        let sampling = Sampling::from_temperature(if temperature < MIN_TEMPERATURE { 0.0 } else { temperature });
-        // The likeliest token is in every nucleus.
-        if self.top_p.is_some_and(|top_p| top_p < 1.0) && !sampling.is_greedy() {
-            let message = "is not supported above temperature 0: set it to 1, or leave it out";
-            return Err(ApiError::field("top_p", message).with_code("unsupported_parameter"));
-        }
-        Ok(sampling)
+        let temperature = if temperature < MIN_TEMPERATURE { 0.0 } else { temperature };
+        Sampling::from_temperature(temperature).with_top_p(self.top_p.unwrap_or(1.0))
     }
 }
 
@@ -300,12 +292,13 @@ mod tests {
         }
         let ask = chat(json!({ "top_p": 0.95, "temperature": 0, "max_completion_tokens": 7, "seed": -1 })).unwrap();
         assert_eq!((ask.max_tokens, ask.seed), (Some(7), Some(u64::MAX)));
-        let sampling = |fields, default| chat(fields).unwrap().sampling(default).map_err(|error| error.param.unwrap());
-        assert_eq!(sampling(json!({ "temperature": 0, "top_p": 0.9 }), 1.0), Ok(Sampling::Greedy));
-        assert_eq!(sampling(json!({ "temperature": 1e-9 }), 1.0), Ok(Sampling::Greedy));
-        assert_eq!(sampling(json!({ "top_p": 0.9 }), 0.0), Ok(Sampling::Greedy));
-        assert_eq!(sampling(json!({ "top_p": 1 }), 0.5), Ok(Sampling::Temperature(0.5)));
-        assert_eq!(sampling(json!({ "top_p": 0.9 }), 0.5), Err("top_p".to_owned()));
+        let sampling = |fields, default| chat(fields).unwrap().sampling(default);
+        assert_eq!(sampling(json!({ "temperature": 0, "top_p": 0.9 }), 1.0), Sampling::Greedy);
+        assert_eq!(sampling(json!({ "temperature": 1e-9 }), 1.0), Sampling::Greedy);
+        assert_eq!(sampling(json!({ "top_p": 0.9 }), 0.0), Sampling::Greedy);
+        assert_eq!(sampling(json!({ "top_p": 1 }), 0.5), Sampling::Temperature(0.5));
+        let nucleus = Sampling::Nucleus { temperature: 0.5, top_p: 0.9 };
+        assert_eq!(sampling(json!({ "top_p": 0.9 }), 0.5), nucleus);
         assert!(completion(json!({ "prompt": "a", "max_tokens": 0 })).is_err());
         assert_eq!(completion(json!({ "prompt": "a", "max_tokens": 0, "echo": true })).unwrap().max_tokens, Some(0));
     }

@@ -210,8 +210,18 @@ fn sampling_is_repeated_by_its_seed_in_any_batch_and_differs_between_choices() {
         }
     });
     assert_ne!(texts(&server, json!({})), texts(&server, json!({})), "without a seed, answers differ");
-    let autoregressive = texts(&server, json!({ "seed": 7, "model": format!("{TEACHER}:ar") }));
-    assert_eq!(autoregressive, sampled);
+    let autoregressive = |more: Value| {
+        let mut body = json!({ "seed": 7, "model": format!("{TEACHER}:ar") });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        texts(&server, body)
+    };
+    assert_eq!(autoregressive(json!({})), sampled);
+    // The nucleus, from everything to the likeliest token.
+    assert_eq!(texts(&server, json!({ "seed": 7, "top_p": 1 })), sampled);
+    let nucleus = texts(&server, json!({ "seed": 7, "top_p": 0.8 }));
+    assert!(nucleus != sampled && nucleus != greedy && nucleus[0] != nucleus[1], "{nucleus:?}");
+    assert_eq!(autoregressive(json!({ "top_p": 0.8 })), nucleus);
+    assert_eq!(texts(&server, json!({ "seed": 7, "top_p": 0 })), greedy);
 }
 
 #[test]
@@ -270,7 +280,7 @@ fn what_is_wrong_with_a_request_is_said_with_its_field() {
     let long = "word ".repeat(300);
     for (response, status, param, code) in [
         (chat(json!({ "model": "gpt-4" })), 404, Some("model"), Some("model_not_found")),
-        (chat(json!({ "top_p": 0.5, "temperature": 1 })), 400, Some("top_p"), Some("unsupported_parameter")),
+        (chat(json!({ "top_p": 1.5, "temperature": 1 })), 400, Some("top_p"), None),
         (chat(json!({ "tools": [{}] })), 400, Some("tools"), Some("unsupported_parameter")),
         (chat(json!({ "max_tokens": 1000 })), 400, Some("messages"), Some("context_length_exceeded")),
         (chat(json!({ "n": 128, "max_tokens": "x" })), 400, Some("max_tokens"), None),
@@ -447,6 +457,6 @@ mod needs_openai {
         );
         assert!(got["usage"]["tokens_per_forward"].as_f64().unwrap() >= 1.0, "{got}");
         assert!(got["completions"][0] == got["parts"] && got["completions"][1] == got["parts"], "{got}");
-        assert_eq!(got["refusal"], json!({ "param": "top_p", "code": "unsupported_parameter" }));
+        assert_eq!(got["refusal"], json!({ "param": "presence_penalty", "code": "unsupported_parameter" }));
     }
 }

@@ -35,7 +35,7 @@ pub fn attention_seconds(model: &Transformer, num_tokens: usize, context: usize)
     let num_tiles = cuda_model.max_tiles(num_tokens);
     let shape = ForwardShape { num_tokens, num_outputs: 0, num_tiles, has_adapted: false, leading: None };
     // Nothing is sampled.
-    let sampling = SamplingOptions { is_greedy: true, gives_candidates: false };
+    let sampling = SamplingOptions { is_greedy: true, gives_candidates: false, has_nucleus: false };
     // Dropped before the tensors, for which it waits.
     let mut runner = GraphRunner::new(gpu, cuda_model.input_limits())?;
     let mut seconds = Vec::new();

@@ -51,7 +51,7 @@ impl<'m> CudaGraphBackend<'m> {
             whole_device: None,
             model: cuda_model,
             vocab_size: model.config().vocab_size as usize,
-            sampling: SamplingOptions { is_greedy: true, gives_candidates: false },
+            sampling: SamplingOptions { is_greedy: true, gives_candidates: false, has_nucleus: false },
         }))
     }
 
@@ -82,6 +82,7 @@ impl Backend for CudaGraphBackend<'_> {
         self.sampling = SamplingOptions {
             is_greedy: windows.iter().all(|window| window.sampling.is_greedy()),
             gives_candidates: outputs.candidates,
+            has_nucleus: windows.iter().any(|window| window.sampling.top_p() < 1.0),
         };
         let shape = self.shape(chunks, windows);
         write_input(&mut self.runner.write_input(shape)?, chunks, windows)?;
@@ -153,8 +154,11 @@ fn write_input(writer: &mut InputWriter<'_>, chunks: &[PromptChunk<'_>], windows
     for (row, window) in windows.iter().enumerate() {
         let token = |(offset, id)| {
             let Node { depth, visible, .. } = window.node(offset);
-            let draw =
-                Draw { inverse_temperature: window.sampling.inverse_temperature(), key: window.noise_key(offset) };
+            let draw = Draw {
+                inverse_temperature: window.sampling.inverse_temperature(),
+                top_p: window.sampling.top_p(),
+                key: window.noise_key(offset),
+            };
             let is_adapted = offset >= window.first_adapted();
             InputToken { id, position: window.start + depth, visible, draw: Some(draw), is_adapted }
         };
@@ -175,6 +179,8 @@ fn write_input(writer: &mut InputWriter<'_>, chunks: &[PromptChunk<'_>], windows
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+
     use super::*;
     use crate::cuda::forward_input::{InputLayout, InputLimits};
     use crate::cuda::shape::KernelShape;
@@ -200,7 +206,7 @@ mod tests {
             draft: &[12, 13],
             tree: None,
             num_adapted: 1,
-            sampling: Sampling::Temperature(0.5),
+            sampling: Sampling::Temperature(0.5).with_top_p(0.25),
             sequence_key: 1,
         };
         let chunk = PromptChunk { row: 2, start: 0, tokens: &[21, 22, 23] };
@@ -212,8 +218,9 @@ mod tests {
         assert_eq!(ints[layout.adapted], [0, 0, 1, 0, 0, 0, 0, 0]);
         assert_eq!(ints[layout.visible.start..layout.visible.start + 12], [-1; 12]);
         assert_eq!(ints[layout.tile_row], [0, 0, 2, 2, -1]);
-        let temperatures = ints[layout.inverse_temperatures].iter().map(|&bits| f32::from_bits(bits.cast_unsigned()));
-        assert!(temperatures.eq([2.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0]));
+        let floats = |range: Range<usize>| ints[range].iter().map(|&bits| f32::from_bits(bits.cast_unsigned()));
+        assert!(floats(layout.inverse_temperatures).eq([2.0, 2.0, 2.0, 0.0, 0.0, 0.0, 0.0, 0.0]));
+        assert!(floats(layout.top_ps).eq([0.25, 0.25, 0.25, 1.0, 1.0, 1.0, 1.0, 1.0]));
     }
 
     #[test]
@@ -240,7 +247,7 @@ mod tests {
 
     mod needs_gpu {
         use serde_json::json;
-        use tch::Kind;
+        use tch::{Kind, Tensor};
 
         use super::*;
         use crate::decode::backend::eager::EagerBackend;
@@ -325,6 +332,79 @@ mod tests {
                                 assert!(first.eq(given.tokens.iter().copied()), "{case}");
                             }
                         }
+                    }
+                }
+            }
+        }
+
+        /// Of every token of a vocabulary after each of `tokens [rows, width]`, flat: how probable the
+        /// likelier ones are together. And after each of `tokens`, how often one is drawn from the second
+        /// half of the nucleus.
+        fn nuclei(model: &Transformer, tokens: &Tensor, temperature: f64, top_p: f64) -> (Vec<f32>, Vec<f64>) {
+            let positions = Tensor::arange(tokens.size()[1], (Kind::Int64, Device::Cpu)).expand_as(tokens);
+            let logits = model.compute_logits(&model.forward(tokens, &positions)).unwrap();
+            let (sorted, ids) = (logits / temperature).softmax(-1, Kind::Double).sort(-1, true);
+            let before = sorted.cumsum(-1, Kind::Double) - &sorted;
+            let sum_within = |low: f64, high: f64| {
+                let is_within = before.ge(low).logical_and(&before.lt(high));
+                (&sorted * is_within).sum_dim_intlist(-1, false, Kind::Double).view([-1])
+            };
+            let in_second_half = sum_within(top_p / 2.0, top_p) / sum_within(0.0, top_p);
+            let before = before.zeros_like().scatter(-1, &ids, &before).to_kind(Kind::Float).view([-1]);
+            (Vec::try_from(before).unwrap(), Vec::try_from(in_second_half).unwrap())
+        }
+
+        #[test]
+        #[ignore = "needs a GPU: scripts/test --gpu"]
+        fn tokens_come_from_the_nucleus_of_the_float32_model_up_to_rounding() {
+            const TOP_P: f64 = 0.6;
+            let _no_grad = tch::no_grad_guard();
+            for vocab_size in [203, 20_000] {
+                let (on_gpu, on_cpu) = on_gpu_and_cpu(vocab_size);
+                let mut gpu = CudaGraphBackend::new(&on_gpu, 64, 64, true).unwrap().unwrap();
+                // The fused kernels, those for all products between two attentions, and cuBLAS.
+                for (num_rows, width) in [(1, 8), (2, 13), (64, 16)] {
+                    let draft: Vec<i32> = (1..width).map(|offset| offset * 37 % vocab_size as i32).collect();
+                    let last_token = |row: usize| (row * 11 % vocab_size) as i32;
+                    // Beside others, some rows are greedy.
+                    let sampling = |row: usize| match row % 4 {
+                        3 => Sampling::Greedy,
+                        _ => Sampling::Temperature(0.8).with_top_p(TOP_P),
+                    };
+                    let tokens: Vec<i32> =
+                        (0..num_rows).flat_map(|row| [&[last_token(row)], &draft[..]].concat()).collect();
+                    let tokens = Tensor::from_slice(&tokens).to_kind(Kind::Int64).view([num_rows as i64, -1]);
+                    let (before, in_second_half) = nuclei(&on_cpu, &tokens, 0.8, TOP_P);
+                    for candidates in [false, true] {
+                        let (mut num_late, mut expected) = (0.0, 0.0);
+                        for draw in 0..20_000 / (num_rows as u64 * width as u64) {
+                            let window = |row: usize| Window {
+                                start: 0,
+                                last_token: last_token(row),
+                                draft: &draft,
+                                tree: None,
+                                num_adapted: 0,
+                                sampling: sampling(row),
+                                sequence_key: draw * 64 + row as u64,
+                            };
+                            let windows: Vec<Window<'_>> = (0..num_rows).map(window).collect();
+                            gpu.launch(&[], &windows, Outputs { candidates }).unwrap();
+                            let sampled = gpu.collect(&windows).unwrap().into_iter().flat_map(|given| given.tokens);
+                            for (index, token) in sampled.enumerate() {
+                                let before = f64::from(before[index * vocab_size + token as usize]);
+                                let is_greedy = sampling(index / width as usize).is_greedy();
+                                let limit = if is_greedy { 0.0 } else { TOP_P };
+                                assert!(before < limit + 0.1, "{vocab_size}, {num_rows} x {width}: {before}");
+                                if !is_greedy {
+                                    num_late += f64::from(u8::from(before >= TOP_P / 2.0));
+                                    expected += in_second_half[index];
+                                }
+                            }
+                        }
+                        assert!(
+                            (num_late - expected).abs() < 0.1 * expected + 100.0,
+                            "{vocab_size}, {num_rows} x {width}: {num_late} tokens from the second half, not {expected}"
+                        );
                     }
                 }
             }

@@ -305,9 +305,10 @@ impl<'m> CudaModel<'m> {
         })
     }
 
-    /// Samples after the leading tokens of `x [T, hidden]`: after all if they are few.
+    /// Samples after the leading tokens of `x [T, hidden]`: after all if they are few. The fused kernels
+    /// have a few logits of the vocabulary each, which is not enough for a nucleus.
     fn sample_few(&self, x: &Tensor, input: &ForwardInput, results: &Tensor) -> Result<()> {
-        if input.shape().num_tokens > self.max_sampled_tokens() {
+        if input.shape().num_tokens > self.max_sampled_tokens() || input.sampling().has_nucleus {
             return self.sample(x, None, input, results);
         }
         self.kernels.fused_sample(self.model.lm_head(), x, &self.model.norm, input, results)

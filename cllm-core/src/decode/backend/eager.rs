@@ -125,16 +125,16 @@ impl<'m> EagerBackend<'m> {
         }
         let vocab_size = self.model.config().vocab_size as usize;
         let logits: Vec<f32> = Vec::try_from(logits.view([-1]))?;
-        let draws = windows.iter().flat_map(|window| {
-            (0..window.len()).map(|offset| (window.sampling.inverse_temperature(), window.noise_key(offset)))
-        });
+        let draws = windows
+            .iter()
+            .flat_map(|window| (0..window.len()).map(|offset| (window.sampling, window.noise_key(offset))));
         let draws = draws.zip(logits.chunks(vocab_size));
         if outputs.candidates {
-            let candidates = draws.map(|((inverse, key), logits)| sample_candidates(logits, inverse, key));
+            let candidates = draws.map(|((sampling, key), logits)| sample_candidates(logits, sampling, key));
             self.candidates = candidates.collect();
             self.sampled = self.candidates.iter().map(|candidates| candidates[0].token).collect();
         } else {
-            self.sampled = draws.map(|((inverse, key), logits)| sample(logits, inverse, key)).collect();
+            self.sampled = draws.map(|((sampling, key), logits)| sample(logits, sampling, key)).collect();
             self.candidates.clear();
         }
         Ok(())
