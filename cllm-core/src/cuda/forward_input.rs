@@ -451,7 +451,7 @@ mod tests {
         let layout = InputLayout::new(shape);
         let mut ints = vec![7; layout.len()];
         let mut writer = InputWriter::new(&mut ints, shape, LIMITS);
-        let draw = Some(Draw { inverse_temperature: 1.0, key: 9 });
+        let draw = Some(Draw { inverse_temperature: 1.0, top_p: 1.0, key: 9 });
         let doubled = [(11, 4, false), (12, 5, false), (11, 4, true), (12, 5, true)]
             .map(|(id, position, is_adapted)| InputToken { draw, is_adapted, ..token(id, position) });
         writer.push_row(0, 4, doubled).unwrap();
