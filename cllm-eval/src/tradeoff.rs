@@ -28,6 +28,9 @@ pub struct Tradeoff {
     pub schema_version: u32,
     pub benchmark: Task,
     pub split: String,
+    /// What the runs answered, as reports call it.
+    #[serde(skip)]
+    pub title: String,
     /// Number of examples.
     pub examples: usize,
     /// What every speed-up is measured against. `None` if nothing was decoded autoregressively.
@@ -138,7 +141,7 @@ impl Tradeoff {
                 if point.on_front { "*" } else { "" }.to_owned(),
             ]
         };
-        let mut text = format!("{} of {} / {}\n", count(self.examples, "example"), self.benchmark.name(), self.split);
+        let mut text = format!("{} of {}\n", count(self.examples, "example"), self.title);
         text += &self.baseline.as_ref().map_or_else(String::new, Baseline::text);
         let curves = self.points.chunk_by(|a, b| a.fingerprint == b.fingerprint);
         for (curve, Aup { checkpoint, aup, points, .. }) in curves.zip(&self.aup) {
@@ -162,6 +165,7 @@ impl Tradeoff {
             schema_version: SCHEMA_VERSION,
             benchmark: first.benchmark,
             split: first.split.clone(),
+            title: first.settings.title(first.benchmark, &first.split),
             examples: first.examples,
             baseline: first.baseline().map(|(model, figures)| Baseline::new(model, figures)),
             aup: curves.map(|curve| Aup::new(curve, best)).collect(),

@@ -308,6 +308,7 @@ mod tests {
             ("greedy: maybe", "greedy: expected true or false"),
             ("datasets: {a: 1}", "datasets: expected a list, such as [a, b]"),
             ("lora: 3", "lora: expected a section, such as {rank: 0}, or null"),
+            ("lora: adam", "lora: expected a section, such as {rank: 0}, or null"),
             ("lora: {rank: x}", "lora.rank: expected a whole number from 0"),
             ("lora: {rang: 1}", "unknown key `lora.rang`; did you mean `lora.rank`?"),
             ("step: 1", "unknown key `step`; did you mean `steps`?"),

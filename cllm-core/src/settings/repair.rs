@@ -12,16 +12,21 @@ const MAX_REPAIRS: usize = 64;
 pub(super) fn repaired<T: DeserializeOwned>(value: &Value) -> Value {
     let mut value = value.clone();
     for _ in 0..MAX_REPAIRS {
-        let Some((pointer, expects_list)) = failing_part::<T>(&value) else { return value };
+        let Some(Failure { pointer, expects_list, .. }) = failing_part::<T>(&value) else { return value };
         let forms = value.pointer(&pointer).map(|part| other_forms(part, expects_list)).unwrap_or_default();
         let with = |form: Value| {
             let mut changed = value.clone();
             changed.pointer_mut(&pointer).into_iter().for_each(|part| *part = form.clone());
             changed
         };
-        // A form helps if something else is wrong afterwards, or nothing.
-        let is_elsewhere = |changed: &Value| failing_part::<T>(changed).is_none_or(|(other, _)| other != pointer);
-        match forms.into_iter().map(with).find(is_elsewhere) {
+        // A form helps if something else is wrong afterwards, or nothing. A section without such a key
+        // is not meant by the key's name.
+        let helps = |changed: &Value| {
+            failing_part::<T>(changed).is_none_or(|other| {
+                other.pointer != pointer && !(other.is_unknown_key && other.pointer.starts_with(&pointer))
+            })
+        };
+        match forms.into_iter().map(with).find(helps) {
             Some(changed) => value = changed,
             None => return value,
         }
@@ -29,9 +34,15 @@ pub(super) fn repaired<T: DeserializeOwned>(value: &Value) -> Value {
     value
 }
 
-/// The JSON pointer to the part of a value that is not as `T` expects it, and whether a list is
-/// expected there.
-fn failing_part<T: DeserializeOwned>(value: &Value) -> Option<(String, bool)> {
+/// The part of a value that is not as settings expect it.
+struct Failure {
+    /// The JSON pointer to it.
+    pointer: String,
+    expects_list: bool,
+    is_unknown_key: bool,
+}
+
+fn failing_part<T: DeserializeOwned>(value: &Value) -> Option<Failure> {
     let error = serde_path_to_error::deserialize::<_, T>(value).err()?;
     let mut pointer = String::new();
     for segment in error.path().iter() {
@@ -48,8 +59,13 @@ fn failing_part<T: DeserializeOwned>(value: &Value) -> Option<(String, bool)> {
         }
         pointer = longer;
     }
-    // Without a list, one is also read as a section whose keys are left out.
-    Some((pointer, error.inner().to_string().contains("expected a sequence")))
+    let message = error.inner().to_string();
+    Some(Failure {
+        pointer,
+        // Without a list, one is also read as a section whose keys are left out.
+        expects_list: message.contains("expected a sequence"),
+        is_unknown_key: message.starts_with("unknown field"),
+    })
 }
 
 /// A section with its defaults, or none.

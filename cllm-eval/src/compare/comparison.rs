@@ -19,6 +19,9 @@ pub struct Comparison {
     pub schema_version: u32,
     pub benchmark: Task,
     pub split: String,
+    /// What A answered, as reports call it.
+    #[serde(skip)]
+    pub title: String,
     pub a: Side,
     pub b: Side,
     /// Number of examples that both answered.
@@ -103,6 +106,7 @@ impl Comparison {
             schema_version: SCHEMA_VERSION,
             benchmark: a.header().benchmark,
             split: a.header().split.clone(),
+            title: a.header().settings.title(a.header().benchmark, &a.header().split),
             a: Side::new(a, &a_answers, &a_correct),
             b: Side::new(b, &b_answers, &b_correct),
             pairs: pairs.len(),

@@ -44,12 +44,11 @@ impl Comparison {
             format!("; of A's correct answers B keeps {}", format_percent(Some(kept)))
         });
         format!(
-            "{} of {} / {}, {} of them scored{left_out}\n\
+            "{} of {}, {} of them scored{left_out}\n\
              accuracy, B − A: {} points{}\n\
              correct only in A: {}; correct only in B: {}{kept}; same tokens: {}\n",
             count(self.pairs, "example"),
-            self.benchmark.name(),
-            self.split,
+            self.title,
             self.scored,
             self.difference.map_or_else(|| "-".to_owned(), format_points),
             format_interval(self.ci95, format_points),

@@ -1,13 +1,17 @@
 //! One example as every model and strategy answered it, with the text that each forward added.
 
+use cllm_core::decode::Strategy;
 use cllm_core::task::Verdict;
 use serde::Serialize;
 
 use super::animation::{PLAY_SECONDS, TimedAnswer, duration, playback_speed};
 use crate::records::{AnswerRecord, Records};
+use crate::results::{ModelResults, Results};
 
 /// Number of colours in the page's style; successive forwards cycle through them.
 const NUM_COLOURS: usize = 5;
+/// Of more answers than these, only those of the baselines and of the fastest strategies are shown.
+const MAX_ANSWERS: usize = 8;
 
 #[derive(Debug, Serialize)]
 pub(super) struct Example {
@@ -57,7 +61,7 @@ struct Forward {
 impl Example {
     /// Picks an example among those that keep the text of each forward: one that was timed with
     /// every strategy and has a correct answer, if there is one.
-    pub(super) fn choose(records: &Records) -> Option<Self> {
+    pub(super) fn choose(records: &Records, results: &Results) -> Option<Self> {
         let mut indices: Vec<usize> =
             records.answers.iter().filter(|answer| answer.forward_texts.is_some()).map(|answer| answer.index).collect();
         indices.sort_unstable();
@@ -70,7 +74,14 @@ impl Example {
             let is_timed = answers.iter().all(|answer| timing(records, answer).is_some());
             (!is_timed, !answers.iter().any(|answer| answer.verdict == Verdict::Correct))
         };
-        let answers = answers(indices.into_iter().min_by_key(key)?);
+        let mut answers = answers(indices.into_iter().min_by_key(key)?);
+        if answers.len() > MAX_ANSWERS {
+            let is_fastest = |answer: &AnswerRecord| {
+                let fastest = results.model(answer.role).and_then(ModelResults::fastest);
+                fastest.is_some_and(|fastest| fastest.strategy == answer.strategy)
+            };
+            answers.retain(|answer| answer.strategy == Strategy::Ar || is_fastest(answer));
+        }
         let first = answers.first()?;
         let timings: Option<Vec<f64>> =
             answers.iter().map(|answer| Some(timing(records, answer)?.speed.seconds)).collect();

@@ -19,6 +19,8 @@ pub(super) struct Headline {
     title: String,
     /// The figure, shown in large type.
     number: String,
+    /// Whether the figure is a slow-down.
+    is_slower: bool,
     /// What the figure measures.
     caption: String,
     /// What became of the accuracy; `None` without a teacher or scores.
@@ -43,20 +45,20 @@ impl Headline {
             let model = results.models.last()?;
             let number = format!("{:.2}", model.perplexity.as_ref()?.value);
             let caption = format!("perplexity of the {}", model.model.role);
-            return Some(Headline { title, number, caption, verdict: None, details: notes(results) });
+            return Some(Headline { title, number, is_slower: false, caption, verdict: None, details: notes(results) });
         };
-        let name = format!("{role}, {}", fastest.label);
-        let drafts_for_teacher = role == Role::Teacher && results.model(Role::Student).is_some();
+        let (name, label) = (format!("{role}, {}", fastest.label), &fastest.label);
+        let has_student = results.model(Role::Student).is_some();
+        let drafts_for_teacher = role == Role::Teacher && has_student;
         let (speedup, interval) = results.speedup(fastest);
         let (number, caption) = match (speedup, fastest.tokens_per_second) {
             (Some(speedup), _) => {
-                let than = if speedup >= 1.0 { "faster than" } else { "as fast as" };
+                // As rounded.
+                let than = if speedup >= 1.005 { "faster than" } else { "as fast as" };
                 let baseline = match results.model(Role::Teacher) {
-                    Some(_) if drafts_for_teacher => {
-                        format!("the teacher alone ({}, against autoregressive)", fastest.label)
-                    }
-                    Some(_) => format!("the teacher ({name}, against autoregressive)"),
-                    None => format!("autoregressive decoding of the same model ({})", fastest.label),
+                    Some(_) if drafts_for_teacher => format!("the teacher alone ({label}, against autoregressive)"),
+                    Some(_) if has_student => format!("the teacher ({name}, against autoregressive)"),
+                    _ => format!("autoregressive decoding of the same model ({label})"),
                 };
                 (format!("{speedup:.2}x"), format!("{than} {baseline}"))
             }
@@ -81,8 +83,11 @@ impl Headline {
             finished.map(|value| format!("{value:.2} tokens per forward in finished answers")),
             Some(unfinished(results, role, fastest)),
         ];
-        let verdict = if drafts_for_teacher { same_answers(fastest) } else { accuracy_verdict(results, role, fastest) };
-        Some(Headline { title, number, caption, verdict, details: details.into_iter().flatten().collect() })
+        let verdict =
+            if drafts_for_teacher { same_answers(results, fastest) } else { accuracy_verdict(results, role, fastest) };
+        let details = details.into_iter().flatten().collect();
+        let is_slower = speedup.is_some_and(|speedup| speedup < 0.995);
+        Some(Headline { title, number, is_slower, caption, verdict, details })
     }
 }
 
@@ -90,9 +95,15 @@ impl Headline {
 const LARGEST_UNNOTICED_LOSS: f64 = 0.05;
 
 /// Of a teacher with a draft model: its answers are its own.
-fn same_answers(fastest: &StrategyResults) -> Option<Verdict> {
-    let same = format_percent(Some(fastest.exact_match_vs_ar?));
-    let text = format!("The teacher decides every token: {same} of its answers are the same as without drafts");
+fn same_answers(results: &Results, fastest: &StrategyResults) -> Option<Verdict> {
+    let (fraction, dtype) = (fastest.exact_match_vs_ar?, &results.hardware.dtype);
+    let rounding = match fraction < 1.0 && dtype != "float32" {
+        true => format!("; the others differ where {dtype} rounds otherwise"),
+        false => String::new(),
+    };
+    let same = format_percent(Some(fraction));
+    let text =
+        format!("The teacher decides every token: {same} of its answers are the same as without drafts{rounding}");
     Some(Verdict { text, class: "neutral" })
 }
 

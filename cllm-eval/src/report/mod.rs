@@ -131,6 +131,11 @@ fn environment() -> Environment<'static> {
         minijinja::Value::from_safe_string(format!("    {}", to_printable(text).replace('\n', "\n    ")))
     });
     environment.add_filter("tex", escape_latex);
+    environment.add_filter("code", |text: &str| {
+        let parts = text.split('`').map(svg::escape).enumerate();
+        let marked = parts.map(|(index, part)| if index % 2 == 1 { format!("<code>{part}</code>") } else { part });
+        minijinja::Value::from_safe_string(marked.collect())
+    });
     // A head breaks between words alone, and not before a unit.
     environment.add_filter("unbroken", |head: &str| head.replace('-', "\u{2011}").replace(" %", "\u{a0}%"));
     // The figure of a cell, and its interval.

@@ -75,7 +75,7 @@ impl Section {
             sandbox: sandbox.map(|layers| format!("the code in answers ran in a sandbox: {}", layers.join(", "))),
             settings: settings::to_yaml(&results.settings)?,
             command: command(&results.settings),
-            example: run.records.as_ref().and_then(Example::choose),
+            example: run.records.as_ref().and_then(|records| Example::choose(records, results)),
         })
     }
 }

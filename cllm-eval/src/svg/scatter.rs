@@ -119,15 +119,29 @@ fn draw_label(svg: &mut String, text: &str, position: LabelPosition, (point_x, p
     let LabelPosition { x, y, ends_at_x } = position;
     let anchor = if ends_at_x { "end" } else { "start" };
     if (y - 5.0 - point_y).abs() > LABEL_LINE / 2.0 || (x - point_x).abs() > LABEL_DISTANCE + 1.0 {
-        let (end_x, end_y) = (if ends_at_x { x + 2.0 } else { x - 2.0 }, y - 5.0);
+        let (end_x, end_y) = leader_end(position);
         let _ = write!(svg, r#"<path class="leader" d="M{point_x:.1} {point_y:.1}L{end_x:.1} {end_y:.1}"/>"#);
     }
     let text = escape(text);
     let _ = write!(svg, r#"<text class="label" x="{x:.1}" y="{y:.1}" text-anchor="{anchor}">{text}</text>"#);
 }
 
+/// Where the line from a point to its label ends.
+fn leader_end(LabelPosition { x, y, ends_at_x }: LabelPosition) -> (f64, f64) {
+    (if ends_at_x { x + 2.0 } else { x - 2.0 }, y - 5.0)
+}
+
+/// Whether the line from a point to the end of its label runs over another point. Points that overlap
+/// their own do not count.
+fn leader_covers((end_x, end_y): (f64, f64), (x, y): (f64, f64), (other_x, other_y): (f64, f64)) -> bool {
+    let ((run, rise), (right, down)) = ((end_x - x, end_y - y), (other_x - x, other_y - y));
+    let along = ((right * run + down * rise) / (run * run + rise * rise).max(1e-9)).clamp(0.0, 1.0);
+    right.hypot(down) > 2.0 * RADIUS && (right - along * run).hypot(down - along * rise) < RADIUS
+}
+
 /// Chooses positions for the labels: beside their points, then moved up or down and away until they
-/// overlap neither points and whiskers nor earlier labels.
+/// overlap neither points and whiskers nor earlier labels, and the line to the point runs over no other
+/// point.
 fn place_labels(
     frame: &Frame,
     points: &[ScatterPoint],
@@ -147,6 +161,7 @@ fn place_labels(
                 && frame.label_columns().contains(&bounds.right)
                 && frame.label_baselines().contains(&position.y)
                 && occupied.iter().all(|&other| !bounds.overlaps(other))
+                && !centres.iter().any(|&other| leader_covers(leader_end(position), (x, y), other))
         };
         let position = candidates(x, y).find(is_free).unwrap_or_else(|| beside(x, y, x > WIDTH / 2.0));
         occupied.push(padded(position));
@@ -221,6 +236,19 @@ mod tests {
         let circles: Vec<&str> = svg.split("<circle").skip(1).map(|rest| rest.split(" r=").next().unwrap()).collect();
         assert!(circles.len() == 5 && circles[..4].iter().all(|&circle| circle == circles[0]), "{circles:?}");
         assert!(svg.contains("&lt;point 0&gt;") && !svg.contains("<point") && !svg.contains("NaN"), "{svg}");
+    }
+
+    #[test]
+    fn no_line_to_a_label_runs_over_another_point() {
+        let points: Vec<ScatterPoint> = (0..12).map(|at| point("", 2.0 + 0.2 * f64::from(at), 50.0)).collect();
+        let axis = |name, values: Vec<f64>| Axis::new(name, Scale::Linear, values.into_iter());
+        let frame = Frame::new(axis("x", vec![1.0, 6.0]), axis("y", vec![40.0, 60.0]));
+        let centres: Vec<(f64, f64)> = points.iter().map(|point| frame.to_pixels(point.x, point.y)).collect();
+        let labels: Vec<String> = (1..=12).map(|number: u32| number.to_string()).collect();
+        for (index, position) in place_labels(&frame, &points, &labels, &centres).into_iter().enumerate() {
+            let covers = |&other: &(f64, f64)| leader_covers(leader_end(position), centres[index], other);
+            assert!(!centres.iter().any(covers), "label {}", index + 1);
+        }
     }
 
     #[test]

@@ -46,7 +46,9 @@ fn forty(lost: usize) -> Records {
 
 #[test]
 fn a_run_alone_compares_its_student_with_its_teacher() {
-    let run = written(&records());
+    let mut records = records();
+    records.header.settings.prompts = Some("runs/chats.jsonl".into());
+    let run = written(&records);
     let comparison = compare(run.path(), None, None, None).unwrap();
     let Comparison { a, b, .. } = &comparison;
     assert_eq!((a.role, a.strategy.as_str(), a.checkpoint.as_str()), (Role::Teacher, "ar", "t"));
@@ -65,6 +67,7 @@ fn a_run_alone_compares_its_student_with_its_teacher() {
     // Every example is four times as fast, and so is every resample.
     assert_eq!((speed.ratio, speed.ci95), (Some(4.0), Some([4.0, 4.0])));
     let text = comparison.text();
+    assert!(text.contains("4 examples of chats.jsonl / test, 4 of them scored"), "{text}");
     assert!(text.contains("−25.0 points") && text.contains("4.00x (95 %: 4.00x to 4.00x)"), "{text}");
     assert!(
         comparison.verdict.contains("no significant difference in accuracy (McNemar, p = 1.00)")

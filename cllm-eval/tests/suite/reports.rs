@@ -208,8 +208,9 @@ fn a_report_of_several_runs_begins_with_one_row_per_run() {
         );
     }
     // Runs of the same benchmark and split are distinguished by their folders.
-    report(&[&folders[0], &folders[0]].map(Clone::clone), Some(&output), &["spider: skipped: no data".into()]).unwrap();
-    assert!(read("report.html").contains("<li>spider: skipped: no data</li>"));
+    report(&[&folders[0], &folders[0]].map(Clone::clone), Some(&output), &["spider: skipped: no `<data>`".into()])
+        .unwrap();
+    assert!(read("report.html").contains("<li>spider: skipped: no <code>&lt;data&gt;</code></li>"));
     let title = "jsonl / test / one";
     assert!(read("report.md").contains(&format!("| {title} | student")), "{title}");
     assert!(read("report.html").contains(&format!("<h2>{}</h2>", title.replace('/', "&#x2f;"))), "{title}");
@@ -256,6 +257,7 @@ fn charts_have_lines_of_no_more_strategies_than_line_styles() {
         let slower = |speed: &SpeedRecord| SpeedRecord { strategy, seconds: speed.seconds * n as f64, ..speed.clone() };
         records.speeds.extend(speeds.map(slower));
     }
+    records.write(&dir.path().join(SAMPLES)).unwrap();
     atomic_file::write_json(&dir.path().join(RESULTS), &Results::from_records(&records)).unwrap();
     report(&[dir.path().to_owned()], None, &[]).unwrap();
     let page = std::fs::read_to_string(dir.path().join("report.html")).unwrap();
@@ -263,6 +265,8 @@ fn charts_have_lines_of_no_more_strategies_than_line_styles() {
     let chart = |title: &str| figures.clone().find(|figure| figure.contains(title)).unwrap();
     let lines = chart("Tokens per forward, by position in the answer; the 8 fastest of 11 strategies");
     assert!(lines.contains(">student jacobi n=10<") && !lines.contains("jacobi n=11"), "{lines}");
+    // The example shows the baselines and the fastest strategies.
+    assert_eq!(page.matches("class=\"num-shown\"").count(), 4);
     let styles: Vec<&str> = lines.matches("\"line student dash").collect();
     // A line and its legend for each strategy but autoregressive decoding, which accepts no drafts.
     assert_eq!((styles.len(), lines.contains("dash7")), (2 * 7, true), "{lines}");

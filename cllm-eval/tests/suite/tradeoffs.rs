@@ -63,12 +63,14 @@ fn all_speed_ups_of_a_table_are_over_one_baseline_which_is_named() {
             ModelEntry { path: "v".into(), fingerprint: "v".into(), ..records.header.models[1].clone() };
         records.speeds.iter_mut().for_each(|speed| speed.seconds /= 2.0);
     };
-    let tradeoff = Tradeoff::from_results(&[results(|_| ()), results(other_teacher)]).unwrap();
+    let of_chats = results(|records| records.header.settings.prompts = Some("runs/chats.jsonl".into()));
+    let tradeoff = Tradeoff::from_results(&[of_chats, results(other_teacher)]).unwrap();
     let baseline = tradeoff.baseline.as_ref().unwrap();
     assert_eq!((baseline.checkpoint.as_str(), baseline.tokens_per_second), ("t", Some(1.0)));
     for point in &tradeoff.points {
         assert_eq!(point.speedup, point.tokens_per_second, "{point:?}");
     }
+    assert!(tradeoff.text().starts_with("4 examples of chats.jsonl / test\n"), "{}", tradeoff.text());
     assert!(
         tradeoff.text().contains("speed-ups are over autoregressive decoding of t (1.0 tokens/s)"),
         "{}",

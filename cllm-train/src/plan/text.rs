@@ -39,8 +39,8 @@ pub(super) fn describe(plan: &Plan) -> String {
         format!("{:14}{:>11}{:>13}", "", "needed", "available"),
     ]);
     let tensors = format!(
-        "  weights {}, gradients {}, optimizer {}, and at the peak the largest of: activations {}, update {}, validation {}, \
-         saving {}",
+        "  weights {}, gradients {}, optimizer {}, and at the peak the largest of\n  \
+         activations {}, update {}, validation {}, saving {}",
         bytes(memory.weights),
         bytes(memory.gradients),
         bytes(memory.optimizer),
