@@ -63,28 +63,28 @@ impl LabelPosition {
     }
 }
 
-/// Draws points with whiskers and labels. Where labels are too long or too many to fit beside their
-/// points, the points are numbered and listed in a legend below.
+/// Draws points with whiskers and labels. Where labels are too long or too many for the room beside
+/// their points, the points are numbered and listed in a legend below.
 pub fn scatter(title: &str, axis_names: [&'static str; 2], points: &[ScatterPoint]) -> String {
     let ys = points.iter().flat_map(|point| point.interval.into_iter().flatten().chain([point.y]));
     let frame = Frame::new(
         Axis::new(axis_names[0], Scale::Linear, points.iter().map(|point| point.x)),
         Axis::new(axis_names[1], Scale::Linear, ys),
     );
-    let fits = |point: &ScatterPoint| CHAR_WIDTH * (point.label.chars().count() as f64) < WIDTH / 2.0;
-    let numbered = points.len() >= MIN_NUMBERED || !points.iter().all(fits);
-    let labels: Vec<String> = if numbered {
-        (1..=points.len()).map(|number| number.to_string()).collect()
-    } else {
-        points.iter().map(|point| point.label.clone()).collect()
-    };
-    let mut svg = frame.open(title, if numbered { points.len() } else { 0 });
     let centres: Vec<(f64, f64)> = points.iter().map(|point| frame.to_pixels(point.x, point.y)).collect();
+    let is_short = |point: &ScatterPoint| CHAR_WIDTH * (point.label.chars().count() as f64) < WIDTH / 2.0;
+    let mut labels: Vec<String> = points.iter().map(|point| point.label.clone()).collect();
+    let mut placed = place_labels(&frame, points, &labels, &centres);
+    let numbered = points.len() >= MIN_NUMBERED || !points.iter().all(is_short) || !placed.all_fit;
+    if numbered {
+        labels = (1..=points.len()).map(|number| number.to_string()).collect();
+        placed = place_labels(&frame, points, &labels, &centres);
+    }
+    let mut svg = frame.open(title, if numbered { points.len() } else { 0 });
     for (point, &centre) in points.iter().zip(&centres) {
         draw_point(&mut svg, &frame, point, centre);
     }
-    for ((label, position), &centre) in labels.iter().zip(place_labels(&frame, points, &labels, &centres)).zip(&centres)
-    {
+    for ((label, position), &centre) in labels.iter().zip(placed.positions).zip(&centres) {
         draw_label(&mut svg, label, position, centre);
     }
     for (index, point) in points.iter().enumerate().filter(|_| numbered) {
@@ -139,17 +139,19 @@ fn leader_covers((end_x, end_y): (f64, f64), (x, y): (f64, f64), (other_x, other
     right.hypot(down) > 2.0 * RADIUS && (right - along * run).hypot(down - along * rise) < RADIUS
 }
 
+/// The positions of all labels.
+struct PlacedLabels {
+    positions: Vec<LabelPosition>,
+    /// Whether there was room for each.
+    all_fit: bool,
+}
+
 /// Chooses positions for the labels: beside their points, then moved up or down and away until they
 /// overlap neither points and whiskers nor earlier labels, and the line to the point runs over no other
 /// point.
-fn place_labels(
-    frame: &Frame,
-    points: &[ScatterPoint],
-    labels: &[String],
-    centres: &[(f64, f64)],
-) -> Vec<LabelPosition> {
+fn place_labels(frame: &Frame, points: &[ScatterPoint], labels: &[String], centres: &[(f64, f64)]) -> PlacedLabels {
     let mut occupied = marks(frame, points, centres);
-    let mut positions = Vec::with_capacity(labels.len());
+    let (mut positions, mut all_fit) = (Vec::with_capacity(labels.len()), true);
     for (label, &(x, y)) in labels.iter().zip(centres) {
         let padded = |position: LabelPosition| {
             let bounds = position.bounds(label);
@@ -163,11 +165,13 @@ fn place_labels(
                 && occupied.iter().all(|&other| !bounds.overlaps(other))
                 && !centres.iter().any(|&other| leader_covers(leader_end(position), (x, y), other))
         };
-        let position = candidates(x, y).find(is_free).unwrap_or_else(|| beside(x, y, x > WIDTH / 2.0));
+        let free = candidates(x, y).find(is_free);
+        all_fit &= free.is_some();
+        let position = free.unwrap_or_else(|| beside(x, y, x > WIDTH / 2.0));
         occupied.push(padded(position));
         positions.push(position);
     }
-    positions
+    PlacedLabels { positions, all_fit }
 }
 
 /// The areas that points and whiskers cover.
@@ -222,7 +226,8 @@ mod tests {
             let bounds = position.bounds(label);
             Rect { top: position.y - 12.0, bottom: position.y, ..bounds }
         };
-        let positions = place_labels(&frame, &points, &labels, &centres);
+        let PlacedLabels { positions, all_fit } = place_labels(&frame, &points, &labels, &centres);
+        assert!(all_fit);
         let bounds: Vec<Rect> = labels.iter().zip(positions).map(bounds).collect();
         for (index, label) in bounds.iter().enumerate() {
             assert!(bounds[..index].iter().all(|&other| !label.overlaps(other)), "label {index} covers another");
@@ -245,7 +250,7 @@ mod tests {
         let frame = Frame::new(axis("x", vec![1.0, 6.0]), axis("y", vec![40.0, 60.0]));
         let centres: Vec<(f64, f64)> = points.iter().map(|point| frame.to_pixels(point.x, point.y)).collect();
         let labels: Vec<String> = (1..=12).map(|number: u32| number.to_string()).collect();
-        for (index, position) in place_labels(&frame, &points, &labels, &centres).into_iter().enumerate() {
+        for (index, position) in place_labels(&frame, &points, &labels, &centres).positions.into_iter().enumerate() {
             let covers = |&other: &(f64, f64)| leader_covers(leader_end(position), centres[index], other);
             assert!(!centres.iter().any(covers), "label {}", index + 1);
         }
@@ -256,6 +261,13 @@ mod tests {
         let long = "student lookahead window=5 ngram=4 candidates=5";
         let svg = scatter("t", ["x", "y"], &[point(long, 2.0, 50.0), point("short", 3.0, 50.0)]);
         assert!(svg.contains(&format!(">1: {long}<")) && svg.contains(">2<") && svg.contains(">2: short<"), "{svg}");
+        // Tall whiskers leave no room for names between them.
+        let tall = |at: u8| ScatterPoint {
+            interval: Some([0.0, 100.0]),
+            ..point("teacher rolling n=16", f64::from(at), 50.0)
+        };
+        let svg = scatter("t", ["x", "y"], &[1, 2, 3, 4, 5, 6].map(tall));
+        assert!(svg.contains(">6: teacher rolling n=16<"), "{svg}");
     }
 
     #[test]
