@@ -446,8 +446,9 @@ mod tests {
 
     #[test]
     fn leading_layers_read_a_token_once_that_later_layers_read_twice() {
-        let leading = Some(LeadingShape { num_tokens: 8, num_tiles: 4 });
-        let shape = ForwardShape { num_tokens: 9, num_outputs: 9, num_tiles: 6, has_adapted: true, leading };
+        let leading = LeadingShape { num_tokens: 8, num_tiles: 4 };
+        let shape =
+            ForwardShape { num_tokens: 9, num_outputs: 9, num_tiles: 6, has_adapted: true, leading: Some(leading) };
         let layout = InputLayout::new(shape);
         let mut ints = vec![7; layout.len()];
         let mut writer = InputWriter::new(&mut ints, shape, LIMITS);
@@ -458,7 +459,7 @@ mod tests {
         writer.push_row(2, 0, [(21, 0), (22, 1), (23, 2)].map(|(id, position)| token(id, position))).unwrap();
         assert_eq!(ints[layout.tokens], [11, 12, 11, 12, 21, 22, 23, 0, 0]);
         assert_eq!(ints[layout.leading_index], [0, 1, 0, 1, 2, 3, 4, 0, 0]);
-        let (of_leading, ints) = (InputLayout::new(leading.unwrap().as_forward()), &ints[layout.leading]);
+        let (of_leading, ints) = (InputLayout::new(leading.as_forward()), &ints[layout.leading]);
         assert_eq!(ints[of_leading.tokens], [11, 12, 21, 22, 23, 0, 0, 0]);
         assert_eq!(ints[of_leading.row], [0, 0, 2, 2, 2, -1, -1, -1]);
         assert_eq!(ints[of_leading.slot], [4, 5, 0, 1, 2, 0, 0, 0]);
