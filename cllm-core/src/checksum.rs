@@ -183,6 +183,16 @@ impl Checksums {
         }
     }
 
+    /// Those of a folder in another one whose list has its files, such as `final/adapter`.
+    fn read_around(folder: &Path) -> Option<Self> {
+        let (around, name) = (folder.parent()?, folder.file_name()?);
+        // The user may have another file of this name there.
+        let Checksums { schema_version, files } = Checksums::read(around).ok()??;
+        let inside =
+            files.into_iter().filter_map(|(file, checksum)| Some((file.strip_prefix(name).ok()?.into(), checksum)));
+        Some(Checksums { schema_version, files: inside.collect() })
+    }
+
     /// Writes `checksums.json` into the folder.
     ///
     /// # Errors
@@ -195,14 +205,15 @@ impl Checksums {
 /// What to do about a file of a model that differs from its checksum.
 pub const MODEL_ADVICE: &str = "copy the folder again, or remove the file's line from checksums.json if you changed it";
 
-/// Checks that the files of a folder are as they were written. A folder without checksums passes, and
-/// so does one without the folders in it, which a download of the model leaves out. `advice` says what
+/// Checks that the files of a folder are as they were written, by its own list or that of the folder
+/// around it. A folder without checksums passes, and so does one without the folders in it, which a
+/// download of the model leaves out. `advice` says what
 /// to do about a file that differs.
 ///
 /// # Errors
 /// [`Error::File`] that names the first file that is missing or differs.
 pub fn check_folder(folder: &Path, advice: &str) -> Result<()> {
-    let Some(list) = Checksums::read(folder)? else { return Ok(()) };
+    let Some(list) = Checksums::read(folder)?.or_else(|| Checksums::read_around(folder)) else { return Ok(()) };
     for (name, checksum) in &list.files {
         interrupt::check()?;
         let path = folder.join(name);
@@ -272,6 +283,8 @@ mod tests {
         };
         atomic_file::write(&folder.join("adapter/config.json"), b"{ ").unwrap();
         refused(&["adapter/config.json: is damaged, or was changed", "checksums.json", "copy the folder again"]);
+        let message = check_folder(&folder.join("adapter"), MODEL_ADVICE).unwrap_err().to_string();
+        assert!(message.contains("adapter/config.json: is damaged"), "{message}");
         // A download of the model has no folders in it, and its card is for people to change.
         std::fs::remove_file(folder.join("adapter/config.json")).unwrap();
         atomic_file::write(&folder.join("README.md"), b"changed").unwrap();
