@@ -25,6 +25,8 @@ use crate::role::Role;
 
 /// Version of `samples.jsonl`, `results.json` and the documents that are computed from them.
 pub const SCHEMA_VERSION: u32 = 2;
+/// Limit of a line's counts, whose sums then fit.
+const MAX_COUNT: usize = 1 << 40;
 /// Name of the file in a run's folder.
 pub const SAMPLES: &str = "samples.jsonl";
 
@@ -225,6 +227,32 @@ enum Line {
     Window(WindowRecord),
 }
 
+impl Line {
+    /// What no run with this many examples writes, though it is a record. Figures are sums over lines.
+    fn problem(&self, num_examples: usize) -> Option<String> {
+        let (index, counts) = match self {
+            Line::Header(_) => return None,
+            Line::Answer(answer) => (answer.index, vec![answer.prompt_tokens, answer.forwards]),
+            Line::Speed(speed) => {
+                let window_tokens = speed.window_tokens.unwrap_or(0) as usize;
+                (speed.index, vec![speed.tokens, speed.forwards, speed.probes, window_tokens])
+            }
+            Line::Throughput(one) => (0, vec![one.concurrency, one.answers, one.unfinished, one.tokens, one.forwards]),
+            Line::Window(window) => (window.index, vec![window.start, window.tokens]),
+        };
+        if index >= num_examples {
+            return Some(format!("its index is {index}, and there are {num_examples} examples"));
+        }
+        if let Line::Answer(answer) = self
+            && answer.forced_tokens().end > answer.response_ids.len()
+        {
+            return Some("its thought is longer than the answer".to_owned());
+        }
+        let absurd = counts.into_iter().find(|&count| count > MAX_COUNT)?;
+        Some(format!("it says {absurd}, and counts are up to {MAX_COUNT}"))
+    }
+}
+
 /// A line of the file as it is written.
 #[derive(Serialize)]
 #[serde(tag = "kind", rename_all = "lowercase")]
@@ -371,7 +399,14 @@ impl Records {
                 let first: Value = serde_json::from_str(&text).map_err(not_a_record)?;
                 check_version(path, &first)?;
             }
-            match serde_json::from_str(&text).map_err(not_a_record)? {
+            let line: Line = serde_json::from_str(&text).map_err(not_a_record)?;
+            // Examples that are shown alone keep their indices. A run that resumes looks its own up.
+            let header_if_resumed = header.as_ref().filter(|_| may_be_cut);
+            let num_examples = header_if_resumed.map_or(usize::MAX, |header: &Header| header.examples);
+            if let Some(problem) = line.problem(num_examples) {
+                return Err(Error::file(path, format!("line {number} is no record of this run: {problem}")));
+            }
+            match line {
                 Line::Header(record) => header = Some(*record),
                 Line::Answer(record) => answers.push(*record),
                 Line::Speed(record) => speeds.push(record),

@@ -95,8 +95,7 @@ impl<'s> Expression<'s> {
 
     fn is_end(&self, at: usize) -> bool {
         let rest = &self.source[at..];
-        self.levels.len() == 1
-            && (rest.starts_with(self.end) || rest[1..].starts_with(self.end) && rest.starts_with(['-', '+']))
+        self.levels.len() == 1 && rest.strip_prefix(['-', '+']).unwrap_or(rest).starts_with(self.end)
     }
 
     /// Copies or rewrites the token at `at`, and returns its length.
@@ -211,6 +210,7 @@ mod tests {
             ("{{ f(x % y)[z % w] }}", "{{ f( (x)|python_modulo( y))[ (z)|python_modulo( w)] }}"),
             ("{% raw %}{{ a % b }}{% endraw %}{# a % b #}", "{% raw %}{{ a % b }}{% endraw %}{# a % b #}"),
             ("{{ '%}' ~ {'a': 1} }}{%", "{{ '%}' ~ {'a': 1} }}{%"),
+            ("{{ \u{202e}-}}", "{{ \u{202e}-}}"),
         ] {
             assert_eq!(replace_operator(source).unwrap(), expected);
         }

@@ -80,6 +80,10 @@ fn every_flipped_bit_of_a_run_is_found() {
     fs::write(&samples, intact.iter().map(|(line, _)| format!("{line}\n")).collect::<String>()).unwrap();
     EVAL.succeed(&run);
     assert_eq!(answers(&output.display().to_string()).len(), whole.0.answers.len() + whole.0.speeds.len());
+    let mut of_no_example = whole.0;
+    of_no_example.answers[0].index = 99;
+    of_no_example.write(&samples).unwrap();
+    EVAL.fail(&run, 2, &["samples.jsonl: line 2 ", "its index is 99, and there are 2 examples"]);
 }
 
 #[test]
