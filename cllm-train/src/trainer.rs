@@ -95,6 +95,10 @@ pub fn run_on(mut settings: Settings, today: Date) -> Result<()> {
     let checkpoints = Checkpoints::new(&settings, &tokenizer_folder)?;
     if let Some(state) = checkpoints.finished()? {
         checkpoints.check_fingerprint(&state, &fingerprint()?)?;
+        // A process that was killed may have left some of it.
+        if group.is_main() && !settings.keep_state {
+            remove_state_of_run(&settings.output)?;
+        }
         let (steps, model) = (count(state.step, "step"), settings.output.join(FINAL));
         progress::log(format!("already complete: {steps}; the model is in {}", model.display()));
         ProcessGroup::leave(group);

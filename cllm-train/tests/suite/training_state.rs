@@ -37,8 +37,13 @@ fn a_finished_run_keeps_models_only_and_is_known_to_be_complete() {
         assert!(have_same_weights(&with_state, &without));
     }
     assert!(have_same_weights(&kept.output.join("final"), &settings.output.join("final")));
+    // As a kill leaves it that comes while the state is removed.
+    let (from, to) = (kept.output.join("checkpoints/step-000002"), settings.output.join("checkpoints/step-000002"));
+    fs::copy(from.join("state.json"), to.join("state.json")).unwrap();
+    fs::write(to.join(".writing-checksums.json-abcdef"), "{").unwrap();
     let again = TRAIN.succeed(&["run", "-c", &settings_file(dir.path(), &settings)]);
     assert!(again.stderr.contains("already complete: 5 steps"), "{}", again.stderr);
+    assert!(!to.join("state.json").exists() && !to.join(".writing-checksums.json-abcdef").exists());
     let error = trainer::run(Settings { seed: 3, ..settings }).unwrap_err().to_string();
     assert!(error.contains("was started with seed=0"), "{error}");
 }
