@@ -3,6 +3,7 @@
 
 use std::any::Any;
 use std::fs;
+use std::io::{Write, stderr};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, RecvTimeoutError};
@@ -70,7 +71,8 @@ pub fn fuzz(name: &str, seeds: &[PathBuf], target: impl Fn(&[u8])) {
                 Err(RecvTimeoutError::Disconnected) => break,
                 Err(RecvTimeoutError::Timeout) => {
                     let input = of_seed(&target_name, number);
-                    eprintln!("{input}, takes more than {MAX_INPUT_TIME:?}: {}", input_file.display());
+                    // `eprintln!` would be captured, and lost with the process.
+                    let _ = writeln!(stderr(), "{input}, takes more than {MAX_INPUT_TIME:?}: {}", input_file.display());
                     std::process::abort();
                 }
             }

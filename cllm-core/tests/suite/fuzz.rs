@@ -181,7 +181,10 @@ fn fuzz_numbers() {
 
 #[test]
 fn fuzz_sql_and_python_extraction() {
-    let problems = synthetic::generate(0, "test", 10);
+    let mut problems = synthetic::generate(0, "test", 10);
+    // One of each kind: all others read an answer in the same way.
+    problems.dedup_by_key(|sample| sample.reference.as_deref().is_some_and(|reference| reference.contains("SELECT")));
+    problems.truncate(2);
     let target = |input: &[u8]| {
         let text = String::from_utf8_lossy(input);
         for sample in &problems {
