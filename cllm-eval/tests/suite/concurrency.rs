@@ -145,7 +145,7 @@ fn the_summary_has_a_row_for_each_model_strategy_and_number_of_rows() {
     assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
     let rows = concurrency_rows(&results);
     assert_eq!(rows.len(), 8);
-    let row = ["student", "jacobi n=4", "2", "1 of 16", "4.00", "32.0", "18.3", "2.50x", "2.50x", "21.3", "2.00x"];
+    let row = ["student", "jacobi n=4", "2", "2.50x", "32.0", "18.3", "2.50x", "4.00", "21.3", "2.00x", "1 of 16"];
     assert_eq!(rows[7], row);
     let mut records = records();
     records.header.settings.concurrency.clear();
