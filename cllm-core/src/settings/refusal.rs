@@ -308,7 +308,6 @@ mod tests {
             ("greedy: maybe", "greedy: expected true or false"),
             ("datasets: {a: 1}", "datasets: expected a list, such as [a, b]"),
             ("lora: 3", "lora: expected a section, such as {rank: 0}, or null"),
-            ("lora: adam", "lora: expected a section, such as {rank: 0}, or null"),
             ("lora: {rank: x}", "lora.rank: expected a whole number from 0"),
             ("lora: {rang: 1}", "unknown key `lora.rang`; did you mean `lora.rank`?"),
             ("step: 1", "unknown key `step`; did you mean `steps`?"),
@@ -360,6 +359,11 @@ mod tests {
             assert!(assignment.apply::<Settings>(&mut root).is_ok(), "{text}");
             assert_eq!(&root[key], value, "{text}");
         }
+        // A text does not become a key of a section that has no such key.
+        let assignment = Assignment::from_override("lora=adam");
+        let refused = assignment.apply::<Settings>(&mut to_value(&Settings::default()).unwrap()).err().unwrap();
+        let message = refused.into_error(&assignment.origin).to_string();
+        assert!(message.contains("lora: expected a section, such as {rank: 0}"), "{message}");
         // A text that is misspelt does not become a list of choices.
         let message = parse::<Settings>(Path::new("run.yaml"), "strategies: [ar, roling]").unwrap_err().to_string();
         assert!(message.contains("strategies[1]: expected one of ar, rolling, not `roling`"), "{message}");

@@ -250,9 +250,14 @@ mod tests {
         let frame = Frame::new(axis("x", vec![1.0, 6.0]), axis("y", vec![40.0, 60.0]));
         let centres: Vec<(f64, f64)> = points.iter().map(|point| frame.to_pixels(point.x, point.y)).collect();
         let labels: Vec<String> = (1..=12).map(|number: u32| number.to_string()).collect();
-        for (index, position) in place_labels(&frame, &points, &labels, &centres).positions.into_iter().enumerate() {
-            let covers = |&other: &(f64, f64)| leader_covers(leader_end(position), centres[index], other);
-            assert!(!centres.iter().any(covers), "label {}", index + 1);
+        let positions = place_labels(&frame, &points, &labels, &centres).positions;
+        for (position, &(x, y)) in positions.into_iter().zip(&centres) {
+            let (end_x, end_y) = leader_end(position);
+            for along in (0..=40).map(|step| f64::from(step) / 40.0) {
+                let (at_x, at_y) = (x + along * (end_x - x), y + along * (end_y - y));
+                let others = centres.iter().filter(|other| (other.0 - x).abs() > 2.0 * RADIUS);
+                assert!(others.clone().all(|other| (other.0 - at_x).hypot(other.1 - at_y) > RADIUS - 0.5), "{x}");
+            }
         }
     }
 
