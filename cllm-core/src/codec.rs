@@ -251,12 +251,17 @@ fn without_panics<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers
     })
 }
 
-/// Refuses a tokenizer with ids that the model's embedding does not have. Those of added tokens may
-/// be unused, such as a padding token that was added after training.
+/// Refuses a tokenizer with ids that no data set can hold, or that the model's embedding does not
+/// have. Those of added tokens may be unused, such as a padding token that was added after training.
 fn check_vocab_size(path: &Path, tokenizer: &tokenizers::Tokenizer, num_embeddings: Option<u32>) -> Result<()> {
+    let (added, vocab) = (tokenizer.get_added_tokens_decoder(), tokenizer.get_vocab(false));
+    // Data sets hold ids as int32.
+    let max_id = i32::MAX as u32;
+    if let Some(id) = added.keys().chain(vocab.values()).find(|&&id| id > max_id) {
+        return Err(Error::file(path, format!("has the token id {id}: expected ids up to {max_id}")));
+    }
     let Some(num_embeddings) = num_embeddings else { return Ok(()) };
-    let added = tokenizer.get_added_tokens_decoder();
-    let ids = tokenizer.get_vocab(false).into_values().filter(|id| !added.contains_key(id));
+    let ids = vocab.into_values().filter(|id| !added.contains_key(id));
     match ids.max().filter(|&largest| largest >= num_embeddings) {
         None => Ok(()),
         Some(largest) => {

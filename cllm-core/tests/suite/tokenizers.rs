@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use cllm_core::prompt_set::Prompt;
 use cllm_core::tokenizer::Tokenizer;
 use serde::Deserialize;
-use serde_json::json;
+use serde_json::{Value, json};
 
 #[derive(Deserialize)]
 struct Fixture {
@@ -131,6 +131,12 @@ fn a_token_past_the_embedding_is_refused_only_where_a_text_has_it() {
     std::fs::write(dir.path().join("config.json"), json!({ "vocab_size": 443 }).to_string()).unwrap();
     let message = Tokenizer::load(dir.path()).err().unwrap().to_string();
     assert!(message.contains("ids up to 443") && message.contains("vocabulary of 443"), "{message}");
+    let file = dir.path().join("tokenizer.json");
+    let mut tokenizer: Value = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+    tokenizer["model"]["vocab"]["return"] = u32::MAX.into();
+    std::fs::write(&file, tokenizer.to_string()).unwrap();
+    let message = Tokenizer::load(dir.path()).err().unwrap().to_string();
+    assert!(message.contains("tokenizer.json: has the token id 4294967295"), "{message}");
 }
 
 #[test]
@@ -139,11 +145,11 @@ fn what_tokenizer_config_adds_belongs_to_the_fingerprint() {
     cllm_testing::train_tokenizer(["Tom has 3 apples."], 270, dir.path());
     let file = dir.path().join("tokenizer.json");
     let of_file = cllm_core::fingerprint::hash_files(&[&file]).unwrap();
-    let with = |settings: serde_json::Value| {
+    let with = |settings: Value| {
         std::fs::write(dir.path().join("tokenizer_config.json"), settings.to_string()).unwrap();
         Tokenizer::load(dir.path()).unwrap().fingerprint().to_owned()
     };
-    let known: serde_json::Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    let known: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
     let known = &known["added_tokens"][0];
     let described = json!({ (known["id"].to_string()): known });
     assert_eq!(with(json!({ "added_tokens_decoder": described, "eos_token": known["content"] })), of_file);
