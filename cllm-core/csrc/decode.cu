@@ -95,7 +95,7 @@ struct SampleBlocks {
   float *sums, *scores;
 };
 
-// The first kernel of a step copies the embeddings, and that of the layers after the leading ones
+// The first kernel of a step copies the embeddings, and that of the layers after the shared ones
 // rows of the residual stream. Its successors may read the step's input before
 // wait_for_predecessor(), so it lets them start only when that input has arrived.
 extern "C" __global__ void embed(const bf16 *table, const int *tokens, bf16 *x) {

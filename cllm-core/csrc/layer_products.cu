@@ -431,7 +431,7 @@ LAYER_PRODUCTS(adapted_32, 32, true)
 LAYER_PRODUCTS(adapted_64, 64, true)
 #endif
 
-// The first kernel of a step, or of the layers after the leading ones: embeddings or rows of the
+// The first kernel of a step, or of the layers after the shared ones: embeddings or rows of the
 // residual stream, and what the first norm needs. It resets the counts.
 extern "C" __global__ void embed_scaled(const bf16 *table, const int *tokens, const bf16 *norm, bf16 *x, bf16 *scaled,
                                         float *squares, int *counts, int num_counts) {

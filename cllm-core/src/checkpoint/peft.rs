@@ -137,14 +137,16 @@ pub(super) fn load_adapters(
         None if modules.is_empty() => Err(Error::file(&file, "holds no adapters")),
         None if lora.on == AdaptedTokens::All => Ok(Some(LoraAdapters::new(lora, modules, device, Kind::Float, kind))),
         None => match LoraAdapters::first_layer(&modules, model) {
-            Some(first_layer) => {
+            Ok(first_layer) => {
                 let lora = LoraConfig { first_layer, ..lora };
                 Ok(Some(LoraAdapters::new(lora, modules, device, kind, kind)))
             }
-            None => Err(Error::file(
+            Err(difference) => Err(Error::file(
                 &file,
-                "has adapters for draft tokens of other projections in some layers than in others: from the first such \
-                 layer on, all must have the same",
+                format!(
+                    "{difference}: adapters for draft tokens need the same projections in all layers from the first with \
+                     adapters on"
+                ),
             )),
         },
     }

@@ -10,7 +10,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::batch_products::{self, BatchProducts};
 use super::draft_adapters::{AdapterRanks, DraftAdapters};
-use super::forward_input::{ForwardInput, InputLimits, MAX_INTS_PER_OUTPUT, SamplingOptions, TokenRows};
+use super::forward_input::{ForwardInput, InitialRows, InputLimits, MAX_INTS_PER_OUTPUT, SamplingOptions};
 use super::launch::{Argument, Kernel, Param, Signature, aligned, bf16, count, float32, int, int32, nullable, uint64};
 use super::nvrtc::{Macros, Module, compute_capability, max_shared_bytes, num_multiprocessors};
 use super::shape::KernelShape;
@@ -770,12 +770,12 @@ impl DecodeKernels {
         Ok(Sizes { rows: limits.num_rows, capacity: limits.capacity, ..self.sizes(0) })
     }
 
-    /// Begins a step, or the layers after the leading ones: the residual stream `x [T, hidden]` = rows
+    /// Begins a step, or the layers after the shared ones: the residual stream `x [T, hidden]` = rows
     /// of a table.
     ///
     /// # Errors
     /// [`Error::Internal`] if a tensor does not fit, else [`Error::Torch`]; here and below.
-    pub(crate) fn begin(&self, rows: TokenRows<'_>, input: &ForwardInput, x: &Tensor) -> Result<()> {
+    pub(crate) fn begin(&self, rows: InitialRows<'_>, input: &ForwardInput, x: &Tensor) -> Result<()> {
         let sizes = Sizes { table_rows: rows.num_rows, ..self.input_sizes(input)? };
         let arguments = [Data(rows.table), Data(rows.indices), Data(x)];
         // SAFETY: the writer of the input has checked the indices.

@@ -23,22 +23,22 @@ pub(crate) struct ForwardShape {
     pub(crate) num_tiles: usize,
     /// Whether some tokens are read with adapters for drafts.
     pub(crate) has_adapted: bool,
-    /// Of the leading layers, if these have no adapters and there are tokens that later layers read
+    /// Of the shared layers, if these have no adapters and there are tokens that later layers read
     /// both with adapters and without: in these layers, both are one.
-    pub(crate) leading: Option<LeadingShape>,
+    pub(crate) shared: Option<SharedShape>,
 }
 
-/// The sizes of the leading layers of a forward, padding included.
+/// The sizes of the shared layers of a forward, padding included.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct LeadingShape {
+pub(crate) struct SharedShape {
     pub(crate) num_tokens: usize,
     pub(crate) num_tiles: usize,
 }
 
-impl LeadingShape {
+impl SharedShape {
     fn as_forward(self) -> ForwardShape {
-        let LeadingShape { num_tokens, num_tiles } = self;
-        ForwardShape { num_tokens, num_outputs: 0, num_tiles, has_adapted: false, leading: None }
+        let SharedShape { num_tokens, num_tiles } = self;
+        ForwardShape { num_tokens, num_outputs: 0, num_tiles, has_adapted: false, shared: None }
     }
 }
 
@@ -100,8 +100,8 @@ pub(crate) struct InputToken {
     pub(crate) visible: u64,
     /// How the token after it is sampled, if one is.
     pub(crate) draw: Option<Draw>,
-    /// Whether it is read with adapters for drafts. With leading layers of their own, such tokens end
-    /// a row, and as many before them are the same tokens without adapters.
+    /// Whether it is read with adapters for drafts. If shared layers have an input of their own, such
+    /// tokens are the second half of a row, and copies of the first half, which is read without.
     pub(crate) is_adapted: bool,
 }
 
@@ -134,18 +134,18 @@ pub(crate) struct InputLayout {
     pub(crate) tile_first_token: Range<usize>,
     pub(crate) tile_length: Range<usize>,
     pub(crate) tile_window: Range<usize>,
-    /// For each token, the index of the same one in the input of the leading layers, if these have one
+    /// For each token, the index of the same one in the input of the shared layers, if these have one
     /// of their own.
-    pub(crate) leading_index: Range<usize>,
+    pub(crate) shared_index: Range<usize>,
     /// That input, which has such a layout too.
-    pub(crate) leading: Range<usize>,
+    pub(crate) shared: Range<usize>,
 }
 
 impl InputLayout {
     pub(crate) fn new(shape: ForwardShape) -> Self {
-        let ForwardShape { num_tokens, num_outputs, num_tiles, leading, .. } = shape;
-        let num_indexed = if leading.is_some() { num_tokens } else { 0 };
-        let leading = leading.map_or(0, |leading| InputLayout::new(leading.as_forward()).len());
+        let ForwardShape { num_tokens, num_outputs, num_tiles, shared, .. } = shape;
+        let num_indexed = if shared.is_some() { num_tokens } else { 0 };
+        let shared = shared.map_or(0, |shared| InputLayout::new(shared.as_forward()).len());
         let mut end = 0;
         let mut next = |length: usize| {
             let start = end;
@@ -166,17 +166,17 @@ impl InputLayout {
             tile_first_token: next(num_tiles),
             tile_length: next(num_tiles),
             tile_window: next(num_tiles),
-            leading_index: next(num_indexed),
-            leading: {
+            shared_index: next(num_indexed),
+            shared: {
                 // It begins with 64-bit numbers.
                 let start = end.next_multiple_of(2);
-                start..start + leading
+                start..start + shared
             },
         }
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.leading.end
+        self.shared.end
     }
 }
 
@@ -190,20 +190,19 @@ pub(crate) struct InputWriter<'b> {
     tile_tokens: usize,
     num_tokens: usize,
     num_tiles: usize,
-    /// Of the leading layers, if they have an input of their own.
-    leading: Option<Box<InputWriter<'b>>>,
+    /// Of the shared layers, if they have an input of their own.
+    shared: Option<Box<InputWriter<'b>>>,
 }
 
 impl<'b> InputWriter<'b> {
     /// An input that is all padding. The buffer is as long as the shape's [`InputLayout`].
     pub(crate) fn new(ints: &'b mut [i32], shape: ForwardShape, limits: InputLimits) -> Self {
         let layout = InputLayout::new(shape);
-        let (ints, ints_of_leading) = ints.split_at_mut(layout.leading.start);
-        let leading =
-            shape.leading.map(|leading| Box::new(InputWriter::new(ints_of_leading, leading.as_forward(), limits)));
+        let (ints, ints_of_shared) = ints.split_at_mut(layout.shared.start);
+        let shared = shape.shared.map(|shared| Box::new(InputWriter::new(ints_of_shared, shared.as_forward(), limits)));
         // Kernels skip the tokens and tiles of row -1.
-        let InputLayout { inverse_temperatures, tokens, slot, position, adapted, leading_index, .. } = &layout;
-        for range in [inverse_temperatures, tokens, slot, position, adapted, leading_index] {
+        let InputLayout { inverse_temperatures, tokens, slot, position, adapted, shared_index, .. } = &layout;
+        for range in [inverse_temperatures, tokens, slot, position, adapted, shared_index] {
             ints[range.clone()].fill(0);
         }
         ints[layout.top_ps.clone()].fill(1.0f32.to_bits().cast_signed());
@@ -211,7 +210,7 @@ impl<'b> InputWriter<'b> {
             ints[range.clone()].fill(-1);
         }
         let tile_tokens = tile_tokens(&limits.model, shape.num_tokens);
-        InputWriter { ints, layout, shape, limits, tile_tokens, num_tokens: 0, num_tiles: 0, leading }
+        InputWriter { ints, layout, shape, limits, tile_tokens, num_tokens: 0, num_tiles: 0, shared }
     }
 
     /// Adds tokens of a row of the cache. They occupy the slots from `start` on and form one
@@ -230,7 +229,7 @@ impl<'b> InputWriter<'b> {
         for (offset, token) in tokens.iter().enumerate() {
             self.push(row, start + offset, token)?;
         }
-        self.push_leading(row, start, first, &tokens)?;
+        self.push_shared(row, start, first, &tokens)?;
         for token in (first..self.num_tokens).step_by(self.tile_tokens) {
             if self.num_tiles == self.shape.num_tiles {
                 return Err(Error::internal(format!("an input has more tiles than {:?}", self.shape)));
@@ -245,23 +244,26 @@ impl<'b> InputWriter<'b> {
         Ok(())
     }
 
-    /// Adds a row's tokens, which the input has from index `first` on, to that of the leading layers.
-    fn push_leading(&mut self, row: usize, start: usize, first: usize, tokens: &[InputToken]) -> Result<()> {
-        let Some(leading) = &mut self.leading else { return Ok(()) };
+    /// Adds a row's tokens, which the input has from index `first` on, to that of the shared layers.
+    fn push_shared(&mut self, row: usize, start: usize, first: usize, tokens: &[InputToken]) -> Result<()> {
+        let Some(shared) = &mut self.shared else { return Ok(()) };
         let num_adapted = tokens.iter().filter(|token| token.is_adapted).count();
         let (plain, adapted) = tokens.split_at(tokens.len() - num_adapted);
-        let is_copy = |(one, other): (&InputToken, &InputToken)| {
-            other.is_adapted && (one.id, one.position) == (other.id, other.position)
+        // It sees the copies of what the other sees.
+        let is_copy = |(one, copy): (&InputToken, &InputToken)| {
+            copy.is_adapted
+                && (one.id, one.position) == (copy.id, copy.position)
+                && one.visible.checked_shl(num_adapted as u32) == Some(copy.visible)
         };
-        if num_adapted > plain.len() || !plain[plain.len() - num_adapted..].iter().zip(adapted).all(is_copy) {
+        let are_copies = plain.len() == num_adapted && plain.iter().zip(adapted).all(is_copy);
+        if num_adapted > 0 && !are_copies {
             return Err(Error::internal(format!("the {num_adapted} adapted tokens of row {row} are no copies")));
         }
-        let first_of_leading = leading.num_tokens;
-        leading.push_row(row, start, plain.iter().map(|token| InputToken { draw: None, ..*token }))?;
-        let indices = &mut self.ints[self.layout.leading_index.clone()][first..first + tokens.len()];
+        let first_of_shared = shared.num_tokens;
+        shared.push_row(row, start, plain.iter().map(|token| InputToken { draw: None, ..*token }))?;
+        let indices = &mut self.ints[self.layout.shared_index.clone()][first..first + tokens.len()];
         for (offset, index) in indices.iter_mut().enumerate() {
-            let twin = if offset < plain.len() { offset } else { offset - num_adapted };
-            *index = (first_of_leading + twin) as i32;
+            *index = (first_of_shared + offset % plain.len()) as i32;
         }
         Ok(())
     }
@@ -324,13 +326,13 @@ pub(crate) struct ForwardInput {
     pub(super) tile_first_token: Tensor,
     pub(super) tile_length: Tensor,
     pub(super) tile_window: Tensor,
-    leading_index: Tensor,
-    leading: Option<Box<ForwardInput>>,
+    shared_index: Tensor,
+    shared: Option<Box<ForwardInput>>,
 }
 
 /// A row of a table for each token of an input.
 #[derive(Clone, Copy)]
-pub(crate) struct TokenRows<'t> {
+pub(crate) struct InitialRows<'t> {
     /// `[num_rows, hidden]`
     pub(super) table: &'t Tensor,
     pub(super) num_rows: usize,
@@ -369,29 +371,29 @@ impl ForwardInput {
             tile_first_token: view(&layout.tile_first_token),
             tile_length: view(&layout.tile_length),
             tile_window: view(&layout.tile_window),
-            leading_index: view(&layout.leading_index),
+            shared_index: view(&layout.shared_index),
             // SAFETY: the writer wrote this part of the buffer for that shape.
-            leading: shape.leading.map(|leading| {
-                Box::new(unsafe { Self::new(&view(&layout.leading), leading.as_forward(), limits, sampling) })
+            shared: shape.shared.map(|shared| {
+                Box::new(unsafe { Self::new(&view(&layout.shared), shared.as_forward(), limits, sampling) })
             }),
         }
     }
 
     /// The rows of the embeddings `[vocab, hidden]`.
-    pub(crate) fn embeddings<'t>(&'t self, table: &'t Tensor) -> TokenRows<'t> {
-        TokenRows { table, num_rows: self.limits.model.vocab, indices: &self.tokens }
+    pub(crate) fn embeddings<'t>(&'t self, table: &'t Tensor) -> InitialRows<'t> {
+        InitialRows { table, num_rows: self.limits.model.vocab, indices: &self.tokens }
     }
 
-    /// The input of the leading layers, if they have one of their own.
-    pub(crate) fn leading(&self) -> Option<&ForwardInput> {
-        self.leading.as_deref()
+    /// The input of the shared layers, if they have one of their own.
+    pub(crate) fn shared(&self) -> Option<&ForwardInput> {
+        self.shared.as_deref()
     }
 
-    /// The rows of the residual stream `[T, hidden]` after the leading layers, which have an input of
+    /// The rows of the residual stream `[T, hidden]` after the shared layers, which have an input of
     /// their own.
-    pub(crate) fn rows_of_leading<'t>(&'t self, x: &'t Tensor) -> TokenRows<'t> {
-        let num_rows = self.shape.leading.map_or(0, |leading| leading.num_tokens);
-        TokenRows { table: x, num_rows, indices: &self.leading_index }
+    pub(crate) fn rows_of_shared<'t>(&'t self, x: &'t Tensor) -> InitialRows<'t> {
+        let num_rows = self.shape.shared.map_or(0, |shared| shared.num_tokens);
+        InitialRows { table: x, num_rows, indices: &self.shared_index }
     }
 
     pub(crate) fn shape(&self) -> ForwardShape {
@@ -419,7 +421,7 @@ mod tests {
 
     #[test]
     fn rows_are_packed_one_after_another_and_cut_into_tiles() {
-        let shape = ForwardShape { num_tokens: 8, num_outputs: 8, num_tiles: 5, has_adapted: true, leading: None };
+        let shape = ForwardShape { num_tokens: 8, num_outputs: 8, num_tiles: 5, has_adapted: true, shared: None };
         let layout = InputLayout::new(shape);
         let mut ints = vec![7; layout.len()];
         let mut writer = InputWriter::new(&mut ints, shape, LIMITS);
@@ -445,40 +447,44 @@ mod tests {
     }
 
     #[test]
-    fn leading_layers_read_a_token_once_that_later_layers_read_twice() {
-        let leading = LeadingShape { num_tokens: 8, num_tiles: 4 };
+    fn shared_layers_read_a_token_once_that_later_layers_read_twice() {
+        let shared = SharedShape { num_tokens: 8, num_tiles: 4 };
         let shape =
-            ForwardShape { num_tokens: 9, num_outputs: 9, num_tiles: 6, has_adapted: true, leading: Some(leading) };
+            ForwardShape { num_tokens: 9, num_outputs: 9, num_tiles: 6, has_adapted: true, shared: Some(shared) };
         let layout = InputLayout::new(shape);
         let mut ints = vec![7; layout.len()];
         let mut writer = InputWriter::new(&mut ints, shape, LIMITS);
         let draw = Some(Draw { inverse_temperature: 1.0, top_p: 1.0, key: 9 });
-        let doubled = [(11, 4, false), (12, 5, false), (11, 4, true), (12, 5, true)]
-            .map(|(id, position, is_adapted)| InputToken { draw, is_adapted, ..token(id, position) });
+        let doubled = [(11, 4, 0b1), (12, 5, 0b11), (11, 4, 0b100), (12, 5, 0b1100)].map(|(id, position, visible)| {
+            InputToken { draw, visible, is_adapted: visible > 0b11, ..token(id, position) }
+        });
         writer.push_row(0, 4, doubled).unwrap();
         writer.push_row(2, 0, [(21, 0), (22, 1), (23, 2)].map(|(id, position)| token(id, position))).unwrap();
         assert_eq!(ints[layout.tokens], [11, 12, 11, 12, 21, 22, 23, 0, 0]);
-        assert_eq!(ints[layout.leading_index], [0, 1, 0, 1, 2, 3, 4, 0, 0]);
-        let (of_leading, ints) = (InputLayout::new(leading.as_forward()), &ints[layout.leading]);
-        assert_eq!(ints[of_leading.tokens], [11, 12, 21, 22, 23, 0, 0, 0]);
-        assert_eq!(ints[of_leading.row], [0, 0, 2, 2, 2, -1, -1, -1]);
-        assert_eq!(ints[of_leading.slot], [4, 5, 0, 1, 2, 0, 0, 0]);
-        assert_eq!(ints[of_leading.position], [4, 5, 0, 1, 2, 0, 0, 0]);
-        assert_eq!(ints[of_leading.adapted], [0; 8]);
-        assert_eq!(ints[of_leading.tile_row], [0, 2, 2, -1]);
-        assert_eq!(ints[of_leading.tile_length.start..of_leading.tile_length.start + 3], [2, 2, 1]);
+        assert_eq!(ints[layout.shared_index], [0, 1, 0, 1, 2, 3, 4, 0, 0]);
+        let (of_shared, ints) = (InputLayout::new(shared.as_forward()), &ints[layout.shared]);
+        assert_eq!(ints[of_shared.tokens], [11, 12, 21, 22, 23, 0, 0, 0]);
+        assert_eq!(ints[of_shared.row], [0, 0, 2, 2, 2, -1, -1, -1]);
+        assert_eq!(ints[of_shared.slot], [4, 5, 0, 1, 2, 0, 0, 0]);
+        assert_eq!(ints[of_shared.position], [4, 5, 0, 1, 2, 0, 0, 0]);
+        assert_eq!(ints[of_shared.adapted], [0; 8]);
+        assert_eq!(ints[of_shared.tile_row], [0, 2, 2, -1]);
+        assert_eq!(ints[of_shared.tile_length.start..of_shared.tile_length.start + 3], [2, 2, 1]);
     }
 
     #[test]
     fn adapted_tokens_that_are_no_copies_are_refused() {
-        let leading = Some(LeadingShape { num_tokens: 4, num_tiles: 4 });
-        let shape = ForwardShape { num_tokens: 4, num_outputs: 4, num_tiles: 4, has_adapted: true, leading };
-        let adapted = |id, position| InputToken { is_adapted: true, ..token(id, position) };
+        let shared = Some(SharedShape { num_tokens: 4, num_tiles: 4 });
+        let shape = ForwardShape { num_tokens: 4, num_outputs: 4, num_tiles: 4, has_adapted: true, shared };
+        let plain = InputToken { visible: 0b1, ..token(1, 4) };
+        let copy = InputToken { visible: 0b10, is_adapted: true, ..plain };
         for tokens in [
-            vec![adapted(1, 4)],
-            vec![token(1, 4), adapted(2, 4)],
-            vec![token(1, 4), adapted(1, 5)],
-            vec![adapted(1, 4), token(1, 4)],
+            vec![copy],
+            vec![plain, InputToken { id: 2, ..copy }],
+            vec![plain, InputToken { position: 5, ..copy }],
+            vec![plain, InputToken { visible: 0b11, ..copy }],
+            vec![copy, plain],
+            vec![plain, InputToken { visible: 0b11, ..plain }, copy],
         ] {
             let mut ints = vec![7; InputLayout::new(shape).len()];
             let error = InputWriter::new(&mut ints, shape, LIMITS).push_row(0, 4, tokens).unwrap_err();
@@ -488,7 +494,7 @@ mod tests {
 
     #[test]
     fn tokens_that_do_not_fit_are_refused_and_leave_a_valid_input() {
-        let shape = ForwardShape { num_tokens: 4, num_outputs: 1, num_tiles: 1, has_adapted: false, leading: None };
+        let shape = ForwardShape { num_tokens: 4, num_outputs: 1, num_tiles: 1, has_adapted: false, shared: None };
         let layout = InputLayout::new(shape);
         for (row, start, tokens) in [
             (0, 0, vec![token(100, 0)]),

@@ -7,7 +7,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::decode::max_fused_tokens;
 use super::draft_adapters::{AdapterRanks, DraftAdapters};
-use super::forward_input::{ForwardInput, TokenRows};
+use super::forward_input::{ForwardInput, InitialRows};
 use super::launch::{Argument, Kernel, Param, Signature, aligned, bf16, count, float32, int, int32, nullable, tiles};
 use super::nvrtc::{HOPPER, Macros, Module, compute_capability, num_multiprocessors};
 use super::shape::KernelShape;
@@ -335,14 +335,14 @@ impl LayerProducts {
         })
     }
 
-    /// Begins a step, or the layers after the leading ones: the residual stream = rows of a table.
+    /// Begins a step, or the layers after the shared ones: the residual stream = rows of a table.
     /// `norm [hidden]` is the first of the next layer.
     ///
     /// # Errors
     /// [`Error::Internal`] if a tensor does not fit, else [`Error::Torch`]; here and below.
     pub(crate) fn begin(
         &self,
-        rows: TokenRows<'_>,
+        rows: InitialRows<'_>,
         norm: &Tensor,
         input: &ForwardInput,
         to: &Activations,

@@ -73,7 +73,7 @@ impl LoraConfig {
             return Ok(());
         }
         let (first, last) = (self.first_layer, config.num_layers - 1);
-        Err(Error::usage(format!("lora.first_layer={first}: the last layer of the model is {last} (the first is 0)")))
+        Err(Error::usage(format!("first_layer={first}: the last layer of the model is {last} (the first is 0)")))
     }
 
     /// Number of trained parameters on a model of this configuration.
@@ -145,6 +145,12 @@ impl LoraTarget {
         LoraTarget::UpProj,
         LoraTarget::DownProj,
     ];
+
+    /// Name of the module within its part of a layer.
+    fn name(self) -> &'static str {
+        let path = self.path();
+        path.rsplit_once('.').map_or(path, |(_, name)| name)
+    }
 
     /// Name of the module within its layer.
     fn path(self) -> &'static str {
@@ -367,16 +373,24 @@ impl LoraAdapters {
         LoraAdapters { config, modules, params, rounded }
     }
 
-    /// The first layer with adapters, if all layers from there on have adapters of the same
-    /// projections.
-    pub(crate) fn first_layer(modules: &[(TargetModule, LoraAdapter)], model: &ModelConfig) -> Option<usize> {
+    /// The first layer with adapters, or in which layers their projections differ from there on.
+    pub(crate) fn first_layer(
+        modules: &[(TargetModule, LoraAdapter)],
+        model: &ModelConfig,
+    ) -> std::result::Result<usize, String> {
         let num_layers = model.num_layers as usize;
         let mut targets = vec![BTreeSet::new(); num_layers];
         for (module, _) in modules {
             targets[module.layer].insert(module.target);
         }
-        let first = targets.iter().position(|targets| !targets.is_empty())?;
-        targets[first..].iter().all(|targets_of_layer| *targets_of_layer == targets[first]).then_some(first)
+        let first = targets.iter().position(|targets| !targets.is_empty()).unwrap_or(0);
+        let Some(other) = (first..num_layers).find(|&layer| targets[layer] != targets[first]) else { return Ok(first) };
+        let names = |layer: usize| match targets[layer].iter().map(|target| target.name()).collect::<Vec<_>>() {
+            names if names.is_empty() => "no projection".to_owned(),
+            names => names.join(", "),
+        };
+        let (names, first_names) = (names(other), names(first));
+        Err(format!("layer {other} has adapters for {names}, but layer {first} for {first_names}"))
     }
 
     /// Fresh adapters for every target of a model, as in [`Self::new`].

@@ -368,11 +368,10 @@ impl Transformer {
         self.adapters.as_ref().is_some_and(|adapters| adapters.config.on == AdaptedTokens::Drafts)
     }
 
-    /// Number of leading layers without adapters, in a model that has adapters; else 0. Nothing in
-    /// them is trained, and they read draft tokens as they read all others.
-    pub(crate) fn num_unadapted_layers(&self) -> usize {
-        let is_adapted = |layer: &Layer| layer.linears().iter().any(|linear| linear.adapters.is_some());
-        self.layers.iter().position(is_adapted).unwrap_or(0)
+    /// The first layer with adapters; 0 without any. Nothing before it is trained, and the layers
+    /// before it read draft tokens as they read all others.
+    pub(crate) fn first_adapted_layer(&self) -> usize {
+        self.adapters.as_ref().map_or(0, |adapters| adapters.config.first_layer)
     }
 
     /// Adds fresh adapters drawn from `seed`, and drops any that exist; the weights no longer
@@ -426,10 +425,6 @@ impl Transformer {
 }
 
 impl Layer {
-    fn linears(&self) -> [&Linear; 4] {
-        [&self.qkv_proj, &self.o_proj, &self.gate_up_proj, &self.down_proj]
-    }
-
     /// Every product, with the projections that it computes and the first output of each.
     fn linears_mut(&mut self, config: &ModelConfig) -> [(&mut Linear, Vec<(LoraTarget, i64)>); 4] {
         let q_width = config.num_heads * config.head_dim;

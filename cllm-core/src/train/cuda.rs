@@ -144,7 +144,7 @@ impl CudaBatch {
     ) -> Result<(Tensor, CudaPass<'p>)> {
         let _no_grad = tch::no_grad_guard();
         let (mut checkpoints, mut saved) = (Vec::new(), Vec::new());
-        let first_layer = model.num_unadapted_layers();
+        let first_layer = model.first_adapted_layer();
         let (last, hidden) = self.run_layers(model, |layer, activations| {
             if layer < first_layer {
                 return Ok(());
@@ -354,7 +354,7 @@ impl CudaPass<'_> {
         let d_x = d_hidden.f_zeros_like()?;
         batch.norm_backward(&last, &model.norm, &d_hidden, &d_x)?;
         drop((d_hidden, last));
-        let first_layer = model.num_unadapted_layers();
+        let first_layer = model.first_adapted_layer();
         for (index, layer) in model.layers.iter().enumerate().skip(first_layer).rev() {
             let activations = match saved.pop() {
                 Some(activations) => activations,

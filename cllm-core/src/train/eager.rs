@@ -59,7 +59,7 @@ impl EagerBatch {
         let embedded = model.embed(&self.tokens);
         let mut x = embedded.detach();
         let mut checkpoints = Vec::new();
-        let first_layer = model.num_unadapted_layers();
+        let first_layer = model.first_adapted_layer();
         let first_saved = checkpointed_layers.clamp(first_layer, model.layers.len());
         for index in 0..first_saved {
             let output = tch::no_grad(|| self.layer_forward(model, index, &x, &rotation));

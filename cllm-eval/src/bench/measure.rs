@@ -38,6 +38,7 @@ impl Bench<'_> {
     /// Measures what needs no prompts: steps, prefill, batches and memory.
     pub(super) fn measure_steps(&self, name: String) -> Result<DecodeBench> {
         let settings = self.settings;
+        settings.gated.iter().try_for_each(|gated| draft_adapters(gated).check(self.model.config()))?;
         let mut sizes = settings.step_tokens.clone();
         sizes.push(1);
         sizes.sort_unstable();
@@ -83,8 +84,7 @@ impl Bench<'_> {
     /// Measures steps of strategy `gated`, with random adapters beside the model's weights.
     fn measure_gated(&self, gated: &GatedBenchSettings, single_ms: f64) -> Result<GatedBench> {
         let &GatedBenchSettings { rank, first_layer } = gated;
-        let lora = LoraConfig { rank, first_layer, on: AdaptedTokens::Drafts, ..LoraConfig::default() };
-        lora.check(self.model.config())?;
+        let lora = draft_adapters(gated);
         let peak_of_ar = self
             .peak_memory_of(|| self.time_step(&mut self.step_decoder(Strategy::Ar, 1)?, 1, Strategy::Ar).map(drop))?;
         let mut adapted = self.model.without_adapters();
@@ -471,4 +471,9 @@ fn measure_bandwidth(device: Device) -> Result<f64> {
 
 fn median_time(values: impl Iterator<Item = f64>) -> Result<f64> {
     median(values).ok_or_else(|| Error::internal("nothing was timed"))
+}
+
+/// Adapters for draft tokens in all projections.
+fn draft_adapters(&GatedBenchSettings { rank, first_layer }: &GatedBenchSettings) -> LoraConfig {
+    LoraConfig { rank, first_layer, on: AdaptedTokens::Drafts, ..LoraConfig::default() }
 }

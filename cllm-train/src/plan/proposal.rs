@@ -242,7 +242,8 @@ impl Search<'_> {
     /// first brings the memory of one that is recomputed.
     fn with_checkpointing(&self, variant: &Variant) -> Result<Option<Proposal>> {
         let num_layers = self.inputs.config.num_layers as usize;
-        let lowest = variant.settings.checkpointed_layers + 1;
+        let num_unadapted = variant.settings.lora.as_ref().map_or(0, |lora| lora.first_layer);
+        let lowest = variant.settings.checkpointed_layers.max(num_unadapted) + 1;
         self.smallest(lowest, num_layers, |layers| variant.with_checkpointed(layers))
     }
 

@@ -81,7 +81,8 @@ pub struct Settings {
     #[garde(range(min = 1, max = 16_777_216))]
     pub max_example_tokens: usize,
     /// Number of leading layers with activation checkpointing: they save only their input and are
-    /// recomputed in the backward. This saves memory and costs time.
+    /// recomputed in the backward. This saves memory and costs time. Layers before the first one with
+    /// adapters count too, but save nothing in any case.
     #[garde(skip)]
     pub checkpointed_layers: usize,
     /// The optimizer.

@@ -33,7 +33,7 @@ pub fn attention_seconds(model: &Transformer, num_tokens: usize, context: usize)
     };
     let (qkv, attn_out) = (random(config.num_heads + 2 * config.num_kv_heads)?, random(config.num_heads)?);
     let num_tiles = cuda_model.max_tiles(num_tokens);
-    let shape = ForwardShape { num_tokens, num_outputs: 0, num_tiles, has_adapted: false, leading: None };
+    let shape = ForwardShape { num_tokens, num_outputs: 0, num_tiles, has_adapted: false, shared: None };
     // Nothing is sampled.
     let sampling = SamplingOptions { is_greedy: true, gives_candidates: false, has_nucleus: false };
     // Dropped before the tensors, for which it waits.

@@ -65,13 +65,13 @@ impl<'m> CudaGraphBackend<'m> {
         };
         let num_adapted: usize = windows.iter().map(|window| window.num_adapted).sum();
         let num_plain = num_window_tokens + num_prompt_tokens - num_adapted;
-        let leading = (num_adapted > 0).then(|| self.model.leading_shape(padded_size(num_plain))).flatten();
+        let shared = (num_adapted > 0).then(|| self.model.shared_shape(padded_size(num_plain))).flatten();
         ForwardShape {
             num_tokens,
             num_outputs,
             num_tiles: self.model.max_tiles(num_tokens),
             has_adapted: num_adapted > 0,
-            leading,
+            shared,
         }
     }
 }
@@ -199,7 +199,7 @@ mod tests {
 
     #[test]
     fn windows_come_before_chunks() {
-        let shape = ForwardShape { num_tokens: 8, num_outputs: 8, num_tiles: 5, has_adapted: true, leading: None };
+        let shape = ForwardShape { num_tokens: 8, num_outputs: 8, num_tiles: 5, has_adapted: true, shared: None };
         let window = Window {
             start: 4,
             last_token: 11,
@@ -225,7 +225,7 @@ mod tests {
 
     #[test]
     fn a_tree_occupies_neighboring_slots_at_the_positions_of_its_branches() {
-        let shape = ForwardShape { num_tokens: 4, num_outputs: 4, num_tiles: 4, has_adapted: false, leading: None };
+        let shape = ForwardShape { num_tokens: 4, num_outputs: 4, num_tiles: 4, has_adapted: false, shared: None };
         let tree = TokenTree::new([0, 0, 2]);
         let window = Window {
             start: 4,

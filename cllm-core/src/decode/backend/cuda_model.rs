@@ -8,7 +8,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::cuda::decode::{self, DecodeKernels, LayerCache, Queries};
 use crate::cuda::draft_adapters::{self, AdapterRanks, DraftAdapters, LayerAdapters};
-use crate::cuda::forward_input::{ForwardInput, ForwardShape, InputLimits, LeadingShape, TokenRows};
+use crate::cuda::forward_input::{ForwardInput, ForwardShape, InitialRows, InputLimits, SharedShape};
 use crate::cuda::layer_products::{LayerProducts, Part, ProductAdapters, ProductWeights};
 use crate::cuda::nvrtc::compute_capability;
 use crate::cuda::shape::KernelShape;
@@ -30,8 +30,8 @@ pub(super) struct CudaModel<'m> {
     model: &'m Transformer,
     /// Of every layer, if there are adapters for drafts.
     adapters: Option<Vec<LayerAdapters>>,
-    /// Number of leading layers without adapters, if later ones have adapters for drafts.
-    num_leading_layers: usize,
+    /// Number of shared layers without adapters, if later ones have adapters for drafts.
+    num_shared_layers: usize,
     kernels: DecodeKernels,
     /// If the GPU supports them and the model has the whole device.
     products: Option<LayerProducts>,
@@ -81,12 +81,12 @@ impl<'m> CudaModel<'m> {
         };
         let adapters = model.adapts_drafts().then(|| model.layers.iter().map(layer_adapters).collect::<Result<_>>());
         let adapters: Option<Vec<LayerAdapters>> = adapters.transpose()?;
-        let num_leading_layers = model.num_unadapted_layers();
-        let ranks = adapters.as_ref().map_or(AdapterRanks::default(), |layers| layers[num_leading_layers].ranks());
+        let num_shared_layers = model.first_adapted_layer();
+        let ranks = adapters.as_ref().map_or(AdapterRanks::default(), |layers| layers[num_shared_layers].ranks());
         Ok(Some(CudaModel {
             model,
             adapters,
-            num_leading_layers,
+            num_shared_layers,
             kernels: DecodeKernels::new(device, shape, ranks)?,
             products: if whole_device { LayerProducts::new(device, shape, ranks, num_layers)? } else { None },
             shape,
@@ -112,20 +112,17 @@ impl<'m> CudaModel<'m> {
         decode::max_sampled_tokens(&self.shape)
     }
 
-    /// The sizes of the leading layers, for so many tokens without those that have adapters; `None` if
+    /// The sizes of the shared layers, for so many tokens without those that have adapters; `None` if
     /// all layers have adapters.
-    pub(super) fn leading_shape(&self, num_tokens: usize) -> Option<LeadingShape> {
+    pub(super) fn shared_shape(&self, num_tokens: usize) -> Option<SharedShape> {
         let num_tiles = self.max_tiles(num_tokens);
-        (self.num_leading_layers > 0).then_some(LeadingShape { num_tokens, num_tiles })
+        (self.num_shared_layers > 0).then_some(SharedShape { num_tokens, num_tiles })
     }
 
     /// Whether a forward has kernels that occupy all multiprocessors and wait for their own blocks.
     pub(super) fn occupies_device(&self, shape: ForwardShape) -> bool {
-        let leading = shape.leading.map(|leading| leading.num_tokens);
-        [Some(shape.num_tokens), leading]
-            .into_iter()
-            .flatten()
-            .any(|num_tokens| self.products_for(num_tokens).is_some())
+        let shared = shape.shared.map(|shared| shared.num_tokens);
+        [Some(shape.num_tokens), shared].into_iter().flatten().any(|num_tokens| self.products_for(num_tokens).is_some())
     }
 
     /// The kernels for all products between two attentions, if they are the fastest.
@@ -158,13 +155,16 @@ impl<'m> CudaModel<'m> {
     /// each of the leading outputs, or gives the candidates there: int32 `results [outputs x
     /// ints_per_output]`. The fused kernels sample after every token.
     pub(super) fn forward(&self, input: &ForwardInput, results: &Tensor) -> Result<()> {
-        let (first, end) = (self.num_leading_layers, self.model.layers.len());
+        let (first, end) = (self.num_shared_layers, self.model.layers.len());
         let embeddings = |input| ForwardInput::embeddings(input, &self.model.embed_tokens);
-        let residual = match input.leading() {
+        let residual = match input.shared() {
+            None if first > 0 && input.shape().has_adapted => {
+                return Err(Error::internal("the shared layers have no input"));
+            }
             None => self.forward_layers(0..end, input, embeddings(input))?,
-            Some(leading) => {
-                let x = self.forward_layers(0..first, leading, embeddings(leading))?.sum()?;
-                self.forward_layers(first..end, input, input.rows_of_leading(&x))?
+            Some(shared) => {
+                let x = self.forward_layers(0..first, shared, embeddings(shared))?.sum()?;
+                self.forward_layers(first..end, input, input.rows_of_shared(&x))?
             }
         };
         match residual {
@@ -175,7 +175,7 @@ impl<'m> CudaModel<'m> {
 
     /// Some layers, with the kernels that are fastest for as many tokens. The residual stream begins
     /// with `rows`.
-    fn forward_layers(&self, layers: Range<usize>, input: &ForwardInput, rows: TokenRows<'_>) -> Result<Residual> {
+    fn forward_layers(&self, layers: Range<usize>, input: &ForwardInput, rows: InitialRows<'_>) -> Result<Residual> {
         let num_tokens = input.shape().num_tokens;
         if let Some(products) = self.products_for(num_tokens) {
             let x = self.forward_with_products(products, layers, input, rows)?;
@@ -229,7 +229,7 @@ impl<'m> CudaModel<'m> {
         products: &LayerProducts,
         Range { start, end }: Range<usize>,
         input: &ForwardInput,
-        rows: TokenRows<'_>,
+        rows: InitialRows<'_>,
     ) -> Result<Tensor> {
         let layers = &self.model.layers;
         let activations = products.activations(input.shape().num_tokens)?;

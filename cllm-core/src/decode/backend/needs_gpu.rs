@@ -11,6 +11,7 @@ use super::eager::EagerBackend;
 use super::gated::DoubledWindow;
 use super::{Backend, Outputs, PromptChunk, Window};
 use crate::decode::sampling::{Candidates, Sampling};
+use crate::decode::tree::TokenTree;
 use crate::model::{AdaptedTokens, LoraConfig, LoraTarget, ModelConfig, Transformer};
 
 const PROMPT_TOKENS: usize = 20;
@@ -76,7 +77,7 @@ fn distance(one: &Candidates, other: &Candidates) -> f32 {
 struct Adapters {
     rank: i64,
     targets: &'static [LoraTarget],
-    /// 0 or 1.
+    /// 0 in a model of two layers, 2 in one of four.
     first_layer: usize,
 }
 
@@ -84,8 +85,8 @@ const fn from_first_layer(rank: i64, targets: &'static [LoraTarget]) -> Adapters
     Adapters { rank, targets, first_layer: 0 }
 }
 
-const fn from_second_layer(rank: i64, targets: &'static [LoraTarget]) -> Adapters {
-    Adapters { rank, targets, first_layer: 1 }
+const fn from_third_layer(rank: i64, targets: &'static [LoraTarget]) -> Adapters {
+    Adapters { rank, targets, first_layer: 2 }
 }
 
 struct Case {
@@ -106,16 +107,16 @@ struct Errors {
     change: f32,
 }
 
-fn candidates(backend: &mut dyn Backend, windows: &[Window<'_>]) -> Vec<Vec<Candidates>> {
+fn candidates(backend: &mut dyn Backend, chunks: &[PromptChunk<'_>], windows: &[Window<'_>]) -> Vec<Vec<Candidates>> {
     let outputs = Outputs { candidates: true };
-    backend.launch(&[], windows, outputs).unwrap();
+    backend.launch(chunks, windows, outputs).unwrap();
     backend.collect(windows).unwrap().into_iter().map(|predictions| predictions.candidates).collect()
 }
 
 fn errors((on_gpu, on_cpu): &(Transformer, Transformer), &Case { num_rows, n }: &Case, keeps_bits: bool) -> Errors {
     let _no_grad = tch::no_grad_guard();
     let capacity = PROMPT_TOKENS + 2 * n;
-    let mut gpu = CudaGraphBackend::new(on_gpu, num_rows, capacity, true).unwrap().unwrap();
+    let mut gpu = CudaGraphBackend::new(on_gpu, num_rows + 1, capacity, true).unwrap().unwrap();
     let mut cpu = EagerBackend::new(on_cpu, num_rows, capacity).unwrap();
     let tokens = |row: usize, salt: usize, len: usize| -> Vec<i32> {
         (0..len).map(|i| ((i * 37 + row * 11 + salt) % 203) as i32).collect()
@@ -128,16 +129,17 @@ fn errors((on_gpu, on_cpu): &(Transformer, Transformer), &Case { num_rows, n }: 
         backend.launch(&chunks, &[], outputs).unwrap();
         backend.collect(&[]).unwrap();
     }
-    let drafts: Vec<Vec<i32>> = (0..num_rows).map(|row| tokens(row, 5, n - 1)).collect();
+    // Windows differ in length, some branch, and some have no drafts.
+    let num_drafts = |row: usize| if row % 5 == 4 { 0 } else { (n - 1) - row % 2 * (n - 1) / 3 };
+    let drafts: Vec<Vec<i32>> = (0..num_rows).map(|row| tokens(row, 5, num_drafts(row))).collect();
     let window = |(row, draft): (usize, &Vec<i32>)| {
         let (last_token, sequence_key) = ((row * 29 % 203) as i32, row as u64);
-        // Windows differ in length.
-        let draft = &draft[..draft.len() - row % 2 * draft.len() / 3];
+        let tree = (row % 3 == 2).then(|| TokenTree::new((0..draft.len()).map(|index| index / 2)));
         DoubledWindow::new(&Window {
             start: PROMPT_TOKENS,
             last_token,
             draft,
-            tree: None,
+            tree: tree.as_ref(),
             num_adapted: 0,
             sampling: Sampling::Greedy,
             sequence_key,
@@ -146,15 +148,19 @@ fn errors((on_gpu, on_cpu): &(Transformer, Transformer), &Case { num_rows, n }: 
     let doubled: Vec<DoubledWindow> = drafts.iter().enumerate().map(window).collect();
     let windows: Vec<Window<'_>> = doubled.iter().map(DoubledWindow::window).collect();
     let frozen: Vec<Window<'_>> = doubled.iter().map(|doubled| Window { num_adapted: 0, ..doubled.window() }).collect();
-    let exact = candidates(&mut cpu, &windows);
-    let exact_frozen = candidates(&mut cpu, &frozen);
+    // Some forwards also cache a prompt.
+    let prompt = tokens(num_rows, 7, 5);
+    let chunk = PromptChunk { row: num_rows, start: 0, tokens: &prompt };
+    let chunks: &[PromptChunk<'_>] = if num_rows == 3 { &[chunk] } else { &[] };
+    let exact = candidates(&mut cpu, &[], &windows);
+    let exact_frozen = candidates(&mut cpu, &[], &frozen);
     let mut errors = Errors { frozen: 0.0, plain: 0.0, adapted: 0.0, largest: 0.0, change: 0.0 };
     // The first of a size runs without a graph, the second is captured.
     for round in 0..3 {
-        let plain = candidates(&mut gpu, &frozen);
-        let given = candidates(&mut gpu, &windows);
+        let plain = candidates(&mut gpu, chunks, &frozen);
+        let given = candidates(&mut gpu, chunks, &windows);
         let mut num_tokens = 0.0;
-        for (row, window) in windows.iter().enumerate() {
+        for (row, window) in windows.iter().enumerate().filter(|(_, window)| window.num_adapted > 0) {
             for offset in 0..window.first_adapted() {
                 let bits = |of: &[Vec<Candidates>]| {
                     of[row][offset].map(|candidate| (candidate.token, candidate.probability.to_bits()))
@@ -197,16 +203,17 @@ const CASES: [Case; 10] = [
     Case { num_rows: 64, n: 16 },
 ];
 
-/// Draft tokens are read with the adapters up to rounding. All others keep their bits, or with leading
+/// Draft tokens are read with the adapters up to rounding. All others keep their bits, or with shared
 /// layers that have fewer tokens than a forward without adapters, their rounding errors.
 fn assert_adapted(config: Value, adapters: &[Adapters]) {
     let base = json!({
-        "vocab_size": 203, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "head_dim": 32,
+        "vocab_size": 203, "hidden_size": 96, "intermediate_size": 160, "head_dim": 32,
         "num_attention_heads": 6, "num_key_value_heads": 2, "max_position_embeddings": 1024,
     });
     let mut with_base = base.as_object().unwrap().clone();
     with_base.extend(config.as_object().unwrap().clone());
     for adapters in adapters {
+        with_base.insert("num_hidden_layers".to_owned(), json!(adapters.first_layer + 2));
         let models = on_gpu_and_cpu(&Value::Object(with_base.clone()), adapters);
         for case in &CASES {
             let errors = errors(&models, case, adapters.first_layer == 0);
@@ -228,7 +235,7 @@ fn adapters_act_on_drafts_alone_llama() {
         &[
             from_first_layer(32, &LoraTarget::ALL),
             from_first_layer(16, &[DownProj]),
-            from_second_layer(32, &LoraTarget::ALL),
+            from_third_layer(32, &LoraTarget::ALL),
         ],
     );
 }
@@ -242,7 +249,7 @@ fn adapters_act_on_drafts_alone_mistral() {
         &[
             from_first_layer(16, &[QProj, VProj]),
             from_first_layer(256, &[OProj]),
-            from_second_layer(16, &[QProj, VProj]),
+            from_third_layer(16, &[QProj, VProj]),
         ],
     );
 }
@@ -256,7 +263,7 @@ fn adapters_act_on_drafts_alone_qwen2() {
         &[
             from_first_layer(5, &LoraTarget::ALL),
             from_first_layer(128, &[GateProj]),
-            from_second_layer(5, &LoraTarget::ALL),
+            from_third_layer(5, &LoraTarget::ALL),
         ],
     );
 }
@@ -270,7 +277,7 @@ fn adapters_act_on_drafts_alone_qwen3() {
         &[
             from_first_layer(128, &LoraTarget::ALL),
             from_first_layer(32, &[UpProj, KProj, OProj]),
-            from_second_layer(128, &LoraTarget::ALL),
+            from_third_layer(128, &LoraTarget::ALL),
         ],
     );
 }
@@ -285,7 +292,7 @@ fn adapters_act_on_drafts_alone_wide_mistral() {
             from_first_layer(32, &LoraTarget::ALL),
             from_first_layer(256, &[QProj, KProj, VProj]),
             from_first_layer(16, &[GateProj]),
-            from_second_layer(32, &LoraTarget::ALL),
+            from_third_layer(32, &LoraTarget::ALL),
         ],
     );
 }
@@ -299,7 +306,7 @@ fn adapters_act_on_drafts_alone_wide_qwen3() {
         &[
             from_first_layer(256, &LoraTarget::ALL),
             from_first_layer(32, &[DownProj, UpProj]),
-            from_second_layer(256, &LoraTarget::ALL),
+            from_third_layer(256, &LoraTarget::ALL),
         ],
     );
 }
