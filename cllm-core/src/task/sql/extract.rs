@@ -2,6 +2,8 @@
 //! around the blocks, where prose may stand before it and after it, or else of a block that holds
 //! more than SQL (JSON with the query in a string, the session of a shell).
 
+use std::cell::RefCell;
+use std::collections::HashMap;
 use std::sync::LazyLock;
 
 use regex::Regex;
@@ -56,11 +58,15 @@ const WORDS_BEFORE_PART: [&str; 10] =
 /// a query begins and ends, so there it is what `accepts` says that SQLite can run, and the last one
 /// counts; of statements that directly follow each other, the first one does.
 pub(super) fn find_query(answer: &str, accepts: impl Fn(&str) -> bool) -> Option<String> {
+    // An answer that repeats itself has few texts, but at many places.
+    let known = RefCell::new(HashMap::new());
+    let accepts =
+        |query: &str| *known.borrow_mut().entry(blake3::hash(query.as_bytes())).or_insert_with(|| accepts(query));
     let FencedText { blocks, unfenced } = FencedText::read(answer);
     let texts: Vec<String> = blocks.iter().map(block_text).collect();
     let of_block = || texts.iter().rev().find_map(|text| first_query(text)).map(str::to_owned);
-    let within_block = || texts.iter().rev().find_map(|text| last_accepted_string(text, &accepts));
-    of_block().or_else(|| last_accepted_string(&unfenced, &accepts)).or_else(within_block)
+    let within_block = || texts.iter().rev().find_map(|text| last_accepted_string(text, accepts));
+    of_block().or_else(|| last_accepted_string(&unfenced, accepts)).or_else(within_block)
 }
 
 /// What a block holds, with a query that begins beside the language on the line of the fence.
@@ -458,6 +464,17 @@ mod tests {
         ] {
             assert_eq!(query(answer), None, "{answer}");
         }
+    }
+
+    #[test]
+    fn an_answer_that_repeats_itself_is_not_asked_about_for_each_pair_of_its_lines() {
+        let num_asked = std::cell::Cell::new(0);
+        let answer = "VALUES (1), t counts.\n\n".repeat(100);
+        let query = find_query(&answer, |_| {
+            num_asked.set(num_asked.get() + 1);
+            false
+        });
+        assert!(query.is_none() && num_asked.get() <= 300, "{}", num_asked.get());
     }
 
     #[test]
