@@ -15,6 +15,7 @@ use super::app::App;
 use super::engine::{Client, Event, Job, Work};
 use super::models::{EncodedPrompt, ServedModel};
 use super::requests::Ask;
+use super::scored_texts::WholeText;
 use super::scoring::TokenScore;
 use super::text::AnswerText;
 
@@ -73,7 +74,8 @@ pub(super) struct WholeAnswer {
     pub(super) reason: &'static str,
     pub(super) num_forwards: usize,
     pub(super) num_cached: usize,
-    /// Of each token of the prompt and the answer but the first, if they were asked for.
+    /// Of each of its tokens, if they were asked for; with `echo`, of those of the prompt but the first
+    /// too.
     pub(super) scores: Option<Vec<TokenScore>>,
 }
 
@@ -183,13 +185,21 @@ impl Order {
         Ok(answer)
     }
 
-    /// The log-probabilities of all tokens of a prompt and its answer but the first.
+    /// The log-probabilities of all tokens of an answer; with `echo`, of those of its prompt but the
+    /// first too.
     ///
     /// # Errors
     /// Why there are none.
-    pub(super) async fn score(&self, answer: &WholeAnswer, num_top: usize) -> Result<Vec<TokenScore>, ApiError> {
-        let ids = [&self.prompts[answer.prompt].ids[..], &answer.ids].concat();
-        let mut events = self.ask(Work::Score { ids, num_top });
+    pub(super) async fn score(
+        &self,
+        answer: &WholeAnswer,
+        echo: bool,
+        num_top: usize,
+    ) -> Result<Vec<TokenScore>, ApiError> {
+        let prompt_ids = &self.prompts[answer.prompt].ids;
+        let first_scored = if echo { 1 } else { prompt_ids.len() };
+        let ids = [&prompt_ids[..], &answer.ids].concat();
+        let mut events = self.ask(Work::Score(WholeText { ids, first_scored, num_top }));
         match events.recv().await {
             Some(Event::Scored(scores)) => Ok(scores),
             Some(Event::Failed(error)) => Err(error),

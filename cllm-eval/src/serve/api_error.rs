@@ -47,13 +47,13 @@ impl ApiError {
         ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message).with_code("server_stopping")
     }
 
-    /// The cache for the log-probabilities of a text could not be allocated.
-    pub(super) fn no_memory_for_logprobs(error: &cllm_core::Error) -> Self {
+    /// The log-probabilities of a text could not be computed, for lack of memory for instance.
+    pub(super) fn no_logprobs(error: &cllm_core::Error) -> Self {
         let message = format!(
-            "there is no memory for the log-probabilities of this text ({error}): try again when fewer are asked for, or \
-             start the server with a smaller batch_size or context"
+            "the log-probabilities of this text cannot be computed ({error}): try again when fewer are asked for, or start \
+             the server with a smaller batch_size or context"
         );
-        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message).with_code("out_of_memory")
+        ApiError::new(StatusCode::SERVICE_UNAVAILABLE, message).with_code("logprobs_failed")
     }
 
     /// The decode engine has failed.

@@ -15,7 +15,7 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use super::api_error::ApiError;
 use super::metrics::{Metrics, of_model};
-use super::scored_texts::ScoredTexts;
+use super::scored_texts::{ScoredTexts, WholeText};
 use super::scoring::TokenScore;
 
 /// Something for the engine to do, and whom to tell.
@@ -55,11 +55,7 @@ pub(super) enum Work {
         /// The number of likeliest tokens to give beside each token, if tokens are to have scores.
         num_top: Option<usize>,
     },
-    Score {
-        ids: Vec<i32>,
-        /// Number of likeliest tokens to give at each position.
-        num_top: usize,
-    },
+    Score(WholeText),
 }
 
 /// What became of a job so far.
@@ -77,7 +73,7 @@ pub(super) enum Event {
         scores: Vec<TokenScore>,
     },
     Finished(FinishReason),
-    /// For each token but the first.
+    /// For each token from the first whose score was asked for.
     Scored(Vec<TokenScore>),
     Failed(ApiError),
 }
@@ -104,6 +100,37 @@ impl<'m> LaneModel<'m> {
             Some(draft_model) => decoder.with_draft_model(draft_model),
             None => Ok(decoder),
         }
+    }
+
+    /// Maximum number of tokens that the caches of answers with scores have room for together: a
+    /// quarter of those of the batch, rounded up to whole contexts.
+    fn max_scored_tokens(&self) -> usize {
+        self.context * self.rows.max_running.div_ceil(4)
+    }
+}
+
+/// Decoding has so many times the time of scoring while there are answers to decode.
+const DECODING_TO_SCORING: f64 = 2.0;
+
+/// Keeps scoring from slowing down the answers that need no scores.
+#[derive(Default)]
+struct Pace {
+    /// Time that decoding is to have before a text is read again.
+    owed_seconds: f64,
+}
+
+impl Pace {
+    fn decoded(&mut self, seconds: f64) {
+        // What decoding had before gives scoring no right to more of it later.
+        self.owed_seconds = (self.owed_seconds - seconds).max(0.0);
+    }
+
+    fn scored(&mut self, seconds: f64) {
+        self.owed_seconds += DECODING_TO_SCORING * seconds;
+    }
+
+    fn lets_score(&self) -> bool {
+        self.owed_seconds == 0.0
     }
 }
 
@@ -159,6 +186,7 @@ struct Lane<'d> {
     running: HashMap<usize, Running>,
     num_started: usize,
     texts: ScoredTexts<'d>,
+    pace: Pace,
     /// Time that its turns have taken.
     seconds: f64,
     labels: Vec<(&'static str, String)>,
@@ -180,7 +208,8 @@ impl<'d> Lane<'d> {
             waiting: VecDeque::new(),
             running: HashMap::new(),
             num_started: 0,
-            texts: ScoredTexts::new(model.model),
+            texts: ScoredTexts::new(model.model, model.max_scored_tokens()),
+            pace: Pace::default(),
             seconds: 0.0,
             labels: of_model(&model.id),
             metrics,
@@ -194,17 +223,21 @@ impl<'d> Lane<'d> {
     fn push(&mut self, Job { work, client, .. }: Job) {
         match work {
             Work::Decode { request, num_top } => self.waiting.push_back((request, num_top, client)),
-            Work::Score { ids, num_top } => self.texts.push(ids, num_top, client),
+            Work::Score(text) => self.texts.push(text, client),
         }
     }
 
-    /// Runs one forward, and a piece of one text that is to be scored.
+    /// Runs one forward, and reads a piece of one text that is to be scored if it is time for that.
     fn turn(&mut self) -> Result<()> {
         let started = Instant::now();
         self.drop_abandoned()?;
         self.admit()?;
+        let step_started = Instant::now();
         self.step()?;
-        self.texts.turn()?;
+        self.pace.decoded(step_started.elapsed().as_secs_f64());
+        if self.running.is_empty() || self.pace.lets_score() {
+            self.score()?;
+        }
         self.seconds += started.elapsed().as_secs_f64();
         self.metrics.waiting.get_or_create(&self.labels).set(self.waiting.len() as i64);
         self.metrics.running.get_or_create(&self.labels).set(self.running.len() as i64);
@@ -216,21 +249,36 @@ impl<'d> Lane<'d> {
     fn drop_abandoned(&mut self) -> Result<()> {
         let now = Instant::now();
         self.waiting.retain(|(.., client)| client.waits(now));
-        self.texts.drop_abandoned(now);
         let left = self.running.iter().filter(|(_, one)| !one.client.waits(now)).map(|(&index, _)| index);
         for index in left.collect::<Vec<usize>>() {
             self.running.remove(&index);
             self.batch.leave(index)?;
         }
+        // After those that run: no text is left whose answer is gone.
+        self.texts.drop_abandoned(now);
         Ok(())
     }
 
     fn admit(&mut self) -> Result<()> {
         while self.batch.has_room() {
-            let Some((request, num_top, client)) = self.waiting.pop_front() else { break };
+            let Some((request, num_top, client)) = self.next_waiting().and_then(|next| self.waiting.remove(next))
+            else {
+                break;
+            };
             self.start(request, num_top, client)?;
         }
         Ok(())
+    }
+
+    /// The first that waits. One for whose scores there is no memory yet holds up only those that ask
+    /// for scores too.
+    fn next_waiting(&self) -> Option<usize> {
+        let first = |is_scored: bool| self.waiting.iter().position(|(_, num_top, _)| num_top.is_some() == is_scored);
+        let has_room = |&index: &usize| {
+            let (LiveRequest { request, stop, .. }, ..) = &self.waiting[index];
+            self.texts.has_room_for(request.prompt_ids.len() + stop.max_new_tokens)
+        };
+        first(true).filter(has_room).into_iter().chain(first(false)).min()
     }
 
     fn start(&mut self, request: LiveRequest, num_top: Option<usize>, client: Client) -> Result<()> {
@@ -239,7 +287,7 @@ impl<'d> Lane<'d> {
             let (prompt_ids, max_new_tokens) = (request.request.prompt_ids.clone(), request.stop.max_new_tokens);
             let pushed = self.texts.push_answer(self.num_started, prompt_ids, max_new_tokens, num_top, client.clone());
             if let Err(error) = pushed {
-                client.tell(Event::Failed(ApiError::no_memory_for_logprobs(&error)));
+                client.tell(Event::Failed(ApiError::no_logprobs(&error)));
                 return Ok(());
             }
         }
@@ -293,10 +341,131 @@ impl<'d> Lane<'d> {
         Ok(())
     }
 
+    fn score(&mut self) -> Result<()> {
+        let started = Instant::now();
+        let failed = self.texts.turn();
+        self.pace.scored(started.elapsed().as_secs_f64());
+        if let Some(index) = failed
+            && self.running.remove(&index).is_some()
+        {
+            self.batch.leave(index)?;
+        }
+        Ok(())
+    }
+
     fn fail_all(&mut self, error: &ApiError) {
         let waiting = self.waiting.drain(..).map(|(.., client)| client);
         let running = self.running.drain().map(|(_, one)| one.client);
         let clients = waiting.chain(self.texts.drain_clients()).chain(running);
         clients.for_each(|client| client.tell(Event::Failed(error.clone())));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use cllm_core::decode::{Request, Sampling};
+    use cllm_core::model::ModelConfig;
+    use tch::{Device, Kind};
+    use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+
+    use super::*;
+
+    const CONTEXT: usize = 96;
+
+    /// Runs `body` with a lane of a random model that decodes up to four answers at once.
+    fn with_lane(body: impl FnOnce(&mut Lane<'_>)) {
+        let config = serde_json::json!({
+            "model_type": "llama", "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "tie_word_embeddings": false,
+        });
+        let model = Transformer::random(ModelConfig::from_json(&config).unwrap(), 3, Device::Cpu, Kind::Float);
+        let rows = LiveRows { max_running: 4, num_prefix_rows: 1 };
+        let (id, strategy) = ("model".to_owned(), Strategy::Ar);
+        let model = LaneModel { id, model: &model, draft_model: None, strategy, rows, context: CONTEXT };
+        let mut decoder = model.decoder().unwrap();
+        body(&mut Lane::new(&model, &mut decoder, &Metrics::new()).unwrap());
+    }
+
+    /// Asks for an answer.
+    fn ask(lane: &mut Lane<'_>, max_new_tokens: usize, num_top: Option<usize>) -> UnboundedReceiver<Event> {
+        let request = LiveRequest {
+            request: Request { sample_id: "0".to_owned(), prompt_ids: vec![1, 2, 3, 4] },
+            stop: StopConditions::new(max_new_tokens, Vec::new()),
+            sampling: Sampling::Greedy,
+            seed: 0,
+        };
+        let (events, receiver) = unbounded_channel();
+        let received = Instant::now();
+        let client = Client { events, received, deadline: received + Duration::from_secs(600) };
+        lane.push(Job { lane: 0, work: Work::Decode { request, num_top }, client });
+        receiver
+    }
+
+    /// The number of tokens and of scores so far, and the last event.
+    fn so_far(receiver: &mut UnboundedReceiver<Event>) -> (usize, usize, Option<Event>) {
+        let (mut num_tokens, mut num_scores, mut last) = (0, 0, None);
+        while let Ok(event) = receiver.try_recv() {
+            if let Event::Tokens { ids, scores, .. } = &event {
+                num_tokens += ids.len();
+                num_scores += scores.len();
+            }
+            last = Some(event);
+        }
+        (num_tokens, num_scores, last)
+    }
+
+    #[test]
+    fn an_answer_whose_scoring_fails_leaves_the_batch_and_the_others_stay() {
+        with_lane(|lane| {
+            // The vocabulary has no 1000 tokens, which libtorch notices when it scores the first ones.
+            let mut failing = ask(lane, CONTEXT - 4, Some(1000));
+            let mut other = ask(lane, CONTEXT - 4, None);
+            let mut last = None;
+            while !matches!(last, Some(Event::Failed(_))) {
+                lane.turn().unwrap();
+                last = so_far(&mut failing).2.or(last);
+            }
+            let Some(Event::Failed(error)) = last else { unreachable!() };
+            assert!(error.status == StatusCode::SERVICE_UNAVAILABLE && error.message.contains("log-prob"), "{error:?}");
+            lane.turn().unwrap();
+            assert_eq!((lane.batch.num_running(), lane.running.len()), (1, 1));
+            while lane.has_work() {
+                lane.turn().unwrap();
+            }
+            let (num_tokens, _, last) = so_far(&mut other);
+            assert!(num_tokens == CONTEXT - 4 && matches!(last, Some(Event::Finished(_))), "{num_tokens}");
+        });
+    }
+
+    #[test]
+    fn answers_wait_for_the_memory_of_their_scores_and_hold_up_no_others() {
+        with_lane(|lane| {
+            // Four answers may have as many tokens as one context.
+            let mut receivers = [Some(1), Some(1), None, Some(1)].map(|num_top| ask(lane, CONTEXT / 2, num_top));
+            lane.turn().unwrap();
+            assert_eq!((lane.running.len(), lane.waiting.len()), (2, 2));
+            assert!(so_far(&mut receivers[1]).2.is_none());
+            while lane.has_work() {
+                lane.turn().unwrap();
+            }
+            let numbers =
+                receivers.map(|mut receiver| so_far(&mut receiver)).map(|(tokens, scores, _)| (tokens, scores));
+            let num = CONTEXT / 2;
+            assert_eq!(numbers, [(num, num), (num, num), (num, 0), (num, num)]);
+        });
+    }
+
+    #[test]
+    fn scoring_takes_half_of_the_time_of_decoding_and_saves_up_none() {
+        let mut pace = Pace::default();
+        pace.decoded(100.0);
+        assert!(pace.lets_score());
+        pace.scored(3.0);
+        pace.decoded(5.0);
+        assert!(!pace.lets_score());
+        pace.decoded(1.0);
+        assert!(pace.lets_score());
     }
 }

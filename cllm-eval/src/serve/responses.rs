@@ -100,10 +100,7 @@ impl Head {
     fn whole_choice(&self, order: &Order, answer: &WholeAnswer, echo: bool) -> Value {
         let prompt = &order.prompts[answer.prompt];
         let logprobs = answer.scores.as_ref().map(|scores| {
-            let (ids, scores) = match echo {
-                true => (&[&prompt.ids[..], &answer.ids].concat(), &scores[..]),
-                false => (&answer.ids, &scores[prompt.ids.len() - 1..]),
-            };
+            let ids = if echo { &[&prompt.ids[..], &answer.ids].concat() } else { &answer.ids };
             self.logprobs(&order.model.tokenizer, ids, scores, &mut 0)
         });
         let mut choice = match self.is_chat {

@@ -152,7 +152,7 @@ async fn answer(
     }
     if let Some(num_top) = contents.num_top {
         for answer in &mut answers {
-            answer.scores = Some(order.score(answer, num_top).await?);
+            answer.scores = Some(order.score(answer, contents.echo, num_top).await?);
         }
     }
     Ok(axum::Json(head.whole(&order, &answers, contents.echo)).into_response())
@@ -211,7 +211,7 @@ fn parts(order: Order, head: Head, contents: Contents) -> impl Stream<Item = Res
             let prompt = &order.prompts[answer.prompt];
             let mut chunk = head.chunk(answer.index, &prompt.text, false, (!decodes).then_some(answer.reason));
             if let Some(num_top) = num_top {
-                let scores = order.score(&answer, num_top).await?;
+                let scores = order.score(&answer, echo, num_top).await?;
                 let logprobs = head.logprobs(tokenizer, &prompt.ids, &scores, &mut num_chars[answer.index]);
                 chunk["choices"][0]["logprobs"] = logprobs;
             }
