@@ -360,7 +360,7 @@ impl Checkpoints {
         }
         // Earlier versions have it in the last checkpoint alone.
         let folder = if has_state(&self.run) { self.run.clone() } else { self.folder().join(LATEST) };
-        read_state(&folder, "delete the folder of the run to start over")
+        read_state(&folder, "the model in `final` is not affected; to train again, choose another output")
     }
 
     /// # Errors

@@ -96,8 +96,11 @@ pub fn run_on(mut settings: Settings, today: Date) -> Result<()> {
     if let Some(state) = checkpoints.finished()? {
         checkpoints.check_fingerprint(&state, &fingerprint()?)?;
         // A process that was killed may have left some of it.
-        if group.is_main() && !settings.keep_state {
-            remove_state_of_run(&settings.output)?;
+        if group.is_main()
+            && !settings.keep_state
+            && let Err(error) = remove_state_of_run(&settings.output)
+        {
+            progress::log(format!("its training state cannot be removed: {error}"));
         }
         let (steps, model) = (count(state.step, "step"), settings.output.join(FINAL));
         progress::log(format!("already complete: {steps}; the model is in {}", model.display()));

@@ -1,5 +1,7 @@
 //! Adapters that act on draft tokens alone: what they propose changes, and no answer does.
 
+use std::path::{Path, PathBuf};
+
 use cllm_core::checkpoint;
 use cllm_core::decode::{Answer, DecodeOptions, Request, Sampling, StopConditions, Strategy, Width, decode};
 use cllm_core::model::{AdaptedTokens, KvCache, LoraConfig, ParamBuffer, SlotMapping, Transformer};
@@ -237,17 +239,23 @@ fn check_gradient(
     }
 }
 
+/// Saves a model and its adapters, each in a new folder.
+fn save(model: &Transformer, folder: &Path) -> (PathBuf, PathBuf) {
+    let (base, adapter) = (folder.join("base"), folder.join("adapter"));
+    for folder in [&base, &adapter] {
+        std::fs::create_dir(folder).unwrap();
+    }
+    checkpoint::save(&model.without_adapters(), &base, Kind::Float).unwrap();
+    checkpoint::save_adapter(model, &adapter, base.to_str().unwrap()).unwrap();
+    (base, adapter)
+}
+
 #[test]
 fn a_folder_of_adapters_for_drafts_is_read_back_beside_its_model() {
     let (_, config) = shapes().remove(0);
     let Adapted { model, .. } = Adapted::new(&config, 1);
     let folder = tempfile::tempdir().unwrap();
-    let (base, adapter) = (folder.path().join("base"), folder.path().join("adapter"));
-    for folder in [&base, &adapter] {
-        std::fs::create_dir(folder).unwrap();
-    }
-    checkpoint::save(&model.without_adapters(), &base, Kind::Float).unwrap();
-    checkpoint::save_adapter(&model, &adapter, base.to_str().unwrap()).unwrap();
+    let (base, adapter) = save(&model, folder.path());
     let adapter_config = std::fs::read_to_string(adapter.join("adapter_config.json")).unwrap();
     let adapter_config: Value = serde_json::from_str(&adapter_config).unwrap();
     assert_eq!(adapter_config["layers_to_transform"], json!([1]));
@@ -267,12 +275,7 @@ fn adapters_for_drafts_that_leave_out_a_layer_are_refused() {
     let (_, config) = shapes().remove(0);
     let Adapted { model, .. } = Adapted::new(&config, 0);
     let folder = tempfile::tempdir().unwrap();
-    let (base, adapter) = (folder.path().join("base"), folder.path().join("adapter"));
-    for folder in [&base, &adapter] {
-        std::fs::create_dir(folder).unwrap();
-    }
-    checkpoint::save(&model.without_adapters(), &base, Kind::Float).unwrap();
-    checkpoint::save_adapter(&model, &adapter, base.to_str().unwrap()).unwrap();
+    let (_, adapter) = save(&model, folder.path());
     let file = adapter.join("adapter_model.safetensors");
     let mut tensors = Tensor::read_safetensors(&file).unwrap();
     tensors.retain(|(name, _)| !name.contains("layers.1.self_attn.q_proj"));

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 
 use cllm_core::checkpoint;
-use cllm_core::model::LoraConfig;
+use cllm_core::model::{AdaptedTokens, LoraConfig};
 use cllm_testing::programs::handles_signal;
 use cllm_train::settings::{ConsistencySettings, OptimizerSettings, Settings, ValidationSettings};
 use cllm_train::trainer;
@@ -242,9 +242,16 @@ fn two_processes_validate_with_an_anchor_and_adapters_as_one_does() {
     let losses_only = ValidationSettings { trajectories: trajectories.clone(), ..validation.clone() };
     let both = ValidationSettings { trajectories, prompts: prompts.clone(), patience: Some(2), ..validation.clone() };
     let answers_only = ValidationSettings { prompts, ..validation };
-    for (name, validation, lora) in
-        [("losses", losses_only, None), ("both", both, None), ("adapters", answers_only, Some(LoraConfig::default()))]
-    {
+    let adapters = Some(LoraConfig::default());
+    let for_drafts = Some(LoraConfig { on: AdaptedTokens::Drafts, first_layer: 1, ..LoraConfig::default() });
+    let anchored = ConsistencySettings { anchor_weight: 1.0, local_weight: 0.5, ..plain_consistency() };
+    let proposing = ConsistencySettings { ar_weight: 0.0, anchor_weight: 0.0, ..plain_consistency() };
+    for (name, validation, lora, consistency) in [
+        ("losses", losses_only.clone(), None, &anchored),
+        ("both", both, None, &anchored),
+        ("adapters", answers_only, adapters, &anchored),
+        ("adapters for drafts", losses_only, for_drafts, &proposing),
+    ] {
         let run = |output: &str| Settings {
             output: dir.path().join(output),
             lora: lora.clone(),
@@ -253,7 +260,7 @@ fn two_processes_validate_with_an_anchor_and_adapters_as_one_does() {
             epochs: 4,
             accumulation: 4,
             optimizer: settings(dir.path(), "").optimizer,
-            consistency: ConsistencySettings { anchor_weight: 1.0, local_weight: 0.5, ..plain_consistency() },
+            consistency: consistency.clone(),
             validation: validation.clone(),
             ..student.clone()
         };

@@ -123,7 +123,7 @@ fn prune_removes_the_state_of_finished_runs() {
     assert!(again.stderr.contains("already complete: 4 steps"), "{}", again.stderr);
     let state = fs::read_to_string(run.join("state.json")).unwrap();
     fs::write(run.join("state.json"), state.replace("\"step\": 4", "\"step\": 5")).unwrap();
-    let damage = "state.json: is damaged: delete the folder of the run to start over";
+    let damage = "state.json: is damaged: the model in `final` is not affected; to train again, choose another output";
     TRAIN.fail(&["run", "-c", &settings_file(dir.path(), &settings)], 2, &[damage]);
     // An unfinished run starts over.
     fs::remove_file(run.join("summary.json")).unwrap();
