@@ -110,15 +110,21 @@ pub fn add_to_json(json: &str) -> Result<String> {
     Ok(format!("{checked}{JSON_MEMBER} \"{checksum}\"{newline}}}"))
 }
 
-/// Whether the JSON text of an object still has the contents of its checksum. One without a checksum
-/// passes.
-pub fn is_whole_json(json: &str) -> bool {
+/// The JSON text of an object that was read, if it still has the contents of its checksum. One without
+/// a checksum passes; what is not UTF-8 is damaged, since JSON is written in UTF-8.
+pub fn whole_json(bytes: &[u8]) -> Option<&str> {
+    str::from_utf8(bytes).ok().filter(|json| is_whole_json(json))
+}
+
+fn is_whole_json(json: &str) -> bool {
     let Some((checked, rest)) = json.rfind(JSON_MEMBER).map(|at| json.split_at(at)) else { return true };
     let value = rest[JSON_MEMBER.len()..].trim_end().strip_suffix('}').map(str::trim);
     match value.and_then(|value| value.strip_prefix('"')?.strip_suffix('"')) {
-        Some(checksum) => checksum == Checksum(blake3::hash(checked.as_bytes())).to_string(),
+        Some(checksum) if !checksum.contains('"') => {
+            checksum == Checksum::from(blake3::hash(checked.as_bytes())).to_string()
+        }
         // The member of an object in the object.
-        None => true,
+        _ => true,
     }
 }
 
@@ -207,8 +213,7 @@ pub const MODEL_ADVICE: &str = "copy the folder again, or remove the file's line
 
 /// Checks that the files of a folder are as they were written, by its own list or that of the folder
 /// around it. A folder without checksums passes, and so does one without the folders in it, which a
-/// download of the model leaves out. `advice` says what
-/// to do about a file that differs.
+/// download of the model leaves out. `advice` says what to do about a file that differs.
 ///
 /// # Errors
 /// [`Error::File`] that names the first file that is missing or differs.
@@ -261,9 +266,11 @@ mod tests {
             }
         }
         // Objects without a checksum of their own.
-        for json in [value.to_string(), "{}".to_owned(), "{\"inner\":{\"checksum\":\"c\"}}".to_owned()] {
-            assert!(is_whole_json(&json), "{json}");
+        let inner = ["{}", "{\"inner\":{\"checksum\":\"c\"}}", "{\"inner\":{\"checksum\":\"c\"},\"text\":\"d\"}"];
+        for json in inner.map(str::to_owned).into_iter().chain([value.to_string()]) {
+            assert_eq!(whole_json(json.as_bytes()), Some(&json[..]));
         }
+        assert_eq!(whole_json(b"{\"text\":\"\xfc\"}"), None);
     }
 
     #[test]

@@ -16,7 +16,7 @@ use cllm_core::prompt_set::{Prompt, Sample};
 use cllm_core::task::{Alternative, Task, Verdict};
 use cllm_core::thought::Thought;
 use cllm_core::trajectory::FinishReason;
-use cllm_core::{Error, Result, atomic_file, checksum};
+use cllm_core::{Error, Result, atomic_file, checksum, progress};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -243,10 +243,15 @@ impl Line {
         if index >= num_examples {
             return Some(format!("its index is {index}, and there are {num_examples} examples"));
         }
-        if let Line::Answer(answer) = self
-            && answer.forced_tokens().end > answer.response_ids.len()
-        {
-            return Some("its thought is longer than the answer".to_owned());
+        if let Line::Answer(answer) = self {
+            if answer.forced_tokens().end > answer.response_ids.len() {
+                return Some("its thought is longer than the answer".to_owned());
+            }
+            let num_accepted: u64 = answer.accepted.iter().copied().map(u64::from).sum();
+            let num_decoded = answer.num_decoded_tokens();
+            if num_accepted > num_decoded as u64 {
+                return Some(format!("its forwards accepted {num_accepted} tokens, and decoded {num_decoded}"));
+            }
         }
         let absurd = counts.into_iter().find(|&count| count > MAX_COUNT)?;
         Some(format!("it says {absurd}, and counts are up to {MAX_COUNT}"))
@@ -320,9 +325,10 @@ impl Header {
         if !path.exists() {
             return Ok(None);
         }
-        let mut line = String::new();
-        BufReader::new(File::open(path).map_err(Error::io(path))?).read_line(&mut line).map_err(Error::io(path))?;
-        Ok(serde_json::from_str(&line).ok())
+        let mut line = Vec::new();
+        let mut reader = BufReader::new(File::open(path).map_err(Error::io(path))?);
+        reader.read_until(b'\n', &mut line).map_err(Error::io(path))?;
+        Ok(serde_json::from_slice(&line).ok())
     }
 }
 
@@ -349,6 +355,23 @@ impl Records {
     /// The text windows of a model.
     pub fn windows_of(&self, role: Role) -> impl Iterator<Item = &WindowRecord> {
         self.windows.iter().filter(move |window| window.role == role)
+    }
+
+    /// Logs which strategies have fewer answers than the run has prompts. `path` is the file of these
+    /// records.
+    pub(crate) fn log_missing_answers(&self, path: &Path) {
+        for role in self.header.models.iter().map(|model| model.role) {
+            for strategy in self.header.settings.strategies_of(role) {
+                let (num_answers, num_prompts) = (self.answers_of(role, strategy).count(), self.header.examples);
+                if num_answers < num_prompts {
+                    let path = path.display();
+                    progress::log(format!(
+                        "{path}: {role} {strategy} has {num_answers} of {num_prompts} answers: run the same `cllm-eval \
+                         run` again"
+                    ));
+                }
+            }
+        }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -378,28 +401,35 @@ impl Records {
         let mut reader = BufReader::new(File::open(path).map_err(Error::io(path))?);
         let mut header = None;
         let (mut answers, mut speeds, mut throughputs, mut windows) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        let (mut text, mut whole_bytes) = (String::new(), 0);
+        let (mut bytes, mut whole_bytes) = (Vec::new(), 0);
         for number in 1.. {
-            text.clear();
-            let num_bytes = reader.read_line(&mut text).map_err(Error::io(path))?;
-            if num_bytes == 0 || (may_be_cut && !text.ends_with('\n')) {
+            bytes.clear();
+            let num_bytes = reader.read_until(b'\n', &mut bytes).map_err(Error::io(path))?;
+            if num_bytes == 0 || (may_be_cut && !bytes.ends_with(b"\n")) {
                 break;
             }
             whole_bytes += num_bytes as u64;
-            if !checksum::is_whole_json(&text) {
-                let message = format!(
-                    "line {number} is damaged, or was changed: its checksum is of other contents; delete the line, and \
-                     `cllm-eval run` makes it again, or remove its `checksum` if you changed it"
-                );
-                return Err(Error::file(path, message));
-            }
+            let damaged = || {
+                let advice = match number {
+                    1 => {
+                        "it says which run this is: restore the file from a copy, or remove the line's `checksum` if you \
+                         know that the line is right"
+                    }
+                    _ => {
+                        "delete the line, and `cllm-eval run` makes it again, or remove its `checksum` if you changed it"
+                    }
+                };
+                let problem = "is damaged, or was changed: its checksum is of other contents";
+                Error::file(path, format!("line {number} {problem}; {advice}"))
+            };
+            let text = checksum::whole_json(&bytes).ok_or_else(damaged)?;
             let not_a_record =
                 |error| Error::file(path, format!("line {number} is not a record of cllm-eval: {error}"));
             if number == 1 {
-                let first: Value = serde_json::from_str(&text).map_err(not_a_record)?;
+                let first: Value = serde_json::from_str(text).map_err(not_a_record)?;
                 check_version(path, &first)?;
             }
-            let line: Line = serde_json::from_str(&text).map_err(not_a_record)?;
+            let line: Line = serde_json::from_str(text).map_err(not_a_record)?;
             // Examples that are shown alone keep their indices. A run that resumes looks its own up.
             let header_if_resumed = header.as_ref().filter(|_| may_be_cut);
             let num_examples = header_if_resumed.map_or(usize::MAX, |header: &Header| header.examples);

@@ -40,9 +40,10 @@ impl<'a> AnswerScorer<'a> {
     /// changed.
     ///
     /// # Errors
-    /// As [`Task::score`].
+    /// As [`Task::score`]; a signal that asked to stop.
     pub fn score(&self, answers: &mut [AnswerRecord]) -> Result<()> {
         let score = |answer: &AnswerRecord| {
+            interrupt::check()?;
             let score = self.task.score(self.context, &answer.sample(), &answer.text, answer.finish_reason)?;
             Ok(if answer.thought == Some(Thought::Open) { score.of_cut_answer() } else { score })
         };
@@ -105,6 +106,7 @@ pub fn score(folder: &Path, data: Option<PathBuf>, keep_distinct: Option<bool>, 
     // Before reading: what another command adds meanwhile would be lost.
     let _lock = path.exists().then(|| output_folder::lock(folder)).transpose()?;
     let mut records = Records::read(&path)?;
+    records.log_missing_answers(&path);
     let task = records.header.benchmark;
     if keep_distinct.is_some() {
         expect_spider(task, "--keep-distinct")?;

@@ -97,8 +97,7 @@ pub fn read_state(folder: &Path, advice: &str) -> Result<Option<TrainState>> {
         return Ok(None);
     }
     let bytes = std::fs::read(&path).map_err(Error::io(&path))?;
-    let text = str::from_utf8(&bytes).ok().filter(|text| checksum::is_whole_json(text));
-    let state = text.and_then(|text| serde_json::from_str(text).ok());
+    let state = checksum::whole_json(&bytes).and_then(|text| serde_json::from_str(text).ok());
     state.map(Some).ok_or_else(|| Error::file(&path, format!("is damaged: {advice}")))
 }
 

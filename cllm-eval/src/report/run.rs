@@ -35,6 +35,7 @@ impl Run {
         let results = Results::read(path)?;
         let samples = path.with_file_name(SAMPLES);
         let records = if samples.exists() { Some(Records::read(&samples)?) } else { None };
+        records.iter().for_each(|records| records.log_missing_answers(&samples));
         let title = results.settings.title(results.benchmark, &results.split);
         Ok(Run { title, results, records })
     }

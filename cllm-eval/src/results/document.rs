@@ -269,14 +269,15 @@ impl Results {
     /// When it is missing, is not a results file, or has another schema version.
     pub fn read(path: &Path) -> Result<Self> {
         let file = if path.is_dir() { path.join(RESULTS) } else { path.to_owned() };
-        let text = std::fs::read_to_string(&file).map_err(Error::io(&file))?;
-        if !checksum::is_whole_json(&text) {
-            let message = "is damaged, or was changed: its checksum is of other contents; `cllm-eval score` writes it \
-                           again, or remove its `checksum` if you changed it";
-            return Err(Error::file(&file, message));
-        }
+        let bytes = std::fs::read(&file).map_err(Error::io(&file))?;
+        let damaged = || {
+            let message = "is damaged, or was changed: its checksum is of other contents; the same `cllm-eval run` \
+                           writes it again from samples.jsonl, or remove its `checksum` if you changed it";
+            Error::file(&file, message)
+        };
+        let text = checksum::whole_json(&bytes).ok_or_else(damaged)?;
         let invalid = |error| Error::file(&file, format!("is not a results.json of cllm-eval: {error}"));
-        let document: Value = serde_json::from_str(&text).map_err(invalid)?;
+        let document: Value = serde_json::from_str(text).map_err(invalid)?;
         check_version(&file, &document)?;
         serde_json::from_value(document).map_err(invalid)
     }

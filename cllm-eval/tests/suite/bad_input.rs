@@ -129,10 +129,15 @@ fn records_that_are_missing_or_cut_are_named() {
         assert_eq!(fs::read(&file).unwrap(), &whole[..whole.len() / 2], "{name} is left as it was");
         fs::write(&file, &whole).unwrap();
     }
-    let (mut long_thought, mut many_tokens) = (records(), records());
+    let (mut long_thought, mut many_accepted, mut many_tokens) = (records(), records(), records());
     long_thought.answers[0].thought = Some(Thought::Forced(0..9999));
+    many_accepted.answers[0].accepted = vec![u32::MAX];
     many_tokens.speeds[0].tokens = usize::MAX;
-    for (absurd, problem) in [(long_thought, "thought is longer than the answer"), (many_tokens, "counts are up to")] {
+    for (absurd, problem) in [
+        (long_thought, "thought is longer than the answer"),
+        (many_accepted, "its forwards accepted 4294967295 tokens, and decoded 8"),
+        (many_tokens, "counts are up to"),
+    ] {
         absurd.write(&samples).unwrap();
         EVAL.fail(&["score", &run], 2, &["samples.jsonl: line ", problem]);
     }

@@ -59,6 +59,8 @@ fn every_flipped_bit_of_a_run_is_found() {
                 Ok(is_equal) => assert!(is_equal, "{file:?}: a bit flipped at place {place} changed what is read"),
                 Err(error) => {
                     assert!(error.to_string().contains(&file.display().to_string()), "{error}");
+                    // A flipped top bit leaves no UTF-8.
+                    assert!(place % 8 != 7 || error.to_string().contains("is damaged, or was changed"), "{error}");
                     num_refused += 1;
                 }
             }
@@ -68,17 +70,35 @@ fn every_flipped_bit_of_a_run_is_found() {
     }
     // As good a text as any other: only the checksum tells.
     let text = fs::read_to_string(&samples).unwrap();
-    let damaged = text.replacen("\"verdict\":\"incorrect\"", "\"verdict\":\"correct\"", 1);
-    assert_ne!(damaged, text);
-    fs::write(&samples, &damaged).unwrap();
+    let damaged = |before: &str, now: &str| {
+        let damaged = text.replacen(before, now, 1);
+        assert_ne!(damaged, text);
+        fs::write(&samples, &damaged).unwrap();
+        damaged
+    };
     let folder = output.display().to_string();
-    for arguments in [&run[..], &["score".to_owned(), folder.clone()], &["report".to_owned(), folder]] {
+    let (score, report) = (["score".to_owned(), folder.clone()], ["report".to_owned(), folder]);
+    damaged("\"examples\":2", "\"examples\":3");
+    for arguments in [&run[..], &score, &report] {
+        EVAL.fail(arguments, 2, &["samples.jsonl: line 1 is damaged, or was changed", "restore the file from a copy"]);
+    }
+    let damaged = damaged("\"verdict\":\"incorrect\"", "\"verdict\":\"correct\"");
+    for arguments in [&run[..], &score, &report] {
         EVAL.fail(arguments, 2, &["samples.jsonl: line ", "is damaged, or was changed", "delete the line"]);
     }
     // As it says: the line is deleted, and the command makes it again.
     let intact: Vec<_> = text.lines().zip(damaged.lines()).filter(|(before, now)| before == now).collect();
     fs::write(&samples, intact.iter().map(|(line, _)| format!("{line}\n")).collect::<String>()).unwrap();
+    for arguments in [&score, &report] {
+        let log = EVAL.succeed(arguments).stderr;
+        assert!(log.contains("teacher ar has 1 of 2 answers: run the same `cllm-eval run` again"), "{log}");
+    }
+    // What makes the answer again also writes damaged results again.
+    fs::write(&results, fs::read_to_string(&results).unwrap().replacen("\"examples\": 2", "\"examples\": 3", 1))
+        .unwrap();
+    EVAL.fail(&report, 2, &["results.json: is damaged", "the same `cllm-eval run` writes it again from samples.jsonl"]);
     EVAL.succeed(&run);
+    EVAL.succeed(&report);
     assert_eq!(answers(&output.display().to_string()).len(), whole.0.answers.len() + whole.0.speeds.len());
     let mut of_no_example = whole.0;
     of_no_example.answers[0].index = 99;
