@@ -35,7 +35,9 @@ pub(super) fn parse<T: Serialize + DeserializeOwned + Default>(file: &Path, text
             Err(syntax) => at_line(&syntax, explain::<T>(&refusal.path, &syntax, &Value::Null)),
             Ok(_) => {
                 let defaults = to_value(&T::default()).unwrap_or_default();
-                at_line(&refusal.error, explain::<T>(&refusal.path, &refusal.error, &defaults))
+                let misspelt = misspelt_within::<T>(text, &refusal.path);
+                let Refusal { path, error } = misspelt.as_deref().unwrap_or(&refusal);
+                at_line(&refusal.error, explain::<T>(path, error, &defaults))
             }
         }
     })?;
@@ -54,9 +56,21 @@ pub(super) fn parse<T: Serialize + DeserializeOwned + Default>(file: &Path, text
 
 /// The settings of a file in which values have other forms.
 fn parse_repaired<T: DeserializeOwned>(text: &str) -> Option<T> {
+    serde_json::from_value(repaired_value::<T>(text)?).ok()
+}
+
+fn repaired_value<T: DeserializeOwned>(text: &str) -> Option<Value> {
     let untyped = options! { with_snippet: false, strict_booleans: true };
     let value: Value = serde_saphyr::from_str_with_options(text, untyped).ok()?;
-    serde_json::from_value(repaired::<T>(&value)).ok()
+    Some(repaired::<T>(&value))
+}
+
+/// The misspelt name that is left of the value at `path` once it is repaired. That a list was
+/// expected there would mislead, since one item is accepted.
+fn misspelt_within<T: DeserializeOwned>(text: &str, path: &str) -> Option<Box<Refusal>> {
+    let refusal = parse_typed::<T>(&serde_saphyr::to_string(&repaired_value::<T>(text)?).ok()?).err()?;
+    let is_name = matches!(refusal.error, YamlError::SerdeUnknownField { .. } | YamlError::SerdeUnknownVariant { .. });
+    (is_name && refusal.path.starts_with(&format!("{path}["))).then_some(refusal)
 }
 
 /// The settings that `value` holds.
@@ -364,6 +378,19 @@ mod tests {
         let refused = assignment.apply::<Settings>(&mut to_value(&Settings::default()).unwrap()).err().unwrap();
         let message = refused.into_error(&assignment.origin).to_string();
         assert!(message.contains("lora: expected a section, such as {rank: 0}"), "{message}");
+        // One item for a list is known by its name where the name is right, and named where it is not.
+        for (written, refusal) in [
+            ("{rolling: {m: 4}}", "unknown key `strategies[0].rolling.m`; did you mean `strategies[0].rolling.n`?"),
+            ("roling", "strategies[0]: expected one of ar, rolling, not `roling`; did you mean `rolling`?"),
+        ] {
+            let text = format!("lr: 1\nstrategies: {written}\n");
+            let message = parse::<Settings>(Path::new("run.yaml"), &text).unwrap_err().to_string();
+            assert_eq!(message, format!("run.yaml, line 2: {refusal}"));
+            let assignment = Assignment::from_override(&format!("strategies={written}"));
+            let refused = assignment.apply::<Settings>(&mut to_value(&Settings::default()).unwrap()).err().unwrap();
+            let message = refused.into_error(&assignment.origin).to_string();
+            assert_eq!(message, format!("{}: {refusal}", assignment.origin));
+        }
         // A text that is misspelt does not become a list of choices.
         let message = parse::<Settings>(Path::new("run.yaml"), "strategies: [ar, roling]").unwrap_err().to_string();
         assert!(message.contains("strategies[1]: expected one of ar, rolling, not `roling`"), "{message}");

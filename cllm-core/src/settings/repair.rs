@@ -20,10 +20,12 @@ pub(super) fn repaired<T: DeserializeOwned>(value: &Value) -> Value {
             changed
         };
         // A form helps if something else is wrong afterwards, or nothing. A section without such a key
-        // is not meant by the key's name.
+        // is not meant by the key's name. One item for a list is meant, also with a misspelt key.
+        let within = format!("{pointer}/");
         let helps = |changed: &Value| {
             failing_part::<T>(changed).is_none_or(|other| {
-                other.pointer != pointer && !(other.is_unknown_key && other.pointer.starts_with(&pointer))
+                let is_misread = other.is_unknown_key && !expects_list && other.pointer.starts_with(&within);
+                other.pointer != pointer && !is_misread
             })
         };
         match forms.into_iter().map(with).find(helps) {
