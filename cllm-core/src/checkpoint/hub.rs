@@ -99,13 +99,23 @@ pub fn id(folder: &Path) -> Option<String> {
     folders.find_map(|folder| folder.strip_prefix("models--")).map(|id| id.replacen("--", "/", 1))
 }
 
-/// The id on the Hub of the model in a folder, or of the model that it was fine-tuned from.
+/// The tag of the cards that this toolkit writes.
+pub const CARD_TAG: &str = "cllm";
+
+/// The id on the Hub of the model in a folder, or of the model that the chain of fine-tunings here
+/// began with. A card of another tool names what that model was made from, which is another model
+/// than the one in the folder.
 pub fn base_model(folder: &Path) -> Option<String> {
-    id(folder).or_else(|| fine_tuned_from(folder))
+    id(folder).or_else(|| fine_tuned_from(folder).filter(|_| has_card_of_toolkit(folder)))
 }
 
-/// The id on the Hub of the model that one from elsewhere was fine-tuned from, as its card says: the
-/// card of a fine-tuned model names the model that the whole chain of them began with.
+fn has_card_of_toolkit(folder: &Path) -> bool {
+    let tags = front_matter(folder).and_then(|mut fields| fields.remove("tags"));
+    tags.as_ref().and_then(Value::as_array).is_some_and(|tags| tags.iter().any(|tag| tag == CARD_TAG))
+}
+
+/// The id on the Hub of the model that one from elsewhere was fine-tuned from, as its card says. A
+/// card of this toolkit names the model that the whole chain of them began with.
 pub fn fine_tuned_from(folder: &Path) -> Option<String> {
     let named = || card_field(folder, "base_model").filter(|base| may_be_id(base));
     if id(folder).is_some() { None } else { named() }
@@ -119,19 +129,21 @@ pub fn license(folder: &Path) -> Option<String> {
 /// A field of the front matter of the card in a model's folder. The Hub also accepts lists; one of
 /// several names does not tell which.
 fn card_field(folder: &Path, key: &str) -> Option<String> {
-    let card = std::fs::read_to_string(folder.join("README.md")).ok()?;
-    let front_matter = card.strip_prefix("---\n")?.split_once("\n---")?.0;
-    let mut fields: Map<String, Value> = serde_saphyr::from_str(front_matter).ok()?;
-    match fields.remove(key)? {
+    match front_matter(folder)?.remove(key)? {
         Value::Array(values) => <[Value; 1]>::try_from(values).ok()?[0].as_str().map(str::to_owned),
         value => value.as_str().map(str::to_owned),
     }
 }
 
+fn front_matter(folder: &Path) -> Option<Map<String, Value>> {
+    let card = std::fs::read_to_string(folder.join("README.md")).ok()?;
+    serde_saphyr::from_str(card.strip_prefix("---\n")?.split_once("\n---")?.0).ok()
+}
+
 /// Whether a name can be the id of a model on the Hub: `owner/name`, or the name alone of the oldest.
 /// Cards of other tools may name a folder.
 fn may_be_id(name: &str) -> bool {
-    name.split('/').count() <= 2 && !name.starts_with(['.', '/', '~'])
+    name.split('/').count() <= 2 && !name.starts_with(['.', '/', '~']) && !Path::new(name).is_dir()
 }
 
 fn is_descriptive(folder: &str) -> bool {
@@ -217,7 +229,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let card = |front_matter: &str| {
             std::fs::write(dir.path().join("README.md"), format!("---\n{front_matter}\n---\n# A model\n")).unwrap();
-            (base_model(dir.path()), license(dir.path()))
+            (fine_tuned_from(dir.path()), license(dir.path()))
         };
         let some = |name: &str| Some(name.to_owned());
         for (front_matter, expected) in [
@@ -226,9 +238,18 @@ mod tests {
             ("base_model: [org/a, org/b]\ntags:\n- license: mit", (None, None)),
             ("base_model: /home/me/base\nlicense: \"no\"", (None, some("no"))),
             ("base_model: runs/teacher/final", (None, None)),
+            // A folder, since tests run in that of the crate.
+            ("base_model: src/checkpoint", (None, None)),
             ("a: [", (None, None)),
         ] {
             assert_eq!(card(front_matter), expected, "{front_matter}");
+        }
+        // The card of another tool names another model than the one that is fine-tuned here.
+        for (tags, expected) in
+            [("", None), ("tags:\n- text", None), ("tags: cllm", None), ("tags:\n- text\n- cllm", some("org/base"))]
+        {
+            card(&format!("base_model: org/base\n{tags}"));
+            assert_eq!(base_model(dir.path()), expected, "{tags}");
         }
         let cached = dir.path().join("models--org--tuned/snapshots/abc");
         std::fs::create_dir_all(&cached).unwrap();

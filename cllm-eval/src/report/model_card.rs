@@ -72,7 +72,7 @@ pub(super) fn front_matter(runs: &[Run]) -> Result<String> {
         // Adapters for draft tokens are nothing that another library may load.
         library_name: (kind(runs) != Kind::DraftAdapters).then_some("transformers"),
         pipeline_tag: "text-generation",
-        tags: ["consistency-llm", "jacobi-decoding", "cllm"],
+        tags: ["consistency-llm", "jacobi-decoding", hub::CARD_TAG],
         base_model: teacher
             .filter(|_| student.is_some())
             .and_then(|teacher| hub::base_model(Path::new(&teacher.model.path))),

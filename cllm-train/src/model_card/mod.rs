@@ -120,10 +120,10 @@ impl ModelCard {
             base.and_then(|base| base.license.as_deref()).map(|name| field("license", name)),
         ];
         let tags: &[&str] = match self.kind {
-            Kind::Plain => &["cllm"],
-            Kind::Student => &["consistency-llm", "jacobi-decoding", "cllm", "custom_generate"],
-            Kind::DraftModel => &["consistency-llm", "speculative-decoding", "cllm"],
-            Kind::DraftAdapters => &["consistency-llm", "jacobi-decoding", "cllm", "lora"],
+            Kind::Plain => &[hub::CARD_TAG],
+            Kind::Student => &["consistency-llm", "jacobi-decoding", hub::CARD_TAG, "custom_generate"],
+            Kind::DraftModel => &["consistency-llm", "speculative-decoding", hub::CARD_TAG],
+            Kind::DraftAdapters => &["consistency-llm", "jacobi-decoding", hub::CARD_TAG, "lora"],
         };
         let tags: String = tags.iter().map(|tag| format!("- {tag}\n")).collect();
         lines.into_iter().flatten().collect::<String>() + "tags:\n" + &tags
@@ -212,7 +212,9 @@ mod tests {
         for part in ["base_model: org/base\n", "license: apache-2.0\n", "# A consistency LLM, from org/base\n"] {
             assert!(last.contains(part), "{last}");
         }
-        std::fs::write(teacher.join("README.md"), "---\nlicense: \"1.0\"\n---\n").unwrap();
+        // A teacher from elsewhere is not the model that its own card names.
+        let card = "---\nlicense: \"1.0\"\nbase_model: org/base\ntags:\n- chat\n---\n";
+        std::fs::write(teacher.join("README.md"), card).unwrap();
         let local = ModelCard::of_run(&settings, &teacher).unwrap().text();
         assert!(local.contains("license: \"1.0\"\n") && local.contains("# A consistency LLM, from sums\n"), "{local}");
         assert!(!local.contains("base_model"), "{local}");
