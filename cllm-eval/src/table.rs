@@ -142,14 +142,13 @@ pub fn format_number(value: Option<f64>, digits: usize, unit: &str) -> String {
     value.map_or_else(|| "-".to_owned(), |value| format!("{value:.digits$}{unit}"))
 }
 
-/// Tokens per second, or `-` if they are unknown: with three digits at least, and a comma before
-/// thousands.
+/// Tokens per second, or `-` if they are unknown: with three digits at least, and a comma at every
+/// thousand.
 pub fn format_speed(tokens_per_second: Option<f64>) -> String {
     match tokens_per_second {
         Some(speed) if speed >= 999.5 => {
-            let whole = speed.round() as u64;
-            let (thousands, rest) = (whole / 1000, whole % 1000);
-            format!("{thousands},{rest:03}")
+            let digits = (speed.round() as u64).to_string();
+            digits.as_bytes().rchunks(3).rev().map(String::from_utf8_lossy).collect::<Vec<_>>().join(",")
         }
         Some(speed) if speed >= 100.0 => format!("{speed:.0}"),
         speed => format_number(speed, 1, ""),
@@ -281,8 +280,8 @@ mod tests {
 
     #[test]
     fn speeds_have_three_digits_and_thousands_a_comma() {
-        let texts = [None, Some(9.27), Some(123.4), Some(999.6), Some(139_584.3)].map(format_speed);
-        assert_eq!(texts, ["-", "9.3", "123", "1,000", "139,584"]);
+        let speeds = [None, Some(9.27), Some(123.4), Some(999.6), Some(139_584.3), Some(1_234_007.0)];
+        assert_eq!(speeds.map(format_speed), ["-", "9.3", "123", "1,000", "139,584", "1,234,007"]);
     }
 
     #[test]

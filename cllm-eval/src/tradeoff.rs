@@ -100,12 +100,17 @@ pub fn read(paths: &[PathBuf]) -> Result<Tradeoff> {
             Error::file(path, format!("{difference}: only results of the same examples and settings can be compared"))
         })?;
     }
-    let (_, repeated) = distinct_points(&results);
+    let (points, repeated) = distinct_points(&results);
     if !repeated.is_empty() {
         progress::log(format!("shown as in the first results that have them: {}", repeated.join(", ")));
     }
-    Tradeoff::from_results(&results)
-        .ok_or_else(|| Error::usage("holds no scored answer: nothing to compare").in_file(&paths[0]))
+    results.first().and_then(|first| Tradeoff::new(first, points)).ok_or_else(|| match paths {
+        [path] => Error::usage("holds no scored answer: nothing to compare").in_file(path),
+        _ => {
+            let names: Vec<String> = paths.iter().map(|path| path.display().to_string()).collect();
+            Error::usage(format!("none of {} holds a scored answer: nothing to compare", names.join(", ")))
+        }
+    })
 }
 
 /// # Errors
@@ -155,8 +160,11 @@ impl Tradeoff {
     /// Puts the points of comparable results side by side. A checkpoint and strategy that several
     /// results contain counts once, as in the first of them. `None` if nothing was scored.
     pub fn from_results(results: &[Results]) -> Option<Self> {
-        let first = results.first()?;
-        let (mut points, _) = distinct_points(results);
+        Tradeoff::new(results.first()?, distinct_points(results).0)
+    }
+
+    /// `points` are those of all results, `first` is the first of these. `None` without points.
+    fn new(first: &Results, mut points: Vec<Point>) -> Option<Self> {
         sort_by_checkpoint(&mut points);
         mark_front(&mut points);
         let best = points.iter().map(|point| point.accuracy).reduce(f64::max)?;

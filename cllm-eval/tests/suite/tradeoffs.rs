@@ -1,5 +1,7 @@
 //! `tradeoff` on made-up results, and the recipe that produces real ones.
 
+use std::path::PathBuf;
+
 use cllm_core::atomic_file;
 use cllm_eval::records::{ModelEntry, Records};
 use cllm_eval::results::{RESULTS, Results};
@@ -109,9 +111,13 @@ fn results_with_different_examples_or_settings_are_refused() {
     let folder = first.parent().unwrap().to_owned();
     assert_eq!(tradeoff::read(&[folder]).unwrap(), Tradeoff::from_results(&[results(|_| ())]).unwrap());
     let unscored = written("unscored", results(|records| records.answers.clear()));
-    assert!(
-        tradeoff::read(&[unscored]).unwrap_err().to_string().contains("unscored/results.json: holds no scored answer")
-    );
+    let message = |files: &[PathBuf]| tradeoff::read(files).unwrap_err().to_string();
+    let alone = message(std::slice::from_ref(&unscored));
+    assert!(alone.contains("unscored/results.json: holds no scored answer"), "{alone}");
+    let also = written("also", results(|records| records.answers.clear()));
+    let both = message(&[unscored.clone(), also.clone()]);
+    let expected = format!("none of {}, {} holds a scored answer", unscored.display(), also.display());
+    assert!(both.contains(&expected), "{both}");
     std::fs::write(&first, "{}").unwrap();
     assert!(tradeoff::read(&[first]).unwrap_err().to_string().contains("is not a results.json"));
 }
