@@ -3,6 +3,7 @@
 //! To add a chart, write a function that makes a [`Chart`] with a primitive of [`crate::svg`], and
 //! call it in [`charts`].
 
+use cllm_core::decode::Strategy;
 use serde::Serialize;
 
 use super::run::Run;
@@ -66,7 +67,8 @@ fn entries(results: &Results) -> Vec<Entry<'_>> {
     results.strategies().map(|(role, figures)| Entry { role, results: figures }).collect()
 }
 
-/// What charts draw as lines: the fastest strategies, as many as there are line styles.
+/// What charts draw as lines: the baseline and the fastest strategies, as many as there are line
+/// styles.
 struct Lined<'r> {
     /// Entries with their line style, which is the same for both models in all charts.
     entries: Vec<(&'r Entry<'r>, usize)>,
@@ -89,18 +91,22 @@ impl<'r> Lined<'r> {
             let speeds = of.map(|of| if is_timed { of.tokens_per_second } else { of.tokens_per_forward });
             speeds.flatten().fold(0.0, f64::max)
         };
-        let mut fastest = labels.clone();
-        fastest.sort_by(|a, b| speed(b).total_cmp(&speed(a)));
-        fastest.truncate(NUM_DASHES);
-        labels.retain(|label| fastest.contains(label));
+        let baseline = entries.iter().find(|entry| entry.results.strategy == Strategy::Ar);
+        let is_baseline = |label: &str| baseline.is_some_and(|entry| entry.results.label == label);
+        let mut kept = labels.clone();
+        kept.sort_by(|a, b| is_baseline(b).cmp(&is_baseline(a)).then(speed(b).total_cmp(&speed(a))));
+        kept.truncate(NUM_DASHES);
+        labels.retain(|label| kept.contains(label));
         let style = |entry: &Entry<'_>| labels.iter().position(|label| *label == entry.results.label);
         let left_out = num_labels > labels.len();
         Lined {
             entries: entries.iter().filter_map(|entry| Some((entry, style(entry)?))).collect(),
-            note: if left_out {
-                format!("; the {} fastest of {num_labels} strategies", labels.len())
-            } else {
-                String::new()
+            note: match (left_out, baseline) {
+                (false, _) => String::new(),
+                (true, None) => format!("; the {} fastest of {num_labels} strategies", labels.len()),
+                (true, Some(_)) => {
+                    format!("; the {} fastest of {} strategies besides the baseline", labels.len() - 1, num_labels - 1)
+                }
             },
         }
     }

@@ -10,7 +10,8 @@ use crate::results::{ModelResults, Results};
 
 /// Number of colours in the page's style; successive forwards cycle through them.
 const NUM_COLOURS: usize = 5;
-/// Of more answers than these, only those of the baselines and of the fastest strategies are shown.
+/// Of more answers than these, only those of the baselines and of the fastest strategies are shown, or
+/// the first where there are none of either.
 const MAX_ANSWERS: usize = 8;
 
 #[derive(Debug, Serialize)]
@@ -80,7 +81,13 @@ impl Example {
                 let fastest = results.model(answer.role).and_then(ModelResults::fastest);
                 fastest.is_some_and(|fastest| fastest.strategy == answer.strategy)
             };
-            answers.retain(|answer| answer.strategy == Strategy::Ar || is_fastest(answer));
+            let is_shown = |answer: &&AnswerRecord| answer.strategy == Strategy::Ar || is_fastest(answer);
+            // The example may have been answered with none of these.
+            if answers.iter().any(is_shown) {
+                answers.retain(is_shown);
+            } else {
+                answers.truncate(MAX_ANSWERS);
+            }
         }
         let first = answers.first()?;
         let timings: Option<Vec<f64>> =

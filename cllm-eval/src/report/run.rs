@@ -23,9 +23,9 @@ impl Run {
         let titles: Vec<String> = runs.iter().map(|run| run.title.clone()).collect();
         for (run, file) in runs.iter_mut().zip(files) {
             let namesakes = files.iter().zip(&titles).filter(|(_, title)| **title == run.title);
-            let names: Vec<&Path> = namesakes.map(|(file, _)| name_of(file)).collect();
+            let names: Vec<PathBuf> = namesakes.map(|(file, _)| name_of(file)).collect();
             if names.len() > 1 {
-                run.title += &format!(" / {}", distinctive(name_of(file), &names).display());
+                run.title += &format!(" / {}", distinctive(&name_of(file), &names).display());
             }
         }
         Ok(runs)
@@ -41,14 +41,15 @@ impl Run {
     }
 }
 
-/// What a run is called by its file: its folder, or the name of a file with another name.
-fn name_of(file: &Path) -> &Path {
-    let name = if file.ends_with(RESULTS) { file.parent() } else { file.file_stem().map(Path::new) };
-    name.unwrap_or(file)
+/// What a run is called by its file: its folder, or the path without its extension where the file has
+/// another name, or its folder none.
+fn name_of(file: &Path) -> PathBuf {
+    let folder = file.parent().filter(|folder| file.ends_with(RESULTS) && folder.file_name().is_some());
+    folder.map_or_else(|| file.with_extension(""), Path::to_owned)
 }
 
 /// The end of a path, without the folders that all `paths` begin with.
-fn distinctive<'p>(path: &'p Path, paths: &[&Path]) -> &'p Path {
+fn distinctive<'p>(path: &'p Path, paths: &[PathBuf]) -> &'p Path {
     let is_below = |path: &Path, folder: &Path| path.starts_with(folder) && path != folder;
     let is_shared = |folder: &&Path| !folder.as_os_str().is_empty() && paths.iter().all(|path| is_below(path, folder));
     // The last part stays, also where all paths are equal.
@@ -62,15 +63,19 @@ mod tests {
 
     #[test]
     fn runs_are_told_apart_without_the_folders_that_they_share() {
-        let expect = |paths: &[&str], expected: &[&str]| {
-            let paths: Vec<&Path> = paths.iter().map(Path::new).collect();
+        let expect = |files: &[&str], expected: &[&str]| {
+            let paths: Vec<PathBuf> = files.iter().map(|file| name_of(Path::new(file))).collect();
             let names: Vec<&Path> = paths.iter().map(|path| distinctive(path, &paths)).collect();
             assert_eq!(names, expected.iter().map(Path::new).collect::<Vec<_>>());
         };
-        expect(&["/runs/a/dev", "/runs/b/dev"], &["a/dev", "b/dev"]);
-        expect(&["runs/dev", "runs/dev/again"], &["dev", "dev/again"]);
-        expect(&["a/dev", "b/dev"], &["a/dev", "b/dev"]);
-        expect(&["a/dev", "a/dev"], &["dev", "dev"]);
-        expect(&["one", "two"], &["one", "two"]);
+        expect(&["/runs/a/dev/results.json", "/runs/b/dev/results.json"], &["a/dev", "b/dev"]);
+        expect(&["runs/dev/results.json", "runs/dev/again/results.json"], &["dev", "dev/again"]);
+        expect(&["a/dev/results.json", "a/dev/results.json"], &["dev", "dev"]);
+        expect(&["one/results.json", "two/results.json"], &["one", "two"]);
+        // Files with names of their own, and one in a folder without a name.
+        expect(&["a/dev.json", "b/dev.json"], &["a/dev", "b/dev"]);
+        expect(&["a/dev.json", "a/test.json"], &["dev", "test"]);
+        expect(&["./results.json", "a/results.json"], &["./results", "a"]);
+        expect(&["results.json", "old.json"], &["results", "old"]);
     }
 }

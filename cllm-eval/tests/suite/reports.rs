@@ -243,9 +243,8 @@ fn a_draft_model_is_represented_by_the_teacher_that_decodes_with_it() {
     assert!(read("model-card.md").contains("for speculative decoding with a draft model (`drafted`)"));
 }
 
-#[test]
-fn charts_have_lines_of_no_more_strategies_than_line_styles() {
-    let dir = tempfile::tempdir().unwrap();
+/// The synthetic records with nine more strategies, `slowness(n)` times as slow as the first.
+fn with_more_strategies(slowness: fn(f64) -> f64) -> Records {
     let mut records = records();
     let of_jacobi = (records.answers.clone(), records.speeds.clone());
     for n in 5..=13 {
@@ -254,16 +253,60 @@ fn charts_have_lines_of_no_more_strategies_than_line_styles() {
         let speeds = of_jacobi.1.iter().filter(|speed| speed.strategy == JACOBI);
         records.header.settings.strategies.push(strategy);
         records.answers.extend(answers.map(|answer| AnswerRecord { strategy, ..answer.clone() }));
-        let slower = |speed: &SpeedRecord| SpeedRecord { strategy, seconds: speed.seconds * n as f64, ..speed.clone() };
+        let slower = |speed: &SpeedRecord| SpeedRecord {
+            strategy,
+            seconds: speed.seconds * slowness(n as f64),
+            ..speed.clone()
+        };
         records.speeds.extend(speeds.map(slower));
     }
+    records
+}
+
+/// The page of the report of some records.
+fn page_of(records: &Records) -> String {
+    let dir = tempfile::tempdir().unwrap();
     records.write(&dir.path().join(SAMPLES)).unwrap();
-    atomic_file::write_json(&dir.path().join(RESULTS), &Results::from_records(&records)).unwrap();
+    atomic_file::write_json(&dir.path().join(RESULTS), &Results::from_records(records)).unwrap();
     report(&[dir.path().to_owned()], None, &[]).unwrap();
-    let page = std::fs::read_to_string(dir.path().join("report.html")).unwrap();
-    let figures = page.split("<figure>").filter_map(|rest| Some(rest.split_once("</figure>")?.0));
-    let chart = |title: &str| figures.clone().find(|figure| figure.contains(title)).unwrap();
-    let lines = chart("Tokens per forward, by position in the answer; the 8 fastest of 11 strategies");
+    std::fs::read_to_string(dir.path().join("report.html")).unwrap()
+}
+
+/// The figure of a page that has a title.
+fn chart<'p>(page: &'p str, title: &str) -> Option<&'p str> {
+    let mut figures = page.split("<figure>").filter_map(|rest| Some(rest.split_once("</figure>")?.0));
+    figures.find(|figure| figure.contains(title))
+}
+
+#[test]
+fn line_charts_keep_the_baseline_where_other_strategies_are_faster() {
+    let page = page_of(&with_more_strategies(f64::recip));
+    let title = "Speed-up with as many rows, excluding prefill; the 7 fastest of 10 strategies besides the baseline";
+    let lines = chart(&page, title).expect("the baseline has a line");
+    assert!(lines.contains(">teacher ar<") && lines.contains(">student ar<"), "{lines}");
+    let title = "Tokens per forward, by position in the answer";
+    let lines = chart(&page, title).unwrap();
+    assert!(lines.contains(">student jacobi n=7<") && !lines.contains(">student jacobi n=6<"), "{lines}");
+}
+
+#[test]
+fn a_report_has_an_example_also_without_answers_of_the_baseline_and_the_fastest_strategy() {
+    let mut records = with_more_strategies(|n| n);
+    records.header.settings.strategies.retain(|strategy| *strategy != Strategy::Ar);
+    records.answers.retain(|answer| answer.strategy != Strategy::Ar);
+    records.speeds.retain(|speed| speed.strategy != Strategy::Ar);
+    records.throughputs.clear();
+    let of_fastest = records.answers.iter_mut().filter(|answer| answer.strategy == JACOBI);
+    of_fastest.for_each(|answer| answer.forward_texts = None);
+    assert_eq!(page_of(&records).matches("class=\"num-shown\"").count(), 8);
+}
+
+#[test]
+fn charts_have_lines_of_no_more_strategies_than_line_styles() {
+    let page = page_of(&with_more_strategies(|n| n));
+    let chart = |title: &str| chart(&page, title).unwrap();
+    let lines =
+        chart("Tokens per forward, by position in the answer; the 7 fastest of 10 strategies besides the baseline");
     assert!(lines.contains(">student jacobi n=10<") && !lines.contains("jacobi n=11"), "{lines}");
     // The example shows the baselines and the fastest strategies.
     assert_eq!(page.matches("class=\"num-shown\"").count(), 4);
