@@ -52,6 +52,10 @@ const CLAUSE_WORDS: [&str; 33] = [
 const WORDS_BEFORE_PART: [&str; 10] =
     ["union", "all", "intersect", "except", "as", "exists", "in", "from", "explain", "plan"];
 
+/// How many keywords of a text in prose may begin its query, the last ones, and how many positions after
+/// each may end it besides the end of its statement, the first ones. All that follows is read for each.
+const MAX_TRIED: usize = 256;
+
 /// The query of an answer, as `SELECT`, `WITH` or `VALUES` begins it, without its semicolon.
 ///
 /// A fenced block gives its first query, whether SQLite can run it or not. Prose does not mark where
@@ -112,7 +116,9 @@ fn first_query(block: &str) -> Option<&str> {
 }
 
 fn last_accepted(text: &str, accepts: impl Fn(&str) -> bool) -> Option<&str> {
-    let (mut next, mut last, mut last_end) = (0, None, None);
+    let starts: Vec<usize> = Keyword::beginning_statements(text, 0).map(|keyword| keyword.start).collect();
+    let (mut next, mut last, mut last_end) =
+        (starts.iter().rev().nth(MAX_TRIED - 1).map_or(0, |&start| start), None, None);
     while let Some(keyword) = Keyword::find(text, next) {
         let start = keyword.start;
         let end = keyword.closing_delimiter(text).unwrap_or_else(|| statement_end(text, start));
@@ -147,6 +153,11 @@ struct Keyword<'a> {
 impl<'a> Keyword<'a> {
     /// The first keyword from a position on that stands in no comment and continues no statement.
     fn find(text: &'a str, from: usize) -> Option<Self> {
+        Self::beginning_statements(text, from).find(|keyword| !keyword.is_in_comment(text))
+    }
+
+    /// The keywords from a position on that continue no statement, those in comments included.
+    fn beginning_statements(text: &'a str, from: usize) -> impl Iterator<Item = Self> {
         static KEYWORD: LazyLock<Regex> = LazyLock::new(|| {
             let table_expression = r#"with\s+(?:recursive\s+)?(?:\w+|"[^"]*")\s*(?:\([^)]*\)\s*)?as\b"#;
             let others = "explain|insert|replace|update|delete|create|drop|alter|pragma|attach|detach|begin|vacuum";
@@ -154,17 +165,15 @@ impl<'a> Keyword<'a> {
                 .expect("the pattern is valid")
         });
         let mut next = from;
-        loop {
+        let keywords = std::iter::from_fn(move || {
             let captures = KEYWORD.captures_at(text, next)?;
             let (start, end) = (captures.get_match().start(), captures.get_match().end());
             let line = text[..start].rfind('\n').map_or(0, |at| at + 1).max(from);
             let is_query = captures.name("other").is_none();
-            let keyword = Keyword { text: &text[start..end], start, end, is_query, lead: text[line..start].trim() };
-            if !keyword.is_in_comment(text) && !keyword.continues_statement(text) {
-                return Some(keyword);
-            }
             next = end;
-        }
+            Some(Keyword { text: &text[start..end], start, end, is_query, lead: text[line..start].trim() })
+        });
+        keywords.filter(|keyword| !keyword.continues_statement(text))
     }
 
     fn is_in_comment(&self, text: &str) -> bool {
@@ -247,7 +256,7 @@ fn ends(text: &str, start: usize, end: usize) -> impl Iterator<Item = usize> {
         }
     };
     let marks = statement.match_indices(['\n', '.']).filter(move |&(at, mark)| may_end(at, mark));
-    let inner: Vec<usize> = marks.map(|(at, _)| start + at).collect();
+    let inner: Vec<usize> = marks.take(MAX_TRIED).map(|(at, _)| start + at).collect();
     std::iter::once(end).chain(inner.into_iter().rev())
 }
 
@@ -475,6 +484,21 @@ mod tests {
             false
         });
         assert!(query.is_none() && num_asked.get() <= 300, "{}", num_asked.get());
+    }
+
+    #[test]
+    fn a_text_of_many_keywords_is_searched_at_its_end() {
+        // No two texts are equal, so each is asked about.
+        let lines = |num: usize| (0..num).map(|row| format!("VALUES ({row}), t counts.\n\n")).collect::<String>();
+        let num_asked = |answer: &str| {
+            let num = std::cell::Cell::new(0);
+            assert_eq!(find_query(answer, |_| num.replace(num.get() + 1) == usize::MAX), None);
+            num.get()
+        };
+        assert_eq!(num_asked(&lines(1000)), num_asked(&lines(500)));
+        let prose = "VALUES (1), t counts.\n\n".to_owned() + &"It counts.\n".repeat(1000);
+        assert!(num_asked(&prose) <= MAX_TRIED + 1);
+        assert_query(&format!("{}{COUNT}", lines(500)), COUNT);
     }
 
     #[test]
