@@ -7,11 +7,11 @@
 //
 // Macros from the host: HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, EPS, QK_NORM, WARPS (of a
 // fused kernel's block), BLOCK_ROWS (rows of a weight per block), GROUP_TOKENS (tokens of a group),
-// DEPTH (chunks of a weight that a warp loads ahead), SUMS_BYTES and MAX_STAGED_BYTES (shared memory of a fused kernel for sums and
-// for tokens, at most), STAGING_PAD, SEGMENT (logits that a block of sample_segments reads),
-// SAMPLE_THREADS (of such a block), NUCLEUS_THREADS (of a block of keep_nucleus), ROTATE_TOKENS (of which a block rotates a head), and for the
-// attention: WARP_QUERIES (query vectors of a warp), SLOTS_PER_READ (slots of the cache that it reads
-// at a time), ATTENTION_WARPS (of a block, for few tiles), BATCH_WARPS and BATCH_BLOCKS (of a block,
+// DEPTH (chunks of a weight that a warp loads ahead), SUMS_BYTES and MAX_STAGED_BYTES (shared memory
+// of a fused kernel for sums and for tokens, at most), STAGING_PAD, SEGMENT (logits that a block of
+// sample_segments reads), SAMPLE_THREADS (of such a block), NUCLEUS_THREADS (of a block of
+// keep_nucleus), ROTATE_TOKENS (of which a block rotates a head), and for the attention: WARP_QUERIES
+// (query vectors of a warp), SLOTS_PER_READ (slots of the cache that it reads at a time), ATTENTION_WARPS (of a block, for few tiles), BATCH_WARPS and BATCH_BLOCKS (of a block,
 // and blocks of a multiprocessor, for many), BLOCK_WORK (chunks of slots, times groups of query
 // vectors, for another block of a cluster), RING_DEPTH (chunks of keys or values that a warp has in
 // shared memory), WARP_BYTES (of shared memory, for them or its sums), SUMS_PAD, QUERY_PAD; for the
@@ -95,9 +95,9 @@ struct SampleBlocks {
   float *sums, *scores;
 };
 
-// The first kernel of a step copies the embeddings, and that of the layers after the shared ones
-// rows of the residual stream. Its successors may read the step's input before
-// wait_for_predecessor(), so it lets them start only when that input has arrived.
+// The first kernel of a step copies the embeddings, and that of the layers after the shared ones rows
+// of the residual stream. Its successors may read the step's input before wait_for_predecessor(), so
+// it lets them start only when that input has arrived.
 extern "C" __global__ void embed(const bf16 *table, const int *tokens, bf16 *x) {
   wait_for_predecessor();
   let_successor_start();

@@ -353,8 +353,8 @@ impl LayerProducts {
         unsafe { self.embed.launch(&sizes, &tensors.map(Data)) }
     }
 
-    /// The products of launch `index` of a step, from 0, since [`Self::begin`]. They read `attn_out`, update the residual
-    /// stream and write `qkv`; weights that are not of this part are not read.
+    /// The products of launch `index` since [`Self::begin`], from 0. They read `attn_out`, update the
+    /// residual stream and write `qkv`; weights that are not of this part are not read.
     ///
     /// There is a block for each multiprocessor, and blocks wait for each other: at a time, only one
     /// such kernel may run on a device.

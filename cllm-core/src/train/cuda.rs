@@ -4,11 +4,9 @@
 //! Only the tensors that the backward needs are saved, and matrix products accumulate directly into
 //! the buffer of the gradients.
 
-use std::ops::Range;
-
 use tch::{Device, Kind, Tensor};
 
-use super::gradients::{GradientSink, ModelPart};
+use super::gradients::{GradientSink, ModelPart, complete_without_gradients};
 use super::linear::select;
 use super::packed_batch::PackedBatch;
 use crate::cuda::attention::{AttentionKernels, AttentionMask};
@@ -379,14 +377,6 @@ impl CudaPass<'_> {
         }
         Ok(())
     }
-}
-
-/// The backward of layers to which a batch adds no gradients.
-fn complete_without_gradients(layers: Range<usize>, gradients: &dyn GradientSink) -> Result<()> {
-    layers.rev().map(ModelPart::Layer).try_for_each(|layer| {
-        gradients.begin(layer)?;
-        gradients.complete(layer)
-    })
 }
 
 /// Adds to the gradient of the output projection, and returns the gradient of

@@ -5,7 +5,7 @@ use std::ops::Range;
 
 use tch::{Kind, Tensor};
 
-use super::gradients::{GradientSink, ModelPart};
+use super::gradients::{GradientSink, ModelPart, complete_without_gradients};
 use super::packed_batch::PackedBatch;
 use crate::Result;
 use crate::cuda::block_mask::AttentionRanges;
@@ -176,10 +176,7 @@ impl EagerPass<'_> {
             gradients.complete(ModelPart::Layer(layer))?;
             d_x = input.grad();
         }
-        for layer in (0..first_layer).rev().map(ModelPart::Layer) {
-            gradients.begin(layer)?;
-            gradients.complete(layer)?;
-        }
+        complete_without_gradients(0..first_layer, gradients)?;
         // The embedding is frozen if adapters are trained.
         if embedded.requires_grad() {
             gradients.begin(ModelPart::Embedding)?;

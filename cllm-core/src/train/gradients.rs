@@ -1,5 +1,7 @@
 //! Where a backward puts the gradients of the weights.
 
+use std::ops::Range;
+
 use crate::Result;
 
 /// Weights whose gradients are complete at the same moment of a backward.
@@ -37,4 +39,12 @@ impl GradientSink for crate::model::ParamBuffer {
     fn complete(&self, _: ModelPart) -> Result<()> {
         Ok(())
     }
+}
+
+/// The backward of layers to which a batch adds no gradients.
+pub(super) fn complete_without_gradients(layers: Range<usize>, gradients: &dyn GradientSink) -> Result<()> {
+    layers.rev().map(ModelPart::Layer).try_for_each(|layer| {
+        gradients.begin(layer)?;
+        gradients.complete(layer)
+    })
 }

@@ -117,8 +117,8 @@ fn first_query(block: &str) -> Option<&str> {
 
 fn last_accepted(text: &str, accepts: impl Fn(&str) -> bool) -> Option<&str> {
     let starts: Vec<usize> = Keyword::beginning_statements(text, 0).map(|keyword| keyword.start).collect();
-    let (mut next, mut last, mut last_end) =
-        (starts.iter().rev().nth(MAX_TRIED - 1).map_or(0, |&start| start), None, None);
+    let mut next = starts.len().checked_sub(MAX_TRIED).map_or(0, |first| starts[first]);
+    let (mut last, mut last_end) = (None, None);
     while let Some(keyword) = Keyword::find(text, next) {
         let start = keyword.start;
         let end = keyword.closing_delimiter(text).unwrap_or_else(|| statement_end(text, start));
