@@ -7,17 +7,18 @@
 //
 // Macros from the host: HIDDEN, HEADS, KV_HEADS, HEAD_DIM, FFN, VOCAB, EPS, QK_NORM, WARPS (of a
 // fused kernel's block), BLOCK_ROWS (rows of a weight per block), GROUP_TOKENS (tokens of a group),
-// DEPTH (chunks of a weight that a warp loads ahead), SUMS_BYTES and MAX_STAGED_BYTES (shared memory
-// of a fused kernel for sums and for tokens, at most), STAGING_PAD, SEGMENT (logits that a block of
-// sample_segments reads), SAMPLE_THREADS (of such a block), NUCLEUS_THREADS (of a block of
-// keep_nucleus), ROTATE_TOKENS (of which a block rotates a head), and for the attention: WARP_QUERIES
-// (query vectors of a warp), SLOTS_PER_READ (slots of the cache that it reads at a time), ATTENTION_WARPS (of a block, for few tiles), BATCH_WARPS and BATCH_BLOCKS (of a block,
-// and blocks of a multiprocessor, for many), BLOCK_WORK (chunks of slots, times groups of query
+// MAX_DEPTH (chunks of a weight that a warp loads ahead, at most), SUMS_BYTES and MAX_STAGED_BYTES
+// (shared memory of a fused kernel for sums and for tokens, at most), STAGING_PAD, SEGMENT (logits
+// that a block of sample_segments reads), SAMPLE_THREADS (of such a block), NUCLEUS_THREADS (of a
+// block of keep_nucleus), ROTATE_TOKENS (of which a block rotates a head), and for the attention:
+// WARP_QUERIES (query vectors of a warp), SLOTS_PER_READ (slots of the cache that it reads at a
+// time), ATTENTION_WARPS (of a block, for few tiles), BATCH_WARPS and BATCH_BLOCKS (of a block, and
+// blocks of a multiprocessor, for many), BLOCK_WORK (chunks of slots, times groups of query
 // vectors, for another block of a cluster), RING_DEPTH (chunks of keys or values that a warp has in
 // shared memory), WARP_BYTES (of shared memory, for them or its sums), SUMS_PAD, QUERY_PAD; for the
 // adapters of draft tokens: ADAPTED (whether there are any), the ranks of all adapters of a product
 // together, QKV_RANK, OUTPUT_RANK, GATE_UP_RANK and DOWN_RANK, IN_CLUSTERS (whether the clusters of
-// fused kernels compute A x) and LOW_RANK_PAD.
+// fused kernels compute A x), MAX_FUSED_CLUSTER (blocks of such a cluster, at most) and LOW_RANK_PAD.
 //
 // Products use mma.m16n8k16 with the weight as the left operand. The order of k within a product
 // does not matter as long as both operands agree, so each thread loads 8 neighbouring values (16
@@ -37,7 +38,7 @@ __device__ __forceinline__ u32 scale_pair(u32 pair, float factor, u32 weights) {
   return pack_bf16(low_to_f32(pair) * factor * low_to_f32(weights), high_to_f32(pair) * factor * high_to_f32(weights));
 }
 
-// Weights are read once per step, so they bypass L1.
+// A block reads its rows of a weight once, so they bypass L1.
 __device__ __forceinline__ uint4 load_once(const uint4 *from) {
   uint4 x;
   asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];"
@@ -170,7 +171,8 @@ struct RotateAndCache {
 // The adapters of a product for draft tokens: y += B A x. LOW_RANK computes low_rank [T, R] = A x, with
 // zeros for tokens that are not `adapted`. The others add lora_b [rows, R] times it. If they have
 // `lora_a` [R, K], the blocks of each of their clusters compute A x for themselves, which takes less
-// time than a kernel of its own.
+// time than a kernel of its own: each block multiplies some tiles of 16 rows of A together with its
+// rows of the weight, by the same tokens.
 struct Adapters {
   const int *adapted;
   const bf16 *lora_a, *low_rank, *lora_b;
@@ -223,16 +225,33 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
   const int lower = EPILOGUE == SWIGLU             ? O + upper
                     : EPILOGUE == ROTATE_AND_CACHE ? min(upper + HALF, O - 1)
                                                    : min(first + g + 8, O - 1);
-  const uint4 *row_a = (const uint4 *)(weight + (size_t)upper * K) + t;
-  const uint4 *row_b = (const uint4 *)(weight + (size_t)lower * K) + t;
-  constexpr int chunks = K / 32;
-
-  uint4 a[DEPTH], b[DEPTH];
+  // Tile 0 has rows of the weight, the others those of A that this block multiplies for its cluster. Blocks
+  // for which none are left multiply the last ones and drop the result.
+  constexpr int TILES = 1 + (IN_CLUSTER ? (R / 16 + MAX_FUSED_CLUSTER - 1) / MAX_FUSED_CLUSTER : 0);
+  const int first_low_tile = IN_CLUSTER ? cluster_rank() * (TILES - 1) : 0;
+  const uint4 *rows_a[TILES], *rows_b[TILES];
+  rows_a[0] = (const uint4 *)(weight + (size_t)upper * K) + t;
+  rows_b[0] = (const uint4 *)(weight + (size_t)lower * K) + t;
 #pragma unroll
-  for (int d = 0; d < DEPTH; d++) {
-    int c = warp + d * WARPS;
-    if (c < chunks) a[d] = load_once(row_a + c * 4), b[d] = load_once(row_b + c * 4);
+  for (int i = 1; i < TILES; i++) {
+    const int low_tile = min(first_low_tile + i - 1, R / 16 - 1);
+    rows_a[i] = (const uint4 *)(adapters.lora_a + (size_t)(low_tile * 16 + g) * K) + t;
+    rows_b[i] = rows_a[i] + K;
   }
+  // A warp multiplies every WARPS-th chunk of k, DEPTH chunks at a time.
+  constexpr int chunks = K / 32, WARP_CHUNKS = (chunks + WARPS - 1) / WARPS;
+  constexpr int ROUNDS = (WARP_CHUNKS + MAX_DEPTH - 1) / MAX_DEPTH, DEPTH = (WARP_CHUNKS + ROUNDS - 1) / ROUNDS;
+  uint4 a[DEPTH][TILES], b[DEPTH][TILES];
+  auto load_rows = [&](uint4 (&a)[DEPTH][TILES], uint4 (&b)[DEPTH][TILES], int base) {
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++) {
+      const int c = base + d * WARPS;
+      if (c >= chunks) continue;
+#pragma unroll
+      for (int i = 0; i < TILES; i++) a[d][i] = load_once(rows_a[i] + c * 4), b[d][i] = load_once(rows_b[i] + c * 4);
+    }
+  };
+  load_rows(a, b, warp);
   // The chunks of B that continue this warp's sums.
   constexpr int ADAPTER_CHUNKS = (R / 32 + WARPS - 1) / WARPS;
   uint4 adapter_a[ADAPTER_CHUNKS + 1], adapter_b[ADAPTER_CHUNKS + 1];
@@ -243,31 +262,8 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
     adapter_a[i] = ((const uint4 *)(adapters.lora_b + (size_t)upper * R))[c * 4 + t];
     adapter_b[i] = ((const uint4 *)(adapters.lora_b + (size_t)lower * R))[c * 4 + t];
   }
-  // What this warp multiplies of A first, and the weights of the norm there.
-  constexpr int WARP_CHUNKS = (chunks + WARPS - 1) / WARPS, LOW_DEPTH = WARP_CHUNKS < 6 ? WARP_CHUNKS : 6;
-  uint4 low_a[LOW_DEPTH], low_b[LOW_DEPTH], low_norm[LOW_DEPTH];
-  auto load_low_rank = [&](int tile, int base) {
-    const uint4 *row = (const uint4 *)(adapters.lora_a + (size_t)(tile * 16 + g) * K) + t;
-#pragma unroll
-    for (int d = 0; d < LOW_DEPTH; d++) {
-      const int c = base + d * WARPS;
-      if (c >= chunks) continue;
-      low_a[d] = row[c * 4], low_b[d] = row[c * 4 + K];
-      if (NORM) low_norm[d] = ((const uint4 *)norm)[c * 4 + t];
-    }
-  };
-  if constexpr (IN_CLUSTER) {
-    cluster_arrive();
-    if (cluster_rank() < R / 16) load_low_rank(cluster_rank(), warp);
-  }
+  if constexpr (IN_CLUSTER) cluster_arrive();
   let_successor_start();
-  // The tiles of tokens that have drafts.
-  bool has_drafts[NT];
-  if constexpr (IN_CLUSTER) {
-#pragma unroll
-    for (int nt = 0; nt < NT; nt++)
-      has_drafts[nt] = __any_sync(0xffffffffu, nt * 8 + g < num_tokens && adapters.adapted[nt * 8 + g]);
-  }
   // ROTATE_AND_CACHE: each thread finishes one pair of one token. Where it goes is part of the
   // step's input.
   const int own = threadIdx.x / 8, dim = head_row + threadIdx.x % 8;
@@ -303,71 +299,11 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
     return STAGED ? staged[token * PITCH + c * 4 + t] : ((const uint4 *)(x + (size_t)token * K))[c * 4 + t];
   };
 
-  if constexpr (IN_CLUSTER) {
-    // All blocks have started.
-    cluster_wait();
-    for (int tile = cluster_rank(); tile < R / 16; tile += cluster_blocks()) {
-      float sums[NT][4] = {};
-      for (int base = warp; base < chunks; base += WARPS * LOW_DEPTH) {
-        if (base != warp || tile != cluster_rank()) load_low_rank(tile, base);
-        // Two tiles of tokens at a time, as registers allow.
-        constexpr int PART = NT > 1 ? 2 : 1;
-#pragma unroll
-        for (int first_nt = 0; first_nt < NT; first_nt += PART) {
-          if (!has_drafts[first_nt] && !has_drafts[first_nt + PART - 1]) continue;
-          uint4 inputs[LOW_DEPTH][PART];
-#pragma unroll
-          for (int d = 0; d < LOW_DEPTH; d++)
-#pragma unroll
-            for (int i = 0; i < PART; i++) inputs[d][i] = load_token((first_nt + i) * 8 + g, base + d * WARPS);
-#pragma unroll
-          for (int d = 0; d < LOW_DEPTH; d++) {
-            if (base + d * WARPS >= chunks) continue;
-#pragma unroll
-            for (int i = 0; i < PART; i++) {
-              uint4 v = inputs[d][i];
-              u32 *pairs = (u32 *)&v;
-              const u32 *scales = (const u32 *)&low_norm[d];
-              if (NORM)
-#pragma unroll
-                for (int j = 0; j < 4; j++) pairs[j] = multiply_pairs(pairs[j], scales[j]);
-              mma_chunk(sums[first_nt + i], low_a[d], low_b[d], v);
-            }
-          }
-        }
-      }
-#pragma unroll
-      for (int nt = 0; nt < NT; nt++) {
-        const int token = nt * 8 + 2 * t;
-        partial[warp][token][g] = sums[nt][0], partial[warp][token + 1][g] = sums[nt][1];
-        partial[warp][token][g + 8] = sums[nt][2], partial[warp][token + 1][g + 8] = sums[nt][3];
-      }
-      __syncthreads();
-      // Each thread finishes a pair of rows of a token.
-      for (int i = threadIdx.x; i < 8 * T; i += WARPS * 32) {
-        const int token = i / 8, row = i % 8 * 2;
-        float one = 0.f, two = 0.f;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) one += partial[w][token][row], two += partial[w][token][row + 1];
-        const bool is_draft = token < num_tokens && adapters.adapted[token];
-        u32 *own = (u32 *)(low_rank + token * LOW_RANK_PITCH + tile * 16 + row);
-        for (int block = 0; block < cluster_blocks(); block++)
-          store_to_block(block, own, is_draft ? pack_bf16(one, two) : 0);
-      }
-      __syncthreads();
-    }
-    cluster_arrive();
-  }
-
-  float acc[NT][4] = {};
+  float acc[TILES][NT][4] = {};
   float square[NT] = {};
   for (int base = warp; base < chunks; base += WARPS * DEPTH) {
-    uint4 next_a[DEPTH], next_b[DEPTH];
-#pragma unroll
-    for (int d = 0; d < DEPTH; d++) {
-      int c = base + (DEPTH + d) * WARPS;
-      if (c < chunks) next_a[d] = load_once(row_a + c * 4), next_b[d] = load_once(row_b + c * 4);
-    }
+    uint4 next_a[DEPTH][TILES], next_b[DEPTH][TILES];
+    load_rows(next_a, next_b, base + DEPTH * WARPS);
     uint4 inputs[DEPTH][NT], norms[DEPTH];
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) {
@@ -394,14 +330,49 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
               pairs[i] = multiply_pairs(pairs[i], scales[i]);
             }
           }
-          mma_chunk(acc[nt], a[d], b[d], v);
+#pragma unroll
+          for (int i = 0; i < TILES; i++) mma_chunk(acc[i][nt], a[d][i], b[d][i], v);
         }
       }
     }
 #pragma unroll
-    for (int d = 0; d < DEPTH; d++) a[d] = next_a[d], b[d] = next_b[d];
+    for (int d = 0; d < DEPTH; d++)
+#pragma unroll
+      for (int i = 0; i < TILES; i++) a[d][i] = next_a[d][i], b[d][i] = next_b[d][i];
   }
-  if constexpr (IN_CLUSTER) cluster_wait();
+  auto publish_sums = [&](const float (&sums)[NT][4]) {
+#pragma unroll
+    for (int nt = 0; nt < NT; nt++) {
+      const int token = nt * 8 + 2 * t;
+      partial[warp][token][g] = sums[nt][0], partial[warp][token + 1][g] = sums[nt][1];
+      partial[warp][token][g + 8] = sums[nt][2], partial[warp][token + 1][g + 8] = sums[nt][3];
+    }
+  };
+  if constexpr (IN_CLUSTER) {
+    // All blocks have started.
+    cluster_wait();
+#pragma unroll
+    for (int i = 1; i < TILES; i++) {
+      if (i > 1) __syncthreads();
+      publish_sums(acc[i]);
+      __syncthreads();
+      const int low_tile = first_low_tile + i - 1;
+      if (low_tile >= R / 16) continue;
+      // Each thread finishes a pair of rows of a token.
+      for (int pair = threadIdx.x; pair < 8 * T; pair += WARPS * 32) {
+        const int token = pair / 8, row = pair % 8 * 2;
+        float one = 0.f, two = 0.f;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) one += partial[w][token][row], two += partial[w][token][row + 1];
+        const bool is_draft = token < num_tokens && adapters.adapted[token];
+        u32 *own = (u32 *)(low_rank + token * LOW_RANK_PITCH + low_tile * 16 + row);
+        for (int block = 0; block < cluster_blocks(); block++)
+          store_to_block(block, own, is_draft ? pack_bf16(one, two) : 0);
+      }
+    }
+    __syncwarp();
+    cluster_barrier();
+  }
 #pragma unroll
   for (int i = 0; i < ADAPTER_CHUNKS; i++) {
     const int c = warp + i * WARPS;
@@ -413,21 +384,15 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
       if (token < num_tokens)
         v = IN_CLUSTER ? *((const uint4 *)(low_rank + token * LOW_RANK_PITCH) + c * 4 + t)
                        : ((const uint4 *)(adapters.low_rank + (size_t)token * R))[c * 4 + t];
-      mma_chunk(acc[nt], adapter_a[i], adapter_b[i], v);
+      mma_chunk(acc[0][nt], adapter_a[i], adapter_b[i], v);
     }
   }
+  publish_sums(acc[0]);
+  if (NORM) {
 #pragma unroll
-  for (int nt = 0; nt < NT; nt++) {
-    int token = nt * 8 + 2 * t;
-    partial[warp][token][g] = acc[nt][0];
-    partial[warp][token + 1][g] = acc[nt][1];
-    partial[warp][token][g + 8] = acc[nt][2];
-    partial[warp][token + 1][g + 8] = acc[nt][3];
-    if (NORM) {
-      float s = square[nt];
-      s += __shfl_xor_sync(0xffffffffu, s, 1);
-      s += __shfl_xor_sync(0xffffffffu, s, 2);
-      if (t == 0) squares[warp][nt * 8 + g] = s;
+    for (int nt = 0; nt < NT; nt++) {
+      const float sum = quad_sum(square[nt]);
+      if (t == 0) squares[warp][nt * 8 + g] = sum;
     }
   }
   __syncthreads();
@@ -511,7 +476,10 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
 // attn_out [T, HEADS * HEAD_DIM], and the down projection of inner [T, FFN] = silu(gate) * up.
 // The last four numbers are the ranks of adapters.
 #define FUSED_KERNEL extern "C" __global__ void __launch_bounds__(WARPS * 32)
-#define FUSED_KERNELS(NT, TILES, QKV_R, OUTPUT_R, GATE_UP_R, DOWN_R)                                                   \
+// The gate and up projections have more blocks than most GPUs have multiprocessors. With tiles of A, two
+// blocks fit on one only if their registers are limited.
+#define ADAPTED_GATE_UP_KERNEL extern "C" __global__ void __launch_bounds__(WARPS * 32, 1 + IN_CLUSTERS)
+#define FUSED_KERNELS(NT, TILES, GATE_UP_KERNEL, QKV_R, OUTPUT_R, GATE_UP_R, DOWN_R)                                   \
   FUSED_KERNEL fused_qkv_##NT(const bf16 *weight, const bf16 *x, const bf16 *norm, const bf16 *bias, bf16 *qkv,        \
                               int num_tokens, const int *adapted, const bf16 *lora_a, const bf16 *low_rank,            \
                               const bf16 *lora_b) {                                                                    \
@@ -535,8 +503,9 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
                                                                                   num_tokens, {adapted, lora_a,        \
                                                                                   low_rank, lora_b});                  \
   }                                                                                                                    \
-  FUSED_KERNEL fused_gate_up_##NT(const bf16 *weight, const bf16 *x, const bf16 *norm, bf16 *inner, int num_tokens,    \
-                                  const int *adapted, const bf16 *lora_a, const bf16 *low_rank, const bf16 *lora_b) {  \
+  GATE_UP_KERNEL fused_gate_up_##NT(const bf16 *weight, const bf16 *x, const bf16 *norm, bf16 *inner, int num_tokens,  \
+                                    const int *adapted, const bf16 *lora_a, const bf16 *low_rank,                      \
+                                    const bf16 *lora_b) {                                                              \
     fused_product<TILES, SWIGLU, true, HIDDEN, FFN, GATE_UP_R>(weight, x, norm, 0, inner, num_tokens,                  \
                                                                {adapted, lora_a, low_rank, lora_b});                   \
   }                                                                                                                    \
@@ -545,9 +514,9 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
     fused_product<TILES, ADD_RESIDUAL, false, FFN, HIDDEN, DOWN_R>(weight, inner, 0, 0, x, num_tokens,                 \
                                                                    {adapted, lora_a, low_rank, lora_b});               \
   }
-FUSED_KERNELS(1, 1, 0, 0, 0, 0)
-FUSED_KERNELS(2, 2, 0, 0, 0, 0)
-FUSED_KERNELS(4, 4, 0, 0, 0, 0)
+FUSED_KERNELS(1, 1, FUSED_KERNEL, 0, 0, 0, 0)
+FUSED_KERNELS(2, 2, FUSED_KERNEL, 0, 0, 0, 0)
+FUSED_KERNELS(4, 4, FUSED_KERNEL, 0, 0, 0, 0)
 
 // The low-rank products of draft tokens with A [R, ...] that the kernels above continue.
 #if ADAPTED
@@ -570,9 +539,9 @@ FUSED_KERNELS(4, 4, 0, 0, 0, 0)
                                         bf16 *low_rank, int num_tokens) {                                              \
     fused_product<NT, LOW_RANK, false, FFN, DOWN_RANK>(lora_a, inner, 0, 0, low_rank, num_tokens, {adapted, 0, 0, 0}); \
   }
-FUSED_KERNELS(adapted_1, 1, QKV_RANK, OUTPUT_RANK, GATE_UP_RANK, DOWN_RANK)
-FUSED_KERNELS(adapted_2, 2, QKV_RANK, OUTPUT_RANK, GATE_UP_RANK, DOWN_RANK)
-FUSED_KERNELS(adapted_4, 4, QKV_RANK, OUTPUT_RANK, GATE_UP_RANK, DOWN_RANK)
+FUSED_KERNELS(adapted_1, 1, ADAPTED_GATE_UP_KERNEL, QKV_RANK, OUTPUT_RANK, GATE_UP_RANK, DOWN_RANK)
+FUSED_KERNELS(adapted_2, 2, ADAPTED_GATE_UP_KERNEL, QKV_RANK, OUTPUT_RANK, GATE_UP_RANK, DOWN_RANK)
+FUSED_KERNELS(adapted_4, 4, ADAPTED_GATE_UP_KERNEL, QKV_RANK, OUTPUT_RANK, GATE_UP_RANK, DOWN_RANK)
 #if !IN_CLUSTERS
 LOW_RANK_KERNELS(1)
 LOW_RANK_KERNELS(2)

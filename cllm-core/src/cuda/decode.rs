@@ -46,6 +46,9 @@ const STAGING_PAD: usize = 32;
 const LOW_RANK_PAD: usize = 8;
 /// Maximum number of blocks that share the work for A x.
 const MAX_FUSED_CLUSTER: usize = 8;
+/// Maximum rank of a product's adapters for which clusters compute A x: the registers of a block hold
+/// two tiles of A beside one of the weight.
+const MAX_CLUSTER_RANK: usize = 2 * BLOCK_ROWS * MAX_FUSED_CLUSTER;
 /// Elements between the queries that a small step's attention rotates in shared memory.
 const QUERY_PAD: usize = 8;
 /// Elements between the sums that the warps of the attention merge: their maximum, their weights, and
@@ -146,12 +149,13 @@ fn in_clusters(shape: &KernelShape, ranks: AdapterRanks, capability: (u32, u32))
     let widths = [(shape.hidden, ranks.qkv), (shape.attn(), ranks.output), (0, ranks.gate_up), (shape.ffn, ranks.down)];
     let fits = |(width, rank)| {
         let bytes = staged_bytes(GROUP_TOKENS, width, capability) + low_rank_bytes(GROUP_TOKENS, rank);
-        bytes <= max_staged_bytes(capability)
+        rank <= MAX_CLUSTER_RANK && bytes <= max_staged_bytes(capability)
     };
     capability.0 >= 9 && !is_wide(shape) && widths.into_iter().all(fits)
 }
 
-/// Blocks that share the work for A x: one for each of its tiles of rows, up to a maximum.
+/// Blocks that share the work for A x: at least one for each of its tiles of rows, or as many as there
+/// may be, each of which then has two (`TILES` in the source).
 fn fused_cluster(rank: usize) -> usize {
     (rank / BLOCK_ROWS).next_power_of_two().min(MAX_FUSED_CLUSTER)
 }
@@ -165,11 +169,12 @@ fn macros(shape: &KernelShape, ranks: AdapterRanks, capability: (u32, u32)) -> M
         ("GROUP_TOKENS", GROUP_TOKENS.to_string()),
         // Short rows are loaded at once. For long ones, more blocks on a multiprocessor help more
         // than loading far ahead.
-        ("DEPTH", if is_wide(shape) { 2 } else { 4 }.to_string()),
+        ("MAX_DEPTH", if is_wide(shape) { 2 } else { 4 }.to_string()),
         ("SUMS_BYTES", SUMS_BYTES.to_string()),
         ("MAX_STAGED_BYTES", max_staged_bytes(capability).to_string()),
         ("STAGING_PAD", STAGING_PAD.to_string()),
         ("IN_CLUSTERS", u8::from(in_clusters(shape, ranks, capability)).to_string()),
+        ("MAX_FUSED_CLUSTER", MAX_FUSED_CLUSTER.to_string()),
         ("LOW_RANK_PAD", LOW_RANK_PAD.to_string()),
         ("SEGMENT", SEGMENT.to_string()),
         ("SAMPLE_THREADS", THREADS.to_string()),
@@ -1223,7 +1228,7 @@ mod tests {
         for signature in fused.iter().chain(&low_rank).chain(&others).chain(&attention) {
             assert_declared(SOURCE, signature);
         }
-        let num_kernels = SOURCE.matches("FUSED_KERNEL fused").count() + SOURCE.matches("\"C\" __global__").count() - 1;
+        let num_kernels = SOURCE.matches("_KERNEL fused").count() + SOURCE.matches("\"C\" __global__").count() - 2;
         assert_eq!(
             num_kernels,
             fused.len() + low_rank.len() + others.len() + attention.len(),

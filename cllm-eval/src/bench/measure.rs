@@ -83,7 +83,6 @@ impl Bench<'_> {
 
     /// Measures steps of strategy `gated`, with random adapters beside the model's weights.
     fn measure_gated(&self, gated: &GatedBenchSettings, single_ms: f64) -> Result<GatedBench> {
-        let &GatedBenchSettings { rank, first_layer } = gated;
         let lora = draft_adapters(gated);
         let peak_of_ar = self
             .peak_memory_of(|| self.time_step(&mut self.step_decoder(Strategy::Ar, 1)?, 1, Strategy::Ar).map(drop))?;
@@ -101,8 +100,9 @@ impl Bench<'_> {
             Ok(())
         })?;
         Ok(GatedBench {
-            rank,
-            first_layer,
+            rank: lora.rank,
+            targets: lora.targets,
+            first_layer: lora.first_layer,
             relative_step_time: gated_step_ms.iter().map(|(&n, &ms)| (n, ms / single_ms)).collect(),
             gated_step_ms,
             memory_over_ar: peak.zip(peak_of_ar).map(|(peak, of_ar)| peak as f64 / of_ar as f64),
@@ -473,7 +473,7 @@ fn median_time(values: impl Iterator<Item = f64>) -> Result<f64> {
     median(values).ok_or_else(|| Error::internal("nothing was timed"))
 }
 
-/// Adapters for draft tokens in all projections.
-fn draft_adapters(&GatedBenchSettings { rank, first_layer }: &GatedBenchSettings) -> LoraConfig {
-    LoraConfig { rank, first_layer, on: AdaptedTokens::Drafts, ..LoraConfig::default() }
+fn draft_adapters(gated: &GatedBenchSettings) -> LoraConfig {
+    let &GatedBenchSettings { rank, ref targets, first_layer } = gated;
+    LoraConfig { rank, targets: targets.clone(), first_layer, on: AdaptedTokens::Drafts, ..LoraConfig::default() }
 }

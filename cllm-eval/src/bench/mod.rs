@@ -14,14 +14,14 @@ use std::path::Path;
 use cllm_core::chat_template::today;
 use cllm_core::checkpoint::{self, hub};
 use cllm_core::cuda::libtorch;
-use cllm_core::model::Transformer;
+use cllm_core::model::{LoraTarget, Transformer};
 use cllm_core::prompt_set::{self, Sample};
 use cllm_core::tokenizer::Tokenizer;
 use cllm_core::{Error, Result, device, progress, text_file};
 use tch::Device;
 
 use measure::Bench;
-pub use record::{DecodeBench, DecodeBenchResults};
+pub use record::{DecodeBench, DecodeBenchResults, GatedBench};
 pub use settings::BenchSettings;
 
 /// Measures a model and adds it to the output file.
@@ -126,11 +126,7 @@ fn model_summary(model: &DecodeBench) -> String {
     if let Some(gated) = &model.gated {
         for (n, ms) in &gated.gated_step_ms {
             let relative = gated.relative_step_time[n];
-            let adapters = match gated.first_layer {
-                0 => format!("rank {}", gated.rank),
-                first_layer => format!("rank {} from layer {first_layer}", gated.rank),
-            };
-            text += &format!("  gated step, n={n:>3}, {adapters}: {ms:8.3} ms, {relative:.2}x\n");
+            text += &format!("  gated step, n={n:>3}, {}: {ms:8.3} ms, {relative:.2}x\n", adapters_of(gated));
         }
         if let Some(ratio) = gated.memory_over_ar {
             text += &format!("  memory of gated decoding over autoregressive: {ratio:.3}x\n");
@@ -165,6 +161,18 @@ fn model_summary(model: &DecodeBench) -> String {
             limit(collection.fraction_of_bandwidth, "what the memory bandwidth allows"),
             limit(collection.fraction_of_peak_flops, "the peak of the arithmetic"),
         );
+    }
+    text
+}
+
+/// The adapters of a measurement, in words.
+fn adapters_of(gated: &GatedBench) -> String {
+    let mut text = format!("rank {}", gated.rank);
+    if gated.first_layer > 0 {
+        text += &format!(" from layer {}", gated.first_layer);
+    }
+    if gated.targets.len() < LoraTarget::ALL.len() {
+        text += &format!(" on {} of {} projections", gated.targets.len(), LoraTarget::ALL.len());
     }
     text
 }

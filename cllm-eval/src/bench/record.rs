@@ -1,12 +1,13 @@
 //! What `bench` writes.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use cllm_core::bench_results::{BenchRecord, BenchResults};
 use cllm_core::decode::Strategy;
+use cllm_core::model::LoraTarget;
 use serde::{Deserialize, Serialize};
 
-use super::settings::BenchSettings;
+use super::settings::{BenchSettings, every_projection};
 
 /// The output file: one record per model.
 pub type DecodeBenchResults = BenchResults<DecodeBench>;
@@ -66,6 +67,9 @@ impl BenchRecord for DecodeBench {
 pub struct GatedBench {
     /// Rank of the adapters.
     pub rank: i64,
+    /// The projections that have one.
+    #[serde(default = "every_projection")]
+    pub targets: BTreeSet<LoraTarget>,
     /// The first layer with adapters.
     #[serde(default)]
     pub first_layer: usize,

@@ -1,10 +1,11 @@
 //! Settings of `bench`.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use cllm_core::chat_template::RenderSettings;
 use cllm_core::decode::Strategy;
-use cllm_core::model::ModelShape;
+use cllm_core::model::{LoraTarget, ModelShape};
 use cllm_core::settings;
 use garde::Validate;
 use schemars::JsonSchema;
@@ -85,13 +86,21 @@ pub struct BenchSettings {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(deny_unknown_fields)]
 pub struct GatedBenchSettings {
-    /// Rank of the adapters, which all projections get.
+    /// Rank of the adapters.
     #[garde(range(min = 1, max = 65536))]
     pub rank: i64,
+    /// The projections that get an adapter in each layer from `first_layer` on.
+    #[serde(default = "every_projection")]
+    #[garde(length(min = 1))]
+    pub targets: BTreeSet<LoraTarget>,
     /// The first layer that gets adapters, counted from 0.
     #[serde(default)]
     #[garde(skip)]
     pub first_layer: usize,
+}
+
+pub(super) fn every_projection() -> BTreeSet<LoraTarget> {
+    LoraTarget::ALL.into()
 }
 
 impl Default for BenchSettings {

@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use cllm_eval::bench::DecodeBenchResults;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::made_up::model;
 use cllm_testing::programs::{Program, path};
@@ -47,7 +47,7 @@ fn the_file_holds_every_measurement_and_one_record_per_model() {
             "collect_batch_sizes=[2, 3]",
             "collect_n=4",
             "batch_step_tokens=[1, 4]",
-            "gated={rank: 4}",
+            "gated={rank: 4, targets: [v_proj, q_proj]}",
             &format!("baseline={baseline}"),
         ],
     );
@@ -67,6 +67,7 @@ fn the_file_holds_every_measurement_and_one_record_per_model() {
     let gated = &first["gated"];
     assert!(is_positive(&gated["gated_step_ms"]["2"]) && is_positive(&gated["relative_step_time"]["2"]), "{gated}");
     assert_eq!((&gated["rank"], &gated["memory_over_ar"]), (&4.into(), &Value::Null));
+    assert_eq!(gated["targets"], json!(["q_proj", "v_proj"]));
     for (index, batch_size) in [2, 3].into_iter().enumerate() {
         let collection = &first["collections"][index];
         assert_eq!((&collection["responses"], &collection["batch_size"]), (&4.into(), &batch_size.into()));
