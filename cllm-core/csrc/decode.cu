@@ -238,9 +238,11 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
     rows_a[i] = (const uint4 *)(adapters.lora_a + (size_t)(low_tile * 16 + g) * K) + t;
     rows_b[i] = rows_a[i] + K;
   }
-  // A warp multiplies every WARPS-th chunk of k, DEPTH chunks at a time.
+  // A warp multiplies every WARPS-th chunk of k, DEPTH chunks at a time. Tiles of A take registers, so with
+  // them no round loads more than it needs.
   constexpr int chunks = K / 32, WARP_CHUNKS = (chunks + WARPS - 1) / WARPS;
-  constexpr int ROUNDS = (WARP_CHUNKS + MAX_DEPTH - 1) / MAX_DEPTH, DEPTH = (WARP_CHUNKS + ROUNDS - 1) / ROUNDS;
+  constexpr int ROUNDS = (WARP_CHUNKS + MAX_DEPTH - 1) / MAX_DEPTH;
+  constexpr int DEPTH = TILES > 1 ? (WARP_CHUNKS + ROUNDS - 1) / ROUNDS : MAX_DEPTH;
   uint4 a[DEPTH][TILES], b[DEPTH][TILES];
   auto load_rows = [&](uint4 (&a)[DEPTH][TILES], uint4 (&b)[DEPTH][TILES], int base) {
 #pragma unroll
@@ -340,13 +342,12 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
 #pragma unroll
       for (int i = 0; i < TILES; i++) a[d][i] = next_a[d][i], b[d][i] = next_b[d][i];
   }
-  auto publish_sums = [&](const float (&sums)[NT][4]) {
-#pragma unroll
-    for (int nt = 0; nt < NT; nt++) {
-      const int token = nt * 8 + 2 * t;
-      partial[warp][token][g] = sums[nt][0], partial[warp][token + 1][g] = sums[nt][1];
-      partial[warp][token][g + 8] = sums[nt][2], partial[warp][token + 1][g + 8] = sums[nt][3];
-    }
+  auto publish_sums = [&](int nt, const float (&sums)[4]) {
+    const int token = nt * 8 + 2 * t;
+    partial[warp][token][g] = sums[0];
+    partial[warp][token + 1][g] = sums[1];
+    partial[warp][token][g + 8] = sums[2];
+    partial[warp][token + 1][g + 8] = sums[3];
   };
   if constexpr (IN_CLUSTER) {
     // All blocks have started.
@@ -354,7 +355,8 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
 #pragma unroll
     for (int i = 1; i < TILES; i++) {
       if (i > 1) __syncthreads();
-      publish_sums(acc[i]);
+#pragma unroll
+      for (int nt = 0; nt < NT; nt++) publish_sums(nt, acc[i][nt]);
       __syncthreads();
       const int low_tile = first_low_tile + i - 1;
       if (low_tile >= R / 16) continue;
@@ -387,10 +389,10 @@ __device__ __forceinline__ void fused_product(const bf16 *weight, const bf16 *x,
       mma_chunk(acc[0][nt], adapter_a[i], adapter_b[i], v);
     }
   }
-  publish_sums(acc[0]);
-  if (NORM) {
 #pragma unroll
-    for (int nt = 0; nt < NT; nt++) {
+  for (int nt = 0; nt < NT; nt++) {
+    publish_sums(nt, acc[0][nt]);
+    if (NORM) {
       const float sum = quad_sum(square[nt]);
       if (t == 0) squares[warp][nt * 8 + g] = sum;
     }
