@@ -16,7 +16,6 @@ mod session;
 mod timing;
 
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
 
 use cllm_core::chat_template::{Date, today};
 use cllm_core::decode::Strategy;
@@ -175,7 +174,7 @@ fn answer_prompts(session: &mut Session<'_>, models: Vec<IdentifiedModel>, promp
         }
     }
     if let ([teacher, student], false) = (&mut kept[..], drafted.is_empty()) {
-        teacher.draft_model = Some(Rc::clone(&student.model));
+        teacher.draft_with(student);
         measure_strategies(session, teacher, &drafted)?;
     }
     timing::time_strategies(session, &kept)?;

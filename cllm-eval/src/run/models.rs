@@ -70,8 +70,10 @@ pub(super) struct LoadedModel {
     /// The model that proposes tokens in [`Strategy::Drafted`].
     pub(super) draft_model: Option<Rc<Transformer>>,
     pub(super) prompts: Prompts,
-    /// GPU memory in use before this model was loaded, in bytes.
-    memory_before_bytes: u64,
+    /// GPU memory of the weights, and of those of the draft model, in bytes; 0 on the CPU.
+    weight_bytes: u64,
+    /// GPU memory that others used when the last measurement began, in bytes.
+    memory_of_others_bytes: u64,
     /// Peak GPU memory at batch 1 by strategy; empty on the CPU.
     pub(super) batch1_peak_bytes: Vec<(Strategy, u64)>,
 }
@@ -80,14 +82,15 @@ impl LoadedModel {
     /// # Errors
     /// When a file of the model is missing or broken, or memory runs out.
     pub(super) fn load(model: IdentifiedModel, prompts: Prompts, device: Device) -> Result<Self> {
-        let memory_before_bytes = libtorch::gpu_memory(device).map_or(0, |(current, _)| current);
+        let memory_before_bytes = memory_in_use(device);
         let transformer = checkpoint::load(&model.folder, device, device::default_kind(device))?;
         Ok(LoadedModel {
             role: model.role,
             model: Rc::new(transformer),
             draft_model: None,
             prompts,
-            memory_before_bytes,
+            weight_bytes: memory_in_use(device).saturating_sub(memory_before_bytes),
+            memory_of_others_bytes: memory_before_bytes,
             batch1_peak_bytes: Vec::new(),
         })
     }
@@ -109,11 +112,28 @@ impl LoadedModel {
         }
     }
 
-    /// Peak GPU memory since the last reset, excluding what was in use before this model was
-    /// loaded. `None` on the CPU.
-    pub(super) fn peak_memory_bytes(&self) -> Option<u64> {
-        libtorch::gpu_memory(self.model.device()).map(|(_, peak)| peak.saturating_sub(self.memory_before_bytes))
+    /// Sets the model that proposes tokens in [`Strategy::Drafted`].
+    pub(super) fn draft_with(&mut self, draft_model: &LoadedModel) {
+        self.draft_model = Some(Rc::clone(&draft_model.model));
+        self.weight_bytes += draft_model.weight_bytes;
     }
+
+    /// Starts a new measurement of peak memory. It leaves out what others use by now: another model, and
+    /// workspaces of libtorch, which stay allocated whichever model was the first to need them.
+    pub(super) fn reset_peak_memory(&mut self) {
+        let device = self.model.device();
+        libtorch::reset_peak_gpu_memory(device);
+        self.memory_of_others_bytes = memory_in_use(device).saturating_sub(self.weight_bytes);
+    }
+
+    /// Peak GPU memory of this model since the last reset. `None` on the CPU.
+    pub(super) fn peak_memory_bytes(&self) -> Option<u64> {
+        libtorch::gpu_memory(self.model.device()).map(|(_, peak)| peak.saturating_sub(self.memory_of_others_bytes))
+    }
+}
+
+fn memory_in_use(device: Device) -> u64 {
+    libtorch::gpu_memory(device).map_or(0, |(current, _)| current)
 }
 
 pub(super) fn decode_options(strategy: Strategy, settings: &RunSettings) -> DecodeOptions {
