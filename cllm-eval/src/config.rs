@@ -10,8 +10,6 @@ use garde::Validate;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::role::Role;
-
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize, Validate, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
 pub struct RunSettings {
@@ -156,15 +154,6 @@ impl RunSettings {
             Some(name) => format!("{} / {split}", name.display()),
             None => format!("{} / {split}", benchmark.name()),
         }
-    }
-
-    /// The strategies of a model. Only the teacher has those with a draft model, which is the
-    /// student, and only the student those with adapters for draft tokens.
-    pub fn strategies_of(&self, role: Role) -> impl Iterator<Item = Strategy> + '_ {
-        self.strategies.iter().copied().filter(move |strategy| match role {
-            Role::Teacher => !strategy.needs_draft_adapters(),
-            Role::Student => !strategy.needs_draft_model(),
-        })
     }
 }
 

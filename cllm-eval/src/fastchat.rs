@@ -37,7 +37,7 @@ pub fn write(folder: &Path, records: &Records) -> Result<()> {
     std::fs::create_dir_all(folder).map_err(Error::write(folder))?;
     let tstamp = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64());
     for model in &records.header.models {
-        for strategy in records.header.settings.strategies_of(model.role) {
+        for strategy in records.header.strategies_of(model.role) {
             let model_id = format!("{}-{}", model.role, strategy.to_string().replace(' ', "-"));
             let path = folder.join(format!("{model_id}.jsonl"));
             let mut answers: Vec<&AnswerRecord> = records.answers_of(model.role, strategy).collect();

@@ -43,6 +43,10 @@ pub struct ModelEntry {
     /// Fingerprint of the chat template that rendered its prompts; null without one.
     #[serde(default)]
     pub chat_template: Option<String>,
+    /// Whether it is the teacher with adapters for draft tokens. Then only strategies that use these are
+    /// measured: with others, it would be the teacher once more.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub adapts_teacher: bool,
 }
 
 /// The first line of the file: what was run, and where.
@@ -285,6 +289,26 @@ impl Header {
         self.models.iter().find(|model| model.role == role)
     }
 
+    /// The strategies of a model. Only the teacher has those with a draft model, which is the
+    /// student, and only the student those with adapters for draft tokens; if it is the teacher with
+    /// such adapters, it has no others.
+    pub fn strategies_of(&self, role: Role) -> impl Iterator<Item = Strategy> + '_ {
+        let only_drafts = self.adapts_teacher(role);
+        self.settings.strategies.iter().copied().filter(move |strategy| match role {
+            Role::Teacher => !strategy.needs_draft_adapters(),
+            Role::Student => !strategy.needs_draft_model() && (strategy.needs_draft_adapters() || !only_drafts),
+        })
+    }
+
+    /// The role of the model that has the autoregressive answers of a model.
+    pub fn autoregressive_role(&self, role: Role) -> Role {
+        if self.adapts_teacher(role) { Role::Teacher } else { role }
+    }
+
+    fn adapts_teacher(&self, role: Role) -> bool {
+        self.model(role).is_some_and(|model| model.adapts_teacher)
+    }
+
     /// Machine and versions in one line.
     pub(crate) fn environment(&self) -> String {
         let Toolkit { version, libtorch } = &self.toolkit;
@@ -361,7 +385,7 @@ impl Records {
     /// records.
     pub(crate) fn log_missing_answers(&self, path: &Path) {
         for role in self.header.models.iter().map(|model| model.role) {
-            for strategy in self.header.settings.strategies_of(role) {
+            for strategy in self.header.strategies_of(role) {
                 let (num_answers, num_prompts) = (self.answers_of(role, strategy).count(), self.header.examples);
                 if num_answers < num_prompts {
                     let path = path.display();

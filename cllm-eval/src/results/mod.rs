@@ -42,7 +42,7 @@ impl Results {
 
 impl ModelResults {
     fn from_records(records: &Records, model: ModelEntry) -> Self {
-        let strategies = records.header.settings.strategies_of(model.role);
+        let strategies = records.header.strategies_of(model.role);
         let windows: Vec<_> = records.windows_of(model.role).collect();
         ModelResults {
             strategies: strategies

@@ -17,11 +17,10 @@ pub(super) fn differences(records: &Records) -> Vec<PairedDifference> {
     if Role::ALL.iter().any(|&role| header.model(role).is_none()) {
         return Vec::new();
     }
-    let settings = &header.settings;
-    settings
+    header
         .strategies_of(Role::Student)
         .map(|strategy| {
-            let reference = if settings.strategies.contains(&Strategy::Ar) { Strategy::Ar } else { strategy };
+            let reference = if header.settings.strategies.contains(&Strategy::Ar) { Strategy::Ar } else { strategy };
             difference(records, strategy, reference)
         })
         .collect()

@@ -14,7 +14,7 @@ use crate::statistics::ratio;
 pub(super) fn add(models: &mut [ModelResults], records: &Records) {
     add_speedups(models);
     add_intervals(models, records);
-    models.iter_mut().for_each(add_memory_ratios);
+    add_memory_ratios(models, records);
 }
 
 /// Tokens per second.
@@ -98,13 +98,19 @@ impl Speed {
     }
 }
 
-fn add_memory_ratios(model: &mut ModelResults) {
+fn add_memory_ratios(models: &mut [ModelResults], records: &Records) {
     let float = |bytes: Option<u64>| bytes.map(|bytes| bytes as f64);
-    let ar = model.autoregressive();
-    let batched = float(ar.and_then(|ar| ar.peak_memory_bytes));
-    let batch1 = float(ar.and_then(|ar| ar.speed_peak_memory_bytes));
-    for figures in &mut model.strategies {
-        figures.peak_memory_over_ar = ratio(float(figures.peak_memory_bytes), batched);
-        figures.speed_peak_memory_over_ar = ratio(float(figures.speed_peak_memory_bytes), batch1);
+    let of_ar = |model: &ModelResults| {
+        let ar = model.autoregressive()?;
+        Some((model.model.role, [float(ar.peak_memory_bytes), float(ar.speed_peak_memory_bytes)]))
+    };
+    let of_ar: HashMap<Role, [Option<f64>; 2]> = models.iter().filter_map(of_ar).collect();
+    for model in models {
+        let role = records.header.autoregressive_role(model.model.role);
+        let [batched, batch1] = of_ar.get(&role).copied().unwrap_or_default();
+        for figures in &mut model.strategies {
+            figures.peak_memory_over_ar = ratio(float(figures.peak_memory_bytes), batched);
+            figures.speed_peak_memory_over_ar = ratio(float(figures.speed_peak_memory_bytes), batch1);
+        }
     }
 }

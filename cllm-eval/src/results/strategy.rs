@@ -25,7 +25,10 @@ impl StrategyResults {
         figures.add_scores(&answers, records.header.benchmark);
         figures.add_thoughts(&answers, records.header.settings.max_thinking_tokens.is_some());
         figures.add_tokens(&answers);
-        figures.add_comparison_with_ar(&answers, records.answers_of(role, Strategy::Ar));
+        figures.add_comparison_with_ar(
+            &answers,
+            records.answers_of(records.header.autoregressive_role(role), Strategy::Ar),
+        );
         if !speeds.is_empty() {
             figures.add_speed(&speeds);
         }

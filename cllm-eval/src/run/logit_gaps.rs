@@ -10,16 +10,17 @@ use tch::{Kind, Tensor};
 
 use super::models::LoadedModel;
 use crate::records::AnswerRecord;
+use crate::role::Role;
 
 /// Fills in the missing logit gaps of a model's answers that differ from its autoregressive answers
-/// to the same prompts.
+/// to the same prompts, which `ar_role` has.
 ///
 /// # Errors
 /// libtorch's errors; interruption.
-pub(super) fn add(model: &LoadedModel, answers: &mut [AnswerRecord]) -> Result<()> {
+pub(super) fn add(model: &LoadedModel, ar_role: Role, answers: &mut [AnswerRecord]) -> Result<()> {
     let ar: HashMap<usize, (String, Vec<i32>)> = answers
         .iter()
-        .filter(|answer| answer.role == model.role && answer.strategy == Strategy::Ar)
+        .filter(|answer| answer.role == ar_role && answer.strategy == Strategy::Ar)
         .map(|answer| (answer.index, (answer.prompt.clone(), answer.response_ids.clone())))
         .collect();
     let is_open = |answer: &&mut AnswerRecord| answer.role == model.role && answer.logit_gap_at_difference.is_none();

@@ -59,6 +59,9 @@ pub fn run_on(settings: &RunSettings, today: Date) -> Result<Results> {
         names.into_iter().map(|(role, name)| IdentifiedModel::locate(role, name)).collect::<Result<_>>()?;
     models.iter().try_for_each(|model| model.check_adapters(&settings.strategies))?;
     let input = Input::prepare(settings, &examples, &mut models, today)?;
+    if let [teacher, student] = &mut models[..] {
+        student.entry.adapts_teacher = student.adapts(teacher, &settings.strategies)?;
+    }
     let settings = &recorded_settings(settings, &input);
     let mut session = Session::open(settings, &examples, scorer, sandbox.as_ref(), &models, device)?;
     match input {
@@ -167,7 +170,7 @@ fn answer_prompts(session: &mut Session<'_>, models: Vec<IdentifiedModel>, promp
     for (model, prompts) in models.into_iter().zip(prompts) {
         let mut model = LoadedModel::load(model, prompts, session.device)?;
         let alone: Vec<Strategy> =
-            session.settings.strategies_of(model.role).filter(|strategy| !strategy.needs_draft_model()).collect();
+            session.strategies_of(model.role).filter(|strategy| !strategy.needs_draft_model()).collect();
         measure_strategies(session, &mut model, &alone)?;
         if is_needed_later {
             kept.push(model);
@@ -187,9 +190,11 @@ fn measure_strategies(session: &mut Session<'_>, model: &mut LoadedModel, strate
         answers::answer_examples(session, model, strategy)?;
     }
     let reference = reference_strategy(&session.settings.strategies);
-    model.prompts.fill_second_turns(session.samples, session.journal.records().answers_of(model.role, reference))?;
+    let records = session.journal.records();
+    let role = records.header.autoregressive_role(model.role);
+    model.prompts.fill_second_turns(session.samples, records.answers_of(role, reference))?;
     if session.settings.sampling().is_greedy() {
-        logit_gaps::add(model, session.journal.answers_mut())?;
+        logit_gaps::add(model, role, session.journal.answers_mut())?;
     }
     memory::measure_batch1(session, model, strategies)
 }

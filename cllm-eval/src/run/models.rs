@@ -37,8 +37,20 @@ impl IdentifiedModel {
             fingerprint: checkpoint::fingerprint(&folder)?,
             parameters: config.num_parameters(),
             chat_template: None,
+            adapts_teacher: false,
         };
         Ok(IdentifiedModel { role, folder, entry })
+    }
+
+    /// Whether this is the teacher with adapters for draft tokens, which a strategy uses, and reads the
+    /// same prompts.
+    ///
+    /// # Errors
+    /// When a file of the model is missing or broken.
+    pub(super) fn adapts(&self, teacher: &IdentifiedModel, strategies: &[Strategy]) -> Result<bool> {
+        Ok(strategies.iter().any(|strategy| strategy.needs_draft_adapters())
+            && self.entry.chat_template == teacher.entry.chat_template
+            && checkpoint::fingerprint(&checkpoint::base_folder(&self.folder)?)? == teacher.entry.fingerprint)
     }
 
     /// Checks that adapters for draft tokens are there if a strategy needs them, and says so if no

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use cllm_core::chat_template::today;
+use cllm_core::decode::Strategy;
 use cllm_core::environment::{Hardware, Toolkit};
 use cllm_core::prompt_set::Sample;
 use cllm_core::sandbox::Sandbox;
@@ -17,6 +18,7 @@ use crate::config::RunSettings;
 use crate::journal::Journal;
 use crate::records::{Header, ModelEntry, SAMPLES, SCHEMA_VERSION};
 use crate::results::Results;
+use crate::role::Role;
 use crate::score::AnswerScorer;
 
 pub(super) struct Session<'a> {
@@ -67,11 +69,16 @@ impl<'a> Session<'a> {
         Ok(Session { settings: used, samples, scorer, device, timed, journal })
     }
 
+    /// The strategies of a model.
+    pub(super) fn strategies_of(&self, role: Role) -> impl Iterator<Item = Strategy> + '_ {
+        self.journal.records().header.strategies_of(role)
+    }
+
     /// Whether an earlier run measured everything and wrote its results.
     pub(super) fn is_complete(&self) -> bool {
         let (records, settings) = (self.journal.records(), &self.settings);
-        let num_turns: usize =
-            records.header.models.iter().map(|model| settings.strategies_of(model.role).count()).sum();
+        let header = &records.header;
+        let num_turns: usize = header.models.iter().map(|model| header.strategies_of(model.role).count()).sum();
         let is_measured = records.answers.len() == num_turns * self.samples.len()
             && records.speeds.len() == num_turns * self.timed.len()
             && settings.concurrency.iter().filter(|&&rows| rows > 1).all(|rows| {
@@ -99,9 +106,11 @@ fn relevant_settings(settings: &RunSettings, task: Task) -> RunSettings {
 }
 
 /// Fingerprint of everything that must be unchanged for a run to resume. The output folder may
-/// change, and so may the numbers of rows that are timed, each for itself.
+/// change, and so may the numbers of rows that are timed, each for itself. Whether a student adapts its
+/// teacher follows from the two models.
 fn identity(settings: &RunSettings, models: &[ModelEntry], samples: &[Sample]) -> Result<String> {
     let settings = RunSettings { output: PathBuf::new(), concurrency: Vec::new(), ..settings.clone() };
+    let models: Vec<_> = models.iter().map(|model| ModelEntry { adapts_teacher: false, ..model.clone() }).collect();
     let text = serde_json::to_vec(&(settings, models, samples)).map_err(Error::serialization)?;
     Ok(fingerprint::hash_bytes(&text))
 }

@@ -47,7 +47,7 @@ pub(super) type Turn = (usize, Strategy);
 /// Every model with every strategy.
 pub(super) fn turns(session: &Session<'_>, models: &[LoadedModel]) -> Vec<Turn> {
     let of_model = |(number, model): (usize, &LoadedModel)| {
-        session.settings.strategies_of(model.role).map(move |strategy| (number, strategy)).collect::<Vec<_>>()
+        session.strategies_of(model.role).map(move |strategy| (number, strategy)).collect::<Vec<_>>()
     };
     models.iter().enumerate().flat_map(of_model).collect()
 }
@@ -64,7 +64,7 @@ pub(super) fn in_turns(turns: &[Turn], num_rounds: usize) -> impl Iterator<Item 
 /// # Errors
 /// As [`Decoder::new`].
 pub(super) fn decoders<'m>(session: &Session<'_>, models: &'m [LoadedModel], rows: usize) -> Result<Vec<Decoder<'m>>> {
-    let strategies = |model: &LoadedModel| session.settings.strategies_of(model.role).collect::<Vec<_>>();
+    let strategies = |model: &LoadedModel| session.strategies_of(model.role).collect::<Vec<_>>();
     models.iter().map(|model| model.decoder(rows, &strategies(model))).collect()
 }
 

@@ -30,6 +30,7 @@ pub fn records() -> Records {
         fingerprint: format!("f{path}"),
         parameters: 10,
         chat_template: None,
+        adapts_teacher: false,
     };
     let settings = RunSettings {
         teacher: Some("t".into()),
