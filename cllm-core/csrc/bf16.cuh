@@ -1,4 +1,4 @@
-// The beginning of every kernel source: bfloat16 conversions, tensor-core products and warp
+// The beginning of every kernel source: bfloat16 conversions, tensor-core products and
 // reductions. Kernels are compiled at run time by NVRTC, which has no headers, so even INFINITY is
 // defined here.
 typedef unsigned short bf16;
@@ -30,6 +30,18 @@ __device__ __forceinline__ void mma(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a
 __device__ __forceinline__ float warp_sum(float x) {
   for (int step = 16; step > 0; step >>= 1) x += __shfl_xor_sync(0xffffffffu, x, step);
   return x;
+}
+
+// Every thread of a block gets the sum over all, in the same order each time.
+__device__ __forceinline__ float block_sum(float x) {
+  __shared__ float sums[32];
+  x = warp_sum(x);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
+  __syncthreads();
+  float sum = 0.f;
+  for (int w = 0; w < blockDim.x / 32; w++) sum += sums[w];
+  return sum;
 }
 
 // Each quad (four neighbouring lanes) holds the values of one row of an mma result; every lane gets

@@ -99,7 +99,7 @@ struct SampleBlocks {
 // The first kernel of a step copies the embeddings, and that of the layers after the shared ones rows
 // of the residual stream. Its successors may read the step's input before wait_for_predecessor(), so
 // it lets them start only when that input has arrived.
-extern "C" __global__ void embed(const bf16 *table, const int *tokens, bf16 *x) {
+extern "C" __global__ void copy_rows(const bf16 *table, const int *tokens, bf16 *x) {
   wait_for_predecessor();
   let_successor_start();
   const uint4 *from = (const uint4 *)(table + (size_t)tokens[blockIdx.x] * HIDDEN);
@@ -701,18 +701,6 @@ struct SegmentLogits {
   __device__ __forceinline__ float logit(int i) const { return ((const float *)quads)[i]; }
   __device__ __forceinline__ int id(int i) const { return first_id + i / 4 * (4 * SAMPLE_THREADS) + i % 4; }
 };
-
-// Every thread of a block gets the sum over all, in the same order each time.
-__device__ __forceinline__ float block_sum(float x) {
-  __shared__ float sums[32];
-  x = warp_sum(x);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = x;
-  __syncthreads();
-  float sum = 0.f;
-  for (int w = 0; w < blockDim.x / 32; w++) sum += sums[w];
-  return sum;
-}
 
 // Sets the logits of a token to -INFINITY outside the nucleus: the likeliest tokens whose probabilities
 // sum to top_p (Holtzman et al. 2019). Equal logits are in it or not together. Rows of logits, `pitch`

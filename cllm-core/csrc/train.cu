@@ -83,18 +83,6 @@ __device__ __forceinline__ void store8(bf16 *row, int column, const Float8 &x) {
   }
 }
 
-// Every thread gets the sum over the block.
-__device__ __forceinline__ float block_sum(float x) {
-  __shared__ float partial[32];
-  x = warp_sum(x);
-  __syncthreads();
-  if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = x;
-  __syncthreads();
-  float sum = 0.f;
-  for (int w = 0; w < blockDim.x / 32; w++) sum += partial[w];
-  return sum;
-}
-
 // Every thread gets the maximum over the block.
 __device__ __forceinline__ float block_max(float x) {
   __shared__ float partial[32];

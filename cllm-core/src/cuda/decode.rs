@@ -496,8 +496,8 @@ const CANDIDATES_OF_BLOCKS: Signature<Sizes> = Signature {
     ]],
     ..ARGMAX_OF_BLOCKS
 };
-const EMBED: Signature<Sizes> = Signature {
-    name: "embed",
+const COPY_ROWS: Signature<Sizes> = Signature {
+    name: "copy_rows",
     grid: |s| [s.tokens, 1],
     threads: |_| 64,
     params: &[&[bf16("table", |s| s.table_rows * s.shape.hidden), int32("tokens", |s| s.tokens), X]],
@@ -613,7 +613,7 @@ pub struct DecodeKernels {
     ranks: AdapterRanks,
     /// For up to 8 and 16 tokens, and for groups of up to 32.
     fused: [FusedKernels; 3],
-    embed: Kernel<Sizes>,
+    copy_rows: Kernel<Sizes>,
     argmax_of_blocks: Kernel<Sizes>,
     candidates_of_blocks: Kernel<Sizes>,
     /// On Hopper.
@@ -726,7 +726,7 @@ impl DecodeKernels {
             .collect::<Result<_>>()?;
         Ok(DecodeKernels {
             fused: [fused(1)?, fused(2)?, fused(4)?],
-            embed: kernel(&EMBED, 0)?,
+            copy_rows: kernel(&COPY_ROWS, 0)?,
             argmax_of_blocks: kernel(&ARGMAX_OF_BLOCKS, 0)?,
             candidates_of_blocks: kernel(&CANDIDATES_OF_BLOCKS, 0)?,
             batch_products: BatchProducts::new(device, shape, &macros)?,
@@ -784,7 +784,7 @@ impl DecodeKernels {
         let sizes = Sizes { table_rows: rows.num_rows, ..self.input_sizes(input)? };
         let arguments = [Data(rows.table), Data(rows.indices), Data(x)];
         // SAFETY: the writer of the input has checked the indices.
-        unsafe { self.embed.launch(&sizes, &arguments) }
+        unsafe { self.copy_rows.launch(&sizes, &arguments) }
     }
 
     /// `qkv [T, qkv]` = the projection of the RMS norm of `x [T, hidden]`, for steps of few tokens.
@@ -1214,7 +1214,7 @@ mod tests {
             [FUSED_QKV, FUSED_QKV_ROTATED, FUSED_OUTPUT, FUSED_GATE_UP, FUSED_DOWN, FUSED_SAMPLE, FUSED_CANDIDATES];
         let low_rank = [LOW_RANK_QKV, LOW_RANK_OUTPUT, LOW_RANK_GATE_UP, LOW_RANK_DOWN];
         let others = [
-            EMBED,
+            COPY_ROWS,
             ARGMAX_OF_BLOCKS,
             CANDIDATES_OF_BLOCKS,
             ADD_RMS_NORM,
