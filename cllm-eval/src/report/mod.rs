@@ -15,7 +15,7 @@ mod section;
 use std::path::{Path, PathBuf};
 
 use cllm_core::printable::{to_markdown, to_printable};
-use cllm_core::{Error, Result, atomic_file, output_folder};
+use cllm_core::{Error, Result, atomic_file, output_folder, progress};
 use minijinja::value::Serde;
 use minijinja::{AutoEscape, Environment, context, default_auto_escape_callback, escape_formatter};
 
@@ -33,8 +33,11 @@ const TEMPLATES: [(&str, &str); 4] = [
     ("report.md", include_str!("../../templates/report.md")),
     ("report.html", include_str!("../../templates/report.html")),
     ("report.tex", include_str!("../../templates/report.tex")),
-    ("model-card.md", include_str!("../../templates/model-card.md")),
+    (MODEL_CARD, include_str!("../../templates/model-card.md")),
 ];
+
+/// The file that is about one model, and so is not written for runs of several.
+const MODEL_CARD: &str = "model-card.md";
 
 /// How the values of templates named `.md` are escaped.
 const MARKDOWN: &str = "markdown";
@@ -43,7 +46,8 @@ const MARKDOWN: &str = "markdown";
 const GENERATOR: &str = r#"<meta name="generator" content="cllm-eval report">"#;
 
 /// Renders the report of one or several runs into `output`, or beside the first of them, and
-/// returns the files that were written. `remarks` are sentences about what has no results.
+/// returns the files that were written. `remarks` are sentences about what has no results. Runs of
+/// several models have no model card.
 ///
 /// # Errors
 /// When a file is missing, is not a results.json, or cannot be written.
@@ -67,9 +71,16 @@ pub fn report(results: &[PathBuf], output: Option<&Path>, remarks: &[String]) ->
         kind => minijinja::Value::from(Serde(model_card::kind(&runs))),
         own_strategy => model_card::own_strategy(&runs).map(minijinja::Value::from_safe_string),
     };
+    let has_card = model_card::describes_one_model(&runs);
+    if !has_card {
+        progress::log(format!(
+            "{MODEL_CARD} is not written: it would describe one model, and these runs evaluated several; draw a report \
+             of the runs of each model alone"
+        ));
+    }
     let environment = environment();
     let mut texts = Vec::new();
-    for (name, template) in TEMPLATES {
+    for (name, template) in TEMPLATES.into_iter().filter(|(name, _)| has_card || *name != MODEL_CARD) {
         let text = environment
             .render_named_str(name, template, &values)
             .map_err(|error| Error::internal(format!("rendering {name}: {error:#}")))?;

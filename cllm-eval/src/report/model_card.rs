@@ -62,6 +62,15 @@ struct Metric {
     value: f64,
 }
 
+/// Whether all runs evaluated the same student, or the same model if there is no student.
+pub(super) fn describes_one_model(runs: &[Run]) -> bool {
+    let described = |run: &Run| {
+        let model = run.results.model(Role::Student).or(run.results.models.first());
+        model.map(|model| model.model.fingerprint.clone())
+    };
+    runs.windows(2).all(|pair| described(&pair[0]) == described(&pair[1]))
+}
+
 /// The YAML front matter of the card: accuracy, tokens per forward and speed-up of each run's
 /// fastest strategy.
 pub(super) fn front_matter(runs: &[Run]) -> Result<String> {

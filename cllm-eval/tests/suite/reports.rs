@@ -1,5 +1,7 @@
 //! Reports of synthetic results.
 
+use std::path::Path;
+
 use cllm_core::atomic_file;
 use cllm_core::decode::Strategy;
 use cllm_core::task::Task;
@@ -9,7 +11,7 @@ use cllm_eval::results::{RESULTS, Results};
 use cllm_eval::role::Role;
 use serde_json::Value;
 
-use crate::made_up::{JACOBI, records};
+use crate::made_up::{JACOBI, program, records};
 
 /// The report of the synthetic records: Markdown, page, LaTeX, model card.
 pub fn rendered_report() -> (tempfile::TempDir, [String; 4]) {
@@ -214,6 +216,28 @@ fn a_report_of_several_runs_begins_with_one_row_per_run() {
     let title = "jsonl / test / one";
     assert!(read("report.md").contains(&format!("| {title} | student")), "{title}");
     assert!(read("report.html").contains(&format!("<h2>{}</h2>", title.replace('/', "&#x2f;"))), "{title}");
+}
+
+#[test]
+fn several_runs_have_a_card_only_if_they_evaluated_the_same_student() {
+    let dir = tempfile::tempdir().unwrap();
+    let folders = ["one", "two"].map(|name| dir.path().join(name));
+    let write = |folder: &Path, student: &str| {
+        let mut records = records();
+        records.header.models[1].fingerprint = student.into();
+        std::fs::create_dir_all(folder).unwrap();
+        atomic_file::write_json(&folder.join(RESULTS), &Results::from_records(&records)).unwrap();
+    };
+    for (student, output, has_card) in [("same", "of-one", true), ("other", "of-both", false)] {
+        write(&folders[0], "same");
+        write(&folders[1], student);
+        let output = dir.path().join(output);
+        let run = program().arg("report").args(&folders).arg("--output").arg(&output).output().unwrap();
+        let (listed, log) = (String::from_utf8(run.stdout).unwrap(), String::from_utf8(run.stderr).unwrap());
+        assert!(run.status.success() && output.join("report.html").exists(), "{log}");
+        assert_eq!((output.join("model-card.md").exists(), listed.contains("model-card.md")), (has_card, has_card));
+        assert_eq!(log.contains("model-card.md is not written: it would describe one model"), !has_card, "{log}");
+    }
 }
 
 /// Its own answers are of no use.
