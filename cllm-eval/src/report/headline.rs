@@ -53,14 +53,12 @@ impl Headline {
         let (speedup, interval) = results.speedup(fastest);
         let (number, caption) = match (speedup, fastest.tokens_per_second) {
             (Some(speedup), _) => {
-                // As rounded.
-                let than = if speedup >= 1.005 { "faster than" } else { "as fast as" };
                 let baseline = match results.model(Role::Teacher) {
                     Some(_) if drafts_for_teacher => format!("the teacher alone ({label}, against autoregressive)"),
                     Some(_) if has_student => format!("the teacher ({name}, against autoregressive)"),
                     _ => format!("autoregressive decoding of the same model ({label})"),
                 };
-                (format!("{speedup:.2}x"), format!("{than} {baseline}"))
+                (format!("{speedup:.2}x"), format!("as fast at batch 1 as {baseline}"))
             }
             (None, speed @ Some(_)) => (format_speed(speed), format!("tokens/s at batch 1 ({name})")),
             (None, None) => (format_number(fastest.tokens_per_forward, 2, ""), format!("tokens per forward ({name})")),

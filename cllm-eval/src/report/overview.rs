@@ -61,7 +61,7 @@ impl Overview {
     fn new(runs: &[&Run], baseline: Option<&str>, fingerprint: Option<&str>) -> Self {
         let over = baseline.map_or_else(String::new, |name| {
             let weights = fingerprint.map_or_else(String::new, |fingerprint| format!(" (weights {fingerprint})"));
-            format!("; speed-ups are over autoregressive decoding of the {name}{weights}")
+            format!("; speed-ups are at batch 1, over autoregressive decoding of the {name}{weights}")
         });
         Overview {
             caption: format!(

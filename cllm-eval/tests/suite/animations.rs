@@ -90,7 +90,8 @@ fn without_animation_the_picture_shows_both_whole_answers() {
         svg.contains("Teacher, autoregressive decoding") && svg.contains("4.00 tokens per forward (jacobi n=4)"),
         "{svg}"
     );
-    assert!(svg.contains(">8 tokens in 8.00 s: 1 tokens/s<") && svg.contains("4.00x faster"), "{svg}");
+    assert!(svg.contains(">8 tokens in 8.00 s: 1 tokens/s<") && svg.contains(">4.00x as fast<"), "{svg}");
+    assert!(svg.contains("Jacobi decoding, 4.00x as fast at batch 1.</title>"), "{svg}");
 }
 
 #[test]

@@ -64,6 +64,10 @@ fn a_report_holds_the_figures_loads_nothing_and_escapes_answers() {
         page.contains(r#"<div class="number">4.00x</div>"#) && page.contains("1 of 4 answers unfinished (teacher: 1)"),
         "{page}"
     );
+    assert!(
+        page.contains("<div>as fast at batch 1 as the teacher (student, jacobi n=4, against autoregressive)</div>")
+    );
+    assert!(card.contains("speed-up at batch 1 over the teacher's autoregressive decoding (jacobi n=4)"), "{card}");
     assert!(tex.contains(r"75.0 \% (30.1 to 95.4)") && tex.contains(r"\toprule") && !tex.contains(" % "), "{tex}");
     assert!(card.contains("| student | jacobi n=4 |"), "{card}");
 }
@@ -190,7 +194,7 @@ fn a_report_of_several_runs_begins_with_one_row_per_run() {
         (5, 5)
     );
     assert!(
-        overview.matches("speed-ups are over autoregressive decoding of the teacher t:").count() == 1,
+        overview.matches("speed-ups are at batch 1, over autoregressive decoding of the teacher t:").count() == 1,
         "{overview}"
     );
     let (_dir, [alone, ..]) = rendered_report();
@@ -204,7 +208,9 @@ fn a_report_of_several_runs_begins_with_one_row_per_run() {
     let (overview, _) = read("report.md").split_once("\n## ").map(|(a, b)| (a.to_owned(), b.to_owned())).unwrap();
     for name in ["t", "big"] {
         assert_eq!(
-            overview.matches(&format!("speed-ups are over autoregressive decoding of the teacher {name}:")).count(),
+            overview
+                .matches(&format!("speed-ups are at batch 1, over autoregressive decoding of the teacher {name}:"))
+                .count(),
             1,
             "{overview}"
         );
@@ -258,7 +264,7 @@ fn a_draft_model_is_represented_by_the_teacher_that_decodes_with_it() {
     let read = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
     for part in [
         "# s, a draft model for t\n",
-        "**2.00x** faster than the teacher alone (drafted n=4, against autoregressive).",
+        "**2.00x** as fast at batch 1 as the teacher alone (drafted n=4, against autoregressive).",
         "The teacher decides every token: 100.0 % of its answers are the same as without drafts",
     ] {
         assert!(read("report.md").contains(part), "{part}: {}", read("report.md"));

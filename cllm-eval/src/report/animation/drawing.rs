@@ -168,13 +168,12 @@ impl<'r> Drawing<'r> {
 
     fn speedup_words(&self) -> String {
         let [left, right] = self.columns.each_ref().map(|column| column.timed.tokens_per_second());
-        let ratio = right / left;
-        if ratio >= 1.0 { format!("{ratio:.2}x faster") } else { format!("{ratio:.2}x as fast") }
+        format!("{:.2}x as fast", right / left)
     }
 
     fn title(&self) -> String {
         let [left, right] = self.columns.each_ref().map(|column| heading(column.timed.answer));
-        format!("One example answered twice. Left: {left}. Right: {right}, {}.", self.speedup_words())
+        format!("One example answered twice. Left: {left}. Right: {right}, {} at batch 1.", self.speedup_words())
     }
 
     fn footer(&self) -> [String; 2] {
