@@ -81,8 +81,10 @@ impl Headline {
             finished.map(|value| format!("{value:.2} tokens per forward in finished answers")),
             Some(unfinished(results, role, fastest)),
         ];
-        let verdict =
-            if drafts_for_teacher { same_answers(results, fastest) } else { accuracy_verdict(results, role, fastest) };
+        let has_teacher = results.model(Role::Teacher).is_some();
+        let teacher_decides = drafts_for_teacher || (has_teacher && fastest.strategy.needs_draft_adapters());
+        let same_answers = if teacher_decides { same_answers(results, fastest) } else { None };
+        let verdict = same_answers.or_else(|| accuracy_verdict(results, role, fastest));
         let details = details.into_iter().flatten().collect();
         let is_slower = speedup.is_some_and(|speedup| speedup < 0.995);
         Some(Headline { title, number, is_slower, caption, verdict, details })
@@ -92,7 +94,7 @@ impl Headline {
 /// A difference that is not significant counts as none if it excludes a larger loss than this.
 const LARGEST_UNNOTICED_LOSS: f64 = 0.05;
 
-/// Of a teacher with a draft model: its answers are its own.
+/// Of a teacher with a draft model, or with adapters for draft tokens: its answers are its own.
 fn same_answers(results: &Results, fastest: &StrategyResults) -> Option<Verdict> {
     let (fraction, dtype) = (fastest.exact_match_vs_ar?, &results.hardware.dtype);
     let rounding = match fraction < 1.0 && dtype != "float32" {

@@ -273,6 +273,29 @@ fn a_draft_model_is_represented_by_the_teacher_that_decodes_with_it() {
     assert!(read("model-card.md").contains("for speculative decoding with a draft model (`drafted`)"));
 }
 
+/// What differs from the teacher's answers differs by rounding.
+#[test]
+fn a_student_whose_teacher_decides_every_token_is_not_said_to_have_kept_its_accuracy() {
+    let mut records = records();
+    let gated = Strategy::gated(4);
+    records.header.settings.strategies[1] = gated;
+    let of_student = |role: Role, strategy: Strategy| role == Role::Student && strategy == JACOBI;
+    for answer in records.answers.iter_mut().filter(|answer| of_student(answer.role, answer.strategy)) {
+        answer.strategy = gated;
+    }
+    for speed in records.speeds.iter_mut().filter(|speed| of_student(speed.role, speed.strategy)) {
+        speed.strategy = gated;
+    }
+    records.throughputs.clear();
+    let page = page_of(&records);
+    let verdict = r#"<div class="verdict neutral">The teacher decides every token: "#;
+    assert!(page.contains(verdict) && page.contains("as fast at batch 1 as the teacher (student, gated n=4"), "{page}");
+    assert!(
+        page.contains("75.0 % of its answers are the same as without drafts")
+            && !page.contains("ignificant difference")
+    );
+}
+
 /// The synthetic records with nine more strategies, `slowness(n)` times as slow as the first.
 fn with_more_strategies(slowness: fn(f64) -> f64) -> Records {
     let mut records = records();
