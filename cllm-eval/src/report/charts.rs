@@ -41,7 +41,6 @@ pub(super) fn charts(run: &Run, tradeoff: Option<&Tradeoff>) -> Vec<Chart> {
     let mut charts = Vec::new();
     charts.extend(tradeoff.map(|tradeoff| accuracy_against_speed(tradeoff, over(&run.results))));
     charts.extend(tokens_per_second(&entries));
-    charts.extend(tokens_per_second_in_batches(&run.results, &entries));
     charts.push(tokens_per_forward(&entries));
     charts.extend(speedup_against_concurrency(&run.results, &lined));
     charts.extend(accepted_per_forward(&lined));
@@ -177,15 +176,6 @@ fn tokens_per_second(entries: &[Entry<'_>]) -> Option<Chart> {
     measured.then(|| {
         let title = "Tokens per second at batch 1, excluding prefill";
         bar_per_entry(title, entries, |results| results.tokens_per_second, format_speed)
-    })
-}
-
-/// Speeds of the batches in which accuracy was measured.
-fn tokens_per_second_in_batches(results: &Results, entries: &[Entry<'_>]) -> Option<Chart> {
-    let measured = entries.iter().any(|entry| entry.results.batched_tokens_per_second.is_some());
-    measured.then(|| {
-        let title = format!("Tokens per second in batches of up to {}, including prefill", results.settings.batch_size);
-        bar_per_entry(&title, entries, |results| results.batched_tokens_per_second, format_speed)
     })
 }
 

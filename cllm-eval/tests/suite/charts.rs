@@ -142,9 +142,6 @@ fn expect_marks_at_values(file: &Path, caption: &str, svg: &str, results: &Resul
             });
             expect_points(file, svg, true, batches.collect());
         }
-        caption if caption.starts_with("Tokens per second in batches of up to ") => {
-            expect_bars(file, svg, &all(results, |figures| figures.batched_tokens_per_second));
-        }
         "Forwards, by the number of tokens that they accepted" => {
             let points = |forwards: &[u64]| {
                 let total: u64 = forwards.iter().sum();
