@@ -23,7 +23,7 @@ const HEADS: [&str; 11] = [
     "unfinished",
     "tokens per forward, finished answers",
     "speed-up over student AR (95 %)",
-    "same tokens as AR",
+    "answers same as AR",
 ];
 
 /// Columns of speed-ups in [`HEADS`]: over the teacher, and over the model itself.

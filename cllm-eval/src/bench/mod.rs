@@ -140,7 +140,7 @@ fn model_summary(model: &DecodeBench) -> String {
     }
     for result in &model.strategies {
         text += &format!(
-            "  {}: {:.2} tokens per forward, {:.1} tokens/s, {:.2}x, {:.1} % same tokens as AR\n",
+            "  {}: {:.2} tokens per forward, {:.1} tokens/s, {:.2}x, {:.1} % of answers same as AR\n",
             result.strategy,
             result.tokens_per_forward,
             result.tokens_per_second,

@@ -39,7 +39,8 @@ fn a_report_holds_the_figures_loads_nothing_and_escapes_answers() {
     for text in [&markdown, &page] {
         assert!(text.contains("75.0 %") && text.contains("4.00x"), "{text}");
         assert!(text.contains("speedup_vs_teacher_ar") && text.contains("max_new_tokens"), "{text}");
-        assert!(text.contains("AUP, teacher: "), "{text}");
+        assert!(text.contains("AUP, teacher: ") && text.contains("answers same as AR"), "{text}");
+        assert!(!text.contains("same tokens as AR"), "{text}");
     }
     for address in ["http:", "https:", "//", "src=", "href=", "url(", "@import"] {
         assert!(!page.contains(address), "{address}");
