@@ -10,6 +10,7 @@ use crate::results::{Accuracy, AlternativeAccuracy, PairedDifference, Results, S
 use crate::role::Role;
 use crate::similarity::Similarity;
 use crate::spider_difficulty::Difficulty;
+use crate::statistics::ratio;
 
 /// Column heads of a run's table. The first two columns name the row.
 const HEADS: [&str; 11] = [
@@ -211,7 +212,8 @@ pub fn describe(results: &Results) -> String {
 }
 
 /// The lines below a run's table: rows of the prompt set that are missing, perplexity, accuracy by
-/// another rule, and thoughts closed at their limit.
+/// another rule, tokens per forward at batch 1 where they differ from those of the table, and thoughts
+/// closed at their limit.
 pub fn notes(results: &Results) -> Vec<String> {
     let perplexities = results.models.iter().filter_map(|model| {
         let perplexity = model.perplexity.as_ref()?;
@@ -224,7 +226,8 @@ pub fn notes(results: &Results) -> Vec<String> {
         .filter_map(|(role, figures)| Some(format!("{role} {}: {}", figures.label, thoughts_text(figures)?)));
     let set_aside = (results.set_aside > 0)
         .then(|| format!("{} of the prompt set set aside: they cannot be read", count(results.set_aside, "row")));
-    set_aside.into_iter().chain(perplexities).chain(alternatives_text(results)).chain(thoughts).collect()
+    let texts = alternatives_text(results).into_iter().chain(chosen_widths_text(results));
+    set_aside.into_iter().chain(perplexities).chain(texts).chain(thoughts).collect()
 }
 
 /// The student against the teacher: a line for each of its strategies.
@@ -244,6 +247,19 @@ fn alternatives_text(results: &Results) -> Option<String> {
     let accuracies: Vec<String> = alternatives().map(accuracy).collect();
     let (shown, other) = (metric.counterpart().description(), metric.description());
     Some(format!("accuracy is {shown}; {other}: {}", accuracies.join(", ")))
+}
+
+/// Says how many tokens per forward strategies had at batch 1 that choose the number of draft tokens. `None`
+/// if none was timed, or answers were not decoded in batches.
+fn chosen_widths_text(results: &Results) -> Option<String> {
+    let at_batch_1 = |(role, figures): (Role, &StrategyResults)| {
+        let rate = ratio(figures.speed_tokens? as f64, figures.speed_forwards? as f64)?;
+        figures.strategy.has_chosen_width().then(|| format!("{role} {} had {rate:.2}", figures.label))
+    };
+    let rates: Vec<String> = results.strategies().filter_map(at_batch_1).collect();
+    let differ = results.settings.batch_size > 1 && !rates.is_empty();
+    let text = "n=auto drafts less in batches, where tokens per forward were counted; at batch 1";
+    differ.then(|| format!("{text}, {}", rates.join(", ")))
 }
 
 /// How the thoughts of the answers ended. `None` if that says nothing.

@@ -236,7 +236,7 @@ impl Strategy {
     }
 
     /// Whether the number of draft tokens is chosen for each forward.
-    pub(super) fn has_chosen_width(self) -> bool {
+    pub fn has_chosen_width(self) -> bool {
         matches!(self, Strategy::Rolling { n: Width::Auto, .. } | Strategy::Gated { n: Width::Auto, .. })
     }
 
