@@ -299,6 +299,26 @@ fn a_student_whose_teacher_decides_every_token_is_not_said_to_have_kept_its_accu
     );
 }
 
+/// Its texts are those of a batch, where it may draft otherwise than when it is timed.
+#[test]
+fn the_example_plays_without_strategies_whose_timed_answer_has_other_forwards() {
+    let mut records = with_forward_texts(records());
+    let is_it = |speed: &&mut SpeedRecord| speed.role == Role::Student && speed.strategy == JACOBI;
+    records.speeds.iter_mut().filter(is_it).for_each(|speed| speed.forwards = 1);
+    let page = page_of(&records);
+    assert!(page.contains(">Play</button>") && page.matches("class=\"num-shown\"").count() == 3, "{page}");
+    assert!(page.contains("Not shown, because no timed answer has the same forwards: student jacobi n=4."), "{page}");
+    // One example that can be played with every strategy is better.
+    records.speeds.iter_mut().filter(is_it).filter(|speed| speed.index == 1).for_each(|speed| speed.forwards = 2);
+    let page = page_of(&records);
+    assert!(page.matches("class=\"num-shown\"").count() == 4 && page.contains("Example e1"), "{page}");
+    assert!(!page.contains("Not shown, because"), "{page}");
+    // Without timings, every answer is shown and nothing moves.
+    records.speeds.clear();
+    let page = page_of(&records);
+    assert!(!page.contains(">Play</button>") && page.matches("class=\"num-shown\"").count() == 4, "{page}");
+}
+
 /// In batches it drafts less, so their tokens per forward do not explain the speed-up beside them.
 #[test]
 fn tokens_per_forward_at_batch_1_are_named_where_the_strategy_chooses_its_drafts() {
@@ -374,7 +394,11 @@ fn a_report_has_an_example_also_without_answers_of_the_baseline_and_the_fastest_
     records.throughputs.clear();
     let of_fastest = records.answers.iter_mut().filter(|answer| answer.strategy == JACOBI);
     of_fastest.for_each(|answer| answer.forward_texts = None);
-    assert_eq!(page_of(&records).matches("class=\"num-shown\"").count(), 8);
+    // The fastest of each model among the others.
+    let page = page_of(&records);
+    let example = page.split_once("class=\"answers\"").unwrap().1;
+    assert_eq!(example.matches("class=\"num-shown\"").count(), 2);
+    assert!(example.contains("<p>teacher jacobi n=5:") && example.contains("<p>student jacobi n=5:"), "{example}");
 }
 
 #[test]
