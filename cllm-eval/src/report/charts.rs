@@ -181,8 +181,9 @@ fn tokens_per_second(entries: &[Entry<'_>]) -> Option<Chart> {
 
 /// Over autoregressive decoding of the baseline with as many rows.
 fn speedup_against_concurrency(results: &Results, lined: &Lined<'_>) -> Option<Chart> {
-    let axes = [("rows (answers decoded at once)", Scale::Logarithmic), (over(results), Scale::FromZero)];
-    lined.chart("Speed-up with as many rows, excluding prefill", axes, |entry| {
+    let axes = [("answers decoded at once", Scale::Logarithmic), ("speed-up, excluding prefill", Scale::FromZero)];
+    let title = format!("{}, by answers decoded at once", over(results).replacen("speed-up", "Speed-up", 1));
+    lined.chart(&title, axes, |entry| {
         let batches = entry.results.concurrency.iter().flatten();
         let speedup = |batch: &Throughput| batch.speedup_vs_teacher_ar.or(batch.speedup_vs_student_ar);
         let points: Vec<_> = batches.filter_map(|batch| Some((batch.concurrency as f64, speedup(batch)?))).collect();

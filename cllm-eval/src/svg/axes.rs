@@ -25,7 +25,8 @@ const NUM_DOUBLINGS: f64 = 8.0;
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Scale {
     Linear,
-    /// Linear, from the smallest value to the largest; the ticks are between these.
+    /// Linear, from the smallest value to the largest; the ticks are between these. Counts from 1 have a
+    /// tick there.
     Between,
     /// Linear, with the tick 0.
     FromZero,
@@ -76,7 +77,10 @@ impl Axis {
     /// The values at the ticks.
     fn ticks(&self) -> impl Iterator<Item = f64> {
         let num_steps = ((self.last_tick - self.first_tick) / self.step).round() as usize;
-        (0..=num_steps).map(|index| self.scale.invert(self.first_tick + index as f64 * self.step))
+        // Counts begin at 1, which is no multiple of a larger step.
+        let one = (self.scale == Scale::Between && self.low == 1.0 && self.step > 1.0).then_some(1.0);
+        one.into_iter()
+            .chain((0..=num_steps).map(|index| self.scale.invert(self.first_tick + index as f64 * self.step)))
     }
 
     fn tick_label(&self, tick: f64) -> String {
@@ -196,7 +200,9 @@ mod tests {
     #[test]
     fn an_axis_may_end_at_its_last_value() {
         let axis = Axis::new("x", Scale::Between, [1.0, 16.0].into_iter());
-        assert_eq!(axis.ticks().collect::<Vec<_>>(), [5.0, 10.0, 15.0]);
+        assert_eq!(axis.ticks().collect::<Vec<_>>(), [1.0, 5.0, 10.0, 15.0]);
+        let from_0 = Axis::new("x", Scale::Between, [0.0, 16.0].into_iter());
+        assert_eq!(from_0.ticks().collect::<Vec<_>>(), [0.0, 5.0, 10.0, 15.0]);
         assert_eq!([1.0, 8.5, 16.0].map(|value| axis.fraction(value)), [0.0, 0.5, 1.0]);
         let one = Axis::new("x", Scale::Between, [8.0].into_iter());
         assert_eq!((one.ticks().count(), one.fraction(8.0)), (2, 0.0));

@@ -80,8 +80,10 @@ fn a_chart_draws_the_speed_up_at_each_number_of_rows() {
     let (_dir, [markdown, page, tex, _]) = rendered_report();
     assert!(markdown.contains("| student | jacobi n=4 | 2 | 2.50x | 32.0 | 18.3 | "), "{markdown}");
     assert!(page.contains("<td>2.50x</td>") && tex.contains("2.50x"), "{page}");
-    let chart =
-        page.split("<figure>").find(|figure| figure.contains("Speed-up with as many rows, excluding prefill")).unwrap();
+    let chart = page
+        .split("<figure>")
+        .find(|figure| figure.contains("Speed-up over the teacher&#x27;s AR, by answers decoded at once"))
+        .unwrap();
     let circles = chart.split("<circle").skip(1).map(|circle| {
         let number = |name: &str| {
             let (_, rest) = circle.split_once(&format!("{name}=\"")).unwrap();
@@ -377,7 +379,7 @@ fn chart<'p>(page: &'p str, title: &str) -> Option<&'p str> {
 #[test]
 fn line_charts_keep_the_baseline_where_other_strategies_are_faster() {
     let page = page_of(&with_more_strategies(f64::recip));
-    let title = "Speed-up with as many rows, excluding prefill; the 7 fastest of 10 strategies besides the baseline";
+    let title = "by answers decoded at once; the 7 fastest of 10 strategies besides the baseline";
     let lines = chart(&page, title).expect("the baseline has a line");
     assert!(lines.contains(">teacher ar<") && lines.contains(">student ar<"), "{lines}");
     let title = "Tokens per forward, by position in the answer";
