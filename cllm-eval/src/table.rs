@@ -11,6 +11,7 @@ use crate::role::Role;
 use crate::similarity::Similarity;
 use crate::spider_difficulty::Difficulty;
 use crate::statistics::ratio;
+use crate::words::with_commas;
 
 /// Column heads of a run's table. The first two columns name the row.
 const HEADS: [&str; 11] = [
@@ -58,7 +59,7 @@ pub fn columns(results: &Results) -> (Vec<&'static str>, Vec<Vec<String>>) {
             difference(results, role, figures),
             format_number(figures.tokens_per_forward, 2, ""),
             format_speed(figures.tokens_per_second),
-            format!("{} of {}", figures.unfinished, figures.examples),
+            format_share(figures.unfinished, figures.examples),
             format_number(figures.tokens_per_forward_finished, 2, ""),
             format_speedup(figures.speedup_vs_student_ar, figures.speedup_vs_student_ar_ci95),
             format_percent(figures.exact_match_vs_ar),
@@ -126,7 +127,7 @@ pub fn concurrency_rows(results: &Results) -> Vec<Vec<String>> {
             format_number(batch.tokens_per_forward, 2, ""),
             format_speed(batch.end_to_end_tokens_per_second),
             format_number(batch.end_to_end_speedup_vs_teacher_ar, 2, "x"),
-            format!("{} of {}", batch.unfinished, batch.answers),
+            format_share(batch.unfinished, batch.answers),
         ]
     };
     results.throughputs().into_iter().map(row).collect()
@@ -147,13 +148,24 @@ pub fn format_number(value: Option<f64>, digits: usize, unit: &str) -> String {
 /// thousand.
 pub fn format_speed(tokens_per_second: Option<f64>) -> String {
     match tokens_per_second {
-        Some(speed) if speed >= 999.5 => {
-            let digits = (speed.round() as u64).to_string();
-            digits.as_bytes().rchunks(3).rev().map(String::from_utf8_lossy).collect::<Vec<_>>().join(",")
-        }
-        Some(speed) if speed >= 100.0 => format!("{speed:.0}"),
+        Some(speed) if speed >= 100.0 => with_commas(&format!("{speed:.0}")),
         speed => format_number(speed, 1, ""),
     }
+}
+
+/// A whole number, with a comma at every thousand.
+pub fn format_whole(number: usize) -> String {
+    with_commas(&number.to_string())
+}
+
+/// A whole number with its noun.
+pub fn format_count(number: usize, noun: &str) -> String {
+    count(number, noun).replacen(&number.to_string(), &format_whole(number), 1)
+}
+
+/// A number of others.
+pub fn format_share(number: usize, all: usize) -> String {
+    format!("{} of {}", format_whole(number), format_whole(all))
 }
 
 /// A fraction in percent, or `-` if it is unknown.
@@ -201,13 +213,13 @@ fn format_similarity(similarity: &Similarity) -> String {
 /// One sentence that says what a run measured.
 pub fn describe(results: &Results) -> String {
     if results.benchmark == Task::Perplexity {
-        return format!("{}; nothing is generated.", count(results.examples, "text"));
+        return format!("{}; nothing is generated.", format_count(results.examples, "text"));
     }
     let speed = match results.speed_examples {
         0 => "speed was not measured".to_owned(),
-        number => format!("speed at batch 1 on {number} of them, excluding prefill"),
+        number => format!("speed at batch 1 on {} of them, excluding prefill", format_whole(number)),
     };
-    let examples = count(results.examples, "example");
+    let examples = format_count(results.examples, "example");
     format!("{examples}, {}, answered in batches for accuracy; {speed}.", results.sampling())
 }
 
@@ -217,15 +229,16 @@ pub fn describe(results: &Results) -> String {
 pub fn notes(results: &Results) -> Vec<String> {
     let perplexities = results.models.iter().filter_map(|model| {
         let perplexity = model.perplexity.as_ref()?;
-        let (tokens, windows) = (count(perplexity.tokens, "token"), count(perplexity.windows, "window"));
+        let (tokens, windows) = (format_count(perplexity.tokens, "token"), format_count(perplexity.windows, "window"));
         let (role, value) = (model.model.role, format_perplexity(perplexity));
         Some(format!("{role}: {value}, {:.4} nats per token, {tokens} in {windows}", perplexity.nll))
     });
     let thoughts = results
         .strategies()
         .filter_map(|(role, figures)| Some(format!("{role} {}: {}", figures.label, thoughts_text(figures)?)));
-    let set_aside = (results.set_aside > 0)
-        .then(|| format!("{} of the prompt set set aside: they cannot be read", count(results.set_aside, "row")));
+    let set_aside = (results.set_aside > 0).then(|| {
+        format!("{} of the prompt set set aside: they cannot be read", format_count(results.set_aside, "row"))
+    });
     let texts = alternatives_text(results).into_iter().chain(chosen_widths_text(results));
     set_aside.into_iter().chain(perplexities).chain(texts).chain(thoughts).collect()
 }
@@ -268,15 +281,16 @@ fn thoughts_text(figures: &StrategyResults) -> Option<String> {
     if all == 0 {
         return Some("no answer has a thought".to_owned());
     }
-    let closed =
-        figures.closed_thoughts.map(|closed| format!("{closed} of {} closed at the limit", count(all, "thought")));
-    let open = (open > 0).then(|| format!("{} never closed, which is no answer", count(open, "thought")));
+    let closed = figures
+        .closed_thoughts
+        .map(|closed| format!("{} of {} closed at the limit", format_whole(closed), format_count(all, "thought")));
+    let open = (open > 0).then(|| format!("{} never closed, which is no answer", format_count(open, "thought")));
     let parts: Vec<String> = closed.into_iter().chain(open).collect();
     (!parts.is_empty()).then(|| parts.join(", "))
 }
 
 fn difficulty_text(accuracy: &Accuracy) -> String {
-    format!("{} of {}", format_percent(accuracy.accuracy), accuracy.scored)
+    format!("{} of {}", format_percent(accuracy.accuracy), format_whole(accuracy.scored))
 }
 
 fn paired_text(pairs: &PairedDifference) -> String {
@@ -286,7 +300,7 @@ fn paired_text(pairs: &PairedDifference) -> String {
         pairs.student,
         pairs.teacher,
         format_interval(pairs.ci95, format_points),
-        count(pairs.examples, "example")
+        format_count(pairs.examples, "example")
     )
 }
 
@@ -298,6 +312,15 @@ mod tests {
     fn speeds_have_three_digits_and_thousands_a_comma() {
         let speeds = [None, Some(9.27), Some(123.4), Some(999.6), Some(139_584.3), Some(1_234_007.0)];
         assert_eq!(speeds.map(format_speed), ["-", "9.3", "123", "1,000", "139,584", "1,234,007"]);
+    }
+
+    #[test]
+    fn counts_have_a_comma_at_thousands() {
+        assert_eq!(
+            [1, 999, 1319].map(|number| format_count(number, "query")),
+            ["1 query", "999 queries", "1,319 queries"]
+        );
+        assert_eq!(format_share(1000, 1319), "1,000 of 1,319");
     }
 
     #[test]

@@ -6,7 +6,8 @@ use comfy_table::{CellAlignment, ContentArrangement, Table, presets};
 use crate::results::{Results, StrategyResults};
 use crate::role::Role;
 use crate::table::{
-    CONCURRENCY_NOTE, describe, difficulties, format_number, format_percent, format_speed, notes, paired_notes, score,
+    CONCURRENCY_NOTE, describe, difficulties, format_number, format_percent, format_speed, format_whole, notes,
+    paired_notes, score,
 };
 use crate::words::break_at_words;
 
@@ -84,7 +85,7 @@ fn strategy_cells(results: &Results, figures: &StrategyResults) -> Vec<String> {
     };
     let unfinished = match figures.unfinished {
         0 => String::new(),
-        number => format!("\n{number} unfinished"),
+        number => format!("\n{} unfinished", format_whole(number)),
     };
     vec![
         accuracy + &unfinished,

@@ -14,7 +14,7 @@ use crate::records::{ModelEntry, SCHEMA_VERSION};
 use crate::results::{ModelResults, Results, StrategyResults};
 use crate::role::Role;
 use crate::statistics::ratio;
-use crate::table::{format_number, format_percent, format_speed};
+use crate::table::{format_count, format_number, format_percent, format_speed};
 use crate::terminal::{self, stacked, wrap};
 
 /// How strongly AUP penalizes a loss of accuracy.
@@ -146,7 +146,7 @@ impl Tradeoff {
                 if point.on_front { "*" } else { "" }.to_owned(),
             ]
         };
-        let mut text = format!("{} of {}\n", count(self.examples, "example"), self.title);
+        let mut text = format!("{} of {}\n", format_count(self.examples, "example"), self.title);
         text += &self.baseline.as_ref().map_or_else(String::new, Baseline::text);
         let curves = self.points.chunk_by(|a, b| a.fingerprint == b.fingerprint);
         for (curve, Aup { checkpoint, aup, points, .. }) in curves.zip(&self.aup) {

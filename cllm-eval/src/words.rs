@@ -1,4 +1,4 @@
-//! Lines that break at words.
+//! Lines that break at words, and numbers with commas.
 
 use unicode_width::UnicodeWidthStr;
 
@@ -16,4 +16,22 @@ pub(crate) fn break_at_words(text: &str, max_width: usize) -> Vec<String> {
         }
     }
     lines
+}
+
+/// A number of digits alone, or with decimals, with a comma at every thousand.
+pub(crate) fn with_commas(number: &str) -> String {
+    let (whole, decimals) = number.split_at(number.find('.').unwrap_or(number.len()));
+    let groups = whole.as_bytes().rchunks(3).rev().map(String::from_utf8_lossy);
+    groups.collect::<Vec<_>>().join(",") + decimals
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn thousands_have_a_comma() {
+        let numbers = ["0", "12", "123", "1234", "1234567", "1234.5678"];
+        assert_eq!(numbers.map(with_commas), ["0", "12", "123", "1,234", "1,234,567", "1,234.5678"]);
+    }
 }

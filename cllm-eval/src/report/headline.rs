@@ -2,7 +2,6 @@
 //! decoding, and its cost.
 
 use cllm_core::decode::Strategy;
-use cllm_core::progress::count;
 use serde::Serialize;
 
 use super::run::Run;
@@ -10,7 +9,8 @@ use crate::results::{ModelResults, Results, StrategyResults};
 use crate::role::Role;
 use crate::statistics::{SIGNIFICANCE_LEVEL, mcnemar};
 use crate::table::{
-    format_accuracy, format_interval, format_number, format_percent, format_points, format_speed, notes,
+    format_accuracy, format_count, format_interval, format_number, format_percent, format_points, format_share,
+    format_speed, format_whole, notes,
 };
 
 #[derive(Debug, Serialize)]
@@ -72,7 +72,7 @@ impl Headline {
                 [low, high] if low <= 1.0 && high >= 1.0 => ": no significant difference in speed",
                 _ => "",
             };
-            let examples = count(fastest.speed_examples, "timed example");
+            let examples = format_count(fastest.speed_examples, "timed example");
             format!("95 % interval of the speed-up: {low_end} to {high_end}, over {examples}{verdict}")
         });
         let details = [
@@ -114,7 +114,7 @@ fn accuracy_verdict(results: &Results, role: Role, fastest: &StrategyResults) ->
     let may_be_lost = pair.ci95.is_none_or(|[low, _]| low < -LARGEST_UNNOTICED_LOSS);
     let (word, class) = match (is_significant, difference > 0.0) {
         (false, _) if may_be_lost => (
-            format!("No significant difference, but {} are too few to tell", count(pair.examples, "example")),
+            format!("No significant difference, but {} are too few to tell", format_count(pair.examples, "example")),
             "neutral",
         ),
         (false, _) => ("Accuracy kept: no significant difference".to_owned(), "neutral"),
@@ -126,11 +126,11 @@ fn accuracy_verdict(results: &Results, role: Role, fastest: &StrategyResults) ->
 }
 
 fn unfinished(results: &Results, role: Role, fastest: &StrategyResults) -> String {
-    let own = format!("{} of {} answers unfinished", fastest.unfinished, fastest.examples);
+    let own = format!("{} answers unfinished", format_share(fastest.unfinished, fastest.examples));
     match (results.model(Role::Teacher).and_then(ModelResults::autoregressive), role) {
-        (Some(teacher), Role::Student) => format!("{own} (teacher: {})", teacher.unfinished),
+        (Some(teacher), Role::Student) => format!("{own} (teacher: {})", format_whole(teacher.unfinished)),
         (Some(teacher), Role::Teacher) if fastest.strategy != Strategy::Ar => {
-            format!("{own} (autoregressive: {})", teacher.unfinished)
+            format!("{own} (autoregressive: {})", format_whole(teacher.unfinished))
         }
         _ => own,
     }

@@ -6,7 +6,7 @@ use super::model_card::model_name;
 use super::run::Run;
 use crate::results::{ModelResults, Results};
 use crate::role::Role;
-use crate::table::{format_accuracy, format_number, format_speedup};
+use crate::table::{format_accuracy, format_number, format_share, format_speedup};
 
 /// Column heads. The first two columns name the run and its strategy.
 pub(super) const HEADS: [&str; 7] = [
@@ -85,6 +85,6 @@ fn row(run: &Run) -> Vec<String> {
         or_dash(speedup.map(|(ratio, ci95)| format_speedup(ratio, ci95))),
         or_dash(teacher.map(|strategy| format_accuracy(strategy.accuracy, strategy.ci95))),
         format_number(fastest.and_then(|(_, strategy)| strategy.tokens_per_forward_finished), 2, ""),
-        or_dash(fastest.map(|(_, strategy)| format!("{} of {}", strategy.unfinished, strategy.examples))),
+        or_dash(fastest.map(|(_, strategy)| format_share(strategy.unfinished, strategy.examples))),
     ]
 }

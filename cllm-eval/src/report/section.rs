@@ -14,6 +14,7 @@ use crate::records::ModelEntry;
 use crate::results::{ModelResults, Results};
 use crate::table::{columns, concurrency_rows, describe, difficulties, notes};
 use crate::tradeoff::{Aup, Tradeoff};
+use crate::words::with_commas;
 
 #[derive(Debug, Serialize)]
 pub(super) struct Section {
@@ -90,6 +91,7 @@ fn aup_sentence(results: &Results, area: &Aup) -> String {
 
 fn model_line(ModelResults { model, .. }: &ModelResults) -> String {
     let ModelEntry { role, path, fingerprint, parameters, .. } = model;
+    let parameters = with_commas(&parameters.to_string());
     format!("{role}: {path} ({parameters} parameters, fingerprint {fingerprint})")
 }
 

@@ -4,6 +4,7 @@ use std::fmt::Write;
 use std::ops::RangeInclusive;
 
 use super::{escape, open};
+use crate::words::with_commas;
 
 pub(super) const WIDTH: f64 = 460.0;
 pub(super) const HEIGHT: f64 = 330.0;
@@ -85,7 +86,7 @@ impl Axis {
 
     fn tick_label(&self, tick: f64) -> String {
         let digits = (-self.step.log10().floor()).clamp(0.0, 6.0) as usize;
-        format!("{tick:.digits$}")
+        with_commas(&format!("{tick:.digits$}"))
     }
 }
 
@@ -215,7 +216,7 @@ mod tests {
         assert_eq!([1.0, 2.0, 4.0, 16.0].map(|rows| axis.fraction(rows)), [0.0, 0.25, 0.5, 1.0]);
         let wide = Axis::new("x", Scale::Logarithmic, [1.0, 512.0].into_iter());
         assert_eq!(wide.ticks().take(3).collect::<Vec<_>>(), [1.0, 4.0, 16.0]);
-        assert_eq!(axis.tick_label(16.0), "16");
+        assert_eq!([16.0, 1024.0].map(|tick| axis.tick_label(tick)), ["16", "1,024"]);
         let one = Axis::new("x", Scale::Logarithmic, [8.0].into_iter());
         assert_eq!(one.ticks().collect::<Vec<_>>(), [8.0, 16.0]);
     }

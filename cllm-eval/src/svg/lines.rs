@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::axes::{Axis, Frame, HEIGHT, LEGEND_GAP, LEGEND_LINE, Scale, WIDTH};
 use super::{CHAR_WIDTH, escape};
-use crate::words::break_at_words;
+use crate::words::{break_at_words, with_commas};
 
 /// Number of dash patterns in the page's style, by which the lines of one colour are told apart.
 pub const NUM_DASHES: usize = 8;
@@ -64,7 +64,7 @@ pub fn lines(title: &str, axes: [(&'static str, Scale); 2], series: &[Series]) -
 
 /// A value with two decimals, or none if it is whole.
 fn rounded(value: f64) -> String {
-    if value.fract() == 0.0 { value.to_string() } else { format!("{value:.2}") }
+    with_commas(&if value.fract() == 0.0 { value.to_string() } else { format!("{value:.2}") })
 }
 
 #[cfg(test)]

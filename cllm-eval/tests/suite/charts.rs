@@ -36,7 +36,7 @@ impl Ruler {
     fn new(svg: &Document<'_>, anchor: &str, position: &str, shift: f64, is_logarithmic: bool) -> Self {
         let ticks: Vec<(f64, f64)> = with_class(svg, "tick")
             .filter(|node| node.attribute("text-anchor") == Some(anchor))
-            .map(|node| (number(node, position) - shift, node.text().unwrap().parse::<f64>().unwrap()))
+            .map(|node| (number(node, position) - shift, node.text().unwrap().replace(',', "").parse::<f64>().unwrap()))
             .map(|(pixel, value)| (pixel, if is_logarithmic { value.log2() } else { value }))
             .collect();
         let (first, last) = (ticks[0], ticks[ticks.len() - 1]);

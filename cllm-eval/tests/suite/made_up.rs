@@ -28,7 +28,7 @@ pub fn records() -> Records {
         role,
         path: path.into(),
         fingerprint: format!("f{path}"),
-        parameters: 10,
+        parameters: 1_234_567,
         chat_template: None,
         adapts_teacher: false,
     };

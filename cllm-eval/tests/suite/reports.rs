@@ -36,6 +36,7 @@ pub fn rendered_report() -> (tempfile::TempDir, [String; 4]) {
 #[test]
 fn a_report_holds_the_figures_loads_nothing_and_escapes_answers() {
     let (_dir, [markdown, page, tex, card]) = rendered_report();
+    assert!(markdown.contains("(1,234,567 parameters, "), "{markdown}");
     for text in [&markdown, &page] {
         assert!(text.contains("75.0 %") && text.contains("4.00x"), "{text}");
         assert!(text.contains("speedup_vs_teacher_ar") && text.contains("max_new_tokens"), "{text}");

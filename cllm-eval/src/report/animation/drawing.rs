@@ -9,6 +9,8 @@ use super::timed_answer::TimedAnswer;
 use crate::records::{AnswerRecord, Header};
 use crate::role::Role;
 use crate::svg::escape;
+use crate::table::format_whole;
+use crate::words::with_commas;
 
 /// How long the slower answer plays in the animation, in seconds.
 pub(in crate::report) const PLAY_SECONDS: f64 = 8.0;
@@ -146,13 +148,13 @@ impl<'r> Drawing<'r> {
             svg,
             r#"<rect class="track" x="{x}" y="{bar_y}" width="{COLUMN_WIDTH}" height="8" rx="4"/><rect class="bar {prefix}bar {class}" x="{x}" y="{bar_y}" width="{length:.1}" height="8" rx="4"/>"#
         );
-        let tokens_per_second = timed.tokens_per_second();
+        let tokens = format_whole(speed.tokens);
+        let tokens_per_second = with_commas(&format!("{:.0}", timed.tokens_per_second()));
         let _ = write!(
             svg,
-            r#"<g class="forward" style="animation-name:{prefix}{}"><text x="{x}" y="{}">{} tokens in {}: {tokens_per_second:.0} tokens/s{}</text></g>"#,
+            r#"<g class="forward" style="animation-name:{prefix}{}"><text x="{x}" y="{}">{tokens} tokens in {}: {tokens_per_second} tokens/s{}</text></g>"#,
             speed.forwards - 1,
             bar_y + 30.0,
-            speed.tokens,
             duration(speed.seconds),
             self.speedup(column),
         );
