@@ -147,14 +147,31 @@ fn environment() -> Environment<'static> {
         let marked = parts.map(|(index, part)| if index % 2 == 1 { format!("<code>{part}</code>") } else { part });
         minijinja::Value::from_safe_string(marked.collect())
     });
-    // A head breaks between words alone, and not before a unit.
-    environment.add_filter("unbroken", |head: &str| head.replace('-', "\u{2011}").replace(" %", "\u{a0}%"));
+    environment.add_filter("tied", tied);
+    // A head breaks between words alone.
+    environment.add_filter("unbroken", |head: &str| tied(head).replace('-', "\u{2011}"));
     // The figure of a cell, and its interval.
     environment.add_filter("figure", |cell: &str| cell.split(" (").next().unwrap_or_default().to_owned());
     environment.add_filter("interval", |cell: &str| {
         cell.split_once(" (").map_or_else(String::new, |(_, rest)| rest.trim_end_matches(')').to_owned())
     });
     environment
+}
+
+/// A text whose lines break neither between a number and its unit, nor after a minus sign, nor between a
+/// strategy and its window.
+fn tied(text: &str) -> String {
+    let mut tied = String::with_capacity(text.len());
+    for word in text.split_inclusive(' ') {
+        let unit = word.trim_end_matches([' ', '.', ',', ';', ':', ')']);
+        let is_unit = ["%", "ms", "s"].contains(&unit) && tied.trim_end().ends_with(|last: char| last.is_ascii_digit());
+        if tied.ends_with(' ') && (is_unit || tied.ends_with("− ") || word.starts_with("n=")) {
+            tied.pop();
+            tied.push('\u{a0}');
+        }
+        tied.push_str(word);
+    }
+    tied
 }
 
 fn escape_latex(text: &str) -> String {
@@ -177,7 +194,19 @@ fn escape_latex(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::escape_latex;
+    use super::{escape_latex, tied};
+
+    #[test]
+    fn units_minus_signs_and_windows_stay_with_their_words() {
+        for (text, expected) in [
+            ("accuracy − teacher's, points (95 %)", "accuracy −~teacher's, points (95~%)"),
+            ("student gated n=auto tree=32, 4.5 ms", "student gated~n=auto tree=32, 4.5~ms"),
+            ("54.0 % (95 %: −1.2 to 3.4), 8.00 s.", "54.0~% (95~%: −1.2 to 3.4), 8.00~s."),
+            (" a  b ", " a  b "),
+        ] {
+            assert_eq!(tied(text).replace('\u{a0}', "~"), expected);
+        }
+    }
 
     #[test]
     fn characters_that_latex_would_interpret_are_escaped() {

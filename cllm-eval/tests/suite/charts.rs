@@ -15,7 +15,7 @@ fn charts(page: &str) -> Vec<(String, String)> {
         .map(|figure| {
             let (caption, rest) = figure.split_once("<figcaption>").unwrap().1.split_once("</figcaption>").unwrap();
             let svg = rest.split_once("</figure>").unwrap().0;
-            (caption.to_owned(), svg[svg.find("<svg").unwrap()..].to_owned())
+            (caption.replace('\u{a0}', " "), svg[svg.find("<svg").unwrap()..].to_owned())
         })
         .collect()
 }

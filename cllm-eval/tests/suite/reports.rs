@@ -69,7 +69,9 @@ fn a_report_holds_the_figures_loads_nothing_and_escapes_answers() {
         "{page}"
     );
     assert!(
-        page.contains("<div>as fast at batch 1 as the teacher (student, jacobi n=4, against autoregressive)</div>")
+        page.contains(
+            "<div>as fast at batch 1 as the teacher (student, jacobi\u{a0}n=4, against autoregressive)</div>"
+        )
     );
     assert!(card.contains("speed-up at batch 1 over the teacher's autoregressive decoding (jacobi n=4)"), "{card}");
     assert!(tex.contains(r"75.0 \% (30.1 to 95.4)") && tex.contains(r"\toprule") && !tex.contains(" % "), "{tex}");
@@ -362,13 +364,14 @@ fn with_more_strategies(slowness: fn(f64) -> f64) -> Records {
     records
 }
 
-/// The page of the report of some records.
+/// The page of the report of some records, with spaces wherever it has some that keep lines from breaking.
 fn page_of(records: &Records) -> String {
     let dir = tempfile::tempdir().unwrap();
     records.write(&dir.path().join(SAMPLES)).unwrap();
     atomic_file::write_json(&dir.path().join(RESULTS), &Results::from_records(records)).unwrap();
     report(&[dir.path().to_owned()], None, &[]).unwrap();
-    std::fs::read_to_string(dir.path().join("report.html")).unwrap()
+    let page = std::fs::read_to_string(dir.path().join("report.html")).unwrap();
+    page.replace('\u{a0}', " ")
 }
 
 /// The figure of a page that has a title.
