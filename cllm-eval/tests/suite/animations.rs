@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use cllm_eval::records::{Records, SAMPLES};
+use cllm_core::decode::Strategy;
+use cllm_eval::records::{AnswerRecord, Records, SAMPLES, SpeedRecord};
 use cllm_eval::report::animate;
 use cllm_eval::role::Role;
 
-use crate::made_up::records;
+use crate::made_up::{JACOBI, records};
 use crate::reports::{STORY, with_forward_texts};
 
 fn draw(records: &Records, example: Option<&str>) -> cllm_core::Result<String> {
@@ -70,6 +71,21 @@ fn forwards_of_different_duration_end_when_they_ended() {
     for (forward, seconds) in measured.into_iter().enumerate() {
         assert!((ends[&format!("b{forward}")] - ends["a7"] * seconds / 8.0).abs() < 1e-2, "{ends:?}");
     }
+}
+
+#[test]
+fn the_fastest_strategy_is_drawn_whose_timed_answers_have_the_same_forwards() {
+    let mut records = with_forward_texts(records());
+    let slower = Strategy::Jacobi { n: 5 };
+    records.header.settings.strategies.push(slower);
+    let answers: Vec<AnswerRecord> = records.answers_of(Role::Student, JACOBI).cloned().collect();
+    let speeds: Vec<SpeedRecord> = records.speeds_of(Role::Student, JACOBI).cloned().collect();
+    records.answers.extend(answers.into_iter().map(|answer| AnswerRecord { strategy: slower, ..answer }));
+    let slowed = |speed: SpeedRecord| SpeedRecord { strategy: slower, seconds: 2.0 * speed.seconds, ..speed };
+    records.speeds.extend(speeds.into_iter().map(slowed));
+    assert!(draw(&records, None).unwrap().contains("(jacobi n=4)"));
+    records.speeds.iter_mut().filter(|speed| speed.strategy == JACOBI).for_each(|speed| speed.forwards = 1);
+    assert!(draw(&records, None).unwrap().contains("(jacobi n=5)"));
 }
 
 #[test]

@@ -16,7 +16,7 @@ use cllm_core::task::Verdict;
 use cllm_core::{Error, Result, atomic_file};
 
 use crate::records::{Records, SAMPLES};
-use crate::results::Results;
+use crate::results::{self, Results, StrategyResults};
 use crate::role::Role;
 use drawing::Drawing;
 pub(super) use drawing::{PLAY_SECONDS, duration, playback_speed};
@@ -55,13 +55,23 @@ pub(super) fn draw_first(records: &Records) -> Option<String> {
     Some(Drawing::new(&records.header, pair).to_svg())
 }
 
-/// The autoregressive answers of the teacher (or the only model), and the fastest strategy.
+/// The autoregressive answers of the teacher (or the only model), and the fastest strategy that has an
+/// example to draw, or else the fastest.
 fn contenders(records: &Records) -> Option<[Contender; 2]> {
     let results = Results::from_records(records);
     let (role, fastest) = results.headline().filter(|(_, fastest)| fastest.strategy != Strategy::Ar)?;
     let baseline = results.model(Role::Teacher).or(results.model(role))?;
     baseline.autoregressive()?;
-    Some([(baseline.model.role, Strategy::Ar), (role, fastest.strategy)])
+    // `n: auto` may have other forwards where it is timed than in the batches that give the texts.
+    let is_drawn =
+        |figures: &&StrategyResults| figures.strategy != Strategy::Ar && has_example(records, (role, figures.strategy));
+    let drawn = results.model(role).and_then(|model| results::fastest(model.strategies.iter().filter(is_drawn)));
+    Some([(baseline.model.role, Strategy::Ar), (role, drawn.unwrap_or(fastest).strategy)])
+}
+
+fn has_example(records: &Records, contender: Contender) -> bool {
+    let mut answers = records.answers_of(contender.0, contender.1).filter(|answer| answer.forward_texts.is_some());
+    answers.any(|answer| TimedAnswer::find(records, contender, answer.index).is_some())
 }
 
 /// The two answers to one example.
