@@ -33,7 +33,7 @@ const SPEEDUP: usize = 3;
 const OWN_SPEEDUP: usize = 9;
 
 /// Column heads of the table of continuous batching.
-pub const CONCURRENCY_HEADS: [&str; 11] = [
+const CONCURRENCY_HEADS: [&str; 11] = [
     "model",
     "strategy",
     "rows",
@@ -47,9 +47,11 @@ pub const CONCURRENCY_HEADS: [&str; 11] = [
     "unfinished",
 ];
 
-/// The heads and rows of a run's table, one row for each model and strategy, without columns that
-/// have nothing.
-pub fn columns(results: &Results) -> (Vec<&'static str>, Vec<Vec<String>>) {
+/// The heads of a table and its rows, without columns that have nothing.
+type Columns = (Vec<&'static str>, Vec<Vec<String>>);
+
+/// The table of a run: one row for each model and strategy.
+pub fn columns(results: &Results) -> Columns {
     let row = |(role, figures): (Role, &StrategyResults)| {
         vec![
             role.to_string(),
@@ -66,14 +68,24 @@ pub fn columns(results: &Results) -> (Vec<&'static str>, Vec<Vec<String>>) {
         ]
     };
     let rows: Vec<Vec<String>> = results.strategies().map(row).collect();
-    let mut kept: Vec<usize> = (0..HEADS.len()).filter(|&column| rows.iter().any(|row| row[column] != "-")).collect();
+    let mut kept = filled_columns(&rows);
     // Without a teacher, the speed-up over the model's own decoding is what decides.
     if let Some(at) = kept.iter().position(|&column| column == OWN_SPEEDUP).filter(|_| !kept.contains(&SPEEDUP)) {
         let own = kept.remove(at);
         kept.insert(SPEEDUP.min(kept.len()), own);
     }
-    let heads = kept.iter().map(|&column| HEADS[column]).collect();
-    (heads, rows.into_iter().map(|row| kept.iter().map(|&column| row[column].clone()).collect()).collect())
+    keep_columns(&kept, &HEADS, &rows)
+}
+
+/// Indices of the columns that have something.
+fn filled_columns(rows: &[Vec<String>]) -> Vec<usize> {
+    let num_columns = rows.first().map_or(0, Vec::len);
+    (0..num_columns).filter(|&column| rows.iter().any(|row| row[column] != "-")).collect()
+}
+
+fn keep_columns(kept: &[usize], heads: &[&'static str], rows: &[Vec<String>]) -> Columns {
+    let heads = kept.iter().map(|&column| heads[column]).collect();
+    (heads, rows.iter().map(|row| kept.iter().map(|&column| row[column].clone()).collect()).collect())
 }
 
 /// Heads and rows of the table of accuracy by difficulty; no rows where that is not known.
@@ -112,9 +124,9 @@ fn difference(results: &Results, role: Role, figures: &StrategyResults) -> Strin
     pair.and_then(format).unwrap_or_else(|| "-".to_owned())
 }
 
-/// The rows of the table of continuous batching: from few rows of the batch to many, one for each
-/// model and strategy.
-pub fn concurrency_rows(results: &Results) -> Vec<Vec<String>> {
+/// The table of continuous batching: from few rows of the batch to many, one row for each model and
+/// strategy.
+pub fn concurrency_columns(results: &Results) -> Columns {
     let row = |(role, strategy, batch): (Role, &StrategyResults, &Throughput)| {
         vec![
             role.to_string(),
@@ -130,7 +142,8 @@ pub fn concurrency_rows(results: &Results) -> Vec<Vec<String>> {
             format_share(batch.unfinished, batch.answers),
         ]
     };
-    results.throughputs().into_iter().map(row).collect()
+    let rows: Vec<Vec<String>> = results.throughputs().into_iter().map(row).collect();
+    keep_columns(&filled_columns(&rows), &CONCURRENCY_HEADS, &rows)
 }
 
 /// Says what the table of continuous batching shows.

@@ -21,7 +21,7 @@ use minijinja::{AutoEscape, Environment, context, default_auto_escape_callback, 
 
 use crate::records::SAMPLES;
 use crate::results::RESULTS;
-use crate::table::{CONCURRENCY_HEADS, CONCURRENCY_NOTE};
+use crate::table::CONCURRENCY_NOTE;
 use crate::{suite, svg};
 pub use animation::animate;
 use heading::Heading;
@@ -60,7 +60,6 @@ pub fn report(results: &[PathBuf], output: Option<&Path>, remarks: &[String]) ->
     let sections: Vec<Section> = runs.iter().map(Section::from_run).collect::<Result<_>>()?;
     let values = context! {
         sections => minijinja::Value::from(Serde(&sections)),
-        concurrency_heads => CONCURRENCY_HEADS,
         concurrency_note => CONCURRENCY_NOTE,
         heading => minijinja::Value::from(Serde(&Heading::new(&runs))),
         overview_heads => overview::HEADS,

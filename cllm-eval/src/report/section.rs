@@ -12,7 +12,7 @@ use super::model_card::command;
 use super::run::Run;
 use crate::records::ModelEntry;
 use crate::results::{ModelResults, Results};
-use crate::table::{columns, concurrency_rows, describe, difficulties, notes};
+use crate::table::{columns, concurrency_columns, describe, difficulties, notes};
 use crate::tradeoff::{Aup, Tradeoff};
 use crate::words::with_commas;
 
@@ -29,6 +29,7 @@ pub(super) struct Section {
     difficulty_heads: Vec<String>,
     difficulty_rows: Vec<Vec<String>>,
     /// The table of continuous batching; empty where it was not measured.
+    concurrency_heads: Vec<&'static str>,
     concurrency_rows: Vec<Vec<String>>,
     /// Sentences about perplexity, and student against teacher.
     notes: Vec<String>,
@@ -56,6 +57,7 @@ impl Section {
         let tradeoff = Tradeoff::from_results(std::slice::from_ref(results));
         let sandbox = results.sandbox.as_ref();
         let ((heads, rows), (difficulty_heads, difficulty_rows)) = (columns(results), difficulties(results));
+        let (concurrency_heads, concurrency_rows) = concurrency_columns(results);
         Ok(Section {
             title: run.title.clone(),
             headline: Headline::from_run(run),
@@ -64,7 +66,8 @@ impl Section {
             rows,
             difficulty_heads,
             difficulty_rows,
-            concurrency_rows: concurrency_rows(results),
+            concurrency_heads,
+            concurrency_rows,
             notes: notes(results),
             aup: tradeoff.iter().flat_map(|tradeoff| &tradeoff.aup).map(|area| aup_sentence(results, area)).collect(),
             charts: charts(run, tradeoff.as_ref()),

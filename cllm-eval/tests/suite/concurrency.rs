@@ -4,7 +4,7 @@ use std::path::Path;
 
 use cllm_eval::records::{Records, ThroughputRecord};
 use cllm_eval::results::Results;
-use cllm_eval::table::concurrency_rows;
+use cllm_eval::table::concurrency_columns;
 use cllm_eval::terminal::summary;
 
 use crate::made_up::{eloquent_model, program, records};
@@ -143,10 +143,15 @@ fn the_summary_has_a_row_for_each_model_strategy_and_number_of_rows() {
     let text = summary(&results);
     assert!(text.contains("2.50x") && text.contains("Continuous batching"), "{text}");
     assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
-    let rows = concurrency_rows(&results);
+    let (heads, rows) = concurrency_columns(&results);
     assert_eq!(rows.len(), 8);
     let row = ["student", "jacobi n=4", "2", "2.50x", "32.0", "18.3", "2.50x", "4.00", "21.3", "2.00x", "1 of 16"];
-    assert_eq!(rows[7], row);
+    assert_eq!((heads.len(), &rows[7][..]), (row.len(), &row.map(str::to_owned)[..]));
+    let mut alone = results.clone();
+    alone.models.iter_mut().flat_map(|model| &mut model.strategies).for_each(|figures| {
+        figures.concurrency.iter_mut().flatten().for_each(|batch| batch.speedup_vs_student_ar = None);
+    });
+    assert!(!concurrency_columns(&alone).0.contains(&"speed-up over student AR"));
     let mut records = records();
     records.header.settings.concurrency.clear();
     let without = Results::from_records(&records);
