@@ -57,6 +57,10 @@ pub(super) fn select(
     };
     let role = selector.role.or_else(|| preferred.into_iter().find(|&role| has_answers(role)));
     let role = role.ok_or("has no answers")?;
+    // Without its adapters for draft tokens, the student is its teacher.
+    let is_teacher = default == DefaultChoice::Baseline && selector.strategy.is_none();
+    let adapts_teacher = results.model(role).is_some_and(|model| model.model.adapts_teacher);
+    let role = if is_teacher && adapts_teacher { Role::Teacher } else { role };
     let matches = |figures: &StrategyResults| match selector.strategy {
         Some(name) => figures.name == name || figures.label == name,
         None => default == DefaultChoice::Fastest || figures.strategy == Strategy::Ar,

@@ -81,8 +81,8 @@ impl Headline {
             finished.map(|value| format!("{value:.2} tokens per forward in finished answers")),
             Some(unfinished(results, role, fastest)),
         ];
-        let has_teacher = results.model(Role::Teacher).is_some();
-        let teacher_decides = drafts_for_teacher || (has_teacher && fastest.strategy.needs_draft_adapters());
+        let adapts_teacher = results.model(role).is_some_and(|model| model.model.adapts_teacher);
+        let teacher_decides = drafts_for_teacher || adapts_teacher;
         let same_answers = if teacher_decides { same_answers(results, fastest) } else { None };
         let verdict = same_answers.or_else(|| accuracy_verdict(results, role, fastest));
         let details = details.into_iter().flatten().collect();

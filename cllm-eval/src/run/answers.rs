@@ -2,6 +2,7 @@
 
 use std::cmp::Reverse;
 
+use cllm_core::cuda::libtorch;
 use cllm_core::decode::{Answer, Decoder, Strategy, Timing};
 use cllm_core::progress::Progress;
 use cllm_core::task::Verdict;
@@ -38,7 +39,7 @@ pub(super) fn answer_examples(session: &mut Session<'_>, model: &mut LoadedModel
     let num_answered = samples.len() - num_open;
     let title = format!("{} {strategy}", model.role);
     let mut progress = Progress::new(&title, num_answered as u64, samples.len() as u64);
-    model.reset_peak_memory();
+    libtorch::reset_peak_gpu_memory(session.device);
     answer_in_batches(session, model, strategy, first, &mut progress)?;
     model.prompts.fill_second_turns(samples, session.journal.records().answers_of(model.role, strategy))?;
     answer_in_batches(session, model, strategy, second, &mut progress)?;

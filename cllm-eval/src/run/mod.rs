@@ -59,8 +59,9 @@ pub fn run_on(settings: &RunSettings, today: Date) -> Result<Results> {
         names.into_iter().map(|(role, name)| IdentifiedModel::locate(role, name)).collect::<Result<_>>()?;
     models.iter().try_for_each(|model| model.check_adapters(&settings.strategies))?;
     let input = Input::prepare(settings, &examples, &mut models, today)?;
-    if let [teacher, student] = &mut models[..] {
-        student.entry.adapts_teacher = student.adapts(teacher, &settings.strategies)?;
+    if let ([teacher, student], Input::Prompts(prompts)) = (&mut models[..], &input) {
+        let are_used = settings.strategies.iter().any(|strategy| strategy.needs_draft_adapters());
+        student.entry.adapts_teacher = are_used && prompts[0].equal(&prompts[1]) && student.adapts(teacher)?;
     }
     let settings = &recorded_settings(settings, &input);
     let mut session = Session::open(settings, &examples, scorer, sandbox.as_ref(), &models, device)?;
@@ -189,21 +190,24 @@ fn measure_strategies(session: &mut Session<'_>, model: &mut LoadedModel, strate
     for &strategy in strategies {
         answers::answer_examples(session, model, strategy)?;
     }
-    let reference = reference_strategy(&session.settings.strategies);
     let records = session.journal.records();
-    let role = records.header.autoregressive_role(model.role);
-    model.prompts.fill_second_turns(session.samples, records.answers_of(role, reference))?;
+    let ar_role = records.header.autoregressive_role(model.role);
+    let (role, strategy) = reference_answers(&records.header, model.role);
+    model.prompts.fill_second_turns(session.samples, records.answers_of(role, strategy))?;
     if session.settings.sampling().is_greedy() {
-        logit_gaps::add(model, role, session.journal.answers_mut())?;
+        logit_gaps::add(model, ar_role, session.journal.answers_mut())?;
     }
     memory::measure_batch1(session, model, strategies)
 }
 
-/// The strategy that provides the first answers in second turns, where these are timed or compared
-/// for logit gaps. It is the same for all strategies, so that they get equal prompts.
-fn reference_strategy(strategies: &[Strategy]) -> Strategy {
-    let ar = strategies.iter().find(|&&strategy| strategy == Strategy::Ar);
-    ar.or(strategies.first()).copied().unwrap_or(Strategy::Ar)
+/// The model and the strategy that provide the first answers in a model's second turns, where these
+/// are timed or compared for logit gaps: the same for all its strategies, so that they get equal
+/// prompts.
+fn reference_answers(header: &Header, role: Role) -> (Role, Strategy) {
+    if header.settings.strategies.contains(&Strategy::Ar) {
+        return (header.autoregressive_role(role), Strategy::Ar);
+    }
+    (role, header.strategies_of(role).next().unwrap_or(Strategy::Ar))
 }
 
 fn finish(session: Session<'_>, settings: &RunSettings) -> Result<Results> {

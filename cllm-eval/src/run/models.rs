@@ -42,15 +42,12 @@ impl IdentifiedModel {
         Ok(IdentifiedModel { role, folder, entry })
     }
 
-    /// Whether this is the teacher with adapters for draft tokens, which a strategy uses, and reads the
-    /// same prompts.
+    /// Whether this is a model with adapters.
     ///
     /// # Errors
     /// When a file of the model is missing or broken.
-    pub(super) fn adapts(&self, teacher: &IdentifiedModel, strategies: &[Strategy]) -> Result<bool> {
-        Ok(strategies.iter().any(|strategy| strategy.needs_draft_adapters())
-            && self.entry.chat_template == teacher.entry.chat_template
-            && checkpoint::fingerprint(&checkpoint::base_folder(&self.folder)?)? == teacher.entry.fingerprint)
+    pub(super) fn adapts(&self, base: &IdentifiedModel) -> Result<bool> {
+        Ok(checkpoint::fingerprint(&checkpoint::base_folder(&self.folder)?)? == base.entry.fingerprint)
     }
 
     /// Checks that adapters for draft tokens are there if a strategy needs them, and says so if no
@@ -84,7 +81,8 @@ pub(super) struct LoadedModel {
     pub(super) prompts: Prompts,
     /// GPU memory of the weights, and of those of the draft model, in bytes; 0 on the CPU.
     weight_bytes: u64,
-    /// GPU memory that others used when the last measurement began, in bytes.
+    /// GPU memory that others use, in bytes: what was in use before this model was loaded, and since the
+    /// first measurement at batch 1 what was in use when the last one began.
     memory_of_others_bytes: u64,
     /// Peak GPU memory at batch 1 by strategy; empty on the CPU.
     pub(super) batch1_peak_bytes: Vec<(Strategy, u64)>,
@@ -130,7 +128,7 @@ impl LoadedModel {
         self.weight_bytes += draft_model.weight_bytes;
     }
 
-    /// Starts a new measurement of peak memory. It leaves out what others use by now: another model, and
+    /// Starts a measurement of peak memory at batch 1. It leaves out what others use by now: another model, and
     /// workspaces of libtorch, which stay allocated whichever model was the first to need them.
     pub(super) fn reset_peak_memory(&mut self) {
         let device = self.model.device();

@@ -295,6 +295,9 @@ fn a_student_whose_teacher_decides_every_token_is_not_said_to_have_kept_its_accu
         speed.strategy = gated;
     }
     records.throughputs.clear();
+    // Adapters of another model: the answers are not the teacher's.
+    assert!(!page_of(&records).contains("The teacher decides"));
+    records.header.models[1].adapts_teacher = true;
     let page = page_of(&records);
     let verdict = r#"<div class="verdict neutral">The teacher decides every token: "#;
     assert!(page.contains(verdict) && page.contains("as fast at batch 1 as the teacher (student, gated n=4"), "{page}");

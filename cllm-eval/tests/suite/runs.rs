@@ -293,6 +293,12 @@ fn adapters_for_drafts_are_evaluated_as_a_student_with_the_answers_of_its_teache
         (&true.into(), &1.0.into())
     );
     assert!(strategies(1)[0]["speedup_vs_teacher_ar"].as_f64().is_some_and(|speedup| speedup > 0.0), "{results}");
+    // Adapters of another model than the teacher: what that decodes without them is measured too.
+    model(&dir.path().join("other"), 4);
+    let beside = run(&["teacher=other", "student=adapter", "output=beside"]);
+    let beside: Value = serde_json::from_slice(&beside.stdout).unwrap();
+    assert_eq!(beside["models"][1]["strategies"].as_array().map(Vec::len), Some(2));
+    assert_eq!(beside["models"][1].get("adapts_teacher"), None);
     let run_verb = |arguments: &[&str]| {
         let output = program().current_dir(dir.path()).args(arguments).output().unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
