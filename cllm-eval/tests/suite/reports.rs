@@ -315,7 +315,10 @@ fn the_example_plays_without_strategies_whose_timed_answer_has_other_forwards() 
     records.speeds.iter_mut().filter(is_it).for_each(|speed| speed.forwards = 1);
     let page = page_of(&records);
     assert!(page.contains(">Play</button>") && page.matches("class=\"num-shown\"").count() == 3, "{page}");
-    assert!(page.contains("Not shown, because no answer with the same forwards was timed: student jacobi n=4."), "{page}");
+    assert!(
+        page.contains("Not shown, because no answer with the same forwards was timed: student jacobi n=4."),
+        "{page}"
+    );
     // One example that can be played with every strategy is better.
     records.speeds.iter_mut().filter(is_it).filter(|speed| speed.index == 1).for_each(|speed| speed.forwards = 2);
     let page = page_of(&records);
