@@ -6,7 +6,7 @@ use assert_cmd::Command;
 use cllm_core::checkpoint;
 use cllm_core::decode::Strategy;
 use cllm_core::environment::{Hardware, Toolkit};
-use cllm_core::model::{ModelConfig, Transformer};
+use cllm_core::model::{AdaptedTokens, LoraConfig, ModelConfig, Transformer};
 use cllm_core::task::{Task, Verdict, synthetic};
 use cllm_core::trajectory::FinishReason;
 use cllm_eval::config::RunSettings;
@@ -151,6 +151,17 @@ pub fn model(folder: &Path, seed: u64) {
 /// Writes a random model whose answers depend on the whole prompt.
 pub fn eloquent_model(folder: &Path, seed: u64) {
     random_model(folder, seed, false);
+}
+
+/// Writes adapters for the draft tokens of a model, which change what it drafts.
+pub fn draft_adapters(folder: &Path, base: &Path) {
+    std::fs::create_dir(folder).unwrap();
+    let mut adapted = checkpoint::load(base, Device::Cpu, Kind::Float).unwrap();
+    adapted.add_adapters(&LoraConfig { on: AdaptedTokens::Drafts, ..LoraConfig::default() }, 1);
+    for (_, mut tensor) in adapted.trainable().tensors() {
+        let _ = tch::no_grad(|| tensor.fill_(0.1));
+    }
+    checkpoint::save_adapter(&adapted, folder, &base.display().to_string()).unwrap();
 }
 
 /// Writes a random model like [`eloquent_model`] whose tokenizer has the tokens of a thinking model.

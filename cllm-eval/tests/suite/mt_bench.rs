@@ -11,7 +11,7 @@ use cllm_eval::records::{AnswerRecord, Records};
 use cllm_eval::role::Role;
 use serde_json::{Value, json};
 
-use crate::made_up::{JACOBI, eloquent_model, model};
+use crate::made_up::{JACOBI, draft_adapters, eloquent_model, model};
 use cllm_testing::programs::{Program, path};
 
 const EVAL: Program = Program("cllm-eval");
@@ -24,6 +24,23 @@ fn questions(data: &str) {
         json!({ "question_id": 81 + number, "category": "math", "turns": turns }).to_string() + "\n"
     };
     fs::write(Path::new(data).join("question.jsonl"), (0..QUESTIONS).map(row).collect::<String>()).unwrap();
+}
+
+/// The arguments of an evaluation whose answers have various lengths: these distinguish the prompts in
+/// the timings, which keep only the length.
+fn evaluation(strategies: &str, [teacher, student, data, output]: [&str; 4]) -> Vec<String> {
+    let fixed = ["run", "benchmark=mt-bench", "max_new_tokens=24", "batch_size=2", "num_speed_examples=6"];
+    let eos_ids = format!("{:?}", (20..50).collect::<Vec<_>>());
+    let given = [
+        ("strategies", strategies),
+        ("teacher", teacher),
+        ("student", student),
+        ("data", data),
+        ("output", output),
+        ("eos_ids", &eos_ids),
+    ];
+    let more = given.map(|(key, value)| format!("{key}={value}"));
+    fixed.into_iter().chain(["device=cpu", "--json"]).map(str::to_owned).chain(more).collect()
 }
 
 fn read(output: &str) -> Records {
@@ -76,6 +93,37 @@ fn expect_fastchat(output: &str, records: &Records) {
     }
 }
 
+/// A student that is its teacher with adapters has no autoregressive answers of its own.
+#[test]
+fn second_turns_of_adapters_for_drafts_follow_the_answers_of_the_teacher() {
+    let dir = tempfile::tempdir().unwrap();
+    let [teacher, student, data, output] = ["teacher", "student", "data", "output"].map(|name| path(dir.path(), name));
+    eloquent_model(Path::new(&teacher), 1);
+    draft_adapters(Path::new(&student), Path::new(&teacher));
+    questions(&data);
+    let words = evaluation("[ar, {gated: {n: 4}}]", [&teacher, &student, &data, &output]);
+    EVAL.succeed(&words);
+    let mut left = read(&output);
+    // Of a run that was interrupted before the first timing, no answer is left to make.
+    left.speeds.clear();
+    let samples = Path::new(&output).join("samples.jsonl");
+    left.write(&samples).unwrap();
+    EVAL.succeed(&words);
+    let whole = read(&output);
+    let gated: Vec<_> = whole.speeds.iter().filter(|speed| speed.role == Role::Student).collect();
+    assert_eq!((gated.len(), whole.speeds.len()), (6, 2 * 6));
+    for speed in gated {
+        let of_teacher = find(&whole, Role::Teacher, Strategy::Ar, speed.index);
+        assert_eq!(speed.tokens, of_teacher.response_ids.len(), "timed at another prompt: {}", speed.index);
+    }
+
+    // A run that an earlier version began, which did not know of such students, goes on as it began.
+    left.header.models[1].adapts_teacher = false;
+    left.write(&samples).unwrap();
+    let results: Value = serde_json::from_slice(&EVAL.succeed(&words).stdout).unwrap();
+    assert_eq!(results["models"][1]["strategies"].as_array().map(Vec::len), Some(2));
+}
+
 #[test]
 fn second_turns_contain_first_answers_and_an_interrupted_run_resumes() {
     let dir = tempfile::tempdir().unwrap();
@@ -83,16 +131,7 @@ fn second_turns_contain_first_answers_and_an_interrupted_run_resumes() {
     eloquent_model(Path::new(&teacher), 1);
     eloquent_model(Path::new(&student), 2);
     questions(&data);
-    let fixed = ["run", "benchmark=mt-bench", "strategies=[ar, {jacobi: {n: 4}}]", "max_new_tokens=24", "batch_size=2"];
-    let more = ["num_speed_examples=6", "device=cpu", "--json"];
-    // Answers of various lengths distinguish the prompts in the timings, which keep only the
-    // length.
-    let eos_ids = format!("{:?}", (20..50).collect::<Vec<_>>());
-    let given =
-        [("teacher", &teacher), ("student", &student), ("data", &data), ("output", &output), ("eos_ids", &eos_ids)];
-    let words: Vec<String> = (fixed.into_iter().chain(more).map(str::to_owned))
-        .chain(given.iter().map(|(key, value)| format!("{key}={value}")))
-        .collect();
+    let words = evaluation("[ar, {jacobi: {n: 4}}]", [&teacher, &student, &data, &output]);
     let results: Value = serde_json::from_slice(&EVAL.succeed(&words).stdout).unwrap();
     let whole = read(&output);
     assert_eq!((results["examples"].as_u64(), whole.speeds.len()), (Some(6), 4 * 6));

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use cllm_core::checkpoint;
 use cllm_core::decode::Strategy;
-use cllm_core::model::{AdaptedTokens, LoraConfig};
+use cllm_core::model::LoraConfig;
 use cllm_eval::records::Records;
 use cllm_eval::results::Results;
 use cllm_eval::role::Role;
@@ -12,7 +12,7 @@ use cllm_eval::table::notes;
 use serde_json::{Value, json};
 use tch::{Device, Kind};
 
-use crate::made_up::{eloquent_model, model, program, thinking_model};
+use crate::made_up::{draft_adapters, eloquent_model, model, program, thinking_model};
 
 fn run(folder: &Path) -> Value {
     run_with(folder, &[])
@@ -266,13 +266,7 @@ fn adapters_for_drafts_are_evaluated_as_a_student_with_the_answers_of_its_teache
     let dir = tempfile::tempdir().unwrap();
     let (base, adapter) = (dir.path().join("base"), dir.path().join("adapter"));
     model(&base, 3);
-    std::fs::create_dir(&adapter).unwrap();
-    let mut adapted = checkpoint::load(&base, Device::Cpu, Kind::Float).unwrap();
-    adapted.add_adapters(&LoraConfig { on: AdaptedTokens::Drafts, ..LoraConfig::default() }, 1);
-    for (_, mut tensor) in adapted.trainable().tensors() {
-        let _ = tch::no_grad(|| tensor.fill_(0.1));
-    }
-    checkpoint::save_adapter(&adapted, &adapter, &base.display().to_string()).unwrap();
+    draft_adapters(&adapter, &base);
     let run = |models: &[&str]| {
         let fixed = ["run", "--quiet", "--json", "num_problems=2", "max_new_tokens=6", "num_speed_examples=1"];
         let others = ["strategies=[ar, {gated: {n: 4}}]", "device=cpu", "output=out"];
