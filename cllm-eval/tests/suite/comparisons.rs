@@ -155,6 +155,18 @@ fn a_speed_comparison_across_machines_says_so() {
 }
 
 #[test]
+fn the_baseline_of_adapters_for_drafts_is_their_teacher() {
+    let mut records = records();
+    let gated = Strategy::gated(4);
+    records.header.settings.strategies = vec![Strategy::Ar, gated];
+    records.header.models[1].adapts_teacher = true;
+    records.answers.iter_mut().filter(|answer| answer.strategy == JACOBI).for_each(|answer| answer.strategy = gated);
+    let comparison = compare(written(&records).path(), None, Some("student"), None).unwrap();
+    assert_eq!((comparison.a.role, &comparison.a.strategy[..]), (Role::Teacher, "ar"));
+    assert_eq!((comparison.b.role, &comparison.b.strategy[..]), (Role::Student, "gated n=4"));
+}
+
+#[test]
 fn selectors_choose_model_and_strategy() {
     let run = written(&records());
     let chosen = |a: Option<&str>, b: Option<&str>| {
