@@ -49,6 +49,13 @@ pub struct ModelEntry {
     pub adapts_teacher: bool,
 }
 
+impl ModelEntry {
+    /// The role of the model that has the autoregressive answers of this one.
+    pub fn autoregressive_role(&self) -> Role {
+        if self.adapts_teacher { Role::Teacher } else { self.role }
+    }
+}
+
 /// The first line of the file: what was run, and where.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Header {
@@ -293,20 +300,16 @@ impl Header {
     /// student, and only the student those with adapters for draft tokens; if it is the teacher with
     /// such adapters, it has no others.
     pub fn strategies_of(&self, role: Role) -> impl Iterator<Item = Strategy> + '_ {
-        let only_drafts = self.adapts_teacher(role);
+        let only_drafts = self.autoregressive_role(role) != role;
         self.settings.strategies.iter().copied().filter(move |strategy| match role {
             Role::Teacher => !strategy.needs_draft_adapters(),
             Role::Student => !strategy.needs_draft_model() && (strategy.needs_draft_adapters() || !only_drafts),
         })
     }
 
-    /// The role of the model that has the autoregressive answers of a model.
+    /// As [`ModelEntry::autoregressive_role`].
     pub fn autoregressive_role(&self, role: Role) -> Role {
-        if self.adapts_teacher(role) { Role::Teacher } else { role }
-    }
-
-    fn adapts_teacher(&self, role: Role) -> bool {
-        self.model(role).is_some_and(|model| model.adapts_teacher)
+        self.model(role).map_or(role, ModelEntry::autoregressive_role)
     }
 
     /// Machine and versions in one line.

@@ -57,10 +57,9 @@ pub(super) fn select(
     };
     let role = selector.role.or_else(|| preferred.into_iter().find(|&role| has_answers(role)));
     let role = role.ok_or("has no answers")?;
-    // Without its adapters for draft tokens, the student is its teacher.
-    let is_teacher = default == DefaultChoice::Baseline && selector.strategy.is_none();
-    let adapts_teacher = results.model(role).is_some_and(|model| model.model.adapts_teacher);
-    let role = if is_teacher && adapts_teacher { Role::Teacher } else { role };
+    let is_baseline = default == DefaultChoice::Baseline && selector.strategy.is_none();
+    let ar_role = results.model(role).map(|model| model.model.autoregressive_role());
+    let role = ar_role.filter(|_| is_baseline).unwrap_or(role);
     let matches = |figures: &StrategyResults| match selector.strategy {
         Some(name) => figures.name == name || figures.label == name,
         None => default == DefaultChoice::Fastest || figures.strategy == Strategy::Ar,

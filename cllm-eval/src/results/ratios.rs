@@ -14,7 +14,7 @@ use crate::statistics::ratio;
 pub(super) fn add(models: &mut [ModelResults], records: &Records) {
     add_speedups(models);
     add_intervals(models, records);
-    add_memory_ratios(models, records);
+    add_memory_ratios(models);
 }
 
 /// Tokens per second.
@@ -98,7 +98,7 @@ impl Speed {
     }
 }
 
-fn add_memory_ratios(models: &mut [ModelResults], records: &Records) {
+fn add_memory_ratios(models: &mut [ModelResults]) {
     let float = |bytes: Option<u64>| bytes.map(|bytes| bytes as f64);
     let of_ar = |model: &ModelResults| {
         let ar = model.autoregressive()?;
@@ -106,8 +106,7 @@ fn add_memory_ratios(models: &mut [ModelResults], records: &Records) {
     };
     let of_ar: HashMap<Role, [Option<f64>; 2]> = models.iter().filter_map(of_ar).collect();
     for model in models {
-        let role = records.header.autoregressive_role(model.model.role);
-        let [batched, batch1] = of_ar.get(&role).copied().unwrap_or_default();
+        let [batched, batch1] = of_ar.get(&model.model.autoregressive_role()).copied().unwrap_or_default();
         for figures in &mut model.strategies {
             figures.peak_memory_over_ar = ratio(float(figures.peak_memory_bytes), batched);
             figures.speed_peak_memory_over_ar = ratio(float(figures.speed_peak_memory_bytes), batch1);

@@ -25,10 +25,8 @@ impl StrategyResults {
         figures.add_scores(&answers, records.header.benchmark);
         figures.add_thoughts(&answers, records.header.settings.max_thinking_tokens.is_some());
         figures.add_tokens(&answers);
-        figures.add_comparison_with_ar(
-            &answers,
-            records.answers_of(records.header.autoregressive_role(role), Strategy::Ar),
-        );
+        let ar_role = records.header.autoregressive_role(role);
+        figures.add_comparison_with_ar(&answers, records.answers_of(ar_role, Strategy::Ar));
         if !speeds.is_empty() {
             figures.add_speed(&speeds);
         }

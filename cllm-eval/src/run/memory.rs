@@ -21,14 +21,11 @@ pub(super) fn measure_batch1(session: &Session<'_>, model: &mut LoadedModel, str
     }
     for &strategy in strategies {
         interrupt::check()?;
-        let answer = |model: &LoadedModel| {
-            timing::time_answer(session, model, &mut model.decoder(1, &[strategy])?, strategy, longest)
-        };
+        let answer =
+            || timing::time_answer(session, model, &mut model.decoder(1, &[strategy])?, strategy, longest).map(drop);
         // The first answer may leave workspaces, which the others would not pay for.
-        answer(model)?;
-        model.reset_peak_memory();
-        answer(model)?;
-        if let Some(peak_bytes) = model.peak_memory_bytes() {
+        answer()?;
+        if let Some(peak_bytes) = model.peak_memory_of(answer)? {
             model.batch1_peak_bytes.push((strategy, peak_bytes));
         }
     }

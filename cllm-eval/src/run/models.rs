@@ -1,6 +1,6 @@
 //! The models of a run, before and after their weights are loaded.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
 use cllm_core::checkpoint::{self, hub};
@@ -42,12 +42,15 @@ impl IdentifiedModel {
         Ok(IdentifiedModel { role, folder, entry })
     }
 
-    /// Whether this is a model with adapters.
+    /// Whether this is `base` with adapters.
     ///
     /// # Errors
     /// When a file of the model is missing or broken.
     pub(super) fn adapts(&self, base: &IdentifiedModel) -> Result<bool> {
-        Ok(checkpoint::fingerprint(&checkpoint::base_folder(&self.folder)?)? == base.entry.fingerprint)
+        let folder = checkpoint::base_folder(&self.folder)?;
+        let real = |folder: &Path| folder.canonicalize().map_err(Error::io(folder));
+        // Reading all weights once more takes a while.
+        Ok(real(&folder)? == real(&base.folder)? || checkpoint::fingerprint(&folder)? == base.entry.fingerprint)
     }
 
     /// Checks that adapters for draft tokens are there if a strategy needs them, and says so if no
@@ -81,9 +84,8 @@ pub(super) struct LoadedModel {
     pub(super) prompts: Prompts,
     /// GPU memory of the weights, and of those of the draft model, in bytes; 0 on the CPU.
     weight_bytes: u64,
-    /// GPU memory that others use, in bytes: what was in use before this model was loaded, and since the
-    /// first measurement at batch 1 what was in use when the last one began.
-    memory_of_others_bytes: u64,
+    /// GPU memory in use before this model was loaded, in bytes.
+    memory_before_bytes: u64,
     /// Peak GPU memory at batch 1 by strategy; empty on the CPU.
     pub(super) batch1_peak_bytes: Vec<(Strategy, u64)>,
 }
@@ -100,7 +102,7 @@ impl LoadedModel {
             draft_model: None,
             prompts,
             weight_bytes: memory_in_use(device).saturating_sub(memory_before_bytes),
-            memory_of_others_bytes: memory_before_bytes,
+            memory_before_bytes,
             batch1_peak_bytes: Vec::new(),
         })
     }
@@ -128,17 +130,28 @@ impl LoadedModel {
         self.weight_bytes += draft_model.weight_bytes;
     }
 
-    /// Starts a measurement of peak memory at batch 1. It leaves out what others use by now: another model, and
-    /// workspaces of libtorch, which stay allocated whichever model was the first to need them.
-    pub(super) fn reset_peak_memory(&mut self) {
-        let device = self.model.device();
-        libtorch::reset_peak_gpu_memory(device);
-        self.memory_of_others_bytes = memory_in_use(device).saturating_sub(self.weight_bytes);
+    /// Peak GPU memory since the last reset, excluding what was in use before this model was
+    /// loaded. `None` on the CPU.
+    pub(super) fn peak_memory_bytes(&self) -> Option<u64> {
+        self.peak_memory_beyond(self.memory_before_bytes)
     }
 
-    /// Peak GPU memory of this model since the last reset. `None` on the CPU.
-    pub(super) fn peak_memory_bytes(&self) -> Option<u64> {
-        libtorch::gpu_memory(self.model.device()).map(|(_, peak)| peak.saturating_sub(self.memory_of_others_bytes))
+    /// Peak GPU memory of this model during some work, without what others use when it begins: another
+    /// model, and workspaces of libtorch, which stay allocated whichever model was the first to need them.
+    /// `None` on the CPU.
+    ///
+    /// # Errors
+    /// Those of the work.
+    pub(super) fn peak_memory_of(&self, work: impl FnOnce() -> Result<()>) -> Result<Option<u64>> {
+        let device = self.model.device();
+        libtorch::reset_peak_gpu_memory(device);
+        let others_bytes = memory_in_use(device).saturating_sub(self.weight_bytes);
+        work()?;
+        Ok(self.peak_memory_beyond(others_bytes))
+    }
+
+    fn peak_memory_beyond(&self, others_bytes: u64) -> Option<u64> {
+        libtorch::gpu_memory(self.model.device()).map(|(_, peak)| peak.saturating_sub(others_bytes))
     }
 }
 

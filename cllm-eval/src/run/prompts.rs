@@ -43,10 +43,9 @@ impl Prompts {
     /// Whether the prompts have the same tokens as those of another model, and their answers end at the
     /// same ones.
     pub(super) fn equal(&self, other: &Prompts) -> bool {
-        let tokens = |prompts: &Prompts| {
-            prompts.rendered.iter().map(|prompt| prompt.request.prompt_ids.clone()).collect::<Vec<_>>()
-        };
-        self.stop.eos_ids == other.stop.eos_ids && tokens(self) == tokens(other)
+        let mut pairs = self.rendered.iter().zip(&other.rendered);
+        self.stop.eos_ids == other.stop.eos_ids
+            && pairs.all(|(one, other)| one.request.prompt_ids == other.request.prompt_ids)
     }
 
     /// Renders the examples before any weights are loaded, so that a prompt that does not fit is
