@@ -51,6 +51,21 @@ fn several_processes_collect_one_data_set_together() {
 }
 
 #[test]
+fn adapters_for_draft_tokens_are_refused_and_their_model_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let (adapters, output) = (path(dir.path(), "adapters"), path(dir.path(), "trajectories"));
+    fs::create_dir(&adapters).unwrap();
+    let config = json!({
+        "peft_type": "LORA", "base_model_name_or_path": teacher(), "r": 4, "lora_alpha": 4, "adapted_tokens": "drafts"
+    });
+    fs::write(Path::new(&adapters).join("adapter_config.json"), config.to_string()).unwrap();
+    let settings = [format!("model={adapters}"), format!("prompts={}", prompt_set()), format!("output={output}")];
+    let error = run_error(&["collect", &settings[0], &settings[1], &settings[2]], 2);
+    assert!(error.contains(&format!("set model={}, the model", teacher())), "{error}");
+    assert!(!Path::new(&output).exists());
+}
+
+#[test]
 fn the_same_seed_gives_the_same_files_whatever_the_batch_size_and_after_a_stop() {
     let dir = tempfile::tempdir().unwrap();
     let (once, again, other) = (path(dir.path(), "a"), path(dir.path(), "b"), path(dir.path(), "c"));
