@@ -5,6 +5,8 @@
 //! libtorch's operations and autograd, for the CPU and for models that the kernels do not support.
 
 mod cuda;
+#[cfg(test)]
+mod draft_gradient_tests;
 mod eager;
 mod forward;
 mod gradients;

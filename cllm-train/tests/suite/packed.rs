@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use cllm_core::model::Transformer;
+use cllm_core::model::{AdaptedTokens, LoraConfig, Transformer};
 use cllm_core::train::{self, DeviceBatch, PackedBatch};
 use cllm_core::{checkpoint, fingerprint};
 use cllm_train::data::batch::{Batch, BatchCounts};
@@ -316,6 +316,49 @@ fn the_gradient_predicts_how_a_loss_changes() {
     });
     let ratio = (before - ar_loss(None)) / (step_size * squared_norm);
     assert!((0.9..1.1).contains(&ratio), "{family}: {ratio}");
+}
+
+/// The gradient of each adapter against differences of the training loss, in a direction that does not
+/// depend on the gradient.
+#[test]
+fn the_gradient_of_adapters_for_drafts_predicts_how_the_loss_changes_on_every_family() {
+    const STEP: f64 = 5e-3;
+    for (family, config) in shapes() {
+        let mut model = random_model(&config, 3);
+        model.add_adapters(&LoraConfig { rank: 2, alpha: 2.0, on: AdaptedTokens::Drafts, ..LoraConfig::default() }, 7);
+        let waves = |tensor: &Tensor, frequency: f64| {
+            let numbers = Tensor::arange(tensor.numel() as i64, (Kind::Float, Device::Cpu));
+            (numbers * frequency).sin().view_as(tensor)
+        };
+        for (_, mut adapter) in model.trainable().tensors() {
+            tch::no_grad(|| adapter.copy_(&(waves(&adapter, 0.7) * 0.2)));
+        }
+        let gradients = model.collect_gradients().unwrap();
+        let settings = ConsistencySettings { ar_weight: 0.0, anchor_weight: 0.0, ..ConsistencySettings::default() };
+        let batch = Batch::new(&[pack(&example("a", 3, 9), &settings, 0)], MAX_CHUNK_ROWS, None);
+        let loss = |backward: Option<Backward>| {
+            batch_losses(&model, None, &batch, &settings, backward).unwrap().global.double_value(&[])
+        };
+        let scale = Losses { global: 1.0, ..Losses::default() };
+        loss(Some(Backward { gradients: &gradients, scale, checkpointed_layers: 1 }));
+        for ((name, mut adapter), (_, gradient)) in model.trainable().tensors().into_iter().zip(gradients.tensors()) {
+            let direction = waves(&adapter, 1.9);
+            let direction = &direction / direction.norm();
+            let trained = adapter.copy();
+            let mut loss_at = |step: f64| {
+                tch::no_grad(|| adapter.copy_(&(&trained + &direction * step)));
+                loss(None)
+            };
+            let slope = (loss_at(STEP) - loss_at(-STEP)) / (2.0 * STEP);
+            tch::no_grad(|| adapter.copy_(&trained));
+            let expected = (&gradient * &direction).sum(Kind::Double).double_value(&[]);
+            let length = gradient.norm().double_value(&[]);
+            assert!(
+                length > 0.0 && (slope - expected).abs() < 0.01 * length,
+                "{family}: {name} has a gradient {length} long, and the loss changes by {slope} instead of {expected}"
+            );
+        }
+    }
 }
 
 #[test]
